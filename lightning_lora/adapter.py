@@ -1,0 +1,197 @@
+"""An adapter apart from any model, and how it is fitted onto one: prefix, layers, base, names, shapes, then values."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from .base import A, B
+from .config import LoRAConfig
+from .errors import LoRAError
+from .inject import inject, unload
+from .injection import find_injection, named_state, note_trainable
+from .merge import adapted_layers, is_merged, merge, unmerge
+from .state import adapter_keys, check_fingerprint
+from .targets import Targets, near_misses
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Tensors by this package's state dict names, and what is known of where they belong.
+
+    Attributes:
+        tensors: factors, trained parameters and buffers.
+        config: the options, or None where the source holds none.
+        scalings: s of each adapted layer, or empty where the source holds none.
+        fingerprint: of the base, or empty where the source holds none.
+        complete: the source holds buffers too, so that each missing name is an error.
+    """
+
+    tensors: Mapping[str, Any]
+    config: LoRAConfig | None = None
+    scalings: Mapping[str, float] = field(default_factory=dict)
+    fingerprint: Mapping[str, Any] = field(default_factory=dict)
+    complete: bool = False
+
+    def layers(self) -> list[str]:
+        """Names of the adapted layers."""
+        return [name.rpartition(".")[0] for name in self.tensors if name.rpartition(".")[2] == A]
+
+    def renamed(self, strip: str, add: str) -> Adapter:
+        """With one dotted prefix taken off every name and another put in front."""
+
+        def rename(names: Mapping[str, Any]) -> dict[str, Any]:
+            return {add + name.removeprefix(strip): value for name, value in names.items() if name.startswith(strip)}
+
+        scalings = {
+            name.removesuffix("."): s for name, s in rename({f"{n}.": s for n, s in self.scalings.items()}).items()
+        }
+        return replace(self, tensors=rename(self.tensors), scalings=scalings, fingerprint=rename(self.fingerprint))
+
+
+def fit_(model: nn.Module, adapter: Adapter, *, strict_base: bool = True) -> list[str]:
+    """Put an adapter onto a model: inject where that is still to do, check everything, then copy the values.
+
+    Returns:
+        The names of the adapted layers.
+
+    Raises:
+        LoRAError: something does not fit; the model is as it was.
+    """
+    adapter = _placed(model, adapter)
+    fresh = find_injection(model) is None
+    if fresh:
+        inject(model, _config_for(model, adapter))
+    try:
+        check_fit(model, adapter, strict_base=strict_base)
+        _copy(model, adapter)
+    except BaseException:
+        if fresh:
+            unload(model)
+        raise
+    return list(adapted_layers(model))
+
+
+def check_fit(model: nn.Module, adapter: Adapter, *, strict_base: bool = True) -> None:
+    """Compare an adapter with an injected model: layers, scaling, names, shapes, finite values, base.
+
+    Raises:
+        LoRAError: names the first thing that differs.
+    """
+    layers = adapted_layers(model)
+    _same_names("layer", adapter.layers(), layers)
+    for name, layer in layers.items():
+        scaling = adapter.scalings.get(name)
+        if scaling is not None and not math.isclose(scaling, layer.lora_scaling):
+            raise LoRAError(
+                f"adapter: layer {name!r} was trained with a scaling (lora_alpha over r) of {scaling:g}, but the model "
+                f"was injected with {layer.lora_scaling:g}; use the adapter's own options."
+            )
+    live = {name: tensor for name, tensor, _ in named_state(model)}
+    wanted = [name for name in adapter_keys(model) if adapter.complete or isinstance(live[name], nn.Parameter)]
+    _same_names("tensor", [n for n in adapter.tensors if n not in live or n in wanted], wanted)
+    for name, value in adapter.tensors.items():
+        _check_tensor(name, value, live[name])
+    try:
+        check_fingerprint(model, adapter.fingerprint)
+    except LoRAError as error:
+        if strict_base:
+            raise
+        warnings.warn(f"lightning_lora: {error}", stacklevel=2)
+
+
+def _check_tensor(name: str, value: Any, live: torch.Tensor | None) -> None:
+    if live is None:
+        return  # extra state, the owner's own business
+    if not isinstance(value, torch.Tensor) or value.shape != live.shape:
+        found = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+        raise LoRAError(f"adapter: {name!r} must have shape {tuple(live.shape)}, but has {found}.")
+    if value.is_floating_point() and name.rpartition(".")[2] in (A, B) and not torch.isfinite(value).all():
+        raise LoRAError(f"adapter: {name!r} holds NaN or Inf; it comes from a diverged run or a damaged file.")
+
+
+def _same_names(what: str, given: Iterable[str], wanted: Iterable[str]) -> None:
+    given, wanted = list(given), list(wanted)
+    missing, unexpected = sorted(set(wanted) - set(given)), sorted(set(given) - set(wanted))
+    if missing or unexpected:
+        first = (
+            f"{what} {missing[0]!r} is missing" if missing else f"{what} {unexpected[0]!r} has no place in the model"
+        )
+        hint = near_misses(*(missing[0], given) if missing else (unexpected[0], wanted))
+        raise LoRAError(
+            f"adapter: {first} (in all {len(missing)} missing, {len(unexpected)} unexpected){hint}. The adapter was "
+            "saved from a model with other layers or options."
+        )
+
+
+def _placed(model: nn.Module, adapter: Adapter) -> Adapter:
+    """The adapter under the one prefix at which its layers are modules of the model."""
+    layers = adapter.layers()
+    modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    if not layers:
+        raise LoRAError("adapter: the source holds no lora_A; it is not an adapter of a known format.")
+    if all(layer in modules for layer in layers):
+        return adapter
+    first = layers[0].split(".")
+    strips = [".".join(first[:i]) + "." for i in range(1, len(first) + 1)]
+    places = [(strip, "") for strip in strips if all((layer + ".").startswith(strip) for layer in layers)]
+    places = [p for p in places if all((layer + ".")[len(p[0]) :].removesuffix(".") in modules for layer in layers)]
+    places += [("", f"{m}.") for m in modules if m and all(f"{m}.{layer}" in modules for layer in layers)]
+    if len(places) != 1:
+        found = ", ".join(repr(add or f"without {strip}") for strip, add in places) or "none"
+        raise LoRAError(
+            f"adapter: its layers ({layers[0]!r}, ...) must fit {type(model).__name__} under exactly one prefix; "
+            f"found {found}{near_misses(layers[0], modules - {''})}. Pass the submodule that the adapter is for."
+        )
+    return adapter.renamed(*places[0])
+
+
+def _config_for(model: nn.Module, adapter: Adapter) -> LoRAConfig:
+    """The adapter's options; where they choose other layers under this prefix, the same with the layers spelled out."""
+    config = adapter.config
+    if config is None:
+        raise LoRAError(
+            "adapter: the source stores no options (r and lora_alpha cannot be told from tensors alone); call "
+            "inject(model, LoRAConfig(...)) with those of the training first."
+        )
+    layers = adapter.layers()
+    targets = Targets(model, config)
+    if not targets.unmatched and set(targets.layers) == set(layers):
+        return config
+    alphas = {n: s * (math.sqrt(r) if config.use_rslora else r) for n, s, r in _ranks(adapter)}
+    return replace(
+        config,
+        target_modules=layers,
+        exclude_modules=None,
+        rank_pattern={re.escape(n): r for n, _, r in _ranks(adapter)},
+        alpha_pattern={re.escape(name): alpha for name, alpha in alphas.items()},
+    )
+
+
+def _ranks(adapter: Adapter) -> list[tuple[str, float, int]]:
+    return [(name, scaling, adapter.tensors[f"{name}.{B}"].shape[1]) for name, scaling in adapter.scalings.items()]
+
+
+def _copy(model: nn.Module, adapter: Adapter) -> None:
+    """Into the live tensors, all of them or none: everything was checked before."""
+    before = is_merged(model)
+    if before:
+        unmerge(model)
+    live = {name: (tensor, owner) for name, tensor, owner in named_state(model)}
+    with torch.inference_mode(False), torch.no_grad():
+        for name, value in adapter.tensors.items():
+            tensor, owner = live[name]
+            if tensor is None:
+                owner.set_extra_state(value)
+            else:
+                tensor.copy_(value)
+    note_trainable(model, expected=True)
+    if before:
+        merge(model)

@@ -1,0 +1,166 @@
+"""What goes into a Lightning checkpoint and how it comes back, for the kinds adapter, merged and full.
+
+    adapter  state_dict holds what training changes, and no base tensor
+    merged   state_dict holds plain merged weights; checkpoint["lora"]["adapter"] what training changes
+    full     state_dict holds base and adapter
+
+checkpoint["lora"] describes the adapter in each kind. Lightning calls the module's on_save_checkpoint last, also with
+save_weights_only=True, and its on_load_checkpoint before the strict load; a callback's hooks come too early, too
+late or not at all. So the instance's two methods are patched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import replace
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+
+from .adapter import Adapter, check_fit
+from .config import LoRAConfig
+from .errors import LoRAError
+from .injection import call_previous, find_injection, named_state, patch, require_injection
+from .merge import adapted_layers
+from .state import adapter_keys, base_keys, fingerprint, fold
+
+META = "lora"
+FORMAT_VERSION = 1
+Kind = Literal["adapter", "merged", "full"]
+
+
+def save_as(module: nn.Module, kind: Kind) -> None:
+    """From now on, checkpoints of this LightningModule are of that kind."""
+    if kind not in get_args(Kind):
+        raise LoRAError(f"save must be one of {', '.join(get_args(Kind))}, but it is {kind!r}.")
+    require_injection(module, "save_as")[2].save = kind
+    patch(module, "on_save_checkpoint", _on_save_checkpoint)
+    patch(module, "on_load_checkpoint", _on_load_checkpoint)
+
+
+def write(module: nn.Module, checkpoint: MutableMapping[str, Any], kind: Kind) -> None:
+    """Turn a checkpoint with a complete state_dict into one of the given kind."""
+    _, _, injection = require_injection(module, "checkpoint")
+    state = checkpoint["state_dict"]
+    keys = adapter_keys(module)
+    meta: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "kind": kind,
+        "config": injection.config.to_dict(),
+        "scalings": {name: layer.lora_scaling for name, layer in adapted_layers(module).items()},
+        "fingerprint": injection.fingerprint or fingerprint(module),
+    }
+    if kind == "full":
+        meta["initial"] = dict(injection.initial)
+    else:
+        shapes = {name: tensor.shape for name, tensor, _ in named_state(module) if tensor is not None}
+        drop = {name: shapes[name] for name in base_keys(module) if name not in set(keys) and name in shapes}
+        for key in list(checkpoint):
+            checkpoint[key] = _without(checkpoint[key], drop)
+    if kind == "merged":
+        meta["adapter"] = {name: state[name] for name in keys}
+        checkpoint["state_dict"] = fold(module, state)
+    checkpoint[META] = meta
+
+
+def _without(value: Any, drop: Mapping[str, torch.Size]) -> Any:
+    """A nested mapping without the tensors of those names and shapes, at any depth (weight averaging adds copies)."""
+    if not isinstance(value, Mapping):
+        return value
+    kept = {
+        name: _without(item, drop)
+        for name, item in value.items()
+        if not (isinstance(item, torch.Tensor) and drop.get(name) == item.shape)
+    }
+    same = len(kept) == len(value) and all(kept[name] is value[name] for name in kept)
+    return value if same else kept
+
+
+def read(module: nn.Module, checkpoint: MutableMapping[str, Any]) -> None:
+    """Complete the state dicts of a checkpoint of any kind, so that Lightning's strict load takes them.
+
+    Raises:
+        LoRAError: the checkpoint does not fit the injected module. Nothing is loaded.
+    """
+    if META not in checkpoint:
+        return  # a base checkpoint, or a full state dict; torch's strict load judges it
+    adapter, kind = adapter_of(checkpoint)
+    if kind == "full":  # its base comes along
+        check_fit(module, replace(adapter, fingerprint={}))
+        _check_full(module, checkpoint["state_dict"])
+        require_injection(module, "checkpoint")[2].initial = dict(checkpoint[META]["initial"])
+        return
+    check_fit(module, adapter)
+    _note_trained(module, adapter)
+    live = module.state_dict()
+    for key, value in checkpoint.items():
+        if key != META and isinstance(value, Mapping) and adapter.tensors.keys() <= value.keys():
+            checkpoint[key] = {**live, **value}
+    if kind == "merged":
+        checkpoint["state_dict"] = {**live, **adapter.tensors}
+
+
+def adapter_of(checkpoint: Mapping[str, Any]) -> tuple[Adapter, Kind]:
+    """The adapter in a checkpoint that this package wrote.
+
+    Raises:
+        LoRAError: checkpoint["lora"] is missing or not of a known form.
+    """
+    meta = checkpoint.get(META)
+    if not isinstance(meta, Mapping) or meta.get("kind") not in get_args(Kind):
+        raise LoRAError('checkpoint["lora"] is missing or damaged; this is not a checkpoint of lightning_lora.')
+    if meta.get("format_version") != FORMAT_VERSION:
+        raise LoRAError(
+            f"the checkpoint has format {meta.get('format_version')!r}, this lightning_lora reads {FORMAT_VERSION}; "
+            "install the version that wrote it."
+        )
+    kind: Kind = meta["kind"]
+    try:
+        tensors = meta["adapter"] if kind == "merged" else checkpoint["state_dict"]
+        base = meta["fingerprint"].keys() if kind == "full" else ()
+        return Adapter(
+            tensors={name: value for name, value in tensors.items() if name not in base},
+            config=LoRAConfig.from_dict(meta["config"]),
+            scalings=dict(meta["scalings"]),
+            fingerprint=dict(meta["fingerprint"]),
+            complete=True,
+        ), kind
+    except (KeyError, TypeError, AttributeError) as error:
+        raise LoRAError(f'checkpoint["lora"] is damaged: {error!r}.') from error
+
+
+def _check_full(module: nn.Module, state: Mapping[str, Any]) -> None:
+    missing = [name for name, _, _ in named_state(module) if name not in state]
+    if missing:
+        raise LoRAError(
+            f"the full checkpoint lacks {len(missing)} of the model's tensors, first {missing[0]!r}; it was cut or "
+            "saved from another model."
+        )
+
+
+def _note_trained(module: nn.Module, adapter: Adapter) -> None:
+    """What another callback had unfrozen in the saved run counts as trained here too."""
+    prefix, root, injection = require_injection(module, "checkpoint")
+    path = f"{prefix}." if prefix else ""
+    for name, parameter in root.named_parameters():
+        if path + name in adapter.tensors and name in injection.requires_grad and name not in injection.trained:
+            injection.trained.add(name)
+            injection.initial[name] = parameter.detach().clone()
+
+
+def _on_save_checkpoint(
+    module: nn.Module, previous: Callable[..., Any] | None, checkpoint: MutableMapping[str, Any]
+) -> None:
+    call_previous(module, previous, "on_save_checkpoint", checkpoint)
+    found = find_injection(module)
+    if found is not None and found[2].save is not None:
+        write(module, checkpoint, found[2].save)
+
+
+def _on_load_checkpoint(
+    module: nn.Module, previous: Callable[..., Any] | None, checkpoint: MutableMapping[str, Any]
+) -> None:
+    if find_injection(module) is not None:
+        read(module, checkpoint)
+    call_previous(module, previous, "on_load_checkpoint", checkpoint)

@@ -1,0 +1,190 @@
+"""LoRAConfig: the only place where an adapter option is defined and validated."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, NoReturn, get_args
+
+from .errors import LoRAError
+
+Bias = Literal["none", "all", "lora_only"]
+Init = Literal["gaussian", "orthogonal"]
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAConfig:
+    """Options of a low-rank adapter: W' = W + s * B @ A with s = lora_alpha / r (arXiv:2106.09685).
+
+    Names and defaults are PEFT's. A list of module names matches a whole name or a dotted suffix of it; a string is a
+    regular expression that must match a whole name.
+
+    Args:
+        r: rank of A (r, in) and B (out, r).
+        lora_alpha: numerator of the scaling s.
+        lora_dropout: probability of dropping an input feature of the adapter while the layer is in training mode.
+        target_modules: the layers to adapt: a list, a regular expression, or "all-linear" (every linear layer and
+            transformers' Conv1D, without the output head and without tied weights).
+        exclude_modules: layers to leave alone although target_modules selects them.
+        modules_to_save: modules that are trained and saved whole, beside the adapter.
+        rank_pattern: another r for some layers; keys are regular expressions over a dotted suffix of the name.
+        alpha_pattern: another lora_alpha for some layers, keys as in rank_pattern.
+        bias: which biases are trained: "none", "all", or those of adapted layers ("lora_only").
+        use_rslora: s = lora_alpha / sqrt(r) (arXiv:2312.03732).
+        init_lora_weights: True (A Kaiming-uniform, B zero; an Embedding's A zero, B normal), "gaussian" (A normal
+            with deviation 1/r, B zero), "orthogonal" (B @ A zero, both non-zero; r must be even), or False (A and B
+            both random: the adapter changes the output before the first step).
+        enable_lora: for a fused projection, which of its equal parts are adapted, as {"qkv": [True, False, True]}
+            (loralib's MergedLinear).
+        autocast_adapter_dtype: keep adapters of float16 and bfloat16 layers in float32.
+
+    Raises:
+        LoRAError: a value is not allowed; the message holds it.
+    """
+
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    target_modules: str | Sequence[str] = ALL_LINEAR
+    exclude_modules: str | Sequence[str] | None = None
+    modules_to_save: Sequence[str] | None = None
+    rank_pattern: Mapping[str, int] | None = None
+    alpha_pattern: Mapping[str, float] | None = None
+    bias: Bias = "none"
+    use_rslora: bool = False
+    init_lora_weights: bool | Init = True
+    enable_lora: Mapping[str, Sequence[bool]] | None = None
+    autocast_adapter_dtype: bool = True
+
+    def __post_init__(self) -> None:
+        self._normalise()
+        _check_rank("r", self.r)
+        _check_alpha("lora_alpha", self.lora_alpha)
+        if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
+            _refuse("lora_dropout", "a probability in [0, 1)", self.lora_dropout)
+        if self.target_modules is None or not self.target_modules:
+            _refuse("target_modules", "at least one name, a regular expression or 'all-linear'", self.target_modules)
+        for option in ("target_modules", "exclude_modules", "modules_to_save"):
+            _check_names(option, getattr(self, option))
+        for pattern, rank in (self.rank_pattern or {}).items():
+            _check_regex("rank_pattern", pattern)
+            _check_rank(f"rank_pattern[{pattern!r}]", rank)
+        for pattern, alpha in (self.alpha_pattern or {}).items():
+            _check_regex("alpha_pattern", pattern)
+            _check_alpha(f"alpha_pattern[{pattern!r}]", alpha)
+        if self.bias not in get_args(Bias):
+            _refuse("bias", f"one of {', '.join(get_args(Bias))}", self.bias)
+        for option in ("use_rslora", "autocast_adapter_dtype"):
+            if not isinstance(getattr(self, option), bool):
+                _refuse(option, "true or false", getattr(self, option))
+        self._check_init()
+        for name, parts in (self.enable_lora or {}).items():
+            if not all(isinstance(part, bool) for part in parts) or not any(parts):
+                _refuse(f"enable_lora[{name!r}]", "a list of booleans with at least one true", parts)
+
+    def rank(self, name: str) -> int:
+        """r of the layer `name`."""
+        return next((r for key, r in (self.rank_pattern or {}).items() if pattern_matches(key, name)), self.r)
+
+    def alpha(self, name: str) -> float:
+        """lora_alpha of the layer `name`."""
+        alphas = self.alpha_pattern or {}
+        return next((alpha for key, alpha in alphas.items() if pattern_matches(key, name)), self.lora_alpha)
+
+    def scaling(self, name: str) -> float:
+        """s of the layer `name`."""
+        rank = self.rank(name)
+        return self.alpha(name) / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options as plain types, for checkpoints and JSON."""
+        return {name: _plain(value) for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, options: Mapping[str, Any]) -> LoRAConfig:
+        """The inverse of to_dict; an unknown option is an error that names it."""
+        known = {field.name for field in fields(cls)}
+        for name in options:
+            if name not in known:
+                _refuse(str(name), f"one of the options {', '.join(sorted(known))}", options[name])
+        return cls(**options)
+
+    def differing(self, other: LoRAConfig) -> list[str]:
+        """Names of the options in which the two configs differ."""
+        return [field.name for field in fields(self) if getattr(self, field.name) != getattr(other, field.name)]
+
+    def _normalise(self) -> None:
+        """Own, immutable copies of what the caller may go on to change; an empty collection means None."""
+        for option in ("target_modules", "exclude_modules", "modules_to_save"):
+            value = getattr(self, option)
+            if isinstance(value, (list, tuple, set, frozenset)):
+                ordered = sorted(value, key=str) if isinstance(value, (set, frozenset)) else value
+                keep = ordered or option == "target_modules"
+                object.__setattr__(self, option, tuple(ordered) if keep else None)
+        for option in ("rank_pattern", "alpha_pattern", "enable_lora"):
+            value = getattr(self, option)
+            if value is None:
+                continue
+            if not isinstance(value, Mapping):
+                _refuse(option, "a mapping", value)
+            if option == "enable_lora":
+                value = {name: tuple(parts) for name, parts in value.items()}
+            object.__setattr__(self, option, dict(value) or None)
+
+    def _check_init(self) -> None:
+        init = self.init_lora_weights
+        if not isinstance(init, bool) and init not in get_args(Init):
+            _refuse("init_lora_weights", "true, false, 'gaussian' or 'orthogonal'", init)
+        if init == "orthogonal":
+            for rank in (self.r, *(self.rank_pattern or {}).values()):
+                if rank % 2:
+                    _refuse("r", "an even rank for init_lora_weights='orthogonal'", rank)
+
+
+def pattern_matches(pattern: str, name: str) -> bool:
+    """PEFT's rule for the keys of rank_pattern and alpha_pattern: the regular expression ends a dotted suffix."""
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _refuse(option: str, expected: str, found: object) -> NoReturn:
+    raise LoRAError(f"LoRAConfig: {option} must be {expected}, but it is {found!r}.")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_rank(option: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        _refuse(option, "a whole number of at least 1", value)
+
+
+def _check_alpha(option: str, value: object) -> None:
+    if not _is_number(value) or value <= 0:  # type: ignore[operator]
+        _refuse(option, "a finite number above 0", value)
+
+
+def _check_regex(option: str, pattern: object) -> None:
+    try:
+        re.compile(pattern)  # type: ignore[call-overload]
+    except (re.error, TypeError) as error:
+        raise LoRAError(f"LoRAConfig: {option}: {pattern!r} is not a regular expression: {error}.") from error
+
+
+def _check_names(option: str, value: object) -> None:
+    if value is None:
+        return
+    if isinstance(value, str) and option != "modules_to_save":
+        _check_regex(option, value)
+    elif not isinstance(value, tuple) or not all(isinstance(name, str) and name for name in value):
+        kind = "a list of module names" if option == "modules_to_save" else "a list of names or a regular expression"
+        _refuse(option, kind, value)

@@ -1,0 +1,261 @@
+"""The merge arithmetic on one weight: add s * B @ A in place, take it out again bit for bit.
+
+Per block of rows, with d = s * B @ A in float32 (float64 for a float64 weight):
+
+    merge:    new = round(W + d); back = round(new - d); keep W where back's bits differ; W <- new
+    unmerge:  W <- round(W - d); W[kept] <- the kept values
+
+Adding and subtracting alone drifts; a full copy doubles the memory. This keeps the few per cent of values that
+subtraction would not bring back, and its own copies of A and B, so that d is the same bits both times. This file is the
+only place that adds a delta to a weight: live merge, merged save and the command line all come here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import torch
+
+from .errors import LoRAError
+
+CPU_BLOCK = 2**18  # elements; small enough for the cache
+GPU_BLOCK = 2**25  # elements; large enough to fill a card
+KEEP_AT_MOST = 0.25  # above this share of a block, a plain copy of it serves
+
+Bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+Observer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
+
+
+class Piece(NamedTuple):
+    """left (m, k) @ right (k, n) is added to W[row : row + m, col : col + n], W seen as (rows, everything else).
+
+    The pieces of one weight do not overlap.
+    """
+
+    row: int
+    col: int
+    left: torch.Tensor
+    right: torch.Tensor
+
+
+@dataclass
+class Kept:
+    """What taking a delta out again needs: the scaled factors and, per block, values or a plain copy.
+
+    Attributes:
+        pieces: own copies of the factors, the scaling folded into left, in the dtype of the arithmetic.
+        blocks: one entry a merged block, in order: positions and values, or a copy of the block.
+        copy: a plain copy of the whole weight, which makes the rest unnecessary.
+        bits: check value of the weight before the merge.
+        threads: the number of threads that computed d, which can change its last bits.
+    """
+
+    pieces: list[Piece]
+    copy: torch.Tensor | None = None
+    blocks: list[tuple[torch.Tensor, torch.Tensor] | torch.Tensor] = field(default_factory=list)
+    bits: int = 0
+    threads: int = 0
+
+    def nbytes(self) -> int:
+        """Bytes held, without the copies of the factors."""
+        tensors = [] if self.copy is None else [self.copy]
+        for block in self.blocks:
+            tensors += block if isinstance(block, tuple) else [block]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def add_delta_(
+    weight: torch.Tensor,
+    pieces: list[Piece],
+    scaling: float,
+    *,
+    copy: bool = False,
+    observe: Observer | None = None,
+) -> Kept:
+    """weight += scaling * (the pieces), in place, each element rounded once.
+
+    Args:
+        weight: any shape, floating point.
+        pieces: the factors, in any floating dtype.
+        scaling: s, multiplied into the factors in the dtype of the arithmetic.
+        copy: keep a plain copy of the weight instead of the values that subtraction would miss.
+        observe: called for each block with the rounded sum, the exact sum and the delta, all in that dtype.
+
+    Returns:
+        What remove_delta_ needs.
+
+    Raises:
+        LoRAError: a value of the sum is not finite. The weight is then as it was.
+    """
+    with exact_arithmetic(weight.device):
+        kept = Kept(_scaled(pieces, scaling, weight.dtype), threads=torch.get_num_threads())
+        if copy:
+            kept.copy = weight.detach().clone(memory_format=torch.preserve_format)
+        else:
+            kept.bits = _bits_sum(weight)
+        try:
+            for block, delta in _blocks(weight, kept.pieces):
+                _merge_block(block, delta, kept, observe)
+        except BaseException:
+            _restore(weight, kept)
+            raise
+    return kept
+
+
+def remove_delta_(weight: torch.Tensor, kept: Kept) -> None:
+    """Undo add_delta_, bit for bit. `kept` is used up.
+
+    Raises:
+        LoRAError: the weight's bits are not what they were before the merge: something else changed it meanwhile.
+    """
+    with exact_arithmetic(weight.device, kept.threads):
+        _restore(weight, kept)
+        if kept.copy is None and _bits_sum(weight) != kept.bits:
+            raise LoRAError(
+                "the restored weight is not bit for bit what it was before merging; it was changed while it was "
+                "merged, or this machine computes differently. Load the base weights again before you go on"
+            )
+
+
+def restored(weight: torch.Tensor, kept: Kept) -> torch.Tensor:
+    """The weight as it was before add_delta_, as a new tensor; `weight` and `kept` are left alone."""
+    with exact_arithmetic(weight.device):
+        if kept.copy is not None:
+            return kept.copy.clone(memory_format=torch.preserve_format)
+        original = weight.detach().clone(memory_format=torch.preserve_format)
+        remove_delta_(original, replace(kept, blocks=list(kept.blocks)))
+    return original
+
+
+def merged_weight(weight: torch.Tensor, pieces: list[Piece], scaling: float) -> torch.Tensor:
+    """W' as a new tensor: what add_delta_ would have written."""
+    with exact_arithmetic(weight.device):
+        merged = weight.detach().clone(memory_format=torch.preserve_format)
+        for block, delta in _blocks(merged, _scaled(pieces, scaling, weight.dtype)):
+            block.copy_(_rounded_sum(block, delta)[0])
+    return merged
+
+
+@contextmanager
+def exact_arithmetic(device: torch.device, threads: int | None = None) -> Iterator[None]:
+    """The same bits whatever surrounds the call: no autocast, no inference mode, full precision, given threads."""
+    precisions = _matmul_precisions()
+    before = torch.get_num_threads()
+    try:
+        _set_matmul_precisions(dict.fromkeys(precisions, FULL_PRECISION))
+        if threads and threads != before:
+            torch.set_num_threads(threads)
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        _set_matmul_precisions(precisions)
+        if threads and threads != before:
+            torch.set_num_threads(before)
+
+
+FULL_PRECISION = "ieee" if hasattr(torch.backends.mkldnn, "matmul") else "highest"
+
+
+def _matmul_precisions() -> dict[str, str]:
+    """Per backend where torch has such settings (2.9 and newer, where mixing them with the old call is an error)."""
+    if FULL_PRECISION == "highest":
+        return {"all": torch.get_float32_matmul_precision()}
+    return {name: getattr(torch.backends, name).matmul.fp32_precision for name in ("mkldnn", "cuda")}
+
+
+def _set_matmul_precisions(precisions: dict[str, str]) -> None:
+    for name, precision in precisions.items():
+        if name == "all":
+            torch.set_float32_matmul_precision(precision)
+        elif getattr(torch.backends, name).matmul.fp32_precision != precision:
+            getattr(torch.backends, name).matmul.fp32_precision = precision
+
+
+def _scaled(pieces: list[Piece], scaling: float, dtype: torch.dtype) -> list[Piece]:
+    compute = torch.promote_types(dtype, torch.float32)
+    return [
+        Piece(
+            piece.row,
+            piece.col,
+            piece.left.detach().to(compute).mul(scaling).contiguous(),
+            piece.right.detach().to(compute, copy=True).contiguous(),
+        )
+        for piece in pieces
+    ]
+
+
+def _blocks(weight: torch.Tensor, pieces: list[Piece]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Views of the weight, block by block, each with its delta (a buffer that the next block overwrites)."""
+    for piece in pieces:
+        for start in _starts(weight, piece):
+            yield _block(weight, piece, start)
+
+
+def _starts(weight: torch.Tensor, piece: Piece) -> range:
+    most = CPU_BLOCK if weight.device.type == "cpu" else GPU_BLOCK
+    return range(0, piece.left.shape[0], max(1, most // max(1, piece.right.shape[1])))
+
+
+def _block(weight: torch.Tensor, piece: Piece, start: int) -> tuple[torch.Tensor, torch.Tensor]:
+    rows = piece.left[start : start + _starts(weight, piece).step]
+    block = weight.detach().narrow(0, piece.row + start, rows.shape[0])
+    if piece.right.shape[1] != weight[0].numel():
+        block = block.narrow(1, piece.col, piece.right.shape[1])
+    return block, torch.mm(rows, piece.right).view(block.shape)
+
+
+def _merge_block(block: torch.Tensor, delta: torch.Tensor, kept: Kept, observe: Observer | None) -> None:
+    new, exact = _rounded_sum(block, delta)
+    if observe:
+        observe(new.to(delta.dtype), exact, delta)
+    if kept.copy is None:
+        back = torch.sub(new.to(delta.dtype), delta).to(block.dtype)
+        kept.blocks.append(_differing(block, back))
+    block.copy_(new)
+
+
+def _rounded_sum(block: torch.Tensor, delta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    exact = delta + block
+    new = exact.to(block.dtype)
+    # A sum is cheap, and finite where all values are, but for an overflow of its own.
+    if not torch.isfinite(new.sum(dtype=delta.dtype)) and not torch.isfinite(new).all():
+        raise LoRAError("W + s * B @ A is not finite (NaN, Inf, or beyond the range of its dtype)")
+    return new, exact
+
+
+def _differing(block: torch.Tensor, back: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | torch.Tensor:
+    bits = Bits[block.element_size()]
+    changed = (block.view(bits) != back.view(bits)).flatten().nonzero().squeeze(1)
+    if changed.numel() > KEEP_AT_MOST * block.numel():
+        return block.clone(memory_format=torch.preserve_format)
+    return changed.to(torch.int32), block.flatten()[changed]
+
+
+def _restore(weight: torch.Tensor, kept: Kept) -> None:
+    """Undo the merged blocks, last first; each is struck off when it is done, so that a failure can be taken up."""
+    if kept.copy is not None:
+        weight.detach().copy_(kept.copy)
+        return
+    places = [(piece, start) for piece in kept.pieces for start in _starts(weight, piece)]
+    while kept.blocks:
+        piece, start = places[len(kept.blocks) - 1]
+        block, delta = _block(weight, piece, start)
+        record = kept.blocks[-1]
+        if isinstance(record, torch.Tensor):
+            block.copy_(record)
+        else:
+            back = torch.sub(block, delta).to(block.dtype).flatten()
+            back[record[0].long()] = record[1]
+            block.copy_(back.view(block.shape))
+        kept.blocks.pop()
+
+
+def _bits_sum(weight: torch.Tensor) -> int:
+    """An order-independent check value of the weight's bits."""
+    weight = weight.detach()
+    if weight.is_contiguous() and weight.numel() * weight.element_size() % 8 == 0 and weight.data_ptr() % 8 == 0:
+        return int(weight.view(-1).view(torch.int64).sum())
+    return int(weight.view(Bits[weight.element_size()]).sum(dtype=torch.int64))

@@ -1,0 +1,55 @@
+"""Reading what others wrote: nothing is unpickled beyond weights_only, and every failure is a LoRAError."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from .errors import LoRAError
+
+PathLike = str | os.PathLike[str]
+
+
+def read_torch_file(path: PathLike) -> dict[str, Any]:
+    """A checkpoint or state dict, on the CPU.
+
+    Raises:
+        LoRAError: no such file, truncated, not a dictionary, or it holds more than plain types and tensors.
+    """
+    _require_file(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise LoRAError(
+            f"{path}: holds objects other than plain types and tensors, or is damaged, and was not loaded: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise LoRAError(f"{path}: cannot be read as a checkpoint; it may be truncated: {error}") from error
+    if not isinstance(content, dict):
+        raise LoRAError(f"{path}: expected a dictionary, found {type(content).__name__}.")
+    return content
+
+
+def read_safetensors(path: PathLike) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors of a safetensors file, on the CPU, and its header's metadata.
+
+    Raises:
+        LoRAError: no such file, or not a whole safetensors file.
+    """
+    _require_file(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise LoRAError(f"{path}: cannot be read as safetensors; it may be truncated: {error}") from error
+
+
+def _require_file(path: PathLike) -> None:
+    if not Path(path).is_file():
+        raise LoRAError(f"{path}: there is no such file.")

@@ -1,0 +1,161 @@
+"""What a model remembers of its injection, kept as a plain attribute of the module that inject was called on."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from .base import A, B, LoRALayer
+from .config import LoRAConfig
+from .errors import LoRAError
+
+ATTRIBUTE = "lora_injection"
+
+
+@dataclass
+class Injection:
+    """The state of one injected model; names are relative to the module that holds it.
+
+    Attributes:
+        config: the options.
+        merge_weights: eval() merges, train() unmerges.
+        requires_grad: of every base parameter, before injection.
+        initial: values of what training changes beside A and B (trained base parameters, persistent buffers), from
+            before training.
+        trained: names of base parameters that were ever trainable.
+        save: the kind of Lightning checkpoint, or None for an unfiltered one.
+        fingerprint: of the base at fit start, by the names of the LightningModule.
+    """
+
+    config: LoRAConfig
+    merge_weights: bool = False
+    requires_grad: dict[str, bool] = field(default_factory=dict)
+    initial: dict[str, torch.Tensor] = field(default_factory=dict)
+    trained: set[str] = field(default_factory=set)
+    save: Any = None
+    fingerprint: dict[str, Any] = field(default_factory=dict)
+
+
+def find_injection(model: nn.Module) -> tuple[str, nn.Module, Injection] | None:
+    """The name, module and state of the injection in a model, or None.
+
+    Raises:
+        LoRAError: there are several.
+    """
+    found = [(name, m, vars(m)[ATTRIBUTE]) for name, m in model.named_modules() if ATTRIBUTE in vars(m)]
+    if len(found) > 1:
+        places = ", ".join(repr(name) for name, _, _ in found)
+        raise LoRAError(f"{type(model).__name__} holds several injected models ({places}); handle each by itself.")
+    return found[0] if found else None
+
+
+def require_injection(model: nn.Module, verb: str) -> tuple[str, nn.Module, Injection]:
+    """find_injection, where its absence is an error."""
+    found = find_injection(model)
+    if found is None:
+        raise LoRAError(
+            f"{verb}: {type(model).__name__} was not injected; call inject(model, LoRAConfig(...)) first, or pass the "
+            "module that it was called on."
+        )
+    return found
+
+
+def named_state(model: nn.Module) -> Iterator[tuple[str, torch.Tensor | None, nn.Module]]:
+    """The names of model.state_dict(), each with its live tensor (None for extra state) and owner.
+
+    Unlike state_dict() this restores no merged weight. A shared module or parameter comes under each of its names.
+    """
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        path = f"{prefix}." if prefix else ""
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                yield path + name, parameter, module
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                yield path + name, buffer, module
+        if getattr(type(module), "get_extra_state", nn.Module.get_extra_state) is not nn.Module.get_extra_state:
+            yield path + "_extra_state", None, module
+
+
+def is_factor(name: str, module: nn.Module) -> bool:
+    """Whether a state name is an adapter's own parameter."""
+    return isinstance(module, LoRALayer) and name.rpartition(".")[2] in (A, B)
+
+
+def note_trainable(model: nn.Module, *, expected: bool = False) -> None:
+    """Remember, with its present value, every base parameter that has become trainable.
+
+    Args:
+        model: an injected model.
+        expected: the options ask for it; otherwise another hand unfroze it, and a warning says so.
+    """
+    _, root, injection = require_injection(model, "note_trainable")
+    new = {
+        name: parameter
+        for name, parameter in root.named_parameters()
+        if parameter.requires_grad and name not in injection.trained and name.rpartition(".")[2] not in (A, B)
+    }
+    for name, parameter in new.items():
+        injection.trained.add(name)
+        injection.initial[name] = parameter.detach().clone()
+    if new and not expected:
+        shown = ", ".join(list(new)[:3]) + (f" and {len(new) - 3} more" if len(new) > 3 else "")
+        warnings.warn(
+            f"lightning_lora: base parameters were unfrozen after injection ({shown}); they are saved with the adapter",
+            stacklevel=2,
+        )
+
+
+def note_initial(model: nn.Module) -> None:
+    """Take the present values as those from before training."""
+    _, root, injection = require_injection(model, "note_initial")
+    tensors = {name: tensor for name, tensor, module in named_state(root) if not is_factor(name, module)}
+    buffers = {id(buffer) for buffer in root.buffers()}
+    injection.initial = {
+        name: tensor.detach().clone()
+        for name, tensor in tensors.items()
+        if tensor is not None and (name in injection.trained or id(tensor) in buffers)
+    }
+
+
+def swap_initial_(root: nn.Module, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Write values into the named state of a module, in place; returns what was there."""
+    live = {name: tensor for name, tensor, _ in named_state(root) if tensor is not None}
+    before = {name: live[name].detach().clone() for name in values if name in live}
+    with torch.inference_mode(False), torch.no_grad():
+        for name in before:
+            live[name].copy_(values[name])
+    return before
+
+
+def patch(module: nn.Module, name: str, function: Callable[..., Any]) -> None:
+    """Shadow a method of one instance with function(module, previous, ...); deepcopy and pickle follow.
+
+    `previous` is what the instance's own attribute was, or None for the class's method. A closure would not pickle,
+    and a copy of it would act on the original module.
+    """
+    current = vars(module).get(name)
+    if not (isinstance(current, functools.partial) and current.func is function):
+        setattr(module, name, functools.partial(function, module, current))
+
+
+def unpatch(model: nn.Module) -> None:
+    """Take every patch out of a model."""
+    package = __name__.rpartition(".")[0] + "."
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, functools.partial) and getattr(value.func, "__module__", "").startswith(package):
+                delattr(module, name)
+                if value.args[1] is not None:
+                    setattr(module, name, value.args[1])
+
+
+def call_previous(module: nn.Module, previous: Callable[..., Any] | None, name: str, *args: Any) -> Any:
+    """Call the method that a patch shadows."""
+    return previous(*args) if previous else getattr(type(module), name)(module, *args)

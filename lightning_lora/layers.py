@@ -1,0 +1,202 @@
+"""The kinds of adapted layers: how B @ A maps to each layer's weight, and each factored forward."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .base import A, B, LoRALayer, swapped_class
+from .exact import Piece
+
+
+class LoRALinear(LoRALayer):
+    """nn.Linear: weight (out, in), A (r, in), B (out, r); with enabled parts A (n*r, in), B (n*out/len, r)."""
+
+    def factor_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        out_features, in_features = self._features()
+        parts = self.lora_enabled or (True,)
+        return (sum(parts) * self.lora_r, in_features), (out_features // len(parts) * sum(parts), self.lora_r)
+
+    def _features(self) -> tuple[int, int]:
+        out_features, in_features = self.weight.shape
+        return out_features, in_features
+
+    def parts(self, factor_a: torch.Tensor, factor_b: torch.Tensor) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
+        """(first output, A, B) of each adapted part; a plain layer is one part."""
+        if self.lora_enabled is None:
+            return [(0, factor_a, factor_b)]
+        size = self._features()[0] // len(self.lora_enabled)
+        starts = [i * size for i, enabled in enumerate(self.lora_enabled) if enabled]
+        return list(zip(starts, torch.split(factor_a, self.lora_r), torch.split(factor_b, size), strict=True))
+
+    def pieces(self, factor_a: torch.Tensor, factor_b: torch.Tensor) -> list[Piece]:
+        return [Piece(start, 0, b, a) for start, a, b in self.parts(factor_a, factor_b)]
+
+    def factored_forward(self, input: torch.Tensor) -> torch.Tensor:
+        base = self.base_forward(input)
+        x = F.dropout(input, self.lora_dropout, self.training) if self.lora_dropout else input
+        outputs, done = [], 0
+        for start, a, b in self.parts(self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)):
+            if start > done:
+                outputs.append(base.new_zeros(*base.shape[:-1], start - done))
+            outputs.append(F.linear(F.linear(x, a), b) * self.lora_scaling)
+            done = start + b.shape[0]
+        if done < base.shape[-1]:
+            outputs.append(base.new_zeros(*base.shape[:-1], base.shape[-1] - done))
+        adapted = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+        return cast(torch.Tensor, base + adapted)
+
+
+class LoRAConv1D(LoRALinear):
+    """transformers' Conv1D, a linear layer with its weight stored (in, out); A and B as for nn.Linear."""
+
+    def _features(self) -> tuple[int, int]:
+        in_features, out_features = self.weight.shape
+        return out_features, in_features
+
+    def pieces(self, factor_a: torch.Tensor, factor_b: torch.Tensor) -> list[Piece]:
+        return [Piece(0, start, a.T, b.T) for start, a, b in self.parts(factor_a, factor_b)]
+
+
+class LoRAEmbedding(LoRALayer):
+    """nn.Embedding: weight (num, dim), A (r, num), B (dim, r), no dropout (as PEFT and loralib).
+
+    max_norm would renormalise W in place; such a layer stays factored, on rows renormalised out of place.
+    """
+
+    embedding: nn.Embedding
+
+    def factor_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return (self.lora_r, self.weight.shape[0]), (self.weight.shape[1], self.lora_r)
+
+    def pieces(self, factor_a: torch.Tensor, factor_b: torch.Tensor) -> list[Piece]:
+        return [Piece(0, 0, factor_a.T, factor_b.T)]
+
+    def stays_factored(self) -> str:
+        return super().stays_factored() or ("max_norm renormalises its rows in place" if self._renormalises() else "")
+
+    def _renormalises(self) -> bool:
+        return cast(nn.Embedding, self).max_norm is not None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.lora_active and self._renormalises():
+            return self._renormalised(*args, **kwargs)
+        return super().forward(*args, **kwargs)
+
+    def _renormalised(self, input: torch.Tensor) -> torch.Tensor:
+        layer = cast(nn.Embedding, self)
+        if self.weight.requires_grad:  # unfrozen by the user: trained as the base class does it
+            return cast(torch.Tensor, self.base_forward(input))
+        rows = self.weight.detach()[input]
+        flat = rows.view(-1, rows.shape[-1])
+        each = torch.arange(flat.shape[0], device=flat.device)
+        torch.embedding_renorm_(flat, each, cast(float, layer.max_norm), layer.norm_type)
+        return rows
+
+    def factored_forward(self, input: torch.Tensor) -> torch.Tensor:
+        layer = cast(nn.Embedding, self)
+        base = self._renormalised(input) if self._renormalises() else self.base_forward(input)
+        a, b = self.lora_A.to(base.dtype), self.lora_B.to(base.dtype)
+        hidden = F.embedding(input, a.T, layer.padding_idx, None, 2.0, layer.scale_grad_by_freq, False)
+        return base + F.linear(hidden, b) * self.lora_scaling
+
+
+class LoRAConv(LoRALayer):
+    """nn.Conv1d/2d/3d: weight (Cout, Cin/groups, k...), A (r, Cin/groups, k...), B (Cout, r, 1...).
+
+    delta is B @ A on the flattened weight. Where convolving with A costs as much as with W (r * groups >= Cout, as in
+    depthwise layers), the layer runs on W + delta.
+    """
+
+    KNOWN_FORWARD = ("forward", "_conv_forward")
+
+    def factor_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        out_channels, *rest = self.weight.shape
+        return (self.lora_r, *rest), (out_channels, self.lora_r, *[1] * (len(rest) - 1))
+
+    def pieces(self, factor_a: torch.Tensor, factor_b: torch.Tensor) -> list[Piece]:
+        return [Piece(0, 0, factor_b.flatten(1), factor_a.flatten(1))]
+
+    def factored_forward(self, input: torch.Tensor) -> torch.Tensor:
+        layer = cast(nn.Conv2d, self)
+        dropping = self.training and self.lora_dropout > 0
+        if self.lora_r * layer.groups >= layer.out_channels and not dropping:
+            return cast(torch.Tensor, self.forward_on_sum(input))
+        base = self.base_forward(input)
+        x = F.dropout(input, self.lora_dropout, self.training) if self.lora_dropout else input
+        a, b = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
+        if layer.groups > 1:  # every group goes through the whole of A, then through its own rows of B
+            a = a.repeat(layer.groups, *[1] * (a.dim() - 1))
+        hidden = layer._conv_forward(x, a, None)
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[b.dim() - 3]
+        return cast(torch.Tensor, base + convolve(hidden, b, groups=layer.groups) * self.lora_scaling)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is transformers' Conv1D, without importing transformers."""
+    return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__)
+
+
+def layer_kind(module: nn.Module) -> type[LoRALayer] | None:
+    """The mixin that adapts a module, or None where there is none."""
+    if isinstance(module, nn.Linear):
+        return LoRALinear
+    if isinstance(module, nn.Embedding):
+        return LoRAEmbedding
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return LoRAConv
+    return LoRAConv1D if is_conv1d(module) else None
+
+
+def has_own_forward(module: nn.Module, mixin: type[LoRALayer]) -> bool:
+    """Whether the class replaces the forward for which the factored shortcut is known."""
+    known = ("torch.nn.modules.", "transformers.pytorch_utils")
+    return any(not getattr(type(module), name).__module__.startswith(known) for name in mixin.KNOWN_FORWARD)
+
+
+def adapt_(
+    module: nn.Module, *, r: int, alpha: float, scaling: float, dropout: float, enabled: tuple[bool, ...] | None
+) -> LoRALayer:
+    """Turn a supported module into an adapted layer, without its factors yet."""
+    mixin = cast(type[LoRALayer], layer_kind(module))
+    own_forward = has_own_forward(module, mixin)
+    module.__class__ = swapped_class(mixin, type(module))
+    layer = cast(LoRALayer, module)
+    layer.lora_r, layer.lora_alpha, layer.lora_scaling, layer.lora_dropout = r, alpha, scaling, dropout
+    layer.lora_own_forward, layer.lora_enabled = own_forward, enabled
+    layer.lora_active, layer.lora_merged, layer.lora_kept = True, False, None
+    layer.lora_damaged, layer.lora_tied, layer.lora_reported = False, "", False
+    return layer
+
+
+def init_factors_(layer: LoRALayer, init: bool | str, dtype: torch.dtype, generator: torch.Generator) -> None:
+    """Create and fill A and B, on the CPU from `generator`, so that every device gets the same numbers."""
+    shape_a, shape_b = layer.factor_shapes()
+    a, b = torch.zeros(shape_a), torch.zeros(shape_b)
+    if isinstance(layer, LoRAEmbedding) and init is not False and init != "orthogonal":
+        b.normal_(generator=generator)
+    elif init == "orthogonal":
+        a, b = _orthogonal(shape_a, shape_b, generator)
+    elif init == "gaussian":
+        a.normal_(std=1 / layer.lora_r, generator=generator)
+    else:
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
+        if init is False:
+            nn.init.kaiming_uniform_(b, a=math.sqrt(5), generator=generator)
+    for name, values in ((A, a), (B, b)):
+        layer.register_parameter(name, nn.Parameter(values.to(layer.weight.device, dtype)))
+
+
+def _orthogonal(
+    shape_a: tuple[int, ...], shape_b: tuple[int, ...], generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B from the odd and even rows of one orthogonal matrix, so that B @ A is zero (PEFT's "orthogonal")."""
+    r = shape_b[1]
+    rows = torch.linalg.qr(torch.randn(r, r, generator=generator))[0]
+    a = torch.randn(math.prod(shape_a) // r, r // 2, generator=generator).mm(rows[0::2]).T / 10
+    b = torch.randn(shape_b[0], r // 2, generator=generator).mm(rows[1::2]) / 10
+    return a.view(r, shape_a[0] // r, -1).transpose(0, 1).reshape(shape_a), b.reshape(shape_b)

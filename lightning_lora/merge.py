@@ -1,0 +1,187 @@
+"""merge, unmerge and what is between them, for all adapted layers of a model, all or nothing."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from .base import LoRALayer
+from .errors import LoRAError
+from .metrics import MergeFidelity
+from .readers import set_fast_paths_
+from .targets import tied_weights
+
+COPY_BUDGET = 64 * 2**20  # bytes of plain copies of small weights, which are faster than keeping values
+WORST_FIDELITY = 0.05
+HALF = (torch.float16, torch.bfloat16)
+
+log = logging.getLogger(__name__)
+
+
+def adapted_layers(model: nn.Module) -> dict[str, LoRALayer]:
+    """The adapted layers of a model, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALayer)}
+
+
+def is_merged(model: nn.Module) -> bool:
+    """Whether merge was called and not undone, also where a tied layer had to stay factored."""
+    return any(isinstance(module, LoRALayer) and module.lora_merged for module in model.modules())
+
+
+def merge(model: nn.Module) -> None:
+    """Put W' = W + s * B @ A into every adapted layer's weight, in place; unmerge takes it out bit for bit.
+
+    Harmless when repeated. A layer whose weight has another owner, or renormalises itself, stays factored. The first
+    merge of 16-bit layers logs what rounding W' costs.
+
+    Raises:
+        LoRAError: the model has no adapted layer, or a layer's W' is not finite. Every layer is then unmerged.
+    """
+    layers = _require_layers(model, "merge")
+    pending = {name: layer for name, layer in layers.items() if not layer.lora_merged}
+    if not pending:
+        return
+    copies = _affordable_copies(layers.values())
+    fidelity = _Fidelity(pending.values())
+    with _deferred_interrupt():
+        try:
+            _note_tied(model)
+            for name, layer in pending.items():
+                if layer.stays_factored():
+                    layer.lora_merged = True
+                else:
+                    _merge_layer(name, layer, layer in copies, fidelity)
+            fidelity.report()
+        except BaseException:
+            _unmerge_all(layers)
+            raise
+        finally:
+            set_fast_paths_(model)
+
+
+def unmerge(model: nn.Module) -> None:
+    """Give every adapted layer's weight the bits that it had before merge; harmless when repeated.
+
+    Raises:
+        LoRAError: the model has no adapted layer, or a weight cannot be restored because something changed it while
+            it was merged. The other layers are restored, and nothing is saved from the damaged one.
+    """
+    layers = _require_layers(model, "unmerge")
+    with _deferred_interrupt():
+        try:
+            _unmerge_all(layers)
+        finally:
+            set_fast_paths_(model)
+
+
+@contextmanager
+def merged(model: nn.Module) -> Iterator[nn.Module]:
+    """The model with merged weights inside, and in the state it was found in outside, also after an exception."""
+    before = is_merged(model)
+    merge(model)
+    try:
+        yield model
+    finally:
+        (merge if before else unmerge)(model)
+
+
+def _require_layers(model: nn.Module, verb: str) -> dict[str, LoRALayer]:
+    layers = adapted_layers(model)
+    if not layers:
+        raise LoRAError(f"{verb}: {type(model).__name__} has no adapted layer; call inject(model, LoRAConfig(...)).")
+    return layers
+
+
+def _merge_layer(name: str, layer: LoRALayer, copy: bool, fidelity: _Fidelity) -> None:
+    try:
+        layer.merge_(copy=copy, observe=fidelity.update if fidelity.wants(layer) else None)
+    except LoRAError as error:
+        raise LoRAError(
+            f"merge: layer {name!r}: {error}. Every layer is unmerged; look for a diverged training run (a lower "
+            "learning rate, gradient clipping) or evaluate with merged_eval=False."
+        ) from error
+
+
+def _unmerge_all(layers: Mapping[str, LoRALayer]) -> None:
+    failures = []
+    for name, layer in layers.items():
+        try:
+            if layer.lora_merged:
+                layer.unmerge_()
+        except LoRAError as error:
+            failures.append(f"unmerge: layer {name!r}: {error}.")
+    if failures:
+        raise LoRAError("\n".join(failures))
+
+
+def _note_tied(model: nn.Module) -> None:
+    for module, other in tied_weights(model).items():
+        if isinstance(module, LoRALayer):
+            module.lora_tied = other
+
+
+def _affordable_copies(layers: Iterable[LoRALayer]) -> set[LoRALayer]:
+    """Unmerged layers for whose weights a plain copy fits into the budget, smallest first."""
+    budget = COPY_BUDGET
+    affordable = set()
+    for layer in sorted(layers, key=lambda layer: layer.weight.nbytes):
+        if layer.lora_kept is not None:
+            budget -= 0 if layer.lora_kept.copy is None else layer.weight.nbytes
+        elif layer.weight.nbytes <= budget:
+            budget -= layer.weight.nbytes
+            affordable.add(layer)
+    return affordable
+
+
+class _Fidelity:
+    """The one-time report of what rounding costs in 16-bit layers."""
+
+    def __init__(self, layers: Iterable[LoRALayer]) -> None:
+        self.layers = {layer for layer in layers if layer.weight.dtype in HALF and not layer.lora_reported}
+        self.metric = MergeFidelity(sync_on_compute=False) if self.layers else None
+
+    def wants(self, layer: LoRALayer) -> bool:
+        return layer in self.layers
+
+    def update(self, rounded: torch.Tensor, exact: torch.Tensor, delta: torch.Tensor) -> None:
+        if self.metric is not None:
+            self.metric.update(rounded, exact, delta)
+
+    def report(self) -> None:
+        if self.metric is None or not self.metric.delta > 0:
+            return  # nothing merged yet: B is still zero
+        for layer in self.layers:
+            layer.lora_reported = True
+        lost = float(self.metric.compute())
+        message = f"merged 16-bit weights: rounding costs {lost:.1%} of the adapter's norm"
+        log.info(message)
+        if lost > WORST_FIDELITY:
+            warnings.warn(
+                f"lightning_lora: {message}. Merged and unmerged outputs differ by that much of the adapter's effect; "
+                "with merged_eval=False the adapter is evaluated unrounded.",
+                stacklevel=4,
+            )
+
+
+@contextmanager
+def _deferred_interrupt() -> Iterator[None]:
+    """Hold Ctrl-C back until the weights are consistent."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
+        yield
+        return
+    pending: list[tuple[Any, ...]] = []
+    handler = signal.signal(signal.SIGINT, lambda *args: pending.append(args))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if pending and callable(handler):
+            handler(*pending[0])

@@ -1,0 +1,40 @@
+"""What merging costs, as torchmetrics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torchmetrics import Metric
+
+
+class MergeFidelity(Metric):
+    """Share of the adapter that rounding W' to the layer's dtype loses: |round(W + d) - (W + d)| / |d|.
+
+    0 means that merged and unmerged layers agree; in bfloat16 an adapter of 1 % of W's norm loses about 0.17.
+    """
+
+    is_differentiable = False
+    higher_is_better = False
+    full_state_update = False
+    error: torch.Tensor
+    delta: torch.Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("error", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("delta", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, rounded: torch.Tensor, exact: torch.Tensor, delta: torch.Tensor) -> None:
+        """Add one block: the rounded sum, the exact sum and the delta, all of one shape and one dtype."""
+        self.error += _squared_norm(rounded - exact).to(self.error.device)
+        self.delta += _squared_norm(delta).to(self.delta.device)
+
+    def compute(self) -> torch.Tensor:
+        """A scalar; 0 for an adapter that is zero."""
+        return torch.where(self.delta > 0, (self.error / self.delta).sqrt(), torch.zeros_like(self.error))
+
+
+def _squared_norm(values: torch.Tensor) -> torch.Tensor:
+    norm: torch.Tensor = torch.linalg.vector_norm(values.double())
+    return norm.square()

@@ -1,0 +1,161 @@
+"""State dicts and the base's fingerprint: views for saving that touch no live weight."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from .base import A, B, LoRALayer
+from .errors import LoRAError
+from .injection import is_factor, named_state, note_trainable, require_injection
+
+SAMPLES = 8  # values of each frozen parameter that its fingerprint holds
+
+
+def adapter_keys(model: nn.Module) -> list[str]:
+    """Names of all that training can change: factors, ever-trainable parameters, persistent buffers."""
+    _, root, injection = require_injection(model, "adapter_state_dict")
+    note_trainable(root)
+    inside = dict(root.named_parameters())
+    trained = {id(inside[name]) for name in injection.trained if name in inside}
+    inside_ids = {id(parameter) for parameter in inside.values()}
+    return [
+        name
+        for name, tensor, module in named_state(model)
+        if is_factor(name, module)
+        or not isinstance(tensor, nn.Parameter)
+        or id(tensor) in trained
+        or (tensor.requires_grad and id(tensor) not in inside_ids)
+    ]
+
+
+def base_keys(model: nn.Module) -> list[str]:
+    """Names of the plain model's state dict."""
+    return [name for name, _, module in named_state(model) if not is_factor(name, module)]
+
+
+def adapter_state_dict(model: nn.Module) -> dict[str, Any]:
+    """All that training can change, by state dict name, detached and sharing memory with the model.
+
+    Raises:
+        LoRAError: the model was not injected.
+    """
+    keys = set(adapter_keys(model))
+    state = {}
+    for name, tensor, module in named_state(model):
+        if name in keys and tensor is None:
+            state[name] = module.get_extra_state()
+        elif name in keys and tensor is not None:
+            weight = isinstance(module, LoRALayer) and tensor is module.weight
+            state[name] = module.original_weight() if weight else tensor.detach()  # type: ignore[operator]
+    return state
+
+
+def merged_state_dict(model: nn.Module) -> dict[str, Any]:
+    """The state dict of a plain model with merged weights, under the base's names, merged or not.
+
+    Raises:
+        LoRAError: the model was not injected, or a layer's merged weight cannot stand in for its adapter.
+    """
+    require_injection(model, "merged_state_dict")
+    return fold(model, model.state_dict())
+
+
+def fold(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
+    """A full state dict of the model with each adapter merged into its weight, as new tensors, and taken out.
+
+    Args:
+        model: says which names belong to adapted layers; its live values are not used.
+        state: names and values of model.state_dict(), perhaps with other values.
+    """
+    refuse_unmergeable(model)
+    folded = {name: state[name] for name in base_keys(model)}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, LoRALayer):
+            path = f"{name}." if name else ""
+            weight = state[path + "weight"]
+            folded[path + "weight"] = module.merged_copy(weight, state[path + A], state[path + B])
+    return folded
+
+
+def refuse_unmergeable(model: nn.Module) -> None:
+    """Raise where merged weights could not express an adapter.
+
+    Raises:
+        LoRAError: a layer's weight has another owner or renormalises itself.
+    """
+    for name, layer in model.named_modules():
+        reason = layer.stays_factored() if isinstance(layer, LoRALayer) else ""
+        if reason:
+            raise LoRAError(
+                f"merged weights cannot express the adapter of {name!r}: {reason}. Leave the layer out "
+                f"(exclude_modules=[{name!r}]), untie the weight, or save the adapter instead."
+            )
+
+
+def fingerprint(model: nn.Module) -> dict[str, Any]:
+    """Shape, dtype and a few values of each frozen base parameter, as plain types.
+
+    It tells one base from another; the same base in another dtype still fits.
+    """
+    trained = set(adapter_keys(model))
+    prints = {}
+    for name, tensor, module in named_state(model):
+        if name not in trained and tensor is not None and tensor.device.type != "meta":
+            owned = isinstance(module, LoRALayer) and tensor is module.weight
+            weight = module.original_weight() if owned else tensor.detach()  # type: ignore[operator]
+            prints[name] = {
+                "shape": list(weight.shape),
+                "dtype": str(weight.dtype).removeprefix("torch."),
+                "values": _samples(weight),
+            }
+    return prints
+
+
+def _samples(weight: torch.Tensor) -> list[float]:
+    last = weight.numel() - 1
+    places = sorted({last * i // (SAMPLES - 1) for i in range(SAMPLES)}) if last >= 0 else []
+    indices = torch.tensor(places, dtype=torch.long, device=weight.device)
+    values: list[float] = weight.take(indices).double().tolist()
+    return values
+
+
+def check_fingerprint(model: nn.Module, expected: Mapping[str, Any]) -> None:
+    """Compare the model's frozen parameters with a fingerprint.
+
+    Raises:
+        LoRAError: names the first parameter that differs.
+    """
+    found = fingerprint(model)
+    for name, wanted in expected.items():
+        have = found.get(name)
+        advice = "Load the adapter on the base that it was trained on, or pass strict_base=False."
+        if have is None:
+            raise LoRAError(f"the adapter belongs to another base: its frozen parameter {name!r} is not here. {advice}")
+        if list(have["shape"]) != list(wanted["shape"]):
+            raise LoRAError(
+                f"the adapter belongs to another base: {name!r} had shape {wanted['shape']}, here {have['shape']}. "
+                + advice
+            )
+        if not _close(wanted, have):
+            raise LoRAError(
+                f"the adapter belongs to another base: values of {name!r} were {_shown(wanted['values'])}, here "
+                f"{_shown(have['values'])}. {advice}"
+            )
+
+
+def _close(wanted: Mapping[str, Any], have: Mapping[str, Any]) -> bool:
+    """Equal up to rounding; between dtypes, up to the rounding of the coarser one."""
+    dtypes = {wanted["dtype"], have["dtype"]}
+    relative = 1e-5 if len(dtypes) == 1 else max(torch.finfo(getattr(torch, dtype)).eps for dtype in dtypes)
+    absolute = 1e-7 if len(dtypes) > 1 else 0.0  # subnormal numbers of float16
+    pairs = zip(wanted["values"], have["values"], strict=True)
+    return all(a == b or math.isclose(a, b, rel_tol=relative, abs_tol=absolute) or a != a != b for a, b in pairs)
+
+
+def _shown(values: Iterable[float]) -> str:
+    return "[" + ", ".join(f"{value:.6g}" for value in list(values)[:4]) + ", ...]"

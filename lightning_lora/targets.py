@@ -1,0 +1,166 @@
+"""Which modules an option names, which weights have several owners, and what to suggest where a name is wrong."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from .config import ALL_LINEAR, LoRAConfig, pattern_matches
+from .errors import LoRAError
+from .layers import is_conv1d, layer_kind
+
+
+class Targets:
+    """What the options of a config name in a model.
+
+    Attributes:
+        layers: the modules to adapt, by name.
+        saved: the modules that modules_to_save names.
+        left_out: what "all-linear" passes over, with the reason.
+        unmatched: a sentence for each entry that names nothing.
+    """
+
+    def __init__(self, model: nn.Module, config: LoRAConfig) -> None:
+        modules = {name: module for name, module in model.named_modules() if name}
+        self.saved = {n: m for n, m in modules.items() if names_match(config.modules_to_save, n)}
+        self.left_out: dict[str, str] = {}
+        if config.target_modules == ALL_LINEAR:
+            chosen = self._all_linear(model, modules)
+        else:
+            chosen = {n: m for n, m in modules.items() if names_match(config.target_modules, n)}
+        self.layers = {
+            name: module
+            for name, module in chosen.items()
+            if not names_match(config.exclude_modules, name) and not self._is_saved(name)
+        }
+        self.unmatched = self._unmatched(config, chosen, modules)
+
+    def _all_linear(self, model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+        heads = output_heads(model)
+        tied = tied_weights(model)
+        chosen = {}
+        for name, module in modules.items():
+            if not isinstance(module, nn.Linear) and not is_conv1d(module):
+                continue
+            if any(module is head for head in heads):
+                self.left_out[name] = "it is the output head"
+            elif module in tied:
+                self.left_out[name] = f"its weight is also {tied[module]}"
+            else:
+                chosen[name] = module
+        return chosen
+
+    def _is_saved(self, name: str) -> bool:
+        return any(name == saved or name.startswith(saved + ".") for saved in self.saved)
+
+    def _unmatched(self, config: LoRAConfig, chosen: Iterable[str], modules: Mapping[str, nn.Module]) -> list[str]:
+        adaptable = [name for name, module in modules.items() if layer_kind(module)]
+        unmatched = []
+        for option, names, hints in (
+            ("target_modules", chosen, adaptable),
+            ("exclude_modules", adaptable, adaptable),
+            ("modules_to_save", modules, modules),
+            ("enable_lora", self.layers, self.layers),
+        ):
+            unmatched += [
+                f"{option}: {entry_name(entry)!r} names no {'module' if names is modules else 'layer to adapt'}"
+                + near_misses(entry_name(entry), hints)
+                for entry in entries_of(getattr(config, option))
+                if not any(names_match(entry, name) for name in names)
+            ]
+        for option in ("rank_pattern", "alpha_pattern"):
+            unmatched += [
+                f"{option}: {pattern!r} names no adapted layer" + near_misses(pattern, self.layers)
+                for pattern in getattr(config, option) or ()
+                if not any(pattern_matches(pattern, name) for name in self.layers)
+            ]
+        if not self.layers and not unmatched:
+            unmatched.append(f"target_modules: {config.target_modules!r} leaves no layer to adapt")
+        return unmatched
+
+
+def entries_of(value: str | Iterable[str] | None) -> list[str | tuple[str]]:
+    """The separate entries of an option, each in a form that names_match understands."""
+    if value is None or value == ALL_LINEAR:
+        return []
+    return [value] if isinstance(value, str) else [(entry,) for entry in value]
+
+
+def entry_name(entry: str | tuple[str]) -> str:
+    """An entry as the user wrote it."""
+    return entry if isinstance(entry, str) else entry[0]
+
+
+def names_match(names: str | Sequence[str] | None, name: str) -> bool:
+    """PEFT's rule: a string is a full-match regular expression, a list holds whole names or dotted suffixes."""
+    if names is None:
+        return False
+    if isinstance(names, str):
+        return re.fullmatch(names, name) is not None
+    return any(name == entry or name.endswith("." + entry) for entry in names)
+
+
+def near_misses(entry: str, names: Iterable[str]) -> str:
+    """A hint with the names that look most like `entry`, or with the first names there are."""
+    names = list(names)
+    suffixes = {".".join(name.split(".")[i:]) for name in names for i in range(name.count(".") + 1)}
+    close = difflib.get_close_matches(entry, sorted(suffixes), n=3, cutoff=0.6)
+    if close:
+        return f"; did you mean {', '.join(map(repr, close))}?"
+    shown = ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
+    return f"; there are {shown}" if names else "; there are none"
+
+
+def refuse_unmatched(model: nn.Module, unmatched: Sequence[str]) -> None:
+    """Raise one error that lists every unmatched entry."""
+    if unmatched:
+        raise LoRAError(f"LoRA on {type(model).__name__}: " + ".\n".join(unmatched) + ".")
+
+
+def output_heads(model: nn.Module) -> list[nn.Module]:
+    """The heads that get_output_embeddings (transformers) names anywhere in the model."""
+    heads = []
+    for module in model.modules():
+        getter = getattr(module, "get_output_embeddings", None)
+        head = getter() if callable(getter) else None
+        if isinstance(head, nn.Module):
+            heads.append(head)
+    return heads
+
+
+def tied_weights(model: nn.Module) -> dict[nn.Module, str]:
+    """Modules whose weight shares memory with another module's parameter, each with that parameter's name.
+
+    Memory counts, not identity: two Parameters may view one storage.
+    """
+    spans: dict[int, list[tuple[int, int, nn.Module, str]]] = defaultdict(list)
+    for prefix, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                storage, start, end = _span(parameter)
+                spans[storage].append((start, end, module, f"{prefix}.{name}".lstrip(".")))
+    tied: dict[nn.Module, str] = {}
+    for group in spans.values():
+        group.sort(key=lambda span: span[:2])
+        for i, (_, end, module, name) in enumerate(group):
+            for start, _, other, other_name in group[i + 1 :]:
+                if start >= end:
+                    break
+                if other is not module:
+                    tied.setdefault(module, other_name)
+                    tied.setdefault(other, name)
+    return tied
+
+
+def _span(parameter: torch.Tensor) -> tuple[int, int, int]:
+    """Storage, first and last byte; a parameter without memory of its own (meta, sharded) counts by identity."""
+    if parameter.device.type == "meta" or parameter.numel() == 0 or type(parameter.data) is not torch.Tensor:
+        return id(parameter), 0, 1
+    last = sum((size - 1) * stride for size, stride in zip(parameter.shape, parameter.stride(), strict=True))
+    start = parameter.data_ptr()
+    return parameter.untyped_storage().data_ptr(), start, start + (last + 1) * parameter.element_size()
