@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .base import A, B
+from .base import A, B, canonical
 from .config import LoRAConfig
 from .errors import LoRAError
 from .inject import inject, unload
@@ -134,7 +134,7 @@ def _same_names(what: str, given: Iterable[str], wanted: Iterable[str]) -> None:
 def _placed(model: nn.Module, adapter: Adapter) -> Adapter:
     """The adapter under the one prefix at which its layers are modules of the model."""
     layers = adapter.layers()
-    modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    modules = {canonical(name) for name, _ in model.named_modules(remove_duplicate=False)}
     if not layers:
         raise LoRAError("adapter: the source holds no lora_A; it is not an adapter of a known format.")
     if all(layer in modules for layer in layers):

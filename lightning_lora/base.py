@@ -3,13 +3,13 @@
 Invariants, for every adapted layer:
     - its class is a subclass of the class it had; module tree, names, parameter objects and storage stay;
     - lora_active False means: run the base class's own forward and nothing else;
-    - lora_merged with lora_kept means that `weight` holds W'; lora_merged without it, that the layer stays factored.
+    - a weight named in lora_kept holds W'; lora_merged with nothing kept means that the layer stays factored.
 """
 
 from __future__ import annotations
 
 import copyreg
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar, cast
 
@@ -21,6 +21,13 @@ from .errors import LoRAError
 from .exact import Kept, Observer, Piece, add_delta_, merged_weight, remove_delta_, restored
 
 A, B = "lora_A", "lora_B"
+HALF = (torch.float16, torch.bfloat16)
+WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # torch.compile, activation checkpointing
+
+
+def canonical(name: str) -> str:
+    """A module or state name without the segments that wrappers put in."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 class Swapped(nn.Module):
@@ -64,10 +71,13 @@ class LoRALayer(Swapped):
     Attributes:
         lora_A, lora_B: the factors, shapes as the subclass states.
         lora_r, lora_alpha, lora_scaling, lora_dropout: their options.
+        lora_dropping: whether dropout acts; None follows the layer's own training flag.
+        lora_wide: the factors stay in float32 when the model is cast to 16 bits.
         lora_own_forward: the class has a forward of its own, which is run on W + delta.
         lora_enabled: which equal parts of a fused projection are adapted, or None.
         lora_active: whether forward applies the adapter.
-        lora_merged, lora_kept: whether merge was called, and what undoing it needs.
+        lora_merged: merge was called.
+        lora_kept: what undoing it needs, by weight name.
         lora_damaged: unmerging failed, so the weight is not known to be W.
         lora_tied: the other owner of the weight, or "".
         lora_reported: the cost of rounding W' was reported.
@@ -81,11 +91,13 @@ class LoRALayer(Swapped):
     lora_alpha: float
     lora_scaling: float
     lora_dropout: float
+    lora_dropping: bool | None
+    lora_wide: bool
     lora_own_forward: bool
     lora_enabled: tuple[bool, ...] | None
     lora_active: bool
     lora_merged: bool
-    lora_kept: Kept | None
+    lora_kept: dict[str, Kept]
     lora_damaged: bool
     lora_tied: str
     lora_reported: bool
@@ -115,105 +127,151 @@ class LoRALayer(Swapped):
 
     @contextmanager
     def sum_as_weight(self) -> Iterator[None]:
-        """W + delta stands in for the weight, for code that reads it."""
-        weight: nn.Parameter = self.weight
+        """W + delta stands in for each adapted weight, for code that reads it."""
         factor: torch.Tensor = self.lora_A
-        if self.lora_dropout and self.training:
+        if self.drops():
             mask = factor.new_ones(1, factor.shape[1], *[1] * (factor.dim() - 2))
             factor = factor * F.dropout(mask, self.lora_dropout)
-        total = weight.to(torch.promote_types(weight.dtype, factor.dtype)) + self.delta(factor, self.lora_B)
+        weights = self.adapted_weights()
+        sums = {}
+        for name, delta in self.deltas(factor, self.lora_B).items():
+            weight = weights[name]
+            sums[name] = (weight.to(torch.promote_types(weight.dtype, delta.dtype)) + delta).to(weight.dtype)
         try:
-            self._parameters["weight"] = cast(nn.Parameter, total.to(weight.dtype))
+            self._parameters.update(cast(dict[str, nn.Parameter | None], sums))
             yield
         finally:
-            self._parameters["weight"] = weight
+            self._parameters.update(weights)
+
+    def drops(self) -> bool:
+        """Whether dropout acts now."""
+        active = self.training if self.lora_dropping is None else self.lora_dropping
+        return active and self.lora_dropout > 0
+
+    def adapted_weights(self) -> dict[str, nn.Parameter]:
+        """The parameters that the adapter changes, by name."""
+        return {"weight": self.weight}
+
+    def main_weight(self) -> nn.Parameter:
+        """The first of them, for dtype and device."""
+        return next(iter(self.adapted_weights().values()))
 
     def factor_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of A and B."""
         raise NotImplementedError
 
-    def pieces(self, factor_a: torch.Tensor, factor_b: torch.Tensor) -> list[Piece]:
-        """How the factors make up the weight's delta, without the scaling."""
+    def pieces(self, factor_a: torch.Tensor, factor_b: torch.Tensor) -> dict[str, list[Piece]]:
+        """How the factors make up each adapted weight's delta, without the scaling."""
         raise NotImplementedError
 
-    def delta(self, factor_a: torch.Tensor, factor_b: torch.Tensor) -> torch.Tensor:
-        """s * B @ A in the weight's shape and the factors' dtype, differentiable."""
-        pieces = self.pieces(factor_a, factor_b)
-        if len(pieces) == 1 and pieces[0].left.shape[0] * pieces[0].right.shape[1] == self.weight.numel():
-            return (pieces[0].left @ pieces[0].right).view(self.weight.shape) * self.lora_scaling
-        delta = factor_a.new_zeros(self.weight.shape[0], self.weight[0].numel())
-        for row, col, left, right in pieces:
-            delta[row : row + left.shape[0], col : col + right.shape[1]] = left @ right
-        return delta.view(self.weight.shape) * self.lora_scaling
+    def deltas(self, factor_a: torch.Tensor, factor_b: torch.Tensor) -> dict[str, torch.Tensor]:
+        """s * B @ A in each weight's shape and the factors' dtype, differentiable."""
+        weights = self.adapted_weights()
+        return {
+            name: _delta(pieces, weights[name].shape) * self.lora_scaling
+            for name, pieces in self.pieces(factor_a, factor_b).items()
+        }
 
     def stays_factored(self) -> str:
         """Why merging would be wrong for this layer, or ''."""
         return f"its weight is also {self.lora_tied}" if self.lora_tied else ""
 
     def merge_(self, *, copy: bool, observe: Observer | None = None) -> None:
-        """weight <- W', see exact.add_delta_."""
-        if self.lora_kept is None:
-            pieces = self.pieces(self.lora_A, self.lora_B)
-            self.lora_kept = add_delta_(self.weight, pieces, self.lora_scaling, copy=copy, observe=observe)
+        """Each weight <- W', see exact.add_delta_."""
+        weights = self.adapted_weights()
+        try:
+            for name, pieces in self.pieces(self.lora_A, self.lora_B).items():
+                if name not in self.lora_kept:
+                    kept = add_delta_(weights[name], pieces, self.lora_scaling, copy=copy, observe=observe)
+                    self.lora_kept[name] = kept
+        except BaseException:
+            self.unmerge_()
+            raise
         self.lora_active, self.lora_merged = False, True
 
     def unmerge_(self) -> None:
-        """weight <- W, see exact.remove_delta_."""
+        """Each weight <- W, see exact.remove_delta_."""
         failure = None
-        if self.lora_kept is not None:
-            try:
-                remove_delta_(self.weight, self.lora_kept)
-            except LoRAError as error:
-                failure = error
-            self.lora_kept, self.lora_damaged = None, failure is not None
+        for name, weight in self.adapted_weights().items():
+            if name in self.lora_kept:
+                try:
+                    remove_delta_(weight, self.lora_kept[name])
+                except LoRAError as error:
+                    failure, self.lora_damaged = error, True
+                del self.lora_kept[name]
         self.lora_active, self.lora_merged = True, False
         if failure:
             raise failure
 
     @contextmanager
     def briefly_unmerged(self) -> Iterator[None]:
-        """Unmerged inside, so that what changes the weight there (a move, a cast, a load) changes W."""
-        kept = self.lora_kept
-        if kept is None:
+        """Unmerged inside, so that what changes a weight there (a move, a cast, a load) changes W."""
+        if not self.lora_kept:
             yield
             return
+        copy = any(kept.copy is not None for kept in self.lora_kept.values())
         self.unmerge_()
         yield
-        self.merge_(copy=kept.copy is not None)
+        self.merge_(copy=copy)
 
-    def original_weight(self) -> torch.Tensor:
-        """W, detached: the live weight, or a restored copy of it while merged."""
-        if self.lora_damaged:
+    def original(self, name: str) -> torch.Tensor:
+        """A parameter as it is without the adapter, detached: live, or a restored copy while merged."""
+        weight = cast(nn.Parameter, self._parameters[name]).detach()
+        if self.lora_damaged and name in self.adapted_weights():
             raise LoRAError(
                 f"{type(self).__name__}: its base weight could not be restored after merging, so nothing is saved "
                 "from it; load the base weights again"
             )
-        return self.weight.detach() if self.lora_kept is None else restored(self.weight, self.lora_kept)
+        return restored(weight, self.lora_kept[name]) if name in self.lora_kept else weight
 
-    def merged_copy(self, weight: torch.Tensor, factor_a: torch.Tensor, factor_b: torch.Tensor) -> torch.Tensor:
-        """W' for the given W, A and B, as a new tensor."""
-        return merged_weight(weight, self.pieces(factor_a, factor_b), self.lora_scaling)
+    def merged_copies(
+        self, weights: Mapping[str, torch.Tensor], factor_a: torch.Tensor, factor_b: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """W' of each adapted weight for the given W, A and B, as new tensors."""
+        pieces = self.pieces(factor_a, factor_b)
+        return {name: merged_weight(weights[name], pieces[name], self.lora_scaling) for name in pieces}
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         with self.briefly_unmerged():
-            return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            return super()._apply(self._keeping_wide(fn), recurse)  # type: ignore[no-untyped-call]
+
+    def _keeping_wide(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+        """fn, but for casting the factors to 16 bits: they train in float32 while they compute in the layer's dtype."""
+        factors = {id(t) for p in (self.lora_A, self.lora_B) for t in (p, p.grad) if t is not None}
+
+        def careful(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            narrows = moved.dtype in HALF and tensor.dtype not in HALF
+            return tensor.to(moved.device) if narrows and id(tensor) in factors else moved
+
+        return careful if self.lora_wide else fn
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.lora_kept is not None or self.lora_damaged:
-            destination[prefix + "weight"] = self.original_weight()
+        if self.lora_kept or self.lora_damaged:
+            destination.update({prefix + name: self.original(name) for name in self.adapted_weights()})
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         with self.briefly_unmerged():
             super()._load_from_state_dict(state_dict, prefix, *args)
-            self.lora_damaged = self.lora_damaged and prefix + "weight" not in state_dict
+            self.lora_damaged = self.lora_damaged and any(prefix + n not in state_dict for n in self.adapted_weights())
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         make, args, *rest = super().__reduce_ex__(protocol)
-        if self.lora_kept is not None and isinstance(rest[0], dict):
-            # Another machine may compute other last bits: hand over a plain copy.
-            rest[0] = rest[0] | {"lora_kept": Kept([], copy=self.original_weight())}
+        if self.lora_kept and isinstance(rest[0], dict):
+            # Another machine may compute other last bits: hand over plain copies.
+            rest[0] = rest[0] | {"lora_kept": {name: Kept([], copy=self.original(name)) for name in self.lora_kept}}
         return (make, args, *rest)
+
+
+def _delta(pieces: list[Piece], shape: torch.Size) -> torch.Tensor:
+    row, col, left, right = pieces[0]
+    if len(pieces) == 1 and left.shape[0] * right.shape[1] == shape.numel():
+        return (left @ right).view(shape)
+    delta = left.new_zeros(shape[0], shape.numel() // shape[0])
+    for row, col, left, right in pieces:
+        delta[row : row + left.shape[0], col : col + right.shape[1]] = left @ right
+    return delta.view(shape)
 
 
 def strip_(layer: LoRALayer) -> None:

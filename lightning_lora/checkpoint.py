@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from .adapter import Adapter, check_fit
+from .base import canonical
 from .config import LoRAConfig
 from .errors import LoRAError
 from .injection import call_previous, find_injection, named_state, patch, require_injection
@@ -42,7 +43,7 @@ def save_as(module: nn.Module, kind: Kind) -> None:
 def write(module: nn.Module, checkpoint: MutableMapping[str, Any], kind: Kind) -> None:
     """Turn a checkpoint with a complete state_dict into one of the given kind."""
     _, _, injection = require_injection(module, "checkpoint")
-    state = checkpoint["state_dict"]
+    state = checkpoint["state_dict"] = {canonical(name): value for name, value in checkpoint["state_dict"].items()}
     keys = adapter_keys(module)
     meta: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
@@ -93,7 +94,7 @@ def read(module: nn.Module, checkpoint: MutableMapping[str, Any]) -> None:
         return
     check_fit(module, adapter)
     _note_trained(module, adapter)
-    live = module.state_dict()
+    live = {canonical(name): value for name, value in module.state_dict().items()}
     for key, value in checkpoint.items():
         if key != META and isinstance(value, Mapping) and adapter.tensors.keys() <= value.keys():
             checkpoint[key] = {**live, **value}

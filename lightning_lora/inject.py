@@ -13,12 +13,13 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import is_parametrized
 
-from .base import A, B, LoRALayer, strip_
+from .base import HALF, A, LoRALayer, strip_
 from .config import LoRAConfig
 from .errors import LoRAError
 from .injection import (
     ATTRIBUTE,
     Injection,
+    base_parameters,
     call_previous,
     find_injection,
     note_initial,
@@ -30,10 +31,12 @@ from .injection import (
 )
 from .layers import LoRALinear, adapt_, init_factors_, layer_kind
 from .loading import accept_partial_states, accept_whole_states_only
-from .merge import HALF, adapted_layers, is_merged, merge, unmerge
+from .merge import adapted_layers, is_merged, merge, unmerge
 from .readers import set_fast_paths_, swap_readers_
 from .state import refuse_unmergeable
 from .targets import Targets, entries_of, entry_name, names_match, refuse_unmatched, tied_weights
+
+ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +147,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
             unmerge(root)
         raise
     for layer in adapted_layers(root).values():
-        layer.lora_kept = None
+        layer.lora_kept = {}
     _strip(model, root, injection)
     return model
 
@@ -211,7 +214,7 @@ def _strip(model: nn.Module, root: nn.Module, injection: Injection) -> None:
         strip_(layer)
     swap_readers_(root)
     set_fast_paths_(root)
-    for name, parameter in root.named_parameters():
+    for name, parameter in base_parameters(root).items():
         parameter.requires_grad_(injection.requires_grad.get(name, parameter.requires_grad))
     accept_whole_states_only(root)
     unpatch(model)
@@ -228,12 +231,8 @@ def _check_supported(name: str, module: nn.Module, config: LoRAConfig) -> None:
         problem = f"the {kind} has a lora_A of another library; take that out first"
     elif "forward" in vars(module):
         problem = f"its forward is replaced on the instance of {kind}, which would pass over the adapter; undo that"
-    elif is_parametrized(module) or not isinstance(module._parameters.get("weight"), nn.Parameter):
-        problem = f"the weight of the {kind} is computed from others (weight_norm, parametrize); remove that first"
-    elif isinstance(module.weight, UninitializedParameter):
-        problem = f"the {kind} has no shape yet; run one batch through the model first"
-    elif module.weight.dtype not in (*HALF, torch.float32, torch.float64):
-        problem = f"its weight is {module.weight.dtype}; adapters need float16, bfloat16, float32 or float64"
+    else:
+        problem = _weight_problem(module)
     enabled = _enabled(name, config)
     if not problem and enabled is not None:
         if not issubclass(layer_kind(module) or nn.Module, LoRALinear):
@@ -244,8 +243,25 @@ def _check_supported(name: str, module: nn.Module, config: LoRAConfig) -> None:
         raise LoRAError(f"inject: {name!r}: {problem}, or leave it out with exclude_modules=[{name!r}].")
 
 
+def _weight_problem(module: nn.Module) -> str:
+    kind = type(module).__name__
+    names = ATTENTION_WEIGHTS if isinstance(module, nn.MultiheadAttention) else ("weight",)
+    weights = [module._parameters[name] for name in names if module._parameters.get(name) is not None]
+    if is_parametrized(module) or not weights:
+        return f"the weight of the {kind} is computed from others (weight_norm, parametrize); remove that first"
+    for weight in weights:
+        if isinstance(weight, UninitializedParameter):
+            return f"the {kind} has no shape yet; run one batch through the model first"
+        if weight is not None and weight.dtype not in (*HALF, torch.float32, torch.float64):
+            return f"its weight is {weight.dtype}; adapters need float16, bfloat16, float32 or float64"
+    return ""
+
+
 def _outputs(module: nn.Module) -> int:
-    return cast(torch.Tensor, module.weight).shape[0 if isinstance(module, nn.Linear) else 1]
+    if isinstance(module, nn.MultiheadAttention):
+        return 3 * int(module.embed_dim)
+    rows, cols = cast(torch.Tensor, module.weight).shape
+    return int(rows if isinstance(module, nn.Linear) else cols)
 
 
 def _enabled(name: str, config: LoRAConfig) -> tuple[bool, ...] | None:
@@ -263,8 +279,10 @@ def _adapt(name: str, module: nn.Module, config: LoRAConfig, seed: str) -> LoRAL
         scaling=config.scaling(name),
         dropout=config.lora_dropout,
         enabled=_enabled(name, config),
+        wide=config.autocast_adapter_dtype,
     )
-    dtype = torch.float32 if layer.weight.dtype in HALF and config.autocast_adapter_dtype else layer.weight.dtype
+    dtype = layer.main_weight().dtype
+    dtype = torch.float32 if dtype in HALF and config.autocast_adapter_dtype else dtype
     digest = hashlib.sha256(f"{seed}{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     init_factors_(layer, config.init_lora_weights, dtype, generator)
@@ -277,8 +295,8 @@ def _freeze(
     trainable = {id(parameter) for module in saved.values() for parameter in module.parameters()}
     if injection.config.bias == "lora_only":
         trainable |= {id(module.bias) for module in new.values() if getattr(module, "bias", None) is not None}
-    for name, parameter in root.named_parameters():
-        if name.rpartition(".")[2] in (A, B) or name in injection.requires_grad:
+    for name, parameter in base_parameters(root).items():
+        if name in injection.requires_grad:
             continue
         injection.requires_grad[name] = parameter.requires_grad
         everywhere = injection.config.bias == "all" and name.rpartition(".")[2].endswith("bias")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .base import A, B, LoRALayer
+from .base import A, B, LoRALayer, canonical
 from .config import LoRAConfig
 from .errors import LoRAError
 
@@ -48,7 +48,7 @@ def find_injection(model: nn.Module) -> tuple[str, nn.Module, Injection] | None:
     Raises:
         LoRAError: there are several.
     """
-    found = [(name, m, vars(m)[ATTRIBUTE]) for name, m in model.named_modules() if ATTRIBUTE in vars(m)]
+    found = [(canonical(name), m, vars(m)[ATTRIBUTE]) for name, m in model.named_modules() if ATTRIBUTE in vars(m)]
     if len(found) > 1:
         places = ", ".join(repr(name) for name, _, _ in found)
         raise LoRAError(f"{type(model).__name__} holds several injected models ({places}); handle each by itself.")
@@ -66,12 +66,14 @@ def require_injection(model: nn.Module, verb: str) -> tuple[str, nn.Module, Inje
     return found
 
 
-def named_state(model: nn.Module) -> Iterator[tuple[str, torch.Tensor | None, nn.Module]]:
+def named_state(model: nn.Module, *, raw: bool = False) -> Iterator[tuple[str, torch.Tensor | None, nn.Module]]:
     """The names of model.state_dict(), each with its live tensor (None for extra state) and owner.
 
-    Unlike state_dict() this restores no merged weight. A shared module or parameter comes under each of its names.
+    Unlike state_dict() this restores no merged weight, and leaves out the segments of wrappers unless `raw`. A shared
+    module or parameter comes under each of its names.
     """
     for prefix, module in model.named_modules(remove_duplicate=False):
+        prefix = prefix if raw else canonical(prefix)
         path = f"{prefix}." if prefix else ""
         for name, parameter in module._parameters.items():
             if parameter is not None:
@@ -81,6 +83,15 @@ def named_state(model: nn.Module) -> Iterator[tuple[str, torch.Tensor | None, nn
                 yield path + name, buffer, module
         if getattr(type(module), "get_extra_state", nn.Module.get_extra_state) is not nn.Module.get_extra_state:
             yield path + "_extra_state", None, module
+
+
+def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters without those of adapters; a shared one under its first name."""
+    return {
+        name: parameter
+        for name, parameter in ((canonical(name), p) for name, p in model.named_parameters())
+        if name.rpartition(".")[2] not in (A, B)
+    }
 
 
 def is_factor(name: str, module: nn.Module) -> bool:
@@ -98,8 +109,8 @@ def note_trainable(model: nn.Module, *, expected: bool = False) -> None:
     _, root, injection = require_injection(model, "note_trainable")
     new = {
         name: parameter
-        for name, parameter in root.named_parameters()
-        if parameter.requires_grad and name not in injection.trained and name.rpartition(".")[2] not in (A, B)
+        for name, parameter in base_parameters(root).items()
+        if parameter.requires_grad and name not in injection.trained
     }
     for name, parameter in new.items():
         injection.trained.add(name)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -33,12 +35,12 @@ class LoRALinear(LoRALayer):
         starts = [i * size for i, enabled in enumerate(self.lora_enabled) if enabled]
         return list(zip(starts, torch.split(factor_a, self.lora_r), torch.split(factor_b, size), strict=True))
 
-    def pieces(self, factor_a: torch.Tensor, factor_b: torch.Tensor) -> list[Piece]:
-        return [Piece(start, 0, b, a) for start, a, b in self.parts(factor_a, factor_b)]
+    def pieces(self, factor_a: torch.Tensor, factor_b: torch.Tensor) -> dict[str, list[Piece]]:
+        return {"weight": [Piece(start, 0, b, a) for start, a, b in self.parts(factor_a, factor_b)]}
 
     def factored_forward(self, input: torch.Tensor) -> torch.Tensor:
         base = self.base_forward(input)
-        x = F.dropout(input, self.lora_dropout, self.training) if self.lora_dropout else input
+        x = F.dropout(input, self.lora_dropout) if self.drops() else input
         outputs, done = [], 0
         for start, a, b in self.parts(self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)):
             if start > done:
@@ -58,8 +60,8 @@ class LoRAConv1D(LoRALinear):
         in_features, out_features = self.weight.shape
         return out_features, in_features
 
-    def pieces(self, factor_a: torch.Tensor, factor_b: torch.Tensor) -> list[Piece]:
-        return [Piece(0, start, a.T, b.T) for start, a, b in self.parts(factor_a, factor_b)]
+    def pieces(self, factor_a: torch.Tensor, factor_b: torch.Tensor) -> dict[str, list[Piece]]:
+        return {"weight": [Piece(0, start, a.T, b.T) for start, a, b in self.parts(factor_a, factor_b)]}
 
 
 class LoRAEmbedding(LoRALayer):
@@ -73,8 +75,8 @@ class LoRAEmbedding(LoRALayer):
     def factor_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (self.lora_r, self.weight.shape[0]), (self.weight.shape[1], self.lora_r)
 
-    def pieces(self, factor_a: torch.Tensor, factor_b: torch.Tensor) -> list[Piece]:
-        return [Piece(0, 0, factor_a.T, factor_b.T)]
+    def pieces(self, factor_a: torch.Tensor, factor_b: torch.Tensor) -> dict[str, list[Piece]]:
+        return {"weight": [Piece(0, 0, factor_a.T, factor_b.T)]}
 
     def stays_factored(self) -> str:
         return super().stays_factored() or ("max_norm renormalises its rows in place" if self._renormalises() else "")
@@ -118,22 +120,70 @@ class LoRAConv(LoRALayer):
         out_channels, *rest = self.weight.shape
         return (self.lora_r, *rest), (out_channels, self.lora_r, *[1] * (len(rest) - 1))
 
-    def pieces(self, factor_a: torch.Tensor, factor_b: torch.Tensor) -> list[Piece]:
-        return [Piece(0, 0, factor_b.flatten(1), factor_a.flatten(1))]
+    def pieces(self, factor_a: torch.Tensor, factor_b: torch.Tensor) -> dict[str, list[Piece]]:
+        return {"weight": [Piece(0, 0, factor_b.flatten(1), factor_a.flatten(1))]}
 
     def factored_forward(self, input: torch.Tensor) -> torch.Tensor:
         layer = cast(nn.Conv2d, self)
-        dropping = self.training and self.lora_dropout > 0
-        if self.lora_r * layer.groups >= layer.out_channels and not dropping:
+        if self.lora_r * layer.groups >= layer.out_channels and not self.drops():
             return cast(torch.Tensor, self.forward_on_sum(input))
         base = self.base_forward(input)
-        x = F.dropout(input, self.lora_dropout, self.training) if self.lora_dropout else input
+        x = F.dropout(input, self.lora_dropout) if self.drops() else input
         a, b = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
         if layer.groups > 1:  # every group goes through the whole of A, then through its own rows of B
             a = a.repeat(layer.groups, *[1] * (a.dim() - 1))
         hidden = layer._conv_forward(x, a, None)
         convolve = (F.conv1d, F.conv2d, F.conv3d)[b.dim() - 3]
         return cast(torch.Tensor, base + convolve(hidden, b, groups=layer.groups) * self.lora_scaling)
+
+
+class LoRAMultiheadAttention(LoRALinear):
+    """nn.MultiheadAttention's in_proj: W (3E, E), A (r, E), B (3E, r); its out_proj is a layer of its own.
+
+    With key and value widths of their own there are three weights; A then holds the A of each, side by side:
+    (r, E + kdim + vdim). Enabled parts are q, k and v. It always runs on W + delta.
+    """
+
+    def _layer(self) -> nn.MultiheadAttention:
+        return cast(nn.MultiheadAttention, self)
+
+    def adapted_weights(self) -> dict[str, nn.Parameter]:
+        names = ("in_proj_weight",) if self._layer()._qkv_same_embed_dim else self._separate()
+        return {name: cast(nn.Parameter, self._parameters[name]) for name in names}
+
+    def _separate(self) -> list[str]:
+        names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+        enabled = self.lora_enabled or (True, True, True)
+        return [name for name, adapted in zip(names, enabled, strict=True) if adapted]
+
+    def _features(self) -> tuple[int, int]:
+        layer = self._layer()
+        return 3 * layer.embed_dim, layer.embed_dim
+
+    def factor_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        if self._layer()._qkv_same_embed_dim:
+            return super().factor_shapes()
+        inputs = [weight.shape[1] for weight in self.adapted_weights().values()]
+        return (self.lora_r, sum(inputs)), (len(inputs) * self._layer().embed_dim, self.lora_r)
+
+    def pieces(self, factor_a: torch.Tensor, factor_b: torch.Tensor) -> dict[str, list[Piece]]:
+        if self._layer()._qkv_same_embed_dim:
+            return {"in_proj_weight": super().pieces(factor_a, factor_b)["weight"]}
+        weights = self.adapted_weights()
+        parts_a = torch.split(factor_a, [weight.shape[1] for weight in weights.values()], dim=1)
+        parts_b = torch.split(factor_b, self._layer().embed_dim)
+        return {name: [Piece(0, 0, b, a)] for name, a, b in zip(weights, parts_a, parts_b, strict=True)}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.lora_active:
+            return super().forward(*args, **kwargs)
+        with reading_sum(self._layer().out_proj):
+            return self.forward_on_sum(*args, **kwargs)
+
+
+def reading_sum(layer: nn.Module) -> AbstractContextManager[None]:
+    """W + delta inside, where an adapter is active: for code that reads a layer's weight instead of calling it."""
+    return layer.sum_as_weight() if isinstance(layer, LoRALayer) and layer.lora_active else nullcontext()
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -149,6 +199,8 @@ def layer_kind(module: nn.Module) -> type[LoRALayer] | None:
         return LoRAEmbedding
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return LoRAConv
+    if isinstance(module, nn.MultiheadAttention):
+        return LoRAMultiheadAttention
     return LoRAConv1D if is_conv1d(module) else None
 
 
@@ -159,7 +211,14 @@ def has_own_forward(module: nn.Module, mixin: type[LoRALayer]) -> bool:
 
 
 def adapt_(
-    module: nn.Module, *, r: int, alpha: float, scaling: float, dropout: float, enabled: tuple[bool, ...] | None
+    module: nn.Module,
+    *,
+    r: int,
+    alpha: float,
+    scaling: float,
+    dropout: float,
+    enabled: tuple[bool, ...] | None,
+    wide: bool,
 ) -> LoRALayer:
     """Turn a supported module into an adapted layer, without its factors yet."""
     mixin = cast(type[LoRALayer], layer_kind(module))
@@ -167,8 +226,9 @@ def adapt_(
     module.__class__ = swapped_class(mixin, type(module))
     layer = cast(LoRALayer, module)
     layer.lora_r, layer.lora_alpha, layer.lora_scaling, layer.lora_dropout = r, alpha, scaling, dropout
+    layer.lora_dropping, layer.lora_wide = None, wide
     layer.lora_own_forward, layer.lora_enabled = own_forward, enabled
-    layer.lora_active, layer.lora_merged, layer.lora_kept = True, False, None
+    layer.lora_active, layer.lora_merged, layer.lora_kept = True, False, {}
     layer.lora_damaged, layer.lora_tied, layer.lora_reported = False, "", False
     return layer
 
@@ -176,7 +236,7 @@ def adapt_(
 def init_factors_(layer: LoRALayer, init: bool | str, dtype: torch.dtype, generator: torch.Generator) -> None:
     """Create and fill A and B, on the CPU from `generator`, so that every device gets the same numbers."""
     shape_a, shape_b = layer.factor_shapes()
-    a, b = torch.zeros(shape_a), torch.zeros(shape_b)
+    a, b = (torch.zeros(shape, dtype=torch.float32, device="cpu") for shape in (shape_a, shape_b))
     if isinstance(layer, LoRAEmbedding) and init is not False and init != "orthogonal":
         b.normal_(generator=generator)
     elif init == "orthogonal":
@@ -188,7 +248,7 @@ def init_factors_(layer: LoRALayer, init: bool | str, dtype: torch.dtype, genera
         if init is False:
             nn.init.kaiming_uniform_(b, a=math.sqrt(5), generator=generator)
     for name, values in ((A, a), (B, b)):
-        layer.register_parameter(name, nn.Parameter(values.to(layer.weight.device, dtype)))
+        layer.register_parameter(name, nn.Parameter(values.to(layer.main_weight().device, dtype)))
 
 
 def _orthogonal(
@@ -196,7 +256,8 @@ def _orthogonal(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A and B from the odd and even rows of one orthogonal matrix, so that B @ A is zero (PEFT's "orthogonal")."""
     r = shape_b[1]
-    rows = torch.linalg.qr(torch.randn(r, r, generator=generator))[0]
-    a = torch.randn(math.prod(shape_a) // r, r // 2, generator=generator).mm(rows[0::2]).T / 10
-    b = torch.randn(shape_b[0], r // 2, generator=generator).mm(rows[1::2]) / 10
+    draw = functools.partial(torch.randn, generator=generator, dtype=torch.float32, device="cpu")
+    rows = torch.linalg.qr(draw(r, r))[0]
+    a = draw(math.prod(shape_a) // r, r // 2).mm(rows[0::2]).T / 10
+    b = draw(shape_b[0], r // 2).mm(rows[1::2]) / 10
     return a.view(r, shape_a[0] // r, -1).transpose(0, 1).reshape(shape_a), b.reshape(shape_b)

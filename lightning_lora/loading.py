@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .base import LoRALayer
+from .base import LoRALayer, canonical
 from .injection import ATTRIBUTE, is_factor, named_state
 from .state import adapter_keys
 
@@ -45,11 +45,16 @@ def _fill_in(
     missing_keys: list[str],
     *args: Any,
 ) -> None:
-    state = {name: (tensor, owner) for name, tensor, owner in named_state(module)}
+    state = {name: (tensor, owner) for name, tensor, owner in named_state(module, raw=True)}
+    for name in state:  # names saved without the segments of wrappers
+        plain = prefix + canonical(name)
+        if plain in state_dict and prefix + name not in state_dict:
+            state_dict[prefix + name] = state_dict.pop(plain)
     given = {key[len(prefix) :] for key in state_dict if key.startswith(prefix)}
     factors = {name for name, (_, owner) in state.items() if is_factor(name, owner)}
     base = state.keys() - factors
-    trained = set(adapter_keys(module)) if ATTRIBUTE in vars(module) else None
+    adapter = set(adapter_keys(module)) if ATTRIBUTE in vars(module) else set()
+    trained = {name for name in state if canonical(name) in adapter} or None
     if given >= base and not given & factors:
         if trained is not None:
             _take_as_initial(module, state_dict, prefix)
@@ -74,7 +79,8 @@ def _half_given(factor: str, given: set[str]) -> bool:
 def _take_as_initial(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
     """A new base: what training will change starts from its values."""
     initial = vars(module)[ATTRIBUTE].initial
+    given = {canonical(key[len(prefix) :]): value for key, value in state_dict.items() if key.startswith(prefix)}
     for name, value in initial.items():
-        new = state_dict[prefix + name]
+        new = given[name]
         if isinstance(new, torch.Tensor) and new.shape == value.shape:
             initial[name] = new.detach().to(value.device, value.dtype, copy=True)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .base import LoRALayer
+from .base import HALF, LoRALayer, canonical
 from .errors import LoRAError
 from .metrics import MergeFidelity
 from .readers import set_fast_paths_
@@ -21,14 +21,13 @@ from .targets import tied_weights
 
 COPY_BUDGET = 64 * 2**20  # bytes of plain copies of small weights, which are faster than keeping values
 WORST_FIDELITY = 0.05
-HALF = (torch.float16, torch.bfloat16)
 
 log = logging.getLogger(__name__)
 
 
 def adapted_layers(model: nn.Module) -> dict[str, LoRALayer]:
     """The adapted layers of a model, by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALayer)}
+    return {canonical(name): module for name, module in model.named_modules() if isinstance(module, LoRALayer)}
 
 
 def is_merged(model: nn.Module) -> bool:
@@ -132,11 +131,12 @@ def _affordable_copies(layers: Iterable[LoRALayer]) -> set[LoRALayer]:
     """Unmerged layers for whose weights a plain copy fits into the budget, smallest first."""
     budget = COPY_BUDGET
     affordable = set()
-    for layer in sorted(layers, key=lambda layer: layer.weight.nbytes):
-        if layer.lora_kept is not None:
-            budget -= 0 if layer.lora_kept.copy is None else layer.weight.nbytes
-        elif layer.weight.nbytes <= budget:
-            budget -= layer.weight.nbytes
+    sizes = {layer: sum(weight.nbytes for weight in layer.adapted_weights().values()) for layer in layers}
+    for layer in sorted(sizes, key=sizes.__getitem__):
+        if layer.lora_kept:
+            budget -= sum(kept.nbytes() for kept in layer.lora_kept.values() if kept.copy is not None)
+        elif sizes[layer] <= budget:
+            budget -= sizes[layer]
             affordable.add(layer)
     return affordable
 
@@ -145,7 +145,7 @@ class _Fidelity:
     """The one-time report of what rounding costs in 16-bit layers."""
 
     def __init__(self, layers: Iterable[LoRALayer]) -> None:
-        self.layers = {layer for layer in layers if layer.weight.dtype in HALF and not layer.lora_reported}
+        self.layers = {layer for layer in layers if layer.main_weight().dtype in HALF and not layer.lora_reported}
         self.metric = MergeFidelity(sync_on_compute=False) if self.layers else None
 
     def wants(self, layer: LoRALayer) -> bool:

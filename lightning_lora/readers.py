@@ -12,6 +12,7 @@ from typing import Any, cast
 from torch import nn
 
 from .base import LoRALayer, Swapped, swapped_class
+from .layers import reading_sum
 
 NESTED = "lora_use_nested_tensor"
 
@@ -25,7 +26,7 @@ class LoRAReader(Swapped):
         layer = self.out_proj
         if not isinstance(layer, LoRALayer) or not layer.lora_active:
             return super().forward(*args, **kwargs)
-        with layer.sum_as_weight():
+        with reading_sum(layer):
             return super().forward(*args, **kwargs)
 
 
@@ -33,7 +34,7 @@ def swap_readers_(model: nn.Module) -> None:
     """Give every MultiheadAttention with an adapted out_proj the forward that applies it, and take it from others."""
     for module in model.modules():
         reads = isinstance(getattr(module, "out_proj", None), LoRALayer)
-        if isinstance(module, nn.MultiheadAttention) and reads and not isinstance(module, LoRAReader):
+        if isinstance(module, nn.MultiheadAttention) and reads and not isinstance(module, Swapped):
             module.__class__ = swapped_class(LoRAReader, type(module))  # type: ignore[assignment]
         elif isinstance(module, LoRAReader) and not reads:
             module.__class__ = module.lora_base  # type: ignore[assignment]

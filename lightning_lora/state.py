@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .base import A, B, LoRALayer
+from .base import A, B, LoRALayer, canonical
 from .errors import LoRAError
-from .injection import is_factor, named_state, note_trainable, require_injection
+from .injection import base_parameters, is_factor, named_state, note_trainable, require_injection
 
 SAMPLES = 8  # values of each frozen parameter that its fingerprint holds
 
@@ -20,7 +20,7 @@ def adapter_keys(model: nn.Module) -> list[str]:
     """Names of all that training can change: factors, ever-trainable parameters, persistent buffers."""
     _, root, injection = require_injection(model, "adapter_state_dict")
     note_trainable(root)
-    inside = dict(root.named_parameters())
+    inside = base_parameters(root)
     trained = {id(inside[name]) for name in injection.trained if name in inside}
     inside_ids = {id(parameter) for parameter in inside.values()}
     return [
@@ -50,9 +50,14 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Any]:
         if name in keys and tensor is None:
             state[name] = module.get_extra_state()
         elif name in keys and tensor is not None:
-            weight = isinstance(module, LoRALayer) and tensor is module.weight
-            state[name] = module.original_weight() if weight else tensor.detach()  # type: ignore[operator]
+            state[name] = _original(name, tensor, module)
     return state
+
+
+def _original(name: str, tensor: torch.Tensor, module: nn.Module) -> torch.Tensor:
+    if isinstance(module, LoRALayer) and isinstance(tensor, nn.Parameter):
+        return module.original(name.rpartition(".")[2])
+    return tensor.detach()
 
 
 def merged_state_dict(model: nn.Module) -> dict[str, Any]:
@@ -62,7 +67,7 @@ def merged_state_dict(model: nn.Module) -> dict[str, Any]:
         LoRAError: the model was not injected, or a layer's merged weight cannot stand in for its adapter.
     """
     require_injection(model, "merged_state_dict")
-    return fold(model, model.state_dict())
+    return fold(model, {canonical(name): value for name, value in model.state_dict().items()})
 
 
 def fold(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
@@ -70,15 +75,16 @@ def fold(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         model: says which names belong to adapted layers; its live values are not used.
-        state: names and values of model.state_dict(), perhaps with other values.
+        state: names of model.state_dict() without the segments of wrappers, perhaps with other values.
     """
     refuse_unmergeable(model)
     folded = {name: state[name] for name in base_keys(model)}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, LoRALayer):
-            path = f"{name}." if name else ""
-            weight = state[path + "weight"]
-            folded[path + "weight"] = module.merged_copy(weight, state[path + A], state[path + B])
+            path = f"{canonical(name)}." if name else ""
+            weights = {leaf: state[path + leaf] for leaf in module.adapted_weights()}
+            copies = module.merged_copies(weights, state[path + A], state[path + B])
+            folded |= {path + leaf: copy for leaf, copy in copies.items()}
     return folded
 
 
@@ -106,8 +112,7 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     prints = {}
     for name, tensor, module in named_state(model):
         if name not in trained and tensor is not None and tensor.device.type != "meta":
-            owned = isinstance(module, LoRALayer) and tensor is module.weight
-            weight = module.original_weight() if owned else tensor.detach()  # type: ignore[operator]
+            weight = _original(name, tensor, module)
             prints[name] = {
                 "shape": list(weight.shape),
                 "dtype": str(weight.dtype).removeprefix("torch."),

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import nn
 
+from .base import canonical
 from .config import ALL_LINEAR, LoRAConfig, pattern_matches
 from .errors import LoRAError
 from .layers import is_conv1d, layer_kind
@@ -26,7 +27,7 @@ class Targets:
     """
 
     def __init__(self, model: nn.Module, config: LoRAConfig) -> None:
-        modules = {name: module for name, module in model.named_modules() if name}
+        modules = {canonical(name): module for name, module in model.named_modules() if canonical(name)}
         self.saved = {n: m for n, m in modules.items() if names_match(config.modules_to_save, n)}
         self.left_out: dict[str, str] = {}
         if config.target_modules == ALL_LINEAR:
@@ -38,6 +39,10 @@ class Targets:
             for name, module in chosen.items()
             if not names_match(config.exclude_modules, name) and not self._is_saved(name)
         }
+        for name, module in list(self.layers.items()):  # attention is adapted whole, as PEFT does
+            out_proj = f"{name}.out_proj"
+            if isinstance(module, nn.MultiheadAttention) and not names_match(config.exclude_modules, out_proj):
+                self.layers[out_proj] = modules[out_proj]
         self.unmatched = self._unmatched(config, chosen, modules)
 
     def _all_linear(self, model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
