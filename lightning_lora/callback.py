@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import fields
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
-from .base import A, B
+from .base import LoRALayer
 from .checkpoint import Kind, save_as
+from .compositions import refuse_composition, refuse_unoptimized
 from .config import ALL_LINEAR, Bias, Init, LoRAConfig
 from .errors import LoRAError
-from .inject import adapt_new_layers, begin_injection, finish_injection
-from .injection import call_previous, find_injection, note_initial, note_trainable, patch, require_injection
+from .inject import begin_injection
+from .injection import find_injection, note_trainable, require_injection
+from .late import BUILDERS, adapt_after
 from .merge import adapted_layers, is_merged, merge, unmerge
-from .state import fingerprint, refuse_unmergeable
+from .state import fingerprint, refuse_unmergeable, summary
+from .verify import Verification, watch
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +38,8 @@ class LoRACallback(pl.Callback):
         merged_eval: merge for validation, test and prediction, and unmerge after.
         save: what a checkpoint holds: "adapter" (what training changes), "merged" (plain weights for programs without
             this package, and the adapter beside them) or "full" (base and adapter).
+        verify: on the first evaluation batch, compare each layer's merged and factored output, log the error, and
+            warn of layers that never ran or whose adapter had no effect.
         r: rank of A (r, in) and B (out, r).
         lora_alpha: numerator of the scaling s = lora_alpha / r.
         lora_dropout: probability of dropping an input feature of the adapter while the layer is in training mode.
@@ -57,6 +63,7 @@ class LoRACallback(pl.Callback):
         *,
         merged_eval: bool = True,
         save: Kind = "adapter",
+        verify: bool = False,
         r: int = 8,
         lora_alpha: float = 8,
         lora_dropout: float = 0.0,
@@ -75,32 +82,40 @@ class LoRACallback(pl.Callback):
         self.config = LoRAConfig(**{field.name: given[field.name] for field in fields(LoRAConfig)})
         self.merged_eval = merged_eval
         self.save = save
+        self.verify = verify
         self._merged: nn.Module | None = None
+        self._kept_in_eval: list[LoRALayer] = []
+        self._verifying: tuple[AbstractContextManager[Verification], Verification] | None = None
+        self._verified = False
 
     # --- in the order in which Lightning calls them ---
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Adapt what exists, before the optimizer exists and the strategy wraps; the rest after configure_model."""
-        found = find_injection(pl_module)
-        if found is None:
-            begin_injection(pl_module, self.config)
-            if is_overridden("setup", pl_module) or is_overridden("configure_model", pl_module):
-                patch(pl_module, "configure_model", _configure_and_adapt)
-            else:
-                finish_injection(pl_module)
-        else:
+        injected = find_injection(pl_module) is not None
+        refuse_composition(trainer, self, injected=injected)
+        if injected:
             self._adopt(pl_module)
+        else:
+            begin_injection(pl_module, self.config)
+            adapt_after(pl_module, *(name for name in BUILDERS if is_overridden(name, pl_module)))
         save_as(pl_module, self.save)
+        self._verified = False
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check what training stands on, and say in one line what is trained."""
-        _refuse_unoptimized(trainer, pl_module)
+        refuse_unoptimized(trainer.optimizers, pl_module)
         if self.save == "merged":
             refuse_unmergeable(pl_module)
         injection = find_injection(pl_module)
         if injection is not None and not injection[2].fingerprint:
             injection[2].fingerprint = fingerprint(pl_module)
         rank_zero_info(summary(pl_module))
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Lightning keeps a backbone in the mode that it came in; dropout of its adapters acts all the same."""
+        layers = adapted_layers(pl_module).values()
+        self._kept_in_eval = [layer for layer in layers if layer.lora_dropout and not layer.training]
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -111,12 +126,31 @@ class LoRACallback(pl.Callback):
             self._merged = None
         if batch_idx == 0:
             note_trainable(pl_module)
+        self._drop(True)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Outside training batches, dropout follows each layer's own mode again."""
+        self._drop(None)
 
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Merge at the first batch: weight averaging swaps weights after on_validation_start."""
-        self._merge(pl_module)
+        self._merge(trainer, pl_module)
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Report what verify found."""
+        self._report(trainer, pl_module)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Unmerge before weight averaging swaps back."""
@@ -126,7 +160,19 @@ class LoRACallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """As in validation."""
-        self._merge(pl_module)
+        self._merge(trainer, pl_module)
+
+    def on_test_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Report what verify found."""
+        self._report(trainer, pl_module)
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A tested model is left as it was found."""
@@ -136,7 +182,19 @@ class LoRACallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """As in validation."""
-        self._merge(pl_module)
+        self._merge(trainer, pl_module)
+
+    def on_predict_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Report what verify found."""
+        self._report(trainer, pl_module)
 
     def on_predict_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """As in testing."""
@@ -144,6 +202,7 @@ class LoRACallback(pl.Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Neither the epoch's end nor teardown is called after an exception or Ctrl-C."""
+        self._drop(None)
         self._unmerge()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -169,53 +228,38 @@ class LoRACallback(pl.Callback):
                     "give no adapter option, or unload(model) first."
                 )
 
-    def _merge(self, pl_module: pl.LightningModule) -> None:
+    def _merge(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.merged_eval and self._merged is None and not is_merged(pl_module):
             merge(pl_module)
             self._merged = pl_module
+        if self.verify and not self._verified and not trainer.sanity_checking:
+            watching = watch(pl_module)
+            self._verifying, self._verified = (watching, watching.__enter__()), True
 
     def _unmerge(self) -> None:
+        self._stop_watching()
         if self._merged is not None:
             module, self._merged = self._merged, None
             unmerge(module)
 
+    def _drop(self, dropping: bool | None) -> None:
+        for layer in self._kept_in_eval:
+            layer.lora_dropping = dropping
 
-def summary(model: nn.Module) -> str:
-    """One line: adapted layers, trainable of total parameters, adapter size."""
-    parameters = list(model.parameters())
-    trainable = sum(p.numel() for p in parameters if p.requires_grad)
-    total = sum(p.numel() for p in parameters)
-    layers = adapted_layers(model)
-    size = sum(layer.lora_A.nbytes + layer.lora_B.nbytes for layer in layers.values())
-    return (
-        f"LoRA: {len(layers)} adapted layers, {trainable:,} of {total:,} parameters trainable "
-        f"({trainable / max(total, 1):.2%}), adapter {size / 1e6:.3g} MB"
-    )
+    def _stop_watching(self) -> Verification | None:
+        if self._verifying is None:
+            return None
+        (watching, found), self._verifying = self._verifying, None
+        watching.__exit__(None, None, None)
+        return found
 
-
-def _configure_and_adapt(module: pl.LightningModule, previous: Callable[[], Any] | None) -> None:
-    """The patched configure_model: adapts what setup and configure_model built, then judges the options."""
-    delattr(module, "configure_model")
-    if previous is not None:
-        module.configure_model = previous  # type: ignore[method-assign]
-    call_previous(module, previous, "configure_model")
-    adapt_new_layers(module)
-    note_initial(module)
-    finish_injection(module)
-
-
-def _refuse_unoptimized(trainer: pl.Trainer, module: pl.LightningModule) -> None:
-    held = {
-        id(parameter)
-        for optimizer in trainer.optimizers
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-    }
-    for name, layer in adapted_layers(module).items():
-        for leaf, factor in ((A, layer.lora_A), (B, layer.lora_B)):
-            if factor.requires_grad and id(factor) not in held:
-                raise LoRAError(
-                    f"LoRACallback: no optimizer holds the adapter parameter {name + '.' + leaf!r}, so it would never "
-                    "be trained. Build the optimizer in configure_optimizers from self.parameters() at that time, not "
-                    "from parameters collected in __init__."
-                )
+    def _report(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        found = self._stop_watching()
+        if found is None:
+            return
+        errors = {f"lora_merge_error_{name}": value for name, value in found.error.compute().items()}
+        if not trainer.predicting:  # Lightning logs nothing there
+            pl_module.log_dict({name: value.float() for name, value in errors.items()}, on_step=False, on_epoch=True)
+        rank_zero_info(f"LoRA: verified, {', '.join(f'{name} {value:.3g}' for name, value in errors.items())}")
+        if found.problems():
+            rank_zero_warn(f"LoRACallback: {found.problems()}. Is the forward another than the one you adapted?")

@@ -35,6 +35,35 @@ class MergeFidelity(Metric):
         return torch.where(self.delta > 0, (self.error / self.delta).sqrt(), torch.zeros_like(self.error))
 
 
+class MergeError(Metric):
+    """How far merged outputs are from factored ones: the largest difference, and the relative one in norm."""
+
+    is_differentiable = False
+    higher_is_better = False
+    full_state_update = False
+    largest: torch.Tensor
+    error: torch.Tensor
+    total: torch.Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("largest", torch.zeros((), dtype=torch.float64), dist_reduce_fx="max")
+        self.add_state("error", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, merged: torch.Tensor, factored: torch.Tensor) -> None:
+        """Add the outputs of one layer, of one shape."""
+        difference = (merged.double() - factored.double()).to(self.error.device)
+        self.largest = torch.maximum(self.largest, difference.abs().max())
+        self.error += _squared_norm(difference)
+        self.total += _squared_norm(factored).to(self.total.device)
+
+    def compute(self) -> dict[str, torch.Tensor]:
+        """Scalars "max", in the unit of the outputs, and "relative", the norm of the difference over the outputs'."""
+        relative = torch.where(self.total > 0, (self.error / self.total).sqrt(), torch.zeros_like(self.error))
+        return {"max": self.largest, "relative": relative}
+
+
 def _squared_norm(values: torch.Tensor) -> torch.Tensor:
     norm: torch.Tensor = torch.linalg.vector_norm(values.double())
     return norm.square()

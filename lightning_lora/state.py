@@ -164,3 +164,16 @@ def _close(wanted: Mapping[str, Any], have: Mapping[str, Any]) -> bool:
 
 def _shown(values: Iterable[float]) -> str:
     return "[" + ", ".join(f"{value:.6g}" for value in list(values)[:4]) + ", ...]"
+
+
+def summary(model: nn.Module) -> str:
+    """One line: adapted layers, trainable of total parameters, adapter size."""
+    parameters = list(model.parameters())
+    trainable = sum(p.numel() for p in parameters if p.requires_grad)
+    total = sum(p.numel() for p in parameters)
+    layers = [module for module in model.modules() if isinstance(module, LoRALayer)]
+    size = sum(layer.lora_A.nbytes + layer.lora_B.nbytes for layer in layers)
+    return (
+        f"LoRA: {len(layers)} adapted layers, {trainable:,} of {total:,} parameters trainable "
+        f"({trainable / max(total, 1):.2%}), adapter {size / 1e6:.3g} MB"
+    )

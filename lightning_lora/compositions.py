@@ -1,0 +1,76 @@
+"""Compositions of a Trainer that cannot give right numbers, each refused with the reason and the remedy.
+
+Classes are told by name, so that neither Lightning nor DeepSpeed is imported here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from .base import A, B
+from .errors import LoRAError
+from .merge import adapted_layers
+
+AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
+
+
+def refuse_composition(trainer: Any, callback: Any, *, injected: bool) -> None:
+    """Raise where this callback cannot work in this Trainer.
+
+    Args:
+        trainer: the Trainer, in setup.
+        callback: the LoRACallback.
+        injected: the model was injected before this setup.
+
+    Raises:
+        LoRAError: says what to change.
+    """
+    for other in trainer.callbacks:
+        _refuse_beside(trainer, callback, other)
+    if trainer.state.fn == "fit" and not injected and _is_a(trainer.strategy.launcher, "_MultiProcessingLauncher"):
+        raise LoRAError(
+            f"LoRACallback: {type(trainer.strategy).__name__} starts processes from this one and brings back weights "
+            "only, so the main process needs the adapters too. Call inject(model, LoRAConfig(...)) before fit, or use "
+            "strategy='ddp'."
+        )
+
+
+def _refuse_beside(trainer: Any, callback: Any, other: Any) -> None:
+    if other is not callback and _is_a(other, "LoRACallback"):
+        raise LoRAError("LoRACallback: the Trainer has two LoRA callbacks for one model; keep one.")
+    if _is_a(other, "ModelPruning"):
+        raise LoRAError("LoRACallback: ModelPruning computes the weights from masks, which merging would overwrite.")
+    order = trainer.callbacks
+    if trainer.state.fn == "fit" and _is_a(other, *AVERAGING) and order.index(other) < order.index(callback):
+        name = type(other).__name__
+        raise LoRAError(
+            f"LoRACallback: {name} copies the model in setup and swaps weights around validation, so it must come "
+            f"after LoRACallback: callbacks=[LoRACallback(...), {name}(...)]."
+        )
+
+
+def refuse_unoptimized(optimizers: Iterable[torch.optim.Optimizer], module: nn.Module) -> None:
+    """Raise where a trainable adapter parameter would never be trained.
+
+    Raises:
+        LoRAError: names the parameter.
+    """
+    held = {
+        id(parameter) for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]
+    }
+    for name, layer in adapted_layers(module).items():
+        for leaf, factor in ((A, layer.lora_A), (B, layer.lora_B)):
+            if factor.requires_grad and id(factor) not in held:
+                raise LoRAError(
+                    f"LoRACallback: no optimizer holds the adapter parameter {name + '.' + leaf!r}, so it would never "
+                    "be trained. Build the optimizer in configure_optimizers from self.parameters() at that time, not "
+                    "from parameters collected in __init__."
+                )
+
+
+def _is_a(thing: object, *names: str) -> bool:
+    return any(cls.__name__ in names for cls in type(thing).__mro__)
