@@ -1,13 +1,15 @@
 """The merge arithmetic on one weight: add s * B @ A in place, take it out again bit for bit.
 
-Per block of rows, with d = s * B @ A in float32 (float64 for a float64 weight):
+Per block of rows, with d = s * B @ A in float64:
 
     merge:    new = round(W + d); back = round(new - d); keep W where back's bits differ; W <- new
     unmerge:  W <- round(W - d); W[kept] <- the kept values
 
 Adding and subtracting alone drifts; a full copy doubles the memory. This keeps the few per cent of values that
-subtraction would not bring back, and its own copies of A and B, so that d is the same bits both times. This file is the
-only place that adds a delta to a weight: live merge, merged save and the command line all come here.
+subtraction would not bring back, and its own copies of A and B, so that d is the same bits both times. Why float64: in
+float32 the error of d alone is many ulp where W and d are both small, and autocast and the matmul precision settings
+would change its bits. This file is the only place that adds a delta to a weight: live merge, merged save and the
+command line all come here.
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ import torch
 
 from .errors import LoRAError
 
-CPU_BLOCK = 2**18  # elements; small enough for the cache
-GPU_BLOCK = 2**25  # elements; large enough to fill a card
+CPU_BLOCK = 2**17  # elements; small enough for the cache
+GPU_BLOCK = 2**24  # elements; large enough to fill a card
 KEEP_AT_MOST = 0.25  # above this share of a block, a plain copy of it serves
 
 Bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -43,10 +45,11 @@ class Piece(NamedTuple):
 
 @dataclass
 class Kept:
-    """What taking a delta out again needs: the scaled factors and, per block, values or a plain copy.
+    """What taking a delta out again needs: the factors and, per block, values or a plain copy.
 
     Attributes:
-        pieces: own copies of the factors, the scaling folded into left, in the dtype of the arithmetic.
+        pieces: own copies of the factors.
+        scaling: s.
         blocks: one entry a merged block, in order: positions and values, or a copy of the block.
         copy: a plain copy of the whole weight, which makes the rest unnecessary.
         bits: check value of the weight before the merge.
@@ -54,6 +57,7 @@ class Kept:
     """
 
     pieces: list[Piece]
+    scaling: float = 1.0
     copy: torch.Tensor | None = None
     blocks: list[tuple[torch.Tensor, torch.Tensor] | torch.Tensor] = field(default_factory=list)
     bits: int = 0
@@ -80,9 +84,9 @@ def add_delta_(
     Args:
         weight: any shape, floating point.
         pieces: the factors, in any floating dtype.
-        scaling: s, multiplied into the factors in the dtype of the arithmetic.
+        scaling: s.
         copy: keep a plain copy of the weight instead of the values that subtraction would miss.
-        observe: called for each block with the rounded sum, the exact sum and the delta, all in that dtype.
+        observe: called for each block with the rounded sum, the exact sum and the delta, all in float64.
 
     Returns:
         What remove_delta_ needs.
@@ -91,13 +95,13 @@ def add_delta_(
         LoRAError: a value of the sum is not finite. The weight is then as it was.
     """
     with exact_arithmetic(weight.device):
-        kept = Kept(_scaled(pieces, scaling, weight.dtype), threads=torch.get_num_threads())
+        kept = Kept(_copies(pieces), scaling, threads=torch.get_num_threads())
         if copy:
             kept.copy = weight.detach().clone(memory_format=torch.preserve_format)
         else:
             kept.bits = _bits_sum(weight)
         try:
-            for block, delta in _blocks(weight, kept.pieces):
+            for block, delta in _blocks(weight, _scaled(pieces, scaling, weight.device)):
                 _merge_block(block, delta, kept, observe)
         except BaseException:
             _restore(weight, kept)
@@ -134,54 +138,36 @@ def merged_weight(weight: torch.Tensor, pieces: list[Piece], scaling: float) -> 
     """W' as a new tensor: what add_delta_ would have written."""
     with exact_arithmetic(weight.device):
         merged = weight.detach().clone(memory_format=torch.preserve_format)
-        for block, delta in _blocks(merged, _scaled(pieces, scaling, weight.dtype)):
+        for block, delta in _blocks(merged, _scaled(pieces, scaling, weight.device)):
             block.copy_(_rounded_sum(block, delta)[0])
     return merged
 
 
 @contextmanager
 def exact_arithmetic(device: torch.device, threads: int | None = None) -> Iterator[None]:
-    """The same bits whatever surrounds the call: no autocast, no inference mode, full precision, given threads."""
-    precisions = _matmul_precisions()
+    """The same bits whatever surrounds the call: no autocast, no inference mode, the given number of threads."""
     before = torch.get_num_threads()
     try:
-        _set_matmul_precisions(dict.fromkeys(precisions, FULL_PRECISION))
         if threads and threads != before:
             torch.set_num_threads(threads)
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
             yield
     finally:
-        _set_matmul_precisions(precisions)
         if threads and threads != before:
             torch.set_num_threads(before)
 
 
-FULL_PRECISION = "ieee" if hasattr(torch.backends.mkldnn, "matmul") else "highest"
+def _copies(pieces: list[Piece]) -> list[Piece]:
+    return [piece._replace(left=piece.left.detach().clone(), right=piece.right.detach().clone()) for piece in pieces]
 
 
-def _matmul_precisions() -> dict[str, str]:
-    """Per backend where torch has such settings (2.9 and newer, where mixing them with the old call is an error)."""
-    if FULL_PRECISION == "highest":
-        return {"all": torch.get_float32_matmul_precision()}
-    return {name: getattr(torch.backends, name).matmul.fp32_precision for name in ("mkldnn", "cuda")}
-
-
-def _set_matmul_precisions(precisions: dict[str, str]) -> None:
-    for name, precision in precisions.items():
-        if name == "all":
-            torch.set_float32_matmul_precision(precision)
-        elif getattr(torch.backends, name).matmul.fp32_precision != precision:
-            getattr(torch.backends, name).matmul.fp32_precision = precision
-
-
-def _scaled(pieces: list[Piece], scaling: float, dtype: torch.dtype) -> list[Piece]:
-    compute = torch.promote_types(dtype, torch.float32)
+def _scaled(pieces: list[Piece], scaling: float, device: torch.device) -> list[Piece]:
+    """The factors in the dtype of the arithmetic, the scaling folded into left."""
+    compute = torch.float32 if device.type == "mps" else torch.float64  # mps has no float64
     return [
-        Piece(
-            piece.row,
-            piece.col,
-            piece.left.detach().to(compute).mul(scaling).contiguous(),
-            piece.right.detach().to(compute, copy=True).contiguous(),
+        piece._replace(
+            left=piece.left.detach().to(compute).mul(scaling).contiguous(),
+            right=piece.right.detach().to(compute).contiguous(),
         )
         for piece in pieces
     ]
@@ -239,7 +225,8 @@ def _restore(weight: torch.Tensor, kept: Kept) -> None:
     if kept.copy is not None:
         weight.detach().copy_(kept.copy)
         return
-    places = [(piece, start) for piece in kept.pieces for start in _starts(weight, piece)]
+    pieces = _scaled(kept.pieces, kept.scaling, weight.device)
+    places = [(piece, start) for piece in pieces for start in _starts(weight, piece)]
     while kept.blocks:
         piece, start = places[len(kept.blocks) - 1]
         block, delta = _block(weight, piece, start)
