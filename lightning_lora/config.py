@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, NoReturn, get_args
@@ -81,8 +82,9 @@ class LoRAConfig:
             if not isinstance(getattr(self, option), bool):
                 _refuse(option, "true or false", getattr(self, option))
         self._check_init()
+        _check_names("enable_lora", tuple(self.enable_lora or ()))
         for name, parts in (self.enable_lora or {}).items():
-            if not all(isinstance(part, bool) for part in parts) or not any(parts):
+            if not isinstance(parts, tuple) or not all(isinstance(part, bool) for part in parts) or not any(parts):
                 _refuse(f"enable_lora[{name!r}]", "a list of booleans with at least one true", parts)
 
     def rank(self, name: str) -> int:
@@ -131,7 +133,7 @@ class LoRAConfig:
             if not isinstance(value, Mapping):
                 _refuse(option, "a mapping", value)
             if option == "enable_lora":
-                value = {name: tuple(parts) for name, parts in value.items()}
+                value = {name: tuple(parts) if isinstance(parts, list) else parts for name, parts in value.items()}
             object.__setattr__(self, option, dict(value) or None)
 
     def _check_init(self) -> None:
@@ -160,7 +162,8 @@ def _refuse(option: str, expected: str, found: object) -> NoReturn:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    # Unlike math.isfinite, the comparison also takes a whole number beyond the range of floats.
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _check_rank(option: str, value: object) -> None:

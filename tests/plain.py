@@ -1,0 +1,99 @@
+"""Plain modules and before-and-after comparisons, for tests without a Trainer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_lora import LoRAConfig
+
+LENGTH = 5
+
+
+class OwnLinear(nn.Linear):
+    """A user's subclass."""
+
+
+class Zoo(nn.Module):
+    """Every kind of state: embedding, convolution, a user's linear, normalisation with and without buffers, a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 8, padding_idx=0)
+        self.conv = nn.Conv1d(8, 8, 3, padding=1)
+        self.norm = nn.LayerNorm(8)
+        self.body = nn.Sequential(OwnLinear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embed(tokens)
+        x = x + self.conv(x.transpose(1, 2)).transpose(1, 2)
+        result: torch.Tensor = self.head(self.body(self.norm(x).mean(1)))
+        return result
+
+
+ZOO_LAYERS = ["embed", "conv", "body.0", "body.3"]
+
+
+def zoo_config(**options: Any) -> LoRAConfig:
+    """Adapts all of Zoo but the head, which is trained whole, and the biases of adapted layers."""
+    defaults = {"r": 2, "target_modules": ZOO_LAYERS, "modules_to_save": ["head"], "bias": "lora_only"}
+    return LoRAConfig(**defaults | options)
+
+
+def tokens(seed: int = 7) -> torch.Tensor:
+    return torch.randint(11, (6, LENGTH), generator=torch.Generator().manual_seed(seed))
+
+
+def train(model: nn.Module, steps: int = 3) -> None:
+    """A few steps on all that is trainable, so that everything that can change does."""
+    model.train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    for step in range(steps):
+        optimizer.zero_grad()
+        model(tokens(step)).square().sum().backward()
+        optimizer.step()
+    optimizer.zero_grad()
+
+
+def randomise_(model: nn.Module, scale: float = 0.1) -> None:
+    """Fill the factors, so that the adapter has an effect."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("lora_A", "lora_B")):
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def state_bits(model: nn.Module) -> dict[str, bytes]:
+    return {name: bits(tensor) for name, tensor in model.state_dict().items()}
+
+
+def trace(model: nn.Module) -> dict[str, Any]:
+    """All that injection could leave behind: classes, attributes, hooks, names, identity, memory, flags, values."""
+    return {
+        "modules": [(name, id(module), type(module), _attributes(module)) for name, module in model.named_modules()],
+        "parameters": [
+            (name, id(p), p.data_ptr(), p.dtype, p.requires_grad, bits(p)) for name, p in model.named_parameters()
+        ],
+        "buffers": [(name, id(b), b.data_ptr(), b.dtype, bits(b)) for name, b in model.named_buffers()],
+        "state": list(model.state_dict()),
+    }
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    return {
+        name: [(key, id(item)) for key, item in value.items()] if isinstance(value, dict) else value
+        for name, value in vars(module).items()
+    }
+
+
+def same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Bit for bit."""
+    return one.dtype == other.dtype and one.shape == other.shape and bits(one) == bits(other)

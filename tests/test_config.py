@@ -1,0 +1,189 @@
+"""LoRAConfig: each option's validation, PEFT's defaults and pattern rules, plain types out and in."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import io
+import json
+import math
+
+import peft
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft.utils.other import get_pattern_key
+
+from lightning_lora import LoRAConfig, LoRAError
+
+REFUSED = [
+    ("r", 0),
+    ("r", -3),
+    ("r", 2.0),
+    ("r", True),
+    ("r", "8"),
+    ("r", None),
+    ("lora_alpha", 0),
+    ("lora_alpha", -1.5),
+    ("lora_alpha", float("nan")),
+    ("lora_alpha", float("inf")),
+    ("lora_alpha", 10**400),
+    ("lora_alpha", True),
+    ("lora_alpha", "16"),
+    ("lora_dropout", 1.0),
+    ("lora_dropout", -0.1),
+    ("lora_dropout", float("nan")),
+    ("lora_dropout", "0.1"),
+    ("target_modules", None),
+    ("target_modules", ""),
+    ("target_modules", []),
+    ("target_modules", ["q_proj", ""]),
+    ("target_modules", ["q_proj", 3]),
+    ("target_modules", "q_(proj"),
+    ("target_modules", 5),
+    ("exclude_modules", ["", "a"]),
+    ("exclude_modules", "a["),
+    ("exclude_modules", 7),
+    ("modules_to_save", "head"),
+    ("modules_to_save", [None]),
+    ("modules_to_save", {"head": 1}),
+    ("rank_pattern", ["q"]),
+    ("rank_pattern", {"q": 0}),
+    ("rank_pattern", {"q": 1.5}),
+    ("rank_pattern", {"q(": 4}),
+    ("rank_pattern", {3: 4}),
+    ("alpha_pattern", "q"),
+    ("alpha_pattern", {"q": 0}),
+    ("alpha_pattern", {"q": float("nan")}),
+    ("alpha_pattern", {"*q": 4}),
+    ("bias", "some"),
+    ("bias", True),
+    ("bias", None),
+    ("use_rslora", 1),
+    ("use_rslora", "true"),
+    ("autocast_adapter_dtype", None),
+    ("init_lora_weights", "pissa"),
+    ("init_lora_weights", 1),
+    ("init_lora_weights", None),
+    ("enable_lora", [True]),
+    ("enable_lora", {"qkv": []}),
+    ("enable_lora", {"qkv": [False, False]}),
+    ("enable_lora", {"qkv": [1, 0]}),
+    ("enable_lora", {"qkv": True}),
+    ("enable_lora", {"qkv": "yes"}),
+    ("enable_lora", {"": [True]}),
+    ("enable_lora", {3: [True]}),
+]
+
+
+@pytest.mark.parametrize(("option", "value"), REFUSED, ids=[f"{option}={value!r:.20}" for option, value in REFUSED])
+def test_a_refused_value_and_its_option_are_in_the_message(option, value):
+    with pytest.raises(LoRAError, match=rf"LoRAConfig: {option}") as caught:
+        LoRAConfig(**{option: value})
+    offending = [value, *value.values(), *value] if isinstance(value, dict) else [value]
+    offending += [tuple(item) for item in offending if isinstance(item, list)]
+    assert any(repr(item) in str(caught.value) for item in offending)
+
+
+def test_orthogonal_needs_even_ranks_everywhere():
+    for options in ({"r": 3}, {"r": 4, "rank_pattern": {"q": 5}}):
+        with pytest.raises(LoRAError, match="even rank for init_lora_weights='orthogonal', but it is [35]"):
+            LoRAConfig(init_lora_weights="orthogonal", **options)
+    LoRAConfig(init_lora_weights="orthogonal", r=4, rank_pattern={"q": 2})
+
+
+def test_names_and_defaults_are_pefts():
+    ours, theirs = LoRAConfig(), peft.LoraConfig()
+    own = {"enable_lora", "autocast_adapter_dtype"}  # loralib's, and an argument of get_peft_model
+    for field in dataclasses.fields(LoRAConfig):
+        if field.name not in own | {"target_modules"}:  # PEFT chooses by model type, which a plain module has not
+            assert (getattr(ours, field.name) or None) == (getattr(theirs, field.name) or None), field.name
+    default = inspect.signature(peft.get_peft_model).parameters["autocast_adapter_dtype"].default
+    assert ours.autocast_adapter_dtype is default
+    assert ours.target_modules == "all-linear"
+
+
+SEGMENTS = st.sampled_from(["a", "b", "ab", "layers", "0", "1", "10", "q_proj"])
+NAMES = st.lists(SEGMENTS, min_size=1, max_size=4).map(".".join)
+PATTERNS = NAMES | st.sampled_from([r"a|b", r"layers\.\d+\..*", r"^a", r".*", r"[^.]*_proj", r"1", r"\d", "b.a"])
+
+
+@given(patterns=st.lists(PATTERNS, max_size=4, unique=True), name=NAMES, rslora=st.booleans())
+def test_pattern_lookup_is_pefts(patterns, name, rslora):
+    ranks = {pattern: 10 + i for i, pattern in enumerate(patterns)}
+    alphas = {pattern: 0.5 + i for i, pattern in enumerate(reversed(patterns))}
+    config = LoRAConfig(r=3, lora_alpha=7, rank_pattern=ranks, alpha_pattern=alphas, use_rslora=rslora)
+    rank = ranks.get(get_pattern_key(ranks.keys(), name), 3)
+    alpha = alphas.get(get_pattern_key(alphas.keys(), name), 7)
+    assert (config.rank(name), config.alpha(name)) == (rank, alpha)
+    assert config.scaling(name) == alpha / (math.sqrt(rank) if rslora else rank)
+
+
+CONFIGS = st.builds(
+    LoRAConfig,
+    r=st.integers(1, 64).map(lambda half: 2 * half),
+    lora_alpha=st.integers(1, 99) | st.floats(0.1, 99),
+    lora_dropout=st.floats(0, 1, exclude_max=True),
+    target_modules=st.lists(NAMES, min_size=1) | st.sets(NAMES, min_size=1) | st.sampled_from([r".*\.q", "all-linear"]),
+    exclude_modules=st.none() | st.lists(NAMES) | st.just(r"head\..*"),
+    modules_to_save=st.none() | st.lists(NAMES),
+    rank_pattern=st.none() | st.dictionaries(PATTERNS, st.integers(1, 8).map(lambda half: 2 * half)),
+    alpha_pattern=st.none() | st.dictionaries(PATTERNS, st.floats(0.1, 9)),
+    bias=st.sampled_from(["none", "all", "lora_only"]),
+    use_rslora=st.booleans(),
+    init_lora_weights=st.booleans() | st.sampled_from(["gaussian", "orthogonal"]),
+    enable_lora=st.none() | st.dictionaries(NAMES, st.lists(st.booleans(), min_size=1).filter(any)),
+    autocast_adapter_dtype=st.booleans(),
+)
+
+
+@given(config=CONFIGS)
+def test_round_trip_through_plain_types(config):
+    plain = config.to_dict()
+    assert LoRAConfig.from_dict(plain) == config
+    assert LoRAConfig.from_dict(json.loads(json.dumps(plain))) == config
+    buffer = io.BytesIO()
+    torch.save(plain, buffer)
+    buffer.seek(0)
+    assert LoRAConfig.from_dict(torch.load(buffer, weights_only=True)) == config
+
+
+def test_from_dict_names_an_unknown_option():
+    with pytest.raises(LoRAError, match=r"rank must be one of the options .*lora_alpha.*, but it is 8"):
+        LoRAConfig.from_dict({"rank": 8})
+
+
+def test_a_config_cannot_be_changed_and_keeps_nothing_of_its_callers():
+    names, ranks, parts = ["q"], {"q": 4}, [True, False]
+    config = LoRAConfig(
+        target_modules=names, exclude_modules=names, modules_to_save=names, rank_pattern=ranks, enable_lora={"q": parts}
+    )
+    names.append("k"), ranks.update(k=2), parts.append(True)
+    fresh = LoRAConfig(
+        target_modules=["q"],
+        exclude_modules=["q"],
+        modules_to_save=["q"],
+        rank_pattern={"q": 4},
+        enable_lora={"q": [True, False]},
+    )
+    assert config == fresh
+    config.to_dict()["rank_pattern"]["q"] = 9
+    assert config == fresh
+    for field in dataclasses.fields(config):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(config, field.name, getattr(config, field.name))
+    with pytest.raises(TypeError):
+        LoRAConfig(8)  # keyword-only
+
+
+def test_order_of_names_in_a_set_and_empty_collections_do_not_matter():
+    assert LoRAConfig(target_modules={"v", "q"}) == LoRAConfig(target_modules=["q", "v"])
+    assert LoRAConfig(exclude_modules=[], modules_to_save=(), rank_pattern={}, alpha_pattern={}) == LoRAConfig()
+
+
+def test_differing_names_each_option_that_differs():
+    one = LoRAConfig(r=4, bias="all")
+    assert one.differing(LoRAConfig(r=4)) == ["bias"]
+    assert one.differing(LoRAConfig(lora_alpha=1, bias="all")) == ["r", "lora_alpha"]
+    assert one.differing(one) == []
