@@ -16,7 +16,7 @@ from .base import A, B, canonical
 from .config import LoRAConfig
 from .errors import LoRAError
 from .inject import inject, unload
-from .injection import find_injection, named_state, note_trainable
+from .injection import base_parameters, find_injection, named_state, note_trainable, require_injection
 from .merge import adapted_layers, is_merged, merge, unmerge
 from .state import adapter_keys, check_fingerprint
 from .targets import Targets, near_misses
@@ -179,11 +179,22 @@ def _ranks(adapter: Adapter) -> list[tuple[str, float, int]]:
     return [(name, scaling, adapter.tensors[f"{name}.{B}"].shape[1]) for name, scaling in adapter.scalings.items()]
 
 
+def note_trained(model: nn.Module, adapter: Adapter) -> None:
+    """What another callback had unfrozen in the saved run counts as trained here too; call before loading it."""
+    prefix, root, injection = require_injection(model, "adapter")
+    path = f"{prefix}." if prefix else ""
+    for name, parameter in base_parameters(root).items():
+        if path + name in adapter.tensors and name not in injection.trained:
+            injection.trained.add(name)
+            injection.initial[name] = parameter.detach().clone()
+
+
 def _copy(model: nn.Module, adapter: Adapter) -> None:
     """Into the live tensors, all of them or none: everything was checked before."""
     before = is_merged(model)
     if before:
         unmerge(model)
+    note_trained(model, adapter)
     live = {name: (tensor, owner) for name, tensor, owner in named_state(model)}
     with torch.inference_mode(False), torch.no_grad():
         for name, value in adapter.tensors.items():

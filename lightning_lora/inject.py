@@ -6,14 +6,12 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parameter import UninitializedParameter
-from torch.nn.utils.parametrize import is_parametrized
 
-from .base import HALF, A, LoRALayer, strip_
+from .base import HALF, LoRALayer, strip_
 from .config import LoRAConfig
 from .errors import LoRAError
 from .injection import (
@@ -29,14 +27,13 @@ from .injection import (
     swap_initial_,
     unpatch,
 )
-from .layers import LoRALinear, adapt_, init_factors_, layer_kind
+from .layers import adapt_, init_factors_
 from .loading import accept_partial_states, accept_whole_states_only
 from .merge import adapted_layers, is_merged, merge, unmerge
 from .readers import set_fast_paths_, swap_readers_
 from .state import refuse_unmergeable
-from .targets import Targets, entries_of, entry_name, names_match, refuse_unmatched, tied_weights
-
-ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+from .supported import check_supported, enabled_parts
+from .targets import Targets, refuse_unmatched, tied_weights
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +57,9 @@ def inject(model: nn.Module, config: LoRAConfig, *, merge_weights: bool = False)
             The model is then as it was.
     """
     found = find_injection(model)
+    if found is not None and _gives_way(found, model, config):
+        withdraw(model)
+        found = None
     if found is None:
         begin_injection(model, config, merge_weights=merge_weights)
         finish_injection(model)
@@ -90,8 +90,9 @@ def finish_injection(model: nn.Module) -> None:
     with _leaving_no_trace(root):
         targets = Targets(root, injection.config)
         refuse_unmatched(root, targets.unmatched)
-    for name, reason in targets.left_out.items():
+    for name, reason in {} if injection.judged else targets.left_out.items():
         log.info("lightning_lora: %s is left out of 'all-linear': %s", name, reason)
+    injection.judged = True
 
 
 def adapt_new_layers(model: nn.Module) -> None:
@@ -100,7 +101,7 @@ def adapt_new_layers(model: nn.Module) -> None:
     targets = Targets(root, injection.config)
     new = {name: module for name, module in targets.layers.items() if not isinstance(module, LoRALayer)}
     for name, module in new.items():
-        _check_supported(name, module, injection.config)
+        check_supported(name, module, injection.config)
     _freeze(root, injection, new, targets.saved)
     tied = tied_weights(root)
     seed = hashlib.sha256(bytes(torch.get_rng_state().tolist())).hexdigest()
@@ -127,7 +128,7 @@ def unload(model: nn.Module) -> None:
     if is_merged(root):
         unmerge(root)
     swap_initial_(root, injection.initial)
-    _strip(model, root, injection)
+    _strip(model, root)
 
 
 def merge_and_unload(model: nn.Module) -> nn.Module:
@@ -137,7 +138,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
         LoRAError: the model was not injected, W' is not finite, or a layer cannot be merged because its weight has
             another owner. The model is then unmerged.
     """
-    _, root, injection = require_injection(model, "merge_and_unload")
+    _, root, _ = require_injection(model, "merge_and_unload")
     before = is_merged(root)
     merge(root)
     try:
@@ -148,7 +149,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
         raise
     for layer in adapted_layers(root).values():
         layer.lora_kept = {}
-    _strip(model, root, injection)
+    _strip(model, root)
     return model
 
 
@@ -183,6 +184,12 @@ def _set_active(root: nn.Module, layers: Mapping[str, LoRALayer], active: Mappin
     set_fast_paths_(root)
 
 
+def _gives_way(found: tuple[str, nn.Module, Injection], model: nn.Module, config: LoRAConfig) -> bool:
+    """Whether the injection is a callback's, made before configure_model, which now injects by itself."""
+    _, root, injection = found
+    return root is model and not injection.judged and injection.config in (config, LoRAConfig())
+
+
 def _refuse_other(
     found: tuple[str, nn.Module, Injection], model: nn.Module, config: LoRAConfig, merge_weights: bool
 ) -> None:
@@ -205,11 +212,18 @@ def _leaving_no_trace(root: nn.Module) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        _strip(root, root, vars(root)[ATTRIBUTE])
+        _strip(root, root)
         raise
 
 
-def _strip(model: nn.Module, root: nn.Module, injection: Injection) -> None:
+def _strip(model: nn.Module, root: nn.Module) -> None:
+    withdraw(root)
+    unpatch(model)
+
+
+def withdraw(root: nn.Module) -> None:
+    """Take the adapters out, but leave what is patched."""
+    injection: Injection = vars(root)[ATTRIBUTE]
     for layer in adapted_layers(root).values():
         strip_(layer)
     swap_readers_(root)
@@ -217,58 +231,7 @@ def _strip(model: nn.Module, root: nn.Module, injection: Injection) -> None:
     for name, parameter in base_parameters(root).items():
         parameter.requires_grad_(injection.requires_grad.get(name, parameter.requires_grad))
     accept_whole_states_only(root)
-    unpatch(model)
     delattr(root, ATTRIBUTE)
-
-
-def _check_supported(name: str, module: nn.Module, config: LoRAConfig) -> None:
-    kind = type(module).__name__
-    problem = ""
-    if layer_kind(module) is None:
-        inside = [child for child, m in module.named_modules() if child and layer_kind(m)]
-        problem = f"a {kind} cannot be adapted" + (f"; name the layers inside it, as {inside[0]!r}" if inside else "")
-    elif hasattr(module, A):
-        problem = f"the {kind} has a lora_A of another library; take that out first"
-    elif "forward" in vars(module):
-        problem = f"its forward is replaced on the instance of {kind}, which would pass over the adapter; undo that"
-    else:
-        problem = _weight_problem(module)
-    enabled = _enabled(name, config)
-    if not problem and enabled is not None:
-        if not issubclass(layer_kind(module) or nn.Module, LoRALinear):
-            problem = f"enable_lora needs a linear layer, not a {kind}"
-        elif _outputs(module) % len(enabled):
-            problem = f"enable_lora has {len(enabled)} parts, which do not divide its {_outputs(module)} outputs"
-    if problem:
-        raise LoRAError(f"inject: {name!r}: {problem}, or leave it out with exclude_modules=[{name!r}].")
-
-
-def _weight_problem(module: nn.Module) -> str:
-    kind = type(module).__name__
-    names = ATTENTION_WEIGHTS if isinstance(module, nn.MultiheadAttention) else ("weight",)
-    weights = [module._parameters[name] for name in names if module._parameters.get(name) is not None]
-    if is_parametrized(module) or not weights:
-        return f"the weight of the {kind} is computed from others (weight_norm, parametrize); remove that first"
-    for weight in weights:
-        if isinstance(weight, UninitializedParameter):
-            return f"the {kind} has no shape yet; run one batch through the model first"
-        if weight is not None and weight.dtype not in (*HALF, torch.float32, torch.float64):
-            return f"its weight is {weight.dtype}; adapters need float16, bfloat16, float32 or float64"
-    return ""
-
-
-def _outputs(module: nn.Module) -> int:
-    if isinstance(module, nn.MultiheadAttention):
-        return 3 * int(module.embed_dim)
-    rows, cols = cast(torch.Tensor, module.weight).shape
-    return int(rows if isinstance(module, nn.Linear) else cols)
-
-
-def _enabled(name: str, config: LoRAConfig) -> tuple[bool, ...] | None:
-    for entry in entries_of(config.enable_lora):
-        if names_match(entry, name):
-            return tuple((config.enable_lora or {})[entry_name(entry)])
-    return None
 
 
 def _adapt(name: str, module: nn.Module, config: LoRAConfig, seed: str) -> LoRALayer:
@@ -278,7 +241,7 @@ def _adapt(name: str, module: nn.Module, config: LoRAConfig, seed: str) -> LoRAL
         alpha=config.alpha(name),
         scaling=config.scaling(name),
         dropout=config.lora_dropout,
-        enabled=_enabled(name, config),
+        enabled=enabled_parts(name, config),
         wide=config.autocast_adapter_dtype,
     )
     dtype = layer.main_weight().dtype
@@ -296,9 +259,9 @@ def _freeze(
     if injection.config.bias == "lora_only":
         trainable |= {id(module.bias) for module in new.values() if getattr(module, "bias", None) is not None}
     for name, parameter in base_parameters(root).items():
-        if name in injection.requires_grad:
-            continue
-        injection.requires_grad[name] = parameter.requires_grad
+        if name in injection.requires_grad and (not new or name in injection.trained):
+            continue  # where a layer was built anew, its parameters are not frozen yet
+        injection.requires_grad.setdefault(name, parameter.requires_grad)
         everywhere = injection.config.bias == "all" and name.rpartition(".")[2].endswith("bias")
         parameter.requires_grad_(parameter.is_floating_point() and (everywhere or id(parameter) in trainable))
 
