@@ -2,4 +2,4 @@
 
 import pytest
 
-pytest.register_assert_rewrite("runs", "helpers")
+pytest.register_assert_rewrite("comparing", "helpers")

@@ -9,10 +9,10 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from comparing import At, Watched, assert_as_found, base_weights, compare, lora
 from helpers import Data, Net, make_trainer
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.tuner import Tuner
-from runs import At, Watched, assert_as_found, base_weights, compare, lora
 from torch import nn
 from torch.utils.data import DataLoader
 

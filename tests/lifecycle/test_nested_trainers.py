@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from comparing import At, Watched, assert_as_found, assert_same_numbers, base_weights, compare
 from helpers import Data, Net, assert_same_tensors, make_trainer
-from runs import At, Watched, assert_as_found, assert_same_numbers, base_weights, compare
 from torch import nn
 
 from lightning_lora import LoRACallback
