@@ -8,7 +8,6 @@ import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import nn
@@ -38,14 +37,14 @@ def is_merged(model: nn.Module) -> bool:
 def merge(model: nn.Module) -> None:
     """Put W' = W + s * B @ A into every adapted layer's weight, in place; unmerge takes it out bit for bit.
 
-    Harmless when repeated. A layer whose weight has another owner, or renormalises itself, stays factored. The first
-    merge of 16-bit layers logs what rounding W' costs.
+    Harmless when repeated, and inside disable_adapter. A layer whose weight has another owner, or renormalises itself,
+    stays factored. The first merge of 16-bit layers logs what rounding W' costs.
 
     Raises:
         LoRAError: the model has no adapted layer, or a layer's W' is not finite. Every layer is then unmerged.
     """
     layers = _require_layers(model, "merge")
-    pending = {name: layer for name, layer in layers.items() if not layer.lora_merged}
+    pending = {name: layer for name, layer in layers.items() if layer.lora_active and not layer.lora_merged}
     if not pending:
         return
     copies = _affordable_copies(layers.values())
@@ -85,11 +84,12 @@ def unmerge(model: nn.Module) -> None:
 def merged(model: nn.Module) -> Iterator[nn.Module]:
     """The model with merged weights inside, and in the state it was found in outside, also after an exception."""
     before = is_merged(model)
-    merge(model)
     try:
+        merge(model)  # a Ctrl-C meanwhile is raised when it is done
         yield model
     finally:
-        (merge if before else unmerge)(model)
+        if is_merged(model) != before:
+            (merge if before else unmerge)(model)
 
 
 def _require_layers(model: nn.Module, verb: str) -> dict[str, LoRALayer]:
@@ -167,7 +167,7 @@ class _Fidelity:
             warnings.warn(
                 f"lightning_lora: {message}. Merged and unmerged outputs differ by that much of the adapter's effect; "
                 "with merged_eval=False the adapter is evaluated unrounded.",
-                stacklevel=4,
+                stacklevel=3,
             )
 
 
@@ -177,11 +177,11 @@ def _deferred_interrupt() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
         yield
         return
-    pending: list[tuple[Any, ...]] = []
-    handler = signal.signal(signal.SIGINT, lambda *args: pending.append(args))
+    pending: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, frame: pending.append(number))
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, handler)
-        if pending and callable(handler):
-            handler(*pending[0])
+        if pending:
+            signal.raise_signal(signal.SIGINT)
