@@ -6,7 +6,7 @@ import logging
 import signal
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -16,7 +16,7 @@ from .base import HALF, LoRALayer, canonical
 from .errors import LoRAError
 from .metrics import MergeFidelity
 from .readers import set_fast_paths_
-from .targets import tied_weights
+from .targets import note_tied
 
 COPY_BUDGET = 64 * 2**20  # bytes of plain copies of small weights, which are faster than keeping values
 WORST_FIDELITY = 0.05
@@ -51,7 +51,7 @@ def merge(model: nn.Module) -> None:
     fidelity = _Fidelity(pending.values())
     with _deferred_interrupt():
         try:
-            _note_tied(model)
+            note_tied(model)
             for name, layer in pending.items():
                 if layer.stays_factored():
                     layer.lora_merged = True
@@ -121,21 +121,14 @@ def _unmerge_all(layers: Mapping[str, LoRALayer]) -> None:
         raise LoRAError("\n".join(failures))
 
 
-def _note_tied(model: nn.Module) -> None:
-    for module, other in tied_weights(model).items():
-        if isinstance(module, LoRALayer):
-            module.lora_tied = other
-
-
-def _affordable_copies(layers: Iterable[LoRALayer]) -> set[LoRALayer]:
+def _affordable_copies(layers: Collection[LoRALayer]) -> set[LoRALayer]:
     """Unmerged layers for whose weights a plain copy fits into the budget, smallest first."""
-    budget = COPY_BUDGET
+    kept = [kept for layer in layers for kept in layer.lora_kept.values() if kept.copy is not None]
+    budget = COPY_BUDGET - sum(one.nbytes() for one in kept)
     affordable = set()
     sizes = {layer: sum(weight.nbytes for weight in layer.adapted_weights().values()) for layer in layers}
     for layer in sorted(sizes, key=sizes.__getitem__):
-        if layer.lora_kept:
-            budget -= sum(kept.nbytes() for kept in layer.lora_kept.values() if kept.copy is not None)
-        elif sizes[layer] <= budget:
+        if not layer.lora_kept and sizes[layer] <= budget:
             budget -= sizes[layer]
             affordable.add(layer)
     return affordable
