@@ -1,89 +1,19 @@
-"""The merge arithmetic: bit-exact, rounded once, lean, all or nothing, whatever surrounds it."""
+"""The merge arithmetic: bit-exact, in any layout, all or nothing."""
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
-from fractions import Fraction
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from weights import DTYPES, SHARES, assert_rounded_sum, exact_delta, make_pieces, make_weight, same_bits, scaling_for
 
-from lightning_lora import LoRAError, exact
+from lightning_lora import LoRAError
 from lightning_lora.exact import Piece, add_delta_, merged_weight, remove_delta_, restored
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-SHARES = (0.001, 0.01, 0.1, 1.0)  # the adapter's norm over the weight's
-
-
-def as_bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
-
-
-def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return torch.equal(as_bits(one), as_bits(other))
-
-
-def make_weight(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Usual values, and where the arithmetic is delicate: -0.0, subnormals, the smallest normal, 0."""
-    weight = (0.02 * torch.randn(shape)).to(dtype)
-    info = torch.finfo(dtype)
-    delicate = [-0.0, 0.0, info.smallest_normal / 4, -info.smallest_normal / 2, info.smallest_normal, 1.0]
-    flat = weight.view(-1)
-    count = min(len(delicate), flat.numel())
-    flat[torch.randperm(flat.numel())[:count]] = torch.tensor(delicate[:count], dtype=dtype)
-    return weight
-
-
-def make_pieces(weight: torch.Tensor, r: int = 4) -> list[Piece]:
-    rows = weight.shape[0]
-    return [Piece(0, 0, torch.randn(rows, r), torch.randn(r, weight.numel() // rows))]
-
-
-def exact_delta(pieces: list[Piece], scaling: float, shape: torch.Size) -> torch.Tensor:
-    delta = torch.zeros(shape[0], shape.numel() // shape[0], dtype=torch.float64)
-    for row, col, left, right in pieces:
-        part = scaling * (left.double() @ right.double())
-        delta[row : row + part.shape[0], col : col + part.shape[1]] += part
-    return delta.view(shape)
-
-
-def scaling_for(weight: torch.Tensor, pieces: list[Piece], share: float) -> float:
-    return float(share * weight.double().norm() / exact_delta(pieces, 1.0, weight.shape).norm())
-
-
-def nearest(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """Where no neighbour of `found` in its dtype is nearer to the float64 value `wanted`."""
-    error = (found.double() - wanted).abs()
-    neighbours = [(as_bits(found) + step).view(found.dtype).double() for step in (1, -1)]
-    others = [torch.where(n.isnan(), math.inf, (n - wanted).abs()) for n in neighbours]
-    return (error <= others[0]) & (error <= others[1])
-
-
-def assert_rounded_sum(found: torch.Tensor, weight: torch.Tensor, pieces: list[Piece], scaling: float) -> None:
-    """W + s * B @ A, off by half the spacing of its dtype, and by float64's own rounding of the terms."""
-    info = torch.finfo(found.dtype)
-    wanted = weight.double() + exact_delta(pieces, scaling, weight.shape)
-    magnitudes = [p._replace(left=p.left.abs(), right=p.right.abs()) for p in pieces]
-    terms = weight.double().abs() + exact_delta(magnitudes, abs(scaling), weight.shape)
-    spacing = info.eps * torch.clamp(wanted.abs(), min=info.smallest_normal)
-    assert ((found.double() - wanted).abs() <= spacing / 2 + 16 * torch.finfo(torch.float64).eps * terms).all()
-
-
-@pytest.fixture
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exact, "CPU_BLOCK", 400)
-
-
-# Bit-exact ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -161,7 +91,7 @@ def test_any_layout_and_any_block_size(
     layout: str, dtype: torch.dtype, block: int, copy: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Blocks of one row longer than a block, of several rows, with a rest, and one block for all."""
-    monkeypatch.setattr(exact, "CPU_BLOCK", block)
+    monkeypatch.setattr("lightning_lora.exact.CPU_BLOCK", block)
     weight = LAYOUTS[layout](dtype)
     before, strides, pieces = weight.clone(), weight.stride(), make_pieces(weight, r=2)
     scaling = scaling_for(weight, pieces, 0.05)
@@ -227,116 +157,12 @@ def merges(draw: st.DrawFn) -> dict[str, Any]:
 def test_any_merge_is_nearest_and_comes_back(case: dict[str, Any]) -> None:
     weight, pieces = case["weight"].clone(), [Piece(0, 0, case["left"], case["right"])]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exact, "CPU_BLOCK", case["block"])
+        patch.setattr("lightning_lora.exact.CPU_BLOCK", case["block"])
         kept = add_delta_(weight, pieces, case["scaling"], copy=case["copy"])
         assert same_bits(weight, merged_weight(case["weight"], pieces, case["scaling"]))
         assert_rounded_sum(weight, case["weight"], pieces, case["scaling"])
         remove_delta_(weight, kept)
     assert same_bits(weight, case["weight"])
-
-
-# Whatever surrounds it ------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def set_to(read: Callable[[], Any], write: Callable[[Any], None], value: Any) -> Iterator[None]:
-    before = read()
-    write(value)
-    try:
-        yield
-    finally:
-        write(before)
-
-
-def threads(count: int) -> AbstractContextManager[None]:
-    return set_to(torch.get_num_threads, torch.set_num_threads, count)
-
-
-def backend_precision(path: str, value: str) -> AbstractContextManager[None]:
-    """torch.backends.*.fp32_precision, of torch 2.9 and newer; a plain context where it is not there."""
-    owner: Any = torch.backends
-    for part in path.split(".") if path else ():
-        owner = getattr(owner, part, None)
-    if not hasattr(owner, "fp32_precision"):
-        return contextlib.nullcontext()
-    return set_to(lambda: owner.fp32_precision, lambda new: setattr(owner, "fp32_precision", new), value)
-
-
-SURROUNDINGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
-    "plain": contextlib.nullcontext,
-    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
-    "medium": lambda: set_to(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "medium"),
-    "all backends": lambda: backend_precision("", "tf32"),
-    "mkldnn": lambda: backend_precision("mkldnn", "bf16"),
-    "mkldnn.matmul": lambda: backend_precision("mkldnn.matmul", "bf16"),
-    "two threads": lambda: threads(2),
-    "inference mode": torch.inference_mode,
-    "no grad": torch.no_grad,
-    "default float64": lambda: set_to(torch.get_default_dtype, torch.set_default_dtype, torch.float64),
-}
-
-
-@pytest.mark.parametrize(
-    ("around_merge", "around_unmerge"),
-    [pair for name in list(SURROUNDINGS)[1:] for pair in (("plain", name), (name, "plain"), (name, name))],
-)
-def test_surroundings_do_not_matter(around_merge: str, around_unmerge: str) -> None:
-    for dtype in (torch.float32, torch.bfloat16):
-        weight = torch.nn.Parameter(make_weight((96, 512), dtype))
-        before, pieces = weight.detach().clone(), make_pieces(weight, r=256)
-        plain = merged_weight(before, pieces, 0.0003)
-        with SURROUNDINGS[around_merge]():
-            kept = add_delta_(weight, pieces, 0.0003)
-            again = merged_weight(before, pieces, 0.0003)
-            assert same_bits(again, plain)
-            assert not again.is_inference()
-        assert same_bits(weight, plain)
-        with SURROUNDINGS[around_unmerge]():
-            original = restored(weight, kept)
-            assert same_bits(original, before)
-            assert not original.is_inference()  # it may be loaded and trained later
-            remove_delta_(weight, kept)
-        assert same_bits(weight, before)
-        weight.sum().backward()  # still a parameter that trains
-        assert weight.grad is not None
-
-
-@pytest.mark.parametrize(("first", "then"), [(1, 2), (2, 1)])
-def test_another_number_of_threads_computes_the_same_delta(first: int, then: int) -> None:
-    """A shape for which the last bits of a product differ between one thread and two, where torch uses MKL."""
-    weight = make_weight((7, 17), torch.float64)
-    before = weight.clone()
-    for _ in range(20):
-        with threads(first):
-            kept = add_delta_(weight, make_pieces(weight, r=256), 0.001)
-        with threads(then):
-            assert same_bits(restored(weight, kept), before)
-            remove_delta_(weight, kept)
-        assert same_bits(weight, before)
-
-
-def test_surroundings_are_left_as_they_were() -> None:
-    def settings_now() -> list[Any]:
-        return [
-            torch.get_num_threads(),
-            torch.get_float32_matmul_precision(),
-            torch.is_autocast_enabled("cpu"),
-            torch.is_grad_enabled(),
-            torch.is_inference_mode_enabled(),
-        ]
-
-    weight = make_weight((30, 40), torch.float32)
-    with threads(2):
-        kept = add_delta_(weight, make_pieces(weight), 0.001)
-    with torch.autocast("cpu", dtype=torch.bfloat16), torch.inference_mode():
-        before = settings_now()
-        remove_delta_(weight, kept)
-        assert settings_now() == before
-        add_delta_(weight, make_pieces(weight), 0.001)
-        assert settings_now() == before
-
-
-# All or nothing -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -426,130 +252,3 @@ def test_a_failure_in_the_middle_leaves_every_bit() -> None:
     with pytest.raises(KeyboardInterrupt):
         add_delta_(weight, make_pieces(weight), 0.01, observe=fail_at_the_third)
     assert same_bits(weight, before)
-
-
-# Rounded once ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("r", [4, 64])
-@pytest.mark.parametrize("share", SHARES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_merged_weights_are_the_nearest_values(dtype: torch.dtype, share: float, r: int) -> None:
-    weight = make_weight((300, 400), dtype)
-    pieces = make_pieces(weight, r)
-    scaling = scaling_for(weight, pieces, share)
-    delta = exact_delta(pieces, scaling, weight.shape)
-    merged = merged_weight(weight, pieces, scaling)
-    assert nearest(merged, weight.double() + delta).double().mean() >= 0.9999
-    if dtype == torch.float32:
-        larger = torch.maximum(weight.double().abs(), delta.abs())
-        ulp = torch.exp2(torch.frexp(larger)[1].double() - 24)
-        assert ((merged.double() - weight.double() - delta).abs() <= 2 * ulp).all()
-
-
-def test_float64_agrees_with_rational_arithmetic() -> None:
-    weight = make_weight((8, 8), torch.float64)
-    left, right = torch.randn(8, 4, dtype=torch.float64), torch.randn(4, 8, dtype=torch.float64)
-    merged = merged_weight(weight, [Piece(0, 0, left, right)], 0.7)
-    for i in range(8):
-        for j in range(8):
-            products = [
-                Fraction(0.7) * Fraction(b) * Fraction(a)
-                for b, a in zip(left[i].tolist(), right[:, j].tolist(), strict=True)
-            ]
-            wanted = Fraction(weight[i, j].item()) + sum(products)
-            terms = abs(Fraction(weight[i, j].item())) + sum(map(abs, products))
-            assert abs(Fraction(merged[i, j].item()) - wanted) <= 4 * Fraction(torch.finfo(torch.float64).eps) * terms
-
-
-def test_the_observer_sees_the_rounded_and_the_exact_sum_of_every_element(small_blocks: None) -> None:
-    weight = make_weight((30, 40), torch.bfloat16)
-    before, pieces = weight.clone(), make_pieces(weight)
-    seen: list[tuple[torch.Tensor, ...]] = []
-    add_delta_(weight, pieces, 0.01, observe=lambda *tensors: seen.append(tuple(t.clone() for t in tensors)))
-    rounded, exact_sum, delta = (torch.cat(parts) for parts in zip(*seen, strict=True))
-    assert len(seen) > 1
-    assert torch.equal(rounded, weight.double())
-    torch.testing.assert_close(delta, exact_delta(pieces, 0.01, weight.shape))
-    torch.testing.assert_close(exact_sum, before.double() + exact_delta(pieces, 0.01, weight.shape))
-
-
-# Lean -----------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_an_adapter_of_one_per_cent_keeps_less_than_a_tenth(dtype: torch.dtype) -> None:
-    weight = (0.02 * torch.randn(512, 512)).to(dtype)
-    pieces = make_pieces(weight, r=8)
-    kept = add_delta_(weight, pieces, scaling_for(weight, pieces, 0.01))
-    assert 0 < kept.nbytes() < 0.1 * weight.nbytes
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_never_keeps_more_than_a_plain_copy(dtype: torch.dtype) -> None:
-    for share in (0.1, 0.3, 1.0, 30.0):
-        weight = (0.02 * torch.randn(256, 256)).to(dtype)
-        pieces = make_pieces(weight, r=8)
-        assert add_delta_(weight, pieces, scaling_for(weight, pieces, share)).nbytes() <= weight.nbytes
-
-
-# One bfloat16 layer of 8192 x 8192 weights: what merging holds, counted as tensors and as the process's memory.
-BIG_LAYER = """
-import gc, hashlib, json, sys, torch
-from lightning_lora.exact import Piece, add_delta_, remove_delta_
-
-torch.set_num_threads(1)
-N, R = 8192, 8
-
-def live():
-    tensors = {}
-    for item in gc.get_objects():
-        if type(item) in (torch.Tensor, torch.nn.Parameter):
-            storage = item.untyped_storage()
-            tensors[storage.data_ptr()] = storage.nbytes()
-    return sum(tensors.values())
-
-def memory(field):
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field))
-
-def digest(tensor):
-    return hashlib.sha256(tensor.detach().view(torch.int16).numpy()).hexdigest()
-
-layer = torch.nn.Linear(N, N, bias=False, dtype=torch.bfloat16)
-small = torch.zeros(512, 512, dtype=torch.bfloat16)  # a first, small merge loads the libraries
-remove_delta_(small, add_delta_(small, [Piece(0, 0, torch.randn(512, R), torch.randn(R, 512))], 0.1))
-pieces = [Piece(0, 0, torch.randn(N, R), torch.randn(R, N))]
-scaling = 0.01 * (1 / N / 3) ** 0.5 / R**0.5  # a Linear's weights are uniform with this deviation
-before, start = digest(layer.weight), live()
-with open("/proc/self/clear_refs", "w") as clear:
-    clear.write("5")  # the peak starts here
-resident = memory("VmRSS")
-kept = add_delta_(layer.weight, pieces, scaling)
-merged = digest(layer.weight)
-held = {"tensors": live() - start, "resident": memory("VmRSS") - resident, "peak": memory("VmHWM") - resident}
-nbytes = kept.nbytes()
-remove_delta_(layer.weight, kept)
-del kept
-print(held, nbytes, file=sys.stderr)
-print(json.dumps(held | {
-    "weight": layer.weight.nbytes, "factors": pieces[0].left.nbytes + pieces[0].right.nbytes, "kept": nbytes,
-    "left": live() - start, "moved": merged != before, "back": digest(layer.weight) == before,
-}))
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the process's memory from /proc")
-def test_a_big_layer_is_merged_without_a_second_copy_of_it() -> None:
-    run = subprocess.run([sys.executable, "-c", BIG_LAYER], capture_output=True, text=True, check=True, timeout=120)
-    found = json.loads(run.stdout)
-    assert found["moved"]
-    assert found["back"]
-    assert found["weight"] == 2 * 8192 * 8192
-    assert found["tensors"] == found["kept"] + found["factors"]
-    assert 0 < found["kept"] < 0.1 * found["weight"]
-    assert found["resident"] < 0.1 * found["weight"] + found["factors"]
-    scratch = 16 * 2**20  # a few temporaries of one block, A and B in float64
-    assert found["peak"] < 0.1 * found["weight"] + found["factors"] + scratch
-    assert found["left"] == 0
