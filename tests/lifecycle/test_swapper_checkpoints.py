@@ -91,8 +91,8 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, name: str, kind: s
 
 
 class CompiledBody(Net):
-    def build(self) -> None:
-        super().build()
+    def build_body(self) -> None:
+        super().build_body()
         self.body = torch.compile(self.body, backend="eager")
 
 

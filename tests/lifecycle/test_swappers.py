@@ -136,8 +136,8 @@ def test_stochastic_averaging(tmp_path, norm: bool, merged_eval: bool):
 class Plainer(Net):
     """Without BatchNorm, for which StochasticWeightAveraging adds an epoch."""
 
-    def build(self) -> None:
-        super().build()
+    def build_body(self) -> None:
+        super().build_body()
         self.body[1] = nn.Identity()
 
 
