@@ -99,12 +99,7 @@ def add_delta_(
         LoRAError: a value of the sum is not finite. The weight is then as it was.
     """
     with exact_arithmetic():
-        kept = Kept(_copies(pieces), scaling, threads=torch.get_num_threads())
-        if copy:
-            kept.copy = weight.detach().clone(memory_format=torch.preserve_format)
-        else:
-            kept.integers = _integers(weight)
-            kept.bits = _bits_sum(weight, kept.integers)
+        kept = _kept_copy(weight) if copy else _kept_values(weight, pieces, scaling)
         try:
             scratch = _Scratch(weight)
             for block, left, right in _blocks(weight, _scaled(pieces, scaling, weight.device)):
@@ -167,8 +162,15 @@ def exact_arithmetic(threads: int | None = None) -> Iterator[None]:
             torch.set_num_threads(before)
 
 
-def _copies(pieces: list[Piece]) -> list[Piece]:
-    return [piece._replace(left=piece.left.detach().clone(), right=piece.right.detach().clone()) for piece in pieces]
+def _kept_copy(weight: torch.Tensor) -> Kept:
+    return Kept([], copy=weight.detach().clone(memory_format=torch.preserve_format))
+
+
+def _kept_values(weight: torch.Tensor, pieces: list[Piece], scaling: float) -> Kept:
+    own = [piece._replace(left=piece.left.detach().clone(), right=piece.right.detach().clone()) for piece in pieces]
+    integers = _integers(weight)
+    bits = _bits_sum(weight, integers)
+    return Kept(own, scaling, bits=bits, integers=integers, threads=torch.get_num_threads())
 
 
 def _scaled(pieces: list[Piece], scaling: float, device: torch.device) -> list[Piece]:
@@ -246,7 +248,10 @@ def _rounded_sum(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """W' of a block in the weight's dtype and in the arithmetic's, in buffers."""
     exact = scratch.take("exact", block.shape, left.dtype).copy_(block)
-    exact.view(left.shape[0], right.shape[1]).addmm_(left, right)
+    if block.dtype == left.dtype:  # no wider dtype to sum in: one rounding needs D first
+        exact.add_(_delta(block, left, right, scratch))
+    else:
+        exact.view(left.shape[0], right.shape[1]).addmm_(left, right)
     new = scratch.cast("new", exact, block.dtype)
     # A sum is cheap, and finite where all values are, but for an overflow of its own.
     if not math.isfinite(new.sum(dtype=torch.promote_types(new.dtype, torch.float32)).item()):
