@@ -25,6 +25,7 @@ from typing import NamedTuple
 import torch
 
 from .errors import LoRAError
+from .scratch import Scratch
 
 CPU_BLOCK = 2**17  # elements; small enough for the cache
 GPU_BLOCK = 2**24  # elements; large enough to fill a card
@@ -101,7 +102,7 @@ def add_delta_(
     with exact_arithmetic():
         kept = _kept_copy(weight) if copy else _kept_values(weight, pieces, scaling)
         try:
-            scratch = _Scratch(weight)
+            scratch = Scratch(weight)
             for block, left, right in _blocks(weight, _scaled(pieces, scaling, weight.device)):
                 _merge_block(block, left, right, scratch, kept, observe)
         except BaseException:
@@ -139,7 +140,7 @@ def merged_weight(weight: torch.Tensor, pieces: list[Piece], scaling: float) -> 
     """W' as a new tensor: what add_delta_ would have written."""
     with exact_arithmetic():
         merged = weight.detach().clone(memory_format=torch.preserve_format)
-        scratch = _Scratch(weight)
+        scratch = Scratch(weight)
         for block, left, right in _blocks(merged, _scaled(pieces, scaling, weight.device)):
             block.copy_(_rounded_sum(block, left, right, scratch)[0])
     return merged
@@ -185,26 +186,6 @@ def _scaled(pieces: list[Piece], scaling: float, device: torch.device) -> list[P
     ]
 
 
-class _Scratch:
-    """Buffers that every block of a weight uses again."""
-
-    def __init__(self, weight: torch.Tensor) -> None:
-        self.device = weight.device
-        self.difference = torch.float32 if weight.dtype in (torch.float32, torch.bfloat16) else torch.float64
-        self.buffers: dict[tuple[str, torch.dtype], torch.Tensor] = {}
-
-    def take(self, name: str, like: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-        """An uninitialised tensor of that shape, valid until the name is taken again."""
-        buffer = self.buffers.get((name, dtype))
-        if buffer is None or buffer.numel() < like.numel():
-            buffer = self.buffers[name, dtype] = torch.empty(like.numel(), dtype=dtype, device=self.device)
-        return buffer[: like.numel()].view(like)
-
-    def cast(self, name: str, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """values in another dtype, in a buffer; the same tensor where it has that dtype."""
-        return values if values.dtype == dtype else self.take(name, values.shape, dtype).copy_(values)
-
-
 def _blocks(weight: torch.Tensor, pieces: list[Piece]) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Views of the weight, block by block, each with its factors."""
     for piece in pieces:
@@ -229,7 +210,7 @@ def _merge_block(
     block: torch.Tensor,
     left: torch.Tensor,
     right: torch.Tensor,
-    scratch: _Scratch,
+    scratch: Scratch,
     kept: Kept,
     observe: Observer | None,
 ) -> None:
@@ -244,7 +225,7 @@ def _merge_block(
 
 
 def _rounded_sum(
-    block: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scratch: _Scratch
+    block: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scratch: Scratch
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """W' of a block in the weight's dtype and in the arithmetic's, in buffers."""
     exact = scratch.take("exact", block.shape, left.dtype).copy_(block)
@@ -254,19 +235,19 @@ def _rounded_sum(
         exact.view(left.shape[0], right.shape[1]).addmm_(left, right)
     new = scratch.cast("new", exact, block.dtype)
     # A sum is cheap, and finite where all values are, but for an overflow of its own.
-    if not math.isfinite(new.sum(dtype=torch.promote_types(new.dtype, torch.float32)).item()):
-        if not torch.isfinite(new).all():
-            raise LoRAError("W + s * B @ A is not finite (NaN, Inf, or beyond the range of its dtype)")
+    total = new.sum(dtype=torch.promote_types(new.dtype, torch.float32)).item()
+    if not math.isfinite(total) and not torch.isfinite(new).all():
+        raise LoRAError("W + s * B @ A is not finite (NaN, Inf, or beyond the range of its dtype)")
     return new, exact
 
 
-def _delta(block: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scratch: _Scratch) -> torch.Tensor:
+def _delta(block: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scratch: Scratch) -> torch.Tensor:
     """D of a block, in a buffer."""
     product = scratch.take("delta", torch.Size((left.shape[0], right.shape[1])), left.dtype)
     return torch.mm(left, right, out=product).view(block.shape)
 
 
-def _subtract(merged: torch.Tensor, delta: torch.Tensor, scratch: _Scratch) -> torch.Tensor:
+def _subtract(merged: torch.Tensor, delta: torch.Tensor, scratch: Scratch) -> torch.Tensor:
     """What unmerging would leave without the kept values, in the weight's dtype, in a buffer."""
     delta = scratch.cast("difference", delta, scratch.difference)
     wide = torch.sub(merged, delta, out=scratch.take("wide", merged.shape, delta.dtype))
@@ -288,7 +269,7 @@ def _restore(weight: torch.Tensor, kept: Kept) -> None:
         return
     pieces = _scaled(kept.pieces, kept.scaling, weight.device)
     places = [(piece, start) for piece in pieces for start in _starts(weight, piece)]
-    scratch = _Scratch(weight)
+    scratch = Scratch(weight)
     while kept.blocks:
         piece, start = places[len(kept.blocks) - 1]
         record = kept.blocks[-1]
