@@ -150,8 +150,10 @@ def check_fingerprint(model: nn.Module, expected: Mapping[str, Any]) -> None:
     Raises:
         LoRAError: names the first parameter that differs.
     """
-    found = fingerprint(model)
-    trained_here = require_injection(model, "check_fingerprint")[2].fingerprint == expected
+    prefix, _, injection = require_injection(model, "check_fingerprint")
+    path = f"{prefix}." if prefix else ""
+    found = {path + name: print_of(injection.initial[name]) for name in injection.unfrozen} | fingerprint(model)
+    trained_here = injection.fingerprint == expected
     for name, wanted in expected.items():
         have = found.get(name)
         advice = "Load the adapter on the base that it was trained on, or pass strict_base=False."

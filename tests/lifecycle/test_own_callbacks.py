@@ -10,7 +10,7 @@ import lightning as L
 import pytest
 import torch
 from comparing import At, Watched, assert_as_found, assert_same_numbers, base_weights, lora
-from helpers import Data, Net, assert_same_tensors, weights
+from helpers import Data, Net, assert_same_tensors, outputs, weights
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     EarlyStopping,
@@ -25,7 +25,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import CSVLogger
 
-from lightning_lora import is_merged
+from lightning_lora import disable_adapter, is_merged
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*callbacks used to create the checkpoint need to be provided", "ignore:The dirpath has changed"
@@ -96,7 +96,8 @@ def test_all_in_one_trainer(tmp_path, first: bool, bar: type[L.Callback]):
     assert_same_tensors(weights(models[True]), weights(models[False]))
     assert {Path(name).parts[0] for name in files[True]} == set(TRIGGERS)
     always = {name for name in files[True] if not name.startswith(("time", "best", "link"))}
-    assert always and always <= files[False].keys()
+    assert always
+    assert always <= files[False].keys()
     for name in always:
         one, other = (torch.load(files[m][name], weights_only=True) for m in (True, False))
         assert not [
@@ -190,9 +191,23 @@ def test_backbone_finetuning(tmp_path, first: bool, kind: str):
     for epoch in (0, 1):  # later, Lightning itself resumes with the backbone frozen
         resumed, _ = run(tmp_path / f"resumed {epoch}", resume=tmp_path / f"merged/epoch={epoch}.ckpt")
         assert_same_tensors(weights(resumed), weights(merged))
-    for name in ("best", "last"):
-        best = trainer.checkpoint_callback.best_model_path if name == "best" else tmp_path / "merged/epoch=3.ckpt"
-        logged = {Path(path): score for path, score in trainer.checkpoint_callback.best_k_models.items()}[Path(best)]
+    scores = {Path(path).stem: score.item() for path, score in trainer.checkpoint_callback.best_k_models.items()}
+    assert len(scores) == 4
+    for epoch, logged in scores.items():  # also those from before the unfreezing, in the Trainer that went on
         for model, tester in ((Backboned(), fit_nothing(tmp_path, [lora(save=kind)])), (merged, trainer)):
-            found = tester.test(model, Data(), ckpt_path=best, verbose=False)[0]["test_loss"]
-            assert found == pytest.approx(logged.item(), rel=1e-5)
+            found = tester.test(model, Data(), ckpt_path=tmp_path / f"merged/{epoch}.ckpt", verbose=False)
+            assert found[0]["test_loss"] == pytest.approx(logged, rel=1e-5)
+    with disable_adapter(merged):
+        assert_same_tensors(outputs(merged), outputs(Net()))
+
+
+@pytest.mark.filterwarnings(*FREEZING)
+@pytest.mark.parametrize("hook", ["on_train_batch_start", "on_after_backward", "on_train_batch_end"])
+@pytest.mark.parametrize("first", [True, False], ids=["ours first", "ours last"])
+def test_a_weight_unfrozen_within_an_epoch_has_its_first_value_kept(tmp_path, first: bool, hook: str):
+    unfreeze = At(hook, lambda trainer, module: module.head.weight.requires_grad_(True), lambda t: t.global_step == 1)
+    model, ours = Logs(), lora()
+    fit(tmp_path, model, [ours, unfreeze] if first else [unfreeze, ours], epochs=2)
+    assert not torch.equal(model.head.weight, Net().head.weight)
+    with disable_adapter(model):
+        assert_same_tensors(outputs(model), outputs(Net()))
