@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import is_parametrized
 
-from .base import HALF, A, LoRALayer, strip_
+from .base import HALF, A, LoRALayer, strip_, uncompiled
 from .config import LoRAConfig
 from .errors import LoRAError
 from .injection import (
@@ -59,6 +59,7 @@ def inject(model: nn.Module, config: LoRAConfig, *, merge_weights: bool = False)
         LoRAError: an entry names nothing, a layer cannot be adapted, or the model was injected with other options.
             The model is then as it was.
     """
+    model = uncompiled(model)
     found = find_injection(model)
     if found is None:
         begin_injection(model, config, merge_weights=merge_weights)
