@@ -16,7 +16,7 @@ from .base import A, B, canonical
 from .config import LoRAConfig
 from .errors import LoRAError
 from .inject import inject, unload
-from .injection import find_injection, named_state, note_trainable
+from .injection import base_parameters, find_injection, named_state, note_trainable, require_injection
 from .merge import adapted_layers, is_merged, merge, unmerge
 from .state import adapter_keys, check_fingerprint
 from .targets import Targets, near_misses
@@ -85,6 +85,19 @@ def check_fit(model: nn.Module, adapter: Adapter, *, strict_base: bool = True) -
     Raises:
         LoRAError: names the first thing that differs.
     """
+    try:
+        _check_tensors(model, adapter)
+    except LoRAError as error:
+        raise LoRAError(f"{error}{_other_options(model, adapter)}") from None
+    try:
+        check_fingerprint(model, adapter.fingerprint)
+    except LoRAError as error:
+        if strict_base:
+            raise
+        warnings.warn(f"lightning_lora: {error}", stacklevel=2)
+
+
+def _check_tensors(model: nn.Module, adapter: Adapter) -> None:
     layers = adapted_layers(model)
     _same_names("layer", adapter.layers(), layers)
     for name, layer in layers.items():
@@ -99,12 +112,15 @@ def check_fit(model: nn.Module, adapter: Adapter, *, strict_base: bool = True) -
     _same_names("tensor", [n for n in adapter.tensors if n not in live or n in wanted], wanted)
     for name, value in adapter.tensors.items():
         _check_tensor(name, value, live[name])
-    try:
-        check_fingerprint(model, adapter.fingerprint)
-    except LoRAError as error:
-        if strict_base:
-            raise
-        warnings.warn(f"lightning_lora: {error}", stacklevel=2)
+
+
+def _other_options(model: nn.Module, adapter: Adapter) -> str:
+    """Which options the adapter has and the model has not, for an error that they explain."""
+    ours = require_injection(model, "adapter")[2].config
+    theirs = adapter.config or ours
+    values = ((name, getattr(theirs, name), getattr(ours, name)) for name in theirs.differing(ours))
+    differing = "; ".join(f"{name} was {before!r}, now {now!r}" for name, before, now in values)
+    return f" The options differ: {differing}." if differing else ""
 
 
 def _check_tensor(name: str, value: Any, live: torch.Tensor | None) -> None:
@@ -179,11 +195,22 @@ def _ranks(adapter: Adapter) -> list[tuple[str, float, int]]:
     return [(name, scaling, adapter.tensors[f"{name}.{B}"].shape[1]) for name, scaling in adapter.scalings.items()]
 
 
+def note_trained(model: nn.Module, adapter: Adapter) -> None:
+    """What another callback had unfrozen in the saved run counts as trained here too; call before loading it."""
+    prefix, root, injection = require_injection(model, "adapter")
+    path = f"{prefix}." if prefix else ""
+    for name, parameter in base_parameters(root).items():
+        if path + name in adapter.tensors and name not in injection.trained:
+            injection.trained.add(name)
+            injection.initial[name] = parameter.detach().clone()
+
+
 def _copy(model: nn.Module, adapter: Adapter) -> None:
     """Into the live tensors, all of them or none: everything was checked before."""
     before = is_merged(model)
     if before:
         unmerge(model)
+    note_trained(model, adapter)
     live = {name: (tensor, owner) for name, tensor, owner in named_state(model)}
     with torch.inference_mode(False), torch.no_grad():
         for name, value in adapter.tensors.items():

@@ -14,12 +14,12 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
 from .base import LoRALayer
-from .checkpoint import Kind, save_as
-from .compositions import refuse_composition, refuse_unoptimized
+from .checkpoint import Kind, check_kind, save_as
+from .compositions import refuse_composition, refuse_other_options, refuse_unoptimized, warn_of_frozen
 from .config import ALL_LINEAR, Bias, Init, LoRAConfig
 from .errors import LoRAError
 from .inject import begin_injection
-from .injection import find_injection, note_trainable, require_injection
+from .injection import find_injection, note_trainable
 from .late import BUILDERS, adapt_after
 from .merge import adapted_layers, is_merged, merge, unmerge
 from .state import fingerprint, refuse_unmergeable, summary
@@ -79,6 +79,10 @@ class LoRACallback(pl.Callback):
         autocast_adapter_dtype: bool = True,
     ) -> None:
         given = dict(locals())
+        check_kind(save)
+        for name in ("merged_eval", "verify"):
+            if not isinstance(given[name], bool):
+                raise LoRAError(f"LoRACallback: {name} must be true or false, but it is {given[name]!r}.")
         self.config = LoRAConfig(**{field.name: given[field.name] for field in fields(LoRAConfig)})
         self.merged_eval = merged_eval
         self.save = save
@@ -92,19 +96,20 @@ class LoRACallback(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Adapt what exists, before the optimizer exists and the strategy wraps; the rest after configure_model."""
-        injected = find_injection(pl_module) is not None
-        refuse_composition(trainer, self, injected=injected)
-        if injected:
-            self._adopt(pl_module)
-        else:
+        found = find_injection(pl_module)
+        refuse_composition(trainer, self, injected=found is not None)
+        if found is None:
             begin_injection(pl_module, self.config)
-            adapt_after(pl_module, *(name for name in BUILDERS if is_overridden(name, pl_module)))
+        else:
+            refuse_other_options(found[2], self.config)
+        adapt_after(pl_module, *(name for name in BUILDERS if is_overridden(name, pl_module)))
         save_as(pl_module, self.save)
         self._verified = False
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check what training stands on, and say in one line what is trained."""
         refuse_unoptimized(trainer.optimizers, pl_module)
+        warn_of_frozen(pl_module)
         if self.save == "merged":
             refuse_unmergeable(pl_module)
         injection = find_injection(pl_module)
@@ -211,27 +216,10 @@ class LoRACallback(pl.Callback):
 
     # --- helpers ---
 
-    def _adopt(self, pl_module: pl.LightningModule) -> None:
-        """A model injected before, by this callback or by the user: every option that is given must be the same."""
-        injection = require_injection(pl_module, "LoRACallback")[2]
-        if injection.merge_weights:
-            raise LoRAError(
-                "LoRACallback: the model was injected with merge_weights=True, where eval() merges: a backbone kept "
-                "in eval mode would silently stop training. Call inject(model, config) without it."
-            )
-        default = LoRAConfig()
-        for option in injection.config.differing(self.config):
-            ours, theirs = getattr(self.config, option), getattr(injection.config, option)
-            if ours != getattr(default, option):
-                raise LoRAError(
-                    f"LoRACallback: {option} is {ours!r}, but the model was injected with {theirs!r}; use the same, "
-                    "give no adapter option, or unload(model) first."
-                )
-
     def _merge(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.merged_eval and self._merged is None and not is_merged(pl_module):
+            self._merged = pl_module  # first, because Ctrl-C is raised when merging is complete
             merge(pl_module)
-            self._merged = pl_module
         if self.verify and not self._verified and not trainer.sanity_checking:
             watching = watch(pl_module)
             self._verifying, self._verified = (watching, watching.__enter__()), True
@@ -240,7 +228,8 @@ class LoRACallback(pl.Callback):
         self._stop_watching()
         if self._merged is not None:
             module, self._merged = self._merged, None
-            unmerge(module)
+            if is_merged(module):
+                unmerge(module)
 
     def _drop(self, dropping: bool | None) -> None:
         for layer in self._kept_in_eval:

@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from .adapter import Adapter, check_fit
+from .adapter import Adapter, check_fit, note_trained
 from .base import canonical
 from .config import LoRAConfig
 from .errors import LoRAError
@@ -31,10 +31,15 @@ FORMAT_VERSION = 1
 Kind = Literal["adapter", "merged", "full"]
 
 
-def save_as(module: nn.Module, kind: Kind) -> None:
-    """From now on, checkpoints of this LightningModule are of that kind."""
+def check_kind(kind: object) -> None:
+    """Raise where `kind` is no kind of checkpoint."""
     if kind not in get_args(Kind):
         raise LoRAError(f"save must be one of {', '.join(get_args(Kind))}, but it is {kind!r}.")
+
+
+def save_as(module: nn.Module, kind: Kind) -> None:
+    """From now on, checkpoints of this LightningModule are of that kind."""
+    check_kind(kind)
     require_injection(module, "save_as")[2].save = kind
     patch(module, "on_save_checkpoint", _on_save_checkpoint)
     patch(module, "on_load_checkpoint", _on_load_checkpoint)
@@ -53,6 +58,7 @@ def write(module: nn.Module, checkpoint: MutableMapping[str, Any], kind: Kind) -
         "fingerprint": injection.fingerprint or fingerprint(module),
     }
     if kind == "full":
+        meta["fingerprint"] = {name: known for name, known in meta["fingerprint"].items() if name not in set(keys)}
         meta["initial"] = dict(injection.initial)
     else:
         shapes = {name: tensor.shape for name, tensor, _ in named_state(module) if tensor is not None}
@@ -90,10 +96,12 @@ def read(module: nn.Module, checkpoint: MutableMapping[str, Any]) -> None:
     if kind == "full":  # its base comes along
         check_fit(module, replace(adapter, fingerprint={}))
         _check_full(module, checkpoint["state_dict"])
-        require_injection(module, "checkpoint")[2].initial = dict(checkpoint[META]["initial"])
+        note_trained(module, adapter)
+        injection = require_injection(module, "checkpoint")[2]
+        injection.initial, injection.fingerprint = dict(checkpoint[META]["initial"]), {}
         return
     check_fit(module, adapter)
-    _note_trained(module, adapter)
+    note_trained(module, adapter)
     live = {canonical(name): value for name, value in module.state_dict().items()}
     for key, value in checkpoint.items():
         if key != META and isinstance(value, Mapping) and adapter.tensors.keys() <= value.keys():
@@ -138,16 +146,6 @@ def _check_full(module: nn.Module, state: Mapping[str, Any]) -> None:
             f"the full checkpoint lacks {len(missing)} of the model's tensors, first {missing[0]!r}; it was cut or "
             "saved from another model."
         )
-
-
-def _note_trained(module: nn.Module, adapter: Adapter) -> None:
-    """What another callback had unfrozen in the saved run counts as trained here too."""
-    prefix, root, injection = require_injection(module, "checkpoint")
-    path = f"{prefix}." if prefix else ""
-    for name, parameter in root.named_parameters():
-        if path + name in adapter.tensors and name in injection.requires_grad and name not in injection.trained:
-            injection.trained.add(name)
-            injection.initial[name] = parameter.detach().clone()
 
 
 def _on_save_checkpoint(

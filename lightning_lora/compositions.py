@@ -5,6 +5,7 @@ Classes are told by name, so that neither Lightning nor DeepSpeed is imported he
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,7 +13,9 @@ import torch
 from torch import nn
 
 from .base import A, B
+from .config import LoRAConfig
 from .errors import LoRAError
+from .injection import Injection
 from .merge import adapted_layers
 
 AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
@@ -50,6 +53,44 @@ def _refuse_beside(trainer: Any, callback: Any, other: Any) -> None:
         raise LoRAError(
             f"LoRACallback: {name} copies the model in setup and swaps weights around validation, so it must come "
             f"after LoRACallback: callbacks=[LoRACallback(...), {name}(...)]."
+        )
+
+
+def refuse_other_options(injection: Injection, config: LoRAConfig) -> None:
+    """Raise where a model that was injected before does not go with the callback's options.
+
+    Raises:
+        LoRAError: names the option, or gives the reason.
+    """
+    if injection.merge_weights:
+        raise LoRAError(
+            "LoRACallback: the model was injected with merge_weights=True, where eval() merges: a backbone kept "
+            "in eval mode would silently stop training. Call inject(model, config) without it."
+        )
+    default = LoRAConfig()
+    for option in injection.config.differing(config):
+        ours, theirs = getattr(config, option), getattr(injection.config, option)
+        if ours != getattr(default, option):
+            raise LoRAError(
+                f"LoRACallback: {option} is {ours!r}, but the model was injected with {theirs!r}; use the same, "
+                "give no adapter option, or unload(model) first."
+            )
+
+
+def warn_of_frozen(module: nn.Module) -> None:
+    """Say which adapter parameters another callback has frozen."""
+    frozen = [
+        f"{name}.{leaf}"
+        for name, layer in adapted_layers(module).items()
+        for leaf, factor in ((A, layer.lora_A), (B, layer.lora_B))
+        if not factor.requires_grad
+    ]
+    if frozen:
+        warnings.warn(
+            f"lightning_lora: {len(frozen)} adapter parameters are frozen ({', '.join(frozen[:3])}"
+            f"{', ...' if len(frozen) > 3 else ''}) and not trained until something unfreezes them; a callback that "
+            "freezes a backbone in setup comes before LoRACallback in the list",
+            stacklevel=2,
         )
 
 

@@ -6,14 +6,12 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parameter import UninitializedParameter
-from torch.nn.utils.parametrize import is_parametrized
 
-from .base import HALF, A, LoRALayer, strip_, uncompiled
+from .base import HALF, LoRALayer, strip_, uncompiled
 from .config import LoRAConfig
 from .errors import LoRAError
 from .injection import (
@@ -29,14 +27,13 @@ from .injection import (
     swap_initial_,
     unpatch,
 )
-from .layers import LoRALinear, adapt_, init_factors_, layer_kind
+from .layers import adapt_, init_factors_
 from .loading import accept_partial_states, accept_whole_states_only
 from .merge import adapted_layers, is_merged, merge, unmerge
 from .readers import set_fast_paths_, swap_readers_
 from .state import refuse_unmergeable
-from .targets import Targets, entries_of, entry_name, names_match, refuse_unmatched, tied_weights
-
-ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+from .supported import check_shapes, check_supported, check_unadapted, enabled_parts
+from .targets import Targets, note_tied, refuse_unmatched
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +58,9 @@ def inject(model: nn.Module, config: LoRAConfig, *, merge_weights: bool = False)
     """
     model = uncompiled(model)
     found = find_injection(model)
+    if found is not None and _gives_way(found, model, config):
+        withdraw(model)
+        found = None
     if found is None:
         begin_injection(model, config, merge_weights=merge_weights)
         finish_injection(model)
@@ -71,8 +71,7 @@ def inject(model: nn.Module, config: LoRAConfig, *, merge_weights: bool = False)
 
 def begin_injection(model: nn.Module, config: LoRAConfig, *, merge_weights: bool = False) -> None:
     """Adapt the layers that exist now. Later ones can follow; finish_injection judges what names nothing."""
-    if any(type(module).__module__.startswith("peft.") for module in model.modules()):
-        raise LoRAError(f"inject: {type(model).__name__} already has PEFT adapters; merge or unload them first.")
+    check_unadapted(model)
     setattr(model, ATTRIBUTE, Injection(config, merge_weights))
     with _leaving_no_trace(model):
         adapt_new_layers(model)
@@ -91,24 +90,25 @@ def finish_injection(model: nn.Module) -> None:
     with _leaving_no_trace(root):
         targets = Targets(root, injection.config)
         refuse_unmatched(root, targets.unmatched)
-    for name, reason in targets.left_out.items():
+    for name, reason in {} if injection.judged else targets.left_out.items():
         log.info("lightning_lora: %s is left out of 'all-linear': %s", name, reason)
+    injection.judged = True
 
 
 def adapt_new_layers(model: nn.Module) -> None:
     """Adapt what the config names and is not adapted yet, freeze what is new."""
     _, root, injection = require_injection(model, "inject")
+    check_shapes(root)
     targets = Targets(root, injection.config)
     new = {name: module for name, module in targets.layers.items() if not isinstance(module, LoRALayer)}
     for name, module in new.items():
-        _check_supported(name, module, injection.config)
+        check_supported(name, module, injection.config)
     _freeze(root, injection, new, targets.saved)
-    tied = tied_weights(root)
     seed = hashlib.sha256(bytes(torch.get_rng_state().tolist())).hexdigest()
     with torch.inference_mode(False):
         for name, module in new.items():
-            layer = _adapt(name, module, injection.config, seed)
-            layer.lora_tied = tied.get(layer, "")
+            _adapt(name, module, injection.config, seed)
+    note_tied(root)
     note_trainable(root, expected=True)
     swap_readers_(root)
     set_fast_paths_(root)
@@ -128,7 +128,7 @@ def unload(model: nn.Module) -> None:
     if is_merged(root):
         unmerge(root)
     swap_initial_(root, injection.initial)
-    _strip(model, root, injection)
+    _strip(model, root)
 
 
 def merge_and_unload(model: nn.Module) -> nn.Module:
@@ -136,20 +136,15 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
 
     Raises:
         LoRAError: the model was not injected, W' is not finite, or a layer cannot be merged because its weight has
-            another owner. The model is then unmerged.
+            another owner.
     """
-    _, root, injection = require_injection(model, "merge_and_unload")
-    before = is_merged(root)
+    _, root, _ = require_injection(model, "merge_and_unload")
+    refuse_unmergeable(root)
+    unmerge(root)  # what stayed factored, and need not any more, is merged now
     merge(root)
-    try:
-        refuse_unmergeable(root)
-    except LoRAError:
-        if not before:
-            unmerge(root)
-        raise
     for layer in adapted_layers(root).values():
         layer.lora_kept = {}
-    _strip(model, root, injection)
+    _strip(model, root)
     return model
 
 
@@ -184,6 +179,12 @@ def _set_active(root: nn.Module, layers: Mapping[str, LoRALayer], active: Mappin
     set_fast_paths_(root)
 
 
+def _gives_way(found: tuple[str, nn.Module, Injection], model: nn.Module, config: LoRAConfig) -> bool:
+    """Whether the injection is a callback's, made before configure_model, which now injects by itself."""
+    _, root, injection = found
+    return root is model and not injection.judged and injection.config in (config, LoRAConfig())
+
+
 def _refuse_other(
     found: tuple[str, nn.Module, Injection], model: nn.Module, config: LoRAConfig, merge_weights: bool
 ) -> None:
@@ -206,80 +207,37 @@ def _leaving_no_trace(root: nn.Module) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        _strip(root, root, vars(root)[ATTRIBUTE])
+        _strip(root, root)
         raise
 
 
-def _strip(model: nn.Module, root: nn.Module, injection: Injection) -> None:
+def _strip(model: nn.Module, root: nn.Module) -> None:
+    withdraw(root)
+    unpatch(model)
+
+
+def withdraw(root: nn.Module) -> None:
+    """Take the adapters out, but leave what is patched."""
+    injection: Injection = vars(root)[ATTRIBUTE]
     for layer in adapted_layers(root).values():
         strip_(layer)
     swap_readers_(root)
     set_fast_paths_(root)
     for name, parameter in base_parameters(root).items():
-        parameter.requires_grad_(injection.requires_grad.get(name, parameter.requires_grad))
+        if name in injection.requires_grad:
+            parameter.requires_grad_(injection.requires_grad[name])
     accept_whole_states_only(root)
-    unpatch(model)
     delattr(root, ATTRIBUTE)
 
 
-def _check_supported(name: str, module: nn.Module, config: LoRAConfig) -> None:
-    kind = type(module).__name__
-    problem = ""
-    if layer_kind(module) is None:
-        inside = [child for child, m in module.named_modules() if child and layer_kind(m)]
-        problem = f"a {kind} cannot be adapted" + (f"; name the layers inside it, as {inside[0]!r}" if inside else "")
-    elif hasattr(module, A):
-        problem = f"the {kind} has a lora_A of another library; take that out first"
-    elif "forward" in vars(module):
-        problem = f"its forward is replaced on the instance of {kind}, which would pass over the adapter; undo that"
-    else:
-        problem = _weight_problem(module)
-    enabled = _enabled(name, config)
-    if not problem and enabled is not None:
-        if not issubclass(layer_kind(module) or nn.Module, LoRALinear):
-            problem = f"enable_lora needs a linear layer, not a {kind}"
-        elif _outputs(module) % len(enabled):
-            problem = f"enable_lora has {len(enabled)} parts, which do not divide its {_outputs(module)} outputs"
-    if problem:
-        raise LoRAError(f"inject: {name!r}: {problem}, or leave it out with exclude_modules=[{name!r}].")
-
-
-def _weight_problem(module: nn.Module) -> str:
-    kind = type(module).__name__
-    names = ATTENTION_WEIGHTS if isinstance(module, nn.MultiheadAttention) else ("weight",)
-    weights = [module._parameters[name] for name in names if module._parameters.get(name) is not None]
-    if is_parametrized(module) or not weights:
-        return f"the weight of the {kind} is computed from others (weight_norm, parametrize); remove that first"
-    for weight in weights:
-        if isinstance(weight, UninitializedParameter):
-            return f"the {kind} has no shape yet; run one batch through the model first"
-        if weight is not None and weight.dtype not in (*HALF, torch.float32, torch.float64):
-            return f"its weight is {weight.dtype}; adapters need float16, bfloat16, float32 or float64"
-    return ""
-
-
-def _outputs(module: nn.Module) -> int:
-    if isinstance(module, nn.MultiheadAttention):
-        return 3 * int(module.embed_dim)
-    rows, cols = cast(torch.Tensor, module.weight).shape
-    return int(rows if isinstance(module, nn.Linear) else cols)
-
-
-def _enabled(name: str, config: LoRAConfig) -> tuple[bool, ...] | None:
-    for entry in entries_of(config.enable_lora):
-        if names_match(entry, name):
-            return tuple((config.enable_lora or {})[entry_name(entry)])
-    return None
-
-
-def _adapt(name: str, module: nn.Module, config: LoRAConfig, seed: str) -> LoRALayer:
+def _adapt(name: str, module: nn.Module, config: LoRAConfig, seed: str) -> None:
     layer = adapt_(
         module,
         r=config.rank(name),
         alpha=config.alpha(name),
         scaling=config.scaling(name),
         dropout=config.lora_dropout,
-        enabled=_enabled(name, config),
+        enabled=enabled_parts(name, config),
         wide=config.autocast_adapter_dtype,
     )
     dtype = layer.main_weight().dtype
@@ -287,7 +245,6 @@ def _adapt(name: str, module: nn.Module, config: LoRAConfig, seed: str) -> LoRAL
     digest = hashlib.sha256(f"{seed}{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     init_factors_(layer, config.init_lora_weights, dtype, generator)
-    return layer
 
 
 def _freeze(
@@ -297,9 +254,9 @@ def _freeze(
     if injection.config.bias == "lora_only":
         trainable |= {id(module.bias) for module in new.values() if getattr(module, "bias", None) is not None}
     for name, parameter in base_parameters(root).items():
-        if name in injection.requires_grad:
-            continue
-        injection.requires_grad[name] = parameter.requires_grad
+        if name in injection.requires_grad and (not new or name in injection.trained):
+            continue  # where a layer was built anew, its parameters are not frozen yet
+        injection.requires_grad.setdefault(name, parameter.requires_grad)
         everywhere = injection.config.bias == "all" and name.rpartition(".")[2].endswith("bias")
         parameter.requires_grad_(parameter.is_floating_point() and (everywhere or id(parameter) in trainable))
 

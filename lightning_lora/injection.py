@@ -31,6 +31,7 @@ class Injection:
         trained: names of base parameters that were ever trainable.
         save: the kind of Lightning checkpoint, or None for an unfiltered one.
         fingerprint: of the base at fit start, by the names of the LightningModule.
+        judged: every layer was there, and each entry of the options names something.
     """
 
     config: LoRAConfig
@@ -40,6 +41,7 @@ class Injection:
     trained: set[str] = field(default_factory=set)
     save: Any = None
     fingerprint: dict[str, Any] = field(default_factory=dict)
+    judged: bool = False
 
 
 def find_injection(model: nn.Module) -> tuple[str, nn.Module, Injection] | None:
@@ -124,14 +126,15 @@ def note_trainable(model: nn.Module, *, expected: bool = False) -> None:
 
 
 def note_initial(model: nn.Module) -> None:
-    """Take the present values as those from before training."""
+    """Take the present values as those from before training; where layers are built anew later, of new names only."""
     _, root, injection = require_injection(model, "note_initial")
     tensors = {name: tensor for name, tensor, module in named_state(root) if not is_factor(name, module)}
     buffers = {id(buffer) for buffer in root.buffers()}
-    injection.initial = {
+    known = injection.initial if injection.judged else {}
+    injection.initial = known | {
         name: tensor.detach().clone()
         for name, tensor in tensors.items()
-        if tensor is not None and (name in injection.trained or id(tensor) in buffers)
+        if tensor is not None and name not in known and (name in injection.trained or id(tensor) in buffers)
     }
 
 

@@ -78,7 +78,8 @@ def _half_given(factor: str, given: set[str]) -> bool:
 
 def _take_as_initial(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
     """A new base: what training will change starts from its values."""
-    initial = vars(module)[ATTRIBUTE].initial
+    injection = vars(module)[ATTRIBUTE]
+    initial, injection.fingerprint = injection.initial, {}
     given = {canonical(key[len(prefix) :]): value for key, value in state_dict.items() if key.startswith(prefix)}
     for name, value in initial.items():
         new = given[name]

@@ -1,0 +1,180 @@
+"""LightningModules, data and Trainers for the tests; like a user's program, none of it knows of this package."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+FEATURES, CLASSES, BATCH = 6, 3, 8
+
+
+class Net(L.LightningModule):
+    """A small MLP with BatchNorm whose weights depend on `seed` alone; `body` and `head` are the parts to adapt."""
+
+    def __init__(self, width: int = 8, seed: int = 1, lr: float = 0.05) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.seen: list[Any] = []
+        self.prepare()
+
+    def prepare(self) -> None:
+        self.build_body()
+        self.build_head()
+
+    def build_body(self) -> None:
+        width = self.hparams["width"]
+        with own_random_stream(self.hparams["seed"]):
+            self.body = nn.Sequential(
+                nn.Linear(FEATURES, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()
+            )
+
+    def build_head(self) -> None:
+        with own_random_stream(self.hparams["seed"] + 1000):
+            self.head = nn.Linear(self.hparams["width"], CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(x))
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", F.cross_entropy(self(batch[0]), batch[1]))
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("test_loss", F.cross_entropy(self(batch[0]), batch[1]))
+
+    def predict_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return self(batch[0])
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=self.hparams["lr"])
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)]
+
+
+class BuiltInSetup(Net):
+    """Builds its head in setup, once."""
+
+    def prepare(self) -> None:
+        self.build_body()
+
+    def setup(self, stage: str) -> None:
+        if not hasattr(self, "head"):
+            self.build_head()
+
+
+class RebuiltInSetup(Net):
+    """Builds everything anew in each stage's setup, as many programs that load a pretrained model do."""
+
+    def prepare(self) -> None:
+        pass
+
+    def setup(self, stage: str) -> None:
+        super().prepare()
+
+
+class BuiltInConfigureModel(Net):
+    """Builds everything in configure_model, once."""
+
+    def prepare(self) -> None:
+        pass
+
+    def configure_model(self) -> None:
+        if not hasattr(self, "body"):
+            super().prepare()
+
+
+class Data(L.LightningDataModule):
+    """A fixed classification task; the order of training data comes from the global random stream if `shuffle`."""
+
+    def __init__(self, batches: int = 3, shuffle: bool = False) -> None:
+        super().__init__()
+        self.batches, self.shuffle = batches, shuffle
+
+    def loader(self, seed: int, shuffle: bool = False) -> DataLoader[Any]:
+        with own_random_stream(seed):
+            x = torch.randn(BATCH * self.batches, FEATURES)
+            y = torch.randint(CLASSES, (BATCH * self.batches,))
+        return DataLoader(TensorDataset(x, y), batch_size=BATCH, shuffle=shuffle)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return self.loader(1, self.shuffle)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return self.loader(2)
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        return self.loader(2)  # the validation data, so that the two losses can be compared
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        return self.loader(2)
+
+
+@contextmanager
+def own_random_stream(seed: int) -> Iterator[None]:
+    """Numbers that neither depend on the test's random stream nor advance it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def make_trainer(path: Path, *callbacks: L.Callback, **options: Any) -> L.Trainer:
+    """A Trainer on one CPU that writes below `path` and prints nothing."""
+    saves = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
+    options = {"max_epochs": 1, "num_sanity_val_steps": 0, "log_every_n_steps": 1} | options
+    return L.Trainer(
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=saves,
+        default_root_dir=path,
+        callbacks=list(callbacks),
+        **options,
+    )
+
+
+def inputs() -> torch.Tensor:
+    with own_random_stream(3):
+        return torch.randn(16, FEATURES)
+
+
+def outputs(model: nn.Module) -> torch.Tensor:
+    """What a model answers in evaluation mode, which is left as it was."""
+    training = model.training
+    with torch.no_grad():
+        result: torch.Tensor = model.eval()(inputs())
+    model.train(training)
+    return result
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Own copies of a state dict's tensors."""
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same_tensors(found: Any, expected: Any, path: str = "") -> None:
+    """Every tensor of two nested structures is the same bit for bit, every other value is equal."""
+    if isinstance(expected, torch.Tensor):
+        assert found.dtype == expected.dtype, path
+        assert torch.equal(found, expected), path
+    elif isinstance(expected, dict):
+        assert found.keys() == expected.keys(), path
+        for key in expected:
+            assert_same_tensors(found[key], expected[key], f"{path}/{key}")
+    elif isinstance(expected, (list, tuple)):
+        assert len(found) == len(expected), path
+        for i, (one, other) in enumerate(zip(found, expected, strict=True)):
+            assert_same_tensors(one, other, f"{path}/{i}")
+    else:
+        assert found == expected, path

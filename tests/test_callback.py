@@ -1,0 +1,291 @@
+"""LoRACallback's options, what it adopts and refuses, and what it says and checks at fit start."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import re
+from dataclasses import fields
+from typing import Any, get_type_hints
+
+import lightning as L
+import pytest
+import torch
+from helpers import BuiltInConfigureModel, BuiltInSetup, Data, Net, inputs, make_trainer, outputs, weights
+from torch import nn
+
+from lightning_lora import LoRACallback, LoRAConfig, LoRAError, disable_adapter, inject, unload
+from lightning_lora.base import LoRALayer
+
+TARGETS = ["body.0", "body.3", "head"]
+
+
+def adapted(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, LoRALayer)]
+
+
+def test_options_are_those_of_the_config_and_two_of_its_own():
+    ours = inspect.signature(LoRACallback).parameters
+    config = inspect.signature(LoRAConfig).parameters
+    own = {"merged_eval": True, "save": "adapter", "verify": False}
+    assert list(ours) == [*own, *config]
+    assert list(config) == [field.name for field in fields(LoRAConfig)]
+    assert all(parameter.kind is inspect.Parameter.KEYWORD_ONLY for parameter in ours.values())
+    assert {name: p.default for name, p in ours.items()} == own | {name: p.default for name, p in config.items()}
+    hints, expected = get_type_hints(LoRACallback.__init__), get_type_hints(LoRAConfig)
+    assert {name: hints[name] for name in config} == {name: expected[name] for name in config}
+
+
+def test_every_option_is_documented():
+    def documented(owner: type) -> list[str]:
+        arguments = inspect.getdoc(owner).partition("Args:\n")[2].partition("\n\n")[0]
+        return re.findall(r"^ {4}(\w+): ", arguments, re.MULTILINE)
+
+    assert documented(LoRACallback) == list(inspect.signature(LoRACallback).parameters)
+    assert documented(LoRAConfig) == [field.name for field in fields(LoRAConfig)]
+
+
+def test_options_reach_the_config():
+    options = {
+        "r": 4,
+        "lora_alpha": 2.0,
+        "lora_dropout": 0.5,
+        "target_modules": ("body.0",),
+        "exclude_modules": ("body.3",),
+        "modules_to_save": ("head",),
+        "rank_pattern": {"body.0": 2},
+        "alpha_pattern": {"body.0": 3.0},
+        "bias": "all",
+        "use_rslora": True,
+        "init_lora_weights": "gaussian",
+        "enable_lora": {"body.0": (True, False)},
+        "autocast_adapter_dtype": False,
+    }
+    assert set(options) == {field.name for field in fields(LoRAConfig)}
+    assert LoRACallback(**options).config == LoRAConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"r": 0}, r"LoRAConfig: r must be .*, but it is 0"),
+        ({"lora_dropout": 1.5}, r"lora_dropout must be .*, but it is 1\.5"),
+        ({"bias": "some"}, r"bias must be .*, but it is 'some'"),
+    ],
+)
+def test_values_are_validated_at_once(options: dict[str, Any], message: str):
+    with pytest.raises(LoRAError, match=message):
+        LoRACallback(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"save": "adapters"}, r"save must be one of adapter, merged, full, but it is 'adapters'"),
+        ({"merged_eval": "no"}, r"merged_eval must be true or false, but it is 'no'"),
+    ],
+)
+def test_its_own_options_are_validated_at_once(options: dict[str, Any], message: str):
+    with pytest.raises(LoRAError, match=message):
+        LoRACallback(**options)
+
+
+@pytest.mark.parametrize("model_class", [Net, BuiltInSetup, BuiltInConfigureModel])
+def test_adapts_and_trains_layers_wherever_they_are_built(tmp_path, model_class: type[Net]):
+    model = model_class()
+    base = weights(Net())
+    make_trainer(tmp_path, LoRACallback(r=2, target_modules=TARGETS)).fit(model, Data())
+    assert adapted(model) == TARGETS
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoRALayer):
+            assert layer.lora_B.abs().sum() > 0
+            assert torch.equal(layer.weight, base[f"{name}.weight"])
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {f"{name}.{factor}" for name in TARGETS for factor in ("lora_A", "lora_B")}
+
+
+@pytest.mark.parametrize("model_class", [Net, BuiltInSetup, BuiltInConfigureModel])
+def test_unmatched_targets_are_an_error_once_every_layer_is_there(tmp_path, model_class: type[Net]):
+    model = model_class()
+    callback = LoRACallback(target_modules=["body.0", "haed"])
+    with pytest.raises(LoRAError, match=r"target_modules: 'haed' names no layer to adapt; did you mean 'head'"):
+        make_trainer(tmp_path, callback).fit(model, Data())
+    assert hasattr(model, "head"), "judged too early"
+    assert adapted(model) == []
+    assert not [name for name in vars(model) if name.startswith("lora") or name in L.LightningModule.__dict__]
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+class InjectsInConfigureModel(BuiltInConfigureModel):
+    """Builds, injects, then does what a user who shards does: looks for the adapters to shard them too."""
+
+    part = ""
+
+    def configure_model(self) -> None:
+        if not hasattr(self, "body"):
+            super().configure_model()
+            inject(self.get_submodule(self.part), LoRAConfig(r=2, target_modules=["0", "3"] if self.part else TARGETS))
+            self.seen = [name for name, _ in self.named_parameters() if "lora" in name]
+
+
+class InjectsAPartInConfigureModel(InjectsInConfigureModel):
+    part = "body"
+
+
+class InjectsBesideAnEarlierLayer(InjectsInConfigureModel):
+    def prepare(self) -> None:
+        self.first = nn.Linear(3, 3)
+
+
+@pytest.mark.parametrize("options", [{}, {"r": 2, "target_modules": TARGETS}], ids=["no options", "the same options"])
+@pytest.mark.parametrize("model_class", [InjectsInConfigureModel, InjectsBesideAnEarlierLayer])
+def test_inject_inside_configure_model_is_seen(tmp_path, model_class: type[Net], options: dict[str, Any]):
+    model = model_class()
+    trainer = make_trainer(tmp_path, LoRACallback(save="merged", **options))
+    trainer.fit(model, Data())
+    assert adapted(model) == TARGETS
+    assert len(model.seen) == 2 * len(TARGETS)
+    assert {layer.lora_A.size(0) for layer in map(model.get_submodule, TARGETS)} == {2}
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    assert torch.load(tmp_path / "a.ckpt", weights_only=True)["lora"]["kind"] == "merged"
+
+
+def test_inject_of_a_part_inside_configure_model_is_seen(tmp_path):
+    model = InjectsAPartInConfigureModel()
+    trainer = make_trainer(tmp_path, LoRACallback())
+    trainer.fit(model, Data())
+    assert adapted(model) == ["body.0", "body.3"]
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    assert "body.0.weight" not in torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]
+
+
+@pytest.mark.parametrize(
+    "model_class", [InjectsInConfigureModel, InjectsAPartInConfigureModel, InjectsBesideAnEarlierLayer]
+)
+def test_inject_inside_configure_model_with_other_options_is_an_error(tmp_path, model_class: type[Net]):
+    with pytest.raises(LoRAError, match=r"\br\b.*\b(4.*2|2.*4)\b"):
+        make_trainer(tmp_path, LoRACallback(r=4)).fit(model_class(), Data())
+
+
+def test_adopts_an_injected_model(tmp_path):
+    model = Net()
+    inject(model, LoRAConfig(r=2, lora_alpha=3, target_modules=TARGETS))
+    factor = model.head.lora_A
+    trainer = make_trainer(tmp_path, LoRACallback())
+    trainer.fit(model, Data())
+    assert model.head.lora_A is factor
+    assert model.head.lora_B.abs().sum() > 0
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    saved = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    assert saved["lora"]["config"]["lora_alpha"] == 3
+    assert "head.weight" not in saved["state_dict"]
+
+
+def test_adopts_an_injected_part(tmp_path):
+    model = Net()
+    inject(model.body, LoRAConfig(r=2))
+    make_trainer(tmp_path, LoRACallback(merged_eval=True)).fit(model, Data())
+    assert adapted(model) == ["body.0", "body.3"]
+    assert model.body[0].lora_B.abs().sum() > 0
+    assert model.head.weight.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"r": 4}, "r is 4, but the model was injected with 2"),
+        ({"lora_alpha": 5}, "lora_alpha is 5, but the model was injected with 8"),
+        ({"target_modules": ["head"]}, r"target_modules is \('head',\), but"),
+        ({"r": 2, "bias": "all"}, "bias is 'all', but the model was injected with 'none'"),
+    ],
+)
+def test_a_differing_option_is_an_error_that_names_it(tmp_path, options: dict[str, Any], named: str):
+    model = Net()
+    inject(model, LoRAConfig(r=2, target_modules=TARGETS))
+    before = weights(model)
+    with pytest.raises(LoRAError, match=named):
+        make_trainer(tmp_path, LoRACallback(**options)).fit(model, Data())
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_merge_weights_is_refused_with_the_reason(tmp_path):
+    model = Net()
+    inject(model, LoRAConfig(r=2, target_modules=TARGETS), merge_weights=True)
+    with pytest.raises(LoRAError, match=r"merge_weights=True.*eval mode would silently stop training"):
+        make_trainer(tmp_path, LoRACallback()).fit(model, Data())
+
+
+class ParametersFromInit(Net):
+    """Hands the optimizer what it collected before the adapters were there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.collected = list(self.parameters())
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.collected, lr=0.1)
+
+
+class HeadOnly(Net):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.head.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("model_class", [ParametersFromInit, HeadOnly])
+def test_an_adapter_that_no_optimizer_holds_is_an_error(tmp_path, model_class: type[Net]):
+    with pytest.raises(LoRAError, match=r"no optimizer holds the adapter parameter 'body\.0\.lora_A'"):
+        make_trainer(tmp_path, LoRACallback(r=2, target_modules=TARGETS)).fit(model_class(), Data())
+
+
+class FreezesBody(L.Callback):
+    """What a BackboneFinetuning listed after LoRACallback does in its setup."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        pl_module.body.requires_grad_(False)
+
+
+def test_a_frozen_adapter_is_reported(tmp_path):
+    trainer = make_trainer(tmp_path, LoRACallback(r=2, target_modules=TARGETS), FreezesBody())
+    with pytest.warns(UserWarning, match=r"4 adapter parameters are frozen \(body\.0\.lora_A, "):
+        trainer.fit(Net(), Data())
+
+
+def test_fit_start_says_in_one_line_what_is_trained(tmp_path, caplog):
+    with caplog.at_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero"):
+        make_trainer(tmp_path, LoRACallback(r=2, target_modules=TARGETS)).fit(Net(), Data())
+    lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("LoRA: ")]
+    # A and B of 6 -> 8, 8 -> 8 and 8 -> 3 at r = 2; the base has 3 layers and a BatchNorm.
+    trainable = 2 * (6 + 8 + 8 + 8 + 8 + 3)
+    total = trainable + (6 * 8 + 8) + 2 * 8 + (8 * 8 + 8) + (8 * 3 + 3)
+    share, size = f"{trainable / total:.2%}", f"{4 * trainable / 1e6:.3g}"
+    assert lines == [
+        f"LoRA: 3 adapted layers, {trainable} of {total} parameters trainable ({share}), adapter {size} MB"
+    ]
+
+
+def test_one_callback_on_two_models(tmp_path):
+    callback = LoRACallback(r=2, target_modules=TARGETS)
+    trainer = make_trainer(tmp_path, callback, max_epochs=2)
+    first, second = Net(seed=1), Net(seed=2)
+    trainer.fit(first, Data())
+    kept = weights(first)
+    make_trainer(tmp_path, callback, max_epochs=2).fit(second, Data())
+    make_trainer(tmp_path, callback).test(first, Data(), verbose=False)
+    assert all(torch.equal(kept[name], value) for name, value in first.state_dict().items())
+    for model, seed in ((first, 1), (second, 2)):
+        with disable_adapter(model):
+            assert torch.equal(outputs(model), outputs(Net(seed=seed)))
+        unload(model)
+
+
+def test_outputs_before_the_first_step_are_the_plain_models(tmp_path):
+    class Records(L.Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if not found:
+                found.extend([outputs(pl_module), pl_module(inputs()).detach()])
+
+    found: list[torch.Tensor] = []
+    make_trainer(tmp_path, LoRACallback(r=2, target_modules=TARGETS), Records()).fit(Net(), Data())
+    plain = Net()
+    assert torch.equal(found[0], outputs(plain))
+    assert torch.equal(found[1], plain.train()(inputs()).detach())

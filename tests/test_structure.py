@@ -1,0 +1,115 @@
+"""The package's shape: imports in one line, small files, the public names of the contract, no import too many."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import lightning_lora
+
+PACKAGE = Path(lightning_lora.__file__).parent
+FILES = {path.stem: path for path in sorted(PACKAGE.glob("*.py"))}
+TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
+
+PUBLIC = {
+    "LoRAConfig",
+    "LoRACallback",
+    "LoRACLI",
+    "inject",
+    "unload",
+    "merge",
+    "unmerge",
+    "is_merged",
+    "merged",
+    "disable_adapter",
+    "merge_and_unload",
+    "adapter_state_dict",
+    "merged_state_dict",
+    "save_adapter",
+    "load_adapter",
+    "load_from_checkpoint",
+    "LoRAError",
+}
+
+
+def imported(tree: ast.AST) -> set[str]:
+    """What a file imports, inside functions and for type checking too: a package's files as '.name'."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            found |= {f".{node.module}"} if node.module else {f".{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(str(node.module))
+    return found
+
+
+def test_imports_run_one_way():
+    graph = {name: {i[1:] for i in imported(tree) if i.startswith(".")} for name, tree in TREES.items()}
+    assert graph["merge"] >= {"base", "errors"}  # the reader of imports sees them
+    assert not any(i.startswith("lightning_lora") for tree in TREES.values() for i in imported(tree))
+    list(TopologicalSorter(graph).static_order())  # a cycle is an error that shows it
+
+
+def test_only_the_callback_and_the_command_line_import_lightning():
+    users = {name for name, tree in TREES.items() if any(i.split(".")[0] == "lightning" for i in imported(tree))}
+    assert users == {"callback", "cli"}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_are_small(name):
+    assert len(FILES[name].read_text().splitlines()) <= 300
+
+
+def test_public_names_are_those_of_the_contract():
+    reexported = {
+        alias.asname
+        for node in ast.walk(TREES["__init__"])
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+        if alias.asname == alias.name
+    }
+    assert reexported == PUBLIC
+    for name in PUBLIC:
+        assert getattr(lightning_lora, name).__name__ == name
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        lightning_lora.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_what_is_public_has_a_docstring(name):
+    module = importlib.import_module(f"lightning_lora.{name}" if name != "__init__" else "lightning_lora")
+    assert module.__doc__
+    for key, value in vars(module).items():
+        ours = getattr(value, "__module__", None) == module.__name__
+        if key.startswith("_") or not ours or not (inspect.isclass(value) or inspect.isfunction(value)):
+            continue
+        assert value.__doc__, key
+        for method, function in vars(value).items() if key in PUBLIC and inspect.isclass(value) else ():
+            if inspect.isfunction(function) and not method.startswith("_"):
+                assert function.__doc__, f"{key}.{method}"
+
+
+EXTRAS = ("jsonargparse", "peft", "transformers", "loralib", "sklearn")
+
+
+def test_the_package_is_imported_without_its_extras():
+    program = (
+        "import sys, lightning.pytorch, torchmetrics; known = set(sys.modules); "  # torchmetrics imports transformers
+        f"import lightning_lora; print([n for n in {EXTRAS} if n in set(sys.modules) - known])"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
+    assert not {i.split(".")[0] for tree in TREES.values() for i in imported(tree)} & set(EXTRAS)
+
+
+def test_errors_are_value_errors():
+    assert issubclass(lightning_lora.LoRAError, ValueError)
