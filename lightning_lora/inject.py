@@ -31,6 +31,7 @@ from .layers import adapt_, init_factors_
 from .loading import accept_partial_states, accept_whole_states_only
 from .merge import adapted_layers, is_merged, merge, unmerge
 from .readers import set_fast_paths_, swap_readers_
+from .reentrant import let_gradients_in_, let_gradients_in_no_more_
 from .state import refuse_unmergeable
 from .supported import check_shapes, check_supported, check_unadapted, enabled_parts
 from .targets import Targets, note_tied, refuse_unmatched
@@ -112,6 +113,7 @@ def adapt_new_layers(model: nn.Module) -> None:
     note_trainable(root, expected=True)
     swap_readers_(root)
     set_fast_paths_(root)
+    let_gradients_in_(root)
     accept_partial_states(root)
 
 
@@ -226,6 +228,7 @@ def withdraw(root: nn.Module) -> None:
     for name, parameter in base_parameters(root).items():
         if name in injection.requires_grad:
             parameter.requires_grad_(injection.requires_grad[name])
+    let_gradients_in_no_more_(root)
     accept_whole_states_only(root)
     delattr(root, ATTRIBUTE)
 
