@@ -33,7 +33,7 @@ def places(fn: str, stage: str) -> list[tuple[str, str, str]]:
 CASES = [place for fn, stage in STAGES.items() for place in places(fn, stage)]
 
 
-class Broken(Exception):
+class BrokenError(Exception):
     pass
 
 
@@ -107,7 +107,7 @@ def assert_faults_do_no_harm(path: Path, *case: Any) -> None:
 
 @pytest.mark.parametrize(("fn", "owner", "hook"), CASES)
 def test_an_exception_in_any_hook(tmp_path, fn: str, owner: str, hook: str):
-    assert_faults_do_no_harm(tmp_path, fn, owner, hook, Broken)
+    assert_faults_do_no_harm(tmp_path, fn, owner, hook, BrokenError)
 
 
 @pytest.mark.parametrize("fn", STAGES)
@@ -121,7 +121,7 @@ class BreaksTheWayOut(L.Callback):
     """Listed first, it keeps Lightning from telling the others of the exception."""
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        raise Broken("on the way out")
+        raise BrokenError("on the way out")
 
 
 @pytest.mark.parametrize("next_fn", ["fit", "validate", "test", "predict"])
@@ -134,10 +134,10 @@ def test_an_exception_that_our_callback_never_hears_of(tmp_path, fn: str, next_f
         model, callback = Watched(), lora(merged_eval=merged_eval)
         before = base_weights(model)
         make_trainer(tmp_path, callback).fit(model, Data(2))
-        fault = Fault(Broken, fn, "batch")
+        fault = Fault(BrokenError, fn, "batch")
         hook = At(f"on_{STAGES[fn]}_batch_end", lambda trainer, _: fault(trainer))
         trainer = make_trainer(tmp_path, BreaksTheWayOut(), callback, hook, max_epochs=2)
-        with pytest.raises(Broken, match="on the way out"):
+        with pytest.raises(BrokenError, match="on the way out"):
             getattr(trainer, fn)(model, Data(2))
         assert is_merged(model) is merged_eval, "the fault was heard of; this test shows nothing"
         model.train()

@@ -20,7 +20,7 @@ STAGES = {"fit": "validation", "validate": "validation", "test": "test", "predic
 KINDS = ["adapter", "merged", "full"]
 
 
-class Taken(Exception):
+class TakenError(Exception):
     """The machine is gone."""
 
 
@@ -38,7 +38,7 @@ def test_a_checkpoint_on_an_exception(tmp_path, kind: str, first: bool, fn: str)
     def run(merged_eval: bool) -> dict[str, Any]:
         def fail(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
             assert is_merged(pl_module) is merged_eval
-            raise Taken
+            raise TakenError
 
         torch.manual_seed(0)
         path = tmp_path / str(merged_eval)
@@ -48,7 +48,7 @@ def test_a_checkpoint_on_an_exception(tmp_path, kind: str, first: bool, fn: str)
         hook = At(f"on_{STAGES[fn]}_batch_end", fail, lambda trainer: fn != "fit" or in_second_epoch(trainer))
         keep = OnExceptionCheckpoint(path)
         trainer = make_trainer(path, *([keep, callback] if first else [callback, keep]), hook, max_epochs=3)
-        with pytest.raises(Taken):
+        with pytest.raises(TakenError):
             getattr(trainer, fn)(model, Data(2))
         assert_as_found(model, before)
         return torch.load(keep.ckpt_path, weights_only=True)
@@ -74,12 +74,12 @@ def requeued_run(path: Path, callbacks: list[L.Callback], moment: str) -> Net:
 
     def signalled(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         signal.raise_signal(signal.SIGUSR1)
-        raise Taken
+        raise TakenError
 
     hook = At(moment, signalled, in_second_epoch)
     options = {"max_epochs": 4, "plugins": [SLURMEnvironment()]}
     torch.manual_seed(0)
-    with pytest.raises(Taken):
+    with pytest.raises(TakenError):
         make_trainer(path, *callbacks, hook, **options).fit(Watched(), Data(2))
     torch.manual_seed(1)
     model = Watched()

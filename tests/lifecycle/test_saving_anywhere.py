@@ -10,7 +10,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from comparing import At, Watched, assert_as_found, base_weights, lora
+from comparing import Watched, assert_as_found, base_weights, lora
 from helpers import Data, Net, assert_same_tensors, make_trainer, weights
 
 from lightning_lora import is_merged

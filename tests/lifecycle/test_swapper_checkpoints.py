@@ -9,13 +9,13 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from comparing import TARGETS, assert_as_found, base_weights, lora
+from comparing import assert_as_found, base_weights, lora
 from helpers import BuiltInConfigureModel, Data, Net, assert_same_tensors, make_trainer, weights
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, WeightAveraging
 from test_swappers import SWAPPERS, reference_loss, swa
 from torch import nn
 
-from lightning_lora import LoRACallback, LoRAError, inject, load_adapter
+from lightning_lora import LoRAError, inject, load_adapter
 
 # A fresh Trainer that only tests needs none of them.
 pytestmark = pytest.mark.filterwarnings(

@@ -13,13 +13,12 @@ from comparing import TARGETS, At, base_weights, lora
 from helpers import Data, Net, assert_same_tensors, make_trainer, weights
 from lightning.pytorch.callbacks import (
     EMAWeightAveraging,
-    ModelCheckpoint,
     StochasticWeightAveraging,
     WeightAveraging,
 )
 from torch import nn
 
-from lightning_lora import LoRACallback, LoRAError, is_merged
+from lightning_lora import is_merged
 
 SCALING = 2.0
 SWAPPERS: dict[str, Callable[[], L.Callback]] = {
