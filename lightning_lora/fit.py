@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -172,19 +172,37 @@ def note_trained(model: nn.Module, adapter: Adapter) -> None:
 
 
 def _copy(model: nn.Module, adapter: Adapter) -> None:
-    """Into the live tensors, all of them or none: everything was checked before."""
+    """Into the live tensors, all of them or none: W' may still be beyond its dtype, or an owner refuse its state."""
     before = is_merged(model)
     if before:
         unmerge(model)
-    note_trained(model, adapter)
+    injection = require_injection(model, "adapter")[2]
+    trained, initial = set(injection.trained), dict(injection.initial)
+    old = {
+        name: owner.get_extra_state() if tensor is None else tensor.detach().clone()
+        for name, tensor, owner in named_state(model)
+        if name in adapter.tensors
+    }
+    try:
+        note_trained(model, adapter)
+        _write(model, adapter.tensors)
+        note_trainable(model, expected=True)
+        if before:
+            merge(model)
+    except BaseException:
+        injection.trained, injection.initial = trained, initial
+        _write(model, old)
+        if before:
+            merge(model)
+        raise
+
+
+def _write(model: nn.Module, values: Mapping[str, Any]) -> None:
     live = {name: (tensor, owner) for name, tensor, owner in named_state(model)}
     with torch.inference_mode(False), torch.no_grad():
-        for name, value in adapter.tensors.items():
+        for name, value in values.items():
             tensor, owner = live[name]
             if tensor is None:
                 owner.set_extra_state(value)
             else:
                 tensor.copy_(value)
-    note_trainable(model, expected=True)
-    if before:
-        merge(model)

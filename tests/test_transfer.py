@@ -186,3 +186,55 @@ def test_a_model_injected_with_other_options_is_refused(options, complaint):
     with pytest.raises(LoRAError, match=complaint):
         load_adapter(model, checkpoint(trained(), "adapter"))
     assert trace(model) == before
+
+
+class Picky(nn.Module):
+    """Refuses an extra state that it does not know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.zoo = base()
+
+    def get_extra_state(self) -> str:
+        return "good"
+
+    def set_extra_state(self, state: str) -> None:
+        if state != "good":
+            raise RuntimeError(f"cannot take {state}")
+
+
+@pytest.mark.parametrize("target", ["fresh", "unmerged", "merged"])
+def test_a_failure_while_values_are_written_leaves_the_model_as_it_was(target):
+    model = Picky()
+    inject(model, zoo_config())
+    randomise_(model)
+    state = checkpoint(model, "adapter")
+    del state["state_dict"]["_extra_state"]
+    state["state_dict"]["_extra_state"] = "bad"  # comes last, when all else is written
+    other = Picky()
+    if target != "fresh":
+        inject(other, zoo_config())
+    merge(other) if target == "merged" else None
+    before = trace(other)
+    with pytest.raises(RuntimeError, match="cannot take bad"):
+        load_adapter(other, state)
+    now = trace(other)
+    assert {**now, "modules": None} == {**before, "modules": None}
+    assert is_merged(other) == (target == "merged")
+    assert target != "fresh" or now == before
+
+
+def test_an_adapter_beyond_the_range_of_a_merged_model_leaves_it_as_it_was():
+    model, other = base().half(), base().half()
+    for one in (model, other):
+        inject(one, zoo_config())
+    with torch.no_grad():
+        model.conv.lora_A.fill_(1e3)
+        model.conv.lora_B.fill_(1e3)
+    merge(other)
+    before = state_bits(other)
+    with pytest.raises(LoRAError, match=r"layer 'conv': .*beyond the range"):
+        load_adapter(other, checkpoint(model, "adapter"))
+    assert is_merged(other)
+    assert state_bits(other) == before
+    load_adapter(base().half(), checkpoint(model, "adapter"))  # unmerged it can be used
