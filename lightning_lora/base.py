@@ -31,6 +31,13 @@ def canonical(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The module inside torch.compile's wrapper, which passes attributes on to it but does not hold them."""
+    while "_orig_mod" in model._modules:
+        model = cast(nn.Module, model._modules["_orig_mod"])
+    return model
+
+
 class Swapped(nn.Module):
     """A module whose class was replaced by a subclass made for it; pickle and deepcopy rebuild that subclass.
 

@@ -23,6 +23,7 @@ from .inject import begin_injection
 from .injection import find_injection, note_trainable
 from .late import BUILDERS, adapt_after
 from .merge import adapted_layers, is_merged, merge, unmerge
+from .reentrant import let_gradients_in_
 from .state import fingerprint, refuse_unmergeable, summary
 from .verify import Verification, watch
 
@@ -112,6 +113,7 @@ class LoRACallback(pl.Callback):
         """Check what training stands on, and say in one line what is trained."""
         refuse_unoptimized(trainer.optimizers, pl_module)
         warn_of_frozen(pl_module)
+        let_gradients_in_(pl_module)
         if self.save == "merged":
             refuse_unmergeable(pl_module)
         injection = find_injection(pl_module)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .base import HALF, LoRALayer, strip_
+from .base import HALF, LoRALayer, strip_, uncompiled
 from .config import LoRAConfig
 from .errors import LoRAError
 from .injection import (
@@ -31,6 +31,7 @@ from .layers import adapt_, init_factors_
 from .loading import accept_partial_states, accept_whole_states_only
 from .merge import adapted_layers, is_merged, merge, unmerge
 from .readers import set_fast_paths_, swap_readers_
+from .reentrant import let_gradients_in_, let_gradients_in_no_more_
 from .state import refuse_unmergeable
 from .supported import check_shapes, check_supported, check_unadapted, enabled_parts
 from .targets import Targets, note_tied, refuse_unmatched
@@ -56,6 +57,7 @@ def inject(model: nn.Module, config: LoRAConfig, *, merge_weights: bool = False)
         LoRAError: an entry names nothing, a layer cannot be adapted, or the model was injected with other options.
             The model is then as it was.
     """
+    model = uncompiled(model)
     found = find_injection(model)
     if found is not None and found[1] is model and not found[2].judged:
         withdraw(model)  # a callback's, made before configure_model, which injects by itself
@@ -111,6 +113,7 @@ def adapt_new_layers(model: nn.Module) -> None:
     note_trainable(root, expected=True)
     swap_readers_(root)
     set_fast_paths_(root)
+    let_gradients_in_(root)
     accept_partial_states(root)
 
 
@@ -219,6 +222,7 @@ def withdraw(root: nn.Module) -> None:
     for name, parameter in base_parameters(root).items():
         if name in injection.requires_grad:
             parameter.requires_grad_(injection.requires_grad[name])
+    let_gradients_in_no_more_(root)
     accept_whole_states_only(root)
     delattr(root, ATTRIBUTE)
 
