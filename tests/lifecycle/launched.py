@@ -18,6 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from helpers import Data, Net
 from lightning.pytorch.callbacks import ModelCheckpoint
+from naive import NaiveCallback
 from test_verify import expected_errors
 
 from lightning_lora import LoRACallback, LoRAConfig, inject, is_merged, load_adapter
@@ -96,6 +97,15 @@ def refused(folder: Path, strategy: str) -> str:
     return "it was not refused"
 
 
+def lost(folder: Path, strategy: str) -> dict[str, Any]:
+    """What the callback that one writes first leaves behind: Lightning loads with strict=False in the main process."""
+    model, keep = Synced(), ModelCheckpoint(folder / "kept", "a")
+    naive = NaiveCallback(r=2, target_modules=["body.0", "body.3", "head"])
+    trainer_for(folder, strategy, 1, naive, keep).fit(model, Data())
+    saved = torch.load(keep.best_model_path, weights_only=True)["state_dict"]
+    return {"saved": sorted(saved), "arrived": [name for name in model.state_dict() if "lora" in name]}
+
+
 def validated(folder: Path, strategy: str) -> dict[str, float]:
     """Nothing comes back from an evaluation but its numbers, so that it needs no adapter here."""
     numbers = {}
@@ -117,6 +127,7 @@ if __name__ == "__main__":
         "ddp_notebook": injected(root / "notebook", "ddp_notebook", 1),
         "ddp_spawn": injected(root / "spawn", "ddp_spawn", 1),
         "refused": {strategy: refused(root, strategy) for strategy in ("ddp_fork", "ddp_notebook")},
+        "lost": lost(root / "lost", "ddp_fork"),
         "validated": validated(root, "ddp_fork"),
     }
     (root / "results.json").write_text(json.dumps(results))

@@ -42,6 +42,12 @@ def test_without_inject_it_is_refused_with_the_remedy(results, strategy: str):
     assert "Call inject(model, LoRAConfig(...)) before fit, or use strategy='ddp'." in results["refused"][strategy]
 
 
+def test_the_callback_one_writes_first_loses_the_adapter(results):
+    """It trains and saves one, but the model of the main process has none, and nothing says so."""
+    assert len(results["lost"]["saved"]) == 6
+    assert results["lost"]["arrived"] == []
+
+
 def test_evaluation_needs_no_inject(results):
     assert results["validated"]["True"] == pytest.approx(results["validated"]["False"], rel=1e-5)
 
