@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from .config import LoRAConfig
 from .errors import LoRAError
 from .inject import inject, unload
 from .injection import base_parameters, find_injection, named_state, note_trainable, require_injection
+from .kinds import kinds_of
 from .merge import adapted_layers, is_merged, merge, unmerge
 from .state import adapter_keys, check_fingerprint
 from .targets import Targets, near_misses
@@ -32,6 +33,9 @@ class Adapter:
         scalings: s of each adapted layer, or empty where the source holds none.
         fingerprint: of the base, or empty where the source holds none.
         complete: the source holds buffers too, so that each missing name is an error.
+        kinds: of each adapted layer where known, see kinds.KINDS.
+        network: the prefix of the network's names inside the LightningModule that was saved.
+        origin: what the source says of the base: base_model_name_or_path, revision, task_type.
     """
 
     tensors: Mapping[str, Any]
@@ -39,21 +43,32 @@ class Adapter:
     scalings: Mapping[str, float] = field(default_factory=dict)
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
     complete: bool = False
+    kinds: Mapping[str, str] = field(default_factory=dict)
+    network: str = ""
+    origin: Mapping[str, str] = field(default_factory=dict)
 
     def layers(self) -> list[str]:
         """Names of the adapted layers."""
         return [name.rpartition(".")[0] for name in self.tensors if name.rpartition(".")[2] == A]
 
     def renamed(self, strip: str, add: str) -> Adapter:
-        """With one dotted prefix taken off every name and another put in front."""
+        """With one dotted prefix taken off every name and another put in front; names without it are left out."""
 
         def rename(names: Mapping[str, Any]) -> dict[str, Any]:
             return {add + name.removeprefix(strip): value for name, value in names.items() if name.startswith(strip)}
 
-        scalings = {
-            name.removesuffix("."): s for name, s in rename({f"{n}.": s for n, s in self.scalings.items()}).items()
-        }
-        return replace(self, tensors=rename(self.tensors), scalings=scalings, fingerprint=rename(self.fingerprint))
+        def rename_layers(layers: Mapping[str, Any]) -> dict[str, Any]:
+            renamed = rename({f"{name}.": value for name, value in layers.items()})
+            return {name.removesuffix("."): value for name, value in renamed.items()}
+
+        return replace(
+            self,
+            tensors=rename(self.tensors),
+            scalings=rename_layers(self.scalings),
+            fingerprint=rename(self.fingerprint),
+            kinds=rename_layers(self.kinds),
+            network="",
+        )
 
 
 def fit_(model: nn.Module, adapter: Adapter, *, strict_base: bool = True) -> list[str]:
@@ -65,7 +80,7 @@ def fit_(model: nn.Module, adapter: Adapter, *, strict_base: bool = True) -> lis
     Raises:
         LoRAError: something does not fit; the model is as it was.
     """
-    adapter = _placed(model, adapter)
+    adapter = placed_on(model, adapter)
     fresh = find_injection(model) is None
     if fresh:
         inject(model, _config_for(model, adapter))
@@ -94,6 +109,7 @@ def check_fit(model: nn.Module, adapter: Adapter, *, strict_base: bool = True) -
                 f"adapter: layer {name!r} was trained with a scaling (lora_alpha over r) of {scaling:g}, but the model "
                 f"was injected with {layer.lora_scaling:g}; use the adapter's own options."
             )
+    _same_kinds(model, adapter)
     live = {name: tensor for name, tensor, _ in named_state(model)}
     wanted = [name for name in adapter_keys(model) if adapter.complete or isinstance(live[name], nn.Parameter)]
     _same_names("tensor", [n for n in adapter.tensors if n not in live or n in wanted], wanted)
@@ -105,6 +121,17 @@ def check_fit(model: nn.Module, adapter: Adapter, *, strict_base: bool = True) -
         if strict_base:
             raise
         warnings.warn(f"lightning_lora: {error}", stacklevel=2)
+
+
+def _same_kinds(model: nn.Module, adapter: Adapter) -> None:
+    """A square weight fits a layer that stores its transpose too; the adapter would act on the wrong side."""
+    kinds = kinds_of(model)
+    for name, kind in adapter.kinds.items():
+        if kinds[name] != kind:
+            raise LoRAError(
+                f"adapter: layer {name!r} was a {kind} layer where the adapter was trained, here it is {kinds[name]}; "
+                "the adapter belongs to another model."
+            )
 
 
 def _check_tensor(name: str, value: Any, live: torch.Tensor | None) -> None:
@@ -131,10 +158,19 @@ def _same_names(what: str, given: Iterable[str], wanted: Iterable[str]) -> None:
         )
 
 
-def _placed(model: nn.Module, adapter: Adapter) -> Adapter:
+def placed_on(model: nn.Module, adapter: Adapter) -> Adapter:
     """The adapter under the one prefix at which its layers are modules of the model."""
-    layers = adapter.layers()
     modules = {canonical(name) for name, _ in model.named_modules(remove_duplicate=False)}
+    return placed(adapter, modules, type(model).__name__)
+
+
+def placed(adapter: Adapter, modules: Set[str], where: str) -> Adapter:
+    """The adapter under the one prefix at which its layers are among the modules.
+
+    Raises:
+        LoRAError: there is no such prefix, or there are several.
+    """
+    layers = adapter.layers()
     if not layers:
         raise LoRAError("adapter: the source holds no lora_A; it is not an adapter of a known format.")
     if all(layer in modules for layer in layers):
@@ -143,12 +179,21 @@ def _placed(model: nn.Module, adapter: Adapter) -> Adapter:
     strips = [".".join(first[:i]) + "." for i in range(1, len(first) + 1)]
     places = [(strip, "") for strip in strips if all((layer + ".").startswith(strip) for layer in layers)]
     places = [p for p in places if all((layer + ".")[len(p[0]) :].removesuffix(".") in modules for layer in layers)]
-    places += [("", f"{m}.") for m in modules if m and all(f"{m}.{layer}" in modules for layer in layers)]
+    prefixes = {m.removesuffix(layers[0]) for m in modules if m.endswith(f".{layers[0]}")}
+    places += [("", prefix) for prefix in prefixes if all(prefix + layer in modules for layer in layers)]
     if len(places) != 1:
         found = ", ".join(repr(add or f"without {strip}") for strip, add in places) or "none"
         raise LoRAError(
-            f"adapter: its layers ({layers[0]!r}, ...) must fit {type(model).__name__} under exactly one prefix; "
+            f"adapter: its layers ({layers[0]!r}, ...) must fit {where} under exactly one prefix; "
             f"found {found}{near_misses(layers[0], modules - {''})}. Pass the submodule that the adapter is for."
+        )
+    strip, _ = places[0]
+    outside = [name for name in adapter.tensors if not name.startswith(strip)]
+    if outside:
+        warnings.warn(
+            f"lightning_lora: {len(outside)} of the adapter's tensors lie outside {where} and are left out, "
+            f"first {outside[0]!r}",
+            stacklevel=4,
         )
     return adapter.renamed(*places[0])
 
@@ -156,27 +201,43 @@ def _placed(model: nn.Module, adapter: Adapter) -> Adapter:
 def _config_for(model: nn.Module, adapter: Adapter) -> LoRAConfig:
     """The adapter's options; where they choose other layers under this prefix, the same with the layers spelled out."""
     config = adapter.config
-    if config is None:
-        raise LoRAError(
-            "adapter: the source stores no options (r and lora_alpha cannot be told from tensors alone); call "
-            "inject(model, LoRAConfig(...)) with those of the training first."
-        )
     layers = adapter.layers()
+    if config is None:
+        raise LoRAError(without_options(adapter))
     targets = Targets(model, config)
-    if not targets.unmatched and set(targets.layers) == set(layers):
+    ranks = {name: adapter.tensors[f"{name}.{B}"].shape[1] for name in layers}
+    same = all(config.rank(n) == ranks[n] and math.isclose(config.scaling(n), s) for n, s in adapter.scalings.items())
+    if same and not targets.unmatched and set(targets.layers) == set(layers):
         return config
-    alphas = {n: s * (math.sqrt(r) if config.use_rslora else r) for n, s, r in _ranks(adapter)}
-    return replace(
-        config,
-        target_modules=layers,
-        exclude_modules=None,
-        rank_pattern={re.escape(n): r for n, _, r in _ranks(adapter)},
-        alpha_pattern={re.escape(name): alpha for name, alpha in alphas.items()},
+    return replace(config, **spelled_out(adapter, {name: name for name in layers}, ranks))
+
+
+def spelled_out(adapter: Adapter, names: Mapping[str, str], ranks: Mapping[str, int]) -> dict[str, Any]:
+    """Options that give exactly these layers their ranks and scalings.
+
+    Args:
+        adapter: gives the scalings.
+        names: the layers, each with the name that the options should use.
+        ranks: r of each layer.
+    """
+    root = adapter.config is not None and adapter.config.use_rslora
+    alphas = {n: s * (math.sqrt(ranks[n]) if root else ranks[n]) for n, s in adapter.scalings.items()}
+    return {
+        "target_modules": list(names.values()),
+        "exclude_modules": None,
+        "rank_pattern": {f"^{re.escape(names[name])}": rank for name, rank in ranks.items()},
+        "alpha_pattern": {f"^{re.escape(names[name])}": alpha for name, alpha in alphas.items()},
+    }
+
+
+def without_options(adapter: Adapter) -> str:
+    """What to say of a source, such as loralib's, that stores tensors and nothing else."""
+    ranks = sorted({adapter.tensors[f"{name}.{B}"].shape[1] for name in adapter.layers()})
+    return (
+        f"adapter: the source stores tensors and no options, as loralib's files do. Its factors have rank "
+        f"{' and '.join(map(str, ranks))}; lora_alpha is nowhere in it and must come from whoever trained it. Call "
+        f"inject(model, LoRAConfig(r={ranks[0]}, lora_alpha=..., target_modules=...)) first, then load_adapter again."
     )
-
-
-def _ranks(adapter: Adapter) -> list[tuple[str, float, int]]:
-    return [(name, scaling, adapter.tensors[f"{name}.{B}"].shape[1]) for name, scaling in adapter.scalings.items()]
 
 
 def note_trained(model: nn.Module, adapter: Adapter) -> None:

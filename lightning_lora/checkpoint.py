@@ -18,13 +18,12 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from .adapter import Adapter, check_fit, note_trained
+from .adapter import Adapter, check_fit, note_trained, placed_on
 from .base import canonical
-from .config import LoRAConfig
+from .description import describe, described
 from .errors import LoRAError
 from .injection import call_previous, find_injection, named_state, patch, require_injection
-from .merge import adapted_layers
-from .state import adapter_keys, base_keys, fingerprint, fold
+from .state import adapter_keys, base_keys, fold
 
 META = "lora"
 FORMAT_VERSION = 1
@@ -53,9 +52,7 @@ def write(module: nn.Module, checkpoint: MutableMapping[str, Any], kind: Kind) -
     meta: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "kind": kind,
-        "config": injection.config.to_dict(),
-        "scalings": {name: layer.lora_scaling for name, layer in adapted_layers(module).items()},
-        "fingerprint": injection.fingerprint or fingerprint(module),
+        **describe(module),
     }
     if kind == "full":
         meta["fingerprint"] = {name: known for name, known in meta["fingerprint"].items() if name not in set(keys)}
@@ -100,13 +97,15 @@ def read(module: nn.Module, checkpoint: MutableMapping[str, Any]) -> None:
         injection = require_injection(module, "checkpoint")[2]
         injection.initial, injection.fingerprint = dict(checkpoint[META]["initial"]), {}
         return
+    given = adapter.tensors.keys()
+    adapter = placed_on(module, adapter)  # an imported adapter has the network's names
     check_fit(module, adapter)
     note_trained(module, adapter)
     live = {canonical(name): value for name, value in module.state_dict().items()}
     for key, value in checkpoint.items():
-        if key != META and isinstance(value, Mapping) and adapter.tensors.keys() <= value.keys():
+        if key != META and isinstance(value, Mapping) and given <= value.keys():
             checkpoint[key] = {**live, **value}
-    if kind == "merged":
+    if kind == "merged" or given != adapter.tensors.keys():
         checkpoint["state_dict"] = {**live, **adapter.tensors}
 
 
@@ -125,18 +124,12 @@ def adapter_of(checkpoint: Mapping[str, Any]) -> tuple[Adapter, Kind]:
             "install the version that wrote it."
         )
     kind: Kind = meta["kind"]
-    try:
-        tensors = meta["adapter"] if kind == "merged" else checkpoint["state_dict"]
-        base = meta["fingerprint"].keys() if kind == "full" else ()
-        return Adapter(
-            tensors={name: value for name, value in tensors.items() if name not in base},
-            config=LoRAConfig.from_dict(meta["config"]),
-            scalings=dict(meta["scalings"]),
-            fingerprint=dict(meta["fingerprint"]),
-            complete=True,
-        ), kind
-    except (KeyError, TypeError, AttributeError) as error:
-        raise LoRAError(f'checkpoint["lora"] is damaged: {error!r}.') from error
+    tensors = meta.get("adapter") if kind == "merged" else checkpoint.get("state_dict")
+    base = meta.get("fingerprint") if kind == "full" else ()
+    if not isinstance(tensors, Mapping) or not isinstance(base, (Mapping, tuple)):
+        raise LoRAError('checkpoint["lora"] is damaged: the tensors or the fingerprint are missing.')
+    adapter = described({n: value for n, value in tensors.items() if n not in base}, meta, 'checkpoint["lora"]')
+    return adapter, kind
 
 
 def _check_full(module: nn.Module, state: Mapping[str, Any]) -> None:

@@ -1,0 +1,83 @@
+"""Tensor names in PEFT's files and in this package's state dicts.
+
+PEFT wraps a layer, so that what the layer owns moves to `<layer>.base_layer`; it wraps attention and the attention's
+out_proj, one inside the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from .base import A, B
+from .errors import LoRAError
+
+PREFIX = "base_model.model."
+BASE_LAYER = ".base_layer"
+FACTORS = {
+    "lora_A.weight": A,
+    "lora_B.weight": B,
+    "lora_embedding_A": A,
+    "lora_embedding_B": B,
+}
+REFUSED = {
+    "lora_magnitude_vector": "DoRA",
+    "lora_magnitude_vector.weight": "DoRA",
+    "lora_B.bias": "lora_bias",
+    "lora_A.bias": "lora_bias",
+    "trainable_tokens_delta": "trainable_token_indices",
+}
+
+
+def peft_name(name: str, kinds: Mapping[str, str]) -> str:
+    """PEFT's name of one of our tensors.
+
+    Args:
+        name: ours.
+        kinds: of the adapted layers, by name.
+    """
+    path, _, leaf = name.rpartition(".")
+    if path not in kinds:
+        return PREFIX + name
+    attention = path.rpartition(".")[0]
+    place = path
+    if kinds[path] == "AttentionOutput":
+        place = f"{attention}{BASE_LAYER}.out_proj" if attention else "base_layer.out_proj"
+    if leaf not in (A, B):
+        return f"{PREFIX}{place}{BASE_LAYER}.{leaf}"
+    if kinds[path] == "Embedding":
+        return f"{PREFIX}{place}.lora_embedding_{leaf[-1]}"
+    return f"{PREFIX}{place}.{leaf}.weight"
+
+
+def our_names(peft_names: list[str], where: object) -> dict[str, str]:
+    """Our name of each of PEFT's tensors.
+
+    Raises:
+        LoRAError: a name says that the adapter is more than plain LoRA, or two names mean the same tensor.
+    """
+    ours: dict[str, str] = {}
+    for name in peft_names:
+        own = _our_name(name, where)
+        if own in ours.values():
+            raise LoRAError(f"{where}: two tensors are named {own!r}, one of them as {name!r}; the file is damaged.")
+        ours[name] = own
+    return ours
+
+
+def _our_name(name: str, where: object) -> str:
+    bare = name.removeprefix(PREFIX)
+    for leaf, feature in REFUSED.items():
+        if bare == leaf or bare.endswith(f".{leaf}"):
+            raise LoRAError(f"{where}: {name!r} belongs to {feature}, which cannot be applied; plain LoRA is read.")
+    if f"{BASE_LAYER}.lora_" in bare:
+        raise LoRAError(f"{where}: {name!r} belongs to target_parameters, which cannot be applied; plain LoRA is read.")
+    for leaf, own in FACTORS.items():
+        if bare == leaf or bare.endswith(f".{leaf}"):
+            bare = bare.removesuffix(leaf) + own
+            break
+    return bare.replace(f"{BASE_LAYER}.", ".")
+
+
+def is_base_weight(peft_name: str) -> bool:
+    """Whether PEFT saved a base weight beside the adapter, as it does for embeddings."""
+    return peft_name.rpartition(".")[2] == "weight" and "lora_" not in peft_name.rpartition(".")[0].rpartition(".")[2]
