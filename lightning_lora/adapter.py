@@ -1,4 +1,4 @@
-"""An adapter apart from any model, and how it is fitted onto one: prefix, layers, base, names, shapes, then values."""
+"""An adapter apart from any model, and under which names it fits one."""
 
 from __future__ import annotations
 
@@ -9,18 +9,11 @@ from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-from torch import nn
-
-from .base import A, B, canonical
+from .base import A, B
 from .config import LoRAConfig
 from .errors import LoRAError
-from .inject import inject, unload
-from .injection import base_parameters, find_injection, named_state, note_trainable, require_injection
-from .kinds import kinds_of
-from .merge import adapted_layers, is_merged, merge, unmerge
-from .state import adapter_keys, check_fingerprint
-from .targets import Targets, near_misses
+from .supported import enabled_parts
+from .targets import names_match, near_misses
 
 
 @dataclass(frozen=True)
@@ -36,6 +29,7 @@ class Adapter:
         kinds: of each adapted layer where known, see kinds.KINDS.
         network: the prefix of the network's names inside the LightningModule that was saved.
         origin: what the source says of the base: base_model_name_or_path, revision, task_type.
+        fan_in_fan_out: weights of unknown kind are stored (in, out), as PEFT says of transformers' Conv1D.
     """
 
     tensors: Mapping[str, Any]
@@ -46,6 +40,7 @@ class Adapter:
     kinds: Mapping[str, str] = field(default_factory=dict)
     network: str = ""
     origin: Mapping[str, str] = field(default_factory=dict)
+    fan_in_fan_out: bool = False
 
     def layers(self) -> list[str]:
         """Names of the adapted layers."""
@@ -61,7 +56,7 @@ class Adapter:
             renamed = rename({f"{name}.": value for name, value in layers.items()})
             return {name.removesuffix("."): value for name, value in renamed.items()}
 
-        return replace(
+        renamed = replace(
             self,
             tensors=rename(self.tensors),
             scalings=rename_layers(self.scalings),
@@ -69,115 +64,65 @@ class Adapter:
             kinds=rename_layers(self.kinds),
             network="",
         )
+        return replace(renamed, config=_meaning_the_same(self, renamed, rename_layers({n: n for n in self.layers()})))
 
 
-def fit_(model: nn.Module, adapter: Adapter, *, strict_base: bool = True) -> list[str]:
-    """Put an adapter onto a model: inject where that is still to do, check everything, then copy the values.
+def _meaning_the_same(old: Adapter, new: Adapter, names: Mapping[str, str]) -> LoRAConfig | None:
+    """The options for the layers' new names: as they are where they mean the same, else with the layers spelled out.
 
-    Returns:
-        The names of the adapted layers.
-
-    Raises:
-        LoRAError: something does not fit; the model is as it was.
+    Args:
+        old: the adapter before it was renamed.
+        new: the adapter after.
+        names: the old name of each new one.
     """
-    adapter = placed_on(model, adapter)
-    fresh = find_injection(model) is None
-    if fresh:
-        inject(model, _config_for(model, adapter))
-    try:
-        check_fit(model, adapter, strict_base=strict_base)
-        _copy(model, adapter)
-    except BaseException:
-        if fresh:
-            unload(model)
-        raise
-    return list(adapted_layers(model))
+    config = old.config
+    if config is None:
+        return None
+    saved = [_still_naming(entry, old, new) for entry in config.modules_to_save or ()]
+    config = replace(config, modules_to_save=saved)
+    ranks = {n: old.tensors[f"{before}.{B}"].shape[1] for n, before in names.items()}
+    enabled = {n: enabled_parts(before, config) for n, before in names.items()}
+    same = all(config.rank(n) == ranks[n] and enabled_parts(n, config) == enabled[n] for n in names)
+    if same and all(math.isclose(config.scaling(n), s) for n, s in new.scalings.items()):
+        return config
+    parts = {n: on for n, on in sorted(enabled.items(), key=lambda item: -len(item[0])) if on}
+    return replace(config, **spelled_out(replace(new, config=config), ranks), enable_lora=parts)
 
 
-def check_fit(model: nn.Module, adapter: Adapter, *, strict_base: bool = True) -> None:
-    """Compare an adapter with an injected model: layers, scaling, names, shapes, finite values, base.
-
-    Raises:
-        LoRAError: names the first thing that differs.
-    """
-    try:
-        _check_tensors(model, adapter)
-    except LoRAError as error:
-        raise LoRAError(f"{error}{_other_options(model, adapter)}") from None
-    try:
-        check_fingerprint(model, adapter.fingerprint)
-    except LoRAError as error:
-        if strict_base:
-            raise
-        warnings.warn(f"lightning_lora: {error}", stacklevel=2)
+def _still_naming(entry: str, old: Adapter, new: Adapter) -> str:
+    """An entry of modules_to_save, without what was taken off the names if it needs that to name anything."""
+    if any(names_match([entry], module) for module in _modules(new.tensors)):
+        return entry
+    taken = [m for m in _modules(old.tensors) if names_match([entry], m)]
+    shorter = [m for m in _modules(new.tensors) if any(whole.endswith(f".{m}") for whole in taken)]
+    return max(shorter, key=len, default=entry)
 
 
-def _check_tensors(model: nn.Module, adapter: Adapter) -> None:
-    layers = adapted_layers(model)
-    _same_names("layer", adapter.layers(), layers)
-    for name, layer in layers.items():
-        scaling = adapter.scalings.get(name)
-        if scaling is not None and not math.isclose(scaling, layer.lora_scaling):
-            raise LoRAError(
-                f"adapter: layer {name!r} was trained with a scaling (lora_alpha over r) of {scaling:g}, but the model "
-                f"was injected with {layer.lora_scaling:g}; use the adapter's own options."
-            )
-    _same_kinds(model, adapter)
-    live = {name: tensor for name, tensor, _ in named_state(model)}
-    wanted = [name for name in adapter_keys(model) if adapter.complete or isinstance(live[name], nn.Parameter)]
-    _same_names("tensor", [n for n in adapter.tensors if n not in live or n in wanted], wanted)
-    for name, value in adapter.tensors.items():
-        _check_tensor(name, value, live[name])
+def _modules(names: Iterable[str]) -> list[str]:
+    """Every module on the way to a tensor."""
+    return list({name.rsplit(".", i)[0] for name in names for i in range(1, name.count(".") + 1)})
 
 
-def _other_options(model: nn.Module, adapter: Adapter) -> str:
-    """Which options the adapter has and the model has not, for an error that they explain."""
-    ours = require_injection(model, "adapter")[2].config
-    theirs = adapter.config or ours
-    values = ((name, getattr(theirs, name), getattr(ours, name)) for name in theirs.differing(ours))
-    differing = "; ".join(f"{name} was {before!r}, now {now!r}" for name, before, now in values)
-    return f" The options differ: {differing}." if differing else ""
+def spelled_out(adapter: Adapter, ranks: Mapping[str, int]) -> dict[str, Any]:
+    """Options that give exactly the layers in `ranks` these ranks and the adapter's scalings."""
+    root = adapter.config is not None and adapter.config.use_rslora
+    alphas = {n: adapter.scalings[n] * (math.sqrt(r) if root else r) for n, r in ranks.items()}
+    return {
+        "target_modules": list(ranks),
+        "exclude_modules": None,
+        "rank_pattern": {f"^{re.escape(name)}": rank for name, rank in ranks.items()},
+        "alpha_pattern": {f"^{re.escape(name)}": int(a) if a == int(a) else a for name, a in alphas.items()},
+    }
 
 
-def _same_kinds(model: nn.Module, adapter: Adapter) -> None:
-    """A square weight fits a layer that stores its transpose too; the adapter would act on the wrong side."""
-    kinds = kinds_of(model)
-    for name, kind in adapter.kinds.items():
-        if kinds[name] != kind:
-            raise LoRAError(
-                f"adapter: layer {name!r} was a {kind} layer where the adapter was trained, here it is {kinds[name]}; "
-                "the adapter belongs to another model."
-            )
-
-
-def _check_tensor(name: str, value: Any, live: torch.Tensor | None) -> None:
-    if live is None:
-        return  # extra state, the owner's own business
-    if not isinstance(value, torch.Tensor) or value.shape != live.shape:
-        found = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
-        raise LoRAError(f"adapter: {name!r} must have shape {tuple(live.shape)}, but has {found}.")
-    if value.is_floating_point() and name.rpartition(".")[2] in (A, B) and not torch.isfinite(value).all():
-        raise LoRAError(f"adapter: {name!r} holds NaN or Inf; it comes from a diverged run or a damaged file.")
-
-
-def _same_names(what: str, given: Iterable[str], wanted: Iterable[str]) -> None:
-    given, wanted = list(given), list(wanted)
-    missing, unexpected = sorted(set(wanted) - set(given)), sorted(set(given) - set(wanted))
-    if missing or unexpected:
-        first = (
-            f"{what} {missing[0]!r} is missing" if missing else f"{what} {unexpected[0]!r} has no place in the model"
-        )
-        hint = near_misses(*(missing[0], given) if missing else (unexpected[0], wanted))
-        raise LoRAError(
-            f"adapter: {first} (in all {len(missing)} missing, {len(unexpected)} unexpected){hint}. The adapter was "
-            "saved from a model with other layers or options."
-        )
-
-
-def placed_on(model: nn.Module, adapter: Adapter) -> Adapter:
-    """The adapter under the one prefix at which its layers are modules of the model."""
-    modules = {canonical(name) for name, _ in model.named_modules(remove_duplicate=False)}
-    return placed(adapter, modules, type(model).__name__)
+def without_options(adapter: Adapter) -> str:
+    """What to say of a source, such as loralib's, that stores tensors and nothing else."""
+    ranks = sorted({adapter.tensors[f"{name}.{B}"].shape[1] for name in adapter.layers()})
+    return (
+        f"adapter: the source stores tensors and no options, as loralib's files do. Its factors have rank "
+        f"{' and '.join(map(str, ranks))}; lora_alpha is nowhere in it and must come from whoever trained it. Call "
+        f"inject(model, LoRAConfig(r={ranks[0]}, lora_alpha=..., target_modules=...)) first, then load_adapter again."
+    )
 
 
 def placed(adapter: Adapter, modules: Set[str], where: str) -> Adapter:
@@ -212,74 +157,3 @@ def placed(adapter: Adapter, modules: Set[str], where: str) -> Adapter:
             stacklevel=4,
         )
     return adapter.renamed(*places[0])
-
-
-def _config_for(model: nn.Module, adapter: Adapter) -> LoRAConfig:
-    """The adapter's options; where they choose other layers under this prefix, the same with the layers spelled out."""
-    config = adapter.config
-    layers = adapter.layers()
-    if config is None:
-        raise LoRAError(without_options(adapter))
-    targets = Targets(model, config)
-    ranks = {name: adapter.tensors[f"{name}.{B}"].shape[1] for name in layers}
-    same = all(config.rank(n) == ranks[n] and math.isclose(config.scaling(n), s) for n, s in adapter.scalings.items())
-    if same and not targets.unmatched and set(targets.layers) == set(layers):
-        return config
-    return replace(config, **spelled_out(adapter, {name: name for name in layers}, ranks))
-
-
-def spelled_out(adapter: Adapter, names: Mapping[str, str], ranks: Mapping[str, int]) -> dict[str, Any]:
-    """Options that give exactly these layers their ranks and scalings.
-
-    Args:
-        adapter: gives the scalings.
-        names: the layers, each with the name that the options should use.
-        ranks: r of each layer.
-    """
-    root = adapter.config is not None and adapter.config.use_rslora
-    alphas = {n: s * (math.sqrt(ranks[n]) if root else ranks[n]) for n, s in adapter.scalings.items()}
-    return {
-        "target_modules": list(names.values()),
-        "exclude_modules": None,
-        "rank_pattern": {f"^{re.escape(names[name])}": rank for name, rank in ranks.items()},
-        "alpha_pattern": {f"^{re.escape(names[name])}": alpha for name, alpha in alphas.items()},
-    }
-
-
-def without_options(adapter: Adapter) -> str:
-    """What to say of a source, such as loralib's, that stores tensors and nothing else."""
-    ranks = sorted({adapter.tensors[f"{name}.{B}"].shape[1] for name in adapter.layers()})
-    return (
-        f"adapter: the source stores tensors and no options, as loralib's files do. Its factors have rank "
-        f"{' and '.join(map(str, ranks))}; lora_alpha is nowhere in it and must come from whoever trained it. Call "
-        f"inject(model, LoRAConfig(r={ranks[0]}, lora_alpha=..., target_modules=...)) first, then load_adapter again."
-    )
-
-
-def note_trained(model: nn.Module, adapter: Adapter) -> None:
-    """What another callback had unfrozen in the saved run counts as trained here too; call before loading it."""
-    prefix, root, injection = require_injection(model, "adapter")
-    path = f"{prefix}." if prefix else ""
-    for name, parameter in base_parameters(root).items():
-        if path + name in adapter.tensors and name not in injection.trained:
-            injection.trained.add(name)
-            injection.initial[name] = parameter.detach().clone()
-
-
-def _copy(model: nn.Module, adapter: Adapter) -> None:
-    """Into the live tensors, all of them or none: everything was checked before."""
-    before = is_merged(model)
-    if before:
-        unmerge(model)
-    note_trained(model, adapter)
-    live = {name: (tensor, owner) for name, tensor, owner in named_state(model)}
-    with torch.inference_mode(False), torch.no_grad():
-        for name, value in adapter.tensors.items():
-            tensor, owner = live[name]
-            if tensor is None:
-                owner.set_extra_state(value)
-            else:
-                tensor.copy_(value)
-    note_trainable(model, expected=True)
-    if before:
-        merge(model)

@@ -18,10 +18,11 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from .adapter import Adapter, check_fit, note_trained, placed_on
+from .adapter import Adapter
 from .base import canonical
 from .description import describe, described
 from .errors import LoRAError
+from .fit import check_fit, note_trained, placed_on
 from .injection import call_previous, find_injection, named_state, patch, require_injection
 from .state import adapter_keys, base_keys, fold
 

@@ -1,4 +1,4 @@
-"""What travels beside an adapter's tensors, as plain types: in checkpoint["lora"] and in the header of a tensor file."""
+"""What travels beside an adapter's tensors, as plain types: in checkpoint["lora"] and in a tensor file's header."""
 
 from __future__ import annotations
 
@@ -35,8 +35,28 @@ def describe(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def described(tensors: Mapping[str, Any], description: Any, where: str, *, complete: bool = True) -> Adapter:
-    """The inverse of describe.
+def description_of(adapter: Adapter) -> dict[str, Any]:
+    """The description of an adapter apart from its model."""
+    return {
+        "config": (adapter.config or LoRAConfig()).to_dict(),
+        "scalings": dict(adapter.scalings),
+        "kinds": dict(adapter.kinds),
+        "fingerprint": dict(adapter.fingerprint),
+        "network": adapter.network,
+        "origin": dict(adapter.origin),
+        "complete": adapter.complete,
+        "fan_in_fan_out": adapter.fan_in_fan_out,
+    }
+
+
+def described(tensors: Mapping[str, Any], description: Any, where: str, *, check: bool = True) -> Adapter:
+    """The inverse of describe and description_of.
+
+    Args:
+        tensors: the adapter's.
+        description: plain types, from a file.
+        where: for messages.
+        check: compare the factors with the options, see check_factors.
 
     Raises:
         LoRAError: the description is not of that form, or it and the tensors disagree.
@@ -47,20 +67,22 @@ def described(tensors: Mapping[str, Any], description: Any, where: str, *, compl
             config=LoRAConfig.from_dict(description["config"]),
             scalings={str(name): float(s) for name, s in description["scalings"].items()},
             fingerprint=_checked_prints(description["fingerprint"]),
-            complete=complete and description.get("complete", True) is True,
+            complete=description.get("complete", True) is True,
             kinds={str(name): _checked_kind(kind) for name, kind in description["kinds"].items()},
             network=_text(description["network"]),
             origin={_text(name): _text(value) for name, value in description["origin"].items()},
+            fan_in_fan_out=description.get("fan_in_fan_out") is True,
         )
     except LoRAError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError, re.error) as error:
         raise LoRAError(f"{where}: the adapter's description is damaged: {error!r}.") from error
     layers = set(adapter.layers())
-    if set(adapter.scalings) != layers or set(adapter.kinds) != layers:
-        odd = sorted(set(adapter.scalings) ^ layers | set(adapter.kinds) ^ layers)[0]
-        raise LoRAError(f"{where}: description and tensors disagree about the layer {odd!r}; the file is damaged.")
-    check_factors(adapter, where)
+    odd = sorted(set(adapter.scalings) ^ layers | set(adapter.kinds) - layers)
+    if odd:
+        raise LoRAError(f"{where}: description and tensors disagree about the layer {odd[0]!r}; the file is damaged.")
+    if check:
+        check_factors(adapter, where)
     return adapter
 
 

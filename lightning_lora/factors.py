@@ -18,6 +18,8 @@ def check_factors(adapter: Adapter, where: str) -> None:
         LoRAError: names the first layer whose factors are missing, not numbers, or of another rank than the options'.
     """
     for name in adapter.layers():
+        if not name:
+            raise LoRAError(f"{where}: a lora_A names no layer.")
         a, b = adapter.tensors[f"{name}.{A}"], adapter.tensors.get(f"{name}.{B}")
         for leaf, factor in ((A, a), (B, b)):
             if not isinstance(factor, torch.Tensor) or not factor.is_floating_point() or factor.dim() < 2:

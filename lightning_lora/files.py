@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .errors import LoRAError
+from .header import read_header
 
 PathLike = str | os.PathLike[str]
 
@@ -29,7 +31,7 @@ def read_torch_file(path: PathLike) -> dict[str, Any]:
             f"{path}: holds objects other than plain types and tensors, or is damaged, and was not loaded: "
             f"{str(error).splitlines()[0]}"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except Exception as error:  # torch raises whatever a damaged file leads it to
         raise LoRAError(f"{path}: cannot be read as a checkpoint; it may be truncated: {error}") from error
     if not isinstance(content, dict):
         raise LoRAError(f"{path}: expected a dictionary, found {type(content).__name__}.")
@@ -43,11 +45,28 @@ def read_safetensors(path: PathLike) -> tuple[dict[str, torch.Tensor], dict[str,
         LoRAError: no such file, or not a whole safetensors file.
     """
     _require_file(path)
+    read_header(Path(path))
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise LoRAError(f"{path}: cannot be read as safetensors; it may be truncated: {error}") from error
+
+
+def read_json(path: PathLike) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        LoRAError: no such file, not JSON, or something else than an object.
+    """
+    _require_file(path)
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise LoRAError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise LoRAError(f"{path}: expected a JSON object, found {type(content).__name__}.")
+    return content
 
 
 def _require_file(path: PathLike) -> None:

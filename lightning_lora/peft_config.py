@@ -34,21 +34,20 @@ def options_to_peft(adapter: Adapter) -> dict[str, Any]:
     PEFT's lists match suffixes, so the layers are chosen by the user's own list only where it chooses these alone.
     """
     config = adapter.config or LoRAConfig()
-    layers = [name for name in adapter.layers() if adapter.kinds[name] != "AttentionOutput"]
+    layers = [name for name in adapter.layers() if adapter.kinds.get(name) != "AttentionOutput"]
     ranks = {name: adapter.tensors[f"{name}.{B}"].shape[1] for name in layers}
     plain = config.to_dict()
     options = {name: plain[name] for name in SHARED}
     options |= {name: options[name] or {} for name in ("rank_pattern", "alpha_pattern")}
     same = all(config.rank(n) == ranks[n] and math.isclose(config.scaling(n), adapter.scalings[n]) for n in layers)
-    if not same:
-        options |= _common_options(adapter, ranks)
+    options |= {} if same else _common_options(adapter, ranks)
     return options | {
         "peft_type": "LORA",
         "target_modules": _targets(adapter, layers),
         "exclude_modules": None,
         "modules_to_save": plain["modules_to_save"],
         "init_lora_weights": plain["init_lora_weights"],
-        "fan_in_fan_out": "Conv1D" in adapter.kinds.values(),
+        "fan_in_fan_out": adapter.fan_in_fan_out or "Conv1D" in adapter.kinds.values(),
         "inference_mode": True,
         **{name: adapter.origin.get(name) for name in ORIGIN},
     }
@@ -56,7 +55,7 @@ def options_to_peft(adapter: Adapter) -> dict[str, Any]:
 
 def _common_options(adapter: Adapter, ranks: Mapping[str, int]) -> dict[str, Any]:
     """One r and lora_alpha where all layers agree, as vLLM needs it; patterns where they do not."""
-    spelled = spelled_out(adapter, {name: name for name in ranks}, ranks)
+    spelled = spelled_out(adapter, ranks)
     alphas = {spelled["alpha_pattern"][f"^{re.escape(name)}"] for name in ranks}
     if len(alphas) == 1 and len(set(ranks.values())) == 1:
         return {"r": next(iter(ranks.values())), "lora_alpha": alphas.pop(), "rank_pattern": {}, "alpha_pattern": {}}
@@ -72,7 +71,9 @@ def _targets(adapter: Adapter, layers: Sequence[str]) -> str | list[str]:
     return "|".join(map(re.escape, layers))
 
 
-def options_from_peft(options: Mapping[str, Any], layers: Sequence[str], saved: Sequence[str], path: Path) -> LoRAConfig:
+def options_from_peft(
+    options: Mapping[str, Any], layers: Sequence[str], saved: Sequence[str], path: Path
+) -> LoRAConfig:
     """LoRAConfig's options out of those of adapter_config.json.
 
     Args:
@@ -99,10 +100,8 @@ def options_from_peft(options: Mapping[str, Any], layers: Sequence[str], saved: 
     entries = ours.get("modules_to_save")
     if isinstance(entries, list):
         ours["modules_to_save"] = [e for e in entries if any(_is_inside(e, module) for module in saved)]
-    return LoRAConfig(
-        **{"target_modules": layers, **ours},
-        init_lora_weights=init if init in OWN_INITS and isinstance(init, (bool, str)) else True,
-    )
+    ours["init_lora_weights"] = init if isinstance(init, (bool, str)) and init in OWN_INITS else True
+    return LoRAConfig(**{"target_modules": layers, **ours})
 
 
 def _is_inside(entry: Any, module: str) -> bool:

@@ -6,7 +6,7 @@ out_proj, one inside the other.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 
 from .base import A, B
 from .errors import LoRAError
@@ -28,23 +28,24 @@ REFUSED = {
 }
 
 
-def peft_name(name: str, kinds: Mapping[str, str]) -> str:
+def peft_name(name: str, layers: Set[str], kinds: Mapping[str, str]) -> str:
     """PEFT's name of one of our tensors.
 
     Args:
         name: ours.
-        kinds: of the adapted layers, by name.
+        layers: names of the adapted layers.
+        kinds: of these, as far as known.
     """
     path, _, leaf = name.rpartition(".")
-    if path not in kinds:
+    if path not in layers:
         return PREFIX + name
     attention = path.rpartition(".")[0]
     place = path
-    if kinds[path] == "AttentionOutput":
+    if kinds.get(path) == "AttentionOutput":
         place = f"{attention}{BASE_LAYER}.out_proj" if attention else "base_layer.out_proj"
     if leaf not in (A, B):
         return f"{PREFIX}{place}{BASE_LAYER}.{leaf}"
-    if kinds[path] == "Embedding":
+    if kinds.get(path) == "Embedding":
         return f"{PREFIX}{place}.lora_embedding_{leaf[-1]}"
     return f"{PREFIX}{place}.{leaf}.weight"
 
@@ -55,12 +56,11 @@ def our_names(peft_names: list[str], where: object) -> dict[str, str]:
     Raises:
         LoRAError: a name says that the adapter is more than plain LoRA, or two names mean the same tensor.
     """
-    ours: dict[str, str] = {}
-    for name in peft_names:
-        own = _our_name(name, where)
-        if own in ours.values():
-            raise LoRAError(f"{where}: two tensors are named {own!r}, one of them as {name!r}; the file is damaged.")
-        ours[name] = own
+    ours = {name: _our_name(name, where) for name in peft_names}
+    first: dict[str, str] = {}
+    for name, own in ours.items():
+        if first.setdefault(own, name) != name:
+            raise LoRAError(f"{where}: {first[own]!r} and {name!r} both mean {own!r}; the file is damaged.")
     return ours
 
 
@@ -76,8 +76,3 @@ def _our_name(name: str, where: object) -> str:
             bare = bare.removesuffix(leaf) + own
             break
     return bare.replace(f"{BASE_LAYER}.", ".")
-
-
-def is_base_weight(peft_name: str) -> bool:
-    """Whether PEFT saved a base weight beside the adapter, as it does for embeddings."""
-    return peft_name.rpartition(".")[2] == "weight" and "lora_" not in peft_name.rpartition(".")[0].rpartition(".")[2]

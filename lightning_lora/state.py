@@ -166,7 +166,9 @@ def _close(wanted: Mapping[str, Any], have: Mapping[str, Any]) -> bool:
     relative = 1e-5 if len(dtypes) == 1 else max((torch.finfo(dtype).eps for dtype in floating), default=0.0)
     absolute = 1e-7 if len(dtypes) > 1 else 0.0  # subnormal numbers of float16
     pairs = list(zip(wanted["values"], have["values"], strict=False))
-    return len(wanted["values"]) == len(have["values"]) and all(a == b or math.isclose(a, b, rel_tol=relative, abs_tol=absolute) or a != a != b for a, b in pairs)
+    return len(wanted["values"]) == len(have["values"]) and all(
+        a == b or math.isclose(a, b, rel_tol=relative, abs_tol=absolute) or a != a != b for a, b in pairs
+    )
 
 
 def _shown(values: Iterable[float]) -> str:

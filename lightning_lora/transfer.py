@@ -12,10 +12,12 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import nn
 
-from .adapter import Adapter, fit_
+from .adapter import Adapter
 from .checkpoint import META, adapter_of, read
+from .description import adapter_of_model
 from .errors import LoRAError
 from .files import PathLike, read_torch_file
+from .fit import fit_
 from .inject import inject
 from .peft_format import read_folder, write_folder
 
@@ -28,7 +30,7 @@ def save_adapter(model: nn.Module, path: PathLike) -> None:
     Raises:
         LoRAError: the model was not injected, or PEFT has no equal of one of its layers.
     """
-    write_folder(model, path)
+    write_folder(adapter_of_model(model), path)
 
 
 def load_adapter(model: nn.Module, source: PathLike | Mapping[str, Any], *, strict_base: bool = True) -> list[str]:
