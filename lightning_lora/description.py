@@ -80,7 +80,7 @@ def described(tensors: Mapping[str, Any], description: Any, where: str, *, check
     layers = set(adapter.layers())
     odd = sorted(set(adapter.scalings) ^ layers | set(adapter.kinds) - layers)
     if odd:
-        raise LoRAError(f"{where}: description and tensors disagree about the layer {odd[0]!r}; the file is damaged.")
+        raise LoRAError(f"{where}: {odd[0]!r} is missing in the tensors or in their description; it was cut.")
     if check:
         check_factors(adapter, where)
     return adapter

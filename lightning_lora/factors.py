@@ -21,6 +21,8 @@ def check_factors(adapter: Adapter, where: str) -> None:
         if not name:
             raise LoRAError(f"{where}: a lora_A names no layer.")
         a, b = adapter.tensors[f"{name}.{A}"], adapter.tensors.get(f"{name}.{B}")
+        if b is None:
+            raise LoRAError(f"{where}: {f'{name}.{B}'!r} is missing; the adapter was cut.")
         for leaf, factor in ((A, a), (B, b)):
             if not isinstance(factor, torch.Tensor) or not factor.is_floating_point() or factor.dim() < 2:
                 found = f"{factor.dtype} {tuple(factor.shape)}" if isinstance(factor, torch.Tensor) else repr(factor)

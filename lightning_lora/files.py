@@ -17,15 +17,15 @@ from .header import read_header
 PathLike = str | os.PathLike[str]
 
 
-def read_torch_file(path: PathLike) -> dict[str, Any]:
-    """A checkpoint or state dict, on the CPU.
+def read_torch_file(path: PathLike, device: str = "cpu") -> dict[str, Any]:
+    """A checkpoint or state dict, on the CPU, or on "meta" without its values.
 
     Raises:
         LoRAError: no such file, truncated, not a dictionary, or it holds more than plain types and tensors.
     """
     _require_file(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
         raise LoRAError(
             f"{path}: holds objects other than plain types and tensors, or is damaged, and was not loaded: "

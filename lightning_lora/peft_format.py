@@ -76,6 +76,21 @@ def read_folder(path: PathLike) -> Adapter:
     return _foreign(ours, {own: name for name, own in names.items()}, options, folder)
 
 
+def read_tensor_file(path: PathLike) -> Adapter:
+    """Read a safetensors file with an adapter, by itself. Only this package's own stores the options with the tensors.
+
+    Raises:
+        LoRAError: it is damaged, or it holds what this package cannot apply.
+    """
+    tensors, header = read_safetensors(path)
+    ours = {own: tensors[name] for name, own in our_names(list(tensors), path).items()}
+    if HEADER_KEY in header:
+        return _described(ours, header[HEADER_KEY], Path(path))
+    adapter = Adapter(ours)
+    check_factors(adapter, str(path))
+    return adapter
+
+
 def _refuse_without_equal(adapter: Adapter, name: str) -> None:
     kind, attention = adapter.kinds.get(name), name.rpartition(".")[0]
     problem = ""
