@@ -152,7 +152,7 @@ def _extract_options(parser: Any) -> None:
     parser.add_argument("--rank", type=int, required=True, help="of the adapter")
     parser.add_argument("--output", type=str, required=True, help="PEFT folder to write")
     parser.add_argument("--exclude", nargs="*", type=str, default=[], help="modules to carry whole: names or suffixes")
-    parser.add_argument("--embeddings", nargs="*", type=str, default=[], help="modules that are nn.Embedding by another name")
+    parser.add_argument("--embeddings", nargs="*", type=str, default=[], help="modules that are embeddings too")
     parser.add_argument("--fan-in-fan-out", action="store_true", help="linear weights are (in, out), as in GPT-2")
     parser.add_argument("--drop-rest", action="store_true", help="leave out what else changed (norms, biases)")
 

@@ -33,7 +33,7 @@ from .merge import adapted_layers, is_merged, merge, unmerge
 from .readers import set_fast_paths_, swap_readers_
 from .state import refuse_unmergeable
 from .supported import check_shapes, check_supported, check_unadapted, enabled_parts
-from .targets import Targets, refuse_unmatched, tied_weights
+from .targets import Targets, note_tied, refuse_unmatched
 
 log = logging.getLogger(__name__)
 
@@ -103,12 +103,11 @@ def adapt_new_layers(model: nn.Module) -> None:
     for name, module in new.items():
         check_supported(name, module, injection.config)
     _freeze(root, injection, new, targets.saved)
-    tied = tied_weights(root)
     seed = hashlib.sha256(bytes(torch.get_rng_state().tolist())).hexdigest()
     with torch.inference_mode(False):
         for name, module in new.items():
-            layer = _adapt(name, module, injection.config, seed)
-            layer.lora_tied = tied.get(layer, "")
+            _adapt(name, module, injection.config, seed)
+    note_tied(root)
     note_trainable(root, expected=True)
     swap_readers_(root)
     set_fast_paths_(root)
@@ -136,17 +135,12 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
 
     Raises:
         LoRAError: the model was not injected, W' is not finite, or a layer cannot be merged because its weight has
-            another owner. The model is then unmerged.
+            another owner.
     """
     _, root, _ = require_injection(model, "merge_and_unload")
-    before = is_merged(root)
+    refuse_unmergeable(root)
+    unmerge(root)  # what stayed factored, and need not any more, is merged now
     merge(root)
-    try:
-        refuse_unmergeable(root)
-    except LoRAError:
-        if not before:
-            unmerge(root)
-        raise
     for layer in adapted_layers(root).values():
         layer.lora_kept = {}
     _strip(model, root)
@@ -235,7 +229,7 @@ def withdraw(root: nn.Module) -> None:
     delattr(root, ATTRIBUTE)
 
 
-def _adapt(name: str, module: nn.Module, config: LoRAConfig, seed: str) -> LoRALayer:
+def _adapt(name: str, module: nn.Module, config: LoRAConfig, seed: str) -> None:
     layer = adapt_(
         module,
         r=config.rank(name),
@@ -250,7 +244,6 @@ def _adapt(name: str, module: nn.Module, config: LoRAConfig, seed: str) -> LoRAL
     digest = hashlib.sha256(f"{seed}{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     init_factors_(layer, config.init_lora_weights, dtype, generator)
-    return layer
 
 
 def _freeze(

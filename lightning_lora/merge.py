@@ -6,9 +6,8 @@ import logging
 import signal
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import nn
@@ -17,7 +16,7 @@ from .base import HALF, LoRALayer, canonical
 from .errors import LoRAError
 from .metrics import MergeFidelity
 from .readers import set_fast_paths_
-from .targets import tied_weights
+from .targets import note_tied
 
 COPY_BUDGET = 64 * 2**20  # bytes of plain copies of small weights, which are faster than keeping values
 WORST_FIDELITY = 0.05
@@ -38,21 +37,21 @@ def is_merged(model: nn.Module) -> bool:
 def merge(model: nn.Module) -> None:
     """Put W' = W + s * B @ A into every adapted layer's weight, in place; unmerge takes it out bit for bit.
 
-    Harmless when repeated. A layer whose weight has another owner, or renormalises itself, stays factored. The first
-    merge of 16-bit layers logs what rounding W' costs.
+    Harmless when repeated, and inside disable_adapter. A layer whose weight has another owner, or renormalises itself,
+    stays factored. The first merge of 16-bit layers logs what rounding W' costs.
 
     Raises:
         LoRAError: the model has no adapted layer, or a layer's W' is not finite. Every layer is then unmerged.
     """
     layers = _require_layers(model, "merge")
-    pending = {name: layer for name, layer in layers.items() if not layer.lora_merged}
+    pending = {name: layer for name, layer in layers.items() if layer.lora_active and not layer.lora_merged}
     if not pending:
         return
     copies = _affordable_copies(layers.values())
     fidelity = _Fidelity(pending.values())
     with _deferred_interrupt():
         try:
-            _note_tied(model)
+            note_tied(model)
             for name, layer in pending.items():
                 if layer.stays_factored():
                     layer.lora_merged = True
@@ -85,11 +84,12 @@ def unmerge(model: nn.Module) -> None:
 def merged(model: nn.Module) -> Iterator[nn.Module]:
     """The model with merged weights inside, and in the state it was found in outside, also after an exception."""
     before = is_merged(model)
-    merge(model)
     try:
+        merge(model)  # a Ctrl-C meanwhile is raised when it is done
         yield model
     finally:
-        (merge if before else unmerge)(model)
+        if is_merged(model) != before:
+            (merge if before else unmerge)(model)
 
 
 def _require_layers(model: nn.Module, verb: str) -> dict[str, LoRALayer]:
@@ -121,21 +121,14 @@ def _unmerge_all(layers: Mapping[str, LoRALayer]) -> None:
         raise LoRAError("\n".join(failures))
 
 
-def _note_tied(model: nn.Module) -> None:
-    for module, other in tied_weights(model).items():
-        if isinstance(module, LoRALayer):
-            module.lora_tied = other
-
-
-def _affordable_copies(layers: Iterable[LoRALayer]) -> set[LoRALayer]:
+def _affordable_copies(layers: Collection[LoRALayer]) -> set[LoRALayer]:
     """Unmerged layers for whose weights a plain copy fits into the budget, smallest first."""
-    budget = COPY_BUDGET
+    kept = [kept for layer in layers for kept in layer.lora_kept.values() if kept.copy is not None]
+    budget = COPY_BUDGET - sum(one.nbytes() for one in kept)
     affordable = set()
     sizes = {layer: sum(weight.nbytes for weight in layer.adapted_weights().values()) for layer in layers}
     for layer in sorted(sizes, key=sizes.__getitem__):
-        if layer.lora_kept:
-            budget -= sum(kept.nbytes() for kept in layer.lora_kept.values() if kept.copy is not None)
-        elif sizes[layer] <= budget:
+        if not layer.lora_kept and sizes[layer] <= budget:
             budget -= sizes[layer]
             affordable.add(layer)
     return affordable
@@ -167,7 +160,7 @@ class _Fidelity:
             warnings.warn(
                 f"lightning_lora: {message}. Merged and unmerged outputs differ by that much of the adapter's effect; "
                 "with merged_eval=False the adapter is evaluated unrounded.",
-                stacklevel=4,
+                stacklevel=3,
             )
 
 
@@ -177,11 +170,11 @@ def _deferred_interrupt() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
         yield
         return
-    pending: list[tuple[Any, ...]] = []
-    handler = signal.signal(signal.SIGINT, lambda *args: pending.append(args))
+    pending: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, frame: pending.append(number))
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, handler)
-        if pending and callable(handler):
-            handler(*pending[0])
+        if pending:
+            signal.raise_signal(signal.SIGINT)
