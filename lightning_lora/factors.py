@@ -43,16 +43,16 @@ def _check_rank(adapter: Adapter, name: str, where: str) -> None:
     if adapter.config is None:
         return
     owner = name.rpartition(".")[0] if _is_output(adapter, name) else name
-    wanted = {adapter.config.rank(n): adapter.config.scaling(n) for n in (name, owner)}
-    if rank not in wanted:
+    wanted = [adapter.config.scaling(n) for n in (name, owner) if adapter.config.rank(n) == rank]
+    if not wanted:
         raise LoRAError(
             f"{where}: {name!r}: the options say r={adapter.config.rank(name)}, but its factors have rank {rank}: "
             f"A {tuple(a.shape)}, B {tuple(b.shape)}."
         )
-    scaling = adapter.scalings.get(name, wanted[rank])
-    if not math.isclose(scaling, wanted[rank]):
+    scaling = adapter.scalings.get(name, wanted[0])
+    if not any(math.isclose(scaling, s) for s in wanted):
         raise LoRAError(
-            f"{where}: {name!r}: the options say a scaling (lora_alpha over r) of {wanted[rank]:g}, but {scaling:g} is "
+            f"{where}: {name!r}: the options say a scaling (lora_alpha over r) of {wanted[0]:g}, but {scaling:g} is "
             "recorded; the file is damaged."
         )
 

@@ -71,9 +71,27 @@ def _targets(adapter: Adapter, layers: Sequence[str]) -> str | list[str]:
     return "|".join(map(re.escape, layers))
 
 
-def options_from_peft(
-    options: Mapping[str, Any], layers: Sequence[str], saved: Sequence[str], path: Path
-) -> LoRAConfig:
+def refuse_options(options: Mapping[str, Any], path: Path) -> None:
+    """Raise where adapter_config.json asks for what this package does not apply.
+
+    Raises:
+        LoRAError: names the option.
+    """
+    if options.get("peft_type") != "LORA":
+        raise LoRAError(f"{path}: peft_type is {options.get('peft_type')!r}, only 'LORA' is read.")
+    known = {*SHARED, *SELECTING, *ORIGIN, *WITHOUT_EFFECT}
+    for name, value in options.items():
+        if name not in known and value:
+            raise LoRAError(f"{path}: {name}={value!r} cannot be applied; only plain LoRA adapters are read.")
+    init = options.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(INITS_THAT_CHANGE_THE_BASE):
+        raise LoRAError(
+            f"{path}: init_lora_weights={init!r} changed the base weights before training, so the adapter does not fit "
+            "the original base; convert it with PEFT's path_initial_model_for_weight_conversion."
+        )
+
+
+def options_from_peft(options: Mapping[str, Any], layers: Sequence[str], saved: Sequence[str]) -> LoRAConfig:
     """LoRAConfig's options out of those of adapter_config.json.
 
     Args:
@@ -81,25 +99,16 @@ def options_from_peft(
         layers: the adapted layers that the tensors name.
         saved: modules of which the tensors hold whole parameters. PEFT adds entries to modules_to_save that may name
             nothing, so those without tensors are dropped.
-        path: for messages.
 
     Raises:
-        LoRAError: an option cannot be applied or has a value that is not allowed.
+        LoRAError: an option has a value that is not allowed.
     """
-    known = {*SHARED, *SELECTING, *ORIGIN, *WITHOUT_EFFECT}
-    for name, value in options.items():
-        if name not in known and value:
-            raise LoRAError(f"{path}: {name}={value!r} cannot be applied; only plain LoRA adapters are read.")
-    init = options.get("init_lora_weights", True)
-    if isinstance(init, str) and init.lower().startswith(INITS_THAT_CHANGE_THE_BASE):
-        raise LoRAError(
-            f"{path}: init_lora_weights={init!r} changed the base weights before training, so the adapter does not fit "
-            "the original base; convert it with PEFT's path_initial_model_for_weight_conversion."
-        )
     ours = {name: options[name] for name in (*SHARED, *SELECTING) if options.get(name) is not None}
     entries = ours.get("modules_to_save")
     if isinstance(entries, list):
-        ours["modules_to_save"] = [e for e in entries if any(_is_inside(e, module) for module in saved)]
+        named = [entry for entry in entries if any(_is_inside(entry, module) for module in saved)]
+        ours["modules_to_save"] = list(dict.fromkeys(named))
+    init = options.get("init_lora_weights", True)
     ours["init_lora_weights"] = init if isinstance(init, (bool, str)) and init in OWN_INITS else True
     return LoRAConfig(**{"target_modules": layers, **ours})
 

@@ -20,11 +20,11 @@ from .adapter import Adapter
 from .atomic import new_folder
 from .base import A, B
 from .description import described, description_of, network_part
+from .equivalents import as_plain, check_peft_version, from_plain
 from .errors import LoRAError
 from .factors import check_factors
 from .files import PathLike, read_json, read_safetensors, read_torch_file
-from .fused import with_parts, without_parts
-from .peft_config import options_from_peft, options_to_peft, origin_of
+from .peft_config import options_from_peft, options_to_peft, origin_of, refuse_options
 from .peft_names import our_names, peft_name
 from .state import print_of
 from .targets import names_match
@@ -49,7 +49,7 @@ def write_folder(adapter: Adapter, path: PathLike) -> None:
     if others:
         warnings.warn(f"lightning_lora: the extra state {others} is no tensor and is left out", stacklevel=3)
         adapter = replace(adapter, tensors={n: t for n, t in adapter.tensors.items() if n not in others})
-    plain = without_parts(adapter)
+    plain = as_plain(adapter)
     layers = set(adapter.layers())
     tensors = {peft_name(name, layers, adapter.kinds): _own(value) for name, value in plain.tensors.items()}
     description = json.dumps(description_of(adapter) | {"complete": not others}, separators=(",", ":"))
@@ -66,8 +66,7 @@ def read_folder(path: PathLike) -> Adapter:
     """
     folder = Path(path)
     options = read_json(folder / CONFIG_FILE)
-    if options.get("peft_type") != "LORA":
-        raise LoRAError(f"{folder / CONFIG_FILE}: peft_type is {options.get('peft_type')!r}, only 'LORA' is read.")
+    refuse_options(options, folder / CONFIG_FILE)
     tensors, header = _read_tensors(folder)
     names = our_names(list(tensors), folder)
     ours = {names[name]: tensor for name, tensor in tensors.items()}
@@ -111,8 +110,8 @@ def _attention_problem(adapter: Adapter, name: str) -> str:
         return "is adapted without its out_proj; PEFT adapts attention whole"
     if b.shape[0] != 3 * a.shape[1] or a.shape[0] != b.shape[1]:
         return "has separate or partly adapted q, k and v, which PEFT has not"
-    same_rank = adapter.tensors[f"{output}.{B}"].shape[1] == b.shape[1]
-    if not same_rank or adapter.scalings[output] != adapter.scalings[name]:
+    ranks = adapter.tensors[f"{output}.{A}"].shape[0], adapter.tensors[f"{output}.{B}"].shape[1]
+    if ranks != (b.shape[1], b.shape[1]) or adapter.scalings[output] != adapter.scalings[name]:
         return "has another rank or lora_alpha than its out_proj; PEFT has one for both"
     return ""
 
@@ -136,7 +135,7 @@ def _described(tensors: Mapping[str, torch.Tensor], text: str, where: Path) -> A
     except (ValueError, RecursionError) as error:
         raise LoRAError(f"{where}: its header's description is not JSON: {error}") from error
     wide = described(tensors, description, str(where), check=False)
-    adapter = with_parts(wide)
+    adapter = from_plain(wide)
     check_factors(adapter, str(where))
     return adapter
 
@@ -153,6 +152,7 @@ def _foreign(
             kinds[name] = "Embedding"
         elif peft_names[f"{name}.{A}"].endswith("base_layer.out_proj.lora_A.weight"):
             kinds |= {name: "AttentionOutput", name.rpartition(".")[0]: "MultiheadAttention"}
+            check_peft_version(options.get("peft_version"), folder)
         a, b = tensors[f"{name}.{A}"], tensors.get(f"{name}.{B}")
         if a.dim() > 2 and b is not None and b.dim() == a.dim():
             _refuse_crossing_groups(name, a, b, folder)
@@ -163,7 +163,7 @@ def _foreign(
     # PEFT saves embeddings beside the adapter: they are trained only where modules_to_save says so.
     base = {n for n in owned if n.rpartition(".")[2] == "weight" and not _is_saved(n, entries)}
     saved = [name.rpartition(".")[0] for name in owned if name not in base]
-    config = options_from_peft(options, layers, saved, folder / CONFIG_FILE)
+    config = options_from_peft(options, layers, saved)
     adapter = Adapter(
         tensors={name: tensor for name, tensor in tensors.items() if name not in base},
         config=config,
@@ -174,7 +174,7 @@ def _foreign(
         fan_in_fan_out=options.get("fan_in_fan_out") is True,
     )
     check_factors(adapter, str(folder))
-    return adapter
+    return from_plain(adapter)
 
 
 def _refuse_crossing_groups(name: str, a: torch.Tensor, b: torch.Tensor, folder: Path) -> None:
