@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -83,18 +84,15 @@ def write_safetensors(job: Job, shard: Shard, target: Path) -> None:
     described = [(name, job.result_dtype(name), base.places[name].shape) for name in shard.tensors]
     header = base.headers.get(shard.name)
     same = header is not None and job.dtype is None and list(header.entries) == list(shard.tensors)
-    source: tuple[Path, BinaryIO] | None = None
-    with open(target, "xb") as out:
+    sources: dict[Path, BinaryIO] = {}
+    with ExitStack() as files:
+        out = files.enter_context(open(target, "xb"))
         out.write(header.raw if same and header else build_header(described, shard.metadata))
         for name in shard.tensors:
-            place = base.places[name]
-            if source is None or source[0] != place.file:
-                if source is not None:
-                    source[1].close()
-                source = place.file, open(place.file, "rb")  # noqa: SIM115
-            _write_tensor(job, name, source[1], out)
-    if source is not None:
-        source[1].close()
+            path = base.places[name].file
+            if path not in sources:
+                sources[path] = files.enter_context(open(path, "rb"))
+            _write_tensor(job, name, sources[path], out)
 
 
 def _write_tensor(job: Job, name: str, source: BinaryIO, out: BinaryIO) -> None:
