@@ -14,11 +14,13 @@ from torch import nn
 
 from .adapter import Adapter
 from .checkpoint import META, adapter_of, read
+from .description import adapter_of_model
 from .errors import LoRAError
+from .factors import check_factors
 from .files import PathLike, read_torch_file
 from .fit import fit_
 from .inject import inject
-from .peft_format import read_folder, write_folder
+from .peft_format import read_folder, read_tensor_file, write_folder
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -29,7 +31,7 @@ def save_adapter(model: nn.Module, path: PathLike) -> None:
     Raises:
         LoRAError: the model was not injected, or PEFT has no equal of one of its layers.
     """
-    write_folder(model, path)
+    write_folder(adapter_of_model(model), path)
 
 
 def load_adapter(model: nn.Module, source: PathLike | Mapping[str, Any], *, strict_base: bool = True) -> list[str]:
@@ -55,6 +57,8 @@ def read_adapter(source: PathLike | Mapping[str, Any]) -> Adapter:
     if isinstance(source, (str, os.PathLike)):
         if Path(source).is_dir():
             return read_folder(source)
+        if Path(source).suffix == ".safetensors":
+            return read_tensor_file(source)
         source = read_torch_file(source)
     if not isinstance(source, Mapping):
         raise LoRAError(f"load_adapter: expected a path or a state dict, found {type(source).__name__}.")
@@ -63,7 +67,9 @@ def read_adapter(source: PathLike | Mapping[str, Any]) -> Adapter:
     state = source.get("state_dict", source)
     if not isinstance(state, Mapping):
         raise LoRAError(f"load_adapter: expected a state dict, found {type(state).__name__}.")
-    return Adapter({n: value for n, value in state.items() if isinstance(n, str) and isinstance(value, torch.Tensor)})
+    adapter = Adapter({n: v for n, v in state.items() if isinstance(n, str) and isinstance(v, torch.Tensor)})
+    check_factors(adapter, "adapter")
+    return adapter
 
 
 def load_from_checkpoint(cls: type[Module], path: PathLike, **kwargs: Any) -> Module:
