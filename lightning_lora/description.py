@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .adapter import Adapter
+from .base import LoRALayer, canonical
 from .config import LoRAConfig
 from .errors import LoRAError
 from .factors import check_factors
@@ -25,10 +26,14 @@ LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric")
 def describe(model: nn.Module) -> dict[str, Any]:
     """The description of an injected model's adapter."""
     injection = require_injection(model, "describe")[2]
+    kinds = {layer: kind for kind, layer in zip(kinds_of(model).values(), adapted_layers(model).values(), strict=True)}
+    # State dicts hold a layer that is registered under two names under both.
+    every = ((canonical(name), module) for name, module in model.named_modules(remove_duplicate=False))
+    layers = {name: module for name, module in every if isinstance(module, LoRALayer)}
     return {
         "config": injection.config.to_dict(),
-        "scalings": {name: layer.lora_scaling for name, layer in adapted_layers(model).items()},
-        "kinds": kinds_of(model),
+        "scalings": {name: layer.lora_scaling for name, layer in layers.items()},
+        "kinds": {name: kinds[layer] for name, layer in layers.items()},
         "fingerprint": _base_fingerprint(model),
         "network": network_prefix(model),
         "origin": _origin(model),
