@@ -144,9 +144,10 @@ def placed(adapter: Adapter, modules: Set[str], where: str) -> Adapter:
     places += [("", prefix) for prefix in sorted(prefixes) if all(prefix + layer in modules for layer in layers)]
     if len(places) != 1:
         found = ", ".join(repr(add or f"without {strip}") for strip, add in places) or "none"
+        odd = next(layer for layer in layers if layer not in modules)
         raise LoRAError(
-            f"adapter: its layers ({layers[0]!r}, ...) must fit {where} under exactly one prefix; "
-            f"found {found}{near_misses(layers[0], modules - {''})}. Pass the submodule that the adapter is for."
+            f"adapter: its layers ({odd!r}, ...) must fit {where} under exactly one prefix; "
+            f"found {found}{near_misses(odd, modules - {''})}. Pass the submodule that the adapter is for."
         )
     strip, _ = places[0]
     outside = [name for name in adapter.tensors if not name.startswith(strip)]

@@ -80,7 +80,7 @@ def described(tensors: Mapping[str, Any], description: Any, where: str, *, check
         )
     except LoRAError:
         raise
-    except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError, re.error) as error:
+    except (LookupError, TypeError, AttributeError, ValueError, OverflowError, RecursionError, re.error) as error:
         raise LoRAError(f"{where}: the adapter's description is damaged: {error!r}.") from error
     layers = set(adapter.layers())
     odd = sorted(set(adapter.scalings) ^ layers | set(adapter.kinds) - layers)

@@ -13,6 +13,7 @@ from .adapter import Adapter
 from .base import A, B
 from .config import LoRAConfig
 from .errors import LoRAError
+from .kinds import IN_PROJ
 from .places import Place, print_at, read_tensor
 from .plan import MERGEABLE
 from .targets import names_match
@@ -80,7 +81,7 @@ def extract(
     kept, squares = {}, {}
     for name in names:
         module = name.rpartition(".")[0]
-        kinds[module] = _kind(module, base.places[name], embeddings, fan_in_fan_out)
+        kinds[module] = _kind(module, base, embeddings, fan_in_fan_out)
         change = read_tensor(tuned.places[name]).float() - read_tensor(base.places[name]).float()
         a, b, kept[module], squares[module] = _factors(change, rank, kinds[module])
         tensors |= {f"{module}.{A}": a, f"{module}.{B}": b}
@@ -125,10 +126,13 @@ def _excluded(name: str, exclude: Sequence[str]) -> bool:
     return names_match(list(exclude), name.rpartition(".")[0])
 
 
-def _kind(module: str, place: Place, embeddings: Sequence[str], fan_in_fan_out: bool) -> str:
-    if len(place.shape) > 2:
+def _kind(module: str, base: Weights, embeddings: Sequence[str], fan_in_fan_out: bool) -> str:
+    if len(base.places[f"{module}.weight"].shape) > 2:
         return "Conv"
-    if names_match(list(embeddings), module) or EMBEDDING.fullmatch(module.rpartition(".")[2]):
+    parent, _, leaf = module.rpartition(".")
+    if leaf == "out_proj" and f"{parent}.{IN_PROJ}" in base.places:
+        return "AttentionOutput"
+    if names_match(list(embeddings), module) or EMBEDDING.fullmatch(leaf):
         return "Embedding"
     return "Conv1D" if fan_in_fan_out else "Linear"
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .adapter import Adapter, placed, spelled_out, without_options
-from .base import A, B, canonical
+from .base import B, canonical
 from .config import LoRAConfig
 from .errors import LoRAError
 from .inject import inject, unload
@@ -110,7 +110,9 @@ def _check_tensor(name: str, value: Any, live: torch.Tensor | None) -> None:
     if not isinstance(value, torch.Tensor) or value.shape != live.shape:
         found = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
         raise LoRAError(f"adapter: {name!r} must have shape {tuple(live.shape)}, but has {found}.")
-    if value.is_floating_point() and name.rpartition(".")[2] in (A, B) and not torch.isfinite(value).all():
+    if value.is_floating_point() != live.is_floating_point():
+        raise LoRAError(f"adapter: {name!r} must be {live.dtype}, but is {value.dtype}.")
+    if value.is_floating_point() and isinstance(live, nn.Parameter) and not torch.isfinite(value).all():
         raise LoRAError(f"adapter: {name!r} holds NaN or Inf; it comes from a diverged run or a damaged file.")
 
 

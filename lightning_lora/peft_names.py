@@ -59,6 +59,8 @@ def our_names(peft_names: list[str], where: object) -> dict[str, str]:
     ours = {name: _our_name(name, where) for name in peft_names}
     first: dict[str, str] = {}
     for name, own in ours.items():
+        if own in (A, B):
+            raise LoRAError(f"{where}: {name!r} names no layer.")
         if first.setdefault(own, name) != name:
             raise LoRAError(f"{where}: {first[own]!r} and {name!r} both mean {own!r}; the file is damaged.")
     return ours
