@@ -9,6 +9,7 @@ from dataclasses import fields
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
@@ -132,9 +133,13 @@ class LoRACallback(pl.Callback):
         if is_merged(pl_module):
             unmerge(pl_module)
             self._merged.discard(pl_module)
-        if batch_idx == 0:
-            note_trainable(pl_module)
         self._drop(pl_module, True)
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """What another hand unfroze has its first value still."""
+        note_trainable(pl_module)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -22,7 +22,7 @@ from .adapter import Adapter
 from .base import canonical
 from .description import describe, described
 from .errors import LoRAError
-from .fit import check_fit, note_trained, placed_on
+from .fit import check_fit, note_trained, placed_on, with_frozen
 from .injection import call_previous, find_injection, named_state, patch, require_injection
 from .state import adapter_keys, base_keys, fold
 
@@ -92,17 +92,20 @@ def read(module: nn.Module, checkpoint: MutableMapping[str, Any]) -> None:
         return  # a base checkpoint, or a full state dict; torch's strict load judges it
     adapter, kind = adapter_of(checkpoint)
     if kind == "full":  # its base comes along
-        check_fit(module, replace(adapter, fingerprint={}))
+        check_fit(module, replace(with_frozen(module, adapter), fingerprint={}))
         _check_full(module, checkpoint["state_dict"])
         note_trained(module, adapter)
-        injection = require_injection(module, "checkpoint")[2]
-        injection.initial, injection.fingerprint = dict(checkpoint[META]["initial"]), {}
+        prefix, _, injection = require_injection(module, "checkpoint")
+        path = f"{prefix}." if prefix else ""
+        frozen = {name: checkpoint["state_dict"][path + name] for name in injection.unfrozen}
+        injection.initial, injection.fingerprint = frozen | dict(checkpoint[META]["initial"]), {}
         return
     given = adapter.tensors.keys()
     adapter = placed_on(module, adapter)  # an imported adapter has the network's names
-    check_fit(module, adapter)
+    whole = with_frozen(module, adapter)
+    check_fit(module, whole)
     note_trained(module, adapter)
-    live = {canonical(name): value for name, value in module.state_dict().items()}
+    live = {canonical(name): value for name, value in module.state_dict().items()} | dict(whole.tensors)
     for key, value in checkpoint.items():
         if key != META:
             checkpoint[key] = _completed(value, given, live)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .adapter import Adapter, placed, spelled_out, without_options
-from .base import B, canonical
+from .base import A, B, canonical
 from .config import LoRAConfig
 from .errors import LoRAError
 from .inject import inject, unload
@@ -38,7 +38,7 @@ def fit_(model: nn.Module, adapter: Adapter, *, strict_base: bool = True) -> lis
     if fresh:
         inject(model, _config_for(model, adapter))
     try:
-        adapter = _base_apart(model, adapter)
+        adapter = with_frozen(model, _base_apart(model, adapter))
         check_fit(model, adapter, strict_base=strict_base)
         _copy(model, adapter)
     except BaseException:
@@ -217,7 +217,16 @@ def note_trained(model: nn.Module, adapter: Adapter) -> None:
     for name, parameter in base_parameters(root).items():
         if path + name in adapter.tensors and name not in injection.trained:
             injection.trained.add(name)
+            injection.unfrozen.add(name)
             injection.initial[name] = parameter.detach().clone()
+
+
+def with_frozen(model: nn.Module, adapter: Adapter) -> Adapter:
+    """The adapter with the base weights that were frozen when it was saved and are trained here: as they were then."""
+    prefix, _, injection = require_injection(model, "adapter")
+    path = f"{prefix}." if prefix else ""
+    frozen = {path + name: injection.initial[name] for name in injection.unfrozen if path + name in adapter.fingerprint}
+    return replace(adapter, tensors={**frozen, **adapter.tensors})
 
 
 def _copy(model: nn.Module, adapter: Adapter) -> None:

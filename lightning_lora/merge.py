@@ -139,7 +139,8 @@ class _Fidelity:
 
     def __init__(self, layers: Iterable[LoRALayer]) -> None:
         self.layers = {layer for layer in layers if layer.main_weight().dtype in HALF and not layer.lora_reported}
-        self.metric = MergeFidelity(sync_on_compute=False) if self.layers else None
+        with torch.inference_mode(False):  # it is updated outside
+            self.metric = MergeFidelity(sync_on_compute=False) if self.layers else None
 
     def wants(self, layer: LoRALayer) -> bool:
         return layer in self.layers

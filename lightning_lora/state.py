@@ -141,8 +141,11 @@ def check_fingerprint(model: nn.Module, expected: Mapping[str, Any]) -> None:
     Raises:
         LoRAError: names the first parameter that differs.
     """
-    trained_here = require_injection(model, "check_fingerprint")[2].fingerprint == expected
-    compare_fingerprints(fingerprint(model), expected, AVERAGED if trained_here else EQUAL)
+    prefix, _, injection = require_injection(model, "check_fingerprint")
+    path = f"{prefix}." if prefix else ""
+    found = {path + name: print_of(injection.initial[name]) for name in injection.unfrozen} | fingerprint(model)
+    trained_here = injection.fingerprint == expected
+    compare_fingerprints(found, expected, AVERAGED if trained_here else EQUAL)
 
 
 def compare_fingerprints(found: Mapping[str, Any], expected: Mapping[str, Any], relative: float = EQUAL) -> None:
