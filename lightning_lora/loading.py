@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .base import LoRALayer, canonical
+from .base import CHECKPOINTED, LoRALayer, canonical
 from .injection import ATTRIBUTE, is_factor, named_state
 from .state import adapter_keys
 
@@ -45,7 +45,7 @@ def _fill_in(
     missing_keys: list[str],
     *args: Any,
 ) -> None:
-    state = {name: (tensor, owner) for name, tensor, owner in named_state(module, raw=True)}
+    state = {_as_seen_here(name): (tensor, owner) for name, tensor, owner in named_state(module, raw=True)}
     for name in state:  # names saved without the segments of wrappers
         plain = prefix + canonical(name)
         if plain in state_dict and prefix + name not in state_dict:
@@ -67,6 +67,13 @@ def _fill_in(
             missing_keys += [prefix + name for name in sorted(factors - given) if not _half_given(name, given)]
     for name in absent:
         state_dict[prefix + name] = state[name][0]
+
+
+def _as_seen_here(name: str) -> str:
+    """checkpoint_wrapper leaves its segment out of state dicts, and puts it in just before the hooks on itself run."""
+    first, dot, rest = name.partition(".")
+    segment = f"{CHECKPOINTED}."
+    return first + dot + rest.replace(segment, "") if first == CHECKPOINTED else name.replace(segment, "")
 
 
 def _half_given(factor: str, given: set[str]) -> bool:
