@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .dropout import drop
 from .errors import LoRAError
 from .exact import Kept, Observer, Piece, add_delta_, merged_weight, remove_delta_, restored
 
@@ -154,6 +155,13 @@ class LoRALayer(Swapped):
         """Whether dropout acts now."""
         active = self.training if self.lora_dropping is None else self.lora_dropping
         return active and self.lora_dropout > 0
+
+    def dropped(self, x: torch.Tensor) -> tuple[torch.Tensor, float]:
+        """The adapter's input after dropout, and the scaling that goes with it."""
+        if not self.drops():
+            return x, self.lora_scaling
+        x, factor = drop(x, self.lora_dropout)
+        return x, self.lora_scaling * factor
 
     def adapted_weights(self) -> dict[str, nn.Parameter]:
         """The parameters that the adapter changes, by name."""

@@ -18,10 +18,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from .adapter import Adapter, check_fit, note_trained
+from .adapter import Adapter
 from .base import canonical
-from .config import LoRAConfig
 from .errors import LoRAError
+from .fit import check_fit, note_trained
 from .injection import call_previous, find_injection, named_state, patch, require_injection
 from .merge import adapted_layers
 from .state import adapter_keys, base_keys, fingerprint, fold
@@ -128,15 +128,10 @@ def adapter_of(checkpoint: Mapping[str, Any]) -> tuple[Adapter, Kind]:
     try:
         tensors = meta["adapter"] if kind == "merged" else checkpoint["state_dict"]
         base = meta["fingerprint"].keys() if kind == "full" else ()
-        return Adapter(
-            tensors={name: value for name, value in tensors.items() if name not in base},
-            config=LoRAConfig.from_dict(meta["config"]),
-            scalings=dict(meta["scalings"]),
-            fingerprint=dict(meta["fingerprint"]),
-            complete=True,
-        ), kind
+        own = {name: value for name, value in tensors.items() if name not in base}
     except (KeyError, TypeError, AttributeError) as error:
         raise LoRAError(f'checkpoint["lora"] is damaged: {error!r}.') from error
+    return Adapter.described(own, meta, complete=True), kind
 
 
 def _check_full(module: nn.Module, state: Mapping[str, Any]) -> None:

@@ -59,8 +59,8 @@ def inject(model: nn.Module, config: LoRAConfig, *, merge_weights: bool = False)
     """
     model = uncompiled(model)
     found = find_injection(model)
-    if found is not None and _gives_way(found, model, config):
-        withdraw(model)
+    if found is not None and found[1] is model and not found[2].judged:
+        withdraw(model)  # a callback's, made before configure_model, which injects by itself
         found = None
     if found is None:
         begin_injection(model, config, merge_weights=merge_weights)
@@ -179,12 +179,6 @@ def _set_active(root: nn.Module, layers: Mapping[str, LoRALayer], active: Mappin
     for name, layer in layers.items():
         layer.lora_active = active[name]
     set_fast_paths_(root)
-
-
-def _gives_way(found: tuple[str, nn.Module, Injection], model: nn.Module, config: LoRAConfig) -> bool:
-    """Whether the injection is a callback's, made before configure_model, which now injects by itself."""
-    _, root, injection = found
-    return root is model and not injection.judged and injection.config in (config, LoRAConfig())
 
 
 def _refuse_other(

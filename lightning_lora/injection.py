@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from .config import LoRAConfig
 from .errors import LoRAError
 
 ATTRIBUTE = "lora_injection"
+LOADED = "lora_loaded"  # on a part of an injected model: the base that was loaded into it
 
 
 @dataclass
@@ -54,6 +55,8 @@ def find_injection(model: nn.Module) -> tuple[str, nn.Module, Injection] | None:
     if len(found) > 1:
         places = ", ".join(repr(name) for name, _, _ in found)
         raise LoRAError(f"{type(model).__name__} holds several injected models ({places}); handle each by itself.")
+    for _, root, injection in found:
+        _take_loaded(root, injection)
     return found[0] if found else None
 
 
@@ -136,6 +139,27 @@ def note_initial(model: nn.Module) -> None:
         for name, tensor in tensors.items()
         if tensor is not None and name not in known and (name in injection.trained or id(tensor) in buffers)
     }
+
+
+def note_loaded(module: nn.Module, values: Mapping[str, Any]) -> None:
+    """A new base for an injected model or a part of it: what training will change starts from these values."""
+    for inside in module.modules():
+        vars(inside).pop(LOADED, None)
+    copies = {name: value.detach().clone() for name, value in values.items() if isinstance(value, torch.Tensor)}
+    setattr(module, LOADED, copies)
+
+
+def _take_loaded(root: nn.Module, injection: Injection) -> None:
+    for path, module in root.named_modules():
+        loaded = vars(module).pop(LOADED, None)
+        if loaded is None:
+            continue
+        injection.fingerprint = {}
+        for name, value in loaded.items():
+            name = f"{canonical(path)}.{name}".lstrip(".")
+            known = injection.initial.get(name)
+            if known is not None and known.shape == value.shape:
+                injection.initial[name] = value.to(known.device, known.dtype)
 
 
 def swap_initial_(root: nn.Module, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

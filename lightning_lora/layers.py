@@ -39,13 +39,28 @@ class LoRALinear(LoRALayer):
         return {"weight": [Piece(start, 0, b, a) for start, a, b in self.parts(factor_a, factor_b)]}
 
     def factored_forward(self, input: torch.Tensor) -> torch.Tensor:
+        if self.lora_enabled is None and input.dim() > 1 and type(input) is torch.Tensor and input.is_contiguous():
+            return self._accumulated(input)
+        return self._concatenated(input)
+
+    def _accumulated(self, input: torch.Tensor) -> torch.Tensor:
+        """The adapter's product summed straight into the base's output: one full-size tensor instead of three."""
+        rows = input.view(-1, input.shape[-1])
+        base = cast(torch.Tensor, self.base_forward(rows))
+        x, scaling = self.dropped(rows)
+        hidden = F.linear(x, self.lora_A.to(x.dtype))
+        base.addmm_(hidden, self.lora_B.to(base.dtype).t(), alpha=scaling)
+        return base.view(*input.shape[:-1], base.shape[-1])
+
+    def _concatenated(self, input: torch.Tensor) -> torch.Tensor:
+        """For parts of a fused projection, and for inputs that cannot be seen as rows."""
         base = self.base_forward(input)
-        x = F.dropout(input, self.lora_dropout) if self.drops() else input
+        x, scaling = self.dropped(input)
         outputs, done = [], 0
         for start, a, b in self.parts(self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)):
             if start > done:
                 outputs.append(base.new_zeros(*base.shape[:-1], start - done))
-            outputs.append(F.linear(F.linear(x, a), b) * self.lora_scaling)
+            outputs.append(F.linear(F.linear(x, a), b) * scaling)
             done = start + b.shape[0]
         if done < base.shape[-1]:
             outputs.append(base.new_zeros(*base.shape[:-1], base.shape[-1] - done))
@@ -62,6 +77,9 @@ class LoRAConv1D(LoRALinear):
 
     def pieces(self, factor_a: torch.Tensor, factor_b: torch.Tensor) -> dict[str, list[Piece]]:
         return {"weight": [Piece(0, start, a.T, b.T) for start, a, b in self.parts(factor_a, factor_b)]}
+
+    def factored_forward(self, x: torch.Tensor) -> torch.Tensor:  # as Conv1D names it
+        return super().factored_forward(x)
 
 
 class LoRAEmbedding(LoRALayer):
@@ -100,11 +118,21 @@ class LoRAEmbedding(LoRALayer):
         return rows
 
     def factored_forward(self, input: torch.Tensor) -> torch.Tensor:
-        layer = cast(nn.Embedding, self)
         base = self._renormalised(input) if self._renormalises() else self.base_forward(input)
         a, b = self.lora_A.to(base.dtype), self.lora_B.to(base.dtype)
-        hidden = F.embedding(input, a.T, layer.padding_idx, None, 2.0, layer.scale_grad_by_freq, False)
-        return base + F.linear(hidden, b) * self.lora_scaling
+        delta = F.linear(F.embedding(input, a.T), b) * self.lora_scaling
+        delta = self._trained_as_rows(delta, input) if torch.is_grad_enabled() else delta
+        return cast(torch.Tensor, base.add_(delta))
+
+    def _trained_as_rows(self, delta: torch.Tensor, input: torch.Tensor) -> torch.Tensor:
+        """padding_idx and scale_grad_by_freq are about rows of the weight, so about both factors."""
+        layer = cast(nn.Embedding, self)
+        if layer.padding_idx is not None:
+            delta = torch.where((input == layer.padding_idx).unsqueeze(-1), delta.detach(), delta)
+        if layer.scale_grad_by_freq:
+            occurs = torch.bincount(input.flatten(), minlength=layer.num_embeddings)[input].unsqueeze(-1)
+            delta = delta.detach() + (delta - delta.detach()) / occurs.to(delta.dtype)
+        return delta
 
 
 class LoRAConv(LoRALayer):
@@ -128,13 +156,13 @@ class LoRAConv(LoRALayer):
         if self.lora_r * layer.groups >= layer.out_channels and not self.drops():
             return cast(torch.Tensor, self.forward_on_sum(input))
         base = self.base_forward(input)
-        x = F.dropout(input, self.lora_dropout) if self.drops() else input
+        x, scaling = self.dropped(input)
         a, b = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
         if layer.groups > 1:  # every group goes through the whole of A, then through its own rows of B
             a = a.repeat(layer.groups, *[1] * (a.dim() - 1))
         hidden = layer._conv_forward(x, a, None)
         convolve = (F.conv1d, F.conv2d, F.conv3d)[b.dim() - 3]
-        return cast(torch.Tensor, base + convolve(hidden, b, groups=layer.groups) * self.lora_scaling)
+        return cast(torch.Tensor, base.add_(convolve(hidden, b, groups=layer.groups), alpha=scaling))
 
 
 class LoRAMultiheadAttention(LoRALinear):

@@ -114,13 +114,24 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     prints = {}
     for name, tensor, module in named_state(model):
         if name not in trained and tensor is not None and tensor.device.type != "meta":
-            weight = _original(name, tensor, module)
-            prints[name] = {
-                "shape": list(weight.shape),
-                "dtype": str(weight.dtype).removeprefix("torch."),
-                "values": _samples(weight),
-            }
+            prints[name] = print_of(_original(name, tensor, module))
     return prints
+
+
+def print_of(weight: torch.Tensor) -> dict[str, Any]:
+    """The fingerprint of one parameter."""
+    dtype = str(weight.dtype).removeprefix("torch.")
+    return {"shape": list(weight.shape), "dtype": dtype, "values": _samples(weight)}
+
+
+def checked_print(found: Any) -> dict[str, Any]:
+    """A fingerprint of one parameter that was read from a file; a damaged one raises what Python raises."""
+    torch.empty(0, dtype=getattr(torch, found["dtype"]))
+    return {
+        "shape": [int(size) for size in found["shape"]],
+        "dtype": found["dtype"],
+        "values": [float(value) for value in found["values"]],
+    }
 
 
 def _samples(weight: torch.Tensor) -> list[float]:
@@ -158,10 +169,18 @@ def check_fingerprint(model: nn.Module, expected: Mapping[str, Any]) -> None:
 def _close(wanted: Mapping[str, Any], have: Mapping[str, Any]) -> bool:
     """Equal up to rounding; between dtypes, up to the rounding of the coarser one."""
     dtypes = {wanted["dtype"], have["dtype"]}
-    relative = 1e-5 if len(dtypes) == 1 else max(torch.finfo(getattr(torch, dtype)).eps for dtype in dtypes)
+    relative = 1e-5 if len(dtypes) == 1 else max(map(_rounding, dtypes))
     absolute = 1e-7 if len(dtypes) > 1 else 0.0  # subnormal numbers of float16
-    pairs = zip(wanted["values"], have["values"], strict=True)
-    return all(a == b or math.isclose(a, b, rel_tol=relative, abs_tol=absolute) or a != a != b for a, b in pairs)
+    pairs = zip(wanted["values"], have["values"], strict=False)
+    return len(wanted["values"]) == len(have["values"]) and all(
+        a == b or math.isclose(a, b, rel_tol=relative, abs_tol=absolute) or (math.isnan(a) and math.isnan(b))
+        for a, b in pairs
+    )
+
+
+def _rounding(dtype: str) -> float:
+    found: torch.dtype = getattr(torch, dtype)
+    return torch.finfo(found).eps if found.is_floating_point else 0.0
 
 
 def _shown(values: Iterable[float]) -> str:

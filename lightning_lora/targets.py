@@ -164,7 +164,7 @@ def tied_weights(model: nn.Module) -> dict[nn.Module, str]:
 
 
 def note_tied(model: nn.Module) -> None:
-    """Tell each adapted layer who else owns its weight; where the injected model is seen whole, also that nobody does."""
+    """Tell each adapted layer who else owns its weight; where the injected model is seen whole, also that none does."""
     tied = tied_weights(model)
     whole = any(ATTRIBUTE in vars(module) for module in model.modules())
     for layer in model.modules():

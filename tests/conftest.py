@@ -35,3 +35,9 @@ def _one_thread_and_seed():
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     yield
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks so small that a small weight has several."""
+    monkeypatch.setattr("lightning_lora.exact.CPU_BLOCK", 400)
