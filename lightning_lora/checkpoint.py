@@ -78,7 +78,7 @@ def _without(value: Any, drop: Mapping[str, torch.Size]) -> Any:
     kept = {
         name: _without(item, drop)
         for name, item in value.items()
-        if not (isinstance(item, torch.Tensor) and drop.get(name) == item.shape)
+        if not (isinstance(item, torch.Tensor) and drop.get(canonical(str(name))) == item.shape)
     }
     same = len(kept) == len(value) and all(kept[name] is value[name] for name in kept)
     return value if same else kept
@@ -104,10 +104,21 @@ def read(module: nn.Module, checkpoint: MutableMapping[str, Any]) -> None:
     note_trained(module, adapter)
     live = {canonical(name): value for name, value in module.state_dict().items()}
     for key, value in checkpoint.items():
-        if key != META and isinstance(value, Mapping) and adapter.tensors.keys() <= value.keys():
-            checkpoint[key] = {**live, **value}
+        if key != META:
+            checkpoint[key] = _completed(value, adapter.tensors, live)
     if kind == "merged":
         checkpoint["state_dict"] = {**live, **adapter.tensors}
+
+
+def _completed(value: Any, adapter: Mapping[str, Any], live: Mapping[str, Any]) -> Any:
+    """A nested mapping in which every state dict of the adapter has the live base too: the inverse of _without."""
+    if not isinstance(value, Mapping):
+        return value
+    given = {canonical(str(name)): item for name, item in value.items()}
+    if adapter.keys() <= given.keys():
+        return {**live, **given}
+    completed = {name: _completed(item, adapter, live) for name, item in value.items()}
+    return completed if any(completed[name] is not value[name] for name in completed) else value
 
 
 def adapter_of(checkpoint: Mapping[str, Any]) -> tuple[Adapter, Kind]:

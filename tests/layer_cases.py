@@ -168,6 +168,7 @@ def make_subject(name: str, dtype: torch.dtype = torch.float32, *, fill: bool = 
     case = CASES[name]
     plain = Holder(case.build()).to(dtype).eval()
     model = copy.deepcopy(plain)
+    plain.requires_grad_(False)  # as injection does; torch multiplies otherwise where a weight is trained
     if case.parts:
         options["enable_lora"] = {"layer": list(case.parts)}
     inject(model, LoRAConfig(r=R, lora_alpha=ALPHA, target_modules=["layer"], **options))
