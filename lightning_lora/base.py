@@ -1,4 +1,4 @@
-"""LoRALayer: what every adapted layer has in common, and the class swap that makes one.
+"""LoRALayer: what every adapted layer has in common.
 
 Invariants, for every adapted layer:
     - its class is a subclass of the class it had; module tree, names, parameter objects and storage stay;
@@ -8,7 +8,6 @@ Invariants, for every adapted layer:
 
 from __future__ import annotations
 
-import copyreg
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar, cast
@@ -20,10 +19,11 @@ from torch import nn
 from .dropout import drop
 from .errors import LoRAError
 from .exact import Kept, Observer, Piece, add_delta_, merged_weight, remove_delta_, restored
+from .swapped import Swapped
 
 A, B = "lora_A", "lora_B"
 HALF = (torch.float16, torch.bfloat16)
-WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # torch.compile, activation checkpointing
+COMPILED, CHECKPOINTED = WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # torch.compile, checkpoint_wrapper
 
 
 def canonical(name: str) -> str:
@@ -33,44 +33,9 @@ def canonical(name: str) -> str:
 
 def uncompiled(model: nn.Module) -> nn.Module:
     """The module inside torch.compile's wrapper, which passes attributes on to it but does not hold them."""
-    while "_orig_mod" in model._modules:
-        model = cast(nn.Module, model._modules["_orig_mod"])
+    while COMPILED in model._modules:
+        model = cast(nn.Module, model._modules[COMPILED])
     return model
-
-
-class Swapped(nn.Module):
-    """A module whose class was replaced by a subclass made for it; pickle and deepcopy rebuild that subclass.
-
-    Attributes:
-        lora_mixin, lora_base: the two classes that the subclass combines.
-    """
-
-    lora_mixin: ClassVar[type[Swapped]]
-    lora_base: ClassVar[type[nn.Module]]
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        make, args, *rest = cast(tuple[Any, ...], super().__reduce_ex__(protocol))
-        if make is copyreg.__newobj__ and args == (type(self),):  # type: ignore[attr-defined]
-            return (_new_swapped, (self.lora_mixin, self.lora_base), *rest)
-        return (make, args, *rest)
-
-
-def swapped_class(mixin: type[Swapped], base: type[nn.Module]) -> type[Swapped]:
-    """The one subclass of a pair of mixin and base class."""
-    return _CLASSES.get((mixin, base)) or _CLASSES.setdefault((mixin, base), _make_class(mixin, base))
-
-
-_CLASSES: dict[tuple[type, type], type[Swapped]] = {}
-
-
-def _make_class(mixin: type[Swapped], base: type[nn.Module]) -> type[Swapped]:
-    own = {"__module__": base.__module__, "__doc__": base.__doc__, "lora_mixin": mixin, "lora_base": base}
-    return type(f"LoRA{base.__name__}", (mixin, base), own)
-
-
-def _new_swapped(mixin: type[Swapped], base: type[nn.Module]) -> Swapped:
-    swapped = swapped_class(mixin, base)
-    return swapped.__new__(swapped)
 
 
 class LoRALayer(Swapped):
@@ -87,7 +52,7 @@ class LoRALayer(Swapped):
         lora_merged: merge was called.
         lora_kept: what undoing it needs, by weight name.
         lora_damaged: unmerging failed, so the weight is not known to be W.
-        lora_tied: the other owner of the weight, or "".
+        lora_tied: what keeps the weight from being merged, as another owner of it, or "".
         lora_reported: the cost of rounding W' was reported.
     """
 
@@ -143,6 +108,8 @@ class LoRALayer(Swapped):
         weights = self.adapted_weights()
         sums = {}
         for name, delta in self.deltas(factor, self.lora_B).items():
+            if name not in self._parameters:
+                raise LoRAError(f"{type(self).__name__}: {name} is computed from others since injection; undo that.")
             weight = weights[name]
             sums[name] = (weight.to(torch.promote_types(weight.dtype, delta.dtype)) + delta).to(weight.dtype)
         try:
@@ -189,7 +156,7 @@ class LoRALayer(Swapped):
 
     def stays_factored(self) -> str:
         """Why merging would be wrong for this layer, or ''."""
-        return f"its weight is also {self.lora_tied}" if self.lora_tied else ""
+        return self.lora_tied
 
     def merge_(self, *, copy: bool, observe: Observer | None = None) -> None:
         """Each weight <- W', see exact.add_delta_."""
@@ -231,7 +198,7 @@ class LoRALayer(Swapped):
 
     def original(self, name: str) -> torch.Tensor:
         """A parameter as it is without the adapter, detached: live, or a restored copy while merged."""
-        weight = cast(nn.Parameter, self._parameters[name]).detach()
+        weight: torch.Tensor = getattr(self, name).detach()
         if self.lora_damaged and name in self.adapted_weights():
             raise LoRAError(
                 f"{type(self).__name__}: its base weight could not be restored after merging, so nothing is saved "

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .base import A, B, LoRALayer, swapped_class
+from .base import A, B, LoRALayer
 from .exact import Piece
+from .swapped import swapped_class
 
 
 class LoRALinear(LoRALayer):
@@ -177,7 +178,7 @@ class LoRAMultiheadAttention(LoRALinear):
 
     def adapted_weights(self) -> dict[str, nn.Parameter]:
         names = ("in_proj_weight",) if self._layer()._qkv_same_embed_dim else self._separate()
-        return {name: cast(nn.Parameter, self._parameters[name]) for name in names}
+        return {name: getattr(self, name) for name in names}
 
     def _separate(self) -> list[str]:
         names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
