@@ -27,7 +27,7 @@ from .injection import (
     swap_initial_,
     unpatch,
 )
-from .layers import adapt_, init_factors_
+from .layers import adapt_
 from .loading import accept_partial_states, accept_whole_states_only
 from .merge import adapted_layers, is_merged, merge, unmerge
 from .readers import set_fast_paths_, swap_readers_

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
@@ -11,8 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .base import A, B, LoRALayer, swapped_class
+from .base import A, B, LoRALayer
 from .exact import Piece
+from .parallel import low_rank
+from .sharding import is_sharded
+from .swapped import swapped_class
 
 
 class LoRALinear(LoRALayer):
@@ -41,6 +42,10 @@ class LoRALinear(LoRALayer):
     def factored_forward(self, input: torch.Tensor) -> torch.Tensor:
         base = self.base_forward(input)
         x = F.dropout(input, self.lora_dropout) if self.drops() else input
+        if is_sharded(x) and self.lora_enabled is None:
+            product = low_rank(x, self.lora_A.to(x.dtype), self.lora_B.to(x.dtype))
+            if product is not None:
+                return cast(torch.Tensor, base + product * self.lora_scaling)
         outputs, done = [], 0
         for start, a, b in self.parts(self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)):
             if start > done:
@@ -56,6 +61,8 @@ class LoRALinear(LoRALayer):
 class LoRAConv1D(LoRALinear):
     """transformers' Conv1D, a linear layer with its weight stored (in, out); A and B as for nn.Linear."""
 
+    ALONG = {0: (A, 1), 1: (B, 0)}  # noqa: RUF012
+
     def _features(self) -> tuple[int, int]:
         in_features, out_features = self.weight.shape
         return out_features, in_features
@@ -70,6 +77,8 @@ class LoRAEmbedding(LoRALayer):
     max_norm would renormalise W in place; such a layer stays factored, on rows renormalised out of place.
     """
 
+    ALONG = {0: (A, 1), 1: (B, 0)}  # noqa: RUF012
+    LOOKUP = True
     embedding: nn.Embedding
 
     def factor_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -230,34 +239,5 @@ def adapt_(
     layer.lora_own_forward, layer.lora_enabled = own_forward, enabled
     layer.lora_active, layer.lora_merged, layer.lora_kept = True, False, {}
     layer.lora_damaged, layer.lora_tied, layer.lora_reported = False, "", False
+    layer.lora_sharded = False
     return layer
-
-
-def init_factors_(layer: LoRALayer, init: bool | str, dtype: torch.dtype, generator: torch.Generator) -> None:
-    """Create and fill A and B, on the CPU from `generator`, so that every device gets the same numbers."""
-    shape_a, shape_b = layer.factor_shapes()
-    a, b = (torch.zeros(shape, dtype=torch.float32, device="cpu") for shape in (shape_a, shape_b))
-    if isinstance(layer, LoRAEmbedding) and init is not False and init != "orthogonal":
-        b.normal_(generator=generator)
-    elif init == "orthogonal":
-        a, b = _orthogonal(shape_a, shape_b, generator)
-    elif init == "gaussian":
-        a.normal_(std=1 / layer.lora_r, generator=generator)
-    else:
-        nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
-        if init is False:
-            nn.init.kaiming_uniform_(b, a=math.sqrt(5), generator=generator)
-    for name, values in ((A, a), (B, b)):
-        layer.register_parameter(name, nn.Parameter(values.to(layer.main_weight().device, dtype)))
-
-
-def _orthogonal(
-    shape_a: tuple[int, ...], shape_b: tuple[int, ...], generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A and B from the odd and even rows of one orthogonal matrix, so that B @ A is zero (PEFT's "orthogonal")."""
-    r = shape_b[1]
-    draw = functools.partial(torch.randn, generator=generator, dtype=torch.float32, device="cpu")
-    rows = torch.linalg.qr(draw(r, r))[0]
-    a = draw(math.prod(shape_a) // r, r // 2).mm(rows[0::2]).T / 10
-    b = draw(shape_b[0], r // 2).mm(rows[1::2]) / 10
-    return a.view(r, shape_a[0] // r, -1).transpose(0, 1).reshape(shape_a), b.reshape(shape_b)

@@ -11,8 +11,9 @@ from typing import Any, cast
 
 from torch import nn
 
-from .base import LoRALayer, Swapped, swapped_class
+from .base import LoRALayer
 from .layers import reading_sum
+from .swapped import Swapped, swapped_class
 
 NESTED = "lora_use_nested_tensor"
 

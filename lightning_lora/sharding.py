@@ -1,0 +1,172 @@
+"""Sharded tensors (DTensor, as fully_shard and parallelize_module make them): a rank's shard and what belongs to it.
+
+Functions marked "collective" communicate, so every rank must call them, in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Partial, Replicate
+
+from .errors import LoRAError
+from .exact import Piece
+
+
+def is_sharded(tensor: object) -> bool:
+    """Whether a tensor is spread over ranks."""
+    return isinstance(tensor, DTensor)
+
+
+def has_sharded(model: nn.Module) -> bool:
+    """Whether any parameter of the model is spread over ranks."""
+    return any(is_sharded(parameter) for parameter in model.parameters())
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's shard, detached, in the memory of the tensor; a plain tensor is its own shard."""
+    with torch.no_grad():
+        return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole tensor, detached, on the device that holds the shard. Collective."""
+    if not isinstance(tensor, DTensor):
+        return tensor.detach()
+    device = tensor.device
+    with torch.inference_mode(False), torch.no_grad():
+        # Offloaded shards travel over the mesh's own device.
+        return tensor.detach().to(tensor.device_mesh.device_type).full_tensor().to(device)
+
+
+def like(shard: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """A shard put into the same place as the tensor's own."""
+    if not isinstance(tensor, DTensor):
+        return shard
+    return DTensor.from_local(
+        shard, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
+
+
+def window(tensor: torch.Tensor) -> tuple[slice, ...]:
+    """Where this rank's shard lies in the whole tensor."""
+    if not isinstance(tensor, DTensor):
+        return tuple(slice(0, size) for size in tensor.shape)
+    chunk = cast(Any, tensor).__create_chunk_list__()[0]  # as torch.distributed.checkpoint asks for it
+    return tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True))
+
+
+def copy_(target: torch.Tensor, source: torch.Tensor) -> None:
+    """target <- source, of the same whole shape, where either may be sharded. Collective if the source alone is."""
+    with torch.inference_mode(False), torch.no_grad():
+        if is_sharded(source) == is_sharded(target):
+            target.copy_(source)
+        elif is_sharded(target):
+            local(target).copy_(source[window(target)])
+        else:
+            target.copy_(full(source))
+
+
+def cut(pieces: list[Piece], weight: torch.Tensor) -> list[Piece]:
+    """The pieces of a whole weight's delta, cut to this rank's shard of it."""
+    if not is_sharded(weight):
+        return pieces
+    rows, *rest = window(weight)
+    if any(place != slice(0, size) for place, size in zip(rest[1:], weight.shape[2:], strict=True)):
+        raise LoRAError(f"a weight of shape {tuple(weight.shape)} cannot be merged while it is sharded beyond dim 1")
+    width = weight.shape[1:].numel() // max(weight.shape[1], 1)
+    cols = slice(rest[0].start * width, rest[0].stop * width)
+    cuts = []
+    for row, col, left, right in pieces:
+        top, bottom = max(row, rows.start), min(row + left.shape[0], rows.stop)
+        begin, end = max(col, cols.start), min(col + right.shape[1], cols.stop)
+        if top < bottom and begin < end:
+            left, right = left[top - row : bottom - row], right[:, begin - col : end - col]
+            cuts.append(Piece(top - rows.start, begin - cols.start, left, right))
+    return cuts
+
+
+def reshard_(model: nn.Module) -> None:
+    """Put the shards back in place of weights that FSDP2 gathered.
+
+    What is written into a gathered weight is lost with it, and the shards stay as they were: the base drifts.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def reset_(model: nn.Module) -> None:
+    """The same after an exception inside a forward, where FSDP2's reshard() does nothing.
+
+    Raises:
+        LoRAError: this torch or this model offers no way.
+    """
+    roots: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, FSDPModule) and not any(name.startswith(f"{r}." if r else "") for r in roots):
+            roots.append(name)
+            try:
+                cast(Any, module).reset_iter_state()
+            except (AttributeError, RuntimeError) as error:
+                raise LoRAError(
+                    f"an exception left FSDP2 inside the forward of {name or type(model).__name__!r}, with gathered "
+                    "weights in place of its shards. Pass the module that fully_shard was called on last, or build "
+                    "the model again."
+                ) from error
+
+
+class Together:
+    """Steps that every rank takes alike; where one fails on one rank, all raise.
+
+    A rank that raised alone would leave the others waiting in their next collective.
+    """
+
+    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
+        self.meshes = list(dict.fromkeys(t.device_mesh for t in tensors if isinstance(t, DTensor)))
+        self.names: list[str] = []
+        self.failed: tuple[int, Exception] | None = None
+
+    def attempt(self, name: str, step: Callable[[], None]) -> None:
+        """Take a step of this rank alone, without collectives, unless an earlier one failed."""
+        self.names.append(name)
+        if self.failed is None:
+            try:
+                step()
+            except Exception as error:
+                self.failed = (len(self.names), error)
+
+    def settle(self) -> None:
+        """Raise if a step failed on any rank. Collective: one integer."""
+        first = -self.failed[0] if self.failed else -len(self.names) - 1
+        for mesh in self.meshes:
+            flag = torch.tensor(first, device=mesh.device_type)
+            places = [Partial("max")] * mesh.ndim
+            first = int(cast(DTensor, DTensor.from_local(flag, mesh, places, run_check=False)).full_tensor())
+        if self.failed is not None:
+            raise self.failed[1]
+        if -first <= len(self.names):
+            raise LoRAError(f"{self.names[-first - 1]}: this failed on another rank, whose message says why")
+
+
+def samples(tensor: torch.Tensor, places: list[int]) -> list[float]:
+    """Values at positions of the flattened whole tensor. Collective."""
+    at = torch.unravel_index(torch.tensor(places, dtype=torch.long), tensor.shape)
+    parts = window(tensor)
+    inside = torch.ones(len(places), dtype=torch.bool)
+    for index, part in zip(at, parts, strict=True):
+        inside &= (part.start <= index) & (index < part.stop)
+    values = torch.zeros(len(places), dtype=torch.float64)
+    shard = local(tensor)
+    here = [(index[inside] - part.start).to(shard.device) for index, part in zip(at, parts, strict=True)]
+    values[inside] = shard[tuple(here)].double().cpu()
+    if isinstance(tensor, DTensor):
+        sums = [Replicate() if place.is_replicate() else Partial() for place in tensor.placements]
+        values = values.to(tensor.device_mesh.device_type)
+        values = DTensor.from_local(values, tensor.device_mesh, sums, run_check=False).full_tensor()
+    result: list[float] = values.tolist()
+    return result
