@@ -32,7 +32,7 @@ from .loading import accept_partial_states, accept_whole_states_only
 from .merge import adapted_layers, is_merged, merge, unmerge
 from .readers import set_fast_paths_, swap_readers_
 from .state import refuse_unmergeable
-from .supported import check_supported, enabled_parts
+from .supported import check_shapes, check_supported, check_unadapted, enabled_parts
 from .targets import Targets, refuse_unmatched, tied_weights
 
 log = logging.getLogger(__name__)
@@ -70,8 +70,7 @@ def inject(model: nn.Module, config: LoRAConfig, *, merge_weights: bool = False)
 
 def begin_injection(model: nn.Module, config: LoRAConfig, *, merge_weights: bool = False) -> None:
     """Adapt the layers that exist now. Later ones can follow; finish_injection judges what names nothing."""
-    if any(type(module).__module__.startswith("peft.") for module in model.modules()):
-        raise LoRAError(f"inject: {type(model).__name__} already has PEFT adapters; merge or unload them first.")
+    check_unadapted(model)
     setattr(model, ATTRIBUTE, Injection(config, merge_weights))
     with _leaving_no_trace(model):
         adapt_new_layers(model)
@@ -98,6 +97,7 @@ def finish_injection(model: nn.Module) -> None:
 def adapt_new_layers(model: nn.Module) -> None:
     """Adapt what the config names and is not adapted yet, freeze what is new."""
     _, root, injection = require_injection(model, "inject")
+    check_shapes(root)
     targets = Targets(root, injection.config)
     new = {name: module for name, module in targets.layers.items() if not isinstance(module, LoRALayer)}
     for name, module in new.items():
@@ -229,7 +229,8 @@ def withdraw(root: nn.Module) -> None:
     swap_readers_(root)
     set_fast_paths_(root)
     for name, parameter in base_parameters(root).items():
-        parameter.requires_grad_(injection.requires_grad.get(name, parameter.requires_grad))
+        if name in injection.requires_grad:
+            parameter.requires_grad_(injection.requires_grad[name])
     accept_whole_states_only(root)
     delattr(root, ATTRIBUTE)
 

@@ -6,16 +6,50 @@ from typing import cast
 
 import torch
 from torch import nn
-from torch.nn.parameter import UninitializedParameter
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from .base import HALF, A
+from .base import HALF, A, LoRALayer
 from .config import LoRAConfig
 from .errors import LoRAError
 from .layers import LoRALinear, layer_kind
 from .targets import entries_of, entry_name, names_match
 
 ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+
+def check_unadapted(model: nn.Module) -> None:
+    """Raise where a model already has adapters, of this package or another, which injection would freeze or hide.
+
+    Raises:
+        LoRAError: names the first one.
+    """
+    for name, module in model.named_modules():
+        library = type(module).__module__.partition(".")[0]
+        if isinstance(module, LoRALayer):
+            raise LoRAError(
+                f"inject: {name!r} in {type(model).__name__} was adapted already, through a module around it; pass the "
+                "module that inject was called on, or unload it first."
+            )
+        if library == "peft" or (library == "loralib" and hasattr(module, A)):
+            raise LoRAError(
+                f"inject: {type(model).__name__} already has adapters of {library} ({name!r}); merge or unload them "
+                "first."
+            )
+
+
+def check_shapes(model: nn.Module) -> None:
+    """Raise where a lazy layer has no shape yet, which can neither be frozen nor saved.
+
+    Raises:
+        LoRAError: names the first one.
+    """
+    for name, module in model.named_modules():
+        if any(is_lazy(tensor) for tensor in (*module._parameters.values(), *module._buffers.values())):
+            raise LoRAError(
+                f"inject: {name!r}: the {type(module).__name__} has no shape yet; run one batch through the model "
+                "first."
+            )
 
 
 def check_supported(name: str, module: nn.Module, config: LoRAConfig) -> None:
@@ -52,8 +86,6 @@ def _weight_problem(module: nn.Module) -> str:
     if is_parametrized(module) or not weights:
         return f"the weight of the {kind} is computed from others (weight_norm, parametrize); remove that first"
     for weight in weights:
-        if isinstance(weight, UninitializedParameter):
-            return f"the {kind} has no shape yet; run one batch through the model first"
         if weight is not None and weight.dtype not in (*HALF, torch.float32, torch.float64):
             return f"its weight is {weight.dtype}; adapters need float16, bfloat16, float32 or float64"
     return ""

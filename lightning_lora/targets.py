@@ -68,7 +68,7 @@ class Targets:
         unmatched = []
         for option, names, hints in (
             ("target_modules", chosen, adaptable),
-            ("exclude_modules", adaptable, adaptable),
+            ("exclude_modules", [*adaptable, *chosen], adaptable),
             ("modules_to_save", modules, modules),
             ("enable_lora", self.layers, self.layers),
         ):

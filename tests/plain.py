@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lightning_lora import LoRAConfig
 
@@ -32,6 +33,16 @@ class Zoo(nn.Module):
         x = x + self.conv(x.transpose(1, 2)).transpose(1, 2)
         result: torch.Tensor = self.head(self.body(self.norm(x).mean(1)))
         return result
+
+
+class Stubborn(nn.Module):
+    """Two good layers before one that cannot be adapted."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.zoo = Zoo()
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 8, batch_first=True), 1)
+        self.last = layer
 
 
 ZOO_LAYERS = ["embed", "conv", "body.0", "body.3"]
@@ -79,12 +90,14 @@ def trace(model: nn.Module) -> dict[str, Any]:
     """All that injection could leave behind: classes, attributes, hooks, names, identity, memory, flags, values."""
     return {
         "modules": [(name, id(module), type(module), _attributes(module)) for name, module in model.named_modules()],
-        "parameters": [
-            (name, id(p), p.data_ptr(), p.dtype, p.requires_grad, bits(p)) for name, p in model.named_parameters()
-        ],
-        "buffers": [(name, id(b), b.data_ptr(), b.dtype, bits(b)) for name, b in model.named_buffers()],
+        "parameters": [(name, p.requires_grad, _memory(p)) for name, p in model.named_parameters()],
+        "buffers": [(name, _memory(buffer)) for name, buffer in model.named_buffers()],
         "state": list(model.state_dict()),
     }
+
+
+def _memory(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return (id(tensor),) if is_lazy(tensor) else (id(tensor), tensor.data_ptr(), tensor.dtype, bits(tensor))
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:

@@ -88,7 +88,7 @@ def test_a_refused_value_and_its_option_are_in_the_message(option, value):
 
 def test_orthogonal_needs_even_ranks_everywhere():
     for options in ({"r": 3}, {"r": 4, "rank_pattern": {"q": 5}}):
-        with pytest.raises(LoRAError, match="even rank for init_lora_weights='orthogonal', but it is [35]"):
+        with pytest.raises(LoRAError, match=r"even rank for init_lora_weights='orthogonal', but it is [35]"):
             LoRAConfig(init_lora_weights="orthogonal", **options)
     LoRAConfig(init_lora_weights="orthogonal", r=4, rank_pattern={"q": 2})
 

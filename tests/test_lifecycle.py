@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
-import os
-import signal
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -24,34 +21,26 @@ from helpers import (
     outputs,
     weights,
 )
+from runs import BATCHES, TARGETS, Steps, lora, run, trained
 from torch import nn
 
 from lightning_lora import (
     LoRACallback,
     LoRAConfig,
-    LoRAError,
     disable_adapter,
     inject,
     is_merged,
-    merge,
     merged,
     unload,
-    unmerge,
 )
 from lightning_lora.base import LoRALayer
 from lightning_lora.layers import LoRALinear
 
-TARGETS = ["body.0", "body.3", "head"]
-BATCHES = 3
 HOOKS = [
     name
     for name in vars(L.Callback)
     if name.startswith(("on_", "setup", "teardown")) and "checkpoint" not in name and name != "on_exception"
 ]
-
-
-def lora(**options: Any) -> LoRACallback:
-    return LoRACallback(**{"r": 2, "target_modules": TARGETS} | options)
 
 
 class Timeline(L.Callback):
@@ -75,23 +64,6 @@ for _name in HOOKS:
     setattr(Timeline, _name, _note(_name))
 
 
-class Steps(Net):
-    """Notes in which step it was merged; `fault` is raised once, in a step of that name."""
-
-    fault: BaseException | None = None
-    faulty = ""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.seen.append((self._current_fx_name, is_merged(self)))
-        if self._current_fx_name == self.faulty and self.fault is not None and len(self.seen) % BATCHES == 2:
-            fault, self.fault = self.fault, None
-            raise fault
-        return super().forward(x)
-
-    def when(self, merged: bool) -> set[str]:
-        return {name for name, found in self.seen if found is merged}
-
-
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often adapted layers ran factored, and how often their base class's forward ran."""
@@ -112,32 +84,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return counts
 
 
-@pytest.fixture
-def _keeps_ctrl_c():
-    """Lightning switches Ctrl-C off for the rest of the process once it was pressed."""
-    handler = signal.getsignal(signal.SIGINT)
-    yield
-    signal.signal(signal.SIGINT, handler)
-
-
-def run(trainer: L.Trainer, stage: str, model: L.LightningModule, data: L.LightningDataModule) -> None:
-    getattr(trainer, stage)(model, data, **{"verbose": False} if stage in ("validate", "test") else {})
-
-
-def trained(tmp_path: Any, model: Net, *callbacks: L.Callback, **options: Any) -> Net:
-    """Fit; where the model is not injected yet, its adapters start from the same numbers each time."""
-    torch.manual_seed(0)
-    make_trainer(tmp_path, *callbacks, **options).fit(model.train(), Data(BATCHES))
-    return model
-
-
 EVALUATIONS = [("fit", "validation"), ("validate", "validation"), ("test", "test"), ("predict", "predict")]
 
 
 @pytest.mark.parametrize(("stage", "phase"), EVALUATIONS)
 def test_merged_exactly_during_evaluation_batches(tmp_path, stage: str, phase: str):
     model, timeline = Steps(), Timeline()
-    run(make_trainer(tmp_path, lora(), timeline, num_sanity_val_steps=1, max_epochs=2), stage, model, Data(BATCHES))
+    run(make_trainer(tmp_path, lora(), timeline, num_sanity_val_steps=1, max_epochs=2), stage, model)
     batches = {f"on_{phase}_batch_start", f"on_{phase}_batch_end"}
     assert timeline.when(merged=True) == batches
     assert timeline.when(merged=False) >= {
@@ -156,16 +109,16 @@ def test_merged_exactly_during_evaluation_batches(tmp_path, stage: str, phase: s
 @pytest.mark.parametrize(("stage", "phase"), EVALUATIONS)
 def test_merged_eval_false_never_merges(tmp_path, monkeypatch, stage: str, phase: str):
     model, timeline = Steps(), Timeline()
-    run(make_trainer(tmp_path, lora(merged_eval=False), timeline), stage, model, Data(BATCHES))
+    run(make_trainer(tmp_path, lora(merged_eval=False), timeline), stage, model)
     assert timeline.when(merged=True) == model.when(merged=True) == set()
 
 
 @pytest.mark.parametrize(("stage", "phase"), EVALUATIONS[1:])
 def test_merged_evaluation_runs_only_the_base_forward(tmp_path, calls: Counter[str], stage: str, phase: str):
     each = len(TARGETS) * BATCHES
-    run(make_trainer(tmp_path, lora()), stage, Net(), Data(BATCHES))
+    run(make_trainer(tmp_path, lora()), stage, Net())
     assert calls == Counter(factored=0, base=each)
-    run(make_trainer(tmp_path, lora(merged_eval=False)), stage, Net(), Data(BATCHES))
+    run(make_trainer(tmp_path, lora(merged_eval=False)), stage, Net())
     assert calls == Counter(factored=each, base=2 * each)
 
 
@@ -205,7 +158,7 @@ def test_several_fits_evaluations_between(tmp_path, model_class: type[Net]):
         for _ in range(3):
             trained(tmp_path, model, callback, max_epochs=2)
             for stage in ("test", "predict", "validate"):
-                run(make_trainer(tmp_path, callback), stage, model, Data(BATCHES))
+                run(make_trainer(tmp_path, callback), stage, model)
         return model
 
     model, reference = several(True), several(False)
@@ -219,7 +172,7 @@ def test_several_fits_evaluations_between(tmp_path, model_class: type[Net]):
 def test_layers_built_anew_in_each_stage_are_adapted_anew(tmp_path):
     model = trained(tmp_path, RebuiltInSetup(), lora(bias="lora_only"), max_epochs=2)
     first = model.head
-    run(make_trainer(tmp_path, lora(bias="lora_only")), "test", model, Data(BATCHES))
+    run(make_trainer(tmp_path, lora(bias="lora_only")), "test", model)
     assert model.head is not first
     assert torch.equal(outputs(model), outputs(Net()))
     trained(tmp_path, model, lora(bias="lora_only"), max_epochs=2)
@@ -228,82 +181,6 @@ def test_layers_built_anew_in_each_stage_are_adapted_anew(tmp_path):
     assert torch.equal(model.head.weight, Net().head.weight)
     with disable_adapter(model):
         assert torch.equal(outputs(model), outputs(Net()))
-
-
-FAULTS = [
-    ("fit", "validation_step"),
-    ("validate", "validation_step"),
-    ("test", "test_step"),
-    ("predict", "predict_step"),
-]
-
-
-@pytest.mark.usefixtures("_keeps_ctrl_c")
-@pytest.mark.parametrize("fault", [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize(("stage", "step"), FAULTS)
-def test_a_fault_in_evaluation_leaves_the_model_unmerged_and_the_next_fit_right(
-    tmp_path, fault: type[BaseException], stage: str, step: str
-):
-    def faulty(merged_eval: bool) -> Net:
-        model = Steps()
-        trained(tmp_path, model, lora(merged_eval=merged_eval), max_epochs=2)
-        model.fault, model.faulty = fault("on purpose"), step
-        with pytest.raises(SystemExit if fault is KeyboardInterrupt else fault):
-            run(make_trainer(tmp_path, lora(merged_eval=merged_eval)), stage, model, Data(BATCHES))
-        assert model.seen[-1] == (step, merged_eval)
-        assert not is_merged(model)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        return trained(tmp_path, model, lora(merged_eval=merged_eval), max_epochs=2)
-
-    model = faulty(merged_eval=True)
-    assert torch.equal(model.head.weight, Net().head.weight)
-    assert_same_tensors(model.state_dict(), faulty(merged_eval=False).state_dict())
-
-
-@pytest.mark.usefixtures("_keeps_ctrl_c")
-def test_ctrl_c_while_merging(tmp_path, monkeypatch):
-    """The signal is held back until every layer is merged, and reaches the Trainer before merge returns."""
-
-    def press(*args: Any) -> Any:
-        os.kill(os.getpid(), signal.SIGINT)
-        return merge_layer(*args)
-
-    merging = importlib.import_module("lightning_lora.merge")
-    merge_layer = merging._merge_layer
-    model = trained(tmp_path, Net(), lora())
-    monkeypatch.setattr(merging, "_merge_layer", press)
-    with pytest.raises(SystemExit):
-        run(make_trainer(tmp_path, lora()), "test", model, Data(BATCHES))
-    assert not is_merged(model)
-    assert torch.equal(model.head.weight, Net().head.weight)
-
-
-def test_a_model_that_cannot_be_merged_is_unmerged_and_named(tmp_path):
-    model = trained(tmp_path, Net(), lora())
-    with torch.no_grad():
-        model.body[3].lora_B[0] = float("nan")
-    with pytest.raises(LoRAError, match=r"merge: layer 'body\.3': .*not finite"):
-        run(make_trainer(tmp_path, lora()), "test", model, Data(BATCHES))
-    assert not is_merged(model)
-
-
-def test_a_model_that_the_user_left_merged_is_trained_unmerged(tmp_path):
-    def start(leave_merged: bool) -> Net:
-        model = trained(tmp_path, Net(), lora())
-        if leave_merged:
-            merge(model)
-        return trained(tmp_path, model, lora())
-
-    assert_same_tensors(start(leave_merged=True).state_dict(), start(leave_merged=False).state_dict())
-
-
-def test_a_model_that_the_user_merged_is_left_merged_by_a_test(tmp_path):
-    model = trained(tmp_path, Net(), lora())
-    merge(model)
-    run(make_trainer(tmp_path, lora()), "test", model, Data(BATCHES))
-    assert is_merged(model)
-    unmerge(model)
-    assert torch.equal(model.head.weight, Net().head.weight)
 
 
 @pytest.mark.parametrize("take_out", [disable_adapter, None], ids=["disable_adapter", "unload"])

@@ -1,4 +1,4 @@
-"""The package's shape: imports in one line, small files, the public names of the contract, nothing imported for show."""
+"""The package's shape: imports in one line, small files, the public names of the contract, no import too many."""
 
 from __future__ import annotations
 
