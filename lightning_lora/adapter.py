@@ -18,6 +18,7 @@ from .errors import LoRAError
 from .inject import inject, unload
 from .injection import base_parameters, find_injection, named_state, note_trainable, require_injection
 from .merge import adapted_layers, is_merged, merge, unmerge
+from .sharding import copy_
 from .state import adapter_keys, check_fingerprint
 from .targets import Targets, near_misses
 
@@ -113,8 +114,12 @@ def _check_tensor(name: str, value: Any, live: torch.Tensor | None) -> None:
     if not isinstance(value, torch.Tensor) or value.shape != live.shape:
         found = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
         raise LoRAError(f"adapter: {name!r} must have shape {tuple(live.shape)}, but has {found}.")
-    if value.is_floating_point() and name.rpartition(".")[2] in (A, B) and not torch.isfinite(value).all():
+    if value.is_floating_point() and name.rpartition(".")[2] in (A, B) and not _finite(value):
         raise LoRAError(f"adapter: {name!r} holds NaN or Inf; it comes from a diverged run or a damaged file.")
+
+
+def _finite(value: torch.Tensor) -> bool:
+    return value.is_meta or bool(torch.isfinite(value).all())
 
 
 def _same_names(what: str, given: Iterable[str], wanted: Iterable[str]) -> None:
@@ -196,13 +201,12 @@ def _copy(model: nn.Module, adapter: Adapter) -> None:
         unmerge(model)
     note_trained(model, adapter)
     live = {name: (tensor, owner) for name, tensor, owner in named_state(model)}
-    with torch.inference_mode(False), torch.no_grad():
-        for name, value in adapter.tensors.items():
-            tensor, owner = live[name]
-            if tensor is None:
-                owner.set_extra_state(value)
-            else:
-                tensor.copy_(value)
+    for name, value in adapter.tensors.items():
+        tensor, owner = live[name]
+        if tensor is None:
+            owner.set_extra_state(value)
+        else:
+            copy_(tensor, value)
     note_trainable(model, expected=True)
     if before:
         merge(model)

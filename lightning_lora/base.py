@@ -223,10 +223,9 @@ class LoRALayer(Swapped):
         return weight if kept is None else like(restored(local(weight), kept), weight)
 
     def merged_copies(
-        self, weights: Mapping[str, torch.Tensor], factor_a: torch.Tensor, factor_b: torch.Tensor
+        self, weights: Mapping[str, torch.Tensor], pieces: Mapping[str, list[Piece]]
     ) -> dict[str, torch.Tensor]:
-        """W' of each adapted weight for the given W, A and B, as new tensors. Collective where A or B is sharded."""
-        pieces = self.local_pieces(weights, factor_a, factor_b)
+        """W' of each adapted weight for the given W and local pieces, as new tensors, sharded as W is."""
         return {
             name: like(merged_weight(local(weights[name]), pieces[name], self.lora_scaling), weights[name])
             for name in pieces

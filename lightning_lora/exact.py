@@ -95,7 +95,7 @@ def add_delta_(
         LoRAError: a value of the sum is not finite. The weight is then as it was.
     """
     with exact_arithmetic(weight.device):
-        kept = Kept(_copies(pieces), scaling, threads=torch.get_num_threads())
+        kept = Kept([] if copy else _copies(pieces), scaling, threads=torch.get_num_threads())
         if copy:
             kept.copy = weight.detach().clone(memory_format=torch.preserve_format)
         else:

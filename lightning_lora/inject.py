@@ -31,6 +31,7 @@ from .layers import adapt_
 from .loading import accept_partial_states, accept_whole_states_only
 from .merge import adapted_layers, is_merged, merge, unmerge
 from .readers import set_fast_paths_, swap_readers_
+from .sharding import is_sharded, refuse_fully_sharded
 from .state import refuse_unmergeable
 from .supported import check_shapes, check_supported, check_unadapted, enabled_parts
 from .targets import Targets, refuse_unmatched, tied_weights
@@ -68,10 +69,18 @@ def inject(model: nn.Module, config: LoRAConfig, *, merge_weights: bool = False)
     return list(adapted_layers(model))
 
 
-def begin_injection(model: nn.Module, config: LoRAConfig, *, merge_weights: bool = False) -> None:
-    """Adapt the layers that exist now. Later ones can follow; finish_injection judges what names nothing."""
+def random_seed() -> str:
+    """What the user's random stream would give next, without advancing it."""
+    return hashlib.sha256(bytes(torch.get_rng_state().tolist())).hexdigest()
+
+
+def begin_injection(model: nn.Module, config: LoRAConfig, *, merge_weights: bool = False, seed: str = "") -> None:
+    """Adapt the layers that exist now. Later ones can follow; finish_injection judges what names nothing.
+
+    Adapters are drawn from `seed`, or from the random stream's state when each layer is adapted.
+    """
     check_unadapted(model)
-    setattr(model, ATTRIBUTE, Injection(config, merge_weights))
+    setattr(model, ATTRIBUTE, Injection(config, merge_weights, seed=seed))
     with _leaving_no_trace(model):
         adapt_new_layers(model)
         note_initial(model)
@@ -104,7 +113,7 @@ def adapt_new_layers(model: nn.Module) -> None:
         check_supported(name, module, injection.config)
     _freeze(root, injection, new, targets.saved)
     tied = tied_weights(root)
-    seed = hashlib.sha256(bytes(torch.get_rng_state().tolist())).hexdigest()
+    seed = injection.seed or random_seed()
     with torch.inference_mode(False):
         for name, module in new.items():
             layer = _adapt(name, module, injection.config, seed)
@@ -125,6 +134,7 @@ def unload(model: nn.Module) -> None:
         LoRAError: the model was not injected.
     """
     _, root, injection = require_injection(model, "unload")
+    refuse_fully_sharded(root, "unload")
     if is_merged(root):
         unmerge(root)
     swap_initial_(root, injection.initial)
@@ -139,6 +149,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
             another owner. The model is then unmerged.
     """
     _, root, _ = require_injection(model, "merge_and_unload")
+    refuse_fully_sharded(root, "merge_and_unload")
     before = is_merged(root)
     merge(root)
     try:
@@ -248,8 +259,8 @@ def _adapt(name: str, module: nn.Module, config: LoRAConfig, seed: str) -> LoRAL
     dtype = layer.main_weight().dtype
     dtype = torch.float32 if dtype in HALF and config.autocast_adapter_dtype else dtype
     digest = hashlib.sha256(f"{seed}{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    init_factors_(layer, config.init_lora_weights, dtype, generator)
+    layer.lora_init = (config.init_lora_weights, int.from_bytes(digest[:8], "big") >> 1)
+    layer.create_factors(dtype)
     return layer
 
 
@@ -260,8 +271,9 @@ def _freeze(
     if injection.config.bias == "lora_only":
         trainable |= {id(module.bias) for module in new.values() if getattr(module, "bias", None) is not None}
     for name, parameter in base_parameters(root).items():
-        if name in injection.requires_grad and (not new or name in injection.trained):
-            continue  # where a layer was built anew, its parameters are not frozen yet
+        settled = not new and not is_sharded(parameter)
+        if name in injection.requires_grad and (settled or name in injection.trained):
+            continue  # where a layer was built anew, or made parallel, its parameters may not be frozen
         injection.requires_grad.setdefault(name, parameter.requires_grad)
         everywhere = injection.config.bias == "all" and name.rpartition(".")[2].endswith("bias")
         parameter.requires_grad_(parameter.is_floating_point() and (everywhere or id(parameter) in trainable))

@@ -14,6 +14,7 @@ from torch import nn
 from .base import A, B, LoRALayer, canonical
 from .config import LoRAConfig
 from .errors import LoRAError
+from .sharding import copy_, reshard_
 
 ATTRIBUTE = "lora_injection"
 
@@ -32,6 +33,7 @@ class Injection:
         save: the kind of Lightning checkpoint, or None for an unfiltered one.
         fingerprint: of the base at fit start, by the names of the LightningModule.
         judged: every layer was there, and each entry of the options names something.
+        seed: what adapters are drawn from, or "" for the random stream of the moment.
     """
 
     config: LoRAConfig
@@ -42,6 +44,7 @@ class Injection:
     save: Any = None
     fingerprint: dict[str, Any] = field(default_factory=dict)
     judged: bool = False
+    seed: str = ""
 
 
 def find_injection(model: nn.Module) -> tuple[str, nn.Module, Injection] | None:
@@ -72,8 +75,9 @@ def named_state(model: nn.Module, *, raw: bool = False) -> Iterator[tuple[str, t
     """The names of model.state_dict(), each with its live tensor (None for extra state) and owner.
 
     Unlike state_dict() this restores no merged weight, and leaves out the segments of wrappers unless `raw`. A shared
-    module or parameter comes under each of its names.
+    module or parameter comes under each of its names. Sharded parameters are the shards.
     """
+    reshard_(model)
     for prefix, module in model.named_modules(remove_duplicate=False):
         prefix = prefix if raw else canonical(prefix)
         path = f"{prefix}." if prefix else ""
@@ -142,9 +146,8 @@ def swap_initial_(root: nn.Module, values: dict[str, torch.Tensor]) -> dict[str,
     """Write values into the named state of a module, in place; returns what was there."""
     live = {name: tensor for name, tensor, _ in named_state(root) if tensor is not None}
     before = {name: live[name].detach().clone() for name in values if name in live}
-    with torch.inference_mode(False), torch.no_grad():
-        for name in before:
-            live[name].copy_(values[name])
+    for name in before:
+        copy_(live[name], values[name])
     return before
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import signal
 import threading
@@ -15,8 +16,10 @@ from torch import nn
 
 from .base import HALF, LoRALayer, canonical
 from .errors import LoRAError
+from .exact import Piece
 from .metrics import MergeFidelity
 from .readers import set_fast_paths_
+from .sharding import Together, is_sharded, local, reset_, reshard_
 from .targets import tied_weights
 
 COPY_BUDGET = 64 * 2**20  # bytes of plain copies of small weights, which are faster than keeping values
@@ -41,23 +44,31 @@ def merge(model: nn.Module) -> None:
     Harmless when repeated. A layer whose weight has another owner, or renormalises itself, stays factored. The first
     merge of 16-bit layers logs what rounding W' costs.
 
+    Every rank of a sharded model calls this; the factors are gathered, the weights never.
+
     Raises:
-        LoRAError: the model has no adapted layer, or a layer's W' is not finite. Every layer is then unmerged.
+        LoRAError: the model has no adapted layer, or a layer's W' is not finite, on any rank. Every layer is then
+            unmerged.
     """
     layers = _require_layers(model, "merge")
     pending = {name: layer for name, layer in layers.items() if not layer.lora_merged}
     if not pending:
         return
+    show_shards_(model)
     copies = _affordable_copies(layers.values())
     fidelity = _Fidelity(pending.values())
     with _deferred_interrupt():
         try:
             _note_tied(model)
+            together = Together(layer.main_weight() for layer in pending.values())
             for name, layer in pending.items():
                 if layer.stays_factored():
                     layer.lora_merged = True
                 else:
-                    _merge_layer(name, layer, layer in copies, fidelity)
+                    pieces = layer.local_pieces(layer.adapted_weights(), layer.lora_A, layer.lora_B)
+                    step = functools.partial(_merge_layer, name, layer, pieces, layer in copies, fidelity)
+                    together.attempt(f"merge: layer {name!r}", step)
+            together.settle()
             fidelity.report()
         except BaseException:
             _unmerge_all(layers)
@@ -74,6 +85,7 @@ def unmerge(model: nn.Module) -> None:
             it was merged. The other layers are restored, and nothing is saved from the damaged one.
     """
     layers = _require_layers(model, "unmerge")
+    show_shards_(model)
     with _deferred_interrupt():
         try:
             _unmerge_all(layers)
@@ -99,9 +111,31 @@ def _require_layers(model: nn.Module, verb: str) -> dict[str, LoRALayer]:
     return layers
 
 
-def _merge_layer(name: str, layer: LoRALayer, copy: bool, fidelity: _Fidelity) -> None:
+def show_shards_(model: nn.Module) -> None:
+    """Let every adapted weight be its shard, where the model is sharded: only that is kept.
+
+    Raises:
+        LoRAError: FSDP2 still shows a gathered weight.
+    """
+    reshard_(model)
+    layers = adapted_layers(model)
+    if any(layer.lora_sharded and not is_sharded(layer.main_weight()) for layer in layers.values()):
+        reset_(model)
+    for name, layer in layers.items():
+        sharded = is_sharded(layer.main_weight())
+        if layer.lora_sharded and not sharded:
+            raise LoRAError(
+                f"the weight of {name!r} is gathered by an FSDP2 module outside of {type(model).__name__}; pass the "
+                "module that fully_shard was called on last."
+            )
+        layer.lora_sharded = sharded
+
+
+def _merge_layer(
+    name: str, layer: LoRALayer, pieces: Mapping[str, list[Piece]], copy: bool, fidelity: _Fidelity
+) -> None:
     try:
-        layer.merge_(copy=copy, observe=fidelity.update if fidelity.wants(layer) else None)
+        layer.merge_(pieces, copy=copy, observe=fidelity.update if fidelity.wants(layer) else None)
     except LoRAError as error:
         raise LoRAError(
             f"merge: layer {name!r}: {error}. Every layer is unmerged; look for a diverged training run (a lower "
@@ -128,13 +162,18 @@ def _note_tied(model: nn.Module) -> None:
 
 
 def _affordable_copies(layers: Iterable[LoRALayer]) -> set[LoRALayer]:
-    """Unmerged layers for whose weights a plain copy fits into the budget, smallest first."""
+    """Unmerged layers for whose weights a plain copy fits into the budget, smallest first.
+
+    A copy takes the place of values and factors: where a rank's shard is no larger than A, it is the leaner too.
+    """
     budget = COPY_BUDGET
     affordable = set()
-    sizes = {layer: sum(weight.nbytes for weight in layer.adapted_weights().values()) for layer in layers}
+    sizes = {layer: sum(local(weight).nbytes for weight in layer.adapted_weights().values()) for layer in layers}
     for layer in sorted(sizes, key=sizes.__getitem__):
         if layer.lora_kept:
             budget -= sum(kept.nbytes() for kept in layer.lora_kept.values() if kept.copy is not None)
+        elif sizes[layer] <= layer.lora_A.nbytes:
+            affordable.add(layer)
         elif sizes[layer] <= budget:
             budget -= sizes[layer]
             affordable.add(layer)

@@ -11,6 +11,7 @@ gather the partial sums between A and B.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +37,8 @@ def beside(name: str, factor: nn.Parameter, weight: torch.Tensor, dims: Dims) ->
     places = tuple(_along(name, place, dims) for place in weight.placements)
     if factor.placements == places:
         return factor
-    return nn.Parameter(factor.detach().redistribute(placements=places), requires_grad=factor.requires_grad)
+    moved = cast(DTensor, factor.detach()).redistribute(placements=places)
+    return nn.Parameter(moved, requires_grad=factor.requires_grad)
 
 
 def _along(name: str, place: Placement, dims: Dims) -> Placement:

@@ -24,6 +24,7 @@ from .files import PathLike, read_safetensors
 from .injection import require_injection
 from .layers import LoRAConv, LoRAEmbedding
 from .merge import adapted_layers
+from .sharding import Together, full, writes_files
 from .state import adapter_state_dict, fingerprint
 
 CONFIG_FILE = "adapter_config.json"
@@ -43,7 +44,7 @@ NOT_APPLIED = (
 
 
 def write_folder(model: nn.Module, path: PathLike) -> None:
-    """Write the adapter of an injected model as a PEFT folder.
+    """Write the adapter of an injected model as a PEFT folder. Collective where the model is sharded.
 
     Raises:
         LoRAError: the model was not injected, or PEFT has no equal of one of its layers.
@@ -62,14 +63,20 @@ def write_folder(model: nn.Module, path: PathLike) -> None:
         "fingerprint": fingerprint(model),
     }
     folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    header = {"format": "pt", HEADER_KEY: json.dumps(own)}
-    _replace(folder / TENSOR_FILE, {n: t for n, t in tensors.items() if n not in ours}, header)
-    if ours:
-        _replace(folder / EXTRA_FILE, {n: t for n, t in tensors.items() if n in ours}, {"format": "pt"})
-    temporary = folder / f".{CONFIG_FILE}.{os.getpid()}"
-    temporary.write_text(json.dumps(_peft_config(injection.config, list(layers)), indent=2, sort_keys=True) + "\n")
-    os.replace(temporary, folder / CONFIG_FILE)
+
+    def write() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        header = {"format": "pt", HEADER_KEY: json.dumps(own)}
+        _replace(folder / TENSOR_FILE, {n: t for n, t in tensors.items() if n not in ours}, header)
+        if ours:
+            _replace(folder / EXTRA_FILE, {n: t for n, t in tensors.items() if n in ours}, {"format": "pt"})
+        temporary = folder / f".{CONFIG_FILE}.{os.getpid()}"
+        temporary.write_text(json.dumps(_peft_config(injection.config, list(layers)), indent=2, sort_keys=True) + "\n")
+        os.replace(temporary, folder / CONFIG_FILE)
+
+    together = Together(layer.main_weight() for layer in layers.values())
+    together.attempt(f"save_adapter to {folder}", write if writes_files(model) else None)
+    together.settle()
 
 
 def read_folder(path: PathLike) -> Adapter:
@@ -100,7 +107,7 @@ def _replace(path: Path, tensors: Mapping[str, torch.Tensor], header: dict[str, 
 
 
 def _saved(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().cpu().clone().contiguous()
+    return full(tensor).cpu().clone().contiguous()
 
 
 def _refuse_without_equal(name: str, layer: LoRALayer) -> None:

@@ -30,7 +30,8 @@ def has_sharded(model: nn.Module) -> bool:
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's shard, detached, in the memory of the tensor; a plain tensor is its own shard."""
     with torch.no_grad():
-        return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+        shard = tensor.detach()
+        return shard.to_local() if isinstance(shard, DTensor) else shard
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:
@@ -40,7 +41,8 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
     device = tensor.device
     with torch.inference_mode(False), torch.no_grad():
         # Offloaded shards travel over the mesh's own device.
-        return tensor.detach().to(tensor.device_mesh.device_type).full_tensor().to(device)
+        moved = cast(DTensor, tensor.detach().to(tensor.device_mesh.device_type))
+        return moved.full_tensor().to(device)
 
 
 def like(shard: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
@@ -120,6 +122,25 @@ def reset_(model: nn.Module) -> None:
                 ) from error
 
 
+def writes_files(model: nn.Module) -> bool:
+    """Whether this rank is the one to write what all gathered; any rank of a model that is not sharded is."""
+    return not has_sharded(model) or torch.distributed.get_rank() == 0
+
+
+def refuse_fully_sharded(model: nn.Module, verb: str) -> None:
+    """Raise where FSDP2 manages parameters that the verb would take away.
+
+    Raises:
+        LoRAError: always names the alternative.
+    """
+    if any(isinstance(module, FSDPModule) for module in model.modules()):
+        raise LoRAError(
+            f"{verb}: {type(model).__name__} was sharded by fully_shard, which goes on to manage the adapter's "
+            "parameters and cannot give them up. merge(model) runs at the base's speed; for plain weights, save a "
+            "merged checkpoint or call lightning_lora.export.save_merged."
+        )
+
+
 class Together:
     """Steps that every rank takes alike; where one fails on one rank, all raise.
 
@@ -131,10 +152,10 @@ class Together:
         self.names: list[str] = []
         self.failed: tuple[int, Exception] | None = None
 
-    def attempt(self, name: str, step: Callable[[], None]) -> None:
-        """Take a step of this rank alone, without collectives, unless an earlier one failed."""
+    def attempt(self, name: str, step: Callable[[], None] | None) -> None:
+        """Take a step without collectives, unless an earlier one failed; None where it is for other ranks."""
         self.names.append(name)
-        if self.failed is None:
+        if step is not None and self.failed is None:
             try:
                 step()
             except Exception as error:
@@ -142,14 +163,15 @@ class Together:
 
     def settle(self) -> None:
         """Raise if a step failed on any rank. Collective: one integer."""
-        first = -self.failed[0] if self.failed else -len(self.names) - 1
+        nowhere = len(self.names) + 1
+        first = -self.failed[0] if self.failed else -nowhere
         for mesh in self.meshes:
             flag = torch.tensor(first, device=mesh.device_type)
             places = [Partial("max")] * mesh.ndim
-            first = int(cast(DTensor, DTensor.from_local(flag, mesh, places, run_check=False)).full_tensor())
+            first = int(DTensor.from_local(flag, mesh, places, run_check=False).full_tensor())
         if self.failed is not None:
             raise self.failed[1]
-        if -first <= len(self.names):
+        if -first < nowhere:
             raise LoRAError(f"{self.names[-first - 1]}: this failed on another rank, whose message says why")
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from .base import A, B, LoRALayer, canonical
 from .errors import LoRAError
 from .injection import base_parameters, is_factor, named_state, note_trainable, require_injection
+from .sharding import Together, samples
 
 SAMPLES = 8  # values of each frozen parameter that its fingerprint holds
 
@@ -79,12 +80,21 @@ def fold(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
     """
     refuse_unmergeable(model)
     folded = {name: state[name] for name in base_keys(model)}
+    together = Together(value for value in state.values() if isinstance(value, torch.Tensor))
+
+    def fold_one(path: str, layer: LoRALayer) -> None:
+        weights = {leaf: state[path + leaf] for leaf in layer.adapted_weights()}
+        pieces = layer.local_pieces(weights, state[path + A], state[path + B])
+
+        def merge_copies() -> None:
+            folded.update({path + leaf: copy for leaf, copy in layer.merged_copies(weights, pieces).items()})
+
+        together.attempt(f"merged weights of layer {path[:-1]!r}", merge_copies)
+
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, LoRALayer):
-            path = f"{canonical(name)}." if name else ""
-            weights = {leaf: state[path + leaf] for leaf in module.adapted_weights()}
-            copies = module.merged_copies(weights, state[path + A], state[path + B])
-            folded |= {path + leaf: copy for leaf, copy in copies.items()}
+            fold_one(f"{canonical(name)}." if name else "", module)
+    together.settle()
     return folded
 
 
@@ -124,9 +134,7 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
 def _samples(weight: torch.Tensor) -> list[float]:
     last = weight.numel() - 1
     places = sorted({last * i // (SAMPLES - 1) for i in range(SAMPLES)}) if last >= 0 else []
-    indices = torch.tensor(places, dtype=torch.long, device=weight.device)
-    values: list[float] = weight.take(indices).double().tolist()
-    return values
+    return samples(weight, places)
 
 
 def check_fingerprint(model: nn.Module, expected: Mapping[str, Any]) -> None:
