@@ -142,16 +142,26 @@ def note_initial(model: nn.Module) -> None:
     }
 
 
+def note_materialised(model: nn.Module) -> None:
+    """Take present values where the noted ones are from the meta device; call before training or loading."""
+    _, root, injection = require_injection(model, "note_materialised")
+    live = {name: tensor for name, tensor, _ in named_state(root) if tensor is not None}
+    for name, value in injection.initial.items():
+        if value.is_meta:
+            injection.initial[name] = live[name].detach().clone()
+
+
 def swap_initial_(root: nn.Module, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Write values into the named state of a module, in place; returns what was there."""
     live = {name: tensor for name, tensor, _ in named_state(root) if tensor is not None}
     before = {name: live[name].detach().clone() for name in values if name in live}
     for name in before:
-        copy_(live[name], values[name])
+        if not values[name].is_meta:  # noted before there were values, so nothing was trained since
+            copy_(live[name], values[name])
     return before
 
 
-def patch(module: nn.Module, name: str, function: Callable[..., Any]) -> None:
+def patch(module: Any, name: str, function: Callable[..., Any]) -> None:
     """Shadow a method of one instance with function(module, previous, ...); deepcopy and pickle follow.
 
     `previous` is what the instance's own attribute was, or None for the class's method. A closure would not pickle,
@@ -173,6 +183,6 @@ def unpatch(model: nn.Module) -> None:
                     setattr(module, name, value.args[1])
 
 
-def call_previous(module: nn.Module, previous: Callable[..., Any] | None, name: str, *args: Any) -> Any:
+def call_previous(module: Any, previous: Callable[..., Any] | None, name: str, *args: Any, **kwargs: Any) -> Any:
     """Call the method that a patch shadows."""
-    return previous(*args) if previous else getattr(type(module), name)(module, *args)
+    return previous(*args, **kwargs) if previous else getattr(type(module), name)(module, *args, **kwargs)

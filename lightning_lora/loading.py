@@ -84,4 +84,4 @@ def _take_as_initial(module: nn.Module, state_dict: dict[str, Any], prefix: str)
     for name, value in initial.items():
         new = given[name]
         if isinstance(new, torch.Tensor) and new.shape == value.shape:
-            initial[name] = new.detach().to(value.device, value.dtype, copy=True)
+            initial[name] = new.detach().to(new.device if value.is_meta else value.device, value.dtype, copy=True)

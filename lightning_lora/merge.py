@@ -66,7 +66,7 @@ def merge(model: nn.Module) -> None:
                     layer.lora_merged = True
                 else:
                     pieces = layer.local_pieces(layer.adapted_weights(), layer.lora_A, layer.lora_B)
-                    step = functools.partial(_merge_layer, name, layer, pieces, layer in copies, fidelity)
+                    step = functools.partial(_merge_layer, layer, pieces, layer in copies, fidelity)
                     together.attempt(f"merge: layer {name!r}", step)
             together.settle()
             fidelity.report()
@@ -131,15 +131,13 @@ def show_shards_(model: nn.Module) -> None:
         layer.lora_sharded = sharded
 
 
-def _merge_layer(
-    name: str, layer: LoRALayer, pieces: Mapping[str, list[Piece]], copy: bool, fidelity: _Fidelity
-) -> None:
+def _merge_layer(layer: LoRALayer, pieces: Mapping[str, list[Piece]], copy: bool, fidelity: _Fidelity) -> None:
     try:
         layer.merge_(pieces, copy=copy, observe=fidelity.update if fidelity.wants(layer) else None)
     except LoRAError as error:
         raise LoRAError(
-            f"merge: layer {name!r}: {error}. Every layer is unmerged; look for a diverged training run (a lower "
-            "learning rate, gradient clipping) or evaluate with merged_eval=False."
+            f"{error}. Every layer is unmerged; look for a diverged training run (a lower learning rate, gradient "
+            "clipping) or evaluate with merged_eval=False."
         ) from error
 
 

@@ -5,7 +5,7 @@ Functions marked "collective" communicate, so every rank must call them, in the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -23,15 +23,17 @@ def is_sharded(tensor: object) -> bool:
 
 
 def has_sharded(model: nn.Module) -> bool:
-    """Whether any parameter of the model is spread over ranks."""
-    return any(is_sharded(parameter) for parameter in model.parameters())
+    """Whether any parameter of the model is spread over ranks, gathered at the moment or not."""
+    fully = any(isinstance(module, FSDPModule) for module in model.modules())
+    return fully or any(is_sharded(parameter) for parameter in model.parameters())
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's shard, detached, in the memory of the tensor; a plain tensor is its own shard."""
+    if not isinstance(tensor, DTensor):
+        return tensor.detach()
     with torch.no_grad():
-        shard = tensor.detach()
-        return shard.to_local() if isinstance(shard, DTensor) else shard
+        return tensor.to_local()
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:
@@ -43,6 +45,11 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
         # Offloaded shards travel over the mesh's own device.
         moved = cast(DTensor, tensor.detach().to(tensor.device_mesh.device_type))
         return moved.full_tensor().to(device)
+
+
+def whole(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict without sharding, the gathered tensors on the CPU. Collective."""
+    return {name: full(value).cpu() if isinstance(value, DTensor) else value for name, value in values.items()}
 
 
 def like(shard: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
@@ -170,7 +177,10 @@ class Together:
             places = [Partial("max")] * mesh.ndim
             first = int(DTensor.from_local(flag, mesh, places, run_check=False).full_tensor())
         if self.failed is not None:
-            raise self.failed[1]
+            place, error = self.failed
+            if isinstance(error, LoRAError):
+                raise LoRAError(f"{self.names[place - 1]}: {error}") from error
+            raise error
         if -first < nowhere:
             raise LoRAError(f"{self.names[-first - 1]}: this failed on another rank, whose message says why")
 
