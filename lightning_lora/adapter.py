@@ -86,6 +86,19 @@ def check_fit(model: nn.Module, adapter: Adapter, *, strict_base: bool = True) -
     Raises:
         LoRAError: names the first thing that differs.
     """
+    try:
+        _check_tensors(model, adapter)
+    except LoRAError as error:
+        raise LoRAError(f"{error}{_other_options(model, adapter)}") from None
+    try:
+        check_fingerprint(model, adapter.fingerprint)
+    except LoRAError as error:
+        if strict_base:
+            raise
+        warnings.warn(f"lightning_lora: {error}", stacklevel=2)
+
+
+def _check_tensors(model: nn.Module, adapter: Adapter) -> None:
     layers = adapted_layers(model)
     _same_names("layer", adapter.layers(), layers)
     for name, layer in layers.items():
@@ -100,12 +113,15 @@ def check_fit(model: nn.Module, adapter: Adapter, *, strict_base: bool = True) -
     _same_names("tensor", [n for n in adapter.tensors if n not in live or n in wanted], wanted)
     for name, value in adapter.tensors.items():
         _check_tensor(name, value, live[name])
-    try:
-        check_fingerprint(model, adapter.fingerprint)
-    except LoRAError as error:
-        if strict_base:
-            raise
-        warnings.warn(f"lightning_lora: {error}", stacklevel=2)
+
+
+def _other_options(model: nn.Module, adapter: Adapter) -> str:
+    """Which options the adapter has and the model has not, for an error that they explain."""
+    ours = require_injection(model, "adapter")[2].config
+    theirs = adapter.config or ours
+    values = ((name, getattr(theirs, name), getattr(ours, name)) for name in theirs.differing(ours))
+    differing = "; ".join(f"{name} was {before!r}, now {now!r}" for name, before, now in values)
+    return f" The options differ: {differing}." if differing else ""
 
 
 def _check_tensor(name: str, value: Any, live: torch.Tensor | None) -> None:

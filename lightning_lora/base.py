@@ -172,9 +172,12 @@ class LoRALayer(Swapped):
         """Why merging would be wrong for this layer, or ''."""
         return f"its weight is also {self.lora_tied}" if self.lora_tied else ""
 
-    def merge_(self, pieces: Mapping[str, list[Piece]], *, copy: bool, observe: Observer | None = None) -> None:
-        """Each weight <- W' on this rank's shard, see exact.add_delta_; `pieces` are the local ones."""
+    def merge_(
+        self, *, copy: bool, observe: Observer | None = None, pieces: Mapping[str, list[Piece]] | None = None
+    ) -> None:
+        """Each weight <- W' on this rank's shard, see exact.add_delta_; `pieces` are the local ones, if known."""
         weights = self.adapted_weights()
+        pieces = self.local_pieces(weights, self.lora_A, self.lora_B) if pieces is None else pieces
         try:
             for name in pieces:
                 if name not in self.lora_kept:
@@ -209,7 +212,7 @@ class LoRALayer(Swapped):
         copy = any(kept.copy is not None for kept in self.lora_kept.values())
         self.unmerge_()
         yield
-        self.merge_(self.local_pieces(self.adapted_weights(), self.lora_A, self.lora_B), copy=copy)
+        self.merge_(copy=copy)
 
     def original(self, name: str) -> torch.Tensor:
         """A parameter as it is without the adapter, detached: live, or a restored copy while merged."""

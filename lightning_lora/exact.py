@@ -52,7 +52,7 @@ class Kept:
         scaling: s.
         blocks: one entry a merged block, in order: positions and values, or a copy of the block.
         copy: a plain copy of the whole weight, which makes the rest unnecessary.
-        bits: check value of the weight before the merge.
+        bits, integers: check value of the weight before the merge, and as what it was summed.
         threads: the number of threads that computed d, which can change its last bits.
     """
 
@@ -61,6 +61,7 @@ class Kept:
     copy: torch.Tensor | None = None
     blocks: list[tuple[torch.Tensor, torch.Tensor] | torch.Tensor] = field(default_factory=list)
     bits: int = 0
+    integers: torch.dtype = torch.int64
     threads: int = 0
 
     def nbytes(self) -> int:
@@ -99,7 +100,8 @@ def add_delta_(
         if copy:
             kept.copy = weight.detach().clone(memory_format=torch.preserve_format)
         else:
-            kept.bits = _bits_sum(weight)
+            kept.integers = _integers(weight)
+            kept.bits = _bits_sum(weight, kept.integers)
         try:
             for block, delta in _blocks(weight, _scaled(pieces, scaling, weight.device)):
                 _merge_block(block, delta, kept, observe)
@@ -117,7 +119,7 @@ def remove_delta_(weight: torch.Tensor, kept: Kept) -> None:
     """
     with exact_arithmetic(weight.device, kept.threads):
         _restore(weight, kept)
-        if kept.copy is None and _bits_sum(weight) != kept.bits:
+        if kept.copy is None and _bits_sum(weight, kept.integers) != kept.bits:
             raise LoRAError(
                 "the restored weight is not bit for bit what it was before merging; it was changed while it was "
                 "merged, or this machine computes differently. Load the base weights again before you go on"
@@ -240,9 +242,13 @@ def _restore(weight: torch.Tensor, kept: Kept) -> None:
         kept.blocks.pop()
 
 
-def _bits_sum(weight: torch.Tensor) -> int:
+def _bits_sum(weight: torch.Tensor, integers: torch.dtype) -> int:
     """An order-independent check value of the weight's bits."""
     weight = weight.detach()
-    if weight.is_contiguous() and weight.numel() * weight.element_size() % 8 == 0 and weight.data_ptr() % 8 == 0:
-        return int(weight.view(-1).view(torch.int64).sum())
-    return int(weight.view(Bits[weight.element_size()]).sum(dtype=torch.int64))
+    return int((weight.view(-1) if weight.is_contiguous() else weight).view(integers).sum(dtype=torch.int64))
+
+
+def _integers(weight: torch.Tensor) -> torch.dtype:
+    """What to sum the weight's bits as: whole words where its memory allows it, which is many times faster."""
+    whole = weight.is_contiguous() and weight.nbytes % 8 == 0 and weight.data_ptr() % 8 == 0
+    return torch.int64 if whole else Bits[weight.element_size()]

@@ -34,7 +34,7 @@ from .readers import set_fast_paths_, swap_readers_
 from .sharding import is_sharded, refuse_fully_sharded
 from .state import refuse_unmergeable
 from .supported import check_shapes, check_supported, check_unadapted, enabled_parts
-from .targets import Targets, refuse_unmatched, tied_weights
+from .targets import Targets, note_tied, refuse_unmatched
 
 log = logging.getLogger(__name__)
 
@@ -112,12 +112,11 @@ def adapt_new_layers(model: nn.Module) -> None:
     for name, module in new.items():
         check_supported(name, module, injection.config)
     _freeze(root, injection, new, targets.saved)
-    tied = tied_weights(root)
     seed = injection.seed or random_seed()
     with torch.inference_mode(False):
         for name, module in new.items():
-            layer = _adapt(name, module, injection.config, seed)
-            layer.lora_tied = tied.get(layer, "")
+            _adapt(name, module, injection.config, seed)
+    note_tied(root)
     note_trainable(root, expected=True)
     swap_readers_(root)
     set_fast_paths_(root)
@@ -146,18 +145,13 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
 
     Raises:
         LoRAError: the model was not injected, W' is not finite, or a layer cannot be merged because its weight has
-            another owner. The model is then unmerged.
+            another owner.
     """
     _, root, _ = require_injection(model, "merge_and_unload")
     refuse_fully_sharded(root, "merge_and_unload")
-    before = is_merged(root)
+    refuse_unmergeable(root)
+    unmerge(root)  # what stayed factored, and need not any more, is merged now
     merge(root)
-    try:
-        refuse_unmergeable(root)
-    except LoRAError:
-        if not before:
-            unmerge(root)
-        raise
     for layer in adapted_layers(root).values():
         layer.lora_kept = {}
     _strip(model, root)
@@ -246,7 +240,7 @@ def withdraw(root: nn.Module) -> None:
     delattr(root, ATTRIBUTE)
 
 
-def _adapt(name: str, module: nn.Module, config: LoRAConfig, seed: str) -> LoRALayer:
+def _adapt(name: str, module: nn.Module, config: LoRAConfig, seed: str) -> None:
     layer = adapt_(
         module,
         r=config.rank(name),
@@ -261,7 +255,6 @@ def _adapt(name: str, module: nn.Module, config: LoRAConfig, seed: str) -> LoRAL
     digest = hashlib.sha256(f"{seed}{name}".encode()).digest()
     layer.lora_init = (config.init_lora_weights, int.from_bytes(digest[:8], "big") >> 1)
     layer.create_factors(dtype)
-    return layer
 
 
 def _freeze(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from .errors import LoRAError
 from .sharding import copy_, reshard_
 
 ATTRIBUTE = "lora_injection"
+LOADED = "lora_loaded"  # on a part of an injected model: the base that was loaded into it
 
 
 @dataclass
@@ -57,6 +58,8 @@ def find_injection(model: nn.Module) -> tuple[str, nn.Module, Injection] | None:
     if len(found) > 1:
         places = ", ".join(repr(name) for name, _, _ in found)
         raise LoRAError(f"{type(model).__name__} holds several injected models ({places}); handle each by itself.")
+    for _, root, injection in found:
+        _take_loaded(root, injection)
     return found[0] if found else None
 
 
@@ -149,6 +152,27 @@ def note_materialised(model: nn.Module) -> None:
     for name, value in injection.initial.items():
         if value.is_meta:
             injection.initial[name] = live[name].detach().clone()
+
+
+def note_loaded(module: nn.Module, values: Mapping[str, Any]) -> None:
+    """A new base for an injected model or a part of it: what training will change starts from these values."""
+    for inside in module.modules():
+        vars(inside).pop(LOADED, None)
+    copies = {name: value.detach().clone() for name, value in values.items() if isinstance(value, torch.Tensor)}
+    setattr(module, LOADED, copies)
+
+
+def _take_loaded(root: nn.Module, injection: Injection) -> None:
+    for path, module in root.named_modules():
+        loaded = vars(module).pop(LOADED, None)
+        if loaded is None:
+            continue
+        injection.fingerprint = {}
+        for name, value in loaded.items():
+            name = f"{canonical(path)}.{name}".lstrip(".")
+            known = injection.initial.get(name)
+            if known is not None and known.shape == value.shape:
+                injection.initial[name] = value.to(value.device if known.is_meta else known.device, known.dtype)
 
 
 def swap_initial_(root: nn.Module, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

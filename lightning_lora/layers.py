@@ -70,6 +70,9 @@ class LoRAConv1D(LoRALinear):
     def pieces(self, factor_a: torch.Tensor, factor_b: torch.Tensor) -> dict[str, list[Piece]]:
         return {"weight": [Piece(0, start, a.T, b.T) for start, a, b in self.parts(factor_a, factor_b)]}
 
+    def factored_forward(self, x: torch.Tensor) -> torch.Tensor:  # as Conv1D names it
+        return super().factored_forward(x)
+
 
 class LoRAEmbedding(LoRALayer):
     """nn.Embedding: weight (num, dim), A (r, num), B (dim, r), no dropout (as PEFT and loralib).
@@ -109,11 +112,20 @@ class LoRAEmbedding(LoRALayer):
         return rows
 
     def factored_forward(self, input: torch.Tensor) -> torch.Tensor:
-        layer = cast(nn.Embedding, self)
         base = self._renormalised(input) if self._renormalises() else self.base_forward(input)
         a, b = self.lora_A.to(base.dtype), self.lora_B.to(base.dtype)
-        hidden = F.embedding(input, a.T, layer.padding_idx, None, 2.0, layer.scale_grad_by_freq, False)
-        return base + F.linear(hidden, b) * self.lora_scaling
+        delta = F.linear(F.embedding(input, a.T), b) * self.lora_scaling
+        return base + (self._trained_as_rows(delta, input) if torch.is_grad_enabled() else delta)
+
+    def _trained_as_rows(self, delta: torch.Tensor, input: torch.Tensor) -> torch.Tensor:
+        """padding_idx and scale_grad_by_freq are about rows of the weight, so about both factors."""
+        layer = cast(nn.Embedding, self)
+        if layer.padding_idx is not None:
+            delta = torch.where((input == layer.padding_idx).unsqueeze(-1), delta.detach(), delta)
+        if layer.scale_grad_by_freq:
+            occurs = torch.bincount(input.flatten(), minlength=layer.num_embeddings)[input].unsqueeze(-1)
+            delta = delta.detach() + (delta - delta.detach()) / occurs.to(delta.dtype)
+        return delta
 
 
 class LoRAConv(LoRALayer):

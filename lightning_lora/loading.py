@@ -6,13 +6,14 @@ values, so that torch's own strict check stays in force for everything else.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from .base import LoRALayer, canonical
-from .injection import ATTRIBUTE, is_factor, named_state
+from .injection import ATTRIBUTE, is_factor, named_state, note_loaded
 from .state import adapter_keys
 
 
@@ -36,15 +37,10 @@ def _hooks(module: nn.Module) -> list[int]:
     return [key for key, hook in hooks.items() if getattr(hook, "hook", None) is _fill_in]
 
 
-def _fill_in(
-    module: nn.Module,
-    state_dict: dict[str, Any],
-    prefix: str,
-    local_metadata: dict[str, Any],
-    strict: bool,
-    missing_keys: list[str],
-    *args: Any,
-) -> None:
+def _fill_in(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    """The injected model judges, or the part of it on which load_state_dict is called; parts further down do not."""
+    if ATTRIBUTE not in vars(module) and canonical(prefix.rstrip(".")):
+        return
     state = {name: (tensor, owner) for name, tensor, owner in named_state(module, raw=True)}
     for name in state:  # names saved without the segments of wrappers
         plain = prefix + canonical(name)
@@ -53,35 +49,20 @@ def _fill_in(
     given = {key[len(prefix) :] for key in state_dict if key.startswith(prefix)}
     factors = {name for name, (_, owner) in state.items() if is_factor(name, owner)}
     base = state.keys() - factors
-    adapter = set(adapter_keys(module)) if ATTRIBUTE in vars(module) else set()
-    trained = {name for name in state if canonical(name) in adapter} or None
+    changing = _changing(module, state)
+    absent = set()
     if given >= base and not given & factors:
-        if trained is not None:
-            _take_as_initial(module, state_dict, prefix)
+        note_loaded(module, {canonical(name): state_dict[prefix + name] for name in base & changing})
         absent = factors
-    elif trained is not None and given >= trained and not given & (base - trained):
-        absent = base - trained
-    else:  # the hooks further down would take each layer by itself
-        absent = set()
-        if strict and given & factors:
-            missing_keys += [prefix + name for name in sorted(factors - given) if not _half_given(name, given)]
+    elif given >= changing and not given & (base - changing):
+        absent = base - changing
     for name in absent:
         state_dict[prefix + name] = state[name][0]
 
 
-def _half_given(factor: str, given: set[str]) -> bool:
-    """The layer itself reports a factor whose partner is there, or whose weight is missing too."""
-    path = factor.rpartition(".")[0]
-    path = f"{path}." if path else ""
-    return path + "weight" not in given or bool({path + "lora_A", path + "lora_B"} & given)
-
-
-def _take_as_initial(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
-    """A new base: what training will change starts from its values."""
-    injection = vars(module)[ATTRIBUTE]
-    initial, injection.fingerprint = injection.initial, {}
-    given = {canonical(key[len(prefix) :]): value for key, value in state_dict.items() if key.startswith(prefix)}
-    for name, value in initial.items():
-        new = given[name]
-        if isinstance(new, torch.Tensor) and new.shape == value.shape:
-            initial[name] = new.detach().to(new.device if value.is_meta else value.device, value.dtype, copy=True)
+def _changing(module: nn.Module, state: Mapping[str, tuple[torch.Tensor | None, nn.Module]]) -> set[str]:
+    """The names of what training can change; a part of an injected model goes by what is trainable now."""
+    if ATTRIBUTE in vars(module):
+        adapter = set(adapter_keys(module))
+        return {name for name in state if canonical(name) in adapter}
+    return {name for name, (tensor, _) in state.items() if not isinstance(tensor, nn.Parameter) or tensor.requires_grad}

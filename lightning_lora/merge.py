@@ -7,9 +7,8 @@ import logging
 import signal
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import nn
@@ -20,7 +19,7 @@ from .exact import Piece
 from .metrics import MergeFidelity
 from .readers import set_fast_paths_
 from .sharding import Together, is_sharded, local, reset_, reshard_
-from .targets import tied_weights
+from .targets import note_tied
 
 COPY_BUDGET = 64 * 2**20  # bytes of plain copies of small weights, which are faster than keeping values
 WORST_FIDELITY = 0.05
@@ -41,8 +40,8 @@ def is_merged(model: nn.Module) -> bool:
 def merge(model: nn.Module) -> None:
     """Put W' = W + s * B @ A into every adapted layer's weight, in place; unmerge takes it out bit for bit.
 
-    Harmless when repeated. A layer whose weight has another owner, or renormalises itself, stays factored. The first
-    merge of 16-bit layers logs what rounding W' costs.
+    Harmless when repeated, and inside disable_adapter. A layer whose weight has another owner, or renormalises itself,
+    stays factored. The first merge of 16-bit layers logs what rounding W' costs.
 
     Every rank of a sharded model calls this; the factors are gathered, the weights never.
 
@@ -51,7 +50,7 @@ def merge(model: nn.Module) -> None:
             unmerged.
     """
     layers = _require_layers(model, "merge")
-    pending = {name: layer for name, layer in layers.items() if not layer.lora_merged}
+    pending = {name: layer for name, layer in layers.items() if layer.lora_active and not layer.lora_merged}
     if not pending:
         return
     show_shards_(model)
@@ -59,7 +58,7 @@ def merge(model: nn.Module) -> None:
     fidelity = _Fidelity(pending.values())
     with _deferred_interrupt():
         try:
-            _note_tied(model)
+            note_tied(model)
             together = Together(layer.main_weight() for layer in pending.values())
             for name, layer in pending.items():
                 if layer.stays_factored():
@@ -97,11 +96,12 @@ def unmerge(model: nn.Module) -> None:
 def merged(model: nn.Module) -> Iterator[nn.Module]:
     """The model with merged weights inside, and in the state it was found in outside, also after an exception."""
     before = is_merged(model)
-    merge(model)
     try:
+        merge(model)  # a Ctrl-C meanwhile is raised when it is done
         yield model
     finally:
-        (merge if before else unmerge)(model)
+        if is_merged(model) != before:
+            (merge if before else unmerge)(model)
 
 
 def _require_layers(model: nn.Module, verb: str) -> dict[str, LoRALayer]:
@@ -133,7 +133,7 @@ def show_shards_(model: nn.Module) -> None:
 
 def _merge_layer(layer: LoRALayer, pieces: Mapping[str, list[Piece]], copy: bool, fidelity: _Fidelity) -> None:
     try:
-        layer.merge_(pieces, copy=copy, observe=fidelity.update if fidelity.wants(layer) else None)
+        layer.merge_(pieces=pieces, copy=copy, observe=fidelity.update if fidelity.wants(layer) else None)
     except LoRAError as error:
         raise LoRAError(
             f"{error}. Every layer is unmerged; look for a diverged training run (a lower learning rate, gradient "
@@ -153,24 +153,19 @@ def _unmerge_all(layers: Mapping[str, LoRALayer]) -> None:
         raise LoRAError("\n".join(failures))
 
 
-def _note_tied(model: nn.Module) -> None:
-    for module, other in tied_weights(model).items():
-        if isinstance(module, LoRALayer):
-            module.lora_tied = other
-
-
-def _affordable_copies(layers: Iterable[LoRALayer]) -> set[LoRALayer]:
+def _affordable_copies(layers: Collection[LoRALayer]) -> set[LoRALayer]:
     """Unmerged layers for whose weights a plain copy fits into the budget, smallest first.
 
     A copy takes the place of values and factors: where a rank's shard is no larger than A, it is the leaner too.
     """
-    budget = COPY_BUDGET
+    kept = [kept for layer in layers for kept in layer.lora_kept.values() if kept.copy is not None]
+    budget = COPY_BUDGET - sum(one.nbytes() for one in kept)
     affordable = set()
     sizes = {layer: sum(local(weight).nbytes for weight in layer.adapted_weights().values()) for layer in layers}
     for layer in sorted(sizes, key=sizes.__getitem__):
         if layer.lora_kept:
-            budget -= sum(kept.nbytes() for kept in layer.lora_kept.values() if kept.copy is not None)
-        elif sizes[layer] <= layer.lora_A.nbytes:
+            continue
+        if sizes[layer] <= layer.lora_A.nbytes:
             affordable.add(layer)
         elif sizes[layer] <= budget:
             budget -= sizes[layer]
@@ -204,7 +199,7 @@ class _Fidelity:
             warnings.warn(
                 f"lightning_lora: {message}. Merged and unmerged outputs differ by that much of the adapter's effect; "
                 "with merged_eval=False the adapter is evaluated unrounded.",
-                stacklevel=4,
+                stacklevel=3,
             )
 
 
@@ -214,11 +209,11 @@ def _deferred_interrupt() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
         yield
         return
-    pending: list[tuple[Any, ...]] = []
-    handler = signal.signal(signal.SIGINT, lambda *args: pending.append(args))
+    pending: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, frame: pending.append(number))
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, handler)
-        if pending and callable(handler):
-            handler(*pending[0])
+        if pending:
+            signal.raise_signal(signal.SIGINT)

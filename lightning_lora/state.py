@@ -13,6 +13,7 @@ from .base import A, B, LoRALayer, canonical
 from .errors import LoRAError
 from .injection import base_parameters, is_factor, named_state, note_trainable, require_injection
 from .sharding import Together, samples
+from .targets import note_tied
 
 SAMPLES = 8  # values of each frozen parameter that its fingerprint holds
 
@@ -104,6 +105,7 @@ def refuse_unmergeable(model: nn.Module) -> None:
     Raises:
         LoRAError: a layer's weight has another owner or renormalises itself.
     """
+    note_tied(model)
     for name, layer in model.named_modules():
         reason = layer.stays_factored() if isinstance(layer, LoRALayer) else ""
         if reason:

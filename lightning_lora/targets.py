@@ -10,9 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import nn
 
-from .base import canonical
+from .base import LoRALayer, canonical
 from .config import ALL_LINEAR, LoRAConfig, pattern_matches
 from .errors import LoRAError
+from .injection import ATTRIBUTE
 from .layers import is_conv1d, layer_kind
 
 
@@ -160,6 +161,15 @@ def tied_weights(model: nn.Module) -> dict[nn.Module, str]:
                     tied.setdefault(module, other_name)
                     tied.setdefault(other, name)
     return tied
+
+
+def note_tied(model: nn.Module) -> None:
+    """Tell each adapted layer who else owns its weight; where the injected model is seen whole, also that none does."""
+    tied = tied_weights(model)
+    whole = any(ATTRIBUTE in vars(module) for module in model.modules())
+    for layer in model.modules():
+        if isinstance(layer, LoRALayer) and (whole or layer in tied):
+            layer.lora_tied = tied.get(layer, "")
 
 
 def _span(parameter: torch.Tensor) -> tuple[int, int, int]:

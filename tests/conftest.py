@@ -7,6 +7,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # LightningCLI uses what jsonargparse 5 will drop
 
 import pytest
 import torch
@@ -34,3 +35,9 @@ def _one_thread_and_seed():
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     yield
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks so small that a small weight has several."""
+    monkeypatch.setattr("lightning_lora.exact.CPU_BLOCK", 400)

@@ -64,9 +64,10 @@ def train(model: nn.Module, steps: int = 3) -> None:
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
     for step in range(steps):
         optimizer.zero_grad()
-        model(tokens(step)).square().sum().backward()
+        model(tokens(step)).square().mean().backward()
         optimizer.step()
     optimizer.zero_grad()
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
 def randomise_(model: nn.Module, scale: float = 0.1) -> None:

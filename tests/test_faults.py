@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from fits import Steps, lora, run, trained
 from helpers import Net, assert_same_tensors, make_trainer
 
 from lightning_lora import LoRAError, is_merged, merge, unmerge
-from runs import Steps, lora, run, trained
 
 
 @pytest.fixture

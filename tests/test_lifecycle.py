@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from fits import BATCHES, TARGETS, Steps, lora, run, trained
 from helpers import (
     BuiltInConfigureModel,
     BuiltInSetup,
@@ -21,7 +22,6 @@ from helpers import (
     outputs,
     weights,
 )
-from runs import BATCHES, TARGETS, Steps, lora, run, trained
 from torch import nn
 
 from lightning_lora import (

@@ -1,0 +1,223 @@
+"""LoRACLI's `lora:` block and the callback in any LightningCLI's config file."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fits import TARGETS
+from helpers import Data, Net
+from lightning.pytorch.cli import LightningCLI
+
+from lightning_lora import LoRACallback, LoRACLI, LoRAConfig
+from lightning_lora.base import LoRALayer
+
+TRAINER = """
+trainer:
+  accelerator: cpu
+  logger: false
+  max_epochs: 1
+  enable_progress_bar: false
+  enable_model_summary: false
+  enable_checkpointing: false
+  num_sanity_val_steps: 0
+"""
+
+
+@pytest.fixture(autouse=True)
+def _no_arguments(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """LightningCLI warns where a program's own arguments would be passed over."""
+    monkeypatch.setattr(sys, "argv", ["program"])
+    monkeypatch.chdir(tmp_path)
+
+
+def parse(*args: str, cli: type[LightningCLI] = LoRACLI) -> LightningCLI:
+    """Build everything that the arguments describe, and run nothing."""
+    return cli(Net, Data, args=list(args), run=False, save_config_callback=None, seed_everything_default=1)
+
+
+def fit(config: str, cli: type[LightningCLI] = LoRACLI) -> LightningCLI:
+    Path("c.yaml").write_text(TRAINER + config)
+    return cli(Net, Data, args=["fit", "--config", "c.yaml"], save_config_callback=None, seed_everything_default=1)
+
+
+def callback(cli: LightningCLI) -> LoRACallback:
+    found = [c for c in cli.trainer.callbacks if isinstance(c, LoRACallback)]
+    assert len(found) == 1
+    return found[0]
+
+
+def options(**given: Any) -> LoRAConfig:
+    return LoRAConfig(**given)
+
+
+BLOCK = """
+lora:
+  r: 2
+  lora_alpha: 4
+  lora_dropout: 0.1
+  target_modules: [body.0, head]
+  exclude_modules: body\\.3
+  modules_to_save: [body.1]
+  rank_pattern: {head: 1}
+  alpha_pattern: {head: 3.5}
+  bias: lora_only
+  use_rslora: true
+  init_lora_weights: gaussian
+  enable_lora: {body.0: [true, false]}
+  autocast_adapter_dtype: false
+  merged_eval: false
+  save: merged
+"""
+IN_BLOCK = options(
+    r=2,
+    lora_alpha=4,
+    lora_dropout=0.1,
+    target_modules=["body.0", "head"],
+    exclude_modules=r"body\.3",
+    modules_to_save=["body.1"],
+    rank_pattern={"head": 1},
+    alpha_pattern={"head": 3.5},
+    bias="lora_only",
+    use_rslora=True,
+    init_lora_weights="gaussian",
+    enable_lora={"body.0": [True, False]},
+    autocast_adapter_dtype=False,
+)
+
+
+def as_init_args(block: str) -> str:
+    """The same options as a LightningCLI's list of callbacks takes them."""
+    lines = [line for line in block.splitlines() if line.startswith("  ")]
+    entry = ["  callbacks:", "    - class_path: lightning_lora.LoRACallback", "      init_args:"]
+    return "\n".join([*entry, *("      " + line for line in lines)]) + "\n"
+
+
+def test_every_option_from_the_lora_block():
+    Path("c.yaml").write_text(BLOCK)
+    found = callback(parse("--config", "c.yaml"))
+    assert found.config == IN_BLOCK
+    assert (found.merged_eval, found.save) == (False, "merged")
+
+
+def test_every_option_from_a_plain_lightning_cli():
+    Path("c.yaml").write_text("trainer:\n" + as_init_args(BLOCK))
+    found = callback(parse("--config", "c.yaml", cli=LightningCLI))
+    assert found.config == IN_BLOCK
+    assert (found.merged_eval, found.save) == (False, "merged")
+
+
+def test_without_any_option_the_defaults_hold():
+    found = callback(parse())
+    assert found.config == LoRAConfig()
+    assert (found.merged_eval, found.save) == (True, "adapter")
+
+
+@pytest.mark.parametrize(
+    ("argument", "name", "expected"),
+    [
+        ("--lora.merged_eval=false", "merged_eval", False),
+        ("--lora.save=merged", "save", "merged"),
+        ("--lora.save=full", "save", "full"),
+        ("--lora.target_modules=all-linear", "target_modules", "all-linear"),
+        (r"--lora.target_modules=body\.(0|3)", "target_modules", r"body\.(0|3)"),
+        ("--lora.target_modules=[head, body.0]", "target_modules", ("head", "body.0")),
+        ("--lora.exclude_modules=[head]", "exclude_modules", ("head",)),
+        ("--lora.modules_to_save=[head]", "modules_to_save", ("head",)),
+        ('--lora.rank_pattern={"head": 4}', "rank_pattern", {"head": 4}),
+        ("--lora.rank_pattern.head=4", "rank_pattern", {"head": 4}),
+        ("--lora.lora_alpha=16", "lora_alpha", 16),
+        ("--lora.lora_alpha=0.5", "lora_alpha", 0.5),
+        ("--lora.init_lora_weights=false", "init_lora_weights", False),
+        ("--lora.init_lora_weights=orthogonal", "init_lora_weights", "orthogonal"),
+        ('--lora.enable_lora={"head": [true, false]}', "enable_lora", {"head": (True, False)}),
+    ],
+)
+def test_the_command_line_overrides_the_file(argument: str, name: str, expected: Any):
+    Path("c.yaml").write_text("lora: {save: adapter, lora_alpha: 2, target_modules: [body.3], bias: all}")
+    found = callback(parse("--config", "c.yaml", argument))
+    own = getattr(found, name) if name in ("merged_eval", "save") else getattr(found.config, name)
+    assert own == expected
+    assert type(own) is type(expected) or isinstance(own, (int, float))
+
+
+@pytest.mark.parametrize("merged_eval", ["true", "false"])
+@pytest.mark.parametrize("cli", [LoRACLI, LightningCLI])
+def test_a_fit_from_yaml(cli: type[LightningCLI], merged_eval: str):
+    block = f"lora:\n  r: 2\n  target_modules: [body.0, body.3, head]\n  merged_eval: {merged_eval}\n"
+    run = fit(block if cli is LoRACLI else as_init_args(block), cli=cli)
+    assert callback(run).merged_eval is (merged_eval == "true")
+    assert [name for name, m in run.model.named_modules() if isinstance(m, LoRALayer)] == TARGETS
+    assert run.model.head.lora_B.abs().sum() > 0
+    assert torch.equal(run.model.head.weight, Net().head.weight)
+    assert "val_loss" in run.trainer.callback_metrics
+
+
+def test_what_is_saved_with_the_run_reads_back():
+    """LightningCLI saves the config that it ran with; the same program runs from it."""
+    Path("c.yaml").write_text(BLOCK)
+    first = parse("--config", "c.yaml", "--lora.r=1")
+    Path("saved.yaml").write_text(first.parser.dump(first.config))
+    again = callback(parse("--config", "saved.yaml"))
+    assert again.config == callback(first).config
+    assert again.config.r == 1
+
+
+WRONG = [
+    ("rank: 4", ["rank"]),
+    ("r: four", ["r", "four"]),
+    ("r: 2.5", ["r", "2.5"]),
+    ("r: 0", ["r", "0", "at least 1"]),
+    ("merged_eval: sometimes", ["merged_eval", "sometimes"]),
+    ("save: adapters", ["save", "adapters"]),
+    ("bias: some", ["bias", "some"]),
+    ("target_modules: 3", ["target_modules", "3"]),
+    ("rank_pattern: [1]", ["rank_pattern"]),
+    ("init_lora_weights: pissa", ["init_lora_weights", "pissa"]),
+    ("enable_lora: {qkv: [1, maybe]}", ["enable_lora", "maybe"]),
+]
+
+
+@pytest.mark.parametrize("cli", [LoRACLI, LightningCLI])
+@pytest.mark.parametrize(("line", "named"), WRONG, ids=[line for line, _ in WRONG])
+def test_unknown_keys_and_wrong_values_are_named(line: str, named: list[str], cli: type[LightningCLI], capsys):
+    block = f"lora:\n  {line}\n"
+    Path("c.yaml").write_text(block if cli is LoRACLI else "trainer:\n" + as_init_args(block))
+    with pytest.raises((SystemExit, ValueError)) as failure:
+        parse("--config", "c.yaml", cli=cli)
+    message = str(failure.value) if not isinstance(failure.value, SystemExit) else capsys.readouterr().err
+    assert all(word in message for word in named), message
+
+
+def test_an_unknown_argument_is_named(capsys):
+    with pytest.raises(SystemExit):
+        parse("--lora.merge_eval=false")
+    assert "lora.merge_eval" in capsys.readouterr().err
+
+
+def documented() -> dict[str, str]:
+    """The first words of each option's text in the docstring."""
+    lines = inspect.getdoc(LoRACallback).partition("Args:\n")[2].partition("\n\n")[0].splitlines()
+    return {line.split(":")[0].strip(): line.partition(": ")[2] for line in lines if line[4] != " "}
+
+
+@pytest.mark.parametrize(
+    ("cli", "argument", "prefix"),
+    [
+        (LoRACLI, "--help", "--lora."),
+        (LightningCLI, "--trainer.callbacks.help=lightning_lora.LoRACallback", "--trainer.callbacks."),
+    ],
+)
+def test_help_shows_each_option_with_its_text(capsys, cli: type[LightningCLI], argument: str, prefix: str):
+    with pytest.raises(SystemExit) as leaving:
+        cli(Net, Data, args=["fit", argument])
+    assert leaving.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert documented().keys() == inspect.signature(LoRACallback).parameters.keys()
+    for name, text in documented().items():
+        rest = shown.rpartition(f"{prefix}{name} ")[2]  # the first time is in the line of usage
+        assert text in rest.partition(" (type:")[0], name
