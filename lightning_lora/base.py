@@ -20,7 +20,7 @@ from .errors import LoRAError
 from .exact import Kept, Observer, Piece, add_delta_, merged_weight, remove_delta_, restored
 from .init import initial_factors
 from .parallel import beside
-from .sharding import copy_, cut, full, like, local
+from .sharding import copy_, cut, full, is_sharded, like, local
 from .swapped import Swapped, base_class
 
 A, B = "lora_A", "lora_B"
@@ -150,6 +150,11 @@ class LoRALayer(Swapped):
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As in nn.Module; parallelize_module comes here with each parameter made into a sharded one."""
         if name in (A, B) and param is not None:
+            if is_sharded(param) and self.lora_enabled is not None:
+                raise LoRAError(
+                    f"{type(self).__name__}: the parts of enable_lora do not follow a tensor parallel split; adapt the "
+                    "layer as a whole, or leave it out of the parallelize plan"
+                )
             param = beside(name, param, self.main_weight(), self.ALONG)
         super().register_parameter(name, param)
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from .base import A, B, LoRALayer
 from .exact import Piece
-from .parallel import low_rank
+from .parallel import low_rank, summed
 from .sharding import is_sharded
 from .swapped import swapped_class
 
@@ -114,8 +114,8 @@ class LoRAEmbedding(LoRALayer):
     def factored_forward(self, input: torch.Tensor) -> torch.Tensor:
         base = self._renormalised(input) if self._renormalises() else self.base_forward(input)
         a, b = self.lora_A.to(base.dtype), self.lora_B.to(base.dtype)
-        delta = F.linear(F.embedding(input, a.T), b) * self.lora_scaling
-        return base + (self._trained_as_rows(delta, input) if torch.is_grad_enabled() else delta)
+        delta = F.linear(summed(F.embedding(input, a.T)), b) * self.lora_scaling
+        return summed(base) + (self._trained_as_rows(delta, input) if torch.is_grad_enabled() else delta)
 
     def _trained_as_rows(self, delta: torch.Tensor, input: torch.Tensor) -> torch.Tensor:
         """padding_idx and scale_grad_by_freq are about rows of the weight, so about both factors."""

@@ -62,6 +62,14 @@ def low_rank(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor 
     return DTensor.from_local(product, x.device_mesh, out, run_check=False, shape=shape, stride=stride)
 
 
+def summed(x: torch.Tensor) -> torch.Tensor:
+    """Partial sums added up over the ranks, as rows of a table that is split by rows come."""
+    if not isinstance(x, DTensor) or not any(place.is_partial() for place in x.placements):
+        return x
+    places = [Replicate() if place.is_partial() else place for place in x.placements]
+    return x.redistribute(placements=places)
+
+
 def _case(x: Placement, a: Placement, b: Placement, last: int) -> tuple[Placement, ...] | None:
     """Placements of the product and of the gradients of x, A and B; Partial: to be summed over the ranks."""
     if (a, b) == (Replicate(), Shard(0)) and x == Replicate():
