@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.distributed.tensor import DTensor
 
 from .errors import LoRAError
 from .exact import Piece
@@ -131,7 +133,7 @@ def reset_(model: nn.Module) -> None:
 
 def writes_files(model: nn.Module) -> bool:
     """Whether this rank is the one to write what all gathered; any rank of a model that is not sharded is."""
-    return not has_sharded(model) or torch.distributed.get_rank() == 0
+    return not has_sharded(model) or dist.get_rank() == 0
 
 
 def refuse_fully_sharded(model: nn.Module, verb: str) -> None:
@@ -174,8 +176,8 @@ class Together:
         first = -self.failed[0] if self.failed else -nowhere
         for mesh in self.meshes:
             flag = torch.tensor(first, device=mesh.device_type)
-            places = [Partial("max")] * mesh.ndim
-            first = int(DTensor.from_local(flag, mesh, places, run_check=False).full_tensor())
+            _reduce(flag, mesh, range(mesh.ndim), dist.ReduceOp.MAX)
+            first = int(flag)
         if self.failed is not None:
             place, error = self.failed
             if isinstance(error, LoRAError):
@@ -183,6 +185,11 @@ class Together:
             raise error
         if -first < nowhere:
             raise LoRAError(f"{self.names[-first - 1]}: this failed on another rank, whose message says why")
+
+
+def _reduce(values: torch.Tensor, mesh: DeviceMesh, dims: Iterable[int], op: Any) -> None:
+    for dim in dims:
+        dist.all_reduce(values, op, group=mesh.get_group(dim))
 
 
 def samples(tensor: torch.Tensor, places: list[int]) -> list[float]:
@@ -197,8 +204,8 @@ def samples(tensor: torch.Tensor, places: list[int]) -> list[float]:
     here = [(index[inside] - part.start).to(shard.device) for index, part in zip(at, parts, strict=True)]
     values[inside] = shard[tuple(here)].double().cpu()
     if isinstance(tensor, DTensor):
-        sums = [Replicate() if place.is_replicate() else Partial() for place in tensor.placements]
         values = values.to(tensor.device_mesh.device_type)
-        values = DTensor.from_local(values, tensor.device_mesh, sums, run_check=False).full_tensor()
+        split = [dim for dim, place in enumerate(tensor.placements) if not place.is_replicate()]
+        _reduce(values, tensor.device_mesh, split, dist.ReduceOp.SUM)
     result: list[float] = values.tolist()
     return result

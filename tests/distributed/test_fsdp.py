@@ -37,9 +37,10 @@ LINEAR = LoRAConfig(r=3, lora_alpha=6)
 X = torch.linspace(-1, 1, 24).view(4, 6)
 
 
-def shard_(net: nn.Sequential, *, root_only: bool = False, **options: Any) -> nn.Sequential:
+def shard_(net: nn.Sequential, *, root_only: bool = False, shape: Any = None, **options: Any) -> nn.Sequential:
     """fully_shard on each layer that has parameters, then on the whole."""
-    mesh = init_device_mesh(DEVICE, (dist.get_world_size(),))
+    shape = shape or (dist.get_world_size(),)
+    mesh = init_device_mesh(DEVICE, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
     for layer in [] if root_only else net:
         if list(layer.parameters()):
             fully_shard(layer, mesh=mesh, **options)
@@ -76,11 +77,15 @@ WAYS: dict[str, dict[str, Any]] = {
     "bfloat16 base": {},
     "by columns": {"shard_placement_fn": lambda p: Shard(1) if p.shape == (3, 6) else None},
 }
+WAYS_OF_FOUR: dict[str, dict[str, Any]] = {
+    "resharded to two": {"reshard_after_forward": 2},
+    "two copies": {"shape": (2, 2)},
+}
 
 
 def cycles(way: str) -> None:
     dtype = torch.bfloat16 if way == "bfloat16 base" else torch.float32
-    options = WAYS[way]
+    options = (WAYS | WAYS_OF_FOUR)[way]
     net, alone = shard_(injected(dtype=dtype), **options), injected(dtype=dtype)
     before = base_of(whole_state(net))
     same_bits(before, base_of(whole_state(alone)))
@@ -117,6 +122,11 @@ def base_answer(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("way", WAYS)
 def test_merging_a_sharded_model(way):
     world().run(cycles, way)
+
+
+@pytest.mark.parametrize("way", WAYS_OF_FOUR)
+def test_merging_a_model_on_four_ranks(way):
+    world(4).run(cycles, way)
 
 
 def zoo_cycles() -> None:
@@ -182,7 +192,7 @@ def test_merging_gathers_the_factors_and_no_weight():
     gathers = [size for name, size in found["merge"][0] if "gather" in name]
     assert sum(gathers) == found["factors"]
     assert len(gathers) == 4
-    assert [entry for entry in found["merge"][0] if "gather" not in entry[0]] == [("all_reduce", 8)]
+    assert [entry for entry in found["merge"][0] if "gather" not in entry[0]] == [("allreduce_", 8)]
     assert found["again"][1] == found["state dict"][1] == found["unmerge"][1] == 0
     gathered = sum(size for name, size in found["forward and backward"][0] if "allgather" in name)
     assert gathered > found["base"]  # the counter sees weights where they are sent

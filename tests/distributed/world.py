@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import queue
@@ -25,8 +26,8 @@ COLLECTIVE_TIMEOUT = 30  # seconds
 class World:
     """`size` ranks of one process group; run() calls a module-level function on each."""
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self, size: int, collective_timeout: float = COLLECTIVE_TIMEOUT) -> None:
+        self.size, self.collective_timeout = size, collective_timeout
         self.processes: list[Any] = []
 
     def start(self) -> None:
@@ -36,7 +37,11 @@ class World:
         self.outbox = context.Queue()
         port = free_port()
         self.processes = [
-            context.Process(target=_serve, args=(rank, self.size, port, self.inboxes[rank], self.outbox), daemon=True)
+            context.Process(
+                target=_serve,
+                args=(rank, self.size, port, self.collective_timeout, self.inboxes[rank], self.outbox),
+                daemon=True,
+            )
             for rank in range(self.size)
         ]
         for process in self.processes:
@@ -44,12 +49,30 @@ class World:
 
     def run(self, function: Callable[..., Any], *args: Any, timeout: float = 60) -> list[Any]:
         """function(*args) on every rank; results in the order of ranks. A failure or a hang ends this world."""
+        self._send(function, args)
+        return self._collect(time.monotonic() + timeout)
+
+    def run_broken(self, function: Callable[..., Any], *args: Any, timeout: float) -> dict[int, str]:
+        """function(*args) where ranks die or raise: each survivor's traceback. This world ends with it."""
+        self._send(function, args)
+        deadline = time.monotonic() + timeout
+        ended: dict[int, str] = {}
+        while time.monotonic() < deadline:
+            waiting = [rank for rank in range(self.size) if rank not in ended and self.processes[rank].is_alive()]
+            if not waiting:
+                break
+            with contextlib.suppress(queue.Empty):
+                rank, failure, _ = self.outbox.get(timeout=0.2)
+                ended[rank] = failure
+        self.stop()
+        return ended
+
+    def _send(self, function: Callable[..., Any], args: Any) -> None:
         if not self.processes:
             self.start()
             self._collect(time.monotonic() + 120)
         for inbox in self.inboxes:
             inbox.put((function, args))
-        return self._collect(time.monotonic() + timeout)
 
     def _collect(self, deadline: float) -> list[Any]:
         results: dict[int, Any] = {}
@@ -101,13 +124,13 @@ def environment(rank: int, size: int, port: int) -> dict[str, str]:
     }
 
 
-def _serve(rank: int, size: int, port: int, inbox: Any, outbox: Any) -> None:
+def _serve(rank: int, size: int, port: int, collective_timeout: float, inbox: Any, outbox: Any) -> None:
     os.environ.update(environment(rank, size, port))
     if rank:
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     torch.set_num_threads(1)
     quiet()
-    dist.init_process_group(BACKEND, timeout=timedelta(seconds=COLLECTIVE_TIMEOUT))
+    dist.init_process_group(BACKEND, timeout=timedelta(seconds=collective_timeout))
     if BACKEND == "nccl":
         torch.cuda.set_device(rank)
     outbox.put((rank, "", None))
