@@ -1,11 +1,8 @@
-"""An adapter apart from any model, and how it is fitted onto one: prefix, layers, base, names, shapes, then values."""
+"""An adapter apart from any model, and the place in a model where its names fit."""
 
 from __future__ import annotations
 
-import math
-import re
-import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,12 +12,8 @@ from torch import nn
 from .base import A, B, canonical
 from .config import LoRAConfig
 from .errors import LoRAError
-from .inject import inject, unload
-from .injection import base_parameters, find_injection, named_state, note_trainable, require_injection
-from .merge import adapted_layers, is_merged, merge, unmerge
-from .sharding import copy_
-from .state import adapter_keys, check_fingerprint
-from .targets import Targets, near_misses
+from .state import checked_print
+from .targets import near_misses
 
 
 @dataclass(frozen=True)
@@ -45,184 +38,107 @@ class Adapter:
         """Names of the adapted layers."""
         return [name.rpartition(".")[0] for name in self.tensors if name.rpartition(".")[2] == A]
 
-    def renamed(self, strip: str, add: str) -> Adapter:
-        """With one dotted prefix taken off every name and another put in front."""
+    @classmethod
+    def described(cls, tensors: Mapping[str, Any], description: Any, *, complete: bool = False) -> Adapter:
+        """With the options, scalings and fingerprint that a checkpoint or a folder holds.
 
-        def rename(names: Mapping[str, Any]) -> dict[str, Any]:
-            return {add + name.removeprefix(strip): value for name, value in names.items() if name.startswith(strip)}
-
-        scalings = {
-            name.removesuffix("."): s for name, s in rename({f"{n}.": s for n, s in self.scalings.items()}).items()
-        }
-        return replace(self, tensors=rename(self.tensors), scalings=scalings, fingerprint=rename(self.fingerprint))
-
-
-def fit_(model: nn.Module, adapter: Adapter, *, strict_base: bool = True) -> list[str]:
-    """Put an adapter onto a model: inject where that is still to do, check everything, then copy the values.
-
-    Returns:
-        The names of the adapted layers.
-
-    Raises:
-        LoRAError: something does not fit; the model is as it was.
-    """
-    adapter = _placed(model, adapter)
-    fresh = find_injection(model) is None
-    if fresh:
-        inject(model, _config_for(model, adapter))
-    try:
-        check_fit(model, adapter, strict_base=strict_base)
-        _copy(model, adapter)
-    except BaseException:
-        if fresh:
-            unload(model)
-        raise
-    return list(adapted_layers(model))
-
-
-def check_fit(model: nn.Module, adapter: Adapter, *, strict_base: bool = True) -> None:
-    """Compare an adapter with an injected model: layers, scaling, names, shapes, finite values, base.
-
-    Raises:
-        LoRAError: names the first thing that differs.
-    """
-    try:
-        _check_tensors(model, adapter)
-    except LoRAError as error:
-        raise LoRAError(f"{error}{_other_options(model, adapter)}") from None
-    try:
-        check_fingerprint(model, adapter.fingerprint)
-    except LoRAError as error:
-        if strict_base:
-            raise
-        warnings.warn(f"lightning_lora: {error}", stacklevel=2)
-
-
-def _check_tensors(model: nn.Module, adapter: Adapter) -> None:
-    layers = adapted_layers(model)
-    _same_names("layer", adapter.layers(), layers)
-    for name, layer in layers.items():
-        scaling = adapter.scalings.get(name)
-        if scaling is not None and not math.isclose(scaling, layer.lora_scaling):
-            raise LoRAError(
-                f"adapter: layer {name!r} was trained with a scaling (lora_alpha over r) of {scaling:g}, but the model "
-                f"was injected with {layer.lora_scaling:g}; use the adapter's own options."
+        Raises:
+            LoRAError: they are not of the form that this package writes.
+        """
+        try:
+            adapter = cls(
+                dict(tensors),
+                LoRAConfig.from_dict(description["config"]),
+                {name: float(s) for name, s in description["scalings"].items()},
+                {name: checked_print(one) for name, one in description["fingerprint"].items()},
+                complete,
             )
-    live = {name: tensor for name, tensor, _ in named_state(model)}
-    wanted = [name for name in adapter_keys(model) if adapter.complete or isinstance(live[name], nn.Parameter)]
-    _same_names("tensor", [n for n in adapter.tensors if n not in live or n in wanted], wanted)
-    for name, value in adapter.tensors.items():
-        _check_tensor(name, value, live[name])
+            strange = [name for name in (*adapter.tensors, *adapter.fingerprint) if not isinstance(name, str)]
+        except LoRAError:
+            raise
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            raise LoRAError(f"adapter: its description is damaged: {error!r}.") from error
+        if strange:
+            raise LoRAError(f"adapter: its description is damaged: {strange[0]!r} is no layer or tensor of it.")
+        return adapter
 
-
-def _other_options(model: nn.Module, adapter: Adapter) -> str:
-    """Which options the adapter has and the model has not, for an error that they explain."""
-    ours = require_injection(model, "adapter")[2].config
-    theirs = adapter.config or ours
-    values = ((name, getattr(theirs, name), getattr(ours, name)) for name in theirs.differing(ours))
-    differing = "; ".join(f"{name} was {before!r}, now {now!r}" for name, before, now in values)
-    return f" The options differ: {differing}." if differing else ""
-
-
-def _check_tensor(name: str, value: Any, live: torch.Tensor | None) -> None:
-    if live is None:
-        return  # extra state, the owner's own business
-    if not isinstance(value, torch.Tensor) or value.shape != live.shape:
-        found = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
-        raise LoRAError(f"adapter: {name!r} must have shape {tuple(live.shape)}, but has {found}.")
-    if value.is_floating_point() and name.rpartition(".")[2] in (A, B) and not _finite(value):
-        raise LoRAError(f"adapter: {name!r} holds NaN or Inf; it comes from a diverged run or a damaged file.")
-
-
-def _finite(value: torch.Tensor) -> bool:
-    return value.is_meta or bool(torch.isfinite(value).all())
-
-
-def _same_names(what: str, given: Iterable[str], wanted: Iterable[str]) -> None:
-    given, wanted = list(given), list(wanted)
-    missing, unexpected = sorted(set(wanted) - set(given)), sorted(set(given) - set(wanted))
-    if missing or unexpected:
-        first = (
-            f"{what} {missing[0]!r} is missing" if missing else f"{what} {unexpected[0]!r} has no place in the model"
-        )
-        hint = near_misses(*(missing[0], given) if missing else (unexpected[0], wanted))
-        raise LoRAError(
-            f"adapter: {first} (in all {len(missing)} missing, {len(unexpected)} unexpected){hint}. The adapter was "
-            "saved from a model with other layers or options."
+    def renamed(self, new_name: Callable[[str], str]) -> Adapter:
+        """With other names of layers and tensors."""
+        return replace(
+            self,
+            tensors={new_name(name): value for name, value in self.tensors.items()},
+            scalings={new_name(name): value for name, value in self.scalings.items()},
+            fingerprint={new_name(name): value for name, value in self.fingerprint.items()},
         )
 
 
-def _placed(model: nn.Module, adapter: Adapter) -> Adapter:
+def check_pairs(adapter: Adapter) -> None:
+    """Each A has its B, and both can be factors: what later steps stand on."""
+    if not adapter.layers():
+        raise LoRAError("adapter: the source holds no lora_A; it is not an adapter of a known format.")
+    expected = [f"{layer}.{A}" for layer in adapter.scalings]
+    for name in (*expected, *adapter.tensors):
+        path, _, leaf = name.rpartition(".")
+        for factor in (A, B) if leaf in (A, B) else ():
+            full_name = f"{path}.{factor}".lstrip(".")
+            value = adapter.tensors.get(full_name)
+            if value is None:
+                raise LoRAError(
+                    f"adapter: tensor {full_name!r} is missing, but the rest of its layer is there; the source was cut."
+                )
+            if not isinstance(value, torch.Tensor) or value.dim() < 2 or not value.is_floating_point():
+                raise LoRAError(f"adapter: {full_name!r} must be a floating-point matrix or a stack of them.")
+
+
+def placed(model: nn.Module, adapter: Adapter) -> Adapter:
     """The adapter under the one prefix at which its layers are modules of the model."""
     layers = adapter.layers()
     modules = {canonical(name) for name, _ in model.named_modules(remove_duplicate=False)}
-    if not layers:
-        raise LoRAError("adapter: the source holds no lora_A; it is not an adapter of a known format.")
-    if all(layer in modules for layer in layers):
+    homeless = [layer for layer in layers if layer not in modules]
+    if not homeless:
         return adapter
-    first = layers[0].split(".")
-    strips = [".".join(first[:i]) + "." for i in range(1, len(first) + 1)]
-    places = [(strip, "") for strip in strips if all((layer + ".").startswith(strip) for layer in layers)]
-    places = [p for p in places if all((layer + ".")[len(p[0]) :].removesuffix(".") in modules for layer in layers)]
-    places += [("", f"{m}.") for m in modules if m and all(f"{m}.{layer}" in modules for layer in layers)]
-    if len(places) != 1:
-        found = ", ".join(repr(add or f"without {strip}") for strip, add in places) or "none"
+    parts = layers[0].split(".")
+    strips = [".".join(parts[:i]) + "." for i in range(1, len(parts))]
+    strips = [s for s in strips if all(n.startswith(s) and n.removeprefix(s) in modules for n in layers)]
+    adds = [canonical(name) + "." for name, _ in model.named_modules() if name]
+    adds = [add for add in adds if all(add + layer in modules for layer in layers)]
+    if len(strips) + len(adds) != 1:
+        found = ", ".join([*map(repr, adds), *(f"without {strip!r}" for strip in strips)]) or "none"
         raise LoRAError(
-            f"adapter: its layers ({layers[0]!r}, ...) must fit {type(model).__name__} under exactly one prefix; "
-            f"found {found}{near_misses(layers[0], modules - {''})}. Pass the submodule that the adapter is for."
+            f"adapter: its layers ({homeless[0]!r}, ...) must fit {type(model).__name__} under exactly one prefix; "
+            f"found {found}{near_misses(homeless[0], modules - {''})}. Pass the submodule that the adapter is for."
         )
-    return adapter.renamed(*places[0])
+    if adds:
+        return adapter.renamed(lambda name: adds[0] + name)
+    inside = replace(
+        adapter,
+        tensors={name: value for name, value in adapter.tensors.items() if name.startswith(strips[0])},
+        fingerprint={name: value for name, value in adapter.fingerprint.items() if name.startswith(strips[0])},
+        config=_without_prefix(adapter.config, strips[0]),
+    )
+    return inside.renamed(lambda name: name.removeprefix(strips[0]))
 
 
-def _config_for(model: nn.Module, adapter: Adapter) -> LoRAConfig:
-    """The adapter's options; where they choose other layers under this prefix, the same with the layers spelled out."""
-    config = adapter.config
+def _without_prefix(config: LoRAConfig | None, prefix: str) -> LoRAConfig | None:
+    """The options that stay when the layers are spelled out; with a prefix in front, a dotted suffix still matches."""
     if config is None:
-        raise LoRAError(
-            "adapter: the source stores no options (r and lora_alpha cannot be told from tensors alone); call "
-            "inject(model, LoRAConfig(...)) with those of the training first."
-        )
-    layers = adapter.layers()
-    targets = Targets(model, config)
-    if not targets.unmatched and set(targets.layers) == set(layers):
-        return config
-    alphas = {n: s * (math.sqrt(r) if config.use_rslora else r) for n, s, r in _ranks(adapter)}
+        return None
     return replace(
         config,
-        target_modules=layers,
-        exclude_modules=None,
-        rank_pattern={re.escape(n): r for n, _, r in _ranks(adapter)},
-        alpha_pattern={re.escape(name): alpha for name, alpha in alphas.items()},
+        modules_to_save=[name.removeprefix(prefix) for name in config.modules_to_save or ()],
+        enable_lora={name.removeprefix(prefix): parts for name, parts in (config.enable_lora or {}).items()},
     )
 
 
-def _ranks(adapter: Adapter) -> list[tuple[str, float, int]]:
-    return [(name, scaling, adapter.tensors[f"{name}.{B}"].shape[1]) for name, scaling in adapter.scalings.items()]
+def first_names(model: nn.Module) -> Callable[[str], str]:
+    """Where a module comes under several names: from any name of a layer or tensor to the one that it is adapted by."""
+    modules = {canonical(name): module for name, module in model.named_modules(remove_duplicate=False)}
+    first = {module: canonical(name) for name, module in model.named_modules()}
 
+    def first_name(name: str) -> str:
+        if name in modules:
+            return first[modules[name]]
+        path, _, leaf = name.rpartition(".")
+        return f"{first[modules[path]]}.{leaf}".lstrip(".") if path in modules else name
 
-def note_trained(model: nn.Module, adapter: Adapter) -> None:
-    """What another callback had unfrozen in the saved run counts as trained here too; call before loading it."""
-    prefix, root, injection = require_injection(model, "adapter")
-    path = f"{prefix}." if prefix else ""
-    for name, parameter in base_parameters(root).items():
-        if path + name in adapter.tensors and name not in injection.trained:
-            injection.trained.add(name)
-            injection.initial[name] = parameter.detach().clone()
-
-
-def _copy(model: nn.Module, adapter: Adapter) -> None:
-    """Into the live tensors, all of them or none: everything was checked before."""
-    before = is_merged(model)
-    if before:
-        unmerge(model)
-    note_trained(model, adapter)
-    live = {name: (tensor, owner) for name, tensor, owner in named_state(model)}
-    for name, value in adapter.tensors.items():
-        tensor, owner = live[name]
-        if tensor is None:
-            owner.set_extra_state(value)
-        else:
-            copy_(tensor, value)
-    note_trainable(model, expected=True)
-    if before:
-        merge(model)
+    return first_name

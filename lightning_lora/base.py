@@ -16,21 +16,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .dropout import drop
 from .errors import LoRAError
 from .exact import Kept, Observer, Piece, add_delta_, merged_weight, remove_delta_, restored
 from .init import initial_factors
 from .parallel import beside
 from .sharding import copy_, cut, full, is_sharded, like, local
 from .swapped import Swapped, base_class
+from .wrappers import canonical as canonical
+from .wrappers import uncompiled as uncompiled
 
 A, B = "lora_A", "lora_B"
 HALF = (torch.float16, torch.bfloat16)
-WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # torch.compile, activation checkpointing
-
-
-def canonical(name: str) -> str:
-    """A module or state name without the segments that wrappers put in."""
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 class LoRALayer(Swapped):
@@ -121,6 +118,13 @@ class LoRALayer(Swapped):
         """Whether dropout acts now."""
         active = self.training if self.lora_dropping is None else self.lora_dropping
         return active and self.lora_dropout > 0
+
+    def dropped(self, x: torch.Tensor) -> tuple[torch.Tensor, float]:
+        """The adapter's input after dropout, and the scaling that goes with it."""
+        if not self.drops():
+            return x, self.lora_scaling
+        x, factor = drop(x, self.lora_dropout)
+        return x, self.lora_scaling * factor
 
     def adapted_weights(self) -> dict[str, nn.Parameter]:
         """The parameters that the adapter changes, by name."""

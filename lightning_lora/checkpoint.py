@@ -18,10 +18,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from .adapter import Adapter, check_fit, note_trained
+from .adapter import Adapter
 from .base import canonical
-from .config import LoRAConfig
 from .errors import LoRAError
+from .fit import check_fit, note_trained
 from .injection import call_previous, find_injection, named_state, patch, require_injection
 from .merge import adapted_layers
 from .sharding import has_sharded, whole
@@ -83,7 +83,7 @@ def _without(value: Any, drop: Mapping[str, torch.Size]) -> Any:
     kept = {
         name: _without(item, drop)
         for name, item in value.items()
-        if not (isinstance(item, torch.Tensor) and drop.get(name) == item.shape)
+        if not (isinstance(item, torch.Tensor) and drop.get(canonical(str(name))) == item.shape)
     }
     same = len(kept) == len(value) and all(kept[name] is value[name] for name in kept)
     return value if same else kept
@@ -109,10 +109,21 @@ def read(module: nn.Module, checkpoint: MutableMapping[str, Any]) -> None:
     note_trained(module, adapter)
     live = {canonical(name): value for name, value in module.state_dict().items()}
     for key, value in checkpoint.items():
-        if key != META and isinstance(value, Mapping) and adapter.tensors.keys() <= value.keys():
-            checkpoint[key] = {**live, **value}
+        if key != META:
+            checkpoint[key] = _completed(value, adapter.tensors, live)
     if kind == "merged":
         checkpoint["state_dict"] = {**live, **adapter.tensors}
+
+
+def _completed(value: Any, adapter: Mapping[str, Any], live: Mapping[str, Any]) -> Any:
+    """A nested mapping in which every state dict of the adapter has the live base too: the inverse of _without."""
+    if not isinstance(value, Mapping):
+        return value
+    given = {canonical(str(name)): item for name, item in value.items()}
+    if adapter.keys() <= given.keys():
+        return {**live, **given}
+    completed = {name: _completed(item, adapter, live) for name, item in value.items()}
+    return completed if any(completed[name] is not value[name] for name in completed) else value
 
 
 def adapter_of(checkpoint: Mapping[str, Any]) -> tuple[Adapter, Kind]:
@@ -133,15 +144,10 @@ def adapter_of(checkpoint: Mapping[str, Any]) -> tuple[Adapter, Kind]:
     try:
         tensors = meta["adapter"] if kind == "merged" else checkpoint["state_dict"]
         base = meta["fingerprint"].keys() if kind == "full" else ()
-        return Adapter(
-            tensors={name: value for name, value in tensors.items() if name not in base},
-            config=LoRAConfig.from_dict(meta["config"]),
-            scalings=dict(meta["scalings"]),
-            fingerprint=dict(meta["fingerprint"]),
-            complete=True,
-        ), kind
+        own = {name: value for name, value in tensors.items() if name not in base}
     except (KeyError, TypeError, AttributeError) as error:
         raise LoRAError(f'checkpoint["lora"] is damaged: {error!r}.') from error
+    return Adapter.described(own, meta, complete=True), kind
 
 
 def _check_full(module: nn.Module, state: Mapping[str, Any]) -> None:

@@ -1,19 +1,22 @@
 """The merge arithmetic on one weight: add s * B @ A in place, take it out again bit for bit.
 
-Per block of rows, with d = s * B @ A in float64:
+Per block of rows, with D = s * B @ A in float64, and d its value in the dtype of the subtraction (float32 for bfloat16
+and float32):
 
-    merge:    new = round(W + d); back = round(new - d); keep W where back's bits differ; W <- new
+    merge:    new = round(W + D); back = round(new - d); keep W where back's bits differ; W <- new
     unmerge:  W <- round(W - d); W[kept] <- the kept values
 
 Adding and subtracting alone drifts; a full copy doubles the memory. This keeps the few per cent of values that
 subtraction would not bring back, and its own copies of A and B, so that d is the same bits both times. Why float64: in
-float32 the error of d alone is many ulp where W and d are both small, and autocast and the matmul precision settings
-would change its bits. This file is the only place that adds a delta to a weight: live merge, merged save and the
+float32, B @ A is off by many ulp where W and D are both small, and autocast and the matmul precision settings would
+change its bits; for thin factors it costs the same. Blocks and buffers stay in the cache, because fresh pages cost
+more than the arithmetic. This file is the only place that adds a delta to a weight: live merge, merged save and the
 command line all come here.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -22,6 +25,7 @@ from typing import NamedTuple
 import torch
 
 from .errors import LoRAError
+from .scratch import Scratch
 
 CPU_BLOCK = 2**17  # elements; small enough for the cache
 GPU_BLOCK = 2**24  # elements; large enough to fill a card
@@ -95,16 +99,12 @@ def add_delta_(
     Raises:
         LoRAError: a value of the sum is not finite. The weight is then as it was.
     """
-    with exact_arithmetic(weight.device):
-        kept = Kept([] if copy else _copies(pieces), scaling, threads=torch.get_num_threads())
-        if copy:
-            kept.copy = weight.detach().clone(memory_format=torch.preserve_format)
-        else:
-            kept.integers = _integers(weight)
-            kept.bits = _bits_sum(weight, kept.integers)
+    with exact_arithmetic():
+        kept = _kept_copy(weight) if copy else _kept_values(weight, pieces, scaling)
         try:
-            for block, delta in _blocks(weight, _scaled(pieces, scaling, weight.device)):
-                _merge_block(block, delta, kept, observe)
+            scratch = Scratch(weight)
+            for block, left, right in _blocks(weight, _scaled(pieces, scaling, weight.device)):
+                _merge_block(block, left, right, scratch, kept, observe)
         except BaseException:
             _restore(weight, kept)
             raise
@@ -117,7 +117,7 @@ def remove_delta_(weight: torch.Tensor, kept: Kept) -> None:
     Raises:
         LoRAError: the weight's bits are not what they were before the merge: something else changed it meanwhile.
     """
-    with exact_arithmetic(weight.device, kept.threads):
+    with exact_arithmetic(kept.threads):
         _restore(weight, kept)
         if kept.copy is None and _bits_sum(weight, kept.integers) != kept.bits:
             raise LoRAError(
@@ -128,7 +128,7 @@ def remove_delta_(weight: torch.Tensor, kept: Kept) -> None:
 
 def restored(weight: torch.Tensor, kept: Kept) -> torch.Tensor:
     """The weight as it was before add_delta_, as a new tensor; `weight` and `kept` are left alone."""
-    with exact_arithmetic(weight.device):
+    with exact_arithmetic():
         if kept.copy is not None:
             return kept.copy.clone(memory_format=torch.preserve_format)
         original = weight.detach().clone(memory_format=torch.preserve_format)
@@ -138,29 +138,40 @@ def restored(weight: torch.Tensor, kept: Kept) -> torch.Tensor:
 
 def merged_weight(weight: torch.Tensor, pieces: list[Piece], scaling: float) -> torch.Tensor:
     """W' as a new tensor: what add_delta_ would have written."""
-    with exact_arithmetic(weight.device):
+    with exact_arithmetic():
         merged = weight.detach().clone(memory_format=torch.preserve_format)
-        for block, delta in _blocks(merged, _scaled(pieces, scaling, weight.device)):
-            block.copy_(_rounded_sum(block, delta)[0])
+        scratch = Scratch(weight)
+        for block, left, right in _blocks(merged, _scaled(pieces, scaling, weight.device)):
+            block.copy_(_rounded_sum(block, left, right, scratch)[0])
     return merged
 
 
 @contextmanager
-def exact_arithmetic(device: torch.device, threads: int | None = None) -> Iterator[None]:
-    """The same bits whatever surrounds the call: no autocast, no inference mode, the given number of threads."""
+def exact_arithmetic(threads: int | None = None) -> Iterator[None]:
+    """In-place writes whatever surrounds the call: no gradients, no inference mode, the given number of threads."""
     before = torch.get_num_threads()
+    if threads and threads != before:
+        torch.set_num_threads(threads)
     try:
-        if threads and threads != before:
-            torch.set_num_threads(threads)
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        if torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+            with torch.inference_mode(False), torch.no_grad():
+                yield
+        else:
             yield
     finally:
         if threads and threads != before:
             torch.set_num_threads(before)
 
 
-def _copies(pieces: list[Piece]) -> list[Piece]:
-    return [piece._replace(left=piece.left.detach().clone(), right=piece.right.detach().clone()) for piece in pieces]
+def _kept_copy(weight: torch.Tensor) -> Kept:
+    return Kept([], copy=weight.detach().clone(memory_format=torch.preserve_format))
+
+
+def _kept_values(weight: torch.Tensor, pieces: list[Piece], scaling: float) -> Kept:
+    own = [piece._replace(left=piece.left.detach().clone(), right=piece.right.detach().clone()) for piece in pieces]
+    integers = _integers(weight)
+    bits = _bits_sum(weight, integers)
+    return Kept(own, scaling, bits=bits, integers=integers, threads=torch.get_num_threads())
 
 
 def _scaled(pieces: list[Piece], scaling: float, device: torch.device) -> list[Piece]:
@@ -175,8 +186,8 @@ def _scaled(pieces: list[Piece], scaling: float, device: torch.device) -> list[P
     ]
 
 
-def _blocks(weight: torch.Tensor, pieces: list[Piece]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Views of the weight, block by block, each with its delta (a buffer that the next block overwrites)."""
+def _blocks(weight: torch.Tensor, pieces: list[Piece]) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Views of the weight, block by block, each with its factors."""
     for piece in pieces:
         for start in _starts(weight, piece):
             yield _block(weight, piece, start)
@@ -187,39 +198,68 @@ def _starts(weight: torch.Tensor, piece: Piece) -> range:
     return range(0, piece.left.shape[0], max(1, most // max(1, piece.right.shape[1])))
 
 
-def _block(weight: torch.Tensor, piece: Piece, start: int) -> tuple[torch.Tensor, torch.Tensor]:
-    rows = piece.left[start : start + _starts(weight, piece).step]
-    block = weight.detach().narrow(0, piece.row + start, rows.shape[0])
+def _block(weight: torch.Tensor, piece: Piece, start: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    left = piece.left[start : start + _starts(weight, piece).step]
+    block = weight.detach().narrow(0, piece.row + start, left.shape[0])
     if piece.right.shape[1] != weight[0].numel():
         block = block.narrow(1, piece.col, piece.right.shape[1])
-    return block, torch.mm(rows, piece.right).view(block.shape)
+    return block, left, piece.right
 
 
-def _merge_block(block: torch.Tensor, delta: torch.Tensor, kept: Kept, observe: Observer | None) -> None:
-    new, exact = _rounded_sum(block, delta)
+def _merge_block(
+    block: torch.Tensor,
+    left: torch.Tensor,
+    right: torch.Tensor,
+    scratch: Scratch,
+    kept: Kept,
+    observe: Observer | None,
+) -> None:
+    new, exact = _rounded_sum(block, left, right, scratch)
+    if observe or kept.copy is None:
+        delta = _delta(block, left, right, scratch)
     if observe:
         observe(new.to(delta.dtype), exact, delta)
     if kept.copy is None:
-        back = torch.sub(new.to(delta.dtype), delta).to(block.dtype)
-        kept.blocks.append(_differing(block, back))
+        kept.blocks.append(_differing(block, _subtract(new, delta, scratch)))
     block.copy_(new)
 
 
-def _rounded_sum(block: torch.Tensor, delta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    exact = delta + block
-    new = exact.to(block.dtype)
+def _rounded_sum(
+    block: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scratch: Scratch
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """W' of a block in the weight's dtype and in the arithmetic's, in buffers."""
+    exact = scratch.take("exact", block.shape, left.dtype).copy_(block)
+    if block.dtype == left.dtype:  # no wider dtype to sum in: one rounding needs D first
+        exact.add_(_delta(block, left, right, scratch))
+    else:
+        exact.view(left.shape[0], right.shape[1]).addmm_(left, right)
+    new = scratch.cast("new", exact, block.dtype)
     # A sum is cheap, and finite where all values are, but for an overflow of its own.
-    if not torch.isfinite(new.sum(dtype=delta.dtype)) and not torch.isfinite(new).all():
+    total = new.sum(dtype=torch.promote_types(new.dtype, torch.float32)).item()
+    if not math.isfinite(total) and not torch.isfinite(new).all():
         raise LoRAError("W + s * B @ A is not finite (NaN, Inf, or beyond the range of its dtype)")
     return new, exact
 
 
+def _delta(block: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scratch: Scratch) -> torch.Tensor:
+    """D of a block, in a buffer."""
+    product = scratch.take("delta", torch.Size((left.shape[0], right.shape[1])), left.dtype)
+    return torch.mm(left, right, out=product).view(block.shape)
+
+
+def _subtract(merged: torch.Tensor, delta: torch.Tensor, scratch: Scratch) -> torch.Tensor:
+    """What unmerging would leave without the kept values, in the weight's dtype, in a buffer."""
+    delta = scratch.cast("difference", delta, scratch.difference)
+    wide = torch.sub(merged, delta, out=scratch.take("wide", merged.shape, delta.dtype))
+    return scratch.cast("back", wide, merged.dtype)
+
+
 def _differing(block: torch.Tensor, back: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | torch.Tensor:
     bits = Bits[block.element_size()]
-    changed = (block.view(bits) != back.view(bits)).flatten().nonzero().squeeze(1)
+    changed = (block.view(bits) ^ back.view(bits)).flatten().nonzero().squeeze(1)
     if changed.numel() > KEEP_AT_MOST * block.numel():
         return block.clone(memory_format=torch.preserve_format)
-    return changed.to(torch.int32), block.flatten()[changed]
+    return changed.to(torch.int32), block.flatten().index_select(0, changed)
 
 
 def _restore(weight: torch.Tensor, kept: Kept) -> None:
@@ -229,16 +269,17 @@ def _restore(weight: torch.Tensor, kept: Kept) -> None:
         return
     pieces = _scaled(kept.pieces, kept.scaling, weight.device)
     places = [(piece, start) for piece in pieces for start in _starts(weight, piece)]
+    scratch = Scratch(weight)
     while kept.blocks:
         piece, start = places[len(kept.blocks) - 1]
-        block, delta = _block(weight, piece, start)
         record = kept.blocks[-1]
+        block, left, right = _block(weight, piece, start)
         if isinstance(record, torch.Tensor):
             block.copy_(record)
         else:
-            back = torch.sub(block, delta).to(block.dtype).flatten()
-            back[record[0].long()] = record[1]
-            block.copy_(back.view(block.shape))
+            back = _subtract(block, _delta(block, left, right, scratch), scratch)
+            back.view(-1).index_copy_(0, record[0].long(), record[1])
+            block.copy_(back)
         kept.blocks.pop()
 
 

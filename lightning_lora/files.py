@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,15 @@ def read_torch_file(path: PathLike) -> dict[str, Any]:
     """
     _require_file(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")  # the error says enough
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise LoRAError(
             f"{path}: holds objects other than plain types and tensors, or is damaged, and was not loaded: "
             f"{str(error).splitlines()[0]}"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except Exception as error:  # damaged bytes make the unpickler raise anything
         raise LoRAError(f"{path}: cannot be read as a checkpoint; it may be truncated: {error}") from error
     if not isinstance(content, dict):
         raise LoRAError(f"{path}: expected a dictionary, found {type(content).__name__}.")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .base import HALF, LoRALayer, strip_
+from .base import HALF, LoRALayer, strip_, uncompiled
 from .config import LoRAConfig
 from .errors import LoRAError
 from .injection import (
@@ -31,6 +31,7 @@ from .layers import adapt_
 from .loading import accept_partial_states, accept_whole_states_only
 from .merge import adapted_layers, is_merged, merge, unmerge
 from .readers import set_fast_paths_, swap_readers_
+from .reentrant import let_gradients_in_, let_gradients_in_no_more_
 from .sharding import is_sharded, refuse_fully_sharded
 from .state import refuse_unmergeable
 from .supported import check_shapes, check_supported, check_unadapted, enabled_parts
@@ -57,9 +58,10 @@ def inject(model: nn.Module, config: LoRAConfig, *, merge_weights: bool = False)
         LoRAError: an entry names nothing, a layer cannot be adapted, or the model was injected with other options.
             The model is then as it was.
     """
+    model = uncompiled(model)
     found = find_injection(model)
-    if found is not None and _gives_way(found, model, config):
-        withdraw(model)
+    if found is not None and found[1] is model and not found[2].judged:
+        withdraw(model)  # a callback's, made before configure_model, which injects by itself
         found = None
     if found is None:
         begin_injection(model, config, merge_weights=merge_weights)
@@ -120,6 +122,7 @@ def adapt_new_layers(model: nn.Module) -> None:
     note_trainable(root, expected=True)
     swap_readers_(root)
     set_fast_paths_(root)
+    let_gradients_in_(root)
     accept_partial_states(root)
 
 
@@ -189,12 +192,6 @@ def _set_active(root: nn.Module, layers: Mapping[str, LoRALayer], active: Mappin
     set_fast_paths_(root)
 
 
-def _gives_way(found: tuple[str, nn.Module, Injection], model: nn.Module, config: LoRAConfig) -> bool:
-    """Whether the injection is a callback's, made before configure_model, which now injects by itself."""
-    _, root, injection = found
-    return root is model and not injection.judged and injection.config in (config, LoRAConfig())
-
-
 def _refuse_other(
     found: tuple[str, nn.Module, Injection], model: nn.Module, config: LoRAConfig, merge_weights: bool
 ) -> None:
@@ -236,6 +233,7 @@ def withdraw(root: nn.Module) -> None:
     for name, parameter in base_parameters(root).items():
         if name in injection.requires_grad:
             parameter.requires_grad_(injection.requires_grad[name])
+    let_gradients_in_no_more_(root)
     accept_whole_states_only(root)
     delattr(root, ATTRIBUTE)
 

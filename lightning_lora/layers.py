@@ -40,17 +40,34 @@ class LoRALinear(LoRALayer):
         return {"weight": [Piece(start, 0, b, a) for start, a, b in self.parts(factor_a, factor_b)]}
 
     def factored_forward(self, input: torch.Tensor) -> torch.Tensor:
+        if self.lora_enabled is None and input.dim() > 1 and type(input) is torch.Tensor and input.is_contiguous():
+            return self._accumulated(input)
+        return self._concatenated(input)
+
+    def _accumulated(self, input: torch.Tensor) -> torch.Tensor:
+        """The adapter's product summed straight into the base's output: one full-size tensor instead of three."""
+        rows = input.view(-1, input.shape[-1])
+        base = cast(torch.Tensor, self.base_forward(rows))
+        x, scaling = self.dropped(rows)
+        hidden = F.linear(x, self.lora_A.to(x.dtype))
+        base.addmm_(hidden, self.lora_B.to(base.dtype).t(), alpha=scaling)
+        # Not a view to autograd: fully_shard's hooks on the output would be lost to an in-place change of one.
+        shape = (*input.shape[:-1], base.shape[-1])
+        return base if input.dim() == 2 else cast(torch.Tensor, torch.ops.aten._unsafe_view(base, shape))
+
+    def _concatenated(self, input: torch.Tensor) -> torch.Tensor:
+        """For parts of a fused projection, and for inputs that cannot be seen as rows."""
         base = self.base_forward(input)
-        x = F.dropout(input, self.lora_dropout) if self.drops() else input
+        x, scaling = self.dropped(input)
         if is_sharded(x) and self.lora_enabled is None:
             product = low_rank(x, self.lora_A.to(x.dtype), self.lora_B.to(x.dtype))
             if product is not None:
-                return cast(torch.Tensor, base + product * self.lora_scaling)
+                return cast(torch.Tensor, base + product * scaling)
         outputs, done = [], 0
         for start, a, b in self.parts(self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)):
             if start > done:
                 outputs.append(base.new_zeros(*base.shape[:-1], start - done))
-            outputs.append(F.linear(F.linear(x, a), b) * self.lora_scaling)
+            outputs.append(F.linear(F.linear(x, a), b) * scaling)
             done = start + b.shape[0]
         if done < base.shape[-1]:
             outputs.append(base.new_zeros(*base.shape[:-1], base.shape[-1] - done))
@@ -115,7 +132,8 @@ class LoRAEmbedding(LoRALayer):
         base = self._renormalised(input) if self._renormalises() else self.base_forward(input)
         a, b = self.lora_A.to(base.dtype), self.lora_B.to(base.dtype)
         delta = F.linear(summed(F.embedding(input, a.T)), b) * self.lora_scaling
-        return summed(base) + (self._trained_as_rows(delta, input) if torch.is_grad_enabled() else delta)
+        delta = self._trained_as_rows(delta, input) if torch.is_grad_enabled() else delta
+        return summed(base).add_(delta)
 
     def _trained_as_rows(self, delta: torch.Tensor, input: torch.Tensor) -> torch.Tensor:
         """padding_idx and scale_grad_by_freq are about rows of the weight, so about both factors."""
@@ -149,13 +167,13 @@ class LoRAConv(LoRALayer):
         if self.lora_r * layer.groups >= layer.out_channels and not self.drops():
             return cast(torch.Tensor, self.forward_on_sum(input))
         base = self.base_forward(input)
-        x = F.dropout(input, self.lora_dropout) if self.drops() else input
+        x, scaling = self.dropped(input)
         a, b = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
         if layer.groups > 1:  # every group goes through the whole of A, then through its own rows of B
             a = a.repeat(layer.groups, *[1] * (a.dim() - 1))
         hidden = layer._conv_forward(x, a, None)
         convolve = (F.conv1d, F.conv2d, F.conv3d)[b.dim() - 3]
-        return cast(torch.Tensor, base + convolve(hidden, b, groups=layer.groups) * self.lora_scaling)
+        return cast(torch.Tensor, base.add_(convolve(hidden, b, groups=layer.groups), alpha=scaling))
 
 
 class LoRAMultiheadAttention(LoRALinear):

@@ -61,6 +61,7 @@ def write_folder(model: nn.Module, path: PathLike) -> None:
         "config": injection.config.to_dict(),
         "scalings": {name: layer.lora_scaling for name, layer in layers.items()},
         "fingerprint": fingerprint(model),
+        "extra": bool(ours),
     }
     folder = Path(path)
 
@@ -92,11 +93,22 @@ def read_folder(path: PathLike) -> Adapter:
     if (folder / EXTRA_FILE).exists():
         renamed |= read_safetensors(folder / EXTRA_FILE)[0]
     if HEADER_KEY in header:
-        own = json.loads(header[HEADER_KEY])
-        return Adapter(renamed, LoRAConfig.from_dict(own["config"]), own["scalings"], own["fingerprint"])
+        return Adapter.described(renamed, _own_description(header[HEADER_KEY], folder))
     lora = _config_of(config)
     names = Adapter(renamed).layers()
     return Adapter(renamed, lora, {name: lora.scaling(name) for name in names})
+
+
+def _own_description(text: str, folder: Path) -> dict[str, Any]:
+    try:
+        own = json.loads(text)
+    except ValueError as error:
+        raise LoRAError(f"{folder / TENSOR_FILE}: its description is damaged: {error}") from error
+    if not isinstance(own, dict):
+        raise LoRAError(f"{folder / TENSOR_FILE}: its description is damaged: it is a {type(own).__name__}.")
+    if own.get("extra") and not (folder / EXTRA_FILE).exists():
+        raise LoRAError(f"{folder / EXTRA_FILE}: is missing; it holds what PEFT has no name for.")
+    return own
 
 
 def _replace(path: Path, tensors: Mapping[str, torch.Tensor], header: dict[str, str]) -> None:

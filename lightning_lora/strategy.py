@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .adapter import fit_
 from .base import canonical
 from .checkpoint import META, Kind, adapter_of, read
 from .errors import LoRAError
+from .fit import fit_
 from .injection import call_previous, find_injection, note_materialised, patch
 from .merge import adapted_layers
 from .sharding import local

@@ -12,10 +12,11 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import nn
 
-from .adapter import Adapter, fit_
+from .adapter import Adapter
 from .checkpoint import META, adapter_of, read
 from .errors import LoRAError
 from .files import PathLike, read_torch_file
+from .fit import fit_
 from .inject import inject
 from .peft_format import read_folder, write_folder
 
@@ -55,12 +56,14 @@ def read_adapter(source: PathLike | Mapping[str, Any]) -> Adapter:
         if Path(source).is_dir():
             return read_folder(source)
         source = read_torch_file(source)
+    if not isinstance(source, Mapping):
+        raise LoRAError(f"load_adapter: expected a path or a state dict, found {type(source).__name__}.")
     if META in source:
         return adapter_of(source)[0]
     state = source.get("state_dict", source)
     if not isinstance(state, Mapping):
         raise LoRAError(f"load_adapter: expected a state dict, found {type(state).__name__}.")
-    return Adapter({name: value for name, value in state.items() if isinstance(value, torch.Tensor)})
+    return Adapter({n: value for n, value in state.items() if isinstance(n, str) and isinstance(value, torch.Tensor)})
 
 
 def load_from_checkpoint(cls: type[Module], path: PathLike, **kwargs: Any) -> Module:
