@@ -19,12 +19,13 @@ import torch
 from torch import nn
 
 from .adapter import Adapter
-from .base import canonical
 from .description import describe, described
 from .errors import LoRAError
 from .fit import check_fit, note_trained, placed_on, with_frozen
 from .injection import call_previous, find_injection, named_state, patch, require_injection
-from .state import adapter_keys, base_keys, fold
+from .sharding import has_sharded, whole
+from .state import adapter_keys, adapter_state_dict, base_keys, fold
+from .wrappers import canonical
 
 META = "lora"
 FORMAT_VERSION = 1
@@ -46,7 +47,10 @@ def save_as(module: nn.Module, kind: Kind) -> None:
 
 
 def write(module: nn.Module, checkpoint: MutableMapping[str, Any], kind: Kind) -> None:
-    """Turn a checkpoint with a complete state_dict into one of the given kind."""
+    """Turn a checkpoint with a complete state_dict into one of the given kind.
+
+    Of a sharded model, the strategy has chosen and gathered what the state_dict holds, see strategy.py. Collective.
+    """
     _, _, injection = require_injection(module, "checkpoint")
     state = checkpoint["state_dict"] = {canonical(name): value for name, value in checkpoint["state_dict"].items()}
     keys = adapter_keys(module)
@@ -57,15 +61,16 @@ def write(module: nn.Module, checkpoint: MutableMapping[str, Any], kind: Kind) -
     }
     if kind == "full":
         meta["fingerprint"] = {name: known for name, known in meta["fingerprint"].items() if name not in set(keys)}
-        meta["initial"] = dict(injection.initial)
+        meta["initial"] = whole(injection.initial)
     else:
         shapes = {name: tensor.shape for name, tensor, _ in named_state(module) if tensor is not None}
         drop = {name: shapes[name] for name in base_keys(module) if name not in set(keys) and name in shapes}
         for key in list(checkpoint):
             checkpoint[key] = _without(checkpoint[key], drop)
     if kind == "merged":
-        meta["adapter"] = {name: state[name] for name in keys}
-        checkpoint["state_dict"] = fold(module, state)
+        sharded = has_sharded(module)
+        meta["adapter"] = whole(adapter_state_dict(module)) if sharded else {name: state[name] for name in keys}
+        checkpoint["state_dict"] = state if sharded else fold(module, state)
     checkpoint[META] = meta
 
 

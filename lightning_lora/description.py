@@ -11,14 +11,16 @@ import torch
 from torch import nn
 
 from .adapter import Adapter
-from .base import LoRALayer, canonical
+from .base import LoRALayer
 from .config import LoRAConfig
 from .errors import LoRAError
 from .factors import check_factors
 from .injection import named_state, require_injection
 from .kinds import KINDS, kinds_of
 from .merge import adapted_layers
+from .sharding import whole
 from .state import adapter_keys, adapter_state_dict, fingerprint
+from .wrappers import canonical
 
 LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric")
 
@@ -92,12 +94,12 @@ def described(tensors: Mapping[str, Any], description: Any, where: str, *, check
 
 
 def adapter_of_model(model: nn.Module) -> Adapter:
-    """The adapter of an injected model, sharing memory with it.
+    """The adapter of an injected model, sharing memory with it, gathered where it is sharded. Collective then.
 
     Raises:
         LoRAError: the model was not injected.
     """
-    return described(adapter_state_dict(model), describe(model), "save_adapter")
+    return described(whole(adapter_state_dict(model)), describe(model), "save_adapter")
 
 
 def network_prefix(model: nn.Module) -> str:

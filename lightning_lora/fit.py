@@ -12,16 +12,19 @@ import torch
 from torch import nn
 
 from .adapter import Adapter, placed, spelled_out, without_options
-from .base import A, B, canonical
+from .base import A, B
 from .config import LoRAConfig
 from .errors import LoRAError
+from .factors import is_finite
 from .inject import inject, unload
 from .injection import base_parameters, find_injection, named_state, note_trainable, require_injection
 from .kinds import kinds_of
 from .layers import LoRAConv
 from .merge import adapted_layers, is_merged, merge, unmerge
+from .sharding import copy_
 from .state import adapter_keys, base_keys, check_fingerprint, print_of
 from .targets import Targets, near_misses
+from .wrappers import canonical
 
 
 def fit_(model: nn.Module, adapter: Adapter, *, strict_base: bool = True) -> list[str]:
@@ -127,7 +130,7 @@ def _check_tensor(name: str, value: Any, live: torch.Tensor | None) -> None:
         raise LoRAError(f"adapter: {name!r} must have shape {tuple(live.shape)}, but has {found}.")
     if value.is_floating_point() != live.is_floating_point():
         raise LoRAError(f"adapter: {name!r} must be {live.dtype}, but is {value.dtype}.")
-    if value.is_floating_point() and isinstance(live, nn.Parameter) and not torch.isfinite(value).all():
+    if value.is_floating_point() and isinstance(live, nn.Parameter) and not is_finite(value):
         raise LoRAError(f"adapter: {name!r} holds NaN or Inf; it comes from a diverged run or a damaged file.")
 
 
@@ -257,10 +260,9 @@ def _copy(model: nn.Module, adapter: Adapter) -> None:
 
 def _write(model: nn.Module, values: Mapping[str, Any]) -> None:
     live = {name: (tensor, owner) for name, tensor, owner in named_state(model)}
-    with torch.inference_mode(False), torch.no_grad():
-        for name, value in values.items():
-            tensor, owner = live[name]
-            if tensor is None:
-                owner.set_extra_state(value)
-            else:
-                tensor.copy_(value)
+    for name, value in values.items():
+        tensor, owner = live[name]
+        if tensor is None:
+            owner.set_extra_state(value)
+        else:
+            copy_(tensor, value)

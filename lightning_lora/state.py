@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from .base import A, B, LoRALayer, canonical
+from .base import A, B, LoRALayer
 from .errors import LoRAError
 from .injection import base_parameters, is_factor, named_state, note_trainable, require_injection
+from .sharding import Together, samples
 from .targets import note_tied
+from .wrappers import canonical
 
 SAMPLES = 8  # values of each frozen parameter that its fingerprint holds
 EQUAL = 1e-5  # relative difference of a base that is the same
@@ -82,12 +84,21 @@ def fold(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
     """
     refuse_unmergeable(model)
     folded = {name: state[name] for name in base_keys(model)}
+    together = Together(value for value in state.values() if isinstance(value, torch.Tensor))
+
+    def fold_one(path: str, layer: LoRALayer) -> None:
+        weights = {leaf: state[path + leaf] for leaf in layer.adapted_weights()}
+        pieces = layer.local_pieces(weights, state[path + A], state[path + B])
+
+        def merge_copies() -> None:
+            folded.update({path + leaf: copy for leaf, copy in layer.merged_copies(weights, pieces).items()})
+
+        together.attempt(f"merged weights of layer {path[:-1]!r}", merge_copies)
+
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, LoRALayer):
-            path = f"{canonical(name)}." if name else ""
-            weights = {leaf: state[path + leaf] for leaf in module.adapted_weights()}
-            copies = module.merged_copies(weights, state[path + A], state[path + B])
-            folded |= {path + leaf: copy for leaf, copy in copies.items()}
+            fold_one(f"{canonical(name)}." if name else "", module)
+    together.settle()
     return folded
 
 
@@ -122,11 +133,10 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
 
 def print_of(weight: torch.Tensor) -> dict[str, Any]:
     """One tensor's entry in a fingerprint."""
-    indices = torch.tensor(sample_places(weight.numel()), dtype=torch.long, device=weight.device)
     return {
         "shape": list(weight.shape),
         "dtype": str(weight.dtype).removeprefix("torch."),
-        "values": weight.take(indices).double().tolist(),
+        "values": samples(weight, sample_places(weight.numel())),
     }
 
 
