@@ -64,4 +64,5 @@ def _is_output(adapter: Adapter, name: str) -> bool:
 
 
 def is_finite(value: torch.Tensor) -> bool:
+    """Whether no value is NaN or Inf; a tensor without values (meta) counts as finite."""
     return value.is_meta or bool(torch.isfinite(value).all())
