@@ -206,17 +206,14 @@ def test_merging_gathers_the_factors_and_no_weight():
 class Naive(LoRACallback):
     """Adds and subtracts on whatever stands in `weight`."""
 
-    def _merge(self, trainer: Any, pl_module: Any) -> None:
-        if self._merged is None:
-            self._merged = pl_module
-            self._change(pl_module, 1)
+    def on_validation_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        if args[1] == 0:
+            self.change(pl_module, 1)
 
-    def _unmerge(self) -> None:
-        if self._merged is not None:
-            self._change(self._merged, -1)
-            self._merged = None
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        self.change(pl_module, -1)
 
-    def _change(self, model: nn.Module, sign: int) -> None:
+    def change(self, model: nn.Module, sign: int) -> None:
         for layer in model.modules():
             if isinstance(layer, LoRALayer):
                 with torch.no_grad():
