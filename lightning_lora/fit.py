@@ -18,6 +18,7 @@ from .config import LoRAConfig
 from .errors import LoRAError
 from .inject import inject, unload
 from .injection import base_parameters, find_injection, named_state, note_trainable, require_injection
+from .layers import LoRAConv
 from .merge import adapted_layers, is_merged, merge, unmerge
 from .state import adapter_keys, base_keys, check_fingerprint, print_of
 from .targets import Targets, near_misses
@@ -76,12 +77,26 @@ def _check_tensors(model: nn.Module, adapter: Adapter) -> None:
                 f"adapter: layer {name!r} was trained with a scaling (lora_alpha over r) of {scaling:g}, but the model "
                 f"was injected with {layer.lora_scaling:g}; use the adapter's own options."
             )
+        if isinstance(layer, LoRAConv):
+            _refuse_loralib_convolution(name, layer, adapter.tensors)
     live = {name: tensor for name, tensor, _ in named_state(model)}
     wanted = [name for name in adapter_keys(model) if adapter.complete or isinstance(live[name], nn.Parameter)]
     given = [name for name in adapter.tensors if name not in live or name in wanted]
     _same_names("tensor", map(first, given), map(first, wanted))
     for name, value in adapter.tensors.items():
         _check_tensor(name, value, live[name])
+
+
+def _refuse_loralib_convolution(name: str, layer: LoRAConv, tensors: Mapping[str, Any]) -> None:
+    """Its B @ A is the weight seen as (out * k, in * k), whose rank seen as (out, in * k * k) is too high for ours."""
+    a, b = tensors.get(f"{name}.{A}"), tensors.get(f"{name}.{B}")
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.dim() == b.dim() == 2:
+        shape_a, shape_b = layer.factor_shapes()
+        raise LoRAError(
+            f"adapter: {name!r} is a convolution factorised as in loralib, A (r * k, in * k) {tuple(a.shape)} and B "
+            f"(out * k, r * k) {tuple(b.shape)}, whose product A {shape_a} and B {shape_b} cannot express. Merge it "
+            "where it was trained (loralib: model.eval()) and load those weights as the base."
+        )
 
 
 def _other_options(model: nn.Module, adapter: Adapter) -> str:
