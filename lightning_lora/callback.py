@@ -263,7 +263,8 @@ class LoRACallback(pl.Callback):
             return
         errors = {f"lora_merge_error_{name}": value for name, value in found.error.compute().items()}
         if not trainer.predicting:  # Lightning logs nothing there
-            pl_module.log_dict({name: value.float() for name, value in errors.items()}, on_step=False, on_epoch=True)
+            values = {name: value.float() for name, value in errors.items()}  # reduced, so that sync_dist keeps them
+            pl_module.log_dict(values, on_step=False, on_epoch=True, sync_dist=True)
         rank_zero_info(f"LoRA: verified, {', '.join(f'{name} {value:.3g}' for name, value in errors.items())}")
         if found.problems():
             rank_zero_warn(f"LoRACallback: {found.problems()}. Is the forward another than the one you adapted?")

@@ -14,7 +14,7 @@ from comparing import At, Watched, assert_as_found, base_weights, lora
 from helpers import Data, Net, make_trainer
 from torch import nn
 
-from lightning_lora import LoRACallback, merged
+from lightning_lora import LoRACallback, merged, unmerge
 from lightning_lora.base import LoRALayer
 from lightning_lora.metrics import MergeError
 from lightning_lora.verify import watch
@@ -25,6 +25,7 @@ NAMES = ("lora_merge_error_max", "lora_merge_error_relative")
 def expected_errors(model: nn.Module, batch: torch.Tensor, merged_eval: bool = True) -> list[float]:
     """Merged and factored output of each adapted layer of a copy, on the input that it gets in this evaluation."""
     twin = copy.deepcopy(model).eval()
+    unmerge(twin)
     layers = [module for module in twin.modules() if isinstance(module, LoRALayer)]
     inputs: dict[nn.Module, torch.Tensor] = {}
     handles = [layer.register_forward_hook(lambda layer, args, _: inputs.update({layer: args[0]})) for layer in layers]
@@ -53,8 +54,8 @@ def test_the_logged_errors(tmp_path, fn: str, merged_eval: bool, precision: str)
             (data, *_), *_ = Data().val_dataloader()
             expected.append(expected_errors(module, data.to(module.head.weight.dtype), merged_eval))
 
-    note = At(f"on_{stage}_start", compute)
-    trainer = make_trainer(tmp_path, note, callback, precision=precision, max_epochs=2, num_sanity_val_steps=2)
+    note = At(f"on_{stage}_batch_start", compute)  # copies and runs a model that is being watched
+    trainer = make_trainer(tmp_path, callback, note, precision=precision, max_epochs=2, num_sanity_val_steps=2)
     getattr(trainer, fn)(model, Data())
     logged = [trainer.logged_metrics.get(name) or trainer.callback_metrics[name] for name in NAMES]
     assert [value.item() for value in logged] == pytest.approx(expected[0], rel=1e-5)
