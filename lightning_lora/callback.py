@@ -19,12 +19,13 @@ from .checkpoint import Kind, check_kind, save_as
 from .compositions import refuse_composition, refuse_other_options, refuse_unoptimized, warn_of_frozen
 from .config import ALL_LINEAR, Bias, Init, LoRAConfig
 from .errors import LoRAError
-from .inject import begin_injection
-from .injection import find_injection, note_trainable
+from .inject import begin_injection, random_seed
+from .injection import find_injection, note_materialised, note_trainable
 from .late import BUILDERS, adapt_after
 from .merge import adapted_layers, is_merged, merge, unmerge
 from .reentrant import let_gradients_in_
 from .state import fingerprint, refuse_unmergeable, summary
+from .strategy import prepare_strategy
 from .verify import Verification, watch
 
 log = logging.getLogger(__name__)
@@ -99,10 +100,11 @@ class LoRACallback(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Adapt what exists, before the optimizer exists and the strategy wraps; the rest after configure_model."""
+        prepare_strategy(trainer.strategy)
         found = find_injection(pl_module)
         refuse_composition(trainer, self, injected=found is not None)
         if found is None:
-            begin_injection(pl_module, self.config)
+            begin_injection(pl_module, self.config, seed=trainer.strategy.broadcast(random_seed()))
         else:
             refuse_other_options(found[2], self.config)
         adapt_after(pl_module, *(name for name in BUILDERS if is_overridden(name, pl_module)))
@@ -111,6 +113,7 @@ class LoRACallback(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check what training stands on, and say in one line what is trained."""
+        note_materialised(pl_module)
         refuse_unoptimized(trainer.optimizers, pl_module)
         warn_of_frozen(pl_module)
         let_gradients_in_(pl_module)

@@ -11,8 +11,9 @@ from typing import Any
 
 from torch import nn
 
-from .base import LoRALayer, Swapped, swapped_class
+from .base import LoRALayer
 from .layers import reading_sum
+from .swapped import Swapped, swapped_class
 
 # Attributes that each module asks before it takes its fast path, and for nothing else. torch.compile guards on them;
 # on a forward hook, the other way to keep a layer off its fast path, it does not.
