@@ -110,7 +110,7 @@ def _check_tensor(name: str, value: Any, live: torch.Tensor | None) -> None:
         raise LoRAError(f"adapter: {name!r} must have shape {tuple(live.shape)}, but has {found}.")
     if value.is_floating_point() != live.is_floating_point():
         raise LoRAError(f"adapter: {name!r} must be {live.dtype}, but is {value.dtype}.")
-    if value.is_floating_point() and isinstance(live, nn.Parameter) and not torch.isfinite(value).all():
+    if value.is_floating_point() and isinstance(live, nn.Parameter) and not torch.isfinite(value.double()).all():
         raise LoRAError(f"adapter: {name!r} holds NaN or Inf; it comes from a diverged run or a damaged file.")
 
 

@@ -93,7 +93,7 @@ def _weight_map(path: Path, index: Mapping[str, Any]) -> dict[str, str]:
 
 def is_plain_name(name: Any) -> bool:
     """Whether a text can only mean a file in the folder at hand."""
-    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set('/\\:\0')
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\:\0")
 
 
 def _compare(path: Path, places: Mapping[str, str], shards: Mapping[str, Header]) -> None:
