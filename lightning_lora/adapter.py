@@ -137,11 +137,11 @@ def placed(adapter: Adapter, modules: Set[str], where: str) -> Adapter:
     if all(layer in modules for layer in layers):
         return adapter
     first = layers[0].split(".")
-    strips = [".".join(first[:i]) + "." for i in range(1, len(first) + 1)]
+    strips = [".".join(first[:i]) + "." for i in range(1, len(first))]
     places = [(strip, "") for strip in strips if all((layer + ".").startswith(strip) for layer in layers)]
     places = [p for p in places if all((layer + ".")[len(p[0]) :].removesuffix(".") in modules for layer in layers)]
     prefixes = {m.removesuffix(layers[0]) for m in modules if m.endswith(f".{layers[0]}")}
-    places += [("", prefix) for prefix in prefixes if all(prefix + layer in modules for layer in layers)]
+    places += [("", prefix) for prefix in sorted(prefixes) if all(prefix + layer in modules for layer in layers)]
     if len(places) != 1:
         found = ", ".join(repr(add or f"without {strip}") for strip, add in places) or "none"
         odd = next(layer for layer in layers if layer not in modules)

@@ -1,4 +1,4 @@
-"""LoRALayer: what every adapted layer has in common, and the class swap that makes one.
+"""LoRALayer: what every adapted layer has in common.
 
 Invariants, for every adapted layer:
     - its class is a subclass of the class it had; module tree, names, parameter objects and storage stay;
@@ -8,7 +8,6 @@ Invariants, for every adapted layer:
 
 from __future__ import annotations
 
-import copyreg
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar, cast
@@ -20,50 +19,13 @@ from torch import nn
 from .dropout import drop
 from .errors import LoRAError
 from .exact import Kept, Observer, Piece, add_delta_, merged_weight, remove_delta_, restored
+from .init import initial_factors
+from .parallel import beside
+from .sharding import copy_, cut, full, is_sharded, like, local
+from .swapped import Swapped, base_class
 
 A, B = "lora_A", "lora_B"
 HALF = (torch.float16, torch.bfloat16)
-WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # torch.compile, activation checkpointing
-
-
-def canonical(name: str) -> str:
-    """A module or state name without the segments that wrappers put in."""
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
-
-
-class Swapped(nn.Module):
-    """A module whose class was replaced by a subclass made for it; pickle and deepcopy rebuild that subclass.
-
-    Attributes:
-        lora_mixin, lora_base: the two classes that the subclass combines.
-    """
-
-    lora_mixin: ClassVar[type[Swapped]]
-    lora_base: ClassVar[type[nn.Module]]
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        make, args, *rest = cast(tuple[Any, ...], super().__reduce_ex__(protocol))
-        if make is copyreg.__newobj__ and args == (type(self),):  # type: ignore[attr-defined]
-            return (_new_swapped, (self.lora_mixin, self.lora_base), *rest)
-        return (make, args, *rest)
-
-
-def swapped_class(mixin: type[Swapped], base: type[nn.Module]) -> type[Swapped]:
-    """The one subclass of a pair of mixin and base class."""
-    return _CLASSES.get((mixin, base)) or _CLASSES.setdefault((mixin, base), _make_class(mixin, base))
-
-
-_CLASSES: dict[tuple[type, type], type[Swapped]] = {}
-
-
-def _make_class(mixin: type[Swapped], base: type[nn.Module]) -> type[Swapped]:
-    own = {"__module__": base.__module__, "__doc__": base.__doc__, "lora_mixin": mixin, "lora_base": base}
-    return type(f"LoRA{base.__name__}", (mixin, base), own)
-
-
-def _new_swapped(mixin: type[Swapped], base: type[nn.Module]) -> Swapped:
-    swapped = swapped_class(mixin, base)
-    return swapped.__new__(swapped)
 
 
 class LoRALayer(Swapped):
@@ -80,11 +42,15 @@ class LoRALayer(Swapped):
         lora_merged: merge was called.
         lora_kept: what undoing it needs, by weight name.
         lora_damaged: unmerging failed, so the weight is not known to be W.
-        lora_tied: the other owner of the weight, or "".
+        lora_tied: what keeps the weight from being merged, as another owner of it, or "".
         lora_reported: the cost of rounding W' was reported.
+        lora_init: how to draw the factors, and the seed.
+        lora_sharded: the weight was last seen sharded.
     """
 
     KNOWN_FORWARD: ClassVar[tuple[str, ...]] = ("forward",)
+    ALONG: ClassVar[dict[int, tuple[str, int]]] = {0: (B, 0), 1: (A, 1)}  # what runs along each weight dimension
+    LOOKUP: ClassVar[bool] = False
     weight: nn.Parameter
     lora_A: nn.Parameter
     lora_B: nn.Parameter
@@ -102,6 +68,8 @@ class LoRALayer(Swapped):
     lora_damaged: bool
     lora_tied: str
     lora_reported: bool
+    lora_init: tuple[bool | str, int]
+    lora_sharded: bool
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.lora_active:
@@ -136,6 +104,8 @@ class LoRALayer(Swapped):
         weights = self.adapted_weights()
         sums = {}
         for name, delta in self.deltas(factor, self.lora_B).items():
+            if name not in self._parameters:
+                raise LoRAError(f"{type(self).__name__}: {name} is computed from others since injection; undo that.")
             weight = weights[name]
             sums[name] = (weight.to(torch.promote_types(weight.dtype, delta.dtype)) + delta).to(weight.dtype)
         try:
@@ -172,6 +142,33 @@ class LoRALayer(Swapped):
         """How the factors make up each adapted weight's delta, without the scaling."""
         raise NotImplementedError
 
+    def create_factors(self, dtype: torch.dtype) -> None:
+        """Register A and B with their initial values."""
+        device = self.main_weight().device
+        for name, values in zip((A, B), self._drawn(), strict=True):
+            self.register_parameter(name, nn.Parameter(values.to(device, dtype)))
+
+    def _drawn(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return initial_factors(*self.factor_shapes(), *self.lora_init, lookup=self.LOOKUP)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As in nn.Module; parallelize_module comes here with each parameter made into a sharded one."""
+        if name in (A, B) and param is not None:
+            if is_sharded(param) and self.lora_enabled is not None:
+                raise LoRAError(
+                    f"{type(self).__name__}: the parts of enable_lora do not follow a tensor parallel split; adapt the "
+                    "layer as a whole, or leave it out of the parallelize plan"
+                )
+            param = beside(name, param, self.main_weight(), self.ALONG)
+        super().register_parameter(name, param)
+
+    def local_pieces(
+        self, weights: Mapping[str, torch.Tensor], factor_a: torch.Tensor, factor_b: torch.Tensor
+    ) -> dict[str, list[Piece]]:
+        """The pieces cut to this rank's shards of the weights. Collective where the factors are sharded."""
+        pieces = self.pieces(full(factor_a), full(factor_b))
+        return {name: cut(pieces[name], weights[name]) for name in pieces}
+
     def deltas(self, factor_a: torch.Tensor, factor_b: torch.Tensor) -> dict[str, torch.Tensor]:
         """s * B @ A in each weight's shape and the factors' dtype, differentiable."""
         weights = self.adapted_weights()
@@ -182,15 +179,19 @@ class LoRALayer(Swapped):
 
     def stays_factored(self) -> str:
         """Why merging would be wrong for this layer, or ''."""
-        return f"its weight is also {self.lora_tied}" if self.lora_tied else ""
+        return self.lora_tied
 
-    def merge_(self, *, copy: bool, observe: Observer | None = None) -> None:
-        """Each weight <- W', see exact.add_delta_."""
+    def merge_(
+        self, *, copy: bool, observe: Observer | None = None, pieces: Mapping[str, list[Piece]] | None = None
+    ) -> None:
+        """Each weight <- W' on this rank's shard, see exact.add_delta_; `pieces` are the local ones, if known."""
         weights = self.adapted_weights()
+        pieces = self.local_pieces(weights, self.lora_A, self.lora_B) if pieces is None else pieces
         try:
-            for name, pieces in self.pieces(self.lora_A, self.lora_B).items():
+            for name in pieces:
                 if name not in self.lora_kept:
-                    kept = add_delta_(weights[name], pieces, self.lora_scaling, copy=copy, observe=observe)
+                    shard = local(weights[name])
+                    kept = add_delta_(shard, pieces[name], self.lora_scaling, copy=copy, observe=observe)
                     self.lora_kept[name] = kept
         except BaseException:
             self.unmerge_()
@@ -203,7 +204,7 @@ class LoRALayer(Swapped):
         for name, weight in self.adapted_weights().items():
             if name in self.lora_kept:
                 try:
-                    remove_delta_(weight, self.lora_kept[name])
+                    remove_delta_(local(weight), self.lora_kept[name])
                 except LoRAError as error:
                     failure, self.lora_damaged = error, True
                 del self.lora_kept[name]
@@ -224,24 +225,32 @@ class LoRALayer(Swapped):
 
     def original(self, name: str) -> torch.Tensor:
         """A parameter as it is without the adapter, detached: live, or a restored copy while merged."""
-        weight = cast(nn.Parameter, self._parameters[name]).detach()
+        weight: torch.Tensor = getattr(self, name).detach()
         if self.lora_damaged and name in self.adapted_weights():
             raise LoRAError(
                 f"{type(self).__name__}: its base weight could not be restored after merging, so nothing is saved "
                 "from it; load the base weights again"
             )
-        return restored(weight, self.lora_kept[name]) if name in self.lora_kept else weight
+        kept = self.lora_kept.get(name)
+        return weight if kept is None else like(restored(local(weight), kept), weight)
 
     def merged_copies(
-        self, weights: Mapping[str, torch.Tensor], factor_a: torch.Tensor, factor_b: torch.Tensor
+        self, weights: Mapping[str, torch.Tensor], pieces: Mapping[str, list[Piece]]
     ) -> dict[str, torch.Tensor]:
-        """W' of each adapted weight for the given W, A and B, as new tensors."""
-        pieces = self.pieces(factor_a, factor_b)
-        return {name: merged_weight(weights[name], pieces[name], self.lora_scaling) for name in pieces}
+        """W' of each adapted weight for the given W and local pieces, as new tensors, sharded as W is."""
+        return {
+            name: like(merged_weight(local(weights[name]), pieces[name], self.lora_scaling), weights[name])
+            for name in pieces
+        }
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        unborn = self.lora_A.is_meta
         with self.briefly_unmerged():
-            return super()._apply(self._keeping_wide(fn), recurse)  # type: ignore[no-untyped-call]
+            super()._apply(self._keeping_wide(fn), recurse)  # type: ignore[no-untyped-call]
+        if unborn and not self.lora_A.is_meta:  # to_empty
+            for factor, values in zip((self.lora_A, self.lora_B), self._drawn(), strict=True):
+                copy_(factor, values)
+        return self
 
     def _keeping_wide(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
         """fn, but for casting the factors to 16 bits: they train in float32 while they compute in the layer's dtype."""
@@ -284,7 +293,7 @@ def _delta(pieces: list[Piece], shape: torch.Size) -> torch.Tensor:
 
 def strip_(layer: LoRALayer) -> None:
     """The inverse of adapt_: the class it had, no factors, no attributes; the weight stays as it is."""
-    layer.__class__ = layer.lora_base  # type: ignore[assignment]
+    layer.__class__ = base_class(layer)  # type: ignore[assignment]
     for name in (A, B):
         layer._parameters.pop(name, None)
     for name in [name for name in vars(layer) if name.startswith("lora_")]:

@@ -9,6 +9,7 @@ from dataclasses import fields
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
@@ -18,11 +19,13 @@ from .checkpoint import Kind, check_kind, save_as
 from .compositions import refuse_composition, refuse_other_options, refuse_unoptimized, warn_of_frozen
 from .config import ALL_LINEAR, Bias, Init, LoRAConfig
 from .errors import LoRAError
-from .inject import begin_injection
-from .injection import find_injection, note_trainable
+from .inject import begin_injection, random_seed
+from .injection import find_injection, note_materialised, note_trainable
 from .late import BUILDERS, adapt_after
 from .merge import adapted_layers, is_merged, merge, unmerge
+from .reentrant import let_gradients_in_
 from .state import fingerprint, refuse_unmergeable, summary
+from .strategy import prepare_strategy
 from .verify import Verification, watch
 
 log = logging.getLogger(__name__)
@@ -87,8 +90,9 @@ class LoRACallback(pl.Callback):
         self.merged_eval = merged_eval
         self.save = save
         self.verify = verify
-        self._merged: nn.Module | None = None
-        self._kept_in_eval: list[LoRALayer] = []
+        # By module, because a hook may run a second Trainer with this callback.
+        self._merged: set[nn.Module] = set()
+        self._kept_in_eval: dict[nn.Module, list[LoRALayer]] = {}
         self._verifying: tuple[AbstractContextManager[Verification], Verification] | None = None
         self._verified = False
 
@@ -96,10 +100,11 @@ class LoRACallback(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Adapt what exists, before the optimizer exists and the strategy wraps; the rest after configure_model."""
+        prepare_strategy(trainer.strategy)
         found = find_injection(pl_module)
         refuse_composition(trainer, self, injected=found is not None)
         if found is None:
-            begin_injection(pl_module, self.config)
+            begin_injection(pl_module, self.config, seed=trainer.strategy.broadcast(random_seed()))
         else:
             refuse_other_options(found[2], self.config)
         adapt_after(pl_module, *(name for name in BUILDERS if is_overridden(name, pl_module)))
@@ -108,8 +113,10 @@ class LoRACallback(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check what training stands on, and say in one line what is trained."""
+        note_materialised(pl_module)
         refuse_unoptimized(trainer.optimizers, pl_module)
         warn_of_frozen(pl_module)
+        let_gradients_in_(pl_module)
         if self.save == "merged":
             refuse_unmergeable(pl_module)
         injection = find_injection(pl_module)
@@ -120,7 +127,7 @@ class LoRACallback(pl.Callback):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Lightning keeps a backbone in the mode that it came in; dropout of its adapters acts all the same."""
         layers = adapted_layers(pl_module).values()
-        self._kept_in_eval = [layer for layer in layers if layer.lora_dropout and not layer.training]
+        self._kept_in_eval[pl_module] = [layer for layer in layers if layer.lora_dropout and not layer.training]
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -128,16 +135,20 @@ class LoRACallback(pl.Callback):
         """Training is unmerged, whatever happened before."""
         if is_merged(pl_module):
             unmerge(pl_module)
-            self._merged = None
-        if batch_idx == 0:
-            note_trainable(pl_module)
-        self._drop(True)
+            self._merged.discard(pl_module)
+        self._drop(pl_module, True)
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """What another hand unfroze has its first value still."""
+        note_trainable(pl_module)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Outside training batches, dropout follows each layer's own mode again."""
-        self._drop(None)
+        self._drop(pl_module, None)
 
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -159,7 +170,7 @@ class LoRACallback(pl.Callback):
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Unmerge before weight averaging swaps back."""
-        self._unmerge()
+        self._unmerge(pl_module)
 
     def on_test_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -181,7 +192,7 @@ class LoRACallback(pl.Callback):
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A tested model is left as it was found."""
-        self._unmerge()
+        self._unmerge(pl_module)
 
     def on_predict_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -203,36 +214,40 @@ class LoRACallback(pl.Callback):
 
     def on_predict_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """As in testing."""
-        self._unmerge()
+        self._unmerge(pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Neither the epoch's end nor teardown is called after an exception or Ctrl-C."""
-        self._drop(None)
-        self._unmerge()
+        self._leave(pl_module)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """The last chance to leave the model as it was found."""
-        self._unmerge()
+        self._leave(pl_module)
 
     # --- helpers ---
 
     def _merge(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.merged_eval and self._merged is None and not is_merged(pl_module):
-            self._merged = pl_module  # first, because Ctrl-C is raised when merging is complete
+        if self.merged_eval and not is_merged(pl_module):
+            self._merged.add(pl_module)  # first, because Ctrl-C is raised when merging is complete
             merge(pl_module)
-        if self.verify and not self._verified and not trainer.sanity_checking:
+        if self.verify and not self._verified and self._verifying is None and not trainer.sanity_checking:
             watching = watch(pl_module)
             self._verifying, self._verified = (watching, watching.__enter__()), True
 
-    def _unmerge(self) -> None:
+    def _unmerge(self, pl_module: pl.LightningModule) -> None:
         self._stop_watching()
-        if self._merged is not None:
-            module, self._merged = self._merged, None
-            if is_merged(module):
-                unmerge(module)
+        if pl_module in self._merged:
+            self._merged.discard(pl_module)
+            if is_merged(pl_module):
+                unmerge(pl_module)
 
-    def _drop(self, dropping: bool | None) -> None:
-        for layer in self._kept_in_eval:
+    def _leave(self, pl_module: pl.LightningModule) -> None:
+        self._drop(pl_module, None)
+        self._kept_in_eval.pop(pl_module, None)
+        self._unmerge(pl_module)
+
+    def _drop(self, pl_module: pl.LightningModule, dropping: bool | None) -> None:
+        for layer in self._kept_in_eval.get(pl_module, ()):
             layer.lora_dropping = dropping
 
     def _stop_watching(self) -> Verification | None:
@@ -248,7 +263,8 @@ class LoRACallback(pl.Callback):
             return
         errors = {f"lora_merge_error_{name}": value for name, value in found.error.compute().items()}
         if not trainer.predicting:  # Lightning logs nothing there
-            pl_module.log_dict({name: value.float() for name, value in errors.items()}, on_step=False, on_epoch=True)
+            values = {name: value.float() for name, value in errors.items()}  # reduced, so that sync_dist keeps them
+            pl_module.log_dict(values, on_step=False, on_epoch=True, sync_dist=True)
         rank_zero_info(f"LoRA: verified, {', '.join(f'{name} {value:.3g}' for name, value in errors.items())}")
         if found.problems():
             rank_zero_warn(f"LoRACallback: {found.problems()}. Is the forward another than the one you adapted?")

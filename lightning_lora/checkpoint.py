@@ -11,7 +11,7 @@ late or not at all. So the instance's two methods are patched.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Set
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
@@ -19,12 +19,13 @@ import torch
 from torch import nn
 
 from .adapter import Adapter
-from .base import canonical
 from .description import describe, described
 from .errors import LoRAError
-from .fit import check_fit, note_trained, placed_on
+from .fit import check_fit, note_trained, placed_on, with_frozen
 from .injection import call_previous, find_injection, named_state, patch, require_injection
-from .state import adapter_keys, base_keys, fold
+from .sharding import has_sharded, whole
+from .state import adapter_keys, adapter_state_dict, base_keys, fold
+from .wrappers import canonical
 
 META = "lora"
 FORMAT_VERSION = 1
@@ -46,7 +47,10 @@ def save_as(module: nn.Module, kind: Kind) -> None:
 
 
 def write(module: nn.Module, checkpoint: MutableMapping[str, Any], kind: Kind) -> None:
-    """Turn a checkpoint with a complete state_dict into one of the given kind."""
+    """Turn a checkpoint with a complete state_dict into one of the given kind.
+
+    Of a sharded model, the strategy has chosen and gathered what the state_dict holds, see strategy.py. Collective.
+    """
     _, _, injection = require_injection(module, "checkpoint")
     state = checkpoint["state_dict"] = {canonical(name): value for name, value in checkpoint["state_dict"].items()}
     keys = adapter_keys(module)
@@ -57,15 +61,16 @@ def write(module: nn.Module, checkpoint: MutableMapping[str, Any], kind: Kind) -
     }
     if kind == "full":
         meta["fingerprint"] = {name: known for name, known in meta["fingerprint"].items() if name not in set(keys)}
-        meta["initial"] = dict(injection.initial)
+        meta["initial"] = whole(injection.initial)
     else:
         shapes = {name: tensor.shape for name, tensor, _ in named_state(module) if tensor is not None}
         drop = {name: shapes[name] for name in base_keys(module) if name not in set(keys) and name in shapes}
         for key in list(checkpoint):
             checkpoint[key] = _without(checkpoint[key], drop)
     if kind == "merged":
-        meta["adapter"] = {name: state[name] for name in keys}
-        checkpoint["state_dict"] = fold(module, state)
+        sharded = has_sharded(module)
+        meta["adapter"] = whole(adapter_state_dict(module)) if sharded else {name: state[name] for name in keys}
+        checkpoint["state_dict"] = state if sharded else fold(module, state)
     checkpoint[META] = meta
 
 
@@ -76,7 +81,7 @@ def _without(value: Any, drop: Mapping[str, torch.Size]) -> Any:
     kept = {
         name: _without(item, drop)
         for name, item in value.items()
-        if not (isinstance(item, torch.Tensor) and drop.get(name) == item.shape)
+        if not (isinstance(item, torch.Tensor) and drop.get(canonical(str(name))) == item.shape)
     }
     same = len(kept) == len(value) and all(kept[name] is value[name] for name in kept)
     return value if same else kept
@@ -92,22 +97,36 @@ def read(module: nn.Module, checkpoint: MutableMapping[str, Any]) -> None:
         return  # a base checkpoint, or a full state dict; torch's strict load judges it
     adapter, kind = adapter_of(checkpoint)
     if kind == "full":  # its base comes along
-        check_fit(module, replace(adapter, fingerprint={}))
+        check_fit(module, replace(with_frozen(module, adapter), fingerprint={}))
         _check_full(module, checkpoint["state_dict"])
         note_trained(module, adapter)
-        injection = require_injection(module, "checkpoint")[2]
-        injection.initial, injection.fingerprint = dict(checkpoint[META]["initial"]), {}
+        prefix, _, injection = require_injection(module, "checkpoint")
+        path = f"{prefix}." if prefix else ""
+        frozen = {name: checkpoint["state_dict"][path + name] for name in injection.unfrozen}
+        injection.initial, injection.fingerprint = frozen | dict(checkpoint[META]["initial"]), {}
         return
     given = adapter.tensors.keys()
     adapter = placed_on(module, adapter)  # an imported adapter has the network's names
-    check_fit(module, adapter)
+    whole = with_frozen(module, adapter)
+    check_fit(module, whole)
     note_trained(module, adapter)
-    live = {canonical(name): value for name, value in module.state_dict().items()}
+    live = {canonical(name): value for name, value in module.state_dict().items()} | dict(whole.tensors)
     for key, value in checkpoint.items():
-        if key != META and isinstance(value, Mapping) and given <= value.keys():
-            checkpoint[key] = {**live, **value}
+        if key != META:
+            checkpoint[key] = _completed(value, given, live)
     if kind == "merged" or given != adapter.tensors.keys():
         checkpoint["state_dict"] = {**live, **adapter.tensors}
+
+
+def _completed(value: Any, adapter: Set[str], live: Mapping[str, Any]) -> Any:
+    """A nested mapping in which every state dict of the adapter has the live base too: the inverse of _without."""
+    if not isinstance(value, Mapping):
+        return value
+    given = {canonical(str(name)): item for name, item in value.items()}
+    if adapter <= given.keys():
+        return {**live, **given}
+    completed = {name: _completed(item, adapter, live) for name, item in value.items()}
+    return completed if any(completed[name] is not value[name] for name in completed) else value
 
 
 def adapter_of(checkpoint: Mapping[str, Any]) -> tuple[Adapter, Kind]:

@@ -11,13 +11,16 @@ import torch
 from torch import nn
 
 from .adapter import Adapter
+from .base import LoRALayer
 from .config import LoRAConfig
 from .errors import LoRAError
 from .factors import check_factors
 from .injection import named_state, require_injection
 from .kinds import KINDS, kinds_of
 from .merge import adapted_layers
+from .sharding import whole
 from .state import adapter_keys, adapter_state_dict, fingerprint
+from .wrappers import canonical
 
 LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric")
 
@@ -25,10 +28,14 @@ LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric")
 def describe(model: nn.Module) -> dict[str, Any]:
     """The description of an injected model's adapter."""
     injection = require_injection(model, "describe")[2]
+    kinds = {layer: kind for kind, layer in zip(kinds_of(model).values(), adapted_layers(model).values(), strict=True)}
+    # State dicts hold a layer that is registered under two names under both.
+    every = ((canonical(name), module) for name, module in model.named_modules(remove_duplicate=False))
+    layers = {name: module for name, module in every if isinstance(module, LoRALayer)}
     return {
         "config": injection.config.to_dict(),
-        "scalings": {name: layer.lora_scaling for name, layer in adapted_layers(model).items()},
-        "kinds": kinds_of(model),
+        "scalings": {name: layer.lora_scaling for name, layer in layers.items()},
+        "kinds": {name: kinds[layer] for name, layer in layers.items()},
         "fingerprint": _base_fingerprint(model),
         "network": network_prefix(model),
         "origin": _origin(model),
@@ -87,12 +94,12 @@ def described(tensors: Mapping[str, Any], description: Any, where: str, *, check
 
 
 def adapter_of_model(model: nn.Module) -> Adapter:
-    """The adapter of an injected model, sharing memory with it.
+    """The adapter of an injected model, sharing memory with it, gathered where it is sharded. Collective then.
 
     Raises:
         LoRAError: the model was not injected.
     """
-    return described(adapter_state_dict(model), describe(model), "save_adapter")
+    return described(whole(adapter_state_dict(model)), describe(model), "save_adapter")
 
 
 def network_prefix(model: nn.Module) -> str:

@@ -32,7 +32,7 @@ def check_factors(adapter: Adapter, where: str) -> None:
                     f"{where}: {f'{name}.{leaf}'!r} must be a floating point tensor of two dimensions or more, "
                     f"found {found[:80]}."
                 )
-            if not torch.isfinite(factor).all():
+            if not is_finite(factor):
                 raise LoRAError(f"{where}: {f'{name}.{leaf}'!r} holds NaN or Inf; a diverged run, or a damaged file.")
         _check_rank(adapter, name, where)
 
@@ -63,3 +63,9 @@ def _is_output(adapter: Adapter, name: str) -> bool:
     """Whether a layer is the out_proj of an adapted attention, which has the attention's options in PEFT."""
     attention, _, leaf = name.rpartition(".")
     return leaf == "out_proj" and f"{attention}.{A}" in adapter.tensors
+
+
+def is_finite(value: torch.Tensor) -> bool:
+    """Whether no value is NaN or Inf; a tensor without values (meta) counts as finite."""
+    numbers = value if value.dtype in DTYPES else value.double()  # isfinite does not know float8
+    return value.is_meta or bool(torch.isfinite(numbers).all())

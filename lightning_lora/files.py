@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ def read_torch_file(path: PathLike, device: str = "cpu") -> dict[str, Any]:
     """
     _require_file(path)
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")  # the error says enough
+            content = torch.load(path, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
         raise LoRAError(
             f"{path}: holds objects other than plain types and tensors, or is damaged, and was not loaded: "

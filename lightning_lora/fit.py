@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,15 +12,19 @@ import torch
 from torch import nn
 
 from .adapter import Adapter, placed, spelled_out, without_options
-from .base import B, canonical
+from .base import A, B
 from .config import LoRAConfig
 from .errors import LoRAError
+from .factors import is_finite
 from .inject import inject, unload
 from .injection import base_parameters, find_injection, named_state, note_trainable, require_injection
 from .kinds import kinds_of
+from .layers import LoRAConv
 from .merge import adapted_layers, is_merged, merge, unmerge
-from .state import adapter_keys, check_fingerprint
+from .sharding import copy_
+from .state import adapter_keys, base_keys, check_fingerprint, print_of
 from .targets import Targets, near_misses
+from .wrappers import canonical
 
 
 def fit_(model: nn.Module, adapter: Adapter, *, strict_base: bool = True) -> list[str]:
@@ -32,11 +36,12 @@ def fit_(model: nn.Module, adapter: Adapter, *, strict_base: bool = True) -> lis
     Raises:
         LoRAError: something does not fit; the model is as it was.
     """
-    adapter = placed_on(model, adapter)
+    adapter = _by_first_names(model, placed_on(model, adapter))
     fresh = find_injection(model) is None
     if fresh:
         inject(model, _config_for(model, adapter))
     try:
+        adapter = with_frozen(model, _base_apart(model, adapter))
         check_fit(model, adapter, strict_base=strict_base)
         _copy(model, adapter)
     except BaseException:
@@ -65,8 +70,8 @@ def check_fit(model: nn.Module, adapter: Adapter, *, strict_base: bool = True) -
 
 
 def _check_tensors(model: nn.Module, adapter: Adapter) -> None:
-    layers = adapted_layers(model)
-    _same_names("layer", adapter.layers(), layers)
+    layers, first = adapted_layers(model), _first_names(model)
+    _same_names("layer", map(first, adapter.layers()), layers)
     for name, layer in layers.items():
         scaling = adapter.scalings.get(name)
         if scaling is not None and not math.isclose(scaling, layer.lora_scaling):
@@ -74,12 +79,27 @@ def _check_tensors(model: nn.Module, adapter: Adapter) -> None:
                 f"adapter: layer {name!r} was trained with a scaling (lora_alpha over r) of {scaling:g}, but the model "
                 f"was injected with {layer.lora_scaling:g}; use the adapter's own options."
             )
+        if isinstance(layer, LoRAConv):
+            _refuse_loralib_convolution(name, layer, adapter.tensors)
     _same_kinds(model, adapter)
     live = {name: tensor for name, tensor, _ in named_state(model)}
     wanted = [name for name in adapter_keys(model) if adapter.complete or isinstance(live[name], nn.Parameter)]
-    _same_names("tensor", [n for n in adapter.tensors if n not in live or n in wanted], wanted)
+    given = [name for name in adapter.tensors if name not in live or name in wanted]
+    _same_names("tensor", map(first, given), map(first, wanted))
     for name, value in adapter.tensors.items():
         _check_tensor(name, value, live[name])
+
+
+def _refuse_loralib_convolution(name: str, layer: LoRAConv, tensors: Mapping[str, Any]) -> None:
+    """Its B @ A is the weight seen as (out * k, in * k), whose rank seen as (out, in * k * k) is too high for ours."""
+    a, b = tensors.get(f"{name}.{A}"), tensors.get(f"{name}.{B}")
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.dim() == b.dim() == 2:
+        shape_a, shape_b = layer.factor_shapes()
+        raise LoRAError(
+            f"adapter: {name!r} is a convolution factorised as in loralib, A (r * k, in * k) {tuple(a.shape)} and B "
+            f"(out * k, r * k) {tuple(b.shape)}, whose product A {shape_a} and B {shape_b} cannot express. Merge it "
+            "where it was trained (loralib: model.eval()) and load those weights as the base."
+        )
 
 
 def _other_options(model: nn.Module, adapter: Adapter) -> str:
@@ -110,7 +130,7 @@ def _check_tensor(name: str, value: Any, live: torch.Tensor | None) -> None:
         raise LoRAError(f"adapter: {name!r} must have shape {tuple(live.shape)}, but has {found}.")
     if value.is_floating_point() != live.is_floating_point():
         raise LoRAError(f"adapter: {name!r} must be {live.dtype}, but is {value.dtype}.")
-    if value.is_floating_point() and isinstance(live, nn.Parameter) and not torch.isfinite(value.double()).all():
+    if value.is_floating_point() and isinstance(live, nn.Parameter) and not is_finite(value):
         raise LoRAError(f"adapter: {name!r} holds NaN or Inf; it comes from a diverged run or a damaged file.")
 
 
@@ -128,10 +148,55 @@ def _same_names(what: str, given: Iterable[str], wanted: Iterable[str]) -> None:
         )
 
 
+def _base_apart(model: nn.Module, adapter: Adapter) -> Adapter:
+    """Base weights in a source without a fingerprint tell which base it is; they are no part of the adapter.
+
+    Such are a whole state dict and the targeted embeddings that PEFT writes. Single base weights in a bare adapter
+    state dict were trained by another hand, and are.
+    """
+    given, keys = adapter.tensors.keys(), set(adapter_keys(model))
+    whole = adapter.config is not None or given >= set(base_keys(model))
+    if adapter.fingerprint or adapter.complete or not whole:
+        return adapter
+    frozen = {name for name, tensor, _ in named_state(model) if tensor is not None and name not in keys} & given
+    return replace(
+        adapter,
+        tensors={name: value for name, value in adapter.tensors.items() if name not in frozen},
+        fingerprint={name: print_of(adapter.tensors[name]) for name in sorted(frozen)},
+    )
+
+
 def placed_on(model: nn.Module, adapter: Adapter) -> Adapter:
     """The adapter under the one prefix at which its layers are modules of the model."""
-    modules = {canonical(name) for name, _ in model.named_modules(remove_duplicate=False)}
-    return placed(adapter, modules, type(model).__name__)
+    every = {canonical(name) for name, _ in model.named_modules(remove_duplicate=False)}
+    if every.issuperset(adapter.layers()):
+        return placed(adapter, every, type(model).__name__)
+    return placed(adapter, {canonical(name) for name, _ in model.named_modules()}, type(model).__name__)
+
+
+def _by_first_names(model: nn.Module, adapter: Adapter) -> Adapter:
+    first = _first_names(model)
+    return replace(
+        adapter,
+        tensors={first(name): value for name, value in adapter.tensors.items()},
+        scalings={first(name): value for name, value in adapter.scalings.items()},
+        fingerprint={first(name): value for name, value in adapter.fingerprint.items()},
+        kinds={first(name): value for name, value in adapter.kinds.items()},
+    )
+
+
+def _first_names(model: nn.Module) -> Callable[[str], str]:
+    """Where a module comes under several names: from any name of a layer or tensor to the one that it is adapted by."""
+    modules = {canonical(name): module for name, module in model.named_modules(remove_duplicate=False)}
+    first = {module: canonical(name) for name, module in model.named_modules()}
+
+    def first_name(name: str) -> str:
+        if name in modules:
+            return first[modules[name]]
+        path, _, leaf = name.rpartition(".")
+        return f"{first[modules[path]]}.{leaf}".lstrip(".") if path in modules else name
+
+    return first_name
 
 
 def _config_for(model: nn.Module, adapter: Adapter) -> LoRAConfig:
@@ -155,23 +220,49 @@ def note_trained(model: nn.Module, adapter: Adapter) -> None:
     for name, parameter in base_parameters(root).items():
         if path + name in adapter.tensors and name not in injection.trained:
             injection.trained.add(name)
+            injection.unfrozen.add(name)
             injection.initial[name] = parameter.detach().clone()
 
 
+def with_frozen(model: nn.Module, adapter: Adapter) -> Adapter:
+    """The adapter with the base weights that were frozen when it was saved and are trained here: as they were then."""
+    prefix, _, injection = require_injection(model, "adapter")
+    path = f"{prefix}." if prefix else ""
+    frozen = {path + name: injection.initial[name] for name in injection.unfrozen if path + name in adapter.fingerprint}
+    return replace(adapter, tensors={**frozen, **adapter.tensors})
+
+
 def _copy(model: nn.Module, adapter: Adapter) -> None:
-    """Into the live tensors, all of them or none: everything was checked before."""
+    """Into the live tensors, all of them or none: W' may still be beyond its dtype, or an owner refuse its state."""
     before = is_merged(model)
     if before:
         unmerge(model)
-    note_trained(model, adapter)
+    injection = require_injection(model, "adapter")[2]
+    trained, initial = set(injection.trained), dict(injection.initial)
+    old = {
+        name: owner.get_extra_state() if tensor is None else tensor.detach().clone()
+        for name, tensor, owner in named_state(model)
+        if name in adapter.tensors
+    }
+    try:
+        note_trained(model, adapter)
+        _write(model, adapter.tensors)
+        note_trainable(model, expected=True)
+        if before:
+            merge(model)
+    except BaseException:
+        injection.trained, injection.initial = trained, initial
+        _write(model, old)
+        if before:
+            merge(model)
+        raise
+
+
+def _write(model: nn.Module, values: Mapping[str, Any]) -> None:
     live = {name: (tensor, owner) for name, tensor, owner in named_state(model)}
-    with torch.inference_mode(False), torch.no_grad():
-        for name, value in adapter.tensors.items():
-            tensor, owner = live[name]
-            if tensor is None:
-                owner.set_extra_state(value)
-            else:
-                tensor.copy_(value)
-    note_trainable(model, expected=True)
-    if before:
-        merge(model)
+    for name, value in values.items():
+        tensor, owner = live[name]
+        if tensor is None:
+            owner.set_extra_state(value)
+        else:
+            copy_(tensor, value)

@@ -7,14 +7,20 @@ and turned on again when merged, where it reads W'.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
-from .base import LoRALayer, Swapped, swapped_class
+from .base import LoRALayer
 from .layers import reading_sum
+from .swapped import Swapped, swapped_class
 
-NESTED = "lora_use_nested_tensor"
+# Attributes that each module asks before it takes its fast path, and for nothing else. torch.compile guards on them;
+# on a forward hook, the other way to keep a layer off its fast path, it does not.
+SWITCHES: dict[type[nn.Module], str] = {
+    nn.TransformerEncoderLayer: "activation_relu_or_gelu",
+    nn.TransformerEncoder: "use_nested_tensor",  # the layers' slow path rejects nested tensors
+}
 
 
 class LoRAReader(Swapped):
@@ -43,33 +49,20 @@ def swap_readers_(model: nn.Module) -> None:
 def set_fast_paths_(model: nn.Module) -> None:
     """Allow the fast paths of torch's transformer layers just where no unmerged adapter is inside."""
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer):
-            _block_layer(module, _has_active(module))
-        elif isinstance(module, nn.TransformerEncoder):
-            _block_nested_tensors(module, _has_active(module))
+        for kind, switch in SWITCHES.items():
+            if isinstance(module, kind):
+                _allow(module, switch, not _has_active(module))
 
 
 def _has_active(module: nn.Module) -> bool:
     return any(isinstance(layer, LoRALayer) and layer.lora_active for layer in module.modules())
 
 
-def _block_layer(layer: nn.Module, block: bool) -> None:
-    """A forward pre-hook is torch's documented way to keep a layer off its fast path."""
-    hooks = [key for key, hook in layer._forward_pre_hooks.items() if hook is _keep_off_the_fast_path]
-    if block and not hooks:
-        layer.register_forward_pre_hook(_keep_off_the_fast_path)
-    for key in [] if block else hooks:
-        del layer._forward_pre_hooks[key]
-
-
-def _keep_off_the_fast_path(module: nn.Module, args: Any) -> None:
-    return None
-
-
-def _block_nested_tensors(encoder: nn.TransformerEncoder, block: bool) -> None:
-    """The slow path rejects nested tensors."""
-    if block and NESTED not in vars(encoder):
-        setattr(encoder, NESTED, encoder.use_nested_tensor)
-        encoder.use_nested_tensor = False
-    elif not block and NESTED in vars(encoder):
-        encoder.use_nested_tensor = cast(bool, vars(encoder).pop(NESTED))
+def _allow(module: nn.Module, switch: str, allow: bool) -> None:
+    """Turn a switch off, keeping what it was, or back to that."""
+    kept = f"lora_{switch}"
+    if not allow and kept not in vars(module):
+        setattr(module, kept, getattr(module, switch, False))
+        setattr(module, switch, False)
+    elif allow and kept in vars(module):
+        setattr(module, switch, vars(module).pop(kept))

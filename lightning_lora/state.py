@@ -9,12 +9,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from .base import A, B, LoRALayer, canonical
+from .base import A, B, LoRALayer
 from .errors import LoRAError
 from .injection import base_parameters, is_factor, named_state, note_trainable, require_injection
+from .sharding import Together, samples
 from .targets import note_tied
+from .wrappers import canonical
 
 SAMPLES = 8  # values of each frozen parameter that its fingerprint holds
+EQUAL = 1e-5  # relative difference of a base that is the same
+AVERAGED = 1e-2  # of the base that was trained on here: a moving average of a frozen weight drifts by its own rounding
 
 
 def adapter_keys(model: nn.Module) -> list[str]:
@@ -80,12 +84,21 @@ def fold(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
     """
     refuse_unmergeable(model)
     folded = {name: state[name] for name in base_keys(model)}
+    together = Together(value for value in state.values() if isinstance(value, torch.Tensor))
+
+    def fold_one(path: str, layer: LoRALayer) -> None:
+        weights = {leaf: state[path + leaf] for leaf in layer.adapted_weights()}
+        pieces = layer.local_pieces(weights, state[path + A], state[path + B])
+
+        def merge_copies() -> None:
+            folded.update({path + leaf: copy for leaf, copy in layer.merged_copies(weights, pieces).items()})
+
+        together.attempt(f"merged weights of layer {path[:-1]!r}", merge_copies)
+
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, LoRALayer):
-            path = f"{canonical(name)}." if name else ""
-            weights = {leaf: state[path + leaf] for leaf in module.adapted_weights()}
-            copies = module.merged_copies(weights, state[path + A], state[path + B])
-            folded |= {path + leaf: copy for leaf, copy in copies.items()}
+            fold_one(f"{canonical(name)}." if name else "", module)
+    together.settle()
     return folded
 
 
@@ -120,11 +133,10 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
 
 def print_of(weight: torch.Tensor) -> dict[str, Any]:
     """One tensor's entry in a fingerprint."""
-    indices = torch.tensor(sample_places(weight.numel()), dtype=torch.long, device=weight.device)
     return {
         "shape": list(weight.shape),
         "dtype": str(weight.dtype).removeprefix("torch."),
-        "values": weight.take(indices).double().tolist(),
+        "values": samples(weight, sample_places(weight.numel())),
     }
 
 
@@ -139,10 +151,14 @@ def check_fingerprint(model: nn.Module, expected: Mapping[str, Any]) -> None:
     Raises:
         LoRAError: names the first parameter that differs.
     """
-    compare_fingerprints(fingerprint(model), expected)
+    prefix, _, injection = require_injection(model, "check_fingerprint")
+    path = f"{prefix}." if prefix else ""
+    found = {path + name: print_of(injection.initial[name]) for name in injection.unfrozen} | fingerprint(model)
+    trained_here = injection.fingerprint == expected
+    compare_fingerprints(found, expected, AVERAGED if trained_here else EQUAL)
 
 
-def compare_fingerprints(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+def compare_fingerprints(found: Mapping[str, Any], expected: Mapping[str, Any], relative: float = EQUAL) -> None:
     """As check_fingerprint, between two fingerprints; what only the first has is not judged."""
     for name, wanted in expected.items():
         have = found.get(name)
@@ -154,22 +170,23 @@ def compare_fingerprints(found: Mapping[str, Any], expected: Mapping[str, Any]) 
                 f"the adapter belongs to another base: {name!r} had shape {wanted['shape']}, here {have['shape']}. "
                 + advice
             )
-        if not _close(wanted, have):
+        if not _close(wanted, have, relative):
             raise LoRAError(
                 f"the adapter belongs to another base: values of {name!r} were {_shown(wanted['values'])}, here "
                 f"{_shown(have['values'])}. {advice}"
             )
 
 
-def _close(wanted: Mapping[str, Any], have: Mapping[str, Any]) -> bool:
+def _close(wanted: Mapping[str, Any], have: Mapping[str, Any], relative: float) -> bool:
     """Equal up to rounding; between dtypes, up to the rounding of the coarser one."""
     dtypes = {getattr(torch, entry["dtype"]) for entry in (wanted, have)}
-    floating = [dtype for dtype in dtypes if dtype.is_floating_point]
-    relative = 1e-5 if len(dtypes) == 1 else max((torch.finfo(dtype).eps for dtype in floating), default=0.0)
+    if len(dtypes) > 1:
+        relative = max([relative, *(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)])
     absolute = 1e-7 if len(dtypes) > 1 else 0.0  # subnormal numbers of float16
     pairs = list(zip(wanted["values"], have["values"], strict=False))
     return len(wanted["values"]) == len(have["values"]) and all(
-        a == b or math.isclose(a, b, rel_tol=relative, abs_tol=absolute) or a != a != b for a, b in pairs
+        a == b or math.isclose(a, b, rel_tol=relative, abs_tol=absolute) or (math.isnan(a) and math.isnan(b))
+        for a, b in pairs
     )
 
 

@@ -20,18 +20,24 @@ from .factors import check_factors
 from .files import PathLike, read_torch_file
 from .fit import fit_
 from .inject import inject
+from .merge import adapted_layers
 from .peft_format import read_folder, read_tensor_file, write_folder
+from .sharding import Together, writes_files
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
 def save_adapter(model: nn.Module, path: PathLike) -> None:
-    """Write the adapter as a folder in PEFT's format.
+    """Write the adapter as a folder in PEFT's format. Collective where the model is sharded.
 
     Raises:
         LoRAError: the model was not injected, or PEFT has no equal of one of its layers.
     """
-    write_folder(adapter_of_model(model), path)
+    adapter = adapter_of_model(model)
+    together = Together(layer.main_weight() for layer in adapted_layers(model).values())
+    writes = writes_files(model)
+    together.attempt(f"save_adapter to {path}", (lambda: write_folder(adapter, path)) if writes else None)
+    together.settle()
 
 
 def load_adapter(model: nn.Module, source: PathLike | Mapping[str, Any], *, strict_base: bool = True) -> list[str]:
@@ -60,6 +66,8 @@ def read_adapter(source: PathLike | Mapping[str, Any]) -> Adapter:
         if Path(source).suffix == ".safetensors":
             return read_tensor_file(source)
         source = read_torch_file(source)
+    if not isinstance(source, Mapping):
+        raise LoRAError(f"load_adapter: expected a path or a state dict, found {type(source).__name__}.")
     if META in source:
         return adapter_of(source)[0]
     state = source.get("state_dict", source)

@@ -10,7 +10,7 @@ from typing import Any
 import lightning as L
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -129,7 +129,7 @@ def own_random_stream(seed: int) -> Iterator[None]:
 
 def make_trainer(path: Path, *callbacks: L.Callback, **options: Any) -> L.Trainer:
     """A Trainer on one CPU that writes below `path` and prints nothing."""
-    saves = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
+    saves = any(isinstance(callback, Checkpoint) for callback in callbacks)
     options = {"max_epochs": 1, "num_sanity_val_steps": 0, "log_every_n_steps": 1} | options
     return L.Trainer(
         accelerator="cpu",

@@ -168,6 +168,7 @@ def make_subject(name: str, dtype: torch.dtype = torch.float32, *, fill: bool = 
     case = CASES[name]
     plain = Holder(case.build()).to(dtype).eval()
     model = copy.deepcopy(plain)
+    plain.requires_grad_(False)  # as injection does; torch multiplies otherwise where a weight is trained
     if case.parts:
         options["enable_lora"] = {"layer": list(case.parts)}
     inject(model, LoRAConfig(r=R, lora_alpha=ALPHA, target_modules=["layer"], **options))
@@ -182,12 +183,11 @@ def rounding(dtype: torch.dtype, bound: torch.Tensor) -> torch.Tensor:
     return 8 * torch.finfo(dtype).eps / 2 * bound.detach()
 
 
-def fill_factors_(subject: Subject) -> None:
-    layer = subject.layer
+def fill_factors_(subject: Subject, share: float = 1.0) -> None:
+    """Random factors of an adapter of that share of W's norm."""
+    layer, plain = subject.layer, subject.plain.layer
     with torch.no_grad():
         for factor in (layer.lora_A, layer.lora_B):
             factor.copy_(torch.randn(factor.shape))
-        delta = (
-            ALPHA / R * matrix(subject.plain.layer, layer.lora_A.double(), layer.lora_B.double(), subject.case.parts)
-        )
-        layer.lora_B.mul_(subject.plain.layer.weight.double().norm() / delta.norm())
+        product = matrix(plain, layer.lora_A.double(), layer.lora_B.double(), subject.case.parts)
+        layer.lora_B.mul_(share * plain.weight.double().norm() / (ALPHA / R * product.norm()))

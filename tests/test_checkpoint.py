@@ -16,6 +16,7 @@ import torch
 from fits import TARGETS, lora, run, trained
 from helpers import (
     BuiltInConfigureModel,
+    Data,
     Net,
     RebuiltInSetup,
     assert_same_tensors,
@@ -157,9 +158,19 @@ def test_every_kind_is_read_into_a_fresh_model(tmp_path, kind: str, how: str, we
 
 
 def test_a_full_checkpoint_brings_its_base(tmp_path):
-    model, file = saved(tmp_path, "full", "after fit", False)
+    model, file = saved(tmp_path, "full", "after fit", False, **TRAINABLE)
     built = load_from_checkpoint(Net, file, seed=5)
     assert_same_tensors(built.state_dict(), model.state_dict())
+    with disable_adapter(built):
+        assert torch.equal(outputs(built), outputs(Net(width=7, seed=4)))
+    # A model that was trained on another base goes on with that of the checkpoint.
+    other = trained(tmp_path, Net(width=7, seed=5), lora(**TRAINABLE))
+    trainer = make_trainer(tmp_path, lora(**TRAINABLE), max_epochs=3)
+    trainer.fit(other, Data(), ckpt_path=file, weights_only=True)
+    trainer.save_checkpoint(tmp_path / "adapter.ckpt")
+    fresh = Net(width=7, seed=4)
+    load_adapter(fresh, tmp_path / "adapter.ckpt")
+    assert torch.equal(outputs(fresh), outputs(other))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -62,6 +62,7 @@ def test_it_is_installed_as_a_program_and_as_a_module(capsys, monkeypatch: pytes
     project = Path(__file__).parents[1] / "pyproject.toml"
     assert f'[project.scripts]\nlightning-lora = "{main.__module__}:{main.__name__}"\n' in project.read_text()
     monkeypatch.setattr(sys, "argv", ["lightning-lora", "--help"])
+    monkeypatch.delitem(sys.modules, "lightning_lora.__main__", raising=False)  # runpy warns where it was imported
     with pytest.raises(SystemExit) as stopped:
         runpy.run_module("lightning_lora", run_name="__main__")
     assert stopped.value.code == 0

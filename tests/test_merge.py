@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -168,6 +169,14 @@ def test_a_weight_changed_while_merged_is_named_and_the_others_are_restored(monk
 # --- Ctrl-C ---
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Python's own handler, which a process in the background has not."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
 def interrupting(monkeypatch: pytest.MonkeyPatch, method: str, call: int) -> None:
     """The given call of a layer's method is interrupted half way."""
     original, calls = getattr(LoRALinear, method), []
@@ -181,6 +190,7 @@ def interrupting(monkeypatch: pytest.MonkeyPatch, method: str, call: int) -> Non
     monkeypatch.setattr(LoRALinear, method, patched)
 
 
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("call", [1, 4, 8])
 def test_ctrl_c_waits_until_the_merge_is_complete(monkeypatch, call):
     model = stack()
@@ -194,6 +204,7 @@ def test_ctrl_c_waits_until_the_merge_is_complete(monkeypatch, call):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("call", [1, 8])
 def test_ctrl_c_waits_until_unmerging_is_complete(monkeypatch, call):
     model = stack()
@@ -206,6 +217,7 @@ def test_ctrl_c_waits_until_unmerging_is_complete(monkeypatch, call):
     assert weights(model) == before
 
 
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("call", [1, 8])
 def test_ctrl_c_while_merged_is_entered_leaves_the_model_as_it_was(monkeypatch, call):
     model = stack()
@@ -216,6 +228,7 @@ def test_ctrl_c_while_merged_is_entered_leaves_the_model_as_it_was(monkeypatch, 
     assert trace(model) == before
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_the_users_own_handler_gets_the_interrupt(monkeypatch):
     model, caught = stack(), []
     interrupting(monkeypatch, "merge_", 2)

@@ -237,3 +237,13 @@ def test_the_same_base_in_another_dtype_fits(dtype):
         cast.conv.weight.mul_(1.05)
     with pytest.raises(LoRAError, match=r"values of 'conv\.weight'"):
         check_fingerprint(cast, expected)
+
+
+def test_a_value_that_is_not_a_number_equals_itself_alone():
+    model, broken = trained_zoo(), trained_zoo()
+    with torch.no_grad():
+        broken.norm.weight[0] = float("nan")
+    check_fingerprint(broken, fingerprint(broken))
+    for one, other in ((model, broken), (broken, model)):
+        with pytest.raises(LoRAError, match=r"values of 'norm\.weight'"):
+            check_fingerprint(one, fingerprint(other))

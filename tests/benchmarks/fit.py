@@ -1,0 +1,63 @@
+"""Group f: a whole Trainer.fit with validation, with the callback and with peft inside the LightningModule."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+
+import lightning as L
+import torch
+from groups import Options, Row
+from measure import interleaved, milliseconds, ratio
+from stack import ALPHA, TARGETS, R, peft, stack
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_lora import LoRACallback
+
+
+class Regression(L.LightningModule):
+    def __init__(self, d: int, with_peft: bool) -> None:
+        super().__init__()
+        net = stack(d, torch.float32, "cpu")
+        self.net = peft(net) if with_peft else net
+
+    def loss(self, batch: list[torch.Tensor]) -> torch.Tensor:
+        return (self.net(batch[0]) - batch[1]).square().mean()
+
+    def training_step(self, batch: list[torch.Tensor]) -> torch.Tensor:
+        return self.loss(batch)
+
+    def validation_step(self, batch: list[torch.Tensor]) -> None:
+        self.log("loss", self.loss(batch))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-3)
+
+
+def f_fit(options: Options) -> Iterator[Row]:
+    for d in options.widths[:2]:
+        torch.manual_seed(2)
+        data = TensorDataset(torch.randn(32, 64, d), torch.randn(32, 64, d))
+        models = {name: Regression(d, name == "peft") for name in ("ours", "peft")}
+
+        def fit(name: str, data: TensorDataset = data, models: dict[str, Regression] = models) -> None:
+            lora = [LoRACallback(r=R, lora_alpha=ALPHA, target_modules=TARGETS)] if name == "ours" else []
+            trainer = L.Trainer(
+                max_epochs=2,
+                callbacks=lora,
+                accelerator=options.device if options.device == "cpu" else "gpu",
+                devices=1,
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+            )
+            trainer.fit(models[name], DataLoader(data, 4), DataLoader(data, 4))
+
+        logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            times = interleaved({name: lambda n=name: fit(n) for name in models}, 3 * options.seconds, "cpu")
+        yield Row("f", f"fit with validation d={d}: ours", milliseconds(times, "ours"), "ms")
+        yield Row("f", f"fit with validation d={d}: / peft", ratio(times, ["ours"], ["peft"]), "", 0.95)

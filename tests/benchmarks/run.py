@@ -1,0 +1,97 @@
+"""Benchmarks against peft, loralib and the floor: python tests/benchmarks/run.py
+
+Ratios are medians over interleaved rounds of one run. They are worth reading on a machine that does nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+import groups
+import torch
+from fit import f_fit
+from groups import Options, Row
+
+GROUPS = {
+    "a": groups.a_training_step,
+    "b": groups.b_forward,
+    "c": groups.c_merge,
+    "d": groups.d_memory,
+    "e": groups.e_many_layers,
+    "f": f_fit,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default=",".join(GROUPS), help="groups, as a,c")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything runs")
+    parser.add_argument("--compile", action="store_true", help="compile the models of group a")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", type=Path, help="also write rows and machine there")
+    parser.add_argument("--plot", type=Path, help="also draw the ratios to peft there (matplotlib)")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    print(machine := describe(arguments.threads))
+    rows = []
+    for key in arguments.only.split(","):
+        for row in GROUPS[key](options_for(arguments.quick, arguments.compile)):
+            rows.append(row)
+            print(line(row), flush=True)
+    if arguments.json:
+        content = {"machine": machine, "rows": [{**vars(row), "verdict": row.verdict} for row in rows]}
+        arguments.json.write_text(json.dumps(content, indent=1) + "\n")
+    if arguments.plot:
+        plot(rows, arguments.plot, machine)
+
+
+def options_for(quick: bool, compiled: bool) -> Options:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if quick:
+        return Options(device, 0.01, (32, 64), (torch.float32, torch.bfloat16), (10, 20), (64,), compiled)
+    dtypes = (torch.float32, torch.bfloat16)
+    return Options(device, 3.0, (128, 256, 512, 768), dtypes, (100, 300, 1000, 3000), (1024, 4096), compiled)
+
+
+def describe(threads: int) -> str:
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "lightning", "peft", "loralib"))
+    chip = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
+    return f"{chip}, {threads} threads, load {os.getloadavg()[0]:.2f}, Python {platform.python_version()}, {versions}"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(entry.split(":")[1].strip() for entry in lines if entry.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def line(row: Row) -> str:
+    goal = "" if row.target is None else f"  (at most {row.target:g}: {row.verdict})"
+    return f"{row.group}  {row.what:<62} {row.value:10.3f} {row.unit:<4}{goal}"
+
+
+def plot(rows: list[Row], path: Path, machine: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shown = [row for row in rows if row.what.endswith(": / peft")]
+    figure, axes = plt.subplots(figsize=(8, 0.25 * len(shown) + 1.5), layout="constrained")
+    axes.barh([row.what.removesuffix(": / peft") for row in shown], [row.value for row in shown], color="#4477aa")
+    axes.axvline(1.0, color="black", linewidth=1)
+    axes.invert_yaxis()
+    axes.set_xlabel("time / peft's, less is faster")
+    axes.set_title(machine, fontsize=6)
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main()
