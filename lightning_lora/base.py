@@ -23,8 +23,6 @@ from .init import initial_factors
 from .parallel import beside
 from .sharding import copy_, cut, full, is_sharded, like, local
 from .swapped import Swapped, base_class
-from .wrappers import canonical as canonical
-from .wrappers import uncompiled as uncompiled
 
 A, B = "lora_A", "lora_B"
 HALF = (torch.float16, torch.bfloat16)
@@ -44,7 +42,7 @@ class LoRALayer(Swapped):
         lora_merged: merge was called.
         lora_kept: what undoing it needs, by weight name.
         lora_damaged: unmerging failed, so the weight is not known to be W.
-        lora_tied: the other owner of the weight, or "".
+        lora_tied: what keeps the weight from being merged, as another owner of it, or "".
         lora_reported: the cost of rounding W' was reported.
         lora_init: how to draw the factors, and the seed.
         lora_sharded: the weight was last seen sharded.
@@ -106,6 +104,8 @@ class LoRALayer(Swapped):
         weights = self.adapted_weights()
         sums = {}
         for name, delta in self.deltas(factor, self.lora_B).items():
+            if name not in self._parameters:
+                raise LoRAError(f"{type(self).__name__}: {name} is computed from others since injection; undo that.")
             weight = weights[name]
             sums[name] = (weight.to(torch.promote_types(weight.dtype, delta.dtype)) + delta).to(weight.dtype)
         try:
@@ -179,7 +179,7 @@ class LoRALayer(Swapped):
 
     def stays_factored(self) -> str:
         """Why merging would be wrong for this layer, or ''."""
-        return f"its weight is also {self.lora_tied}" if self.lora_tied else ""
+        return self.lora_tied
 
     def merge_(
         self, *, copy: bool, observe: Observer | None = None, pieces: Mapping[str, list[Piece]] | None = None
@@ -225,7 +225,7 @@ class LoRALayer(Swapped):
 
     def original(self, name: str) -> torch.Tensor:
         """A parameter as it is without the adapter, detached: live, or a restored copy while merged."""
-        weight = cast(nn.Parameter, self._parameters[name]).detach()
+        weight: torch.Tensor = getattr(self, name).detach()
         if self.lora_damaged and name in self.adapted_weights():
             raise LoRAError(
                 f"{type(self).__name__}: its base weight could not be restored after merging, so nothing is saved "

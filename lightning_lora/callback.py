@@ -9,6 +9,7 @@ from dataclasses import fields
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
@@ -135,9 +136,13 @@ class LoRACallback(pl.Callback):
         if is_merged(pl_module):
             unmerge(pl_module)
             self._merged.discard(pl_module)
-        if batch_idx == 0:
-            note_trainable(pl_module)
         self._drop(pl_module, True)
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """What another hand unfroze has its first value still."""
+        note_trainable(pl_module)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -258,7 +263,8 @@ class LoRACallback(pl.Callback):
             return
         errors = {f"lora_merge_error_{name}": value for name, value in found.error.compute().items()}
         if not trainer.predicting:  # Lightning logs nothing there
-            pl_module.log_dict({name: value.float() for name, value in errors.items()}, on_step=False, on_epoch=True)
+            values = {name: value.float() for name, value in errors.items()}  # reduced, so that sync_dist keeps them
+            pl_module.log_dict(values, on_step=False, on_epoch=True, sync_dist=True)
         rank_zero_info(f"LoRA: verified, {', '.join(f'{name} {value:.3g}' for name, value in errors.items())}")
         if found.problems():
             rank_zero_warn(f"LoRACallback: {found.problems()}. Is the forward another than the one you adapted?")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .base import HALF, LoRALayer, strip_, uncompiled
+from .base import HALF, LoRALayer, strip_
 from .config import LoRAConfig
 from .errors import LoRAError
 from .injection import (
@@ -36,6 +36,7 @@ from .sharding import is_sharded, refuse_fully_sharded
 from .state import refuse_unmergeable
 from .supported import check_shapes, check_supported, check_unadapted, enabled_parts
 from .targets import Targets, note_tied, refuse_unmatched
+from .wrappers import uncompiled
 
 log = logging.getLogger(__name__)
 

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .base import A, B, LoRALayer, canonical
+from .base import A, B, LoRALayer
 from .config import LoRAConfig
 from .errors import LoRAError
 from .sharding import copy_, reshard_
+from .wrappers import canonical
 
 ATTRIBUTE = "lora_injection"
 LOADED = "lora_loaded"  # on a part of an injected model: the base that was loaded into it
@@ -31,6 +32,7 @@ class Injection:
         initial: values of what training changes beside A and B (trained base parameters, persistent buffers), from
             before training.
         trained: names of base parameters that were ever trainable.
+        unfrozen: those of them that another hand than the options made trainable.
         save: the kind of Lightning checkpoint, or None for an unfiltered one.
         fingerprint: of the base at fit start, by the names of the LightningModule.
         judged: every layer was there, and each entry of the options names something.
@@ -42,6 +44,7 @@ class Injection:
     requires_grad: dict[str, bool] = field(default_factory=dict)
     initial: dict[str, torch.Tensor] = field(default_factory=dict)
     trained: set[str] = field(default_factory=set)
+    unfrozen: set[str] = field(default_factory=set)
     save: Any = None
     fingerprint: dict[str, Any] = field(default_factory=dict)
     judged: bool = False
@@ -125,6 +128,7 @@ def note_trainable(model: nn.Module, *, expected: bool = False) -> None:
         injection.trained.add(name)
         injection.initial[name] = parameter.detach().clone()
     if new and not expected:
+        injection.unfrozen.update(new)
         shown = ", ".join(list(new)[:3]) + (f" and {len(new) - 3} more" if len(new) > 3 else "")
         warnings.warn(
             f"lightning_lora: base parameters were unfrozen after injection ({shown}); they are saved with the adapter",

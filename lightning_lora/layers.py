@@ -114,9 +114,16 @@ class LoRAEmbedding(LoRALayer):
         return cast(nn.Embedding, self).max_norm is not None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.lora_active and self._renormalises():
+        if self.lora_active or self.weight.requires_grad or not self._renormalises():
+            return super().forward(*args, **kwargs)
+        if not self.lora_own_forward:
             return self._renormalised(*args, **kwargs)
-        return super().forward(*args, **kwargs)
+        weight = self.weight
+        try:
+            self._parameters["weight"] = nn.Parameter(weight.detach().clone(), False)
+            return super().forward(*args, **kwargs)
+        finally:
+            self._parameters["weight"] = weight
 
     def _renormalised(self, input: torch.Tensor) -> torch.Tensor:
         layer = cast(nn.Embedding, self)
@@ -188,7 +195,7 @@ class LoRAMultiheadAttention(LoRALinear):
 
     def adapted_weights(self) -> dict[str, nn.Parameter]:
         names = ("in_proj_weight",) if self._layer()._qkv_same_embed_dim else self._separate()
-        return {name: cast(nn.Parameter, self._parameters[name]) for name in names}
+        return {name: getattr(self, name) for name in names}
 
     def _separate(self) -> list[str]:
         names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")

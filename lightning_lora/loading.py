@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .base import LoRALayer, canonical
+from .base import LoRALayer
 from .injection import ATTRIBUTE, is_factor, named_state, note_loaded
 from .state import adapter_keys
+from .wrappers import CHECKPOINTED, canonical
 
 
 def accept_partial_states(root: nn.Module) -> None:
@@ -41,7 +42,7 @@ def _fill_in(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: 
     """The injected model judges, or the part of it on which load_state_dict is called; parts further down do not."""
     if ATTRIBUTE not in vars(module) and canonical(prefix.rstrip(".")):
         return
-    state = {name: (tensor, owner) for name, tensor, owner in named_state(module, raw=True)}
+    state = {_as_seen_here(name): (tensor, owner) for name, tensor, owner in named_state(module, raw=True)}
     for name in state:  # names saved without the segments of wrappers
         plain = prefix + canonical(name)
         if plain in state_dict and prefix + name not in state_dict:
@@ -58,6 +59,13 @@ def _fill_in(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: 
         absent = base - changing
     for name in absent:
         state_dict[prefix + name] = state[name][0]
+
+
+def _as_seen_here(name: str) -> str:
+    """checkpoint_wrapper leaves its segment out of state dicts, and puts it in just before the hooks on itself run."""
+    first, dot, rest = name.partition(".")
+    segment = f"{CHECKPOINTED}."
+    return first + dot + rest.replace(segment, "") if first == CHECKPOINTED else name.replace(segment, "")
 
 
 def _changing(module: nn.Module, state: Mapping[str, tuple[torch.Tensor | None, nn.Module]]) -> set[str]:

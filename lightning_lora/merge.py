@@ -13,13 +13,14 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from .base import HALF, LoRALayer, canonical
+from .base import HALF, LoRALayer
 from .errors import LoRAError
 from .exact import Piece
 from .metrics import MergeFidelity
 from .readers import set_fast_paths_
 from .sharding import Together, is_sharded, local, reset_, reshard_
 from .targets import note_tied
+from .wrappers import canonical
 
 COPY_BUDGET = 64 * 2**20  # bytes of plain copies of small weights, which are faster than keeping values
 WORST_FIDELITY = 0.05
@@ -178,7 +179,8 @@ class _Fidelity:
 
     def __init__(self, layers: Iterable[LoRALayer]) -> None:
         self.layers = {layer for layer in layers if layer.main_weight().dtype in HALF and not layer.lora_reported}
-        self.metric = MergeFidelity(sync_on_compute=False) if self.layers else None
+        with torch.inference_mode(False):  # it is updated outside
+            self.metric = MergeFidelity(sync_on_compute=False) if self.layers else None
 
     def wants(self, layer: LoRALayer) -> bool:
         return layer in self.layers

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from .base import canonical
 from .checkpoint import META, Kind, adapter_of, read
 from .errors import LoRAError
 from .fit import fit_
@@ -23,6 +22,7 @@ from .injection import call_previous, find_injection, note_materialised, patch
 from .merge import adapted_layers
 from .sharding import local
 from .state import adapter_keys, base_keys, fold
+from .wrappers import canonical
 
 HEADER = "meta.pt"  # Lightning's name of what a distributed checkpoint holds beside its shards
 REFUSED = {

@@ -1,4 +1,4 @@
-"""The class swap: a module's class replaced by a subclass made for it, in a way that pickle and deepcopy rebuild."""
+"""The class swap: a module becomes an instance of a subclass made for it, which pickle and deepcopy can rebuild."""
 
 from __future__ import annotations
 

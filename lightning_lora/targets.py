@@ -10,11 +10,12 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import nn
 
-from .base import LoRALayer, canonical
+from .base import LoRALayer
 from .config import ALL_LINEAR, LoRAConfig, pattern_matches
 from .errors import LoRAError
 from .injection import ATTRIBUTE
 from .layers import is_conv1d, layer_kind
+from .wrappers import canonical
 
 
 class Targets:
@@ -140,42 +141,49 @@ def output_heads(model: nn.Module) -> list[nn.Module]:
 
 
 def tied_weights(model: nn.Module) -> dict[nn.Module, str]:
-    """Modules whose weight shares memory with another module's parameter, each with that parameter's name.
+    """Modules whose weight shares memory with another module's parameter or buffer, each with the name of that.
 
-    Memory counts, not identity: two Parameters may view one storage.
+    Memory counts, not identity: two Parameters may view one storage. A bias may have several owners.
     """
-    spans: dict[int, list[tuple[int, int, nn.Module, str]]] = defaultdict(list)
+    spans: dict[int, list[tuple[int, int, nn.Module, str, bool]]] = defaultdict(list)
     for prefix, module in model.named_modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                storage, start, end = _span(parameter)
-                spans[storage].append((start, end, module, f"{prefix}.{name}".lstrip(".")))
+        for tensors, matters in ((module._parameters, True), (module._buffers, False)):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    storage, start, end = _span(tensor)
+                    is_weight = matters and not name.endswith("bias")
+                    spans[storage].append((start, end, module, f"{prefix}.{name}".lstrip("."), is_weight))
     tied: dict[nn.Module, str] = {}
     for group in spans.values():
         group.sort(key=lambda span: span[:2])
-        for i, (_, end, module, name) in enumerate(group):
-            for start, _, other, other_name in group[i + 1 :]:
+        for i, (_, end, module, name, is_weight) in enumerate(group):
+            for start, _, other, other_name, other_is_weight in group[i + 1 :]:
                 if start >= end:
                     break
-                if other is not module:
+                if other is not module and is_weight:
                     tied.setdefault(module, other_name)
+                if other is not module and other_is_weight:
                     tied.setdefault(other, name)
     return tied
 
 
 def note_tied(model: nn.Module) -> None:
-    """Tell each adapted layer who else owns its weight; where the injected model is seen whole, also that none does."""
+    """Tell each adapted layer what keeps it from being merged; where the injected model is seen whole, also nothing."""
     tied = tied_weights(model)
     whole = any(ATTRIBUTE in vars(module) for module in model.modules())
     for layer in model.modules():
-        if isinstance(layer, LoRALayer) and (whole or layer in tied):
-            layer.lora_tied = tied.get(layer, "")
+        if isinstance(layer, LoRALayer):
+            computed = any(name not in layer._parameters for name in layer.adapted_weights())
+            reason = "its weight is computed from others (weight_norm, parametrize, prune)" if computed else ""
+            reason = f"its weight is also {tied[layer]}" if layer in tied else reason
+            layer.lora_tied = reason or ("" if whole else layer.lora_tied)
 
 
-def _span(parameter: torch.Tensor) -> tuple[int, int, int]:
-    """Storage, first and last byte; a parameter without memory of its own (meta, sharded) counts by identity."""
-    if parameter.device.type == "meta" or parameter.numel() == 0 or type(parameter.data) is not torch.Tensor:
-        return id(parameter), 0, 1
-    last = sum((size - 1) * stride for size, stride in zip(parameter.shape, parameter.stride(), strict=True))
-    start = parameter.data_ptr()
-    return parameter.untyped_storage().data_ptr(), start, start + (last + 1) * parameter.element_size()
+def _span(tensor: torch.Tensor) -> tuple[int, int, int]:
+    """Storage, first and last byte; a tensor without memory of its own (meta, sharded) counts by identity."""
+    dense = tensor.layout is torch.strided and tensor.device.type != "meta" and type(tensor.data) is torch.Tensor
+    if not dense or tensor.numel() == 0:
+        return id(tensor), 0, 1
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    start = tensor.data_ptr()
+    return tensor.untyped_storage().data_ptr(), start, start + (last + 1) * tensor.element_size()

@@ -62,7 +62,7 @@ def watch(model: nn.Module) -> Iterator[Verification]:
         found.error.to(layers[0].lora_A.device)
     found.never_ran = list(groups)
     handles = [
-        group[0].register_forward_hook(_checker(name, group[1], found), with_kwargs=True, prepend=True)
+        group[0].register_forward_hook(_checker(name, *group, found), with_kwargs=True, prepend=True)
         for name, group in groups.items()
     ]
     try:
@@ -91,9 +91,9 @@ def _covered(name: str, groups: Mapping[str, tuple[nn.Module, list[LoRALayer]]])
     return isinstance(groups[name][0], nn.MultiheadAttention) and f"{name}.out_proj" in groups
 
 
-def _checker(name: str, layers: list[LoRALayer], found: Verification) -> Callable[..., None]:
+def _checker(name: str, watched: nn.Module, layers: list[LoRALayer], found: Verification) -> Callable[..., None]:
     def check(module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
-        if name not in found.never_ran:
+        if name not in found.never_ran or module is not watched:  # a copy of the model has this hook too
             return
         found.never_ran.remove(name)
         with torch.no_grad():

@@ -6,7 +6,7 @@ from typing import cast
 
 from torch import nn
 
-WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # torch.compile, activation checkpointing
+COMPILED, CHECKPOINTED = WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # torch.compile, checkpoint_wrapper
 
 
 def canonical(name: str) -> str:
@@ -16,6 +16,6 @@ def canonical(name: str) -> str:
 
 def uncompiled(model: nn.Module) -> nn.Module:
     """The module inside torch.compile's wrapper, which passes attributes on to it but does not hold them."""
-    while "_orig_mod" in model._modules:
-        model = cast(nn.Module, model._modules["_orig_mod"])
+    while COMPILED in model._modules:
+        model = cast(nn.Module, model._modules[COMPILED])
     return model

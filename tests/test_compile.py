@@ -9,7 +9,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from graphs import TORCH_NOTICES, Recorder, forget_graphs
+from graphs import TORCH_NOTICES, Recorder, start_anew
 from plain import Zoo, randomise_, tokens, zoo_config
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -32,8 +32,8 @@ WRAPPER = "_orig_mod"
 
 
 @pytest.fixture(autouse=True)
-def _forget_graphs():
-    forget_graphs()
+def _anew(monkeypatch):
+    start_anew(monkeypatch)
 
 
 class Around(nn.Module):

@@ -8,7 +8,7 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
-from graphs import TORCH_NOTICES, Recorder, forget_graphs
+from graphs import TORCH_NOTICES, Recorder, start_anew
 from helpers import Data, Net, assert_same_tensors, make_trainer, outputs
 from lightning.pytorch.utilities.compile import to_uncompiled
 
@@ -18,8 +18,8 @@ pytestmark = TORCH_NOTICES
 
 
 @pytest.fixture(autouse=True)
-def _forget_graphs():
-    forget_graphs()
+def _anew(monkeypatch):
+    start_anew(monkeypatch)
 
 
 class Quiet(Net):
@@ -61,7 +61,7 @@ UNCOMPILED = "not at all"
 
 
 def fit(path, how: str, *, epochs: int = 3, ckpt_path=None, **options):
-    forget_graphs()
+    torch._dynamo.reset()
     recorder = Recorder()
     model, watch = compiled_net(how, recorder), Watch(recorder, path)
     lora = LoRACallback(**{"r": 2, "target_modules": TARGETS, **options})
@@ -149,7 +149,7 @@ def test_logging_in_a_compiled_module_is_lightnings_own_matter(tmp_path):
             return loss
 
     def outcome(*callbacks):
-        forget_graphs()
+        torch._dynamo.reset()
         try:
             make_trainer(tmp_path, *callbacks).fit(torch.compile(Logging(), backend=Recorder()), Data())
         except Exception as error:
