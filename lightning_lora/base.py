@@ -19,6 +19,7 @@ from torch import nn
 from .dropout import drop
 from .errors import LoRAError
 from .exact import Kept, Observer, Piece, add_delta_, merged_weight, remove_delta_, restored
+from .reentrant import in_reentrant_segment
 from .swapped import Swapped
 
 A, B = "lora_A", "lora_B"
@@ -44,7 +45,7 @@ class LoRALayer(Swapped):
     Attributes:
         lora_A, lora_B: the factors, shapes as the subclass states.
         lora_r, lora_alpha, lora_scaling, lora_dropout: their options.
-        lora_dropping: whether dropout acts; None follows the layer's own training flag.
+        lora_dropping: whether dropout acts where gradients are recorded; None follows the layer's own training flag.
         lora_wide: the factors stay in float32 when the model is cast to 16 bits.
         lora_own_forward: the class has a forward of its own, which is run on W + delta.
         lora_enabled: which equal parts of a fused projection are adapted, or None.
@@ -120,8 +121,12 @@ class LoRALayer(Swapped):
 
     def drops(self) -> bool:
         """Whether dropout acts now."""
-        active = self.training if self.lora_dropping is None else self.lora_dropping
-        return active and self.lora_dropout > 0
+        if not self.lora_dropout:
+            return False
+        if self.lora_dropping is None:
+            return self.training
+        # A user's own evaluation inside a training batch records no gradients.
+        return self.lora_dropping and (torch.is_grad_enabled() or in_reentrant_segment())
 
     def dropped(self, x: torch.Tensor) -> tuple[torch.Tensor, float]:
         """The adapter's input after dropout, and the scaling that goes with it."""

@@ -6,10 +6,13 @@ segments can be found, in transformers' models and torch's checkpoint_wrapper, t
 
 from __future__ import annotations
 
+import sys
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import CheckpointFunction
 
 
 def let_gradients_in_(model: nn.Module) -> None:
@@ -28,6 +31,16 @@ def let_gradients_in_no_more_(model: nn.Module) -> None:
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key in _hooks(hooks):
                 del hooks[key]
+
+
+def in_reentrant_segment() -> bool:
+    """Whether the first pass of a reentrant segment runs, which records no gradients although it is trained."""
+    if torch.compiler.is_compiling():
+        return False
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code is not CheckpointFunction.forward.__code__:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _hooks(hooks: Any) -> list[int]:
