@@ -1,19 +1,19 @@
-"""An adapter apart from any model, and the place in a model where its names fit."""
+"""An adapter apart from any model, and under which names it fits one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+import re
+import warnings
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-from torch import nn
-
-from .base import A, B, canonical
+from .base import A, B
 from .config import LoRAConfig
 from .errors import LoRAError
-from .state import checked_print
-from .targets import near_misses
+from .supported import enabled_parts
+from .targets import names_match, near_misses
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,10 @@ class Adapter:
         scalings: s of each adapted layer, or empty where the source holds none.
         fingerprint: of the base, or empty where the source holds none.
         complete: the source holds buffers too, so that each missing name is an error.
+        kinds: of each adapted layer where known, see kinds.KINDS.
+        network: the prefix of the network's names inside the LightningModule that was saved.
+        origin: what the source says of the base: base_model_name_or_path, revision, task_type.
+        fan_in_fan_out: weights of unknown kind are stored (in, out), as PEFT says of transformers' Conv1D.
     """
 
     tensors: Mapping[str, Any]
@@ -33,112 +37,124 @@ class Adapter:
     scalings: Mapping[str, float] = field(default_factory=dict)
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
     complete: bool = False
+    kinds: Mapping[str, str] = field(default_factory=dict)
+    network: str = ""
+    origin: Mapping[str, str] = field(default_factory=dict)
+    fan_in_fan_out: bool = False
 
     def layers(self) -> list[str]:
         """Names of the adapted layers."""
         return [name.rpartition(".")[0] for name in self.tensors if name.rpartition(".")[2] == A]
 
-    @classmethod
-    def described(cls, tensors: Mapping[str, Any], description: Any, *, complete: bool = False) -> Adapter:
-        """With the options, scalings and fingerprint that a checkpoint or a folder holds.
+    def renamed(self, strip: str, add: str) -> Adapter:
+        """With one dotted prefix taken off every name and another put in front; names without it are left out."""
 
-        Raises:
-            LoRAError: they are not of the form that this package writes.
-        """
-        try:
-            adapter = cls(
-                dict(tensors),
-                LoRAConfig.from_dict(description["config"]),
-                {name: float(s) for name, s in description["scalings"].items()},
-                {name: checked_print(one) for name, one in description["fingerprint"].items()},
-                complete,
-            )
-            strange = [name for name in (*adapter.tensors, *adapter.fingerprint) if not isinstance(name, str)]
-        except LoRAError:
-            raise
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-            raise LoRAError(f"adapter: its description is damaged: {error!r}.") from error
-        if strange:
-            raise LoRAError(f"adapter: its description is damaged: {strange[0]!r} is no layer or tensor of it.")
-        return adapter
+        def rename(names: Mapping[str, Any]) -> dict[str, Any]:
+            return {add + name.removeprefix(strip): value for name, value in names.items() if name.startswith(strip)}
 
-    def renamed(self, new_name: Callable[[str], str]) -> Adapter:
-        """With other names of layers and tensors."""
-        return replace(
+        def rename_layers(layers: Mapping[str, Any]) -> dict[str, Any]:
+            renamed = rename({f"{name}.": value for name, value in layers.items()})
+            return {name.removesuffix("."): value for name, value in renamed.items()}
+
+        renamed = replace(
             self,
-            tensors={new_name(name): value for name, value in self.tensors.items()},
-            scalings={new_name(name): value for name, value in self.scalings.items()},
-            fingerprint={new_name(name): value for name, value in self.fingerprint.items()},
+            tensors=rename(self.tensors),
+            scalings=rename_layers(self.scalings),
+            fingerprint=rename(self.fingerprint),
+            kinds=rename_layers(self.kinds),
+            network="",
         )
+        return replace(renamed, config=_meaning_the_same(self, renamed, rename_layers({n: n for n in self.layers()})))
 
 
-def check_pairs(adapter: Adapter) -> None:
-    """Each A has its B, and both can be factors: what later steps stand on."""
-    if not adapter.layers():
-        raise LoRAError("adapter: the source holds no lora_A; it is not an adapter of a known format.")
-    expected = [f"{layer}.{A}" for layer in adapter.scalings]
-    for name in (*expected, *adapter.tensors):
-        path, _, leaf = name.rpartition(".")
-        for factor in (A, B) if leaf in (A, B) else ():
-            full_name = f"{path}.{factor}".lstrip(".")
-            value = adapter.tensors.get(full_name)
-            if value is None:
-                raise LoRAError(
-                    f"adapter: tensor {full_name!r} is missing, but the rest of its layer is there; the source was cut."
-                )
-            if not isinstance(value, torch.Tensor) or value.dim() < 2 or not value.is_floating_point():
-                raise LoRAError(f"adapter: {full_name!r} must be a floating-point matrix or a stack of them.")
+def _meaning_the_same(old: Adapter, new: Adapter, names: Mapping[str, str]) -> LoRAConfig | None:
+    """The options for the layers' new names: as they are where they mean the same, else with the layers spelled out.
 
-
-def placed(model: nn.Module, adapter: Adapter) -> Adapter:
-    """The adapter under the one prefix at which its layers are modules of the model."""
-    layers = adapter.layers()
-    modules = {canonical(name) for name, _ in model.named_modules(remove_duplicate=False)}
-    homeless = [layer for layer in layers if layer not in modules]
-    if not homeless:
-        return adapter
-    parts = layers[0].split(".")
-    strips = [".".join(parts[:i]) + "." for i in range(1, len(parts))]
-    strips = [s for s in strips if all(n.startswith(s) and n.removeprefix(s) in modules for n in layers)]
-    adds = [canonical(name) + "." for name, _ in model.named_modules() if name]
-    adds = [add for add in adds if all(add + layer in modules for layer in layers)]
-    if len(strips) + len(adds) != 1:
-        found = ", ".join([*map(repr, adds), *(f"without {strip!r}" for strip in strips)]) or "none"
-        raise LoRAError(
-            f"adapter: its layers ({homeless[0]!r}, ...) must fit {type(model).__name__} under exactly one prefix; "
-            f"found {found}{near_misses(homeless[0], modules - {''})}. Pass the submodule that the adapter is for."
-        )
-    if adds:
-        return adapter.renamed(lambda name: adds[0] + name)
-    inside = replace(
-        adapter,
-        tensors={name: value for name, value in adapter.tensors.items() if name.startswith(strips[0])},
-        fingerprint={name: value for name, value in adapter.fingerprint.items() if name.startswith(strips[0])},
-        config=_without_prefix(adapter.config, strips[0]),
-    )
-    return inside.renamed(lambda name: name.removeprefix(strips[0]))
-
-
-def _without_prefix(config: LoRAConfig | None, prefix: str) -> LoRAConfig | None:
-    """The options that stay when the layers are spelled out; with a prefix in front, a dotted suffix still matches."""
+    Args:
+        old: the adapter before it was renamed.
+        new: the adapter after.
+        names: the old name of each new one.
+    """
+    config = old.config
     if config is None:
         return None
-    return replace(
-        config,
-        modules_to_save=[name.removeprefix(prefix) for name in config.modules_to_save or ()],
-        enable_lora={name.removeprefix(prefix): parts for name, parts in (config.enable_lora or {}).items()},
+    saved = [_still_naming(entry, old, new) for entry in config.modules_to_save or ()]
+    config = replace(config, modules_to_save=saved)
+    ranks = {n: old.tensors[f"{before}.{B}"].shape[1] for n, before in names.items()}
+    enabled = {n: enabled_parts(before, config) for n, before in names.items()}
+    same = all(config.rank(n) == ranks[n] and enabled_parts(n, config) == enabled[n] for n in names)
+    if same and all(math.isclose(config.scaling(n), s) for n, s in new.scalings.items()):
+        return config
+    parts = {n: on for n, on in sorted(enabled.items(), key=lambda item: -len(item[0])) if on}
+    return replace(config, **spelled_out(replace(new, config=config), ranks), enable_lora=parts)
+
+
+def _still_naming(entry: str, old: Adapter, new: Adapter) -> str:
+    """An entry of modules_to_save, without what was taken off the names if it needs that to name anything."""
+    if any(names_match([entry], module) for module in _modules(new.tensors)):
+        return entry
+    taken = [m for m in _modules(old.tensors) if names_match([entry], m)]
+    shorter = [m for m in _modules(new.tensors) if any(whole.endswith(f".{m}") for whole in taken)]
+    return max(shorter, key=len, default=entry)
+
+
+def _modules(names: Iterable[str]) -> list[str]:
+    """Every module on the way to a tensor."""
+    return list({name.rsplit(".", i)[0] for name in names for i in range(1, name.count(".") + 1)})
+
+
+def spelled_out(adapter: Adapter, ranks: Mapping[str, int]) -> dict[str, Any]:
+    """Options that give exactly the layers in `ranks` these ranks and the adapter's scalings."""
+    root = adapter.config is not None and adapter.config.use_rslora
+    alphas = {n: adapter.scalings[n] * (math.sqrt(r) if root else r) for n, r in ranks.items()}
+    return {
+        "target_modules": list(ranks),
+        "exclude_modules": None,
+        "rank_pattern": {f"^{re.escape(name)}": rank for name, rank in ranks.items()},
+        "alpha_pattern": {f"^{re.escape(name)}": int(a) if a == int(a) else a for name, a in alphas.items()},
+    }
+
+
+def without_options(adapter: Adapter) -> str:
+    """What to say of a source, such as loralib's, that stores tensors and nothing else."""
+    ranks = sorted({adapter.tensors[f"{name}.{B}"].shape[1] for name in adapter.layers()})
+    return (
+        f"adapter: the source stores tensors and no options, as loralib's files do. Its factors have rank "
+        f"{' and '.join(map(str, ranks))}; lora_alpha is nowhere in it and must come from whoever trained it. Call "
+        f"inject(model, LoRAConfig(r={ranks[0]}, lora_alpha=..., target_modules=...)) first, then load_adapter again."
     )
 
 
-def first_names(model: nn.Module) -> Callable[[str], str]:
-    """Where a module comes under several names: from any name of a layer or tensor to the one that it is adapted by."""
-    modules = {canonical(name): module for name, module in model.named_modules(remove_duplicate=False)}
-    first = {module: canonical(name) for name, module in model.named_modules()}
+def placed(adapter: Adapter, modules: Set[str], where: str) -> Adapter:
+    """The adapter under the one prefix at which its layers are among the modules.
 
-    def first_name(name: str) -> str:
-        if name in modules:
-            return first[modules[name]]
-        path, _, leaf = name.rpartition(".")
-        return f"{first[modules[path]]}.{leaf}".lstrip(".") if path in modules else name
-
-    return first_name
+    Raises:
+        LoRAError: there is no such prefix, or there are several.
+    """
+    layers = adapter.layers()
+    if not layers:
+        raise LoRAError("adapter: the source holds no lora_A; it is not an adapter of a known format.")
+    if all(layer in modules for layer in layers):
+        return adapter
+    first = layers[0].split(".")
+    strips = [".".join(first[:i]) + "." for i in range(1, len(first))]
+    places = [(strip, "") for strip in strips if all((layer + ".").startswith(strip) for layer in layers)]
+    places = [p for p in places if all((layer + ".")[len(p[0]) :].removesuffix(".") in modules for layer in layers)]
+    prefixes = {m.removesuffix(layers[0]) for m in modules if m.endswith(f".{layers[0]}")}
+    places += [("", prefix) for prefix in sorted(prefixes) if all(prefix + layer in modules for layer in layers)]
+    if len(places) != 1:
+        found = ", ".join(repr(add or f"without {strip}") for strip, add in places) or "none"
+        odd = next(layer for layer in layers if layer not in modules)
+        raise LoRAError(
+            f"adapter: its layers ({odd!r}, ...) must fit {where} under exactly one prefix; "
+            f"found {found}{near_misses(odd, modules - {''})}. Pass the submodule that the adapter is for."
+        )
+    strip, _ = places[0]
+    outside = [name for name in adapter.tensors if not name.startswith(strip)]
+    if outside:
+        warnings.warn(
+            f"lightning_lora: {len(outside)} of the adapter's tensors lie outside {where} and are left out, "
+            f"first {outside[0]!r}",
+            stacklevel=4,
+        )
+    return adapter.renamed(*places[0])

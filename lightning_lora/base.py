@@ -19,24 +19,14 @@ from torch import nn
 from .dropout import drop
 from .errors import LoRAError
 from .exact import Kept, Observer, Piece, add_delta_, merged_weight, remove_delta_, restored
-from .reentrant import in_reentrant_segment
-from .swapped import Swapped
+from .init import initial_factors
+from .parallel import beside
+from .reentrant import records_gradients
+from .sharding import copy_, cut, full, is_sharded, like, local
+from .swapped import Swapped, base_class
 
 A, B = "lora_A", "lora_B"
 HALF = (torch.float16, torch.bfloat16)
-COMPILED, CHECKPOINTED = WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # torch.compile, checkpoint_wrapper
-
-
-def canonical(name: str) -> str:
-    """A module or state name without the segments that wrappers put in."""
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
-
-
-def uncompiled(model: nn.Module) -> nn.Module:
-    """The module inside torch.compile's wrapper, which passes attributes on to it but does not hold them."""
-    while COMPILED in model._modules:
-        model = cast(nn.Module, model._modules[COMPILED])
-    return model
 
 
 class LoRALayer(Swapped):
@@ -55,9 +45,13 @@ class LoRALayer(Swapped):
         lora_damaged: unmerging failed, so the weight is not known to be W.
         lora_tied: what keeps the weight from being merged, as another owner of it, or "".
         lora_reported: the cost of rounding W' was reported.
+        lora_init: how to draw the factors, and the seed.
+        lora_sharded: the weight was last seen sharded.
     """
 
     KNOWN_FORWARD: ClassVar[tuple[str, ...]] = ("forward",)
+    ALONG: ClassVar[dict[int, tuple[str, int]]] = {0: (B, 0), 1: (A, 1)}  # what runs along each weight dimension
+    LOOKUP: ClassVar[bool] = False
     weight: nn.Parameter
     lora_A: nn.Parameter
     lora_B: nn.Parameter
@@ -75,6 +69,8 @@ class LoRALayer(Swapped):
     lora_damaged: bool
     lora_tied: str
     lora_reported: bool
+    lora_init: tuple[bool | str, int]
+    lora_sharded: bool
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.lora_active:
@@ -120,13 +116,9 @@ class LoRALayer(Swapped):
             self._parameters.update(weights)
 
     def drops(self) -> bool:
-        """Whether dropout acts now."""
-        if not self.lora_dropout:
-            return False
-        if self.lora_dropping is None:
-            return self.training
-        # A user's own evaluation inside a training batch records no gradients.
-        return self.lora_dropping and (torch.is_grad_enabled() or in_reentrant_segment())
+        """Whether dropout acts now; a user's own evaluation inside a training batch records no gradients."""
+        active = self.training if self.lora_dropping is None else self.lora_dropping and records_gradients()
+        return active and self.lora_dropout > 0
 
     def dropped(self, x: torch.Tensor) -> tuple[torch.Tensor, float]:
         """The adapter's input after dropout, and the scaling that goes with it."""
@@ -151,6 +143,33 @@ class LoRALayer(Swapped):
         """How the factors make up each adapted weight's delta, without the scaling."""
         raise NotImplementedError
 
+    def create_factors(self, dtype: torch.dtype) -> None:
+        """Register A and B with their initial values."""
+        device = self.main_weight().device
+        for name, values in zip((A, B), self._drawn(), strict=True):
+            self.register_parameter(name, nn.Parameter(values.to(device, dtype)))
+
+    def _drawn(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return initial_factors(*self.factor_shapes(), *self.lora_init, lookup=self.LOOKUP)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As in nn.Module; parallelize_module comes here with each parameter made into a sharded one."""
+        if name in (A, B) and param is not None:
+            if is_sharded(param) and self.lora_enabled is not None:
+                raise LoRAError(
+                    f"{type(self).__name__}: the parts of enable_lora do not follow a tensor parallel split; adapt the "
+                    "layer as a whole, or leave it out of the parallelize plan"
+                )
+            param = beside(name, param, self.main_weight(), self.ALONG)
+        super().register_parameter(name, param)
+
+    def local_pieces(
+        self, weights: Mapping[str, torch.Tensor], factor_a: torch.Tensor, factor_b: torch.Tensor
+    ) -> dict[str, list[Piece]]:
+        """The pieces cut to this rank's shards of the weights. Collective where the factors are sharded."""
+        pieces = self.pieces(full(factor_a), full(factor_b))
+        return {name: cut(pieces[name], weights[name]) for name in pieces}
+
     def deltas(self, factor_a: torch.Tensor, factor_b: torch.Tensor) -> dict[str, torch.Tensor]:
         """s * B @ A in each weight's shape and the factors' dtype, differentiable."""
         weights = self.adapted_weights()
@@ -163,13 +182,17 @@ class LoRALayer(Swapped):
         """Why merging would be wrong for this layer, or ''."""
         return self.lora_tied
 
-    def merge_(self, *, copy: bool, observe: Observer | None = None) -> None:
-        """Each weight <- W', see exact.add_delta_."""
+    def merge_(
+        self, *, copy: bool, observe: Observer | None = None, pieces: Mapping[str, list[Piece]] | None = None
+    ) -> None:
+        """Each weight <- W' on this rank's shard, see exact.add_delta_; `pieces` are the local ones, if known."""
         weights = self.adapted_weights()
+        pieces = self.local_pieces(weights, self.lora_A, self.lora_B) if pieces is None else pieces
         try:
-            for name, pieces in self.pieces(self.lora_A, self.lora_B).items():
+            for name in pieces:
                 if name not in self.lora_kept:
-                    kept = add_delta_(weights[name], pieces, self.lora_scaling, copy=copy, observe=observe)
+                    shard = local(weights[name])
+                    kept = add_delta_(shard, pieces[name], self.lora_scaling, copy=copy, observe=observe)
                     self.lora_kept[name] = kept
         except BaseException:
             self.unmerge_()
@@ -182,7 +205,7 @@ class LoRALayer(Swapped):
         for name, weight in self.adapted_weights().items():
             if name in self.lora_kept:
                 try:
-                    remove_delta_(weight, self.lora_kept[name])
+                    remove_delta_(local(weight), self.lora_kept[name])
                 except LoRAError as error:
                     failure, self.lora_damaged = error, True
                 del self.lora_kept[name]
@@ -209,18 +232,26 @@ class LoRALayer(Swapped):
                 f"{type(self).__name__}: its base weight could not be restored after merging, so nothing is saved "
                 "from it; load the base weights again"
             )
-        return restored(weight, self.lora_kept[name]) if name in self.lora_kept else weight
+        kept = self.lora_kept.get(name)
+        return weight if kept is None else like(restored(local(weight), kept), weight)
 
     def merged_copies(
-        self, weights: Mapping[str, torch.Tensor], factor_a: torch.Tensor, factor_b: torch.Tensor
+        self, weights: Mapping[str, torch.Tensor], pieces: Mapping[str, list[Piece]]
     ) -> dict[str, torch.Tensor]:
-        """W' of each adapted weight for the given W, A and B, as new tensors."""
-        pieces = self.pieces(factor_a, factor_b)
-        return {name: merged_weight(weights[name], pieces[name], self.lora_scaling) for name in pieces}
+        """W' of each adapted weight for the given W and local pieces, as new tensors, sharded as W is."""
+        return {
+            name: like(merged_weight(local(weights[name]), pieces[name], self.lora_scaling), weights[name])
+            for name in pieces
+        }
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        unborn = self.lora_A.is_meta
         with self.briefly_unmerged():
-            return super()._apply(self._keeping_wide(fn), recurse)  # type: ignore[no-untyped-call]
+            super()._apply(self._keeping_wide(fn), recurse)  # type: ignore[no-untyped-call]
+        if unborn and not self.lora_A.is_meta:  # to_empty
+            for factor, values in zip((self.lora_A, self.lora_B), self._drawn(), strict=True):
+                copy_(factor, values)
+        return self
 
     def _keeping_wide(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
         """fn, but for casting the factors to 16 bits: they train in float32 while they compute in the layer's dtype."""
@@ -263,7 +294,7 @@ def _delta(pieces: list[Piece], shape: torch.Size) -> torch.Tensor:
 
 def strip_(layer: LoRALayer) -> None:
     """The inverse of adapt_: the class it had, no factors, no attributes; the weight stays as it is."""
-    layer.__class__ = layer.lora_base  # type: ignore[assignment]
+    layer.__class__ = base_class(layer)  # type: ignore[assignment]
     for name in (A, B):
         layer._parameters.pop(name, None)
     for name in [name for name in vars(layer) if name.startswith("lora_")]:

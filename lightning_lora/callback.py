@@ -9,6 +9,7 @@ from dataclasses import fields
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
@@ -18,12 +19,13 @@ from .checkpoint import Kind, check_kind, save_as
 from .compositions import refuse_composition, refuse_other_options, refuse_unoptimized, warn_of_frozen
 from .config import ALL_LINEAR, Bias, Init, LoRAConfig
 from .errors import LoRAError
-from .inject import begin_injection
-from .injection import find_injection, note_trainable
+from .inject import begin_injection, random_seed
+from .injection import find_injection, note_materialised, note_trainable
 from .late import BUILDERS, adapt_after
 from .merge import adapted_layers, is_merged, merge, unmerge
 from .reentrant import let_gradients_in_
 from .state import fingerprint, refuse_unmergeable, summary
+from .strategy import prepare_strategy
 from .verify import Verification, watch
 
 log = logging.getLogger(__name__)
@@ -99,10 +101,11 @@ class LoRACallback(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Adapt what exists, before the optimizer exists and the strategy wraps; the rest after configure_model."""
+        prepare_strategy(trainer.strategy)
         found = find_injection(pl_module)
         refuse_composition(trainer, self, injected=found is not None)
         if found is None:
-            begin_injection(pl_module, self.config)
+            begin_injection(pl_module, self.config, seed=trainer.strategy.broadcast(random_seed()))
         else:
             refuse_other_options(found[2], self.config)
         adapt_after(pl_module, *(name for name in BUILDERS if is_overridden(name, pl_module)))
@@ -111,6 +114,7 @@ class LoRACallback(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check what training stands on, and say in one line what is trained."""
+        note_materialised(pl_module)
         refuse_unoptimized(trainer.optimizers, pl_module)
         warn_of_frozen(pl_module)
         let_gradients_in_(pl_module)
@@ -132,10 +136,14 @@ class LoRACallback(pl.Callback):
         if is_merged(pl_module):
             unmerge(pl_module)
             self._merged.discard(pl_module)
-        if batch_idx == 0:
-            note_trainable(pl_module)
         self._note_modes(pl_module)
         self._drop(pl_module, True)
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """What another hand unfroze has its first value still."""
+        note_trainable(pl_module)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -261,7 +269,8 @@ class LoRACallback(pl.Callback):
             return
         errors = {f"lora_merge_error_{name}": value for name, value in found.error.compute().items()}
         if not trainer.predicting:  # Lightning logs nothing there
-            pl_module.log_dict({name: value.float() for name, value in errors.items()}, on_step=False, on_epoch=True)
+            values = {name: value.float() for name, value in errors.items()}  # reduced, so that sync_dist keeps them
+            pl_module.log_dict(values, on_step=False, on_epoch=True, sync_dist=True)
         rank_zero_info(f"LoRA: verified, {', '.join(f'{name} {value:.3g}' for name, value in errors.items())}")
         if found.problems():
             rank_zero_warn(f"LoRACallback: {found.problems()}. Is the forward another than the one you adapted?")

@@ -11,7 +11,7 @@ late or not at all. So the instance's two methods are patched.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Set
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
@@ -19,12 +19,13 @@ import torch
 from torch import nn
 
 from .adapter import Adapter
-from .base import canonical
+from .description import describe, described
 from .errors import LoRAError
-from .fit import check_fit, note_trained
+from .fit import check_fit, note_trained, placed_on, with_frozen
 from .injection import call_previous, find_injection, named_state, patch, require_injection
-from .merge import adapted_layers
-from .state import adapter_keys, base_keys, fingerprint, fold
+from .sharding import has_sharded, whole
+from .state import adapter_keys, adapter_state_dict, base_keys, fold
+from .wrappers import canonical
 
 META = "lora"
 FORMAT_VERSION = 1
@@ -46,28 +47,30 @@ def save_as(module: nn.Module, kind: Kind) -> None:
 
 
 def write(module: nn.Module, checkpoint: MutableMapping[str, Any], kind: Kind) -> None:
-    """Turn a checkpoint with a complete state_dict into one of the given kind."""
+    """Turn a checkpoint with a complete state_dict into one of the given kind.
+
+    Of a sharded model, the strategy has chosen and gathered what the state_dict holds, see strategy.py. Collective.
+    """
     _, _, injection = require_injection(module, "checkpoint")
     state = checkpoint["state_dict"] = {canonical(name): value for name, value in checkpoint["state_dict"].items()}
     keys = adapter_keys(module)
     meta: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "kind": kind,
-        "config": injection.config.to_dict(),
-        "scalings": {name: layer.lora_scaling for name, layer in adapted_layers(module).items()},
-        "fingerprint": injection.fingerprint or fingerprint(module),
+        **describe(module),
     }
     if kind == "full":
         meta["fingerprint"] = {name: known for name, known in meta["fingerprint"].items() if name not in set(keys)}
-        meta["initial"] = dict(injection.initial)
+        meta["initial"] = whole(injection.initial)
     else:
         shapes = {name: tensor.shape for name, tensor, _ in named_state(module) if tensor is not None}
         drop = {name: shapes[name] for name in base_keys(module) if name not in set(keys) and name in shapes}
         for key in list(checkpoint):
             checkpoint[key] = _without(checkpoint[key], drop)
     if kind == "merged":
-        meta["adapter"] = {name: state[name] for name in keys}
-        checkpoint["state_dict"] = fold(module, state)
+        sharded = has_sharded(module)
+        meta["adapter"] = whole(adapter_state_dict(module)) if sharded else {name: state[name] for name in keys}
+        checkpoint["state_dict"] = state if sharded else fold(module, state)
     checkpoint[META] = meta
 
 
@@ -94,28 +97,33 @@ def read(module: nn.Module, checkpoint: MutableMapping[str, Any]) -> None:
         return  # a base checkpoint, or a full state dict; torch's strict load judges it
     adapter, kind = adapter_of(checkpoint)
     if kind == "full":  # its base comes along
-        check_fit(module, replace(adapter, fingerprint={}))
+        check_fit(module, replace(with_frozen(module, adapter), fingerprint={}))
         _check_full(module, checkpoint["state_dict"])
         note_trained(module, adapter)
-        injection = require_injection(module, "checkpoint")[2]
-        injection.initial, injection.fingerprint = dict(checkpoint[META]["initial"]), {}
+        prefix, _, injection = require_injection(module, "checkpoint")
+        path = f"{prefix}." if prefix else ""
+        frozen = {name: checkpoint["state_dict"][path + name] for name in injection.unfrozen}
+        injection.initial, injection.fingerprint = frozen | dict(checkpoint[META]["initial"]), {}
         return
-    check_fit(module, adapter)
+    given = adapter.tensors.keys()
+    adapter = placed_on(module, adapter)  # an imported adapter has the network's names
+    whole = with_frozen(module, adapter)
+    check_fit(module, whole)
     note_trained(module, adapter)
-    live = {canonical(name): value for name, value in module.state_dict().items()}
+    live = {canonical(name): value for name, value in module.state_dict().items()} | dict(whole.tensors)
     for key, value in checkpoint.items():
         if key != META:
-            checkpoint[key] = _completed(value, adapter.tensors, live)
-    if kind == "merged":
+            checkpoint[key] = _completed(value, given, live)
+    if kind == "merged" or given != adapter.tensors.keys():
         checkpoint["state_dict"] = {**live, **adapter.tensors}
 
 
-def _completed(value: Any, adapter: Mapping[str, Any], live: Mapping[str, Any]) -> Any:
+def _completed(value: Any, adapter: Set[str], live: Mapping[str, Any]) -> Any:
     """A nested mapping in which every state dict of the adapter has the live base too: the inverse of _without."""
     if not isinstance(value, Mapping):
         return value
     given = {canonical(str(name)): item for name, item in value.items()}
-    if adapter.keys() <= given.keys():
+    if adapter <= given.keys():
         return {**live, **given}
     completed = {name: _completed(item, adapter, live) for name, item in value.items()}
     return completed if any(completed[name] is not value[name] for name in completed) else value
@@ -136,13 +144,12 @@ def adapter_of(checkpoint: Mapping[str, Any]) -> tuple[Adapter, Kind]:
             "install the version that wrote it."
         )
     kind: Kind = meta["kind"]
-    try:
-        tensors = meta["adapter"] if kind == "merged" else checkpoint["state_dict"]
-        base = meta["fingerprint"].keys() if kind == "full" else ()
-        own = {name: value for name, value in tensors.items() if name not in base}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise LoRAError(f'checkpoint["lora"] is damaged: {error!r}.') from error
-    return Adapter.described(own, meta, complete=True), kind
+    tensors = meta.get("adapter") if kind == "merged" else checkpoint.get("state_dict")
+    base = meta.get("fingerprint") if kind == "full" else ()
+    if not isinstance(tensors, Mapping) or not isinstance(base, (Mapping, tuple)):
+        raise LoRAError('checkpoint["lora"] is damaged: the tensors or the fingerprint are missing.')
+    adapter = described({n: value for n, value in tensors.items() if n not in base}, meta, 'checkpoint["lora"]')
+    return adapter, kind
 
 
 def _check_full(module: nn.Module, state: Mapping[str, Any]) -> None:

@@ -109,6 +109,8 @@ class LoRAConfig:
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> LoRAConfig:
         """The inverse of to_dict; an unknown option is an error that names it."""
+        if not isinstance(options, Mapping):
+            _refuse("the options", "a mapping", options)
         known = {field.name for field in fields(cls)}
         for name in options:
             if name not in known:

@@ -99,7 +99,7 @@ def add_delta_(
     Raises:
         LoRAError: a value of the sum is not finite. The weight is then as it was.
     """
-    with exact_arithmetic():
+    with exact_arithmetic(weight):
         kept = _kept_copy(weight) if copy else _kept_values(weight, pieces, scaling)
         try:
             scratch = Scratch(weight)
@@ -117,7 +117,7 @@ def remove_delta_(weight: torch.Tensor, kept: Kept) -> None:
     Raises:
         LoRAError: the weight's bits are not what they were before the merge: something else changed it meanwhile.
     """
-    with exact_arithmetic(kept.threads):
+    with exact_arithmetic(weight, kept.threads):
         _restore(weight, kept)
         if kept.copy is None and _bits_sum(weight, kept.integers) != kept.bits:
             raise LoRAError(
@@ -128,7 +128,7 @@ def remove_delta_(weight: torch.Tensor, kept: Kept) -> None:
 
 def restored(weight: torch.Tensor, kept: Kept) -> torch.Tensor:
     """The weight as it was before add_delta_, as a new tensor; `weight` and `kept` are left alone."""
-    with exact_arithmetic():
+    with exact_arithmetic(weight):
         if kept.copy is not None:
             return kept.copy.clone(memory_format=torch.preserve_format)
         original = weight.detach().clone(memory_format=torch.preserve_format)
@@ -138,7 +138,7 @@ def restored(weight: torch.Tensor, kept: Kept) -> torch.Tensor:
 
 def merged_weight(weight: torch.Tensor, pieces: list[Piece], scaling: float) -> torch.Tensor:
     """W' as a new tensor: what add_delta_ would have written."""
-    with exact_arithmetic():
+    with exact_arithmetic(weight):
         merged = weight.detach().clone(memory_format=torch.preserve_format)
         scratch = Scratch(weight)
         for block, left, right in _blocks(merged, _scaled(pieces, scaling, weight.device)):
@@ -147,14 +147,17 @@ def merged_weight(weight: torch.Tensor, pieces: list[Piece], scaling: float) -> 
 
 
 @contextmanager
-def exact_arithmetic(threads: int | None = None) -> Iterator[None]:
-    """In-place writes whatever surrounds the call: no gradients, no inference mode, the given number of threads."""
+def exact_arithmetic(weight: torch.Tensor, threads: int | None = None) -> Iterator[None]:
+    """In-place writes whatever surrounds the call: no gradients, the given number of threads, and inference mode just
+    where the weight was made in it.
+    """
     before = torch.get_num_threads()
     if threads and threads != before:
         torch.set_num_threads(threads)
     try:
-        if torch.is_grad_enabled() or torch.is_inference_mode_enabled():
-            with torch.inference_mode(False), torch.no_grad():
+        inference = weight.is_inference()
+        if torch.is_grad_enabled() or torch.is_inference_mode_enabled() != inference:
+            with torch.inference_mode(inference), torch.no_grad():
                 yield
         else:
             yield

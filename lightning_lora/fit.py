@@ -1,27 +1,30 @@
-"""How an adapter is put onto a model: inject, check layers, base, names and shapes, and only then copy the values."""
+"""Fitting an adapter onto a model: base, names, shapes and layers are compared first, then the values are copied."""
 
 from __future__ import annotations
 
 import math
-import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from .adapter import Adapter, check_pairs, first_names, placed
+from .adapter import Adapter, placed, spelled_out, without_options
 from .base import A, B
 from .config import LoRAConfig
 from .errors import LoRAError
+from .factors import is_finite
 from .inject import inject, unload
 from .injection import base_parameters, find_injection, named_state, note_trainable, require_injection
+from .kinds import kinds_of
 from .layers import LoRAConv
 from .merge import adapted_layers, is_merged, merge, unmerge
+from .sharding import copy_
 from .state import adapter_keys, base_keys, check_fingerprint, print_of
 from .targets import Targets, near_misses
+from .wrappers import canonical
 
 
 def fit_(model: nn.Module, adapter: Adapter, *, strict_base: bool = True) -> list[str]:
@@ -33,13 +36,12 @@ def fit_(model: nn.Module, adapter: Adapter, *, strict_base: bool = True) -> lis
     Raises:
         LoRAError: something does not fit; the model is as it was.
     """
-    check_pairs(adapter)
-    adapter = placed(model, adapter).renamed(first_names(model))
+    adapter = _by_first_names(model, placed_on(model, adapter))
     fresh = find_injection(model) is None
     if fresh:
         inject(model, _config_for(model, adapter))
     try:
-        adapter = _base_apart(model, adapter)
+        adapter = with_frozen(model, _base_apart(model, adapter))
         check_fit(model, adapter, strict_base=strict_base)
         _copy(model, adapter)
     except BaseException:
@@ -68,7 +70,7 @@ def check_fit(model: nn.Module, adapter: Adapter, *, strict_base: bool = True) -
 
 
 def _check_tensors(model: nn.Module, adapter: Adapter) -> None:
-    layers, first = adapted_layers(model), first_names(model)
+    layers, first = adapted_layers(model), _first_names(model)
     _same_names("layer", map(first, adapter.layers()), layers)
     for name, layer in layers.items():
         scaling = adapter.scalings.get(name)
@@ -79,6 +81,7 @@ def _check_tensors(model: nn.Module, adapter: Adapter) -> None:
             )
         if isinstance(layer, LoRAConv):
             _refuse_loralib_convolution(name, layer, adapter.tensors)
+    _same_kinds(model, adapter)
     live = {name: tensor for name, tensor, _ in named_state(model)}
     wanted = [name for name in adapter_keys(model) if adapter.complete or isinstance(live[name], nn.Parameter)]
     given = [name for name in adapter.tensors if name not in live or name in wanted]
@@ -108,13 +111,26 @@ def _other_options(model: nn.Module, adapter: Adapter) -> str:
     return f" The options differ: {differing}." if differing else ""
 
 
+def _same_kinds(model: nn.Module, adapter: Adapter) -> None:
+    """A square weight fits a layer that stores its transpose too; the adapter would act on the wrong side."""
+    kinds = kinds_of(model)
+    for name, kind in adapter.kinds.items():
+        if kinds[name] != kind:
+            raise LoRAError(
+                f"adapter: layer {name!r} was a {kind} layer where the adapter was trained, here it is {kinds[name]}; "
+                "the adapter belongs to another model."
+            )
+
+
 def _check_tensor(name: str, value: Any, live: torch.Tensor | None) -> None:
     if live is None:
         return  # extra state, the owner's own business
     if not isinstance(value, torch.Tensor) or value.shape != live.shape:
         found = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
         raise LoRAError(f"adapter: {name!r} must have shape {tuple(live.shape)}, but has {found}.")
-    if value.is_floating_point() and name.rpartition(".")[2] in (A, B) and not torch.isfinite(value).all():
+    if value.is_floating_point() != live.is_floating_point():
+        raise LoRAError(f"adapter: {name!r} must be {live.dtype}, but is {value.dtype}.")
+    if value.is_floating_point() and isinstance(live, nn.Parameter) and not is_finite(value):
         raise LoRAError(f"adapter: {name!r} holds NaN or Inf; it comes from a diverged run or a damaged file.")
 
 
@@ -150,30 +166,51 @@ def _base_apart(model: nn.Module, adapter: Adapter) -> Adapter:
     )
 
 
-def _config_for(model: nn.Module, adapter: Adapter) -> LoRAConfig:
-    """The adapter's options; where they choose other layers under this prefix, the same with the layers spelled out."""
-    config = adapter.config
-    if config is None:
-        raise LoRAError(
-            "adapter: the source stores no options (r and lora_alpha cannot be told from tensors alone); call "
-            "inject(model, LoRAConfig(...)) with those of the training first."
-        )
-    layers = adapter.layers()
-    targets = Targets(model, config)
-    if not targets.unmatched and set(targets.layers) == set(layers):
-        return config
-    alphas = {n: s * (math.sqrt(r) if config.use_rslora else r) for n, s, r in _ranks(adapter)}
+def placed_on(model: nn.Module, adapter: Adapter) -> Adapter:
+    """The adapter under the one prefix at which its layers are modules of the model."""
+    every = {canonical(name) for name, _ in model.named_modules(remove_duplicate=False)}
+    if every.issuperset(adapter.layers()):
+        return placed(adapter, every, type(model).__name__)
+    return placed(adapter, {canonical(name) for name, _ in model.named_modules()}, type(model).__name__)
+
+
+def _by_first_names(model: nn.Module, adapter: Adapter) -> Adapter:
+    first = _first_names(model)
     return replace(
-        config,
-        target_modules=layers,
-        exclude_modules=None,
-        rank_pattern={re.escape(n): r for n, _, r in _ranks(adapter)},
-        alpha_pattern={re.escape(name): alpha for name, alpha in alphas.items()},
+        adapter,
+        tensors={first(name): value for name, value in adapter.tensors.items()},
+        scalings={first(name): value for name, value in adapter.scalings.items()},
+        fingerprint={first(name): value for name, value in adapter.fingerprint.items()},
+        kinds={first(name): value for name, value in adapter.kinds.items()},
     )
 
 
-def _ranks(adapter: Adapter) -> list[tuple[str, float, int]]:
-    return [(name, scaling, adapter.tensors[f"{name}.{B}"].shape[1]) for name, scaling in adapter.scalings.items()]
+def _first_names(model: nn.Module) -> Callable[[str], str]:
+    """Where a module comes under several names: from any name of a layer or tensor to the one that it is adapted by."""
+    modules = {canonical(name): module for name, module in model.named_modules(remove_duplicate=False)}
+    first = {module: canonical(name) for name, module in model.named_modules()}
+
+    def first_name(name: str) -> str:
+        if name in modules:
+            return first[modules[name]]
+        path, _, leaf = name.rpartition(".")
+        return f"{first[modules[path]]}.{leaf}".lstrip(".") if path in modules else name
+
+    return first_name
+
+
+def _config_for(model: nn.Module, adapter: Adapter) -> LoRAConfig:
+    """The adapter's options; where they choose other layers under this prefix, the same with the layers spelled out."""
+    config = adapter.config
+    layers = adapter.layers()
+    if config is None:
+        raise LoRAError(without_options(adapter))
+    targets = Targets(model, config)
+    ranks = {name: adapter.tensors[f"{name}.{B}"].shape[1] for name in layers}
+    same = all(config.rank(n) == ranks[n] and math.isclose(config.scaling(n), s) for n, s in adapter.scalings.items())
+    if same and not targets.unmatched and set(targets.layers) == set(layers):
+        return config
+    return replace(config, **spelled_out(adapter, ranks))
 
 
 def note_trained(model: nn.Module, adapter: Adapter) -> None:
@@ -183,7 +220,16 @@ def note_trained(model: nn.Module, adapter: Adapter) -> None:
     for name, parameter in base_parameters(root).items():
         if path + name in adapter.tensors and name not in injection.trained:
             injection.trained.add(name)
+            injection.unfrozen.add(name)
             injection.initial[name] = parameter.detach().clone()
+
+
+def with_frozen(model: nn.Module, adapter: Adapter) -> Adapter:
+    """The adapter with the base weights that were frozen when it was saved and are trained here: as they were then."""
+    prefix, _, injection = require_injection(model, "adapter")
+    path = f"{prefix}." if prefix else ""
+    frozen = {path + name: injection.initial[name] for name in injection.unfrozen if path + name in adapter.fingerprint}
+    return replace(adapter, tensors={**frozen, **adapter.tensors})
 
 
 def _copy(model: nn.Module, adapter: Adapter) -> None:
@@ -214,10 +260,9 @@ def _copy(model: nn.Module, adapter: Adapter) -> None:
 
 def _write(model: nn.Module, values: Mapping[str, Any]) -> None:
     live = {name: (tensor, owner) for name, tensor, owner in named_state(model)}
-    with torch.inference_mode(False), torch.no_grad():
-        for name, value in values.items():
-            tensor, owner = live[name]
-            if tensor is None:
-                owner.set_extra_state(value)
-            else:
-                tensor.copy_(value)
+    for name, value in values.items():
+        tensor, owner = live[name]
+        if tensor is None:
+            owner.set_extra_state(value)
+        else:
+            copy_(tensor, value)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .base import HALF, LoRALayer, strip_, uncompiled
+from .base import HALF, LoRALayer, strip_
 from .config import LoRAConfig
 from .errors import LoRAError
 from .injection import (
@@ -27,14 +27,16 @@ from .injection import (
     swap_initial_,
     unpatch,
 )
-from .layers import adapt_, init_factors_
+from .layers import adapt_
 from .loading import accept_partial_states, accept_whole_states_only
 from .merge import adapted_layers, is_merged, merge, unmerge
 from .readers import set_fast_paths_, swap_readers_
 from .reentrant import let_gradients_in_, let_gradients_in_no_more_
+from .sharding import is_sharded, refuse_fully_sharded
 from .state import refuse_unmergeable
 from .supported import check_shapes, check_supported, check_unadapted, enabled_parts
 from .targets import Targets, note_tied, refuse_unmatched
+from .wrappers import uncompiled
 
 log = logging.getLogger(__name__)
 
@@ -70,10 +72,18 @@ def inject(model: nn.Module, config: LoRAConfig, *, merge_weights: bool = False)
     return list(adapted_layers(model))
 
 
-def begin_injection(model: nn.Module, config: LoRAConfig, *, merge_weights: bool = False) -> None:
-    """Adapt the layers that exist now. Later ones can follow; finish_injection judges what names nothing."""
+def random_seed() -> str:
+    """What the user's random stream would give next, without advancing it."""
+    return hashlib.sha256(bytes(torch.get_rng_state().tolist())).hexdigest()
+
+
+def begin_injection(model: nn.Module, config: LoRAConfig, *, merge_weights: bool = False, seed: str = "") -> None:
+    """Adapt the layers that exist now. Later ones can follow; finish_injection judges what names nothing.
+
+    Adapters are drawn from `seed`, or from the random stream's state when each layer is adapted.
+    """
     check_unadapted(model)
-    setattr(model, ATTRIBUTE, Injection(config, merge_weights))
+    setattr(model, ATTRIBUTE, Injection(config, merge_weights, seed=seed))
     with _leaving_no_trace(model):
         adapt_new_layers(model)
         note_initial(model)
@@ -105,7 +115,7 @@ def adapt_new_layers(model: nn.Module) -> None:
     for name, module in new.items():
         check_supported(name, module, injection.config)
     _freeze(root, injection, new, targets.saved)
-    seed = hashlib.sha256(bytes(torch.get_rng_state().tolist())).hexdigest()
+    seed = injection.seed or random_seed()
     with torch.inference_mode(False):
         for name, module in new.items():
             _adapt(name, module, injection.config, seed)
@@ -127,6 +137,7 @@ def unload(model: nn.Module) -> None:
         LoRAError: the model was not injected.
     """
     _, root, injection = require_injection(model, "unload")
+    refuse_fully_sharded(root, "unload")
     if is_merged(root):
         unmerge(root)
     swap_initial_(root, injection.initial)
@@ -141,6 +152,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
             another owner.
     """
     _, root, _ = require_injection(model, "merge_and_unload")
+    refuse_fully_sharded(root, "merge_and_unload")
     refuse_unmergeable(root)
     unmerge(root)  # what stayed factored, and need not any more, is merged now
     merge(root)
@@ -240,8 +252,8 @@ def _adapt(name: str, module: nn.Module, config: LoRAConfig, seed: str) -> None:
     dtype = layer.main_weight().dtype
     dtype = torch.float32 if dtype in HALF and config.autocast_adapter_dtype else dtype
     digest = hashlib.sha256(f"{seed}{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    init_factors_(layer, config.init_lora_weights, dtype, generator)
+    layer.lora_init = (config.init_lora_weights, int.from_bytes(digest[:8], "big") >> 1)
+    layer.create_factors(dtype)
 
 
 def _freeze(
@@ -251,8 +263,9 @@ def _freeze(
     if injection.config.bias == "lora_only":
         trainable |= {id(module.bias) for module in new.values() if getattr(module, "bias", None) is not None}
     for name, parameter in base_parameters(root).items():
-        if name in injection.requires_grad and (not new or name in injection.trained):
-            continue  # where a layer was built anew, its parameters are not frozen yet
+        settled = not new and not is_sharded(parameter)
+        if name in injection.requires_grad and (settled or name in injection.trained):
+            continue  # where a layer was built anew, or made parallel, its parameters may not be frozen
         injection.requires_grad.setdefault(name, parameter.requires_grad)
         everywhere = injection.config.bias == "all" and name.rpartition(".")[2].endswith("bias")
         parameter.requires_grad_(parameter.is_floating_point() and (everywhere or id(parameter) in trainable))

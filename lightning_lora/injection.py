@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .base import A, B, LoRALayer, canonical
+from .base import A, B, LoRALayer
 from .config import LoRAConfig
 from .errors import LoRAError
+from .sharding import copy_, reshard_
+from .wrappers import canonical
 
 ATTRIBUTE = "lora_injection"
 LOADED = "lora_loaded"  # on a part of an injected model: the base that was loaded into it
@@ -30,9 +32,11 @@ class Injection:
         initial: values of what training changes beside A and B (trained base parameters, persistent buffers), from
             before training.
         trained: names of base parameters that were ever trainable.
+        unfrozen: those of them that another hand than the options made trainable.
         save: the kind of Lightning checkpoint, or None for an unfiltered one.
         fingerprint: of the base at fit start, by the names of the LightningModule.
         judged: every layer was there, and each entry of the options names something.
+        seed: what adapters are drawn from, or "" for the random stream of the moment.
     """
 
     config: LoRAConfig
@@ -40,9 +44,11 @@ class Injection:
     requires_grad: dict[str, bool] = field(default_factory=dict)
     initial: dict[str, torch.Tensor] = field(default_factory=dict)
     trained: set[str] = field(default_factory=set)
+    unfrozen: set[str] = field(default_factory=set)
     save: Any = None
     fingerprint: dict[str, Any] = field(default_factory=dict)
     judged: bool = False
+    seed: str = ""
 
 
 def find_injection(model: nn.Module) -> tuple[str, nn.Module, Injection] | None:
@@ -75,8 +81,9 @@ def named_state(model: nn.Module, *, raw: bool = False) -> Iterator[tuple[str, t
     """The names of model.state_dict(), each with its live tensor (None for extra state) and owner.
 
     Unlike state_dict() this restores no merged weight, and leaves out the segments of wrappers unless `raw`. A shared
-    module or parameter comes under each of its names.
+    module or parameter comes under each of its names. Sharded parameters are the shards.
     """
+    reshard_(model)
     for prefix, module in model.named_modules(remove_duplicate=False):
         prefix = prefix if raw else canonical(prefix)
         path = f"{prefix}." if prefix else ""
@@ -121,6 +128,7 @@ def note_trainable(model: nn.Module, *, expected: bool = False) -> None:
         injection.trained.add(name)
         injection.initial[name] = parameter.detach().clone()
     if new and not expected:
+        injection.unfrozen.update(new)
         shown = ", ".join(list(new)[:3]) + (f" and {len(new) - 3} more" if len(new) > 3 else "")
         warnings.warn(
             f"lightning_lora: base parameters were unfrozen after injection ({shown}); they are saved with the adapter",
@@ -141,6 +149,15 @@ def note_initial(model: nn.Module) -> None:
     }
 
 
+def note_materialised(model: nn.Module) -> None:
+    """Take present values where the noted ones are from the meta device; call before training or loading."""
+    _, root, injection = require_injection(model, "note_materialised")
+    live = {name: tensor for name, tensor, _ in named_state(root) if tensor is not None}
+    for name, value in injection.initial.items():
+        if value.is_meta:
+            injection.initial[name] = live[name].detach().clone()
+
+
 def note_loaded(module: nn.Module, values: Mapping[str, Any]) -> None:
     """A new base for an injected model or a part of it: what training will change starts from these values."""
     for inside in module.modules():
@@ -159,20 +176,20 @@ def _take_loaded(root: nn.Module, injection: Injection) -> None:
             name = f"{canonical(path)}.{name}".lstrip(".")
             known = injection.initial.get(name)
             if known is not None and known.shape == value.shape:
-                injection.initial[name] = value.to(known.device, known.dtype)
+                injection.initial[name] = value.to(value.device if known.is_meta else known.device, known.dtype)
 
 
 def swap_initial_(root: nn.Module, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Write values into the named state of a module, in place; returns what was there."""
     live = {name: tensor for name, tensor, _ in named_state(root) if tensor is not None}
     before = {name: live[name].detach().clone() for name in values if name in live}
-    with torch.inference_mode(False), torch.no_grad():
-        for name in before:
-            live[name].copy_(values[name])
+    for name in before:
+        if not values[name].is_meta:  # noted before there were values, so nothing was trained since
+            copy_(live[name], values[name])
     return before
 
 
-def patch(module: nn.Module, name: str, function: Callable[..., Any]) -> None:
+def patch(module: Any, name: str, function: Callable[..., Any]) -> None:
     """Shadow a method of one instance with function(module, previous, ...); deepcopy and pickle follow.
 
     `previous` is what the instance's own attribute was, or None for the class's method. A closure would not pickle,
@@ -194,6 +211,6 @@ def unpatch(model: nn.Module) -> None:
                     setattr(module, name, value.args[1])
 
 
-def call_previous(module: nn.Module, previous: Callable[..., Any] | None, name: str, *args: Any) -> Any:
+def call_previous(module: Any, previous: Callable[..., Any] | None, name: str, *args: Any, **kwargs: Any) -> Any:
     """Call the method that a patch shadows."""
-    return previous(*args) if previous else getattr(type(module), name)(module, *args)
+    return previous(*args, **kwargs) if previous else getattr(type(module), name)(module, *args, **kwargs)

@@ -58,7 +58,7 @@ def _giving_way(module: nn.Module) -> Iterator[None]:
     yield
     theirs = find_injection(module)
     if theirs is None and waiting:
-        begin_injection(module, ours.config)
+        begin_injection(module, ours.config, seed=ours.seed)
     elif theirs is not None and theirs[2] is not ours:
         refuse_other_options(theirs[2], ours.config)
     if find_injection(module) is not None:

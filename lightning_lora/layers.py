@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
@@ -13,6 +11,8 @@ from torch import nn
 
 from .base import A, B, LoRALayer
 from .exact import Piece
+from .parallel import low_rank, summed
+from .sharding import is_sharded
 from .swapped import swapped_class
 
 
@@ -51,12 +51,18 @@ class LoRALinear(LoRALayer):
         x, scaling = self.dropped(rows)
         hidden = F.linear(x, self.lora_A.to(x.dtype))
         base.addmm_(hidden, self.lora_B.to(base.dtype).t(), alpha=scaling)
-        return base.view(*input.shape[:-1], base.shape[-1])
+        # Not a view to autograd: fully_shard's hooks on the output would be lost to an in-place change of one.
+        shape = (*input.shape[:-1], base.shape[-1])
+        return base if input.dim() == 2 else cast(torch.Tensor, torch.ops.aten._unsafe_view(base, shape))
 
     def _concatenated(self, input: torch.Tensor) -> torch.Tensor:
         """For parts of a fused projection, and for inputs that cannot be seen as rows."""
         base = self.base_forward(input)
         x, scaling = self.dropped(input)
+        if is_sharded(x) and self.lora_enabled is None:
+            product = low_rank(x, self.lora_A.to(x.dtype), self.lora_B.to(x.dtype))
+            if product is not None:
+                return cast(torch.Tensor, base + product * scaling)
         outputs, done = [], 0
         for start, a, b in self.parts(self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)):
             if start > done:
@@ -71,6 +77,8 @@ class LoRALinear(LoRALayer):
 
 class LoRAConv1D(LoRALinear):
     """transformers' Conv1D, a linear layer with its weight stored (in, out); A and B as for nn.Linear."""
+
+    ALONG = {0: (A, 1), 1: (B, 0)}  # noqa: RUF012
 
     def _features(self) -> tuple[int, int]:
         in_features, out_features = self.weight.shape
@@ -89,6 +97,8 @@ class LoRAEmbedding(LoRALayer):
     max_norm would renormalise W in place; such a layer stays factored, on rows renormalised out of place.
     """
 
+    ALONG = {0: (A, 1), 1: (B, 0)}  # noqa: RUF012
+    LOOKUP = True
     embedding: nn.Embedding
 
     def factor_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -104,9 +114,16 @@ class LoRAEmbedding(LoRALayer):
         return cast(nn.Embedding, self).max_norm is not None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.lora_active and self._renormalises():
+        if self.lora_active or self.weight.requires_grad or not self._renormalises():
+            return super().forward(*args, **kwargs)
+        if not self.lora_own_forward:
             return self._renormalised(*args, **kwargs)
-        return super().forward(*args, **kwargs)
+        weight = self.weight
+        try:
+            self._parameters["weight"] = nn.Parameter(weight.detach().clone(), False)
+            return super().forward(*args, **kwargs)
+        finally:
+            self._parameters["weight"] = weight
 
     def _renormalised(self, input: torch.Tensor) -> torch.Tensor:
         layer = cast(nn.Embedding, self)
@@ -121,9 +138,9 @@ class LoRAEmbedding(LoRALayer):
     def factored_forward(self, input: torch.Tensor) -> torch.Tensor:
         base = self._renormalised(input) if self._renormalises() else self.base_forward(input)
         a, b = self.lora_A.to(base.dtype), self.lora_B.to(base.dtype)
-        delta = F.linear(F.embedding(input, a.T), b) * self.lora_scaling
+        delta = F.linear(summed(F.embedding(input, a.T)), b) * self.lora_scaling
         delta = self._trained_as_rows(delta, input) if torch.is_grad_enabled() else delta
-        return cast(torch.Tensor, base.add_(delta))
+        return summed(base).add_(delta)
 
     def _trained_as_rows(self, delta: torch.Tensor, input: torch.Tensor) -> torch.Tensor:
         """padding_idx and scale_grad_by_freq are about rows of the weight, so about both factors."""
@@ -259,34 +276,5 @@ def adapt_(
     layer.lora_own_forward, layer.lora_enabled = own_forward, enabled
     layer.lora_active, layer.lora_merged, layer.lora_kept = True, False, {}
     layer.lora_damaged, layer.lora_tied, layer.lora_reported = False, "", False
+    layer.lora_sharded = False
     return layer
-
-
-def init_factors_(layer: LoRALayer, init: bool | str, dtype: torch.dtype, generator: torch.Generator) -> None:
-    """Create and fill A and B, on the CPU from `generator`, so that every device gets the same numbers."""
-    shape_a, shape_b = layer.factor_shapes()
-    a, b = (torch.zeros(shape, dtype=torch.float32, device="cpu") for shape in (shape_a, shape_b))
-    if isinstance(layer, LoRAEmbedding) and init is not False and init != "orthogonal":
-        b.normal_(generator=generator)
-    elif init == "orthogonal":
-        a, b = _orthogonal(shape_a, shape_b, generator)
-    elif init == "gaussian":
-        a.normal_(std=1 / layer.lora_r, generator=generator)
-    else:
-        nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
-        if init is False:
-            nn.init.kaiming_uniform_(b, a=math.sqrt(5), generator=generator)
-    for name, values in ((A, a), (B, b)):
-        layer.register_parameter(name, nn.Parameter(values.to(layer.main_weight().device, dtype)))
-
-
-def _orthogonal(
-    shape_a: tuple[int, ...], shape_b: tuple[int, ...], generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A and B from the odd and even rows of one orthogonal matrix, so that B @ A is zero (PEFT's "orthogonal")."""
-    r = shape_b[1]
-    draw = functools.partial(torch.randn, generator=generator, dtype=torch.float32, device="cpu")
-    rows = torch.linalg.qr(draw(r, r))[0]
-    a = draw(math.prod(shape_a) // r, r // 2).mm(rows[0::2]).T / 10
-    b = draw(shape_b[0], r // 2).mm(rows[1::2]) / 10
-    return a.view(r, shape_a[0] // r, -1).transpose(0, 1).reshape(shape_a), b.reshape(shape_b)

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .base import CHECKPOINTED, LoRALayer, canonical
+from .base import LoRALayer
 from .injection import ATTRIBUTE, is_factor, named_state, note_loaded
 from .state import adapter_keys
+from .wrappers import CHECKPOINTED, canonical
 
 
 def accept_partial_states(root: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import signal
 import threading
@@ -12,11 +13,14 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from .base import HALF, LoRALayer, canonical
+from .base import HALF, LoRALayer
 from .errors import LoRAError
+from .exact import Piece
 from .metrics import MergeFidelity
 from .readers import set_fast_paths_
+from .sharding import Together, is_sharded, local, reset_, reshard_
 from .targets import note_tied
+from .wrappers import canonical
 
 COPY_BUDGET = 64 * 2**20  # bytes of plain copies of small weights, which are faster than keeping values
 WORST_FIDELITY = 0.05
@@ -40,23 +44,31 @@ def merge(model: nn.Module) -> None:
     Harmless when repeated, and inside disable_adapter. A layer whose weight has another owner, or renormalises itself,
     stays factored. The first merge of 16-bit layers logs what rounding W' costs.
 
+    Every rank of a sharded model calls this; the factors are gathered, the weights never.
+
     Raises:
-        LoRAError: the model has no adapted layer, or a layer's W' is not finite. Every layer is then unmerged.
+        LoRAError: the model has no adapted layer, or a layer's W' is not finite, on any rank. Every layer is then
+            unmerged.
     """
     layers = _require_layers(model, "merge")
     pending = {name: layer for name, layer in layers.items() if layer.lora_active and not layer.lora_merged}
     if not pending:
         return
+    show_shards_(model)
     copies = _affordable_copies(layers.values())
     fidelity = _Fidelity(pending.values())
     with _deferred_interrupt():
         try:
             note_tied(model)
+            together = Together(layer.main_weight() for layer in pending.values())
             for name, layer in pending.items():
                 if layer.stays_factored():
                     layer.lora_merged = True
                 else:
-                    _merge_layer(name, layer, layer in copies, fidelity)
+                    pieces = layer.local_pieces(layer.adapted_weights(), layer.lora_A, layer.lora_B)
+                    step = functools.partial(_merge_layer, layer, pieces, layer in copies, fidelity)
+                    together.attempt(f"merge: layer {name!r}", step)
+            together.settle()
             fidelity.report()
         except BaseException:
             _unmerge_all(layers)
@@ -73,6 +85,7 @@ def unmerge(model: nn.Module) -> None:
             it was merged. The other layers are restored, and nothing is saved from the damaged one.
     """
     layers = _require_layers(model, "unmerge")
+    show_shards_(model)
     with _deferred_interrupt():
         try:
             _unmerge_all(layers)
@@ -99,13 +112,33 @@ def _require_layers(model: nn.Module, verb: str) -> dict[str, LoRALayer]:
     return layers
 
 
-def _merge_layer(name: str, layer: LoRALayer, copy: bool, fidelity: _Fidelity) -> None:
+def show_shards_(model: nn.Module) -> None:
+    """Let every adapted weight be its shard, where the model is sharded: only that is kept.
+
+    Raises:
+        LoRAError: FSDP2 still shows a gathered weight.
+    """
+    reshard_(model)
+    layers = adapted_layers(model)
+    if any(layer.lora_sharded and not is_sharded(layer.main_weight()) for layer in layers.values()):
+        reset_(model)
+    for name, layer in layers.items():
+        sharded = is_sharded(layer.main_weight())
+        if layer.lora_sharded and not sharded:
+            raise LoRAError(
+                f"the weight of {name!r} is gathered by an FSDP2 module outside of {type(model).__name__}; pass the "
+                "module that fully_shard was called on last."
+            )
+        layer.lora_sharded = sharded
+
+
+def _merge_layer(layer: LoRALayer, pieces: Mapping[str, list[Piece]], copy: bool, fidelity: _Fidelity) -> None:
     try:
-        layer.merge_(copy=copy, observe=fidelity.update if fidelity.wants(layer) else None)
+        layer.merge_(pieces=pieces, copy=copy, observe=fidelity.update if fidelity.wants(layer) else None)
     except LoRAError as error:
         raise LoRAError(
-            f"merge: layer {name!r}: {error}. Every layer is unmerged; look for a diverged training run (a lower "
-            "learning rate, gradient clipping) or evaluate with merged_eval=False."
+            f"{error}. Every layer is unmerged; look for a diverged training run (a lower learning rate, gradient "
+            "clipping) or evaluate with merged_eval=False."
         ) from error
 
 
@@ -122,13 +155,20 @@ def _unmerge_all(layers: Mapping[str, LoRALayer]) -> None:
 
 
 def _affordable_copies(layers: Collection[LoRALayer]) -> set[LoRALayer]:
-    """Unmerged layers for whose weights a plain copy fits into the budget, smallest first."""
+    """Unmerged layers for whose weights a plain copy fits into the budget, smallest first.
+
+    A copy takes the place of values and factors: where a rank's shard is no larger than A, it is the leaner too.
+    """
     kept = [kept for layer in layers for kept in layer.lora_kept.values() if kept.copy is not None]
     budget = COPY_BUDGET - sum(one.nbytes() for one in kept)
     affordable = set()
-    sizes = {layer: sum(weight.nbytes for weight in layer.adapted_weights().values()) for layer in layers}
+    sizes = {layer: sum(local(weight).nbytes for weight in layer.adapted_weights().values()) for layer in layers}
     for layer in sorted(sizes, key=sizes.__getitem__):
-        if not layer.lora_kept and sizes[layer] <= budget:
+        if layer.lora_kept:
+            continue
+        if sizes[layer] <= layer.lora_A.nbytes:
+            affordable.add(layer)
+        elif sizes[layer] <= budget:
             budget -= sizes[layer]
             affordable.add(layer)
     return affordable
@@ -139,7 +179,8 @@ class _Fidelity:
 
     def __init__(self, layers: Iterable[LoRALayer]) -> None:
         self.layers = {layer for layer in layers if layer.main_weight().dtype in HALF and not layer.lora_reported}
-        self.metric = MergeFidelity(sync_on_compute=False) if self.layers else None
+        with torch.inference_mode(False):  # it is updated outside
+            self.metric = MergeFidelity(sync_on_compute=False) if self.layers else None
 
     def wants(self, layer: LoRALayer) -> bool:
         return layer in self.layers

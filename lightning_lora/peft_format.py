@@ -1,184 +1,197 @@
 """Adapter folders in PEFT's format: adapter_config.json and adapter_model.safetensors.
 
-Options and tensors go under PEFT's names; the header of the tensor file also carries this package's own description,
-which PEFT does not read. What PEFT has no name for (BatchNorm statistics, say) goes into a second tensor file.
+Options and tensors go under PEFT's names. The header of the tensor file also carries this package's own description,
+which other readers pass over; buffers such as BatchNorm's statistics go in by their plain names, as PEFT loads them.
 """
 
 from __future__ import annotations
 
 import json
-import os
+import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
 
 from .adapter import Adapter
-from .base import A, B, LoRALayer
-from .config import LoRAConfig
+from .atomic import new_folder
+from .base import A, B
+from .description import described, description_of, network_part
+from .equivalents import as_plain, check_peft_version, from_plain
 from .errors import LoRAError
-from .files import PathLike, read_safetensors
-from .injection import require_injection
-from .layers import LoRAConv, LoRAEmbedding
-from .merge import adapted_layers
-from .state import adapter_state_dict, fingerprint
+from .factors import check_factors
+from .files import PathLike, read_json, read_safetensors, read_torch_file
+from .peft_config import options_from_peft, options_to_peft, origin_of, refuse_options
+from .peft_names import our_names, peft_name
+from .state import print_of
+from .targets import names_match
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
-EXTRA_FILE = "lightning_lora.safetensors"
+OLD_TENSOR_FILE = "adapter_model.bin"
 HEADER_KEY = "lightning_lora"
-PREFIX = "base_model.model."
-SHARED_OPTIONS = ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "rank_pattern", "alpha_pattern")
-NOT_APPLIED = (
-    "use_dora",
-    "lora_bias",
-    "target_parameters",
-    "trainable_token_indices",
-    "layer_replication",
-    "use_qalora",
-)
+ELSEWHERE = "save a Lightning checkpoint instead"
 
 
-def write_folder(model: nn.Module, path: PathLike) -> None:
-    """Write the adapter of an injected model as a PEFT folder.
+def write_folder(adapter: Adapter, path: PathLike) -> None:
+    """Write an adapter as a PEFT folder under the network's names; what else is in the folder stays.
 
     Raises:
-        LoRAError: the model was not injected, or PEFT has no equal of one of its layers.
+        LoRAError: PEFT has no equal of one of its layers. Nothing is written.
     """
-    injection = require_injection(model, "save_adapter")[2]
-    layers = adapted_layers(model)
-    for name, layer in layers.items():
-        _refuse_without_equal(name, layer)
-    state = adapter_state_dict(model)
-    named = {name: _peft_name(name, layers, model) for name in state}
-    tensors = {named[name] or name: _saved(value) for name, value in state.items() if torch.is_tensor(value)}
-    ours = {name for name, peft in named.items() if peft is None}
-    own = {
-        "config": injection.config.to_dict(),
-        "scalings": {name: layer.lora_scaling for name, layer in layers.items()},
-        "fingerprint": fingerprint(model),
-        "extra": bool(ours),
-    }
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    header = {"format": "pt", HEADER_KEY: json.dumps(own)}
-    _replace(folder / TENSOR_FILE, {n: t for n, t in tensors.items() if n not in ours}, header)
-    if ours:
-        _replace(folder / EXTRA_FILE, {n: t for n, t in tensors.items() if n in ours}, {"format": "pt"})
-    temporary = folder / f".{CONFIG_FILE}.{os.getpid()}"
-    temporary.write_text(json.dumps(_peft_config(injection.config, list(layers)), indent=2, sort_keys=True) + "\n")
-    os.replace(temporary, folder / CONFIG_FILE)
+    adapter = network_part(adapter)
+    for name in adapter.layers():
+        _refuse_without_equal(adapter, name)
+    others = [name for name, value in adapter.tensors.items() if not isinstance(value, torch.Tensor)]
+    if others:
+        warnings.warn(f"lightning_lora: the extra state {others} is no tensor and is left out", stacklevel=3)
+        adapter = replace(adapter, tensors={n: t for n, t in adapter.tensors.items() if n not in others})
+    plain = as_plain(adapter)
+    layers = set(adapter.layers())
+    tensors = {peft_name(name, layers, adapter.kinds): _own(value) for name, value in plain.tensors.items()}
+    description = json.dumps(description_of(adapter) | {"complete": not others}, separators=(",", ":"))
+    with new_folder(path, keep_others=True) as folder:
+        save_file(tensors, folder / TENSOR_FILE, metadata={"format": "pt", HEADER_KEY: description})
+        (folder / CONFIG_FILE).write_text(json.dumps(options_to_peft(plain), indent=2) + "\n", encoding="utf-8")
 
 
 def read_folder(path: PathLike) -> Adapter:
-    """Read a PEFT folder.
+    """Read a PEFT folder, whoever wrote it.
 
     Raises:
         LoRAError: a file is missing or damaged, or it holds what this package cannot apply.
     """
     folder = Path(path)
-    config = _read_config(folder / CONFIG_FILE)
-    tensors, header = read_safetensors(folder / TENSOR_FILE)
-    renamed = {_our_name(name): tensor for name, tensor in tensors.items()}
-    if (folder / EXTRA_FILE).exists():
-        renamed |= read_safetensors(folder / EXTRA_FILE)[0]
+    options = read_json(folder / CONFIG_FILE)
+    refuse_options(options, folder / CONFIG_FILE)
+    tensors, header = _read_tensors(folder)
+    names = our_names(list(tensors), folder)
+    ours = {names[name]: tensor for name, tensor in tensors.items()}
     if HEADER_KEY in header:
-        return Adapter.described(renamed, _own_description(header[HEADER_KEY], folder))
-    lora = _config_of(config)
-    names = Adapter(renamed).layers()
-    return Adapter(renamed, lora, {name: lora.scaling(name) for name in names})
+        return _described(ours, header[HEADER_KEY], folder / TENSOR_FILE)
+    return _foreign(ours, {own: name for name, own in names.items()}, options, folder)
 
 
-def _own_description(text: str, folder: Path) -> dict[str, Any]:
+def read_tensor_file(path: PathLike) -> Adapter:
+    """Read a safetensors file with an adapter, by itself. Only this package's own stores the options with the tensors.
+
+    Raises:
+        LoRAError: it is damaged, or it holds what this package cannot apply.
+    """
+    tensors, header = read_safetensors(path)
+    ours = {own: tensors[name] for name, own in our_names(list(tensors), path).items()}
+    if HEADER_KEY in header:
+        return _described(ours, header[HEADER_KEY], Path(path))
+    adapter = Adapter(ours)
+    check_factors(adapter, str(path))
+    return adapter
+
+
+def _refuse_without_equal(adapter: Adapter, name: str) -> None:
+    kind, attention = adapter.kinds.get(name), name.rpartition(".")[0]
+    problem = ""
+    if kind == "GroupedConv":
+        problem = "is a convolution with groups; PEFT's adapter for those mixes the groups and means another thing"
+    elif kind == "AttentionOutput" and adapter.kinds.get(attention) != "MultiheadAttention":
+        problem = f"is the out_proj of {attention!r}; PEFT adapts attention whole and passes over an out_proj alone"
+    elif kind == "MultiheadAttention":
+        problem = _attention_problem(adapter, name)
+    if problem:
+        raise LoRAError(f"save_adapter: {name!r} {problem}; {ELSEWHERE}.")
+
+
+def _attention_problem(adapter: Adapter, name: str) -> str:
+    a, b = adapter.tensors[f"{name}.{A}"], adapter.tensors[f"{name}.{B}"]
+    output = f"{name}.out_proj"
+    if f"{output}.{A}" not in adapter.tensors:
+        return "is adapted without its out_proj; PEFT adapts attention whole"
+    if b.shape[0] != 3 * a.shape[1] or a.shape[0] != b.shape[1]:
+        return "has separate or partly adapted q, k and v, which PEFT has not"
+    ranks = adapter.tensors[f"{output}.{A}"].shape[0], adapter.tensors[f"{output}.{B}"].shape[1]
+    if ranks != (b.shape[1], b.shape[1]) or adapter.scalings[output] != adapter.scalings[name]:
+        return "has another rank or lora_alpha than its out_proj; PEFT has one for both"
+    return ""
+
+
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+
+
+def _read_tensors(folder: Path) -> tuple[dict[str, torch.Tensor], Mapping[str, str]]:
+    if (folder / TENSOR_FILE).exists() or not (folder / OLD_TENSOR_FILE).exists():
+        return read_safetensors(folder / TENSOR_FILE)
+    content = read_torch_file(folder / OLD_TENSOR_FILE)
+    if not all(isinstance(n, str) and isinstance(t, torch.Tensor) for n, t in content.items()):
+        raise LoRAError(f"{folder / OLD_TENSOR_FILE}: expected names and tensors.")
+    return content, {}
+
+
+def _described(tensors: Mapping[str, torch.Tensor], text: str, where: Path) -> Adapter:
     try:
-        own = json.loads(text)
-    except ValueError as error:
-        raise LoRAError(f"{folder / TENSOR_FILE}: its description is damaged: {error}") from error
-    if not isinstance(own, dict):
-        raise LoRAError(f"{folder / TENSOR_FILE}: its description is damaged: it is a {type(own).__name__}.")
-    if own.get("extra") and not (folder / EXTRA_FILE).exists():
-        raise LoRAError(f"{folder / EXTRA_FILE}: is missing; it holds what PEFT has no name for.")
-    return own
+        description = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise LoRAError(f"{where}: its header's description is not JSON: {error}") from error
+    wide = described(tensors, description, str(where), check=False)
+    adapter = from_plain(wide)
+    check_factors(adapter, str(where))
+    return adapter
 
 
-def _replace(path: Path, tensors: Mapping[str, torch.Tensor], header: dict[str, str]) -> None:
-    """Under a temporary name first, so that a half-written file never stands in for a good one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file(dict(tensors), temporary, metadata=header)
-    os.replace(temporary, path)
+def _foreign(
+    tensors: Mapping[str, torch.Tensor], peft_names: Mapping[str, str], options: Mapping[str, Any], folder: Path
+) -> Adapter:
+    """An adapter that another program wrote: its kinds of layers are known as far as PEFT's names tell them."""
+    bare = Adapter(tensors)
+    layers = bare.layers()
+    kinds = {}
+    for name in layers:
+        if peft_names[f"{name}.{A}"].endswith("lora_embedding_A"):
+            kinds[name] = "Embedding"
+        elif peft_names[f"{name}.{A}"].endswith("base_layer.out_proj.lora_A.weight"):
+            kinds |= {name: "AttentionOutput", name.rpartition(".")[0]: "MultiheadAttention"}
+            check_peft_version(options.get("peft_version"), folder)
+        a, b = tensors[f"{name}.{A}"], tensors.get(f"{name}.{B}")
+        if a.dim() > 2 and b is not None and b.dim() == a.dim():
+            _refuse_crossing_groups(name, a, b, folder)
+            kinds[name] = "Conv"
+    owned = {n: t for n, t in tensors.items() if n.rpartition(".")[2] not in (A, B)}
+    entries = options.get("modules_to_save")
+    entries = [entry for entry in entries if isinstance(entry, str)] if isinstance(entries, list) else []
+    # PEFT saves embeddings beside the adapter: they are trained only where modules_to_save says so.
+    base = {n for n in owned if n.rpartition(".")[2] == "weight" and not _is_saved(n, entries)}
+    saved = [name.rpartition(".")[0] for name in owned if name not in base]
+    config = options_from_peft(options, layers, saved)
+    adapter = Adapter(
+        tensors={name: tensor for name, tensor in tensors.items() if name not in base},
+        config=config,
+        scalings={name: config.scaling(_with_options(name, layers)) for name in layers},
+        fingerprint={name: print_of(tensors[name]) for name in base},
+        kinds=kinds,
+        origin=origin_of(options),
+        fan_in_fan_out=options.get("fan_in_fan_out") is True,
+    )
+    check_factors(adapter, str(folder))
+    return from_plain(adapter)
 
 
-def _saved(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().cpu().clone().contiguous()
-
-
-def _refuse_without_equal(name: str, layer: LoRALayer) -> None:
-    if layer.lora_enabled is not None:
-        raise LoRAError(f"save_adapter: {name!r} uses enable_lora, which PEFT has not; save a Lightning checkpoint.")
-    if isinstance(layer, LoRAConv) and layer.groups != 1:
+def _refuse_crossing_groups(name: str, a: torch.Tensor, b: torch.Tensor, folder: Path) -> None:
+    if b.shape[1] != a.shape[0] and b.shape[1] and a.shape[0] % b.shape[1] == 0:
         raise LoRAError(
-            f"save_adapter: {name!r} is a convolution with groups, whose PEFT adapter crosses groups and means another "
-            "thing; save a Lightning checkpoint."
+            f"{folder}: {name!r} is a convolution with {a.shape[0] // b.shape[1]} groups: A {tuple(a.shape)} sees all "
+            f"input channels, B {tuple(b.shape)} one group of the rank. Their product crosses the groups: no grouped "
+            "weight equals it, and it cannot be applied."
         )
 
 
-def _peft_name(name: str, layers: Mapping[str, LoRALayer], model: nn.Module) -> str | None:
-    """PEFT's name of one of our tensors, or None where it has none."""
-    path, _, leaf = name.rpartition(".")
-    if path in layers and leaf in (A, B):
-        if isinstance(layers[path], LoRAEmbedding):
-            return f"{PREFIX}{path}.lora_embedding_{leaf[-1]}"
-        return f"{PREFIX}{name}.weight"
-    if path in layers and leaf == "bias":
-        return f"{PREFIX}{path}.base_layer.bias"
-    trained = require_injection(model, "save_adapter")[2].trained
-    return f"{PREFIX}{name}" if any(name.endswith(known) for known in trained) else None
+def _with_options(name: str, layers: list[str]) -> str:
+    """The layer whose options hold: PEFT gives an attention's out_proj those of the attention."""
+    attention, _, leaf = name.rpartition(".")
+    return attention if leaf == "out_proj" and attention in layers else name
 
 
-def _our_name(name: str) -> str:
-    name = name.removeprefix(PREFIX)
-    for peft, ours in (("lora_A.weight", A), ("lora_B.weight", B), ("lora_embedding_A", A), ("lora_embedding_B", B)):
-        if name == peft or name.endswith("." + peft):
-            return name.removesuffix(peft) + ours
-    return name.replace(".base_layer.", ".")
-
-
-def _peft_config(config: LoRAConfig, layers: list[str]) -> dict[str, Any]:
-    plain = config.to_dict()
-    options = {name: plain[name] for name in SHARED_OPTIONS}
-    options |= {name: options[name] or {} for name in ("rank_pattern", "alpha_pattern")}
-    return options | {
-        "peft_type": "LORA",
-        "target_modules": layers,
-        "modules_to_save": plain["modules_to_save"],
-        "init_lora_weights": plain["init_lora_weights"],
-        "inference_mode": True,
-        "base_model_name_or_path": None,
-        "task_type": None,
-    }
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise LoRAError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise LoRAError(f"{path}: expected a PEFT configuration with peft_type LORA.")
-    for option in NOT_APPLIED:
-        if config.get(option):
-            raise LoRAError(
-                f"{path}: {option}={config[option]!r} cannot be applied; only plain LoRA adapters are read."
-            )
-    return config
-
-
-def _config_of(config: Mapping[str, Any]) -> LoRAConfig:
-    options = {name: config[name] for name in SHARED_OPTIONS if config.get(name) is not None}
-    for name in ("target_modules", "exclude_modules", "modules_to_save"):
-        if config.get(name):
-            options[name] = config[name]
-    return LoRAConfig(**options)
+def _is_saved(name: str, entries: list[str]) -> bool:
+    parts = name.split(".")[:-1]
+    return any(names_match(entries, ".".join(parts[:i])) for i in range(1, len(parts) + 1))

@@ -33,10 +33,10 @@ def let_gradients_in_no_more_(model: nn.Module) -> None:
                 del hooks[key]
 
 
-def in_reentrant_segment() -> bool:
-    """Whether the first pass of a reentrant segment runs, which records no gradients although it is trained."""
-    if torch.compiler.is_compiling():
-        return False
+def records_gradients() -> bool:
+    """Whether gradients are recorded, or will be in the second pass of the reentrant segment that runs."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return torch.is_grad_enabled()
     frame: FrameType | None = sys._getframe()
     while frame is not None and frame.f_code is not CheckpointFunction.forward.__code__:
         frame = frame.f_back

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from .base import A, B, LoRALayer, canonical
+from .base import A, B, LoRALayer
 from .errors import LoRAError
 from .injection import base_parameters, is_factor, named_state, note_trainable, require_injection
+from .sharding import Together, samples
 from .targets import note_tied
+from .wrappers import canonical
 
 SAMPLES = 8  # values of each frozen parameter that its fingerprint holds
 EQUAL = 1e-5  # relative difference of a base that is the same
@@ -82,12 +84,21 @@ def fold(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
     """
     refuse_unmergeable(model)
     folded = {name: state[name] for name in base_keys(model)}
+    together = Together(value for value in state.values() if isinstance(value, torch.Tensor))
+
+    def fold_one(path: str, layer: LoRALayer) -> None:
+        weights = {leaf: state[path + leaf] for leaf in layer.adapted_weights()}
+        pieces = layer.local_pieces(weights, state[path + A], state[path + B])
+
+        def merge_copies() -> None:
+            folded.update({path + leaf: copy for leaf, copy in layer.merged_copies(weights, pieces).items()})
+
+        together.attempt(f"merged weights of layer {path[:-1]!r}", merge_copies)
+
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, LoRALayer):
-            path = f"{canonical(name)}." if name else ""
-            weights = {leaf: state[path + leaf] for leaf in module.adapted_weights()}
-            copies = module.merged_copies(weights, state[path + A], state[path + B])
-            folded |= {path + leaf: copy for leaf, copy in copies.items()}
+            fold_one(f"{canonical(name)}." if name else "", module)
+    together.settle()
     return folded
 
 
@@ -121,27 +132,17 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
 
 
 def print_of(weight: torch.Tensor) -> dict[str, Any]:
-    """The fingerprint of one parameter."""
-    dtype = str(weight.dtype).removeprefix("torch.")
-    return {"shape": list(weight.shape), "dtype": dtype, "values": _samples(weight)}
-
-
-def checked_print(found: Any) -> dict[str, Any]:
-    """A fingerprint of one parameter that was read from a file; a damaged one raises what Python raises."""
-    torch.empty(0, dtype=getattr(torch, found["dtype"]))
+    """One tensor's entry in a fingerprint."""
     return {
-        "shape": [int(size) for size in found["shape"]],
-        "dtype": found["dtype"],
-        "values": [float(value) for value in found["values"]],
+        "shape": list(weight.shape),
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "values": samples(weight, sample_places(weight.numel())),
     }
 
 
-def _samples(weight: torch.Tensor) -> list[float]:
-    last = weight.numel() - 1
-    places = sorted({last * i // (SAMPLES - 1) for i in range(SAMPLES)}) if last >= 0 else []
-    indices = torch.tensor(places, dtype=torch.long, device=weight.device)
-    values: list[float] = weight.take(indices).double().tolist()
-    return values
+def sample_places(numel: int) -> list[int]:
+    """Which elements of a tensor its fingerprint holds."""
+    return sorted({(numel - 1) * i // (SAMPLES - 1) for i in range(SAMPLES)}) if numel else []
 
 
 def check_fingerprint(model: nn.Module, expected: Mapping[str, Any]) -> None:
@@ -150,8 +151,15 @@ def check_fingerprint(model: nn.Module, expected: Mapping[str, Any]) -> None:
     Raises:
         LoRAError: names the first parameter that differs.
     """
-    found = fingerprint(model)
-    trained_here = require_injection(model, "check_fingerprint")[2].fingerprint == expected
+    prefix, _, injection = require_injection(model, "check_fingerprint")
+    path = f"{prefix}." if prefix else ""
+    found = {path + name: print_of(injection.initial[name]) for name in injection.unfrozen} | fingerprint(model)
+    trained_here = injection.fingerprint == expected
+    compare_fingerprints(found, expected, AVERAGED if trained_here else EQUAL)
+
+
+def compare_fingerprints(found: Mapping[str, Any], expected: Mapping[str, Any], relative: float = EQUAL) -> None:
+    """As check_fingerprint, between two fingerprints; what only the first has is not judged."""
     for name, wanted in expected.items():
         have = found.get(name)
         advice = "Load the adapter on the base that it was trained on, or pass strict_base=False."
@@ -162,7 +170,7 @@ def check_fingerprint(model: nn.Module, expected: Mapping[str, Any]) -> None:
                 f"the adapter belongs to another base: {name!r} had shape {wanted['shape']}, here {have['shape']}. "
                 + advice
             )
-        if not _close(wanted, have, AVERAGED if trained_here else EQUAL):
+        if not _close(wanted, have, relative):
             raise LoRAError(
                 f"the adapter belongs to another base: values of {name!r} were {_shown(wanted['values'])}, here "
                 f"{_shown(have['values'])}. {advice}"
@@ -171,20 +179,15 @@ def check_fingerprint(model: nn.Module, expected: Mapping[str, Any]) -> None:
 
 def _close(wanted: Mapping[str, Any], have: Mapping[str, Any], relative: float) -> bool:
     """Equal up to rounding; between dtypes, up to the rounding of the coarser one."""
-    dtypes = {wanted["dtype"], have["dtype"]}
+    dtypes = {getattr(torch, entry["dtype"]) for entry in (wanted, have)}
     if len(dtypes) > 1:
-        relative = max(relative, *map(_rounding, dtypes))
+        relative = max([relative, *(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)])
     absolute = 1e-7 if len(dtypes) > 1 else 0.0  # subnormal numbers of float16
-    pairs = zip(wanted["values"], have["values"], strict=False)
+    pairs = list(zip(wanted["values"], have["values"], strict=False))
     return len(wanted["values"]) == len(have["values"]) and all(
         a == b or math.isclose(a, b, rel_tol=relative, abs_tol=absolute) or (math.isnan(a) and math.isnan(b))
         for a, b in pairs
     )
-
-
-def _rounding(dtype: str) -> float:
-    found: torch.dtype = getattr(torch, dtype)
-    return torch.finfo(found).eps if found.is_floating_point else 0.0
 
 
 def _shown(values: Iterable[float]) -> str:

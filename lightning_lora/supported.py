@@ -13,6 +13,7 @@ from .base import HALF, A, LoRALayer
 from .config import LoRAConfig
 from .errors import LoRAError
 from .layers import LoRALinear, layer_kind
+from .sharding import is_sharded
 from .targets import entries_of, entry_name, names_match
 
 ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -86,6 +87,11 @@ def _weight_problem(module: nn.Module) -> str:
     if is_parametrized(module) or not weights:
         return f"the weight of the {kind} is computed from others (weight_norm, parametrize); remove that first"
     for weight in weights:
+        if is_sharded(weight):
+            return (
+                f"the weight of the {kind} is sharded already; call inject(model, LoRAConfig(...)) in configure_model, "
+                "after the layers are built and before fully_shard or parallelize_module"
+            )
         if weight is not None and weight.dtype not in (*HALF, torch.float32, torch.float64):
             return f"its weight is {weight.dtype}; adapters need float16, bfloat16, float32 or float64"
     return ""

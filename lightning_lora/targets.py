@@ -10,11 +10,12 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import nn
 
-from .base import LoRALayer, canonical
+from .base import LoRALayer
 from .config import ALL_LINEAR, LoRAConfig, pattern_matches
 from .errors import LoRAError
 from .injection import ATTRIBUTE
 from .layers import is_conv1d, layer_kind
+from .wrappers import canonical
 
 
 class Targets:

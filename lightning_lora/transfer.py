@@ -14,22 +14,30 @@ from torch import nn
 
 from .adapter import Adapter
 from .checkpoint import META, adapter_of, read
+from .description import adapter_of_model
 from .errors import LoRAError
+from .factors import check_factors
 from .files import PathLike, read_torch_file
 from .fit import fit_
 from .inject import inject
-from .peft_format import read_folder, write_folder
+from .merge import adapted_layers
+from .peft_format import read_folder, read_tensor_file, write_folder
+from .sharding import Together, writes_files
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
 def save_adapter(model: nn.Module, path: PathLike) -> None:
-    """Write the adapter as a folder in PEFT's format.
+    """Write the adapter as a folder in PEFT's format. Collective where the model is sharded.
 
     Raises:
         LoRAError: the model was not injected, or PEFT has no equal of one of its layers.
     """
-    write_folder(model, path)
+    adapter = adapter_of_model(model)
+    together = Together(layer.main_weight() for layer in adapted_layers(model).values())
+    writes = writes_files(model)
+    together.attempt(f"save_adapter to {path}", (lambda: write_folder(adapter, path)) if writes else None)
+    together.settle()
 
 
 def load_adapter(model: nn.Module, source: PathLike | Mapping[str, Any], *, strict_base: bool = True) -> list[str]:
@@ -55,6 +63,8 @@ def read_adapter(source: PathLike | Mapping[str, Any]) -> Adapter:
     if isinstance(source, (str, os.PathLike)):
         if Path(source).is_dir():
             return read_folder(source)
+        if Path(source).suffix == ".safetensors":
+            return read_tensor_file(source)
         source = read_torch_file(source)
     if not isinstance(source, Mapping):
         raise LoRAError(f"load_adapter: expected a path or a state dict, found {type(source).__name__}.")
@@ -63,7 +73,9 @@ def read_adapter(source: PathLike | Mapping[str, Any]) -> Adapter:
     state = source.get("state_dict", source)
     if not isinstance(state, Mapping):
         raise LoRAError(f"load_adapter: expected a state dict, found {type(state).__name__}.")
-    return Adapter({n: value for n, value in state.items() if isinstance(n, str) and isinstance(value, torch.Tensor)})
+    adapter = Adapter({n: v for n, v in state.items() if isinstance(n, str) and isinstance(v, torch.Tensor)})
+    check_factors(adapter, "adapter")
+    return adapter
 
 
 def load_from_checkpoint(cls: type[Module], path: PathLike, **kwargs: Any) -> Module:

@@ -11,9 +11,11 @@ import torch
 from torch import nn
 
 from .base import LoRALayer
+from .errors import LoRAError
 from .merge import adapted_layers
 from .metrics import MergeError
 from .readers import LoRAReader
+from .sharding import has_sharded
 
 
 @dataclass
@@ -45,14 +47,22 @@ def watch(model: nn.Module) -> Iterator[Verification]:
     """Check each adapted layer on its first input inside; the result is complete on leaving.
 
     Compiled modules run eagerly inside, because a compiled graph passes over hooks.
+
+    Raises:
+        LoRAError: the model is sharded, so that no rank has both W and W' of a layer.
     """
+    if has_sharded(model):
+        raise LoRAError(
+            f"verify: {type(model).__name__} is sharded, and no rank holds both W and W' of a layer; leave verify off, "
+            "and compare a validation with merged_eval=False."
+        )
     found = Verification()
     groups = _groups(model)
     for _, layers in groups.values():
         found.error.to(layers[0].lora_A.device)
     found.never_ran = list(groups)
     handles = [
-        group[0].register_forward_hook(_checker(name, group[1], found), with_kwargs=True, prepend=True)
+        group[0].register_forward_hook(_checker(name, *group, found), with_kwargs=True, prepend=True)
         for name, group in groups.items()
     ]
     try:
@@ -81,15 +91,15 @@ def _covered(name: str, groups: Mapping[str, tuple[nn.Module, list[LoRALayer]]])
     return isinstance(groups[name][0], nn.MultiheadAttention) and f"{name}.out_proj" in groups
 
 
-def _checker(name: str, layers: list[LoRALayer], found: Verification) -> Callable[..., None]:
+def _checker(name: str, watched: nn.Module, layers: list[LoRALayer], found: Verification) -> Callable[..., None]:
     def check(module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
-        if name not in found.never_ran:
+        if name not in found.never_ran or module is not watched:  # a copy of the model has this hook too
             return
         found.never_ran.remove(name)
         with torch.no_grad():
             originals = [{leaf: layer.original(leaf) for leaf in layer.adapted_weights()} for layer in layers]
             merged: list[dict[str, torch.Tensor]] = [
-                layer.merged_copies(weights, layer.lora_A, layer.lora_B)
+                layer.merged_copies(weights, layer.local_pieces(weights, layer.lora_A, layer.lora_B))
                 for layer, weights in zip(layers, originals, strict=True)
             ]
             base = _run(module, layers, originals, False, args, kwargs)

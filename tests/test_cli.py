@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -219,5 +220,5 @@ def test_help_shows_each_option_with_its_text(capsys, cli: type[LightningCLI], a
     shown = " ".join(capsys.readouterr().out.split())
     assert documented().keys() == inspect.signature(LoRACallback).parameters.keys()
     for name, text in documented().items():
-        rest = shown.rpartition(f"{prefix}{name} ")[2]  # the first time is in the line of usage
+        rest = re.split(rf"{re.escape(prefix)}{name}[, ]", shown)[-1]  # the first time is in the line of usage
         assert text in rest.partition(" (type:")[0], name

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import sys
 from typing import Any
 
 import peft
@@ -13,7 +12,7 @@ import torch
 from plain import ZOO_LAYERS, OwnLinear, Stubborn, Zoo, randomise_, state_bits, tokens, trace, zoo_config
 from torch import nn
 
-from lightning_lora import LoRAConfig, LoRAError, disable_adapter, inject, is_merged, merge, unload
+from lightning_lora import LoRAConfig, LoRAError, base, disable_adapter, inject, is_merged, merge, unload
 
 
 def test_tree_names_order_identity_memory_and_classes_stay():
@@ -119,16 +118,15 @@ def test_ranks_and_scalings_are_those_of_peft(rslora):
 def test_a_failure_half_way_leaves_no_trace(monkeypatch, error, after):
     model = Stubborn(nn.Linear(4, 4))
     before, calls = trace(model), []
-    file = sys.modules["lightning_lora.inject"]  # the attribute of that name is the function
-    original = file.init_factors_
+    original = base.initial_factors
 
-    def failing(*args: Any) -> None:
+    def failing(*args: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
         calls.append(args)
         if len(calls) > after:
             raise error
-        original(*args)
+        return original(*args, **options)
 
-    monkeypatch.setattr(file, "init_factors_", failing)
+    monkeypatch.setattr(base, "initial_factors", failing)
     with pytest.raises(type(error)):
         inject(model, LoRAConfig(bias="all", modules_to_save=["head"]), merge_weights=True)
     assert len(calls) == after + 1

@@ -170,6 +170,27 @@ def test_max_norm_leaves_the_weight_alone(dtype: torch.dtype, norm_type: float) 
     assert same_bits(layer.weight, before)
 
 
+class DoubledEmbedding(nn.Embedding):
+    """A forward of its own around one that renormalises."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(tokens)
+
+
+def test_max_norm_in_a_forward_of_ones_own() -> None:
+    plain = DoubledEmbedding(11, 6, max_norm=1.5)
+    model = nn.Sequential(DoubledEmbedding(11, 6, max_norm=1.5))
+    model.load_state_dict({"0.weight": plain.weight})
+    before = plain.weight.detach().clone()
+    inject(model, LoRAConfig(r=R, target_modules=["0"]))
+    tokens = torch.randint(11, (4, 5))
+    wanted = plain(tokens)
+    assert torch.equal(model(tokens), wanted)
+    with disable_adapter(model):
+        assert torch.equal(model(tokens), wanted)
+    assert same_bits(model[0].weight, before)
+
+
 # Which way a layer goes -----------------------------------------------------------------------------------------------
 
 

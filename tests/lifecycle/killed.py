@@ -21,8 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from helpers import Data, Net, make_trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 

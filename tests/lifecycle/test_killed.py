@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,8 @@ SCRIPT = Path(__file__).with_name("killed.py")
 @pytest.mark.slow
 def test_killed_and_resumed(tmp_path):
     command = [sys.executable, "-W", "ignore", str(SCRIPT), str(tmp_path), "8"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout)
     assert set(results) == {"adapter", "merged", "full"}

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from comparing import At, Watched, assert_as_found, assert_same_numbers, base_weights, compare
+from comparing import At, Watched, assert_as_found, assert_same_numbers, base_weights, compare, lora
 from helpers import Data, Net, assert_same_tensors, make_trainer
 from torch import nn
 
@@ -73,6 +73,30 @@ def test_training_a_copy(tmp_path, hook: str, kind: str):
         assert_same_numbers(merged.seen, factored.seen)
         assert_same_tensors(dict(merged.state_dict()), dict(factored.state_dict()))
         assert not torch.equal(merged.head.lora_B, model.head.lora_B)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+@pytest.mark.parametrize("kind", ["its own", "the same"])
+@pytest.mark.parametrize("hook", ["on_test_start", "on_test_batch_start", "on_test_batch_end", "on_test_end"])
+def test_testing_a_copy_made_in_inference_mode(tmp_path, hook: str, kind: str, precision: str):
+    """Its parameters may be written to in inference mode alone."""
+    models, options = {}, {"precision": precision}
+    for merged_eval in (True, False):
+        copies, callback = [], lora(merged_eval=merged_eval)
+
+        def inner(trainer: Any, pl_module: Any, copies: list[Net] = copies, callback: LoRACallback = callback) -> None:
+            twin = copy.deepcopy(pl_module)
+            twin.seen = []
+            make_trainer(tmp_path, *inner_callbacks(kind, callback), **options).test(twin, Data(1), verbose=False)
+            copies.append(twin)
+
+        torch.manual_seed(0)
+        make_trainer(tmp_path, callback, At(hook, inner), **options).test(Watched(), Data(1), verbose=False)
+        models[merged_eval] = copies[0]
+    assert models[True].head.weight.is_inference()
+    assert models[True].seen[0][1]
+    tolerance = 1e-5 if precision == "32-true" else 4 * 2**-8
+    assert models[True].seen[0][2] == pytest.approx(models[False].seen[0][2], rel=tolerance)
 
 
 @pytest.mark.parametrize("hook", [*TRAINING_HOOKS, *VALIDATION_HOOKS])

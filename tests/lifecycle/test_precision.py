@@ -13,7 +13,7 @@ from helpers import BuiltInConfigureModel, Data, Net, assert_same_tensors, make_
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch import nn
 
-from lightning_lora import LoRACallback, disable_adapter, load_from_checkpoint
+from lightning_lora import LoRACallback, disable_adapter, is_merged, load_from_checkpoint
 
 # Trainer precision: dtype of the base, dtype of the factors, relative tolerance of a merged loss against a factored one
 PRECISIONS = {
@@ -96,6 +96,24 @@ def test_16_mixed_is_bf16_mixed_on_a_cpu(tmp_path):
     model = Stable()
     trainer.fit(model, Data())
     assert model.head.lora_B.dtype == torch.float32
+
+
+@pytest.mark.parametrize("inference_mode", [True, False])
+@pytest.mark.parametrize("fn", ["validate", "test", "predict"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_evaluation_without_a_fit(tmp_path, precision: str, fn: str, inference_mode: bool):
+    models = {}
+    for merged_eval in (True, False):
+        torch.manual_seed(0)
+        models[merged_eval] = model = Stable()
+        trainer = make_trainer(
+            tmp_path, lora(merged_eval=merged_eval), precision=precision, inference_mode=inference_mode
+        )
+        getattr(trainer, fn)(model, Data())
+        assert not is_merged(model)
+    numbers = [[loss for *_, loss in model.seen] for model in (models[True], models[False])]
+    assert all(was for _, was, _ in models[True].seen)
+    assert numbers[0] == pytest.approx(numbers[1], rel=PRECISIONS[precision][2])
 
 
 @pytest.mark.parametrize("make", [Stable, StableInConfigureModel])

@@ -1,0 +1,185 @@
+"""Merging an adapter into weights on disk, part by part: memory does not grow with the model or its tensors."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+
+from .errors import LoRAError
+from .header import build_header
+from .model_folder import CONFIG, INDEX_SUFFIX, ModelFolder, side_files
+from .places import as_bytes, read_rows
+from .plan import MERGEABLE, Change
+from .torch_file import set_check_sums
+from .weights import Weights
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file to write: its name, tensors in order, and the header's metadata."""
+
+    name: str
+    tensors: Sequence[str]
+    metadata: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to do.
+
+    Attributes:
+        base: the weights.
+        changes: what happens to which of them.
+        dtype: of the result, or None for the base's own.
+        progress: is told the number of bytes of each part that is done.
+    """
+
+    base: Weights
+    changes: Mapping[str, Change]
+    dtype: torch.dtype | None
+    progress: Progress
+
+    def result_dtype(self, name: str) -> torch.dtype:
+        """The dtype of one tensor of the result; what is not floating point keeps its own."""
+        own = self.base.places[name].dtype
+        return self.dtype if self.dtype is not None and own in MERGEABLE else own
+
+
+def write_folder_of(job: Job, target: Path, max_shard_bytes: int | None) -> list[Path]:
+    """Write a model folder: shards, index, config and all side files.
+
+    Returns:
+        What was left out because it holds unmerged weights.
+    """
+    folder = job.base.folder
+    assert folder is not None
+    copied, left_out = side_files(folder)
+    shards = _shards_of(folder) if max_shard_bytes is None else _new_shards(job, folder, max_shard_bytes)
+    for shard in shards:
+        write_safetensors(job, shard, target / shard.name)
+    for file in copied:
+        (target / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder.path / file, target / file)
+    if job.dtype is not None and folder.config:
+        _write_json(target / CONFIG, _with_dtype(folder.config, job.dtype))
+    if folder.index_name and job.dtype is None and max_shard_bytes is None:
+        shutil.copyfile(folder.path / folder.index_name, target / folder.index_name)
+    elif len(shards) > 1 or (folder.index_name and max_shard_bytes is None):
+        _write_index(job, folder, shards, target)
+    return left_out
+
+
+def write_safetensors(job: Job, shard: Shard, target: Path) -> None:
+    """Write one safetensors file."""
+    base = job.base
+    described = [(name, job.result_dtype(name), base.places[name].shape) for name in shard.tensors]
+    header = base.headers.get(shard.name)
+    same = header is not None and job.dtype is None and list(header.entries) == list(shard.tensors)
+    sources: dict[Path, BinaryIO] = {}
+    with ExitStack() as files:
+        out = files.enter_context(open(target, "xb"))
+        out.write(header.raw if same and header else build_header(described, shard.metadata))
+        for name in shard.tensors:
+            path = base.places[name].file
+            if path not in sources:
+                sources[path] = files.enter_context(open(path, "rb"))
+            _write_tensor(job, name, sources[path], out)
+
+
+def _write_tensor(job: Job, name: str, source: BinaryIO, out: BinaryIO) -> None:
+    place = job.base.places[name]
+    for first, count in place.chunks():
+        rows = read_rows(source, place, first, count)
+        out.write(as_bytes(new_rows(job, name, rows, first)))
+        job.progress(rows.nbytes)
+
+
+def new_rows(job: Job, name: str, rows: torch.Tensor, first: int) -> torch.Tensor:
+    """Some rows of a tensor as they are in the result.
+
+    Raises:
+        LoRAError: a value is not finite that was finite before.
+    """
+    dtype, change = job.result_dtype(name), job.changes.get(name)
+    if change is None and dtype == rows.dtype:
+        return rows
+    wide = rows.to(torch.promote_types(rows.dtype, dtype))
+    try:
+        new = (change.applied(wide, first) if change else wide).to(dtype)
+    except LoRAError as error:
+        raise LoRAError(f"merge: {name!r}: {error}. Nothing was written.") from error
+    if dtype != rows.dtype and not torch.isfinite(new).all() and torch.isfinite(rows).all():
+        raise LoRAError(f"merge: {name!r} does not fit into {dtype}: it holds values beyond its range.")
+    return new
+
+
+def write_torch_file(job: Job, target: Path) -> None:
+    """Copy a file that torch.save wrote and put the merged weights into the copy."""
+    shutil.copyfile(job.base.path, target)
+    places = [job.base.places[name] for name in job.changes]
+    with open(job.base.path, "rb") as source, open(target, "r+b") as out:
+        for name, place in job.base.places.items():
+            if name in job.changes:
+                out.seek(place.start)
+                _write_tensor(job, name, source, out)
+            else:
+                job.progress(place.nbytes)
+    set_check_sums(target, places)
+
+
+def _shards_of(folder: ModelFolder) -> list[Shard]:
+    return [Shard(name, list(header.entries), header.metadata) for name, header in folder.shards.items()]
+
+
+def _new_shards(job: Job, folder: ModelFolder, most: int) -> list[Shard]:
+    """As many tensors in a file as fit, in the order of the base; a tensor is never split."""
+    groups: list[list[str]] = [[]]
+    size = 0
+    for name in (name for header in folder.shards.values() for name in header.entries):
+        nbytes = job.base.places[name].numel * job.result_dtype(name).itemsize
+        if groups[-1] and size + nbytes > most:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += nbytes
+    stem = (folder.index_name or "model.safetensors").removesuffix(INDEX_SUFFIX).removesuffix(".safetensors")
+    metadata = next(iter(folder.shards.values())).metadata
+    count = len(groups)
+    names = [f"{stem}-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)] if count > 1 else []
+    names = names or [f"{stem}.safetensors"]
+    return [Shard(name, group, metadata) for name, group in zip(names, groups, strict=True)]
+
+
+def _write_index(job: Job, folder: ModelFolder, shards: Sequence[Shard], target: Path) -> None:
+    name = folder.index_name or f"model{INDEX_SUFFIX}"
+    old = folder.index.get("metadata")
+    metadata = dict(old) if isinstance(old, Mapping) else {}
+    sizes = [job.base.places[n].numel * job.result_dtype(n).itemsize for shard in shards for n in shard.tensors]
+    metadata["total_size"] = sum(sizes)
+    weight_map = {tensor: shard.name for shard in shards for tensor in shard.tensors}
+    _write_json(target / name, {**folder.index, "metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
+
+
+def _write_json(path: Path, content: Mapping[str, object]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _with_dtype(config: Mapping[str, object], dtype: torch.dtype) -> dict[str, object]:
+    """A config that names the new dtype where it named one, also inside, for models of several parts."""
+    known = {str(dtype).removeprefix("torch.") for dtype in MERGEABLE}
+    changed = dict(config)
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            changed[key] = _with_dtype(value, dtype)
+        elif key in ("dtype", "torch_dtype") and value in known:
+            changed[key] = str(dtype).removeprefix("torch.")
+    return changed

@@ -1,0 +1,86 @@
+"""Tensor parallelism: where the factors go, and their product without a collective of its own.
+
+    columnwise  W (out, in) split by out:  A whole, B split by out;  x whole, outputs split like the base's
+    rowwise     W split by in:             A split by in, B whole;   x split, outputs partial sums like the base's
+
+parallelize_module splits every parameter of a columnwise layer by its first dimension, A along the rank too, and leaves
+those of a rowwise layer whole: either costs a collective for each layer and step. DTensor's own operators would also
+gather the partial sums between A and B.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+
+Dims = Mapping[int, tuple[str, int]]
+
+
+def beside(name: str, factor: nn.Parameter, weight: torch.Tensor, dims: Dims) -> nn.Parameter:
+    """A sharded factor, placed as its layer's weight is.
+
+    Args:
+        name: of the factor.
+        factor: the factor; a plain one is returned as it is.
+        weight: the layer's weight.
+        dims: for each dimension of the weight, the factor and the dimension of it that run along.
+    """
+    if not isinstance(factor, DTensor) or not isinstance(weight, DTensor):
+        return factor
+    if factor.device_mesh != weight.device_mesh:
+        return factor
+    places = tuple(_along(name, place, dims) for place in weight.placements)
+    if factor.placements == places:
+        return factor
+    moved = cast(DTensor, factor.detach()).redistribute(placements=places)
+    return nn.Parameter(moved, requires_grad=factor.requires_grad)
+
+
+def _along(name: str, place: Placement, dims: Dims) -> Placement:
+    factor, dim = dims.get(place.dim, ("", 0)) if isinstance(place, Shard) else ("", 0)
+    return Shard(dim) if factor == name else Replicate()
+
+
+def low_rank(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor | None:
+    """x @ A.T @ B.T on the shards of each rank, or None where these placements need communication."""
+    if not isinstance(x, DTensor) or not isinstance(a, DTensor) or not isinstance(b, DTensor):
+        return None
+    last = x.dim() - 1
+    cases = [_case(*places, last) for places in zip(x.placements, a.placements, b.placements, strict=True)]
+    if None in cases:
+        return None
+    out, grad_x, grad_a, grad_b = zip(*(case for case in cases if case is not None), strict=True)
+    hidden = F.linear(x.to_local(grad_placements=grad_x), _shard(a, grad_a))
+    product = F.linear(hidden, _shard(b, grad_b))
+    shape = torch.Size((*x.shape[:-1], b.shape[0]))
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(product, x.device_mesh, out, run_check=False, shape=shape, stride=stride)
+
+
+def summed(x: torch.Tensor) -> torch.Tensor:
+    """Partial sums added up over the ranks, as rows of a table that is split by rows come."""
+    if not isinstance(x, DTensor) or not any(place.is_partial() for place in x.placements):
+        return x
+    places = [Replicate() if place.is_partial() else place for place in x.placements]
+    return x.redistribute(placements=places)
+
+
+def _case(x: Placement, a: Placement, b: Placement, last: int) -> tuple[Placement, ...] | None:
+    """Placements of the product and of the gradients of x, A and B; Partial: to be summed over the ranks."""
+    if (a, b) == (Replicate(), Shard(0)) and x == Replicate():
+        return Shard(last), Partial(), Partial(), Shard(0)
+    if (a, b) == (Shard(1), Replicate()) and x == Shard(last):
+        return Partial(), Shard(last), Shard(1), Partial()
+    if (a, b) == (Replicate(), Replicate()) and isinstance(x, Shard) and x.dim != last:
+        return x, x, Partial(), Partial()
+    return (Replicate(),) * 4 if x == a == b == Replicate() else None
+
+
+def _shard(factor: DTensor, grad: tuple[Placement, ...]) -> torch.Tensor:
+    """A rank's part of a factor; going through redistribute sums its partial gradient once, in backward."""
+    return factor.redistribute(placements=factor.placements).to_local(grad_placements=grad)

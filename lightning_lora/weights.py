@@ -1,0 +1,72 @@
+"""A model's weights on disk, in any of the forms that the command line takes, as names and places."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from .errors import LoRAError
+from .files import PathLike
+from .header import Header, read_header
+from .model_folder import ModelFolder, open_folder
+from .places import Place
+from .torch_file import torch_places
+
+Form = Literal["folder", "safetensors", "torch"]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Names and places; `folder` only for a folder, `headers` for it and for a safetensors file, by file name."""
+
+    path: Path
+    form: Form
+    places: Mapping[str, Place]
+    headers: Mapping[str, Header]
+    folder: ModelFolder | None = None
+
+    def modules(self) -> set[str]:
+        """Every module on the way to a tensor."""
+        return {name.rsplit(".", i)[0] for name in self.places for i in range(1, name.count(".") + 1)}
+
+    def other_owner(self, name: str) -> str:
+        """What else uses this tensor's values, or ''."""
+        if self.form == "torch":
+            return next((repr(other) for other in self.places if other != name and self._overlap(name, other)), "")
+        rows = self.places[name].shape[:1]
+        if self.folder is not None and self.folder.tied_embeddings() and rows == (self.folder.vocabulary(),):
+            return "tied to the other end of the model (tie_word_embeddings in config.json)"
+        return ""
+
+    def _overlap(self, name: str, other: str) -> bool:
+        one, two = self.places[name], self.places[other]
+        return one.start < two.start + two.nbytes and two.start < one.start + one.nbytes
+
+
+def open_weights(path: PathLike) -> Weights:
+    """Open a model's weights; of the tensors nothing is read.
+
+    Args:
+        path: a folder with safetensors, a safetensors file, a Lightning checkpoint, or a state dict that torch.save
+            wrote.
+
+    Raises:
+        LoRAError: it is none of these, or damaged.
+    """
+    path = Path(path)
+    if path.is_dir():
+        folder = open_folder(path)
+        places = {n: p for file, header in folder.shards.items() for n, p in _places(path / file, header).items()}
+        return Weights(path, "folder", places, folder.shards, folder)
+    if not path.is_file():
+        raise LoRAError(f"{path}: there is no such file or folder.")
+    if path.suffix == ".safetensors":
+        header = read_header(path)
+        return Weights(path, "safetensors", _places(path, header), {path.name: header})
+    return Weights(path, "torch", torch_places(path), {})
+
+
+def _places(path: Path, header: Header) -> dict[str, Place]:
+    return {n: Place(path, entry.dtype, entry.shape, entry.start) for n, entry in header.entries.items()}

@@ -1,0 +1,130 @@
+"""DDP: the same adapters on all ranks, equal to one process on the same global batches; only their gradients travel."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import DDPStrategy
+from sharded import BATCHES, Plain, base_of, loader, make_trainer, whole_state
+from test_fsdp import same_bits
+from test_fsdp_life import data, lora
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from world import BACKEND, world
+
+from lightning_lora import LoRACallback, is_merged
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "unused parameters": {"find_unused_parameters": True},
+    "static graph": {"static_graph": True},
+    "bucket views": {"gradient_as_bucket_view": True},
+}
+
+
+class Watched(Plain):
+    """Notes whether validation is merged, and which data it sees."""
+
+    def __init__(self, lr: float = 0.05) -> None:
+        super().__init__(lr)
+        self.seen: list[tuple[bool, int]] = []
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.seen.append((is_merged(self), len(batch[0])))
+        super().validation_step(batch, batch_idx)
+
+
+def fit(path: Path, strategy: dict[str, Any], *callbacks: LoRACallback) -> tuple[list[float], dict[str, torch.Tensor]]:
+    torch.manual_seed(dist.get_rank())  # another stream on every rank
+    model = Watched()
+    options = {"devices": dist.get_world_size(), "strategy": DDPStrategy(process_group_backend=BACKEND, **strategy)}
+    trainer = make_trainer(path, *callbacks, **options)
+    trainer.fit(model, *data())
+    assert all(merged for merged, _ in model.seen)
+    assert len(model.seen) == 3 * BATCHES
+    trainer.save_checkpoint(path / "3.ckpt")
+    return model.losses, whole_state(model)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[float], dict[str, torch.Tensor]]:
+    torch.manual_seed(0)
+    model = Plain()
+    make_trainer(tmp_path_factory.mktemp("alone"), lora()).fit(model, loader(), loader(seed=6))
+    return model.losses, whole_state(model)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_ranks_agree_with_each_other_and_with_one_process(tmp_path, alone, option):
+    first, second = world().run(fit, tmp_path, OPTIONS[option], lora())
+    same_bits(first[1], second[1])
+    assert first[0] == second[0] == pytest.approx(alone[0], rel=1e-5)
+    for name, value in alone[1].items():
+        torch.testing.assert_close(first[1][name], value, rtol=1e-4, atol=1e-6)
+    same_bits(base_of(first[1]), base_of(alone[1]))
+    saved = torch.load(tmp_path / "3.ckpt", weights_only=True)["state_dict"]
+    same_bits(saved, {name: value for name, value in first[1].items() if "lora_" in name})
+
+
+class Counting(Plain):
+    """Counts the bytes of gradients that DDP sends."""
+
+    def on_fit_start(self) -> None:
+        self.sent = 0
+        self.trainer.strategy.model.register_comm_hook(None, self.count)
+
+    def count(self, state, bucket):  # DDP refuses annotations as strings
+        self.sent += bucket.buffer().nbytes
+        return allreduce_hook(dist.group.WORLD, bucket)
+
+
+def counted(path: Path, adapted: bool) -> tuple[int, int]:
+    """Bytes of gradients that a step sends, and of all that is trainable."""
+    model = Counting()
+    strategy = DDPStrategy(process_group_backend=BACKEND)
+    callbacks = [lora()] if adapted else []
+    trainer = make_trainer(path, *callbacks, devices=dist.get_world_size(), strategy=strategy, max_steps=1)
+    trainer.fit(model, *data())
+    everything = sum(parameter.nbytes for name, parameter in model.named_parameters())
+    factors = sum(parameter.nbytes for name, parameter in model.named_parameters() if "lora_" in name)
+    return model.sent, factors if adapted else everything
+
+
+@pytest.mark.parametrize("adapted", [True, False])
+def test_a_step_sends_the_gradients_of_the_adapters(tmp_path, adapted):
+    for sent, expected in world().run(counted, tmp_path, adapted):
+        print("bytes a step:", sent)
+        assert sent == expected
+
+
+LAUNCHED = """
+import sys, torch
+sys.path[:0] = {path!r}
+if __name__ == "__main__":
+    import world; world.quiet()
+    from sharded import TARGETS, Plain, loader, make_trainer, whole_state
+    from lightning_lora import LoRACallback, LoRAConfig, inject
+    for start in ("fork", "spawn"):
+        torch.manual_seed(0)
+        model = Plain()
+        inject(model, LoRAConfig(r=2, target_modules=TARGETS))
+        trainer = make_trainer({out!r}, LoRACallback(), devices=2, strategy=f"ddp_{{start}}")
+        trainer._accelerator_connector.use_distributed_sampler = True
+        trainer.fit(model, loader(), loader(seed=6))
+        torch.save(whole_state(model), f"{out}/{{start}}.pt")
+"""
+
+
+def test_spawned_launchers_bring_the_adapters_back(tmp_path, alone):
+    program = tmp_path / "launched.py"
+    program.write_text(LAUNCHED.format(path=sys.path, out=str(tmp_path)))
+    subprocess.run([sys.executable, program], check=True, timeout=120)
+    fork, spawn = (torch.load(tmp_path / f"{start}.pt") for start in ("fork", "spawn"))
+    same_bits(fork, spawn)
+    same_bits(base_of(fork), base_of(alone[1]))
+    assert fork["net.0.lora_B"].any()

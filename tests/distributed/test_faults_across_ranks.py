@@ -1,0 +1,100 @@
+"""A rank that dies or fails: the others end with an error in bounded time, and the last checkpoint resumes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
+from sharded import BATCHES, Plain, Sharded, base_of, make_trainer, model_parallel, whole_state
+from test_fsdp_life import data, lora
+from test_sharded_checkpoints import optimizer_state, same_run
+from world import BACKEND, World, world
+
+from lightning_lora import is_merged
+
+EPOCHS, DIES_IN = 4, 2
+
+
+class Dying:
+    """Rank 1 is killed in the middle of an epoch, if `dies`."""
+
+    dies = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if self.dies and self.global_step == DIES_IN * BATCHES + 1 and dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().training_step(batch, batch_idx)
+
+
+class DyingPlain(Dying, Plain):
+    pass
+
+
+class DyingSharded(Dying, Sharded):
+    pass
+
+
+def trainer(path: Path, kind: str, *callbacks: Any) -> Any:
+    checkpoint = ModelCheckpoint(path, filename="{epoch}", save_top_k=-1)
+    options = {"enable_checkpointing": True, "max_epochs": EPOCHS}
+    if kind == "ddp":
+        options |= {"devices": dist.get_world_size(), "strategy": DDPStrategy(process_group_backend=BACKEND)}
+        return make_trainer(path, lora(), checkpoint, *callbacks, **options)
+    return model_parallel(path, lora(), checkpoint, *callbacks, **options)
+
+
+def run(path: Path, kind: str, dies: bool, source: Path | None = None) -> Any:
+    torch.manual_seed(0)
+    model = DyingPlain() if kind == "ddp" else DyingSharded()
+    model.dies = dies
+    fitting = trainer(path, kind)
+    fitting.fit(model, *data(), ckpt_path=source)
+    return whole_state(model), optimizer_state(fitting)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_a_killed_process(tmp_path, kind):
+    start = time.monotonic()
+    ended = World(2).run_broken(run, tmp_path / "killed", kind, True, timeout=30)
+    print(f"{kind}: all ended within {time.monotonic() - start:.1f} s, the start of the world included")
+    assert list(ended) == [0]
+    assert "RuntimeError" in ended[0]
+    assert "Connection" in ended[0]
+    uninterrupted = world().run(run, tmp_path / "whole", kind, False)[0]
+    last = tmp_path / "killed" / f"epoch={DIES_IN - 1}.ckpt"
+    assert not (tmp_path / "killed" / f"epoch={DIES_IN}.ckpt").exists()
+    for found in world().run(run, tmp_path / "killed", kind, False, last):
+        same_run(found, uninterrupted)
+
+
+def failing_save(path: Path, kind: str) -> None:
+    model = Plain() if kind == "ddp" else Sharded()
+    before = base_of(whole_state(model))
+    if dist.get_rank() == 0:
+
+        def fail(*args: Any, **options: Any) -> None:
+            raise OSError("No space left on device")
+
+        torch.save = fail
+    try:
+        trainer(path, kind).fit(model, *data())
+    finally:
+        assert not is_merged(model)
+        local = {name: value for name, value in model.state_dict().items() if name in before}
+        assert len(local) == len(before)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_a_first_rank_that_cannot_save(tmp_path, kind):
+    ended = World(2, collective_timeout=3).run_broken(failing_save, tmp_path, kind, timeout=30)
+    assert "No space left on device" in ended[0]
+    # Alone in a barrier, until the time is up; torch's distributed checkpoints tell every rank the reason.
+    assert "imed out" in ended[1] if kind == "ddp" else "No space left on device" in ended[1]

@@ -1,0 +1,317 @@
+"""FSDP2: merging works on each rank's shards, sends no base weight, and gives every shard back bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sharded
+import torch
+import torch.distributed as dist
+from plain import Zoo, bits, randomise_, tokens, zoo_config
+from sharded import Sharded, base_of, loader, make_trainer, model_parallel, network, whole_state
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from traffic import Traffic
+from world import BACKEND, world
+
+from lightning_lora import (
+    LoRACallback,
+    LoRAConfig,
+    LoRAError,
+    disable_adapter,
+    inject,
+    is_merged,
+    merge,
+    merged,
+    merged_state_dict,
+    unmerge,
+)
+from lightning_lora.base import LoRALayer
+
+DEVICE = "cpu" if BACKEND == "gloo" else "cuda"
+LINEAR = LoRAConfig(r=3, lora_alpha=6)
+X = torch.linspace(-1, 1, 24).view(4, 6)
+
+
+def shard_(net: nn.Sequential, *, root_only: bool = False, shape: Any = None, **options: Any) -> nn.Sequential:
+    """fully_shard on each layer that has parameters, then on the whole."""
+    shape = shape or (dist.get_world_size(),)
+    mesh = init_device_mesh(DEVICE, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+    for layer in [] if root_only else net:
+        if list(layer.parameters()):
+            fully_shard(layer, mesh=mesh, **options)
+    fully_shard(net, mesh=mesh, **options)
+    return net
+
+
+def injected(seed: int = 1, config: LoRAConfig = LINEAR, dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    net = network(seed).to(dtype)
+    inject(net, config)
+    randomise_(net, 0.3)
+    return net
+
+
+def adapters(net: nn.Module) -> list[nn.Parameter]:
+    return [parameter for name, parameter in net.named_parameters() if "lora_" in name]
+
+
+def same_bits(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert bits(found[name]) == bits(value), name
+
+
+# --- every way of sharding, against the same network on one device ---
+
+WAYS: dict[str, dict[str, Any]] = {
+    "layers": {},
+    "root only": {"root_only": True},
+    "not resharded": {"reshard_after_forward": False},
+    "resharded": {"reshard_after_forward": True},
+    "offloaded": {"offload_policy": CPUOffloadPolicy(pin_memory=False)},
+    "mixed precision": {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)},
+    "bfloat16 base": {},
+    "by columns": {"shard_placement_fn": lambda p: Shard(1) if p.shape == (3, 6) else None},
+}
+WAYS_OF_FOUR: dict[str, dict[str, Any]] = {
+    "resharded to two": {"reshard_after_forward": 2},
+    "two copies": {"shape": (2, 2)},
+}
+
+
+def cycles(way: str) -> None:
+    dtype = torch.bfloat16 if way == "bfloat16 base" else torch.float32
+    options = (WAYS | WAYS_OF_FOUR)[way]
+    net, alone = shard_(injected(dtype=dtype), **options), injected(dtype=dtype)
+    before = base_of(whole_state(net))
+    same_bits(before, base_of(whole_state(alone)))
+    coarse = way in ("mixed precision", "bfloat16 base")
+    close = {"rtol": 0.05, "atol": 0.05} if coarse else {"rtol": 1e-5, "atol": 1e-5}
+    optimizers = [torch.optim.SGD(adapters(model), lr=0.05) for model in (net, alone)]
+    x = X.to(dtype)
+    for epoch in range(4):
+        for model, optimizer in zip((net, alone), optimizers, strict=True):
+            optimizer.zero_grad()
+            model(x).float().square().mean().backward()
+            optimizer.step()
+        torch.testing.assert_close(net(x).float(), alone(x).float(), **close)
+        factored = net(x)
+        with torch.inference_mode(mode=epoch == 1), torch.no_grad():
+            merge(net)
+            answer = net(x)
+            with merged(alone):
+                torch.testing.assert_close(answer.float(), alone(x).float(), **close)
+            assert is_merged(net)
+            with torch.inference_mode(False):  # torch takes no state dict of DTensors in it
+                same_bits(base_of(whole_state(net)), before)  # which tells W, merged or not
+            unmerge(net)
+        torch.testing.assert_close(answer.float(), factored.float(), **close)
+        assert not torch.equal(answer, base_answer(net, x))
+        same_bits(base_of(whole_state(net)), before)
+
+
+def base_answer(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    with disable_adapter(net):
+        return net(x)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_merging_a_sharded_model(way):
+    world().run(cycles, way)
+
+
+@pytest.mark.parametrize("way", WAYS_OF_FOUR)
+def test_merging_a_model_on_four_ranks(way):
+    world(4).run(cycles, way)
+
+
+def zoo_cycles() -> None:
+    models = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        model = Zoo().eval()
+        inject(model, zoo_config(enable_lora={"body.3": [True, False]}))
+        randomise_(model, 0.3)
+        models.append(model)
+    net, alone = models
+    for layer in (net.embed, net.conv, *net.body, net.head):
+        if list(layer.parameters()):
+            fully_shard(layer)
+    fully_shard(net)
+    assert {type(m).__name__ for m in net.modules()} >= {"FSDPLoRAEmbedding", "FSDPLoRAConv1d", "FSDPLoRAOwnLinear"}
+    before = whole_state(net)
+    with torch.no_grad():
+        torch.testing.assert_close(net(tokens()), alone(tokens()))
+        with merged(net), merged(alone):
+            torch.testing.assert_close(net(tokens()), alone(tokens()))
+            same_bits(whole_state(net), before)
+        expected = merged_state_dict(alone)
+        found = {
+            name: value.full_tensor() for name, value in merged_state_dict(net).items() if isinstance(value, DTensor)
+        }
+        assert len(found) == len(list(net.parameters())) - 8  # all but the factors
+        same_bits(found, {name: expected[name] for name in found})
+    same_bits(whole_state(net), before)
+
+
+def test_every_kind_of_layer():
+    world().run(zoo_cycles)
+
+
+# --- what merging sends ---
+
+
+def traffic() -> dict[str, Any]:
+    net = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64))
+    inject(net, LoRAConfig(r=4))
+    randomise_(net)
+    shard_(net)
+    factors = sum(factor.to_local().nbytes for factor in adapters(net))
+    base = sum(p.to_local().nbytes for name, p in net.named_parameters() if "lora_" not in name)
+    found: dict[str, Any] = {"factors": factors, "base": base}
+    for name, step in (
+        ("forward and backward", lambda: net(torch.ones(2, 64)).sum().backward()),
+        ("merge", lambda: merge(net)),
+        ("again", lambda: merge(net)),
+        ("state dict", net.state_dict),
+        ("unmerge", lambda: unmerge(net)),
+    ):
+        with Traffic() as sent:
+            step()
+        found[name] = sent
+    return {name: value if isinstance(value, int) else (value.sent, value.bytes()) for name, value in found.items()}
+
+
+def test_merging_gathers_the_factors_and_no_weight():
+    found = world().run(traffic)[0]
+    print(found)
+    gathers = [size for name, size in found["merge"][0] if "gather" in name]
+    assert sum(gathers) == found["factors"]
+    assert len(gathers) == 4
+    assert [entry for entry in found["merge"][0] if "gather" not in entry[0]] == [("allreduce_", 8)]
+    assert found["again"][1] == found["state dict"][1] == found["unmerge"][1] == 0
+    gathered = sum(size for name, size in found["forward and backward"][0] if "allgather" in name)
+    assert gathered > found["base"]  # the counter sees weights where they are sent
+    reduced = sum(size for name, size in found["forward and backward"][0] if "reduce_scatter" in name)
+    assert reduced == 2 * found["factors"]  # whole gradients of the factors, and of nothing else
+
+
+# --- the negative control: a merge that does not think of FSDP2 ---
+
+
+class Naive(LoRACallback):
+    """Adds and subtracts on whatever stands in `weight`."""
+
+    def on_validation_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        if args[1] == 0:
+            self.change(pl_module, 1)
+
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        self.change(pl_module, -1)
+
+    def change(self, model: nn.Module, sign: int) -> None:
+        for layer in model.modules():
+            if isinstance(layer, LoRALayer):
+                with torch.no_grad():
+                    delta = layer.lora_B @ layer.lora_A * layer.lora_scaling
+                    layer.weight.add_(delta, alpha=sign)
+                layer.lora_active = sign < 0
+
+
+class Drift(Sharded):
+    """Notes at the start of each epoch how far the base is from where it began."""
+
+    root_only = True
+
+    def setup(self, stage: str) -> None:
+        self.start = base_of(whole_state(self))
+        self.drift: list[float] = []
+
+    def on_train_epoch_start(self) -> None:
+        state = base_of(whole_state(self))
+        self.drift.append(max(float((state[name] - value).abs().max()) for name, value in self.start.items()))
+
+
+def drift(path: Path, callback: type[LoRACallback]) -> tuple[list[float], list[float]]:
+    model = Drift(lr=0.005)
+    trainer = model_parallel(path, callback(r=2, target_modules=sharded.TARGETS))
+    size, rank = dist.get_world_size(), dist.get_rank()
+    trainer.fit(model, loader(size, rank), loader(size, rank, 6))
+    return model.drift, model.losses
+
+
+def test_a_merge_into_gathered_weights_drifts_and_ours_does_not(tmp_path):
+    naive = world().run(drift, tmp_path, Naive)[0][0]
+    ours, losses = world().run(drift, tmp_path, LoRACallback)[0]
+    print("drift by epoch, naive:", naive, "ours:", ours)
+    assert ours == [0, 0, 0]
+    assert 0 == naive[0] < naive[1] < naive[2]
+    assert naive[2] > 1e-3
+    alone = sharded.Plain(lr=0.005)
+    torch.manual_seed(0)
+    make_trainer(tmp_path, LoRACallback(r=2, target_modules=sharded.TARGETS)).fit(alone, loader(), loader(seed=6))
+    assert losses == pytest.approx(alone.losses, rel=1e-5)
+
+
+# --- all or nothing, across ranks ---
+
+
+def one_bad_rank(bad: int) -> str:
+    net = shard_(injected())
+    before = whole_state(net)
+    if dist.get_rank() == bad:
+        with torch.no_grad():
+            net[2].lora_B.to_local()[0, 0] = torch.nan
+    with pytest.raises(LoRAError, match="layer '2'") as caught:
+        merge(net)
+    assert not is_merged(net)
+    same_bits(base_of(whole_state(net)), base_of(before))
+    with pytest.raises(LoRAError, match="layer '2'"):
+        merged_state_dict(net)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_a_layer_that_fails_on_one_rank_fails_on_all(bad):
+    messages = world().run(one_bad_rank, bad)
+    assert "not finite" in messages[bad]
+    assert "on another rank" in messages[1 - bad]
+
+
+class Failing(Sharded):
+    """Raises between two layers of its first validation."""
+
+    options = {"reshard_after_forward": False}  # noqa: RUF012
+    fails = True
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        self.net[3].register_forward_hook(self.fail)
+
+    def fail(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self.fails and is_merged(self):
+            self.fails = False
+            raise ZeroDivisionError("in the forward")
+
+
+def fail_and_go_on(path: Path) -> None:
+    model = Failing()
+    before = base_of(whole_state(model))
+    callback = LoRACallback(r=2, target_modules=sharded.TARGETS)
+    size, rank = dist.get_world_size(), dist.get_rank()
+    data = (loader(size, rank), loader(size, rank, 6))
+    with pytest.raises(ZeroDivisionError):
+        model_parallel(path, callback).fit(model, *data)
+    assert not is_merged(model)
+    same_bits(base_of(whole_state(model)), before)
+    model_parallel(path, callback).fit(model.train(), *data)
+    same_bits(base_of(whole_state(model)), before)
+    assert len(model.losses) == 3
+
+
+def test_an_exception_inside_a_merged_forward(tmp_path):
+    world().run(fail_and_go_on, tmp_path)

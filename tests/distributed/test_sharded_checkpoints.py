@@ -1,0 +1,265 @@
+"""Checkpoints of sharded models, as single files and distributed: contents, resuming, other numbers of processes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sharded import TARGETS, Plain, Sharded, base_of, loader, make_trainer, model_parallel, whole_state
+from test_fsdp import same_bits
+from test_fsdp_life import data, lora
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.tensor import DTensor
+from traffic import Traffic
+from world import world
+
+from lightning_lora import LoRAError, inject, load_adapter, merged_state_dict
+from lightning_lora.config import LoRAConfig
+
+KINDS = ["adapter", "merged", "full"]
+FORMS = pytest.mark.parametrize("whole", [True, False], ids=["file", "distributed"])
+
+
+def optimizer_state(trainer: Any) -> dict[str, torch.Tensor]:
+    """Every tensor of the optimizer, gathered."""
+    states = trainer.optimizers[0].state_dict()["state"]
+    tensors = {f"{i}/{key}": value for i, state in states.items() for key, value in state.items()}
+    return {key: value.full_tensor() if isinstance(value, DTensor) else value for key, value in tensors.items()}
+
+
+def run(
+    path: Path, save: str, whole: bool, epochs: int, source: Path | None = None, seed: int = 0
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Train on all ranks, save under `path`; the state of model and optimizer."""
+    torch.manual_seed(seed)
+    model = Sharded()
+    trainer = model_parallel(path, lora(save=save), whole=whole, max_epochs=epochs)
+    trainer.fit(model, *data(), ckpt_path=source)
+    found = whole_state(model), optimizer_state(trainer)
+    trainer.save_checkpoint(path / f"{epochs}.ckpt")
+    trainer.save_checkpoint(path / f"{epochs}.weights.ckpt", weights_only=True)
+    return found
+
+
+def same_run(found: Any, expected: Any) -> None:
+    for one, other in zip(found, expected, strict=True):
+        assert len(one) > 0
+        same_bits(one, other)
+
+
+@FORMS
+@pytest.mark.parametrize("save", KINDS)
+def test_resuming_equals_the_uninterrupted_run(tmp_path, save, whole):
+    uninterrupted = world().run(run, tmp_path, save, whole, 4)[0]
+    world().run(run, tmp_path / "first", save, whole, 2)
+    for found in world().run(run, tmp_path / "second", save, whole, 4, tmp_path / "first" / "2.ckpt", 5):
+        same_run(found, uninterrupted)
+
+
+def evaluate(path: Path, save: str, whole: bool, name: str, stage: str) -> float:
+    torch.manual_seed(9)
+    model = Sharded()
+    trainer = model_parallel(path, lora(save=save), whole=whole)
+    getattr(trainer, stage)(model, data()[1], ckpt_path=path / name, verbose=False)
+    return model.losses[-1]
+
+
+def names_in(path: Path) -> list[str]:
+    """What the state dict of a checkpoint holds."""
+    if path.is_file():
+        return list(torch.load(path, weights_only=True)["state_dict"])
+    metadata = torch.distributed.checkpoint.FileSystemReader(path).read_metadata().state_dict_metadata
+    return [name.removeprefix("state_dict.") for name in metadata if name.startswith("state_dict.")]
+
+
+BASE = sorted(f"net.{i}.{leaf}" for i in (0, 2, 4) for leaf in ("weight", "bias"))
+FACTORS = sorted(f"net.{i}.lora_{leaf}" for i in (0, 2, 4) for leaf in "AB")
+CONTENT = {"adapter": FACTORS, "merged": BASE, "full": sorted(BASE + FACTORS)}
+
+
+@FORMS
+@pytest.mark.parametrize("save", KINDS)
+def test_contents_and_evaluation_from_them(tmp_path, save, whole):
+    state = world().run(run, tmp_path, save, whole, 2)[0][0]
+    torch.manual_seed(0)
+    alone = Plain()
+    trainer = make_trainer(tmp_path, lora(), max_epochs=2)
+    trainer.fit(alone, loader(), loader(seed=6))
+    for name in ("2.ckpt", "2.weights.ckpt"):
+        assert sorted(names_in(tmp_path / name)) == CONTENT[save]
+        losses = world().run(evaluate, tmp_path, save, whole, name, "validate")
+        assert losses == pytest.approx([alone.losses[-1]] * 2, rel=1e-5)
+        header = torch.load(tmp_path / name / "meta.pt" if not whole else tmp_path / name, weights_only=True)
+        assert header["lora"]["kind"] == save
+        assert not any(isinstance(value, DTensor) for value in flat(header))
+    fresh = Plain()  # any kind of file, in a process without sharding
+    if whole and save != "full":
+        load_adapter(fresh, tmp_path / "2.ckpt")
+        same_bits(whole_state(fresh), state)
+
+
+def flat(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return [leaf for item in value.values() for leaf in flat(item)]
+    return [leaf for item in value for leaf in flat(item)] if isinstance(value, (list, tuple)) else [value]
+
+
+STRANGER = """
+import sys, torch
+sys.path[:0] = {path!r}
+from sharded import Plain, dataset
+model = Plain()
+if {whole}:
+    model = Plain.load_from_checkpoint({file!r})
+else:
+    model.load_state_dict(torch.load({file!r}, weights_only=True)["state_dict"])
+assert not any(name.startswith("lightning_lora") for name in sys.modules)
+torch.save(model.net(dataset().tensors[0]), {out!r})
+"""
+
+
+@FORMS
+def test_merged_checkpoints_need_no_lora(tmp_path, whole):
+    state = world().run(run, tmp_path, "merged", whole, 2)[0][0]
+    file = tmp_path / "2.ckpt"
+    if not whole:
+        dcp_to_torch_save(file, tmp_path / "torch.pt")
+        file = tmp_path / "torch.pt"
+    out = tmp_path / "out.pt"
+    program = STRANGER.format(path=sys.path, whole=whole, file=str(file), out=str(out))
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+    model = Plain()
+    inject(model, LoRAConfig(r=2, target_modules=TARGETS))
+    model.load_state_dict(state)
+    expected = merged_state_dict(model)
+    plain = Plain()
+    plain.load_state_dict(expected)
+    from sharded import dataset
+
+    assert torch.equal(torch.load(out), plain.net(dataset().tensors[0]))
+
+
+# --- another number of processes ---
+
+
+@FORMS
+@pytest.mark.parametrize("sizes", [(2, 4), (4, 2)], ids=str)
+def test_resuming_on_another_number_of_processes(tmp_path, sizes, whole):
+    first, second = sizes
+    uninterrupted = world(2).run(run, tmp_path, "adapter", whole, 4)[0]
+    world(first).run(run, tmp_path / "first", "adapter", whole, 2)
+    found = world(second).run(run, tmp_path / "second", "adapter", whole, 4, tmp_path / "first" / "2.ckpt", 5)
+    for state, optimizer in found:
+        for got, expected in zip((state, optimizer), uninterrupted, strict=True):
+            assert got.keys() == expected.keys()
+            for name, value in expected.items():
+                torch.testing.assert_close(got[name], value, rtol=1e-3, atol=1e-6)
+        same_bits(base_of(state), base_of(uninterrupted[0]))
+
+
+@pytest.mark.parametrize("save", KINDS)
+def test_from_one_process_to_two_and_back(tmp_path, save):
+    torch.manual_seed(0)
+    model = Plain()
+    trainer = make_trainer(tmp_path, lora(save=save), max_epochs=2)
+    trainer.fit(model, loader(), loader(seed=6))
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    for state, _ in world().run(run, tmp_path, save, True, 4, tmp_path / "one.ckpt", 5):
+        same_bits(base_of(state), base_of(whole_state(model)))
+    make_trainer(tmp_path, lora(save=save), max_epochs=4).fit(
+        model, loader(), loader(seed=6), ckpt_path=tmp_path / "one.ckpt"
+    )
+    for name, value in whole_state(model).items():
+        torch.testing.assert_close(state[name], value, rtol=1e-3, atol=1e-6)
+    torch.manual_seed(7)
+    back = Plain()
+    trainer = make_trainer(tmp_path, lora(save=save), max_epochs=4)
+    trainer.fit(back, loader(), loader(seed=6), ckpt_path=tmp_path / "4.ckpt")
+    same_bits(whole_state(back), state)
+
+
+# --- what does not fit ---
+
+
+class OtherBase(Sharded):
+    def __init__(self, lr: float = 0.05) -> None:
+        super().__init__(lr)
+        with torch.no_grad():
+            self.net[2].weight[-1] *= 1.05
+
+
+def refused(path: Path, kind: type[Sharded], whole: bool, file: Path) -> str:
+    model = kind()
+    before = whole_state(model)
+    with pytest.raises(LoRAError) as caught:
+        model_parallel(path, lora(), whole=whole).validate(model, data()[1], ckpt_path=file)
+    state = whole_state(model)
+    same_bits({name: state[name] for name in before}, before)
+    return str(caught.value)
+
+
+@FORMS
+def test_an_adapter_of_another_base_is_refused_on_every_rank(tmp_path, whole):
+    world().run(run, tmp_path, "adapter", whole, 1)
+    for message in world().run(refused, tmp_path, OtherBase, whole, tmp_path / "1.ckpt"):
+        assert "another base: values of 'net.2.weight'" in message
+
+
+def test_a_part_of_a_checkpoint_is_refused(tmp_path):
+    for save, name, problem in (
+        ("full", "net.2.weight", "lacks 1"),
+        ("adapter", "net.2.lora_B", "net.2.lora_B' is missing"),
+    ):
+        world().run(run, tmp_path, save, True, 1)
+        content = torch.load(tmp_path / "1.ckpt", weights_only=True)
+        del content["state_dict"][name]
+        torch.save(content, tmp_path / "cut.ckpt")
+        assert problem in world().run(refused, tmp_path, Sharded, True, tmp_path / "cut.ckpt")[1]
+    content = {"state_dict": {name: torch.zeros(1) for name in BASE[1:]}}
+    torch.save(content, tmp_path / "cut.ckpt")
+    assert f"{BASE[0]!r} is missing" in world().run(refused, tmp_path, Sharded, True, tmp_path / "cut.ckpt")[0]
+
+
+def base_run(path: Path, whole: bool) -> None:
+    """A checkpoint of the base, written by Lightning alone."""
+    model = Sharded()
+    trainer = model_parallel(path, whole=whole, max_epochs=1)
+    trainer.fit(model, *data())
+    trainer.save_checkpoint(path / "base.ckpt")
+    trained = whole_state(model)
+    adapted = Sharded()
+    model_parallel(path, lora(), whole=whole).validate(adapted, data()[1], ckpt_path=path / "base.ckpt", verbose=False)
+    state = whole_state(adapted)
+    same_bits(base_of(state), trained)
+    assert len(state) == len(trained) + 6
+
+
+@FORMS
+def test_a_checkpoint_of_the_base(tmp_path, whole):
+    world().run(base_run, tmp_path, whole)
+
+
+# --- what saving sends ---
+
+
+def traffic_of_saving(path: Path, save: str) -> tuple[int, int, int]:
+    model = Sharded()
+    trainer = model_parallel(path, lora(save=save), whole=True, max_epochs=1)
+    trainer.fit(model, *data())
+    with Traffic() as sent:
+        trainer.strategy.lightning_module_state_dict()
+    gathered = sum(size for name, size in sent.sent if "gather" in name)
+    sizes = {name: parameter.to_local().nbytes for name, parameter in model.named_parameters()}
+    factors = sum(size for name, size in sizes.items() if "lora_" in name)
+    return gathered, factors, sum(sizes.values())
+
+
+def test_saving_an_adapter_gathers_no_weight(tmp_path):
+    for gathered, factors, _ in world().run(traffic_of_saving, tmp_path, "adapter"):
+        assert gathered <= 1.5 * factors + 64  # padding of uneven shards
+    for gathered, _, everything in world().run(traffic_of_saving, tmp_path, "full"):
+        assert gathered >= everything  # the counter sees weights where they are sent

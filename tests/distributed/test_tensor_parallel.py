@@ -1,0 +1,288 @@
+"""Tensor parallelism: factors placed beside the weights, no collective of their own in forward, merged evaluation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from plain import randomise_
+from sharded import Plain, base_of, loader, make_trainer, model_parallel, whole_state
+from test_fsdp import DEVICE, adapters, same_bits
+from test_fsdp_life import lora
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+from traffic import Traffic
+from world import world
+
+from lightning_lora import (
+    LoRAConfig,
+    LoRAError,
+    disable_adapter,
+    inject,
+    is_merged,
+    merge,
+    merge_and_unload,
+    merged,
+    merged_state_dict,
+    unload,
+)
+from lightning_lora.inject import adapt_new_layers
+
+CONFIG = LoRAConfig(r=3, lora_alpha=6, target_modules="all-linear")
+
+
+class Block(nn.Module):
+    """The feed-forward block of a transformer: up is split by outputs, down by inputs."""
+
+    def __init__(self, hidden: int = 8) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(6)
+        self.up = nn.Linear(6, hidden)
+        self.down = nn.Linear(hidden, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.relu(self.up(self.norm(x))))
+
+
+PLAN = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+UNEVEN = {  # torch wants even local outputs
+    "up": ColwiseParallel(use_local_output=False),
+    "down": RowwiseParallel(),
+}
+SEQUENCE = {
+    "norm": SequenceParallel(),
+    "up": ColwiseParallel(input_layouts=Shard(1)),
+    "down": RowwiseParallel(output_layouts=Shard(1), use_local_output=False),
+}
+
+
+def block(config: LoRAConfig | None = CONFIG, hidden: int = 8) -> Block:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        model = Block(hidden)
+    if config is not None:
+        inject(model, config)
+        randomise_(model, 0.3)
+    return model
+
+
+def mesh() -> DeviceMesh:
+    return init_device_mesh(DEVICE, (dist.get_world_size(),), mesh_dim_names=("tp",))
+
+
+X = torch.linspace(-1, 1, 48).view(2, 4, 6)
+
+
+def whole(value: torch.Tensor) -> torch.Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+PLANS = {"even": PLAN, "uneven": UNEVEN, "sequence": SEQUENCE}
+
+
+def parallel(plan: str) -> None:
+    hidden = 5 if plan == "uneven" else 8
+    net, alone = parallelize_module(block(hidden=hidden), mesh(), PLANS[plan]), block(hidden=hidden)
+    x = X.chunk(2, dim=1)[dist.get_rank()] if plan == "sequence" else X
+    assert net.up.lora_A.placements == (Replicate(),)
+    assert net.up.lora_B.placements == net.up.weight.placements == (Shard(0),)
+    assert net.down.lora_A.placements == net.down.weight.placements == (Shard(1),)
+    assert net.down.lora_B.placements == (Replicate(),)
+    before = base_of(whole_state(net))
+    optimizers = [torch.optim.AdamW(adapters(model), lr=0.05) for model in (net, alone)]
+    for _ in range(3):
+        for model, optimizer in zip((net, alone), optimizers, strict=True):
+            optimizer.zero_grad()
+            whole(model(x if model is net else X)).square().mean().backward()
+        for one, other in zip(adapters(net), adapters(alone), strict=True):
+            assert one.grad.placements == one.placements
+            torch.testing.assert_close(one.grad.full_tensor(), other.grad, rtol=1e-4, atol=1e-6)
+        for optimizer in optimizers:
+            optimizer.step()
+        with torch.no_grad():
+            torch.testing.assert_close(whole(net(x)), alone(X), rtol=1e-4, atol=1e-5)
+            with merged(net), merged(alone):
+                torch.testing.assert_close(whole(net(x)), alone(X), rtol=1e-4, atol=1e-5)
+                assert not torch.equal(before["up.weight"], net.up.weight.full_tensor())
+            with disable_adapter(net), disable_adapter(alone):
+                torch.testing.assert_close(whole(net(x)), alone(X), rtol=1e-4, atol=1e-5)
+        same_bits(base_of(whole_state(net)), before)
+    expected = merged_state_dict(alone)
+    for name, value in merged_state_dict(net).items():
+        torch.testing.assert_close(whole(value), expected[name])
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_training_and_merging_equal_one_device(plan):
+    world().run(parallel, plan)
+
+
+def collectives() -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, config, lora_merged in (("base", None, False), ("factored", CONFIG, False), ("merged", CONFIG, True)):
+        net = parallelize_module(block(config), mesh(), PLAN)
+        if lora_merged:
+            merge(net)
+        x = X.clone().requires_grad_()
+        with Traffic() as sent:
+            output = net(x)
+        found[name] = sent.sent
+        with Traffic() as sent:
+            output.sum().backward()
+        found[name + " backward"] = sent.sent
+    net = parallelize_module(block(CONFIG), mesh(), PLAN)
+    for factor, places in (("lora_A", (Shard(0),)), ("lora_B", (Shard(0),))):  # as parallelize_module would have them
+        moved = getattr(net.up, factor).detach().redistribute(placements=places)
+        net.up._parameters[factor] = nn.Parameter(moved)
+    with Traffic() as sent:
+        net(X)
+    found["badly placed"] = sent.sent
+    return found
+
+
+def test_the_factors_add_no_collective_to_the_forward():
+    found = world().run(collectives)[0]
+    print(found)
+    assert len(found["base"]) > 0
+    assert found["factored"] == found["merged"] == found["base"]
+    assert len(found["badly placed"]) > len(found["base"])
+    extra = [entry for entry in found["factored backward"] if entry not in found["base backward"]]
+    assert sorted(extra) == [("all_reduce", 3 * 6 * 4), ("all_reduce", 6 * 3 * 4)]  # up's A and down's B, once each
+
+
+def embeddings() -> None:
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(11, 6)
+            self.up = nn.Linear(6, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.up(self.embed(x))
+
+    config = LoRAConfig(r=2, target_modules=["embed", "up"])
+    words = torch.arange(10).view(2, 5)
+    for style in (ColwiseParallel(output_layouts=Replicate()), RowwiseParallel(input_layouts=Replicate())):
+        torch.manual_seed(4)
+        alone = Words()
+        torch.manual_seed(4)
+        net = Words()
+        for model in (alone, net):
+            inject(model, config)
+            randomise_(model, 0.3)
+        parallelize_module(net, mesh(), {"embed": style, "up": ColwiseParallel(output_layouts=Replicate())})
+        before = whole_state(net)
+        torch.testing.assert_close(net(words), alone(words))
+        net(words).square().sum().backward()
+        alone(words).square().sum().backward()
+        for one, other in zip(adapters(net), adapters(alone), strict=True):
+            torch.testing.assert_close(one.grad.full_tensor(), other.grad)
+        with merged(net), merged(alone):
+            torch.testing.assert_close(net(words), alone(words))
+        same_bits(whole_state(net), before)
+
+
+def test_embeddings_split_by_either_dimension():
+    world().run(embeddings)
+
+
+def in_and_out() -> None:
+    net = parallelize_module(block(), mesh(), PLAN)
+    before, answer = whole_state(net), net(X)
+    unload(net)
+    assert type(net.up) is nn.Linear
+    same_bits(whole_state(net), base_of(before))
+    net, alone = parallelize_module(block(), mesh(), PLAN), merge_and_unload(block())
+    merge_and_unload(net)
+    assert type(net.up) is nn.Linear
+    same_bits(whole_state(net), whole_state(alone))
+    torch.testing.assert_close(net(X), answer, rtol=1e-4, atol=1e-5)
+    with pytest.raises(LoRAError, match=r"'up'.*is sharded already"):
+        inject(parallelize_module(block(None), mesh(), PLAN), CONFIG)
+    fused = block(LoRAConfig(r=2, target_modules=["up"], enable_lora={"up": [True, False]}))
+    with pytest.raises(LoRAError, match="enable_lora"):
+        parallelize_module(fused, mesh(), PLAN)
+    with torch.no_grad():
+        net = parallelize_module(block(), mesh(), PLAN)
+        if dist.get_rank() == 0:
+            net.down.lora_A.to_local().fill_(torch.nan)
+        with pytest.raises(LoRAError, match="merge: layer 'down'"):
+            merge(net)
+        assert not is_merged(net)
+
+
+def test_unloading_and_refusals():
+    world().run(in_and_out)
+
+
+def frozen_again() -> None:
+    net = parallelize_module(block(), mesh(), SEQUENCE)
+    assert net.norm.weight.requires_grad  # SequenceParallel makes a new parameter
+    adapt_new_layers(net)  # as the callback does after configure_model
+    trainable = [name for name, parameter in net.named_parameters() if parameter.requires_grad]
+    assert trainable == ["up.lora_A", "up.lora_B", "down.lora_A", "down.lora_B"]
+
+
+def test_what_parallel_styles_unfreeze_is_frozen_again():
+    world().run(frozen_again)
+
+
+# --- through Lightning, and together with FSDP2 ---
+
+
+class Parallel(Plain):
+    """The network of Plain, its first two layers tensor parallel, all of it sharded where there are ranks for it."""
+
+    def __init__(self, lr: float = 0.05) -> None:
+        super().__init__(lr)
+
+    def configure_model(self) -> None:
+        if isinstance(self.net[0].weight, DTensor):
+            return
+        plan = {"net.0": ColwiseParallel(use_local_output=False), "net.2": RowwiseParallel()}
+        parallelize_module(self, self.device_mesh["tensor_parallel"], plan)
+        if self.device_mesh["data_parallel"].size() > 1:
+            for layer in (self.net[4], self):
+                fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+
+
+def fit(path: Path, tensor: int, whole: bool) -> tuple[list[float], dict[str, torch.Tensor]]:
+    torch.manual_seed(dist.get_rank())
+    model = Parallel()
+    trainer = model_parallel(path, lora(), tensor=tensor, whole=whole)
+    parts, part = dist.get_world_size() // tensor, dist.get_rank() // tensor
+    trainer.fit(model, loader(parts, part), loader(parts, part, 6))
+    state = whole_state(model)
+    trainer.save_checkpoint(path / "3.ckpt")
+    torch.manual_seed(7)
+    again = Parallel()
+    trainer = model_parallel(path, lora(), tensor=tensor, whole=whole)
+    trainer.validate(again, loader(parts, part, 6), ckpt_path=path / "3.ckpt", verbose=False)
+    assert again.losses == [model.losses[-1]]
+    same_bits(whole_state(again), state)
+    return model.losses, state
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["file", "distributed"])
+@pytest.mark.parametrize("size", [2, 4], ids=["tensor parallel", "with fsdp2"])
+def test_a_lightning_run(tmp_path, size, whole):
+    torch.manual_seed(0)
+    alone = Plain()
+    make_trainer(tmp_path, lora()).fit(alone, loader(), loader(seed=6))
+    expected = whole_state(alone)
+    for losses, state in world(size).run(fit, tmp_path, 2, whole):
+        assert losses == pytest.approx(alone.losses, rel=1e-4)
+        for name, value in expected.items():
+            torch.testing.assert_close(state[name], value, rtol=1e-3, atol=1e-5)
+        same_bits(base_of(state), base_of(expected))

@@ -1,0 +1,87 @@
+"""More callbacks that one might write first, for traps that NaiveCallback does not step into."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import torch
+from naive import NaiveCallback
+from torch import nn
+
+from lightning_lora.base import LoRALayer
+
+
+class SavesAll(NaiveCallback):
+    """Leaves checkpoints as they are, as a full kind of checkpoint would."""
+
+    on_save_checkpoint = L.Callback.on_save_checkpoint
+
+
+class MergesEachName(NaiveCallback):
+    """Goes through the names of modules, of which one module may have two."""
+
+    @torch.no_grad()
+    def _add(self, model: nn.Module, sign: int) -> None:
+        for _, layer in model.named_modules(remove_duplicate=False):
+            if self.merged_eval and isinstance(layer, LoRALayer):
+                layer.weight += sign * layer.lora_scaling * layer.lora_B @ layer.lora_A
+                layer.lora_active = sign < 0
+
+
+class ReplacesData(NaiveCallback):
+    """Puts a new tensor into the parameter."""
+
+    @torch.no_grad()
+    def _add(self, model: nn.Module, sign: int) -> None:
+        for layer in model.modules():
+            if isinstance(layer, LoRALayer):
+                layer.weight.data = layer.weight + sign * layer.lora_scaling * layer.lora_B @ layer.lora_A
+                layer.lora_active = sign < 0
+
+
+class SavesItsConfig(NaiveCallback):
+    """Puts the config into the checkpoint as the object that it is."""
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        checkpoint["lora"] = self.config
+
+
+class Peft(L.Callback):
+    """Injects with PEFT, which replaces modules and renames what they hold."""
+
+    def __init__(self, *, target_modules: list[str], **options: Any) -> None:
+        from peft import LoraConfig
+
+        options = {name: value for name, value in options.items() if name not in ("merged_eval", "save")}
+        self.config = LoraConfig(target_modules=target_modules, **options)
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        from peft import inject_adapter_in_model
+
+        if not any("lora_" in name for name, _ in pl_module.named_parameters()):
+            inject_adapter_in_model(self.config, pl_module)
+
+
+class PatchesForward(L.Callback):
+    """Adds the adapter in a function that it puts in place of a layer's forward."""
+
+    def __init__(self, *, target_modules: list[str], r: int, **options: Any) -> None:
+        self.targets, self.r = target_modules, r
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        for name in self.targets:
+            layer = pl_module.get_submodule(name)
+            layer.lora_A = nn.Parameter(torch.randn(self.r, layer.in_features))
+            layer.lora_B = nn.Parameter(torch.randn(layer.out_features, self.r))
+            layer.forward = types.MethodType(_with_adapter(layer.forward), layer)
+
+
+def _with_adapter(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def adapted(layer: Any, x: torch.Tensor) -> torch.Tensor:
+        return forward(x) + x @ layer.lora_A.T @ layer.lora_B.T
+
+    return adapted

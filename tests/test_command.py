@@ -1,0 +1,350 @@
+"""The lightning-lora command: each verb as a user types it."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import loralib
+import pytest
+import torch
+from fits import TARGETS, lora, run
+from helpers import Data, Net, assert_same_tensors, make_trainer, outputs
+from interchange import logits, model, our_config, ours, quiet_peers, theirs
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from lightning_lora import (
+    LoRACallback,
+    LoRAConfig,
+    LoRAError,
+    adapter_state_dict,
+    inject,
+    load_adapter,
+    load_from_checkpoint,
+    merged_state_dict,
+    save_adapter,
+)
+from lightning_lora.command import main
+
+pytestmark = quiet_peers
+
+
+def call(capsys: pytest.CaptureFixture[str], *args: object) -> str:
+    """What the command prints when it succeeds."""
+    assert main([str(arg) for arg in args]) == 0
+    return capsys.readouterr().out
+
+
+def refused(capsys: pytest.CaptureFixture[str], *args: object) -> str:
+    assert main([str(arg) for arg in args]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "Traceback" not in printed.err
+    return printed.err
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A Lightning adapter checkpoint."""
+    trainer = make_trainer(tmp_path / "fit", lora(r=2, modules_to_save=["body.1"], bias="lora_only"))
+    run(trainer, "fit", Net())
+    trainer.save_checkpoint(tmp_path / "adapter.ckpt")
+    return tmp_path / "adapter.ckpt"
+
+
+def test_it_is_installed_as_a_program_and_as_a_module(capsys, monkeypatch: pytest.MonkeyPatch):
+    project = Path(__file__).parents[1] / "pyproject.toml"
+    assert f'[project.scripts]\nlightning-lora = "{main.__module__}:{main.__name__}"\n' in project.read_text()
+    monkeypatch.setattr(sys, "argv", ["lightning-lora", "--help"])
+    monkeypatch.delitem(sys.modules, "lightning_lora.__main__", raising=False)  # runpy warns where it was imported
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module("lightning_lora", run_name="__main__")
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(verb in shown for verb in ("info", "merge", "export", "import", "diff", "extract"))
+
+
+def test_help_names_types_and_defaults(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        main(["merge", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "--base BASE model folder, safetensors, checkpoint or state dict (required, type: str)" in shown
+    assert "type: Optional[Literal['float16', 'bfloat16', 'float32', 'float64']], default: null" in shown
+    assert "(type: bool, default: True)" in shown
+
+
+@pytest.mark.parametrize("args", [["merge", "--dtype=int8"], ["info"], ["melt"], ["extract", "--rank=x"]])
+def test_wrong_options_are_named(capsys: pytest.CaptureFixture[str], args: list[str]):
+    with pytest.raises(SystemExit) as stopped:
+        main(args)
+    assert stopped.value.code == 2
+    assert args[-1].partition("=")[0].strip("-") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["adapter", "merged", "full"])
+def test_info_of_a_lightning_checkpoint(tmp_path, capsys, kind: str):
+    net = Net()
+    trainer = make_trainer(tmp_path / "fit", lora(r=2, lora_alpha=3, save=kind, modules_to_save=["body.1"]))
+    run(trainer, "fit", net)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    found = json.loads(call(capsys, "info", tmp_path / "a.ckpt", "--json"))
+    assert found["kind"] == f"Lightning checkpoint of kind '{kind}'"
+    config = LoRAConfig(r=2, lora_alpha=3, target_modules=TARGETS, modules_to_save=["body.1"])
+    assert found["config"] == config.to_dict()
+    layer = net.body[3].requires_grad_(False)
+    delta = layer.lora_scaling * layer.lora_B.double() @ layer.lora_A.double()
+    expected = {"kind": "Linear", "rank": 2, "scaling": 1.5, "shape_A": [2, 8], "shape_B": [8, 2], "dtype": "float32"}
+    shown = found["layers"]["body.3"]
+    assert {key: shown[key] for key in expected} == expected
+    assert shown["norm_delta"] == pytest.approx(float(delta.norm()), rel=1e-9)
+    assert shown["norm_A"] == pytest.approx(float(layer.lora_A.double().norm()), rel=1e-9)
+    assert set(found["also_trained"]) >= {"body.1.weight", "body.1.running_mean"}
+    text = call(capsys, "info", tmp_path / "a.ckpt")
+    assert "3 adapted layers" in text
+    assert "lora_alpha: 3" in text
+
+
+def test_info_of_a_peft_folder_and_of_its_tensor_file(tmp_path, capsys):
+    theirs("bert", tmp_path)
+    found = json.loads(call(capsys, "info", tmp_path, "--json"))
+    assert found["kind"] == "PEFT folder"
+    assert found["base"]["task_type"] == "SEQ_CLS"
+    assert found["layers"]["bert.embeddings.word_embeddings"]["kind"] == "Embedding"
+    assert len(found["layers"]) == 4
+    assert found["bytes"] == 4 * found["parameters"]
+    alone = json.loads(call(capsys, "info", tmp_path / "adapter_model.safetensors", "--json"))
+    assert alone["config"] is None
+    assert alone["parameters"] == found["parameters"]
+    text = call(capsys, "info", tmp_path / "adapter_model.safetensors")
+    assert "lora_alpha must come from whoever trained it" in text
+
+
+def test_info_of_weights(tmp_path, capsys):
+    net = model("llama").bfloat16()
+    net.save_pretrained(tmp_path / "folder", max_shard_size="12KB")
+    torch.save({"state_dict": net.state_dict()}, tmp_path / "a.ckpt")
+    count = sum(parameter.numel() for parameter in net.parameters())
+    for path, files in ((tmp_path / "folder", 4), (tmp_path / "a.ckpt", 1)):
+        found = json.loads(call(capsys, "info", path, "--json"))
+        assert found["parameters"] == count
+        assert found["bytes"] == 2 * count
+        assert found["files"] == files
+        assert found["dtypes"] == {"bfloat16": 21}
+    assert "21 tensors (21 bfloat16) in 1 file," in call(capsys, "info", tmp_path / "a.ckpt")
+
+
+def test_export_and_import_of_a_lightning_checkpoint(tmp_path, capsys, checkpoint: Path):
+    """Out to a folder, back to a checkpoint: the same adapter, for every way to load one."""
+    call(capsys, "export", checkpoint, tmp_path / "folder")
+    call(capsys, "import", tmp_path / "folder", tmp_path / "back.ckpt")
+    expected = load_from_checkpoint(Net, checkpoint)
+    for source in (checkpoint, tmp_path / "folder", tmp_path / "back.ckpt"):
+        fresh = Net()
+        load_adapter(fresh, source)
+        assert_same_tensors(adapter_state_dict(fresh), adapter_state_dict(expected))
+    trainer = make_trainer(tmp_path / "test", lora(r=2, modules_to_save=["body.1"], bias="lora_only"))
+    fresh = Net()
+    trainer.test(fresh, Data(), ckpt_path=tmp_path / "back.ckpt", weights_only=True, verbose=False)
+    assert torch.equal(outputs(fresh), outputs(expected))
+
+
+def test_an_imported_peft_adapter_is_found_inside_a_lightning_module(tmp_path, capsys):
+    """The checkpoint has the network's names; testing and fitting put them under the module's attribute."""
+    import lightning as L
+    from torch.utils.data import DataLoader
+
+    class Lit(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = model("llama")
+
+        def test_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+            self.log("sum", self.network(batch).logits.double().sum())
+
+        def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+            return self.network(batch).logits.square().mean()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.0)
+
+    other = theirs("llama", tmp_path / "folder")
+    call(capsys, "import", tmp_path / "folder", tmp_path / "a.ckpt")
+    options = {key: value for key, value in our_config("llama").to_dict().items() if value is not None}
+    lit = Lit()
+    trainer = make_trainer(tmp_path / "test", LoRACallback(**options))
+    data = DataLoader(torch.ones(1, 4, dtype=torch.long))
+    (metrics,) = trainer.test(lit, data, tmp_path / "a.ckpt", verbose=False, weights_only=True)
+    assert metrics["sum"] != 0
+    torch.testing.assert_close(logits(lit.network), logits(other), rtol=0, atol=1e-5)
+    lit = Lit()
+    load_adapter(lit, tmp_path / "a.ckpt")
+    torch.testing.assert_close(logits(lit.network), logits(other), rtol=0, atol=1e-5)
+
+
+class Loralib(nn.Module):
+    """Every linear kind of loralib."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = loralib.Linear(6, 5, r=2, lora_alpha=3)
+        self.two = loralib.Linear(5, 4, r=4, lora_alpha=3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.two(self.one(x).relu())
+        return result
+
+
+class Plain(nn.Module):
+    def __init__(self, other: Loralib | None = None) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(6, 5), nn.Linear(5, 4)
+        if other is not None:
+            self.load_state_dict({k: v for k, v in other.state_dict().items() if "lora_" not in k})
+
+    forward = Loralib.forward
+
+
+@pytest.fixture
+def from_loralib(tmp_path: Path) -> Loralib:
+    net = Loralib()
+    for name, parameter in net.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter)
+    torch.save(loralib.lora_state_dict(net), tmp_path / "lora.pt")
+    torch.save(Plain(net).state_dict(), tmp_path / "base.pt")
+    return net
+
+
+def test_a_loralib_file_asks_for_lora_alpha(tmp_path, capsys, from_loralib: Loralib):
+    fresh = Plain(from_loralib)
+    with pytest.raises(LoRAError, match=r"as loralib's files do\. Its factors have rank 2 and 4; lora_alpha is"):
+        load_adapter(fresh, tmp_path / "lora.pt")
+    inject(fresh, LoRAConfig(r=2, lora_alpha=3, rank_pattern={"two": 4}, target_modules=["one", "two"]))
+    load_adapter(fresh, tmp_path / "lora.pt")
+    x = torch.randn(3, 6)
+    torch.testing.assert_close(fresh(x), from_loralib(x))
+    for verb, name in (("export", "x"), ("import", "x.ckpt")):
+        shown = refused(capsys, verb, tmp_path / "lora.pt", tmp_path / name)
+        assert "Ask whoever trained it, and pass --lora-alpha" in shown
+    assert "lora_alpha must come from whoever trained it" in call(capsys, "info", tmp_path / "lora.pt")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_loralib_file_with_its_lora_alpha(tmp_path, capsys, from_loralib: Loralib):
+    x = torch.randn(3, 6)
+    expected = from_loralib(x)
+    alpha = ["--lora-alpha", 3]
+    call(capsys, "export", tmp_path / "lora.pt", tmp_path / "folder", *alpha)
+    call(capsys, "import", tmp_path / "lora.pt", tmp_path / "a.ckpt", *alpha)
+    for source in (tmp_path / "folder", tmp_path / "a.ckpt"):
+        fresh = Plain(from_loralib)
+        load_adapter(fresh, source)
+        torch.testing.assert_close(fresh(x), expected)
+    base = ["--base", tmp_path / "base.pt", "--output", tmp_path / "out.pt"]
+    call(capsys, "merge", *base, "--adapter", tmp_path / "lora.pt", *alpha)
+    fresh = Plain()
+    fresh.load_state_dict(torch.load(tmp_path / "out.pt", weights_only=True))
+    torch.testing.assert_close(fresh(x), expected)
+    shown = refused(capsys, "merge", *base, "--adapter", tmp_path / "folder", *alpha, "--overwrite")
+    assert "stores its lora_alpha; it cannot be given another" in shown
+
+
+def test_a_fused_loralib_file_needs_python(tmp_path, capsys):
+    net = nn.ModuleDict({"qkv": loralib.MergedLinear(6, 12, r=2, lora_alpha=3, enable_lora=[True, False, True])})
+    torch.save(loralib.lora_state_dict(net), tmp_path / "lora.pt")
+    shown = refused(capsys, "export", tmp_path / "lora.pt", tmp_path / "x", "--lora-alpha=3")
+    assert "parts of a fused projection" in shown
+
+
+def test_merge_from_the_command_line(tmp_path, capsys):
+    base = tmp_path / "base"
+    model("llama").save_pretrained(base, max_shard_size="12KB")
+    (base / "model.gguf").write_bytes(b"x")
+    ours("llama", tmp_path / "adapter")
+    given = ["--base", base, "--adapter", tmp_path / "adapter", "--output", tmp_path / "out"]
+    shown = call(capsys, "merge", *given, "--verify", "--dtype=bfloat16", "--max-shard-size", "10GB")
+    left_out, wrote = shown.splitlines()
+    assert left_out == "left out, because it holds weights that are not merged: model.gguf"
+    assert wrote == f"wrote {tmp_path / 'out'}, verified"
+    assert {tensor.dtype for tensor in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.bfloat16}
+    assert "pass --overwrite" in refused(capsys, "merge", *given)
+    assert "'5 pounds' is no size" in refused(capsys, "merge", *given, "--overwrite", "--max-shard-size=5 pounds")
+    assert "there is no such file" in refused(capsys, "merge", *given, "--base", tmp_path / "nothing")
+
+
+def test_diff_of_adapters(tmp_path, capsys):
+    one, other = ours("llama", tmp_path / "one"), ours("llama")
+    with torch.no_grad():
+        other.model.layers[1].mlp.down_proj.lora_B.mul_(1.5)
+    save_adapter(other, tmp_path / "other")
+    found = json.loads(call(capsys, "diff", tmp_path / "one", tmp_path / "other", "--json"))
+    rows = found["changes"]
+    assert len(rows) == 6
+    moved = {name for name, row in rows.items() if row["change"]}
+    assert moved == {"model.layers.1.mlp.down_proj"}
+    layer = one.model.layers[1].mlp.down_proj
+    delta = layer.lora_scaling * layer.lora_B.double() @ layer.lora_A.double()
+    assert rows[moved.pop()]["change"] == pytest.approx(0.5 * float(delta.detach().norm()), rel=1e-6)
+    ours("llama", tmp_path / "third", r=2, target_modules=["q_proj"], rank_pattern=None, alpha_pattern=None)
+    text = call(capsys, "diff", tmp_path / "one", tmp_path / "third")
+    assert "options that differ: r, target_modules" in text
+    assert "only in first: model.layers.0.mlp.down_proj" in text
+
+
+def test_diff_of_weights(tmp_path, capsys):
+    one, other = Net(), Net()
+    with torch.no_grad():
+        other.body[3].weight[2, 1] += 3
+    torch.save(one.state_dict(), tmp_path / "one.pt")
+    save_file(other.state_dict(), tmp_path / "other.safetensors")
+    rows = json.loads(call(capsys, "diff", tmp_path / "one.pt", tmp_path / "other.safetensors", "--json"))["changes"]
+    assert {name for name, row in rows.items() if row["change"]} == {"body.3.weight"}
+    norm = float(one.state_dict()["body.3.weight"].double().norm())
+    expected = {"change": 3.0, "relative": 3 / norm, "largest": 3.0}
+    assert rows["body.3.weight"] == pytest.approx(expected, rel=1e-6)
+    assert "1 of 11 differ" in call(capsys, "diff", tmp_path / "one.pt", tmp_path / "other.safetensors")
+
+
+def test_diff_of_unlike_things_is_refused(tmp_path, capsys, checkpoint: Path):
+    torch.save(Net().state_dict(), tmp_path / "one.pt")
+    assert "is an adapter and" in refused(capsys, "diff", checkpoint, tmp_path / "one.pt")
+
+
+def test_a_terminated_merge_cleans_up(tmp_path, capsys, monkeypatch: pytest.MonkeyPatch):
+    """SIGTERM in the middle of writing; SIGKILL is in test_killed.py."""
+    from lightning_lora import merge_files
+
+    save_file(Net().state_dict(), tmp_path / "base.safetensors")
+    inject(net := Net(), LoRAConfig(r=2, target_modules=TARGETS))
+    save_adapter(net, tmp_path / "adapter")
+    honest = merge_files.new_rows
+
+    def new_rows(job: Any, name: str, rows: torch.Tensor, first: int) -> torch.Tensor:
+        if name == "head.weight":
+            assert list(tmp_path.glob(".out*"))
+            os.kill(os.getpid(), signal.SIGTERM)
+        return honest(job, name, rows, first)
+
+    monkeypatch.setattr(merge_files, "new_rows", new_rows)
+    before = signal.getsignal(signal.SIGTERM)
+    args = ["--base", tmp_path / "base.safetensors", "--adapter", tmp_path / "adapter"]
+    with pytest.raises(SystemExit) as stopped:
+        main(["merge", *map(str, args), "--output", str(tmp_path / "out.safetensors")])
+    assert stopped.value.code == 143
+    assert sorted(os.listdir(tmp_path)) == ["adapter", "base.safetensors"]
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_merged_state_dict_and_command_agree(tmp_path, capsys, checkpoint: Path):
+    torch.save({"state_dict": Net().state_dict()}, tmp_path / "base.ckpt")
+    call(capsys, "merge", "--base", tmp_path / "base.ckpt", "--adapter", checkpoint, "--output", tmp_path / "out.ckpt")
+    net = Net()
+    load_adapter(net, checkpoint)
+    found = torch.load(tmp_path / "out.ckpt", weights_only=True)["state_dict"]
+    assert_same_tensors(dict(found), merged_state_dict(net))
