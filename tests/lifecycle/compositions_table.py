@@ -177,6 +177,10 @@ def with_(make: Callable[[], L.Callback], **options: Any) -> Case:
     return fitted(lambda path: [make()], base_stays=False, **options)
 
 
+def tune() -> L.Callback:
+    return BackboneFinetuning(1, should_align=False)
+
+
 def precise(precision: str, tolerance: float = 1e-5) -> Case:
     return fitted(precision=precision, tolerance=tolerance, base_stays=False)
 
@@ -197,7 +201,8 @@ ROWS: dict[str, Case] = {
     "RichProgressBar, ModelSummary": fitted(
         lambda path: [RichProgressBar(), ModelSummary()], enable_progress_bar=True, enable_model_summary=True
     ),
-    "BackboneFinetuning": with_(lambda: BackboneFinetuning(1, should_align=False), model=Backboned),
+    "BackboneFinetuning before LoRACallback": with_(tune, first=False, model=Backboned),
+    "BackboneFinetuning after LoRACallback, with a warning": with_(tune, model=Backboned),
     "WeightAveraging after LoRACallback": with_(mean),
     "WeightAveraging before LoRACallback": with_(mean, first=False),
     "EMAWeightAveraging after LoRACallback": with_(ema),

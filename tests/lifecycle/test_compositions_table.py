@@ -23,6 +23,7 @@ STRATEGIES = ("ddp_spawn", "ddp_fork", "ddp_notebook")
 @pytest.mark.filterwarnings(
     "ignore:lightning_lora. base parameters were unfrozen",
     "ignore:The provided params to be frozen already exist",
+    "ignore:lightning_lora. 4 adapter parameters are frozen",
     "ignore:Found . module.s. in eval mode",
     "ignore:lightning_lora. merged 16-bit weights",
     "ignore:`.fit.ckpt_path=None.` was called without a model",
