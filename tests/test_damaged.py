@@ -11,10 +11,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from plain import ZOO_LAYERS, trace, zoo_config
+from plain import ZOO_LAYERS, trace
 from sources import base, checkpoint, trained
 
-from lightning_lora import LoRAError, inject, load_adapter, save_adapter
+from lightning_lora import LoRAError, load_adapter, save_adapter
+from lightning_lora.merge import adapted_layers
 
 
 class Hostile:
@@ -117,13 +118,13 @@ def test_truncated_or_random_files(tmp_path, tmp_path_factory, data):
     name = data.draw(st.sampled_from(sorted(files)))
     content = files[name]
     files[name] = data.draw(
-        st.integers(0, len(content) - 1).map(lambda end: content[:end].rstrip()) | st.binary(max_size=300)
+        st.integers(0, len(content.rstrip()) - 1).map(lambda end: content[:end]) | st.binary(max_size=300)
     )
     assert_refused(written(files, tmp_path)[name])
 
 
 @settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 @given(data=st.data())
 def test_a_changed_byte_is_an_error_or_another_adapter_but_never_a_half_loaded_model(tmp_path, tmp_path_factory, data):
@@ -140,4 +141,6 @@ def test_a_changed_byte_is_an_error_or_another_adapter_but_never_a_half_loaded_m
     except LoRAError:
         assert trace(model) == before
     else:
-        assert inject(model, zoo_config()) == ZOO_LAYERS
+        # where the byte was in the options, the layers may be spelled out another way
+        assert sorted(adapted_layers(model)) == sorted(ZOO_LAYERS)
+        assert trace(model) != before
