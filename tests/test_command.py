@@ -31,6 +31,7 @@ from lightning_lora import (
     save_adapter,
 )
 from lightning_lora.command import main
+from lightning_lora.merge import adapted_layers
 
 pytestmark = quiet_peers
 
@@ -218,15 +219,19 @@ def test_diff_of_adapters(tmp_path, capsys):
     one, other = ours("llama", tmp_path / "one"), ours("llama")
     with torch.no_grad():
         other.model.layers[1].mlp.down_proj.lora_B.mul_(1.5)
+        other.model.layers[0].self_attn.q_proj.lora_A.add_(1)
     save_adapter(other, tmp_path / "other")
     found = json.loads(call(capsys, "diff", tmp_path / "one", tmp_path / "other", "--json"))
     rows = found["changes"]
     assert len(rows) == 6
-    moved = {name for name, row in rows.items() if row["change"]}
-    assert moved == {"model.layers.1.mlp.down_proj"}
-    layer = one.model.layers[1].mlp.down_proj
-    delta = layer.lora_scaling * layer.lora_B.double() @ layer.lora_A.double()
-    assert rows[moved.pop()]["change"] == pytest.approx(0.5 * float(delta.detach().norm()), rel=1e-6)
+    for name, layer in adapted_layers(one).items():
+        deltas = [x.lora_B.detach().double() @ x.lora_A.detach().double() for x in (layer, other.get_submodule(name))]
+        change = float((deltas[1] - deltas[0]).norm()) * layer.lora_scaling
+        assert rows[name]["change"] == pytest.approx(change, rel=1e-9)
+    assert {n for n, row in rows.items() if row["change"]} == {
+        "model.layers.1.mlp.down_proj",
+        "model.layers.0.self_attn.q_proj",
+    }
     ours("llama", tmp_path / "third", r=2, target_modules=["q_proj"], rank_pattern=None, alpha_pattern=None)
     text = call(capsys, "diff", tmp_path / "one", tmp_path / "third")
     assert "options that differ: r, target_modules" in text

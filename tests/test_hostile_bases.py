@@ -50,6 +50,7 @@ BAD_FILES = {
     "truncated": safetensors_bytes(GOOD, bytes(11)),
     "too long": safetensors_bytes(GOOD, bytes(13)),
     "overlap": safetensors_bytes({"a": entry([2], 0, 8), "b": entry([2], 4, 12)}, bytes(12)),
+    "overlap and gap": safetensors_bytes({"a": entry([2], 0, 8), "b": entry([2], 4, 12)}, bytes(16)),
     "gap": safetensors_bytes({"a": entry([1], 0, 4), "b": entry([1], 8, 12)}, bytes(12)),
     "wrong size": safetensors_bytes({"a": entry([3], 0, 8)}, bytes(8)),
     "negative shape": safetensors_bytes({"a": entry([-2], 0, 8)}, bytes(8)),

@@ -9,12 +9,13 @@ from typing import Any
 import peft
 import pytest
 import torch
-from interchange import logits, model, ours, quiet_peers, theirs
+from interchange import Fused, fill_, logits, model, ours, quiet_peers, seeded, theirs
 from on_disk import base_folder, in_memory, tensors_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lightning_lora import LoRAError
+from lightning_lora import LoRAConfig, LoRAError, inject, merged_state_dict, save_adapter
+from lightning_lora.convert import to_lightning
 from lightning_lora.merge_command import merge_on_disk
 
 pytestmark = quiet_peers
@@ -128,6 +129,23 @@ def test_every_kind_of_layer_is_merged_as_peft_names_it(tmp_path):
     expected = in_memory("convolutions", tmp_path / "adapter")
     found = load_file(tmp_path / "out.safetensors")
     assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+@pytest.mark.usefixtures("chunks")
+@pytest.mark.parametrize("parts", [[True, False, True], [False, True, True], [False, False, True]])
+def test_adapted_parts_of_a_fused_projection(tmp_path, parts: list[bool]):
+    """A part begins and ends in the middle of a chunk."""
+    net = seeded(Fused)
+    save_file(net.state_dict(), tmp_path / "base.safetensors")
+    inject(net, LoRAConfig(r=2, target_modules=["qkv", "other"], enable_lora={"qkv": parts}))
+    save_adapter(fill_(net), tmp_path / "adapter")
+    to_lightning(tmp_path / "adapter", tmp_path / "adapter.ckpt")
+    expected = merged_state_dict(net)
+    for source in ("adapter", "adapter.ckpt"):
+        out = tmp_path / f"{source}.safetensors"
+        merge_on_disk(tmp_path / "base.safetensors", tmp_path / source, out, check=True)
+        for key, value in load_file(out).items():
+            torch.testing.assert_close(value, expected[key], rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
