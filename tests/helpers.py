@@ -129,19 +129,11 @@ def own_random_stream(seed: int) -> Iterator[None]:
 
 def make_trainer(path: Path, *callbacks: L.Callback, **options: Any) -> L.Trainer:
     """A Trainer on one CPU that writes below `path` and prints nothing."""
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     saves = any(isinstance(callback, Checkpoint) for callback in callbacks)
-    options = {"max_epochs": 1, "num_sanity_val_steps": 0, "log_every_n_steps": 1} | options
-    return L.Trainer(
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=saves,
-        default_root_dir=path,
-        callbacks=list(callbacks),
-        **options,
-    )
+    short = {"max_epochs": 1, "num_sanity_val_steps": 0, "log_every_n_steps": 1, "enable_checkpointing": saves}
+    place = {"accelerator": "cpu", "devices": 1, "default_root_dir": path}
+    return L.Trainer(callbacks=list(callbacks), **quiet | short | place | options)
 
 
 def inputs() -> torch.Tensor:

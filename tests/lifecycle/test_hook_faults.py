@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -87,14 +86,6 @@ def faulty_run(path: Path, merged_eval: bool, fn: str, owner: str, hook: str, er
     make_trainer(path, callback).fit(model, data)
     assert_as_found(model, before)
     return model
-
-
-@pytest.fixture(autouse=True)
-def _ctrl_c():
-    """Lightning ignores Ctrl-C after the first one."""
-    handler = signal.getsignal(signal.SIGINT)
-    yield
-    signal.signal(signal.SIGINT, handler)
 
 
 def assert_faults_do_no_harm(path: Path, *case: Any) -> None:

@@ -2,32 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-from typing import Any
-
 import pytest
 
-SCRIPT = Path(__file__).with_name("launched.py")
+STRATEGIES = ["ddp_fork", "ddp_notebook", "ddp_spawn"]
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("launched")
-    command = [sys.executable, "-W", "ignore", str(SCRIPT), str(folder)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads((folder / "results.json").read_text())
-    return found
-
-
-@pytest.mark.parametrize("strategy", ["ddp_fork", "ddp_notebook", "ddp_spawn"])
-def test_the_adapter_arrives_in_the_main_process(results, strategy: str):
-    found = results[strategy]
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_adapter_arrives_in_the_main_process(launched, strategy: str):
+    found = launched[strategy]
     assert found["trained"]
     assert found["arrived"]
     assert found["base"]
@@ -38,21 +20,21 @@ def test_the_adapter_arrives_in_the_main_process(results, strategy: str):
 
 
 @pytest.mark.parametrize("strategy", ["ddp_fork", "ddp_notebook"])
-def test_without_inject_it_is_refused_with_the_remedy(results, strategy: str):
-    assert "Call inject(model, LoRAConfig(...)) before fit, or use strategy='ddp'." in results["refused"][strategy]
+def test_without_inject_it_is_refused_with_the_remedy(launched, strategy: str):
+    assert "Call inject(model, LoRAConfig(...)) before fit, or use strategy='ddp'." in launched["refused"][strategy]
 
 
-def test_the_callback_one_writes_first_loses_the_adapter(results):
+def test_the_callback_one_writes_first_loses_the_adapter(launched):
     """It trains and saves one, but the model of the main process has none, and nothing says so."""
-    assert len(results["lost"]["saved"]) == 6
-    assert results["lost"]["arrived"] == []
+    assert len(launched["lost"]["saved"]) == 6
+    assert launched["lost"]["arrived"] == []
 
 
-def test_evaluation_needs_no_inject(results):
-    assert results["validated"]["True"] == pytest.approx(results["validated"]["False"], rel=1e-5)
+def test_evaluation_needs_no_inject(launched):
+    assert launched["validated"]["True"] == pytest.approx(launched["validated"]["False"], rel=1e-5)
 
 
-def test_verify_reports_the_largest_error_of_all_ranks(results):
-    metrics = results["ddp_fork"]["metrics"]
+def test_verify_reports_the_largest_error_of_all_ranks(launched):
+    metrics = launched["ddp_fork"]["metrics"]
     assert metrics["differs"] == 1, "the ranks agree; this shows nothing"
     assert metrics["lora_merge_error_max"] == metrics["expected"] > 0
