@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +56,13 @@ def merge_on_disk(
     weights = open_weights(base)
     _check_output(weights, Path(output), max_shard_bytes)
     _check_place((base, adapter), Path(output), overwrite)
-    changes = plan(adapter_with_options(adapter, lora_alpha), weights, strict_base=strict_base)
-    job = Job(weights, changes, dtype, progress)
-    if weights.folder is not None:
+    with _one_thread():
+        changes = plan(adapter_with_options(adapter, lora_alpha), weights, strict_base=strict_base)
+        return _write(Job(weights, changes, dtype, progress), output, max_shard_bytes, check)
+
+
+def _write(job: Job, output: PathLike, max_shard_bytes: int | None, check: bool) -> list[Path]:
+    if job.base.folder is not None:
         with new_folder(output) as folder:
             left_out = write_folder_of(job, folder, max_shard_bytes)
             if check:
@@ -68,6 +73,17 @@ def merge_on_disk(
         if check:
             verify(job, open_weights(file))
     return []
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The disk is the limit; several threads would wait for each other at every small block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _write_file(job: Job, file: Path) -> None:

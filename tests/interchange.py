@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -155,3 +156,45 @@ def read_by_peft(name: str, path: Path) -> peft.PeftModel:
             _, message, category = notice.split(":")
             warnings.filterwarnings("ignore", message=message, category=getattr(__import__("builtins"), category))
         return peft.PeftModel.from_pretrained(model(name), path).eval()
+
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def close(one: torch.Tensor, other: torch.Tensor) -> None:
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+
+
+def config_of(path: Path) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads((path / CONFIG).read_text())
+    return result
+
+
+def edit(path: Path, **options: Any) -> None:
+    (path / CONFIG).write_text(json.dumps(config_of(path) | options))
+
+
+class Fused(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(6, 12)
+        self.other = nn.Linear(12, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.other(self.qkv(x).relu())
+        return result
+
+
+def seeded(build: Any, seed: int = 5) -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build().eval()
+
+
+def fill_(net: nn.Module) -> nn.Module:
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for key, parameter in net.named_parameters():
+            if "lora_" in key:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return net

@@ -10,19 +10,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import loralib
+import lightning as L
 import pytest
 import torch
 from fits import TARGETS, lora, run
 from helpers import Data, Net, assert_same_tensors, make_trainer, outputs
-from interchange import logits, model, our_config, ours, quiet_peers, theirs
+from interchange import logits, model, our_config, ours, quiet_peers, read_by_peft, theirs
+from on_disk import call, refused
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch.utils.data import DataLoader
 
 from lightning_lora import (
     LoRACallback,
     LoRAConfig,
-    LoRAError,
     adapter_state_dict,
     inject,
     load_adapter,
@@ -31,22 +31,9 @@ from lightning_lora import (
     save_adapter,
 )
 from lightning_lora.command import main
+from lightning_lora.merge import adapted_layers
 
 pytestmark = quiet_peers
-
-
-def call(capsys: pytest.CaptureFixture[str], *args: object) -> str:
-    """What the command prints when it succeeds."""
-    assert main([str(arg) for arg in args]) == 0
-    return capsys.readouterr().out
-
-
-def refused(capsys: pytest.CaptureFixture[str], *args: object) -> str:
-    assert main([str(arg) for arg in args]) == 1
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    assert "Traceback" not in printed.err
-    return printed.err
 
 
 @pytest.fixture
@@ -156,8 +143,6 @@ def test_export_and_import_of_a_lightning_checkpoint(tmp_path, capsys, checkpoin
 
 def test_an_imported_peft_adapter_is_found_inside_a_lightning_module(tmp_path, capsys):
     """The checkpoint has the network's names; testing and fitting put them under the module's attribute."""
-    import lightning as L
-    from torch.utils.data import DataLoader
 
     class Lit(L.LightningModule):
         def __init__(self) -> None:
@@ -187,79 +172,31 @@ def test_an_imported_peft_adapter_is_found_inside_a_lightning_module(tmp_path, c
     torch.testing.assert_close(logits(lit.network), logits(other), rtol=0, atol=1e-5)
 
 
-class Loralib(nn.Module):
-    """Every linear kind of loralib."""
+class Lit(L.LightningModule):
+    """A network behind an attribute, and a buffer beside it."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.one = loralib.Linear(6, 5, r=2, lora_alpha=3)
-        self.two = loralib.Linear(5, 4, r=4, lora_alpha=3)
+        self.network = model("llama")
+        self.register_buffer("seen", torch.zeros(1))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = self.two(self.one(x).relu())
-        return result
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        return self.network(batch).logits.square().mean()
 
-
-class Plain(nn.Module):
-    def __init__(self, other: Loralib | None = None) -> None:
-        super().__init__()
-        self.one, self.two = nn.Linear(6, 5), nn.Linear(5, 4)
-        if other is not None:
-            self.load_state_dict({k: v for k, v in other.state_dict().items() if "lora_" not in k})
-
-    forward = Loralib.forward
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
 
 
-@pytest.fixture
-def from_loralib(tmp_path: Path) -> Loralib:
-    net = Loralib()
-    for name, parameter in net.named_parameters():
-        if "lora_" in name:
-            nn.init.normal_(parameter)
-    torch.save(loralib.lora_state_dict(net), tmp_path / "lora.pt")
-    torch.save(Plain(net).state_dict(), tmp_path / "base.pt")
-    return net
-
-
-def test_a_loralib_file_asks_for_lora_alpha(tmp_path, capsys, from_loralib: Loralib):
-    fresh = Plain(from_loralib)
-    with pytest.raises(LoRAError, match=r"as loralib's files do\. Its factors have rank 2 and 4; lora_alpha is"):
-        load_adapter(fresh, tmp_path / "lora.pt")
-    inject(fresh, LoRAConfig(r=2, lora_alpha=3, rank_pattern={"two": 4}, target_modules=["one", "two"]))
-    load_adapter(fresh, tmp_path / "lora.pt")
-    x = torch.randn(3, 6)
-    torch.testing.assert_close(fresh(x), from_loralib(x))
-    for verb, name in (("export", "x"), ("import", "x.ckpt")):
-        shown = refused(capsys, verb, tmp_path / "lora.pt", tmp_path / name)
-        assert "Ask whoever trained it, and pass --lora-alpha" in shown
-    assert "lora_alpha must come from whoever trained it" in call(capsys, "info", tmp_path / "lora.pt")
-    assert not (tmp_path / "x").exists()
-
-
-def test_a_loralib_file_with_its_lora_alpha(tmp_path, capsys, from_loralib: Loralib):
-    x = torch.randn(3, 6)
-    expected = from_loralib(x)
-    alpha = ["--lora-alpha", 3]
-    call(capsys, "export", tmp_path / "lora.pt", tmp_path / "folder", *alpha)
-    call(capsys, "import", tmp_path / "lora.pt", tmp_path / "a.ckpt", *alpha)
-    for source in (tmp_path / "folder", tmp_path / "a.ckpt"):
-        fresh = Plain(from_loralib)
-        load_adapter(fresh, source)
-        torch.testing.assert_close(fresh(x), expected)
-    base = ["--base", tmp_path / "base.pt", "--output", tmp_path / "out.pt"]
-    call(capsys, "merge", *base, "--adapter", tmp_path / "lora.pt", *alpha)
-    fresh = Plain()
-    fresh.load_state_dict(torch.load(tmp_path / "out.pt", weights_only=True))
-    torch.testing.assert_close(fresh(x), expected)
-    shown = refused(capsys, "merge", *base, "--adapter", tmp_path / "folder", *alpha, "--overwrite")
-    assert "stores its lora_alpha; it cannot be given another" in shown
-
-
-def test_a_fused_loralib_file_needs_python(tmp_path, capsys):
-    net = nn.ModuleDict({"qkv": loralib.MergedLinear(6, 12, r=2, lora_alpha=3, enable_lora=[True, False, True])})
-    torch.save(loralib.lora_state_dict(net), tmp_path / "lora.pt")
-    shown = refused(capsys, "export", tmp_path / "lora.pt", tmp_path / "x", "--lora-alpha=3")
-    assert "parts of a fused projection" in shown
+def test_an_exported_checkpoint_has_the_networks_names(tmp_path, capsys):
+    """The attribute is taken off without the model at hand, and what lies outside the network is named."""
+    lit = Lit()
+    callback = LoRACallback(r=2, target_modules=r"network\.model\.layers\.0\..*q_proj", init_lora_weights=False)
+    trainer = make_trainer(tmp_path / "fit", callback)
+    trainer.fit(lit.train(), DataLoader(torch.ones(1, 4, dtype=torch.long)))
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.warns(UserWarning, match="seen lie outside the network 'network'"):
+        call(capsys, "export", tmp_path / "a.ckpt", tmp_path / "folder")
+    torch.testing.assert_close(logits(read_by_peft("llama", tmp_path / "folder")), logits(lit.network.eval()))
 
 
 def test_merge_from_the_command_line(tmp_path, capsys):
@@ -282,15 +219,19 @@ def test_diff_of_adapters(tmp_path, capsys):
     one, other = ours("llama", tmp_path / "one"), ours("llama")
     with torch.no_grad():
         other.model.layers[1].mlp.down_proj.lora_B.mul_(1.5)
+        other.model.layers[0].self_attn.q_proj.lora_A.add_(1)
     save_adapter(other, tmp_path / "other")
     found = json.loads(call(capsys, "diff", tmp_path / "one", tmp_path / "other", "--json"))
     rows = found["changes"]
     assert len(rows) == 6
-    moved = {name for name, row in rows.items() if row["change"]}
-    assert moved == {"model.layers.1.mlp.down_proj"}
-    layer = one.model.layers[1].mlp.down_proj
-    delta = layer.lora_scaling * layer.lora_B.double() @ layer.lora_A.double()
-    assert rows[moved.pop()]["change"] == pytest.approx(0.5 * float(delta.detach().norm()), rel=1e-6)
+    for name, layer in adapted_layers(one).items():
+        deltas = [x.lora_B.detach().double() @ x.lora_A.detach().double() for x in (layer, other.get_submodule(name))]
+        change = float((deltas[1] - deltas[0]).norm()) * layer.lora_scaling
+        assert rows[name]["change"] == pytest.approx(change, rel=1e-9)
+    assert {n for n, row in rows.items() if row["change"]} == {
+        "model.layers.1.mlp.down_proj",
+        "model.layers.0.self_attn.q_proj",
+    }
     ours("llama", tmp_path / "third", r=2, target_modules=["q_proj"], rank_pattern=None, alpha_pattern=None)
     text = call(capsys, "diff", tmp_path / "one", tmp_path / "third")
     assert "options that differ: r, target_modules" in text

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
-from interchange import logits, model, ours, quiet_peers, theirs
+from interchange import Fused, fill_, logits, model, ours, quiet_peers, seeded, theirs
+from on_disk import base_folder, in_memory, tensors_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lightning_lora import LoRAError, load_adapter, merged_state_dict
+from lightning_lora import LoRAConfig, LoRAError, inject, merged_state_dict, save_adapter
+from lightning_lora.convert import to_lightning
 from lightning_lora.merge_command import merge_on_disk
 
 pytestmark = quiet_peers
+
 CHANGED = {"llama": 6, "gpt2": 6, "mixtral": 4}
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -29,25 +32,6 @@ def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr("lightning_lora.exact.CPU_BLOCK", 64)
         monkeypatch.setattr("lightning_lora.places.CPU_BLOCK", 64)
         monkeypatch.setattr("lightning_lora.places.CHUNK", 200)
-
-
-def base_folder(name: str, path: Path, dtype: torch.dtype = torch.float32) -> Path:
-    """A sharded folder with files beside the weights."""
-    model(name).to(dtype).save_pretrained(path, max_shard_size="12KB")  # type: ignore[operator]
-    (path / "tokenizer.json").write_text("{}")
-    (path / "sub").mkdir()
-    (path / "sub" / "notes.txt").write_text("notes")
-    return path
-
-
-def in_memory(name: str, adapter: Path, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    net = model(name).to(dtype)
-    load_adapter(net, adapter)
-    return merged_state_dict(net)
-
-
-def tensors_of(path: Path) -> dict[str, torch.Tensor]:
-    return {n: t for file in sorted(path.glob("*.safetensors")) for n, t in load_file(file).items()}
 
 
 def files_of(path: Path) -> list[Path]:
@@ -147,6 +131,23 @@ def test_every_kind_of_layer_is_merged_as_peft_names_it(tmp_path):
     assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
+@pytest.mark.usefixtures("chunks")
+@pytest.mark.parametrize("parts", [[True, False, True], [False, True, True], [False, False, True]])
+def test_adapted_parts_of_a_fused_projection(tmp_path, parts: list[bool]):
+    """A part begins and ends in the middle of a chunk."""
+    net = seeded(Fused)
+    save_file(net.state_dict(), tmp_path / "base.safetensors")
+    inject(net, LoRAConfig(r=2, target_modules=["qkv", "other"], enable_lora={"qkv": parts}))
+    save_adapter(fill_(net), tmp_path / "adapter")
+    to_lightning(tmp_path / "adapter", tmp_path / "adapter.ckpt")
+    expected = merged_state_dict(net)
+    for source in ("adapter", "adapter.ckpt"):
+        out = tmp_path / f"{source}.safetensors"
+        merge_on_disk(tmp_path / "base.safetensors", tmp_path / source, out, check=True)
+        for key, value in load_file(out).items():
+            torch.testing.assert_close(value, expected[key], rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("before", [torch.float32, torch.bfloat16])
 def test_another_dtype_is_rounded_to_once(tmp_path, before: torch.dtype, dtype: torch.dtype):
@@ -167,17 +168,6 @@ def test_another_dtype_is_rounded_to_once(tmp_path, before: torch.dtype, dtype: 
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors_of(tmp_path / "out").values())
     loaded = type(model("llama")).from_pretrained(tmp_path / "out")  # type: ignore[attr-defined]
     assert loaded.dtype == dtype
-
-
-def test_values_beyond_the_range_of_another_dtype_are_an_error(tmp_path):
-    base = tmp_path / "base.safetensors"
-    state = model("llama").state_dict()
-    state["model.norm.weight"][3] = 1e6
-    save_file({key: value.clone() for key, value in state.items()}, base)
-    ours("llama", tmp_path / "adapter")
-    with pytest.raises(LoRAError, match=r"'model\.norm\.weight' does not fit into torch\.float16"):
-        merge_on_disk(base, tmp_path / "adapter", tmp_path / "out.safetensors", dtype=torch.float16, strict_base=False)
-    assert sorted(os.listdir(tmp_path)) == ["adapter", "base.safetensors"]
 
 
 @pytest.mark.parametrize(("size", "files"), [(20_000, 5), (10**9, 1), (1, 21)])
@@ -238,76 +228,3 @@ def test_verify_finds_a_wrong_value(tmp_path, monkeypatch: pytest.MonkeyPatch):
         with pytest.raises(LoRAError, match=f"verify: '{which}' differs from what base and adapter give"):
             merge_on_disk(base, tmp_path / "adapter", tmp_path / "out", check=True)
         assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("tied", "architecture", "refused"), [(True, "x", True), (None, "XForCausalLM", True), (False, "", False)]
-)
-def test_a_tied_embedding_is_refused(tmp_path, tied: bool | None, architecture: str, refused: bool):
-    """GPT-2's head is its embedding, of which the file holds one; the other embedding is not tied."""
-    base = base_folder("gpt2", tmp_path / "base")
-    config = json.loads((base / "config.json").read_text()) | {"architectures": [architecture]}
-    config = {key: value for key, value in config.items() if key != "tie_word_embeddings"}
-    config |= {} if tied is None else {"tie_word_embeddings": tied}
-    (base / "config.json").write_text(json.dumps(config))
-    ours("gpt2", tmp_path / "adapter", target_modules=["wpe", "c_attn"])
-    merge_on_disk(base, tmp_path / "adapter", tmp_path / "good", check=True)
-    ours("gpt2", tmp_path / "tied", target_modules=["wte"])
-    if refused:
-        with pytest.raises(LoRAError, match=r"'transformer\.wte\.weight' is also tied to the other end"):
-            merge_on_disk(base, tmp_path / "tied", tmp_path / "out")
-        assert not (tmp_path / "out").exists()
-    else:
-        merge_on_disk(base, tmp_path / "tied", tmp_path / "out", check=True)
-
-
-@pytest.mark.parametrize("flag", [None, True, False])
-def test_gpt2s_square_weights_are_turned_as_the_adapter_says(tmp_path, flag: bool | None):
-    """attn.c_proj is square: only fan_in_fan_out, or a record of our own, tells which way it is stored."""
-    base = base_folder("gpt2", tmp_path / "base")
-    if flag is None:
-        ours("gpt2", tmp_path / "adapter")
-    else:
-        theirs("gpt2", tmp_path / "adapter")
-        config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-        (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config | {"fan_in_fan_out": flag}))
-    if flag is False:
-        with pytest.raises(LoRAError, match=r"'transformer\.h\.0\.attn\.c_proj' is square.*contradicted by"):
-            merge_on_disk(base, tmp_path / "adapter", tmp_path / "out")
-    else:
-        merge_on_disk(base, tmp_path / "adapter", tmp_path / "out", check=True)
-        expected = in_memory("gpt2", tmp_path / "adapter")
-        assert all(torch.equal(expected[key], value) for key, value in tensors_of(tmp_path / "out").items())
-
-
-def test_another_base_is_refused_by_name(tmp_path):
-    base = base_folder("llama", tmp_path / "base")
-    ours("llama", tmp_path / "adapter")
-    shard = next(p for p in base.glob("*.safetensors") if "model.layers.1.mlp.up_proj.weight" in load_file(p))
-    state = load_file(shard)
-    state["model.layers.1.mlp.up_proj.weight"] *= 1.05
-    save_file(state, shard, {"format": "pt"})
-    with pytest.raises(LoRAError, match=r"another base: values of 'model\.layers\.1\.mlp\.up_proj\.weight'"):
-        merge_on_disk(base, tmp_path / "adapter", tmp_path / "out")
-    with pytest.warns(UserWarning, match="another base"):
-        merge_on_disk(base, tmp_path / "adapter", tmp_path / "out", strict_base=False)
-
-
-def test_places_that_cannot_be_written_to(tmp_path):
-    base = base_folder("llama", tmp_path / "base")
-    ours("llama", tmp_path / "run" / "adapter")
-    adapter = tmp_path / "run" / "adapter"
-    for output in (base, base / "in", tmp_path, tmp_path / "run", adapter / "x"):
-        with pytest.raises(LoRAError, match="write somewhere else"):
-            merge_on_disk(base, adapter, output, overwrite=True)
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "photos" / "a.jpg").write_text("x")
-    with pytest.raises(LoRAError, match="exists; choose another output, or pass --overwrite"):
-        merge_on_disk(base, adapter, tmp_path / "photos")
-    with pytest.raises(LoRAError, match="no earlier result, and is not replaced"):
-        merge_on_disk(base, adapter, tmp_path / "photos", overwrite=True)
-    merge_on_disk(base, adapter, tmp_path / "out")
-    (tmp_path / "out" / "stale.txt").write_text("x")
-    merge_on_disk(base, adapter, tmp_path / "out", overwrite=True)
-    assert not (tmp_path / "out" / "stale.txt").exists()
-    assert sorted(os.listdir(tmp_path)) == ["base", "out", "photos", "run"]
