@@ -189,9 +189,8 @@ class LoRALayer(Swapped):
         try:
             for name in pieces:
                 if name not in self.lora_kept:
-                    shard = local(weights[name])
-                    kept = add_delta_(shard, pieces[name], self.lora_scaling, copy=copy, observe=observe)
-                    self.lora_kept[name] = kept
+                    shard, scaling = local(weights[name]), self.lora_scaling
+                    self.lora_kept[name] = add_delta_(shard, pieces[name], scaling, copy=copy, observe=observe)
         except BaseException:
             self.unmerge_()
             raise

@@ -69,7 +69,7 @@ def merge(model: nn.Module) -> None:
                     step = functools.partial(_merge_layer, layer, pieces, layer in copies, fidelity)
                     together.attempt(f"merge: layer {name!r}", step)
             together.settle()
-            fidelity.report()
+            fidelity.report(together)
         except BaseException:
             _unmerge_all(layers)
             raise
@@ -189,8 +189,11 @@ class _Fidelity:
         if self.metric is not None:
             self.metric.update(rounded, exact, delta)
 
-    def report(self) -> None:
-        if self.metric is None or not self.metric.delta > 0:
+    def report(self, together: Together) -> None:
+        if self.metric is None:
+            return
+        self.metric.error, self.metric.delta = together.total(torch.stack([self.metric.error, self.metric.delta]))
+        if not self.metric.delta > 0:
             return  # nothing merged yet: B is still zero
         for layer in self.layers:
             layer.lora_reported = True

@@ -170,6 +170,13 @@ class Together:
             except Exception as error:
                 self.failed = (len(self.names), error)
 
+    def total(self, values: torch.Tensor) -> torch.Tensor:
+        """Sums over the ranks, in which a replica counts again. Collective."""
+        for mesh in self.meshes:
+            values = values.to(mesh.device_type)
+            _reduce(values, mesh, range(mesh.ndim), dist.ReduceOp.SUM)
+        return values
+
     def settle(self) -> None:
         """Raise if a step failed on any rank. Collective: one integer."""
         nowhere = len(self.names) + 1

@@ -205,6 +205,19 @@ def test_the_latest_base_counts():
     assert state_bits(model) == state_bits(expected)
 
 
+def test_the_latest_base_of_a_part_counts_too():
+    torch.manual_seed(5)
+    first, second = Zoo(), Zoo()
+    train(first), train(second)
+    model = Zoo()
+    inject(model, zoo_config())
+    model.body[0].load_state_dict(first.body[0].state_dict())
+    model.body.load_state_dict(second.body.state_dict())
+    train(model)
+    unload(model)
+    assert state_bits(model.body) == state_bits(second.body)
+
+
 def test_an_adapter_or_both_are_not_a_new_base():
     torch.manual_seed(6)
     model = Zoo()

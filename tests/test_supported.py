@@ -35,8 +35,15 @@ def _old_weight_norm() -> nn.Module:
         return nn.utils.weight_norm(nn.Linear(4, 4))
 
 
+def _parametrized_bias() -> nn.Module:
+    layer = nn.Linear(4, 4)
+    nn.utils.parametrize.register_parametrization(layer, "bias", nn.Identity())
+    return layer
+
+
 REFUSED = {
     "weight_norm": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), "computed from others"),
+    "parametrized bias": (_parametrized_bias, r"computed from others \(weight_norm, parametrize\)"),
     "old weight_norm": (_old_weight_norm, "computed from others"),
     "spectral_norm": (lambda: nn.utils.parametrizations.spectral_norm(nn.Conv2d(2, 2, 3)), "computed from others"),
     "forward on the instance": (_patched, "its forward is replaced on the instance of Linear"),

@@ -1,0 +1,178 @@
+"""What LoRA under FSDP2 costs each rank, on paper; test_scale.py holds every formula against a small measurement.
+
+`python tests/distributed/scale.py` prints the table for the README.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+
+Shape = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Llama:
+    """A Llama's sizes; every linear layer of its blocks is adapted."""
+
+    name: str
+    blocks: int
+    hidden: int
+    intermediate: int
+    keys: int
+    vocabulary: int
+
+    def linear(self) -> list[Shape]:
+        """(out, in) of the linear layers of one block."""
+        square, narrow = (self.hidden, self.hidden), (self.keys, self.hidden)
+        wide = (self.intermediate, self.hidden)
+        return [square, narrow, narrow, square, wide, wide, (self.hidden, self.intermediate)]
+
+    def factors(self, r: int) -> list[Shape]:
+        """Shapes of A and B in one block."""
+        return [shape for out, into in self.linear() for shape in ((r, into), (out, r))]
+
+    def rest(self) -> list[Shape]:
+        """What is in no block: embedding, head, last norm."""
+        return [(self.vocabulary, self.hidden), (self.vocabulary, self.hidden), (self.hidden, 1)]
+
+    def block(self) -> list[Shape]:
+        """Base parameters of one block."""
+        return [*self.linear(), (self.hidden, 1), (self.hidden, 1)]
+
+    def parameters(self) -> int:
+        """Of the base."""
+        return self.blocks * size(self.block()) + size(self.rest())
+
+
+MODELS = [
+    Llama("8B", 32, 4096, 14336, 1024, 128256),
+    Llama("70B", 80, 8192, 28672, 1024, 128256),
+    Llama("405B", 126, 16384, 53248, 1024, 128256),
+]
+
+
+def size(shapes: list[Shape]) -> int:
+    """Elements of whole tensors."""
+    return sum(rows * cols for rows, cols in shapes)
+
+
+def shard(shapes: list[Shape], ranks: int) -> int:
+    """Elements that FSDP2 gives each rank: rows, rounded up."""
+    return sum(ceil(rows / ranks) * cols for rows, cols in shapes)
+
+
+def by_columns(shapes: list[Shape], ranks: int) -> list[Shape]:
+    """The same with short tensors split by columns (shard_placement_fn), which need no rounding up."""
+    return [(cols, rows) if rows < ranks <= cols and cols % ranks == 0 else (rows, cols) for rows, cols in shapes]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Bytes of each rank: a base of `wide` bytes an element, adapters and their AdamW state in float32.
+
+    Attributes:
+        columns: A is split by columns where it has fewer rows than there are ranks.
+        kept_share: values kept while merged, as a share of the weights' bytes (README: what it costs).
+    """
+
+    model: Llama
+    ranks: int
+    r: int = 16
+    wide: int = 2
+    columns: bool = False
+    kept_share: float = 0.05
+
+    def factors(self) -> list[Shape]:
+        """Of one block, as they are split."""
+        shapes = self.model.factors(self.r)
+        return by_columns(shapes, self.ranks) if self.columns else shapes
+
+    def base_shard(self) -> int:
+        """The base's part on each rank."""
+        model = self.model
+        return self.wide * (model.blocks * shard(model.block(), self.ranks) + shard(model.rest(), self.ranks))
+
+    def adapter_shard(self) -> int:
+        """Weights, gradients and two moments of AdamW."""
+        return 4 * 4 * self.model.blocks * shard(self.factors(), self.ranks)
+
+    def gathered_block(self) -> int:
+        """One block gathered, as long as it computes; prefetching holds two."""
+        return self.ranks * (self.wide * shard(self.model.block(), self.ranks) + 4 * shard(self.factors(), self.ranks))
+
+    def received_in_step(self) -> int:
+        """All-gathers (blocks in forward and backward, the rest once) and the reduce-scatter of adapter gradients."""
+        blocks = self.wide * shard(self.model.block(), self.ranks) + 4 * shard(self.factors(), self.ranks)
+        gathers = 2 * self.model.blocks * blocks + self.wide * shard(self.model.rest(), self.ranks)
+        return (self.ranks - 1) * (gathers + 4 * self.model.blocks * shard(self.factors(), self.ranks))
+
+    def received_in_step_by_ddp(self) -> float:
+        """A ring all-reduce of the adapter's gradients."""
+        return 2 * (self.ranks - 1) / self.ranks * self.adapter_file()
+
+    def received_in_merge(self) -> int:
+        """The factors, gathered layer by layer."""
+        return (self.ranks - 1) * 4 * self.model.blocks * shard(self.factors(), self.ranks)
+
+    def kept_while_merged(self) -> float:
+        """By layer: a plain copy of the shard where that is no larger than A, else own factors and kept values."""
+        total = 0.0
+        for out, into in self.model.linear():
+            rows = ceil(out / self.ranks)
+            copy, a, b = self.wide * rows * into, 4 * self.r * into, 4 * rows * self.r
+            total += copy if copy <= a else a + b + self.kept_share * copy
+        return self.model.blocks * total
+
+    def merged_weights(self) -> int:
+        """How many weights each rank merges."""
+        return self.model.blocks * shard(self.model.linear(), self.ranks)
+
+    def adapter_file(self) -> int:
+        """An adapter checkpoint, without the optimizer's two moments, which are twice as much again."""
+        return 4 * self.model.blocks * size(self.model.factors(self.r))
+
+    def full_file(self) -> int:
+        """A full or merged checkpoint's base."""
+        return self.wide * self.model.parameters()
+
+
+def amount(count: float) -> str:
+    """Bytes as people say them."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9)):
+        if count >= scale:
+            return f"{count / scale:.3g} {unit}"
+    return f"{count / 1e6:.3g} MB"
+
+
+def table(nanoseconds: float) -> str:
+    """Markdown; `nanoseconds` a weight is what merging takes on one core."""
+    lines = [
+        "| model | ranks | base, adapter with AdamW, gathered block | received a step (A by columns; DDP) | received "
+        "to merge | kept while merged | merge, one core | adapter file | base file |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for model in MODELS:
+        for ranks in (8, 64, 512):
+            rows, cols = Costs(model, ranks), Costs(model, ranks, columns=True)
+            memory = ", ".join(map(amount, (cols.base_shard(), cols.adapter_shard(), cols.gathered_block())))
+            step = f"{amount(rows.received_in_step())} ({amount(cols.received_in_step())}; "
+            step += f"{amount(rows.received_in_step_by_ddp())})"
+            cells = [
+                model.name,
+                str(ranks),
+                memory,
+                step,
+                amount(cols.received_in_merge()),
+                amount(cols.kept_while_merged()),
+                f"{cols.merged_weights() * nanoseconds * 1e-9:.2g} s",
+                amount(cols.adapter_file()),
+                amount(cols.full_file()),
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print({model.name: f"{model.parameters():,}" for model in MODELS})
+    print(table(nanoseconds=3.0))

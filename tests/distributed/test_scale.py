@@ -1,0 +1,191 @@
+"""The formulas of scale.py against what small models really hold and send."""
+
+from __future__ import annotations
+
+import sys
+import time
+import warnings
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from plain import randomise_
+from scale import MODELS, Costs, Llama, size, table
+from sharded import make_trainer
+from test_fsdp import DEVICE
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard
+from torch.utils.data import DataLoader, TensorDataset
+from traffic import Traffic
+from world import world
+
+from lightning_lora import LoRACallback, LoRAConfig, inject, merge, unmerge
+from lightning_lora.base import LoRALayer
+
+TINY = Llama("tiny", blocks=2, hidden=64, intermediate=96, keys=16, vocabulary=40)
+RANK = 3
+LINEAR = ["q", "k", "v", "o", "gate", "up", "down"]
+
+
+class Block(nn.Module):
+    """The layers of a Llama's block, in an order that needs no attention."""
+
+    def __init__(self, sizes: Llama) -> None:
+        super().__init__()
+        for name, (out, into) in zip(LINEAR, sizes.linear(), strict=True):
+            setattr(self, name, nn.Linear(into, out, bias=False))
+        self.first, self.second = nn.RMSNorm(sizes.hidden), nn.RMSNorm(sizes.hidden)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(x)
+        x = x + self.o(self.q(y)) + (self.k(y) * self.v(y)).mean(-1, keepdim=True)
+        y = self.second(x)
+        return x + self.down(F.silu(self.gate(y)) * self.up(y))
+
+
+class Network(nn.Module):
+    """A Llama without attention: same parameters, same traffic."""
+
+    def __init__(self, sizes: Llama) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(sizes.vocabulary, sizes.hidden)
+        self.blocks = nn.Sequential(*(Block(sizes) for _ in range(sizes.blocks)))
+        self.norm = nn.RMSNorm(sizes.hidden)
+        self.head = nn.Linear(sizes.hidden, sizes.vocabulary, bias=False)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(self.blocks(self.embed(tokens))))
+
+
+def network(sizes: Llama) -> Network:
+    torch.manual_seed(0)
+    model = Network(sizes).bfloat16()
+    inject(model, LoRAConfig(r=RANK, target_modules=LINEAR))
+    randomise_(model, 0.015)  # about 1 % of the weights' norm
+    warnings.filterwarnings("ignore", "lightning_lora: merged 16-bit weights")  # what that costs is known
+    return model
+
+
+def shard_(model: Network, columns: bool) -> None:
+    ranks = dist.get_world_size()
+    mesh = init_device_mesh(DEVICE, (ranks,))
+    split = lambda p: Shard(1) if p.dim() == 2 and p.shape[0] < ranks <= p.shape[1] else None  # noqa: E731
+    for part in (*model.blocks, model):
+        fully_shard(part, mesh=mesh, shard_placement_fn=split if columns else None)
+
+
+def stored(tensor: Any) -> int:
+    """Bytes behind a rank's shard, the padding included."""
+    return int(tensor.to_local().untyped_storage().nbytes())
+
+
+def measured(columns: bool) -> dict[str, int]:
+    sys.modules["lightning_lora.merge"].COPY_BUDGET = 0  # as in a model for which it is nothing
+    model, ranks = network(TINY), dist.get_world_size()
+    shard_(model, columns)
+    base = [parameter for name, parameter in model.named_parameters() if "lora_" not in name]
+    factors = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
+    optimizer = torch.optim.AdamW(factors)
+    with Traffic() as sent:
+        model(torch.arange(8).view(2, 4)).float().square().mean().backward()
+    optimizer.step()
+    gathers = [entry for name, entry in sent.sent if "allgather" in name]
+    scatters = [entry for name, entry in sent.sent if "reduce_scatter" in name]
+    for part in model.modules():
+        getattr(part, "reshard", lambda: None)()
+    moments = [state[key] for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
+    found = {
+        "base_shard": sum(map(stored, base)),
+        "adapter_shard": sum(
+            tensor.to_local().nbytes for tensor in (*factors, *(factor.grad for factor in factors), *moments)
+        ),
+        "gathered_block": ranks * max(gathers),
+        "received_in_step": (ranks - 1) * sum(gathers) + (ranks - 1) * sum(scatters) // ranks,
+    }
+    with Traffic() as sent:
+        merge(model)
+    found["received_in_merge"] = (ranks - 1) * sum(entry for name, entry in sent.sent if "gather" in name)
+    kept = [kept for layer in model.modules() if isinstance(layer, LoRALayer) for kept in layer.lora_kept.values()]
+    own = sum(piece.left.nbytes + piece.right.nbytes for one in kept for piece in one.pieces)
+    found["kept_while_merged"] = own + sum(one.nbytes() for one in kept)
+    unmerge(model)
+    return found
+
+
+EXACT = ["base_shard", "adapter_shard", "gathered_block", "received_in_step", "received_in_merge"]
+
+
+@pytest.mark.parametrize(("ranks", "columns"), [(2, False), (4, False), (4, True)])
+def test_memory_and_traffic(ranks, columns):
+    paper = Costs(TINY, ranks, r=RANK, columns=columns)
+    found = world(ranks).run(measured, columns)
+    print({name: (value, round(getattr(paper, name)())) for name, value in found[0].items()})
+    for name in EXACT:  # the first rank's shards are the largest
+        assert found[0][name] == getattr(paper, name)(), name
+    for share, low in ((0.0, True), (0.25, False)):
+        bound = Costs(TINY, ranks, r=RANK, columns=columns, kept_share=share).kept_while_merged()
+        assert bound <= found[0]["kept_while_merged"] if low else found[0]["kept_while_merged"] <= bound
+    assert paper.received_in_step_by_ddp() < paper.received_in_step()
+
+
+WIDE = Llama("wide", blocks=2, hidden=256, intermediate=512, keys=64, vocabulary=100)
+
+
+class Saved(L.LightningModule):
+    """The network to train."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = network(WIDE)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return self.net(batch[0]).float().square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters())
+
+
+@pytest.mark.parametrize("save", ["adapter", "merged", "full"])
+def test_checkpoint_sizes(tmp_path, save):
+    paper = Costs(WIDE, 1, r=RANK)
+    trainer = make_trainer(tmp_path, LoRACallback(save=save), max_steps=1)
+    trainer.fit(Saved(), DataLoader(TensorDataset(torch.arange(4).view(1, 4))))
+    trainer.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
+    trainer.save_checkpoint(tmp_path / "all.ckpt")
+    weights, everything = ((tmp_path / name).stat().st_size for name in ("weights.ckpt", "all.ckpt"))
+    expected = paper.adapter_file() + (paper.full_file() if save != "adapter" else 0)
+    names = 400 * (2 * len(LINEAR) * WIDE.blocks + 8 * WIDE.blocks)  # a tensor's name, place and fingerprint
+    assert 0 < weights - expected < 30_000 + names
+    assert 0 < everything - weights - 2 * paper.adapter_file() < 30_000 + names
+
+
+def merging(blocks: int) -> float:
+    """Processor seconds that merging takes, the best of some tries."""
+    sizes = Llama("", blocks=blocks, hidden=512, intermediate=1024, keys=128, vocabulary=10)
+    model = network(sizes)
+    shard_(model, False)
+    best = float("inf")
+    for _ in range(4):
+        start = time.process_time()
+        merge(model)
+        best = min(best, time.process_time() - start)
+        unmerge(model)
+    return best / Costs(sizes, dist.get_world_size()).merged_weights() * 1e9
+
+
+def test_merge_time_is_linear_in_a_ranks_weights():
+    few, many = (min(world().run(merging, blocks)) for blocks in (2, 6))
+    print(f"merging a bfloat16 weight takes {many:.2f} ns of one core")
+    assert 0.6 < many / few < 1.4
+
+
+def test_the_table():
+    assert [model.parameters() for model in MODELS] == [8_030_261_248, 70_553_706_496, 405_853_388_800]  # as published
+    lines = table(1.0).splitlines()
+    assert len(lines) == 2 + 3 * 3
+    assert size([(2, 3), (4, 5)]) == 26
