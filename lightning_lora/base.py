@@ -105,9 +105,9 @@ class LoRALayer(Swapped):
         weights = self.adapted_weights()
         sums = {}
         for name, delta in self.deltas(factor, self.lora_B).items():
+            weight = weights[name]
             if name not in self._parameters:
                 raise LoRAError(f"{type(self).__name__}: {name} is computed from others since injection; undo that.")
-            weight = weights[name]
             sums[name] = (weight.to(torch.promote_types(weight.dtype, delta.dtype)) + delta).to(weight.dtype)
         try:
             self._parameters.update(cast(dict[str, nn.Parameter | None], sums))
@@ -122,9 +122,7 @@ class LoRALayer(Swapped):
 
     def dropped(self, x: torch.Tensor) -> tuple[torch.Tensor, float]:
         """The adapter's input after dropout, and the scaling that goes with it."""
-        if not self.drops():
-            return x, self.lora_scaling
-        x, factor = drop(x, self.lora_dropout)
+        x, factor = drop(x, self.lora_dropout) if self.drops() else (x, 1.0)
         return x, self.lora_scaling * factor
 
     def adapted_weights(self) -> dict[str, nn.Parameter]:
