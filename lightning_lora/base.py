@@ -21,6 +21,7 @@ from .errors import LoRAError
 from .exact import Kept, Observer, Piece, add_delta_, merged_weight, remove_delta_, restored
 from .init import initial_factors
 from .parallel import beside
+from .reentrant import records_gradients
 from .sharding import copy_, cut, full, is_sharded, like, local
 from .swapped import Swapped, base_class
 
@@ -34,7 +35,7 @@ class LoRALayer(Swapped):
     Attributes:
         lora_A, lora_B: the factors, shapes as the subclass states.
         lora_r, lora_alpha, lora_scaling, lora_dropout: their options.
-        lora_dropping: whether dropout acts; None follows the layer's own training flag.
+        lora_dropping: whether dropout acts where gradients are recorded; None follows the layer's own training flag.
         lora_wide: the factors stay in float32 when the model is cast to 16 bits.
         lora_own_forward: the class has a forward of its own, which is run on W + delta.
         lora_enabled: which equal parts of a fused projection are adapted, or None.
@@ -115,8 +116,8 @@ class LoRALayer(Swapped):
             self._parameters.update(weights)
 
     def drops(self) -> bool:
-        """Whether dropout acts now."""
-        active = self.training if self.lora_dropping is None else self.lora_dropping
+        """Whether dropout acts now; a user's own evaluation inside a training batch records no gradients."""
+        active = self.training if self.lora_dropping is None else self.lora_dropping and records_gradients()
         return active and self.lora_dropout > 0
 
     def dropped(self, x: torch.Tensor) -> tuple[torch.Tensor, float]:
@@ -190,9 +191,8 @@ class LoRALayer(Swapped):
         try:
             for name in pieces:
                 if name not in self.lora_kept:
-                    shard = local(weights[name])
-                    kept = add_delta_(shard, pieces[name], self.lora_scaling, copy=copy, observe=observe)
-                    self.lora_kept[name] = kept
+                    shard, scaling = local(weights[name]), self.lora_scaling
+                    self.lora_kept[name] = add_delta_(shard, pieces[name], scaling, copy=copy, observe=observe)
         except BaseException:
             self.unmerge_()
             raise

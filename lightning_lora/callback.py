@@ -45,7 +45,8 @@ class LoRACallback(pl.Callback):
             warn of layers that never ran or whose adapter had no effect.
         r: rank of A (r, in) and B (out, r).
         lora_alpha: numerator of the scaling s = lora_alpha / r.
-        lora_dropout: probability of dropping an input feature of the adapter while the layer is in training mode.
+        lora_dropout: probability of dropping an input feature of the adapter while the layer is in training mode; a
+            layer kept in eval mode drops too, in training batches where gradients are recorded.
         target_modules: the layers to adapt: a list of names or dotted suffixes, a regular expression, or "all-linear".
         exclude_modules: layers to leave alone although target_modules selects them.
         modules_to_save: modules that are trained and saved whole, beside the adapter.
@@ -126,8 +127,7 @@ class LoRACallback(pl.Callback):
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Lightning keeps a backbone in the mode that it came in; dropout of its adapters acts all the same."""
-        layers = adapted_layers(pl_module).values()
-        self._kept_in_eval[pl_module] = [layer for layer in layers if layer.lora_dropout and not layer.training]
+        self._kept_in_eval.pop(pl_module, None)  # noted anew, now that all modes are those of training
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -136,6 +136,7 @@ class LoRACallback(pl.Callback):
         if is_merged(pl_module):
             unmerge(pl_module)
             self._merged.discard(pl_module)
+        self._note_modes(pl_module)
         self._drop(pl_module, True)
 
     def on_before_optimizer_step(
@@ -245,6 +246,11 @@ class LoRACallback(pl.Callback):
         self._drop(pl_module, None)
         self._kept_in_eval.pop(pl_module, None)
         self._unmerge(pl_module)
+
+    def _note_modes(self, pl_module: pl.LightningModule) -> None:
+        if pl_module not in self._kept_in_eval:  # a Trainer inside a hook forgets them
+            layers = adapted_layers(pl_module).values()
+            self._kept_in_eval[pl_module] = [layer for layer in layers if layer.lora_dropout and not layer.training]
 
     def _drop(self, pl_module: pl.LightningModule, dropping: bool | None) -> None:
         for layer in self._kept_in_eval.get(pl_module, ()):

@@ -26,7 +26,8 @@ class LoRAConfig:
     Args:
         r: rank of A (r, in) and B (out, r).
         lora_alpha: numerator of the scaling s.
-        lora_dropout: probability of dropping an input feature of the adapter while the layer is in training mode.
+        lora_dropout: probability of dropping an input feature of the adapter while the layer is in training mode;
+            under LoRACallback, a layer kept in eval mode drops too, in training batches where gradients are recorded.
         target_modules: the layers to adapt: a list, a regular expression, or "all-linear" (every linear layer and
             transformers' Conv1D, without the output head and without tied weights).
         exclude_modules: layers to leave alone although target_modules selects them.

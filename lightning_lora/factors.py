@@ -10,6 +10,8 @@ from .adapter import Adapter
 from .base import A, B
 from .errors import LoRAError
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 def check_factors(adapter: Adapter, where: str) -> None:
     """Compare the factors with each other and with the options.
@@ -24,7 +26,7 @@ def check_factors(adapter: Adapter, where: str) -> None:
         if b is None:
             raise LoRAError(f"{where}: {f'{name}.{B}'!r} is missing; the adapter was cut.")
         for leaf, factor in ((A, a), (B, b)):
-            if not isinstance(factor, torch.Tensor) or not factor.is_floating_point() or factor.dim() < 2:
+            if not isinstance(factor, torch.Tensor) or factor.dtype not in DTYPES or factor.dim() < 2:
                 found = f"{factor.dtype} {tuple(factor.shape)}" if isinstance(factor, torch.Tensor) else repr(factor)
                 raise LoRAError(
                     f"{where}: {f'{name}.{leaf}'!r} must be a floating point tensor of two dimensions or more, "
@@ -38,7 +40,7 @@ def check_factors(adapter: Adapter, where: str) -> None:
 def _check_rank(adapter: Adapter, name: str, where: str) -> None:
     a, b = adapter.tensors[f"{name}.{A}"], adapter.tensors[f"{name}.{B}"]
     rank = b.shape[1]
-    if rank == 0 or a.shape[0] % rank:
+    if not rank or not a.shape[0] or a.shape[0] % rank:
         raise LoRAError(f"{where}: {name!r}: A {tuple(a.shape)} and B {tuple(b.shape)} do not share a rank.")
     if adapter.config is None:
         return
@@ -65,4 +67,5 @@ def _is_output(adapter: Adapter, name: str) -> bool:
 
 def is_finite(value: torch.Tensor) -> bool:
     """Whether no value is NaN or Inf; a tensor without values (meta) counts as finite."""
-    return value.is_meta or bool(torch.isfinite(value).all())
+    numbers = value if value.dtype in DTYPES else value.double()  # isfinite does not know float8
+    return value.is_meta or bool(torch.isfinite(numbers).all())

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from .adapter import Adapter
 from .atomic import new_folder
@@ -26,6 +25,7 @@ from .factors import check_factors
 from .files import PathLike, read_json, read_safetensors, read_torch_file
 from .peft_config import options_from_peft, options_to_peft, origin_of, refuse_options
 from .peft_names import our_names, peft_name
+from .places import write_tensors
 from .state import print_of
 from .targets import names_match
 
@@ -54,7 +54,7 @@ def write_folder(adapter: Adapter, path: PathLike) -> None:
     tensors = {peft_name(name, layers, adapter.kinds): _own(value) for name, value in plain.tensors.items()}
     description = json.dumps(description_of(adapter) | {"complete": not others}, separators=(",", ":"))
     with new_folder(path, keep_others=True) as folder:
-        save_file(tensors, folder / TENSOR_FILE, metadata={"format": "pt", HEADER_KEY: description})
+        write_tensors(folder / TENSOR_FILE, tensors, {"format": "pt", HEADER_KEY: description})
         (folder / CONFIG_FILE).write_text(json.dumps(options_to_peft(plain), indent=2) + "\n", encoding="utf-8")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -12,6 +12,7 @@ import torch
 
 from .errors import LoRAError
 from .exact import CPU_BLOCK
+from .header import build_header
 from .state import sample_places
 
 CHUNK = 2**23  # elements that are in memory at once
@@ -67,6 +68,15 @@ def print_at(place: Place) -> dict[str, Any]:
         elements = [_read(file, place, index * size, size) for index in sample_places(place.numel)]
     values = [float(element.double()) for element in elements]
     return {"shape": list(place.shape), "dtype": str(place.dtype).removeprefix("torch."), "values": values}
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file: the same bytes for the same tensors, wide dtypes first so that all are aligned."""
+    ordered = dict(sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
+    with open(path, "xb") as file:
+        file.write(build_header([(n, t.dtype, tuple(t.shape)) for n, t in ordered.items()], metadata))
+        for tensor in ordered.values():
+            file.write(as_bytes(tensor))
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:

@@ -6,10 +6,13 @@ segments can be found, in transformers' models and torch's checkpoint_wrapper, t
 
 from __future__ import annotations
 
+import sys
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import CheckpointFunction
 
 
 def let_gradients_in_(model: nn.Module) -> None:
@@ -28,6 +31,16 @@ def let_gradients_in_no_more_(model: nn.Module) -> None:
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key in _hooks(hooks):
                 del hooks[key]
+
+
+def records_gradients() -> bool:
+    """Whether gradients are recorded, or will be in the second pass of the reentrant segment that runs."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return torch.is_grad_enabled()
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code is not CheckpointFunction.forward.__code__:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _hooks(hooks: Any) -> list[int]:

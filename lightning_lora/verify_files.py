@@ -69,7 +69,7 @@ def _reference(old: torch.Tensor, change: Change | None, first: int) -> tuple[to
 def _close(new: torch.Tensor, exact: torch.Tensor, total: torch.Tensor) -> bool:
     """Within half a unit of the dtype's last place, and the rounding of arithmetic in float32 or better."""
     info = torch.finfo(new.dtype)
-    arithmetic = torch.finfo(torch.promote_types(new.dtype, torch.float32)).eps * 8
+    arithmetic = torch.finfo(torch.float64 if new.dtype == torch.float64 else torch.float32).eps * 8
     allowed = exact.abs() * (info.eps / 2 * 1.001) + total * arithmetic + info.tiny * info.eps
-    same = (new.double() - exact).abs() <= allowed
-    return bool((same | (new.double() == exact) | (new.isnan() & exact.isnan())).all())
+    found = new.double()
+    return bool((((found - exact).abs() <= allowed) | (found == exact) | (found.isnan() & exact.isnan())).all())

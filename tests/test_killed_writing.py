@@ -1,0 +1,140 @@
+"""SIGKILL at 50 random moments of merge and of save_adapter: the old or the complete new result, never a mixture."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from lightning_lora import LoRAConfig, inject, load_adapter, save_adapter
+from lightning_lora.merge_command import merge_on_disk
+
+TRIES = 400
+WIDTH, LAYERS = 192, 8
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning"),
+]
+
+
+def network() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        return nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS))
+
+
+def injected(alpha: float) -> nn.Module:
+    """Another alpha has other options, other tensors and another merged model."""
+    net = network()
+    inject(net, LoRAConfig(r=64, lora_alpha=alpha, target_modules="all-linear", init_lora_weights=False))
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(alpha)
+    return net
+
+
+def digest(path: Path) -> str:
+    """Of all names and contents; '' where there is nothing."""
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    content = hashlib.sha256()
+    for file in files:
+        content.update(str(file.relative_to(path)).encode() + b"\0" + file.read_bytes())
+    return content.hexdigest() if files else ""
+
+
+def killed(work: Callable[[], None], delay: float) -> bool:
+    """Run in a child process and kill it after the delay; whether it was still at work."""
+    child = os.fork()
+    if not child:
+        try:
+            work()
+        finally:
+            os._exit(0)
+    time.sleep(delay)
+    os.kill(child, signal.SIGKILL)
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+def kill_often(path: Path, works: dict[str, Callable[[], None]], times: int) -> None:
+    """Write one result over the other again and again, until enough children were killed at work."""
+    complete, durations = {}, []
+    for name, work in works.items():
+        start = time.perf_counter()
+        work()
+        durations.append(time.perf_counter() - start)
+        complete[digest(path)] = name
+    assert len(complete) == 2
+    moments = random.Random(1)
+    kills = changes = 0
+    for _ in range(TRIES):
+        before = complete[digest(path)]
+        other = next(name for name in works if name != before)
+        kills += killed(works[other], moments.uniform(0, 1.5 * max(durations)))
+        found = digest(path)
+        assert found in complete, f"after {kills} kills {path.name} is neither the old nor the new result"
+        changes += complete[found] == other
+        if kills >= times and changes:  # some got through, so that the moments cover the whole run
+            break
+    assert kills >= times
+    assert changes
+    others = [entry.name for entry in path.parent.iterdir() if entry != path]
+    assert all(name.startswith(f".{path.name}.") or not name.startswith(".") for name in others)
+
+
+def test_save_adapter(tmp_path):
+    nets = {str(alpha): injected(alpha) for alpha in (1, 2)}
+    path = tmp_path / "out" / "adapter"
+    path.mkdir(parents=True)
+    (path / "README.md").write_text("mine")
+
+    kill_often(path, {name: lambda net=net: save_adapter(net, path) for name, net in nets.items()}, 50)
+    load_adapter(network(), path)
+    assert (path / "README.md").read_text() == "mine"
+
+
+@pytest.mark.parametrize(("form", "times"), [("folder", 50), ("safetensors", 10), ("torch", 10)])
+def test_merge(tmp_path, form: str, times: int):
+    state = network().state_dict()
+    suffix = {"folder": "", "safetensors": ".safetensors", "torch": ".pt"}[form]
+    base, out = tmp_path / f"base{suffix}", tmp_path / "out" / f"model{suffix}"
+    if form == "folder":
+        base.mkdir()
+        save_file(state, base / "model.safetensors")
+        (base / "config.json").write_text("{}")
+    elif form == "safetensors":
+        save_file(state, base)
+    else:
+        torch.save(state, base)
+    for alpha in (1, 2):
+        save_adapter(injected(alpha), tmp_path / str(alpha))
+
+    def work(name: str) -> Callable[[], None]:
+        return lambda: merge_on_disk(base, tmp_path / name, out, overwrite=True) and None
+
+    kill_often(out, {name: work(name) for name in ("1", "2")}, times)
+
+
+def test_the_first_result_is_complete_or_absent(tmp_path):
+    net = injected(1)
+    save_adapter(net, tmp_path / "whole")
+    whole, path = digest(tmp_path / "whole"), tmp_path / "out" / "adapter"
+    moments, kills = random.Random(2), 0
+    for _ in range(TRIES):
+        kills += killed(lambda: save_adapter(net, path), moments.uniform(0, 0.1))
+        assert digest(path) in ("", whole)
+        shutil.rmtree(path, ignore_errors=True)
+        if kills == 10:
+            break
+    assert kills == 10
