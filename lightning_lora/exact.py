@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 
 from .errors import LoRAError
-from .scratch import Scratch
+from .scratch import SPARES, Scratch
 
 CPU_BLOCK = 2**17  # elements; small enough for the cache
 GPU_BLOCK = 2**24  # elements; large enough to fill a card
@@ -100,7 +100,7 @@ def add_delta_(
         LoRAError: a value of the sum is not finite. The weight is then as it was.
     """
     with exact_arithmetic(weight):
-        kept = _kept_copy(weight) if copy else _kept_values(weight, pieces, scaling)
+        kept = Kept([], copy=SPARES.copy_of(weight)) if copy else _kept_values(weight, pieces, scaling)
         try:
             scratch = Scratch(weight)
             for block, left, right in _blocks(weight, _scaled(pieces, scaling, weight.device)):
@@ -119,7 +119,9 @@ def remove_delta_(weight: torch.Tensor, kept: Kept) -> None:
     """
     with exact_arithmetic(weight, kept.threads):
         _restore(weight, kept)
-        if kept.copy is None and _bits_sum(weight, kept.integers) != kept.bits:
+        if kept.copy is not None:
+            SPARES.take_back(kept.copy)
+        elif _bits_sum(weight, kept.integers) != kept.bits:
             raise LoRAError(
                 "the restored weight is not bit for bit what it was before merging; it was changed while it was "
                 "merged, or this machine computes differently. Load the base weights again before you go on"
@@ -142,7 +144,8 @@ def merged_weight(weight: torch.Tensor, pieces: list[Piece], scaling: float) -> 
         merged = weight.detach().clone(memory_format=torch.preserve_format)
         scratch = Scratch(weight)
         for block, left, right in _blocks(merged, _scaled(pieces, scaling, weight.device)):
-            block.copy_(_rounded_sum(block, left, right, scratch)[0])
+            new, _ = _rounded_sum(block, left, right, scratch, block)
+            block.copy_(new)
     return merged
 
 
@@ -164,10 +167,6 @@ def exact_arithmetic(weight: torch.Tensor, threads: int | None = None) -> Iterat
     finally:
         if threads and threads != before:
             torch.set_num_threads(before)
-
-
-def _kept_copy(weight: torch.Tensor) -> Kept:
-    return Kept([], copy=weight.detach().clone(memory_format=torch.preserve_format))
 
 
 def _kept_values(weight: torch.Tensor, pieces: list[Piece], scaling: float) -> Kept:
@@ -217,26 +216,28 @@ def _merge_block(
     kept: Kept,
     observe: Observer | None,
 ) -> None:
-    new, exact = _rounded_sum(block, left, right, scratch)
+    # With a plain copy there is nothing to compare W' with, so it is written at once.
+    target = scratch.take("new", block.shape, block.dtype) if kept.copy is None else block
+    new, exact = _rounded_sum(block, left, right, scratch, target)
     if observe or kept.copy is None:
         delta = _delta(block, left, right, scratch)
     if observe:
         observe(new.to(delta.dtype), exact, delta)
     if kept.copy is None:
         kept.blocks.append(_differing(block, _subtract(new, delta, scratch)))
-    block.copy_(new)
+    block.copy_(new)  # torch does nothing where it is there already
 
 
 def _rounded_sum(
-    block: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scratch: Scratch
+    block: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scratch: Scratch, target: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """W' of a block in the weight's dtype and in the arithmetic's, in buffers."""
+    """W' of a block in the weight's dtype, in `target` unless that is the arithmetic's too, and in the arithmetic's."""
     exact = scratch.take("exact", block.shape, left.dtype).copy_(block)
     if block.dtype == left.dtype:  # no wider dtype to sum in: one rounding needs D first
         exact.add_(_delta(block, left, right, scratch))
     else:
         exact.view(left.shape[0], right.shape[1]).addmm_(left, right)
-    new = scratch.cast("new", exact, block.dtype)
+    new = exact if exact.dtype == target.dtype else target.copy_(exact)
     # A sum is cheap, and finite where all values are, but for an overflow of its own.
     total = new.sum(dtype=torch.promote_types(new.dtype, torch.float32)).item()
     if not math.isfinite(total) and not torch.isfinite(new).all():

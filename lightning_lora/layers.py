@@ -49,8 +49,9 @@ class LoRALinear(LoRALayer):
         rows = input.view(-1, input.shape[-1])
         base = cast(torch.Tensor, self.base_forward(rows))
         x, scaling = self.dropped(rows)
-        hidden = F.linear(x, self.lora_A.to(x.dtype))
-        base.addmm_(hidden, self.lora_B.to(base.dtype).t(), alpha=scaling)
+        # These layouts make autograd form both gradients with the thin factor on the left: several times faster on CPU.
+        hidden = torch.mm(self.lora_A.to(x.dtype), x.t())
+        base.addmm_(hidden.t(), self.lora_B.to(base.dtype).t().contiguous(), alpha=scaling)
         # Not a view to autograd: fully_shard's hooks on the output would be lost to an in-place change of one.
         shape = (*input.shape[:-1], base.shape[-1])
         return base if input.dim() == 2 else cast(torch.Tensor, torch.ops.aten._unsafe_view(base, shape))

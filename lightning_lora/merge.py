@@ -54,7 +54,7 @@ def merge(model: nn.Module) -> None:
     pending = {name: layer for name, layer in layers.items() if layer.lora_active and not layer.lora_merged}
     if not pending:
         return
-    show_shards_(model)
+    show_shards_(model, layers)
     copies = _affordable_copies(layers.values())
     fidelity = _Fidelity(pending.values())
     with _deferred_interrupt():
@@ -85,7 +85,7 @@ def unmerge(model: nn.Module) -> None:
             it was merged. The other layers are restored, and nothing is saved from the damaged one.
     """
     layers = _require_layers(model, "unmerge")
-    show_shards_(model)
+    show_shards_(model, layers)
     with _deferred_interrupt():
         try:
             _unmerge_all(layers)
@@ -112,14 +112,13 @@ def _require_layers(model: nn.Module, verb: str) -> dict[str, LoRALayer]:
     return layers
 
 
-def show_shards_(model: nn.Module) -> None:
-    """Let every adapted weight be its shard, where the model is sharded: only that is kept.
+def show_shards_(model: nn.Module, layers: Mapping[str, LoRALayer]) -> None:
+    """Let the weight of every adapted layer of the model be its shard, where the model is sharded: only that is kept.
 
     Raises:
         LoRAError: FSDP2 still shows a gathered weight.
     """
     reshard_(model)
-    layers = adapted_layers(model)
     if any(layer.lora_sharded and not is_sharded(layer.main_weight()) for layer in layers.values()):
         reset_(model)
     for name, layer in layers.items():
@@ -129,7 +128,8 @@ def show_shards_(model: nn.Module) -> None:
                 f"the weight of {name!r} is gathered by an FSDP2 module outside of {type(model).__name__}; pass the "
                 "module that fully_shard was called on last."
             )
-        layer.lora_sharded = sharded
+        if sharded != layer.lora_sharded:
+            layer.lora_sharded = sharded
 
 
 def _merge_layer(layer: LoRALayer, pieces: Mapping[str, list[Piece]], copy: bool, fidelity: _Fidelity) -> None:

@@ -176,7 +176,8 @@ def note_tied(model: nn.Module) -> None:
             computed = any(name not in layer._parameters for name in layer.adapted_weights())
             reason = "its weight is computed from others (weight_norm, parametrize, prune)" if computed else ""
             reason = f"its weight is also {tied[layer]}" if layer in tied else reason
-            layer.lora_tied = reason or ("" if whole else layer.lora_tied)
+            if reason != layer.lora_tied and (reason or whole):
+                layer.lora_tied = reason
 
 
 def _span(tensor: torch.Tensor) -> tuple[int, int, int]:
