@@ -7,8 +7,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +24,11 @@ from measure import (
     resident_bytes,
     saved_bytes,
 )
-from stack import CANDIDATES, fill, lora_lib, ours, peft, stack, step
+from stack import CANDIDATES, fill, lora_lib, narrow_peft, ours, peft_model, stack, step
 from torch import nn
 
-from lightning_lora import adapter_state_dict, inject, is_merged, load_adapter, merge, merged, save_adapter, unmerge
-from lightning_lora.config import LoRAConfig
+from lightning_lora import LoRAConfig, adapter_state_dict, inject, load_adapter, merge, merged, save_adapter, unmerge
+from lightning_lora.merge import adapted_layers
 
 
 @dataclass
@@ -50,7 +52,7 @@ class Options:
     dtypes: tuple[torch.dtype, ...]
     layers: tuple[int, ...]
     sides: tuple[int, ...]  # of the square weights that are merged
-    compile: bool
+    compiled: tuple[bool, ...]  # as group a runs
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -63,22 +65,22 @@ def inputs(d: int, dtype: torch.dtype, device: str) -> torch.Tensor:
 
 
 def a_training_step(options: Options) -> Iterator[Row]:
-    for dtype in options.dtypes:
-        for d in options.widths:
-            for dropout in (0.0, 0.05):
-                x = inputs(d, dtype, options.device)
-                models = {name: make(stack(d, dtype, options.device), dropout) for name, make in CANDIDATES.items()}
-                if options.compile:
-                    models = {name: torch.compile(model) for name, model in models.items()}
-                calls = {name: lambda model=model: step(model.train(), x) for name, model in models.items()}
-                times = interleaved(calls, options.seconds, options.device)
-                at = f"step {name_of(dtype)} d={d} dropout={dropout}"
-                yield Row("a", f"{at}: ours", milliseconds(times, "ours"), "ms")
-                yield Row("a", f"{at}: / peft", ratio(times, ["ours"], ["peft"]), "", 1.0)
-                yield Row("a", f"{at}: / loralib", ratio(times, ["ours"], ["loralib"]), "", 1.0)
-                yield Row("a", f"{at}: / floor", ratio(times, ["ours"], ["floor"]))
-                over = overhead(times, "ours", "peft", "floor")
-                yield Row("a", f"{at}: overhead / peft's", over, "", 0.75)
+    for compiled, dtype, d, dropout in product(options.compiled, options.dtypes, options.widths, (0.0, 0.05)):
+        x = inputs(d, dtype, options.device)
+        makers = CANDIDATES if dtype == torch.float32 else {**CANDIDATES, "narrow peft": narrow_peft}
+        models = {name: make(stack(d, dtype, options.device), dropout) for name, make in makers.items()}
+        if compiled:
+            models = {name: torch.compile(model) for name, model in models.items()}
+        calls = {name: lambda model=model, x=x: step(model.train(), x) for name, model in models.items()}
+        times = interleaved(calls, options.seconds, options.device)
+        at = f"step{' compiled' * compiled} {name_of(dtype)} d={d} dropout={dropout}"
+        yield Row("a", f"{at}: ours", milliseconds(times, "ours"), "ms")
+        yield Row("a", f"{at}: / peft", ratio(times, ["ours"], ["peft"]), "", 1.0)
+        if "narrow peft" in times:
+            yield Row("a", f"{at}: / peft with bf16 adapters", ratio(times, ["ours"], ["narrow peft"]))
+        yield Row("a", f"{at}: / loralib", ratio(times, ["ours"], ["loralib"]), "", 1.0)
+        yield Row("a", f"{at}: / floor", ratio(times, ["ours"], ["floor"]))
+        yield Row("a", f"{at}: overhead / peft's", overhead(times, "ours", "peft", "floor"), "", 0.75)
 
 
 def b_forward(options: Options) -> Iterator[Row]:
@@ -104,37 +106,41 @@ def c_merge(options: Options) -> Iterator[Row]:
     goals = {torch.float32: (0.5, 0.5), torch.bfloat16: (0.4, 1.0)}
     for dtype in options.dtypes:
         for d in options.sides:
-            mine, theirs, lib = (_one_layer(d, dtype, options.device, make) for make in (ours, peft, lora_lib))
-            weight = mine[0].weight.detach()
-            other = torch.empty_like(weight)
-            lib.train()
-            calls = {
-                "merge": lambda: merge(mine),
-                "unmerge": lambda: unmerge(mine),
-                "peft merge": lambda: theirs[0].merge(),
-                "peft unmerge": lambda: theirs[0].unmerge(),
-                "loralib merge": lambda: lib.eval(),
-                "loralib unmerge": lambda: lib.train(),
-                "copy": lambda: other.copy_(weight),
-            }
-            with quiet_fidelity():
-                times = interleaved(calls, options.seconds, options.device)
-            at = f"merge and unmerge {name_of(dtype)} {d} x {d}"
-            cycle = ["merge", "unmerge"]
             peft_goal, loralib_goal = goals[dtype] if d >= 4096 else (1.0, None)
-            yield Row("c", f"{at}: ours", milliseconds(times, *cycle), "ms")
-            yield Row("c", f"{at}: / copy", ratio(times, cycle, ["copy"]))
-            yield Row("c", f"{at}: / peft", ratio(times, cycle, ["peft merge", "peft unmerge"]), "", peft_goal)
-            lib_ratio = ratio(times, cycle, ["loralib merge", "loralib unmerge"])
-            yield Row("c", f"{at}: / loralib", lib_ratio, "", loralib_goal)
+            makers = [partial(make, targets=["0"]) for make in (ours, peft_model, lora_lib)]
+            models = [make(_one_layer(d, dtype, options.device)) for make in makers]
+            at = f"merge and unmerge {name_of(dtype)} {d} x {d}"
+            yield from _merge_rows(at, models, options, (peft_goal, loralib_goal))
+        for d in options.widths[:-1]:
+            models = [make(stack(d, dtype, options.device)) for make in (ours, peft_model, lora_lib)]
+            at = f"merge and unmerge {name_of(dtype)}, 24 layers, d={d}"
+            yield from _merge_rows(at, models, options, (1.0, None))
 
 
-def _one_layer(d: int, dtype: torch.dtype, device: str, make: Any) -> nn.Module:
+def _merge_rows(at: str, models: list[Any], options: Options, goals: tuple[float, float | None]) -> Iterator[Row]:
+    """A cycle of merging and unmerging by us, peft and loralib, and one copy of the weights."""
+    for model in models:
+        fill(model)
+    mine, theirs, lib = models
+    weights = [layer.weight.detach() for layer in adapted_layers(mine).values()]
+    copies = [torch.empty_like(weight) for weight in weights]
+    calls = {
+        "ours": lambda: (merge(mine), unmerge(mine)),
+        "peft": lambda: (theirs.merge_adapter(), theirs.unmerge_adapter()),
+        "loralib": lambda: (lib.eval(), lib.train()),
+        "copy": lambda: [copy.copy_(weight) for copy, weight in zip(copies, weights, strict=True)],
+    }
+    with quiet_fidelity():
+        times = interleaved(calls, options.seconds, options.device)
+    yield Row("c", f"{at}: ours", milliseconds(times, "ours"), "ms")
+    yield Row("c", f"{at}: / copy", ratio(times, ["ours"], ["copy"]))
+    for name, goal in zip(("peft", "loralib"), goals, strict=True):
+        yield Row("c", f"{at}: / {name}", ratio(times, ["ours"], [name]), "", goal)
+
+
+def _one_layer(d: int, dtype: torch.dtype, device: str) -> nn.Module:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(d, d, bias=False)).to(device, dtype)
-    model = make(model, targets=["0"])
-    fill(model)
-    return model
+    return nn.Sequential(nn.Linear(d, d, bias=False)).to(device, dtype)
 
 
 def d_memory(options: Options) -> Iterator[Row]:
@@ -145,7 +151,7 @@ def d_memory(options: Options) -> Iterator[Row]:
             models = {n: make(stack(d, dtype, options.device), dropout).train() for n, make in CANDIDATES.items()}
             peaks = {n: peak_bytes(lambda m=m: step(m, x), options.device) for n, m in models.items()}
             saved = {n: saved_bytes(m, x) for n, m in models.items()}
-            resident = {n: resident_bytes(lambda m=m: step(m, x)) for n, m in models.items()}
+            resident = {n: 0 if dropout else resident_bytes(n, d, dtype, dropout) for n in ("ours", "peft")}
             at = f"step {name_of(dtype)} d={d} dropout={dropout}"
             yield Row("d", f"{at}: peak allocated", peaks["ours"] / 2**20, "MiB")
             yield Row("d", f"{at}: peak allocated / peft", peaks["ours"] / peaks["peft"], "", 0.9)
@@ -159,7 +165,8 @@ def d_memory(options: Options) -> Iterator[Row]:
 def _merging_memory(options: Options) -> Iterator[Row]:
     d = options.sides[-1]
     for dtype in options.dtypes:
-        model = _one_layer(d, dtype, options.device, ours)
+        model = ours(_one_layer(d, dtype, options.device), targets=["0"])
+        fill(model)
         weight = model[0].weight.nbytes
 
         def cycle(model: nn.Module = model) -> None:
@@ -175,24 +182,23 @@ def _merging_memory(options: Options) -> Iterator[Row]:
 def e_many_layers(options: Options) -> Iterator[Row]:
     costs: dict[str, list[float]] = {}
     for count in options.layers:
-        model = nn.Sequential(*[nn.Linear(256, 256, bias=False) for _ in range(count)]).to(options.device)
+        model = _many_layers(count, 256, options.device)
         with tempfile.TemporaryDirectory() as folder:
             for what, call in {
                 "inject": lambda m=model: inject(m, LoRAConfig(r=8)),
                 "adapter_state_dict": lambda m=model: adapter_state_dict(m),
                 "save_adapter": lambda m=model, f=folder: save_adapter(m, f),
                 "load_adapter": lambda m=model, f=folder: load_adapter(m, f),
-                "merge": lambda m=model: merge(m),
-                "is_merged": lambda m=model: is_merged(m),
-                "unmerge": lambda m=model: unmerge(m),
             }.items():
-                began = time.perf_counter()
-                call()
-                costs.setdefault(what, []).append(time.perf_counter() - began)
+                costs.setdefault(what, []).append(_best(call, 1 if what == "inject" else 3))
             size = sum(file.stat().st_size for file in Path(folder).iterdir())
             raw = sum(p.nbytes for p in model.parameters() if p.requires_grad)
         if count == 1000 or count == options.layers[-1]:
             yield Row("e", f"adapter folder / tensor bytes, {count} layers", size / raw, "", 1.02)
+        # 64 wide, so that all are merged in one way: plain copies of larger ones would exceed their 64 MB
+        small = _many_layers(count, 64, options.device)
+        inject(small, LoRAConfig(r=8))
+        costs.setdefault("merge and unmerge", []).append(_best(lambda m=small: (merge(m), unmerge(m)), 5))
     for what, seconds in costs.items():
         at = options.layers.index(1000) if 1000 in options.layers else -1
         yield Row(
@@ -200,6 +206,20 @@ def e_many_layers(options: Options) -> Iterator[Row]:
         )
         yield Row("e", f"{what}: time grows with layers to the power", _power(options.layers, seconds))
     yield Row("e", "import over lightning's", _import_ms(), "ms", 50)
+
+
+def _many_layers(count: int, width: int, device: str) -> nn.Module:
+    return nn.Sequential(*[nn.Linear(width, width, bias=False) for _ in range(count)]).to(device)
+
+
+def _best(call: Callable[[], Any], times: int) -> float:
+    """The least of so many runs, in seconds: the others were held up."""
+    seconds = []
+    for _ in range(times):
+        began = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
 
 
 def _power(counts: tuple[int, ...], seconds: list[float]) -> float:

@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import random
 import statistics
+import subprocess
+import sys
 import time
-import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.profiler import ProfilerActivity, profile
 
 Times = dict[str, list[float]]
 
 
 def interleaved(functions: dict[str, Callable[[], Any]], seconds: float, device: str) -> Times:
-    """Seconds of each function, in rounds that call every one once, for about that long; two rounds are not counted."""
+    """Seconds of each function, in rounds that call every one once, for about that long; two rounds are not counted.
+
+    The order changes from round to round, because a call finds the caches and the heap as the one before left them.
+    """
     times: Times = {name: [] for name in functions}
+    draw = random.Random(0)
     started, rounds = time.perf_counter(), 0
-    while rounds < 5 or time.perf_counter() - started < seconds:
-        for name, function in functions.items():
-            elapsed = _timed(function, device)
+    while rounds < 9 or time.perf_counter() - started < seconds:
+        for name in draw.sample(list(functions), len(functions)):
+            elapsed = _timed(functions[name], device)
             if rounds >= 2:
                 times[name].append(elapsed)
         rounds += 1
@@ -65,64 +72,26 @@ def overhead(times: Times, mine: str, other: str, floor: str) -> float:
     return extra[mine] / extra[other]
 
 
-class LiveBytes(TorchDispatchMode):
-    """The most bytes that tensors made inside were alive at once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self.known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self._count(tensor.untyped_storage(), before)
-        return result
-
-    def _count(self, storage: torch.UntypedStorage, before: set[int]) -> None:
-        if storage._cdata in before or storage._cdata in self.known:
-            return
-        self.known.add(storage._cdata)
-        self.now += storage.nbytes()
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
-
-    def _forget(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.now -= size
-
-
 def peak_bytes(function: Callable[[], Any], device: str) -> int:
-    """Peak of the bytes that a call allocates beside what was there: torch's own count on CUDA, live tensors on CPU."""
+    """Peak of the bytes that a call allocates beside what was there, as torch's own allocators count them."""
     function()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         function()
         return torch.cuda.max_memory_allocated() - before
-    with LiveBytes() as live:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()
-    return live.peak
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(itertools.accumulate(changes), default=0)
 
 
-def resident_bytes(function: Callable[[], Any]) -> int:
-    """How far a call raises the process's resident memory at its peak (Linux; 0 elsewhere)."""
-    function()
-    try:
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # forget the high-water mark
-    except OSError:
-        return 0
-    before = _status("VmRSS")
-    function()
-    return _status("VmHWM") - before
-
-
-def _status(key: str) -> int:
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key))
+def resident_bytes(name: str, d: int, dtype: torch.dtype, dropout: float) -> int:
+    """How far three steps raise the resident memory of a process of their own at its peak (Linux; 0 elsewhere)."""
+    command = [sys.executable, str(Path(__file__).parent / "resident.py"), name, str(d), str(dtype), str(dropout)]
+    run = subprocess.run([*command, str(torch.get_num_threads())], capture_output=True, text=True, check=True)
+    return int(run.stdout.split()[-1])
 
 
 @contextlib.contextmanager

@@ -31,7 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default=",".join(GROUPS), help="groups, as a,c")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything runs")
-    parser.add_argument("--compile", action="store_true", help="compile the models of group a")
+    parser.add_argument("--compile", action="store_true", help="compile the models of group a (on CUDA: both)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, help="also write rows and machine there")
     parser.add_argument("--plot", type=Path, help="also draw the ratios to peft there (matplotlib)")
@@ -52,10 +52,11 @@ def main() -> None:
 
 def options_for(quick: bool, compiled: bool) -> Options:
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    both = (False, True) if device == "cuda" else (compiled,)
     if quick:
-        return Options(device, 0.01, (32, 64), (torch.float32, torch.bfloat16), (10, 20), (64,), compiled)
+        return Options(device, 0.01, (32, 64), (torch.bfloat16,), (10, 20), (64,), (compiled,))
     dtypes = (torch.float32, torch.bfloat16)
-    return Options(device, 3.0, (128, 256, 512, 768), dtypes, (100, 300, 1000, 3000), (1024, 4096), compiled)
+    return Options(device, 3.0, (128, 256, 512, 768), dtypes, (100, 300, 1000, 3000), (1024, 4096), both)
 
 
 def describe(threads: int) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import loralib
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from lightning_lora import LoRAConfig, inject
@@ -43,14 +43,22 @@ def ours(model: nn.Module, dropout: float = 0.0, targets: list[str] = TARGETS) -
     return model
 
 
-def peft(model: nn.Module, dropout: float = 0.0, targets: list[str] = TARGETS) -> nn.Module:
+def peft_model(model: nn.Module, dropout: float = 0.0, targets: list[str] = TARGETS, wide: bool = True) -> PeftModel:
+    """As PEFT's users make it; its adapters are float32 by default, as ours are."""
     config = LoraConfig(r=R, lora_alpha=ALPHA, lora_dropout=dropout, target_modules=targets)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = inject_adapter_in_model(config, model)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_("lora_" in name)
-    return model
+        return get_peft_model(model, config, autocast_adapter_dtype=wide)  # type: ignore[arg-type]
+
+
+def peft(model: nn.Module, dropout: float = 0.0) -> nn.Module:
+    """The network inside, so that the outer wrapper's calls do not count."""
+    return peft_model(model, dropout).base_model.model
+
+
+def narrow_peft(model: nn.Module, dropout: float = 0.0) -> nn.Module:
+    """With autocast_adapter_dtype=False: 16-bit adapters in a 16-bit model."""
+    return peft_model(model, dropout, wide=False).base_model.model
 
 
 def lora_lib(model: nn.Module, dropout: float = 0.0, targets: list[str] = TARGETS) -> nn.Module:
