@@ -59,5 +59,5 @@ def f_fit(options: Options) -> Iterator[Row]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             times = interleaved({name: lambda n=name: fit(n) for name in models}, 3 * options.seconds, "cpu")
-        yield Row("f", f"fit with validation d={d}: ours", milliseconds(times, "ours"), "ms")
-        yield Row("f", f"fit with validation d={d}: / peft", ratio(times, ["ours"], ["peft"]), "", 0.95)
+        yield Row("f", "Trainer.fit with validation", f"d={d}", "ours", milliseconds(times, "ours"), "ms")
+        yield Row("f", "Trainer.fit with validation", f"d={d}", "/ peft", ratio(times, ["ours"], ["peft"]), "", 0.95)

@@ -33,8 +33,12 @@ from lightning_lora.merge import adapted_layers
 
 @dataclass
 class Row:
+    """`figure` of `what` at some size, as: / peft, training step fp32, d=128."""
+
     group: str
     what: str
+    at: str
+    figure: str
     value: float
     unit: str = ""
     target: float | None = None  # at most
@@ -73,14 +77,15 @@ def a_training_step(options: Options) -> Iterator[Row]:
             models = {name: torch.compile(model) for name, model in models.items()}
         calls = {name: lambda model=model, x=x: step(model.train(), x) for name, model in models.items()}
         times = interleaved(calls, options.seconds, options.device)
-        at = f"step{' compiled' * compiled} {name_of(dtype)} d={d} dropout={dropout}"
-        yield Row("a", f"{at}: ours", milliseconds(times, "ours"), "ms")
-        yield Row("a", f"{at}: / peft", ratio(times, ["ours"], ["peft"]), "", 1.0)
+        what = f"training step{' compiled' * compiled} {name_of(dtype)}{', dropout 0.05' * bool(dropout)}"
+        row = partial(Row, "a", what, f"d={d}")
+        yield row("ours", milliseconds(times, "ours"), "ms")
+        yield row("/ peft", ratio(times, ["ours"], ["peft"]), "", 1.0)
         if "narrow peft" in times:
-            yield Row("a", f"{at}: / peft with bf16 adapters", ratio(times, ["ours"], ["narrow peft"]))
-        yield Row("a", f"{at}: / loralib", ratio(times, ["ours"], ["loralib"]), "", 1.0)
-        yield Row("a", f"{at}: / floor", ratio(times, ["ours"], ["floor"]))
-        yield Row("a", f"{at}: overhead / peft's", overhead(times, "ours", "peft", "floor"), "", 0.75)
+            yield row("/ peft with bf16 adapters", ratio(times, ["ours"], ["narrow peft"]))
+        yield row("/ loralib", ratio(times, ["ours"], ["loralib"]), "", 1.0)
+        yield row("/ floor", ratio(times, ["ours"], ["floor"]))
+        yield row("overhead / peft's", overhead(times, "ours", "peft", "floor"), "", 0.75)
 
 
 def b_forward(options: Options) -> Iterator[Row]:
@@ -96,10 +101,9 @@ def b_forward(options: Options) -> Iterator[Row]:
             calls = {name: lambda m=m: m(x) for name, m in (("base", base), ("unmerged", adapted), ("merged", live))}
             with torch.no_grad():
                 times = interleaved(calls, options.seconds, options.device)
-            at = f"forward {name_of(dtype)} d={d}"
-            yield Row("b", f"{at}: unmerged / base", ratio(times, ["unmerged"], ["base"]))
-            target = 1.01 if d >= 512 else None
-            yield Row("b", f"{at}: merged / base", ratio(times, ["merged"], ["base"]), "", target)
+            for state, target in (("unmerged", None), ("merged", 1.01 if d >= 512 else None)):
+                what = f"{state} forward {name_of(dtype)}"
+                yield Row("b", what, f"d={d}", "/ untouched base", ratio(times, [state], ["base"]), "", target)
 
 
 def c_merge(options: Options) -> Iterator[Row]:
@@ -109,15 +113,17 @@ def c_merge(options: Options) -> Iterator[Row]:
             peft_goal, loralib_goal = goals[dtype] if d >= 4096 else (1.0, None)
             makers = [partial(make, targets=["0"]) for make in (ours, peft_model, lora_lib)]
             models = [make(_one_layer(d, dtype, options.device)) for make in makers]
-            at = f"merge and unmerge {name_of(dtype)} {d} x {d}"
-            yield from _merge_rows(at, models, options, (peft_goal, loralib_goal))
+            row = partial(Row, "c", f"merge and unmerge {name_of(dtype)}, one layer", f"d={d}")
+            yield from _merge_rows(row, models, options, (peft_goal, loralib_goal))
         for d in options.widths[:-1]:
             models = [make(stack(d, dtype, options.device)) for make in (ours, peft_model, lora_lib)]
-            at = f"merge and unmerge {name_of(dtype)}, 24 layers, d={d}"
-            yield from _merge_rows(at, models, options, (1.0, None))
+            row = partial(Row, "c", f"merge and unmerge {name_of(dtype)}, 24 layers", f"d={d}")
+            yield from _merge_rows(row, models, options, (1.0, None))
 
 
-def _merge_rows(at: str, models: list[Any], options: Options, goals: tuple[float, float | None]) -> Iterator[Row]:
+def _merge_rows(
+    row: Callable[..., Row], models: list[Any], options: Options, goals: tuple[float, float | None]
+) -> Iterator[Row]:
     """A cycle of merging and unmerging by us, peft and loralib, and one copy of the weights."""
     for model in models:
         fill(model)
@@ -132,10 +138,10 @@ def _merge_rows(at: str, models: list[Any], options: Options, goals: tuple[float
     }
     with quiet_fidelity():
         times = interleaved(calls, options.seconds, options.device)
-    yield Row("c", f"{at}: ours", milliseconds(times, "ours"), "ms")
-    yield Row("c", f"{at}: / copy", ratio(times, ["ours"], ["copy"]))
+    yield row("ours", milliseconds(times, "ours"), "ms")
+    yield row("/ one copy of the weights", ratio(times, ["ours"], ["copy"]))
     for name, goal in zip(("peft", "loralib"), goals, strict=True):
-        yield Row("c", f"{at}: / {name}", ratio(times, ["ours"], [name]), "", goal)
+        yield row(f"/ {name}", ratio(times, ["ours"], [name]), "", goal)
 
 
 def _one_layer(d: int, dtype: torch.dtype, device: str) -> nn.Module:
@@ -152,13 +158,15 @@ def d_memory(options: Options) -> Iterator[Row]:
             peaks = {n: peak_bytes(lambda m=m: step(m, x), options.device) for n, m in models.items()}
             saved = {n: saved_bytes(m, x) for n, m in models.items()}
             resident = {n: 0 if dropout else resident_bytes(n, d, dtype, dropout) for n in ("ours", "peft")}
-            at = f"step {name_of(dtype)} d={d} dropout={dropout}"
-            yield Row("d", f"{at}: peak allocated", peaks["ours"] / 2**20, "MiB")
-            yield Row("d", f"{at}: peak allocated / peft", peaks["ours"] / peaks["peft"], "", 0.9)
-            yield Row("d", f"{at}: peak allocated / floor", peaks["ours"] / peaks["floor"])
-            yield Row("d", f"{at}: saved for backward / peft", saved["ours"] / saved["peft"])
+            dropping = ", dropout 0.05" * bool(dropout)
+            row = partial(Row, "d", f"peak memory of a training step {name_of(dtype)}{dropping}", f"d={d}")
+            yield row("ours", peaks["ours"] / 2**20, "MiB")
+            yield row("/ peft", peaks["ours"] / peaks["peft"], "", 0.9)
+            yield row("/ loralib", peaks["ours"] / peaks["loralib"])
+            yield row("/ floor", peaks["ours"] / peaks["floor"])
+            yield row("saved for backward / peft's", saved["ours"] / saved["peft"])
             if resident["peft"]:
-                yield Row("d", f"{at}: peak resident / peft", resident["ours"] / resident["peft"])
+                yield row("resident / peft's", resident["ours"] / resident["peft"])
     yield from _merging_memory(options)
 
 
@@ -174,9 +182,8 @@ def _merging_memory(options: Options) -> Iterator[Row]:
                 pass
 
         with quiet_fidelity():
-            yield Row(
-                "d", f"merging {name_of(dtype)} {d} x {d}: peak / weight", peak_bytes(cycle, options.device) / weight
-            )
+            peak = peak_bytes(cycle, options.device)
+        yield Row("d", f"peak memory of merging {name_of(dtype)}", f"d={d}", "/ the weight", peak / weight)
 
 
 def e_many_layers(options: Options) -> Iterator[Row]:
@@ -194,18 +201,18 @@ def e_many_layers(options: Options) -> Iterator[Row]:
             size = sum(file.stat().st_size for file in Path(folder).iterdir())
             raw = sum(p.nbytes for p in model.parameters() if p.requires_grad)
         if count == 1000 or count == options.layers[-1]:
-            yield Row("e", f"adapter folder / tensor bytes, {count} layers", size / raw, "", 1.02)
+            yield Row("e", "adapter folder", f"{count} layers", "/ its tensors' bytes", size / raw, "", 1.02)
         # 64 wide, so that all are merged in one way: plain copies of larger ones would exceed their 64 MB
         small = _many_layers(count, 64, options.device)
         inject(small, LoRAConfig(r=8))
         costs.setdefault("merge and unmerge", []).append(_best(lambda m=small: (merge(m), unmerge(m)), 5))
     for what, seconds in costs.items():
         at = options.layers.index(1000) if 1000 in options.layers else -1
-        yield Row(
-            "e", f"{what}, {options.layers[at]} layers", 1e3 * seconds[at], "ms", 500 if what == "inject" else None
-        )
-        yield Row("e", f"{what}: time grows with layers to the power", _power(options.layers, seconds))
-    yield Row("e", "import over lightning's", _import_ms(), "ms", 50)
+        target = 500 if what == "inject" else None
+        yield Row("e", what, f"{options.layers[at]} layers", "ours", 1e3 * seconds[at], "ms", target)
+        sizes = "/".join(map(str, options.layers))
+        yield Row("e", what, f"{sizes} layers", "grows with the power", _power(options.layers, seconds))
+    yield Row("e", "import", "", "over lightning's", _import_ms(), "ms", 50)
 
 
 def _many_layers(count: int, width: int, device: str) -> nn.Module:

@@ -34,7 +34,6 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="compile the models of group a (on CUDA: both)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, help="also write rows and machine there")
-    parser.add_argument("--plot", type=Path, help="also draw the ratios to peft there (matplotlib)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     print(machine := describe(arguments.threads))
@@ -46,8 +45,6 @@ def main() -> None:
     if arguments.json:
         content = {"machine": machine, "rows": [{**vars(row), "verdict": row.verdict} for row in rows]}
         arguments.json.write_text(json.dumps(content, indent=1) + "\n")
-    if arguments.plot:
-        plot(rows, arguments.plot, machine)
 
 
 def options_for(quick: bool, compiled: bool) -> Options:
@@ -75,23 +72,8 @@ def _processor() -> str:
 
 def line(row: Row) -> str:
     goal = "" if row.target is None else f"  (at most {row.target:g}: {row.verdict})"
-    return f"{row.group}  {row.what:<62} {row.value:10.3f} {row.unit:<4}{goal}"
-
-
-def plot(rows: list[Row], path: Path, machine: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    shown = [row for row in rows if row.what.endswith(": / peft")]
-    figure, axes = plt.subplots(figsize=(8, 0.25 * len(shown) + 1.5), layout="constrained")
-    axes.barh([row.what.removesuffix(": / peft") for row in shown], [row.value for row in shown], color="#4477aa")
-    axes.axvline(1.0, color="black", linewidth=1)
-    axes.invert_yaxis()
-    axes.set_xlabel("time / peft's, less is faster")
-    axes.set_title(machine, fontsize=6)
-    figure.savefig(path, dpi=110)
+    what = f"{', '.join(filter(None, (row.what, row.at)))}: {row.figure}"
+    return f"{row.group}  {what:<72} {row.value:10.3f} {row.unit:<4}{goal}"
 
 
 if __name__ == "__main__":
