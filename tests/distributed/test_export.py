@@ -1,79 +1,174 @@
-"""save_merged: equal to merging on one device, in files that are complete or not there, in little memory."""
+"""save_merged: equal to merging on one device, in a folder that is complete or not there, one tensor at a time."""
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from plain import randomise_
+import torch.distributed as dist
+from plain import Zoo, randomise_, zoo_config
 from safetensors.torch import load_file
-from sharded import network
 from test_fsdp import injected, same_bits, shard_
+from test_tensor_parallel import PLAN, block, mesh
 from torch import nn
+from torch.distributed.tensor.parallel import parallelize_module
 from world import world
 
-from lightning_lora import LoRAConfig, LoRAError, exact, inject, is_merged, merge, merged, merged_state_dict, unmerge
-from lightning_lora.export import INDEX, save_merged
+from lightning_lora import (
+    LoRAConfig,
+    LoRAError,
+    exact,
+    export,
+    inject,
+    is_merged,
+    merge,
+    merge_and_unload,
+    merged,
+    save_merged,
+    unmerge,
+)
+from lightning_lora.export import FILE, INDEX
 
 
 def read(folder: Path) -> dict[str, torch.Tensor]:
-    """As transformers reads it: the index says which file holds a name."""
+    """As transformers reads it: one file, or an index that says which file holds a name."""
+    if (folder / FILE).exists():
+        assert [path.name for path in folder.glob("model*")] == [FILE]
+        return load_file(folder / FILE)
     places = json.loads((folder / INDEX).read_text())["weight_map"]
-    found = {name: load_file(folder / file)[name] for name, file in places.items()}
-    assert sorted(path.name for path in folder.iterdir()) == sorted({INDEX, *places.values()})
-    return found
+    assert {path.name for path in folder.glob("model*")} == {INDEX, *places.values()}
+    return {name: load_file(folder / file)[name] for name, file in places.items()}
 
 
-def export(folder: Path, state: str) -> None:
-    net = shard_(injected())
-    net(torch.ones(2, 6))
-    if state == "merged":
-        merge(net)
-    save_merged(net, folder, max_shard_bytes=300)
-    assert is_merged(net) == (state == "merged")
+class Live:
+    """Gathered tensors: how many there were, and the bytes alive at most."""
+
+    def __init__(self, gather: Any) -> None:
+        self.gather = gather
+        self.count = self.now = self.most = 0
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        value = self.gather(tensor)
+        self.count += 1
+        self.change(value.nbytes)
+        self.most = max(self.most, self.now)
+        weakref.finalize(value, self.change, -value.nbytes)
+        return value
+
+    def change(self, size: int) -> None:
+        self.now += size
 
 
-@pytest.mark.parametrize("state", ["merged", "unmerged"])
-def test_a_sharded_model_is_written_as_one_merged_on_one_device(tmp_path, state):
-    world().run(export, tmp_path / "model", state)
-    expected = merged_state_dict(injected())
-    found = read(tmp_path / "model")
-    same_bits({name: found[name] for name in expected}, expected)
-    sizes = [path.stat().st_size for path in (tmp_path / "model").glob("*.safetensors")]
-    assert len(sizes) == 3
-    plain = network()
-    plain.load_state_dict(found)
+def sharded(kind: str) -> nn.Module:
+    if kind == "tensor parallel":
+        return parallelize_module(block(), mesh(), PLAN)
+    return shard_(injected(dtype=getattr(torch, kind)))
+
+
+def on_one_device(kind: str) -> nn.Module:
+    return block() if kind == "tensor parallel" else injected(dtype=getattr(torch, kind))
+
+
+def write(folder: Path, kind: str) -> None:
+    net = sharded(kind)
+    largest = max(parameter.nbytes for parameter in net.parameters())
+    whole = sum(parameter.nbytes for parameter in net.parameters())
+    for state, most in (("unmerged", 150), ("merged", whole)):
+        if state == "merged":
+            merge(net)
+        export.full, gather = Live(export.full), export.full
+        try:
+            save_merged(net, folder / state, max_shard_bytes=most)
+            live = export.full
+        finally:
+            export.full = gather
+        assert live.count == len([name for name in net.state_dict() if "lora_" not in name])
+        assert live.most == largest < whole / 2  # on the writing rank too, whatever the size of its files
+        assert is_merged(net) == (state == "merged")
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "tensor parallel"])
+@pytest.mark.filterwarnings("ignore:lightning_lora. merged 16-bit weights")
+def test_a_sharded_model_is_written_as_one_merged_on_one_device(tmp_path, kind):
+    world().run(write, tmp_path, kind)
+    expected = merge_and_unload(on_one_device(kind))
+    for state in ("unmerged", "merged"):
+        same_bits(read(tmp_path / state), expected.state_dict())
+    assert len(list((tmp_path / "unmerged").glob("*.safetensors"))) > 1
+    assert not list(tmp_path.glob(".*"))  # nothing of the writing is left
+    plain = on_one_device(kind)
+    merge_and_unload(plain).load_state_dict({name: value + 1 for name, value in expected.state_dict().items()})
+    plain.load_state_dict(load_file(tmp_path / "merged" / FILE))
+    same_bits(plain.state_dict(), expected.state_dict())
 
 
 def test_a_model_on_one_device(tmp_path):
-    net = injected()
-    tied = nn.ModuleDict({"net": net, "again": net[0]})
-    save_merged(tied, tmp_path)
-    same_bits(read(tmp_path), merged_state_dict(tied))
+    """Every kind of layer, a shared module under both names, buffers; a folder that holds other things already."""
+    torch.manual_seed(0)
+    zoo = Zoo()
+    inject(zoo, zoo_config())
+    randomise_(zoo)
+    model = nn.ModuleDict({"net": zoo, "again": zoo.conv})
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "mine.bin").write_text("mine")
+    for most in (300, 10**6, 300):
+        save_merged(model, tmp_path, max_shard_bytes=most)
+        found = read(tmp_path)
+    assert (tmp_path / "config.json").read_text() == "{}"
+    assert (tmp_path / "mine.bin").read_text() == "mine"
+    assert not (tmp_path / FILE).exists()
+    same_bits(found, merge_and_unload(model).state_dict())
+    with pytest.raises(LoRAError, match=r"save_merged: ModuleDict .*inject"):
+        save_merged(model, tmp_path)
 
 
-def failing(folder: Path) -> str:
-    net = shard_(injected())
-    with pytest.raises((LoRAError, OSError)) as caught:
-        save_merged(net, folder, max_shard_bytes=300)
-    with torch.no_grad():
-        net[2].lora_B.to_local().fill_(torch.inf)
-    with pytest.raises(LoRAError, match=r"save_merged: '2\.weight'"):
-        save_merged(net, folder.parent / "other")
-    assert not (folder.parent / "other" / INDEX).exists()
-    return f"{type(caught.value).__name__}: {caught.value}"
+def failing(folder: Path) -> list[str]:
+    net, rank, messages = shard_(injected()), dist.get_rank(), []
+
+    def fails(name: str) -> None:
+        with pytest.raises((LoRAError, OSError)) as caught:
+            save_merged(net, folder / name, max_shard_bytes=300)
+        messages.append(f"{type(caught.value).__name__}: {caught.value}")
+
+    fails("file")
+    export._append, append = (full_disk if rank == 0 else export._append), export._append
+    try:
+        fails("there")
+    finally:
+        export._append = append
+    if rank == 1:
+        with torch.no_grad():
+            net[2].lora_B.to_local().fill_(torch.inf)
+    fails("there")
+    fails("new")
+    return messages
 
 
-def test_a_first_rank_that_cannot_write_takes_the_others_along(tmp_path):
-    (tmp_path / "model").write_text("a file where a folder should be")
-    first, second = world().run(failing, tmp_path / "model", timeout=20)
-    assert first.startswith("FileExistsError")
-    assert second.startswith("LoRAError: save_merged: ")
-    assert "on another rank" in second
+def full_disk(path: Path, content: bytes) -> None:
+    if path.exists() and path.name.startswith("model-00002"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    with open(path, "ab") as file:
+        file.write(content)
+
+
+def test_a_rank_that_fails_takes_the_others_along(tmp_path):
+    (tmp_path / "file").write_text("a file where a folder should be")
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / FILE).write_text("an earlier one")
+    first, second = world().run(failing, tmp_path, timeout=20)
+    assert "is a file" in first[0]
+    assert first[1].startswith("OSError: [Errno 28] No space left on device")
+    assert all(message.startswith("LoRAError: save_merged: ") for message in second)
+    assert all("on another rank" in message for message in (*second[:2], *first[2:]))
+    assert all("'2.weight'" in message and "not finite" in message for message in second[2:])
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "there"}
+    assert [path.name for path in (tmp_path / "there").iterdir()] == [FILE]
 
 
 # --- memory ---
