@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import json
 import weakref
@@ -21,17 +20,13 @@ from torch.distributed.tensor.parallel import parallelize_module
 from world import world
 
 from lightning_lora import (
-    LoRAConfig,
     LoRAError,
-    exact,
     export,
     inject,
     is_merged,
     merge,
     merge_and_unload,
-    merged,
     save_merged,
-    unmerge,
 )
 from lightning_lora.export import FILE, INDEX
 
@@ -169,58 +164,3 @@ def test_a_rank_that_fails_takes_the_others_along(tmp_path):
     assert all("'2.weight'" in message and "not finite" in message for message in second[2:])
     assert {path.name for path in tmp_path.iterdir()} == {"file", "there"}
     assert [path.name for path in (tmp_path / "there").iterdir()] == [FILE]
-
-
-# --- memory ---
-
-SIZE, LAYERS = 1024, 16
-
-
-def resident(name: str) -> int:
-    """Bytes of this process, from the kernel: VmRSS now, VmHWM the peak since the last reset."""
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(name))
-
-
-def peak(step: Any) -> int:
-    """How far this process grows at most while a step runs."""
-    ctypes.CDLL(None).malloc_trim(0)  # freed memory would take in what the step needs
-    Path("/proc/self/clear_refs").write_text("5")
-    before = resident("VmRSS")
-    step()
-    return resident("VmHWM") - before
-
-
-def memory(folder: Path) -> dict[str, float]:
-    merge_module_file = __import__("sys").modules["lightning_lora.merge"]
-    net = nn.Sequential(*(nn.Linear(SIZE, SIZE, bias=False) for _ in range(LAYERS)))
-    inject(net, LoRAConfig(r=8))
-    randomise_(net, 0.002)  # about 1 % of the weights' norm
-    shard_(net)
-    shard = sum(layer.weight.to_local().nbytes for layer in net)
-    for _ in range(2):  # the first time pays for buffers of torch
-        with merged(net):
-            pass
-        save_merged(net, folder / "warm", max_shard_bytes=shard // 4)
-    factors = sum(factor.nbytes for layer in net for factor in (layer.lora_A, layer.lora_B))
-    found: dict[str, float] = {"factors": factors, "shard": shard, "largest": net[0].weight.nbytes, "file": shard // 4}
-    for name, budget in (("copies", merge_module_file.COPY_BUDGET), ("values", 0)):
-        merge_module_file.COPY_BUDGET, before = budget, merge_module_file.COPY_BUDGET
-        found[f"merge, {name}"] = peak(lambda: merge(net))
-        merge_module_file.COPY_BUDGET = before
-        found[f"kept, {name}"] = sum(kept.nbytes() for layer in net for kept in layer.lora_kept.values())
-        found[f"unmerge, {name}"] = peak(lambda: unmerge(net))
-    found["export"] = peak(lambda: save_merged(net, folder / "model", max_shard_bytes=shard // 4))
-    return found
-
-
-def test_memory_of_each_rank_while_merging_and_exporting(tmp_path):
-    for rank, found in enumerate(world().run(memory, tmp_path)):
-        print(f"rank {rank}, MB:", {name: round(size / 1e6, 1) for name, size in found.items()})
-        assert found["kept, copies"] == found["shard"]
-        assert found["kept, values"] < 0.1 * found["shard"]
-        scratch = 8 * exact.CPU_BLOCK * 8  # a few blocks in float64
-        assert found["merge, values"] < 0.1 * found["shard"] + found["factors"] + scratch
-        assert found["unmerge, values"] < found["factors"] + scratch
-        writes = found["file"] if rank == 0 else 0
-        assert found["export"] < writes + 6 * found["largest"] < 2 * found["shard"]  # which is the whole model
