@@ -13,9 +13,11 @@ import torch
 import torch.distributed as dist
 from plain import Zoo, randomise_, zoo_config
 from safetensors.torch import load_file
-from test_fsdp import injected, same_bits, shard_
+from test_fsdp import DEVICE, injected, same_bits, shard_
 from test_tensor_parallel import PLAN, block, mesh
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import parallelize_module
 from world import world
 
@@ -60,14 +62,23 @@ class Live:
         self.now += size
 
 
-def sharded(kind: str) -> nn.Module:
-    if kind == "tensor parallel":
-        return parallelize_module(block(), mesh(), PLAN)
-    return shard_(injected(dtype=getattr(torch, kind)))
-
-
 def on_one_device(kind: str) -> nn.Module:
-    return block() if kind == "tensor parallel" else injected(dtype=getattr(torch, kind))
+    if "tensor parallel" in kind:
+        return block()
+    return injected(dtype=torch.bfloat16 if kind == "bfloat16" else torch.float32)
+
+
+def sharded(kind: str) -> nn.Module:
+    net = on_one_device(kind)
+    if kind == "tensor parallel":
+        return parallelize_module(net, mesh(), PLAN)
+    if kind == "tensor parallel and fsdp2":
+        both = init_device_mesh(DEVICE, (2, 2), mesh_dim_names=("dp", "tp"))
+        return fully_shard(parallelize_module(net, both["tp"], PLAN), mesh=both["dp"])
+    return shard_(net, shape=(2, 2) if kind == "two copies" else None)
+
+
+KINDS = {"float32": 2, "bfloat16": 2, "tensor parallel": 2, "two copies": 4, "tensor parallel and fsdp2": 4}
 
 
 def write(folder: Path, kind: str) -> None:
@@ -88,10 +99,10 @@ def write(folder: Path, kind: str) -> None:
         assert is_merged(net) == (state == "merged")
 
 
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "tensor parallel"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.filterwarnings("ignore:lightning_lora. merged 16-bit weights")
 def test_a_sharded_model_is_written_as_one_merged_on_one_device(tmp_path, kind):
-    world().run(write, tmp_path, kind)
+    world(KINDS[kind]).run(write, tmp_path, kind)
     expected = merge_and_unload(on_one_device(kind))
     for state in ("unmerged", "merged"):
         same_bits(read(tmp_path / state), expected.state_dict())
