@@ -12,7 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from plain import Zoo, randomise_, zoo_config
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from sharded import network
 from test_fsdp import DEVICE, injected, same_bits, shard_
 from test_tensor_parallel import PLAN, block, mesh
 from torch import nn
@@ -28,9 +29,12 @@ from lightning_lora import (
     is_merged,
     merge,
     merge_and_unload,
+    merged_state_dict,
+    save_adapter,
     save_merged,
 )
 from lightning_lora.export import FILE, INDEX
+from lightning_lora.merge_command import merge_on_disk
 
 
 def read(folder: Path) -> dict[str, torch.Tensor]:
@@ -132,6 +136,19 @@ def test_a_model_on_one_device(tmp_path):
     same_bits(found, merge_and_unload(model).state_dict())
     with pytest.raises(LoRAError, match=r"save_merged: ModuleDict .*inject"):
         save_merged(model, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_command_and_a_merged_checkpoint_hold_the_same(tmp_path, dtype):
+    net, base = injected(dtype=dtype), network().to(dtype)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text("{}")
+    save_file(base.state_dict(), tmp_path / "base" / FILE)
+    save_adapter(net, tmp_path / "adapter")
+    merge_on_disk(tmp_path / "base", tmp_path / "adapter", tmp_path / "by the command")
+    save_merged(net, tmp_path / "merged")
+    same_bits(read(tmp_path / "merged"), read(tmp_path / "by the command"))
+    same_bits(read(tmp_path / "merged"), merged_state_dict(net))  # which is what the callback saves
 
 
 def failing(folder: Path) -> list[str]:
