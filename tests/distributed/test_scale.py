@@ -20,15 +20,18 @@ from scale import MODELS, NANOSECONDS, Costs, Llama, markdown, size, table, tabl
 from sharded import make_trainer
 from test_fsdp import DEVICE
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 from traffic import Traffic
 from world import world
 
 from lightning_lora import LoRACallback, LoRAConfig, inject, merge, merged, save_merged, unmerge
 from lightning_lora.base import LoRALayer
+from lightning_lora.export import FILE
 
 TINY = Llama("tiny", blocks=2, hidden=64, intermediate=96, keys=16, vocabulary=40)
 RANK = 3
@@ -120,10 +123,26 @@ def measured(path: Path, columns: bool) -> dict[str, int]:
     with Traffic() as sent:
         save_merged(model, path)
     found["received_in_export"] = (ranks - 1) * sum(entry for name, entry in sent.sent if "gather" in name)
+    found["received_in_step_by_ddp"] = 2 * (ranks - 1) * sent_by_ddp() // ranks  # which a ring makes of it
     return found
 
 
+def sent_by_ddp() -> int:
+    """Bytes of gradients that a step all-reduces."""
+    buckets = []
+
+    def count(state, bucket):  # DDP refuses annotations as strings
+        buckets.append(bucket.buffer().nbytes)
+        return allreduce_hook(dist.group.WORLD, bucket)
+
+    model = DistributedDataParallel(network(TINY))
+    model.register_comm_hook(None, count)
+    model(torch.arange(8).view(2, 4)).float().square().mean().backward()
+    return sum(buckets)
+
+
 EXACT = ["base_shard", "adapter_shard", "gathered_block", "received_in_step", "received_in_merge", "received_in_export"]
+EXACT += ["received_in_step_by_ddp"]
 
 
 @pytest.mark.parametrize(("ranks", "columns"), [(2, False), (4, False), (4, True)])
@@ -165,6 +184,9 @@ def test_checkpoint_sizes(tmp_path, save):
     trainer.save_checkpoint(tmp_path / "all.ckpt")
     weights, everything = ((tmp_path / name).stat().st_size for name in ("weights.ckpt", "all.ckpt"))
     expected = paper.adapter_file() + (paper.full_file() if save != "adapter" else 0)
+    if save == "merged":
+        save_merged(trainer.lightning_module, tmp_path / "folder")
+        assert 0 < (tmp_path / "folder" / FILE).stat().st_size - paper.full_file() < 30_000
     names = 400 * (2 * len(LINEAR) * WIDE.blocks + 8 * WIDE.blocks)  # a tensor's name, place and fingerprint
     assert 0 < weights - expected < 30_000 + names
     assert 0 < everything - weights - 2 * paper.adapter_file() < 30_000 + names
