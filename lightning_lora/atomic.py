@@ -93,11 +93,14 @@ def _to_disk(file: Path) -> None:
 
 
 def _put_in_place(folder: Path, target: Path, scratch: Path) -> None:
-    if not target.exists() or not any(target.iterdir()):
+    try:
         os.rename(folder, target)
-    elif not _exchange(folder, target):  # no such call here: two steps, with a moment between them
-        os.rename(target, scratch / "old")
-        os.rename(folder, target)
+    except OSError:  # something is there, perhaps since a moment ago: another rank may write the same
+        if not target.is_dir():
+            raise
+        if not _exchange(folder, target):  # no such call here: two steps, with a moment between them
+            os.rename(target, scratch / "old")
+            os.rename(folder, target)
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -31,8 +31,8 @@ def save_merged(model: nn.Module, path: PathLike, *, max_shard_bytes: int = 5 * 
     """Write merged weights under the base's names, as a folder in the layout of Hugging Face models.
 
     The live weights stay as they are, merged or not. Where the model is sharded every rank calls this: each tensor is
-    merged on its shards, gathered, written by the first rank and dropped. Any other model is written by the process
-    that calls this; under DDP that is to be one.
+    merged on its shards, gathered, written by the first rank and dropped. Any other model is written by each process
+    that calls this; under DDP one is enough.
 
     Args:
         model: an injected model.

@@ -27,6 +27,7 @@ from lightning_lora import (
     export,
     inject,
     is_merged,
+    load_adapter,
     merge,
     merge_and_unload,
     merged_state_dict,
@@ -136,6 +137,27 @@ def test_a_model_on_one_device(tmp_path):
     same_bits(found, merge_and_unload(model).state_dict())
     with pytest.raises(LoRAError, match=r"save_merged: ModuleDict .*inject"):
         save_merged(model, tmp_path)
+
+
+def at_once(folder: Path) -> None:
+    net = injected()
+    for time in range(20):
+        dist.barrier()
+        save_merged(net, folder / "merged" / str(time), max_shard_bytes=300)
+        save_adapter(net, folder / "adapter" / str(time))
+
+
+def test_processes_that_each_write_the_same_do_not_disturb_each_other(tmp_path):
+    """As under DDP, where every rank has the whole model and runs the whole program."""
+    world().run(at_once, tmp_path)
+    net = injected()
+    for kind in ("merged", "adapter"):
+        assert {path.name for path in (tmp_path / kind).iterdir()} == set(map(str, range(20)))
+    for time in range(20):
+        again = network()
+        load_adapter(again, tmp_path / "adapter" / str(time))
+        same_bits(again.state_dict(), net.state_dict())
+        same_bits(read(tmp_path / "merged" / str(time)), merged_state_dict(net))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
