@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from .callback import LoRACallback as LoRACallback
 from .config import LoRAConfig as LoRAConfig
 from .errors import LoRAError as LoRAError
+from .export import save_merged as save_merged
 from .inject import disable_adapter as disable_adapter
 from .inject import inject as inject
 from .inject import merge_and_unload as merge_and_unload

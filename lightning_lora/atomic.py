@@ -9,8 +9,9 @@ import ctypes
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from .errors import LoRAError
@@ -32,12 +33,13 @@ def new_file(path: PathLike) -> Iterator[Path]:
 
 
 @contextmanager
-def new_folder(path: PathLike, *, keep_others: bool = False) -> Iterator[Path]:
+def new_folder(path: PathLike, *, keep_others: bool = False, replaced: Collection[str] = ()) -> Iterator[Path]:
     """An empty folder that takes its place at `path` when the block ends without an error.
 
     Args:
         path: where; a folder that is there already is replaced in one step.
         keep_others: what else is in that folder is in the new one too.
+        replaced: patterns of names of which the new folder holds what is written, and nothing else.
     """
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_dir():
@@ -47,7 +49,7 @@ def new_folder(path: PathLike, *, keep_others: bool = False) -> Iterator[Path]:
         folder.mkdir()
         yield folder
         if keep_others and target.is_dir():
-            _take_along(target, folder)
+            _take_along(target, folder, replaced)
         for file in folder.rglob("*"):
             if file.is_file() and file.stat().st_nlink == 1:
                 _to_disk(file)
@@ -67,10 +69,10 @@ def _scratch_beside(target: Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _take_along(old: Path, new: Path) -> None:
+def _take_along(old: Path, new: Path, replaced: Collection[str]) -> None:
     """Files by a second name rather than a copy, where the file system has that."""
     for entry in old.iterdir():
-        if (new / entry.name).exists():
+        if (new / entry.name).exists() or any(fnmatchcase(entry.name, pattern) for pattern in replaced):
             continue
         if entry.is_dir() and not entry.is_symlink():
             shutil.copytree(entry, new / entry.name, symlinks=True, copy_function=_link)
@@ -91,11 +93,14 @@ def _to_disk(file: Path) -> None:
 
 
 def _put_in_place(folder: Path, target: Path, scratch: Path) -> None:
-    if not target.exists() or not any(target.iterdir()):
+    try:
         os.rename(folder, target)
-    elif not _exchange(folder, target):  # no such call here: two steps, with a moment between them
-        os.rename(target, scratch / "old")
-        os.rename(folder, target)
+    except OSError:  # something is there, perhaps since a moment ago: another rank may write the same
+        if not target.is_dir():
+            raise
+        if not _exchange(folder, target):  # no such call here: two steps, with a moment between them
+            os.rename(target, scratch / "old")
+            os.rename(folder, target)
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -3,61 +3,80 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
+from .atomic import new_folder
 from .base import LoRALayer
 from .errors import LoRAError
 from .files import PathLike
+from .header import NAMES, build_header
 from .injection import is_factor, named_state, require_injection
-from .sharding import Together, full, is_sharded, writes_files
+from .places import as_bytes
+from .sharding import Together, full, writes_files
 from .state import refuse_unmergeable
 
-INDEX = "model.safetensors.index.json"
+FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS = (FILE, "model-*-of-*.safetensors", INDEX)  # of an earlier export into the same folder
+PT = {"format": "pt"}
 Named = Mapping[str, tuple[torch.Tensor, nn.Module]]
 
 
-def save_merged(model: nn.Module, folder: PathLike, *, max_shard_bytes: int = 5 * 10**9) -> None:
-    """Write merged weights under the base's names, in the layout of sharded Hugging Face models.
+def save_merged(model: nn.Module, path: PathLike, *, max_shard_bytes: int = 5 * 10**9) -> None:
+    """Write merged weights under the base's names, as a folder in the layout of Hugging Face models.
 
-    Collective where the model is sharded: tensors are gathered one by one, and the first rank writes a file whenever
-    `max_shard_bytes` are together. The index comes last, so a folder with one is complete.
+    The live weights stay as they are, merged or not. Where the model is sharded every rank calls this: each tensor is
+    merged on its shards, gathered, written by the first rank and dropped. Any other model is written by each process
+    that calls this; under DDP one is enough.
+
+    Args:
+        model: an injected model.
+        path: the folder, which appears when it is complete. In one that is there already the weights are replaced
+            and all else stays.
+        max_shard_bytes: what does not fit into one `model.safetensors` of this size goes into several and an index.
 
     Raises:
-        LoRAError: the model was not injected, a layer cannot be merged, or writing failed, on any rank.
+        LoRAError: the model was not injected, a layer cannot be merged, or another rank failed. Nothing is written.
+        OSError: on the rank whose writing failed.
     """
     require_injection(model, "save_merged")
     refuse_unmergeable(model)
     state = _base_tensors(model)
     files = _plan(state, max_shard_bytes)
-    target = Path(folder)
-    writing = writes_files(model)
+    writes = writes_files(model)
     together = Together(tensor for tensor, _ in state.values())
-    together.attempt(f"save_merged: {target}", (lambda: _prepare(target)) if writing else None)
-    for file, names in files.items():
-        tensors = {}
-        for name in names:
-            value = _merged(name, *state[name], together)
-            if writing:
-                tensors[name] = value
-            del value
-        together.attempt(f"save_merged: {file}", _writer(target / file, tensors) if writing else None)
+
+    def step(what: object, action: Callable[[], object]) -> None:
+        """The first rank alone acts, and all know at once whether it could."""
+        together.attempt(f"save_merged: {what}", action if writes else None)
         together.settle()
-    index = _index(files, state)
-    together.attempt(f"save_merged: {INDEX}", (lambda: _replace_text(target / INDEX, index)) if writing else None)
-    together.settle()
+
+    with ExitStack() as moves_on_leaving:
+        opening = new_folder(path, keep_others=True, replaced=WEIGHTS)
+        folder: list[Path] = []
+        step(path, lambda: folder.append(moves_on_leaving.enter_context(opening)))
+        here = folder[0] if writes else Path()
+        for file, names in files.items():
+            header = build_header([(name, state[name][0].dtype, tuple(state[name][0].shape)) for name in names], PT)
+            step(file, partial(_append, here / file, header))
+            for name in names:  # nothing here holds a tensor while the next one is gathered
+                step(repr(name), partial(_append_tensor, here / file, _merged(name, *state[name], together)))
+        if len(files) > 1:
+            step(INDEX, partial((here / INDEX).write_text, _index(files, state), encoding="utf-8"))
+        step(path, moves_on_leaving.close)
 
 
 def _base_tensors(model: nn.Module) -> dict[str, tuple[torch.Tensor, nn.Module]]:
     tensors = {}
     for name, tensor, module in named_state(model):
-        if tensor is None:
-            raise LoRAError(f"save_merged: {name!r} is no tensor, so safetensors cannot hold it; save a checkpoint.")
+        if tensor is None or tensor.dtype not in NAMES:
+            found = "no tensor" if tensor is None else f"of {tensor.dtype}"
+            raise LoRAError(f"save_merged: {name!r} is {found}, so safetensors cannot hold it; save a checkpoint.")
         if not is_factor(name, module):
             tensors[name] = (tensor, module)
     return tensors
@@ -73,11 +92,15 @@ def _plan(state: Named, most: int) -> dict[str, list[str]]:
             room = most
         groups[-1].append(name)
         room -= tensor.nbytes
+    for group in groups:
+        group.sort(key=lambda name: -state[name][0].dtype.itemsize)  # wide ones first, so that all are aligned
+    if len(groups) == 1:
+        return {FILE: groups[0]}
     return {f"model-{i:05}-of-{len(groups):05}.safetensors": names for i, names in enumerate(groups, 1)}
 
 
 def _merged(name: str, tensor: torch.Tensor, module: nn.Module, together: Together) -> torch.Tensor:
-    """A whole tensor on the CPU, in memory of its own, the adapter merged into it."""
+    """A whole tensor on the CPU, the adapter merged into it. Collective where it is sharded."""
     leaf = name.rpartition(".")[2]
     values = [tensor.detach()]
     if isinstance(module, LoRALayer) and leaf in module.adapted_weights() and leaf not in module.lora_kept:
@@ -88,33 +111,19 @@ def _merged(name: str, tensor: torch.Tensor, module: nn.Module, together: Togeth
             values[0] = module.merged_copies(weights, {leaf: pieces[leaf]})[leaf]
 
         together.attempt(f"save_merged: {name!r}", merge)
-    gathered = full(values.pop()).cpu()
-    shared = not is_sharded(tensor) and gathered.data_ptr() == tensor.data_ptr()
-    return gathered.clone() if shared else gathered.contiguous()
+    return full(values.pop()).cpu()
 
 
-def _prepare(folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / INDEX).unlink(missing_ok=True)
+def _append(path: Path, content: bytes | memoryview) -> None:
+    with open(path, "ab") as file:
+        file.write(content)
 
 
-def _writer(path: Path, tensors: dict[str, torch.Tensor]) -> Callable[[], None]:
-    def write() -> None:
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        save_file(tensors, temporary, metadata={"format": "pt"})
-        os.replace(temporary, path)
-        tensors.clear()
-
-    return write
+def _append_tensor(path: Path, tensor: torch.Tensor) -> None:
+    _append(path, as_bytes(tensor))
 
 
 def _index(files: Mapping[str, list[str]], state: Named) -> str:
     total = sum(tensor.nbytes for tensor, _ in state.values())
     places = {name: file for file, names in files.items() for name in names}
     return json.dumps({"metadata": {"total_size": total}, "weight_map": places}, indent=2, sort_keys=True) + "\n"
-
-
-def _replace_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    os.replace(temporary, path)

@@ -146,7 +146,7 @@ def refuse_fully_sharded(model: nn.Module, verb: str) -> None:
         raise LoRAError(
             f"{verb}: {type(model).__name__} was sharded by fully_shard, which goes on to manage the adapter's "
             "parameters and cannot give them up. merge(model) runs at the base's speed; for plain weights, save a "
-            "merged checkpoint or call lightning_lora.export.save_merged."
+            "merged checkpoint or call save_merged(model, path)."
         )
 
 
@@ -161,7 +161,7 @@ class Together:
         self.names: list[str] = []
         self.failed: tuple[int, Exception] | None = None
 
-    def attempt(self, name: str, step: Callable[[], None] | None) -> None:
+    def attempt(self, name: str, step: Callable[[], object] | None) -> None:
         """Take a step without collectives, unless an earlier one failed; None where it is for other ranks."""
         self.names.append(name)
         if step is not None and self.failed is None:

@@ -12,6 +12,7 @@ import itertools
 import re
 import runpy
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -47,6 +48,13 @@ def is_set_up(command: str) -> bool:
     return command.startswith("pip install")
 
 
+PROGRAMS = {  # commands that print what follows them
+    block.code: following.code
+    for block, following in itertools.pairwise(BLOCKS)
+    if block.language == "bash" and not is_set_up(block.code) and following.language == "text"
+}
+
+
 def run_python(block: Block, namespace: dict[str, object]) -> str:
     # The line numbers of an error are the README's.
     code = compile("\n" * block.line + block.code, "README.md", "exec")
@@ -79,12 +87,24 @@ def test_commands_run_on_the_files_that_are_shown(tmp_path, monkeypatch):
     for block in BLOCKS:
         if block.file:
             Path(block.file).write_text(block.code)
-        elif block.language == "bash" and not is_set_up(block.code):
+        elif block.language == "bash" and not is_set_up(block.code) and block.code not in PROGRAMS:
             before = set(tmp_path.rglob("*.ckpt"))
             run_bash(block.code, monkeypatch)
             (path,) = set(tmp_path.rglob("*.ckpt")) - before
             kinds.append(torch.load(path, weights_only=True)["lora"]["kind"])
     assert kinds == ["merged", "adapter"]
+
+
+@pytest.mark.parametrize("command", PROGRAMS)
+def test_programs_print_what_is_shown(tmp_path, command):
+    """In processes of their own, as many as they start."""
+    for block in BLOCKS:
+        if block.file:
+            (tmp_path / block.file).write_text(block.code)
+    python, *arguments = shlex.split(command)
+    assert python == "python"
+    run = subprocess.run([sys.executable, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert run.stdout == PROGRAMS[command], run.stderr
 
 
 def test_no_block_is_of_a_kind_that_nothing_runs():

@@ -33,6 +33,7 @@ PUBLIC = {
     "adapter_state_dict",
     "merged_state_dict",
     "save_adapter",
+    "save_merged",
     "load_adapter",
     "load_from_checkpoint",
     "LoRAError",

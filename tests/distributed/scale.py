@@ -1,6 +1,6 @@
 """What LoRA under FSDP2 costs each rank, on paper; test_scale.py holds every formula against a small measurement.
 
-`python tests/distributed/scale.py` prints the table for the README.
+`python tests/distributed/scale.py` prints the README's tables.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from math import ceil
 
 Shape = tuple[int, int]
+NANOSECONDS = 4.0  # a bfloat16 weight on one core, of 4096 x 4096, r = 16
+RANKS = (8, 64, 512)
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,10 @@ class Costs:
         """The factors, gathered layer by layer."""
         return (self.ranks - 1) * 4 * self.model.blocks * shard(self.factors(), self.ranks)
 
+    def received_in_export(self) -> int:
+        """Every tensor of the base, gathered one by one, and the factors."""
+        return (self.ranks - 1) * self.base_shard() + self.received_in_merge()
+
     def kept_while_merged(self) -> float:
         """By layer: a plain copy of the shard where that is no larger than A, else own factors and kept values."""
         total = 0.0
@@ -123,6 +129,11 @@ class Costs:
             copy, a, b = self.wide * rows * into, 4 * self.r * into, 4 * rows * self.r
             total += copy if copy <= a else a + b + self.kept_share * copy
         return self.model.blocks * total
+
+    def export_adds(self) -> float:
+        """At most, while exporting: the largest tensor as it arrives and put together, and its shard merged."""
+        shapes = [*self.model.linear(), *self.model.rest()]
+        return max(self.wide * ceil(rows / self.ranks) * cols * (2 * self.ranks + 1) for rows, cols in shapes)
 
     def merged_weights(self) -> int:
         """How many weights each rank merges."""
@@ -145,34 +156,47 @@ def amount(count: float) -> str:
     return f"{count / 1e6:.3g} MB"
 
 
+def seconds(count: float) -> str:
+    """Two digits."""
+    return f"{count:.2g} s" if count < 100 else f"{count:.0f} s"
+
+
 def table(nanoseconds: float) -> str:
-    """Markdown; `nanoseconds` a weight is what merging takes on one core."""
-    lines = [
-        "| model | ranks | base, adapter with AdamW, gathered block | received a step (A by columns; DDP) | received "
-        "to merge | kept while merged | merge, one core | adapter file | base file |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    """Markdown, for each rank, A by columns: `nanoseconds` are what one core or device takes to merge a weight."""
+    heads = ["model", "ranks", "base", "adapter, gradients, moments", "gathered block", "a step receives (A by rows)"]
+    heads += ["to merge, receives (A by rows)", "takes", "keeps", "to export, adds", "a step of `ddp` receives"]
+    lines = [heads, ["---"] * len(heads)]
     for model in MODELS:
-        for ranks in (8, 64, 512):
-            rows, cols = Costs(model, ranks), Costs(model, ranks, columns=True)
-            memory = ", ".join(map(amount, (cols.base_shard(), cols.adapter_shard(), cols.gathered_block())))
-            step = f"{amount(rows.received_in_step())} ({amount(cols.received_in_step())}; "
-            step += f"{amount(rows.received_in_step_by_ddp())})"
-            cells = [
-                model.name,
-                str(ranks),
-                memory,
-                step,
-                amount(cols.received_in_merge()),
-                amount(cols.kept_while_merged()),
-                f"{cols.merged_weights() * nanoseconds * 1e-9:.2g} s",
-                amount(cols.adapter_file()),
-                amount(cols.full_file()),
-            ]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        for ranks in RANKS:
+            rows, costs = Costs(model, ranks), Costs(model, ranks, columns=True)
+            cells = [model.name, str(ranks)]
+            cells += map(amount, (costs.base_shard(), costs.adapter_shard(), costs.gathered_block()))
+            cells += [f"{amount(costs.received_in_step())} ({amount(rows.received_in_step())})"]
+            cells += [f"{amount(costs.received_in_merge())} ({amount(rows.received_in_merge())})"]
+            cells += [seconds(costs.merged_weights() * nanoseconds * 1e-9)]
+            cells += map(amount, (costs.kept_while_merged(), costs.export_adds(), costs.received_in_step_by_ddp()))
+            lines.append(cells)
+    return markdown(lines)
+
+
+def table_of_files() -> str:
+    """Markdown: what does not depend on the number of ranks."""
+    heads = ["model", "parameters", "of the adapter", "adapter file", "with AdamW's moments", "merged file"]
+    lines = [heads, ["---"] * len(heads)]
+    for model in MODELS:
+        costs = Costs(model, 1)
+        counts = [f"{model.parameters():,}", f"{costs.adapter_file() // 4:,}"]
+        files = [costs.adapter_file(), 3 * costs.adapter_file(), costs.full_file()]
+        lines.append([model.name, *counts, *map(amount, files)])
+    return markdown(lines)
+
+
+def markdown(lines: list[list[str]]) -> str:
+    """A table."""
+    return (
+        "\n".join("| " + " | ".join(line) + " |" for line in lines).replace("| --- ", "|---").replace("--- |", "---|")
+    )
 
 
 if __name__ == "__main__":
-    print({model.name: f"{model.parameters():,}" for model in MODELS})
-    print(table(nanoseconds=3.6))  # one core, bfloat16, 4096 x 4096, r = 16
+    print(table_of_files(), table(NANOSECONDS), sep="\n\n")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -100,38 +98,3 @@ def test_a_step_sends_the_gradients_of_the_adapters(tmp_path, adapted):
     for sent, expected in world().run(counted, tmp_path, adapted):
         print("bytes a step:", sent)
         assert sent == expected
-
-
-LAUNCHED = """
-import sys, torch
-sys.path[:0] = {path!r}
-import torch.distributed as dist
-from lightning.pytorch import Callback
-class Leave(Callback):
-    "Ends gloo's threads: now and then they abort a rank that exits without (torch's, with or without an adapter)."
-    def teardown(self, trainer, pl_module, stage):
-        dist.barrier()
-        dist.destroy_process_group()
-if __name__ == "__main__":
-    import world; world.quiet()
-    from sharded import TARGETS, Plain, loader, make_trainer, whole_state
-    from lightning_lora import LoRACallback, LoRAConfig, inject
-    for start in ("fork", "spawn"):
-        torch.manual_seed(0)
-        model = Plain()
-        inject(model, LoRAConfig(r=2, target_modules=TARGETS))
-        trainer = make_trainer({out!r}, LoRACallback(), Leave(), devices=2, strategy=f"ddp_{{start}}")
-        trainer._accelerator_connector.use_distributed_sampler = True
-        trainer.fit(model, loader(), loader(seed=6))
-        torch.save(whole_state(model), f"{out}/{{start}}.pt")
-"""
-
-
-def test_spawned_launchers_bring_the_adapters_back(tmp_path, alone):
-    program = tmp_path / "launched.py"
-    program.write_text(LAUNCHED.format(path=sys.path, out=str(tmp_path)))
-    subprocess.run([sys.executable, program], check=True, timeout=120)
-    fork, spawn = (torch.load(tmp_path / f"{start}.pt") for start in ("fork", "spawn"))
-    same_bits(fork, spawn)
-    same_bits(base_of(fork), base_of(alone[1]))
-    assert fork["net.0.lora_B"].any()

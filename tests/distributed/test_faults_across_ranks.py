@@ -46,7 +46,11 @@ def trainer(path: Path, kind: str, *callbacks: Any) -> Any:
     checkpoint = ModelCheckpoint(path, filename="{epoch}", save_top_k=-1)
     options = {"enable_checkpointing": True, "max_epochs": EPOCHS}
     if kind == "ddp":
-        options |= {"devices": dist.get_world_size(), "strategy": DDPStrategy(process_group_backend=BACKEND)}
+        size = dist.get_world_size()
+        # DDP reorders its buckets after a first step, also of a resumed run: four summands then round differently.
+        # With this option it does not.
+        ordered = {"find_unused_parameters": size > 2}
+        options |= {"devices": size, "strategy": DDPStrategy(process_group_backend=BACKEND, **ordered)}
         return make_trainer(path, lora(), checkpoint, *callbacks, **options)
     return model_parallel(path, lora(), checkpoint, *callbacks, **options)
 
@@ -60,18 +64,20 @@ def run(path: Path, kind: str, dies: bool, source: Path | None = None) -> Any:
     return whole_state(model), optimizer_state(fitting)
 
 
+@pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_a_killed_process(tmp_path, kind):
+def test_a_killed_process(tmp_path, kind, size):
     start = time.monotonic()
-    ended = World(2).run_broken(run, tmp_path / "killed", kind, True, timeout=30)
+    ended = World(size).run_broken(run, tmp_path / "killed", kind, True, timeout=30)
     print(f"{kind}: all ended within {time.monotonic() - start:.1f} s, the start of the world included")
-    assert list(ended) == [0]
-    assert "RuntimeError" in ended[0]
-    assert "Connection" in ended[0]
-    uninterrupted = world().run(run, tmp_path / "whole", kind, False)[0]
+    assert sorted(ended) == [rank for rank in range(size) if rank != 1]
+    for error in ended.values():
+        assert "RuntimeError" in error
+        assert "Connection" in error
+    uninterrupted = world(size).run(run, tmp_path / "whole", kind, False)[0]
     last = tmp_path / "killed" / f"epoch={DIES_IN - 1}.ckpt"
     assert not (tmp_path / "killed" / f"epoch={DIES_IN}.ckpt").exists()
-    for found in world().run(run, tmp_path / "killed", kind, False, last):
+    for found in world(size).run(run, tmp_path / "killed", kind, False, last):
         same_run(found, uninterrupted)
 
 
@@ -96,5 +102,5 @@ def failing_save(path: Path, kind: str) -> None:
 def test_a_first_rank_that_cannot_save(tmp_path, kind):
     ended = World(2, collective_timeout=3).run_broken(failing_save, tmp_path, kind, timeout=30)
     assert "No space left on device" in ended[0]
-    # Alone in a barrier, until the time is up; torch's distributed checkpoints tell every rank the reason.
-    assert "imed out" in ended[1] if kind == "ddp" else "No space left on device" in ended[1]
+    # Alone in a barrier until the first rank has ended; torch's distributed checkpoints tell every rank the reason.
+    assert "Connection closed" in ended[1] if kind == "ddp" else "No space left on device" in ended[1]

@@ -203,30 +203,34 @@ def test_layers_sharded_before_injection_are_refused(tmp_path):
 
 
 class Watched(Sharded):
-    options = {"reshard_after_forward": False}  # noqa: RUF012
+    options = {"reshard_after_forward": False}  # noqa: RUF012  (weights stay gathered after a forward)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.seen = (is_merged(self), torch.is_inference_mode_enabled())
+        self.seen.add(is_merged(self))
         super().validation_step(batch, batch_idx)
 
-    def test_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+    def test_step(self, batch: Any, batch_idx: int) -> None:
         self.validation_step(batch, batch_idx)
-
-    def on_validation_epoch_end(self) -> None:
-        pass
 
 
 def stages(path: Path) -> None:
     model = Watched()
     before = base_of(whole_state(model))
     callback = lora(init_lora_weights=False)
-    train, evaluate = data()
     for stage in ("validate", "fit", "test", "fit"):
-        trainer = model_parallel(path, callback, inference_mode=stage == "validate")
-        getattr(trainer, stage)(model.train(), train if stage == "fit" else evaluate)
-        assert model.seen[0] if stage != "fit" else True
+        model.seen = set()
+        trainer = model_parallel(path, callback)
+        if stage == "fit":
+            trainer.fit(model.train(), *data())
+        else:
+            getattr(trainer, stage)(model, data()[1], verbose=False)
+        assert model.seen == {True}
         assert not is_merged(model)
         same_bits(base_of(whole_state(model)), before)
+
+
+def test_every_stage_evaluates_merged_and_leaves_the_base(tmp_path):
+    world().run(stages, tmp_path)
 
 
 # --- views, files, refusals ---

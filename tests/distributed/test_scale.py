@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import sys
 import time
 import warnings
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -13,19 +16,22 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from plain import randomise_
-from scale import MODELS, Costs, Llama, size, table
+from scale import MODELS, NANOSECONDS, Costs, Llama, markdown, size, table, table_of_files
 from sharded import make_trainer
 from test_fsdp import DEVICE
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 from traffic import Traffic
 from world import world
 
-from lightning_lora import LoRACallback, LoRAConfig, inject, merge, unmerge
+from lightning_lora import LoRACallback, LoRAConfig, inject, merge, merged, save_merged, unmerge
 from lightning_lora.base import LoRALayer
+from lightning_lora.export import FILE
 
 TINY = Llama("tiny", blocks=2, hidden=64, intermediate=96, keys=16, vocabulary=40)
 RANK = 3
@@ -65,8 +71,8 @@ class Network(nn.Module):
 def network(sizes: Llama) -> Network:
     torch.manual_seed(0)
     model = Network(sizes).bfloat16()
-    inject(model, LoRAConfig(r=RANK, target_modules=LINEAR))
-    randomise_(model, 0.015)  # about 1 % of the weights' norm
+    inject(model, LoRAConfig(r=RANK, lora_alpha=RANK, target_modules=LINEAR))
+    randomise_(model, (0.01 / (3 * sizes.hidden * RANK) ** 0.5) ** 0.5)  # about 1 % of the weights' norm
     warnings.filterwarnings("ignore", "lightning_lora: merged 16-bit weights")  # what that costs is known
     return model
 
@@ -84,7 +90,7 @@ def stored(tensor: Any) -> int:
     return int(tensor.to_local().untyped_storage().nbytes())
 
 
-def measured(columns: bool) -> dict[str, int]:
+def measured(path: Path, columns: bool) -> dict[str, int]:
     sys.modules["lightning_lora.merge"].COPY_BUDGET = 0  # as in a model for which it is nothing
     model, ranks = network(TINY), dist.get_world_size()
     shard_(model, columns)
@@ -114,16 +120,35 @@ def measured(columns: bool) -> dict[str, int]:
     own = sum(piece.left.nbytes + piece.right.nbytes for one in kept for piece in one.pieces)
     found["kept_while_merged"] = own + sum(one.nbytes() for one in kept)
     unmerge(model)
+    with Traffic() as sent:
+        save_merged(model, path)
+    found["received_in_export"] = (ranks - 1) * sum(entry for name, entry in sent.sent if "gather" in name)
+    found["received_in_step_by_ddp"] = 2 * (ranks - 1) * sent_by_ddp() // ranks  # which a ring makes of it
     return found
 
 
-EXACT = ["base_shard", "adapter_shard", "gathered_block", "received_in_step", "received_in_merge"]
+def sent_by_ddp() -> int:
+    """Bytes of gradients that a step all-reduces."""
+    buckets = []
+
+    def count(state, bucket):  # DDP refuses annotations as strings
+        buckets.append(bucket.buffer().nbytes)
+        return allreduce_hook(dist.group.WORLD, bucket)
+
+    model = DistributedDataParallel(network(TINY))
+    model.register_comm_hook(None, count)
+    model(torch.arange(8).view(2, 4)).float().square().mean().backward()
+    return sum(buckets)
+
+
+EXACT = ["base_shard", "adapter_shard", "gathered_block", "received_in_step", "received_in_merge", "received_in_export"]
+EXACT += ["received_in_step_by_ddp"]
 
 
 @pytest.mark.parametrize(("ranks", "columns"), [(2, False), (4, False), (4, True)])
-def test_memory_and_traffic(ranks, columns):
+def test_memory_and_traffic(tmp_path, ranks, columns):
     paper = Costs(TINY, ranks, r=RANK, columns=columns)
-    found = world(ranks).run(measured, columns)
+    found = world(ranks).run(measured, tmp_path, columns)
     print({name: (value, round(getattr(paper, name)())) for name, value in found[0].items()})
     for name in EXACT:  # the first rank's shards are the largest
         assert found[0][name] == getattr(paper, name)(), name
@@ -159,6 +184,9 @@ def test_checkpoint_sizes(tmp_path, save):
     trainer.save_checkpoint(tmp_path / "all.ckpt")
     weights, everything = ((tmp_path / name).stat().st_size for name in ("weights.ckpt", "all.ckpt"))
     expected = paper.adapter_file() + (paper.full_file() if save != "adapter" else 0)
+    if save == "merged":
+        save_merged(trainer.lightning_module, tmp_path / "folder")
+        assert 0 < (tmp_path / "folder" / FILE).stat().st_size - paper.full_file() < 30_000
     names = 400 * (2 * len(LINEAR) * WIDE.blocks + 8 * WIDE.blocks)  # a tensor's name, place and fingerprint
     assert 0 < weights - expected < 30_000 + names
     assert 0 < everything - weights - 2 * paper.adapter_file() < 30_000 + names
@@ -184,8 +212,99 @@ def test_merge_time_is_linear_in_a_ranks_weights():
     assert 0.6 < many / few < 1.4
 
 
-def test_the_table():
+# --- peaks, as the kernel counts them ---
+
+LARGE = Llama("large", blocks=4, hidden=1024, intermediate=2816, keys=256, vocabulary=4096)
+
+
+def resident(name: str) -> int:
+    """Bytes of this process, from the kernel: VmRSS now, VmHWM the peak since the last reset."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(name))
+
+
+def peak(step: Any) -> int:
+    """How far this process grows at most while a step runs."""
+    ctypes.CDLL(None).malloc_trim(0)  # freed memory would take in what the step needs
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    step()
+    return resident("VmHWM") - before
+
+
+def peaks(path: Path) -> dict[str, int]:
+    module = sys.modules["lightning_lora.merge"]
+    budget, module.COPY_BUDGET = module.COPY_BUDGET, 0  # as in a model for which it is nothing
+    model = network(LARGE)
+    shard_(model, False)
+    for _ in range(2):  # the first time pays for buffers of torch
+        with merged(model):
+            pass
+        save_merged(model, path)
+    found = {"shard": sum(stored(p) for name, p in model.named_parameters() if "lora_" not in name)}
+    found["merge"] = peak(lambda: merge(model))
+    kept = [kept for layer in model.modules() if isinstance(layer, LoRALayer) for kept in layer.lora_kept.values()]
+    found["kept"] = sum(one.nbytes() + sum(p.left.nbytes + p.right.nbytes for p in one.pieces) for one in kept)
+    found["unmerge"] = peak(lambda: unmerge(model))
+    found["export"] = peak(lambda: save_merged(model, path))
+    module.COPY_BUDGET = budget
+    return found
+
+
+def test_peak_memory(tmp_path):
+    """The README's figures are those of one run; here they are bounds, because the allocator rounds as it likes."""
+    slack = 8 * 2**20
+    paper = Costs(LARGE, 2, r=RANK)
+    found = world().run(peaks, tmp_path)
+    worst = {name: max(rank[name] for rank in found) for name in found[0]}
+    lines = [[what, f"{worst[name] / 1e6:.0f} MB"] for name, what in PEAKS.items()]
+    print(found)
+    if os.environ.get("WRITE_TABLE"):
+        write("memory", markdown([["", "each rank"], ["---", "---"], *lines]))
+    shown = dict(line.strip("| ").split(" | ") for line in section("memory").splitlines()[2:])
+    for name, what in PEAKS.items():
+        assert worst[name] <= 1e6 * float(shown[what].removesuffix(" MB")) + slack, what
+    assert worst["shard"] == paper.base_shard()
+    assert worst["export"] <= paper.export_adds() + slack < worst["shard"]  # far from the whole model
+    assert worst["merge"] <= paper.kept_while_merged() + 2 * slack
+
+
+PEAKS = {
+    "shard": "holds of the base",
+    "merge": "grows while it merges, at most",
+    "kept": "of this, keeps until it is unmerged",
+    "unmerge": "grows while it unmerges, at most",
+    "export": "grows while `save_merged` runs, at most",
+}
+
+
+# --- the tables in the README ---
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+def around(name: str) -> tuple[str, str, str]:
+    """The README before, inside and after a marked part."""
+    before, rest = README.read_text().split(f"<!-- {name}: written by tests/distributed/test_scale.py -->\n")
+    inside, after = rest.split(f"<!-- end of {name} -->")
+    return before, inside.strip(), after
+
+
+def section(name: str) -> str:
+    return around(name)[1]
+
+
+def write(name: str, text: str) -> None:
+    """Put text into the marked part: with WRITE_TABLE=1 in the environment."""
+    before, _, after = around(name)
+    begin, end = f"<!-- {name}: written by tests/distributed/test_scale.py -->\n", f"<!-- end of {name} -->"
+    README.write_text(f"{before}{begin}\n{text}\n\n{end}{after}")
+
+
+def test_the_tables():
     assert [model.parameters() for model in MODELS] == [8_030_261_248, 70_553_706_496, 405_853_388_800]  # as published
-    lines = table(1.0).splitlines()
-    assert len(lines) == 2 + 3 * 3
     assert size([(2, 3), (4, 5)]) == 26
+    text = table_of_files() + "\n\n" + table(NANOSECONDS)
+    if os.environ.get("WRITE_TABLE"):
+        write("scale", text)
+    assert section("scale") == text

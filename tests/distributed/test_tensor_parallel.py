@@ -31,6 +31,7 @@ from lightning_lora import (
     disable_adapter,
     inject,
     is_merged,
+    load_adapter,
     merge,
     merge_and_unload,
     merged,
@@ -286,3 +287,7 @@ def test_a_lightning_run(tmp_path, size, whole):
         for name, value in expected.items():
             torch.testing.assert_close(state[name], value, rtol=1e-3, atol=1e-5)
         same_bits(base_of(state), base_of(expected))
+    if whole:  # and on to one device
+        again = Plain()
+        load_adapter(again, tmp_path / "3.ckpt")
+        same_bits(whole_state(again), state)

@@ -53,26 +53,29 @@ class World:
         return self._collect(time.monotonic() + timeout)
 
     def run_broken(self, function: Callable[..., Any], *args: Any, timeout: float) -> dict[int, str]:
-        """function(*args) where ranks die or raise: each survivor's traceback. This world ends with it."""
-        self._send(function, args)
+        """function(*args) where ranks die or raise: each survivor's traceback. This world ends with it.
+
+        A rank that raised ends, as a program does: those that wait for it learn of it that way.
+        """
+        self._send(function, args, stays=False)
         deadline = time.monotonic() + timeout
         ended: dict[int, str] = {}
-        while time.monotonic() < deadline:
-            waiting = [rank for rank in range(self.size) if rank not in ended and self.processes[rank].is_alive()]
-            if not waiting:
-                break
-            with contextlib.suppress(queue.Empty):
-                rank, failure, _ = self.outbox.get(timeout=0.2)
-                ended[rank] = failure
+        alive = True
+        while alive and time.monotonic() < deadline:
+            alive = any(self.processes[rank].is_alive() for rank in range(self.size) if rank not in ended)
+            with contextlib.suppress(queue.Empty):  # also what the last one said before it ended
+                while len(ended) < self.size:
+                    rank, failure, _ = self.outbox.get(timeout=0.2)
+                    ended[rank] = failure
         self.stop()
         return ended
 
-    def _send(self, function: Callable[..., Any], args: Any) -> None:
+    def _send(self, function: Callable[..., Any], args: Any, stays: bool = True) -> None:
         if not self.processes:
             self.start()
             self._collect(time.monotonic() + 120)
         for inbox in self.inboxes:
-            inbox.put((function, args))
+            inbox.put((function, args, stays))
 
     def _collect(self, deadline: float) -> list[Any]:
         results: dict[int, Any] = {}
@@ -134,13 +137,17 @@ def _serve(rank: int, size: int, port: int, collective_timeout: float, inbox: An
     if BACKEND == "nccl":
         torch.cuda.set_device(rank)
     outbox.put((rank, "", None))
-    while True:
-        function, args = inbox.get()
+    stays = True
+    while stays:
+        function, args, stays = inbox.get()
         try:
             torch.manual_seed(0)
             outbox.put((rank, "", function(*args)))
         except BaseException:
             outbox.put((rank, traceback.format_exc(), None))
+    outbox.close()
+    outbox.join_thread()  # what it holds is on its way
+    os._exit(0)  # gloo's threads abort now and then in an orderly exit
 
 
 def quiet() -> None:

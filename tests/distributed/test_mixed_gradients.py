@@ -1,0 +1,65 @@
+"""Trained and frozen parameters side by side: adapters, their layers' biases, a layer trained whole, frozen weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from sharded import Plain, RootSharded, Sharded, loader, make_trainer, model_parallel, whole_state
+from test_fsdp import same_bits
+from test_fsdp_life import data
+from world import BACKEND, world
+
+from lightning_lora import LoRACallback, disable_adapter
+
+FROZEN = ["net.0.weight", "net.2.weight"]
+TRAINED = {"net.0.bias", "net.2.bias", "net.4.weight", "net.4.bias"}
+FACTORS = {f"net.{layer}.lora_{leaf}" for layer in (0, 2) for leaf in "AB"}
+
+
+def lora() -> LoRACallback:
+    return LoRACallback(r=2, target_modules=["0", "2"], modules_to_save=["4"], bias="lora_only")
+
+
+def trainer(path: Path, kind: type[Plain], epochs: int) -> Any:
+    if kind is Plain:
+        strategy = DDPStrategy(process_group_backend=BACKEND)
+        return make_trainer(path, lora(), devices=2, strategy=strategy, max_epochs=epochs)
+    return model_parallel(path, lora(), whole=True, max_epochs=epochs)
+
+
+def fit(path: Path, kind: type[Plain]) -> tuple[list[float], dict[str, torch.Tensor]]:
+    model, again = kind(), kind()
+    initial = whole_state(model)
+    trainer(path, kind, 3).fit(model, *data())
+    state = whole_state(model)
+    with disable_adapter(model):
+        same_bits({name: value for name, value in whole_state(model).items() if name in initial}, initial)
+    torch.manual_seed(0)  # the same A
+    first = trainer(path, kind, 2)
+    first.fit(again, *data())
+    first.save_checkpoint(path / "2.ckpt")
+    again = kind()
+    trainer(path, kind, 3).fit(again, *data(), ckpt_path=path / "2.ckpt")
+    same_bits(whole_state(again), state)
+    return model.losses, state
+
+
+@pytest.mark.parametrize("kind", [Sharded, RootSharded, Plain], ids=["fsdp2", "fsdp2, root only", "ddp"])
+def test_what_is_trained_and_what_is_frozen(tmp_path, kind):
+    alone = Plain()
+    initial = whole_state(alone)
+    make_trainer(tmp_path, lora()).fit(alone, loader(), loader(seed=6))
+    expected = whole_state(alone)
+    for losses, state in world().run(fit, tmp_path, kind):
+        assert losses == pytest.approx(alone.losses, rel=1e-5)
+        assert state.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-6)
+        same_bits({name: state[name] for name in FROZEN}, {name: initial[name] for name in FROZEN})
+        assert all(not torch.equal(state[name], initial[name]) for name in TRAINED)
+    saved = torch.load(tmp_path / "2.ckpt", weights_only=True)["state_dict"]
+    assert saved.keys() == TRAINED | FACTORS
