@@ -236,7 +236,9 @@ class LoRACallback(pl.Callback):
             self._verifying, self._verified = (watching, watching.__enter__()), True
 
     def _unmerge(self, pl_module: pl.LightningModule) -> None:
-        self._stop_watching()
+        if self._verifying is not None:  # the batch was broken off, perhaps on this rank alone: nothing is gathered
+            (watching, _), self._verifying = self._verifying, None
+            watching.__exit__(GeneratorExit, GeneratorExit(), None)
         if pl_module in self._merged:
             self._merged.discard(pl_module)
             if is_merged(pl_module):
@@ -256,21 +258,16 @@ class LoRACallback(pl.Callback):
         for layer in self._kept_in_eval.get(pl_module, ()):
             layer.lora_dropping = dropping
 
-    def _stop_watching(self) -> Verification | None:
+    def _report(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._verifying is None:
-            return None
+            return
         (watching, found), self._verifying = self._verifying, None
         watching.__exit__(None, None, None)
-        return found
-
-    def _report(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        found = self._stop_watching()
-        if found is None:
-            return
         errors = {f"lora_merge_error_{name}": value for name, value in found.error.compute().items()}
         if not trainer.predicting:  # Lightning logs nothing there
             values = {name: value.float() for name, value in errors.items()}  # reduced, so that sync_dist keeps them
             pl_module.log_dict(values, on_step=False, on_epoch=True, sync_dist=True)
         rank_zero_info(f"LoRA: verified, {', '.join(f'{name} {value:.3g}' for name, value in errors.items())}")
-        if found.problems():
-            rank_zero_warn(f"LoRACallback: {found.problems()}. Is the forward another than the one you adapted?")
+        problems = found.problems()
+        if problems:
+            rank_zero_warn(f"LoRACallback: {problems}. Is the forward another than the one you adapted?")
