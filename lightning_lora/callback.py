@@ -15,15 +15,24 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
 from .base import LoRALayer
-from .checkpoint import Kind, check_kind, save_as
-from .compositions import refuse_composition, refuse_other_options, refuse_unoptimized, warn_of_frozen
+from .checkpoint import save_as
+from .compositions import (
+    launches,
+    refuse_composition,
+    refuse_other_options,
+    refuse_unoptimized,
+    warn_of_frozen,
+    warn_of_part,
+)
 from .config import ALL_LINEAR, Bias, Init, LoRAConfig
 from .errors import LoRAError
 from .inject import begin_injection, random_seed
 from .injection import find_injection, note_materialised, note_trainable
 from .late import BUILDERS, adapt_after
+from .launchers import send_home
 from .merge import adapted_layers, is_merged, merge, unmerge
 from .reentrant import let_gradients_in_
+from .saving import Kind, check_kind
 from .state import fingerprint, refuse_unmergeable, summary
 from .strategy import prepare_strategy
 from .verify import Verification, watch
@@ -108,6 +117,7 @@ class LoRACallback(pl.Callback):
             begin_injection(pl_module, self.config, seed=trainer.strategy.broadcast(random_seed()))
         else:
             refuse_other_options(found[2], self.config)
+            warn_of_part(trainer, found[0])
         adapt_after(pl_module, *(name for name in BUILDERS if is_overridden(name, pl_module)))
         save_as(pl_module, self.save)
         self._verified = False
@@ -217,6 +227,14 @@ class LoRACallback(pl.Callback):
         """As in testing."""
         self._unmerge(pl_module)
 
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """The main process of a launcher sees no setup; elsewhere the module's own hook is patched already."""
+        found = find_injection(pl_module)
+        if found is not None and found[2].save is None:
+            save_as(pl_module, self.save)
+
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Neither the epoch's end nor teardown is called after an exception or Ctrl-C."""
         self._leave(pl_module)
@@ -224,6 +242,8 @@ class LoRACallback(pl.Callback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """The last chance to leave the model as it was found."""
         self._leave(pl_module)
+        if stage == "fit" and launches(trainer) and find_injection(pl_module) is not None:
+            send_home(pl_module)
 
     # --- helpers ---
 
