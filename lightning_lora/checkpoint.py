@@ -20,6 +20,10 @@ from .injection import call_previous, find_injection, named_state, patch, requir
 from .saving import FORMAT_VERSION, META, Kind, write_as
 from .wrappers import canonical
 
+# Where WeightAveraging keeps the weights beside the averaged ones. It goes back to them whenever it has an average, even
+# for a test of the best checkpoint, whose metric is that of the averaged weights.
+CURRENT = "current_model_state"
+
 
 def save_as(module: nn.Module, kind: Kind) -> None:
     """From now on, checkpoints of this LightningModule are of that kind, and those of every kind load."""
@@ -106,4 +110,11 @@ def _on_load_checkpoint(
 ) -> None:
     if find_injection(module) is not None:
         read(module, checkpoint)
+        if META in checkpoint and CURRENT in checkpoint and not _is_fitting(module):
+            checkpoint[CURRENT] = checkpoint["state_dict"]
     call_previous(module, previous, "on_load_checkpoint", checkpoint)
+
+
+def _is_fitting(module: nn.Module) -> bool:
+    trainer = getattr(module, "_trainer", None)
+    return trainer is None or trainer.state.fn == "fit"
