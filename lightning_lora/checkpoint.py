@@ -20,8 +20,8 @@ from .injection import call_previous, find_injection, named_state, patch, requir
 from .saving import FORMAT_VERSION, META, Kind, write_as
 from .wrappers import canonical
 
-# Where WeightAveraging keeps the weights beside the averaged ones. It goes back to them whenever it has an average, even
-# for a test of the best checkpoint, whose metric is that of the averaged weights.
+# Where WeightAveraging keeps the weights beside the averaged ones. Having an average, it goes back to them, even for a
+# test of the best checkpoint, whose metric is that of the averaged weights.
 CURRENT = "current_model_state"
 
 
