@@ -75,7 +75,7 @@ def test_training_with_a_gradient_scaler(dtype: torch.dtype) -> None:
     results = []
     for mixed in (True, False):
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+        model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
         inject(model, LoRAConfig(r=2, init_lora_weights=False))
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=5e4)
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16, enabled=mixed)
