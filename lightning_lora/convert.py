@@ -12,12 +12,12 @@ import torch
 from .adapter import Adapter, spelled_out
 from .atomic import new_file
 from .base import B
-from .checkpoint import FORMAT_VERSION, META
 from .config import LoRAConfig
 from .description import description_of
 from .errors import LoRAError
 from .files import PathLike
 from .peft_format import write_folder
+from .saving import FORMAT_VERSION, META
 from .transfer import read_adapter
 
 
