@@ -23,6 +23,7 @@ from .description import describe, described
 from .errors import LoRAError
 from .fit import check_fit, note_trained, placed_on, with_frozen
 from .injection import call_previous, find_injection, named_state, patch, require_injection
+from .one_storage import in_one_storage
 from .sharding import has_sharded, whole
 from .state import adapter_keys, adapter_state_dict, base_keys, fold
 from .wrappers import canonical
@@ -57,10 +58,9 @@ def write(module: nn.Module, checkpoint: MutableMapping[str, Any], kind: Kind) -
     meta: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "kind": kind,
-        **describe(module),
+        **describe(module, trained=set(keys) if kind == "full" else ()),
     }
     if kind == "full":
-        meta["fingerprint"] = {name: known for name, known in meta["fingerprint"].items() if name not in set(keys)}
         meta["initial"] = whole(injection.initial)
     else:
         shapes = {name: tensor.shape for name, tensor, _ in named_state(module) if tensor is not None}
@@ -69,8 +69,11 @@ def write(module: nn.Module, checkpoint: MutableMapping[str, Any], kind: Kind) -
             checkpoint[key] = _without(checkpoint[key], drop)
     if kind == "merged":
         sharded = has_sharded(module)
-        meta["adapter"] = whole(adapter_state_dict(module)) if sharded else {name: state[name] for name in keys}
+        adapter = whole(adapter_state_dict(module)) if sharded else {name: state[name] for name in keys}
+        meta["adapter"] = in_one_storage(adapter)
         checkpoint["state_dict"] = state if sharded else fold(module, state)
+    elif kind == "adapter" and not has_sharded(module):
+        checkpoint["state_dict"] = in_one_storage(checkpoint["state_dict"])
     checkpoint[META] = meta
 
 
@@ -145,11 +148,9 @@ def adapter_of(checkpoint: Mapping[str, Any]) -> tuple[Adapter, Kind]:
         )
     kind: Kind = meta["kind"]
     tensors = meta.get("adapter") if kind == "merged" else checkpoint.get("state_dict")
-    base = meta.get("fingerprint") if kind == "full" else ()
-    if not isinstance(tensors, Mapping) or not isinstance(base, (Mapping, tuple)):
-        raise LoRAError('checkpoint["lora"] is damaged: the tensors or the fingerprint are missing.')
-    adapter = described({n: value for n, value in tensors.items() if n not in base}, meta, 'checkpoint["lora"]')
-    return adapter, kind
+    if not isinstance(tensors, Mapping):
+        raise LoRAError('checkpoint["lora"] is damaged: the tensors are missing.')
+    return described(tensors, meta, 'checkpoint["lora"]', with_base=kind == "full"), kind
 
 
 def _check_full(module: nn.Module, state: Mapping[str, Any]) -> None:
