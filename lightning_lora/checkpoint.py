@@ -89,11 +89,9 @@ def adapter_of(checkpoint: Mapping[str, Any]) -> tuple[Adapter, Kind]:
         )
     kind: Kind = meta["kind"]
     tensors = meta.get("adapter") if kind == "merged" else checkpoint.get("state_dict")
-    base = meta.get("fingerprint") if kind == "full" else ()
-    if not isinstance(tensors, Mapping) or not isinstance(base, (Mapping, tuple)):
-        raise LoRAError('checkpoint["lora"] is damaged: the tensors or the fingerprint are missing.')
-    adapter = described({n: value for n, value in tensors.items() if n not in base}, meta, 'checkpoint["lora"]')
-    return adapter, kind
+    if not isinstance(tensors, Mapping):
+        raise LoRAError('checkpoint["lora"] is damaged: the tensors are missing.')
+    return described(tensors, meta, 'checkpoint["lora"]', with_base=kind == "full"), kind
 
 
 def _check_full(module: nn.Module, state: Mapping[str, Any]) -> None:

@@ -19,6 +19,7 @@ from torch import nn
 from .description import describe
 from .errors import LoRAError
 from .injection import call_previous, find_injection, named_state, patch, require_injection
+from .one_storage import in_one_storage
 from .sharding import has_sharded, whole
 from .state import adapter_keys, adapter_state_dict, base_keys, fold
 from .wrappers import canonical
@@ -52,10 +53,9 @@ def write(module: nn.Module, checkpoint: MutableMapping[str, Any], kind: Kind) -
     meta: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "kind": kind,
-        **describe(module),
+        **describe(module, trained=set(keys) if kind == "full" else ()),
     }
     if kind == "full":
-        meta["fingerprint"] = {name: known for name, known in meta["fingerprint"].items() if name not in set(keys)}
         meta["initial"] = whole(injection.initial)
     else:
         shapes = {name: tensor.shape for name, tensor, _ in named_state(module) if tensor is not None}
@@ -64,8 +64,11 @@ def write(module: nn.Module, checkpoint: MutableMapping[str, Any], kind: Kind) -
             checkpoint[key] = _without(checkpoint[key], drop)
     if kind == "merged":
         sharded = has_sharded(module)
-        meta["adapter"] = whole(adapter_state_dict(module)) if sharded else {name: state[name] for name in keys}
+        adapter = whole(adapter_state_dict(module)) if sharded else {name: state[name] for name in keys}
+        meta["adapter"] = in_one_storage(adapter)
         checkpoint["state_dict"] = state if sharded else fold(module, state)
+    elif kind == "adapter" and not has_sharded(module):
+        checkpoint["state_dict"] = in_one_storage(checkpoint["state_dict"])
     checkpoint[META] = meta
 
 
