@@ -212,6 +212,20 @@ def test_tuner(tmp_path, method: str):
     compare(tmp_path, run, always=False)
 
 
+def test_a_finder_tries_the_model_unmerged_and_leaves_it_adapted(tmp_path):
+    """Lightning takes the callbacks out meanwhile."""
+    model = Watched()
+    base = base_weights(model)
+    trainer = make_trainer(tmp_path, lora())
+    Tuner(trainer).scale_batch_size(model, datamodule=SizedData(), max_trials=2, method="validate", steps_per_trial=1)
+    assert {(stage, merged) for stage, merged, _ in model.seen} == {("validation", False)}
+    assert_as_found(model, base)
+    assert not any(p.requires_grad for name, p in model.named_parameters() if name in base)
+    model.seen.clear()
+    trainer.validate(model, Data(), verbose=False)
+    assert {(stage, merged) for stage, merged, _ in model.seen} == {("validation", True)}
+
+
 class LongData(Data):
     def __init__(self) -> None:
         super().__init__(batches=5)
