@@ -15,15 +15,24 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
 from .base import LoRALayer
-from .checkpoint import Kind, check_kind, save_as
-from .compositions import refuse_composition, refuse_other_options, refuse_unoptimized, warn_of_frozen
+from .checkpoint import save_as
+from .compositions import (
+    launches,
+    refuse_composition,
+    refuse_other_options,
+    refuse_unoptimized,
+    warn_of_frozen,
+    warn_of_part,
+)
 from .config import ALL_LINEAR, Bias, Init, LoRAConfig
 from .errors import LoRAError
 from .inject import begin_injection, random_seed
 from .injection import find_injection, note_materialised, note_trainable
 from .late import BUILDERS, adapt_after
+from .launchers import send_home
 from .merge import adapted_layers, is_merged, merge, unmerge
 from .reentrant import let_gradients_in_
+from .saving import Kind, check_kind
 from .state import fingerprint, refuse_unmergeable, summary
 from .strategy import prepare_strategy
 from .verify import Verification, watch
@@ -108,6 +117,7 @@ class LoRACallback(pl.Callback):
             begin_injection(pl_module, self.config, seed=trainer.strategy.broadcast(random_seed()))
         else:
             refuse_other_options(found[2], self.config)
+            warn_of_part(trainer, found[0])
         adapt_after(pl_module, *(name for name in BUILDERS if is_overridden(name, pl_module)))
         save_as(pl_module, self.save)
         self._verified = False
@@ -217,6 +227,14 @@ class LoRACallback(pl.Callback):
         """As in testing."""
         self._unmerge(pl_module)
 
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """The main process of a launcher sees no setup; elsewhere the module's own hook is patched already."""
+        found = find_injection(pl_module)
+        if found is not None and found[2].save is None:
+            save_as(pl_module, self.save)
+
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Neither the epoch's end nor teardown is called after an exception or Ctrl-C."""
         self._leave(pl_module)
@@ -224,6 +242,8 @@ class LoRACallback(pl.Callback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """The last chance to leave the model as it was found."""
         self._leave(pl_module)
+        if stage == "fit" and launches(trainer) and find_injection(pl_module) is not None:
+            send_home(pl_module)
 
     # --- helpers ---
 
@@ -236,7 +256,9 @@ class LoRACallback(pl.Callback):
             self._verifying, self._verified = (watching, watching.__enter__()), True
 
     def _unmerge(self, pl_module: pl.LightningModule) -> None:
-        self._stop_watching()
+        if self._verifying is not None:  # the batch was broken off, perhaps on this rank alone: nothing is gathered
+            (watching, _), self._verifying = self._verifying, None
+            watching.__exit__(GeneratorExit, GeneratorExit(), None)
         if pl_module in self._merged:
             self._merged.discard(pl_module)
             if is_merged(pl_module):
@@ -256,21 +278,16 @@ class LoRACallback(pl.Callback):
         for layer in self._kept_in_eval.get(pl_module, ()):
             layer.lora_dropping = dropping
 
-    def _stop_watching(self) -> Verification | None:
+    def _report(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._verifying is None:
-            return None
+            return
         (watching, found), self._verifying = self._verifying, None
         watching.__exit__(None, None, None)
-        return found
-
-    def _report(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        found = self._stop_watching()
-        if found is None:
-            return
         errors = {f"lora_merge_error_{name}": value for name, value in found.error.compute().items()}
         if not trainer.predicting:  # Lightning logs nothing there
             values = {name: value.float() for name, value in errors.items()}  # reduced, so that sync_dist keeps them
             pl_module.log_dict(values, on_step=False, on_epoch=True, sync_dist=True)
         rank_zero_info(f"LoRA: verified, {', '.join(f'{name} {value:.3g}' for name, value in errors.items())}")
-        if found.problems():
-            rank_zero_warn(f"LoRACallback: {found.problems()}. Is the forward another than the one you adapted?")
+        problems = found.problems()
+        if problems:
+            rank_zero_warn(f"LoRACallback: {problems}. Is the forward another than the one you adapted?")

@@ -1,90 +1,34 @@
-"""What goes into a Lightning checkpoint and how it comes back, for the kinds adapter, merged and full.
+"""How a Lightning checkpoint of any kind (see saving.py) comes back.
 
-    adapter  state_dict holds what training changes, and no base tensor
-    merged   state_dict holds plain merged weights; checkpoint["lora"]["adapter"] what training changes
-    full     state_dict holds base and adapter
-
-checkpoint["lora"] describes the adapter in each kind. Lightning calls the module's on_save_checkpoint last, also with
-save_weights_only=True, and its on_load_checkpoint before the strict load; a callback's hooks come too early, too
-late or not at all. So the instance's two methods are patched.
+Lightning calls the module's on_load_checkpoint before the strict load, and a callback's after it. So the instance's
+method is patched.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableMapping, Set
 from dataclasses import replace
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
-import torch
 from torch import nn
 
 from .adapter import Adapter
-from .description import describe, described
+from .description import described
 from .errors import LoRAError
 from .fit import check_fit, note_trained, placed_on, with_frozen
 from .injection import call_previous, find_injection, named_state, patch, require_injection
-from .sharding import has_sharded, whole
-from .state import adapter_keys, adapter_state_dict, base_keys, fold
+from .saving import FORMAT_VERSION, META, Kind, write_as
 from .wrappers import canonical
 
-META = "lora"
-FORMAT_VERSION = 1
-Kind = Literal["adapter", "merged", "full"]
-
-
-def check_kind(kind: object) -> None:
-    """Raise where `kind` is no kind of checkpoint."""
-    if kind not in get_args(Kind):
-        raise LoRAError(f"save must be one of {', '.join(get_args(Kind))}, but it is {kind!r}.")
+# Where WeightAveraging keeps the weights beside the averaged ones. Having an average, it goes back to them, even for a
+# test of the best checkpoint, whose metric is that of the averaged weights.
+CURRENT = "current_model_state"
 
 
 def save_as(module: nn.Module, kind: Kind) -> None:
-    """From now on, checkpoints of this LightningModule are of that kind."""
-    check_kind(kind)
-    require_injection(module, "save_as")[2].save = kind
-    patch(module, "on_save_checkpoint", _on_save_checkpoint)
+    """From now on, checkpoints of this LightningModule are of that kind, and those of every kind load."""
+    write_as(module, kind)
     patch(module, "on_load_checkpoint", _on_load_checkpoint)
-
-
-def write(module: nn.Module, checkpoint: MutableMapping[str, Any], kind: Kind) -> None:
-    """Turn a checkpoint with a complete state_dict into one of the given kind.
-
-    Of a sharded model, the strategy has chosen and gathered what the state_dict holds, see strategy.py. Collective.
-    """
-    _, _, injection = require_injection(module, "checkpoint")
-    state = checkpoint["state_dict"] = {canonical(name): value for name, value in checkpoint["state_dict"].items()}
-    keys = adapter_keys(module)
-    meta: dict[str, Any] = {
-        "format_version": FORMAT_VERSION,
-        "kind": kind,
-        **describe(module),
-    }
-    if kind == "full":
-        meta["fingerprint"] = {name: known for name, known in meta["fingerprint"].items() if name not in set(keys)}
-        meta["initial"] = whole(injection.initial)
-    else:
-        shapes = {name: tensor.shape for name, tensor, _ in named_state(module) if tensor is not None}
-        drop = {name: shapes[name] for name in base_keys(module) if name not in set(keys) and name in shapes}
-        for key in list(checkpoint):
-            checkpoint[key] = _without(checkpoint[key], drop)
-    if kind == "merged":
-        sharded = has_sharded(module)
-        meta["adapter"] = whole(adapter_state_dict(module)) if sharded else {name: state[name] for name in keys}
-        checkpoint["state_dict"] = state if sharded else fold(module, state)
-    checkpoint[META] = meta
-
-
-def _without(value: Any, drop: Mapping[str, torch.Size]) -> Any:
-    """A nested mapping without the tensors of those names and shapes, at any depth (weight averaging adds copies)."""
-    if not isinstance(value, Mapping):
-        return value
-    kept = {
-        name: _without(item, drop)
-        for name, item in value.items()
-        if not (isinstance(item, torch.Tensor) and drop.get(canonical(str(name))) == item.shape)
-    }
-    same = len(kept) == len(value) and all(kept[name] is value[name] for name in kept)
-    return value if same else kept
 
 
 def read(module: nn.Module, checkpoint: MutableMapping[str, Any]) -> None:
@@ -145,11 +89,9 @@ def adapter_of(checkpoint: Mapping[str, Any]) -> tuple[Adapter, Kind]:
         )
     kind: Kind = meta["kind"]
     tensors = meta.get("adapter") if kind == "merged" else checkpoint.get("state_dict")
-    base = meta.get("fingerprint") if kind == "full" else ()
-    if not isinstance(tensors, Mapping) or not isinstance(base, (Mapping, tuple)):
-        raise LoRAError('checkpoint["lora"] is damaged: the tensors or the fingerprint are missing.')
-    adapter = described({n: value for n, value in tensors.items() if n not in base}, meta, 'checkpoint["lora"]')
-    return adapter, kind
+    if not isinstance(tensors, Mapping):
+        raise LoRAError('checkpoint["lora"] is damaged: the tensors are missing.')
+    return described(tensors, meta, 'checkpoint["lora"]', with_base=kind == "full"), kind
 
 
 def _check_full(module: nn.Module, state: Mapping[str, Any]) -> None:
@@ -161,18 +103,16 @@ def _check_full(module: nn.Module, state: Mapping[str, Any]) -> None:
         )
 
 
-def _on_save_checkpoint(
-    module: nn.Module, previous: Callable[..., Any] | None, checkpoint: MutableMapping[str, Any]
-) -> None:
-    call_previous(module, previous, "on_save_checkpoint", checkpoint)
-    found = find_injection(module)
-    if found is not None and found[2].save is not None:
-        write(module, checkpoint, found[2].save)
-
-
 def _on_load_checkpoint(
     module: nn.Module, previous: Callable[..., Any] | None, checkpoint: MutableMapping[str, Any]
 ) -> None:
     if find_injection(module) is not None:
         read(module, checkpoint)
+        if META in checkpoint and CURRENT in checkpoint and not _is_fitting(module):
+            checkpoint[CURRENT] = checkpoint["state_dict"]
     call_previous(module, previous, "on_load_checkpoint", checkpoint)
+
+
+def _is_fitting(module: nn.Module) -> bool:
+    trainer = getattr(module, "_trainer", None)
+    return trainer is None or trainer.state.fn == "fit"

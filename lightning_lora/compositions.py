@@ -34,12 +34,17 @@ def refuse_composition(trainer: Any, callback: Any, *, injected: bool) -> None:
     """
     for other in trainer.callbacks:
         _refuse_beside(trainer, callback, other)
-    if trainer.state.fn == "fit" and not injected and _is_a(trainer.strategy.launcher, "_MultiProcessingLauncher"):
+    if trainer.state.fn == "fit" and not injected and launches(trainer):
         raise LoRAError(
             f"LoRACallback: {type(trainer.strategy).__name__} starts processes from this one and brings back weights "
             "only, so the main process needs the adapters too. Call inject(model, LoRAConfig(...)) before fit, or use "
             "strategy='ddp'."
         )
+
+
+def launches(trainer: Any) -> bool:
+    """Whether the fit runs in processes that a main process started, which brings back nothing but a state dict."""
+    return _is_a(trainer.strategy.launcher, "_MultiProcessingLauncher")
 
 
 def _refuse_beside(trainer: Any, callback: Any, other: Any) -> None:
@@ -75,6 +80,17 @@ def refuse_other_options(injection: Injection, config: LoRAConfig) -> None:
                 f"LoRACallback: {option} is {ours!r}, but the model was injected with {theirs!r}; use the same, "
                 "give no adapter option, or unload(model) first."
             )
+
+
+def warn_of_part(trainer: Any, name: str) -> None:
+    """Say what the main process cannot know where a part of the LightningModule was injected."""
+    if trainer.state.fn == "fit" and launches(trainer) and name:
+        warnings.warn(
+            f"lightning_lora: inject was called on {name!r}, and {type(trainer.strategy).__name__} starts processes: "
+            "after the fit, save_checkpoint(..., weights_only=True) in the main process would save the base too. Call "
+            "inject on the LightningModule.",
+            stacklevel=2,
+        )
 
 
 def warn_of_frozen(module: nn.Module) -> None:

@@ -118,8 +118,9 @@ class LoRAConfig:
         return cls(**options)
 
     def differing(self, other: LoRAConfig) -> list[str]:
-        """Names of the options in which the two configs differ."""
-        return [field.name for field in fields(self) if getattr(self, field.name) != getattr(other, field.name)]
+        """Names of the options in which the two configs differ; the order of a list of names means nothing."""
+        names = [field.name for field in fields(self)]
+        return [n for n in names if _unordered(getattr(self, n)) != _unordered(getattr(other, n))]
 
     def _normalise(self) -> None:
         """Own, immutable copies of what the caller may go on to change; an empty collection means None."""
@@ -152,6 +153,10 @@ class LoRAConfig:
 def pattern_matches(pattern: str, name: str) -> bool:
     """PEFT's rule for the keys of rank_pattern and alpha_pattern: the regular expression ends a dotted suffix."""
     return re.match(rf"(.*\.)?({pattern})$", name) is not None
+
+
+def _unordered(value: Any) -> Any:
+    return frozenset(value) if isinstance(value, tuple) else value
 
 
 def _plain(value: Any) -> Any:

@@ -12,12 +12,13 @@ import torch
 from .adapter import Adapter, spelled_out
 from .atomic import new_file
 from .base import B
-from .checkpoint import FORMAT_VERSION, META
 from .config import LoRAConfig
 from .description import description_of
 from .errors import LoRAError
 from .files import PathLike
+from .one_storage import in_one_storage
 from .peft_format import write_folder
+from .saving import FORMAT_VERSION, META
 from .transfer import read_adapter
 
 
@@ -85,13 +86,9 @@ def to_lightning(source: PathLike, target: PathLike, lora_alpha: float | None = 
         "epoch": 0,
         "global_step": 0,
         "pytorch-lightning_version": version("lightning"),
-        "state_dict": {name: _own(value) for name, value in adapter.tensors.items()},
+        "state_dict": in_one_storage(adapter.tensors),
         META: {"format_version": FORMAT_VERSION, "kind": "adapter", **description_of(adapter)},
     }
     with new_file(target) as file:
         torch.save(checkpoint, file)
     return adapter
-
-
-def _own(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, torch.Tensor) else value

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
 from .adapter import Adapter
@@ -16,27 +15,29 @@ from .config import LoRAConfig
 from .errors import LoRAError
 from .factors import check_factors
 from .injection import named_state, require_injection
-from .kinds import KINDS, kinds_of
+from .kinds import kinds_of
 from .merge import adapted_layers
 from .sharding import whole
+from .short import read_layers, read_prints, shorten_layers, shorten_prints, text
 from .state import adapter_keys, adapter_state_dict, fingerprint
 from .wrappers import canonical
 
 LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric")
 
 
-def describe(model: nn.Module) -> dict[str, Any]:
-    """The description of an injected model's adapter."""
+def describe(model: nn.Module, *, trained: Container[str] = ()) -> dict[str, Any]:
+    """The description of an injected model's adapter; `trained` names are left out of the fingerprint."""
     injection = require_injection(model, "describe")[2]
     kinds = {layer: kind for kind, layer in zip(kinds_of(model).values(), adapted_layers(model).values(), strict=True)}
     # State dicts hold a layer that is registered under two names under both.
     every = ((canonical(name), module) for name, module in model.named_modules(remove_duplicate=False))
     layers = {name: module for name, module in every if isinstance(module, LoRALayer)}
+    scalings = {name: layer.lora_scaling for name, layer in layers.items()}
+    prints = {name: entry for name, entry in _base_fingerprint(model).items() if name not in trained}
     return {
         "config": injection.config.to_dict(),
-        "scalings": {name: layer.lora_scaling for name, layer in layers.items()},
-        "kinds": {name: kinds[layer] for name, layer in layers.items()},
-        "fingerprint": _base_fingerprint(model),
+        "layers": shorten_layers(scalings, {name: kinds[layer] for name, layer in layers.items()}),
+        "fingerprint": shorten_prints(prints),
         "network": network_prefix(model),
         "origin": _origin(model),
     }
@@ -46,9 +47,8 @@ def description_of(adapter: Adapter) -> dict[str, Any]:
     """The description of an adapter apart from its model."""
     return {
         "config": (adapter.config or LoRAConfig()).to_dict(),
-        "scalings": dict(adapter.scalings),
-        "kinds": dict(adapter.kinds),
-        "fingerprint": dict(adapter.fingerprint),
+        "layers": shorten_layers(adapter.scalings, adapter.kinds),
+        "fingerprint": shorten_prints(adapter.fingerprint),
         "network": adapter.network,
         "origin": dict(adapter.origin),
         "complete": adapter.complete,
@@ -56,7 +56,9 @@ def description_of(adapter: Adapter) -> dict[str, Any]:
     }
 
 
-def described(tensors: Mapping[str, Any], description: Any, where: str, *, check: bool = True) -> Adapter:
+def described(
+    tensors: Mapping[str, Any], description: Any, where: str, *, check: bool = True, with_base: bool = False
+) -> Adapter:
     """The inverse of describe and description_of.
 
     Args:
@@ -64,28 +66,30 @@ def described(tensors: Mapping[str, Any], description: Any, where: str, *, check
         description: plain types, from a file.
         where: for messages.
         check: compare the factors with the options, see check_factors.
+        with_base: there are frozen tensors among them, which the fingerprint names.
 
     Raises:
         LoRAError: the description is not of that form, or it and the tensors disagree.
     """
     try:
+        scalings, kinds = read_layers(description["layers"])
+        prints = read_prints(description["fingerprint"])
         adapter = Adapter(
-            tensors=dict(tensors),
+            tensors={name: value for name, value in tensors.items() if not (with_base and name in prints)},
             config=LoRAConfig.from_dict(description["config"]),
-            scalings={str(name): float(s) for name, s in description["scalings"].items()},
-            fingerprint=_checked_prints(description["fingerprint"]),
+            scalings=scalings,
+            fingerprint=prints,
             complete=description.get("complete", True) is True,
-            kinds={str(name): _checked_kind(kind) for name, kind in description["kinds"].items()},
-            network=_text(description["network"]),
-            origin={_text(name): _text(value) for name, value in description["origin"].items()},
+            kinds=kinds,
+            network=text(description["network"]),
+            origin={text(name): text(value) for name, value in description["origin"].items()},
             fan_in_fan_out=description.get("fan_in_fan_out") is True,
         )
     except LoRAError:
         raise
     except (LookupError, TypeError, AttributeError, ValueError, OverflowError, RecursionError, re.error) as error:
         raise LoRAError(f"{where}: the adapter's description is damaged: {error!r}.") from error
-    layers = set(adapter.layers())
-    odd = sorted(set(adapter.scalings) ^ layers | set(adapter.kinds) - layers)
+    odd = sorted(set(adapter.scalings) ^ set(adapter.layers()))
     if odd:
         raise LoRAError(f"{where}: {odd[0]!r} is missing in the tensors or in their description; it was cut.")
     if check:
@@ -144,35 +148,3 @@ def _origin(model: nn.Module) -> dict[str, str]:
     network = model.get_submodule(network_prefix(model).removesuffix("."))
     name = getattr(network, "name_or_path", None)
     return {"base_model_name_or_path": name} if isinstance(name, str) and name else {}
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"expected text, found {value!r}")
-    return value
-
-
-def _checked_kind(kind: Any) -> str:
-    if kind not in KINDS:
-        raise ValueError(f"unknown kind of layer {kind!r}")
-    return str(kind)
-
-
-def _checked_prints(prints: Mapping[str, Any]) -> dict[str, Any]:
-    return {_text(name): _checked_print(entry) for name, entry in prints.items()}
-
-
-def _checked_print(entry: Mapping[str, Any]) -> dict[str, Any]:
-    if not isinstance(getattr(torch, _text(entry["dtype"]), None), torch.dtype):
-        raise ValueError(f"unknown dtype {entry['dtype']!r}")
-    shape = [size for size in _items(entry["shape"]) if type(size) is int and size >= 0]
-    values = [float(value) for value in _items(entry["values"]) if not isinstance(value, str)]
-    if len(shape) != len(entry["shape"]) or len(values) != len(entry["values"]):
-        raise TypeError(f"not a fingerprint: {entry!r}")
-    return {"shape": shape, "dtype": entry["dtype"], "values": values}
-
-
-def _items(value: Any) -> Iterable[Any]:
-    if not isinstance(value, (list, tuple)):
-        raise TypeError(f"expected a list, found {value!r}")
-    return value

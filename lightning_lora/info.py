@@ -11,12 +11,12 @@ import torch
 
 from .adapter import Adapter
 from .base import A, B
-from .checkpoint import META
 from .errors import LoRAError
 from .files import PathLike, read_torch_file
 from .norms import delta_norm, difference_norm
 from .peft_format import CONFIG_FILE
 from .places import Place, read_rows
+from .saving import META
 from .transfer import read_adapter
 from .weights import Weights, open_weights
 

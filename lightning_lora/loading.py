@@ -14,6 +14,7 @@ from torch import nn
 
 from .base import LoRALayer
 from .injection import ATTRIBUTE, is_factor, named_state, note_loaded
+from .launchers import ENTRY, take_up
 from .state import adapter_keys
 from .wrappers import CHECKPOINTED, canonical
 
@@ -42,6 +43,8 @@ def _fill_in(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: 
     """The injected model judges, or the part of it on which load_state_dict is called; parts further down do not."""
     if ATTRIBUTE not in vars(module) and canonical(prefix.rstrip(".")):
         return
+    if prefix + ENTRY in state_dict and ATTRIBUTE in vars(module):
+        take_up(module, state_dict.pop(prefix + ENTRY))
     state = {_as_seen_here(name): (tensor, owner) for name, tensor, owner in named_state(module, raw=True)}
     for name in state:  # names saved without the segments of wrappers
         plain = prefix + canonical(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -55,13 +56,34 @@ class MergeError(Metric):
         """Add the outputs of one layer, of one shape."""
         difference = (merged.double() - factored.double()).to(self.error.device)
         self.largest = torch.maximum(self.largest, difference.abs().max())
-        self.error += _squared_norm(difference)
-        self.total += _squared_norm(factored).to(self.total.device)
+        self.error = self.error + _squared_norm(difference)  # not in place: a watch may begin in inference mode
+        self.total = self.total + _squared_norm(factored).to(self.total.device)
 
     def compute(self) -> dict[str, torch.Tensor]:
         """Scalars "max", in the unit of the outputs, and "relative", the norm of the difference over the outputs'."""
         relative = torch.where(self.total > 0, (self.error / self.total).sqrt(), torch.zeros_like(self.error))
         return {"max": self.largest, "relative": relative}
+
+
+class LayerUse(Metric):
+    """In how many processes each layer ran, and in how many its adapter changed the output."""
+
+    is_differentiable = False
+    higher_is_better = None
+    full_state_update = False
+    counts: torch.Tensor
+
+    def __init__(self, layers: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("counts", torch.zeros(2, layers, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, ran: Sequence[bool], acted: Sequence[bool]) -> None:
+        """Add a process, with one value for each layer."""
+        self.counts = self.counts + torch.tensor([ran, acted], dtype=torch.int64, device=self.counts.device)
+
+    def compute(self) -> torch.Tensor:
+        """int64 (2, layers): ran, acted."""
+        return self.counts
 
 
 def _squared_norm(values: torch.Tensor) -> torch.Tensor:

@@ -49,6 +49,11 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
         return moved.full_tensor().to(device)
 
 
+def meeting_device(tensor: torch.Tensor) -> torch.device:
+    """Where ranks exchange values of a tensor, which offloaded shards are not on."""
+    return torch.device(tensor.device_mesh.device_type) if isinstance(tensor, DTensor) else tensor.device
+
+
 def whole(values: Mapping[str, Any]) -> dict[str, Any]:
     """A state dict without sharding, the gathered tensors on the CPU. Collective."""
     return {name: full(value).cpu() if isinstance(value, DTensor) else value for name, value in values.items()}

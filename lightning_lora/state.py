@@ -159,9 +159,10 @@ def check_fingerprint(model: nn.Module, expected: Mapping[str, Any]) -> None:
 
 
 def compare_fingerprints(found: Mapping[str, Any], expected: Mapping[str, Any], relative: float = EQUAL) -> None:
-    """As check_fingerprint, between two fingerprints; what only the first has is not judged."""
-    for name, wanted in expected.items():
-        have = found.get(name)
+    """As check_fingerprint, between two fingerprints: in the order of the first; what only it has is not judged."""
+    order = {name: place for place, name in enumerate(found)}
+    for name in sorted(expected, key=lambda name: order.get(name, -1)):
+        wanted, have = expected[name], found.get(name)
         advice = "Load the adapter on the base that it was trained on, or pass strict_base=False."
         if have is None:
             raise LoRAError(f"the adapter belongs to another base: its frozen parameter {name!r} is not here. {advice}")

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from .checkpoint import META, Kind, adapter_of, read
+from .checkpoint import adapter_of, read
 from .errors import LoRAError
 from .fit import fit_
 from .injection import call_previous, find_injection, note_materialised, patch
 from .merge import adapted_layers
+from .saving import META, Kind
 from .sharding import local
 from .state import adapter_keys, base_keys, fold
 from .wrappers import canonical

@@ -145,26 +145,33 @@ def tied_weights(model: nn.Module) -> dict[nn.Module, str]:
 
     Memory counts, not identity: two Parameters may view one storage. A bias may have several owners.
     """
-    spans: dict[int, list[tuple[int, int, nn.Module, str, bool]]] = defaultdict(list)
+    owners: dict[int, list[tuple[torch.Tensor, nn.Module, str, bool]]] = defaultdict(list)
     for prefix, module in model.named_modules():
         for tensors, matters in ((module._parameters, True), (module._buffers, False)):
             for name, tensor in tensors.items():
                 if tensor is not None:
-                    storage, start, end = _span(tensor)
                     is_weight = matters and not name.endswith("bias")
-                    spans[storage].append((start, end, module, f"{prefix}.{name}".lstrip("."), is_weight))
+                    owners[_storage(tensor)].append((tensor, module, f"{prefix}.{name}".lstrip("."), is_weight))
     tied: dict[nn.Module, str] = {}
-    for group in spans.values():
-        group.sort(key=lambda span: span[:2])
-        for i, (_, end, module, name, is_weight) in enumerate(group):
-            for start, _, other, other_name, other_is_weight in group[i + 1 :]:
-                if start >= end:
-                    break
-                if other is not module and is_weight:
-                    tied.setdefault(module, other_name)
-                if other is not module and other_is_weight:
-                    tied.setdefault(other, name)
+    for sharing in owners.values():
+        if len(sharing) > 1:  # rare
+            _note_overlaps(sharing, tied)
     return tied
+
+
+def _note_overlaps(sharing: list[tuple[torch.Tensor, nn.Module, str, bool]], tied: dict[nn.Module, str]) -> None:
+    group = sorted(
+        ((*_span(tensor), module, name, weight) for tensor, module, name, weight in sharing),
+        key=lambda owner: owner[:2],
+    )
+    for i, (_, end, module, name, is_weight) in enumerate(group):
+        for start, _, other, other_name, other_is_weight in group[i + 1 :]:
+            if start >= end:
+                break
+            if other is not module and is_weight:
+                tied.setdefault(module, other_name)
+            if other is not module and other_is_weight:
+                tied.setdefault(other, name)
 
 
 def note_tied(model: nn.Module) -> None:
@@ -180,11 +187,20 @@ def note_tied(model: nn.Module) -> None:
                 layer.lora_tied = reason
 
 
-def _span(tensor: torch.Tensor) -> tuple[int, int, int]:
-    """Storage, first and last byte; a tensor without memory of its own (meta, sharded) counts by identity."""
-    dense = tensor.layout is torch.strided and tensor.device.type != "meta" and type(tensor.data) is torch.Tensor
-    if not dense or tensor.numel() == 0:
-        return id(tensor), 0, 1
+def _storage(tensor: torch.Tensor) -> int:
+    """The memory that a tensor is a view of; one without memory of its own (meta, sharded) counts by identity."""
+    return tensor.untyped_storage().data_ptr() if _has_memory(tensor) else id(tensor)
+
+
+def _span(tensor: torch.Tensor) -> tuple[int, int]:
+    """First and last byte in that memory."""
+    if not _has_memory(tensor):
+        return 0, 1
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     start = tensor.data_ptr()
-    return tensor.untyped_storage().data_ptr(), start, start + (last + 1) * tensor.element_size()
+    return start, start + (last + 1) * tensor.element_size()
+
+
+def _has_memory(tensor: torch.Tensor) -> bool:
+    dense = tensor.layout is torch.strided and tensor.device.type != "meta" and type(tensor.data) is torch.Tensor
+    return dense and tensor.numel() > 0

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .adapter import Adapter
-from .checkpoint import META, adapter_of, read
+from .checkpoint import adapter_of, read
 from .description import adapter_of_model
 from .errors import LoRAError
 from .factors import check_factors
@@ -22,6 +22,7 @@ from .fit import fit_
 from .inject import inject
 from .merge import adapted_layers
 from .peft_format import read_folder, read_tensor_file, write_folder
+from .saving import META
 from .sharding import Together, writes_files
 
 Module = TypeVar("Module", bound=nn.Module)

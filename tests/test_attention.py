@@ -137,7 +137,8 @@ def make_subject(name: str, dtype: torch.dtype = torch.float32, *, fill: bool = 
 def assert_as_exact_as_torch(found: Any, torchs: Any, wanted: Any) -> None:
     """No further from float64 than a few times what torch itself is, in this dtype on W + s * B @ A."""
     own = (torchs.double() - wanted).abs().max()
-    tolerance = 4 * own + 8 * torch.finfo(found.dtype).eps * wanted.abs().max()
+    wide = torch.finfo(torch.float64).eps  # the reference is rounded too, which own does not show in float64
+    tolerance = 4 * own + (8 * torch.finfo(found.dtype).eps + 32 * wide) * wanted.abs().max()
     assert (found.double() - wanted).abs().max() <= tolerance
 
 

@@ -1,9 +1,10 @@
-"""The benchmarks run, and every row is a number."""
+"""The benchmarks run, every row is a number, and the README shows what was measured."""
 
 from __future__ import annotations
 
 import json
 import math
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -21,3 +22,9 @@ def test_merging_and_memory_give_finite_rows(tmp_path):
     judged = [row for row in rows if row["target"] is not None]
     assert judged
     assert all(row["verdict"] == ("reached" if row["value"] <= row["target"] else "not reached") for row in judged)
+
+
+def test_the_readme_shows_the_results_that_are_kept():
+    report = runpy.run_path(str(RUN.with_name("report.py")))
+    shown = report["README"].read_text().split(report["BEGIN"])[1].split(report["END"])[0]
+    assert shown.strip() == report["markdown"](json.loads(report["RESULTS"].read_text()))

@@ -132,8 +132,10 @@ def test_what_it_says_of_itself(tmp_path, kind: str):
     check_plain(meta)
     assert (meta["format_version"], meta["kind"]) == (1, kind)
     assert LoRAConfig.from_dict(meta["config"]) == lora(rank_pattern={"head": 1}, **TRAINABLE).config
-    assert meta["scalings"] == {"body.0": 4, "body.3": 4, "head": 8}
-    assert meta["fingerprint"].keys() == {f"{name}.weight" for name in TARGETS}
+    assert meta["layers"] == [["Linear", 4, ["body.0", "body.3"]], ["Linear", 8, ["head"]]]
+    assert {f"{m}.{leaf}" for _, _, leaf, modules, _ in meta["fingerprint"] for m in modules} == {
+        f"{name}.weight" for name in TARGETS
+    }
 
 
 @pytest.mark.parametrize("how", ["ModelCheckpoint", "after fit"])

@@ -12,7 +12,7 @@ from graphs import TORCH_NOTICES, Recorder, start_anew
 from helpers import Data, Net, assert_same_tensors, make_trainer, outputs
 from lightning.pytorch.utilities.compile import to_uncompiled
 
-from lightning_lora import LoRACallback, adapter_state_dict, load_adapter, load_from_checkpoint
+from lightning_lora import LoRACallback, LoRAConfig, adapter_state_dict, inject, load_adapter, load_from_checkpoint
 
 pytestmark = TORCH_NOTICES
 
@@ -44,8 +44,11 @@ class Watch(L.Callback):
             trainer.save_checkpoint(self.folder / f"{trainer.current_epoch}.ckpt")
 
 
-def compiled_net(how: str, recorder: Recorder, kind: type[Net] = Quiet):
+def compiled_net(how: str, recorder: Recorder, kind: type[Net] = Quiet, config: LoRAConfig | None = None):
+    """Injected before it is compiled where there is a config; else the callback does it, after."""
     model = kind()
+    if config is not None:
+        inject(model, config)
     if how == "submodule":
         model.body = torch.compile(model.body, backend=recorder, fullgraph=True)
     elif how == "layer":
@@ -60,10 +63,11 @@ WAYS = ["submodule", "layer", "in place", "whole"]
 UNCOMPILED = "not at all"
 
 
-def fit(path, how: str, *, epochs: int = 3, ckpt_path=None, **options):
+def fit(path, how: str, *, epochs: int = 3, ckpt_path=None, config: LoRAConfig | None = None, **options):
     torch._dynamo.reset()
     recorder = Recorder()
-    model, watch = compiled_net(how, recorder), Watch(recorder, path)
+    torch.manual_seed(0)  # which the factors are drawn from
+    model, watch = compiled_net(how, recorder, config=config), Watch(recorder, path)
     lora = LoRACallback(**{"r": 2, "target_modules": TARGETS, **options})
     trainer = make_trainer(path, lora, watch, max_epochs=epochs, num_sanity_val_steps=0 if ckpt_path else 1)
     torch.manual_seed(0)
@@ -86,6 +90,30 @@ def test_a_fit_needs_two_graphs_and_equals_the_eager_fit(tmp_path, how, options)
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
+@pytest.mark.parametrize("how", ["submodule", "in place", "whole"])
+def test_a_model_that_was_injected_before_it_was_compiled(tmp_path, how):
+    config = LoRAConfig(r=2, target_modules=TARGETS, lora_dropout=0.5)
+    model, watch = fit(tmp_path, how, config=config, lora_dropout=0.5)
+    eager, expected = fit(tmp_path, UNCOMPILED, config=config, lora_dropout=0.5)
+    assert watch.graphs == [2, 2, 2]
+    assert_same_tensors(watch.losses, expected.losses)
+    assert_same_tensors(dict(adapter_state_dict(model)), dict(adapter_state_dict(eager)))
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_validation_runs_the_graph_of_a_model_without_adapters(tmp_path, how):
+    codes = []
+    for callbacks in ([], [LoRACallback(r=2, target_modules=TARGETS)]):
+        torch._dynamo.reset()
+        recorder = Recorder()
+        model = compiled_net(how, recorder)
+        trainer = make_trainer(tmp_path, *callbacks)
+        trainer.validate(torch.compile(model, backend=recorder) if how == "whole" else model, Data(), verbose=False)
+        assert len(recorder.graphs) == 1
+        codes.append(recorder.code())
+    assert codes[1] == codes[0]
+
+
 @pytest.mark.filterwarnings("ignore:Found .* module.s. in eval mode at the start of training")
 @pytest.mark.parametrize("how", ["submodule", "whole"])
 def test_an_eval_mode_backbone_needs_no_more_graphs(tmp_path, how):
@@ -102,6 +130,18 @@ def test_an_eval_mode_backbone_needs_no_more_graphs(tmp_path, how):
     assert watch.graphs == [2, 2, 2]
 
 
+@pytest.mark.parametrize("how", WAYS)
+def test_no_way_of_compiling_is_in_the_names_of_a_checkpoint(tmp_path, how):
+    with torch.compiler.set_stance("force_eager"):
+        fit(tmp_path, how, epochs=1)
+    saved = torch.load(tmp_path / "0.ckpt", weights_only=True)
+    assert "_orig_mod" not in repr((saved["state_dict"], saved["lora"], saved["optimizer_states"]))
+    factors = {f"{target}.{leaf}" for target in TARGETS for leaf in ("lora_A", "lora_B")}
+    assert saved["state_dict"].keys() == factors | {
+        f"body.1.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")
+    }
+
+
 @pytest.mark.parametrize("save", ["adapter", "merged", "full"])
 def test_checkpoints_know_nothing_of_the_wrapper(tmp_path, save):
     model, watch = fit(tmp_path / "compiled", "submodule", save=save)
@@ -110,7 +150,7 @@ def test_checkpoints_know_nothing_of_the_wrapper(tmp_path, save):
     saved, expected = torch.load(last, weights_only=True), torch.load(uncompiled, weights_only=True)
     assert "_orig_mod" not in repr((saved["state_dict"], saved["lora"], saved["optimizer_states"]))
     assert saved["state_dict"].keys() == expected["state_dict"].keys()
-    assert_same_tensors(saved["lora"]["scalings"], expected["lora"]["scalings"])
+    assert saved["lora"]["layers"] == expected["lora"]["layers"]
 
     resumed, again = fit(tmp_path / "resumed", "submodule", ckpt_path=first, save=save)
     assert_same_tensors(dict(adapter_state_dict(resumed)), dict(adapter_state_dict(model)))

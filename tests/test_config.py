@@ -187,3 +187,4 @@ def test_differing_names_each_option_that_differs():
     assert one.differing(LoRAConfig(r=4)) == ["bias"]
     assert one.differing(LoRAConfig(lora_alpha=1, bias="all")) == ["r", "lora_alpha"]
     assert one.differing(one) == []
+    assert LoRAConfig(target_modules=["v", "q"]).differing(LoRAConfig(target_modules=["q", "v"])) == []

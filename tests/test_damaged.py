@@ -75,7 +75,7 @@ def test_what_is_not_there_or_not_an_adapter(tmp_path):
     assert_refused({"lora": 3, "state_dict": {}}, r'checkpoint\["lora"\]')
 
 
-@pytest.mark.parametrize("key", ["kind", "format_version", "config", "scalings", "fingerprint", "adapter"])
+@pytest.mark.parametrize("key", ["kind", "format_version", "config", "layers", "fingerprint", "adapter"])
 @pytest.mark.parametrize("value", [None, 3, "text", [1], {"a": "b"}, {"conv": {"values": 3}}, "gone"])
 def test_a_damaged_description(key, value):
     for kind in ("adapter", "merged"):

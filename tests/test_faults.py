@@ -18,7 +18,7 @@ from lightning_lora import LoRAError, is_merged, merge, unmerge
 @pytest.fixture
 def _keeps_ctrl_c():
     """Lightning switches Ctrl-C off for the rest of the process once it was pressed."""
-    handler = signal.getsignal(signal.SIGINT)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts without it
     yield
     signal.signal(signal.SIGINT, handler)
 

@@ -18,9 +18,9 @@ from naive import NaiveCallback
 from test_checkpoint import tensors
 
 from lightning_lora import LoRACallback, is_merged, merge
-from lightning_lora.checkpoint import write
 from lightning_lora.exact import Kept
 from lightning_lora.injection import unpatch
+from lightning_lora.saving import write
 
 OPTIONS: dict[str, Any] = {"r": 2, "lora_alpha": 16, "target_modules": TARGETS}
 Make = Callable[..., L.Callback]

@@ -1,7 +1,8 @@
 """Every block of the README runs, in order, in one folder and one namespace, and prints what the README says.
 
-A block whose first line is a comment with a file name is written to that file. Set-up commands are not run again here:
-.ci/run runs them, letter for letter. The example's report is compared in test_examples.py.
+A block whose first line is a comment with a file name is written to that file. The lightning-lora command is run where
+the blocks before it left their files. Set-up commands are not run again here: .ci/run runs them, letter for letter. The
+example's report is compared in test_examples.py.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from interchange import PEER_NOTICES
+
+from lightning_lora.command import main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -48,10 +52,14 @@ def is_set_up(command: str) -> bool:
     return command.startswith("pip install")
 
 
+def is_ours(command: str) -> bool:
+    return command.startswith("lightning-lora ")
+
+
 PROGRAMS = {  # commands that print what follows them
     block.code: following.code
     for block, following in itertools.pairwise(BLOCKS)
-    if block.language == "bash" and not is_set_up(block.code) and following.language == "text"
+    if block.language == "bash" and block.code.startswith("python ") and following.language == "text"
 }
 
 
@@ -63,6 +71,15 @@ def run_python(block: Block, namespace: dict[str, object]) -> str:
     return out.getvalue()
 
 
+def run_ours(commands: str) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        for command in commands.splitlines():
+            program, *arguments = shlex.split(command, comments=True)
+            assert program == "lightning-lora"
+            assert main(arguments) == 0
+    return out.getvalue()
+
+
 def run_bash(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     python, script, *arguments = shlex.split(command)
     assert python == "python"
@@ -70,14 +87,19 @@ def run_bash(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     runpy.run_path(script, run_name="__main__")
 
 
-def test_python_blocks_run_and_print_what_is_shown(tmp_path, monkeypatch):
+@pytest.mark.filterwarnings(*PEER_NOTICES)
+def test_python_blocks_and_our_command_run_and_print_what_is_shown(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {"__name__": "readme"}
     for block, following in itertools.pairwise([*BLOCKS, Block("", "", 0)]):
         if block.language == "python" and not block.file:
             printed = run_python(block, namespace)
-            shown = following.code if following.language == "text" else ""
-            assert shown == printed, f"README.md, line {block.line}"
+        elif block.language == "bash" and is_ours(block.code):
+            printed = run_ours(block.code)
+        else:
+            continue
+        shown = following.code if following.language == "text" else ""
+        assert shown == printed, f"README.md, line {block.line}"
 
 
 def test_commands_run_on_the_files_that_are_shown(tmp_path, monkeypatch):
@@ -87,7 +109,7 @@ def test_commands_run_on_the_files_that_are_shown(tmp_path, monkeypatch):
     for block in BLOCKS:
         if block.file:
             Path(block.file).write_text(block.code)
-        elif block.language == "bash" and not is_set_up(block.code) and block.code not in PROGRAMS:
+        elif block.language == "bash" and block.code.startswith("python ") and block.code not in PROGRAMS:
             before = set(tmp_path.rglob("*.ckpt"))
             run_bash(block.code, monkeypatch)
             (path,) = set(tmp_path.rglob("*.ckpt")) - before

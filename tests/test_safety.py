@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from lightning_lora import LoRAError, inject, load_adapter, save_adapter
 from lightning_lora.info import info
 from lightning_lora.merge_command import merge_on_disk
+from lightning_lora.peft_names import our_names
 
 pytestmark = quiet_peers
 
@@ -161,40 +163,69 @@ def test_a_config_that_is_no_config(tmp_path, content: str):
         load_adapter(model("llama"), tmp_path)
 
 
+def prints(**changed: Any) -> list[Any]:
+    """The fingerprint of one tensor as files hold it, with some of its parts changed."""
+    parts = {"dtype": "float32", "shape": [8], "leaf": "weight", "modules": ["norm"], "values": "0" * 40, **changed}
+    return [list(parts.values())]
+
+
+forms = pytest.mark.parametrize("form", ["folder", "checkpoint"])
+
+
+@forms
+def test_a_whole_fingerprint_is_compared(tmp_path, form: str):
+    """What is damaged below is read where it is whole."""
+    assert "another base: values of 'norm.weight'" in refusal(tmp_path, form, "fingerprint", prints())
+
+
 DESCRIPTIONS: list[tuple[str, Any]] = [
-    ("config", None), ("config", {"r": -1}), ("config", {"unknown": 1}), ("config", [1]), ("scalings", {"conv": 1}),
-    ("scalings", {}), ("scalings", 3), ("kinds", {"conv": "Linear"}), ("kinds", {"conv": "Nothing"}), ("kinds", [1]),
-    ("kinds", {"nowhere": "Linear"}), ("fingerprint", 3), ("fingerprint", {"norm.weight": 3}), ("network", 3),
-    ("fingerprint", {"norm.weight": {"shape": [8], "dtype": "float32", "values": ["x"] * 8}}),
-    ("fingerprint", {"norm.weight": {"shape": [8], "dtype": "float32", "values": [1.0]}}),
-    ("fingerprint", {"norm.weight": {"shape": "8", "dtype": "float32", "values": [1.0] * 8}}),
-    ("fingerprint", {"norm.weight": {"shape": [-8], "dtype": "float32", "values": [1.0] * 8}}),
-    ("fingerprint", {"norm.weight": {"shape": [8], "dtype": "nn", "values": [1.0] * 8}}),
-    ("origin", 3), ("origin", {"a": 1}),
+    ("config", None), ("config", {"r": -1}), ("config", {"unknown": 1}), ("config", [1]),
+    ("layers", 3), ("layers", []), ("layers", {}), ("layers", [3]), ("layers", [["Linear", 2.0]]),
+    ("layers", [["Linear", 1.0, ["conv", "nowhere"]]]), ("layers", lambda own: [["Nothing", *own[0][1:]], *own[1:]]),
+    ("layers", [[["Linear"], 1.0, ["conv"]]]), ("layers", [["Conv", "x", ["conv"]]]),
+    ("layers", [["Conv", 1.0, "conv"]]), ("layers", [["Conv", 10**400, ["conv"]]]), ("layers", [["Conv", 1.0, [1]]]),
+    ("layers", [["Conv", None, ["conv"]]]), ("layers", [[None, 99.0, ["conv"]]]),
+    ("layers", [["Linear", 1.0, ["conv"]]]),
+    ("fingerprint", 3), ("fingerprint", {"norm.weight": 3}), ("fingerprint", [3]), ("fingerprint", [["float32", [8]]]),
+    ("fingerprint", prints(dtype="nn", values="0" * 80)), ("fingerprint", prints(dtype=3)),
+    ("fingerprint", prints(shape="8")),
+    ("fingerprint", prints(shape=[-8])), ("fingerprint", prints(shape=[8.0])), ("fingerprint", prints(shape=[4])),
+    ("fingerprint", prints(leaf=1)), ("fingerprint", prints(modules="norm")), ("fingerprint", prints(modules=[1])),
+    ("fingerprint", prints(modules=[])), ("fingerprint", prints(modules=["norm"] * 2)),
+    ("fingerprint", prints(values=[1])), ("fingerprint", prints(values="\u00e9" * 40)),
+    ("fingerprint", prints(values="0" * 35)),
+    ("network", 3), ("origin", 3), ("origin", {"a": 1}),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("number", range(len(DESCRIPTIONS)))
-@pytest.mark.parametrize("form", ["folder", "checkpoint"])
-def test_a_description_that_is_none(tmp_path, form: str, number: int):
-    """Our own notes beside the tensors are read as carefully as everything else."""
-    key, value = DESCRIPTIONS[number]
+def refusal(path: Path, form: str, key: str, value: Any) -> str:
+    """What load_adapter says of an adapter with another description; the model is as it was."""
     net = zoo()
     inject(net, zoo_config(init_lora_weights=False))
-    save_adapter(net, tmp_path / "folder")
-    tensors = load_file(tmp_path / "folder" / TENSORS)
-    with safe_open(tmp_path / "folder" / TENSORS, "pt") as file:
+    save_adapter(net, path / "folder")
+    tensors = load_file(path / "folder" / TENSORS)
+    with safe_open(path / "folder" / TENSORS, "pt") as file:
         description = json.loads(file.metadata()["lightning_lora"])
-    source = tmp_path / "folder"
+    value = value(description[key]) if callable(value) else value
+    source = path / "folder"
     if form == "folder":
         save_file(tensors, source / TENSORS, {"lightning_lora": json.dumps(description | {key: value})})
     else:
-        source = tmp_path / "a.ckpt"
+        source = path / "a.ckpt"
         meta = {"format_version": 1, "kind": "adapter", **description, key: value}
-        names = {name: name.removeprefix(ROOT) for name in tensors}
+        names = our_names(list(tensors), source)
         torch.save({"state_dict": {names[n]: t for n, t in tensors.items()}, "lora": meta}, source)
     fresh = zoo()
     before = trace(fresh)
-    with pytest.raises(LoRAError):
+    with pytest.raises(LoRAError) as refused:
         load_adapter(fresh, source)
     assert trace(fresh) == before
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("number", range(len(DESCRIPTIONS)))
+@forms
+def test_a_description_that_is_none(tmp_path, form: str, number: int):
+    """Our own notes beside the tensors are read as carefully as everything else."""
+    reasons = r"description is damaged|it was cut|the options say|LoRAConfig: |was a Linear layer"
+    assert re.search(reasons, refusal(tmp_path, form, *DESCRIPTIONS[number]))

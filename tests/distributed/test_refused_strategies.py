@@ -6,14 +6,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch.distributed as dist
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, SingleDeviceStrategy
 from plain import trace
-from sharded import Plain, Sharded, model_parallel
-from test_fsdp_life import data, lora
-from world import world
+from sharded import Plain
+from test_fsdp_life import lora
 
-from lightning_lora import LoRAError, is_merged
+from lightning_lora import LoRAError
 
 
 class OwnFSDP(FSDPStrategy):
@@ -46,15 +44,3 @@ def test_the_reason_and_the_alternative(strategy, reason):
 def test_others_are_not():
     trainer = SimpleNamespace(strategy=SingleDeviceStrategy(), callbacks=[], state=SimpleNamespace(fn="fit"))
     lora().setup(trainer, Plain(), "fit")
-
-
-def verifying(path: Any) -> None:
-    model = Sharded()
-    with pytest.raises(LoRAError, match="verify: FSDPSharded is sharded"):
-        model_parallel(path, lora(verify=True)).validate(model, data()[1], verbose=False)
-    assert not is_merged(model)
-    assert dist.get_world_size() == 2
-
-
-def test_verifying_a_sharded_model_is_refused(tmp_path):
-    world().run(verifying, tmp_path)

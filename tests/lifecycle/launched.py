@@ -16,7 +16,7 @@ import lightning as L
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from helpers import Data, Net
+from helpers import Data, Net, assert_same_tensors
 from lightning.pytorch.callbacks import ModelCheckpoint
 from naive import NaiveCallback
 
@@ -62,25 +62,48 @@ def trainer_for(folder: Path, strategy: str, devices: int, *callbacks: L.Callbac
     )
 
 
-def injected(folder: Path, strategy: str, devices: int) -> dict[str, Any]:
+class Unfreezes(L.Callback):
+    """In the started processes alone, as what BackboneFinetuning does."""
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        pl_module.head.bias.requires_grad_(trainer.current_epoch >= 1)
+
+
+def same(found: Any, expected: Any) -> bool:
+    try:
+        assert_same_tensors(found, expected)
+    except AssertionError:
+        return False
+    return True
+
+
+def injected(folder: Path, strategy: str, devices: int, save: Any) -> dict[str, Any]:
     model = Synced()
     inject(model, CONFIG)
     first = {name: value.clone() for name, value in model.state_dict().items()}
     keep = ModelCheckpoint(folder / "kept", "a")
-    trainer = trainer_for(folder, strategy, devices, Notes(verify=True), keep)
+    trainer = trainer_for(folder, strategy, devices, Notes(verify=True, save=save), Unfreezes(), keep)
     trainer.fit(model, Data(4))
-    saved = torch.load(keep.best_model_path, weights_only=True)["state_dict"]
+    last = torch.load(keep.best_model_path, weights_only=True)
+    saved = last["lora"]["adapter"] if save == "merged" else last["state_dict"]
+    trainer.save_checkpoint(folder / "weights.ckpt", weights_only=True)  # calls no hook of a callback
     trainer.save_checkpoint(folder / "after.ckpt")
+    files = [torch.load(folder / name, weights_only=True) for name in ("weights.ckpt", "after.ckpt")]
     again = Synced()
     inject(again, CONFIG)
     load_adapter(again, folder / "after.ckpt")
     after = model.state_dict()
     return {
         "saved": sorted(saved),
+        "kinds": [file.get("lora", {}).get("kind") for file in files],
+        "as there": [same(file["state_dict"], last["state_dict"]) for file in files],
+        "described as there": [same(file.get("lora"), last["lora"]) for file in files],
         "arrived": all(torch.equal(after[name], value) for name, value in saved.items()),
         "trained": not torch.equal(after["head.lora_B"], first["head.lora_B"]),
         "base": all(
-            torch.equal(after[n], v) for n, v in first.items() if "lora" not in n and not n.startswith("body.1")
+            torch.equal(after[n], v)
+            for n, v in first.items()
+            if "lora" not in n and not n.startswith("body.1") and n != "head.bias"
         ),
         "merged": is_merged(model),
         "saved after": all(torch.equal(again.state_dict()[name], value) for name, value in saved.items()),
@@ -122,9 +145,9 @@ if __name__ == "__main__":
     warnings.filterwarnings("error", message="It is recommended to use")  # sync_dist=True
     root = Path(sys.argv[1])
     results = {
-        "ddp_fork": injected(root / "fork", "ddp_fork", 2),
-        "ddp_notebook": injected(root / "notebook", "ddp_notebook", 1),
-        "ddp_spawn": injected(root / "spawn", "ddp_spawn", 1),
+        "ddp_fork": injected(root / "fork", "ddp_fork", 2, "adapter"),
+        "ddp_notebook": injected(root / "notebook", "ddp_notebook", 1, "merged"),
+        "ddp_spawn": injected(root / "spawn", "ddp_spawn", 1, "full"),
         "refused": {strategy: refused(root, strategy) for strategy in ("ddp_fork", "ddp_notebook")},
         "lost": lost(root / "lost", "ddp_fork"),
         "validated": validated(root, "ddp_fork"),

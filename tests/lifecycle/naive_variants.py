@@ -42,6 +42,36 @@ class ReplacesData(NaiveCallback):
                 layer.lora_active = sign < 0
 
 
+class FiltersInAClosure(NaiveCallback):
+    """Replaces the module's own hook, as a callback's is skipped for weights only, by a function made on the spot."""
+
+    on_save_checkpoint = L.Callback.on_save_checkpoint
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+
+        def keep_factors(checkpoint: dict[str, Any]) -> None:
+            state = pl_module.state_dict()
+            checkpoint["state_dict"] = {name: value for name, value in state.items() if "lora_" in name}
+
+        pl_module.on_save_checkpoint = keep_factors
+
+
+class InjectsWhenItMerges(L.Callback):
+    """Makes the factors when they are first needed."""
+
+    def __init__(self, *, target_modules: list[str], r: int, **options: Any) -> None:
+        self.targets, self.r = target_modules, r
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        for name in self.targets:
+            layer = pl_module.get_submodule(name)
+            if not hasattr(layer, "lora_A"):
+                layer.lora_A = nn.Parameter(torch.randn(self.r, layer.in_features))
+                layer.lora_B = nn.Parameter(torch.randn(layer.out_features, self.r))
+                layer.forward = types.MethodType(_with_adapter(layer.forward), layer)
+
+
 class SavesItsConfig(NaiveCallback):
     """Puts the config into the checkpoint as the object that it is."""
 

@@ -15,12 +15,13 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, Wei
 from test_swappers import SWAPPERS, reference_loss, swa
 from torch import nn
 
-from lightning_lora import LoRAError, inject, load_adapter
+from lightning_lora import LoRAError, inject, load_adapter, load_from_checkpoint, merged
 
 # A fresh Trainer that only tests needs none of them.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*callbacks used to create the checkpoint need to be provided", "ignore:The dirpath has changed"
 )
+BATCHES = "num_batches_tracked"
 KINDS = ["adapter", "merged", "full"]
 ALL = {**{name: SWAPPERS[name] for name in ("mean", "ema")}, "swa": swa}
 
@@ -165,22 +166,60 @@ def test_a_fresh_trainer_with_the_averaging_callback(tmp_path, kind: str):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_same_trainer_tests_the_current_weights_as_lightning_alone_does(tmp_path, kind: str):
-    """WeightAveraging loads "current_model_state" whenever it has an average, also for testing."""
-    alone, ours = Net(), Net()
-    trainer = fit(tmp_path / "alone", alone, ALL["ema"]())
-    logged = trainer.checkpoint_callback.best_model_score.item()
-    found = trainer.test(alone, Data(), ckpt_path="best", verbose=False)[0]["test_loss"]
-    current = torch.load(trainer.checkpoint_callback.best_model_path, weights_only=True)["current_model_state"]
-    assert found == pytest.approx(reference_loss(current), rel=1e-5)
-    assert abs(found - logged) > 1e-4
+@pytest.mark.parametrize("name", ALL)
+def test_the_trainer_that_fitted_finds_the_logged_metric_again(tmp_path, name: str, kind: str):
+    """Lightning alone does not: WeightAveraging goes back to "current_model_state" whenever it has an average."""
+    model = Net()
+    trainer = fit(tmp_path, model, lora(save=kind), ALL[name]())
+    keep = trainer.checkpoint_callback
+    logged = keep.best_model_score.item()
+    for method, metric in (("test", "test_loss"), ("validate", "val_loss"), ("test", "test_loss")):
+        found = getattr(trainer, method)(model, Data(), ckpt_path="best", verbose=False)[0][metric]
+        assert found == pytest.approx(logged, rel=1e-5)
+    loaded = load_from_checkpoint(Net, keep.best_model_path)
+    assert reference_loss(loaded.state_dict()) == pytest.approx(logged, rel=1e-5)
+    with merged(loaded.eval()):
+        found = make_trainer(tmp_path).test(loaded, Data(), verbose=False)[0]["test_loss"]
+    assert found == pytest.approx(logged, rel=1e-5)
 
-    trainer = fit(tmp_path / "ours", ours, lora(save=kind), ALL["ema"]())
-    logged = trainer.checkpoint_callback.best_model_score.item()
-    found = trainer.test(ours, Data(), ckpt_path="best", verbose=False)[0]["test_loss"]
-    current = torch.load(trainer.checkpoint_callback.best_model_path, weights_only=True)["current_model_state"]
-    assert found == pytest.approx(reference_loss(Net().state_dict() | current), rel=1e-5)
-    assert abs(found - logged) > 1e-4
+
+def test_lightning_alone_tests_the_current_weights(tmp_path):
+    model = Net()
+    trainer = fit(tmp_path, model, ALL["ema"]())
+    keep = trainer.checkpoint_callback
+    found = trainer.test(model, Data(), ckpt_path="best", verbose=False)[0]["test_loss"]
+    current = torch.load(keep.best_model_path, weights_only=True)["current_model_state"]
+    assert found == pytest.approx(reference_loss(current), rel=1e-5)
+    assert abs(found - keep.best_model_score.item()) > 1e-4
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_files_hold_the_values_of_lightnings_own_full_checkpoint(tmp_path, name: str):
+    """That of a model which was injected by hand, in a Trainer without the callback."""
+    alone = Net()
+    inject(alone, lora().config)
+    fit(tmp_path / "alone", alone, ALL[name]())
+    for kind in KINDS:
+        fit(tmp_path / kind, Net(), lora(save=kind), ALL[name]())
+        for file in (tmp_path / kind).glob("*.ckpt"):
+            own = torch.load(tmp_path / "alone" / file.name, weights_only=True)
+            found = torch.load(file, weights_only=True)
+            averaged = found["lora"]["adapter"] if kind == "merged" else found["state_dict"]
+            assert averaged.keys() == (own["state_dict"].keys() if kind == "full" else adapter_names(own["state_dict"]))
+            assert_same_tensors(averaged, {n: own["state_dict"][n] for n in averaged})
+            assert found.keys() - own.keys() == {"lora"}
+            assert_same_tensors(found.get("averaging_state"), own.get("averaging_state"))
+            if "current_model_state" in own:
+                current = found["current_model_state"]
+                assert current.keys() >= adapter_names(own["state_dict"])
+                assert_same_tensors(current, {n: own["current_model_state"][n] for n in current})
+            if kind == "merged":
+                loss = reference_loss(found["state_dict"])
+                assert loss == pytest.approx(reference_loss(own["state_dict"]), rel=1e-5)
+
+
+def adapter_names(state: Mapping[str, Any]) -> set[str]:
+    return {n for n in state if "lora_" in n or n.rpartition(".")[2] in ("running_mean", "running_var", BATCHES)}
 
 
 def test_the_drift_of_a_long_average_is_not_another_base(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,14 @@ import torch.nn.functional as F
 from comparing import At
 from helpers import Data, Net, inputs, make_trainer, outputs, weights
 from naive import NaiveCallback
-from naive_variants import MergesEachName, PatchesForward, Peft, ReplacesData
+from naive_variants import (
+    FiltersInAClosure,
+    InjectsWhenItMerges,
+    MergesEachName,
+    PatchesForward,
+    Peft,
+    ReplacesData,
+)
 from torch import nn
 from traps import OPTIONS, RANDOM, Damage, Make, check, fails, fit
 
@@ -115,6 +123,25 @@ def attention_out_proj_is_trained(make: Make, path: Path) -> float:
     return float(not trained[0].any())
 
 
+# --- torch.compile ---
+
+
+class Compiled(Net):
+    def build_body(self) -> None:
+        super().build_body()
+        self.body = torch.compile(self.body, backend="eager")
+
+
+def compiled_submodule_is_named(make: Make, path: Path) -> float:
+    """Its wrapper puts a segment into the names that targets are compared with."""
+
+    def run() -> None:
+        with torch.compiler.set_stance("force_eager"):
+            make_trainer(path, make(**OPTIONS | {"target_modules": ["body.0"]})).validate(Compiled(), Data())
+
+    return fails(run, ValueError)
+
+
 # --- tensors ---
 
 
@@ -123,6 +150,34 @@ def evaluation_before_a_fit(make: Make, path: Path) -> float:
     model, callback = Net(), make(**OPTIONS)
     make_trainer(path, callback).validate(model, Data(), verbose=False)
     return fails(lambda: fit(path, model.train(), callback), RuntimeError)
+
+
+def injected_in_an_evaluation(make: Make, path: Path) -> float:
+    """As is a parameter that is made there."""
+    model = Net()
+    make_trainer(path, make(**OPTIONS | RANDOM)).validate(model, Data(), verbose=False)
+    return fails(lambda: fit(path, model.train()), RuntimeError)
+
+
+def deepcopy_of_a_patched_module(make: Make, path: Path) -> float:
+    """What its copy saves must be the copy's."""
+    model = Net()
+    fit(path, model, make(**OPTIONS))
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.head.lora_B.add_(1)
+    trainer = make_trainer(path)
+    trainer.strategy._lightning_module = twin
+    trainer.save_checkpoint(path / "twin.ckpt")
+    saved = torch.load(path / "twin.ckpt", weights_only=True)["state_dict"]["head.lora_B"]
+    return (saved - twin.head.lora_B).abs().max().item()
+
+
+def pickle_of_a_patched_module(make: Make, path: Path) -> float:
+    model = Net()
+    fit(path, model, make(**OPTIONS))
+    model.trainer = None
+    return fails(lambda: pickle.dumps(model), AttributeError, pickle.PicklingError)
 
 
 def deepcopy_of_an_adapted_model(make: Make, path: Path) -> float:
@@ -164,7 +219,11 @@ TRAPS: list[tuple[Damage, Make, Make]] = [
     (encoder_layer_fast_path, Peft, LoRACallback),
     (attention_out_proj, Peft, LoRACallback),
     (attention_out_proj_is_trained, Peft, LoRACallback),
+    (compiled_submodule_is_named, Peft, LoRACallback),
     (evaluation_before_a_fit, ReplacesData, LoRACallback),
+    (injected_in_an_evaluation, InjectsWhenItMerges, LoRACallback),
+    (deepcopy_of_a_patched_module, FiltersInAClosure, LoRACallback),
+    (pickle_of_a_patched_module, FiltersInAClosure, LoRACallback),
     (deepcopy_of_an_adapted_model, PatchesForward, LoRACallback),
     (bf16_true_casts_the_factors, narrow, LoRACallback),
 ]

@@ -30,11 +30,24 @@ def fail(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
 # --- faults and saves while merged ---
 
 
+def interrupt(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    raise KeyboardInterrupt
+
+
 def exception_in_validation(make: Make, path: Path) -> float:
     """The model stays merged, and the next fit bakes the delta in."""
+    return broken_off(make, path, fail, BrokenError)
+
+
+def ctrl_c_in_validation(make: Make, path: Path) -> float:
+    """Lightning ends the program, but a notebook goes on."""
+    return broken_off(make, path, interrupt, SystemExit)
+
+
+def broken_off(make: Make, path: Path, act: Any, ends_as: type[BaseException]) -> float:
     model, callback = Net(), make(**OPTIONS)
-    with pytest.raises(BrokenError):
-        fit(path, model, callback, At("on_validation_batch_end", fail, lambda trainer: trainer.current_epoch == 1))
+    with pytest.raises(ends_as):
+        fit(path, model, callback, At("on_validation_batch_end", act, lambda trainer: trainer.current_epoch == 1))
     with suppress(RuntimeError):  # a model left merged has nothing to train
         fit(path, model.train(), callback)
     return distance(base_weights(model), base_weights(Net()))
@@ -168,6 +181,17 @@ def ema_validation(make: Make, path: Path) -> float:
     return max(abs(a - b) for a, b in zip(own.logged, own.expected, strict=True))
 
 
+def averaging_listed_first(make: Make, path: Path) -> float:
+    """It copies the model before there are factors; to be told the order is as good as to be right."""
+    try:
+        fit(path, Net(), EMAWeightAveraging(), make(**OPTIONS))
+    except LoRAError as error:
+        return float("must come after LoRACallback" not in str(error))
+    except RuntimeError:
+        return 1.0
+    return 0.0
+
+
 def built_late(make: Make, path: Path, model: Net) -> float:
     try:
         fit(path, model, make(**OPTIONS))
@@ -210,6 +234,7 @@ def full(**options: Any) -> L.Callback:
 
 TRAPS: list[tuple[Damage, Make, Make]] = [
     (exception_in_validation, NaiveCallback, LoRACallback),
+    (ctrl_c_in_validation, NaiveCallback, LoRACallback),
     (on_exception_checkpoint, SavesAll, full),
     (slurm_requeue, SavesAll, full),
     (saved_inside_validation, SavesAll, full),
@@ -223,6 +248,7 @@ TRAPS: list[tuple[Damage, Make, Make]] = [
     (learning_rate_finder, NaiveCallback, LoRACallback),
     (ema_resume, NaiveCallback, LoRACallback),
     (ema_validation, NaiveCallback, LoRACallback),
+    (averaging_listed_first, NaiveCallback, LoRACallback),
     (built_in_setup, NaiveCallback, LoRACallback),
     (built_in_configure_model, NaiveCallback, LoRACallback),
     (parameters_captured_in_init, NaiveCallback, LoRACallback),
