@@ -18,7 +18,7 @@ from test_fsdp import DEVICE, injected, same_bits, shard_
 from test_tensor_parallel import PLAN, block, mesh
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor.parallel import parallelize_module
 from world import world
 
@@ -80,14 +80,19 @@ def sharded(kind: str) -> nn.Module:
     if kind == "tensor parallel and fsdp2":
         both = init_device_mesh(DEVICE, (2, 2), mesh_dim_names=("dp", "tp"))
         return fully_shard(parallelize_module(net, both["tp"], PLAN), mesh=both["dp"])
-    return shard_(net, shape=(2, 2) if kind == "two copies" else None)
+    if kind == "offloaded":
+        return shard_(net, offload_policy=CPUOffloadPolicy(pin_memory=False))
+    return shard_(net, root_only=kind == "float32", shape=(2, 2) if kind == "two copies" else None)
 
 
-KINDS = {"float32": 2, "bfloat16": 2, "tensor parallel": 2, "two copies": 4, "tensor parallel and fsdp2": 4}
+KINDS = dict.fromkeys(["float32", "bfloat16", "offloaded", "tensor parallel"], 2)
+KINDS |= {"two copies": 4, "tensor parallel and fsdp2": 4}
 
 
 def write(folder: Path, kind: str) -> None:
     net = sharded(kind)
+    with torch.no_grad():
+        net(torch.ones(2, 6, dtype=next(net.parameters()).dtype))  # the root now shows gathered weights
     largest = max(parameter.nbytes for parameter in net.parameters())
     whole = sum(parameter.nbytes for parameter in net.parameters())
     for state, most in (("unmerged", 150), ("merged", whole)):

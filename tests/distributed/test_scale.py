@@ -237,10 +237,9 @@ def peaks(path: Path) -> dict[str, int]:
     budget, module.COPY_BUDGET = module.COPY_BUDGET, 0  # as in a model for which it is nothing
     model = network(LARGE)
     shard_(model, False)
-    for _ in range(2):  # the first time pays for buffers of torch
-        with merged(model):
-            pass
-        save_merged(model, path)
+    with merged(model):  # the first time pays for buffers of torch
+        pass
+    save_merged(model, path)
     found = {"shard": sum(stored(p) for name, p in model.named_parameters() if "lora_" not in name)}
     found["merge"] = peak(lambda: merge(model))
     kept = [kept for layer in model.modules() if isinstance(layer, LoRALayer) for kept in layer.lora_kept.values()]
@@ -253,7 +252,7 @@ def peaks(path: Path) -> dict[str, int]:
 
 def test_peak_memory(tmp_path):
     """The README's figures are those of one run; here they are bounds, because the allocator rounds as it likes."""
-    slack = 8 * 2**20
+    slack = 16 * 2**20
     paper = Costs(LARGE, 2, r=RANK)
     found = world().run(peaks, tmp_path)
     worst = {name: max(rank[name] for rank in found) for name in found[0]}
@@ -266,7 +265,7 @@ def test_peak_memory(tmp_path):
         assert worst[name] <= 1e6 * float(shown[what].removesuffix(" MB")) + slack, what
     assert worst["shard"] == paper.base_shard()
     assert worst["export"] <= paper.export_adds() + slack < worst["shard"]  # far from the whole model
-    assert worst["merge"] <= paper.kept_while_merged() + 2 * slack
+    assert worst["merge"] <= paper.kept_while_merged() + slack
 
 
 PEAKS = {
