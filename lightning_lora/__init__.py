@@ -1,8 +1,8 @@
 """LoRA for PyTorch Lightning: one callback, merged evaluation at the plain model's speed, bit-exact restore."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .callback import LoRACallback as LoRACallback
 from .config import LoRAConfig as LoRAConfig
 from .errors import LoRAError as LoRAError
 from .export import save_merged as save_merged
@@ -21,14 +21,21 @@ from .transfer import load_from_checkpoint as load_from_checkpoint
 from .transfer import save_adapter as save_adapter
 
 if TYPE_CHECKING:
+    from .callback import LoRACallback as LoRACallback
     from .cli import LoRACLI as LoRACLI
 
 __version__ = "0.1.0"
+LAZY = {
+    "LoRACallback": ".callback",
+    "LoRACLI": ".cli",
+}  # these import lightning, LoRACLI also what the extra `cli` brings
 
 
 def __getattr__(name: str) -> Any:
-    if name == "LoRACLI":  # needs the extra `cli`
-        from .cli import LoRACLI
+    if name not in LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(LAZY[name], __name__), name)
 
-        return LoRACLI
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *LAZY})

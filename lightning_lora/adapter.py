@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,7 +14,7 @@ from .base import A, B
 from .config import LoRAConfig
 from .errors import LoRAError
 from .supported import enabled_parts
-from .targets import names_match, near_misses
+from .targets import around, near_misses, suffixes
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,7 @@ def _meaning_the_same(old: Adapter, new: Adapter, names: Mapping[str, str]) -> L
     config = old.config
     if config is None:
         return None
-    saved = [_still_naming(entry, old, new) for entry in config.modules_to_save or ()]
-    config = replace(config, modules_to_save=saved)
+    config = replace(config, modules_to_save=_still_naming(config.modules_to_save or (), old, new))
     ranks = {n: old.tensors[f"{before}.{B}"].shape[1] for n, before in names.items()}
     enabled = {n: enabled_parts(before, config) for n, before in names.items()}
     same = all(config.rank(n) == ranks[n] and enabled_parts(n, config) == enabled[n] for n in names)
@@ -89,29 +89,40 @@ def _meaning_the_same(old: Adapter, new: Adapter, names: Mapping[str, str]) -> L
     return replace(config, **spelled_out(replace(new, config=config), ranks), enable_lora=parts)
 
 
-def _still_naming(entry: str, old: Adapter, new: Adapter) -> str:
-    """An entry of modules_to_save, without what was taken off the names if it needs that to name anything."""
-    if any(names_match([entry], module) for module in _modules(new.tensors)):
-        return entry
-    taken = [m for m in _modules(old.tensors) if names_match([entry], m)]
-    shorter = [m for m in _modules(new.tensors) if any(whole.endswith(f".{m}") for whole in taken)]
-    return max(shorter, key=len, default=entry)
+def _still_naming(entries: Iterable[str], old: Adapter, new: Adapter) -> list[str]:
+    """Entries of modules_to_save, without what was taken off the names if they need that to name anything."""
+    before, now = ({module for name in x.tensors for module in around(name)} for x in (old, new))
+    named = {suffix for module in now for suffix in suffixes(module)}
+    taken = defaultdict(list)
+    for module in before:
+        for suffix in suffixes(module):
+            taken[suffix].append(module)
 
+    def still_naming(entry: str) -> str:
+        if entry in named:
+            return entry
+        shorter = [suffix for whole in taken[entry] for suffix in suffixes(whole) if suffix in now]
+        return max(shorter, key=len, default=entry)
 
-def _modules(names: Iterable[str]) -> list[str]:
-    """Every module on the way to a tensor."""
-    return list({name.rsplit(".", i)[0] for name in names for i in range(1, name.count(".") + 1)})
+    return list(map(still_naming, entries))
 
 
 def spelled_out(adapter: Adapter, ranks: Mapping[str, int]) -> dict[str, Any]:
-    """Options that give exactly the layers in `ranks` these ranks and the adapter's scalings."""
+    """Options that give exactly the layers in `ranks` these ranks and the adapter's scalings.
+
+    What most layers have is the option, and patterns name the others.
+    """
     root = adapter.config is not None and adapter.config.use_rslora
     alphas = {n: adapter.scalings[n] * (math.sqrt(r) if root else r) for n, r in ranks.items()}
+    alphas = {name: int(alpha) if alpha == int(alpha) else alpha for name, alpha in alphas.items()}
+    ((r, _),), ((alpha, _),) = Counter(ranks.values()).most_common(1), Counter(alphas.values()).most_common(1)
     return {
         "target_modules": list(ranks),
         "exclude_modules": None,
-        "rank_pattern": {f"^{re.escape(name)}": rank for name, rank in ranks.items()},
-        "alpha_pattern": {f"^{re.escape(name)}": int(a) if a == int(a) else a for name, a in alphas.items()},
+        "r": r,
+        "lora_alpha": alpha,
+        "rank_pattern": {f"^{re.escape(name)}": own for name, own in ranks.items() if own != r},
+        "alpha_pattern": {f"^{re.escape(name)}": own for name, own in alphas.items() if own != alpha},
     }
 
 

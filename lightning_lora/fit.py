@@ -84,7 +84,8 @@ def _check_tensors(model: nn.Module, adapter: Adapter) -> None:
     _same_kinds(model, adapter)
     live = {name: tensor for name, tensor, _ in named_state(model)}
     wanted = [name for name in adapter_keys(model) if adapter.complete or isinstance(live[name], nn.Parameter)]
-    given = [name for name in adapter.tensors if name not in live or name in wanted]
+    judged = set(wanted)
+    given = [name for name in adapter.tensors if name not in live or name in judged]
     _same_names("tensor", map(first, given), map(first, wanted))
     for name, value in adapter.tensors.items():
         _check_tensor(name, value, live[name])

@@ -117,7 +117,8 @@ def diff(one: PathLike, other: PathLike) -> dict[str, Any]:
     first, second = read_adapter(one), read_adapter(other)
     first = first.renamed(first.network, "") if first.network else first
     second = second.renamed(second.network, "") if second.network else second
-    rows = {name: _adapter_row(first, second, name) for name in first.layers() if name in second.layers()}
+    theirs = set(second.layers())
+    rows = {name: _adapter_row(first, second, name) for name in first.layers() if name in theirs}
     owned = [{n: t for n, t in x.tensors.items() if n.rpartition(".")[2] not in (A, B)} for x in (first, second)]
     for name in owned[0].keys() & owned[1].keys():
         rows[name] = _row(owned[0][name].double(), owned[1][name].double())

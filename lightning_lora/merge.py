@@ -16,7 +16,6 @@ from torch import nn
 from .base import HALF, LoRALayer
 from .errors import LoRAError
 from .exact import Piece
-from .metrics import MergeFidelity
 from .readers import set_fast_paths_
 from .sharding import Together, is_sharded, local, reset_, reshard_
 from .targets import note_tied
@@ -179,8 +178,12 @@ class _Fidelity:
 
     def __init__(self, layers: Iterable[LoRALayer]) -> None:
         self.layers = {layer for layer in layers if layer.main_weight().dtype in HALF and not layer.lora_reported}
-        with torch.inference_mode(False):  # it is updated outside
-            self.metric = MergeFidelity(sync_on_compute=False) if self.layers else None
+        self.metric = None
+        if self.layers:
+            from .metrics import MergeFidelity  # torchmetrics imports much
+
+            with torch.inference_mode(False):  # it is updated outside
+                self.metric = MergeFidelity(sync_on_compute=False)
 
     def wants(self, layer: LoRALayer) -> bool:
         return layer in self.layers

@@ -12,7 +12,7 @@ from .adapter import Adapter, spelled_out
 from .base import B
 from .config import LoRAConfig
 from .errors import LoRAError
-from .targets import names_match
+from .targets import around, matcher, suffixes
 
 SHARED = ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "rank_pattern", "alpha_pattern")
 SELECTING = ("target_modules", "exclude_modules", "modules_to_save")
@@ -54,19 +54,16 @@ def options_to_peft(adapter: Adapter) -> dict[str, Any]:
 
 
 def _common_options(adapter: Adapter, ranks: Mapping[str, int]) -> dict[str, Any]:
-    """One r and lora_alpha where all layers agree, as vLLM needs it; patterns where they do not."""
+    """One r and lora_alpha where all layers agree, as vLLM needs it; patterns for those that do not."""
     spelled = spelled_out(adapter, ranks)
-    alphas = {spelled["alpha_pattern"][f"^{re.escape(name)}"] for name in ranks}
-    if len(alphas) == 1 and len(set(ranks.values())) == 1:
-        return {"r": next(iter(ranks.values())), "lora_alpha": alphas.pop(), "rank_pattern": {}, "alpha_pattern": {}}
-    return {name: spelled[name] for name in ("rank_pattern", "alpha_pattern")}
+    return {name: spelled[name] for name in ("r", "lora_alpha", "rank_pattern", "alpha_pattern")}
 
 
 def _targets(adapter: Adapter, layers: Sequence[str]) -> str | list[str]:
     owners = {name.rpartition(".")[0] for name in (*adapter.tensors, *adapter.fingerprint)} - {""}
     own = adapter.config.target_modules if adapter.config is not None else ()
     for names in (own, layers):
-        if not isinstance(names, str) and {n for n in owners if names_match(names, n)} == set(layers):
+        if not isinstance(names, str) and set(filter(matcher(names), owners)) == set(layers):
             return list(names)
     return "|".join(map(re.escape, layers))
 
@@ -97,7 +94,7 @@ def options_from_peft(options: Mapping[str, Any], layers: Sequence[str], saved: 
     Args:
         options: what the file holds.
         layers: the adapted layers that the tensors name.
-        saved: modules of which the tensors hold whole parameters. PEFT adds entries to modules_to_save that may name
+        saved: names of parameters that the tensors hold whole. PEFT adds entries to modules_to_save that may name
             nothing, so those without tensors are dropped.
 
     Raises:
@@ -106,16 +103,12 @@ def options_from_peft(options: Mapping[str, Any], layers: Sequence[str], saved: 
     ours = {name: options[name] for name in (*SHARED, *SELECTING) if options.get(name) is not None}
     entries = ours.get("modules_to_save")
     if isinstance(entries, list):
-        named = [entry for entry in entries if any(_is_inside(entry, module) for module in saved)]
-        ours["modules_to_save"] = list(dict.fromkeys(named))
+        named = {suffix for name in saved for module in around(name) for suffix in suffixes(module)}
+        entries = [entry for entry in entries if isinstance(entry, str) and entry in named]
+        ours["modules_to_save"] = list(dict.fromkeys(entries))
     init = options.get("init_lora_weights", True)
     ours["init_lora_weights"] = init if isinstance(init, (bool, str)) and init in OWN_INITS else True
     return LoRAConfig(**{"target_modules": layers, **ours})
-
-
-def _is_inside(entry: Any, module: str) -> bool:
-    parts = module.split(".")
-    return isinstance(entry, str) and any(names_match([entry], ".".join(parts[:i])) for i in range(1, len(parts) + 1))
 
 
 def origin_of(options: Mapping[str, Any]) -> dict[str, str]:

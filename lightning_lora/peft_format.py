@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from .peft_config import options_from_peft, options_to_peft, origin_of, refuse_o
 from .peft_names import our_names, peft_name
 from .places import write_tensors
 from .state import print_of
-from .targets import names_match
+from .targets import around, matcher
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
@@ -161,13 +161,16 @@ def _foreign(
     entries = options.get("modules_to_save")
     entries = [entry for entry in entries if isinstance(entry, str)] if isinstance(entries, list) else []
     # PEFT saves embeddings beside the adapter: they are trained only where modules_to_save says so.
-    base = {n for n in owned if n.rpartition(".")[2] == "weight" and not _is_saved(n, entries)}
-    saved = [name.rpartition(".")[0] for name in owned if name not in base]
+    named = matcher(entries)
+    inside = {n for n in owned if any(map(named, around(n)))}
+    base = {n for n in owned if n.rpartition(".")[2] == "weight" and n not in inside}
+    saved = [name for name in owned if name not in base]
     config = options_from_peft(options, layers, saved)
+    known = set(layers)
     adapter = Adapter(
         tensors={name: tensor for name, tensor in tensors.items() if name not in base},
         config=config,
-        scalings={name: config.scaling(_with_options(name, layers)) for name in layers},
+        scalings={name: config.scaling(_with_options(name, known)) for name in layers},
         fingerprint={name: print_of(tensors[name]) for name in base},
         kinds=kinds,
         origin=origin_of(options),
@@ -186,12 +189,7 @@ def _refuse_crossing_groups(name: str, a: torch.Tensor, b: torch.Tensor, folder:
         )
 
 
-def _with_options(name: str, layers: list[str]) -> str:
+def _with_options(name: str, layers: Set[str]) -> str:
     """The layer whose options hold: PEFT gives an attention's out_proj those of the attention."""
     attention, _, leaf = name.rpartition(".")
     return attention if leaf == "out_proj" and attention in layers else name
-
-
-def _is_saved(name: str, entries: list[str]) -> bool:
-    parts = name.split(".")[:-1]
-    return any(names_match(entries, ".".join(parts[:i])) for i in range(1, len(parts) + 1))

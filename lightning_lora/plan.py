@@ -63,13 +63,15 @@ def plan(adapter: Adapter, base: Weights, *, strict_base: bool = True) -> dict[s
     adapter = placed(adapter, base.modules(), str(base.path))
     _compare_base(adapter, base, strict_base)
     changes: dict[str, Change] = {}
+    seen = _seen_orientations(adapter, base)
     for name in adapter.layers():
-        changes |= _layer_changes(adapter, name, base)
+        changes |= _layer_changes(adapter, name, base, seen)
     for name, value in adapter.tensors.items():
         if name.rpartition(".")[2] not in (A, B):
             changes[name] = _replacement(name, value, base)
+    owners = base.other_owners()
     for name in changes:
-        owner = base.other_owner(name)
+        owner = owners.get(name)
         if owner:
             raise LoRAError(
                 f"{base.path}: {name!r} is also {owner}, so changing it would change that too, and merged weights "
@@ -90,7 +92,7 @@ def _compare_base(adapter: Adapter, base: Weights, strict: bool) -> None:
         warnings.warn(f"lightning_lora: {error}", stacklevel=3)
 
 
-def _layer_changes(adapter: Adapter, name: str, base: Weights) -> dict[str, Change]:
+def _layer_changes(adapter: Adapter, name: str, base: Weights, seen: Mapping[str, str]) -> dict[str, Change]:
     a, b = adapter.tensors[f"{name}.{A}"], adapter.tensors[f"{name}.{B}"]
     leaves = [leaf for leaf in ("weight", IN_PROJ, *SEPARATE) if f"{name}.{leaf}" in base.places]
     shapes = {leaf: base.places[f"{name}.{leaf}"].shape for leaf in leaves}
@@ -100,7 +102,7 @@ def _layer_changes(adapter: Adapter, name: str, base: Weights) -> dict[str, Chan
         dtype = base.places[f"{name}.{leaf}"].dtype
         if dtype not in MERGEABLE:
             raise LoRAError(f"{base.path}: {f'{name}.{leaf}'!r} is {dtype}; only floating point weights are merged.")
-    kind = adapter.kinds.get(name) or _kind(adapter, name, shapes, base)
+    kind = adapter.kinds.get(name) or _kind(adapter, name, shapes, base, seen)
     config = adapter.config or LoRAConfig()
     layer = stand_in(kind, shapes, b.shape[1], enabled_parts(name, config))
     expected = _expected(layer)
@@ -120,24 +122,34 @@ def _expected(layer: LoRALayer) -> Any:
         return None
 
 
-def _kind(adapter: Adapter, name: str, shapes: Mapping[str, Sequence[int]], base: Weights) -> str:
+def _kind(
+    adapter: Adapter, name: str, shapes: Mapping[str, Sequence[int]], base: Weights, seen: Mapping[str, str]
+) -> str:
     """Linear, Conv1D or attention, for an adapter of which only names and shapes are known."""
     if "weight" not in shapes:
         return "MultiheadAttention"
     fits = _orientations(adapter, name, shapes["weight"])
     if len(fits) < 2:
         return next(iter(fits), "Linear")
-    said = "Conv1D" if adapter.fan_in_fan_out else "Linear"
-    for other in adapter.layers():
-        place = base.places.get(f"{other}.weight")
-        known = _orientations(adapter, other, place.shape) if place and other not in adapter.kinds else set()
-        if len(known) == 1 and known != {said}:
-            raise LoRAError(
-                f"{base.path}: {name!r} is square, so that its shape does not tell whether it is stored (out, in) or "
-                f"(in, out), and the adapter's fan_in_fan_out={adapter.fan_in_fan_out} is contradicted by {other!r}. "
-                f"{INSTEAD}."
-            )
+    said, opposite = ("Conv1D", "Linear") if adapter.fan_in_fan_out else ("Linear", "Conv1D")
+    if opposite in seen:
+        raise LoRAError(
+            f"{base.path}: {name!r} is square, so that its shape does not tell whether it is stored (out, in) or "
+            f"(in, out), and the adapter's fan_in_fan_out={adapter.fan_in_fan_out} is contradicted by "
+            f"{seen[opposite]!r}. {INSTEAD}."
+        )
     return said
+
+
+def _seen_orientations(adapter: Adapter, base: Weights) -> dict[str, str]:
+    """Linear and Conv1D, each with the first layer of unknown kind whose shape says that it is one."""
+    seen: dict[str, str] = {}
+    for name in adapter.layers():
+        place = base.places.get(f"{name}.weight")
+        fits = _orientations(adapter, name, place.shape) if place and name not in adapter.kinds else set()
+        if len(fits) == 1:
+            seen.setdefault(fits.pop(), name)
+    return seen
 
 
 def _orientations(adapter: Adapter, name: str, shape: Sequence[int]) -> set[str]:

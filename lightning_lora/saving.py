@@ -50,16 +50,17 @@ def write(module: nn.Module, checkpoint: MutableMapping[str, Any], kind: Kind) -
     _, _, injection = require_injection(module, "checkpoint")
     state = checkpoint["state_dict"] = {canonical(name): value for name, value in checkpoint["state_dict"].items()}
     keys = adapter_keys(module)
+    trained = set(keys)
     meta: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "kind": kind,
-        **describe(module, trained=set(keys) if kind == "full" else ()),
+        **describe(module, trained=trained if kind == "full" else ()),
     }
     if kind == "full":
         meta["initial"] = whole(injection.initial)
     else:
         shapes = {name: tensor.shape for name, tensor, _ in named_state(module) if tensor is not None}
-        drop = {name: shapes[name] for name in base_keys(module) if name not in set(keys) and name in shapes}
+        drop = {name: shapes[name] for name in base_keys(module) if name not in trained and name in shapes}
         for key in list(checkpoint):
             checkpoint[key] = _without(checkpoint[key], drop)
     if kind == "merged":

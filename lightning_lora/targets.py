@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -30,20 +30,19 @@ class Targets:
 
     def __init__(self, model: nn.Module, config: LoRAConfig) -> None:
         modules = {canonical(name): module for name, module in model.named_modules() if canonical(name)}
-        self.saved = {n: m for n, m in modules.items() if names_match(config.modules_to_save, n)}
+        saved, chosen_by_name, excluded = map(
+            matcher, (config.modules_to_save, config.target_modules, config.exclude_modules)
+        )
+        self.saved = {n: m for n, m in modules.items() if saved(n)}
         self.left_out: dict[str, str] = {}
         if config.target_modules == ALL_LINEAR:
             chosen = self._all_linear(model, modules)
         else:
-            chosen = {n: m for n, m in modules.items() if names_match(config.target_modules, n)}
-        self.layers = {
-            name: module
-            for name, module in chosen.items()
-            if not names_match(config.exclude_modules, name) and not self._is_saved(name)
-        }
+            chosen = {n: m for n, m in modules.items() if chosen_by_name(n)}
+        self.layers = {n: m for n, m in chosen.items() if not excluded(n) and not self._is_saved(n)}
         for name, module in list(self.layers.items()):  # attention is adapted whole, as PEFT does
             out_proj = f"{name}.out_proj"
-            if isinstance(module, nn.MultiheadAttention) and not names_match(config.exclude_modules, out_proj):
+            if isinstance(module, nn.MultiheadAttention) and not excluded(out_proj):
                 self.layers[out_proj] = modules[out_proj]
         self.unmatched = self._unmatched(config, chosen, modules)
 
@@ -63,7 +62,7 @@ class Targets:
         return chosen
 
     def _is_saved(self, name: str) -> bool:
-        return any(name == saved or name.startswith(saved + ".") for saved in self.saved)
+        return any(module in self.saved for module in (name, *around(name)))
 
     def _unmatched(self, config: LoRAConfig, chosen: Iterable[str], modules: Mapping[str, nn.Module]) -> list[str]:
         adaptable = [name for name, module in modules.items() if layer_kind(module)]
@@ -74,11 +73,12 @@ class Targets:
             ("modules_to_save", modules, modules),
             ("enable_lora", self.layers, self.layers),
         ):
+            named = {suffix for name in names for suffix in suffixes(name)}
             unmatched += [
                 f"{option}: {entry_name(entry)!r} names no {'module' if names is modules else 'layer to adapt'}"
                 + near_misses(entry_name(entry), hints)
                 for entry in entries_of(getattr(config, option))
-                if not any(names_match(entry, name) for name in names)
+                if not (any(map(matcher(entry), names)) if isinstance(entry, str) else entry[0] in named)
             ]
         for option in ("rank_pattern", "alpha_pattern"):
             unmatched += [
@@ -105,18 +105,37 @@ def entry_name(entry: str | tuple[str]) -> str:
 
 def names_match(names: str | Sequence[str] | None, name: str) -> bool:
     """PEFT's rule: a string is a full-match regular expression, a list holds whole names or dotted suffixes."""
-    if names is None:
-        return False
+    return matcher(names)(name)
+
+
+def matcher(names: str | Iterable[str] | None) -> Callable[[str], bool]:
+    """names_match for many modules, with a look-up instead of a search of the list for each."""
     if isinstance(names, str):
-        return re.fullmatch(names, name) is not None
-    return any(name == entry or name.endswith("." + entry) for entry in names)
+        expression = re.compile(names)
+        return lambda name: expression.fullmatch(name) is not None
+    entries = frozenset(names or ())
+    return lambda name: not entries.isdisjoint(suffixes(name))
+
+
+def suffixes(name: str) -> list[str]:
+    """A module's name, and what is left of it without its first, second, ... segment."""
+    return [name, *(name[dot + 1 :] for dot in _dots(name))]
+
+
+def around(name: str) -> list[str]:
+    """The modules on the way to a parameter or module, without itself."""
+    return [name[:dot] for dot in _dots(name)]
+
+
+def _dots(name: str) -> list[int]:
+    return [i for i, character in enumerate(name) if character == "."]
 
 
 def near_misses(entry: str, names: Iterable[str]) -> str:
     """A hint with the names that look most like `entry`, or with the first names there are."""
     names = list(names)
-    suffixes = {".".join(name.split(".")[i:]) for name in names for i in range(name.count(".") + 1)}
-    close = difflib.get_close_matches(entry, sorted(suffixes), n=3, cutoff=0.6)
+    known = {suffix for name in names for suffix in suffixes(name)}
+    close = difflib.get_close_matches(entry, sorted(known), n=3, cutoff=0.6)
     if close:
         return f"; did you mean {', '.join(map(repr, close))}?"
     shown = ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import zipfile
 import zlib
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,6 +97,8 @@ def _start(file: BinaryIO, info: zipfile.ZipInfo) -> int:
 def set_check_sums(path: PathLike, places: list[Place]) -> None:
     """Make the archive's check sums right again after these tensors were changed in place."""
     records = read_records(path)
+    starts = sorted(record.start for record in records)
+    changed = {starts[bisect_right(starts, place.start) - 1] for place in places}
     with zipfile.ZipFile(path) as archive:
         directory = archive.start_dir
     with open(path, "r+b") as file:
@@ -103,7 +106,7 @@ def set_check_sums(path: PathLike, places: list[Place]) -> None:
             info = record.info
             entry = directory
             directory += CENTRAL + _name_lengths(file, entry)
-            if not any(record.start <= place.start < record.start + info.file_size for place in places):
+            if record.start not in changed:
                 continue
             check = _check_sum(file, record.start, info.file_size).to_bytes(4, "little")
             for position in (entry + 16, _second_position(file, record)):

@@ -31,18 +31,25 @@ class Weights:
         """Every module on the way to a tensor."""
         return {name.rsplit(".", i)[0] for name in self.places for i in range(1, name.count(".") + 1)}
 
-    def other_owner(self, name: str) -> str:
-        """What else uses this tensor's values, or ''."""
+    def other_owners(self) -> dict[str, str]:
+        """The tensors whose values something else uses too, each with that."""
         if self.form == "torch":
-            return next((repr(other) for other in self.places if other != name and self._overlap(name, other)), "")
-        rows = self.places[name].shape[:1]
-        if self.folder is not None and self.folder.tied_embeddings() and rows == (self.folder.vocabulary(),):
-            return "tied to the other end of the model (tie_word_embeddings in config.json)"
-        return ""
+            return self._overlapping()
+        if self.folder is None or not self.folder.tied_embeddings():
+            return {}
+        tied = "tied to the other end of the model (tie_word_embeddings in config.json)"
+        return {n: tied for n, place in self.places.items() if place.shape[:1] == (self.folder.vocabulary(),)}
 
-    def _overlap(self, name: str, other: str) -> bool:
-        one, two = self.places[name], self.places[other]
-        return one.start < two.start + two.nbytes and two.start < one.start + one.nbytes
+    def _overlapping(self) -> dict[str, str]:
+        owners: dict[str, str] = {}
+        reaching, end = "", 0  # of the tensors so far, the one whose bytes reach furthest
+        for name, place in sorted(self.places.items(), key=lambda item: item[1].start):
+            if place.start < end and place.nbytes:
+                owners.setdefault(name, repr(reaching))
+                owners.setdefault(reaching, repr(name))
+            if place.start + place.nbytes > end:
+                reaching, end = name, place.start + place.nbytes
+        return owners
 
 
 def open_weights(path: PathLike) -> Weights:

@@ -9,6 +9,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # LightningCLI uses what jsonargparse 5 will drop
 
+import hypothesis
 import pytest
 import torch
 
@@ -21,6 +22,10 @@ LIGHTNING_NOTICES = (
     "Starting from v1.9.0, `tensorboardX` has been removed",
     "Trying to infer the `batch_size`",
 )
+
+
+hypothesis.settings.register_profile("unhurried", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("unhurried")
 
 
 def pytest_configure(config: pytest.Config) -> None:

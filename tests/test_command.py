@@ -57,23 +57,6 @@ def test_it_is_installed_as_a_program_and_as_a_module(capsys, monkeypatch: pytes
     assert all(verb in shown for verb in ("info", "merge", "export", "import", "diff", "extract"))
 
 
-def test_help_names_types_and_defaults(capsys: pytest.CaptureFixture[str]):
-    with pytest.raises(SystemExit):
-        main(["merge", "--help"])
-    shown = " ".join(capsys.readouterr().out.split())
-    assert "--base BASE model folder, safetensors, checkpoint or state dict (required, type: str)" in shown
-    assert "type: Optional[Literal['float16', 'bfloat16', 'float32', 'float64']], default: null" in shown
-    assert "(type: bool, default: True)" in shown
-
-
-@pytest.mark.parametrize("args", [["merge", "--dtype=int8"], ["info"], ["melt"], ["extract", "--rank=x"]])
-def test_wrong_options_are_named(capsys: pytest.CaptureFixture[str], args: list[str]):
-    with pytest.raises(SystemExit) as stopped:
-        main(args)
-    assert stopped.value.code == 2
-    assert args[-1].partition("=")[0].strip("-") in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("kind", ["adapter", "merged", "full"])
 def test_info_of_a_lightning_checkpoint(tmp_path, capsys, kind: str):
     net = Net()

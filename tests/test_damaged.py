@@ -109,9 +109,7 @@ def written(files: dict[str, bytes], path: Path) -> dict[str, Path]:
     return {name: path / ("adapter" if name != "file.ckpt" else name) for name in files}
 
 
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(data=st.data())
 def test_truncated_or_random_files(tmp_path, tmp_path_factory, data):
     files = dict(whole(tmp_path_factory))
@@ -123,9 +121,7 @@ def test_truncated_or_random_files(tmp_path, tmp_path_factory, data):
     assert_refused(written(files, tmp_path)[name])
 
 
-@settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-)
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(data=st.data())
 def test_a_changed_byte_is_an_error_or_another_adapter_but_never_a_half_loaded_model(tmp_path, tmp_path_factory, data):
     files = dict(whole(tmp_path_factory))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 import warnings
 from typing import Any
 
@@ -13,9 +12,7 @@ from plain import randomise_, state_bits
 from torch import nn
 from torchmetrics import Metric
 
-from lightning_lora import LoRAConfig, inject, is_merged, merge, merged, unmerge
-
-MERGE = sys.modules["lightning_lora.merge"]  # the package's attribute of that name is the function
+from lightning_lora import LoRAConfig, inject, is_merged, merge, merged, metrics, unmerge
 
 
 def with_adapter_of(share: float, dtype: torch.dtype) -> nn.Sequential:
@@ -69,12 +66,12 @@ def test_the_first_merge_into_16_bits_reports_its_cost_once(caplog, share, dtype
 def test_the_report_comes_through_a_torchmetrics_metric(monkeypatch):
     made: list[Any] = []
 
-    class Spy(MERGE.MergeFidelity):
+    class Spy(metrics.MergeFidelity):
         def __init__(self, **kwargs: Any) -> None:
             super().__init__(**kwargs)
             made.append(self)
 
-    monkeypatch.setattr(MERGE, "MergeFidelity", Spy)
+    monkeypatch.setattr(metrics, "MergeFidelity", Spy)
     model = with_adapter_of(0.2, torch.bfloat16)
     expected = cost(model)
     with merged(model):

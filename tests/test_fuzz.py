@@ -36,7 +36,6 @@ tried: Counter[str] = Counter()
 refused: Counter[str] = Counter()
 fuzz = settings(
     max_examples=INPUTS,
-    deadline=None,
     derandomize=INPUTS == 150,
     database=None,
     suppress_health_check=list(HealthCheck),

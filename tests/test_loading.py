@@ -93,7 +93,7 @@ def test_both_give_the_other_models_outputs():
 KEYS = st.sampled_from(sorted(STATE))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     start=st.sampled_from(["base", "adapter", "both", "nothing"]),
     toggled=st.sets(KEYS, min_size=1, max_size=3) | st.sets(KEYS, min_size=1),

@@ -11,6 +11,7 @@ from sources import base, checkpoint, source, trained
 from torch import nn
 
 from lightning_lora import LoRAConfig, LoRAError, inject, load_adapter
+from lightning_lora.injection import require_injection
 
 
 class Around(nn.Module):
@@ -54,6 +55,20 @@ def test_a_prefix_is_taken_off(options, target):
     names = load_adapter(other, checkpoint(model, "adapter"))
     assert names == [name for name in ZOO_LAYERS if hasattr(model.model.get_submodule(name), "lora_A")]
     assert state_bits(other) == state_bits(model.model)
+    assert torch.equal(other(tokens()), model.model(tokens()))
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_layers_that_are_spelled_out_keep_the_common_options(use_rslora: bool):
+    """An expression that names nothing without the prefix becomes a list; patterns name what differs from most."""
+    options = {"rank_pattern": {r"model\.body\.0": 4}, "alpha_pattern": {r"model\.embed": 3}, "use_rslora": use_rslora}
+    model = trained_around(r=2, lora_alpha=5, target_modules=r"model\.(embed|body\.[03]|conv)", **options)
+    other = base()
+    names = load_adapter(other, checkpoint(model, "adapter"))
+    config = require_injection(other, "test")[2].config
+    assert (config.r, config.lora_alpha) == (2, 5)
+    assert config.target_modules == tuple(names)
+    assert (config.rank_pattern, config.alpha_pattern) == ({r"^body\.0": 4}, {"^embed": 3})
     assert torch.equal(other(tokens()), model.model(tokens()))
 
 

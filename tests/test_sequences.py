@@ -122,4 +122,4 @@ class Verbs(RuleBasedStateMachine):
 
 
 TestVerbs = Verbs.TestCase
-TestVerbs.settings = settings(max_examples=15, stateful_step_count=10, deadline=None)
+TestVerbs.settings = settings(max_examples=15, stateful_step_count=10)

@@ -105,12 +105,33 @@ EXTRAS = ("jsonargparse", "rich", "peft", "transformers", "loralib", "sklearn")
 def test_the_package_is_imported_without_its_extras():
     program = (
         "import sys, lightning.pytorch, torchmetrics; known = set(sys.modules); "  # torchmetrics imports transformers
-        f"import lightning_lora; print([n for n in {EXTRAS} if n in set(sys.modules) - known])"
+        f"from lightning_lora import LoRACallback; print([n for n in {EXTRAS} if n in set(sys.modules) - known])"
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
     users = {name for name, tree in TREES.items() if {i.split(".")[0] for i in imported(tree)} & set(EXTRAS)}
     assert users == {"command"}  # inside its functions, with a message where they are missing
+
+
+def test_lightning_is_imported_for_the_callback_alone(tmp_path):
+    """Plain models and the command wait neither for it nor for torchmetrics; the callback is there all the same."""
+    program = f"""
+import sys, torch, lightning_lora
+from lightning_lora.command import main
+net = torch.nn.Sequential(torch.nn.Linear(2, 2))
+torch.save(net.state_dict(), "{tmp_path}/base.pt")
+lightning_lora.inject(net, lightning_lora.LoRAConfig(r=1))
+lightning_lora.save_adapter(net, "{tmp_path}/a")
+assert main(["info", "{tmp_path}/a"]) == 0
+assert main(["merge", "--base={tmp_path}/base.pt", "--adapter={tmp_path}/a", "--output={tmp_path}/o.pt"]) == 0
+assert not {{"lightning", "torchmetrics"}} & set(sys.modules)
+assert {{"LoRACallback", "LoRACLI", "inject"}} <= set(dir(lightning_lora))
+from lightning_lora import LoRACallback
+assert "lightning" in sys.modules and "lightning.pytorch.cli" not in sys.modules
+assert lightning_lora.LoRACallback is LoRACallback
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
 
 
 def test_errors_are_value_errors():
