@@ -12,17 +12,7 @@ os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # LightningCL
 import hypothesis
 import pytest
 import torch
-
-# Lightning's advice about the machine or the run, which says nothing about this package.
-LIGHTNING_NOTICES = (
-    "The '.*_dataloader' does not have many workers",
-    "The number of training batches",
-    "Checkpoint directory .* exists and is not empty",
-    "`isinstance\\(treespec, LeafSpec\\)` is deprecated",
-    "Starting from v1.9.0, `tensorboardX` has been removed",
-    "Trying to infer the `batch_size`",
-)
-
+from notices import LIGHTNING_NOTICES
 
 hypothesis.settings.register_profile("unhurried", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("unhurried")

@@ -154,11 +154,11 @@ def quiet() -> None:
     """As in the main process: a warning is an error, and Lightning's notices are none."""
     import logging
 
-    import conftest
     import lightning.pytorch  # noqa: F401  (resets its own logger on import)
+    from notices import LIGHTNING_NOTICES
 
     warnings.simplefilter("error")
-    for message in conftest.LIGHTNING_NOTICES:
+    for message in LIGHTNING_NOTICES:
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
