@@ -194,7 +194,7 @@ class LoRALayer(Swapped):
         except BaseException:
             self.unmerge_()
             raise
-        self.lora_active, self.lora_merged = False, True
+        self._set_merged(True)
 
     def unmerge_(self) -> None:
         """Each weight <- W, see exact.remove_delta_."""
@@ -206,9 +206,12 @@ class LoRALayer(Swapped):
                 except LoRAError as error:
                     failure, self.lora_damaged = error, True
                 del self.lora_kept[name]
-        self.lora_active, self.lora_merged = True, False
+        self._set_merged(False)
         if failure:
             raise failure
+
+    def _set_merged(self, merged: bool) -> None:
+        vars(self).update(lora_active=not merged, lora_merged=merged)  # nn.Module's own way looks for parameters first
 
     @contextmanager
     def briefly_unmerged(self) -> Iterator[None]:

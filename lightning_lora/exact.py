@@ -27,7 +27,7 @@ import torch
 from .errors import LoRAError
 from .scratch import SPARES, Scratch
 
-CPU_BLOCK = 2**17  # elements; small enough for the cache
+CPU_BLOCK = 2**18  # elements; small enough for the cache, large enough for two threads
 GPU_BLOCK = 2**24  # elements; large enough to fill a card
 KEEP_AT_MOST = 0.25  # above this share of a block, a plain copy of it serves
 
@@ -201,10 +201,13 @@ def _starts(weight: torch.Tensor, piece: Piece) -> range:
 
 
 def _block(weight: torch.Tensor, piece: Piece, start: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    left = piece.left[start : start + _starts(weight, piece).step]
-    block = weight.detach().narrow(0, piece.row + start, left.shape[0])
-    if piece.right.shape[1] != weight[0].numel():
-        block = block.narrow(1, piece.col, piece.right.shape[1])
+    rows, width = _starts(weight, piece).step, piece.right.shape[1]
+    left = piece.left[start : start + rows]
+    block = weight.detach()
+    if len(left) < len(weight):
+        block = block.narrow(0, piece.row + start, len(left))
+    if width * len(weight) != weight.numel():
+        block = block.narrow(1, piece.col, width)
     return block, left, piece.right
 
 
@@ -225,7 +228,8 @@ def _merge_block(
         observe(new.to(delta.dtype), exact, delta)
     if kept.copy is None:
         kept.blocks.append(_differing(block, _subtract(new, delta, scratch)))
-    block.copy_(new)  # torch does nothing where it is there already
+    if new is not block:
+        block.copy_(new)
 
 
 def _rounded_sum(

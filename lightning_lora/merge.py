@@ -56,7 +56,7 @@ def merge(model: nn.Module) -> None:
     show_shards_(model, layers)
     copies = _affordable_copies(layers.values())
     fidelity = _Fidelity(pending.values())
-    with _deferred_interrupt():
+    with _deferred_interrupt(), torch.no_grad():  # once, for it takes longer than a small layer's sum
         try:
             note_tied(model)
             together = Together(layer.main_weight() for layer in pending.values())
@@ -85,7 +85,7 @@ def unmerge(model: nn.Module) -> None:
     """
     layers = _require_layers(model, "unmerge")
     show_shards_(model, layers)
-    with _deferred_interrupt():
+    with _deferred_interrupt(), torch.no_grad():
         try:
             _unmerge_all(layers)
         finally:

@@ -196,8 +196,9 @@ def _note_overlaps(sharing: list[tuple[torch.Tensor, nn.Module, str, bool]], tie
 def note_tied(model: nn.Module) -> None:
     """Tell each adapted layer what keeps it from being merged; where the injected model is seen whole, also nothing."""
     tied = tied_weights(model)
-    whole = any(ATTRIBUTE in vars(module) for module in model.modules())
-    for layer in model.modules():
+    modules = list(model.modules())
+    whole = any(ATTRIBUTE in vars(module) for module in modules)
+    for layer in modules:
         if isinstance(layer, LoRALayer):
             computed = any(name not in layer._parameters for name in layer.adapted_weights())
             reason = "its weight is computed from others (weight_norm, parametrize, prune)" if computed else ""
