@@ -3,32 +3,46 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .config import LoRAConfig as LoRAConfig
-from .errors import LoRAError as LoRAError
-from .export import save_merged as save_merged
-from .inject import disable_adapter as disable_adapter
-from .inject import inject as inject
-from .inject import merge_and_unload as merge_and_unload
-from .inject import unload as unload
-from .merge import is_merged as is_merged
-from .merge import merge as merge
-from .merge import merged as merged
-from .merge import unmerge as unmerge
-from .state import adapter_state_dict as adapter_state_dict
-from .state import merged_state_dict as merged_state_dict
-from .transfer import load_adapter as load_adapter
-from .transfer import load_from_checkpoint as load_from_checkpoint
-from .transfer import save_adapter as save_adapter
+from .config import LoRAConfig
+from .errors import LoRAError
+from .inject import disable_adapter, inject, merge_and_unload, unload
+from .merge import is_merged, merge, merged, unmerge
+from .state import adapter_state_dict, merged_state_dict
 
 if TYPE_CHECKING:
-    from .callback import LoRACallback as LoRACallback
+    from .callback import LoRACallback
     from .cli import LoRACLI as LoRACLI
+    from .export import save_merged
+    from .transfer import load_adapter, load_from_checkpoint, save_adapter
 
 __version__ = "0.1.0"
-LAZY = {
+__all__ = [  # without LoRACLI, which needs the extra `cli`
+    "LoRACallback",
+    "LoRAConfig",
+    "LoRAError",
+    "adapter_state_dict",
+    "disable_adapter",
+    "inject",
+    "is_merged",
+    "load_adapter",
+    "load_from_checkpoint",
+    "merge",
+    "merge_and_unload",
+    "merged",
+    "merged_state_dict",
+    "save_adapter",
+    "save_merged",
+    "unload",
+    "unmerge",
+]
+LAZY = {  # what imports lightning, files alone, and (LoRACLI) what the extra `cli` brings
     "LoRACallback": ".callback",
     "LoRACLI": ".cli",
-}  # these import lightning, LoRACLI also what the extra `cli` brings
+    "load_adapter": ".transfer",
+    "load_from_checkpoint": ".transfer",
+    "save_adapter": ".transfer",
+    "save_merged": ".export",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -194,7 +194,7 @@ class LoRALayer(Swapped):
         except BaseException:
             self.unmerge_()
             raise
-        self._set_merged(True)
+        vars(self).update(lora_active=False, lora_merged=True)  # nn.Module's __setattr__ would take many times as long
 
     def unmerge_(self) -> None:
         """Each weight <- W, see exact.remove_delta_."""
@@ -206,12 +206,9 @@ class LoRALayer(Swapped):
                 except LoRAError as error:
                     failure, self.lora_damaged = error, True
                 del self.lora_kept[name]
-        self._set_merged(False)
+        vars(self).update(lora_active=True, lora_merged=False)
         if failure:
             raise failure
-
-    def _set_merged(self, merged: bool) -> None:
-        vars(self).update(lora_active=not merged, lora_merged=merged)  # nn.Module's own way looks for parameters first
 
     @contextmanager
     def briefly_unmerged(self) -> Iterator[None]:

@@ -27,8 +27,7 @@ import torch
 from .errors import LoRAError
 from .scratch import SPARES, Scratch
 
-CPU_BLOCK = 2**18  # elements; small enough for the cache, large enough for two threads
-GPU_BLOCK = 2**24  # elements; large enough to fill a card
+CPU_BLOCK, GPU_BLOCK = 2**18, 2**24  # elements; small enough for the caches, large enough to fill a card
 KEEP_AT_MOST = 0.25  # above this share of a block, a plain copy of it serves
 
 Bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -201,8 +200,7 @@ def _starts(weight: torch.Tensor, piece: Piece) -> range:
 
 
 def _block(weight: torch.Tensor, piece: Piece, start: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    rows, width = _starts(weight, piece).step, piece.right.shape[1]
-    left = piece.left[start : start + rows]
+    left, width = piece.left[start : start + _starts(weight, piece).step], piece.right.shape[1]
     block = weight.detach()
     if len(left) < len(weight):
         block = block.narrow(0, piece.row + start, len(left))
@@ -219,8 +217,7 @@ def _merge_block(
     kept: Kept,
     observe: Observer | None,
 ) -> None:
-    # With a plain copy there is nothing to compare W' with, so it is written at once.
-    target = scratch.take("new", block.shape, block.dtype) if kept.copy is None else block
+    target = scratch.take("new", block.shape, block.dtype) if kept.copy is None else block  # a copy: nothing to compare
     new, exact = _rounded_sum(block, left, right, scratch, target)
     if observe or kept.copy is None:
         delta = _delta(block, left, right, scratch)

@@ -242,7 +242,7 @@ def test_the_users_own_handler_gets_the_interrupt(monkeypatch):
 
 def test_a_default_handler_ends_the_process():
     program = (
-        "import os, signal, torch; from torch import nn; from lightning_lora import *; "
+        "import os, signal, torch; from torch import nn; from lightning_lora import LoRAConfig, inject, merge; "
         "from lightning_lora.layers import LoRALinear as L; original = L.merge_; "
         "L.merge_ = lambda self, **k: (os.kill(os.getpid(), signal.SIGINT), original(self, **k))[1]; "
         "model = nn.Sequential(nn.Linear(3, 3)); inject(model, LoRAConfig(r=1)); "

@@ -71,14 +71,7 @@ def test_files_are_small(name):
 
 
 def test_public_names_are_those_of_the_contract():
-    reexported = {
-        alias.asname
-        for node in ast.walk(TREES["__init__"])
-        if isinstance(node, ast.ImportFrom)
-        for alias in node.names
-        if alias.asname == alias.name
-    }
-    assert reexported == PUBLIC
+    assert {*lightning_lora.__all__, "LoRACLI"} == PUBLIC <= set(dir(lightning_lora))
     for name in PUBLIC:
         assert getattr(lightning_lora, name).__name__ == name
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
@@ -136,3 +129,9 @@ assert lightning_lora.LoRACallback is LoRACallback
 
 def test_errors_are_value_errors():
     assert issubclass(lightning_lora.LoRAError, ValueError)
+
+
+def test_a_star_import_brings_all_but_what_needs_an_extra():
+    program = "from lightning_lora import *; print(*sorted(name for name in globals() if name[:2] != '__'))"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert set(run.stdout.split()) == PUBLIC - {"LoRACLI"}
