@@ -47,10 +47,11 @@ class LoRALinear(LoRALayer):
     def _accumulated(self, input: torch.Tensor) -> torch.Tensor:
         """The adapter's product summed straight into the base's output: one full-size tensor instead of three."""
         rows = input.view(-1, input.shape[-1])
-        base = cast(torch.Tensor, self.base_forward(rows))
         x, scaling = self.dropped(rows)
         # These layouts make autograd form both gradients with the thin factor on the left: several times faster on CPU.
         hidden = torch.mm(self.lora_A.to(x.dtype), x.t())
+        # After hidden, so that its gradient of the input is there first: no view, so the other is added in place.
+        base = cast(torch.Tensor, self.base_forward(rows))
         base.addmm_(hidden.t(), self.lora_B.to(base.dtype).t().contiguous(), alpha=scaling)
         # Not a view to autograd: fully_shard's hooks on the output would be lost to an in-place change of one.
         shape = (*input.shape[:-1], base.shape[-1])
