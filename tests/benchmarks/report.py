@@ -1,6 +1,6 @@
 """The README's table and plot, out of what run.py wrote.
 
-python tests/benchmarks/run.py --json tests/benchmarks/results.json
+python tests/benchmarks/run.py --runs 5 --json tests/benchmarks/results.json
 python tests/benchmarks/report.py
 """
 
@@ -35,7 +35,20 @@ def markdown(content: dict[str, Any]) -> str:
         if any(cells):
             sizes = list(dict.fromkeys(row["at"] for row in rows))
             lines.append(f"| {what} | {', '.join(sizes)} | {' | '.join(cells)} |")
-    return "\n".join([f"{content['machine']}:", "", *lines])
+    return "\n".join(
+        [f"{content['machine']}; medians of {content['runs']} runs:", "", *lines, *_missed(content["rows"])]
+    )
+
+
+def _missed(rows: list[dict[str, Any]]) -> list[str]:
+    """What is not as fast or as lean as it should be."""
+    missed = [row for row in rows if row["verdict"] == "not reached"]
+    lines = [
+        f"- {row['what']}, {row['at']}: {row['value']:.2f} {row['figure']}; wanted at most {row['target']:g}, "
+        f"found {row['lowest']:.2f} to {row['highest']:.2f}"
+        for row in missed
+    ]
+    return ["", f"{len(missed)} of {sum(row['target'] is not None for row in rows)} goals are not reached:", "", *lines]
 
 
 def _cell(rows: list[dict[str, Any]], figures: list[str]) -> str:
@@ -56,7 +69,9 @@ def plot(content: dict[str, Any], path: Path) -> None:
 
     shown = [row for row in content["rows"] if row["figure"] == "/ peft"]
     figure, axes = plt.subplots(figsize=(8, 0.22 * len(shown) + 1.2), layout="constrained")
-    axes.barh([f"{row['what']}, {row['at']}" for row in shown], [row["value"] for row in shown], color="#4477aa")
+    span = [[row["value"] - row["lowest"] for row in shown], [row["highest"] - row["value"] for row in shown]]
+    names, values = [f"{row['what']}, {row['at']}" for row in shown], [row["value"] for row in shown]
+    axes.barh(names, values, xerr=span, color="#4477aa", ecolor="#999999", error_kw={"linewidth": 1})
     axes.axvline(1.0, color="black", linewidth=1)
     axes.set_ylim(len(shown) - 0.4, -0.6)
     axes.tick_params(axis="y", labelsize=7)

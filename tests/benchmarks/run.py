@@ -1,6 +1,7 @@
 """Benchmarks against peft, loralib and the floor: python tests/benchmarks/run.py
 
-Ratios are medians over interleaved rounds of one run. They are worth reading on a machine that does nothing else.
+Ratios are medians over interleaved rounds of one run, and with --runs over the runs. They are worth reading on a
+machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -9,8 +10,12 @@ import argparse
 import json
 import os
 import platform
+import statistics
+from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import groups
 import torch
@@ -32,19 +37,38 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(GROUPS), help="groups, as a,c")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything runs")
     parser.add_argument("--compile", action="store_true", help="compile the models of group a (on CUDA: both)")
+    parser.add_argument("--runs", type=int, default=1, help="of everything, one after another; medians are kept")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, help="also write rows and machine there")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     print(machine := describe(arguments.threads))
-    rows = []
-    for key in arguments.only.split(","):
-        for row in GROUPS[key](options_for(arguments.quick, arguments.compile)):
-            rows.append(row)
-            print(line(row), flush=True)
+    options = options_for(arguments.quick, arguments.compile)
+    runs = []
+    for number in range(arguments.runs):
+        print(f"run {number + 1} of {arguments.runs}")
+        runs.append(list(_measured(arguments.only.split(","), options)))
     if arguments.json:
-        content = {"machine": machine, "rows": [{**vars(row), "verdict": row.verdict} for row in rows]}
+        content = {
+            "machine": machine,
+            "runs": arguments.runs,
+            "rows": [_median(rows) for rows in zip(*runs, strict=True)],
+        }
         arguments.json.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _measured(keys: list[str], options: Options) -> Iterator[Row]:
+    for key in keys:
+        for row in GROUPS[key](options):
+            print(line(row), flush=True)
+            yield row
+
+
+def _median(rows: tuple[Row, ...]) -> dict[str, Any]:
+    """One row of every run as one, with the lowest and the highest value."""
+    values = [row.value for row in rows]
+    row = replace(rows[0], value=statistics.median(values))
+    return {**vars(row), "verdict": row.verdict, "lowest": min(values), "highest": max(values)}
 
 
 def options_for(quick: bool, compiled: bool) -> Options:
