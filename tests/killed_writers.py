@@ -22,10 +22,7 @@ from lightning_lora.merge_command import merge_on_disk
 TRIES = 400
 WIDTH, LAYERS = 192, 8
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")
 
 
 def network() -> nn.Module:
