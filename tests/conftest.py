@@ -23,6 +23,15 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", f"ignore:{message}")
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How many damaged inputs the fuzz tests tried, and of how many kinds; from whichever process ran them."""
+    reports = [report for report in terminalreporter.stats.get("", []) if getattr(report, "when", "") == "teardown"]
+    counts = [count for report in reports for name, count in report.user_properties if name == "inputs"]
+    if counts:
+        parts = ", ".join(f"{kind} {tried} ({refused} refused)" for kind, tried, refused in counts)
+        terminalreporter.write_line(f"fuzz: {sum(tried for _, tried, _ in counts)} inputs: {parts}")
+
+
 @pytest.fixture(autouse=True)
 def _one_thread_and_seed():
     torch.set_num_threads(1)
@@ -30,6 +39,7 @@ def _one_thread_and_seed():
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     yield
     torch.set_num_threads(1)
+    os.environ.pop("PL_GLOBAL_SEED", None)  # seed_everything leaves it, and later process groups would reseed by it
 
 
 @pytest.fixture
