@@ -27,6 +27,7 @@ from .swapped import Swapped, base_class
 
 A, B = "lora_A", "lora_B"
 HALF = (torch.float16, torch.bfloat16)
+Pieces = Mapping[str, list[Piece]]  # by weight name
 
 
 class LoRALayer(Swapped):
@@ -180,9 +181,7 @@ class LoRALayer(Swapped):
         """Why merging would be wrong for this layer, or ''."""
         return self.lora_tied
 
-    def merge_(
-        self, *, copy: bool, observe: Observer | None = None, pieces: Mapping[str, list[Piece]] | None = None
-    ) -> None:
+    def merge_(self, *, copy: bool, observe: Observer | None = None, pieces: Pieces | None = None) -> None:
         """Each weight <- W' on this rank's shard, see exact.add_delta_; `pieces` are the local ones, if known."""
         weights = self.adapted_weights()
         pieces = self.local_pieces(weights, self.lora_A, self.lora_B) if pieces is None else pieces
@@ -219,7 +218,11 @@ class LoRALayer(Swapped):
         copy = any(kept.copy is not None for kept in self.lora_kept.values())
         self.unmerge_()
         yield
-        self.merge_(copy=copy)
+        try:
+            self.merge_(copy=copy)
+        except LoRAError as error:
+            rest = "It is unmerged, others may be merged still: call unmerge(model), then repeat or undo the change."
+            raise LoRAError(f"{self} was merged when it was cast, moved or loaded into; now {error}. {rest}") from error
 
     def original(self, name: str) -> torch.Tensor:
         """A parameter as it is without the adapter, detached: live, or a restored copy while merged."""
@@ -232,9 +235,7 @@ class LoRALayer(Swapped):
         kept = self.lora_kept.get(name)
         return weight if kept is None else like(restored(local(weight), kept), weight)
 
-    def merged_copies(
-        self, weights: Mapping[str, torch.Tensor], pieces: Mapping[str, list[Piece]]
-    ) -> dict[str, torch.Tensor]:
+    def merged_copies(self, weights: Mapping[str, torch.Tensor], pieces: Pieces) -> dict[str, torch.Tensor]:
         """W' of each adapted weight for the given W and local pieces, as new tensors, sharded as W is."""
         return {
             name: like(merged_weight(local(weights[name]), pieces[name], self.lora_scaling), weights[name])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 import subprocess
@@ -135,6 +136,20 @@ def test_one_bad_adapter_of_eight_leaves_every_layer_unmerged(monkeypatch, place
         warnings.simplefilter("ignore")  # about 16-bit rounding
         merge(model)
     assert is_merged(model)
+
+
+@pytest.mark.parametrize("change", ["cast", "load"])
+def test_a_change_after_which_nothing_can_be_merged_names_the_layer_and_how_to_go_on(change):
+    model, large = stack(), torch.full((8, 8), 3e38)
+    with torch.no_grad():
+        model[4].lora_A[:], model[4].lora_B[:] = 1.0, 1e37  # delta 8e37: beyond float16, and beyond float32 beside 3e38
+    expected = copy.deepcopy(model).half() if change == "cast" else copy.deepcopy(model)
+    merge(model)
+    with pytest.raises(LoRAError, match=r"LoRALinear\(.*was merged when.*not finite.*call unmerge\(model\)"):
+        model.half() if change == "cast" else model.load_state_dict({"4.weight": large}, strict=False)
+    unmerge(model)
+    assert weights(model[:4]) == weights(expected[:4])
+    assert same(model[4].weight, expected[4].weight if change == "cast" else large)
 
 
 def test_a_failure_with_some_layers_merged_before_unmerges_those_too():
