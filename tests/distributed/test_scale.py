@@ -31,6 +31,7 @@ from world import world
 
 from lightning_lora import LoRACallback, LoRAConfig, inject, merge, merged, save_merged, unmerge
 from lightning_lora.base import LoRALayer
+from lightning_lora.exact import CPU_BLOCK
 from lightning_lora.export import FILE
 
 TINY = Llama("tiny", blocks=2, hidden=64, intermediate=96, keys=16, vocabulary=40)
@@ -260,10 +261,11 @@ def peaks(path: Path) -> dict[str, int]:
 
 
 def test_peak_memory(tmp_path):
-    """The README's figures are those of one run; here they are bounds, because the allocator rounds as it likes."""
+    """The README's figures are the worst of five runs; here they are bounds, as the allocator rounds as it likes."""
     slack = 16 * 2**20
     paper = Costs(LARGE, 2, r=RANK)
-    found = world().run(peaks, tmp_path)
+    runs = 5 if os.environ.get("WRITE_TABLE") else 1
+    found = [rank for _ in range(runs) for rank in world().run(peaks, tmp_path)]
     worst = {name: max(rank[name] for rank in found) for name in found[0]}
     lines = [[what, f"{worst[name] / 1e6:.0f} MB"] for name, what in PEAKS.items()]
     print(found)
@@ -274,9 +276,10 @@ def test_peak_memory(tmp_path):
         assert worst[name] <= 1e6 * float(shown[what].removesuffix(" MB")) + slack, what
     assert worst["shard"] == paper.base_shard()
     assert worst["export"] <= paper.export_adds() + slack < worst["shard"]  # far from the whole model
-    assert worst["merge"] <= paper.kept_while_merged() + slack
+    assert worst["merge"] <= paper.kept_while_merged() + SCRATCH + slack
 
 
+SCRATCH = 2 * (8 + 4 + 2) * CPU_BLOCK  # of one bfloat16 block: two buffers each of float64, float32 and bfloat16
 PEAKS = {
     "shard": "holds of the base",
     "merge": "grows while it merges, at most",
