@@ -101,7 +101,7 @@ def add_delta_(
     with exact_arithmetic(weight):
         kept = Kept([], copy=SPARES.copy_of(weight)) if copy else _kept_values(weight, pieces, scaling)
         try:
-            scratch = Scratch(weight)
+            scratch = Scratch(weight, CPU_BLOCK)
             for block, left, right in _blocks(weight, _scaled(pieces, scaling, weight.device)):
                 _merge_block(block, left, right, scratch, kept, observe)
         except BaseException:
@@ -141,7 +141,7 @@ def merged_weight(weight: torch.Tensor, pieces: list[Piece], scaling: float) -> 
     """W' as a new tensor: what add_delta_ would have written."""
     with exact_arithmetic(weight):
         merged = weight.detach().clone(memory_format=torch.preserve_format)
-        scratch = Scratch(weight)
+        scratch = Scratch(weight, CPU_BLOCK)
         for block, left, right in _blocks(merged, _scaled(pieces, scaling, weight.device)):
             new, _ = _rounded_sum(block, left, right, scratch, block)
             block.copy_(new)
@@ -253,9 +253,9 @@ def _delta(block: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scratch
 
 
 def _subtract(merged: torch.Tensor, delta: torch.Tensor, scratch: Scratch) -> torch.Tensor:
-    """What unmerging would leave without the kept values, in the weight's dtype, in a buffer."""
+    """What unmerging would leave without the kept values, in the weight's dtype, in a buffer; delta is used up."""
     delta = scratch.cast("difference", delta, scratch.difference)
-    wide = torch.sub(merged, delta, out=scratch.take("wide", merged.shape, delta.dtype))
+    wide = torch.sub(merged, delta, out=delta)
     return scratch.cast("back", wide, merged.dtype)
 
 
@@ -274,7 +274,7 @@ def _restore(weight: torch.Tensor, kept: Kept) -> None:
         return
     pieces = _scaled(kept.pieces, kept.scaling, weight.device)
     places = [(piece, start) for piece in pieces for start in _starts(weight, piece)]
-    scratch = Scratch(weight)
+    scratch = Scratch(weight, CPU_BLOCK)
     while kept.blocks:
         piece, start = places[len(kept.blocks) - 1]
         record = kept.blocks[-1]

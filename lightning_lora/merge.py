@@ -13,9 +13,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from .base import HALF, LoRALayer
+from .base import HALF, LoRALayer, Pieces
 from .errors import LoRAError
-from .exact import Piece
 from .readers import set_fast_paths_
 from .sharding import Together, is_sharded, local, reset_, reshard_
 from .targets import note_tied
@@ -131,7 +130,7 @@ def show_shards_(model: nn.Module, layers: Mapping[str, LoRALayer]) -> None:
             layer.lora_sharded = sharded
 
 
-def _merge_layer(layer: LoRALayer, pieces: Mapping[str, list[Piece]], copy: bool, fidelity: _Fidelity) -> None:
+def _merge_layer(layer: LoRALayer, pieces: Pieces, copy: bool, fidelity: _Fidelity) -> None:
     try:
         layer.merge_(pieces=pieces, copy=copy, observe=fidelity.update if fidelity.wants(layer) else None)
     except LoRAError as error:

@@ -8,10 +8,14 @@ SPARE_BYTES = 64 * 2**20
 
 
 class Scratch:
-    """Buffers that every block of a weight uses again."""
+    """Buffers that every block of a weight uses again.
 
-    def __init__(self, weight: torch.Tensor) -> None:
+    They have `elements` in every large weight, so that each weight's buffers fit where the last one's were.
+    """
+
+    def __init__(self, weight: torch.Tensor, elements: int) -> None:
         self.device = weight.device
+        self.elements = min(weight.numel(), elements)
         self.difference = torch.float32 if weight.dtype in (torch.float32, torch.bfloat16) else torch.float64
         self.buffers: dict[tuple[str, torch.dtype], torch.Tensor] = {}
 
@@ -19,7 +23,8 @@ class Scratch:
         """An uninitialised tensor of that shape, valid until the name is taken again."""
         buffer = self.buffers.get((name, dtype))
         if buffer is None or buffer.numel() < like.numel():
-            buffer = self.buffers[name, dtype] = torch.empty(like.numel(), dtype=dtype, device=self.device)
+            elements = max(self.elements, like.numel())
+            buffer = self.buffers[name, dtype] = torch.empty(elements, dtype=dtype, device=self.device)
         return buffer[: like.numel()].view(like)
 
     def cast(self, name: str, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
