@@ -13,7 +13,6 @@ from typing import Any
 from .base import A, B
 from .config import LoRAConfig
 from .errors import LoRAError
-from .supported import enabled_parts
 from .targets import around, near_misses, suffixes
 
 
@@ -81,8 +80,8 @@ def _meaning_the_same(old: Adapter, new: Adapter, names: Mapping[str, str]) -> L
         return None
     config = replace(config, modules_to_save=_still_naming(config.modules_to_save or (), old, new))
     ranks = {n: old.tensors[f"{before}.{B}"].shape[1] for n, before in names.items()}
-    enabled = {n: enabled_parts(before, config) for n, before in names.items()}
-    same = all(config.rank(n) == ranks[n] and enabled_parts(n, config) == enabled[n] for n in names)
+    enabled = {n: config.enabled_parts(before) for n, before in names.items()}
+    same = all(config.rank(n) == ranks[n] and config.enabled_parts(n) == enabled[n] for n in names)
     if same and all(math.isclose(config.scaling(n), s) for n, s in new.scalings.items()):
         return config
     parts = {n: on for n, on in sorted(enabled.items(), key=lambda item: -len(item[0])) if on}

@@ -102,6 +102,13 @@ class LoRAConfig:
         rank = self.rank(name)
         return self.alpha(name) / (math.sqrt(rank) if self.use_rslora else rank)
 
+    def enabled_parts(self, name: str) -> tuple[bool, ...] | None:
+        """Which parts of the fused projection `name` are adapted, or None for all of it as one."""
+        for entry, parts in (self.enable_lora or {}).items():
+            if name == entry or name.endswith(f".{entry}"):
+                return tuple(parts)
+        return None
+
     def to_dict(self) -> dict[str, Any]:
         """The options as plain types, for checkpoints and JSON."""
         return {name: _plain(value) for name, value in asdict(self).items()}

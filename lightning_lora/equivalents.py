@@ -17,7 +17,6 @@ import torch
 from .adapter import Adapter
 from .base import A, B
 from .errors import LoRAError
-from .supported import enabled_parts
 
 OUT_PROJ_COUNTS = 2
 LAST_KNOWN_PEFT = (0, 21)
@@ -56,7 +55,7 @@ def check_peft_version(version: object, where: object) -> None:
 def _with_factors_b(adapter: Adapter, change: Callable[..., torch.Tensor], for_output: Change) -> Adapter:
     tensors = dict(adapter.tensors)
     for name in adapter.layers():
-        enabled = enabled_parts(name, adapter.config) if adapter.config is not None else None
+        enabled = adapter.config.enabled_parts(name) if adapter.config is not None else None
         key = f"{name}.{B}"
         if adapter.kinds.get(name) == "AttentionOutput":
             tensors[key] = for_output(tensors[key].detach())

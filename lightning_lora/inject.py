@@ -34,7 +34,7 @@ from .readers import set_fast_paths_, swap_readers_
 from .reentrant import let_gradients_in_, let_gradients_in_no_more_
 from .sharding import is_sharded, refuse_fully_sharded
 from .state import refuse_unmergeable
-from .supported import check_shapes, check_supported, check_unadapted, enabled_parts
+from .supported import check_shapes, check_supported, check_unadapted
 from .targets import Targets, note_tied, refuse_unmatched
 from .wrappers import uncompiled
 
@@ -246,7 +246,7 @@ def _adapt(name: str, module: nn.Module, config: LoRAConfig, seed: str) -> None:
         alpha=config.alpha(name),
         scaling=config.scaling(name),
         dropout=config.lora_dropout,
-        enabled=enabled_parts(name, config),
+        enabled=config.enabled_parts(name),
         wide=config.autocast_adapter_dtype,
     )
     dtype = layer.main_weight().dtype

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from .injection import ATTRIBUTE, Injection, require_injection
+from .loading import EXTRA_ENTRIES
 from .saving import write_as
 
 ENTRY = "lora_learned"
@@ -36,3 +37,6 @@ def _add(root: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> 
     learned = {name: getattr(injection, name) for name in FIELDS}
     plain = {name: sorted(value) if isinstance(value, set) else value for name, value in learned.items()}
     state[prefix + ENTRY] = {"save": injection.save, **plain}
+
+
+EXTRA_ENTRIES[ENTRY] = take_up

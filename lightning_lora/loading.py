@@ -6,7 +6,7 @@ values, so that torch's own strict check stays in force for everything else.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,9 +14,11 @@ from torch import nn
 
 from .base import LoRALayer
 from .injection import ATTRIBUTE, is_factor, named_state, note_loaded
-from .launchers import ENTRY, take_up
 from .state import adapter_keys
 from .wrappers import CHECKPOINTED, canonical
+
+# What state dicts of an injected model may carry beside tensors: by key, what takes it up when it is loaded.
+EXTRA_ENTRIES: dict[str, Callable[[nn.Module, Any], None]] = {}
 
 
 def accept_partial_states(root: nn.Module) -> None:
@@ -43,8 +45,9 @@ def _fill_in(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: 
     """The injected model judges, or the part of it on which load_state_dict is called; parts further down do not."""
     if ATTRIBUTE not in vars(module) and canonical(prefix.rstrip(".")):
         return
-    if prefix + ENTRY in state_dict and ATTRIBUTE in vars(module):
-        take_up(module, state_dict.pop(prefix + ENTRY))
+    for key in EXTRA_ENTRIES.keys() & {name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)}:
+        if ATTRIBUTE in vars(module):
+            EXTRA_ENTRIES[key](module, state_dict.pop(prefix + key))
     state = {_as_seen_here(name): (tensor, owner) for name, tensor, owner in named_state(module, raw=True)}
     for name in state:  # names saved without the segments of wrappers
         plain = prefix + canonical(name)

@@ -13,6 +13,7 @@ from typing import BinaryIO
 import torch
 
 from .errors import LoRAError
+from .exact import CPU_BLOCK
 from .header import build_header
 from .model_folder import CONFIG, INDEX_SUFFIX, ModelFolder, side_files
 from .places import as_bytes, read_rows
@@ -97,7 +98,7 @@ def write_safetensors(job: Job, shard: Shard, target: Path) -> None:
 
 def _write_tensor(job: Job, name: str, source: BinaryIO, out: BinaryIO) -> None:
     place = job.base.places[name]
-    for first, count in place.chunks():
+    for first, count in place.chunks(CPU_BLOCK):  # whole blocks, so that merging part by part gives the same bits
         rows = read_rows(source, place, first, count)
         out.write(as_bytes(new_rows(job, name, rows, first)))
         job.progress(rows.nbytes)

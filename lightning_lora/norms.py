@@ -9,7 +9,6 @@ import torch
 from .adapter import Adapter
 from .base import A, B
 from .kinds import SEPARATE, stand_in
-from .supported import enabled_parts
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -43,7 +42,7 @@ def scaled_pairs(adapter: Adapter, name: str) -> list[Pair]:
     scaling = adapter.scalings.get(name, 1.0)
     shapes = {leaf: adapter.fingerprint[f"{name}.{leaf}"]["shape"] for leaf in SEPARATE if _known(adapter, name, leaf)}
     if adapter.kinds.get(name) == "MultiheadAttention" and shapes:
-        enabled = enabled_parts(name, adapter.config) if adapter.config else None
+        enabled = adapter.config.enabled_parts(name) if adapter.config else None
         pieces = stand_in("MultiheadAttention", shapes, b.shape[1], enabled).pieces(a, b)
         return [(piece.left * scaling, piece.right) for parts in pieces.values() for piece in parts]
     parts = a.shape[0] // b.shape[1]

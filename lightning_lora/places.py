@@ -11,7 +11,6 @@ from typing import Any, BinaryIO
 import torch
 
 from .errors import LoRAError
-from .exact import CPU_BLOCK
 from .header import build_header
 from .state import sample_places
 
@@ -38,12 +37,12 @@ class Place:
         """Their size."""
         return self.numel * self.dtype.itemsize
 
-    def chunks(self) -> Iterator[tuple[int, int]]:
-        """(first row, number of rows) of parts of limited size; merging them part by part gives the same bits."""
+    def chunks(self, block: int = 1) -> Iterator[tuple[int, int]]:
+        """(first row, number of rows) of parts of limited size, each of whole blocks of so many elements or one row."""
         rows = self.shape[0] if self.shape else 1
         columns = max(1, self.numel // max(1, rows))
-        block = max(1, CPU_BLOCK // columns)
-        step = block * max(1, CHUNK // (block * columns))
+        rows_of_block = max(1, block // columns)
+        step = rows_of_block * max(1, CHUNK // (rows_of_block * columns))
         for first in range(0, rows, step):
             yield first, min(step, rows - first)
 

@@ -18,7 +18,6 @@ from .exact import Piece, merged_weight
 from .kinds import IN_PROJ, SEPARATE, stand_in
 from .places import print_at
 from .state import compare_fingerprints
-from .supported import enabled_parts
 from .weights import Weights
 
 MERGEABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -104,7 +103,7 @@ def _layer_changes(adapter: Adapter, name: str, base: Weights, seen: Mapping[str
             raise LoRAError(f"{base.path}: {f'{name}.{leaf}'!r} is {dtype}; only floating point weights are merged.")
     kind = adapter.kinds.get(name) or _kind(adapter, name, shapes, base, seen)
     config = adapter.config or LoRAConfig()
-    layer = stand_in(kind, shapes, b.shape[1], enabled_parts(name, config))
+    layer = stand_in(kind, shapes, b.shape[1], config.enabled_parts(name))
     expected = _expected(layer)
     if expected != (tuple(a.shape), tuple(b.shape)):
         raise LoRAError(

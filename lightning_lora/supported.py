@@ -14,7 +14,6 @@ from .config import LoRAConfig
 from .errors import LoRAError
 from .layers import LoRALinear, layer_kind
 from .sharding import is_sharded
-from .targets import entries_of, entry_name, names_match
 
 ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
@@ -70,7 +69,7 @@ def check_supported(name: str, module: nn.Module, config: LoRAConfig) -> None:
         problem = f"its forward is replaced on the instance of {kind}, which would pass over the adapter; undo that"
     else:
         problem = _weight_problem(module)
-    enabled = enabled_parts(name, config)
+    enabled = config.enabled_parts(name)
     if not problem and enabled is not None:
         if not issubclass(layer_kind(module) or nn.Module, LoRALinear):
             problem = f"enable_lora needs a linear layer, not a {kind}"
@@ -102,11 +101,3 @@ def _outputs(module: nn.Module) -> int:
         return 3 * int(module.embed_dim)
     rows, cols = cast(torch.Tensor, module.weight).shape
     return int(rows if isinstance(module, nn.Linear) else cols)
-
-
-def enabled_parts(name: str, config: LoRAConfig) -> tuple[bool, ...] | None:
-    """Which parts of the fused projection `name` are adapted, or None for all of it as one."""
-    for entry in entries_of(config.enable_lora):
-        if names_match(entry, name):
-            return tuple((config.enable_lora or {})[entry_name(entry)])
-    return None

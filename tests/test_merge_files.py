@@ -30,7 +30,7 @@ def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     """Small tensors in several chunks of several blocks too."""
     if request.param == "many chunks":
         monkeypatch.setattr("lightning_lora.exact.CPU_BLOCK", 64)
-        monkeypatch.setattr("lightning_lora.places.CPU_BLOCK", 64)
+        monkeypatch.setattr("lightning_lora.merge_files.CPU_BLOCK", 64)
         monkeypatch.setattr("lightning_lora.places.CHUNK", 200)
 
 
