@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_accuracy
 
 from lightning_lora import LoRACallback, disable_adapter, load_from_checkpoint, merged
-from lightning_lora.layers import LoRAConv, LoRALinear
+from lightning_lora.nn.conv import LoRAConv
+from lightning_lora.nn.linear import LoRALinear
 
 Images = tuple[Tensor, Tensor]  # (n, 1, 8, 8) and (n,) labels
 

@@ -5,15 +5,15 @@ from typing import TYPE_CHECKING, Any
 
 from .config import LoRAConfig
 from .errors import LoRAError
-from .inject import disable_adapter, inject, merge_and_unload, unload
-from .merge import is_merged, merge, merged, unmerge
-from .state import adapter_state_dict, merged_state_dict
+from .model.inject import disable_adapter, inject, merge_and_unload, unload
+from .model.merging import is_merged, merge, merged, unmerge
+from .model.state_dict import adapter_state_dict, merged_state_dict
 
 if TYPE_CHECKING:
+    from .adapter.merged_folder import save_merged
+    from .adapter.save_load import load_adapter, load_from_checkpoint, save_adapter
     from .callback import LoRACallback
     from .cli import LoRACLI as LoRACLI
-    from .export import save_merged
-    from .transfer import load_adapter, load_from_checkpoint, save_adapter
 
 __version__ = "0.1.0"
 __all__ = [  # without LoRACLI, which needs the extra `cli`
@@ -38,10 +38,10 @@ __all__ = [  # without LoRACLI, which needs the extra `cli`
 LAZY = {  # what imports lightning, files alone, and (LoRACLI) what the extra `cli` brings
     "LoRACallback": ".callback",
     "LoRACLI": ".cli",
-    "load_adapter": ".transfer",
-    "load_from_checkpoint": ".transfer",
-    "save_adapter": ".transfer",
-    "save_merged": ".export",
+    "load_adapter": ".adapter.save_load",
+    "load_from_checkpoint": ".adapter.save_load",
+    "save_adapter": ".adapter.save_load",
+    "save_merged": ".adapter.merged_folder",
 }
 
 

@@ -14,9 +14,20 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
-from .base import LoRALayer
-from .checkpoint import save_as
-from .compositions import (
+from .adapter.fingerprint import fingerprint
+from .adapter.lightning_checkpoint import Kind, check_kind
+from .config import Bias, Init, LoRAConfig
+from .errors import LoRAError
+from .model.inject import begin_injection, random_seed, summary
+from .model.injection import find_injection, note_materialised, note_trainable
+from .model.merging import is_merged, merge, unmerge
+from .model.self_check import Verification, watch
+from .model.state_dict import refuse_unmergeable
+from .names import ALL_LINEAR
+from .nn.gradient_checkpointing import let_gradients_in_
+from .nn.lora_layer import LoRALayer, adapted_layers
+from .trainer.checkpoint_hooks import save_as, send_home
+from .trainer.compatibility import (
     launches,
     refuse_composition,
     refuse_other_options,
@@ -24,18 +35,8 @@ from .compositions import (
     warn_of_frozen,
     warn_of_part,
 )
-from .config import ALL_LINEAR, Bias, Init, LoRAConfig
-from .errors import LoRAError
-from .inject import begin_injection, random_seed
-from .injection import find_injection, note_materialised, note_trainable
-from .late import BUILDERS, adapt_after
-from .launchers import send_home
-from .merge import adapted_layers, is_merged, merge, unmerge
-from .reentrant import let_gradients_in_
-from .saving import Kind, check_kind
-from .state import fingerprint, refuse_unmergeable, summary
-from .strategy import prepare_strategy
-from .verify import Verification, watch
+from .trainer.late_layers import BUILDERS, adapt_after
+from .trainer.strategies import prepare_strategy
 
 log = logging.getLogger(__name__)
 

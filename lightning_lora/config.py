@@ -10,10 +10,11 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, NoReturn, get_args
 
 from .errors import LoRAError
+from .names import ALL_LINEAR, pattern_matches
 
 Bias = Literal["none", "all", "lora_only"]
+
 Init = Literal["gaussian", "orthogonal"]
-ALL_LINEAR = "all-linear"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,11 +156,6 @@ class LoRAConfig:
             for rank in (self.r, *(self.rank_pattern or {}).values()):
                 if rank % 2:
                     _refuse("r", "an even rank for init_lora_weights='orthogonal'", rank)
-
-
-def pattern_matches(pattern: str, name: str) -> bool:
-    """PEFT's rule for the keys of rank_pattern and alpha_pattern: the regular expression ends a dotted suffix."""
-    return re.match(rf"(.*\.)?({pattern})$", name) is not None
 
 
 def _unordered(value: Any) -> Any:

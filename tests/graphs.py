@@ -6,8 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import lightning_lora
-
 # torch's compiler and fast path warn of what they do themselves, on models without this package too.
 TORCH_NOTICES = [
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor is being accessed"),
@@ -34,4 +32,4 @@ def start_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """No graphs yet, and eager execution drops out as the compiled one does, where it would draw faster bits."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    monkeypatch.setattr(lightning_lora.base, "drop", lambda x, p: (F.dropout(x, p), 1.0))
+    monkeypatch.setattr("lightning_lora.nn.lora_layer.drop", lambda x, p: (F.dropout(x, p), 1.0))

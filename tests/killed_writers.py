@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lightning_lora import LoRAConfig, inject, load_adapter, save_adapter
-from lightning_lora.merge_command import merge_on_disk
+from lightning_lora.command.merge import merge_on_disk
 
 TRIES = 400
 WIDTH, LAYERS = 192, 8

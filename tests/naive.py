@@ -8,7 +8,7 @@ import lightning as L
 import torch
 
 from lightning_lora import LoRAConfig, inject
-from lightning_lora.merge import adapted_layers
+from lightning_lora.nn.lora_layer import adapted_layers
 
 
 class NaiveCallback(L.Callback):

@@ -10,7 +10,7 @@ from interchange import model
 from safetensors.torch import load_file
 
 from lightning_lora import load_adapter, merged_state_dict
-from lightning_lora.command import main
+from lightning_lora.command.main import main
 
 
 def base_folder(name: str, path: Path, dtype: torch.dtype = torch.float32) -> Path:

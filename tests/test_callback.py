@@ -15,7 +15,7 @@ from helpers import BuiltInConfigureModel, BuiltInSetup, Data, Net, inputs, make
 from torch import nn
 
 from lightning_lora import LoRACallback, LoRAConfig, LoRAError, disable_adapter, inject, unload
-from lightning_lora.base import LoRALayer
+from lightning_lora.nn.lora_layer import LoRALayer
 
 TARGETS = ["body.0", "body.3", "head"]
 

@@ -15,7 +15,7 @@ from helpers import Data, Net
 from lightning.pytorch.cli import LightningCLI
 
 from lightning_lora import LoRACallback, LoRACLI, LoRAConfig
-from lightning_lora.base import LoRALayer
+from lightning_lora.nn.lora_layer import LoRALayer
 
 TRAINER = """
 trainer:

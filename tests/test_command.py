@@ -30,8 +30,8 @@ from lightning_lora import (
     merged_state_dict,
     save_adapter,
 )
-from lightning_lora.command import main
-from lightning_lora.merge import adapted_layers
+from lightning_lora.command.main import main
+from lightning_lora.nn.lora_layer import adapted_layers
 
 pytestmark = quiet_peers
 

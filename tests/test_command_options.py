@@ -14,7 +14,7 @@ from on_disk import call, refused, tensors_of
 from safetensors.torch import load_file, save_file
 
 from lightning_lora import LoRAConfig, inject, save_adapter
-from lightning_lora.command import VERBS, main
+from lightning_lora.command.main import VERBS, main
 
 pytestmark = quiet_peers
 

@@ -15,7 +15,7 @@ from plain import ZOO_LAYERS, trace
 from sources import base, checkpoint, trained
 
 from lightning_lora import LoRAError, load_adapter, save_adapter
-from lightning_lora.merge import adapted_layers
+from lightning_lora.nn.lora_layer import adapted_layers
 
 
 class Hostile:

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from weights import DTYPES, SHARES, assert_rounded_sum, exact_delta, make_pieces, make_weight, same_bits, scaling_for
 
 from lightning_lora import LoRAError
-from lightning_lora.exact import Piece, add_delta_, merged_weight, remove_delta_, restored
+from lightning_lora.nn.exact_merge import add_delta_, merged_weight, remove_delta_, restored
+from lightning_lora.nn.low_rank import Piece
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -91,7 +92,7 @@ def test_any_layout_and_any_block_size(
     layout: str, dtype: torch.dtype, block: int, copy: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Blocks of one row longer than a block, of several rows, with a rest, and one block for all."""
-    monkeypatch.setattr("lightning_lora.exact.CPU_BLOCK", block)
+    monkeypatch.setattr("lightning_lora.nn.exact_merge.CPU_BLOCK", block)
     weight = LAYOUTS[layout](dtype)
     before, strides, pieces = weight.clone(), weight.stride(), make_pieces(weight, r=2)
     scaling = scaling_for(weight, pieces, 0.05)
@@ -157,7 +158,7 @@ def merges(draw: st.DrawFn) -> dict[str, Any]:
 def test_any_merge_is_nearest_and_comes_back(case: dict[str, Any]) -> None:
     weight, pieces = case["weight"].clone(), [Piece(0, 0, case["left"], case["right"])]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lightning_lora.exact.CPU_BLOCK", case["block"])
+        patch.setattr("lightning_lora.nn.exact_merge.CPU_BLOCK", case["block"])
         kept = add_delta_(weight, pieces, case["scaling"], copy=case["copy"])
         assert same_bits(weight, merged_weight(case["weight"], pieces, case["scaling"]))
         assert_rounded_sum(weight, case["weight"], pieces, case["scaling"])

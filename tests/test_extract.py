@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lightning_lora import LoRAError, load_adapter
-from lightning_lora.command import main
-from lightning_lora.extract import _factors, extract
-from lightning_lora.merge_command import merge_on_disk
-from lightning_lora.weights import open_weights
+from lightning_lora.command.extract import _factors, extract
+from lightning_lora.command.main import main
+from lightning_lora.command.merge import merge_on_disk
+from lightning_lora.files.weights import open_weights
 
 pytestmark = quiet_peers
 

@@ -61,7 +61,7 @@ def test_ctrl_c_while_merging(tmp_path, monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
         return merge_layer(*args)
 
-    merging = importlib.import_module("lightning_lora.merge")
+    merging = importlib.import_module("lightning_lora.model.merging")
     merge_layer = merging._merge_layer
     model = trained(tmp_path, Net(), lora())
     monkeypatch.setattr(merging, "_merge_layer", press)

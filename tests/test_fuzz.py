@@ -26,9 +26,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lightning_lora import LoRAError, inject, load_adapter, save_adapter
-from lightning_lora.convert import to_lightning
-from lightning_lora.info import diff, info
-from lightning_lora.merge_command import merge_on_disk
+from lightning_lora.command.convert import to_lightning
+from lightning_lora.command.info import diff, info
+from lightning_lora.command.merge import merge_on_disk
 
 INPUTS = int(os.environ.get("LORA_FUZZ_INPUTS", "150"))  # of each kind; more are other ones each time
 INDEX = "model.safetensors.index.json"

@@ -17,9 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from lightning_lora import LoRAError, save_adapter
-from lightning_lora.header import read_header
-from lightning_lora.merge_command import merge_on_disk
-from lightning_lora.model_folder import is_plain_name
+from lightning_lora.command.merge import merge_on_disk
+from lightning_lora.files.model_folder import is_plain_name
+from lightning_lora.files.safetensors import read_header
 
 pytestmark = quiet_peers
 

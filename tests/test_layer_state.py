@@ -40,7 +40,7 @@ KINDS = [
 def both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small weights are kept as plain copies; without a budget they are kept like large ones."""
     if request.param == "kept values":
-        monkeypatch.setattr(sys.modules["lightning_lora.merge"], "COPY_BUDGET", 0)
+        monkeypatch.setattr(sys.modules["lightning_lora.model.merging"], "COPY_BUDGET", 0)
 
 
 def saved_and_loaded(model: nn.Module) -> nn.Module:
@@ -109,7 +109,7 @@ def test_a_copy_is_equal_and_apart(name: str, copied: Callable[[Any], Any], foun
 
 def test_a_pickled_merged_model_unmerges_where_the_arithmetic_differs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another machine may compute other last bits, so a pickled model takes plain copies along."""
-    monkeypatch.setattr(sys.modules["lightning_lora.merge"], "COPY_BUDGET", 0)
+    monkeypatch.setattr(sys.modules["lightning_lora.model.merging"], "COPY_BUDGET", 0)
     subject = kept_subject("linear", torch.float64)
     merge(subject.model)
     twin = pickle.loads(pickle.dumps(subject.model))
@@ -244,7 +244,9 @@ def test_editing_the_factors_while_merged_cannot_touch_the_base(name: str, edit:
 
 
 def test_a_damaged_layer_is_not_saved_until_its_base_is_loaded_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["lightning_lora.merge"], "COPY_BUDGET", 0)  # a copy would bring it back anyhow
+    monkeypatch.setattr(
+        sys.modules["lightning_lora.model.merging"], "COPY_BUDGET", 0
+    )  # a copy would bring it back anyhow
     subject = kept_subject("linear")
     base = subject.plain.state_dict()
     merge(subject.model)

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from weights import same_bits
 
 from lightning_lora import LoRAConfig, LoRAError, disable_adapter, inject, is_merged, merge, unmerge
-from lightning_lora.base import LoRALayer
-from lightning_lora.layers import LoRALinear
+from lightning_lora.nn.linear import LoRALinear
+from lightning_lora.nn.lora_layer import LoRALayer
 
 
 def assert_agrees(found: torch.Tensor, subject: Subject) -> None:

@@ -33,8 +33,8 @@ from lightning_lora import (
     merged,
     unload,
 )
-from lightning_lora.base import LoRALayer
-from lightning_lora.layers import LoRALinear
+from lightning_lora.nn.linear import LoRALinear
+from lightning_lora.nn.lora_layer import LoRALayer
 
 HOOKS = [
     name

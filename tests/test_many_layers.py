@@ -25,9 +25,9 @@ from lightning_lora import (
     unload,
     unmerge,
 )
-from lightning_lora.convert import to_lightning
-from lightning_lora.info import diff, info
-from lightning_lora.merge_command import merge_on_disk
+from lightning_lora.command.convert import to_lightning
+from lightning_lora.command.info import diff, info
+from lightning_lora.command.merge import merge_on_disk
 
 FEW, MANY = 15, 60
 MOST = 1.02 * MANY / FEW  # a part that grows with the square shows long before it is all there is

@@ -17,9 +17,9 @@ from plain import ZOO_LAYERS, Zoo, bits, randomise_, same, tokens, trace, zoo_co
 from torch import nn
 
 from lightning_lora import LoRAConfig, LoRAError, inject, is_merged, merge, merged, unmerge
-from lightning_lora.layers import LoRALinear
+from lightning_lora.nn.linear import LoRALinear
 
-MERGE = sys.modules["lightning_lora.merge"]  # the package's attribute of that name is the function
+MERGE = sys.modules["lightning_lora.model.merging"]  # the package's attribute of that name is the function
 
 
 def adapted_zoo(dtype: torch.dtype = torch.float32) -> Zoo:
@@ -258,7 +258,7 @@ def test_the_users_own_handler_gets_the_interrupt(monkeypatch):
 def test_a_default_handler_ends_the_process():
     program = (
         "import os, signal, torch; from torch import nn; from lightning_lora import LoRAConfig, inject, merge; "
-        "from lightning_lora.layers import LoRALinear as L; original = L.merge_; "
+        "from lightning_lora.nn.linear import LoRALinear as L; original = L.merge_; "
         "L.merge_ = lambda self, **k: (os.kill(os.getpid(), signal.SIGINT), original(self, **k))[1]; "
         "model = nn.Sequential(nn.Linear(3, 3)); inject(model, LoRAConfig(r=1)); "
         "signal.signal(signal.SIGINT, signal.SIG_DFL); merge(model); print('survived')"

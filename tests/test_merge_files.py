@@ -15,8 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lightning_lora import LoRAConfig, LoRAError, inject, merged_state_dict, save_adapter
-from lightning_lora.convert import to_lightning
-from lightning_lora.merge_command import merge_on_disk
+from lightning_lora.command.convert import to_lightning
+from lightning_lora.command.merge import merge_on_disk
 
 pytestmark = quiet_peers
 
@@ -29,9 +29,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small tensors in several chunks of several blocks too."""
     if request.param == "many chunks":
-        monkeypatch.setattr("lightning_lora.exact.CPU_BLOCK", 64)
-        monkeypatch.setattr("lightning_lora.merge_files.CPU_BLOCK", 64)
-        monkeypatch.setattr("lightning_lora.places.CHUNK", 200)
+        monkeypatch.setattr("lightning_lora.nn.exact_merge.CPU_BLOCK", 64)
+        monkeypatch.setattr("lightning_lora.command.write_merged.CPU_BLOCK", 64)
+        monkeypatch.setattr("lightning_lora.files.safetensors.CHUNK", 200)
 
 
 def files_of(path: Path) -> list[Path]:

@@ -14,9 +14,9 @@ from on_disk import base_folder, in_memory, tensors_of
 from safetensors.torch import load_file, save_file
 
 from lightning_lora import LoRAError
-from lightning_lora.merge_command import merge_on_disk
-from lightning_lora.places import Place
-from lightning_lora.weights import Weights
+from lightning_lora.command.merge import merge_on_disk
+from lightning_lora.files.safetensors import Place
+from lightning_lora.files.weights import Weights
 
 pytestmark = quiet_peers
 

@@ -15,7 +15,7 @@ from helpers import Data, Net, assert_same_tensors, make_trainer, outputs
 from torch import nn
 
 from lightning_lora import LoRAConfig, LoRAError, inject, load_adapter, merged_state_dict, save_adapter
-from lightning_lora.merge_command import merge_on_disk
+from lightning_lora.command.merge import merge_on_disk
 
 
 @pytest.fixture

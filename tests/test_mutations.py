@@ -18,9 +18,9 @@ from naive import NaiveCallback
 from test_checkpoint import tensors
 
 from lightning_lora import LoRACallback, is_merged, merge
-from lightning_lora.exact import Kept
-from lightning_lora.injection import unpatch
-from lightning_lora.saving import write
+from lightning_lora.adapter.lightning_checkpoint import write
+from lightning_lora.model.patches import unpatch
+from lightning_lora.nn.exact_merge import Kept
 
 OPTIONS: dict[str, Any] = {"r": 2, "lora_alpha": 16, "target_modules": TARGETS}
 Make = Callable[..., L.Callback]
@@ -53,10 +53,10 @@ def subtract(weight: torch.Tensor, kept: Kept) -> None:
 
 @pytest.mark.parametrize("budget", [0, 2**20], ids=["kept values", "plain copies"])
 def test_unmerging_by_subtraction(tmp_path, monkeypatch, budget: int):
-    monkeypatch.setattr(importlib.import_module("lightning_lora.merge"), "COPY_BUDGET", budget)
+    monkeypatch.setattr(importlib.import_module("lightning_lora.model.merging"), "COPY_BUDGET", budget)
     base_weights_stay(LoRACallback, tmp_path)
     refuted(base_weights_stay, NaiveCallback, tmp_path)
-    monkeypatch.setattr("lightning_lora.base.remove_delta_", subtract)
+    monkeypatch.setattr("lightning_lora.nn.lora_layer.remove_delta_", subtract)
     refuted(base_weights_stay, LoRACallback, tmp_path)
 
 

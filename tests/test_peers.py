@@ -257,7 +257,7 @@ def test_the_same_outputs_as_peft_before_and_after_merging(name: str) -> None:
 @pytest.mark.parametrize("name", PEFT_LAYERS)
 def test_bfloat16_weights_drift_with_peft_and_stay_here(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The negative control: the same cycles, where subtracting the delta does not bring the weights back."""
-    monkeypatch.setattr(sys.modules["lightning_lora.merge"], "COPY_BUDGET", 0)  # not by plain copies
+    monkeypatch.setattr(sys.modules["lightning_lora.model.merging"], "COPY_BUDGET", 0)  # not by plain copies
     pair = Pair(name, torch.bfloat16)
     weight = pair.plain[0].weight
     for _ in range(20):

@@ -32,8 +32,8 @@ from lightning_lora import (
     merge_and_unload,
     save_adapter,
 )
-from lightning_lora.injection import require_injection
-from lightning_lora.peft_format import read_folder
+from lightning_lora.adapter.peft_folder import read_folder
+from lightning_lora.model.injection import require_injection
 
 pytestmark = quiet_peers
 

@@ -11,7 +11,7 @@ from sources import base, checkpoint, source, trained
 from torch import nn
 
 from lightning_lora import LoRAConfig, LoRAError, inject, load_adapter
-from lightning_lora.injection import require_injection
+from lightning_lora.model.injection import require_injection
 
 
 class Around(nn.Module):

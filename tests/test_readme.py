@@ -22,7 +22,7 @@ import pytest
 import torch
 from interchange import PEER_NOTICES
 
-from lightning_lora.command import main
+from lightning_lora.command.main import main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -11,7 +11,8 @@ import pytest
 import torch
 from weights import DTYPES, SHARES, exact_delta, make_pieces, make_weight, nearest, scaling_for
 
-from lightning_lora.exact import Piece, add_delta_, merged_weight
+from lightning_lora.nn.exact_merge import add_delta_, merged_weight
+from lightning_lora.nn.low_rank import Piece
 
 
 @pytest.mark.parametrize("r", [4, 64])
@@ -76,7 +77,8 @@ def test_never_keeps_more_than_a_plain_copy(dtype: torch.dtype) -> None:
 # One bfloat16 layer of 8192 x 8192 weights: what merging holds, counted as tensors and as the process's memory.
 BIG_LAYER = """
 import gc, hashlib, json, sys, torch
-from lightning_lora.exact import Piece, add_delta_, remove_delta_
+from lightning_lora.nn.exact_merge import add_delta_, remove_delta_
+from lightning_lora.nn.low_rank import Piece
 
 torch.set_num_threads(1)
 N, R = 8192, 8

@@ -18,9 +18,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lightning_lora import LoRAError, inject, load_adapter, save_adapter
-from lightning_lora.info import info
-from lightning_lora.merge_command import merge_on_disk
-from lightning_lora.peft_names import our_names
+from lightning_lora.adapter.peft_mapping import our_names
+from lightning_lora.command.info import info
+from lightning_lora.command.merge import merge_on_disk
 
 pytestmark = quiet_peers
 

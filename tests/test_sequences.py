@@ -26,7 +26,7 @@ from lightning_lora import (
     unmerge,
 )
 
-MERGE = sys.modules["lightning_lora.merge"]  # the package's attribute of that name is the function
+MERGE = sys.modules["lightning_lora.model.merging"]  # the package's attribute of that name is the function
 BUDGET = MERGE.COPY_BUDGET
 
 

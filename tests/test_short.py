@@ -14,10 +14,10 @@ from sources import checkpoint
 from torch import nn
 
 from lightning_lora import LoRAConfig, LoRAError, adapter_state_dict, inject, load_adapter, save_adapter
-from lightning_lora.convert import to_lightning
-from lightning_lora.one_storage import in_one_storage
-from lightning_lora.short import read_layers, read_prints, shorten_layers, shorten_prints
-from lightning_lora.state import print_of
+from lightning_lora.adapter.fingerprint import print_of
+from lightning_lora.adapter.lightning_checkpoint import in_one_storage
+from lightning_lora.adapter.metadata import read_layers, read_prints, shorten_layers, shorten_prints
+from lightning_lora.command.convert import to_lightning
 
 LAYERS = 1000
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.int64, torch.bool)

@@ -8,14 +8,14 @@ from torch import nn
 
 from lightning_lora import LoRAConfig, LoRAError, inject, merge, unmerge
 from lightning_lora import scratch as scratch_module
-from lightning_lora.merge import adapted_layers
-from lightning_lora.scratch import Spares
+from lightning_lora.nn.exact_merge import Spares
+from lightning_lora.nn.lora_layer import adapted_layers
 
 
 @pytest.fixture(autouse=True)
 def spares(monkeypatch) -> Spares:
     own = Spares()
-    monkeypatch.setattr("lightning_lora.exact.SPARES", own)
+    monkeypatch.setattr("lightning_lora.nn.exact_merge.SPARES", own)
     return own
 
 

@@ -21,7 +21,7 @@ from lightning_lora import (
     merged,
     merged_state_dict,
 )
-from lightning_lora.state import check_fingerprint, fingerprint
+from lightning_lora.adapter.fingerprint import check_fingerprint, fingerprint
 
 FACTORS = [f"{layer}.{factor}" for layer in ZOO_LAYERS for factor in ("lora_A", "lora_B")]
 BUFFERS = [f"body.1.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")]

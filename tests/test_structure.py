@@ -1,4 +1,4 @@
-"""The package's shape: imports in one line, small files, the public names of the contract, no import too many."""
+"""The package's shape: rooms, floors, imports in one direction, the public names of the contract."""
 
 from __future__ import annotations
 
@@ -15,8 +15,20 @@ import pytest
 import lightning_lora
 
 PACKAGE = Path(lightning_lora.__file__).parent
-FILES = {path.stem: path for path in sorted(PACKAGE.glob("*.py"))}
+FILES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
 TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
+
+GROUND = {"errors", "names", "config", "metrics"}  # files at the top that every room may import
+MAY_IMPORT = {  # beside itself and the ground; files at the top may import everything
+    "distributed": set(),
+    "files": set(),
+    "nn": {"distributed"},
+    "model": {"nn", "distributed"},
+    "adapter": {"model", "nn", "distributed", "files"},
+    "trainer": {"adapter", "model", "nn", "distributed"},
+    "command": {"adapter", "nn", "files"},
+}
+MOST_FLOORS = 16
 
 PUBLIC = {
     "LoRAConfig",
@@ -40,34 +52,71 @@ PUBLIC = {
 }
 
 
-def imported(tree: ast.AST) -> set[str]:
-    """What a file imports, inside functions and for type checking too: a package's files as '.name'."""
+def imported(name: str) -> set[str]:
+    """What a file imports, inside functions and for type checking too: the package's own files as '/room/file'."""
+    here = name.split("/")[:-1]
     found = set()
-    for node in ast.walk(tree):
+    for node in ast.walk(TREES[name]):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level:
-            found |= {f".{node.module}"} if node.module else {f".{alias.name}" for alias in node.names}
+            start = here[: len(here) - node.level + 1]
+            module = [*start, *(node.module.split(".") if node.module else ())]
+            whole = "/".join(module)
+            found |= (
+                {f"/{whole}"} if whole in FILES else {f"/{'/'.join([*module, alias.name])}" for alias in node.names}
+            )
         elif isinstance(node, ast.ImportFrom):
             found.add(str(node.module))
     return found
 
 
+IMPORTS = {name: imported(name) for name in FILES}
+GRAPH = {name: {i[1:] for i in found if i.startswith("/")} for name, found in IMPORTS.items()}
+
+
+def room(name: str) -> str:
+    """The folder of a file, or "" at the top."""
+    return name.rpartition("/")[0]
+
+
 def test_imports_run_one_way():
-    graph = {name: {i[1:] for i in imported(tree) if i.startswith(".")} for name, tree in TREES.items()}
-    assert graph["merge"] >= {"base", "errors"}  # the reader of imports sees them
-    assert not any(i.startswith("lightning_lora") for tree in TREES.values() for i in imported(tree))
-    list(TopologicalSorter(graph).static_order())  # a cycle is an error that shows it
+    assert GRAPH["model/merging"] >= {"nn/lora_layer", "errors"}  # the reader of imports sees them
+    assert not any(i.startswith("lightning_lora") for found in IMPORTS.values() for i in found)
+    assert all(target in FILES for targets in GRAPH.values() for target in targets)
+    list(TopologicalSorter(GRAPH).static_order())  # a cycle is an error that shows it
+
+
+def test_rooms_import_only_the_rooms_below_them():
+    assert {room(name) for name in FILES} == {"", *MAY_IMPORT}
+    wrong = [
+        f"{name} imports {target}"
+        for name, targets in GRAPH.items()
+        for target in targets
+        if room(name) and target not in GROUND and room(target) not in {room(name), *MAY_IMPORT[room(name)]}
+    ]
+    above_ground = [f"{name} imports {t}" for name in GROUND for t in GRAPH[name] if t not in GROUND]
+    assert not wrong + above_ground
+
+
+def test_a_folders_own_file_is_a_docstring_and_nothing_else():
+    for name in MAY_IMPORT:
+        (only,) = TREES[f"{name}/__init__"].body
+        assert isinstance(only, ast.Expr)
+        assert isinstance(only.value, ast.Constant)
+
+
+def test_the_house_has_few_floors():
+    """A file stands one floor above the highest that it imports."""
+    floors: dict[str, int] = {}
+    for name in TopologicalSorter(GRAPH).static_order():
+        floors[name] = 1 + max((floors[target] for target in GRAPH[name]), default=0)
+    assert max(floors.values()) <= MOST_FLOORS, sorted(floors.items(), key=lambda item: -item[1])[:5]
 
 
 def test_only_the_callback_and_the_command_line_import_lightning():
-    users = {name for name, tree in TREES.items() if any(i.split(".")[0] == "lightning" for i in imported(tree))}
+    users = {name for name, found in IMPORTS.items() if any(i.split(".")[0] == "lightning" for i in found)}
     assert users == {"callback", "cli"}
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_files_are_small(name):
-    assert len(FILES[name].read_text().splitlines()) <= 300
 
 
 def test_public_names_are_those_of_the_contract():
@@ -80,7 +129,9 @@ def test_public_names_are_those_of_the_contract():
 
 @pytest.mark.parametrize("name", FILES)
 def test_what_is_public_has_a_docstring(name):
-    module = importlib.import_module(f"lightning_lora.{name}" if name != "__init__" else "lightning_lora")
+    module = importlib.import_module(
+        ".".join(["lightning_lora", *name.removesuffix("__init__").split("/")]).rstrip(".")
+    )
     assert module.__doc__
     for key, value in vars(module).items():
         ours = getattr(value, "__module__", None) == module.__name__
@@ -102,8 +153,8 @@ def test_the_package_is_imported_without_its_extras():
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
-    users = {name for name, tree in TREES.items() if {i.split(".")[0] for i in imported(tree)} & set(EXTRAS)}
-    assert users == {"command"}  # inside its functions, with a message where they are missing
+    users = {name for name, found in IMPORTS.items() if {i.split(".")[0] for i in found} & set(EXTRAS)}
+    assert users == {"command/main"}  # inside its functions, with a message where they are missing
 
 
 def test_lightning_is_imported_for_the_callback_alone(tmp_path):

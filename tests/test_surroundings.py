@@ -11,7 +11,7 @@ import pytest
 import torch
 from weights import make_pieces, make_weight, same_bits
 
-from lightning_lora.exact import add_delta_, merged_weight, remove_delta_, restored
+from lightning_lora.nn.exact_merge import add_delta_, merged_weight, remove_delta_, restored
 
 
 @contextlib.contextmanager

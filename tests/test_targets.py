@@ -16,7 +16,8 @@ from plain import Zoo, zoo_config
 from torch import nn
 
 from lightning_lora import LoRAConfig, LoRAError, inject
-from lightning_lora.targets import Targets, tied_weights
+from lightning_lora.model.targets import Targets
+from lightning_lora.nn.tied_weights import tied_weights
 
 SEGMENTS = ["a", "b", "ab", "0", "1", "q"]
 NAMES = st.lists(st.sampled_from(SEGMENTS), min_size=1, max_size=4).map(".".join)

@@ -26,7 +26,7 @@ from lightning_lora import (
     inject,
     save_adapter,
 )
-from lightning_lora.merge import adapted_layers
+from lightning_lora.nn.lora_layer import adapted_layers
 
 pytestmark = quiet_peers
 

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from lightning_lora.exact import Piece
+from lightning_lora.nn.low_rank import Piece
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SHARES = (0.001, 0.01, 0.1, 1.0)  # the adapter's norm over the weight's

@@ -127,7 +127,7 @@ def copy(source: Path, target: Path) -> tuple[float, float]:
 # The system's own ru_maxrss would count the memory of the program that starts the one to be measured.
 PROGRAM = """
 import sys
-from lightning_lora.command import main
+from lightning_lora.command.main import main
 status = main(sys.argv[1:]) if sys.argv[1:] else 0
 peak = [line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")]
 print(peak[0], file=sys.stderr)

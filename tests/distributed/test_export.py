@@ -34,8 +34,8 @@ from lightning_lora import (
     save_adapter,
     save_merged,
 )
-from lightning_lora.export import FILE, INDEX
-from lightning_lora.merge_command import merge_on_disk
+from lightning_lora.adapter.merged_folder import FILE, INDEX
+from lightning_lora.command.merge import merge_on_disk
 
 
 def read(folder: Path) -> dict[str, torch.Tensor]:

@@ -30,7 +30,7 @@ from lightning_lora import (
     merged_state_dict,
     unmerge,
 )
-from lightning_lora.base import LoRALayer
+from lightning_lora.nn.lora_layer import LoRALayer
 
 DEVICE = "cpu" if BACKEND == "gloo" else "cuda"
 LINEAR = LoRAConfig(r=3, lora_alpha=6)

@@ -30,8 +30,8 @@ from traffic import Traffic
 from world import world
 
 from lightning_lora import LoRACallback, LoRAConfig, inject, merge, merged, save_merged, unmerge
-from lightning_lora.base import LoRALayer
-from lightning_lora.export import FILE
+from lightning_lora.adapter.merged_folder import FILE
+from lightning_lora.nn.lora_layer import LoRALayer
 
 TINY = Llama("tiny", blocks=2, hidden=64, intermediate=96, keys=16, vocabulary=40)
 RANK = 3
@@ -91,7 +91,7 @@ def stored(tensor: Any) -> int:
 
 
 def measured(path: Path, columns: bool) -> dict[str, int]:
-    sys.modules["lightning_lora.merge"].COPY_BUDGET = 0  # as in a model for which it is nothing
+    sys.modules["lightning_lora.model.merging"].COPY_BUDGET = 0  # as in a model for which it is nothing
     model, ranks = network(TINY), dist.get_world_size()
     shard_(model, columns)
     base = [parameter for name, parameter in model.named_parameters() if "lora_" not in name]
@@ -242,7 +242,7 @@ def peak(step: Any) -> int:
 
 
 def peaks(path: Path) -> dict[str, int]:
-    module = sys.modules["lightning_lora.merge"]
+    module = sys.modules["lightning_lora.model.merging"]
     budget, module.COPY_BUDGET = module.COPY_BUDGET, 0  # as in a model for which it is nothing
     model = network(LARGE)
     shard_(model, False)

@@ -38,7 +38,7 @@ from lightning_lora import (
     merged_state_dict,
     unload,
 )
-from lightning_lora.inject import adapt_new_layers
+from lightning_lora.model.inject import adapt_new_layers
 
 CONFIG = LoRAConfig(r=3, lora_alpha=6, target_modules="all-linear")
 

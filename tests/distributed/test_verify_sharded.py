@@ -22,7 +22,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 from world import world
 
 from lightning_lora import merge, merged, merged_state_dict
-from lightning_lora.verify import Verification, watch
+from lightning_lora.model.self_check import Verification, watch
 
 NAMES = ("lora_merge_error_max", "lora_merge_error_relative")
 
@@ -196,7 +196,7 @@ class Fails(Sharded):
 def broken_off(path: Path) -> None:
     """A rank that fails must not wait for others in a gather of its own."""
     model = Fails()
-    with mock.patch("lightning_lora.verify._weights") as gathered:
+    with mock.patch("lightning_lora.model.self_check._weights") as gathered:
         with pytest.raises(ZeroDivisionError):
             model_parallel(path, lora(verify=True)).validate(model, data()[1], verbose=False)
         assert not gathered.called

@@ -15,7 +15,7 @@ from helpers import Net, assert_same_tensors, outputs, weights
 from torch import nn
 
 from lightning_lora import LoRACallback, disable_adapter, is_merged
-from lightning_lora.base import LoRALayer
+from lightning_lora.nn.lora_layer import LoRALayer
 
 TARGETS = ["body.0", "body.3", "head"]
 EVALUATIONS = ("validation", "test", "predict")

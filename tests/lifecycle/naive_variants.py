@@ -11,7 +11,7 @@ import torch
 from naive import NaiveCallback
 from torch import nn
 
-from lightning_lora.base import LoRALayer
+from lightning_lora.nn.lora_layer import LoRALayer
 
 
 class SavesAll(NaiveCallback):

@@ -13,8 +13,8 @@ from launched import Unfreezes
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_lora import LoRACallback, LoRAConfig, adapter_state_dict, inject, load_adapter, save_adapter
-from lightning_lora.compositions import warn_of_part
-from lightning_lora.launchers import send_home
+from lightning_lora.trainer.checkpoint_hooks import send_home
+from lightning_lora.trainer.compatibility import warn_of_part
 
 KINDS = {"ddp_fork": "adapter", "ddp_notebook": "merged", "ddp_spawn": "full"}
 

@@ -44,7 +44,7 @@ def resident_bytes() -> int:
 @pytest.mark.slow
 def test_a_thousand_epochs(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        importlib.import_module("lightning_lora.merge"), "COPY_BUDGET", 0
+        importlib.import_module("lightning_lora.model.merging"), "COPY_BUDGET", 0
     )  # keep values, as a large model
     model, base, measured = Wide(), {}, {}
     changes: list[torch.Tensor] = []

@@ -27,7 +27,7 @@ from torch import nn
 from traps import OPTIONS, RANDOM, Damage, Make, check, fails, fit
 
 from lightning_lora import LoRACallback
-from lightning_lora.base import LoRALayer
+from lightning_lora.nn.lora_layer import LoRALayer
 
 # --- weights that are not the layer's alone ---
 

@@ -20,7 +20,7 @@ from test_swappers import OwnAverage
 from traps import OPTIONS, Damage, Make, check, distance, fails, fit
 
 from lightning_lora import LoRACallback, LoRAError, load_from_checkpoint
-from lightning_lora.base import LoRALayer
+from lightning_lora.nn.lora_layer import LoRALayer
 
 
 def fail(trainer: L.Trainer, pl_module: L.LightningModule) -> None:

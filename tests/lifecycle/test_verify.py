@@ -15,9 +15,9 @@ from helpers import Data, Net, make_trainer
 from torch import nn
 
 from lightning_lora import LoRACallback, merged, unmerge
-from lightning_lora.base import LoRALayer
 from lightning_lora.metrics import MergeError
-from lightning_lora.verify import watch
+from lightning_lora.model.self_check import watch
+from lightning_lora.nn.lora_layer import LoRALayer
 
 NAMES = ("lora_merge_error_max", "lora_merge_error_relative")
 

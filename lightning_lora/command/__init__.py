@@ -1,0 +1,1 @@
+"""The `lightning-lora` command: adapters and merged weights on disk, without building a model."""

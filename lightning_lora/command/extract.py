@@ -1,0 +1,189 @@
+"""An adapter out of a full fine-tune: each weight's change, cut to the R largest singular values."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..adapter.adapter import Adapter
+from ..adapter.fingerprint import print_at
+from ..config import LoRAConfig
+from ..errors import LoRAError
+from ..files.safetensors import Place, read_tensor
+from ..files.weights import Weights
+from ..names import A, B, names_match
+from ..nn.low_rank import IN_PROJ, MERGEABLE
+
+EXACT = 512  # up to this many rows or columns the whole decomposition is cheap
+
+OVERSAMPLED, ITERATIONS = 16, 6
+
+EMBEDDING = re.compile(r"(?!embed_out$)(.*emb.*|wte|wpe|shared)", re.IGNORECASE)
+
+
+@dataclass
+class Extracted:
+    """The adapter; per layer the share of the change's squared norm that it keeps; and what was not expressed.
+
+    Attributes:
+        adapter: fits the base.
+        kept: between 0 and 1, by layer.
+        dropped: changed tensors that the adapter does not carry.
+    """
+
+    adapter: Adapter
+    kept: dict[str, float] = field(default_factory=dict)
+    dropped: list[str] = field(default_factory=list)
+    squares: dict[str, float] = field(default_factory=dict)
+
+    def total(self) -> float:
+        """The share of the adapted layers' whole change that is kept."""
+        whole = sum(self.squares.values())
+        return sum(self.kept[name] * self.squares[name] for name in self.kept) / whole if whole else 1.0
+
+
+def extract(
+    base: Weights,
+    tuned: Weights,
+    rank: int,
+    *,
+    exclude: Sequence[str] = (),
+    embeddings: Sequence[str] = (),
+    fan_in_fan_out: bool = False,
+    drop_rest: bool = False,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Extracted:
+    """The adapter of a rank that comes closest to the change from base to tuned.
+
+    Weights of two dimensions and more are adapted; what else changed is carried whole.
+
+    Args:
+        base: the weights before.
+        tuned: the weights after, under the same names.
+        rank: R; less where a weight is smaller.
+        exclude: modules to carry whole; names or dotted suffixes.
+        embeddings: modules that are nn.Embedding beside those whose name says so.
+        fan_in_fan_out: linear weights are stored (in, out), as transformers' Conv1D has them.
+        drop_rest: leave out what else changed instead.
+        progress: is told the number of bytes of each tensor that is done.
+
+    Raises:
+        LoRAError: names or shapes differ, or a change cannot be carried.
+    """
+    _same_names(base, tuned)
+    changed = [name for name, place in base.places.items() if _differs(place, tuned.places[name], progress)]
+    names = [name for name in changed if _adaptable(name, base.places[name]) and not _excluded(name, exclude)]
+    tensors: dict[str, Any] = {}
+    kinds: dict[str, str] = {}
+    kept, squares = {}, {}
+    for name in names:
+        module = name.rpartition(".")[0]
+        kinds[module] = _kind(module, base, embeddings, fan_in_fan_out)
+        change = read_tensor(tuned.places[name]).float() - read_tensor(base.places[name]).float()
+        a, b, kept[module], squares[module] = _factors(change, rank, kinds[module])
+        tensors |= {f"{module}.{A}": a, f"{module}.{B}": b}
+    if not names:
+        raise LoRAError(f"extract: no weight of two dimensions or more differs between {base.path} and {tuned.path}.")
+    whole, options = ({}, {}) if drop_rest else _carried(base, tuned, changed, set(kinds))
+    rest = [name for name in changed if name not in names and name not in whole]
+    config = _config(tensors, list(kinds), rank, options)
+    prints = {n: print_at(p) for n, p in base.places.items() if n not in whole and p.in_order}
+    adapter = Adapter(
+        tensors={**tensors, **whole},
+        config=config,
+        scalings=dict.fromkeys(kinds, 1.0),
+        fingerprint=prints,
+        kinds=kinds,
+        fan_in_fan_out=fan_in_fan_out,
+    )
+    return Extracted(adapter, kept, rest, squares)
+
+
+def _same_names(base: Weights, tuned: Weights) -> None:
+    odd = sorted(set(base.places) ^ set(tuned.places))
+    if odd:
+        where = base.path if odd[0] in base.places else tuned.path
+        raise LoRAError(f"extract: {odd[0]!r} is only in {where} (in all {len(odd)}); give two versions of one model.")
+    for name, place in base.places.items():
+        if tuned.places[name].shape != place.shape:
+            raise LoRAError(f"extract: {name!r} has shape {place.shape}, tuned {tuned.places[name].shape}.")
+
+
+def _differs(one: Place, other: Place, progress: Callable[[int], None]) -> bool:
+    progress(one.nbytes)
+    before, after = read_tensor(one), read_tensor(other)
+    return not torch.equal(before, after.to(before.dtype) if other.dtype != one.dtype else after)
+
+
+def _adaptable(name: str, place: Place) -> bool:
+    return name.endswith(".weight") and len(place.shape) >= 2 and place.dtype in MERGEABLE
+
+
+def _excluded(name: str, exclude: Sequence[str]) -> bool:
+    return names_match(list(exclude), name.rpartition(".")[0])
+
+
+def _kind(module: str, base: Weights, embeddings: Sequence[str], fan_in_fan_out: bool) -> str:
+    if len(base.places[f"{module}.weight"].shape) > 2:
+        return "Conv"
+    parent, _, leaf = module.rpartition(".")
+    if leaf == "out_proj" and f"{parent}.{IN_PROJ}" in base.places:
+        return "AttentionOutput"
+    if names_match(list(embeddings), module) or EMBEDDING.fullmatch(leaf):
+        return "Embedding"
+    return "Conv1D" if fan_in_fan_out else "Linear"
+
+
+def _factors(change: torch.Tensor, rank: int, kind: str) -> tuple[torch.Tensor, torch.Tensor, float, float]:
+    """A, B, the share of the squared norm that B @ A keeps, and the squared norm."""
+    matrix = change.T if kind in ("Conv1D", "Embedding") else change.flatten(1)
+    rank = min(rank, *matrix.shape)
+    if min(matrix.shape) <= EXACT:
+        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            left, values, v = torch.svd_lowrank(matrix, min(rank + OVERSAMPLED, *matrix.shape), ITERATIONS)
+            right = v.T
+    root = values[:rank].sqrt()
+    a, b = root[:, None] * right[:rank], left[:, :rank] * root
+    square = float(matrix.double().square().sum())
+    share = min(1.0, float(values[:rank].double().square().sum()) / square)
+    if kind == "Conv":
+        a, b = a.view(rank, *change.shape[1:]), b.view(len(change), rank, *[1] * (change.dim() - 2))
+    return a.contiguous(), b.contiguous(), share, square
+
+
+def _carried(
+    base: Weights, tuned: Weights, changed: Sequence[str], adapted: set[str]
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """What else changed, whole, and the options that say so: biases of adapted layers, and modules to save."""
+    rest = [name for name in changed if not (name.endswith(".weight") and name.rpartition(".")[0] in adapted)]
+    containers = {module.rpartition(".")[0] for module in base.modules()}
+    owners = dict.fromkeys(name.rpartition(".")[0] for name in rest)
+    biases = any(owner in adapted for owner in owners)
+    modules = [owner for owner in owners if owner not in adapted]
+    for name in rest:
+        owner, _, leaf = name.rpartition(".")
+        if owner in containers or not owner or (owner in adapted and leaf != "bias"):
+            raise LoRAError(
+                f"extract: {name!r} changed, and neither an adapter nor modules_to_save can carry it alone; pass "
+                "--drop-rest to leave out all that is not an adapted weight."
+            )
+    names = [n for n in base.places if n.rpartition(".")[0] in modules]
+    names += [f"{module}.bias" for module in adapted if biases and f"{module}.bias" in base.places]
+    whole = {name: read_tensor(tuned.places[name]) for name in names}
+    return whole, {"modules_to_save": modules, "bias": "lora_only" if biases else "none"}
+
+
+def _config(tensors: Mapping[str, Any], layers: Sequence[str], rank: int, options: Mapping[str, Any]) -> LoRAConfig:
+    """lora_alpha equals r everywhere: the scaling is 1."""
+    ranks = {name: tensors[f"{name}.{B}"].shape[1] for name in layers}
+    smaller = {f"^{re.escape(name)}": r for name, r in ranks.items() if r != rank}
+    return LoRAConfig(
+        r=rank, lora_alpha=rank, target_modules=layers, rank_pattern=smaller, alpha_pattern=smaller, **options
+    )

@@ -1,0 +1,266 @@
+"""Merged weights written to disk part by part, and read again to compare them with base and adapter."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+
+from ..errors import LoRAError
+from ..files.model_folder import CONFIG, INDEX_SUFFIX, ModelFolder, side_files
+from ..files.safetensors import Place, as_bytes, build_header, read_rows
+from ..files.torch_archive import set_check_sums
+from ..files.weights import Weights
+from ..nn.exact_merge import CPU_BLOCK, merged_weight
+from ..nn.low_rank import MERGEABLE, Piece, within
+
+
+@dataclass(frozen=True)
+class Change:
+    """New values of one tensor: scaling * pieces are added to it, or `value` takes its place."""
+
+    pieces: Sequence[Piece] = ()
+    scaling: float = 0.0
+    value: torch.Tensor | None = None
+
+    def applied(self, rows: torch.Tensor, first: int) -> torch.Tensor:
+        """The new values of some rows, in the dtype of the old."""
+        if self.value is not None:
+            return (self.value[first : first + rows.shape[0]] if rows.dim() else self.value).to(rows.dtype)
+        pieces = within(self.pieces, first, rows.shape[0])
+        return merged_weight(rows, pieces, self.scaling) if pieces else rows
+
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file to write: its name, tensors in order, and the header's metadata."""
+
+    name: str
+    tensors: Sequence[str]
+    metadata: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to do.
+
+    Attributes:
+        base: the weights.
+        changes: what happens to which of them.
+        dtype: of the result, or None for the base's own.
+        progress: is told the number of bytes of each part that is done.
+    """
+
+    base: Weights
+    changes: Mapping[str, Change]
+    dtype: torch.dtype | None
+    progress: Progress
+
+    def result_dtype(self, name: str) -> torch.dtype:
+        """The dtype of one tensor of the result; what is not floating point keeps its own."""
+        own = self.base.places[name].dtype
+        return self.dtype if self.dtype is not None and own in MERGEABLE else own
+
+
+def write_folder_of(job: Job, target: Path, max_shard_bytes: int | None) -> list[Path]:
+    """Write a model folder: shards, index, config and all side files.
+
+    Returns:
+        What was left out because it holds unmerged weights.
+    """
+    folder = job.base.folder
+    assert folder is not None
+    copied, left_out = side_files(folder)
+    shards = _shards_of(folder) if max_shard_bytes is None else _new_shards(job, folder, max_shard_bytes)
+    for shard in shards:
+        write_safetensors(job, shard, target / shard.name)
+    for file in copied:
+        (target / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder.path / file, target / file)
+    if job.dtype is not None and folder.config:
+        _write_json(target / CONFIG, _with_dtype(folder.config, job.dtype))
+    if folder.index_name and job.dtype is None and max_shard_bytes is None:
+        shutil.copyfile(folder.path / folder.index_name, target / folder.index_name)
+    elif len(shards) > 1 or (folder.index_name and max_shard_bytes is None):
+        _write_index(job, folder, shards, target)
+    return left_out
+
+
+def write_safetensors(job: Job, shard: Shard, target: Path) -> None:
+    """Write one safetensors file."""
+    base = job.base
+    described = [(name, job.result_dtype(name), base.places[name].shape) for name in shard.tensors]
+    header = base.headers.get(shard.name)
+    same = header is not None and job.dtype is None and list(header.entries) == list(shard.tensors)
+    sources: dict[Path, BinaryIO] = {}
+    with ExitStack() as files:
+        out = files.enter_context(open(target, "xb"))
+        out.write(header.raw if same and header else build_header(described, shard.metadata))
+        for name in shard.tensors:
+            path = base.places[name].file
+            if path not in sources:
+                sources[path] = files.enter_context(open(path, "rb"))
+            _write_tensor(job, name, sources[path], out)
+
+
+def _write_tensor(job: Job, name: str, source: BinaryIO, out: BinaryIO) -> None:
+    place = job.base.places[name]
+    for first, count in place.chunks(CPU_BLOCK):  # whole blocks, so that merging part by part gives the same bits
+        rows = read_rows(source, place, first, count)
+        out.write(as_bytes(new_rows(job, name, rows, first)))
+        job.progress(rows.nbytes)
+
+
+def new_rows(job: Job, name: str, rows: torch.Tensor, first: int) -> torch.Tensor:
+    """Some rows of a tensor as they are in the result.
+
+    Raises:
+        LoRAError: a value is not finite that was finite before.
+    """
+    dtype, change = job.result_dtype(name), job.changes.get(name)
+    if change is None and dtype == rows.dtype:
+        return rows
+    wide = rows.to(torch.promote_types(rows.dtype, dtype))
+    try:
+        new = (change.applied(wide, first) if change else wide).to(dtype)
+    except LoRAError as error:
+        raise LoRAError(f"merge: {name!r}: {error}. Nothing was written.") from error
+    if dtype != rows.dtype and not torch.isfinite(new).all() and torch.isfinite(rows).all():
+        raise LoRAError(f"merge: {name!r} does not fit into {dtype}: it holds values beyond its range.")
+    return new
+
+
+def write_torch_file(job: Job, target: Path) -> None:
+    """Copy a file that torch.save wrote and put the merged weights into the copy."""
+    shutil.copyfile(job.base.path, target)
+    places = [job.base.places[name] for name in job.changes]
+    with open(job.base.path, "rb") as source, open(target, "r+b") as out:
+        for name, place in job.base.places.items():
+            if name in job.changes:
+                out.seek(place.start)
+                _write_tensor(job, name, source, out)
+            else:
+                job.progress(place.nbytes)
+    set_check_sums(target, places)
+
+
+def _shards_of(folder: ModelFolder) -> list[Shard]:
+    return [Shard(name, list(header.entries), header.metadata) for name, header in folder.shards.items()]
+
+
+def _new_shards(job: Job, folder: ModelFolder, most: int) -> list[Shard]:
+    """As many tensors in a file as fit, in the order of the base; a tensor is never split."""
+    groups: list[list[str]] = [[]]
+    size = 0
+    for name in (name for header in folder.shards.values() for name in header.entries):
+        nbytes = job.base.places[name].numel * job.result_dtype(name).itemsize
+        if groups[-1] and size + nbytes > most:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += nbytes
+    stem = (folder.index_name or "model.safetensors").removesuffix(INDEX_SUFFIX).removesuffix(".safetensors")
+    metadata = next(iter(folder.shards.values())).metadata
+    count = len(groups)
+    names = [f"{stem}-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)] if count > 1 else []
+    names = names or [f"{stem}.safetensors"]
+    return [Shard(name, group, metadata) for name, group in zip(names, groups, strict=True)]
+
+
+def _write_index(job: Job, folder: ModelFolder, shards: Sequence[Shard], target: Path) -> None:
+    name = folder.index_name or f"model{INDEX_SUFFIX}"
+    old = folder.index.get("metadata")
+    metadata = dict(old) if isinstance(old, Mapping) else {}
+    sizes = [job.base.places[n].numel * job.result_dtype(n).itemsize for shard in shards for n in shard.tensors]
+    metadata["total_size"] = sum(sizes)
+    weight_map = {tensor: shard.name for shard in shards for tensor in shard.tensors}
+    _write_json(target / name, {**folder.index, "metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
+
+
+def _write_json(path: Path, content: Mapping[str, object]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _with_dtype(config: Mapping[str, object], dtype: torch.dtype) -> dict[str, object]:
+    """A config that names the new dtype where it named one, also inside, for models of several parts."""
+    known = {str(dtype).removeprefix("torch.") for dtype in MERGEABLE}
+    changed = dict(config)
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            changed[key] = _with_dtype(value, dtype)
+        elif key in ("dtype", "torch_dtype") and value in known:
+            changed[key] = str(dtype).removeprefix("torch.")
+    return changed
+
+
+def verify(job: Job, result: Weights) -> None:
+    """Compare every tensor: merged ones with W + s * B @ A in float64, others with the base, names too.
+
+    Raises:
+        LoRAError: names the first difference.
+    """
+    odd = sorted(set(result.places) ^ set(job.base.places))
+    if odd:
+        raise LoRAError(f"verify: {odd[0]!r} is in only one of base and result.")
+    for name, place in job.base.places.items():
+        found = result.places[name]
+        if (found.dtype, found.shape) != (job.result_dtype(name), place.shape):
+            raise LoRAError(f"verify: {name!r} is {found.dtype} {found.shape}, expected {place.dtype} {place.shape}.")
+        if place.in_order:
+            _compare(name, place, found, job.changes.get(name))
+
+
+def _compare(name: str, place: Place, found: Place, change: Change | None) -> None:
+    with open(place.file, "rb") as before, open(found.file, "rb") as after:
+        for first, count in place.chunks():
+            old, new = read_rows(before, place, first, count), read_rows(after, found, first, count)
+            if change is None and old.dtype == new.dtype:
+                same = torch.equal(_bits(old), _bits(new))
+            elif old.is_floating_point():
+                same = _close(new, *_reference(old, change, first))
+            else:
+                same = torch.equal(change.applied(old, first) if change else old, new)
+            if not same:
+                raise LoRAError(
+                    f"verify: {name!r} differs from what base and adapter give, in rows {first} to "
+                    f"{first + count - 1}; the disk or the memory may be faulty. Nothing was written."
+                )
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def _reference(old: torch.Tensor, change: Change | None, first: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The exact result in float64, and the sum of all that took part in each element."""
+    exact = old.double()
+    if change is None:
+        return exact, exact.abs()
+    if change.value is not None:
+        exact = (change.value[first : first + len(old)] if old.dim() else change.value).double()
+        return exact, exact.abs()
+    total = exact.abs()
+    for piece in within(change.pieces, first, len(old)):
+        left, right = piece.left.double() * change.scaling, piece.right.double()
+        at = slice(piece.row, piece.row + left.shape[0]), slice(piece.col, piece.col + right.shape[1])
+        exact.view(len(old), -1)[at] += left @ right
+        total.view(len(old), -1)[at] += left.abs() @ right.abs()
+    return exact, total
+
+
+def _close(new: torch.Tensor, exact: torch.Tensor, total: torch.Tensor) -> bool:
+    """Within half a unit of the dtype's last place, and the rounding of arithmetic in float32 or better."""
+    info = torch.finfo(new.dtype)
+    arithmetic = torch.finfo(torch.float64 if new.dtype == torch.float64 else torch.float32).eps * 8
+    allowed = exact.abs() * (info.eps / 2 * 1.001) + total * arithmetic + info.tiny * info.eps
+    found = new.double()
+    return bool((((found - exact).abs() <= allowed) | (found == exact) | (found.isnan() & exact.isnan())).all())

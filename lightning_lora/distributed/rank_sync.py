@@ -1,0 +1,62 @@
+"""TODO"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from ..errors import LoRAError
+from .sharding import _reduce, has_sharded
+
+
+def writes_files(model: nn.Module) -> bool:
+    """Whether this rank is the one to write what all gathered; any rank of a model that is not sharded is."""
+    return not has_sharded(model) or dist.get_rank() == 0
+
+
+class Together:
+    """Steps that every rank takes alike; where one fails on one rank, all raise.
+
+    A rank that raised alone would leave the others waiting in their next collective.
+    """
+
+    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
+        self.meshes = list(dict.fromkeys(t.device_mesh for t in tensors if isinstance(t, DTensor)))
+        self.names: list[str] = []
+        self.failed: tuple[int, Exception] | None = None
+
+    def attempt(self, name: str, step: Callable[[], object] | None) -> None:
+        """Take a step without collectives, unless an earlier one failed; None where it is for other ranks."""
+        self.names.append(name)
+        if step is not None and self.failed is None:
+            try:
+                step()
+            except Exception as error:
+                self.failed = (len(self.names), error)
+
+    def total(self, values: torch.Tensor) -> torch.Tensor:
+        """Sums over the ranks, in which a replica counts again. Collective."""
+        for mesh in self.meshes:
+            values = values.to(mesh.device_type)
+            _reduce(values, mesh, range(mesh.ndim), dist.ReduceOp.SUM)
+        return values
+
+    def settle(self) -> None:
+        """Raise if a step failed on any rank. Collective: one integer."""
+        nowhere = len(self.names) + 1
+        first = -self.failed[0] if self.failed else -nowhere
+        for mesh in self.meshes:
+            flag = torch.tensor(first, device=mesh.device_type)
+            _reduce(flag, mesh, range(mesh.ndim), dist.ReduceOp.MAX)
+            first = int(flag)
+        if self.failed is not None:
+            place, error = self.failed
+            if isinstance(error, LoRAError):
+                raise LoRAError(f"{self.names[place - 1]}: {error}") from error
+            raise error
+        if -first < nowhere:
+            raise LoRAError(f"{self.names[-first - 1]}: this failed on another rank, whose message says why")

@@ -1,0 +1,154 @@
+"""Sharded tensors (DTensor, as fully_shard and parallelize_module make them): a rank's shard and what belongs to it.
+
+Functions marked "collective" communicate, so every rank must call them, in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from ..errors import LoRAError
+
+
+def is_sharded(tensor: object) -> bool:
+    """Whether a tensor is spread over ranks."""
+    return isinstance(tensor, DTensor)
+
+
+def has_sharded(model: nn.Module) -> bool:
+    """Whether any parameter of the model is spread over ranks, gathered at the moment or not."""
+    fully = any(isinstance(module, FSDPModule) for module in model.modules())
+    return fully or any(is_sharded(parameter) for parameter in model.parameters())
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's shard, detached, in the memory of the tensor; a plain tensor is its own shard."""
+    if not isinstance(tensor, DTensor):
+        return tensor.detach()
+    with torch.no_grad():
+        return tensor.to_local()
+
+
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole tensor, detached, on the device that holds the shard. Collective."""
+    if not isinstance(tensor, DTensor):
+        return tensor.detach()
+    device = tensor.device
+    with torch.inference_mode(False), torch.no_grad():
+        # Offloaded shards travel over the mesh's own device.
+        moved = cast(DTensor, tensor.detach().to(tensor.device_mesh.device_type))
+        return moved.full_tensor().to(device)
+
+
+def meeting_device(tensor: torch.Tensor) -> torch.device:
+    """Where ranks exchange values of a tensor, which offloaded shards are not on."""
+    return torch.device(tensor.device_mesh.device_type) if isinstance(tensor, DTensor) else tensor.device
+
+
+def whole(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict without sharding, the gathered tensors on the CPU. Collective."""
+    return {name: full(value).cpu() if isinstance(value, DTensor) else value for name, value in values.items()}
+
+
+def like(shard: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """A shard put into the same place as the tensor's own."""
+    if not isinstance(tensor, DTensor):
+        return shard
+    return DTensor.from_local(
+        shard, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
+
+
+def window(tensor: torch.Tensor) -> tuple[slice, ...]:
+    """Where this rank's shard lies in the whole tensor."""
+    if not isinstance(tensor, DTensor):
+        return tuple(slice(0, size) for size in tensor.shape)
+    chunk = cast(Any, tensor).__create_chunk_list__()[0]  # as torch.distributed.checkpoint asks for it
+    return tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True))
+
+
+def copy_(target: torch.Tensor, source: torch.Tensor) -> None:
+    """target <- source, of the same whole shape, where either may be sharded. Collective if the source alone is."""
+    with torch.inference_mode(False), torch.no_grad():
+        if is_sharded(source) == is_sharded(target):
+            target.copy_(source)
+        elif is_sharded(target):
+            local(target).copy_(source[window(target)])
+        else:
+            target.copy_(full(source))
+
+
+def reshard_(model: nn.Module) -> None:
+    """Put the shards back in place of weights that FSDP2 gathered.
+
+    What is written into a gathered weight is lost with it, and the shards stay as they were: the base drifts.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def reset_(model: nn.Module) -> None:
+    """The same after an exception inside a forward, where FSDP2's reshard() does nothing.
+
+    Raises:
+        LoRAError: this torch or this model offers no way.
+    """
+    roots: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, FSDPModule) and not any(name.startswith(f"{r}." if r else "") for r in roots):
+            roots.append(name)
+            try:
+                cast(Any, module).reset_iter_state()
+            except (AttributeError, RuntimeError) as error:
+                raise LoRAError(
+                    f"an exception left FSDP2 inside the forward of {name or type(model).__name__!r}, with gathered "
+                    "weights in place of its shards. Pass the module that fully_shard was called on last, or build "
+                    "the model again."
+                ) from error
+
+
+def refuse_fully_sharded(model: nn.Module, verb: str) -> None:
+    """Raise where FSDP2 manages parameters that the verb would take away.
+
+    Raises:
+        LoRAError: always names the alternative.
+    """
+    if any(isinstance(module, FSDPModule) for module in model.modules()):
+        raise LoRAError(
+            f"{verb}: {type(model).__name__} was sharded by fully_shard, which goes on to manage the adapter's "
+            "parameters and cannot give them up. merge(model) runs at the base's speed; for plain weights, save a "
+            "merged checkpoint or call save_merged(model, path)."
+        )
+
+
+def _reduce(values: torch.Tensor, mesh: DeviceMesh, dims: Iterable[int], op: Any) -> None:
+    for dim in dims:
+        dist.all_reduce(values, op, group=mesh.get_group(dim))
+
+
+def samples(tensor: torch.Tensor, places: list[int]) -> list[float]:
+    """Values at positions of the flattened whole tensor. Collective."""
+    at = torch.unravel_index(torch.tensor(places, dtype=torch.long), tensor.shape)
+    parts = window(tensor)
+    inside = torch.ones(len(places), dtype=torch.bool)
+    for index, part in zip(at, parts, strict=True):
+        inside &= (part.start <= index) & (index < part.stop)
+    values = torch.zeros(len(places), dtype=torch.float64)
+    shard = local(tensor)
+    here = [(index[inside] - part.start).to(shard.device) for index, part in zip(at, parts, strict=True)]
+    values[inside] = shard[tuple(here)].double().cpu()
+    if isinstance(tensor, DTensor):
+        values = values.to(tensor.device_mesh.device_type)
+        split = [dim for dim, place in enumerate(tensor.placements) if not place.is_replicate()]
+        _reduce(values, tensor.device_mesh, split, dist.ReduceOp.SUM)
+    result: list[float] = values.tolist()
+    return result

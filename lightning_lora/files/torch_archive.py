@@ -1,0 +1,166 @@
+"""Checkpoints and state dicts that torch.save wrote: where each tensor lies, and changing some of them in a copy.
+
+Everything else in the file, pickled or not, stays byte for byte. The files are zip archives of uncompressed records,
+one for each storage; what changes a record also sets its check sum.
+"""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+import zipfile
+import zlib
+from bisect import bisect_right
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from ..errors import LoRAError
+from .paths import PathLike, _require_file
+from .safetensors import Place
+
+
+def read_torch_file(path: PathLike, device: str = "cpu") -> dict[str, Any]:
+    """A checkpoint or state dict, on the CPU, or on "meta" without its values.
+
+    Raises:
+        LoRAError: no such file, truncated, not a dictionary, or it holds more than plain types and tensors.
+    """
+    _require_file(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")  # the error says enough
+            content = torch.load(path, map_location=device, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise LoRAError(
+            f"{path}: holds objects other than plain types and tensors, or is damaged, and was not loaded: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    except Exception as error:  # torch raises whatever a damaged file leads it to
+        raise LoRAError(f"{path}: cannot be read as a checkpoint; it may be truncated: {error}") from error
+    if not isinstance(content, dict):
+        raise LoRAError(f"{path}: expected a dictionary, found {type(content).__name__}.")
+    return content
+
+
+LOCAL, CENTRAL = 30, 46  # bytes of a zip's record headers before the names
+
+DESCRIPTOR = b"PK\x07\x08"
+
+HAS_DESCRIPTOR = 0x08
+
+
+@dataclass(frozen=True)
+class Record:
+    """One stored file of the archive."""
+
+    info: zipfile.ZipInfo
+    start: int
+
+
+def torch_places(path: Path) -> dict[str, Place]:
+    """Where the tensors of a state dict, or of a checkpoint's, lie in a file.
+
+    Raises:
+        LoRAError: the file is damaged, holds no state dict, or is of a form that cannot be changed in place.
+    """
+    content = read_torch_file(path, "meta")
+    state = content.get("state_dict", content)
+    if not isinstance(state, Mapping):
+        raise LoRAError(f"{path}: expected a state dict, found {type(state).__name__}.")
+    sizes = {record.start: record.info.file_size for record in read_records(path)}
+    return {
+        name: _place(path, name, value, sizes)
+        for name, value in state.items()
+        if isinstance(name, str) and isinstance(value, torch.Tensor)
+    }
+
+
+def _place(path: Path, name: str, tensor: torch.Tensor, sizes: Mapping[int, int]) -> Place:
+    if tensor.layout != torch.strided:
+        raise LoRAError(f"{path}: {name!r} is a sparse tensor, which cannot be read in place.")
+    start = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
+    if start is None:
+        raise LoRAError(
+            f"{path}: torch {torch.__version__} does not say where a tensor lies in such a file; save the weights as "
+            "safetensors, or use torch 2.7 or newer."
+        )
+    first = start + tensor.storage_offset() * tensor.dtype.itemsize
+    place = Place(path, tensor.dtype, tuple(tensor.shape), first, tensor.is_contiguous())
+    if start not in sizes or first + place.nbytes > start + sizes[start]:
+        raise LoRAError(f"{path}: {name!r} claims bytes outside its record; the file is damaged.")
+    return place
+
+
+def read_records(path: PathLike) -> list[Record]:
+    """The records of an archive.
+
+    Raises:
+        LoRAError: it is no archive of uncompressed records.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+            records = [Record(info, _start(file, info)) for info in archive.infolist()]
+    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
+        raise LoRAError(
+            f"{path}: is not in the format that torch.save has written since torch 1.6; load it and save it again: "
+            f"{error}"
+        ) from error
+    for record in records:
+        if record.info.compress_type != zipfile.ZIP_STORED:
+            raise LoRAError(f"{path}: {record.info.filename!r} is compressed, which torch.save never does.")
+    return records
+
+
+def _start(file: BinaryIO, info: zipfile.ZipInfo) -> int:
+    file.seek(info.header_offset)
+    header = file.read(LOCAL)
+    names, extra = (int.from_bytes(header[i : i + 2], "little") for i in (26, 28))
+    return info.header_offset + LOCAL + names + extra
+
+
+def set_check_sums(path: PathLike, places: list[Place]) -> None:
+    """Make the archive's check sums right again after these tensors were changed in place."""
+    records = read_records(path)
+    starts = sorted(record.start for record in records)
+    changed = {starts[bisect_right(starts, place.start) - 1] for place in places}
+    with zipfile.ZipFile(path) as archive:
+        directory = archive.start_dir
+    with open(path, "r+b") as file:
+        for record in records:
+            info = record.info
+            entry = directory
+            directory += CENTRAL + _name_lengths(file, entry)
+            if record.start not in changed:
+                continue
+            check = _check_sum(file, record.start, info.file_size).to_bytes(4, "little")
+            for position in (entry + 16, _second_position(file, record)):
+                file.seek(position)
+                file.write(check)
+
+
+def _name_lengths(file: BinaryIO, entry: int) -> int:
+    file.seek(entry + 28)
+    lengths = file.read(6)
+    return sum(int.from_bytes(lengths[i : i + 2], "little") for i in (0, 2, 4))
+
+
+def _second_position(file: BinaryIO, record: Record) -> int:
+    """The check sum stands in the directory, and in a descriptor after the data or in the header before it."""
+    if not record.info.flag_bits & HAS_DESCRIPTOR:
+        return record.info.header_offset + 14
+    end = record.start + record.info.file_size
+    file.seek(end)
+    return end + (4 if file.read(4) == DESCRIPTOR else 0)
+
+
+def _check_sum(file: BinaryIO, start: int, size: int) -> int:
+    check = 0
+    file.seek(start)
+    while size:
+        data = file.read(min(size, 2**24))
+        check, size = zlib.crc32(data, check), size - len(data)
+    return check

@@ -1,0 +1,223 @@
+"""merge, unmerge and what is between them, for all adapted layers of a model, all or nothing."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import signal
+import threading
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from ..distributed.rank_sync import Together
+from ..distributed.sharding import is_sharded, local, reset_, reshard_
+from ..errors import LoRAError
+from ..nn.fast_paths import set_fast_paths_
+from ..nn.lora_layer import LoRALayer, Pieces, adapted_layers
+from ..nn.low_rank import HALF
+from ..nn.tied_weights import note_tied
+
+COPY_BUDGET = 64 * 2**20  # bytes of plain copies of small weights, which are faster than keeping values
+
+WORST_FIDELITY = 0.05
+
+log = logging.getLogger(__name__)
+
+
+def is_merged(model: nn.Module) -> bool:
+    """Whether merge was called and not undone, also where a tied layer had to stay factored."""
+    return any(isinstance(module, LoRALayer) and module.lora_merged for module in model.modules())
+
+
+def merge(model: nn.Module) -> None:
+    """Put W' = W + s * B @ A into every adapted layer's weight, in place; unmerge takes it out bit for bit.
+
+    Harmless when repeated, and inside disable_adapter. A layer whose weight has another owner, or renormalises itself,
+    stays factored. The first merge of 16-bit layers logs what rounding W' costs.
+
+    Every rank of a sharded model calls this; the factors are gathered, the weights never.
+
+    Raises:
+        LoRAError: the model has no adapted layer, or a layer's W' is not finite, on any rank. Every layer is then
+            unmerged.
+    """
+    layers = _require_layers(model, "merge")
+    pending = {name: layer for name, layer in layers.items() if layer.lora_active and not layer.lora_merged}
+    if not pending:
+        return
+    show_shards_(model, layers)
+    copies = _affordable_copies(layers.values())
+    fidelity = _Fidelity(pending.values())
+    with _deferred_interrupt(), torch.no_grad():  # once, for it takes longer than a small layer's sum
+        try:
+            note_tied(model)
+            together = Together(layer.main_weight() for layer in pending.values())
+            for name, layer in pending.items():
+                if layer.stays_factored():
+                    layer.lora_merged = True
+                else:
+                    pieces = layer.local_pieces(layer.adapted_weights(), layer.lora_A, layer.lora_B)
+                    step = functools.partial(_merge_layer, layer, pieces, layer in copies, fidelity)
+                    together.attempt(f"merge: layer {name!r}", step)
+            together.settle()
+            fidelity.report(together)
+        except BaseException:
+            _unmerge_all(layers)
+            raise
+        finally:
+            set_fast_paths_(model)
+
+
+def unmerge(model: nn.Module) -> None:
+    """Give every adapted layer's weight the bits that it had before merge; harmless when repeated.
+
+    Raises:
+        LoRAError: the model has no adapted layer, or a weight cannot be restored because something changed it while
+            it was merged. The other layers are restored, and nothing is saved from the damaged one.
+    """
+    layers = _require_layers(model, "unmerge")
+    show_shards_(model, layers)
+    with _deferred_interrupt(), torch.no_grad():
+        try:
+            _unmerge_all(layers)
+        finally:
+            set_fast_paths_(model)
+
+
+@contextmanager
+def merged(model: nn.Module) -> Iterator[nn.Module]:
+    """The model with merged weights inside, and in the state it was found in outside, also after an exception."""
+    before = is_merged(model)
+    try:
+        merge(model)  # a Ctrl-C meanwhile is raised when it is done
+        yield model
+    finally:
+        if is_merged(model) != before:
+            (merge if before else unmerge)(model)
+
+
+def _require_layers(model: nn.Module, verb: str) -> dict[str, LoRALayer]:
+    layers = adapted_layers(model)
+    if not layers:
+        raise LoRAError(f"{verb}: {type(model).__name__} has no adapted layer; call inject(model, LoRAConfig(...)).")
+    return layers
+
+
+def show_shards_(model: nn.Module, layers: Mapping[str, LoRALayer]) -> None:
+    """Let the weight of every adapted layer of the model be its shard, where the model is sharded: only that is kept.
+
+    Raises:
+        LoRAError: FSDP2 still shows a gathered weight.
+    """
+    reshard_(model)
+    if any(layer.lora_sharded and not is_sharded(layer.main_weight()) for layer in layers.values()):
+        reset_(model)
+    for name, layer in layers.items():
+        sharded = is_sharded(layer.main_weight())
+        if layer.lora_sharded and not sharded:
+            raise LoRAError(
+                f"the weight of {name!r} is gathered by an FSDP2 module outside of {type(model).__name__}; pass the "
+                "module that fully_shard was called on last."
+            )
+        if sharded != layer.lora_sharded:
+            layer.lora_sharded = sharded
+
+
+def _merge_layer(layer: LoRALayer, pieces: Pieces, copy: bool, fidelity: _Fidelity) -> None:
+    try:
+        layer.merge_(pieces=pieces, copy=copy, observe=fidelity.update if fidelity.wants(layer) else None)
+    except LoRAError as error:
+        raise LoRAError(
+            f"{error}. Every layer is unmerged; look for a diverged training run (a lower learning rate, gradient "
+            "clipping) or evaluate with merged_eval=False."
+        ) from error
+
+
+def _unmerge_all(layers: Mapping[str, LoRALayer]) -> None:
+    failures = []
+    for name, layer in layers.items():
+        try:
+            if layer.lora_merged:
+                layer.unmerge_()
+        except LoRAError as error:
+            failures.append(f"unmerge: layer {name!r}: {error}.")
+    if failures:
+        raise LoRAError("\n".join(failures))
+
+
+def _affordable_copies(layers: Collection[LoRALayer]) -> set[LoRALayer]:
+    """Unmerged layers for whose weights a plain copy fits into the budget, smallest first.
+
+    A copy takes the place of values and factors: where a rank's shard is no larger than A, it is the leaner too.
+    """
+    kept = [kept for layer in layers for kept in layer.lora_kept.values() if kept.copy is not None]
+    budget = COPY_BUDGET - sum(one.nbytes() for one in kept)
+    affordable = set()
+    sizes = {layer: sum(local(weight).nbytes for weight in layer.adapted_weights().values()) for layer in layers}
+    for layer in sorted(sizes, key=sizes.__getitem__):
+        if layer.lora_kept:
+            continue
+        if sizes[layer] <= layer.lora_A.nbytes:
+            affordable.add(layer)
+        elif sizes[layer] <= budget:
+            budget -= sizes[layer]
+            affordable.add(layer)
+    return affordable
+
+
+class _Fidelity:
+    """The one-time report of what rounding costs in 16-bit layers."""
+
+    def __init__(self, layers: Iterable[LoRALayer]) -> None:
+        self.layers = {layer for layer in layers if layer.main_weight().dtype in HALF and not layer.lora_reported}
+        self.metric = None
+        if self.layers:
+            from ..metrics import MergeFidelity  # torchmetrics imports much
+
+            with torch.inference_mode(False):  # it is updated outside
+                self.metric = MergeFidelity(sync_on_compute=False)
+
+    def wants(self, layer: LoRALayer) -> bool:
+        return layer in self.layers
+
+    def update(self, rounded: torch.Tensor, exact: torch.Tensor, delta: torch.Tensor) -> None:
+        if self.metric is not None:
+            self.metric.update(rounded, exact, delta)
+
+    def report(self, together: Together) -> None:
+        if self.metric is None:
+            return
+        self.metric.error, self.metric.delta = together.total(torch.stack([self.metric.error, self.metric.delta]))
+        if not self.metric.delta > 0:
+            return  # nothing merged yet: B is still zero
+        for layer in self.layers:
+            layer.lora_reported = True
+        lost = float(self.metric.compute())
+        message = f"merged 16-bit weights: rounding costs {lost:.1%} of the adapter's norm"
+        log.info(message)
+        if lost > WORST_FIDELITY:
+            warnings.warn(
+                f"lightning_lora: {message}. Merged and unmerged outputs differ by that much of the adapter's effect; "
+                "with merged_eval=False the adapter is evaluated unrounded.",
+                stacklevel=3,
+            )
+
+
+@contextmanager
+def _deferred_interrupt() -> Iterator[None]:
+    """Hold Ctrl-C back until the weights are consistent."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
+        yield
+        return
+    pending: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, frame: pending.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if pending:
+            signal.raise_signal(signal.SIGINT)

@@ -1,0 +1,56 @@
+"""The names of a model's state dict with the live tensors, also while merged or sharded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from ..distributed.sharding import copy_, reshard_
+from ..names import A, B, canonical
+from ..nn.lora_layer import LoRALayer
+
+
+def named_state(model: nn.Module, *, raw: bool = False) -> Iterator[tuple[str, torch.Tensor | None, nn.Module]]:
+    """The names of model.state_dict(), each with its live tensor (None for extra state) and owner.
+
+    Unlike state_dict() this restores no merged weight, and leaves out the segments of wrappers unless `raw`. A shared
+    module or parameter comes under each of its names. Sharded parameters are the shards.
+    """
+    reshard_(model)
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        prefix = prefix if raw else canonical(prefix)
+        path = f"{prefix}." if prefix else ""
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                yield path + name, parameter, module
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                yield path + name, buffer, module
+        if getattr(type(module), "get_extra_state", nn.Module.get_extra_state) is not nn.Module.get_extra_state:
+            yield path + "_extra_state", None, module
+
+
+def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters without those of adapters; a shared one under its first name."""
+    return {
+        name: parameter
+        for name, parameter in ((canonical(name), p) for name, p in model.named_parameters())
+        if name.rpartition(".")[2] not in (A, B)
+    }
+
+
+def is_factor(name: str, module: nn.Module) -> bool:
+    """Whether a state name is an adapter's own parameter."""
+    return isinstance(module, LoRALayer) and name.rpartition(".")[2] in (A, B)
+
+
+def swap_initial_(root: nn.Module, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Write values into the named state of a module, in place; returns what was there."""
+    live = {name: tensor for name, tensor, _ in named_state(root) if tensor is not None}
+    before = {name: live[name].detach().clone() for name in values if name in live}
+    for name in before:
+        if not values[name].is_meta:  # noted before there were values, so nothing was trained since
+            copy_(live[name], values[name])
+    return before

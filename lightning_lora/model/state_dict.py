@@ -1,0 +1,183 @@
+"""State dicts of an injected model: views for saving, and what load_state_dict accepts.
+
+A hook on each adapted layer and on what contains it fills in what a complete base or a complete adapter leaves out by
+design with the live values, so that torch's own strict check stays in force for everything else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..distributed.rank_sync import Together
+from ..errors import LoRAError
+from ..names import ATTRIBUTE, CHECKPOINTED, A, B, canonical
+from ..nn.lora_layer import LoRALayer
+from ..nn.tied_weights import note_tied
+from .injection import note_loaded, note_trainable, require_injection
+from .named_state import base_parameters, is_factor, named_state
+
+
+def adapter_keys(model: nn.Module) -> list[str]:
+    """Names of all that training can change: factors, ever-trainable parameters, persistent buffers."""
+    _, root, injection = require_injection(model, "adapter_state_dict")
+    note_trainable(root)
+    inside = base_parameters(root)
+    trained = {id(inside[name]) for name in injection.trained if name in inside}
+    inside_ids = {id(parameter) for parameter in inside.values()}
+    return [
+        name
+        for name, tensor, module in named_state(model)
+        if is_factor(name, module)
+        or not isinstance(tensor, nn.Parameter)
+        or id(tensor) in trained
+        or (tensor.requires_grad and id(tensor) not in inside_ids)
+    ]
+
+
+def base_keys(model: nn.Module) -> list[str]:
+    """Names of the plain model's state dict."""
+    return [name for name, _, module in named_state(model) if not is_factor(name, module)]
+
+
+def adapter_state_dict(model: nn.Module) -> dict[str, Any]:
+    """All that training can change, by state dict name, detached and sharing memory with the model.
+
+    Raises:
+        LoRAError: the model was not injected.
+    """
+    keys = set(adapter_keys(model))
+    state = {}
+    for name, tensor, module in named_state(model):
+        if name in keys and tensor is None:
+            state[name] = module.get_extra_state()
+        elif name in keys and tensor is not None:
+            state[name] = _original(name, tensor, module)
+    return state
+
+
+def _original(name: str, tensor: torch.Tensor, module: nn.Module) -> torch.Tensor:
+    if isinstance(module, LoRALayer) and isinstance(tensor, nn.Parameter):
+        return module.original(name.rpartition(".")[2])
+    return tensor.detach()
+
+
+def merged_state_dict(model: nn.Module) -> dict[str, Any]:
+    """The state dict of a plain model with merged weights, under the base's names, merged or not.
+
+    Raises:
+        LoRAError: the model was not injected, or a layer's merged weight cannot stand in for its adapter.
+    """
+    require_injection(model, "merged_state_dict")
+    return fold(model, {canonical(name): value for name, value in model.state_dict().items()})
+
+
+def fold(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
+    """A full state dict of the model with each adapter merged into its weight, as new tensors, and taken out.
+
+    Args:
+        model: says which names belong to adapted layers; its live values are not used.
+        state: names of model.state_dict() without the segments of wrappers, perhaps with other values.
+    """
+    refuse_unmergeable(model)
+    folded = {name: state[name] for name in base_keys(model)}
+    together = Together(value for value in state.values() if isinstance(value, torch.Tensor))
+
+    def fold_one(path: str, layer: LoRALayer) -> None:
+        weights = {leaf: state[path + leaf] for leaf in layer.adapted_weights()}
+        pieces = layer.local_pieces(weights, state[path + A], state[path + B])
+
+        def merge_copies() -> None:
+            folded.update({path + leaf: copy for leaf, copy in layer.merged_copies(weights, pieces).items()})
+
+        together.attempt(f"merged weights of layer {path[:-1]!r}", merge_copies)
+
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, LoRALayer):
+            fold_one(f"{canonical(name)}." if name else "", module)
+    together.settle()
+    return folded
+
+
+def refuse_unmergeable(model: nn.Module) -> None:
+    """Raise where merged weights could not express an adapter.
+
+    Raises:
+        LoRAError: a layer's weight has another owner or renormalises itself.
+    """
+    note_tied(model)
+    for name, layer in model.named_modules():
+        reason = layer.stays_factored() if isinstance(layer, LoRALayer) else ""
+        if reason:
+            raise LoRAError(
+                f"merged weights cannot express the adapter of {name!r}: {reason}. Leave the layer out "
+                f"(exclude_modules=[{name!r}]), untie the weight, or save the adapter instead."
+            )
+
+
+# What state dicts of an injected model may carry beside tensors: by key, what takes it up when it is loaded.
+EXTRA_ENTRIES: dict[str, Callable[[nn.Module, Any], None]] = {}
+
+
+def accept_partial_states(root: nn.Module) -> None:
+    """Install the hook where it is missing."""
+    for module in root.modules():
+        inside = any(isinstance(child, LoRALayer) for child in module.modules())
+        if inside and not _hooks(module):
+            module.register_load_state_dict_pre_hook(_fill_in)  # type: ignore[no-untyped-call]
+
+
+def accept_whole_states_only(root: nn.Module) -> None:
+    """Take the hook out again."""
+    for module in root.modules():
+        for key in _hooks(module):
+            del module._load_state_dict_pre_hooks[key]
+
+
+def _hooks(module: nn.Module) -> list[int]:
+    hooks = module._load_state_dict_pre_hooks
+    return [key for key, hook in hooks.items() if getattr(hook, "hook", None) is _fill_in]
+
+
+def _fill_in(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    """The injected model judges, or the part of it on which load_state_dict is called; parts further down do not."""
+    if ATTRIBUTE not in vars(module) and canonical(prefix.rstrip(".")):
+        return
+    for key in EXTRA_ENTRIES.keys() & {name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)}:
+        if ATTRIBUTE in vars(module):
+            EXTRA_ENTRIES[key](module, state_dict.pop(prefix + key))
+    state = {_as_seen_here(name): (tensor, owner) for name, tensor, owner in named_state(module, raw=True)}
+    for name in state:  # names saved without the segments of wrappers
+        plain = prefix + canonical(name)
+        if plain in state_dict and prefix + name not in state_dict:
+            state_dict[prefix + name] = state_dict.pop(plain)
+    given = {key[len(prefix) :] for key in state_dict if key.startswith(prefix)}
+    factors = {name for name, (_, owner) in state.items() if is_factor(name, owner)}
+    base = state.keys() - factors
+    changing = _changing(module, state)
+    absent = set()
+    if given >= base and not given & factors:
+        note_loaded(module, {canonical(name): state_dict[prefix + name] for name in base & changing})
+        absent = factors
+    elif given >= changing and not given & (base - changing):
+        absent = base - changing
+    for name in absent:
+        state_dict[prefix + name] = state[name][0]
+
+
+def _as_seen_here(name: str) -> str:
+    """checkpoint_wrapper leaves its segment out of state dicts, and puts it in just before the hooks on itself run."""
+    first, dot, rest = name.partition(".")
+    segment = f"{CHECKPOINTED}."
+    return first + dot + rest.replace(segment, "") if first == CHECKPOINTED else name.replace(segment, "")
+
+
+def _changing(module: nn.Module, state: Mapping[str, tuple[torch.Tensor | None, nn.Module]]) -> set[str]:
+    """The names of what training can change; a part of an injected model goes by what is trainable now."""
+    if ATTRIBUTE in vars(module):
+        adapter = set(adapter_keys(module))
+        return {name for name in state if canonical(name) in adapter}
+    return {name for name, (tensor, _) in state.items() if not isinstance(tensor, nn.Parameter) or tensor.requires_grad}

@@ -1,0 +1,210 @@
+"""Which modules an option names, and whether each can be adapted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
+
+from ..config import LoRAConfig
+from ..distributed.sharding import is_sharded
+from ..errors import LoRAError
+from ..names import (
+    ALL_LINEAR,
+    A,
+    around,
+    canonical,
+    entries_of,
+    entry_name,
+    matcher,
+    near_misses,
+    pattern_matches,
+    suffixes,
+)
+from ..nn.layer_kinds import is_conv1d, layer_kind
+from ..nn.linear import LoRALinear
+from ..nn.lora_layer import LoRALayer
+from ..nn.low_rank import HALF
+from ..nn.tied_weights import tied_weights
+
+
+class Targets:
+    """What the options of a config name in a model.
+
+    Attributes:
+        layers: the modules to adapt, by name.
+        saved: the modules that modules_to_save names.
+        left_out: what "all-linear" passes over, with the reason.
+        unmatched: a sentence for each entry that names nothing.
+    """
+
+    def __init__(self, model: nn.Module, config: LoRAConfig) -> None:
+        modules = {canonical(name): module for name, module in model.named_modules() if canonical(name)}
+        saved, chosen_by_name, excluded = map(
+            matcher, (config.modules_to_save, config.target_modules, config.exclude_modules)
+        )
+        self.saved = {n: m for n, m in modules.items() if saved(n)}
+        self.left_out: dict[str, str] = {}
+        if config.target_modules == ALL_LINEAR:
+            chosen = self._all_linear(model, modules)
+        else:
+            chosen = {n: m for n, m in modules.items() if chosen_by_name(n)}
+        self.layers = {n: m for n, m in chosen.items() if not excluded(n) and not self._is_saved(n)}
+        for name, module in list(self.layers.items()):  # attention is adapted whole, as PEFT does
+            out_proj = f"{name}.out_proj"
+            if isinstance(module, nn.MultiheadAttention) and not excluded(out_proj):
+                self.layers[out_proj] = modules[out_proj]
+        self.unmatched = self._unmatched(config, chosen, modules)
+
+    def _all_linear(self, model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+        heads = output_heads(model)
+        tied = tied_weights(model)
+        chosen = {}
+        for name, module in modules.items():
+            if not isinstance(module, nn.Linear) and not is_conv1d(module):
+                continue
+            if any(module is head for head in heads):
+                self.left_out[name] = "it is the output head"
+            elif module in tied:
+                self.left_out[name] = f"its weight is also {tied[module]}"
+            else:
+                chosen[name] = module
+        return chosen
+
+    def _is_saved(self, name: str) -> bool:
+        return any(module in self.saved for module in (name, *around(name)))
+
+    def _unmatched(self, config: LoRAConfig, chosen: Iterable[str], modules: Mapping[str, nn.Module]) -> list[str]:
+        adaptable = [name for name, module in modules.items() if layer_kind(module)]
+        unmatched = []
+        for option, names, hints in (
+            ("target_modules", chosen, adaptable),
+            ("exclude_modules", [*adaptable, *chosen], adaptable),
+            ("modules_to_save", modules, modules),
+            ("enable_lora", self.layers, self.layers),
+        ):
+            named = {suffix for name in names for suffix in suffixes(name)}
+            unmatched += [
+                f"{option}: {entry_name(entry)!r} names no {'module' if names is modules else 'layer to adapt'}"
+                + near_misses(entry_name(entry), hints)
+                for entry in entries_of(getattr(config, option))
+                if not (any(map(matcher(entry), names)) if isinstance(entry, str) else entry[0] in named)
+            ]
+        for option in ("rank_pattern", "alpha_pattern"):
+            unmatched += [
+                f"{option}: {pattern!r} names no adapted layer" + near_misses(pattern, self.layers)
+                for pattern in getattr(config, option) or ()
+                if not any(pattern_matches(pattern, name) for name in self.layers)
+            ]
+        if not self.layers and not unmatched:
+            unmatched.append(f"target_modules: {config.target_modules!r} leaves no layer to adapt")
+        return unmatched
+
+
+def refuse_unmatched(model: nn.Module, unmatched: Sequence[str]) -> None:
+    """Raise one error that lists every unmatched entry."""
+    if unmatched:
+        raise LoRAError(f"LoRA on {type(model).__name__}: " + ".\n".join(unmatched) + ".")
+
+
+def output_heads(model: nn.Module) -> list[nn.Module]:
+    """The heads that get_output_embeddings (transformers) names anywhere in the model."""
+    heads = []
+    for module in model.modules():
+        getter = getattr(module, "get_output_embeddings", None)
+        head = getter() if callable(getter) else None
+        if isinstance(head, nn.Module):
+            heads.append(head)
+    return heads
+
+
+ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+
+def check_unadapted(model: nn.Module) -> None:
+    """Raise where a model already has adapters, of this package or another, which injection would freeze or hide.
+
+    Raises:
+        LoRAError: names the first one.
+    """
+    for name, module in model.named_modules():
+        library = type(module).__module__.partition(".")[0]
+        if isinstance(module, LoRALayer):
+            raise LoRAError(
+                f"inject: {name!r} in {type(model).__name__} was adapted already, through a module around it; pass the "
+                "module that inject was called on, or unload it first."
+            )
+        if library == "peft" or (library == "loralib" and hasattr(module, A)):
+            raise LoRAError(
+                f"inject: {type(model).__name__} already has adapters of {library} ({name!r}); merge or unload them "
+                "first."
+            )
+
+
+def check_shapes(model: nn.Module) -> None:
+    """Raise where a lazy layer has no shape yet, which can neither be frozen nor saved.
+
+    Raises:
+        LoRAError: names the first one.
+    """
+    for name, module in model.named_modules():
+        if any(is_lazy(tensor) for tensor in (*module._parameters.values(), *module._buffers.values())):
+            raise LoRAError(
+                f"inject: {name!r}: the {type(module).__name__} has no shape yet; run one batch through the model "
+                "first."
+            )
+
+
+def check_supported(name: str, module: nn.Module, config: LoRAConfig) -> None:
+    """Raise where a module cannot be adapted.
+
+    Raises:
+        LoRAError: says why, and what to do.
+    """
+    kind = type(module).__name__
+    problem = ""
+    if layer_kind(module) is None:
+        inside = [child for child, m in module.named_modules() if child and layer_kind(m)]
+        problem = f"a {kind} cannot be adapted" + (f"; name the layers inside it, as {inside[0]!r}" if inside else "")
+    elif hasattr(module, A):
+        problem = f"the {kind} has a lora_A of another library; take that out first"
+    elif "forward" in vars(module):
+        problem = f"its forward is replaced on the instance of {kind}, which would pass over the adapter; undo that"
+    else:
+        problem = _weight_problem(module)
+    enabled = config.enabled_parts(name)
+    if not problem and enabled is not None:
+        if not issubclass(layer_kind(module) or nn.Module, LoRALinear):
+            problem = f"enable_lora needs a linear layer, not a {kind}"
+        elif _outputs(module) % len(enabled):
+            problem = f"enable_lora has {len(enabled)} parts, which do not divide its {_outputs(module)} outputs"
+    if problem:
+        raise LoRAError(f"inject: {name!r}: {problem}, or leave it out with exclude_modules=[{name!r}].")
+
+
+def _weight_problem(module: nn.Module) -> str:
+    kind = type(module).__name__
+    names = ATTENTION_WEIGHTS if isinstance(module, nn.MultiheadAttention) else ("weight",)
+    weights = [module._parameters[name] for name in names if module._parameters.get(name) is not None]
+    if is_parametrized(module) or not weights:
+        return f"the weight of the {kind} is computed from others (weight_norm, parametrize); remove that first"
+    for weight in weights:
+        if is_sharded(weight):
+            return (
+                f"the weight of the {kind} is sharded already; call inject(model, LoRAConfig(...)) in configure_model, "
+                "after the layers are built and before fully_shard or parallelize_module"
+            )
+        if weight is not None and weight.dtype not in (*HALF, torch.float32, torch.float64):
+            return f"its weight is {weight.dtype}; adapters need float16, bfloat16, float32 or float64"
+    return ""
+
+
+def _outputs(module: nn.Module) -> int:
+    if isinstance(module, nn.MultiheadAttention):
+        return 3 * int(module.embed_dim)
+    rows, cols = cast(torch.Tensor, module.weight).shape
+    return int(rows if isinstance(module, nn.Linear) else cols)

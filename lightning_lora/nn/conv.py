@@ -1,0 +1,42 @@
+"""Adapted convolutions: nn.Conv1d, nn.Conv2d and nn.Conv3d."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .lora_layer import LoRALayer
+from .low_rank import Piece
+
+
+class LoRAConv(LoRALayer):
+    """nn.Conv1d/2d/3d: weight (Cout, Cin/groups, k...), A (r, Cin/groups, k...), B (Cout, r, 1...).
+
+    delta is B @ A on the flattened weight. Where convolving with A costs as much as with W (r * groups >= Cout, as in
+    depthwise layers), the layer runs on W + delta.
+    """
+
+    KNOWN_FORWARD = ("forward", "_conv_forward")
+
+    def factor_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        out_channels, *rest = self.weight.shape
+        return (self.lora_r, *rest), (out_channels, self.lora_r, *[1] * (len(rest) - 1))
+
+    def pieces(self, factor_a: torch.Tensor, factor_b: torch.Tensor) -> dict[str, list[Piece]]:
+        return {"weight": [Piece(0, 0, factor_b.flatten(1), factor_a.flatten(1))]}
+
+    def factored_forward(self, input: torch.Tensor) -> torch.Tensor:
+        layer = cast(nn.Conv2d, self)
+        if self.lora_r * layer.groups >= layer.out_channels and not self.drops():
+            return cast(torch.Tensor, self.forward_on_sum(input))
+        base = self.base_forward(input)
+        x, scaling = self.dropped(input)
+        a, b = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
+        if layer.groups > 1:  # every group goes through the whole of A, then through its own rows of B
+            a = a.repeat(layer.groups, *[1] * (a.dim() - 1))
+        hidden = layer._conv_forward(x, a, None)
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[b.dim() - 3]
+        return cast(torch.Tensor, base.add_(convolve(hidden, b, groups=layer.groups), alpha=scaling))

@@ -1,0 +1,76 @@
+"""Adapted nn.Embedding."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..distributed.tensor_parallel import summed
+from ..names import A, B
+from .lora_layer import LoRALayer
+from .low_rank import Piece
+
+
+class LoRAEmbedding(LoRALayer):
+    """nn.Embedding: weight (num, dim), A (r, num), B (dim, r), no dropout (as PEFT and loralib).
+
+    max_norm would renormalise W in place; such a layer stays factored, on rows renormalised out of place.
+    """
+
+    ALONG = {0: (A, 1), 1: (B, 0)}  # noqa: RUF012
+    LOOKUP = True
+    embedding: nn.Embedding
+
+    def factor_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return (self.lora_r, self.weight.shape[0]), (self.weight.shape[1], self.lora_r)
+
+    def pieces(self, factor_a: torch.Tensor, factor_b: torch.Tensor) -> dict[str, list[Piece]]:
+        return {"weight": [Piece(0, 0, factor_a.T, factor_b.T)]}
+
+    def stays_factored(self) -> str:
+        return super().stays_factored() or ("max_norm renormalises its rows in place" if self._renormalises() else "")
+
+    def _renormalises(self) -> bool:
+        return cast(nn.Embedding, self).max_norm is not None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.lora_active or self.weight.requires_grad or not self._renormalises():
+            return super().forward(*args, **kwargs)
+        if not self.lora_own_forward:
+            return self._renormalised(*args, **kwargs)
+        weight = self.weight
+        try:
+            self._parameters["weight"] = nn.Parameter(weight.detach().clone(), False)
+            return super().forward(*args, **kwargs)
+        finally:
+            self._parameters["weight"] = weight
+
+    def _renormalised(self, input: torch.Tensor) -> torch.Tensor:
+        layer = cast(nn.Embedding, self)
+        if self.weight.requires_grad:  # unfrozen by the user: trained as the base class does it
+            return cast(torch.Tensor, self.base_forward(input))
+        rows = self.weight.detach()[input]
+        flat = rows.view(-1, rows.shape[-1])
+        each = torch.arange(flat.shape[0], device=flat.device)
+        torch.embedding_renorm_(flat, each, cast(float, layer.max_norm), layer.norm_type)
+        return rows
+
+    def factored_forward(self, input: torch.Tensor) -> torch.Tensor:
+        base = self._renormalised(input) if self._renormalises() else self.base_forward(input)
+        a, b = self.lora_A.to(base.dtype), self.lora_B.to(base.dtype)
+        delta = F.linear(summed(F.embedding(input, a.T)), b) * self.lora_scaling
+        delta = self._trained_as_rows(delta, input) if torch.is_grad_enabled() else delta
+        return summed(base).add_(delta)
+
+    def _trained_as_rows(self, delta: torch.Tensor, input: torch.Tensor) -> torch.Tensor:
+        """padding_idx and scale_grad_by_freq are about rows of the weight, so about both factors."""
+        layer = cast(nn.Embedding, self)
+        if layer.padding_idx is not None:
+            delta = torch.where((input == layer.padding_idx).unsqueeze(-1), delta.detach(), delta)
+        if layer.scale_grad_by_freq:
+            occurs = torch.bincount(input.flatten(), minlength=layer.num_embeddings)[input].unsqueeze(-1)
+            delta = delta.detach() + (delta - delta.detach()) / occurs.to(delta.dtype)
+        return delta

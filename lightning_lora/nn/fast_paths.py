@@ -1,0 +1,39 @@
+"""The fast path of nn.TransformerEncoderLayer reads every weight in evaluation mode.
+
+It is turned off while an adapter inside is unmerged, and turned on again when merged, where it reads W'.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .lora_layer import LoRALayer
+
+# Attributes that each module asks before it takes its fast path, and for nothing else. torch.compile guards on them;
+# on a forward hook, the other way to keep a layer off its fast path, it does not.
+SWITCHES: dict[type[nn.Module], str] = {
+    nn.TransformerEncoderLayer: "activation_relu_or_gelu",
+    nn.TransformerEncoder: "use_nested_tensor",  # the layers' slow path rejects nested tensors
+}
+
+
+def set_fast_paths_(model: nn.Module) -> None:
+    """Allow the fast paths of torch's transformer layers just where no unmerged adapter is inside."""
+    for module in model.modules():
+        for kind, switch in SWITCHES.items():
+            if isinstance(module, kind):
+                _allow(module, switch, not _has_active(module))
+
+
+def _has_active(module: nn.Module) -> bool:
+    return any(isinstance(layer, LoRALayer) and layer.lora_active for layer in module.modules())
+
+
+def _allow(module: nn.Module, switch: str, allow: bool) -> None:
+    """Turn a switch off, keeping what it was, or back to that."""
+    kept = f"lora_{switch}"
+    if not allow and kept not in vars(module):
+        setattr(module, kept, getattr(module, switch, False))
+        setattr(module, switch, False)
+    elif allow and kept in vars(module):
+        setattr(module, switch, vars(module).pop(kept))

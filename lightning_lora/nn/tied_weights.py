@@ -1,0 +1,78 @@
+"""Weights with several owners, which merging would change under the other one too."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+from torch import nn
+
+from ..names import ATTRIBUTE
+from .lora_layer import LoRALayer
+
+
+def tied_weights(model: nn.Module) -> dict[nn.Module, str]:
+    """Modules whose weight shares memory with another module's parameter or buffer, each with the name of that.
+
+    Memory counts, not identity: two Parameters may view one storage. A bias may have several owners.
+    """
+    owners: dict[int, list[tuple[torch.Tensor, nn.Module, str, bool]]] = defaultdict(list)
+    for prefix, module in model.named_modules():
+        for tensors, matters in ((module._parameters, True), (module._buffers, False)):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    is_weight = matters and not name.endswith("bias")
+                    owners[_storage(tensor)].append((tensor, module, f"{prefix}.{name}".lstrip("."), is_weight))
+    tied: dict[nn.Module, str] = {}
+    for sharing in owners.values():
+        if len(sharing) > 1:  # rare
+            _note_overlaps(sharing, tied)
+    return tied
+
+
+def _note_overlaps(sharing: list[tuple[torch.Tensor, nn.Module, str, bool]], tied: dict[nn.Module, str]) -> None:
+    group = sorted(
+        ((*_span(tensor), module, name, weight) for tensor, module, name, weight in sharing),
+        key=lambda owner: owner[:2],
+    )
+    for i, (_, end, module, name, is_weight) in enumerate(group):
+        for start, _, other, other_name, other_is_weight in group[i + 1 :]:
+            if start >= end:
+                break
+            if other is not module and is_weight:
+                tied.setdefault(module, other_name)
+            if other is not module and other_is_weight:
+                tied.setdefault(other, name)
+
+
+def note_tied(model: nn.Module) -> None:
+    """Tell each adapted layer what keeps it from being merged; where the injected model is seen whole, also nothing."""
+    tied = tied_weights(model)
+    modules = list(model.modules())
+    whole = any(ATTRIBUTE in vars(module) for module in modules)
+    for layer in modules:
+        if isinstance(layer, LoRALayer):
+            computed = any(name not in layer._parameters for name in layer.adapted_weights())
+            reason = "its weight is computed from others (weight_norm, parametrize, prune)" if computed else ""
+            reason = f"its weight is also {tied[layer]}" if layer in tied else reason
+            if reason != layer.lora_tied and (reason or whole):
+                layer.lora_tied = reason
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    """The memory that a tensor is a view of; one without memory of its own (meta, sharded) counts by identity."""
+    return tensor.untyped_storage().data_ptr() if _has_memory(tensor) else id(tensor)
+
+
+def _span(tensor: torch.Tensor) -> tuple[int, int]:
+    """First and last byte in that memory."""
+    if not _has_memory(tensor):
+        return 0, 1
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    start = tensor.data_ptr()
+    return start, start + (last + 1) * tensor.element_size()
+
+
+def _has_memory(tensor: torch.Tensor) -> bool:
+    dense = tensor.layout is torch.strided and tensor.device.type != "meta" and type(tensor.data) is torch.Tensor
+    return dense and tensor.numel() > 0

@@ -1,0 +1,133 @@
+"""Compositions of a Trainer that cannot give right numbers, each refused with the reason and the remedy.
+
+Classes are told by name, so that neither Lightning nor DeepSpeed is imported here.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import LoRAConfig
+from ..errors import LoRAError
+from ..model.injection import Injection
+from ..names import A, B
+from ..nn.lora_layer import adapted_layers
+
+AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
+
+
+def refuse_composition(trainer: Any, callback: Any, *, injected: bool) -> None:
+    """Raise where this callback cannot work in this Trainer.
+
+    Args:
+        trainer: the Trainer, in setup.
+        callback: the LoRACallback.
+        injected: the model was injected before this setup.
+
+    Raises:
+        LoRAError: says what to change.
+    """
+    for other in trainer.callbacks:
+        _refuse_beside(trainer, callback, other)
+    if trainer.state.fn == "fit" and not injected and launches(trainer):
+        raise LoRAError(
+            f"LoRACallback: {type(trainer.strategy).__name__} starts processes from this one and brings back weights "
+            "only, so the main process needs the adapters too. Call inject(model, LoRAConfig(...)) before fit, or use "
+            "strategy='ddp'."
+        )
+
+
+def launches(trainer: Any) -> bool:
+    """Whether the fit runs in processes that a main process started, which brings back nothing but a state dict."""
+    return _is_a(trainer.strategy.launcher, "_MultiProcessingLauncher")
+
+
+def _refuse_beside(trainer: Any, callback: Any, other: Any) -> None:
+    if other is not callback and _is_a(other, "LoRACallback"):
+        raise LoRAError("LoRACallback: the Trainer has two LoRA callbacks for one model; keep one.")
+    if _is_a(other, "ModelPruning"):
+        raise LoRAError("LoRACallback: ModelPruning computes the weights from masks, which merging would overwrite.")
+    order = trainer.callbacks
+    if trainer.state.fn == "fit" and _is_a(other, *AVERAGING) and order.index(other) < order.index(callback):
+        name = type(other).__name__
+        raise LoRAError(
+            f"LoRACallback: {name} copies the model in setup and swaps weights around validation, so it must come "
+            f"after LoRACallback: callbacks=[LoRACallback(...), {name}(...)]."
+        )
+
+
+def refuse_other_options(injection: Injection, config: LoRAConfig) -> None:
+    """Raise where a model that was injected before does not go with the callback's options.
+
+    Raises:
+        LoRAError: names the option, or gives the reason.
+    """
+    if injection.merge_weights:
+        raise LoRAError(
+            "LoRACallback: the model was injected with merge_weights=True, where eval() merges: a backbone kept "
+            "in eval mode would silently stop training. Call inject(model, config) without it."
+        )
+    default = LoRAConfig()
+    for option in injection.config.differing(config):
+        ours, theirs = getattr(config, option), getattr(injection.config, option)
+        if ours != getattr(default, option):
+            raise LoRAError(
+                f"LoRACallback: {option} is {ours!r}, but the model was injected with {theirs!r}; use the same, "
+                "give no adapter option, or unload(model) first."
+            )
+
+
+def warn_of_part(trainer: Any, name: str) -> None:
+    """Say what the main process cannot know where a part of the LightningModule was injected."""
+    if trainer.state.fn == "fit" and launches(trainer) and name:
+        warnings.warn(
+            f"lightning_lora: inject was called on {name!r}, and {type(trainer.strategy).__name__} starts processes: "
+            "after the fit, save_checkpoint(..., weights_only=True) in the main process would save the base too. Call "
+            "inject on the LightningModule.",
+            stacklevel=2,
+        )
+
+
+def warn_of_frozen(module: nn.Module) -> None:
+    """Say which adapter parameters another callback has frozen."""
+    frozen = [
+        f"{name}.{leaf}"
+        for name, layer in adapted_layers(module).items()
+        for leaf, factor in ((A, layer.lora_A), (B, layer.lora_B))
+        if not factor.requires_grad
+    ]
+    if frozen:
+        warnings.warn(
+            f"lightning_lora: {len(frozen)} adapter parameters are frozen ({', '.join(frozen[:3])}"
+            f"{', ...' if len(frozen) > 3 else ''}) and not trained until something unfreezes them; a callback that "
+            "freezes a backbone in setup comes before LoRACallback in the list",
+            stacklevel=2,
+        )
+
+
+def refuse_unoptimized(optimizers: Iterable[torch.optim.Optimizer], module: nn.Module) -> None:
+    """Raise where a trainable adapter parameter would never be trained.
+
+    Raises:
+        LoRAError: names the parameter.
+    """
+    held = {
+        id(parameter) for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]
+    }
+    for name, layer in adapted_layers(module).items():
+        for leaf, factor in ((A, layer.lora_A), (B, layer.lora_B)):
+            if factor.requires_grad and id(factor) not in held:
+                raise LoRAError(
+                    f"LoRACallback: no optimizer holds the adapter parameter {name + '.' + leaf!r}, so it would never "
+                    "be trained. Build the optimizer in configure_optimizers from self.parameters() at that time, not "
+                    "from parameters collected in __init__."
+                )
+
+
+def _is_a(thing: object, *names: str) -> bool:
+    return any(cls.__name__ in names for cls in type(thing).__mro__)
