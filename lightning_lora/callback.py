@@ -19,14 +19,14 @@ from .adapter.lightning_checkpoint import Kind, check_kind
 from .config import Bias, Init, LoRAConfig
 from .errors import LoRAError
 from .model.inject import begin_injection, random_seed, summary
-from .model.injection import find_injection, note_materialised, note_trainable
+from .model.injection import find_injection, record_trainable, snapshot_materialised
 from .model.merging import is_merged, merge, unmerge
 from .model.self_check import Verification, watch
 from .model.state_dict import refuse_unmergeable
 from .names import ALL_LINEAR
-from .nn.gradient_checkpointing import let_gradients_in_
+from .nn.gradient_checkpointing import enable_input_require_grads
 from .nn.lora_layer import LoRALayer, adapted_layers
-from .trainer.checkpoint_hooks import save_as, send_home
+from .trainer.checkpoint_hooks import export_state, save_as
 from .trainer.compatibility import (
     launches,
     refuse_composition,
@@ -117,23 +117,23 @@ class LoRACallback(pl.Callback):
         if found is None:
             begin_injection(pl_module, self.config, seed=trainer.strategy.broadcast(random_seed()))
         else:
-            refuse_other_options(found[2], self.config)
-            warn_of_part(trainer, found[0])
+            refuse_other_options(found.record, self.config)
+            warn_of_part(trainer, found.prefix.removesuffix("."))
         adapt_after(pl_module, *(name for name in BUILDERS if is_overridden(name, pl_module)))
         save_as(pl_module, self.save)
         self._verified = False
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check what training stands on, and say in one line what is trained."""
-        note_materialised(pl_module)
+        snapshot_materialised(pl_module)
         refuse_unoptimized(trainer.optimizers, pl_module)
         warn_of_frozen(pl_module)
-        let_gradients_in_(pl_module)
+        enable_input_require_grads(pl_module)
         if self.save == "merged":
             refuse_unmergeable(pl_module)
         injection = find_injection(pl_module)
-        if injection is not None and not injection[2].fingerprint:
-            injection[2].fingerprint = fingerprint(pl_module)
+        if injection is not None and not injection.record.fingerprint:
+            injection.record.fingerprint = fingerprint(pl_module)
         rank_zero_info(summary(pl_module))
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -154,7 +154,7 @@ class LoRACallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """What another hand unfroze has its first value still."""
-        note_trainable(pl_module)
+        record_trainable(pl_module)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -233,7 +233,7 @@ class LoRACallback(pl.Callback):
     ) -> None:
         """The main process of a launcher sees no setup; elsewhere the module's own hook is patched already."""
         found = find_injection(pl_module)
-        if found is not None and found[2].save is None:
+        if found is not None and found.record.save is None:
             save_as(pl_module, self.save)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -244,7 +244,7 @@ class LoRACallback(pl.Callback):
         """The last chance to leave the model as it was found."""
         self._leave(pl_module)
         if stage == "fit" and launches(trainer) and find_injection(pl_module) is not None:
-            send_home(pl_module)
+            export_state(pl_module)
 
     # --- helpers ---
 
@@ -273,11 +273,12 @@ class LoRACallback(pl.Callback):
     def _note_modes(self, pl_module: pl.LightningModule) -> None:
         if pl_module not in self._kept_in_eval:  # a Trainer inside a hook forgets them
             layers = adapted_layers(pl_module).values()
-            self._kept_in_eval[pl_module] = [layer for layer in layers if layer.lora_dropout and not layer.training]
+            dropping = (layer for layer in layers if layer.lora.spec.dropout)
+            self._kept_in_eval[pl_module] = [layer for layer in dropping if not layer.training]
 
     def _drop(self, pl_module: pl.LightningModule, dropping: bool | None) -> None:
         for layer in self._kept_in_eval.get(pl_module, ()):
-            layer.lora_dropping = dropping
+            layer.lora.dropout_override = dropping
 
     def _report(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._verifying is None:

@@ -45,4 +45,4 @@ def _one_thread_and_seed():
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks so small that a small weight has several."""
-    monkeypatch.setattr("lightning_lora.nn.exact_merge.CPU_BLOCK", 400)
+    monkeypatch.setattr("lightning_lora.nn.exact_merge.CPU_CHUNK", 400)

@@ -40,5 +40,5 @@ class NaiveCallback(L.Callback):
     def _add(self, model: L.LightningModule, sign: int) -> None:
         if self.merged_eval:
             for layer in adapted_layers(model).values():
-                layer.weight += sign * layer.lora_scaling * layer.lora_B @ layer.lora_A
+                layer.weight += sign * layer.lora.spec.scaling * layer.lora_B @ layer.lora_A
                 layer.lora_active = sign < 0

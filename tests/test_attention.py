@@ -104,13 +104,13 @@ def deltas(layer: Any, a: torch.Tensor, b: torch.Tensor) -> list[tuple[str, torc
     """s * B @ A of each weight, from the definitions."""
     if not isinstance(layer, nn.MultiheadAttention):
         return [("weight", ALPHA / R * b @ a)]
-    parts = [i for i, enabled in enumerate(layer.lora_enabled or (True, True, True)) if enabled]
+    parts = [i for i, enabled in enumerate(layer.lora.spec.enabled or (True, True, True)) if enabled]
     names = [f"{letter}_proj_weight" for letter in "qkv"]
     if not layer._qkv_same_embed_dim:
         widths = [getattr(layer, names[i]).shape[1] for i in parts]
         pairs = zip(parts, a.split(widths, dim=1), b.split(WIDTH), strict=True)
         return [(names[i], ALPHA / R * part_b @ part_a) for i, part_a, part_b in pairs]
-    if layer.lora_enabled is None:
+    if layer.lora.spec.enabled is None:
         return [("in_proj_weight", ALPHA / R * b @ a)]
     delta = a.new_zeros(3 * WIDTH, WIDTH)
     for i, part_a, part_b in zip(parts, a.split(R), b.split(WIDTH), strict=True):

@@ -89,7 +89,7 @@ def is_list(value: Any) -> bool:
 
 def merged_by_hand(model: Net, name: str) -> torch.Tensor:
     layer = model.get_submodule(name)
-    delta = layer.lora_B.double() @ layer.lora_A.double() * (layer.lora_alpha / layer.lora_r)
+    delta = layer.lora_B.double() @ layer.lora_A.double() * (layer.lora.spec.alpha / layer.lora.spec.r)
     return (layer.weight.double() + delta).float().detach()
 
 

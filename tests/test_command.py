@@ -68,7 +68,7 @@ def test_info_of_a_lightning_checkpoint(tmp_path, capsys, kind: str):
     config = LoRAConfig(r=2, lora_alpha=3, target_modules=TARGETS, modules_to_save=["body.1"])
     assert found["config"] == config.to_dict()
     layer = net.body[3].requires_grad_(False)
-    delta = layer.lora_scaling * layer.lora_B.double() @ layer.lora_A.double()
+    delta = layer.lora.spec.scaling * layer.lora_B.double() @ layer.lora_A.double()
     expected = {"kind": "Linear", "rank": 2, "scaling": 1.5, "shape_A": [2, 8], "shape_B": [8, 2], "dtype": "float32"}
     shown = found["layers"]["body.3"]
     assert {key: shown[key] for key in expected} == expected
@@ -209,7 +209,7 @@ def test_diff_of_adapters(tmp_path, capsys):
     assert len(rows) == 6
     for name, layer in adapted_layers(one).items():
         deltas = [x.lora_B.detach().double() @ x.lora_A.detach().double() for x in (layer, other.get_submodule(name))]
-        change = float((deltas[1] - deltas[0]).norm()) * layer.lora_scaling
+        change = float((deltas[1] - deltas[0]).norm()) * layer.lora.spec.scaling
         assert rows[name]["change"] == pytest.approx(change, rel=1e-9)
     assert {n for n, row in rows.items() if row["change"]} == {
         "model.layers.1.mlp.down_proj",
@@ -242,12 +242,12 @@ def test_diff_of_unlike_things_is_refused(tmp_path, capsys, checkpoint: Path):
 
 def test_a_terminated_merge_cleans_up(tmp_path, capsys, monkeypatch: pytest.MonkeyPatch):
     """SIGTERM in the middle of writing; SIGKILL is in test_killed.py."""
-    from lightning_lora import merge_files
+    from lightning_lora.command import write_merged
 
     save_file(Net().state_dict(), tmp_path / "base.safetensors")
     inject(net := Net(), LoRAConfig(r=2, target_modules=TARGETS))
     save_adapter(net, tmp_path / "adapter")
-    honest = merge_files.new_rows
+    honest = write_merged.new_rows
 
     def new_rows(job: Any, name: str, rows: torch.Tensor, first: int) -> torch.Tensor:
         if name == "head.weight":
@@ -255,7 +255,7 @@ def test_a_terminated_merge_cleans_up(tmp_path, capsys, monkeypatch: pytest.Monk
             os.kill(os.getpid(), signal.SIGTERM)
         return honest(job, name, rows, first)
 
-    monkeypatch.setattr(merge_files, "new_rows", new_rows)
+    monkeypatch.setattr(write_merged, "new_rows", new_rows)
     before = signal.getsignal(signal.SIGTERM)
     args = ["--base", tmp_path / "base.safetensors", "--adapter", tmp_path / "adapter"]
     with pytest.raises(SystemExit) as stopped:

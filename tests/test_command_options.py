@@ -64,13 +64,13 @@ def test_the_largest_file_is_as_large_as_asked_for(tmp_path, capsys):
 
 def test_verify_reads_what_was_written(tmp_path, capsys, monkeypatch: pytest.MonkeyPatch):
     """A disk that spoils a value is found out with the option alone, and then nothing is left."""
-    from lightning_lora import merge_files
+    from lightning_lora.command import write_merged
 
     save_file(Net().state_dict(), tmp_path / "base.safetensors")
     inject(net := Net(), LoRAConfig(r=2, target_modules=TARGETS))
     save_adapter(net, tmp_path / "adapter")
-    honest = merge_files.as_bytes
-    monkeypatch.setattr(merge_files, "as_bytes", lambda rows: honest(rows + 0.01 if rows.dim() == 2 else rows))
+    honest = write_merged.as_bytes
+    monkeypatch.setattr(write_merged, "as_bytes", lambda rows: honest(rows + 0.01 if rows.dim() == 2 else rows))
     given = ["--base", tmp_path / "base.safetensors", "--adapter", tmp_path / "adapter", "--output"]
     assert call(capsys, "merge", *given, tmp_path / "a.safetensors") == f"wrote {tmp_path / 'a.safetensors'}\n"
     assert "differs from what base and adapter give" in refused(

@@ -13,8 +13,14 @@ from hypothesis import strategies as st
 from weights import DTYPES, SHARES, assert_rounded_sum, exact_delta, make_pieces, make_weight, same_bits, scaling_for
 
 from lightning_lora import LoRAError
-from lightning_lora.nn.exact_merge import add_delta_, merged_weight, remove_delta_, restored
-from lightning_lora.nn.low_rank import Piece
+from lightning_lora.nn.exact_merge import (
+    WeightEditedError,
+    merge_weight_,
+    merged_weight,
+    restored_weight,
+    unmerge_weight_,
+)
+from lightning_lora.nn.low_rank import LowRankBlock
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -25,12 +31,12 @@ def test_two_hundred_cycles_with_changing_factors_restore_every_bit(dtype: torch
     before, address = weight.detach().clone(), weight.data_ptr()
     for _ in range(200):
         pieces = make_pieces(weight)
-        kept = add_delta_(weight, pieces, scaling_for(before, pieces, share))
+        kept = merge_weight_(weight, pieces, scaling_for(before, pieces, share))
         assert not same_bits(weight, before)
         for piece in pieces:  # what training does to A and B in the meantime
             piece.left.mul_(-3)
             piece.right.add_(1)
-        remove_delta_(weight, kept)
+        unmerge_weight_(weight, kept)
         assert same_bits(weight, before)
     assert weight.data_ptr() == address
 
@@ -49,10 +55,11 @@ def test_adding_and_subtracting_alone_would_drift(dtype: torch.dtype) -> None:
 def test_a_plain_copy_restores_every_bit_too(dtype: torch.dtype) -> None:
     weight = make_weight((30, 40), dtype)
     before, pieces = weight.clone(), make_pieces(weight)
-    kept = add_delta_(weight, pieces, 0.01, copy=True)
+    kept = merge_weight_(weight, pieces, 0.01, copy=True)
     assert same_bits(weight, merged_weight(before, pieces, 0.01))
-    weight.zero_()  # a copy needs nothing of what is there
-    remove_delta_(weight, kept)
+    weight.zero_()  # a copy needs nothing of what is there, but a change is an error as for kept values
+    with pytest.raises(WeightEditedError, match="was changed while it was merged; the change is undone"):
+        unmerge_weight_(weight, kept)
     assert same_bits(weight, before)
 
 
@@ -61,14 +68,14 @@ def test_a_plain_copy_restores_every_bit_too(dtype: torch.dtype) -> None:
 def test_restored_is_a_view_for_saving_that_changes_nothing(copy: bool) -> None:
     weight = make_weight((30, 40), torch.bfloat16)
     before, pieces = weight.clone(), make_pieces(weight)
-    kept = add_delta_(weight, pieces, 0.0005, copy=copy)
+    kept = merge_weight_(weight, pieces, 0.0005, copy=copy)
     merged = weight.clone()
     for _ in range(2):
-        original = restored(weight, kept)
+        original = restored_weight(weight, kept)
         assert same_bits(original, before)
         assert same_bits(weight, merged)
         original.zero_()
-    remove_delta_(weight, kept)
+    unmerge_weight_(weight, kept)
     assert same_bits(weight, before)
 
 
@@ -92,15 +99,15 @@ def test_any_layout_and_any_block_size(
     layout: str, dtype: torch.dtype, block: int, copy: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Blocks of one row longer than a block, of several rows, with a rest, and one block for all."""
-    monkeypatch.setattr("lightning_lora.nn.exact_merge.CPU_BLOCK", block)
+    monkeypatch.setattr("lightning_lora.nn.exact_merge.CPU_CHUNK", block)
     weight = LAYOUTS[layout](dtype)
     before, strides, pieces = weight.clone(), weight.stride(), make_pieces(weight, r=2)
     scaling = scaling_for(weight, pieces, 0.05)
-    kept = add_delta_(weight, pieces, scaling, copy=copy)
+    kept = merge_weight_(weight, pieces, scaling, copy=copy)
     assert_rounded_sum(weight, before, pieces, scaling)
     assert same_bits(merged_weight(before, pieces, scaling), weight)
-    assert same_bits(restored(weight, kept), before)
-    remove_delta_(weight, kept)
+    assert same_bits(restored_weight(weight, kept), before)
+    unmerge_weight_(weight, kept)
     assert same_bits(weight, before)
     assert weight.stride() == strides
 
@@ -108,11 +115,11 @@ def test_any_layout_and_any_block_size(
 def test_a_slice_of_a_bigger_tensor_leaves_the_rest_alone() -> None:
     whole = make_weight((40, 60), torch.bfloat16)
     before = whole.clone()
-    kept = add_delta_(whole[::2, 1::3], make_pieces(whole[::2, 1::3]), 1.0)
+    kept = merge_weight_(whole[::2, 1::3], make_pieces(whole[::2, 1::3]), 1.0)
     others = torch.ones_like(whole, dtype=torch.bool)
     others[::2, 1::3] = False
     assert torch.equal(whole[others], before[others])
-    remove_delta_(whole[::2, 1::3], kept)
+    unmerge_weight_(whole[::2, 1::3], kept)
     assert same_bits(whole, before)
 
 
@@ -122,16 +129,16 @@ def test_several_pieces_change_their_own_parts_only(dtype: torch.dtype) -> None:
     weight = make_weight((30, 50), dtype)
     before = weight.clone()
     pieces = [
-        Piece(0, 0, torch.randn(10, 3), torch.randn(3, 50)),
-        Piece(20, 0, torch.randn(10, 2), torch.randn(2, 25)),
-        Piece(20, 30, torch.randn(10, 4), torch.randn(4, 20)),
+        LowRankBlock(0, 0, torch.randn(10, 3), torch.randn(3, 50)),
+        LowRankBlock(20, 0, torch.randn(10, 2), torch.randn(2, 25)),
+        LowRankBlock(20, 30, torch.randn(10, 4), torch.randn(4, 20)),
     ]
-    kept = add_delta_(weight, pieces, 0.01)
+    kept = merge_weight_(weight, pieces, 0.01)
     assert_rounded_sum(weight, before, pieces, 0.01)
     assert same_bits(weight[10:20], before[10:20])
     assert same_bits(weight[20:, 25:30].clone(), before[20:, 25:30].clone())
     assert same_bits(merged_weight(before, pieces, 0.01), weight)
-    remove_delta_(weight, kept)
+    unmerge_weight_(weight, kept)
     assert same_bits(weight, before)
 
 
@@ -156,13 +163,13 @@ def merges(draw: st.DrawFn) -> dict[str, Any]:
 @settings(max_examples=200, derandomize=True)
 @given(merges())
 def test_any_merge_is_nearest_and_comes_back(case: dict[str, Any]) -> None:
-    weight, pieces = case["weight"].clone(), [Piece(0, 0, case["left"], case["right"])]
+    weight, pieces = case["weight"].clone(), [LowRankBlock(0, 0, case["left"], case["right"])]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lightning_lora.nn.exact_merge.CPU_BLOCK", case["block"])
-        kept = add_delta_(weight, pieces, case["scaling"], copy=case["copy"])
+        patch.setattr("lightning_lora.nn.exact_merge.CPU_CHUNK", case["block"])
+        kept = merge_weight_(weight, pieces, case["scaling"], copy=case["copy"])
         assert same_bits(weight, merged_weight(case["weight"], pieces, case["scaling"]))
         assert_rounded_sum(weight, case["weight"], pieces, case["scaling"])
-        remove_delta_(weight, kept)
+        unmerge_weight_(weight, kept)
     assert same_bits(weight, case["weight"])
 
 
@@ -174,10 +181,10 @@ def test_a_weight_changed_while_merged_is_noticed(dtype: torch.dtype, place: int
     torch.manual_seed(seed)
     weight = make_weight((30, 40), dtype)
     before, pieces = weight.clone(), make_pieces(weight)
-    kept = add_delta_(weight, pieces, scaling_for(weight, pieces, 0.01))
+    kept = merge_weight_(weight, pieces, scaling_for(weight, pieces, 0.01))
     weight.view(-1)[place] += change
     try:
-        remove_delta_(weight, kept)
+        unmerge_weight_(weight, kept)
     except LoRAError:
         assert not same_bits(weight, before)
     else:
@@ -188,17 +195,17 @@ def test_a_weight_changed_while_merged_is_noticed(dtype: torch.dtype, place: int
 def test_an_optimizer_step_while_merged_is_an_error(dtype: torch.dtype) -> None:
     weight = make_weight((30, 40), dtype)
     before, pieces = weight.clone(), make_pieces(weight)
-    kept = add_delta_(weight, pieces, scaling_for(weight, pieces, 0.01))
+    kept = merge_weight_(weight, pieces, scaling_for(weight, pieces, 0.01))
     weight -= 0.01 * torch.randn(30, 40).to(dtype)
     for _ in range(2):  # looking does not hide it
         with pytest.raises(LoRAError, match="changed while it was merged"):
-            restored(weight, kept)
+            restored_weight(weight, kept)
     with pytest.raises(LoRAError, match="Load the base weights again"):
-        remove_delta_(weight, kept)
+        unmerge_weight_(weight, kept)
     assert not same_bits(weight, before)
 
 
-def poisoned(kind: str, weight: torch.Tensor) -> list[Piece]:
+def poisoned(kind: str, weight: torch.Tensor) -> list[LowRankBlock]:
     """An adapter whose last row, far from the first block, makes a sum that is not finite."""
     pieces = make_pieces(weight)
     if kind == "overflow":
@@ -217,7 +224,7 @@ def test_what_is_not_finite_is_refused_and_leaves_every_bit(dtype: torch.dtype, 
     weight = make_weight((30, 40), dtype)
     before, pieces = weight.clone(), poisoned(kind, weight)
     with pytest.raises(LoRAError, match="not finite"):
-        add_delta_(weight, pieces, 0.5, copy=copy)
+        merge_weight_(weight, pieces, 0.5, copy=copy)
     assert same_bits(weight, before)
     with pytest.raises(LoRAError, match="not finite"):
         merged_weight(weight, pieces, 0.5)
@@ -229,14 +236,14 @@ def test_a_weight_that_is_not_finite_is_refused() -> None:
     weight[3, 3] = math.inf
     before = weight.clone()
     with pytest.raises(LoRAError, match="not finite"):
-        add_delta_(weight, make_pieces(weight), 0.01)
+        merge_weight_(weight, make_pieces(weight), 0.01)
     assert same_bits(weight, before)
 
 
 def test_finite_values_whose_sum_overflows_are_fine() -> None:
     weight = torch.full((4, 4), torch.finfo(torch.float64).max / 2, dtype=torch.float64)
     before = weight.clone()
-    remove_delta_(weight, add_delta_(weight, make_pieces(weight), 1.0))
+    unmerge_weight_(weight, merge_weight_(weight, make_pieces(weight), 1.0))
     assert same_bits(weight, before)
 
 
@@ -251,5 +258,5 @@ def test_a_failure_in_the_middle_leaves_every_bit() -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        add_delta_(weight, make_pieces(weight), 0.01, observe=fail_at_the_third)
+        merge_weight_(weight, make_pieces(weight), 0.01, observe=fail_at_the_third)
     assert same_bits(weight, before)

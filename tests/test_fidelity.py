@@ -22,7 +22,7 @@ def with_adapter_of(share: float, dtype: torch.dtype) -> nn.Sequential:
     randomise_(model)
     for layer in model:
         with torch.no_grad():
-            delta = layer.lora_B @ layer.lora_A * layer.lora_scaling
+            delta = layer.lora_B @ layer.lora_A * layer.lora.spec.scaling
             layer.lora_B.mul_(share * layer.weight.float().norm() / delta.norm())
     return model
 
@@ -31,7 +31,7 @@ def cost(model: nn.Sequential) -> float:
     """The rounding error of W' over the adapter's norm, by hand in float64."""
     errors, deltas = [], []
     for layer in model:
-        delta = layer.lora_B.double() @ layer.lora_A.double() * layer.lora_scaling
+        delta = layer.lora_B.double() @ layer.lora_A.double() * layer.lora.spec.scaling
         exact = layer.weight.double() + delta
         errors.append((exact.to(layer.weight.dtype).double() - exact).flatten())
         deltas.append(delta.flatten())
@@ -101,7 +101,7 @@ def test_the_warning_as_an_error_leaves_a_consistent_model():
     before = state_bits(model)
     with pytest.raises(UserWarning, match="rounding costs"):  # as pytest here is set up
         merge(model)
-    flags = {layer.lora_merged for layer in model}
+    flags = {layer.lora.merged for layer in model}
     assert len(flags) == 1
     assert state_bits(model) == before
     with merged(model):

@@ -12,7 +12,8 @@ import torch
 from plain import ZOO_LAYERS, OwnLinear, Stubborn, Zoo, randomise_, state_bits, tokens, trace, zoo_config
 from torch import nn
 
-from lightning_lora import LoRAConfig, LoRAError, base, disable_adapter, inject, is_merged, merge, unload
+from lightning_lora import LoRAConfig, LoRAError, disable_adapter, inject, is_merged, merge, unload
+from lightning_lora.nn import lora_layer
 
 
 def test_tree_names_order_identity_memory_and_classes_stay():
@@ -108,9 +109,9 @@ def test_ranks_and_scalings_are_those_of_peft(rslora):
     inject(model, LoRAConfig(**options))
     for name in ZOO_LAYERS:
         layer, reference = model.get_submodule(name), theirs.get_submodule(name)
-        assert layer.lora_scaling == reference.scaling["default"]
+        assert layer.lora.spec.scaling == reference.scaling["default"]
         assert layer.lora_B.shape[1] == layer.lora_A.shape[0] == reference.r["default"]
-    assert [model.get_submodule(name).lora_r for name in ZOO_LAYERS] == [4, 4, 2, 3]
+    assert [model.get_submodule(name).lora.spec.r for name in ZOO_LAYERS] == [4, 4, 2, 3]
 
 
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()])
@@ -118,7 +119,7 @@ def test_ranks_and_scalings_are_those_of_peft(rslora):
 def test_a_failure_half_way_leaves_no_trace(monkeypatch, error, after):
     model = Stubborn(nn.Linear(4, 4))
     before, calls = trace(model), []
-    original = base.initial_factors
+    original = lora_layer.initial_factors
 
     def failing(*args: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
         calls.append(args)
@@ -126,7 +127,7 @@ def test_a_failure_half_way_leaves_no_trace(monkeypatch, error, after):
             raise error
         return original(*args, **options)
 
-    monkeypatch.setattr(base, "initial_factors", failing)
+    monkeypatch.setattr(lora_layer, "initial_factors", failing)
     with pytest.raises(type(error)):
         inject(model, LoRAConfig(bias="all", modules_to_save=["head"]), merge_weights=True)
     assert len(calls) == after + 1

@@ -213,7 +213,7 @@ def test_ctrl_c_waits_until_the_merge_is_complete(monkeypatch, call):
     interrupting(monkeypatch, "merge_", call)
     with pytest.raises(KeyboardInterrupt):
         merge(model)
-    assert all(layer.lora_merged for layer in model)
+    assert all(layer.lora.merged for layer in model)
     unmerge(model)
     assert weights(model) == before
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -228,7 +228,7 @@ def test_ctrl_c_waits_until_unmerging_is_complete(monkeypatch, call):
     interrupting(monkeypatch, "unmerge_", call)
     with pytest.raises(KeyboardInterrupt):
         unmerge(model)
-    assert not any(layer.lora_merged for layer in model)
+    assert not any(layer.lora.merged for layer in model)
     assert weights(model) == before
 
 
@@ -278,9 +278,9 @@ def test_small_weights_are_kept_as_copies_up_to_64_mb_in_all():
     randomise_(model, 1e-3)
     before = [layer.weight.detach().clone() for layer in model]
     merge(model)
-    copies = [layer for layer in model if layer.lora_kept["weight"].copy is not None]
+    copies = [layer for layer in model if layer.lora.records["weight"].copy is not None]
     assert model[5] in copies  # smallest first
-    held = sum(layer.lora_kept["weight"].copy.nbytes for layer in copies)
+    held = sum(layer.lora.records["weight"].copy.nbytes for layer in copies)
     assert 64 * 2**20 - 16 * 2**20 < held <= 64 * 2**20
     unmerge(model)
     assert all(same(layer.weight.detach(), weight) for layer, weight in zip(model, before, strict=True))
@@ -292,4 +292,4 @@ def test_the_budget_counts_what_is_kept_already(monkeypatch):
     monkeypatch.setattr(MERGE, "COPY_BUDGET", 3 * one)
     merge(model[4:6])
     merge(model)
-    assert sum(layer.lora_kept["weight"].copy is not None for layer in model) == 3
+    assert sum(layer.lora.records["weight"].copy is not None for layer in model) == 3

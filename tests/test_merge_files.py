@@ -29,8 +29,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small tensors in several chunks of several blocks too."""
     if request.param == "many chunks":
-        monkeypatch.setattr("lightning_lora.nn.exact_merge.CPU_BLOCK", 64)
-        monkeypatch.setattr("lightning_lora.command.write_merged.CPU_BLOCK", 64)
+        monkeypatch.setattr("lightning_lora.nn.exact_merge.CPU_CHUNK", 64)
+        monkeypatch.setattr("lightning_lora.command.write_merged.CPU_CHUNK", 64)
         monkeypatch.setattr("lightning_lora.files.safetensors.CHUNK", 200)
 
 
@@ -157,7 +157,7 @@ def test_another_dtype_is_rounded_to_once(tmp_path, before: torch.dtype, dtype: 
     exact = {key: value.double() for key, value in tensors_of(base).items()}
     for key, layer in net.named_modules():
         if hasattr(layer, "lora_A"):
-            exact[f"{key}.weight"] += layer.lora_scaling * layer.lora_B.double() @ layer.lora_A.double()
+            exact[f"{key}.weight"] += layer.lora.spec.scaling * layer.lora_B.double() @ layer.lora_A.double()
     for key, tensor in tensors_of(tmp_path / "out").items():
         assert tensor.dtype == dtype
         assert (tensor == exact[key].to(dtype)).double().mean() >= (0.99 if dtype != torch.float32 else 0.8), key
@@ -208,11 +208,11 @@ def test_unmerged_weights_in_other_files_are_left_out(tmp_path):
 
 
 def test_verify_finds_a_wrong_value(tmp_path, monkeypatch: pytest.MonkeyPatch):
-    from lightning_lora import merge_files
+    from lightning_lora.command import write_merged
 
     base = base_folder("llama", tmp_path / "base", torch.bfloat16)
     ours("llama", tmp_path / "adapter")
-    honest = merge_files.new_rows
+    honest = write_merged.new_rows
 
     def wrong(which: str, step: float) -> Any:
         def new_rows(job: Any, name: str, rows: torch.Tensor, first: int) -> torch.Tensor:
@@ -224,7 +224,7 @@ def test_verify_finds_a_wrong_value(tmp_path, monkeypatch: pytest.MonkeyPatch):
         return new_rows
 
     for which in ("model.layers.0.self_attn.q_proj.weight", "model.norm.weight"):
-        monkeypatch.setattr(merge_files, "new_rows", wrong(which, 2**-6))
+        monkeypatch.setattr(write_merged, "new_rows", wrong(which, 2**-6))
         with pytest.raises(LoRAError, match=f"verify: '{which}' differs from what base and adapter give"):
             merge_on_disk(base, tmp_path / "adapter", tmp_path / "out", check=True)
         assert not (tmp_path / "out").exists()

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from lightning_lora import LoRAError
 from lightning_lora.command.merge import merge_on_disk
-from lightning_lora.files.safetensors import Place
+from lightning_lora.files.safetensors import TensorLocation
 from lightning_lora.files.weights import Weights
 
 pytestmark = quiet_peers
@@ -111,7 +111,7 @@ def test_every_tensor_that_shares_bytes_is_found():
     for seed in range(200):
         draw = random.Random(seed)
         places = {
-            str(i): Place(Path("x"), torch.uint8, (draw.randrange(6),), draw.randrange(30))
+            str(i): TensorLocation(Path("x"), torch.uint8, (draw.randrange(6),), draw.randrange(30))
             for i in range(draw.randrange(9))
         }
         spans = {name: range(place.start, place.start + place.nbytes) for name, place in places.items()}

@@ -20,7 +20,7 @@ from test_checkpoint import tensors
 from lightning_lora import LoRACallback, is_merged, merge
 from lightning_lora.adapter.lightning_checkpoint import write
 from lightning_lora.model.patches import unpatch
-from lightning_lora.nn.exact_merge import Kept
+from lightning_lora.nn.exact_merge import RestoreRecord
 
 OPTIONS: dict[str, Any] = {"r": 2, "lora_alpha": 16, "target_modules": TARGETS}
 Make = Callable[..., L.Callback]
@@ -44,7 +44,7 @@ def base_weights_stay(make: Make, path: Path) -> None:
         )
 
 
-def subtract(weight: torch.Tensor, kept: Kept) -> None:
+def subtract(weight: torch.Tensor, kept: RestoreRecord) -> None:
     """W -= d in place of remove_delta_."""
     for piece in kept.pieces:
         delta = (piece.left @ piece.right).mul(kept.scaling).to(weight.dtype)

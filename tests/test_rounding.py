@@ -11,8 +11,8 @@ import pytest
 import torch
 from weights import DTYPES, SHARES, exact_delta, make_pieces, make_weight, nearest, scaling_for
 
-from lightning_lora.nn.exact_merge import add_delta_, merged_weight
-from lightning_lora.nn.low_rank import Piece
+from lightning_lora.nn.exact_merge import merge_weight_, merged_weight
+from lightning_lora.nn.low_rank import LowRankBlock
 
 
 @pytest.mark.parametrize("r", [4, 64])
@@ -34,7 +34,7 @@ def test_merged_weights_are_the_nearest_values(dtype: torch.dtype, share: float,
 def test_float64_agrees_with_rational_arithmetic() -> None:
     weight = make_weight((8, 8), torch.float64)
     left, right = torch.randn(8, 4, dtype=torch.float64), torch.randn(4, 8, dtype=torch.float64)
-    merged = merged_weight(weight, [Piece(0, 0, left, right)], 0.7)
+    merged = merged_weight(weight, [LowRankBlock(0, 0, left, right)], 0.7)
     for i in range(8):
         for j in range(8):
             products = [
@@ -50,7 +50,7 @@ def test_the_observer_sees_the_rounded_and_the_exact_sum_of_every_element(small_
     weight = make_weight((30, 40), torch.bfloat16)
     before, pieces = weight.clone(), make_pieces(weight)
     seen: list[tuple[torch.Tensor, ...]] = []
-    add_delta_(weight, pieces, 0.01, observe=lambda *tensors: seen.append(tuple(t.clone() for t in tensors)))
+    merge_weight_(weight, pieces, 0.01, observe=lambda *tensors: seen.append(tuple(t.clone() for t in tensors)))
     rounded, exact_sum, delta = (torch.cat(parts) for parts in zip(*seen, strict=True))
     assert len(seen) > 1
     assert torch.equal(rounded, weight.double())
@@ -62,7 +62,7 @@ def test_the_observer_sees_the_rounded_and_the_exact_sum_of_every_element(small_
 def test_an_adapter_of_one_per_cent_keeps_less_than_a_tenth(dtype: torch.dtype) -> None:
     weight = (0.02 * torch.randn(512, 512)).to(dtype)
     pieces = make_pieces(weight, r=8)
-    kept = add_delta_(weight, pieces, scaling_for(weight, pieces, 0.01))
+    kept = merge_weight_(weight, pieces, scaling_for(weight, pieces, 0.01))
     assert 0 < kept.nbytes() < 0.1 * weight.nbytes
 
 
@@ -71,7 +71,7 @@ def test_never_keeps_more_than_a_plain_copy(dtype: torch.dtype) -> None:
     for share in (0.1, 0.3, 1.0, 30.0):
         weight = (0.02 * torch.randn(256, 256)).to(dtype)
         pieces = make_pieces(weight, r=8)
-        assert add_delta_(weight, pieces, scaling_for(weight, pieces, share)).nbytes() <= weight.nbytes
+        assert merge_weight_(weight, pieces, scaling_for(weight, pieces, share)).nbytes() <= weight.nbytes
 
 
 # One bfloat16 layer of 8192 x 8192 weights: what merging holds, counted as tensors and as the process's memory.

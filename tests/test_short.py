@@ -14,7 +14,7 @@ from sources import checkpoint
 from torch import nn
 
 from lightning_lora import LoRAConfig, LoRAError, adapter_state_dict, inject, load_adapter, save_adapter
-from lightning_lora.adapter.fingerprint import print_of
+from lightning_lora.adapter.fingerprint import fingerprint_entry
 from lightning_lora.adapter.lightning_checkpoint import in_one_storage
 from lightning_lora.adapter.metadata import read_layers, read_prints, shorten_layers, shorten_prints
 from lightning_lora.command.convert import to_lightning
@@ -35,7 +35,7 @@ def test_a_fingerprint_is_read_as_it_was(dtype: torch.dtype):
         "e.weight": torch.zeros(0, 5, dtype=dtype),
         "f.weight": torch.randn(3, 5),
     }
-    prints = {name: print_of(tensor) for name, tensor in tensors.items()}
+    prints = {name: fingerprint_entry(tensor) for name, tensor in tensors.items()}
     short = shorten_prints(prints)
     assert repr(dict(sorted(read_prints(short).items()))) == repr(dict(sorted(prints.items())))  # NaN equals NaN
     assert json.loads(json.dumps(short, allow_nan=False)) == short

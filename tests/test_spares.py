@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lightning_lora import LoRAConfig, LoRAError, inject, merge, unmerge
-from lightning_lora import scratch as scratch_module
+from lightning_lora.nn import exact_merge as scratch_module
 from lightning_lora.nn.exact_merge import Spares
 from lightning_lora.nn.lora_layer import adapted_layers
 
@@ -29,7 +29,7 @@ def model(width: int = 64, seed: int = 0) -> nn.Sequential:
 
 
 def copies(net: nn.Module) -> set[int]:
-    return {kept.copy.data_ptr() for layer in adapted_layers(net).values() for kept in layer.lora_kept.values()}
+    return {kept.copy.data_ptr() for layer in adapted_layers(net).values() for kept in layer.lora.records.values()}
 
 
 def test_the_next_merge_takes_the_same_memory(spares):
@@ -88,8 +88,8 @@ def test_strides_are_kept(spares):
     turned = model()
     turned[0].weight = nn.Parameter(turned[0].weight.detach().t().contiguous().t(), requires_grad=False)
     merge(turned)
-    assert turned[0].lora_kept["weight"].copy.stride() == turned[0].weight.stride() == (1, 64)
-    assert turned[1].lora_kept["weight"].copy.stride() == (64, 1)
+    assert turned[0].lora.records["weight"].copy.stride() == turned[0].weight.stride() == (1, 64)
+    assert turned[1].lora.records["weight"].copy.stride() == (64, 1)
 
 
 def test_a_value_that_is_not_finite_in_the_last_block(spares):

@@ -161,7 +161,7 @@ def test_lightning_is_imported_for_the_callback_alone(tmp_path):
     """Plain models and the command wait neither for it nor for torchmetrics; the callback is there all the same."""
     program = f"""
 import sys, torch, lightning_lora
-from lightning_lora.command import main
+from lightning_lora.command.main import main
 net = torch.nn.Sequential(torch.nn.Linear(2, 2))
 torch.save(net.state_dict(), "{tmp_path}/base.pt")
 lightning_lora.inject(net, lightning_lora.LoRAConfig(r=1))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from weights import make_pieces, make_weight, same_bits
 
-from lightning_lora.nn.exact_merge import add_delta_, merged_weight, remove_delta_, restored
+from lightning_lora.nn.exact_merge import merge_weight_, merged_weight, restored_weight, unmerge_weight_
 
 
 @contextlib.contextmanager
@@ -62,16 +62,16 @@ def test_surroundings_do_not_matter(around_merge: str, around_unmerge: str) -> N
         before, pieces = weight.detach().clone(), make_pieces(weight, r=256)
         plain = merged_weight(before, pieces, 0.0003)
         with SURROUNDINGS[around_merge]():
-            kept = add_delta_(weight, pieces, 0.0003)
+            kept = merge_weight_(weight, pieces, 0.0003)
             again = merged_weight(before, pieces, 0.0003)
             assert same_bits(again, plain)
             assert not again.is_inference()
         assert same_bits(weight, plain)
         with SURROUNDINGS[around_unmerge]():
-            original = restored(weight, kept)
+            original = restored_weight(weight, kept)
             assert same_bits(original, before)
             assert not original.is_inference()  # it may be loaded and trained later
-            remove_delta_(weight, kept)
+            unmerge_weight_(weight, kept)
         assert same_bits(weight, before)
         weight.sum().backward()  # still a parameter that trains
         assert weight.grad is not None
@@ -84,10 +84,10 @@ def test_another_number_of_threads_computes_the_same_delta(first: int, then: int
     before = weight.clone()
     for _ in range(20):
         with threads(first):
-            kept = add_delta_(weight, make_pieces(weight, r=256), 0.001)
+            kept = merge_weight_(weight, make_pieces(weight, r=256), 0.001)
         with threads(then):
-            assert same_bits(restored(weight, kept), before)
-            remove_delta_(weight, kept)
+            assert same_bits(restored_weight(weight, kept), before)
+            unmerge_weight_(weight, kept)
         assert same_bits(weight, before)
 
 
@@ -103,10 +103,10 @@ def test_surroundings_are_left_as_they_were() -> None:
 
     weight = make_weight((30, 40), torch.float32)
     with threads(2):
-        kept = add_delta_(weight, make_pieces(weight), 0.001)
+        kept = merge_weight_(weight, make_pieces(weight), 0.001)
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.inference_mode():
         before = settings_now()
-        remove_delta_(weight, kept)
+        unmerge_weight_(weight, kept)
         assert settings_now() == before
-        add_delta_(weight, make_pieces(weight), 0.001)
+        merge_weight_(weight, make_pieces(weight), 0.001)
         assert settings_now() == before

@@ -47,7 +47,7 @@ def reference(model: Any) -> torch.Tensor:
         total = layer.weight.double()
         if not hasattr(layer, "lora_A"):
             return total
-        product = layer.lora_B.double() @ layer.lora_A.double() * layer.lora_scaling
+        product = layer.lora_B.double() @ layer.lora_A.double() * layer.lora.spec.scaling
         return total + (product.T if isinstance(layer, nn.Embedding) else product)
 
     x = F.linear(weight(model.embed)[tokens()], weight(model.mid), model.mid.bias.double())

@@ -71,7 +71,7 @@ def test_vllms_rules_hold(tmp_path, name: str, options: dict[str, Any]):
     modules = vllm_scaling(tmp_path, linear | {"embed_tokens"})
     for key, layer in adapted_layers(net).items():
         a, b, scaling = modules.pop(key)
-        torch.testing.assert_close(b @ a * scaling, layer.lora_B @ layer.lora_A * layer.lora_scaling)
+        torch.testing.assert_close(b @ a * scaling, layer.lora_B @ layer.lora_A * layer.lora.spec.scaling)
     assert not modules
 
 

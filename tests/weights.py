@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from lightning_lora.nn.low_rank import Piece
+from lightning_lora.nn.low_rank import LowRankBlock
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SHARES = (0.001, 0.01, 0.1, 1.0)  # the adapter's norm over the weight's
@@ -31,12 +31,12 @@ def make_weight(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     return weight
 
 
-def make_pieces(weight: torch.Tensor, r: int = 4) -> list[Piece]:
+def make_pieces(weight: torch.Tensor, r: int = 4) -> list[LowRankBlock]:
     rows = weight.shape[0]
-    return [Piece(0, 0, torch.randn(rows, r), torch.randn(r, weight.numel() // rows))]
+    return [LowRankBlock(0, 0, torch.randn(rows, r), torch.randn(r, weight.numel() // rows))]
 
 
-def exact_delta(pieces: list[Piece], scaling: float, shape: torch.Size) -> torch.Tensor:
+def exact_delta(pieces: list[LowRankBlock], scaling: float, shape: torch.Size) -> torch.Tensor:
     delta = torch.zeros(shape[0], shape.numel() // shape[0], dtype=torch.float64)
     for row, col, left, right in pieces:
         part = scaling * (left.double() @ right.double())
@@ -44,7 +44,7 @@ def exact_delta(pieces: list[Piece], scaling: float, shape: torch.Size) -> torch
     return delta.view(shape)
 
 
-def scaling_for(weight: torch.Tensor, pieces: list[Piece], share: float) -> float:
+def scaling_for(weight: torch.Tensor, pieces: list[LowRankBlock], share: float) -> float:
     return float(share * weight.double().norm() / exact_delta(pieces, 1.0, weight.shape).norm())
 
 
@@ -56,7 +56,7 @@ def nearest(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     return (error <= others[0]) & (error <= others[1])
 
 
-def assert_rounded_sum(found: torch.Tensor, weight: torch.Tensor, pieces: list[Piece], scaling: float) -> None:
+def assert_rounded_sum(found: torch.Tensor, weight: torch.Tensor, pieces: list[LowRankBlock], scaling: float) -> None:
     """W + s * B @ A, off by half the spacing of its dtype, and by float64's own rounding of the terms."""
     info = torch.finfo(found.dtype)
     wanted = weight.double() + exact_delta(pieces, scaling, weight.shape)

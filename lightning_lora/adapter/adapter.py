@@ -15,8 +15,7 @@ import torch
 from ..config import LoRAConfig
 from ..errors import LoRAError
 from ..names import A, B, around, near_misses, suffixes
-from ..nn.layer_kinds import stand_in
-from ..nn.low_rank import SEPARATE
+from ..nn.low_rank import ATTENTION, MERGEABLE_DTYPES, SEPARATE, low_rank_blocks, product_norm
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Adapter:
         scalings: s of each adapted layer, or empty where the source holds none.
         fingerprint: of the base, or empty where the source holds none.
         complete: the source holds buffers too, so that each missing name is an error.
-        kinds: of each adapted layer where known, see kinds.KINDS.
+        kinds: of each adapted layer where known, see low_rank.KINDS.
         network: the prefix of the network's names inside the LightningModule that was saved.
         origin: what the source says of the base: base_model_name_or_path, revision, task_type.
         fan_in_fan_out: weights of unknown kind are stored (in, out), as PEFT says of transformers' Conv1D.
@@ -138,7 +137,7 @@ def without_options(adapter: Adapter) -> str:
     )
 
 
-def placed(adapter: Adapter, modules: Set[str], where: str) -> Adapter:
+def align_to_modules(adapter: Adapter, modules: Set[str], where: str) -> Adapter:
     """The adapter under the one prefix at which its layers are among the modules.
 
     Raises:
@@ -173,9 +172,6 @@ def placed(adapter: Adapter, modules: Set[str], where: str) -> Adapter:
     return adapter.renamed(*places[0])
 
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
 def check_factors(adapter: Adapter, where: str) -> None:
     """Compare the factors with each other and with the options.
 
@@ -189,7 +185,7 @@ def check_factors(adapter: Adapter, where: str) -> None:
         if b is None:
             raise LoRAError(f"{where}: {f'{name}.{B}'!r} is missing; the adapter was cut.")
         for leaf, factor in ((A, a), (B, b)):
-            if not isinstance(factor, torch.Tensor) or factor.dtype not in DTYPES or factor.dim() < 2:
+            if not isinstance(factor, torch.Tensor) or factor.dtype not in MERGEABLE_DTYPES or factor.dim() < 2:
                 found = f"{factor.dtype} {tuple(factor.shape)}" if isinstance(factor, torch.Tensor) else repr(factor)
                 raise LoRAError(
                     f"{where}: {f'{name}.{leaf}'!r} must be a floating point tensor of two dimensions or more, "
@@ -230,58 +226,42 @@ def _is_output(adapter: Adapter, name: str) -> bool:
 
 def is_finite(value: torch.Tensor) -> bool:
     """Whether no value is NaN or Inf; a tensor without values (meta) counts as finite."""
-    numbers = value if value.dtype in DTYPES else value.double()  # isfinite does not know float8
+    numbers = value if value.dtype in MERGEABLE_DTYPES else value.double()  # isfinite does not know float8
     return value.is_meta or bool(torch.isfinite(numbers).all())
 
 
-Pair = tuple[torch.Tensor, torch.Tensor]
-
-
 def delta_norm(adapter: Adapter, name: str) -> float:
-    """The Frobenius norm of s * B @ A of one layer; without options, of B @ A."""
-    return _norm([_product_norm(left, right) for left, right in scaled_pairs(adapter, name)])
+    """Return the Frobenius norm of s * B @ A of one layer; without options, of B @ A."""
+    return math.hypot(*(product_norm(left, right) for left, right in _scaled_pairs(adapter, name)))
 
 
-def difference_norm(one: Adapter, other: Adapter, name: str) -> float:
-    """The Frobenius norm of the difference between two adapters' s * B @ A of one layer.
+def difference_norm(adapter: Adapter, other_adapter: Adapter, name: str) -> float:
+    """Return the Frobenius norm of the difference between two adapters' s * B @ A of one layer.
 
     Raises:
         ValueError: the layer has other parts or shapes in the two.
     """
-    ours, theirs = scaled_pairs(one, name), scaled_pairs(other, name)
     norms = []
-    for (left, right), (other_left, other_right) in zip(ours, theirs, strict=True):
+    pairs = zip(_scaled_pairs(adapter, name), _scaled_pairs(other_adapter, name), strict=True)
+    for (left, right), (other_left, other_right) in pairs:
         if left.shape[0] != other_left.shape[0] or right.shape[1] != other_right.shape[1]:
             raise ValueError(f"{name!r} has other shapes in the two")
         if left.shape == other_left.shape and torch.equal(left, other_left) and torch.equal(right, other_right):
             norms.append(0.0)
         else:
-            norms.append(_product_norm(torch.cat([left, -other_left], 1), torch.cat([right, other_right])))
-    return _norm(norms)
+            norms.append(product_norm(torch.cat([left, -other_left], 1), torch.cat([right, other_right])))
+    return math.hypot(*norms)
 
 
-def scaled_pairs(adapter: Adapter, name: str) -> list[Pair]:
+def _scaled_pairs(adapter: Adapter, name: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """(s * B, A) of each part of a layer, as matrices in float64."""
     a, b = (adapter.tensors[f"{name}.{leaf}"].detach().double().flatten(1) for leaf in (A, B))
     scaling = adapter.scalings.get(name, 1.0)
-    shapes = {leaf: adapter.fingerprint[f"{name}.{leaf}"]["shape"] for leaf in SEPARATE if _known(adapter, name, leaf)}
-    if adapter.kinds.get(name) == "MultiheadAttention" and shapes:
+    entries = {leaf: adapter.fingerprint.get(f"{name}.{leaf}") for leaf in SEPARATE}
+    shapes = {leaf: entry["shape"] for leaf, entry in entries.items() if entry is not None}
+    if adapter.kinds.get(name) == ATTENTION and shapes:
         enabled = adapter.config.enabled_parts(name) if adapter.config else None
-        pieces = stand_in("MultiheadAttention", shapes, b.shape[1], enabled).pieces(a, b)
-        return [(piece.left * scaling, piece.right) for parts in pieces.values() for piece in parts]
+        blocks = low_rank_blocks(ATTENTION, shapes, a, b, enabled)
+        return [(block.left * scaling, block.right) for parts in blocks.values() for block in parts]
     parts = a.shape[0] // b.shape[1]
     return [(left * scaling, right) for left, right in zip(b.chunk(parts), a.chunk(parts), strict=True)]
-
-
-def _known(adapter: Adapter, name: str, leaf: str) -> bool:
-    return f"{name}.{leaf}" in adapter.fingerprint
-
-
-def _product_norm(left: torch.Tensor, right: torch.Tensor) -> float:
-    """|left @ right| from two small triangles: exact to float64 also where the product nearly cancels."""
-    tall, wide = torch.linalg.qr(left, mode="r")[1], torch.linalg.qr(right.T, mode="r")[1]
-    return float(torch.linalg.matrix_norm(tall @ wide.T))
-
-
-def _norm(parts: list[float]) -> float:
-    return math.hypot(*parts)

@@ -13,19 +13,19 @@ from torch import nn
 
 from ..distributed.sharding import copy_
 from ..errors import LoRAError
-from ..model.injection import note_trainable, require_injection
+from ..model.injection import record_trainable, require_injection
 from ..model.merging import is_merged, merge, unmerge
 from ..model.named_state import base_parameters, named_state
 from ..model.state_dict import adapter_keys, base_keys
 from ..names import A, B, canonical, near_misses
 from ..nn.conv import LoRAConv
-from ..nn.layer_kinds import kinds_of
+from ..nn.layer_kinds import layer_kinds
 from ..nn.lora_layer import adapted_layers
-from .adapter import Adapter, is_finite, placed
-from .fingerprint import check_fingerprint, print_of
+from .adapter import Adapter, align_to_modules, is_finite
+from .fingerprint import check_fingerprint, fingerprint_entry
 
 
-def check_fit(model: nn.Module, adapter: Adapter, *, strict_base: bool = True) -> None:
+def check_adapter(model: nn.Module, adapter: Adapter, *, strict_base: bool = True) -> None:
     """Compare an adapter with an injected model: layers, scaling, names, shapes, finite values, base.
 
     Raises:
@@ -48,10 +48,10 @@ def _check_tensors(model: nn.Module, adapter: Adapter) -> None:
     _same_names("layer", map(first, adapter.layers()), layers)
     for name, layer in layers.items():
         scaling = adapter.scalings.get(name)
-        if scaling is not None and not math.isclose(scaling, layer.lora_scaling):
+        if scaling is not None and not math.isclose(scaling, layer.lora.spec.scaling):
             raise LoRAError(
                 f"adapter: layer {name!r} was trained with a scaling (lora_alpha over r) of {scaling:g}, but the model "
-                f"was injected with {layer.lora_scaling:g}; use the adapter's own options."
+                f"was injected with {layer.lora.spec.scaling:g}; use the adapter's own options."
             )
         if isinstance(layer, LoRAConv):
             _refuse_loralib_convolution(name, layer, adapter.tensors)
@@ -79,7 +79,7 @@ def _refuse_loralib_convolution(name: str, layer: LoRAConv, tensors: Mapping[str
 
 def _other_options(model: nn.Module, adapter: Adapter) -> str:
     """Which options the adapter has and the model has not, for an error that they explain."""
-    ours = require_injection(model, "adapter")[2].config
+    ours = require_injection(model, "load_adapter").record.config
     theirs = adapter.config or ours
     values = ((name, getattr(theirs, name), getattr(ours, name)) for name in theirs.differing(ours))
     differing = "; ".join(f"{name} was {before!r}, now {now!r}" for name, before, now in values)
@@ -88,7 +88,7 @@ def _other_options(model: nn.Module, adapter: Adapter) -> str:
 
 def _same_kinds(model: nn.Module, adapter: Adapter) -> None:
     """A square weight fits a layer that stores its transpose too; the adapter would act on the wrong side."""
-    kinds = kinds_of(model)
+    kinds = layer_kinds(model)
     for name, kind in adapter.kinds.items():
         if kinds[name] != kind:
             raise LoRAError(
@@ -123,7 +123,7 @@ def _same_names(what: str, given: Iterable[str], wanted: Iterable[str]) -> None:
         )
 
 
-def _base_apart(model: nn.Module, adapter: Adapter) -> Adapter:
+def split_off_base(model: nn.Module, adapter: Adapter) -> Adapter:
     """Base weights in a source without a fingerprint tell which base it is; they are no part of the adapter.
 
     Such are a whole state dict and the targeted embeddings that PEFT writes. Single base weights in a bare adapter
@@ -137,16 +137,16 @@ def _base_apart(model: nn.Module, adapter: Adapter) -> Adapter:
     return replace(
         adapter,
         tensors={name: value for name, value in adapter.tensors.items() if name not in frozen},
-        fingerprint={name: print_of(adapter.tensors[name]) for name in sorted(frozen)},
+        fingerprint={name: fingerprint_entry(adapter.tensors[name]) for name in sorted(frozen)},
     )
 
 
-def placed_on(model: nn.Module, adapter: Adapter) -> Adapter:
+def align_names(model: nn.Module, adapter: Adapter) -> Adapter:
     """The adapter under the one prefix at which its layers are modules of the model."""
     every = {canonical(name) for name, _ in model.named_modules(remove_duplicate=False)}
     if every.issuperset(adapter.layers()):
-        return placed(adapter, every, type(model).__name__)
-    return placed(adapter, {canonical(name) for name, _ in model.named_modules()}, type(model).__name__)
+        return align_to_modules(adapter, every, type(model).__name__)
+    return align_to_modules(adapter, {canonical(name) for name, _ in model.named_modules()}, type(model).__name__)
 
 
 def _by_first_names(model: nn.Module, adapter: Adapter) -> Adapter:
@@ -174,22 +174,22 @@ def _first_names(model: nn.Module) -> Callable[[str], str]:
     return first_name
 
 
-def note_trained(model: nn.Module, adapter: Adapter) -> None:
+def record_trained(model: nn.Module, adapter: Adapter) -> None:
     """What another callback had unfrozen in the saved run counts as trained here too; call before loading it."""
-    prefix, root, injection = require_injection(model, "adapter")
-    path = f"{prefix}." if prefix else ""
-    for name, parameter in base_parameters(root).items():
-        if path + name in adapter.tensors and name not in injection.trained:
-            injection.trained.add(name)
-            injection.unfrozen.add(name)
-            injection.initial[name] = parameter.detach().clone()
+    injected = require_injection(model, "load_adapter")
+    record = injected.record
+    for name, parameter in base_parameters(injected.root).items():
+        if injected.name_seen(name) in adapter.tensors and name not in record.trained:
+            record.trained.add(name)
+            record.unfrozen.add(name)
+            record.initial[name] = parameter.detach().clone()
 
 
-def with_frozen(model: nn.Module, adapter: Adapter) -> Adapter:
+def add_frozen_weights(model: nn.Module, adapter: Adapter) -> Adapter:
     """The adapter with the base weights that were frozen when it was saved and are trained here: as they were then."""
-    prefix, _, injection = require_injection(model, "adapter")
-    path = f"{prefix}." if prefix else ""
-    frozen = {path + name: injection.initial[name] for name in injection.unfrozen if path + name in adapter.fingerprint}
+    injected = require_injection(model, "load_adapter")
+    unfrozen = injected.seen({name: injected.record.initial[name] for name in injected.record.unfrozen})
+    frozen = {name: value for name, value in unfrozen.items() if name in adapter.fingerprint}
     return replace(adapter, tensors={**frozen, **adapter.tensors})
 
 
@@ -198,21 +198,21 @@ def _copy(model: nn.Module, adapter: Adapter) -> None:
     before = is_merged(model)
     if before:
         unmerge(model)
-    injection = require_injection(model, "adapter")[2]
-    trained, initial = set(injection.trained), dict(injection.initial)
+    record = require_injection(model, "load_adapter").record
+    before_loading = set(record.trained), set(record.unfrozen), dict(record.initial)
     old = {
         name: owner.get_extra_state() if tensor is None else tensor.detach().clone()
         for name, tensor, owner in named_state(model)
         if name in adapter.tensors
     }
     try:
-        note_trained(model, adapter)
+        record_trained(model, adapter)
         _write(model, adapter.tensors)
-        note_trainable(model, expected=True)
+        record_trainable(model, expected=True)
         if before:
             merge(model)
     except BaseException:
-        injection.trained, injection.initial = trained, initial
+        record.trained, record.unfrozen, record.initial = before_loading
         _write(model, old)
         if before:
             merge(model)

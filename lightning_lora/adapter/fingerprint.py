@@ -11,17 +11,17 @@ from torch import nn
 
 from ..distributed.sharding import samples
 from ..errors import LoRAError
-from ..files.safetensors import Place, _read
+from ..files.safetensors import TensorLocation, _read
 from ..model.injection import require_injection
 from ..model.named_state import named_state
 from ..model.state_dict import _original, adapter_keys
 
 
-def print_at(place: Place) -> dict[str, Any]:
+def fingerprint_entry_at(place: TensorLocation) -> dict[str, Any]:
     """The tensor's entry in a fingerprint, from a few elements."""
     size = place.dtype.itemsize
     with open(place.file, "rb") as file:
-        elements = [_read(file, place, index * size, size) for index in sample_places(place.numel)]
+        elements = [_read(file, place, index * size, size) for index in sample_positions(place.numel)]
     values = [float(element.double()) for element in elements]
     return {"shape": list(place.shape), "dtype": str(place.dtype).removeprefix("torch."), "values": values}
 
@@ -42,20 +42,20 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     prints = {}
     for name, tensor, module in named_state(model):
         if name not in trained and tensor is not None and tensor.device.type != "meta":
-            prints[name] = print_of(_original(name, tensor, module))
+            prints[name] = fingerprint_entry(_original(name, tensor, module))
     return prints
 
 
-def print_of(weight: torch.Tensor) -> dict[str, Any]:
+def fingerprint_entry(weight: torch.Tensor) -> dict[str, Any]:
     """One tensor's entry in a fingerprint."""
     return {
         "shape": list(weight.shape),
         "dtype": str(weight.dtype).removeprefix("torch."),
-        "values": samples(weight, sample_places(weight.numel())),
+        "values": samples(weight, sample_positions(weight.numel())),
     }
 
 
-def sample_places(numel: int) -> list[int]:
+def sample_positions(numel: int) -> list[int]:
     """Which elements of a tensor its fingerprint holds."""
     return sorted({(numel - 1) * i // (SAMPLES - 1) for i in range(SAMPLES)}) if numel else []
 
@@ -66,10 +66,11 @@ def check_fingerprint(model: nn.Module, expected: Mapping[str, Any]) -> None:
     Raises:
         LoRAError: names the first parameter that differs.
     """
-    prefix, _, injection = require_injection(model, "check_fingerprint")
-    path = f"{prefix}." if prefix else ""
-    found = {path + name: print_of(injection.initial[name]) for name in injection.unfrozen} | fingerprint(model)
-    trained_here = injection.fingerprint == expected
+    injected = require_injection(model, "check_fingerprint")
+    record = injected.record
+    unfrozen = {name: fingerprint_entry(record.initial[name]) for name in record.unfrozen}
+    found = injected.seen(unfrozen) | fingerprint(model)
+    trained_here = record.fingerprint == expected
     compare_fingerprints(found, expected, AVERAGED if trained_here else EQUAL)
 
 

@@ -17,15 +17,15 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from ..distributed.sharding import has_sharded, whole
+from ..distributed.sharding import gather_all, has_sharded
 from ..errors import LoRAError
 from ..model.injection import require_injection
 from ..model.named_state import named_state
-from ..model.state_dict import adapter_keys, adapter_state_dict, base_keys, fold
+from ..model.state_dict import adapter_keys, adapter_state_dict, base_keys, merge_state_dict
 from ..names import META, canonical
 from .adapter import Adapter
-from .apply import check_fit, note_trained, placed_on, with_frozen
-from .metadata import describe, described
+from .apply import add_frozen_weights, align_names, check_adapter, record_trained
+from .metadata import from_metadata, model_to_metadata
 
 FORMAT_VERSION = 1
 
@@ -43,17 +43,18 @@ def write(module: nn.Module, checkpoint: MutableMapping[str, Any], kind: Kind) -
 
     Of a sharded model, the strategy has chosen and gathered what the state_dict holds, see strategy.py. Collective.
     """
-    _, _, injection = require_injection(module, "checkpoint")
+    injected = require_injection(module, "checkpoint")
+    record = injected.record
     state = checkpoint["state_dict"] = {canonical(name): value for name, value in checkpoint["state_dict"].items()}
     keys = adapter_keys(module)
     trained = set(keys)
     meta: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "kind": kind,
-        **describe(module, trained=trained if kind == "full" else ()),
+        **model_to_metadata(module, trained=trained if kind == "full" else ()),
     }
     if kind == "full":
-        meta["initial"] = whole(injection.initial)
+        meta["initial"] = gather_all(injected.seen(record.initial))
     else:
         shapes = {name: tensor.shape for name, tensor, _ in named_state(module) if tensor is not None}
         drop = {name: shapes[name] for name in base_keys(module) if name not in trained and name in shapes}
@@ -61,9 +62,9 @@ def write(module: nn.Module, checkpoint: MutableMapping[str, Any], kind: Kind) -
             checkpoint[key] = _without(checkpoint[key], drop)
     if kind == "merged":
         sharded = has_sharded(module)
-        adapter = whole(adapter_state_dict(module)) if sharded else {name: state[name] for name in keys}
+        adapter = gather_all(adapter_state_dict(module)) if sharded else {name: state[name] for name in keys}
         meta["adapter"] = in_one_storage(adapter)
-        checkpoint["state_dict"] = state if sharded else fold(module, state)
+        checkpoint["state_dict"] = state if sharded else merge_state_dict(module, state)
     elif kind == "adapter" and not has_sharded(module):
         checkpoint["state_dict"] = in_one_storage(checkpoint["state_dict"])
     checkpoint[META] = meta
@@ -92,25 +93,50 @@ def read(module: nn.Module, checkpoint: MutableMapping[str, Any]) -> None:
         return  # a base checkpoint, or a full state dict; torch's strict load judges it
     adapter, kind = adapter_of(checkpoint)
     if kind == "full":  # its base comes along
-        check_fit(module, replace(with_frozen(module, adapter), fingerprint={}))
+        check_adapter(module, replace(add_frozen_weights(module, adapter), fingerprint={}))
         _check_full(module, checkpoint["state_dict"])
-        note_trained(module, adapter)
-        prefix, _, injection = require_injection(module, "checkpoint")
-        path = f"{prefix}." if prefix else ""
-        frozen = {name: checkpoint["state_dict"][path + name] for name in injection.unfrozen}
-        injection.initial, injection.fingerprint = frozen | dict(checkpoint[META]["initial"]), {}
+        initial_values = _initial_values(module, checkpoint[META])
+        record_trained(module, adapter)
+        injected = require_injection(module, "checkpoint")
+        record, state = injected.record, checkpoint["state_dict"]
+        frozen = {name: state[injected.name_seen(name)] for name in record.unfrozen}
+        initial = {name.removeprefix(injected.prefix): value for name, value in initial_values.items()}
+        record.initial, record.fingerprint = frozen | initial, {}
         return
     given = adapter.tensors.keys()
-    adapter = placed_on(module, adapter)  # an imported adapter has the network's names
-    whole = with_frozen(module, adapter)
-    check_fit(module, whole)
-    note_trained(module, adapter)
-    live = {canonical(name): value for name, value in module.state_dict().items()} | dict(whole.tensors)
+    adapter = align_names(module, adapter)  # an imported adapter has the network's names
+    complete = add_frozen_weights(module, adapter)
+    check_adapter(module, complete)
+    record_trained(module, adapter)
+    live = {canonical(name): value for name, value in module.state_dict().items()} | dict(complete.tensors)
     for key, value in checkpoint.items():
         if key != META:
             checkpoint[key] = _completed(value, given, live)
     if kind == "merged" or given != adapter.tensors.keys():
         checkpoint["state_dict"] = {**live, **adapter.tensors}
+
+
+def _initial_values(module: nn.Module, meta: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """What training changed, as it was before, by the module's names.
+
+    Files of 0.1.0 have the names of the part of a LightningModule that was injected: there is one prefix for these.
+    """
+    initial = meta.get("initial")
+    shapes = {name: tensor.shape for name, tensor, _ in named_state(module) if tensor is not None}
+    if isinstance(initial, Mapping) and all(isinstance(value, torch.Tensor) for value in initial.values()):
+        first = next(iter(initial), "")
+        prefixes = dict.fromkeys(["", *(name.removesuffix(first) for name in shapes if name.endswith(f".{first}"))])
+        for prefix in prefixes:
+            if all(shapes.get(prefix + name) == value.shape for name, value in initial.items()):
+                return {prefix + name: value for name, value in initial.items()}
+    raise LoRAError(
+        'checkpoint["lora"]: expected `initial` to hold, by name, the values from before training of what was trained '
+        f"beside the adapter, found {_shown(initial)}; the file is damaged or belongs to another model."
+    )
+
+
+def _shown(initial: object) -> str:
+    return f"names {sorted(map(str, initial))[:3]}" if isinstance(initial, Mapping) else type(initial).__name__
 
 
 def _completed(value: Any, adapter: Set[str], live: Mapping[str, Any]) -> Any:
@@ -142,7 +168,7 @@ def adapter_of(checkpoint: Mapping[str, Any]) -> tuple[Adapter, Kind]:
     tensors = meta.get("adapter") if kind == "merged" else checkpoint.get("state_dict")
     if not isinstance(tensors, Mapping):
         raise LoRAError('checkpoint["lora"] is damaged: the tensors are missing.')
-    return described(tensors, meta, 'checkpoint["lora"]', with_base=kind == "full"), kind
+    return from_metadata(tensors, meta, 'checkpoint["lora"]', with_base=kind == "full"), kind
 
 
 def _check_full(module: nn.Module, state: Mapping[str, Any]) -> None:

@@ -11,16 +11,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..distributed.rank_sync import Together, writes_files
-from ..distributed.sharding import full
+from ..distributed.rank_sync import RankSync, writes_files
+from ..distributed.sharding import full_tensor
 from ..errors import LoRAError
 from ..files.atomic import new_folder
 from ..files.paths import PathLike
 from ..files.safetensors import NAMES, as_bytes, build_header
 from ..model.injection import require_injection
-from ..model.named_state import is_factor, named_state
+from ..model.named_state import named_state
 from ..model.state_dict import refuse_unmergeable
-from ..nn.lora_layer import LoRALayer
+from ..nn.lora_layer import LoRALayer, is_factor
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -53,12 +53,12 @@ def save_merged(model: nn.Module, path: PathLike, *, max_shard_bytes: int = 5 * 
     state = _base_tensors(model)
     files = _plan(state, max_shard_bytes)
     writes = writes_files(model)
-    together = Together(tensor for tensor, _ in state.values())
+    sync = RankSync(tensor for tensor, _ in state.values())
 
     def step(what: object, action: Callable[[], object]) -> None:
         """The first rank alone acts, and all know at once whether it could."""
-        together.attempt(f"save_merged: {what}", action if writes else None)
-        together.settle()
+        sync.run(f"save_merged: {what}", action if writes else None)
+        sync.raise_on_any_rank()
 
     with ExitStack() as moves_on_leaving:
         opening = new_folder(path, keep_others=True, replaced=WEIGHTS)
@@ -69,7 +69,7 @@ def save_merged(model: nn.Module, path: PathLike, *, max_shard_bytes: int = 5 * 
             header = build_header([(name, state[name][0].dtype, tuple(state[name][0].shape)) for name in names], PT)
             step(file, partial(_append, here / file, header))
             for name in names:  # nothing here holds a tensor while the next one is gathered
-                step(repr(name), partial(_append_tensor, here / file, _merged(name, *state[name], together)))
+                step(repr(name), partial(_append_tensor, here / file, _merged(name, *state[name], sync)))
         if len(files) > 1:
             step(INDEX, partial((here / INDEX).write_text, _index(files, state), encoding="utf-8"))
         step(path, moves_on_leaving.close)
@@ -103,19 +103,19 @@ def _plan(state: Named, most: int) -> dict[str, list[str]]:
     return {f"model-{i:05}-of-{len(groups):05}.safetensors": names for i, names in enumerate(groups, 1)}
 
 
-def _merged(name: str, tensor: torch.Tensor, module: nn.Module, together: Together) -> torch.Tensor:
+def _merged(name: str, tensor: torch.Tensor, module: nn.Module, sync: RankSync) -> torch.Tensor:
     """A whole tensor on the CPU, the adapter merged into it. Collective where it is sharded."""
     leaf = name.rpartition(".")[2]
     values = [tensor.detach()]
-    if isinstance(module, LoRALayer) and leaf in module.adapted_weights() and leaf not in module.lora_kept:
+    if isinstance(module, LoRALayer) and leaf in module.adapted_weights() and leaf not in module.lora.records:
         weights = module.adapted_weights()
-        pieces = module.local_pieces(weights, module.lora_A, module.lora_B)
+        pieces = module.local_blocks(weights, module.lora_A, module.lora_B)
 
         def merge() -> None:
             values[0] = module.merged_copies(weights, {leaf: pieces[leaf]})[leaf]
 
-        together.attempt(f"save_merged: {name!r}", merge)
-    return full(values.pop()).cpu()
+        sync.run(f"save_merged: {name!r}", merge)
+    return full_tensor(values.pop()).cpu()
 
 
 def _append(path: Path, content: bytes | memoryview) -> None:

@@ -17,17 +17,18 @@ import torch
 from torch import nn
 
 from ..config import LoRAConfig
-from ..distributed.sharding import whole
+from ..distributed.sharding import gather_all
 from ..errors import LoRAError
 from ..files.safetensors import as_bytes
 from ..model.injection import require_injection
 from ..model.named_state import named_state
 from ..model.state_dict import adapter_keys, adapter_state_dict
 from ..names import canonical
-from ..nn.layer_kinds import KINDS, kinds_of
+from ..nn.layer_kinds import layer_kinds
 from ..nn.lora_layer import LoRALayer, adapted_layers
+from ..nn.low_rank import KINDS
 from .adapter import Adapter, check_factors
-from .fingerprint import fingerprint, sample_places
+from .fingerprint import fingerprint, sample_positions
 
 BY_THEMSELVES = (torch.float16, torch.bfloat16, torch.float32)  # other dtypes' values go in as float64
 
@@ -81,7 +82,7 @@ def read_prints(groups: Any) -> dict[str, Any]:
             raise ValueError(f"unknown dtype {dtype!r}")
         if not all(type(size) is int and size >= 0 for size in items(shape)):
             raise ValueError(f"no shape: {shape!r}")
-        count = len(sample_places(math.prod(shape)))
+        count = len(sample_positions(math.prod(shape)))
         values = _read(text(written), _stored(getattr(torch, dtype)), count, len(items(modules)))
         for module, own in zip(modules, values, strict=True):
             name = f"{text(module)}.{text(leaf)}" if module else text(leaf)
@@ -125,17 +126,17 @@ def items(value: Any) -> Sequence[Any]:
 LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric")
 
 
-def describe(model: nn.Module, *, trained: Container[str] = ()) -> dict[str, Any]:
+def model_to_metadata(model: nn.Module, *, trained: Container[str] = ()) -> dict[str, Any]:
     """The description of an injected model's adapter; `trained` names are left out of the fingerprint."""
-    injection = require_injection(model, "describe")[2]
-    kinds = {layer: kind for kind, layer in zip(kinds_of(model).values(), adapted_layers(model).values(), strict=True)}
+    record = require_injection(model, "save_adapter").record
+    kinds = dict(zip(adapted_layers(model).values(), layer_kinds(model).values(), strict=True))
     # State dicts hold a layer that is registered under two names under both.
     every = ((canonical(name), module) for name, module in model.named_modules(remove_duplicate=False))
     layers = {name: module for name, module in every if isinstance(module, LoRALayer)}
-    scalings = {name: layer.lora_scaling for name, layer in layers.items()}
+    scalings = {name: layer.lora.spec.scaling for name, layer in layers.items()}
     prints = {name: entry for name, entry in _base_fingerprint(model).items() if name not in trained}
     return {
-        "config": injection.config.to_dict(),
+        "config": record.config.to_dict(),
         "layers": shorten_layers(scalings, {name: kinds[layer] for name, layer in layers.items()}),
         "fingerprint": shorten_prints(prints),
         "network": network_prefix(model),
@@ -143,7 +144,7 @@ def describe(model: nn.Module, *, trained: Container[str] = ()) -> dict[str, Any
     }
 
 
-def description_of(adapter: Adapter) -> dict[str, Any]:
+def to_metadata(adapter: Adapter) -> dict[str, Any]:
     """The description of an adapter apart from its model."""
     return {
         "config": (adapter.config or LoRAConfig()).to_dict(),
@@ -156,7 +157,7 @@ def description_of(adapter: Adapter) -> dict[str, Any]:
     }
 
 
-def described(
+def from_metadata(
     tensors: Mapping[str, Any], description: Any, where: str, *, check: bool = True, with_base: bool = False
 ) -> Adapter:
     """The inverse of describe and description_of.
@@ -203,7 +204,7 @@ def adapter_of_model(model: nn.Module) -> Adapter:
     Raises:
         LoRAError: the model was not injected.
     """
-    return described(whole(adapter_state_dict(model)), describe(model), "save_adapter")
+    return from_metadata(gather_all(adapter_state_dict(model)), model_to_metadata(model), "save_adapter")
 
 
 def network_prefix(model: nn.Module) -> str:
@@ -239,7 +240,7 @@ def _some(names: list[str]) -> str:
 
 def _base_fingerprint(model: nn.Module) -> dict[str, Any]:
     """As it was at fit start, where the model is the one that was fitted; weight averaging moves frozen weights."""
-    kept: dict[str, Any] = require_injection(model, "describe")[2].fingerprint
+    kept: dict[str, Any] = require_injection(model, "save_adapter").record.fingerprint
     return kept if kept and kept.keys() <= {name for name, _, _ in named_state(model)} else fingerprint(model)
 
 

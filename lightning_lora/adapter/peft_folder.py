@@ -22,8 +22,8 @@ from ..files.safetensors import read_safetensors, write_tensors
 from ..files.torch_archive import read_torch_file
 from ..names import A, B, around, matcher
 from .adapter import Adapter, check_factors
-from .fingerprint import print_of
-from .metadata import described, description_of, network_part
+from .fingerprint import fingerprint_entry
+from .metadata import from_metadata, network_part, to_metadata
 from .peft_mapping import (
     as_plain,
     check_peft_version,
@@ -63,7 +63,7 @@ def write_folder(adapter: Adapter, path: PathLike) -> None:
     plain = as_plain(adapter)
     layers = set(adapter.layers())
     tensors = {peft_name(name, layers, adapter.kinds): _own(value) for name, value in plain.tensors.items()}
-    description = json.dumps(description_of(adapter) | {"complete": not others}, separators=(",", ":"))
+    description = json.dumps(to_metadata(adapter) | {"complete": not others}, separators=(",", ":"))
     with new_folder(path, keep_others=True) as folder:
         write_tensors(folder / TENSOR_FILE, tensors, {"format": "pt", HEADER_KEY: description})
         (folder / CONFIG_FILE).write_text(json.dumps(options_to_peft(plain), indent=2) + "\n", encoding="utf-8")
@@ -145,7 +145,7 @@ def _described(tensors: Mapping[str, torch.Tensor], text: str, where: Path) -> A
         description = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise LoRAError(f"{where}: its header's description is not JSON: {error}") from error
-    wide = described(tensors, description, str(where), check=False)
+    wide = from_metadata(tensors, description, str(where), check=False)
     adapter = from_plain(wide)
     check_factors(adapter, str(where))
     return adapter
@@ -182,7 +182,7 @@ def _foreign(
         tensors={name: tensor for name, tensor in tensors.items() if name not in base},
         config=config,
         scalings={name: config.scaling(_with_options(name, known)) for name in layers},
-        fingerprint={name: print_of(tensors[name]) for name in base},
+        fingerprint={name: fingerprint_entry(tensors[name]) for name in base},
         kinds=kinds,
         origin=origin_of(options),
         fan_in_fan_out=options.get("fan_in_fan_out") is True,

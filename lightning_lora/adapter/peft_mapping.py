@@ -24,6 +24,7 @@ import torch
 from ..config import LoRAConfig
 from ..errors import LoRAError
 from ..names import A, B, around, matcher, suffixes
+from ..nn.low_rank import ATTENTION_OUTPUT, from_block_diagonal, to_block_diagonal
 from .adapter import Adapter, spelled_out
 
 SHARED = ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "rank_pattern", "alpha_pattern")
@@ -209,12 +210,10 @@ OUT_PROJ_COUNTS = 2
 
 LAST_KNOWN_PEFT = (0, 21)
 
-Change = Callable[[torch.Tensor], torch.Tensor]
-
 
 def as_plain(adapter: Adapter) -> Adapter:
     """The equal adapter without enable_lora, as PEFT applies it."""
-    return _with_factors_b(adapter, _spread, lambda b: b / OUT_PROJ_COUNTS)
+    return _with_factors_b(adapter, lambda name, a, b, enabled: to_block_diagonal(b, enabled), 1 / OUT_PROJ_COUNTS)
 
 
 def from_plain(adapter: Adapter) -> Adapter:
@@ -223,7 +222,7 @@ def from_plain(adapter: Adapter) -> Adapter:
     Raises:
         LoRAError: a B is not zero outside its blocks, so that enable_lora cannot express it.
     """
-    return _with_factors_b(adapter, _gather, lambda b: b * OUT_PROJ_COUNTS)
+    return _with_factors_b(adapter, _gathered, OUT_PROJ_COUNTS)
 
 
 def check_peft_version(version: object, where: object) -> None:
@@ -240,41 +239,27 @@ def check_peft_version(version: object, where: object) -> None:
         )
 
 
-def _with_factors_b(adapter: Adapter, change: Callable[..., torch.Tensor], for_output: Change) -> Adapter:
+def _with_factors_b(adapter: Adapter, for_parts: Callable[..., torch.Tensor], for_output: float) -> Adapter:
     tensors = dict(adapter.tensors)
     for name in adapter.layers():
         enabled = adapter.config.enabled_parts(name) if adapter.config is not None else None
         key = f"{name}.{B}"
-        if adapter.kinds.get(name) == "AttentionOutput":
-            tensors[key] = for_output(tensors[key].detach())
+        if adapter.kinds.get(name) == ATTENTION_OUTPUT:
+            tensors[key] = tensors[key].detach() * for_output
         elif enabled is not None:
-            tensors[key] = change(name, tensors[f"{name}.{A}"], tensors[key], enabled)
+            tensors[key] = for_parts(name, tensors[f"{name}.{A}"], tensors[key], enabled)
     return replace(adapter, tensors=tensors)
 
 
-def _spread(name: str, a: torch.Tensor, b: torch.Tensor, enabled: tuple[bool, ...]) -> torch.Tensor:
-    size, rank = b.shape[0] // sum(enabled), b.shape[1]
-    wide = b.new_zeros(len(enabled) * size, sum(enabled) * rank)
-    for block, part in zip(_blocks(wide, enabled), torch.split(b, size), strict=True):
-        block.copy_(part)
-    return wide
-
-
-def _gather(name: str, a: torch.Tensor, b: torch.Tensor, enabled: tuple[bool, ...]) -> torch.Tensor:
+def _gathered(name: str, a: torch.Tensor, b: torch.Tensor, enabled: tuple[bool, ...]) -> torch.Tensor:
     if a.shape[0] != b.shape[1] or b.shape[1] % sum(enabled) or b.shape[0] % len(enabled):
         raise LoRAError(
             f"adapter: {name!r}: A {tuple(a.shape)} and B {tuple(b.shape)} do not fit enable_lora={list(enabled)}."
         )
-    narrow = torch.cat([block.clone() for block in _blocks(b, enabled)])
-    if not torch.equal(_spread(name, a, narrow, enabled), b):
+    narrow = from_block_diagonal(b, enabled)
+    if not torch.equal(to_block_diagonal(narrow, enabled), b):
         raise LoRAError(
             f"adapter: {name!r}: its B is not zero outside the blocks of enable_lora={list(enabled)}; something else "
             "changed it after it was saved."
         )
     return narrow
-
-
-def _blocks(wide: torch.Tensor, enabled: tuple[bool, ...]) -> list[torch.Tensor]:
-    rows, columns = wide.shape[0] // len(enabled), wide.shape[1] // sum(enabled)
-    adapted = [i for i, on in enumerate(enabled) if on]
-    return [wide[i * rows : (i + 1) * rows, k * columns : (k + 1) * columns] for k, i in enumerate(adapted)]

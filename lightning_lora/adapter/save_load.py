@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..config import LoRAConfig
-from ..distributed.rank_sync import Together, writes_files
+from ..distributed.rank_sync import RankSync, writes_files
 from ..errors import LoRAError
 from ..files.paths import PathLike
 from ..files.torch_archive import read_torch_file
@@ -25,13 +25,13 @@ from ..model.targets import Targets
 from ..names import META, B
 from ..nn.lora_layer import adapted_layers
 from .adapter import Adapter, check_factors, spelled_out, without_options
-from .apply import _base_apart, _by_first_names, _copy, check_fit, placed_on, with_frozen
+from .apply import _by_first_names, _copy, add_frozen_weights, align_names, check_adapter, split_off_base
 from .lightning_checkpoint import adapter_of, read
 from .metadata import adapter_of_model
 from .peft_folder import read_folder, read_tensor_file, write_folder
 
 
-def fit_(model: nn.Module, adapter: Adapter, *, strict_base: bool = True) -> list[str]:
+def apply_adapter(model: nn.Module, adapter: Adapter, *, strict_base: bool = True) -> list[str]:
     """Put an adapter onto a model: inject where that is still to do, check everything, then copy the values.
 
     Returns:
@@ -40,13 +40,13 @@ def fit_(model: nn.Module, adapter: Adapter, *, strict_base: bool = True) -> lis
     Raises:
         LoRAError: something does not fit; the model is as it was.
     """
-    adapter = _by_first_names(model, placed_on(model, adapter))
+    adapter = _by_first_names(model, align_names(model, adapter))
     fresh = find_injection(model) is None
     if fresh:
         inject(model, _config_for(model, adapter))
     try:
-        adapter = with_frozen(model, _base_apart(model, adapter))
-        check_fit(model, adapter, strict_base=strict_base)
+        adapter = add_frozen_weights(model, split_off_base(model, adapter))
+        check_adapter(model, adapter, strict_base=strict_base)
         _copy(model, adapter)
     except BaseException:
         if fresh:
@@ -79,10 +79,10 @@ def save_adapter(model: nn.Module, path: PathLike) -> None:
         LoRAError: the model was not injected, or PEFT has no equal of one of its layers.
     """
     adapter = adapter_of_model(model)
-    together = Together(layer.main_weight() for layer in adapted_layers(model).values())
+    sync = RankSync(layer.main_weight() for layer in adapted_layers(model).values())
     writes = writes_files(model)
-    together.attempt(f"save_adapter to {path}", (lambda: write_folder(adapter, path)) if writes else None)
-    together.settle()
+    sync.run(f"save_adapter to {path}", (lambda: write_folder(adapter, path)) if writes else None)
+    sync.raise_on_any_rank()
 
 
 def load_adapter(model: nn.Module, source: PathLike | Mapping[str, Any], *, strict_base: bool = True) -> list[str]:
@@ -100,7 +100,7 @@ def load_adapter(model: nn.Module, source: PathLike | Mapping[str, Any], *, stri
     Raises:
         LoRAError: the source is damaged or does not fit; the model is as it was.
     """
-    return fit_(model, read_adapter(source), strict_base=strict_base)
+    return apply_adapter(model, read_adapter(source), strict_base=strict_base)
 
 
 def read_adapter(source: PathLike | Mapping[str, Any]) -> Adapter:
@@ -140,10 +140,9 @@ def load_from_checkpoint(cls: type[Module], path: PathLike, **kwargs: Any) -> Mo
     adapter, kind = adapter_of(checkpoint)
     model = _build(cls, checkpoint, kwargs)
     if kind != "full":
-        fit_(model, adapter)
+        apply_adapter(model, adapter)
         return model
-    if adapter.config is not None:
-        inject(model, adapter.config)
+    inject(model, _config_for(model, adapter))
     read(model, checkpoint)
     model.load_state_dict(checkpoint["state_dict"])
     return model

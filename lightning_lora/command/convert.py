@@ -10,7 +10,7 @@ import torch
 
 from ..adapter.adapter import Adapter
 from ..adapter.lightning_checkpoint import FORMAT_VERSION, in_one_storage
-from ..adapter.metadata import description_of
+from ..adapter.metadata import to_metadata
 from ..adapter.peft_folder import write_folder
 from ..adapter.save_load import adapter_with_options
 from ..errors import LoRAError
@@ -39,7 +39,7 @@ def to_lightning(source: PathLike, target: PathLike, lora_alpha: float | None = 
         "global_step": 0,
         "pytorch-lightning_version": version("lightning"),
         "state_dict": in_one_storage(adapter.tensors),
-        META: {"format_version": FORMAT_VERSION, "kind": "adapter", **description_of(adapter)},
+        META: {"format_version": FORMAT_VERSION, "kind": "adapter", **to_metadata(adapter)},
     }
     with new_file(target) as file:
         torch.save(checkpoint, file)

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from ..adapter.adapter import Adapter
-from ..adapter.fingerprint import print_at
+from ..adapter.fingerprint import fingerprint_entry_at
 from ..config import LoRAConfig
 from ..errors import LoRAError
-from ..files.safetensors import Place, read_tensor
+from ..files.safetensors import TensorLocation, read_tensor
 from ..files.weights import Weights
 from ..names import A, B, names_match
-from ..nn.low_rank import IN_PROJ, MERGEABLE
+from ..nn.low_rank import IN_PROJ, MERGEABLE_DTYPES
 
 EXACT = 512  # up to this many rows or columns the whole decomposition is cheap
 
@@ -91,7 +91,7 @@ def extract(
     whole, options = ({}, {}) if drop_rest else _carried(base, tuned, changed, set(kinds))
     rest = [name for name in changed if name not in names and name not in whole]
     config = _config(tensors, list(kinds), rank, options)
-    prints = {n: print_at(p) for n, p in base.places.items() if n not in whole and p.in_order}
+    prints = {n: fingerprint_entry_at(p) for n, p in base.places.items() if n not in whole and p.in_order}
     adapter = Adapter(
         tensors={**tensors, **whole},
         config=config,
@@ -113,14 +113,14 @@ def _same_names(base: Weights, tuned: Weights) -> None:
             raise LoRAError(f"extract: {name!r} has shape {place.shape}, tuned {tuned.places[name].shape}.")
 
 
-def _differs(one: Place, other: Place, progress: Callable[[int], None]) -> bool:
+def _differs(one: TensorLocation, other: TensorLocation, progress: Callable[[int], None]) -> bool:
     progress(one.nbytes)
     before, after = read_tensor(one), read_tensor(other)
     return not torch.equal(before, after.to(before.dtype) if other.dtype != one.dtype else after)
 
 
-def _adaptable(name: str, place: Place) -> bool:
-    return name.endswith(".weight") and len(place.shape) >= 2 and place.dtype in MERGEABLE
+def _adaptable(name: str, place: TensorLocation) -> bool:
+    return name.endswith(".weight") and len(place.shape) >= 2 and place.dtype in MERGEABLE_DTYPES
 
 
 def _excluded(name: str, exclude: Sequence[str]) -> bool:

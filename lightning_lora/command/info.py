@@ -14,7 +14,7 @@ from ..adapter.peft_folder import CONFIG_FILE
 from ..adapter.save_load import read_adapter
 from ..errors import LoRAError
 from ..files.paths import PathLike
-from ..files.safetensors import Place, read_rows
+from ..files.safetensors import TensorLocation, read_rows
 from ..files.torch_archive import read_torch_file
 from ..files.weights import Weights, open_weights
 from ..names import META, A, B
@@ -147,7 +147,7 @@ def _diff_weights(one: Weights, other: Weights) -> dict[str, Any]:
     return {"kind": "weights", **_only(set(one.places), set(other.places)), "changes": rows}
 
 
-def _place_row(one: Place, other: Place) -> dict[str, Any]:
+def _place_row(one: TensorLocation, other: TensorLocation) -> dict[str, Any]:
     if one.shape != other.shape:
         return {"problem": f"shape {one.shape} and {other.shape}"}
     squares = [0.0, 0.0]

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from ..adapter.adapter import Adapter, placed
-from ..adapter.fingerprint import compare_fingerprints, print_at
+from ..adapter.adapter import Adapter, align_to_modules
+from ..adapter.fingerprint import compare_fingerprints, fingerprint_entry_at
 from ..adapter.save_load import adapter_with_options
 from ..config import LoRAConfig
 from ..errors import LoRAError
@@ -22,16 +22,24 @@ from ..files.paths import PathLike
 from ..files.torch_archive import read_torch_file
 from ..files.weights import Weights, open_weights
 from ..names import A, B
-from ..nn.layer_kinds import stand_in
-from ..nn.lora_layer import LoRALayer
-from ..nn.low_rank import IN_PROJ, MERGEABLE, SEPARATE
+from ..nn.low_rank import (
+    ATTENTION,
+    ATTENTION_WEIGHTS,
+    CONV1D,
+    LINEAR,
+    MERGEABLE_DTYPES,
+    Enabled,
+    factor_shapes,
+    low_rank_blocks,
+    matrix_shape,
+)
 from .write_merged import (
-    Change,
     Job,
     Progress,
     Shard,
+    WeightUpdate,
     new_rows,
-    verify,
+    verify_result,
     write_folder_of,
     write_safetensors,
     write_torch_file,
@@ -75,8 +83,8 @@ def merge_on_disk(
     _check_output(weights, Path(output), max_shard_bytes)
     _check_place((base, adapter), Path(output), overwrite)
     with _one_thread():
-        changes = plan(adapter_with_options(adapter, lora_alpha), weights, strict_base=strict_base)
-        return _write(Job(weights, changes, dtype, progress), output, max_shard_bytes, check)
+        updates = plan_updates(adapter_with_options(adapter, lora_alpha), weights, strict_base=strict_base)
+        return _write(Job(weights, updates, dtype, progress), output, max_shard_bytes, check)
 
 
 def _write(job: Job, output: PathLike, max_shard_bytes: int | None, check: bool) -> list[Path]:
@@ -84,12 +92,12 @@ def _write(job: Job, output: PathLike, max_shard_bytes: int | None, check: bool)
         with new_folder(output) as folder:
             left_out = write_folder_of(job, folder, max_shard_bytes)
             if check:
-                verify(job, open_weights(folder))
+                verify_result(job, open_weights(folder))
         return left_out
     with new_file(output) as file:
         _write_file(job, file)
         if check:
-            verify(job, open_weights(file))
+            verify_result(job, open_weights(file))
     return []
 
 
@@ -116,7 +124,7 @@ def _write_file(job: Job, file: Path) -> None:
 
 
 def _recast(job: Job, content: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint in memory with another dtype, which changes its pickled part; tensors that were one stay one."""
+    """A checkpoint in memory with another dtype, which updates its pickled part; tensors that were one stay one."""
     state: Mapping[str, Any] = content.get("state_dict", content)
     new: dict[Any, torch.Tensor] = {}
     cast = dict(state)
@@ -157,32 +165,32 @@ def _check_place(inputs: tuple[PathLike, ...], output: Path, overwrite: bool) ->
 INSTEAD = "Load model and adapter in Python and use merge_and_unload instead"
 
 
-def plan(adapter: Adapter, base: Weights, *, strict_base: bool = True) -> dict[str, Change]:
-    """The changes, by the base's tensor names.
+def plan_updates(adapter: Adapter, base: Weights, *, strict_base: bool = True) -> dict[str, WeightUpdate]:
+    """Say what happens to which of the base's tensors, by name.
 
     Raises:
         LoRAError: the adapter does not fit the base, or merged weights cannot express it.
     """
     if any(name.rpartition(".")[2] in (A, B) for name in base.places):
         raise LoRAError(f"{base.path}: the base holds an adapter itself; give the weights that it was trained on.")
-    adapter = placed(adapter, base.modules(), str(base.path))
+    adapter = align_to_modules(adapter, base.modules(), str(base.path))
     _compare_base(adapter, base, strict_base)
-    changes: dict[str, Change] = {}
+    updates: dict[str, WeightUpdate] = {}
     seen = _seen_orientations(adapter, base)
     for name in adapter.layers():
-        changes |= _layer_changes(adapter, name, base, seen)
+        updates |= _layer_updates(adapter, name, base, seen)
     for name, value in adapter.tensors.items():
         if name.rpartition(".")[2] not in (A, B):
-            changes[name] = _replacement(name, value, base)
+            updates[name] = _replacement(name, value, base)
     owners = base.other_owners()
-    for name in changes:
+    for name in updates:
         owner = owners.get(name)
         if owner:
             raise LoRAError(
                 f"{base.path}: {name!r} is also {owner}, so changing it would change that too, and merged weights "
                 "cannot express the adapter. Leave the layer out of the adapter, or keep the adapter separate."
             )
-    return changes
+    return updates
 
 
 def _compare_base(adapter: Adapter, base: Weights, strict: bool) -> None:
@@ -190,40 +198,40 @@ def _compare_base(adapter: Adapter, base: Weights, strict: bool) -> None:
     common = {name: entry for name, entry in adapter.fingerprint.items() if name in base.places}
     readable = {name: entry for name, entry in common.items() if base.places[name].in_order}
     try:
-        compare_fingerprints({name: print_at(base.places[name]) for name in readable}, readable)
+        compare_fingerprints({name: fingerprint_entry_at(base.places[name]) for name in readable}, readable)
     except LoRAError as error:
         if strict:
             raise
         warnings.warn(f"lightning_lora: {error}", stacklevel=3)
 
 
-def _layer_changes(adapter: Adapter, name: str, base: Weights, seen: Mapping[str, str]) -> dict[str, Change]:
+def _layer_updates(adapter: Adapter, name: str, base: Weights, seen: Mapping[str, str]) -> dict[str, WeightUpdate]:
     a, b = adapter.tensors[f"{name}.{A}"], adapter.tensors[f"{name}.{B}"]
-    leaves = [leaf for leaf in ("weight", IN_PROJ, *SEPARATE) if f"{name}.{leaf}" in base.places]
+    leaves = [leaf for leaf in ("weight", *ATTENTION_WEIGHTS) if f"{name}.{leaf}" in base.places]
     shapes = {leaf: base.places[f"{name}.{leaf}"].shape for leaf in leaves}
     if not shapes:
-        raise LoRAError(f"{base.path}: {name!r}, which the adapter changes, has no weight there. {INSTEAD}.")
+        raise LoRAError(f"{base.path}: {name!r}, which the adapter updates, has no weight there. {INSTEAD}.")
     for leaf in leaves:
         dtype = base.places[f"{name}.{leaf}"].dtype
-        if dtype not in MERGEABLE:
+        if dtype not in MERGEABLE_DTYPES:
             raise LoRAError(f"{base.path}: {f'{name}.{leaf}'!r} is {dtype}; only floating point weights are merged.")
     kind = adapter.kinds.get(name) or _kind(adapter, name, shapes, base, seen)
     config = adapter.config or LoRAConfig()
-    layer = stand_in(kind, shapes, b.shape[1], config.enabled_parts(name))
-    expected = _expected(layer)
-    if expected != (tuple(a.shape), tuple(b.shape)):
+    enabled = config.enabled_parts(name)
+    if _factor_shapes(kind, shapes, b.shape[1], enabled) != (tuple(a.shape), tuple(b.shape)):
         raise LoRAError(
             f"{base.path}: {name!r}: A {tuple(a.shape)} and B {tuple(b.shape)} do not fit a {kind} layer whose weights "
             f"have shape {', '.join(map(str, shapes.values()))}; the adapter belongs to another base."
         )
-    pieces = layer.pieces(a, b)
-    return {f"{name}.{leaf}": Change(pieces[leaf], adapter.scalings[name]) for leaf in pieces}
+    blocks = low_rank_blocks(kind, shapes, a, b, enabled)
+    return {f"{name}.{leaf}": WeightUpdate(blocks[leaf], adapter.scalings[name]) for leaf in blocks}
 
 
-def _expected(layer: LoRALayer) -> Any:
+def _factor_shapes(kind: str, shapes: Mapping[str, Sequence[int]], rank: int, enabled: Enabled) -> object:
+    """The shapes of A and B, or None for weights of another number of dimensions or other names than the kind's."""
     try:
-        return layer.factor_shapes()
-    except (ValueError, IndexError):  # a weight of another number of dimensions
+        return factor_shapes(kind, shapes, rank, enabled)
+    except (ValueError, LookupError):
         return None
 
 
@@ -232,11 +240,11 @@ def _kind(
 ) -> str:
     """Linear, Conv1D or attention, for an adapter of which only names and shapes are known."""
     if "weight" not in shapes:
-        return "MultiheadAttention"
+        return ATTENTION
     fits = _orientations(adapter, name, shapes["weight"])
     if len(fits) < 2:
-        return next(iter(fits), "Linear")
-    said, opposite = ("Conv1D", "Linear") if adapter.fan_in_fan_out else ("Linear", "Conv1D")
+        return next(iter(fits), LINEAR)
+    said, opposite = (CONV1D, LINEAR) if adapter.fan_in_fan_out else (LINEAR, CONV1D)
     if opposite in seen:
         raise LoRAError(
             f"{base.path}: {name!r} is square, so that its shape does not tell whether it is stored (out, in) or "
@@ -258,11 +266,11 @@ def _seen_orientations(adapter: Adapter, base: Weights) -> dict[str, str]:
 
 
 def _orientations(adapter: Adapter, name: str, shape: Sequence[int]) -> set[str]:
-    outs, ins = adapter.tensors[f"{name}.{B}"].shape[0], adapter.tensors[f"{name}.{A}"].shape[1]
-    return {kind for kind, fit in (("Linear", (outs, ins)), ("Conv1D", (ins, outs))) if tuple(shape) == fit}
+    factors = adapter.tensors[f"{name}.{B}"].shape[0], adapter.tensors[f"{name}.{A}"].shape[1]
+    return {kind for kind in (LINEAR, CONV1D) if len(shape) == 2 and matrix_shape(kind, shape) == factors}
 
 
-def _replacement(name: str, value: Any, base: Weights) -> Change:
+def _replacement(name: str, value: Any, base: Weights) -> WeightUpdate:
     """A parameter that was trained whole, or a buffer."""
     place = base.places.get(name)
     if place is None:
@@ -276,4 +284,4 @@ def _replacement(name: str, value: Any, base: Weights) -> Change:
         raise LoRAError(f"{base.path}: {name!r} is {place.dtype}, in the adapter {value.dtype}.")
     if value.is_floating_point() and not math.isfinite(float(value.double().sum())):
         raise LoRAError(f"adapter: {name!r} holds NaN or Inf; it comes from a diverged run or a damaged file.")
-    return Change(value=value)
+    return WeightUpdate(value=value)

@@ -14,18 +14,18 @@ import torch
 
 from ..errors import LoRAError
 from ..files.model_folder import CONFIG, INDEX_SUFFIX, ModelFolder, side_files
-from ..files.safetensors import Place, as_bytes, build_header, read_rows
+from ..files.safetensors import TensorLocation, as_bytes, build_header, read_rows
 from ..files.torch_archive import set_check_sums
 from ..files.weights import Weights
-from ..nn.exact_merge import CPU_BLOCK, merged_weight
-from ..nn.low_rank import MERGEABLE, Piece, within
+from ..nn.exact_merge import CPU_CHUNK, merged_weight
+from ..nn.low_rank import MERGEABLE_DTYPES, LowRankBlock, crop
 
 
 @dataclass(frozen=True)
-class Change:
-    """New values of one tensor: scaling * pieces are added to it, or `value` takes its place."""
+class WeightUpdate:
+    """New values of one tensor: scaling * (the blocks) is added to it, or `value` takes its place."""
 
-    pieces: Sequence[Piece] = ()
+    blocks: Sequence[LowRankBlock] = ()
     scaling: float = 0.0
     value: torch.Tensor | None = None
 
@@ -33,8 +33,8 @@ class Change:
         """The new values of some rows, in the dtype of the old."""
         if self.value is not None:
             return (self.value[first : first + rows.shape[0]] if rows.dim() else self.value).to(rows.dtype)
-        pieces = within(self.pieces, first, rows.shape[0])
-        return merged_weight(rows, pieces, self.scaling) if pieces else rows
+        blocks = crop(self.blocks, slice(first, first + rows.shape[0]))
+        return merged_weight(rows, blocks, self.scaling) if blocks else rows
 
 
 Progress = Callable[[int], None]
@@ -55,20 +55,20 @@ class Job:
 
     Attributes:
         base: the weights.
-        changes: what happens to which of them.
+        updates: what happens to which of them.
         dtype: of the result, or None for the base's own.
         progress: is told the number of bytes of each part that is done.
     """
 
     base: Weights
-    changes: Mapping[str, Change]
+    updates: Mapping[str, WeightUpdate]
     dtype: torch.dtype | None
     progress: Progress
 
     def result_dtype(self, name: str) -> torch.dtype:
         """The dtype of one tensor of the result; what is not floating point keeps its own."""
         own = self.base.places[name].dtype
-        return self.dtype if self.dtype is not None and own in MERGEABLE else own
+        return self.dtype if self.dtype is not None and own in MERGEABLE_DTYPES else own
 
 
 def write_folder_of(job: Job, target: Path, max_shard_bytes: int | None) -> list[Path]:
@@ -114,7 +114,7 @@ def write_safetensors(job: Job, shard: Shard, target: Path) -> None:
 
 def _write_tensor(job: Job, name: str, source: BinaryIO, out: BinaryIO) -> None:
     place = job.base.places[name]
-    for first, count in place.chunks(CPU_BLOCK):  # whole blocks, so that merging part by part gives the same bits
+    for first, count in place.chunks(CPU_CHUNK):  # whole blocks, so that merging part by part gives the same bits
         rows = read_rows(source, place, first, count)
         out.write(as_bytes(new_rows(job, name, rows, first)))
         job.progress(rows.nbytes)
@@ -126,12 +126,12 @@ def new_rows(job: Job, name: str, rows: torch.Tensor, first: int) -> torch.Tenso
     Raises:
         LoRAError: a value is not finite that was finite before.
     """
-    dtype, change = job.result_dtype(name), job.changes.get(name)
-    if change is None and dtype == rows.dtype:
+    dtype, update = job.result_dtype(name), job.updates.get(name)
+    if update is None and dtype == rows.dtype:
         return rows
     wide = rows.to(torch.promote_types(rows.dtype, dtype))
     try:
-        new = (change.applied(wide, first) if change else wide).to(dtype)
+        new = (update.applied(wide, first) if update else wide).to(dtype)
     except LoRAError as error:
         raise LoRAError(f"merge: {name!r}: {error}. Nothing was written.") from error
     if dtype != rows.dtype and not torch.isfinite(new).all() and torch.isfinite(rows).all():
@@ -142,10 +142,10 @@ def new_rows(job: Job, name: str, rows: torch.Tensor, first: int) -> torch.Tenso
 def write_torch_file(job: Job, target: Path) -> None:
     """Copy a file that torch.save wrote and put the merged weights into the copy."""
     shutil.copyfile(job.base.path, target)
-    places = [job.base.places[name] for name in job.changes]
+    places = [job.base.places[name] for name in job.updates]
     with open(job.base.path, "rb") as source, open(target, "r+b") as out:
         for name, place in job.base.places.items():
-            if name in job.changes:
+            if name in job.updates:
                 out.seek(place.start)
                 _write_tensor(job, name, source, out)
             else:
@@ -192,7 +192,7 @@ def _write_json(path: Path, content: Mapping[str, object]) -> None:
 
 def _with_dtype(config: Mapping[str, object], dtype: torch.dtype) -> dict[str, object]:
     """A config that names the new dtype where it named one, also inside, for models of several parts."""
-    known = {str(dtype).removeprefix("torch.") for dtype in MERGEABLE}
+    known = {str(dtype).removeprefix("torch.") for dtype in MERGEABLE_DTYPES}
     changed = dict(config)
     for key, value in config.items():
         if isinstance(value, Mapping):
@@ -202,7 +202,7 @@ def _with_dtype(config: Mapping[str, object], dtype: torch.dtype) -> dict[str, o
     return changed
 
 
-def verify(job: Job, result: Weights) -> None:
+def verify_result(job: Job, result: Weights) -> None:
     """Compare every tensor: merged ones with W + s * B @ A in float64, others with the base, names too.
 
     Raises:
@@ -216,19 +216,19 @@ def verify(job: Job, result: Weights) -> None:
         if (found.dtype, found.shape) != (job.result_dtype(name), place.shape):
             raise LoRAError(f"verify: {name!r} is {found.dtype} {found.shape}, expected {place.dtype} {place.shape}.")
         if place.in_order:
-            _compare(name, place, found, job.changes.get(name))
+            _compare(name, place, found, job.updates.get(name))
 
 
-def _compare(name: str, place: Place, found: Place, change: Change | None) -> None:
+def _compare(name: str, place: TensorLocation, found: TensorLocation, update: WeightUpdate | None) -> None:
     with open(place.file, "rb") as before, open(found.file, "rb") as after:
         for first, count in place.chunks():
             old, new = read_rows(before, place, first, count), read_rows(after, found, first, count)
-            if change is None and old.dtype == new.dtype:
+            if update is None and old.dtype == new.dtype:
                 same = torch.equal(_bits(old), _bits(new))
             elif old.is_floating_point():
-                same = _close(new, *_reference(old, change, first))
+                same = _close(new, *_reference(old, update, first))
             else:
-                same = torch.equal(change.applied(old, first) if change else old, new)
+                same = torch.equal(update.applied(old, first) if update else old, new)
             if not same:
                 raise LoRAError(
                     f"verify: {name!r} differs from what base and adapter give, in rows {first} to "
@@ -240,18 +240,18 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1).view(torch.uint8)
 
 
-def _reference(old: torch.Tensor, change: Change | None, first: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _reference(old: torch.Tensor, update: WeightUpdate | None, first: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The exact result in float64, and the sum of all that took part in each element."""
     exact = old.double()
-    if change is None:
+    if update is None:
         return exact, exact.abs()
-    if change.value is not None:
-        exact = (change.value[first : first + len(old)] if old.dim() else change.value).double()
+    if update.value is not None:
+        exact = (update.value[first : first + len(old)] if old.dim() else update.value).double()
         return exact, exact.abs()
     total = exact.abs()
-    for piece in within(change.pieces, first, len(old)):
-        left, right = piece.left.double() * change.scaling, piece.right.double()
-        at = slice(piece.row, piece.row + left.shape[0]), slice(piece.col, piece.col + right.shape[1])
+    for block in crop(update.blocks, slice(first, first + len(old))):
+        left, right = block.left.double() * update.scaling, block.right.double()
+        at = slice(block.row, block.row + left.shape[0]), slice(block.col, block.col + right.shape[1])
         exact.view(len(old), -1)[at] += left @ right
         total.view(len(old), -1)[at] += left.abs() @ right.abs()
     return exact, total

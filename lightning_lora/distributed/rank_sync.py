@@ -18,7 +18,7 @@ def writes_files(model: nn.Module) -> bool:
     return not has_sharded(model) or dist.get_rank() == 0
 
 
-class Together:
+class RankSync:
     """Steps that every rank takes alike; where one fails on one rank, all raise.
 
     A rank that raised alone would leave the others waiting in their next collective.
@@ -29,7 +29,7 @@ class Together:
         self.names: list[str] = []
         self.failed: tuple[int, Exception] | None = None
 
-    def attempt(self, name: str, step: Callable[[], object] | None) -> None:
+    def run(self, name: str, step: Callable[[], object] | None) -> None:
         """Take a step without collectives, unless an earlier one failed; None where it is for other ranks."""
         self.names.append(name)
         if step is not None and self.failed is None:
@@ -45,7 +45,7 @@ class Together:
             _reduce(values, mesh, range(mesh.ndim), dist.ReduceOp.SUM)
         return values
 
-    def settle(self) -> None:
+    def raise_on_any_rank(self) -> None:
         """Raise if a step failed on any rank. Collective: one integer."""
         nowhere = len(self.names) + 1
         first = -self.failed[0] if self.failed else -nowhere

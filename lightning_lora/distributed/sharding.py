@@ -37,7 +37,7 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to_local()
 
 
-def full(tensor: torch.Tensor) -> torch.Tensor:
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """The whole tensor, detached, on the device that holds the shard. Collective."""
     if not isinstance(tensor, DTensor):
         return tensor.detach()
@@ -53,12 +53,12 @@ def meeting_device(tensor: torch.Tensor) -> torch.device:
     return torch.device(tensor.device_mesh.device_type) if isinstance(tensor, DTensor) else tensor.device
 
 
-def whole(values: Mapping[str, Any]) -> dict[str, Any]:
+def gather_all(values: Mapping[str, Any]) -> dict[str, Any]:
     """A state dict without sharding, the gathered tensors on the CPU. Collective."""
-    return {name: full(value).cpu() if isinstance(value, DTensor) else value for name, value in values.items()}
+    return {name: full_tensor(value).cpu() if isinstance(value, DTensor) else value for name, value in values.items()}
 
 
-def like(shard: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+def from_local_like(shard: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     """A shard put into the same place as the tensor's own."""
     if not isinstance(tensor, DTensor):
         return shard
@@ -83,7 +83,7 @@ def copy_(target: torch.Tensor, source: torch.Tensor) -> None:
         elif is_sharded(target):
             local(target).copy_(source[window(target)])
         else:
-            target.copy_(full(source))
+            target.copy_(full_tensor(source))
 
 
 def reshard_(model: nn.Module) -> None:

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 Dims = Mapping[int, tuple[str, int]]
 
 
-def beside(name: str, factor: nn.Parameter, weight: torch.Tensor, dims: Dims) -> nn.Parameter:
+def place_like_weight(name: str, factor: nn.Parameter, weight: torch.Tensor, dims: Dims) -> nn.Parameter:
     """A sharded factor, placed as its layer's weight is.
 
     Args:
@@ -46,7 +46,7 @@ def _along(name: str, place: Placement, dims: Dims) -> Placement:
     return Shard(dim) if factor == name else Replicate()
 
 
-def low_rank(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor | None:
+def low_rank_product(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor | None:
     """x @ A.T @ B.T on the shards of each rank, or None where these placements need communication."""
     if not isinstance(x, DTensor) or not isinstance(a, DTensor) or not isinstance(b, DTensor):
         return None
@@ -62,7 +62,7 @@ def low_rank(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor 
     return DTensor.from_local(product, x.device_mesh, out, run_check=False, shape=shape, stride=stride)
 
 
-def summed(x: torch.Tensor) -> torch.Tensor:
+def sum_partials(x: torch.Tensor) -> torch.Tensor:
     """Partial sums added up over the ranks, as rows of a table that is split by rows come."""
     if not isinstance(x, DTensor) or not any(place.is_partial() for place in x.placements):
         return x

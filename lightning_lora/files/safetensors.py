@@ -152,7 +152,7 @@ CHUNK = 2**21  # elements that are in memory at once; more is not faster
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorLocation:
     """One tensor in a file. `in_order`: its elements follow each other there; others can be copied, not read."""
 
     file: Path
@@ -181,14 +181,14 @@ class Place:
             yield first, min(step, rows - first)
 
 
-def read_rows(file: BinaryIO, place: Place, first: int, count: int) -> torch.Tensor:
+def read_rows(file: BinaryIO, place: TensorLocation, first: int, count: int) -> torch.Tensor:
     """Some rows of a tensor, from its open file; a scalar is one row."""
     row = place.nbytes // max(1, place.shape[0] if place.shape else 1)
     shape = (count, *place.shape[1:]) if place.shape else ()
     return _read(file, place, first * row, count * row).view(shape)
 
 
-def read_tensor(place: Place) -> torch.Tensor:
+def read_tensor(place: TensorLocation) -> torch.Tensor:
     """The whole tensor."""
     with open(place.file, "rb") as file:
         return read_rows(file, place, 0, place.shape[0] if place.shape else 1)
@@ -213,7 +213,7 @@ def _memory(flat: torch.Tensor) -> memoryview:
     return memoryview(flat.numpy())  # type: ignore[arg-type]
 
 
-def _read(file: BinaryIO, place: Place, offset: int, nbytes: int) -> torch.Tensor:
+def _read(file: BinaryIO, place: TensorLocation, offset: int, nbytes: int) -> torch.Tensor:
     if not place.in_order:
         raise LoRAError(f"{place.file}: a tensor is stored out of order; call .contiguous() on it before saving.")
     if not nbytes:

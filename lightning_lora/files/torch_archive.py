@@ -20,7 +20,7 @@ import torch
 
 from ..errors import LoRAError
 from .paths import PathLike, _require_file
-from .safetensors import Place
+from .safetensors import TensorLocation
 
 
 def read_torch_file(path: PathLike, device: str = "cpu") -> dict[str, Any]:
@@ -61,7 +61,7 @@ class Record:
     start: int
 
 
-def torch_places(path: Path) -> dict[str, Place]:
+def torch_places(path: Path) -> dict[str, TensorLocation]:
     """Where the tensors of a state dict, or of a checkpoint's, lie in a file.
 
     Raises:
@@ -79,7 +79,7 @@ def torch_places(path: Path) -> dict[str, Place]:
     }
 
 
-def _place(path: Path, name: str, tensor: torch.Tensor, sizes: Mapping[int, int]) -> Place:
+def _place(path: Path, name: str, tensor: torch.Tensor, sizes: Mapping[int, int]) -> TensorLocation:
     if tensor.layout != torch.strided:
         raise LoRAError(f"{path}: {name!r} is a sparse tensor, which cannot be read in place.")
     start = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
@@ -89,7 +89,7 @@ def _place(path: Path, name: str, tensor: torch.Tensor, sizes: Mapping[int, int]
             "safetensors, or use torch 2.7 or newer."
         )
     first = start + tensor.storage_offset() * tensor.dtype.itemsize
-    place = Place(path, tensor.dtype, tuple(tensor.shape), first, tensor.is_contiguous())
+    place = TensorLocation(path, tensor.dtype, tuple(tensor.shape), first, tensor.is_contiguous())
     if start not in sizes or first + place.nbytes > start + sizes[start]:
         raise LoRAError(f"{path}: {name!r} claims bytes outside its record; the file is damaged.")
     return place
@@ -122,7 +122,7 @@ def _start(file: BinaryIO, info: zipfile.ZipInfo) -> int:
     return info.header_offset + LOCAL + names + extra
 
 
-def set_check_sums(path: PathLike, places: list[Place]) -> None:
+def set_check_sums(path: PathLike, places: list[TensorLocation]) -> None:
     """Make the archive's check sums right again after these tensors were changed in place."""
     records = read_records(path)
     starts = sorted(record.start for record in records)

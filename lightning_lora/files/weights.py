@@ -10,7 +10,7 @@ from typing import Literal
 from ..errors import LoRAError
 from .model_folder import ModelFolder, open_folder
 from .paths import PathLike
-from .safetensors import Header, Place, read_header
+from .safetensors import Header, TensorLocation, read_header
 from .torch_archive import torch_places
 
 Form = Literal["folder", "safetensors", "torch"]
@@ -22,7 +22,7 @@ class Weights:
 
     path: Path
     form: Form
-    places: Mapping[str, Place]
+    places: Mapping[str, TensorLocation]
     headers: Mapping[str, Header]
     folder: ModelFolder | None = None
 
@@ -74,5 +74,5 @@ def open_weights(path: PathLike) -> Weights:
     return Weights(path, "torch", torch_places(path), {})
 
 
-def _places(path: Path, header: Header) -> dict[str, Place]:
-    return {n: Place(path, entry.dtype, entry.shape, entry.start) for n, entry in header.entries.items()}
+def _places(path: Path, header: Header) -> dict[str, TensorLocation]:
+    return {n: TensorLocation(path, entry.dtype, entry.shape, entry.start) for n, entry in header.entries.items()}

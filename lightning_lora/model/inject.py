@@ -15,16 +15,24 @@ from ..config import LoRAConfig
 from ..distributed.sharding import is_sharded, refuse_fully_sharded
 from ..errors import LoRAError
 from ..names import ATTRIBUTE, uncompiled
-from ..nn.attention import swap_readers_
-from ..nn.fast_paths import set_fast_paths_
-from ..nn.gradient_checkpointing import let_gradients_in_, let_gradients_in_no_more_
+from ..nn.attention import patch_attention
+from ..nn.fast_paths import update_fast_paths
+from ..nn.gradient_checkpointing import disable_input_require_grads, enable_input_require_grads
 from ..nn.layer_kinds import adapt_
-from ..nn.lora_layer import LoRALayer, adapted_layers, strip_
+from ..nn.lora_layer import LayerSpec, LoRALayer, adapted_layers, strip_
 from ..nn.low_rank import HALF
-from ..nn.tied_weights import note_tied
-from .injection import Injection, find_injection, note_initial, note_trainable, require_injection
+from ..nn.tied_weights import record_ties
+from .injection import (
+    Injected,
+    Injection,
+    begin_record,
+    find_injection,
+    record_trainable,
+    require_injection,
+    snapshot_initial,
+)
 from .merging import is_merged, merge, unmerge
-from .named_state import base_parameters, swap_initial_
+from .named_state import base_parameters, exchange_values_
 from .patches import call_previous, patch, unpatch
 from .state_dict import accept_partial_states, accept_whole_states_only, refuse_unmergeable
 from .targets import Targets, check_shapes, check_supported, check_unadapted, refuse_unmatched
@@ -46,7 +54,7 @@ def summary(model: nn.Module) -> str:
 log = logging.getLogger(__name__)
 
 
-def inject(model: nn.Module, config: LoRAConfig, *, merge_weights: bool = False) -> list[str]:
+def inject(model: nn.Module, config: LoRAConfig, *, merge_weights: bool = False, seed: int | None = None) -> list[str]:
     """Adapt the layers that the config names, in place, and freeze everything else.
 
     Module tree, parameter names, objects and storage stay; lora_A and lora_B are added to each adapted layer. The
@@ -56,29 +64,44 @@ def inject(model: nn.Module, config: LoRAConfig, *, merge_weights: bool = False)
         model: any module; layers inside it are adapted.
         config: the options.
         merge_weights: loralib's habit: model.eval() merges, model.train() unmerges.
+        seed: what the adapters are drawn from. Without one they come from the state of torch's random stream, which is
+            not advanced: two injections in a row draw the same adapters, and a resumed run those of the first.
 
     Returns:
         The names of the adapted layers.
 
     Raises:
-        LoRAError: an entry names nothing, a layer cannot be adapted, or the model was injected with other options.
-            The model is then as it was.
+        LoRAError: an entry names nothing, a layer cannot be adapted, or the model was injected with other options or
+            another seed. The model is then as it was.
     """
     model = uncompiled(model)
     found = find_injection(model)
-    if found is not None and found[1] is model and not found[2].judged:
-        withdraw(model)  # a callback's, made before configure_model, which injects by itself
+    if found is not None and found.root is model and not found.record.validated:
+        strip_adapters(model)  # a callback's, made before configure_model, which injects by itself
         found = None
     if found is None:
-        begin_injection(model, config, merge_weights=merge_weights)
+        begin_injection(model, config, merge_weights=merge_weights, seed="" if seed is None else fixed_seed(seed))
         finish_injection(model)
     else:
         _refuse_other(found, model, config, merge_weights)
+        if seed is not None and fixed_seed(seed) != found.record.seed:
+            raise LoRAError(f"inject: {type(model).__name__} was injected with another seed; unload it first.")
     return list(adapted_layers(model))
 
 
+def fixed_seed(seed: int) -> str:
+    """Return what the adapters of a user's seed are drawn from.
+
+    Raises:
+        LoRAError: it is not a whole number.
+    """
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise LoRAError(f"seed must be a whole number, but it is {seed!r}.")
+    return f"seed {seed}:"
+
+
 def random_seed() -> str:
-    """What the user's random stream would give next, without advancing it."""
+    """Return what the user's random stream would give next, without advancing it."""
     return hashlib.sha256(bytes(torch.get_rng_state().tolist())).hexdigest()
 
 
@@ -88,10 +111,10 @@ def begin_injection(model: nn.Module, config: LoRAConfig, *, merge_weights: bool
     Adapters are drawn from `seed`, or from the random stream's state when each layer is adapted.
     """
     check_unadapted(model)
-    setattr(model, ATTRIBUTE, Injection(config, merge_weights, seed=seed))
+    begin_record(model, Injection(config, merge_weights, seed=seed))
     with _leaving_no_trace(model):
         adapt_new_layers(model)
-        note_initial(model)
+        snapshot_initial(model)
         if merge_weights:
             patch(model, "train", _merge_by_mode)
 
@@ -102,33 +125,33 @@ def finish_injection(model: nn.Module) -> None:
     Raises:
         LoRAError: an entry names nothing. The adapters are then taken out.
     """
-    _, root, injection = require_injection(model, "inject")
+    root, record, *_ = require_injection(model, "inject")
     with _leaving_no_trace(root):
-        targets = Targets(root, injection.config)
+        targets = Targets(root, record.config)
         refuse_unmatched(root, targets.unmatched)
-    for name, reason in {} if injection.judged else targets.left_out.items():
+    for name, reason in {} if record.validated else targets.left_out.items():
         log.info("lightning_lora: %s is left out of 'all-linear': %s", name, reason)
-    injection.judged = True
+    record.validated = True
 
 
 def adapt_new_layers(model: nn.Module) -> None:
     """Adapt what the config names and is not adapted yet, freeze what is new."""
-    _, root, injection = require_injection(model, "inject")
+    root, record, *_ = require_injection(model, "inject")
     check_shapes(root)
-    targets = Targets(root, injection.config)
+    targets = Targets(root, record.config)
     new = {name: module for name, module in targets.layers.items() if not isinstance(module, LoRALayer)}
     for name, module in new.items():
-        check_supported(name, module, injection.config)
-    _freeze(root, injection, new, targets.saved)
-    seed = injection.seed or random_seed()
+        check_supported(name, module, record.config)
+    _freeze(root, record, new, targets.saved)
+    seed = record.seed or random_seed()
     with torch.inference_mode(False):
         for name, module in new.items():
-            _adapt(name, module, injection.config, seed)
-    note_tied(root)
-    note_trainable(root, expected=True)
-    swap_readers_(root)
-    set_fast_paths_(root)
-    let_gradients_in_(root)
+            _adapt(name, module, record, seed)
+    record_ties(root)
+    record_trainable(root, expected=True)
+    patch_attention(root)
+    update_fast_paths(root)
+    enable_input_require_grads(root)
     accept_partial_states(root)
 
 
@@ -141,11 +164,11 @@ def unload(model: nn.Module) -> None:
     Raises:
         LoRAError: the model was not injected.
     """
-    _, root, injection = require_injection(model, "unload")
+    root, record, *_ = require_injection(model, "unload")
     refuse_fully_sharded(root, "unload")
     if is_merged(root):
         unmerge(root)
-    swap_initial_(root, injection.initial)
+    exchange_values_(root, record.initial)
     _strip(model, root)
 
 
@@ -156,13 +179,13 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
         LoRAError: the model was not injected, W' is not finite, or a layer cannot be merged because its weight has
             another owner.
     """
-    _, root, _ = require_injection(model, "merge_and_unload")
+    root = require_injection(model, "merge_and_unload").root
     refuse_fully_sharded(root, "merge_and_unload")
     refuse_unmergeable(root)
     unmerge(root)  # what stayed factored, and need not any more, is merged now
     merge(root)
     for layer in adapted_layers(root).values():
-        layer.lora_kept = {}
+        layer.lora.records.clear()
     _strip(model, root)
     return model
 
@@ -173,13 +196,13 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
 
     Trained biases, modules_to_save and persistent buffers have their initial values inside.
     """
-    _, root, injection = require_injection(model, "disable_adapter")
+    root, record, *_ = require_injection(model, "disable_adapter")
     layers = adapted_layers(root)
     before = is_merged(root)
     if before:
         unmerge(root)
     active = {name: layer.lora_active for name, layer in layers.items()}
-    trained = swap_initial_(root, injection.initial)
+    trained = exchange_values_(root, record.initial)
     _set_active(root, layers, dict.fromkeys(layers, False))
     try:
         yield model
@@ -187,7 +210,7 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
         if is_merged(root):
             unmerge(root)
         _set_active(root, layers, active)
-        swap_initial_(root, trained)
+        exchange_values_(root, trained)
         if before:
             merge(root)
 
@@ -195,24 +218,21 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
 def _set_active(root: nn.Module, layers: Mapping[str, LoRALayer], active: Mapping[str, bool]) -> None:
     for name, layer in layers.items():
         layer.lora_active = active[name]
-    set_fast_paths_(root)
+    update_fast_paths(root)
 
 
-def _refuse_other(
-    found: tuple[str, nn.Module, Injection], model: nn.Module, config: LoRAConfig, merge_weights: bool
-) -> None:
-    name, root, injection = found
-    differing = injection.config.differing(config)
-    if root is not model:
-        raise LoRAError(f"inject: {name!r} inside {type(model).__name__} was injected already; unload it first.")
+def _refuse_other(found: Injected, model: nn.Module, config: LoRAConfig, merge_weights: bool) -> None:
+    record, differing = found.record, found.record.config.differing(config)
+    if found.root is not model:
+        where = found.prefix.removesuffix(".") or found.inside.removesuffix(".")
+        raise LoRAError(f"inject: {where!r} inside {type(model).__name__} was injected already; unload it first.")
     if differing:
         options = ", ".join(
-            f"{option} was {getattr(injection.config, option)!r}, now {getattr(config, option)!r}"
-            for option in differing
+            f"{option} was {getattr(record.config, option)!r}, now {getattr(config, option)!r}" for option in differing
         )
         raise LoRAError(f"inject: {type(model).__name__} was injected with other options ({options}); unload it first.")
-    if merge_weights != injection.merge_weights:
-        raise LoRAError(f"inject: {type(model).__name__} was injected with merge_weights={injection.merge_weights}.")
+    if merge_weights != record.merge_weights:
+        raise LoRAError(f"inject: {type(model).__name__} was injected with merge_weights={record.merge_weights}.")
 
 
 @contextmanager
@@ -225,54 +245,53 @@ def _leaving_no_trace(root: nn.Module) -> Iterator[None]:
 
 
 def _strip(model: nn.Module, root: nn.Module) -> None:
-    withdraw(root)
+    strip_adapters(root)
     unpatch(model)
 
 
-def withdraw(root: nn.Module) -> None:
+def strip_adapters(root: nn.Module) -> None:
     """Take the adapters out, but leave what is patched."""
-    injection: Injection = vars(root)[ATTRIBUTE]
+    record: Injection = vars(root)[ATTRIBUTE]
     for layer in adapted_layers(root).values():
         strip_(layer)
-    swap_readers_(root)
-    set_fast_paths_(root)
+    patch_attention(root)
+    update_fast_paths(root)
     for name, parameter in base_parameters(root).items():
-        if name in injection.requires_grad:
-            parameter.requires_grad_(injection.requires_grad[name])
-    let_gradients_in_no_more_(root)
+        if name in record.requires_grad:
+            parameter.requires_grad_(record.requires_grad[name])
+    disable_input_require_grads(root)
     accept_whole_states_only(root)
     delattr(root, ATTRIBUTE)
 
 
-def _adapt(name: str, module: nn.Module, config: LoRAConfig, seed: str) -> None:
-    layer = adapt_(
-        module,
+def _adapt(name: str, module: nn.Module, record: Injection, seed: str) -> None:
+    config = record.config
+    digest = hashlib.sha256(f"{seed}{name}".encode()).digest()
+    spec = LayerSpec(
         r=config.rank(name),
         alpha=config.alpha(name),
         scaling=config.scaling(name),
         dropout=config.lora_dropout,
         enabled=config.enabled_parts(name),
-        wide=config.autocast_adapter_dtype,
+        keep_float32=config.autocast_adapter_dtype,
+        init=config.init_lora_weights,
+        seed=int.from_bytes(digest[:8], "big") >> 1,
     )
+    layer = adapt_(module, name, spec, record)
     dtype = layer.main_weight().dtype
-    dtype = torch.float32 if dtype in HALF and config.autocast_adapter_dtype else dtype
-    digest = hashlib.sha256(f"{seed}{name}".encode()).digest()
-    layer.lora_init = (config.init_lora_weights, int.from_bytes(digest[:8], "big") >> 1)
-    layer.create_factors(dtype)
+    layer.create_factors(torch.float32 if dtype in HALF and spec.keep_float32 else dtype)
 
 
-def _freeze(
-    root: nn.Module, injection: Injection, new: Mapping[str, nn.Module], saved: Mapping[str, nn.Module]
-) -> None:
+def _freeze(root: nn.Module, record: Injection, new: Mapping[str, nn.Module], saved: Mapping[str, nn.Module]) -> None:
     trainable = {id(parameter) for module in saved.values() for parameter in module.parameters()}
-    if injection.config.bias == "lora_only":
+    if record.config.bias == "lora_only":
         trainable |= {id(module.bias) for module in new.values() if getattr(module, "bias", None) is not None}
     for name, parameter in base_parameters(root).items():
         settled = not new and not is_sharded(parameter)
-        if name in injection.requires_grad and (settled or name in injection.trained):
+        if name in record.requires_grad and (settled or name in record.trained):
             continue  # where a layer was built anew, or made parallel, its parameters may not be frozen
-        injection.requires_grad.setdefault(name, parameter.requires_grad)
-        everywhere = injection.config.bias == "all" and name.rpartition(".")[2].endswith("bias")
+        record.requires_grad.setdefault(name, parameter.requires_grad)
+        everywhere = record.config.bias == "all" and name.rpartition(".")[2].endswith("bias")
         parameter.requires_grad_(parameter.is_floating_point() and (everywhere or id(parameter) in trainable))
 
 

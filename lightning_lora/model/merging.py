@@ -13,13 +13,13 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from ..distributed.rank_sync import Together
+from ..distributed.rank_sync import RankSync
 from ..distributed.sharding import is_sharded, local, reset_, reshard_
 from ..errors import LoRAError
-from ..nn.fast_paths import set_fast_paths_
-from ..nn.lora_layer import LoRALayer, Pieces, adapted_layers
+from ..nn.fast_paths import update_fast_paths
+from ..nn.lora_layer import Blocks, LoRALayer, adapted_layers
 from ..nn.low_rank import HALF
-from ..nn.tied_weights import note_tied
+from ..nn.tied_weights import record_ties
 
 COPY_BUDGET = 64 * 2**20  # bytes of plain copies of small weights, which are faster than keeping values
 
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 def is_merged(model: nn.Module) -> bool:
     """Whether merge was called and not undone, also where a tied layer had to stay factored."""
-    return any(isinstance(module, LoRALayer) and module.lora_merged for module in model.modules())
+    return any(isinstance(module, LoRALayer) and module.lora.merged for module in model.modules())
 
 
 def merge(model: nn.Module) -> None:
@@ -46,30 +46,30 @@ def merge(model: nn.Module) -> None:
             unmerged.
     """
     layers = _require_layers(model, "merge")
-    pending = {name: layer for name, layer in layers.items() if layer.lora_active and not layer.lora_merged}
+    pending = {name: layer for name, layer in layers.items() if layer.lora_active and not layer.lora.merged}
     if not pending:
         return
-    show_shards_(model, layers)
+    restore_shards_(model, layers)
     copies = _affordable_copies(layers.values())
     fidelity = _Fidelity(pending.values())
     with _deferred_interrupt(), torch.no_grad():  # once, for it takes longer than a small layer's sum
         try:
-            note_tied(model)
-            together = Together(layer.main_weight() for layer in pending.values())
+            record_ties(model)
+            sync = RankSync(layer.main_weight() for layer in pending.values())
             for name, layer in pending.items():
-                if layer.stays_factored():
-                    layer.lora_merged = True
+                if layer.unmergeable_reason():
+                    layer.lora.merged = True
                 else:
-                    pieces = layer.local_pieces(layer.adapted_weights(), layer.lora_A, layer.lora_B)
-                    step = functools.partial(_merge_layer, layer, pieces, layer in copies, fidelity)
-                    together.attempt(f"merge: layer {name!r}", step)
-            together.settle()
-            fidelity.report(together)
+                    blocks = layer.local_blocks(layer.adapted_weights(), layer.lora_A, layer.lora_B)
+                    step = functools.partial(_merge_layer, layer, blocks, layer in copies, fidelity)
+                    sync.run(f"merge: layer {name!r}", step)
+            sync.raise_on_any_rank()
+            fidelity.report(sync)
         except BaseException:
             _unmerge_all(layers)
             raise
         finally:
-            set_fast_paths_(model)
+            update_fast_paths(model)
 
 
 def unmerge(model: nn.Module) -> None:
@@ -80,12 +80,12 @@ def unmerge(model: nn.Module) -> None:
             it was merged. The other layers are restored, and nothing is saved from the damaged one.
     """
     layers = _require_layers(model, "unmerge")
-    show_shards_(model, layers)
+    restore_shards_(model, layers)
     with _deferred_interrupt(), torch.no_grad():
         try:
             _unmerge_all(layers)
         finally:
-            set_fast_paths_(model)
+            update_fast_paths(model)
 
 
 @contextmanager
@@ -107,29 +107,29 @@ def _require_layers(model: nn.Module, verb: str) -> dict[str, LoRALayer]:
     return layers
 
 
-def show_shards_(model: nn.Module, layers: Mapping[str, LoRALayer]) -> None:
+def restore_shards_(model: nn.Module, layers: Mapping[str, LoRALayer]) -> None:
     """Let the weight of every adapted layer of the model be its shard, where the model is sharded: only that is kept.
 
     Raises:
         LoRAError: FSDP2 still shows a gathered weight.
     """
     reshard_(model)
-    if any(layer.lora_sharded and not is_sharded(layer.main_weight()) for layer in layers.values()):
+    if any(layer.lora.sharded and not is_sharded(layer.main_weight()) for layer in layers.values()):
         reset_(model)
     for name, layer in layers.items():
         sharded = is_sharded(layer.main_weight())
-        if layer.lora_sharded and not sharded:
+        if layer.lora.sharded and not sharded:
             raise LoRAError(
                 f"the weight of {name!r} is gathered by an FSDP2 module outside of {type(model).__name__}; pass the "
                 "module that fully_shard was called on last."
             )
-        if sharded != layer.lora_sharded:
-            layer.lora_sharded = sharded
+        if sharded != layer.lora.sharded:
+            layer.lora.sharded = sharded
 
 
-def _merge_layer(layer: LoRALayer, pieces: Pieces, copy: bool, fidelity: _Fidelity) -> None:
+def _merge_layer(layer: LoRALayer, blocks: Blocks, copy: bool, fidelity: _Fidelity) -> None:
     try:
-        layer.merge_(pieces=pieces, copy=copy, observe=fidelity.update if fidelity.wants(layer) else None)
+        layer.merge_(blocks=blocks, copy=copy, observe=fidelity.update if fidelity.wants(layer) else None)
     except LoRAError as error:
         raise LoRAError(
             f"{error}. Every layer is unmerged; look for a diverged training run (a lower learning rate, gradient "
@@ -141,7 +141,7 @@ def _unmerge_all(layers: Mapping[str, LoRALayer]) -> None:
     failures = []
     for name, layer in layers.items():
         try:
-            if layer.lora_merged:
+            if layer.lora.merged:
                 layer.unmerge_()
         except LoRAError as error:
             failures.append(f"unmerge: layer {name!r}: {error}.")
@@ -154,12 +154,12 @@ def _affordable_copies(layers: Collection[LoRALayer]) -> set[LoRALayer]:
 
     A copy takes the place of values and factors: where a rank's shard is no larger than A, it is the leaner too.
     """
-    kept = [kept for layer in layers for kept in layer.lora_kept.values() if kept.copy is not None]
+    kept = [kept for layer in layers for kept in layer.lora.records.values() if kept.copy is not None]
     budget = COPY_BUDGET - sum(one.nbytes() for one in kept)
     affordable = set()
     sizes = {layer: sum(local(weight).nbytes for weight in layer.adapted_weights().values()) for layer in layers}
     for layer in sorted(sizes, key=sizes.__getitem__):
-        if layer.lora_kept:
+        if layer.lora.records:
             continue
         if sizes[layer] <= layer.lora_A.nbytes:
             affordable.add(layer)
@@ -173,7 +173,8 @@ class _Fidelity:
     """The one-time report of what rounding costs in 16-bit layers."""
 
     def __init__(self, layers: Iterable[LoRALayer]) -> None:
-        self.layers = {layer for layer in layers if layer.main_weight().dtype in HALF and not layer.lora_reported}
+        in_16_bits = (layer for layer in layers if layer.main_weight().dtype in HALF)
+        self.layers = {layer for layer in in_16_bits if not layer.lora.rounding_reported}
         self.metric = None
         if self.layers:
             from ..metrics import MergeFidelity  # torchmetrics imports much
@@ -188,14 +189,14 @@ class _Fidelity:
         if self.metric is not None:
             self.metric.update(rounded, exact, delta)
 
-    def report(self, together: Together) -> None:
+    def report(self, sync: RankSync) -> None:
         if self.metric is None:
             return
-        self.metric.error, self.metric.delta = together.total(torch.stack([self.metric.error, self.metric.delta]))
+        self.metric.error, self.metric.delta = sync.total(torch.stack([self.metric.error, self.metric.delta]))
         if not self.metric.delta > 0:
             return  # nothing merged yet: B is still zero
         for layer in self.layers:
-            layer.lora_reported = True
+            layer.lora.rounding_reported = True
         lost = float(self.metric.compute())
         message = f"merged 16-bit weights: rounding costs {lost:.1%} of the adapter's norm"
         log.info(message)

@@ -9,11 +9,10 @@ from torch import nn
 
 from ..distributed.sharding import copy_, reshard_
 from ..names import A, B, canonical
-from ..nn.lora_layer import LoRALayer
 
 
 def named_state(model: nn.Module, *, raw: bool = False) -> Iterator[tuple[str, torch.Tensor | None, nn.Module]]:
-    """The names of model.state_dict(), each with its live tensor (None for extra state) and owner.
+    """Yield the names of model.state_dict(), each with its live tensor (None for extra state) and owner.
 
     Unlike state_dict() this restores no merged weight, and leaves out the segments of wrappers unless `raw`. A shared
     module or parameter comes under each of its names. Sharded parameters are the shards.
@@ -33,7 +32,7 @@ def named_state(model: nn.Module, *, raw: bool = False) -> Iterator[tuple[str, t
 
 
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters without those of adapters; a shared one under its first name."""
+    """Return the parameters without those of adapters; a shared one under its first name."""
     return {
         name: parameter
         for name, parameter in ((canonical(name), p) for name, p in model.named_parameters())
@@ -41,16 +40,11 @@ def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def is_factor(name: str, module: nn.Module) -> bool:
-    """Whether a state name is an adapter's own parameter."""
-    return isinstance(module, LoRALayer) and name.rpartition(".")[2] in (A, B)
-
-
-def swap_initial_(root: nn.Module, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def exchange_values_(root: nn.Module, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Write values into the named state of a module, in place; returns what was there."""
     live = {name: tensor for name, tensor, _ in named_state(root) if tensor is not None}
     before = {name: live[name].detach().clone() for name in values if name in live}
     for name in before:
-        if not values[name].is_meta:  # noted before there were values, so nothing was trained since
+        if not values[name].is_meta:  # recorded before there were values, so nothing was trained since
             copy_(live[name], values[name])
     return before

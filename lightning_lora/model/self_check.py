@@ -14,11 +14,11 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ..distributed.sharding import full, has_sharded, meeting_device
+from ..distributed.sharding import full_tensor, has_sharded, meeting_device
 from ..metrics import LayerUse, MergeError
 from ..nn.attention import LoRAReader
 from ..nn.lora_layer import LoRALayer, adapted_layers
-from .merging import show_shards_
+from .merging import restore_shards_
 
 Values = Mapping[nn.Module, Mapping[str, torch.Tensor]]
 
@@ -102,7 +102,7 @@ def watch(model: nn.Module) -> Iterator[Verification]:
         with torch.compiler.set_stance("force_eager"):
             yield found
             if sharded:
-                show_shards_(model, adapted_layers(model))
+                restore_shards_(model, adapted_layers(model))
                 with torch.inference_mode(False):  # in which sharded parameters cannot be detached
                     for one in watched.values():
                         _compare(one, found.error)
@@ -152,12 +152,12 @@ def _checker(one: _Watched, sharded: bool, error: MergeError) -> Callable[..., N
 @torch.no_grad()
 def _compare(one: _Watched, error: MergeError) -> None:
     """Collective where the weights are sharded, also for a rank on which the module never ran."""
-    call, one.call = one.call and one.call.changed(full), None
+    call, one.call = one.call and one.call.changed(full_tensor), None
     base, merged = _weights(one)
     if call is None:
         return
     without, factored = _run(one, call, base, False), _run(one, call, base, True)
-    error.update(call.output if one.layers[0].lora_kept else _run(one, call, merged, False), factored)
+    error.update(call.output if one.layers[0].lora.records else _run(one, call, merged, False), factored)
     one.acted = not torch.equal(without, factored)
 
 
@@ -168,12 +168,12 @@ def _weights(one: _Watched) -> tuple[Values, Values]:
     for layer in one.layers:
         originals = {name: layer.original(name) for name in layer.adapted_weights()}
         base[layer].update(originals)
-        merged[layer].update(layer.merged_copies(originals, layer.local_pieces(originals, layer.lora_A, layer.lora_B)))
+        merged[layer].update(layer.merged_copies(originals, layer.local_blocks(originals, layer.lora_A, layer.lora_B)))
     return _whole(base), _whole(merged)
 
 
 def _whole(values: Values) -> Values:
-    return {module: {name: full(value) for name, value in own.items()} for module, own in values.items()}
+    return {module: {name: full_tensor(value) for name, value in own.items()} for module, own in values.items()}
 
 
 def _run(one: _Watched, call: _Call, values: Values, active: bool) -> torch.Tensor:

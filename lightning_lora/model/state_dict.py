@@ -12,21 +12,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..distributed.rank_sync import Together
+from ..distributed.rank_sync import RankSync
 from ..errors import LoRAError
 from ..names import ATTRIBUTE, CHECKPOINTED, A, B, canonical
-from ..nn.lora_layer import LoRALayer
-from ..nn.tied_weights import note_tied
-from .injection import note_loaded, note_trainable, require_injection
-from .named_state import base_parameters, is_factor, named_state
+from ..nn.lora_layer import LoRALayer, is_factor
+from ..nn.tied_weights import record_ties
+from .injection import record_loaded, record_trainable, require_injection
+from .named_state import base_parameters, named_state
 
 
 def adapter_keys(model: nn.Module) -> list[str]:
     """Names of all that training can change: factors, ever-trainable parameters, persistent buffers."""
-    _, root, injection = require_injection(model, "adapter_state_dict")
-    note_trainable(root)
+    root, record, *_ = require_injection(model, "adapter_state_dict")
+    record_trainable(root)
     inside = base_parameters(root)
-    trained = {id(inside[name]) for name in injection.trained if name in inside}
+    trained = {id(inside[name]) for name in record.trained if name in inside}
     inside_ids = {id(parameter) for parameter in inside.values()}
     return [
         name
@@ -72,10 +72,10 @@ def merged_state_dict(model: nn.Module) -> dict[str, Any]:
         LoRAError: the model was not injected, or a layer's merged weight cannot stand in for its adapter.
     """
     require_injection(model, "merged_state_dict")
-    return fold(model, {canonical(name): value for name, value in model.state_dict().items()})
+    return merge_state_dict(model, {canonical(name): value for name, value in model.state_dict().items()})
 
 
-def fold(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
+def merge_state_dict(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
     """A full state dict of the model with each adapter merged into its weight, as new tensors, and taken out.
 
     Args:
@@ -84,21 +84,21 @@ def fold(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
     """
     refuse_unmergeable(model)
     folded = {name: state[name] for name in base_keys(model)}
-    together = Together(value for value in state.values() if isinstance(value, torch.Tensor))
+    sync = RankSync(value for value in state.values() if isinstance(value, torch.Tensor))
 
     def fold_one(path: str, layer: LoRALayer) -> None:
         weights = {leaf: state[path + leaf] for leaf in layer.adapted_weights()}
-        pieces = layer.local_pieces(weights, state[path + A], state[path + B])
+        pieces = layer.local_blocks(weights, state[path + A], state[path + B])
 
         def merge_copies() -> None:
             folded.update({path + leaf: copy for leaf, copy in layer.merged_copies(weights, pieces).items()})
 
-        together.attempt(f"merged weights of layer {path[:-1]!r}", merge_copies)
+        sync.run(f"merged weights of layer {path[:-1]!r}", merge_copies)
 
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, LoRALayer):
             fold_one(f"{canonical(name)}." if name else "", module)
-    together.settle()
+    sync.raise_on_any_rank()
     return folded
 
 
@@ -108,9 +108,9 @@ def refuse_unmergeable(model: nn.Module) -> None:
     Raises:
         LoRAError: a layer's weight has another owner or renormalises itself.
     """
-    note_tied(model)
+    record_ties(model)
     for name, layer in model.named_modules():
-        reason = layer.stays_factored() if isinstance(layer, LoRALayer) else ""
+        reason = layer.unmergeable_reason() if isinstance(layer, LoRALayer) else ""
         if reason:
             raise LoRAError(
                 f"merged weights cannot express the adapter of {name!r}: {reason}. Leave the layer out "
@@ -160,7 +160,7 @@ def _fill_in(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: 
     changing = _changing(module, state)
     absent = set()
     if given >= base and not given & factors:
-        note_loaded(module, {canonical(name): state_dict[prefix + name] for name in base & changing})
+        record_loaded(module, {canonical(name): state_dict[prefix + name] for name in base & changing})
         absent = factors
     elif given >= changing and not given & (base - changing):
         absent = base - changing

@@ -25,10 +25,9 @@ from ..names import (
     pattern_matches,
     suffixes,
 )
-from ..nn.layer_kinds import is_conv1d, layer_kind
-from ..nn.linear import LoRALinear
+from ..nn.layer_kinds import is_conv1d, layer_class
 from ..nn.lora_layer import LoRALayer
-from ..nn.low_rank import HALF
+from ..nn.low_rank import ATTENTION_WEIGHTS, FUSABLE, MERGEABLE_DTYPES
 from ..nn.tied_weights import tied_weights
 
 
@@ -79,7 +78,7 @@ class Targets:
         return any(module in self.saved for module in (name, *around(name)))
 
     def _unmatched(self, config: LoRAConfig, chosen: Iterable[str], modules: Mapping[str, nn.Module]) -> list[str]:
-        adaptable = [name for name, module in modules.items() if layer_kind(module)]
+        adaptable = [name for name, module in modules.items() if layer_class(module)]
         unmatched = []
         for option, names, hints in (
             ("target_modules", chosen, adaptable),
@@ -120,9 +119,6 @@ def output_heads(model: nn.Module) -> list[nn.Module]:
         if isinstance(head, nn.Module):
             heads.append(head)
     return heads
-
-
-ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
 def check_unadapted(model: nn.Module) -> None:
@@ -167,8 +163,8 @@ def check_supported(name: str, module: nn.Module, config: LoRAConfig) -> None:
     """
     kind = type(module).__name__
     problem = ""
-    if layer_kind(module) is None:
-        inside = [child for child, m in module.named_modules() if child and layer_kind(m)]
+    if layer_class(module) is None:
+        inside = [child for child, m in module.named_modules() if child and layer_class(m)]
         problem = f"a {kind} cannot be adapted" + (f"; name the layers inside it, as {inside[0]!r}" if inside else "")
     elif hasattr(module, A):
         problem = f"the {kind} has a lora_A of another library; take that out first"
@@ -178,7 +174,7 @@ def check_supported(name: str, module: nn.Module, config: LoRAConfig) -> None:
         problem = _weight_problem(module)
     enabled = config.enabled_parts(name)
     if not problem and enabled is not None:
-        if not issubclass(layer_kind(module) or nn.Module, LoRALinear):
+        if cast(type[LoRALayer], layer_class(module)).KIND not in FUSABLE:
             problem = f"enable_lora needs a linear layer, not a {kind}"
         elif _outputs(module) % len(enabled):
             problem = f"enable_lora has {len(enabled)} parts, which do not divide its {_outputs(module)} outputs"
@@ -198,7 +194,7 @@ def _weight_problem(module: nn.Module) -> str:
                 f"the weight of the {kind} is sharded already; call inject(model, LoRAConfig(...)) in configure_model, "
                 "after the layers are built and before fully_shard or parallelize_module"
             )
-        if weight is not None and weight.dtype not in (*HALF, torch.float32, torch.float64):
+        if weight is not None and weight.dtype not in MERGEABLE_DTYPES:
             return f"its weight is {weight.dtype}; adapters need float16, bfloat16, float32 or float64"
     return ""
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from . import low_rank
 from .lora_layer import LoRALayer
-from .low_rank import Piece
 
 
 class LoRAConv(LoRALayer):
@@ -19,19 +19,16 @@ class LoRAConv(LoRALayer):
     depthwise layers), the layer runs on W + delta.
     """
 
+    KIND = low_rank.CONV
     KNOWN_FORWARD = ("forward", "_conv_forward")
 
-    def factor_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        out_channels, *rest = self.weight.shape
-        return (self.lora_r, *rest), (out_channels, self.lora_r, *[1] * (len(rest) - 1))
-
-    def pieces(self, factor_a: torch.Tensor, factor_b: torch.Tensor) -> dict[str, list[Piece]]:
-        return {"weight": [Piece(0, 0, factor_b.flatten(1), factor_a.flatten(1))]}
+    def kind(self) -> str:
+        return low_rank.GROUPED_CONV if cast(nn.Conv2d, self).groups > 1 else low_rank.CONV
 
     def factored_forward(self, input: torch.Tensor) -> torch.Tensor:
         layer = cast(nn.Conv2d, self)
-        if self.lora_r * layer.groups >= layer.out_channels and not self.drops():
-            return cast(torch.Tensor, self.forward_on_sum(input))
+        if self.lora.spec.r * layer.groups >= layer.out_channels and not self.drops():
+            return cast(torch.Tensor, self.dense_forward(input))
         base = self.base_forward(input)
         x, scaling = self.dropped(input)
         a, b = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)

@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..distributed.tensor_parallel import summed
-from ..names import A, B
+from ..distributed.tensor_parallel import sum_partials
+from . import low_rank
 from .lora_layer import LoRALayer
-from .low_rank import Piece
 
 
 class LoRAEmbedding(LoRALayer):
@@ -20,18 +19,13 @@ class LoRAEmbedding(LoRALayer):
     max_norm would renormalise W in place; such a layer stays factored, on rows renormalised out of place.
     """
 
-    ALONG = {0: (A, 1), 1: (B, 0)}  # noqa: RUF012
+    KIND = low_rank.EMBEDDING
     LOOKUP = True
     embedding: nn.Embedding
 
-    def factor_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        return (self.lora_r, self.weight.shape[0]), (self.weight.shape[1], self.lora_r)
-
-    def pieces(self, factor_a: torch.Tensor, factor_b: torch.Tensor) -> dict[str, list[Piece]]:
-        return {"weight": [Piece(0, 0, factor_a.T, factor_b.T)]}
-
-    def stays_factored(self) -> str:
-        return super().stays_factored() or ("max_norm renormalises its rows in place" if self._renormalises() else "")
+    def unmergeable_reason(self) -> str:
+        reason = "max_norm renormalises its rows in place" if self._renormalises() else ""
+        return super().unmergeable_reason() or reason
 
     def _renormalises(self) -> bool:
         return cast(nn.Embedding, self).max_norm is not None
@@ -39,14 +33,15 @@ class LoRAEmbedding(LoRALayer):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.lora_active or self.weight.requires_grad or not self._renormalises():
             return super().forward(*args, **kwargs)
-        if not self.lora_own_forward:
+        if not self.lora.custom_forward:
             return self._renormalised(*args, **kwargs)
-        weight = self.weight
-        try:
-            self._parameters["weight"] = nn.Parameter(weight.detach().clone(), False)
-            return super().forward(*args, **kwargs)
-        finally:
-            self._parameters["weight"] = weight
+        with self.lora.lock:
+            weight = self.weight
+            try:
+                self._parameters["weight"] = nn.Parameter(weight.detach().clone(), False)
+                return super().forward(*args, **kwargs)
+            finally:
+                self._parameters["weight"] = weight
 
     def _renormalised(self, input: torch.Tensor) -> torch.Tensor:
         layer = cast(nn.Embedding, self)
@@ -61,9 +56,9 @@ class LoRAEmbedding(LoRALayer):
     def factored_forward(self, input: torch.Tensor) -> torch.Tensor:
         base = self._renormalised(input) if self._renormalises() else self.base_forward(input)
         a, b = self.lora_A.to(base.dtype), self.lora_B.to(base.dtype)
-        delta = F.linear(summed(F.embedding(input, a.T)), b) * self.lora_scaling
+        delta = F.linear(sum_partials(F.embedding(input, a.T)), b) * self.lora.spec.scaling
         delta = self._trained_as_rows(delta, input) if torch.is_grad_enabled() else delta
-        return summed(base).add_(delta)
+        return sum_partials(base).add_(delta)
 
     def _trained_as_rows(self, delta: torch.Tensor, input: torch.Tensor) -> torch.Tensor:
         """padding_idx and scale_grad_by_freq are about rows of the weight, so about both factors."""

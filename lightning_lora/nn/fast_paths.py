@@ -17,7 +17,7 @@ SWITCHES: dict[type[nn.Module], str] = {
 }
 
 
-def set_fast_paths_(model: nn.Module) -> None:
+def update_fast_paths(model: nn.Module) -> None:
     """Allow the fast paths of torch's transformer layers just where no unmerged adapter is inside."""
     for module in model.modules():
         for kind, switch in SWITCHES.items():

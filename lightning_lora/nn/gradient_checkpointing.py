@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointFunction
 
 
-def let_gradients_in_(model: nn.Module) -> None:
+def enable_input_require_grads(model: nn.Module) -> None:
     """Hook the inputs of reentrant segments, where that is not done yet."""
     for module in model.modules():
         if _is_trained_wrapper(module) and not _hooks(module._forward_pre_hooks):
@@ -25,7 +25,7 @@ def let_gradients_in_(model: nn.Module) -> None:
             embeddings.register_forward_hook(_require_grad_after)
 
 
-def let_gradients_in_no_more_(model: nn.Module) -> None:
+def disable_input_require_grads(model: nn.Module) -> None:
     """Take the hooks out again."""
     for module in model.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):

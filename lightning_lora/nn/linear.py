@@ -8,37 +8,19 @@ import torch
 import torch.nn.functional as F
 
 from ..distributed.sharding import is_sharded
-from ..distributed.tensor_parallel import low_rank
-from ..names import A, B
+from ..distributed.tensor_parallel import low_rank_product
+from . import low_rank
 from .lora_layer import LoRALayer
-from .low_rank import Piece
+from .low_rank import enabled_parts
 
 
 class LoRALinear(LoRALayer):
     """nn.Linear: weight (out, in), A (r, in), B (out, r); with enabled parts A (n*r, in), B (n*out/len, r)."""
 
-    def factor_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        out_features, in_features = self._features()
-        parts = self.lora_enabled or (True,)
-        return (sum(parts) * self.lora_r, in_features), (out_features // len(parts) * sum(parts), self.lora_r)
-
-    def _features(self) -> tuple[int, int]:
-        out_features, in_features = self.weight.shape
-        return out_features, in_features
-
-    def parts(self, factor_a: torch.Tensor, factor_b: torch.Tensor) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
-        """(first output, A, B) of each adapted part; a plain layer is one part."""
-        if self.lora_enabled is None:
-            return [(0, factor_a, factor_b)]
-        size = self._features()[0] // len(self.lora_enabled)
-        starts = [i * size for i, enabled in enumerate(self.lora_enabled) if enabled]
-        return list(zip(starts, torch.split(factor_a, self.lora_r), torch.split(factor_b, size), strict=True))
-
-    def pieces(self, factor_a: torch.Tensor, factor_b: torch.Tensor) -> dict[str, list[Piece]]:
-        return {"weight": [Piece(start, 0, b, a) for start, a, b in self.parts(factor_a, factor_b)]}
+    KIND = low_rank.LINEAR
 
     def factored_forward(self, input: torch.Tensor) -> torch.Tensor:
-        if self.lora_enabled is None and input.dim() > 1 and type(input) is torch.Tensor and input.is_contiguous():
+        if self.lora.spec.enabled is None and input.dim() > 1 and type(input) is torch.Tensor and input.is_contiguous():
             return self._accumulated(input)
         return self._concatenated(input)
 
@@ -59,12 +41,12 @@ class LoRALinear(LoRALayer):
         """For parts of a fused projection, and for inputs that cannot be seen as rows."""
         base = self.base_forward(input)
         x, scaling = self.dropped(input)
-        if is_sharded(x) and self.lora_enabled is None:
-            product = low_rank(x, self.lora_A.to(x.dtype), self.lora_B.to(x.dtype))
+        if is_sharded(x) and self.lora.spec.enabled is None:
+            product = low_rank_product(x, self.lora_A.to(x.dtype), self.lora_B.to(x.dtype))
             if product is not None:
                 return cast(torch.Tensor, base + product * scaling)
         outputs, done = [], 0
-        for start, a, b in self.parts(self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)):
+        for start, a, b in enabled_parts(self.lora_A.to(x.dtype), self.lora_B.to(x.dtype), self.lora.spec.enabled):
             if start > done:
                 outputs.append(base.new_zeros(*base.shape[:-1], start - done))
             outputs.append(F.linear(F.linear(x, a), b) * scaling)
@@ -78,14 +60,7 @@ class LoRALinear(LoRALayer):
 class LoRAConv1D(LoRALinear):
     """transformers' Conv1D, a linear layer with its weight stored (in, out); A and B as for nn.Linear."""
 
-    ALONG = {0: (A, 1), 1: (B, 0)}  # noqa: RUF012
-
-    def _features(self) -> tuple[int, int]:
-        in_features, out_features = self.weight.shape
-        return out_features, in_features
-
-    def pieces(self, factor_a: torch.Tensor, factor_b: torch.Tensor) -> dict[str, list[Piece]]:
-        return {"weight": [Piece(0, start, a.T, b.T) for start, a, b in self.parts(factor_a, factor_b)]}
+    KIND = low_rank.CONV1D
 
     def factored_forward(self, x: torch.Tensor) -> torch.Tensor:  # as Conv1D names it
         return super().factored_forward(x)

@@ -3,28 +3,43 @@
 Invariants, for every adapted layer:
     - its class is a subclass of the class it had; module tree, names, parameter objects and storage stay;
     - lora_active False means: run the base class's own forward and nothing else;
-    - a weight named in lora_kept holds W'; lora_merged with nothing kept means that the layer stays factored.
+    - a weight named in lora.records holds W'; lora.merged without records means that the layer stays factored.
 """
 
 from __future__ import annotations
 
+import copy
 import copyreg
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..distributed.sharding import copy_, full, is_sharded, like, local
-from ..distributed.tensor_parallel import beside
+from ..distributed.sharding import copy_, from_local_like, full_tensor, is_sharded, local, window
+from ..distributed.tensor_parallel import place_like_weight
 from ..errors import LoRAError
 from ..names import A, B, canonical
-from .exact_merge import Kept, Observer, add_delta_, merged_weight, remove_delta_, restored
+from . import low_rank
+from .exact_merge import (
+    Observer,
+    RestoreRecord,
+    WeightEditedError,
+    merge_weight_,
+    merged_weight,
+    restored_weight,
+    unmerge_weight_,
+)
 from .gradient_checkpointing import records_gradients
 from .init import initial_factors
-from .low_rank import HALF, Piece, _delta, cut
+from .low_rank import HALF, LowRankBlock, crop, dense_delta
+
+Blocks = Mapping[str, list[LowRankBlock]]  # by weight name
+DROPOUT_STEPS = 2**16
 
 
 class Swapped(nn.Module):
@@ -75,99 +90,137 @@ def _new_swapped(mixin: type[Swapped], base: type[nn.Module]) -> Swapped:
     return swapped.__new__(swapped)
 
 
-STEPS = 2**16
+@dataclass(frozen=True)
+class LayerSpec:
+    """The options of one adapted layer.
 
-
-def drop(x: torch.Tensor, p: float) -> tuple[torch.Tensor, float]:
-    """Zero each element of x with probability p; returns that and the factor that keeps its expectation.
-
-    On the CPU, torch's own dropout takes many times as long as the adapter's products. Here 16 random bits decide each
-    element: p is taken to the nearest 1/65536, and the factor belongs to that p, so nothing is biased.
+    Attributes:
+        r: rank.
+        alpha: lora_alpha.
+        scaling: s.
+        dropout: probability of dropping an input feature of the adapter.
+        enabled: which equal parts of a fused projection are adapted, or None for all of it as one.
+        keep_float32: the factors stay in float32 when the model is cast to 16 bits.
+        init: how the factors are drawn, as LoRAConfig's init_lora_weights.
+        seed: what they are drawn from.
     """
-    if x.device.type != "cpu" or is_sharded(x):
-        return F.dropout(x, p), 1.0
-    steps = min(max(round(p * STEPS), 1), STEPS - 1)
-    words = torch.randint(-(2**63), 2**63 - 1, (-(-x.numel() // 4),), dtype=torch.int64, device=x.device)
-    bits = words.view(torch.int16)[: x.numel()].view(x.shape)
-    return x.masked_fill(bits < steps - STEPS // 2, 0), STEPS / (STEPS - steps)
+
+    r: int
+    alpha: float
+    scaling: float
+    dropout: float = 0.0
+    enabled: tuple[bool, ...] | None = None
+    keep_float32: bool = True
+    init: bool | str = True
+    seed: int = 0
 
 
-Pieces = Mapping[str, list[Piece]]  # by weight name
+@dataclass
+class LayerState:
+    """What an adapted layer carries beside its parameters, as `layer.lora`.
+
+    Attributes:
+        spec: its options.
+        name: the layer's name in the injected module.
+        injection: the record of the injection, which all layers of a model share.
+        custom_forward: the class has a forward of its own, which is run on W + delta.
+        dropout_override: whether dropout acts where gradients are recorded; None follows the layer's training flag.
+        merged: merge was called.
+        records: what undoing it needs, by weight name.
+        unmergeable_reason: what keeps the weight from being merged, as another owner of it, or "".
+        restore_failed: unmerging failed, so the weight is not known to be W.
+        rounding_reported: the cost of rounding W' was reported.
+        sharded: the weight was last seen sharded.
+        lock: held while W + delta stands in for the weight.
+    """
+
+    spec: LayerSpec
+    name: str = ""
+    injection: Any = None
+    custom_forward: bool = False
+    dropout_override: bool | None = None
+    merged: bool = False
+    records: dict[str, RestoreRecord] = field(default_factory=dict)
+    unmergeable_reason: str = ""
+    restore_failed: bool = False
+    rounding_reported: bool = False
+    sharded: bool = False
+    lock: ForwardLock = field(default_factory=lambda: ForwardLock())
+
+
+class ForwardLock:
+    """A lock that a thread may take again; a copy of the layer gets a lock of its own."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *exception: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> Any:
+        return ForwardLock, ()
 
 
 class LoRALayer(Swapped):
-    """Mixed in front of a layer's own class; a subclass says how B @ A maps to the weight (arXiv:2106.09685).
+    """Mixed in front of a layer's own class; a subclass says of which kind the layer is (arXiv:2106.09685).
 
     Attributes:
-        lora_A, lora_B: the factors, shapes as the subclass states.
-        lora_r, lora_alpha, lora_scaling, lora_dropout: their options.
-        lora_dropping: whether dropout acts where gradients are recorded; None follows the layer's own training flag.
-        lora_wide: the factors stay in float32 when the model is cast to 16 bits.
-        lora_own_forward: the class has a forward of its own, which is run on W + delta.
-        lora_enabled: which equal parts of a fused projection are adapted, or None.
+        lora_A, lora_B: the factors, shapes as nn/low_rank.py states for the kind.
         lora_active: whether forward applies the adapter.
-        lora_merged: merge was called.
-        lora_kept: what undoing it needs, by weight name.
-        lora_damaged: unmerging failed, so the weight is not known to be W.
-        lora_tied: what keeps the weight from being merged, as another owner of it, or "".
-        lora_reported: the cost of rounding W' was reported.
-        lora_init: how to draw the factors, and the seed.
-        lora_sharded: the weight was last seen sharded.
+        lora: all else.
     """
 
+    KIND: ClassVar[str]
     KNOWN_FORWARD: ClassVar[tuple[str, ...]] = ("forward",)
-    ALONG: ClassVar[dict[int, tuple[str, int]]] = {0: (B, 0), 1: (A, 1)}  # what runs along each weight dimension
-    LOOKUP: ClassVar[bool] = False
+    LOOKUP: ClassVar[bool] = False  # A is a table that rows are taken from
     weight: nn.Parameter
     lora_A: nn.Parameter
     lora_B: nn.Parameter
-    lora_r: int
-    lora_alpha: float
-    lora_scaling: float
-    lora_dropout: float
-    lora_dropping: bool | None
-    lora_wide: bool
-    lora_own_forward: bool
-    lora_enabled: tuple[bool, ...] | None
     lora_active: bool
-    lora_merged: bool
-    lora_kept: dict[str, Kept]
-    lora_damaged: bool
-    lora_tied: str
-    lora_reported: bool
-    lora_init: tuple[bool | str, int]
-    lora_sharded: bool
+    lora: LayerState
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.lora_active:
             return super().forward(*args, **kwargs)
-        if self.lora_own_forward:
-            return self.forward_on_sum(*args, **kwargs)
+        if self.lora.custom_forward:
+            return self.dense_forward(*args, **kwargs)
         return self.factored_forward(*args, **kwargs)
 
     def base_forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The base class's own forward."""
+        """Run the base class's own forward."""
         return super().forward(*args, **kwargs)
 
     def factored_forward(self, *args: Any, **kwargs: Any) -> Any:
-        """base(x) + s * B(A(dropout(x))), without ever building B @ A."""
+        """Return base(x) + s * B(A(dropout(x))), without ever building B @ A."""
         raise NotImplementedError
 
-    def forward_on_sum(self, *args: Any, **kwargs: Any) -> Any:
-        """The base class's own forward on W + delta, differentiable in A and B.
+    def dense_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the base class's own forward on W + delta, differentiable in A and B.
 
         Dropout acts on whole input features, the same for the batch, because the input is out of reach here.
         """
-        with self.sum_as_weight():
+        with self.dense_weight():
             return super().forward(*args, **kwargs)
 
     @contextmanager
-    def sum_as_weight(self) -> Iterator[None]:
-        """W + delta stands in for each adapted weight, for code that reads it."""
+    def dense_weight(self) -> Iterator[None]:
+        """Let W + delta stand in for each adapted weight, for code that reads it; one thread at a time."""
+        if torch.compiler.is_compiling():  # which traces one thread
+            with self._dense_weight():
+                yield
+        else:
+            with self.lora.lock, self._dense_weight():
+                yield
+
+    @contextmanager
+    def _dense_weight(self) -> Iterator[None]:
         factor: torch.Tensor = self.lora_A
         if self.drops():
             mask = factor.new_ones(1, factor.shape[1], *[1] * (factor.dim() - 2))
-            factor = factor * F.dropout(mask, self.lora_dropout)
+            factor = factor * F.dropout(mask, self.lora.spec.dropout)
         weights = self.adapted_weights()
         sums = {}
         for name, delta in self.deltas(factor, self.lora_B).items():
@@ -183,29 +236,39 @@ class LoRALayer(Swapped):
 
     def drops(self) -> bool:
         """Whether dropout acts now; a user's own evaluation inside a training batch records no gradients."""
-        active = self.training if self.lora_dropping is None else self.lora_dropping and records_gradients()
-        return active and self.lora_dropout > 0
+        override = self.lora.dropout_override
+        active = self.training if override is None else override and records_gradients()
+        return active and self.lora.spec.dropout > 0
 
     def dropped(self, x: torch.Tensor) -> tuple[torch.Tensor, float]:
-        """The adapter's input after dropout, and the scaling that goes with it."""
-        x, factor = drop(x, self.lora_dropout) if self.drops() else (x, 1.0)
-        return x, self.lora_scaling * factor
+        """Return the adapter's input after dropout, and the scaling that goes with it."""
+        spec = self.lora.spec
+        x, factor = drop(x, spec.dropout) if self.drops() else (x, 1.0)
+        return x, spec.scaling * factor
+
+    def kind(self) -> str:
+        """Return which of low_rank.KINDS the layer is, as far as it knows by itself."""
+        return self.KIND
 
     def adapted_weights(self) -> dict[str, nn.Parameter]:
-        """The parameters that the adapter changes, by name."""
+        """Return the parameters that the adapter changes, by name."""
         return {"weight": self.weight}
 
     def main_weight(self) -> nn.Parameter:
-        """The first of them, for dtype and device."""
+        """Return the first of them, for dtype and device."""
         return next(iter(self.adapted_weights().values()))
 
     def factor_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Shapes of A and B."""
-        raise NotImplementedError
+        """Return the shapes of A and B."""
+        spec = self.lora.spec
+        return low_rank.factor_shapes(self.KIND, self._weight_shapes(), spec.r, spec.enabled)
 
-    def pieces(self, factor_a: torch.Tensor, factor_b: torch.Tensor) -> dict[str, list[Piece]]:
-        """How the factors make up each adapted weight's delta, without the scaling."""
-        raise NotImplementedError
+    def low_rank_blocks(self, factor_a: torch.Tensor, factor_b: torch.Tensor) -> dict[str, list[LowRankBlock]]:
+        """Return what the factors add to each adapted weight, without the scaling."""
+        return low_rank.low_rank_blocks(self.KIND, self._weight_shapes(), factor_a, factor_b, self.lora.spec.enabled)
+
+    def _weight_shapes(self) -> dict[str, torch.Size]:
+        return {name: weight.shape for name, weight in self.adapted_weights().items()}
 
     def create_factors(self, dtype: torch.dtype) -> None:
         """Register A and B with their initial values."""
@@ -214,73 +277,75 @@ class LoRALayer(Swapped):
             self.register_parameter(name, nn.Parameter(values.to(device, dtype)))
 
     def _drawn(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return initial_factors(*self.factor_shapes(), *self.lora_init, lookup=self.LOOKUP)
+        spec = self.lora.spec
+        return initial_factors(*self.factor_shapes(), spec.init, spec.seed, lookup=self.LOOKUP)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As in nn.Module; parallelize_module comes here with each parameter made into a sharded one."""
         if name in (A, B) and param is not None:
-            if is_sharded(param) and self.lora_enabled is not None:
+            if is_sharded(param) and self.lora.spec.enabled is not None:
                 raise LoRAError(
                     f"{type(self).__name__}: the parts of enable_lora do not follow a tensor parallel split; adapt the "
                     "layer as a whole, or leave it out of the parallelize plan"
                 )
-            param = beside(name, param, self.main_weight(), self.ALONG)
+            param = place_like_weight(name, param, self.main_weight(), low_rank.shard_dims(self.KIND))
         super().register_parameter(name, param)
 
-    def local_pieces(
+    def local_blocks(
         self, weights: Mapping[str, torch.Tensor], factor_a: torch.Tensor, factor_b: torch.Tensor
-    ) -> dict[str, list[Piece]]:
-        """The pieces cut to this rank's shards of the weights. Collective where the factors are sharded."""
-        pieces = self.pieces(full(factor_a), full(factor_b))
-        return {name: cut(pieces[name], weights[name]) for name in pieces}
+    ) -> dict[str, list[LowRankBlock]]:
+        """Return the blocks cropped to this rank's shards of the weights. Collective where the factors are sharded."""
+        blocks = self.low_rank_blocks(full_tensor(factor_a), full_tensor(factor_b))
+        return {name: _crop_to_shard(blocks[name], weights[name]) for name in blocks}
 
     def deltas(self, factor_a: torch.Tensor, factor_b: torch.Tensor) -> dict[str, torch.Tensor]:
-        """s * B @ A in each weight's shape and the factors' dtype, differentiable."""
+        """Return s * B @ A in each weight's shape and the factors' dtype, differentiable."""
         weights = self.adapted_weights()
         return {
-            name: _delta(pieces, weights[name].shape) * self.lora_scaling
-            for name, pieces in self.pieces(factor_a, factor_b).items()
+            name: dense_delta(blocks, weights[name].shape) * self.lora.spec.scaling
+            for name, blocks in self.low_rank_blocks(factor_a, factor_b).items()
         }
 
-    def stays_factored(self) -> str:
-        """Why merging would be wrong for this layer, or ''."""
-        return self.lora_tied
+    def unmergeable_reason(self) -> str:
+        """Return why merging would be wrong for this layer, or ''."""
+        return self.lora.unmergeable_reason
 
-    def merge_(self, *, copy: bool, observe: Observer | None = None, pieces: Pieces | None = None) -> None:
-        """Each weight <- W' on this rank's shard, see exact.add_delta_; `pieces` are the local ones, if known."""
-        weights = self.adapted_weights()
-        pieces = self.local_pieces(weights, self.lora_A, self.lora_B) if pieces is None else pieces
+    def merge_(self, *, copy: bool, observe: Observer | None = None, blocks: Blocks | None = None) -> None:
+        """Write W' into each weight on this rank's shard, see merge_weight_; `blocks` are the local ones, if known."""
+        weights, state = self.adapted_weights(), self.lora
+        blocks = self.local_blocks(weights, self.lora_A, self.lora_B) if blocks is None else blocks
         try:
-            for name in pieces:
-                if name not in self.lora_kept:
-                    shard, scaling = local(weights[name]), self.lora_scaling
-                    self.lora_kept[name] = add_delta_(shard, pieces[name], scaling, copy=copy, observe=observe)
+            for name in blocks:
+                if name not in state.records:
+                    shard, scaling = local(weights[name]), state.spec.scaling
+                    state.records[name] = merge_weight_(shard, blocks[name], scaling, copy=copy, observe=observe)
         except BaseException:
             self.unmerge_()
             raise
-        vars(self).update(lora_active=False, lora_merged=True)  # nn.Module's __setattr__ would take many times as long
+        vars(self)["lora_active"], state.merged = False, True  # nn.Module's __setattr__ takes many times as long
 
     def unmerge_(self) -> None:
-        """Each weight <- W, see exact.remove_delta_."""
-        failure = None
+        """Write W back into each weight, see unmerge_weight_."""
+        failure, state = None, self.lora
         for name, weight in self.adapted_weights().items():
-            if name in self.lora_kept:
+            if name in state.records:
                 try:
-                    remove_delta_(local(weight), self.lora_kept[name])
+                    unmerge_weight_(local(weight), state.records[name])
                 except LoRAError as error:
-                    failure, self.lora_damaged = error, True
-                del self.lora_kept[name]
-        vars(self).update(lora_active=True, lora_merged=False)
+                    failure = error
+                    state.restore_failed = state.restore_failed or not isinstance(error, WeightEditedError)
+                del state.records[name]
+        vars(self)["lora_active"], state.merged = True, False
         if failure:
             raise failure
 
     @contextmanager
     def briefly_unmerged(self) -> Iterator[None]:
-        """Unmerged inside, so that what changes a weight there (a move, a cast, a load) changes W."""
-        if not self.lora_kept:
+        """Unmerge inside, so that what changes a weight there (a move, a cast, a load) changes W."""
+        if not self.lora.records:
             yield
             return
-        copy = any(kept.copy is not None for kept in self.lora_kept.values())
+        copy = any(record.copy is not None for record in self.lora.records.values())
         self.unmerge_()
         yield
         try:
@@ -290,33 +355,32 @@ class LoRALayer(Swapped):
             raise LoRAError(f"{self} was merged when it was cast, moved or loaded into; now {error}. {rest}") from error
 
     def original(self, name: str) -> torch.Tensor:
-        """A parameter as it is without the adapter, detached: live, or a restored copy while merged."""
+        """Return a parameter as it is without the adapter, detached: live, or a restored copy while merged."""
         weight: torch.Tensor = getattr(self, name).detach()
-        if self.lora_damaged and name in self.adapted_weights():
+        if self.lora.restore_failed and name in self.adapted_weights():
             raise LoRAError(
                 f"{type(self).__name__}: its base weight could not be restored after merging, so nothing is saved "
                 "from it; load the base weights again"
             )
-        kept = self.lora_kept.get(name)
-        return weight if kept is None else like(restored(local(weight), kept), weight)
+        record = self.lora.records.get(name)
+        return weight if record is None else from_local_like(restored_weight(local(weight), record), weight)
 
-    def merged_copies(self, weights: Mapping[str, torch.Tensor], pieces: Pieces) -> dict[str, torch.Tensor]:
-        """W' of each adapted weight for the given W and local pieces, as new tensors, sharded as W is."""
-        return {
-            name: like(merged_weight(local(weights[name]), pieces[name], self.lora_scaling), weights[name])
-            for name in pieces
-        }
+    def merged_copies(self, weights: Mapping[str, torch.Tensor], blocks: Blocks) -> dict[str, torch.Tensor]:
+        """Return W' of each adapted weight for the given W and local blocks, as new tensors, sharded as W is."""
+        scaling = self.lora.spec.scaling
+        merged = {name: merged_weight(local(weights[name]), blocks[name], scaling) for name in blocks}
+        return {name: from_local_like(weight, weights[name]) for name, weight in merged.items()}
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        unborn = self.lora_A.is_meta
+        was_meta = self.lora_A.is_meta
         with self.briefly_unmerged():
-            super()._apply(self._keeping_wide(fn), recurse)  # type: ignore[no-untyped-call]
-        if unborn and not self.lora_A.is_meta:  # to_empty
+            super()._apply(self._keeping_float32(fn), recurse)  # type: ignore[no-untyped-call]
+        if was_meta and not self.lora_A.is_meta:  # to_empty
             for factor, values in zip((self.lora_A, self.lora_B), self._drawn(), strict=True):
                 copy_(factor, values)
         return self
 
-    def _keeping_wide(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    def _keeping_float32(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
         """fn, but for casting the factors to 16 bits: they train in float32 while they compute in the layer's dtype."""
         factors = {id(t) for p in (self.lora_A, self.lora_B) for t in (p, p.grad) if t is not None}
 
@@ -325,35 +389,68 @@ class LoRALayer(Swapped):
             narrows = moved.dtype in HALF and tensor.dtype not in HALF
             return tensor.to(moved.device) if narrows and id(tensor) in factors else moved
 
-        return careful if self.lora_wide else fn
+        return careful if self.lora.spec.keep_float32 else fn
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.lora_kept or self.lora_damaged:
+        if self.lora.records or self.lora.restore_failed:
             destination.update({prefix + name: self.original(name) for name in self.adapted_weights()})
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         with self.briefly_unmerged():
             super()._load_from_state_dict(state_dict, prefix, *args)
-            self.lora_damaged = self.lora_damaged and any(prefix + n not in state_dict for n in self.adapted_weights())
+            absent = any(prefix + name not in state_dict for name in self.adapted_weights())
+            self.lora.restore_failed = self.lora.restore_failed and absent
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         make, args, *rest = super().__reduce_ex__(protocol)
-        if self.lora_kept and isinstance(rest[0], dict):
+        if self.lora.records and isinstance(rest[0], dict):
             # Another machine may compute other last bits: hand over plain copies.
-            rest[0] = rest[0] | {"lora_kept": {name: Kept([], copy=self.original(name)) for name in self.lora_kept}}
+            state = copy.copy(self.lora)
+            state.records = {name: RestoreRecord([], copy=self.original(name)) for name in self.lora.records}
+            rest[0] = rest[0] | {"lora": state}
         return (make, args, *rest)
 
 
+def _crop_to_shard(blocks: list[LowRankBlock], weight: torch.Tensor) -> list[LowRankBlock]:
+    """The parts of the blocks that fall on this rank's shard of a weight."""
+    if not is_sharded(weight):
+        return blocks
+    rows, *rest = window(weight)
+    if any(place != slice(0, size) for place, size in zip(rest[1:], weight.shape[2:], strict=True)):
+        raise LoRAError(f"a weight of shape {tuple(weight.shape)} cannot be merged while it is sharded beyond dim 1")
+    width = weight.shape[1:].numel() // max(weight.shape[1], 1)
+    return crop(blocks, rows, slice(rest[0].start * width, rest[0].stop * width))
+
+
+def drop(x: torch.Tensor, p: float) -> tuple[torch.Tensor, float]:
+    """Zero each element of x with probability p; returns that and the factor that keeps its expectation.
+
+    On the CPU, torch's own dropout takes many times as long as the adapter's products. Here 16 random bits decide each
+    element: p is taken to the nearest 1/65536, and the factor belongs to that p, so nothing is biased.
+    """
+    if x.device.type != "cpu" or is_sharded(x):
+        return F.dropout(x, p), 1.0
+    steps = min(max(round(p * DROPOUT_STEPS), 1), DROPOUT_STEPS - 1)
+    words = torch.randint(-(2**63), 2**63 - 1, (-(-x.numel() // 4),), dtype=torch.int64, device=x.device)
+    bits = words.view(torch.int16)[: x.numel()].view(x.shape)
+    return x.masked_fill(bits < steps - DROPOUT_STEPS // 2, 0), DROPOUT_STEPS / (DROPOUT_STEPS - steps)
+
+
 def strip_(layer: LoRALayer) -> None:
-    """The inverse of adapt_: the class it had, no factors, no attributes; the weight stays as it is."""
+    """Undo the adaption: the class it had, no factors, no attributes; the weight stays as it is."""
     layer.__class__ = base_class(layer)  # type: ignore[assignment]
     for name in (A, B):
         layer._parameters.pop(name, None)
-    for name in [name for name in vars(layer) if name.startswith("lora_")]:
+    for name in [name for name in vars(layer) if name == "lora" or name.startswith("lora_")]:
         delattr(layer, name)
 
 
 def adapted_layers(model: nn.Module) -> dict[str, LoRALayer]:
-    """The adapted layers of a model, by name."""
+    """Return the adapted layers of a model, by name."""
     return {canonical(name): module for name, module in model.named_modules() if isinstance(module, LoRALayer)}
+
+
+def is_factor(name: str, module: nn.Module) -> bool:
+    """Whether a state name is an adapter's own parameter."""
+    return isinstance(module, LoRALayer) and name.rpartition(".")[2] in (A, B)

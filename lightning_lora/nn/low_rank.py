@@ -1,51 +1,45 @@
-"""How B @ A lies in a weight."""
+"""How B @ A lies in a weight: the one place for live layers, shards, files on disk, norms and PEFT's forms.
+
+    kind                       weight, as stored       A                     B
+    Linear, AttentionOutput    (out, in)               (r, in)               (out, r)
+    Conv1D, Embedding          (in, out)               (r, in)               (out, r)
+    Conv, GroupedConv          (out, in/groups, k...)  (r, in/groups, k...)  (out, r, 1...)
+    MultiheadAttention         in_proj (3E, E)         (r, E)                (3E, r)
+      with q, k and v apart    (E, E), (E, kdim), ...  (r, E + kdim + vdim)  (3E, r)
+
+Of a fused projection in which n of m equal parts are adapted, A is (n * r, in) and B (n * out / m, r).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 
-from ..distributed.sharding import is_sharded, window
-from ..errors import LoRAError
+from ..names import A, B
 
 HALF = (torch.float16, torch.bfloat16)
+MERGEABLE_DTYPES = (*HALF, torch.float32, torch.float64)
+
+LINEAR, CONV1D, EMBEDDING, CONV, GROUPED_CONV = "Linear", "Conv1D", "Embedding", "Conv", "GroupedConv"
+ATTENTION, ATTENTION_OUTPUT = "MultiheadAttention", "AttentionOutput"
+KINDS = (LINEAR, CONV1D, EMBEDDING, CONV, GROUPED_CONV, ATTENTION, ATTENTION_OUTPUT)
+TRANSPOSED = (CONV1D, EMBEDDING)
+CONVOLUTIONS = (CONV, GROUPED_CONV)
+FUSABLE = (LINEAR, CONV1D, ATTENTION)  # of which parts can be adapted
+IN_PROJ, SEPARATE = "in_proj_weight", ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+ATTENTION_WEIGHTS = (IN_PROJ, *SEPARATE)
+
+Shape = Sequence[int]
+Enabled = tuple[bool, ...] | None
 
 
-def _delta(pieces: list[Piece], shape: torch.Size) -> torch.Tensor:
-    row, col, left, right = pieces[0]
-    if len(pieces) == 1 and left.shape[0] * right.shape[1] == shape.numel():
-        return (left @ right).view(shape)
-    delta = left.new_zeros(shape[0], shape.numel() // shape[0])
-    for row, col, left, right in pieces:
-        delta[row : row + left.shape[0], col : col + right.shape[1]] = left @ right
-    return delta.view(shape)
-
-
-def cut(pieces: list[Piece], weight: torch.Tensor) -> list[Piece]:
-    """The pieces of a whole weight's delta, cut to this rank's shard of it."""
-    if not is_sharded(weight):
-        return pieces
-    rows, *rest = window(weight)
-    if any(place != slice(0, size) for place, size in zip(rest[1:], weight.shape[2:], strict=True)):
-        raise LoRAError(f"a weight of shape {tuple(weight.shape)} cannot be merged while it is sharded beyond dim 1")
-    width = weight.shape[1:].numel() // max(weight.shape[1], 1)
-    cols = slice(rest[0].start * width, rest[0].stop * width)
-    cuts = []
-    for row, col, left, right in pieces:
-        top, bottom = max(row, rows.start), min(row + left.shape[0], rows.stop)
-        begin, end = max(col, cols.start), min(col + right.shape[1], cols.stop)
-        if top < bottom and begin < end:
-            left, right = left[top - row : bottom - row], right[:, begin - col : end - col]
-            cuts.append(Piece(top - rows.start, begin - cols.start, left, right))
-    return cuts
-
-
-class Piece(NamedTuple):
+class LowRankBlock(NamedTuple):
     """left (m, k) @ right (k, n) is added to W[row : row + m, col : col + n], W seen as (rows, everything else).
 
-    The pieces of one weight do not overlap.
+    The blocks of one weight do not overlap.
     """
 
     row: int
@@ -54,17 +48,156 @@ class Piece(NamedTuple):
     right: torch.Tensor
 
 
-IN_PROJ, SEPARATE = "in_proj_weight", ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+def matrix_shape(kind: str, shape: Shape) -> tuple[int, int]:
+    """Return (out, in) of a weight that is stored in this shape; a convolution's window counts to in.
 
-MERGEABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    Raises:
+        ValueError: the shape has another number of dimensions than the kind's.
+    """
+    if kind in CONVOLUTIONS:
+        out, *rest = shape
+        return out, math.prod(rest)
+    rows, columns = shape
+    return (columns, rows) if kind in TRANSPOSED else (rows, columns)
 
 
-def within(pieces: Sequence[Piece], first: int, count: int) -> list[Piece]:
-    """The parts of pieces that fall on some rows, counted from the first of these."""
-    parts = []
-    for piece in pieces:
-        start, end = max(piece.row, first), min(piece.row + piece.left.shape[0], first + count)
-        if start < end:
-            left = piece.left[start - piece.row : end - piece.row]
-            parts.append(Piece(start - first, piece.col, left, piece.right))
-    return parts
+def as_matrix(kind: str, weight: torch.Tensor) -> torch.Tensor:
+    """View a stored weight as (out, in)."""
+    return weight.T if kind in TRANSPOSED else weight.flatten(1)
+
+
+def shard_dims(kind: str) -> dict[int, tuple[str, int]]:
+    """Return, for each of a weight's first two dimensions, the factor and the dimension of it that run along."""
+    return {0: (A, 1), 1: (B, 0)} if kind in TRANSPOSED else {0: (B, 0), 1: (A, 1)}
+
+
+def factor_shapes(
+    kind: str, shapes: Mapping[str, Shape], rank: int, enabled: Enabled = None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the shapes of A and B.
+
+    Args:
+        kind: one of KINDS.
+        shapes: of the layer's weights as stored, by their own names.
+        rank: r.
+        enabled: which parts of a fused projection are adapted; None for the whole as one.
+
+    Raises:
+        ValueError: a weight has another number of dimensions than the kind's.
+    """
+    first = next(iter(shapes.values()))
+    if kind in CONVOLUTIONS:
+        out, *rest = first
+        return (rank, *rest), (out, rank, *[1] * (len(rest) - 1))
+    if kind == ATTENTION and IN_PROJ not in shapes:
+        adapted = [shapes[name] for name in _separate(enabled)]
+        return (rank, sum(columns for _, columns in adapted)), (sum(rows for rows, _ in adapted), rank)
+    out, inputs = matrix_shape(kind, first)
+    parts = enabled or (True,)
+    return (sum(parts) * rank, inputs), (out // len(parts) * sum(parts), rank)
+
+
+def low_rank_blocks(
+    kind: str, shapes: Mapping[str, Shape], a: torch.Tensor, b: torch.Tensor, enabled: Enabled = None
+) -> dict[str, list[LowRankBlock]]:
+    """Return what B @ A adds to each weight, without the scaling; arguments as in factor_shapes."""
+    if kind == ATTENTION and IN_PROJ not in shapes:
+        names = _separate(enabled)
+        parts_a = torch.split(a, [shapes[name][1] for name in names], dim=1)
+        parts_b = torch.split(b, [shapes[name][0] for name in names])
+        pairs = zip(parts_b, parts_a, strict=True)
+        return {name: [LowRankBlock(0, 0, *pair)] for name, pair in zip(names, pairs, strict=True)}
+    parts = enabled_parts(a.flatten(1), b.flatten(1), enabled)
+    if kind in TRANSPOSED:
+        blocks = [LowRankBlock(0, start, right.T, left.T) for start, right, left in parts]
+    else:
+        blocks = [LowRankBlock(start, 0, left, right) for start, right, left in parts]
+    return {IN_PROJ if kind == ATTENTION else "weight": blocks}
+
+
+def _separate(enabled: Enabled) -> list[str]:
+    """The weights of q, k and v that are adapted."""
+    return [name for name, on in zip(SEPARATE, enabled or (True, True, True), strict=True) if on]
+
+
+def enabled_parts(a: torch.Tensor, b: torch.Tensor, enabled: Enabled) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
+    """Split factors into (first output, A, B) of each adapted part; a plain layer is one part."""
+    if enabled is None:
+        return [(0, a, b)]
+    size = b.shape[0] // sum(enabled)
+    starts = [i * size for i, on in enumerate(enabled) if on]
+    return list(zip(starts, torch.split(a, b.shape[1]), torch.split(b, size), strict=True))
+
+
+def crop(blocks: Sequence[LowRankBlock], rows: slice, columns: slice | None = None) -> list[LowRankBlock]:
+    """Return the parts of blocks that fall on some rows and columns of a weight, counted from the first of these.
+
+    Args:
+        blocks: of the whole weight.
+        rows: start and stop, with a step of 1.
+        columns: of the weight seen as (rows, everything else); None for all of them.
+    """
+    cropped = []
+    for row, col, left, right in blocks:
+        top, bottom = max(row, rows.start), min(row + left.shape[0], rows.stop)
+        begin, end = (col, col + right.shape[1]) if columns is None else _overlap(col, right.shape[1], columns)
+        if top < bottom and begin < end:
+            origin = columns.start if columns else 0
+            left, right = left[top - row : bottom - row], right[:, begin - col : end - col]
+            cropped.append(LowRankBlock(top - rows.start, begin - origin, left, right))
+    return cropped
+
+
+def _overlap(start: int, size: int, window: slice) -> tuple[int, int]:
+    return max(start, window.start), min(start + size, window.stop)
+
+
+def dense_delta(blocks: Sequence[LowRankBlock], shape: torch.Size) -> torch.Tensor:
+    """Return what the blocks add to a weight, in its shape; differentiable."""
+    row, col, left, right = blocks[0]
+    if len(blocks) == 1 and left.shape[0] * right.shape[1] == shape.numel():
+        return (left @ right).view(shape)
+    delta = left.new_zeros(shape[0], shape.numel() // shape[0])
+    for row, col, left, right in blocks:
+        delta[row : row + left.shape[0], col : col + right.shape[1]] = left @ right
+    return delta.view(shape)
+
+
+def scale_blocks(blocks: Sequence[LowRankBlock], scaling: float, dtype: torch.dtype) -> list[LowRankBlock]:
+    """Return the blocks in another dtype, contiguous, with the scaling folded into left."""
+    return [
+        block._replace(
+            left=block.left.detach().to(dtype).mul(scaling).contiguous(),
+            right=block.right.detach().to(dtype).contiguous(),
+        )
+        for block in blocks
+    ]
+
+
+def to_block_diagonal(b: torch.Tensor, enabled: tuple[bool, ...]) -> torch.Tensor:
+    """Return the B (out, n * r) of the plain adapter of rank n * r that equals n enabled parts with the same A."""
+    size, rank = b.shape[0] // sum(enabled), b.shape[1]
+    wide = b.new_zeros(len(enabled) * size, sum(enabled) * rank)
+    for block, part in zip(_diagonal_blocks(wide, enabled), torch.split(b, size), strict=True):
+        block.copy_(part)
+    return wide
+
+
+def from_block_diagonal(b: torch.Tensor, enabled: tuple[bool, ...]) -> torch.Tensor:
+    """Undo to_block_diagonal; what is outside the blocks is left out."""
+    return torch.cat([block.clone() for block in _diagonal_blocks(b, enabled)])
+
+
+def _diagonal_blocks(wide: torch.Tensor, enabled: tuple[bool, ...]) -> list[torch.Tensor]:
+    rows, columns = wide.shape[0] // len(enabled), wide.shape[1] // sum(enabled)
+    adapted = [i for i, on in enumerate(enabled) if on]
+    return [wide[i * rows : (i + 1) * rows, k * columns : (k + 1) * columns] for k, i in enumerate(adapted)]
+
+
+def product_norm(left: torch.Tensor, right: torch.Tensor) -> float:
+    """Return the Frobenius norm of left @ right from two small triangles.
+
+    Exact to the dtype also where the product nearly cancels; the product is never built.
+    """
+    tall, wide = torch.linalg.qr(left, mode="r")[1], torch.linalg.qr(right.T, mode="r")[1]
+    return float(torch.linalg.matrix_norm(tall @ wide.T))

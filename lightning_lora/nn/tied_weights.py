@@ -45,7 +45,7 @@ def _note_overlaps(sharing: list[tuple[torch.Tensor, nn.Module, str, bool]], tie
                 tied.setdefault(other, name)
 
 
-def note_tied(model: nn.Module) -> None:
+def record_ties(model: nn.Module) -> None:
     """Tell each adapted layer what keeps it from being merged; where the injected model is seen whole, also nothing."""
     tied = tied_weights(model)
     modules = list(model.modules())
@@ -55,8 +55,8 @@ def note_tied(model: nn.Module) -> None:
             computed = any(name not in layer._parameters for name in layer.adapted_weights())
             reason = "its weight is computed from others (weight_norm, parametrize, prune)" if computed else ""
             reason = f"its weight is also {tied[layer]}" if layer in tied else reason
-            if reason != layer.lora_tied and (reason or whole):
-                layer.lora_tied = reason
+            if reason != layer.lora.unmergeable_reason and (reason or whole):
+                layer.lora.unmergeable_reason = reason
 
 
 def _storage(tensor: torch.Tensor) -> int:

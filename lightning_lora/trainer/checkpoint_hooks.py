@@ -22,7 +22,7 @@ from ..names import ATTRIBUTE, ENTRY, META
 def write_as(module: nn.Module, kind: Kind) -> None:
     """From now on, checkpoints of this LightningModule are of that kind."""
     check_kind(kind)
-    require_injection(module, "save_as")[2].save = kind
+    require_injection(module, "save_as").record.save = kind
     patch(module, "on_save_checkpoint", _on_save_checkpoint)
 
 
@@ -31,8 +31,8 @@ def _on_save_checkpoint(
 ) -> None:
     call_previous(module, previous, "on_save_checkpoint", checkpoint)
     found = find_injection(module)
-    if found is not None and found[2].save is not None:
-        write(module, checkpoint, found[2].save)
+    if found is not None and found.record.save is not None:
+        write(module, checkpoint, found.record.save)
 
 
 # Where WeightAveraging keeps the weights beside the averaged ones. Having an average, it goes back to them, even for a
@@ -61,28 +61,28 @@ def _is_fitting(module: nn.Module) -> bool:
     return trainer is None or trainer.state.fn == "fit"
 
 
-FIELDS = {"trained": set, "unfrozen": set, "initial": dict, "fingerprint": dict}
+EXPORTED = {"trained": set, "unfrozen": set, "initial": dict, "fingerprint": dict}
 
 
-def send_home(module: nn.Module) -> None:
+def export_state(module: nn.Module) -> None:
     """From now on, state dicts of this module carry what the main process needs; this process is about to end."""
-    root = require_injection(module, "send_home")[1]
-    root.register_state_dict_post_hook(_add)  # type: ignore[no-untyped-call]
+    root = require_injection(module, "export_state").root
+    root.register_state_dict_post_hook(_export_to_state_dict)  # type: ignore[no-untyped-call]
 
 
-def take_up(root: nn.Module, learned: dict[str, Any]) -> None:
+def import_state(root: nn.Module, learned: dict[str, Any]) -> None:
     """What another process sent home; a LightningModule saves from now on as it did there."""
-    for name, kind in FIELDS.items():
+    for name, kind in EXPORTED.items():
         setattr(vars(root)[ATTRIBUTE], name, kind(learned[name]))
     if learned["save"] is not None and hasattr(root, "on_save_checkpoint"):
         write_as(root, learned["save"])
 
 
-def _add(root: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+def _export_to_state_dict(root: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
     injection: Injection = vars(root)[ATTRIBUTE]
-    learned = {name: getattr(injection, name) for name in FIELDS}
+    learned = {name: getattr(injection, name) for name in EXPORTED}
     plain = {name: sorted(value) if isinstance(value, set) else value for name, value in learned.items()}
     state[prefix + ENTRY] = {"save": injection.save, **plain}
 
 
-EXTRA_ENTRIES[ENTRY] = take_up
+EXTRA_ENTRIES[ENTRY] = import_state

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from ..model.inject import adapt_new_layers, begin_injection, finish_injection, withdraw
-from ..model.injection import find_injection, note_initial, require_injection
+from ..model.inject import adapt_new_layers, begin_injection, finish_injection, strip_adapters
+from ..model.injection import find_injection, require_injection, snapshot_initial
 from ..model.patches import call_previous, patch
 from ..nn.lora_layer import adapted_layers
 from .checkpoint_hooks import save_as
@@ -33,7 +33,7 @@ def _setup_and_adapt(module: nn.Module, previous: Callable[[str], Any] | None, s
         call_previous(module, previous, "setup", stage)
     adapt_new_layers(module)
     if "configure_model" not in vars(module):
-        note_initial(module)
+        snapshot_initial(module)
         finish_injection(module)
 
 
@@ -45,23 +45,23 @@ def _configure_and_adapt(module: nn.Module, previous: Callable[[], Any] | None) 
     if find_injection(module) is None:
         return  # taken out meanwhile
     adapt_new_layers(module)
-    note_initial(module)
+    snapshot_initial(module)
     finish_injection(module)
 
 
 @contextmanager
 def _giving_way(module: nn.Module) -> Iterator[None]:
     """Who builds and shards calls inject() in between, on the module or a part of it; that injection then stands."""
-    ours = require_injection(module, "LoRACallback")[2]
-    waiting = not ours.judged and not adapted_layers(module)
+    ours = require_injection(module, "LoRACallback").record
+    waiting = not ours.validated and not adapted_layers(module)
     if waiting:
-        withdraw(module)
+        strip_adapters(module)
     yield
     theirs = find_injection(module)
     if theirs is None and waiting:
         begin_injection(module, ours.config, seed=ours.seed)
-    elif theirs is not None and theirs[2] is not ours:
-        refuse_other_options(theirs[2], ours.config)
+    elif theirs is not None and theirs.record is not ours:
+        refuse_other_options(theirs.record, ours.config)
     if find_injection(module) is not None:
         save_as(module, ours.save)
 

@@ -16,12 +16,12 @@ import torch
 from torch import nn
 
 from ..adapter.lightning_checkpoint import Kind, adapter_of, read
-from ..adapter.save_load import fit_
+from ..adapter.save_load import apply_adapter
 from ..distributed.sharding import local
 from ..errors import LoRAError
-from ..model.injection import find_injection, note_materialised
+from ..model.injection import find_injection, snapshot_materialised
 from ..model.patches import call_previous, patch
-from ..model.state_dict import adapter_keys, base_keys, fold
+from ..model.state_dict import adapter_keys, base_keys, merge_state_dict
 from ..names import META, canonical
 from ..nn.lora_layer import adapted_layers
 
@@ -56,14 +56,14 @@ def _state_dict(strategy: Any, previous: Callable[[], Any] | None) -> Any:
     """The patched lightning_module_state_dict: what the kind of checkpoint holds, and no more, is gathered."""
     module = strategy.lightning_module
     found = find_injection(module)
-    with _showing(module, lambda state: _of_kind(module, state, found[2].save if found else None)):
+    with _showing(module, lambda state: _of_kind(module, state, found.record.save if found else None)):
         return call_previous(strategy, previous, "lightning_module_state_dict")
 
 
 def _of_kind(module: nn.Module, state: Mapping[str, Any], kind: Kind | None) -> Mapping[str, Any]:
     if kind == "adapter":
         return {name: state[name] for name in adapter_keys(module)}
-    return fold(module, state) if kind == "merged" else state
+    return merge_state_dict(module, state) if kind == "merged" else state
 
 
 def _load_checkpoint(
@@ -74,7 +74,7 @@ def _load_checkpoint(
     path = Path(strategy.broadcast(checkpoint_path))
     if find_injection(module) is None:
         return call_previous(strategy, previous, "load_checkpoint", path, *args, **kwargs)
-    note_materialised(module)
+    snapshot_materialised(module)
     content = _content(path, kwargs.get("weights_only"))
     given = set(content["state_dict"])
     adapter, kind = adapter_of(content) if META in content else (None, None)
@@ -95,7 +95,7 @@ def _load_checkpoint(
         for weight, values in kept.items():
             weight.copy_(values)
     if kind == "merged" and adapter is not None:
-        fit_(module, adapter)
+        apply_adapter(module, adapter)
     loaded.pop(META, None)  # done; the module's on_load_checkpoint has nothing to complete
     return loaded
 

@@ -24,7 +24,6 @@ from world import world
 
 from lightning_lora import (
     LoRAError,
-    export,
     inject,
     is_merged,
     load_adapter,
@@ -34,6 +33,7 @@ from lightning_lora import (
     save_adapter,
     save_merged,
 )
+from lightning_lora.adapter import merged_folder
 from lightning_lora.adapter.merged_folder import FILE, INDEX
 from lightning_lora.command.merge import merge_on_disk
 
@@ -98,12 +98,12 @@ def write(folder: Path, kind: str) -> None:
     for state, most in (("unmerged", 150), ("merged", whole)):
         if state == "merged":
             merge(net)
-        export.full, gather = Live(export.full), export.full
+        merged_folder.full_tensor, gather = Live(merged_folder.full_tensor), merged_folder.full_tensor
         try:
             save_merged(net, folder / state, max_shard_bytes=most)
-            live = export.full
+            live = merged_folder.full_tensor
         finally:
-            export.full = gather
+            merged_folder.full_tensor = gather
         assert live.count == len([name for name in net.state_dict() if "lora_" not in name])
         assert live.most == largest < whole / 2  # on the writing rank too, whatever the size of its files
         assert is_merged(net) == (state == "merged")
@@ -187,11 +187,11 @@ def failing(folder: Path) -> list[str]:
         messages.append(f"{type(caught.value).__name__}: {caught.value}")
 
     fails("file")
-    export._append, append = (full_disk if rank == 0 else export._append), export._append
+    merged_folder._append, append = (full_disk if rank == 0 else merged_folder._append), merged_folder._append
     try:
         fails("there")
     finally:
-        export._append = append
+        merged_folder._append = append
     if rank == 1:
         with torch.no_grad():
             net[2].lora_B.to_local().fill_(torch.inf)

@@ -229,7 +229,7 @@ class Naive(LoRACallback):
         for layer in model.modules():
             if isinstance(layer, LoRALayer):
                 with torch.no_grad():
-                    delta = layer.lora_B @ layer.lora_A * layer.lora_scaling
+                    delta = layer.lora_B @ layer.lora_A * layer.lora.spec.scaling
                     layer.weight.add_(delta, alpha=sign)
                 layer.lora_active = sign < 0
 

@@ -116,7 +116,7 @@ def measured(path: Path, columns: bool) -> dict[str, int]:
     with Traffic() as sent:
         merge(model)
     found["received_in_merge"] = (ranks - 1) * sum(entry for name, entry in sent.sent if "gather" in name)
-    kept = [kept for layer in model.modules() if isinstance(layer, LoRALayer) for kept in layer.lora_kept.values()]
+    kept = [kept for layer in model.modules() if isinstance(layer, LoRALayer) for kept in layer.lora.records.values()]
     own = sum(piece.left.nbytes + piece.right.nbytes for one in kept for piece in one.pieces)
     found["kept_while_merged"] = own + sum(one.nbytes() for one in kept)
     unmerge(model)
@@ -251,7 +251,7 @@ def peaks(path: Path) -> dict[str, int]:
     save_merged(model, path)
     found = {"shard": sum(stored(p) for name, p in model.named_parameters() if "lora_" not in name)}
     found["merge"] = peak(lambda: merge(model))
-    kept = [kept for layer in model.modules() if isinstance(layer, LoRALayer) for kept in layer.lora_kept.values()]
+    kept = [kept for layer in model.modules() if isinstance(layer, LoRALayer) for kept in layer.lora.records.values()]
     found["kept"] = sum(one.nbytes() + sum(p.left.nbytes + p.right.nbytes for p in one.pieces) for one in kept)
     found["unmerge"] = peak(lambda: unmerge(model))
     found["export"] = peak(lambda: save_merged(model, path))

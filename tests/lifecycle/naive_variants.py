@@ -27,7 +27,7 @@ class MergesEachName(NaiveCallback):
     def _add(self, model: nn.Module, sign: int) -> None:
         for _, layer in model.named_modules(remove_duplicate=False):
             if self.merged_eval and isinstance(layer, LoRALayer):
-                layer.weight += sign * layer.lora_scaling * layer.lora_B @ layer.lora_A
+                layer.weight += sign * layer.lora.spec.scaling * layer.lora_B @ layer.lora_A
                 layer.lora_active = sign < 0
 
 
@@ -38,7 +38,7 @@ class ReplacesData(NaiveCallback):
     def _add(self, model: nn.Module, sign: int) -> None:
         for layer in model.modules():
             if isinstance(layer, LoRALayer):
-                layer.weight.data = layer.weight + sign * layer.lora_scaling * layer.lora_B @ layer.lora_A
+                layer.weight.data = layer.weight + sign * layer.lora.spec.scaling * layer.lora_B @ layer.lora_A
                 layer.lora_active = sign < 0
 
 

@@ -89,7 +89,7 @@ class Encoder(Net):
 def effective(layer: nn.Module) -> torch.Tensor:
     """W + s * B @ A of a layer of ours or PEFT's."""
     if isinstance(layer, LoRALayer):
-        return layer.weight + layer.lora_scaling * layer.lora_B @ layer.lora_A
+        return layer.weight + layer.lora.spec.scaling * layer.lora_B @ layer.lora_A
     return layer.get_base_layer().weight + layer.get_delta_weight("default")
 
 
