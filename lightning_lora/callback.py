@@ -18,14 +18,13 @@ from .adapter.fingerprint import fingerprint
 from .adapter.lightning_checkpoint import Kind, check_kind
 from .config import Bias, Init, LoRAConfig
 from .errors import LoRAError
-from .model.inject import begin_injection, random_seed, summary
-from .model.injection import find_injection, record_trainable, snapshot_materialised
+from .model.inject import begin_injection, fixed_seed, random_seed, summary
+from .model.injection import find_injection, snapshot_materialised
 from .model.merging import is_merged, merge, unmerge
 from .model.self_check import Verification, watch
 from .model.state_dict import refuse_unmergeable
 from .names import ALL_LINEAR
 from .nn.gradient_checkpointing import enable_input_require_grads
-from .nn.lora_layer import LoRALayer, adapted_layers
 from .trainer.checkpoint_hooks import export_state, save_as
 from .trainer.compatibility import (
     launches,
@@ -36,6 +35,7 @@ from .trainer.compatibility import (
     warn_of_part,
 )
 from .trainer.late_layers import BUILDERS, adapt_after
+from .trainer.step_lists import StepLists
 from .trainer.strategies import prepare_strategy
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 class LoRACallback(pl.Callback):
     """Low-rank adapters for any LightningModule: injected on setup, merged while evaluating, saved small.
 
-    The options after `save` are LoRAConfig's. With none of them given, a model that the user injected is adopted as it
+    The options after `seed` are LoRAConfig's. With none of them given, a model that the user injected is adopted as it
     is.
 
     Args:
@@ -53,6 +53,8 @@ class LoRACallback(pl.Callback):
             this package, and the adapter beside them) or "full" (base and adapter).
         verify: on the first evaluation batch, compare each layer's merged and factored output, log the error, and
             warn of layers that never ran or whose adapter had no effect.
+        seed: what the adapters are drawn from; without one, the state of torch's random stream at setup, which is not
+            advanced. Members of an ensemble need seeds of their own, or streams that differ.
         r: rank of A (r, in) and B (out, r).
         lora_alpha: numerator of the scaling s = lora_alpha / r.
         lora_dropout: probability of dropping an input feature of the adapter while the layer is in training mode; a
@@ -78,6 +80,7 @@ class LoRACallback(pl.Callback):
         merged_eval: bool = True,
         save: Kind = "adapter",
         verify: bool = False,
+        seed: int | None = None,
         r: int = 8,
         lora_alpha: float = 8,
         lora_dropout: float = 0.0,
@@ -101,9 +104,10 @@ class LoRACallback(pl.Callback):
         self.merged_eval = merged_eval
         self.save = save
         self.verify = verify
+        self.seed = "" if seed is None else fixed_seed(seed)
         # By module, because a hook may run a second Trainer with this callback.
         self._merged: set[nn.Module] = set()
-        self._kept_in_eval: dict[nn.Module, list[LoRALayer]] = {}
+        self._lists: dict[nn.Module, StepLists] = {}
         self._verifying: tuple[AbstractContextManager[Verification], Verification] | None = None
         self._verified = False
 
@@ -115,9 +119,9 @@ class LoRACallback(pl.Callback):
         found = find_injection(pl_module)
         refuse_composition(trainer, self, injected=found is not None)
         if found is None:
-            begin_injection(pl_module, self.config, seed=trainer.strategy.broadcast(random_seed()))
+            begin_injection(pl_module, self.config, seed=self.seed or trainer.strategy.broadcast(random_seed()))
         else:
-            refuse_other_options(found.record, self.config)
+            refuse_other_options(found.record, self.config, self.seed)
             warn_of_part(trainer, found.prefix.removesuffix("."))
         adapt_after(pl_module, *(name for name in BUILDERS if is_overridden(name, pl_module)))
         save_as(pl_module, self.save)
@@ -138,29 +142,29 @@ class LoRACallback(pl.Callback):
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Lightning keeps a backbone in the mode that it came in; dropout of its adapters acts all the same."""
-        self._kept_in_eval.pop(pl_module, None)  # noted anew, now that all modes are those of training
+        self._lists.pop(pl_module, None)  # listed anew, now that all modes are those of training
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Training is unmerged, whatever happened before."""
-        if is_merged(pl_module):
+        lists = self._step_lists(pl_module)
+        if lists.is_merged():
             unmerge(pl_module)
             self._merged.discard(pl_module)
-        self._note_modes(pl_module)
-        self._drop(pl_module, True)
+        lists.override_dropout(True)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """What another hand unfroze has its first value still."""
-        record_trainable(pl_module)
+        """Record the initial value of every base parameter that became trainable since the last step."""
+        self._step_lists(pl_module).record_trainable()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Outside training batches, dropout follows each layer's own mode again."""
-        self._drop(pl_module, None)
+        self._step_lists(pl_module).override_dropout(None)
 
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -249,7 +253,7 @@ class LoRACallback(pl.Callback):
     # --- helpers ---
 
     def _merge(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.merged_eval and not is_merged(pl_module):
+        if self.merged_eval and not self._step_lists(pl_module).is_merged():
             self._merged.add(pl_module)  # first, because Ctrl-C is raised when merging is complete
             merge(pl_module)
         if self.verify and not self._verified and self._verifying is None and not trainer.sanity_checking:
@@ -266,19 +270,16 @@ class LoRACallback(pl.Callback):
                 unmerge(pl_module)
 
     def _leave(self, pl_module: pl.LightningModule) -> None:
-        self._drop(pl_module, None)
-        self._kept_in_eval.pop(pl_module, None)
+        if pl_module in self._lists:
+            self._step_lists(pl_module).override_dropout(None)
+            del self._lists[pl_module]
         self._unmerge(pl_module)
 
-    def _note_modes(self, pl_module: pl.LightningModule) -> None:
-        if pl_module not in self._kept_in_eval:  # a Trainer inside a hook forgets them
-            layers = adapted_layers(pl_module).values()
-            dropping = (layer for layer in layers if layer.lora.spec.dropout)
-            self._kept_in_eval[pl_module] = [layer for layer in dropping if not layer.training]
-
-    def _drop(self, pl_module: pl.LightningModule, dropping: bool | None) -> None:
-        for layer in self._kept_in_eval.get(pl_module, ()):
-            layer.lora.dropout_override = dropping
+    def _step_lists(self, pl_module: pl.LightningModule) -> StepLists:
+        lists = self._lists.get(pl_module)
+        if lists is None or not lists.is_current():
+            lists = self._lists[pl_module] = StepLists(pl_module)
+        return lists
 
     def _report(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._verifying is None:

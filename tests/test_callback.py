@@ -24,10 +24,10 @@ def adapted(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, LoRALayer)]
 
 
-def test_options_are_those_of_the_config_and_two_of_its_own():
+def test_options_are_those_of_the_config_and_four_of_its_own():
     ours = inspect.signature(LoRACallback).parameters
     config = inspect.signature(LoRAConfig).parameters
-    own = {"merged_eval": True, "save": "adapter", "verify": False}
+    own = {"merged_eval": True, "save": "adapter", "verify": False, "seed": None}
     assert list(ours) == [*own, *config]
     assert list(config) == [field.name for field in fields(LoRAConfig)]
     assert all(parameter.kind is inspect.Parameter.KEYWORD_ONLY for parameter in ours.values())

@@ -61,25 +61,27 @@ def _refuse_beside(trainer: Any, callback: Any, other: Any) -> None:
         )
 
 
-def refuse_other_options(injection: Injection, config: LoRAConfig) -> None:
+def refuse_other_options(record: Injection, config: LoRAConfig, seed: str = "") -> None:
     """Raise where a model that was injected before does not go with the callback's options.
 
     Raises:
         LoRAError: names the option, or gives the reason.
     """
-    if injection.merge_weights:
+    if record.merge_weights:
         raise LoRAError(
             "LoRACallback: the model was injected with merge_weights=True, where eval() merges: a backbone kept "
             "in eval mode would silently stop training. Call inject(model, config) without it."
         )
     default = LoRAConfig()
-    for option in injection.config.differing(config):
-        ours, theirs = getattr(config, option), getattr(injection.config, option)
+    for option in record.config.differing(config):
+        ours, theirs = getattr(config, option), getattr(record.config, option)
         if ours != getattr(default, option):
             raise LoRAError(
                 f"LoRACallback: {option} is {ours!r}, but the model was injected with {theirs!r}; use the same, "
                 "give no adapter option, or unload(model) first."
             )
+    if seed and record.seed != seed:
+        raise LoRAError("LoRACallback: the model was injected with another seed; give none, or unload(model) first.")
 
 
 def warn_of_part(trainer: Any, name: str) -> None:

@@ -1,0 +1,60 @@
+"""What the hooks of every batch need of a model, listed once, so that no batch walks the tree."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..distributed.sharding import reshard_
+from ..model.injection import Injection, find_injection, record_trainable
+from ..model.named_state import base_parameters
+from ..names import ATTRIBUTE
+from ..nn.lora_layer import LoRALayer, adapted_layers
+
+
+class StepLists:
+    """The lists of one injected model.
+
+    Attributes:
+        layers: the adapted layers.
+        frozen: base parameters that were never trainable.
+        kept_in_eval: layers with dropout that are in eval mode while the model trains; None until that is noted.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        found = find_injection(model)
+        self.model = model
+        self.root = found.root if found else model
+        self.record: Injection | None = found.record if found else None
+        self.layers = list(adapted_layers(model).values())
+        self.kept_in_eval: list[LoRALayer] | None = None
+        self.list_frozen()
+
+    def list_frozen(self) -> None:
+        """List the frozen parameters anew."""
+        reshard_(self.model)
+        trained = self.record.trained if self.record else set()
+        self.frozen = (
+            [p for name, p in base_parameters(self.root).items() if name not in trained] if self.record else []
+        )
+
+    def is_current(self) -> bool:
+        """Whether the model is still injected as it was when it was listed."""
+        return vars(self.root).get(ATTRIBUTE) is self.record
+
+    def is_merged(self) -> bool:
+        """As merging.is_merged."""
+        return any(layer.lora.merged for layer in self.layers)
+
+    def override_dropout(self, dropping: bool | None) -> None:
+        """Let dropout of layers that are kept in eval mode act, or follow their own mode again (None)."""
+        if dropping and self.kept_in_eval is None:
+            with_dropout = (layer for layer in self.layers if layer.lora.spec.dropout)
+            self.kept_in_eval = [layer for layer in with_dropout if not layer.training]
+        for layer in self.kept_in_eval or ():
+            layer.lora.dropout_override = dropping
+
+    def record_trainable(self) -> None:
+        """As injection.record_trainable, where a frozen parameter has become trainable."""
+        if any(parameter.requires_grad for parameter in self.frozen):
+            record_trainable(self.model)
+            self.list_frozen()
