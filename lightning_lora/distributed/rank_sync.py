@@ -1,4 +1,4 @@
-"""TODO"""
+"""Steps that all ranks take alike: where one fails on one rank, all raise, and none waits for ever."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterable
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from ..errors import LoRAError
-from .sharding import _reduce, has_sharded
+from .sharding import has_sharded, is_sharded, reduce_
 
 
 def writes_files(model: nn.Module) -> bool:
@@ -25,7 +24,7 @@ class RankSync:
     """
 
     def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
-        self.meshes = list(dict.fromkeys(t.device_mesh for t in tensors if isinstance(t, DTensor)))
+        self.meshes = list(dict.fromkeys(t.device_mesh for t in tensors if is_sharded(t)))
         self.names: list[str] = []
         self.failed: tuple[int, Exception] | None = None
 
@@ -42,7 +41,7 @@ class RankSync:
         """Sums over the ranks, in which a replica counts again. Collective."""
         for mesh in self.meshes:
             values = values.to(mesh.device_type)
-            _reduce(values, mesh, range(mesh.ndim), dist.ReduceOp.SUM)
+            reduce_(values, mesh, range(mesh.ndim), dist.ReduceOp.SUM)
         return values
 
     def raise_on_any_rank(self) -> None:
@@ -51,7 +50,7 @@ class RankSync:
         first = -self.failed[0] if self.failed else -nowhere
         for mesh in self.meshes:
             flag = torch.tensor(first, device=mesh.device_type)
-            _reduce(flag, mesh, range(mesh.ndim), dist.ReduceOp.MAX)
+            reduce_(flag, mesh, range(mesh.ndim), dist.ReduceOp.MAX)
             first = int(flag)
         if self.failed is not None:
             place, error = self.failed

@@ -5,33 +5,43 @@ Functions marked "collective" communicate, so every rank must call them, in the 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from ..errors import LoRAError
 
+if TYPE_CHECKING:  # imported where a sharded tensor is at hand: they take as long as the rest of this package's imports
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
 
-def is_sharded(tensor: object) -> bool:
+PLAIN = (torch.Tensor, nn.Parameter)
+
+
+def is_sharded(tensor: object) -> TypeGuard[DTensor]:
     """Whether a tensor is spread over ranks."""
-    return isinstance(tensor, DTensor)
+    return type(tensor) not in PLAIN and any(cls.__name__ == "DTensor" for cls in type(tensor).__mro__)
+
+
+def is_fully_sharded(module: nn.Module) -> TypeGuard[FSDPModule]:
+    """Whether fully_shard (FSDP2) was called on a module."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # a class that nobody imported has no instances
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
 def has_sharded(model: nn.Module) -> bool:
     """Whether any parameter of the model is spread over ranks, gathered at the moment or not."""
-    fully = any(isinstance(module, FSDPModule) for module in model.modules())
-    return fully or any(is_sharded(parameter) for parameter in model.parameters())
+    return any(map(is_fully_sharded, model.modules())) or any(map(is_sharded, model.parameters()))
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's shard, detached, in the memory of the tensor; a plain tensor is its own shard."""
-    if not isinstance(tensor, DTensor):
+    if not is_sharded(tensor):
         return tensor.detach()
     with torch.no_grad():
         return tensor.to_local()
@@ -39,29 +49,31 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """The whole tensor, detached, on the device that holds the shard. Collective."""
-    if not isinstance(tensor, DTensor):
+    if not is_sharded(tensor):
         return tensor.detach()
     device = tensor.device
     with torch.inference_mode(False), torch.no_grad():
         # Offloaded shards travel over the mesh's own device.
-        moved = cast(DTensor, tensor.detach().to(tensor.device_mesh.device_type))
+        moved = cast("DTensor", tensor.detach().to(tensor.device_mesh.device_type))
         return moved.full_tensor().to(device)
 
 
 def meeting_device(tensor: torch.Tensor) -> torch.device:
     """Where ranks exchange values of a tensor, which offloaded shards are not on."""
-    return torch.device(tensor.device_mesh.device_type) if isinstance(tensor, DTensor) else tensor.device
+    return torch.device(tensor.device_mesh.device_type) if is_sharded(tensor) else tensor.device
 
 
 def gather_all(values: Mapping[str, Any]) -> dict[str, Any]:
     """A state dict without sharding, the gathered tensors on the CPU. Collective."""
-    return {name: full_tensor(value).cpu() if isinstance(value, DTensor) else value for name, value in values.items()}
+    return {name: full_tensor(value).cpu() if is_sharded(value) else value for name, value in values.items()}
 
 
 def from_local_like(shard: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     """A shard put into the same place as the tensor's own."""
-    if not isinstance(tensor, DTensor):
+    if not is_sharded(tensor):
         return shard
+    from torch.distributed.tensor import DTensor
+
     return DTensor.from_local(
         shard, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
     )
@@ -69,7 +81,7 @@ def from_local_like(shard: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
 
 def window(tensor: torch.Tensor) -> tuple[slice, ...]:
     """Where this rank's shard lies in the whole tensor."""
-    if not isinstance(tensor, DTensor):
+    if not is_sharded(tensor):
         return tuple(slice(0, size) for size in tensor.shape)
     chunk = cast(Any, tensor).__create_chunk_list__()[0]  # as torch.distributed.checkpoint asks for it
     return tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True))
@@ -92,7 +104,7 @@ def reshard_(model: nn.Module) -> None:
     What is written into a gathered weight is lost with it, and the shards stay as they were: the base drifts.
     """
     for module in model.modules():
-        if isinstance(module, FSDPModule):
+        if is_fully_sharded(module):
             module.reshard()
 
 
@@ -104,7 +116,7 @@ def reset_(model: nn.Module) -> None:
     """
     roots: list[str] = []
     for name, module in model.named_modules():
-        if isinstance(module, FSDPModule) and not any(name.startswith(f"{r}." if r else "") for r in roots):
+        if is_fully_sharded(module) and not any(name.startswith(f"{r}." if r else "") for r in roots):
             roots.append(name)
             try:
                 cast(Any, module).reset_iter_state()
@@ -122,7 +134,7 @@ def refuse_fully_sharded(model: nn.Module, verb: str) -> None:
     Raises:
         LoRAError: always names the alternative.
     """
-    if any(isinstance(module, FSDPModule) for module in model.modules()):
+    if any(map(is_fully_sharded, model.modules())):
         raise LoRAError(
             f"{verb}: {type(model).__name__} was sharded by fully_shard, which goes on to manage the adapter's "
             "parameters and cannot give them up. merge(model) runs at the base's speed; for plain weights, save a "
@@ -130,7 +142,8 @@ def refuse_fully_sharded(model: nn.Module, verb: str) -> None:
         )
 
 
-def _reduce(values: torch.Tensor, mesh: DeviceMesh, dims: Iterable[int], op: Any) -> None:
+def reduce_(values: torch.Tensor, mesh: DeviceMesh, dims: Iterable[int], op: Any) -> None:
+    """Reduce values over some dimensions of a mesh, in place. Collective."""
     for dim in dims:
         dist.all_reduce(values, op, group=mesh.get_group(dim))
 
@@ -146,9 +159,9 @@ def samples(tensor: torch.Tensor, places: list[int]) -> list[float]:
     shard = local(tensor)
     here = [(index[inside] - part.start).to(shard.device) for index, part in zip(at, parts, strict=True)]
     values[inside] = shard[tuple(here)].double().cpu()
-    if isinstance(tensor, DTensor):
+    if is_sharded(tensor):
         values = values.to(tensor.device_mesh.device_type)
         split = [dim for dim, place in enumerate(tensor.placements) if not place.is_replicate()]
-        _reduce(values, tensor.device_mesh, split, dist.ReduceOp.SUM)
+        reduce_(values, tensor.device_mesh, split, dist.ReduceOp.SUM)
     result: list[float] = values.tolist()
     return result

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..distributed.tensor_parallel import sum_partials
+from ..distributed.sharding import is_sharded
 from . import low_rank
 from .lora_layer import LoRALayer
 
@@ -56,9 +56,9 @@ class LoRAEmbedding(LoRALayer):
     def factored_forward(self, input: torch.Tensor) -> torch.Tensor:
         base = self._renormalised(input) if self._renormalises() else self.base_forward(input)
         a, b = self.lora_A.to(base.dtype), self.lora_B.to(base.dtype)
-        delta = F.linear(sum_partials(F.embedding(input, a.T)), b) * self.lora.spec.scaling
+        delta = F.linear(_summed(F.embedding(input, a.T)), b) * self.lora.spec.scaling
         delta = self._trained_as_rows(delta, input) if torch.is_grad_enabled() else delta
-        return sum_partials(base).add_(delta)
+        return _summed(base).add_(delta)
 
     def _trained_as_rows(self, delta: torch.Tensor, input: torch.Tensor) -> torch.Tensor:
         """padding_idx and scale_grad_by_freq are about rows of the weight, so about both factors."""
@@ -69,3 +69,12 @@ class LoRAEmbedding(LoRALayer):
             occurs = torch.bincount(input.flatten(), minlength=layer.num_embeddings)[input].unsqueeze(-1)
             delta = delta.detach() + (delta - delta.detach()) / occurs.to(delta.dtype)
         return delta
+
+
+def _summed(rows: torch.Tensor) -> torch.Tensor:
+    """Rows of a table that is split by rows come as partial sums of the ranks."""
+    if not is_sharded(rows):
+        return rows
+    from ..distributed.tensor_parallel import sum_partials  # imports much, and is rarely needed
+
+    return sum_partials(rows)

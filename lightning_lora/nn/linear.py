@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 
 from ..distributed.sharding import is_sharded
-from ..distributed.tensor_parallel import low_rank_product
 from . import low_rank
 from .lora_layer import LoRALayer
 from .low_rank import enabled_parts
@@ -42,6 +41,8 @@ class LoRALinear(LoRALayer):
         base = self.base_forward(input)
         x, scaling = self.dropped(input)
         if is_sharded(x) and self.lora.spec.enabled is None:
+            from ..distributed.tensor_parallel import low_rank_product  # imports much, and is rarely needed
+
             product = low_rank_product(x, self.lora_A.to(x.dtype), self.lora_B.to(x.dtype))
             if product is not None:
                 return cast(torch.Tensor, base + product * scaling)

@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..distributed.sharding import copy_, from_local_like, full_tensor, is_sharded, local, window
-from ..distributed.tensor_parallel import place_like_weight
 from ..errors import LoRAError
 from ..names import A, B, canonical
 from . import low_rank
@@ -282,13 +281,15 @@ class LoRALayer(Swapped):
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As in nn.Module; parallelize_module comes here with each parameter made into a sharded one."""
-        if name in (A, B) and param is not None:
-            if is_sharded(param) and self.lora.spec.enabled is not None:
+        if name in (A, B) and is_sharded(param):
+            from ..distributed.tensor_parallel import place_like_weight  # imports much, and is rarely needed
+
+            if self.lora.spec.enabled is not None:
                 raise LoRAError(
                     f"{type(self).__name__}: the parts of enable_lora do not follow a tensor parallel split; adapt the "
                     "layer as a whole, or leave it out of the parallelize plan"
                 )
-            param = place_like_weight(name, param, self.main_weight(), low_rank.shard_dims(self.KIND))
+            param = place_like_weight(name, cast(nn.Parameter, param), self.main_weight(), low_rank.shard_dims(self.KIND))
         super().register_parameter(name, param)
 
     def local_blocks(

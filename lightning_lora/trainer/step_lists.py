@@ -15,7 +15,7 @@ class StepLists:
     """The lists of one injected model.
 
     Attributes:
-        layers: the adapted layers.
+        layers, states: the adapted layers, and what each carries.
         frozen: base parameters that were never trainable.
         kept_in_eval: layers with dropout that are in eval mode while the model trains; None until that is noted.
     """
@@ -26,6 +26,7 @@ class StepLists:
         self.root = found.root if found else model
         self.record: Injection | None = found.record if found else None
         self.layers = list(adapted_layers(model).values())
+        self.states = [layer.lora for layer in self.layers]
         self.kept_in_eval: list[LoRALayer] | None = None
         self.list_frozen()
 
@@ -43,7 +44,7 @@ class StepLists:
 
     def is_merged(self) -> bool:
         """As merging.is_merged."""
-        return any(layer.lora.merged for layer in self.layers)
+        return any(state.merged for state in self.states)
 
     def override_dropout(self, dropping: bool | None) -> None:
         """Let dropout of layers that are kept in eval mode act, or follow their own mode again (None)."""
