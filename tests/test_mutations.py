@@ -45,8 +45,8 @@ def base_weights_stay(make: Make, path: Path) -> None:
 
 
 def subtract(weight: torch.Tensor, kept: RestoreRecord) -> None:
-    """W -= d in place of remove_delta_."""
-    for piece in kept.pieces:
+    """W -= d in place of unmerge_weight_."""
+    for piece in kept.factors:
         delta = (piece.left @ piece.right).mul(kept.scaling).to(weight.dtype)
         weight.detach()[piece.row : piece.row + delta.shape[0]].sub_(delta)
 
@@ -56,7 +56,7 @@ def test_unmerging_by_subtraction(tmp_path, monkeypatch, budget: int):
     monkeypatch.setattr(importlib.import_module("lightning_lora.model.merging"), "COPY_BUDGET", budget)
     base_weights_stay(LoRACallback, tmp_path)
     refuted(base_weights_stay, NaiveCallback, tmp_path)
-    monkeypatch.setattr("lightning_lora.nn.lora_layer.remove_delta_", subtract)
+    monkeypatch.setattr("lightning_lora.nn.lora_layer.unmerge_weight_", subtract)
     refuted(base_weights_stay, LoRACallback, tmp_path)
 
 

@@ -289,7 +289,9 @@ class LoRALayer(Swapped):
                     f"{type(self).__name__}: the parts of enable_lora do not follow a tensor parallel split; adapt the "
                     "layer as a whole, or leave it out of the parallelize plan"
                 )
-            param = place_like_weight(name, cast(nn.Parameter, param), self.main_weight(), low_rank.shard_dims(self.KIND))
+            param = place_like_weight(
+                name, cast(nn.Parameter, param), self.main_weight(), low_rank.shard_dims(self.KIND)
+            )
         super().register_parameter(name, param)
 
     def local_blocks(
