@@ -10,7 +10,8 @@ save_weights_only=True; a callback's comes too early or not at all. So the insta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping, Set
+import itertools
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Set
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
@@ -23,6 +24,7 @@ from ..model.injection import require_injection
 from ..model.named_state import named_state
 from ..model.state_dict import adapter_keys, adapter_state_dict, merge_state_dict
 from ..names import META, canonical
+from ..nn.lora_layer import is_factor
 from .adapter import Adapter
 from .apply import add_frozen_weights, align_names, check_adapter, record_trained
 from .fingerprint import AVERAGED, entries_match, fingerprint_entry
@@ -128,7 +130,7 @@ def read(module: nn.Module, checkpoint: MutableMapping[str, Any]) -> None:
     if kind == "full":  # its base comes along
         check_adapter(module, replace(add_frozen_weights(module, adapter), fingerprint={}))
         _check_full(module, checkpoint["state_dict"])
-        initial_values = _initial_values(module, checkpoint[META])
+        initial_values = _initial_values(module, checkpoint[META], adapter)
         record_trained(module, adapter)
         injected = require_injection(module, "checkpoint")
         record, state = injected.record, checkpoint["state_dict"]
@@ -156,23 +158,36 @@ def read(module: nn.Module, checkpoint: MutableMapping[str, Any]) -> None:
         checkpoint["state_dict"] = {**live, **adapter.tensors}
 
 
-def _initial_values(module: nn.Module, meta: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """What training changed, as it was before, by the module's names.
+def _initial_values(module: nn.Module, meta: Mapping[str, Any], adapter: Adapter) -> dict[str, torch.Tensor]:
+    """What training changed, as it was before, by the module's names: no buffer and no trained parameter is missing.
 
     Files of 0.1.0 have the names of the part of a LightningModule that was injected: there is one prefix for these.
     """
     initial = meta.get("initial")
-    shapes = {name: tensor.shape for name, tensor, _ in named_state(module) if tensor is not None}
+    live = {name: tensor for name, tensor, owner in named_state(module) if not is_factor(name, owner)}
+    shapes = {name: tensor.shape for name, tensor in live.items() if tensor is not None}
+    changed = {name: live[name] for name in adapter.tensors if name in shapes}
     if isinstance(initial, Mapping) and all(isinstance(value, torch.Tensor) for value in initial.values()):
         first = next(iter(initial), "")
         prefixes = dict.fromkeys(["", *(name.removesuffix(first) for name in shapes if name.endswith(f".{first}"))])
         for prefix in prefixes:
-            if all(shapes.get(prefix + name) == value.shape for name, value in initial.items()):
+            known = {id(live[prefix + name]) for name in initial if prefix + name in shapes}
+            part = prefix + _common_module(initial)  # what is trained beside it is not the injection's business
+            wanted = {id(tensor) for name, tensor in changed.items() if name.startswith(part)}
+            fits = all(shapes.get(prefix + name) == value.shape for name, value in initial.items())
+            if fits and wanted <= known:
                 return {prefix + name: value for name, value in initial.items()}
     raise LoRAError(
         'checkpoint["lora"]: expected `initial` to hold, by name, the values from before training of what was trained '
         f"beside the adapter, found {_shown(initial)}; the file is damaged or belongs to another model."
     )
+
+
+def _common_module(names: Iterable[str]) -> str:
+    """The module that holds all the named tensors, "" or ending in a dot."""
+    segments = zip(*(name.split(".")[:-1] for name in names), strict=False)
+    common = itertools.takewhile(lambda several: len(set(several)) == 1, segments)
+    return "".join(f"{several[0]}." for several in common)
 
 
 def _shown(initial: object) -> str:
