@@ -195,7 +195,7 @@ class _Fidelity:
         """Log the share of the adapter that rounding loses, unless B is still zero everywhere. Collective."""
         if not self.layers:
             return
-        sums = [torch.stack([metric.error, metric.delta]) * share for share, metric in self.metrics.items()]
+        sums = [torch.stack([metric.error, metric.reference]) * share for share, metric in self.metrics.items()]
         on_this_rank = torch.stack(sums).sum(0) if sums else torch.zeros(2, dtype=torch.float64)
         error, delta = self.sync.total(on_this_rank).tolist()
         if not delta > 0:
