@@ -71,12 +71,10 @@ class LoRAConfig:
             _refuse("target_modules", "at least one name, a regular expression or 'all-linear'", self.target_modules)
         for option in ("target_modules", "exclude_modules", "modules_to_save"):
             _check_names(option, getattr(self, option))
-        for pattern, rank in (self.rank_pattern or {}).items():
-            _check_regex("rank_pattern", pattern)
-            _check_rank(f"rank_pattern[{pattern!r}]", rank)
-        for pattern, alpha in (self.alpha_pattern or {}).items():
-            _check_regex("alpha_pattern", pattern)
-            _check_alpha(f"alpha_pattern[{pattern!r}]", alpha)
+        for option, check in (("rank_pattern", _check_rank), ("alpha_pattern", _check_alpha)):
+            for pattern, value in (getattr(self, option) or {}).items():
+                _check_regex(option, pattern)
+                check(f"{option}[{pattern!r}]", value)
         if self.bias not in get_args(Bias):
             _refuse("bias", f"one of {', '.join(get_args(Bias))}", self.bias)
         for option in ("use_rslora", "autocast_adapter_dtype"):

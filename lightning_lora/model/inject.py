@@ -53,34 +53,110 @@ def inject(model: nn.Module, config: LoRAConfig, *, merge_weights: bool = False,
             another seed. The model is then as it was.
     """
     model = uncompiled(model)
-    found = find_injection(model)
-    if found is not None and found.root is model and not found.record.validated:
+    earlier = find_injection(model)
+    if earlier is not None and earlier.root is model and not earlier.record.validated:
         strip_adapters(model)  # a callback's, made before configure_model, which injects by itself
-        found = None
-    if found is None:
+        earlier = None
+    if earlier is None:
         begin_injection(model, config, merge_weights=merge_weights, seed="" if seed is None else fixed_seed(seed))
         finish_injection(model)
     else:
-        _refuse_other(found, model, config, merge_weights)
-        if seed is not None and fixed_seed(seed) != found.record.seed:
+        _refuse_other(earlier, model, config, merge_weights)
+        if seed is not None and fixed_seed(seed) != earlier.record.seed:
             raise LoRAError(f"inject: {type(model).__name__} was injected with another seed; unload it first.")
     return list(adapted_layers(model))
 
 
-def fixed_seed(seed: int) -> str:
-    """Return a user's seed as the text that adapters are drawn from.
+def _refuse_other(earlier: Injected, model: nn.Module, config: LoRAConfig, merge_weights: bool) -> None:
+    record, differences = earlier.record, earlier.record.config.differences(config)
+    if earlier.root is not model:
+        where = earlier.prefix.removesuffix(".") or earlier.inside.removesuffix(".")
+        raise LoRAError(f"inject: {where!r} inside {type(model).__name__} was injected already; unload it first.")
+    if differences:
+        options = ", ".join(differences)
+        raise LoRAError(f"inject: {type(model).__name__} was injected with other options ({options}); unload it first.")
+    if merge_weights != record.merge_weights:
+        raise LoRAError(f"inject: {type(model).__name__} was injected with merge_weights={record.merge_weights}.")
+
+
+def unload(model: nn.Module) -> None:
+    """Take the adapters out without merging. In place.
+
+    Classes, names, values (of trained biases, modules_to_save and buffers too), parameter identity and requires_grad
+    are as before injection.
 
     Raises:
-        LoRAError: it is not a whole number.
+        LoRAError: the model was not injected.
     """
-    if not isinstance(seed, int) or isinstance(seed, bool):
-        raise LoRAError(f"seed must be a whole number, but it is {seed!r}.")
-    return f"seed {seed}:"
+    root, record, *_ = require_injection(model, "unload")
+    refuse_fully_sharded(root, "unload")
+    if is_merged(root):
+        unmerge(root)
+    exchange_values_(root, record.initial)
+    strip_adapters(root)
+    unpatch(model)
 
 
-def random_seed() -> str:
-    """Return a text that tells the state of torch's random stream, without advancing it."""
-    return hashlib.sha256(bytes(torch.get_rng_state().tolist())).hexdigest()
+def merge_and_unload(model: nn.Module) -> nn.Module:
+    """Merge the adapters and leave plain modules without a trace of LoRA; return the model. In place.
+
+    Raises:
+        LoRAError: the model was not injected, W' is not finite, or a layer cannot be merged because its weight has
+            another owner.
+    """
+    root = require_injection(model, "merge_and_unload").root
+    refuse_fully_sharded(root, "merge_and_unload")
+    refuse_unmergeable(root)
+    unmerge(root)  # what stayed factored, and need not any more, is merged now
+    merge(root)
+    for layer in adapted_layers(root).values():
+        layer.lora.records.clear()
+    strip_adapters(root)
+    unpatch(model)
+    return model
+
+
+@contextmanager
+def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
+    """Let the model be as it was before injection inside, and as it was found outside.
+
+    Trained biases, modules_to_save and persistent buffers have their initial values inside.
+    """
+    root, record, *_ = require_injection(model, "disable_adapter")
+    was_merged = is_merged(root)
+    if was_merged:
+        unmerge(root)
+    were_active = {layer: layer.lora_active for layer in adapted_layers(root).values()}
+    trained = exchange_values_(root, record.initial)
+    _set_active(root, dict.fromkeys(were_active, False))
+    try:
+        yield model
+    finally:
+        if is_merged(root):
+            unmerge(root)
+        _set_active(root, were_active)
+        exchange_values_(root, trained)
+        if was_merged:
+            merge(root)
+
+
+def _set_active(root: nn.Module, active: Mapping[LoRALayer, bool]) -> None:
+    for layer, is_active in active.items():
+        layer.lora_active = is_active
+    update_fast_paths(root)
+
+
+def summary(model: nn.Module) -> str:
+    """Say in one line how many layers are adapted, parameters trainable, and megabytes in the adapter."""
+    parameters = list(model.parameters())
+    trainable = sum(p.numel() for p in parameters if p.requires_grad)
+    total = sum(p.numel() for p in parameters)
+    layers = adapted_layers(model).values()
+    size = sum(layer.lora_A.nbytes + layer.lora_B.nbytes for layer in layers)
+    return (
+        f"LoRA: {len(layers)} adapted layers, {trainable:,} of {total:,} parameters trainable "
+        f"({trainable / max(total, 1):.2%}), adapter {size / 1e6:.3g} MB"
+    )
 
 
 def begin_injection(model: nn.Module, config: LoRAConfig, *, merge_weights: bool = False, seed: str = "") -> None:
@@ -108,9 +184,20 @@ def finish_injection(model: nn.Module) -> None:
         targets = Targets(root, record.config)
         if targets.unmatched:
             raise LoRAError(f"LoRA on {type(root).__name__}: " + ".\n".join(targets.unmatched) + ".")
-    for name, reason in {} if record.validated else targets.left_out.items():
-        log.info("lightning_lora: %s is left out of 'all-linear': %s", name, reason)
+    if not record.validated:
+        for name, reason in targets.left_out.items():
+            log.info("lightning_lora: %s is left out of 'all-linear': %s", name, reason)
     record.validated = True
+
+
+@contextmanager
+def _leaving_no_trace(root: nn.Module) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        strip_adapters(root)
+        unpatch(root)
+        raise
 
 
 def adapt_new_layers(model: nn.Module) -> None:
@@ -134,124 +221,17 @@ def adapt_new_layers(model: nn.Module) -> None:
     accept_partial_states(root)
 
 
-def unload(model: nn.Module) -> None:
-    """Take the adapters out without merging. In place.
-
-    Classes, names, values (of trained biases, modules_to_save and buffers too), parameter identity and requires_grad
-    are as before injection.
-
-    Raises:
-        LoRAError: the model was not injected.
-    """
-    root, record, *_ = require_injection(model, "unload")
-    refuse_fully_sharded(root, "unload")
-    if is_merged(root):
-        unmerge(root)
-    exchange_values_(root, record.initial)
-    _strip(model, root)
-
-
-def merge_and_unload(model: nn.Module) -> nn.Module:
-    """Merge the adapters and leave plain modules without a trace of LoRA; return the model. In place.
-
-    Raises:
-        LoRAError: the model was not injected, W' is not finite, or a layer cannot be merged because its weight has
-            another owner.
-    """
-    root = require_injection(model, "merge_and_unload").root
-    refuse_fully_sharded(root, "merge_and_unload")
-    refuse_unmergeable(root)
-    unmerge(root)  # what stayed factored, and need not any more, is merged now
-    merge(root)
-    for layer in adapted_layers(root).values():
-        layer.lora.records.clear()
-    _strip(model, root)
-    return model
-
-
-def summary(model: nn.Module) -> str:
-    """Say in one line how many layers are adapted, parameters trainable, and megabytes in the adapter."""
-    parameters = list(model.parameters())
-    trainable = sum(p.numel() for p in parameters if p.requires_grad)
-    total = sum(p.numel() for p in parameters)
-    layers = adapted_layers(model).values()
-    size = sum(layer.lora_A.nbytes + layer.lora_B.nbytes for layer in layers)
-    return (
-        f"LoRA: {len(layers)} adapted layers, {trainable:,} of {total:,} parameters trainable "
-        f"({trainable / max(total, 1):.2%}), adapter {size / 1e6:.3g} MB"
-    )
-
-
-@contextmanager
-def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
-    """Let the model be as it was before injection inside, and as it was found outside.
-
-    Trained biases, modules_to_save and persistent buffers have their initial values inside.
-    """
-    root, record, *_ = require_injection(model, "disable_adapter")
-    layers = adapted_layers(root)
-    before = is_merged(root)
-    if before:
-        unmerge(root)
-    active = {name: layer.lora_active for name, layer in layers.items()}
-    trained = exchange_values_(root, record.initial)
-    _set_active(root, layers, dict.fromkeys(layers, False))
-    try:
-        yield model
-    finally:
-        if is_merged(root):
-            unmerge(root)
-        _set_active(root, layers, active)
-        exchange_values_(root, trained)
-        if before:
-            merge(root)
-
-
-def _set_active(root: nn.Module, layers: Mapping[str, LoRALayer], active: Mapping[str, bool]) -> None:
-    for name, layer in layers.items():
-        layer.lora_active = active[name]
-    update_fast_paths(root)
-
-
-def _refuse_other(found: Injected, model: nn.Module, config: LoRAConfig, merge_weights: bool) -> None:
-    record, differences = found.record, found.record.config.differences(config)
-    if found.root is not model:
-        where = found.prefix.removesuffix(".") or found.inside.removesuffix(".")
-        raise LoRAError(f"inject: {where!r} inside {type(model).__name__} was injected already; unload it first.")
-    if differences:
-        options = ", ".join(differences)
-        raise LoRAError(f"inject: {type(model).__name__} was injected with other options ({options}); unload it first.")
-    if merge_weights != record.merge_weights:
-        raise LoRAError(f"inject: {type(model).__name__} was injected with merge_weights={record.merge_weights}.")
-
-
-@contextmanager
-def _leaving_no_trace(root: nn.Module) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        _strip(root, root)
-        raise
-
-
-def _strip(model: nn.Module, root: nn.Module) -> None:
-    strip_adapters(root)
-    unpatch(model)
-
-
-def strip_adapters(root: nn.Module) -> None:
-    """Take the adapters out, but leave patched methods. In place."""
-    record: Injection = vars(root)[ATTRIBUTE]
-    for layer in adapted_layers(root).values():
-        strip_(layer)
-    patch_attention(root)
-    update_fast_paths(root)
+def _freeze(root: nn.Module, record: Injection, new: Mapping[str, nn.Module], saved: Mapping[str, nn.Module]) -> None:
+    trainable = {id(parameter) for module in saved.values() for parameter in module.parameters()}
+    if record.config.bias == "lora_only":
+        trainable |= {id(module.bias) for module in new.values() if getattr(module, "bias", None) is not None}
     for name, parameter in base_parameters(root).items():
-        if name in record.requires_grad:
-            parameter.requires_grad_(record.requires_grad[name])
-    disable_input_require_grads(root)
-    accept_whole_states_only(root)
-    delattr(root, ATTRIBUTE)
+        rebuilt = new or is_sharded(parameter)  # then what was frozen may not be frozen any more
+        if name in record.requires_grad and (not rebuilt or name in record.trained):
+            continue
+        record.requires_grad.setdefault(name, parameter.requires_grad)
+        everywhere = record.config.bias == "all" and name.rpartition(".")[2].endswith("bias")
+        parameter.requires_grad_(parameter.is_floating_point() and (everywhere or id(parameter) in trainable))
 
 
 def _adapt(name: str, module: nn.Module, record: Injection, seed: str) -> None:
@@ -272,17 +252,19 @@ def _adapt(name: str, module: nn.Module, record: Injection, seed: str) -> None:
     layer.create_factors(torch.float32 if dtype in HALF and spec.keep_float32 else dtype)
 
 
-def _freeze(root: nn.Module, record: Injection, new: Mapping[str, nn.Module], saved: Mapping[str, nn.Module]) -> None:
-    trainable = {id(parameter) for module in saved.values() for parameter in module.parameters()}
-    if record.config.bias == "lora_only":
-        trainable |= {id(module.bias) for module in new.values() if getattr(module, "bias", None) is not None}
+def strip_adapters(root: nn.Module) -> None:
+    """Take the adapters out, but leave patched methods. In place."""
+    record: Injection = vars(root)[ATTRIBUTE]
+    for layer in adapted_layers(root).values():
+        strip_(layer)
+    patch_attention(root)
+    update_fast_paths(root)
     for name, parameter in base_parameters(root).items():
-        rebuilt = new or is_sharded(parameter)  # then what was frozen may not be frozen any more
-        if name in record.requires_grad and (not rebuilt or name in record.trained):
-            continue
-        record.requires_grad.setdefault(name, parameter.requires_grad)
-        everywhere = record.config.bias == "all" and name.rpartition(".")[2].endswith("bias")
-        parameter.requires_grad_(parameter.is_floating_point() and (everywhere or id(parameter) in trainable))
+        if name in record.requires_grad:
+            parameter.requires_grad_(record.requires_grad[name])
+    disable_input_require_grads(root)
+    accept_whole_states_only(root)
+    delattr(root, ATTRIBUTE)
 
 
 def _merge_by_mode(module: nn.Module, previous: Callable[..., Any] | None, mode: bool = True) -> nn.Module:
@@ -290,3 +272,19 @@ def _merge_by_mode(module: nn.Module, previous: Callable[..., Any] | None, mode:
     call_previous(module, previous, "train", mode)
     (unmerge if mode else merge)(module)
     return module
+
+
+def fixed_seed(seed: int) -> str:
+    """Return a user's seed as the text that adapters are drawn from.
+
+    Raises:
+        LoRAError: it is not a whole number.
+    """
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise LoRAError(f"seed must be a whole number, but it is {seed!r}.")
+    return f"seed {seed}:"
+
+
+def random_seed() -> str:
+    """Return a text that tells the state of torch's random stream, without advancing it."""
+    return hashlib.sha256(bytes(torch.get_rng_state().tolist())).hexdigest()

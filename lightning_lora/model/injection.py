@@ -26,34 +26,22 @@ Value = TypeVar("Value")
 
 @dataclass
 class Injection:
-    """The record of one injection; names are relative to the injected module.
-
-    Attributes:
-        config: the options.
-        merge_weights: whether eval() merges and train() unmerges.
-        requires_grad: of every base parameter, before injection.
-        initial: values of what training changes beside A and B (trained base parameters, persistent buffers), from
-            before training.
-        trained: names of base parameters that were ever trainable.
-        unfrozen: those of them that were made trainable after injection, by something else than the options.
-        save: the kind of Lightning checkpoint, or None for an unfiltered one.
-        fingerprint: of the base at fit start, by the names of the LightningModule.
-        validated: whether all layers were there, and each entry of the options names something.
-        seed: what adapters are drawn from, or "" for the random stream of the moment.
-        root: a weak reference to the injected module, which a copy of the record does not have.
-    """
+    """The record of one injection; names are relative to the injected module."""
 
     config: LoRAConfig
-    merge_weights: bool = False
-    requires_grad: dict[str, bool] = field(default_factory=dict)
+    merge_weights: bool = False  # eval() merges and train() unmerges
+    requires_grad: dict[str, bool] = field(default_factory=dict)  # of every base parameter, before injection
+    # From before training: values of what it changes beside A and B (trained base parameters, persistent buffers).
     initial: dict[str, torch.Tensor] = field(default_factory=dict)
-    trained: set[str] = field(default_factory=set)
-    unfrozen: set[str] = field(default_factory=set)
-    save: Any = None
-    fingerprint: dict[str, Any] = field(default_factory=dict)
-    validated: bool = False
-    seed: str = ""
-    root: weakref.ref[nn.Module] | None = None
+    trained: set[str] = field(default_factory=set)  # names of base parameters that were ever trainable
+    unfrozen: set[str] = field(default_factory=set)  # those of them that became so after injection, not by the options
+    save: Any = None  # the kind of Lightning checkpoint, or None for an unfiltered one
+    fingerprint: dict[str, Any] = field(
+        default_factory=dict
+    )  # of the base at fit start, by names of the LightningModule
+    validated: bool = False  # all layers were there, and each entry of the options names something
+    seed: str = ""  # what adapters are drawn from, or "" for the random stream of the moment
+    root: weakref.ref[nn.Module] | None = None  # the injected module; a copy of the record does not have it
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"root": None}
@@ -71,19 +59,12 @@ class Injection:
 
 
 class Injected(NamedTuple):
-    """An injection as one module sees it.
+    """An injection as seen from the injected module, one around it or one inside; prefixes are "" or end in a dot."""
 
-    Attributes:
-        root: the injected module, which the record's names are relative to.
-        record: what is remembered.
-        prefix: what a module around the root has before the record's names, "" or ending in a dot.
-        inside: what the record's names have before those of a module inside the root, "" or ending in a dot.
-    """
-
-    root: nn.Module
+    root: nn.Module  # the injected module, which the record's names are relative to
     record: Injection
-    prefix: str = ""
-    inside: str = ""
+    prefix: str = ""  # what a module around the root has before the record's names
+    inside: str = ""  # what the record's names have before those of a module inside the root
 
     def seen(self, values: Mapping[str, Value]) -> dict[str, Value]:
         """Return values by the names of the module that sees the injection; what it does not hold is left out."""

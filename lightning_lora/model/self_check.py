@@ -24,13 +24,7 @@ Parameters = Mapping[nn.Module, Mapping[str, torch.Tensor]]
 
 
 class Verification:
-    """The result of watch.
-
-    Attributes:
-        names: of the adapted layers.
-        error: the metric over all layers.
-        use: the metric of which layers ran, and in which the adapter changed the output.
-    """
+    """The result of watch: one metric over all layers, and one of which layers ran and which adapters acted."""
 
     def __init__(self, names: list[str], device: torch.device) -> None:
         self.names = names

@@ -31,13 +31,13 @@ from ..nn.tied_weights import tied_weights
 
 
 class Targets:
-    """The modules that the options of a config name in a model.
+    """The modules that the options of a config name in a model, by name.
 
     Attributes:
-        layers: the modules to adapt, by name.
+        layers: the modules to adapt.
         saved: the modules that modules_to_save names.
-        left_out: what "all-linear" passes over, with the reason.
-        unmatched: a sentence for each entry that names nothing.
+        left_out: the reasons for which "all-linear" passes over layers.
+        unmatched: a sentence for each entry of an option that names nothing.
     """
 
     def __init__(self, model: nn.Module, config: LoRAConfig) -> None:

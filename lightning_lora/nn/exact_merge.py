@@ -39,25 +39,17 @@ class WeightEditedError(LoRAError):
 
 @dataclass
 class RestoreRecord:
-    """What unmerge_weight_ needs: the factors and, per chunk, values or a plain copy.
+    """What unmerge_weight_ needs: the factors and, per chunk, values or a plain copy; or a copy of the whole weight."""
 
-    Attributes:
-        factors: copies of the factors.
-        scaling: s.
-        copy: a plain copy of the whole weight, which makes factors and chunks unnecessary.
-        chunks: one entry a merged chunk, in order: positions and values, or a copy of the chunk.
-        checksum, checksum_dtype: of the weight's bits before the merge, and the integers that they were summed as.
-        threads: the number of threads that computed d and the sums, which can change their last bits.
-        sums: beside a plain copy, the sum over each merged chunk, and the chunk's (row, rows, column, columns).
-    """
-
-    factors: list[LowRankBlock]
-    scaling: float = 1.0
-    copy: torch.Tensor | None = None
+    factors: list[LowRankBlock]  # copies
+    scaling: float = 1.0  # s
+    copy: torch.Tensor | None = None  # of the whole weight
+    # One entry a merged chunk, in order: positions and values, or a copy of the chunk.
     chunks: list[tuple[torch.Tensor, torch.Tensor] | torch.Tensor] = field(default_factory=list)
-    checksum: int = 0
-    checksum_dtype: torch.dtype = torch.int64
-    threads: int = 0
+    checksum: int = 0  # of the weight's bits before the merge
+    checksum_dtype: torch.dtype = torch.int64  # the integers that they were summed as
+    threads: int = 0  # that computed d and the sums; another number can change their last bits
+    # Beside a copy of the whole, the sum over each merged chunk, and the chunk's (row, rows, column, columns).
     sums: list[tuple[float, tuple[int, int, int, int]]] = field(default_factory=list)
 
     def nbytes(self) -> int:

@@ -48,12 +48,9 @@ class Swapped(nn.Module):
     """A module whose class was replaced by a subclass of it.
 
     fully_shard in turn subclasses the class that it finds; such a module is rebuilt, or not, as torch decides.
-
-    Attributes:
-        lora_mixin, lora_base: the two classes that the subclass combines.
     """
 
-    lora_mixin: ClassVar[type[Swapped]]
+    lora_mixin: ClassVar[type[Swapped]]  # the two classes that the subclass combines
     lora_base: ClassVar[type[nn.Module]]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -88,62 +85,37 @@ def _class_before_swap(module: Swapped) -> type[nn.Module]:
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """The options of one adapted layer.
-
-    Attributes:
-        r: rank.
-        alpha: lora_alpha.
-        scaling: s.
-        dropout: probability of dropping an input feature of the adapter.
-        enabled: which equal parts of a fused projection are adapted, or None for all of it as one.
-        keep_float32: whether the factors stay in float32 when the model is cast to 16 bits.
-        init: how the factors are drawn, as LoRAConfig's init_lora_weights.
-        seed: what they are drawn from.
-    """
+    """The options of one adapted layer."""
 
     r: int
     alpha: float
-    scaling: float
-    dropout: float = 0.0
-    enabled: tuple[bool, ...] | None = None
-    keep_float32: bool = True
-    init: bool | str = True
-    seed: int = 0
+    scaling: float  # s
+    dropout: float = 0.0  # probability of dropping an input feature of the adapter
+    enabled: tuple[bool, ...] | None = None  # which equal parts of a fused projection are adapted; None: all as one
+    keep_float32: bool = True  # the factors stay in float32 when the model is cast to 16 bits
+    init: bool | str = True  # how the factors are drawn, as LoRAConfig's init_lora_weights
+    seed: int = 0  # what they are drawn from
 
 
 @dataclass
 class LayerState:
-    """What an adapted layer carries beside its parameters, as `layer.lora`.
-
-    Attributes:
-        spec: its options.
-        name: its name in the injected module.
-        injection: the record of the injection, which all layers of a model share.
-        custom_forward: whether the layer's class has another forward than torch's, which is run on W + delta.
-        dropout_override: whether dropout acts where gradients are recorded; None follows the layer's training flag.
-        merged: whether merge was called.
-        records: what unmerging needs, by weight name.
-        unmergeable_reason: what keeps the weight from being merged, as another owner of it, or "".
-        restore_failed: whether unmerging failed, so that the weight is not known to be W.
-        rounding_reported: whether the cost of rounding W' was reported.
-        sharded: whether the weight was last seen sharded.
-        spares: memory of plain copies that are done with, by weight name, for the next merge; on the CPU alone, where
-            fresh pages take longer than the copy.
-        lock: held while W + delta stands in for the weight; a copy of the layer gets another.
-    """
+    """What an adapted layer carries beside its parameters, as `layer.lora`."""
 
     spec: LayerSpec
-    name: str = ""
-    injection: Any = None
-    custom_forward: bool = False
-    dropout_override: bool | None = None
-    merged: bool = False
-    records: dict[str, RestoreRecord] = field(default_factory=dict)
-    unmergeable_reason: str = ""
-    restore_failed: bool = False
-    rounding_reported: bool = False
-    sharded: bool = False
+    name: str = ""  # in the injected module
+    injection: Any = None  # the record of the injection, which all layers of a model share
+    custom_forward: bool = False  # the layer's class has another forward than torch's, which is run on W + delta
+    dropout_override: bool | None = None  # dropout acts where gradients are recorded; None: as the training flag says
+    merged: bool = False  # merge was called
+    records: dict[str, RestoreRecord] = field(default_factory=dict)  # what unmerging needs, by weight name
+    unmergeable_reason: str = ""  # what keeps the weight from being merged, as another owner of it
+    restore_failed: bool = False  # unmerging failed, so the weight is not known to be W
+    rounding_reported: bool = False  # the cost of rounding W' was reported
+    sharded: bool = False  # the weight was last seen sharded
+    # Memory of plain copies that are done with, by weight name, for the next merge; on the CPU alone, where fresh pages
+    # take longer than the copy.
     spares: dict[str, torch.Tensor] = field(default_factory=dict)
+    # Held while W + delta stands in for the weight; a copy of the layer gets another.
     lock: AbstractContextManager[Any] = field(default_factory=threading.RLock)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -154,21 +126,15 @@ class LayerState:
 
 
 class LoRALayer(Swapped):
-    """An adapted layer (arXiv:2106.09685): mixed in front of the layer's class by a subclass for each kind.
-
-    Attributes:
-        lora_A, lora_B: the factors, shapes as nn/low_rank.py states for the kind.
-        lora_active: whether forward applies the adapter.
-        lora: options and state.
-    """
+    """An adapted layer (arXiv:2106.09685): a subclass for each kind is mixed in front of the layer's own class."""
 
     KIND: ClassVar[str]
     KNOWN_FORWARD: ClassVar[tuple[str, ...]] = ("forward",)
     LOOKUP: ClassVar[bool] = False  # A is a table that rows are taken from
     weight: nn.Parameter
-    lora_A: nn.Parameter
+    lora_A: nn.Parameter  # shapes as nn/low_rank.py states for the kind
     lora_B: nn.Parameter
-    lora_active: bool
+    lora_active: bool  # whether forward applies the adapter
     lora: LayerState
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
