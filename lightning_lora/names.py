@@ -33,18 +33,6 @@ def pattern_matches(pattern: str, name: str) -> bool:
     return re.match(rf"(.*\.)?({pattern})$", name) is not None
 
 
-def entries_of(value: str | Iterable[str] | None) -> list[str | tuple[str]]:
-    """Return the separate entries of an option, each in a form that `matcher` takes."""
-    if value is None or value == ALL_LINEAR:
-        return []
-    return [value] if isinstance(value, str) else [(entry,) for entry in value]
-
-
-def entry_name(entry: str | tuple[str]) -> str:
-    """Return an entry as the user wrote it."""
-    return entry if isinstance(entry, str) else entry[0]
-
-
 def names_match(names: str | Sequence[str] | None, name: str) -> bool:
     """Return whether an option means a module: PEFT's rule, a regular expression, or a list of names or suffixes."""
     return matcher(names)(name)

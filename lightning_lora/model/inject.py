@@ -61,13 +61,13 @@ def inject(model: nn.Module, config: LoRAConfig, *, merge_weights: bool = False,
         begin_injection(model, config, merge_weights=merge_weights, seed="" if seed is None else fixed_seed(seed))
         finish_injection(model)
     else:
-        _refuse_other(earlier, model, config, merge_weights)
-        if seed is not None and fixed_seed(seed) != earlier.record.seed:
-            raise LoRAError(f"inject: {type(model).__name__} was injected with another seed; unload it first.")
+        _refuse_other(earlier, model, config, merge_weights, seed)
     return list(adapted_layers(model))
 
 
-def _refuse_other(earlier: Injected, model: nn.Module, config: LoRAConfig, merge_weights: bool) -> None:
+def _refuse_other(
+    earlier: Injected, model: nn.Module, config: LoRAConfig, merge_weights: bool, seed: int | None
+) -> None:
     record, differences = earlier.record, earlier.record.config.differences(config)
     if earlier.root is not model:
         where = earlier.prefix.removesuffix(".") or earlier.inside.removesuffix(".")
@@ -77,6 +77,8 @@ def _refuse_other(earlier: Injected, model: nn.Module, config: LoRAConfig, merge
         raise LoRAError(f"inject: {type(model).__name__} was injected with other options ({options}); unload it first.")
     if merge_weights != record.merge_weights:
         raise LoRAError(f"inject: {type(model).__name__} was injected with merge_weights={record.merge_weights}.")
+    if seed is not None and fixed_seed(seed) != record.seed:
+        raise LoRAError(f"inject: {type(model).__name__} was injected with another seed; unload it first.")
 
 
 def unload(model: nn.Module) -> None:

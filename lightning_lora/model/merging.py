@@ -127,8 +127,7 @@ def restore_shards_(model: nn.Module, layers: Mapping[str, LoRALayer]) -> None:
                 f"the weight of {name!r} is gathered by an FSDP2 module outside of {type(model).__name__}; pass the "
                 "module that fully_shard was called on last."
             )
-        if sharded != layer.lora.sharded:
-            layer.lora.sharded = sharded
+        layer.lora.sharded = sharded
 
 
 def _merge_layer(layer: LoRALayer, blocks: Blocks, copy: bool, observe: Observer | None) -> None:

@@ -12,18 +12,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from ..config import LoRAConfig
 from ..distributed.sharding import is_sharded
 from ..errors import LoRAError
-from ..names import (
-    ALL_LINEAR,
-    A,
-    around,
-    canonical,
-    entries_of,
-    entry_name,
-    matcher,
-    near_misses,
-    pattern_matches,
-    suffixes,
-)
+from ..names import ALL_LINEAR, A, around, canonical, matcher, near_misses, pattern_matches, suffixes
 from ..nn.layer_kinds import is_conv1d, layer_class
 from ..nn.lora_layer import LoRALayer
 from ..nn.low_rank import ATTENTION_WEIGHTS, FUSABLE, MERGEABLE_DTYPES, matrix_shape
@@ -63,9 +52,7 @@ class Targets:
         self.unmatched = self._unmatched(config, chosen, modules)
 
     def _all_linear(self, model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-        heads = output_heads(model)
-        tied = tied_weights(model)
-        chosen = {}
+        heads, tied, chosen = output_heads(model), tied_weights(model), {}
         for name, module in modules.items():
             if not isinstance(module, nn.Linear) and not is_conv1d(module):
                 continue
@@ -86,13 +73,14 @@ class Targets:
             ("modules_to_save", modules, modules),
             ("enable_lora", self.layers, self.layers),
         ):
-            named = {suffix for name in names for suffix in suffixes(name)}
-            unmatched += [
-                f"{option}: {entry_name(entry)!r} names no {'module' if names is modules else 'layer to adapt'}"
-                + near_misses(entry_name(entry), hints)
-                for entry in entries_of(getattr(config, option))
-                if not (any(map(matcher(entry), names)) if isinstance(entry, str) else entry[0] in named)
-            ]
+            value = getattr(config, option) or ()
+            if isinstance(value, str):  # a regular expression
+                entries = [] if value == ALL_LINEAR or any(map(matcher(value), names)) else [value]
+            else:
+                matched = {suffix for name in names for suffix in suffixes(name)}
+                entries = [entry for entry in value if entry not in matched]
+            kind = "module" if names is modules else "layer to adapt"
+            unmatched += [f"{option}: {entry!r} names no {kind}" + near_misses(entry, hints) for entry in entries]
         for option in ("rank_pattern", "alpha_pattern"):
             unmatched += [
                 f"{option}: {pattern!r} names no adapted layer" + near_misses(pattern, self.layers)

@@ -131,7 +131,7 @@ def merged_weight(weight: torch.Tensor, blocks: list[LowRankBlock], scaling: flo
     """Return W' as a new tensor: what merge_weight_ would write."""
     with exact_arithmetic(weight):
         merged = weight.detach().clone()
-        _merge_chunks(merged, blocks, scaling, RestoreRecord([], copy=weight))
+        _merge_chunks(merged, blocks, scaling, RestoreRecord([], copy=weight), None)
     return merged
 
 
@@ -184,11 +184,7 @@ def _checksum(weight: torch.Tensor, integers: torch.dtype) -> int:
 
 
 def _merge_chunks(
-    weight: torch.Tensor,
-    blocks: list[LowRankBlock],
-    scaling: float,
-    record: RestoreRecord,
-    observe: Observer | None = None,
+    weight: torch.Tensor, blocks: list[LowRankBlock], scaling: float, record: RestoreRecord, observe: Observer | None
 ) -> None:
     """Merge one chunk after the other, in place, and add to the record what undoing each takes."""
     scratch = Scratch(weight)

@@ -241,9 +241,8 @@ class LoRALayer(Swapped):
                     f"{type(self).__name__}: the parts of enable_lora do not follow a tensor parallel split; adapt the "
                     "layer as a whole, or leave it out of the parallelize plan"
                 )
-            param = place_like_weight(
-                name, cast(nn.Parameter, param), self.main_weight(), low_rank.shard_dims(self.KIND)
-            )
+            dims = low_rank.shard_dims(self.KIND)
+            param = place_like_weight(name, cast(nn.Parameter, param), self.main_weight(), dims)
         super().register_parameter(name, param)
 
     def local_blocks(
@@ -272,14 +271,9 @@ class LoRALayer(Swapped):
         try:
             for name in blocks:
                 if name not in state.records:
-                    state.records[name] = merge_weight_(
-                        local(weights[name]),
-                        blocks[name],
-                        state.spec.scaling,
-                        copy=copy,
-                        spare=state.spares.pop(name, None),
-                        observe=observe,
-                    )
+                    weight, scaling, spare = local(weights[name]), state.spec.scaling, state.spares.pop(name, None)
+                    record = merge_weight_(weight, blocks[name], scaling, copy=copy, spare=spare, observe=observe)
+                    state.records[name] = record
         except BaseException:
             self.unmerge_()
             raise
@@ -313,8 +307,10 @@ class LoRALayer(Swapped):
         try:
             self.merge_(copy=copy)
         except LoRAError as error:
-            rest = "It is unmerged, others may be merged still: call unmerge(model), then repeat or undo the change."
-            raise LoRAError(f"{self} was merged when it was cast, moved or loaded into; now {error}. {rest}") from error
+            raise LoRAError(
+                f"{self} was merged when it was cast, moved or loaded into; now {error}. It is unmerged, others may be "
+                "merged still: call unmerge(model), then repeat or undo the change."
+            ) from error
 
     def original(self, name: str) -> torch.Tensor:
         """Return a parameter as it is without the adapter, detached: live, or a restored copy while merged."""

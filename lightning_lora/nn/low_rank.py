@@ -64,11 +64,6 @@ def matrix_shape(kind: str, shape: Shape) -> tuple[int, int]:
     return (columns, rows) if kind in TRANSPOSED else (rows, columns)
 
 
-def as_matrix(kind: str, weight: torch.Tensor) -> torch.Tensor:
-    """View a stored weight as (out, in)."""
-    return weight.T if kind in TRANSPOSED else weight.flatten(1)
-
-
 def shard_dims(kind: str) -> dict[int, tuple[str, int]]:
     """Return the factor, and the dimension of it, that each of a weight's first two dimensions comes from."""
     return {0: (A, 1), 1: (B, 0)} if kind in TRANSPOSED else {0: (B, 0), 1: (A, 1)}
