@@ -118,16 +118,16 @@ class LoRAConfig:
         """
         if not isinstance(options, Mapping):
             _refuse("the options", "a mapping", options)
-        known = {field.name for field in fields(cls)}
+        names = sorted(field.name for field in fields(cls))
         for name in options:
-            if name not in known:
-                _refuse(str(name), f"one of the options {', '.join(sorted(known))}", options[name])
+            if name not in names:
+                _refuse(str(name), f"one of the options {', '.join(names)}", options[name])
         return cls(**options)
 
-    def differing(self, other: LoRAConfig) -> list[str]:
+    def differing(self, config: LoRAConfig) -> list[str]:
         """Return the names of the options in which the configs differ; the order of a list of names does not count."""
         names = [field.name for field in fields(self)]
-        return [name for name in names if _unordered(getattr(self, name)) != _unordered(getattr(other, name))]
+        return [name for name in names if _unordered(getattr(self, name)) != _unordered(getattr(config, name))]
 
     def differences(self, now: LoRAConfig) -> list[str]:
         """Say for each option in which another config differs what it was and what it is now."""

@@ -32,7 +32,7 @@ def place_like_weight(name: str, factor: nn.Parameter, weight: torch.Tensor, dim
     """
     if not isinstance(factor, DTensor) or not isinstance(weight, DTensor) or factor.device_mesh != weight.device_mesh:
         return factor
-    split = [dims.get(place.dim, ("", 0)) if isinstance(place, Shard) else ("", 0) for place in weight.placements]
+    split = [dims.get(p.dim, ("", 0)) if isinstance(p, Shard) else ("", 0) for p in weight.placements]
     placements = tuple(Shard(dim) if factor_name == name else Replicate() for factor_name, dim in split)
     if factor.placements == placements:
         return factor
@@ -45,7 +45,7 @@ def low_rank_product(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch
     if not isinstance(x, DTensor) or not isinstance(a, DTensor) or not isinstance(b, DTensor):
         return None
     last = x.dim() - 1
-    cases = [_case(*places, last) for places in zip(x.placements, a.placements, b.placements, strict=True)]
+    cases = [_case(*placements, last) for placements in zip(x.placements, a.placements, b.placements, strict=True)]
     if None in cases:
         return None
     out, grad_x, grad_a, grad_b = zip(*(case for case in cases if case is not None), strict=True)

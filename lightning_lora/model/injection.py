@@ -173,13 +173,13 @@ def snapshot_initial(model: nn.Module) -> None:
     Once the injection was validated, known values stay: layers that are built later add theirs.
     """
     root, record, *_ = require_injection(model, "snapshot_initial")
-    tensors = {name: tensor for name, tensor, module in named_state(root) if not is_factor(name, module)}
     buffers = {id(buffer) for buffer in root.buffers()}
-    known = record.initial if record.validated else {}
-    record.initial = known | {
+    earlier = record.initial if record.validated else {}
+    record.initial = earlier | {
         name: tensor.detach().clone()
-        for name, tensor in tensors.items()
-        if tensor is not None and name not in known and (name in record.trained or id(tensor) in buffers)
+        for name, tensor, module in named_state(root)
+        if tensor is not None and not is_factor(name, module)
+        if name not in earlier and (name in record.trained or id(tensor) in buffers)
     }
 
 

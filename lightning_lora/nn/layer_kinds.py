@@ -25,8 +25,8 @@ LIBRARIES = ("torch.nn.modules.", "transformers.pytorch_utils")  # whose forward
 
 def layer_class(module: nn.Module) -> type[LoRALayer] | None:
     """Return the class that adapts a module, or None where there is none."""
-    known = (adapting for classes, adapting in CLASSES.items() if isinstance(module, classes))
-    return next(known, LoRAConv1D if is_conv1d(module) else None)
+    matching = (adapting for classes, adapting in CLASSES.items() if isinstance(module, classes))
+    return next(matching, LoRAConv1D if is_conv1d(module) else None)
 
 
 def is_conv1d(module: nn.Module) -> bool:
