@@ -65,11 +65,11 @@ class Injected(NamedTuple):
     inside: str = ""  # what the record's names have before those of a module inside the root
 
     def seen(self, values: Mapping[str, Value]) -> dict[str, Value]:
-        """Return values by the names of the module that sees the injection; what it does not hold is left out."""
+        """Return the values of the record that this module holds, by its own names."""
         return {self.name_seen(name): value for name, value in values.items() if name.startswith(self.inside)}
 
     def name_seen(self, name: str) -> str:
-        """Return a name of the record as the module that sees the injection has it."""
+        """Return a name of the record as a name of this module."""
         return self.prefix + name.removeprefix(self.inside)
 
 
@@ -128,12 +128,12 @@ def _find_by_layers(model: nn.Module, layers: Mapping[str, LoRALayer], record: I
 
 
 def _renaming(name: str, new_name: str) -> Callable[[str], str]:
-    """The function that makes `name` into `new_name`, of which one ends the other, and does alike with names beside."""
+    """The change of prefix that makes `name` into `new_name`, of which one ends the other, as a function of any name."""
     if new_name.endswith(name):
         added = _without_tail(new_name, name)
-        return lambda name_beside: added + name_beside
+        return lambda any_name: added + any_name
     removed = _without_tail(name, new_name)
-    return lambda name_beside: name_beside.removeprefix(removed)
+    return lambda any_name: any_name.removeprefix(removed)
 
 
 def _without_tail(name: str, tail: str) -> str:
@@ -168,10 +168,7 @@ def record_trainable(model: nn.Module, *, expected: bool = False) -> None:
 
 
 def snapshot_initial(model: nn.Module) -> None:
-    """Record the present values of what training changes as those from before it.
-
-    Once the injection was validated, known values stay: layers that are built later add theirs.
-    """
+    """Record the present values of what training changes; once the injection was validated, those of new names only."""
     root, record, *_ = require_injection(model, "snapshot_initial")
     buffers = {id(buffer) for buffer in root.buffers()}
     earlier = record.initial if record.validated else {}

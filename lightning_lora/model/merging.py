@@ -179,7 +179,7 @@ class _Fidelity:
         self.metrics: dict[float, MergeFidelity] = {}  # by the share that a rank's shard has in the ranks' sum
 
     def observer(self, layer: LoRALayer) -> Observer | None:
-        """Return what is to be called with each merged chunk of a layer."""
+        """Return the function to call with each merged chunk of a layer, or None where nothing is to be measured."""
         if layer not in self.layers:
             return None
         share = self.sync.share(layer.main_weight())

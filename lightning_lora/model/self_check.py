@@ -35,12 +35,8 @@ class Verification:
         ran, acted = self.use.compute().tolist()
         never_ran = [name for name, runs in zip(self.names, ran, strict=True) if not runs]
         no_effect = [name for name, runs, acts in zip(self.names, ran, acted, strict=True) if runs and not acts]
-        sentences = []
-        if never_ran:
-            sentences.append(f"these adapted layers never ran: {', '.join(never_ran)}")
-        if no_effect:
-            sentences.append(f"these adapters had no effect: {', '.join(no_effect)}")
-        return "; ".join(sentences)
+        problems = {"these adapted layers never ran": never_ran, "these adapters had no effect": no_effect}
+        return "; ".join(f"{problem}: {', '.join(names)}" for problem, names in problems.items() if names)
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any, cast
 
 from torch import nn
@@ -30,13 +30,9 @@ class LoRAMultiheadAttention(LoRALayer):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.lora_active:
             return super().forward(*args, **kwargs)
-        with reading_dense_weight(cast(nn.MultiheadAttention, self).out_proj):
+        out_proj: nn.Module = cast(nn.MultiheadAttention, self).out_proj
+        with out_proj.dense_weight() if isinstance(out_proj, LoRALayer) and out_proj.lora_active else nullcontext():
             return self.dense_forward(*args, **kwargs)
-
-
-def reading_dense_weight(layer: nn.Module) -> AbstractContextManager[None]:
-    """Let W + delta stand in inside, where an adapter is active: for code that reads a layer's weight."""
-    return layer.dense_weight() if isinstance(layer, LoRALayer) and layer.lora_active else nullcontext()
 
 
 class LoRAReader(Swapped):
@@ -45,7 +41,9 @@ class LoRAReader(Swapped):
     out_proj: nn.Module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with reading_dense_weight(self.out_proj):
+        if not isinstance(self.out_proj, LoRALayer) or not self.out_proj.lora_active:
+            return super().forward(*args, **kwargs)
+        with self.out_proj.dense_weight():
             return super().forward(*args, **kwargs)
 
 

@@ -22,19 +22,17 @@ class LoRAEmbedding(LoRALayer):
 
     KIND = low_rank.EMBEDDING
     LOOKUP = True
+    max_norm: float | None
 
     def unmergeable_reason(self) -> str:
-        reason = "max_norm renormalises its rows in place" if self._renormalises() else ""
+        reason = "max_norm renormalises its rows in place" if self.max_norm is not None else ""
         return super().unmergeable_reason() or reason
 
-    def _renormalises(self) -> bool:
-        return cast(nn.Embedding, self).max_norm is not None
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.lora_active or self.weight.requires_grad or not self._renormalises():
+        if self.lora_active or self.weight.requires_grad or self.max_norm is None:
             return super().forward(*args, **kwargs)
         if not self.lora.custom_forward:
-            return self._renormalised(*args, **kwargs)
+            return self._rows(*args, **kwargs)
         with self.lora.lock:
             weight = self.weight
             try:
@@ -43,31 +41,31 @@ class LoRAEmbedding(LoRALayer):
             finally:
                 self._parameters["weight"] = weight
 
-    def _renormalised(self, input: torch.Tensor) -> torch.Tensor:
-        layer = cast(nn.Embedding, self)
-        if self.weight.requires_grad:  # unfrozen by the user: trained as the base class does it
+    def _rows(self, input: torch.Tensor) -> torch.Tensor:
+        """Look rows of W up; where max_norm changes them, it changes copies."""
+        if self.max_norm is None or self.weight.requires_grad:  # unfrozen by the user: as the base class does it
             return cast(torch.Tensor, self.base_forward(input))
         rows = self.weight.detach()[input]
         flat = rows.view(-1, rows.shape[-1])
-        each = torch.arange(flat.shape[0], device=flat.device)
-        torch.embedding_renorm_(flat, each, cast(float, layer.max_norm), layer.norm_type)
+        indices = torch.arange(flat.shape[0], device=flat.device)
+        torch.embedding_renorm_(flat, indices, self.max_norm, cast(nn.Embedding, self).norm_type)
         return rows
 
     def factored_forward(self, input: torch.Tensor) -> torch.Tensor:
-        base = self._renormalised(input) if self._renormalises() else self.base_forward(input)
+        base = self._rows(input)
         a, b = self.lora_A.to(base.dtype), self.lora_B.to(base.dtype)
         delta = F.linear(_summed(F.embedding(input, a.T)), b) * self.lora.spec.scaling
-        delta = self._trained_as_rows(delta, input) if torch.is_grad_enabled() else delta
+        delta = self._with_gradients_of_rows(delta, input) if torch.is_grad_enabled() else delta
         return _summed(base).add_(delta)
 
-    def _trained_as_rows(self, delta: torch.Tensor, input: torch.Tensor) -> torch.Tensor:
+    def _with_gradients_of_rows(self, delta: torch.Tensor, input: torch.Tensor) -> torch.Tensor:
         """Let padding_idx and scale_grad_by_freq act on delta's gradient: they are about rows of the weight."""
         layer = cast(nn.Embedding, self)
         if layer.padding_idx is not None:
             delta = torch.where((input == layer.padding_idx).unsqueeze(-1), delta.detach(), delta)
         if layer.scale_grad_by_freq:
-            occurs = torch.bincount(input.flatten(), minlength=layer.num_embeddings)[input].unsqueeze(-1)
-            delta = delta.detach() + (delta - delta.detach()) / occurs.to(delta.dtype)
+            occurrences = torch.bincount(input.flatten(), minlength=layer.num_embeddings)[input].unsqueeze(-1)
+            delta = delta.detach() + (delta - delta.detach()) / occurrences.to(delta.dtype)
         return delta
 
 

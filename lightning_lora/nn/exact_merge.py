@@ -137,8 +137,9 @@ def merged_weight(weight: torch.Tensor, blocks: list[LowRankBlock], scaling: flo
 
 @contextmanager
 def exact_arithmetic(weight: torch.Tensor, threads: int | None = None) -> Iterator[None]:
-    """Allow in-place writes whatever surrounds the call: no gradients, and inference mode just where the weight was
-    made in it. With `threads`, compute in that many.
+    """Let a weight be written in place whatever surrounds the call, and compute in that many threads, if given.
+
+    Inside no gradients are recorded, and inference mode is on just where the weight was made in it.
     """
     before = torch.get_num_threads()
     if threads and threads != before:
@@ -207,7 +208,7 @@ def _merge_chunks(
 
 
 def _restore(weight: torch.Tensor, record: RestoreRecord) -> None:
-    """Undo the merged chunks, last first; each is struck off when it is done, so that a failure can be taken up."""
+    """Undo the merged chunks, last first, and drop each from the record, so that calling it again goes on from there."""
     if record.copy is not None:
         weight.detach().copy_(record.copy)
         return
@@ -226,7 +227,7 @@ def _restore(weight: torch.Tensor, record: RestoreRecord) -> None:
 
 
 def _chunks(weight: torch.Tensor, blocks: list[LowRankBlock], scaling: float) -> list[LowRankBlock]:
-    """Cut blocks into some of few rows, in the dtype of the arithmetic, the scaling folded into left."""
+    """Cut blocks into blocks of few rows, in the dtype of the arithmetic, with the scaling folded into left."""
     elements = CPU_CHUNK if weight.device.type == "cpu" else GPU_CHUNK
     dtype = torch.float32 if weight.device.type == "mps" else torch.float64  # mps has no float64
     chunks = []

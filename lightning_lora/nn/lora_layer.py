@@ -1,4 +1,4 @@
-"""LoRALayer: what every adapted layer has in common.
+"""LoRALayer: what every adapted layer has in common, and how a module becomes one and is plain again.
 
 Invariants, for every adapted layer:
     - its class is a subclass of the class it had; module tree, names, parameter objects and storage stay;
@@ -265,7 +265,7 @@ class LoRALayer(Swapped):
         return self.lora.unmergeable_reason
 
     def merge_(self, *, copy: bool, observe: Observer | None = None, blocks: Blocks | None = None) -> None:
-        """Write W' into each weight on this rank's shard, see merge_weight_; `blocks` are local_blocks', if known."""
+        """Write W' into this rank's shard of each weight, see merge_weight_; `blocks` are what local_blocks returned."""
         weights, state = self.adapted_weights(), self.lora
         blocks = blocks or self.local_blocks(weights, self.lora_A, self.lora_B)
         try:
@@ -280,7 +280,7 @@ class LoRALayer(Swapped):
         vars(self)["lora_active"], state.merged = False, True  # nn.Module's __setattr__ takes many times as long
 
     def unmerge_(self) -> None:
-        """Write W back into each weight, see unmerge_weight_."""
+        """Write W back into this rank's shard of each weight, see unmerge_weight_."""
         failure, state, weights = None, self.lora, self.adapted_weights()
         for name, record in list(state.records.items()):
             try:

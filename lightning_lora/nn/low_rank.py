@@ -174,7 +174,7 @@ def to_block_diagonal(b: torch.Tensor, enabled: tuple[bool, ...]) -> torch.Tenso
 
 def from_block_diagonal(b: torch.Tensor, enabled: tuple[bool, ...]) -> torch.Tensor:
     """Undo to_block_diagonal; what is outside the blocks is left out."""
-    return torch.cat([block.clone() for block in _diagonal_blocks(b, enabled)])
+    return torch.cat(_diagonal_blocks(b, enabled))
 
 
 def _diagonal_blocks(whole: torch.Tensor, enabled: tuple[bool, ...]) -> list[torch.Tensor]:
