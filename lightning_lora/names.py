@@ -11,7 +11,7 @@ from torch import nn
 
 A, B = "lora_A", "lora_B"  # parameters of an adapted layer
 ATTRIBUTE = "lora_injection"  # of the injected module: the record of its injection
-META, ENTRY = "lora", "lora_learned"  # keys of a checkpoint, and of a state dict that brings metadata along
+META, ENTRY = "lora", "lora_learned"  # keys of an adapter's metadata in a checkpoint, of the record in a state dict
 ALL_LINEAR = "all-linear"
 COMPILED, CHECKPOINTED = WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # torch.compile, checkpoint_wrapper
 

@@ -29,7 +29,7 @@ class RankSync:
         """Take the ranks over which the tensors are sharded."""
         self.meshes = list(dict.fromkeys(tensor.device_mesh for tensor in tensors if is_sharded(tensor)))
         self.names: list[str] = []
-        self.failed: tuple[int, Exception] | None = None
+        self.failed: tuple[int, Exception] | None = None  # the first step that failed on this rank, and how
 
     def run(self, name: str, step: Callable[..., object] | None, *args: Any) -> None:
         """Call a step without collectives, unless an earlier one failed; None where it is for other ranks."""
@@ -38,7 +38,7 @@ class RankSync:
             try:
                 step(*args)
             except Exception as error:
-                self.failed = (len(self.names), error)
+                self.failed = (len(self.names) - 1, error)
 
     def share(self, tensor: torch.Tensor) -> float:
         """Return the weight of this rank's shard in `total`, 1 / (the number of ranks that hold the same)."""
@@ -58,16 +58,16 @@ class RankSync:
 
     def raise_on_any_rank(self) -> None:
         """Raise if a step failed on any rank. Collective: one integer."""
-        nowhere = len(self.names) + 1
-        first = -self.failed[0] if self.failed else -nowhere
+        none = len(self.names)
+        first = self.failed[0] if self.failed else none
         for mesh in self.meshes:
             flag = torch.tensor(first, device=mesh.device_type)
-            reduce_(flag, mesh, range(mesh.ndim), dist.ReduceOp.MAX)
+            reduce_(flag, mesh, range(mesh.ndim), dist.ReduceOp.MIN)
             first = int(flag)
         if self.failed is not None:
-            number, error = self.failed
+            index, error = self.failed
             if isinstance(error, LoRAError):
-                raise LoRAError(f"{self.names[number - 1]}: {error}") from error
+                raise LoRAError(f"{self.names[index]}: {error}") from error
             raise error
-        if -first < nowhere:
-            raise LoRAError(f"{self.names[-first - 1]}: this failed on another rank, whose message says why")
+        if first < none:
+            raise LoRAError(f"{self.names[first]}: this failed on another rank, whose message says why")

@@ -128,7 +128,7 @@ def _find_by_layers(model: nn.Module, layers: Mapping[str, LoRALayer], record: I
 
 
 def _renaming(name: str, new_name: str) -> Callable[[str], str]:
-    """The change of prefix that makes `name` into `new_name`, of which one ends the other, as a function of any name."""
+    """The change of prefix that turns `name` into `new_name`, of which one ends the other, as a function of a name."""
     if new_name.endswith(name):
         added = _without_tail(new_name, name)
         return lambda any_name: added + any_name

@@ -208,7 +208,7 @@ def _merge_chunks(
 
 
 def _restore(weight: torch.Tensor, record: RestoreRecord) -> None:
-    """Undo the merged chunks, last first, and drop each from the record, so that calling it again goes on from there."""
+    """Undo the merged chunks, last first, and drop each from the record, so that another call goes on from there."""
     if record.copy is not None:
         weight.detach().copy_(record.copy)
         return

@@ -265,7 +265,7 @@ class LoRALayer(Swapped):
         return self.lora.unmergeable_reason
 
     def merge_(self, *, copy: bool, observe: Observer | None = None, blocks: Blocks | None = None) -> None:
-        """Write W' into this rank's shard of each weight, see merge_weight_; `blocks` are what local_blocks returned."""
+        """Write W' into this rank's shard of each weight, see merge_weight_; `blocks` are local_blocks', if known."""
         weights, state = self.adapted_weights(), self.lora
         blocks = blocks or self.local_blocks(weights, self.lora_A, self.lora_B)
         try:
