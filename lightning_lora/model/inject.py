@@ -65,22 +65,6 @@ def inject(model: nn.Module, config: LoRAConfig, *, merge_weights: bool = False,
     return list(adapted_layers(model))
 
 
-def _refuse_other(
-    earlier: Injected, model: nn.Module, config: LoRAConfig, merge_weights: bool, seed: int | None
-) -> None:
-    record, differences = earlier.record, earlier.record.config.differences(config)
-    if earlier.root is not model:
-        where = earlier.prefix.removesuffix(".") or earlier.inside.removesuffix(".")
-        raise LoRAError(f"inject: {where!r} inside {type(model).__name__} was injected already; unload it first.")
-    if differences:
-        options = ", ".join(differences)
-        raise LoRAError(f"inject: {type(model).__name__} was injected with other options ({options}); unload it first.")
-    if merge_weights != record.merge_weights:
-        raise LoRAError(f"inject: {type(model).__name__} was injected with merge_weights={record.merge_weights}.")
-    if seed is not None and fixed_seed(seed) != record.seed:
-        raise LoRAError(f"inject: {type(model).__name__} was injected with another seed; unload it first.")
-
-
 def unload(model: nn.Module) -> None:
     """Take the adapters out without merging. In place.
 
@@ -142,12 +126,6 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
             merge(root)
 
 
-def _set_active(root: nn.Module, active: Mapping[LoRALayer, bool]) -> None:
-    for layer, is_active in active.items():
-        layer.lora_active = is_active
-    update_fast_paths(root)
-
-
 def summary(model: nn.Module) -> str:
     """Say in one line how many layers are adapted, parameters trainable, and megabytes in the adapter."""
     parameters = list(model.parameters())
@@ -192,16 +170,6 @@ def finish_injection(model: nn.Module) -> None:
     record.validated = True
 
 
-@contextmanager
-def _leaving_no_trace(root: nn.Module) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        strip_adapters(root)
-        unpatch(root)
-        raise
-
-
 def adapt_new_layers(model: nn.Module) -> None:
     """Adapt the layers that the config names and that are not adapted yet, and freeze what is new. In place."""
     root, record, *_ = require_injection(model, "inject")
@@ -221,6 +189,69 @@ def adapt_new_layers(model: nn.Module) -> None:
     update_fast_paths(root)
     enable_input_require_grads(root)
     accept_partial_states(root)
+
+
+def strip_adapters(root: nn.Module) -> None:
+    """Take the adapters out, but leave patched methods. In place."""
+    record: Injection = vars(root)[ATTRIBUTE]
+    for layer in adapted_layers(root).values():
+        strip_(layer)
+    patch_attention(root)
+    update_fast_paths(root)
+    for name, parameter in base_parameters(root).items():
+        if name in record.requires_grad:
+            parameter.requires_grad_(record.requires_grad[name])
+    disable_input_require_grads(root)
+    accept_whole_states_only(root)
+    delattr(root, ATTRIBUTE)
+
+
+def fixed_seed(seed: int) -> str:
+    """Return a user's seed as the text that adapters are drawn from.
+
+    Raises:
+        LoRAError: it is not a whole number.
+    """
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise LoRAError(f"seed must be a whole number, but it is {seed!r}.")
+    return f"seed {seed}:"
+
+
+def random_seed() -> str:
+    """Return a text that tells the state of torch's random stream, without advancing it."""
+    return hashlib.sha256(bytes(torch.get_rng_state().tolist())).hexdigest()
+
+
+def _refuse_other(
+    earlier: Injected, model: nn.Module, config: LoRAConfig, merge_weights: bool, seed: int | None
+) -> None:
+    record, differences = earlier.record, earlier.record.config.differences(config)
+    if earlier.root is not model:
+        where = earlier.prefix.removesuffix(".") or earlier.inside.removesuffix(".")
+        raise LoRAError(f"inject: {where!r} inside {type(model).__name__} was injected already; unload it first.")
+    if differences:
+        options = ", ".join(differences)
+        raise LoRAError(f"inject: {type(model).__name__} was injected with other options ({options}); unload it first.")
+    if merge_weights != record.merge_weights:
+        raise LoRAError(f"inject: {type(model).__name__} was injected with merge_weights={record.merge_weights}.")
+    if seed is not None and fixed_seed(seed) != record.seed:
+        raise LoRAError(f"inject: {type(model).__name__} was injected with another seed; unload it first.")
+
+
+def _set_active(root: nn.Module, active: Mapping[LoRALayer, bool]) -> None:
+    for layer, is_active in active.items():
+        layer.lora_active = is_active
+    update_fast_paths(root)
+
+
+@contextmanager
+def _leaving_no_trace(root: nn.Module) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        strip_adapters(root)
+        unpatch(root)
+        raise
 
 
 def _freeze(root: nn.Module, record: Injection, new: Mapping[str, nn.Module], saved: Mapping[str, nn.Module]) -> None:
@@ -254,39 +285,8 @@ def _adapt(name: str, module: nn.Module, record: Injection, seed: str) -> None:
     layer.create_factors(torch.float32 if dtype in HALF and spec.keep_float32 else dtype)
 
 
-def strip_adapters(root: nn.Module) -> None:
-    """Take the adapters out, but leave patched methods. In place."""
-    record: Injection = vars(root)[ATTRIBUTE]
-    for layer in adapted_layers(root).values():
-        strip_(layer)
-    patch_attention(root)
-    update_fast_paths(root)
-    for name, parameter in base_parameters(root).items():
-        if name in record.requires_grad:
-            parameter.requires_grad_(record.requires_grad[name])
-    disable_input_require_grads(root)
-    accept_whole_states_only(root)
-    delattr(root, ATTRIBUTE)
-
-
 def _merge_by_mode(module: nn.Module, previous: Callable[..., Any] | None, mode: bool = True) -> nn.Module:
     """train() of an injected module with merge_weights: called at the root, so that all layers merge or none."""
     call_previous(module, previous, "train", mode)
     (unmerge if mode else merge)(module)
     return module
-
-
-def fixed_seed(seed: int) -> str:
-    """Return a user's seed as the text that adapters are drawn from.
-
-    Raises:
-        LoRAError: it is not a whole number.
-    """
-    if not isinstance(seed, int) or isinstance(seed, bool):
-        raise LoRAError(f"seed must be a whole number, but it is {seed!r}.")
-    return f"seed {seed}:"
-
-
-def random_seed() -> str:
-    """Return a text that tells the state of torch's random stream, without advancing it."""
-    return hashlib.sha256(bytes(torch.get_rng_state().tolist())).hexdigest()

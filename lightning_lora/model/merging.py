@@ -104,13 +104,6 @@ def merged(model: nn.Module) -> Iterator[nn.Module]:
             (merge if before else unmerge)(model)
 
 
-def _require_layers(model: nn.Module, verb: str) -> dict[str, LoRALayer]:
-    layers = adapted_layers(model)
-    if not layers:
-        raise LoRAError(f"{verb}: {type(model).__name__} has no adapted layer; call inject(model, LoRAConfig(...)).")
-    return layers
-
-
 def restore_shards_(model: nn.Module, layers: Mapping[str, LoRALayer]) -> None:
     """Put the shards of a sharded model back in place of weights that FSDP2 gathered. In place.
 
@@ -128,6 +121,30 @@ def restore_shards_(model: nn.Module, layers: Mapping[str, LoRALayer]) -> None:
                 "module that fully_shard was called on last."
             )
         layer.lora.sharded = sharded
+
+
+def _require_layers(model: nn.Module, verb: str) -> dict[str, LoRALayer]:
+    layers = adapted_layers(model)
+    if not layers:
+        raise LoRAError(f"{verb}: {type(model).__name__} has no adapted layer; call inject(model, LoRAConfig(...)).")
+    return layers
+
+
+def _affordable_copies(layers: Collection[LoRALayer]) -> set[LoRALayer]:
+    """The unmerged layers for whose weights a plain copy fits into the budget, smallest first.
+
+    Where a rank's shard is no larger than A, a copy takes less memory than values and factors: these are free.
+    """
+    copies = [record.copy for layer in layers for record in layer.lora.records.values() if record.copy is not None]
+    budget = COPY_BUDGET - sum(copy.nbytes for copy in copies)
+    affordable = set()
+    sizes = {layer: sum(local(weight).nbytes for weight in layer.adapted_weights().values()) for layer in layers}
+    for layer in sorted(sizes, key=sizes.__getitem__):
+        cost = 0 if sizes[layer] <= layer.lora_A.nbytes else sizes[layer]
+        if not layer.lora.records and cost <= max(budget, 0):
+            budget -= cost
+            affordable.add(layer)
+    return affordable
 
 
 def _merge_layer(layer: LoRALayer, blocks: Blocks, copy: bool, observe: Observer | None) -> None:
@@ -150,23 +167,6 @@ def _unmerge_all(layers: Mapping[str, LoRALayer]) -> None:
             failures.append(f"unmerge: layer {name!r}: {error}.")
     if failures:
         raise LoRAError("\n".join(failures))
-
-
-def _affordable_copies(layers: Collection[LoRALayer]) -> set[LoRALayer]:
-    """The unmerged layers for whose weights a plain copy fits into the budget, smallest first.
-
-    Where a rank's shard is no larger than A, a copy takes less memory than values and factors: these are free.
-    """
-    copies = [record.copy for layer in layers for record in layer.lora.records.values() if record.copy is not None]
-    budget = COPY_BUDGET - sum(copy.nbytes for copy in copies)
-    affordable = set()
-    sizes = {layer: sum(local(weight).nbytes for weight in layer.adapted_weights().values()) for layer in layers}
-    for layer in sorted(sizes, key=sizes.__getitem__):
-        cost = 0 if sizes[layer] <= layer.lora_A.nbytes else sizes[layer]
-        if not layer.lora.records and cost <= max(budget, 0):
-            budget -= cost
-            affordable.add(layer)
-    return affordable
 
 
 class _Fidelity:

@@ -69,20 +69,6 @@ def swapped_class(mixin: type[Swapped], base: type[nn.Module]) -> type[Swapped]:
     return _CLASSES[mixin, base]
 
 
-def _new_swapped(mixin: type[Swapped], base: type[nn.Module]) -> Swapped:
-    swapped = swapped_class(mixin, base)
-    return swapped.__new__(swapped)
-
-
-def _class_before_swap(module: Swapped) -> type[nn.Module]:
-    swapped, base = swapped_class(module.lora_mixin, module.lora_base), module.lora_base
-    if type(module) is swapped:
-        return base
-    bases = tuple(base if parent is swapped else parent for parent in type(module).__bases__)
-    attributes = {name: value for name, value in vars(type(module)).items() if name not in ("__dict__", "__weakref__")}
-    return type(type(module).__name__.replace(swapped.__name__, base.__name__), bases, attributes)
-
-
 @dataclass(frozen=True)
 class LayerSpec:
     """The options of one adapted layer."""
@@ -369,14 +355,23 @@ class LoRALayer(Swapped):
         return (make, args, *state)
 
 
-def _crop_to_shard(blocks: list[LowRankBlock], weight: torch.Tensor) -> list[LowRankBlock]:
-    if not is_sharded(weight):
-        return blocks
-    rows, columns, *kernel = window(weight)
-    if any(part != slice(0, size) for part, size in zip(kernel, weight.shape[2:], strict=True)):
-        raise LoRAError(f"a weight of shape {tuple(weight.shape)} cannot be merged while it is sharded beyond dim 1")
-    width = weight.shape[2:].numel()
-    return crop(blocks, rows, slice(columns.start * width, columns.stop * width))
+def adapted_layers(model: nn.Module) -> dict[str, LoRALayer]:
+    """Return the adapted layers of a model, by name."""
+    return {canonical(name): module for name, module in model.named_modules() if isinstance(module, LoRALayer)}
+
+
+def is_factor(name: str, module: nn.Module) -> bool:
+    """Return whether a state name of a module is that of A or B."""
+    return isinstance(module, LoRALayer) and name.rpartition(".")[2] in (A, B)
+
+
+def strip_(layer: LoRALayer) -> None:
+    """Give a layer back the class that it had, without factors and attributes; the weight stays. In place."""
+    layer.__class__ = _class_before_swap(layer)  # type: ignore[assignment]
+    for name in (A, B):
+        layer._parameters.pop(name, None)
+    for name in [name for name in vars(layer) if name == "lora" or name.startswith("lora_")]:
+        delattr(layer, name)
 
 
 def drop(x: torch.Tensor, p: float) -> tuple[torch.Tensor, float]:
@@ -393,20 +388,25 @@ def drop(x: torch.Tensor, p: float) -> tuple[torch.Tensor, float]:
     return x.masked_fill(bits < steps - DROPOUT_STEPS // 2, 0), DROPOUT_STEPS / (DROPOUT_STEPS - steps)
 
 
-def strip_(layer: LoRALayer) -> None:
-    """Give a layer back the class that it had, without factors and attributes; the weight stays. In place."""
-    layer.__class__ = _class_before_swap(layer)  # type: ignore[assignment]
-    for name in (A, B):
-        layer._parameters.pop(name, None)
-    for name in [name for name in vars(layer) if name == "lora" or name.startswith("lora_")]:
-        delattr(layer, name)
+def _crop_to_shard(blocks: list[LowRankBlock], weight: torch.Tensor) -> list[LowRankBlock]:
+    if not is_sharded(weight):
+        return blocks
+    rows, columns, *kernel = window(weight)
+    if any(part != slice(0, size) for part, size in zip(kernel, weight.shape[2:], strict=True)):
+        raise LoRAError(f"a weight of shape {tuple(weight.shape)} cannot be merged while it is sharded beyond dim 1")
+    width = weight.shape[2:].numel()
+    return crop(blocks, rows, slice(columns.start * width, columns.stop * width))
 
 
-def adapted_layers(model: nn.Module) -> dict[str, LoRALayer]:
-    """Return the adapted layers of a model, by name."""
-    return {canonical(name): module for name, module in model.named_modules() if isinstance(module, LoRALayer)}
+def _class_before_swap(module: Swapped) -> type[nn.Module]:
+    swapped, base = swapped_class(module.lora_mixin, module.lora_base), module.lora_base
+    if type(module) is swapped:
+        return base
+    bases = tuple(base if parent is swapped else parent for parent in type(module).__bases__)
+    attributes = {name: value for name, value in vars(type(module)).items() if name not in ("__dict__", "__weakref__")}
+    return type(type(module).__name__.replace(swapped.__name__, base.__name__), bases, attributes)
 
 
-def is_factor(name: str, module: nn.Module) -> bool:
-    """Return whether a state name of a module is that of A or B."""
-    return isinstance(module, LoRALayer) and name.rpartition(".")[2] in (A, B)
+def _new_swapped(mixin: type[Swapped], base: type[nn.Module]) -> Swapped:
+    swapped = swapped_class(mixin, base)
+    return swapped.__new__(swapped)

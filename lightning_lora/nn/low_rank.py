@@ -112,11 +112,6 @@ def low_rank_blocks(
     return {IN_PROJ if kind == ATTENTION else "weight": blocks}
 
 
-def _separate(enabled: Enabled) -> list[str]:
-    """The names of the weights of q, k and v that are adapted."""
-    return [name for name, on in zip(SEPARATE, enabled or (True, True, True), strict=True) if on]
-
-
 def enabled_parts(a: torch.Tensor, b: torch.Tensor, enabled: Enabled) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
     """Split factors into (first output, A, B) of each adapted part; a plain layer is one part."""
     if enabled is None:
@@ -177,13 +172,6 @@ def from_block_diagonal(b: torch.Tensor, enabled: tuple[bool, ...]) -> torch.Ten
     return torch.cat(_diagonal_blocks(b, enabled))
 
 
-def _diagonal_blocks(whole: torch.Tensor, enabled: tuple[bool, ...]) -> list[torch.Tensor]:
-    """Views of what belongs to each enabled part."""
-    rows, rank = whole.shape[0] // len(enabled), whole.shape[1] // sum(enabled)
-    adapted = [i for i, on in enumerate(enabled) if on]
-    return [whole[i * rows : (i + 1) * rows, k * rank : (k + 1) * rank] for k, i in enumerate(adapted)]
-
-
 def product_norm(left: torch.Tensor, right: torch.Tensor) -> float:
     """Return the Frobenius norm of left @ right from the R factors of two QR decompositions.
 
@@ -191,3 +179,15 @@ def product_norm(left: torch.Tensor, right: torch.Tensor) -> float:
     """
     left_r, right_r = torch.linalg.qr(left, mode="r")[1], torch.linalg.qr(right.T, mode="r")[1]
     return float(torch.linalg.matrix_norm(left_r @ right_r.T))
+
+
+def _separate(enabled: Enabled) -> list[str]:
+    """The names of the weights of q, k and v that are adapted."""
+    return [name for name, on in zip(SEPARATE, enabled or (True, True, True), strict=True) if on]
+
+
+def _diagonal_blocks(whole: torch.Tensor, enabled: tuple[bool, ...]) -> list[torch.Tensor]:
+    """Views of what belongs to each enabled part."""
+    rows, rank = whole.shape[0] // len(enabled), whole.shape[1] // sum(enabled)
+    adapted = [i for i, on in enumerate(enabled) if on]
+    return [whole[i * rows : (i + 1) * rows, k * rank : (k + 1) * rank] for k, i in enumerate(adapted)]

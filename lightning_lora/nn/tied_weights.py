@@ -30,20 +30,6 @@ def tied_weights(model: nn.Module) -> dict[nn.Module, str]:
     return tied
 
 
-def _add_overlaps(sharing: list[tuple[torch.Tensor, nn.Module, str, bool]], tied: dict[nn.Module, str]) -> None:
-    """Add to `tied` the weights among the owners of one storage that overlap with another module's tensor."""
-    spans = [(*_span(tensor), module, name, is_weight) for tensor, module, name, is_weight in sharing]
-    spans.sort(key=lambda span: span[:2])
-    for i, (_, end, module, name, is_weight) in enumerate(spans):
-        for start, _, later_module, later_name, later_is_weight in spans[i + 1 :]:
-            if start >= end:
-                break
-            if later_module is not module and is_weight:
-                tied.setdefault(module, later_name)
-            if later_module is not module and later_is_weight:
-                tied.setdefault(later_module, name)
-
-
 def record_ties(model: nn.Module) -> None:
     """Record on each adapted layer what keeps it from being merged, if anything."""
     tied = tied_weights(model)
@@ -59,6 +45,20 @@ def record_ties(model: nn.Module) -> None:
             # A part of the injected model shows what ties a layer, but not that nothing does.
             if reason != layer.lora.unmergeable_reason and (reason or whole):
                 layer.lora.unmergeable_reason = reason
+
+
+def _add_overlaps(sharing: list[tuple[torch.Tensor, nn.Module, str, bool]], tied: dict[nn.Module, str]) -> None:
+    """Add to `tied` the weights among the owners of one storage that overlap with another module's tensor."""
+    spans = [(*_span(tensor), module, name, is_weight) for tensor, module, name, is_weight in sharing]
+    spans.sort(key=lambda span: span[:2])
+    for i, (_, end, module, name, is_weight) in enumerate(spans):
+        for start, _, later_module, later_name, later_is_weight in spans[i + 1 :]:
+            if start >= end:
+                break
+            if later_module is not module and is_weight:
+                tied.setdefault(module, later_name)
+            if later_module is not module and later_is_weight:
+                tied.setdefault(later_module, name)
 
 
 def _storage(tensor: torch.Tensor) -> int:
