@@ -14,7 +14,7 @@ from compositions_table import ROWS, outcome, render
 
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = (
-    "<!-- compositions: written by tests/trainer/test_compositions.py -->\n",
+    "<!-- compositions: written by tests/trainer/test_compositions_table.py -->\n",
     "<!-- end of compositions -->",
 )
 STRATEGIES = ("ddp_spawn", "ddp_fork", "ddp_notebook")
