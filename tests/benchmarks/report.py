@@ -1,4 +1,4 @@
-"""The README's table and plot, out of what run.py wrote.
+"""The table and plot in README.md, out of what run.py wrote.
 
 python tests/benchmarks/run.py --runs 5 --json tests/benchmarks/results.json
 python tests/benchmarks/report.py
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-RESULTS, PLOT, README = HERE / "results.json", HERE / "results.png", HERE.parents[1] / "README.md"
+RESULTS, PLOT, README = HERE / "results.json", HERE / "results.png", HERE / "README.md"
 BEGIN, END = "<!-- benchmarks: written by tests/benchmarks/report.py -->\n", "<!-- end of benchmarks -->"
 COLUMNS = {
     "against peft": ["/ peft"],
