@@ -16,7 +16,10 @@ BEGIN, END = "<!-- benchmarks: written by tests/benchmarks/report.py -->\n", "<!
 COLUMNS = {
     "against peft": ["/ peft"],
     "against loralib": ["/ loralib"],
-    "against": ["/ floor", "/ untouched base", "/ one copy of the weights", "/ the weight", "/ its tensors' bytes"],
+    "against": [
+        *("/ floor", "/ untouched base", "/ one copy of the weights", "/ the weight", "/ its tensors' bytes"),
+        "ms a step",
+    ],
 }
 NAMES = {"/ floor": "the floor", "/ one copy of the weights": "one copy"}
 
@@ -56,6 +59,8 @@ def _cell(rows: list[dict[str, Any]], figures: list[str]) -> str:
     if not chosen:
         return ""
     against = chosen[0]["figure"]
+    if against == "ms a step":
+        return ", ".join(f"{row['value']:.3f}" for row in chosen) + " ms"
     name = "" if against in ("/ peft", "/ loralib") else " of " + NAMES.get(against, against.removeprefix("/ "))
     return ", ".join(f"{row['value']:.2f}" for row in chosen) + name
 

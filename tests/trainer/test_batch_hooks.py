@@ -1,4 +1,4 @@
-"""What the callback's hooks cost a batch: modules that they visit are counted, no times. From the second batch on, none."""
+"""What the callback's hooks cost a batch: the modules that they visit, counted. From the second batch on, none."""
 
 from __future__ import annotations
 
