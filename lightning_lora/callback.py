@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import fields
 from typing import Any
 
-import lightning.pytorch as pl
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
@@ -37,7 +37,7 @@ from .trainer.step_lists import StepLists
 from .trainer.strategies import prepare_strategy
 
 
-class LoRACallback(pl.Callback):
+class LoRACallback(Callback):
     """Adapt any LightningModule with LoRA: inject on setup, merge while evaluating, save small checkpoints.
 
     The options after `seed` are LoRAConfig's. Without any of them, a model that the user injected is taken as it is.
@@ -108,7 +108,7 @@ class LoRACallback(pl.Callback):
 
     # --- in the order in which Lightning calls them ---
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Adapt what exists before the optimizer is built and the strategy wraps; the rest after configure_model."""
         prepare_strategy(trainer.strategy)
         injected = find_injection(pl_module)
@@ -122,7 +122,7 @@ class LoRACallback(pl.Callback):
         save_as(pl_module, self.save)
         self._verified = False
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that the adapter can be trained, record the base's fingerprint, and log in one line what is trained."""
         snapshot_materialised(pl_module)
         refuse_unoptimized(trainer.optimizers, pl_module)
@@ -135,13 +135,11 @@ class LoRACallback(pl.Callback):
             injected.record.fingerprint = fingerprint(pl_module)
         rank_zero_info(summary(pl_module))
 
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget which layers are in eval mode; the first batch lists them anew, when every mode is training's."""
         self._lists.pop(pl_module, None)
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any, **kwargs: Any
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """Unmerge what is merged, and let dropout act in layers that Lightning keeps in eval mode."""
         lists = self._step_lists(pl_module)
         if lists.is_merged():
@@ -149,29 +147,25 @@ class LoRACallback(pl.Callback):
             self._merged.discard(pl_module)
         lists.override_dropout(True)
 
-    def on_before_optimizer_step(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any, **kwargs: Any
-    ) -> None:
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """Record the initial value of every base parameter that became trainable since the last step."""
         self._step_lists(pl_module).record_trainable()
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any, **kwargs: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """Let dropout follow each layer's own mode again."""
         self._step_lists(pl_module).override_dropout(None)
 
     def on_validation_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any, **kwargs: Any
+        self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
     ) -> None:
         """Merge at the first batch, because weight averaging swaps weights after the start hooks; begin verify."""
         self._merge(trainer, pl_module)
 
-    def on_validation_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any, **kwargs: Any
-    ) -> None:
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """Log and warn of what verify saw in the first batch."""
         self._report(trainer, pl_module)
 
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Unmerge, before weight averaging swaps weights back."""
         self._unmerge(pl_module)
 
@@ -179,19 +173,17 @@ class LoRACallback(pl.Callback):
     on_test_batch_end = on_predict_batch_end = on_validation_batch_end
     on_test_epoch_end = on_predict_epoch_end = on_validation_epoch_end
 
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Patch the module's own hook where setup did not run: in the main process of a launcher."""
         injected = find_injection(pl_module)
         if injected is not None and injected.record.save is None:
             save_as(pl_module, self.save)
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Unmerge after an exception or Ctrl-C, which skips the epoch's end and teardown."""
         self._leave(pl_module)
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Unmerge what is merged still; in a process that ends with the fit, hand the record to the main process."""
         self._leave(pl_module)
         if stage == "fit" and launches(trainer) and find_injection(pl_module) is not None:
@@ -199,7 +191,7 @@ class LoRACallback(pl.Callback):
 
     # --- helpers ---
 
-    def _merge(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _merge(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.merged_eval and not self._step_lists(pl_module).is_merged():
             self._merged.add(pl_module)  # first, because Ctrl-C is raised when merging is complete
             merge(pl_module)
@@ -207,7 +199,7 @@ class LoRACallback(pl.Callback):
             watching = watch(pl_module)
             self._verifying, self._verified = (watching, watching.__enter__()), True
 
-    def _report(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _report(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._verifying is None:
             return
         (watching, verification), self._verifying = self._verifying, None
@@ -221,7 +213,7 @@ class LoRACallback(pl.Callback):
         if problems:
             rank_zero_warn(f"LoRACallback: {problems}. Is the forward another than the one you adapted?")
 
-    def _unmerge(self, pl_module: pl.LightningModule) -> None:
+    def _unmerge(self, pl_module: LightningModule) -> None:
         if self._verifying is not None:  # the batch was broken off, perhaps on this rank alone: nothing is gathered
             (watching, _), self._verifying = self._verifying, None
             watching.__exit__(GeneratorExit, GeneratorExit(), None)
@@ -230,13 +222,13 @@ class LoRACallback(pl.Callback):
             if is_merged(pl_module):
                 unmerge(pl_module)
 
-    def _leave(self, pl_module: pl.LightningModule) -> None:
+    def _leave(self, pl_module: LightningModule) -> None:
         if pl_module in self._lists:
             self._step_lists(pl_module).override_dropout(None)
             del self._lists[pl_module]
         self._unmerge(pl_module)
 
-    def _step_lists(self, pl_module: pl.LightningModule) -> StepLists:
+    def _step_lists(self, pl_module: LightningModule) -> StepLists:
         lists = self._lists.get(pl_module)
         if lists is None or not lists.is_current():
             lists = self._lists[pl_module] = StepLists(pl_module)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from statistics import mode
 from typing import Any
@@ -107,32 +106,20 @@ def _translate_config(old: Adapter, new: Adapter, old_layers: Mapping[str | None
     """
     if old.config is None:
         return None
-    config = replace(old.config, modules_to_save=_translate_saved(old.config.modules_to_save or (), old, new))
+    modules = {module for name in new.tensors for module in around(name)}
+    named = {suffix for module in modules for suffix in suffixes(module)}
+    saved = [  # without what was taken off the names, where an entry needs that to name anything
+        entry if entry in named else next((tail for tail in suffixes(entry) if tail in modules), entry)
+        for entry in old.config.modules_to_save or ()
+    ]
+    config = replace(old.config, modules_to_save=saved)
     enabled = {layer: config.enabled_parts(old_layers[layer]) for layer in new.layers()}
     same_parts = all(config.enabled_parts(layer) == parts for layer, parts in enabled.items())
     if same_parts and options_hold(config, new.ranks(), new.scalings):
         return config
     longest_first = sorted(enabled.items(), key=lambda item: -len(item[0]))
-    exact = exact_options(replace(new, config=config), new.ranks())
+    exact = exact_options(config, new.ranks(), new.scalings)
     return replace(exact, enable_lora={layer: parts for layer, parts in longest_first if parts})
-
-
-def _translate_saved(entries: Iterable[str], old: Adapter, new: Adapter) -> list[str]:
-    """Shorten entries of modules_to_save by what was taken off the names, where they would name nothing otherwise."""
-    before, after = ({module for name in x.tensors for module in around(name)} for x in (old, new))
-    named = {suffix for module in after for suffix in suffixes(module)}
-    modules_of = defaultdict(list)
-    for module in before:
-        for suffix in suffixes(module):
-            modules_of[suffix].append(module)
-
-    def translate(entry: str) -> str:
-        if entry in named:
-            return entry
-        shorter = [suffix for module in modules_of[entry] for suffix in suffixes(module) if suffix in after]
-        return max(shorter, key=len, default=entry)
-
-    return list(map(translate, entries))
 
 
 def options_hold(config: LoRAConfig, ranks: Mapping[str, int], scalings: Mapping[str, float]) -> bool:
@@ -140,13 +127,12 @@ def options_hold(config: LoRAConfig, ranks: Mapping[str, int], scalings: Mapping
     return all(config.rank(n) == r and math.isclose(config.scaling(n), scalings[n]) for n, r in ranks.items())
 
 
-def exact_options(adapter: Adapter, ranks: Mapping[str, int]) -> LoRAConfig:
-    """Return the adapter's options, changed to give exactly the layers in `ranks` these ranks and its scalings.
+def exact_options(config: LoRAConfig, ranks: Mapping[str, int], scalings: Mapping[str, float]) -> LoRAConfig:
+    """Return the options changed to give exactly the layers in `ranks` these ranks and scalings.
 
     What most layers have is the option, and patterns name the others.
     """
-    config = adapter.config or LoRAConfig()
-    alphas = {n: adapter.scalings[n] * (math.sqrt(r) if config.use_rslora else r) for n, r in ranks.items()}
+    alphas = {n: scalings[n] * (math.sqrt(r) if config.use_rslora else r) for n, r in ranks.items()}
     alphas = {n: int(alpha) if alpha == int(alpha) else alpha for n, alpha in alphas.items()}
     common_r, common_alpha = mode(ranks.values()), mode(alphas.values())
     return replace(
@@ -202,11 +188,7 @@ def _fitting_prefixes(layers: Sequence[str], modules: Set[str]) -> list[tuple[st
 
 
 def check_factors(adapter: Adapter, where: str) -> None:
-    """Compare an adapter's factors with each other and with the options.
-
-    Raises:
-        LoRAError: names the first layer whose factors are missing, not numbers, or of another rank than the options'.
-    """
+    """Raise LoRAError for the first layer with a factor missing, not finite, or of another rank than the options'."""
     for name in adapter.layers():
         if not name:
             raise LoRAError(f"{where}: a lora_A names no layer.")
@@ -247,11 +229,7 @@ def _check_rank(adapter: Adapter, name: str, where: str) -> None:
 
 
 def check_finite(name: str, value: torch.Tensor, where: str = "adapter") -> None:
-    """Raise where a value is NaN or Inf; a tensor without values (meta) counts as finite.
-
-    Raises:
-        LoRAError: names the tensor.
-    """
+    """Raise LoRAError where a tensor holds NaN or Inf; one without values (meta) counts as finite."""
     numbers = value if value.dtype in MERGEABLE_DTYPES else value.double()  # isfinite does not know float8
     if not value.is_meta and not torch.isfinite(numbers).all():
         raise LoRAError(f"{where}: {name!r} holds NaN or Inf; it comes from a diverged run or a damaged file.")

@@ -79,13 +79,9 @@ def add_frozen_weights(model: nn.Module, adapter: Adapter) -> Adapter:
 
 
 def check_adapter(model: nn.Module, adapter: Adapter, *, strict_base: bool = True) -> None:
-    """Compare an adapter with an injected model: layers, scaling, names, shapes, finite values, base.
-
-    Raises:
-        LoRAError: names the first thing that differs.
-    """
+    """Raise LoRAError for the first layer, scaling, name, shape, value or base weight that does not fit the model."""
     try:
-        _check_layers(model, adapter)
+        _check_layers(model, by_first_names(model, adapter))
         _check_tensors(model, adapter)
     except LoRAError as error:
         config = require_injection(model, "load_adapter").record.config
@@ -102,7 +98,7 @@ def check_adapter(model: nn.Module, adapter: Adapter, *, strict_base: bool = Tru
 
 def _check_layers(model: nn.Module, adapter: Adapter) -> None:
     layers, kinds = adapted_layers(model), layer_kinds(model)
-    _check_names("layer", map(_first_names(model), adapter.layers()), layers)
+    _check_names("layer", adapter.layers(), layers)
     for name, layer in layers.items():
         scaling = adapter.scalings.get(name)
         if scaling is not None and not math.isclose(scaling, layer.lora.spec.scaling):

@@ -54,11 +54,7 @@ def sample_positions(numel: int) -> list[int]:
 
 
 def check_fingerprint(model: nn.Module, expected: Mapping[str, Any]) -> None:
-    """Compare the model's frozen parameters with a fingerprint, up to rounding: another dtype of the same base fits.
-
-    Raises:
-        LoRAError: names the first parameter that differs.
-    """
+    """Raise LoRAError for the first frozen parameter that differs from a fingerprint by more than another dtype's."""
     injected = require_injection(model, "check_fingerprint")
     record = injected.record
     unfrozen = {name: fingerprint_entry(record.initial[name]) for name in record.unfrozen}
@@ -68,11 +64,7 @@ def check_fingerprint(model: nn.Module, expected: Mapping[str, Any]) -> None:
 
 
 def compare_fingerprints(present: Mapping[str, Any], expected: Mapping[str, Any], relative: float = EQUAL) -> None:
-    """Compare two fingerprints in the order of the first; what only that one has is not judged.
-
-    Raises:
-        LoRAError: names the first parameter that differs.
-    """
+    """Raise LoRAError for the first difference, in the order of `present`; what only that has is not judged."""
     order = {name: position for position, name in enumerate(present)}
     for name in sorted(expected, key=lambda name: order.get(name, -1)):
         before, now = expected[name], present.get(name)

@@ -24,7 +24,7 @@ from ..model.named_state import named_state
 from ..model.state_dict import adapter_keys, adapter_state_dict, merge_state_dict
 from ..names import META, canonical
 from ..nn.lora_layer import is_factor
-from .adapter import Adapter
+from .adapter import Adapter, check_factors
 from .apply import add_frozen_weights, align_names, check_adapter, record_trained
 from .fingerprint import AVERAGED, entries_match, fingerprint_entry
 from .metadata import describe_model, from_metadata, to_metadata
@@ -38,11 +38,7 @@ Replacement = Callable[[Mapping[Any, Any], tuple[Any, ...]], dict[Any, Any] | No
 
 
 def check_kind(kind: object) -> None:
-    """Raise where `kind` is no kind of checkpoint.
-
-    Raises:
-        LoRAError: names the kinds.
-    """
+    """Raise LoRAError where `kind` is no kind of checkpoint."""
     if kind not in get_args(Kind):
         raise LoRAError(f"save must be one of {', '.join(get_args(Kind))}, but it is {kind!r}.")
 
@@ -223,7 +219,11 @@ def adapter_of(checkpoint: Mapping[str, Any]) -> tuple[Adapter, Kind]:
     tensors = meta.get("adapter") if kind == "merged" else checkpoint.get("state_dict")
     if not isinstance(tensors, Mapping):
         raise LoRAError('checkpoint["lora"] is damaged: the tensors are missing.')
-    return from_metadata(tensors, meta, 'checkpoint["lora"]', with_base=kind == "full"), kind
+    adapter = from_metadata(tensors, meta, 'checkpoint["lora"]')
+    if kind == "full":
+        adapter = replace(adapter, tensors={n: value for n, value in tensors.items() if n not in adapter.fingerprint})
+    check_factors(adapter, 'checkpoint["lora"]')
+    return adapter, kind
 
 
 def in_one_storage(values: Mapping[str, Any]) -> dict[str, Any]:

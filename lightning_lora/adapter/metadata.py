@@ -48,29 +48,24 @@ def to_metadata(adapter: Adapter) -> dict[str, Any]:
     }
 
 
-def from_metadata(
-    tensors: Mapping[str, Any], metadata: Any, where: str, *, check: bool = True, with_base: bool = False
-) -> Adapter:
-    """Return the adapter that metadata describes: the inverse of to_metadata.
+def from_metadata(tensors: Mapping[str, Any], metadata: Any, where: str) -> Adapter:
+    """Return the adapter of these tensors that metadata describes, its factors unchecked: the inverse of to_metadata.
 
     Args:
         tensors: the adapter's.
         metadata: plain types, from a file.
         where: for messages.
-        check: compare the factors with the options, see check_factors.
-        with_base: there are frozen tensors among them, which the fingerprint names.
 
     Raises:
         LoRAError: the description is not of that form, or it and the tensors disagree.
     """
     try:
         scalings, kinds = decode_layers(metadata["layers"])
-        base = decode_fingerprint(metadata["fingerprint"])
         adapter = Adapter(
-            tensors={name: value for name, value in tensors.items() if not (with_base and name in base)},
+            tensors=tensors,
             config=LoRAConfig.from_dict(metadata["config"]),
             scalings=scalings,
-            fingerprint=base,
+            fingerprint=decode_fingerprint(metadata["fingerprint"]),
             complete=metadata.get("complete", True) is True,
             kinds=kinds,
             network=_text(metadata["network"]),
@@ -84,8 +79,6 @@ def from_metadata(
     unpaired = sorted(set(adapter.scalings) ^ set(adapter.layers()))
     if unpaired:
         raise LoRAError(f"{where}: {unpaired[0]!r} is missing in the tensors or in their description; it was cut.")
-    if check:
-        check_factors(adapter, where)
     return adapter
 
 
@@ -160,11 +153,7 @@ def encode_layers(scalings: Mapping[str, float], kinds: Mapping[str, str]) -> li
 
 
 def decode_layers(groups: Any) -> tuple[dict[str, float], dict[str, str]]:
-    """Return scalings and kinds: the inverse of encode_layers.
-
-    Raises:
-        TypeError, ValueError: it is not of that form.
-    """
+    """Return scalings and kinds: the inverse of encode_layers. Raises TypeError or ValueError for any other form."""
     scalings, kinds = {}, {}
     for kind, scaling, names in _list(groups):
         if kind is not None and kind not in KINDS:
@@ -189,11 +178,7 @@ def encode_fingerprint(entries: Mapping[str, Mapping[str, Any]]) -> list[Any]:
 
 
 def decode_fingerprint(groups: Any) -> dict[str, Any]:
-    """Return the entries by name: the inverse of encode_fingerprint.
-
-    Raises:
-        TypeError, ValueError: it is not of that form.
-    """
+    """Return entries by name: the inverse of encode_fingerprint. Raises TypeError or ValueError for any other form."""
     entries = {}
     for dtype, shape, leaf, modules, encoded in _list(groups):
         if not isinstance(getattr(torch, _text(dtype), None), torch.dtype):

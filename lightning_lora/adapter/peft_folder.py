@@ -141,7 +141,7 @@ def _read_described(tensors: Mapping[str, torch.Tensor], text: str, where: Path)
         description = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise LoRAError(f"{where}: its header's description is not JSON: {error}") from error
-    adapter = from_plain(from_metadata(tensors, description, str(where), check=False))
+    adapter = from_plain(from_metadata(tensors, description, str(where)))
     check_factors(adapter, str(where))
     return adapter
 

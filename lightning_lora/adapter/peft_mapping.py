@@ -62,7 +62,7 @@ def options_to_peft(adapter: Adapter) -> dict[str, Any]:
     ranks = {name: r for name, r in adapter.ranks().items() if adapter.kinds.get(name) != ATTENTION_OUTPUT}
     config = adapter.config or LoRAConfig()
     if not options_hold(config, ranks, adapter.scalings):
-        config = exact_options(adapter, ranks)
+        config = exact_options(config, ranks, adapter.scalings)
     options = config.to_dict()
     return {
         **{name: options[name] for name in SHARED},
@@ -90,11 +90,7 @@ def _target_modules(adapter: Adapter, layers: list[str]) -> str | list[str]:
 
 
 def refuse_options(options: Mapping[str, Any], path: Path) -> None:
-    """Raise where adapter_config.json asks for what this package does not apply.
-
-    Raises:
-        LoRAError: names the option.
-    """
+    """Raise LoRAError for the first option in adapter_config.json that this package does not apply."""
     if options.get("peft_type") != "LORA":
         raise LoRAError(f"{path}: peft_type is {options.get('peft_type')!r}, only 'LORA' is read.")
     known = {*SHARED, *SELECTING, *ORIGIN, *WITHOUT_EFFECT}
@@ -138,11 +134,7 @@ def origin_of(options: Mapping[str, Any]) -> dict[str, str]:
 
 
 def check_peft_version(version: object, where: object) -> None:
-    """Refuse attention adapters of a later peft, which may add out_proj's change once.
-
-    Raises:
-        LoRAError: the version is later than those whose behaviour is known.
-    """
+    """Raise LoRAError for an attention adapter of a later peft than is known, which may add out_proj's change once."""
     numbers = [int(part) if part.isdigit() else 0 for part in str(version or "0.0").split(".")[:2]]
     if tuple(numbers) > LAST_KNOWN_PEFT:
         raise LoRAError(
@@ -212,11 +204,7 @@ def as_plain(adapter: Adapter) -> Adapter:
 
 
 def from_plain(adapter: Adapter) -> Adapter:
-    """Return the adapter that as_plain made plain: its inverse.
-
-    Raises:
-        LoRAError: a B is not zero outside its blocks, so that enable_lora cannot express it.
-    """
+    """Undo as_plain. Raises LoRAError where a B is not zero outside its blocks, which enable_lora cannot express."""
     return _with_factors_b(adapter, _from_block_diagonal, OUT_PROJ_COUNTS)
 
 

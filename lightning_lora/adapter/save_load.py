@@ -138,7 +138,7 @@ def _config_for(model: nn.Module, adapter: Adapter) -> LoRAConfig:
     targets = Targets(model, config)
     same_layers = not targets.unmatched and set(targets.layers) == set(ranks)
     same = same_layers and options_hold(config, ranks, adapter.scalings)
-    return config if same else exact_options(adapter, ranks)
+    return config if same else exact_options(config, ranks, adapter.scalings)
 
 
 def read_adapter(source: PathLike | Mapping[str, Any]) -> Adapter:
@@ -194,6 +194,8 @@ def adapter_with_options(path: PathLike, lora_alpha: float | None = None) -> Ada
                 f"{path}: {name!r} adapts parts of a fused projection, and which is not stored; load it in Python onto "
                 "a model injected with enable_lora."
             )
+    scalings = {name: lora_alpha / rank for name, rank in ranks.items()}
     config = LoRAConfig(r=next(iter(ranks.values())), lora_alpha=lora_alpha, target_modules=list(ranks))
-    adapter = replace(adapter, config=config, scalings={name: lora_alpha / rank for name, rank in ranks.items()})
-    return adapter if len(set(ranks.values())) == 1 else replace(adapter, config=exact_options(adapter, ranks))
+    if not options_hold(config, ranks, scalings):
+        config = exact_options(config, ranks, scalings)
+    return replace(adapter, config=config, scalings=scalings)

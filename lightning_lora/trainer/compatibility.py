@@ -22,15 +22,12 @@ AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
 
 
 def refuse_composition(trainer: Any, callback: Any, *, injected: bool) -> None:
-    """Raise where this callback cannot give right numbers in this Trainer.
+    """Raise LoRAError, with the remedy, where this callback cannot give right numbers in this Trainer.
 
     Args:
         trainer: the Trainer, in setup.
         callback: the LoRACallback.
         injected: the model was injected before this setup.
-
-    Raises:
-        LoRAError: says what to change.
     """
     fitting, order = trainer.state.fn == "fit", trainer.callbacks
     for position, neighbour in enumerate(order):
@@ -60,11 +57,7 @@ def launches(trainer: Any) -> bool:
 
 
 def refuse_other_options(record: Injection, config: LoRAConfig, seed: str = "") -> None:
-    """Raise where a model that was injected before does not go with the callback's options.
-
-    Raises:
-        LoRAError: names the option, or gives the reason.
-    """
+    """Raise LoRAError where a model that was injected before does not go with the callback's options."""
     if record.merge_weights:
         raise LoRAError(
             "LoRACallback: the model was injected with merge_weights=True, where eval() merges: a backbone kept "
@@ -106,11 +99,7 @@ def warn_of_frozen(module: nn.Module) -> None:
 
 
 def refuse_unoptimized(optimizers: Iterable[torch.optim.Optimizer], module: nn.Module) -> None:
-    """Raise where a trainable adapter parameter would never be trained.
-
-    Raises:
-        LoRAError: names the parameter.
-    """
+    """Raise LoRAError for the first trainable adapter parameter that no optimizer holds."""
     groups = (group for optimizer in optimizers for group in optimizer.param_groups)
     optimized = {id(parameter) for group in groups for parameter in group["params"]}
     for name, factor in _factors(module).items():

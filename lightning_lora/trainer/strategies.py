@@ -35,11 +35,7 @@ REFUSED = {
 
 
 def prepare_strategy(strategy: Any) -> None:
-    """Refuse a strategy that cannot give right numbers, or patch how it saves and loads.
-
-    Raises:
-        LoRAError: names the reason and the alternative.
-    """
+    """Patch how a strategy saves and loads, or raise LoRAError, with the alternative, where it cannot be right."""
     names = [cls.__name__ for cls in type(strategy).__mro__]
     for name in names:
         if name in REFUSED:
