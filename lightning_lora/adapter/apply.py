@@ -133,8 +133,8 @@ def _check_tensors(model: nn.Module, adapter: Adapter) -> None:
     expected = dict.fromkeys(
         name for name in adapter_keys(model) if adapter.complete or isinstance(live[name], nn.Parameter)
     )
-    judged = [name for name in adapter.tensors if name not in live or name in expected]
-    _check_names("tensor", map(first_name, judged), map(first_name, expected))
+    compared = [name for name in adapter.tensors if name not in live or name in expected]
+    _check_names("tensor", map(first_name, compared), map(first_name, expected))
     for name, value in adapter.tensors.items():
         tensor = live[name]
         if tensor is None:
