@@ -1,4 +1,4 @@
-"""LoRAConfig: the only place where an adapter option is defined and validated."""
+"""LoRAConfig: the adapter's options; each is defined and validated here."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ from .errors import LoRAError
 from .names import ALL_LINEAR, pattern_matches
 
 Bias = Literal["none", "all", "lora_only"]
-
 Init = Literal["gaussian", "orthogonal"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAConfig:
-    """Options of a low-rank adapter: W' = W + s * B @ A with s = lora_alpha / r (arXiv:2106.09685).
+    """Options of a low-rank adapter, W' = W + s * B @ A with s = lora_alpha / r (arXiv:2106.09685).
 
     Names and defaults are PEFT's. A list of module names matches a whole name or a dotted suffix of it; a string is a
     regular expression that must match a whole name.
@@ -72,12 +71,10 @@ class LoRAConfig:
             _refuse("target_modules", "at least one name, a regular expression or 'all-linear'", self.target_modules)
         for option in ("target_modules", "exclude_modules", "modules_to_save"):
             _check_names(option, getattr(self, option))
-        for pattern, rank in (self.rank_pattern or {}).items():
-            _check_regex("rank_pattern", pattern)
-            _check_rank(f"rank_pattern[{pattern!r}]", rank)
-        for pattern, alpha in (self.alpha_pattern or {}).items():
-            _check_regex("alpha_pattern", pattern)
-            _check_alpha(f"alpha_pattern[{pattern!r}]", alpha)
+        for option, check in (("rank_pattern", _check_rank), ("alpha_pattern", _check_alpha)):
+            for pattern, value in (getattr(self, option) or {}).items():
+                _check_regex(option, pattern)
+                check(f"{option}[{pattern!r}]", value)
         if self.bias not in get_args(Bias):
             _refuse("bias", f"one of {', '.join(get_args(Bias))}", self.bias)
         for option in ("use_rslora", "autocast_adapter_dtype"):
@@ -90,58 +87,59 @@ class LoRAConfig:
                 _refuse(f"enable_lora[{name!r}]", "a list of booleans with at least one true", parts)
 
     def rank(self, name: str) -> int:
-        """r of the layer `name`."""
+        """Return r of the layer `name`."""
         return next((r for key, r in (self.rank_pattern or {}).items() if pattern_matches(key, name)), self.r)
 
     def alpha(self, name: str) -> float:
-        """lora_alpha of the layer `name`."""
-        alphas = self.alpha_pattern or {}
-        return next((alpha for key, alpha in alphas.items() if pattern_matches(key, name)), self.lora_alpha)
+        """Return lora_alpha of the layer `name`."""
+        alphas = (self.alpha_pattern or {}).items()
+        return next((alpha for key, alpha in alphas if pattern_matches(key, name)), self.lora_alpha)
 
     def scaling(self, name: str) -> float:
-        """s of the layer `name`."""
+        """Return s of the layer `name`."""
         rank = self.rank(name)
         return self.alpha(name) / (math.sqrt(rank) if self.use_rslora else rank)
 
     def enabled_parts(self, name: str) -> tuple[bool, ...] | None:
-        """Which parts of the fused projection `name` are adapted, or None for all of it as one."""
-        for entry, parts in (self.enable_lora or {}).items():
-            if name == entry or name.endswith(f".{entry}"):
-                return tuple(parts)
-        return None
+        """Return which parts of the fused projection `name` are adapted, or None for all of it as one."""
+        enabled = (self.enable_lora or {}).items()
+        return next((tuple(parts) for entry, parts in enabled if f".{name}".endswith(f".{entry}")), None)
 
     def to_dict(self) -> dict[str, Any]:
-        """The options as plain types, for checkpoints and JSON."""
+        """Return the options as plain types, for checkpoints and JSON."""
         return {name: _plain(value) for name, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> LoRAConfig:
-        """The inverse of to_dict; an unknown option is an error that names it."""
+        """Build a config from what to_dict returned.
+
+        Raises:
+            LoRAError: it is no mapping, an option is unknown, or a value is not allowed; the message names it.
+        """
         if not isinstance(options, Mapping):
             _refuse("the options", "a mapping", options)
-        known = {field.name for field in fields(cls)}
+        names = sorted(field.name for field in fields(cls))
         for name in options:
-            if name not in known:
-                _refuse(str(name), f"one of the options {', '.join(sorted(known))}", options[name])
+            if name not in names:
+                _refuse(str(name), f"one of the options {', '.join(names)}", options[name])
         return cls(**options)
 
-    def differing(self, other: LoRAConfig) -> list[str]:
-        """Names of the options in which the two configs differ; the order of a list of names means nothing."""
+    def differing(self, config: LoRAConfig) -> list[str]:
+        """Return the names of the options in which the configs differ; the order of a list of names does not count."""
         names = [field.name for field in fields(self)]
-        return [n for n in names if _unordered(getattr(self, n)) != _unordered(getattr(other, n))]
+        return [name for name in names if _unordered(getattr(self, name)) != _unordered(getattr(config, name))]
 
     def differences(self, now: LoRAConfig) -> list[str]:
         """Say for each option in which another config differs what it was and what it is now."""
         return [f"{name} was {getattr(self, name)!r}, now {getattr(now, name)!r}" for name in self.differing(now)]
 
     def _normalise(self) -> None:
-        """Own, immutable copies of what the caller may go on to change; an empty collection means None."""
+        """Copy what the caller may go on to change into immutable types; an empty collection means None."""
         for option in ("target_modules", "exclude_modules", "modules_to_save"):
             value = getattr(self, option)
             if isinstance(value, (list, tuple, set, frozenset)):
-                ordered = sorted(value, key=str) if isinstance(value, (set, frozenset)) else value
-                keep = ordered or option == "target_modules"
-                object.__setattr__(self, option, tuple(ordered) if keep else None)
+                names = sorted(value, key=str) if isinstance(value, (set, frozenset)) else value
+                object.__setattr__(self, option, tuple(names) if names or option == "target_modules" else None)
         for option in ("rank_pattern", "alpha_pattern", "enable_lora"):
             value = getattr(self, option)
             if value is None:
@@ -156,10 +154,9 @@ class LoRAConfig:
         init = self.init_lora_weights
         if not isinstance(init, bool) and init not in get_args(Init):
             _refuse("init_lora_weights", "true, false, 'gaussian' or 'orthogonal'", init)
-        if init == "orthogonal":
-            for rank in (self.r, *(self.rank_pattern or {}).values()):
-                if rank % 2:
-                    _refuse("r", "an even rank for init_lora_weights='orthogonal'", rank)
+        for rank in (self.r, *(self.rank_pattern or {}).values()) if init == "orthogonal" else ():
+            if rank % 2:
+                _refuse("r", "an even rank for init_lora_weights='orthogonal'", rank)
 
 
 def _unordered(value: Any) -> Any:
@@ -172,8 +169,8 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
-def _refuse(option: str, expected: str, found: object) -> NoReturn:
-    raise LoRAError(f"LoRAConfig: {option} must be {expected}, but it is {found!r}.")
+def _refuse(option: str, expected: str, value: object) -> NoReturn:
+    raise LoRAError(f"LoRAConfig: {option} must be {expected}, but it is {value!r}.")
 
 
 def _is_number(value: object) -> bool:

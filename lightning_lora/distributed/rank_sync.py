@@ -1,4 +1,4 @@
-"""Steps that all ranks take alike: where one fails on one rank, all raise, and none waits for ever."""
+"""Steps that all ranks take alike: where one fails on one rank, all raise, and none waits for ever in a collective."""
 
 from __future__ import annotations
 
@@ -15,32 +15,33 @@ from .sharding import has_sharded, is_sharded, reduce_
 
 
 def writes_files(model: nn.Module) -> bool:
-    """Whether this rank is the one to write what all gathered; any rank of a model that is not sharded is."""
+    """Return whether this rank is the one that writes files: rank 0 of a sharded model, every rank of another."""
     return not has_sharded(model) or dist.get_rank() == 0
 
 
 class RankSync:
-    """Steps that every rank takes alike; where one fails on one rank, all raise.
+    """Runs steps on every rank; where one fails on one rank, raise_on_any_rank raises on all of them.
 
     A rank that raised alone would leave the others waiting in their next collective.
     """
 
     def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
-        self.meshes = list(dict.fromkeys(t.device_mesh for t in tensors if is_sharded(t)))
+        """Take the ranks over which the tensors are sharded."""
+        self.meshes = list(dict.fromkeys(tensor.device_mesh for tensor in tensors if is_sharded(tensor)))
         self.names: list[str] = []
         self.failed: tuple[int, Exception] | None = None
 
-    def run(self, name: str, step: Callable[[], object] | None) -> None:
-        """Take a step without collectives, unless an earlier one failed; None where it is for other ranks."""
+    def run(self, name: str, step: Callable[..., object] | None, *args: Any) -> None:
+        """Call a step without collectives, unless an earlier one failed; None where it is for other ranks."""
         self.names.append(name)
         if step is not None and self.failed is None:
             try:
-                step()
+                step(*args)
             except Exception as error:
                 self.failed = (len(self.names), error)
 
     def share(self, tensor: torch.Tensor) -> float:
-        """Return what this rank's shard counts in a total, in which each rank adds what it holds, replicas too."""
+        """Return the weight of this rank's shard in `total`, 1 / (the number of ranks that hold the same)."""
         holders = 1
         for mesh in self.meshes:
             on_mesh = is_sharded(tensor) and tensor.device_mesh == mesh
@@ -49,7 +50,7 @@ class RankSync:
         return 1 / holders
 
     def total(self, values: torch.Tensor) -> torch.Tensor:
-        """Return sums over the ranks; see share for what several of them hold. Collective."""
+        """Return sums over the ranks; weigh what several of them hold by `share`. Collective."""
         for mesh in self.meshes:
             values = values.to(mesh.device_type)
             reduce_(values, mesh, range(mesh.ndim), dist.ReduceOp.SUM)
@@ -64,9 +65,9 @@ class RankSync:
             reduce_(flag, mesh, range(mesh.ndim), dist.ReduceOp.MAX)
             first = int(flag)
         if self.failed is not None:
-            place, error = self.failed
+            number, error = self.failed
             if isinstance(error, LoRAError):
-                raise LoRAError(f"{self.names[place - 1]}: {error}") from error
+                raise LoRAError(f"{self.names[number - 1]}: {error}") from error
             raise error
         if -first < nowhere:
             raise LoRAError(f"{self.names[-first - 1]}: this failed on another rank, whose message says why")

@@ -24,23 +24,23 @@ PLAIN = (torch.Tensor, nn.Parameter)
 
 
 def is_sharded(tensor: object) -> TypeGuard[DTensor]:
-    """Whether a tensor is spread over ranks."""
+    """Return whether a tensor is a DTensor, spread over ranks."""
     return type(tensor) not in PLAIN and any(cls.__name__ == "DTensor" for cls in type(tensor).__mro__)
 
 
 def is_fully_sharded(module: nn.Module) -> TypeGuard[FSDPModule]:
-    """Whether fully_shard (FSDP2) was called on a module."""
+    """Return whether fully_shard (FSDP2) was called on a module."""
     fsdp = sys.modules.get("torch.distributed.fsdp")  # a class that nobody imported has no instances
     return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
 def has_sharded(model: nn.Module) -> bool:
-    """Whether any parameter of the model is spread over ranks, gathered at the moment or not."""
+    """Return whether any parameter of the model is spread over ranks, gathered at the moment or not."""
     return any(map(is_fully_sharded, model.modules())) or any(map(is_sharded, model.parameters()))
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's shard, detached, in the memory of the tensor; a plain tensor is its own shard."""
+    """Return this rank's shard, detached, in the memory of the tensor; of a plain tensor all of it."""
     if not is_sharded(tensor):
         return tensor.detach()
     with torch.no_grad():
@@ -48,7 +48,7 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole tensor, detached, on the device that holds the shard. Collective."""
+    """Return the whole tensor, detached, on the device that holds the shard. Collective."""
     if not is_sharded(tensor):
         return tensor.detach()
     device = tensor.device
@@ -59,17 +59,17 @@ def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def meeting_device(tensor: torch.Tensor) -> torch.device:
-    """Where ranks exchange values of a tensor, which offloaded shards are not on."""
+    """Return the device on which ranks exchange values of a tensor; offloaded shards are on another."""
     return torch.device(tensor.device_mesh.device_type) if is_sharded(tensor) else tensor.device
 
 
 def gather_all(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A state dict without sharding, the gathered tensors on the CPU. Collective."""
+    """Return a state dict without sharding, the gathered tensors on the CPU. Collective."""
     return {name: full_tensor(value).cpu() if is_sharded(value) else value for name, value in values.items()}
 
 
 def from_local_like(shard: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """A shard put into the same place as the tensor's own."""
+    """Return a sharded tensor like `tensor` with another shard on this rank; of a plain tensor, the shard."""
     if not is_sharded(tensor):
         return shard
     from torch.distributed.tensor import DTensor
@@ -80,7 +80,7 @@ def from_local_like(shard: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def window(tensor: torch.Tensor) -> tuple[slice, ...]:
-    """Where this rank's shard lies in the whole tensor."""
+    """Return where this rank's shard lies in the whole tensor, a slice for each dimension."""
     if not is_sharded(tensor):
         return tuple(slice(0, size) for size in tensor.shape)
     chunk = cast(Any, tensor).__create_chunk_list__()[0]  # as torch.distributed.checkpoint asks for it
@@ -88,7 +88,7 @@ def window(tensor: torch.Tensor) -> tuple[slice, ...]:
 
 
 def copy_(target: torch.Tensor, source: torch.Tensor) -> None:
-    """target <- source, of the same whole shape, where either may be sharded. Collective if the source alone is."""
+    """Copy `source` into `target` of the same shape; either may be sharded. Collective if the source alone is."""
     with torch.inference_mode(False), torch.no_grad():
         if is_sharded(source) == is_sharded(target):
             target.copy_(source)
@@ -99,9 +99,9 @@ def copy_(target: torch.Tensor, source: torch.Tensor) -> None:
 
 
 def reshard_(model: nn.Module) -> None:
-    """Put the shards back in place of weights that FSDP2 gathered.
+    """Put the shards back in place of weights that FSDP2 gathered. In place.
 
-    What is written into a gathered weight is lost with it, and the shards stay as they were: the base drifts.
+    What is written into a gathered weight is lost with it, and the shards stay as they were.
     """
     for module in model.modules():
         if is_fully_sharded(module):
@@ -109,15 +109,15 @@ def reshard_(model: nn.Module) -> None:
 
 
 def reset_(model: nn.Module) -> None:
-    """The same after an exception inside a forward, where FSDP2's reshard() does nothing.
+    """Put the shards back after an exception inside a forward, where FSDP2's reshard() does nothing. In place.
 
     Raises:
         LoRAError: this torch or this model offers no way.
     """
-    roots: list[str] = []
+    outermost: list[str] = []
     for name, module in model.named_modules():
-        if is_fully_sharded(module) and not any(name.startswith(f"{r}." if r else "") for r in roots):
-            roots.append(name)
+        if is_fully_sharded(module) and not any(name.startswith(f"{outer}." if outer else "") for outer in outermost):
+            outermost.append(name)
             try:
                 cast(Any, module).reset_iter_state()
             except (AttributeError, RuntimeError) as error:
@@ -129,10 +129,10 @@ def reset_(model: nn.Module) -> None:
 
 
 def refuse_fully_sharded(model: nn.Module, verb: str) -> None:
-    """Raise where FSDP2 manages parameters that the verb would take away.
+    """Refuse a model in which FSDP2 manages parameters that the verb would take away.
 
     Raises:
-        LoRAError: always names the alternative.
+        LoRAError: it does; the message begins with the verb and names the alternative.
     """
     if any(map(is_fully_sharded, model.modules())):
         raise LoRAError(
@@ -143,25 +143,23 @@ def refuse_fully_sharded(model: nn.Module, verb: str) -> None:
 
 
 def reduce_(values: torch.Tensor, mesh: DeviceMesh, dims: Iterable[int], op: Any) -> None:
-    """Reduce values over some dimensions of a mesh, in place. Collective."""
+    """Reduce values over some dimensions of a mesh. In place. Collective."""
     for dim in dims:
         dist.all_reduce(values, op, group=mesh.get_group(dim))
 
 
-def samples(tensor: torch.Tensor, places: list[int]) -> list[float]:
-    """Values at positions of the flattened whole tensor. Collective."""
-    at = torch.unravel_index(torch.tensor(places, dtype=torch.long), tensor.shape)
-    parts = window(tensor)
-    inside = torch.ones(len(places), dtype=torch.bool)
-    for index, part in zip(at, parts, strict=True):
-        inside &= (part.start <= index) & (index < part.stop)
-    values = torch.zeros(len(places), dtype=torch.float64)
-    shard = local(tensor)
-    here = [(index[inside] - part.start).to(shard.device) for index, part in zip(at, parts, strict=True)]
-    values[inside] = shard[tuple(here)].double().cpu()
+def samples(tensor: torch.Tensor, positions: list[int]) -> list[float]:
+    """Return the values at positions of the flattened whole tensor. Collective."""
+    shard, slices = local(tensor), window(tensor)
+    indices = torch.unravel_index(torch.tensor(positions, dtype=torch.long), tensor.shape)
+    on_shard = torch.ones(len(positions), dtype=torch.bool)
+    for index, part in zip(indices, slices, strict=True):
+        on_shard &= (part.start <= index) & (index < part.stop)
+    inside = [(i[on_shard] - part.start).to(shard.device) for i, part in zip(indices, slices, strict=True)]
+    values = torch.zeros(len(positions), dtype=torch.float64)
+    values[on_shard] = shard[tuple(inside)].double().cpu()
     if is_sharded(tensor):
         values = values.to(tensor.device_mesh.device_type)
-        split = [dim for dim, place in enumerate(tensor.placements) if not place.is_replicate()]
+        split = [dim for dim, placement in enumerate(tensor.placements) if not placement.is_replicate()]
         reduce_(values, tensor.device_mesh, split, dist.ReduceOp.SUM)
-    result: list[float] = values.tolist()
-    return result
+    return cast(list[float], values.tolist())

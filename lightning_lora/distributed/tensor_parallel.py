@@ -1,4 +1,4 @@
-"""Tensor parallelism: where the factors go, and their product without a collective of its own.
+"""Tensor parallelism: how the factors are placed, and their product without a collective.
 
     columnwise  W (out, in) split by out:  A whole, B split by out;  x whole, outputs split like the base's
     rowwise     W split by in:             A split by in, B whole;   x split, outputs partial sums like the base's
@@ -22,36 +22,30 @@ Dims = Mapping[int, tuple[str, int]]
 
 
 def place_like_weight(name: str, factor: nn.Parameter, weight: torch.Tensor, dims: Dims) -> nn.Parameter:
-    """A sharded factor, placed as its layer's weight is.
+    """Return a sharded factor placed as its layer's weight is.
 
     Args:
         name: of the factor.
         factor: the factor; a plain one is returned as it is.
         weight: the layer's weight.
-        dims: for each dimension of the weight, the factor and the dimension of it that run along.
+        dims: for each dimension of the weight, the factor and the dimension of it that it comes from.
     """
-    if not isinstance(factor, DTensor) or not isinstance(weight, DTensor):
+    if not isinstance(factor, DTensor) or not isinstance(weight, DTensor) or factor.device_mesh != weight.device_mesh:
         return factor
-    if factor.device_mesh != weight.device_mesh:
+    split = [dims.get(p.dim, ("", 0)) if isinstance(p, Shard) else ("", 0) for p in weight.placements]
+    placements = tuple(Shard(dim) if factor_name == name else Replicate() for factor_name, dim in split)
+    if factor.placements == placements:
         return factor
-    places = tuple(_along(name, place, dims) for place in weight.placements)
-    if factor.placements == places:
-        return factor
-    moved = cast(DTensor, factor.detach()).redistribute(placements=places)
+    moved = cast(DTensor, factor.detach()).redistribute(placements=placements)
     return nn.Parameter(moved, requires_grad=factor.requires_grad)
 
 
-def _along(name: str, place: Placement, dims: Dims) -> Placement:
-    factor, dim = dims.get(place.dim, ("", 0)) if isinstance(place, Shard) else ("", 0)
-    return Shard(dim) if factor == name else Replicate()
-
-
 def low_rank_product(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor | None:
-    """x @ A.T @ B.T on the shards of each rank, or None where these placements need communication."""
+    """Return x @ A.T @ B.T, computed on each rank's shards, or None where the placements need communication."""
     if not isinstance(x, DTensor) or not isinstance(a, DTensor) or not isinstance(b, DTensor):
         return None
     last = x.dim() - 1
-    cases = [_case(*places, last) for places in zip(x.placements, a.placements, b.placements, strict=True)]
+    cases = [_case(*placements, last) for placements in zip(x.placements, a.placements, b.placements, strict=True)]
     if None in cases:
         return None
     out, grad_x, grad_a, grad_b = zip(*(case for case in cases if case is not None), strict=True)
@@ -63,11 +57,10 @@ def low_rank_product(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch
 
 
 def sum_partials(x: torch.Tensor) -> torch.Tensor:
-    """Partial sums added up over the ranks, as rows of a table that is split by rows come."""
-    if not isinstance(x, DTensor) or not any(place.is_partial() for place in x.placements):
+    """Add up partial sums over the ranks. Collective where there are any."""
+    if not isinstance(x, DTensor) or not any(placement.is_partial() for placement in x.placements):
         return x
-    places = [Replicate() if place.is_partial() else place for place in x.placements]
-    return x.redistribute(placements=places)
+    return x.redistribute(placements=[Replicate() if p.is_partial() else p for p in x.placements])
 
 
 def _case(x: Placement, a: Placement, b: Placement, last: int) -> tuple[Placement, ...] | None:
@@ -82,5 +75,5 @@ def _case(x: Placement, a: Placement, b: Placement, last: int) -> tuple[Placemen
 
 
 def _shard(factor: DTensor, grad: tuple[Placement, ...]) -> torch.Tensor:
-    """A rank's part of a factor; going through redistribute sums its partial gradient once, in backward."""
+    """A rank's shard of a factor; going through redistribute sums its partial gradient once, in backward."""
     return factor.redistribute(placements=factor.placements).to_local(grad_placements=grad)

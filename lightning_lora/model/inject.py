@@ -1,4 +1,4 @@
-"""inject, unload and their kin: adapters into a model in place, and out again without a trace."""
+"""inject, unload, merge_and_unload, disable_adapter: put adapters into a model, in place, and take them out."""
 
 from __future__ import annotations
 
@@ -22,34 +22,12 @@ from ..nn.layer_kinds import adapt_
 from ..nn.lora_layer import LayerSpec, LoRALayer, adapted_layers, strip_
 from ..nn.low_rank import HALF
 from ..nn.tied_weights import record_ties
-from .injection import (
-    Injected,
-    Injection,
-    begin_record,
-    find_injection,
-    record_trainable,
-    require_injection,
-    snapshot_initial,
-)
+from .injection import Injected, Injection, find_injection, record_trainable, require_injection, snapshot_initial
 from .merging import is_merged, merge, unmerge
 from .named_state import base_parameters, exchange_values_
 from .patches import call_previous, patch, unpatch
 from .state_dict import accept_partial_states, accept_whole_states_only, refuse_unmergeable
-from .targets import Targets, check_shapes, check_supported, check_unadapted, refuse_unmatched
-
-
-def summary(model: nn.Module) -> str:
-    """One line: adapted layers, trainable of total parameters, adapter size."""
-    parameters = list(model.parameters())
-    trainable = sum(p.numel() for p in parameters if p.requires_grad)
-    total = sum(p.numel() for p in parameters)
-    layers = [module for module in model.modules() if isinstance(module, LoRALayer)]
-    size = sum(layer.lora_A.nbytes + layer.lora_B.nbytes for layer in layers)
-    return (
-        f"LoRA: {len(layers)} adapted layers, {trainable:,} of {total:,} parameters trainable "
-        f"({trainable / max(total, 1):.2%}), adapter {size / 1e6:.3g} MB"
-    )
-
+from .targets import Targets, check_shapes, check_supported, check_unadapted
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +41,7 @@ def inject(model: nn.Module, config: LoRAConfig, *, merge_weights: bool = False,
     Args:
         model: any module; layers inside it are adapted.
         config: the options.
-        merge_weights: loralib's habit: model.eval() merges, model.train() unmerges.
+        merge_weights: whether model.eval() merges and model.train() unmerges, as in loralib.
         seed: what the adapters are drawn from. Without one they come from the state of torch's random stream, which is
             not advanced: two injections in a row draw the same adapters, and a resumed run those of the first.
 
@@ -75,43 +53,121 @@ def inject(model: nn.Module, config: LoRAConfig, *, merge_weights: bool = False,
             another seed. The model is then as it was.
     """
     model = uncompiled(model)
-    found = find_injection(model)
-    if found is not None and found.root is model and not found.record.validated:
+    earlier = find_injection(model)
+    if earlier is not None and earlier.root is model and not earlier.record.validated:
         strip_adapters(model)  # a callback's, made before configure_model, which injects by itself
-        found = None
-    if found is None:
+        earlier = None
+    if earlier is None:
         begin_injection(model, config, merge_weights=merge_weights, seed="" if seed is None else fixed_seed(seed))
         finish_injection(model)
     else:
-        _refuse_other(found, model, config, merge_weights)
-        if seed is not None and fixed_seed(seed) != found.record.seed:
-            raise LoRAError(f"inject: {type(model).__name__} was injected with another seed; unload it first.")
+        _refuse_other(earlier, model, config, merge_weights, seed)
     return list(adapted_layers(model))
 
 
-def fixed_seed(seed: int) -> str:
-    """Return what the adapters of a user's seed are drawn from.
+def _refuse_other(
+    earlier: Injected, model: nn.Module, config: LoRAConfig, merge_weights: bool, seed: int | None
+) -> None:
+    record, differences = earlier.record, earlier.record.config.differences(config)
+    if earlier.root is not model:
+        where = earlier.prefix.removesuffix(".") or earlier.inside.removesuffix(".")
+        raise LoRAError(f"inject: {where!r} inside {type(model).__name__} was injected already; unload it first.")
+    if differences:
+        options = ", ".join(differences)
+        raise LoRAError(f"inject: {type(model).__name__} was injected with other options ({options}); unload it first.")
+    if merge_weights != record.merge_weights:
+        raise LoRAError(f"inject: {type(model).__name__} was injected with merge_weights={record.merge_weights}.")
+    if seed is not None and fixed_seed(seed) != record.seed:
+        raise LoRAError(f"inject: {type(model).__name__} was injected with another seed; unload it first.")
+
+
+def unload(model: nn.Module) -> None:
+    """Take the adapters out without merging. In place.
+
+    Classes, names, values (of trained biases, modules_to_save and buffers too), parameter identity and requires_grad
+    are as before injection.
 
     Raises:
-        LoRAError: it is not a whole number.
+        LoRAError: the model was not injected.
     """
-    if not isinstance(seed, int) or isinstance(seed, bool):
-        raise LoRAError(f"seed must be a whole number, but it is {seed!r}.")
-    return f"seed {seed}:"
+    root, record, *_ = require_injection(model, "unload")
+    refuse_fully_sharded(root, "unload")
+    if is_merged(root):
+        unmerge(root)
+    exchange_values_(root, record.initial)
+    strip_adapters(root)
+    unpatch(model)
 
 
-def random_seed() -> str:
-    """Return what the user's random stream would give next, without advancing it."""
-    return hashlib.sha256(bytes(torch.get_rng_state().tolist())).hexdigest()
+def merge_and_unload(model: nn.Module) -> nn.Module:
+    """Merge the adapters and leave plain modules without a trace of LoRA; return the model. In place.
+
+    Raises:
+        LoRAError: the model was not injected, W' is not finite, or a layer cannot be merged because its weight has
+            another owner.
+    """
+    root = require_injection(model, "merge_and_unload").root
+    refuse_fully_sharded(root, "merge_and_unload")
+    refuse_unmergeable(root)
+    unmerge(root)  # what stayed factored, and need not any more, is merged now
+    merge(root)
+    for layer in adapted_layers(root).values():
+        layer.lora.records.clear()
+    strip_adapters(root)
+    unpatch(model)
+    return model
+
+
+@contextmanager
+def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
+    """Let the model be as it was before injection inside, and as it was found outside.
+
+    Trained biases, modules_to_save and persistent buffers have their initial values inside.
+    """
+    root, record, *_ = require_injection(model, "disable_adapter")
+    was_merged = is_merged(root)
+    if was_merged:
+        unmerge(root)
+    were_active = {layer: layer.lora_active for layer in adapted_layers(root).values()}
+    trained = exchange_values_(root, record.initial)
+    _set_active(root, dict.fromkeys(were_active, False))
+    try:
+        yield model
+    finally:
+        if is_merged(root):
+            unmerge(root)
+        _set_active(root, were_active)
+        exchange_values_(root, trained)
+        if was_merged:
+            merge(root)
+
+
+def _set_active(root: nn.Module, active: Mapping[LoRALayer, bool]) -> None:
+    for layer, is_active in active.items():
+        layer.lora_active = is_active
+    update_fast_paths(root)
+
+
+def summary(model: nn.Module) -> str:
+    """Say in one line how many layers are adapted, parameters trainable, and megabytes in the adapter."""
+    parameters = list(model.parameters())
+    trainable = sum(p.numel() for p in parameters if p.requires_grad)
+    total = sum(p.numel() for p in parameters)
+    layers = adapted_layers(model).values()
+    size = sum(layer.lora_A.nbytes + layer.lora_B.nbytes for layer in layers)
+    return (
+        f"LoRA: {len(layers)} adapted layers, {trainable:,} of {total:,} parameters trainable "
+        f"({trainable / max(total, 1):.2%}), adapter {size / 1e6:.3g} MB"
+    )
 
 
 def begin_injection(model: nn.Module, config: LoRAConfig, *, merge_weights: bool = False, seed: str = "") -> None:
-    """Adapt the layers that exist now. Later ones can follow; finish_injection judges what names nothing.
+    """Adapt the layers that exist now; adapt_new_layers adds later ones, finish_injection checks the options' names.
 
-    Adapters are drawn from `seed`, or from the random stream's state when each layer is adapted.
+    Adapters are drawn from `seed`, or from the random stream's state when each layer is adapted. In place.
     """
     check_unadapted(model)
-    begin_record(model, Injection(config, merge_weights, seed=seed))
+    Injection(config, merge_weights, seed=seed).begin(model)
     with _leaving_no_trace(model):
         adapt_new_layers(model)
         snapshot_initial(model)
@@ -120,7 +176,7 @@ def begin_injection(model: nn.Module, config: LoRAConfig, *, merge_weights: bool
 
 
 def finish_injection(model: nn.Module) -> None:
-    """Judge the entries of every option, now that all layers are there.
+    """Check that each entry of the options names something, now that all layers are there.
 
     Raises:
         LoRAError: an entry names nothing. The adapters are then taken out.
@@ -128,14 +184,26 @@ def finish_injection(model: nn.Module) -> None:
     root, record, *_ = require_injection(model, "inject")
     with _leaving_no_trace(root):
         targets = Targets(root, record.config)
-        refuse_unmatched(root, targets.unmatched)
-    for name, reason in {} if record.validated else targets.left_out.items():
-        log.info("lightning_lora: %s is left out of 'all-linear': %s", name, reason)
+        if targets.unmatched:
+            raise LoRAError(f"LoRA on {type(root).__name__}: " + ".\n".join(targets.unmatched) + ".")
+    if not record.validated:
+        for name, reason in targets.left_out.items():
+            log.info("lightning_lora: %s is left out of 'all-linear': %s", name, reason)
     record.validated = True
 
 
+@contextmanager
+def _leaving_no_trace(root: nn.Module) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        strip_adapters(root)
+        unpatch(root)
+        raise
+
+
 def adapt_new_layers(model: nn.Module) -> None:
-    """Adapt what the config names and is not adapted yet, freeze what is new."""
+    """Adapt the layers that the config names and that are not adapted yet, and freeze what is new. In place."""
     root, record, *_ = require_injection(model, "inject")
     check_shapes(root)
     targets = Targets(root, record.config)
@@ -155,111 +223,17 @@ def adapt_new_layers(model: nn.Module) -> None:
     accept_partial_states(root)
 
 
-def unload(model: nn.Module) -> None:
-    """Take the adapters out without merging.
-
-    Classes, names, values (of trained biases, modules_to_save and buffers too), parameter identity and requires_grad
-    are as before injection.
-
-    Raises:
-        LoRAError: the model was not injected.
-    """
-    root, record, *_ = require_injection(model, "unload")
-    refuse_fully_sharded(root, "unload")
-    if is_merged(root):
-        unmerge(root)
-    exchange_values_(root, record.initial)
-    _strip(model, root)
-
-
-def merge_and_unload(model: nn.Module) -> nn.Module:
-    """Plain modules with merged weights and no trace of LoRA; returns the model.
-
-    Raises:
-        LoRAError: the model was not injected, W' is not finite, or a layer cannot be merged because its weight has
-            another owner.
-    """
-    root = require_injection(model, "merge_and_unload").root
-    refuse_fully_sharded(root, "merge_and_unload")
-    refuse_unmergeable(root)
-    unmerge(root)  # what stayed factored, and need not any more, is merged now
-    merge(root)
-    for layer in adapted_layers(root).values():
-        layer.lora.records.clear()
-    _strip(model, root)
-    return model
-
-
-@contextmanager
-def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
-    """The model as it was before injection inside, in whatever state it was found outside.
-
-    Trained biases, modules_to_save and persistent buffers have their initial values inside.
-    """
-    root, record, *_ = require_injection(model, "disable_adapter")
-    layers = adapted_layers(root)
-    before = is_merged(root)
-    if before:
-        unmerge(root)
-    active = {name: layer.lora_active for name, layer in layers.items()}
-    trained = exchange_values_(root, record.initial)
-    _set_active(root, layers, dict.fromkeys(layers, False))
-    try:
-        yield model
-    finally:
-        if is_merged(root):
-            unmerge(root)
-        _set_active(root, layers, active)
-        exchange_values_(root, trained)
-        if before:
-            merge(root)
-
-
-def _set_active(root: nn.Module, layers: Mapping[str, LoRALayer], active: Mapping[str, bool]) -> None:
-    for name, layer in layers.items():
-        layer.lora_active = active[name]
-    update_fast_paths(root)
-
-
-def _refuse_other(found: Injected, model: nn.Module, config: LoRAConfig, merge_weights: bool) -> None:
-    record, differences = found.record, found.record.config.differences(config)
-    if found.root is not model:
-        where = found.prefix.removesuffix(".") or found.inside.removesuffix(".")
-        raise LoRAError(f"inject: {where!r} inside {type(model).__name__} was injected already; unload it first.")
-    if differences:
-        options = ", ".join(differences)
-        raise LoRAError(f"inject: {type(model).__name__} was injected with other options ({options}); unload it first.")
-    if merge_weights != record.merge_weights:
-        raise LoRAError(f"inject: {type(model).__name__} was injected with merge_weights={record.merge_weights}.")
-
-
-@contextmanager
-def _leaving_no_trace(root: nn.Module) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        _strip(root, root)
-        raise
-
-
-def _strip(model: nn.Module, root: nn.Module) -> None:
-    strip_adapters(root)
-    unpatch(model)
-
-
-def strip_adapters(root: nn.Module) -> None:
-    """Take the adapters out, but leave what is patched."""
-    record: Injection = vars(root)[ATTRIBUTE]
-    for layer in adapted_layers(root).values():
-        strip_(layer)
-    patch_attention(root)
-    update_fast_paths(root)
+def _freeze(root: nn.Module, record: Injection, new: Mapping[str, nn.Module], saved: Mapping[str, nn.Module]) -> None:
+    trainable = {id(parameter) for module in saved.values() for parameter in module.parameters()}
+    if record.config.bias == "lora_only":
+        trainable |= {id(module.bias) for module in new.values() if getattr(module, "bias", None) is not None}
     for name, parameter in base_parameters(root).items():
-        if name in record.requires_grad:
-            parameter.requires_grad_(record.requires_grad[name])
-    disable_input_require_grads(root)
-    accept_whole_states_only(root)
-    delattr(root, ATTRIBUTE)
+        rebuilt = new or is_sharded(parameter)  # then what was frozen may not be frozen any more
+        if name in record.requires_grad and (not rebuilt or name in record.trained):
+            continue
+        record.requires_grad.setdefault(name, parameter.requires_grad)
+        everywhere = record.config.bias == "all" and name.rpartition(".")[2].endswith("bias")
+        parameter.requires_grad_(parameter.is_floating_point() and (everywhere or id(parameter) in trainable))
 
 
 def _adapt(name: str, module: nn.Module, record: Injection, seed: str) -> None:
@@ -280,21 +254,39 @@ def _adapt(name: str, module: nn.Module, record: Injection, seed: str) -> None:
     layer.create_factors(torch.float32 if dtype in HALF and spec.keep_float32 else dtype)
 
 
-def _freeze(root: nn.Module, record: Injection, new: Mapping[str, nn.Module], saved: Mapping[str, nn.Module]) -> None:
-    trainable = {id(parameter) for module in saved.values() for parameter in module.parameters()}
-    if record.config.bias == "lora_only":
-        trainable |= {id(module.bias) for module in new.values() if getattr(module, "bias", None) is not None}
+def strip_adapters(root: nn.Module) -> None:
+    """Take the adapters out, but leave patched methods. In place."""
+    record: Injection = vars(root)[ATTRIBUTE]
+    for layer in adapted_layers(root).values():
+        strip_(layer)
+    patch_attention(root)
+    update_fast_paths(root)
     for name, parameter in base_parameters(root).items():
-        settled = not new and not is_sharded(parameter)
-        if name in record.requires_grad and (settled or name in record.trained):
-            continue  # where a layer was built anew, or made parallel, its parameters may not be frozen
-        record.requires_grad.setdefault(name, parameter.requires_grad)
-        everywhere = record.config.bias == "all" and name.rpartition(".")[2].endswith("bias")
-        parameter.requires_grad_(parameter.is_floating_point() and (everywhere or id(parameter) in trainable))
+        if name in record.requires_grad:
+            parameter.requires_grad_(record.requires_grad[name])
+    disable_input_require_grads(root)
+    accept_whole_states_only(root)
+    delattr(root, ATTRIBUTE)
 
 
 def _merge_by_mode(module: nn.Module, previous: Callable[..., Any] | None, mode: bool = True) -> nn.Module:
-    """The patched train(): decided at the root, so that merging stays all or nothing."""
+    """train() of an injected module with merge_weights: called at the root, so that all layers merge or none."""
     call_previous(module, previous, "train", mode)
     (unmerge if mode else merge)(module)
     return module
+
+
+def fixed_seed(seed: int) -> str:
+    """Return a user's seed as the text that adapters are drawn from.
+
+    Raises:
+        LoRAError: it is not a whole number.
+    """
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise LoRAError(f"seed must be a whole number, but it is {seed!r}.")
+    return f"seed {seed}:"
+
+
+def random_seed() -> str:
+    """Return a text that tells the state of torch's random stream, without advancing it."""
+    return hashlib.sha256(bytes(torch.get_rng_state().tolist())).hexdigest()

@@ -1,8 +1,7 @@
-"""merge, unmerge and what is between them, for all adapted layers of a model, all or nothing."""
+"""merge, unmerge and merged: write W' into all adapted layers of a model or into none, and take it out again."""
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
 import signal
@@ -27,25 +26,24 @@ from ..nn.tied_weights import record_ties
 if TYPE_CHECKING:
     from ..metrics import MergeFidelity
 
-COPY_BUDGET = 64 * 2**20  # bytes of plain copies of small weights, which are faster than keeping values
-
-WORST_FIDELITY = 0.05
+COPY_BUDGET = 64 * 2**20  # bytes of plain copies of small weights, which are faster than storing values
+WORST_FIDELITY = 0.05  # above this share of the adapter that rounding loses, a warning says so
 
 log = logging.getLogger(__name__)
 
 
 def is_merged(model: nn.Module) -> bool:
-    """Whether merge was called and not undone, also where a tied layer had to stay factored."""
+    """Return whether merge was called and not undone, also where a tied layer had to stay factored."""
     return any(isinstance(module, LoRALayer) and module.lora.merged for module in model.modules())
 
 
 def merge(model: nn.Module) -> None:
-    """Put W' = W + s * B @ A into every adapted layer's weight, in place; unmerge takes it out bit for bit.
+    """Write W' = W + s * B @ A into every adapted layer's weight; unmerge takes it out bit for bit. In place.
 
     Harmless when repeated, and inside disable_adapter. A layer whose weight has another owner, or renormalises itself,
     stays factored. The first merge of 16-bit layers logs what rounding W' costs.
 
-    Every rank of a sharded model calls this; the factors are gathered, the weights never.
+    Collective: every rank of a sharded model calls this; the factors are gathered, the weights never.
 
     Raises:
         LoRAError: the model has no adapted layer, or a layer's W' is not finite, on any rank. Every layer is then
@@ -67,8 +65,8 @@ def merge(model: nn.Module) -> None:
                     layer.lora.merged = True
                 else:
                     blocks = layer.local_blocks(layer.adapted_weights(), layer.lora_A, layer.lora_B)
-                    step = functools.partial(_merge_layer, layer, blocks, layer in copies, fidelity.observer(layer))
-                    sync.run(f"merge: layer {name!r}", step)
+                    observe = fidelity.observer(layer)
+                    sync.run(f"merge: layer {name!r}", _merge_layer, layer, blocks, layer in copies, observe)
             sync.raise_on_any_rank()
             fidelity.report()
         except BaseException:
@@ -79,7 +77,7 @@ def merge(model: nn.Module) -> None:
 
 
 def unmerge(model: nn.Module) -> None:
-    """Give every adapted layer's weight the bits that it had before merge; harmless when repeated.
+    """Give every adapted layer's weight the bits that it had before merge. In place; harmless when repeated.
 
     Raises:
         LoRAError: the model has no adapted layer, or a weight cannot be restored because something changed it while
@@ -96,7 +94,7 @@ def unmerge(model: nn.Module) -> None:
 
 @contextmanager
 def merged(model: nn.Module) -> Iterator[nn.Module]:
-    """The model with merged weights inside, and in the state it was found in outside, also after an exception."""
+    """Merge the model inside; outside it is as it was found, merged or not, also after an exception."""
     before = is_merged(model)
     try:
         merge(model)  # a Ctrl-C meanwhile is raised when it is done
@@ -114,7 +112,7 @@ def _require_layers(model: nn.Module, verb: str) -> dict[str, LoRALayer]:
 
 
 def restore_shards_(model: nn.Module, layers: Mapping[str, LoRALayer]) -> None:
-    """Let the weight of every adapted layer of the model be its shard, where the model is sharded: only that is kept.
+    """Put the shards of a sharded model back in place of weights that FSDP2 gathered. In place.
 
     Raises:
         LoRAError: FSDP2 still shows a gathered weight.
@@ -129,8 +127,7 @@ def restore_shards_(model: nn.Module, layers: Mapping[str, LoRALayer]) -> None:
                 f"the weight of {name!r} is gathered by an FSDP2 module outside of {type(model).__name__}; pass the "
                 "module that fully_shard was called on last."
             )
-        if sharded != layer.lora.sharded:
-            layer.lora.sharded = sharded
+        layer.lora.sharded = sharded
 
 
 def _merge_layer(layer: LoRALayer, blocks: Blocks, copy: bool, observe: Observer | None) -> None:
@@ -156,27 +153,24 @@ def _unmerge_all(layers: Mapping[str, LoRALayer]) -> None:
 
 
 def _affordable_copies(layers: Collection[LoRALayer]) -> set[LoRALayer]:
-    """Unmerged layers for whose weights a plain copy fits into the budget, smallest first.
+    """The unmerged layers for whose weights a plain copy fits into the budget, smallest first.
 
-    A copy takes the place of values and factors: where a rank's shard is no larger than A, it is the leaner too.
+    Where a rank's shard is no larger than A, a copy takes less memory than values and factors: these are free.
     """
-    kept = [kept for layer in layers for kept in layer.lora.records.values() if kept.copy is not None]
-    budget = COPY_BUDGET - sum(one.nbytes() for one in kept)
+    copies = [record.copy for layer in layers for record in layer.lora.records.values() if record.copy is not None]
+    budget = COPY_BUDGET - sum(copy.nbytes for copy in copies)
     affordable = set()
     sizes = {layer: sum(local(weight).nbytes for weight in layer.adapted_weights().values()) for layer in layers}
     for layer in sorted(sizes, key=sizes.__getitem__):
-        if layer.lora.records:
-            continue
-        if sizes[layer] <= layer.lora_A.nbytes:
-            affordable.add(layer)
-        elif sizes[layer] <= budget:
-            budget -= sizes[layer]
+        cost = 0 if sizes[layer] <= layer.lora_A.nbytes else sizes[layer]
+        if not layer.lora.records and cost <= max(budget, 0):
+            budget -= cost
             affordable.add(layer)
     return affordable
 
 
 class _Fidelity:
-    """The one-time report of what rounding costs in 16-bit layers."""
+    """Measures, once for each 16-bit layer, what rounding W' costs, and reports it."""
 
     def __init__(self, layers: Iterable[LoRALayer], sync: RankSync) -> None:
         in_16_bits = (layer for layer in layers if layer.main_weight().dtype in HALF)
@@ -197,13 +191,12 @@ class _Fidelity:
         return self.metrics[share].update
 
     def report(self) -> None:
-        """Log what the ranks found; of nothing merged yet, as B is still zero, nothing is said. Collective."""
+        """Log the share of the adapter that rounding loses, unless B is still zero everywhere. Collective."""
         if not self.layers:
             return
-        sums = [torch.stack([metric.error, metric.delta]) * share for share, metric in self.metrics.items()]
-        error, delta = self.sync.total(
-            torch.stack(sums).sum(0) if sums else torch.zeros(2, dtype=torch.float64)
-        ).tolist()
+        sums = [torch.stack([metric.error, metric.reference]) * share for share, metric in self.metrics.items()]
+        on_this_rank = torch.stack(sums).sum(0) if sums else torch.zeros(2, dtype=torch.float64)
+        error, delta = self.sync.total(on_this_rank).tolist()
         if not delta > 0:
             return
         for layer in self.layers:
@@ -221,7 +214,7 @@ class _Fidelity:
 
 @contextmanager
 def _deferred_interrupt() -> Iterator[None]:
-    """Hold Ctrl-C back until the weights are consistent."""
+    """Hold Ctrl-C back inside, and raise it at the end."""
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
         yield
         return

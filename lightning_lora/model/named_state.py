@@ -1,4 +1,4 @@
-"""The names of a model's state dict with the live tensors, also while merged or sharded."""
+"""A model's live tensors by the names of its state dict, also while it is merged or sharded."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ def named_state(model: nn.Module, *, raw: bool = False) -> Iterator[tuple[str, t
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters without those of adapters; a shared one under its first name."""
     return {
-        name: parameter
-        for name, parameter in ((canonical(name), p) for name, p in model.named_parameters())
+        canonical(name): parameter
+        for name, parameter in model.named_parameters()
         if name.rpartition(".")[2] not in (A, B)
     }
 
 
 def exchange_values_(root: nn.Module, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Write values into the named state of a module, in place; returns what was there."""
+    """Write values into the named state of a module, and return what was there. In place."""
     live = {name: tensor for name, tensor, _ in named_state(root) if tensor is not None}
     before = {name: live[name].detach().clone() for name in values if name in live}
     for name in before:
-        if not values[name].is_meta:  # recorded before there were values, so nothing was trained since
+        if not values[name].is_meta:  # one on meta was recorded before there were values: nothing was trained since
             copy_(live[name], values[name])
     return before

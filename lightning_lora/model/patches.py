@@ -1,4 +1,4 @@
-"""Methods of one instance, replaced in a way that deepcopy and pickle follow."""
+"""Methods replaced on one module, in a way that deepcopy and pickle follow."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import nn
 
 
 def patch(module: Any, name: str, function: Callable[..., Any]) -> None:
-    """Shadow a method of one instance with function(module, previous, ...); deepcopy and pickle follow.
+    """Shadow a method of one module with function(module, previous, ...).
 
-    `previous` is what the instance's own attribute was, or None for the class's method. A closure would not pickle,
-    and a copy of it would act on the original module.
+    `previous` is what shadowed the class's method before, or None. A closure would not pickle, and a copy of it would
+    act on the original module.
     """
     current = vars(module).get(name)
     if not (isinstance(current, functools.partial) and current.func is function):
@@ -21,7 +21,7 @@ def patch(module: Any, name: str, function: Callable[..., Any]) -> None:
 
 
 def unpatch(model: nn.Module) -> None:
-    """Take every patch out of a model."""
+    """Take every patch of this package out of a model."""
     package = __name__.partition(".")[0] + "."
     for module in model.modules():
         for name, value in list(vars(module).items()):

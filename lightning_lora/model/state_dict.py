@@ -15,48 +15,49 @@ from torch import nn
 from ..distributed.rank_sync import RankSync
 from ..errors import LoRAError
 from ..names import ATTRIBUTE, CHECKPOINTED, A, B, canonical
-from ..nn.lora_layer import LoRALayer, is_factor
+from ..nn.lora_layer import Blocks, LoRALayer, is_factor
 from ..nn.tied_weights import record_ties
 from .injection import record_loaded, record_trainable, require_injection
 from .named_state import base_parameters, named_state
 
+# What state dicts of an injected model may carry beside tensors: by key, what takes it up when it is loaded.
+EXTRA_ENTRIES: dict[str, Callable[[nn.Module, Any], None]] = {}
+
 
 def adapter_keys(model: nn.Module) -> list[str]:
-    """Names of all that training can change: factors, ever-trainable parameters, persistent buffers."""
+    """Return the names of all that training can change: factors, ever-trainable parameters, persistent buffers."""
     root, record, *_ = require_injection(model, "adapter_state_dict")
     record_trainable(root)
-    inside = base_parameters(root)
-    trained = {id(inside[name]) for name in record.trained if name in inside}
-    inside_ids = {id(parameter) for parameter in inside.values()}
+    base = base_parameters(root)
+    trained = {id(base[name]) for name in record.trained if name in base}
+    base_ids = {id(parameter) for parameter in base.values()}
     return [
         name
         for name, tensor, module in named_state(model)
         if is_factor(name, module)
         or not isinstance(tensor, nn.Parameter)
         or id(tensor) in trained
-        or (tensor.requires_grad and id(tensor) not in inside_ids)
+        or (tensor.requires_grad and id(tensor) not in base_ids)  # around the injected module
     ]
 
 
 def base_keys(model: nn.Module) -> list[str]:
-    """Names of the plain model's state dict."""
+    """Return the names of the plain model's state dict."""
     return [name for name, _, module in named_state(model) if not is_factor(name, module)]
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Any]:
-    """All that training can change, by state dict name, detached and sharing memory with the model.
+    """Return all that training can change, by state dict name, detached and sharing memory with the model.
 
     Raises:
         LoRAError: the model was not injected.
     """
     keys = set(adapter_keys(model))
-    state = {}
-    for name, tensor, module in named_state(model):
-        if name in keys and tensor is None:
-            state[name] = module.get_extra_state()
-        elif name in keys and tensor is not None:
-            state[name] = original_value(name, tensor, module)
-    return state
+    return {
+        name: module.get_extra_state() if tensor is None else original_value(name, tensor, module)
+        for name, tensor, module in named_state(model)
+        if name in keys
+    }
 
 
 def original_value(name: str, tensor: torch.Tensor, module: nn.Module) -> torch.Tensor:
@@ -67,7 +68,7 @@ def original_value(name: str, tensor: torch.Tensor, module: nn.Module) -> torch.
 
 
 def merged_state_dict(model: nn.Module) -> dict[str, Any]:
-    """The state dict of a plain model with merged weights, under the base's names, merged or not.
+    """Return the state dict of the plain model with merged weights, under the base's names, merged or not.
 
     Raises:
         LoRAError: the model was not injected, or a layer's merged weight cannot stand in for its adapter.
@@ -77,34 +78,31 @@ def merged_state_dict(model: nn.Module) -> dict[str, Any]:
 
 
 def merge_state_dict(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
-    """A full state dict of the model with each adapter merged into its weight, as new tensors, and taken out.
+    """Return a full state dict of the model with each adapter merged into its weight, as a new tensor, and left out.
 
     Args:
         model: says which names belong to adapted layers; its live values are not used.
         state: names of model.state_dict() without the segments of wrappers, perhaps with other values.
     """
     refuse_unmergeable(model)
-    folded = {name: state[name] for name in base_keys(model)}
+    plain = {name: state[name] for name in base_keys(model)}
     sync = RankSync(value for value in state.values() if isinstance(value, torch.Tensor))
 
-    def fold_one(path: str, layer: LoRALayer) -> None:
-        weights = {leaf: state[path + leaf] for leaf in layer.adapted_weights()}
-        pieces = layer.local_blocks(weights, state[path + A], state[path + B])
+    def merge_layer(path: str, layer: LoRALayer, weights: dict[str, torch.Tensor], blocks: Blocks) -> None:
+        plain.update({path + leaf: merged for leaf, merged in layer.merged_copies(weights, blocks).items()})
 
-        def merge_copies() -> None:
-            folded.update({path + leaf: copy for leaf, copy in layer.merged_copies(weights, pieces).items()})
-
-        sync.run(f"merged weights of layer {path[:-1]!r}", merge_copies)
-
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, LoRALayer):
-            fold_one(f"{canonical(name)}." if name else "", module)
+    for name, layer in model.named_modules(remove_duplicate=False):
+        if isinstance(layer, LoRALayer):
+            path = f"{canonical(name)}." if name else ""
+            weights = {leaf: state[path + leaf] for leaf in layer.adapted_weights()}
+            blocks = layer.local_blocks(weights, state[path + A], state[path + B])
+            sync.run(f"merged weights of layer {path[:-1]!r}", merge_layer, path, layer, weights, blocks)
     sync.raise_on_any_rank()
-    return folded
+    return plain
 
 
 def refuse_unmergeable(model: nn.Module) -> None:
-    """Raise where merged weights could not express an adapter.
+    """Refuse a model whose adapters merged weights could not express.
 
     Raises:
         LoRAError: a layer's weight has another owner or renormalises itself.
@@ -119,12 +117,8 @@ def refuse_unmergeable(model: nn.Module) -> None:
             )
 
 
-# What state dicts of an injected model may carry beside tensors: by key, what takes it up when it is loaded.
-EXTRA_ENTRIES: dict[str, Callable[[nn.Module, Any], None]] = {}
-
-
 def accept_partial_states(root: nn.Module) -> None:
-    """Install the hook where it is missing."""
+    """Let load_state_dict of a model take a complete base or a complete adapter, by a hook where it is missing."""
     for module in root.modules():
         inside = any(isinstance(child, LoRALayer) for child in module.modules())
         if inside and not _hooks(module):
@@ -132,7 +126,7 @@ def accept_partial_states(root: nn.Module) -> None:
 
 
 def accept_whole_states_only(root: nn.Module) -> None:
-    """Take the hook out again."""
+    """Take the hooks of accept_partial_states out again."""
     for module in root.modules():
         for key in _hooks(module):
             del module._load_state_dict_pre_hooks[key]
@@ -144,7 +138,7 @@ def _hooks(module: nn.Module) -> list[int]:
 
 
 def _fill_in(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-    """The injected model judges, or the part of it on which load_state_dict is called; parts further down do not."""
+    """The hook; it acts on the injected model, or on the part of it on which load_state_dict is called."""
     if ATTRIBUTE not in vars(module) and canonical(prefix.rstrip(".")):
         return
     for key in EXTRA_ENTRIES.keys() & {name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)}:
@@ -155,25 +149,24 @@ def _fill_in(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: 
         plain = prefix + canonical(name)
         if plain in state_dict and prefix + name not in state_dict:
             state_dict[prefix + name] = state_dict.pop(plain)
-    given = {key[len(prefix) :] for key in state_dict if key.startswith(prefix)}
+    loaded = {key[len(prefix) :] for key in state_dict if key.startswith(prefix)}
     factors = {name for name, (_, owner) in state.items() if is_factor(name, owner)}
     base = state.keys() - factors
     changing = _changing(module, state)
     absent = set()
-    if given >= base and not given & factors:
+    if loaded >= base and not loaded & factors:
         record_loaded(module, {canonical(name): state_dict[prefix + name] for name in base & changing})
         absent = factors
-    elif given >= changing and not given & (base - changing):
+    elif loaded >= changing and not loaded & (base - changing):
         absent = base - changing
-    for name in absent:
-        state_dict[prefix + name] = state[name][0]
+    state_dict.update({prefix + name: state[name][0] for name in absent})
 
 
 def _as_seen_here(name: str) -> str:
     """checkpoint_wrapper leaves its segment out of state dicts, and puts it in just before the hooks on itself run."""
-    first, dot, rest = name.partition(".")
     segment = f"{CHECKPOINTED}."
-    return first + dot + rest.replace(segment, "") if first == CHECKPOINTED else name.replace(segment, "")
+    wrapped = segment if name.startswith(segment) else ""
+    return wrapped + name.removeprefix(segment).replace(segment, "")
 
 
 def _changing(module: nn.Module, state: Mapping[str, tuple[torch.Tensor | None, nn.Module]]) -> set[str]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import cast
 
-import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
@@ -13,46 +12,39 @@ from torch.nn.utils.parametrize import is_parametrized
 from ..config import LoRAConfig
 from ..distributed.sharding import is_sharded
 from ..errors import LoRAError
-from ..names import (
-    ALL_LINEAR,
-    A,
-    around,
-    canonical,
-    entries_of,
-    entry_name,
-    matcher,
-    near_misses,
-    pattern_matches,
-    suffixes,
-)
+from ..names import ALL_LINEAR, A, around, canonical, matcher, near_misses, pattern_matches, suffixes
 from ..nn.layer_kinds import is_conv1d, layer_class
 from ..nn.lora_layer import LoRALayer
-from ..nn.low_rank import ATTENTION_WEIGHTS, FUSABLE, MERGEABLE_DTYPES
+from ..nn.low_rank import ATTENTION_WEIGHTS, FUSABLE, MERGEABLE_DTYPES, matrix_shape
 from ..nn.tied_weights import tied_weights
 
 
 class Targets:
-    """What the options of a config name in a model.
+    """The modules that the options of a config name in a model, by name.
 
     Attributes:
-        layers: the modules to adapt, by name.
+        layers: the modules to adapt.
         saved: the modules that modules_to_save names.
-        left_out: what "all-linear" passes over, with the reason.
-        unmatched: a sentence for each entry that names nothing.
+        left_out: the reasons for which "all-linear" passes over layers.
+        unmatched: a sentence for each entry of an option that names nothing.
     """
 
     def __init__(self, model: nn.Module, config: LoRAConfig) -> None:
         modules = {canonical(name): module for name, module in model.named_modules() if canonical(name)}
-        saved, chosen_by_name, excluded = map(
+        saved, targeted, excluded = map(
             matcher, (config.modules_to_save, config.target_modules, config.exclude_modules)
         )
-        self.saved = {n: m for n, m in modules.items() if saved(n)}
+        self.saved = {name: module for name, module in modules.items() if saved(name)}
         self.left_out: dict[str, str] = {}
         if config.target_modules == ALL_LINEAR:
             chosen = self._all_linear(model, modules)
         else:
-            chosen = {n: m for n, m in modules.items() if chosen_by_name(n)}
-        self.layers = {n: m for n, m in chosen.items() if not excluded(n) and not self._is_saved(n)}
+            chosen = {name: module for name, module in modules.items() if targeted(name)}
+        self.layers = {
+            name: module
+            for name, module in chosen.items()
+            if not excluded(name) and self.saved.keys().isdisjoint((name, *around(name)))
+        }
         for name, module in list(self.layers.items()):  # attention is adapted whole, as PEFT does
             out_proj = f"{name}.out_proj"
             if isinstance(module, nn.MultiheadAttention) and not excluded(out_proj):
@@ -60,9 +52,7 @@ class Targets:
         self.unmatched = self._unmatched(config, chosen, modules)
 
     def _all_linear(self, model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-        heads = output_heads(model)
-        tied = tied_weights(model)
-        chosen = {}
+        heads, tied, chosen = output_heads(model), tied_weights(model), {}
         for name, module in modules.items():
             if not isinstance(module, nn.Linear) and not is_conv1d(module):
                 continue
@@ -74,9 +64,6 @@ class Targets:
                 chosen[name] = module
         return chosen
 
-    def _is_saved(self, name: str) -> bool:
-        return any(module in self.saved for module in (name, *around(name)))
-
     def _unmatched(self, config: LoRAConfig, chosen: Iterable[str], modules: Mapping[str, nn.Module]) -> list[str]:
         adaptable = [name for name, module in modules.items() if layer_class(module)]
         unmatched = []
@@ -86,13 +73,14 @@ class Targets:
             ("modules_to_save", modules, modules),
             ("enable_lora", self.layers, self.layers),
         ):
-            named = {suffix for name in names for suffix in suffixes(name)}
-            unmatched += [
-                f"{option}: {entry_name(entry)!r} names no {'module' if names is modules else 'layer to adapt'}"
-                + near_misses(entry_name(entry), hints)
-                for entry in entries_of(getattr(config, option))
-                if not (any(map(matcher(entry), names)) if isinstance(entry, str) else entry[0] in named)
-            ]
+            value = getattr(config, option) or ()
+            if isinstance(value, str):  # a regular expression
+                entries = [] if value == ALL_LINEAR or any(map(matcher(value), names)) else [value]
+            else:
+                matched = {suffix for name in names for suffix in suffixes(name)}
+                entries = [entry for entry in value if entry not in matched]
+            kind = "module" if names is modules else "layer to adapt"
+            unmatched += [f"{option}: {entry!r} names no {kind}" + near_misses(entry, hints) for entry in entries]
         for option in ("rank_pattern", "alpha_pattern"):
             unmatched += [
                 f"{option}: {pattern!r} names no adapted layer" + near_misses(pattern, self.layers)
@@ -104,28 +92,18 @@ class Targets:
         return unmatched
 
 
-def refuse_unmatched(model: nn.Module, unmatched: Sequence[str]) -> None:
-    """Raise one error that lists every unmatched entry."""
-    if unmatched:
-        raise LoRAError(f"LoRA on {type(model).__name__}: " + ".\n".join(unmatched) + ".")
-
-
 def output_heads(model: nn.Module) -> list[nn.Module]:
-    """The heads that get_output_embeddings (transformers) names anywhere in the model."""
-    heads = []
-    for module in model.modules():
-        getter = getattr(module, "get_output_embeddings", None)
-        head = getter() if callable(getter) else None
-        if isinstance(head, nn.Module):
-            heads.append(head)
-    return heads
+    """Return the output heads that get_output_embeddings (transformers) names anywhere in the model."""
+    getters = [getattr(module, "get_output_embeddings", None) for module in model.modules()]
+    heads = [getter() for getter in getters if callable(getter)]
+    return [head for head in heads if isinstance(head, nn.Module)]
 
 
 def check_unadapted(model: nn.Module) -> None:
-    """Raise where a model already has adapters, of this package or another, which injection would freeze or hide.
+    """Refuse a model that already has adapters, of this package or another, which injection would freeze or hide.
 
     Raises:
-        LoRAError: names the first one.
+        LoRAError: it has; the message names the first one.
     """
     for name, module in model.named_modules():
         library = type(module).__module__.partition(".")[0]
@@ -142,10 +120,10 @@ def check_unadapted(model: nn.Module) -> None:
 
 
 def check_shapes(model: nn.Module) -> None:
-    """Raise where a lazy layer has no shape yet, which can neither be frozen nor saved.
+    """Refuse a model in which a lazy layer has no shape yet, which can neither be frozen nor saved.
 
     Raises:
-        LoRAError: names the first one.
+        LoRAError: one has not; the message names the first one.
     """
     for name, module in model.named_modules():
         if any(is_lazy(tensor) for tensor in (*module._parameters.values(), *module._buffers.values())):
@@ -156,14 +134,13 @@ def check_shapes(model: nn.Module) -> None:
 
 
 def check_supported(name: str, module: nn.Module, config: LoRAConfig) -> None:
-    """Raise where a module cannot be adapted.
+    """Refuse a module that cannot be adapted with these options.
 
     Raises:
-        LoRAError: says why, and what to do.
+        LoRAError: it cannot; the message says why, and what to do.
     """
-    kind = type(module).__name__
-    problem = ""
-    if layer_class(module) is None:
+    kind, adapting, enabled = type(module).__name__, layer_class(module), config.enabled_parts(name)
+    if adapting is None:
         inside = [child for child, m in module.named_modules() if child and layer_class(m)]
         problem = f"a {kind} cannot be adapted" + (f"; name the layers inside it, as {inside[0]!r}" if inside else "")
     elif hasattr(module, A):
@@ -172,12 +149,8 @@ def check_supported(name: str, module: nn.Module, config: LoRAConfig) -> None:
         problem = f"its forward is replaced on the instance of {kind}, which would pass over the adapter; undo that"
     else:
         problem = _weight_problem(module)
-    enabled = config.enabled_parts(name)
-    if not problem and enabled is not None:
-        if cast(type[LoRALayer], layer_class(module)).KIND not in FUSABLE:
-            problem = f"enable_lora needs a linear layer, not a {kind}"
-        elif _outputs(module) % len(enabled):
-            problem = f"enable_lora has {len(enabled)} parts, which do not divide its {_outputs(module)} outputs"
+        if not problem and enabled is not None:
+            problem = _parts_problem(module, adapting.KIND, len(enabled))
     if problem:
         raise LoRAError(f"inject: {name!r}: {problem}, or leave it out with exclude_modules=[{name!r}].")
 
@@ -199,8 +172,11 @@ def _weight_problem(module: nn.Module) -> str:
     return ""
 
 
-def _outputs(module: nn.Module) -> int:
+def _parts_problem(module: nn.Module, kind: str, parts: int) -> str:
+    if kind not in FUSABLE:
+        return f"enable_lora needs a linear layer, not a {type(module).__name__}"
     if isinstance(module, nn.MultiheadAttention):
-        return 3 * int(module.embed_dim)
-    rows, cols = cast(torch.Tensor, module.weight).shape
-    return int(rows if isinstance(module, nn.Linear) else cols)
+        outputs = 3 * module.embed_dim
+    else:
+        outputs = matrix_shape(kind, cast(nn.Linear, module).weight.shape)[0]
+    return f"enable_lora has {parts} parts, which do not divide its {outputs} outputs" if outputs % parts else ""

@@ -1,4 +1,4 @@
-"""Adapted nn.MultiheadAttention: its input projection, and its reading of an adapted out_proj."""
+"""nn.MultiheadAttention: its adapted input projection, and its reading of an adapted out_proj."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .low_rank import IN_PROJ, SEPARATE
 
 
 class LoRAMultiheadAttention(LoRALayer):
-    """nn.MultiheadAttention's in_proj: W (3E, E), A (r, E), B (3E, r); its out_proj is a layer of its own.
+    """nn.MultiheadAttention's in_proj: W (3E, E), A (r, E), B (3E, r); its out_proj is adapted as another layer.
 
-    With key and value widths of their own there are three weights; A then holds the A of each, side by side:
-    (r, E + kdim + vdim). Enabled parts are q, k and v. It always runs on W + delta.
+    With kdim or vdim there are three weights; A then holds the A of each, side by side: (r, E + kdim + vdim). Enabled
+    parts are q, k and v. It always runs on W + delta.
     """
 
     KIND = low_rank.ATTENTION
@@ -35,25 +35,22 @@ class LoRAMultiheadAttention(LoRALayer):
 
 
 def reading_dense_weight(layer: nn.Module) -> AbstractContextManager[None]:
-    """W + delta inside, where an adapter is active: for code that reads a layer's weight instead of calling it."""
+    """Let W + delta stand in inside, where an adapter is active: for code that reads a layer's weight."""
     return layer.dense_weight() if isinstance(layer, LoRALayer) and layer.lora_active else nullcontext()
 
 
 class LoRAReader(Swapped):
-    """Mixed in front of nn.MultiheadAttention."""
+    """nn.MultiheadAttention of which out_proj alone is adapted: it reads that layer's weight instead of calling it."""
 
     out_proj: nn.Module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        layer = self.out_proj
-        if not isinstance(layer, LoRALayer) or not layer.lora_active:
-            return super().forward(*args, **kwargs)
-        with reading_dense_weight(layer):
+        with reading_dense_weight(self.out_proj):
             return super().forward(*args, **kwargs)
 
 
 def patch_attention(model: nn.Module) -> None:
-    """Give every MultiheadAttention with an adapted out_proj the forward that applies it, and take it from others."""
+    """Let every MultiheadAttention with an adapted out_proj run on that layer's W + delta, and no other. In place."""
     for module in model.modules():
         reads = isinstance(getattr(module, "out_proj", None), LoRALayer)
         if isinstance(module, nn.MultiheadAttention) and reads and not isinstance(module, Swapped):

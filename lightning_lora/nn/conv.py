@@ -15,8 +15,7 @@ from .lora_layer import LoRALayer
 class LoRAConv(LoRALayer):
     """nn.Conv1d/2d/3d: weight (Cout, Cin/groups, k...), A (r, Cin/groups, k...), B (Cout, r, 1...).
 
-    delta is B @ A on the flattened weight. Where convolving with A costs as much as with W (r * groups >= Cout, as in
-    depthwise layers), the layer runs on W + delta.
+    Where convolving with A costs as much as with W (r * groups >= Cout, as in depthwise layers), it runs on W + delta.
     """
 
     KIND = low_rank.CONV

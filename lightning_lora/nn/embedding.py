@@ -1,4 +1,4 @@
-"""Adapted nn.Embedding."""
+"""nn.Embedding."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from .lora_layer import LoRALayer
 class LoRAEmbedding(LoRALayer):
     """nn.Embedding: weight (num, dim), A (r, num), B (dim, r), no dropout (as PEFT and loralib).
 
-    max_norm would renormalise W in place; such a layer stays factored, on rows renormalised out of place.
+    With max_norm the base class renormalises W in place; here the layer stays factored and W as it is: the rows that
+    are looked up are renormalised instead.
     """
 
     KIND = low_rank.EMBEDDING
     LOOKUP = True
-    embedding: nn.Embedding
 
     def unmergeable_reason(self) -> str:
         reason = "max_norm renormalises its rows in place" if self._renormalises() else ""
@@ -61,7 +61,7 @@ class LoRAEmbedding(LoRALayer):
         return _summed(base).add_(delta)
 
     def _trained_as_rows(self, delta: torch.Tensor, input: torch.Tensor) -> torch.Tensor:
-        """padding_idx and scale_grad_by_freq are about rows of the weight, so about both factors."""
+        """Let padding_idx and scale_grad_by_freq act on delta's gradient: they are about rows of the weight."""
         layer = cast(nn.Embedding, self)
         if layer.padding_idx is not None:
             delta = torch.where((input == layer.padding_idx).unsqueeze(-1), delta.detach(), delta)
@@ -72,7 +72,7 @@ class LoRAEmbedding(LoRALayer):
 
 
 def _summed(rows: torch.Tensor) -> torch.Tensor:
-    """Rows of a table that is split by rows come as partial sums of the ranks."""
+    """Rows that were looked up; of a table that is split by rows they come as partial sums of the ranks."""
     if not is_sharded(rows):
         return rows
     from ..distributed.tensor_parallel import sum_partials  # imports much, and is rarely needed

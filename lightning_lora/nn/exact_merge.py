@@ -3,10 +3,10 @@
 Per chunk of rows, with D = s * B @ A in float64, and d its value in the dtype of the subtraction (float32 for bfloat16
 and float32):
 
-    merge:    new = round(W + D); back = round(new - d); keep W where back's bits differ; W <- new
-    unmerge:  W <- round(W - d); W[kept] <- the kept values
+    merge:    new = round(W + D); back = round(new - d); store W where back's bits differ; W <- new
+    unmerge:  W <- round(W - d); W[stored positions] <- the stored values
 
-Adding and subtracting alone drifts; a full copy doubles the memory. This keeps the few per cent of values that
+Adding and subtracting alone drifts; a full copy doubles the memory. This stores the few per cent of values that
 subtraction would not bring back, and its own copies of A and B, so that d is the same bits both times. Why float64: in
 float32, B @ A is off by many ulp where W and D are both small, and autocast and the matmul precision settings would
 change its bits; for thin factors it costs the same. Chunks and buffers stay in the cache, because fresh pages cost
@@ -27,35 +27,29 @@ from ..errors import LoRAError
 from .low_rank import LowRankBlock, scale_blocks
 
 CPU_CHUNK, GPU_CHUNK = 2**18, 2**24  # elements; small enough for the caches, large enough to fill a card
-
-KEEP_AT_MOST = 0.25  # above this share of a chunk, a plain copy of it serves
-
+STORE_AT_MOST = 0.25  # above this share of a chunk's values, a plain copy of the chunk is stored
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 Observer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
+class WeightEditedError(LoRAError):
+    """A weight was changed while it was merged, and was restored all the same."""
+
+
 @dataclass
 class RestoreRecord:
-    """What taking a delta out again needs: the factors and, per chunk, values or a plain copy.
+    """What unmerge_weight_ needs: the factors and, per chunk, values or a plain copy; or a copy of the whole weight."""
 
-    Attributes:
-        factors: own copies of the factors.
-        scaling: s.
-        copy: a plain copy of the whole weight, which makes the rest unnecessary.
-        chunks: one entry a merged chunk, in order: positions and values, or a copy of the chunk.
-        checksum, checksum_dtype: of the weight's bits before the merge, and the integers that they were summed as.
-        threads: the number of threads that computed d and the sums, which can change their last bits.
-        sums: beside a plain copy, the sum over each merged chunk, and the chunk's (row, rows, column, columns).
-    """
-
-    factors: list[LowRankBlock]
-    scaling: float = 1.0
-    copy: torch.Tensor | None = None
+    factors: list[LowRankBlock]  # copies
+    scaling: float = 1.0  # s
+    copy: torch.Tensor | None = None  # of the whole weight
+    # One entry a merged chunk, in order: positions and values, or a copy of the chunk.
     chunks: list[tuple[torch.Tensor, torch.Tensor] | torch.Tensor] = field(default_factory=list)
-    checksum: int = 0
-    checksum_dtype: torch.dtype = torch.int64
-    threads: int = 0
+    checksum: int = 0  # of the weight's bits before the merge
+    checksum_dtype: torch.dtype = torch.int64  # the integers that they were summed as
+    threads: int = 0  # that computed d and the sums; another number can change their last bits
+    # Beside a copy of the whole, the sum over each merged chunk, and the chunk's (row, rows, column, columns).
     sums: list[tuple[float, tuple[int, int, int, int]]] = field(default_factory=list)
 
     def nbytes(self) -> int:
@@ -63,7 +57,7 @@ class RestoreRecord:
         tensors = [] if self.copy is None else [self.copy]
         for chunk in self.chunks:
             tensors += chunk if isinstance(chunk, tuple) else [chunk]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return sum(tensor.nbytes for tensor in tensors)
 
 
 def merge_weight_(
@@ -75,13 +69,13 @@ def merge_weight_(
     spare: torch.Tensor | None = None,
     observe: Observer | None = None,
 ) -> RestoreRecord:
-    """Add scaling * (the blocks) to a weight, in place, each element rounded once.
+    """Add scaling * (the blocks) to a weight, each element rounded once. In place.
 
     Args:
         weight: any shape, floating point.
         blocks: the factors, in any floating dtype.
         scaling: s.
-        copy: keep a plain copy of the weight instead of the values that subtraction would miss.
+        copy: store a plain copy of the weight instead of the values that subtraction would miss.
         spare: memory for the copy, of an earlier one that is done with; used where it fits.
         observe: called for each chunk with the rounded sum, the exact sum and the delta, all in float64.
 
@@ -94,9 +88,7 @@ def merge_weight_(
     with exact_arithmetic(weight):
         record = _copy_record(weight, spare) if copy else _values_record(weight, blocks, scaling)
         try:
-            scratch = Scratch(weight, CPU_CHUNK)
-            for block, start in _chunks(weight, _scaled(blocks, scaling, weight.device)):
-                _merge_chunk(weight, block, start, scratch, record, observe)
+            _merge_chunks(weight, blocks, scaling, record, observe)
         except BaseException:
             _restore(weight, record)
             raise
@@ -104,7 +96,7 @@ def merge_weight_(
 
 
 def unmerge_weight_(weight: torch.Tensor, record: RestoreRecord) -> None:
-    """Undo merge_weight_, in place, bit for bit. The record is used up.
+    """Undo merge_weight_ bit for bit, and use the record up. In place.
 
     Raises:
         WeightEditedError: something else wrote to the weight while it was merged; it has its old bits all the same.
@@ -125,16 +117,12 @@ def unmerge_weight_(weight: torch.Tensor, record: RestoreRecord) -> None:
         )
 
 
-class WeightEditedError(LoRAError):
-    """A weight was changed while it was merged, and was restored all the same."""
-
-
 def restored_weight(weight: torch.Tensor, record: RestoreRecord) -> torch.Tensor:
     """Return the weight as it was before merge_weight_, as a new tensor; `weight` and `record` are left alone."""
     with exact_arithmetic(weight):
         if record.copy is not None:
-            return record.copy.clone(memory_format=torch.preserve_format)
-        original = weight.detach().clone(memory_format=torch.preserve_format)
+            return record.copy.clone()
+        original = weight.detach().clone()
         unmerge_weight_(original, replace(record, chunks=list(record.chunks)))
     return original
 
@@ -142,19 +130,15 @@ def restored_weight(weight: torch.Tensor, record: RestoreRecord) -> torch.Tensor
 def merged_weight(weight: torch.Tensor, blocks: list[LowRankBlock], scaling: float) -> torch.Tensor:
     """Return W' as a new tensor: what merge_weight_ would write."""
     with exact_arithmetic(weight):
-        merged = weight.detach().clone(memory_format=torch.preserve_format)
-        scratch = Scratch(weight, CPU_CHUNK)
-        for block, start in _chunks(merged, _scaled(blocks, scaling, weight.device)):
-            chunk, left, right, _ = _chunk(merged, block, start)
-            new, *_ = _rounded_sum(chunk, left, right, scratch, chunk)
-            chunk.copy_(new)
+        merged = weight.detach().clone()
+        _merge_chunks(merged, blocks, scaling, RestoreRecord([], copy=weight), None)
     return merged
 
 
 @contextmanager
 def exact_arithmetic(weight: torch.Tensor, threads: int | None = None) -> Iterator[None]:
-    """In-place writes whatever surrounds the call: no gradients, the given number of threads, and inference mode just
-    where the weight was made in it.
+    """Allow in-place writes whatever surrounds the call: no gradients, and inference mode just where the weight was
+    made in it. With `threads`, compute in that many.
     """
     before = torch.get_num_threads()
     if threads and threads != before:
@@ -172,10 +156,10 @@ def exact_arithmetic(weight: torch.Tensor, threads: int | None = None) -> Iterat
 
 
 def _values_record(weight: torch.Tensor, blocks: list[LowRankBlock], scaling: float) -> RestoreRecord:
-    own = [block._replace(left=block.left.detach().clone(), right=block.right.detach().clone()) for block in blocks]
+    factors = [block._replace(left=block.left.detach().clone(), right=block.right.detach().clone()) for block in blocks]
     integers = _checksum_dtype(weight)
     checksum = _checksum(weight, integers)
-    return RestoreRecord(own, scaling, checksum=checksum, checksum_dtype=integers, threads=torch.get_num_threads())
+    return RestoreRecord(factors, scaling, checksum=checksum, checksum_dtype=integers, threads=torch.get_num_threads())
 
 
 def _copy_record(weight: torch.Tensor, spare: torch.Tensor | None) -> RestoreRecord:
@@ -183,32 +167,74 @@ def _copy_record(weight: torch.Tensor, spare: torch.Tensor | None) -> RestoreRec
     if spare is not None and layout == (spare.dtype, spare.device, spare.shape, spare.stride(), spare.is_inference()):
         copy = spare.copy_(weight.detach())
     else:
-        copy = weight.detach().clone(memory_format=torch.preserve_format)
+        copy = weight.detach().clone()
     return RestoreRecord([], copy=copy, threads=torch.get_num_threads())
 
 
-def _scaled(blocks: list[LowRankBlock], scaling: float, device: torch.device) -> list[LowRankBlock]:
-    """The factors in the dtype of the arithmetic, the scaling folded into left."""
-    return scale_blocks(blocks, scaling, torch.float32 if device.type == "mps" else torch.float64)  # mps has no float64
+def _checksum_dtype(weight: torch.Tensor) -> torch.dtype:
+    """What to sum the weight's bits as: whole words where its memory allows it, which is many times faster."""
+    whole = weight.is_contiguous() and weight.nbytes % 8 == 0 and weight.data_ptr() % 8 == 0
+    return torch.int64 if whole else BITS[weight.element_size()]
 
 
-def _chunks(weight: torch.Tensor, blocks: list[LowRankBlock]) -> Iterator[tuple[LowRankBlock, int]]:
-    """Each block with the first row, counted in the block, of each chunk of it."""
-    return ((block, start) for block in blocks for start in _starts(weight, block))
+def _checksum(weight: torch.Tensor, integers: torch.dtype) -> int:
+    """An order-independent check value of the weight's bits."""
+    weight = weight.detach()
+    return int((weight.view(-1) if weight.is_contiguous() else weight).view(integers).sum(dtype=torch.int64))
 
 
-def _starts(weight: torch.Tensor, block: LowRankBlock) -> range:
-    most = CPU_CHUNK if weight.device.type == "cpu" else GPU_CHUNK
-    return range(0, block.left.shape[0], max(1, most // max(1, block.right.shape[1])))
+def _merge_chunks(
+    weight: torch.Tensor, blocks: list[LowRankBlock], scaling: float, record: RestoreRecord, observe: Observer | None
+) -> None:
+    """Merge one chunk after the other, in place, and add to the record what undoing each takes."""
+    scratch = Scratch(weight)
+    copied = record.copy is not None  # then there is nothing to compare
+    for chunk in _chunks(weight, blocks, scaling):
+        where = (chunk.row, len(chunk.left), chunk.col, chunk.right.shape[1])
+        window = _window(weight, *where)
+        target = window if copied else scratch.take("new", window.shape, window.dtype)
+        new, exact, total = _rounded_sum(window, chunk, scratch, target)
+        if observe or not copied:
+            delta = _delta(window, chunk, scratch)
+        if observe:
+            observe(new.to(delta.dtype), exact, delta)
+        if not copied:
+            record.chunks.append(_differing(window, _subtract(new, delta, scratch)))
+        if new is not window:
+            window.copy_(new)
+        if copied:  # summed in the order in which it will be summed
+            record.sums.append((total if new is window else _sum(window), where))
 
 
-def _chunk(
-    weight: torch.Tensor, block: LowRankBlock, start: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, tuple[int, int, int, int]]:
-    """A view of the weight, the factors of what is added to it, and where it is."""
-    left = block.left[start : start + _starts(weight, block).step]
-    where = (block.row + start, len(left), block.col, block.right.shape[1])
-    return _window(weight, *where), left, block.right, where
+def _restore(weight: torch.Tensor, record: RestoreRecord) -> None:
+    """Undo the merged chunks, last first; each is struck off when it is done, so that a failure can be taken up."""
+    if record.copy is not None:
+        weight.detach().copy_(record.copy)
+        return
+    chunks = _chunks(weight, record.factors, record.scaling)
+    scratch = Scratch(weight)
+    while record.chunks:
+        chunk, stored = chunks[len(record.chunks) - 1], record.chunks[-1]
+        window = _window(weight, chunk.row, len(chunk.left), chunk.col, chunk.right.shape[1])
+        if isinstance(stored, torch.Tensor):
+            window.copy_(stored)
+        else:
+            back = _subtract(window, _delta(window, chunk, scratch), scratch)
+            back.view(-1).index_copy_(0, stored[0].long(), stored[1])
+            window.copy_(back)
+        record.chunks.pop()
+
+
+def _chunks(weight: torch.Tensor, blocks: list[LowRankBlock], scaling: float) -> list[LowRankBlock]:
+    """Cut blocks into some of few rows, in the dtype of the arithmetic, the scaling folded into left."""
+    elements = CPU_CHUNK if weight.device.type == "cpu" else GPU_CHUNK
+    dtype = torch.float32 if weight.device.type == "mps" else torch.float64  # mps has no float64
+    chunks = []
+    for row, col, left, right in scale_blocks(blocks, scaling, dtype):
+        rows = max(1, elements // max(1, right.shape[1]))
+        starts = range(0, left.shape[0], rows)
+        chunks += [LowRankBlock(row + start, col, left[start : start + rows], right) for start in starts]
+    return chunks
 
 
 def _window(weight: torch.Tensor, row: int, rows: int, column: int, columns: int) -> torch.Tensor:
@@ -221,39 +247,15 @@ def _window(weight: torch.Tensor, row: int, rows: int, column: int, columns: int
     return window
 
 
-def _merge_chunk(
-    weight: torch.Tensor,
-    block: LowRankBlock,
-    start: int,
-    scratch: Scratch,
-    record: RestoreRecord,
-    observe: Observer | None,
-) -> None:
-    chunk, left, right, where = _chunk(weight, block, start)
-    copied = record.copy is not None  # then there is nothing to compare
-    target = chunk if copied else scratch.take("new", chunk.shape, chunk.dtype)
-    new, exact, total = _rounded_sum(chunk, left, right, scratch, target)
-    if observe or not copied:
-        delta = _delta(chunk, left, right, scratch)
-    if observe:
-        observe(new.to(delta.dtype), exact, delta)
-    if not copied:
-        record.chunks.append(_differing(chunk, _subtract(new, delta, scratch)))
-    if new is not chunk:
-        chunk.copy_(new)
-    if copied:
-        record.sums.append((total if new is chunk else _sum(chunk), where))  # in the order in which it will be summed
-
-
 def _rounded_sum(
-    chunk: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scratch: Scratch, target: torch.Tensor
+    window: torch.Tensor, chunk: LowRankBlock, scratch: Scratch, target: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """W' of a chunk in the weight's dtype, in `target` where the arithmetic has another; in the arithmetic's; sum."""
-    exact = scratch.take("exact", chunk.shape, left.dtype).copy_(chunk)
-    if chunk.dtype == left.dtype:  # no wider dtype to sum in: one rounding needs D first
-        exact.add_(_delta(chunk, left, right, scratch))
+    """W' in the weight's dtype, in `target` where the arithmetic has another; W' in the arithmetic's; the sum of W'."""
+    exact = scratch.take("exact", window.shape, chunk.left.dtype).copy_(window)
+    if window.dtype == chunk.left.dtype:  # no wider dtype to sum in: one rounding needs D first
+        exact.add_(_delta(window, chunk, scratch))
     else:
-        exact.view(left.shape[0], right.shape[1]).addmm_(left, right)
+        exact.view(chunk.left.shape[0], chunk.right.shape[1]).addmm_(chunk.left, chunk.right)
     new = exact if exact.dtype == target.dtype else target.copy_(exact)
     # A sum is cheap, and finite where all values are, but for an overflow of its own.
     total = _sum(new)
@@ -266,80 +268,48 @@ def _sum(values: torch.Tensor) -> float:
     return float(values.sum(dtype=torch.promote_types(values.dtype, torch.float32)).item())
 
 
-def _delta(chunk: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scratch: Scratch) -> torch.Tensor:
-    """D of a chunk, in a buffer."""
+def _delta(window: torch.Tensor, chunk: LowRankBlock, scratch: Scratch) -> torch.Tensor:
+    """D of a chunk, in the window's shape, in a buffer."""
+    left, right = chunk.left, chunk.right
     product = scratch.take("delta", torch.Size((left.shape[0], right.shape[1])), left.dtype)
-    return torch.mm(left, right, out=product).view(chunk.shape)
+    return torch.mm(left, right, out=product).view(window.shape)
 
 
 def _subtract(merged: torch.Tensor, delta: torch.Tensor, scratch: Scratch) -> torch.Tensor:
-    """What unmerging would leave without the kept values, in the weight's dtype, in a buffer; delta is used up."""
+    """What unmerging would leave without the stored values, in the weight's dtype, in a buffer; delta is used up."""
     delta = scratch.cast("difference", delta, scratch.difference)
-    wide = torch.sub(merged, delta, out=delta)
-    return scratch.cast("back", wide, merged.dtype)
+    return scratch.cast("back", torch.sub(merged, delta, out=delta), merged.dtype)
 
 
-def _differing(chunk: torch.Tensor, back: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | torch.Tensor:
-    bits = BITS[chunk.element_size()]
-    changed = (chunk.view(bits) ^ back.view(bits)).flatten().nonzero().squeeze(1)
-    if changed.numel() > KEEP_AT_MOST * chunk.numel():
-        return chunk.clone(memory_format=torch.preserve_format)
-    return changed.to(torch.int32), chunk.flatten().index_select(0, changed)
-
-
-def _restore(weight: torch.Tensor, record: RestoreRecord) -> None:
-    """Undo the merged chunks, last first; each is struck off when it is done, so that a failure can be taken up."""
-    if record.copy is not None:
-        weight.detach().copy_(record.copy)
-        return
-    blocks = _scaled(record.factors, record.scaling, weight.device)
-    merged = list(_chunks(weight, blocks))
-    scratch = Scratch(weight, CPU_CHUNK)
-    while record.chunks:
-        block, start = merged[len(record.chunks) - 1]
-        kept = record.chunks[-1]
-        chunk, left, right, _ = _chunk(weight, block, start)
-        if isinstance(kept, torch.Tensor):
-            chunk.copy_(kept)
-        else:
-            back = _subtract(chunk, _delta(chunk, left, right, scratch), scratch)
-            back.view(-1).index_copy_(0, kept[0].long(), kept[1])
-            chunk.copy_(back)
-        record.chunks.pop()
-
-
-def _checksum(weight: torch.Tensor, integers: torch.dtype) -> int:
-    """An order-independent check value of the weight's bits."""
-    weight = weight.detach()
-    return int((weight.view(-1) if weight.is_contiguous() else weight).view(integers).sum(dtype=torch.int64))
-
-
-def _checksum_dtype(weight: torch.Tensor) -> torch.dtype:
-    """What to sum the weight's bits as: whole words where its memory allows it, which is many times faster."""
-    whole = weight.is_contiguous() and weight.nbytes % 8 == 0 and weight.data_ptr() % 8 == 0
-    return torch.int64 if whole else BITS[weight.element_size()]
+def _differing(window: torch.Tensor, back: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | torch.Tensor:
+    """Positions and values of a window where `back` has other bits; a copy of the window where these are many."""
+    bits = BITS[window.element_size()]
+    changed = (window.view(bits) ^ back.view(bits)).flatten().nonzero().squeeze(1)
+    if changed.numel() > STORE_AT_MOST * window.numel():
+        return window.clone()
+    return changed.to(torch.int32), window.flatten().index_select(0, changed)
 
 
 class Scratch:
     """Buffers that every chunk of a weight uses again.
 
-    They have `elements` in every large weight, so that each weight's buffers fit where the last one's were.
+    They have CPU_CHUNK elements in every large weight, so that each weight's buffers fit where the last one's were.
     """
 
-    def __init__(self, weight: torch.Tensor, elements: int) -> None:
+    def __init__(self, weight: torch.Tensor) -> None:
         self.device = weight.device
-        self.elements = min(weight.numel(), elements)
+        self.elements = min(weight.numel(), CPU_CHUNK)
         self.difference = torch.float32 if weight.dtype in (torch.float32, torch.bfloat16) else torch.float64
         self.buffers: dict[tuple[str, torch.dtype], torch.Tensor] = {}
 
-    def take(self, name: str, like: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-        """An uninitialised tensor of that shape, valid until the name is taken again."""
+    def take(self, name: str, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        """Return an uninitialised tensor, valid until the name is taken again."""
         buffer = self.buffers.get((name, dtype))
-        if buffer is None or buffer.numel() < like.numel():
-            elements = max(self.elements, like.numel())
+        if buffer is None or buffer.numel() < shape.numel():
+            elements = max(self.elements, shape.numel())
             buffer = self.buffers[name, dtype] = torch.empty(elements, dtype=dtype, device=self.device)
-        return buffer[: like.numel()].view(like)
+        return buffer[: shape.numel()].view(shape)
 
     def cast(self, name: str, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """values in another dtype, in a buffer; the same tensor where it has that dtype."""
+        """Return values in another dtype, in a buffer; the same tensor where it has that dtype."""
         return values if values.dtype == dtype else self.take(name, values.shape, dtype).copy_(values)

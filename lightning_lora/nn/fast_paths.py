@@ -1,6 +1,6 @@
-"""The fast path of nn.TransformerEncoderLayer reads every weight in evaluation mode.
+"""The fast path of nn.TransformerEncoderLayer, which reads every weight in evaluation mode.
 
-It is turned off while an adapter inside is unmerged, and turned on again when merged, where it reads W'.
+It is turned off while an adapter inside is unmerged, and on again when merged, where it reads W'.
 """
 
 from __future__ import annotations
@@ -18,22 +18,14 @@ SWITCHES: dict[type[nn.Module], str] = {
 
 
 def update_fast_paths(model: nn.Module) -> None:
-    """Allow the fast paths of torch's transformer layers just where no unmerged adapter is inside."""
+    """Allow the fast paths of torch's transformer layers just where no unmerged adapter is inside. In place."""
     for module in model.modules():
         for kind, switch in SWITCHES.items():
             if isinstance(module, kind):
-                _allow(module, switch, not _has_active(module))
-
-
-def _has_active(module: nn.Module) -> bool:
-    return any(isinstance(layer, LoRALayer) and layer.lora_active for layer in module.modules())
-
-
-def _allow(module: nn.Module, switch: str, allow: bool) -> None:
-    """Turn a switch off, keeping what it was, or back to that."""
-    kept = f"lora_{switch}"
-    if not allow and kept not in vars(module):
-        setattr(module, kept, getattr(module, switch, False))
-        setattr(module, switch, False)
-    elif allow and kept in vars(module):
-        setattr(module, switch, vars(module).pop(kept))
+                active = any(isinstance(layer, LoRALayer) and layer.lora_active for layer in module.modules())
+                before = f"lora_{switch}"  # what the switch was before it was turned off
+                if active and before not in vars(module):
+                    setattr(module, before, getattr(module, switch, False))
+                    setattr(module, switch, False)
+                elif not active and before in vars(module):
+                    setattr(module, switch, vars(module).pop(before))

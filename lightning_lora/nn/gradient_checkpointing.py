@@ -1,4 +1,4 @@
-"""Reentrant activation checkpointing gives a segment gradients only where one of its inputs needs one.
+"""Reentrant activation checkpointing, which gives a segment gradients only where one of its inputs needs one.
 
 With all but the adapters frozen none may, and torch only warns that the adapters inside are not trained. Where the
 segments can be found, in transformers' models and torch's checkpoint_wrapper, their input is made to need a gradient.
@@ -16,7 +16,7 @@ from torch.utils.checkpoint import CheckpointFunction
 
 
 def enable_input_require_grads(model: nn.Module) -> None:
-    """Hook the inputs of reentrant segments, where that is not done yet."""
+    """Hook the inputs of reentrant segments, so that they need gradients, where that is not done yet."""
     for module in model.modules():
         if _is_trained_wrapper(module) and not _hooks(module._forward_pre_hooks):
             module.register_forward_pre_hook(_require_grad_before)
@@ -26,7 +26,7 @@ def enable_input_require_grads(model: nn.Module) -> None:
 
 
 def disable_input_require_grads(model: nn.Module) -> None:
-    """Take the hooks out again."""
+    """Take the hooks of enable_input_require_grads out again."""
     for module in model.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key in _hooks(hooks):
@@ -34,7 +34,7 @@ def disable_input_require_grads(model: nn.Module) -> None:
 
 
 def records_gradients() -> bool:
-    """Whether gradients are recorded, or will be in the second pass of the reentrant segment that runs."""
+    """Return whether gradients are recorded, or will be in the second pass of the reentrant segment that runs."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return torch.is_grad_enabled()
     frame: FrameType | None = sys._getframe()
@@ -70,20 +70,16 @@ def _is_segment(module: nn.Module) -> bool:
 
 
 def _require_grad_before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    if any(_tracked(arg) for arg in args):
+    if any(isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args):
         return args
-    return tuple(_tracking(arg) for arg in args)
+    return tuple(map(_requiring_grad, args))
 
 
 def _require_grad_after(module: nn.Module, args: Any, output: Any) -> Any:
-    return output if _tracked(output) else _tracking(output)
+    return _requiring_grad(output)
 
 
-def _tracked(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.requires_grad
-
-
-def _tracking(value: Any) -> Any:
+def _requiring_grad(value: Any) -> Any:
     if not torch.is_grad_enabled() or not isinstance(value, torch.Tensor) or not value.is_floating_point():
         return value
-    return value.detach().requires_grad_()
+    return value if value.requires_grad else value.detach().requires_grad_()

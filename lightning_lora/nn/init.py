@@ -14,13 +14,13 @@ Shape = tuple[int, ...]
 def initial_factors(
     shape_a: Shape, shape_b: Shape, init: bool | str, seed: int, *, lookup: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A and B, drawn on the CPU from a generator of their own: every device and rank gets the same numbers.
+    """Draw A and B in float32 on the CPU, by a new generator: every device and rank gets the same numbers.
 
     Args:
         shape_a, shape_b: shapes with the rank as B's dimension 1.
         init: LoRAConfig's init_lora_weights.
         seed: of the generator.
-        lookup: A is a table that rows are taken from (embeddings), so B is drawn and A is zero.
+        lookup: whether A is a table that rows are taken from (embeddings), so that B is drawn and A is zero.
     """
     generator = torch.Generator().manual_seed(seed)
     a, b = (torch.zeros(shape, dtype=torch.float32, device="cpu") for shape in (shape_a, shape_b))

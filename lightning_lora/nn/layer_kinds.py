@@ -1,4 +1,4 @@
-"""Which class adapts which module. A new kind of layer is a class and a line here."""
+"""Which class adapts which module; a new kind of layer is a class and a line here."""
 
 from __future__ import annotations
 
@@ -20,30 +20,25 @@ CLASSES: dict[type[nn.Module] | tuple[type[nn.Module], ...], type[LoRALayer]] = 
     nn.MultiheadAttention: LoRAMultiheadAttention,
 }
 
+LIBRARIES = ("torch.nn.modules.", "transformers.pytorch_utils")  # whose forwards the factored ones stand in for
+
 
 def layer_class(module: nn.Module) -> type[LoRALayer] | None:
     """Return the class that adapts a module, or None where there is none."""
-    for modules, adapting in CLASSES.items():
-        if isinstance(module, modules):
-            return adapting
-    return LoRAConv1D if is_conv1d(module) else None
+    matching = (adapting for classes, adapting in CLASSES.items() if isinstance(module, classes))
+    return next(matching, LoRAConv1D if is_conv1d(module) else None)
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether a module is transformers' Conv1D, without importing transformers."""
+    """Return whether a module is transformers' Conv1D, without importing transformers."""
     return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__)
 
 
-def has_custom_forward(module: nn.Module, adapting: type[LoRALayer]) -> bool:
-    """Whether the class replaces the forward for which the factored shortcut is known."""
-    known = ("torch.nn.modules.", "transformers.pytorch_utils")
-    return any(not getattr(type(module), name).__module__.startswith(known) for name in adapting.KNOWN_FORWARD)
-
-
 def adapt_(module: nn.Module, name: str, spec: LayerSpec, injection: object) -> LoRALayer:
-    """Turn a supported module into an adapted layer, in place, without its factors yet."""
+    """Turn a supported module into an adapted layer, without its factors yet. In place."""
     adapting = cast(type[LoRALayer], layer_class(module))
-    custom_forward = has_custom_forward(module, adapting)
+    forwards = [getattr(type(module), method) for method in adapting.KNOWN_FORWARD]
+    custom_forward = not all(forward.__module__.startswith(LIBRARIES) for forward in forwards)
     module.__class__ = swapped_class(adapting, type(module))
     layer = cast(LoRALayer, module)
     layer.lora = LayerState(spec, name, injection, custom_forward)

@@ -1,4 +1,4 @@
-"""Adapted linear layers: nn.Linear, transformers' Conv1D and fused projections."""
+"""Linear layers: nn.Linear, transformers' Conv1D and fused projections."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .low_rank import enabled_parts
 
 
 class LoRALinear(LoRALayer):
-    """nn.Linear: weight (out, in), A (r, in), B (out, r); with enabled parts A (n*r, in), B (n*out/len, r)."""
+    """nn.Linear: weight (out, in), A (r, in), B (out, r); n of m equal parts: A (n * r, in), B (n * out / m, r)."""
 
     KIND = low_rank.LINEAR
 
@@ -24,7 +24,7 @@ class LoRALinear(LoRALayer):
         return self._concatenated(input)
 
     def _accumulated(self, input: torch.Tensor) -> torch.Tensor:
-        """The adapter's product summed straight into the base's output: one full-size tensor instead of three."""
+        """Sum the adapter's product straight into the base's output: one full-size tensor instead of three."""
         rows = input.view(-1, input.shape[-1])
         x, scaling = self.dropped(rows)
         # These layouts make autograd form both gradients with the thin factor on the left: several times faster on CPU.
@@ -37,7 +37,7 @@ class LoRALinear(LoRALayer):
         return base if input.dim() == 2 else cast(torch.Tensor, torch.ops.aten._unsafe_view(base, shape))
 
     def _concatenated(self, input: torch.Tensor) -> torch.Tensor:
-        """For parts of a fused projection, and for inputs that cannot be seen as rows."""
+        """Add the adapter's outputs part by part, for fused projections and inputs that cannot be seen as rows."""
         base = self.base_forward(input)
         x, scaling = self.dropped(input)
         if is_sharded(x) and self.lora.spec.enabled is None:
@@ -46,20 +46,19 @@ class LoRALinear(LoRALayer):
             product = low_rank_product(x, self.lora_A.to(x.dtype), self.lora_B.to(x.dtype))
             if product is not None:
                 return cast(torch.Tensor, base + product * scaling)
-        outputs, done = [], 0
+        outputs, end = [], 0
         for start, a, b in enabled_parts(self.lora_A.to(x.dtype), self.lora_B.to(x.dtype), self.lora.spec.enabled):
-            if start > done:
-                outputs.append(base.new_zeros(*base.shape[:-1], start - done))
+            if start > end:
+                outputs.append(base.new_zeros(*base.shape[:-1], start - end))
             outputs.append(F.linear(F.linear(x, a), b) * scaling)
-            done = start + b.shape[0]
-        if done < base.shape[-1]:
-            outputs.append(base.new_zeros(*base.shape[:-1], base.shape[-1] - done))
-        adapted = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
-        return cast(torch.Tensor, base + adapted)
+            end = start + b.shape[0]
+        if end < base.shape[-1]:
+            outputs.append(base.new_zeros(*base.shape[:-1], base.shape[-1] - end))
+        return cast(torch.Tensor, base + (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)))
 
 
 class LoRAConv1D(LoRALinear):
-    """transformers' Conv1D, a linear layer with its weight stored (in, out); A and B as for nn.Linear."""
+    """transformers' Conv1D, a linear layer whose weight is stored as (in, out); A and B as for nn.Linear."""
 
     KIND = low_rank.CONV1D
 

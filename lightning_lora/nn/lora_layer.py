@@ -8,12 +8,11 @@ Invariants, for every adapted layer:
 
 from __future__ import annotations
 
-import copy
 import copyreg
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, cast
 
 import torch
@@ -37,51 +36,37 @@ from .gradient_checkpointing import records_gradients
 from .init import initial_factors
 from .low_rank import HALF, LowRankBlock, crop, dense_delta
 
-Blocks = Mapping[str, list[LowRankBlock]]  # by weight name
 DROPOUT_STEPS = 2**16
+
+Blocks = Mapping[str, list[LowRankBlock]]  # by weight name
+Transform = Callable[[torch.Tensor], torch.Tensor]
+
+_CLASSES: dict[tuple[type, type], type[Swapped]] = {}  # that swapped_class made
 
 
 class Swapped(nn.Module):
-    """A module whose class was replaced.
+    """A module whose class was replaced by a subclass of it.
 
     fully_shard in turn subclasses the class that it finds; such a module is rebuilt, or not, as torch decides.
-
-    Attributes:
-        lora_mixin, lora_base: the two classes that the subclass combines.
     """
 
-    lora_mixin: ClassVar[type[Swapped]]
+    lora_mixin: ClassVar[type[Swapped]]  # the two classes that the subclass combines
     lora_base: ClassVar[type[nn.Module]]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        make, args, *rest = cast(tuple[Any, ...], super().__reduce_ex__(protocol))
-        ours = type(self) is swapped_class(self.lora_mixin, self.lora_base)
-        if ours and make is copyreg.__newobj__ and args == (type(self),):  # type: ignore[attr-defined]
-            return (_new_swapped, (self.lora_mixin, self.lora_base), *rest)
-        return (make, args, *rest)
+        make, args, *state = cast(tuple[Any, ...], super().__reduce_ex__(protocol))
+        swapped = type(self) is swapped_class(self.lora_mixin, self.lora_base)
+        if swapped and make is copyreg.__newobj__ and args == (type(self),):  # type: ignore[attr-defined]
+            return (_new_swapped, (self.lora_mixin, self.lora_base), *state)
+        return (make, args, *state)
 
 
 def swapped_class(mixin: type[Swapped], base: type[nn.Module]) -> type[Swapped]:
-    """The one subclass of a pair of mixin and base class."""
-    return _CLASSES.get((mixin, base)) or _CLASSES.setdefault((mixin, base), _make_class(mixin, base))
-
-
-def base_class(module: Swapped) -> type[nn.Module]:
-    """The class that a module would have without the swap."""
-    ours = swapped_class(module.lora_mixin, module.lora_base)
-    if type(module) is ours:
-        return module.lora_base
-    bases = tuple(module.lora_base if base is ours else base for base in type(module).__bases__)
-    own = {name: value for name, value in vars(type(module)).items() if name not in ("__dict__", "__weakref__")}
-    return type(type(module).__name__.replace(ours.__name__, module.lora_base.__name__), bases, own)
-
-
-_CLASSES: dict[tuple[type, type], type[Swapped]] = {}
-
-
-def _make_class(mixin: type[Swapped], base: type[nn.Module]) -> type[Swapped]:
-    own = {"__module__": base.__module__, "__doc__": base.__doc__, "lora_mixin": mixin, "lora_base": base}
-    return type(f"LoRA{base.__name__}", (mixin, base), own)
+    """Return the one subclass of a pair of mixin and base class."""
+    if (mixin, base) not in _CLASSES:
+        attributes = {"__module__": base.__module__, "__doc__": base.__doc__, "lora_mixin": mixin, "lora_base": base}
+        _CLASSES.setdefault((mixin, base), type(f"LoRA{base.__name__}", (mixin, base), attributes))
+    return _CLASSES[mixin, base]
 
 
 def _new_swapped(mixin: type[Swapped], base: type[nn.Module]) -> Swapped:
@@ -89,102 +74,67 @@ def _new_swapped(mixin: type[Swapped], base: type[nn.Module]) -> Swapped:
     return swapped.__new__(swapped)
 
 
+def _class_before_swap(module: Swapped) -> type[nn.Module]:
+    swapped, base = swapped_class(module.lora_mixin, module.lora_base), module.lora_base
+    if type(module) is swapped:
+        return base
+    bases = tuple(base if parent is swapped else parent for parent in type(module).__bases__)
+    attributes = {name: value for name, value in vars(type(module)).items() if name not in ("__dict__", "__weakref__")}
+    return type(type(module).__name__.replace(swapped.__name__, base.__name__), bases, attributes)
+
+
 @dataclass(frozen=True)
 class LayerSpec:
-    """The options of one adapted layer.
-
-    Attributes:
-        r: rank.
-        alpha: lora_alpha.
-        scaling: s.
-        dropout: probability of dropping an input feature of the adapter.
-        enabled: which equal parts of a fused projection are adapted, or None for all of it as one.
-        keep_float32: the factors stay in float32 when the model is cast to 16 bits.
-        init: how the factors are drawn, as LoRAConfig's init_lora_weights.
-        seed: what they are drawn from.
-    """
+    """The options of one adapted layer."""
 
     r: int
     alpha: float
-    scaling: float
-    dropout: float = 0.0
-    enabled: tuple[bool, ...] | None = None
-    keep_float32: bool = True
-    init: bool | str = True
-    seed: int = 0
+    scaling: float  # s
+    dropout: float = 0.0  # probability of dropping an input feature of the adapter
+    enabled: tuple[bool, ...] | None = None  # which equal parts of a fused projection are adapted; None: all as one
+    keep_float32: bool = True  # the factors stay in float32 when the model is cast to 16 bits
+    init: bool | str = True  # how the factors are drawn, as LoRAConfig's init_lora_weights
+    seed: int = 0  # what they are drawn from
 
 
 @dataclass
 class LayerState:
-    """What an adapted layer carries beside its parameters, as `layer.lora`.
-
-    Attributes:
-        spec: its options.
-        name: the layer's name in the injected module.
-        injection: the record of the injection, which all layers of a model share.
-        custom_forward: the class has a forward of its own, which is run on W + delta.
-        dropout_override: whether dropout acts where gradients are recorded; None follows the layer's training flag.
-        merged: merge was called.
-        records: what undoing it needs, by weight name.
-        unmergeable_reason: what keeps the weight from being merged, as another owner of it, or "".
-        restore_failed: unmerging failed, so the weight is not known to be W.
-        rounding_reported: the cost of rounding W' was reported.
-        sharded: the weight was last seen sharded.
-        spares: memory of plain copies that are done with, by weight name, for the next merge; on the CPU alone, where
-            fresh pages take longer than the copy.
-        lock: held while W + delta stands in for the weight.
-    """
+    """What an adapted layer carries beside its parameters, as `layer.lora`."""
 
     spec: LayerSpec
-    name: str = ""
-    injection: Any = None
-    custom_forward: bool = False
-    dropout_override: bool | None = None
-    merged: bool = False
-    records: dict[str, RestoreRecord] = field(default_factory=dict)
-    unmergeable_reason: str = ""
-    restore_failed: bool = False
-    rounding_reported: bool = False
-    sharded: bool = False
+    name: str = ""  # in the injected module
+    injection: Any = None  # the record of the injection, which all layers of a model share
+    custom_forward: bool = False  # the layer's class has another forward than torch's, which is run on W + delta
+    dropout_override: bool | None = None  # dropout acts where gradients are recorded; None: as the training flag says
+    merged: bool = False  # merge was called
+    records: dict[str, RestoreRecord] = field(default_factory=dict)  # what unmerging needs, by weight name
+    unmergeable_reason: str = ""  # what keeps the weight from being merged, as another owner of it
+    restore_failed: bool = False  # unmerging failed, so the weight is not known to be W
+    rounding_reported: bool = False  # the cost of rounding W' was reported
+    sharded: bool = False  # the weight was last seen sharded
+    # Memory of plain copies that are done with, by weight name, for the next merge; on the CPU alone, where fresh pages
+    # take longer than the copy.
     spares: dict[str, torch.Tensor] = field(default_factory=dict)
-    lock: ForwardLock = field(default_factory=lambda: ForwardLock())
+    # Held while W + delta stands in for the weight; a copy of the layer gets another.
+    lock: AbstractContextManager[Any] = field(default_factory=threading.RLock)
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"spares": {}}
+        return {name: value for name, value in vars(self).items() if name not in ("spares", "lock")}
 
-
-class ForwardLock:
-    """A lock that a thread may take again; a copy of the layer gets a lock of its own."""
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(self, *exception: object) -> None:
-        self._lock.release()
-
-    def __reduce__(self) -> Any:
-        return ForwardLock, ()
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, spares={}, lock=threading.RLock())
 
 
 class LoRALayer(Swapped):
-    """Mixed in front of a layer's own class; a subclass says of which kind the layer is (arXiv:2106.09685).
-
-    Attributes:
-        lora_A, lora_B: the factors, shapes as nn/low_rank.py states for the kind.
-        lora_active: whether forward applies the adapter.
-        lora: all else.
-    """
+    """An adapted layer (arXiv:2106.09685): a subclass for each kind is mixed in front of the layer's own class."""
 
     KIND: ClassVar[str]
     KNOWN_FORWARD: ClassVar[tuple[str, ...]] = ("forward",)
     LOOKUP: ClassVar[bool] = False  # A is a table that rows are taken from
     weight: nn.Parameter
-    lora_A: nn.Parameter
+    lora_A: nn.Parameter  # shapes as nn/low_rank.py states for the kind
     lora_B: nn.Parameter
-    lora_active: bool
+    lora_active: bool  # whether forward applies the adapter
     lora: LayerState
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -195,7 +145,7 @@ class LoRALayer(Swapped):
         return self.factored_forward(*args, **kwargs)
 
     def base_forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the base class's own forward."""
+        """Run the forward that the layer had before it was adapted."""
         return super().forward(*args, **kwargs)
 
     def factored_forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -203,7 +153,7 @@ class LoRALayer(Swapped):
         raise NotImplementedError
 
     def dense_forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the base class's own forward on W + delta, differentiable in A and B.
+        """Run base_forward on W + delta, differentiable in A and B.
 
         Dropout acts on whole input features, the same for the batch, because the input is out of reach here.
         """
@@ -212,35 +162,31 @@ class LoRALayer(Swapped):
 
     @contextmanager
     def dense_weight(self) -> Iterator[None]:
-        """Let W + delta stand in for each adapted weight, for code that reads it; one thread at a time."""
-        if torch.compiler.is_compiling():  # which traces one thread
-            with self._dense_weight():
+        """Let W + delta stand in for each adapted weight inside, for code that reads it; one thread at a time."""
+        with nullcontext() if torch.compiler.is_compiling() else self.lora.lock:  # a compiler traces one thread
+            weights = self.adapted_weights()
+            sums = self._dense_weights(weights)
+            try:
+                self._parameters.update(cast(dict[str, nn.Parameter | None], sums))
                 yield
-        else:
-            with self.lora.lock, self._dense_weight():
-                yield
+            finally:
+                self._parameters.update(weights)
 
-    @contextmanager
-    def _dense_weight(self) -> Iterator[None]:
+    def _dense_weights(self, weights: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
         factor: torch.Tensor = self.lora_A
         if self.drops():
             mask = factor.new_ones(1, factor.shape[1], *[1] * (factor.dim() - 2))
             factor = factor * F.dropout(mask, self.lora.spec.dropout)
-        weights = self.adapted_weights()
         sums = {}
         for name, delta in self.deltas(factor, self.lora_B).items():
             weight = weights[name]
             if name not in self._parameters:
                 raise LoRAError(f"{type(self).__name__}: {name} is computed from others since injection; undo that.")
             sums[name] = (weight.to(torch.promote_types(weight.dtype, delta.dtype)) + delta).to(weight.dtype)
-        try:
-            self._parameters.update(cast(dict[str, nn.Parameter | None], sums))
-            yield
-        finally:
-            self._parameters.update(weights)
+        return sums
 
     def drops(self) -> bool:
-        """Whether dropout acts now; a user's own evaluation inside a training batch records no gradients."""
+        """Return whether dropout acts now; a user's evaluation inside a training batch records no gradients."""
         override = self.lora.dropout_override
         active = self.training if override is None else override and records_gradients()
         return active and self.lora.spec.dropout > 0
@@ -252,7 +198,7 @@ class LoRALayer(Swapped):
         return x, spec.scaling * factor
 
     def kind(self) -> str:
-        """Return which of low_rank.KINDS the layer is, as far as it knows by itself."""
+        """Return which of low_rank.KINDS the layer is, as far as it can tell by itself."""
         return self.KIND
 
     def adapted_weights(self) -> dict[str, nn.Parameter]:
@@ -260,7 +206,7 @@ class LoRALayer(Swapped):
         return {"weight": self.weight}
 
     def main_weight(self) -> nn.Parameter:
-        """Return the first of them, for dtype and device."""
+        """Return the first of the adapted weights, for dtype and device."""
         return next(iter(self.adapted_weights().values()))
 
     def factor_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -286,7 +232,7 @@ class LoRALayer(Swapped):
         return initial_factors(*self.factor_shapes(), spec.init, spec.seed, lookup=self.LOOKUP)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As in nn.Module; parallelize_module comes here with each parameter made into a sharded one."""
+        """Register a parameter as nn.Module does; parallelize_module comes here with each sharded one."""
         if name in (A, B) and is_sharded(param):
             from ..distributed.tensor_parallel import place_like_weight  # imports much, and is rarely needed
 
@@ -295,9 +241,8 @@ class LoRALayer(Swapped):
                     f"{type(self).__name__}: the parts of enable_lora do not follow a tensor parallel split; adapt the "
                     "layer as a whole, or leave it out of the parallelize plan"
                 )
-            param = place_like_weight(
-                name, cast(nn.Parameter, param), self.main_weight(), low_rank.shard_dims(self.KIND)
-            )
+            dims = low_rank.shard_dims(self.KIND)
+            param = place_like_weight(name, cast(nn.Parameter, param), self.main_weight(), dims)
         super().register_parameter(name, param)
 
     def local_blocks(
@@ -320,20 +265,15 @@ class LoRALayer(Swapped):
         return self.lora.unmergeable_reason
 
     def merge_(self, *, copy: bool, observe: Observer | None = None, blocks: Blocks | None = None) -> None:
-        """Write W' into each weight on this rank's shard, see merge_weight_; `blocks` are the local ones, if known."""
+        """Write W' into each weight on this rank's shard, see merge_weight_; `blocks` are local_blocks', if known."""
         weights, state = self.adapted_weights(), self.lora
-        blocks = self.local_blocks(weights, self.lora_A, self.lora_B) if blocks is None else blocks
+        blocks = blocks or self.local_blocks(weights, self.lora_A, self.lora_B)
         try:
             for name in blocks:
                 if name not in state.records:
-                    state.records[name] = merge_weight_(
-                        local(weights[name]),
-                        blocks[name],
-                        state.spec.scaling,
-                        copy=copy,
-                        spare=state.spares.pop(name, None),
-                        observe=observe,
-                    )
+                    weight, scaling, spare = local(weights[name]), state.spec.scaling, state.spares.pop(name, None)
+                    record = merge_weight_(weight, blocks[name], scaling, copy=copy, spare=spare, observe=observe)
+                    state.records[name] = record
         except BaseException:
             self.unmerge_()
             raise
@@ -341,17 +281,16 @@ class LoRALayer(Swapped):
 
     def unmerge_(self) -> None:
         """Write W back into each weight, see unmerge_weight_."""
-        failure, state = None, self.lora
-        for name, weight in self.adapted_weights().items():
-            if name in state.records:
-                try:
-                    unmerge_weight_(local(weight), state.records[name])
-                except LoRAError as error:
-                    failure = error
-                    state.restore_failed = state.restore_failed or not isinstance(error, WeightEditedError)
-                record = state.records.pop(name)
-                if record.copy is not None and record.copy.device.type == "cpu":
-                    state.spares[name] = record.copy
+        failure, state, weights = None, self.lora, self.adapted_weights()
+        for name, record in list(state.records.items()):
+            try:
+                unmerge_weight_(local(weights[name]), record)
+            except LoRAError as error:
+                failure = error
+                state.restore_failed = state.restore_failed or not isinstance(error, WeightEditedError)
+            del state.records[name]
+            if record.copy is not None and record.copy.device.type == "cpu":
+                state.spares[name] = record.copy
         vars(self)["lora_active"], state.merged = True, False
         if failure:
             raise failure
@@ -368,8 +307,10 @@ class LoRALayer(Swapped):
         try:
             self.merge_(copy=copy)
         except LoRAError as error:
-            rest = "It is unmerged, others may be merged still: call unmerge(model), then repeat or undo the change."
-            raise LoRAError(f"{self} was merged when it was cast, moved or loaded into; now {error}. {rest}") from error
+            raise LoRAError(
+                f"{self} was merged when it was cast, moved or loaded into; now {error}. It is unmerged, others may be "
+                "merged still: call unmerge(model), then repeat or undo the change."
+            ) from error
 
     def original(self, name: str) -> torch.Tensor:
         """Return a parameter as it is without the adapter, detached: live, or a restored copy while merged."""
@@ -388,7 +329,7 @@ class LoRALayer(Swapped):
         merged = {name: merged_weight(local(weights[name]), blocks[name], scaling) for name in blocks}
         return {name: from_local_like(weight, weights[name]) for name, weight in merged.items()}
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+    def _apply(self, fn: Transform, recurse: bool = True) -> Any:
         was_meta = self.lora_A.is_meta
         with self.briefly_unmerged():
             super()._apply(self._keeping_float32(fn), recurse)  # type: ignore[no-untyped-call]
@@ -397,16 +338,16 @@ class LoRALayer(Swapped):
                 copy_(factor, values)
         return self
 
-    def _keeping_float32(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    def _keeping_float32(self, fn: Transform) -> Transform:
         """fn, but for casting the factors to 16 bits: they train in float32 while they compute in the layer's dtype."""
         factors = {id(t) for p in (self.lora_A, self.lora_B) for t in (p, p.grad) if t is not None}
 
-        def careful(tensor: torch.Tensor) -> torch.Tensor:
+        def without_narrowing(tensor: torch.Tensor) -> torch.Tensor:
             moved = fn(tensor)
             narrows = moved.dtype in HALF and tensor.dtype not in HALF
             return tensor.to(moved.device) if narrows and id(tensor) in factors else moved
 
-        return careful if self.lora.spec.keep_float32 else fn
+        return without_narrowing if self.lora.spec.keep_float32 else fn
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -420,28 +361,26 @@ class LoRALayer(Swapped):
             self.lora.restore_failed = self.lora.restore_failed and absent
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        make, args, *rest = super().__reduce_ex__(protocol)
-        if self.lora.records and isinstance(rest[0], dict):
+        make, args, *state = super().__reduce_ex__(protocol)
+        if self.lora.records and isinstance(state[0], dict):
             # Another machine may compute other last bits: hand over plain copies.
-            state = copy.copy(self.lora)
-            state.records = {name: RestoreRecord([], copy=self.original(name)) for name in self.lora.records}
-            rest[0] = rest[0] | {"lora": state}
-        return (make, args, *rest)
+            records = {name: RestoreRecord([], copy=self.original(name)) for name in self.lora.records}
+            state[0] = state[0] | {"lora": replace(self.lora, records=records)}
+        return (make, args, *state)
 
 
 def _crop_to_shard(blocks: list[LowRankBlock], weight: torch.Tensor) -> list[LowRankBlock]:
-    """The parts of the blocks that fall on this rank's shard of a weight."""
     if not is_sharded(weight):
         return blocks
-    rows, *rest = window(weight)
-    if any(place != slice(0, size) for place, size in zip(rest[1:], weight.shape[2:], strict=True)):
+    rows, columns, *kernel = window(weight)
+    if any(part != slice(0, size) for part, size in zip(kernel, weight.shape[2:], strict=True)):
         raise LoRAError(f"a weight of shape {tuple(weight.shape)} cannot be merged while it is sharded beyond dim 1")
-    width = weight.shape[1:].numel() // max(weight.shape[1], 1)
-    return crop(blocks, rows, slice(rest[0].start * width, rest[0].stop * width))
+    width = weight.shape[2:].numel()
+    return crop(blocks, rows, slice(columns.start * width, columns.stop * width))
 
 
 def drop(x: torch.Tensor, p: float) -> tuple[torch.Tensor, float]:
-    """Zero each element of x with probability p; returns that and the factor that keeps its expectation.
+    """Zero each element of x with probability p; return that and the factor that keeps its expectation.
 
     On the CPU, torch's own dropout takes many times as long as the adapter's products. Here 16 random bits decide each
     element: p is taken to the nearest 1/65536, and the factor belongs to that p, so nothing is biased.
@@ -455,8 +394,8 @@ def drop(x: torch.Tensor, p: float) -> tuple[torch.Tensor, float]:
 
 
 def strip_(layer: LoRALayer) -> None:
-    """Undo the adaption: the class it had, no factors, no attributes; the weight stays as it is."""
-    layer.__class__ = base_class(layer)  # type: ignore[assignment]
+    """Give a layer back the class that it had, without factors and attributes; the weight stays. In place."""
+    layer.__class__ = _class_before_swap(layer)  # type: ignore[assignment]
     for name in (A, B):
         layer._parameters.pop(name, None)
     for name in [name for name in vars(layer) if name == "lora" or name.startswith("lora_")]:
@@ -469,5 +408,5 @@ def adapted_layers(model: nn.Module) -> dict[str, LoRALayer]:
 
 
 def is_factor(name: str, module: nn.Module) -> bool:
-    """Whether a state name is an adapter's own parameter."""
+    """Return whether a state name of a module is that of A or B."""
     return isinstance(module, LoRALayer) and name.rpartition(".")[2] in (A, B)

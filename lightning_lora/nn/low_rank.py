@@ -13,6 +13,7 @@ Of a fused projection in which n of m equal parts are adapted, A is (n * r, in) 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -32,6 +33,8 @@ FUSABLE = (LINEAR, CONV1D, ATTENTION)  # of which parts can be adapted
 IN_PROJ, SEPARATE = "in_proj_weight", ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 ATTENTION_WEIGHTS = (IN_PROJ, *SEPARATE)
 
+EVERYTHING = slice(0, sys.maxsize)
+
 Shape = Sequence[int]
 Enabled = tuple[bool, ...] | None
 
@@ -49,25 +52,20 @@ class LowRankBlock(NamedTuple):
 
 
 def matrix_shape(kind: str, shape: Shape) -> tuple[int, int]:
-    """Return (out, in) of a weight that is stored in this shape; a convolution's window counts to in.
+    """Return (out, in) of a weight that is stored in this shape; a convolution's kernel size counts to in.
 
     Raises:
         ValueError: the shape has another number of dimensions than the kind's.
     """
     if kind in CONVOLUTIONS:
-        out, *rest = shape
-        return out, math.prod(rest)
+        out, *inputs = shape
+        return out, math.prod(inputs)
     rows, columns = shape
     return (columns, rows) if kind in TRANSPOSED else (rows, columns)
 
 
-def as_matrix(kind: str, weight: torch.Tensor) -> torch.Tensor:
-    """View a stored weight as (out, in)."""
-    return weight.T if kind in TRANSPOSED else weight.flatten(1)
-
-
 def shard_dims(kind: str) -> dict[int, tuple[str, int]]:
-    """Return, for each of a weight's first two dimensions, the factor and the dimension of it that run along."""
+    """Return the factor, and the dimension of it, that each of a weight's first two dimensions comes from."""
     return {0: (A, 1), 1: (B, 0)} if kind in TRANSPOSED else {0: (B, 0), 1: (A, 1)}
 
 
@@ -87,8 +85,8 @@ def factor_shapes(
     """
     first = next(iter(shapes.values()))
     if kind in CONVOLUTIONS:
-        out, *rest = first
-        return (rank, *rest), (out, rank, *[1] * (len(rest) - 1))
+        out, inputs, *kernel = first
+        return (rank, inputs, *kernel), (out, rank, *[1] * len(kernel))
     if kind == ATTENTION and IN_PROJ not in shapes:
         adapted = [shapes[name] for name in _separate(enabled)]
         return (rank, sum(columns for _, columns in adapted)), (sum(rows for rows, _ in adapted), rank)
@@ -105,18 +103,17 @@ def low_rank_blocks(
         names = _separate(enabled)
         parts_a = torch.split(a, [shapes[name][1] for name in names], dim=1)
         parts_b = torch.split(b, [shapes[name][0] for name in names])
-        pairs = zip(parts_b, parts_a, strict=True)
-        return {name: [LowRankBlock(0, 0, *pair)] for name, pair in zip(names, pairs, strict=True)}
-    parts = enabled_parts(a.flatten(1), b.flatten(1), enabled)
-    if kind in TRANSPOSED:
-        blocks = [LowRankBlock(0, start, right.T, left.T) for start, right, left in parts]
-    else:
-        blocks = [LowRankBlock(start, 0, left, right) for start, right, left in parts]
+        parts = zip(names, parts_b, parts_a, strict=True)
+        return {name: [LowRankBlock(0, 0, left, right)] for name, left, right in parts}
+    blocks = [
+        LowRankBlock(0, start, right.T, left.T) if kind in TRANSPOSED else LowRankBlock(start, 0, left, right)
+        for start, right, left in enabled_parts(a.flatten(1), b.flatten(1), enabled)
+    ]
     return {IN_PROJ if kind == ATTENTION else "weight": blocks}
 
 
 def _separate(enabled: Enabled) -> list[str]:
-    """The weights of q, k and v that are adapted."""
+    """The names of the weights of q, k and v that are adapted."""
     return [name for name, on in zip(SEPARATE, enabled or (True, True, True), strict=True) if on]
 
 
@@ -129,27 +126,22 @@ def enabled_parts(a: torch.Tensor, b: torch.Tensor, enabled: Enabled) -> list[tu
     return list(zip(starts, torch.split(a, b.shape[1]), torch.split(b, size), strict=True))
 
 
-def crop(blocks: Sequence[LowRankBlock], rows: slice, columns: slice | None = None) -> list[LowRankBlock]:
-    """Return the parts of blocks that fall on some rows and columns of a weight, counted from the first of these.
+def crop(blocks: Sequence[LowRankBlock], rows: slice, columns: slice = EVERYTHING) -> list[LowRankBlock]:
+    """Return the parts of a weight's blocks that fall on some rows and columns, counted from the first of these.
 
     Args:
         blocks: of the whole weight.
         rows: start and stop, with a step of 1.
-        columns: of the weight seen as (rows, everything else); None for all of them.
+        columns: the same, of the weight seen as (rows, everything else).
     """
     cropped = []
     for row, col, left, right in blocks:
         top, bottom = max(row, rows.start), min(row + left.shape[0], rows.stop)
-        begin, end = (col, col + right.shape[1]) if columns is None else _overlap(col, right.shape[1], columns)
+        begin, end = max(col, columns.start), min(col + right.shape[1], columns.stop)
         if top < bottom and begin < end:
-            origin = columns.start if columns else 0
             left, right = left[top - row : bottom - row], right[:, begin - col : end - col]
-            cropped.append(LowRankBlock(top - rows.start, begin - origin, left, right))
+            cropped.append(LowRankBlock(top - rows.start, begin - columns.start, left, right))
     return cropped
-
-
-def _overlap(start: int, size: int, window: slice) -> tuple[int, int]:
-    return max(start, window.start), min(start + size, window.stop)
 
 
 def dense_delta(blocks: Sequence[LowRankBlock], shape: torch.Size) -> torch.Tensor:
@@ -166,21 +158,18 @@ def dense_delta(blocks: Sequence[LowRankBlock], shape: torch.Size) -> torch.Tens
 def scale_blocks(blocks: Sequence[LowRankBlock], scaling: float, dtype: torch.dtype) -> list[LowRankBlock]:
     """Return the blocks in another dtype, contiguous, with the scaling folded into left."""
     return [
-        block._replace(
-            left=block.left.detach().to(dtype).mul(scaling).contiguous(),
-            right=block.right.detach().to(dtype).contiguous(),
-        )
-        for block in blocks
+        LowRankBlock(row, col, (left.detach().to(dtype) * scaling).contiguous(), right.detach().to(dtype).contiguous())
+        for row, col, left, right in blocks
     ]
 
 
 def to_block_diagonal(b: torch.Tensor, enabled: tuple[bool, ...]) -> torch.Tensor:
     """Return the B (out, n * r) of the plain adapter of rank n * r that equals n enabled parts with the same A."""
-    size, rank = b.shape[0] // sum(enabled), b.shape[1]
-    wide = b.new_zeros(len(enabled) * size, sum(enabled) * rank)
-    for block, part in zip(_diagonal_blocks(wide, enabled), torch.split(b, size), strict=True):
+    rows, rank = b.shape[0] // sum(enabled), b.shape[1]
+    whole = b.new_zeros(len(enabled) * rows, sum(enabled) * rank)
+    for block, part in zip(_diagonal_blocks(whole, enabled), torch.split(b, rows), strict=True):
         block.copy_(part)
-    return wide
+    return whole
 
 
 def from_block_diagonal(b: torch.Tensor, enabled: tuple[bool, ...]) -> torch.Tensor:
@@ -188,16 +177,17 @@ def from_block_diagonal(b: torch.Tensor, enabled: tuple[bool, ...]) -> torch.Ten
     return torch.cat([block.clone() for block in _diagonal_blocks(b, enabled)])
 
 
-def _diagonal_blocks(wide: torch.Tensor, enabled: tuple[bool, ...]) -> list[torch.Tensor]:
-    rows, columns = wide.shape[0] // len(enabled), wide.shape[1] // sum(enabled)
+def _diagonal_blocks(whole: torch.Tensor, enabled: tuple[bool, ...]) -> list[torch.Tensor]:
+    """Views of what belongs to each enabled part."""
+    rows, rank = whole.shape[0] // len(enabled), whole.shape[1] // sum(enabled)
     adapted = [i for i, on in enumerate(enabled) if on]
-    return [wide[i * rows : (i + 1) * rows, k * columns : (k + 1) * columns] for k, i in enumerate(adapted)]
+    return [whole[i * rows : (i + 1) * rows, k * rank : (k + 1) * rank] for k, i in enumerate(adapted)]
 
 
 def product_norm(left: torch.Tensor, right: torch.Tensor) -> float:
-    """Return the Frobenius norm of left @ right from two small triangles.
+    """Return the Frobenius norm of left @ right from the R factors of two QR decompositions.
 
     Exact to the dtype also where the product nearly cancels; the product is never built.
     """
-    tall, wide = torch.linalg.qr(left, mode="r")[1], torch.linalg.qr(right.T, mode="r")[1]
-    return float(torch.linalg.matrix_norm(tall @ wide.T))
+    left_r, right_r = torch.linalg.qr(left, mode="r")[1], torch.linalg.qr(right.T, mode="r")[1]
+    return float(torch.linalg.matrix_norm(left_r @ right_r.T))

@@ -1,4 +1,4 @@
-"""Weights with several owners, which merging would change under the other one too."""
+"""Weights that several modules own: merging one of them would change the others too."""
 
 from __future__ import annotations
 
@@ -12,49 +12,51 @@ from .lora_layer import LoRALayer
 
 
 def tied_weights(model: nn.Module) -> dict[nn.Module, str]:
-    """Modules whose weight shares memory with another module's parameter or buffer, each with the name of that.
+    """Return the modules whose weight shares memory with another module's parameter or buffer, with the name of that.
 
     Memory counts, not identity: two Parameters may view one storage. A bias may have several owners.
     """
     owners: dict[int, list[tuple[torch.Tensor, nn.Module, str, bool]]] = defaultdict(list)
     for prefix, module in model.named_modules():
-        for tensors, matters in ((module._parameters, True), (module._buffers, False)):
+        for tensors, trains in ((module._parameters, True), (module._buffers, False)):
             for name, tensor in tensors.items():
                 if tensor is not None:
-                    is_weight = matters and not name.endswith("bias")
+                    is_weight = trains and not name.endswith("bias")
                     owners[_storage(tensor)].append((tensor, module, f"{prefix}.{name}".lstrip("."), is_weight))
     tied: dict[nn.Module, str] = {}
     for sharing in owners.values():
         if len(sharing) > 1:  # rare
-            _note_overlaps(sharing, tied)
+            _add_overlaps(sharing, tied)
     return tied
 
 
-def _note_overlaps(sharing: list[tuple[torch.Tensor, nn.Module, str, bool]], tied: dict[nn.Module, str]) -> None:
-    group = sorted(
-        ((*_span(tensor), module, name, weight) for tensor, module, name, weight in sharing),
-        key=lambda owner: owner[:2],
-    )
-    for i, (_, end, module, name, is_weight) in enumerate(group):
-        for start, _, other, other_name, other_is_weight in group[i + 1 :]:
+def _add_overlaps(sharing: list[tuple[torch.Tensor, nn.Module, str, bool]], tied: dict[nn.Module, str]) -> None:
+    """Add to `tied` the weights among the owners of one storage that overlap with another module's tensor."""
+    spans = [(*_span(tensor), module, name, is_weight) for tensor, module, name, is_weight in sharing]
+    spans.sort(key=lambda span: span[:2])
+    for i, (_, end, module, name, is_weight) in enumerate(spans):
+        for start, _, later_module, later_name, later_is_weight in spans[i + 1 :]:
             if start >= end:
                 break
-            if other is not module and is_weight:
-                tied.setdefault(module, other_name)
-            if other is not module and other_is_weight:
-                tied.setdefault(other, name)
+            if later_module is not module and is_weight:
+                tied.setdefault(module, later_name)
+            if later_module is not module and later_is_weight:
+                tied.setdefault(later_module, name)
 
 
 def record_ties(model: nn.Module) -> None:
-    """Tell each adapted layer what keeps it from being merged; where the injected model is seen whole, also nothing."""
+    """Record on each adapted layer what keeps it from being merged, if anything."""
     tied = tied_weights(model)
     modules = list(model.modules())
     whole = any(ATTRIBUTE in vars(module) for module in modules)
     for layer in modules:
         if isinstance(layer, LoRALayer):
-            computed = any(name not in layer._parameters for name in layer.adapted_weights())
-            reason = "its weight is computed from others (weight_norm, parametrize, prune)" if computed else ""
-            reason = f"its weight is also {tied[layer]}" if layer in tied else reason
+            reason = ""
+            if layer in tied:
+                reason = f"its weight is also {tied[layer]}"
+            elif any(name not in layer._parameters for name in layer.adapted_weights()):
+                reason = "its weight is computed from others (weight_norm, parametrize, prune)"
+            # A part of the injected model shows what ties a layer, but not that nothing does.
             if reason != layer.lora.unmergeable_reason and (reason or whole):
                 layer.lora.unmergeable_reason = reason
 
