@@ -236,6 +236,31 @@ def test_finding_the_injection_again_gives_the_same_record_and_changes_nothing(h
     assert short(first.seen(first.record.initial)) >= {"0.bias", "2.bias", "1.running_mean"}
 
 
+def test_the_record_goes_to_the_module_that_was_used_last_and_back():
+    plan, net = _injected()
+    new = Deeper(net)
+    for model in (new, plan, new):
+        found = find_injection(model)
+        assert found is not None
+        assert found.root is model
+        assert all(model.get_parameter(name).requires_grad for name in found.record.trained)
+        with disable_adapter(model):
+            assert torch.equal(model(x()), network().eval()(x()))
+
+
+def test_what_the_new_module_does_not_hold_is_forgotten():
+    plan = Plan(net := network())
+    plan.head = nn.Linear(4, 2)  # type: ignore[assignment]
+    inject(plan, LoRAConfig(r=2, target_modules=["0"], bias="all"))
+    del plan
+    gc.collect()
+    found = find_injection(new := Deeper(net))
+    assert found is not None
+    assert found.record.trained == {"inner.1.0.bias", "inner.1.1.bias", "inner.1.2.bias"}
+    unload(new)
+    assert torch.equal(new.eval()(x()), network().eval()(x()))
+
+
 def test_a_part_of_the_adapted_layers_is_no_handle():
     plan, net = _injected()
     part = nn.Sequential(net[0])
