@@ -1,15 +1,13 @@
-"""LoRACallback: calls the functions of this package at the right moments of a Trainer's life."""
+"""LoRACallback, which calls the functions of this package at the right moments of a Trainer's life."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields
 from typing import Any
 
-import lightning.pytorch as pl
-import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
@@ -38,14 +36,11 @@ from .trainer.late_layers import BUILDERS, adapt_after
 from .trainer.step_lists import StepLists
 from .trainer.strategies import prepare_strategy
 
-log = logging.getLogger(__name__)
 
+class LoRACallback(Callback):
+    """Adapt any LightningModule with LoRA: inject on setup, merge while evaluating, save small checkpoints.
 
-class LoRACallback(pl.Callback):
-    """Low-rank adapters for any LightningModule: injected on setup, merged while evaluating, saved small.
-
-    The options after `seed` are LoRAConfig's. With none of them given, a model that the user injected is adopted as it
-    is.
+    The options after `seed` are LoRAConfig's. Without any of them, a model that the user injected is taken as it is.
 
     Args:
         merged_eval: merge for validation, test and prediction, and unmerge after.
@@ -95,12 +90,12 @@ class LoRACallback(pl.Callback):
         enable_lora: Mapping[str, Sequence[bool]] | None = None,
         autocast_adapter_dtype: bool = True,
     ) -> None:
-        given = dict(locals())
+        options = dict(locals())
         check_kind(save)
         for name in ("merged_eval", "verify"):
-            if not isinstance(given[name], bool):
-                raise LoRAError(f"LoRACallback: {name} must be true or false, but it is {given[name]!r}.")
-        self.config = LoRAConfig(**{field.name: given[field.name] for field in fields(LoRAConfig)})
+            if not isinstance(options[name], bool):
+                raise LoRAError(f"LoRACallback: {name} must be true or false, but it is {options[name]!r}.")
+        self.config = LoRAConfig(**{field.name: options[field.name] for field in fields(LoRAConfig)})
         self.merged_eval = merged_eval
         self.save = save
         self.verify = verify
@@ -113,146 +108,90 @@ class LoRACallback(pl.Callback):
 
     # --- in the order in which Lightning calls them ---
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Adapt what exists, before the optimizer exists and the strategy wraps; the rest after configure_model."""
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Adapt what exists before the optimizer is built and the strategy wraps; the rest after configure_model."""
         prepare_strategy(trainer.strategy)
-        found = find_injection(pl_module)
-        refuse_composition(trainer, self, injected=found is not None)
-        if found is None:
+        injected = find_injection(pl_module)
+        refuse_composition(trainer, self, injected=injected is not None)
+        if injected is None:
             begin_injection(pl_module, self.config, seed=self.seed or trainer.strategy.broadcast(random_seed()))
         else:
-            refuse_other_options(found.record, self.config, self.seed)
-            warn_of_part(trainer, found.prefix.removesuffix("."))
+            refuse_other_options(injected.record, self.config, self.seed)
+            warn_of_part(trainer, injected.prefix.removesuffix("."))
         adapt_after(pl_module, *(name for name in BUILDERS if is_overridden(name, pl_module)))
         save_as(pl_module, self.save)
         self._verified = False
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Check what training stands on, and say in one line what is trained."""
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check that the adapter can be trained, record the base's fingerprint, and log in one line what is trained."""
         snapshot_materialised(pl_module)
         refuse_unoptimized(trainer.optimizers, pl_module)
         warn_of_frozen(pl_module)
         enable_input_require_grads(pl_module)
         if self.save == "merged":
             refuse_unmergeable(pl_module)
-        injection = find_injection(pl_module)
-        if injection is not None and not injection.record.fingerprint:
-            injection.record.fingerprint = fingerprint(pl_module)
+        injected = find_injection(pl_module)
+        if injected is not None and not injected.record.fingerprint:
+            injected.record.fingerprint = fingerprint(pl_module)
         rank_zero_info(summary(pl_module))
 
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Lightning keeps a backbone in the mode that it came in; dropout of its adapters acts all the same."""
-        self._lists.pop(pl_module, None)  # listed anew, now that all modes are those of training
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget which layers are in eval mode; the first batch lists them anew, when every mode is training's."""
+        self._lists.pop(pl_module, None)
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Training is unmerged, whatever happened before."""
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
+        """Unmerge what is merged, and let dropout act in layers that Lightning keeps in eval mode."""
         lists = self._step_lists(pl_module)
         if lists.is_merged():
             unmerge(pl_module)
             self._merged.discard(pl_module)
         lists.override_dropout(True)
 
-    def on_before_optimizer_step(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
-    ) -> None:
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """Record the initial value of every base parameter that became trainable since the last step."""
         self._step_lists(pl_module).record_trainable()
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Outside training batches, dropout follows each layer's own mode again."""
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
+        """Let dropout follow each layer's own mode again."""
         self._step_lists(pl_module).override_dropout(None)
 
     def on_validation_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
     ) -> None:
-        """Merge at the first batch: weight averaging swaps weights after on_validation_start."""
+        """Merge at the first batch, because weight averaging swaps weights after the start hooks; begin verify."""
         self._merge(trainer, pl_module)
 
-    def on_validation_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Report what verify found."""
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
+        """Log and warn of what verify saw in the first batch."""
         self._report(trainer, pl_module)
 
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Unmerge before weight averaging swaps back."""
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Unmerge, before weight averaging swaps weights back."""
         self._unmerge(pl_module)
 
-    def on_test_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """As in validation."""
-        self._merge(trainer, pl_module)
+    on_test_batch_start = on_predict_batch_start = on_validation_batch_start
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
+    on_test_epoch_end = on_predict_epoch_end = on_validation_epoch_end
 
-    def on_test_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Report what verify found."""
-        self._report(trainer, pl_module)
-
-    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """A tested model is left as it was found."""
-        self._unmerge(pl_module)
-
-    def on_predict_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """As in validation."""
-        self._merge(trainer, pl_module)
-
-    def on_predict_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Report what verify found."""
-        self._report(trainer, pl_module)
-
-    def on_predict_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """As in testing."""
-        self._unmerge(pl_module)
-
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """The main process of a launcher sees no setup; elsewhere the module's own hook is patched already."""
-        found = find_injection(pl_module)
-        if found is not None and found.record.save is None:
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Patch the module's own hook where setup did not run: in the main process of a launcher."""
+        injected = find_injection(pl_module)
+        if injected is not None and injected.record.save is None:
             save_as(pl_module, self.save)
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Neither the epoch's end nor teardown is called after an exception or Ctrl-C."""
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Unmerge after an exception or Ctrl-C, which skips the epoch's end and teardown."""
         self._leave(pl_module)
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """The last chance to leave the model as it was found."""
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Unmerge what is merged still; in a process that ends with the fit, hand the record to the main process."""
         self._leave(pl_module)
         if stage == "fit" and launches(trainer) and find_injection(pl_module) is not None:
             export_state(pl_module)
 
     # --- helpers ---
 
-    def _merge(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _merge(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.merged_eval and not self._step_lists(pl_module).is_merged():
             self._merged.add(pl_module)  # first, because Ctrl-C is raised when merging is complete
             merge(pl_module)
@@ -260,7 +199,21 @@ class LoRACallback(pl.Callback):
             watching = watch(pl_module)
             self._verifying, self._verified = (watching, watching.__enter__()), True
 
-    def _unmerge(self, pl_module: pl.LightningModule) -> None:
+    def _report(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._verifying is None:
+            return
+        (watching, verification), self._verifying = self._verifying, None
+        watching.__exit__(None, None, None)
+        errors = {f"lora_merge_error_{name}": value for name, value in verification.error.compute().items()}
+        if not trainer.predicting:  # Lightning logs nothing there
+            values = {name: value.float() for name, value in errors.items()}  # reduced, so that sync_dist keeps them
+            pl_module.log_dict(values, on_step=False, on_epoch=True, sync_dist=True)
+        rank_zero_info(f"LoRA: verified, {', '.join(f'{name} {value:.3g}' for name, value in errors.items())}")
+        problems = verification.problems()
+        if problems:
+            rank_zero_warn(f"LoRACallback: {problems}. Is the forward another than the one you adapted?")
+
+    def _unmerge(self, pl_module: LightningModule) -> None:
         if self._verifying is not None:  # the batch was broken off, perhaps on this rank alone: nothing is gathered
             (watching, _), self._verifying = self._verifying, None
             watching.__exit__(GeneratorExit, GeneratorExit(), None)
@@ -269,28 +222,14 @@ class LoRACallback(pl.Callback):
             if is_merged(pl_module):
                 unmerge(pl_module)
 
-    def _leave(self, pl_module: pl.LightningModule) -> None:
+    def _leave(self, pl_module: LightningModule) -> None:
         if pl_module in self._lists:
             self._step_lists(pl_module).override_dropout(None)
             del self._lists[pl_module]
         self._unmerge(pl_module)
 
-    def _step_lists(self, pl_module: pl.LightningModule) -> StepLists:
+    def _step_lists(self, pl_module: LightningModule) -> StepLists:
         lists = self._lists.get(pl_module)
         if lists is None or not lists.is_current():
             lists = self._lists[pl_module] = StepLists(pl_module)
         return lists
-
-    def _report(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._verifying is None:
-            return
-        (watching, found), self._verifying = self._verifying, None
-        watching.__exit__(None, None, None)
-        errors = {f"lora_merge_error_{name}": value for name, value in found.error.compute().items()}
-        if not trainer.predicting:  # Lightning logs nothing there
-            values = {name: value.float() for name, value in errors.items()}  # reduced, so that sync_dist keeps them
-            pl_module.log_dict(values, on_step=False, on_epoch=True, sync_dist=True)
-        rank_zero_info(f"LoRA: verified, {', '.join(f'{name} {value:.3g}' for name, value in errors.items())}")
-        problems = found.problems()
-        if problems:
-            rank_zero_warn(f"LoRACallback: {problems}. Is the forward another than the one you adapted?")

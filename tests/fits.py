@@ -16,7 +16,8 @@ BATCHES = 3
 
 
 def lora(**options: Any) -> LoRACallback:
-    return LoRACallback(**{"r": 2, "target_modules": TARGETS} | options)
+    defaults: dict[str, Any] = {"r": 2, "target_modules": TARGETS}
+    return LoRACallback(**defaults | options)
 
 
 class Steps(Net):

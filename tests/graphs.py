@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,7 +22,7 @@ class Recorder:
     def __init__(self) -> None:
         self.graphs: list[torch.fx.GraphModule] = []
 
-    def __call__(self, graph, inputs):
+    def __call__(self, graph: torch.fx.GraphModule, inputs: Any) -> Any:
         self.graphs.append(graph)
         return graph.forward
 

@@ -42,9 +42,10 @@ class Net(L.LightningModule):
             self.head = nn.Linear(self.hparams["width"], CLASSES)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.body(x))
+        result: torch.Tensor = self.head(self.body(x))
+        return result
 
-    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
         return F.cross_entropy(self(batch[0]), batch[1])
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -53,7 +54,7 @@ class Net(L.LightningModule):
     def test_step(self, batch: Any, batch_idx: int) -> None:
         self.log("test_loss", F.cross_entropy(self(batch[0]), batch[1]))
 
-    def predict_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
         return self(batch[0])
 
     def configure_optimizers(self) -> Any:
@@ -129,10 +130,15 @@ def own_random_stream(seed: int) -> Iterator[None]:
 
 def make_trainer(path: Path, *callbacks: L.Callback, **options: Any) -> L.Trainer:
     """A Trainer on one CPU that writes below `path` and prints nothing."""
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     saves = any(isinstance(callback, Checkpoint) for callback in callbacks)
-    short = {"max_epochs": 1, "num_sanity_val_steps": 0, "log_every_n_steps": 1, "enable_checkpointing": saves}
-    place = {"accelerator": "cpu", "devices": 1, "default_root_dir": path}
+    short: dict[str, Any] = {
+        "max_epochs": 1,
+        "num_sanity_val_steps": 0,
+        "log_every_n_steps": 1,
+        "enable_checkpointing": saves,
+    }
+    place: dict[str, Any] = {"accelerator": "cpu", "devices": 1, "default_root_dir": path}
     return L.Trainer(callbacks=list(callbacks), **quiet | short | place | options)
 
 

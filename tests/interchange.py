@@ -25,7 +25,13 @@ PEER_NOTICES = (
     "ignore:Could not identify embedding layer.s. because the model is not:UserWarning",
 )
 quiet_peers = [pytest.mark.filterwarnings(notice) for notice in PEER_NOTICES]
-SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+SMALL: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 
 
 class ConvNet(nn.Module):
@@ -145,7 +151,7 @@ def theirs(name: str, path: Path | None = None, **options: Any) -> peft.PeftMode
     net = peft.get_peft_model(model(name), peft.LoraConfig(**config))
     _spread_(net)
     if path is not None:
-        net.save_pretrained(path)
+        net.save_pretrained(str(path))
     return net.eval()
 
 

@@ -9,6 +9,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,7 @@ def digest(path: Path) -> str:
     return content.hexdigest() if files else ""
 
 
-def killed(work: Callable[[], None], delay: float | None) -> bool:
+def killed(work: Callable[[], object], delay: float | None) -> bool:
     """Run in a child process and kill it after the delay, if there is one; whether it was still at work."""
     child = os.fork()
     if not child:
@@ -65,7 +66,7 @@ def killed(work: Callable[[], None], delay: float | None) -> bool:
     return os.WIFSIGNALED(os.waitpid(child, 0)[1])
 
 
-def kill_often(path: Path, works: dict[str, Callable[[], None]], times: int) -> None:
+def kill_often(path: Path, works: dict[str, Callable[[], object]], times: int) -> None:
     """Write one result over the other again and again, until enough children were killed at work."""
     complete, durations = {}, []
     for name, work in works.items():
@@ -93,19 +94,19 @@ def kill_often(path: Path, works: dict[str, Callable[[], None]], times: int) -> 
     assert all(name.startswith(f".{path.name}.") or not name.startswith(".") for name in others)
 
 
-def test_save_adapter(tmp_path):
+def test_save_adapter(tmp_path: Path) -> None:
     nets = {str(alpha): injected(alpha) for alpha in (1, 2)}
     path = tmp_path / "out" / "adapter"
     path.mkdir(parents=True)
     (path / "README.md").write_text("mine")
 
-    kill_often(path, {name: lambda net=net: save_adapter(net, path) for name, net in nets.items()}, 50)
+    kill_often(path, {name: partial(save_adapter, net, path) for name, net in nets.items()}, 50)
     load_adapter(network(), path)
     assert (path / "README.md").read_text() == "mine"
 
 
 @pytest.mark.parametrize(("form", "times"), [("folder", 50), ("safetensors", 10), ("torch", 10)])
-def test_merge(tmp_path, form: str, times: int):
+def test_merge(tmp_path: Path, form: str, times: int) -> None:
     state = network().state_dict()
     suffix = {"folder": "", "safetensors": ".safetensors", "torch": ".pt"}[form]
     base, out = tmp_path / f"base{suffix}", tmp_path / "out" / f"model{suffix}"
@@ -120,13 +121,13 @@ def test_merge(tmp_path, form: str, times: int):
     for alpha in (1, 2):
         save_adapter(injected(alpha), tmp_path / str(alpha))
 
-    def work(name: str) -> Callable[[], None]:
-        return lambda: merge_on_disk(base, tmp_path / name, out, overwrite=True) and None
+    def work(name: str) -> Callable[[], object]:
+        return lambda: merge_on_disk(base, tmp_path / name, out, overwrite=True)
 
     kill_often(out, {name: work(name) for name in ("1", "2")}, times)
 
 
-def test_the_first_result_is_complete_or_absent(tmp_path):
+def test_the_first_result_is_complete_or_absent(tmp_path: Path) -> None:
     net = injected(1)
     save_adapter(net, tmp_path / "whole")
     whole, path = digest(tmp_path / "whole"), tmp_path / "out" / "adapter"

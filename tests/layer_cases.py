@@ -23,14 +23,16 @@ class UserLinear(nn.Linear):
     """A user's subclass without a forward of its own."""
 
     def twice(self, x: torch.Tensor) -> torch.Tensor:
-        return 2 * self(x)
+        result: torch.Tensor = 2 * self(x)
+        return result
 
 
 class ActivatedLinear(nn.Linear):
     """The adapter cannot be added to what this returns."""
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return F.softplus(super().forward(features))
+        result: torch.Tensor = F.softplus(super().forward(features))
+        return result
 
 
 class PaddedConv(nn.Conv2d):
@@ -44,7 +46,8 @@ class OwnConvForward(nn.Conv2d):
     """Replaces the inner forward, as weight-standardised convolutions do."""
 
     def _conv_forward(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return super()._conv_forward(input, 2 * weight, bias)
+        result: torch.Tensor = super()._conv_forward(input, 2 * weight, bias)
+        return result
 
 
 class Holder(nn.Module):
@@ -185,7 +188,8 @@ def rounding(dtype: torch.dtype, bound: torch.Tensor) -> torch.Tensor:
 
 def fill_factors_(subject: Subject, share: float = 1.0) -> None:
     """Random factors of an adapter of that share of W's norm."""
-    layer, plain = subject.layer, subject.plain.layer
+    layer: Any = subject.layer
+    plain: Any = subject.plain.layer
     with torch.no_grad():
         for factor in (layer.lora_A, layer.lora_B):
             factor.copy_(torch.randn(factor.shape))

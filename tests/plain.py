@@ -50,7 +50,7 @@ ZOO_LAYERS = ["embed", "conv", "body.0", "body.3"]
 
 def zoo_config(**options: Any) -> LoRAConfig:
     """Adapts all of Zoo but the head, which is trained whole, and the biases of adapted layers."""
-    defaults = {"r": 2, "target_modules": ZOO_LAYERS, "modules_to_save": ["head"], "bias": "lora_only"}
+    defaults: dict[str, Any] = {"r": 2, "target_modules": ZOO_LAYERS, "modules_to_save": ["head"], "bias": "lora_only"}
     return LoRAConfig(**defaults | options)
 
 

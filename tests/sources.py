@@ -10,7 +10,7 @@ from plain import Zoo, train, zoo_config
 from torch import nn
 
 from lightning_lora import adapter_state_dict, inject, save_adapter
-from lightning_lora.adapter.lightning_checkpoint import write
+from lightning_lora.adapter.lightning_checkpoint import convert_checkpoint as write
 
 
 def base() -> Zoo:

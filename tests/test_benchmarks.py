@@ -14,10 +14,10 @@ RUN = Path(__file__).parent / "benchmarks" / "run.py"
 
 def test_merging_and_memory_give_finite_rows(tmp_path):
     file = tmp_path / "rows.json"
-    command = [sys.executable, str(RUN), "--quick", "--threads", "1", "--only", "c,d", "--json", str(file)]
+    command = [sys.executable, str(RUN), "--quick", "--threads", "1", "--only", "c,d,g", "--json", str(file)]
     subprocess.run(command, check=True, timeout=240, capture_output=True)
     rows = json.loads(file.read_text())["rows"]
-    assert {row["group"] for row in rows} == set("cd")
+    assert {row["group"] for row in rows} == set("cdg")
     assert all(math.isfinite(row["value"]) for row in rows)
     judged = [row for row in rows if row["target"] is not None]
     assert judged

@@ -295,3 +295,21 @@ def test_a_new_base_under_a_trained_adapter_is_the_base_that_is_saved(tmp_path):
     fresh = Net(seed=2)
     load_adapter(fresh, tmp_path / "a")
     assert torch.equal(fresh(inputs()), model(inputs()))
+
+
+class TwoNames(Net):
+    """Its head is registered under a second name too."""
+
+    def build_head(self) -> None:
+        super().build_head()
+        self.parts = torch.nn.ModuleList([self.head])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpoint_of_a_layer_with_two_names_is_resumed_bit_for_bit(tmp_path, kind: str):
+    model = trained(tmp_path, TwoNames(), lora(save=kind), max_epochs=1)
+    model.trainer.save_checkpoint(tmp_path / "saved.ckpt")
+    fresh = TwoNames()
+    make_trainer(tmp_path, lora(save=kind), max_epochs=1).fit(fresh, Data(3), ckpt_path=tmp_path / "saved.ckpt")
+    assert model.head.lora_B.any()
+    assert_same_tensors(fresh.state_dict(), model.state_dict())

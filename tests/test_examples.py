@@ -148,7 +148,7 @@ def test_the_parts_of_the_data_are_disjoint(digits):
 
 
 def test_the_readme_shows_this_report(report):
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "examples" / "README.md").read_text()
     shown = parse(re.search(r"```text\n(mirrored digits, before.*?)```", text, re.DOTALL).group(1))
     assert list(shown) == list(report)
     for row, value in shown.items():

@@ -118,9 +118,10 @@ class Operators(TorchDispatchMode):
 
 
 def operators(model: nn.Module, x: torch.Tensor) -> list[str]:
-    with torch.no_grad(), Operators() as operators:
+    recorder = Operators()
+    with torch.no_grad(), recorder:
         model(x)
-    return operators.seen
+    return recorder.seen
 
 
 @pytest.mark.parametrize("name", CASES)

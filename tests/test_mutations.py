@@ -18,7 +18,7 @@ from naive import NaiveCallback
 from test_checkpoint import tensors
 
 from lightning_lora import LoRACallback, LoRAError, is_merged, merge
-from lightning_lora.adapter.lightning_checkpoint import write
+from lightning_lora.adapter.lightning_checkpoint import convert_checkpoint as write
 from lightning_lora.model.patches import unpatch
 from lightning_lora.nn.exact_merge import RestoreRecord
 

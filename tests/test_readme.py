@@ -1,32 +1,48 @@
-"""Every block of the README runs, in order, in one folder and one namespace, and prints what the README says.
+"""Every block of every README runs, in order, and prints what the README says.
 
-A block whose first line is a comment with a file name is written to that file. The lightning-lora command is run where
-the blocks before it left their files. Set-up commands are not run again here: .ci/run runs them, letter for letter. The
-example's report is compared in test_examples.py.
+Each README has a folder and a namespace of its own. A block whose first line is a comment with a file name is written
+to that file. The lightning-lora command is run where the blocks before it left their files. Set-up commands are not run
+again here: .ci/run runs them, letter for letter. The example's report is compared in test_examples.py.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import io
 import itertools
+import json
+import logging
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import lightning as L
 import pytest
 import torch
 from interchange import PEER_NOTICES
+from safetensors.torch import load_file
 
-from lightning_lora.command.main import main
+import lightning_lora
+from lightning_lora import LoRACallback, LoRAConfig, LoRAError, inject, load_from_checkpoint, merge_and_unload
+from lightning_lora.command.main import VERBS, main
+
+pytestmark = pytest.mark.filterwarnings(*PEER_NOTICES)
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
 CI = (ROOT / ".ci" / "run").read_text()
+FRONT, REFERENCE, CONTRIBUTING = "README.md", "lightning_lora/README.md", ".github/CONTRIBUTING.md"
+ROOMS = ("lightning_lora", "examples", "tests")
+NAMES = [str(path.relative_to(ROOT)) for room in ROOMS for path in sorted((ROOT / room).rglob(FRONT))]
+TEXTS = {name: (ROOT / name).read_text() for name in (FRONT, CONTRIBUTING, *NAMES)}
 
 
 class Block(NamedTuple):
@@ -39,33 +55,41 @@ class Block(NamedTuple):
         name = re.match(r"# (\S+\.(py|yaml))\n", self.code)
         return name.group(1) if name else None
 
+    @property
+    def is_statements(self) -> bool:
+        return self.language == "python" and not self.file
+
+    @property
+    def is_ours(self) -> bool:
+        return self.language == "bash" and self.code.startswith("lightning-lora ")
+
+    @property
+    def is_program(self) -> bool:
+        return self.language == "bash" and self.code.startswith("python ")
+
+    @property
+    def is_set_up(self) -> bool:
+        return self.language == "bash" and not self.is_ours and not self.is_program
+
 
 def find_blocks(text: str) -> list[Block]:
     fences = re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     return [Block(fence.group(1), fence.group(2), text[: fence.start()].count("\n") + 1) for fence in fences]
 
 
-BLOCKS = find_blocks(README)
-
-
-def is_set_up(command: str) -> bool:
-    return command.startswith("pip install")
-
-
-def is_ours(command: str) -> bool:
-    return command.startswith("lightning-lora ")
-
-
+BLOCKS = {name: find_blocks(text) for name, text in TEXTS.items()}
+NOTHING = Block("", "", 0)
 PROGRAMS = {  # commands that print what follows them
-    block.code: following.code
-    for block, following in itertools.pairwise(BLOCKS)
-    if block.language == "bash" and block.code.startswith("python ") and following.language == "text"
+    (name, block.code): following.code
+    for name, blocks in BLOCKS.items()
+    for block, following in itertools.pairwise(blocks)
+    if block.is_program and following.language == "text"
 }
 
 
-def run_python(block: Block, namespace: dict[str, object]) -> str:
+def run_python(name: str, block: Block, namespace: dict[str, Any]) -> str:
     # The line numbers of an error are the README's.
-    code = compile("\n" * block.line + block.code, "README.md", "exec")
+    code = compile("\n" * block.line + block.code, name, "exec")
     with contextlib.redirect_stdout(io.StringIO()) as out:
         exec(code, namespace)
     return out.getvalue()
@@ -80,74 +104,313 @@ def run_ours(commands: str) -> str:
     return out.getvalue()
 
 
-def run_bash(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def run_program(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     python, script, *arguments = shlex.split(command)
     assert python == "python"
     monkeypatch.setattr(sys, "argv", [script, *arguments])
     runpy.run_path(script, run_name="__main__")
 
 
-@pytest.mark.filterwarnings(*PEER_NOTICES)
-def test_python_blocks_and_our_command_run_and_print_what_is_shown(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    namespace: dict[str, object] = {"__name__": "readme"}
-    for block, following in itertools.pairwise([*BLOCKS, Block("", "", 0)]):
-        if block.language == "python" and not block.file:
-            printed = run_python(block, namespace)
-        elif block.language == "bash" and is_ours(block.code):
-            printed = run_ours(block.code)
-        else:
-            continue
-        shown = following.code if following.language == "text" else ""
-        assert shown == printed, f"README.md, line {block.line}"
+class Run(NamedTuple):
+    """What a README's blocks left behind: files in a folder, names, and what each printed, by the block's line."""
+
+    folder: Path
+    namespace: dict[str, Any]
+    printed: dict[int, str]
 
 
-def test_commands_run_on_the_files_that_are_shown(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Run]:
+    """Runs the Python and the lightning-lora commands of a README, once for all tests."""
+
+    @functools.cache
+    def run(name: str) -> Run:
+        result = Run(tmp_path_factory.mktemp("readme"), {"__name__": "readme"}, {})
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(result.folder)
+            for block in BLOCKS[name]:
+                if block.is_statements:
+                    result.printed[block.line] = run_python(name, block, result.namespace)
+                elif block.is_ours:
+                    result.printed[block.line] = run_ours(block.code)
+        return result
+
+    return run
+
+
+def table(name: str, header: str) -> list[list[str]]:
+    """The rows of the one table with that header line, cell by cell."""
+    (found,) = re.findall(rf"^{re.escape(header)}\n\|[-|]+\n((?:\|.*\n)+)", TEXTS[name], re.MULTILINE)
+    return [[cell.strip() for cell in row.strip("|").split(" | ")] for row in found.splitlines()]
+
+
+def spans(cell: str) -> list[str]:
+    """The inline code of a cell."""
+    return re.findall(r"`([^`]+)`", cell)
+
+
+RUNNING = [name for name, blocks in BLOCKS.items() if any(b.is_statements or b.is_ours for b in blocks)]
+
+
+@pytest.mark.parametrize("name", RUNNING)
+def test_python_blocks_and_our_command_run_and_print_what_is_shown(ran, name):
+    printed = ran(name).printed
+    for block, following in itertools.pairwise([*BLOCKS[name], NOTHING]):
+        if block.line in printed:
+            shown = following.code if following.language == "text" else ""
+            assert shown == printed[block.line], f"{name}, line {block.line}"
+
+
+COMMANDS = [
+    (name, block.code)
+    for name, blocks in BLOCKS.items()
+    for block in blocks
+    if block.is_program and (name, block.code) not in PROGRAMS
+]
+
+
+def test_commands_without_output_run_on_the_files_that_are_shown(tmp_path, monkeypatch):
     """Each adapts the layer, and its checkpoint is of the kind that the file or the command line names."""
     monkeypatch.chdir(tmp_path)
     kinds = []
-    for block in BLOCKS:
-        if block.file:
-            Path(block.file).write_text(block.code)
-        elif block.language == "bash" and block.code.startswith("python ") and block.code not in PROGRAMS:
-            before = set(tmp_path.rglob("*.ckpt"))
-            run_bash(block.code, monkeypatch)
-            (path,) = set(tmp_path.rglob("*.ckpt")) - before
-            kinds.append(torch.load(path, weights_only=True)["lora"]["kind"])
+    for name, command in COMMANDS:
+        write_files(name, tmp_path)
+        before = set(tmp_path.rglob("*.ckpt"))
+        run_program(command, monkeypatch)
+        (path,) = set(tmp_path.rglob("*.ckpt")) - before
+        kinds.append(torch.load(path, weights_only=True)["lora"]["kind"])
     assert kinds == ["merged", "adapter"]
 
 
-@pytest.mark.parametrize("command", PROGRAMS)
-def test_programs_print_what_is_shown(tmp_path, command):
-    """In processes of their own, as many as they start."""
-    for block in BLOCKS:
+def write_files(name: str, folder: Path) -> None:
+    for block in BLOCKS[name]:
         if block.file:
-            (tmp_path / block.file).write_text(block.code)
+            (folder / block.file).write_text(block.code)
+
+
+@pytest.mark.parametrize(("name", "command"), PROGRAMS)
+def test_programs_print_what_is_shown(tmp_path, name, command):
+    """In processes of their own, as many as they start."""
+    write_files(name, tmp_path)
     python, *arguments = shlex.split(command)
     assert python == "python"
     run = subprocess.run([sys.executable, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert run.stdout == PROGRAMS[command], run.stderr
+    assert run.stdout == PROGRAMS[name, command], run.stderr
 
 
-def test_no_block_is_of_a_kind_that_nothing_runs():
-    for previous, block in itertools.pairwise([Block("", "", 0), *BLOCKS]):
+@pytest.mark.parametrize("name", TEXTS)
+def test_no_block_is_of_a_kind_that_nothing_runs(name):
+    for previous, block in itertools.pairwise([NOTHING, *BLOCKS[name]]):
         known = block.language in ("python", "bash") or (block.language == "yaml" and block.file)
         output = block.language == "text" and previous.language in ("python", "bash")
-        assert known or output, f"README.md, line {block.line}"
+        assert known or output, f"{name}, line {block.line}"
 
 
-@pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "bash" and is_set_up(b.code)])
-def test_set_up_commands_are_those_of_ci(block):
+@pytest.mark.parametrize(("name", "block"), [(n, b) for n, blocks in BLOCKS.items() for b in blocks if b.is_set_up])
+def test_set_up_commands_are_those_of_ci(name, block):
     for command in block.code.splitlines():
-        assert f"run '{command}'\n" in CI
+        assert f"run '{command}'\n" in CI, f"{name}, line {block.line}"
 
 
-def test_the_first_screen_is_a_sentence_the_install_and_one_program_with_its_output():
-    assert [block.language for block in BLOCKS[:3]] == ["bash", "python", "text"]
-    assert BLOCKS[1].line < 12
-    assert BLOCKS[2].line < 60
+@pytest.mark.parametrize("name", TEXTS)
+def test_links_lead_to_files_and_headings_that_exist(name):
+    links = re.findall(r"(?:\]\(|src=\")(?!https?:)([^)#\"]*)#?([^)\"]*)", TEXTS[name])
+    for target, heading in links:
+        path = (ROOT / name).parent / target if target else ROOT / name
+        assert path.exists(), target
+        assert not heading or heading in anchors(path.read_text()), heading
 
 
-def test_files_that_the_readme_links_exist():
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)", README):
-        assert (ROOT / target).exists(), target
+def anchors(text: str) -> list[str]:
+    """What GitHub makes of headings."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
+    return [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+
+
+# --- the front page ---
+
+
+def test_the_first_screen_is_text_the_install_and_one_program_with_its_output():
+    install, program, output = BLOCKS[FRONT][:3]
+    assert [install.language, program.language, output.language] == ["bash", "python", "text"]
+    assert install.code == "pip install .\n"
+    assert program.line < 12
+    assert output.line < 60
+
+
+def test_the_front_page_is_short_and_links_every_other_page():
+    assert TEXTS[FRONT].count("\n") < 250
+    links = set(re.findall(r"\]\((?!https?:)([^)#]+)", TEXTS[FRONT]))
+    assert set(TEXTS) - {FRONT} <= links
+
+
+@pytest.fixture
+def front(ran: Callable[[str], Run], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The names that the front page's blocks define, in the folder with their files."""
+    run = ran(FRONT)
+    monkeypatch.chdir(run.folder)
+    return dict(run.namespace)
+
+
+def test_the_line_at_fit_start_is_the_one_that_is_quoted(front, caplog):
+    with caplog.at_level(logging.INFO, "lightning.pytorch"):
+        make_trainer(front).fit(front["Net"](), front["data"], front["data"])
+    (line,) = {record.message for record in caplog.records if record.message.startswith("LoRA: ")}
+    assert f"`{line}`" in " ".join(TEXTS[FRONT].split())
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
+def test_calls_of_the_saving_table_run_and_give_the_tuned_model(front):
+    exec("from lightning_lora import *", front)
+    prepare_files(front)
+    rows = table(FRONT, "| I have | I want | call |")
+    assert len(rows) == 11
+    for have, _, call in rows:
+        code = spans(call)[0]
+        front["trainer"] = make_trainer(front, epochs=31)
+        front["model"] = load_from_checkpoint(front["Net"], "adapter.ckpt") if "tuned model" in have else None
+        if code.startswith("lightning-lora"):
+            run_ours(code)
+            continue
+        exec(code, front)
+        if front["model"] is not None:
+            check_tuned(front, front["model"].model, code)
+        if ".fit" in code:  # the last of 31 epochs
+            assert front["trainer"].callbacks[0].batches == len(front["data"])
+        if ".validate" in code:
+            assert front["trainer"].callback_metrics["loss"] < 0.1
+    network = type(front["tuned"].model)
+    for folder in ("tuned", "merged"):
+        check_tuned(front, network.from_pretrained(folder), folder)
+    plain = front["Net"]()
+    plain.load_state_dict(load_file("weights/model.safetensors"))
+    check_tuned(front, plain.model, "weights")
+    with pytest.raises(RuntimeError, match="Missing key"):  # what the table says not to call
+        front["Net"].load_from_checkpoint("adapter.ckpt")
+
+
+def check_tuned(front: dict[str, Any], network: torch.nn.Module, what: str) -> None:
+    """The outputs of the tuned model, but for the rounding of merged bfloat16 weights."""
+    with torch.no_grad():
+        found, base, tuned = (
+            model(front["texts"]).logits for model in (network, front["Net"]().model, front["tuned"].model)
+        )
+    assert (found - tuned).norm() < 0.05 * (tuned - base).norm(), what
+
+
+class Counted(LoRACallback):
+    """Counts the batches of training."""
+
+    batches = 0
+
+    def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
+        super().on_train_batch_start(*args, **kwargs)
+        self.batches += 1
+
+
+def make_trainer(front: dict[str, Any], epochs: int = 1, **options: Any) -> L.Trainer:
+    return L.Trainer(max_epochs=epochs, callbacks=[Counted(r=8, **options)], **front["quiet"])
+
+
+def prepare_files(front: dict[str, Any]) -> None:
+    """The files of the first column that no block has written."""
+    shutil.copy("adapter.ckpt", "lora.ckpt")
+    front["Net"]().model.save_pretrained("base")
+    plain = L.Trainer(**front["quiet"])
+    plain.validate(front["Net"](), front["data"], verbose=False)
+    plain.save_checkpoint("pretrained.ckpt")
+    merging = make_trainer(front, epochs=30, save="merged")
+    merging.fit(front["Net"](), front["data"], front["data"], ckpt_path="adapter.ckpt")
+    merging.save_checkpoint("merged.ckpt")
+
+
+def test_common_errors_are_messages_that_come(front):
+    net, data = front["Net"], front["data"]
+
+    class Early(net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.optimizer = super().configure_optimizers()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return self.optimizer
+
+    class Other(net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model.lm_head.weight.data.zero_()
+
+    def tied() -> None:
+        model = net()
+        model.model.lm_head.weight = model.model.model.embed_tokens.weight
+        inject(model, LoRAConfig(target_modules=["embed_tokens"]))
+        merge_and_unload(model)
+
+    mistakes = [
+        lambda: inject(net(), LoRAConfig(target_modules=["q_prj"])),
+        lambda: make_trainer(front).fit(Early(), data, data),
+        lambda: net.load_from_checkpoint("adapter.ckpt"),
+        lambda: load_from_checkpoint(Other, "adapter.ckpt"),
+        lambda: make_trainer(front, lora_alpha=16).fit(net(), data, data, ckpt_path="adapter.ckpt"),
+        tied,
+    ]
+    rows = table(FRONT, "| message | what to do |")
+    for (message, _), mistake in zip(rows, mistakes, strict=True):
+        with pytest.raises((LoRAError, RuntimeError)) as error:
+            mistake()
+        assert spans(message)[0] in " ".join(str(error.value).split())
+
+
+def test_figures_on_the_front_page_are_the_benchmarks():
+    rows = json.loads((ROOT / "tests" / "benchmarks" / "results.json").read_text())["rows"]
+    ratios = {(row["what"], row["at"], row["figure"]): f"{row['value']:.2f}" for row in rows}
+    step, memory, merged = (
+        ratios[what, "d=768", figure]
+        for what, figure in (
+            ("training step bf16", "/ peft"),
+            ("peak memory of a training step bf16", "/ peft"),
+            ("merged forward bf16", "/ untouched base"),
+        )
+    )
+    text = " ".join(TEXTS[FRONT].split())
+    assert f"a training step takes {step} of peft's time and {memory} of its peak memory" in text
+    assert f"a merged forward {merged} of the untouched model's time" in text
+
+
+# --- the reference ---
+
+
+def test_the_table_of_names_lists_every_public_name_with_its_arguments():
+    rows = table(REFERENCE, "| name | what it does |")
+    calls = [spans(name)[0] for name, _ in rows]
+    assert {call.partition("(")[0] for call in calls} == {*lightning_lora.__all__, "LoRACLI"}
+    for call in calls:
+        name, _, arguments = call.rstrip(")").partition("(")
+        known = inspect.signature(getattr(lightning_lora, name)).parameters if arguments else {}
+        given = [argument.partition("=")[0] for argument in arguments.split(", ")]
+        assert {argument.lstrip("*") for argument in given} - {"", "..."} <= {*known}, call
+
+
+def test_the_tables_of_options_list_every_option_with_its_default():
+    config = table(REFERENCE, "| option | default | meaning |")
+    callback = table(REFERENCE, "| option of the callback | default | meaning |")
+    shown = {spans(name)[0]: spans(default)[0] for name, default, _ in [*config, *callback]}
+    signature = inspect.signature(LoRACallback).parameters
+    assert {
+        name: f'"{p.default}"' if isinstance(p.default, str) else str(p.default) for name, p in signature.items()
+    } == shown
+    assert [spans(name)[0] for name, _, _ in config] == [field.name for field in fields(LoRAConfig)]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_table_of_the_command_names_every_option(verb):
+    rows = {
+        spans(name)[0].split()[1]: spans(name)[0] + options
+        for name, _, options in table(REFERENCE, "| command | what it does | options |")
+    }
+    assert set(rows) == set(VERBS)
+    with contextlib.redirect_stdout(io.StringIO()) as out, pytest.raises(SystemExit):
+        main([verb, "--help"])
+    assert set(re.findall(r"--[a-z][a-z-]*", out.getvalue())) - {"--help"} == set(
+        re.findall(r"--[a-z][a-z-]*", rows[verb])
+    )

@@ -1,13 +1,13 @@
-"""An adapter apart from any model: its tensors, options and names, checked and measured."""
+"""An adapter apart from any model: its tensors, options and names; renamed, checked and measured."""
 
 from __future__ import annotations
 
 import math
 import re
 import warnings
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
+from statistics import mode
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ NewName = Callable[[str], str | None]
 
 @dataclass(frozen=True)
 class Adapter:
-    """Tensors by this package's state dict names, and what is known of where they belong.
+    """Hold tensors by this package's state dict names, and what is known of where they belong.
 
     Attributes:
         tensors: factors, trained parameters and buffers.
@@ -47,109 +47,107 @@ class Adapter:
     fan_in_fan_out: bool = False
 
     def layers(self) -> list[str]:
-        """Names of the adapted layers."""
+        """Return the names of the adapted layers."""
         return [name.rpartition(".")[0] for name in self.tensors if name.rpartition(".")[2] == A]
 
-    def renamed(self, strip: str, add: str) -> Adapter:
-        """Return it with a dotted prefix off every name and another in front; names without it are left out."""
+    def ranks(self) -> dict[str, int]:
+        """Return the rank of each adapted layer."""
+        return {name: self.tensors[f"{name}.{B}"].shape[1] for name in self.layers()}
 
-        def new_name(name: str) -> str | None:
-            return add + name.removeprefix(strip) if name.startswith(strip) else None
+    def options_name(self, name: str) -> str:
+        """Return the layer whose options a layer has in PEFT: an adapted attention's out_proj has the attention's."""
+        attention, _, leaf = name.rpartition(".")
+        return attention if leaf == "out_proj" and f"{attention}.{A}" in self.tensors else name
 
-        def new_layer_name(name: str) -> str | None:
-            renamed = new_name(f"{name}.")
-            return None if renamed is None else renamed.removesuffix(".")
-
-        renamed = replace(self.with_names(new_name, new_layer_name), network="")
-        old_names = {str(new_layer_name(name)): name for name in self.layers() if new_layer_name(name) is not None}
-        return replace(renamed, config=_meaning_the_same(self, renamed, old_names))
-
-    def with_names(self, new_name: NewName, new_layer_name: NewName) -> Adapter:
-        """Return it with other names of tensors and of layers; None leaves one out. The options stay as they are."""
+    def with_names(self, new_name: NewName) -> Adapter:
+        """Return it with a new name for each tensor's, and its layers'; None leaves one out. The options stay."""
 
         def rename(values: Mapping[str, Any], new: NewName) -> dict[str, Any]:
             renamed = ((new(name), value) for name, value in values.items())
             return {name: value for name, value in renamed if name is not None}
 
+        def new_layer(layer: str) -> str | None:
+            return _new_layer(layer, new_name)
+
         return replace(
             self,
             tensors=rename(self.tensors, new_name),
-            scalings=rename(self.scalings, new_layer_name),
+            scalings=rename(self.scalings, new_layer),
             fingerprint=rename(self.fingerprint, new_name),
-            kinds=rename(self.kinds, new_layer_name),
+            kinds=rename(self.kinds, new_layer),
         )
 
+    def renamed(self, strip: str, add: str) -> Adapter:
+        """Return it with a dotted prefix off every name and another in front; names without it are left out.
 
-def _meaning_the_same(old: Adapter, new: Adapter, names: Mapping[str, str]) -> LoRAConfig | None:
-    """The options for the layers' new names: as they are where they mean the same, else with the layers spelled out.
+        The options go on to mean the same layers.
+        """
+
+        def new_name(name: str) -> str | None:
+            return add + name.removeprefix(strip) if name.startswith(strip) else None
+
+        renamed = replace(self.with_names(new_name), network="")
+        old_layers = {_new_layer(layer, new_name): layer for layer in self.layers()}
+        return replace(renamed, config=_translate_config(self, renamed, old_layers))
+
+
+def _new_layer(layer: str, new_name: NewName) -> str | None:
+    name = new_name(f"{layer}.{A}")
+    return None if name is None else name.rpartition(".")[0]
+
+
+def _translate_config(old: Adapter, new: Adapter, old_layers: Mapping[str | None, str]) -> LoRAConfig | None:
+    """Return the options for the new names: as they are where they mean the same, else with the layers spelled out.
 
     Args:
         old: the adapter before it was renamed.
         new: the adapter after.
-        names: the old name of each new one.
+        old_layers: the old name of each new one.
     """
-    config = old.config
-    if config is None:
+    if old.config is None:
         return None
-    config = replace(config, modules_to_save=_still_naming(config.modules_to_save or (), old, new))
-    ranks = {n: old.tensors[f"{before}.{B}"].shape[1] for n, before in names.items()}
-    enabled = {n: config.enabled_parts(before) for n, before in names.items()}
-    same = all(config.rank(n) == ranks[n] and config.enabled_parts(n) == enabled[n] for n in names)
-    if same and all(math.isclose(config.scaling(n), s) for n, s in new.scalings.items()):
+    modules = {module for name in new.tensors for module in around(name)}
+    named = {suffix for module in modules for suffix in suffixes(module)}
+    saved = [  # without what was taken off the names, where an entry needs that to name anything
+        entry if entry in named else next((tail for tail in suffixes(entry) if tail in modules), entry)
+        for entry in old.config.modules_to_save or ()
+    ]
+    config = replace(old.config, modules_to_save=saved)
+    enabled = {layer: config.enabled_parts(old_layers[layer]) for layer in new.layers()}
+    same_parts = all(config.enabled_parts(layer) == parts for layer, parts in enabled.items())
+    if same_parts and options_hold(config, new.ranks(), new.scalings):
         return config
-    parts = {n: on for n, on in sorted(enabled.items(), key=lambda item: -len(item[0])) if on}
-    return replace(config, **spelled_out(replace(new, config=config), ranks), enable_lora=parts)
+    longest_first = sorted(enabled.items(), key=lambda item: -len(item[0]))
+    exact = exact_options(config, new.ranks(), new.scalings)
+    return replace(exact, enable_lora={layer: parts for layer, parts in longest_first if parts})
 
 
-def _still_naming(entries: Iterable[str], old: Adapter, new: Adapter) -> list[str]:
-    """Entries of modules_to_save, without what was taken off the names if they need that to name anything."""
-    before, now = ({module for name in x.tensors for module in around(name)} for x in (old, new))
-    named = {suffix for module in now for suffix in suffixes(module)}
-    taken = defaultdict(list)
-    for module in before:
-        for suffix in suffixes(module):
-            taken[suffix].append(module)
-
-    def still_naming(entry: str) -> str:
-        if entry in named:
-            return entry
-        shorter = [suffix for whole in taken[entry] for suffix in suffixes(whole) if suffix in now]
-        return max(shorter, key=len, default=entry)
-
-    return list(map(still_naming, entries))
+def options_hold(config: LoRAConfig, ranks: Mapping[str, int], scalings: Mapping[str, float]) -> bool:
+    """Tell whether options give the layers in `ranks` these ranks and scalings."""
+    return all(config.rank(n) == r and math.isclose(config.scaling(n), scalings[n]) for n, r in ranks.items())
 
 
-def spelled_out(adapter: Adapter, ranks: Mapping[str, int]) -> dict[str, Any]:
-    """Options that give exactly the layers in `ranks` these ranks and the adapter's scalings.
+def exact_options(config: LoRAConfig, ranks: Mapping[str, int], scalings: Mapping[str, float]) -> LoRAConfig:
+    """Return the options changed to give exactly the layers in `ranks` these ranks and scalings.
 
     What most layers have is the option, and patterns name the others.
     """
-    root = adapter.config is not None and adapter.config.use_rslora
-    alphas = {n: adapter.scalings[n] * (math.sqrt(r) if root else r) for n, r in ranks.items()}
-    alphas = {name: int(alpha) if alpha == int(alpha) else alpha for name, alpha in alphas.items()}
-    ((r, _),), ((alpha, _),) = Counter(ranks.values()).most_common(1), Counter(alphas.values()).most_common(1)
-    return {
-        "target_modules": list(ranks),
-        "exclude_modules": None,
-        "r": r,
-        "lora_alpha": alpha,
-        "rank_pattern": {f"^{re.escape(name)}": own for name, own in ranks.items() if own != r},
-        "alpha_pattern": {f"^{re.escape(name)}": own for name, own in alphas.items() if own != alpha},
-    }
-
-
-def without_options(adapter: Adapter) -> str:
-    """What to say of a source, such as loralib's, that stores tensors and nothing else."""
-    ranks = sorted({adapter.tensors[f"{name}.{B}"].shape[1] for name in adapter.layers()})
-    return (
-        f"adapter: the source stores tensors and no options, as loralib's files do. Its factors have rank "
-        f"{' and '.join(map(str, ranks))}; lora_alpha is nowhere in it and must come from whoever trained it. Call "
-        f"inject(model, LoRAConfig(r={ranks[0]}, lora_alpha=..., target_modules=...)) first, then load_adapter again."
+    alphas = {n: scalings[n] * (math.sqrt(r) if config.use_rslora else r) for n, r in ranks.items()}
+    alphas = {n: int(alpha) if alpha == int(alpha) else alpha for n, alpha in alphas.items()}
+    common_r, common_alpha = mode(ranks.values()), mode(alphas.values())
+    return replace(
+        config,
+        target_modules=list(ranks),
+        exclude_modules=None,
+        r=common_r,
+        lora_alpha=common_alpha,
+        rank_pattern={f"^{re.escape(n)}": r for n, r in ranks.items() if r != common_r},
+        alpha_pattern={f"^{re.escape(n)}": alpha for n, alpha in alphas.items() if alpha != common_alpha},
     )
 
 
 def align_to_modules(adapter: Adapter, modules: Set[str], where: str) -> Adapter:
-    """The adapter under the one prefix at which its layers are among the modules.
+    """Return the adapter under the one prefix at which its layers are among the modules.
 
     Raises:
         LoRAError: there is no such prefix, or there are several.
@@ -159,20 +157,15 @@ def align_to_modules(adapter: Adapter, modules: Set[str], where: str) -> Adapter
         raise LoRAError("adapter: the source holds no lora_A; it is not an adapter of a known format.")
     if all(layer in modules for layer in layers):
         return adapter
-    first = layers[0].split(".")
-    strips = [".".join(first[:i]) + "." for i in range(1, len(first))]
-    places = [(strip, "") for strip in strips if all((layer + ".").startswith(strip) for layer in layers)]
-    places = [p for p in places if all((layer + ".")[len(p[0]) :].removesuffix(".") in modules for layer in layers)]
-    prefixes = {m.removesuffix(layers[0]) for m in modules if m.endswith(f".{layers[0]}")}
-    places += [("", prefix) for prefix in sorted(prefixes) if all(prefix + layer in modules for layer in layers)]
-    if len(places) != 1:
-        found = ", ".join(repr(add or f"without {strip}") for strip, add in places) or "none"
-        odd = next(layer for layer in layers if layer not in modules)
+    prefixes = _fitting_prefixes(layers, modules)
+    if len(prefixes) != 1:
+        fitting = ", ".join(repr(add or f"without {strip}") for strip, add in prefixes) or "none"
+        unplaced = next(layer for layer in layers if layer not in modules)
         raise LoRAError(
-            f"adapter: its layers ({odd!r}, ...) must fit {where} under exactly one prefix; "
-            f"found {found}{near_misses(odd, modules - {''})}. Pass the submodule that the adapter is for."
+            f"adapter: its layers ({unplaced!r}, ...) must fit {where} under exactly one prefix; "
+            f"found {fitting}{near_misses(unplaced, modules - {''})}. Pass the submodule that the adapter is for."
         )
-    strip, _ = places[0]
+    strip, add = prefixes[0]
     outside = [name for name in adapter.tensors if not name.startswith(strip)]
     if outside:
         warnings.warn(
@@ -180,15 +173,22 @@ def align_to_modules(adapter: Adapter, modules: Set[str], where: str) -> Adapter
             f"first {outside[0]!r}",
             stacklevel=4,
         )
-    return adapter.renamed(*places[0])
+    return adapter.renamed(strip, add)
+
+
+def _fitting_prefixes(layers: Sequence[str], modules: Set[str]) -> list[tuple[str, str]]:
+    """List each (prefix to strip, prefix to add), of which one is empty, that makes every layer a module."""
+    first = layers[0].split(".")
+    strips = [".".join(first[:i]) + "." for i in range(1, len(first))]
+    strips = [strip for strip in strips if all(f"{layer}.".startswith(strip) for layer in layers)]
+    strips = [s for s in strips if all(f"{layer}."[len(s) :].removesuffix(".") in modules for layer in layers)]
+    adds = sorted({module.removesuffix(layers[0]) for module in modules if module.endswith(f".{layers[0]}")})
+    adds = [add for add in adds if all(add + layer in modules for layer in layers)]
+    return [(strip, "") for strip in strips] + [("", add) for add in adds]
 
 
 def check_factors(adapter: Adapter, where: str) -> None:
-    """Compare the factors with each other and with the options.
-
-    Raises:
-        LoRAError: names the first layer whose factors are missing, not numbers, or of another rank than the options'.
-    """
+    """Raise LoRAError for the first layer with a factor missing, not finite, or of another rank than the options'."""
     for name in adapter.layers():
         if not name:
             raise LoRAError(f"{where}: a lora_A names no layer.")
@@ -197,10 +197,10 @@ def check_factors(adapter: Adapter, where: str) -> None:
             raise LoRAError(f"{where}: {f'{name}.{B}'!r} is missing; the adapter was cut.")
         for leaf, factor in ((A, a), (B, b)):
             if not isinstance(factor, torch.Tensor) or factor.dtype not in MERGEABLE_DTYPES or factor.dim() < 2:
-                found = f"{factor.dtype} {tuple(factor.shape)}" if isinstance(factor, torch.Tensor) else repr(factor)
+                shown = f"{factor.dtype} {tuple(factor.shape)}" if isinstance(factor, torch.Tensor) else repr(factor)
                 raise LoRAError(
                     f"{where}: {f'{name}.{leaf}'!r} must be a floating point tensor of two dimensions or more, "
-                    f"found {found[:80]}."
+                    f"found {shown[:80]}."
                 )
             check_finite(f"{name}.{leaf}", factor, where)
         _check_rank(adapter, name, where)
@@ -213,33 +213,23 @@ def _check_rank(adapter: Adapter, name: str, where: str) -> None:
         raise LoRAError(f"{where}: {name!r}: A {tuple(a.shape)} and B {tuple(b.shape)} do not share a rank.")
     if adapter.config is None:
         return
-    owner = name.rpartition(".")[0] if _is_output(adapter, name) else name
-    wanted = [adapter.config.scaling(n) for n in (name, owner) if adapter.config.rank(n) == rank]
-    if not wanted:
+    with_options = (name, adapter.options_name(name))
+    scalings = [adapter.config.scaling(n) for n in with_options if adapter.config.rank(n) == rank]
+    if not scalings:
         raise LoRAError(
             f"{where}: {name!r}: the options say r={adapter.config.rank(name)}, but its factors have rank {rank}: "
             f"A {tuple(a.shape)}, B {tuple(b.shape)}."
         )
-    scaling = adapter.scalings.get(name, wanted[0])
-    if not any(math.isclose(scaling, s) for s in wanted):
+    recorded = adapter.scalings.get(name, scalings[0])
+    if not any(math.isclose(recorded, scaling) for scaling in scalings):
         raise LoRAError(
-            f"{where}: {name!r}: the options say a scaling (lora_alpha over r) of {wanted[0]:g}, but {scaling:g} is "
+            f"{where}: {name!r}: the options say a scaling (lora_alpha over r) of {scalings[0]:g}, but {recorded:g} is "
             "recorded; the file is damaged."
         )
 
 
-def _is_output(adapter: Adapter, name: str) -> bool:
-    """Whether a layer is the out_proj of an adapted attention, which has the attention's options in PEFT."""
-    attention, _, leaf = name.rpartition(".")
-    return leaf == "out_proj" and f"{attention}.{A}" in adapter.tensors
-
-
 def check_finite(name: str, value: torch.Tensor, where: str = "adapter") -> None:
-    """Raise where a value is NaN or Inf; a tensor without values (meta) counts as finite.
-
-    Raises:
-        LoRAError: names the tensor.
-    """
+    """Raise LoRAError where a tensor holds NaN or Inf; one without values (meta) counts as finite."""
     numbers = value if value.dtype in MERGEABLE_DTYPES else value.double()  # isfinite does not know float8
     if not value.is_meta and not torch.isfinite(numbers).all():
         raise LoRAError(f"{where}: {name!r} holds NaN or Inf; it comes from a diverged run or a damaged file.")

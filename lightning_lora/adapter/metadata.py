@@ -10,7 +10,8 @@ import base64
 import math
 import re
 import warnings
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,16 +31,16 @@ from ..nn.low_rank import KINDS
 from .adapter import Adapter, check_factors
 from .fingerprint import fingerprint, sample_positions
 
-BY_THEMSELVES = (torch.float16, torch.bfloat16, torch.float32)  # other dtypes' values go in as float64
+STORED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # values of other dtypes are stored as float64
 LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric")
 
 
 def to_metadata(adapter: Adapter) -> dict[str, Any]:
-    """Describe an adapter apart from its model, as plain types."""
+    """Describe an adapter as plain types, without its tensors."""
     return {
         "config": (adapter.config or LoRAConfig()).to_dict(),
-        "layers": shorten_layers(adapter.scalings, adapter.kinds),
-        "fingerprint": shorten_prints(adapter.fingerprint),
+        "layers": encode_layers(adapter.scalings, adapter.kinds),
+        "fingerprint": encode_fingerprint(adapter.fingerprint),
         "network": adapter.network,
         "origin": dict(adapter.origin),
         "complete": adapter.complete,
@@ -47,51 +48,38 @@ def to_metadata(adapter: Adapter) -> dict[str, Any]:
     }
 
 
-def from_metadata(
-    tensors: Mapping[str, Any], metadata: Any, where: str, *, check: bool = True, with_base: bool = False
-) -> Adapter:
-    """Return the adapter that metadata describes: the inverse of to_metadata.
+def from_metadata(tensors: Mapping[str, Any], metadata: Any, where: str) -> Adapter:
+    """Return the adapter of these tensors that metadata describes, its factors unchecked: the inverse of to_metadata.
 
     Args:
         tensors: the adapter's.
         metadata: plain types, from a file.
         where: for messages.
-        check: compare the factors with the options, see check_factors.
-        with_base: there are frozen tensors among them, which the fingerprint names.
 
     Raises:
         LoRAError: the description is not of that form, or it and the tensors disagree.
     """
     try:
-        scalings, kinds = read_layers(metadata["layers"])
-        prints = read_prints(metadata["fingerprint"])
+        scalings, kinds = decode_layers(metadata["layers"])
         adapter = Adapter(
-            tensors={name: value for name, value in tensors.items() if not (with_base and name in prints)},
+            tensors=tensors,
             config=LoRAConfig.from_dict(metadata["config"]),
             scalings=scalings,
-            fingerprint=prints,
+            fingerprint=decode_fingerprint(metadata["fingerprint"]),
             complete=metadata.get("complete", True) is True,
             kinds=kinds,
-            network=text(metadata["network"]),
-            origin={text(name): text(value) for name, value in metadata["origin"].items()},
+            network=_text(metadata["network"]),
+            origin={_text(name): _text(value) for name, value in metadata["origin"].items()},
             fan_in_fan_out=metadata.get("fan_in_fan_out") is True,
         )
     except LoRAError:
         raise
     except (LookupError, TypeError, AttributeError, ValueError, OverflowError, RecursionError, re.error) as error:
         raise LoRAError(f"{where}: the adapter's description is damaged: {error!r}.") from error
-    odd = sorted(set(adapter.scalings) ^ set(adapter.layers()))
-    if odd:
-        raise LoRAError(f"{where}: {odd[0]!r} is missing in the tensors or in their description; it was cut.")
-    if check:
-        check_factors(adapter, where)
+    unpaired = sorted(set(adapter.scalings) ^ set(adapter.layers()))
+    if unpaired:
+        raise LoRAError(f"{where}: {unpaired[0]!r} is missing in the tensors or in their description; it was cut.")
     return adapter
-
-
-def model_to_metadata(model: nn.Module, *, trained: Container[str] = ()) -> dict[str, Any]:
-    """Describe an injected model's adapter, as plain types; `trained` names are left out of the fingerprint."""
-    metadata = to_metadata(_adapter_of(model, {}, trained))
-    return {key: metadata[key] for key in ("config", "layers", "fingerprint", "network", "origin")}
 
 
 def adapter_of_model(model: nn.Module) -> Adapter:
@@ -100,31 +88,38 @@ def adapter_of_model(model: nn.Module) -> Adapter:
     Raises:
         LoRAError: the model was not injected, or the factors are not finite.
     """
-    adapter = _adapter_of(model, gather_all(adapter_state_dict(model)))
+    adapter = replace(describe_model(model), tensors=gather_all(adapter_state_dict(model)))
     check_factors(adapter, "save_adapter")
     return adapter
 
 
-def _adapter_of(model: nn.Module, tensors: Mapping[str, Any], trained: Container[str] = ()) -> Adapter:
+def describe_model(model: nn.Module) -> Adapter:
+    """Return the adapter of an injected model without its tensors. Collective where the model is sharded.
+
+    The fingerprint is that of fit start, where this model was fitted: weight averaging moves frozen weights.
+    """
     record = require_injection(model, "save_adapter").record
+    at_fit_start = record.fingerprint and record.fingerprint.keys() <= {name for name, _, _ in named_state(model)}
     kinds = dict(zip(adapted_layers(model).values(), layer_kinds(model).values(), strict=True))
     # State dicts hold a layer that is registered under two names under both.
-    every = ((canonical(name), module) for name, module in model.named_modules(remove_duplicate=False))
-    layers = {name: module for name, module in every if isinstance(module, LoRALayer)}
+    modules = {canonical(name): module for name, module in model.named_modules(remove_duplicate=False)}
+    layers = {name: module for name, module in modules.items() if isinstance(module, LoRALayer)}
+    network = _network_prefix(model)
+    base_name = getattr(modules[network.removesuffix(".")], "name_or_path", None)  # as transformers' models say
     return Adapter(
-        tensors=tensors,
+        tensors={},
         config=record.config,
         scalings={name: layer.lora.spec.scaling for name, layer in layers.items()},
-        fingerprint={name: entry for name, entry in base_fingerprint(model).items() if name not in trained},
+        fingerprint=record.fingerprint if at_fit_start else fingerprint(model),
         complete=True,
         kinds={name: kinds[layer] for name, layer in layers.items()},
-        network=network_prefix(model),
-        origin=_origin(model),
+        network=network,
+        origin={"base_model_name_or_path": base_name} if isinstance(base_name, str) and base_name else {},
     )
 
 
-def network_prefix(model: nn.Module) -> str:
-    """'name.' of the one attribute of a LightningModule that holds all that the adapter trains, else ''.
+def _network_prefix(model: nn.Module) -> str:
+    """Return 'name.' of the one attribute of a LightningModule that holds all that the adapter trains, else ''.
 
     Adapters travel under the names of the network, not of the LightningModule around it.
     """
@@ -132,129 +127,98 @@ def network_prefix(model: nn.Module) -> str:
     if not any(name == "LightningModule" and package in LIGHTNING for name, package in types):
         return ""
     parameters = {name for name, tensor, _ in named_state(model) if isinstance(tensor, nn.Parameter)}
-    trained = [name for name in adapter_keys(model) if name in parameters]
-    children = {name.partition(".")[0] for name in trained}
-    adapted = set(adapted_layers(model))
-    return f"{children.pop()}." if len(children) == 1 and not children & adapted else ""
+    children = {name.partition(".")[0] for name in adapter_keys(model) if name in parameters}
+    return f"{children.pop()}." if len(children) == 1 and not children & adapted_layers(model).keys() else ""
 
 
 def network_part(adapter: Adapter) -> Adapter:
-    """The adapter under the network's own names."""
+    """Return the adapter under the network's own names; warn of tensors outside, which are left out."""
     outside = [name for name in adapter.tensors if not name.startswith(adapter.network)]
     if outside:
+        more = f" and {len(outside) - 3} more" if len(outside) > 3 else ""
         warnings.warn(
-            f"lightning_lora: {_some(outside)} lie outside the network {adapter.network.removesuffix('.')!r} and are "
-            "not part of its adapter",
+            f"lightning_lora: {', '.join(outside[:3])}{more} lie outside the network "
+            f"{adapter.network.removesuffix('.')!r} and are not part of its adapter",
             stacklevel=3,
         )
     return adapter.renamed(adapter.network, "") if adapter.network else adapter
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def base_fingerprint(model: nn.Module) -> dict[str, Any]:
-    """Return the fingerprint of fit start, where the model is the one that was fitted, else the present one.
-
-    Weight averaging moves frozen weights.
-    """
-    kept: dict[str, Any] = require_injection(model, "save_adapter").record.fingerprint
-    return kept if kept and kept.keys() <= {name for name, _, _ in named_state(model)} else fingerprint(model)
-
-
-def _origin(model: nn.Module) -> dict[str, str]:
-    """What a transformers model says of where it comes from."""
-    network = model.get_submodule(network_prefix(model).removesuffix("."))
-    name = getattr(network, "name_or_path", None)
-    return {"base_model_name_or_path": name} if isinstance(name, str) and name else {}
-
-
-def shorten_layers(scalings: Mapping[str, float], kinds: Mapping[str, str]) -> list[Any]:
-    """Scalings and kinds of the layers that `scalings` names."""
+def encode_layers(scalings: Mapping[str, float], kinds: Mapping[str, str]) -> list[Any]:
+    """Group the layers that `scalings` names by kind and scaling."""
     groups: dict[tuple[str | None, float], list[str]] = {}
     for name, scaling in scalings.items():
         groups.setdefault((kinds.get(name), scaling), []).append(name)
     return [[kind, scaling, names] for (kind, scaling), names in groups.items()]
 
 
-def read_layers(groups: Any) -> tuple[dict[str, float], dict[str, str]]:
-    """The inverse of shorten_layers.
-
-    Raises:
-        TypeError, ValueError: it is not of that form.
-    """
+def decode_layers(groups: Any) -> tuple[dict[str, float], dict[str, str]]:
+    """Return scalings and kinds: the inverse of encode_layers. Raises TypeError or ValueError for any other form."""
     scalings, kinds = {}, {}
-    for kind, scaling, names in items(groups):
+    for kind, scaling, names in _list(groups):
         if kind is not None and kind not in KINDS:
             raise ValueError(f"unknown kind of layer {kind!r}")
-        for name in items(names):
-            scalings[text(name)] = float(scaling)
+        for name in _list(names):
+            scalings[_text(name)] = float(scaling)
             if kind is not None:
                 kinds[name] = kind
     return scalings, kinds
 
 
-def shorten_prints(prints: Mapping[str, Mapping[str, Any]]) -> list[Any]:
-    """A fingerprint."""
+def encode_fingerprint(entries: Mapping[str, Mapping[str, Any]]) -> list[Any]:
+    """Group the entries of a fingerprint by dtype, shape and leaf, with all their values as one text."""
     groups: dict[tuple[str, tuple[int, ...], str], dict[str, list[float]]] = {}
-    for name, entry in prints.items():
+    for name, entry in entries.items():
         module, _, leaf = name.rpartition(".")
         groups.setdefault((entry["dtype"], tuple(entry["shape"]), leaf), {})[module] = entry["values"]
     return [
-        [dtype, list(shape), leaf, list(values), _written([*values.values()], _stored(getattr(torch, dtype)))]
+        [dtype, list(shape), leaf, list(values), _encode(list(values.values()), _stored_dtype(dtype))]
         for (dtype, shape, leaf), values in groups.items()
     ]
 
 
-def read_prints(groups: Any) -> dict[str, Any]:
-    """The inverse of shorten_prints.
-
-    Raises:
-        TypeError, ValueError: it is not of that form.
-    """
-    prints = {}
-    for dtype, shape, leaf, modules, written in items(groups):
-        if not isinstance(getattr(torch, text(dtype), None), torch.dtype):
+def decode_fingerprint(groups: Any) -> dict[str, Any]:
+    """Return entries by name: the inverse of encode_fingerprint. Raises TypeError or ValueError for any other form."""
+    entries = {}
+    for dtype, shape, leaf, modules, encoded in _list(groups):
+        if not isinstance(getattr(torch, _text(dtype), None), torch.dtype):
             raise ValueError(f"unknown dtype {dtype!r}")
-        if not all(type(size) is int and size >= 0 for size in items(shape)):
+        if not all(type(size) is int and size >= 0 for size in _list(shape)):
             raise ValueError(f"no shape: {shape!r}")
         count = len(sample_positions(math.prod(shape)))
-        values = _read(text(written), _stored(getattr(torch, dtype)), count, len(items(modules)))
-        for module, own in zip(modules, values, strict=True):
-            name = f"{text(module)}.{text(leaf)}" if module else text(leaf)
-            prints[name] = {"shape": list(shape), "dtype": dtype, "values": own}
-    return prints
+        rows = _decode(_text(encoded), _stored_dtype(dtype), len(_list(modules)), count)
+        for module, values in zip(modules, rows, strict=True):
+            name = f"{_text(module)}.{_text(leaf)}" if module else _text(leaf)
+            entries[name] = {"shape": list(shape), "dtype": dtype, "values": values}
+    return entries
 
 
-def _stored(dtype: torch.dtype) -> torch.dtype:
-    return dtype if dtype in BY_THEMSELVES else torch.float64
+def _stored_dtype(name: str) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype if dtype in STORED_DTYPES else torch.float64
 
 
-def _written(values: list[list[float]], dtype: torch.dtype) -> str:
-    flat = torch.tensor(values, dtype=torch.float64).flatten().to(dtype)
-    return base64.b85encode(as_bytes(flat)).decode()
+def _encode(rows: list[list[float]], dtype: torch.dtype) -> str:
+    return base64.b85encode(as_bytes(torch.tensor(rows, dtype=torch.float64).to(dtype))).decode()
 
 
-def _read(written: str, dtype: torch.dtype, count: int, modules: int) -> list[list[float]]:
-    content = base64.b85decode(written)
-    if len(content) != count * modules * dtype.itemsize:
-        raise ValueError(f"expected {modules} times {count} values, found {len(content)} bytes")
+def _decode(encoded: str, dtype: torch.dtype, rows: int, columns: int) -> list[list[float]]:
+    content = base64.b85decode(encoded)
+    if len(content) != rows * columns * dtype.itemsize:
+        raise ValueError(f"expected {rows} times {columns} values, found {len(content)} bytes")
     if not content:
-        return [[] for _ in range(modules)]
-    values: list[list[float]] = torch.frombuffer(bytearray(content), dtype=dtype).double().view(modules, count).tolist()
+        return [[] for _ in range(rows)]
+    values: list[list[float]] = torch.frombuffer(bytearray(content), dtype=dtype).double().view(rows, columns).tolist()
     return values
 
 
-def text(value: Any) -> str:
-    """The value, if it is text."""
+def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"expected text, found {value!r}")
     return value
 
 
-def items(value: Any) -> Sequence[Any]:
-    """The value, if it is a list."""
+def _list(value: Any) -> Sequence[Any]:
     if not isinstance(value, (list, tuple)):
         raise TypeError(f"expected a list, found {value!r}")
     return value

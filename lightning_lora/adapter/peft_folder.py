@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from ..files.paths import PathLike, read_json
 from ..files.safetensors import read_safetensors, write_tensors
 from ..files.torch_archive import read_torch_file
 from ..names import A, B, around, matcher
+from ..nn.low_rank import ATTENTION, ATTENTION_OUTPUT, CONV, EMBEDDING, GROUPED_CONV
 from .adapter import Adapter, check_factors
 from .fingerprint import fingerprint_entry
 from .metadata import from_metadata, network_part, to_metadata
@@ -37,14 +38,9 @@ from .peft_mapping import (
 )
 
 CONFIG_FILE = "adapter_config.json"
-
 TENSOR_FILE = "adapter_model.safetensors"
-
 OLD_TENSOR_FILE = "adapter_model.bin"
-
 HEADER_KEY = "lightning_lora"
-
-ELSEWHERE = "save a Lightning checkpoint instead"
 
 
 def write_folder(adapter: Adapter, path: PathLike) -> None:
@@ -56,62 +52,33 @@ def write_folder(adapter: Adapter, path: PathLike) -> None:
     adapter = network_part(adapter)
     for name in adapter.layers():
         _refuse_without_equal(adapter, name)
-    others = [name for name, value in adapter.tensors.items() if not isinstance(value, torch.Tensor)]
-    if others:
-        warnings.warn(f"lightning_lora: the extra state {others} is no tensor and is left out", stacklevel=3)
-        adapter = replace(adapter, tensors={n: t for n, t in adapter.tensors.items() if n not in others})
+    extra = [name for name, value in adapter.tensors.items() if not isinstance(value, torch.Tensor)]
+    if extra:
+        warnings.warn(f"lightning_lora: the extra state {extra} is no tensor and is left out", stacklevel=3)
+        adapter = replace(adapter, tensors={n: t for n, t in adapter.tensors.items() if n not in extra})
     plain = as_plain(adapter)
     layers = set(adapter.layers())
-    tensors = {peft_name(name, layers, adapter.kinds): _own(value) for name, value in plain.tensors.items()}
-    description = json.dumps(to_metadata(adapter) | {"complete": not others}, separators=(",", ":"))
+    tensors = {
+        peft_name(name, layers, adapter.kinds): tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in plain.tensors.items()
+    }
+    description = json.dumps(to_metadata(adapter) | {"complete": not extra}, separators=(",", ":"))
     with new_folder(path, keep_others=True) as folder:
         write_tensors(folder / TENSOR_FILE, tensors, {"format": "pt", HEADER_KEY: description})
         (folder / CONFIG_FILE).write_text(json.dumps(options_to_peft(plain), indent=2) + "\n", encoding="utf-8")
 
 
-def read_folder(path: PathLike) -> Adapter:
-    """Read a PEFT folder, whoever wrote it.
-
-    Raises:
-        LoRAError: a file is missing or damaged, or it holds what this package cannot apply.
-    """
-    folder = Path(path)
-    options = read_json(folder / CONFIG_FILE)
-    refuse_options(options, folder / CONFIG_FILE)
-    tensors, header = _read_tensors(folder)
-    names = our_names(list(tensors), folder)
-    ours = {names[name]: tensor for name, tensor in tensors.items()}
-    if HEADER_KEY in header:
-        return _described(ours, header[HEADER_KEY], folder / TENSOR_FILE)
-    return _foreign(ours, {own: name for name, own in names.items()}, options, folder)
-
-
-def read_tensor_file(path: PathLike) -> Adapter:
-    """Read a safetensors file with an adapter, by itself. Only this package's own stores the options with the tensors.
-
-    Raises:
-        LoRAError: it is damaged, or it holds what this package cannot apply.
-    """
-    tensors, header = read_safetensors(path)
-    ours = {own: tensors[name] for name, own in our_names(list(tensors), path).items()}
-    if HEADER_KEY in header:
-        return _described(ours, header[HEADER_KEY], Path(path))
-    adapter = Adapter(ours)
-    check_factors(adapter, str(path))
-    return adapter
-
-
 def _refuse_without_equal(adapter: Adapter, name: str) -> None:
     kind, attention = adapter.kinds.get(name), name.rpartition(".")[0]
     problem = ""
-    if kind == "GroupedConv":
+    if kind == GROUPED_CONV:
         problem = "is a convolution with groups; PEFT's adapter for those mixes the groups and means another thing"
-    elif kind == "AttentionOutput" and adapter.kinds.get(attention) != "MultiheadAttention":
+    elif kind == ATTENTION_OUTPUT and adapter.kinds.get(attention) != ATTENTION:
         problem = f"is the out_proj of {attention!r}; PEFT adapts attention whole and passes over an out_proj alone"
-    elif kind == "MultiheadAttention":
+    elif kind == ATTENTION:
         problem = _attention_problem(adapter, name)
     if problem:
-        raise LoRAError(f"save_adapter: {name!r} {problem}; {ELSEWHERE}.")
+        raise LoRAError(f"save_adapter: {name!r} {problem}; save a Lightning checkpoint instead.")
 
 
 def _attention_problem(adapter: Adapter, name: str) -> str:
@@ -127,8 +94,36 @@ def _attention_problem(adapter: Adapter, name: str) -> str:
     return ""
 
 
-def _own(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+def read_folder(path: PathLike) -> Adapter:
+    """Read a PEFT folder, whoever wrote it.
+
+    Raises:
+        LoRAError: a file is missing or damaged, or it holds what this package cannot apply.
+    """
+    folder = Path(path)
+    options = read_json(folder / CONFIG_FILE)
+    refuse_options(options, folder / CONFIG_FILE)
+    peft_tensors, header = _read_tensors(folder)
+    names = our_names(peft_tensors, folder)
+    tensors = {names[peft_name]: tensor for peft_name, tensor in peft_tensors.items()}
+    if HEADER_KEY in header:
+        return _read_described(tensors, header[HEADER_KEY], folder / TENSOR_FILE)
+    return _read_foreign(tensors, {name: peft_name for peft_name, name in names.items()}, options, folder)
+
+
+def read_tensor_file(path: PathLike) -> Adapter:
+    """Read a safetensors file with an adapter, by itself. Only this package's own stores the options with the tensors.
+
+    Raises:
+        LoRAError: it is damaged, or it holds what this package cannot apply.
+    """
+    peft_tensors, header = read_safetensors(path)
+    tensors = {name: peft_tensors[peft_name] for peft_name, name in our_names(peft_tensors, path).items()}
+    if HEADER_KEY in header:
+        return _read_described(tensors, header[HEADER_KEY], Path(path))
+    adapter = Adapter(tensors)
+    check_factors(adapter, str(path))
+    return adapter
 
 
 def _read_tensors(folder: Path) -> tuple[dict[str, torch.Tensor], Mapping[str, str]]:
@@ -140,48 +135,34 @@ def _read_tensors(folder: Path) -> tuple[dict[str, torch.Tensor], Mapping[str, s
     return content, {}
 
 
-def _described(tensors: Mapping[str, torch.Tensor], text: str, where: Path) -> Adapter:
+def _read_described(tensors: Mapping[str, torch.Tensor], text: str, where: Path) -> Adapter:
+    """Return an adapter that this package wrote, whose description is in the header."""
     try:
         description = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise LoRAError(f"{where}: its header's description is not JSON: {error}") from error
-    wide = from_metadata(tensors, description, str(where), check=False)
-    adapter = from_plain(wide)
+    adapter = from_plain(from_metadata(tensors, description, str(where)))
     check_factors(adapter, str(where))
     return adapter
 
 
-def _foreign(
+def _read_foreign(
     tensors: Mapping[str, torch.Tensor], peft_names: Mapping[str, str], options: Mapping[str, Any], folder: Path
 ) -> Adapter:
-    """An adapter that another program wrote: its kinds of layers are known as far as PEFT's names tell them."""
+    """Return an adapter that another program wrote."""
     bare = Adapter(tensors)
     layers = bare.layers()
-    kinds = {}
-    for name in layers:
-        if peft_names[f"{name}.{A}"].endswith("lora_embedding_A"):
-            kinds[name] = "Embedding"
-        elif peft_names[f"{name}.{A}"].endswith("base_layer.out_proj.lora_A.weight"):
-            kinds |= {name: "AttentionOutput", name.rpartition(".")[0]: "MultiheadAttention"}
-            check_peft_version(options.get("peft_version"), folder)
-        a, b = tensors[f"{name}.{A}"], tensors.get(f"{name}.{B}")
-        if a.dim() > 2 and b is not None and b.dim() == a.dim():
-            _refuse_crossing_groups(name, a, b, folder)
-            kinds[name] = "Conv"
-    owned = {n: t for n, t in tensors.items() if n.rpartition(".")[2] not in (A, B)}
     entries = options.get("modules_to_save")
-    entries = [entry for entry in entries if isinstance(entry, str)] if isinstance(entries, list) else []
+    is_saved = matcher([entry for entry in entries if isinstance(entry, str)] if isinstance(entries, list) else None)
+    kinds = _foreign_kinds(tensors, peft_names, options, folder)
+    whole = [name for name in tensors if name.rpartition(".")[2] not in (A, B)]
     # PEFT saves embeddings beside the adapter: they are trained only where modules_to_save says so.
-    named = matcher(entries)
-    inside = {n for n in owned if any(map(named, around(n)))}
-    base = {n for n in owned if n.rpartition(".")[2] == "weight" and n not in inside}
-    saved = [name for name in owned if name not in base]
-    config = options_from_peft(options, layers, saved)
-    known = set(layers)
+    base = {n for n in whole if n.rpartition(".")[2] == "weight" and not any(map(is_saved, around(n)))}
+    config = options_from_peft(options, layers, [name for name in whole if name not in base])
     adapter = Adapter(
         tensors={name: tensor for name, tensor in tensors.items() if name not in base},
         config=config,
-        scalings={name: config.scaling(_with_options(name, known)) for name in layers},
+        scalings={name: config.scaling(bare.options_name(name)) for name in layers},
         fingerprint={name: fingerprint_entry(tensors[name]) for name in base},
         kinds=kinds,
         origin=origin_of(options),
@@ -191,6 +172,24 @@ def _foreign(
     return from_plain(adapter)
 
 
+def _foreign_kinds(
+    tensors: Mapping[str, torch.Tensor], peft_names: Mapping[str, str], options: Mapping[str, Any], folder: Path
+) -> dict[str, str]:
+    """Return the kinds of layers, as far as PEFT's names and the factors' shapes tell them."""
+    kinds = {}
+    for name in Adapter(tensors).layers():
+        if peft_names[f"{name}.{A}"].endswith("lora_embedding_A"):
+            kinds[name] = EMBEDDING
+        elif peft_names[f"{name}.{A}"].endswith("base_layer.out_proj.lora_A.weight"):
+            kinds |= {name: ATTENTION_OUTPUT, name.rpartition(".")[0]: ATTENTION}
+            check_peft_version(options.get("peft_version"), folder)
+        a, b = tensors[f"{name}.{A}"], tensors.get(f"{name}.{B}")
+        if a.dim() > 2 and b is not None and b.dim() == a.dim():
+            _refuse_crossing_groups(name, a, b, folder)
+            kinds[name] = CONV
+    return kinds
+
+
 def _refuse_crossing_groups(name: str, a: torch.Tensor, b: torch.Tensor, folder: Path) -> None:
     if b.shape[1] != a.shape[0] and b.shape[1] and a.shape[0] % b.shape[1] == 0:
         raise LoRAError(
@@ -198,9 +197,3 @@ def _refuse_crossing_groups(name: str, a: torch.Tensor, b: torch.Tensor, folder:
             f"input channels, B {tuple(b.shape)} one group of the rank. Their product crosses the groups: no grouped "
             "weight equals it, and it cannot be applied."
         )
-
-
-def _with_options(name: str, layers: Set[str]) -> str:
-    """The layer whose options hold: PEFT gives an attention's out_proj those of the attention."""
-    attention, _, leaf = name.rpartition(".")
-    return attention if leaf == "out_proj" and attention in layers else name

@@ -49,11 +49,15 @@ class Injection:
         self.root = weakref.ref(root)
         setattr(root, ATTRIBUTE, self)
 
-    def rename(self, new_name: Callable[[str], str]) -> None:
-        """Change every name of the record."""
-        self.requires_grad = {new_name(name): value for name, value in self.requires_grad.items()}
-        self.initial = {new_name(name): value for name, value in self.initial.items()}
-        self.trained, self.unfrozen = set(map(new_name, self.trained)), set(map(new_name, self.unfrozen))
+    def rename(self, new_name: Callable[[str], str | None]) -> None:
+        """Change every name of the record; what has no new name is forgotten."""
+
+        def renamed(values: Mapping[str, Value]) -> dict[str, Value]:
+            pairs = ((new_name(name), value) for name, value in values.items())
+            return {name: value for name, value in pairs if name is not None}
+
+        self.requires_grad, self.initial = renamed(self.requires_grad), renamed(self.initial)
+        self.trained, self.unfrozen = (set(renamed(dict.fromkeys(names))) for names in (self.trained, self.unfrozen))
 
 
 class Injected(NamedTuple):
@@ -127,13 +131,14 @@ def _find_by_layers(model: nn.Module, layers: Mapping[str, LoRALayer], record: I
     return Injected(model, record)
 
 
-def _renaming(name: str, new_name: str) -> Callable[[str], str]:
-    """The change of prefix that turns `name` into `new_name`, of which one ends the other, as a function of a name."""
-    if new_name.endswith(name):
-        added = _without_tail(new_name, name)
-        return lambda any_name: added + any_name
-    removed = _without_tail(name, new_name)
-    return lambda any_name: any_name.removeprefix(removed)
+def _renaming(name: str, new_name: str) -> Callable[[str], str | None]:
+    """The change of prefix that turns `name` into `new_name`, as a function of a name; None for one without the prefix."""
+    old, new = (text.split(".") if text else [] for text in (name, new_name))
+    while old and new and old[-1] == new[-1]:
+        old.pop()
+        new.pop()
+    removed, added = ("".join(f"{segment}." for segment in segments) for segments in (old, new))
+    return lambda any_name: added + any_name.removeprefix(removed) if any_name.startswith(removed) else None
 
 
 def _without_tail(name: str, tail: str) -> str:
@@ -197,8 +202,9 @@ def record_loaded(module: nn.Module, values: Mapping[str, Any]) -> None:
     name, layer = next(iter(layers.items()))
     record, recorded_name = layer.lora.injection, _renaming(name, layer.lora.name)
     record.fingerprint = {}
-    for name, value in values.items():
-        before = record.initial.get(recorded_name(name))
+    for seen_name, value in values.items():
+        name = recorded_name(seen_name) or ""
+        before = record.initial.get(name)
         if before is not None and isinstance(value, torch.Tensor) and before.shape == value.shape:
             device = value.device if before.is_meta else before.device
-            record.initial[recorded_name(name)] = value.detach().clone().to(device, before.dtype)
+            record.initial[name] = value.detach().clone().to(device, before.dtype)

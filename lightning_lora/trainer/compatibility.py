@@ -1,4 +1,4 @@
-"""Compositions of a Trainer that cannot give right numbers, each refused with the reason and the remedy.
+"""What a Trainer, its callbacks or its model cannot be combined with: refused or warned of, with the remedy.
 
 Classes are told by name, so that neither Lightning nor DeepSpeed is imported here.
 """
@@ -22,19 +22,28 @@ AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
 
 
 def refuse_composition(trainer: Any, callback: Any, *, injected: bool) -> None:
-    """Raise where this callback cannot work in this Trainer.
+    """Raise LoRAError, with the remedy, where this callback cannot give right numbers in this Trainer.
 
     Args:
         trainer: the Trainer, in setup.
         callback: the LoRACallback.
         injected: the model was injected before this setup.
-
-    Raises:
-        LoRAError: says what to change.
     """
-    for other in trainer.callbacks:
-        _refuse_beside(trainer, callback, other)
-    if trainer.state.fn == "fit" and not injected and launches(trainer):
+    fitting, order = trainer.state.fn == "fit", trainer.callbacks
+    for position, neighbour in enumerate(order):
+        name = type(neighbour).__name__
+        if neighbour is not callback and _is_a(neighbour, "LoRACallback"):
+            raise LoRAError("LoRACallback: the Trainer has two LoRA callbacks for one model; keep one.")
+        if _is_a(neighbour, "ModelPruning"):
+            raise LoRAError(
+                "LoRACallback: ModelPruning computes the weights from masks, which merging would overwrite."
+            )
+        if fitting and _is_a(neighbour, *AVERAGING) and position < order.index(callback):
+            raise LoRAError(
+                f"LoRACallback: {name} copies the model in setup and swaps weights around validation, so it must come "
+                f"after LoRACallback: callbacks=[LoRACallback(...), {name}(...)]."
+            )
+    if fitting and not injected and launches(trainer):
         raise LoRAError(
             f"LoRACallback: {type(trainer.strategy).__name__} starts processes from this one and brings back weights "
             "only, so the main process needs the adapters too. Call inject(model, LoRAConfig(...)) before fit, or use "
@@ -43,30 +52,12 @@ def refuse_composition(trainer: Any, callback: Any, *, injected: bool) -> None:
 
 
 def launches(trainer: Any) -> bool:
-    """Whether the fit runs in processes that a main process started, which brings back nothing but a state dict."""
+    """Tell whether the fit runs in processes that a main process started, which brings back a state dict alone."""
     return _is_a(trainer.strategy.launcher, "_MultiProcessingLauncher")
 
 
-def _refuse_beside(trainer: Any, callback: Any, other: Any) -> None:
-    if other is not callback and _is_a(other, "LoRACallback"):
-        raise LoRAError("LoRACallback: the Trainer has two LoRA callbacks for one model; keep one.")
-    if _is_a(other, "ModelPruning"):
-        raise LoRAError("LoRACallback: ModelPruning computes the weights from masks, which merging would overwrite.")
-    order = trainer.callbacks
-    if trainer.state.fn == "fit" and _is_a(other, *AVERAGING) and order.index(other) < order.index(callback):
-        name = type(other).__name__
-        raise LoRAError(
-            f"LoRACallback: {name} copies the model in setup and swaps weights around validation, so it must come "
-            f"after LoRACallback: callbacks=[LoRACallback(...), {name}(...)]."
-        )
-
-
 def refuse_other_options(record: Injection, config: LoRAConfig, seed: str = "") -> None:
-    """Raise where a model that was injected before does not go with the callback's options.
-
-    Raises:
-        LoRAError: names the option, or gives the reason.
-    """
+    """Raise LoRAError where a model that was injected before does not go with the callback's options."""
     if record.merge_weights:
         raise LoRAError(
             "LoRACallback: the model was injected with merge_weights=True, where eval() merges: a backbone kept "
@@ -74,18 +65,18 @@ def refuse_other_options(record: Injection, config: LoRAConfig, seed: str = "") 
         )
     default = LoRAConfig()
     for option in record.config.differing(config):
-        ours, theirs = getattr(config, option), getattr(record.config, option)
-        if ours != getattr(default, option):
+        value = getattr(config, option)
+        if value != getattr(default, option):
             raise LoRAError(
-                f"LoRACallback: {option} is {ours!r}, but the model was injected with {theirs!r}; use the same, "
-                "give no adapter option, or unload(model) first."
+                f"LoRACallback: {option} is {value!r}, but the model was injected with "
+                f"{getattr(record.config, option)!r}; use the same, give no adapter option, or unload(model) first."
             )
     if seed and record.seed != seed:
         raise LoRAError("LoRACallback: the model was injected with another seed; give none, or unload(model) first.")
 
 
 def warn_of_part(trainer: Any, name: str) -> None:
-    """Say what the main process cannot know where a part of the LightningModule was injected."""
+    """Warn where a part of the LightningModule was injected, of which the main process of a launcher knows nothing."""
     if trainer.state.fn == "fit" and launches(trainer) and name:
         warnings.warn(
             f"lightning_lora: inject was called on {name!r}, and {type(trainer.strategy).__name__} starts processes: "
@@ -96,13 +87,8 @@ def warn_of_part(trainer: Any, name: str) -> None:
 
 
 def warn_of_frozen(module: nn.Module) -> None:
-    """Say which adapter parameters another callback has frozen."""
-    frozen = [
-        f"{name}.{leaf}"
-        for name, layer in adapted_layers(module).items()
-        for leaf, factor in ((A, layer.lora_A), (B, layer.lora_B))
-        if not factor.requires_grad
-    ]
+    """Warn of adapter parameters that another callback has frozen."""
+    frozen = [name for name, factor in _factors(module).items() if not factor.requires_grad]
     if frozen:
         warnings.warn(
             f"lightning_lora: {len(frozen)} adapter parameters are frozen ({', '.join(frozen[:3])}"
@@ -113,23 +99,24 @@ def warn_of_frozen(module: nn.Module) -> None:
 
 
 def refuse_unoptimized(optimizers: Iterable[torch.optim.Optimizer], module: nn.Module) -> None:
-    """Raise where a trainable adapter parameter would never be trained.
+    """Raise LoRAError for the first trainable adapter parameter that no optimizer holds."""
+    groups = (group for optimizer in optimizers for group in optimizer.param_groups)
+    optimized = {id(parameter) for group in groups for parameter in group["params"]}
+    for name, factor in _factors(module).items():
+        if factor.requires_grad and id(factor) not in optimized:
+            raise LoRAError(
+                f"LoRACallback: no optimizer holds the adapter parameter {name!r}, so it would never be trained. Build "
+                "the optimizer in configure_optimizers from self.parameters() at that time, not from parameters "
+                "collected in __init__."
+            )
 
-    Raises:
-        LoRAError: names the parameter.
-    """
-    held = {
-        id(parameter) for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]
+
+def _factors(module: nn.Module) -> dict[str, nn.Parameter]:
+    layers = adapted_layers(module).items()
+    return {
+        f"{name}.{leaf}": factor for name, layer in layers for leaf, factor in ((A, layer.lora_A), (B, layer.lora_B))
     }
-    for name, layer in adapted_layers(module).items():
-        for leaf, factor in ((A, layer.lora_A), (B, layer.lora_B)):
-            if factor.requires_grad and id(factor) not in held:
-                raise LoRAError(
-                    f"LoRACallback: no optimizer holds the adapter parameter {name + '.' + leaf!r}, so it would never "
-                    "be trained. Build the optimizer in configure_optimizers from self.parameters() at that time, not "
-                    "from parameters collected in __init__."
-                )
 
 
-def _is_a(thing: object, *names: str) -> bool:
-    return any(cls.__name__ in names for cls in type(thing).__mro__)
+def _is_a(instance: object, *names: str) -> bool:
+    return any(cls.__name__ in names for cls in type(instance).__mro__)

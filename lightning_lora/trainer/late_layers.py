@@ -1,4 +1,4 @@
-"""Layers that LightningModule.setup and configure_model build: adapted right after, and only then judged."""
+"""Layers that LightningModule.setup and configure_model build: adapted right after, before the options are judged."""
 
 from __future__ import annotations
 
@@ -19,7 +19,12 @@ BUILDERS = ("setup", "configure_model")
 
 
 def adapt_after(module: nn.Module, *names: str) -> None:
-    """Adapt what these methods of an injected LightningModule build; with none of them, judge the options now."""
+    """Patch methods of an injected LightningModule so that what they build is adapted; without any, judge options now.
+
+    Args:
+        module: the LightningModule.
+        names: those of BUILDERS that it overrides.
+    """
     for name in names:
         patch(module, name, _setup_and_adapt if name == "setup" else _configure_and_adapt)
     if not names:
@@ -27,46 +32,45 @@ def adapt_after(module: nn.Module, *names: str) -> None:
 
 
 def _setup_and_adapt(module: nn.Module, previous: Callable[[str], Any] | None, stage: str) -> None:
-    """The patched setup: adapts what it built; judges the options where no configure_model follows."""
-    _restore(module, "setup", previous)
-    with _giving_way(module):
-        call_previous(module, previous, "setup", stage)
+    _build(module, previous, "setup", stage)
     adapt_new_layers(module)
-    if "configure_model" not in vars(module):
+    if "configure_model" not in vars(module):  # else the options are judged after that
         snapshot_initial(module)
         finish_injection(module)
 
 
 def _configure_and_adapt(module: nn.Module, previous: Callable[[], Any] | None) -> None:
-    """The patched configure_model: adapts what it built, then judges the options."""
-    _restore(module, "configure_model", previous)
-    with _giving_way(module):
-        call_previous(module, previous, "configure_model")
-    if find_injection(module) is None:
-        return  # taken out meanwhile
-    adapt_new_layers(module)
-    snapshot_initial(module)
-    finish_injection(module)
+    _build(module, previous, "configure_model")
+    if find_injection(module) is not None:  # else it was taken out meanwhile
+        adapt_new_layers(module)
+        snapshot_initial(module)
+        finish_injection(module)
 
 
-@contextmanager
-def _giving_way(module: nn.Module) -> Iterator[None]:
-    """Who builds and shards calls inject() in between, on the module or a part of it; that injection then stands."""
-    ours = require_injection(module, "LoRACallback").record
-    waiting = not ours.validated and not adapted_layers(module)
-    if waiting:
-        strip_adapters(module)
-    yield
-    theirs = find_injection(module)
-    if theirs is None and waiting:
-        begin_injection(module, ours.config, seed=ours.seed)
-    elif theirs is not None and theirs.record is not ours:
-        refuse_other_options(theirs.record, ours.config)
-    if find_injection(module) is not None:
-        save_as(module, ours.save)
-
-
-def _restore(module: nn.Module, name: str, previous: Callable[..., Any] | None) -> None:
+def _build(module: nn.Module, previous: Callable[..., Any] | None, name: str, *args: Any) -> None:
+    """Put the method itself back in place of the patch, and call it."""
     delattr(module, name)
     if previous is not None:
         setattr(module, name, previous)
+    with _allowing_injection(module):
+        call_previous(module, previous, name, *args)
+
+
+@contextmanager
+def _allowing_injection(module: nn.Module) -> Iterator[None]:
+    """Let the user's method call inject() itself, on the module or a part of it; that injection then stands.
+
+    A method that builds and shards has to: adapters come before fully_shard.
+    """
+    record = require_injection(module, "LoRACallback").record
+    still_empty = not record.validated and not adapted_layers(module)
+    if still_empty:
+        strip_adapters(module)
+    yield
+    injected = find_injection(module)
+    if injected is None and still_empty:
+        begin_injection(module, record.config, seed=record.seed)
+    elif injected is not None and injected.record is not record:
+        refuse_other_options(injected.record, record.config)
+    if find_injection(module) is not None:
+        save_as(module, record.save)

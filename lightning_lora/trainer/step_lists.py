@@ -12,7 +12,7 @@ from ..nn.lora_layer import LoRALayer, adapted_layers
 
 
 class StepLists:
-    """The lists of one injected model.
+    """List the layers and the frozen parameters of one model, injected or not any more.
 
     Attributes:
         layers, states: the adapted layers, and what each carries.
@@ -21,29 +21,21 @@ class StepLists:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        found = find_injection(model)
+        injected = find_injection(model)
         self.model = model
-        self.root = found.root if found else model
-        self.record: Injection | None = found.record if found else None
+        self.root = injected.root if injected else model
+        self.record: Injection | None = injected.record if injected else None
         self.layers = list(adapted_layers(model).values())
         self.states = [layer.lora for layer in self.layers]
         self.kept_in_eval: list[LoRALayer] | None = None
-        self.list_frozen()
-
-    def list_frozen(self) -> None:
-        """List the frozen parameters anew."""
-        reshard_(self.model)
-        trained = self.record.trained if self.record else set()
-        self.frozen = (
-            [p for name, p in base_parameters(self.root).items() if name not in trained] if self.record else []
-        )
+        self.frozen = self._list_frozen()
 
     def is_current(self) -> bool:
-        """Whether the model is still injected as it was when it was listed."""
+        """Tell whether the model is still injected as it was when it was listed."""
         return vars(self.root).get(ATTRIBUTE) is self.record
 
     def is_merged(self) -> bool:
-        """As merging.is_merged."""
+        """Tell whether merge was called and not undone."""
         return any(state.merged for state in self.states)
 
     def override_dropout(self, dropping: bool | None) -> None:
@@ -55,7 +47,13 @@ class StepLists:
             layer.lora.dropout_override = dropping
 
     def record_trainable(self) -> None:
-        """As injection.record_trainable, where a frozen parameter has become trainable."""
+        """Record the initial value of every base parameter that has become trainable."""
         if any(parameter.requires_grad for parameter in self.frozen):
             record_trainable(self.model)
-            self.list_frozen()
+            self.frozen = self._list_frozen()
+
+    def _list_frozen(self) -> list[nn.Parameter]:
+        reshard_(self.model)
+        if self.record is None:
+            return []
+        return [p for name, p in base_parameters(self.root).items() if name not in self.record.trained]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapter.lightning_checkpoint import Kind, adapter_of, read
+from ..adapter.lightning_checkpoint import adapter_of, prepare_for_load
 from ..adapter.save_load import apply_adapter
 from ..distributed.sharding import local
 from ..errors import LoRAError
@@ -35,11 +35,7 @@ REFUSED = {
 
 
 def prepare_strategy(strategy: Any) -> None:
-    """Refuse what cannot be right, and teach the others what they need.
-
-    Raises:
-        LoRAError: names the reason and the alternative.
-    """
+    """Patch how a strategy saves and loads, or raise LoRAError, with the alternative, where it cannot be right."""
     names = [cls.__name__ for cls in type(strategy).__mro__]
     for name in names:
         if name in REFUSED:
@@ -53,80 +49,80 @@ def prepare_strategy(strategy: Any) -> None:
 
 
 def _state_dict(strategy: Any, previous: Callable[[], Any] | None) -> Any:
-    """The patched lightning_module_state_dict: what the kind of checkpoint holds, and no more, is gathered."""
+    """Gather what a checkpoint of the module's kind holds, and no more: the patched lightning_module_state_dict."""
     module = strategy.lightning_module
-    found = find_injection(module)
-    with _showing(module, lambda state: _of_kind(module, state, found.record.save if found else None)):
+    injected = find_injection(module)
+    kind = injected.record.save if injected else None
+
+    def of_kind(state: Mapping[str, Any]) -> Mapping[str, Any]:
+        if kind == "adapter":
+            return {name: state[name] for name in adapter_keys(module)}
+        return merge_state_dict(module, state) if kind == "merged" else state
+
+    with _state_dict_shown_as(module, of_kind):
         return call_previous(strategy, previous, "lightning_module_state_dict")
-
-
-def _of_kind(module: nn.Module, state: Mapping[str, Any], kind: Kind | None) -> Mapping[str, Any]:
-    if kind == "adapter":
-        return {name: state[name] for name in adapter_keys(module)}
-    return merge_state_dict(module, state) if kind == "merged" else state
 
 
 def _load_checkpoint(
     strategy: Any, previous: Callable[..., Any] | None, checkpoint_path: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """The patched load_checkpoint: checks first, then loads what the checkpoint holds, and leaves the rest alone."""
+    """Check a checkpoint, then load what it holds and leave all else alone: the patched load_checkpoint."""
     module = strategy.lightning_module
     path = Path(strategy.broadcast(checkpoint_path))
     if find_injection(module) is None:
         return call_previous(strategy, previous, "load_checkpoint", path, *args, **kwargs)
     snapshot_materialised(module)
-    content = _content(path, kwargs.get("weights_only"))
-    given = set(content["state_dict"])
-    adapter, kind = adapter_of(content) if META in content else (None, None)
+    checkpoint = _read_without_values(path, kwargs.get("weights_only"))
+    loaded = set(checkpoint["state_dict"])
+    adapter, kind = adapter_of(checkpoint) if META in checkpoint else (None, None)
     if adapter is None:
-        _check_whole(module, given, path)
-    read(module, content)  # raises where it does not fit
-    kept = {}
+        _check_complete(module, loaded, path)
+    prepare_for_load(module, checkpoint)  # raises where it does not fit
+    weights = {}
     if kind == "merged":
         if path.is_dir():  # one tensor, because torch takes no empty state dict
-            given = {min(given, key=lambda name: content["state_dict"][name].numel())}
-        kept = _weights(module, given)  # Lightning loads W' into them
-    chosen, module.strict_loading = module._strict_loading, False  # it would miss what is left out by design
+            loaded = {min(loaded, key=lambda name: checkpoint["state_dict"][name].numel())}
+        weights = _copy_weights(module, loaded)  # Lightning loads W' into them
+    strict, module.strict_loading = module._strict_loading, False  # it would miss what is left out by design
     try:
-        with _showing(module, lambda state: {name: state[name] for name in state if name in given}):
-            loaded = call_previous(strategy, previous, "load_checkpoint", path, *args, **kwargs)
+        with _state_dict_shown_as(module, lambda state: {name: state[name] for name in state if name in loaded}):
+            content = call_previous(strategy, previous, "load_checkpoint", path, *args, **kwargs)
     finally:
-        module._strict_loading = chosen  # the property would turn an unset one into True
-        for weight, values in kept.items():
+        module._strict_loading = strict  # the property would turn an unset one into True
+        for weight, values in weights.items():
             weight.copy_(values)
     if kind == "merged" and adapter is not None:
         apply_adapter(module, adapter)
-    loaded.pop(META, None)  # done; the module's on_load_checkpoint has nothing to complete
-    return loaded
+    content.pop(META, None)  # done; the module's on_load_checkpoint has nothing to complete
+    return content
 
 
-def _content(path: Path, weights_only: bool | None) -> dict[str, Any]:
-    """A checkpoint without the values of a distributed one, whose tensors are on the meta device."""
+def _read_without_values(path: Path, weights_only: bool | None) -> dict[str, Any]:
+    """Read a checkpoint file, or a distributed checkpoint with tensors on the meta device."""
     from torch.distributed.checkpoint.filesystem import FileSystemReader  # slow to import, and rarely needed
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     if path.is_file():
-        content: dict[str, Any] = torch.load(path, mmap=True, map_location="cpu", weights_only=weights_only)
-        return content
+        checkpoint: dict[str, Any] = torch.load(path, mmap=True, map_location="cpu", weights_only=weights_only)
+        return checkpoint
     if not (path / HEADER).is_file():
         raise LoRAError(f"{path}: neither a checkpoint file nor a folder with a distributed checkpoint.")
-    content = torch.load(path / HEADER, map_location="cpu", weights_only=weights_only)
+    checkpoint = torch.load(path / HEADER, map_location="cpu", weights_only=weights_only)
     shards = FileSystemReader(path).read_metadata().state_dict_metadata
-    content["state_dict"] = {
+    checkpoint["state_dict"] = {
         name.removeprefix("state_dict."): torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
         for name, entry in shards.items()
         if name.startswith("state_dict.") and isinstance(entry, TensorStorageMetadata)
     }
-    return content
+    return checkpoint
 
 
-def _check_whole(module: nn.Module, given: set[str], path: Path) -> None:
-    """A checkpoint of another program holds the complete base, the complete adapter or both."""
+def _check_complete(module: nn.Module, names: set[str], path: Path) -> None:
+    """Raise unless a checkpoint of another program holds the complete base, the complete adapter or both."""
     base, adapter = set(base_keys(module)), set(adapter_keys(module))
-    for wanted in (base | adapter, base, adapter):
-        if given == wanted:
-            return
-    unknown, missing = sorted(given - base - adapter), sorted((adapter if given & (adapter - base) else base) - given)
+    if names in (base | adapter, base, adapter):
+        return
+    unknown, missing = sorted(names - base - adapter), sorted((adapter if names & (adapter - base) else base) - names)
     first = f"{unknown[0]!r} has no place in the model" if unknown else f"{missing[0]!r} is missing"
     raise LoRAError(
         f"{path}: a state dict must hold the complete base, the complete adapter or both, but {first} "
@@ -134,25 +130,26 @@ def _check_whole(module: nn.Module, given: set[str], path: Path) -> None:
     )
 
 
-def _weights(module: nn.Module, names: set[str]) -> dict[torch.Tensor, torch.Tensor]:
-    """The shards of adapted weights of these names, each with a copy of its values."""
-    weights = {
-        f"{name}.{leaf}": weight
+def _copy_weights(module: nn.Module, names: set[str]) -> dict[torch.Tensor, torch.Tensor]:
+    """Copy the values of adapted weights of these names; keys are this rank's live shards."""
+    shards = [
+        local(weight)
         for name, layer in adapted_layers(module).items()
         for leaf, weight in layer.adapted_weights().items()
-    }
-    return {shard: shard.clone() for shard in (local(weight) for name, weight in weights.items() if name in names)}
+        if f"{name}.{leaf}" in names
+    ]
+    return {shard: shard.clone() for shard in shards}
 
 
 @contextmanager
-def _showing(module: nn.Module, change: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> Iterator[None]:
-    """Inside, module.state_dict() gives what `change` makes of it; names are those without wrappers."""
+def _state_dict_shown_as(module: nn.Module, change: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> Iterator[None]:
+    """Let module.state_dict() give what `change` makes of it, whose argument has names without wrappers' segments."""
 
     def hook(owner: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-        raw = {canonical(name.removeprefix(prefix)): name for name in state}
-        shown = change({plain: state[name] for plain, name in raw.items()})
+        names = {canonical(name.removeprefix(prefix)): name for name in state}
+        changed = change({plain: state[name] for plain, name in names.items()})
         state.clear()
-        state.update({raw[plain]: value for plain, value in shown.items()})
+        state.update({names[plain]: value for plain, value in changed.items()})
 
     handle = module.register_state_dict_post_hook(hook)  # type: ignore[no-untyped-call]
     try:

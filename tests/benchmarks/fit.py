@@ -1,4 +1,7 @@
-"""Group f: a whole Trainer.fit with validation, with the callback and with peft inside the LightningModule."""
+"""Group f: a whole Trainer.fit with validation, with the callback and with peft inside the LightningModule.
+
+Group g: what the callback's own hooks take of a training step.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,10 @@ import torch
 from groups import Options, Row
 from measure import interleaved, milliseconds, ratio
 from stack import ALPHA, TARGETS, R, peft, stack
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_lora import LoRACallback
+from lightning_lora import LoRACallback, inject
 
 
 class Regression(L.LightningModule):
@@ -61,3 +65,35 @@ def f_fit(options: Options) -> Iterator[Row]:
             times = interleaved({name: lambda n=name: fit(n) for name in models}, 3 * options.seconds, "cpu")
         yield Row("f", "Trainer.fit with validation", f"d={d}", "ours", milliseconds(times, "ours"), "ms")
         yield Row("f", "Trainer.fit with validation", f"d={d}", "/ peft", ratio(times, ["ours"], ["peft"]), "", 0.95)
+
+
+class Deep(L.LightningModule):
+    """So many layers, each in a block of its own."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(layers)))
+
+
+def g_hooks(options: Options) -> Iterator[Row]:
+    """All hooks of the callback in a training step that has a predecessor in its epoch."""
+    for layers, target in options.hooks.items():
+        module, callback = Deep(layers), LoRACallback(r=1, lora_dropout=0.1)
+        inject(module, callback.config)
+        trainer = L.Trainer(logger=False, enable_checkpointing=False)
+        optimizer = torch.optim.SGD([module.net[0][0].lora_A])
+
+        def step(
+            callback: LoRACallback = callback,
+            module: Deep = module,
+            trainer: L.Trainer = trainer,
+            optimizer: torch.optim.Optimizer = optimizer,
+        ) -> None:
+            callback.on_train_batch_start(trainer, module, None, 1)
+            callback.on_before_optimizer_step(trainer, module, optimizer)
+            callback.on_train_batch_end(trainer, module, None, None, 1)
+
+        callback.on_train_epoch_start(trainer, module)
+        times = interleaved({"ours": step}, options.seconds / 10, "cpu")
+        value = milliseconds(times, "ours")
+        yield Row("g", "hooks of a training step", f"{layers} layers", "ms a step", value, "ms", target)

@@ -57,6 +57,7 @@ class Options:
     layers: tuple[int, ...]
     sides: tuple[int, ...]  # of the square weights that are merged
     compiled: tuple[bool, ...]  # as group a runs
+    hooks: dict[int, float | None]  # numbers of layers, each with the milliseconds wanted
 
 
 def name_of(dtype: torch.dtype) -> str:

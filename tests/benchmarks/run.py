@@ -19,7 +19,7 @@ from typing import Any
 
 import groups
 import torch
-from fit import f_fit
+from fit import f_fit, g_hooks
 from groups import Options, Row
 
 GROUPS = {
@@ -29,6 +29,7 @@ GROUPS = {
     "d": groups.d_memory,
     "e": groups.e_many_layers,
     "f": f_fit,
+    "g": g_hooks,
 }
 
 
@@ -75,9 +76,10 @@ def options_for(quick: bool, compiled: bool) -> Options:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     both = (False, True) if device == "cuda" else (compiled,)
     if quick:
-        return Options(device, 0.01, (32, 64), (torch.bfloat16,), (10, 20), (64,), (compiled,))
+        return Options(device, 0.01, (32, 64), (torch.bfloat16,), (10, 20), (64,), (compiled,), {20: None})
     dtypes = (torch.float32, torch.bfloat16)
-    return Options(device, 3.0, (128, 256, 512, 768), dtypes, (100, 300, 1000, 3000), (1024, 4096), both)
+    hooks = {20: None, 200: 0.1, 2000: 0.5}
+    return Options(device, 3.0, (128, 256, 512, 768), dtypes, (100, 300, 1000, 3000), (1024, 4096), both, hooks)
 
 
 def describe(threads: int) -> str:

@@ -37,7 +37,8 @@ class Plain(L.LightningModule):
         self.losses: list[float] = []
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.net(x)
+        result: torch.Tensor = self.net(x)
+        return result
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         return F.cross_entropy(self(batch[0]), batch[1])
@@ -61,6 +62,7 @@ class Sharded(Plain):
     def configure_model(self) -> None:  # once per stage
         if any(isinstance(parameter, DTensor) for parameter in self.parameters()):
             return
+        assert self.device_mesh is not None
         mesh = self.device_mesh["data_parallel"]
         for layer in [] if self.root_only else self.net:
             if list(layer.parameters()):
@@ -83,7 +85,7 @@ def dataset(seed: int = 5) -> TensorDataset:
 def loader(world: int = 1, rank: int = 0, seed: int = 5) -> DataLoader[Any]:
     """Every rank takes its part of the same global batches."""
     data = dataset(seed)
-    sampler = DistributedSampler(data, world, rank, shuffle=False)
+    sampler: DistributedSampler[Any] = DistributedSampler(data, world, rank, shuffle=False)
     return DataLoader(data, batch_size=BATCH // world, sampler=sampler)
 
 

@@ -289,12 +289,13 @@ PEAKS = {
 
 # --- the tables in the README ---
 
-README = Path(__file__).parents[2] / "README.md"
+README = Path(__file__).parent / "README.md"
+WRITER = "tests/distributed/test_scale.py"  # as the comments around the tables have it
 
 
 def around(name: str) -> tuple[str, str, str]:
     """The README before, inside and after a marked part."""
-    before, rest = README.read_text().split(f"<!-- {name}: written by tests/distributed/test_scale.py -->\n")
+    before, rest = README.read_text().split(f"<!-- {name}: written by {WRITER} -->\n")
     inside, after = rest.split(f"<!-- end of {name} -->")
     return before, inside.strip(), after
 
@@ -306,7 +307,7 @@ def section(name: str) -> str:
 def write(name: str, text: str) -> None:
     """Put text into the marked part: with WRITE_TABLE=1 in the environment."""
     before, _, after = around(name)
-    begin, end = f"<!-- {name}: written by tests/distributed/test_scale.py -->\n", f"<!-- end of {name} -->"
+    begin, end = f"<!-- {name}: written by {WRITER} -->\n", f"<!-- end of {name} -->"
     README.write_text(f"{before}{begin}\n{text}\n\n{end}{after}")
 
 

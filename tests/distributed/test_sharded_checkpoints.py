@@ -18,8 +18,7 @@ from torch.distributed.tensor import DTensor
 from traffic import Traffic
 from world import world
 
-from lightning_lora import LoRAError, inject, load_adapter, merged_state_dict
-from lightning_lora.config import LoRAConfig
+from lightning_lora import LoRAConfig, LoRAError, inject, load_adapter, merged_state_dict
 
 KINDS = ["adapter", "merged", "full"]
 FORMS = pytest.mark.parametrize("whole", [True, False], ids=["file", "distributed"])

@@ -53,7 +53,8 @@ class Block(nn.Module):
         self.down = nn.Linear(hidden, 6)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(torch.relu(self.up(self.norm(x))))
+        result: torch.Tensor = self.down(torch.relu(self.up(self.norm(x))))
+        return result
 
 
 PLAN = {"up": ColwiseParallel(), "down": RowwiseParallel()}

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,8 @@ EVALUATIONS = ("validation", "test", "predict")
 
 def lora(**options: Any) -> LoRACallback:
     """A callback whose adapter has an effect from the first batch on."""
-    return LoRACallback(**{"r": 2, "lora_alpha": 4, "target_modules": TARGETS, "init_lora_weights": False} | options)
+    defaults: dict[str, Any] = {"r": 2, "lora_alpha": 4, "target_modules": TARGETS, "init_lora_weights": False}
+    return LoRACallback(**defaults | options)
 
 
 class Watched(Net):
@@ -34,7 +34,7 @@ class Watched(Net):
         self.seen.append((stage, is_merged(self), loss.item()))
         return loss
 
-    def training_step(self, batch: Any, batch_idx: int, *args: Any) -> torch.Tensor:
+    def training_step(self, batch: Any, batch_idx: int, *args: Any) -> Any:
         return self.note("train", batch)
 
     def validation_step(self, batch: Any, batch_idx: int, *args: Any) -> None:
@@ -43,7 +43,7 @@ class Watched(Net):
     def test_step(self, batch: Any, batch_idx: int, *args: Any) -> None:
         self.log("test_loss", self.note("test", batch))
 
-    def predict_step(self, batch: Any, batch_idx: int, *args: Any) -> torch.Tensor:
+    def predict_step(self, batch: Any, batch_idx: int, *args: Any) -> Any:
         self.note("predict", batch)
         return self(batch[0])
 
@@ -122,17 +122,6 @@ def assert_as_found(model: nn.Module, before: dict[str, torch.Tensor] | None) ->
     assert not any(layer._forward_hooks for layer in layers)
     if before is not None:
         assert_same_tensors(base_weights(model), before)
-
-
-@contextmanager
-def allowing(*messages: str) -> Iterator[None]:
-    """Lightning's own warnings about what a test does on purpose."""
-    import warnings
-
-    with warnings.catch_warnings():
-        for message in messages:
-            warnings.filterwarnings("ignore", message)
-        yield
 
 
 class At(L.Callback):

@@ -36,7 +36,7 @@ class Steady(Net):
         return torch.optim.AdamW(self.parameters(), lr=0.01)
 
 
-def train(folder: Path, kind: str) -> None:
+def train(folder: Path, kind: Any) -> None:
     """Goes on from the last checkpoint if there is one."""
     torch.manual_seed(0)
     callbacks = [

@@ -49,12 +49,13 @@ class FiltersInAClosure(NaiveCallback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
+        module: Any = pl_module
 
         def keep_factors(checkpoint: dict[str, Any]) -> None:
             state = pl_module.state_dict()
             checkpoint["state_dict"] = {name: value for name, value in state.items() if "lora_" in name}
 
-        pl_module.on_save_checkpoint = keep_factors
+        module.on_save_checkpoint = keep_factors
 
 
 class InjectsWhenItMerges(L.Callback):
@@ -65,7 +66,7 @@ class InjectsWhenItMerges(L.Callback):
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         for name in self.targets:
-            layer = pl_module.get_submodule(name)
+            layer: Any = pl_module.get_submodule(name)
             if not hasattr(layer, "lora_A"):
                 layer.lora_A = nn.Parameter(torch.randn(self.r, layer.in_features))
                 layer.lora_B = nn.Parameter(torch.randn(layer.out_features, self.r))
@@ -104,7 +105,7 @@ class PatchesForward(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         for name in self.targets:
-            layer = pl_module.get_submodule(name)
+            layer: Any = pl_module.get_submodule(name)
             layer.lora_A = nn.Parameter(torch.randn(self.r, layer.in_features))
             layer.lora_B = nn.Parameter(torch.randn(layer.out_features, self.r))
             layer.forward = types.MethodType(_with_adapter(layer.forward), layer)
@@ -112,6 +113,7 @@ class PatchesForward(L.Callback):
 
 def _with_adapter(forward: Callable[..., Any]) -> Callable[..., Any]:
     def adapted(layer: Any, x: torch.Tensor) -> torch.Tensor:
-        return forward(x) + x @ layer.lora_A.T @ layer.lora_B.T
+        result: torch.Tensor = forward(x) + x @ layer.lora_A.T @ layer.lora_B.T
+        return result
 
     return adapted

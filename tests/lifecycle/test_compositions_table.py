@@ -1,4 +1,4 @@
-"""The README's table of compositions is what the compositions give.
+"""The table of compositions in tests/README.md is what the compositions give.
 
 With WRITE_TABLE=1 in the environment the test writes it.
 """
@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from compositions_table import ROWS, outcome, render
 
-README = Path(__file__).parents[2] / "README.md"
+README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = (
-    "<!-- compositions: written by tests/lifecycle/test_compositions_table.py -->\n",
+    "<!-- compositions: written by tests/trainer/test_compositions_table.py -->\n",
     "<!-- end of compositions -->",
 )
 STRATEGIES = ("ddp_spawn", "ddp_fork", "ddp_notebook")

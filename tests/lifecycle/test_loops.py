@@ -100,7 +100,8 @@ class Manual(Watched):
         self.automatic_optimization = False
 
     def training_step(self, batch: Any, batch_idx: int, *args: Any) -> None:
-        for optimizer in self.optimizers():
+        optimizers: Any = self.optimizers()
+        for optimizer in optimizers:
             optimizer.zero_grad()
             self.manual_backward(self.note("train", batch))
             optimizer.step()

@@ -60,7 +60,7 @@ def all_others(path: Path, bar: L.Callback) -> list[L.Callback]:
 
 
 class Logs(Watched):
-    def training_step(self, batch: Any, batch_idx: int, *args: Any) -> torch.Tensor:
+    def training_step(self, batch: Any, batch_idx: int, *args: Any) -> Any:
         loss = super().training_step(batch, batch_idx)
         self.log("train_loss", loss.detach())
         return loss
