@@ -75,15 +75,15 @@ def extract(
         LoRAError: names or shapes differ, or a change cannot be carried.
     """
     _same_names(base, tuned)
-    changed = [name for name, place in base.places.items() if _differs(place, tuned.places[name], progress)]
-    names = [name for name in changed if _adaptable(name, base.places[name]) and not _excluded(name, exclude)]
+    changed = [name for name, location in base.locations.items() if _differs(location, tuned.locations[name], progress)]
+    names = [name for name in changed if _adaptable(name, base.locations[name]) and not _excluded(name, exclude)]
     tensors: dict[str, Any] = {}
     kinds: dict[str, str] = {}
     kept, squares = {}, {}
     for name in names:
         module = name.rpartition(".")[0]
         kinds[module] = _kind(module, base, embeddings, fan_in_fan_out)
-        change = read_tensor(tuned.places[name]).float() - read_tensor(base.places[name]).float()
+        change = read_tensor(tuned.locations[name]).float() - read_tensor(base.locations[name]).float()
         a, b, kept[module], squares[module] = _factors(change, rank, kinds[module])
         tensors |= {f"{module}.{A}": a, f"{module}.{B}": b}
     if not names:
@@ -91,7 +91,7 @@ def extract(
     whole, options = ({}, {}) if drop_rest else _carried(base, tuned, changed, set(kinds))
     rest = [name for name in changed if name not in names and name not in whole]
     config = _config(tensors, list(kinds), rank, options)
-    prints = {n: fingerprint_entry_at(p) for n, p in base.places.items() if n not in whole and p.in_order}
+    prints = {n: fingerprint_entry_at(p) for n, p in base.locations.items() if n not in whole and p.in_order}
     adapter = Adapter(
         tensors={**tensors, **whole},
         config=config,
@@ -104,13 +104,13 @@ def extract(
 
 
 def _same_names(base: Weights, tuned: Weights) -> None:
-    odd = sorted(set(base.places) ^ set(tuned.places))
+    odd = sorted(set(base.locations) ^ set(tuned.locations))
     if odd:
-        where = base.path if odd[0] in base.places else tuned.path
+        where = base.path if odd[0] in base.locations else tuned.path
         raise LoRAError(f"extract: {odd[0]!r} is only in {where} (in all {len(odd)}); give two versions of one model.")
-    for name, place in base.places.items():
-        if tuned.places[name].shape != place.shape:
-            raise LoRAError(f"extract: {name!r} has shape {place.shape}, tuned {tuned.places[name].shape}.")
+    for name, location in base.locations.items():
+        if tuned.locations[name].shape != location.shape:
+            raise LoRAError(f"extract: {name!r} has shape {location.shape}, tuned {tuned.locations[name].shape}.")
 
 
 def _differs(one: TensorLocation, other: TensorLocation, progress: Callable[[int], None]) -> bool:
@@ -119,8 +119,8 @@ def _differs(one: TensorLocation, other: TensorLocation, progress: Callable[[int
     return not torch.equal(before, after.to(before.dtype) if other.dtype != one.dtype else after)
 
 
-def _adaptable(name: str, place: TensorLocation) -> bool:
-    return name.endswith(".weight") and len(place.shape) >= 2 and place.dtype in MERGEABLE_DTYPES
+def _adaptable(name: str, location: TensorLocation) -> bool:
+    return name.endswith(".weight") and len(location.shape) >= 2 and location.dtype in MERGEABLE_DTYPES
 
 
 def _excluded(name: str, exclude: Sequence[str]) -> bool:
@@ -128,10 +128,10 @@ def _excluded(name: str, exclude: Sequence[str]) -> bool:
 
 
 def _kind(module: str, base: Weights, embeddings: Sequence[str], fan_in_fan_out: bool) -> str:
-    if len(base.places[f"{module}.weight"].shape) > 2:
+    if len(base.locations[f"{module}.weight"].shape) > 2:
         return "Conv"
     parent, _, leaf = module.rpartition(".")
-    if leaf == "out_proj" and f"{parent}.{IN_PROJ}" in base.places:
+    if leaf == "out_proj" and f"{parent}.{IN_PROJ}" in base.locations:
         return "AttentionOutput"
     if names_match(list(embeddings), module) or EMBEDDING.fullmatch(leaf):
         return "Embedding"
@@ -174,9 +174,9 @@ def _carried(
                 f"extract: {name!r} changed, and neither an adapter nor modules_to_save can carry it alone; pass "
                 "--drop-rest to leave out all that is not an adapted weight."
             )
-    names = [n for n in base.places if n.rpartition(".")[0] in modules]
-    names += [f"{module}.bias" for module in adapted if biases and f"{module}.bias" in base.places]
-    whole = {name: read_tensor(tuned.places[name]) for name in names}
+    names = [n for n in base.locations if n.rpartition(".")[0] in modules]
+    names += [f"{module}.bias" for module in adapted if biases and f"{module}.bias" in base.locations]
+    whole = {name: read_tensor(tuned.locations[name]) for name in names}
     return whole, {"modules_to_save": modules, "bias": "lora_only" if biases else "none"}
 
 

@@ -29,16 +29,16 @@ def info(path: PathLike) -> dict[str, Any]:
     if holds_adapter(path):
         return {"path": str(path), "kind": _adapter_kind(Path(path)), **_adapter_info(read_adapter(path))}
     weights = open_weights(path)
-    places = weights.places.values()
+    locations = weights.locations.values()
     return {
         "path": str(path),
         "kind": "weights",
         "form": weights.form,
-        "files": len({place.file for place in places}),
-        "tensors": len(places),
-        "parameters": sum(place.numel for place in places),
-        "bytes": sum(place.nbytes for place in places),
-        "dtypes": dict(Counter(_short(place.dtype) for place in places)),
+        "files": len({location.file for location in locations}),
+        "tensors": len(locations),
+        "parameters": sum(location.numel for location in locations),
+        "bytes": sum(location.nbytes for location in locations),
+        "dtypes": dict(Counter(_short(location.dtype) for location in locations)),
     }
 
 
@@ -49,7 +49,9 @@ def holds_adapter(path: PathLike) -> bool:
         return True
     if not path.is_dir() and path.suffix != ".safetensors" and META in read_torch_file(path, "meta"):
         return True
-    return any(part in (A, B) or part.startswith("lora_") for n in open_weights(path).places for part in n.split("."))
+    return any(
+        part in (A, B) or part.startswith("lora_") for n in open_weights(path).locations for part in n.split(".")
+    )
 
 
 def _adapter_kind(path: Path) -> str:
@@ -142,12 +144,12 @@ def _row(one: torch.Tensor, other: torch.Tensor) -> dict[str, Any]:
 
 
 def _diff_weights(one: Weights, other: Weights) -> dict[str, Any]:
-    names = [name for name in one.places if name in other.places]
-    rows = {name: _place_row(one.places[name], other.places[name]) for name in names}
-    return {"kind": "weights", **_only(set(one.places), set(other.places)), "changes": rows}
+    names = [name for name in one.locations if name in other.locations]
+    rows = {name: _location_row(one.locations[name], other.locations[name]) for name in names}
+    return {"kind": "weights", **_only(set(one.locations), set(other.locations)), "changes": rows}
 
 
-def _place_row(one: TensorLocation, other: TensorLocation) -> dict[str, Any]:
+def _location_row(one: TensorLocation, other: TensorLocation) -> dict[str, Any]:
     if one.shape != other.shape:
         return {"problem": f"shape {one.shape} and {other.shape}"}
     squares = [0.0, 0.0]

@@ -92,7 +92,7 @@ def _merge_options(parser: Any) -> None:
 
 def _merge(options: Any) -> str:
     """Merge an adapter into a base on disk; memory does not grow with the model."""
-    total = sum(place.nbytes for place in open_weights(options.base).places.values())
+    total = sum(location.nbytes for location in open_weights(options.base).locations.values())
     with _progress_bar("merging", total) as progress:
         left_out = merge_on_disk(
             options.base,
@@ -160,7 +160,7 @@ def _extract_options(parser: Any) -> None:
 def _extract(options: Any) -> str:
     """Make an adapter out of a full fine-tune by truncated singular value decomposition."""
     base, tuned = open_weights(options.base), open_weights(options.tuned)
-    with _progress_bar("comparing", sum(place.nbytes for place in base.places.values())) as progress:
+    with _progress_bar("comparing", sum(location.nbytes for location in base.locations.values())) as progress:
         found = extract(
             base,
             tuned,

@@ -128,7 +128,7 @@ def _recast(job: Job, content: dict[str, Any]) -> dict[str, Any]:
     state: Mapping[str, Any] = content.get("state_dict", content)
     new: dict[Any, torch.Tensor] = {}
     cast = dict(state)
-    for name in job.base.places:
+    for name in job.base.locations:
         tensor = state[name]
         key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         if key not in new:
@@ -171,7 +171,7 @@ def plan_updates(adapter: Adapter, base: Weights, *, strict_base: bool = True) -
     Raises:
         LoRAError: the adapter does not fit the base, or merged weights cannot express it.
     """
-    if any(name.rpartition(".")[2] in (A, B) for name in base.places):
+    if any(name.rpartition(".")[2] in (A, B) for name in base.locations):
         raise LoRAError(f"{base.path}: the base holds an adapter itself; give the weights that it was trained on.")
     adapter = align_to_modules(adapter, base.modules(), str(base.path))
     _compare_base(adapter, base, strict_base)
@@ -195,10 +195,10 @@ def plan_updates(adapter: Adapter, base: Weights, *, strict_base: bool = True) -
 
 def _compare_base(adapter: Adapter, base: Weights, strict: bool) -> None:
     """By the names that both have: a file may hold tied weights once, or experts under other names than a model."""
-    common = {name: entry for name, entry in adapter.fingerprint.items() if name in base.places}
-    readable = {name: entry for name, entry in common.items() if base.places[name].in_order}
+    common = {name: entry for name, entry in adapter.fingerprint.items() if name in base.locations}
+    readable = {name: entry for name, entry in common.items() if base.locations[name].in_order}
     try:
-        compare_fingerprints({name: fingerprint_entry_at(base.places[name]) for name in readable}, readable)
+        compare_fingerprints({name: fingerprint_entry_at(base.locations[name]) for name in readable}, readable)
     except LoRAError as error:
         if strict:
             raise
@@ -207,12 +207,12 @@ def _compare_base(adapter: Adapter, base: Weights, strict: bool) -> None:
 
 def _layer_updates(adapter: Adapter, name: str, base: Weights, seen: Mapping[str, str]) -> dict[str, WeightUpdate]:
     a, b = adapter.tensors[f"{name}.{A}"], adapter.tensors[f"{name}.{B}"]
-    leaves = [leaf for leaf in ("weight", *ATTENTION_WEIGHTS) if f"{name}.{leaf}" in base.places]
-    shapes = {leaf: base.places[f"{name}.{leaf}"].shape for leaf in leaves}
+    leaves = [leaf for leaf in ("weight", *ATTENTION_WEIGHTS) if f"{name}.{leaf}" in base.locations]
+    shapes = {leaf: base.locations[f"{name}.{leaf}"].shape for leaf in leaves}
     if not shapes:
         raise LoRAError(f"{base.path}: {name!r}, which the adapter updates, has no weight there. {INSTEAD}.")
     for leaf in leaves:
-        dtype = base.places[f"{name}.{leaf}"].dtype
+        dtype = base.locations[f"{name}.{leaf}"].dtype
         if dtype not in MERGEABLE_DTYPES:
             raise LoRAError(f"{base.path}: {f'{name}.{leaf}'!r} is {dtype}; only floating point weights are merged.")
     kind = adapter.kinds.get(name) or _kind(adapter, name, shapes, base, seen)
@@ -258,8 +258,8 @@ def _seen_orientations(adapter: Adapter, base: Weights) -> dict[str, str]:
     """Linear and Conv1D, each with the first layer of unknown kind whose shape says that it is one."""
     seen: dict[str, str] = {}
     for name in adapter.layers():
-        place = base.places.get(f"{name}.weight")
-        fits = _orientations(adapter, name, place.shape) if place and name not in adapter.kinds else set()
+        location = base.locations.get(f"{name}.weight")
+        fits = _orientations(adapter, name, location.shape) if location and name not in adapter.kinds else set()
         if len(fits) == 1:
             seen.setdefault(fits.pop(), name)
     return seen
@@ -272,16 +272,16 @@ def _orientations(adapter: Adapter, name: str, shape: Sequence[int]) -> set[str]
 
 def _replacement(name: str, value: Any, base: Weights) -> WeightUpdate:
     """A parameter that was trained whole, or a buffer."""
-    place = base.places.get(name)
-    if place is None:
+    location = base.locations.get(name)
+    if location is None:
         raise LoRAError(
             f"{base.path}: the adapter comes with {name!r}, trained whole, and the base has no such tensor. {INSTEAD}."
         )
-    if not isinstance(value, torch.Tensor) or tuple(value.shape) != place.shape:
+    if not isinstance(value, torch.Tensor) or tuple(value.shape) != location.shape:
         found = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
-        raise LoRAError(f"{base.path}: {name!r} has shape {place.shape}, in the adapter {found}.")
-    if value.is_floating_point() != place.dtype.is_floating_point:
-        raise LoRAError(f"{base.path}: {name!r} is {place.dtype}, in the adapter {value.dtype}.")
+        raise LoRAError(f"{base.path}: {name!r} has shape {location.shape}, in the adapter {found}.")
+    if value.is_floating_point() != location.dtype.is_floating_point:
+        raise LoRAError(f"{base.path}: {name!r} is {location.dtype}, in the adapter {value.dtype}.")
     if value.is_floating_point() and not math.isfinite(float(value.double().sum())):
         raise LoRAError(f"adapter: {name!r} holds NaN or Inf; it comes from a diverged run or a damaged file.")
     return WeightUpdate(value=value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -13,7 +12,8 @@ from typing import BinaryIO
 import torch
 
 from ..errors import LoRAError
-from ..files.model_folder import CONFIG, INDEX_SUFFIX, ModelFolder, side_files
+from ..files.model_folder import CONFIG, INDEX_SUFFIX, STEM, index_of, plan_shards, side_files
+from ..files.paths import write_json
 from ..files.safetensors import TensorLocation, as_bytes, build_header, read_rows
 from ..files.torch_archive import set_check_sums
 from ..files.weights import Weights
@@ -66,13 +66,22 @@ class Job:
     progress: Progress
 
     def result_dtype(self, name: str) -> torch.dtype:
-        """The dtype of one tensor of the result; what is not floating point keeps its own."""
-        own = self.base.places[name].dtype
-        return self.dtype if self.dtype is not None and own in MERGEABLE_DTYPES else own
+        """Return the dtype of one tensor of the result; what is not floating point keeps its own."""
+        dtype = self.base.locations[name].dtype
+        return self.dtype if self.dtype is not None and dtype in MERGEABLE_DTYPES else dtype
+
+    def result_nbytes(self, name: str) -> int:
+        """Return the size of one tensor of the result."""
+        return self.base.locations[name].numel * self.result_dtype(name).itemsize
 
 
 def write_folder_of(job: Job, target: Path, max_shard_bytes: int | None) -> list[Path]:
     """Write a model folder: shards, index, config and all side files.
+
+    Args:
+        job: what to do; its base is a folder.
+        target: an empty folder.
+        max_shard_bytes: how large a file may be, or None for the base's own sharding.
 
     Returns:
         What was left out because it holds unmerged weights.
@@ -80,25 +89,32 @@ def write_folder_of(job: Job, target: Path, max_shard_bytes: int | None) -> list
     folder = job.base.folder
     assert folder is not None
     copied, left_out = side_files(folder)
-    shards = _shards_of(folder) if max_shard_bytes is None else _new_shards(job, folder, max_shard_bytes)
+    sizes = {name: job.result_nbytes(name) for header in folder.shards.values() for name in header.entries}
+    if max_shard_bytes is None:
+        shards = [Shard(file, list(header.entries), header.metadata) for file, header in folder.shards.items()]
+    else:
+        metadata = next(iter(folder.shards.values())).metadata
+        files = plan_shards(sizes, max_shard_bytes, folder.stem)
+        shards = [Shard(file, names, metadata) for file, names in files.items()]
     for shard in shards:
         write_safetensors(job, shard, target / shard.name)
     for file in copied:
         (target / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder.path / file, target / file)
     if job.dtype is not None and folder.config:
-        _write_json(target / CONFIG, _with_dtype(folder.config, job.dtype))
+        write_json(target / CONFIG, _with_dtype(folder.config, job.dtype))
     if folder.index_name and job.dtype is None and max_shard_bytes is None:
         shutil.copyfile(folder.path / folder.index_name, target / folder.index_name)
     elif len(shards) > 1 or (folder.index_name and max_shard_bytes is None):
-        _write_index(job, folder, shards, target)
+        index = index_of({shard.name: shard.tensors for shard in shards}, sizes, folder.index)
+        write_json(target / (folder.index_name or f"{STEM}{INDEX_SUFFIX}"), index)
     return left_out
 
 
 def write_safetensors(job: Job, shard: Shard, target: Path) -> None:
     """Write one safetensors file."""
     base = job.base
-    described = [(name, job.result_dtype(name), base.places[name].shape) for name in shard.tensors]
+    described = [(name, job.result_dtype(name), base.locations[name].shape) for name in shard.tensors]
     header = base.headers.get(shard.name)
     same = header is not None and job.dtype is None and list(header.entries) == list(shard.tensors)
     sources: dict[Path, BinaryIO] = {}
@@ -106,16 +122,16 @@ def write_safetensors(job: Job, shard: Shard, target: Path) -> None:
         out = files.enter_context(open(target, "xb"))
         out.write(header.raw if same and header else build_header(described, shard.metadata))
         for name in shard.tensors:
-            path = base.places[name].file
+            path = base.locations[name].file
             if path not in sources:
                 sources[path] = files.enter_context(open(path, "rb"))
             _write_tensor(job, name, sources[path], out)
 
 
 def _write_tensor(job: Job, name: str, source: BinaryIO, out: BinaryIO) -> None:
-    place = job.base.places[name]
-    for first, count in place.chunks(CPU_CHUNK):  # whole blocks, so that merging part by part gives the same bits
-        rows = read_rows(source, place, first, count)
+    location = job.base.locations[name]
+    for first, count in location.chunks(CPU_CHUNK):  # whole blocks, so that merging part by part gives the same bits
+        rows = read_rows(source, location, first, count)
         out.write(as_bytes(new_rows(job, name, rows, first)))
         job.progress(rows.nbytes)
 
@@ -142,52 +158,15 @@ def new_rows(job: Job, name: str, rows: torch.Tensor, first: int) -> torch.Tenso
 def write_torch_file(job: Job, target: Path) -> None:
     """Copy a file that torch.save wrote and put the merged weights into the copy."""
     shutil.copyfile(job.base.path, target)
-    places = [job.base.places[name] for name in job.updates]
+    locations = [job.base.locations[name] for name in job.updates]
     with open(job.base.path, "rb") as source, open(target, "r+b") as out:
-        for name, place in job.base.places.items():
+        for name, location in job.base.locations.items():
             if name in job.updates:
-                out.seek(place.start)
+                out.seek(location.start)
                 _write_tensor(job, name, source, out)
             else:
-                job.progress(place.nbytes)
-    set_check_sums(target, places)
-
-
-def _shards_of(folder: ModelFolder) -> list[Shard]:
-    return [Shard(name, list(header.entries), header.metadata) for name, header in folder.shards.items()]
-
-
-def _new_shards(job: Job, folder: ModelFolder, most: int) -> list[Shard]:
-    """As many tensors in a file as fit, in the order of the base; a tensor is never split."""
-    groups: list[list[str]] = [[]]
-    size = 0
-    for name in (name for header in folder.shards.values() for name in header.entries):
-        nbytes = job.base.places[name].numel * job.result_dtype(name).itemsize
-        if groups[-1] and size + nbytes > most:
-            groups.append([])
-            size = 0
-        groups[-1].append(name)
-        size += nbytes
-    stem = (folder.index_name or "model.safetensors").removesuffix(INDEX_SUFFIX).removesuffix(".safetensors")
-    metadata = next(iter(folder.shards.values())).metadata
-    count = len(groups)
-    names = [f"{stem}-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)] if count > 1 else []
-    names = names or [f"{stem}.safetensors"]
-    return [Shard(name, group, metadata) for name, group in zip(names, groups, strict=True)]
-
-
-def _write_index(job: Job, folder: ModelFolder, shards: Sequence[Shard], target: Path) -> None:
-    name = folder.index_name or f"model{INDEX_SUFFIX}"
-    old = folder.index.get("metadata")
-    metadata = dict(old) if isinstance(old, Mapping) else {}
-    sizes = [job.base.places[n].numel * job.result_dtype(n).itemsize for shard in shards for n in shard.tensors]
-    metadata["total_size"] = sum(sizes)
-    weight_map = {tensor: shard.name for shard in shards for tensor in shard.tensors}
-    _write_json(target / name, {**folder.index, "metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
-
-
-def _write_json(path: Path, content: Mapping[str, object]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+                job.progress(location.nbytes)
+    set_check_sums(target, locations)
 
 
 def _with_dtype(config: Mapping[str, object], dtype: torch.dtype) -> dict[str, object]:
@@ -208,21 +187,23 @@ def verify_result(job: Job, result: Weights) -> None:
     Raises:
         LoRAError: names the first difference.
     """
-    odd = sorted(set(result.places) ^ set(job.base.places))
+    odd = sorted(set(result.locations) ^ set(job.base.locations))
     if odd:
         raise LoRAError(f"verify: {odd[0]!r} is in only one of base and result.")
-    for name, place in job.base.places.items():
-        found = result.places[name]
-        if (found.dtype, found.shape) != (job.result_dtype(name), place.shape):
-            raise LoRAError(f"verify: {name!r} is {found.dtype} {found.shape}, expected {place.dtype} {place.shape}.")
-        if place.in_order:
-            _compare(name, place, found, job.updates.get(name))
+    for name, location in job.base.locations.items():
+        found = result.locations[name]
+        if (found.dtype, found.shape) != (job.result_dtype(name), location.shape):
+            raise LoRAError(
+                f"verify: {name!r} is {found.dtype} {found.shape}, expected {location.dtype} {location.shape}."
+            )
+        if location.in_order:
+            _compare(name, location, found, job.updates.get(name))
 
 
-def _compare(name: str, place: TensorLocation, found: TensorLocation, update: WeightUpdate | None) -> None:
-    with open(place.file, "rb") as before, open(found.file, "rb") as after:
-        for first, count in place.chunks():
-            old, new = read_rows(before, place, first, count), read_rows(after, found, first, count)
+def _compare(name: str, location: TensorLocation, found: TensorLocation, update: WeightUpdate | None) -> None:
+    with open(location.file, "rb") as before, open(found.file, "rb") as after:
+        for first, count in location.chunks():
+            old, new = read_rows(before, location, first, count), read_rows(after, found, first, count)
             if update is None and old.dtype == new.dtype:
                 same = torch.equal(_bits(old), _bits(new))
             elif old.is_floating_point():

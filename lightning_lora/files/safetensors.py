@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import LoRAError
-from .paths import PathLike, _require_file
+from .paths import PathLike, require_file
 
 
 def read_safetensors(path: PathLike) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -26,7 +26,7 @@ def read_safetensors(path: PathLike) -> tuple[dict[str, torch.Tensor], dict[str,
     Raises:
         LoRAError: no such file, or not a whole safetensors file.
     """
-    _require_file(path)
+    require_file(path)
     read_header(Path(path))
     try:
         with safe_open(path, framework="pt") as file:
@@ -181,17 +181,17 @@ class TensorLocation:
             yield first, min(step, rows - first)
 
 
-def read_rows(file: BinaryIO, place: TensorLocation, first: int, count: int) -> torch.Tensor:
+def read_rows(file: BinaryIO, location: TensorLocation, first: int, count: int) -> torch.Tensor:
     """Some rows of a tensor, from its open file; a scalar is one row."""
-    row = place.nbytes // max(1, place.shape[0] if place.shape else 1)
-    shape = (count, *place.shape[1:]) if place.shape else ()
-    return _read(file, place, first * row, count * row).view(shape)
+    row = location.nbytes // max(1, location.shape[0] if location.shape else 1)
+    shape = (count, *location.shape[1:]) if location.shape else ()
+    return _read(file, location, first * row, count * row).view(shape)
 
 
-def read_tensor(place: TensorLocation) -> torch.Tensor:
+def read_tensor(location: TensorLocation) -> torch.Tensor:
     """The whole tensor."""
-    with open(place.file, "rb") as file:
-        return read_rows(file, place, 0, place.shape[0] if place.shape else 1)
+    with open(location.file, "rb") as file:
+        return read_rows(file, location, 0, location.shape[0] if location.shape else 1)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
@@ -213,14 +213,14 @@ def _memory(flat: torch.Tensor) -> memoryview:
     return memoryview(flat.numpy())  # type: ignore[arg-type]
 
 
-def _read(file: BinaryIO, place: TensorLocation, offset: int, nbytes: int) -> torch.Tensor:
-    if not place.in_order:
-        raise LoRAError(f"{place.file}: a tensor is stored out of order; call .contiguous() on it before saving.")
+def _read(file: BinaryIO, location: TensorLocation, offset: int, nbytes: int) -> torch.Tensor:
+    if not location.in_order:
+        raise LoRAError(f"{location.file}: a tensor is stored out of order; call .contiguous() on it before saving.")
     if not nbytes:
-        return torch.empty(0, dtype=place.dtype)
+        return torch.empty(0, dtype=location.dtype)
     flat = torch.empty(nbytes, dtype=torch.uint8)
-    file.seek(place.start + offset)
+    file.seek(location.start + offset)
     got = file.readinto(_memory(flat))  # type: ignore[attr-defined]
     if got != nbytes:
-        raise LoRAError(f"{place.file}: ends before the bytes that its header describes; it was cut or is changing.")
-    return flat.view(place.dtype)
+        raise LoRAError(f"{location.file}: ends before the bytes that its header describes; it was cut or is changing.")
+    return flat.view(location.dtype)

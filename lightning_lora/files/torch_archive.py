@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import torch
 
 from ..errors import LoRAError
-from .paths import PathLike, _require_file
+from .paths import PathLike, require_file
 from .safetensors import TensorLocation
 
 
@@ -29,7 +29,7 @@ def read_torch_file(path: PathLike, device: str = "cpu") -> dict[str, Any]:
     Raises:
         LoRAError: no such file, truncated, not a dictionary, or it holds more than plain types and tensors.
     """
-    _require_file(path)
+    require_file(path)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Detected pickle protocol")  # the error says enough
@@ -61,7 +61,7 @@ class Record:
     start: int
 
 
-def torch_places(path: Path) -> dict[str, TensorLocation]:
+def torch_locations(path: Path) -> dict[str, TensorLocation]:
     """Where the tensors of a state dict, or of a checkpoint's, lie in a file.
 
     Raises:
@@ -73,13 +73,13 @@ def torch_places(path: Path) -> dict[str, TensorLocation]:
         raise LoRAError(f"{path}: expected a state dict, found {type(state).__name__}.")
     sizes = {record.start: record.info.file_size for record in read_records(path)}
     return {
-        name: _place(path, name, value, sizes)
+        name: _location(path, name, value, sizes)
         for name, value in state.items()
         if isinstance(name, str) and isinstance(value, torch.Tensor)
     }
 
 
-def _place(path: Path, name: str, tensor: torch.Tensor, sizes: Mapping[int, int]) -> TensorLocation:
+def _location(path: Path, name: str, tensor: torch.Tensor, sizes: Mapping[int, int]) -> TensorLocation:
     if tensor.layout != torch.strided:
         raise LoRAError(f"{path}: {name!r} is a sparse tensor, which cannot be read in place.")
     start = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
@@ -89,10 +89,10 @@ def _place(path: Path, name: str, tensor: torch.Tensor, sizes: Mapping[int, int]
             "safetensors, or use torch 2.7 or newer."
         )
     first = start + tensor.storage_offset() * tensor.dtype.itemsize
-    place = TensorLocation(path, tensor.dtype, tuple(tensor.shape), first, tensor.is_contiguous())
-    if start not in sizes or first + place.nbytes > start + sizes[start]:
+    location = TensorLocation(path, tensor.dtype, tuple(tensor.shape), first, tensor.is_contiguous())
+    if start not in sizes or first + location.nbytes > start + sizes[start]:
         raise LoRAError(f"{path}: {name!r} claims bytes outside its record; the file is damaged.")
-    return place
+    return location
 
 
 def read_records(path: PathLike) -> list[Record]:
@@ -122,11 +122,11 @@ def _start(file: BinaryIO, info: zipfile.ZipInfo) -> int:
     return info.header_offset + LOCAL + names + extra
 
 
-def set_check_sums(path: PathLike, places: list[TensorLocation]) -> None:
+def set_check_sums(path: PathLike, locations: list[TensorLocation]) -> None:
     """Make the archive's check sums right again after these tensors were changed in place."""
     records = read_records(path)
     starts = sorted(record.start for record in records)
-    changed = {starts[bisect_right(starts, place.start) - 1] for place in places}
+    changed = {starts[bisect_right(starts, location.start) - 1] for location in locations}
     with zipfile.ZipFile(path) as archive:
         directory = archive.start_dir
     with open(path, "r+b") as file:
