@@ -14,9 +14,9 @@ from ..distributed.rank_sync import RankSync, writes_files
 from ..distributed.sharding import full_tensor
 from ..errors import LoRAError
 from ..files.atomic import new_folder
-from ..files.model_folder import INDEX_SUFFIX, STEM, SUFFIX, index_of, plan_shards
+from ..files.model_folder import INDEX_SUFFIX, STEM, index_of, plan_shards
 from ..files.paths import PathLike, write_json
-from ..files.safetensors import NAMES, as_bytes, build_header
+from ..files.safetensors import NAMES, SUFFIX, as_bytes, build_header
 from ..model.injection import require_injection
 from ..model.named_state import named_state
 from ..model.state_dict import refuse_unmergeable

@@ -116,7 +116,7 @@ def _write_file(job: Job, file: Path) -> None:
     base = job.base
     if base.form == "safetensors":
         header = base.headers[base.path.name]
-        write_safetensors(job, Shard(base.path.name, list(header.entries), header.metadata), file)
+        write_safetensors(job, Shard(base.path.name, list(header.locations), header.metadata), file)
     elif job.dtype is None:
         write_torch_file(job, file)
     else:

@@ -89,9 +89,9 @@ def write_folder_of(job: Job, target: Path, max_shard_bytes: int | None) -> list
     folder = job.base.folder
     assert folder is not None
     copied, left_out = side_files(folder)
-    sizes = {name: job.result_nbytes(name) for header in folder.shards.values() for name in header.entries}
+    sizes = {name: job.result_nbytes(name) for header in folder.shards.values() for name in header.locations}
     if max_shard_bytes is None:
-        shards = [Shard(file, list(header.entries), header.metadata) for file, header in folder.shards.items()]
+        shards = [Shard(file, list(header.locations), header.metadata) for file, header in folder.shards.items()]
     else:
         metadata = next(iter(folder.shards.values())).metadata
         files = plan_shards(sizes, max_shard_bytes, folder.stem)
@@ -116,7 +116,7 @@ def write_safetensors(job: Job, shard: Shard, target: Path) -> None:
     base = job.base
     described = [(name, job.result_dtype(name), base.locations[name].shape) for name in shard.tensors]
     header = base.headers.get(shard.name)
-    same = header is not None and job.dtype is None and list(header.entries) == list(shard.tensors)
+    same = header is not None and job.dtype is None and list(header.locations) == list(shard.tensors)
     sources: dict[Path, BinaryIO] = {}
     with ExitStack() as files:
         out = files.enter_context(open(target, "xb"))

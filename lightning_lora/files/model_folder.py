@@ -14,9 +14,9 @@ from typing import Any, TypeVar, cast
 
 from ..errors import LoRAError
 from .paths import PathLike, read_json
-from .safetensors import Header, read_header
+from .safetensors import SUFFIX, Header, read_header
 
-SUFFIX, INDEX_SUFFIX = ".safetensors", ".safetensors.index.json"
+INDEX_SUFFIX = f"{SUFFIX}.index.json"
 
 STEM = "model"  # of the names of shards and index, unless the folder has another
 
@@ -174,11 +174,11 @@ def _weight_map(path: Path, index: Mapping[str, Any]) -> dict[str, str]:
 
 def _compare(path: Path, file_of: Mapping[str, str], shards: Mapping[str, Header]) -> None:
     for file, header in shards.items():
-        for name in header.entries:
+        for name in header.locations:
             if file_of.get(name) != file:
                 raise LoRAError(f"{path}: {name!r} is in {file!r}, but the index says {file_of.get(name)!r}.")
     for name, file in file_of.items():
-        if name not in shards[file].entries:
+        if name not in shards[file].locations:
             raise LoRAError(f"{path}: {name!r} should be in {file!r} and is not there.")
 
 

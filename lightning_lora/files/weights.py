@@ -10,7 +10,7 @@ from typing import Literal
 from ..errors import LoRAError
 from .model_folder import ModelFolder, open_folder
 from .paths import PathLike
-from .safetensors import Header, TensorLocation, read_header
+from .safetensors import SUFFIX, Header, TensorLocation, read_header
 from .torch_archive import torch_locations
 
 Form = Literal["folder", "safetensors", "torch"]
@@ -18,7 +18,7 @@ Form = Literal["folder", "safetensors", "torch"]
 
 @dataclass(frozen=True)
 class Weights:
-    """Tensors by name; `headers` by file name, none for torch.save's files; `folder` only for a folder."""
+    """A model's tensors by name; `headers` by file name, none for torch.save's files; `folder` only for a folder."""
 
     path: Path
     form: Form
@@ -26,18 +26,24 @@ class Weights:
     headers: Mapping[str, Header]
     folder: ModelFolder | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """The size of all tensors in bytes."""
+        return sum(location.nbytes for location in self.locations.values())
+
     def modules(self) -> set[str]:
-        """Every module on the way to a tensor."""
+        """List every module on the way to a tensor."""
         return {name.rsplit(".", i)[0] for name in self.locations for i in range(1, name.count(".") + 1)}
 
     def other_owners(self) -> dict[str, str]:
-        """The tensors whose values something else uses too, each with that."""
+        """Find the tensors whose values something else uses too; returns each with that."""
         if self.form == "torch":
             return self._overlapping()
         if self.folder is None or not self.folder.tied_embeddings():
             return {}
         tied = "tied to the other end of the model (tie_word_embeddings in config.json)"
-        return {n: tied for n, location in self.locations.items() if location.shape[:1] == (self.folder.vocabulary(),)}
+        rows = self.folder.vocabulary()
+        return {name: tied for name, location in self.locations.items() if location.shape[:1] == (rows,)}
 
     def _overlapping(self) -> dict[str, str]:
         owners: dict[str, str] = {}
@@ -64,15 +70,11 @@ def open_weights(path: PathLike) -> Weights:
     path = Path(path)
     if path.is_dir():
         folder = open_folder(path)
-        locations = {n: p for file, header in folder.shards.items() for n, p in _locations(path / file, header).items()}
+        locations = {name: where for header in folder.shards.values() for name, where in header.locations.items()}
         return Weights(path, "folder", locations, folder.shards, folder)
     if not path.is_file():
         raise LoRAError(f"{path}: there is no such file or folder.")
-    if path.suffix == ".safetensors":
+    if path.suffix == SUFFIX:
         header = read_header(path)
-        return Weights(path, "safetensors", _locations(path, header), {path.name: header})
+        return Weights(path, "safetensors", header.locations, {path.name: header})
     return Weights(path, "torch", torch_locations(path), {})
-
-
-def _locations(path: Path, header: Header) -> dict[str, TensorLocation]:
-    return {n: TensorLocation(path, entry.dtype, entry.shape, entry.start) for n, entry in header.entries.items()}
