@@ -130,6 +130,10 @@ class LoRAConfig:
         names = [field.name for field in fields(self)]
         return [n for n in names if _unordered(getattr(self, n)) != _unordered(getattr(other, n))]
 
+    def differences(self, now: LoRAConfig) -> list[str]:
+        """Say for each option in which another config differs what it was and what it is now."""
+        return [f"{name} was {getattr(self, name)!r}, now {getattr(now, name)!r}" for name in self.differing(now)]
+
     def _normalise(self) -> None:
         """Own, immutable copies of what the caller may go on to change; an empty collection means None."""
         for option in ("target_modules", "exclude_modules", "modules_to_save"):

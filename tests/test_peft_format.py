@@ -60,7 +60,7 @@ def test_we_read_ours(tmp_path, name: str):
     fresh = model(name)
     load_adapter(fresh, tmp_path / "a")
     assert torch.equal(logits(fresh), logits(net))
-    assert require_injection(fresh, "test")[2].config == our_config(name)
+    assert require_injection(fresh, "test").record.config == our_config(name)
     for key, tensor in adapter_state_dict(net).items():
         assert torch.equal(adapter_state_dict(fresh)[key], tensor), key
 
@@ -167,7 +167,7 @@ def test_modules_to_save_that_name_nothing_are_no_typo_in_a_peft_folder(tmp_path
     assert set(config_of(tmp_path)["modules_to_save"]) == {"classifier", "score"}
     fresh = model("bert")
     load_adapter(fresh, tmp_path)
-    assert require_injection(fresh, "test")[2].config.modules_to_save == ("classifier",)
+    assert require_injection(fresh, "test").record.config.modules_to_save == ("classifier",)
     close(logits(fresh), logits(other))
 
 

@@ -65,7 +65,7 @@ def test_layers_that_are_spelled_out_keep_the_common_options(use_rslora: bool):
     model = trained_around(r=2, lora_alpha=5, target_modules=r"model\.(embed|body\.[03]|conv)", **options)
     other = base()
     names = load_adapter(other, checkpoint(model, "adapter"))
-    config = require_injection(other, "test")[2].config
+    config = require_injection(other, "test").record.config
     assert (config.r, config.lora_alpha) == (2, 5)
     assert config.target_modules == tuple(names)
     assert (config.rank_pattern, config.alpha_pattern) == ({r"^body\.0": 4}, {"^embed": 3})

@@ -77,8 +77,8 @@ def test_never_keeps_more_than_a_plain_copy(dtype: torch.dtype) -> None:
 # One bfloat16 layer of 8192 x 8192 weights: what merging holds, counted as tensors and as the process's memory.
 BIG_LAYER = """
 import gc, hashlib, json, sys, torch
-from lightning_lora.nn.exact_merge import add_delta_, remove_delta_
-from lightning_lora.nn.low_rank import Piece
+from lightning_lora.nn.exact_merge import merge_weight_, unmerge_weight_
+from lightning_lora.nn.low_rank import LowRankBlock
 
 torch.set_num_threads(1)
 N, R = 8192, 8
@@ -100,18 +100,18 @@ def digest(tensor):
 
 layer = torch.nn.Linear(N, N, bias=False, dtype=torch.bfloat16)
 small = torch.zeros(512, 512, dtype=torch.bfloat16)  # a first, small merge loads the libraries
-remove_delta_(small, add_delta_(small, [Piece(0, 0, torch.randn(512, R), torch.randn(R, 512))], 0.1))
-pieces = [Piece(0, 0, torch.randn(N, R), torch.randn(R, N))]
+unmerge_weight_(small, merge_weight_(small, [LowRankBlock(0, 0, torch.randn(512, R), torch.randn(R, 512))], 0.1))
+pieces = [LowRankBlock(0, 0, torch.randn(N, R), torch.randn(R, N))]
 scaling = 0.01 * (1 / N / 3) ** 0.5 / R**0.5  # a Linear's weights are uniform with this deviation
 before, start = digest(layer.weight), live()
 with open("/proc/self/clear_refs", "w") as clear:
     clear.write("5")  # the peak starts here
 resident = memory("VmRSS")
-kept = add_delta_(layer.weight, pieces, scaling)
+kept = merge_weight_(layer.weight, pieces, scaling)
 merged = digest(layer.weight)
 held = {"tensors": live() - start, "resident": memory("VmRSS") - resident, "peak": memory("VmHWM") - resident}
 nbytes = kept.nbytes()
-remove_delta_(layer.weight, kept)
+unmerge_weight_(layer.weight, kept)
 del kept
 print(held, nbytes, file=sys.stderr)
 print(json.dumps(held | {

@@ -6,7 +6,7 @@ import math
 import re
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,6 +16,8 @@ from ..config import LoRAConfig
 from ..errors import LoRAError
 from ..names import A, B, around, near_misses, suffixes
 from ..nn.low_rank import ATTENTION, MERGEABLE_DTYPES, SEPARATE, low_rank_blocks, product_norm
+
+NewName = Callable[[str], str | None]
 
 
 @dataclass(frozen=True)
@@ -49,24 +51,33 @@ class Adapter:
         return [name.rpartition(".")[0] for name in self.tensors if name.rpartition(".")[2] == A]
 
     def renamed(self, strip: str, add: str) -> Adapter:
-        """With one dotted prefix taken off every name and another put in front; names without it are left out."""
+        """Return it with a dotted prefix off every name and another in front; names without it are left out."""
 
-        def rename(names: Mapping[str, Any]) -> dict[str, Any]:
-            return {add + name.removeprefix(strip): value for name, value in names.items() if name.startswith(strip)}
+        def new_name(name: str) -> str | None:
+            return add + name.removeprefix(strip) if name.startswith(strip) else None
 
-        def rename_layers(layers: Mapping[str, Any]) -> dict[str, Any]:
-            renamed = rename({f"{name}.": value for name, value in layers.items()})
-            return {name.removesuffix("."): value for name, value in renamed.items()}
+        def new_layer_name(name: str) -> str | None:
+            renamed = new_name(f"{name}.")
+            return None if renamed is None else renamed.removesuffix(".")
 
-        renamed = replace(
+        renamed = replace(self.with_names(new_name, new_layer_name), network="")
+        old_names = {str(new_layer_name(name)): name for name in self.layers() if new_layer_name(name) is not None}
+        return replace(renamed, config=_meaning_the_same(self, renamed, old_names))
+
+    def with_names(self, new_name: NewName, new_layer_name: NewName) -> Adapter:
+        """Return it with other names of tensors and of layers; None leaves one out. The options stay as they are."""
+
+        def rename(values: Mapping[str, Any], new: NewName) -> dict[str, Any]:
+            renamed = ((new(name), value) for name, value in values.items())
+            return {name: value for name, value in renamed if name is not None}
+
+        return replace(
             self,
-            tensors=rename(self.tensors),
-            scalings=rename_layers(self.scalings),
-            fingerprint=rename(self.fingerprint),
-            kinds=rename_layers(self.kinds),
-            network="",
+            tensors=rename(self.tensors, new_name),
+            scalings=rename(self.scalings, new_layer_name),
+            fingerprint=rename(self.fingerprint, new_name),
+            kinds=rename(self.kinds, new_layer_name),
         )
-        return replace(renamed, config=_meaning_the_same(self, renamed, rename_layers({n: n for n in self.layers()})))
 
 
 def _meaning_the_same(old: Adapter, new: Adapter, names: Mapping[str, str]) -> LoRAConfig | None:
@@ -191,8 +202,7 @@ def check_factors(adapter: Adapter, where: str) -> None:
                     f"{where}: {f'{name}.{leaf}'!r} must be a floating point tensor of two dimensions or more, "
                     f"found {found[:80]}."
                 )
-            if not is_finite(factor):
-                raise LoRAError(f"{where}: {f'{name}.{leaf}'!r} holds NaN or Inf; a diverged run, or a damaged file.")
+            check_finite(f"{name}.{leaf}", factor, where)
         _check_rank(adapter, name, where)
 
 
@@ -224,10 +234,15 @@ def _is_output(adapter: Adapter, name: str) -> bool:
     return leaf == "out_proj" and f"{attention}.{A}" in adapter.tensors
 
 
-def is_finite(value: torch.Tensor) -> bool:
-    """Whether no value is NaN or Inf; a tensor without values (meta) counts as finite."""
+def check_finite(name: str, value: torch.Tensor, where: str = "adapter") -> None:
+    """Raise where a value is NaN or Inf; a tensor without values (meta) counts as finite.
+
+    Raises:
+        LoRAError: names the tensor.
+    """
     numbers = value if value.dtype in MERGEABLE_DTYPES else value.double()  # isfinite does not know float8
-    return value.is_meta or bool(torch.isfinite(numbers).all())
+    if not value.is_meta and not torch.isfinite(numbers).all():
+        raise LoRAError(f"{where}: {name!r} holds NaN or Inf; it comes from a diverged run or a damaged file.")
 
 
 def delta_norm(adapter: Adapter, name: str) -> float:

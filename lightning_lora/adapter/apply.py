@@ -21,7 +21,7 @@ from ..names import A, B, canonical, near_misses
 from ..nn.conv import LoRAConv
 from ..nn.layer_kinds import layer_kinds
 from ..nn.lora_layer import adapted_layers
-from .adapter import Adapter, align_to_modules, is_finite
+from .adapter import Adapter, align_to_modules, check_finite
 from .fingerprint import check_fingerprint, fingerprint_entry
 
 
@@ -79,11 +79,9 @@ def _refuse_loralib_convolution(name: str, layer: LoRAConv, tensors: Mapping[str
 
 def _other_options(model: nn.Module, adapter: Adapter) -> str:
     """Which options the adapter has and the model has not, for an error that they explain."""
-    ours = require_injection(model, "load_adapter").record.config
-    theirs = adapter.config or ours
-    values = ((name, getattr(theirs, name), getattr(ours, name)) for name in theirs.differing(ours))
-    differing = "; ".join(f"{name} was {before!r}, now {now!r}" for name, before, now in values)
-    return f" The options differ: {differing}." if differing else ""
+    model_config = require_injection(model, "load_adapter").record.config
+    differences = (adapter.config or model_config).differences(model_config)
+    return f" The options differ: {'; '.join(differences)}." if differences else ""
 
 
 def _same_kinds(model: nn.Module, adapter: Adapter) -> None:
@@ -105,8 +103,8 @@ def _check_tensor(name: str, value: Any, live: torch.Tensor | None) -> None:
         raise LoRAError(f"adapter: {name!r} must have shape {tuple(live.shape)}, but has {found}.")
     if value.is_floating_point() != live.is_floating_point():
         raise LoRAError(f"adapter: {name!r} must be {live.dtype}, but is {value.dtype}.")
-    if value.is_floating_point() and isinstance(live, nn.Parameter) and not is_finite(value):
-        raise LoRAError(f"adapter: {name!r} holds NaN or Inf; it comes from a diverged run or a damaged file.")
+    if value.is_floating_point() and isinstance(live, nn.Parameter):
+        check_finite(name, value)
 
 
 def _same_names(what: str, given: Iterable[str], wanted: Iterable[str]) -> None:
@@ -149,15 +147,10 @@ def align_names(model: nn.Module, adapter: Adapter) -> Adapter:
     return align_to_modules(adapter, {canonical(name) for name, _ in model.named_modules()}, type(model).__name__)
 
 
-def _by_first_names(model: nn.Module, adapter: Adapter) -> Adapter:
-    first = _first_names(model)
-    return replace(
-        adapter,
-        tensors={first(name): value for name, value in adapter.tensors.items()},
-        scalings={first(name): value for name, value in adapter.scalings.items()},
-        fingerprint={first(name): value for name, value in adapter.fingerprint.items()},
-        kinds={first(name): value for name, value in adapter.kinds.items()},
-    )
+def by_first_names(model: nn.Module, adapter: Adapter) -> Adapter:
+    """Return the adapter by the names that modules are adapted by, where a module comes under several."""
+    first_name = _first_names(model)
+    return adapter.with_names(first_name, first_name)
 
 
 def _first_names(model: nn.Module) -> Callable[[str], str]:
@@ -193,8 +186,11 @@ def add_frozen_weights(model: nn.Module, adapter: Adapter) -> Adapter:
     return replace(adapter, tensors={**frozen, **adapter.tensors})
 
 
-def _copy(model: nn.Module, adapter: Adapter) -> None:
-    """Into the live tensors, all of them or none: W' may still be beyond its dtype, or an owner refuse its state."""
+def copy_values(model: nn.Module, adapter: Adapter) -> None:
+    """Write an adapter's values into the live tensors, all of them or none.
+
+    W' may be beyond its dtype where the model is merged, or an owner of extra state may refuse it.
+    """
     before = is_merged(model)
     if before:
         unmerge(model)

@@ -14,7 +14,11 @@ from ..errors import LoRAError
 from ..files.safetensors import TensorLocation, _read
 from ..model.injection import require_injection
 from ..model.named_state import named_state
-from ..model.state_dict import _original, adapter_keys
+from ..model.state_dict import adapter_keys, original_value
+
+SAMPLES = 8  # values of each frozen parameter that its fingerprint holds
+EQUAL = 1e-5  # relative difference of a base that is the same
+AVERAGED = 1e-2  # of the base that was trained on here: a moving average of a frozen weight drifts by its own rounding
 
 
 def fingerprint_entry_at(place: TensorLocation) -> dict[str, Any]:
@@ -26,13 +30,6 @@ def fingerprint_entry_at(place: TensorLocation) -> dict[str, Any]:
     return {"shape": list(place.shape), "dtype": str(place.dtype).removeprefix("torch."), "values": values}
 
 
-SAMPLES = 8  # values of each frozen parameter that its fingerprint holds
-
-EQUAL = 1e-5  # relative difference of a base that is the same
-
-AVERAGED = 1e-2  # of the base that was trained on here: a moving average of a frozen weight drifts by its own rounding
-
-
 def fingerprint(model: nn.Module) -> dict[str, Any]:
     """Shape, dtype and a few values of each frozen base parameter, as plain types.
 
@@ -42,7 +39,7 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     prints = {}
     for name, tensor, module in named_state(model):
         if name not in trained and tensor is not None and tensor.device.type != "meta":
-            prints[name] = fingerprint_entry(_original(name, tensor, module))
+            prints[name] = fingerprint_entry(original_value(name, tensor, module))
     return prints
 
 
@@ -87,15 +84,17 @@ def compare_fingerprints(found: Mapping[str, Any], expected: Mapping[str, Any], 
                 f"the adapter belongs to another base: {name!r} had shape {wanted['shape']}, here {have['shape']}. "
                 + advice
             )
-        if not _close(wanted, have, relative):
+        if not entries_match(wanted, have, relative):
             raise LoRAError(
                 f"the adapter belongs to another base: values of {name!r} were {_shown(wanted['values'])}, here "
                 f"{_shown(have['values'])}. {advice}"
             )
 
 
-def _close(wanted: Mapping[str, Any], have: Mapping[str, Any], relative: float) -> bool:
-    """Equal up to rounding; between dtypes, up to the rounding of the coarser one."""
+def entries_match(wanted: Mapping[str, Any], have: Mapping[str, Any], relative: float) -> bool:
+    """Whether two entries have one shape and equal values, up to rounding: between dtypes, of the coarser one."""
+    if list(wanted["shape"]) != list(have["shape"]):
+        return False
     dtypes = {getattr(torch, entry["dtype"]) for entry in (wanted, have)}
     if len(dtypes) > 1:
         relative = max([relative, *(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)])

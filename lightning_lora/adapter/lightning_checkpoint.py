@@ -10,7 +10,8 @@ save_weights_only=True; a callback's comes too early or not at all. So the insta
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Set
+import itertools
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Set
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
@@ -21,11 +22,13 @@ from ..distributed.sharding import gather_all, has_sharded
 from ..errors import LoRAError
 from ..model.injection import require_injection
 from ..model.named_state import named_state
-from ..model.state_dict import adapter_keys, adapter_state_dict, base_keys, merge_state_dict
+from ..model.state_dict import adapter_keys, adapter_state_dict, merge_state_dict
 from ..names import META, canonical
+from ..nn.lora_layer import is_factor
 from .adapter import Adapter
 from .apply import add_frozen_weights, align_names, check_adapter, record_trained
-from .metadata import from_metadata, model_to_metadata
+from .fingerprint import AVERAGED, entries_match, fingerprint_entry
+from .metadata import base_fingerprint, from_metadata, model_to_metadata
 
 FORMAT_VERSION = 1
 
@@ -39,48 +42,80 @@ def check_kind(kind: object) -> None:
 
 
 def write(module: nn.Module, checkpoint: MutableMapping[str, Any], kind: Kind) -> None:
-    """Turn a checkpoint with a complete state_dict into one of the given kind.
+    """Turn a checkpoint with a complete state_dict into one of the given kind, in place.
 
-    Of a sharded model, the strategy has chosen and gathered what the state_dict holds, see strategy.py. Collective.
+    Of a sharded model, the strategy has chosen and gathered what the state_dict holds, see trainer/strategies.py.
+    Collective.
     """
     injected = require_injection(module, "checkpoint")
-    record = injected.record
     state = checkpoint["state_dict"] = {canonical(name): value for name, value in checkpoint["state_dict"].items()}
     keys = adapter_keys(module)
     trained = set(keys)
-    meta: dict[str, Any] = {
-        "format_version": FORMAT_VERSION,
-        "kind": kind,
-        **model_to_metadata(module, trained=trained if kind == "full" else ()),
-    }
+    meta = checkpoint_metadata(kind, model_to_metadata(module, trained=trained if kind == "full" else ()))
     if kind == "full":
-        meta["initial"] = gather_all(injected.seen(record.initial))
+        meta["initial"] = gather_all(injected.seen(injected.record.initial))
     else:
-        shapes = {name: tensor.shape for name, tensor, _ in named_state(module) if tensor is not None}
-        drop = {name: shapes[name] for name in base_keys(module) if name not in trained and name in shapes}
-        for key in list(checkpoint):
-            checkpoint[key] = _without(checkpoint[key], drop)
+        frozen = {name for name, tensor, _ in named_state(module) if tensor is not None} - trained
+        meta["copies"] = _strip_copies(module, checkpoint, frozen)
     if kind == "merged":
         sharded = has_sharded(module)
         adapter = gather_all(adapter_state_dict(module)) if sharded else {name: state[name] for name in keys}
         meta["adapter"] = in_one_storage(adapter)
         checkpoint["state_dict"] = state if sharded else merge_state_dict(module, state)
-    elif kind == "adapter" and not has_sharded(module):
-        checkpoint["state_dict"] = in_one_storage(checkpoint["state_dict"])
+    elif kind == "adapter":
+        adapter = {name: value for name, value in state.items() if name not in frozen}
+        checkpoint["state_dict"] = adapter if has_sharded(module) else in_one_storage(adapter)
     checkpoint[META] = meta
 
 
-def _without(value: Any, drop: Mapping[str, torch.Size]) -> Any:
-    """A nested mapping without the tensors of those names and shapes, at any depth (weight averaging adds copies)."""
+def checkpoint_metadata(kind: Kind, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what checkpoint["lora"] holds in each kind: the version of the format, the kind, and the metadata."""
+    return {"format_version": FORMAT_VERSION, "kind": kind, **metadata}
+
+
+def _strip_copies(module: nn.Module, checkpoint: MutableMapping[str, Any], frozen: Set[str]) -> list[list[Any]]:
+    """Take the frozen base out of copies of the module's state that others, as weight averaging, keep in a checkpoint.
+
+    Returns:
+        Where they are: the keys that lead to each. A user's own entry under parameters' names is no copy: it lacks a
+        name, or has other values.
+    """
+    copies: list[list[Any]] = []
+    every = {name for name, tensor, _ in named_state(module) if isinstance(tensor, nn.Parameter)}
+    known = base_fingerprint(module)
+
+    def strip(mapping: Mapping[Any, Any], path: tuple[Any, ...]) -> dict[Any, Any] | None:
+        named = {canonical(str(name)): value for name, value in mapping.items()}
+        if not every <= named.keys() or not all(
+            _is_near(named[name], entry) for name, entry in known.items() if name in every
+        ):
+            return None
+        copies.append(list(path))
+        return {name: value for name, value in mapping.items() if canonical(str(name)) not in frozen}
+
+    for key in checkpoint.keys() - {"state_dict"}:
+        checkpoint[key] = _replace_mappings(checkpoint[key], strip, (key,))
+    return copies
+
+
+def _is_near(value: Any, entry: Mapping[str, Any]) -> bool:
+    """Whether a tensor may be a frozen one, as it is or averaged."""
+    return isinstance(value, torch.Tensor) and entries_match(entry, fingerprint_entry(value), AVERAGED)
+
+
+def _replace_mappings(
+    value: Any,
+    replacement: Callable[[Mapping[Any, Any], tuple[Any, ...]], dict[Any, Any] | None],
+    path: tuple[Any, ...],
+) -> Any:
+    """A nested mapping with others in place of some, at any depth; what is left alone keeps its identity."""
     if not isinstance(value, Mapping):
         return value
-    kept = {
-        name: _without(item, drop)
-        for name, item in value.items()
-        if not (isinstance(item, torch.Tensor) and drop.get(canonical(str(name))) == item.shape)
-    }
-    same = len(kept) == len(value) and all(kept[name] is value[name] for name in kept)
-    return value if same else kept
+    replaced = replacement(value, path)
+    if replaced is not None:
+        return replaced
+    items = {name: _replace_mappings(item, replacement, (*path, name)) for name, item in value.items()}
+    return items if any(items[name] is not value[name] for name in items) else value
 
 
 def read(module: nn.Module, checkpoint: MutableMapping[str, Any]) -> None:
@@ -95,7 +130,7 @@ def read(module: nn.Module, checkpoint: MutableMapping[str, Any]) -> None:
     if kind == "full":  # its base comes along
         check_adapter(module, replace(add_frozen_weights(module, adapter), fingerprint={}))
         _check_full(module, checkpoint["state_dict"])
-        initial_values = _initial_values(module, checkpoint[META])
+        initial_values = _initial_values(module, checkpoint[META], adapter)
         record_trained(module, adapter)
         injected = require_injection(module, "checkpoint")
         record, state = injected.record, checkpoint["state_dict"]
@@ -109,25 +144,38 @@ def read(module: nn.Module, checkpoint: MutableMapping[str, Any]) -> None:
     check_adapter(module, complete)
     record_trained(module, adapter)
     live = {canonical(name): value for name, value in module.state_dict().items()} | dict(complete.tensors)
-    for key, value in checkpoint.items():
-        if key != META:
-            checkpoint[key] = _completed(value, given, live)
+    copies = checkpoint[META].get("copies")
+
+    def with_base(mapping: Mapping[Any, Any], path: tuple[Any, ...]) -> dict[Any, Any] | None:
+        named = {canonical(str(name)): value for name, value in mapping.items()}
+        # Files of 0.1.0 do not say where copies are.
+        is_copy = given <= named.keys() if copies is None or path == ("state_dict",) else list(path) in copies
+        return {**live, **named} if is_copy else None
+
+    for key in checkpoint.keys() - {META}:
+        checkpoint[key] = _replace_mappings(checkpoint[key], with_base, (key,))
     if kind == "merged" or given != adapter.tensors.keys():
         checkpoint["state_dict"] = {**live, **adapter.tensors}
 
 
-def _initial_values(module: nn.Module, meta: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """What training changed, as it was before, by the module's names.
+def _initial_values(module: nn.Module, meta: Mapping[str, Any], adapter: Adapter) -> dict[str, torch.Tensor]:
+    """What training changed, as it was before, by the module's names: no buffer and no trained parameter is missing.
 
     Files of 0.1.0 have the names of the part of a LightningModule that was injected: there is one prefix for these.
     """
     initial = meta.get("initial")
-    shapes = {name: tensor.shape for name, tensor, _ in named_state(module) if tensor is not None}
+    live = {name: tensor for name, tensor, owner in named_state(module) if not is_factor(name, owner)}
+    shapes = {name: tensor.shape for name, tensor in live.items() if tensor is not None}
+    changed = {name: live[name] for name in adapter.tensors if name in shapes}
     if isinstance(initial, Mapping) and all(isinstance(value, torch.Tensor) for value in initial.values()):
         first = next(iter(initial), "")
         prefixes = dict.fromkeys(["", *(name.removesuffix(first) for name in shapes if name.endswith(f".{first}"))])
         for prefix in prefixes:
-            if all(shapes.get(prefix + name) == value.shape for name, value in initial.items()):
+            known = {id(live[prefix + name]) for name in initial if prefix + name in shapes}
+            part = prefix + _common_module(initial)  # what is trained beside it is not the injection's business
+            wanted = {id(tensor) for name, tensor in changed.items() if name.startswith(part)}
+            fits = all(shapes.get(prefix + name) == value.shape for name, value in initial.items())
+            if fits and wanted <= known:
                 return {prefix + name: value for name, value in initial.items()}
     raise LoRAError(
         'checkpoint["lora"]: expected `initial` to hold, by name, the values from before training of what was trained '
@@ -135,19 +183,15 @@ def _initial_values(module: nn.Module, meta: Mapping[str, Any]) -> dict[str, tor
     )
 
 
+def _common_module(names: Iterable[str]) -> str:
+    """The module that holds all the named tensors, "" or ending in a dot."""
+    segments = zip(*(name.split(".")[:-1] for name in names), strict=False)
+    common = itertools.takewhile(lambda several: len(set(several)) == 1, segments)
+    return "".join(f"{several[0]}." for several in common)
+
+
 def _shown(initial: object) -> str:
     return f"names {sorted(map(str, initial))[:3]}" if isinstance(initial, Mapping) else type(initial).__name__
-
-
-def _completed(value: Any, adapter: Set[str], live: Mapping[str, Any]) -> Any:
-    """A nested mapping in which every state dict of the adapter has the live base too: the inverse of _without."""
-    if not isinstance(value, Mapping):
-        return value
-    given = {canonical(str(name)): item for name, item in value.items()}
-    if adapter <= given.keys():
-        return {**live, **given}
-    completed = {name: _completed(item, adapter, live) for name, item in value.items()}
-    return completed if any(completed[name] is not value[name] for name in completed) else value
 
 
 def adapter_of(checkpoint: Mapping[str, Any]) -> tuple[Adapter, Kind]:

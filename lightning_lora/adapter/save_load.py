@@ -25,7 +25,7 @@ from ..model.targets import Targets
 from ..names import META, B
 from ..nn.lora_layer import adapted_layers
 from .adapter import Adapter, check_factors, spelled_out, without_options
-from .apply import _by_first_names, _copy, add_frozen_weights, align_names, check_adapter, split_off_base
+from .apply import add_frozen_weights, align_names, by_first_names, check_adapter, copy_values, split_off_base
 from .lightning_checkpoint import adapter_of, read
 from .metadata import adapter_of_model
 from .peft_folder import read_folder, read_tensor_file, write_folder
@@ -40,14 +40,14 @@ def apply_adapter(model: nn.Module, adapter: Adapter, *, strict_base: bool = Tru
     Raises:
         LoRAError: something does not fit; the model is as it was.
     """
-    adapter = _by_first_names(model, align_names(model, adapter))
+    adapter = by_first_names(model, align_names(model, adapter))
     fresh = find_injection(model) is None
     if fresh:
         inject(model, _config_for(model, adapter))
     try:
         adapter = add_frozen_weights(model, split_off_base(model, adapter))
         check_adapter(model, adapter, strict_base=strict_base)
-        _copy(model, adapter)
+        copy_values(model, adapter)
     except BaseException:
         if fresh:
             unload(model)

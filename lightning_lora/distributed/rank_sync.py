@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -37,8 +39,17 @@ class RankSync:
             except Exception as error:
                 self.failed = (len(self.names), error)
 
+    def share(self, tensor: torch.Tensor) -> float:
+        """Return what this rank's shard counts in a total, in which each rank adds what it holds, replicas too."""
+        holders = 1
+        for mesh in self.meshes:
+            on_mesh = is_sharded(tensor) and tensor.device_mesh == mesh
+            dims = [dim for dim in range(mesh.ndim) if not on_mesh or cast(Any, tensor).placements[dim].is_replicate()]
+            holders *= math.prod(mesh.size(dim) for dim in dims)
+        return 1 / holders
+
     def total(self, values: torch.Tensor) -> torch.Tensor:
-        """Sums over the ranks, in which a replica counts again. Collective."""
+        """Return sums over the ranks; see share for what several of them hold. Collective."""
         for mesh in self.meshes:
             values = values.to(mesh.device_type)
             reduce_(values, mesh, range(mesh.ndim), dist.ReduceOp.SUM)

@@ -222,14 +222,12 @@ def _set_active(root: nn.Module, layers: Mapping[str, LoRALayer], active: Mappin
 
 
 def _refuse_other(found: Injected, model: nn.Module, config: LoRAConfig, merge_weights: bool) -> None:
-    record, differing = found.record, found.record.config.differing(config)
+    record, differences = found.record, found.record.config.differences(config)
     if found.root is not model:
         where = found.prefix.removesuffix(".") or found.inside.removesuffix(".")
         raise LoRAError(f"inject: {where!r} inside {type(model).__name__} was injected already; unload it first.")
-    if differing:
-        options = ", ".join(
-            f"{option} was {getattr(record.config, option)!r}, now {getattr(config, option)!r}" for option in differing
-        )
+    if differences:
+        options = ", ".join(differences)
         raise LoRAError(f"inject: {type(model).__name__} was injected with other options ({options}); unload it first.")
     if merge_weights != record.merge_weights:
         raise LoRAError(f"inject: {type(model).__name__} was injected with merge_weights={record.merge_weights}.")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import signal
 import threading
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -16,10 +18,14 @@ from torch import nn
 from ..distributed.rank_sync import RankSync
 from ..distributed.sharding import is_sharded, local, reset_, reshard_
 from ..errors import LoRAError
+from ..nn.exact_merge import Observer
 from ..nn.fast_paths import update_fast_paths
 from ..nn.lora_layer import Blocks, LoRALayer, adapted_layers
 from ..nn.low_rank import HALF
 from ..nn.tied_weights import record_ties
+
+if TYPE_CHECKING:
+    from ..metrics import MergeFidelity
 
 COPY_BUDGET = 64 * 2**20  # bytes of plain copies of small weights, which are faster than keeping values
 
@@ -51,20 +57,20 @@ def merge(model: nn.Module) -> None:
         return
     restore_shards_(model, layers)
     copies = _affordable_copies(layers.values())
-    fidelity = _Fidelity(pending.values())
     with _deferred_interrupt(), torch.no_grad():  # once, for it takes longer than a small layer's sum
         try:
             record_ties(model)
             sync = RankSync(layer.main_weight() for layer in pending.values())
+            fidelity = _Fidelity(pending.values(), sync)
             for name, layer in pending.items():
                 if layer.unmergeable_reason():
                     layer.lora.merged = True
                 else:
                     blocks = layer.local_blocks(layer.adapted_weights(), layer.lora_A, layer.lora_B)
-                    step = functools.partial(_merge_layer, layer, blocks, layer in copies, fidelity)
+                    step = functools.partial(_merge_layer, layer, blocks, layer in copies, fidelity.observer(layer))
                     sync.run(f"merge: layer {name!r}", step)
             sync.raise_on_any_rank()
-            fidelity.report(sync)
+            fidelity.report()
         except BaseException:
             _unmerge_all(layers)
             raise
@@ -127,9 +133,9 @@ def restore_shards_(model: nn.Module, layers: Mapping[str, LoRALayer]) -> None:
             layer.lora.sharded = sharded
 
 
-def _merge_layer(layer: LoRALayer, blocks: Blocks, copy: bool, fidelity: _Fidelity) -> None:
+def _merge_layer(layer: LoRALayer, blocks: Blocks, copy: bool, observe: Observer | None) -> None:
     try:
-        layer.merge_(blocks=blocks, copy=copy, observe=fidelity.update if fidelity.wants(layer) else None)
+        layer.merge_(blocks=blocks, copy=copy, observe=observe)
     except LoRAError as error:
         raise LoRAError(
             f"{error}. Every layer is unmerged; look for a diverged training run (a lower learning rate, gradient "
@@ -172,32 +178,37 @@ def _affordable_copies(layers: Collection[LoRALayer]) -> set[LoRALayer]:
 class _Fidelity:
     """The one-time report of what rounding costs in 16-bit layers."""
 
-    def __init__(self, layers: Iterable[LoRALayer]) -> None:
+    def __init__(self, layers: Iterable[LoRALayer], sync: RankSync) -> None:
         in_16_bits = (layer for layer in layers if layer.main_weight().dtype in HALF)
         self.layers = {layer for layer in in_16_bits if not layer.lora.rounding_reported}
-        self.metric = None
-        if self.layers:
+        self.sync = sync
+        self.metrics: dict[float, MergeFidelity] = {}  # by the share that a rank's shard has in the ranks' sum
+
+    def observer(self, layer: LoRALayer) -> Observer | None:
+        """Return what is to be called with each merged chunk of a layer."""
+        if layer not in self.layers:
+            return None
+        share = self.sync.share(layer.main_weight())
+        if share not in self.metrics:
             from ..metrics import MergeFidelity  # torchmetrics imports much
 
             with torch.inference_mode(False):  # it is updated outside
-                self.metric = MergeFidelity(sync_on_compute=False)
+                self.metrics[share] = MergeFidelity(sync_on_compute=False)
+        return self.metrics[share].update
 
-    def wants(self, layer: LoRALayer) -> bool:
-        return layer in self.layers
-
-    def update(self, rounded: torch.Tensor, exact: torch.Tensor, delta: torch.Tensor) -> None:
-        if self.metric is not None:
-            self.metric.update(rounded, exact, delta)
-
-    def report(self, sync: RankSync) -> None:
-        if self.metric is None:
+    def report(self) -> None:
+        """Log what the ranks found; of nothing merged yet, as B is still zero, nothing is said. Collective."""
+        if not self.layers:
             return
-        self.metric.error, self.metric.delta = sync.total(torch.stack([self.metric.error, self.metric.delta]))
-        if not self.metric.delta > 0:
-            return  # nothing merged yet: B is still zero
+        sums = [torch.stack([metric.error, metric.delta]) * share for share, metric in self.metrics.items()]
+        error, delta = self.sync.total(
+            torch.stack(sums).sum(0) if sums else torch.zeros(2, dtype=torch.float64)
+        ).tolist()
+        if not delta > 0:
+            return
         for layer in self.layers:
             layer.lora.rounding_reported = True
-        lost = float(self.metric.compute())
+        lost = math.sqrt(error / delta)
         message = f"merged 16-bit weights: rounding costs {lost:.1%} of the adapter's norm"
         log.info(message)
         if lost > WORST_FIDELITY:

@@ -55,11 +55,12 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Any]:
         if name in keys and tensor is None:
             state[name] = module.get_extra_state()
         elif name in keys and tensor is not None:
-            state[name] = _original(name, tensor, module)
+            state[name] = original_value(name, tensor, module)
     return state
 
 
-def _original(name: str, tensor: torch.Tensor, module: nn.Module) -> torch.Tensor:
+def original_value(name: str, tensor: torch.Tensor, module: nn.Module) -> torch.Tensor:
+    """Return a tensor of named_state as it is without the adapter, detached: live, or a restored copy while merged."""
     if isinstance(module, LoRALayer) and isinstance(tensor, nn.Parameter):
         return module.original(name.rpartition(".")[2])
     return tensor.detach()

@@ -17,7 +17,6 @@ command line all come here.
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -30,7 +29,6 @@ from .low_rank import LowRankBlock, scale_blocks
 CPU_CHUNK, GPU_CHUNK = 2**18, 2**24  # elements; small enough for the caches, large enough to fill a card
 
 KEEP_AT_MOST = 0.25  # above this share of a chunk, a plain copy of it serves
-SPARE_BYTES = 64 * 2**20
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -47,8 +45,8 @@ class RestoreRecord:
         copy: a plain copy of the whole weight, which makes the rest unnecessary.
         chunks: one entry a merged chunk, in order: positions and values, or a copy of the chunk.
         checksum, checksum_dtype: of the weight's bits before the merge, and the integers that they were summed as.
-        threads: the number of threads that computed d, which can change its last bits.
-        written: where the merged weight lies and torch's count of the writes to it, after merging.
+        threads: the number of threads that computed d and the sums, which can change their last bits.
+        sums: beside a plain copy, the sum over each merged chunk, and the chunk's (row, rows, column, columns).
     """
 
     factors: list[LowRankBlock]
@@ -58,7 +56,7 @@ class RestoreRecord:
     checksum: int = 0
     checksum_dtype: torch.dtype = torch.int64
     threads: int = 0
-    written: tuple[int, int] | None = None
+    sums: list[tuple[float, tuple[int, int, int, int]]] = field(default_factory=list)
 
     def nbytes(self) -> int:
         """Return the bytes held, without the copies of the factors."""
@@ -74,6 +72,7 @@ def merge_weight_(
     scaling: float,
     *,
     copy: bool = False,
+    spare: torch.Tensor | None = None,
     observe: Observer | None = None,
 ) -> RestoreRecord:
     """Add scaling * (the blocks) to a weight, in place, each element rounded once.
@@ -83,6 +82,7 @@ def merge_weight_(
         blocks: the factors, in any floating dtype.
         scaling: s.
         copy: keep a plain copy of the weight instead of the values that subtraction would miss.
+        spare: memory for the copy, of an earlier one that is done with; used where it fits.
         observe: called for each chunk with the rounded sum, the exact sum and the delta, all in float64.
 
     Returns:
@@ -92,15 +92,14 @@ def merge_weight_(
         LoRAError: a value of the sum is not finite. The weight is then as it was.
     """
     with exact_arithmetic(weight):
-        record = RestoreRecord([], copy=SPARES.copy_of(weight)) if copy else _new_record(weight, blocks, scaling)
+        record = _copy_record(weight, spare) if copy else _values_record(weight, blocks, scaling)
         try:
             scratch = Scratch(weight, CPU_CHUNK)
-            for chunk, left, right in _chunks(weight, _scaled(blocks, scaling, weight.device)):
-                _merge_chunk(chunk, left, right, scratch, record, observe)
+            for block, start in _chunks(weight, _scaled(blocks, scaling, weight.device)):
+                _merge_chunk(weight, block, start, scratch, record, observe)
         except BaseException:
             _restore(weight, record)
             raise
-        record.written = _writes(weight)
     return record
 
 
@@ -111,30 +110,23 @@ def unmerge_weight_(weight: torch.Tensor, record: RestoreRecord) -> None:
         WeightEditedError: something else wrote to the weight while it was merged; it has its old bits all the same.
         LoRAError: the same, and its old bits are lost.
     """
-    written = _writes(weight)
     with exact_arithmetic(weight, record.threads):
+        edited = any(_sum(_window(weight, *where)) != total for total, where in record.sums)
         _restore(weight, record)
-        if record.copy is not None:
-            SPARES.take_back(record.copy)
-            if written and record.written and written[0] == record.written[0] and written != record.written:
-                raise WeightEditedError(
-                    "the weight was changed while it was merged; the change is undone, and it is what it was before "
-                    "merging. Change weights while the model is unmerged"
-                )
-        elif _checksum(weight, record.checksum_dtype) != record.checksum:
+        if record.copy is None and _checksum(weight, record.checksum_dtype) != record.checksum:
             raise LoRAError(
                 "the restored weight is not bit for bit what it was before merging; it was changed while it was "
                 "merged, or this machine computes differently. Load the base weights again before you go on"
             )
+    if edited:
+        raise WeightEditedError(
+            "the weight was changed while it was merged; the change is undone, and it is what it was before merging. "
+            "Change weights while the model is unmerged"
+        )
 
 
 class WeightEditedError(LoRAError):
     """A weight was changed while it was merged, and was restored all the same."""
-
-
-def _writes(weight: torch.Tensor) -> tuple[int, int] | None:
-    """Where a weight lies, for copies of a model count anew, and torch's count of writes; none in inference mode."""
-    return None if weight.is_inference() else (weight.data_ptr(), weight._version)
 
 
 def restored_weight(weight: torch.Tensor, record: RestoreRecord) -> torch.Tensor:
@@ -152,8 +144,9 @@ def merged_weight(weight: torch.Tensor, blocks: list[LowRankBlock], scaling: flo
     with exact_arithmetic(weight):
         merged = weight.detach().clone(memory_format=torch.preserve_format)
         scratch = Scratch(weight, CPU_CHUNK)
-        for chunk, left, right in _chunks(merged, _scaled(blocks, scaling, weight.device)):
-            new, _ = _rounded_sum(chunk, left, right, scratch, chunk)
+        for block, start in _chunks(merged, _scaled(blocks, scaling, weight.device)):
+            chunk, left, right, _ = _chunk(merged, block, start)
+            new, *_ = _rounded_sum(chunk, left, right, scratch, chunk)
             chunk.copy_(new)
     return merged
 
@@ -178,11 +171,20 @@ def exact_arithmetic(weight: torch.Tensor, threads: int | None = None) -> Iterat
             torch.set_num_threads(before)
 
 
-def _new_record(weight: torch.Tensor, blocks: list[LowRankBlock], scaling: float) -> RestoreRecord:
+def _values_record(weight: torch.Tensor, blocks: list[LowRankBlock], scaling: float) -> RestoreRecord:
     own = [block._replace(left=block.left.detach().clone(), right=block.right.detach().clone()) for block in blocks]
     integers = _checksum_dtype(weight)
     checksum = _checksum(weight, integers)
     return RestoreRecord(own, scaling, checksum=checksum, checksum_dtype=integers, threads=torch.get_num_threads())
+
+
+def _copy_record(weight: torch.Tensor, spare: torch.Tensor | None) -> RestoreRecord:
+    layout = (weight.dtype, weight.device, weight.shape, weight.stride(), weight.is_inference())
+    if spare is not None and layout == (spare.dtype, spare.device, spare.shape, spare.stride(), spare.is_inference()):
+        copy = spare.copy_(weight.detach())
+    else:
+        copy = weight.detach().clone(memory_format=torch.preserve_format)
+    return RestoreRecord([], copy=copy, threads=torch.get_num_threads())
 
 
 def _scaled(blocks: list[LowRankBlock], scaling: float, device: torch.device) -> list[LowRankBlock]:
@@ -190,13 +192,9 @@ def _scaled(blocks: list[LowRankBlock], scaling: float, device: torch.device) ->
     return scale_blocks(blocks, scaling, torch.float32 if device.type == "mps" else torch.float64)  # mps has no float64
 
 
-def _chunks(
-    weight: torch.Tensor, blocks: list[LowRankBlock]
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Views of the weight, chunk by chunk, each with its factors."""
-    for block in blocks:
-        for start in _starts(weight, block):
-            yield _chunk(weight, block, start)
+def _chunks(weight: torch.Tensor, blocks: list[LowRankBlock]) -> Iterator[tuple[LowRankBlock, int]]:
+    """Each block with the first row, counted in the block, of each chunk of it."""
+    return ((block, start) for block in blocks for start in _starts(weight, block))
 
 
 def _starts(weight: torch.Tensor, block: LowRankBlock) -> range:
@@ -204,27 +202,37 @@ def _starts(weight: torch.Tensor, block: LowRankBlock) -> range:
     return range(0, block.left.shape[0], max(1, most // max(1, block.right.shape[1])))
 
 
-def _chunk(weight: torch.Tensor, block: LowRankBlock, start: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    left, width = block.left[start : start + _starts(weight, block).step], block.right.shape[1]
-    chunk = weight.detach()
-    if len(left) < len(weight):
-        chunk = chunk.narrow(0, block.row + start, len(left))
-    if width * len(weight) != weight.numel():
-        chunk = chunk.narrow(1, block.col, width)
-    return chunk, left, block.right
+def _chunk(
+    weight: torch.Tensor, block: LowRankBlock, start: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, tuple[int, int, int, int]]:
+    """A view of the weight, the factors of what is added to it, and where it is."""
+    left = block.left[start : start + _starts(weight, block).step]
+    where = (block.row + start, len(left), block.col, block.right.shape[1])
+    return _window(weight, *where), left, block.right, where
+
+
+def _window(weight: torch.Tensor, row: int, rows: int, column: int, columns: int) -> torch.Tensor:
+    """A view of some rows and columns of a weight seen as (rows, everything else)."""
+    window = weight.detach()
+    if rows < len(weight):
+        window = window.narrow(0, row, rows)
+    if columns * len(weight) != weight.numel():
+        window = window.narrow(1, column, columns)
+    return window
 
 
 def _merge_chunk(
-    chunk: torch.Tensor,
-    left: torch.Tensor,
-    right: torch.Tensor,
+    weight: torch.Tensor,
+    block: LowRankBlock,
+    start: int,
     scratch: Scratch,
     record: RestoreRecord,
     observe: Observer | None,
 ) -> None:
+    chunk, left, right, where = _chunk(weight, block, start)
     copied = record.copy is not None  # then there is nothing to compare
     target = chunk if copied else scratch.take("new", chunk.shape, chunk.dtype)
-    new, exact = _rounded_sum(chunk, left, right, scratch, target)
+    new, exact, total = _rounded_sum(chunk, left, right, scratch, target)
     if observe or not copied:
         delta = _delta(chunk, left, right, scratch)
     if observe:
@@ -233,12 +241,14 @@ def _merge_chunk(
         record.chunks.append(_differing(chunk, _subtract(new, delta, scratch)))
     if new is not chunk:
         chunk.copy_(new)
+    if copied:
+        record.sums.append((total if new is chunk else _sum(chunk), where))  # in the order in which it will be summed
 
 
 def _rounded_sum(
     chunk: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scratch: Scratch, target: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """W' of a chunk in the weight's dtype, in `target` unless that is the arithmetic's too, and in the arithmetic's."""
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """W' of a chunk in the weight's dtype, in `target` where the arithmetic has another; in the arithmetic's; sum."""
     exact = scratch.take("exact", chunk.shape, left.dtype).copy_(chunk)
     if chunk.dtype == left.dtype:  # no wider dtype to sum in: one rounding needs D first
         exact.add_(_delta(chunk, left, right, scratch))
@@ -246,10 +256,14 @@ def _rounded_sum(
         exact.view(left.shape[0], right.shape[1]).addmm_(left, right)
     new = exact if exact.dtype == target.dtype else target.copy_(exact)
     # A sum is cheap, and finite where all values are, but for an overflow of its own.
-    total = new.sum(dtype=torch.promote_types(new.dtype, torch.float32)).item()
+    total = _sum(new)
     if not math.isfinite(total) and not torch.isfinite(new).all():
         raise LoRAError("W + s * B @ A is not finite (NaN, Inf, or beyond the range of its dtype)")
-    return new, exact
+    return new, exact, total
+
+
+def _sum(values: torch.Tensor) -> float:
+    return float(values.sum(dtype=torch.promote_types(values.dtype, torch.float32)).item())
 
 
 def _delta(chunk: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scratch: Scratch) -> torch.Tensor:
@@ -279,12 +293,12 @@ def _restore(weight: torch.Tensor, record: RestoreRecord) -> None:
         weight.detach().copy_(record.copy)
         return
     blocks = _scaled(record.factors, record.scaling, weight.device)
-    merged = [(block, start) for block in blocks for start in _starts(weight, block)]
+    merged = list(_chunks(weight, blocks))
     scratch = Scratch(weight, CPU_CHUNK)
     while record.chunks:
         block, start = merged[len(record.chunks) - 1]
         kept = record.chunks[-1]
-        chunk, left, right = _chunk(weight, block, start)
+        chunk, left, right, _ = _chunk(weight, block, start)
         if isinstance(kept, torch.Tensor):
             chunk.copy_(kept)
         else:
@@ -329,46 +343,3 @@ class Scratch:
     def cast(self, name: str, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """values in another dtype, in a buffer; the same tensor where it has that dtype."""
         return values if values.dtype == dtype else self.take(name, values.shape, dtype).copy_(values)
-
-
-class Spares:
-    """The memory of plain copies that are done with, for the next ones: at most 64 MB, on the CPU alone.
-
-    Another device's own allocator does the same.
-    """
-
-    def __init__(self) -> None:
-        self.free: dict[tuple[torch.dtype, torch.Size, bool], list[torch.Tensor]] = {}
-        self.nbytes = 0
-        self.lock = threading.Lock()
-
-    def copy_of(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return a copy of the weight, with its strides."""
-        with self.lock:
-            fits = weight.is_contiguous() and weight.device.type == "cpu"
-            free = self.free.get(self._key(weight)) if fits else None
-            spare = free.pop() if free else None
-            self.nbytes -= 0 if spare is None else spare.nbytes
-        if spare is None:
-            return weight.detach().clone(memory_format=torch.preserve_format)
-        return spare.copy_(weight.detach())
-
-    def take_back(self, copy: torch.Tensor) -> None:
-        """Keep the memory of a copy that nothing else uses from now on, where there is room."""
-        wanted = copy.is_contiguous() and copy.device.type == "cpu"
-        with self.lock:
-            if wanted and self.nbytes + copy.nbytes <= SPARE_BYTES:
-                self.nbytes += copy.nbytes
-                self.free.setdefault(self._key(copy), []).append(copy)
-
-    def clear(self) -> None:
-        """Give all memory back."""
-        with self.lock:
-            self.free.clear()
-            self.nbytes = 0
-
-    def _key(self, tensor: torch.Tensor) -> tuple[torch.dtype, torch.Size, bool]:
-        return tensor.dtype, tensor.shape, tensor.is_inference()
-
-
-SPARES = Spares()

@@ -130,6 +130,8 @@ class LayerState:
         restore_failed: unmerging failed, so the weight is not known to be W.
         rounding_reported: the cost of rounding W' was reported.
         sharded: the weight was last seen sharded.
+        spares: memory of plain copies that are done with, by weight name, for the next merge; on the CPU alone, where
+            fresh pages take longer than the copy.
         lock: held while W + delta stands in for the weight.
     """
 
@@ -144,7 +146,11 @@ class LayerState:
     restore_failed: bool = False
     rounding_reported: bool = False
     sharded: bool = False
+    spares: dict[str, torch.Tensor] = field(default_factory=dict)
     lock: ForwardLock = field(default_factory=lambda: ForwardLock())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"spares": {}}
 
 
 class ForwardLock:
@@ -289,7 +295,9 @@ class LoRALayer(Swapped):
                     f"{type(self).__name__}: the parts of enable_lora do not follow a tensor parallel split; adapt the "
                     "layer as a whole, or leave it out of the parallelize plan"
                 )
-            param = place_like_weight(name, cast(nn.Parameter, param), self.main_weight(), low_rank.shard_dims(self.KIND))
+            param = place_like_weight(
+                name, cast(nn.Parameter, param), self.main_weight(), low_rank.shard_dims(self.KIND)
+            )
         super().register_parameter(name, param)
 
     def local_blocks(
@@ -318,8 +326,14 @@ class LoRALayer(Swapped):
         try:
             for name in blocks:
                 if name not in state.records:
-                    shard, scaling = local(weights[name]), state.spec.scaling
-                    state.records[name] = merge_weight_(shard, blocks[name], scaling, copy=copy, observe=observe)
+                    state.records[name] = merge_weight_(
+                        local(weights[name]),
+                        blocks[name],
+                        state.spec.scaling,
+                        copy=copy,
+                        spare=state.spares.pop(name, None),
+                        observe=observe,
+                    )
         except BaseException:
             self.unmerge_()
             raise
@@ -335,7 +349,9 @@ class LoRALayer(Swapped):
                 except LoRAError as error:
                     failure = error
                     state.restore_failed = state.restore_failed or not isinstance(error, WeightEditedError)
-                del state.records[name]
+                record = state.records.pop(name)
+                if record.copy is not None and record.copy.device.type == "cpu":
+                    state.spares[name] = record.copy
         vars(self)["lora_active"], state.merged = True, False
         if failure:
             raise failure

@@ -86,12 +86,12 @@ def _load_checkpoint(
         if path.is_dir():  # one tensor, because torch takes no empty state dict
             given = {min(given, key=lambda name: content["state_dict"][name].numel())}
         kept = _weights(module, given)  # Lightning loads W' into them
-    strict, module.strict_loading = module.strict_loading, False  # it would miss what is left out by design
+    chosen, module.strict_loading = module._strict_loading, False  # it would miss what is left out by design
     try:
         with _showing(module, lambda state: {name: state[name] for name in state if name in given}):
             loaded = call_previous(strategy, previous, "load_checkpoint", path, *args, **kwargs)
     finally:
-        module.strict_loading = strict
+        module._strict_loading = chosen  # the property would turn an unset one into True
         for weight, values in kept.items():
             weight.copy_(values)
     if kind == "merged" and adapter is not None:

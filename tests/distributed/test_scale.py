@@ -117,7 +117,7 @@ def measured(path: Path, columns: bool) -> dict[str, int]:
         merge(model)
     found["received_in_merge"] = (ranks - 1) * sum(entry for name, entry in sent.sent if "gather" in name)
     kept = [kept for layer in model.modules() if isinstance(layer, LoRALayer) for kept in layer.lora.records.values()]
-    own = sum(piece.left.nbytes + piece.right.nbytes for one in kept for piece in one.pieces)
+    own = sum(piece.left.nbytes + piece.right.nbytes for one in kept for piece in one.factors)
     found["kept_while_merged"] = own + sum(one.nbytes() for one in kept)
     unmerge(model)
     with Traffic() as sent:
@@ -252,7 +252,7 @@ def peaks(path: Path) -> dict[str, int]:
     found = {"shard": sum(stored(p) for name, p in model.named_parameters() if "lora_" not in name)}
     found["merge"] = peak(lambda: merge(model))
     kept = [kept for layer in model.modules() if isinstance(layer, LoRALayer) for kept in layer.lora.records.values()]
-    found["kept"] = sum(one.nbytes() + sum(p.left.nbytes + p.right.nbytes for p in one.pieces) for one in kept)
+    found["kept"] = sum(one.nbytes() + sum(p.left.nbytes + p.right.nbytes for p in one.factors) for one in kept)
     found["unmerge"] = peak(lambda: unmerge(model))
     found["export"] = peak(lambda: save_merged(model, path))
     module.COPY_BUDGET = budget

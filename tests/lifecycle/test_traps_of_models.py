@@ -189,7 +189,7 @@ def deepcopy_of_an_adapted_model(make: Make, path: Path) -> float:
         for parameter in twin.head.parameters():
             parameter.mul_(2)
     hidden = twin.eval().body(inputs())
-    scaling = getattr(twin.head, "lora_scaling", 1.0)
+    scaling = twin.head.lora.spec.scaling if hasattr(twin.head, "lora") else 1.0
     weight = twin.head.weight + scaling * twin.head.lora_B @ twin.head.lora_A
     return (twin.head(hidden) - F.linear(hidden, weight, twin.head.bias)).abs().max().item()
 
