@@ -136,11 +136,11 @@ def test_writers_of_one_folder_at_once_leave_the_whole_result_of_one(
 
 
 @pytest.mark.usefixtures("_no_exchange")
-@pytest.mark.parametrize("moment", ["away before us", "back before us"])
-def test_folder_that_another_writer_replaces_meanwhile_is_replaced_after_it(
+@pytest.mark.parametrize("moment", ["away before us", "back before us", "grown"])
+def test_folder_that_another_writer_changes_meanwhile_is_replaced_after_it(
     target: Path, moment: str, monkeypatch: pytest.MonkeyPatch
 ):
-    """The other one has just moved the old folder away, or puts its own there while ours is not in yet."""
+    """It has just moved the old folder away, or puts its own there while ours is not in yet, or adds a file."""
     honest = os.rename
     acted: list[str] = []
 
@@ -151,13 +151,62 @@ def test_folder_that_another_writer_replaces_meanwhile_is_replaced_after_it(
         acted.append(moment)
         if moment == "away before us":
             honest(target, target.with_name("theirs"))
+        elif moment == "grown":
+            (target / "late").write_text("late")
         honest(source, to)
-        write(target, "theirs")
+        if moment == "back before us":
+            write(target, "theirs")
 
     monkeypatch.setattr(os, "rename", rename)
     write(target, "new")
     assert acted
+    assert contents(target) == (NEW | {"late": "late"} if moment == "grown" else NEW)
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+@pytest.mark.parametrize("error", [FileNotFoundError(errno.ENOENT, "gone"), PermissionError(errno.EACCES, "x"), None])
+def test_folder_that_another_writer_replaces_while_it_is_read_is_read_again(
+    target: Path, error: OSError | None, exchange: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """Its files are deleted then: reading them fails, or sees fewer of them."""
+    honest, acted = atomic._link, []
+
+    def link(*paths: Any) -> None:
+        if acted:
+            honest(*paths)
+            return
+        acted.append(error)
+        write(target, "theirs")
+        if error:
+            raise error
+
+    if not exchange:
+        monkeypatch.setattr(atomic, "_exchange", lambda first, second: False)
+    monkeypatch.setattr(atomic, "_link", link)
+    write(target, "new")
+    assert acted
     assert contents(target) == NEW
+
+
+def test_folder_that_another_writer_moves_away_before_it_is_read_is_not_missed(
+    target: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def identity(path: Path) -> None:
+        if path.exists():
+            path.rename(path.with_name("theirs"))
+
+    monkeypatch.setattr(atomic, "identity", identity)
+    write(target, "new")
+    assert contents(target) == {"a": "new", "b": "new"}
+    assert contents(target.with_name("theirs")) == OLD
+
+
+def test_folder_whose_others_cannot_be_read_stays(target: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(atomic, "_link", fail)
+    with pytest.raises(LoRAError, match=r"out: the result was complete and cannot be put there: .*Permission denied"):
+        write(target, "new")
+    assert contents(target) == OLD
+    assert os.listdir(target.parent) == ["out"]
 
 
 WRITERS: dict[str, Callable[[Path], Any]] = {"file": new_file, "folder": new_folder}

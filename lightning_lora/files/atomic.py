@@ -65,7 +65,7 @@ def new_folder(path: PathLike, *, keep_others: bool = False, replaced: Collectio
             if file.is_file():
                 _to_disk(file)
         with _names_output(path):
-            _put_in_place(folder, target, partial(_take_along, folder, replaced) if keep_others else lambda old: None)
+            _put_in_place(folder, target, partial(_take_along, folder, replaced) if keep_others else lambda old: True)
 
 
 def check_output_path(path: PathLike, *, folder: bool) -> None:
@@ -77,6 +77,15 @@ def check_output_path(path: PathLike, *, folder: bool) -> None:
     target = _checked(path, folder=folder)
     with _scratch(target, next(parent for parent in target.parents if parent.exists())):
         pass
+
+
+def identity(path: PathLike) -> tuple[int, int] | None:
+    """Return what tells one file or folder from another that comes to its place; None where nothing is."""
+    try:
+        stat = os.stat(path)
+    except OSError:
+        return None
+    return stat.st_dev, stat.st_ino
 
 
 def _checked(path: PathLike, *, folder: bool) -> Path:
@@ -116,20 +125,32 @@ def _names_output(path: PathLike) -> Iterator[None]:
         ) from error
 
 
-def _take_along(new: Path, replaced: Collection[str], old: Path) -> None:
-    """Copy what the new folder lacks: by a second name rather than bytes, where the file system has that."""
-    for entry in old.iterdir():
-        copy = new / entry.name
-        if os.path.lexists(copy) or any(fnmatchcase(entry.name, pattern) for pattern in replaced):
-            continue
-        try:
+def _take_along(new: Path, replaced: Collection[str], old: Path) -> bool:
+    """Copy what the new folder lacks: by a second name rather than bytes, where the file system has that.
+
+    Returns:
+        Whether all is there; False where another writer replaced the old folder meanwhile, and deleted what it held.
+    """
+    before = identity(old)
+    copies: list[Path] = []
+    try:
+        for entry in old.iterdir():
+            copy = new / entry.name
+            if os.path.lexists(copy) or any(fnmatchcase(entry.name, pattern) for pattern in replaced):
+                continue
+            copies.append(copy)
             if entry.is_dir() and not entry.is_symlink():
                 shutil.copytree(entry, copy, symlinks=True, copy_function=_link)
             else:
                 _link(entry, copy)
-        except BaseException:
-            shutil.rmtree(copy, ignore_errors=True)
+        complete = identity(old) == before
+    except OSError as error:
+        if not isinstance(error, FileNotFoundError) and identity(old) == before:
             raise
+        complete = False
+    for copy in [] if complete else copies:
+        shutil.rmtree(copy) if copy.is_dir() and not copy.is_symlink() else copy.unlink(missing_ok=True)
+    return complete
 
 
 def _link(source: PathLike, target: PathLike) -> None:
@@ -146,31 +167,23 @@ def _to_disk(file: PathLike) -> None:
         os.fsync(opened.fileno())
 
 
-def _put_in_place(folder: Path, target: Path, take_along: Callable[[Path], None]) -> None:
+def _put_in_place(folder: Path, target: Path, take_along: Callable[[Path], bool]) -> None:
     """Move a folder to its place, whatever other writers do there meanwhile."""
     old = folder.parent.with_suffix(".old")
     for _ in range(TRIES):
         if _rename(folder, target):
             return
-        before = _identity(target)
-        try:
-            take_along(target)
-        except OSError as error:
-            if not isinstance(error, FileNotFoundError) and _identity(target) == before:
-                raise
-            continue  # another writer moved it away while it was read
+        if not take_along(target):
+            continue
         if _exchange(folder, target):
             return
         done = False
         try:  # no such call here: two steps, with a moment between them
             if _rename(target, old):
-                take_along(old)  # it may be another than the one above
-                done = _rename(folder, target)
-        except BaseException:
-            if not _rename(old, target):  # back; not where it was not moved yet, or the new one is there already
+                done = take_along(old) and _rename(folder, target)  # it may be another than the one above
+        finally:
+            if done or not _rename(old, target):  # back, but not where the new one or another writer's is
                 shutil.rmtree(old, ignore_errors=True)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
         if done:
             return
     raise LoRAError(f"{target}: other programs replaced it {TRIES} times meanwhile; let one of them write it.")
@@ -185,15 +198,6 @@ def _rename(source: Path, target: Path) -> bool:
             raise
         return False
     return True
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    """Equal for two calls if nobody put something else there between them; None where nothing is."""
-    try:
-        stat = path.stat()
-    except FileNotFoundError:
-        return None
-    return stat.st_dev, stat.st_ino
 
 
 def _exchange(first: Path, second: Path) -> bool:
