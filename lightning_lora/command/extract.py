@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from ..files.safetensors import TensorLocation, read_tensor
 from ..files.weights import Weights
 from ..names import A, B, names_match
 from ..nn.low_rank import IN_PROJ, MERGEABLE_DTYPES
+from .output import ProgressBar, no_progress
 
 EXACT = 512  # up to this many rows or columns the whole decomposition is cheap
 
@@ -27,12 +28,13 @@ EMBEDDING = re.compile(r"(?!embed_out$)(.*emb.*|wte|wpe|shared)", re.IGNORECASE)
 
 @dataclass
 class Extracted:
-    """The adapter; per layer the share of the change's squared norm that it keeps; and what was not expressed.
+    """An adapter made out of a full fine-tune, and how much of the change it expresses.
 
     Attributes:
         adapter: fits the base.
-        kept: between 0 and 1, by layer.
+        kept: by layer, the share of the change's squared norm that the adapter keeps, between 0 and 1.
         dropped: changed tensors that the adapter does not carry.
+        squares: by layer, the squared norm of the change.
     """
 
     adapter: Adapter
@@ -41,7 +43,7 @@ class Extracted:
     squares: dict[str, float] = field(default_factory=dict)
 
     def total(self) -> float:
-        """The share of the adapted layers' whole change that is kept."""
+        """Return the share of the adapted layers' whole change that is kept."""
         whole = sum(self.squares.values())
         return sum(self.kept[name] * self.squares[name] for name in self.kept) / whole if whole else 1.0
 
@@ -55,9 +57,9 @@ def extract(
     embeddings: Sequence[str] = (),
     fan_in_fan_out: bool = False,
     drop_rest: bool = False,
-    progress: Callable[[int], None] = lambda done: None,
+    progress: ProgressBar = no_progress,
 ) -> Extracted:
-    """The adapter of a rank that comes closest to the change from base to tuned.
+    """Make the adapter of a rank that comes closest to the change from base to tuned.
 
     Weights of two dimensions and more are adapted; what else changed is carried whole.
 
@@ -69,13 +71,17 @@ def extract(
         embeddings: modules that are nn.Embedding beside those whose name says so.
         fan_in_fan_out: linear weights are stored (in, out), as transformers' Conv1D has them.
         drop_rest: leave out what else changed instead.
-        progress: is told the number of bytes of each tensor that is done.
+        progress: shows how much of the base is compared.
 
     Raises:
         LoRAError: names or shapes differ, or a change cannot be carried.
     """
     _same_names(base, tuned)
-    changed = [name for name, location in base.locations.items() if _differs(location, tuned.locations[name], progress)]
+    changed = []
+    with progress(base.nbytes) as advance:
+        for name, location in base.locations.items():
+            changed += [name] if _differs(location, tuned.locations[name]) else []
+            advance(location.nbytes)
     names = [name for name in changed if _adaptable(name, base.locations[name]) and not _excluded(name, exclude)]
     tensors: dict[str, Any] = {}
     kinds: dict[str, str] = {}
@@ -89,34 +95,39 @@ def extract(
     if not names:
         raise LoRAError(f"extract: no weight of two dimensions or more differs between {base.path} and {tuned.path}.")
     whole, options = ({}, {}) if drop_rest else _carried(base, tuned, changed, set(kinds))
-    rest = [name for name in changed if name not in names and name not in whole]
-    config = _config(tensors, list(kinds), rank, options)
-    prints = {n: fingerprint_entry_at(p) for n, p in base.locations.items() if n not in whole and p.in_order}
+    fingerprint = {
+        name: fingerprint_entry_at(location)
+        for name, location in base.locations.items()
+        if name not in whole and location.in_order
+    }
     adapter = Adapter(
         tensors={**tensors, **whole},
-        config=config,
+        config=_config(tensors, list(kinds), rank, options),
         scalings=dict.fromkeys(kinds, 1.0),
-        fingerprint=prints,
+        fingerprint=fingerprint,
         kinds=kinds,
         fan_in_fan_out=fan_in_fan_out,
     )
-    return Extracted(adapter, kept, rest, squares)
+    dropped = [name for name in changed if name not in names and name not in whole]
+    return Extracted(adapter, kept, dropped, squares)
 
 
 def _same_names(base: Weights, tuned: Weights) -> None:
-    odd = sorted(set(base.locations) ^ set(tuned.locations))
-    if odd:
-        where = base.path if odd[0] in base.locations else tuned.path
-        raise LoRAError(f"extract: {odd[0]!r} is only in {where} (in all {len(odd)}); give two versions of one model.")
+    in_only_one = sorted(set(base.locations) ^ set(tuned.locations))
+    if in_only_one:
+        name = in_only_one[0]
+        path = base.path if name in base.locations else tuned.path
+        raise LoRAError(
+            f"extract: {name!r} is only in {path} (in all {len(in_only_one)}); give two versions of one model."
+        )
     for name, location in base.locations.items():
         if tuned.locations[name].shape != location.shape:
             raise LoRAError(f"extract: {name!r} has shape {location.shape}, tuned {tuned.locations[name].shape}.")
 
 
-def _differs(one: TensorLocation, other: TensorLocation, progress: Callable[[int], None]) -> bool:
-    progress(one.nbytes)
-    before, after = read_tensor(one), read_tensor(other)
-    return not torch.equal(before, after.to(before.dtype) if other.dtype != one.dtype else after)
+def _differs(base: TensorLocation, tuned: TensorLocation) -> bool:
+    before, after = read_tensor(base), read_tensor(tuned)
+    return not torch.equal(before, after.to(before.dtype))
 
 
 def _adaptable(name: str, location: TensorLocation) -> bool:
@@ -162,12 +173,12 @@ def _carried(
     base: Weights, tuned: Weights, changed: Sequence[str], adapted: set[str]
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """What else changed, whole, and the options that say so: biases of adapted layers, and modules to save."""
-    rest = [name for name in changed if not (name.endswith(".weight") and name.rpartition(".")[0] in adapted)]
+    not_adapted = [name for name in changed if not (name.endswith(".weight") and name.rpartition(".")[0] in adapted)]
     containers = {module.rpartition(".")[0] for module in base.modules()}
-    owners = dict.fromkeys(name.rpartition(".")[0] for name in rest)
+    owners = dict.fromkeys(name.rpartition(".")[0] for name in not_adapted)
     biases = any(owner in adapted for owner in owners)
     modules = [owner for owner in owners if owner not in adapted]
-    for name in rest:
+    for name in not_adapted:
         owner, _, leaf = name.rpartition(".")
         if owner in containers or not owner or (owner in adapted and leaf != "bias"):
             raise LoRAError(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 
@@ -15,10 +15,11 @@ from ..errors import LoRAError
 from ..files.model_folder import CONFIG, INDEX_SUFFIX, STEM, index_of, plan_shards, side_files
 from ..files.paths import write_json
 from ..files.safetensors import TensorLocation, as_bytes, build_header, read_rows
-from ..files.torch_archive import set_check_sums
+from ..files.torch_archive import read_torch_file, set_check_sums
 from ..files.weights import Weights
 from ..nn.exact_merge import CPU_CHUNK, merged_weight
 from ..nn.low_rank import MERGEABLE_DTYPES, LowRankBlock, crop
+from .output import Progress
 
 
 @dataclass(frozen=True)
@@ -30,14 +31,11 @@ class WeightUpdate:
     value: torch.Tensor | None = None
 
     def applied(self, rows: torch.Tensor, first: int) -> torch.Tensor:
-        """The new values of some rows, in the dtype of the old."""
+        """Return the new values of some rows, the first of which is that row of the tensor, in the dtype of the old."""
         if self.value is not None:
-            return (self.value[first : first + rows.shape[0]] if rows.dim() else self.value).to(rows.dtype)
+            return _rows_like(rows, self.value, first).to(rows.dtype)
         blocks = crop(self.blocks, slice(first, first + rows.shape[0]))
         return merged_weight(rows, blocks, self.scaling) if blocks else rows
-
-
-Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -97,7 +95,7 @@ def write_folder_of(job: Job, target: Path, max_shard_bytes: int | None) -> list
         files = plan_shards(sizes, max_shard_bytes, folder.stem)
         shards = [Shard(file, names, metadata) for file, names in files.items()]
     for shard in shards:
-        write_safetensors(job, shard, target / shard.name)
+        _write_safetensors(job, shard, target / shard.name)
     for file in copied:
         (target / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder.path / file, target / file)
@@ -111,33 +109,20 @@ def write_folder_of(job: Job, target: Path, max_shard_bytes: int | None) -> list
     return left_out
 
 
-def write_safetensors(job: Job, shard: Shard, target: Path) -> None:
-    """Write one safetensors file."""
+def write_file_of(job: Job, target: Path) -> None:
+    """Write a file in the form of the base's: safetensors, a Lightning checkpoint or a state dict."""
     base = job.base
-    described = [(name, job.result_dtype(name), base.locations[name].shape) for name in shard.tensors]
-    header = base.headers.get(shard.name)
-    same = header is not None and job.dtype is None and list(header.locations) == list(shard.tensors)
-    sources: dict[Path, BinaryIO] = {}
-    with ExitStack() as files:
-        out = files.enter_context(open(target, "xb"))
-        out.write(header.raw if same and header else build_header(described, shard.metadata))
-        for name in shard.tensors:
-            path = base.locations[name].file
-            if path not in sources:
-                sources[path] = files.enter_context(open(path, "rb"))
-            _write_tensor(job, name, sources[path], out)
-
-
-def _write_tensor(job: Job, name: str, source: BinaryIO, out: BinaryIO) -> None:
-    location = job.base.locations[name]
-    for first, count in location.chunks(CPU_CHUNK):  # whole blocks, so that merging part by part gives the same bits
-        rows = read_rows(source, location, first, count)
-        out.write(as_bytes(new_rows(job, name, rows, first)))
-        job.progress(rows.nbytes)
+    if base.form == "safetensors":
+        header = base.headers[base.path.name]
+        _write_safetensors(job, Shard(base.path.name, list(header.locations), header.metadata), target)
+    elif job.dtype is None:
+        _write_torch_file(job, target)
+    else:
+        torch.save(_recast(job, read_torch_file(base.path)), target)
 
 
 def new_rows(job: Job, name: str, rows: torch.Tensor, first: int) -> torch.Tensor:
-    """Some rows of a tensor as they are in the result.
+    """Return some rows of a tensor as they are in the result.
 
     Raises:
         LoRAError: a value is not finite that was finite before.
@@ -155,7 +140,50 @@ def new_rows(job: Job, name: str, rows: torch.Tensor, first: int) -> torch.Tenso
     return new
 
 
-def write_torch_file(job: Job, target: Path) -> None:
+def verify_result(job: Job, result: Weights) -> None:
+    """Compare every tensor of a result: merged ones with W + s * B @ A in float64, others with the base, names too.
+
+    Raises:
+        LoRAError: names the first difference.
+    """
+    in_only_one = sorted(set(result.locations) ^ set(job.base.locations))
+    if in_only_one:
+        raise LoRAError(f"merge --verify: {in_only_one[0]!r} is in only one of base and result.")
+    for name, before in job.base.locations.items():
+        after, dtype = result.locations[name], job.result_dtype(name)
+        if (after.dtype, after.shape) != (dtype, before.shape):
+            raise LoRAError(
+                f"merge --verify: {name!r} is {after.dtype} {after.shape}, expected {dtype} {before.shape}."
+            )
+        if before.in_order:
+            _compare(name, before, after, job.updates.get(name))
+
+
+def _write_safetensors(job: Job, shard: Shard, target: Path) -> None:
+    base = job.base
+    tensors = [(name, job.result_dtype(name), base.locations[name].shape) for name in shard.tensors]
+    header = base.headers.get(shard.name)
+    same = header is not None and job.dtype is None and list(header.locations) == list(shard.tensors)
+    sources: dict[Path, BinaryIO] = {}
+    with ExitStack() as files:
+        out = files.enter_context(open(target, "xb"))
+        out.write(header.raw if same and header else build_header(tensors, shard.metadata))
+        for name in shard.tensors:
+            path = base.locations[name].file
+            if path not in sources:
+                sources[path] = files.enter_context(open(path, "rb"))
+            _write_tensor(job, name, sources[path], out)
+
+
+def _write_tensor(job: Job, name: str, source: BinaryIO, out: BinaryIO) -> None:
+    location = job.base.locations[name]
+    for first, count in location.chunks(CPU_CHUNK):  # whole blocks, so that merging part by part gives the same bits
+        rows = read_rows(source, location, first, count)
+        out.write(as_bytes(new_rows(job, name, rows, first)))
+        job.progress(rows.nbytes)
+
+
+def _write_torch_file(job: Job, target: Path) -> None:
     """Copy a file that torch.save wrote and put the merged weights into the copy."""
     shutil.copyfile(job.base.path, target)
     locations = [job.base.locations[name] for name in job.updates]
@@ -167,6 +195,21 @@ def write_torch_file(job: Job, target: Path) -> None:
             else:
                 job.progress(location.nbytes)
     set_check_sums(target, locations)
+
+
+def _recast(job: Job, content: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint in memory with another dtype, which updates its pickled part; tensors that were one stay one."""
+    state: Mapping[str, Any] = content.get("state_dict", content)
+    new: dict[Any, torch.Tensor] = {}
+    cast = dict(state)
+    for name in job.base.locations:
+        tensor = state[name]
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if key not in new:
+            new[key] = new_rows(job, name, tensor.detach(), 0)
+        cast[name] = new[key]
+        job.progress(tensor.nbytes)
+    return {**content, "state_dict": cast} if "state_dict" in content else cast
 
 
 def _with_dtype(config: Mapping[str, object], dtype: torch.dtype) -> dict[str, object]:
@@ -181,29 +224,10 @@ def _with_dtype(config: Mapping[str, object], dtype: torch.dtype) -> dict[str, o
     return changed
 
 
-def verify_result(job: Job, result: Weights) -> None:
-    """Compare every tensor: merged ones with W + s * B @ A in float64, others with the base, names too.
-
-    Raises:
-        LoRAError: names the first difference.
-    """
-    odd = sorted(set(result.locations) ^ set(job.base.locations))
-    if odd:
-        raise LoRAError(f"verify: {odd[0]!r} is in only one of base and result.")
-    for name, location in job.base.locations.items():
-        found = result.locations[name]
-        if (found.dtype, found.shape) != (job.result_dtype(name), location.shape):
-            raise LoRAError(
-                f"verify: {name!r} is {found.dtype} {found.shape}, expected {location.dtype} {location.shape}."
-            )
-        if location.in_order:
-            _compare(name, location, found, job.updates.get(name))
-
-
-def _compare(name: str, location: TensorLocation, found: TensorLocation, update: WeightUpdate | None) -> None:
-    with open(location.file, "rb") as before, open(found.file, "rb") as after:
-        for first, count in location.chunks():
-            old, new = read_rows(before, location, first, count), read_rows(after, found, first, count)
+def _compare(name: str, before: TensorLocation, after: TensorLocation, update: WeightUpdate | None) -> None:
+    with open(before.file, "rb") as base, open(after.file, "rb") as result:
+        for first, count in before.chunks():
+            old, new = read_rows(base, before, first, count), read_rows(result, after, first, count)
             if update is None and old.dtype == new.dtype:
                 same = torch.equal(_bits(old), _bits(new))
             elif old.is_floating_point():
@@ -212,9 +236,13 @@ def _compare(name: str, location: TensorLocation, found: TensorLocation, update:
                 same = torch.equal(update.applied(old, first) if update else old, new)
             if not same:
                 raise LoRAError(
-                    f"verify: {name!r} differs from what base and adapter give, in rows {first} to "
+                    f"merge --verify: {name!r} differs from what base and adapter give, in rows {first} to "
                     f"{first + count - 1}; the disk or the memory may be faulty. Nothing was written."
                 )
+
+
+def _rows_like(rows: torch.Tensor, value: torch.Tensor, first: int) -> torch.Tensor:
+    return value[first : first + len(rows)] if rows.dim() else value
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -227,7 +255,7 @@ def _reference(old: torch.Tensor, update: WeightUpdate | None, first: int) -> tu
     if update is None:
         return exact, exact.abs()
     if update.value is not None:
-        exact = (update.value[first : first + len(old)] if old.dim() else update.value).double()
+        exact = _rows_like(old, update.value, first).double()
         return exact, exact.abs()
     total = exact.abs()
     for block in crop(update.blocks, slice(first, first + len(old))):
@@ -243,5 +271,5 @@ def _close(new: torch.Tensor, exact: torch.Tensor, total: torch.Tensor) -> bool:
     info = torch.finfo(new.dtype)
     arithmetic = torch.finfo(torch.float64 if new.dtype == torch.float64 else torch.float32).eps * 8
     allowed = exact.abs() * (info.eps / 2 * 1.001) + total * arithmetic + info.tiny * info.eps
-    found = new.double()
-    return bool((((found - exact).abs() <= allowed) | (found == exact) | (found.isnan() & exact.isnan())).all())
+    actual = new.double()
+    return bool((((actual - exact).abs() <= allowed) | (actual == exact) | (actual.isnan() & exact.isnan())).all())
