@@ -23,9 +23,7 @@ from ..model.state_dict import refuse_unmergeable
 from ..nn.lora_layer import LoRALayer, is_factor
 
 FILE, INDEX = f"{STEM}{SUFFIX}", f"{STEM}{INDEX_SUFFIX}"
-
 WEIGHTS = (FILE, f"{STEM}-*-of-*{SUFFIX}", INDEX)  # of an earlier export into the same folder
-
 PT = {"format": "pt"}
 
 

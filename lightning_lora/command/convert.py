@@ -21,13 +21,7 @@ from .output import ADAPTER_CHECKPOINT, ADAPTER_FOLDER, check_output
 
 
 def to_peft(source: PathLike, target: PathLike, lora_alpha: float | None = None, *, overwrite: bool = False) -> Adapter:
-    """Write any adapter as a PEFT folder; returns it.
-
-    Args:
-        source: any form of adapter.
-        target: the folder; what else is in one that is replaced stays.
-        lora_alpha: for an adapter that does not store it.
-        overwrite: replace an earlier result at `target`.
+    """Write any adapter as a PEFT folder; returns it. What else is in a folder that is replaced stays.
 
     Raises:
         LoRAError: the adapter cannot be read, PEFT has no equal of it, or the target is refused.
@@ -44,12 +38,6 @@ def to_lightning(
     """Write any adapter as a Lightning checkpoint of the kind "adapter"; returns it.
 
     Its names are the network's; loading finds the attribute of the LightningModule that they belong to.
-
-    Args:
-        source: any form of adapter.
-        target: the file, NAME.ckpt.
-        lora_alpha: for an adapter that does not store it.
-        overwrite: replace an earlier result at `target`.
 
     Raises:
         LoRAError: the adapter cannot be read, or the target is refused.

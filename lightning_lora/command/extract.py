@@ -20,9 +20,7 @@ from ..nn.low_rank import IN_PROJ, MERGEABLE_DTYPES
 from .output import ProgressBar, no_progress
 
 EXACT = 512  # up to this many rows or columns the whole decomposition is cheap
-
 OVERSAMPLED, ITERATIONS = 16, 6
-
 EMBEDDING = re.compile(r"(?!embed_out$)(.*emb.*|wte|wpe|shared)", re.IGNORECASE)
 
 
@@ -150,7 +148,7 @@ def _kind(module: str, base: Weights, embeddings: Sequence[str], fan_in_fan_out:
 
 
 def _factors(change: torch.Tensor, rank: int, kind: str) -> tuple[torch.Tensor, torch.Tensor, float, float]:
-    """A, B, the share of the squared norm that B @ A keeps, and the squared norm."""
+    """Return A, B, the share of the change's squared norm that B @ A keeps, and that squared norm."""
     matrix = change.T if kind in ("Conv1D", "Embedding") else change.flatten(1)
     rank = min(rank, *matrix.shape)
     if min(matrix.shape) <= EXACT:
@@ -172,7 +170,7 @@ def _factors(change: torch.Tensor, rank: int, kind: str) -> tuple[torch.Tensor, 
 def _carried(
     base: Weights, tuned: Weights, changed: Sequence[str], adapted: set[str]
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """What else changed, whole, and the options that say so: biases of adapted layers, and modules to save."""
+    """Return what else changed, whole, and the options that say so: biases of adapted layers, modules to save."""
     not_adapted = [name for name in changed if not (name.endswith(".weight") and name.rpartition(".")[0] in adapted)]
     containers = {module.rpartition(".")[0] for module in base.modules()}
     owners = dict.fromkeys(name.rpartition(".")[0] for name in not_adapted)
@@ -192,7 +190,7 @@ def _carried(
 
 
 def _config(tensors: Mapping[str, Any], layers: Sequence[str], rank: int, options: Mapping[str, Any]) -> LoRAConfig:
-    """lora_alpha equals r everywhere: the scaling is 1."""
+    """Choose the options; lora_alpha equals r everywhere, so that the scaling is 1."""
     ranks = {name: tensors[f"{name}.{B}"].shape[1] for name in layers}
     smaller = {f"^{re.escape(name)}": r for name, r in ranks.items() if r != rank}
     return LoRAConfig(

@@ -38,7 +38,7 @@ def info(path: PathLike) -> dict[str, Any]:
         "tensors": len(locations),
         "parameters": sum(location.numel for location in locations),
         "bytes": weights.nbytes,
-        "dtypes": dict(Counter(_short(location.dtype) for location in locations)),
+        "dtypes": dict(Counter(_dtype_name(location.dtype) for location in locations)),
     }
 
 
@@ -90,7 +90,7 @@ def _layer_info(adapter: Adapter, name: str) -> dict[str, Any]:
         "scaling": adapter.scalings.get(name),
         "shape_A": list(a.shape),
         "shape_B": list(b.shape),
-        "dtype": _short(a.dtype),
+        "dtype": _dtype_name(a.dtype),
         "norm_A": float(a.double().norm()),
         "norm_B": float(b.double().norm()),
         "norm_delta": delta_norm(adapter, name),
@@ -132,7 +132,7 @@ def _diff_adapters(first: Adapter, second: Adapter) -> dict[str, Any]:
 
 
 def _beside_factors(adapter: Adapter) -> dict[str, Any]:
-    """What was trained whole, and buffers."""
+    """Return what was trained whole, and buffers."""
     return {name: value for name, value in adapter.tensors.items() if name.rpartition(".")[2] not in (A, B)}
 
 
@@ -171,7 +171,7 @@ def _location_row(first: TensorLocation, second: TensorLocation) -> dict[str, An
             whole += float(old.square().sum())
             largest = max(largest, float(change.abs().max())) if change.numel() else largest
     norm = changed**0.5
-    dtypes = {} if first.dtype == second.dtype else {"dtypes": [_short(first.dtype), _short(second.dtype)]}
+    dtypes = {} if first.dtype == second.dtype else {"dtypes": [_dtype_name(first.dtype), _dtype_name(second.dtype)]}
     return {"change": norm, "relative": _ratio(norm, whole**0.5), "largest": largest, **dtypes}
 
 
@@ -183,5 +183,5 @@ def _ratio(change: float, norm: float) -> float:
     return change / norm if norm else (0.0 if not change else float("inf"))
 
 
-def _short(dtype: torch.dtype) -> str:
+def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

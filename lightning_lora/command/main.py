@@ -27,7 +27,6 @@ from .merge import merge_on_disk
 from .output import ADAPTER_FOLDER, Progress, check_output
 
 Dtype = Literal["float16", "bfloat16", "float32", "float64"]
-
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -57,7 +56,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _as_a_program() -> Iterator[None]:
-    """Warnings in one line, and a termination that cleans up what was begun."""
+    """Show warnings in one line, and clean up what was begun when terminated."""
     format_before, handler_before = warnings.formatwarning, signal.getsignal(signal.SIGTERM)
     warnings.formatwarning = lambda message, *_, **__: f"{message}\n"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -84,7 +83,7 @@ def _info_options(parser: Any) -> None:
 
 
 def _info(options: Any) -> str:
-    """What a file or folder holds: options, layers, ranks, norms, the base that it belongs to."""
+    """Show what a file or folder holds: options, layers, ranks, norms, the base that it belongs to."""
     return _shown(info(options.path), info_text, options.json)
 
 
@@ -147,7 +146,7 @@ def _diff_options(parser: Any) -> None:
 
 
 def _diff(options: Any) -> str:
-    """What differs between two adapters or two models, layer by layer."""
+    """Show what differs between two adapters or two models, layer by layer."""
     return _shown(diff(options.first, options.second), diff_text, options.json)
 
 
@@ -190,7 +189,7 @@ def _alpha_option(parser: Any) -> None:
 
 @contextmanager
 def _progress_bar(what: str, total: int) -> Iterator[Progress]:
-    """A bar where the standard error is a terminal; the standard output holds results alone."""
+    """Show a bar where the standard error is a terminal; the standard output holds results alone."""
     try:
         from rich.console import Console
         from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
@@ -238,7 +237,7 @@ def _shown(result: Mapping[str, Any], text: Callable[[Mapping[str, Any]], str], 
 
 
 def _without_nan(value: Any) -> Any:
-    """With None for NaN and infinity, for which JSON has no words."""
+    """Put None for NaN and infinity, for which JSON has no words."""
     if isinstance(value, Mapping):
         return {name: _without_nan(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -119,7 +119,7 @@ def _check_form(base: Weights, output: Path, max_shard_bytes: int | None) -> Non
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """The disk is the limit; several threads would wait for each other at every small block."""
+    """Compute in one thread: the disk is the limit, and several would wait for each other at every small block."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -141,7 +141,7 @@ def _write(job: Job, output: PathLike, max_shard_bytes: int | None, check: bool)
 
 
 def _compare_base(adapter: Adapter, base: Weights, strict: bool) -> None:
-    """By the names that both have: a file may hold tied weights once, or experts under other names than a model."""
+    """Compare what both name: a file may hold tied weights once, or experts under other names than a model."""
     locations = {name: base.locations[name] for name in adapter.fingerprint if name in base.locations}
     entries = {name: fingerprint_entry_at(location) for name, location in locations.items() if location.in_order}
     try:
@@ -174,7 +174,7 @@ def _layer_updates(adapter: Adapter, name: str, base: Weights, seen: Mapping[str
 
 
 def _factor_shapes(kind: str, shapes: Mapping[str, Sequence[int]], rank: int, enabled: Enabled) -> object:
-    """The shapes of A and B, or None for weights of another number of dimensions or other names than the kind's."""
+    """Return the shapes of A and B, or None for weights of other dimensions or names than the kind has."""
     try:
         return factor_shapes(kind, shapes, rank, enabled)
     except (ValueError, LookupError):
@@ -184,7 +184,7 @@ def _factor_shapes(kind: str, shapes: Mapping[str, Sequence[int]], rank: int, en
 def _kind(
     adapter: Adapter, name: str, shapes: Mapping[str, Sequence[int]], base: Weights, seen: Mapping[str, str]
 ) -> str:
-    """Linear, Conv1D or attention, for an adapter of which only names and shapes are known."""
+    """Tell a Linear, Conv1D or attention layer by names and shapes, for an adapter that does not say which it is."""
     if "weight" not in shapes:
         return ATTENTION
     fitting = _orientations(adapter, name, shapes["weight"])
@@ -201,7 +201,7 @@ def _kind(
 
 
 def _seen_orientations(adapter: Adapter, base: Weights) -> dict[str, str]:
-    """Linear and Conv1D, each with the first layer of unknown kind whose shape says that it is one."""
+    """Return Linear and Conv1D, each with the first layer of unknown kind whose shape says that it is one."""
     seen: dict[str, str] = {}
     for name in adapter.layers():
         weight = base.locations.get(f"{name}.weight")
@@ -217,7 +217,7 @@ def _orientations(adapter: Adapter, name: str, shape: Sequence[int]) -> set[str]
 
 
 def _replacement(name: str, value: Any, base: Weights) -> WeightUpdate:
-    """A parameter that was trained whole, or a buffer."""
+    """Check a parameter that was trained whole, or a buffer, and let it take the place of the base's."""
     location = base.locations.get(name)
     if location is None:
         raise LoRAError(

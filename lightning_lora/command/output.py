@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from ..adapter.peft_folder import CONFIG_FILE, TENSOR_FILE
 from ..errors import LoRAError
@@ -17,7 +17,6 @@ from ..files.torch_archive import read_torch_file
 from ..names import META
 
 Progress = Callable[[int], None]  # is told the number of bytes of each part that is done
-
 ProgressBar = Callable[[int], AbstractContextManager[Progress]]  # from the number of bytes of all parts
 
 
@@ -26,15 +25,8 @@ def no_progress(total: int) -> AbstractContextManager[Progress]:
     return nullcontext(lambda done: None)
 
 
-@dataclass(frozen=True)
-class OutputKind:
-    """What a verb writes.
-
-    Attributes:
-        is_folder: a folder rather than a file.
-        content: what tells an earlier result from other things, in words.
-        holds_content: whether something holds it.
-    """
+class OutputKind(NamedTuple):
+    """What a verb writes: a folder or a file, and the content that tells an earlier result from other things."""
 
     is_folder: bool
     content: str
@@ -43,13 +35,6 @@ class OutputKind:
 
 def check_output(verb: str, kind: OutputKind, output: PathLike, inputs: Sequence[PathLike], overwrite: bool) -> None:
     """Refuse an output that must not be replaced, or cannot be, before any work is done for it.
-
-    Args:
-        verb: of the command, for messages.
-        kind: what is to be written.
-        output: where.
-        inputs: what is read for it.
-        overwrite: whether an earlier result may be replaced.
 
     Raises:
         LoRAError: the output overlaps an input, is no place to write to, or exists and may not be replaced.
@@ -79,9 +64,6 @@ def _holds_adapter(file: Path) -> bool:
 
 
 MODEL_FOLDER = OutputKind(True, "safetensors of a model", _holds_weights)
-
 MODEL_FILE = OutputKind(False, "model", Path.is_file)
-
 ADAPTER_FOLDER = OutputKind(True, CONFIG_FILE, lambda folder: (folder / CONFIG_FILE).exists())
-
 ADAPTER_CHECKPOINT = OutputKind(False, "adapter", _holds_adapter)

@@ -14,7 +14,7 @@ import torch
 from ..errors import LoRAError
 from ..files.model_folder import CONFIG, INDEX_SUFFIX, STEM, index_of, plan_shards, side_files
 from ..files.paths import write_json
-from ..files.safetensors import TensorLocation, as_bytes, build_header, read_rows
+from ..files.safetensors import Header, TensorLocation, as_bytes, build_header, read_rows
 from ..files.torch_archive import read_torch_file, set_check_sums
 from ..files.weights import Weights
 from ..nn.exact_merge import CPU_CHUNK, merged_weight
@@ -39,17 +39,8 @@ class WeightUpdate:
 
 
 @dataclass(frozen=True)
-class Shard:
-    """One file to write: its name, tensors in order, and the header's metadata."""
-
-    name: str
-    tensors: Sequence[str]
-    metadata: Mapping[str, str]
-
-
-@dataclass(frozen=True)
 class Job:
-    """What to do.
+    """One merge to write.
 
     Attributes:
         base: the weights.
@@ -77,7 +68,7 @@ def write_folder_of(job: Job, target: Path, max_shard_bytes: int | None) -> list
     """Write a model folder: shards, index, config and all side files.
 
     Args:
-        job: what to do; its base is a folder.
+        job: the merge; its base is a folder.
         target: an empty folder.
         max_shard_bytes: how large a file may be, or None for the base's own sharding.
 
@@ -88,24 +79,22 @@ def write_folder_of(job: Job, target: Path, max_shard_bytes: int | None) -> list
     assert folder is not None
     copied, left_out = side_files(folder)
     sizes = {name: job.result_nbytes(name) for header in folder.shards.values() for name in header.locations}
-    if max_shard_bytes is None:
-        shards = [Shard(file, list(header.locations), header.metadata) for file, header in folder.shards.items()]
-    else:
-        metadata = next(iter(folder.shards.values())).metadata
+    files = {file: list(header.locations) for file, header in folder.shards.items()}
+    metadata = {file: header.metadata for file, header in folder.shards.items()}
+    if max_shard_bytes is not None:
         files = plan_shards(sizes, max_shard_bytes, folder.stem)
-        shards = [Shard(file, names, metadata) for file, names in files.items()]
-    for shard in shards:
-        _write_safetensors(job, shard, target / shard.name)
-    for file in copied:
-        (target / file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(folder.path / file, target / file)
+        metadata = dict.fromkeys(files, next(iter(metadata.values())))
+    for file, names in files.items():
+        _write_safetensors(job, names, metadata[file], folder.shards.get(file), target / file)
+    for path in copied:
+        (target / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder.path / path, target / path)
     if job.dtype is not None and folder.config:
         write_json(target / CONFIG, _with_dtype(folder.config, job.dtype))
     if folder.index_name and job.dtype is None and max_shard_bytes is None:
         shutil.copyfile(folder.path / folder.index_name, target / folder.index_name)
-    elif len(shards) > 1 or (folder.index_name and max_shard_bytes is None):
-        index = index_of({shard.name: shard.tensors for shard in shards}, sizes, folder.index)
-        write_json(target / (folder.index_name or f"{STEM}{INDEX_SUFFIX}"), index)
+    elif len(files) > 1 or (folder.index_name and max_shard_bytes is None):
+        write_json(target / (folder.index_name or f"{STEM}{INDEX_SUFFIX}"), index_of(files, sizes, folder.index))
     return left_out
 
 
@@ -114,7 +103,7 @@ def write_file_of(job: Job, target: Path) -> None:
     base = job.base
     if base.form == "safetensors":
         header = base.headers[base.path.name]
-        _write_safetensors(job, Shard(base.path.name, list(header.locations), header.metadata), target)
+        _write_safetensors(job, list(header.locations), header.metadata, header, target)
     elif job.dtype is None:
         _write_torch_file(job, target)
     else:
@@ -159,17 +148,20 @@ def verify_result(job: Job, result: Weights) -> None:
             _compare(name, before, after, job.updates.get(name))
 
 
-def _write_safetensors(job: Job, shard: Shard, target: Path) -> None:
-    base = job.base
-    tensors = [(name, job.result_dtype(name), base.locations[name].shape) for name in shard.tensors]
-    header = base.headers.get(shard.name)
-    same = header is not None and job.dtype is None and list(header.locations) == list(shard.tensors)
+def _write_safetensors(
+    job: Job, names: Sequence[str], metadata: Mapping[str, str], before: Header | None, target: Path
+) -> None:
+    """Write some tensors into a file; its header is that of the base's file of that name where that fits."""
+    locations = job.base.locations
+    header = build_header([(name, job.result_dtype(name), locations[name].shape) for name in names], metadata)
+    if before is not None and job.dtype is None and list(before.locations) == list(names):
+        header = before.raw
     sources: dict[Path, BinaryIO] = {}
     with ExitStack() as files:
         out = files.enter_context(open(target, "xb"))
-        out.write(header.raw if same and header else build_header(tensors, shard.metadata))
-        for name in shard.tensors:
-            path = base.locations[name].file
+        out.write(header)
+        for name in names:
+            path = locations[name].file
             if path not in sources:
                 sources[path] = files.enter_context(open(path, "rb"))
             _write_tensor(job, name, sources[path], out)
@@ -198,7 +190,7 @@ def _write_torch_file(job: Job, target: Path) -> None:
 
 
 def _recast(job: Job, content: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint in memory with another dtype, which updates its pickled part; tensors that were one stay one."""
+    """Merge in memory into another dtype, which changes the pickled part; tensors that are one stay one."""
     state: Mapping[str, Any] = content.get("state_dict", content)
     new: dict[Any, torch.Tensor] = {}
     cast = dict(state)
@@ -213,7 +205,7 @@ def _recast(job: Job, content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_dtype(config: Mapping[str, object], dtype: torch.dtype) -> dict[str, object]:
-    """A config that names the new dtype where it named one, also inside, for models of several parts."""
+    """Put the new dtype where the config names one, also inside, for models of several parts."""
     known = {str(dtype).removeprefix("torch.") for dtype in MERGEABLE_DTYPES}
     changed = dict(config)
     for key, value in config.items():
@@ -250,7 +242,7 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _reference(old: torch.Tensor, update: WeightUpdate | None, first: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The exact result in float64, and the sum of all that took part in each element."""
+    """Return the exact result in float64, and for each element the sum of all that took part in it, unsigned."""
     exact = old.double()
     if update is None:
         return exact, exact.abs()
@@ -267,7 +259,7 @@ def _reference(old: torch.Tensor, update: WeightUpdate | None, first: int) -> tu
 
 
 def _close(new: torch.Tensor, exact: torch.Tensor, total: torch.Tensor) -> bool:
-    """Within half a unit of the dtype's last place, and the rounding of arithmetic in float32 or better."""
+    """Allow half a unit of the dtype's last place, and the rounding of arithmetic in float32 or better."""
     info = torch.finfo(new.dtype)
     arithmetic = torch.finfo(torch.float64 if new.dtype == torch.float64 else torch.float32).eps * 8
     allowed = exact.abs() * (info.eps / 2 * 1.001) + total * arithmetic + info.tiny * info.eps

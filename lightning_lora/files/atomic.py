@@ -1,8 +1,8 @@
 """Files and folders that appear whole or not at all: written beside their place under another name, then moved there.
 
 A killed program leaves the old content in place, and at most a hidden `.NAME.*.partial` folder beside it. Where names
-cannot be exchanged (NFS, Windows) a folder that is replaced is away for a moment: who is killed then leaves it as
-`.NAME.*.old`.
+cannot be exchanged (NFS, Windows) a folder that is replaced is away for a moment: a program that is killed then leaves
+it as `.NAME.*.old`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from ..errors import LoRAError
 from .paths import PathLike
 
 AT_FDCWD, EXCHANGE = -100, 2
-
 TRIES = 1000  # to replace a folder that other writers replace too; each failure is another one's success
 
 
@@ -89,7 +88,7 @@ def identity(path: PathLike) -> tuple[int, int] | None:
 
 
 def _checked(path: PathLike, *, folder: bool) -> Path:
-    """The real path behind the links of one that can be replaced."""
+    """Return the real path behind links, where it is one that can be replaced."""
     target = Path(os.path.realpath(path))
     if folder and target.exists() and not target.is_dir():
         raise LoRAError(f"{path}: is a file; give the name of a folder.")
@@ -102,7 +101,7 @@ def _checked(path: PathLike, *, folder: bool) -> Path:
 
 @contextmanager
 def _scratch(target: Path, parent: Path) -> Iterator[Path]:
-    """A hidden folder for what is not complete yet, which proves that its parent can be written to."""
+    """Make a hidden folder for what is not complete yet, which proves that its parent can be written to."""
     try:
         parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=parent))
@@ -201,7 +200,7 @@ def _rename(source: Path, target: Path) -> bool:
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Swap two names in one step, which Linux and macOS can and Python has no name for."""
+    """Swap two names in one step, which Linux and macOS can do and Python has no name for; False where it failed."""
     if os.name != "posix":
         return False
     libc = ctypes.CDLL(None, use_errno=True)

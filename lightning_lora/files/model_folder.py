@@ -16,20 +16,15 @@ from ..errors import LoRAError
 from .paths import PathLike, read_json
 from .safetensors import SUFFIX, Header, read_header
 
-INDEX_SUFFIX = f"{SUFFIX}.index.json"
-
 STEM = "model"  # of the names of shards and index, unless the folder has another
-
+INDEX_SUFFIX = f"{SUFFIX}.index.json"
 CONFIG = "config.json"
-
 # Weights in other files or formats would stay unmerged beside the merged ones.
 OTHER_WEIGHTS = (
     *(f"*{SUFFIX}", f"*{INDEX_SUFFIX}", "pytorch_model*.bin*", "*.pth", "*.gguf"),
     *("tf_model*.h5", "flax_model*.msgpack", "*.onnx", "*.onnx_data"),
 )
-
 NOT_COPIED = (".git", ".cache", "__pycache__")
-
 HEADS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration", "ForPreTraining")
 
 Value = TypeVar("Value")
@@ -63,7 +58,7 @@ class ModelFolder:
         return self._option("vocab_size", int)
 
     def _option(self, name: str, kind: type[Value]) -> Value | None:
-        """An option of the model, or of its text part where the model has several."""
+        """Return an option of the model, or of its text part where the model has several."""
         for config in (self.config, self.config.get("text_config")):
             if isinstance(config, Mapping) and isinstance(config.get(name), kind):
                 return cast(Value, config[name])
@@ -108,7 +103,7 @@ def side_files(folder: ModelFolder) -> tuple[list[Path], list[Path]]:
         if any(fnmatch.fnmatch(path.name, pattern) for pattern in OTHER_WEIGHTS):
             left_out.append(relative)
             continue
-        if path.is_symlink() and not _stays(path, folder.path):
+        if path.is_symlink() and not _is_inside(path, folder.path):
             raise LoRAError(
                 f"{path}: is a link to {os.path.realpath(path)}, outside the model; replace it by a copy or remove it."
             )
@@ -189,7 +184,7 @@ def _walk(path: PathLike) -> Iterator[Path]:
         yield from (Path(folder, name) for name in sorted([*files, *links]))
 
 
-def _stays(link: Path, folder: Path) -> bool:
-    """Inside the folder, or in the store beside it that Hugging Face's cache keeps."""
+def _is_inside(link: Path, folder: Path) -> bool:
+    """Say whether a link leads into the folder, or into the store beside it that Hugging Face's cache keeps."""
     target, root = Path(os.path.realpath(link)), Path(os.path.realpath(folder))
     return target.is_relative_to(root) or target.is_relative_to(root.parent.parent / "blobs")

@@ -23,9 +23,7 @@ from .paths import PathLike, require_file
 from .safetensors import TensorLocation
 
 LOCAL, CENTRAL = 30, 46  # bytes of a zip's record headers before the names
-
 DESCRIPTOR = b"PK\x07\x08"
-
 HAS_DESCRIPTOR = 0x08
 
 
@@ -148,7 +146,7 @@ def _name_lengths(file: BinaryIO, entry: int) -> int:
 
 
 def _second_position(file: BinaryIO, record: Record) -> int:
-    """The check sum stands in the directory, and in a descriptor after the data or in the header before it."""
+    """Find the check sum beside the directory's: in a descriptor after the data, or in the header before it."""
     if not record.info.flag_bits & HAS_DESCRIPTOR:
         return record.info.header_offset + 14
     end = record.start + record.info.file_size
