@@ -120,11 +120,11 @@ def test_what_else_changed_is_carried_or_left_out(tmp_path, capsys):
     assert "carried whole: model.layers.0.input_layernorm.weight" in run(tmp_path, capsys, "llama", after)
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert "model.norm" in config["modules_to_save"]
-    shown = run(tmp_path, capsys, "llama", after, "--drop-rest")
+    shown = run(tmp_path, capsys, "llama", after, "--drop-rest", "--overwrite")
     assert "left out: model.layers.0.input_layernorm.weight" in shown
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["modules_to_save"] is None
     after = tuned("llama", 2)
-    shown = run(tmp_path, capsys, "llama", after, "--exclude", "embed_tokens", "down_proj")
+    shown = run(tmp_path, capsys, "llama", after, "--exclude", "embed_tokens", "down_proj", "--overwrite")
     carried = next(line for line in shown.splitlines() if line.startswith("carried whole"))
     assert carried.count("down_proj.weight") == 2
     assert "model.embed_tokens.weight" in carried

@@ -90,7 +90,7 @@ def test_a_good_header_is_read_as_safetensors_reads_it(tmp_path):
     assert header.metadata == {"x": "y"}
     content = (tmp_path / "a.safetensors").read_bytes()
     for name, tensor in load_file(tmp_path / "a.safetensors").items():
-        found = header.entries[name]
+        found = header.locations[name]
         assert (found.dtype, found.shape) == (tensor.dtype, tuple(tensor.shape))
         assert content[found.start : found.start + found.nbytes] == bits(tensor)
 

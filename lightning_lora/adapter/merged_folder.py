@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -15,20 +14,17 @@ from ..distributed.rank_sync import RankSync, writes_files
 from ..distributed.sharding import full_tensor
 from ..errors import LoRAError
 from ..files.atomic import new_folder
-from ..files.paths import PathLike
-from ..files.safetensors import NAMES, as_bytes, build_header
+from ..files.model_folder import INDEX_SUFFIX, STEM, index_of, plan_shards
+from ..files.paths import PathLike, write_json
+from ..files.safetensors import NAMES, SUFFIX, as_bytes, build_header
 from ..model.injection import require_injection
 from ..model.named_state import named_state
 from ..model.state_dict import refuse_unmergeable
 from ..nn.lora_layer import LoRALayer, is_factor
 
-FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
-
-WEIGHTS = (FILE, "model-*-of-*.safetensors", INDEX)  # of an earlier export into the same folder
-
+FILE, INDEX = f"{STEM}{SUFFIX}", f"{STEM}{INDEX_SUFFIX}"
+WEIGHTS = (FILE, f"{STEM}-*-of-*{SUFFIX}", INDEX)  # of an earlier export into the same folder
 PT = {"format": "pt"}
-
-Named = Mapping[str, tuple[torch.Tensor, nn.Module]]
 
 
 def save_merged(model: nn.Module, path: PathLike, *, max_shard_bytes: int = 5 * 10**9) -> None:
@@ -51,7 +47,8 @@ def save_merged(model: nn.Module, path: PathLike, *, max_shard_bytes: int = 5 * 
     require_injection(model, "save_merged")
     refuse_unmergeable(model)
     state = _base_tensors(model)
-    files = _plan(state, max_shard_bytes)
+    sizes = {name: tensor.nbytes for name, (tensor, _) in state.items()}
+    files = plan_shards(sizes, max_shard_bytes)
     writes = writes_files(model)
     sync = RankSync(tensor for tensor, _ in state.values())
 
@@ -66,12 +63,13 @@ def save_merged(model: nn.Module, path: PathLike, *, max_shard_bytes: int = 5 * 
         step(path, lambda: folder.append(moves_on_leaving.enter_context(opening)))
         here = folder[0] if writes else Path()
         for file, names in files.items():
+            names.sort(key=lambda name: -state[name][0].dtype.itemsize)  # wide ones first, so that all are aligned
             header = build_header([(name, state[name][0].dtype, tuple(state[name][0].shape)) for name in names], PT)
             step(file, partial(_append, here / file, header))
             for name in names:  # nothing here holds a tensor while the next one is gathered
                 step(repr(name), partial(_append_tensor, here / file, _merged(name, *state[name], sync)))
         if len(files) > 1:
-            step(INDEX, partial((here / INDEX).write_text, _index(files, state), encoding="utf-8"))
+            step(INDEX, partial(write_json, here / INDEX, index_of(files, sizes, {})))
         step(path, moves_on_leaving.close)
 
 
@@ -86,33 +84,16 @@ def _base_tensors(model: nn.Module) -> dict[str, tuple[torch.Tensor, nn.Module]]
     return tensors
 
 
-def _plan(state: Named, most: int) -> dict[str, list[str]]:
-    """Names by file, each file below `most` bytes where its tensors allow that; the same on every rank."""
-    groups: list[list[str]] = []
-    room = 0
-    for name, (tensor, _) in state.items():
-        if not groups or tensor.nbytes > room:
-            groups.append([])
-            room = most
-        groups[-1].append(name)
-        room -= tensor.nbytes
-    for group in groups:
-        group.sort(key=lambda name: -state[name][0].dtype.itemsize)  # wide ones first, so that all are aligned
-    if len(groups) == 1:
-        return {FILE: groups[0]}
-    return {f"model-{i:05}-of-{len(groups):05}.safetensors": names for i, names in enumerate(groups, 1)}
-
-
 def _merged(name: str, tensor: torch.Tensor, module: nn.Module, sync: RankSync) -> torch.Tensor:
     """A whole tensor on the CPU, the adapter merged into it. Collective where it is sharded."""
     leaf = name.rpartition(".")[2]
     values = [tensor.detach()]
     if isinstance(module, LoRALayer) and leaf in module.adapted_weights() and leaf not in module.lora.records:
         weights = module.adapted_weights()
-        pieces = module.local_blocks(weights, module.lora_A, module.lora_B)
+        blocks = module.local_blocks(weights, module.lora_A, module.lora_B)
 
         def merge() -> None:
-            values[0] = module.merged_copies(weights, {leaf: pieces[leaf]})[leaf]
+            values[0] = module.merged_copies(weights, {leaf: blocks[leaf]})[leaf]
 
         sync.run(f"save_merged: {name!r}", merge)
     return full_tensor(values.pop()).cpu()
@@ -125,9 +106,3 @@ def _append(path: Path, content: bytes | memoryview) -> None:
 
 def _append_tensor(path: Path, tensor: torch.Tensor) -> None:
     _append(path, as_bytes(tensor))
-
-
-def _index(files: Mapping[str, list[str]], state: Named) -> str:
-    total = sum(tensor.nbytes for tensor, _ in state.values())
-    places = {name: file for file, names in files.items() for name in names}
-    return json.dumps({"metadata": {"total_size": total}, "weight_map": places}, indent=2, sort_keys=True) + "\n"

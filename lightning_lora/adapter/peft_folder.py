@@ -17,7 +17,7 @@ import torch
 
 from ..errors import LoRAError
 from ..files.atomic import new_folder
-from ..files.paths import PathLike, read_json
+from ..files.paths import PathLike, read_json, write_json
 from ..files.safetensors import read_safetensors, write_tensors
 from ..files.torch_archive import read_torch_file
 from ..names import A, B, around, matcher
@@ -65,7 +65,7 @@ def write_folder(adapter: Adapter, path: PathLike) -> None:
     description = json.dumps(to_metadata(adapter) | {"complete": not extra}, separators=(",", ":"))
     with new_folder(path, keep_others=True) as folder:
         write_tensors(folder / TENSOR_FILE, tensors, {"format": "pt", HEADER_KEY: description})
-        (folder / CONFIG_FILE).write_text(json.dumps(options_to_peft(plain), indent=2) + "\n", encoding="utf-8")
+        write_json(folder / CONFIG_FILE, options_to_peft(plain))
 
 
 def _refuse_without_equal(adapter: Adapter, name: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,22 +17,22 @@ from ..files.safetensors import TensorLocation, read_tensor
 from ..files.weights import Weights
 from ..names import A, B, names_match
 from ..nn.low_rank import IN_PROJ, MERGEABLE_DTYPES
+from .output import ProgressBar, no_progress
 
 EXACT = 512  # up to this many rows or columns the whole decomposition is cheap
-
 OVERSAMPLED, ITERATIONS = 16, 6
-
 EMBEDDING = re.compile(r"(?!embed_out$)(.*emb.*|wte|wpe|shared)", re.IGNORECASE)
 
 
 @dataclass
 class Extracted:
-    """The adapter; per layer the share of the change's squared norm that it keeps; and what was not expressed.
+    """An adapter made out of a full fine-tune, and how much of the change it expresses.
 
     Attributes:
         adapter: fits the base.
-        kept: between 0 and 1, by layer.
+        kept: by layer, the share of the change's squared norm that the adapter keeps, between 0 and 1.
         dropped: changed tensors that the adapter does not carry.
+        squares: by layer, the squared norm of the change.
     """
 
     adapter: Adapter
@@ -41,7 +41,7 @@ class Extracted:
     squares: dict[str, float] = field(default_factory=dict)
 
     def total(self) -> float:
-        """The share of the adapted layers' whole change that is kept."""
+        """Return the share of the adapted layers' whole change that is kept."""
         whole = sum(self.squares.values())
         return sum(self.kept[name] * self.squares[name] for name in self.kept) / whole if whole else 1.0
 
@@ -55,9 +55,9 @@ def extract(
     embeddings: Sequence[str] = (),
     fan_in_fan_out: bool = False,
     drop_rest: bool = False,
-    progress: Callable[[int], None] = lambda done: None,
+    progress: ProgressBar = no_progress,
 ) -> Extracted:
-    """The adapter of a rank that comes closest to the change from base to tuned.
+    """Make the adapter of a rank that comes closest to the change from base to tuned.
 
     Weights of two dimensions and more are adapted; what else changed is carried whole.
 
@@ -69,58 +69,67 @@ def extract(
         embeddings: modules that are nn.Embedding beside those whose name says so.
         fan_in_fan_out: linear weights are stored (in, out), as transformers' Conv1D has them.
         drop_rest: leave out what else changed instead.
-        progress: is told the number of bytes of each tensor that is done.
+        progress: shows how much of the base is compared.
 
     Raises:
         LoRAError: names or shapes differ, or a change cannot be carried.
     """
     _same_names(base, tuned)
-    changed = [name for name, place in base.places.items() if _differs(place, tuned.places[name], progress)]
-    names = [name for name in changed if _adaptable(name, base.places[name]) and not _excluded(name, exclude)]
+    changed = []
+    with progress(base.nbytes) as advance:
+        for name, location in base.locations.items():
+            changed += [name] if _differs(location, tuned.locations[name]) else []
+            advance(location.nbytes)
+    names = [name for name in changed if _adaptable(name, base.locations[name]) and not _excluded(name, exclude)]
     tensors: dict[str, Any] = {}
     kinds: dict[str, str] = {}
     kept, squares = {}, {}
     for name in names:
         module = name.rpartition(".")[0]
         kinds[module] = _kind(module, base, embeddings, fan_in_fan_out)
-        change = read_tensor(tuned.places[name]).float() - read_tensor(base.places[name]).float()
+        change = read_tensor(tuned.locations[name]).float() - read_tensor(base.locations[name]).float()
         a, b, kept[module], squares[module] = _factors(change, rank, kinds[module])
         tensors |= {f"{module}.{A}": a, f"{module}.{B}": b}
     if not names:
         raise LoRAError(f"extract: no weight of two dimensions or more differs between {base.path} and {tuned.path}.")
     whole, options = ({}, {}) if drop_rest else _carried(base, tuned, changed, set(kinds))
-    rest = [name for name in changed if name not in names and name not in whole]
-    config = _config(tensors, list(kinds), rank, options)
-    prints = {n: fingerprint_entry_at(p) for n, p in base.places.items() if n not in whole and p.in_order}
+    fingerprint = {
+        name: fingerprint_entry_at(location)
+        for name, location in base.locations.items()
+        if name not in whole and location.in_order
+    }
     adapter = Adapter(
         tensors={**tensors, **whole},
-        config=config,
+        config=_config(tensors, list(kinds), rank, options),
         scalings=dict.fromkeys(kinds, 1.0),
-        fingerprint=prints,
+        fingerprint=fingerprint,
         kinds=kinds,
         fan_in_fan_out=fan_in_fan_out,
     )
-    return Extracted(adapter, kept, rest, squares)
+    dropped = [name for name in changed if name not in names and name not in whole]
+    return Extracted(adapter, kept, dropped, squares)
 
 
 def _same_names(base: Weights, tuned: Weights) -> None:
-    odd = sorted(set(base.places) ^ set(tuned.places))
-    if odd:
-        where = base.path if odd[0] in base.places else tuned.path
-        raise LoRAError(f"extract: {odd[0]!r} is only in {where} (in all {len(odd)}); give two versions of one model.")
-    for name, place in base.places.items():
-        if tuned.places[name].shape != place.shape:
-            raise LoRAError(f"extract: {name!r} has shape {place.shape}, tuned {tuned.places[name].shape}.")
+    in_only_one = sorted(set(base.locations) ^ set(tuned.locations))
+    if in_only_one:
+        name = in_only_one[0]
+        path = base.path if name in base.locations else tuned.path
+        raise LoRAError(
+            f"extract: {name!r} is only in {path} (in all {len(in_only_one)}); give two versions of one model."
+        )
+    for name, location in base.locations.items():
+        if tuned.locations[name].shape != location.shape:
+            raise LoRAError(f"extract: {name!r} has shape {location.shape}, tuned {tuned.locations[name].shape}.")
 
 
-def _differs(one: TensorLocation, other: TensorLocation, progress: Callable[[int], None]) -> bool:
-    progress(one.nbytes)
-    before, after = read_tensor(one), read_tensor(other)
-    return not torch.equal(before, after.to(before.dtype) if other.dtype != one.dtype else after)
+def _differs(base: TensorLocation, tuned: TensorLocation) -> bool:
+    before, after = read_tensor(base), read_tensor(tuned)
+    return not torch.equal(before, after.to(before.dtype))
 
 
-def _adaptable(name: str, place: TensorLocation) -> bool:
-    return name.endswith(".weight") and len(place.shape) >= 2 and place.dtype in MERGEABLE_DTYPES
+def _adaptable(name: str, location: TensorLocation) -> bool:
+    return name.endswith(".weight") and len(location.shape) >= 2 and location.dtype in MERGEABLE_DTYPES
 
 
 def _excluded(name: str, exclude: Sequence[str]) -> bool:
@@ -128,10 +137,10 @@ def _excluded(name: str, exclude: Sequence[str]) -> bool:
 
 
 def _kind(module: str, base: Weights, embeddings: Sequence[str], fan_in_fan_out: bool) -> str:
-    if len(base.places[f"{module}.weight"].shape) > 2:
+    if len(base.locations[f"{module}.weight"].shape) > 2:
         return "Conv"
     parent, _, leaf = module.rpartition(".")
-    if leaf == "out_proj" and f"{parent}.{IN_PROJ}" in base.places:
+    if leaf == "out_proj" and f"{parent}.{IN_PROJ}" in base.locations:
         return "AttentionOutput"
     if names_match(list(embeddings), module) or EMBEDDING.fullmatch(leaf):
         return "Embedding"
@@ -139,7 +148,7 @@ def _kind(module: str, base: Weights, embeddings: Sequence[str], fan_in_fan_out:
 
 
 def _factors(change: torch.Tensor, rank: int, kind: str) -> tuple[torch.Tensor, torch.Tensor, float, float]:
-    """A, B, the share of the squared norm that B @ A keeps, and the squared norm."""
+    """Return A, B, the share of the change's squared norm that B @ A keeps, and that squared norm."""
     matrix = change.T if kind in ("Conv1D", "Embedding") else change.flatten(1)
     rank = min(rank, *matrix.shape)
     if min(matrix.shape) <= EXACT:
@@ -161,27 +170,27 @@ def _factors(change: torch.Tensor, rank: int, kind: str) -> tuple[torch.Tensor, 
 def _carried(
     base: Weights, tuned: Weights, changed: Sequence[str], adapted: set[str]
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """What else changed, whole, and the options that say so: biases of adapted layers, and modules to save."""
-    rest = [name for name in changed if not (name.endswith(".weight") and name.rpartition(".")[0] in adapted)]
+    """Return what else changed, whole, and the options that say so: biases of adapted layers, modules to save."""
+    not_adapted = [name for name in changed if not (name.endswith(".weight") and name.rpartition(".")[0] in adapted)]
     containers = {module.rpartition(".")[0] for module in base.modules()}
-    owners = dict.fromkeys(name.rpartition(".")[0] for name in rest)
+    owners = dict.fromkeys(name.rpartition(".")[0] for name in not_adapted)
     biases = any(owner in adapted for owner in owners)
     modules = [owner for owner in owners if owner not in adapted]
-    for name in rest:
+    for name in not_adapted:
         owner, _, leaf = name.rpartition(".")
         if owner in containers or not owner or (owner in adapted and leaf != "bias"):
             raise LoRAError(
                 f"extract: {name!r} changed, and neither an adapter nor modules_to_save can carry it alone; pass "
                 "--drop-rest to leave out all that is not an adapted weight."
             )
-    names = [n for n in base.places if n.rpartition(".")[0] in modules]
-    names += [f"{module}.bias" for module in adapted if biases and f"{module}.bias" in base.places]
-    whole = {name: read_tensor(tuned.places[name]) for name in names}
+    names = [n for n in base.locations if n.rpartition(".")[0] in modules]
+    names += [f"{module}.bias" for module in adapted if biases and f"{module}.bias" in base.locations]
+    whole = {name: read_tensor(tuned.locations[name]) for name in names}
     return whole, {"modules_to_save": modules, "bias": "lora_only" if biases else "none"}
 
 
 def _config(tensors: Mapping[str, Any], layers: Sequence[str], rank: int, options: Mapping[str, Any]) -> LoRAConfig:
-    """lora_alpha equals r everywhere: the scaling is 1."""
+    """Choose the options; lora_alpha equals r everywhere, so that the scaling is 1."""
     ranks = {name: tensors[f"{name}.{B}"].shape[1] for name in layers}
     smaller = {f"^{re.escape(name)}": r for name, r in ranks.items() if r != rank}
     return LoRAConfig(

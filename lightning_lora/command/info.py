@@ -14,14 +14,14 @@ from ..adapter.peft_folder import CONFIG_FILE
 from ..adapter.save_load import read_adapter
 from ..errors import LoRAError
 from ..files.paths import PathLike
-from ..files.safetensors import TensorLocation, read_rows
+from ..files.safetensors import SUFFIX, TensorLocation, read_rows
 from ..files.torch_archive import read_torch_file
 from ..files.weights import Weights, open_weights
 from ..names import META, A, B
 
 
 def info(path: PathLike) -> dict[str, Any]:
-    """What a Lightning checkpoint, a PEFT folder, a safetensors file or a model folder holds.
+    """Describe, as plain types, what a checkpoint, a PEFT folder, a safetensors file or a model folder holds.
 
     Raises:
         LoRAError: it is none of these, or damaged.
@@ -29,33 +29,33 @@ def info(path: PathLike) -> dict[str, Any]:
     if holds_adapter(path):
         return {"path": str(path), "kind": _adapter_kind(Path(path)), **_adapter_info(read_adapter(path))}
     weights = open_weights(path)
-    places = weights.places.values()
+    locations = weights.locations.values()
     return {
         "path": str(path),
         "kind": "weights",
         "form": weights.form,
-        "files": len({place.file for place in places}),
-        "tensors": len(places),
-        "parameters": sum(place.numel for place in places),
-        "bytes": sum(place.nbytes for place in places),
-        "dtypes": dict(Counter(_short(place.dtype) for place in places)),
+        "files": len({location.file for location in locations}),
+        "tensors": len(locations),
+        "parameters": sum(location.numel for location in locations),
+        "bytes": weights.nbytes,
+        "dtypes": dict(Counter(_dtype_name(location.dtype) for location in locations)),
     }
 
 
 def holds_adapter(path: PathLike) -> bool:
-    """Whether a path is an adapter, rather than weights by themselves."""
+    """Say whether a path is an adapter, rather than weights by themselves."""
     path = Path(path)
     if (path / CONFIG_FILE).exists():
         return True
-    if not path.is_dir() and path.suffix != ".safetensors" and META in read_torch_file(path, "meta"):
+    if not path.is_dir() and path.suffix != SUFFIX and META in read_torch_file(path, "meta"):
         return True
-    return any(part in (A, B) or part.startswith("lora_") for n in open_weights(path).places for part in n.split("."))
+    return any(part.startswith("lora_") for name in open_weights(path).locations for part in name.split("."))
 
 
 def _adapter_kind(path: Path) -> str:
     if path.is_dir():
         return "PEFT folder"
-    if path.suffix == ".safetensors":
+    if path.suffix == SUFFIX:
         return "safetensors file with an adapter"
     meta = read_torch_file(path, "meta").get(META)
     if isinstance(meta, Mapping):
@@ -65,21 +65,19 @@ def _adapter_kind(path: Path) -> str:
 
 def _adapter_info(adapter: Adapter) -> dict[str, Any]:
     layers = adapter.layers()
-    factors = {f"{name}.{leaf}" for name in layers for leaf in (A, B)}
-    others = {n: t for n, t in adapter.tensors.items() if n not in factors and isinstance(t, torch.Tensor)}
-    tensors = [adapter.tensors[name] for name in factors]
-    prints = adapter.fingerprint.values()
+    factors = [adapter.tensors[f"{name}.{leaf}"] for name in layers for leaf in (A, B)]
+    whole = {name: value for name, value in _beside_factors(adapter).items() if isinstance(value, torch.Tensor)}
     return {
         "config": adapter.config.to_dict() if adapter.config is not None else None,
         "layers": {name: _layer_info(adapter, name) for name in layers},
-        "parameters": sum(tensor.numel() for tensor in tensors),
-        "bytes": sum(tensor.nbytes for tensor in tensors),
+        "parameters": sum(factor.numel() for factor in factors),
+        "bytes": sum(factor.nbytes for factor in factors),
         "norm": sum(delta_norm(adapter, name) ** 2 for name in layers) ** 0.5,
-        "also_trained": {name: list(tensor.shape) for name, tensor in others.items()},
+        "also_trained": {name: list(tensor.shape) for name, tensor in whole.items()},
         "base": {
             **adapter.origin,
             "frozen_tensors": len(adapter.fingerprint),
-            "dtypes": dict(Counter(entry["dtype"] for entry in prints)),
+            "dtypes": dict(Counter(entry["dtype"] for entry in adapter.fingerprint.values())),
         },
     }
 
@@ -92,83 +90,98 @@ def _layer_info(adapter: Adapter, name: str) -> dict[str, Any]:
         "scaling": adapter.scalings.get(name),
         "shape_A": list(a.shape),
         "shape_B": list(b.shape),
-        "dtype": _short(a.dtype),
+        "dtype": _dtype_name(a.dtype),
         "norm_A": float(a.double().norm()),
         "norm_B": float(b.double().norm()),
         "norm_delta": delta_norm(adapter, name),
     }
 
 
-def diff(one: PathLike, other: PathLike) -> dict[str, Any]:
-    """What differs between two adapters, or between two models' weights, layer by layer or tensor by tensor.
+def diff(first_path: PathLike, second_path: PathLike) -> dict[str, Any]:
+    """Compare two adapters, or two models' weights, layer by layer or tensor by tensor.
 
-    `change` is the Frobenius norm of the difference, `relative` that over the norm in the first.
+    Returns:
+        Plain types. `change` is the Frobenius norm of the difference, `relative` that over the norm in the first.
 
     Raises:
         LoRAError: only one of the two is an adapter, or a file is damaged.
     """
-    adapters = [holds_adapter(path) for path in (one, other)]
-    if adapters[0] != adapters[1]:
-        which, what = (one, other) if adapters[0] else (other, one)
-        raise LoRAError(f"diff: {which} is an adapter and {what} is not; give two of a kind.")
-    if not adapters[0]:
-        return _diff_weights(open_weights(one), open_weights(other))
-    first, second = read_adapter(one), read_adapter(other)
-    first = first.renamed(first.network, "") if first.network else first
-    second = second.renamed(second.network, "") if second.network else second
-    theirs = set(second.layers())
-    rows = {name: _adapter_row(first, second, name) for name in first.layers() if name in theirs}
-    owned = [{n: t for n, t in x.tensors.items() if n.rpartition(".")[2] not in (A, B)} for x in (first, second)]
-    for name in owned[0].keys() & owned[1].keys():
-        rows[name] = _row(owned[0][name].double(), owned[1][name].double())
-    differing = first.config.differing(second.config) if first.config and second.config else []
-    names = [set(x.layers()) | set(own) for x, own in zip((first, second), owned, strict=True)]
-    return {"kind": "adapters", "options": differing, **_only(*names), "changes": rows}
+    are_adapters = holds_adapter(first_path), holds_adapter(second_path)
+    if are_adapters[0] != are_adapters[1]:
+        adapter, weights = (first_path, second_path) if are_adapters[0] else (second_path, first_path)
+        raise LoRAError(f"diff: {adapter} is an adapter and {weights} is not; give two of a kind.")
+    if not are_adapters[0]:
+        return _diff_weights(open_weights(first_path), open_weights(second_path))
+    return _diff_adapters(_by_network_names(read_adapter(first_path)), _by_network_names(read_adapter(second_path)))
 
 
-def _adapter_row(one: Adapter, other: Adapter, name: str) -> dict[str, Any]:
+def _by_network_names(adapter: Adapter) -> Adapter:
+    return adapter.renamed(adapter.network, "") if adapter.network else adapter
+
+
+def _diff_adapters(first: Adapter, second: Adapter) -> dict[str, Any]:
+    layers = set(second.layers())
+    rows = {name: _layer_row(first, second, name) for name in first.layers() if name in layers}
+    first_whole, second_whole = _beside_factors(first), _beside_factors(second)
+    for name in first_whole:
+        if name in second_whole:
+            rows[name] = _value_row(first_whole[name], second_whole[name])
+    options = first.config.differing(second.config) if first.config and second.config else []
+    only = _only({*first.layers(), *first_whole}, {*layers, *second_whole})
+    return {"kind": "adapters", "options": options, **only, "changes": rows}
+
+
+def _beside_factors(adapter: Adapter) -> dict[str, Any]:
+    """Return what was trained whole, and buffers."""
+    return {name: value for name, value in adapter.tensors.items() if name.rpartition(".")[2] not in (A, B)}
+
+
+def _layer_row(first: Adapter, second: Adapter, name: str) -> dict[str, Any]:
     try:
-        change, norm = difference_norm(one, other, name), delta_norm(one, name)
+        change, norm = difference_norm(first, second, name), delta_norm(first, name)
     except ValueError as error:
         return {"problem": str(error)}
     return {"change": change, "relative": _ratio(change, norm)}
 
 
-def _row(one: torch.Tensor, other: torch.Tensor) -> dict[str, Any]:
-    if one.shape != other.shape:
-        return {"problem": f"shape {tuple(one.shape)} and {tuple(other.shape)}"}
-    change = float((one - other).norm())
-    return {"change": change, "relative": _ratio(change, float(one.norm()))}
+def _value_row(first: Any, second: Any) -> dict[str, Any]:
+    if not (isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor)):
+        return {"problem": "no tensor, so that it is not compared"}
+    if first.shape != second.shape:
+        return {"problem": f"shape {tuple(first.shape)} and {tuple(second.shape)}"}
+    change = float((first.double() - second.double()).norm())
+    return {"change": change, "relative": _ratio(change, float(first.double().norm()))}
 
 
-def _diff_weights(one: Weights, other: Weights) -> dict[str, Any]:
-    names = [name for name in one.places if name in other.places]
-    rows = {name: _place_row(one.places[name], other.places[name]) for name in names}
-    return {"kind": "weights", **_only(set(one.places), set(other.places)), "changes": rows}
+def _diff_weights(first: Weights, second: Weights) -> dict[str, Any]:
+    names = [name for name in first.locations if name in second.locations]
+    rows = {name: _location_row(first.locations[name], second.locations[name]) for name in names}
+    return {"kind": "weights", **_only(set(first.locations), set(second.locations)), "changes": rows}
 
 
-def _place_row(one: TensorLocation, other: TensorLocation) -> dict[str, Any]:
-    if one.shape != other.shape:
-        return {"problem": f"shape {one.shape} and {other.shape}"}
-    squares = [0.0, 0.0]
-    largest = 0.0
-    with open(one.file, "rb") as ours, open(other.file, "rb") as theirs:
-        for first, count in one.chunks():
-            old, new = (read_rows(f, p, first, count).double() for f, p in ((ours, one), (theirs, other)))
-            squares = [squares[0] + float((new - old).square().sum()), squares[1] + float(old.square().sum())]
-            largest = max(largest, float((new - old).abs().max())) if old.numel() else largest
-    change = squares[0] ** 0.5
-    dtypes = {} if one.dtype == other.dtype else {"dtypes": [_short(one.dtype), _short(other.dtype)]}
-    return {"change": change, "relative": _ratio(change, squares[1] ** 0.5), "largest": largest, **dtypes}
+def _location_row(first: TensorLocation, second: TensorLocation) -> dict[str, Any]:
+    if first.shape != second.shape:
+        return {"problem": f"shape {first.shape} and {second.shape}"}
+    changed, whole, largest = 0.0, 0.0, 0.0
+    with open(first.file, "rb") as first_file, open(second.file, "rb") as second_file:
+        for start, count in first.chunks():
+            old = read_rows(first_file, first, start, count).double()
+            change = read_rows(second_file, second, start, count).double() - old
+            changed += float(change.square().sum())
+            whole += float(old.square().sum())
+            largest = max(largest, float(change.abs().max())) if change.numel() else largest
+    norm = changed**0.5
+    dtypes = {} if first.dtype == second.dtype else {"dtypes": [_dtype_name(first.dtype), _dtype_name(second.dtype)]}
+    return {"change": norm, "relative": _ratio(norm, whole**0.5), "largest": largest, **dtypes}
 
 
-def _only(one: set[str], other: set[str]) -> dict[str, Any]:
-    return {"only_in_first": sorted(one - other), "only_in_second": sorted(other - one)}
+def _only(first: set[str], second: set[str]) -> dict[str, Any]:
+    return {"only_in_first": sorted(first - second), "only_in_second": sorted(second - first)}
 
 
 def _ratio(change: float, norm: float) -> float:
     return change / norm if norm else (0.0 if not change else float("inf"))
 
 
-def _short(dtype: torch.dtype) -> str:
+def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

@@ -3,50 +3,60 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
 
+from ..adapter.adapter import Adapter
 from ..adapter.peft_folder import write_folder
 from ..errors import LoRAError
+from ..files.atomic import identity
 from ..files.weights import open_weights
 from .convert import to_lightning, to_peft
 from .extract import Extracted, extract
 from .info import diff, info
 from .merge import merge_on_disk
+from .output import ADAPTER_FOLDER, Progress, check_output
 
 Dtype = Literal["float16", "bfloat16", "float32", "float64"]
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit status."""
+    """Run one verb of the command; returns the exit status."""
     try:
         from jsonargparse import ArgumentParser
     except ImportError:
         print("lightning-lora: needs jsonargparse; install lightning-lora[cli].", file=sys.stderr)
         return 1
-    options = _parser(ArgumentParser).parse_args(args)
+    parsed = _parser(ArgumentParser).parse_args(args)
+    verb, options = parsed.verb, parsed[parsed.verb]
+    output = options.get("output", "")
+    before = identity(output)
     with _as_a_program():
         try:
-            print(VERBS[options.verb][1](options[options.verb]), flush=True)
+            print(VERBS[verb][1](options), flush=True)
         except LoRAError as error:
-            print(f"lightning-lora {options.verb}: {error}", file=sys.stderr)
+            print(f"lightning-lora {verb}: {str(error).removeprefix(f'{verb}: ')}", file=sys.stderr)
             return 1
         except KeyboardInterrupt:
-            print(f"lightning-lora {options.verb}: interrupted; nothing was written", file=sys.stderr)
+            outcome = "nothing was written" if identity(output) == before else f"{output} was written and is complete"
+            print(f"lightning-lora {verb}: interrupted; {outcome}", file=sys.stderr)
             return 130
     return 0
 
 
 @contextmanager
 def _as_a_program() -> Iterator[None]:
-    """Warnings in one line, and a termination that cleans up what was begun."""
+    """Show warnings in one line, and clean up what was begun when terminated."""
     format_before, handler_before = warnings.formatwarning, signal.getsignal(signal.SIGTERM)
     warnings.formatwarning = lambda message, *_, **__: f"{message}\n"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -73,9 +83,8 @@ def _info_options(parser: Any) -> None:
 
 
 def _info(options: Any) -> str:
-    """What a file or folder holds: options, layers, ranks, norms, the base that it belongs to."""
-    found = info(options.path)
-    return json.dumps(found, indent=2) if options.json else info_text(found)
+    """Show what a file or folder holds: options, layers, ranks, norms, the base that it belongs to."""
+    return _shown(info(options.path), info_text, options.json)
 
 
 def _merge_options(parser: Any) -> None:
@@ -85,52 +94,48 @@ def _merge_options(parser: Any) -> None:
     parser.add_argument("--dtype", type=Dtype | None, help="of the result; without it that of the base")
     parser.add_argument("--max-shard-size", type=str | None, help="as 5GB; without it the base's own shards")
     parser.add_argument("--verify", action="store_true", help="read the result again and compare it in float64")
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier result")
+    _overwrite_option(parser)
     parser.add_argument("--strict-base", type=bool, default=True, help="false: another base is only a warning")
     _alpha_option(parser)
 
 
 def _merge(options: Any) -> str:
     """Merge an adapter into a base on disk; memory does not grow with the model."""
-    total = sum(place.nbytes for place in open_weights(options.base).places.values())
-    with _progress_bar("merging", total) as progress:
-        left_out = merge_on_disk(
-            options.base,
-            options.adapter,
-            options.output,
-            lora_alpha=options.lora_alpha,
-            dtype=getattr(torch, options.dtype) if options.dtype else None,
-            max_shard_bytes=bytes_of(options.max_shard_size) if options.max_shard_size else None,
-            check=options.verify,
-            strict_base=options.strict_base,
-            overwrite=options.overwrite,
-            progress=progress,
-        )
+    left_out = merge_on_disk(
+        options.base,
+        options.adapter,
+        options.output,
+        lora_alpha=options.lora_alpha,
+        dtype=getattr(torch, options.dtype) if options.dtype else None,
+        max_shard_bytes=bytes_of(options.max_shard_size) if options.max_shard_size else None,
+        check=options.verify,
+        strict_base=options.strict_base,
+        overwrite=options.overwrite,
+        progress=partial(_progress_bar, "merging"),
+    )
     lines = [f"left out, because it holds weights that are not merged: {path}" for path in left_out]
     return "\n".join([*lines, f"wrote {options.output}" + (", verified" if options.verify else "")])
 
 
-def _export_options(parser: Any) -> None:
-    parser.add_argument("source", type=str, help="Lightning checkpoint, or any other form of adapter")
-    parser.add_argument("output", type=str, help="PEFT folder to write")
+def _convert_options(output: str, parser: Any) -> None:
+    parser.add_argument("source", type=str, help="Lightning checkpoint, PEFT folder, or any other form of adapter")
+    parser.add_argument("output", type=str, help=f"{output} to write")
+    _overwrite_option(parser)
     _alpha_option(parser)
 
 
 def _export(options: Any) -> str:
     """Write an adapter as a PEFT folder."""
-    adapter = to_peft(options.source, options.output, options.lora_alpha)
-    return f"wrote {options.output}: {len(adapter.layers())} adapted layers"
-
-
-def _import_options(parser: Any) -> None:
-    parser.add_argument("source", type=str, help="PEFT folder, or any other form of adapter")
-    parser.add_argument("output", type=str, help="Lightning checkpoint to write, NAME.ckpt")
-    _alpha_option(parser)
+    return _convert(to_peft, options)
 
 
 def _import(options: Any) -> str:
     """Write an adapter as a Lightning checkpoint."""
-    adapter = to_lightning(options.source, options.output, options.lora_alpha)
+    return _convert(to_lightning, options)
+
+
+def _convert(convert: Callable[..., Adapter], options: Any) -> str:
+    adapter = convert(options.source, options.output, options.lora_alpha, overwrite=options.overwrite)
     return f"wrote {options.output}: {len(adapter.layers())} adapted layers"
 
 
@@ -141,9 +146,8 @@ def _diff_options(parser: Any) -> None:
 
 
 def _diff(options: Any) -> str:
-    """What differs between two adapters or two models, layer by layer."""
-    found = diff(options.first, options.second)
-    return json.dumps(found, indent=2) if options.json else diff_text(found)
+    """Show what differs between two adapters or two models, layer by layer."""
+    return _shown(diff(options.first, options.second), diff_text, options.json)
 
 
 def _extract_options(parser: Any) -> None:
@@ -155,24 +159,28 @@ def _extract_options(parser: Any) -> None:
     parser.add_argument("--embeddings", nargs="*", type=str, default=[], help="modules that are embeddings too")
     parser.add_argument("--fan-in-fan-out", action="store_true", help="linear weights are (in, out), as in GPT-2")
     parser.add_argument("--drop-rest", action="store_true", help="leave out what else changed (norms, biases)")
+    _overwrite_option(parser)
 
 
 def _extract(options: Any) -> str:
     """Make an adapter out of a full fine-tune by truncated singular value decomposition."""
-    base, tuned = open_weights(options.base), open_weights(options.tuned)
-    with _progress_bar("comparing", sum(place.nbytes for place in base.places.values())) as progress:
-        found = extract(
-            base,
-            tuned,
-            options.rank,
-            exclude=options.exclude,
-            embeddings=options.embeddings,
-            fan_in_fan_out=options.fan_in_fan_out,
-            drop_rest=options.drop_rest,
-            progress=progress,
-        )
-    write_folder(found.adapter, options.output)
-    return extract_text(found, options.output)
+    check_output("extract", ADAPTER_FOLDER, options.output, [options.base, options.tuned], options.overwrite)
+    extracted = extract(
+        open_weights(options.base),
+        open_weights(options.tuned),
+        options.rank,
+        exclude=options.exclude,
+        embeddings=options.embeddings,
+        fan_in_fan_out=options.fan_in_fan_out,
+        drop_rest=options.drop_rest,
+        progress=partial(_progress_bar, "comparing"),
+    )
+    write_folder(extracted.adapter, options.output)
+    return extract_text(extracted, options.output)
+
+
+def _overwrite_option(parser: Any) -> None:
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier result")
 
 
 def _alpha_option(parser: Any) -> None:
@@ -180,8 +188,8 @@ def _alpha_option(parser: Any) -> None:
 
 
 @contextmanager
-def _progress_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar where the standard error is a terminal; the standard output holds results alone."""
+def _progress_bar(what: str, total: int) -> Iterator[Progress]:
+    """Show a bar where the standard error is a terminal; the standard output holds results alone."""
     try:
         from rich.console import Console
         from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
@@ -197,17 +205,15 @@ def _progress_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
 VERBS: dict[str, tuple[Callable[[Any], None], Callable[[Any], str]]] = {
     "info": (_info_options, _info),
     "merge": (_merge_options, _merge),
-    "export": (_export_options, _export),
-    "import": (_import_options, _import),
+    "export": (partial(_convert_options, "PEFT folder"), _export),
+    "import": (partial(_convert_options, "Lightning checkpoint, NAME.ckpt,"), _import),
     "diff": (_diff_options, _diff),
     "extract": (_extract_options, _extract),
 }
 
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
 
 def bytes_of(size: str) -> int:
-    """A number of bytes written as 5GB, 500MB or 123.
+    """Read a number of bytes that is written as 5GB, 500MB or 123.
 
     Raises:
         LoRAError: it is not written like that, or is not above zero.
@@ -219,45 +225,58 @@ def bytes_of(size: str) -> int:
 
 
 def size_text(nbytes: float) -> str:
-    """A number of bytes for people."""
+    """Write a number of bytes for people."""
     for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if nbytes >= factor:
             return f"{nbytes / factor:.3g} {unit}"
     return f"{nbytes:.0f} B"
 
 
-def info_text(found: Mapping[str, Any]) -> str:
-    """The result of info."""
-    head = [f"{found['path']}: {found['kind']}"]
-    if found["kind"] == "weights":
-        dtypes = ", ".join(f"{count} {dtype}" for dtype, count in found["dtypes"].items())
-        files = f"{found['files']} file" + ("s" if found["files"] != 1 else "")
-        size = f"{found['parameters']:,} parameters, {size_text(found['bytes'])}"
-        return "\n".join([*head, f"{found['tensors']} tensors ({dtypes}) in {files}, {size}"])
+def _shown(result: Mapping[str, Any], text: Callable[[Mapping[str, Any]], str], as_json: bool) -> str:
+    return json.dumps(_without_nan(result), indent=2, allow_nan=False) if as_json else text(result)
+
+
+def _without_nan(value: Any) -> Any:
+    """Put None for NaN and infinity, for which JSON has no words."""
+    if isinstance(value, Mapping):
+        return {name: _without_nan(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def info_text(result: Mapping[str, Any]) -> str:
+    """Write the result of info for people."""
+    head = [f"{result['path']}: {result['kind']}"]
+    if result["kind"] == "weights":
+        dtypes = ", ".join(f"{count} {dtype}" for dtype, count in result["dtypes"].items())
+        files = f"{result['files']} file" + ("s" if result["files"] != 1 else "")
+        size = f"{result['parameters']:,} parameters, {size_text(result['bytes'])}"
+        return "\n".join([*head, f"{result['tensors']} tensors ({dtypes}) in {files}, {size}"])
     head.append(
-        f"{len(found['layers'])} adapted layers, {found['parameters']:,} parameters, {size_text(found['bytes'])}, "
-        f"norm {found['norm']:.4g}"
+        f"{len(result['layers'])} adapted layers, {result['parameters']:,} parameters, {size_text(result['bytes'])}, "
+        f"norm {result['norm']:.4g}"
     )
-    options = found["config"] or {"options": "none stored; lora_alpha must come from whoever trained it"}
+    options = result["config"] or {"options": "none stored; lora_alpha must come from whoever trained it"}
     head += [f"  {name}: {value}" for name, value in options.items() if value is not None]
-    base = found["base"]
+    base = result["base"]
     dtypes = ", ".join(f"{count} {dtype}" for dtype, count in base["dtypes"].items()) or "not recorded"
     head.append(f"base: {base.get('base_model_name_or_path', 'no name')}; frozen tensors known: {dtypes}")
-    if found["also_trained"]:
-        head.append(f"also in it, whole: {', '.join(found['also_trained'])}")
+    if result["also_trained"]:
+        head.append(f"also in it, whole: {', '.join(result['also_trained'])}")
     rows = [
         (name, layer["kind"] or "", str(layer["rank"]), _number(layer["scaling"]), _number(layer["norm_delta"]))
-        for name, layer in found["layers"].items()
+        for name, layer in result["layers"].items()
     ]
     return "\n".join([*head, *_table(("layer", "kind", "rank", "scaling", "norm of s*B@A"), rows)])
 
 
-def diff_text(found: Mapping[str, Any]) -> str:
-    """The result of diff."""
-    lines = [f"options that differ: {', '.join(found['options'])}"] if found.get("options") else []
+def diff_text(result: Mapping[str, Any]) -> str:
+    """Write the result of diff for people."""
+    lines = [f"options that differ: {', '.join(result['options'])}"] if result.get("options") else []
     for key in ("only_in_first", "only_in_second"):
-        lines += [f"{key.replace('_', ' ')}: {name}" for name in found[key]]
-    changes = found["changes"]
+        lines += [f"{key.replace('_', ' ')}: {name}" for name in result[key]]
+    changes = result["changes"]
     moved = {name: row for name, row in changes.items() if row.get("problem") or row["change"] or row.get("dtypes")}
     lines.append(f"{len(moved)} of {len(changes)} differ")
     rows = [
@@ -267,14 +286,14 @@ def diff_text(found: Mapping[str, Any]) -> str:
     return "\n".join([*lines, *_table(("name", "change", "relative"), rows)])
 
 
-def extract_text(found: Extracted, output: str) -> str:
-    """The result of extract."""
-    rows = [(name, f"{share:.2%}") for name, share in found.kept.items()]
+def extract_text(extracted: Extracted, output: str) -> str:
+    """Write the result of extract for people."""
+    rows = [(name, f"{share:.2%}") for name, share in extracted.kept.items()]
     lines = _table(("layer", "kept"), rows)
-    lines.append(f"kept {found.total():.2%} of the squared norm of the change of {len(rows)} layers")
-    whole = [name for name in found.adapter.tensors if name.rpartition(".")[2] not in ("lora_A", "lora_B")]
+    lines.append(f"kept {extracted.total():.2%} of the squared norm of the change of {len(rows)} layers")
+    whole = [name for name in extracted.adapter.tensors if name.rpartition(".")[2] not in ("lora_A", "lora_B")]
     lines += [f"carried whole: {', '.join(whole)}"] if whole else []
-    lines += [f"left out: {', '.join(found.dropped)}"] if found.dropped else []
+    lines += [f"left out: {', '.join(extracted.dropped)}"] if extracted.dropped else []
     return "\n".join([*lines, f"wrote {output}"])
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,14 +10,14 @@ from typing import Any
 
 import torch
 
-from ..adapter.adapter import Adapter, align_to_modules
+from ..adapter.adapter import Adapter, align_to_modules, check_finite
 from ..adapter.fingerprint import compare_fingerprints, fingerprint_entry_at
 from ..adapter.save_load import adapter_with_options
 from ..config import LoRAConfig
 from ..errors import LoRAError
 from ..files.atomic import new_file, new_folder
 from ..files.paths import PathLike
-from ..files.torch_archive import read_torch_file
+from ..files.safetensors import SUFFIX
 from ..files.weights import Weights, open_weights
 from ..names import A, B
 from ..nn.low_rank import (
@@ -33,17 +31,10 @@ from ..nn.low_rank import (
     low_rank_blocks,
     matrix_shape,
 )
-from .write_merged import (
-    Job,
-    Progress,
-    Shard,
-    WeightUpdate,
-    new_rows,
-    verify_result,
-    write_folder_of,
-    write_safetensors,
-    write_torch_file,
-)
+from .output import MODEL_FILE, MODEL_FOLDER, ProgressBar, check_output, no_progress
+from .write_merged import Job, WeightUpdate, verify_result, write_file_of, write_folder_of
+
+INSTEAD = "Load model and adapter in Python and use merge_and_unload instead"
 
 
 def merge_on_disk(
@@ -57,7 +48,7 @@ def merge_on_disk(
     check: bool = False,
     strict_base: bool = True,
     overwrite: bool = False,
-    progress: Progress = lambda done: None,
+    progress: ProgressBar = no_progress,
 ) -> list[Path]:
     """Write the base's weights with the adapter merged into them; the output has the form of the base.
 
@@ -70,8 +61,8 @@ def merge_on_disk(
         max_shard_bytes: how large a file of a folder may be, or None for the base's own sharding.
         check: read the result again and compare it with base and adapter.
         strict_base: whether another base than the adapter's is an error or a warning.
-        overwrite: replace what is at `output`.
-        progress: is told the number of bytes of each part that is done.
+        overwrite: replace an earlier result at `output`.
+        progress: shows how much of the base is done.
 
     Returns:
         Files of the base that were left out because they hold weights too.
@@ -80,89 +71,12 @@ def merge_on_disk(
         LoRAError: something does not fit. Nothing is written.
     """
     weights = open_weights(base)
-    _check_output(weights, Path(output), max_shard_bytes)
-    _check_place((base, adapter), Path(output), overwrite)
+    _check_form(weights, Path(output), max_shard_bytes)
+    check_output("merge", MODEL_FOLDER if weights.folder else MODEL_FILE, output, (base, adapter), overwrite)
     with _one_thread():
         updates = plan_updates(adapter_with_options(adapter, lora_alpha), weights, strict_base=strict_base)
-        return _write(Job(weights, updates, dtype, progress), output, max_shard_bytes, check)
-
-
-def _write(job: Job, output: PathLike, max_shard_bytes: int | None, check: bool) -> list[Path]:
-    if job.base.folder is not None:
-        with new_folder(output) as folder:
-            left_out = write_folder_of(job, folder, max_shard_bytes)
-            if check:
-                verify_result(job, open_weights(folder))
-        return left_out
-    with new_file(output) as file:
-        _write_file(job, file)
-        if check:
-            verify_result(job, open_weights(file))
-    return []
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """The disk is the limit; several threads would wait for each other at every small block."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _write_file(job: Job, file: Path) -> None:
-    base = job.base
-    if base.form == "safetensors":
-        header = base.headers[base.path.name]
-        write_safetensors(job, Shard(base.path.name, list(header.entries), header.metadata), file)
-    elif job.dtype is None:
-        write_torch_file(job, file)
-    else:
-        torch.save(_recast(job, read_torch_file(base.path)), file)
-
-
-def _recast(job: Job, content: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint in memory with another dtype, which updates its pickled part; tensors that were one stay one."""
-    state: Mapping[str, Any] = content.get("state_dict", content)
-    new: dict[Any, torch.Tensor] = {}
-    cast = dict(state)
-    for name in job.base.places:
-        tensor = state[name]
-        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-        if key not in new:
-            new[key] = new_rows(job, name, tensor.detach(), 0)
-        cast[name] = new[key]
-        job.progress(tensor.nbytes)
-    return {**content, "state_dict": cast} if "state_dict" in content else cast
-
-
-def _check_output(base: Weights, output: Path, max_shard_bytes: int | None) -> None:
-    if base.form == "folder":
-        return
-    if max_shard_bytes is not None:
-        raise LoRAError("merge: max-shard-size is for folders; the base is one file, and so is the output.")
-    if (output.suffix == ".safetensors") != (base.form == "safetensors"):
-        raise LoRAError(
-            f"merge: the output has the form of the base, so {output.name!r} must end in {base.path.suffix!r}."
-        )
-
-
-def _check_place(inputs: tuple[PathLike, ...], output: Path, overwrite: bool) -> None:
-    here = Path(os.path.realpath(output))
-    for path in map(Path, map(os.path.realpath, inputs)):
-        if here.is_relative_to(path) or path.is_relative_to(here):
-            raise LoRAError(f"merge: {output} is, or is inside, or holds {path}; write somewhere else.")
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return
-    if not overwrite:
-        raise LoRAError(f"merge: {output} exists; choose another output, or pass --overwrite to replace it.")
-    if output.is_dir() and not any(output.glob("*.safetensors")):
-        raise LoRAError(f"merge: {output} holds no safetensors, so it is no earlier result, and is not replaced.")
-
-
-INSTEAD = "Load model and adapter in Python and use merge_and_unload instead"
+        with progress(weights.nbytes) as advance:
+            return _write(Job(weights, updates, dtype, advance), output, max_shard_bytes, check)
 
 
 def plan_updates(adapter: Adapter, base: Weights, *, strict_base: bool = True) -> dict[str, WeightUpdate]:
@@ -171,7 +85,7 @@ def plan_updates(adapter: Adapter, base: Weights, *, strict_base: bool = True) -
     Raises:
         LoRAError: the adapter does not fit the base, or merged weights cannot express it.
     """
-    if any(name.rpartition(".")[2] in (A, B) for name in base.places):
+    if any(name.rpartition(".")[2] in (A, B) for name in base.locations):
         raise LoRAError(f"{base.path}: the base holds an adapter itself; give the weights that it was trained on.")
     adapter = align_to_modules(adapter, base.modules(), str(base.path))
     _compare_base(adapter, base, strict_base)
@@ -184,21 +98,54 @@ def plan_updates(adapter: Adapter, base: Weights, *, strict_base: bool = True) -
             updates[name] = _replacement(name, value, base)
     owners = base.other_owners()
     for name in updates:
-        owner = owners.get(name)
-        if owner:
+        if name in owners:
             raise LoRAError(
-                f"{base.path}: {name!r} is also {owner}, so changing it would change that too, and merged weights "
-                "cannot express the adapter. Leave the layer out of the adapter, or keep the adapter separate."
+                f"{base.path}: {name!r} is also {owners[name]}, so changing it would change that too, and merged "
+                "weights cannot express the adapter. Leave the layer out of the adapter, or keep the adapter separate."
             )
     return updates
 
 
-def _compare_base(adapter: Adapter, base: Weights, strict: bool) -> None:
-    """By the names that both have: a file may hold tied weights once, or experts under other names than a model."""
-    common = {name: entry for name, entry in adapter.fingerprint.items() if name in base.places}
-    readable = {name: entry for name, entry in common.items() if base.places[name].in_order}
+def _check_form(base: Weights, output: Path, max_shard_bytes: int | None) -> None:
+    if base.form == "folder":
+        return
+    if max_shard_bytes is not None:
+        raise LoRAError("merge: max-shard-size is for folders; the base is one file, and so is the output.")
+    if (output.suffix == SUFFIX) != (base.form == "safetensors"):
+        raise LoRAError(
+            f"merge: the output has the form of the base, so {output.name!r} must end in {base.path.suffix!r}."
+        )
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute in one thread: the disk is the limit, and several would wait for each other at every small block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
     try:
-        compare_fingerprints({name: fingerprint_entry_at(base.places[name]) for name in readable}, readable)
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _write(job: Job, output: PathLike, max_shard_bytes: int | None, check: bool) -> list[Path]:
+    left_out: list[Path] = []
+    with (new_folder if job.base.folder else new_file)(output) as result:
+        if job.base.folder:
+            left_out = write_folder_of(job, result, max_shard_bytes)
+        else:
+            write_file_of(job, result)
+        if check:
+            verify_result(job, open_weights(result))
+    return left_out
+
+
+def _compare_base(adapter: Adapter, base: Weights, strict: bool) -> None:
+    """Compare what both name: a file may hold tied weights once, or experts under other names than a model."""
+    locations = {name: base.locations[name] for name in adapter.fingerprint if name in base.locations}
+    entries = {name: fingerprint_entry_at(location) for name, location in locations.items() if location.in_order}
+    try:
+        compare_fingerprints(entries, {name: adapter.fingerprint[name] for name in entries})
     except LoRAError as error:
         if strict:
             raise
@@ -207,17 +154,16 @@ def _compare_base(adapter: Adapter, base: Weights, strict: bool) -> None:
 
 def _layer_updates(adapter: Adapter, name: str, base: Weights, seen: Mapping[str, str]) -> dict[str, WeightUpdate]:
     a, b = adapter.tensors[f"{name}.{A}"], adapter.tensors[f"{name}.{B}"]
-    leaves = [leaf for leaf in ("weight", *ATTENTION_WEIGHTS) if f"{name}.{leaf}" in base.places]
-    shapes = {leaf: base.places[f"{name}.{leaf}"].shape for leaf in leaves}
+    leaves = [leaf for leaf in ("weight", *ATTENTION_WEIGHTS) if f"{name}.{leaf}" in base.locations]
+    shapes = {leaf: base.locations[f"{name}.{leaf}"].shape for leaf in leaves}
     if not shapes:
         raise LoRAError(f"{base.path}: {name!r}, which the adapter updates, has no weight there. {INSTEAD}.")
     for leaf in leaves:
-        dtype = base.places[f"{name}.{leaf}"].dtype
+        dtype = base.locations[f"{name}.{leaf}"].dtype
         if dtype not in MERGEABLE_DTYPES:
             raise LoRAError(f"{base.path}: {f'{name}.{leaf}'!r} is {dtype}; only floating point weights are merged.")
     kind = adapter.kinds.get(name) or _kind(adapter, name, shapes, base, seen)
-    config = adapter.config or LoRAConfig()
-    enabled = config.enabled_parts(name)
+    enabled = (adapter.config or LoRAConfig()).enabled_parts(name)
     if _factor_shapes(kind, shapes, b.shape[1], enabled) != (tuple(a.shape), tuple(b.shape)):
         raise LoRAError(
             f"{base.path}: {name!r}: A {tuple(a.shape)} and B {tuple(b.shape)} do not fit a {kind} layer whose weights "
@@ -228,7 +174,7 @@ def _layer_updates(adapter: Adapter, name: str, base: Weights, seen: Mapping[str
 
 
 def _factor_shapes(kind: str, shapes: Mapping[str, Sequence[int]], rank: int, enabled: Enabled) -> object:
-    """The shapes of A and B, or None for weights of another number of dimensions or other names than the kind's."""
+    """Return the shapes of A and B, or None for weights of other dimensions or names than the kind has."""
     try:
         return factor_shapes(kind, shapes, rank, enabled)
     except (ValueError, LookupError):
@@ -238,30 +184,30 @@ def _factor_shapes(kind: str, shapes: Mapping[str, Sequence[int]], rank: int, en
 def _kind(
     adapter: Adapter, name: str, shapes: Mapping[str, Sequence[int]], base: Weights, seen: Mapping[str, str]
 ) -> str:
-    """Linear, Conv1D or attention, for an adapter of which only names and shapes are known."""
+    """Tell a Linear, Conv1D or attention layer by names and shapes, for an adapter that does not say which it is."""
     if "weight" not in shapes:
         return ATTENTION
-    fits = _orientations(adapter, name, shapes["weight"])
-    if len(fits) < 2:
-        return next(iter(fits), LINEAR)
-    said, opposite = (CONV1D, LINEAR) if adapter.fan_in_fan_out else (LINEAR, CONV1D)
+    fitting = _orientations(adapter, name, shapes["weight"])
+    if len(fitting) < 2:
+        return next(iter(fitting), LINEAR)
+    stated, opposite = (CONV1D, LINEAR) if adapter.fan_in_fan_out else (LINEAR, CONV1D)
     if opposite in seen:
         raise LoRAError(
             f"{base.path}: {name!r} is square, so that its shape does not tell whether it is stored (out, in) or "
             f"(in, out), and the adapter's fan_in_fan_out={adapter.fan_in_fan_out} is contradicted by "
             f"{seen[opposite]!r}. {INSTEAD}."
         )
-    return said
+    return stated
 
 
 def _seen_orientations(adapter: Adapter, base: Weights) -> dict[str, str]:
-    """Linear and Conv1D, each with the first layer of unknown kind whose shape says that it is one."""
+    """Return Linear and Conv1D, each with the first layer of unknown kind whose shape says that it is one."""
     seen: dict[str, str] = {}
     for name in adapter.layers():
-        place = base.places.get(f"{name}.weight")
-        fits = _orientations(adapter, name, place.shape) if place and name not in adapter.kinds else set()
-        if len(fits) == 1:
-            seen.setdefault(fits.pop(), name)
+        weight = base.locations.get(f"{name}.weight")
+        fitting = _orientations(adapter, name, weight.shape) if weight and name not in adapter.kinds else set()
+        if len(fitting) == 1:
+            seen.setdefault(fitting.pop(), name)
     return seen
 
 
@@ -271,17 +217,17 @@ def _orientations(adapter: Adapter, name: str, shape: Sequence[int]) -> set[str]
 
 
 def _replacement(name: str, value: Any, base: Weights) -> WeightUpdate:
-    """A parameter that was trained whole, or a buffer."""
-    place = base.places.get(name)
-    if place is None:
+    """Check a parameter that was trained whole, or a buffer, and let it take the place of the base's."""
+    location = base.locations.get(name)
+    if location is None:
         raise LoRAError(
             f"{base.path}: the adapter comes with {name!r}, trained whole, and the base has no such tensor. {INSTEAD}."
         )
-    if not isinstance(value, torch.Tensor) or tuple(value.shape) != place.shape:
-        found = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
-        raise LoRAError(f"{base.path}: {name!r} has shape {place.shape}, in the adapter {found}.")
-    if value.is_floating_point() != place.dtype.is_floating_point:
-        raise LoRAError(f"{base.path}: {name!r} is {place.dtype}, in the adapter {value.dtype}.")
-    if value.is_floating_point() and not math.isfinite(float(value.double().sum())):
-        raise LoRAError(f"adapter: {name!r} holds NaN or Inf; it comes from a diverged run or a damaged file.")
+    if not isinstance(value, torch.Tensor) or tuple(value.shape) != location.shape:
+        actual = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+        raise LoRAError(f"{base.path}: {name!r} has shape {location.shape}, in the adapter {actual}.")
+    if value.is_floating_point() != location.dtype.is_floating_point:
+        raise LoRAError(f"{base.path}: {name!r} is {location.dtype}, in the adapter {value.dtype}.")
+    if value.is_floating_point():
+        check_finite(name, value)
     return WeightUpdate(value=value)

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 
 from ..errors import LoRAError
-from ..files.model_folder import CONFIG, INDEX_SUFFIX, ModelFolder, side_files
-from ..files.safetensors import TensorLocation, as_bytes, build_header, read_rows
-from ..files.torch_archive import set_check_sums
+from ..files.model_folder import CONFIG, INDEX_SUFFIX, STEM, index_of, plan_shards, side_files
+from ..files.paths import write_json
+from ..files.safetensors import Header, TensorLocation, as_bytes, build_header, read_rows
+from ..files.torch_archive import read_torch_file, set_check_sums
 from ..files.weights import Weights
 from ..nn.exact_merge import CPU_CHUNK, merged_weight
 from ..nn.low_rank import MERGEABLE_DTYPES, LowRankBlock, crop
+from .output import Progress
 
 
 @dataclass(frozen=True)
@@ -30,28 +31,16 @@ class WeightUpdate:
     value: torch.Tensor | None = None
 
     def applied(self, rows: torch.Tensor, first: int) -> torch.Tensor:
-        """The new values of some rows, in the dtype of the old."""
+        """Return the new values of some rows, the first of which is that row of the tensor, in the dtype of the old."""
         if self.value is not None:
-            return (self.value[first : first + rows.shape[0]] if rows.dim() else self.value).to(rows.dtype)
+            return _rows_like(rows, self.value, first).to(rows.dtype)
         blocks = crop(self.blocks, slice(first, first + rows.shape[0]))
         return merged_weight(rows, blocks, self.scaling) if blocks else rows
 
 
-Progress = Callable[[int], None]
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One file to write: its name, tensors in order, and the header's metadata."""
-
-    name: str
-    tensors: Sequence[str]
-    metadata: Mapping[str, str]
-
-
 @dataclass(frozen=True)
 class Job:
-    """What to do.
+    """One merge to write.
 
     Attributes:
         base: the weights.
@@ -66,13 +55,22 @@ class Job:
     progress: Progress
 
     def result_dtype(self, name: str) -> torch.dtype:
-        """The dtype of one tensor of the result; what is not floating point keeps its own."""
-        own = self.base.places[name].dtype
-        return self.dtype if self.dtype is not None and own in MERGEABLE_DTYPES else own
+        """Return the dtype of one tensor of the result; what is not floating point keeps its own."""
+        dtype = self.base.locations[name].dtype
+        return self.dtype if self.dtype is not None and dtype in MERGEABLE_DTYPES else dtype
+
+    def result_nbytes(self, name: str) -> int:
+        """Return the size of one tensor of the result."""
+        return self.base.locations[name].numel * self.result_dtype(name).itemsize
 
 
 def write_folder_of(job: Job, target: Path, max_shard_bytes: int | None) -> list[Path]:
     """Write a model folder: shards, index, config and all side files.
+
+    Args:
+        job: the merge; its base is a folder.
+        target: an empty folder.
+        max_shard_bytes: how large a file may be, or None for the base's own sharding.
 
     Returns:
         What was left out because it holds unmerged weights.
@@ -80,48 +78,40 @@ def write_folder_of(job: Job, target: Path, max_shard_bytes: int | None) -> list
     folder = job.base.folder
     assert folder is not None
     copied, left_out = side_files(folder)
-    shards = _shards_of(folder) if max_shard_bytes is None else _new_shards(job, folder, max_shard_bytes)
-    for shard in shards:
-        write_safetensors(job, shard, target / shard.name)
-    for file in copied:
-        (target / file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(folder.path / file, target / file)
+    sizes = {name: job.result_nbytes(name) for header in folder.shards.values() for name in header.locations}
+    files = {file: list(header.locations) for file, header in folder.shards.items()}
+    metadata = {file: header.metadata for file, header in folder.shards.items()}
+    if max_shard_bytes is not None:
+        files = plan_shards(sizes, max_shard_bytes, folder.stem)
+        metadata = dict.fromkeys(files, next(iter(metadata.values())))
+    for file, names in files.items():
+        _write_safetensors(job, names, metadata[file], folder.shards.get(file), target / file)
+    for path in copied:
+        (target / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder.path / path, target / path)
     if job.dtype is not None and folder.config:
-        _write_json(target / CONFIG, _with_dtype(folder.config, job.dtype))
+        write_json(target / CONFIG, _with_dtype(folder.config, job.dtype))
     if folder.index_name and job.dtype is None and max_shard_bytes is None:
         shutil.copyfile(folder.path / folder.index_name, target / folder.index_name)
-    elif len(shards) > 1 or (folder.index_name and max_shard_bytes is None):
-        _write_index(job, folder, shards, target)
+    elif len(files) > 1 or (folder.index_name and max_shard_bytes is None):
+        write_json(target / (folder.index_name or f"{STEM}{INDEX_SUFFIX}"), index_of(files, sizes, folder.index))
     return left_out
 
 
-def write_safetensors(job: Job, shard: Shard, target: Path) -> None:
-    """Write one safetensors file."""
+def write_file_of(job: Job, target: Path) -> None:
+    """Write a file in the form of the base's: safetensors, a Lightning checkpoint or a state dict."""
     base = job.base
-    described = [(name, job.result_dtype(name), base.places[name].shape) for name in shard.tensors]
-    header = base.headers.get(shard.name)
-    same = header is not None and job.dtype is None and list(header.entries) == list(shard.tensors)
-    sources: dict[Path, BinaryIO] = {}
-    with ExitStack() as files:
-        out = files.enter_context(open(target, "xb"))
-        out.write(header.raw if same and header else build_header(described, shard.metadata))
-        for name in shard.tensors:
-            path = base.places[name].file
-            if path not in sources:
-                sources[path] = files.enter_context(open(path, "rb"))
-            _write_tensor(job, name, sources[path], out)
-
-
-def _write_tensor(job: Job, name: str, source: BinaryIO, out: BinaryIO) -> None:
-    place = job.base.places[name]
-    for first, count in place.chunks(CPU_CHUNK):  # whole blocks, so that merging part by part gives the same bits
-        rows = read_rows(source, place, first, count)
-        out.write(as_bytes(new_rows(job, name, rows, first)))
-        job.progress(rows.nbytes)
+    if base.form == "safetensors":
+        header = base.headers[base.path.name]
+        _write_safetensors(job, list(header.locations), header.metadata, header, target)
+    elif job.dtype is None:
+        _write_torch_file(job, target)
+    else:
+        torch.save(_recast(job, read_torch_file(base.path)), target)
 
 
 def new_rows(job: Job, name: str, rows: torch.Tensor, first: int) -> torch.Tensor:
-    """Some rows of a tensor as they are in the result.
+    """Return some rows of a tensor as they are in the result.
 
     Raises:
         LoRAError: a value is not finite that was finite before.
@@ -139,59 +129,83 @@ def new_rows(job: Job, name: str, rows: torch.Tensor, first: int) -> torch.Tenso
     return new
 
 
-def write_torch_file(job: Job, target: Path) -> None:
+def verify_result(job: Job, result: Weights) -> None:
+    """Compare every tensor of a result: merged ones with W + s * B @ A in float64, others with the base, names too.
+
+    Raises:
+        LoRAError: names the first difference.
+    """
+    in_only_one = sorted(set(result.locations) ^ set(job.base.locations))
+    if in_only_one:
+        raise LoRAError(f"merge --verify: {in_only_one[0]!r} is in only one of base and result.")
+    for name, before in job.base.locations.items():
+        after, dtype = result.locations[name], job.result_dtype(name)
+        if (after.dtype, after.shape) != (dtype, before.shape):
+            raise LoRAError(
+                f"merge --verify: {name!r} is {after.dtype} {after.shape}, expected {dtype} {before.shape}."
+            )
+        if before.in_order:
+            _compare(name, before, after, job.updates.get(name))
+
+
+def _write_safetensors(
+    job: Job, names: Sequence[str], metadata: Mapping[str, str], before: Header | None, target: Path
+) -> None:
+    """Write some tensors into a file; its header is that of the base's file of that name where that fits."""
+    locations = job.base.locations
+    header = build_header([(name, job.result_dtype(name), locations[name].shape) for name in names], metadata)
+    if before is not None and job.dtype is None and list(before.locations) == list(names):
+        header = before.raw
+    sources: dict[Path, BinaryIO] = {}
+    with ExitStack() as files:
+        out = files.enter_context(open(target, "xb"))
+        out.write(header)
+        for name in names:
+            path = locations[name].file
+            if path not in sources:
+                sources[path] = files.enter_context(open(path, "rb"))
+            _write_tensor(job, name, sources[path], out)
+
+
+def _write_tensor(job: Job, name: str, source: BinaryIO, out: BinaryIO) -> None:
+    location = job.base.locations[name]
+    for first, count in location.chunks(CPU_CHUNK):  # whole blocks, so that merging part by part gives the same bits
+        rows = read_rows(source, location, first, count)
+        out.write(as_bytes(new_rows(job, name, rows, first)))
+        job.progress(rows.nbytes)
+
+
+def _write_torch_file(job: Job, target: Path) -> None:
     """Copy a file that torch.save wrote and put the merged weights into the copy."""
     shutil.copyfile(job.base.path, target)
-    places = [job.base.places[name] for name in job.updates]
+    locations = [job.base.locations[name] for name in job.updates]
     with open(job.base.path, "rb") as source, open(target, "r+b") as out:
-        for name, place in job.base.places.items():
+        for name, location in job.base.locations.items():
             if name in job.updates:
-                out.seek(place.start)
+                out.seek(location.start)
                 _write_tensor(job, name, source, out)
             else:
-                job.progress(place.nbytes)
-    set_check_sums(target, places)
+                job.progress(location.nbytes)
+    set_check_sums(target, locations)
 
 
-def _shards_of(folder: ModelFolder) -> list[Shard]:
-    return [Shard(name, list(header.entries), header.metadata) for name, header in folder.shards.items()]
-
-
-def _new_shards(job: Job, folder: ModelFolder, most: int) -> list[Shard]:
-    """As many tensors in a file as fit, in the order of the base; a tensor is never split."""
-    groups: list[list[str]] = [[]]
-    size = 0
-    for name in (name for header in folder.shards.values() for name in header.entries):
-        nbytes = job.base.places[name].numel * job.result_dtype(name).itemsize
-        if groups[-1] and size + nbytes > most:
-            groups.append([])
-            size = 0
-        groups[-1].append(name)
-        size += nbytes
-    stem = (folder.index_name or "model.safetensors").removesuffix(INDEX_SUFFIX).removesuffix(".safetensors")
-    metadata = next(iter(folder.shards.values())).metadata
-    count = len(groups)
-    names = [f"{stem}-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)] if count > 1 else []
-    names = names or [f"{stem}.safetensors"]
-    return [Shard(name, group, metadata) for name, group in zip(names, groups, strict=True)]
-
-
-def _write_index(job: Job, folder: ModelFolder, shards: Sequence[Shard], target: Path) -> None:
-    name = folder.index_name or f"model{INDEX_SUFFIX}"
-    old = folder.index.get("metadata")
-    metadata = dict(old) if isinstance(old, Mapping) else {}
-    sizes = [job.base.places[n].numel * job.result_dtype(n).itemsize for shard in shards for n in shard.tensors]
-    metadata["total_size"] = sum(sizes)
-    weight_map = {tensor: shard.name for shard in shards for tensor in shard.tensors}
-    _write_json(target / name, {**folder.index, "metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
-
-
-def _write_json(path: Path, content: Mapping[str, object]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+def _recast(job: Job, content: dict[str, Any]) -> dict[str, Any]:
+    """Merge in memory into another dtype, which changes the pickled part; tensors that are one stay one."""
+    state: Mapping[str, Any] = content.get("state_dict", content)
+    new: dict[Any, torch.Tensor] = {}
+    cast = dict(state)
+    for name in job.base.locations:
+        tensor = state[name]
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if key not in new:
+            new[key] = new_rows(job, name, tensor.detach(), 0)
+        cast[name] = new[key]
+        job.progress(tensor.nbytes)
+    return {**content, "state_dict": cast} if "state_dict" in content else cast
 
 
 def _with_dtype(config: Mapping[str, object], dtype: torch.dtype) -> dict[str, object]:
-    """A config that names the new dtype where it named one, also inside, for models of several parts."""
+    """Put the new dtype where the config names one, also inside, for models of several parts."""
     known = {str(dtype).removeprefix("torch.") for dtype in MERGEABLE_DTYPES}
     changed = dict(config)
     for key, value in config.items():
@@ -202,27 +216,10 @@ def _with_dtype(config: Mapping[str, object], dtype: torch.dtype) -> dict[str, o
     return changed
 
 
-def verify_result(job: Job, result: Weights) -> None:
-    """Compare every tensor: merged ones with W + s * B @ A in float64, others with the base, names too.
-
-    Raises:
-        LoRAError: names the first difference.
-    """
-    odd = sorted(set(result.places) ^ set(job.base.places))
-    if odd:
-        raise LoRAError(f"verify: {odd[0]!r} is in only one of base and result.")
-    for name, place in job.base.places.items():
-        found = result.places[name]
-        if (found.dtype, found.shape) != (job.result_dtype(name), place.shape):
-            raise LoRAError(f"verify: {name!r} is {found.dtype} {found.shape}, expected {place.dtype} {place.shape}.")
-        if place.in_order:
-            _compare(name, place, found, job.updates.get(name))
-
-
-def _compare(name: str, place: TensorLocation, found: TensorLocation, update: WeightUpdate | None) -> None:
-    with open(place.file, "rb") as before, open(found.file, "rb") as after:
-        for first, count in place.chunks():
-            old, new = read_rows(before, place, first, count), read_rows(after, found, first, count)
+def _compare(name: str, before: TensorLocation, after: TensorLocation, update: WeightUpdate | None) -> None:
+    with open(before.file, "rb") as base, open(after.file, "rb") as result:
+        for first, count in before.chunks():
+            old, new = read_rows(base, before, first, count), read_rows(result, after, first, count)
             if update is None and old.dtype == new.dtype:
                 same = torch.equal(_bits(old), _bits(new))
             elif old.is_floating_point():
@@ -231,9 +228,13 @@ def _compare(name: str, place: TensorLocation, found: TensorLocation, update: We
                 same = torch.equal(update.applied(old, first) if update else old, new)
             if not same:
                 raise LoRAError(
-                    f"verify: {name!r} differs from what base and adapter give, in rows {first} to "
+                    f"merge --verify: {name!r} differs from what base and adapter give, in rows {first} to "
                     f"{first + count - 1}; the disk or the memory may be faulty. Nothing was written."
                 )
+
+
+def _rows_like(rows: torch.Tensor, value: torch.Tensor, first: int) -> torch.Tensor:
+    return value[first : first + len(rows)] if rows.dim() else value
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -241,12 +242,12 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _reference(old: torch.Tensor, update: WeightUpdate | None, first: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The exact result in float64, and the sum of all that took part in each element."""
+    """Return the exact result in float64, and for each element the sum of all that took part in it, unsigned."""
     exact = old.double()
     if update is None:
         return exact, exact.abs()
     if update.value is not None:
-        exact = (update.value[first : first + len(old)] if old.dim() else update.value).double()
+        exact = _rows_like(old, update.value, first).double()
         return exact, exact.abs()
     total = exact.abs()
     for block in crop(update.blocks, slice(first, first + len(old))):
@@ -258,9 +259,9 @@ def _reference(old: torch.Tensor, update: WeightUpdate | None, first: int) -> tu
 
 
 def _close(new: torch.Tensor, exact: torch.Tensor, total: torch.Tensor) -> bool:
-    """Within half a unit of the dtype's last place, and the rounding of arithmetic in float32 or better."""
+    """Allow half a unit of the dtype's last place, and the rounding of arithmetic in float32 or better."""
     info = torch.finfo(new.dtype)
     arithmetic = torch.finfo(torch.float64 if new.dtype == torch.float64 else torch.float32).eps * 8
     allowed = exact.abs() * (info.eps / 2 * 1.001) + total * arithmetic + info.tiny * info.eps
-    found = new.double()
-    return bool((((found - exact).abs() <= allowed) | (found == exact) | (found.isnan() & exact.isnan())).all())
+    actual = new.double()
+    return bool((((actual - exact).abs() <= allowed) | (actual == exact) | (actual.isnan() & exact.isnan())).all())

@@ -7,28 +7,27 @@ from __future__ import annotations
 
 import fnmatch
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from ..errors import LoRAError
 from .paths import PathLike, read_json
-from .safetensors import Header, read_header
+from .safetensors import SUFFIX, Header, read_header
 
-INDEX_SUFFIX = ".safetensors.index.json"
-
+STEM = "model"  # of the names of shards and index, unless the folder has another
+INDEX_SUFFIX = f"{SUFFIX}.index.json"
 CONFIG = "config.json"
-
 # Weights in other files or formats would stay unmerged beside the merged ones.
 OTHER_WEIGHTS = (
-    *("*.safetensors", f"*{INDEX_SUFFIX}", "pytorch_model*.bin*", "*.pth", "*.gguf"),
+    *(f"*{SUFFIX}", f"*{INDEX_SUFFIX}", "pytorch_model*.bin*", "*.pth", "*.gguf"),
     *("tf_model*.h5", "flax_model*.msgpack", "*.onnx", "*.onnx_data"),
 )
-
 NOT_COPIED = (".git", ".cache", "__pycache__")
-
 HEADS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration", "ForPreTraining")
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -41,77 +40,57 @@ class ModelFolder:
     index: Mapping[str, Any]
     config: Mapping[str, Any]
 
+    @property
+    def stem(self) -> str:
+        """What the names of its shards begin with."""
+        return (self.index_name or STEM).removesuffix(INDEX_SUFFIX)
+
     def tied_embeddings(self) -> bool:
-        """Whether the output head is the input embedding: so it is in transformers unless the config says otherwise."""
-        inner = self.config.get("text_config")
-        for config in (self.config, inner):
-            if isinstance(config, Mapping) and isinstance(config.get("tie_word_embeddings"), bool):
-                return bool(config["tie_word_embeddings"])
+        """Say whether the output head is the input embedding, as in transformers unless the config says otherwise."""
+        tied = self._option("tie_word_embeddings", bool)
         kinds = self.config.get("architectures")
-        return any(str(kind).endswith(HEADS) for kind in kinds) if isinstance(kinds, list) else False
+        if tied is None and isinstance(kinds, list):
+            return any(str(kind).endswith(HEADS) for kind in kinds)
+        return bool(tied)
 
     def vocabulary(self) -> int | None:
-        """Number of rows of the input embedding, as far as the config says."""
-        inner = self.config.get("text_config")
-        for config in (self.config, inner):
-            if isinstance(config, Mapping) and isinstance(config.get("vocab_size"), int):
-                return int(config["vocab_size"])
+        """Return the number of rows of the input embedding, as far as the config says."""
+        return self._option("vocab_size", int)
+
+    def _option(self, name: str, kind: type[Value]) -> Value | None:
+        """Return an option of the model, or of its text part where the model has several."""
+        for config in (self.config, self.config.get("text_config")):
+            if isinstance(config, Mapping) and isinstance(config.get(name), kind):
+                return cast(Value, config[name])
         return None
 
 
 def open_folder(path: Path) -> ModelFolder:
-    """Read index and headers, and check them against each other.
+    """Read a folder's index and headers, and check them against each other.
 
     Raises:
         LoRAError: there are no safetensors, several models, or an index that its shards contradict.
     """
     names = sorted(entry.name for entry in path.iterdir())
     indexes = [name for name in names if name.endswith(INDEX_SUFFIX)]
-    files = [name for name in names if name.endswith(".safetensors")]
+    files = [name for name in names if name.endswith(SUFFIX)]
     if len(indexes) > 1 or (not indexes and len(files) != 1):
-        found = ", ".join(indexes or files) or "none"
+        present = ", ".join(indexes or files) or "none"
         raise LoRAError(
-            f"{path}: expected one *{INDEX_SUFFIX} or one *.safetensors file, found {found}. Other formats can be "
+            f"{path}: expected one *{INDEX_SUFFIX} or one *{SUFFIX} file, found {present}. Other formats can be "
             "saved as safetensors with transformers' save_pretrained."
         )
     index = read_json(path / indexes[0]) if indexes else {}
-    places = _weight_map(path / indexes[0], index) if indexes else {}
-    shards = {name: read_header(path / name) for name in (dict.fromkeys(places.values()) if indexes else files)}
+    file_of = _weight_map(path / indexes[0], index) if indexes else {}
+    shards = {name: read_header(path / name) for name in (dict.fromkeys(file_of.values()) if indexes else files)}
     if indexes:
-        _compare(path / indexes[0], places, shards)
+        _compare(path / indexes[0], file_of, shards)
     config = read_json(path / CONFIG) if (path / CONFIG).exists() else {}
     return ModelFolder(path, shards, indexes[0] if indexes else None, index, config)
 
 
-def _weight_map(path: Path, index: Mapping[str, Any]) -> dict[str, str]:
-    places = index.get("weight_map")
-    if not isinstance(places, dict) or not places:
-        raise LoRAError(f"{path}: expected a weight_map of names and files, found {type(places).__name__}.")
-    for name, file in places.items():
-        if not is_plain_name(file) or not file.endswith(".safetensors"):
-            raise LoRAError(f"{path}: {name!r} must be in a safetensors file of this folder, but it names {file!r}.")
-        if not (path.parent / file).is_file():
-            raise LoRAError(f"{path}: {file!r}, which holds {name!r}, is not there.")
-    return places
-
-
-def is_plain_name(name: Any) -> bool:
-    """Whether a text can only mean a file in the folder at hand."""
-    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\:\0")
-
-
-def _compare(path: Path, places: Mapping[str, str], shards: Mapping[str, Header]) -> None:
-    for file, header in shards.items():
-        for name in header.entries:
-            if places.get(name) != file:
-                raise LoRAError(f"{path}: {name!r} is in {file!r}, but the index says {places.get(name)!r}.")
-    for name, file in places.items():
-        if name not in shards[file].entries:
-            raise LoRAError(f"{path}: {name!r} should be in {file!r} and is not there.")
-
-
 def side_files(folder: ModelFolder) -> tuple[list[Path], list[Path]]:
-    """Relative paths of what is beside the weights: to copy, and to leave out because it is weights too.
+    """List what is beside the weights, as relative paths: to copy, and to leave out because it is weights too.
 
     Raises:
         LoRAError: a link leads out of the folder.
@@ -119,19 +98,83 @@ def side_files(folder: ModelFolder) -> tuple[list[Path], list[Path]]:
     copied, left_out = [], []
     for path in _walk(folder.path):
         relative = path.relative_to(folder.path)
-        ours = relative.parent == Path() and (relative.name in folder.shards or relative.name == folder.index_name)
-        if ours:
+        if relative.parent == Path() and (relative.name in folder.shards or relative.name == folder.index_name):
             continue
         if any(fnmatch.fnmatch(path.name, pattern) for pattern in OTHER_WEIGHTS):
             left_out.append(relative)
             continue
-        if path.is_symlink() and not _stays(path, folder.path):
+        if path.is_symlink() and not _is_inside(path, folder.path):
             raise LoRAError(
                 f"{path}: is a link to {os.path.realpath(path)}, outside the model; replace it by a copy or remove it."
             )
         if path.is_file():
             copied.append(relative)
     return copied, left_out
+
+
+def plan_shards(sizes: Mapping[str, int], most: int, stem: str = STEM) -> dict[str, list[str]]:
+    """Distribute tensors over as few files as hold them in this order, and name the files.
+
+    Args:
+        sizes: bytes of each tensor.
+        most: bytes of tensors in one file; a larger tensor has a file of its own.
+        stem: what the files' names begin with.
+
+    Returns:
+        Names of tensors by file.
+    """
+    groups: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if groups[-1] and filled + size > most:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += size
+    if len(groups) == 1:
+        return {f"{stem}{SUFFIX}": groups[0]}
+    return {f"{stem}-{i:05}-of-{len(groups):05}{SUFFIX}": names for i, names in enumerate(groups, 1)}
+
+
+def index_of(files: Mapping[str, Sequence[str]], sizes: Mapping[str, int], before: Mapping[str, Any]) -> dict[str, Any]:
+    """Make the index of some shards.
+
+    Args:
+        files: names of tensors by file.
+        sizes: bytes of each tensor.
+        before: an earlier index, of which all else is kept.
+    """
+    metadata = before.get("metadata")
+    metadata = {**(metadata if isinstance(metadata, Mapping) else {}), "total_size": sum(sizes.values())}
+    file_of = {name: file for file, names in files.items() for name in names}
+    return {**before, "metadata": metadata, "weight_map": dict(sorted(file_of.items()))}
+
+
+def is_plain_name(name: Any) -> bool:
+    """Say whether a text can only mean a file in the folder at hand."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\:\0")
+
+
+def _weight_map(path: Path, index: Mapping[str, Any]) -> dict[str, str]:
+    file_of = index.get("weight_map")
+    if not isinstance(file_of, dict) or not file_of:
+        raise LoRAError(f"{path}: expected a weight_map of names and files, found {type(file_of).__name__}.")
+    for name, file in file_of.items():
+        if not is_plain_name(file) or not file.endswith(SUFFIX):
+            raise LoRAError(f"{path}: {name!r} must be in a safetensors file of this folder, but it names {file!r}.")
+        if not (path.parent / file).is_file():
+            raise LoRAError(f"{path}: {file!r}, which holds {name!r}, is not there.")
+    return file_of
+
+
+def _compare(path: Path, file_of: Mapping[str, str], shards: Mapping[str, Header]) -> None:
+    for file, header in shards.items():
+        for name in header.locations:
+            if file_of.get(name) != file:
+                raise LoRAError(f"{path}: {name!r} is in {file!r}, but the index says {file_of.get(name)!r}.")
+    for name, file in file_of.items():
+        if name not in shards[file].locations:
+            raise LoRAError(f"{path}: {name!r} should be in {file!r} and is not there.")
 
 
 def _walk(path: PathLike) -> Iterator[Path]:
@@ -141,7 +184,7 @@ def _walk(path: PathLike) -> Iterator[Path]:
         yield from (Path(folder, name) for name in sorted([*files, *links]))
 
 
-def _stays(link: Path, folder: Path) -> bool:
-    """Inside the folder, or in the store beside it that Hugging Face's cache keeps."""
+def _is_inside(link: Path, folder: Path) -> bool:
+    """Say whether a link leads into the folder, or into the store beside it that Hugging Face's cache keeps."""
     target, root = Path(os.path.realpath(link)), Path(os.path.realpath(folder))
     return target.is_relative_to(root) or target.is_relative_to(root.parent.parent / "blobs")

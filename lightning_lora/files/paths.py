@@ -1,9 +1,10 @@
-"""Reading what others wrote: nothing is unpickled beyond weights_only, and every failure is a LoRAError."""
+"""Paths, and JSON: of what others wrote every failure to read it is a LoRAError."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,12 @@ PathLike = str | os.PathLike[str]
 
 
 def read_json(path: PathLike) -> dict[str, Any]:
-    """A JSON object.
+    """Read a JSON object.
 
     Raises:
         LoRAError: no such file, not JSON, or something else than an object.
     """
-    _require_file(path)
+    require_file(path)
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -28,6 +29,12 @@ def read_json(path: PathLike) -> dict[str, Any]:
     return content
 
 
-def _require_file(path: PathLike) -> None:
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON object as transformers does, in lines."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def require_file(path: PathLike) -> None:
+    """Raise a LoRAError where there is no file."""
     if not Path(path).is_file():
         raise LoRAError(f"{path}: there is no such file.")

@@ -17,16 +17,83 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import LoRAError
-from .paths import PathLike, _require_file
+from .paths import PathLike, require_file
+
+SUFFIX = ".safetensors"
+METADATA = "__metadata__"
+LONGEST = 100_000_000  # bytes of a header, safetensors' own limit
+CHUNK = 2**21  # elements that are in memory at once; more is not faster
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64, "BOOL": torch.bool,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
+}  # fmt: skip
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorLocation:
+    """One tensor in a file.
+
+    Attributes:
+        file: its path.
+        dtype: of the tensor.
+        shape: of the tensor.
+        start: of its bytes in the file.
+        in_order: its elements follow each other there; others can be copied, not read.
+    """
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    in_order: bool = True
+
+    @property
+    def numel(self) -> int:
+        """The number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Their size in bytes."""
+        return self.numel * self.dtype.itemsize
+
+    @property
+    def rows(self) -> int:
+        """The size of the first dimension; a scalar is one row."""
+        return self.shape[0] if self.shape else 1
+
+    def chunks(self, block: int = 1) -> Iterator[tuple[int, int]]:
+        """Divide the tensor into parts of limited size, each of whole blocks of so many elements, or of one row.
+
+        Yields:
+            The first row and the number of rows of each.
+        """
+        columns = max(1, self.numel // max(1, self.rows))
+        rows_of_block = max(1, block // columns)
+        step = rows_of_block * max(1, CHUNK // (rows_of_block * columns))
+        for first in range(0, self.rows, step):
+            yield first, min(step, self.rows - first)
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says before its tensors: `raw` as it is there, and read, the tensors in the order of their bytes."""
+
+    metadata: dict[str, str]
+    locations: dict[str, TensorLocation]
+    raw: bytes
 
 
 def read_safetensors(path: PathLike) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The tensors of a safetensors file, on the CPU, and its header's metadata.
+    """Read the tensors of a safetensors file, onto the CPU, and its header's metadata.
 
     Raises:
         LoRAError: no such file, or not a whole safetensors file.
     """
-    _require_file(path)
+    require_file(path)
     read_header(Path(path))
     try:
         with safe_open(path, framework="pt") as file:
@@ -35,53 +102,8 @@ def read_safetensors(path: PathLike) -> tuple[dict[str, torch.Tensor], dict[str,
         raise LoRAError(f"{path}: cannot be read as safetensors; it may be truncated: {error}") from error
 
 
-LONGEST = 100_000_000  # bytes of a header, safetensors' own limit
-
-METADATA = "__metadata__"
-
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "C64": torch.complex64,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "U16": torch.uint16,
-    "U32": torch.uint32,
-    "U64": torch.uint64,
-    "BOOL": torch.bool,
-}
-
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor: what it is and where its bytes are in the file."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int
-    nbytes: int
-
-
-@dataclass(frozen=True)
-class Header:
-    """Metadata and tensors, these in the order of their bytes; `raw` is everything before those."""
-
-    metadata: dict[str, str]
-    entries: dict[str, Entry]
-    raw: bytes
-
-
 def read_header(path: Path) -> Header:
-    """The header of a safetensors file.
+    """Read the header of a safetensors file, and check it against the file.
 
     Raises:
         LoRAError: it is no whole safetensors file, or the header's claims do not add up.
@@ -93,105 +115,31 @@ def read_header(path: Path) -> Header:
         content = json.loads(raw[8:], object_pairs_hook=_without_duplicates)
         metadata = content.pop(METADATA, {})
         _require(all(isinstance(value, str) for value in metadata.values()), "metadata that is not text")
-        entries = {name: _entry(name, claim, len(raw)) for name, claim in content.items()}
+        locations = {name: _location(path, name, claim, len(raw)) for name, claim in content.items()}
     except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         raise LoRAError(f"{path}: cannot be read as safetensors; it may be truncated or damaged: {error}") from error
-    ordered = dict(sorted(entries.items(), key=lambda item: (item[1].start, item[1].nbytes)))
+    ordered = dict(sorted(locations.items(), key=lambda item: (item[1].start, item[1].nbytes)))
     end = len(raw)
-    for name, entry in ordered.items():
-        if entry.start != end:
+    for name, location in ordered.items():
+        if location.start != end:
             raise LoRAError(f"{path}: the bytes of {name!r} overlap others or leave a gap; the file is damaged.")
-        end += entry.nbytes
+        end += location.nbytes
     if end != size:
         raise LoRAError(f"{path}: has {size} bytes, but its header describes {end}; it may be truncated.")
     return Header(metadata, ordered, raw)
 
 
-def _raw(file: BinaryIO, size: int) -> bytes:
-    first = file.read(8)
-    length = int.from_bytes(first, "little")
-    _require(len(first) == 8 and length <= min(LONGEST, size - 8), f"a header of {length} bytes")
-    return first + file.read(length)
+def read_rows(file: BinaryIO, location: TensorLocation, first: int, count: int) -> torch.Tensor:
+    """Read some rows of a tensor from its open file."""
+    row = location.nbytes // max(1, location.rows)
+    shape = (count, *location.shape[1:]) if location.shape else ()
+    return _read(file, location, first * row, count * row).view(shape)
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = dict(pairs)
-    _require(len(names) == len(pairs), "a name twice")
-    return names
-
-
-def _entry(name: str, claim: Mapping[str, Any], offset: int) -> Entry:
-    _require(claim.keys() == {"dtype", "shape", "data_offsets"}, f"{name!r} with other fields than expected")
-    dtype, shape, (start, end) = claim["dtype"], claim["shape"], claim["data_offsets"]
-    numbers = [*shape, start, end]
-    _require(isinstance(shape, list) and all(type(n) is int and 0 <= n < 2**63 for n in numbers), f"{name!r}: sizes")
-    _require(isinstance(dtype, str) and dtype in DTYPES, f"{name!r}: dtype {dtype!r}")
-    nbytes = math.prod(shape) * DTYPES[dtype].itemsize
-    _require(nbytes == end - start, f"{name!r}: shape {shape} needs {nbytes} bytes and has {end - start}")
-    return Entry(DTYPES[dtype], tuple(shape), offset + start, nbytes)
-
-
-def _require(condition: bool, found: str) -> None:
-    if not condition:
-        raise ValueError(f"found {found}")
-
-
-def build_header(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
-    """Everything before the tensors' bytes, for tensors that follow in this order without gaps."""
-    content: dict[str, Any] = {METADATA: dict(metadata)} if metadata else {}
-    end = 0
-    for name, dtype, shape in tensors:
-        start, end = end, end + math.prod(shape) * dtype.itemsize
-        content[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(content, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-CHUNK = 2**21  # elements that are in memory at once; more is not faster
-
-
-@dataclass(frozen=True)
-class TensorLocation:
-    """One tensor in a file. `in_order`: its elements follow each other there; others can be copied, not read."""
-
-    file: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int
-    in_order: bool = True
-
-    @property
-    def numel(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Their size."""
-        return self.numel * self.dtype.itemsize
-
-    def chunks(self, block: int = 1) -> Iterator[tuple[int, int]]:
-        """(first row, number of rows) of parts of limited size, each of whole blocks of so many elements or one row."""
-        rows = self.shape[0] if self.shape else 1
-        columns = max(1, self.numel // max(1, rows))
-        rows_of_block = max(1, block // columns)
-        step = rows_of_block * max(1, CHUNK // (rows_of_block * columns))
-        for first in range(0, rows, step):
-            yield first, min(step, rows - first)
-
-
-def read_rows(file: BinaryIO, place: TensorLocation, first: int, count: int) -> torch.Tensor:
-    """Some rows of a tensor, from its open file; a scalar is one row."""
-    row = place.nbytes // max(1, place.shape[0] if place.shape else 1)
-    shape = (count, *place.shape[1:]) if place.shape else ()
-    return _read(file, place, first * row, count * row).view(shape)
-
-
-def read_tensor(place: TensorLocation) -> torch.Tensor:
-    """The whole tensor."""
-    with open(place.file, "rb") as file:
-        return read_rows(file, place, 0, place.shape[0] if place.shape else 1)
+def read_tensor(location: TensorLocation) -> torch.Tensor:
+    """Read a whole tensor."""
+    with open(location.file, "rb") as file:
+        return read_rows(file, location, 0, location.rows)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
@@ -203,24 +151,65 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
             file.write(as_bytes(tensor))
 
 
+def build_header(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+    """Compose everything before the tensors' bytes, for tensors that follow in this order without gaps."""
+    content: dict[str, Any] = {METADATA: dict(metadata)} if metadata else {}
+    end = 0
+    for name, dtype, shape in tensors:
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        content[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(content, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
 def as_bytes(tensor: torch.Tensor) -> memoryview:
-    """A tensor's elements, in order, as something that a file can write."""
+    """View or copy a tensor's elements, in order, as something that a file can write."""
     flat = tensor.detach().contiguous().view(-1)
     return _memory(flat.view(torch.uint8)) if flat.numel() else memoryview(b"")
 
 
+def _raw(file: BinaryIO, size: int) -> bytes:
+    first = file.read(8)
+    length = int.from_bytes(first, "little")
+    _require(len(first) == 8 and length <= min(LONGEST, size - 8), f"a header of {length} bytes")
+    return first + file.read(length)
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    _require(len(content) == len(pairs), "a name twice")
+    return content
+
+
+def _location(path: Path, name: str, claim: Mapping[str, Any], offset: int) -> TensorLocation:
+    _require(claim.keys() == {"dtype", "shape", "data_offsets"}, f"{name!r} with other fields than expected")
+    dtype, shape, (start, end) = claim["dtype"], claim["shape"], claim["data_offsets"]
+    numbers = [*shape, start, end]
+    _require(isinstance(shape, list) and all(type(n) is int and 0 <= n < 2**63 for n in numbers), f"{name!r}: sizes")
+    _require(isinstance(dtype, str) and dtype in DTYPES, f"{name!r}: dtype {dtype!r}")
+    location = TensorLocation(path, DTYPES[dtype], tuple(shape), offset + start)
+    needed = location.nbytes
+    _require(needed == end - start, f"{name!r}: shape {shape} needs {needed} bytes and has {end - start}")
+    return location
+
+
+def _require(condition: bool, otherwise: str) -> None:
+    if not condition:
+        raise ValueError(f"found {otherwise}")
+
+
+def _read(file: BinaryIO, location: TensorLocation, offset: int, nbytes: int) -> torch.Tensor:
+    if not location.in_order:
+        raise LoRAError(f"{location.file}: a tensor is stored out of order; call .contiguous() on it before saving.")
+    if not nbytes:
+        return torch.empty(0, dtype=location.dtype)
+    flat = torch.empty(nbytes, dtype=torch.uint8)
+    file.seek(location.start + offset)
+    if file.readinto(_memory(flat)) != nbytes:  # type: ignore[attr-defined]
+        raise LoRAError(f"{location.file}: ends before the bytes that its header describes; it was cut or is changing.")
+    return flat.view(location.dtype)
+
+
 def _memory(flat: torch.Tensor) -> memoryview:
     return memoryview(flat.numpy())  # type: ignore[arg-type]
-
-
-def _read(file: BinaryIO, place: TensorLocation, offset: int, nbytes: int) -> torch.Tensor:
-    if not place.in_order:
-        raise LoRAError(f"{place.file}: a tensor is stored out of order; call .contiguous() on it before saving.")
-    if not nbytes:
-        return torch.empty(0, dtype=place.dtype)
-    flat = torch.empty(nbytes, dtype=torch.uint8)
-    file.seek(place.start + offset)
-    got = file.readinto(_memory(flat))  # type: ignore[attr-defined]
-    if got != nbytes:
-        raise LoRAError(f"{place.file}: ends before the bytes that its header describes; it was cut or is changing.")
-    return flat.view(place.dtype)

@@ -19,17 +19,29 @@ from typing import Any, BinaryIO
 import torch
 
 from ..errors import LoRAError
-from .paths import PathLike, _require_file
+from .paths import PathLike, require_file
 from .safetensors import TensorLocation
+
+LOCAL, CENTRAL = 30, 46  # bytes of a zip's record headers before the names
+DESCRIPTOR = b"PK\x07\x08"
+HAS_DESCRIPTOR = 0x08
+
+
+@dataclass(frozen=True)
+class Record:
+    """One stored file of the archive."""
+
+    info: zipfile.ZipInfo
+    start: int
 
 
 def read_torch_file(path: PathLike, device: str = "cpu") -> dict[str, Any]:
-    """A checkpoint or state dict, on the CPU, or on "meta" without its values.
+    """Read a checkpoint or state dict onto the CPU, or onto "meta" without its values.
 
     Raises:
         LoRAError: no such file, truncated, not a dictionary, or it holds more than plain types and tensors.
     """
-    _require_file(path)
+    require_file(path)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Detected pickle protocol")  # the error says enough
@@ -46,23 +58,8 @@ def read_torch_file(path: PathLike, device: str = "cpu") -> dict[str, Any]:
     return content
 
 
-LOCAL, CENTRAL = 30, 46  # bytes of a zip's record headers before the names
-
-DESCRIPTOR = b"PK\x07\x08"
-
-HAS_DESCRIPTOR = 0x08
-
-
-@dataclass(frozen=True)
-class Record:
-    """One stored file of the archive."""
-
-    info: zipfile.ZipInfo
-    start: int
-
-
-def torch_places(path: Path) -> dict[str, TensorLocation]:
-    """Where the tensors of a state dict, or of a checkpoint's, lie in a file.
+def torch_locations(path: Path) -> dict[str, TensorLocation]:
+    """Find where the tensors of a state dict, or of a checkpoint's, lie in a file.
 
     Raises:
         LoRAError: the file is damaged, holds no state dict, or is of a form that cannot be changed in place.
@@ -73,30 +70,14 @@ def torch_places(path: Path) -> dict[str, TensorLocation]:
         raise LoRAError(f"{path}: expected a state dict, found {type(state).__name__}.")
     sizes = {record.start: record.info.file_size for record in read_records(path)}
     return {
-        name: _place(path, name, value, sizes)
+        name: _location(path, name, value, sizes)
         for name, value in state.items()
         if isinstance(name, str) and isinstance(value, torch.Tensor)
     }
 
 
-def _place(path: Path, name: str, tensor: torch.Tensor, sizes: Mapping[int, int]) -> TensorLocation:
-    if tensor.layout != torch.strided:
-        raise LoRAError(f"{path}: {name!r} is a sparse tensor, which cannot be read in place.")
-    start = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
-    if start is None:
-        raise LoRAError(
-            f"{path}: torch {torch.__version__} does not say where a tensor lies in such a file; save the weights as "
-            "safetensors, or use torch 2.7 or newer."
-        )
-    first = start + tensor.storage_offset() * tensor.dtype.itemsize
-    place = TensorLocation(path, tensor.dtype, tuple(tensor.shape), first, tensor.is_contiguous())
-    if start not in sizes or first + place.nbytes > start + sizes[start]:
-        raise LoRAError(f"{path}: {name!r} claims bytes outside its record; the file is damaged.")
-    return place
-
-
 def read_records(path: PathLike) -> list[Record]:
-    """The records of an archive.
+    """List the records of an archive.
 
     Raises:
         LoRAError: it is no archive of uncompressed records.
@@ -115,18 +96,11 @@ def read_records(path: PathLike) -> list[Record]:
     return records
 
 
-def _start(file: BinaryIO, info: zipfile.ZipInfo) -> int:
-    file.seek(info.header_offset)
-    header = file.read(LOCAL)
-    names, extra = (int.from_bytes(header[i : i + 2], "little") for i in (26, 28))
-    return info.header_offset + LOCAL + names + extra
-
-
-def set_check_sums(path: PathLike, places: list[TensorLocation]) -> None:
-    """Make the archive's check sums right again after these tensors were changed in place."""
+def set_check_sums(path: PathLike, locations: list[TensorLocation]) -> None:
+    """Correct the archive's check sums after these tensors were changed in place."""
     records = read_records(path)
     starts = sorted(record.start for record in records)
-    changed = {starts[bisect_right(starts, place.start) - 1] for place in places}
+    changed = {starts[bisect_right(starts, location.start) - 1] for location in locations}
     with zipfile.ZipFile(path) as archive:
         directory = archive.start_dir
     with open(path, "r+b") as file:
@@ -142,6 +116,29 @@ def set_check_sums(path: PathLike, places: list[TensorLocation]) -> None:
                 file.write(check)
 
 
+def _location(path: Path, name: str, tensor: torch.Tensor, sizes: Mapping[int, int]) -> TensorLocation:
+    if tensor.layout != torch.strided:
+        raise LoRAError(f"{path}: {name!r} is a sparse tensor, which cannot be read in place.")
+    start = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
+    if start is None:
+        raise LoRAError(
+            f"{path}: torch {torch.__version__} does not say where a tensor lies in such a file; save the weights as "
+            "safetensors, or use torch 2.7 or newer."
+        )
+    first = start + tensor.storage_offset() * tensor.dtype.itemsize
+    location = TensorLocation(path, tensor.dtype, tuple(tensor.shape), first, tensor.is_contiguous())
+    if start not in sizes or first + location.nbytes > start + sizes[start]:
+        raise LoRAError(f"{path}: {name!r} claims bytes outside its record; the file is damaged.")
+    return location
+
+
+def _start(file: BinaryIO, info: zipfile.ZipInfo) -> int:
+    file.seek(info.header_offset)
+    header = file.read(LOCAL)
+    names, extra = (int.from_bytes(header[i : i + 2], "little") for i in (26, 28))
+    return info.header_offset + LOCAL + names + extra
+
+
 def _name_lengths(file: BinaryIO, entry: int) -> int:
     file.seek(entry + 28)
     lengths = file.read(6)
@@ -149,7 +146,7 @@ def _name_lengths(file: BinaryIO, entry: int) -> int:
 
 
 def _second_position(file: BinaryIO, record: Record) -> int:
-    """The check sum stands in the directory, and in a descriptor after the data or in the header before it."""
+    """Find the check sum beside the directory's: in a descriptor after the data, or in the header before it."""
     if not record.info.flag_bits & HAS_DESCRIPTOR:
         return record.info.header_offset + 14
     end = record.start + record.info.file_size

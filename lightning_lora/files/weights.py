@@ -1,4 +1,4 @@
-"""A model's weights on disk, in any of the forms that the command line takes, as names and places."""
+"""A model's weights on disk, in any of the forms that the command line takes, as names and locations."""
 
 from __future__ import annotations
 
@@ -10,44 +10,50 @@ from typing import Literal
 from ..errors import LoRAError
 from .model_folder import ModelFolder, open_folder
 from .paths import PathLike
-from .safetensors import Header, TensorLocation, read_header
-from .torch_archive import torch_places
+from .safetensors import SUFFIX, Header, TensorLocation, read_header
+from .torch_archive import torch_locations
 
 Form = Literal["folder", "safetensors", "torch"]
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Names and places; `folder` only for a folder, `headers` for it and for a safetensors file, by file name."""
+    """A model's tensors by name; `headers` by file name, none for torch.save's files; `folder` only for a folder."""
 
     path: Path
     form: Form
-    places: Mapping[str, TensorLocation]
+    locations: Mapping[str, TensorLocation]
     headers: Mapping[str, Header]
     folder: ModelFolder | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """The size of all tensors in bytes."""
+        return sum(location.nbytes for location in self.locations.values())
+
     def modules(self) -> set[str]:
-        """Every module on the way to a tensor."""
-        return {name.rsplit(".", i)[0] for name in self.places for i in range(1, name.count(".") + 1)}
+        """List every module on the way to a tensor."""
+        return {name.rsplit(".", i)[0] for name in self.locations for i in range(1, name.count(".") + 1)}
 
     def other_owners(self) -> dict[str, str]:
-        """The tensors whose values something else uses too, each with that."""
+        """Find the tensors whose values something else uses too; returns each with that."""
         if self.form == "torch":
             return self._overlapping()
         if self.folder is None or not self.folder.tied_embeddings():
             return {}
         tied = "tied to the other end of the model (tie_word_embeddings in config.json)"
-        return {n: tied for n, place in self.places.items() if place.shape[:1] == (self.folder.vocabulary(),)}
+        rows = self.folder.vocabulary()
+        return {name: tied for name, location in self.locations.items() if location.shape[:1] == (rows,)}
 
     def _overlapping(self) -> dict[str, str]:
         owners: dict[str, str] = {}
         reaching, end = "", 0  # of the tensors so far, the one whose bytes reach furthest
-        for name, place in sorted(self.places.items(), key=lambda item: item[1].start):
-            if place.start < end and place.nbytes:
+        for name, location in sorted(self.locations.items(), key=lambda item: item[1].start):
+            if location.start < end and location.nbytes:
                 owners.setdefault(name, repr(reaching))
                 owners.setdefault(reaching, repr(name))
-            if place.start + place.nbytes > end:
-                reaching, end = name, place.start + place.nbytes
+            if location.start + location.nbytes > end:
+                reaching, end = name, location.start + location.nbytes
         return owners
 
 
@@ -64,15 +70,11 @@ def open_weights(path: PathLike) -> Weights:
     path = Path(path)
     if path.is_dir():
         folder = open_folder(path)
-        places = {n: p for file, header in folder.shards.items() for n, p in _places(path / file, header).items()}
-        return Weights(path, "folder", places, folder.shards, folder)
+        locations = {name: where for header in folder.shards.values() for name, where in header.locations.items()}
+        return Weights(path, "folder", locations, folder.shards, folder)
     if not path.is_file():
         raise LoRAError(f"{path}: there is no such file or folder.")
-    if path.suffix == ".safetensors":
+    if path.suffix == SUFFIX:
         header = read_header(path)
-        return Weights(path, "safetensors", _places(path, header), {path.name: header})
-    return Weights(path, "torch", torch_places(path), {})
-
-
-def _places(path: Path, header: Header) -> dict[str, TensorLocation]:
-    return {n: TensorLocation(path, entry.dtype, entry.shape, entry.start) for n, entry in header.entries.items()}
+        return Weights(path, "safetensors", header.locations, {path.name: header})
+    return Weights(path, "torch", torch_locations(path), {})

@@ -1,0 +1,69 @@
+"""What all verbs that write have in common: the outputs that they may take, and the progress that they report."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import NamedTuple
+
+from ..adapter.peft_folder import CONFIG_FILE, TENSOR_FILE
+from ..errors import LoRAError
+from ..files.atomic import check_output_path
+from ..files.paths import PathLike
+from ..files.safetensors import SUFFIX
+from ..files.torch_archive import read_torch_file
+from ..names import META
+
+Progress = Callable[[int], None]  # is told the number of bytes of each part that is done
+ProgressBar = Callable[[int], AbstractContextManager[Progress]]  # from the number of bytes of all parts
+
+
+def no_progress(total: int) -> AbstractContextManager[Progress]:
+    """Report nothing."""
+    return nullcontext(lambda done: None)
+
+
+class OutputKind(NamedTuple):
+    """What a verb writes: a folder or a file, and the content that tells an earlier result from other things."""
+
+    is_folder: bool
+    content: str
+    holds_content: Callable[[Path], bool]
+
+
+def check_output(verb: str, kind: OutputKind, output: PathLike, inputs: Sequence[PathLike], overwrite: bool) -> None:
+    """Refuse an output that must not be replaced, or cannot be, before any work is done for it.
+
+    Raises:
+        LoRAError: the output overlaps an input, is no place to write to, or exists and may not be replaced.
+    """
+    output, target = Path(output), Path(os.path.realpath(output))
+    for path in map(Path, map(os.path.realpath, inputs)):
+        if target.is_relative_to(path) or path.is_relative_to(target):
+            raise LoRAError(f"{verb}: {output} is, or is inside, or holds {path}; write somewhere else.")
+    check_output_path(output, folder=kind.is_folder)
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    if not overwrite:
+        raise LoRAError(f"{verb}: {output} exists; choose another output, or pass --overwrite to replace it.")
+    if not kind.holds_content(output):
+        raise LoRAError(f"{verb}: {output} holds no {kind.content}, so it is no earlier result, and is not replaced.")
+
+
+def _holds_weights(folder: Path) -> bool:
+    return any(file.name != TENSOR_FILE for file in folder.glob(f"*{SUFFIX}"))
+
+
+def _holds_adapter(file: Path) -> bool:
+    try:
+        return META in read_torch_file(file, "meta")
+    except LoRAError:
+        return False
+
+
+MODEL_FOLDER = OutputKind(True, "safetensors of a model", _holds_weights)
+MODEL_FILE = OutputKind(False, "model", Path.is_file)
+ADAPTER_FOLDER = OutputKind(True, CONFIG_FILE, lambda folder: (folder / CONFIG_FILE).exists())
+ADAPTER_CHECKPOINT = OutputKind(False, "adapter", _holds_adapter)
