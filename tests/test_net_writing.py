@@ -1,0 +1,207 @@
+"""How results appear: aligned, on the disk before they are in place, and never a moment without the old or the new."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+import lightning_lora
+from lightning_lora import LoRAConfig, inject, save_adapter, save_merged
+from lightning_lora.command import main
+
+PACKAGE = str(Path(lightning_lora.__file__).parent)
+
+
+class Mixed(nn.Module):
+    """Tensors of every width, whose order by name would leave the wide ones at odd places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("a_byte", torch.ones(3, dtype=torch.uint8))
+        self.b_half = nn.Linear(3, 3).bfloat16()
+        self.c_single = nn.Linear(3, 3)
+        self.register_buffer("d_double", torch.ones(3, dtype=torch.float64))
+
+
+def adapted(scale: float = 1.0) -> Mixed:
+    """Another scale is another adapter on the same base."""
+    torch.manual_seed(1)
+    net = Mixed()
+    inject(net, LoRAConfig(r=1, target_modules=["b_half", "c_single"], init_lora_weights=False))
+    with torch.no_grad():
+        net.c_single.lora_B.mul_(scale)
+    return net
+
+
+def command(*args: object) -> None:
+    assert main([str(arg) for arg in args]) == 0
+
+
+Writer = Callable[[Path, Path, float], Path]  # from the inputs, to a folder, at some scale; returns where it wrote
+
+
+def by_merge(form: str, *flags: str) -> Writer:
+    def write(inputs: Path, target: Path, scale: float) -> Path:
+        suffix = {"folder": "", "safetensors": ".safetensors", "torch": ".pt"}[form]
+        out = target / f"out{suffix}"
+        adapter = inputs / f"adapter-{scale}"
+        command("merge", "--base", inputs / f"base{suffix}", "--adapter", adapter, "--output", out, *flags)
+        return out
+
+    return write
+
+
+def by_verb(verb: str, name: str) -> Writer:
+    def write(inputs: Path, target: Path, scale: float) -> Path:
+        command(verb, inputs / f"adapter-{scale}", target / name)
+        return target / name
+
+    return write
+
+
+def by_extract(inputs: Path, target: Path, scale: float) -> Path:
+    given = ["--base", inputs / "base.safetensors", "--tuned", inputs / f"tuned-{scale}" / "model.safetensors"]
+    command("extract", *given, "--rank", 1, "--output", target / "out")
+    return target / "out"
+
+
+def by_save(save: Callable[..., None], **options: Any) -> Writer:
+    def write(inputs: Path, target: Path, scale: float) -> Path:
+        save(adapted(scale), target / "out", **options)
+        return target / "out"
+
+    return write
+
+
+WRITERS: dict[str, Writer] = {
+    "save_adapter": by_save(save_adapter),
+    "save_merged": by_save(save_merged),
+    "save_merged in shards": by_save(save_merged, max_shard_bytes=60),
+    "merge of a folder": by_merge("folder"),
+    "merge of safetensors": by_merge("safetensors"),
+    "merge of a state dict": by_merge("torch"),
+    "export": by_verb("export", "out"),
+    "import": by_verb("import", "out.ckpt"),
+    "extract": by_extract,
+}
+MIXED = ["save_adapter", "save_merged", "save_merged in shards", "merge of a folder", "merge of safetensors", "export"]
+REPLACING: dict[str, Writer] = {name: write for name, write in WRITERS.items() if name.startswith("save_")} | {
+    f"merge of {form}": by_merge(form, "--overwrite") for form in ("folder", "safetensors", "torch")
+}
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> Path:
+    """The base in each form, two adapters, and the models that they make."""
+    path = tmp_path / "inputs"
+    (path / "base").mkdir(parents=True)
+    state = {name: tensor for name, tensor in adapted().state_dict().items() if "lora_" not in name}
+    save_file(state, path / "base.safetensors")
+    save_file(state, path / "base" / "model.safetensors")
+    (path / "base" / "config.json").write_text("{}")
+    torch.save(state, path / "base.pt")
+    for scale in (1.0, 2.0):
+        save_adapter(adapted(scale), path / f"adapter-{scale}")
+        save_merged(adapted(scale), path / f"tuned-{scale}")
+    (tmp_path / "results").mkdir()
+    return path
+
+
+def files_in(path: Path) -> list[Path]:
+    return [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(path)): file.read_bytes() for file in files_in(path)}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_written_safetensors_start_at_eight_bytes_and_align_every_tensor(inputs: Path, name: str):
+    out = WRITERS[name](inputs, inputs.parent / "results", 1.0)
+    files = [file for file in files_in(out) if file.suffix == ".safetensors"]
+    assert files
+    dtypes = set()
+    for file in files:
+        raw = file.read_bytes()
+        start = 8 + int.from_bytes(raw[:8], "little")
+        header = json.loads(raw[8:start])
+        header.pop("__metadata__", None)
+        assert start % 8 == 0
+        with safe_open(file, "pt") as opened:
+            widths = {key: opened.get_tensor(key).itemsize for key in header}
+        dtypes |= set(widths.values())
+        for key, entry in header.items():
+            assert (start + entry["data_offsets"][0]) % widths[key] == 0, key
+    assert len(dtypes) > 1
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_written_file_is_on_the_disk_before_it_is_in_place(
+    inputs: Path, name: str, monkeypatch: pytest.MonkeyPatch
+):
+    results = inputs.parent / "results"
+    synced: dict[int, tuple[int, int]] = {}
+    honest = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        found = os.fstat(descriptor)
+        synced[found.st_ino] = (found.st_size, found.st_mtime_ns)
+        assert not [entry.name for entry in results.iterdir() if not entry.name.startswith(".")]
+        honest(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    out = WRITERS[name](inputs, results, 1.0)
+    monkeypatch.undo()
+    assert files_in(out)
+    for file in files_in(out):
+        found = file.stat()
+        assert synced.get(found.st_ino) == (found.st_size, found.st_mtime_ns), file.name
+
+
+@contextmanager
+def at_every_line(look: Callable[[], object]) -> Iterator[None]:
+    """Call `look` before each line of the package that runs inside."""
+
+    def trace(frame: Any, event: str, arg: object) -> Any:
+        if not frame.f_code.co_filename.startswith(PACKAGE):
+            return None
+        if event == "line":
+            look()
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
+@pytest.mark.parametrize("name", REPLACING)
+def test_a_replaced_result_is_at_every_moment_the_whole_old_or_the_whole_new_one(inputs: Path, name: str):
+    results = inputs.parent / "results"
+    out = REPLACING[name](inputs, results, 1.0)
+    old = contents(out)
+    seen: list[dict[str, bytes]] = []
+
+    def look() -> None:
+        found = contents(out)
+        if not seen or seen[-1] != found:
+            seen.append(found)
+
+    with at_every_line(look):
+        REPLACING[name](inputs, results, 2.0)
+    assert seen == [old, contents(out)]
+    assert seen[0] != seen[1]
+    assert [entry.name for entry in results.iterdir()] == [out.name]
