@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -45,7 +46,10 @@ def adapted(scale: float = 1.0) -> Mixed:
 
 
 def command(*args: object) -> None:
-    assert main([str(arg) for arg in args]) == 0
+    """As a program does, with its status where it fails."""
+    status = main([str(arg) for arg in args])
+    if status:
+        raise SystemExit(status)
 
 
 Writer = Callable[[Path, Path, float], Path]  # from the inputs, to a folder, at some scale; returns where it wrote
@@ -205,3 +209,40 @@ def test_a_replaced_result_is_at_every_moment_the_whole_old_or_the_whole_new_one
     assert seen == [old, contents(out)]
     assert seen[0] != seen[1]
     assert [entry.name for entry in results.iterdir()] == [out.name]
+
+
+@pytest.fixture
+def _ctrl_c_works() -> Iterator[None]:
+    """A job in the background starts without it."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+@pytest.mark.usefixtures("_ctrl_c_works")
+@pytest.mark.parametrize("moment", ["first byte", "last sync"])
+@pytest.mark.parametrize("name", [name for name in WRITERS if not name.startswith("save_")])
+def test_ctrl_c_while_a_verb_writes_exits_130_and_leaves_no_file(
+    inputs: Path, name: str, moment: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    results = inputs.parent / "results"
+    pressed: list[str] = []
+
+    def press(*_: object) -> None:
+        if not pressed and any(file.stat().st_size for file in files_in(results)):
+            pressed.append(moment)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    if moment == "last sync":
+        monkeypatch.setattr(os, "fsync", press)
+    with (
+        at_every_line(press if moment == "first byte" else lambda: None),
+        pytest.raises((SystemExit, KeyboardInterrupt)) as stopped,
+    ):
+        WRITERS[name](inputs, results, 1.0)
+    assert pressed
+    assert (stopped.type, stopped.value.args) == (SystemExit, (130,))  # a Ctrl-C that got through would stop pytest
+    printed = capsys.readouterr()
+    assert printed.err.endswith(": interrupted; nothing was written\n")
+    assert printed.out == ""
+    assert list(results.iterdir()) == []
