@@ -20,8 +20,8 @@ hypothesis.settings.load_profile("same everywhere")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    for message in LIGHTNING_NOTICES:
-        config.addinivalue_line("filterwarnings", f"ignore:{message}")
+    for message, category in LIGHTNING_NOTICES.items():
+        config.addinivalue_line("filterwarnings", f"ignore:{message}:{category.__name__}")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

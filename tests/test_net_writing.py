@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -18,7 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import lightning_lora
-from lightning_lora import LoRAConfig, inject, save_adapter, save_merged
+from lightning_lora import LoRAConfig, LoRAError, inject, save_adapter, save_merged
 from lightning_lora.command import main
 
 PACKAGE = str(Path(lightning_lora.__file__).parent)
@@ -246,3 +247,57 @@ def test_ctrl_c_while_a_verb_writes_exits_130_and_leaves_no_file(
     assert printed.err.endswith(": interrupted; nothing was written\n")
     assert printed.out == ""
     assert list(results.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["save_adapter", "save_merged", "merge of folder"])
+def test_a_folder_is_replaced_where_two_names_cannot_be_exchanged(
+    inputs: Path, name: str, monkeypatch: pytest.MonkeyPatch
+):
+    """NFS and Windows have no such call."""
+    monkeypatch.setattr("lightning_lora.atomic._exchange", lambda one, other: False)
+    results = inputs.parent / "results"
+    out = REPLACING[name](inputs, results, 1.0)
+    old = contents(out)
+    (results / "expected").mkdir()
+    expected = contents(REPLACING[name](inputs, results / "expected", 2.0))
+    REPLACING[name](inputs, results, 2.0)
+    assert contents(out) == expected != old
+    assert sorted(entry.name for entry in results.iterdir()) == ["expected", "out"]
+
+
+@pytest.mark.parametrize("name", ["export", "extract", "merge of a folder"])
+def test_an_empty_folder_is_no_earlier_result_and_is_filled(inputs: Path, name: str):
+    (inputs.parent / "results" / "out").mkdir()
+    out = WRITERS[name](inputs, inputs.parent / "results", 1.0)
+    assert contents(out)
+
+
+@pytest.mark.parametrize("name", [name for name in WRITERS if name != "extract"])
+def test_a_result_whose_parent_cannot_be_written_is_refused_before_anything_is_written(
+    inputs: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Told by what the system says, because some users may write everywhere."""
+    results = inputs.parent / "results"
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    for function in ("mkdir", "rename", "replace"):
+        monkeypatch.setattr(os, function, refusing(getattr(os, function), results))
+    honest = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode, **o: Path(path) != results and honest(path, mode, **o))
+    with pytest.raises((LoRAError, SystemExit)) as refusal:
+        WRITERS[name](inputs, results, 1.0)
+    assert refusal.type is LoRAError or refusal.value.args == (1,)
+    assert str(results) in f"{refusal.value} {capsys.readouterr().err}"
+    assert synced == []
+    assert list(results.iterdir()) == []
+
+
+def refusing(function: Callable[..., Any], parent: Path) -> Callable[..., Any]:
+    """Refuse permission for what lies in a folder."""
+
+    def call(*args: Any, **options: Any) -> Any:
+        if any(Path(arg).parent == parent for arg in args if isinstance(arg, (str, Path))):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(args[0]))
+        return function(*args, **options)
+
+    return call

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -122,17 +121,6 @@ def assert_as_found(model: nn.Module, before: dict[str, torch.Tensor] | None) ->
     assert not any(layer._forward_hooks for layer in layers)
     if before is not None:
         assert_same_tensors(base_weights(model), before)
-
-
-@contextmanager
-def allowing(*messages: str) -> Iterator[None]:
-    """Lightning's own warnings about what a test does on purpose."""
-    import warnings
-
-    with warnings.catch_warnings():
-        for message in messages:
-            warnings.filterwarnings("ignore", message)
-        yield
 
 
 class At(L.Callback):
