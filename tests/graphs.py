@@ -10,9 +10,9 @@ import torch.nn.functional as F
 
 # torch's compiler and fast path warn of what they do themselves, on models without this package too.
 TORCH_NOTICES = [
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor is being accessed"),
-    pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype"),
-    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor is being:UserWarning"),
+    pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype:UserWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
 ]
 
 

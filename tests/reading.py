@@ -35,7 +35,7 @@ class Block(nn.Module):
 def build(make) -> Block:
     """Without dropout, so that training mode has one right answer; with biases and norms that are not trivial."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="enable_nested_tensor is True, but self.use_nested_tensor is False")
+        warnings.filterwarnings("ignore", "enable_nested_tensor is True, but self.use_nested_tensor is", UserWarning)
         block = Block(make())
     for module in block.modules():
         if isinstance(module, nn.Dropout):

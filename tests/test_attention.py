@@ -18,7 +18,7 @@ from weights import same_bits
 from lightning_lora import LoRAConfig, disable_adapter, inject, merge, merged_state_dict, unload, unmerge
 
 # torch says so whenever its encoder takes its fast path with a padding mask.
-pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage:UserWarning")
 
 WIDTH, R, ALPHA = 16, 4, 8.0
 FAST = "aten._transformer_encoder_layer_fwd.default"

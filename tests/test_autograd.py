@@ -103,7 +103,7 @@ def test_where_the_segment_cannot_be_found_torch_warns_of_a_frozen_input():
     assert {name for name, gradient in found.items() if gradient is not None} == {"head.lora_A", "head.lora_B"}
 
 
-@pytest.mark.filterwarnings(f"ignore:{NOTICE}")  # torch gives it in evaluation too
+@pytest.mark.filterwarnings(f"ignore:{NOTICE}:UserWarning")  # torch gives it in evaluation too
 @pytest.mark.parametrize("wrap", [REENTRANT, NOT_REENTRANT])
 def test_names_and_adapters_know_no_checkpoint_wrapper(wrap):
     plain, wrapped, late = segmented(), segmented(wrap=wrap), segmented()

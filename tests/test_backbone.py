@@ -13,7 +13,7 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2Model
 
 from lightning_lora import LoRACallback, LoRAConfig, adapter_state_dict, inject, is_merged
 
-pytestmark = pytest.mark.filterwarnings("ignore:Found .* module.s. in eval mode at the start of training")
+pytestmark = pytest.mark.filterwarnings("ignore:Found .* module.s. in eval mode at the start of training:UserWarning")
 
 WIDTH, CLASSES = 16, 3
 
@@ -215,7 +215,7 @@ class Checkpointed(Classifier):
         return checkpoint(lambda x: self.backbone(inputs_embeds=x)[0], embedded, use_reentrant=self.use_reentrant)
 
 
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # torch gives it in evaluation too
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")  # in evaluation too
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_a_checkpointed_segment_drops_the_same_in_both_of_its_passes(tmp_path, use_reentrant):
     results = []

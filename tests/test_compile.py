@@ -264,7 +264,7 @@ def test_compiling_in_place(copied):
 
 def exported(model: nn.Module, strict: bool):
     with warnings.catch_warnings():  # W + delta stands in for a weight during an attention's forward
-        warnings.filterwarnings("ignore", message="While compiling, we found certain side effects happened")
+        warnings.filterwarnings("ignore", "While compiling, we found certain side effects happened", UserWarning)
         return torch.export.export(model, (TOKENS,), strict=strict)
 
 

@@ -160,7 +160,7 @@ def merges(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@settings(max_examples=200, derandomize=True)
+@settings(max_examples=200)
 @given(merges())
 def test_any_merge_is_nearest_and_comes_back(case: dict[str, Any]) -> None:
     weight, pieces = case["weight"].clone(), [LowRankBlock(0, 0, case["left"], case["right"])]
@@ -174,7 +174,7 @@ def test_any_merge_is_nearest_and_comes_back(case: dict[str, Any]) -> None:
 
 
 @pytest.mark.usefixtures("small_blocks")
-@settings(max_examples=100, derandomize=True)
+@settings(max_examples=100)
 @given(st.sampled_from(DTYPES), st.integers(0, 1199), st.floats(-2, 2), st.integers(0, 2**16))
 def test_a_weight_changed_while_merged_is_noticed(dtype: torch.dtype, place: int, change: float, seed: int) -> None:
     """Whatever one value became in the meantime: the restored weight is right, or there is an error."""

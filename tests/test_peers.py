@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import sys
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -215,9 +214,7 @@ class Pair:
         self.plain, self.ours = plain, copy.deepcopy(plain)
         options = dict(layer.options)
         config = peft.LoraConfig(r=R, lora_alpha=ALPHA, target_modules=["0"], **options)
-        with warnings.catch_warnings():  # peft says which weights torch's plain containers do not name
-            warnings.simplefilter("ignore")
-            self.theirs: Any = peft.get_peft_model(copy.deepcopy(plain), config).eval()
+        self.theirs: Any = peft.get_peft_model(copy.deepcopy(plain), config).eval()
         options.pop("fan_in_fan_out", None)
         inject(self.ours, LoRAConfig(r=R, lora_alpha=ALPHA, target_modules=["0"], **options))
         self.share_new_factors()

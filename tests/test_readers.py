@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_lora import LoRAConfig, LoRAError, disable_adapter, inject, merge, merge_and_unload, unload, unmerge
 
 # torch's own fast path warns of the nested tensors that it uses.
-pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype")
+pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype:UserWarning")
 
 HEADS, FF, BATCH, LENGTH = 2, 16, 3, 5
 

@@ -71,8 +71,13 @@ def convert_checkpoint(module: nn.Module, checkpoint: MutableMapping[str, Any], 
     checkpoint[META] = meta
 
 
+def checkpoint_metadata(kind: Kind, adapter: Adapter) -> dict[str, Any]:
+    """Return what checkpoint["lora"] holds in each kind: the version of the format, the kind, the adapter's metadata."""
+    return {"format_version": FORMAT_VERSION, "kind": kind, **to_metadata(adapter)}
+
+
 def _describe(kind: Kind, adapter: Adapter) -> dict[str, Any]:
-    meta = {"format_version": FORMAT_VERSION, "kind": kind, **to_metadata(adapter)}
+    meta = checkpoint_metadata(kind, adapter)
     del meta["complete"], meta["fan_in_fan_out"]  # of a live model they are the defaults
     return meta
 

@@ -10,7 +10,6 @@ import torch
 
 from ..adapter.adapter import Adapter
 from ..adapter.lightning_checkpoint import checkpoint_metadata, in_one_storage
-from ..adapter.metadata import to_metadata
 from ..adapter.peft_folder import write_folder
 from ..adapter.save_load import adapter_with_options
 from ..errors import LoRAError
@@ -51,7 +50,7 @@ def to_lightning(
         "global_step": 0,
         "pytorch-lightning_version": version("lightning"),
         "state_dict": in_one_storage(adapter.tensors),
-        META: checkpoint_metadata("adapter", to_metadata(adapter)),
+        META: checkpoint_metadata("adapter", adapter),
     }
     with new_file(target) as file:
         torch.save(checkpoint, file)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 
 import loralib
@@ -46,9 +45,7 @@ def ours(model: nn.Module, dropout: float = 0.0, targets: list[str] = TARGETS) -
 def peft_model(model: nn.Module, dropout: float = 0.0, targets: list[str] = TARGETS, wide: bool = True) -> PeftModel:
     """As PEFT's users make it; its adapters are float32 by default, as ours are."""
     config = LoraConfig(r=R, lora_alpha=ALPHA, lora_dropout=dropout, target_modules=targets)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return get_peft_model(model, config, autocast_adapter_dtype=wide)  # type: ignore[arg-type]
+    return get_peft_model(model, config, autocast_adapter_dtype=wide)  # type: ignore[arg-type]
 
 
 def peft(model: nn.Module, dropout: float = 0.0) -> nn.Module:

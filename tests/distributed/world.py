@@ -158,7 +158,7 @@ def quiet() -> None:
     from notices import LIGHTNING_NOTICES
 
     warnings.simplefilter("error")
-    for message in LIGHTNING_NOTICES:
-        warnings.filterwarnings("ignore", message=message)
+    for message, category in LIGHTNING_NOTICES.items():
+        warnings.filterwarnings("ignore", message, category)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     logging.getLogger("lightning.fabric").setLevel(logging.ERROR)

@@ -25,7 +25,7 @@ def _ctrl_c() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def launched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("launched")
-    command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("launched.py")), str(folder)]
+    command = [sys.executable, str(Path(__file__).with_name("launched.py")), str(folder)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr

@@ -21,13 +21,13 @@ STRATEGIES = ("ddp_spawn", "ddp_fork", "ddp_notebook")
 
 
 @pytest.mark.filterwarnings(
-    "ignore:lightning_lora. base parameters were unfrozen",
-    "ignore:The provided params to be frozen already exist",
-    "ignore:lightning_lora. 4 adapter parameters are frozen",
-    "ignore:Found . module.s. in eval mode",
-    "ignore:lightning_lora. merged 16-bit weights",
-    "ignore:`.fit.ckpt_path=None.` was called without a model",
-    "ignore:.* no last checkpoint",
+    "ignore:lightning_lora. base parameters were unfrozen:UserWarning",
+    "ignore:The provided params to be frozen already exist:UserWarning",
+    "ignore:lightning_lora. 4 adapter parameters are frozen:UserWarning",
+    "ignore:Found . module.s. in eval mode at the start of training:UserWarning",
+    "ignore:lightning_lora. merged 16-bit weights:UserWarning",
+    "ignore:`.fit.ckpt_path=None.` was called without a model:UserWarning",
+    "ignore:.*ckpt_path=.last.. is set, but there is no last checkpoint:UserWarning",
 )
 def test_the_table_in_the_readme(tmp_path, launched: dict[str, Any]):
     outcomes = {name: outcome(case, tmp_path / str(i)) for i, (name, case) in enumerate(ROWS.items())}

@@ -28,7 +28,10 @@ def in_second_epoch(trainer: L.Trainer) -> bool:
     return trainer.current_epoch == 1 and not trainer.sanity_checking
 
 
-@pytest.mark.filterwarnings("ignore:`.fit.ckpt_path=None.` was called without a model", "ignore:.* no last checkpoint")
+@pytest.mark.filterwarnings(
+    "ignore:`.fit.ckpt_path=None.` was called without a model:UserWarning",
+    "ignore:.*ckpt_path=.last.. is set, but there is no last checkpoint:UserWarning",
+)
 @pytest.mark.parametrize("fn", STAGES)
 @pytest.mark.parametrize("first", [True, False], ids=["listed first", "listed last"])
 @pytest.mark.parametrize("kind", KINDS)

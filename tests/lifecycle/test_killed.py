@@ -17,7 +17,7 @@ SCRIPT = Path(__file__).with_name("killed.py")
 
 @pytest.mark.slow
 def test_killed_and_resumed(tmp_path):
-    command = [sys.executable, "-W", "ignore", str(SCRIPT), str(tmp_path), "8"]
+    command = [sys.executable, str(SCRIPT), str(tmp_path), "8"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr

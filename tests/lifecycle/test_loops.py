@@ -197,7 +197,8 @@ def test_learning_rate_finder_gives_the_weights_back(tmp_path):
     assert_as_found(model, base)
 
 
-@pytest.mark.filterwarnings("ignore:Found 8 module")  # the size finder leaves a validated model in evaluation mode
+# The size finder leaves a validated model in evaluation mode.
+@pytest.mark.filterwarnings("ignore:Found 8 module.s. in eval mode at the start of training:UserWarning")
 @pytest.mark.parametrize("method", ["fit", "test"])
 def test_tuner(tmp_path, method: str):
     def run(path: Path, model: Net, callback: LoRACallback) -> list[float]:

@@ -28,7 +28,8 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning_lora import disable_adapter, is_merged
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*callbacks used to create the checkpoint need to be provided", "ignore:The dirpath has changed"
+    "ignore:Be aware that when using `ckpt_path`, callbacks used to create the checkpoint need:UserWarning",
+    "ignore:The dirpath has changed from:UserWarning",
 )
 TRIGGERS: dict[str, dict[str, Any]] = {
     "best": {"monitor": "val_loss", "save_top_k": 2},
@@ -161,9 +162,9 @@ class Backboned(Logs):
 
 
 FREEZING = [
-    "ignore:lightning_lora. base parameters were unfrozen",
-    "ignore:The provided params to be frozen already exist",
-    "ignore:.*adapter parameters are frozen",
+    "ignore:lightning_lora. base parameters were unfrozen:UserWarning",
+    "ignore:The provided params to be frozen already exist:UserWarning",
+    "ignore:lightning_lora. [0-9]+ adapter parameters are frozen:UserWarning",
 ]
 
 

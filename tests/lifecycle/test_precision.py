@@ -182,7 +182,7 @@ def test_the_option_turns_it_off(tmp_path, precision: str, make: type[Net]):
     assert {value.dtype for value in saved.values()} == {half}
 
 
-@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+@pytest.mark.filterwarnings("ignore:The dirpath has changed from:UserWarning")
 @pytest.mark.parametrize("kind", ["adapter", "merged", "full"])
 @pytest.mark.parametrize("make", [Stable, StableInConfigureModel])
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -19,7 +19,8 @@ from lightning_lora import LoRAError, inject, load_adapter, load_from_checkpoint
 
 # A fresh Trainer that only tests needs none of them.
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*callbacks used to create the checkpoint need to be provided", "ignore:The dirpath has changed"
+    "ignore:Be aware that when using `ckpt_path`, callbacks used to create the checkpoint need:UserWarning",
+    "ignore:The dirpath has changed from:UserWarning",
 )
 BATCHES = "num_batches_tracked"
 KINDS = ["adapter", "merged", "full"]
@@ -123,7 +124,7 @@ class Unfreezes(L.Callback):
         pl_module.head.bias.requires_grad_(trainer.current_epoch >= 1)
 
 
-@pytest.mark.filterwarnings("ignore:lightning_lora. base parameters were unfrozen")
+@pytest.mark.filterwarnings("ignore:lightning_lora. base parameters were unfrozen:UserWarning")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["mean", "swa"])
 def test_a_base_weight_unfrozen_on_the_way(tmp_path, name: str, kind: str):
@@ -155,7 +156,7 @@ def test_the_best_checkpoint_gives_the_logged_metric(tmp_path, name: str, kind: 
     assert max(keep.best_k_models.values()) - keep.best_model_score > 1e-3  # so that it tells one from another
 
 
-@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback, but loading")
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback, but loading:UserWarning")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_fresh_trainer_with_the_averaging_callback(tmp_path, kind: str):
     trainer = fit(tmp_path, Net(), lora(save=kind), ALL["ema"]())
@@ -262,7 +263,7 @@ def test_listed_before_it_is_harmless_where_nothing_is_trained(tmp_path, swapper
     assert_as_found(model, before)
 
 
-@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that overrides")
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that overrides:UserWarning")
 def test_layers_that_configure_model_builds_are_averaged_too(tmp_path):
     """WeightAveraging calls configure_model itself, in its setup."""
     models = [Net(), BuiltInConfigureModel()]

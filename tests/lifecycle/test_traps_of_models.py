@@ -229,7 +229,7 @@ TRAPS: list[tuple[Damage, Make, Make]] = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore:lightning_lora. merged 16-bit weights")
+@pytest.mark.filterwarnings("ignore:lightning_lora. merged 16-bit weights:UserWarning")
 @pytest.mark.parametrize(("damage", "naive", "ours"), TRAPS, ids=lambda value: getattr(value, "__name__", None))
 def test_trap(tmp_path, damage: Damage, naive: Make, ours: Make):
     check(damage, naive, ours, tmp_path)

@@ -256,9 +256,9 @@ TRAPS: list[tuple[Damage, Make, Make]] = [
 
 
 @pytest.mark.filterwarnings(
-    "ignore:`.fit.ckpt_path=None.` was called without a model",
-    "ignore:.* no last checkpoint",
-    "ignore:Found keys that are",
+    "ignore:`.fit.ckpt_path=None.` was called without a model:UserWarning",
+    "ignore:.*ckpt_path=.last.. is set, but there is no last checkpoint:UserWarning",
+    "ignore:Found keys that are (not )?in the model state dict but:UserWarning",
 )
 @pytest.mark.parametrize(("damage", "naive", "ours"), TRAPS, ids=lambda value: getattr(value, "__name__", None))
 def test_trap(tmp_path, monkeypatch, damage: Damage, naive: Make, ours: Make):

@@ -1,0 +1,69 @@
+"""The tests' own rules: the same inputs everywhere, and no warning is passed over but by its text and its kind."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+HERE = Path(__file__)
+FILES = {str(p.relative_to(HERE.parent)): p.read_text() for p in sorted(HERE.parent.rglob("*.py")) if p != HERE}
+NARROW = re.compile(r"ignore:([^:]{10,}|\{\w+\}):(\w*Warning|\{category\.__name__\})")
+
+
+def test_hypothesis_settings_of_every_test_are_those_of_the_profile():
+    assert hypothesis.settings.default.derandomize
+    assert hypothesis.settings.default.database is None
+    assert {name for name, text in FILES.items() if re.search(r"\b(derandomize|database) *=", text)} == {"conftest.py"}
+
+
+def filters(text: str) -> Iterator[tuple[str, bool]]:
+    """Each place of a file that passes over warnings, and whether it names a text and a category."""
+    tree = ast.parse(text)
+    parts = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and id(node) not in parts):
+            written = ast.unparse(node)[1:].strip("'\"")
+            if re.match("['\"]?ignore:", written):
+                yield written, NARROW.fullmatch(written) is not None
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("filterwarnings", "simplefilter")):
+            first = node.args[0] if node.args else None
+            if isinstance(first, ast.Constant) and first.value == "ignore":
+                named = len(node.args) + len({k.arg for k in node.keywords} & {"message", "category"}) >= 3
+                yield ast.unparse(node), named and ast.unparse(node.func).endswith("filterwarnings")
+
+
+@pytest.mark.parametrize("name", [name for name, text in FILES.items() if any(filters(text))])
+def test_a_filter_of_warnings_names_their_text_and_category(name: str):
+    assert [written for written, narrow in filters(FILES[name]) if not narrow] == []
+
+
+def test_the_projects_filters_of_warnings_name_their_text_and_category():
+    written = re.findall(r'"(ignore:.*?)"', (HERE.parents[1] / "pyproject.toml").read_text())
+    assert written
+    assert all(map(NARROW.fullmatch, written))
+
+
+def test_no_program_that_a_test_starts_passes_over_all_warnings():
+    assert [name for name, text in FILES.items() if re.search(r"[\"']-W[\"' ,]*ignore[\"']", text)] == []
+
+
+BROAD = """
+x("ignore:all of this")
+x("ignore::UserWarning")
+x(f"ignore:{some}")
+w.simplefilter("ignore")
+w.simplefilter("ignore", UserWarning)
+w.filterwarnings("ignore", "some text")
+w.filterwarnings("ignore", category=UserWarning)
+"""
+
+
+def test_the_reader_of_filters_tells_broad_ones_from_narrow_ones():
+    assert [narrow for _, narrow in filters(BROAD)] == [False] * 7
+    narrow = 'x("ignore:all of this:UserWarning")', 'w.filterwarnings("ignore", "some text", UserWarning)'
+    assert [narrow for text in narrow for _, narrow in filters(text)] == [True] * 2

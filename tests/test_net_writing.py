@@ -1,0 +1,303 @@
+"""How results appear: aligned, on the disk before they are in place, and never a moment without the old or the new."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+import lightning_lora
+from lightning_lora import LoRAConfig, LoRAError, inject, save_adapter, save_merged
+from lightning_lora.command.main import main
+
+PACKAGE = str(Path(lightning_lora.__file__).parent)
+
+
+class Mixed(nn.Module):
+    """Tensors of every width, whose order by name would leave the wide ones at odd places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("a_byte", torch.ones(3, dtype=torch.uint8))
+        self.b_half = nn.Linear(3, 3).bfloat16()
+        self.c_single = nn.Linear(3, 3)
+        self.register_buffer("d_double", torch.ones(3, dtype=torch.float64))
+
+
+def adapted(scale: float = 1.0) -> Mixed:
+    """Another scale is another adapter on the same base."""
+    torch.manual_seed(1)
+    net = Mixed()
+    inject(net, LoRAConfig(r=1, target_modules=["b_half", "c_single"], init_lora_weights=False))
+    with torch.no_grad():
+        net.c_single.lora_B.mul_(scale)
+    return net
+
+
+def command(*args: object) -> None:
+    """As a program does, with its status where it fails."""
+    status = main([str(arg) for arg in args])
+    if status:
+        raise SystemExit(status)
+
+
+Writer = Callable[[Path, Path, float], Path]  # from the inputs, to a folder, at some scale; returns where it wrote
+
+
+def by_merge(form: str, *flags: str) -> Writer:
+    def write(inputs: Path, target: Path, scale: float) -> Path:
+        suffix = {"folder": "", "safetensors": ".safetensors", "torch": ".pt"}[form]
+        out = target / f"out{suffix}"
+        adapter = inputs / f"adapter-{scale}"
+        command("merge", "--base", inputs / f"base{suffix}", "--adapter", adapter, "--output", out, *flags)
+        return out
+
+    return write
+
+
+def by_verb(verb: str, name: str) -> Writer:
+    def write(inputs: Path, target: Path, scale: float) -> Path:
+        command(verb, inputs / f"adapter-{scale}", target / name)
+        return target / name
+
+    return write
+
+
+def by_extract(inputs: Path, target: Path, scale: float) -> Path:
+    given = ["--base", inputs / "base.safetensors", "--tuned", inputs / f"tuned-{scale}" / "model.safetensors"]
+    command("extract", *given, "--rank", 1, "--output", target / "out")
+    return target / "out"
+
+
+def by_save(save: Callable[..., None], **options: Any) -> Writer:
+    def write(inputs: Path, target: Path, scale: float) -> Path:
+        save(adapted(scale), target / "out", **options)
+        return target / "out"
+
+    return write
+
+
+WRITERS: dict[str, Writer] = {
+    "save_adapter": by_save(save_adapter),
+    "save_merged": by_save(save_merged),
+    "save_merged in shards": by_save(save_merged, max_shard_bytes=60),
+    "merge of a folder": by_merge("folder"),
+    "merge of safetensors": by_merge("safetensors"),
+    "merge of a state dict": by_merge("torch"),
+    "export": by_verb("export", "out"),
+    "import": by_verb("import", "out.ckpt"),
+    "extract": by_extract,
+}
+MIXED = ["save_adapter", "save_merged", "save_merged in shards", "merge of a folder", "merge of safetensors", "export"]
+REPLACING: dict[str, Writer] = {name: write for name, write in WRITERS.items() if name.startswith("save_")} | {
+    f"merge of {form}": by_merge(form, "--overwrite") for form in ("folder", "safetensors", "torch")
+}
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> Path:
+    """The base in each form, two adapters, and the models that they make."""
+    path = tmp_path / "inputs"
+    (path / "base").mkdir(parents=True)
+    state = {name: tensor for name, tensor in adapted().state_dict().items() if "lora_" not in name}
+    save_file(state, path / "base.safetensors")
+    save_file(state, path / "base" / "model.safetensors")
+    (path / "base" / "config.json").write_text("{}")
+    torch.save(state, path / "base.pt")
+    for scale in (1.0, 2.0):
+        save_adapter(adapted(scale), path / f"adapter-{scale}")
+        save_merged(adapted(scale), path / f"tuned-{scale}")
+    (tmp_path / "results").mkdir()
+    return path
+
+
+def files_in(path: Path) -> list[Path]:
+    return [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(path)): file.read_bytes() for file in files_in(path)}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_written_safetensors_start_at_eight_bytes_and_align_every_tensor(inputs: Path, name: str):
+    out = WRITERS[name](inputs, inputs.parent / "results", 1.0)
+    files = [file for file in files_in(out) if file.suffix == ".safetensors"]
+    assert files
+    dtypes = set()
+    for file in files:
+        raw = file.read_bytes()
+        start = 8 + int.from_bytes(raw[:8], "little")
+        header = json.loads(raw[8:start])
+        header.pop("__metadata__", None)
+        assert start % 8 == 0
+        with safe_open(file, "pt") as opened:
+            widths = {key: opened.get_tensor(key).itemsize for key in header}
+        dtypes |= set(widths.values())
+        for key, entry in header.items():
+            assert (start + entry["data_offsets"][0]) % widths[key] == 0, key
+    assert len(dtypes) > 1
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_written_file_is_on_the_disk_before_it_is_in_place(
+    inputs: Path, name: str, monkeypatch: pytest.MonkeyPatch
+):
+    results = inputs.parent / "results"
+    synced: dict[int, tuple[int, int]] = {}
+    honest = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        found = os.fstat(descriptor)
+        synced[found.st_ino] = (found.st_size, found.st_mtime_ns)
+        assert not [entry.name for entry in results.iterdir() if not entry.name.startswith(".")]
+        honest(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    out = WRITERS[name](inputs, results, 1.0)
+    monkeypatch.undo()
+    assert files_in(out)
+    for file in files_in(out):
+        found = file.stat()
+        assert synced.get(found.st_ino) == (found.st_size, found.st_mtime_ns), file.name
+
+
+@contextmanager
+def at_every_line(look: Callable[[], object]) -> Iterator[None]:
+    """Call `look` before each line of the package that runs inside."""
+
+    def trace(frame: Any, event: str, arg: object) -> Any:
+        if not frame.f_code.co_filename.startswith(PACKAGE):
+            return None
+        if event == "line":
+            look()
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
+@pytest.mark.parametrize("name", REPLACING)
+def test_a_replaced_result_is_at_every_moment_the_whole_old_or_the_whole_new_one(inputs: Path, name: str):
+    results = inputs.parent / "results"
+    out = REPLACING[name](inputs, results, 1.0)
+    old = contents(out)
+    seen: list[dict[str, bytes]] = []
+
+    def look() -> None:
+        found = contents(out)
+        if not seen or seen[-1] != found:
+            seen.append(found)
+
+    with at_every_line(look):
+        REPLACING[name](inputs, results, 2.0)
+    assert seen == [old, contents(out)]
+    assert seen[0] != seen[1]
+    assert [entry.name for entry in results.iterdir()] == [out.name]
+
+
+@pytest.fixture
+def _ctrl_c_works() -> Iterator[None]:
+    """A job in the background starts without it."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+@pytest.mark.usefixtures("_ctrl_c_works")
+@pytest.mark.parametrize("moment", ["first byte", "last sync"])
+@pytest.mark.parametrize("name", [name for name in WRITERS if not name.startswith("save_")])
+def test_ctrl_c_while_a_verb_writes_exits_130_and_leaves_no_file(
+    inputs: Path, name: str, moment: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    results = inputs.parent / "results"
+    pressed: list[str] = []
+
+    def press(*_: object) -> None:
+        if not pressed and any(file.stat().st_size for file in files_in(results)):
+            pressed.append(moment)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    if moment == "last sync":
+        monkeypatch.setattr(os, "fsync", press)
+    with (
+        at_every_line(press if moment == "first byte" else lambda: None),
+        pytest.raises((SystemExit, KeyboardInterrupt)) as stopped,
+    ):
+        WRITERS[name](inputs, results, 1.0)
+    assert pressed
+    assert (stopped.type, stopped.value.args) == (SystemExit, (130,))  # a Ctrl-C that got through would stop pytest
+    printed = capsys.readouterr()
+    assert printed.err.endswith(": interrupted; nothing was written\n")
+    assert printed.out == ""
+    assert list(results.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["save_adapter", "save_merged", "merge of folder"])
+def test_a_folder_is_replaced_where_two_names_cannot_be_exchanged(
+    inputs: Path, name: str, monkeypatch: pytest.MonkeyPatch
+):
+    """NFS and Windows have no such call."""
+    monkeypatch.setattr("lightning_lora.files.atomic._exchange", lambda one, other: False)
+    results = inputs.parent / "results"
+    out = REPLACING[name](inputs, results, 1.0)
+    old = contents(out)
+    (results / "expected").mkdir()
+    expected = contents(REPLACING[name](inputs, results / "expected", 2.0))
+    REPLACING[name](inputs, results, 2.0)
+    assert contents(out) == expected != old
+    assert sorted(entry.name for entry in results.iterdir()) == ["expected", "out"]
+
+
+@pytest.mark.parametrize("name", ["export", "extract", "merge of a folder"])
+def test_an_empty_folder_is_no_earlier_result_and_is_filled(inputs: Path, name: str):
+    (inputs.parent / "results" / "out").mkdir()
+    out = WRITERS[name](inputs, inputs.parent / "results", 1.0)
+    assert contents(out)
+
+
+@pytest.mark.parametrize("name", [name for name in WRITERS if name != "extract"])
+def test_a_result_whose_parent_cannot_be_written_is_refused_before_anything_is_written(
+    inputs: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Told by what the system says, because some users may write everywhere."""
+    results = inputs.parent / "results"
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    for function in ("mkdir", "rename", "replace"):
+        monkeypatch.setattr(os, function, refusing(getattr(os, function), results))
+    honest = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode, **o: Path(path) != results and honest(path, mode, **o))
+    with pytest.raises((LoRAError, SystemExit)) as refusal:
+        WRITERS[name](inputs, results, 1.0)
+    assert refusal.type is LoRAError or refusal.value.args == (1,)
+    assert str(results) in f"{refusal.value} {capsys.readouterr().err}"
+    assert synced == []
+    assert list(results.iterdir()) == []
+
+
+def refusing(function: Callable[..., Any], parent: Path) -> Callable[..., Any]:
+    """Refuse permission for what lies in a folder."""
+
+    def call(*args: Any, **options: Any) -> Any:
+        if any(Path(arg).parent == parent for arg in args if isinstance(arg, (str, Path))):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(args[0]))
+        return function(*args, **options)
+
+    return call
