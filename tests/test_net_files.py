@@ -121,7 +121,7 @@ def verified(
         write_state(written, result.path)
         verify_result(job, open_weights(result.path))
 
-    monkeypatch.setattr("lightning_lora.command.merge.verify", verify_spoiled)
+    monkeypatch.setattr("lightning_lora.command.merge.verify_result", verify_spoiled)
     given = ["--base", base, "--adapter", path / "adapter", "--output", out]
     status = main(["merge", *map(str, given), "--verify"])
     assert out.exists() == (status == 0)

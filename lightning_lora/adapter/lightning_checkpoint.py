@@ -72,7 +72,7 @@ def convert_checkpoint(module: nn.Module, checkpoint: MutableMapping[str, Any], 
 
 
 def checkpoint_metadata(kind: Kind, adapter: Adapter) -> dict[str, Any]:
-    """Return what checkpoint["lora"] holds in each kind: the version of the format, the kind, the adapter's metadata."""
+    """Return what checkpoint["lora"] holds in each kind: the format's version, the kind, the adapter's metadata."""
     return {"format_version": FORMAT_VERSION, "kind": kind, **to_metadata(adapter)}
 
 
