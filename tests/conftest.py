@@ -12,7 +12,10 @@ os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # LightningCL
 import hypothesis
 import pytest
 import torch
-from notices import LIGHTNING_NOTICES
+
+pytest.register_assert_rewrite("support")  # its assertions show their values
+
+from support.notices import LIGHTNING_NOTICES  # noqa: E402
 
 # A busy machine is no failure, and what fails here fails everywhere, each time.
 hypothesis.settings.register_profile("same everywhere", deadline=None, derandomize=True)

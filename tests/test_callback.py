@@ -11,11 +11,11 @@ from typing import Any, get_type_hints
 import lightning as L
 import pytest
 import torch
-from helpers import BuiltInConfigureModel, BuiltInSetup, Data, Net, inputs, make_trainer, outputs, weights
 from torch import nn
 
 from lightning_lora import LoRACallback, LoRAConfig, LoRAError, disable_adapter, inject, unload
 from lightning_lora.nn.lora_layer import LoRALayer
+from support.training import BuiltInConfigureModel, BuiltInSetup, Data, Net, inputs, make_trainer, outputs, weights
 
 TARGETS = ["body.0", "body.3", "head"]
 

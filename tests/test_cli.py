@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from fits import TARGETS
-from helpers import Data, Net
 from lightning.pytorch.cli import LightningCLI
 
 from lightning_lora import LoRACallback, LoRACLI, LoRAConfig
 from lightning_lora.nn.lora_layer import LoRALayer
+from support.runs import TARGETS
+from support.training import Data, Net
 
 TRAINER = """
 trainer:

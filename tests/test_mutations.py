@@ -11,16 +11,15 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
-from fits import BATCHES, TARGETS, run
-from helpers import Data, Net, make_trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
-from naive import NaiveCallback
-from test_checkpoint import tensors
 
 from lightning_lora import LoRACallback, LoRAError, is_merged, merge
 from lightning_lora.adapter.lightning_checkpoint import convert_checkpoint as write
 from lightning_lora.model.patches import unpatch
 from lightning_lora.nn.exact_merge import RestoreRecord
+from support.naive import NaiveCallback
+from support.runs import BATCHES, TARGETS, run
+from support.training import Data, Net, make_trainer, tensors
 
 OPTIONS: dict[str, Any] = {"r": 2, "lora_alpha": 16, "target_modules": TARGETS}
 Make = Callable[..., L.Callback]

@@ -28,12 +28,12 @@ from typing import Any, NamedTuple
 import lightning as L
 import pytest
 import torch
-from interchange import PEER_NOTICES
 from safetensors.torch import load_file
 
 import lightning_lora
 from lightning_lora import LoRACallback, LoRAConfig, LoRAError, inject, load_from_checkpoint, merge_and_unload
 from lightning_lora.command.main import VERBS, main
+from support.notices import PEER_NOTICES
 
 pytestmark = pytest.mark.filterwarnings(*PEER_NOTICES)
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.earlier import KINDS, OPTIONS, PART, Net, fit, state, tokens
 
 from lightning_lora import (
     LoRACallback,
@@ -21,6 +20,7 @@ from lightning_lora import (
     save_merged,
     unload,
 )
+from support.earlier import KINDS, OPTIONS, PART, Net, fit, state, tokens
 
 EARLIER = Path(__file__).parent / "earlier"
 

@@ -9,13 +9,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
-from sharded import BATCHES, Plain, base_of, loader, make_trainer, whole_state
-from test_fsdp import same_bits
-from test_fsdp_life import data, lora
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from world import BACKEND, world
 
 from lightning_lora import LoRACallback, is_merged
+from support.processes import BACKEND, world
+from support.sharded import BATCHES, Plain, base_of, data, loader, make_trainer, whole_state
+from support.sharded_adapters import assert_same_bits, lora
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -60,13 +59,13 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[float], dict[s
 @pytest.mark.parametrize("option", OPTIONS)
 def test_ranks_agree_with_each_other_and_with_one_process(tmp_path, alone, option):
     first, second = world().run(fit, tmp_path, OPTIONS[option], lora())
-    same_bits(first[1], second[1])
+    assert_same_bits(first[1], second[1])
     assert first[0] == second[0] == pytest.approx(alone[0], rel=1e-5)
     for name, value in alone[1].items():
         torch.testing.assert_close(first[1][name], value, rtol=1e-4, atol=1e-6)
-    same_bits(base_of(first[1]), base_of(alone[1]))
+    assert_same_bits(base_of(first[1]), base_of(alone[1]))
     saved = torch.load(tmp_path / "3.ckpt", weights_only=True)["state_dict"]
-    same_bits(saved, {name: value for name, value in first[1].items() if "lora_" in name})
+    assert_same_bits(saved, {name: value for name, value in first[1].items() if "lora_" in name})
 
 
 class Counting(Plain):

@@ -13,12 +13,21 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
-from sharded import BATCHES, Plain, Sharded, base_of, make_trainer, model_parallel, whole_state
-from test_fsdp_life import data, lora
-from test_sharded_checkpoints import optimizer_state, same_run
-from world import BACKEND, World, world
 
 from lightning_lora import is_merged
+from support.processes import BACKEND, World, world
+from support.sharded import (
+    BATCHES,
+    Plain,
+    Sharded,
+    base_of,
+    data,
+    make_trainer,
+    model_parallel,
+    optimizer_state,
+    whole_state,
+)
+from support.sharded_adapters import assert_same_run, lora
 
 EPOCHS, DIES_IN = 4, 2
 
@@ -78,7 +87,7 @@ def test_a_killed_process(tmp_path, kind, size):
     last = tmp_path / "killed" / f"epoch={DIES_IN - 1}.ckpt"
     assert not (tmp_path / "killed" / f"epoch={DIES_IN}.ckpt").exists()
     for found in world(size).run(run, tmp_path / "killed", kind, False, last):
-        same_run(found, uninterrupted)
+        assert_same_run(found, uninterrupted)
 
 
 def failing_save(path: Path, kind: str) -> None:

@@ -6,17 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import sharded
 import torch
 import torch.distributed as dist
-from plain import Zoo, bits, randomise_, tokens, zoo_config
-from sharded import Sharded, base_of, loader, make_trainer, model_parallel, network, whole_state
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
-from traffic import Traffic
-from world import BACKEND, world
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from lightning_lora import (
     LoRACallback,
@@ -31,52 +25,15 @@ from lightning_lora import (
     unmerge,
 )
 from lightning_lora.nn.lora_layer import LoRALayer
-
-DEVICE = "cpu" if BACKEND == "gloo" else "cuda"
-LINEAR = LoRAConfig(r=3, lora_alpha=6)
-X = torch.linspace(-1, 1, 24).view(4, 6)
-
-
-def shard_(net: nn.Sequential, *, root_only: bool = False, shape: Any = None, **options: Any) -> nn.Sequential:
-    """fully_shard on each layer that has parameters, then on the whole."""
-    shape = shape or (dist.get_world_size(),)
-    mesh = init_device_mesh(DEVICE, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
-    for layer in [] if root_only else net:
-        if list(layer.parameters()):
-            fully_shard(layer, mesh=mesh, **options)
-    fully_shard(net, mesh=mesh, **options)
-    return net
-
-
-def injected(seed: int = 1, config: LoRAConfig = LINEAR, dtype: torch.dtype = torch.float32) -> nn.Sequential:
-    net = network(seed).to(dtype)
-    inject(net, config)
-    randomise_(net, 0.3)
-    return net
-
-
-def adapters(net: nn.Module) -> list[nn.Parameter]:
-    return [parameter for name, parameter in net.named_parameters() if "lora_" in name]
-
-
-def same_bits(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert bits(found[name]) == bits(value), name
-
+from support import sharded
+from support.models import Zoo, randomise_, tokens, zoo_config
+from support.processes import world
+from support.recorders import Traffic
+from support.sharded import WAYS, Sharded, X, base_of, loader, make_trainer, model_parallel, shard_, whole_state
+from support.sharded_adapters import adapters, assert_same_bits, injected
 
 # --- every way of sharding, against the same network on one device ---
 
-WAYS: dict[str, dict[str, Any]] = {
-    "layers": {},
-    "root only": {"root_only": True},
-    "not resharded": {"reshard_after_forward": False},
-    "resharded": {"reshard_after_forward": True},
-    "offloaded": {"offload_policy": CPUOffloadPolicy(pin_memory=False)},
-    "mixed precision": {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)},
-    "bfloat16 base": {},
-    "by columns": {"shard_placement_fn": lambda p: Shard(1) if p.shape == (3, 6) else None},
-}
 WAYS_OF_FOUR: dict[str, dict[str, Any]] = {
     "resharded to two": {"reshard_after_forward": 2},
     "two copies": {"shape": (2, 2)},
@@ -88,7 +45,7 @@ def cycles(way: str) -> None:
     options = (WAYS | WAYS_OF_FOUR)[way]
     net, alone = shard_(injected(dtype=dtype), **options), injected(dtype=dtype)
     before = base_of(whole_state(net))
-    same_bits(before, base_of(whole_state(alone)))
+    assert_same_bits(before, base_of(whole_state(alone)))
     coarse = way in ("mixed precision", "bfloat16 base")
     close = {"rtol": 0.05, "atol": 0.05} if coarse else {"rtol": 1e-5, "atol": 1e-5}
     optimizers = [torch.optim.SGD(adapters(model), lr=0.05) for model in (net, alone)]
@@ -107,11 +64,11 @@ def cycles(way: str) -> None:
                 torch.testing.assert_close(answer.float(), alone(x).float(), **close)
             assert is_merged(net)
             with torch.inference_mode(False):  # torch takes no state dict of DTensors in it
-                same_bits(base_of(whole_state(net)), before)  # which tells W, merged or not
+                assert_same_bits(base_of(whole_state(net)), before)  # which tells W, merged or not
             unmerge(net)
         torch.testing.assert_close(answer.float(), factored.float(), **close)
         assert not torch.equal(answer, base_answer(net, x))
-        same_bits(base_of(whole_state(net)), before)
+        assert_same_bits(base_of(whole_state(net)), before)
 
 
 def base_answer(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -160,14 +117,14 @@ def zoo_cycles() -> None:
         torch.testing.assert_close(net(tokens()), alone(tokens()))
         with merged(net), merged(alone):
             torch.testing.assert_close(net(tokens()), alone(tokens()))
-            same_bits(whole_state(net), before)
+            assert_same_bits(whole_state(net), before)
         expected = merged_state_dict(alone)
         found = {
             name: value.full_tensor() for name, value in merged_state_dict(net).items() if isinstance(value, DTensor)
         }
         assert len(found) == len(list(net.parameters())) - 8  # all but the factors
-        same_bits(found, {name: expected[name] for name in found})
-    same_bits(whole_state(net), before)
+        assert_same_bits(found, {name: expected[name] for name in found})
+    assert_same_bits(whole_state(net), before)
 
 
 def test_every_kind_of_layer():
@@ -281,7 +238,7 @@ def one_bad_rank(bad: int) -> str:
     with pytest.raises(LoRAError, match="layer '2'") as caught:
         merge(net)
     assert not is_merged(net)
-    same_bits(base_of(whole_state(net)), base_of(before))
+    assert_same_bits(base_of(whole_state(net)), base_of(before))
     with pytest.raises(LoRAError, match="layer '2'"):
         merged_state_dict(net)
     return str(caught.value)
@@ -319,9 +276,9 @@ def fail_and_go_on(path: Path) -> None:
     with pytest.raises(ZeroDivisionError):
         model_parallel(path, callback).fit(model, *data)
     assert not is_merged(model)
-    same_bits(base_of(whole_state(model)), before)
+    assert_same_bits(base_of(whole_state(model)), before)
     model_parallel(path, callback).fit(model.train(), *data)
-    same_bits(base_of(whole_state(model)), before)
+    assert_same_bits(base_of(whole_state(model)), before)
     assert len(model.losses) == 3
 
 

@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy
-from sharded import Plain, RootSharded, Sharded, loader, make_trainer, model_parallel, whole_state
-from test_fsdp import same_bits
-from test_fsdp_life import data
-from world import BACKEND, world
 
 from lightning_lora import LoRACallback, disable_adapter
+from support.processes import BACKEND, world
+from support.sharded import Plain, RootSharded, Sharded, data, loader, make_trainer, model_parallel, whole_state
+from support.sharded_adapters import assert_same_bits
 
 FROZEN = ["net.0.weight", "net.2.weight"]
 TRAINED = {"net.0.bias", "net.2.bias", "net.4.weight", "net.4.bias"}
@@ -37,14 +36,14 @@ def fit(path: Path, kind: type[Plain]) -> tuple[list[float], dict[str, torch.Ten
     trainer(path, kind, 3).fit(model, *data())
     state = whole_state(model)
     with disable_adapter(model):
-        same_bits({name: value for name, value in whole_state(model).items() if name in initial}, initial)
+        assert_same_bits({name: value for name, value in whole_state(model).items() if name in initial}, initial)
     torch.manual_seed(0)  # the same A
     first = trainer(path, kind, 2)
     first.fit(again, *data())
     first.save_checkpoint(path / "2.ckpt")
     again = kind()
     trainer(path, kind, 3).fit(again, *data(), ckpt_path=path / "2.ckpt")
-    same_bits(whole_state(again), state)
+    assert_same_bits(whole_state(again), state)
     return model.losses, state
 
 
@@ -59,7 +58,7 @@ def test_what_is_trained_and_what_is_frozen(tmp_path, kind):
         assert state.keys() == expected.keys()
         for name, value in expected.items():
             torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-6)
-        same_bits({name: state[name] for name in FROZEN}, {name: initial[name] for name in FROZEN})
+        assert_same_bits({name: state[name] for name in FROZEN}, {name: initial[name] for name in FROZEN})
         assert all(not torch.equal(state[name], initial[name]) for name in TRAINED)
     saved = torch.load(tmp_path / "2.ckpt", weights_only=True)["state_dict"]
     assert saved.keys() == TRAINED | FACTORS

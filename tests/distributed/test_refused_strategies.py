@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, SingleDeviceStrategy
-from plain import trace
-from sharded import Plain
-from test_fsdp_life import lora
 
 from lightning_lora import LoRAError
+from support.models import trace
+from support.sharded import Plain
+from support.sharded_adapters import lora
 
 
 class OwnFSDP(FSDPStrategy):

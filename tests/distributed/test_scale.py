@@ -1,4 +1,4 @@
-"""The formulas of scale.py against what small models really hold and send."""
+"""The formulas of support/scale.py against what small models really hold and send."""
 
 from __future__ import annotations
 
@@ -14,10 +14,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from plain import randomise_
-from scale import MODELS, NANOSECONDS, Costs, Llama, markdown, size, table, table_of_files
-from sharded import make_trainer
-from test_fsdp import DEVICE
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.device_mesh import init_device_mesh
@@ -26,12 +22,15 @@ from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
-from traffic import Traffic
-from world import world
 
 from lightning_lora import LoRACallback, LoRAConfig, inject, merge, merged, save_merged, unmerge
 from lightning_lora.adapter.merged_folder import FILE
 from lightning_lora.nn.lora_layer import LoRALayer
+from support.models import randomise_
+from support.processes import world
+from support.recorders import Traffic
+from support.scale import MODELS, NANOSECONDS, Costs, Llama, markdown, size, table, table_of_files
+from support.sharded import DEVICE, make_trainer
 
 TINY = Llama("tiny", blocks=2, hidden=64, intermediate=96, keys=16, vocabulary=40)
 RANK = 3

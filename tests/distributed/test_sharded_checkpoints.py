@@ -9,26 +9,29 @@ from typing import Any
 
 import pytest
 import torch
-from naive import NaiveCallback
-from sharded import TARGETS, Plain, Sharded, base_of, loader, make_trainer, model_parallel, whole_state
-from test_fsdp import same_bits
-from test_fsdp_life import data, lora
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.tensor import DTensor
-from traffic import Traffic
-from world import world
 
 from lightning_lora import LoRAConfig, LoRAError, inject, load_adapter, merged_state_dict
+from support.naive import NaiveCallback
+from support.processes import world
+from support.recorders import Traffic
+from support.sharded import (
+    TARGETS,
+    Plain,
+    Sharded,
+    base_of,
+    data,
+    loader,
+    make_trainer,
+    model_parallel,
+    optimizer_state,
+    whole_state,
+)
+from support.sharded_adapters import assert_same_bits, assert_same_run, lora
 
 KINDS = ["adapter", "merged", "full"]
 FORMS = pytest.mark.parametrize("whole", [True, False], ids=["file", "distributed"])
-
-
-def optimizer_state(trainer: Any) -> dict[str, torch.Tensor]:
-    """Every tensor of the optimizer, gathered."""
-    states = trainer.optimizers[0].state_dict()["state"]
-    tensors = {f"{i}/{key}": value for i, state in states.items() for key, value in state.items()}
-    return {key: value.full_tensor() if isinstance(value, DTensor) else value for key, value in tensors.items()}
 
 
 def run(
@@ -45,19 +48,13 @@ def run(
     return found
 
 
-def same_run(found: Any, expected: Any) -> None:
-    for one, other in zip(found, expected, strict=True):
-        assert len(one) > 0
-        same_bits(one, other)
-
-
 @FORMS
 @pytest.mark.parametrize("save", KINDS)
 def test_resuming_equals_the_uninterrupted_run(tmp_path, save, whole):
     uninterrupted = world().run(run, tmp_path, save, whole, 4)[0]
     world().run(run, tmp_path / "first", save, whole, 2)
     for found in world().run(run, tmp_path / "second", save, whole, 4, tmp_path / "first" / "2.ckpt", 5):
-        same_run(found, uninterrupted)
+        assert_same_run(found, uninterrupted)
 
 
 def naive_resume(path: Path, whole: bool, strict: bool) -> str:
@@ -121,7 +118,7 @@ def test_contents_and_evaluation_from_them(tmp_path, save, whole):
     fresh = Plain()  # any kind of file, in a process without sharding
     if whole and save != "full":
         load_adapter(fresh, tmp_path / "2.ckpt")
-        same_bits(whole_state(fresh), state)
+        assert_same_bits(whole_state(fresh), state)
 
 
 def flat(value: Any) -> list[Any]:
@@ -133,7 +130,7 @@ def flat(value: Any) -> list[Any]:
 STRANGER = """
 import sys, torch
 sys.path[:0] = {path!r}
-from sharded import Plain
+from support.sharded import Plain
 loaded = Plain.load_from_checkpoint("file.ckpt")
 converted = Plain()
 converted.load_state_dict(torch.load("torch.pt", weights_only=True)["state_dict"])
@@ -152,7 +149,7 @@ def test_merged_checkpoints_need_no_lora(tmp_path):
         model = Plain()
         inject(model, LoRAConfig(r=2, target_modules=TARGETS))
         model.load_state_dict(state)
-        same_bits(found, merged_state_dict(model))
+        assert_same_bits(found, merged_state_dict(model))
 
 
 # --- another number of processes ---
@@ -170,7 +167,7 @@ def test_resuming_on_another_number_of_processes(tmp_path, sizes, whole):
             assert got.keys() == expected.keys()
             for name, value in expected.items():
                 torch.testing.assert_close(got[name], value, rtol=1e-3, atol=1e-6)
-        same_bits(base_of(state), base_of(uninterrupted[0]))
+        assert_same_bits(base_of(state), base_of(uninterrupted[0]))
 
 
 @pytest.mark.parametrize("save", KINDS)
@@ -181,7 +178,7 @@ def test_from_one_process_to_two_and_back(tmp_path, save):
     trainer.fit(model, loader(), loader(seed=6))
     trainer.save_checkpoint(tmp_path / "one.ckpt")
     for state, _ in world().run(run, tmp_path, save, True, 4, tmp_path / "one.ckpt", 5):
-        same_bits(base_of(state), base_of(whole_state(model)))
+        assert_same_bits(base_of(state), base_of(whole_state(model)))
     make_trainer(tmp_path, lora(save=save), max_epochs=4).fit(
         model, loader(), loader(seed=6), ckpt_path=tmp_path / "one.ckpt"
     )
@@ -191,7 +188,7 @@ def test_from_one_process_to_two_and_back(tmp_path, save):
     back = Plain()
     trainer = make_trainer(tmp_path, lora(save=save), max_epochs=4)
     trainer.fit(back, loader(), loader(seed=6), ckpt_path=tmp_path / "4.ckpt")
-    same_bits(whole_state(back), state)
+    assert_same_bits(whole_state(back), state)
 
 
 # --- what does not fit ---
@@ -210,7 +207,7 @@ def refused(path: Path, kind: type[Sharded], whole: bool, file: Path) -> str:
     with pytest.raises(LoRAError) as caught:
         model_parallel(path, lora(), whole=whole).validate(model, data()[1], ckpt_path=file)
     state = whole_state(model)
-    same_bits({name: state[name] for name in before}, before)
+    assert_same_bits({name: state[name] for name in before}, before)
     return str(caught.value)
 
 
@@ -246,7 +243,7 @@ def base_run(path: Path, whole: bool) -> None:
     adapted = Sharded()
     model_parallel(path, lora(), whole=whole).validate(adapted, data()[1], ckpt_path=path / "base.ckpt", verbose=False)
     state = whole_state(adapted)
-    same_bits(base_of(state), trained)
+    assert_same_bits(base_of(state), trained)
     assert len(state) == len(trained) + 6
 
 

@@ -8,22 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from plain import randomise_
-from sharded import Plain, base_of, loader, make_trainer, model_parallel, whole_state
-from test_fsdp import DEVICE, adapters, same_bits
-from test_fsdp_life import lora
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    RowwiseParallel,
-    SequenceParallel,
-    parallelize_module,
-)
-from traffic import Traffic
-from world import world
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from lightning_lora import (
     LoRAConfig,
@@ -39,64 +27,32 @@ from lightning_lora import (
     unload,
 )
 from lightning_lora.model.inject import adapt_new_layers
-
-CONFIG = LoRAConfig(r=3, lora_alpha=6, target_modules="all-linear")
-
-
-class Block(nn.Module):
-    """The feed-forward block of a transformer: up is split by outputs, down by inputs."""
-
-    def __init__(self, hidden: int = 8) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(6)
-        self.up = nn.Linear(6, hidden)
-        self.down = nn.Linear(hidden, 6)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = self.down(torch.relu(self.up(self.norm(x))))
-        return result
-
-
-PLAN = {"up": ColwiseParallel(), "down": RowwiseParallel()}
-UNEVEN = {  # torch wants even local outputs
-    "up": ColwiseParallel(use_local_output=False),
-    "down": RowwiseParallel(),
-}
-SEQUENCE = {
-    "norm": SequenceParallel(),
-    "up": ColwiseParallel(input_layouts=Shard(1)),
-    "down": RowwiseParallel(output_layouts=Shard(1), use_local_output=False),
-}
-
-
-def block(config: LoRAConfig | None = CONFIG, hidden: int = 8) -> Block:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(2)
-        model = Block(hidden)
-    if config is not None:
-        inject(model, config)
-        randomise_(model, 0.3)
-    return model
-
-
-def mesh() -> DeviceMesh:
-    return init_device_mesh(DEVICE, (dist.get_world_size(),), mesh_dim_names=("tp",))
-
-
-X = torch.linspace(-1, 1, 48).view(2, 4, 6)
+from support.models import randomise_
+from support.processes import world
+from support.recorders import Traffic
+from support.sharded import Plain, base_of, loader, make_trainer, model_parallel, whole_state
+from support.sharded_adapters import (
+    ALL_LINEAR,
+    PLAN,
+    PLANS,
+    SEQUENCE,
+    TENSOR_X,
+    adapters,
+    assert_same_bits,
+    block,
+    lora,
+    mesh,
+)
 
 
 def whole(value: torch.Tensor) -> torch.Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-PLANS = {"even": PLAN, "uneven": UNEVEN, "sequence": SEQUENCE}
-
-
 def parallel(plan: str) -> None:
     hidden = 5 if plan == "uneven" else 8
     net, alone = parallelize_module(block(hidden=hidden), mesh(), PLANS[plan]), block(hidden=hidden)
-    x = X.chunk(2, dim=1)[dist.get_rank()] if plan == "sequence" else X
+    x = TENSOR_X.chunk(2, dim=1)[dist.get_rank()] if plan == "sequence" else TENSOR_X
     assert net.up.lora_A.placements == (Replicate(),)
     assert net.up.lora_B.placements == net.up.weight.placements == (Shard(0),)
     assert net.down.lora_A.placements == net.down.weight.placements == (Shard(1),)
@@ -106,20 +62,20 @@ def parallel(plan: str) -> None:
     for _ in range(3):
         for model, optimizer in zip((net, alone), optimizers, strict=True):
             optimizer.zero_grad()
-            whole(model(x if model is net else X)).square().mean().backward()
+            whole(model(x if model is net else TENSOR_X)).square().mean().backward()
         for one, other in zip(adapters(net), adapters(alone), strict=True):
             assert one.grad.placements == one.placements
             torch.testing.assert_close(one.grad.full_tensor(), other.grad, rtol=1e-4, atol=1e-6)
         for optimizer in optimizers:
             optimizer.step()
         with torch.no_grad():
-            torch.testing.assert_close(whole(net(x)), alone(X), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(whole(net(x)), alone(TENSOR_X), rtol=1e-4, atol=1e-5)
             with merged(net), merged(alone):
-                torch.testing.assert_close(whole(net(x)), alone(X), rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(whole(net(x)), alone(TENSOR_X), rtol=1e-4, atol=1e-5)
                 assert not torch.equal(before["up.weight"], net.up.weight.full_tensor())
             with disable_adapter(net), disable_adapter(alone):
-                torch.testing.assert_close(whole(net(x)), alone(X), rtol=1e-4, atol=1e-5)
-        same_bits(base_of(whole_state(net)), before)
+                torch.testing.assert_close(whole(net(x)), alone(TENSOR_X), rtol=1e-4, atol=1e-5)
+        assert_same_bits(base_of(whole_state(net)), before)
     expected = merged_state_dict(alone)
     for name, value in merged_state_dict(net).items():
         torch.testing.assert_close(whole(value), expected[name])
@@ -132,23 +88,27 @@ def test_training_and_merging_equal_one_device(plan):
 
 def collectives() -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for name, config, lora_merged in (("base", None, False), ("factored", CONFIG, False), ("merged", CONFIG, True)):
+    for name, config, lora_merged in (
+        ("base", None, False),
+        ("factored", ALL_LINEAR, False),
+        ("merged", ALL_LINEAR, True),
+    ):
         net = parallelize_module(block(config), mesh(), PLAN)
         if lora_merged:
             merge(net)
-        x = X.clone().requires_grad_()
+        x = TENSOR_X.clone().requires_grad_()
         with Traffic() as sent:
             output = net(x)
         found[name] = sent.sent
         with Traffic() as sent:
             output.sum().backward()
         found[name + " backward"] = sent.sent
-    net = parallelize_module(block(CONFIG), mesh(), PLAN)
+    net = parallelize_module(block(ALL_LINEAR), mesh(), PLAN)
     for factor, places in (("lora_A", (Shard(0),)), ("lora_B", (Shard(0),))):  # as parallelize_module would have them
         moved = getattr(net.up, factor).detach().redistribute(placements=places)
         net.up._parameters[factor] = nn.Parameter(moved)
     with Traffic() as sent:
-        net(X)
+        net(TENSOR_X)
     found["badly placed"] = sent.sent
     return found
 
@@ -192,7 +152,7 @@ def embeddings() -> None:
             torch.testing.assert_close(one.grad.full_tensor(), other.grad)
         with merged(net), merged(alone):
             torch.testing.assert_close(net(words), alone(words))
-        same_bits(whole_state(net), before)
+        assert_same_bits(whole_state(net), before)
 
 
 def test_embeddings_split_by_either_dimension():
@@ -201,17 +161,17 @@ def test_embeddings_split_by_either_dimension():
 
 def in_and_out() -> None:
     net = parallelize_module(block(), mesh(), PLAN)
-    before, answer = whole_state(net), net(X)
+    before, answer = whole_state(net), net(TENSOR_X)
     unload(net)
     assert type(net.up) is nn.Linear
-    same_bits(whole_state(net), base_of(before))
+    assert_same_bits(whole_state(net), base_of(before))
     net, alone = parallelize_module(block(), mesh(), PLAN), merge_and_unload(block())
     merge_and_unload(net)
     assert type(net.up) is nn.Linear
-    same_bits(whole_state(net), whole_state(alone))
-    torch.testing.assert_close(net(X), answer, rtol=1e-4, atol=1e-5)
+    assert_same_bits(whole_state(net), whole_state(alone))
+    torch.testing.assert_close(net(TENSOR_X), answer, rtol=1e-4, atol=1e-5)
     with pytest.raises(LoRAError, match=r"'up'.*is sharded already"):
-        inject(parallelize_module(block(None), mesh(), PLAN), CONFIG)
+        inject(parallelize_module(block(None), mesh(), PLAN), ALL_LINEAR)
     fused = block(LoRAConfig(r=2, target_modules=["up"], enable_lora={"up": [True, False]}))
     with pytest.raises(LoRAError, match="enable_lora"):
         parallelize_module(fused, mesh(), PLAN)
@@ -272,7 +232,7 @@ def fit(path: Path, tensor: int, whole: bool) -> tuple[list[float], dict[str, to
     trainer = model_parallel(path, lora(), tensor=tensor, whole=whole)
     trainer.validate(again, loader(parts, part, 6), ckpt_path=path / "3.ckpt", verbose=False)
     assert again.losses == [model.losses[-1]]
-    same_bits(whole_state(again), state)
+    assert_same_bits(whole_state(again), state)
     return model.losses, state
 
 
@@ -287,8 +247,8 @@ def test_a_lightning_run(tmp_path, size, whole):
         assert losses == pytest.approx(alone.losses, rel=1e-4)
         for name, value in expected.items():
             torch.testing.assert_close(state[name], value, rtol=1e-3, atol=1e-5)
-        same_bits(base_of(state), base_of(expected))
+        assert_same_bits(base_of(state), base_of(expected))
     if whole:  # and on to one device
         again = Plain()
         load_adapter(again, tmp_path / "3.ckpt")
-        same_bits(whole_state(again), state)
+        assert_same_bits(whole_state(again), state)

@@ -11,18 +11,15 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from sharded import Sharded, base_of, model_parallel, network, whole_state
-from test_fsdp import WAYS, X, injected, same_bits, shard_
-from test_fsdp_life import data, lora
-from test_tensor_parallel import PLANS, block, mesh
-from test_tensor_parallel import X as TENSOR_X
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
-from world import world
 
 from lightning_lora import merge, merged, merged_state_dict
 from lightning_lora.model.self_check import Verification, watch
+from support.processes import world
+from support.sharded import WAYS, Sharded, X, base_of, data, model_parallel, network, shard_, whole_state
+from support.sharded_adapters import PLANS, TENSOR_X, assert_same_bits, block, injected, lora, mesh
 
 NAMES = ("lora_merge_error_max", "lora_merge_error_relative")
 
@@ -63,7 +60,7 @@ def verified(way: str, lora_merged: bool) -> list[float]:
         assert torch.equal(net(x), answer)
         assert found.problems() == ""
     assert not [hook for module in net for hook in module._forward_hooks.values() if "check" in repr(hook)]
-    same_bits(whole_state(net), before)
+    assert_same_bits(whole_state(net), before)
     return figures(found)
 
 
@@ -156,7 +153,7 @@ def trained(path: Path, verify: bool, merged_eval: bool) -> tuple[list[float], d
     callback = lora(verify=verify, merged_eval=merged_eval, init_lora_weights=False)
     trainer = model_parallel(path, callback)
     trainer.fit(model, *data())
-    same_bits(base_of(whole_state(model)), before)
+    assert_same_bits(base_of(whole_state(model)), before)
     logged = [trainer.callback_metrics[name].item() for name in NAMES] if verify else []
     validated = model_parallel(path, callback).validate(model, data()[1], verbose=False)[0]
     assert all(name in validated for name in NAMES) is verify
@@ -170,7 +167,7 @@ def test_in_a_trainer_it_changes_nothing(tmp_path, merged_eval: bool):
     assert 0 < logged[1] < logged[0] < 1e-5
     expected = world().run(trained, tmp_path, False, merged_eval)[0]
     assert losses == expected[0]
-    same_bits(state, expected[1])
+    assert_same_bits(state, expected[1])
 
 
 def warned(path: Path) -> list[str]:

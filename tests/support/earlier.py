@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -27,7 +27,7 @@ OPTIONS: dict[str, Any] = {
     "enable_lora": {"qkv": [True, False, True]},
 }
 PART: dict[str, Any] = {"r": 2, "target_modules": ["qkv", "out"], "bias": "all"}
-KINDS = ("adapter", "merged", "full")
+KINDS: tuple[Literal["adapter", "merged", "full"], ...] = ("adapter", "merged", "full")
 
 
 class Network(nn.Module):
@@ -77,7 +77,7 @@ def fit(
 ) -> L.Trainer:
     """Train in a few steps, the same in each run."""
     data = DataLoader(TensorDataset(tokens(), tokens().sum(1) % 2), batch_size=8)
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = L.Trainer(
         max_epochs=epochs, accelerator="cpu", default_root_dir=path, callbacks=list(callbacks), **quiet, **options
     )

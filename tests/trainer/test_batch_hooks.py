@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Data, Net, make_trainer
 from torch import nn
 
 from lightning_lora import LoRACallback, is_merged, merge, unload
+from support.training import Data, Net, make_trainer
 
 BATCHES = 3
 EVERY_BATCH = [

@@ -1,0 +1,248 @@
+"""load_adapter: every source, another base; what does not fit leaves the model as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_lora import LoRAError, adapter_state_dict, inject, is_merged, load_adapter, merge, unload, unmerge
+from support.models import (
+    ZOO_LAYERS,
+    base_zoo,
+    checkpoint,
+    randomise_,
+    source,
+    state_bits,
+    tokens,
+    trace,
+    train,
+    trained_zoo,
+    zoo_config,
+)
+
+KINDS = ["adapter", "merged", "full", "bare", "state"]
+FORMS = [(kind, form) for kind in KINDS for form in ("dictionary", "file")] + [("", "folder")]
+
+
+@pytest.mark.parametrize(("kind", "form"), FORMS)
+@pytest.mark.parametrize("target", ["fresh", "injected", "merged"])
+def test_every_source_onto_every_model(tmp_path, kind, form, target):
+    model, other = trained_zoo(), base_zoo()
+    given_source = source(model, kind, form, tmp_path)
+    if target != "fresh":
+        inject(other, zoo_config())
+        randomise_(other)
+        merge(other) if target == "merged" else None
+    elif kind in ("bare", "state"):
+        before = trace(other)
+        with pytest.raises(LoRAError, match=r"the source stores tensors and no options.* Call inject"):
+            load_adapter(other, given_source)
+        assert trace(other) == before
+        return
+    initial = state_bits(base_zoo())
+    assert load_adapter(other, given_source) == ZOO_LAYERS
+    assert is_merged(other) == (target == "merged")
+    assert state_bits(other) == state_bits(model)
+    unmerge(other)
+    assert torch.equal(other(tokens()), model(tokens()))
+    assert [n for n, p in other.named_parameters() if p.requires_grad] == [
+        n for n, p in model.named_parameters() if p.requires_grad
+    ]
+    assert adapter_state_dict(other).keys() == adapter_state_dict(model).keys()
+    unload(other)
+    assert state_bits(other) == initial
+
+
+@pytest.mark.parametrize("target", ["fresh", "injected"])
+def test_a_full_state_dict_gives_its_adapter_and_tells_its_base(target):
+    model, other = trained_zoo(), base_zoo()
+    inject(other, zoo_config())
+    load_adapter(other, model.state_dict())
+    assert state_bits(other) == state_bits(model)
+    assert adapter_state_dict(other).keys() == adapter_state_dict(model).keys()  # the base did not become a part of it
+    with torch.no_grad():
+        model.norm.weight.mul_(1.05)
+    before = trace(other)
+    with pytest.raises(LoRAError, match=r"another base: values of 'norm\.weight'"):
+        load_adapter(other, model.state_dict())
+    assert trace(other) == before
+
+
+def test_what_another_hand_unfroze_comes_along():
+    model, other = base_zoo(), base_zoo()
+    inject(model, zoo_config())
+    model.norm.weight.requires_grad_(True)
+    with pytest.warns(UserWarning, match="unfrozen"):
+        adapter_state_dict(model)
+    train(model)
+    load_adapter(other, checkpoint(model.eval(), "adapter"))
+    assert state_bits(other) == state_bits(model)
+    unload(other)
+    assert state_bits(other) == state_bits(base_zoo())
+
+
+# --- another base ---
+
+
+@pytest.mark.parametrize("kind", ["adapter", "merged"])
+@pytest.mark.parametrize("layer", ["embed.weight", "conv.weight", "norm.weight", "body.3.weight"])
+def test_another_base_is_refused_and_named(kind, layer):
+    state = checkpoint(trained_zoo(), kind)
+    other = base_zoo()
+    with torch.no_grad():
+        other.get_parameter(layer).mul_(1.05)
+    before = trace(other)
+    with pytest.raises(LoRAError, match=f"belongs to another base: values of '{layer}' were .*strict_base=False"):
+        load_adapter(other, state)
+    assert trace(other) == before
+    with pytest.warns(UserWarning, match=f"another base: values of '{layer}'"):
+        load_adapter(other, state, strict_base=False)
+    assert {n: b for n, b in state_bits(other).items() if n != layer} == {
+        n: b for n, b in state_bits(trained_zoo()).items() if n != layer
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_the_same_base_in_another_dtype_is_accepted(tmp_path, dtype):
+    model, other = trained_zoo(), base_zoo().to(dtype)
+    load_adapter(other, source(model, "", "folder", tmp_path))
+    unload(other)
+    load_adapter(other, checkpoint(model, "adapter"))
+    assert other.conv.weight.dtype == dtype
+    assert torch.equal(other.conv.lora_A.float(), model.conv.lora_A)
+
+
+# --- what does not fit ---
+
+
+def _without(name: str) -> Callable[[dict[str, Any]], None]:
+    return lambda state: state.pop(name)
+
+
+def _with(name: str, value: torch.Tensor) -> Callable[[dict[str, Any]], None]:
+    return lambda state: state.update({name: value})
+
+
+def _filled(name: str, value: float) -> Callable[[dict[str, Any]], None]:
+    return lambda state: state.update({name: state[name].clone().index_fill(0, torch.tensor([1]), value)})
+
+
+MISFITS = {
+    "missing B": (_without("conv.lora_B"), "conv.lora_B' is missing"),
+    "missing A": (_without("embed.lora_A"), "embed(.lora_A)?' is missing|embed.lora_B' has no place"),
+    "missing head": (_without("head.weight"), "head.weight' is missing"),
+    "missing statistics": (_without("body.1.running_var"), "body.1.running_var' is missing"),
+    "unexpected tensor": (_with("conv.extra", torch.zeros(3)), "conv.extra' has no place"),
+    "unexpected layer": (_with("other.lora_A", torch.zeros(2, 3)), "other"),
+    "another rank": (
+        _with("conv.lora_A", torch.zeros(3, 8, 3)),
+        r"'conv': A \(3, 8, 3\) and B \(8, 2, 1\) do not share a rank",
+    ),
+    "transposed": (
+        _with("body.0.lora_B", torch.zeros(2, 8)),
+        r"'body.0': A \(2, 8\) and B \(2, 8\) do not share a rank",
+    ),
+    "a scalar": (_with("body.0.lora_B", torch.tensor(1.0)), r"body.0.lora_B'"),
+    "no tensor": (_with("body.3.lora_A", "text"), r"body.3.lora_A'"),  # type: ignore[arg-type]
+    "head of another shape": (_with("head.weight", torch.zeros(4, 8)), "head.weight' must have shape"),
+    "nan": (_filled("body.0.lora_B", float("nan")), "body.0.lora_B' holds NaN or Inf"),
+    "inf": (_filled("embed.lora_A", float("-inf")), "embed.lora_A' holds NaN or Inf"),
+}
+
+
+@pytest.mark.parametrize("case", MISFITS)
+@pytest.mark.parametrize("target", ["fresh", "injected", "merged", "around"])
+@pytest.mark.parametrize("kind", ["adapter", "merged", "state"])
+def test_what_does_not_fit_leaves_the_model_as_it_was(case, target, kind):
+    spoil, complaint = MISFITS[case]
+    state = checkpoint(trained_zoo(), kind)
+    spoil(state["lora"]["adapter"] if kind == "merged" else state["state_dict"])
+    model = base_zoo()
+    if target in ("injected", "merged") or kind == "state":
+        inject(model, zoo_config())
+        randomise_(model)
+        merge(model) if target == "merged" else None
+    if target == "around":
+        model = nn.ModuleDict({"model": model})
+    if kind == "state" and case in ("missing statistics", "no tensor"):
+        return  # a state dict by hand may hold parameters only, and other things are not its adapter
+    before = trace(model)
+    with pytest.raises(LoRAError, match=complaint):
+        load_adapter(model, state)
+    assert trace(model) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"r": 3}, "r was 2, now 3"),
+        ({"lora_alpha": 5}, "scaling .* of 4, but the model was injected with 2.5.*lora_alpha was 8, now 5"),
+        ({"use_rslora": True}, "use_rslora was False, now True"),
+        ({"target_modules": ["conv"]}, "'body.0' has no place in the model"),
+        ({"target_modules": [*ZOO_LAYERS, "head"], "modules_to_save": None}, "'head' is missing"),
+        ({"bias": "all"}, "'body.1.bias' is missing .*bias was 'lora_only', now 'all'"),
+    ],
+)
+def test_a_model_injected_with_other_options_is_refused(options, complaint):
+    model = base_zoo()
+    inject(model, zoo_config(**options))
+    before = trace(model)
+    with pytest.raises(LoRAError, match=complaint):
+        load_adapter(model, checkpoint(trained_zoo(), "adapter"))
+    assert trace(model) == before
+
+
+class Picky(nn.Module):
+    """Refuses an extra state that it does not know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.zoo = base_zoo()
+
+    def get_extra_state(self) -> str:
+        return "good"
+
+    def set_extra_state(self, state: str) -> None:
+        if state != "good":
+            raise RuntimeError(f"cannot take {state}")
+
+
+@pytest.mark.parametrize("target", ["fresh", "unmerged", "merged"])
+def test_a_failure_while_values_are_written_leaves_the_model_as_it_was(target):
+    model = Picky()
+    inject(model, zoo_config())
+    randomise_(model)
+    state = checkpoint(model, "adapter")
+    del state["state_dict"]["_extra_state"]
+    state["state_dict"]["_extra_state"] = "bad"  # comes last, when all else is written
+    other = Picky()
+    if target != "fresh":
+        inject(other, zoo_config())
+    merge(other) if target == "merged" else None
+    before = trace(other)
+    with pytest.raises(RuntimeError, match="cannot take bad"):
+        load_adapter(other, state)
+    now = trace(other)
+    assert {**now, "modules": None} == {**before, "modules": None}
+    assert is_merged(other) == (target == "merged")
+    assert target != "fresh" or now == before
+
+
+def test_an_adapter_beyond_the_range_of_a_merged_model_leaves_it_as_it_was():
+    model, other = base_zoo().half(), base_zoo().half()
+    for one in (model, other):
+        inject(one, zoo_config())
+    with torch.no_grad():
+        model.conv.lora_A.fill_(1e3)
+        model.conv.lora_B.fill_(1e3)
+    merge(other)
+    before = state_bits(other)
+    with pytest.raises(LoRAError, match=r"layer 'conv': .*beyond the range"):
+        load_adapter(other, checkpoint(model, "adapter"))
+    assert is_merged(other)
+    assert state_bits(other) == before
+    load_adapter(base_zoo().half(), checkpoint(model, "adapter"))  # unmerged it can be used

@@ -1,0 +1,88 @@
+"""loralib's files through the command and through load_adapter: they store no lora_alpha."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import loralib
+import pytest
+import torch
+from torch import nn
+
+from lightning_lora import LoRAConfig, LoRAError, inject, load_adapter
+from support.peers import call, refused
+
+
+class Loralib(nn.Module):
+    """Every linear kind of loralib."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = loralib.Linear(6, 5, r=2, lora_alpha=3)
+        self.two = loralib.Linear(5, 4, r=4, lora_alpha=3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.two(self.one(x).relu())
+        return result
+
+
+class Plain(nn.Module):
+    def __init__(self, other: Loralib | None = None) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(6, 5), nn.Linear(5, 4)
+        if other is not None:
+            self.load_state_dict({k: v for k, v in other.state_dict().items() if "lora_" not in k})
+
+    forward = Loralib.forward
+
+
+@pytest.fixture
+def from_loralib(tmp_path: Path) -> Loralib:
+    net = Loralib()
+    for name, parameter in net.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter)
+    torch.save(loralib.lora_state_dict(net), tmp_path / "lora.pt")
+    torch.save(Plain(net).state_dict(), tmp_path / "base.pt")
+    return net
+
+
+def test_a_loralib_file_asks_for_lora_alpha(tmp_path, capsys, from_loralib: Loralib):
+    fresh = Plain(from_loralib)
+    with pytest.raises(LoRAError, match=r"as loralib's files do\. Its factors have rank 2 and 4; lora_alpha is"):
+        load_adapter(fresh, tmp_path / "lora.pt")
+    inject(fresh, LoRAConfig(r=2, lora_alpha=3, rank_pattern={"two": 4}, target_modules=["one", "two"]))
+    load_adapter(fresh, tmp_path / "lora.pt")
+    x = torch.randn(3, 6)
+    torch.testing.assert_close(fresh(x), from_loralib(x))
+    for verb, name in (("export", "x"), ("import", "x.ckpt")):
+        shown = refused(capsys, verb, tmp_path / "lora.pt", tmp_path / name)
+        assert "Ask whoever trained it, and pass --lora-alpha" in shown
+    assert "lora_alpha must come from whoever trained it" in call(capsys, "info", tmp_path / "lora.pt")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_loralib_file_with_its_lora_alpha(tmp_path, capsys, from_loralib: Loralib):
+    x = torch.randn(3, 6)
+    expected = from_loralib(x)
+    alpha = ["--lora-alpha", 3]
+    call(capsys, "export", tmp_path / "lora.pt", tmp_path / "folder", *alpha)
+    call(capsys, "import", tmp_path / "lora.pt", tmp_path / "a.ckpt", *alpha)
+    for source in (tmp_path / "folder", tmp_path / "a.ckpt"):
+        fresh = Plain(from_loralib)
+        load_adapter(fresh, source)
+        torch.testing.assert_close(fresh(x), expected)
+    base = ["--base", tmp_path / "base.pt", "--output", tmp_path / "out.pt"]
+    call(capsys, "merge", *base, "--adapter", tmp_path / "lora.pt", *alpha)
+    fresh = Plain()
+    fresh.load_state_dict(torch.load(tmp_path / "out.pt", weights_only=True))
+    torch.testing.assert_close(fresh(x), expected)
+    shown = refused(capsys, "merge", *base, "--adapter", tmp_path / "folder", *alpha, "--overwrite")
+    assert "stores its lora_alpha; it cannot be given another" in shown
+
+
+def test_a_fused_loralib_file_needs_python(tmp_path, capsys):
+    net = nn.ModuleDict({"qkv": loralib.MergedLinear(6, 12, r=2, lora_alpha=3, enable_lora=[True, False, True])})
+    torch.save(loralib.lora_state_dict(net), tmp_path / "lora.pt")
+    shown = refused(capsys, "export", tmp_path / "lora.pt", tmp_path / "x", "--lora-alpha=3")
+    assert "parts of a fused projection" in shown

@@ -1,0 +1,136 @@
+"""The short form of what grows with the number of layers: it loses nothing, and files stay near their tensors' size."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from lightning_lora import LoRAConfig, LoRAError, adapter_state_dict, inject, load_adapter, save_adapter
+from lightning_lora.adapter.fingerprint import fingerprint_entry
+from lightning_lora.adapter.lightning_checkpoint import in_one_storage
+from lightning_lora.adapter.metadata import decode_fingerprint as read_prints
+from lightning_lora.adapter.metadata import decode_layers as read_layers
+from lightning_lora.adapter.metadata import encode_fingerprint as shorten_prints
+from lightning_lora.adapter.metadata import encode_layers as shorten_layers
+from lightning_lora.command.convert import to_lightning
+from support.models import checkpoint
+
+LAYERS = 1000
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.int64, torch.bool)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_fingerprint_is_read_as_it_was(dtype: torch.dtype):
+    odd = [math.nan, math.inf, -math.inf, -0.0] if dtype.is_floating_point else [0, 1, 1, 0]
+    tensors = {
+        "a.b.weight": torch.randn(3, 5).to(dtype),
+        "c.weight": torch.randn(3, 5).to(dtype),
+        "c.bias": torch.tensor([*odd, 1.0, 0.5]).to(dtype),
+        "top": torch.tensor(7.0).to(dtype),
+        "d.weight": torch.zeros(0, 5, dtype=dtype),
+        "e.weight": torch.zeros(0, 5, dtype=dtype),
+        "f.weight": torch.randn(3, 5),
+    }
+    prints = {name: fingerprint_entry(tensor) for name, tensor in tensors.items()}
+    short = shorten_prints(prints)
+    assert repr(dict(sorted(read_prints(short).items()))) == repr(dict(sorted(prints.items())))  # NaN equals NaN
+    assert json.loads(json.dumps(short, allow_nan=False)) == short
+
+
+def test_the_first_difference_is_named_in_the_models_order(tmp_path):
+    """Although the fingerprint is grouped by shape."""
+    sizes = [(4, 4), (4, 3), (3, 4), (4, 4)]
+    net, other = (nn.Sequential(*(nn.Linear(*size) for size in sizes)) for _ in range(2))
+    other.load_state_dict(net.state_dict())
+    inject(net, LoRAConfig(r=2))
+    save_adapter(net, tmp_path)
+    with torch.no_grad():
+        other[3].weight.add_(1)
+        other[1].weight.add_(1)
+    with pytest.raises(LoRAError, match=r"values of '1\.weight'"):
+        load_adapter(other, tmp_path)
+
+
+def test_layers_are_read_as_they_were():
+    scalings = {"a": 2.0, "b": 0.1, "c": 2.0, "d": 2.0}
+    kinds = {"a": "Linear", "b": "Linear", "c": "Conv1D"}
+    short = shorten_layers(scalings, kinds)
+    assert short == [["Linear", 2.0, ["a"]], ["Linear", 0.1, ["b"]], ["Conv1D", 2.0, ["c"]], [None, 2.0, ["d"]]]
+    assert read_layers(json.loads(json.dumps(short))) == (scalings, kinds)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_what_is_not_tensors_is_small(tmp_path, bias: bool):
+    """At most 2 % of the tensors' bytes for 1,000 layers of this width, in each form."""
+    net = nn.Sequential(*(nn.utils.skip_init(nn.Linear, 256, 256, bias=bias) for _ in range(LAYERS)))
+    inject(net, LoRAConfig(r=8))
+    size = sum(tensor.nbytes for tensor in adapter_state_dict(net).values())
+    assert size == LAYERS * 8 * 512 * 4
+    save_adapter(net, tmp_path / "folder")
+    to_lightning(tmp_path / "folder", tmp_path / "imported.ckpt")
+    torch.save(checkpoint(net, "adapter"), tmp_path / "written.ckpt")
+    forms = [list((tmp_path / "folder").iterdir()), [tmp_path / "imported.ckpt"], [tmp_path / "written.ckpt"]]
+    for files in forms:
+        assert size < sum(file.stat().st_size for file in files) <= 1.02 * size, files
+
+
+def saved(values: Any) -> io.BytesIO:
+    file = io.BytesIO()
+    torch.save(values, file)
+    file.seek(0)
+    return file
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants:UserWarning")  # torch 2.14, of every one
+def test_values_in_one_storage_are_the_same():
+    weight = nn.Parameter(torch.randn(3, 4))
+    values = {
+        "weight": weight,
+        "tied": weight.data,
+        "part": weight.data[1:],
+        "turned": weight.data.T,
+        "half": torch.randn(5).half(),
+        "none": torch.zeros(0, 3),
+        "also none": torch.zeros(3, 0),
+        "number": torch.tensor(3),
+        "state": {"a": 1},
+        "meta": torch.empty(2, device="meta"),
+        "sparse": torch.eye(3).to_sparse(),
+    }
+    found = in_one_storage(values)
+    assert list(found) == list(values)
+    for name in ("state", "meta", "sparse"):
+        assert found[name] is values[name]
+    read = torch.load(saved(found), weights_only=True)
+    for name in ("weight", "tied", "part", "turned", "half", "none", "also none", "number"):
+        for tensor in (found[name], read[name]):
+            assert tensor.dtype == values[name].dtype
+            assert not tensor.requires_grad
+            assert torch.equal(tensor, values[name])
+    floats = [found[name] for name in ("weight", "tied", "part", "turned", "none", "also none")]
+    assert len({tensor.untyped_storage()._cdata for tensor in floats}) == 1
+    assert floats[0].untyped_storage().nbytes() == 4 * (12 + 8 + 12)
+    assert floats[0] is floats[1]
+    weight.data.zero_()
+    assert found["weight"].any()
+
+
+def test_parts_of_one_storage_are_tensors_like_others(tmp_path):
+    """In a checkpoint they can be changed one by one, written as safetensors and loaded."""
+    net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    inject(net, LoRAConfig(r=2, init_lora_weights=False))
+    state = torch.load(saved(checkpoint(net, "adapter")), weights_only=True)
+    before = {name: tensor.clone() for name, tensor in state["state_dict"].items()}
+    state["state_dict"]["0.lora_B"].add_(1)
+    for name, tensor in state["state_dict"].items():
+        assert torch.equal(tensor, before[name]) == (name != "0.lora_B")
+    save_file(state["state_dict"], tmp_path / "a.safetensors")
+    load_adapter(net, state)
+    assert torch.equal(net[0].lora_B, before["0.lora_B"] + 1)

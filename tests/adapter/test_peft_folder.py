@@ -1,0 +1,209 @@
+"""Adapter folders both ways between this package, peft and transformers."""
+
+from __future__ import annotations
+
+import lightning as L
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from lightning_lora import (
+    LoRAConfig,
+    LoRAError,
+    adapter_state_dict,
+    inject,
+    load_adapter,
+    merge_and_unload,
+    save_adapter,
+)
+from lightning_lora.adapter.peft_folder import read_folder
+from lightning_lora.model.injection import require_injection
+from support.notices import quiet_peers
+from support.peers import (
+    TENSORS,
+    close,
+    config_of,
+    every_peer,
+    fill_,
+    logits,
+    model,
+    our_config,
+    ours,
+    read_by_peft,
+    theirs,
+)
+
+pytestmark = quiet_peers
+
+
+@every_peer
+def test_peft_reads_ours(tmp_path, name: str):
+    net = ours(name, tmp_path / "a")
+    assert (logits(net) - logits(model(name))).abs().max() > 1e-3
+    close(logits(read_by_peft(name, tmp_path / "a")), logits(net))
+
+
+@every_peer
+def test_we_read_pefts(tmp_path, name: str):
+    other = theirs(name, tmp_path / "a")
+    net = model(name)
+    load_adapter(net, tmp_path / "a")
+    assert (logits(net) - logits(model(name))).abs().max() > 1e-3
+    close(logits(net), logits(other))
+
+
+@every_peer
+def test_we_read_ours(tmp_path, name: str):
+    net = ours(name, tmp_path / "a")
+    fresh = model(name)
+    load_adapter(fresh, tmp_path / "a")
+    assert torch.equal(logits(fresh), logits(net))
+    assert require_injection(fresh, "test").record.config == our_config(name)
+    for key, tensor in adapter_state_dict(net).items():
+        assert torch.equal(adapter_state_dict(fresh)[key], tensor), key
+
+
+@every_peer
+def test_merged_weights_are_pefts(tmp_path, name: str):
+    other = theirs(name, tmp_path / "a")
+    net = model(name)
+    load_adapter(net, tmp_path / "a")
+    expected = other.merge_and_unload().state_dict()
+    found = merge_and_unload(net).state_dict()
+    assert found.keys() == expected.keys()
+    for key in expected:
+        torch.testing.assert_close(found[key], expected[key], rtol=1e-6, atol=1e-7, msg=key)
+
+
+@every_peer
+def test_options_survive(tmp_path, name: str):
+    """From us to peft's file, from peft's file to us, and from there to peft's file again."""
+    ours(name, tmp_path / "a")
+    theirs(name, tmp_path / "b")
+    net = model(name)
+    load_adapter(net, tmp_path / "b")
+    save_adapter(net, tmp_path / "c")
+    written, original, again = (config_of(tmp_path / x) for x in "abc")
+    read = read_folder(tmp_path / "b").config
+    assert read is not None
+    plain = read.to_dict()
+    for option in ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "rank_pattern", "alpha_pattern"):
+        assert written[option] == original[option] == again[option], option
+        assert plain[option] == (original[option] or plain[option]), option
+    for option in ("fan_in_fan_out", "init_lora_weights"):
+        assert written[option] == original[option] == again[option], option
+    added_by_peft = {"score"} & set(original["modules_to_save"] or ())
+    saved = [set(config["modules_to_save"] or ()) for config in (written, original, again)]
+    assert saved[0] == saved[1] - added_by_peft == saved[2]
+
+
+def test_transformers_loads_ours(tmp_path):
+    for name in ("llama", "gpt2", "mixtral"):
+        net = ours(name, tmp_path / name)
+        fresh = model(name)
+        fresh.load_adapter(tmp_path / name)  # type: ignore[operator]
+        close(logits(fresh), logits(net))
+
+
+class Lit(L.LightningModule):
+    """A network behind an attribute, as most programs have it."""
+
+    def __init__(self, name: str = "llama") -> None:
+        super().__init__()
+        self.model = model(name)
+
+
+def test_the_attribute_of_the_lightning_module_is_taken_off_and_found_again(tmp_path):
+    lit = Lit()
+    names = ["model.model.layers.0.self_attn.q_proj", "model.model.layers.1.mlp.down_proj"]
+    patterns = {"rank_pattern": {r"model\.model\.layers\.1\.mlp\.down_proj": 2}}
+    inject(lit, LoRAConfig(r=4, target_modules=names, modules_to_save=["model.model.norm"], **patterns))
+    fill_(lit)
+    save_adapter(lit, tmp_path)
+    keys = load_file(tmp_path / TENSORS).keys()
+    assert {key.split(".lora_")[0] for key in keys} == {
+        "base_model.model.model.layers.0.self_attn.q_proj",
+        "base_model.model.model.layers.1.mlp.down_proj",
+        "base_model.model.model.norm.weight",
+    }
+    expected = logits(lit.model)
+    close(logits(read_by_peft("llama", tmp_path)), expected)
+    for fresh in (Lit(), Lit().model):
+        load_adapter(fresh, tmp_path)
+        assert torch.equal(logits(fresh.model if isinstance(fresh, Lit) else fresh), expected)
+
+
+def test_a_module_that_is_no_lightning_module_keeps_its_names(tmp_path):
+    ours("llama", tmp_path)
+    assert all(key.startswith("base_model.model.model.layers.") for key in load_file(tmp_path / TENSORS))
+
+
+def test_targets_match_no_other_module_by_suffix(tmp_path):
+    """peft takes list entries as suffixes: a list that would also name other layers becomes an expression."""
+    net = nn.ModuleDict({"q": nn.Linear(4, 4), "block": nn.ModuleDict({"q": nn.Linear(4, 4)})})
+    inject(net, LoRAConfig(r=2, target_modules=r"q"))
+    save_adapter(net, tmp_path)
+    assert config_of(tmp_path)["target_modules"] == "q"
+    fresh = nn.ModuleDict({"q": nn.Linear(4, 4), "block": nn.ModuleDict({"q": nn.Linear(4, 4)})})
+    read = peft.PeftModel.from_pretrained(fresh, tmp_path)
+    assert isinstance(read.base_model.model.block.q, nn.Linear)
+    assert not hasattr(read.base_model.model.block.q, "lora_A")
+
+
+def test_buffers_travel_to_peft_too(tmp_path):
+    net = ours("convolutions")
+    net.bn.running_mean.add_(3)
+    save_adapter(net, tmp_path)
+    assert torch.equal(read_by_peft("convolutions", tmp_path).base_model.model.bn.running_mean, net.bn.running_mean)
+    fresh = model("convolutions")
+    load_adapter(fresh, tmp_path)
+    assert torch.equal(fresh.bn.running_mean, net.bn.running_mean)
+
+
+def test_modules_to_save_that_name_nothing_are_no_typo_in_a_peft_folder(tmp_path):
+    other = theirs("bert", tmp_path)
+    assert set(config_of(tmp_path)["modules_to_save"]) == {"classifier", "score"}
+    fresh = model("bert")
+    load_adapter(fresh, tmp_path)
+    assert require_injection(fresh, "test").record.config.modules_to_save == ("classifier",)
+    close(logits(fresh), logits(other))
+
+
+def test_a_dumped_embedding_is_compared_with_the_base(tmp_path):
+    theirs("llama-embedding", tmp_path)
+    assert "base_model.model.model.embed_tokens.base_layer.weight" in load_file(tmp_path / TENSORS)
+    load_adapter(model("llama-embedding"), tmp_path)
+    other = model("llama-embedding")
+    with torch.no_grad():
+        other.model.embed_tokens.weight.mul_(1.05)
+    before = logits(other)
+    with pytest.raises(LoRAError, match=r"another base: values of 'model\.embed_tokens\.weight'"):
+        load_adapter(other, tmp_path)
+    assert torch.equal(logits(other), before)
+    with pytest.warns(UserWarning, match="another base"):
+        load_adapter(other, tmp_path, strict_base=False)
+
+
+def test_the_old_file_format_of_peft_is_read(tmp_path):
+    other = theirs("llama", tmp_path)
+    torch.save(load_file(tmp_path / TENSORS), tmp_path / "adapter_model.bin")
+    (tmp_path / TENSORS).unlink()
+    fresh = model("llama")
+    load_adapter(fresh, tmp_path)
+    close(logits(fresh), logits(other))
+
+
+def test_other_files_in_the_folder_stay(tmp_path):
+    (tmp_path / "a" / "sub").mkdir(parents=True)
+    (tmp_path / "a" / "README.md").write_text("mine")
+    (tmp_path / "a" / "sub" / "x").write_text("mine too")
+    (tmp_path / "a" / "link").symlink_to("README.md")
+    for alpha in (8, 4):
+        ours("llama", tmp_path / "a", lora_alpha=alpha)
+        assert config_of(tmp_path / "a")["lora_alpha"] == alpha
+        assert (tmp_path / "a" / "README.md").read_text() == "mine"
+        assert (tmp_path / "a" / "sub" / "x").read_text() == "mine too"
+        assert (tmp_path / "a" / "link").is_symlink()
+        assert [path.name for path in tmp_path.iterdir()] == ["a"]

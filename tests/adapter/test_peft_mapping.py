@@ -1,0 +1,169 @@
+"""Layers that PEFT has not, or has in its own way: written as what it has, or refused with the reason."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lightning_lora import LoRAConfig, LoRAError, adapter_state_dict, inject, load_adapter, save_adapter
+from support.notices import quiet_peers
+from support.peers import CONFIG, TENSORS, Fused, close, edit, fill_, logits, model, seeded, theirs
+
+pytestmark = quiet_peers
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+@pytest.mark.parametrize("parts", [[True, False, True], [False, True, False], [True, True, True]])
+def test_adapted_parts_of_a_fused_projection_are_plain_lora_for_peft(tmp_path, parts: list[bool], use_rslora: bool):
+    net = seeded(Fused)
+    options = {"r": 2, "lora_alpha": 3, "target_modules": ["qkv", "other"], "use_rslora": use_rslora}
+    inject(net, LoRAConfig(enable_lora={"qkv": parts}, **options))
+    fill_(net)
+    save_adapter(net, tmp_path)
+    x = torch.randn(3, 6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read = peft.PeftModel.from_pretrained(seeded(Fused), tmp_path).eval()
+    close(read(x), net(x))
+    assert read.base_model.model.qkv.r["default"] == 2 * sum(parts)
+    fresh = seeded(Fused)
+    load_adapter(fresh, tmp_path)
+    assert all(torch.equal(tensor, adapter_state_dict(net)[key]) for key, tensor in adapter_state_dict(fresh).items())
+    again = seeded(Fused)
+    inject(again, LoRAConfig(enable_lora={"qkv": parts}, **options))
+    load_adapter(again, tmp_path)
+    assert torch.equal(again(x), net(x))
+
+
+def test_a_changed_fused_adapter_is_not_squeezed_into_parts(tmp_path):
+    net = seeded(Fused)
+    inject(net, LoRAConfig(r=2, target_modules=["qkv"], enable_lora={"qkv": [True, False, True]}))
+    save_adapter(fill_(net), tmp_path)
+    with safe_open(tmp_path / TENSORS, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(tmp_path / TENSORS)
+    tensors["base_model.model.qkv.lora_B.weight"][5, 0] = 1
+    save_file(tensors, tmp_path / TENSORS, metadata)
+    with pytest.raises(LoRAError, match="'qkv': its B is not zero outside the blocks"):
+        load_adapter(seeded(Fused), tmp_path)
+
+
+class Grouped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 8, 3, groups=2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.conv(x)
+        return result
+
+
+def test_grouped_convolutions_are_refused_both_ways_with_the_reason(tmp_path):
+    net = Grouped()
+    inject(net, LoRAConfig(r=2, target_modules=["conv"]))
+    with pytest.raises(LoRAError, match="'conv' is a convolution with groups; PEFT's adapter for those mixes"):
+        save_adapter(net, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+    with pytest.warns(UserWarning, match="groups > 1"):
+        other = peft.get_peft_model(Grouped(), peft.LoraConfig(r=2, target_modules=["conv"]))
+    other.save_pretrained(tmp_path / "b")
+    fresh = Grouped()
+    with pytest.raises(LoRAError, match=r"'conv' is a convolution with 2 groups.*crosses the groups"):
+        load_adapter(fresh, tmp_path / "b")
+    assert type(fresh.conv) is nn.Conv2d
+
+
+class Attention(nn.Module):
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.mha = nn.MultiheadAttention(8, 2, **options)
+
+
+@pytest.mark.parametrize(
+    ("message", "options", "config"),
+    [
+        ("out_proj of 'mha'; PEFT adapts attention whole and passes over", {}, {"target_modules": ["out_proj"]}),
+        ("adapted without its out_proj", {}, {"target_modules": ["mha"], "exclude_modules": ["out_proj"]}),
+        ("another rank or lora_alpha", {}, {"target_modules": ["mha"], "rank_pattern": {"out_proj": 1}}),
+        ("another rank or lora_alpha", {}, {"target_modules": ["mha"], "alpha_pattern": {"out_proj": 1}}),
+        ("separate or partly adapted", {}, {"target_modules": ["mha"], "enable_lora": {"mha": [True, False, True]}}),
+        ("separate or partly adapted", {"kdim": 3, "vdim": 5}, {"target_modules": ["mha"]}),
+    ],
+)
+def test_attention_that_peft_has_not_is_refused(tmp_path, message: str, options: Any, config: Any):
+    net = Attention(**options)
+    inject(net, LoRAConfig(r=2, **config))
+    with pytest.raises(LoRAError, match=message):
+        save_adapter(net, tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+def test_attention_of_a_later_peft_is_refused(tmp_path):
+    theirs("convolutions", tmp_path)
+    edit(tmp_path, peft_version="0.22.0")
+    with pytest.raises(LoRAError, match=r"written by peft 0\.22\.0\. peft up to 0\.21 adds the change of out_proj"):
+        load_adapter(model("convolutions"), tmp_path)
+
+
+def test_peft_still_counts_out_proj_twice():
+    """What equivalents.OUT_PROJ_COUNTS stands for; when this fails, peft was mended and its version must decide."""
+    net = theirs("convolutions")
+    out_proj = net.base_model.model.mha.base_layer.out_proj
+    delta = out_proj.get_delta_weight("default")
+    before = model("convolutions").mha.out_proj.weight
+    close(net.merge_and_unload().mha.out_proj.weight, before + 2 * delta)
+
+
+REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
+    "use_dora": ("mixtral", {"use_dora": True}),
+    "lora_bias": ("gpt2", {"lora_bias": True}),
+    "trainable_token_indices": ("mixtral", {"trainable_token_indices": [1, 2]}),
+    "target_parameters": ("mixtral", {"target_parameters": ["mlp.experts.down_proj"], "target_modules": []}),
+    "init_lora_weights='pissa'": ("mixtral", {"init_lora_weights": "pissa"}),
+    "init_lora_weights='olora'": ("mixtral", {"init_lora_weights": "olora"}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Adapter 'default'. . LoRA tensor.s. have invalid:UserWarning")  # its own lora_bias
+@pytest.mark.parametrize("feature", REFUSED)
+def test_what_cannot_be_applied_is_refused_by_name(tmp_path, feature: str):
+    name, options = REFUSED[feature]
+    theirs(name, tmp_path, **options)
+    fresh = model(name)
+    types = [type(module) for module in fresh.modules()]
+    before = logits(fresh)
+    with pytest.raises(LoRAError, match=f"{CONFIG}: {feature}"):
+        load_adapter(fresh, tmp_path)
+    assert torch.equal(logits(fresh), before)
+    assert [type(module) for module in fresh.modules()] == types
+    if not feature.startswith("init"):  # the tensors say it too
+        edit(tmp_path, **dict.fromkeys(options) | {"target_modules": ["experts", "q_proj"]})
+        with pytest.raises(LoRAError, match=r"belongs to (DoRA|lora_bias|trainable)|its factors have rank 16"):
+            load_adapter(fresh, tmp_path)
+
+
+def test_an_unknown_option_is_refused_where_it_is_in_use(tmp_path):
+    other = theirs("llama", tmp_path)
+    edit(tmp_path, use_something_new=False)
+    fresh = model("llama")
+    load_adapter(fresh, tmp_path)
+    close(logits(fresh), logits(other))
+    edit(tmp_path, use_something_new={"a": 1})
+    with pytest.raises(LoRAError, match=r"use_something_new=\{'a': 1\} cannot be applied"):
+        load_adapter(model("llama"), tmp_path)
+
+
+def test_a_transposed_layer_of_the_same_shape_is_another_layer(tmp_path):
+    net = nn.ModuleDict({"square": nn.Linear(4, 4)})
+    inject(net, LoRAConfig(r=2, target_modules=["square"]))
+    save_adapter(net, tmp_path)
+    with pytest.raises(LoRAError, match="'square' was a Linear layer where the adapter was trained, here it is Conv1D"):
+        load_adapter(nn.ModuleDict({"square": Conv1D(4, 4)}), tmp_path)

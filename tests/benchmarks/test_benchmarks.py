@@ -1,0 +1,30 @@
+"""The benchmarks run, every row is a number, and the README shows what was measured."""
+
+from __future__ import annotations
+
+import json
+import math
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+RUN = Path(__file__).with_name("run.py")
+
+
+def test_merging_and_memory_give_finite_rows(tmp_path):
+    file = tmp_path / "rows.json"
+    command = [sys.executable, str(RUN), "--quick", "--threads", "1", "--only", "c,d,g", "--json", str(file)]
+    subprocess.run(command, check=True, timeout=240, capture_output=True)
+    rows = json.loads(file.read_text())["rows"]
+    assert {row["group"] for row in rows} == set("cdg")
+    assert all(math.isfinite(row["value"]) for row in rows)
+    judged = [row for row in rows if row["target"] is not None]
+    assert judged
+    assert all(row["verdict"] == ("reached" if row["value"] <= row["target"] else "not reached") for row in judged)
+
+
+def test_the_readme_shows_the_results_that_are_kept():
+    report = runpy.run_path(str(RUN.with_name("report.py")))
+    shown = report["README"].read_text().split(report["BEGIN"])[1].split(report["END"])[0]
+    assert shown.strip() == report["markdown"](json.loads(report["RESULTS"].read_text()))

@@ -1,0 +1,353 @@
+"""The lightning-lora command: each verb as a user types it, and its options: what --help says, and what they do."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import runpy
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
+
+from lightning_lora import (
+    LoRACallback,
+    LoRAConfig,
+    adapter_state_dict,
+    inject,
+    load_adapter,
+    load_from_checkpoint,
+    merged_state_dict,
+    save_adapter,
+)
+from lightning_lora.command.main import VERBS, main
+from lightning_lora.nn.lora_layer import adapted_layers
+from support.notices import quiet_peers
+from support.peers import call, logits, model, our_config, ours, read_by_peft, refused, tensors_of, theirs
+from support.runs import TARGETS, lora, run
+from support.training import Data, Net, assert_same_tensors, make_trainer, outputs
+
+pytestmark = quiet_peers
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A Lightning adapter checkpoint."""
+    trainer = make_trainer(tmp_path / "fit", lora(r=2, modules_to_save=["body.1"], bias="lora_only"))
+    run(trainer, "fit", Net())
+    trainer.save_checkpoint(tmp_path / "adapter.ckpt")
+    return tmp_path / "adapter.ckpt"
+
+
+def test_it_is_installed_as_a_program_and_as_a_module(capsys, monkeypatch: pytest.MonkeyPatch):
+    project = Path(__file__).parents[2] / "pyproject.toml"
+    assert f'[project.scripts]\nlightning-lora = "{main.__module__}:{main.__name__}"\n' in project.read_text()
+    monkeypatch.setattr(sys, "argv", ["lightning-lora", "--help"])
+    monkeypatch.delitem(sys.modules, "lightning_lora.__main__", raising=False)  # runpy warns where it was imported
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module("lightning_lora", run_name="__main__")
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(verb in shown for verb in ("info", "merge", "export", "import", "diff", "extract"))
+
+
+@pytest.mark.parametrize("kind", ["adapter", "merged", "full"])
+def test_info_of_a_lightning_checkpoint(tmp_path, capsys, kind: str):
+    net = Net()
+    trainer = make_trainer(tmp_path / "fit", lora(r=2, lora_alpha=3, save=kind, modules_to_save=["body.1"]))
+    run(trainer, "fit", net)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    found = json.loads(call(capsys, "info", tmp_path / "a.ckpt", "--json"))
+    assert found["kind"] == f"Lightning checkpoint of kind '{kind}'"
+    config = LoRAConfig(r=2, lora_alpha=3, target_modules=TARGETS, modules_to_save=["body.1"])
+    assert found["config"] == config.to_dict()
+    layer = net.body[3].requires_grad_(False)
+    delta = layer.lora.spec.scaling * layer.lora_B.double() @ layer.lora_A.double()
+    expected = {"kind": "Linear", "rank": 2, "scaling": 1.5, "shape_A": [2, 8], "shape_B": [8, 2], "dtype": "float32"}
+    shown = found["layers"]["body.3"]
+    assert {key: shown[key] for key in expected} == expected
+    assert shown["norm_delta"] == pytest.approx(float(delta.norm()), rel=1e-9)
+    assert shown["norm_A"] == pytest.approx(float(layer.lora_A.double().norm()), rel=1e-9)
+    assert set(found["also_trained"]) >= {"body.1.weight", "body.1.running_mean"}
+    text = call(capsys, "info", tmp_path / "a.ckpt")
+    assert "3 adapted layers" in text
+    assert "lora_alpha: 3" in text
+
+
+def test_info_of_a_peft_folder_and_of_its_tensor_file(tmp_path, capsys):
+    theirs("bert", tmp_path)
+    found = json.loads(call(capsys, "info", tmp_path, "--json"))
+    assert found["kind"] == "PEFT folder"
+    assert found["base"]["task_type"] == "SEQ_CLS"
+    assert found["layers"]["bert.embeddings.word_embeddings"]["kind"] == "Embedding"
+    assert len(found["layers"]) == 4
+    assert found["bytes"] == 4 * found["parameters"]
+    alone = json.loads(call(capsys, "info", tmp_path / "adapter_model.safetensors", "--json"))
+    assert alone["config"] is None
+    assert alone["parameters"] == found["parameters"]
+    text = call(capsys, "info", tmp_path / "adapter_model.safetensors")
+    assert "lora_alpha must come from whoever trained it" in text
+
+
+def test_info_of_weights(tmp_path, capsys):
+    net = model("llama").bfloat16()
+    net.save_pretrained(tmp_path / "folder", max_shard_size="12KB")
+    torch.save({"state_dict": net.state_dict()}, tmp_path / "a.ckpt")
+    count = sum(parameter.numel() for parameter in net.parameters())
+    for path, files in ((tmp_path / "folder", 4), (tmp_path / "a.ckpt", 1)):
+        found = json.loads(call(capsys, "info", path, "--json"))
+        assert found["parameters"] == count
+        assert found["bytes"] == 2 * count
+        assert found["files"] == files
+        assert found["dtypes"] == {"bfloat16": 21}
+    assert "21 tensors (21 bfloat16) in 1 file," in call(capsys, "info", tmp_path / "a.ckpt")
+
+
+def test_export_and_import_of_a_lightning_checkpoint(tmp_path, capsys, checkpoint: Path):
+    """Out to a folder, back to a checkpoint: the same adapter, for every way to load one."""
+    call(capsys, "export", checkpoint, tmp_path / "folder")
+    call(capsys, "import", tmp_path / "folder", tmp_path / "back.ckpt")
+    expected = load_from_checkpoint(Net, checkpoint)
+    for source in (checkpoint, tmp_path / "folder", tmp_path / "back.ckpt"):
+        fresh = Net()
+        load_adapter(fresh, source)
+        assert_same_tensors(adapter_state_dict(fresh), adapter_state_dict(expected))
+    trainer = make_trainer(tmp_path / "test", lora(r=2, modules_to_save=["body.1"], bias="lora_only"))
+    fresh = Net()
+    trainer.test(fresh, Data(), ckpt_path=tmp_path / "back.ckpt", weights_only=True, verbose=False)
+    assert torch.equal(outputs(fresh), outputs(expected))
+
+
+def test_an_imported_peft_adapter_is_found_inside_a_lightning_module(tmp_path, capsys):
+    """The checkpoint has the network's names; testing and fitting put them under the module's attribute."""
+
+    class Lit(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = model("llama")
+
+        def test_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+            self.log("sum", self.network(batch).logits.double().sum())
+
+        def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+            return self.network(batch).logits.square().mean()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.0)
+
+    other = theirs("llama", tmp_path / "folder")
+    call(capsys, "import", tmp_path / "folder", tmp_path / "a.ckpt")
+    options = {key: value for key, value in our_config("llama").to_dict().items() if value is not None}
+    lit = Lit()
+    trainer = make_trainer(tmp_path / "test", LoRACallback(**options))
+    data = DataLoader(torch.ones(1, 4, dtype=torch.long))
+    (metrics,) = trainer.test(lit, data, tmp_path / "a.ckpt", verbose=False, weights_only=True)
+    assert metrics["sum"] != 0
+    torch.testing.assert_close(logits(lit.network), logits(other), rtol=0, atol=1e-5)
+    lit = Lit()
+    load_adapter(lit, tmp_path / "a.ckpt")
+    torch.testing.assert_close(logits(lit.network), logits(other), rtol=0, atol=1e-5)
+
+
+class Lit(L.LightningModule):
+    """A network behind an attribute, and a buffer beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = model("llama")
+        self.register_buffer("seen", torch.zeros(1))
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        return self.network(batch).logits.square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
+
+
+def test_an_exported_checkpoint_has_the_networks_names(tmp_path, capsys):
+    """The attribute is taken off without the model at hand, and what lies outside the network is named."""
+    lit = Lit()
+    callback = LoRACallback(r=2, target_modules=r"network\.model\.layers\.0\..*q_proj", init_lora_weights=False)
+    trainer = make_trainer(tmp_path / "fit", callback)
+    trainer.fit(lit.train(), DataLoader(torch.ones(1, 4, dtype=torch.long)))
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.warns(UserWarning, match="seen lie outside the network 'network'"):
+        call(capsys, "export", tmp_path / "a.ckpt", tmp_path / "folder")
+    torch.testing.assert_close(logits(read_by_peft("llama", tmp_path / "folder")), logits(lit.network.eval()))
+
+
+def test_merge_from_the_command_line(tmp_path, capsys):
+    base = tmp_path / "base"
+    model("llama").save_pretrained(base, max_shard_size="12KB")
+    (base / "model.gguf").write_bytes(b"x")
+    ours("llama", tmp_path / "adapter")
+    given = ["--base", base, "--adapter", tmp_path / "adapter", "--output", tmp_path / "out"]
+    shown = call(capsys, "merge", *given, "--verify", "--dtype=bfloat16", "--max-shard-size", "10GB")
+    left_out, wrote = shown.splitlines()
+    assert left_out == "left out, because it holds weights that are not merged: model.gguf"
+    assert wrote == f"wrote {tmp_path / 'out'}, verified"
+    assert {tensor.dtype for tensor in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.bfloat16}
+    assert "pass --overwrite" in refused(capsys, "merge", *given)
+    assert "'5 pounds' is no size" in refused(capsys, "merge", *given, "--overwrite", "--max-shard-size=5 pounds")
+    assert "there is no such file" in refused(capsys, "merge", *given, "--base", tmp_path / "nothing")
+
+
+def test_diff_of_adapters(tmp_path, capsys):
+    one, other = ours("llama", tmp_path / "one"), ours("llama")
+    with torch.no_grad():
+        other.model.layers[1].mlp.down_proj.lora_B.mul_(1.5)
+        other.model.layers[0].self_attn.q_proj.lora_A.add_(1)
+    save_adapter(other, tmp_path / "other")
+    found = json.loads(call(capsys, "diff", tmp_path / "one", tmp_path / "other", "--json"))
+    rows = found["changes"]
+    assert len(rows) == 6
+    for name, layer in adapted_layers(one).items():
+        deltas = [x.lora_B.detach().double() @ x.lora_A.detach().double() for x in (layer, other.get_submodule(name))]
+        change = float((deltas[1] - deltas[0]).norm()) * layer.lora.spec.scaling
+        assert rows[name]["change"] == pytest.approx(change, rel=1e-9)
+    assert {n for n, row in rows.items() if row["change"]} == {
+        "model.layers.1.mlp.down_proj",
+        "model.layers.0.self_attn.q_proj",
+    }
+    ours("llama", tmp_path / "third", r=2, target_modules=["q_proj"], rank_pattern=None, alpha_pattern=None)
+    text = call(capsys, "diff", tmp_path / "one", tmp_path / "third")
+    assert "options that differ: r, target_modules" in text
+    assert "only in first: model.layers.0.mlp.down_proj" in text
+
+
+def test_diff_of_weights(tmp_path, capsys):
+    one, other = Net(), Net()
+    with torch.no_grad():
+        other.body[3].weight[2, 1] += 3
+    torch.save(one.state_dict(), tmp_path / "one.pt")
+    save_file(other.state_dict(), tmp_path / "other.safetensors")
+    rows = json.loads(call(capsys, "diff", tmp_path / "one.pt", tmp_path / "other.safetensors", "--json"))["changes"]
+    assert {name for name, row in rows.items() if row["change"]} == {"body.3.weight"}
+    norm = float(one.state_dict()["body.3.weight"].double().norm())
+    expected = {"change": 3.0, "relative": 3 / norm, "largest": 3.0}
+    assert rows["body.3.weight"] == pytest.approx(expected, rel=1e-6)
+    assert "1 of 11 differ" in call(capsys, "diff", tmp_path / "one.pt", tmp_path / "other.safetensors")
+
+
+def test_diff_of_unlike_things_is_refused(tmp_path, capsys, checkpoint: Path):
+    torch.save(Net().state_dict(), tmp_path / "one.pt")
+    assert "is an adapter and" in refused(capsys, "diff", checkpoint, tmp_path / "one.pt")
+
+
+def test_a_terminated_merge_cleans_up(tmp_path, capsys, monkeypatch: pytest.MonkeyPatch):
+    """SIGTERM in the middle of writing; SIGKILL is in test_killed_writers.py."""
+    from lightning_lora.command import write_merged
+
+    save_file(Net().state_dict(), tmp_path / "base.safetensors")
+    inject(net := Net(), LoRAConfig(r=2, target_modules=TARGETS))
+    save_adapter(net, tmp_path / "adapter")
+    honest = write_merged.new_rows
+
+    def new_rows(job: Any, name: str, rows: torch.Tensor, first: int) -> torch.Tensor:
+        if name == "head.weight":
+            assert list(tmp_path.glob(".out*"))
+            os.kill(os.getpid(), signal.SIGTERM)
+        return honest(job, name, rows, first)
+
+    monkeypatch.setattr(write_merged, "new_rows", new_rows)
+    before = signal.getsignal(signal.SIGTERM)
+    args = ["--base", tmp_path / "base.safetensors", "--adapter", tmp_path / "adapter"]
+    with pytest.raises(SystemExit) as stopped:
+        main(["merge", *map(str, args), "--output", str(tmp_path / "out.safetensors")])
+    assert stopped.value.code == 143
+    assert sorted(os.listdir(tmp_path)) == ["adapter", "base.safetensors"]
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_merged_state_dict_and_command_agree(tmp_path, capsys, checkpoint: Path):
+    torch.save({"state_dict": Net().state_dict()}, tmp_path / "base.ckpt")
+    call(capsys, "merge", "--base", tmp_path / "base.ckpt", "--adapter", checkpoint, "--output", tmp_path / "out.ckpt")
+    net = Net()
+    load_adapter(net, checkpoint)
+    found = torch.load(tmp_path / "out.ckpt", weights_only=True)["state_dict"]
+    assert_same_tensors(dict(found), merged_state_dict(net))
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_names_types_and_defaults(capsys: pytest.CaptureFixture[str], verb: str):
+    with pytest.raises(SystemExit):
+        main([verb, "--help"])
+    shown = capsys.readouterr().out
+    entries = re.split(r"\n(?=  \S)", shown[shown.index("arguments:" if "arguments:" in shown else "options:") :])
+    described = [" ".join(entry.split()) for entry in entries[1:] if not entry.startswith("  -h")]
+    assert len(described) >= 2
+    for entry in described:
+        flag = "(default: False)" in entry
+        assert flag or re.search(r"\((required, type: \w+|type: .+, default: .+)\)", entry), entry
+
+
+def test_help_names_the_dtypes(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        main(["merge", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "--base BASE model folder, safetensors, checkpoint or state dict (required, type: str)" in shown
+    assert "type: Optional[Literal['float16', 'bfloat16', 'float32', 'float64']], default: null" in shown
+    assert "(type: bool, default: True)" in shown
+
+
+@pytest.mark.parametrize("args", [["merge", "--dtype=int8"], ["info"], ["melt"], ["extract", "--rank=x"]])
+def test_wrong_options_are_named(capsys: pytest.CaptureFixture[str], args: list[str]):
+    with pytest.raises(SystemExit) as stopped:
+        main(args)
+    assert stopped.value.code == 2
+    assert args[-1].partition("=")[0].strip("-") in capsys.readouterr().err
+
+
+def test_the_largest_file_is_as_large_as_asked_for(tmp_path, capsys):
+    model("llama").save_pretrained(tmp_path / "base")
+    ours("llama", tmp_path / "adapter")
+    given = ["--base", tmp_path / "base", "--adapter", tmp_path / "adapter"]
+    call(capsys, "merge", *given, "--output", tmp_path / "one")
+    call(capsys, "merge", *given, "--output", tmp_path / "out", "--max-shard-size", "12KB")
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    sizes = [sum(tensor.nbytes for tensor in load_file(file).values()) for file in files]
+    assert len(files) > 3
+    assert max(sizes) <= 12_000 < sizes[0] + sizes[1]
+    assert_same_tensors(tensors_of(tmp_path / "out"), load_file(tmp_path / "one" / "model.safetensors"))
+
+
+def test_verify_reads_what_was_written(tmp_path, capsys, monkeypatch: pytest.MonkeyPatch):
+    """A disk that spoils a value is found out with the option alone, and then nothing is left."""
+    from lightning_lora.command import write_merged
+
+    save_file(Net().state_dict(), tmp_path / "base.safetensors")
+    inject(net := Net(), LoRAConfig(r=2, target_modules=TARGETS))
+    save_adapter(net, tmp_path / "adapter")
+    honest = write_merged.as_bytes
+    monkeypatch.setattr(write_merged, "as_bytes", lambda rows: honest(rows + 0.01 if rows.dim() == 2 else rows))
+    given = ["--base", tmp_path / "base.safetensors", "--adapter", tmp_path / "adapter", "--output"]
+    assert call(capsys, "merge", *given, tmp_path / "a.safetensors") == f"wrote {tmp_path / 'a.safetensors'}\n"
+    assert "differs from what base and adapter give" in refused(
+        capsys, "merge", *given, tmp_path / "b.safetensors", "--verify"
+    )
+    assert sorted(os.listdir(tmp_path)) == ["a.safetensors", "adapter", "base.safetensors"]
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_is_shown_on_a_terminal_and_never_among_results(
+    tmp_path, capsys, monkeypatch: pytest.MonkeyPatch, terminal: bool
+):
+    save_file(Net().state_dict(), tmp_path / "base.safetensors")
+    inject(net := Net(), LoRAConfig(r=2, target_modules=TARGETS))
+    save_adapter(net, tmp_path / "adapter")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    given = ["--base", tmp_path / "base.safetensors", "--adapter", tmp_path / "adapter"]
+    assert main(["merge", *map(str, given), "--output", str(tmp_path / "o.safetensors")]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == f"wrote {tmp_path / 'o.safetensors'}\n"
+    assert ("merging" in printed.err) == terminal
+    assert terminal or printed.err == ""

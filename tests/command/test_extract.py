@@ -1,0 +1,158 @@
+"""An adapter out of a full fine-tune: exact where the change has the rank, the best of its rank where it has not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from lightning_lora import LoRAError, load_adapter
+from lightning_lora.command.extract import _factors, extract
+from lightning_lora.command.main import main
+from lightning_lora.command.merge import merge_on_disk
+from lightning_lora.files.weights import open_weights
+from support.notices import quiet_peers
+from support.peers import logits, model, read_by_peft
+
+pytestmark = quiet_peers
+
+
+def tuned(name: str, rank: int | None, others: tuple[str, ...] = ()) -> nn.Module:
+    """The model after a change of that rank (None: full) in every matrix, and of the tensors that `others` end."""
+    net = model(name)
+    generator = torch.Generator().manual_seed(6)
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator) * 0.05
+
+    with torch.no_grad():
+        for key, parameter in net.named_parameters():
+            rows, columns = len(parameter), parameter[0].numel()
+            if parameter.dim() > 1 and key.endswith(".weight"):
+                change = noise(rows, columns) if rank is None else noise(rows, rank) @ noise(rank, columns)
+                parameter.add_(change.view(parameter.shape))
+            elif key.endswith(others) and others:
+                parameter.add_(noise(*parameter.shape))
+    return net
+
+
+def saved(path: Path, net: nn.Module) -> Path:
+    save_file({key: value.clone() for key, value in net.state_dict().items()}, path)
+    return path
+
+
+def run(tmp_path: Path, capsys: Any, name: str, after: nn.Module, *args: str, rank: int = 3, status: int = 0) -> str:
+    base, result = saved(tmp_path / "base.safetensors", model(name)), saved(tmp_path / "tuned.safetensors", after)
+    given = ["--base", base, "--tuned", result, "--output", tmp_path / "adapter", "--rank", rank, *args]
+    assert main(["extract", *map(str, given)]) == status
+    printed = capsys.readouterr()
+    return str(printed.out if status == 0 else printed.err)
+
+
+CASES = {
+    "llama": (("layernorm.weight",), ()),
+    "bert": ((".bias", "LayerNorm.weight"), ()),
+    "convolutions": (("bn.weight", "one.bias"), ("--exclude", "head", "mha.out_proj")),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_change_of_the_rank_is_kept_whole(tmp_path, capsys, name: str):
+    others, args = CASES[name]
+    after = tuned(name, 3, others)
+    shown = run(tmp_path, capsys, name, after, *args)
+    assert "kept 100.00% of the squared norm of the change" in shown
+    merge_on_disk(tmp_path / "base.safetensors", tmp_path / "adapter", tmp_path / "out.safetensors", check=True)
+    found = load_file(tmp_path / "out.safetensors")
+    for key, value in after.state_dict().items():
+        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5, msg=key)
+    fresh = model(name)
+    load_adapter(fresh, tmp_path / "adapter")
+    torch.testing.assert_close(logits(fresh), logits(after), rtol=1e-3, atol=1e-3)
+    if name != "convolutions":  # its attention's out_proj is carried whole, which peft does not read there
+        peer = read_by_peft(name, tmp_path / "adapter")
+        torch.testing.assert_close(logits(peer), logits(after), rtol=1e-3, atol=1e-3)
+
+
+def test_conv1d_needs_to_be_told(tmp_path, capsys):
+    after = tuned("gpt2", 3)
+    after.tie_weights()
+    run(tmp_path, capsys, "gpt2", after, "--fan-in-fan-out", "--exclude", "lm_head", "wte")
+    fresh = model("gpt2")
+    load_adapter(fresh, tmp_path / "adapter")
+    torch.testing.assert_close(logits(fresh), logits(after), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(40, 60), (60, 40), (700, 600), (8, 4, 3, 3)])
+@pytest.mark.parametrize("kind", ["Linear", "Conv1D"])
+def test_the_share_and_the_factors_are_the_best_of_their_rank(shape: tuple[int, ...], kind: str):
+    if len(shape) > 2:
+        kind = "Conv"
+    change = torch.randn(shape) * torch.logspace(0, -2, shape[-1])
+    a, b, share, square = _factors(change, 5, kind)
+    product = (b.flatten(1) @ a.flatten(1)).T if kind == "Conv1D" else b.flatten(1) @ a.flatten(1)
+    values = torch.linalg.svdvals(change.flatten(1).double())
+    best = float(values[:5].square().sum() / values.square().sum())
+    assert share <= best + 1e-6
+    assert share == pytest.approx(best, rel=0.02 if min(shape[:2]) > 512 else 1e-5)
+    left = float((change - product.view(shape)).double().square().sum()) / square
+    assert 1 - left == pytest.approx(share, abs=1e-5)
+
+
+def test_the_share_is_reported(tmp_path, capsys):
+    after = tuned("llama", None)
+    saved(tmp_path / "a.safetensors", model("llama"))
+    saved(tmp_path / "b.safetensors", after)
+    found = extract(open_weights(tmp_path / "a.safetensors"), open_weights(tmp_path / "b.safetensors"), 4)
+    assert 0.1 < found.total() < 0.9
+    assert f"kept {found.total():.2%} of the squared norm" in run(tmp_path, capsys, "llama", after, rank=4)
+    more = extract(open_weights(tmp_path / "a.safetensors"), open_weights(tmp_path / "b.safetensors"), 16)
+    assert more.total() > found.total()
+    assert more.adapter.config.rank("model.layers.0.self_attn.q_proj") == 16
+
+
+def test_what_else_changed_is_carried_or_left_out(tmp_path, capsys):
+    after = tuned("llama", 2, ("norm.weight",))
+    assert "carried whole: model.layers.0.input_layernorm.weight" in run(tmp_path, capsys, "llama", after)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert "model.norm" in config["modules_to_save"]
+    shown = run(tmp_path, capsys, "llama", after, "--drop-rest", "--overwrite")
+    assert "left out: model.layers.0.input_layernorm.weight" in shown
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["modules_to_save"] is None
+    after = tuned("llama", 2)
+    shown = run(tmp_path, capsys, "llama", after, "--exclude", "embed_tokens", "down_proj", "--overwrite")
+    carried = next(line for line in shown.splitlines() if line.startswith("carried whole"))
+    assert carried.count("down_proj.weight") == 2
+    assert "model.embed_tokens.weight" in carried
+
+
+def test_a_change_that_nothing_can_carry_is_named(tmp_path, capsys):
+    after = tuned("convolutions", 2, ("mha.in_proj_weight",))
+    shown = run(tmp_path, capsys, "convolutions", after, status=1)
+    assert "'mha.in_proj_weight' changed, and neither an adapter nor modules_to_save can carry it" in shown
+    shown = run(tmp_path, capsys, "convolutions", after, "--drop-rest", status=1)
+    assert "'mha.out_proj' is the out_proj of 'mha'; PEFT adapts attention whole" in shown
+    shown = run(tmp_path, capsys, "convolutions", after, "--drop-rest", "--exclude", "out_proj")
+    assert "left out: mha.in_proj_weight, mha.out_proj.weight" in shown
+
+
+@pytest.mark.parametrize(
+    ("message", "change"),
+    [
+        ("no weight of two dimensions or more differs", lambda state: None),
+        ("'model.norm.weight' is only in", lambda state: state.pop("model.norm.weight")),
+        ("'model.norm.weight' has shape", lambda state: state.update({"model.norm.weight": torch.ones(3)})),
+    ],
+)
+def test_versions_of_different_models_are_refused(tmp_path, message: str, change: Any):
+    base = saved(tmp_path / "base.safetensors", model("llama"))
+    state = load_file(base)
+    change(state)
+    save_file(state, tmp_path / "tuned.safetensors")
+    with pytest.raises(LoRAError, match=message):
+        extract(open_weights(base), open_weights(tmp_path / "tuned.safetensors"), 2)

@@ -1,0 +1,230 @@
+"""Merging on disk: the same bits as merging in memory, in every form of base, with everything else kept."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from lightning_lora import LoRAConfig, LoRAError, inject, merged_state_dict, save_adapter
+from lightning_lora.command.convert import to_lightning
+from lightning_lora.command.merge import merge_on_disk
+from support.notices import quiet_peers
+from support.peers import Fused, base_folder, fill_, in_memory, logits, model, ours, seeded, tensors_of, theirs
+
+pytestmark = quiet_peers
+
+CHANGED = {"llama": 6, "gpt2": 6, "mixtral": 4}
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(params=["one chunk", "many chunks"])
+def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small tensors in several chunks of several blocks too."""
+    if request.param == "many chunks":
+        monkeypatch.setattr("lightning_lora.nn.exact_merge.CPU_CHUNK", 64)
+        monkeypatch.setattr("lightning_lora.command.write_merged.CPU_CHUNK", 64)
+        monkeypatch.setattr("lightning_lora.files.safetensors.CHUNK", 200)
+
+
+def files_of(path: Path) -> list[Path]:
+    return sorted(file.relative_to(path) for file in path.rglob("*") if file.is_file())
+
+
+@pytest.mark.usefixtures("chunks")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CHANGED)
+def test_a_folder_is_merged_as_in_memory_and_keeps_the_rest(tmp_path, name: str, dtype: torch.dtype):
+    base, out = base_folder(name, tmp_path / "base", dtype), tmp_path / "out"
+    theirs(name, tmp_path / "adapter")
+    assert merge_on_disk(base, tmp_path / "adapter", out, check=True) == []
+    before, after = tensors_of(base), tensors_of(out)
+    expected = in_memory(name, tmp_path / "adapter", dtype)
+    for key, tensor in after.items():
+        assert torch.equal(tensor, expected.get(key, before[key])), key  # experts have other names in the file
+    assert sum(not torch.equal(tensor, before[key]) for key, tensor in after.items()) == CHANGED[name]
+    assert files_of(base) == files_of(out)
+    assert sum(file.suffix == ".safetensors" for file in files_of(base)) > 2
+    for file in files_of(base):
+        content = (base / file).read_bytes()
+        kept = 8 + int.from_bytes(content[:8], "little") if file.suffix == ".safetensors" else len(content)
+        assert (out / file).read_bytes()[:kept] == content[:kept]
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_transformers_loads_the_result(tmp_path, name: str):
+    base = base_folder(name, tmp_path / "base")
+    peer = theirs(name, tmp_path / "adapter")
+    merge_on_disk(base, tmp_path / "adapter", tmp_path / "out")
+    loaded = type(model(name)).from_pretrained(tmp_path / "out").eval()  # type: ignore[attr-defined]
+    torch.testing.assert_close(logits(loaded), logits(peer), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("name", CHANGED)
+def test_pefts_merge_differs_only_where_it_rounds_twice(tmp_path, name: str, narrow: bool):
+    """With factors in bfloat16 peft rounds the delta, then the sum; with wide ones the two merges are the same."""
+    base = base_folder(name, tmp_path / "base", torch.bfloat16)
+    other = theirs(name)
+    for key, parameter in other.named_parameters():
+        if "lora_" in key:
+            parameter.data = parameter.data.bfloat16().float()
+    other.save_pretrained(tmp_path / "adapter")
+    merge_on_disk(base, tmp_path / "adapter", tmp_path / "out")
+    after, exact = tensors_of(tmp_path / "out"), {k: v.double() for k, v in tensors_of(base).items()}
+    peer = model(name).bfloat16()
+    other = peft.PeftModel.from_pretrained(peer, tmp_path / "adapter", autocast_adapter_dtype=not narrow)
+    for key, layer in other.base_model.model.named_modules():
+        if f"{key}.weight" in exact and hasattr(layer, "lora_A"):
+            a, b = (factor["default"].weight.double() for factor in (layer.lora_A, layer.lora_B))
+            delta = layer.scaling["default"] * b @ a
+            exact[f"{key}.weight"] += delta.T if name == "gpt2" else delta
+    merged = {key: value for key, value in other.merge_and_unload().state_dict().items() if key in after}
+    assert len(merged) >= CHANGED[name]
+    differing = 0
+    for key, value in merged.items():
+        differs = value != after[key]
+        closer = (after[key].double() - exact[key]).abs() <= (value.double() - exact[key]).abs()
+        assert closer[differs].all(), key
+        torch.testing.assert_close(value, after[key], rtol=2**-7, atol=2**-9)  # one step
+        differing += int(differs.sum())
+    assert (differing > 0) == narrow
+
+
+def test_the_classifier_and_biases_of_an_adapter_replace_the_bases(tmp_path):
+    base = tmp_path / "base"
+    model("bert").save_pretrained(base)  # type: ignore[operator]
+    theirs("bert", tmp_path / "adapter", target_modules=["query", "value"])
+    merge_on_disk(base, tmp_path / "adapter", tmp_path / "out", check=True)
+    expected = in_memory("bert", tmp_path / "adapter")
+    for key, tensor in tensors_of(tmp_path / "out").items():
+        assert torch.equal(tensor, expected[key]), key
+    assert not torch.equal(expected["classifier.weight"], load_file(base / "model.safetensors")["classifier.weight"])
+
+
+def test_one_file_of_safetensors(tmp_path):
+    save_file(model("convolutions").state_dict(), tmp_path / "base.safetensors", {"format": "pt", "mine": "kept"})
+    ours("convolutions", tmp_path / "adapter")
+    merge_on_disk(tmp_path / "base.safetensors", tmp_path / "adapter", tmp_path / "out.safetensors", check=True)
+    expected = in_memory("convolutions", tmp_path / "adapter")
+    found = load_file(tmp_path / "out.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in found)
+    with safe_open(tmp_path / "out.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt", "mine": "kept"}
+
+
+def test_every_kind_of_layer_is_merged_as_peft_names_it(tmp_path):
+    """peft's names and shapes alone, without our header: attention, embedding and convolutions of each dimension."""
+    save_file(model("convolutions").state_dict(), tmp_path / "base.safetensors")
+    theirs("convolutions", tmp_path / "adapter")
+    merge_on_disk(tmp_path / "base.safetensors", tmp_path / "adapter", tmp_path / "out.safetensors", check=True)
+    expected = in_memory("convolutions", tmp_path / "adapter")
+    found = load_file(tmp_path / "out.safetensors")
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+@pytest.mark.usefixtures("chunks")
+@pytest.mark.parametrize("parts", [[True, False, True], [False, True, True], [False, False, True]])
+def test_adapted_parts_of_a_fused_projection(tmp_path, parts: list[bool]):
+    """A part begins and ends in the middle of a chunk."""
+    net = seeded(Fused)
+    save_file(net.state_dict(), tmp_path / "base.safetensors")
+    inject(net, LoRAConfig(r=2, target_modules=["qkv", "other"], enable_lora={"qkv": parts}))
+    save_adapter(fill_(net), tmp_path / "adapter")
+    to_lightning(tmp_path / "adapter", tmp_path / "adapter.ckpt")
+    expected = merged_state_dict(net)
+    for source in ("adapter", "adapter.ckpt"):
+        out = tmp_path / f"{source}.safetensors"
+        merge_on_disk(tmp_path / "base.safetensors", tmp_path / source, out, check=True)
+        for key, value in load_file(out).items():
+            torch.testing.assert_close(value, expected[key], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("before", [torch.float32, torch.bfloat16])
+def test_another_dtype_is_rounded_to_once(tmp_path, before: torch.dtype, dtype: torch.dtype):
+    base = base_folder("llama", tmp_path / "base", before)
+    net = ours("llama", tmp_path / "adapter")
+    merge_on_disk(base, tmp_path / "adapter", tmp_path / "out", dtype=dtype, check=True)
+    exact = {key: value.double() for key, value in tensors_of(base).items()}
+    for key, layer in net.named_modules():
+        if hasattr(layer, "lora_A"):
+            exact[f"{key}.weight"] += layer.lora.spec.scaling * layer.lora_B.double() @ layer.lora_A.double()
+    for key, tensor in tensors_of(tmp_path / "out").items():
+        assert tensor.dtype == dtype
+        assert (tensor == exact[key].to(dtype)).double().mean() >= (0.99 if dtype != torch.float32 else 0.8), key
+        torch.testing.assert_close(tensor.double(), exact[key], rtol=torch.finfo(dtype).eps, atol=1e-7)
+    name = str(dtype).removeprefix("torch.")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == name
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors_of(tmp_path / "out").values())
+    loaded = type(model("llama")).from_pretrained(tmp_path / "out")  # type: ignore[attr-defined]
+    assert loaded.dtype == dtype
+
+
+@pytest.mark.parametrize(("size", "files"), [(20_000, 5), (10**9, 1), (1, 21)])
+def test_other_shards_hold_the_same(tmp_path, size: int, files: int):
+    base = base_folder("llama", tmp_path / "base")
+    ours("llama", tmp_path / "adapter")
+    merge_on_disk(base, tmp_path / "adapter", tmp_path / "a")
+    merge_on_disk(base, tmp_path / "adapter", tmp_path / "b", max_shard_bytes=size, check=True)
+    one, other = tensors_of(tmp_path / "a"), tensors_of(tmp_path / "b")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    shards = sorted((tmp_path / "b").glob("*.safetensors"))
+    assert len(shards) == files
+    assert (tmp_path / "b" / "model.safetensors.index.json").exists() == (files > 1)
+    for shard in shards:
+        assert shard.stat().st_size < size + 4096 or len(load_file(shard)) == 1
+    loaded = type(model("llama")).from_pretrained(tmp_path / "b").eval()  # type: ignore[attr-defined]
+    other_loaded = type(model("llama")).from_pretrained(tmp_path / "a").eval()  # type: ignore[attr-defined]
+    assert torch.equal(logits(loaded), logits(other_loaded))
+
+
+def test_unmerged_weights_in_other_files_are_left_out(tmp_path):
+    base = base_folder("llama", tmp_path / "base")
+    for name in ("consolidated.safetensors", "pytorch_model.bin", "sub/consolidated.00.pth", "model.gguf"):
+        (base / name).write_bytes(b"weights")
+    (base / ".git").mkdir()
+    (base / ".git" / "HEAD").write_text("x")
+    ours("llama", tmp_path / "adapter")
+    left_out = merge_on_disk(base, tmp_path / "adapter", tmp_path / "out")
+    assert {str(path) for path in left_out} == {
+        "consolidated.safetensors",
+        "pytorch_model.bin",
+        "sub/consolidated.00.pth",
+        "model.gguf",
+    }
+    assert not any((tmp_path / "out" / path).exists() for path in [*left_out, ".git"])
+    assert (tmp_path / "out" / "sub" / "notes.txt").exists()
+
+
+def test_verify_finds_a_wrong_value(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    from lightning_lora.command import write_merged
+
+    base = base_folder("llama", tmp_path / "base", torch.bfloat16)
+    ours("llama", tmp_path / "adapter")
+    honest = write_merged.new_rows
+
+    def wrong(which: str, step: float) -> Any:
+        def new_rows(job: Any, name: str, rows: torch.Tensor, first: int) -> torch.Tensor:
+            new = honest(job, name, rows, first).clone()
+            if name == which:
+                new.view(-1)[5] *= 1 + step
+            return new
+
+        return new_rows
+
+    for which in ("model.layers.0.self_attn.q_proj.weight", "model.norm.weight"):
+        monkeypatch.setattr(write_merged, "new_rows", wrong(which, 2**-6))
+        with pytest.raises(LoRAError, match=f"verify: '{which}' differs from what base and adapter give"):
+            merge_on_disk(base, tmp_path / "adapter", tmp_path / "out", check=True)
+        assert not (tmp_path / "out").exists()

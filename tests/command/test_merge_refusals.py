@@ -1,0 +1,123 @@
+"""Merges on disk that are refused: tied weights, other bases, weights of unknown direction, places to write to."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lightning_lora import LoRAError
+from lightning_lora.command.merge import merge_on_disk
+from lightning_lora.files.safetensors import TensorLocation
+from lightning_lora.files.weights import Weights
+from support.notices import quiet_peers
+from support.peers import base_folder, in_memory, model, ours, tensors_of, theirs
+
+pytestmark = quiet_peers
+
+
+def test_values_beyond_the_range_of_another_dtype_are_an_error(tmp_path):
+    base = tmp_path / "base.safetensors"
+    state = model("llama").state_dict()
+    state["model.norm.weight"][3] = 1e6
+    save_file({key: value.clone() for key, value in state.items()}, base)
+    ours("llama", tmp_path / "adapter")
+    with pytest.raises(LoRAError, match=r"'model\.norm\.weight' does not fit into torch\.float16"):
+        merge_on_disk(base, tmp_path / "adapter", tmp_path / "out.safetensors", dtype=torch.float16, strict_base=False)
+    assert sorted(os.listdir(tmp_path)) == ["adapter", "base.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("tied", "architecture", "refused"), [(True, "x", True), (None, "XForCausalLM", True), (False, "", False)]
+)
+def test_a_tied_embedding_is_refused(tmp_path, tied: bool | None, architecture: str, refused: bool):
+    """GPT-2's head is its embedding, of which the file holds one; the other embedding is not tied."""
+    base = base_folder("gpt2", tmp_path / "base")
+    config = json.loads((base / "config.json").read_text()) | {"architectures": [architecture]}
+    config = {key: value for key, value in config.items() if key != "tie_word_embeddings"}
+    config |= {} if tied is None else {"tie_word_embeddings": tied}
+    (base / "config.json").write_text(json.dumps(config))
+    ours("gpt2", tmp_path / "adapter", target_modules=["wpe", "c_attn"])
+    merge_on_disk(base, tmp_path / "adapter", tmp_path / "good", check=True)
+    ours("gpt2", tmp_path / "tied", target_modules=["wte"])
+    if refused:
+        with pytest.raises(LoRAError, match=r"'transformer\.wte\.weight' is also tied to the other end"):
+            merge_on_disk(base, tmp_path / "tied", tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+    else:
+        merge_on_disk(base, tmp_path / "tied", tmp_path / "out", check=True)
+
+
+@pytest.mark.parametrize("flag", [None, True, False])
+def test_gpt2s_square_weights_are_turned_as_the_adapter_says(tmp_path, flag: bool | None):
+    """attn.c_proj is square: only fan_in_fan_out, or a record of our own, tells which way it is stored."""
+    base = base_folder("gpt2", tmp_path / "base")
+    if flag is None:
+        ours("gpt2", tmp_path / "adapter")
+    else:
+        theirs("gpt2", tmp_path / "adapter")
+        config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+        (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config | {"fan_in_fan_out": flag}))
+    if flag is False:
+        with pytest.raises(LoRAError, match=r"'transformer\.h\.0\.attn\.c_proj' is square.*contradicted by"):
+            merge_on_disk(base, tmp_path / "adapter", tmp_path / "out")
+    else:
+        merge_on_disk(base, tmp_path / "adapter", tmp_path / "out", check=True)
+        expected = in_memory("gpt2", tmp_path / "adapter")
+        assert all(torch.equal(expected[key], value) for key, value in tensors_of(tmp_path / "out").items())
+
+
+def test_another_base_is_refused_by_name(tmp_path):
+    base = base_folder("llama", tmp_path / "base")
+    ours("llama", tmp_path / "adapter")
+    shard = next(p for p in base.glob("*.safetensors") if "model.layers.1.mlp.up_proj.weight" in load_file(p))
+    state = load_file(shard)
+    state["model.layers.1.mlp.up_proj.weight"] *= 1.05
+    save_file(state, shard, {"format": "pt"})
+    with pytest.raises(LoRAError, match=r"another base: values of 'model\.layers\.1\.mlp\.up_proj\.weight'"):
+        merge_on_disk(base, tmp_path / "adapter", tmp_path / "out")
+    with pytest.warns(UserWarning, match="another base"):
+        merge_on_disk(base, tmp_path / "adapter", tmp_path / "out", strict_base=False)
+
+
+def test_places_that_cannot_be_written_to(tmp_path):
+    base = base_folder("llama", tmp_path / "base")
+    ours("llama", tmp_path / "run" / "adapter")
+    adapter = tmp_path / "run" / "adapter"
+    for output in (base, base / "in", tmp_path, tmp_path / "run", adapter / "x"):
+        with pytest.raises(LoRAError, match="write somewhere else"):
+            merge_on_disk(base, adapter, output, overwrite=True)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_text("x")
+    with pytest.raises(LoRAError, match="exists; choose another output, or pass --overwrite"):
+        merge_on_disk(base, adapter, tmp_path / "photos")
+    with pytest.raises(LoRAError, match="no earlier result, and is not replaced"):
+        merge_on_disk(base, adapter, tmp_path / "photos", overwrite=True)
+    merge_on_disk(base, adapter, tmp_path / "out")
+    (tmp_path / "out" / "stale.txt").write_text("x")
+    merge_on_disk(base, adapter, tmp_path / "out", overwrite=True)
+    assert not (tmp_path / "out" / "stale.txt").exists()
+    assert sorted(os.listdir(tmp_path)) == ["base", "out", "photos", "run"]
+
+
+def test_every_tensor_that_shares_bytes_is_found():
+    """Against comparing each with each: tensors inside others, at their ends, one after another, and empty ones."""
+    shared = 0
+    for seed in range(200):
+        draw = random.Random(seed)
+        places = {
+            str(i): TensorLocation(Path("x"), torch.uint8, (draw.randrange(6),), draw.randrange(30))
+            for i in range(draw.randrange(9))
+        }
+        spans = {name: range(place.start, place.start + place.nbytes) for name, place in places.items()}
+        pairs = [(a, b) for a in spans for b in spans if a != b and set(spans[a]) & set(spans[b])]
+        owners = Weights(Path("x"), "torch", places, {}).other_owners()
+        assert owners.keys() == {a for a, _ in pairs}
+        assert {(a, owner.strip("'")) for a, owner in owners.items()} <= set(pairs)
+        shared += len(owners)
+    assert shared > 200

@@ -1,0 +1,186 @@
+"""Merging into checkpoints and state dicts that torch.save wrote: the weights change, every other byte stays."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import nn
+
+from lightning_lora import LoRAConfig, LoRAError, inject, load_adapter, merged_state_dict, save_adapter
+from lightning_lora.command.merge import merge_on_disk
+from support.runs import TARGETS, lora, run
+from support.training import Data, Net, assert_same_tensors, make_trainer, outputs
+
+
+@pytest.fixture
+def pretrained(tmp_path: Path) -> Path:
+    """Lightning's own checkpoint of a plain fit, with optimizer states, loops and hyperparameters."""
+    trainer = make_trainer(tmp_path / "pretraining", max_epochs=2)
+    trainer.fit(Net(width=8), datamodule=Data())
+    trainer.save_checkpoint(tmp_path / "base.ckpt")
+    return tmp_path / "base.ckpt"
+
+
+@pytest.fixture
+def adapter(tmp_path: Path, pretrained: Path) -> Path:
+    """An adapter checkpoint, trained on that base."""
+    net = Net.load_from_checkpoint(pretrained, weights_only=True)
+    trainer = make_trainer(tmp_path / "fit", lora(r=2, modules_to_save=["body.1"], bias="lora_only"))
+    run(trainer, "fit", net)
+    trainer.save_checkpoint(tmp_path / "adapter.ckpt")
+    return tmp_path / "adapter.ckpt"
+
+
+@pytest.fixture
+def plain_adapter(tmp_path: Path) -> Path:
+    """An adapter for Net as it is built."""
+    net = Net()
+    inject(net, LoRAConfig(r=2, init_lora_weights=False, target_modules=TARGETS))
+    save_adapter(net, tmp_path / "plain")
+    return tmp_path / "plain"
+
+
+def in_memory(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
+    net = Net.load_from_checkpoint(base, weights_only=True)
+    load_adapter(net, adapter)
+    return merged_state_dict(net)
+
+
+def test_a_lightning_checkpoint_is_merged_and_all_else_in_it_stays(tmp_path, pretrained: Path, adapter: Path):
+    out = tmp_path / "out.ckpt"
+    merge_on_disk(pretrained, adapter, out, check=True)
+    before, after = (torch.load(path, weights_only=True) for path in (pretrained, out))
+    state, expected = after.pop("state_dict"), in_memory(pretrained, adapter)
+    assert_same_tensors(dict(state), expected)
+    assert any(not torch.equal(state[name], before["state_dict"][name]) for name in state)
+    before.pop("state_dict")
+    assert_same_tensors(after, before)
+    with zipfile.ZipFile(pretrained) as one, zipfile.ZipFile(out) as other:
+        assert other.testzip() is None  # every check sum is right
+        assert [info.filename for info in one.infolist()] == [info.filename for info in other.infolist()]
+        assert one.read(one.infolist()[0]) == other.read(other.infolist()[0])  # the pickled part
+    plain = Net.load_from_checkpoint(out, weights_only=True)
+    adapted = Net.load_from_checkpoint(pretrained, weights_only=True)
+    load_adapter(adapted, adapter)
+    torch.testing.assert_close(outputs(plain), outputs(adapted), rtol=1e-5, atol=1e-6)
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("form", ["adapter", "merged", "full", "folder"])
+def test_every_form_of_adapter_gives_the_same(tmp_path, form: str):
+    base = Net()
+    torch.save(base.state_dict(), tmp_path / "base.pt")
+    trainer = make_trainer(tmp_path / "fit", lora(r=2, save=form if form != "folder" else "adapter"))
+    run(trainer, "fit", base)
+    trainer.save_checkpoint(tmp_path / "adapter.ckpt")
+    source = tmp_path / ("folder" if form == "folder" else "adapter.ckpt")
+    if form == "folder":
+        save_adapter(base, source)
+    merge_on_disk(tmp_path / "base.pt", source, tmp_path / "out.pt", check=True)
+    assert_same_tensors(torch.load(tmp_path / "out.pt", weights_only=True), merged_state_dict(base))
+
+
+class Network(L.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
+
+
+def test_the_prefix_of_the_base_is_found(tmp_path):
+    lit = Network()
+    torch.save({"state_dict": lit.state_dict(), "epoch": 3}, tmp_path / "lit.ckpt")
+    torch.save(lit.network.state_dict(), tmp_path / "plain.pth")
+    inject(lit, LoRAConfig(r=2, init_lora_weights=False, target_modules=["network.0", "network.2"]))
+    save_adapter(lit, tmp_path / "folder")
+    merge_on_disk(tmp_path / "lit.ckpt", tmp_path / "folder", tmp_path / "a.ckpt", check=True)
+    merge_on_disk(tmp_path / "plain.pth", tmp_path / "folder", tmp_path / "b.pth", check=True)
+    expected = merged_state_dict(lit)
+    assert_same_tensors(torch.load(tmp_path / "a.ckpt", weights_only=True), {"state_dict": expected, "epoch": 3})
+    bare = {name.removeprefix("network."): tensor for name, tensor in expected.items()}
+    assert_same_tensors(torch.load(tmp_path / "b.pth", weights_only=True), bare)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_another_dtype_keeps_what_is_no_weight(tmp_path, pretrained: Path, adapter: Path, dtype: torch.dtype):
+    merge_on_disk(pretrained, adapter, tmp_path / "out.ckpt", dtype=dtype, check=True)
+    before, after = (torch.load(path, weights_only=True) for path in (pretrained, tmp_path / "out.ckpt"))
+    for name, tensor in after.pop("state_dict").items():
+        counts = name.endswith("num_batches_tracked")
+        assert tensor.dtype == (torch.int64 if counts else dtype)
+        expected = in_memory(pretrained, adapter)[name]
+        torch.testing.assert_close(tensor.to(expected.dtype), expected, rtol=2**-8, atol=1e-6)
+    before.pop("state_dict")
+    assert_same_tensors(after, before)
+
+
+def state_with(**tensors: Any) -> dict[str, torch.Tensor]:
+    return Net().state_dict() | tensors
+
+
+def test_tied_names_stay_tied(tmp_path, plain_adapter: Path):
+    shared = torch.randn(4, 4)
+    state = state_with(**{"tied.a": shared, "tied.b": shared, "tied.part": shared[1:3]})
+    torch.save(state, tmp_path / "base.pt")
+    for dtype in (None, torch.float64):
+        merge_on_disk(tmp_path / "base.pt", plain_adapter, tmp_path / "out.pt", dtype=dtype, overwrite=True)
+        found = torch.load(tmp_path / "out.pt", weights_only=True)
+        assert found["tied.a"].data_ptr() == found["tied.b"].data_ptr()
+        assert torch.equal(found["tied.a"].float(), shared)
+        assert torch.equal(found["tied.part"].float(), shared[1:3])
+
+
+def test_a_tied_weight_is_refused(tmp_path, plain_adapter: Path):
+    owner = f"{TARGETS[0]}.weight"
+    weight = Net().state_dict()[owner]
+    for other in (weight, weight[1:3], weight.view(-1)):
+        torch.save(state_with(**{owner: weight, "other": other}), tmp_path / "base.pt")
+        with pytest.raises(LoRAError, match=rf"'{owner}' is also 'other', so changing it would change that too"):
+            merge_on_disk(tmp_path / "base.pt", plain_adapter, tmp_path / "out.pt")
+        assert not (tmp_path / "out.pt").exists()
+
+
+def test_a_weight_that_is_a_view_of_a_larger_storage_is_written_in_its_place(tmp_path, plain_adapter: Path):
+    owner = f"{TARGETS[0]}.weight"
+    weight = Net().state_dict()[owner]
+    room = torch.full((3, *weight.shape), 7.0)
+    room[1] = weight
+    torch.save({"state_dict": state_with(**{owner: room[1]}), "room": room}, tmp_path / "base.ckpt")
+    merge_on_disk(tmp_path / "base.ckpt", plain_adapter, tmp_path / "out.ckpt", check=True)
+    found = torch.load(tmp_path / "out.ckpt", weights_only=True)
+    assert not torch.equal(found["state_dict"][owner], weight)
+    assert torch.equal(found["room"][1], found["state_dict"][owner])
+    assert (found["room"][[0, 2]] == 7).all()
+
+
+def test_files_that_cannot_be_changed_in_place(tmp_path, plain_adapter: Path):
+    owner = f"{TARGETS[0]}.weight"
+    cases = {
+        "out of order": (state_with(**{owner: Net().state_dict()[owner].T.contiguous().T}), {}),
+        r"format that torch\.save has written since": (state_with(), {"_use_new_zipfile_serialization": False}),
+        "expected a state dict, found int": ({"state_dict": 3}, {}),
+    }
+    for message, (content, options) in cases.items():
+        torch.save(content, tmp_path / "base.pt", **options)
+        with pytest.raises(LoRAError, match=message):
+            merge_on_disk(tmp_path / "base.pt", plain_adapter, tmp_path / "out.pt")
+    (tmp_path / "base.pt").write_bytes(b"PK\x03\x04 nothing")
+    with pytest.raises(LoRAError, match="cannot be read as a checkpoint"):
+        merge_on_disk(tmp_path / "base.pt", plain_adapter, tmp_path / "out.pt")
+    torch.save(state_with(), tmp_path / "base.pt")
+    with pytest.raises(LoRAError, match=r"'out\.safetensors' must end in '\.pt'"):
+        merge_on_disk(tmp_path / "base.pt", plain_adapter, tmp_path / "out.safetensors")
+    assert "out.pt" not in os.listdir(tmp_path)
+
+
+def test_a_base_that_holds_an_adapter_is_refused(tmp_path, plain_adapter: Path):
+    net = Net()
+    inject(net, LoRAConfig(r=2, target_modules=TARGETS))
+    torch.save(net.state_dict(), tmp_path / "base.pt")
+    with pytest.raises(LoRAError, match="the base holds an adapter itself"):
+        merge_on_disk(tmp_path / "base.pt", plain_adapter, tmp_path / "out.pt")

@@ -1,0 +1,220 @@
+"""save_merged: equal to merging on one device, in a folder that is complete or not there, one tensor at a time."""
+
+from __future__ import annotations
+
+import errno
+import json
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.distributed.tensor.parallel import parallelize_module
+
+from lightning_lora import (
+    LoRAError,
+    inject,
+    is_merged,
+    load_adapter,
+    merge,
+    merge_and_unload,
+    merged_state_dict,
+    save_adapter,
+    save_merged,
+)
+from lightning_lora.adapter import merged_folder
+from lightning_lora.adapter.merged_folder import FILE, INDEX
+from lightning_lora.command.merge import merge_on_disk
+from support.models import Zoo, randomise_, zoo_config
+from support.processes import world
+from support.sharded import DEVICE, network, shard_
+from support.sharded_adapters import PLAN, assert_same_bits, block, injected, mesh
+
+
+def read(folder: Path) -> dict[str, torch.Tensor]:
+    """As transformers reads it: one file, or an index that says which file holds a name."""
+    if (folder / FILE).exists():
+        assert [path.name for path in folder.glob("model*")] == [FILE]
+        return load_file(folder / FILE)
+    places = json.loads((folder / INDEX).read_text())["weight_map"]
+    assert {path.name for path in folder.glob("model*")} == {INDEX, *places.values()}
+    return {name: load_file(folder / file)[name] for name, file in places.items()}
+
+
+class Live:
+    """Gathered tensors: how many there were, and the bytes alive at most."""
+
+    def __init__(self, gather: Any) -> None:
+        self.gather = gather
+        self.count = self.now = self.most = 0
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        value = self.gather(tensor)
+        self.count += 1
+        self.change(value.nbytes)
+        self.most = max(self.most, self.now)
+        weakref.finalize(value, self.change, -value.nbytes)
+        return value
+
+    def change(self, size: int) -> None:
+        self.now += size
+
+
+def on_one_device(kind: str) -> nn.Module:
+    if "tensor parallel" in kind:
+        return block()
+    return injected(dtype=torch.bfloat16 if kind == "bfloat16" else torch.float32)
+
+
+def sharded(kind: str) -> nn.Module:
+    net = on_one_device(kind)
+    if kind == "tensor parallel":
+        return parallelize_module(net, mesh(), PLAN)
+    if kind == "tensor parallel and fsdp2":
+        both = init_device_mesh(DEVICE, (2, 2), mesh_dim_names=("dp", "tp"))
+        return fully_shard(parallelize_module(net, both["tp"], PLAN), mesh=both["dp"])
+    if kind == "offloaded":
+        return shard_(net, offload_policy=CPUOffloadPolicy(pin_memory=False))
+    return shard_(net, root_only=kind == "float32", shape=(2, 2) if kind == "two copies" else None)
+
+
+KINDS = dict.fromkeys(["float32", "bfloat16", "offloaded", "tensor parallel"], 2)
+KINDS |= {"two copies": 4, "tensor parallel and fsdp2": 4}
+
+
+def write(folder: Path, kind: str) -> None:
+    net = sharded(kind)
+    with torch.no_grad():
+        net(torch.ones(2, 6, dtype=next(net.parameters()).dtype))  # the root now shows gathered weights
+    largest = max(parameter.nbytes for parameter in net.parameters())
+    whole = sum(parameter.nbytes for parameter in net.parameters())
+    for state, most in (("unmerged", 150), ("merged", whole)):
+        if state == "merged":
+            merge(net)
+        merged_folder.full_tensor, gather = Live(merged_folder.full_tensor), merged_folder.full_tensor
+        try:
+            save_merged(net, folder / state, max_shard_bytes=most)
+            live = merged_folder.full_tensor
+        finally:
+            merged_folder.full_tensor = gather
+        assert live.count == len([name for name in net.state_dict() if "lora_" not in name])
+        assert live.most == largest < whole / 2  # on the writing rank too, whatever the size of its files
+        assert is_merged(net) == (state == "merged")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore:lightning_lora. merged 16-bit weights:UserWarning")
+def test_a_sharded_model_is_written_as_one_merged_on_one_device(tmp_path, kind):
+    world(KINDS[kind]).run(write, tmp_path, kind)
+    expected = merge_and_unload(on_one_device(kind))
+    for state in ("unmerged", "merged"):
+        assert_same_bits(read(tmp_path / state), expected.state_dict())
+    assert len(list((tmp_path / "unmerged").glob("*.safetensors"))) > 1
+    assert not list(tmp_path.glob(".*"))  # nothing of the writing is left
+    plain = on_one_device(kind)
+    merge_and_unload(plain).load_state_dict({name: value + 1 for name, value in expected.state_dict().items()})
+    plain.load_state_dict(load_file(tmp_path / "merged" / FILE))
+    assert_same_bits(plain.state_dict(), expected.state_dict())
+
+
+def test_a_model_on_one_device(tmp_path):
+    """Every kind of layer, a shared module under both names, buffers; a folder that holds other things already."""
+    torch.manual_seed(0)
+    zoo = Zoo()
+    inject(zoo, zoo_config())
+    randomise_(zoo)
+    model = nn.ModuleDict({"net": zoo, "again": zoo.conv})
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "mine.bin").write_text("mine")
+    for most in (300, 10**6, 300):
+        save_merged(model, tmp_path, max_shard_bytes=most)
+        found = read(tmp_path)
+    assert (tmp_path / "config.json").read_text() == "{}"
+    assert (tmp_path / "mine.bin").read_text() == "mine"
+    assert not (tmp_path / FILE).exists()
+    assert_same_bits(found, merge_and_unload(model).state_dict())
+    with pytest.raises(LoRAError, match=r"save_merged: ModuleDict .*inject"):
+        save_merged(model, tmp_path)
+
+
+def at_once(folder: Path) -> None:
+    net = injected()
+    for time in range(20):
+        dist.barrier()
+        save_merged(net, folder / "merged" / str(time), max_shard_bytes=300)
+        save_adapter(net, folder / "adapter" / str(time))
+
+
+def test_processes_that_each_write_the_same_do_not_disturb_each_other(tmp_path):
+    """As under DDP, where every rank has the whole model and runs the whole program."""
+    world().run(at_once, tmp_path)
+    net = injected()
+    for kind in ("merged", "adapter"):
+        assert {path.name for path in (tmp_path / kind).iterdir()} == set(map(str, range(20)))
+    for time in range(20):
+        again = network()
+        load_adapter(again, tmp_path / "adapter" / str(time))
+        assert_same_bits(again.state_dict(), net.state_dict())
+        assert_same_bits(read(tmp_path / "merged" / str(time)), merged_state_dict(net))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_command_and_a_merged_checkpoint_hold_the_same(tmp_path, dtype):
+    net, base = injected(dtype=dtype), network().to(dtype)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text("{}")
+    save_file(base.state_dict(), tmp_path / "base" / FILE)
+    save_adapter(net, tmp_path / "adapter")
+    merge_on_disk(tmp_path / "base", tmp_path / "adapter", tmp_path / "by the command")
+    save_merged(net, tmp_path / "merged")
+    assert_same_bits(read(tmp_path / "merged"), read(tmp_path / "by the command"))
+    assert_same_bits(read(tmp_path / "merged"), merged_state_dict(net))  # which is what the callback saves
+
+
+def failing(folder: Path) -> list[str]:
+    net, rank, messages = shard_(injected()), dist.get_rank(), []
+
+    def fails(name: str) -> None:
+        with pytest.raises((LoRAError, OSError)) as caught:
+            save_merged(net, folder / name, max_shard_bytes=300)
+        messages.append(f"{type(caught.value).__name__}: {caught.value}")
+
+    fails("file")
+    merged_folder._append, append = (full_disk if rank == 0 else merged_folder._append), merged_folder._append
+    try:
+        fails("there")
+    finally:
+        merged_folder._append = append
+    if rank == 1:
+        with torch.no_grad():
+            net[2].lora_B.to_local().fill_(torch.inf)
+    fails("there")
+    fails("new")
+    return messages
+
+
+def full_disk(path: Path, content: bytes) -> None:
+    if path.exists() and path.name.startswith("model-00002"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    with open(path, "ab") as file:
+        file.write(content)
+
+
+def test_a_rank_that_fails_takes_the_others_along(tmp_path):
+    (tmp_path / "file").write_text("a file where a folder should be")
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / FILE).write_text("an earlier one")
+    first, second = world().run(failing, tmp_path, timeout=20)
+    assert "is a file" in first[0]
+    assert first[1].startswith("OSError: [Errno 28] No space left on device")
+    assert all(message.startswith("LoRAError: save_merged: ") for message in second)
+    assert all("on another rank" in message for message in (*second[:2], *first[2:]))
+    assert all("'2.weight'" in message and "not finite" in message for message in second[2:])
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "there"}
+    assert [path.name for path in (tmp_path / "there").iterdir()] == [FILE]

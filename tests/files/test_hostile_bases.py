@@ -1,0 +1,219 @@
+"""Bases that are damaged, or made to hurt: headers and indexes that lie, links that lead out."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from lightning_lora import LoRAError, save_adapter
+from lightning_lora.command.merge import merge_on_disk
+from lightning_lora.files.model_folder import is_plain_name
+from lightning_lora.files.safetensors import read_header
+from support.models import bits
+from support.notices import quiet_peers
+from support.peers import model, ours, theirs
+
+pytestmark = quiet_peers
+
+
+CONFIG, TENSORS, INDEX = "adapter_config.json", "adapter_model.safetensors", "model.safetensors.index.json"
+
+
+def safetensors_bytes(header: Any, data: bytes = b"", length: int | None = None) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return (len(text) if length is None else length).to_bytes(8, "little") + text + data
+
+
+def entry(shape: list[Any], start: Any, end: Any, dtype: Any = "F32") -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+
+
+GOOD = {"a": entry([2], 0, 8), "b": entry([1, 1], 8, 12)}
+
+
+BAD_FILES = {
+    "empty": b"",
+    "short": b"\x01\x02",
+    "a header longer than the file": safetensors_bytes({}, length=10**6),
+    "a huge header": safetensors_bytes({}, length=2**63),
+    "not JSON": safetensors_bytes(b"{nothing"),
+    "a list": safetensors_bytes([1, 2]),
+    "deep nesting": safetensors_bytes(b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}"),
+    "truncated": safetensors_bytes(GOOD, bytes(11)),
+    "too long": safetensors_bytes(GOOD, bytes(13)),
+    "overlap": safetensors_bytes({"a": entry([2], 0, 8), "b": entry([2], 4, 12)}, bytes(12)),
+    "overlap and gap": safetensors_bytes({"a": entry([2], 0, 8), "b": entry([2], 4, 12)}, bytes(16)),
+    "gap": safetensors_bytes({"a": entry([1], 0, 4), "b": entry([1], 8, 12)}, bytes(12)),
+    "wrong size": safetensors_bytes({"a": entry([3], 0, 8)}, bytes(8)),
+    "negative shape": safetensors_bytes({"a": entry([-2], 0, 8)}, bytes(8)),
+    "absurd shape": safetensors_bytes({"a": entry([2**62, 2**62], 0, 8)}, bytes(8)),
+    "overflowing shape": safetensors_bytes({"a": entry([2**63 - 1, 2], 0, 8)}, bytes(8)),
+    "backward offsets": safetensors_bytes({"a": entry([2], 8, 0)}, bytes(8)),
+    "fractional shape": safetensors_bytes({"a": entry([1.5], 0, 6)}, bytes(6)),
+    "unknown dtype": safetensors_bytes({"a": entry([2], 0, 8, "F31")}, bytes(8)),
+    "no offsets": safetensors_bytes({"a": {"dtype": "F32", "shape": [2]}}, bytes(8)),
+    "metadata that is not text": safetensors_bytes({"__metadata__": {"x": 1}, **GOOD}, bytes(12)),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_a_damaged_safetensors_file_is_refused_where_safetensors_refuses_it(tmp_path, case: str):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(BAD_FILES[case])
+    with pytest.raises(LoRAError, match=r"a\.safetensors"):
+        read_header(path)
+    with pytest.raises((SafetensorError, RuntimeError)):
+        safe_open(path, "pt")
+
+
+def test_a_name_twice_is_refused(tmp_path):
+    """safetensors itself takes the last one."""
+    one, other = json.dumps(entry([1], 0, 4)), json.dumps(entry([1], 4, 8))
+    (tmp_path / "a.safetensors").write_bytes(safetensors_bytes(f'{{"a": {one}, "a": {other}}}'.encode(), bytes(8)))
+    with pytest.raises(LoRAError, match="found a name twice"):
+        read_header(tmp_path / "a.safetensors")
+
+
+def test_a_good_header_is_read_as_safetensors_reads_it(tmp_path):
+    dtypes = (torch.float64, torch.bfloat16, torch.int8, torch.bool, torch.float8_e4m3fn, torch.complex64)
+    tensors = {f"t{i}": torch.zeros(i, 3).to(dtype) for i, dtype in enumerate(dtypes)} | {"scalar": torch.tensor(5)}
+    save_file(tensors, tmp_path / "a.safetensors", {"x": "y"})
+    header = read_header(tmp_path / "a.safetensors")
+    assert header.metadata == {"x": "y"}
+    content = (tmp_path / "a.safetensors").read_bytes()
+    for name, tensor in load_file(tmp_path / "a.safetensors").items():
+        found = header.locations[name]
+        assert (found.dtype, found.shape) == (tensor.dtype, tuple(tensor.shape))
+        assert content[found.start : found.start + found.nbytes] == bits(tensor)
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/x", "a/b", "a\\b", "C:x", "..", ".", "", "a\0", 3, None, ["a"]])
+def test_names_that_leave_the_folder(name: Any):
+    assert not is_plain_name(name)
+
+
+NORM = "model.norm.weight"
+
+
+BAD_INDEXES: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
+    "outside": ("must be in a safetensors file of this folder", lambda m: {**m, NORM: "../x.safetensors"}),
+    "absolute": ("must be in a safetensors file of this folder", lambda m: {**m, NORM: "/x.safetensors"}),
+    "no file": ("is not there", lambda m: {**m, NORM: "x.safetensors"}),
+    "pickle": ("must be in a safetensors file", lambda m: {**m, NORM: "pytorch_model.bin"}),
+    "one too many": ("should be in .* and is not there", lambda m: {**m, "x": next(iter(m.values()))}),
+    "one too few": ("but the index says None", lambda m: {k: v for k, v in m.items() if k != NORM}),
+    "a list": ("expected a weight_map of names and files, found list", lambda m: list(m)),
+    "nothing": ("expected a weight_map", lambda m: {}),
+}
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    model("llama").save_pretrained(tmp_path / "base", max_shard_size="12KB")
+    ours("llama", tmp_path / "adapter")
+    return tmp_path / "base"
+
+
+def files_in(path: Path) -> dict[str, Any]:
+    """Every path with its content or the place that it leads to."""
+    return {
+        str(p.relative_to(path)): os.readlink(p) if p.is_symlink() else p.read_bytes() if p.is_file() else None
+        for p in sorted(path.rglob("*"))
+    }
+
+
+def refused(message: str, base: Path, tmp_path: Path) -> None:
+    before = files_in(tmp_path)
+    with pytest.raises(LoRAError, match=message):
+        merge_on_disk(base, tmp_path / "adapter", tmp_path / "out")
+    assert files_in(tmp_path) == before
+
+
+@pytest.mark.parametrize("case", BAD_INDEXES)
+def test_an_index_that_lies_is_refused(tmp_path, base: Path, case: str):
+    message, change = BAD_INDEXES[case]
+    shutil.copy(next(base.glob("*.safetensors")), tmp_path / "x.safetensors")
+    index = json.loads((base / INDEX).read_text())
+    (base / INDEX).write_text(json.dumps(index | {"weight_map": change(index["weight_map"])}))
+    refused(message, base, tmp_path)
+
+
+def test_a_tensor_in_two_shards_is_refused(tmp_path, base: Path):
+    one, other = sorted(base.glob("*.safetensors"))[:2]
+    name = next(iter(load_file(one)))
+    save_file(load_file(other) | {name: load_file(one)[name]}, other)
+    refused(f"'{name}' is in '{other.name}', but the index says '{one.name}'", base, tmp_path)
+
+
+@pytest.mark.parametrize("content", ["[1]", "{", "", '{"weight_map": 3}', "nul\0l", '{"a":' * 10_000])
+def test_an_index_that_is_no_index_is_refused(tmp_path, base: Path, content: str):
+    (base / INDEX).write_text(content)
+    refused(r"index\.json: (expected|cannot be read)", base, tmp_path)
+
+
+def test_links_that_lead_out_of_the_model_are_not_followed(tmp_path, base: Path):
+    secret = tmp_path / "secret"
+    secret.mkdir()
+    (secret / "key").write_text("private")
+    for target in (secret / "key", secret):
+        (base / "README.md").unlink(missing_ok=True)
+        (base / "README.md").symlink_to(target)
+        refused(r"README\.md: is a link to .*secret", base, tmp_path)
+    (base / "README.md").unlink()
+    (base / "link.json").symlink_to("config.json")
+    merge_on_disk(base, tmp_path / "adapter", tmp_path / "out")
+    assert not (tmp_path / "out" / "link.json").is_symlink()
+    assert (tmp_path / "out" / "link.json").read_bytes() == (base / "config.json").read_bytes()
+
+
+def test_a_model_in_hugging_faces_cache_is_all_links_and_is_read(tmp_path, base: Path):
+    snapshot, blobs = tmp_path / "hub" / "snapshots" / "abc", tmp_path / "hub" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for i, file in enumerate(sorted(base.iterdir())):
+        shutil.move(file, blobs / str(i))
+        (snapshot / file.name).symlink_to(f"../../blobs/{i}")
+    merge_on_disk(snapshot, tmp_path / "adapter", tmp_path / "out", check=True)
+    assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in snapshot.iterdir()}
+
+
+def test_an_output_that_is_a_link_is_written_where_it_leads(tmp_path, base: Path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "out").symlink_to("real")
+    merge_on_disk(base, tmp_path / "adapter", tmp_path / "out")
+    assert (tmp_path / "out").is_symlink()
+    assert (tmp_path / "real" / INDEX).exists()
+
+
+def test_a_half_of_a_float16_base_overflows(tmp_path):
+    state = {key: value.half() for key, value in model("llama").state_dict().items()}
+    state["model.layers.0.self_attn.q_proj.weight"][3, 3] = 65504
+    save_file(state, tmp_path / "base.safetensors")
+    net = ours("llama")
+    with torch.no_grad():
+        net.model.layers[0].self_attn.q_proj.lora_A.fill_(100)
+        net.model.layers[0].self_attn.q_proj.lora_B.fill_(100)
+    save_adapter(net, tmp_path / "adapter")
+    message = r"merge: 'model\.layers\.0\.self_attn\.q_proj\.weight': W \+ s .* is not finite"
+    with pytest.raises(LoRAError, match=message):
+        merge_on_disk(tmp_path / "base.safetensors", tmp_path / "adapter", tmp_path / "x.safetensors")
+    assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_a_quantised_base_is_refused(tmp_path):
+    state = {key: value.clone() for key, value in model("llama").state_dict().items()}
+    name = "model.layers.0.self_attn.q_proj.weight"
+    save_file(state | {name: state[name].to(torch.float8_e4m3fn)}, tmp_path / "base.safetensors")
+    theirs("llama", tmp_path / "adapter")
+    with pytest.raises(LoRAError, match=rf"'{name}' is torch\.float8_e4m3fn; only floating point weights are merged"):
+        merge_on_disk(tmp_path / "base.safetensors", tmp_path / "adapter", tmp_path / "x.safetensors")

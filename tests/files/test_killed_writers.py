@@ -1,0 +1,20 @@
+"""Kills in a process of their own: the child of a process whose threads once ran may wait for them forever."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parents[1] / "support" / "programs" / "killed_writers.py"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["test_save_adapter", "test_merge", "test_the_first_result_is_complete_or_absent"])
+def test_killed_writers(name: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--show-capture=no", f"{TESTS}::{name}"]
+    run = subprocess.run(command, cwd=TESTS.parents[3], capture_output=True, text=True, timeout=280)
+    assert run.returncode == 0, run.stdout[-4000:]
+    assert " passed" in run.stdout

@@ -1,0 +1,196 @@
+"""inject: what stays as it was, what is frozen, what is refused, and that a failure leaves no trace."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+from lightning_lora import LoRAConfig, LoRAError, disable_adapter, inject, is_merged, merge, unload
+from lightning_lora.nn import lora_layer
+from support.models import ZOO_LAYERS, OwnLinear, Stubborn, Zoo, randomise_, state_bits, tokens, trace, zoo_config
+
+
+def test_tree_names_order_identity_memory_and_classes_stay():
+    model = Zoo()
+    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+    types = {name: type(module) for name, module in modules.items()}
+    addresses = {name: p.data_ptr() for name, p in parameters.items()}
+    state = state_bits(model)
+
+    assert inject(model, zoo_config()) == ZOO_LAYERS
+
+    assert list(model.named_modules()) == list(modules.items())  # names, order and objects
+    base = [(name, p) for name, p in model.named_parameters() if not name.endswith(("lora_A", "lora_B"))]
+    assert [name for name, _ in base] == list(parameters)
+    assert all(p is parameters[name] and p.data_ptr() == addresses[name] for name, p in base)
+    added = [name for name in model.state_dict() if name not in state]
+    assert added == [f"{layer}.{factor}" for layer in ZOO_LAYERS for factor in ("lora_A", "lora_B")]
+    assert {name: value for name, value in state_bits(model).items() if name not in added} == state
+    assert all(isinstance(module, types[name]) for name, module in modules.items())
+    assert isinstance(model.body[0], OwnLinear)
+    assert all(type(m) is types[n] for n, m in modules.items() if n not in ZOO_LAYERS)
+
+
+def test_references_and_hooks_of_the_user_stay_valid():
+    model = Zoo()
+    kept, seen = model.body[0], []
+    model.body[0].register_forward_hook(lambda module, args, output: seen.append(output.detach()))
+    inject(model, zoo_config())
+    randomise_(model)
+    model.eval()(tokens())
+    assert kept is model.body[0]
+    assert torch.equal(seen[0], kept(model.norm(_mixed(model)).mean(1)))
+
+
+def _mixed(model: Zoo) -> torch.Tensor:
+    x = model.embed(tokens())
+    return x + model.conv(x.transpose(1, 2)).transpose(1, 2)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_outputs_before_the_first_step_are_the_plain_models(training):
+    plain = Zoo().train(training)
+    adapted = copy.deepcopy(plain)
+    inject(adapted, zoo_config(target_modules=["embed", "conv", "0", "3"], init_lora_weights=True))
+    assert torch.equal(adapted(tokens()), plain(tokens()))
+
+
+@pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
+@pytest.mark.parametrize("saved", [None, ["head"], ["norm", "body.1"]])
+def test_what_is_trainable_is_what_peft_trains(bias, saved):
+    options: dict[str, Any] = {"target_modules": ["embed", "body.0", "conv"], "modules_to_save": saved, "bias": bias}
+    theirs = peft.get_peft_model(Zoo(), peft.LoraConfig(**options))
+    expected = {_our_name(name) for name, p in theirs.named_parameters() if p.requires_grad}
+    model = Zoo()
+    inject(model, LoRAConfig(**options))
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == expected
+
+
+def _our_name(name: str) -> str:
+    name = name.removeprefix("base_model.model.").replace(".base_layer", "").replace(".modules_to_save.default", "")
+    name = name.replace(".lora_embedding_", ".lora_")
+    return name.removesuffix(".default.weight").removesuffix(".default") if "lora_" in name else name
+
+
+def test_parameters_frozen_before_stay_frozen_unless_an_option_trains_them():
+    model = Zoo()
+    model.requires_grad_(False)
+    inject(model, zoo_config())
+    trainable = {name.rpartition(".")[0] for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable == {*ZOO_LAYERS, "head"}
+    unload(model)
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_modules_to_save_wins_over_target_modules():
+    model = Zoo()
+    assert inject(model, zoo_config(target_modules=["0", "3", "head"], modules_to_save=["body"])) == ["head"]
+    assert all(p.requires_grad for p in model.body.parameters())
+
+
+@pytest.mark.parametrize("rslora", [True, False])
+def test_ranks_and_scalings_are_those_of_peft(rslora):
+    options: dict[str, Any] = {
+        "r": 4,
+        "lora_alpha": 6,
+        "target_modules": ["embed", "conv", "body.0", "body.3"],
+        "rank_pattern": {"0": 2, r"body\.\d": 3},
+        "alpha_pattern": {"conv|embed": 5, "^body.3": 7},
+        "use_rslora": rslora,
+    }
+    theirs = peft.LoraModel(Zoo(), peft.LoraConfig(**options), "default").model
+    model = Zoo()
+    inject(model, LoRAConfig(**options))
+    for name in ZOO_LAYERS:
+        layer, reference = model.get_submodule(name), theirs.get_submodule(name)
+        assert layer.lora.spec.scaling == reference.scaling["default"]
+        assert layer.lora_B.shape[1] == layer.lora_A.shape[0] == reference.r["default"]
+    assert [model.get_submodule(name).lora.spec.r for name in ZOO_LAYERS] == [4, 4, 2, 3]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()])
+@pytest.mark.parametrize("after", [0, 3])
+def test_a_failure_half_way_leaves_no_trace(monkeypatch, error, after):
+    model = Stubborn(nn.Linear(4, 4))
+    before, calls = trace(model), []
+    original = lora_layer.initial_factors
+
+    def failing(*args: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        calls.append(args)
+        if len(calls) > after:
+            raise error
+        return original(*args, **options)
+
+    monkeypatch.setattr(lora_layer, "initial_factors", failing)
+    with pytest.raises(type(error)):
+        inject(model, LoRAConfig(bias="all", modules_to_save=["head"]), merge_weights=True)
+    assert len(calls) == after + 1
+    assert trace(model) == before
+
+
+def test_the_same_call_again_changes_nothing():
+    model = Zoo()
+    names = inject(model, zoo_config())
+    randomise_(model)
+    model.norm.weight.requires_grad_(True)  # what the user does afterwards stays too
+    before = trace(model)
+    assert inject(model, zoo_config()) == names
+    assert trace(model) == before
+    merge(model)
+    assert inject(model, zoo_config()) == names
+    assert is_merged(model)
+
+
+def test_another_config_is_an_error_that_names_the_options():
+    model = Zoo()
+    inject(model, zoo_config())
+    before = trace(model)
+    with pytest.raises(LoRAError, match=r"other options \(r was 2, now 3, bias was 'lora_only', now 'all'\); unload"):
+        inject(model, zoo_config(r=3, bias="all"))
+    with pytest.raises(LoRAError, match="merge_weights=False"):
+        inject(model, zoo_config(), merge_weights=True)
+    assert trace(model) == before
+
+
+def test_a_second_injection_around_or_inside_the_first_is_an_error():
+    model = nn.ModuleDict({"inner": Zoo(), "other": nn.Linear(3, 3)})
+    inject(model["inner"], zoo_config())
+    before = trace(model)
+    with pytest.raises(LoRAError, match="'inner' inside ModuleDict was injected already; unload it first"):
+        inject(model, LoRAConfig(target_modules=["other"]))
+    with pytest.raises(LoRAError, match="adapted already"):
+        inject(model["inner"].body, LoRAConfig(target_modules=["0"]))
+    with pytest.raises(LoRAError, match="adapted already"):
+        inject(model["inner"].body, zoo_config())
+    assert trace(model) == before
+    assert inject(model["inner"], zoo_config()) == ZOO_LAYERS
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("state", ["unmerged", "merged", "disabled"])
+def test_a_copy_is_whole_and_apart(copied, state):
+    model = Zoo().eval()
+    inject(model, zoo_config())
+    randomise_(model)
+    merge(model) if state == "merged" else None
+    if state == "disabled":
+        with disable_adapter(model):
+            other = copied(model)
+            assert torch.equal(other(tokens()), model(tokens()))
+        return
+    other = copied(model)
+    bits, output = state_bits(model), model(tokens())
+    assert [type(m) for m in other.modules()] == [type(m) for m in model.modules()]
+    assert torch.equal(other(tokens()), output)
+    assert is_merged(other) == (state == "merged")
+    randomise_(other, 1.0)
+    unload(other)
+    assert state_bits(model) == bits
+    assert torch.equal(model(tokens()), output)
+    assert {n: b for n, b in bits.items() if "lora_" not in n} == state_bits(other)

@@ -1,0 +1,269 @@
+"""load_state_dict on an injected model: a complete base, a complete adapter or both; any part of one is an error."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from lightning_lora import adapter_state_dict, disable_adapter, inject, is_merged, merge, unload, unmerge
+from support.models import ZOO_LAYERS, Zoo, bits, randomise_, state_bits, tokens, train, zoo_config
+
+FACTORS = {f"{layer}.{factor}" for layer in ZOO_LAYERS for factor in ("lora_A", "lora_B")}
+PATHS = ["", "body", "body.0", "embed", "conv"]
+
+
+def adapted(seed: int, state: str = "unmerged") -> Zoo:
+    """A model whose every value depends on the seed, adapters and buffers included."""
+    torch.manual_seed(seed)
+    model = Zoo()
+    with torch.no_grad():
+        model.norm.weight.uniform_(), model.norm.bias.uniform_()
+        model.body[1].weight.uniform_(), model.body[1].bias.uniform_()
+    inject(model, zoo_config())
+    train(model, steps=seed)
+    merge(model) if state == "merged" else None
+    return model.eval()
+
+
+def named(model: nn.Module, what: str) -> set[str]:
+    state = set(model.state_dict())
+    return {"base": state - FACTORS, "adapter": set(adapter_state_dict(model)), "both": state}[what]
+
+
+def pick(model: nn.Module, values: dict[str, Any], keys: set[str]) -> dict[str, Any]:
+    """A state dict of the model with these names alone, and what torch notes beside them."""
+    state = model.state_dict()
+    for name in list(state):
+        del state[name]
+    for name in sorted(keys):
+        state[name] = values[name].clone()
+    return state
+
+
+def under(path: str, state: dict[str, Any]) -> dict[str, Any]:
+    prefix = f"{path}." if path else ""
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+SOURCE = adapted(1)
+STATE = {name: tensor.clone() for name, tensor in SOURCE.state_dict().items()}
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("what", ["base", "adapter", "both"])
+@pytest.mark.parametrize("state", ["unmerged", "merged"])
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_complete_base_adapter_or_both_load_strictly_everywhere(path, what, state, assign):
+    model = adapted(2, state)
+    keys = named(model, what)
+    before = state_bits(model)
+    assert not any(before[name] == bits(STATE[name]) for name in before)
+    names = set(under(path, dict.fromkeys(keys)))
+    target = model.get_submodule(path)
+    given_state = pick(target, under(path, STATE), names)
+    result = target.load_state_dict(given_state, assign=assign)
+    assert not result.missing_keys
+    assert not result.unexpected_keys
+    assert set(given_state) == names  # the caller's dictionary is left alone
+    prefix = f"{path}." if path else ""
+    loaded = {prefix + name for name in names}
+    expected = {name: bits(STATE[name]) if name in loaded else value for name, value in before.items()}
+    assert state_bits(model) == expected
+    assert is_merged(model) == (state == "merged")
+    assert model.conv.lora_A.requires_grad
+    assert not model.conv.weight.requires_grad
+    unmerge(model)
+    assert state_bits(model) == expected
+
+
+def test_both_give_the_other_models_outputs():
+    for state in ("unmerged", "merged"):
+        model = adapted(2, state)
+        model.load_state_dict(STATE)
+        torch.testing.assert_close(model(tokens()), SOURCE(tokens()), rtol=1e-5, atol=1e-5)
+
+
+KEYS = st.sampled_from(sorted(STATE))
+
+
+@settings(max_examples=150)
+@given(
+    start=st.sampled_from(["base", "adapter", "both", "nothing"]),
+    toggled=st.sets(KEYS, min_size=1, max_size=3) | st.sets(KEYS, min_size=1),
+    state=st.sampled_from(["unmerged", "merged"]),
+    path=st.sampled_from(["", "", "body", "body.0"]),
+    wrapped=st.booleans(),
+)
+def test_any_part_of_either_is_an_error(start, toggled, state, path, wrapped):
+    model = MODELS[state]
+    keys = (named(model, start) if start != "nothing" else set()) ^ toggled
+    keys = set(under(path, dict.fromkeys(keys)))
+    whole = {what: set(under(path, dict.fromkeys(named(model, what)))) for what in ("base", "adapter", "both")}
+    assume(keys not in whole.values())
+    values = under(path, STATE)
+    target = model.get_submodule(path)
+    if wrapped:
+        target, values = nn.Sequential(target), {f"0.{name}": value for name, value in values.items()}
+        keys = {f"0.{name}" for name in keys}
+    given_state = pick(target, values, keys)
+    with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict"):
+        target.load_state_dict(given_state)
+
+
+MODELS = {state: adapted(1, state) for state in ("unmerged", "merged")}
+
+
+@pytest.mark.parametrize("missing", sorted(STATE))
+def test_a_missing_key_is_named(missing):
+    model = adapted(2)
+    for what in ("base", "adapter", "both"):
+        keys = named(model, what)
+        if missing not in keys or (what == "both" and keys - {missing} in (named(model, "base"),)):
+            continue
+        with pytest.raises(RuntimeError) as caught:
+            model.load_state_dict(pick(model, STATE, keys - {missing}))
+        assert f'"{missing}"' in str(caught.value)
+
+
+def test_unexpected_keys_and_wrong_shapes_are_torchs_errors_as_ever():
+    for what in ("base", "adapter", "both"):
+        model = adapted(2)
+        state = {name: STATE[name] for name in named(model, what)}
+        with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "extra"'):
+            model.load_state_dict(state | {"extra": torch.zeros(1)})
+        with pytest.raises(RuntimeError, match=r"size mismatch for conv\.bias"):
+            model.load_state_dict(state | {"conv.bias": torch.zeros(9)})
+
+
+def test_a_base_loaded_not_strictly_leaves_the_adapters_alone():
+    model = adapted(2)
+    before = state_bits(model)
+    result = model.load_state_dict(pick(model, STATE, {"norm.weight"}), strict=False)
+    assert set(result.missing_keys) == set(STATE) - {"norm.weight"}
+    now = state_bits(model)
+    assert {name for name in now if now[name] != before[name]} == {"norm.weight"}
+
+
+# --- a base loaded after injection is the new start ---
+
+
+@pytest.mark.parametrize("state", ["unmerged", "merged"])
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("path", ["", "body"])
+def test_a_base_loaded_after_injection_is_what_unload_brings_back(state, assign, path):
+    torch.manual_seed(5)
+    pretrained = Zoo()
+    train(pretrained)  # so that its buffers are not the initial ones either
+    model = Zoo()
+    inject(model, zoo_config())
+    expected = copy.deepcopy(model)
+    unload(expected)
+    base = {name: tensor.clone() for name, tensor in pretrained.get_submodule(path).state_dict().items()}
+    expected.get_submodule(path).load_state_dict(base)
+    output = expected.eval()(tokens())
+
+    randomise_(model)
+    merge(model) if state == "merged" else None
+    model.get_submodule(path).load_state_dict({k: v.clone() for k, v in base.items()}, assign=assign)
+    with disable_adapter(model.eval()):
+        assert torch.equal(model(tokens()), output)
+    unmerge(model)
+    train(model)
+    model.eval()
+    assert not torch.equal(model(tokens()), output)
+    with disable_adapter(model):
+        assert torch.equal(model(tokens()), output)
+    unload(model)
+    assert state_bits(model) == state_bits(expected)
+    assert {n: vars(m).keys() for n, m in model.named_modules()} == {
+        n: vars(m).keys() for n, m in expected.named_modules()
+    }
+
+
+def test_the_latest_base_counts():
+    torch.manual_seed(5)
+    first, second = Zoo(), Zoo()
+    train(first), train(second)
+    model = Zoo()
+    inject(model, zoo_config())
+    model.body[0].load_state_dict(first.body[0].state_dict())
+    model.body.load_state_dict(second.body.state_dict())
+    model.conv.load_state_dict(second.conv.state_dict())
+    model.load_state_dict(first.state_dict())
+    model.body[3].load_state_dict(second.body[3].state_dict())
+    train(model)
+    unload(model)
+    expected = copy.deepcopy(first)
+    expected.body[3].load_state_dict(second.body[3].state_dict())
+    assert state_bits(model) == state_bits(expected)
+
+
+def test_the_latest_base_of_a_part_counts_too():
+    torch.manual_seed(5)
+    first, second = Zoo(), Zoo()
+    train(first), train(second)
+    model = Zoo()
+    inject(model, zoo_config())
+    model.body[0].load_state_dict(first.body[0].state_dict())
+    model.body.load_state_dict(second.body.state_dict())
+    train(model)
+    unload(model)
+    assert state_bits(model.body) == state_bits(second.body)
+
+
+def test_an_adapter_or_both_are_not_a_new_base():
+    torch.manual_seed(6)
+    model = Zoo()
+    before = state_bits(model)
+    inject(model, zoo_config())
+    model.load_state_dict({name: STATE[name] for name in named(model, "adapter")})
+    unload(model)
+    assert state_bits(model) == before
+
+
+# --- prefixes ---
+
+
+@pytest.mark.parametrize("what", ["base", "adapter", "both"])
+@pytest.mark.parametrize("wrap", [lambda model: AveragedModel(model), lambda model: nn.ModuleDict({"module": model})])
+def test_a_wrapper_puts_its_prefix_in_front(what, wrap):
+    wrapper = wrap(adapted(2))
+    inner = wrapper.get_submodule("module")
+    own = {"n_averaged": torch.tensor(4)} if isinstance(wrapper, AveragedModel) else {}
+    keys = named(inner, what)
+    wrapper.load_state_dict({f"module.{name}": STATE[name] for name in keys} | own)
+    now = state_bits(inner)
+    assert {name for name in keys if now[name] != bits(STATE[name])} == set()
+    dropped = min(keys & FACTORS or keys)
+    with pytest.raises(RuntimeError, match=f"module.{dropped}"):
+        wrapper.load_state_dict({f"module.{name}": STATE[name] for name in keys - {dropped}} | own)
+
+
+def test_an_injected_part_of_a_model():
+    model = nn.ModuleDict({"inner": adapted(2), "rest": nn.Linear(2, 2)})
+    rest = {f"rest.{name}": torch.zeros_like(tensor) for name, tensor in model["rest"].state_dict().items()}
+    for what in ("base", "adapter", "both"):
+        keys = named(model["inner"], what)
+        model.load_state_dict({f"inner.{name}": STATE[name] for name in keys} | rest)
+        with pytest.raises(RuntimeError, match=r"rest\.weight"):
+            model.load_state_dict({f"inner.{name}": STATE[name] for name in keys})
+    model.load_state_dict(adapter_state_dict(model))
+    assert state_bits(model["inner"]) == {name: bits(tensor) for name, tensor in STATE.items()}
+
+
+def test_a_copy_loads_into_itself():
+    model = adapted(2)
+    other = copy.deepcopy(model)
+    before = state_bits(model)
+    other.load_state_dict({name: STATE[name] for name in named(model, "base")})
+    train(other)
+    unload(other)
+    assert state_bits(other) == {name: bits(tensor) for name, tensor in STATE.items() if name not in FACTORS}
+    assert state_bits(model) == before

@@ -1,0 +1,110 @@
+"""What rounding merged weights to 16 bits costs: reported once, right, and with a warning where it matters."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torchmetrics import Metric
+
+from lightning_lora import LoRAConfig, inject, is_merged, merge, merged, metrics, unmerge
+from support.models import randomise_, state_bits
+
+
+def with_adapter_of(share: float, dtype: torch.dtype) -> nn.Sequential:
+    """Two layers whose delta has that share of the weight's norm."""
+    model = nn.Sequential(nn.Linear(256, 256, dtype=dtype), nn.Linear(256, 256, dtype=dtype))
+    inject(model, LoRAConfig(r=4))
+    randomise_(model)
+    for layer in model:
+        with torch.no_grad():
+            delta = layer.lora_B @ layer.lora_A * layer.lora.spec.scaling
+            layer.lora_B.mul_(share * layer.weight.float().norm() / delta.norm())
+    return model
+
+
+def cost(model: nn.Sequential) -> float:
+    """The rounding error of W' over the adapter's norm, by hand in float64."""
+    errors, deltas = [], []
+    for layer in model:
+        delta = layer.lora_B.double() @ layer.lora_A.double() * layer.lora.spec.scaling
+        exact = layer.weight.double() + delta
+        errors.append((exact.to(layer.weight.dtype).double() - exact).flatten())
+        deltas.append(delta.flatten())
+    return float((torch.cat(errors).norm() / torch.cat(deltas).norm()).detach())
+
+
+@pytest.mark.parametrize(
+    ("share", "dtype", "warns"),
+    [
+        (0.01, torch.bfloat16, True),
+        (0.2, torch.bfloat16, False),
+        (0.01, torch.float16, False),
+        (1e-3, torch.float16, True),
+    ],
+)
+def test_the_first_merge_into_16_bits_reports_its_cost_once(caplog, share, dtype, warns):
+    caplog.set_level(logging.INFO, logger="lightning_lora")
+    model = with_adapter_of(share, dtype)
+    expected = cost(model)
+    assert (expected > 0.05) == warns  # the case is what it claims to be
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            merge(model)
+            unmerge(model)
+    reports = [record.getMessage() for record in caplog.records if "rounding" in record.getMessage()]
+    assert reports == [f"merged 16-bit weights: rounding costs {expected:.1%} of the adapter's norm"]
+    assert [reports[0] in str(warning.message) for warning in caught] == [True] * warns
+    assert all("merged_eval=False" in str(w.message) and w.filename == __file__ for w in caught)
+
+
+def test_the_report_comes_through_a_torchmetrics_metric(monkeypatch):
+    made: list[Any] = []
+
+    class Spy(metrics.MergeFidelity):
+        def __init__(self, **kwargs: Any) -> None:
+            super().__init__(**kwargs)
+            made.append(self)
+
+    monkeypatch.setattr(metrics, "MergeFidelity", Spy)
+    model = with_adapter_of(0.2, torch.bfloat16)
+    expected = cost(model)
+    with merged(model):
+        pass
+    assert len(made) == 1
+    assert isinstance(made[0], Metric)
+    assert float(made[0].compute()) == pytest.approx(expected, rel=1e-3)
+
+
+def test_no_report_of_full_precision_nor_of_an_adapter_without_effect(caplog):
+    caplog.set_level(logging.INFO, logger="lightning_lora")
+    with merged(with_adapter_of(0.01, torch.float32)):
+        pass
+    model = nn.Sequential(nn.Linear(64, 64, dtype=torch.bfloat16))
+    inject(model, LoRAConfig(r=2))
+    with merged(model):
+        pass
+    assert not caplog.records
+    randomise_(model, 1.0)
+    with merged(model):
+        pass
+    assert len(caplog.records) == 1  # the first one that means something
+
+
+def test_the_warning_as_an_error_leaves_a_consistent_model():
+    model = with_adapter_of(0.01, torch.bfloat16)
+    before = state_bits(model)
+    with pytest.raises(UserWarning, match="rounding costs"):  # as pytest here is set up
+        merge(model)
+    flags = {layer.lora.merged for layer in model}
+    assert len(flags) == 1
+    assert state_bits(model) == before
+    with merged(model):
+        assert is_merged(model)
+    unmerge(model)
+    assert state_bits(model) == before

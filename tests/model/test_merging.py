@@ -1,0 +1,295 @@
+"""merge, unmerge and merged on whole models: repeated, nested, failing, interrupted; memory."""
+
+from __future__ import annotations
+
+import copy
+import os
+import signal
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_lora import LoRAConfig, LoRAError, inject, is_merged, merge, merged, unmerge
+from lightning_lora.nn.linear import LoRALinear
+from support.models import ZOO_LAYERS, Zoo, bits, randomise_, same, tokens, trace, zoo_config
+
+MERGE = sys.modules["lightning_lora.model.merging"]  # the package's attribute of that name is the function
+
+
+def adapted_zoo(dtype: torch.dtype = torch.float32) -> Zoo:
+    model = Zoo().to(dtype).eval()
+    inject(model, zoo_config())
+    randomise_(model)
+    return model
+
+
+def weights(model: nn.Module) -> dict[str, bytes]:
+    """What the parameters hold, merged or not."""
+    return {name: bits(parameter) for name, parameter in model.named_parameters()}
+
+
+def stack(dtype: torch.dtype = torch.float32, size: int = 8) -> nn.Sequential:
+    """Eight adapted layers."""
+    model = nn.Sequential(*(nn.Linear(size, size, dtype=dtype) for _ in range(8)))
+    inject(model, LoRAConfig(r=2))
+    randomise_(model)
+    return model
+
+
+def test_repeated_and_nested():
+    model = adapted_zoo()
+    output, plain = model(tokens()), weights(model)
+    unmerge(model)
+    assert not is_merged(model)
+    merge(model)
+    once = weights(model)
+    assert {n for n in plain if plain[n] != once[n]} == {f"{name}.weight" for name in ZOO_LAYERS}
+    merge(model)
+    assert weights(model) == once
+    assert is_merged(model)
+    torch.testing.assert_close(model(tokens()), output)
+    with merged(model) as inside:
+        assert inside is model
+        assert weights(model) == once
+    assert is_merged(model)  # as it was found
+    unmerge(model)
+    unmerge(model)
+    assert weights(model) == plain
+    with merged(model), merged(model):
+        assert weights(model) == once
+        unmerge(model)
+        with merged(model):
+            assert weights(model) == once
+        assert not is_merged(model)
+    assert not is_merged(model)
+    assert weights(model) == plain
+
+
+@pytest.mark.parametrize("found", [False, True])
+def test_merged_restores_what_it_found_after_an_exception(found):
+    model = adapted_zoo()
+    merge(model) if found else None
+    before = weights(model)
+    with pytest.raises(ZeroDivisionError), merged(model):
+        1 / 0  # noqa: B018
+    assert is_merged(model) == found
+    assert weights(model) == before
+
+
+def test_part_of_a_model_can_be_merged_by_itself():
+    model = adapted_zoo()
+    output, plain = model(tokens()), weights(model)
+    merge(model.body)
+    changed = {name for name in plain if weights(model)[name] != plain[name]}
+    assert changed == {"body.0.weight", "body.3.weight"}
+    torch.testing.assert_close(model(tokens()), output)
+    assert is_merged(model)
+    merge(model)
+    torch.testing.assert_close(model(tokens()), output)
+    unmerge(model)
+    assert weights(model) == plain
+
+
+@pytest.mark.parametrize("verb", [merge, unmerge, lambda model: merged(model).__enter__()])
+def test_a_model_without_adapters_is_an_error(verb):
+    with pytest.raises(LoRAError, match="merge: Zoo has no adapted layer; call inject"):
+        verb(Zoo())
+    assert not is_merged(Zoo())
+
+
+# --- all or nothing ---
+
+FAULTS = {
+    "nan": (torch.float32, float("nan")),
+    "inf": (torch.float32, float("inf")),
+    "fp16 overflow": (torch.float16, 1e4),  # finite factors and delta, beyond float16's range
+    "bf16 nan": (torch.bfloat16, float("nan")),
+}
+
+
+@pytest.mark.parametrize("place", [0, 4, 7])
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("budget", [0, 2**26])
+def test_one_bad_adapter_of_eight_leaves_every_layer_unmerged(monkeypatch, place, fault, budget):
+    monkeypatch.setattr(MERGE, "COPY_BUDGET", budget)
+    dtype, value = FAULTS[fault]
+    model = stack(dtype)
+    with torch.no_grad():
+        model[place].lora_B[3] = value
+        model[place].lora_A[:, 2] = 10.0
+    before, tracked = weights(model), trace(model)
+    for call in (merge, merge, lambda model: merged(model).__enter__()):
+        with pytest.raises(LoRAError, match=f"merge: layer '{place}': .*not finite.*Every layer is unmerged"):
+            call(model)
+        assert not is_merged(model)
+        assert weights(model) == before
+        assert trace(model) == tracked
+    with torch.no_grad():
+        model[place].lora_B[3] = 0.0
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "lightning_lora: merged 16-bit weights", UserWarning)
+        merge(model)
+    assert is_merged(model)
+
+
+@pytest.mark.parametrize("change", ["cast", "load"])
+def test_a_change_after_which_nothing_can_be_merged_names_the_layer_and_how_to_go_on(change):
+    model, large = stack(), torch.full((8, 8), 3e38)
+    with torch.no_grad():
+        model[4].lora_A[:], model[4].lora_B[:] = 1.0, 1e37  # delta 8e37: beyond float16, and beyond float32 beside 3e38
+    expected = copy.deepcopy(model).half() if change == "cast" else copy.deepcopy(model)
+    merge(model)
+    with pytest.raises(LoRAError, match=r"LoRALinear\(.*was merged when.*not finite.*call unmerge\(model\)"):
+        model.half() if change == "cast" else model.load_state_dict({"4.weight": large}, strict=False)
+    unmerge(model)
+    assert weights(model[:4]) == weights(expected[:4])
+    assert same(model[4].weight, expected[4].weight if change == "cast" else large)
+
+
+def test_a_failure_with_some_layers_merged_before_unmerges_those_too():
+    model = stack()
+    before = weights(model)
+    merge(model[:3])
+    with torch.no_grad():
+        model[5].lora_A.fill_(float("nan"))
+    with pytest.raises(LoRAError, match="layer '5'"):
+        merge(model)
+    assert not is_merged(model)
+    assert {n: b for n, b in weights(model).items() if n != "5.lora_A"} == {
+        n: b for n, b in before.items() if n != "5.lora_A"
+    }
+
+
+def test_a_weight_changed_while_merged_is_named_and_the_others_are_restored(monkeypatch):
+    monkeypatch.setattr(MERGE, "COPY_BUDGET", 0)  # where plain copies are kept, the change is simply undone
+    model = stack()
+    before = weights(model)
+    merge(model)
+    with torch.no_grad():
+        model[2].weight[0, 0] += 1
+    with pytest.raises(LoRAError, match=r"unmerge: layer '2': .*not bit for bit"):
+        unmerge(model)
+    assert not is_merged(model)
+    assert {n for n, b in weights(model).items() if b != before[n]} == {"2.weight"}
+    with pytest.raises(LoRAError, match="could not be restored"):
+        model.state_dict()
+
+
+# --- Ctrl-C ---
+
+
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Python's own handler, which a process in the background has not."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
+def interrupting(monkeypatch: pytest.MonkeyPatch, method: str, call: int) -> None:
+    """The given call of a layer's method is interrupted half way."""
+    original, calls = getattr(LoRALinear, method), []
+
+    def patched(self: Any, *args: Any, **kwargs: Any) -> None:
+        calls.append(self)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGINT)
+        original(self, *args, **kwargs)
+
+    monkeypatch.setattr(LoRALinear, method, patched)
+
+
+@pytest.mark.usefixtures("ctrl_c")
+@pytest.mark.parametrize("call", [1, 4, 8])
+def test_ctrl_c_waits_until_the_merge_is_complete(monkeypatch, call):
+    model = stack()
+    before = weights(model)
+    interrupting(monkeypatch, "merge_", call)
+    with pytest.raises(KeyboardInterrupt):
+        merge(model)
+    assert all(layer.lora.merged for layer in model)
+    unmerge(model)
+    assert weights(model) == before
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.usefixtures("ctrl_c")
+@pytest.mark.parametrize("call", [1, 8])
+def test_ctrl_c_waits_until_unmerging_is_complete(monkeypatch, call):
+    model = stack()
+    before = weights(model)
+    merge(model)
+    interrupting(monkeypatch, "unmerge_", call)
+    with pytest.raises(KeyboardInterrupt):
+        unmerge(model)
+    assert not any(layer.lora.merged for layer in model)
+    assert weights(model) == before
+
+
+@pytest.mark.usefixtures("ctrl_c")
+@pytest.mark.parametrize("call", [1, 8])
+def test_ctrl_c_while_merged_is_entered_leaves_the_model_as_it_was(monkeypatch, call):
+    model = stack()
+    before = trace(model)
+    interrupting(monkeypatch, "merge_", call)
+    with pytest.raises(KeyboardInterrupt), merged(model):
+        pytest.fail("the interrupt was lost")
+    assert trace(model) == before
+
+
+@pytest.mark.usefixtures("ctrl_c")
+def test_the_users_own_handler_gets_the_interrupt(monkeypatch):
+    model, caught = stack(), []
+    interrupting(monkeypatch, "merge_", 2)
+    previous = signal.signal(signal.SIGINT, lambda number, frame: caught.append(is_merged(model)))
+    try:
+        merge(model)
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    assert caught == [True]
+
+
+def test_a_default_handler_ends_the_process():
+    program = (
+        "import os, signal, torch; from torch import nn; from lightning_lora import LoRAConfig, inject, merge; "
+        "from lightning_lora.nn.linear import LoRALinear as L; original = L.merge_; "
+        "L.merge_ = lambda self, **k: (os.kill(os.getpid(), signal.SIGINT), original(self, **k))[1]; "
+        "model = nn.Sequential(nn.Linear(3, 3)); inject(model, LoRAConfig(r=1)); "
+        "signal.signal(signal.SIGINT, signal.SIG_DFL); merge(model); print('survived')"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert run.returncode == -signal.SIGINT, run.stderr
+    assert not run.stdout
+
+
+# --- memory ---
+
+
+def test_small_weights_are_kept_as_copies_up_to_64_mb_in_all():
+    size = 2048  # 16 MiB a weight
+    model = nn.Sequential(*(nn.Linear(size, size, bias=False) for _ in range(5)), nn.Linear(8, 8))
+    inject(model, LoRAConfig(r=1))
+    randomise_(model, 1e-3)
+    before = [layer.weight.detach().clone() for layer in model]
+    merge(model)
+    copies = [layer for layer in model if layer.lora.records["weight"].copy is not None]
+    assert model[5] in copies  # smallest first
+    held = sum(layer.lora.records["weight"].copy.nbytes for layer in copies)
+    assert 64 * 2**20 - 16 * 2**20 < held <= 64 * 2**20
+    unmerge(model)
+    assert all(same(layer.weight.detach(), weight) for layer, weight in zip(model, before, strict=True))
+
+
+def test_the_budget_counts_what_is_kept_already(monkeypatch):
+    model = stack()
+    one = model[0].weight.nbytes
+    monkeypatch.setattr(MERGE, "COPY_BUDGET", 3 * one)
+    merge(model[4:6])
+    merge(model)
+    assert sum(layer.lora.records["weight"].copy is not None for layer in model) == 3

@@ -1,0 +1,241 @@
+"""State dicts for saving: what training can change, and plain merged weights; neither touches the model."""
+
+from __future__ import annotations
+
+import io
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from lightning_lora import LoRAConfig, LoRAError, adapter_state_dict, inject, merge, merged, merged_state_dict
+from lightning_lora.adapter.fingerprint import check_fingerprint, fingerprint
+from support.models import ZOO_LAYERS, Zoo, bits, randomise_, same, state_bits, tokens, trace, train, zoo_config
+
+FACTORS = [f"{layer}.{factor}" for layer in ZOO_LAYERS for factor in ("lora_A", "lora_B")]
+BUFFERS = [f"body.1.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")]
+
+
+def trained_zoo(**options: Any) -> Zoo:
+    torch.manual_seed(1)  # the base that fresh_zoo has too
+    model = Zoo()
+    inject(model, zoo_config(**options))
+    train(model)
+    return model.eval()
+
+
+def fresh_zoo() -> Zoo:
+    torch.manual_seed(1)
+    return Zoo().eval()
+
+
+@pytest.mark.parametrize(
+    ("options", "trained"),
+    [
+        ({"modules_to_save": None, "bias": "none"}, []),
+        ({}, ["conv.bias", "body.0.bias", "body.3.bias", "head.weight", "head.bias"]),
+        (
+            {"modules_to_save": None, "bias": "all"},
+            ["conv.bias", "norm.bias", "body.0.bias", "body.1.bias", "body.3.bias", "head.bias"],
+        ),
+    ],
+)
+def test_adapter_state_dict_is_all_that_training_changes(options, trained):
+    model = trained_zoo(**options)
+    state = adapter_state_dict(model)
+    assert sorted(state) == sorted([*FACTORS, *BUFFERS, *trained])
+    assert list(state) == [name for name in model.state_dict() if name in state]
+    base = {name: bits(tensor) for name, tensor in fresh_zoo().state_dict().items()}
+    now = state_bits(model)
+    assert {name for name in base if base[name] != now[name]} <= state.keys()
+
+
+@pytest.mark.parametrize("found", ["unmerged", "merged"])
+def test_neither_state_dict_touches_the_model(found):
+    model = trained_zoo()
+    merge(model) if found == "merged" else None
+    before = trace(model)
+    live = dict(model.named_parameters()) | dict(model.named_buffers())
+    for name, tensor in adapter_state_dict(model).items():
+        assert not tensor.requires_grad
+        assert tensor.data_ptr() == live[name].data_ptr()  # a view, no copy
+    for name, tensor in merged_state_dict(model).items():
+        assert not tensor.requires_grad
+        assert (tensor.data_ptr() == live[name].data_ptr()) == (name.removesuffix(".weight") not in ZOO_LAYERS)
+    assert trace(model) == before
+
+
+def test_both_are_the_same_merged_or_not():
+    model = trained_zoo()
+    unmerged = [
+        {name: bits(tensor) for name, tensor in view(model).items()}
+        for view in (adapter_state_dict, merged_state_dict, lambda m: m.state_dict())
+    ]
+    with merged(model):
+        assert unmerged == [
+            {name: bits(tensor) for name, tensor in view(model).items()}
+            for view in (adapter_state_dict, merged_state_dict, lambda m: m.state_dict())
+        ]
+
+
+def test_the_adapter_on_the_same_base_is_the_trained_model():
+    model, other = trained_zoo(), fresh_zoo()
+    inject(other, zoo_config())
+    assert not other.load_state_dict(adapter_state_dict(model)).missing_keys
+    assert torch.equal(other(tokens()), model(tokens()))
+    assert state_bits(other) == state_bits(model)
+
+
+def test_merged_state_dict_is_a_plain_models():
+    model, plain = trained_zoo(), fresh_zoo()
+    state = merged_state_dict(model)
+    assert list(state) == list(plain.state_dict())
+    plain.load_state_dict(state)
+    torch.testing.assert_close(plain(tokens()), model(tokens()), rtol=1e-5, atol=1e-5)
+    with merged(model):
+        assert torch.equal(plain(tokens()), model(tokens()))
+        for name in ZOO_LAYERS:
+            assert same(state[f"{name}.weight"], model.get_submodule(name).weight.detach())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_merged_weights_are_the_nearest_to_the_exact_sum(dtype):
+    model = nn.Sequential(nn.Linear(40, 30, dtype=dtype))
+    inject(model, LoRAConfig(r=3, lora_alpha=5))
+    randomise_(model)
+    layer = model[0]
+    exact = layer.weight.double() + layer.lora_B.double() @ layer.lora_A.double() * (5 / 3)
+    found = merged_state_dict(model)["0.weight"]
+    if dtype == torch.float64:
+        torch.testing.assert_close(found, exact, rtol=1e-15, atol=1e-16)
+    else:
+        assert torch.equal(found, exact.to(dtype))
+
+
+@pytest.mark.parametrize("verb", [adapter_state_dict, merged_state_dict])
+def test_a_model_without_injection_is_an_error(verb):
+    with pytest.raises(LoRAError, match=r"state_dict: Zoo was not injected; call inject\(model, LoRAConfig"):
+        verb(Zoo())
+
+
+@pytest.mark.parametrize("found", ["unmerged", "merged"])
+def test_merged_weights_that_cannot_express_the_adapter_are_refused(found):
+    model = nn.ModuleDict({"embed": nn.Embedding(5, 4, max_norm=1.0), "mid": nn.Linear(4, 4)})
+    inject(model, LoRAConfig(r=1, target_modules=["embed", "mid"]))
+    merge(model) if found == "merged" else None
+    with pytest.raises(LoRAError, match=r"'embed': max_norm renormalises.*exclude_modules=\['embed'\]"):
+        merged_state_dict(model)
+    assert adapter_state_dict(model).keys() == {f"{n}.{f}" for n in ("embed", "mid") for f in ("lora_A", "lora_B")}
+
+
+class Around(nn.Module):
+    """A module around the injected one, with a trainable layer, a buffer and state of its own."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.again = inner  # under a second name
+        self.top = nn.Linear(2, 2)
+        self.frozen = nn.Linear(2, 2).requires_grad_(False)
+        self.register_buffer("count", torch.tensor(3))
+        self.register_buffer("scratch", torch.tensor(1.0), persistent=False)
+        self.note = "first"
+
+    def get_extra_state(self) -> dict[str, str]:
+        return {"note": self.note}
+
+    def set_extra_state(self, state: dict[str, str]) -> None:
+        self.note = state["note"]
+
+
+def test_names_are_relative_to_the_model_that_is_asked():
+    model = Around(trained_zoo())
+    inner = adapter_state_dict(model.inner)
+    state = adapter_state_dict(model)
+    around = {"top.weight", "top.bias", "count", "_extra_state"}
+    assert state.keys() == around | {f"{path}.{name}" for path in ("inner", "again") for name in inner}
+    assert state["_extra_state"] == {"note": "first"}
+    weights = merged_state_dict(model)
+    assert list(weights) == [name for name in model.state_dict() if "lora_" not in name]
+    for name in ZOO_LAYERS:
+        assert same(weights[f"inner.{name}.weight"], weights[f"again.{name}.weight"])
+    other = Around(fresh_zoo())
+    inject(other.inner, zoo_config())
+    other.load_state_dict(model.state_dict())
+    assert state_bits(other.inner) == state_bits(model.inner)
+
+
+def test_an_averaged_copy_has_its_own():
+    model = trained_zoo()
+    average = AveragedModel(model)
+    average.update_parameters(model)
+    state = adapter_state_dict(average)
+    assert state.keys() == {"n_averaged", *(f"module.{name}" for name in adapter_state_dict(model))}
+    with torch.no_grad():
+        model.conv.lora_A.add_(1)
+    average.update_parameters(model)
+    average.update_parameters(model)
+    assert not same(adapter_state_dict(average)["module.conv.lora_A"], adapter_state_dict(model)["conv.lora_A"])
+    plain = merged_state_dict(average)
+    assert {f"module.{name}" for name in fresh_zoo().state_dict()} | {"n_averaged"} == plain.keys()
+
+
+# --- which base ---
+
+
+def test_the_fingerprint_is_of_frozen_parameters_and_plain():
+    model = trained_zoo()
+    found = fingerprint(model)
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert found.keys() == frozen
+    assert json.loads(json.dumps(found)) == found
+    buffer = io.BytesIO()
+    torch.save(found, buffer)
+    buffer.seek(0)
+    assert torch.load(buffer, weights_only=True) == found
+    with merged(model):
+        assert fingerprint(model) == found
+    assert len(json.dumps(found)) < 300 * len(found)
+
+
+@pytest.mark.parametrize("found", ["unmerged", "merged"])
+def test_the_same_base_fits_and_a_changed_one_is_named(found):
+    model = trained_zoo()
+    expected = fingerprint(model)
+    merge(model) if found == "merged" else None
+    check_fingerprint(model, expected)
+    for name in expected:
+        other = trained_zoo()
+        parameter = other.get_parameter(name)
+        with torch.no_grad():
+            parameter.mul_(1.05)
+        merge(other) if found == "merged" else None
+        if parameter.any():
+            with pytest.raises(LoRAError, match=f"another base: values of '{name}' were"):
+                check_fingerprint(other, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_the_same_base_in_another_dtype_fits(dtype):
+    model = trained_zoo()
+    expected = fingerprint(model)
+    cast = trained_zoo().to(dtype)
+    check_fingerprint(cast, expected)
+    check_fingerprint(model, fingerprint(cast))
+    with torch.no_grad():
+        cast.conv.weight.mul_(1.05)
+    with pytest.raises(LoRAError, match=r"values of 'conv\.weight'"):
+        check_fingerprint(cast, expected)
+
+
+def test_a_value_that_is_not_a_number_equals_itself_alone():
+    model, broken = trained_zoo(), trained_zoo()
+    with torch.no_grad():
+        broken.norm.weight[0] = float("nan")
+    check_fingerprint(broken, fingerprint(broken))
+    for one, other in ((model, broken), (broken, model)):
+        with pytest.raises(LoRAError, match=r"values of 'norm\.weight'"):
+            check_fingerprint(one, fingerprint(other))

@@ -1,0 +1,232 @@
+"""Which modules an option names: PEFT's rules on random names and on transformers models; what names nothing."""
+
+from __future__ import annotations
+
+import logging
+import re
+
+import peft
+import pytest
+import torch
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import nn
+
+from lightning_lora import LoRAConfig, LoRAError, inject
+from lightning_lora.model.targets import Targets
+from lightning_lora.nn.tied_weights import tied_weights
+from support.models import Zoo, zoo_config
+
+SEGMENTS = ["a", "b", "ab", "0", "1", "q"]
+NAMES = st.lists(st.sampled_from(SEGMENTS), min_size=1, max_size=4).map(".".join)
+REGEXES = st.sampled_from([r".*\.a", r"a|b", r".*", r"(a|b)\.\d+(\..*)?", r".*q", r"a.b", r".*b\.[^.]+"])
+
+
+def tree(names: list[str]) -> nn.Module:
+    """A model in which each name and each of its dotted prefixes is a linear layer."""
+    root = nn.Module()
+    for name in names:
+        module = root
+        for segment in name.split("."):
+            if segment not in module._modules:
+                module.add_module(segment, nn.Linear(1, 1))
+            module = module._modules[segment]
+    return root
+
+
+@given(
+    names=st.lists(NAMES, min_size=1, max_size=6),
+    targets=st.lists(NAMES, min_size=1, max_size=3) | REGEXES,
+    excluded=st.none() | st.lists(NAMES, min_size=1, max_size=2) | REGEXES,
+    saved=st.none() | st.lists(NAMES, min_size=1, max_size=2),
+)
+def test_targets_and_exclusions_match_as_in_peft(names, targets, excluded, saved):
+    model = tree(names)
+    theirs = peft.LoraConfig(target_modules=targets, exclude_modules=excluded, modules_to_save=saved)
+    expected = [n for n, _ in model.named_modules() if n and check_target_module_exists(theirs, n)]
+    ours = LoRAConfig(target_modules=targets, exclude_modules=excluded, modules_to_save=saved)
+    assert list(Targets(model, ours).layers) == expected
+
+
+def gpt2() -> nn.Module:
+    config = transformers.GPT2Config(vocab_size=20, n_positions=8, n_embd=8, n_layer=2, n_head=2)
+    return transformers.GPT2LMHeadModel(config)
+
+
+def bert() -> nn.Module:
+    return transformers.BertForMaskedLM(
+        transformers.BertConfig(
+            vocab_size=20, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16
+        )
+    )
+
+
+def llama() -> nn.Module:
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=20, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16
+        )
+    )
+
+
+def classifier() -> nn.Module:
+    return transformers.BertForSequenceClassification(bert().config)
+
+
+@pytest.mark.parametrize(
+    ("build", "targets"),
+    [
+        (gpt2, "all-linear"),
+        (bert, "all-linear"),
+        (llama, "all-linear"),
+        (classifier, "all-linear"),
+        (gpt2, ["c_attn", "mlp.c_fc"]),
+        (gpt2, ["wte", "c_proj"]),
+        (gpt2, r".*\.h\.1\..*c_(attn|fc)"),
+        (bert, ["query", "attention.output.dense"]),
+        (bert, r"bert\.encoder\..*(query|value)"),
+        (llama, ["q_proj", "v_proj"]),
+        (llama, r".*layers\.[01]\.mlp\.(up|down)_proj"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")  # PEFT's remark on Conv1D
+def test_layers_of_transformers_models_are_those_of_peft(build, targets):
+    expected = peft.LoraModel(build(), peft.LoraConfig(target_modules=targets), "default").targeted_module_names
+    assert sorted(inject(build(), LoRAConfig(target_modules=targets))) == sorted(expected) != []
+
+
+class Wrapped(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.extra = nn.Linear(2, 2)
+
+
+@pytest.mark.parametrize("build", [gpt2, bert, llama])
+def test_all_linear_finds_the_head_of_a_model_inside(build, caplog):
+    caplog.set_level(logging.INFO, logger="lightning_lora")
+    alone = inject(build(), LoRAConfig())
+    head = {gpt2: "lm_head", bert: "cls.predictions.decoder", llama: "lm_head"}[build]
+    assert head not in alone
+    assert f"{head} is left out of 'all-linear': it is the output head" in caplog.text
+    assert inject(Wrapped(build()), LoRAConfig()) == [f"inner.{name}" for name in alone] + ["extra"]
+
+
+class Tied(nn.Module):
+    """An embedding whose weight is the output layer's, and a layer that two names share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(6, 4)
+        self.mid = nn.Linear(4, 4)
+        self.out = nn.Linear(4, 6)
+        self.out.weight = self.embed.weight
+
+
+def test_all_linear_leaves_out_a_tied_weight_and_logs_the_owner(caplog):
+    caplog.set_level(logging.INFO, logger="lightning_lora")
+    assert inject(Tied(), LoRAConfig()) == ["mid"]
+    assert "out is left out of 'all-linear': its weight is also embed.weight" in caplog.text
+
+
+def views() -> dict[str, tuple[nn.Parameter, nn.Parameter, bool]]:
+    whole = torch.randn(8, 4)
+    square = torch.randn(4, 4)
+    shared = nn.Parameter(torch.randn(4, 4))
+    return {
+        "one parameter": (shared, shared, True),
+        "the whole and its first rows": (nn.Parameter(whole), nn.Parameter(whole[:4]), True),
+        "overlapping rows": (nn.Parameter(whole[:5]), nn.Parameter(whole[4:]), True),
+        "a transposed view": (nn.Parameter(square), nn.Parameter(square.T), True),
+        "separate rows of one storage": (nn.Parameter(whole[:4]), nn.Parameter(whole[4:]), False),
+        "equal values": (nn.Parameter(square.clone()), nn.Parameter(square.clone()), False),
+    }
+
+
+@pytest.mark.parametrize("case", views())
+def test_ties_are_a_matter_of_memory(case):
+    one, other, tied = views()[case]
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    model[0].weight, model[2].weight = one, other
+    expected = {model[0]: "2.weight", model[2]: "0.weight"} if tied else {}
+    assert tied_weights(model) == expected
+    assert inject(model, LoRAConfig(r=1)) == (["1"] if tied else ["0", "1", "2"])
+
+
+def test_ties_among_three_owners_and_on_the_meta_device():
+    first, second, third = (nn.Linear(4, 4) for _ in range(3))
+    first.weight = second.weight = third.weight
+    assert set(tied_weights(nn.Sequential(first, second, third))) == {first, second, third}
+    with torch.device("meta"):
+        model = Tied()
+    assert set(tied_weights(model)) == {model.embed, model.out}
+
+
+def test_a_layer_registered_twice_is_adapted_once():
+    layer = nn.Linear(4, 4)
+    assert inject(nn.ModuleDict({"one": layer, "two": layer, "rest": nn.Linear(4, 4)}), LoRAConfig(r=1)) == [
+        "one",
+        "rest",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"target_modules": ["body.0", "bodi.3"]}, "target_modules: 'bodi.3' names no layer to adapt; did you mean"),
+        ({"target_modules": r"body\.7"}, r"target_modules: 'body\\.7' names no layer to adapt"),
+        ({"exclude_modules": ["convv"]}, "exclude_modules: 'convv' names no layer to adapt; did you mean 'conv'"),
+        ({"exclude_modules": ["body"]}, "exclude_modules: 'body' names no layer to adapt"),  # a container
+        ({"exclude_modules": r"body\.[7-9]"}, "exclude_modules"),
+        ({"modules_to_save": ["haed"]}, "modules_to_save: 'haed' names no module; did you mean 'head'"),
+        ({"rank_pattern": {"convs": 4}}, "rank_pattern: 'convs' names no adapted layer; did you mean 'conv'"),
+        ({"rank_pattern": {"head": 4}}, "rank_pattern: 'head' names no adapted layer"),  # saved, not adapted
+        ({"alpha_pattern": {"onv": 4}}, "alpha_pattern: 'onv' names no adapted layer; did you mean 'conv'"),
+        ({"alpha_pattern": {"body": 4}}, "alpha_pattern: 'body' names no adapted layer"),
+        ({"enable_lora": {"body.00": [True]}}, "enable_lora: 'body.00' names no layer to adapt; did you mean 'body.0'"),
+    ],
+)
+def test_an_entry_that_names_nothing_is_an_error_with_near_misses(options, complaint):
+    with pytest.raises(LoRAError, match=r"^LoRA on Zoo: ") as caught:
+        inject(Zoo(), zoo_config(**options))
+    assert complaint in str(caught.value)
+
+
+def test_all_entries_that_name_nothing_come_in_one_error():
+    options = {
+        "target_modules": ["embed", "t1"],
+        "exclude_modules": ["x1"],
+        "modules_to_save": ["s1"],
+        "rank_pattern": {"r1": 2, "embed": 3},
+        "alpha_pattern": {"p1": 2},
+        "enable_lora": {"e1": [True]},
+    }
+    with pytest.raises(LoRAError) as caught:
+        inject(Zoo(), zoo_config(**options))
+    assert re.findall(r"(\w+): '(\w1)'", str(caught.value)) == [
+        ("target_modules", "t1"),
+        ("exclude_modules", "x1"),
+        ("modules_to_save", "s1"),
+        ("enable_lora", "e1"),
+        ("rank_pattern", "r1"),
+        ("alpha_pattern", "p1"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"target_modules": ["conv"], "exclude_modules": ["conv"]}, {"target_modules": ["head"]}],
+    ids=["excluded", "saved"],
+)
+def test_options_that_leave_nothing_to_adapt_are_an_error(options):
+    with pytest.raises(LoRAError, match="leaves no layer to adapt"):
+        inject(Zoo(), zoo_config(**options))
+
+
+def test_near_misses_of_nothing_show_what_there_is():
+    with pytest.raises(LoRAError, match=r"'zzzzz' names no layer to adapt; there are 'embed', 'conv', 'body\.0', \.\."):
+        inject(Zoo(), zoo_config(target_modules=["zzzzz"]))
+    with pytest.raises(LoRAError, match="leaves no layer to adapt"):
+        inject(nn.Sequential(nn.ReLU()), LoRAConfig())

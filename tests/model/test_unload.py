@@ -1,0 +1,249 @@
+"""Out again: unload, merge_and_unload, disable_adapter, and loralib's habit of merging by mode."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_lora import (
+    LoRAConfig,
+    LoRAError,
+    adapter_state_dict,
+    disable_adapter,
+    inject,
+    is_merged,
+    merge,
+    merge_and_unload,
+    merged,
+    merged_state_dict,
+    unload,
+    unmerge,
+)
+from support.models import ZOO_LAYERS, Stubborn, Zoo, bits, randomise_, state_bits, tokens, trace, train, zoo_config
+
+TRAINED = ["head.weight", "head.bias", "conv.bias", "body.0.bias", "body.1.running_mean", "body.1.num_batches_tracked"]
+
+
+def trained_zoo() -> tuple[Zoo, dict[str, bytes], torch.Tensor]:
+    """A trained model, its state dict from before injection and its output in evaluation mode from before training."""
+    model = Zoo()
+    before = state_bits(model)
+    output = model.eval()(tokens())
+    inject(model, zoo_config())
+    train(model)
+    changed = [name for name, value in state_bits(model).items() if before.get(name, value) != value]
+    assert set(TRAINED) <= set(changed)  # the test would say nothing about what did not change
+    return model, before, output
+
+
+@pytest.mark.parametrize("state", ["fresh", "merged", "trained", "trained and merged", "by mode"])
+def test_unload_brings_back_everything(state):
+    model = Stubborn(nn.Linear(4, 4))
+    model.zoo.norm.weight.requires_grad_(False)
+    before = trace(model)
+    config = zoo_config(target_modules=[*ZOO_LAYERS, "linear1", "out_proj"], bias="all")
+    inject(model, config, merge_weights=state == "by mode")
+    if "trained" in state:
+        train_part(model)
+    if "merged" in state:
+        merge(model)
+    if state == "by mode":
+        train_part(model)
+        model.eval()
+        assert is_merged(model)
+    unload(model)
+    model.train()
+    assert trace(model) == before
+    with pytest.raises(LoRAError, match=r"unload: Stubborn was not injected; call inject\(model"):
+        unload(model)
+
+
+def train_part(model: Stubborn) -> None:
+    train(model.zoo)
+    assert bits(model.zoo.body[1].running_mean) != bits(torch.zeros(8))
+
+
+def test_unload_and_inject_again_starts_anew():
+    model, before, output = trained_zoo()
+    unload(model)
+    assert torch.equal(model.eval()(tokens()), output)
+    inject(model, zoo_config(target_modules=["conv"], modules_to_save=None))
+    unload(model)
+    assert state_bits(model) == before
+
+
+def test_merge_and_unload_leaves_a_plain_model():
+    model, _, _ = trained_zoo()
+    expected = model.eval()(tokens())
+    weights = merged_state_dict(model)
+    untouched = Zoo().eval()
+    assert merge_and_unload(model) is model
+    assert [type(m) for m in model.modules()] == [type(m) for m in untouched.modules()]
+    assert [(n, p.shape, p.requires_grad) for n, p in model.named_parameters()] == [
+        (n, p.shape, p.requires_grad) for n, p in untouched.named_parameters()
+    ]
+    assert {n: vars(m).keys() for n, m in model.named_modules()} == {
+        n: vars(m).keys() for n, m in untouched.named_modules()
+    }
+    assert state_bits(model) == {name: bits(tensor) for name, tensor in weights.items()}
+    torch.testing.assert_close(model(tokens()), expected, rtol=1e-5, atol=1e-5)
+    untouched.load_state_dict(model.state_dict())
+    assert torch.equal(untouched(tokens()), model(tokens()))
+
+
+@pytest.mark.parametrize("before", ["merged", "unmerged"])
+def test_merge_and_unload_of_what_cannot_be_merged_leaves_the_model_as_it_was(before):
+    model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
+    model["b"].weight = model["a"].weight
+    inject(model, LoRAConfig(r=1, target_modules=["a"]))
+    merge(model) if before == "merged" else None
+    was = trace(model)
+    with pytest.raises(LoRAError, match=r"'a': its weight is also b\.weight\. Leave the layer out"):
+        merge_and_unload(model)
+    assert trace(model) == was
+    with pytest.raises(LoRAError, match="merge_and_unload: Zoo was not injected"):
+        merge_and_unload(Zoo())
+
+
+def test_merge_and_unload_refuses_a_weight_that_is_not_finite():
+    model, _, _ = trained_zoo()
+    with torch.no_grad():
+        model.conv.lora_B.fill_(float("inf"))
+    was = trace(model)
+    with pytest.raises(LoRAError, match="layer 'conv'"):
+        merge_and_unload(model)
+    assert trace(model) == was
+
+
+@pytest.mark.parametrize("found", ["unmerged", "merged"])
+def test_disable_adapter_is_the_model_before_training_exactly(found):
+    model, _, output = trained_zoo()
+    model.eval()
+    merge(model) if found == "merged" else None
+    was, effect = trace(model), model(tokens())
+    assert not torch.allclose(effect, output, atol=1e-2)
+    with disable_adapter(model) as inside:
+        assert inside is model
+        assert torch.equal(model(tokens()), output)
+        with disable_adapter(model):
+            assert torch.equal(model(tokens()), output)
+        assert torch.equal(model(tokens()), output)
+    now = trace(model)
+    for part in ("parameters", "buffers", "state", *(["modules"] if found == "unmerged" else [])):
+        assert now[part] == was[part]  # a merge makes its records anew
+    assert is_merged(model) == (found == "merged")
+    assert torch.equal(model(tokens()), effect)
+
+
+@pytest.mark.parametrize("found", ["unmerged", "merged"])
+@pytest.mark.parametrize("verb", [merge, unmerge, lambda model: merged(model).__enter__(), lambda model: model.eval()])
+def test_merging_inside_disable_adapter_does_not_bring_the_adapter_back(found, verb):
+    model, _, output = trained_zoo()
+    unload(model)
+    inject(model, zoo_config(), merge_weights=True)
+    train(model)
+    expected = copy.deepcopy(model).eval()(tokens())
+    model.eval() if found == "merged" else None
+    with disable_adapter(model):
+        verb(model)
+        model.eval()
+        assert torch.equal(model(tokens()), output)
+    model.eval()
+    torch.testing.assert_close(model(tokens()), expected, rtol=1e-5, atol=1e-5)
+    assert is_merged(model)
+
+
+@pytest.mark.parametrize("found", ["unmerged", "merged"])
+def test_disable_adapter_ends_with_an_exception_too(found):
+    model, _, output = trained_zoo()
+    model.eval()
+    merge(model) if found == "merged" else None
+    effect = model(tokens())
+    with pytest.raises(RuntimeError, match="inside"), disable_adapter(model), disable_adapter(model):
+        raise RuntimeError("inside")
+    assert is_merged(model) == (found == "merged")
+    assert torch.equal(model(tokens()), effect)
+    with disable_adapter(model):
+        assert torch.equal(model(tokens()), output)
+
+
+def test_disable_adapter_keeps_what_training_reached():
+    model, _, _ = trained_zoo()
+    state = {name: bits(tensor) for name, tensor in adapter_state_dict(model).items()}
+    for _ in range(3):
+        with disable_adapter(model):
+            model.eval()(tokens())
+    assert {name: bits(tensor) for name, tensor in adapter_state_dict(model).items()} == state
+
+
+def test_what_another_hand_unfroze_is_brought_back_too():
+    model = Zoo()
+    before, output = state_bits(model), model.eval()(tokens())
+    inject(model, zoo_config())
+    model.norm.weight.requires_grad_(True)
+    model.body[3].weight.requires_grad_(True)  # an adapted layer's own weight
+    with pytest.warns(UserWarning, match=r"unfrozen after injection \(norm.weight, body.3.weight\); they are saved"):
+        assert {"norm.weight", "body.3.weight"} <= adapter_state_dict(model).keys()
+    train(model)
+    assert bits(model.body[3].weight) != before["body.3.weight"]
+    with disable_adapter(model.eval()):
+        assert torch.equal(model(tokens()), output)
+    unload(model)
+    assert state_bits(model) == before
+
+
+def test_merge_weights_merges_in_evaluation_mode_at_the_root():
+    model = Zoo()
+    inject(model, zoo_config(), merge_weights=True)
+    assert not is_merged(model)
+    train(model)
+    weights, factored = state_bits(model), copy.deepcopy(model)
+    vars(factored).pop("train")
+    expected = factored.eval()(tokens())
+    for _ in range(2):
+        assert model.eval() is model
+        assert is_merged(model)
+        torch.testing.assert_close(model(tokens()), expected, rtol=1e-5, atol=1e-5)
+        assert model.train() is model
+        assert not is_merged(model)
+        assert state_bits(model) == weights
+    model.body.eval()  # a part in evaluation mode, as of a frozen backbone, goes on training
+    assert not is_merged(model)
+    nn.Sequential(model).eval()
+    assert not model.training
+
+
+def test_merge_weights_is_all_or_nothing():
+    model = Zoo()
+    inject(model, zoo_config(), merge_weights=True)
+    randomise_(model)
+    weights = state_bits(model)
+    with torch.no_grad():
+        model.body[3].lora_A[0, 0] = float("nan")
+    with pytest.raises(LoRAError, match=r"layer 'body\.3'"):
+        model.eval()
+    assert not is_merged(model)
+    assert not model.training
+    assert bits(model.conv.weight) == weights["conv.weight"]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("training", [True, False])
+def test_merge_weights_follows_a_copy(copied: Callable[[nn.Module], nn.Module], training):
+    model = Zoo()
+    inject(model, zoo_config(), merge_weights=True)
+    randomise_(model)
+    model.train(training)
+    other = copied(model)
+    assert is_merged(other) != training
+    other.train(not training)
+    assert is_merged(other) == training
+    assert is_merged(model) != training
+    unload(other)
+    assert "train" not in vars(other)
+    assert "train" in vars(model)

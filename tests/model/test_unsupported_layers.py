@@ -1,0 +1,116 @@
+"""Layers that cannot be adapted are refused with the reason, and leave the model as it was."""
+
+from __future__ import annotations
+
+import loralib
+import peft
+import pytest
+import torch
+from torch import nn
+
+from lightning_lora import LoRAConfig, LoRAError, inject
+from support.models import Stubborn, Zoo, trace, zoo_config
+
+
+def _patched() -> nn.Module:
+    layer = nn.Linear(4, 4)
+    layer.forward = lambda x: x  # type: ignore[method-assign]
+    return layer
+
+
+def _integers() -> nn.Module:
+    layer = nn.Linear(4, 4)
+    layer.weight = nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
+    return layer
+
+
+class ForeignLora(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self.lora_A = nn.Parameter(torch.zeros(1, 4))
+
+
+def _old_weight_norm() -> nn.Module:
+    with pytest.warns(FutureWarning):
+        return nn.utils.weight_norm(nn.Linear(4, 4))
+
+
+def _parametrized_bias() -> nn.Module:
+    layer = nn.Linear(4, 4)
+    nn.utils.parametrize.register_parametrization(layer, "bias", nn.Identity())
+    return layer
+
+
+REFUSED = {
+    "weight_norm": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), "computed from others"),
+    "parametrized bias": (_parametrized_bias, r"computed from others \(weight_norm, parametrize\)"),
+    "old weight_norm": (_old_weight_norm, "computed from others"),
+    "spectral_norm": (lambda: nn.utils.parametrizations.spectral_norm(nn.Conv2d(2, 2, 3)), "computed from others"),
+    "forward on the instance": (_patched, "its forward is replaced on the instance of Linear"),
+    "integer weight": (_integers, r"its weight is torch\.int8"),
+    "foreign lora_A": (ForeignLora, "has a lora_A of another library"),
+    "container": (lambda: nn.Sequential(nn.ReLU(), nn.Linear(2, 2)), r"a Sequential cannot be adapted.*'1'"),
+    "no weight": (nn.ReLU, "a ReLU cannot be adapted"),
+    "norm": (lambda: nn.LayerNorm(4), "a LayerNorm cannot be adapted"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.parametrize("merge_weights", [True, False])
+def test_a_layer_that_cannot_be_adapted_is_refused_with_the_reason_and_no_trace(case, merge_weights):
+    build, reason = REFUSED[case]
+    model = Stubborn(build())
+    before = trace(model)
+    targets = ["embed", "body.0", "linear1", "out_proj", "last"]
+    with pytest.raises(LoRAError, match=f"inject: 'last': .*{reason}") as caught:
+        inject(model, LoRAConfig(target_modules=targets, modules_to_save=["head"]), merge_weights=merge_weights)
+    assert "exclude_modules=['last']" in str(caught.value)  # the remedy, which works:
+    assert trace(model) == before
+    config = LoRAConfig(target_modules=targets, modules_to_save=["head"], exclude_modules=["last"])
+    assert len(inject(model, config)) == 4
+
+
+def test_a_lazy_layer_anywhere_is_refused_until_it_has_a_shape():
+    model = nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(3), nn.LazyBatchNorm1d())
+    before = trace(model)
+    with pytest.raises(LoRAError, match="'1': the LazyLinear has no shape yet; run one batch"):
+        inject(model, LoRAConfig(r=1, target_modules=["0"]))
+    assert trace(model) == before
+    model(torch.zeros(2, 4))
+    assert inject(model, LoRAConfig(r=1)) == ["0", "1"]
+
+
+@pytest.mark.parametrize("foreign", [lambda: loralib.Linear(4, 4, r=2), lambda: loralib.Conv2d(2, 2, 3, r=2)])
+def test_loralib_layers_anywhere_are_refused(foreign):
+    model = nn.ModuleDict({"old": foreign(), "new": nn.Linear(4, 4)})
+    before = trace(model)
+    for targets in (["new"], ["old"], "all-linear", r"old(\.conv)?", ["old.conv", "new"]):
+        with pytest.raises(LoRAError, match="adapters of loralib"):
+            inject(model, LoRAConfig(target_modules=targets, r=1))
+    assert trace(model) == before
+
+
+def test_peft_layers_anywhere_are_refused():
+    model = nn.ModuleDict({"new": nn.Linear(4, 4), "old": nn.Linear(4, 4)})
+    peft.LoraModel(model, peft.LoraConfig(target_modules=["old"], r=2), "default")
+    before = trace(model)
+    with pytest.raises(LoRAError, match="adapters of peft"):
+        inject(model, LoRAConfig(target_modules=["new"], r=1))
+    assert trace(model) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"target_modules": ["embed", "nowhere"]}, "'nowhere'"),
+        ({"rank_pattern": {"nowhere": 2}}, "'nowhere'"),
+        ({"enable_lora": {"body.0": [True, False, True]}}, "3 parts, which do not divide its 8 outputs"),
+        ({"enable_lora": {"conv": [True, False]}}, "enable_lora needs a linear layer, not a Conv1d"),
+    ],
+)
+def test_an_option_that_does_not_fit_leaves_no_trace(options, reason):
+    model = Zoo()
+    before = trace(model)
+    with pytest.raises(LoRAError, match=reason):
+        inject(model, zoo_config(**options), merge_weights=True)
+    assert trace(model) == before

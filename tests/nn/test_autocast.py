@@ -1,0 +1,97 @@
+"""Under autocast on the CPU, in float16 too: there Lightning makes 16-mixed bf16-mixed, a loop of one's own does not.
+
+W, A and B stay in float32, and what torch casts for the base's product is cast for the adapter's.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_lora import LoRAConfig, inject, merge, merge_and_unload, unmerge
+from support.layers import CASES, make_subject, rounding
+from support.models import randomise_
+
+pytestmark = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_outputs_and_gradients_agree_with_float64(name: str, dtype: torch.dtype) -> None:
+    subject = make_subject(name)
+    factors = [subject.layer.lora_A, subject.layer.lora_B]
+    wide = [factor.detach().double().requires_grad_() for factor in factors]
+    sizes = [factor.detach().double().abs().requires_grad_() for factor in factors]
+    wanted, size = subject.reference(*wide), subject.reference(*sizes, magnitudes=True)
+    with torch.autocast("cpu", dtype):
+        output, plain = subject.model(subject.x), subject.plain(subject.x)
+        merge(subject.model)
+        with torch.no_grad():
+            merged_output = subject.model(subject.x)
+        unmerge(subject.model)
+    assert output.dtype == merged_output.dtype == plain.dtype
+    tolerance = rounding(dtype, size)
+    for found in (output, merged_output):
+        assert ((found.double() - wanted).abs() <= tolerance).all()
+    assert not ((plain.double() - wanted).abs() <= tolerance).all()
+
+    upstream = torch.randn(wanted.shape).to(output.dtype)
+    output.backward(upstream)
+    wanted.backward(upstream.double())
+    size.backward(upstream.double().abs())
+    for factor, reference, bound in zip(factors, wide, sizes, strict=True):
+        assert factor.grad is not None
+        assert factor.grad.dtype == torch.float32
+        assert ((factor.grad.double() - reference.grad).abs() <= rounding(dtype, bound.grad)).all()
+
+
+def test_attention(dtype: torch.dtype) -> None:
+    """torch reads the weights of its encoder layer; those of the adapter are in what it reads."""
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True).eval()
+    base = copy.deepcopy(model)
+    inject(model, LoRAConfig(r=2, target_modules=["self_attn", "out_proj", "linear1", "linear2"]))
+    randomise_(model, 0.5)
+    reference = merge_and_unload(copy.deepcopy(model)).double()
+    x = torch.randn(3, 5, 16)
+    wanted = reference(x.double())
+    scale = wanted.abs().max() * torch.finfo(dtype).eps
+    with torch.autocast("cpu", dtype):
+        found, without = model(x), base(x)
+        merge(model)
+        with torch.no_grad():
+            merged_output = model(x)
+    for output in (found, merged_output):
+        assert (output.double() - wanted).abs().max() < 8 * scale
+    assert (without.double() - wanted).abs().max() > 64 * scale
+    found.float().square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for name, p in model.named_parameters() if "lora_" in name)
+
+
+def test_training_with_a_gradient_scaler(dtype: torch.dtype) -> None:
+    """What mixed precision is: scaled losses, float32 factors and steps, and nothing lost that is small."""
+    results = []
+    for mixed in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
+        inject(model, LoRAConfig(r=2, init_lora_weights=False))
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=5e4)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16, enabled=mixed)
+        x = torch.randn(32, 8)
+        for _ in range(5):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", dtype, enabled=mixed):
+                loss = 1e-6 * model(x).float().square().mean()  # whose gradients float16 could not hold unscaled
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            gradients = [p.grad.clone() for p in model.parameters() if p.requires_grad]
+            scaler.step(optimizer)
+            scaler.update()
+        assert scaler.get_scale() == (2.0**16 if mixed else 1.0)  # no step was left out for an overflow
+        results.append(gradients)
+    for found, wanted in zip(*results, strict=True):
+        assert found.dtype == torch.float32
+        assert wanted.any()
+        assert (found - wanted).norm() < 16 * torch.finfo(dtype).eps * wanted.norm()

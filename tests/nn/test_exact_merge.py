@@ -1,0 +1,398 @@
+"""The merge arithmetic: bit-exact in any layout, all or nothing, rounded once, and little is kept beside it."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_lora import LoRAError
+from lightning_lora.nn.exact_merge import (
+    WeightEditedError,
+    merge_weight_,
+    merged_weight,
+    restored_weight,
+    unmerge_weight_,
+)
+from lightning_lora.nn.low_rank import LowRankBlock
+from support.layers import (
+    DTYPES,
+    SHARES,
+    assert_rounded_sum,
+    exact_delta,
+    make_pieces,
+    make_weight,
+    nearest,
+    same_bits,
+    scaling_for,
+)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_two_hundred_cycles_with_changing_factors_restore_every_bit(dtype: torch.dtype, share: float) -> None:
+    weight = torch.nn.Parameter(make_weight((30, 40), dtype))
+    before, address = weight.detach().clone(), weight.data_ptr()
+    for _ in range(200):
+        pieces = make_pieces(weight)
+        kept = merge_weight_(weight, pieces, scaling_for(before, pieces, share))
+        assert not same_bits(weight, before)
+        for piece in pieces:  # what training does to A and B in the meantime
+            piece.left.mul_(-3)
+            piece.right.add_(1)
+        unmerge_weight_(weight, kept)
+        assert same_bits(weight, before)
+    assert weight.data_ptr() == address
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_adding_and_subtracting_alone_would_drift(dtype: torch.dtype) -> None:
+    """The weights of the test above are ones on which a naive unmerge fails, at every size of adapter."""
+    for share in SHARES:
+        before = make_weight((30, 40), dtype)
+        pieces = make_pieces(before)
+        delta = exact_delta(pieces, scaling_for(before, pieces, share), before.shape).to(dtype)
+        assert not same_bits(before.clone().add_(delta).sub_(delta), before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_plain_copy_restores_every_bit_too(dtype: torch.dtype) -> None:
+    weight = make_weight((30, 40), dtype)
+    before, pieces = weight.clone(), make_pieces(weight)
+    kept = merge_weight_(weight, pieces, 0.01, copy=True)
+    assert same_bits(weight, merged_weight(before, pieces, 0.01))
+    weight.zero_()  # a copy needs nothing of what is there, but a change is an error as for kept values
+    with pytest.raises(WeightEditedError, match="was changed while it was merged; the change is undone"):
+        unmerge_weight_(weight, kept)
+    assert same_bits(weight, before)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("copy", [False, True])
+def test_restored_is_a_view_for_saving_that_changes_nothing(copy: bool) -> None:
+    weight = make_weight((30, 40), torch.bfloat16)
+    before, pieces = weight.clone(), make_pieces(weight)
+    kept = merge_weight_(weight, pieces, 0.0005, copy=copy)
+    merged = weight.clone()
+    for _ in range(2):
+        original = restored_weight(weight, kept)
+        assert same_bits(original, before)
+        assert same_bits(weight, merged)
+        original.zero_()
+    unmerge_weight_(weight, kept)
+    assert same_bits(weight, before)
+
+
+LAYOUTS: dict[str, Callable[[torch.dtype], torch.Tensor]] = {
+    "transposed": lambda dtype: make_weight((24, 18), dtype).t(),
+    "strided": lambda dtype: make_weight((40, 60), dtype)[::2, 1::3],
+    "offset": lambda dtype: make_weight((33, 21), dtype)[1:],  # not where a word of eight bytes starts
+    "convolution": lambda dtype: make_weight((12, 6, 3, 3), dtype),
+    "channels_last": lambda dtype: make_weight((12, 6, 3, 3), dtype).to(memory_format=torch.channels_last),
+    "channels_last_3d": lambda dtype: make_weight((8, 4, 2, 3, 2), dtype).to(memory_format=torch.channels_last_3d),
+    "one_element": lambda dtype: make_weight((1, 1), dtype),
+    "odd_bytes": lambda dtype: make_weight((3, 5), dtype),
+}
+
+
+@pytest.mark.parametrize("copy", [False, True])
+@pytest.mark.parametrize("block", [1, 16, 54, 55, 10**6])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_layout_and_any_block_size(
+    layout: str, dtype: torch.dtype, block: int, copy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of one row longer than a block, of several rows, with a rest, and one block for all."""
+    monkeypatch.setattr("lightning_lora.nn.exact_merge.CPU_CHUNK", block)
+    weight = LAYOUTS[layout](dtype)
+    before, strides, pieces = weight.clone(), weight.stride(), make_pieces(weight, r=2)
+    scaling = scaling_for(weight, pieces, 0.05)
+    kept = merge_weight_(weight, pieces, scaling, copy=copy)
+    assert_rounded_sum(weight, before, pieces, scaling)
+    assert same_bits(merged_weight(before, pieces, scaling), weight)
+    assert same_bits(restored_weight(weight, kept), before)
+    unmerge_weight_(weight, kept)
+    assert same_bits(weight, before)
+    assert weight.stride() == strides
+
+
+def test_a_slice_of_a_bigger_tensor_leaves_the_rest_alone() -> None:
+    whole = make_weight((40, 60), torch.bfloat16)
+    before = whole.clone()
+    kept = merge_weight_(whole[::2, 1::3], make_pieces(whole[::2, 1::3]), 1.0)
+    others = torch.ones_like(whole, dtype=torch.bool)
+    others[::2, 1::3] = False
+    assert torch.equal(whole[others], before[others])
+    unmerge_weight_(whole[::2, 1::3], kept)
+    assert same_bits(whole, before)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_several_pieces_change_their_own_parts_only(dtype: torch.dtype) -> None:
+    weight = make_weight((30, 50), dtype)
+    before = weight.clone()
+    pieces = [
+        LowRankBlock(0, 0, torch.randn(10, 3), torch.randn(3, 50)),
+        LowRankBlock(20, 0, torch.randn(10, 2), torch.randn(2, 25)),
+        LowRankBlock(20, 30, torch.randn(10, 4), torch.randn(4, 20)),
+    ]
+    kept = merge_weight_(weight, pieces, 0.01)
+    assert_rounded_sum(weight, before, pieces, 0.01)
+    assert same_bits(weight[10:20], before[10:20])
+    assert same_bits(weight[20:, 25:30].clone(), before[20:, 25:30].clone())
+    assert same_bits(merged_weight(before, pieces, 0.01), weight)
+    unmerge_weight_(weight, kept)
+    assert same_bits(weight, before)
+
+
+@st.composite
+def merges(draw: st.DrawFn) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    shape = tuple(draw(st.lists(st.integers(1, 9), min_size=2, max_size=4)))
+    dtype = draw(st.sampled_from(DTYPES))
+    factors = draw(st.sampled_from(DTYPES))
+    r, columns = draw(st.integers(1, 12)), math.prod(shape[1:])
+    magnitude = draw(st.sampled_from([1e-7, 1e-3, 1.0, 100.0]))
+    return {
+        "weight": (magnitude * torch.randn(shape, generator=generator)).to(dtype),
+        "left": torch.randn(shape[0], r, generator=generator).to(factors),
+        "right": torch.randn(r, columns, generator=generator).to(factors),
+        "scaling": draw(st.floats(-10, 10)),
+        "block": draw(st.integers(1, 200)),
+        "copy": draw(st.booleans()),
+    }
+
+
+@settings(max_examples=200)
+@given(merges())
+def test_any_merge_is_nearest_and_comes_back(case: dict[str, Any]) -> None:
+    weight, pieces = case["weight"].clone(), [LowRankBlock(0, 0, case["left"], case["right"])]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lightning_lora.nn.exact_merge.CPU_CHUNK", case["block"])
+        kept = merge_weight_(weight, pieces, case["scaling"], copy=case["copy"])
+        assert same_bits(weight, merged_weight(case["weight"], pieces, case["scaling"]))
+        assert_rounded_sum(weight, case["weight"], pieces, case["scaling"])
+        unmerge_weight_(weight, kept)
+    assert same_bits(weight, case["weight"])
+
+
+@pytest.mark.usefixtures("small_blocks")
+@settings(max_examples=100)
+@given(st.sampled_from(DTYPES), st.integers(0, 1199), st.floats(-2, 2), st.integers(0, 2**16))
+def test_a_weight_changed_while_merged_is_noticed(dtype: torch.dtype, place: int, change: float, seed: int) -> None:
+    """Whatever one value became in the meantime: the restored weight is right, or there is an error."""
+    torch.manual_seed(seed)
+    weight = make_weight((30, 40), dtype)
+    before, pieces = weight.clone(), make_pieces(weight)
+    kept = merge_weight_(weight, pieces, scaling_for(weight, pieces, 0.01))
+    weight.view(-1)[place] += change
+    try:
+        unmerge_weight_(weight, kept)
+    except LoRAError:
+        assert not same_bits(weight, before)
+    else:
+        assert same_bits(weight, before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_optimizer_step_while_merged_is_an_error(dtype: torch.dtype) -> None:
+    weight = make_weight((30, 40), dtype)
+    before, pieces = weight.clone(), make_pieces(weight)
+    kept = merge_weight_(weight, pieces, scaling_for(weight, pieces, 0.01))
+    weight -= 0.01 * torch.randn(30, 40).to(dtype)
+    for _ in range(2):  # looking does not hide it
+        with pytest.raises(LoRAError, match="changed while it was merged"):
+            restored_weight(weight, kept)
+    with pytest.raises(LoRAError, match="Load the base weights again"):
+        unmerge_weight_(weight, kept)
+    assert not same_bits(weight, before)
+
+
+def poisoned(kind: str, weight: torch.Tensor) -> list[LowRankBlock]:
+    """An adapter whose last row, far from the first block, makes a sum that is not finite."""
+    pieces = make_pieces(weight)
+    if kind == "overflow":
+        large = 1e4 if weight.dtype == torch.float16 else 1e30  # finite, but its square is not in the weight's dtype
+        pieces[0].left[-1, 0] = pieces[0].right[0, -1] = large
+    else:
+        pieces[0].left[-1] = float(kind)
+    return pieces
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("copy", [False, True])
+@pytest.mark.parametrize("kind", ["nan", "inf", "-inf", "overflow"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_is_not_finite_is_refused_and_leaves_every_bit(dtype: torch.dtype, kind: str, copy: bool) -> None:
+    weight = make_weight((30, 40), dtype)
+    before, pieces = weight.clone(), poisoned(kind, weight)
+    with pytest.raises(LoRAError, match="not finite"):
+        merge_weight_(weight, pieces, 0.5, copy=copy)
+    assert same_bits(weight, before)
+    with pytest.raises(LoRAError, match="not finite"):
+        merged_weight(weight, pieces, 0.5)
+    assert same_bits(weight, before)
+
+
+def test_a_weight_that_is_not_finite_is_refused() -> None:
+    weight = make_weight((30, 40), torch.float32)
+    weight[3, 3] = math.inf
+    before = weight.clone()
+    with pytest.raises(LoRAError, match="not finite"):
+        merge_weight_(weight, make_pieces(weight), 0.01)
+    assert same_bits(weight, before)
+
+
+def test_finite_values_whose_sum_overflows_are_fine() -> None:
+    weight = torch.full((4, 4), torch.finfo(torch.float64).max / 2, dtype=torch.float64)
+    before = weight.clone()
+    unmerge_weight_(weight, merge_weight_(weight, make_pieces(weight), 1.0))
+    assert same_bits(weight, before)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_a_failure_in_the_middle_leaves_every_bit() -> None:
+    weight = make_weight((30, 40), torch.bfloat16)
+    before, calls = weight.clone(), []
+
+    def fail_at_the_third(*tensors: torch.Tensor) -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        merge_weight_(weight, make_pieces(weight), 0.01, observe=fail_at_the_third)
+    assert same_bits(weight, before)
+
+
+@pytest.mark.parametrize("r", [4, 64])
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_merged_weights_are_the_nearest_values(dtype: torch.dtype, share: float, r: int) -> None:
+    weight = make_weight((300, 400), dtype)
+    pieces = make_pieces(weight, r)
+    scaling = scaling_for(weight, pieces, share)
+    delta = exact_delta(pieces, scaling, weight.shape)
+    merged = merged_weight(weight, pieces, scaling)
+    assert nearest(merged, weight.double() + delta).double().mean() >= 0.9999
+    if dtype == torch.float32:
+        larger = torch.maximum(weight.double().abs(), delta.abs())
+        ulp = torch.exp2(torch.frexp(larger)[1].double() - 24)
+        assert ((merged.double() - weight.double() - delta).abs() <= 2 * ulp).all()
+
+
+def test_float64_agrees_with_rational_arithmetic() -> None:
+    weight = make_weight((8, 8), torch.float64)
+    left, right = torch.randn(8, 4, dtype=torch.float64), torch.randn(4, 8, dtype=torch.float64)
+    merged = merged_weight(weight, [LowRankBlock(0, 0, left, right)], 0.7)
+    for i in range(8):
+        for j in range(8):
+            products = [
+                Fraction(0.7) * Fraction(b) * Fraction(a)
+                for b, a in zip(left[i].tolist(), right[:, j].tolist(), strict=True)
+            ]
+            wanted = Fraction(weight[i, j].item()) + sum(products)
+            terms = abs(Fraction(weight[i, j].item())) + sum(map(abs, products))
+            assert abs(Fraction(merged[i, j].item()) - wanted) <= 4 * Fraction(torch.finfo(torch.float64).eps) * terms
+
+
+def test_the_observer_sees_the_rounded_and_the_exact_sum_of_every_element(small_blocks: None) -> None:
+    weight = make_weight((30, 40), torch.bfloat16)
+    before, pieces = weight.clone(), make_pieces(weight)
+    seen: list[tuple[torch.Tensor, ...]] = []
+    merge_weight_(weight, pieces, 0.01, observe=lambda *tensors: seen.append(tuple(t.clone() for t in tensors)))
+    rounded, exact_sum, delta = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    assert len(seen) > 1
+    assert torch.equal(rounded, weight.double())
+    torch.testing.assert_close(delta, exact_delta(pieces, 0.01, weight.shape))
+    torch.testing.assert_close(exact_sum, before.double() + exact_delta(pieces, 0.01, weight.shape))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_an_adapter_of_one_per_cent_keeps_less_than_a_tenth(dtype: torch.dtype) -> None:
+    weight = (0.02 * torch.randn(512, 512)).to(dtype)
+    pieces = make_pieces(weight, r=8)
+    kept = merge_weight_(weight, pieces, scaling_for(weight, pieces, 0.01))
+    assert 0 < kept.nbytes() < 0.1 * weight.nbytes
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_never_keeps_more_than_a_plain_copy(dtype: torch.dtype) -> None:
+    for share in (0.1, 0.3, 1.0, 30.0):
+        weight = (0.02 * torch.randn(256, 256)).to(dtype)
+        pieces = make_pieces(weight, r=8)
+        assert merge_weight_(weight, pieces, scaling_for(weight, pieces, share)).nbytes() <= weight.nbytes
+
+
+# One bfloat16 layer of 8192 x 8192 weights: what merging holds, counted as tensors and as the process's memory.
+BIG_LAYER = """
+import gc, hashlib, json, sys, torch
+from lightning_lora.nn.exact_merge import merge_weight_, unmerge_weight_
+from lightning_lora.nn.low_rank import LowRankBlock
+
+torch.set_num_threads(1)
+N, R = 8192, 8
+
+def live():
+    tensors = {}
+    for item in gc.get_objects():
+        if type(item) in (torch.Tensor, torch.nn.Parameter):
+            storage = item.untyped_storage()
+            tensors[storage.data_ptr()] = storage.nbytes()
+    return sum(tensors.values())
+
+def memory(field):
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field))
+
+def digest(tensor):
+    return hashlib.sha256(tensor.detach().view(torch.int16).numpy()).hexdigest()
+
+layer = torch.nn.Linear(N, N, bias=False, dtype=torch.bfloat16)
+small = torch.zeros(512, 512, dtype=torch.bfloat16)  # a first, small merge loads the libraries
+unmerge_weight_(small, merge_weight_(small, [LowRankBlock(0, 0, torch.randn(512, R), torch.randn(R, 512))], 0.1))
+pieces = [LowRankBlock(0, 0, torch.randn(N, R), torch.randn(R, N))]
+scaling = 0.01 * (1 / N / 3) ** 0.5 / R**0.5  # a Linear's weights are uniform with this deviation
+before, start = digest(layer.weight), live()
+with open("/proc/self/clear_refs", "w") as clear:
+    clear.write("5")  # the peak starts here
+resident = memory("VmRSS")
+kept = merge_weight_(layer.weight, pieces, scaling)
+merged = digest(layer.weight)
+held = {"tensors": live() - start, "resident": memory("VmRSS") - resident, "peak": memory("VmHWM") - resident}
+nbytes = kept.nbytes()
+unmerge_weight_(layer.weight, kept)
+del kept
+print(held, nbytes, file=sys.stderr)
+print(json.dumps(held | {
+    "weight": layer.weight.nbytes, "factors": pieces[0].left.nbytes + pieces[0].right.nbytes, "kept": nbytes,
+    "left": live() - start, "moved": merged != before, "back": digest(layer.weight) == before,
+}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the process's memory from /proc")
+def test_a_big_layer_is_merged_without_a_second_copy_of_it() -> None:
+    run = subprocess.run([sys.executable, "-c", BIG_LAYER], capture_output=True, text=True, check=True, timeout=120)
+    found = json.loads(run.stdout)
+    assert found["moved"]
+    assert found["back"]
+    assert found["weight"] == 2 * 8192 * 8192
+    assert found["tensors"] == found["kept"] + found["factors"]
+    assert 0 < found["kept"] < 0.1 * found["weight"]
+    assert found["resident"] < 0.1 * found["weight"] + found["factors"]
+    scratch = 16 * 2**20  # a few temporaries of one block, A and B in float64
+    assert found["peak"] < 0.1 * found["weight"] + found["factors"] + scratch
+    assert found["left"] == 0

@@ -1,0 +1,370 @@
+"""Modules of torch that read weights directly give W + s * B @ A: trained, evaluated, merged and unmerged.
+
+The float64 reference is the plain module with its weights replaced by the sums, written out by hand, so that
+its autograd gives the reference gradients too.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_lora import LoRAConfig, LoRAError, disable_adapter, inject, merge, merge_and_unload, unload, unmerge
+
+D = 8
+FUSED = "in_proj_weight"
+SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+
+class Block(nn.Module):
+    """Gives the reader a name and returns tensors only."""
+
+    def __init__(self, reader: nn.Module) -> None:
+        super().__init__()
+        self.reader = reader
+
+    def forward(self, *args, **kwargs):
+        output = self.reader(*args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+
+def build(make) -> Block:
+    """Without dropout, so that training mode has one right answer; with biases and norms that are not trivial."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "enable_nested_tensor is True, but self.use_nested_tensor is", UserWarning)
+        block = Block(make())
+    for module in block.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(module, nn.MultiheadAttention):
+            module.dropout = 0.0
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return block
+
+
+def adapted(block: Block, **options) -> Block:
+    """A copy with non-zero adapters."""
+    block = copy.deepcopy(block)
+    inject(block, LoRAConfig(**{"r": 2, "lora_alpha": 3, **options}))
+    with torch.no_grad():
+        for name, parameter in block.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.5)
+    return block
+
+
+def factors_of(block: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p for name, p in block.named_parameters() if name.endswith(("lora_A", "lora_B"))}
+
+
+def sums(plain: nn.Module, factors: dict[str, torch.Tensor], s: float, enabled: list[bool]) -> dict[str, torch.Tensor]:
+    """W + s * B @ A by weight name, written out for each kind of layer."""
+    result = {}
+    weights = dict(plain.named_parameters())
+    for path in {name.rpartition(".")[0] for name in factors}:
+        a, b = factors[f"{path}.lora_A"], factors[f"{path}.lora_B"]
+        parts = [i for i in range(3) if enabled[i]]
+        if f"{path}.weight" in weights:
+            result[f"{path}.weight"] = weights[f"{path}.weight"] + s * b @ a
+        elif f"{path}.{FUSED}" in weights:
+            delta = torch.zeros(3 * D, D, dtype=a.dtype)
+            if all(enabled) and a.shape[0] == b.shape[1]:
+                delta = b @ a
+            else:
+                rank = b.shape[1]
+                for n, i in enumerate(parts):
+                    delta[i * D : (i + 1) * D] = b[n * D : (n + 1) * D] @ a[n * rank : (n + 1) * rank]
+            result[f"{path}.{FUSED}"] = weights[f"{path}.{FUSED}"] + s * delta
+        else:
+            column = 0
+            for n, i in enumerate(parts):
+                name = f"{path}.{SEPARATE[i]}"
+                width = weights[name].shape[1]
+                result[name] = weights[name] + s * b[n * D : (n + 1) * D] @ a[:, column : column + width]
+                column += width
+    return result
+
+
+def check(
+    base: Block, args, kwargs=None, *, dtype=torch.float64, valid=slice(None), enabled=(True, True, True), **options
+) -> None:
+    """Output and gradients of every mode against float64."""
+    kwargs = kwargs or {}
+    plain = copy.deepcopy(base).double().train()
+    block = adapted(base.to(dtype), **options)
+    double, args = tuple(arg.double() for arg in args), [arg.to(dtype) for arg in args]
+    factors = {name: p.detach().double().requires_grad_() for name, p in factors_of(block).items()}
+    assert factors
+    expected = functional_call(plain, sums(plain, factors, 1.5, list(enabled)), double, kwargs)
+    pull = torch.randn(expected[valid].shape, dtype=dtype)
+    wanted = torch.autograd.grad((expected[valid] * pull.double()).sum(), list(factors.values()))
+    gradients = dict(zip(factors, wanted, strict=True))
+    assert (functional_call(plain, {}, double, kwargs) - expected)[valid].abs().max() > 0.1  # the adapter matters
+    for training in (True, False):
+        block.train(training)
+        block.zero_grad()
+        output = block(*args, **kwargs)
+        close(output[valid], expected[valid])
+        (output[valid] * pull).sum().backward()
+        for name, factor in factors_of(block).items():
+            close(factor.grad, gradients[name])
+            assert factor.grad.abs().max() > 1e-3, name
+        with torch.no_grad():
+            close(block(*args, **kwargs)[valid], expected[valid])
+        merge(block)
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad):
+                close(block(*args, **kwargs)[valid], expected[valid])
+        unmerge(block)
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    expected = expected.detach()
+    relative = {torch.float64: 1e-12, torch.float32: 1e-5}[found.dtype]
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=relative * float(expected.abs().max().clamp(1)))
+
+
+# torch's own fast path warns of the nested tensors that it uses.
+pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype:UserWarning")
+
+HEADS, FF, BATCH, LENGTH = 2, 16, 3, 5
+
+
+def source(length: int = LENGTH, width: int = D) -> torch.Tensor:
+    return torch.randn(BATCH, length, width)
+
+
+def padding() -> torch.Tensor:
+    """Left-aligned, as nested tensors need it; the longest sample fills the length."""
+    return torch.arange(LENGTH) >= torch.tensor([[LENGTH], [3], [2]])
+
+
+def encoder(**kwargs) -> nn.Module:
+    return nn.TransformerEncoder(nn.TransformerEncoderLayer(D, HEADS, FF, batch_first=True, **kwargs), 2)
+
+
+TARGETS = ["all-linear", ["linear1"], ["out_proj"], ["self_attn"], ["self_attn", "linear1", "linear2"]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("targets", TARGETS, ids=str)
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_encoder_layer(norm_first, targets, dtype):
+    base = build(lambda: nn.TransformerEncoderLayer(D, HEADS, FF, batch_first=True, norm_first=norm_first))
+    check(base, [source()], dtype=dtype, target_modules=targets)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("targets", TARGETS, ids=str)
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_encoder_with_padding(norm_first, targets, dtype):
+    check(
+        build(lambda: encoder(norm_first=norm_first, activation="gelu")),
+        [source()],
+        {"src_key_padding_mask": padding()},
+        dtype=dtype,
+        valid=~padding(),
+        target_modules=targets,
+    )
+
+
+def test_encoder_that_is_adapted_in_its_second_layer_only():
+    base = build(encoder)
+    mask = {"src_key_padding_mask": padding()}
+    check(base, [source()], mask, valid=~padding(), target_modules=["layers.1.linear1", "layers.1.self_attn"])
+
+
+@pytest.mark.parametrize(
+    "targets", [["self_attn", "multihead_attn"], ["multihead_attn.out_proj"], "all-linear"], ids=str
+)
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_decoder_layer(norm_first, targets):
+    base = build(lambda: nn.TransformerDecoderLayer(D, HEADS, FF, batch_first=True, norm_first=norm_first))
+    check(base, [source(), source(4)], target_modules=targets)
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_transformer(batch_first):
+    base = build(lambda: nn.Transformer(D, HEADS, 2, 2, FF, batch_first=batch_first))
+    args = [torch.randn(LENGTH, BATCH, D), torch.randn(4, BATCH, D)]
+    if batch_first:
+        args = [arg.transpose(0, 1) for arg in args]
+    check(base, args, target_modules=["self_attn", "multihead_attn", "linear1", "linear2"])
+
+
+SHAPES = {
+    "plain": {},
+    "bias_kv": {"add_bias_kv": True},
+    "zero_attn": {"add_zero_attn": True},
+    "no_bias": {"bias": False},
+    "widths": {"kdim": 6, "vdim": 4},
+    "odd_heads": {"num_heads": 1},
+}
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["reader"]},
+        {"target_modules": ["reader"], "exclude_modules": ["out_proj"]},
+        {"target_modules": ["out_proj"]},
+        {"target_modules": ["reader"], "enable_lora": {"reader": [True, False, True]}, "enabled": [True, False, True]},
+    ],
+    ids=["whole", "in_proj", "out_proj", "query_value"],
+)
+def test_attention(options, shape, batch_first):
+    extra = SHAPES[shape]
+    kwargs = {"embed_dim": D, "num_heads": HEADS, "batch_first": batch_first, **extra}
+    base = build(lambda: nn.MultiheadAttention(**kwargs))
+    query = source()
+    args = [query, query, query]
+    if shape == "widths":
+        args = [query, source(width=6), source(width=4)]
+    check(base, args, **options)
+    check(base, args, {"need_weights": False}, **options)
+
+
+@pytest.mark.parametrize("average", [False, True])
+def test_attention_weights_masks_and_unbatched_input(average):
+    base = build(lambda: nn.MultiheadAttention(D, HEADS, batch_first=True))
+    block, query = adapted(base, target_modules=["reader"]), source()
+    factors = {name: p.double() for name, p in factors_of(block).items()}
+    plain = copy.deepcopy(base).double()
+    weights = {n.removeprefix("reader."): w for n, w in sums(plain, factors, 1.5, [True] * 3).items()}
+    masks = [
+        {},
+        {"key_padding_mask": padding()},
+        {"attn_mask": nn.Transformer.generate_square_subsequent_mask(LENGTH), "is_causal": True},
+        {"attn_mask": torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)},
+    ]
+    for merged_state in (False, True):
+        (merge if merged_state else unmerge)(block)
+        for training in (True, False):
+            block.train(training)
+            for kwargs in masks:
+                kwargs = {**kwargs, "average_attn_weights": average}
+                wide = {n: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for n, v in kwargs.items()}
+                with torch.no_grad():
+                    found = block.reader(query, query, query, **kwargs)
+                    expected = functional_call(plain.reader, weights, (query.double(),) * 3, wide)
+                close(found[0], expected[0])
+                close(found[1], expected[1])
+            one = query[0]
+            close(block(one, one, one), functional_call(plain.reader, weights, (one.double(),) * 3)[0])
+
+
+class Operators(TorchDispatchMode):
+    """The names of the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def operators(block: nn.Module, *args, **kwargs) -> list[str]:
+    with Operators() as seen, torch.no_grad():
+        block(*args, **kwargs)
+    return seen.names
+
+
+FAST = {
+    "layer": (lambda: nn.TransformerEncoderLayer(D, HEADS, FF, batch_first=True), {}, "_transformer_encoder_layer_fwd"),
+    "encoder": (encoder, {"src_key_padding_mask": padding()}, "_nested_tensor_from_mask"),
+    "decoder": (
+        lambda: nn.TransformerDecoderLayer(D, HEADS, FF, batch_first=True),
+        {"memory": torch.randn(BATCH, 4, D)},
+        "_native_multi_head_attention",
+    ),
+}
+
+
+@pytest.mark.parametrize("targets", TARGETS, ids=str)
+@pytest.mark.parametrize("kind", FAST)
+def test_merged_evaluation_takes_the_fast_path_of_the_base_again(kind, targets):
+    make, kwargs, fast = FAST[kind]
+    base = build(make).eval().requires_grad_(False)
+    block, x = adapted(base, target_modules=targets), source()
+    expected = operators(base, x, **kwargs)
+    assert any(fast in name for name in expected)
+    assert operators(block, x, **kwargs) != expected
+    for name in ("_transformer_encoder_layer_fwd", "_nested_tensor_from_mask"):
+        assert not any(name in ran for ran in operators(block, x, **kwargs))
+    merge(block)
+    assert operators(block, x, **kwargs) == expected
+    unmerge(block)
+    assert operators(block, x, **kwargs) != expected
+    with disable_adapter(block):
+        assert operators(block, x, **kwargs) == expected
+        assert torch.equal(block(x, **kwargs), base(x, **kwargs))
+    assert operators(block, x, **kwargs) != expected
+    unload(block)
+    assert operators(block, x, **kwargs) == expected
+
+
+def attributes(block: nn.Module) -> dict[str, object]:
+    """All that a module holds, by name, with parameters and hooks reduced to what can be compared."""
+    return {
+        f"{path}:{name}": sorted(value) if isinstance(value, dict) else value
+        for path, module in block.named_modules()
+        for name, value in [("class", type(module)), *vars(module).items()]
+    }
+
+
+@pytest.mark.parametrize("enable_nested_tensor", [False, True])
+@pytest.mark.parametrize("activation", ["relu", "gelu", nn.functional.silu])
+@pytest.mark.parametrize("end", [unload, merge_and_unload])
+def test_unload_restores_every_attribute(end, activation, enable_nested_tensor):
+    layer = nn.TransformerEncoderLayer(D, HEADS, FF, batch_first=True, activation=activation)
+    base = build(lambda: nn.TransformerEncoder(layer, 2, enable_nested_tensor=enable_nested_tensor)).eval()
+    hook = base.reader.layers[0].register_forward_pre_hook(lambda module, args: None)
+    block = copy.deepcopy(base)
+    before = attributes(block)
+    inject(block, LoRAConfig(target_modules=["self_attn", "linear1"]))
+    assert attributes(block) != before
+    merge(block)
+    unmerge(block)
+    end(block)
+    assert attributes(block) == before
+    hook.remove()
+
+
+def test_a_failed_injection_leaves_the_fast_path():
+    base = build(encoder).eval()
+    before = attributes(base)
+    with pytest.raises(LoRAError, match="names no layer"):
+        inject(base, LoRAConfig(target_modules=["linear1", "no_such"]))
+    assert attributes(base) == before
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda block: pickle.loads(pickle.dumps(block))])
+@pytest.mark.parametrize("merged_state", [False, True])
+def test_copies_go_on_by_themselves(merged_state, copied):
+    base = build(encoder).eval()
+    x, kwargs = source(), {"src_key_padding_mask": padding()}
+    block = adapted(base, target_modules=["self_attn", "linear1"])
+    if merged_state:
+        merge(block)
+    with torch.no_grad():
+        twin, expected = copied(block), block(x, **kwargs)
+        assert torch.equal(twin(x, **kwargs), expected)
+        (unmerge if merged_state else merge)(twin)
+        assert torch.equal(block(x, **kwargs), expected)  # the original stays in its state
+        torch.testing.assert_close(twin(x, **kwargs)[~padding()], expected[~padding()])
+        assert (operators(twin, x, **kwargs) == operators(base, x, **kwargs)) is not merged_state
+        unload(twin)
+        assert torch.equal(twin(x, **kwargs), base(x, **kwargs))

@@ -1,0 +1,273 @@
+"""Activation checkpointing, reentrant or not, with a frozen input, and gradients of gradients."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+from transformers import GPT2Config, GPT2LMHeadModel, ViTConfig, ViTForImageClassification
+
+from lightning_lora import LoRACallback, LoRAConfig, adapter_state_dict, inject, load_adapter, unload
+from support.models import Zoo, randomise_, tokens, trace, zoo_config
+from support.training import Data, Net, assert_same_tensors, make_trainer
+
+REENTRANT, NOT_REENTRANT = CheckpointImpl.REENTRANT, CheckpointImpl.NO_REENTRANT
+NOTICE = "None of the inputs have requires_grad"
+
+
+class Activated(nn.Linear):
+    """Has a forward of its own."""
+
+    def forward(self, x):
+        return super().forward(x).tanh()
+
+
+class Segmented(nn.Module):
+    """A segment that is checkpointed as `how` says, and a head."""
+
+    def __init__(self, how: bool | None = None) -> None:
+        super().__init__()
+        self.how = how
+        attention = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.segment = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), Activated(8, 8), attention)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        hidden = self.segment(x) if self.how is None else checkpoint(self.segment, x, use_reentrant=self.how)
+        return self.head(hidden)
+
+
+SEGMENT = LoRAConfig(r=2, lora_dropout=0.5, target_modules=["0", "2", "self_attn", "linear1", "head"])
+
+
+def segmented(how: bool | None = None, wrap: CheckpointImpl | None = None) -> Segmented:
+    torch.manual_seed(0)
+    model = Segmented(how).double()
+    if wrap is not None:
+        model.segment = checkpoint_wrapper(model.segment, checkpoint_impl=wrap)
+    return model
+
+
+def gradients(model: nn.Module, *args) -> dict[str, torch.Tensor | None]:
+    torch.manual_seed(3)  # for dropout
+    output = model(*args)
+    getattr(output, "logits", output).square().sum().backward()
+    return {
+        name.replace("_checkpoint_wrapped_module.", ""): parameter.grad
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def source(requires_grad: bool = False) -> torch.Tensor:
+    return torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(4)).double().requires_grad_(requires_grad)
+
+
+def expected_gradients(args, model: nn.Module, config: LoRAConfig) -> dict[str, torch.Tensor | None]:
+    inject(model, config)
+    randomise_(model, 0.5)
+    return gradients(model, *args)
+
+
+def close(found, expected) -> None:
+    """Only nearly, because a reentrant segment runs forward without gradients, where torch takes other kernels."""
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("how", "wrap", "needs_grad"),
+    [
+        (False, None, False),
+        (True, None, True),
+        (None, NOT_REENTRANT, False),
+        (None, REENTRANT, False),
+        (None, REENTRANT, True),
+    ],
+)
+def test_checkpointed_gradients_are_the_same(how, wrap, needs_grad):
+    expected = expected_gradients([source()], segmented(), SEGMENT)
+    found = expected_gradients([source(needs_grad)], segmented(how, wrap), SEGMENT)
+    assert found.keys() == expected.keys()
+    close(found, expected)
+    assert all(gradient.abs().max() > 0 for gradient in found.values())
+
+
+def test_where_the_segment_cannot_be_found_torch_warns_of_a_frozen_input():
+    with pytest.warns(UserWarning, match=NOTICE):
+        found = expected_gradients([source()], segmented(True), SEGMENT)
+    assert {name for name, gradient in found.items() if gradient is not None} == {"head.lora_A", "head.lora_B"}
+
+
+@pytest.mark.filterwarnings(f"ignore:{NOTICE}:UserWarning")  # torch gives it in evaluation too
+@pytest.mark.parametrize("wrap", [REENTRANT, NOT_REENTRANT])
+def test_names_and_adapters_know_no_checkpoint_wrapper(wrap):
+    plain, wrapped, late = segmented(), segmented(wrap=wrap), segmented()
+    names = inject(plain, SEGMENT)
+    assert inject(wrapped, SEGMENT) == inject(late, SEGMENT) == names
+    late.segment = checkpoint_wrapper(late.segment, checkpoint_impl=wrap)
+    assert inject(late, SEGMENT) == names
+    randomise_(plain)
+    for target, origin in ((wrapped, plain), (late, wrapped), (plain, late)):
+        load_adapter(target, dict(adapter_state_dict(origin)))
+        assert list(adapter_state_dict(target)) == list(adapter_state_dict(plain))
+        with torch.no_grad():
+            close(target.eval()(source()), plain.eval()(source()))
+        for state in (origin.state_dict(), Segmented().state_dict(), dict(adapter_state_dict(origin))):
+            target.load_state_dict(state)
+        target.load_state_dict(plain.state_dict())
+
+
+def test_a_wrapped_root_loads_too():
+    model, other = (checkpoint_wrapper(Zoo(), checkpoint_impl=NOT_REENTRANT) for _ in range(2))
+    inject(model, zoo_config())
+    inject(other, zoo_config())
+    randomise_(model)
+    for state in (model.state_dict(), dict(adapter_state_dict(model)), Zoo().state_dict()):
+        other.load_state_dict(state)
+        assert state.keys() <= other.state_dict().keys()
+        assert_same_tensors({name: other.state_dict()[name] for name in state}, dict(state))
+    with pytest.raises(RuntimeError, match="Missing key"):
+        other.load_state_dict({name: tensor for name, tensor in Zoo().state_dict().items() if name != "conv.weight"})
+
+
+def test_unload_takes_the_hooks_out():
+    for model in (segmented(wrap=REENTRANT), reentrant(vit())):
+        before = trace(model)
+        inject(model, LoRAConfig(r=2))
+        hooks = [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks]
+        assert len(hooks) == 1
+        unload(model)
+        assert trace(model) == before
+
+
+def vit() -> nn.Module:
+    torch.manual_seed(0)
+    return ViTForImageClassification(
+        ViTConfig(
+            num_hidden_layers=2, hidden_size=16, num_attention_heads=2, intermediate_size=16, image_size=8, patch_size=4
+        )
+    ).train()
+
+
+def gpt2() -> nn.Module:
+    torch.manual_seed(0)
+    small = {"n_layer": 2, "n_embd": 16, "n_head": 2, "vocab_size": 20, "n_positions": 16}
+    return GPT2LMHeadModel(GPT2Config(**small, bos_token_id=0, eos_token_id=0)).train()
+
+
+def reentrant(model: nn.Module, use_reentrant: bool = True) -> nn.Module:
+    """With nothing but transformers' checkpointing itself: some versions look after frozen inputs, others do not."""
+    function = "activation_checkpointing_enable"
+    if hasattr(model, function):
+        getattr(model, function)({"use_reentrant": use_reentrant})
+    else:
+        model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    for module in model.modules():
+        module._forward_hooks.clear()
+    return model
+
+
+TRANSFORMERS = {
+    "vision": (vit, lambda: torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(4))),
+    "language": (gpt2, lambda: torch.randint(20, (2, 6), generator=torch.Generator().manual_seed(4))),
+}
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("kind", TRANSFORMERS)
+def test_checkpointing_of_transformers_models(kind, use_reentrant):
+    make, batch = TRANSFORMERS[kind]
+    config = LoRAConfig(r=2, lora_dropout=0.5)
+    expected = expected_gradients([batch()], make(), config)
+    found = expected_gradients([batch()], reentrant(make(), use_reentrant), config)
+    assert_same_tensors(found, expected)
+    assert len(found) > 8
+
+
+class Images(Net):
+    """A transformers model that is checkpointed only after injection, in configure_optimizers."""
+
+    checkpointed = False
+
+    def prepare(self):
+        self.body = vit()
+
+    def forward(self, x):
+        return self.body(x[:, :3, None, None].expand(-1, -1, 8, 8)).logits
+
+    def training_step(self, batch, batch_idx):
+        return self(batch[0]).square().mean()
+
+    def configure_optimizers(self):
+        if self.checkpointed:
+            reentrant(self.body)
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_a_fit_that_is_checkpointed_late_equals_the_plain_fit(tmp_path):
+    results = []
+    for checkpointed in (False, True):
+        model = Images()
+        model.checkpointed = checkpointed
+        torch.manual_seed(0)
+        trainer = make_trainer(tmp_path, LoRACallback(r=2, lora_dropout=0.5), max_epochs=2, limit_val_batches=0)
+        trainer.fit(model, Data())
+        results.append(dict(adapter_state_dict(model)))
+    assert_same_tensors(results[1], results[0])
+
+
+# --- gradients of gradients ---
+
+
+def by_hand(plain: nn.Module, factors: dict[str, torch.Tensor], s: float) -> dict[str, torch.Tensor]:
+    """W + s * B @ A for Zoo's layers."""
+    weights = dict(plain.named_parameters())
+    result = {}
+    for path in {name.rpartition(".")[0] for name in factors}:
+        a, b, weight = factors[f"{path}.lora_A"], factors[f"{path}.lora_B"], weights[f"{path}.weight"]
+        product = b.flatten(1) @ a.flatten(1)
+        result[f"{path}.weight"] = weight + s * (product.T if path == "embed" else product).reshape(weight.shape)
+    return result
+
+
+def second(loss: torch.Tensor, wanted: list[torch.Tensor], through: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """The gradient of the squared norm of a gradient."""
+    first = torch.autograd.grad(loss, through, create_graph=True)
+    return torch.autograd.grad(sum(gradient.square().sum() for gradient in first), wanted)
+
+
+def test_gradients_of_gradients_in_the_factors():
+    model = Zoo().double().train()
+    model.embed.padding_idx = None
+    plain = copy.deepcopy(model)
+    inject(model, zoo_config(modules_to_save=None, bias="none", lora_alpha=3))
+    randomise_(model, 0.5)
+    live = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    own = {name: p.detach().clone().requires_grad_() for name, p in live.items()}
+    found = second(model(tokens()).square().sum(), list(live.values()), list(live.values()))
+    loss = functional_call(plain, by_hand(plain, own, 1.5), tokens()).square().sum()
+    expected = second(loss, list(own.values()), list(own.values()))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+        assert other.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("layer", [nn.Linear, Activated], ids=["factored", "own_forward"])
+def test_a_penalty_on_the_gradient_of_the_input(layer):
+    model = nn.Sequential(layer(8, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    plain = copy.deepcopy(model)
+    inject(model, LoRAConfig(r=2, lora_alpha=3))
+    randomise_(model, 0.5)
+    live = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    own = {name: p.detach().clone().requires_grad_() for name, p in live.items()}
+    x = source(True)
+    found = second(model(x).sum(), list(live.values()), [x])
+    expected = second(functional_call(plain, by_hand(plain, own, 1.5), x).sum(), list(own.values()), [x])
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+        assert other.abs().max() > 1e-3

@@ -1,0 +1,146 @@
+"""The first values of A and B: the references' distributions, drawn without advancing the user's random stream."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import loralib
+import peft
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lightning_lora import LoRAConfig, inject
+from support.models import Zoo, randomise_, tokens, zoo_config
+
+R = 32
+BUILDERS = {
+    "linear": lambda: nn.Linear(300, 200),
+    "conv": lambda: nn.Conv2d(40, 150, 3),
+    "embedding": lambda: nn.Embedding(300, 200),
+}
+
+
+def ours(kind: str, init: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    model = nn.Sequential(BUILDERS[kind]())
+    inject(model, LoRAConfig(r=R, target_modules=["0"], init_lora_weights=init))
+    return model[0].lora_A.detach(), model[0].lora_B.detach()
+
+
+def pefts(kind: str, init: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    config = peft.LoraConfig(r=R, target_modules=["0"], init_lora_weights=init)
+    layer = peft.LoraModel(nn.Sequential(BUILDERS[kind]()), config, "default").model[0]
+    if kind == "embedding":
+        return layer.lora_embedding_A["default"].detach(), layer.lora_embedding_B["default"].detach()
+    return layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()
+
+
+def loralibs(kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+    layer = {"linear": loralib.Linear, "embedding": loralib.Embedding}[kind](300, 200, r=R)
+    return layer.lora_A.detach(), layer.lora_B.detach()
+
+
+def assert_same_distribution(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """A two-sample Kolmogorov-Smirnov test that equal distributions fail once in a million."""
+    assert found.shape == expected.shape
+    if not expected.any():
+        assert not found.any()
+        return
+    one, other = found.flatten().sort().values, expected.flatten().sort().values
+    points = torch.cat([one, other]).contiguous()
+    shares = [torch.searchsorted(s.contiguous(), points, right=True) / len(s) for s in (one, other)]
+    distance = (shares[0] - shares[1]).abs().max()
+    assert distance < 2.69 * (2 / len(one)) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("kind", "init"),
+    [(kind, init) for kind in BUILDERS for init in (True, "gaussian", False) if (kind, init) != ("embedding", False)],
+)
+def test_factors_are_distributed_as_pefts(kind, init):
+    for found, expected in zip(ours(kind, init), pefts(kind, init), strict=True):
+        assert_same_distribution(found, expected)
+
+
+def test_without_initialisation_the_adapter_has_an_effect_at_once():
+    for kind in BUILDERS:
+        a, b = ours(kind, False)
+        assert (b.flatten(1) @ a.flatten(1)).abs().mean() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["linear", "embedding"])
+def test_the_default_is_loralibs(kind):
+    for found, expected in zip(ours(kind, True), loralibs(kind), strict=True):
+        assert_same_distribution(found, expected)
+
+
+def test_orthogonal_factors_are_pefts_and_start_without_effect():
+    found, expected = ours("linear", "orthogonal"), pefts("linear", "orthogonal")
+    for one, other in zip(found, expected, strict=True):
+        assert_same_distribution(one, other)
+    for a, b in (found, expected):
+        assert (b @ a).abs().max() < 1e-6 < 1e-3 < min(a.abs().mean(), b.abs().mean())
+
+
+@pytest.mark.parametrize("kind", ["conv", "embedding"])
+def test_orthogonal_starts_without_effect_in_every_layer(kind):
+    a, b = ours(kind, "orthogonal")
+    assert (b.flatten(1) @ a.flatten(1)).abs().max() < 1e-6 < 1e-3 < min(a.abs().mean(), b.abs().mean())
+
+
+@pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal"])
+def test_no_random_stream_is_advanced(init):
+    model = Zoo()
+    before = (torch.get_rng_state(), random.getstate())
+    inject(model, zoo_config(init_lora_weights=init))
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+
+
+def test_shuffled_data_and_dropout_come_in_the_same_order():
+    def order(adapt: bool) -> list[Any]:
+        torch.manual_seed(5)
+        model = Zoo()
+        if adapt:
+            inject(model, zoo_config())
+        batches = [batch.tolist() for batch in DataLoader(range(20), batch_size=4, shuffle=True)]
+        return [*batches, nn.functional.dropout(torch.ones(20)).tolist()]
+
+    assert order(True) == order(False)
+
+
+def test_the_seed_decides_the_factors_and_every_layer_has_its_own():
+    def factors(seed: int) -> list[torch.Tensor]:
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+        inject(model, LoRAConfig(r=2))
+        return [layer.lora_A.detach() for layer in model]
+
+    assert torch.equal(factors(1)[0], factors(1)[0])
+    assert not torch.equal(factors(1)[0], factors(2)[0])
+    assert not torch.equal(factors(1)[0], factors(1)[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("wide", [True, False])
+def test_dtype_of_the_factors(dtype, wide):
+    model = Zoo().to(dtype)
+    inject(model, zoo_config(autocast_adapter_dtype=wide))
+    half = dtype in (torch.float16, torch.bfloat16)
+    expected = torch.float32 if half and wide else dtype
+    assert {p.dtype for name, p in model.named_parameters() if "lora_" in name} == {expected}
+    reference = peft.get_peft_model(
+        Zoo().to(dtype), peft.LoraConfig(target_modules=["conv"]), autocast_adapter_dtype=wide
+    )
+    assert {p.dtype for name, p in reference.named_parameters() if "lora_" in name} == {expected}
+
+
+def test_factors_injected_in_inference_mode_train():
+    model = Zoo()
+    with torch.inference_mode():
+        inject(model, zoo_config())
+    randomise_(model)
+    model(tokens()).sum().backward()
+    assert model.conv.lora_A.grad is not None

@@ -1,0 +1,207 @@
+"""Every kind of adapted layer against a float64 reference, and against the plain layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lightning_lora import LoRAConfig, LoRAError, disable_adapter, inject, is_merged, merge, unmerge
+from lightning_lora.nn.linear import LoRALinear
+from lightning_lora.nn.lora_layer import LoRALayer
+from support.layers import ALPHA, CASES, DTYPES, Conv1D, R, Subject, UserLinear, make_subject, rounding, same_bits
+from support.recorders import operators
+
+
+def assert_agrees(found: torch.Tensor, subject: Subject) -> None:
+    """`found` is right, and the plain output would not pass for it."""
+    a, b = subject.layer.lora_A.detach(), subject.layer.lora_B.detach()
+    wanted = subject.reference(a, b)
+    tolerance = rounding(found.dtype, subject.reference(a, b, magnitudes=True))
+    assert found.shape == wanted.shape
+    assert ((found.double() - wanted).abs() <= tolerance).all()
+    assert not ((subject.plain(subject.x).double() - wanted).abs() <= tolerance).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CASES)
+def test_outputs_agree_with_float64(name: str, dtype: torch.dtype) -> None:
+    subject = make_subject(name, dtype)
+    output = subject.model(subject.x)
+    assert output.dtype == dtype
+    assert_agrees(output, subject)
+    with torch.no_grad():
+        assert torch.equal(subject.model(subject.x), output)
+    merge(subject.model)
+    assert_agrees(subject.model(subject.x), subject)
+    unmerge(subject.model)
+    assert torch.equal(subject.model(subject.x), output)
+    with disable_adapter(subject.model):
+        assert same_bits(subject.model(subject.x), subject.plain(subject.x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_agree_with_float64(name: str, dtype: torch.dtype) -> None:
+    """Those of the plain layer with W + s * B @ A for its weight."""
+    subject = make_subject(name, dtype)
+    factors = [subject.layer.lora_A, subject.layer.lora_B]
+    wide = [factor.detach().double().requires_grad_() for factor in factors]
+    sizes = [factor.detach().double().abs().requires_grad_() for factor in factors]
+    upstream = torch.randn(subject.reference(*wide).shape).to(dtype)
+    subject.model(subject.x).backward(upstream)
+    subject.reference(*wide).backward(upstream.double())
+    subject.reference(*sizes, magnitudes=True).backward(upstream.double().abs())
+    for factor, reference, size in zip(factors, wide, sizes, strict=True):
+        assert factor.grad is not None
+        assert factor.grad.layout == torch.strided
+        assert ((factor.grad.double() - reference.grad).abs() <= rounding(dtype, size.grad)).all()
+    assert all(p.grad is None for name, p in subject.model.named_parameters() if "lora_" not in name)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CASES)
+def test_a_new_adapter_changes_nothing(name: str, dtype: torch.dtype, training: bool) -> None:
+    subject = make_subject(name, dtype, fill=False)
+    wanted = subject.plain(subject.x)
+    assert torch.equal(subject.model.train(training)(subject.x), wanted)
+    merge(subject.model)
+    assert torch.equal(subject.model(subject.x), wanted)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_layer_stays_what_it_was(name: str) -> None:
+    subject = make_subject(name)
+    assert isinstance(subject.layer, type(subject.plain.layer))
+    assert subject.layer.extra_repr() == subject.plain.layer.extra_repr()
+    base = {name: p for name, p in subject.model.named_parameters() if "lora_" not in name}
+    assert list(base) == [name for name, _ in subject.plain.named_parameters()]
+    assert [name for name, _ in subject.model.named_modules()] == ["", "layer"]
+
+
+def test_methods_of_a_users_class_see_the_adapter() -> None:
+    subject = make_subject("user's linear")
+    assert isinstance(subject.layer, UserLinear)
+    assert torch.equal(subject.layer.twice(subject.x), 2 * subject.layer(subject.x))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_input_may_come_by_keyword(name: str) -> None:
+    subject = make_subject(name)
+    for merged in (False, True):
+        (merge if merged else unmerge)(subject.model)
+        wanted = subject.layer(subject.x)
+        assert torch.equal(subject.layer(**{subject.case.keyword: subject.x}), wanted)
+
+
+def test_a_forward_of_ones_own_gets_all_its_arguments() -> None:
+    subject = make_subject("conv that pads")
+    for side in (0, 1):
+        assert subject.layer(subject.x, side=side).shape[-1] == 4 + side
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_merged_layer_runs_just_the_operators_of_the_plain_one(name: str) -> None:
+    subject = make_subject(name)
+    wanted = operators(subject.plain, subject.x)
+    assert wanted
+    assert operators(subject.model, subject.x) != wanted
+    merge(subject.model)
+    assert operators(subject.model, subject.x) == wanted
+    assert not subject.layer._forward_hooks
+    assert not subject.layer._forward_pre_hooks
+
+
+# nn.Embedding with max_norm renormalises rows of its weight in place --------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm_type", [1.0, 2.0])
+def test_max_norm_leaves_the_weight_alone(dtype: torch.dtype, norm_type: float) -> None:
+    plain = nn.Embedding(11, 6, max_norm=1.5, norm_type=norm_type, padding_idx=2).to(dtype)
+    model = nn.Sequential(nn.Embedding(11, 6, max_norm=1.5, norm_type=norm_type, padding_idx=2).to(dtype))
+    model.load_state_dict({"0.weight": plain.weight})
+    before = plain.weight.detach().clone()
+    inject(model, LoRAConfig(r=R, lora_alpha=ALPHA, target_modules=["0"]))
+    tokens = torch.randint(11, (4, 5))
+    wanted = plain(tokens)  # this changes plain.weight
+    assert not torch.equal(plain.weight, before)
+
+    assert torch.equal(model(tokens), wanted)  # A is zero
+    with disable_adapter(model):
+        assert torch.equal(model(tokens), wanted)
+    layer: Any = model[0]
+    with torch.no_grad():
+        layer.lora_A.normal_()
+    delta = F.embedding(tokens, ALPHA / R * (layer.lora_B.double() @ layer.lora_A.double()).T)
+    size = wanted.double().abs() + F.embedding(
+        tokens, ALPHA / R * (layer.lora_B.double().abs() @ layer.lora_A.double().abs()).T
+    )
+    merge(model)
+    assert is_merged(model)
+    for _ in range(2):  # such a layer is factored, merged or not
+        assert ((model(tokens).double() - wanted - delta).abs() <= rounding(dtype, size)).all()
+        unmerge(model)
+    model(tokens).sum().backward()
+    assert layer.lora_A.grad.abs().sum() > 0
+    assert same_bits(layer.weight, before)
+
+
+class DoubledEmbedding(nn.Embedding):
+    """A forward of its own around one that renormalises."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(tokens)
+
+
+def test_max_norm_in_a_forward_of_ones_own() -> None:
+    plain = DoubledEmbedding(11, 6, max_norm=1.5)
+    model = nn.Sequential(DoubledEmbedding(11, 6, max_norm=1.5))
+    model.load_state_dict({"0.weight": plain.weight})
+    before = plain.weight.detach().clone()
+    inject(model, LoRAConfig(r=R, target_modules=["0"]))
+    tokens = torch.randint(11, (4, 5))
+    wanted = plain(tokens)
+    assert torch.equal(model(tokens), wanted)
+    with disable_adapter(model):
+        assert torch.equal(model(tokens), wanted)
+    assert same_bits(model[0].weight, before)
+
+
+# Which way a layer goes -----------------------------------------------------------------------------------------------
+
+
+def test_only_where_it_must_a_layer_builds_the_whole_delta(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That is in classes with their own forward, and where convolving with the factors would cost more."""
+    calls: list[str] = []
+    deltas = LoRALayer.deltas
+    monkeypatch.setattr(LoRALayer, "deltas", lambda *args: calls.append("delta") or deltas(*args))
+    whole = set()
+    for name in CASES:
+        calls.clear()
+        subject = make_subject(name)
+        subject.model(subject.x)
+        if calls:
+            whole.add(name)
+    own = {"activated linear", "conv that pads", "conv with an inner forward"}
+    assert whole == own | {"conv2d, depthwise", "conv2d, depthwise twice"}
+
+
+def test_conv1d_is_recognised_without_importing_transformers() -> None:
+    layer = Conv1D(6, 8)
+    model = nn.Sequential(layer)
+    inject(model, LoRAConfig(r=2))
+    assert isinstance(layer, LoRALinear)
+    assert tuple(layer.lora_A.shape) == (2, 8)
+    assert tuple(layer.lora_B.shape) == (6, 2)
+
+
+def test_parts_must_divide_the_outputs() -> None:
+    model = nn.Sequential(nn.Linear(8, 12))
+    with pytest.raises(LoRAError, match="5 parts, which do not divide its 12 outputs"):
+        inject(model, LoRAConfig(target_modules=["0"], enable_lora={"0": [True, False, True, True, False]}))
+    assert type(model[0]) is nn.Linear

@@ -1,0 +1,182 @@
+"""What must come of a damaged file that was accepted, read by other libraries and computed another way.
+
+Of the package there are only results here. Where the damage is in a value (a weight, lora_alpha), the file says
+something else, and that must come out; for everything else the undamaged files are the reference.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+from support.models import ZOO_LAYERS
+
+Tensors = Mapping[str, torch.Tensor]
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+# What merge accepts and should refuse: an adapter that lost a tensor, a checkpoint that torch cannot read. Each has a
+# failing test in test_net_defects_files.py; False once they are fixed.
+TOLERATED = True
+
+
+def peft_name(name: str) -> str:
+    """PEFT's name of one of Zoo's tensors."""
+    layer, _, leaf = name.rpartition(".")
+    if layer not in ZOO_LAYERS:
+        return PREFIX + name
+    if not leaf.startswith("lora_"):
+        return f"{PREFIX}{layer}.base_layer.{leaf}"
+    return f"{PREFIX}{layer}." + (f"lora_embedding_{leaf[-1]}" if layer == "embed" else f"{leaf}.weight")
+
+
+class Source:
+    """An adapter for Zoo on disk, as it says of itself.
+
+    Attributes:
+        tensors: by state dict name. One that is there under another name, and was accepted, is the undamaged one.
+        options: those of our description, which stands beside the tensors, or else PEFT's.
+        lost: names that are not there.
+    """
+
+    def __init__(self, path: Path, undamaged: Tensors) -> None:
+        if path.is_dir():
+            with safe_open(path / TENSORS, "pt") as file:
+                found, header = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            named = {name: found[peft_name(name)] for name in undamaged if peft_name(name) in found}
+            described = header.get("lightning_lora")
+            text = (path / CONFIG).read_text() if described is None else described
+            self.options = json.loads(text) if described is None else json.loads(text)["config"]
+        else:
+            content = checkpoint_in(path)
+            named, self.options = content["state_dict"], content["lora"]["config"]
+        buffers = {name for name in undamaged if name.rpartition(".")[2] in BUFFERS}
+        left_out = buffers - named.keys()  # as PEFT's folders may
+        self.tensors = {name: named.get(name, undamaged[name]) for name in undamaged if name not in left_out}
+        self.lost = undamaged.keys() - named.keys()
+
+    def scaling(self, layer: str) -> float:
+        """As PEFT computes it; null counts as not given, and so as PEFT's default."""
+        rank, alpha = self.option("r", "rank_pattern", layer), self.option("lora_alpha", "alpha_pattern", layer)
+        return alpha / (math.sqrt(rank) if self.options.get("use_rslora") else rank)
+
+    def option(self, name: str, pattern: str, layer: str) -> float:
+        """The first pattern that ends a dotted suffix of the layer's name, else what holds for all."""
+        for key, value in (self.options.get(pattern) or {}).items():
+            if re.match(rf"(.*\.)?({key})$", layer):
+                return float(value)
+        return 8.0 if self.options.get(name) is None else float(self.options[name])
+
+    def delta(self, layer: str, size: bool = False) -> torch.Tensor:
+        """s * B @ A in the weight's shape, in float64, or the same of the factors' absolute values."""
+        a, b = (self.tensors[f"{layer}.{factor}"].double() for factor in ("lora_A", "lora_B"))
+        a, b = (a.abs(), b.abs()) if size else (a, b)
+        product = self.scaling(layer) * b.flatten(1) @ a.flatten(1)
+        if layer == "embed":
+            return product.T
+        return product.view(len(b), *a.shape[1:]) if a.dim() > 2 else product
+
+
+def assert_loaded(net: nn.Module, base: Tensors, source: Source) -> None:
+    """A model onto which an adapter was loaded: every tensor bit for bit, every scaling, every dropout."""
+    state, expected = net.state_dict(), {**base, **source.tensors}
+    assert state.keys() == expected.keys()
+    for name, tensor in state.items():
+        assert same_bits(tensor, expected[name].to(tensor.dtype)), name
+    layers = {name: module for name, module in net.named_modules() if "lora_A" in module._parameters}
+    assert set(layers) == set(ZOO_LAYERS)
+    for name, layer in layers.items():
+        assert math.isclose(layer.lora.spec.scaling, source.scaling(name)), name
+        assert layer.lora_dropout == (source.options.get("lora_dropout") or 0.0), name
+
+
+def checkpoint_in(path: Path) -> dict[str, Any]:
+    """Read where the records say that they are; without mmap, torch may take one for a folder and read nothing."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning, r"torch\.")
+        content = torch.load(path, weights_only=True, mmap=True)
+    return copied(content)
+
+
+def copied(value: Any) -> Any:
+    """Apart from the file, which is about to change."""
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    return {key: copied(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def readable(path: Path) -> bool:
+    """Whether torch takes a checkpoint; a folder has another reader."""
+    try:
+        return path.is_dir() or bool(checkpoint_in(path))
+    except (RuntimeError, ValueError, UnpicklingError):
+        return False
+
+
+def weights_in(path: Path) -> dict[str, torch.Tensor]:
+    """A model's tensors, from a folder with safetensors or a checkpoint."""
+    if path.is_dir():
+        return {name: tensor for file in path.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    content = checkpoint_in(path)
+    return dict(content.get("state_dict", content))
+
+
+def assert_merged(before: Tensors, source: Source, after: Tensors) -> None:
+    """Merged weights: W + s * B @ A within rounding, what was trained whole, and all else as it is in the base."""
+    assert before.keys() == after.keys()
+    for name, old in before.items():
+        new, (layer, _, leaf) = after[name], name.rpartition(".")
+        assert (new.dtype, new.shape) == (old.dtype, old.shape), name
+        if TOLERATED and source.lost & {name, f"{layer}.lora_A"} and same_bits(new, old):
+            continue
+        if leaf != "weight" or layer not in ZOO_LAYERS:
+            assert same_bits(new, source.tensors.get(name, old).to(old.dtype)), name
+            continue
+        exact, size = old.double() + source.delta(layer), old.double().abs() + source.delta(layer, size=True)
+        info = torch.finfo(new.dtype)
+        close = (new.double() - exact).abs() <= size * (info.eps + 1e-6) + info.tiny
+        assert (close | (new.double() == exact) | (new.isnan() & exact.isnan())).all(), name
+
+
+def same_bits(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    one, other = (tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in (found, expected))
+    return torch.equal(one, other)
+
+
+def assert_others_kept(base: Path, out: Path) -> None:
+    """What is beside the weights: other files byte for byte, or other entries of a checkpoint."""
+    if base.is_dir():
+        files = [
+            {p.name: p.suffix != ".safetensors" and p.read_bytes() for p in path.iterdir()} for path in (base, out)
+        ]
+    else:
+        contents = (checkpoint_in(path) for path in (base, out))
+        files = [{repr(key): repr(c[key]) for key in c if "state_dict" in c and key != "state_dict"} for c in contents]
+    assert files[0] == files[1]
+
+
+def assert_changes(found: Mapping[str, Any], first: Source, second: Source) -> None:
+    """What diff says of two adapters, layer by layer and tensor by tensor."""
+    changes = found["changes"]
+    whole = {name for name in first.tensors.keys() & second.tensors.keys() if "lora_" not in name}
+    lost = {*found["only_in_first"], *found["only_in_second"]}
+    assert changes.keys() | lost >= {*ZOO_LAYERS, *whole}
+    for name in changes.keys() & {*ZOO_LAYERS, *whole}:
+        values = [s.delta(name) if name in ZOO_LAYERS else s.tensors[name].double() for s in (first, second)]
+        if values[0].shape != values[1].shape:
+            assert "problem" in changes[name], name
+            continue
+        change, size = float((values[1] - values[0]).norm()), float(values[0].norm() + values[1].norm())
+        close = math.isclose(changes[name]["change"], change, rel_tol=1e-9, abs_tol=1e-9 * size)
+        assert close or not math.isfinite(change), name

@@ -1,0 +1,30 @@
+"""What Lightning, torch, peft and transformers say that is no fault of a test."""
+
+from __future__ import annotations
+
+import pytest
+
+# Lightning's advice about the machine or the run, which says nothing about this package: how it begins, and its kind.
+LIGHTNING_NOTICES: dict[str, type[Warning]] = {
+    "The '.*_dataloader' does not have many workers": UserWarning,
+    r"The number of training batches \(\d+\) is smaller than the logging interval": UserWarning,
+    "Checkpoint directory .* exists and is not empty": UserWarning,
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated": FutureWarning,
+    "Starting from v1.9.0, `tensorboardX` has been removed": UserWarning,
+    "Trying to infer the `batch_size` from an ambiguous collection": UserWarning,
+}
+
+# torch's compiler and fast path warn of what they do themselves, on models without this package too.
+TORCH_NOTICES = [
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor is being:UserWarning"),
+    pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype:UserWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
+]
+
+# What peft and transformers say of each other or of the file's plan, whoever wrote the adapter.
+PEER_NOTICES = (
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
+    "ignore:Setting `save_embedding_layers` to `True`:UserWarning",
+    "ignore:Could not identify embedding layer.s. because the model is not:UserWarning",
+)
+quiet_peers = [pytest.mark.filterwarnings(notice) for notice in PEER_NOTICES]

@@ -1,0 +1,165 @@
+"""Worlds of processes that stay up between tests: starting one costs seconds, a tiny test in it milliseconds."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import queue
+import socket
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+BACKEND = "nccl" if torch.cuda.is_available() and torch.cuda.device_count() > 1 else "gloo"
+COLLECTIVE_TIMEOUT = 30  # seconds
+
+
+class World:
+    """`size` ranks of one process group; run() calls a module-level function on each."""
+
+    def __init__(self, size: int, collective_timeout: float = COLLECTIVE_TIMEOUT) -> None:
+        self.size, self.collective_timeout = size, collective_timeout
+        self.processes: list[Any] = []
+
+    def start(self) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["lightning.pytorch", "torch.distributed.checkpoint"])  # imported once for all
+        self.inboxes = [context.Queue() for _ in range(self.size)]
+        self.outbox = context.Queue()
+        port = free_port()
+        self.processes = [
+            context.Process(
+                target=_serve,
+                args=(rank, self.size, port, self.collective_timeout, self.inboxes[rank], self.outbox),
+                daemon=True,
+            )
+            for rank in range(self.size)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 60) -> list[Any]:
+        """function(*args) on every rank; results in the order of ranks. A failure or a hang ends this world."""
+        self._send(function, args)
+        return self._collect(time.monotonic() + timeout)
+
+    def run_broken(self, function: Callable[..., Any], *args: Any, timeout: float) -> dict[int, str]:
+        """function(*args) where ranks die or raise: each survivor's traceback. This world ends with it.
+
+        A rank that raised ends, as a program does: those that wait for it learn of it that way.
+        """
+        self._send(function, args, stays=False)
+        deadline = time.monotonic() + timeout
+        ended: dict[int, str] = {}
+        alive = True
+        while alive and time.monotonic() < deadline:
+            alive = any(self.processes[rank].is_alive() for rank in range(self.size) if rank not in ended)
+            with contextlib.suppress(queue.Empty):  # also what the last one said before it ended
+                while len(ended) < self.size:
+                    rank, failure, _ = self.outbox.get(timeout=0.2)
+                    ended[rank] = failure
+        self.stop()
+        return ended
+
+    def _send(self, function: Callable[..., Any], args: Any, stays: bool = True) -> None:
+        if not self.processes:
+            self.start()
+            self._collect(time.monotonic() + 120)
+        for inbox in self.inboxes:
+            inbox.put((function, args, stays))
+
+    def _collect(self, deadline: float) -> list[Any]:
+        results: dict[int, Any] = {}
+        while len(results) < self.size:
+            try:
+                rank, failure, result = self.outbox.get(timeout=max(0.01, min(1, deadline - time.monotonic())))
+            except queue.Empty:
+                if time.monotonic() < deadline and all(process.is_alive() for process in self.processes):
+                    continue
+                self.stop()
+                pytest.fail(f"of {self.size} ranks only {sorted(results)} came back")
+            if failure:
+                self.stop()
+                pytest.fail(f"rank {rank}:\n{failure}")
+            results[rank] = result
+        return [results[rank] for rank in range(self.size)]
+
+    def stop(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+        self.processes = []
+
+
+_WORLDS: dict[int, World] = {}
+
+
+def world(size: int = 2) -> World:
+    """The one world of that size; its processes end with this one."""
+    return _WORLDS.setdefault(size, World(size))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def environment(rank: int, size: int, port: int) -> dict[str, str]:
+    """What Lightning and torch read when processes are started from outside."""
+    return {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "NODE_RANK": "0",
+    }
+
+
+def _serve(rank: int, size: int, port: int, collective_timeout: float, inbox: Any, outbox: Any) -> None:
+    os.environ.update(environment(rank, size, port))
+    if rank:
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    torch.set_num_threads(1)
+    quiet()
+    dist.init_process_group(BACKEND, timeout=timedelta(seconds=collective_timeout))
+    if BACKEND == "nccl":
+        torch.cuda.set_device(rank)
+    outbox.put((rank, "", None))
+    stays = True
+    while stays:
+        function, args, stays = inbox.get()
+        try:
+            torch.manual_seed(0)
+            outbox.put((rank, "", function(*args)))
+        except BaseException:
+            outbox.put((rank, traceback.format_exc(), None))
+    outbox.close()
+    outbox.join_thread()  # what it holds is on its way
+    os._exit(0)  # gloo's threads abort now and then in an orderly exit
+
+
+def quiet() -> None:
+    """As in the main process: a warning is an error, and Lightning's notices are none."""
+    import logging
+
+    import lightning.pytorch  # noqa: F401  (resets its own logger on import)
+
+    from support.notices import LIGHTNING_NOTICES
+
+    warnings.simplefilter("error")
+    for message, category in LIGHTNING_NOTICES.items():
+        warnings.filterwarnings("ignore", message, category)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    logging.getLogger("lightning.fabric").setLevel(logging.ERROR)

@@ -1,0 +1,74 @@
+"""What is run: operators of a call, graphs that torch.compile makes, and what a rank sends to the others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class Operators(TorchDispatchMode):
+    """Which operators run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def operators(model: nn.Module, x: torch.Tensor) -> list[str]:
+    recorder = Operators()
+    with torch.no_grad(), recorder:
+        model(x)
+    return recorder.seen
+
+
+class Recorder:
+    """A backend that keeps each graph and runs it as it is: outputs are those of eager execution bit for bit."""
+
+    def __init__(self) -> None:
+        self.graphs: list[torch.fx.GraphModule] = []
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        self.graphs.append(graph)
+        return graph.forward
+
+    def code(self) -> str:
+        return str(self.graphs[-1].code)
+
+
+def start_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No graphs yet, and eager execution drops out as the compiled one does, where it would draw faster bits."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    monkeypatch.setattr("lightning_lora.nn.lora_layer.drop", lambda x, p: (F.dropout(x, p), 1.0))
+
+
+class Traffic(TorchDispatchMode):
+    """A mode that notes collectives; DTensors are left to dispatch to their shards first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented
+        if func.namespace in ("c10d", "_c10d_functional") and not func.__name__.startswith(("wait", "_wrap")):
+            tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
+            inputs = tensors[1:] if func.__name__.startswith(("_allgather_base_", "_reduce_scatter_base_")) else tensors
+            self.sent.append((func.__name__.split(".")[0], sum(t.nbytes for t in inputs)))
+        return func(*args, **kwargs or {})
+
+    def bytes(self, *names: str) -> int:
+        """Bytes put into collectives whose name contains one of these, or into all."""
+        return sum(size for name, size in self.sent if not names or any(part in name for part in names))

@@ -1,0 +1,297 @@
+"""Runs with LoRACallback, what must hold after each, and the same run evaluated unmerged to compare with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
+from torch import nn
+
+from lightning_lora import LoRACallback, disable_adapter, is_merged
+from lightning_lora.nn.lora_layer import LoRALayer
+from support.training import Data, Net, assert_same_tensors, make_trainer, outputs, weights
+
+TARGETS = ["body.0", "body.3", "head"]
+BATCHES = 3
+
+
+def lora(**options: Any) -> LoRACallback:
+    defaults: dict[str, Any] = {"r": 2, "target_modules": TARGETS}
+    return LoRACallback(**defaults | options)
+
+
+class Steps(Net):
+    """Notes in which step it was merged; `fault` is raised once, at the second batch of a step of the name `faulty`."""
+
+    fault: BaseException | None = None
+    faulty = ""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen.append((self._current_fx_name, is_merged(self)))
+        if self._current_fx_name == self.faulty and self.fault is not None and len(self.seen) % BATCHES == 2:
+            fault, self.fault = self.fault, None
+            raise fault
+        return super().forward(x)
+
+    def when(self, merged: bool) -> set[str]:
+        return {name for name, found in self.seen if found is merged}
+
+
+def run(trainer: L.Trainer, stage: str, model: L.LightningModule) -> None:
+    getattr(trainer, stage)(model, Data(BATCHES), **{"verbose": False} if stage in ("validate", "test") else {})
+
+
+def trained(path: Path, model: Net, *callbacks: L.Callback, **options: Any) -> Net:
+    """Fit; where the model is not injected yet, its adapters start from the same numbers each time."""
+    torch.manual_seed(0)
+    make_trainer(path, *callbacks, **options).fit(model.train(), Data(BATCHES))
+    return model
+
+
+# --- the same run evaluated merged and unmerged ---
+
+EVALUATIONS = ("validation", "test", "predict")
+
+
+def lora_with_effect(**options: Any) -> LoRACallback:
+    """A callback whose adapter has an effect from the first batch on."""
+    defaults: dict[str, Any] = {"r": 2, "lora_alpha": 4, "target_modules": TARGETS, "init_lora_weights": False}
+    return LoRACallback(**defaults | options)
+
+
+class Watched(Net):
+    """Notes (stage, merged, loss) of each step in `seen`."""
+
+    def note(self, stage: str, batch: Any) -> torch.Tensor:
+        loss = F.cross_entropy(self(batch[0]), batch[1])
+        self.seen.append((stage, is_merged(self), loss.item()))
+        return loss
+
+    def training_step(self, batch: Any, batch_idx: int, *args: Any) -> Any:
+        return self.note("train", batch)
+
+    def validation_step(self, batch: Any, batch_idx: int, *args: Any) -> None:
+        self.log("val_loss", self.note("validation", batch))
+
+    def test_step(self, batch: Any, batch_idx: int, *args: Any) -> None:
+        self.log("test_loss", self.note("test", batch))
+
+    def predict_step(self, batch: Any, batch_idx: int, *args: Any) -> Any:
+        self.note("predict", batch)
+        return self(batch[0])
+
+
+Run = Callable[[Path, Net, LoRACallback], Any]
+
+
+def compare(
+    path: Path,
+    run: Run,
+    make: Callable[[], Net] = Watched,
+    *,
+    always: bool = True,
+    base_stays: bool = True,
+    tolerance: float = 1e-5,
+    **options: Any,
+) -> Net:
+    """Run evaluated merged and unmerged: the same numbers, the same training bit for bit, the base untouched.
+
+    Args:
+        path: where the runs may write.
+        run: what to do with a path, a model and a LoRACallback.
+        make: the model.
+        always: every evaluation batch is merged; not so under a finder, which takes the Trainer's callbacks out.
+        base_stays: the base is not built late, cast, averaged or trained by others.
+        tolerance: relative difference of the numbers.
+        options: of LoRACallback.
+    """
+    models, results = {}, {}
+    for merged_eval in (True, False):
+        torch.manual_seed(0)
+        models[merged_eval] = model = make()
+        before = base_weights(model) if base_stays else None
+        results[merged_eval] = run(path / str(merged_eval), model, lora_with_effect(merged_eval=merged_eval, **options))
+        assert_as_found(model, before)
+    merged, factored = models[True], models[False]
+    assert_same_numbers(merged.seen, factored.seen, tolerance)
+    evaluated = {was for stage, was, _ in merged.seen if stage in EVALUATIONS}
+    assert True in evaluated
+    assert not always or False not in evaluated
+    assert not any(was for stage, was, _ in [*factored.seen, *merged.seen] if stage == "train")
+    assert not any(was for _, was, _ in factored.seen)
+    if results[True] is not None:
+        assert results[True] == pytest.approx(results[False], rel=tolerance, abs=1e-6)
+    assert_same_tensors(weights(merged), weights(factored))
+    if base_stays:
+        assert_adapter_matters(merged)
+    return merged
+
+
+def assert_same_numbers(found: list[Any], expected: list[Any], tolerance: float = 1e-5) -> None:
+    assert [stage for stage, _, _ in found] == [stage for stage, _, _ in expected]
+    assert [loss for *_, loss in found] == pytest.approx([loss for *_, loss in expected], rel=tolerance)
+
+
+def assert_adapter_matters(model: nn.Module) -> None:
+    """A thousand times the tolerance of compare, so that its numbers tell the adapter from its absence."""
+    with disable_adapter(model):
+        base = outputs(model)
+    assert (outputs(model) - base).abs().max() > 1e-2
+
+
+def base_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of all parameters but the adapters'."""
+    return {
+        n: p.detach().clone() for n, p in model.named_parameters() if n.rpartition(".")[2] not in ("lora_A", "lora_B")
+    }
+
+
+def assert_as_found(model: nn.Module, before: dict[str, torch.Tensor] | None) -> None:
+    """Unmerged, the live base bit for bit as before (unless None), nothing left on."""
+    assert not is_merged(model)
+    layers = [module for module in model.modules() if isinstance(module, LoRALayer)]
+    assert layers, "nothing was injected"
+    assert all(layer.lora_active and not layer.lora.records and layer.lora.dropout_override is None for layer in layers)
+    assert not any(layer._forward_hooks for layer in layers)
+    if before is not None:
+        assert_same_tensors(base_weights(model), before)
+
+
+class At(L.Callback):
+    """Calls act(trainer, module) in one hook, when(trainer) permitting."""
+
+    def __init__(self, hook: str, act: Callable[[Any, Any], None], when: Callable[[Any], bool] = lambda trainer: True):
+        self.hook = hook
+
+        def call(trainer: Any, pl_module: Any, *args: Any, **kwargs: Any) -> None:
+            if when(trainer):
+                act(trainer, pl_module)
+
+        setattr(self, hook, call)
+
+
+# --- modules and callbacks of particular runs ---
+
+
+class Manual(Watched):
+    """Manual optimization with one optimizer for the body's adapters and one for the head's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int, *args: Any) -> None:
+        optimizers: Any = self.optimizers()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+            self.manual_backward(self.note("train", batch))
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return [
+            torch.optim.Adam(filter(lambda p: p.requires_grad, self.body.parameters()), lr=0.05),
+            torch.optim.SGD(self.head.parameters(), lr=0.1),
+        ]
+
+
+class Logs(Watched):
+    def training_step(self, batch: Any, batch_idx: int, *args: Any) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        self.log("train_loss", loss.detach())
+        return loss
+
+
+class Backboned(Logs):
+    """As BackboneFinetuning wants it: a backbone, and an optimizer of what is trainable."""
+
+    @property
+    def backbone(self) -> torch.nn.Module:
+        return self.body
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(filter(lambda p: p.requires_grad, self.parameters()), lr=0.02)
+
+
+class BrokenError(Exception):
+    pass
+
+
+# --- averaging ---
+
+SCALING = 2.0
+SWAPPERS: dict[str, Callable[[], L.Callback]] = {
+    "mean": WeightAveraging,
+    "mean without buffers": lambda: WeightAveraging(use_buffers=False),
+    "ema": lambda: EMAWeightAveraging(decay=0.8),
+    "ema every second step": lambda: EMAWeightAveraging(decay=0.5, update_every_n_steps=2),
+    "ema from step 4": lambda: EMAWeightAveraging(decay=0.5, update_starting_at_step=4),
+    "ema each epoch": lambda: EMAWeightAveraging(decay=0.5, update_every_n_steps=0, update_starting_at_epoch=0),
+}
+
+
+def swa() -> StochasticWeightAveraging:
+    return StochasticWeightAveraging(swa_lrs=0.02, swa_epoch_start=2, annealing_epochs=2)
+
+
+def reference_loss(state: dict[str, torch.Tensor]) -> float:
+    """Net's loss on the validation data in float64, from W, A and B, with nothing of this package."""
+
+    def linear(x: torch.Tensor, name: str) -> torch.Tensor:
+        weight = s[f"{name}.weight"]
+        if f"{name}.lora_A" in s:
+            weight = weight + SCALING * s[f"{name}.lora_B"] @ s[f"{name}.lora_A"]
+        return F.linear(x, weight, s[f"{name}.bias"])
+
+    s = {name: value.double() for name, value in state.items()}
+    losses = []
+    for x, y in Data().val_dataloader():
+        hidden = linear(x.double(), "body.0")
+        mean, var = s["body.1.running_mean"], s["body.1.running_var"]
+        hidden = F.batch_norm(hidden, mean, var, s["body.1.weight"], s["body.1.bias"]).relu()
+        losses.append(F.cross_entropy(linear(linear(hidden, "body.3").relu(), "head"), y).item())
+    return sum(losses) / len(losses)
+
+
+class OwnAverage(L.Callback):
+    """Averages all that a state dict holds in float64 when the swapper says so; notes the loss of each validation."""
+
+    def __init__(self, swapper: WeightAveraging, decay: float | None) -> None:
+        self.swapper, self.decay = swapper, decay
+        self.average: dict[str, torch.Tensor] = {}
+        self.count, self.step = 0, 0
+        self.expected: list[float] = []
+        self.logged: list[float] = []
+        self.unaveraged: list[float] = []
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.average = {name: value.double() for name, value in weights(pl_module).items()}
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        if trainer.global_step > self.step and self.swapper.should_update(step_idx=trainer.global_step - 1):
+            self.update(pl_module)
+            self.step = trainer.global_step
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.swapper.should_update(epoch_idx=trainer.current_epoch):
+            self.update(pl_module)
+
+    def update(self, module: nn.Module) -> None:
+        for name, value in weights(module).items():
+            share = 1.0 if self.count == 0 else 1 / (self.count + 1) if self.decay is None else 1 - self.decay
+            self.average[name] = (1 - share) * self.average[name] + share * value.double()
+        self.count += 1
+        if not self.swapper._use_buffers:  # then they are copied
+            self.average |= {name: buffer.detach().double() for name, buffer in module.named_buffers()}
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.expected.append(reference_loss(self.average))
+        self.unaveraged.append(reference_loss(weights(pl_module)))
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.logged.append(trainer.callback_metrics["val_loss"].item())

@@ -1,0 +1,137 @@
+"""An exception in any hook of an evaluation, the callback's or the module's: unmerged after, and the next fit right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+
+from lightning_lora import is_merged
+from support.runs import At, BrokenError, Watched, assert_as_found, assert_same_numbers, base_weights, lora_with_effect
+from support.training import Data, Net, assert_same_tensors, make_trainer, weights
+
+STAGES = {"fit": "validation", "validate": "validation", "test": "test", "predict": "predict"}
+TRANSFERS = ["transfer_batch_to_device", "on_before_batch_transfer", "on_after_batch_transfer"]
+
+
+def places(fn: str, stage: str) -> list[tuple[str, str, str]]:
+    """Everything of the user's that Lightning calls while that stage runs, as (fn, owner, hook)."""
+    callback, module = (
+        [name for name in dir(owner) if name.startswith(f"on_{stage}_")] for owner in (L.Callback, L.LightningModule)
+    )
+    if fn == "validate":
+        module.remove("on_validation_model_zero_grad")  # only inside fit
+    loader = [] if fn == "fit" else [f"{fn.removesuffix('idate')}_dataloader"]  # fit loads it before the first epoch
+    owners = {"first": callback, "last": callback, "module": [*module, f"{stage}_step"], "data": [*TRANSFERS, *loader]}
+    return [(fn, owner, hook) for owner, hooks in owners.items() for hook in hooks]
+
+
+CASES = [place for fn, stage in STAGES.items() for place in places(fn, stage)]
+
+
+class Fault:
+    """Raised once: in the second epoch of a fit, at the second batch where there are batches."""
+
+    def __init__(self, error: type[BaseException], fn: str, hook: str) -> None:
+        self.error, self.fn = error, fn
+        self.left = 2 if "batch" in hook or hook.endswith("_step") else 1
+
+    def __call__(self, trainer: L.Trainer) -> None:
+        if (trainer.training or trainer.sanity_checking) or (self.fn == "fit" and trainer.current_epoch == 0):
+            return
+        self.left -= 1
+        if self.left == 0:
+            raise self.error("a fault on purpose")
+
+
+def plant(fault: Fault, owner: str, hook: str, model: Net, data: Data) -> list[L.Callback]:
+    """Make a hook raise; the callback that does it, if one does."""
+    if owner in ("first", "last"):
+        return [At(hook, lambda trainer, _: fault(trainer))]
+    target = model if owner == "module" else data
+    original = getattr(target, hook)
+
+    def raising(*args: Any, **kwargs: Any) -> Any:
+        fault(model.trainer)
+        return original(*args, **kwargs)
+
+    setattr(target, hook, raising)
+    return []
+
+
+def faulty_run(path: Path, merged_eval: bool, fn: str, owner: str, hook: str, error: type[BaseException]) -> Net:
+    """Train, fault, train again."""
+    torch.manual_seed(0)
+    model, data, callback = Watched(), Data(2), lora_with_effect(merged_eval=merged_eval)
+    before = base_weights(model)
+    make_trainer(path, callback).fit(model, data)
+    fault = Fault(error, fn, hook)
+    planted = plant(fault, owner, hook, model, data)
+    callbacks = [*planted, callback] if owner == "first" else [callback, *planted]
+    trainer = make_trainer(path, *callbacks, max_epochs=2)
+    with pytest.raises(SystemExit if error is KeyboardInterrupt else error):
+        getattr(trainer, fn)(model, data)
+    assert fault.left == 0
+    assert_as_found(model, before)
+    for target in (model, data):
+        vars(target).pop(hook, None)
+    model.train()  # Lightning leaves it in evaluation mode
+    make_trainer(path, callback).fit(model, data)
+    assert_as_found(model, before)
+    return model
+
+
+def assert_faults_do_no_harm(path: Path, *case: Any) -> None:
+    merged = faulty_run(path / "merged", True, *case)
+    factored = faulty_run(path / "factored", False, *case)
+    assert any(was for _, was, _ in merged.seen) or "batch" not in case[2]
+    assert_same_numbers(merged.seen, factored.seen)
+    assert_same_tensors(weights(merged), weights(factored))
+
+
+@pytest.mark.parametrize(("fn", "owner", "hook"), CASES)
+def test_an_exception_in_any_hook(tmp_path, fn: str, owner: str, hook: str):
+    assert_faults_do_no_harm(tmp_path, fn, owner, hook, BrokenError)
+
+
+@pytest.mark.parametrize("fn", STAGES)
+@pytest.mark.parametrize("owner", ["first", "last"])
+def test_ctrl_c(tmp_path, fn: str, owner: str):
+    """Lightning turns KeyboardInterrupt into SystemExit."""
+    assert_faults_do_no_harm(tmp_path, fn, owner, f"on_{STAGES[fn]}_batch_end", KeyboardInterrupt)
+
+
+class BreaksTheWayOut(L.Callback):
+    """Listed first, it keeps Lightning from telling the others of the exception."""
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        raise BrokenError("on the way out")
+
+
+@pytest.mark.parametrize("next_fn", ["fit", "validate", "test", "predict"])
+@pytest.mark.parametrize("fn", STAGES)
+def test_an_exception_that_our_callback_never_hears_of(tmp_path, fn: str, next_fn: str):
+    """Whatever runs next is right and leaves the model as it should be."""
+
+    def run(merged_eval: bool) -> tuple[Net, Any]:
+        torch.manual_seed(0)
+        model, callback = Watched(), lora_with_effect(merged_eval=merged_eval)
+        before = base_weights(model)
+        make_trainer(tmp_path, callback).fit(model, Data(2))
+        fault = Fault(BrokenError, fn, "batch")
+        hook = At(f"on_{STAGES[fn]}_batch_end", lambda trainer, _: fault(trainer))
+        trainer = make_trainer(tmp_path, BreaksTheWayOut(), callback, hook, max_epochs=2)
+        with pytest.raises(BrokenError, match="on the way out"):
+            getattr(trainer, fn)(model, Data(2))
+        assert is_merged(model) is merged_eval, "the fault was heard of; this test shows nothing"
+        model.train()
+        getattr(make_trainer(tmp_path, callback), next_fn)(model, Data(2))
+        assert_as_found(model, before)
+        return model
+
+    merged, factored = run(True), run(False)
+    assert_same_numbers(merged.seen, factored.seen)
+    assert_same_tensors(weights(merged), weights(factored))

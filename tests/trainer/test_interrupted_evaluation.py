@@ -1,0 +1,99 @@
+"""What an interrupted evaluation, or a user who merges by hand, leaves behind."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_lora import LoRAError, is_merged, merge, unmerge
+from support.runs import Steps, lora, run, trained
+from support.training import Net, assert_same_tensors, make_trainer
+
+
+@pytest.fixture
+def _keeps_ctrl_c():
+    """Lightning switches Ctrl-C off for the rest of the process once it was pressed."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts without it
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+FAULTS = [
+    ("fit", "validation_step"),
+    ("validate", "validation_step"),
+    ("test", "test_step"),
+    ("predict", "predict_step"),
+]
+
+
+@pytest.mark.usefixtures("_keeps_ctrl_c")
+@pytest.mark.parametrize("fault", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize(("stage", "step"), FAULTS)
+def test_a_fault_in_evaluation_leaves_the_model_unmerged_and_the_next_fit_right(
+    tmp_path, fault: type[BaseException], stage: str, step: str
+):
+    def faulty(merged_eval: bool) -> Net:
+        model = Steps()
+        trained(tmp_path, model, lora(merged_eval=merged_eval), max_epochs=2)
+        model.fault, model.faulty = fault("on purpose"), step
+        with pytest.raises(SystemExit if fault is KeyboardInterrupt else fault):
+            run(make_trainer(tmp_path, lora(merged_eval=merged_eval)), stage, model)
+        assert model.seen[-1] == (step, merged_eval)
+        assert not is_merged(model)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        return trained(tmp_path, model, lora(merged_eval=merged_eval), max_epochs=2)
+
+    model = faulty(merged_eval=True)
+    assert torch.equal(model.head.weight, Net().head.weight)
+    assert_same_tensors(model.state_dict(), faulty(merged_eval=False).state_dict())
+
+
+@pytest.mark.usefixtures("_keeps_ctrl_c")
+def test_ctrl_c_while_merging(tmp_path, monkeypatch):
+    """The signal is held back until every layer is merged, and reaches the Trainer before merge returns."""
+
+    def press(*args: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return merge_layer(*args)
+
+    merging = importlib.import_module("lightning_lora.model.merging")
+    merge_layer = merging._merge_layer
+    model = trained(tmp_path, Net(), lora())
+    monkeypatch.setattr(merging, "_merge_layer", press)
+    with pytest.raises(SystemExit):
+        run(make_trainer(tmp_path, lora()), "test", model)
+    assert not is_merged(model)
+    assert torch.equal(model.head.weight, Net().head.weight)
+
+
+def test_a_model_that_cannot_be_merged_is_unmerged_and_named(tmp_path):
+    model = trained(tmp_path, Net(), lora())
+    with torch.no_grad():
+        model.body[3].lora_B[0] = float("nan")
+    with pytest.raises(LoRAError, match=r"merge: layer 'body\.3': .*not finite"):
+        run(make_trainer(tmp_path, lora()), "test", model)
+    assert not is_merged(model)
+
+
+def test_a_model_that_the_user_left_merged_is_trained_unmerged(tmp_path):
+    def start(leave_merged: bool) -> Net:
+        model = trained(tmp_path, Net(), lora())
+        if leave_merged:
+            merge(model)
+        return trained(tmp_path, model, lora())
+
+    assert_same_tensors(start(leave_merged=True).state_dict(), start(leave_merged=False).state_dict())
+
+
+def test_a_model_that_the_user_merged_is_left_merged_by_a_test(tmp_path):
+    model = trained(tmp_path, Net(), lora())
+    merge(model)
+    run(make_trainer(tmp_path, lora()), "test", model)
+    assert is_merged(model)
+    unmerge(model)
+    assert torch.equal(model.head.weight, Net().head.weight)

@@ -1,0 +1,271 @@
+"""A Trainer's run: first values of what is built late, a backbone put into eval mode later, optimizers, averaging."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+
+from lightning_lora import LoRAError, disable_adapter, unload
+from support.runs import BATCHES, lora, trained
+from support.training import (
+    BuiltInConfigureModel,
+    BuiltInSetup,
+    Data,
+    Net,
+    RebuiltInSetup,
+    assert_same_tensors,
+    make_trainer,
+    outputs,
+    weights,
+)
+
+# --- first values of what setup and configure_model build ---
+
+
+class BodyInSetup(Net):
+    def prepare(self) -> None:
+        self.build_head()
+
+    def setup(self, stage: str) -> None:
+        if not hasattr(self, "body"):
+            self.build_body()
+
+
+class BodyInConfigureModel(Net):
+    def prepare(self) -> None:
+        self.build_head()
+
+    def configure_model(self) -> None:
+        if not hasattr(self, "body"):
+            self.build_body()
+
+
+class BuiltInBoth(Net):
+    def prepare(self) -> None:
+        pass
+
+    def setup(self, stage: str) -> None:
+        if not hasattr(self, "head"):
+            self.build_head()
+
+    def configure_model(self) -> None:
+        if not hasattr(self, "body"):
+            self.build_body()
+
+
+class FilledInConfigureModel(Net):
+    """Its tensors are on the meta device until then."""
+
+    def prepare(self) -> None:
+        with torch.device("meta"):
+            super().prepare()
+
+    def configure_model(self) -> None:
+        if self.head.weight.is_meta:
+            self.to_empty(device="cpu")
+            self.load_state_dict(Net().state_dict())
+
+
+class RefilledInConfigureModel(Net):
+    """Starts from other values, which are written over, as by a program's own initialisation."""
+
+    def __init__(self) -> None:
+        super().__init__(seed=2)
+
+    def configure_model(self) -> None:
+        if self.hparams["seed"] == 2:
+            self.hparams["seed"] = 1
+            with torch.no_grad():
+                for name, value in Net().named_parameters():
+                    self.get_parameter(name).copy_(value)
+
+
+BUILDERS = [
+    Net,
+    BuiltInSetup,
+    BodyInSetup,
+    RebuiltInSetup,
+    BuiltInConfigureModel,
+    BodyInConfigureModel,
+    BuiltInBoth,
+    FilledInConfigureModel,
+    RefilledInConfigureModel,
+]
+BIASES = {"body.0.bias", "body.1.bias", "body.3.bias", "head.bias"}
+BUFFERS = {"body.1.running_mean", "body.1.running_var", "body.1.num_batches_tracked"}
+
+
+@pytest.mark.parametrize(
+    ("options", "trains"),
+    [
+        ({"bias": "all", "modules_to_save": ["body.1"]}, {*BIASES, "body.1.weight"}),
+        ({"target_modules": ["0"], "modules_to_save": ["head", "3"]}, {"head.weight", "head.bias", "body.3.weight"}),
+    ],
+    ids=["biases and norm", "head and layer"],
+)
+@pytest.mark.parametrize("builder", BUILDERS)
+def test_disable_adapter_and_unload_after_fits_give_a_fresh_model_wherever_its_layers_were_built(
+    tmp_path, builder: type[Net], options: dict[str, Any], trains: set[str]
+):
+    model, fresh = builder(), Net()
+    for _ in range(2):  # setup and configure_model are called again in the second run
+        trained(tmp_path, model, lora(**options))
+    plain, after = weights(fresh), weights(model)
+    assert {name for name in plain if not torch.equal(after[name], plain[name])} >= trains | BUFFERS
+    with disable_adapter(model):
+        assert_same_tensors({name: model.state_dict()[name] for name in plain}, plain)
+        assert torch.equal(outputs(model), outputs(fresh))
+    assert_same_tensors(weights(model), after)
+    unload(model)
+    assert_same_tensors(weights(model), plain)
+    assert torch.equal(outputs(model), outputs(fresh))
+
+
+# --- a backbone that is put into eval mode while the run goes on ---
+
+
+class Listening(Net):
+    """Notes in which epoch and step two passes of one input differ, which is where dropout acts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.noise: list[tuple[int, str, bool, bool]] = []
+
+    def look(self, x: torch.Tensor) -> None:
+        random = not torch.equal(self.body(x), self.body(x))
+        self.noise.append((self.current_epoch, str(self._current_fx_name), self.body.training, random))
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        self.look(batch[0])
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.look(batch[0])
+        with torch.enable_grad():
+            self.look(batch[0])
+        super().validation_step(batch, batch_idx)
+
+
+class PutsIntoEval(L.Callback):
+    """The body, from epoch 1 on."""
+
+
+def put(self: Any, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
+    if trainer.current_epoch >= 1:
+        pl_module.body.eval()
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("hook", ["on_train_epoch_start", "on_train_epoch_end"])
+@pytest.mark.parametrize("merged_eval", [True, False])
+def test_adapters_of_a_backbone_in_eval_mode_from_epoch_1_on_drop_in_training_batches_alone(
+    tmp_path, monkeypatch, merged_eval: bool, hook: str, first: bool
+):
+    monkeypatch.setattr(PutsIntoEval, hook, put)
+    callbacks = [PutsIntoEval(), lora(lora_dropout=0.5, init_lora_weights=False, merged_eval=merged_eval)]
+    model = Listening()
+    make_trainer(tmp_path, *callbacks[:: 1 if first else -1], max_epochs=3).fit(model, Data())
+    steps = [(epoch, mode, random) for epoch, step, mode, random in model.noise if step == "training_step"]
+    start = 1 if hook == "on_train_epoch_start" else 2
+    assert steps == [(epoch, epoch < start, True) for epoch in range(3) for _ in range(3)]
+    evaluated = [random for _, step, _, random in model.noise if step == "validation_step"]
+    assert evaluated == [False] * 18
+
+
+# --- optimizers that hold a part of an adapter ---
+
+
+class Holds(Net):
+    """Its optimizer has every trainable parameter that `held` names."""
+
+    held: Callable[[str], bool]
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(
+            [p for name, p in self.named_parameters() if p.requires_grad and self.held(name)], lr=0.1
+        )
+
+
+@pytest.mark.parametrize("missing", ["body.0.lora_A", "body.0.lora_B", "head.lora_A", "head.lora_B"])
+def test_an_optimizer_that_holds_all_but_one_factor_is_refused_by_the_factors_name(tmp_path, missing: str):
+    model = Holds()
+    model.held = lambda name: name != missing
+    with pytest.raises(LoRAError, match=rf"no optimizer holds the adapter parameter '{missing}'"):
+        make_trainer(tmp_path, lora()).fit(model, Data())
+
+
+@pytest.mark.parametrize("held", ["lora_A", "lora_B"])
+def test_an_optimizer_that_holds_one_factor_of_each_layer_is_refused_by_the_other_ones_name(tmp_path, held: str):
+    model = Holds()
+    model.held = lambda name: name.endswith(held)
+    missing = {"lora_A": "lora_B", "lora_B": "lora_A"}[held]
+    with pytest.raises(LoRAError, match=rf"no optimizer holds the adapter parameter 'body\.0\.{missing}'"):
+        make_trainer(tmp_path, lora()).fit(model, Data())
+
+
+class TwoOptimizers(Net):
+    """One for each factor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def factors(self, leaf: str = "") -> dict[str, torch.Tensor]:
+        return {name: p for name, p in self.named_parameters() if "lora_" in name and name.endswith(leaf)}
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(self.factors(leaf).values(), lr=0.5) for leaf in ("lora_A", "lora_B")]
+
+    def on_train_start(self) -> None:
+        self.start = {name: p.detach().clone() for name, p in self.factors().items()}
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.manual_backward(super().training_step(batch, batch_idx))
+        for optimizer in self.optimizers():
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def test_two_optimizers_that_hold_one_factor_each_are_let_in_and_train_both(tmp_path):
+    model = TwoOptimizers()
+    make_trainer(tmp_path, lora(init_lora_weights=False)).fit(model, Data())
+    assert len(model.start) == 6
+    assert not any(torch.equal(p, model.start[name]) for name, p in model.factors().items())
+
+
+# --- the copies that weight averaging adds ---
+
+AVERAGING: dict[str, Callable[[], L.Callback]] = {
+    "WeightAveraging": WeightAveraging,
+    "StochasticWeightAveraging": lambda: StochasticWeightAveraging(0.02, swa_epoch_start=1, annealing_epochs=1),
+}
+
+
+def names(value: Any) -> set[str]:
+    """The last part of every key at any depth, without the prefixes that averaging puts in front."""
+    if not isinstance(value, dict):
+        return set()
+    return {str(key).removeprefix("module.") for key in value}.union(*map(names, value.values()))
+
+
+@pytest.mark.parametrize("swapper", AVERAGING)
+@pytest.mark.parametrize("kind", ["adapter", "merged"])
+def test_no_frozen_weight_is_in_the_copies_that_weight_averaging_adds_to_a_checkpoint(
+    tmp_path, kind: str, swapper: str
+):
+    model = Net()
+    path = tmp_path / "averaged.ckpt"
+    trainer = make_trainer(tmp_path, lora(save=kind), AVERAGING[swapper](), max_epochs=3)
+    trainer.fit(model, Data(BATCHES))
+    trainer.save_checkpoint(path)
+    checkpoint = torch.load(path, weights_only=True)
+    if kind == "merged":
+        assert checkpoint.pop("state_dict").keys() == Net().state_dict().keys()
+        checkpoint["state_dict"] = checkpoint["lora"]["adapter"]
+    frozen = {name for name, _ in Net().named_parameters()}
+    assert not names(checkpoint) & frozen

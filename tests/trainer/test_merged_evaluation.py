@@ -1,0 +1,225 @@
+"""A Trainer's life with LoRACallback: merged exactly while evaluating, unmerged everywhere else, whatever happens."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import nn
+
+from lightning_lora import LoRACallback, LoRAConfig, disable_adapter, inject, is_merged, merged, unload
+from lightning_lora.nn.linear import LoRALinear
+from lightning_lora.nn.lora_layer import LoRALayer
+from support.runs import BATCHES, TARGETS, Steps, lora, run, trained
+from support.training import (
+    BuiltInConfigureModel,
+    BuiltInSetup,
+    Data,
+    Net,
+    RebuiltInSetup,
+    assert_same_tensors,
+    make_trainer,
+    outputs,
+    weights,
+)
+
+HOOKS = [
+    name
+    for name in vars(L.Callback)
+    if name.startswith(("on_", "setup", "teardown")) and "checkpoint" not in name and name != "on_exception"
+]
+
+
+class Timeline(L.Callback):
+    """Whether the model is merged in each hook, seen from the end of the list of callbacks."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, bool]] = []
+
+    def when(self, merged: bool) -> set[str]:
+        return {name for name, found in self.events if found is merged}
+
+
+def _note(name: str) -> Callable[..., None]:
+    def hook(self: Timeline, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any) -> None:
+        self.events.append((name, is_merged(pl_module)))
+
+    return hook
+
+
+for _name in HOOKS:
+    setattr(Timeline, _name, _note(_name))
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often adapted layers ran factored, and how often their base class's forward ran."""
+    counts: Counter[str] = Counter()
+
+    def count(owner: type, method: str, key: str) -> None:
+        original = getattr(owner, method)
+
+        @functools.wraps(original)
+        def counted(self: nn.Module, *args: Any) -> Any:
+            counts[key] += isinstance(self, LoRALayer)
+            return original(self, *args)
+
+        monkeypatch.setattr(owner, method, counted)
+
+    count(LoRALinear, "factored_forward", "factored")
+    count(nn.Linear, "forward", "base")
+    return counts
+
+
+EVALUATIONS = [("fit", "validation"), ("validate", "validation"), ("test", "test"), ("predict", "predict")]
+
+
+@pytest.mark.parametrize(("stage", "phase"), EVALUATIONS)
+def test_merged_exactly_during_evaluation_batches(tmp_path, stage: str, phase: str):
+    model, timeline = Steps(), Timeline()
+    run(make_trainer(tmp_path, lora(), timeline, num_sanity_val_steps=1, max_epochs=2), stage, model)
+    batches = {f"on_{phase}_batch_start", f"on_{phase}_batch_end"}
+    assert timeline.when(merged=True) == batches
+    assert timeline.when(merged=False) >= {
+        "setup",
+        f"on_{phase}_start",
+        f"on_{phase}_epoch_start",
+        f"on_{phase}_epoch_end",
+        f"on_{phase}_end",
+        "teardown",
+    }
+    assert timeline.when(merged=False).isdisjoint(batches)
+    assert model.when(merged=True) == {f"{phase}_step"}
+    assert model.when(merged=False) == ({"training_step"} if stage == "fit" else set())
+
+
+@pytest.mark.parametrize(("stage", "phase"), EVALUATIONS)
+def test_merged_eval_false_never_merges(tmp_path, monkeypatch, stage: str, phase: str):
+    model, timeline = Steps(), Timeline()
+    run(make_trainer(tmp_path, lora(merged_eval=False), timeline), stage, model)
+    assert timeline.when(merged=True) == model.when(merged=True) == set()
+
+
+@pytest.mark.parametrize(("stage", "phase"), EVALUATIONS[1:])
+def test_merged_evaluation_runs_only_the_base_forward(tmp_path, calls: Counter[str], stage: str, phase: str):
+    each = len(TARGETS) * BATCHES
+    run(make_trainer(tmp_path, lora()), stage, Net())
+    assert calls == Counter(factored=0, base=each)
+    run(make_trainer(tmp_path, lora(merged_eval=False)), stage, Net())
+    assert calls == Counter(factored=each, base=2 * each)
+
+
+def test_merged_validation_inside_fit_runs_only_the_base_forward(tmp_path, calls: Counter[str]):
+    class During(L.Callback):
+        def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            calls.clear()
+
+        def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            found.append(Counter(calls))
+
+    found: list[Counter[str]] = []
+    trained(tmp_path, Net(), lora(), During(), max_epochs=2)
+    assert found == [Counter(factored=0, base=len(TARGETS) * BATCHES)] * 2
+
+
+def test_merging_does_not_change_the_training(tmp_path):
+    with_merging, without = (trained(tmp_path, Net(), lora(merged_eval=on), max_epochs=3) for on in (True, False))
+    assert_same_tensors(with_merging.state_dict(), without.state_dict())
+
+
+def test_the_adapter_matters_far_more_than_merging(tmp_path):
+    model = trained(tmp_path, Net(), lora(lora_alpha=32), max_epochs=3)
+    factored = outputs(model)
+    with merged(model):
+        difference = (outputs(model) - factored).norm()
+    with disable_adapter(model):
+        effect = (outputs(model) - factored).norm()
+    assert effect > 100 * difference
+    assert effect > 0.1
+
+
+@pytest.mark.parametrize("model_class", [Net, BuiltInSetup, BuiltInConfigureModel])
+def test_several_fits_evaluations_between(tmp_path, model_class: type[Net]):
+    def several(merged_eval: bool) -> Net:
+        model, callback = model_class(), lora(merged_eval=merged_eval, modules_to_save=["body.1"])
+        for _ in range(3):
+            trained(tmp_path, model, callback, max_epochs=2)
+            for stage in ("test", "predict", "validate"):
+                run(make_trainer(tmp_path, callback), stage, model)
+        return model
+
+    model, reference = several(True), several(False)
+    assert_same_tensors(model.state_dict(), reference.state_dict())
+    base = weights(Net())
+    assert all(torch.equal(model.get_parameter(f"{name}.weight"), base[f"{name}.weight"]) for name in TARGETS)
+    with disable_adapter(model):
+        assert torch.equal(outputs(model), outputs(Net()))
+
+
+def test_layers_built_anew_in_each_stage_are_adapted_anew(tmp_path):
+    model = trained(tmp_path, RebuiltInSetup(), lora(bias="lora_only"), max_epochs=2)
+    first = model.head
+    run(make_trainer(tmp_path, lora(bias="lora_only")), "test", model)
+    assert model.head is not first
+    assert torch.equal(outputs(model), outputs(Net()))
+    trained(tmp_path, model, lora(bias="lora_only"), max_epochs=2)
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trainable == {f"{name}.{leaf}" for name in TARGETS for leaf in ("lora_A", "lora_B", "bias")}
+    assert torch.equal(model.head.weight, Net().head.weight)
+    with disable_adapter(model):
+        assert torch.equal(outputs(model), outputs(Net()))
+
+
+@pytest.mark.parametrize("take_out", [disable_adapter, None], ids=["disable_adapter", "unload"])
+def test_the_model_from_before_training_comes_back_exactly(tmp_path, take_out: Any):
+    model, plain = Net(), Net()
+    before = outputs(plain)
+    trained(tmp_path, model, lora(bias="all", modules_to_save=["body.1"]), max_epochs=3)
+    assert not torch.equal(model.body[1].running_mean, plain.body[1].running_mean)
+    assert (outputs(model) - before).abs().max() > 0.01
+    if take_out:
+        with take_out(model):
+            assert torch.equal(outputs(model), before)
+        assert (outputs(model) - before).abs().max() > 0.01
+    else:
+        unload(model)
+        assert torch.equal(outputs(model), before)
+        assert_same_tensors(model.state_dict(), plain.state_dict())
+        assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("model_class", [Net, BuiltInSetup, BuiltInConfigureModel])
+def test_shuffled_data_comes_in_the_same_order_as_without(tmp_path, model_class: type[Net]):
+    class Order(L.Callback):
+        def __init__(self) -> None:
+            self.seen: list[torch.Tensor] = []
+
+        def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            self.seen.append(torch.get_rng_state())
+
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            self.seen.append(batch[0].clone())
+
+    def order(*callbacks: L.Callback) -> list[torch.Tensor]:
+        found = Order()
+        torch.manual_seed(5)
+        make_trainer(tmp_path, *callbacks, found, max_epochs=2).fit(model_class(), Data(BATCHES, shuffle=True))
+        return found.seen
+
+    plain = order()
+    assert_same_tensors(order(lora(init_lora_weights="gaussian")), plain)
+    assert not torch.equal(plain[1], plain[1 + BATCHES]), "the data is shuffled"
+
+
+def test_inject_before_fit_is_the_same_as_the_callbacks_own(tmp_path):
+    own = trained(tmp_path, Net(), lora(), max_epochs=2)
+    torch.manual_seed(0)
+    model = Net()
+    inject(model, LoRAConfig(r=2, target_modules=TARGETS))
+    trained(tmp_path, model, LoRACallback(), max_epochs=2)
+    assert_same_tensors(model.state_dict(), own.state_dict())

@@ -1,0 +1,253 @@
+"""Resuming from each kind of checkpoint, and what is refused instead of being loaded wrongly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_lora import LoRACallback, LoRAError, disable_adapter, inject, load_adapter, load_from_checkpoint, unload
+from support.runs import BATCHES, TARGETS, lora, run, trained
+from support.training import (
+    BuiltInConfigureModel,
+    BuiltInSetup,
+    Data,
+    Net,
+    assert_same_tensors,
+    make_trainer,
+    outputs,
+    weights,
+)
+
+KINDS = ("adapter", "merged", "full")
+Make = Callable[[], tuple[Net, list[L.Callback]]]
+
+
+def plain() -> tuple[Net, list[L.Callback]]:
+    """Lightning by itself."""
+    return Net(), []
+
+
+def injected() -> tuple[Net, list[L.Callback]]:
+    """Lightning's own full checkpoint of an injected model, without the callback."""
+    model = Net()
+    inject(model, lora().config)
+    return model, []
+
+
+def resume_and_compare(path: Path, make: Make, again: Make | None = None, epochs: int = 4, at: int = 1) -> Net:
+    """An uninterrupted run and one that resumes from its checkpoint of epoch `at` end with the same numbers."""
+
+    def start(make: Make, ckpt_path: str | None) -> tuple[Net, dict[str, Any]]:
+        model, callbacks = make()
+        saves = ModelCheckpoint(path, "{epoch}", save_top_k=-1, enable_version_counter=False)
+        trainer = make_trainer(path, *callbacks, saves, max_epochs=epochs)
+        trainer.fit(model, Data(BATCHES), ckpt_path=ckpt_path, weights_only=True)
+        return model, {
+            "model": model.state_dict(),
+            "optimizer": trainer.optimizers[0].state_dict(),
+            "scheduler": trainer.lr_scheduler_configs[0].scheduler.state_dict(),
+            "steps": trainer.global_step,
+        }
+
+    torch.manual_seed(0)
+    _, uninterrupted = start(make, None)
+    torch.manual_seed(1)
+    model, resumed = start(again or make, str(path / f"epoch={at}.ckpt"))
+    assert resumed["optimizer"]["state"], "the optimizer has a state to compare"
+    assert_same_tensors(resumed, uninterrupted)
+    return model
+
+
+CASES: dict[str, tuple[type[Net], dict[str, Any]]] = {
+    "merged": (Net, {}),
+    "unmerged": (Net, {"merged_eval": False}),
+    "more is trained": (Net, {"modules_to_save": ["body.1"], "bias": "all", "use_rslora": True}),
+    "built in setup": (BuiltInSetup, {}),
+    "built in configure_model": (BuiltInConfigureModel, {}),
+}
+
+
+@pytest.mark.parametrize(("model_class", "options"), CASES.values(), ids=CASES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_resuming_equals_the_uninterrupted_run(tmp_path, kind: str, options: dict[str, Any], model_class: type[Net]):
+    resume_and_compare(tmp_path / "lightning", plain)
+    resume_and_compare(tmp_path / "injected", injected)
+    model = resume_and_compare(tmp_path / "ours", lambda: (model_class(), [lora(save=kind, **options)]))
+    with disable_adapter(model):
+        assert torch.equal(outputs(model), outputs(Net()))
+
+
+@pytest.mark.parametrize("later", KINDS)
+@pytest.mark.parametrize("earlier", KINDS)
+def test_a_run_may_go_on_with_another_kind(tmp_path, earlier: str, later: str):
+    resume_and_compare(tmp_path, lambda: (Net(), [lora(save=earlier)]), lambda: (Net(), [lora(save=later)]))
+
+
+def test_resuming_twice(tmp_path):
+    """The checkpoint of a resumed run is as good as the first one's."""
+    resume_and_compare(tmp_path, lambda: (Net(), [lora()]))
+    resume_and_compare(tmp_path, lambda: (Net(), [lora()]), at=2)
+
+
+def test_an_adopted_part_resumes(tmp_path):
+    def part() -> tuple[Net, list[L.Callback]]:
+        model = Net()
+        inject(model.body, LoRACallback(r=2, modules_to_save=["1"]).config)
+        return model, [LoRACallback()]
+
+    model = resume_and_compare(tmp_path, part)
+    with disable_adapter(model):
+        assert torch.equal(model.body.eval()(torch.ones(1, 6)), Net().body.eval()(torch.ones(1, 6)))
+
+
+class Unfreezes(L.Callback):
+    """Unfreezes one base layer when the second epoch starts, as BackboneFinetuning does."""
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.current_epoch >= 1:
+            pl_module.body[3].requires_grad_(True)
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_another_callback_unfreezes_is_saved_and_resumed(tmp_path, kind: str, at: int):
+    resume_and_compare(tmp_path / "injected", lambda: (injected()[0], [Unfreezes()]), at=at)
+    unfrozen = r"base parameters were unfrozen after injection \(body\.3\.weight, body\.3\.bias\)"
+    with pytest.warns(UserWarning, match=unfrozen):
+        model = resume_and_compare(tmp_path, lambda: (Net(), [lora(save=kind), Unfreezes()]), at=at)
+    assert not torch.equal(model.body[3].weight, Net().body[3].weight)
+    fresh = Net()
+    load_adapter(fresh, tmp_path / "epoch=3.ckpt")
+    built = load_from_checkpoint(Net, tmp_path / "epoch=3.ckpt")
+    expected = outputs(model)
+    for read in (model, fresh, built):
+        assert torch.equal(outputs(read), expected)
+        with disable_adapter(read):
+            assert torch.equal(outputs(read), outputs(Net()))
+        unload(read)
+        assert_same_tensors(read.state_dict(), Net().state_dict())
+
+
+def checkpoint(path: Path, kind: str = "adapter", **options: Any) -> Path:
+    trainer = make_trainer(path, lora(save=kind, **options))
+    run(trainer, "fit", Net())
+    trainer.save_checkpoint(path / "a.ckpt")
+    return path / "a.ckpt"
+
+
+def refused(file: Path, message: str, model: Net | None = None, **options: Any) -> None:
+    """Fit, test and load_adapter all refuse the file, and the model keeps its values."""
+    trainer = make_trainer(file.parent, LoRACallback(), max_epochs=2)
+    given = {"datamodule": Data(BATCHES), "ckpt_path": file, "weights_only": True}
+    for door in (
+        partial(trainer.fit, **given),
+        partial(trainer.test, **given),
+        lambda model: load_adapter(model, file),
+    ):
+        model = model or Net()
+        inject(model, lora(**options).config)
+        before = weights(model)
+        with pytest.raises(LoRAError, match=message):
+            door(model)
+        assert_same_tensors(model.state_dict(), before)
+
+
+def edited(file: Path, edit: Callable[[dict[str, Any]], Any]) -> Path:
+    content = torch.load(file, weights_only=True)
+    edit(content)
+    torch.save(content, file)
+    return file
+
+
+@pytest.mark.parametrize("key", ["head.weight", "head.bias"])
+def test_a_full_checkpoint_without_one_base_key_is_refused(tmp_path, key: str):
+    file = edited(checkpoint(tmp_path, "full"), lambda content: content["state_dict"].pop(key))
+    message = rf"the full checkpoint lacks 1 of the model's tensors, first '{key}'"
+    trainer = make_trainer(tmp_path, lora(), max_epochs=2)
+    for door in (trainer.fit, trainer.test):
+        model = Net()
+        with pytest.raises(LoRAError, match=message):
+            door(model, Data(BATCHES), ckpt_path=file, weights_only=True)
+        assert torch.equal(model.body[0].weight, Net().body[0].weight)
+    with pytest.raises(LoRAError, match=message):
+        load_from_checkpoint(Net, file)
+
+
+@pytest.mark.parametrize("key", ["head.lora_A", "body.0.lora_B", "body.1.running_var", "body.1.bias"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_part_of_an_adapter_is_refused(tmp_path, kind: str, key: str):
+    def cut(content: dict[str, Any]) -> None:
+        (content["lora"]["adapter"] if kind == "merged" else content["state_dict"]).pop(key)
+
+    options = {"modules_to_save": ["body.1"]}
+    layer = key.removesuffix(".lora_A")
+    refused(edited(checkpoint(tmp_path, kind, **options), cut), rf"'{layer}(\.\w+)?' is missing", **options)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_damaged_numbers_are_refused(tmp_path, kind: str):
+    def spoil(content: dict[str, Any]) -> None:
+        state = content["lora"]["adapter"] if kind == "merged" else content["state_dict"]
+        state["head.lora_B"][0, 0] = float("inf")
+
+    refused(edited(checkpoint(tmp_path, kind), spoil), r"'head\.lora_B' holds NaN or Inf")
+
+
+def test_a_truncated_file_is_refused(tmp_path):
+    file = checkpoint(tmp_path)
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(LoRAError, match=r"a\.ckpt: cannot be read as a checkpoint; it may be truncated"):
+        load_adapter(Net(), file)
+    with pytest.raises(LoRAError, match=r"a\.ckpt: cannot be read as a checkpoint; it may be truncated"):
+        load_from_checkpoint(Net, file)
+
+
+@pytest.mark.parametrize("kind", ["adapter", "merged"])
+def test_another_base_is_refused(tmp_path, kind: str):
+    other = Net()
+    with torch.no_grad():
+        other.body[3].weight.mul_(1.05)
+    refused(checkpoint(tmp_path, kind), r"the adapter belongs to another base: values of 'body\.3\.weight'", other)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"r": 4}, r"\br was 2, now 4"),
+        ({"lora_alpha": 3}, r"\blora_alpha was 8, now 3"),
+        (
+            {"target_modules": ["body.0", "head"]},
+            r"'body\.3'.*target_modules was .*'body\.3'.*, now \('body\.0', 'head'\)",
+        ),
+        ({"use_rslora": True}, r"\buse_rslora was False, now True"),
+        ({"modules_to_save": ["body.1"], "bias": "lora_only"}, r"bias was 'none', now 'lora_only'"),
+    ],
+)
+def test_other_options_than_the_saved_ones_are_refused_with_names(
+    tmp_path, kind: str, options: dict[str, Any], message: str
+):
+    refused(checkpoint(tmp_path, kind), message, **options)
+
+
+def test_a_base_checkpoint_starts_an_adapter(tmp_path):
+    """A plain Lightning checkpoint of the base is where fine-tuning starts."""
+    base = Net(seed=5)
+    make_trainer(tmp_path).fit(base, Data(BATCHES))
+    torch.save({"state_dict": base.state_dict(), "pytorch-lightning_version": L.__version__}, tmp_path / "base.ckpt")
+    model = Net()
+    make_trainer(tmp_path, lora()).test(
+        model, Data(BATCHES), ckpt_path=tmp_path / "base.ckpt", weights_only=True, verbose=False
+    )
+    assert torch.equal(outputs(model), outputs(base))
+    trained(tmp_path, model, lora())
+    assert torch.equal(model.get_submodule(TARGETS[0]).weight, base.get_submodule(TARGETS[0]).weight)
+    with disable_adapter(model):
+        assert torch.equal(outputs(model), outputs(base))

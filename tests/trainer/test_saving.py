@@ -1,0 +1,184 @@
+"""A checkpoint saved at any moment, or because a run ends early, is that of a run evaluated unmerged."""
+
+from __future__ import annotations
+
+import functools
+import signal
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import OnExceptionCheckpoint
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+
+from lightning_lora import is_merged
+from support.runs import At, Watched, assert_as_found, base_weights, lora_with_effect
+from support.training import Data, Net, assert_same_tensors, make_trainer, weights
+
+KINDS = ["adapter", "merged", "full"]
+ELSEWHERE = ("on_save_checkpoint", "on_load_checkpoint", "on_exception", "on_gpu")
+CALLBACK_HOOKS = [name for name in dir(L.Callback) if name.startswith("on_") and name not in ELSEWHERE]
+STEPS = ["training_step", "validation_step", "test_step", "predict_step", "configure_gradient_clipping"]
+MODULE_HOOKS = [name for name in dir(L.LightningModule) if name.startswith("on_") and name not in ELSEWHERE] + STEPS
+DATA_HOOKS = ("on_before_batch_transfer", "on_after_batch_transfer")
+PLACES = [
+    *((owner, hook) for owner in ("first", "last") for hook in CALLBACK_HOOKS),
+    *(("module", h) for h in MODULE_HOOKS),
+]
+
+Saved = dict[tuple[str, str], list[tuple[bool, Path]]]
+
+
+class Saver:
+    """Saves in every hook of the module's and of a callback first and last in the list."""
+
+    def __init__(self, path: Path, model: Net, data: Data) -> None:
+        self.path, self.model, self.saved = path, model, defaultdict(list)
+        self.first, self.last = L.Callback(), L.Callback()
+        for owner, hook in PLACES:
+            target = data if hook in DATA_HOOKS else getattr(self, owner, model)
+            setattr(target, hook, functools.partial(self.save, (owner, hook), getattr(target, hook)))
+
+    def save(self, place: tuple[str, str], original: Any, *args: Any, **kwargs: Any) -> Any:
+        trainer, found = self.model.trainer, self.saved[place]
+        file = self.path / f"{'-'.join(place)}-{len(found)}.ckpt"
+        found.append((is_merged(self.model), file))
+        trainer.save_checkpoint(file, weights_only=len(found) % 2 == 0)
+        return original(*args, **kwargs)
+
+
+@functools.cache
+def saving_run(path: Path, merged_eval: bool, kind: str, saving: bool = True) -> tuple[Saved, Net]:
+    torch.manual_seed(0)
+    model, data, callback = Watched(), Data(1), lora_with_effect(merged_eval=merged_eval, save=kind)
+    before = base_weights(model)
+    saver = Saver(path, model, data) if saving else None
+    callbacks = [saver.first, callback, saver.last] if saver else [callback]
+    trainer = make_trainer(path, *callbacks, max_epochs=2, num_sanity_val_steps=1)
+    trainer.fit(model, data)
+    trainer.validate(model, data, verbose=False)
+    trainer.test(model, data, verbose=False)
+    trainer.predict(model, data)
+    assert_as_found(model, before)
+    return saver.saved if saver else {}, model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("saved")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("owner", "hook"), PLACES)
+def test_saving_from_any_hook(folder, owner: str, hook: str, kind: str):
+    merged, _ = saving_run(folder / "merged" / kind, True, kind)
+    factored, _ = saving_run(folder / "factored" / kind, False, kind)
+    found, expected = merged[owner, hook], factored[owner, hook]
+    assert len(found) == len(expected) > 0
+    assert not any(was for was, _ in expected)
+    if any(f"{stage}_{part}" in hook for stage in ("validation", "test", "predict") for part in ("step", "batch_end")):
+        assert all(was for was, _ in found)
+    for (_, one), (_, other) in zip(found, expected, strict=True):
+        assert_same_tensors(torch.load(one, weights_only=True), torch.load(other, weights_only=True))
+
+
+@pytest.mark.parametrize("merged_eval", [True, False])
+def test_saving_changes_nothing(folder, merged_eval: bool):
+    _, model = saving_run(folder / ("merged" if merged_eval else "factored") / "full", merged_eval, "full")
+    _, other = saving_run(folder / "unsaved", merged_eval, "full", saving=False)
+    assert model.seen == other.seen
+    assert_same_tensors(weights(model), weights(other))
+
+
+STAGES = {"fit": "validation", "validate": "validation", "test": "test", "predict": "predict"}
+
+
+class TakenError(Exception):
+    """The machine is gone."""
+
+
+def in_second_epoch(trainer: L.Trainer) -> bool:
+    return trainer.current_epoch == 1 and not trainer.sanity_checking
+
+
+@pytest.mark.filterwarnings(
+    "ignore:`.fit.ckpt_path=None.` was called without a model:UserWarning",
+    "ignore:.*ckpt_path=.last.. is set, but there is no last checkpoint:UserWarning",
+)
+@pytest.mark.parametrize("fn", STAGES)
+@pytest.mark.parametrize("first", [True, False], ids=["listed first", "listed last"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_on_an_exception(tmp_path, kind: str, first: bool, fn: str):
+    """OnExceptionCheckpoint first in the list saves a merged model; the file is that of an unmerged one."""
+
+    def run(merged_eval: bool) -> dict[str, Any]:
+        def fail(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            assert is_merged(pl_module) is merged_eval
+            raise TakenError
+
+        torch.manual_seed(0)
+        path = tmp_path / str(merged_eval)
+        model, callback = Watched(), lora_with_effect(merged_eval=merged_eval, save=kind)
+        before = base_weights(model)
+        make_trainer(path, callback).fit(model, Data(2))
+        hook = At(f"on_{STAGES[fn]}_batch_end", fail, lambda trainer: fn != "fit" or in_second_epoch(trainer))
+        keep = OnExceptionCheckpoint(path)
+        trainer = make_trainer(path, *([keep, callback] if first else [callback, keep]), hook, max_epochs=3)
+        with pytest.raises(TakenError):
+            getattr(trainer, fn)(model, Data(2))
+        assert_as_found(model, before)
+        return torch.load(keep.ckpt_path, weights_only=True)
+
+    assert_same_tensors(run(True), run(False))
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A job that may be requeued, and the log of the requests to do so."""
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/requests\n')
+    scontrol.chmod(0o755)
+    for name, value in {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "1", "SLURM_JOB_NAME": "run"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PATH", str(scontrol.parent), prepend=":")
+    return tmp_path / "requests"
+
+
+def requeued_run(path: Path, callbacks: list[L.Callback], moment: str) -> Net:
+    """Two Trainers, as in two jobs: the first is signalled in the second epoch and dies, the second goes on."""
+
+    def signalled(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        signal.raise_signal(signal.SIGUSR1)
+        raise TakenError
+
+    hook = At(moment, signalled, in_second_epoch)
+    options = {"max_epochs": 4, "plugins": [SLURMEnvironment()]}
+    torch.manual_seed(0)
+    with pytest.raises(TakenError):
+        make_trainer(path, *callbacks, hook, **options).fit(Watched(), Data(2))
+    torch.manual_seed(1)
+    model = Watched()
+    make_trainer(path, *callbacks, **options).fit(model, Data(2))
+    assert model.seen[0][0] == "train"
+    return model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("moment", ["on_validation_start", "on_validation_batch_end", "on_validation_epoch_end"])
+def test_a_requeued_job_goes_on_as_if_uninterrupted(tmp_path, slurm: Path, moment: str, kind: str):
+    def uninterrupted(*callbacks: L.Callback) -> Net:
+        torch.manual_seed(0)
+        model = Watched()
+        make_trainer(tmp_path / "whole", *callbacks, max_epochs=4).fit(model, Data(2))
+        return model
+
+    requeued = requeued_run(tmp_path / "plain", [], moment)
+    assert_same_tensors(weights(requeued), weights(uninterrupted()))  # Lightning's own full checkpoint gives it
+    model = requeued_run(tmp_path / "lora", [lora_with_effect(save=kind)], moment)
+    assert_as_found(model, base_weights(Watched()))
+    assert_same_tensors(weights(model), weights(uninterrupted(lora_with_effect(save=kind))))
+    assert slurm.read_text().splitlines() == ["requeue 1"] * 2

@@ -1,0 +1,90 @@
+"""Weight averaging beside the callback: right numbers, Lightning's own weights, resumable, small checkpoints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_lora import is_merged
+from support.runs import SWAPPERS, TARGETS, At, OwnAverage, base_weights, lora_with_effect, reference_loss, swa
+from support.training import Data, Net, assert_same_tensors, make_trainer, weights
+
+
+@pytest.mark.parametrize("merged_eval", [True, False])
+@pytest.mark.parametrize("interval", [1.0, 2])
+@pytest.mark.parametrize("name", SWAPPERS)
+def test_validation_sees_the_averaged_adapter(tmp_path, name: str, interval: float, merged_eval: bool):
+    swapper = SWAPPERS[name]()
+    own = OwnAverage(swapper, None if name.startswith("mean") else 0.8 if name == "ema" else 0.5)
+    was = []
+    watch = At("on_validation_batch_end", lambda trainer, pl_module: was.append(is_merged(pl_module)))
+    trainer = make_trainer(
+        tmp_path,
+        own,
+        lora_with_effect(merged_eval=merged_eval),
+        swapper,
+        watch,
+        max_epochs=4,
+        val_check_interval=interval,
+    )
+    trainer.fit(Net(), Data())
+    assert was == [merged_eval] * 3 * 4
+    assert own.logged == pytest.approx(own.expected, rel=1e-5)
+    assert max(abs(a - b) for a, b in zip(own.logged, own.unaveraged, strict=True)) > 1e-3
+
+
+@pytest.mark.parametrize("merged_eval", [True, False])
+@pytest.mark.parametrize("norm", [True, False], ids=["batch norm", "no batch norm"])
+def test_stochastic_averaging(tmp_path, norm: bool, merged_eval: bool):
+    """The mean of the factors at the starts of the last epochs; the base bit for bit."""
+    model, sums = Plainer() if not norm else Net(), []
+    base = base_weights(model)
+    own = At(
+        "on_train_epoch_start",
+        lambda trainer, pl_module: sums.append(weights(pl_module)),
+        lambda trainer: 1 <= trainer.current_epoch < 4,
+    )
+    trainer = make_trainer(tmp_path, own, lora_with_effect(merged_eval=merged_eval), swa(), max_epochs=4)
+    trainer.fit(model, Data())
+    assert_same_tensors(base_weights(model), base)
+    for name in (f"{layer}.{leaf}" for layer in TARGETS for leaf in ("lora_A", "lora_B")):
+        expected = torch.stack([state[name].double() for state in sums]).mean(0)
+        torch.testing.assert_close(model.state_dict()[name].double(), expected, rtol=1e-5, atol=1e-6)
+    logged = trainer.validate(model, Data(), verbose=False)[0]["val_loss"]
+    if norm:
+        assert logged == pytest.approx(reference_loss(model.state_dict()), rel=1e-5)
+
+
+class Plainer(Net):
+    """Without BatchNorm, for which StochasticWeightAveraging adds an epoch."""
+
+    def build_body(self) -> None:
+        super().build_body()
+        self.body[1] = nn.Identity()
+
+
+class OneTrained(Net):
+    """Frozen but for one number that is not used for anything else, so that Lightning has something to train."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.requires_grad_(False)
+        self.number = nn.Parameter(torch.zeros(()))
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return super().training_step(batch, batch_idx) + self.number
+
+
+@pytest.mark.parametrize("name", [*SWAPPERS, "swa"])
+def test_the_base_ends_as_lightning_alone_leaves_a_frozen_one(tmp_path, name: str):
+    """The average of equal numbers is not always that number; what moves, Lightning moves."""
+    ours, alone = Net(), OneTrained()
+    make = swa if name == "swa" else SWAPPERS[name]
+    make_trainer(tmp_path, lora_with_effect(), make(), max_epochs=8).fit(ours, Data())
+    make_trainer(tmp_path, make(), max_epochs=8).fit(alone, Data())
+    frozen = base_weights(alone)
+    del frozen["number"]
+    assert_same_tensors(base_weights(ours), frozen)

@@ -1,0 +1,277 @@
+"""Checkpoints of runs with weight averaging: small, resumable, and their metric comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, WeightAveraging
+from torch import nn
+
+from lightning_lora import LoRAError, inject, load_adapter, load_from_checkpoint, merged
+from support.runs import SWAPPERS, assert_as_found, base_weights, lora_with_effect, reference_loss, swa
+from support.training import BuiltInConfigureModel, Data, Net, assert_same_tensors, make_trainer, weights
+
+# A fresh Trainer that only tests needs none of them.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Be aware that when using `ckpt_path`, callbacks used to create the checkpoint need:UserWarning",
+    "ignore:The dirpath has changed from:UserWarning",
+)
+BATCHES = "num_batches_tracked"
+KINDS = ["adapter", "merged", "full"]
+ALL = {**{name: SWAPPERS[name] for name in ("mean", "ema")}, "swa": swa}
+
+
+def tensors(value: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor at any depth."""
+    if isinstance(value, torch.Tensor):
+        yield path, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from tensors(item, f"{path}/{key}")
+    elif isinstance(value, (list, tuple)):
+        for i, item in enumerate(value):
+            yield from tensors(item, f"{path}/{i}")
+
+
+def fit(path: Path, model: Net, *callbacks: L.Callback, resume: Path | None = None, data: Any = None) -> L.Trainer:
+    torch.manual_seed(0)
+    keep = ModelCheckpoint(path, "{epoch}", monitor="val_loss", save_top_k=-1)
+    trainer = make_trainer(path, *callbacks, keep, max_epochs=4)
+    trainer.fit(model, data or Data(), ckpt_path=resume)
+    return trainer
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("kind", ["adapter", "merged"])
+@pytest.mark.parametrize("name", ALL)
+def test_no_base_tensor_under_any_key(tmp_path, name: str, kind: str, compiled: bool):
+    """The wrapper that torch.compile puts around a submodule renames its tensors."""
+    model = Net()
+    base = {name: value for name, value in base_weights(model).items() if "1." not in name}
+    if compiled:
+        model.body = torch.compile(model.body, backend="eager")
+    with torch.compiler.set_stance("force_eager"):
+        trainer = fit(tmp_path, model, lora_with_effect(save=kind), ALL[name]())
+    trainer.save_checkpoint(tmp_path / "after.ckpt")
+    for file in tmp_path.glob("*.ckpt"):
+        checkpoint = torch.load(file, weights_only=True)
+        if kind == "merged":
+            assert checkpoint["state_dict"].keys() == Net().state_dict().keys()
+            del checkpoint["state_dict"]
+        found = list(tensors(checkpoint))
+        assert not [path for path, _ in found if path.rpartition("/")[2].replace("_orig_mod.", "") in base]
+        for path, tensor in found:
+            assert not any(torch.equal(tensor, value) for value in base.values()), path
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ALL)
+def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, name: str, kind: str):
+    plain, resumed = Net(), Net()
+    fit(tmp_path / "plain", plain, ALL[name]())
+    fit(tmp_path / "plain resumed", resumed, ALL[name](), resume=tmp_path / "plain" / "epoch=2.ckpt")
+    assert_same_tensors(weights(resumed), weights(plain))  # Lightning's own full checkpoint gives it
+
+    whole, resumed = Net(), Net()
+    last = fit(tmp_path / "lora", whole, lora_with_effect(save=kind), ALL[name]())
+    again = fit(
+        tmp_path / "resumed",
+        resumed,
+        lora_with_effect(save=kind),
+        ALL[name](),
+        resume=tmp_path / "lora" / "epoch=2.ckpt",
+    )
+    base, other = base_weights(whole), base_weights(resumed)
+    if kind == "full" or name != "ema":
+        assert_same_tensors(other, base)
+    drift = {name: (base[name] - value).abs() for name, value in base_weights(Net()).items()}
+    assert all(((other[name] - base[name]).abs() <= drift[name]).all() for name in base)
+    for one, two in ((whole, resumed), (state(last), state(again))):
+        assert_same_tensors(
+            *({n: v for n, v in w.items() if n not in base} for w in (weights_of(two), weights_of(one)))
+        )
+
+
+class CompiledBody(Net):
+    def build_body(self) -> None:
+        super().build_body()
+        self.body = torch.compile(self.body, backend="eager")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ALL)
+def test_a_resumed_run_with_a_compiled_submodule(tmp_path, name: str, kind: str):
+    """Its wrapper is in the names of "current_model_state" and of the averaged model."""
+    models = [CompiledBody(), CompiledBody()]
+    with torch.compiler.set_stance("force_eager"):
+        for i, model in enumerate(models):
+            fit(
+                tmp_path / str(i),
+                model,
+                lora_with_effect(save=kind),
+                ALL[name](),
+                resume=tmp_path / "0/epoch=2.ckpt" if i else None,
+            )
+    factors = [{n: v for n, v in weights(model).items() if "lora" in n} for model in models]
+    assert len(factors[0]) == 6
+    assert_same_tensors(factors[1], factors[0])
+
+
+class Unfreezes(L.Callback):
+    """What BackboneFinetuning does, of a parameter that the optimizer has already."""
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        pl_module.head.bias.requires_grad_(trainer.current_epoch >= 1)
+
+
+@pytest.mark.filterwarnings("ignore:lightning_lora. base parameters were unfrozen:UserWarning")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["mean", "swa"])
+def test_a_base_weight_unfrozen_on_the_way(tmp_path, name: str, kind: str):
+    models = [Net(), Net()]
+    for i, model in enumerate(models):
+        resume = tmp_path / "0/epoch=2.ckpt" if i else None
+        fit(tmp_path / str(i), model, lora_with_effect(save=kind), Unfreezes(), ALL[name](), resume=resume)
+    assert not torch.equal(models[0].head.bias, Net().head.bias)
+    assert_same_tensors(weights(models[1]), weights(models[0]))
+
+
+def weights_of(thing: Any) -> dict[str, Any]:
+    return weights(thing) if isinstance(thing, nn.Module) else thing
+
+
+def state(trainer: L.Trainer) -> dict[str, Any]:
+    return {str(i): optimizer.state_dict()["state"] for i, optimizer in enumerate(trainer.optimizers)}
+
+
+@pytest.mark.parametrize("merged_eval", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ALL)
+def test_the_best_checkpoint_gives_the_logged_metric(tmp_path, name: str, kind: str, merged_eval: bool):
+    trainer = fit(tmp_path, Net(), lora_with_effect(save=kind, merged_eval=merged_eval), ALL[name]())
+    keep = trainer.checkpoint_callback
+    fresh = make_trainer(tmp_path, lora_with_effect(save=kind, merged_eval=merged_eval))
+    found = fresh.test(Net(), Data(), ckpt_path=keep.best_model_path, verbose=False)[0]["test_loss"]
+    assert found == pytest.approx(keep.best_model_score.item(), rel=1e-5)
+    assert max(keep.best_k_models.values()) - keep.best_model_score > 1e-3  # so that it tells one from another
+
+
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback, but loading:UserWarning")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fresh_trainer_with_the_averaging_callback(tmp_path, kind: str):
+    trainer = fit(tmp_path, Net(), lora_with_effect(save=kind), ALL["ema"]())
+    keep = trainer.checkpoint_callback
+    fresh = make_trainer(tmp_path, lora_with_effect(save=kind), ALL["ema"]())
+    found = fresh.test(Net(), Data(), ckpt_path=keep.best_model_path, verbose=False)[0]["test_loss"]
+    assert found == pytest.approx(keep.best_model_score.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ALL)
+def test_the_trainer_that_fitted_finds_the_logged_metric_again(tmp_path, name: str, kind: str):
+    """Lightning alone does not: WeightAveraging goes back to "current_model_state" whenever it has an average."""
+    model = Net()
+    trainer = fit(tmp_path, model, lora_with_effect(save=kind), ALL[name]())
+    keep = trainer.checkpoint_callback
+    logged = keep.best_model_score.item()
+    for method, metric in (("test", "test_loss"), ("validate", "val_loss"), ("test", "test_loss")):
+        found = getattr(trainer, method)(model, Data(), ckpt_path="best", verbose=False)[0][metric]
+        assert found == pytest.approx(logged, rel=1e-5)
+    loaded = load_from_checkpoint(Net, keep.best_model_path)
+    assert reference_loss(loaded.state_dict()) == pytest.approx(logged, rel=1e-5)
+    with merged(loaded.eval()):
+        found = make_trainer(tmp_path).test(loaded, Data(), verbose=False)[0]["test_loss"]
+    assert found == pytest.approx(logged, rel=1e-5)
+
+
+def test_lightning_alone_tests_the_current_weights(tmp_path):
+    model = Net()
+    trainer = fit(tmp_path, model, ALL["ema"]())
+    keep = trainer.checkpoint_callback
+    found = trainer.test(model, Data(), ckpt_path="best", verbose=False)[0]["test_loss"]
+    current = torch.load(keep.best_model_path, weights_only=True)["current_model_state"]
+    assert found == pytest.approx(reference_loss(current), rel=1e-5)
+    assert abs(found - keep.best_model_score.item()) > 1e-4
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_files_hold_the_values_of_lightnings_own_full_checkpoint(tmp_path, name: str):
+    """That of a model which was injected by hand, in a Trainer without the callback."""
+    alone = Net()
+    inject(alone, lora_with_effect().config)
+    fit(tmp_path / "alone", alone, ALL[name]())
+    for kind in KINDS:
+        fit(tmp_path / kind, Net(), lora_with_effect(save=kind), ALL[name]())
+        for file in (tmp_path / kind).glob("*.ckpt"):
+            own = torch.load(tmp_path / "alone" / file.name, weights_only=True)
+            found = torch.load(file, weights_only=True)
+            averaged = found["lora"]["adapter"] if kind == "merged" else found["state_dict"]
+            assert averaged.keys() == (own["state_dict"].keys() if kind == "full" else adapter_names(own["state_dict"]))
+            assert_same_tensors(averaged, {n: own["state_dict"][n] for n in averaged})
+            assert found.keys() - own.keys() == {"lora"}
+            assert_same_tensors(found.get("averaging_state"), own.get("averaging_state"))
+            if "current_model_state" in own:
+                current = found["current_model_state"]
+                assert current.keys() >= adapter_names(own["state_dict"])
+                assert_same_tensors(current, {n: own["current_model_state"][n] for n in current})
+            if kind == "merged":
+                loss = reference_loss(found["state_dict"])
+                assert loss == pytest.approx(reference_loss(own["state_dict"]), rel=1e-5)
+
+
+def adapter_names(state: Mapping[str, Any]) -> set[str]:
+    return {n for n in state if "lora_" in n or n.rpartition(".")[2] in ("running_mean", "running_var", BATCHES)}
+
+
+def test_the_drift_of_a_long_average_is_not_another_base(tmp_path):
+    """With Lightning's default decay of 0.999 a frozen weight moves by 1e-5 of itself in 300 steps."""
+    model = Net()
+    before = base_weights(model)
+    trainer = fit(tmp_path, model, lora_with_effect(), EMAWeightAveraging(), data=Data(80))
+    moved = max(((model.state_dict()[n] - v) / v).abs().nan_to_num().max() for n, v in before.items())
+    assert moved > 1.1e-5
+    trainer.test(model, Data(), ckpt_path="best", verbose=False)
+    other = Net(seed=2)
+    inject(other, lora_with_effect().config)
+    with pytest.raises(LoRAError, match="belongs to another base"):
+        load_adapter(other, trainer.checkpoint_callback.best_model_path)
+    with torch.no_grad():
+        model.body[3].weight.mul_(1.05)
+    with pytest.raises(LoRAError, match="belongs to another base"):
+        trainer.test(model, Data(), ckpt_path="best", verbose=False)
+
+
+@pytest.mark.parametrize("name", [*SWAPPERS, "swa"])
+def test_listed_before_it_is_refused_with_the_order(tmp_path, name: str):
+    swapper = swa() if name == "swa" else SWAPPERS[name]()
+    model = Net()
+    kept = weights(model)
+    with pytest.raises(
+        LoRAError, match=rf"must come after .*callbacks=\[LoRACallback\(...\), {type(swapper).__name__}"
+    ):
+        make_trainer(tmp_path, swapper, lora_with_effect()).fit(model, Data())
+    assert_same_tensors(weights(model), kept)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("swapper", [WeightAveraging, swa])
+def test_listed_before_it_is_harmless_where_nothing_is_trained(tmp_path, swapper: Any):
+    model = Net()
+    before = base_weights(model)
+    found = make_trainer(tmp_path, swapper(), lora_with_effect()).test(model, Data(), verbose=False)[0]["test_loss"]
+    assert found == pytest.approx(reference_loss(model.state_dict()), rel=1e-5)
+    assert_as_found(model, before)
+
+
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that overrides:UserWarning")
+def test_layers_that_configure_model_builds_are_averaged_too(tmp_path):
+    """WeightAveraging calls configure_model itself, in its setup."""
+    models = [Net(), BuiltInConfigureModel()]
+    for i, model in enumerate(models):
+        fit(tmp_path / str(i), model, lora_with_effect(), ALL["ema"]())
+    assert_same_tensors(weights(models[1]), weights(models[0]))
