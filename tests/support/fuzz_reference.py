@@ -82,7 +82,7 @@ class Source:
         """s * B @ A in the weight's shape, in float64, or the same of the factors' absolute values."""
         a, b = (self.tensors[f"{layer}.{factor}"].double() for factor in ("lora_A", "lora_B"))
         a, b = (a.abs(), b.abs()) if size else (a, b)
-        product = self.scaling(layer) * b.flatten(1) @ a.flatten(1)
+        product: torch.Tensor = self.scaling(layer) * b.flatten(1) @ a.flatten(1)
         if layer == "embed":
             return product.T
         return product.view(len(b), *a.shape[1:]) if a.dim() > 2 else product
@@ -98,7 +98,7 @@ def assert_loaded(net: nn.Module, base: Tensors, source: Source) -> None:
     assert set(layers) == set(ZOO_LAYERS)
     for name, layer in layers.items():
         assert math.isclose(layer.lora.spec.scaling, source.scaling(name)), name
-        assert layer.lora_dropout == (source.options.get("lora_dropout") or 0.0), name
+        assert layer.lora.spec.dropout == (source.options.get("lora_dropout") or 0.0), name
 
 
 def checkpoint_in(path: Path) -> dict[str, Any]:
@@ -106,7 +106,8 @@ def checkpoint_in(path: Path) -> dict[str, Any]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning, r"torch\.")
         content = torch.load(path, weights_only=True, mmap=True)
-    return copied(content)
+    result: dict[str, Any] = copied(content)
+    return result
 
 
 def copied(value: Any) -> Any:
@@ -156,6 +157,7 @@ def same_bits(found: torch.Tensor, expected: torch.Tensor) -> bool:
 
 def assert_others_kept(base: Path, out: Path) -> None:
     """What is beside the weights: other files byte for byte, or other entries of a checkpoint."""
+    files: list[dict[str, Any]]
     if base.is_dir():
         files = [
             {p.name: p.suffix != ".safetensors" and p.read_bytes() for p in path.iterdir()} for path in (base, out)
