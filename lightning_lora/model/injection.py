@@ -132,7 +132,7 @@ def _find_by_layers(model: nn.Module, layers: Mapping[str, LoRALayer], record: I
 
 
 def _renaming(name: str, new_name: str) -> Callable[[str], str | None]:
-    """The change of prefix that turns `name` into `new_name`, as a function of a name; None for one without the prefix."""
+    """The change of prefix that turns `name` into `new_name`, as a function of a name; None for names without it."""
     old, new = (text.split(".") if text else [] for text in (name, new_name))
     while old and new and old[-1] == new[-1]:
         old.pop()
