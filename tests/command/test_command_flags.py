@@ -40,6 +40,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         save_file(moved, path / name / "model.safetensors")
     inject(net, LoRAConfig(r=2, target_modules=["body"], init_lora_weights=False))
     save_adapter(net, path / "adapter")
+    with torch.no_grad():
+        net.body.lora_B.mul_(2)
+    save_adapter(net, path / "another")
     torch.save({name: tensor for name, tensor in net.state_dict().items() if "lora_" in name}, path / "bare.pt")
     return path
 
@@ -56,6 +59,9 @@ CASES: dict[tuple[str, str], tuple[str, str, str]] = {
     ("merge", "--overwrite"): (f"{MERGE} --dtype=float64", "--overwrite", "status"),
     ("merge", "--strict-base"): (MERGE.replace("IN/base", "IN/other"), "--strict-base=false", "status"),
     ("merge", "--lora-alpha"): (MERGE.replace("IN/adapter", "IN/bare.pt"), "--lora-alpha=3", "status"),
+    ("export", "--overwrite"): ("export IN/another out", "--overwrite", "status"),
+    ("import", "--overwrite"): ("import IN/another out.ckpt", "--overwrite", "status"),
+    ("extract", "--overwrite"): (EXTRACT, "--overwrite", "status"),
     ("export", "--lora-alpha"): ("export IN/bare.pt out", "--lora-alpha=3", "status"),
     ("import", "--lora-alpha"): ("import IN/bare.pt out.ckpt", "--lora-alpha=3", "status"),
     ("extract", "--rank"): (EXTRACT, "--rank=2", "files"),
@@ -64,7 +70,15 @@ CASES: dict[tuple[str, str], tuple[str, str, str]] = {
     ("extract", "--fan-in-fan-out"): (EXTRACT, "--fan-in-fan-out", "files"),
     ("extract", "--drop-rest"): (EXTRACT, "--drop-rest", "files"),
 }
-BEFORE = {"--overwrite": {"merge": MERGE}}  # what was written there already
+# What was written there already.
+BEFORE = {
+    "--overwrite": {
+        "merge": MERGE,
+        "export": "export IN/adapter out",
+        "import": "import IN/adapter out.ckpt",
+        "extract": EXTRACT.replace("--rank 1", "--rank 2"),
+    }
+}
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 # What merge accepts and should refuse: an adapter that lost a tensor, a checkpoint that torch cannot read. Each has a
-# failing test in test_net_defects_files.py; False once they are fixed.
+# failing test in test_net_defects_found.py; False once they are fixed.
 TOLERATED = True
 
 

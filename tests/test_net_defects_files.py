@@ -1,0 +1,463 @@
+"""Defects of files and of the command, each with a test that fails until it is mended."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import os
+import pathlib
+import shutil
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from on_disk import call, refused
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from lightning_lora import LoRAConfig, LoRAError, inject, save_adapter, save_merged
+from lightning_lora.atomic import _exchange, new_folder
+from lightning_lora.command import main
+
+NO_EXCHANGE = ("lightning_lora.atomic._exchange", lambda one, other: False)
+
+
+def adapted(alpha: float = 2.0, width: int = 4) -> nn.ModuleDict:
+    """Another alpha is another adapter on the same base."""
+    torch.manual_seed(1)
+    net = nn.ModuleDict({"one": nn.Linear(width, width), "two": nn.Linear(width, width)})
+    inject(net, LoRAConfig(r=2, lora_alpha=alpha, target_modules=["one"], modules_to_save=["two"]))
+    with torch.no_grad():
+        net["one"].lora_B.add_(torch.rand(width, 2))
+        net["two"].weight.add_(1)
+    return net
+
+
+def base_state(width: int = 4) -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    net = nn.ModuleDict({"one": nn.Linear(width, width), "two": nn.Linear(width, width)})
+    return dict(net.state_dict())
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> Path:
+    """The base in each form, two adapters, and a merged model as a full fine-tune."""
+    path = tmp_path / "inputs"
+    (path / "base").mkdir(parents=True)
+    save_file(base_state(), path / "base" / "model.safetensors")
+    save_file(base_state(), path / "base.safetensors")
+    torch.save(base_state(), path / "base.pt")
+    save_adapter(adapted(), path / "adapter")
+    save_adapter(adapted(3.0), path / "another")
+    save_merged(adapted(), path / "tuned")
+    (tmp_path / "results").mkdir()
+    return path
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    return {str(file.relative_to(path)): file.read_bytes() for file in files}
+
+
+def names(path: Path) -> list[str]:
+    return sorted(entry.name for entry in path.iterdir())
+
+
+# --- replacing a folder where the file system cannot exchange two names ---
+
+
+def test_a_replacement_whose_last_step_fails_leaves_the_old_folder_in_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    target = tmp_path / "adapter"
+    save_adapter(adapted(), target)
+    (target / "mine.txt").write_text("mine")
+    before = contents(target)
+    monkeypatch.setattr(*NO_EXCHANGE)
+    honest, failed = os.rename, []
+
+    def rename(source: Any, place: Any, **options: Any) -> None:
+        if Path(place) == target and not target.exists() and not failed:
+            failed.append(source)
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(place))
+        honest(source, place, **options)
+
+    monkeypatch.setattr(os, "rename", rename)
+    with pytest.raises((OSError, LoRAError)):
+        save_adapter(adapted(3.0), target)
+    assert failed
+    assert contents(target) == before
+    assert names(tmp_path) == ["adapter"]
+
+
+def run_in_threads(works: list[Callable[[], object]]) -> list[BaseException]:
+    """What they raised."""
+    errors: list[BaseException] = []
+
+    def run(work: Callable[[], object]) -> None:
+        try:
+            work()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=[work]) for work in works]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return errors
+
+
+def test_two_writers_of_one_folder_both_succeed_in_whatever_order_their_steps_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Each rename waits for its turn, and a moment at most, so that a lock cannot stop them both."""
+    monkeypatch.setattr(*NO_EXCHANGE)
+    honest, changed, which = os.rename, threading.Condition(), threading.local()
+    left: list[int] = []
+
+    def rename(source: Any, place: Any, **options: Any) -> None:
+        with changed:
+            changed.wait_for(lambda: not left or left[0] == which.number, timeout=0.05)
+            if which.number in left:
+                left.remove(which.number)
+            try:
+                honest(source, place, **options)
+            finally:
+                changed.notify_all()
+
+    def write(target: Path, number: int) -> None:
+        which.number = number
+        try:
+            with new_folder(target) as folder:
+                (folder / "one").write_text(str(number))
+                (folder / "two").write_text(str(number))
+        finally:
+            with changed:  # it needs the rest of its turns no more
+                left[:] = [turn for turn in left if turn != number]
+                changed.notify_all()
+
+    monkeypatch.setattr(os, "rename", rename)
+    for i, turns in enumerate(sorted(set(itertools.permutations([0, 0, 0, 1, 1, 1])))):
+        target = tmp_path / str(i) / "out"
+        target.mkdir(parents=True)
+        (target / "old").write_text("old")
+        left[:] = turns
+        assert run_in_threads([lambda t=target: write(t, 0), lambda t=target: write(t, 1)]) == [], turns
+        assert contents(target) in [{"one": text, "two": text} for text in (b"0", b"1")], turns
+        assert names(target.parent) == ["out"], turns
+
+
+def test_ranks_that_all_save_the_adapter_to_one_folder_at_once_all_succeed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As under plain DDP, where each process calls save_adapter; they meet before each rename."""
+    target = tmp_path / "adapter"
+    save_adapter(adapted(), target)
+    nets = [adapted(3.0) for _ in range(4)]
+    save_adapter(nets[0], tmp_path / "expected")
+    monkeypatch.setattr(*NO_EXCHANGE)
+    honest, together = os.rename, threading.Barrier(len(nets))
+
+    def rename(source: Any, place: Any, **options: Any) -> None:
+        with suppress(threading.BrokenBarrierError):  # from then on they run freely
+            together.wait(timeout=0.1)
+        honest(source, place, **options)
+
+    monkeypatch.setattr(os, "rename", rename)
+    assert run_in_threads([lambda net=net: save_adapter(net, target) for net in nets]) == []
+    assert contents(target) == contents(tmp_path / "expected")
+    assert names(tmp_path) == ["adapter", "expected"]
+
+
+# --- places that cannot be written to ---
+
+
+def command(*args: object) -> None:
+    """What the command says is raised."""
+    if main([str(arg) for arg in args]):
+        raise LoRAError("see the standard error")
+
+
+WRITE: dict[str, Callable[..., None]] = {
+    "save_adapter": lambda inputs, out, *flags: save_adapter(adapted(3.0), out),
+    "save_merged": lambda inputs, out, *flags: save_merged(adapted(3.0), out),
+    "export": lambda inputs, out, *flags: command("export", inputs / "another", out, *flags),
+    "extract": lambda inputs, out, *flags: command(
+        "extract", "--base", inputs / "base", "--tuned", inputs / "tuned", "--rank", 2, "--output", out, *flags
+    ),
+    "merge": lambda inputs, out, *flags: command(
+        "merge", "--base", inputs / "base", "--adapter", inputs / "another", "--output", out, *flags
+    ),
+}
+
+
+@pytest.fixture
+def worked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Grows with each weight that is decomposed, and each written file that is brought to the disk."""
+    calls: list[str] = []
+
+    def noting(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            calls.append(function.__name__)
+            return function(*args, **options)
+
+        return call
+
+    monkeypatch.setattr(os, "fsync", noting(os.fsync))
+    monkeypatch.setattr(torch.linalg, "svd", noting(torch.linalg.svd))
+    return calls
+
+
+def refusing(monkeypatch: pytest.MonkeyPatch, name: str, code: int, refuses: Callable[[Path], bool]) -> None:
+    """Let a function of os fail for some paths, whichever of its arguments they are."""
+    honest = getattr(os, name)
+
+    def fail(*args: Any, **options: Any) -> Any:
+        for arg in args:
+            if isinstance(arg, (str, os.PathLike)) and refuses(Path(arg)):
+                raise OSError(code, os.strerror(code), str(arg))
+        return honest(*args, **options)
+
+    monkeypatch.setattr(os, name, fail)
+
+
+@pytest.mark.parametrize("name", WRITE)
+def test_an_output_that_is_a_mount_point_is_refused_before_the_work(
+    inputs: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], worked: list[str]
+):
+    out = inputs.parent / "results" / "disk"
+    shutil.copytree(inputs / "tuned", out)
+    before = contents(out)
+    monkeypatch.setattr(*NO_EXCHANGE)
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == out)
+    monkeypatch.setattr(pathlib.Path, "is_mount", lambda path: path == out)
+    for function in ("rename", "replace"):
+        refusing(monkeypatch, function, errno.EBUSY, lambda path: path == out)
+    with pytest.raises(LoRAError) as refusal:
+        WRITE[name](inputs, out, "--overwrite")
+    shown = f"{refusal.value} {capsys.readouterr().err}"
+    assert str(out) in shown
+    assert "mount" in shown
+    assert worked == []
+    assert contents(out) == before
+    assert names(out.parent) == ["disk"]
+
+
+def test_extract_into_a_parent_that_cannot_be_written_is_refused_before_the_work(
+    inputs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], worked: list[str]
+):
+    parent = inputs.parent / "results"
+    honest = os.access
+    monkeypatch.setattr(
+        os, "access", lambda path, mode, **o: honest(path, mode, **o) and not (Path(path) == parent and mode & os.W_OK)
+    )
+    for function in ("mkdir", "rename", "replace"):
+        refusing(monkeypatch, function, errno.EACCES, lambda path: path.parent == parent)
+    with pytest.raises(LoRAError):
+        WRITE["extract"](inputs, parent / "out")
+    assert str(parent) in capsys.readouterr().err
+    assert worked == []
+    assert names(parent) == []
+
+
+@pytest.mark.parametrize("name", WRITE)
+def test_an_output_that_a_parents_rules_keep_from_being_moved_fails_as_every_refusal_does(
+    inputs: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """A parent with the sticky bit lets others create files there, and not replace those of its owner."""
+    out = inputs.parent / "results" / "out"
+    shutil.copytree(inputs / "tuned", out)
+    before = contents(out)
+    monkeypatch.setattr(*NO_EXCHANGE)
+    for function in ("rename", "replace"):
+        refusing(monkeypatch, function, errno.EPERM, lambda path: path == out)
+    with pytest.raises(LoRAError) as refusal:
+        WRITE[name](inputs, out, "--overwrite")
+    assert str(out) in f"{refusal.value} {capsys.readouterr().err}"
+    assert contents(out) == before
+    assert names(out.parent) == ["out"]
+
+
+# --- JSON ---
+
+
+def strict(text: str) -> Any:
+    """Read JSON as every other program does: no NaN, no Infinity."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+@pytest.mark.parametrize("size", [1e100, 1e160], ids=["square", "product"])
+def test_info_of_factors_whose_norms_overflow_prints_null_for_them(tmp_path: Path, capsys: Any, size: float):
+    shapes = {"one.lora_A": (2, 4), "one.lora_B": (4, 2)}
+    factors = {name: torch.full(shape, size, dtype=torch.float64) for name, shape in shapes.items()}
+    torch.save(factors, tmp_path / "a.pt")
+    found = strict(call(capsys, "info", tmp_path / "a.pt", "--json"))
+    expected = pytest.approx(8 * size * size) if size == 1e100 else None
+    assert found["layers"]["one"]["rank"] == 2
+    assert found["layers"]["one"]["norm_delta"] in (expected, None)
+    assert found["norm"] in (expected, None)
+    assert "1 adapted layers" in call(capsys, "info", tmp_path / "a.pt")
+
+
+DIFFERING = {"first zero": (0.0, 1.0), "NaN": (float("nan"), 1.0), "Inf": (1.0, float("inf"))}
+
+
+@pytest.mark.parametrize("case", DIFFERING)
+def test_diff_of_weights_prints_null_for_what_is_no_number(tmp_path: Path, capsys: Any, case: str):
+    for name, value in zip(("a", "b"), DIFFERING[case], strict=True):
+        save_file({"one.weight": torch.full((2, 2), value)}, tmp_path / f"{name}.safetensors")
+    files = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    row = strict(call(capsys, "diff", *files, "--json"))["changes"]["one.weight"]
+    assert row["relative"] is None
+    assert (row["change"] is None) == (case != "first zero")
+    assert "1 of 1 differ" in call(capsys, "diff", *files)
+
+
+def test_diff_of_adapters_prints_null_for_a_change_from_nothing(tmp_path: Path, capsys: Any):
+    net = adapted()
+    save_adapter(net, tmp_path / "b")
+    with torch.no_grad():
+        net["one"].lora_B.zero_()
+    save_adapter(net, tmp_path / "a")
+    row = strict(call(capsys, "diff", tmp_path / "a", tmp_path / "b", "--json"))["changes"]["one"]
+    assert row["relative"] is None
+    assert row["change"] > 0
+
+
+# --- overwriting ---
+
+TARGETS = {"export": "out", "import": "out.ckpt", "extract": "out"}
+
+
+def verb(name: str, inputs: Path, source: Path, out: Path) -> list[object]:
+    if name == "extract":
+        base = inputs / "base" / "model.safetensors"
+        return ["extract", "--base", base, "--tuned", source, "--rank", 2, "--output", out]
+    return [name, source, out]
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_target_that_exists_is_refused_before_any_work_unless_overwrite_is_given(
+    inputs: Path, capsys: Any, name: str
+):
+    results = inputs.parent / "results"
+    out = results / TARGETS[name]
+    first, other = (
+        (inputs / "tuned", inputs / "tuned") if name == "extract" else (inputs / "adapter", inputs / "another")
+    )
+    call(capsys, *verb(name, inputs, first, out))
+    before = contents(out)
+    missing = inputs / "missing.safetensors"
+    for source in (other, missing):  # that it is not even there is not found out
+        shown = refused(capsys, *verb(name, inputs, source, out))
+        assert str(out) in shown
+        assert "--overwrite" in shown
+        assert contents(out) == before
+        assert names(results) == [out.name]
+    shutil.rmtree(out) if out.is_dir() else out.unlink()
+    call(capsys, *verb(name, inputs, other, out))
+    expected = load_file(out / "adapter_model.safetensors") if out.is_dir() else torch.load(out, weights_only=True)
+    shutil.rmtree(out) if out.is_dir() else out.unlink()
+    call(capsys, *verb(name, inputs, first, out))
+    call(capsys, *verb(name, inputs, other, out), "--overwrite")
+    found = load_file(out / "adapter_model.safetensors") if out.is_dir() else torch.load(out, weights_only=True)
+    assert str(found) == str(expected)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_target_of_the_other_sort_is_refused_also_with_overwrite(inputs: Path, capsys: Any, name: str):
+    """A file where a folder is to be, or a folder where a file is to be, is no earlier result."""
+    out = inputs.parent / "results" / TARGETS[name]
+    if out.suffix:
+        out.mkdir()
+    else:
+        out.write_text("mine")
+    source = inputs / ("tuned" if name == "extract" else "adapter")
+    shown = refused(capsys, *verb(name, inputs, source, out), "--overwrite")
+    assert str(out) in shown
+    assert out.is_dir() if out.suffix else out.read_text() == "mine"
+
+
+# --- Ctrl-C when the result is in place ---
+
+
+def press_after(monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+    """Press it once, as soon as a result was moved to its place, or while what was used for that is removed."""
+    pressed: list[str] = []
+
+    def pressing(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            result = function(*args, **options)
+            if not pressed and result is not False:
+                pressed.append(function.__name__)
+                raise KeyboardInterrupt
+            return result
+
+        return call
+
+    if moment == "moved":
+        monkeypatch.setattr(os, "rename", pressing(os.rename))
+        monkeypatch.setattr(os, "replace", pressing(os.replace))
+        monkeypatch.setattr("lightning_lora.atomic._exchange", pressing(_exchange))
+    else:
+        monkeypatch.setattr(shutil, "rmtree", pressing(shutil.rmtree))
+
+
+MERGED = {"folder": "", "folder again": "", "safetensors": ".safetensors", "torch": ".pt"}
+
+
+@pytest.mark.parametrize("moment", ["moved", "cleaning up"])
+@pytest.mark.parametrize("name", [*MERGED, *TARGETS])
+def test_ctrl_c_after_the_result_is_in_place_says_that_it_was_written(
+    inputs: Path, name: str, moment: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    results = inputs.parent / "results"
+    if name in MERGED:
+        out = results / f"out{MERGED[name]}"
+        given = ["merge", "--base", inputs / f"base{MERGED[name]}", "--output", out, "--overwrite", "--adapter"]
+        args: list[object] = [*given, inputs / "adapter"]
+    else:
+        out = results / TARGETS[name]
+        args = verb(name, inputs, inputs / ("tuned" if name == "extract" else "adapter"), out)
+    if name == "folder again":
+        call(capsys, *given, inputs / "another")
+    press_after(monkeypatch, moment)
+    try:
+        status = main([str(arg) for arg in args])
+    except KeyboardInterrupt:
+        status = None  # else pytest would stop
+    printed = capsys.readouterr()
+    assert status == 130
+    assert "nothing was written" not in printed.err
+    assert f"{out} was written" in printed.err
+    assert contents(out)
+
+
+# --- merge ---
+
+
+def test_merge_opens_its_base_once(inputs: Path, capsys: Any):
+    opened: list[str] = []
+
+    def note(frame: Any, event: str, arg: object) -> None:
+        if event == "call" and frame.f_code.co_name == "open_weights":
+            opened.append(str(frame.f_locals["path"]))
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        command("merge", "--base", inputs / "base", "--adapter", inputs / "adapter", "--output", inputs.parent / "out")
+    finally:
+        sys.setprofile(before)
+    assert opened == [str(inputs / "base")]

@@ -1,0 +1,225 @@
+"""Defects that fuzzing against a reference and reading found, each with a test that fails until it is mended."""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from on_disk import call, refused
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from lightning_lora import LoRAConfig, LoRAError, inject, load_adapter, save_adapter
+from lightning_lora.command import main
+from lightning_lora.verify_files import verify
+from lightning_lora.weights import open_weights
+
+WIDTH = 4
+TENSORS = "adapter_model.safetensors"
+Change = Callable[[dict[str, torch.Tensor]], object]
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.three = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(3))
+
+
+def small() -> Small:
+    torch.manual_seed(1)
+    return Small()
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    """Two adapted layers and one that was trained whole, as a folder; its base beside it in both forms."""
+    net = small()
+    torch.save(dict(net.state_dict()), tmp_path / "base.pt")
+    save_file(dict(net.state_dict()), tmp_path / "base.safetensors")
+    inject(net, LoRAConfig(r=2, target_modules=["one", "two"], modules_to_save=["three"], init_lora_weights=False))
+    with torch.no_grad():
+        net.three.weight.add_(1)
+    save_adapter(net, tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def spoil(folder: Path, change: Change, keep_header: bool = True) -> None:
+    with safe_open(folder / TENSORS, "pt") as file:
+        header = file.metadata()
+    tensors = load_file(folder / TENSORS)
+    change(tensors)
+    save_file(tensors, folder / TENSORS, header if keep_header else None)
+
+
+def merging(path: Path, source: Path, base: str = "base.pt", *flags: str) -> list[object]:
+    return [
+        "merge",
+        "--base",
+        path / base,
+        "--adapter",
+        source,
+        "--output",
+        (path / "out").with_suffix(base[4:]),
+        *flags,
+    ]
+
+
+@pytest.mark.parametrize("form", ["folder", "checkpoint"])
+def test_merge_of_an_adapter_that_lost_a_module_trained_whole_is_refused(
+    tmp_path: Path, capsys: Any, adapter: Path, form: str
+):
+    """load_adapter refuses it; merge would leave the base's own in its place without a word."""
+    source = adapter
+    if form == "checkpoint":
+        source = tmp_path / "a.ckpt"
+        call(capsys, "import", adapter, source)
+        content = torch.load(source, weights_only=True)
+        del content["state_dict"]["three.weight"]
+        torch.save(content, source)
+    else:
+        spoil(source, lambda tensors: tensors.pop("base_model.model.three.weight"))
+    with pytest.raises(LoRAError, match=r"three\.weight"):
+        load_adapter(small(), source)
+    assert "three.weight" in refused(capsys, *merging(tmp_path, source))
+
+
+@pytest.mark.parametrize("verb", ["merge", "export", "import", "info"])
+def test_a_folder_of_peft_with_a_b_and_no_a_is_refused(tmp_path: Path, capsys: Any, adapter: Path, verb: str):
+    """load_adapter refuses it; the command passes over the layer."""
+    spoil(adapter, lambda tensors: tensors.pop("base_model.model.two.lora_A.weight"), keep_header=False)
+    with pytest.raises(LoRAError, match="two"):
+        load_adapter(small(), adapter)
+    args = {
+        "merge": merging(tmp_path, adapter),
+        "export": ["export", adapter, tmp_path / "copy"],
+        "import": ["import", adapter, tmp_path / "copy.ckpt"],
+        "info": ["info", adapter],
+    }[verb]
+    assert "two.lora_" in refused(capsys, *args)
+
+
+@pytest.mark.parametrize("shape", [(WIDTH, 2, 3), (WIDTH, 2, 0), (0, 2, 2)])
+@pytest.mark.parametrize("verb", ["info", "diff"])
+def test_info_and_diff_of_a_factor_with_too_many_dimensions_are_refused(
+    tmp_path: Path, capsys: Any, adapter: Path, verb: str, shape: tuple[int, ...]
+):
+    """Not with the error of whatever they compute with it."""
+    spoil(adapter, lambda tensors: tensors.update({"base_model.model.one.lora_B.weight": torch.zeros(shape)}))
+    assert "one" in refused(capsys, verb, *[adapter] * (2 if verb == "diff" else 1))
+
+
+def test_merge_of_a_base_with_factors_under_pefts_names_is_refused(tmp_path: Path, capsys: Any, adapter: Path):
+    """info says of such a file that it is an adapter."""
+    state = small().state_dict() | {
+        "one.lora_A.weight": torch.ones(2, WIDTH),
+        "one.lora_B.weight": torch.ones(WIDTH, 2),
+    }
+    torch.save(state, tmp_path / "base.pt")
+    assert "holds an adapter itself" in refused(capsys, *merging(tmp_path, adapter))
+
+
+# --- checkpoints that torch reads in another way, or not at all ---
+
+
+def repickle(path: Path, change: Callable[[bytes], bytes]) -> None:
+    """Change the pickled part of a file of torch.save, and no length; check sums are right."""
+    with zipfile.ZipFile(path) as archive:
+        old = archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
+    new = change(old)
+    assert old != new
+    assert len(old) == len(new)
+    content = path.read_bytes().replace(old, new)
+    content = content.replace(*(zlib.crc32(data).to_bytes(4, "little") for data in (old, new)))
+    path.write_bytes(content)
+
+
+def with_storages_exchanged(pickled: bytes) -> bytes:
+    """The second and the third tensor each name the other's record."""
+    names = {b"X\x01\x00\x00\x001": b"X\x01\x00\x00\x002", b"X\x01\x00\x00\x002": b"X\x01\x00\x00\x001"}
+    return re.sub(b"|".join(names), lambda found: names[found[0]], pickled)
+
+
+def test_merge_into_a_checkpoint_whose_tensors_name_records_in_another_order_is_right_or_refused(
+    tmp_path: Path, capsys: Any, adapter: Path
+):
+    """An adapter without a fingerprint would be added to the wrong tensor, and --verify would look there too."""
+    spoil(adapter, lambda tensors: None, keep_header=False)
+    repickle(tmp_path / "base.pt", with_storages_exchanged)
+    read = torch.load(tmp_path / "base.pt", weights_only=True)
+    assert torch.equal(read["two.weight"], small().three.weight)
+    status = main([str(arg) for arg in merging(tmp_path, adapter, "base.pt", "--verify")])
+    if status:
+        assert "base.pt" in capsys.readouterr().err
+        return
+    factors = [load_file(adapter / TENSORS)[f"base_model.model.two.lora_{factor}.weight"] for factor in "BA"]
+    expected = read["two.weight"] + 4 * factors[0] @ factors[1]  # lora_alpha over r
+    torch.testing.assert_close(torch.load(tmp_path / "out.pt", weights_only=True)["two.weight"], expected)
+
+
+def with_a_smaller_storage(pickled: bytes) -> bytes:
+    return re.sub(rb"(?s)(cpuq.K)\x10", lambda found: found[1] + b"\x0f", pickled, count=1)
+
+
+@pytest.mark.parametrize("damage", ["record header", "storage"])
+def test_merge_into_a_checkpoint_that_torch_cannot_read_is_refused(
+    tmp_path: Path, capsys: Any, adapter: Path, damage: str
+):
+    """The result would be as unreadable as the base, and --verify would not find it."""
+    base = tmp_path / "base.pt"
+    if damage == "record header":
+        with zipfile.ZipFile(base) as archive:
+            offset = next(info.header_offset for info in archive.infolist() if info.filename.endswith("data/1"))
+        content = bytearray(base.read_bytes())
+        content[offset : offset + 4] = b"none"
+        base.write_bytes(content)
+    else:
+        repickle(base, with_a_smaller_storage)
+    with pytest.raises(RuntimeError):
+        torch.load(base, weights_only=True)
+    assert "base.pt" in refused(capsys, *merging(tmp_path, adapter, "base.pt", "--verify"))
+
+
+# --- what merge writes ---
+
+
+@pytest.mark.parametrize("flag", ["--dtype=float16", "--max-shard-size=1GB"])
+def test_merge_to_another_dtype_or_sharding_aligns_every_tensor(tmp_path: Path, capsys: Any, adapter: Path, flag: str):
+    """In what is written anew wide tensors come first, whatever the order in the base and its shards."""
+    base = tmp_path / "base"
+    base.mkdir()
+    whole = {name: tensor.clone() for name, tensor in small().state_dict().items()} | {"odd": torch.ones(3)}
+    shards = [{"bytes": torch.ones(3, dtype=torch.uint8)}, whole | {"number": torch.ones(2, dtype=torch.int32)}]
+    for i, tensors in enumerate(shards):
+        save_file(tensors, base / f"{i}.safetensors")
+    weight_map = {name: f"{i}.safetensors" for i, tensors in enumerate(shards) for name in tensors}
+    (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    call(capsys, "merge", "--base", base, "--adapter", adapter, "--output", tmp_path / "out", flag)
+    for file in (tmp_path / "out").glob("*.safetensors"):
+        raw = file.read_bytes()
+        header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+        sizes = {name: tensor.itemsize for name, tensor in load_file(file).items()}
+        assert {name for name, size in sizes.items() if header[name]["data_offsets"][0] % size} == set()
+
+
+def test_verify_of_a_wrong_dtype_says_which_was_expected(
+    tmp_path: Path, capsys: Any, adapter: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """That of --dtype, not the base's."""
+
+    def verify_spoiled(job: Any, result: Any) -> None:
+        save_file({name: tensor.double() for name, tensor in load_file(result.path).items()}, result.path)
+        verify(job, open_weights(result.path))
+
+    monkeypatch.setattr("lightning_lora.merge_command.verify", verify_spoiled)
+    args = merging(tmp_path, adapter, "base.safetensors", "--verify", "--dtype=float16")
+    shown = refused(capsys, *args)
+    assert "is torch.float64" in shown
+    assert "expected torch.float16" in shown
