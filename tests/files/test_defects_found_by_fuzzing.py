@@ -12,15 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from on_disk import call, refused
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lightning_lora import LoRAConfig, LoRAError, inject, load_adapter, save_adapter
-from lightning_lora.command import main
-from lightning_lora.verify_files import verify
-from lightning_lora.weights import open_weights
+from lightning_lora.command.main import main
+from lightning_lora.command.write_merged import verify_result
+from lightning_lora.files.weights import open_weights
+from support.peers import call, refused
 
 WIDTH = 4
 TENSORS = "adapter_model.safetensors"
@@ -216,9 +216,9 @@ def test_verify_of_a_wrong_dtype_says_which_was_expected(
 
     def verify_spoiled(job: Any, result: Any) -> None:
         save_file({name: tensor.double() for name, tensor in load_file(result.path).items()}, result.path)
-        verify(job, open_weights(result.path))
+        verify_result(job, open_weights(result.path))
 
-    monkeypatch.setattr("lightning_lora.merge_command.verify", verify_spoiled)
+    monkeypatch.setattr("lightning_lora.command.merge.verify", verify_spoiled)
     args = merging(tmp_path, adapter, "base.safetensors", "--verify", "--dtype=float16")
     shown = refused(capsys, *args)
     assert "is torch.float64" in shown

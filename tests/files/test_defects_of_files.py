@@ -17,15 +17,15 @@ from typing import Any
 
 import pytest
 import torch
-from on_disk import call, refused
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lightning_lora import LoRAConfig, LoRAError, inject, save_adapter, save_merged
-from lightning_lora.atomic import _exchange, new_folder
-from lightning_lora.command import main
+from lightning_lora.command.main import main
+from lightning_lora.files.atomic import _exchange, new_folder
+from support.peers import call, refused
 
-NO_EXCHANGE = ("lightning_lora.atomic._exchange", lambda one, other: False)
+NO_EXCHANGE = ("lightning_lora.files.atomic._exchange", lambda one, other: False)
 
 
 def adapted(alpha: float = 2.0, width: int = 4) -> nn.ModuleDict:
@@ -409,7 +409,7 @@ def press_after(monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
     if moment == "moved":
         monkeypatch.setattr(os, "rename", pressing(os.rename))
         monkeypatch.setattr(os, "replace", pressing(os.replace))
-        monkeypatch.setattr("lightning_lora.atomic._exchange", pressing(_exchange))
+        monkeypatch.setattr("lightning_lora.files.atomic._exchange", pressing(_exchange))
     else:
         monkeypatch.setattr(shutil, "rmtree", pressing(shutil.rmtree))
 
