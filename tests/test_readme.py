@@ -259,7 +259,7 @@ def test_the_line_at_fit_start_is_the_one_that_is_quoted(front, caplog):
     assert f"`{line}`" in " ".join(TEXTS[FRONT].split())
 
 
-@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`:UserWarning")
 def test_calls_of_the_saving_table_run_and_give_the_tuned_model(front):
     exec("from lightning_lora import *", front)
     prepare_files(front)
