@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -72,7 +73,7 @@ def _adapter_info(adapter: Adapter) -> dict[str, Any]:
         "layers": {name: _layer_info(adapter, name) for name in layers},
         "parameters": sum(factor.numel() for factor in factors),
         "bytes": sum(factor.nbytes for factor in factors),
-        "norm": sum(delta_norm(adapter, name) ** 2 for name in layers) ** 0.5,
+        "norm": math.hypot(*(delta_norm(adapter, name) for name in layers)),
         "also_trained": {name: list(tensor.shape) for name, tensor in whole.items()},
         "base": {
             **adapter.origin,

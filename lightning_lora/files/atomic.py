@@ -33,7 +33,7 @@ def new_file(path: PathLike) -> Iterator[Path]:
         LoRAError: it cannot be written there; what was there stays.
     """
     target = _checked(path, folder=False)
-    with _scratch(target, target.parent) as scratch:
+    with _scratch_beside(target) as scratch:
         file = scratch / target.name
         yield file
         _to_disk(file)
@@ -56,7 +56,7 @@ def new_folder(path: PathLike, *, keep_others: bool = False, replaced: Collectio
         LoRAError: it cannot be written there; what was there stays.
     """
     target = _checked(path, folder=True)
-    with _scratch(target, target.parent) as scratch:
+    with _scratch_beside(target) as scratch:
         folder = scratch / target.name
         folder.mkdir()
         yield folder
@@ -74,8 +74,7 @@ def check_output_path(path: PathLike, *, folder: bool) -> None:
         LoRAError: `path` is of the other kind, a mount point, or in a folder that cannot be written to.
     """
     target = _checked(path, folder=folder)
-    with _scratch(target, next(parent for parent in target.parents if parent.exists())):
-        pass
+    os.rmdir(_hidden_folder(target, next(parent for parent in target.parents if parent.exists())))
 
 
 def identity(path: PathLike) -> tuple[int, int] | None:
@@ -99,14 +98,18 @@ def _checked(path: PathLike, *, folder: bool) -> Path:
     return target
 
 
-@contextmanager
-def _scratch(target: Path, parent: Path) -> Iterator[Path]:
-    """Make a hidden folder for what is not complete yet, which proves that its parent can be written to."""
+def _hidden_folder(target: Path, parent: Path) -> Path:
+    """Make a folder for what is not complete yet, which proves that its parent can be written to."""
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=parent))
+        return Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=parent))
     except OSError as error:
         raise LoRAError(f"{target}: cannot be written there: {error}") from error
+
+
+@contextmanager
+def _scratch_beside(target: Path) -> Iterator[Path]:
+    scratch = _hidden_folder(target, target.parent)
     try:
         yield scratch
     finally:

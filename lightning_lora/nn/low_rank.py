@@ -178,7 +178,8 @@ def product_norm(left: torch.Tensor, right: torch.Tensor) -> float:
     Exact to the dtype also where the product nearly cancels; the product is never built.
     """
     left_r, right_r = torch.linalg.qr(left, mode="r")[1], torch.linalg.qr(right.T, mode="r")[1]
-    return float(torch.linalg.matrix_norm(left_r @ right_r.T))
+    largest = float(left_r.abs().max())  # taken out, because squares of large values overflow
+    return float(torch.linalg.matrix_norm(left_r / largest @ right_r.T)) * largest if largest else 0.0
 
 
 def _separate(enabled: Enabled) -> list[str]:
