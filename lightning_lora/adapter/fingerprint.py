@@ -11,7 +11,7 @@ from torch import nn
 
 from ..distributed.sharding import samples
 from ..errors import LoRAError
-from ..files.safetensors import TensorLocation, _read
+from ..files.safetensors import TensorLocation, read_elements
 from ..model.injection import require_injection
 from ..model.named_state import named_state
 from ..model.state_dict import adapter_keys, original_value
@@ -38,10 +38,7 @@ def fingerprint_entry(weight: torch.Tensor) -> dict[str, Any]:
 
 def fingerprint_entry_at(location: TensorLocation) -> dict[str, Any]:
     """Return the same of a tensor in a file, of which it reads no more."""
-    size = location.dtype.itemsize
-    with open(location.file, "rb") as file:
-        elements = [_read(file, location, index * size, size) for index in sample_positions(location.numel)]
-    return _entry(location.shape, location.dtype, [float(element.double()) for element in elements])
+    return _entry(location.shape, location.dtype, read_elements(location, sample_positions(location.numel)))
 
 
 def _entry(shape: Iterable[int], dtype: torch.dtype, values: list[float]) -> dict[str, Any]:

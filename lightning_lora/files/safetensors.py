@@ -136,6 +136,13 @@ def read_rows(file: BinaryIO, location: TensorLocation, first: int, count: int) 
     return _read(file, location, first * row, count * row).view(shape)
 
 
+def read_elements(location: TensorLocation, positions: list[int]) -> list[float]:
+    """Read single elements of a tensor, at positions of the flattened one."""
+    size = location.dtype.itemsize
+    with open(location.file, "rb") as file:
+        return [float(_read(file, location, position * size, size).double()) for position in positions]
+
+
 def read_tensor(location: TensorLocation) -> torch.Tensor:
     """Read a whole tensor."""
     with open(location.file, "rb") as file:
