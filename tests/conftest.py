@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
+from contextlib import suppress
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -20,6 +22,9 @@ from support.notices import LIGHTNING_NOTICES  # noqa: E402
 # A busy machine is no failure, and what fails here fails everywhere, each time.
 hypothesis.settings.register_profile("same everywhere", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("same everywhere")
+with suppress(ImportError):  # else what happens to be imported before a test lends its constants to the draws
+    providers = importlib.import_module("hypothesis.internal.conjecture.providers")
+    vars(providers).update(is_local_module_file=lambda path: False)
 
 
 def pytest_configure(config: pytest.Config) -> None:

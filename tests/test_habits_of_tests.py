@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import hypothesis
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 HERE = Path(__file__)
 FILES = {str(p.relative_to(HERE.parent)): p.read_text() for p in sorted(HERE.parent.rglob("*.py")) if p != HERE}
@@ -19,6 +23,25 @@ def test_hypothesis_settings_of_every_test_are_those_of_the_profile():
     assert hypothesis.settings.default.derandomize
     assert hypothesis.settings.default.database is None
     assert {name for name, text in FILES.items() if re.search(r"\b(derandomize|database) *=", text)} == {"conftest.py"}
+
+
+def test_hypothesis_draws_do_not_depend_on_what_else_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    drawn: list[int | str] = []
+
+    @given(st.integers() | st.text())
+    @settings(max_examples=300)
+    def draw(value: int | str) -> None:
+        drawn.append(value)
+
+    draw()
+    first, drawn[:] = list(drawn), []
+    path = tmp_path / "other.py"
+    path.write_text(f"A = {[f'word {i}' for i in range(99)]}, {[10**9 + i for i in range(99)]}")
+    module = ModuleType("other")
+    module.__file__ = str(path)
+    monkeypatch.setitem(sys.modules, "other", module)
+    draw()
+    assert drawn == first
 
 
 def filters(text: str) -> Iterator[tuple[str, bool]]:
