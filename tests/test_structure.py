@@ -28,7 +28,7 @@ MAY_IMPORT = {  # beside itself and the ground; files at the top may import ever
     "trainer": {"adapter", "model", "nn", "distributed"},
     "command": {"adapter", "nn", "files"},
 }
-MOST_FLOORS = 16
+MOST_FLOORS = 14
 
 PUBLIC = {
     "LoRAConfig",
@@ -183,6 +183,6 @@ def test_errors_are_value_errors():
 
 
 def test_a_star_import_brings_all_but_what_needs_an_extra():
-    program = "from lightning_lora import *; print(*sorted(name for name in globals() if name[:2] != '__'))"
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert set(run.stdout.split()) == PUBLIC - {"LoRACLI"}
+    brought: dict[str, object] = {}
+    exec("from lightning_lora import *", brought)
+    assert {name for name in brought if name[:2] != "__"} == PUBLIC - {"LoRACLI"}
