@@ -218,7 +218,7 @@ def test_verify_of_a_wrong_dtype_says_which_was_expected(
         save_file({name: tensor.double() for name, tensor in load_file(result.path).items()}, result.path)
         verify_result(job, open_weights(result.path))
 
-    monkeypatch.setattr("lightning_lora.command.merge.verify", verify_spoiled)
+    monkeypatch.setattr("lightning_lora.command.merge.verify_result", verify_spoiled)
     args = merging(tmp_path, adapter, "base.safetensors", "--verify", "--dtype=float16")
     shown = refused(capsys, *args)
     assert "is torch.float64" in shown
