@@ -85,7 +85,7 @@ def plan_updates(adapter: Adapter, base: Weights, *, strict_base: bool = True) -
     Raises:
         LoRAError: the adapter does not fit the base, or merged weights cannot express it.
     """
-    if any(name.rpartition(".")[2] in (A, B) for name in base.locations):
+    if base.holds_factors():
         raise LoRAError(f"{base.path}: the base holds an adapter itself; give the weights that it was trained on.")
     adapter = align_to_modules(adapter, base.modules(), str(base.path))
     _compare_base(adapter, base, strict_base)
