@@ -223,12 +223,10 @@ def test_info_of_a_checkpoint_of_which_another_part_than_the_state_dict_is_damag
     tmp_path: Path, capsys: Any, adapter: Path, record: str
 ):
     """The tensors beside the state dict too, whether they come before it or after."""
-    moments, content = {"moments": torch.ones(9)}, {"state_dict": {"one.weight": small().one.weight.data}}
+    moments, content = {"moments": torch.ones(9)[:3]}, {"state_dict": {"one.weight": small().one.weight.data}}
     torch.save(moments | content if record == "data/0" else content | moments, tmp_path / "base.pt")
-    repickle(
-        tmp_path / "base.pt",
-        lambda pickled: re.sub(rb"(?s)(cpuq.K)\x09", lambda found: found[1] + b"\x08", pickled, count=1),
-    )
+    smaller = re.compile(rb"K\t(?=tq)")  # nine elements at the end of a storage's description
+    repickle(tmp_path / "base.pt", lambda pickled: smaller.sub(b"K\x08", pickled, count=1))
     assert "base.pt" in refused(capsys, "info", tmp_path / "base.pt")
 
 
