@@ -188,14 +188,18 @@ def _fitting_prefixes(layers: Sequence[str], modules: Set[str]) -> list[tuple[st
 
 
 def check_factors(adapter: Adapter, where: str) -> None:
-    """Raise LoRAError for the first layer with a factor missing, not finite, or of another rank than the options'."""
-    for name in adapter.layers():
+    """Raise LoRAError for the first layer whose factors are not two finite ones that go together and with the options.
+
+    It has one alone, or they have other dimensions or another rank.
+    """
+    for name in dict.fromkeys(key.rpartition(".")[0] for key in adapter.tensors if key.rpartition(".")[2] in (A, B)):
         if not name:
-            raise LoRAError(f"{where}: a lora_A names no layer.")
-        a, b = adapter.tensors[f"{name}.{A}"], adapter.tensors.get(f"{name}.{B}")
-        if b is None:
-            raise LoRAError(f"{where}: {f'{name}.{B}'!r} is missing; the adapter was cut.")
-        for leaf, factor in ((A, a), (B, b)):
+            raise LoRAError(f"{where}: a lora_A or lora_B names no layer.")
+        factors = {leaf: adapter.tensors.get(f"{name}.{leaf}") for leaf in (A, B)}
+        for leaf, factor in factors.items():
+            if factor is None:
+                raise LoRAError(f"{where}: {f'{name}.{leaf}'!r} is missing; the adapter was cut.")
+        for leaf, factor in factors.items():
             if not isinstance(factor, torch.Tensor) or factor.dtype not in MERGEABLE_DTYPES or factor.dim() < 2:
                 shown = f"{factor.dtype} {tuple(factor.shape)}" if isinstance(factor, torch.Tensor) else repr(factor)
                 raise LoRAError(
@@ -209,6 +213,11 @@ def check_factors(adapter: Adapter, where: str) -> None:
 def _check_rank(adapter: Adapter, name: str, where: str) -> None:
     a, b = adapter.tensors[f"{name}.{A}"], adapter.tensors[f"{name}.{B}"]
     rank = b.shape[1]
+    if b.dim() != a.dim() or any(size != 1 for size in b.shape[2:]):
+        raise LoRAError(
+            f"{where}: {name!r}: A {tuple(a.shape)} and B {tuple(b.shape)} are no pair: both must be matrices, or B "
+            "must have the dimensions of A, which is a convolution's, and 1 for each of its kernel's."
+        )
     if not rank or not a.shape[0] or a.shape[0] % rank:
         raise LoRAError(f"{where}: {name!r}: A {tuple(a.shape)} and B {tuple(b.shape)} do not share a rank.")
     if adapter.config is None:

@@ -221,7 +221,12 @@ def _with_factors_b(adapter: Adapter, for_parts: Callable[..., torch.Tensor], fo
 
 
 def _from_block_diagonal(name: str, a: torch.Tensor, b: torch.Tensor, enabled: tuple[bool, ...]) -> torch.Tensor:
-    if a.shape[0] != b.shape[1] or b.shape[1] % sum(enabled) or b.shape[0] % len(enabled):
+    if (
+        not a.dim() == b.dim() == 2
+        or a.shape[0] != b.shape[1]
+        or b.shape[1] % sum(enabled)
+        or b.shape[0] % len(enabled)
+    ):
         raise LoRAError(
             f"adapter: {name!r}: A {tuple(a.shape)} and B {tuple(b.shape)} do not fit enable_lora={list(enabled)}."
         )

@@ -50,7 +50,7 @@ def holds_adapter(path: PathLike) -> bool:
         return True
     if not path.is_dir() and path.suffix != SUFFIX and META in read_torch_file(path, "meta"):
         return True
-    return any(part.startswith("lora_") for name in open_weights(path).locations for part in name.split("."))
+    return open_weights(path).holds_factors()
 
 
 def _adapter_kind(path: Path) -> str:

@@ -19,7 +19,7 @@ from ..files.atomic import new_file, new_folder
 from ..files.paths import PathLike
 from ..files.safetensors import SUFFIX
 from ..files.weights import Weights, open_weights
-from ..names import A, B
+from ..names import A, B, around, matcher
 from ..nn.low_rank import (
     ATTENTION,
     ATTENTION_WEIGHTS,
@@ -85,9 +85,11 @@ def plan_updates(adapter: Adapter, base: Weights, *, strict_base: bool = True) -
     Raises:
         LoRAError: the adapter does not fit the base, or merged weights cannot express it.
     """
-    if any(name.rpartition(".")[2] in (A, B) for name in base.locations):
+    if base.holds_factors():
         raise LoRAError(f"{base.path}: the base holds an adapter itself; give the weights that it was trained on.")
+    own_names = adapter
     adapter = align_to_modules(adapter, base.modules(), str(base.path))
+    _refuse_missing(adapter, base, _scope(own_names, adapter))
     _compare_base(adapter, base, strict_base)
     updates: dict[str, WeightUpdate] = {}
     seen = _seen_orientations(adapter, base)
@@ -150,6 +152,32 @@ def _compare_base(adapter: Adapter, base: Weights, strict: bool) -> None:
         if strict:
             raise
         warnings.warn(f"lightning_lora: {error}", stacklevel=3)
+
+
+def _scope(own_names: Adapter, adapter: Adapter) -> str:
+    """Return the prefix in the base of the network that was adapted, to which alone the options apply."""
+    before, after = own_names.layers()[0].removeprefix(own_names.network), adapter.layers()[0]
+    return after.removesuffix(before) if after.endswith(before) else ""
+
+
+def _refuse_missing(adapter: Adapter, base: Weights, scope: str) -> None:
+    """Raise LoRAError for the first tensor that was trained whole, as the options say, and is not in the adapter."""
+    config = adapter.config or LoRAConfig()
+    is_saved, layers = matcher(config.modules_to_save), set(adapter.layers())
+    known = {name.rpartition(".")[0] for name in (*adapter.tensors, *adapter.fingerprint)}
+    for name, location in base.locations.items():
+        module, _, leaf = name.rpartition(".")
+        if not location.dtype.is_floating_point or not name.startswith(scope):
+            continue
+        # A base may hold more than the model that was trained, and masks under the name bias.
+        is_bias = leaf.endswith("bias") and module in known and len(location.shape) == 1
+        trained = (
+            any(map(is_saved, around(name)))
+            or (config.bias == "all" and is_bias)
+            or (config.bias == "lora_only" and leaf == "bias" and module in layers)
+        )
+        if trained and name not in adapter.tensors and name not in adapter.fingerprint:
+            raise LoRAError(f"{base.path}: {name!r} was trained whole and is missing in the adapter, which was cut.")
 
 
 def _layer_updates(adapter: Adapter, name: str, base: Weights, seen: Mapping[str, str]) -> dict[str, WeightUpdate]:

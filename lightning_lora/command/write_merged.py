@@ -153,9 +153,11 @@ def _write_safetensors(
 ) -> None:
     """Write some tensors into a file; its header is that of the base's file of that name where that fits."""
     locations = job.base.locations
-    header = build_header([(name, job.result_dtype(name), locations[name].shape) for name in names], metadata)
     if before is not None and job.dtype is None and list(before.locations) == list(names):
         header = before.raw
+    else:
+        names = sorted(names, key=lambda name: -job.result_dtype(name).itemsize)  # so that all are aligned
+        header = build_header([(name, job.result_dtype(name), locations[name].shape) for name in names], metadata)
     sources: dict[Path, BinaryIO] = {}
     with ExitStack() as files:
         out = files.enter_context(open(target, "xb"))

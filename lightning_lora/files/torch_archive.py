@@ -11,7 +11,7 @@ import warnings
 import zipfile
 import zlib
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -35,8 +35,12 @@ class Record:
     start: int
 
 
-def read_torch_file(path: PathLike, device: str = "cpu") -> dict[str, Any]:
-    """Read a checkpoint or state dict onto the CPU, or onto "meta" without its values.
+def read_torch_file(
+    path: PathLike,
+    device: str | Callable[[Any, str], Any] = "cpu",
+    mmap: bool = False,
+) -> dict[str, Any]:
+    """Read a checkpoint or state dict onto the CPU, or onto "meta" without its values; with mmap it stays in the file.
 
     Raises:
         LoRAError: no such file, truncated, not a dictionary, or it holds more than plain types and tensors.
@@ -45,7 +49,7 @@ def read_torch_file(path: PathLike, device: str = "cpu") -> dict[str, Any]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Detected pickle protocol")  # the error says enough
-            content = torch.load(path, map_location=device, weights_only=True)
+            content = torch.load(path, map_location=device, mmap=mmap, weights_only=True)
     except pickle.UnpicklingError as error:
         raise LoRAError(
             f"{path}: holds objects other than plain types and tensors, or is damaged, and was not loaded: "
@@ -64,16 +68,33 @@ def torch_locations(path: Path) -> dict[str, TensorLocation]:
     Raises:
         LoRAError: the file is damaged, holds no state dict, or is of a form that cannot be changed in place.
     """
-    content = read_torch_file(path, "meta")
+    read_torch_file(path, "meta")  # says what is wrong with other files than archives
+    records = {
+        record.start: record.info.file_size
+        for record in read_records(path)
+        if record.info.file_size and "/data/" in record.info.filename
+    }
+    storages: dict[int, int] = {}  # sizes by address
+
+    def note(storage: torch.UntypedStorage, device: str) -> torch.UntypedStorage:
+        if storage.nbytes():
+            storages[storage.data_ptr()] = storage.nbytes()
+        return storage
+
+    content = read_torch_file(path, note, mmap=True)
+    # Where the file was mapped is not told, but the first record is the first storage: every record is some tensor's.
+    base = min(storages, default=0) - min(records, default=0)
     state = content.get("state_dict", content)
     if not isinstance(state, Mapping):
         raise LoRAError(f"{path}: expected a state dict, found {type(state).__name__}.")
-    sizes = {record.start: record.info.file_size for record in read_records(path)}
-    return {
-        name: _location(path, name, value, sizes)
+    locations = {
+        name: _location(path, name, value, base, records)
         for name, value in state.items()
         if isinstance(name, str) and isinstance(value, torch.Tensor)
     }
+    if {address - base: size for address, size in storages.items()} != records:
+        raise LoRAError(f"{path}: its records are not those of its tensors; the file is damaged.")
+    return locations
 
 
 def read_records(path: PathLike) -> list[Record]:
@@ -85,10 +106,12 @@ def read_records(path: PathLike) -> list[Record]:
     try:
         with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
             records = [Record(info, _start(file, info)) for info in archive.infolist()]
+            for record in records:
+                archive.open(record.info).close()  # compares its header with the directory
     except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
         raise LoRAError(
-            f"{path}: is not in the format that torch.save has written since torch 1.6; load it and save it again: "
-            f"{error}"
+            f"{path}: is damaged, or not in the format that torch.save has written since torch 1.6, so that it must be "
+            f"loaded and saved again: {error}"
         ) from error
     for record in records:
         if record.info.compress_type != zipfile.ZIP_STORED:
@@ -116,20 +139,18 @@ def set_check_sums(path: PathLike, locations: list[TensorLocation]) -> None:
                 file.write(check)
 
 
-def _location(path: Path, name: str, tensor: torch.Tensor, sizes: Mapping[int, int]) -> TensorLocation:
+def _location(path: Path, name: str, tensor: torch.Tensor, base: int, records: Mapping[int, int]) -> TensorLocation:
+    """Find a tensor that was mapped into memory, with the file's first byte at the address `base`."""
     if tensor.layout != torch.strided:
         raise LoRAError(f"{path}: {name!r} is a sparse tensor, which cannot be read in place.")
-    start = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
-    if start is None:
-        raise LoRAError(
-            f"{path}: torch {torch.__version__} does not say where a tensor lies in such a file; save the weights as "
-            "safetensors, or use torch 2.7 or newer."
-        )
-    first = start + tensor.storage_offset() * tensor.dtype.itemsize
-    location = TensorLocation(path, tensor.dtype, tuple(tensor.shape), first, tensor.is_contiguous())
-    if start not in sizes or first + location.nbytes > start + sizes[start]:
-        raise LoRAError(f"{path}: {name!r} claims bytes outside its record; the file is damaged.")
-    return location
+    if tensor.device.type != "cpu":
+        raise LoRAError(f"{path}: {name!r} is on {tensor.device}, without values.")
+    storage = tensor.untyped_storage()
+    start = storage.data_ptr() - base if storage.nbytes() else 0
+    if storage.nbytes() != records.get(start, 0):
+        raise LoRAError(f"{path}: {name!r} claims bytes outside its record, or not all of them; the file is damaged.")
+    first = start + int(tensor.storage_offset()) * tensor.dtype.itemsize
+    return TensorLocation(path, tensor.dtype, tuple(tensor.shape), first, tensor.is_contiguous())
 
 
 def _start(file: BinaryIO, info: zipfile.ZipInfo) -> int:

@@ -35,6 +35,10 @@ class Weights:
         """List every module on the way to a tensor."""
         return {name.rsplit(".", i)[0] for name in self.locations for i in range(1, name.count(".") + 1)}
 
+    def holds_factors(self) -> bool:
+        """Say whether a tensor's name is one of an adapter, ours or PEFT's."""
+        return any(part.startswith("lora_") for name in self.locations for part in name.split("."))
+
     def other_owners(self) -> dict[str, str]:
         """Find the tensors whose values something else uses too; returns each with that."""
         if self.form == "torch":

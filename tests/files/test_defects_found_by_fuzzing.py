@@ -91,6 +91,37 @@ def test_merge_of_an_adapter_that_lost_a_module_trained_whole_is_refused(
     assert "three.weight" in refused(capsys, *merging(tmp_path, source))
 
 
+class Biased(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+
+@pytest.mark.parametrize(("bias", "lost"), [("lora_only", "one.bias"), ("all", "one.bias"), ("all", "two.bias")])
+def test_merge_of_an_adapter_that_lost_a_trained_bias_is_refused(tmp_path: Path, capsys: Any, bias: Any, lost: str):
+    net = Biased()
+    torch.save(net.state_dict(), tmp_path / "base.pt")
+    inject(net, LoRAConfig(r=2, target_modules=["one"], bias=bias))
+    save_adapter(net, tmp_path / "adapter")
+    peft_name = "one.base_layer.bias" if lost == "one.bias" else lost
+    spoil(tmp_path / "adapter", lambda tensors: tensors.pop(f"base_model.model.{peft_name}"))
+    assert lost in refused(capsys, *merging(tmp_path, tmp_path / "adapter"))
+
+
+@pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
+def test_merge_into_a_base_with_more_than_the_network_asks_for_nothing_outside_it(
+    tmp_path: Path, capsys: Any, bias: Any
+):
+    """Neither a module outside that has the name of one that is trained whole, nor biases there, nor masks."""
+    other = nn.ModuleDict({"two": nn.Linear(1, 1)})
+    net = nn.ModuleDict({"network": Biased(), "other": other, "two": nn.Linear(1, 1)})
+    masks = {"network.one.mask_bias": torch.ones(1, 1, 2, 2), "network.two.ids": torch.ones(2, dtype=torch.int64)}
+    torch.save(net.state_dict() | masks, tmp_path / "base.pt")
+    inject(net["network"], LoRAConfig(r=2, target_modules=["one"], modules_to_save=["two"], bias=bias))
+    save_adapter(net["network"], tmp_path / "adapter")
+    call(capsys, *merging(tmp_path, tmp_path / "adapter"))
+
+
 @pytest.mark.parametrize("verb", ["merge", "export", "import", "info"])
 def test_a_folder_of_peft_with_a_b_and_no_a_is_refused(tmp_path: Path, capsys: Any, adapter: Path, verb: str):
     """load_adapter refuses it; the command passes over the layer."""
@@ -187,6 +218,18 @@ def test_merge_into_a_checkpoint_that_torch_cannot_read_is_refused(
     assert "base.pt" in refused(capsys, *merging(tmp_path, adapter, "base.pt", "--verify"))
 
 
+@pytest.mark.parametrize("record", ["data/0", "data/1"])
+def test_info_of_a_checkpoint_of_which_another_part_than_the_state_dict_is_damaged_is_refused(
+    tmp_path: Path, capsys: Any, adapter: Path, record: str
+):
+    """The tensors beside the state dict too, whether they come before it or after."""
+    moments, content = {"moments": torch.ones(9)[:3]}, {"state_dict": {"one.weight": small().one.weight.data}}
+    torch.save(moments | content if record == "data/0" else content | moments, tmp_path / "base.pt")
+    smaller = re.compile(rb"K\t(?=tq)")  # nine elements at the end of a storage's description
+    repickle(tmp_path / "base.pt", lambda pickled: smaller.sub(b"K\x08", pickled, count=1))
+    assert "base.pt" in refused(capsys, "info", tmp_path / "base.pt")
+
+
 # --- what merge writes ---
 
 
@@ -218,7 +261,7 @@ def test_verify_of_a_wrong_dtype_says_which_was_expected(
         save_file({name: tensor.double() for name, tensor in load_file(result.path).items()}, result.path)
         verify_result(job, open_weights(result.path))
 
-    monkeypatch.setattr("lightning_lora.command.merge.verify", verify_spoiled)
+    monkeypatch.setattr("lightning_lora.command.merge.verify_result", verify_spoiled)
     args = merging(tmp_path, adapter, "base.safetensors", "--verify", "--dtype=float16")
     shown = refused(capsys, *args)
     assert "is torch.float64" in shown
