@@ -46,11 +46,9 @@ class RestoreRecord:
     copy: torch.Tensor | None = None  # of the whole weight
     # One entry a merged chunk, in order: positions and values, or a copy of the chunk.
     chunks: list[tuple[torch.Tensor, torch.Tensor] | torch.Tensor] = field(default_factory=list)
-    checksum: int = 0  # of the weight's bits before the merge
+    checksum: int | None = None  # of the weight's bits: beside a copy of the whole, after the merge; else before it
     checksum_dtype: torch.dtype = torch.int64  # the integers that they were summed as
-    threads: int = 0  # that computed d and the sums; another number can change their last bits
-    # Beside a copy of the whole, the sum over each merged chunk, and the chunk's (row, rows, column, columns).
-    sums: list[tuple[float, tuple[int, int, int, int]]] = field(default_factory=list)
+    threads: int = 0  # that computed d; another number can change its last bits
 
     def nbytes(self) -> int:
         """Return the bytes held, without the copies of the factors."""
@@ -92,6 +90,8 @@ def merge_weight_(
         except BaseException:
             _restore(weight, record)
             raise
+        if copy:
+            record.checksum = _checksum(weight, record.checksum_dtype)
     return record
 
 
@@ -103,9 +103,10 @@ def unmerge_weight_(weight: torch.Tensor, record: RestoreRecord) -> None:
         LoRAError: the same, and its old bits are lost.
     """
     with exact_arithmetic(weight, record.threads):
-        edited = any(_sum(_window(weight, *where)) != total for total, where in record.sums)
+        copied = record.copy is not None
+        edited = copied and _differs(weight, record)
         _restore(weight, record)
-        if record.copy is None and _checksum(weight, record.checksum_dtype) != record.checksum:
+        if not copied and _differs(weight, record):
             raise LoRAError(
                 "the restored weight is not bit for bit what it was before merging; it was changed while it was "
                 "merged, or this machine computes differently. Load the base weights again before you go on"
@@ -169,19 +170,29 @@ def _copy_record(weight: torch.Tensor, spare: torch.Tensor | None) -> RestoreRec
         copy = spare.copy_(weight.detach())
     else:
         copy = weight.detach().clone()
-    return RestoreRecord([], copy=copy, threads=torch.get_num_threads())
+    return RestoreRecord([], copy=copy, checksum_dtype=_checksum_dtype(weight))
 
 
 def _checksum_dtype(weight: torch.Tensor) -> torch.dtype:
     """What to sum the weight's bits as: whole words where its memory allows it, which is many times faster."""
-    whole = weight.is_contiguous() and weight.nbytes % 8 == 0 and weight.data_ptr() % 8 == 0
-    return torch.int64 if whole else BITS[weight.element_size()]
+    return torch.int64 if _fits_words(weight) else BITS[weight.element_size()]
+
+
+def _fits_words(weight: torch.Tensor) -> bool:
+    return weight.is_contiguous() and weight.nbytes % 8 == 0 and weight.data_ptr() % 8 == 0
 
 
 def _checksum(weight: torch.Tensor, integers: torch.dtype) -> int:
     """An order-independent check value of the weight's bits."""
-    weight = weight.detach()
-    return int((weight.view(-1) if weight.is_contiguous() else weight).view(integers).sum(dtype=torch.int64))
+    if integers != BITS[weight.element_size()]:
+        if not _fits_words(weight):  # it is in other memory than before
+            weight = weight.clone(memory_format=torch.contiguous_format)
+        weight = weight.view(-1)
+    return int(weight.view(integers).sum())
+
+
+def _differs(weight: torch.Tensor, record: RestoreRecord) -> bool:
+    return record.checksum is not None and _checksum(weight, record.checksum_dtype) != record.checksum
 
 
 def _merge_chunks(
@@ -191,10 +202,9 @@ def _merge_chunks(
     scratch = Scratch(weight)
     copied = record.copy is not None  # then there is nothing to compare
     for chunk in _chunks(weight, blocks, scaling):
-        where = (chunk.row, len(chunk.left), chunk.col, chunk.right.shape[1])
-        window = _window(weight, *where)
+        window = _window(weight, chunk)
         target = window if copied else scratch.take("new", window.shape, window.dtype)
-        new, exact, total = _rounded_sum(window, chunk, scratch, target)
+        new, exact = _rounded_sum(window, chunk, scratch, target)
         if observe or not copied:
             delta = _delta(window, chunk, scratch)
         if observe:
@@ -203,8 +213,6 @@ def _merge_chunks(
             record.chunks.append(_differing(window, _subtract(new, delta, scratch)))
         if new is not window:
             window.copy_(new)
-        if copied:  # summed in the order in which it will be summed
-            record.sums.append((total if new is window else _sum(window), where))
 
 
 def _restore(weight: torch.Tensor, record: RestoreRecord) -> None:
@@ -216,7 +224,7 @@ def _restore(weight: torch.Tensor, record: RestoreRecord) -> None:
     scratch = Scratch(weight)
     while record.chunks:
         chunk, stored = chunks[len(record.chunks) - 1], record.chunks[-1]
-        window = _window(weight, chunk.row, len(chunk.left), chunk.col, chunk.right.shape[1])
+        window = _window(weight, chunk)
         if isinstance(stored, torch.Tensor):
             window.copy_(stored)
         else:
@@ -238,20 +246,21 @@ def _chunks(weight: torch.Tensor, blocks: list[LowRankBlock], scaling: float) ->
     return chunks
 
 
-def _window(weight: torch.Tensor, row: int, rows: int, column: int, columns: int) -> torch.Tensor:
-    """A view of some rows and columns of a weight seen as (rows, everything else)."""
+def _window(weight: torch.Tensor, chunk: LowRankBlock) -> torch.Tensor:
+    """A view of a chunk's rows and columns in a weight."""
+    rows, columns = chunk.left.shape[0], chunk.right.shape[1]
     window = weight.detach()
     if rows < len(weight):
-        window = window.narrow(0, row, rows)
+        window = window.narrow(0, chunk.row, rows)
     if columns * len(weight) != weight.numel():
-        window = window.narrow(1, column, columns)
+        window = window.narrow(1, chunk.col, columns)
     return window
 
 
 def _rounded_sum(
     window: torch.Tensor, chunk: LowRankBlock, scratch: Scratch, target: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """W' in the weight's dtype, in `target` where the arithmetic has another; W' in the arithmetic's; the sum of W'."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """W' in the weight's dtype, in `target` where the arithmetic has another, and W' in the arithmetic's."""
     exact = scratch.take("exact", window.shape, chunk.left.dtype).copy_(window)
     if window.dtype == chunk.left.dtype:  # no wider dtype to sum in: one rounding needs D first
         exact.add_(_delta(window, chunk, scratch))
@@ -259,14 +268,9 @@ def _rounded_sum(
         exact.view(chunk.left.shape[0], chunk.right.shape[1]).addmm_(chunk.left, chunk.right)
     new = exact if exact.dtype == target.dtype else target.copy_(exact)
     # A sum is cheap, and finite where all values are, but for an overflow of its own.
-    total = _sum(new)
-    if not math.isfinite(total) and not torch.isfinite(new).all():
+    if not math.isfinite(new.sum().item()) and not torch.isfinite(new).all():
         raise LoRAError("W + s * B @ A is not finite (NaN, Inf, or beyond the range of its dtype)")
-    return new, exact, total
-
-
-def _sum(values: torch.Tensor) -> float:
-    return float(values.sum(dtype=torch.promote_types(values.dtype, torch.float32)).item())
+    return new, exact
 
 
 def _delta(window: torch.Tensor, chunk: LowRankBlock, scratch: Scratch) -> torch.Tensor:

@@ -77,6 +77,33 @@ def test_a_plain_copy_restores_every_bit_too(dtype: torch.dtype) -> None:
     assert same_bits(weight, before)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_change_of_one_bit_is_an_edit(dtype: torch.dtype) -> None:
+    weight = make_weight((300, 40), dtype)
+    before, pieces = weight.clone(), make_pieces(weight)
+    kept = merge_weight_(weight, pieces, 0.01, copy=True)
+    weight.view(torch.uint8)[299, 0] ^= 1  # the lowest bit of one value, which no sum of the values would show
+    with pytest.raises(WeightEditedError, match="was changed while it was merged"):
+        unmerge_weight_(weight, kept)
+    assert same_bits(weight, before)
+
+
+@pytest.mark.parametrize("copy", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("moved", ["unaligned", "transposed"])
+def test_memory_that_was_exchanged_with_the_same_values_is_no_edit(moved: str, dtype: torch.dtype, copy: bool) -> None:
+    """A strategy may put a weight into other memory meanwhile, which whole words do not fit."""
+    weight = make_weight((30, 40), dtype)
+    before, pieces = weight.clone(), make_pieces(weight)
+    kept = merge_weight_(weight, pieces, 0.01, copy=copy)
+    if moved == "unaligned":
+        weight.data = torch.cat([weight.new_zeros(1), weight.flatten()])[1:].view(weight.shape)
+    else:
+        weight.data = weight.t().contiguous().t()
+    unmerge_weight_(weight, kept)
+    assert same_bits(weight, before)
+
+
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("copy", [False, True])
 def test_restored_is_a_view_for_saving_that_changes_nothing(copy: bool) -> None:
