@@ -73,7 +73,7 @@ def test_options_reach_the_config():
         ({"bias": "some"}, r"bias must be .*, but it is 'some'"),
     ],
 )
-def test_values_are_validated_at_once(options: dict[str, Any], message: str):
+def test_callback_with_a_wrong_config_value_is_refused_at_once(options: dict[str, Any], message: str):
     with pytest.raises(LoRAError, match=message):
         LoRACallback(**options)
 
@@ -85,7 +85,7 @@ def test_values_are_validated_at_once(options: dict[str, Any], message: str):
         ({"merged_eval": "no"}, r"merged_eval must be true or false, but it is 'no'"),
     ],
 )
-def test_its_own_options_are_validated_at_once(options: dict[str, Any], message: str):
+def test_callback_with_a_wrong_own_option_is_refused_at_once(options: dict[str, Any], message: str):
     with pytest.raises(LoRAError, match=message):
         LoRACallback(**options)
 
@@ -263,7 +263,7 @@ def test_fit_start_says_in_one_line_what_is_trained(tmp_path, caplog):
     ]
 
 
-def test_one_callback_on_two_models(tmp_path):
+def test_callback_used_on_two_models_keeps_them_apart(tmp_path):
     callback = LoRACallback(r=2, target_modules=TARGETS)
     trainer = make_trainer(tmp_path, callback, max_epochs=2)
     first, second = Net(seed=1), Net(seed=2)
@@ -278,7 +278,7 @@ def test_one_callback_on_two_models(tmp_path):
         unload(model)
 
 
-def test_outputs_before_the_first_step_are_the_plain_models(tmp_path):
+def test_fit_starts_from_the_outputs_of_the_plain_model(tmp_path):
     class Records(L.Callback):
         def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
             if not found:

@@ -148,7 +148,7 @@ def test_the_command_line_overrides_the_file(argument: str, name: str, expected:
 
 @pytest.mark.parametrize("merged_eval", ["true", "false"])
 @pytest.mark.parametrize("cli", [LoRACLI, LightningCLI])
-def test_a_fit_from_yaml(cli: type[LightningCLI], merged_eval: str):
+def test_cli_fits_from_yaml(cli: type[LightningCLI], merged_eval: str):
     block = f"lora:\n  r: 2\n  target_modules: [body.0, body.3, head]\n  merged_eval: {merged_eval}\n"
     run = fit(block if cli is LoRACLI else as_init_args(block), cli=cli)
     assert callback(run).merged_eval is (merged_eval == "true")

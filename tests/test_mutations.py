@@ -51,7 +51,7 @@ def subtract(weight: torch.Tensor, kept: RestoreRecord) -> None:
 
 
 @pytest.mark.parametrize("budget", [0, 2**20], ids=["kept values", "plain copies"])
-def test_unmerging_by_subtraction(tmp_path, monkeypatch, budget: int):
+def test_unmerging_by_subtraction_fails_where_the_package_passes(tmp_path, monkeypatch, budget: int):
     monkeypatch.setattr(importlib.import_module("lightning_lora.model.merging"), "COPY_BUDGET", budget)
     base_weights_stay(LoRACallback, tmp_path)
     refuted(base_weights_stay, NaiveCallback, tmp_path)
@@ -88,7 +88,7 @@ def validates_the_average(make: Make, path: Path) -> None:
     assert logged == pytest.approx(by_hand, rel=1e-5), "validates_the_average"
 
 
-def test_merging_at_on_validation_start_beside_ema(tmp_path):
+def test_merging_at_on_validation_start_beside_ema_fails_where_the_package_passes(tmp_path):
     validates_the_average(LoRACallback, tmp_path)
     validates_the_average(lambda **options: LoRACallback(merged_eval=False, **options), tmp_path)
     with pytest.raises(LoRAError, match="changed while it was merged"):  # by the average
@@ -123,7 +123,9 @@ def no_base_tensor_is_saved(make: Make, path: Path, weights_only: bool, *others:
 
 
 @pytest.mark.parametrize("others", [(), (EMAWeightAveraging,)], ids=["alone", "beside EMA"])
-def test_filtering_in_the_callbacks_hook(tmp_path, others: tuple[Callable[[], L.Callback], ...]):
+def test_filtering_in_the_hook_of_the_callback_fails_where_the_package_passes(
+    tmp_path, others: tuple[Callable[[], L.Callback], ...]
+):
     for weights_only in (True, False):
         no_base_tensor_is_saved(LoRACallback, tmp_path, weights_only, *(other() for other in others))
         # EMA's copies, and all that save_weights_only=True writes, come past the callback's hook.
@@ -136,7 +138,7 @@ def test_filtering_in_the_callbacks_hook(tmp_path, others: tuple[Callable[[], L.
                 no_base_tensor_is_saved(*arguments)
 
 
-def test_the_controls_do_adapt_and_merge(tmp_path):
+def test_mutants_adapt_train_and_merge_otherwise(tmp_path):
     """The mutants fail for their mutation alone: otherwise they adapt, train and merge."""
     for make in (MergesAtStart, FiltersInItsHook, NaiveCallback):
         model = Net()

@@ -57,7 +57,7 @@ def test_pickled_code_in_a_folder_does_not_run(tmp_path):
     assert not mark.exists()
 
 
-def test_what_is_not_there_or_not_an_adapter(tmp_path):
+def test_source_that_is_missing_or_no_adapter_is_refused(tmp_path):
     torch.save([1, 2], tmp_path / "list.ckpt")
     torch.save({}, tmp_path / "empty.ckpt")
     torch.save({"state_dict": None}, tmp_path / "none.ckpt")
@@ -76,7 +76,7 @@ def test_what_is_not_there_or_not_an_adapter(tmp_path):
 
 @pytest.mark.parametrize("key", ["kind", "format_version", "config", "layers", "fingerprint", "adapter"])
 @pytest.mark.parametrize("value", [None, 3, "text", [1], {"a": "b"}, {"conv": {"values": 3}}, "gone"])
-def test_a_damaged_description(key, value):
+def test_damaged_description_in_a_checkpoint_is_refused(key, value):
     for kind in ("adapter", "merged"):
         state = checkpoint(trained_zoo(), kind)
         if key == "adapter" and kind == "adapter":
@@ -110,7 +110,7 @@ def written(files: dict[str, bytes], path: Path) -> dict[str, Path]:
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(data=st.data())
-def test_truncated_or_random_files(tmp_path, tmp_path_factory, data):
+def test_truncated_or_random_file_is_refused(tmp_path, tmp_path_factory, data):
     files = dict(whole(tmp_path_factory))
     name = data.draw(st.sampled_from(sorted(files)))
     content = files[name]
@@ -122,7 +122,7 @@ def test_truncated_or_random_files(tmp_path, tmp_path_factory, data):
 
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(data=st.data())
-def test_a_changed_byte_is_an_error_or_another_adapter_but_never_a_half_loaded_model(tmp_path, tmp_path_factory, data):
+def test_file_with_changed_bytes_never_leaves_a_half_loaded_model(tmp_path, tmp_path_factory, data):
     files = dict(whole(tmp_path_factory))
     name = data.draw(st.sampled_from(sorted(files)))
     content = bytearray(files[name])

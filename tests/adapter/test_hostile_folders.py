@@ -46,7 +46,7 @@ class Harm:
 
 
 @pytest.mark.parametrize("where", ["adapter", "adapter.bin", "base", "info"])
-def test_pickled_code_is_not_run(tmp_path, base: Path, where: str):
+def test_pickled_code_in_an_adapter_or_base_is_not_run(tmp_path, base: Path, where: str):
     trap = tmp_path / "harmed"
     torch.save({"state_dict": {"a.lora_A": torch.zeros(2, 2), "x": Harm(trap)}}, tmp_path / "bad.ckpt")
     if where == "adapter.bin":
@@ -142,7 +142,7 @@ BAD_OPTIONS: list[tuple[str, Any]] = [
 
 
 @pytest.mark.parametrize(("option", "value"), BAD_OPTIONS)
-def test_options_that_are_not_allowed(tmp_path, option: str, value: Any):
+def test_peft_option_with_a_bad_value_is_refused_by_name(tmp_path, option: str, value: Any):
     theirs("llama", tmp_path)
     config = json.loads((tmp_path / CONFIG).read_text())
     (tmp_path / CONFIG).write_text(json.dumps(config | {option: value}))
@@ -157,7 +157,7 @@ def test_options_that_are_not_allowed(tmp_path, option: str, value: Any):
 
 
 @pytest.mark.parametrize("content", ["[]", "3", "{", '{"peft_type": "LORA"', "\udcff", '{"a":' * 10_000, ""])
-def test_a_config_that_is_no_config(tmp_path, content: str):
+def test_adapter_config_that_is_not_a_json_object_is_refused(tmp_path, content: str):
     theirs("llama", tmp_path)
     (tmp_path / CONFIG).write_bytes(content.encode(errors="surrogateescape"))
     with pytest.raises(LoRAError, match=CONFIG):
@@ -174,7 +174,7 @@ forms = pytest.mark.parametrize("form", ["folder", "checkpoint"])
 
 
 @forms
-def test_a_whole_fingerprint_is_compared(tmp_path, form: str):
+def test_undamaged_fingerprint_is_compared_with_the_base(tmp_path, form: str):
     """What is damaged below is read where it is whole."""
     assert "another base: values of 'norm.weight'" in refusal(tmp_path, form, "fingerprint", prints())
 
@@ -226,7 +226,7 @@ def refusal(path: Path, form: str, key: str, value: Any) -> str:
 
 @pytest.mark.parametrize("number", range(len(DESCRIPTIONS)))
 @forms
-def test_a_description_that_is_none(tmp_path, form: str, number: int):
+def test_damaged_description_beside_the_tensors_is_refused(tmp_path, form: str, number: int):
     """Our own notes beside the tensors are read as carefully as everything else."""
     reasons = r"description is damaged|it was cut|the options say|LoRAConfig: |was a Linear layer"
     assert re.search(reasons, refusal(tmp_path, form, *DESCRIPTIONS[number]))

@@ -76,7 +76,7 @@ def merged_by_hand(model: Net, name: str) -> torch.Tensor:
 @pytest.mark.parametrize("weights_only", [False, True])
 @pytest.mark.parametrize("how", ["ModelCheckpoint", "after fit", *HOOKS])
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_a_checkpoint_holds(tmp_path, kind: str, how: str, weights_only: bool):
+def test_checkpoint_of_each_kind_holds_the_right_tensors(tmp_path, kind: str, how: str, weights_only: bool):
     model, file = saved(tmp_path, kind, how, weights_only, **TRAINABLE)
     checkpoint = torch.load(file, weights_only=True)
     state, live, base = checkpoint["state_dict"], model.state_dict(), weights(Net(width=7, seed=4))
@@ -101,7 +101,7 @@ def test_what_a_checkpoint_holds(tmp_path, kind: str, how: str, weights_only: bo
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_it_says_of_itself(tmp_path, kind: str):
+def test_checkpoint_describes_its_kind_config_and_layers_in_plain_types(tmp_path, kind: str):
     def check_plain(value: Any) -> None:
         assert type(value) in (dict, list, str, int, float, bool, type(None), torch.Tensor), value
         for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
@@ -156,7 +156,7 @@ def test_a_full_checkpoint_brings_its_base(tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_load_from_checkpoint_of_a_model_built_in_configure_model(tmp_path, kind: str):
+def test_load_from_checkpoint_restores_a_model_built_in_configure_model(tmp_path, kind: str):
     model = trained(tmp_path, BuiltInConfigureModel(), lora(save=kind), SavesInside(tmp_path / "a", HOOKS[0], False))
     built = load_from_checkpoint(BuiltInConfigureModel, tmp_path / "a")
     assert_same_tensors(built.state_dict(), model.state_dict())
@@ -227,7 +227,7 @@ def test_the_users_own_checkpoint_hooks_are_called(tmp_path, kind: str):
 
 @pytest.mark.parametrize("while_merged", [False, True])
 @pytest.mark.parametrize("copier", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_a_copy_of_the_module_saves_and_loads_itself(tmp_path, copier: Any, while_merged: bool):
+def test_copy_of_the_module_saves_and_loads_by_itself(tmp_path, copier: Any, while_merged: bool):
     model = trained(tmp_path, Net(), lora())
     before = weights(model)
     model.trainer = None
@@ -266,7 +266,7 @@ def test_unload_takes_the_checkpoint_hooks_out(tmp_path):
     assert "lora" not in checkpoint
 
 
-def test_a_new_base_under_a_trained_adapter_is_the_base_that_is_saved(tmp_path):
+def test_checkpoint_after_a_new_base_was_loaded_belongs_to_that_base(tmp_path):
     model, other = trained(tmp_path, Net(), lora()), Net(seed=2)
     model.load_state_dict(other.state_dict())
     trainer = make_trainer(tmp_path, lora())

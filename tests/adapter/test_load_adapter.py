@@ -30,7 +30,7 @@ FORMS = [(kind, form) for kind in KINDS for form in ("dictionary", "file")] + [(
 
 @pytest.mark.parametrize(("kind", "form"), FORMS)
 @pytest.mark.parametrize("target", ["fresh", "injected", "merged"])
-def test_every_source_onto_every_model(tmp_path, kind, form, target):
+def test_load_adapter_from_every_source_onto_every_model(tmp_path, kind, form, target):
     model, other = trained_zoo(), base_zoo()
     given_source = source(model, kind, form, tmp_path)
     if target != "fresh":
@@ -58,7 +58,7 @@ def test_every_source_onto_every_model(tmp_path, kind, form, target):
 
 
 @pytest.mark.parametrize("target", ["fresh", "injected"])
-def test_a_full_state_dict_gives_its_adapter_and_tells_its_base(target):
+def test_load_adapter_from_a_full_state_dict_compares_its_base(target):
     model, other = trained_zoo(), base_zoo()
     inject(other, zoo_config())
     load_adapter(other, model.state_dict())
@@ -72,7 +72,7 @@ def test_a_full_state_dict_gives_its_adapter_and_tells_its_base(target):
     assert trace(other) == before
 
 
-def test_what_another_hand_unfroze_comes_along():
+def test_load_adapter_brings_what_the_user_unfroze():
     model, other = base_zoo(), base_zoo()
     inject(model, zoo_config())
     model.norm.weight.requires_grad_(True)
@@ -90,7 +90,7 @@ def test_what_another_hand_unfroze_comes_along():
 
 @pytest.mark.parametrize("kind", ["adapter", "merged"])
 @pytest.mark.parametrize("layer", ["embed.weight", "conv.weight", "norm.weight", "body.3.weight"])
-def test_another_base_is_refused_and_named(kind, layer):
+def test_load_adapter_onto_another_base_is_refused_by_name(kind, layer):
     state = checkpoint(trained_zoo(), kind)
     other = base_zoo()
     with torch.no_grad():
@@ -157,7 +157,7 @@ MISFITS = {
 @pytest.mark.parametrize("case", MISFITS)
 @pytest.mark.parametrize("target", ["fresh", "injected", "merged", "around"])
 @pytest.mark.parametrize("kind", ["adapter", "merged", "state"])
-def test_what_does_not_fit_leaves_the_model_as_it_was(case, target, kind):
+def test_load_adapter_of_what_does_not_fit_leaves_the_model_as_it_was(case, target, kind):
     spoil, complaint = MISFITS[case]
     state = checkpoint(trained_zoo(), kind)
     spoil(state["lora"]["adapter"] if kind == "merged" else state["state_dict"])

@@ -47,7 +47,7 @@ def from_loralib(tmp_path: Path) -> Loralib:
     return net
 
 
-def test_a_loralib_file_asks_for_lora_alpha(tmp_path, capsys, from_loralib: Loralib):
+def test_loralib_file_without_lora_alpha_is_refused_with_the_remedy(tmp_path, capsys, from_loralib: Loralib):
     fresh = Plain(from_loralib)
     with pytest.raises(LoRAError, match=r"as loralib's files do\. Its factors have rank 2 and 4; lora_alpha is"):
         load_adapter(fresh, tmp_path / "lora.pt")
@@ -62,7 +62,7 @@ def test_a_loralib_file_asks_for_lora_alpha(tmp_path, capsys, from_loralib: Lora
     assert not (tmp_path / "x").exists()
 
 
-def test_a_loralib_file_with_its_lora_alpha(tmp_path, capsys, from_loralib: Loralib):
+def test_loralib_file_with_its_lora_alpha_is_exported_imported_and_merged(tmp_path, capsys, from_loralib: Loralib):
     x = torch.randn(3, 6)
     expected = from_loralib(x)
     alpha = ["--lora-alpha", 3]
@@ -81,7 +81,7 @@ def test_a_loralib_file_with_its_lora_alpha(tmp_path, capsys, from_loralib: Lora
     assert "stores its lora_alpha; it cannot be given another" in shown
 
 
-def test_a_fused_loralib_file_needs_python(tmp_path, capsys):
+def test_loralib_file_with_a_fused_projection_is_refused_by_the_command(tmp_path, capsys):
     net = nn.ModuleDict({"qkv": loralib.MergedLinear(6, 12, r=2, lora_alpha=3, enable_lora=[True, False, True])})
     torch.save(loralib.lora_state_dict(net), tmp_path / "lora.pt")
     shown = refused(capsys, "export", tmp_path / "lora.pt", tmp_path / "x", "--lora-alpha=3")

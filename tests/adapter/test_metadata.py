@@ -27,7 +27,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.flo
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_fingerprint_is_read_as_it_was(dtype: torch.dtype):
+def test_shortened_fingerprint_reads_back_unchanged(dtype: torch.dtype):
     odd = [math.nan, math.inf, -math.inf, -0.0] if dtype.is_floating_point else [0, 1, 1, 0]
     tensors = {
         "a.b.weight": torch.randn(3, 5).to(dtype),
@@ -44,7 +44,7 @@ def test_a_fingerprint_is_read_as_it_was(dtype: torch.dtype):
     assert json.loads(json.dumps(short, allow_nan=False)) == short
 
 
-def test_the_first_difference_is_named_in_the_models_order(tmp_path):
+def test_fingerprint_names_the_first_difference_in_the_order_of_the_model(tmp_path):
     """Although the fingerprint is grouped by shape."""
     sizes = [(4, 4), (4, 3), (3, 4), (4, 4)]
     net, other = (nn.Sequential(*(nn.Linear(*size) for size in sizes)) for _ in range(2))
@@ -58,7 +58,7 @@ def test_the_first_difference_is_named_in_the_models_order(tmp_path):
         load_adapter(other, tmp_path)
 
 
-def test_layers_are_read_as_they_were():
+def test_shortened_layer_records_read_back_unchanged():
     scalings = {"a": 2.0, "b": 0.1, "c": 2.0, "d": 2.0}
     kinds = {"a": "Linear", "b": "Linear", "c": "Conv1D"}
     short = shorten_layers(scalings, kinds)
@@ -67,7 +67,7 @@ def test_layers_are_read_as_they_were():
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_what_is_not_tensors_is_small(tmp_path, bias: bool):
+def test_adapter_files_hold_at_most_two_per_cent_beside_the_tensors(tmp_path, bias: bool):
     """At most 2 % of the tensors' bytes for 1,000 layers of this width, in each form."""
     net = nn.Sequential(*(nn.utils.skip_init(nn.Linear, 256, 256, bias=bias) for _ in range(LAYERS)))
     inject(net, LoRAConfig(r=8))
@@ -89,7 +89,7 @@ def saved(values: Any) -> io.BytesIO:
 
 
 @pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants:UserWarning")  # torch 2.14, of every one
-def test_values_in_one_storage_are_the_same():
+def test_tensors_put_into_one_storage_keep_their_values():
     weight = nn.Parameter(torch.randn(3, 4))
     values = {
         "weight": weight,
@@ -122,7 +122,7 @@ def test_values_in_one_storage_are_the_same():
     assert found["weight"].any()
 
 
-def test_parts_of_one_storage_are_tensors_like_others(tmp_path):
+def test_tensors_of_one_storage_can_be_changed_saved_and_loaded_singly(tmp_path):
     """In a checkpoint they can be changed one by one, written as safetensors and loaded."""
     net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     inject(net, LoRAConfig(r=2, init_lora_weights=False))

@@ -39,14 +39,14 @@ pytestmark = quiet_peers
 
 
 @every_peer
-def test_peft_reads_ours(tmp_path, name: str):
+def test_peft_reads_our_folder_with_the_same_outputs(tmp_path, name: str):
     net = ours(name, tmp_path / "a")
     assert (logits(net) - logits(model(name))).abs().max() > 1e-3
     close(logits(read_by_peft(name, tmp_path / "a")), logits(net))
 
 
 @every_peer
-def test_we_read_pefts(tmp_path, name: str):
+def test_load_adapter_reads_a_peft_folder_with_the_same_outputs(tmp_path, name: str):
     other = theirs(name, tmp_path / "a")
     net = model(name)
     load_adapter(net, tmp_path / "a")
@@ -55,7 +55,7 @@ def test_we_read_pefts(tmp_path, name: str):
 
 
 @every_peer
-def test_we_read_ours(tmp_path, name: str):
+def test_load_adapter_reads_our_folder_bit_for_bit(tmp_path, name: str):
     net = ours(name, tmp_path / "a")
     fresh = model(name)
     load_adapter(fresh, tmp_path / "a")
@@ -66,7 +66,7 @@ def test_we_read_ours(tmp_path, name: str):
 
 
 @every_peer
-def test_merged_weights_are_pefts(tmp_path, name: str):
+def test_merged_weights_of_a_peft_folder_equal_those_of_peft(tmp_path, name: str):
     other = theirs(name, tmp_path / "a")
     net = model(name)
     load_adapter(net, tmp_path / "a")
@@ -78,7 +78,7 @@ def test_merged_weights_are_pefts(tmp_path, name: str):
 
 
 @every_peer
-def test_options_survive(tmp_path, name: str):
+def test_options_survive_the_way_to_peft_and_back(tmp_path, name: str):
     """From us to peft's file, from peft's file to us, and from there to peft's file again."""
     ours(name, tmp_path / "a")
     theirs(name, tmp_path / "b")
@@ -99,7 +99,7 @@ def test_options_survive(tmp_path, name: str):
     assert saved[0] == saved[1] - added_by_peft == saved[2]
 
 
-def test_transformers_loads_ours(tmp_path):
+def test_transformers_loads_our_folder_with_the_same_outputs(tmp_path):
     for name in ("llama", "gpt2", "mixtral"):
         net = ours(name, tmp_path / name)
         fresh = model(name)

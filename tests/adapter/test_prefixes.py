@@ -50,7 +50,7 @@ FULL_NAMES: dict[str, Any] = {
 
 @pytest.mark.parametrize("options", [{}, FULL_NAMES, {"target_modules": r"model\.(embed|body\.[03])"}])
 @pytest.mark.parametrize("target", ["fresh", "injected"])
-def test_a_prefix_is_taken_off(options, target):
+def test_load_adapter_takes_a_prefix_off(options, target):
     model, other = trained_around(**options), base_zoo()
     if target == "injected":
         off = (
@@ -85,7 +85,7 @@ def test_layers_that_are_spelled_out_keep_the_common_options(use_rslora: bool):
 
 @pytest.mark.parametrize("form", ["dictionary", "folder"])
 @pytest.mark.parametrize("inner", [False, True])
-def test_a_prefix_is_put_in_front(tmp_path, form, inner):
+def test_load_adapter_puts_a_prefix_in_front(tmp_path, form, inner):
     model, other = trained_zoo(rank_pattern={"conv": 3}, alpha_pattern={"0": 5}), Around("model")
     if inner:
         inject(other.model, zoo_config(rank_pattern={"conv": 3}, alpha_pattern={"0": 5}))

@@ -53,7 +53,7 @@ def vllm_scaling(path: Path, vocabulary: set[str]) -> dict[str, tuple[torch.Tens
         ("mixtral", {}),
     ],
 )
-def test_vllms_rules_hold(tmp_path, name: str, options: dict[str, Any]):
+def test_peft_folder_keeps_to_the_rules_of_vllm(tmp_path, name: str, options: dict[str, Any]):
     net = ours(name, tmp_path, **options)
     linear = {key.rpartition(".")[2] for key, module in net.named_modules() if isinstance(module, nn.Linear)}
     modules = vllm_scaling(tmp_path, linear | {"embed_tokens"})

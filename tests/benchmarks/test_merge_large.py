@@ -22,7 +22,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
     assert found["worst_in_last_places"] < 0.501
 
 
-def test_transformers_loads_the_result(tmp_path):
+def test_transformers_loads_a_folder_merged_on_disk(tmp_path):
     import torch
     import transformers
 

@@ -59,7 +59,7 @@ def test_it_is_installed_as_a_program_and_as_a_module(capsys, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("kind", ["adapter", "merged", "full"])
-def test_info_of_a_lightning_checkpoint(tmp_path, capsys, kind: str):
+def test_info_shows_config_and_norms_of_a_lightning_checkpoint(tmp_path, capsys, kind: str):
     net = Net()
     trainer = make_trainer(tmp_path / "fit", lora(r=2, lora_alpha=3, save=kind, modules_to_save=["body.1"]))
     run(trainer, "fit", net)
@@ -81,7 +81,7 @@ def test_info_of_a_lightning_checkpoint(tmp_path, capsys, kind: str):
     assert "lora_alpha: 3" in text
 
 
-def test_info_of_a_peft_folder_and_of_its_tensor_file(tmp_path, capsys):
+def test_info_shows_layers_of_a_peft_folder_and_of_its_tensor_file(tmp_path, capsys):
     theirs("bert", tmp_path)
     found = json.loads(call(capsys, "info", tmp_path, "--json"))
     assert found["kind"] == "PEFT folder"
@@ -96,7 +96,7 @@ def test_info_of_a_peft_folder_and_of_its_tensor_file(tmp_path, capsys):
     assert "lora_alpha must come from whoever trained it" in text
 
 
-def test_info_of_weights(tmp_path, capsys):
+def test_info_shows_size_and_dtypes_of_weights(tmp_path, capsys):
     net = model("llama").bfloat16()
     net.save_pretrained(tmp_path / "folder", max_shard_size="12KB")
     torch.save({"state_dict": net.state_dict()}, tmp_path / "a.ckpt")
@@ -110,7 +110,7 @@ def test_info_of_weights(tmp_path, capsys):
     assert "21 tensors (21 bfloat16) in 1 file," in call(capsys, "info", tmp_path / "a.ckpt")
 
 
-def test_export_and_import_of_a_lightning_checkpoint(tmp_path, capsys, checkpoint: Path):
+def test_export_and_import_give_back_the_adapter_of_a_checkpoint(tmp_path, capsys, checkpoint: Path):
     """Out to a folder, back to a checkpoint: the same adapter, for every way to load one."""
     call(capsys, "export", checkpoint, tmp_path / "folder")
     call(capsys, "import", tmp_path / "folder", tmp_path / "back.ckpt")
@@ -183,7 +183,7 @@ def test_an_exported_checkpoint_has_the_networks_names(tmp_path, capsys):
     torch.testing.assert_close(logits(read_by_peft("llama", tmp_path / "folder")), logits(lit.network.eval()))
 
 
-def test_merge_from_the_command_line(tmp_path, capsys):
+def test_merge_command_writes_verifies_and_names_what_it_left_out(tmp_path, capsys):
     base = tmp_path / "base"
     model("llama").save_pretrained(base, max_shard_size="12KB")
     (base / "model.gguf").write_bytes(b"x")
@@ -199,7 +199,7 @@ def test_merge_from_the_command_line(tmp_path, capsys):
     assert "there is no such file" in refused(capsys, "merge", *given, "--base", tmp_path / "nothing")
 
 
-def test_diff_of_adapters(tmp_path, capsys):
+def test_diff_of_adapters_shows_the_change_of_each_layer(tmp_path, capsys):
     one, other = ours("llama", tmp_path / "one"), ours("llama")
     with torch.no_grad():
         other.model.layers[1].mlp.down_proj.lora_B.mul_(1.5)
@@ -222,7 +222,7 @@ def test_diff_of_adapters(tmp_path, capsys):
     assert "only in first: model.layers.0.mlp.down_proj" in text
 
 
-def test_diff_of_weights(tmp_path, capsys):
+def test_diff_of_weights_shows_the_change_of_each_tensor(tmp_path, capsys):
     one, other = Net(), Net()
     with torch.no_grad():
         other.body[3].weight[2, 1] += 3
@@ -298,14 +298,14 @@ def test_help_names_the_dtypes(capsys: pytest.CaptureFixture[str]):
 
 
 @pytest.mark.parametrize("args", [["merge", "--dtype=int8"], ["info"], ["melt"], ["extract", "--rank=x"]])
-def test_wrong_options_are_named(capsys: pytest.CaptureFixture[str], args: list[str]):
+def test_command_names_a_wrong_option(capsys: pytest.CaptureFixture[str], args: list[str]):
     with pytest.raises(SystemExit) as stopped:
         main(args)
     assert stopped.value.code == 2
     assert args[-1].partition("=")[0].strip("-") in capsys.readouterr().err
 
 
-def test_the_largest_file_is_as_large_as_asked_for(tmp_path, capsys):
+def test_max_shard_size_bounds_the_largest_file(tmp_path, capsys):
     model("llama").save_pretrained(tmp_path / "base")
     ours("llama", tmp_path / "adapter")
     given = ["--base", tmp_path / "base", "--adapter", tmp_path / "adapter"]
@@ -318,7 +318,7 @@ def test_the_largest_file_is_as_large_as_asked_for(tmp_path, capsys):
     assert_same_tensors(tensors_of(tmp_path / "out"), load_file(tmp_path / "one" / "model.safetensors"))
 
 
-def test_verify_reads_what_was_written(tmp_path, capsys, monkeypatch: pytest.MonkeyPatch):
+def test_merge_with_verify_finds_what_a_bad_disk_wrote(tmp_path, capsys, monkeypatch: pytest.MonkeyPatch):
     """A disk that spoils a value is found out with the option alone, and then nothing is left."""
     from lightning_lora.command import write_merged
 

@@ -62,7 +62,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_change_of_the_rank_is_kept_whole(tmp_path, capsys, name: str):
+def test_extract_keeps_a_change_of_the_rank_whole(tmp_path, capsys, name: str):
     others, args = CASES[name]
     after = tuned(name, 3, others)
     shown = run(tmp_path, capsys, name, after, *args)
@@ -79,7 +79,7 @@ def test_a_change_of_the_rank_is_kept_whole(tmp_path, capsys, name: str):
         torch.testing.assert_close(logits(peer), logits(after), rtol=1e-3, atol=1e-3)
 
 
-def test_conv1d_needs_to_be_told(tmp_path, capsys):
+def test_extract_of_conv1d_with_fan_in_fan_out_gives_the_tuned_outputs(tmp_path, capsys):
     after = tuned("gpt2", 3)
     after.tie_weights()
     run(tmp_path, capsys, "gpt2", after, "--fan-in-fan-out", "--exclude", "lm_head", "wte")
@@ -90,7 +90,7 @@ def test_conv1d_needs_to_be_told(tmp_path, capsys):
 
 @pytest.mark.parametrize("shape", [(40, 60), (60, 40), (700, 600), (8, 4, 3, 3)])
 @pytest.mark.parametrize("kind", ["Linear", "Conv1D"])
-def test_the_share_and_the_factors_are_the_best_of_their_rank(shape: tuple[int, ...], kind: str):
+def test_extract_gives_the_best_factors_of_their_rank(shape: tuple[int, ...], kind: str):
     if len(shape) > 2:
         kind = "Conv"
     change = torch.randn(shape) * torch.logspace(0, -2, shape[-1])
@@ -104,7 +104,7 @@ def test_the_share_and_the_factors_are_the_best_of_their_rank(shape: tuple[int, 
     assert 1 - left == pytest.approx(share, abs=1e-5)
 
 
-def test_the_share_is_reported(tmp_path, capsys):
+def test_extract_reports_the_share_that_it_kept(tmp_path, capsys):
     after = tuned("llama", None)
     saved(tmp_path / "a.safetensors", model("llama"))
     saved(tmp_path / "b.safetensors", after)
@@ -116,7 +116,7 @@ def test_the_share_is_reported(tmp_path, capsys):
     assert more.adapter.config.rank("model.layers.0.self_attn.q_proj") == 16
 
 
-def test_what_else_changed_is_carried_or_left_out(tmp_path, capsys):
+def test_extract_carries_or_leaves_out_what_else_changed(tmp_path, capsys):
     after = tuned("llama", 2, ("norm.weight",))
     assert "carried whole: model.layers.0.input_layernorm.weight" in run(tmp_path, capsys, "llama", after)
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())

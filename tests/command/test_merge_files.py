@@ -59,7 +59,7 @@ def test_a_folder_is_merged_as_in_memory_and_keeps_the_rest(tmp_path, name: str,
 
 
 @pytest.mark.parametrize("name", CHANGED)
-def test_transformers_loads_the_result(tmp_path, name: str):
+def test_transformers_loads_a_folder_merged_on_disk(tmp_path, name: str):
     base = base_folder(name, tmp_path / "base")
     peer = theirs(name, tmp_path / "adapter")
     merge_on_disk(base, tmp_path / "adapter", tmp_path / "out")
@@ -109,7 +109,7 @@ def test_the_classifier_and_biases_of_an_adapter_replace_the_bases(tmp_path):
     assert not torch.equal(expected["classifier.weight"], load_file(base / "model.safetensors")["classifier.weight"])
 
 
-def test_one_file_of_safetensors(tmp_path):
+def test_merge_of_one_safetensors_file_equals_that_in_memory(tmp_path):
     save_file(model("convolutions").state_dict(), tmp_path / "base.safetensors", {"format": "pt", "mine": "kept"})
     ours("convolutions", tmp_path / "adapter")
     merge_on_disk(tmp_path / "base.safetensors", tmp_path / "adapter", tmp_path / "out.safetensors", check=True)
@@ -133,7 +133,7 @@ def test_every_kind_of_layer_is_merged_as_peft_names_it(tmp_path):
 
 @pytest.mark.usefixtures("chunks")
 @pytest.mark.parametrize("parts", [[True, False, True], [False, True, True], [False, False, True]])
-def test_adapted_parts_of_a_fused_projection(tmp_path, parts: list[bool]):
+def test_merge_of_parts_of_a_fused_projection_equals_that_in_memory(tmp_path, parts: list[bool]):
     """A part begins and ends in the middle of a chunk."""
     net = seeded(Fused)
     save_file(net.state_dict(), tmp_path / "base.safetensors")
@@ -150,7 +150,7 @@ def test_adapted_parts_of_a_fused_projection(tmp_path, parts: list[bool]):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("before", [torch.float32, torch.bfloat16])
-def test_another_dtype_is_rounded_to_once(tmp_path, before: torch.dtype, dtype: torch.dtype):
+def test_merge_into_another_dtype_rounds_once(tmp_path, before: torch.dtype, dtype: torch.dtype):
     base = base_folder("llama", tmp_path / "base", before)
     net = ours("llama", tmp_path / "adapter")
     merge_on_disk(base, tmp_path / "adapter", tmp_path / "out", dtype=dtype, check=True)
@@ -171,7 +171,7 @@ def test_another_dtype_is_rounded_to_once(tmp_path, before: torch.dtype, dtype: 
 
 
 @pytest.mark.parametrize(("size", "files"), [(20_000, 5), (10**9, 1), (1, 21)])
-def test_other_shards_hold_the_same(tmp_path, size: int, files: int):
+def test_merge_into_other_shards_holds_the_same_tensors(tmp_path, size: int, files: int):
     base = base_folder("llama", tmp_path / "base")
     ours("llama", tmp_path / "adapter")
     merge_on_disk(base, tmp_path / "adapter", tmp_path / "a")
@@ -207,7 +207,7 @@ def test_unmerged_weights_in_other_files_are_left_out(tmp_path):
     assert (tmp_path / "out" / "sub" / "notes.txt").exists()
 
 
-def test_verify_finds_a_wrong_value(tmp_path, monkeypatch: pytest.MonkeyPatch):
+def test_merge_with_check_finds_a_wrong_value(tmp_path, monkeypatch: pytest.MonkeyPatch):
     from lightning_lora.command import write_merged
 
     base = base_folder("llama", tmp_path / "base", torch.bfloat16)

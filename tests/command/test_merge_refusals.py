@@ -35,7 +35,9 @@ def test_values_beyond_the_range_of_another_dtype_are_an_error(tmp_path):
 @pytest.mark.parametrize(
     ("tied", "architecture", "refused"), [(True, "x", True), (None, "XForCausalLM", True), (False, "", False)]
 )
-def test_a_tied_embedding_is_refused(tmp_path, tied: bool | None, architecture: str, refused: bool):
+def test_merge_into_a_tied_embedding_is_refused_in_a_folder(
+    tmp_path, tied: bool | None, architecture: str, refused: bool
+):
     """GPT-2's head is its embedding, of which the file holds one; the other embedding is not tied."""
     base = base_folder("gpt2", tmp_path / "base")
     config = json.loads((base / "config.json").read_text()) | {"architectures": [architecture]}
@@ -85,7 +87,7 @@ def test_another_base_is_refused_by_name(tmp_path):
         merge_on_disk(base, tmp_path / "adapter", tmp_path / "out", strict_base=False)
 
 
-def test_places_that_cannot_be_written_to(tmp_path):
+def test_merge_refuses_outputs_inside_base_or_adapter_and_foreign_folders(tmp_path):
     base = base_folder("llama", tmp_path / "base")
     ours("llama", tmp_path / "run" / "adapter")
     adapter = tmp_path / "run" / "adapter"

@@ -73,7 +73,7 @@ def test_a_lightning_checkpoint_is_merged_and_all_else_in_it_stays(tmp_path, pre
 
 
 @pytest.mark.parametrize("form", ["adapter", "merged", "full", "folder"])
-def test_every_form_of_adapter_gives_the_same(tmp_path, form: str):
+def test_merge_into_a_state_dict_takes_every_form_of_adapter(tmp_path, form: str):
     base = Net()
     torch.save(base.state_dict(), tmp_path / "base.pt")
     trainer = make_trainer(tmp_path / "fit", lora(r=2, save=form if form != "folder" else "adapter"))
@@ -135,7 +135,7 @@ def test_tied_names_stay_tied(tmp_path, plain_adapter: Path):
         assert torch.equal(found["tied.part"].float(), shared[1:3])
 
 
-def test_a_tied_weight_is_refused(tmp_path, plain_adapter: Path):
+def test_merge_into_a_tied_weight_is_refused(tmp_path, plain_adapter: Path):
     owner = f"{TARGETS[0]}.weight"
     weight = Net().state_dict()[owner]
     for other in (weight, weight[1:3], weight.view(-1)):
@@ -158,7 +158,7 @@ def test_a_weight_that_is_a_view_of_a_larger_storage_is_written_in_its_place(tmp
     assert (found["room"][[0, 2]] == 7).all()
 
 
-def test_files_that_cannot_be_changed_in_place(tmp_path, plain_adapter: Path):
+def test_merge_of_a_file_that_cannot_be_changed_in_place_is_refused(tmp_path, plain_adapter: Path):
     owner = f"{TARGETS[0]}.weight"
     cases = {
         "out of order": (state_with(**{owner: Net().state_dict()[owner].T.contiguous().T}), {}),

@@ -75,7 +75,7 @@ def run(path: Path, kind: str, dies: bool, source: Path | None = None) -> Any:
 
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_a_killed_process(tmp_path, kind, size):
+def test_killed_rank_ends_the_others_and_the_last_checkpoint_resumes(tmp_path, kind, size):
     start = time.monotonic()
     ended = World(size).run_broken(run, tmp_path / "killed", kind, True, timeout=30)
     print(f"{kind}: all ended within {time.monotonic() - start:.1f} s, the start of the world included")
@@ -108,7 +108,7 @@ def failing_save(path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_a_first_rank_that_cannot_save(tmp_path, kind):
+def test_first_rank_that_cannot_save_ends_the_others_with_an_error(tmp_path, kind):
     ended = World(2, collective_timeout=3).run_broken(failing_save, tmp_path, kind, timeout=30)
     assert "No space left on device" in ended[0]
     # Alone in a barrier until the first rank has ended; torch's distributed checkpoints tell every rank the reason.

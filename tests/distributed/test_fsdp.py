@@ -77,12 +77,12 @@ def base_answer(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_merging_a_sharded_model(way):
+def test_sharded_model_merges_as_one_device_and_restores_every_shard(way):
     world().run(cycles, way)
 
 
 @pytest.mark.parametrize("way", WAYS_OF_FOUR)
-def test_merging_a_model_on_four_ranks(way):
+def test_model_sharded_over_four_ranks_merges_as_one_device(way):
     world(4).run(cycles, way)
 
 
@@ -127,7 +127,7 @@ def zoo_cycles() -> None:
     assert_same_bits(whole_state(net), before)
 
 
-def test_every_kind_of_layer():
+def test_every_kind_of_sharded_layer_merges_as_one_device():
     world().run(zoo_cycles)
 
 
@@ -282,5 +282,5 @@ def fail_and_go_on(path: Path) -> None:
     assert len(model.losses) == 3
 
 
-def test_an_exception_inside_a_merged_forward(tmp_path):
+def test_exception_in_a_sharded_merged_forward_leaves_the_model_unmerged(tmp_path):
     world().run(fail_and_go_on, tmp_path)

@@ -263,7 +263,7 @@ def views(path: Path) -> None:
         load_adapter(shard_(other), path / "adapter")
 
 
-def test_views_and_files_of_a_sharded_model(tmp_path):
+def test_state_dicts_and_files_of_a_sharded_model_equal_those_of_one_device(tmp_path):
     world().run(views, tmp_path)
 
 
@@ -283,7 +283,7 @@ def refusals() -> None:
         assert messages[0] == messages[1]  # torch's own answer
 
 
-def test_what_a_sharded_model_cannot_do():
+def test_sharded_model_refuses_what_it_cannot_do():
     world().run(refusals)
 
 
@@ -301,5 +301,5 @@ def merge_of_a_part() -> None:
     assert_same_bits(whole_state(model), before)
 
 
-def test_a_part_whose_weights_the_root_gathered():
+def test_merging_a_part_whose_weights_the_root_gathered_is_refused():
     world().run(merge_of_a_part)

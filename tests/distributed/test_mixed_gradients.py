@@ -48,7 +48,7 @@ def fit(path: Path, kind: type[Plain]) -> tuple[list[float], dict[str, torch.Ten
 
 
 @pytest.mark.parametrize("kind", [Sharded, RootSharded, Plain], ids=["fsdp2", "fsdp2, root only", "ddp"])
-def test_what_is_trained_and_what_is_frozen(tmp_path, kind):
+def test_trained_and_frozen_parameters_side_by_side_equal_one_device(tmp_path, kind):
     alone = Plain()
     initial = whole_state(alone)
     make_trainer(tmp_path, lora()).fit(alone, loader(), loader(seed=6))

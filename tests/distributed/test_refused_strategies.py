@@ -30,7 +30,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("strategy", "reason"), REFUSED)
-def test_the_reason_and_the_alternative(strategy, reason):
+def test_strategy_that_cannot_be_right_is_refused_with_the_alternative(strategy, reason):
     model = Plain()
     before = trace(model)
     trainer = SimpleNamespace(strategy=strategy(), callbacks=[], state=SimpleNamespace(fn="fit"))
@@ -41,6 +41,6 @@ def test_the_reason_and_the_alternative(strategy, reason):
     assert trace(model) == before
 
 
-def test_others_are_not():
+def test_single_device_strategy_is_not_refused():
     trainer = SimpleNamespace(strategy=SingleDeviceStrategy(), callbacks=[], state=SimpleNamespace(fn="fit"))
     lora().setup(trainer, Plain(), "fit")

@@ -123,7 +123,7 @@ def test_a_sharded_model_is_written_as_one_merged_on_one_device(tmp_path, kind):
     assert_same_bits(plain.state_dict(), expected.state_dict())
 
 
-def test_a_model_on_one_device(tmp_path):
+def test_save_merged_on_one_device_writes_every_layer_and_name(tmp_path):
     """Every kind of layer, a shared module under both names, buffers; a folder that holds other things already."""
     torch.manual_seed(0)
     zoo = Zoo()
@@ -165,7 +165,7 @@ def test_processes_that_each_write_the_same_do_not_disturb_each_other(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_command_and_a_merged_checkpoint_hold_the_same(tmp_path, dtype):
+def test_save_merged_equals_the_command_and_a_merged_checkpoint(tmp_path, dtype):
     net, base = injected(dtype=dtype), network().to(dtype)
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "config.json").write_text("{}")
@@ -206,7 +206,7 @@ def full_disk(path: Path, content: bytes) -> None:
         file.write(content)
 
 
-def test_a_rank_that_fails_takes_the_others_along(tmp_path):
+def test_save_merged_that_fails_on_one_rank_fails_on_all(tmp_path):
     (tmp_path / "file").write_text("a file where a folder should be")
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / FILE).write_text("an earlier one")

@@ -145,7 +145,7 @@ EXACT += ["received_in_step_by_ddp"]
 
 
 @pytest.mark.parametrize(("ranks", "columns"), [(2, False), (4, False), (4, True)])
-def test_memory_and_traffic(tmp_path, ranks, columns):
+def test_memory_and_traffic_of_a_small_model_equal_the_formulas(tmp_path, ranks, columns):
     paper = Costs(TINY, ranks, r=RANK, columns=columns)
     found = world(ranks).run(measured, tmp_path, columns)
     print({name: (value, round(getattr(paper, name)())) for name, value in found[0].items()})
@@ -175,7 +175,7 @@ class Saved(L.LightningModule):
 
 
 @pytest.mark.parametrize("save", ["adapter", "merged", "full"])
-def test_checkpoint_sizes(tmp_path, save):
+def test_checkpoint_sizes_equal_the_formulas(tmp_path, save):
     paper = Costs(WIDE, 1, r=RANK)
     trainer = make_trainer(tmp_path, LoRACallback(save=save), max_steps=1)
     trainer.fit(Saved(), DataLoader(TensorDataset(torch.arange(4).view(1, 4))))
@@ -258,7 +258,7 @@ def peaks(path: Path) -> dict[str, int]:
     return found
 
 
-def test_peak_memory(tmp_path):
+def test_peak_memory_of_a_rank_stays_within_the_readme(tmp_path):
     """The README's figures are the worst of five runs; here they are bounds, as the allocator rounds as it likes."""
     slack = 16 * 2**20
     paper = Costs(LARGE, 2, r=RANK)
@@ -310,7 +310,7 @@ def write(name: str, text: str) -> None:
     README.write_text(f"{before}{begin}\n{text}\n\n{end}{after}")
 
 
-def test_the_tables():
+def test_tables_in_the_readme_are_those_of_the_formulas():
     assert [model.parameters() for model in MODELS] == [8_030_261_248, 70_553_706_496, 405_853_388_800]  # as published
     assert size([(2, 3), (4, 5)]) == 26
     text = table_of_files() + "\n\n" + table(NANOSECONDS)

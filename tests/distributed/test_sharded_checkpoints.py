@@ -73,7 +73,7 @@ def naive_resume(path: Path, whole: bool, strict: bool) -> str:
 
 
 @pytest.mark.parametrize(("whole", "strict"), [(True, True), (False, True), (False, False)])
-def test_the_callback_one_writes_first_cannot_resume(tmp_path, whole, strict):
+def test_naive_callback_cannot_resume_a_sharded_run(tmp_path, whole, strict):
     """The strategy asks for the base before any hook of a callback, distributed even where loading is not strict."""
     for message in world().run(naive_resume, tmp_path, whole, strict):
         assert ("does not exist in the loaded checkpoint" if whole else "Missing key in checkpoint") in message
@@ -102,7 +102,7 @@ CONTENT = {"adapter": FACTORS, "merged": BASE, "full": sorted(BASE + FACTORS)}
 
 @FORMS
 @pytest.mark.parametrize("save", KINDS)
-def test_contents_and_evaluation_from_them(tmp_path, save, whole):
+def test_sharded_checkpoint_holds_its_kind_and_evaluates_as_one_device(tmp_path, save, whole):
     state = world().run(run, tmp_path, save, whole, 2)[0][0]
     torch.manual_seed(0)
     alone = Plain()
@@ -139,7 +139,7 @@ torch.save([loaded.state_dict(), converted.state_dict()], "out.pt")
 """
 
 
-def test_merged_checkpoints_need_no_lora(tmp_path):
+def test_merged_sharded_checkpoint_loads_without_this_package(tmp_path):
     states = [world().run(run, tmp_path / str(whole), "merged", whole, 2)[0][0] for whole in (True, False)]
     (tmp_path / "True" / "2.ckpt").rename(tmp_path / "file.ckpt")
     dcp_to_torch_save(tmp_path / "False" / "2.ckpt", tmp_path / "torch.pt")
@@ -171,7 +171,7 @@ def test_resuming_on_another_number_of_processes(tmp_path, sizes, whole):
 
 
 @pytest.mark.parametrize("save", KINDS)
-def test_from_one_process_to_two_and_back(tmp_path, save):
+def test_checkpoint_goes_from_one_process_to_two_and_back(tmp_path, save):
     torch.manual_seed(0)
     model = Plain()
     trainer = make_trainer(tmp_path, lora(save=save), max_epochs=2)
@@ -218,7 +218,7 @@ def test_an_adapter_of_another_base_is_refused_on_every_rank(tmp_path, whole):
         assert "another base: values of 'net.2.weight'" in message
 
 
-def test_a_part_of_a_checkpoint_is_refused(tmp_path):
+def test_incomplete_sharded_checkpoint_is_refused(tmp_path):
     for save, name, problem in (
         ("full", "net.2.weight", "lacks 1"),
         ("adapter", "net.2.lora_B", "net.2.lora_B' is missing"),
@@ -248,7 +248,7 @@ def base_run(path: Path, whole: bool) -> None:
 
 
 @FORMS
-def test_a_checkpoint_of_the_base(tmp_path, whole):
+def test_checkpoint_of_the_base_loads_into_an_adapted_sharded_model(tmp_path, whole):
     world().run(base_run, tmp_path, whole)
 
 

@@ -155,7 +155,7 @@ def embeddings() -> None:
         assert_same_bits(whole_state(net), before)
 
 
-def test_embeddings_split_by_either_dimension():
+def test_embedding_split_by_either_dimension_equals_one_device():
     world().run(embeddings)
 
 
@@ -184,7 +184,7 @@ def in_and_out() -> None:
         assert not is_merged(net)
 
 
-def test_unloading_and_refusals():
+def test_tensor_parallel_model_unloads_and_refuses_what_it_cannot_do():
     world().run(in_and_out)
 
 
@@ -238,7 +238,7 @@ def fit(path: Path, tensor: int, whole: bool) -> tuple[list[float], dict[str, to
 
 @pytest.mark.parametrize("whole", [True, False], ids=["file", "distributed"])
 @pytest.mark.parametrize("size", [2, 4], ids=["tensor parallel", "with fsdp2"])
-def test_a_lightning_run(tmp_path, size, whole):
+def test_tensor_parallel_fit_equals_that_on_one_device(tmp_path, size, whole):
     torch.manual_seed(0)
     alone = Plain()
     make_trainer(tmp_path, lora()).fit(alone, loader(), loader(seed=6))

@@ -66,7 +66,7 @@ def verified(way: str, lora_merged: bool) -> list[float]:
 
 @pytest.mark.parametrize("lora_merged", [True, False])
 @pytest.mark.parametrize("way", ["layers", "root only", "offloaded", "mixed precision", "bfloat16 base", "by columns"])
-def test_the_figures_are_those_of_one_process(way: str, lora_merged: bool):
+def test_verify_of_a_sharded_model_gives_the_figures_of_one_process(way: str, lora_merged: bool):
     first, second = world().run(verified, way, lora_merged)
     assert first == second
     coarse = way in ("mixed precision", "bfloat16 base")
@@ -110,7 +110,7 @@ def tensor_parallel(plan: str) -> list[list[float]]:
 
 
 @pytest.mark.parametrize("plan", ["even", "sequence"])
-def test_tensor_parallel(plan: str):
+def test_verify_of_a_tensor_parallel_model_finds_damage(plan: str):
     (one, other, *damaged), second = world().run(tensor_parallel, plan)
     assert [one, other, *damaged] == second
     assert 0 < one[1] < 1e-6
@@ -142,7 +142,7 @@ def uses() -> str:
     return found.problems()
 
 
-def test_what_another_rank_ran_is_not_reported():
+def test_verify_does_not_report_layers_that_another_rank_ran():
     message = "these adapted layers never ran: ways.2; these adapters had no effect: ways.0"
     assert world().run(uses) == [message, message]
 
@@ -161,7 +161,7 @@ def trained(path: Path, verify: bool, merged_eval: bool) -> tuple[list[float], d
 
 
 @pytest.mark.parametrize("merged_eval", [True, False])
-def test_in_a_trainer_it_changes_nothing(tmp_path, merged_eval: bool):
+def test_verify_in_a_sharded_fit_does_not_change_the_run(tmp_path, merged_eval: bool):
     (losses, state, logged), (*_, other) = world().run(trained, tmp_path, True, merged_eval)
     assert logged == other
     assert 0 < logged[1] < logged[0] < 1e-5
@@ -177,7 +177,7 @@ def warned(path: Path) -> list[str]:
     return [str(warning.message) for warning in found if "LoRACallback" in str(warning.message)]
 
 
-def test_adapters_without_effect_are_named(tmp_path):
+def test_verify_names_adapters_without_effect(tmp_path):
     first, second = world().run(warned, tmp_path)
     (message,) = first
     assert message.startswith("LoRACallback: these adapters had no effect: net.0, net.2, net.4. Is")
@@ -200,5 +200,5 @@ def broken_off(path: Path) -> None:
     assert not [hook for module in model.modules() for hook in module._forward_hooks.values() if "check" in repr(hook)]
 
 
-def test_a_batch_that_fails_gathers_nothing(tmp_path):
+def test_verify_of_a_batch_that_fails_gathers_nothing(tmp_path):
     world().run(broken_off, tmp_path)

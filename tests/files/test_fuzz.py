@@ -227,25 +227,29 @@ def damaged(file: str, damage: Callable[[bytes], bytes]) -> Callable[[Path], Any
     folder=st.sampled_from(["ours", "foreign"]),
     file=st.sampled_from(["adapter_model.safetensors", "adapter_config.json"]),
 )
-def test_bytes_of_a_folder(good: Path, damage: Callable[[bytes], bytes], folder: str, file: str):
+def test_adapter_folder_with_damaged_bytes_is_refused_or_loads_right(
+    good: Path, damage: Callable[[bytes], bytes], folder: str, file: str
+):
     attempt("bytes of adapter folders", good, damaged(f"{folder}/{file}", damage), load(folder))
 
 
 @fuzz
 @given(damage=byte_damage())
-def test_bytes_of_a_checkpoint(good: Path, damage: Callable[[bytes], bytes]):
+def test_checkpoint_with_damaged_bytes_is_refused_or_loads_right(good: Path, damage: Callable[[bytes], bytes]):
     attempt("bytes of checkpoints", good, damaged("adapter.ckpt", damage), load("adapter.ckpt"))
 
 
 @fuzz
 @given(damage=byte_damage(), file=st.sampled_from(["base/model-1.safetensors", f"base/{INDEX}", "base/config.json"]))
-def test_bytes_of_a_base(good: Path, damage: Callable[[bytes], bytes], file: str):
+def test_model_folder_with_damaged_bytes_is_refused_or_merges_right(
+    good: Path, damage: Callable[[bytes], bytes], file: str
+):
     attempt("bytes of model folders", good, damaged(file, damage), merge("base", "ours", "out"))
 
 
 @fuzz
 @given(damage=byte_damage())
-def test_bytes_of_a_base_checkpoint(good: Path, damage: Callable[[bytes], bytes]):
+def test_base_checkpoint_with_damaged_bytes_is_refused_or_merges_right(good: Path, damage: Callable[[bytes], bytes]):
     attempt("bytes of base checkpoints", good, damaged("base.ckpt", damage), merge("base.ckpt", "ours", "out.ckpt"))
 
 
@@ -305,13 +309,15 @@ def json_damaged(file: str, damage: Callable[[Any], Any]) -> Callable[[Path], An
 
 @fuzz
 @given(damage=value_damage(), folder=st.sampled_from(["ours", "foreign", "foreign"]))
-def test_values_of_a_config(good: Path, damage: Callable[[Any], Any], folder: str):
+def test_adapter_config_with_damaged_values_is_refused_or_loads_right(
+    good: Path, damage: Callable[[Any], Any], folder: str
+):
     attempt("values of configs", good, json_damaged(f"{folder}/adapter_config.json", damage), load(folder))
 
 
 @fuzz
 @given(damage=value_damage(), file=st.sampled_from([INDEX, INDEX, "config.json"]))
-def test_values_of_an_index(good: Path, damage: Callable[[Any], Any], file: str):
+def test_index_with_damaged_values_is_refused_or_merges_right(good: Path, damage: Callable[[Any], Any], file: str):
     attempt("values of indexes", good, json_damaged(f"base/{file}", damage), merge("base", "ours", "out"))
 
 
@@ -335,14 +341,16 @@ def header_damaged(file: str, damage: Callable[[Any], Any], inside: bool) -> Cal
 
 @fuzz
 @given(damage=value_damage(), inside=st.booleans())
-def test_values_of_a_header(good: Path, damage: Callable[[Any], Any], inside: bool):
+def test_safetensors_header_with_damaged_values_is_refused_or_loads_right(
+    good: Path, damage: Callable[[Any], Any], inside: bool
+):
     spoil = header_damaged("ours/adapter_model.safetensors", damage, inside)
     attempt("values of headers", good, spoil, load("ours"))
 
 
 @fuzz
 @given(damage=value_damage(), where=st.sampled_from(["lora", "all", "state_dict"]))
-def test_values_of_a_checkpoint(good: Path, damage: Callable[[Any], Any], where: str):
+def test_checkpoint_with_damaged_values_is_refused_or_loads_right(good: Path, damage: Callable[[Any], Any], where: str):
     def spoil(path: Path) -> None:
         content = torch.load(path / "adapter.ckpt", weights_only=True)
         content = damage(content) if where == "all" else content | {where: damage(content[where])}
@@ -387,7 +395,9 @@ either = st.sampled_from(["ours", "foreign"])
 
 @fuzz
 @given(damage=tensor_damage(), folder=either, to=st.sampled_from(["load", "merge", "diff"]))
-def test_tensors_of_a_folder(good: Path, damage: Callable[[dict[str, torch.Tensor]], None], folder: str, to: str):
+def test_adapter_folder_with_damaged_tensors_is_refused_or_handled_right(
+    good: Path, damage: Callable[[dict[str, torch.Tensor]], None], folder: str, to: str
+):
     def spoil(path: Path) -> None:
         with safe_open(path / folder / "adapter_model.safetensors", "pt") as file:
             tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
@@ -404,7 +414,9 @@ def test_tensors_of_a_folder(good: Path, damage: Callable[[dict[str, torch.Tenso
 
 @fuzz
 @given(damage=tensor_damage())
-def test_tensors_of_a_base(good: Path, damage: Callable[[dict[str, torch.Tensor]], None]):
+def test_base_checkpoint_with_damaged_tensors_is_refused_or_merges_right(
+    good: Path, damage: Callable[[dict[str, torch.Tensor]], None]
+):
     def spoil(path: Path) -> None:
         content = torch.load(path / "base.ckpt", weights_only=True)
         damage(content["state_dict"])

@@ -75,7 +75,7 @@ def test_a_damaged_safetensors_file_is_refused_where_safetensors_refuses_it(tmp_
         safe_open(path, "pt")
 
 
-def test_a_name_twice_is_refused(tmp_path):
+def test_safetensors_header_with_a_name_twice_is_refused(tmp_path):
     """safetensors itself takes the last one."""
     one, other = json.dumps(entry([1], 0, 4)), json.dumps(entry([1], 4, 8))
     (tmp_path / "a.safetensors").write_bytes(safetensors_bytes(f'{{"a": {one}, "a": {other}}}'.encode(), bytes(8)))
@@ -97,7 +97,7 @@ def test_a_good_header_is_read_as_safetensors_reads_it(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/x", "a/b", "a\\b", "C:x", "..", ".", "", "a\0", 3, None, ["a"]])
-def test_names_that_leave_the_folder(name: Any):
+def test_file_name_that_leaves_the_folder_is_not_plain(name: Any):
     assert not is_plain_name(name)
 
 
@@ -139,7 +139,7 @@ def refused(message: str, base: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("case", BAD_INDEXES)
-def test_an_index_that_lies_is_refused(tmp_path, base: Path, case: str):
+def test_index_that_contradicts_its_shards_is_refused(tmp_path, base: Path, case: str):
     message, change = BAD_INDEXES[case]
     shutil.copy(next(base.glob("*.safetensors")), tmp_path / "x.safetensors")
     index = json.loads((base / INDEX).read_text())
@@ -155,7 +155,7 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path, base: Path):
 
 
 @pytest.mark.parametrize("content", ["[1]", "{", "", '{"weight_map": 3}', "nul\0l", '{"a":' * 10_000])
-def test_an_index_that_is_no_index_is_refused(tmp_path, base: Path, content: str):
+def test_index_that_is_not_a_json_object_is_refused(tmp_path, base: Path, content: str):
     (base / INDEX).write_text(content)
     refused(r"index\.json: (expected|cannot be read)", base, tmp_path)
 
@@ -195,7 +195,7 @@ def test_an_output_that_is_a_link_is_written_where_it_leads(tmp_path, base: Path
     assert (tmp_path / "real" / INDEX).exists()
 
 
-def test_a_half_of_a_float16_base_overflows(tmp_path):
+def test_merge_that_overflows_a_float16_base_is_refused_by_name(tmp_path):
     state = {key: value.half() for key, value in model("llama").state_dict().items()}
     state["model.layers.0.self_attn.q_proj.weight"][3, 3] = 65504
     save_file(state, tmp_path / "base.safetensors")

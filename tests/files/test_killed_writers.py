@@ -12,8 +12,15 @@ TESTS = Path(__file__).parents[1] / "support" / "programs" / "killed_writers.py"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["test_save_adapter", "test_merge", "test_the_first_result_is_complete_or_absent"])
-def test_killed_writers(name: str) -> None:
+@pytest.mark.parametrize(
+    "name",
+    [
+        "test_killed_save_adapter_leaves_the_old_or_the_new_folder",
+        "test_killed_merge_leaves_the_old_or_the_new_result",
+        "test_killed_first_save_leaves_a_complete_result_or_none",
+    ],
+)
+def test_killed_writer_leaves_the_old_or_the_new_result(name: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--show-capture=no", f"{TESTS}::{name}"]
     run = subprocess.run(command, cwd=TESTS.parents[3], capture_output=True, text=True, timeout=280)
     assert run.returncode == 0, run.stdout[-4000:]

@@ -97,7 +97,7 @@ def test_the_same_gradients_as_loralib() -> None:
             torch.testing.assert_close(ours.get_parameter(name).grad, parameter.grad)
 
 
-def test_loralibs_habit_of_merging_in_evaluation_mode() -> None:
+def test_merge_weights_follows_the_mode_as_loralib_does() -> None:
     theirs = Theirs()
     ours = adapted_plain(theirs, merge_weights=True)
     load_adapter(ours, loralib.lora_state_dict(theirs))
@@ -144,7 +144,7 @@ def test_a_part_of_loralibs_state_dict_is_an_error() -> None:
 
 @pytest.mark.parametrize("parts", [[True, True], [False, True], [True, False, False], [False, True, True, False]])
 @pytest.mark.parametrize("turned", [False, True])
-def test_fused_projections_are_loralibs(parts: list[bool], turned: bool) -> None:
+def test_fused_projection_equals_that_of_loralib(parts: list[bool], turned: bool) -> None:
     """Turned, loralib stores the weight as transformers' Conv1D does."""
     theirs = loralib.MergedLinear(8, 12, r=R, lora_alpha=ALPHA, enable_lora=parts, fan_in_fan_out=turned).double()
     nn.init.normal_(theirs.lora_B)

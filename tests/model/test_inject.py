@@ -16,7 +16,7 @@ from lightning_lora.nn import lora_layer
 from support.models import ZOO_LAYERS, OwnLinear, Stubborn, Zoo, randomise_, state_bits, tokens, trace, zoo_config
 
 
-def test_tree_names_order_identity_memory_and_classes_stay():
+def test_inject_keeps_tree_names_order_identity_memory_and_classes():
     model = Zoo()
     modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
     types = {name: type(module) for name, module in modules.items()}
@@ -54,7 +54,7 @@ def _mixed(model: Zoo) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_outputs_before_the_first_step_are_the_plain_models(training):
+def test_fit_starts_from_the_outputs_of_the_plain_model(training):
     plain = Zoo().train(training)
     adapted = copy.deepcopy(plain)
     inject(adapted, zoo_config(target_modules=["embed", "conv", "0", "3"], init_lora_weights=True))
@@ -116,7 +116,7 @@ def test_ranks_and_scalings_are_those_of_peft(rslora):
 
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()])
 @pytest.mark.parametrize("after", [0, 3])
-def test_a_failure_half_way_leaves_no_trace(monkeypatch, error, after):
+def test_inject_that_fails_half_way_leaves_no_trace(monkeypatch, error, after):
     model = Stubborn(nn.Linear(4, 4))
     before, calls = trace(model), []
     original = lora_layer.initial_factors
@@ -134,7 +134,7 @@ def test_a_failure_half_way_leaves_no_trace(monkeypatch, error, after):
     assert trace(model) == before
 
 
-def test_the_same_call_again_changes_nothing():
+def test_inject_again_with_the_same_config_changes_nothing():
     model = Zoo()
     names = inject(model, zoo_config())
     randomise_(model)
@@ -147,7 +147,7 @@ def test_the_same_call_again_changes_nothing():
     assert is_merged(model)
 
 
-def test_another_config_is_an_error_that_names_the_options():
+def test_inject_again_with_another_config_is_refused_by_option():
     model = Zoo()
     inject(model, zoo_config())
     before = trace(model)
@@ -174,7 +174,7 @@ def test_a_second_injection_around_or_inside_the_first_is_an_error():
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 @pytest.mark.parametrize("state", ["unmerged", "merged", "disabled"])
-def test_a_copy_is_whole_and_apart(copied, state):
+def test_copy_of_an_injected_model_is_whole_and_independent(copied, state):
     model = Zoo().eval()
     inject(model, zoo_config())
     randomise_(model)

@@ -60,7 +60,7 @@ STATE = {name: tensor.clone() for name, tensor in SOURCE.state_dict().items()}
 @pytest.mark.parametrize("what", ["base", "adapter", "both"])
 @pytest.mark.parametrize("state", ["unmerged", "merged"])
 @pytest.mark.parametrize("assign", [False, True])
-def test_a_complete_base_adapter_or_both_load_strictly_everywhere(path, what, state, assign):
+def test_complete_base_adapter_or_both_load_strictly_into_any_part(path, what, state, assign):
     model = adapted(2, state)
     keys = named(model, what)
     before = state_bits(model)
@@ -83,7 +83,7 @@ def test_a_complete_base_adapter_or_both_load_strictly_everywhere(path, what, st
     assert state_bits(model) == expected
 
 
-def test_both_give_the_other_models_outputs():
+def test_loading_base_and_adapter_gives_the_outputs_of_the_source():
     for state in ("unmerged", "merged"):
         model = adapted(2, state)
         model.load_state_dict(STATE)
@@ -101,7 +101,7 @@ KEYS = st.sampled_from(sorted(STATE))
     path=st.sampled_from(["", "", "body", "body.0"]),
     wrapped=st.booleans(),
 )
-def test_any_part_of_either_is_an_error(start, toggled, state, path, wrapped):
+def test_loading_any_part_of_base_or_adapter_strictly_is_an_error(start, toggled, state, path, wrapped):
     model = MODELS[state]
     keys = (named(model, start) if start != "nothing" else set()) ^ toggled
     keys = set(under(path, dict.fromkeys(keys)))
@@ -121,7 +121,7 @@ MODELS = {state: adapted(1, state) for state in ("unmerged", "merged")}
 
 
 @pytest.mark.parametrize("missing", sorted(STATE))
-def test_a_missing_key_is_named(missing):
+def test_loading_without_one_key_names_it(missing):
     model = adapted(2)
     for what in ("base", "adapter", "both"):
         keys = named(model, what)
@@ -187,7 +187,7 @@ def test_a_base_loaded_after_injection_is_what_unload_brings_back(state, assign,
     }
 
 
-def test_the_latest_base_counts():
+def test_unload_brings_back_the_latest_of_several_loaded_bases():
     torch.manual_seed(5)
     first, second = Zoo(), Zoo()
     train(first), train(second)
@@ -205,7 +205,7 @@ def test_the_latest_base_counts():
     assert state_bits(model) == state_bits(expected)
 
 
-def test_the_latest_base_of_a_part_counts_too():
+def test_unload_brings_back_the_latest_base_of_each_part():
     torch.manual_seed(5)
     first, second = Zoo(), Zoo()
     train(first), train(second)
@@ -218,7 +218,7 @@ def test_the_latest_base_of_a_part_counts_too():
     assert state_bits(model.body) == state_bits(second.body)
 
 
-def test_an_adapter_or_both_are_not_a_new_base():
+def test_loading_an_adapter_does_not_change_what_unload_brings_back():
     torch.manual_seed(6)
     model = Zoo()
     before = state_bits(model)
@@ -233,7 +233,7 @@ def test_an_adapter_or_both_are_not_a_new_base():
 
 @pytest.mark.parametrize("what", ["base", "adapter", "both"])
 @pytest.mark.parametrize("wrap", [lambda model: AveragedModel(model), lambda model: nn.ModuleDict({"module": model})])
-def test_a_wrapper_puts_its_prefix_in_front(what, wrap):
+def test_loading_through_a_wrapper_works_under_its_prefix(what, wrap):
     wrapper = wrap(adapted(2))
     inner = wrapper.get_submodule("module")
     own = {"n_averaged": torch.tensor(4)} if isinstance(wrapper, AveragedModel) else {}
@@ -246,7 +246,7 @@ def test_a_wrapper_puts_its_prefix_in_front(what, wrap):
         wrapper.load_state_dict({f"module.{name}": STATE[name] for name in keys - {dropped}} | own)
 
 
-def test_an_injected_part_of_a_model():
+def test_loading_a_model_with_an_injected_part_is_strict_about_the_rest():
     model = nn.ModuleDict({"inner": adapted(2), "rest": nn.Linear(2, 2)})
     rest = {f"rest.{name}": torch.zeros_like(tensor) for name, tensor in model["rest"].state_dict().items()}
     for what in ("base", "adapter", "both"):
@@ -258,7 +258,7 @@ def test_an_injected_part_of_a_model():
     assert state_bits(model["inner"]) == {name: bits(tensor) for name, tensor in STATE.items()}
 
 
-def test_a_copy_loads_into_itself():
+def test_copy_of_an_injected_model_loads_without_changing_the_original():
     model = adapted(2)
     other = copy.deepcopy(model)
     before = state_bits(model)

@@ -102,7 +102,7 @@ def without_our_header(folder: Path, target: Path) -> Path:
 
 
 @pytest.mark.parametrize("form", ["suffixes", "whole names"])
-def test_costs_grow_with_the_layers_and_no_faster(tmp_path, form: str):
+def test_every_cost_grows_no_faster_than_the_number_of_layers(tmp_path, form: str):
     counts = []
     for count in (2, FEW, MANY):  # the first time, modules are imported
         path = tmp_path / str(count)

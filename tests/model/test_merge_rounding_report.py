@@ -81,7 +81,7 @@ def test_the_report_comes_through_a_torchmetrics_metric(monkeypatch):
     assert float(made[0].compute()) == pytest.approx(expected, rel=1e-3)
 
 
-def test_no_report_of_full_precision_nor_of_an_adapter_without_effect(caplog):
+def test_merge_in_full_precision_or_without_effect_gives_no_rounding_report(caplog):
     caplog.set_level(logging.INFO, logger="lightning_lora")
     with merged(with_adapter_of(0.01, torch.float32)):
         pass
@@ -96,7 +96,7 @@ def test_no_report_of_full_precision_nor_of_an_adapter_without_effect(caplog):
     assert len(caplog.records) == 1  # the first one that means something
 
 
-def test_the_warning_as_an_error_leaves_a_consistent_model():
+def test_rounding_warning_raised_as_an_error_leaves_a_consistent_model():
     model = with_adapter_of(0.01, torch.bfloat16)
     before = state_bits(model)
     with pytest.raises(UserWarning, match="rounding costs"):  # as pytest here is set up

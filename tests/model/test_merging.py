@@ -42,7 +42,7 @@ def stack(dtype: torch.dtype = torch.float32, size: int = 8) -> nn.Sequential:
     return model
 
 
-def test_repeated_and_nested():
+def test_merge_repeated_or_nested_is_undone_by_one_unmerge():
     model = adapted_zoo()
     output, plain = model(tokens()), weights(model)
     unmerge(model)
@@ -139,7 +139,7 @@ def test_one_bad_adapter_of_eight_leaves_every_layer_unmerged(monkeypatch, place
 
 
 @pytest.mark.parametrize("change", ["cast", "load"])
-def test_a_change_after_which_nothing_can_be_merged_names_the_layer_and_how_to_go_on(change):
+def test_cast_or_load_that_makes_a_merged_layer_unmergeable_names_it_and_the_remedy(change):
     model, large = stack(), torch.full((8, 8), 3e38)
     with torch.no_grad():
         model[4].lora_A[:], model[4].lora_B[:] = 1.0, 1e37  # delta 8e37: beyond float16, and beyond float32 beside 3e38
@@ -244,7 +244,7 @@ def test_ctrl_c_while_merged_is_entered_leaves_the_model_as_it_was(monkeypatch, 
 
 
 @pytest.mark.usefixtures("ctrl_c")
-def test_the_users_own_handler_gets_the_interrupt(monkeypatch):
+def test_ctrl_c_while_merging_reaches_the_handler_of_the_user(monkeypatch):
     model, caught = stack(), []
     interrupting(monkeypatch, "merge_", 2)
     previous = signal.signal(signal.SIGINT, lambda number, frame: caught.append(is_merged(model)))
@@ -255,7 +255,7 @@ def test_the_users_own_handler_gets_the_interrupt(monkeypatch):
     assert caught == [True]
 
 
-def test_a_default_handler_ends_the_process():
+def test_ctrl_c_while_merging_with_the_default_handler_ends_the_process():
     program = (
         "import os, signal, torch; from torch import nn; from lightning_lora import LoRAConfig, inject, merge; "
         "from lightning_lora.nn.linear import LoRALinear as L; original = L.merge_; "
@@ -286,7 +286,7 @@ def test_small_weights_are_kept_as_copies_up_to_64_mb_in_all():
     assert all(same(layer.weight.detach(), weight) for layer, weight in zip(model, before, strict=True))
 
 
-def test_the_budget_counts_what_is_kept_already(monkeypatch):
+def test_budget_of_plain_copies_counts_what_is_kept_already(monkeypatch):
     model = stack()
     one = model[0].weight.nbytes
     monkeypatch.setattr(MERGE, "COPY_BUDGET", 3 * one)

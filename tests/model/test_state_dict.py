@@ -68,7 +68,7 @@ def test_neither_state_dict_touches_the_model(found):
     assert trace(model) == before
 
 
-def test_both_are_the_same_merged_or_not():
+def test_state_dicts_of_a_merged_model_equal_those_of_an_unmerged_one():
     model = trained_zoo()
     unmerged = [
         {name: bits(tensor) for name, tensor in view(model).items()}
@@ -81,7 +81,7 @@ def test_both_are_the_same_merged_or_not():
         ]
 
 
-def test_the_adapter_on_the_same_base_is_the_trained_model():
+def test_adapter_state_dict_on_the_same_base_gives_the_trained_model():
     model, other = trained_zoo(), fresh_zoo()
     inject(other, zoo_config())
     assert not other.load_state_dict(adapter_state_dict(model)).missing_keys
@@ -89,7 +89,7 @@ def test_the_adapter_on_the_same_base_is_the_trained_model():
     assert state_bits(other) == state_bits(model)
 
 
-def test_merged_state_dict_is_a_plain_models():
+def test_merged_state_dict_loads_into_a_plain_model_with_the_same_outputs():
     model, plain = trained_zoo(), fresh_zoo()
     state = merged_state_dict(model)
     assert list(state) == list(plain.state_dict())
@@ -116,7 +116,7 @@ def test_merged_weights_are_the_nearest_to_the_exact_sum(dtype):
 
 
 @pytest.mark.parametrize("verb", [adapter_state_dict, merged_state_dict])
-def test_a_model_without_injection_is_an_error(verb):
+def test_state_dicts_of_a_model_without_injection_are_refused(verb):
     with pytest.raises(LoRAError, match=r"state_dict: Zoo was not injected; call inject\(model, LoRAConfig"):
         verb(Zoo())
 
@@ -168,7 +168,7 @@ def test_names_are_relative_to_the_model_that_is_asked():
     assert state_bits(other.inner) == state_bits(model.inner)
 
 
-def test_an_averaged_copy_has_its_own():
+def test_averaged_copy_has_state_dicts_of_its_own():
     model = trained_zoo()
     average = AveragedModel(model)
     average.update_parameters(model)
@@ -186,7 +186,7 @@ def test_an_averaged_copy_has_its_own():
 # --- which base ---
 
 
-def test_the_fingerprint_is_of_frozen_parameters_and_plain():
+def test_fingerprint_covers_the_frozen_parameters_and_is_plain_data():
     model = trained_zoo()
     found = fingerprint(model)
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
@@ -202,7 +202,7 @@ def test_the_fingerprint_is_of_frozen_parameters_and_plain():
 
 
 @pytest.mark.parametrize("found", ["unmerged", "merged"])
-def test_the_same_base_fits_and_a_changed_one_is_named(found):
+def test_fingerprint_accepts_the_same_base_and_names_a_changed_weight(found):
     model = trained_zoo()
     expected = fingerprint(model)
     merge(model) if found == "merged" else None
@@ -219,7 +219,7 @@ def test_the_same_base_fits_and_a_changed_one_is_named(found):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
-def test_the_same_base_in_another_dtype_fits(dtype):
+def test_fingerprint_accepts_the_same_base_in_another_dtype(dtype):
     model = trained_zoo()
     expected = fingerprint(model)
     cast = trained_zoo().to(dtype)
@@ -231,7 +231,7 @@ def test_the_same_base_in_another_dtype_fits(dtype):
         check_fingerprint(cast, expected)
 
 
-def test_a_value_that_is_not_a_number_equals_itself_alone():
+def test_fingerprint_with_nan_equals_itself_alone():
     model, broken = trained_zoo(), trained_zoo()
     with torch.no_grad():
         broken.norm.weight[0] = float("nan")

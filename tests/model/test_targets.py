@@ -146,7 +146,7 @@ def views() -> dict[str, tuple[nn.Parameter, nn.Parameter, bool]]:
 
 
 @pytest.mark.parametrize("case", views())
-def test_ties_are_a_matter_of_memory(case):
+def test_tied_weights_are_found_by_their_memory(case):
     one, other, tied = views()[case]
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
     model[0].weight, model[2].weight = one, other
@@ -155,7 +155,7 @@ def test_ties_are_a_matter_of_memory(case):
     assert inject(model, LoRAConfig(r=1)) == (["1"] if tied else ["0", "1", "2"])
 
 
-def test_ties_among_three_owners_and_on_the_meta_device():
+def test_tied_weights_of_three_owners_or_on_meta_are_found():
     first, second, third = (nn.Linear(4, 4) for _ in range(3))
     first.weight = second.weight = third.weight
     assert set(tied_weights(nn.Sequential(first, second, third))) == {first, second, third}
@@ -225,7 +225,7 @@ def test_options_that_leave_nothing_to_adapt_are_an_error(options):
         inject(Zoo(), zoo_config(**options))
 
 
-def test_near_misses_of_nothing_show_what_there_is():
+def test_target_without_near_misses_is_refused_with_what_there_is():
     with pytest.raises(LoRAError, match=r"'zzzzz' names no layer to adapt; there are 'embed', 'conv', 'body\.0', \.\."):
         inject(Zoo(), zoo_config(target_modules=["zzzzz"]))
     with pytest.raises(LoRAError, match="leaves no layer to adapt"):

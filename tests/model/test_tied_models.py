@@ -108,7 +108,7 @@ def base_bits(model: nn.Module) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("kind", MODELS)
-def test_each_owner_has_its_own_adapter(kind, choice):
+def test_tied_owners_with_adapters_of_their_own_agree_with_float64(kind, choice):
     plain = build(kind)
     model = copy.deepcopy(plain)
     inject(model, LoRAConfig(r=2, lora_alpha=3, target_modules=targets(kind, choice)))
@@ -140,7 +140,7 @@ def test_each_owner_has_its_own_adapter(kind, choice):
 
 @pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("kind", MODELS)
-def test_merged_weights_are_written_only_where_they_tell_the_truth(kind, choice):
+def test_merged_weights_of_tied_owners_are_written_only_where_they_are_right(kind, choice):
     model = build(kind)
     inject(model, LoRAConfig(r=2, target_modules=targets(kind, choice)))
     randomise_(model, 0.5)
@@ -165,7 +165,7 @@ def test_merged_weights_are_written_only_where_they_tell_the_truth(kind, choice)
     assert torch.equal(logits(model(tokens())).detach(), expected)
 
 
-def test_tying_after_injection():
+def test_weights_tied_after_injection_stay_factored_when_merged():
     """As transformers does when a configuration is changed and tie_weights() called."""
     model = llama(tie=False)
     inject(model, LoRAConfig(r=2, target_modules=["lm_head", "embed_tokens", "v_proj"]))
@@ -228,7 +228,7 @@ def fit(path, kind: str, choice: str, ckpt_path=None, **options):
 
 @pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("kind", ["plain", "gpt2"])
-def test_a_fit_with_tied_weights(tmp_path, kind, choice):
+def test_fit_with_tied_weights_is_the_same_merged_and_unmerged(tmp_path, kind, choice):
     model = fit(tmp_path / "whole", kind, choice)
     result = dict(adapter_state_dict(model))
     factored = fit(tmp_path / "factored", kind, choice, merged_eval=False)
@@ -257,7 +257,7 @@ def test_a_fit_that_would_save_merged_weights_is_refused_at_its_start(tmp_path, 
         fit(tmp_path, "gpt2", choice, save="merged")
 
 
-def test_a_trained_head_that_is_tied_to_an_adapted_embedding(tmp_path):
+def test_trained_head_tied_to_an_adapted_embedding_is_saved_and_resumed(tmp_path):
     options = {"target_modules": ["c_attn", "wte"], "modules_to_save": ["lm_head"]}
     model = fit(tmp_path, "gpt2", "", **options)
     head = model.model.lm_head.weight

@@ -101,7 +101,7 @@ def test_a_model_with_nothing_but_tied_layers_counts_as_merged():
 
 
 @pytest.mark.parametrize("out", [merged_state_dict, merge_and_unload])
-def test_merged_weights_that_could_not_express_the_adapter_are_refused_whenever_the_tie_was_made(out):
+def test_merged_weights_of_a_tied_layer_are_refused_whenever_the_tie_was_made(out):
     before, after = Tied(), Tied()
     after.out = nn.Linear(8, 11, bias=False)
     for model in (before, after):
@@ -117,7 +117,7 @@ def test_merged_weights_that_could_not_express_the_adapter_are_refused_whenever_
             out(model)
 
 
-def test_the_remedy_of_untying_works():
+def test_untying_makes_merging_work():
     model = Tied()
     inject(model, LoRAConfig(r=2, target_modules=["out"]))
     randomise_(model)
@@ -147,7 +147,7 @@ def base_bits(model: nn.Module) -> dict[str, bytes]:
     return {name: bits(p) for name, p in model.named_parameters() if "lora_" not in name}
 
 
-def test_one_module_under_two_names():
+def test_module_under_two_names_is_adapted_and_merged_once():
     shared = nn.Linear(8, 8)
     model = nn.ModuleDict({"first": nn.Sequential(shared), "second": nn.Sequential(shared)})
     plain = copy.deepcopy(model)
@@ -271,7 +271,7 @@ def test_a_weight_that_is_computed_since_injection_stays_factored(how):
 
 
 @pytest.mark.parametrize("how", COMPUTED)
-def test_where_only_the_sum_would_be_right_a_weight_computed_since_injection_is_an_error(how):
+def test_weight_computed_since_injection_under_a_custom_forward_is_an_error(how):
     model = nn.Sequential(Activated(8, 8)).eval()
     inject(model, LoRAConfig(r=2))
     COMPUTED[how](model[0])

@@ -42,7 +42,7 @@ def trained_zoo() -> tuple[Zoo, dict[str, bytes], torch.Tensor]:
 
 
 @pytest.mark.parametrize("state", ["fresh", "merged", "trained", "trained and merged", "by mode"])
-def test_unload_brings_back_everything(state):
+def test_unload_restores_classes_flags_and_every_bit(state):
     model = Stubborn(nn.Linear(4, 4))
     model.zoo.norm.weight.requires_grad_(False)
     before = trace(model)
@@ -97,7 +97,7 @@ def test_merge_and_unload_leaves_a_plain_model():
 
 
 @pytest.mark.parametrize("before", ["merged", "unmerged"])
-def test_merge_and_unload_of_what_cannot_be_merged_leaves_the_model_as_it_was(before):
+def test_merge_and_unload_of_a_tied_layer_leaves_the_model_as_it_was(before):
     model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
     model["b"].weight = model["a"].weight
     inject(model, LoRAConfig(r=1, target_modules=["a"]))
@@ -159,7 +159,7 @@ def test_merging_inside_disable_adapter_does_not_bring_the_adapter_back(found, v
 
 
 @pytest.mark.parametrize("found", ["unmerged", "merged"])
-def test_disable_adapter_ends_with_an_exception_too(found):
+def test_disable_adapter_left_by_an_exception_brings_the_adapter_back(found):
     model, _, output = trained_zoo()
     model.eval()
     merge(model) if found == "merged" else None
@@ -172,7 +172,7 @@ def test_disable_adapter_ends_with_an_exception_too(found):
         assert torch.equal(model(tokens()), output)
 
 
-def test_disable_adapter_keeps_what_training_reached():
+def test_disable_adapter_leaves_the_trained_values_unchanged():
     model, _, _ = trained_zoo()
     state = {name: bits(tensor) for name, tensor in adapter_state_dict(model).items()}
     for _ in range(3):
@@ -181,7 +181,7 @@ def test_disable_adapter_keeps_what_training_reached():
     assert {name: bits(tensor) for name, tensor in adapter_state_dict(model).items()} == state
 
 
-def test_what_another_hand_unfroze_is_brought_back_too():
+def test_disable_adapter_and_unload_bring_back_what_the_user_unfroze():
     model = Zoo()
     before, output = state_bits(model), model.eval()(tokens())
     inject(model, zoo_config())
@@ -218,7 +218,7 @@ def test_merge_weights_merges_in_evaluation_mode_at_the_root():
     assert not model.training
 
 
-def test_merge_weights_is_all_or_nothing():
+def test_merge_weights_with_a_bad_layer_leaves_the_model_unmerged():
     model = Zoo()
     inject(model, zoo_config(), merge_weights=True)
     randomise_(model)
@@ -234,7 +234,7 @@ def test_merge_weights_is_all_or_nothing():
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 @pytest.mark.parametrize("training", [True, False])
-def test_merge_weights_follows_a_copy(copied: Callable[[nn.Module], nn.Module], training):
+def test_merge_weights_works_on_a_copy_as_on_the_original(copied: Callable[[nn.Module], nn.Module], training):
     model = Zoo()
     inject(model, zoo_config(), merge_weights=True)
     randomise_(model)

@@ -143,7 +143,7 @@ def assert_as_exact_as_torch(found: Any, torchs: Any, wanted: Any) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", CASES)
-def test_outputs_agree_with_float64(name: str, dtype: torch.dtype) -> None:
+def test_layer_outputs_unmerged_and_merged_agree_with_float64(name: str, dtype: torch.dtype) -> None:
     subject = make_subject(name, dtype)
     factors = {key: value.detach() for key, value in subject.factors().items()}
     with torch.no_grad():
@@ -169,7 +169,7 @@ def test_outputs_agree_with_float64(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", CASES)
-def test_gradients_agree_with_float64(name: str, dtype: torch.dtype, training: bool) -> None:
+def test_layer_gradients_agree_with_float64(name: str, dtype: torch.dtype, training: bool) -> None:
     """In evaluation mode too, where torch's fast path would leave the adapter out, gradients enabled or not."""
     subject = make_subject(name, dtype)
     subject.model.train(training)
@@ -235,7 +235,7 @@ def test_a_new_adapter_changes_nothing_but_the_path(name: str) -> None:
 
 @pytest.mark.parametrize("state", [merge, unmerge])
 @pytest.mark.parametrize("name", ["both", "own widths", "encoder, all"])
-def test_a_copy_is_equal_and_apart(name: str, state: Callable[..., None]) -> None:
+def test_copy_of_a_layer_is_equal_and_independent(name: str, state: Callable[..., None]) -> None:
     subject = make_subject(name)
     state(subject.model)
     with torch.no_grad():

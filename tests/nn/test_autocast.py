@@ -19,7 +19,7 @@ pytestmark = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_outputs_and_gradients_agree_with_float64(name: str, dtype: torch.dtype) -> None:
+def test_layer_under_autocast_gives_outputs_and_gradients_of_float64(name: str, dtype: torch.dtype) -> None:
     subject = make_subject(name)
     factors = [subject.layer.lora_A, subject.layer.lora_B]
     wide = [factor.detach().double().requires_grad_() for factor in factors]
@@ -47,7 +47,7 @@ def test_outputs_and_gradients_agree_with_float64(name: str, dtype: torch.dtype)
         assert ((factor.grad.double() - reference.grad).abs() <= rounding(dtype, bound.grad)).all()
 
 
-def test_attention(dtype: torch.dtype) -> None:
+def test_multihead_attention_agrees_with_float64_in_every_mode(dtype: torch.dtype) -> None:
     """torch reads the weights of its encoder layer; those of the adapter are in what it reads."""
     torch.manual_seed(0)
     model = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True).eval()
@@ -70,7 +70,7 @@ def test_attention(dtype: torch.dtype) -> None:
     assert all(p.grad is not None and p.grad.any() for name, p in model.named_parameters() if "lora_" in name)
 
 
-def test_training_with_a_gradient_scaler(dtype: torch.dtype) -> None:
+def test_training_with_gradient_scaler_loses_no_small_step(dtype: torch.dtype) -> None:
     """What mixed precision is: scaled losses, float32 factors and steps, and nothing lost that is small."""
     results = []
     for mixed in (True, False):

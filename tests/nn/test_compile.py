@@ -184,7 +184,7 @@ def test_training_through_the_compiled_backward_equals_eager_training():
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
-def test_inductor():
+def test_inductor_gives_eager_outputs_unmerged_and_merged():
     model = nn.Sequential(nn.Linear(7, 5))
     inject(model, LoRAConfig(r=2))
     randomise_(model, 0.5)
@@ -200,7 +200,7 @@ def test_inductor():
 # --- functions on the wrapper ---
 
 
-def test_every_function_takes_the_compiled_wrapper():
+def test_every_public_function_accepts_a_compiled_model():
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
     before, x = copy.deepcopy(model.state_dict()), sequence(3, 8)
     recorder = Recorder()
@@ -243,7 +243,7 @@ def merged_answer(model, x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("copied", [False, True])
-def test_compiling_in_place(copied):
+def test_model_compiled_in_place_needs_two_graphs_and_gives_eager_outputs(copied):
     model, recorder = Zoo().eval(), Recorder()
     model.compile(backend=recorder, fullgraph=True)
     inject(model, zoo_config())

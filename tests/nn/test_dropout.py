@@ -18,7 +18,7 @@ DROPPING = [name for name in CASES if name not in LOOKED_UP]
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_nothing_in_evaluation(name: str) -> None:
+def test_dropout_does_nothing_in_evaluation(name: str) -> None:
     subject, same = make_subject(name, lora_dropout=P), make_subject(name)
     same.model.load_state_dict(subject.model.state_dict())
     for model in (subject.model, subject.model.train().eval()):
@@ -26,7 +26,7 @@ def test_nothing_in_evaluation(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", DROPPING)
-def test_active_and_unbiased_in_training(name: str) -> None:
+def test_dropout_in_training_is_active_and_unbiased(name: str) -> None:
     subject = make_subject(name, torch.float64, lora_dropout=P)
     wanted = subject.model(subject.x).detach()
     subject.model.train()
@@ -58,13 +58,13 @@ def test_the_share_of_dropped_features_is_p(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LOOKED_UP)
-def test_embeddings_drop_nothing(name: str) -> None:
+def test_dropout_on_an_embedding_drops_nothing(name: str) -> None:
     subject = make_subject(name, lora_dropout=P)
     assert torch.equal(subject.model.train()(subject.x), subject.model.eval()(subject.x))
 
 
 @pytest.mark.parametrize("name", DROPPING)
-def test_gradients_belong_to_what_was_computed(name: str) -> None:
+def test_gradients_with_dropout_belong_to_the_mask_that_was_drawn(name: str) -> None:
     """Finite differences under one and the same random stream."""
     subject = make_subject(name, torch.float64, lora_dropout=P)
     subject.model.train()
@@ -87,14 +87,14 @@ def test_gradients_belong_to_what_was_computed(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["linear", "conv2d", "conv that pads", "fused, outer parts"])
-def test_without_the_adapter_nothing_is_dropped(name: str) -> None:
+def test_disabled_adapter_in_training_drops_nothing(name: str) -> None:
     subject = make_subject(name, lora_dropout=P)
     subject.model.train()
     with disable_adapter(subject.model):
         assert torch.equal(subject.model(subject.x), subject.plain(subject.x))
 
 
-def test_the_base_forward_sees_the_whole_input() -> None:
+def test_dropout_leaves_the_input_of_the_base_whole() -> None:
     model: Any = nn.Sequential(nn.Linear(8, 6))
     plain = nn.Linear(8, 6)
     plain.load_state_dict(model[0].state_dict())
@@ -104,6 +104,6 @@ def test_the_base_forward_sees_the_whole_input() -> None:
 
 
 @pytest.mark.parametrize("value", [1.0, -0.1, 1.5, True, "0.1"])
-def test_other_values_are_refused(value: Any) -> None:
+def test_dropout_that_is_no_probability_is_refused(value: Any) -> None:
     with pytest.raises(LoRAError, match="lora_dropout must be a probability"):
         LoRAConfig(lora_dropout=value)

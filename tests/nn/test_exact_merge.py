@@ -56,7 +56,7 @@ def test_two_hundred_cycles_with_changing_factors_restore_every_bit(dtype: torch
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_adding_and_subtracting_alone_would_drift(dtype: torch.dtype) -> None:
+def test_naive_adding_and_subtracting_drifts_on_the_same_weights(dtype: torch.dtype) -> None:
     """The weights of the test above are ones on which a naive unmerge fails, at every size of adapter."""
     for share in SHARES:
         before = make_weight((30, 40), dtype)
@@ -106,7 +106,7 @@ def test_memory_that_was_exchanged_with_the_same_values_is_no_edit(moved: str, d
 
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("copy", [False, True])
-def test_restored_is_a_view_for_saving_that_changes_nothing(copy: bool) -> None:
+def test_restored_weight_is_the_base_and_leaves_the_merge_alone(copy: bool) -> None:
     weight = make_weight((30, 40), torch.bfloat16)
     before, pieces = weight.clone(), make_pieces(weight)
     kept = merge_weight_(weight, pieces, 0.0005, copy=copy)
@@ -136,7 +136,7 @@ LAYOUTS: dict[str, Callable[[torch.dtype], torch.Tensor]] = {
 @pytest.mark.parametrize("block", [1, 16, 54, 55, 10**6])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_any_layout_and_any_block_size(
+def test_merge_in_any_layout_and_block_size_is_exact_and_undone(
     layout: str, dtype: torch.dtype, block: int, copy: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Blocks of one row longer than a block, of several rows, with a rest, and one block for all."""
@@ -281,7 +281,7 @@ def test_a_weight_that_is_not_finite_is_refused() -> None:
     assert same_bits(weight, before)
 
 
-def test_finite_values_whose_sum_overflows_are_fine() -> None:
+def test_merge_of_finite_values_whose_sum_overflows_is_undone() -> None:
     weight = torch.full((4, 4), torch.finfo(torch.float64).max / 2, dtype=torch.float64)
     before = weight.clone()
     unmerge_weight_(weight, merge_weight_(weight, make_pieces(weight), 1.0))
@@ -289,7 +289,7 @@ def test_finite_values_whose_sum_overflows_are_fine() -> None:
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_a_failure_in_the_middle_leaves_every_bit() -> None:
+def test_merge_that_fails_in_the_middle_leaves_every_bit() -> None:
     weight = make_weight((30, 40), torch.bfloat16)
     before, calls = weight.clone(), []
 
@@ -347,7 +347,7 @@ def test_the_observer_sees_the_rounded_and_the_exact_sum_of_every_element(small_
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_an_adapter_of_one_per_cent_keeps_less_than_a_tenth(dtype: torch.dtype) -> None:
+def test_merge_of_a_one_per_cent_adapter_keeps_less_than_a_tenth_of_the_weight(dtype: torch.dtype) -> None:
     weight = (0.02 * torch.randn(512, 512)).to(dtype)
     pieces = make_pieces(weight, r=8)
     kept = merge_weight_(weight, pieces, scaling_for(weight, pieces, 0.01))
@@ -355,7 +355,7 @@ def test_an_adapter_of_one_per_cent_keeps_less_than_a_tenth(dtype: torch.dtype) 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_never_keeps_more_than_a_plain_copy(dtype: torch.dtype) -> None:
+def test_merge_never_keeps_more_than_a_plain_copy(dtype: torch.dtype) -> None:
     for share in (0.1, 0.3, 1.0, 30.0):
         weight = (0.02 * torch.randn(256, 256)).to(dtype)
         pieces = make_pieces(weight, r=8)

@@ -56,7 +56,7 @@ SURROUNDINGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     ("around_merge", "around_unmerge"),
     [pair for name in list(SURROUNDINGS)[1:] for pair in (("plain", name), (name, "plain"), (name, name))],
 )
-def test_surroundings_do_not_matter(around_merge: str, around_unmerge: str) -> None:
+def test_merge_gives_the_same_bits_in_any_surroundings(around_merge: str, around_unmerge: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         weight = torch.nn.Parameter(make_weight((96, 512), dtype))
         before, pieces = weight.detach().clone(), make_pieces(weight, r=256)
@@ -78,7 +78,7 @@ def test_surroundings_do_not_matter(around_merge: str, around_unmerge: str) -> N
 
 
 @pytest.mark.parametrize(("first", "then"), [(1, 2), (2, 1)])
-def test_another_number_of_threads_computes_the_same_delta(first: int, then: int) -> None:
+def test_unmerge_with_another_number_of_threads_restores_every_bit(first: int, then: int) -> None:
     """A shape for which the last bits of a product differ between one thread and two, where torch uses MKL."""
     weight = make_weight((7, 17), torch.float64)
     before = weight.clone()
@@ -91,7 +91,7 @@ def test_another_number_of_threads_computes_the_same_delta(first: int, then: int
         assert same_bits(weight, before)
 
 
-def test_surroundings_are_left_as_they_were() -> None:
+def test_merge_leaves_threads_precision_and_modes_as_they_were() -> None:
     def settings_now() -> list[Any]:
         return [
             torch.get_num_threads(),

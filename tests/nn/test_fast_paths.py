@@ -158,7 +158,7 @@ TARGETS = ["all-linear", ["linear1"], ["out_proj"], ["self_attn"], ["self_attn",
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("targets", TARGETS, ids=str)
 @pytest.mark.parametrize("norm_first", [False, True])
-def test_encoder_layer(norm_first, targets, dtype):
+def test_encoder_layer_agrees_with_float64_in_every_mode(norm_first, targets, dtype):
     base = build(lambda: nn.TransformerEncoderLayer(D, HEADS, FF, batch_first=True, norm_first=norm_first))
     check(base, [source()], dtype=dtype, target_modules=targets)
 
@@ -166,7 +166,7 @@ def test_encoder_layer(norm_first, targets, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("targets", TARGETS, ids=str)
 @pytest.mark.parametrize("norm_first", [False, True])
-def test_encoder_with_padding(norm_first, targets, dtype):
+def test_encoder_with_padding_agrees_with_float64_in_every_mode(norm_first, targets, dtype):
     check(
         build(lambda: encoder(norm_first=norm_first, activation="gelu")),
         [source()],
@@ -177,7 +177,7 @@ def test_encoder_with_padding(norm_first, targets, dtype):
     )
 
 
-def test_encoder_that_is_adapted_in_its_second_layer_only():
+def test_encoder_adapted_in_one_layer_agrees_with_float64():
     base = build(encoder)
     mask = {"src_key_padding_mask": padding()}
     check(base, [source()], mask, valid=~padding(), target_modules=["layers.1.linear1", "layers.1.self_attn"])
@@ -187,13 +187,13 @@ def test_encoder_that_is_adapted_in_its_second_layer_only():
     "targets", [["self_attn", "multihead_attn"], ["multihead_attn.out_proj"], "all-linear"], ids=str
 )
 @pytest.mark.parametrize("norm_first", [False, True])
-def test_decoder_layer(norm_first, targets):
+def test_decoder_layer_agrees_with_float64_in_every_mode(norm_first, targets):
     base = build(lambda: nn.TransformerDecoderLayer(D, HEADS, FF, batch_first=True, norm_first=norm_first))
     check(base, [source(), source(4)], target_modules=targets)
 
 
 @pytest.mark.parametrize("batch_first", [False, True])
-def test_transformer(batch_first):
+def test_whole_transformer_agrees_with_float64_in_every_mode(batch_first):
     base = build(lambda: nn.Transformer(D, HEADS, 2, 2, FF, batch_first=batch_first))
     args = [torch.randn(LENGTH, BATCH, D), torch.randn(4, BATCH, D)]
     if batch_first:
@@ -223,7 +223,7 @@ SHAPES = {
     ],
     ids=["whole", "in_proj", "out_proj", "query_value"],
 )
-def test_attention(options, shape, batch_first):
+def test_multihead_attention_agrees_with_float64_in_every_mode(options, shape, batch_first):
     extra = SHAPES[shape]
     kwargs = {"embed_dim": D, "num_heads": HEADS, "batch_first": batch_first, **extra}
     base = build(lambda: nn.MultiheadAttention(**kwargs))
@@ -236,7 +236,7 @@ def test_attention(options, shape, batch_first):
 
 
 @pytest.mark.parametrize("average", [False, True])
-def test_attention_weights_masks_and_unbatched_input(average):
+def test_attention_weights_with_masks_and_unbatched_input_agree_with_float64(average):
     base = build(lambda: nn.MultiheadAttention(D, HEADS, batch_first=True))
     block, query = adapted(base, target_modules=["reader"]), source()
     factors = {name: p.double() for name, p in factors_of(block).items()}
@@ -328,7 +328,7 @@ def attributes(block: nn.Module) -> dict[str, object]:
 @pytest.mark.parametrize("enable_nested_tensor", [False, True])
 @pytest.mark.parametrize("activation", ["relu", "gelu", nn.functional.silu])
 @pytest.mark.parametrize("end", [unload, merge_and_unload])
-def test_unload_restores_every_attribute(end, activation, enable_nested_tensor):
+def test_unload_of_an_encoder_restores_every_attribute(end, activation, enable_nested_tensor):
     layer = nn.TransformerEncoderLayer(D, HEADS, FF, batch_first=True, activation=activation)
     base = build(lambda: nn.TransformerEncoder(layer, 2, enable_nested_tensor=enable_nested_tensor)).eval()
     hook = base.reader.layers[0].register_forward_pre_hook(lambda module, args: None)
@@ -353,7 +353,7 @@ def test_a_failed_injection_leaves_the_fast_path():
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda block: pickle.loads(pickle.dumps(block))])
 @pytest.mark.parametrize("merged_state", [False, True])
-def test_copies_go_on_by_themselves(merged_state, copied):
+def test_copy_of_an_adapted_encoder_merges_and_unloads_by_itself(merged_state, copied):
     base = build(encoder).eval()
     x, kwargs = source(), {"src_key_padding_mask": padding()}
     block = adapted(base, target_modules=["self_attn", "linear1"])

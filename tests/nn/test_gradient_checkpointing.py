@@ -89,7 +89,7 @@ def close(found, expected) -> None:
         (None, REENTRANT, True),
     ],
 )
-def test_checkpointed_gradients_are_the_same(how, wrap, needs_grad):
+def test_gradients_with_checkpointing_equal_those_without(how, wrap, needs_grad):
     expected = expected_gradients([source()], segmented(), SEGMENT)
     found = expected_gradients([source(needs_grad)], segmented(how, wrap), SEGMENT)
     assert found.keys() == expected.keys()
@@ -97,7 +97,7 @@ def test_checkpointed_gradients_are_the_same(how, wrap, needs_grad):
     assert all(gradient.abs().max() > 0 for gradient in found.values())
 
 
-def test_where_the_segment_cannot_be_found_torch_warns_of_a_frozen_input():
+def test_unknown_reentrant_segment_with_frozen_input_makes_torch_warn():
     with pytest.warns(UserWarning, match=NOTICE):
         found = expected_gradients([source()], segmented(True), SEGMENT)
     assert {name for name, gradient in found.items() if gradient is not None} == {"head.lora_A", "head.lora_B"}
@@ -105,7 +105,7 @@ def test_where_the_segment_cannot_be_found_torch_warns_of_a_frozen_input():
 
 @pytest.mark.filterwarnings(f"ignore:{NOTICE}:UserWarning")  # torch gives it in evaluation too
 @pytest.mark.parametrize("wrap", [REENTRANT, NOT_REENTRANT])
-def test_names_and_adapters_know_no_checkpoint_wrapper(wrap):
+def test_names_in_adapters_are_free_of_the_checkpoint_wrapper(wrap):
     plain, wrapped, late = segmented(), segmented(wrap=wrap), segmented()
     names = inject(plain, SEGMENT)
     assert inject(wrapped, SEGMENT) == inject(late, SEGMENT) == names
@@ -122,7 +122,7 @@ def test_names_and_adapters_know_no_checkpoint_wrapper(wrap):
         target.load_state_dict(plain.state_dict())
 
 
-def test_a_wrapped_root_loads_too():
+def test_model_wrapped_at_its_root_loads_state_dicts_of_either_kind():
     model, other = (checkpoint_wrapper(Zoo(), checkpoint_impl=NOT_REENTRANT) for _ in range(2))
     inject(model, zoo_config())
     inject(other, zoo_config())
@@ -135,7 +135,7 @@ def test_a_wrapped_root_loads_too():
         other.load_state_dict({name: tensor for name, tensor in Zoo().state_dict().items() if name != "conv.weight"})
 
 
-def test_unload_takes_the_hooks_out():
+def test_unload_removes_the_hooks_of_reentrant_checkpointing():
     for model in (segmented(wrap=REENTRANT), reentrant(vit())):
         before = trace(model)
         inject(model, LoRAConfig(r=2))
@@ -180,7 +180,7 @@ TRANSFORMERS = {
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("kind", TRANSFORMERS)
-def test_checkpointing_of_transformers_models(kind, use_reentrant):
+def test_transformers_gradient_checkpointing_gives_the_same_gradients(kind, use_reentrant):
     make, batch = TRANSFORMERS[kind]
     config = LoRAConfig(r=2, lora_dropout=0.5)
     expected = expected_gradients([batch()], make(), config)
@@ -241,7 +241,7 @@ def second(loss: torch.Tensor, wanted: list[torch.Tensor], through: list[torch.T
     return torch.autograd.grad(sum(gradient.square().sum() for gradient in first), wanted)
 
 
-def test_gradients_of_gradients_in_the_factors():
+def test_second_derivatives_in_the_factors_agree_with_plain_torch():
     model = Zoo().double().train()
     model.embed.padding_idx = None
     plain = copy.deepcopy(model)
@@ -258,7 +258,7 @@ def test_gradients_of_gradients_in_the_factors():
 
 
 @pytest.mark.parametrize("layer", [nn.Linear, Activated], ids=["factored", "own_forward"])
-def test_a_penalty_on_the_gradient_of_the_input(layer):
+def test_penalty_on_the_input_gradient_agrees_with_plain_torch(layer):
     model = nn.Sequential(layer(8, 8), nn.Tanh(), nn.Linear(8, 3)).double()
     plain = copy.deepcopy(model)
     inject(model, LoRAConfig(r=2, lora_alpha=3))

@@ -59,7 +59,7 @@ def assert_same_distribution(found: torch.Tensor, expected: torch.Tensor) -> Non
     ("kind", "init"),
     [(kind, init) for kind in BUILDERS for init in (True, "gaussian", False) if (kind, init) != ("embedding", False)],
 )
-def test_factors_are_distributed_as_pefts(kind, init):
+def test_initial_factors_are_distributed_as_those_of_peft(kind, init):
     for found, expected in zip(ours(kind, init), pefts(kind, init), strict=True):
         assert_same_distribution(found, expected)
 
@@ -71,12 +71,12 @@ def test_without_initialisation_the_adapter_has_an_effect_at_once():
 
 
 @pytest.mark.parametrize("kind", ["linear", "embedding"])
-def test_the_default_is_loralibs(kind):
+def test_default_init_is_distributed_as_that_of_loralib(kind):
     for found, expected in zip(ours(kind, True), loralibs(kind), strict=True):
         assert_same_distribution(found, expected)
 
 
-def test_orthogonal_factors_are_pefts_and_start_without_effect():
+def test_orthogonal_init_equals_that_of_peft_and_starts_without_effect():
     found, expected = ours("linear", "orthogonal"), pefts("linear", "orthogonal")
     for one, other in zip(found, expected, strict=True):
         assert_same_distribution(one, other)
@@ -91,7 +91,7 @@ def test_orthogonal_starts_without_effect_in_every_layer(kind):
 
 
 @pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal"])
-def test_no_random_stream_is_advanced(init):
+def test_inject_advances_no_random_stream(init):
     model = Zoo()
     before = (torch.get_rng_state(), random.getstate())
     inject(model, zoo_config(init_lora_weights=init))
@@ -99,7 +99,7 @@ def test_no_random_stream_is_advanced(init):
     assert random.getstate() == before[1]
 
 
-def test_shuffled_data_and_dropout_come_in_the_same_order():
+def test_inject_leaves_the_order_of_shuffled_data_and_dropout():
     def order(adapt: bool) -> list[Any]:
         torch.manual_seed(5)
         model = Zoo()
@@ -125,7 +125,7 @@ def test_the_seed_decides_the_factors_and_every_layer_has_its_own():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("wide", [True, False])
-def test_dtype_of_the_factors(dtype, wide):
+def test_factors_have_the_dtype_that_peft_gives_them(dtype, wide):
     model = Zoo().to(dtype)
     inject(model, zoo_config(autocast_adapter_dtype=wide))
     half = dtype in (torch.float16, torch.bfloat16)

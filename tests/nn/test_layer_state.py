@@ -88,7 +88,9 @@ def test_cycles_of_changing_adapters_bring_back_the_very_weight(name: str, dtype
 @pytest.mark.parametrize("found", [merge, unmerge])
 @pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
 @pytest.mark.parametrize("name", KINDS)
-def test_a_copy_is_equal_and_apart(name: str, copied: Callable[[Any], Any], found: Callable[..., None]) -> None:
+def test_copy_of_a_layer_is_equal_and_independent(
+    name: str, copied: Callable[[Any], Any], found: Callable[..., None]
+) -> None:
     subject = kept_subject(name)
     found(subject.model)
     wanted = subject.model(subject.x)
@@ -163,7 +165,7 @@ def test_a_class_of_main_pickles_into_another_process(tmp_path: Path, monkeypatc
 
 @pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("name", KINDS)
-def test_state_dicts_hold_the_base_weight(name: str) -> None:
+def test_state_dict_of_a_merged_layer_holds_the_base_weight(name: str) -> None:
     subject = kept_subject(name, torch.bfloat16)
     before = {key: value.clone() for key, value in subject.model.state_dict().items()}
     with merged(subject.model):
@@ -177,7 +179,7 @@ def test_state_dicts_hold_the_base_weight(name: str) -> None:
 @pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("name", KINDS)
-def test_loading_while_merged_is_loading(name: str, assign: bool) -> None:
+def test_loading_while_merged_equals_loading_and_then_merging(name: str, assign: bool) -> None:
     subject, other = kept_subject(name), kept_subject(name)
     factored = other.model(subject.x)
     merge(subject.model)
@@ -195,7 +197,9 @@ def test_loading_while_merged_is_loading(name: str, assign: bool) -> None:
 @pytest.mark.parametrize("target", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["linear", "embedding", "conv2d, groups", "fused Conv1D"])
-def test_casting_while_merged_is_casting(name: str, dtype: torch.dtype, target: torch.dtype) -> None:
+def test_casting_while_merged_equals_casting_and_then_merging(
+    name: str, dtype: torch.dtype, target: torch.dtype
+) -> None:
     subject = kept_subject(name, dtype)
     twin = copy.deepcopy(subject.model)
     merge(subject.model)
@@ -207,7 +211,7 @@ def test_casting_while_merged_is_casting(name: str, dtype: torch.dtype, target: 
     assert same_bits(subject.layer.weight, subject.plain.layer.weight.to(target))
 
 
-def test_the_shorthands_cast_too() -> None:
+def test_half_bfloat16_double_and_float_cast_a_merged_layer_too() -> None:
     for cast in (nn.Module.half, nn.Module.bfloat16, nn.Module.double, nn.Module.float):
         subject = kept_subject("linear")
         merge(subject.model)

@@ -28,7 +28,7 @@ def assert_agrees(found: torch.Tensor, subject: Subject) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", CASES)
-def test_outputs_agree_with_float64(name: str, dtype: torch.dtype) -> None:
+def test_layer_outputs_unmerged_and_merged_agree_with_float64(name: str, dtype: torch.dtype) -> None:
     subject = make_subject(name, dtype)
     output = subject.model(subject.x)
     assert output.dtype == dtype
@@ -45,7 +45,7 @@ def test_outputs_agree_with_float64(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", CASES)
-def test_gradients_agree_with_float64(name: str, dtype: torch.dtype) -> None:
+def test_layer_gradients_agree_with_float64(name: str, dtype: torch.dtype) -> None:
     """Those of the plain layer with W + s * B @ A for its weight."""
     subject = make_subject(name, dtype)
     factors = [subject.layer.lora_A, subject.layer.lora_B]
@@ -65,7 +65,7 @@ def test_gradients_agree_with_float64(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", CASES)
-def test_a_new_adapter_changes_nothing(name: str, dtype: torch.dtype, training: bool) -> None:
+def test_new_adapter_on_a_layer_changes_no_bit_of_the_output(name: str, dtype: torch.dtype, training: bool) -> None:
     subject = make_subject(name, dtype, fill=False)
     wanted = subject.plain(subject.x)
     assert torch.equal(subject.model.train(training)(subject.x), wanted)
@@ -74,7 +74,7 @@ def test_a_new_adapter_changes_nothing(name: str, dtype: torch.dtype, training: 
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_layer_stays_what_it_was(name: str) -> None:
+def test_adapted_layer_keeps_class_repr_and_parameter_names(name: str) -> None:
     subject = make_subject(name)
     assert isinstance(subject.layer, type(subject.plain.layer))
     assert subject.layer.extra_repr() == subject.plain.layer.extra_repr()
@@ -90,7 +90,7 @@ def test_methods_of_a_users_class_see_the_adapter() -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_input_may_come_by_keyword(name: str) -> None:
+def test_adapted_layer_takes_its_input_by_keyword(name: str) -> None:
     subject = make_subject(name)
     for merged in (False, True):
         (merge if merged else unmerge)(subject.model)
@@ -98,7 +98,7 @@ def test_the_input_may_come_by_keyword(name: str) -> None:
         assert torch.equal(subject.layer(**{subject.case.keyword: subject.x}), wanted)
 
 
-def test_a_forward_of_ones_own_gets_all_its_arguments() -> None:
+def test_adapted_layer_with_its_own_forward_gets_all_arguments() -> None:
     subject = make_subject("conv that pads")
     for side in (0, 1):
         assert subject.layer(subject.x, side=side).shape[-1] == 4 + side
@@ -121,7 +121,9 @@ def test_a_merged_layer_runs_just_the_operators_of_the_plain_one(name: str) -> N
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("norm_type", [1.0, 2.0])
-def test_max_norm_leaves_the_weight_alone(dtype: torch.dtype, norm_type: float) -> None:
+def test_max_norm_embedding_gives_torchs_output_and_leaves_the_weight_alone(
+    dtype: torch.dtype, norm_type: float
+) -> None:
     plain = nn.Embedding(11, 6, max_norm=1.5, norm_type=norm_type, padding_idx=2).to(dtype)
     model = nn.Sequential(nn.Embedding(11, 6, max_norm=1.5, norm_type=norm_type, padding_idx=2).to(dtype))
     model.load_state_dict({"0.weight": plain.weight})
@@ -158,7 +160,7 @@ class DoubledEmbedding(nn.Embedding):
         return 2 * super().forward(tokens)
 
 
-def test_max_norm_in_a_forward_of_ones_own() -> None:
+def test_max_norm_embedding_with_its_own_forward_leaves_the_weight_alone() -> None:
     plain = DoubledEmbedding(11, 6, max_norm=1.5)
     model = nn.Sequential(DoubledEmbedding(11, 6, max_norm=1.5))
     model.load_state_dict({"0.weight": plain.weight})
@@ -200,7 +202,7 @@ def test_conv1d_is_recognised_without_importing_transformers() -> None:
     assert tuple(layer.lora_B.shape) == (6, 2)
 
 
-def test_parts_must_divide_the_outputs() -> None:
+def test_enable_lora_with_parts_that_do_not_divide_the_outputs_is_refused() -> None:
     model = nn.Sequential(nn.Linear(8, 12))
     with pytest.raises(LoRAError, match="5 parts, which do not divide its 12 outputs"):
         inject(model, LoRAConfig(target_modules=["0"], enable_lora={"0": [True, False, True, True, False]}))

@@ -64,7 +64,7 @@ def test_the_thin_factor_is_on_the_left_of_every_product_over_the_rows(dtype):
     )
 
 
-def test_nothing_else_of_full_size_is_made_but_the_sum_of_the_two_gradients_of_the_input():
+def test_training_step_makes_one_full_size_tensor_beside_the_products():
     layer = nn.Sequential(nn.Linear(WIDTH, OUT))
     inject(layer, LoRAConfig(r=R))
     products = step(layer, torch.randn(ROWS, WIDTH))

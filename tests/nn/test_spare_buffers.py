@@ -59,7 +59,7 @@ def test_two_models_never_share_a_copy():
     assert all(map(torch.equal, before, after))
 
 
-def test_no_more_than_the_budget_is_held(monkeypatch):
+def test_spare_buffers_never_exceed_their_budget(monkeypatch):
     monkeypatch.setattr(sys.modules["lightning_lora.model.merging"], "COPY_BUDGET", 64 * 64 * 4 + 1)
     net = model()
     merge(net)
@@ -81,7 +81,7 @@ def test_a_weight_made_in_inference_mode_and_one_that_was_not(first):
     assert len(memory) == 3  # one for the other layer, and none of another mode is taken
 
 
-def test_strides_are_kept():
+def test_plain_copy_in_a_spare_buffer_keeps_the_strides():
     turned = model()
     merge(turned)
     unmerge(turned)
@@ -91,7 +91,7 @@ def test_strides_are_kept():
     assert turned[1].lora.records["weight"].copy.stride() == (64, 1)
 
 
-def test_a_value_that_is_not_finite_in_the_last_block():
+def test_merge_that_fails_in_the_last_block_restores_every_layer():
     """W' of the blocks before it was already written."""
     net = model(width=600)
     before = [layer.weight.clone() for layer in adapted_layers(net).values()]

@@ -92,7 +92,7 @@ def test_a_fit_needs_two_graphs_and_equals_the_eager_fit(tmp_path, how, options)
 
 
 @pytest.mark.parametrize("how", ["submodule", "in place", "whole"])
-def test_a_model_that_was_injected_before_it_was_compiled(tmp_path, how):
+def test_fit_of_a_model_injected_before_compiling_equals_the_eager_fit(tmp_path, how):
     config = LoRAConfig(r=2, target_modules=TARGETS, lora_dropout=0.5)
     model, watch = fit(tmp_path, how, config=config, lora_dropout=0.5)
     eager, expected = fit(tmp_path, UNCOMPILED, config=config, lora_dropout=0.5)
@@ -117,7 +117,7 @@ def test_validation_runs_the_graph_of_a_model_without_adapters(tmp_path, how):
 
 @pytest.mark.filterwarnings("ignore:Found .* module.s. in eval mode at the start of training:UserWarning")
 @pytest.mark.parametrize("how", ["submodule", "whole"])
-def test_an_eval_mode_backbone_needs_no_more_graphs(tmp_path, how):
+def test_compiled_fit_with_an_eval_mode_backbone_needs_no_more_graphs(tmp_path, how):
     class Frozen(Quiet):
         def prepare(self):
             super().prepare()
@@ -132,7 +132,7 @@ def test_an_eval_mode_backbone_needs_no_more_graphs(tmp_path, how):
 
 
 @pytest.mark.parametrize("how", WAYS)
-def test_no_way_of_compiling_is_in_the_names_of_a_checkpoint(tmp_path, how):
+def test_checkpoint_of_a_model_compiled_in_any_way_has_plain_names(tmp_path, how):
     with torch.compiler.set_stance("force_eager"):
         fit(tmp_path, how, epochs=1)
     saved = torch.load(tmp_path / "0.ckpt", weights_only=True)
@@ -144,7 +144,7 @@ def test_no_way_of_compiling_is_in_the_names_of_a_checkpoint(tmp_path, how):
 
 
 @pytest.mark.parametrize("save", ["adapter", "merged", "full"])
-def test_checkpoints_know_nothing_of_the_wrapper(tmp_path, save):
+def test_checkpoint_of_a_compiled_submodule_resumes_and_loads_uncompiled(tmp_path, save):
     model, watch = fit(tmp_path / "compiled", "submodule", save=save)
     eager, _ = fit(tmp_path / "eager", UNCOMPILED, save=save)
     first, last, uncompiled = (tmp_path / name for name in ("compiled/0.ckpt", "compiled/2.ckpt", "eager/2.ckpt"))

@@ -262,7 +262,7 @@ STRATEGIES = ("ddp_spawn", "ddp_fork", "ddp_notebook")
     "ignore:`.fit.ckpt_path=None.` was called without a model:UserWarning",
     "ignore:.*ckpt_path=.last.. is set, but there is no last checkpoint:UserWarning",
 )
-def test_the_table_in_the_readme(tmp_path, launched: dict[str, Any]):
+def test_every_composition_gives_the_outcome_in_the_readme(tmp_path, launched: dict[str, Any]):
     outcomes = {name: outcome(case, tmp_path / str(i)) for i, (name, case) in enumerate(ROWS.items())}
     for strategy in STRATEGIES:
         found = launched[strategy]

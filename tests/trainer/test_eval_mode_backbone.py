@@ -156,7 +156,7 @@ def test_without_lora_dropout_nothing_is_random_in_an_eval_mode_backbone(tmp_pat
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("kind", BACKBONES)
-def test_the_adapters_train_and_modes_stay(tmp_path, kind, dropout):
+def test_adapters_in_an_eval_mode_backbone_train_and_modes_stay(tmp_path, kind, dropout):
     model, before = Classifier(kind), Classifier(kind)
     modes = [module.training for module in model.modules()]
     inject(before, LoRAConfig(r=2, target_modules=BACKBONES[kind][1], init_lora_weights=False))
@@ -183,7 +183,7 @@ def test_a_backbone_in_training_mode_drops_the_same(tmp_path):
     assert_same_tensors(results[0], results[1])
 
 
-def test_where_the_mode_is_training_the_mode_alone_decides(tmp_path):
+def test_dropout_follows_a_mode_changed_inside_the_training_step(tmp_path):
     class Evaluating(Classifier):
         def training_step(self, batch, batch_idx):
             for mode in (False, True):

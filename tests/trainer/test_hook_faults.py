@@ -93,13 +93,15 @@ def assert_faults_do_no_harm(path: Path, *case: Any) -> None:
 
 
 @pytest.mark.parametrize(("fn", "owner", "hook"), CASES)
-def test_an_exception_in_any_hook(tmp_path, fn: str, owner: str, hook: str):
+def test_exception_in_any_hook_leaves_the_model_unmerged_and_the_next_fit_right(
+    tmp_path, fn: str, owner: str, hook: str
+):
     assert_faults_do_no_harm(tmp_path, fn, owner, hook, BrokenError)
 
 
 @pytest.mark.parametrize("fn", STAGES)
 @pytest.mark.parametrize("owner", ["first", "last"])
-def test_ctrl_c(tmp_path, fn: str, owner: str):
+def test_ctrl_c_in_evaluation_leaves_the_model_unmerged_and_the_next_fit_right(tmp_path, fn: str, owner: str):
     """Lightning turns KeyboardInterrupt into SystemExit."""
     assert_faults_do_no_harm(tmp_path, fn, owner, f"on_{STAGES[fn]}_batch_end", KeyboardInterrupt)
 
@@ -113,7 +115,7 @@ class BreaksTheWayOut(L.Callback):
 
 @pytest.mark.parametrize("next_fn", ["fit", "validate", "test", "predict"])
 @pytest.mark.parametrize("fn", STAGES)
-def test_an_exception_that_our_callback_never_hears_of(tmp_path, fn: str, next_fn: str):
+def test_exception_unseen_by_the_callback_leaves_the_next_run_right(tmp_path, fn: str, next_fn: str):
     """Whatever runs next is right and leaves the model as it should be."""
 
     def run(merged_eval: bool) -> tuple[Net, Any]:

@@ -54,7 +54,7 @@ def test_a_fault_in_evaluation_leaves_the_model_unmerged_and_the_next_fit_right(
 
 
 @pytest.mark.usefixtures("_keeps_ctrl_c")
-def test_ctrl_c_while_merging(tmp_path, monkeypatch):
+def test_ctrl_c_while_the_trainer_merges_leaves_the_model_unmerged(tmp_path, monkeypatch):
     """The signal is held back until every layer is merged, and reaches the Trainer before merge returns."""
 
     def press(*args: Any) -> Any:

@@ -37,7 +37,7 @@ def test_the_adapter_arrives_in_the_main_process(launched, strategy: str):
 
 
 @pytest.mark.parametrize("strategy", KINDS)
-def test_the_main_process_saves_what_save_says(launched, strategy: str):
+def test_checkpoint_of_the_main_process_equals_that_of_the_started_one(launched, strategy: str):
     """What a callback's checkpoint at the end of the fit holds, in the started process, also without its hooks."""
     found = launched[strategy]
     assert found["kinds"] == [KINDS[strategy]] * 2
@@ -70,7 +70,7 @@ def saved_after_it(path: Path, part: str, weights_only: bool) -> Any:
 
 @pytest.mark.parametrize("weights_only", [True, False])
 @pytest.mark.parametrize("part", ["", "body"])
-def test_a_part_that_was_injected(tmp_path, part: str, weights_only: bool):
+def test_injected_part_is_saved_by_the_hook_of_the_callback_alone(tmp_path, part: str, weights_only: bool):
     """A part knows nothing of the module around it, so that the callback's hook must help, where it is called."""
     found = saved_after_it(tmp_path, part, weights_only)
     assert ("lora" in found) is not (part and weights_only)
@@ -81,11 +81,11 @@ def test_a_part_that_was_injected(tmp_path, part: str, weights_only: bool):
 
 
 @pytest.mark.parametrize("strategy", ["ddp_fork", "ddp_notebook"])
-def test_without_inject_it_is_refused_with_the_remedy(launched, strategy: str):
+def test_launcher_without_inject_is_refused_with_the_remedy(launched, strategy: str):
     assert "Call inject(model, LoRAConfig(...)) before fit, or use strategy='ddp'." in launched["refused"][strategy]
 
 
-def test_the_callback_one_writes_first_loses_the_adapter(launched):
+def test_naive_callback_loses_the_adapter_in_started_processes(launched):
     """It trains and saves one, but the model of the main process has none, and nothing says so."""
     assert len(launched["lost"]["saved"]) == 6
     assert launched["lost"]["arrived"] == []
@@ -102,7 +102,7 @@ def test_verify_reports_the_largest_error_of_all_ranks(launched):
 
 
 @pytest.mark.filterwarnings("ignore:lightning_lora. base parameters were unfrozen:UserWarning")
-def test_an_adapter_from_before_a_base_weight_was_unfrozen_there(tmp_path):
+def test_earlier_adapter_loads_after_a_started_process_unfroze_a_weight(tmp_path):
     """It belongs to the base with the first value of that weight, which the main process must know for it."""
     first = Net()
     inject(first, LoRAConfig(r=2))

@@ -76,7 +76,7 @@ def fit(path: Path, model: Net, callbacks: list[L.Callback], epochs: int = 4, re
 
 @pytest.mark.parametrize("bar", [RichProgressBar, TQDMProgressBar])
 @pytest.mark.parametrize("first", [True, False], ids=["ours first", "ours last"])
-def test_all_in_one_trainer(tmp_path, first: bool, bar: type[L.Callback]):
+def test_all_callbacks_in_one_trainer_give_the_run_evaluated_unmerged(tmp_path, first: bool, bar: type[L.Callback]):
     models, files = {}, {}
     for merged_eval in (True, False):
         path = tmp_path / str(merged_eval)
@@ -124,7 +124,7 @@ def fit_nothing(path: Path, callbacks: list[L.Callback]) -> L.Trainer:
     return L.Trainer(accelerator="cpu", logger=False, default_root_dir=path, callbacks=callbacks)
 
 
-def test_stopping_early_stops_at_the_same_epoch(tmp_path):
+def test_early_stopping_stops_at_the_epoch_of_the_unmerged_run(tmp_path):
     epochs = []
     for merged_eval in (True, False):
         stop = EarlyStopping("val_loss", patience=1, min_delta=0.05)
@@ -155,7 +155,7 @@ FREEZING = [
 @pytest.mark.filterwarnings(*FREEZING)
 @pytest.mark.parametrize("kind", ["adapter", "merged", "full"])
 @pytest.mark.parametrize("first", [True, False], ids=["ours first", "ours last"])
-def test_backbone_finetuning(tmp_path, first: bool, kind: str):
+def test_backbone_finetuning_trains_saves_and_resumes_the_unfrozen_base(tmp_path, first: bool, kind: str):
     """From epoch 2 on the backbone's base is trained too; what is saved holds it."""
 
     def run(path: Path, merged_eval: bool = True, resume: Path | None = None) -> tuple[Net, L.Trainer]:

@@ -43,7 +43,7 @@ def resident_bytes() -> int:
 
 
 @pytest.mark.slow
-def test_a_thousand_epochs(tmp_path, monkeypatch):
+def test_thousand_epochs_of_merged_validation_neither_drift_nor_grow(tmp_path, monkeypatch):
     monkeypatch.setattr(
         importlib.import_module("lightning_lora.model.merging"), "COPY_BUDGET", 0
     )  # keep values, as a large model

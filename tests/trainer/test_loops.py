@@ -45,7 +45,7 @@ def fitting(data: Callable[[], Data] = Data, **options: Any) -> Any:
     ],
     ids=str,
 )
-def test_validation_inside_fit(tmp_path, options: dict[str, Any], evaluated: int):
+def test_validation_inside_fit_is_merged_and_equals_the_unmerged_run(tmp_path, options: dict[str, Any], evaluated: int):
     def no_evaluation(path: Path, model: Net, callback: LoRACallback) -> None:
         """So that compare sees one merged evaluation."""
         make_trainer(path, callback).test(model, Data(), verbose=False)
@@ -60,7 +60,7 @@ def test_validation_inside_fit(tmp_path, options: dict[str, Any], evaluated: int
 
 @pytest.mark.parametrize("data", [Data, TwoLoaders])
 @pytest.mark.parametrize("inference_mode", [True, False])
-def test_evaluation_before_between_and_after_fits(tmp_path, data: type[Data], inference_mode: bool):
+def test_evaluation_around_fits_equals_the_unmerged_run(tmp_path, data: type[Data], inference_mode: bool):
     def run(path: Path, model: Net, callback: LoRACallback) -> list[float]:
         trainer = make_trainer(path, callback, inference_mode=inference_mode)
         numbers = [metric for found in trainer.validate(model, data(), verbose=False) for metric in found.values()]
@@ -82,7 +82,7 @@ def flat(predictions: Any) -> list[torch.Tensor]:
     return [p for item in predictions for p in flat(item)] if isinstance(predictions, list) else [predictions]
 
 
-def test_manual_optimization_with_several_optimizers(tmp_path):
+def test_manual_optimization_equals_the_unmerged_run(tmp_path):
     model = compare(tmp_path, fitting(), Manual)
     assert len([stage for stage, *_ in model.seen if stage == "train"]) == 2 * 2 * 3
 
@@ -94,7 +94,7 @@ class Silent(Watched):
         self.note("validation", batch)
 
 
-def test_barebones(tmp_path):
+def test_barebones_trainer_equals_the_unmerged_run(tmp_path):
     def run(path: Path, model: Net, callback: LoRACallback) -> None:
         trainer = L.Trainer(
             barebones=True, accelerator="cpu", max_epochs=2, callbacks=[callback], default_root_dir=path
@@ -105,7 +105,7 @@ def test_barebones(tmp_path):
     assert len(compare(tmp_path, run, Silent).seen) == 3 * (2 + 2 + 1)
 
 
-def test_one_callback_in_several_trainers(tmp_path):
+def test_one_callback_in_several_trainers_equals_the_unmerged_run(tmp_path):
     def run(path: Path, model: Net, callback: LoRACallback) -> None:
         for epochs in (1, 2):
             make_trainer(path, callback, max_epochs=epochs).fit(model, Data())
@@ -114,7 +114,7 @@ def test_one_callback_in_several_trainers(tmp_path):
     compare(tmp_path, run)
 
 
-def test_two_trainers_on_one_model(tmp_path):
+def test_two_trainers_on_one_model_equal_the_unmerged_run(tmp_path):
     """Each with a callback of its own, the second without options."""
 
     def run(path: Path, model: Net, callback: LoRACallback) -> None:
@@ -126,7 +126,7 @@ def test_two_trainers_on_one_model(tmp_path):
     compare(tmp_path, run)
 
 
-def test_two_trainers_in_turn(tmp_path):
+def test_two_live_trainers_in_turn_equal_the_unmerged_run(tmp_path):
     """One callback in two Trainers that are both alive, each validated between the other's fits."""
 
     def run(path: Path, model: Net, callback: LoRACallback) -> None:
@@ -140,7 +140,7 @@ def test_two_trainers_in_turn(tmp_path):
     compare(tmp_path, run)
 
 
-def test_learning_rate_finder(tmp_path):
+def test_learning_rate_finder_finds_the_rate_of_the_unmerged_run(tmp_path):
     def run(path: Path, model: Net, callback: LoRACallback) -> list[float]:
         finder = LearningRateFinder(num_training_steps=20, attr_name="lr", early_stop_threshold=None)
         make_trainer(path, callback, finder, max_epochs=2).fit(model, LongData())
@@ -150,7 +150,7 @@ def test_learning_rate_finder(tmp_path):
     compare(tmp_path, run, always=False)
 
 
-def test_learning_rate_finder_gives_the_weights_back(tmp_path):
+def test_learning_rate_finder_restores_the_weights_before_the_fit(tmp_path):
     """Its restore loads an adapter checkpoint strictly."""
     model = Watched()
     base = base_weights(model)
@@ -169,7 +169,7 @@ def test_learning_rate_finder_gives_the_weights_back(tmp_path):
 # The size finder leaves a validated model in evaluation mode.
 @pytest.mark.filterwarnings("ignore:Found 8 module.s. in eval mode at the start of training:UserWarning")
 @pytest.mark.parametrize("method", ["fit", "test"])
-def test_tuner(tmp_path, method: str):
+def test_tuner_finds_the_values_of_the_unmerged_run(tmp_path, method: str):
     def run(path: Path, model: Net, callback: LoRACallback) -> list[float]:
         data = SizedData()
         trainer = make_trainer(path, callback)
@@ -202,7 +202,7 @@ class LongData(Data):
         super().__init__(batches=5)
 
 
-def test_batch_size_finder(tmp_path):
+def test_batch_size_finder_finds_the_size_of_the_unmerged_run(tmp_path):
     def run(path: Path, model: Net, callback: LoRACallback) -> list[float]:
         data = SizedData()
         finder = BatchSizeFinder(max_trials=2, steps_per_trial=1)

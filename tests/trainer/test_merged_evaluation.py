@@ -144,7 +144,7 @@ def test_the_adapter_matters_far_more_than_merging(tmp_path):
 
 
 @pytest.mark.parametrize("model_class", [Net, BuiltInSetup, BuiltInConfigureModel])
-def test_several_fits_evaluations_between(tmp_path, model_class: type[Net]):
+def test_several_fits_with_evaluations_between_equal_the_unmerged_run(tmp_path, model_class: type[Net]):
     def several(merged_eval: bool) -> Net:
         model, callback = model_class(), lora(merged_eval=merged_eval, modules_to_save=["body.1"])
         for _ in range(3):

@@ -37,7 +37,7 @@ def inner_callbacks(kind: str, outer: LoRACallback) -> list[LoRACallback]:
 @pytest.mark.parametrize("kind", ["none", "its own", "the same"])
 @pytest.mark.parametrize("before", [True, False], ids=["listed before", "listed after"])
 @pytest.mark.parametrize("hook", TRAINING_HOOKS + VALIDATION_HOOKS)
-def test_validating_the_same_model(tmp_path, hook: str, before: bool, kind: str):
+def test_inner_validation_of_the_same_model_leaves_the_outer_run_right(tmp_path, hook: str, before: bool, kind: str):
     def run(path: Path, model: Net, callback: LoRACallback) -> None:
         def inner(trainer: Any, pl_module: Any) -> None:
             make_trainer(path / "inner", *inner_callbacks(kind, callback)).validate(pl_module, Data(1), verbose=False)
@@ -51,7 +51,7 @@ def test_validating_the_same_model(tmp_path, hook: str, before: bool, kind: str)
 
 @pytest.mark.parametrize("kind", ["its own", "the same"])
 @pytest.mark.parametrize("hook", [*TRAINING_HOOKS, *VALIDATION_HOOKS])
-def test_training_a_copy(tmp_path, hook: str, kind: str):
+def test_copy_trained_inside_a_hook_trains_as_one_of_an_unmerged_model(tmp_path, hook: str, kind: str):
     """The copy, taken merged in some hooks, trains as a copy of an unmerged model does."""
     copies = {}
 
@@ -78,7 +78,7 @@ def test_training_a_copy(tmp_path, hook: str, kind: str):
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
 @pytest.mark.parametrize("kind", ["its own", "the same"])
 @pytest.mark.parametrize("hook", ["on_test_start", "on_test_batch_start", "on_test_batch_end", "on_test_end"])
-def test_testing_a_copy_made_in_inference_mode(tmp_path, hook: str, kind: str, precision: str):
+def test_copy_made_in_inference_mode_tests_as_the_model_does(tmp_path, hook: str, kind: str, precision: str):
     """Its parameters may be written to in inference mode alone."""
     models, options = {}, {"precision": precision}
     for merged_eval in (True, False):
@@ -100,7 +100,7 @@ def test_testing_a_copy_made_in_inference_mode(tmp_path, hook: str, kind: str, p
 
 
 @pytest.mark.parametrize("hook", [*TRAINING_HOOKS, *VALIDATION_HOOKS])
-def test_training_the_same_model(tmp_path, hook: str):
+def test_inner_fit_of_the_same_model_leaves_the_outer_run_right(tmp_path, hook: str):
     def run(path: Path, model: Net, callback: LoRACallback) -> None:
         def inner(trainer: Any, pl_module: nn.Module) -> None:
             modes = {module: module.training for module in pl_module.modules()}
@@ -119,7 +119,7 @@ def test_training_the_same_model(tmp_path, hook: str):
 
 @pytest.mark.parametrize("stage", ["fit", "test"])
 @pytest.mark.parametrize("hook", ["on_train_batch_start", "on_validation_batch_start", "on_validation_batch_end"])
-def test_the_same_callback_on_another_model(tmp_path, hook: str, stage: str):
+def test_callback_used_on_another_model_inside_a_hook_serves_both(tmp_path, hook: str, stage: str):
     others: dict[bool, list[Net]] = {}
 
     def run(path: Path, model: Net, callback: LoRACallback) -> None:

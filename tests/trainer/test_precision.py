@@ -101,7 +101,7 @@ def test_16_mixed_is_bf16_mixed_on_a_cpu(tmp_path):
 @pytest.mark.parametrize("inference_mode", [True, False])
 @pytest.mark.parametrize("fn", ["validate", "test", "predict"])
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_evaluation_without_a_fit(tmp_path, precision: str, fn: str, inference_mode: bool):
+def test_evaluation_without_a_fit_agrees_merged_and_unmerged(tmp_path, precision: str, fn: str, inference_mode: bool):
     models = {}
     for merged_eval in (True, False):
         torch.manual_seed(0)
@@ -172,7 +172,7 @@ def test_steps_smaller_than_the_base_can_express_are_not_lost(tmp_path, precisio
 
 @pytest.mark.parametrize("make", [Stable, StableInConfigureModel])
 @pytest.mark.parametrize("precision", TRUE)
-def test_the_option_turns_it_off(tmp_path, precision: str, make: type[Net]):
+def test_autocast_adapter_dtype_false_keeps_the_factors_in_16_bits(tmp_path, precision: str, make: type[Net]):
     model = make()
     trainer = fit(tmp_path, model, lora(autocast_adapter_dtype=False), precision=precision)
     half = PRECISIONS[precision][0]
@@ -186,7 +186,7 @@ def test_the_option_turns_it_off(tmp_path, precision: str, make: type[Net]):
 @pytest.mark.parametrize("kind", ["adapter", "merged", "full"])
 @pytest.mark.parametrize("make", [Stable, StableInConfigureModel])
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, precision: str, make: type[Net], kind: str):
+def test_resumed_run_with_averaging_equals_the_uninterrupted_one(tmp_path, precision: str, make: type[Net], kind: str):
     def differing(name: str, *callbacks: Any) -> list[str]:
         models = [make(), make()]
         for i, model in enumerate(models):
@@ -213,7 +213,7 @@ def test_a_saved_adapter_comes_back_into_a_model_without_a_trainer(tmp_path, pre
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed", "64-true"])
-def test_beside_a_moving_average(tmp_path, precision: str):
+def test_moving_average_in_16_bits_agrees_merged_and_unmerged(tmp_path, precision: str):
     """EMAWeightAveraging copies the model in setup, before the precision is applied to it."""
     results = {}
     for merged_eval in (True, False):

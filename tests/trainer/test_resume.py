@@ -86,17 +86,17 @@ def test_resuming_equals_the_uninterrupted_run(tmp_path, kind: str, options: dic
 
 @pytest.mark.parametrize("later", KINDS)
 @pytest.mark.parametrize("earlier", KINDS)
-def test_a_run_may_go_on_with_another_kind(tmp_path, earlier: str, later: str):
+def test_run_resumed_with_another_kind_equals_the_uninterrupted_one(tmp_path, earlier: str, later: str):
     resume_and_compare(tmp_path, lambda: (Net(), [lora(save=earlier)]), lambda: (Net(), [lora(save=later)]))
 
 
-def test_resuming_twice(tmp_path):
+def test_run_resumed_twice_equals_the_uninterrupted_one(tmp_path):
     """The checkpoint of a resumed run is as good as the first one's."""
     resume_and_compare(tmp_path, lambda: (Net(), [lora()]))
     resume_and_compare(tmp_path, lambda: (Net(), [lora()]), at=2)
 
 
-def test_an_adopted_part_resumes(tmp_path):
+def test_run_with_an_injected_part_resumes(tmp_path):
     def part() -> tuple[Net, list[L.Callback]]:
         model = Net()
         inject(model.body, LoRACallback(r=2, modules_to_save=["1"]).config)
@@ -182,7 +182,7 @@ def test_a_full_checkpoint_without_one_base_key_is_refused(tmp_path, key: str):
 
 @pytest.mark.parametrize("key", ["head.lora_A", "body.0.lora_B", "body.1.running_var", "body.1.bias"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_part_of_an_adapter_is_refused(tmp_path, kind: str, key: str):
+def test_resuming_from_a_part_of_an_adapter_is_refused(tmp_path, kind: str, key: str):
     def cut(content: dict[str, Any]) -> None:
         (content["lora"]["adapter"] if kind == "merged" else content["state_dict"]).pop(key)
 
@@ -192,7 +192,7 @@ def test_a_part_of_an_adapter_is_refused(tmp_path, kind: str, key: str):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_damaged_numbers_are_refused(tmp_path, kind: str):
+def test_resuming_from_nan_or_inf_is_refused(tmp_path, kind: str):
     def spoil(content: dict[str, Any]) -> None:
         state = content["lora"]["adapter"] if kind == "merged" else content["state_dict"]
         state["head.lora_B"][0, 0] = float("inf")
@@ -210,7 +210,7 @@ def test_a_truncated_file_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["adapter", "merged"])
-def test_another_base_is_refused(tmp_path, kind: str):
+def test_resuming_on_another_base_is_refused(tmp_path, kind: str):
     other = Net()
     with torch.no_grad():
         other.body[3].weight.mul_(1.05)
@@ -231,13 +231,11 @@ def test_another_base_is_refused(tmp_path, kind: str):
         ({"modules_to_save": ["body.1"], "bias": "lora_only"}, r"bias was 'none', now 'lora_only'"),
     ],
 )
-def test_other_options_than_the_saved_ones_are_refused_with_names(
-    tmp_path, kind: str, options: dict[str, Any], message: str
-):
+def test_resuming_with_other_options_is_refused_by_name(tmp_path, kind: str, options: dict[str, Any], message: str):
     refused(checkpoint(tmp_path, kind), message, **options)
 
 
-def test_a_base_checkpoint_starts_an_adapter(tmp_path):
+def test_base_checkpoint_is_tested_and_starts_a_new_adapter(tmp_path):
     """A plain Lightning checkpoint of the base is where fine-tuning starts."""
     base = Net(seed=5)
     make_trainer(tmp_path).fit(base, Data(BATCHES))

@@ -73,7 +73,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("owner", "hook"), PLACES)
-def test_saving_from_any_hook(folder, owner: str, hook: str, kind: str):
+def test_checkpoint_saved_in_any_hook_equals_that_of_the_unmerged_run(folder, owner: str, hook: str, kind: str):
     merged, _ = saving_run(folder / "merged" / kind, True, kind)
     factored, _ = saving_run(folder / "factored" / kind, False, kind)
     found, expected = merged[owner, hook], factored[owner, hook]
@@ -86,7 +86,7 @@ def test_saving_from_any_hook(folder, owner: str, hook: str, kind: str):
 
 
 @pytest.mark.parametrize("merged_eval", [True, False])
-def test_saving_changes_nothing(folder, merged_eval: bool):
+def test_saving_in_every_hook_does_not_change_the_run(folder, merged_eval: bool):
     _, model = saving_run(folder / ("merged" if merged_eval else "factored") / "full", merged_eval, "full")
     _, other = saving_run(folder / "unsaved", merged_eval, "full", saving=False)
     assert model.seen == other.seen
@@ -111,7 +111,7 @@ def in_second_epoch(trainer: L.Trainer) -> bool:
 @pytest.mark.parametrize("fn", STAGES)
 @pytest.mark.parametrize("first", [True, False], ids=["listed first", "listed last"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_checkpoint_on_an_exception(tmp_path, kind: str, first: bool, fn: str):
+def test_checkpoint_saved_on_an_exception_equals_that_of_the_unmerged_run(tmp_path, kind: str, first: bool, fn: str):
     """OnExceptionCheckpoint first in the list saves a merged model; the file is that of an unmerged one."""
 
     def run(merged_eval: bool) -> dict[str, Any]:

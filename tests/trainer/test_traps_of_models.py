@@ -237,5 +237,5 @@ TRAPS: list[tuple[Damage, Make, Make]] = [
 
 @pytest.mark.filterwarnings("ignore:lightning_lora. merged 16-bit weights:UserWarning")
 @pytest.mark.parametrize(("damage", "naive", "ours"), TRAPS, ids=lambda value: getattr(value, "__name__", None))
-def test_trap(tmp_path, damage: Damage, naive: Make, ours: Make):
+def test_trap_of_runs_harms_the_naive_callback_and_not_ours(tmp_path, damage: Damage, naive: Make, ours: Make):
     assert_harms_naive_alone(damage, naive, ours, tmp_path)

@@ -269,7 +269,9 @@ TRAPS: list[tuple[Damage, Make, Make]] = [
     "ignore:Found keys that are (not )?in the model state dict but:UserWarning",
 )
 @pytest.mark.parametrize(("damage", "naive", "ours"), TRAPS, ids=lambda value: getattr(value, "__name__", None))
-def test_trap(tmp_path, monkeypatch, damage: Damage, naive: Make, ours: Make):
+def test_trap_of_runs_harms_the_naive_callback_and_not_ours(
+    tmp_path, monkeypatch, damage: Damage, naive: Make, ours: Make
+):
     monkeypatch.setenv("SLURM_JOB_ID", "1")
     monkeypatch.setattr("lightning.pytorch.trainer.connectors.signal_connector.call", lambda command: 0)
     monkeypatch.setattr("lightning.pytorch.plugins.environments.SLURMEnvironment.detect", lambda: False)

@@ -45,7 +45,7 @@ def expected_errors(model: nn.Module, batch: torch.Tensor, merged_eval: bool = T
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
 @pytest.mark.parametrize("merged_eval", [True, False])
 @pytest.mark.parametrize("fn", ["fit", "validate", "test"])
-def test_the_logged_errors(tmp_path, fn: str, merged_eval: bool, precision: str):
+def test_verify_logs_the_errors_computed_by_hand(tmp_path, fn: str, merged_eval: bool, precision: str):
     model, expected, callback = Net(), [], lora_with_effect(verify=True, merged_eval=merged_eval)
     stage = {"fit": "validation", "validate": "validation", "test": "test"}[fn]
 
@@ -64,7 +64,7 @@ def test_the_logged_errors(tmp_path, fn: str, merged_eval: bool, precision: str)
     assert not [hook for module in model.modules() for hook in module._forward_hooks]
 
 
-def test_prediction_says_it_in_a_line(tmp_path, caplog):
+def test_verify_in_prediction_says_the_errors_in_one_line(tmp_path, caplog):
     model = Net()
     with caplog.at_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero"):
         make_trainer(tmp_path, lora_with_effect(verify=True)).predict(model, Data())
@@ -73,7 +73,7 @@ def test_prediction_says_it_in_a_line(tmp_path, caplog):
     assert lines == [f"LoRA: verified, {NAMES[0]} {largest:.3g}, {NAMES[1]} {relative:.3g}"]
 
 
-def test_it_looks_at_one_batch_of_each_run(tmp_path, monkeypatch):
+def test_verify_watches_one_batch_of_each_run(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr("lightning_lora.callback.watch", lambda module: calls.append(1) or watch(module))
     trainer = make_trainer(tmp_path, lora_with_effect(verify=True), max_epochs=3, num_sanity_val_steps=2)
@@ -88,7 +88,7 @@ def test_it_looks_at_one_batch_of_each_run(tmp_path, monkeypatch):
     assert len(calls) == 4
 
 
-def test_it_changes_nothing(tmp_path):
+def test_verify_does_not_change_the_run(tmp_path):
     runs = {}
     for verify in (True, False):
         torch.manual_seed(0)
@@ -116,13 +116,13 @@ class SkipsAnEffect(Net):
         self.read_only = nn.Linear(8, 3)
 
 
-def test_layers_that_never_ran_are_named(tmp_path):
+def test_verify_names_layers_that_never_ran(tmp_path):
     callback = LoRACallback(r=2, verify=True, init_lora_weights=False)
     with pytest.warns(UserWarning, match=r"never ran: read_only, unused\. Is the forward another"):
         make_trainer(tmp_path, callback).validate(SkipsAnEffect(), Data(), verbose=False)
 
 
-def test_adapters_without_effect_are_named(tmp_path):
+def test_verify_names_adapters_without_effect(tmp_path):
     """B is zero before training; afterwards only that of a layer whose gradient is cut off."""
 
     class CutOff(Net):
@@ -159,7 +159,7 @@ TARGETINGS = [
 
 @pytest.mark.parametrize("merged_eval", [True, False])
 @pytest.mark.parametrize("targets", TARGETINGS, ids=str)
-def test_attention_is_not_reported_falsely(tmp_path, targets: Any, merged_eval: bool):
+def test_verify_reports_no_attention_that_is_right(tmp_path, targets: Any, merged_eval: bool):
     model = Attention()
     callback = LoRACallback(r=2, verify=True, merged_eval=merged_eval, target_modules=targets, init_lora_weights=False)
     trainer = make_trainer(tmp_path, callback)
@@ -168,7 +168,7 @@ def test_attention_is_not_reported_falsely(tmp_path, targets: Any, merged_eval: 
 
 
 @pytest.mark.parametrize("targets", TARGETINGS, ids=str)
-def test_attention_without_effect_is_reported(tmp_path, targets: Any):
+def test_verify_reports_attention_without_effect(tmp_path, targets: Any):
     with pytest.warns(UserWarning, match="adapters had no effect: ") as found:
         make_trainer(tmp_path, LoRACallback(r=2, verify=True, target_modules=targets)).validate(
             Attention(), Data(), verbose=False
@@ -185,7 +185,7 @@ class FailsInTheFirstBatch(Net):
         raise RuntimeError("on purpose")
 
 
-def test_an_exception_in_the_watched_batch(tmp_path):
+def test_exception_in_the_watched_batch_leaves_no_hook_behind(tmp_path):
     model = FailsInTheFirstBatch()
     before = base_weights(model)
     with pytest.raises(RuntimeError, match="on purpose"):
@@ -206,7 +206,7 @@ class Compiled(Net):
         self.body = torch.compile(self.body, backend="eager")
 
 
-def test_compiled_modules(tmp_path):
+def test_verify_looks_into_compiled_modules(tmp_path):
     """A compiled graph passes over hooks; its layers are checked all the same, under their own names."""
     model = Compiled()
     trainer = make_trainer(tmp_path, lora_with_effect(verify=True))
@@ -220,7 +220,7 @@ def test_compiled_modules(tmp_path):
         make_trainer(tmp_path, LoRACallback(r=2, verify=True)).validate(Compiled(), Data(), verbose=False)
 
 
-def test_the_metric_is_reduced_over_ranks():
+def test_verify_metric_over_ranks_equals_that_of_all_outputs():
     """The largest of the ranks' largest, and the relative error of all outputs together: as of one rank with all."""
     generator = torch.Generator().manual_seed(0)
     outputs = [torch.randn(2, 5, generator=generator) * scale for scale in (1.0, 10.0)]

@@ -38,7 +38,9 @@ def test_validation_sees_the_averaged_adapter(tmp_path, name: str, interval: flo
 
 @pytest.mark.parametrize("merged_eval", [True, False])
 @pytest.mark.parametrize("norm", [True, False], ids=["batch norm", "no batch norm"])
-def test_stochastic_averaging(tmp_path, norm: bool, merged_eval: bool):
+def test_stochastic_averaging_gives_the_mean_of_the_factors_and_leaves_the_base(
+    tmp_path, norm: bool, merged_eval: bool
+):
     """The mean of the factors at the starts of the last epochs; the base bit for bit."""
     model, sums = Plainer() if not norm else Net(), []
     base = base_weights(model)

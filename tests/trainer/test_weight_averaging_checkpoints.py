@@ -49,7 +49,7 @@ def fit(path: Path, model: Net, *callbacks: L.Callback, resume: Path | None = No
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("kind", ["adapter", "merged"])
 @pytest.mark.parametrize("name", ALL)
-def test_no_base_tensor_under_any_key(tmp_path, name: str, kind: str, compiled: bool):
+def test_checkpoint_with_averaging_holds_no_base_tensor_under_any_key(tmp_path, name: str, kind: str, compiled: bool):
     """The wrapper that torch.compile puts around a submodule renames its tensors."""
     model = Net()
     base = {name: value for name, value in base_weights(model).items() if "1." not in name}
@@ -71,7 +71,7 @@ def test_no_base_tensor_under_any_key(tmp_path, name: str, kind: str, compiled: 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ALL)
-def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, name: str, kind: str):
+def test_resumed_run_with_averaging_equals_the_uninterrupted_one(tmp_path, name: str, kind: str):
     plain, resumed = Net(), Net()
     fit(tmp_path / "plain", plain, ALL[name]())
     fit(tmp_path / "plain resumed", resumed, ALL[name](), resume=tmp_path / "plain" / "epoch=2.ckpt")
@@ -105,7 +105,7 @@ class CompiledBody(Net):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ALL)
-def test_a_resumed_run_with_a_compiled_submodule(tmp_path, name: str, kind: str):
+def test_resumed_run_with_averaging_and_a_compiled_submodule_equals_the_whole(tmp_path, name: str, kind: str):
     """Its wrapper is in the names of "current_model_state" and of the averaged model."""
     models = [CompiledBody(), CompiledBody()]
     with torch.compiler.set_stance("force_eager"):
@@ -132,7 +132,7 @@ class Unfreezes(L.Callback):
 @pytest.mark.filterwarnings("ignore:lightning_lora. base parameters were unfrozen:UserWarning")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["mean", "swa"])
-def test_a_base_weight_unfrozen_on_the_way(tmp_path, name: str, kind: str):
+def test_resumed_run_with_averaging_and_an_unfrozen_weight_equals_the_whole(tmp_path, name: str, kind: str):
     models = [Net(), Net()]
     for i, model in enumerate(models):
         resume = tmp_path / "0/epoch=2.ckpt" if i else None
@@ -163,7 +163,7 @@ def test_the_best_checkpoint_gives_the_logged_metric(tmp_path, name: str, kind: 
 
 @pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback, but loading:UserWarning")
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_fresh_trainer_with_the_averaging_callback(tmp_path, kind: str):
+def test_fresh_trainer_with_the_averaging_callback_gives_the_logged_metric(tmp_path, kind: str):
     trainer = fit(tmp_path, Net(), lora_with_effect(save=kind), ALL["ema"]())
     keep = trainer.checkpoint_callback
     fresh = make_trainer(tmp_path, lora_with_effect(save=kind), ALL["ema"]())
@@ -247,7 +247,7 @@ def test_the_drift_of_a_long_average_is_not_another_base(tmp_path):
 
 
 @pytest.mark.parametrize("name", [*SWAPPERS, "swa"])
-def test_listed_before_it_is_refused_with_the_order(tmp_path, name: str):
+def test_averaging_callback_listed_first_is_refused_with_the_order(tmp_path, name: str):
     swapper = swa() if name == "swa" else SWAPPERS[name]()
     model = Net()
     kept = weights(model)
@@ -260,7 +260,7 @@ def test_listed_before_it_is_refused_with_the_order(tmp_path, name: str):
 
 
 @pytest.mark.parametrize("swapper", [WeightAveraging, swa])
-def test_listed_before_it_is_harmless_where_nothing_is_trained(tmp_path, swapper: Any):
+def test_averaging_callback_listed_first_is_harmless_in_evaluation(tmp_path, swapper: Any):
     model = Net()
     before = base_weights(model)
     found = make_trainer(tmp_path, swapper(), lora_with_effect()).test(model, Data(), verbose=False)[0]["test_loss"]

@@ -94,7 +94,7 @@ def kill_often(path: Path, works: dict[str, Callable[[], object]], times: int) -
     assert all(name.startswith(f".{path.name}.") or not name.startswith(".") for name in others)
 
 
-def test_save_adapter(tmp_path: Path) -> None:
+def test_killed_save_adapter_leaves_the_old_or_the_new_folder(tmp_path: Path) -> None:
     nets = {str(alpha): injected(alpha) for alpha in (1, 2)}
     path = tmp_path / "out" / "adapter"
     path.mkdir(parents=True)
@@ -106,7 +106,7 @@ def test_save_adapter(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("form", "times"), [("folder", 50), ("safetensors", 10), ("torch", 10)])
-def test_merge(tmp_path: Path, form: str, times: int) -> None:
+def test_killed_merge_leaves_the_old_or_the_new_result(tmp_path: Path, form: str, times: int) -> None:
     state = network().state_dict()
     suffix = {"folder": "", "safetensors": ".safetensors", "torch": ".pt"}[form]
     base, out = tmp_path / f"base{suffix}", tmp_path / "out" / f"model{suffix}"
@@ -127,7 +127,7 @@ def test_merge(tmp_path: Path, form: str, times: int) -> None:
     kill_often(out, {name: work(name) for name in ("1", "2")}, times)
 
 
-def test_the_first_result_is_complete_or_absent(tmp_path: Path) -> None:
+def test_killed_first_save_leaves_a_complete_result_or_none(tmp_path: Path) -> None:
     net = injected(1)
     save_adapter(net, tmp_path / "whole")
     whole, path = digest(tmp_path / "whole"), tmp_path / "out" / "adapter"
