@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Sequence
-from typing import cast
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeVar, cast
 
 from torch import nn
 
@@ -14,6 +14,8 @@ ATTRIBUTE = "lora_injection"  # of the injected module: the record of its inject
 META, ENTRY = "lora", "lora_learned"  # keys of an adapter's metadata in a checkpoint, of the record in a state dict
 ALL_LINEAR = "all-linear"
 COMPILED, CHECKPOINTED = WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # torch.compile, checkpoint_wrapper
+
+Value = TypeVar("Value")
 
 
 def canonical(name: str) -> str:
@@ -55,6 +57,17 @@ def suffixes(name: str) -> list[str]:
 def around(name: str) -> list[str]:
     """Return the names of the modules that a parameter or module is inside of, outermost first."""
     return [name[:i] for i, character in enumerate(name) if character == "."]
+
+
+def names_factor(name: str) -> bool:
+    """Return whether the name of a parameter or tensor is that of A or B."""
+    return name.rpartition(".")[2] in (A, B)
+
+
+def rename_keys(values: Mapping[str, Value], new_name: Callable[[str], str | None]) -> dict[str, Value]:
+    """Return values by their new names, without those that have none."""
+    pairs = ((new_name(name), value) for name, value in values.items())
+    return {name: value for name, value in pairs if name is not None}
 
 
 def near_misses(entry: str, names: Iterable[str]) -> str:

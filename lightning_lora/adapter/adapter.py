@@ -14,7 +14,7 @@ import torch
 
 from ..config import LoRAConfig
 from ..errors import LoRAError
-from ..names import A, B, around, near_misses, suffixes
+from ..names import A, B, around, names_factor, near_misses, rename_keys, suffixes
 from ..nn.low_rank import ATTENTION, MERGEABLE_DTYPES, SEPARATE, low_rank_blocks, product_norm
 
 NewName = Callable[[str], str | None]
@@ -50,6 +50,10 @@ class Adapter:
         """Return the names of the adapted layers."""
         return [name.rpartition(".")[0] for name in self.tensors if name.rpartition(".")[2] == A]
 
+    def beside_factors(self) -> dict[str, Any]:
+        """Return what was trained whole, and buffers."""
+        return {name: value for name, value in self.tensors.items() if not names_factor(name)}
+
     def ranks(self) -> dict[str, int]:
         """Return the rank of each adapted layer."""
         return {name: self.tensors[f"{name}.{B}"].shape[1] for name in self.layers()}
@@ -62,19 +66,15 @@ class Adapter:
     def with_names(self, new_name: NewName) -> Adapter:
         """Return it with a new name for each tensor's, and its layers'; None leaves one out. The options stay."""
 
-        def rename(values: Mapping[str, Any], new: NewName) -> dict[str, Any]:
-            renamed = ((new(name), value) for name, value in values.items())
-            return {name: value for name, value in renamed if name is not None}
-
         def new_layer(layer: str) -> str | None:
             return _new_layer(layer, new_name)
 
         return replace(
             self,
-            tensors=rename(self.tensors, new_name),
-            scalings=rename(self.scalings, new_layer),
-            fingerprint=rename(self.fingerprint, new_name),
-            kinds=rename(self.kinds, new_layer),
+            tensors=rename_keys(self.tensors, new_name),
+            scalings=rename_keys(self.scalings, new_layer),
+            fingerprint=rename_keys(self.fingerprint, new_name),
+            kinds=rename_keys(self.kinds, new_layer),
         )
 
     def renamed(self, strip: str, add: str) -> Adapter:
@@ -86,9 +86,13 @@ class Adapter:
         def new_name(name: str) -> str | None:
             return add + name.removeprefix(strip) if name.startswith(strip) else None
 
-        renamed = replace(self.with_names(new_name), network="")
+        new = replace(self.with_names(new_name), network="")
         old_layers = {_new_layer(layer, new_name): layer for layer in self.layers()}
-        return replace(renamed, config=_translate_config(self, renamed, old_layers))
+        return replace(new, config=_translate_config(self, new, old_layers))
+
+    def by_network_names(self) -> Adapter:
+        """Return it under the network's own names, without tensors outside of that."""
+        return self.renamed(self.network, "") if self.network else self
 
 
 def _new_layer(layer: str, new_name: NewName) -> str | None:
@@ -192,7 +196,7 @@ def check_factors(adapter: Adapter, where: str) -> None:
 
     It has one alone, or they have other dimensions or another rank.
     """
-    for name in dict.fromkeys(key.rpartition(".")[0] for key in adapter.tensors if key.rpartition(".")[2] in (A, B)):
+    for name in dict.fromkeys(key.rpartition(".")[0] for key in adapter.tensors if names_factor(key)):
         if not name:
             raise LoRAError(f"{where}: a lora_A or lora_B names no layer.")
         factors = {leaf: adapter.tensors.get(f"{name}.{leaf}") for leaf in (A, B)}

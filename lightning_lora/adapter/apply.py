@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -88,12 +87,7 @@ def check_adapter(model: nn.Module, adapter: Adapter, *, strict_base: bool = Tru
         differences = (adapter.config or config).differences(config)  # may explain the error
         advice = f" The options differ: {'; '.join(differences)}." if differences else ""
         raise LoRAError(f"{error}{advice}") from None
-    try:
-        check_fingerprint(model, adapter.fingerprint)
-    except LoRAError as error:
-        if strict_base:
-            raise
-        warnings.warn(f"lightning_lora: {error}", stacklevel=2)
+    check_fingerprint(model, adapter.fingerprint, strict=strict_base)
 
 
 def _check_layers(model: nn.Module, adapter: Adapter) -> None:

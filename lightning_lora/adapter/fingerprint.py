@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -50,18 +51,23 @@ def sample_positions(numel: int) -> list[int]:
     return sorted({(numel - 1) * i // (SAMPLES - 1) for i in range(SAMPLES)}) if numel else []
 
 
-def check_fingerprint(model: nn.Module, expected: Mapping[str, Any]) -> None:
-    """Raise LoRAError for the first frozen parameter that differs from a fingerprint by more than another dtype's."""
+def check_fingerprint(model: nn.Module, expected: Mapping[str, Any], *, strict: bool = True) -> None:
+    """Raise LoRAError, or warn, where a frozen parameter differs from a fingerprint by more than another dtype's."""
     injected = require_injection(model, "check_fingerprint")
     record = injected.record
     unfrozen = {name: fingerprint_entry(record.initial[name]) for name in record.unfrozen}
     trained_here = record.fingerprint == expected
     present = injected.seen(unfrozen) | fingerprint(model)
-    compare_fingerprints(present, expected, AVERAGED if trained_here else EQUAL)
+    compare_fingerprints(present, expected, AVERAGED if trained_here else EQUAL, strict=strict)
 
 
-def compare_fingerprints(present: Mapping[str, Any], expected: Mapping[str, Any], relative: float = EQUAL) -> None:
-    """Raise LoRAError for the first difference, in the order of `present`; what only that has is not judged."""
+def compare_fingerprints(
+    present: Mapping[str, Any], expected: Mapping[str, Any], relative: float = EQUAL, *, strict: bool = True
+) -> None:
+    """Raise LoRAError for the first difference, in the order of `present`; what only that has is not judged.
+
+    Where it is not `strict`, another base is a warning.
+    """
     order = {name: position for position, name in enumerate(present)}
     for name in sorted(expected, key=lambda name: order.get(name, -1)):
         before, now = expected[name], present.get(name)
@@ -73,10 +79,14 @@ def compare_fingerprints(present: Mapping[str, Any], expected: Mapping[str, Any]
             difference = f"values of {name!r} were {_shown(before['values'])}, here {_shown(now['values'])}"
         else:
             continue
-        raise LoRAError(
+        message = (
             f"the adapter belongs to another base: {difference}. Load the adapter on the base that it was trained on, "
             "or pass strict_base=False."
         )
+        if strict:
+            raise LoRAError(message)
+        warnings.warn(f"lightning_lora: {message}", stacklevel=3)
+        return
 
 
 def entries_match(before: Mapping[str, Any], now: Mapping[str, Any], relative: float) -> bool:

@@ -141,7 +141,7 @@ def network_part(adapter: Adapter) -> Adapter:
             f"{adapter.network.removesuffix('.')!r} and are not part of its adapter",
             stacklevel=3,
         )
-    return adapter.renamed(adapter.network, "") if adapter.network else adapter
+    return adapter.by_network_names()
 
 
 def encode_layers(scalings: Mapping[str, float], kinds: Mapping[str, str]) -> list[Any]:

@@ -155,7 +155,7 @@ def _read_foreign(
     entries = options.get("modules_to_save")
     is_saved = matcher([entry for entry in entries if isinstance(entry, str)] if isinstance(entries, list) else None)
     kinds = _foreign_kinds(tensors, peft_names, options, folder)
-    whole = [name for name in tensors if name.rpartition(".")[2] not in (A, B)]
+    whole = bare.beside_factors()
     # PEFT saves embeddings beside the adapter: they are trained only where modules_to_save says so.
     base = {n for n in whole if n.rpartition(".")[2] == "weight" and not any(map(is_saved, around(n)))}
     config = options_from_peft(options, layers, [name for name in whole if name not in base])

@@ -16,12 +16,22 @@ from ..errors import LoRAError
 from ..files.safetensors import TensorLocation, read_tensor
 from ..files.weights import Weights
 from ..names import A, B, names_match
-from ..nn.low_rank import IN_PROJ, MERGEABLE_DTYPES
+from ..nn.low_rank import (
+    ATTENTION_OUTPUT,
+    CONV,
+    CONV1D,
+    EMBEDDING,
+    IN_PROJ,
+    LINEAR,
+    MERGEABLE_DTYPES,
+    TRANSPOSED,
+    factor_shapes,
+)
 from .output import ProgressBar, no_progress
 
 EXACT = 512  # up to this many rows or columns the whole decomposition is cheap
 OVERSAMPLED, ITERATIONS = 16, 6
-EMBEDDING = re.compile(r"(?!embed_out$)(.*emb.*|wte|wpe|shared)", re.IGNORECASE)
+EMBEDDING_NAMES = re.compile(r"(?!embed_out$)(.*emb.*|wte|wpe|shared)", re.IGNORECASE)
 
 
 @dataclass
@@ -138,18 +148,18 @@ def _excluded(name: str, exclude: Sequence[str]) -> bool:
 
 def _kind(module: str, base: Weights, embeddings: Sequence[str], fan_in_fan_out: bool) -> str:
     if len(base.locations[f"{module}.weight"].shape) > 2:
-        return "Conv"
+        return CONV
     parent, _, leaf = module.rpartition(".")
     if leaf == "out_proj" and f"{parent}.{IN_PROJ}" in base.locations:
-        return "AttentionOutput"
-    if names_match(list(embeddings), module) or EMBEDDING.fullmatch(leaf):
-        return "Embedding"
-    return "Conv1D" if fan_in_fan_out else "Linear"
+        return ATTENTION_OUTPUT
+    if names_match(list(embeddings), module) or EMBEDDING_NAMES.fullmatch(leaf):
+        return EMBEDDING
+    return CONV1D if fan_in_fan_out else LINEAR
 
 
 def _factors(change: torch.Tensor, rank: int, kind: str) -> tuple[torch.Tensor, torch.Tensor, float, float]:
     """Return A, B, the share of the change's squared norm that B @ A keeps, and that squared norm."""
-    matrix = change.T if kind in ("Conv1D", "Embedding") else change.flatten(1)
+    matrix = change.T if kind in TRANSPOSED else change.flatten(1)
     rank = min(rank, *matrix.shape)
     if min(matrix.shape) <= EXACT:
         left, values, right = torch.linalg.svd(matrix, full_matrices=False)
@@ -162,9 +172,8 @@ def _factors(change: torch.Tensor, rank: int, kind: str) -> tuple[torch.Tensor, 
     a, b = root[:, None] * right[:rank], left[:, :rank] * root
     square = float(matrix.double().square().sum())
     share = min(1.0, float(values[:rank].double().square().sum()) / square)
-    if kind == "Conv":
-        a, b = a.view(rank, *change.shape[1:]), b.view(len(change), rank, *[1] * (change.dim() - 2))
-    return a.contiguous(), b.contiguous(), share, square
+    shape_a, shape_b = factor_shapes(kind, {"weight": change.shape}, rank)
+    return a.reshape(shape_a).contiguous(), b.reshape(shape_b).contiguous(), share, square
 
 
 def _carried(

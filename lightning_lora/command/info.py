@@ -67,7 +67,7 @@ def _adapter_kind(path: Path) -> str:
 def _adapter_info(adapter: Adapter) -> dict[str, Any]:
     layers = adapter.layers()
     factors = [adapter.tensors[f"{name}.{leaf}"] for name in layers for leaf in (A, B)]
-    whole = {name: value for name, value in _beside_factors(adapter).items() if isinstance(value, torch.Tensor)}
+    whole = {name: value for name, value in adapter.beside_factors().items() if isinstance(value, torch.Tensor)}
     return {
         "config": adapter.config.to_dict() if adapter.config is not None else None,
         "layers": {name: _layer_info(adapter, name) for name in layers},
@@ -113,28 +113,19 @@ def diff(first_path: PathLike, second_path: PathLike) -> dict[str, Any]:
         raise LoRAError(f"diff: {adapter} is an adapter and {weights} is not; give two of a kind.")
     if not are_adapters[0]:
         return _diff_weights(open_weights(first_path), open_weights(second_path))
-    return _diff_adapters(_by_network_names(read_adapter(first_path)), _by_network_names(read_adapter(second_path)))
-
-
-def _by_network_names(adapter: Adapter) -> Adapter:
-    return adapter.renamed(adapter.network, "") if adapter.network else adapter
+    return _diff_adapters(read_adapter(first_path).by_network_names(), read_adapter(second_path).by_network_names())
 
 
 def _diff_adapters(first: Adapter, second: Adapter) -> dict[str, Any]:
     layers = set(second.layers())
     rows = {name: _layer_row(first, second, name) for name in first.layers() if name in layers}
-    first_whole, second_whole = _beside_factors(first), _beside_factors(second)
+    first_whole, second_whole = first.beside_factors(), second.beside_factors()
     for name in first_whole:
         if name in second_whole:
             rows[name] = _value_row(first_whole[name], second_whole[name])
     options = first.config.differing(second.config) if first.config and second.config else []
     only = _only({*first.layers(), *first_whole}, {*layers, *second_whole})
     return {"kind": "adapters", "options": options, **only, "changes": rows}
-
-
-def _beside_factors(adapter: Adapter) -> dict[str, Any]:
-    """Return what was trained whole, and buffers."""
-    return {name: value for name, value in adapter.tensors.items() if name.rpartition(".")[2] not in (A, B)}
 
 
 def _layer_row(first: Adapter, second: Adapter, name: str) -> dict[str, Any]:

@@ -291,7 +291,7 @@ def extract_text(extracted: Extracted, output: str) -> str:
     rows = [(name, f"{share:.2%}") for name, share in extracted.kept.items()]
     lines = _table(("layer", "kept"), rows)
     lines.append(f"kept {extracted.total():.2%} of the squared norm of the change of {len(rows)} layers")
-    whole = [name for name in extracted.adapter.tensors if name.rpartition(".")[2] not in ("lora_A", "lora_B")]
+    whole = extracted.adapter.beside_factors()
     lines += [f"carried whole: {', '.join(whole)}"] if whole else []
     lines += [f"left out: {', '.join(extracted.dropped)}"] if extracted.dropped else []
     return "\n".join([*lines, f"wrote {output}"])

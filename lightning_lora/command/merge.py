@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -95,9 +94,8 @@ def plan_updates(adapter: Adapter, base: Weights, *, strict_base: bool = True) -
     seen = _seen_orientations(adapter, base)
     for name in adapter.layers():
         updates |= _layer_updates(adapter, name, base, seen)
-    for name, value in adapter.tensors.items():
-        if name.rpartition(".")[2] not in (A, B):
-            updates[name] = _replacement(name, value, base)
+    for name, value in adapter.beside_factors().items():
+        updates[name] = _replacement(name, value, base)
     owners = base.other_owners()
     for name in updates:
         if name in owners:
@@ -146,12 +144,7 @@ def _compare_base(adapter: Adapter, base: Weights, strict: bool) -> None:
     """Compare what both name: a file may hold tied weights once, or experts under other names than a model."""
     locations = {name: base.locations[name] for name in adapter.fingerprint if name in base.locations}
     entries = {name: fingerprint_entry_at(location) for name, location in locations.items() if location.in_order}
-    try:
-        compare_fingerprints(entries, {name: adapter.fingerprint[name] for name in entries})
-    except LoRAError as error:
-        if strict:
-            raise
-        warnings.warn(f"lightning_lora: {error}", stacklevel=3)
+    compare_fingerprints(entries, {name: adapter.fingerprint[name] for name in entries}, strict=strict)
 
 
 def _scope(own_names: Adapter, adapter: Adapter) -> str:

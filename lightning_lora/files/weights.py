@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import LoRAError
+from ..names import around
 from .model_folder import ModelFolder, open_folder
 from .paths import PathLike
 from .safetensors import SUFFIX, Header, TensorLocation, read_header
@@ -33,7 +34,7 @@ class Weights:
 
     def modules(self) -> set[str]:
         """List every module on the way to a tensor."""
-        return {name.rsplit(".", i)[0] for name in self.locations for i in range(1, name.count(".") + 1)}
+        return {module for name in self.locations for module in around(name)}
 
     def holds_factors(self) -> bool:
         """Say whether a tensor's name is one of an adapter, ours or PEFT's."""

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..config import LoRAConfig
 from ..errors import LoRAError
-from ..names import ATTRIBUTE, canonical
+from ..names import ATTRIBUTE, canonical, rename_keys
 from ..nn.lora_layer import LoRALayer, adapted_layers, is_factor
 from .named_state import base_parameters, named_state
 
@@ -51,13 +51,10 @@ class Injection:
 
     def rename(self, new_name: Callable[[str], str | None]) -> None:
         """Change every name of the record; what has no new name is forgotten."""
-
-        def renamed(values: Mapping[str, Value]) -> dict[str, Value]:
-            pairs = ((new_name(name), value) for name, value in values.items())
-            return {name: value for name, value in pairs if name is not None}
-
-        self.requires_grad, self.initial = renamed(self.requires_grad), renamed(self.initial)
-        self.trained, self.unfrozen = (set(renamed(dict.fromkeys(names))) for names in (self.trained, self.unfrozen))
+        self.requires_grad = rename_keys(self.requires_grad, new_name)
+        self.initial = rename_keys(self.initial, new_name)
+        self.trained = set(rename_keys(dict.fromkeys(self.trained), new_name))
+        self.unfrozen = set(rename_keys(dict.fromkeys(self.unfrozen), new_name))
 
 
 class Injected(NamedTuple):

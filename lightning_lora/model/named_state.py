@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..distributed.sharding import copy_, reshard_
-from ..names import A, B, canonical
+from ..names import canonical, names_factor
 
 
 def named_state(model: nn.Module, *, raw: bool = False) -> Iterator[tuple[str, torch.Tensor | None, nn.Module]]:
@@ -33,11 +33,7 @@ def named_state(model: nn.Module, *, raw: bool = False) -> Iterator[tuple[str, t
 
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters without those of adapters; a shared one under its first name."""
-    return {
-        canonical(name): parameter
-        for name, parameter in model.named_parameters()
-        if name.rpartition(".")[2] not in (A, B)
-    }
+    return {canonical(name): parameter for name, parameter in model.named_parameters() if not names_factor(name)}
 
 
 def exchange_values_(root: nn.Module, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

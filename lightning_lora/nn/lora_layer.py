@@ -21,7 +21,7 @@ from torch import nn
 
 from ..distributed.sharding import copy_, from_local_like, full_tensor, is_sharded, local, window
 from ..errors import LoRAError
-from ..names import A, B, canonical
+from ..names import A, B, canonical, names_factor
 from . import low_rank
 from .exact_merge import (
     Observer,
@@ -362,7 +362,7 @@ def adapted_layers(model: nn.Module) -> dict[str, LoRALayer]:
 
 def is_factor(name: str, module: nn.Module) -> bool:
     """Return whether a state name of a module is that of A or B."""
-    return isinstance(module, LoRALayer) and name.rpartition(".")[2] in (A, B)
+    return isinstance(module, LoRALayer) and names_factor(name)
 
 
 def strip_(layer: LoRALayer) -> None:

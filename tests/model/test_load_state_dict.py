@@ -187,7 +187,8 @@ def test_a_base_loaded_after_injection_is_what_unload_brings_back(state, assign,
     }
 
 
-def test_unload_brings_back_the_latest_of_several_loaded_bases():
+def load_parts_of_two_bases() -> tuple[Zoo, Zoo, Zoo]:
+    """An injected model whose body holds the second base, after a part of it held the first one."""
     torch.manual_seed(5)
     first, second = Zoo(), Zoo()
     train(first), train(second)
@@ -195,6 +196,11 @@ def test_unload_brings_back_the_latest_of_several_loaded_bases():
     inject(model, zoo_config())
     model.body[0].load_state_dict(first.body[0].state_dict())
     model.body.load_state_dict(second.body.state_dict())
+    return model, first, second
+
+
+def test_unload_brings_back_the_latest_of_several_loaded_bases():
+    model, first, second = load_parts_of_two_bases()
     model.conv.load_state_dict(second.conv.state_dict())
     model.load_state_dict(first.state_dict())
     model.body[3].load_state_dict(second.body[3].state_dict())
@@ -206,13 +212,7 @@ def test_unload_brings_back_the_latest_of_several_loaded_bases():
 
 
 def test_unload_brings_back_the_latest_base_of_each_part():
-    torch.manual_seed(5)
-    first, second = Zoo(), Zoo()
-    train(first), train(second)
-    model = Zoo()
-    inject(model, zoo_config())
-    model.body[0].load_state_dict(first.body[0].state_dict())
-    model.body.load_state_dict(second.body.state_dict())
+    model, _, second = load_parts_of_two_bases()
     train(model)
     unload(model)
     assert state_bits(model.body) == state_bits(second.body)
