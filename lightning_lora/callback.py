@@ -43,6 +43,7 @@ class LoRACallback(Callback):
     The options after `seed` are LoRAConfig's. Without any of them, a model that the user injected is taken as it is.
 
     Args:
+        config: at most one: a LoRAConfig instead of its options one by one.
         merged_eval: merge for validation, test and prediction, and unmerge after.
         save: what a checkpoint holds: "adapter" (what training changes), "merged" (plain weights for programs without
             this package, and the adapter beside them) or "full" (base and adapter).
@@ -71,7 +72,7 @@ class LoRACallback(Callback):
 
     def __init__(
         self,
-        *,
+        *config: LoRAConfig,
         merged_eval: bool = True,
         save: Kind = "adapter",
         verify: bool = False,
@@ -95,7 +96,7 @@ class LoRACallback(Callback):
         for name in ("merged_eval", "verify"):
             if not isinstance(options[name], bool):
                 raise LoRAError(f"LoRACallback: {name} must be true or false, but it is {options[name]!r}.")
-        self.config = LoRAConfig(**{field.name: options[field.name] for field in fields(LoRAConfig)})
+        self.config = _one_config(config, {field.name: options[field.name] for field in fields(LoRAConfig)})
         self.merged_eval = merged_eval
         self.save = save
         self.verify = verify
@@ -233,3 +234,17 @@ class LoRACallback(Callback):
         if lists is None or not lists.is_current():
             lists = self._lists[pl_module] = StepLists(pl_module)
         return lists
+
+
+def _one_config(configs: Sequence[LoRAConfig], options: Mapping[str, Any]) -> LoRAConfig:
+    """Return the config that was given whole or option by option, never both."""
+    from_options = LoRAConfig(**options)
+    if not configs:
+        return from_options
+    if len(configs) > 1 or not isinstance(configs[0], LoRAConfig):
+        types = ", ".join(type(config).__name__ for config in configs)
+        raise LoRAError(f"LoRACallback: expected one LoRAConfig or options by their names, found {types}.")
+    given = from_options.differing(LoRAConfig())
+    if given:
+        raise LoRAError(f"LoRACallback: {', '.join(given)} given beside a LoRAConfig; say it in the LoRAConfig.")
+    return configs[0]

@@ -5,15 +5,19 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from typing import Any, Literal, NoReturn, get_args
 
 from .errors import LoRAError
-from .names import ALL_LINEAR, pattern_matches
+from .names import ALL_LINEAR, pattern_matches, suffix_pattern
 
 Bias = Literal["none", "all", "lora_only"]
 Init = Literal["gaussian", "orthogonal"]
+SAYING_NOTHING = (  # of the adapter: options of a peft.LoraConfig about where it came from and how peft holds it
+    *("peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision"),
+    *("inference_mode", "fan_in_fan_out", "runtime_config"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +77,7 @@ class LoRAConfig:
             _check_names(option, getattr(self, option))
         for option, check in (("rank_pattern", _check_rank), ("alpha_pattern", _check_alpha)):
             for pattern, value in (getattr(self, option) or {}).items():
-                _check_regex(option, pattern)
+                _check_regex(option, pattern, suffix_pattern)
                 check(f"{option}[{pattern!r}]", value)
         if self.bias not in get_args(Bias):
             _refuse("bias", f"one of {', '.join(get_args(Bias))}", self.bias)
@@ -123,6 +127,35 @@ class LoRAConfig:
             if name not in names:
                 _refuse(str(name), f"one of the options {', '.join(names)}", options[name])
         return cls(**options)
+
+    @classmethod
+    def from_peft(cls, config: Any) -> LoRAConfig:
+        """Build the config that means what a peft.LoraConfig means.
+
+        Args:
+            config: the peft.LoraConfig, of any version. Its options that say nothing of the adapter are passed over.
+
+        Raises:
+            LoRAError: it is none, or it has an option that LoRAConfig has not and that is not at its default; the
+                message names it.
+        """
+        if getattr(config, "peft_type", None) != "LORA" or not is_dataclass(config):
+            raise LoRAError(f"LoRAConfig.from_peft: expected a peft.LoraConfig, found a {type(config).__name__}.")
+        options = {field.name: getattr(config, field.name) for field in fields(config)}
+        shared = [field.name for field in fields(cls) if field.name in options]
+        for field in fields(config):
+            default = field.default if field.default_factory is MISSING else field.default_factory()
+            if field.name not in {*shared, *SAYING_NOTHING} and options[field.name] != default:
+                raise LoRAError(
+                    f"LoRAConfig.from_peft: {field.name}={options[field.name]!r} cannot be expressed; the options are "
+                    f"{', '.join(shared)}."
+                )
+        if options["target_modules"] is None:
+            raise LoRAError(
+                "LoRAConfig.from_peft: target_modules=None lets peft choose by the model's type; name the layers, or "
+                "say 'all-linear'."
+            )
+        return cls(**{name: options[name] for name in shared})
 
     def differing(self, config: LoRAConfig) -> list[str]:
         """Return the names of the options in which the configs differ; the order of a list of names does not count."""
@@ -188,9 +221,11 @@ def _check_alpha(option: str, value: object) -> None:
         _refuse(option, "a finite number above 0", value)
 
 
-def _check_regex(option: str, pattern: object) -> None:
+def _check_regex(option: str, pattern: object, whole: Callable[[str], str] = str) -> None:
+    """Refuse what is no regular expression, or none within the `whole` one that it becomes a part of."""
     try:
         re.compile(pattern)  # type: ignore[call-overload]
+        re.compile(whole(pattern))  # type: ignore[arg-type]
     except (re.error, TypeError) as error:
         raise LoRAError(f"LoRAConfig: {option}: {pattern!r} is not a regular expression: {error}.") from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar, cast
 
@@ -14,6 +15,11 @@ ATTRIBUTE = "lora_injection"  # of the injected module: the record of its inject
 META, ENTRY = "lora", "lora_learned"  # keys of an adapter's metadata in a checkpoint, of the record in a state dict
 ALL_LINEAR = "all-linear"
 COMPILED, CHECKPOINTED = WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # torch.compile, checkpoint_wrapper
+USUAL_NAMES = {  # of layers in transformers: a list may name them for many models, of which each has some
+    *("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "gate_proj", "up_proj", "down_proj", "qkv_proj"),
+    *("gate_up_proj", "query", "key", "value", "qkv", "query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
+    *("proj", "fc1", "fc2", "fc_in", "fc_out", "c_attn", "c_fc", "c_proj", "w1", "w2", "w3"),
+}
 
 Value = TypeVar("Value")
 
@@ -30,9 +36,14 @@ def uncompiled(model: nn.Module) -> nn.Module:
     return model
 
 
+def suffix_pattern(pattern: str) -> str:
+    """Return the expression for whole names that a key of rank_pattern or alpha_pattern is a part of: PEFT's rule."""
+    return rf"(.*\.)?({pattern})$"
+
+
 def pattern_matches(pattern: str, name: str) -> bool:
-    """Return whether a key of rank_pattern or alpha_pattern means a module: PEFT's rule, a match of a dotted suffix."""
-    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+    """Return whether a key of rank_pattern or alpha_pattern means a module, by a dotted suffix of its name."""
+    return re.match(suffix_pattern(pattern), name) is not None
 
 
 def names_match(names: str | Sequence[str] | None, name: str) -> bool:
@@ -73,9 +84,36 @@ def rename_keys(values: Mapping[str, Value], new_name: Callable[[str], str | Non
 def near_misses(entry: str, names: Iterable[str]) -> str:
     """Return a hint with the names that look most like `entry`, or with the first names there are."""
     names = list(names)
+    return _did_you_mean(entry, names) or _there_are(list(map(repr, names)), 3)
+
+
+def near_endings(entry: str, names: Iterable[str]) -> str:
+    """Return near_misses, or else how the names end and how many end so, most frequent first."""
+    names = list(names)
+    counts = Counter(_ending(name) for name in names)
+    endings = [f"{ending!r} ({count})" if count > 1 else repr(ending) for ending, count in counts.most_common()]
+    return _did_you_mean(entry, names) or _there_are(endings, 10)
+
+
+def is_typo(entry: str, names: Iterable[str]) -> bool:
+    """Return whether a name that is not there must be one of `names` misspelt; the usual names of layers are not."""
+    if entry in USUAL_NAMES:
+        return False
+    known = {suffix.lower() for name in names for suffix in suffixes(name)}
+    same_letters = sorted(entry.lower()) in map(sorted, known)
+    return same_letters or bool(difflib.get_close_matches(entry.lower(), known, n=1, cutoff=0.8))
+
+
+def _did_you_mean(entry: str, names: Iterable[str]) -> str:
     known = {suffix for name in names for suffix in suffixes(name)}
     close = difflib.get_close_matches(entry, sorted(known), n=3, cutoff=0.6)
-    if close:
-        return f"; did you mean {', '.join(map(repr, close))}?"
-    shown = ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
-    return f"; there are {shown}" if names else "; there are none"
+    return f"; did you mean {', '.join(map(repr, close))}?" if close else ""
+
+
+def _there_are(shown: Sequence[str], most: int) -> str:
+    return f"; there are {', '.join(shown[:most])}{', ...' * (len(shown) > most)}" if shown else "; there are none"
+
+
+def _ending(name: str) -> str:
+    """Return the last segment of a name, with the one before it where the last is a number."""
+    return next(ending for ending in reversed(suffixes(name)) if not ending.isdigit() or ending == name)

@@ -25,7 +25,9 @@ def adapted(model: nn.Module) -> list[str]:
 
 
 def test_options_are_those_of_the_config_and_four_of_its_own():
-    ours = inspect.signature(LoRACallback).parameters
+    whole, *ours = inspect.signature(LoRACallback).parameters.values()
+    assert (whole.name, whole.kind) == ("config", inspect.Parameter.VAR_POSITIONAL)  # unseen by YAML and --help
+    ours = {parameter.name: parameter for parameter in ours}
     config = inspect.signature(LoRAConfig).parameters
     own = {"merged_eval": True, "save": "adapter", "verify": False, "seed": None}
     assert list(ours) == [*own, *config]
@@ -41,7 +43,7 @@ def test_every_option_is_documented():
         arguments = inspect.getdoc(owner).partition("Args:\n")[2].partition("\n\n")[0]
         return re.findall(r"^ {4}(\w+): ", arguments, re.MULTILINE)
 
-    assert documented(LoRACallback) == list(inspect.signature(LoRACallback).parameters)
+    assert documented(LoRACallback) == list(inspect.signature(LoRACallback).parameters)  # `config` first
     assert documented(LoRAConfig) == [field.name for field in fields(LoRAConfig)]
 
 
@@ -88,6 +90,29 @@ def test_callback_with_a_wrong_config_value_is_refused_at_once(options: dict[str
 def test_callback_with_a_wrong_own_option_is_refused_at_once(options: dict[str, Any], message: str):
     with pytest.raises(LoRAError, match=message):
         LoRACallback(**options)
+
+
+def test_callback_takes_a_config_instead_of_options(tmp_path):
+    config = LoRAConfig(r=2, target_modules=TARGETS)
+    callback = LoRACallback(config, save="full")
+    assert callback.config is config
+    assert callback.save == "full"
+    model = Net()
+    make_trainer(tmp_path, callback).fit(model, Data())
+    assert adapted(model) == TARGETS
+
+
+@pytest.mark.parametrize(
+    ("configs", "options", "message"),
+    [
+        ([LoRAConfig()], {"r": 4, "bias": "all"}, r"LoRACallback: r, bias given beside a LoRAConfig"),
+        ([LoRAConfig(), LoRAConfig()], {}, r"expected one LoRAConfig .*, found LoRAConfig, LoRAConfig"),
+        ([{"r": 4}], {}, r"expected one LoRAConfig or options by their names, found dict"),
+    ],
+)
+def test_callback_refuses_anything_but_one_config_or_options(configs, options, message: str):
+    with pytest.raises(LoRAError, match=message):
+        LoRACallback(*configs, **options)
 
 
 @pytest.mark.parametrize("model_class", [Net, BuiltInSetup, BuiltInConfigureModel])

@@ -53,6 +53,7 @@ REFUSED = [
     ("rank_pattern", {"q": 1.5}),
     ("rank_pattern", {"q(": 4}),
     ("rank_pattern", {3: 4}),
+    ("rank_pattern", {"(?i)a": 3}),  # PEFT's expression holds the key in its middle
     ("alpha_pattern", "q"),
     ("alpha_pattern", {"q": 0}),
     ("alpha_pattern", {"q": float("nan")}),
@@ -75,6 +76,7 @@ REFUSED = [
     ("enable_lora", {"": [True]}),
     ("enable_lora", {3: [True]}),
 ]
+OWN = ("enable_lora", "autocast_adapter_dtype")  # loralib's, and an argument of get_peft_model
 
 
 @pytest.mark.parametrize(("option", "value"), REFUSED, ids=[f"{option}={value!r:.20}" for option, value in REFUSED])
@@ -95,13 +97,65 @@ def test_orthogonal_needs_even_ranks_everywhere():
 
 def test_names_and_defaults_are_pefts():
     ours, theirs = LoRAConfig(), peft.LoraConfig()
-    own = {"enable_lora", "autocast_adapter_dtype"}  # loralib's, and an argument of get_peft_model
     for field in dataclasses.fields(LoRAConfig):
-        if field.name not in own | {"target_modules"}:  # PEFT chooses by model type, which a plain module has not
+        if field.name not in {*OWN, "target_modules"}:  # PEFT chooses by model type, which a plain module has not
             assert (getattr(ours, field.name) or None) == (getattr(theirs, field.name) or None), field.name
     default = inspect.signature(peft.get_peft_model).parameters["autocast_adapter_dtype"].default
     assert ours.autocast_adapter_dtype is default
     assert ours.target_modules == "all-linear"
+
+
+def test_a_config_from_peft_has_the_same_options():
+    options = {
+        "r": 4,
+        "lora_alpha": 16,
+        "lora_dropout": 0.1,
+        "target_modules": ["q_proj", "v_proj"],
+        "exclude_modules": r"layers\.0\..*",
+        "modules_to_save": ["head"],
+        "rank_pattern": {"q_proj": 2},
+        "alpha_pattern": {"v_proj": 4},
+        "bias": "lora_only",
+        "use_rslora": True,
+        "init_lora_weights": "gaussian",
+    }
+    assert set(options) == {f.name for f in dataclasses.fields(LoRAConfig) if f.name not in OWN}
+    theirs = peft.LoraConfig(**options, inference_mode=True, base_model_name_or_path="base", fan_in_fan_out=True)
+    assert LoRAConfig.from_peft(theirs) == LoRAConfig(**options)
+    assert LoRAConfig.from_peft(peft.LoraConfig(target_modules={"b", "a"})).target_modules == ("a", "b")
+
+
+# What holds an option of peft's that is not its default, and that LoRAConfig has not.
+NOT_EXPRESSED = {
+    "use_dora": True,
+    "lora_bias": True,
+    "layer_replication": [[0, 1]],
+    "megatron_config": {"a": 1},
+    "alora_invocation_tokens": [1],
+    "target_parameters": ["experts.down_proj"],
+    "trainable_token_indices": [1],
+    "layers_to_transform": [0],
+    "use_qalora": True,
+}
+
+
+@pytest.mark.parametrize("option", NOT_EXPRESSED)
+def test_what_a_config_from_peft_cannot_express_is_refused_by_name(option):
+    theirs = peft.LoraConfig(target_modules=["q"])
+    setattr(theirs, option, NOT_EXPRESSED[option])
+    with pytest.raises(
+        LoRAError, match=rf"LoRAConfig\.from_peft: {option}=.* cannot be expressed; the options are r, "
+    ):
+        LoRAConfig.from_peft(theirs)
+
+
+def test_a_config_from_peft_needs_a_config_that_says_what_to_adapt():
+    with pytest.raises(LoRAError, match=r"expected a peft\.LoraConfig, found a VeraConfig"):
+        LoRAConfig.from_peft(peft.VeraConfig())
+    with pytest.raises(LoRAError, match="target_modules=None lets peft choose"):
+        LoRAConfig.from_peft(peft.LoraConfig())
+    with pytest.raises(LoRAError, match=r"init_lora_weights must be .*'pissa'"):
+        LoRAConfig.from_peft(peft.LoraConfig(target_modules=["q"], init_lora_weights="pissa"))
 
 
 SEGMENTS = st.sampled_from(["a", "b", "ab", "layers", "0", "1", "10", "q_proj"])

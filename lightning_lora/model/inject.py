@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -162,9 +163,11 @@ def finish_injection(model: nn.Module) -> None:
     root, record, *_ = require_injection(model, "inject")
     with _leaving_no_trace(root):
         targets = Targets(root, record.config)
-        if targets.unmatched:
+        if any(targets.unmatched.values()):
             raise LoRAError(f"LoRA on {type(root).__name__}: " + ".\n".join(targets.unmatched) + ".")
     if not record.validated:
+        for sentence in targets.unmatched:
+            warnings.warn(f"lightning_lora: {sentence}; it is passed over", stacklevel=3)
         for name, reason in targets.left_out.items():
             log.info("lightning_lora: %s is left out of 'all-linear': %s", name, reason)
     record.validated = True

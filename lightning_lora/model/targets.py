@@ -12,7 +12,18 @@ from torch.nn.utils.parametrize import is_parametrized
 from ..config import LoRAConfig
 from ..distributed.sharding import is_sharded
 from ..errors import LoRAError
-from ..names import ALL_LINEAR, A, around, canonical, matcher, near_misses, pattern_matches, suffixes
+from ..names import (
+    ALL_LINEAR,
+    A,
+    around,
+    canonical,
+    is_typo,
+    matcher,
+    near_endings,
+    near_misses,
+    pattern_matches,
+    suffixes,
+)
 from ..nn.layer_kinds import is_conv1d, layer_class
 from ..nn.lora_layer import LoRALayer
 from ..nn.low_rank import ATTENTION_WEIGHTS, FUSABLE, MERGEABLE_DTYPES, matrix_shape
@@ -26,7 +37,8 @@ class Targets:
         layers: the modules to adapt.
         saved: the modules that modules_to_save names.
         left_out: the reasons for which "all-linear" passes over layers.
-        unmatched: a sentence for each entry of an option that names nothing.
+        unmatched: a sentence for each entry of an option that names nothing, and whether it must be a mistake. A list
+            of layers may be for many models, of which each has some.
     """
 
     def __init__(self, model: nn.Module, config: LoRAConfig) -> None:
@@ -49,7 +61,8 @@ class Targets:
             out_proj = f"{name}.out_proj"
             if isinstance(module, nn.MultiheadAttention) and not excluded(out_proj):
                 self.layers[out_proj] = modules[out_proj]
-        self.unmatched = self._unmatched(config, chosen, modules)
+        self.unmatched: dict[str, bool] = {}
+        self._check_entries(config, chosen, modules)
 
     def _all_linear(self, model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
         heads, tied, chosen = output_heads(model), tied_weights(model), {}
@@ -64,9 +77,8 @@ class Targets:
                 chosen[name] = module
         return chosen
 
-    def _unmatched(self, config: LoRAConfig, chosen: Iterable[str], modules: Mapping[str, nn.Module]) -> list[str]:
+    def _check_entries(self, config: LoRAConfig, chosen: Iterable[str], modules: Mapping[str, nn.Module]) -> None:
         adaptable = [name for name, module in modules.items() if layer_class(module)]
-        unmatched = []
         for option, names, hints in (
             ("target_modules", chosen, adaptable),
             ("exclude_modules", [*adaptable, *chosen], adaptable),
@@ -74,22 +86,34 @@ class Targets:
             ("enable_lora", self.layers, self.layers),
         ):
             value = getattr(config, option) or ()
-            if isinstance(value, str):  # a regular expression
-                entries = [] if value == ALL_LINEAR or any(map(matcher(value), names)) else [value]
-            else:
-                matched = {suffix for name in names for suffix in suffixes(name)}
-                entries = [entry for entry in value if entry not in matched]
-            kind = "module" if names is modules else "layer to adapt"
-            unmatched += [f"{option}: {entry!r} names no {kind}" + near_misses(entry, hints) for entry in entries]
+            if isinstance(value, str):
+                if value != ALL_LINEAR and not any(map(matcher(value), names)):
+                    self.unmatched[f"{option}: {value!r} names no layer to adapt" + _regex_hint(value, hints)] = True
+                continue
+            matched = {suffix for name in names for suffix in suffixes(name)}
+            missing = [entry for entry in value if entry not in matched]
+            some_fit = option in ("target_modules", "exclude_modules") and len(missing) < len(value)
+            kind, hint = ("module", near_misses) if names is modules else ("layer to adapt", near_endings)
+            for entry in missing:
+                sentence = f"{option}: {entry!r} names no {kind}{hint(entry, hints)}"
+                self.unmatched[sentence] = not some_fit or is_typo(entry, hints)
         for option in ("rank_pattern", "alpha_pattern"):
-            unmatched += [
-                f"{option}: {pattern!r} names no adapted layer" + near_misses(pattern, self.layers)
+            self.unmatched |= {
+                f"{option}: {pattern!r} names no adapted layer" + near_misses(pattern, self.layers): True
                 for pattern in getattr(config, option) or ()
                 if not any(pattern_matches(pattern, name) for name in self.layers)
-            ]
-        if not self.layers and not unmatched:
-            unmatched.append(f"target_modules: {config.target_modules!r} leaves no layer to adapt")
-        return unmatched
+            }
+        if not self.layers and not any(self.unmatched.values()):
+            self.unmatched[f"target_modules: {config.target_modules!r} leaves no layer to adapt"] = True
+
+
+def _regex_hint(expression: str, names: Iterable[str]) -> str:
+    """Say that a string must match whole names, and give the list where that would find something."""
+    names = list(names)
+    rule = "; a string is a regular expression for the whole name"
+    if any(map(matcher([expression]), names)):
+        return f"{rule}, a list holds names or their endings: [{expression!r}]"
+    return rule + near_endings(expression, names)
 
 
 def output_heads(model: nn.Module) -> list[nn.Module]:

@@ -194,6 +194,59 @@ def test_an_entry_that_names_nothing_is_an_error_with_near_misses(options, compl
     assert complaint in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("options", "unused"),
+    [
+        ({"target_modules": ["conv", "gate_proj", "up_proj"]}, ["gate_proj", "up_proj"]),
+        ({"exclude_modules": ["body.0", "vision_tower"]}, ["vision_tower"]),
+    ],
+    ids=["targets of another family", "exclusion"],
+)
+def test_a_list_for_many_models_is_applied_with_a_warning_for_what_this_one_has_not(options, unused):
+    def plain() -> list[str]:
+        kept = {name: [entry for entry in entries if entry not in unused] for name, entries in options.items()}
+        return inject(Zoo(), zoo_config(**kept))
+
+    option = next(iter(options))
+    with pytest.warns(UserWarning, match="it is passed over") as caught:
+        names = inject(Zoo(), zoo_config(**options))
+    expected = [
+        rf"lightning_lora: {option}: '{entry}' names no layer to adapt; .*; it is passed over" for entry in unused
+    ]
+    assert len(caught) == len(expected)
+    assert all(re.match(pattern, str(warning.message)) for pattern, warning in zip(expected, caught, strict=True))
+    assert names == plain()
+
+
+@pytest.mark.parametrize("typo", ["cnov", "conv1", "Convv", "body.O", "haed"])
+def test_a_typo_in_a_list_is_an_error_although_the_rest_fits(typo):
+    with pytest.raises(LoRAError, match=rf"target_modules: '{typo}' names no layer to adapt"):
+        inject(Zoo(), zoo_config(target_modules=["embed", typo]))
+
+
+def test_a_string_that_names_nothing_is_told_to_be_an_expression():
+    rule = "a string is a regular expression for the whole name"
+    layers = nn.ModuleDict({"query": nn.Linear(4, 4), "key": nn.Linear(4, 4)})
+    model = nn.ModuleDict({"layers": nn.ModuleList([layers])})
+    with pytest.raises(LoRAError) as caught:
+        inject(model, LoRAConfig(target_modules="query"))
+    assert f"'query' names no layer to adapt; {rule}, a list holds names or their endings: ['query']" in str(
+        caught.value
+    )
+    with pytest.raises(LoRAError, match=rf"'.*qurey' names no layer to adapt; {rule}; did you mean .*'query'"):
+        inject(model, LoRAConfig(target_modules=".*qurey"))
+
+
+def test_names_of_another_family_are_answered_with_how_the_models_own_end():
+    bert = transformers.BertConfig(
+        vocab_size=8, hidden_size=4, num_hidden_layers=3, num_attention_heads=1, intermediate_size=4
+    )
+    with pytest.raises(LoRAError) as caught:
+        inject(transformers.BertModel(bert), LoRAConfig(target_modules=["q_proj", "v_proj"]))
+    own = "'dense' (10), 'query' (3), 'key' (3), 'value' (3), 'word_embeddings', "
+    assert f"target_modules: 'q_proj' names no layer to adapt; there are {own}" in str(caught.value)
+
+
 def test_all_entries_that_name_nothing_come_in_one_error():
     options = {
         "target_modules": ["embed", "t1"],
@@ -226,7 +279,8 @@ def test_options_that_leave_nothing_to_adapt_are_an_error(options):
 
 
 def test_target_without_near_misses_is_refused_with_what_there_is():
-    with pytest.raises(LoRAError, match=r"'zzzzz' names no layer to adapt; there are 'embed', 'conv', 'body\.0', \.\."):
+    there_are = r"there are 'embed', 'conv', 'body\.0', 'body\.3', 'head'"
+    with pytest.raises(LoRAError, match=rf"'zzzzz' names no layer to adapt; {there_are}"):
         inject(Zoo(), zoo_config(target_modules=["zzzzz"]))
     with pytest.raises(LoRAError, match="leaves no layer to adapt"):
         inject(nn.Sequential(nn.ReLU()), LoRAConfig())
