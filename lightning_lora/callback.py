@@ -17,7 +17,7 @@ from .adapter.lightning_checkpoint import Kind, check_kind
 from .config import Bias, Init, LoRAConfig
 from .errors import LoRAError
 from .model.inject import begin_injection, fixed_seed, random_seed, summary
-from .model.injection import find_injection, snapshot_materialised
+from .model.injection import find_injection, refuse_replaced_layers, snapshot_materialised
 from .model.merging import is_merged, merge, unmerge
 from .model.self_check import Verification, watch
 from .model.state_dict import refuse_unmergeable
@@ -32,7 +32,7 @@ from .trainer.compatibility import (
     warn_of_frozen,
     warn_of_part,
 )
-from .trainer.late_layers import BUILDERS, adapt_after
+from .trainer.late_layers import BUILDERS, adapt_after, stop_adapting
 from .trainer.step_lists import StepLists
 from .trainer.strategies import prepare_strategy
 
@@ -125,6 +125,7 @@ class LoRACallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that the adapter can be trained, record the base's fingerprint, and log in one line what is trained."""
+        refuse_replaced_layers(pl_module, "LoRACallback")
         snapshot_materialised(pl_module)
         refuse_unoptimized(trainer.optimizers, pl_module)
         warn_of_frozen(pl_module)
@@ -139,6 +140,11 @@ class LoRACallback(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget which layers are in eval mode; the first batch lists them anew, when every mode is training's."""
         self._lists.pop(pl_module, None)
+        refuse_replaced_layers(pl_module, "LoRACallback")
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check that the strategy's setup, or a hook, has not replaced adapted layers."""
+        refuse_replaced_layers(pl_module, "LoRACallback")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """Unmerge what is merged, and let dropout act in layers that Lightning keeps in eval mode."""
@@ -170,6 +176,7 @@ class LoRACallback(Callback):
         """Unmerge, before weight averaging swaps weights back."""
         self._unmerge(pl_module)
 
+    on_test_start = on_predict_start = on_validation_start
     on_test_batch_start = on_predict_batch_start = on_validation_batch_start
     on_test_batch_end = on_predict_batch_end = on_validation_batch_end
     on_test_epoch_end = on_predict_epoch_end = on_validation_epoch_end
@@ -187,6 +194,7 @@ class LoRACallback(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Unmerge what is merged still; in a process that ends with the fit, hand the record to the main process."""
         self._leave(pl_module)
+        stop_adapting(pl_module)
         if stage == "fit" and launches(trainer) and find_injection(pl_module) is not None:
             export_state(pl_module)
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from ..distributed.sharding import gather_all, has_sharded
 from ..errors import LoRAError
-from ..model.injection import require_injection
+from ..model.injection import refuse_replaced_layers, require_injection
 from ..model.named_state import named_state
 from ..model.state_dict import adapter_keys, adapter_state_dict, merge_state_dict
 from ..names import META, canonical
@@ -49,6 +49,7 @@ def convert_checkpoint(module: nn.Module, checkpoint: MutableMapping[str, Any], 
     Of a sharded model, the strategy has chosen and gathered what the state_dict holds, see trainer/strategies.py.
     """
     injected = require_injection(module, "checkpoint")
+    refuse_replaced_layers(module, "checkpoint")
     state = checkpoint["state_dict"] = {canonical(name): value for name, value in checkpoint["state_dict"].items()}
     keys, sharded = adapter_keys(module), has_sharded(module)
     trained = set(keys)

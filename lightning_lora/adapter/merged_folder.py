@@ -17,7 +17,7 @@ from ..files.atomic import new_folder
 from ..files.model_folder import INDEX_SUFFIX, STEM, index_of, plan_shards
 from ..files.paths import PathLike, write_json
 from ..files.safetensors import NAMES, SUFFIX, as_bytes, build_header
-from ..model.injection import require_injection
+from ..model.injection import refuse_replaced_layers, require_injection
 from ..model.named_state import named_state
 from ..model.state_dict import refuse_unmergeable
 from ..nn.lora_layer import LoRALayer, is_factor
@@ -45,6 +45,7 @@ def save_merged(model: nn.Module, path: PathLike, *, max_shard_bytes: int = 5 * 
         OSError: on the rank whose writing failed.
     """
     require_injection(model, "save_merged")
+    refuse_replaced_layers(model, "save_merged")
     refuse_unmergeable(model)
     state = _base_tensors(model)
     sizes = {name: tensor.nbytes for name, (tensor, _) in state.items()}

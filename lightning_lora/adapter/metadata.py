@@ -21,7 +21,7 @@ from ..config import LoRAConfig
 from ..distributed.sharding import gather_all
 from ..errors import LoRAError
 from ..files.safetensors import as_bytes
-from ..model.injection import require_injection
+from ..model.injection import refuse_replaced_layers, require_injection
 from ..model.named_state import named_state
 from ..model.state_dict import adapter_keys, adapter_state_dict
 from ..names import canonical
@@ -99,6 +99,7 @@ def describe_model(model: nn.Module) -> Adapter:
     The fingerprint is that of fit start, where this model was fitted: weight averaging moves frozen weights.
     """
     record = require_injection(model, "save_adapter").record
+    refuse_replaced_layers(model, "save_adapter")
     at_fit_start = record.fingerprint and record.fingerprint.keys() <= {name for name, _, _ in named_state(model)}
     kinds = dict(zip(adapted_layers(model).values(), layer_kinds(model).values(), strict=True))
     # State dicts hold a layer that is registered under two names under both.

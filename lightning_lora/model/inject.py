@@ -23,7 +23,15 @@ from ..nn.layer_kinds import adapt_
 from ..nn.lora_layer import LayerSpec, LoRALayer, adapted_layers, strip_
 from ..nn.low_rank import HALF
 from ..nn.tied_weights import record_ties
-from .injection import Injected, Injection, find_injection, record_trainable, require_injection, snapshot_initial
+from .injection import (
+    Injected,
+    Injection,
+    find_injection,
+    record_trainable,
+    refuse_replaced_layers,
+    require_injection,
+    snapshot_initial,
+)
 from .merging import is_merged, merge, unmerge
 from .named_state import base_parameters, exchange_values_
 from .patches import call_previous, patch, unpatch
@@ -88,10 +96,11 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     """Merge the adapters and leave plain modules without a trace of LoRA; return the model. In place.
 
     Raises:
-        LoRAError: the model was not injected, W' is not finite, or a layer cannot be merged because its weight has
-            another owner.
+        LoRAError: the model was not injected, a layer was replaced since, W' is not finite, or a layer cannot be
+            merged because its weight has another owner.
     """
     root = require_injection(model, "merge_and_unload").root
+    refuse_replaced_layers(root, "merge_and_unload")
     refuse_fully_sharded(root, "merge_and_unload")
     refuse_unmergeable(root)
     unmerge(root)  # what stayed factored, and need not any more, is merged now
@@ -186,6 +195,7 @@ def adapt_new_layers(model: nn.Module) -> None:
     with torch.inference_mode(False):
         for name, module in new.items():
             _adapt(name, module, record, seed)
+    record.layers = [layer.lora.name for layer in adapted_layers(root).values()]
     record_ties(root)
     record_trainable(root, expected=True)
     patch_attention(root)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
@@ -30,6 +30,7 @@ class Injection:
 
     config: LoRAConfig
     merge_weights: bool = False  # eval() merges and train() unmerges
+    layers: list[str] = field(default_factory=list)  # names of the adapted layers
     requires_grad: dict[str, bool] = field(default_factory=dict)  # of every base parameter, before injection
     # From before training: values of what it changes beside A and B (trained base parameters, persistent buffers).
     initial: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -111,6 +112,53 @@ def require_injection(model: nn.Module, verb: str) -> Injected:
     return injected
 
 
+def forget_rebuilt(model: nn.Module, earlier: Set[nn.Module]) -> None:
+    """Drop what was recorded of tensors in modules that are not among the earlier ones: it was of others.
+
+    Without that, a module that is built anew would be left trainable, and have initial values of the one before it.
+    """
+    root, record, *_ = require_injection(model, "forget_rebuilt")
+    rebuilt = {
+        f"{canonical(path)}.{name}".lstrip(".")
+        for path, module in root.named_modules()
+        if module not in earlier
+        for name in (*module._parameters, *module._buffers)
+    }
+    if rebuilt & {*record.requires_grad, *record.initial}:
+        record.rename(lambda name: None if name in rebuilt else name)
+        record.fingerprint = {}
+
+
+def refuse_replaced_layers(model: nn.Module, verb: str) -> None:
+    """Raise LoRAError for the first layer that was adapted and is not in an injected model any more.
+
+    Args:
+        model: any module; one that holds no injected model is let pass.
+        verb: what the message begins with.
+    """
+    roots = [module for module in model.modules() if ATTRIBUTE in vars(module)]
+    if not roots:
+        injected = find_injection(model)
+        roots = [injected.root] if injected is not None else []
+    for root in roots:
+        expected, live = vars(root)[ATTRIBUTE].layers, {layer.lora.name for layer in adapted_layers(root).values()}
+        gone = [name for name in expected if name not in live]
+        if gone:
+            modules = {canonical(name): module for name, module in root.named_modules()}
+            now = f"now a {describe_class(modules[gone[0]])}" if gone[0] in modules else "no longer there,"
+            raise LoRAError(
+                f"{verb}: {gone[0]!r} in {type(root).__name__} was adapted, but is {now} without an adapter "
+                f"({len(gone)} of {len(expected)} adapted layers are gone). Replace or convert layers before they are "
+                "adapted, in __init__, setup or configure_model, or leave them out with "
+                f"exclude_modules=[{', '.join(map(repr, gone[:3]))}{', ...' if len(gone) > 3 else ''}]."
+            )
+
+
+def describe_class(module: nn.Module) -> str:
+    """Return the class of a module with its module path."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
 def _find_by_layers(model: nn.Module, layers: Mapping[str, LoRALayer], record: Injection) -> Injected | None:
     """For a module that does not hold the injected one: it is inside of that, or takes its place."""
     root = record.root() if record.root is not None else None
@@ -124,6 +172,7 @@ def _find_by_layers(model: nn.Module, layers: Mapping[str, LoRALayer], record: I
     record.rename(_renaming(layer.lora.name, name))
     for name, layer in layers.items():
         layer.lora.name = name
+    record.layers = list(layers)
     record.begin(model)
     return Injected(model, record)
 

@@ -22,6 +22,7 @@ from ..nn.fast_paths import update_fast_paths
 from ..nn.lora_layer import Blocks, LoRALayer, adapted_layers
 from ..nn.low_rank import HALF
 from ..nn.tied_weights import record_ties
+from .injection import refuse_replaced_layers
 
 if TYPE_CHECKING:
     from ..metrics import MergeFidelity
@@ -46,9 +47,10 @@ def merge(model: nn.Module) -> None:
     Collective: every rank of a sharded model calls this; the factors are gathered, the weights never.
 
     Raises:
-        LoRAError: the model has no adapted layer, or a layer's W' is not finite, on any rank. Every layer is then
-            unmerged.
+        LoRAError: the model has no adapted layer, one was replaced since, or a layer's W' is not finite, on any rank.
+            Every layer is then unmerged.
     """
+    refuse_replaced_layers(model, "merge")
     layers = _require_layers(model, "merge")
     pending = {name: layer for name, layer in layers.items() if layer.lora_active and not layer.lora.merged}
     if not pending:

@@ -17,7 +17,7 @@ from ..errors import LoRAError
 from ..names import ATTRIBUTE, CHECKPOINTED, A, B, canonical
 from ..nn.lora_layer import Blocks, LoRALayer, is_factor
 from ..nn.tied_weights import record_ties
-from .injection import record_loaded, record_trainable, require_injection
+from .injection import record_loaded, record_trainable, refuse_replaced_layers, require_injection
 from .named_state import base_parameters, named_state
 
 # What state dicts of an injected model may carry beside tensors: by key, what takes it up when it is loaded.
@@ -50,8 +50,9 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Any]:
     """Return all that training can change, by state dict name, detached and sharing memory with the model.
 
     Raises:
-        LoRAError: the model was not injected.
+        LoRAError: the model was not injected, or a layer was replaced since.
     """
+    refuse_replaced_layers(model, "adapter_state_dict")
     keys = set(adapter_keys(model))
     return {
         name: module.get_extra_state() if tensor is None else original_value(name, tensor, module)
@@ -71,9 +72,11 @@ def merged_state_dict(model: nn.Module) -> dict[str, Any]:
     """Return the state dict of the plain model with merged weights, under the base's names, merged or not.
 
     Raises:
-        LoRAError: the model was not injected, or a layer's merged weight cannot stand in for its adapter.
+        LoRAError: the model was not injected, a layer was replaced since, or a layer's merged weight cannot stand in
+            for its adapter.
     """
     require_injection(model, "merged_state_dict")
+    refuse_replaced_layers(model, "merged_state_dict")
     return merge_state_dict(model, {canonical(name): value for name, value in model.state_dict().items()})
 
 

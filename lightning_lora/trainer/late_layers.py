@@ -2,58 +2,101 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
 from ..model.inject import adapt_new_layers, begin_injection, finish_injection, strip_adapters
-from ..model.injection import find_injection, require_injection, snapshot_initial
-from ..model.patches import call_previous, patch
+from ..model.injection import (
+    Injected,
+    describe_class,
+    find_injection,
+    forget_rebuilt,
+    require_injection,
+    snapshot_initial,
+)
+from ..model.patches import call_previous, is_patched, patch, unpatch_method
+from ..names import canonical
 from ..nn.lora_layer import adapted_layers
 from .checkpoint_hooks import save_as
 from .compatibility import refuse_other_options
 
-BUILDERS = ("setup", "configure_model")
-
 
 def adapt_after(module: nn.Module, *names: str) -> None:
     """Patch methods of an injected LightningModule so that what they build is adapted; without any, judge options now.
+
+    The patch stays for the whole setup, because WeightAveraging calls configure_model before Lightning does.
 
     Args:
         module: the LightningModule.
         names: those of BUILDERS that it overrides.
     """
     for name in names:
-        patch(module, name, _setup_and_adapt if name == "setup" else _configure_and_adapt)
+        patch(module, name, BUILDERS[name])
     if not names:
         finish_injection(module)
 
 
+def stop_adapting(module: nn.Module) -> None:
+    """Take the patches of adapt_after out."""
+    for name, function in BUILDERS.items():
+        unpatch_method(module, name, function)
+
+
 def _setup_and_adapt(module: nn.Module, previous: Callable[[str], Any] | None, stage: str) -> None:
-    _build(module, previous, "setup", stage)
-    adapt_new_layers(module)
-    if "configure_model" not in vars(module):  # else the options are judged after that
-        snapshot_initial(module)
-        finish_injection(module)
+    """Adapt what setup built; the options are judged after configure_model where there is one."""
+    complete = not is_patched(module, "configure_model", _configure_and_adapt)
+    _build_and_adapt(module, previous, "setup", stage, complete=complete)
 
 
 def _configure_and_adapt(module: nn.Module, previous: Callable[[], Any] | None) -> None:
-    _build(module, previous, "configure_model")
-    if find_injection(module) is not None:  # else it was taken out meanwhile
-        adapt_new_layers(module)
+    _build_and_adapt(module, previous, "configure_model", complete=True)
+
+
+BUILDERS: dict[str, Callable[..., None]] = {"setup": _setup_and_adapt, "configure_model": _configure_and_adapt}
+
+
+def _build_and_adapt(
+    module: nn.Module, previous: Callable[..., Any] | None, name: str, *args: Any, complete: bool
+) -> None:
+    """Call the method that is patched, and adapt what it built; `complete` tells whether all layers are there now."""
+    injected = find_injection(module)
+    if injected is None:  # it was taken out meanwhile
+        call_previous(module, previous, name, *args)
+        return
+    record, layers, modules = injected.record, injected.record.layers, set(injected.root.modules())
+    with _allowing_injection(module):
+        call_previous(module, previous, name, *args)
+    injected = find_injection(module)
+    if injected is None:
+        return
+    goes_on = injected.record is record and record.layers is layers  # else what was built is recorded already
+    if goes_on:
+        forget_rebuilt(module, modules)
+    adapt_new_layers(module)
+    if goes_on:
+        _warn_of_replaced(injected, layers, name)
+    if complete:
         snapshot_initial(module)
         finish_injection(module)
 
 
-def _build(module: nn.Module, previous: Callable[..., Any] | None, name: str, *args: Any) -> None:
-    """Put the method itself back in place of the patch, and call it."""
-    delattr(module, name)
-    if previous is not None:
-        setattr(module, name, previous)
-    with _allowing_injection(module):
-        call_previous(module, previous, name, *args)
+def _warn_of_replaced(injected: Injected, layers: Iterable[str], method: str) -> None:
+    """Warn of layers in whose place the user's method put others that have parameters and are not adapted."""
+    modules = {canonical(name): module for name, module in injected.root.named_modules()}
+    gone = [name for name in layers if name not in injected.record.layers and name in modules]
+    replaced = [name for name in gone if list(modules[name].parameters()) and not adapted_layers(modules[name])]
+    if replaced:
+        shown = ", ".join(f"{name!r} (now a {describe_class(modules[name])})" for name in replaced[:3])
+        warnings.warn(
+            f"lightning_lora: {method} replaced adapted layers by others, which are not adapted: {shown}"
+            f"{', ...' if len(replaced) > 3 else ''}; leave them out with exclude_modules={replaced[:3]}, or name what "
+            "is to be adapted in target_modules",
+            stacklevel=2,
+        )
 
 
 @contextmanager

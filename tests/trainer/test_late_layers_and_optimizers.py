@@ -126,6 +126,61 @@ def test_disable_adapter_and_unload_after_fits_give_a_fresh_model_wherever_its_l
     assert torch.equal(outputs(model), outputs(fresh))
 
 
+class HeadBuiltAnew(Net):
+    """Another head at each call of a method, with values of its own."""
+
+    def prepare(self) -> None:
+        self.build_body()
+        self.heads: list[dict[str, torch.Tensor]] = []
+
+    def build_head(self) -> None:
+        self.hparams["seed"] += 1
+        super().build_head()
+        self.heads.append(weights(self.head))
+
+
+class HeadAnewInSetup(HeadBuiltAnew):
+    def setup(self, stage: str) -> None:
+        self.build_head()
+
+
+class HeadAnewInConfigureModel(HeadBuiltAnew):
+    """Twice in each stage, as with weight averaging."""
+
+    def setup(self, stage: str) -> None:
+        self.configure_model()
+
+    def configure_model(self) -> None:
+        self.build_head()
+
+
+class HeadOnce(HeadAnewInConfigureModel):
+    def configure_model(self) -> None:
+        if not hasattr(self, "head"):
+            self.build_head()
+
+
+@pytest.mark.parametrize("builder", [HeadAnewInSetup, HeadAnewInConfigureModel, HeadOnce])
+def test_a_frozen_module_that_is_built_anew_stays_frozen(tmp_path, builder: type[HeadBuiltAnew]):
+    model = builder()
+    for _ in range(2):
+        trained(tmp_path, model, lora(target_modules=["body.0"]))
+        assert_same_tensors(weights(model.head), model.heads[-1])
+        assert not any(p.requires_grad for p in model.head.parameters())
+    unload(model)
+    assert all(p.requires_grad for p in model.head.parameters())
+
+
+@pytest.mark.parametrize("builder", [HeadAnewInSetup, HeadAnewInConfigureModel, HeadOnce])
+def test_a_trained_module_that_is_built_anew_goes_back_to_its_own_first_values(tmp_path, builder: type[HeadBuiltAnew]):
+    model = builder()
+    for _ in range(2):
+        trained(tmp_path, model, lora(target_modules=["body.0"], modules_to_save=["head"]))
+        assert not torch.equal(model.head.weight, model.heads[-1]["weight"])
+        with disable_adapter(model):
+            assert_same_tensors(weights(model.head), model.heads[-1])
+
+
 # --- a backbone that is put into eval mode while the run goes on ---
 
 

@@ -1,0 +1,135 @@
+"""Adapted layers that a precision plugin or a hook replaces after injection: an error that names them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.plugins.precision import Precision
+from torch import nn
+
+from lightning_lora import LoRAError
+from support.runs import At, lora, trained
+from support.training import Data, Net, make_trainer
+
+
+class Converted(nn.Module):
+    """What a plugin makes of a linear layer: the same numbers, a class of its own."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
+class Converts(Precision):
+    """Replaces linear layers when the strategy is set up, as the plugins of bitsandbytes and transformer-engine do."""
+
+    def __init__(self, *kept: str) -> None:
+        self.kept = kept
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        for name, layer in list(module.named_modules()):
+            if isinstance(layer, nn.Linear) and name not in self.kept:
+                replace(module, name)
+        return module
+
+
+def replace(model: nn.Module, name: str) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, Converted(model.get_submodule(name)))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("save", ["adapter", "merged", "full"])
+@pytest.mark.parametrize("merged_eval", [True, False])
+@pytest.mark.parametrize("kept", [(), ("body.0", "head")])
+def test_layers_that_a_precision_plugin_replaces_are_named_at_fit_start(
+    tmp_path, kept: tuple[str, ...], merged_eval: bool, save: Any
+):
+    trainer = make_trainer(tmp_path, lora(merged_eval=merged_eval, save=save), plugins=Converts(*kept))
+    gone = "body.3" if kept else "body.0"
+    counted = "1 of 3" if kept else "3 of 3"
+    message = (
+        rf"LoRACallback: '{gone}' in Net was adapted, but is now a .*Converted without an "
+        rf"adapter \({counted} adapted layers are gone\).*exclude_modules=\['{gone}'"
+    )
+    with pytest.raises(LoRAError, match=message):
+        trainer.fit(Net(), Data())
+
+
+@pytest.mark.parametrize("merged_eval", [True, False])
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+def test_layers_that_a_precision_plugin_replaces_are_named_before_an_evaluation(
+    tmp_path, stage: str, merged_eval: bool
+):
+    trainer = make_trainer(tmp_path, lora(merged_eval=merged_eval), plugins=Converts("body.0"))
+    with pytest.raises(LoRAError, match=r"LoRACallback: 'body\.3' in .*Net was adapted, but is now a .*Converted"):
+        getattr(trainer, stage)(Net(), Data())
+
+
+def test_a_plugin_that_replaces_other_layers_alone_is_let_in(tmp_path):
+    model = Net()
+    trainer = make_trainer(tmp_path, lora(target_modules=["body.0", "body.3"]), plugins=Converts("body.0", "body.3"))
+    trainer.fit(model, Data())
+    assert isinstance(model.head, Converted)
+
+
+HOOKS = ["on_fit_start", "on_train_start", "on_train_epoch_start", "on_train_batch_start", "on_train_epoch_end"]
+
+
+@pytest.mark.parametrize("save", ["adapter", "merged", "full"])
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("hook", HOOKS)
+def test_a_layer_that_a_hook_replaces_is_named_at_the_latest_when_it_is_saved(
+    tmp_path, hook: str, first: bool, save: Any
+):
+    replacing = At(hook, lambda trainer, pl_module: replace(pl_module, "body.3"))
+    callbacks = [replacing, lora(merged_eval=False, save=save)][:: 1 if first else -1]
+    trainer = make_trainer(tmp_path, *callbacks, limit_val_batches=0)
+
+    def run() -> None:
+        trainer.fit(Net(), Data())
+        trainer.save_checkpoint(tmp_path / "lost.ckpt")
+
+    with pytest.raises(LoRAError, match=r"'body\.3' in .*Net was adapted, but is now a .*Converted .*1 of 3"):
+        run()
+    assert not (tmp_path / "lost.ckpt").exists()
+
+
+def test_a_layer_that_is_taken_out_between_two_fits_is_named(tmp_path):
+    def fit() -> None:
+        make_trainer(tmp_path, lora(target_modules="all-linear")).fit(model, Data())
+
+    model = Net()
+    fit()
+    model.body[3] = nn.ReLU()
+    with pytest.raises(LoRAError, match=r"LoRACallback: 'body\.3' in Net was adapted, but is now a torch\.nn.*\.ReLU"):
+        fit()
+    del model.body[3:]
+    with pytest.raises(LoRAError, match=r"LoRACallback: 'body\.3' in Net was adapted, but is no longer there"):
+        fit()
+
+
+def test_a_layer_that_a_hook_wraps_is_still_there(tmp_path):
+    def wrap(trainer: L.Trainer, pl_module: Any) -> None:
+        pl_module.head = nn.Sequential(pl_module.head)
+
+    model = trained(tmp_path, Net(), At("on_fit_start", wrap), lora(), At("on_train_start", lambda trainer, _: None))
+    assert isinstance(model.head, nn.Sequential)
+    make_trainer(tmp_path, lora()).test(model, Data(), verbose=False)
+
+
+def test_what_setup_makes_of_adapted_layers_is_warned_of(tmp_path):
+    """A program may build whatever it likes there, so that is no error; but the adapters are not where they were."""
+
+    class ConvertsInSetup(Net):
+        def setup(self, stage: str) -> None:
+            replace(self, "body.3")
+
+    callback = lora(target_modules="all-linear")
+    with pytest.warns(UserWarning, match=r"setup replaced .*: 'body\.3' \(now a .*Converted\);"):
+        make_trainer(tmp_path, callback).fit(ConvertsInSetup(), Data())
