@@ -15,7 +15,7 @@ from torch import nn
 from .adapter.fingerprint import fingerprint
 from .adapter.lightning_checkpoint import Kind, check_kind
 from .config import Bias, Init, LoRAConfig
-from .errors import LoRAError
+from .errors import LoRAError, NonFiniteError
 from .model.inject import begin_injection, fixed_seed, random_seed, summary
 from .model.injection import find_injection, refuse_replaced_layers, snapshot_materialised
 from .model.merging import is_merged, merge, unmerge
@@ -103,6 +103,7 @@ class LoRACallback(Callback):
         self.seed = "" if seed is None else fixed_seed(seed)
         # By module, because a hook may run a second Trainer with this callback.
         self._merged: set[nn.Module] = set()
+        self._unmergeable: set[nn.Module] = set()  # in this evaluation
         self._lists: dict[nn.Module, StepLists] = {}
         self._verifying: tuple[AbstractContextManager[Verification], Verification] | None = None
         self._verified = False
@@ -201,9 +202,18 @@ class LoRACallback(Callback):
     # --- helpers ---
 
     def _merge(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if pl_module in self._unmergeable:
+            return
         if self.merged_eval and not self._step_lists(pl_module).is_merged():
             self._merged.add(pl_module)  # first, because Ctrl-C is raised when merging is complete
-            merge(pl_module)
+            try:
+                merge(pl_module)
+            except NonFiniteError as error:
+                if trainer.state.fn != "fit":
+                    raise
+                self._unmergeable.add(pl_module)  # EarlyStopping and others judge the loss
+                rank_zero_warn(f"LoRACallback: this validation runs unmerged: {error}")
+                return
         if self.verify and not self._verified and self._verifying is None and not trainer.sanity_checking:
             watching = watch(pl_module)
             self._verifying, self._verified = (watching, watching.__enter__()), True
@@ -226,6 +236,7 @@ class LoRACallback(Callback):
         if self._verifying is not None:  # the batch was broken off, perhaps on this rank alone: nothing is gathered
             (watching, _), self._verifying = self._verifying, None
             watching.__exit__(GeneratorExit, GeneratorExit(), None)
+        self._unmergeable.discard(pl_module)
         if pl_module in self._merged:
             self._merged.discard(pl_module)
             if is_merged(pl_module):

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ..distributed.sharding import gather_all, has_sharded
-from ..errors import LoRAError
+from ..errors import LoRAError, NonFiniteError
 from ..model.injection import refuse_replaced_layers, require_injection
 from ..model.named_state import named_state
 from ..model.state_dict import adapter_keys, adapter_state_dict, merge_state_dict
@@ -65,11 +65,20 @@ def convert_checkpoint(module: nn.Module, checkpoint: MutableMapping[str, Any], 
     if kind == "merged":
         tensors = gather_all(adapter_state_dict(module)) if sharded else {name: state[name] for name in keys}
         meta["adapter"] = in_one_storage(tensors)
-        checkpoint["state_dict"] = state if sharded else merge_state_dict(module, state)
+        checkpoint["state_dict"] = state if sharded else _merge_state(module, state)
     elif kind == "adapter":
         tensors = {name: value for name, value in state.items() if name not in frozen}
         checkpoint["state_dict"] = tensors if sharded else in_one_storage(tensors)
     checkpoint[META] = meta
+
+
+def _merge_state(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        return merge_state_dict(module, state)
+    except NonFiniteError as error:
+        raise NonFiniteError(
+            f'{error}. Merged weights cannot hold that; with save="adapter" or "full" a diverged run is saved as it is.'
+        ) from error
 
 
 def checkpoint_metadata(kind: Kind, adapter: Adapter) -> dict[str, Any]:

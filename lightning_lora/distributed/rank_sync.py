@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..errors import LoRAError
+from ..errors import LoRAError, NonFiniteError
 from .sharding import has_sharded, is_sharded, reduce_
 
 
@@ -57,17 +57,32 @@ class RankSync:
         return values
 
     def raise_on_any_rank(self) -> None:
-        """Raise if a step failed on any rank. Collective: one integer."""
-        none = len(self.names)
-        first = self.failed[0] if self.failed else none
+        """Raise if a step failed on any rank, the same kind of error on all. Collective: one integer.
+
+        Raises:
+            NonFiniteError: that is all that failed, on any rank.
+            Exception: the first failure on this rank; LoRAError where only others failed.
+        """
+        count = len(self.names)
+        first = self._rank_of_failure()
         for mesh in self.meshes:
             flag = torch.tensor(first, device=mesh.device_type)
             reduce_(flag, mesh, range(mesh.ndim), dist.ReduceOp.MIN)
             first = int(flag)
-        if self.failed is not None:
-            index, error = self.failed
-            if isinstance(error, LoRAError):
-                raise LoRAError(f"{self.names[index]}: {error}") from error
-            raise error
-        if first < none:
-            raise LoRAError(f"{self.names[first]}: this failed on another rank, whose message says why")
+        if first == 2 * count:
+            return
+        kind = LoRAError if first < count else NonFiniteError
+        index, error = self.failed or (first % count, None)
+        if error is None or (kind is LoRAError and isinstance(error, NonFiniteError)):
+            raise kind(f"{self.names[first % count]}: this failed on another rank, whose message says why") from error
+        if isinstance(error, LoRAError):
+            raise kind(f"{self.names[index]}: {error}") from error
+        raise error
+
+    def _rank_of_failure(self) -> int:
+        """Return the failed step's number; a value that is not finite comes after all other failures, success last."""
+        count = len(self.names)
+        if self.failed is None:
+            return 2 * count
+        index, error = self.failed
+        return count + index if isinstance(error, NonFiniteError) else index

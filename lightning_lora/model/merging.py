@@ -16,7 +16,7 @@ from torch import nn
 
 from ..distributed.rank_sync import RankSync
 from ..distributed.sharding import is_sharded, local, reset_, reshard_
-from ..errors import LoRAError
+from ..errors import LoRAError, NonFiniteError
 from ..nn.exact_merge import Observer
 from ..nn.fast_paths import update_fast_paths
 from ..nn.lora_layer import Blocks, LoRALayer, adapted_layers
@@ -47,8 +47,8 @@ def merge(model: nn.Module) -> None:
     Collective: every rank of a sharded model calls this; the factors are gathered, the weights never.
 
     Raises:
-        LoRAError: the model has no adapted layer, one was replaced since, or a layer's W' is not finite, on any rank.
-            Every layer is then unmerged.
+        LoRAError: the model has no adapted layer, or one was replaced since. Every layer is then unmerged.
+        NonFiniteError: a layer's W' is not finite, on any rank. Every layer is then unmerged.
     """
     refuse_replaced_layers(model, "merge")
     layers = _require_layers(model, "merge")
@@ -152,8 +152,8 @@ def _affordable_copies(layers: Collection[LoRALayer]) -> set[LoRALayer]:
 def _merge_layer(layer: LoRALayer, blocks: Blocks, copy: bool, observe: Observer | None) -> None:
     try:
         layer.merge_(blocks=blocks, copy=copy, observe=observe)
-    except LoRAError as error:
-        raise LoRAError(
+    except NonFiniteError as error:
+        raise NonFiniteError(
             f"{error}. Every layer is unmerged; look for a diverged training run (a lower learning rate, gradient "
             "clipping) or evaluate with merged_eval=False."
         ) from error

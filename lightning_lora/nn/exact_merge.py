@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from ..errors import LoRAError
+from ..errors import LoRAError, NonFiniteError
 from .low_rank import LowRankBlock, scale_blocks
 
 CPU_CHUNK, GPU_CHUNK = 2**18, 2**24  # elements; small enough for the caches, large enough to fill a card
@@ -81,7 +81,7 @@ def merge_weight_(
         What unmerge_weight_ needs.
 
     Raises:
-        LoRAError: a value of the sum is not finite. The weight is then as it was.
+        NonFiniteError: a value of the sum is not finite. The weight is then as it was.
     """
     with exact_arithmetic(weight):
         record = _copy_record(weight, spare) if copy else _values_record(weight, blocks, scaling)
@@ -269,7 +269,7 @@ def _rounded_sum(
     new = exact if exact.dtype == target.dtype else target.copy_(exact)
     # A sum is cheap, and finite where all values are, but for an overflow of its own.
     if not math.isfinite(new.sum().item()) and not torch.isfinite(new).all():
-        raise LoRAError("W + s * B @ A is not finite (NaN, Inf, or beyond the range of its dtype)")
+        raise NonFiniteError("W + s * B @ A is not finite (NaN, Inf, or beyond the range of its dtype)")
     return new, exact
 
 

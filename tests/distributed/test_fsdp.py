@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from lightning.pytorch.callbacks import EarlyStopping
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -24,12 +27,15 @@ from lightning_lora import (
     merged_state_dict,
     unmerge,
 )
+from lightning_lora.distributed.rank_sync import RankSync
+from lightning_lora.errors import NonFiniteError
 from lightning_lora.nn.lora_layer import LoRALayer
 from support import sharded
 from support.models import Zoo, randomise_, tokens, zoo_config
 from support.processes import world
 from support.recorders import Traffic
-from support.sharded import WAYS, Sharded, X, base_of, loader, make_trainer, model_parallel, shard_, whole_state
+from support.runs import At
+from support.sharded import WAYS, Sharded, X, base_of, data, loader, make_trainer, model_parallel, shard_, whole_state
 from support.sharded_adapters import adapters, assert_same_bits, injected
 
 # --- every way of sharding, against the same network on one device ---
@@ -249,6 +255,68 @@ def test_a_layer_that_fails_on_one_rank_fails_on_all(bad):
     messages = world().run(one_bad_rank, bad)
     assert "not finite" in messages[bad]
     assert "on another rank" in messages[1 - bad]
+
+
+def failures(first: BaseException | None, second: BaseException | None) -> str:
+    """What ranks raise where each has a step that fails in its own way."""
+    sync = RankSync([shard_(sharded.network())[0].weight])
+    errors = [first, second]
+    for rank, error in enumerate(errors):
+        sync.run(f"step {rank}", raise_error if dist.get_rank() == rank and error else None, error)
+    try:
+        sync.raise_on_any_rank()
+    except Exception as error:
+        return type(error).__name__
+    return ""
+
+
+def raise_error(error: BaseException) -> None:
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        (None, None, ["", ""]),
+        (NonFiniteError(), None, ["NonFiniteError", "NonFiniteError"]),
+        (None, NonFiniteError(), ["NonFiniteError", "NonFiniteError"]),
+        (NonFiniteError(), NonFiniteError(), ["NonFiniteError", "NonFiniteError"]),
+        (NonFiniteError(), LoRAError(), ["LoRAError", "LoRAError"]),
+        (LoRAError(), NonFiniteError(), ["LoRAError", "LoRAError"]),
+        (NonFiniteError(), OSError(), ["LoRAError", "OSError"]),
+    ],
+)
+def test_ranks_agree_on_whether_values_alone_were_not_finite(first: Any, second: Any, expected: list[str]):
+    assert world().run(failures, first, second) == expected
+
+
+def break_on_rank_1(trainer: Any, module: Any) -> None:
+    if trainer.current_epoch == 1 and dist.get_rank() == 1:
+        module.net[2].lora_B.to_local().data[0, 0] = torch.nan
+
+
+def diverge(path: Path) -> tuple[int, str, list[float]]:
+    model = Sharded()
+    before = base_of(whole_state(model))
+    callback = LoRACallback(r=2, target_modules=sharded.TARGETS)
+    stopping = EarlyStopping("val_loss", check_finite=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = model_parallel(path, At("on_validation_start", break_on_rank_1), callback, stopping)
+        trainer.fit(model, *data())
+    messages = [str(warning.message) for warning in caught if "runs unmerged" in str(warning.message)]
+    assert not is_merged(model)
+    assert_same_bits(base_of(whole_state(model)), before)
+    return trainer.current_epoch, "".join(messages), model.losses
+
+
+def test_a_factor_that_diverged_on_one_rank_lets_all_evaluate_unmerged_and_stop(tmp_path):
+    (epoch, message, losses), (other_epoch, other_message, other_losses) = world().run(diverge, tmp_path)
+    assert epoch == other_epoch == 2
+    assert "layer '2'" in message.replace("net.", "")
+    assert not other_message
+    assert len(losses) == len(other_losses) == 2
+    assert [math.isfinite(loss) for loss in losses + other_losses] == [True, False, True, False]
 
 
 class Failing(Sharded):
