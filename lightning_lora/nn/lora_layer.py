@@ -346,6 +346,14 @@ class LoRALayer(Swapped):
             absent = any(prefix + name not in state_dict for name in self.adapted_weights())
             self.lora.restore_failed = self.lora.restore_failed and absent
 
+    def __prepare_scriptable__(self) -> Any:
+        """Refuse TorchScript, which calls this first, and would end in an error of its own about annotations."""
+        raise LoRAError(
+            f"torch.jit.script: {self.lora.name!r} is an adapted {self.lora_base.__name__}, which TorchScript cannot "
+            "compile. Call merge_and_unload(model) first, on a copy (copy.deepcopy) if the adapter is still needed; "
+            "or trace the model (torch.jit.trace, to_torchscript(method='trace'))."
+        )
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         make, args, *state = super().__reduce_ex__(protocol)
         if self.lora.records and isinstance(state[0], dict):
