@@ -6,7 +6,7 @@ Classes are told by name, so that neither Lightning nor DeepSpeed is imported he
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -98,17 +98,27 @@ def warn_of_frozen(module: nn.Module) -> None:
         )
 
 
-def refuse_unoptimized(optimizers: Iterable[torch.optim.Optimizer], module: nn.Module) -> None:
-    """Raise LoRAError for the first trainable adapter parameter that no optimizer holds."""
+def refuse_unoptimized(optimizers: Sequence[torch.optim.Optimizer], module: nn.Module) -> None:
+    """Raise LoRAError for the first trainable adapter parameter that no optimizer holds.
+
+    A fit without any optimizer is let pass: Lightning itself warns of a configure_optimizers that returns None.
+    """
+    if optimizers and all(_is_a(optimizer, "_MockOptimizer") for optimizer in optimizers):
+        return
     groups = (group for optimizer in optimizers for group in optimizer.param_groups)
     optimized = {id(parameter) for group in groups for parameter in group["params"]}
-    for name, factor in _factors(module).items():
-        if factor.requires_grad and id(factor) not in optimized:
-            raise LoRAError(
-                f"LoRACallback: no optimizer holds the adapter parameter {name!r}, so it would never be trained. Build "
-                "the optimizer in configure_optimizers from self.parameters() at that time, not from parameters "
-                "collected in __init__."
-            )
+    factors = _factors(module)
+    missing = [name for name, factor in factors.items() if factor.requires_grad and id(factor) not in optimized]
+    if missing:
+        layers = list(dict.fromkeys(name.rpartition(".")[0] for name in missing))
+        shown = ", ".join(map(repr, layers[:3])) + (", ..." if len(layers) > 3 else "")
+        raise LoRAError(
+            f"LoRACallback: no optimizer holds the adapter parameter {missing[0]!r} ({len(missing)} of {len(factors)} "
+            "are in none), so it would never be trained. Build the optimizer in configure_optimizers from "
+            "self.parameters() at that time, not from parameters collected in __init__. If it is meant for some layers "
+            f"only, adapt those alone: leave the others out with exclude_modules=[{shown}], or name those in "
+            "target_modules."
+        )
 
 
 def _factors(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -234,6 +236,8 @@ def test_adapters_of_a_backbone_in_eval_mode_from_epoch_1_on_drop_in_training_ba
 
 # --- optimizers that hold a part of an adapter ---
 
+FACTORS = ("lora_A", "lora_B")
+
 
 class Holds(Net):
     """Its optimizer has every trainable parameter that `held` names."""
@@ -261,6 +265,42 @@ def test_an_optimizer_that_holds_one_factor_of_each_layer_is_refused_by_the_othe
     missing = {"lora_A": "lora_B", "lora_B": "lora_A"}[held]
     with pytest.raises(LoRAError, match=rf"no optimizer holds the adapter parameter 'body\.0\.{missing}'"):
         make_trainer(tmp_path, lora()).fit(model, Data())
+
+
+@pytest.mark.parametrize(
+    ("part", "count", "layers"),
+    [("head", "4 of 6", r"\['body\.0', 'body\.3'\]"), ("body", "2 of 6", r"\['head'\]")],
+)
+def test_an_optimizer_of_one_part_is_refused_with_the_layers_to_exclude(tmp_path, part: str, count: str, layers: str):
+    model = Holds()
+    model.held = lambda name: name.startswith(part)
+    message = rf"\({count} are in none\).*exclude_modules={layers}, or name those in target_modules"
+    with pytest.raises(LoRAError, match=message) as caught:
+        make_trainer(tmp_path, lora()).fit(model, Data())
+    (exclude,) = re.findall(r"exclude_modules=(\[.*?\])", str(caught.value))
+    before = weights(model := Holds())
+    model.held = lambda name: name.startswith(part)
+    callback = lora(target_modules="all-linear", exclude_modules=ast.literal_eval(exclude))
+    make_trainer(tmp_path, callback).fit(model, Data())
+    assert model.state_dict().keys() - before.keys() == {
+        f"{layer}.{leaf}" for layer in (["head"] if part == "head" else ["body.0", "body.3"]) for leaf in FACTORS
+    }
+
+
+class WithoutOptimizer(Net):
+    def configure_optimizers(self) -> None:
+        return None
+
+
+def test_a_fit_without_an_optimizer_is_warned_of_by_lightning_alone(tmp_path):
+    model = WithoutOptimizer()
+    with pytest.warns(UserWarning, match="no optimizer") as caught:
+        make_trainer(tmp_path, lora(), enable_checkpointing=True).fit(model, Data())
+    about_optimizers = [str(warning.message) for warning in caught if "ptimizer" in str(warning.message)]
+    assert about_optimizers == [
+        "`LightningModule.configure_optimizers` returned `None`, this fit will run with no optimizer"
+    ]
+    assert not any(p.any() for name, p in model.named_parameters() if name.endswith("lora_B"))
 
 
 class TwoOptimizers(Net):
