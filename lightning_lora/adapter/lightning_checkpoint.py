@@ -21,8 +21,8 @@ from ..distributed.sharding import gather_all, has_sharded
 from ..errors import LoRAError, NonFiniteError
 from ..model.injection import refuse_replaced_layers, require_injection
 from ..model.named_state import named_state
-from ..model.state_dict import adapter_keys, adapter_state_dict, merge_state_dict
-from ..names import META, canonical
+from ..model.state_dict import adapter_keys, adapter_state_dict, merge_state_dict, original_value
+from ..names import META, A, canonical, names_factor
 from ..nn.lora_layer import is_factor
 from .adapter import Adapter, check_factors
 from .apply import add_frozen_weights, align_names, check_adapter, record_trained
@@ -54,6 +54,8 @@ def convert_checkpoint(module: nn.Module, checkpoint: MutableMapping[str, Any], 
     keys, sharded = adapter_keys(module), has_sharded(module)
     trained = set(keys)
     adapter = describe_model(module)
+    if not sharded:
+        adapter = _without_left_out(module, adapter, state, trained, kind)
     if kind == "full":
         base = {name: entry for name, entry in adapter.fingerprint.items() if name not in trained}
         meta = _describe(kind, replace(adapter, fingerprint=base))
@@ -63,7 +65,10 @@ def convert_checkpoint(module: nn.Module, checkpoint: MutableMapping[str, Any], 
         meta = _describe(kind, adapter)
         meta["copies"] = _strip_copies(module, checkpoint, frozen, adapter.fingerprint)
     if kind == "merged":
-        tensors = gather_all(adapter_state_dict(module)) if sharded else {name: state[name] for name in keys}
+        if sharded:
+            tensors = gather_all(adapter_state_dict(module))
+        else:
+            tensors = {name: state[name] for name in keys if name in state}
         meta["adapter"] = in_one_storage(tensors)
         checkpoint["state_dict"] = state if sharded else _merge_state(module, state)
     elif kind == "adapter":
@@ -88,8 +93,42 @@ def checkpoint_metadata(kind: Kind, adapter: Adapter) -> dict[str, Any]:
 
 def _describe(kind: Kind, adapter: Adapter) -> dict[str, Any]:
     meta = checkpoint_metadata(kind, adapter)
-    del meta["complete"], meta["fan_in_fan_out"]  # of a live model they are the defaults
+    del meta["fan_in_fan_out"]  # of a live model it is the default
+    if adapter.complete:
+        del meta["complete"]
     return meta
+
+
+def _without_left_out(
+    module: nn.Module, adapter: Adapter, state: Mapping[str, Any], trained: Set[str], kind: Kind
+) -> Adapter:
+    """Return the adapter's description without what the class's own state_dict or on_save_checkpoint left out.
+
+    Raises:
+        LoRAError: a trained parameter is left out, under all its names. Anything else may be, as a frozen encoder.
+    """
+    expected = {name for name, _, _ in named_state(module)} if kind == "full" else trained
+    if expected <= state.keys():
+        return adapter
+    _refuse_lost(module, state, trained)
+    layers = {name: scaling for name, scaling in adapter.scalings.items() if f"{name}.{A}" in state}
+    kinds = {name: layer_kind for name, layer_kind in adapter.kinds.items() if name in layers}
+    return replace(adapter, scalings=layers, kinds=kinds, complete=False)
+
+
+def _refuse_lost(module: nn.Module, state: Mapping[str, Any], trained: Set[str]) -> None:
+    parameters = {name: p for name, p, _ in named_state(module) if name in trained and isinstance(p, nn.Parameter)}
+    saved = {id(parameter) for name, parameter in parameters.items() if name in state}
+    lost = [name for name, parameter in parameters.items() if id(parameter) not in saved]
+    if not lost:
+        return
+    layers = list(dict.fromkeys(name.rpartition(".")[0] for name in lost if names_factor(name)))
+    excluding = f"leave those layers out of the adapter (exclude_modules={layers}), " if layers else ""
+    raise LoRAError(
+        f"checkpoint: the state_dict or on_save_checkpoint of {type(module).__name__} leaves out {lost[0]!r} "
+        f"({len(lost)} of {len(parameters)} tensors that were trained), which could not be loaded again. Either "
+        f"{excluding}do not train what is left out, or keep such names in the filter; those of adapters hold 'lora_'."
+    )
 
 
 def _strip_copies(
@@ -165,12 +204,14 @@ def prepare_for_load(module: nn.Module, checkpoint: MutableMapping[str, Any]) ->
         checkpoint["state_dict"] = {**live, **adapter.tensors}
 
 
-def _prepare_full(module: nn.Module, checkpoint: Mapping[str, Any], adapter: Adapter) -> None:
-    """Check a full checkpoint, and record initial values and the lack of a fingerprint: its base comes along."""
-    check_adapter(module, replace(add_frozen_weights(module, adapter), fingerprint={}))
+def _prepare_full(module: nn.Module, checkpoint: MutableMapping[str, Any], adapter: Adapter) -> None:
+    """Check and complete a full checkpoint; record initial values, and no fingerprint, for its base comes along."""
     state = checkpoint["state_dict"]
-    missing = [name for name, _, _ in named_state(module) if name not in state]
-    if missing:
+    live = {name: (tensor, owner) for name, tensor, owner in named_state(module)}
+    missing = [name for name in live if name not in state]
+    left_out = {name: entry for name, entry in adapter.fingerprint.items() if name in missing}
+    check_adapter(module, replace(add_frozen_weights(module, adapter), fingerprint=left_out))
+    if missing and adapter.complete:
         raise LoRAError(
             f"the full checkpoint lacks {len(missing)} of the model's tensors, first {missing[0]!r}; it was cut or "
             "saved from another model."
@@ -179,9 +220,12 @@ def _prepare_full(module: nn.Module, checkpoint: Mapping[str, Any], adapter: Ada
     record_trained(module, adapter)
     injected = require_injection(module, "checkpoint")
     record = injected.record
-    unfrozen = {name: state[injected.name_seen(name)] for name in record.unfrozen}
+    unfrozen = {name: state.get(injected.name_seen(name), record.initial[name]) for name in record.unfrozen}
     record.initial = unfrozen | {name.removeprefix(injected.prefix): value for name, value in initial.items()}
     record.fingerprint = {}
+    for name in missing:  # left out by the class that saved
+        tensor, owner = live[name]
+        state[name] = owner.get_extra_state() if tensor is None else original_value(name, tensor, owner)
 
 
 def _read_initial(module: nn.Module, initial: Any, adapter: Adapter) -> dict[str, torch.Tensor]:

@@ -88,20 +88,41 @@ def merge_state_dict(model: nn.Module, state: Mapping[str, Any]) -> dict[str, An
         state: names of model.state_dict() without the segments of wrappers, perhaps with other values.
     """
     refuse_unmergeable(model)
-    plain = {name: state[name] for name in base_keys(model)}
+    plain = {name: state[name] for name in base_keys(model) if name in state}
     sync = RankSync(value for value in state.values() if isinstance(value, torch.Tensor))
 
     def merge_layer(path: str, layer: LoRALayer, weights: dict[str, torch.Tensor], blocks: Blocks) -> None:
         plain.update({path + leaf: merged for leaf, merged in layer.merged_copies(weights, blocks).items()})
 
-    for name, layer in model.named_modules(remove_duplicate=False):
-        if isinstance(layer, LoRALayer):
-            path = f"{canonical(name)}." if name else ""
-            weights = {leaf: state[path + leaf] for leaf in layer.adapted_weights()}
-            blocks = layer.local_blocks(weights, state[path + A], state[path + B])
-            sync.run(f"merged weights of layer {path[:-1]!r}", merge_layer, path, layer, weights, blocks)
+    for path, layer in _layers_to_merge(model, state):
+        weights = {leaf: state[path + leaf] for leaf in layer.adapted_weights()}
+        blocks = layer.local_blocks(weights, state[path + A], state[path + B])
+        sync.run(f"merged weights of layer {path[:-1]!r}", merge_layer, path, layer, weights, blocks)
     sync.raise_on_any_rank()
     return plain
+
+
+def _layers_to_merge(model: nn.Module, state: Mapping[str, Any]) -> list[tuple[str, LoRALayer]]:
+    """Return adapted layers with what their names in a state dict begin with; a shared one under each path in it.
+
+    Raises:
+        LoRAError: the class's own state_dict left out what is to be merged.
+    """
+    modules = [(canonical(name), module) for name, module in model.named_modules(remove_duplicate=False)]
+    layers = [(f"{name}." if name else "", module) for name, module in modules if isinstance(module, LoRALayer)]
+    names = {path: [path + leaf for leaf in (*layer.adapted_weights(), A, B)] for path, layer in layers}
+    whole = {layer for path, layer in layers if state.keys() >= set(names[path])}
+    there = [(path, layer) for path, layer in layers if layer not in whole or not state.keys().isdisjoint(names[path])]
+    for path, _ in there:
+        missing = [name for name in names[path] if name not in state]
+        if missing:
+            raise LoRAError(
+                f"merged weights: the state dict of {type(model).__name__} leaves out {missing[0]!r}, which an adapter "
+                "is to be merged into or comes from; a program that loads it would run without that adapter. Keep the "
+                f"name in state_dict or on_save_checkpoint, leave the layer out with exclude_modules=[{path[:-1]!r}], "
+                "or save the adapter instead."
+            )
+    return there
 
 
 def refuse_unmergeable(model: nn.Module) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import signal
+import threading
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 
 from lightning_lora import is_merged
 from support.runs import At, Watched, assert_as_found, base_weights, lora_with_effect
@@ -91,6 +93,45 @@ def test_saving_in_every_hook_does_not_change_the_run(folder, merged_eval: bool)
     _, other = saving_run(folder / "unsaved", merged_eval, "full", saving=False)
     assert model.seen == other.seen
     assert_same_tensors(weights(model), weights(other))
+
+
+class Held(TorchCheckpointIO):
+    """Writes when it is let."""
+
+    def __init__(self) -> None:
+        self.writes = threading.Event()
+
+    def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        assert self.writes.wait(timeout=30)
+        super().save_checkpoint(*args, **kwargs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("saves", "writes"),
+    [
+        ("on_validation_batch_end", "on_validation_batch_end"),
+        ("on_validation_batch_end", "on_train_epoch_end"),  # saved while merged, written when that is undone
+        ("on_train_batch_end", "on_validation_batch_end"),  # saved before it is merged, written while it is
+    ],
+)
+def test_a_checkpoint_that_a_thread_writes_later_is_that_of_the_moment_when_it_was_saved(
+    tmp_path, saves: str, writes: str, kind: str
+):
+    def run(held: Held | None) -> Any:
+        file = tmp_path / f"{held is not None}.ckpt"
+        torch.manual_seed(0)
+        save = At(saves, lambda trainer, pl_module: file.exists() or trainer.save_checkpoint(file), in_second_epoch)
+        write = At(writes, lambda trainer, pl_module: held and held.writes.set(), in_second_epoch)
+        plugins = {"plugins": AsyncCheckpointIO(held)} if held else {}
+        model = Watched()
+        before = base_weights(model)
+        trainer = make_trainer(tmp_path, save, lora_with_effect(save=kind), write, max_epochs=3, **plugins)
+        trainer.fit(model, Data(1))
+        assert_as_found(model, before)
+        return torch.load(file, weights_only=True)
+
+    assert_same_tensors(run(Held()), run(None))
 
 
 STAGES = {"fit": "validation", "validate": "validation", "test": "test", "predict": "predict"}

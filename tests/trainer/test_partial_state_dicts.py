@@ -1,0 +1,182 @@
+"""Classes whose checkpoints leave a frozen part out, Lightning's documented pattern with strict_loading=False."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+
+from lightning_lora import LoRAError, load_adapter, load_from_checkpoint, merged, merged_state_dict
+from support.runs import lora, trained
+from support.training import Data, Net, assert_same_tensors, make_trainer, outputs, weights
+
+KINDS = ["adapter", "merged", "full"]
+HEAD = {"head.weight", "head.bias"}
+FACTORS = {"head.lora_A", "head.lora_B"}
+
+
+class Partial(Net):
+    """Leaves the body out, in one of three ways; its BatchNorm stays in eval mode, so that nothing in it changes."""
+
+    keeps = "lora_"  # also under "body"
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.strict_loading = False
+
+    def on_train_epoch_start(self) -> None:
+        self.body.eval()
+
+    def kept(self, state: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in state.items() if name.startswith("head") or self.keeps in name}
+
+
+class InStateDict(Partial):
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self.kept(super().state_dict(*args, **kwargs))
+
+
+class InOnSaveCheckpoint(Partial):
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] = self.kept(checkpoint["state_dict"])
+
+
+class Deletes(Partial):
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        for name in list(checkpoint["state_dict"].keys() - self.kept(checkpoint["state_dict"]).keys()):
+            del checkpoint["state_dict"][name]
+
+
+CLASSES = [InStateDict, InOnSaveCheckpoint, Deletes]
+
+
+def fit(path: Path, model: Net, *, epochs: int, resume: Path | None = None, **options: Any) -> L.Trainer:
+    torch.manual_seed(0)
+    trainer = make_trainer(path, lora(**{"target_modules": ["head"]} | options), max_epochs=epochs)
+    trainer.fit(model, Data(), ckpt_path=resume)
+    return trainer
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_checkpoint_leaves_out_what_the_class_does_and_resumes_tests_and_loads(
+    tmp_path, cls: type[Partial], kind: Any
+):
+    fit(tmp_path, model := cls(), epochs=1, save=kind).save_checkpoint(path := tmp_path / "part.ckpt")
+    checkpoint = torch.load(path, weights_only=True)
+    assert checkpoint["state_dict"].keys() == {"adapter": FACTORS, "merged": HEAD, "full": HEAD | FACTORS}[kind]
+    assert kind != "merged" or checkpoint["lora"]["adapter"].keys() == FACTORS
+
+    make_trainer(tmp_path, lora(target_modules=["head"])).test(found := cls(), Data(), ckpt_path=path, verbose=False)
+    for loaded in (found, load_from_checkpoint(cls, path)):
+        assert torch.equal(outputs(loaded), outputs(model))
+    load_adapter(found := cls(), path)
+    assert torch.equal(outputs(found), outputs(model))
+
+    fit(tmp_path, straight := cls(), epochs=2)
+    fit(tmp_path, resumed := cls(), epochs=2, resume=path, save=kind)
+    assert_same_tensors(weights(resumed), weights(straight))
+
+
+@pytest.mark.filterwarnings("ignore:Found keys that are in the model state dict but not in the checkpoint:UserWarning")
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_merged_checkpoint_loads_without_the_callback_as_lightnings_own_does(tmp_path, cls: type[Partial]):
+    fit(tmp_path, model := cls(), epochs=1, save="merged").save_checkpoint(path := tmp_path / "part.ckpt")
+    plain = cls.load_from_checkpoint(path, weights_only=True)
+    with merged(model):
+        assert torch.equal(outputs(plain), outputs(model))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_checkpoint_that_leaves_out_factors_is_refused_by_their_names(tmp_path, cls: type[Partial], kind: Any):
+    class LeavesOutFactors(cls):  # type: ignore[valid-type, misc]
+        keeps = "nothing"
+
+    trainer = fit(tmp_path, LeavesOutFactors(), epochs=1, save=kind, target_modules="all-linear")
+    message = (
+        r"checkpoint: .*LeavesOutFactors.*leaves out 'body\.0\.lora_A' \(4 of 6 tensors that were trained\).*"
+        r"exclude_modules=\['body\.0', 'body\.3'\].*lora_"
+    )
+    with pytest.raises(LoRAError, match=message):
+        trainer.save_checkpoint(tmp_path / "lost.ckpt")
+    assert not (tmp_path / "lost.ckpt").exists()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_checkpoint_that_leaves_out_a_trained_bias_is_refused_by_its_name(tmp_path, cls: type[Partial], kind: Any):
+    trainer = fit(tmp_path, cls(), epochs=1, save=kind, bias="all")
+    with pytest.raises(LoRAError, match=r"leaves out 'body\.0\.bias' \(3 of 6 tensors that were trained\)"):
+        trainer.save_checkpoint(tmp_path / "lost.ckpt")
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_filter_that_keeps_factors_saves_adapters_of_what_it_leaves_out(tmp_path, cls: type[Partial]):
+    """The adapters of the body are in the file, its base and BatchNorm's statistics are not."""
+    options = {"target_modules": "all-linear"}
+    for kind in ("adapter", "full"):
+        fit(tmp_path, model := cls(), epochs=1, save=kind, **options).save_checkpoint(path := tmp_path / "part.ckpt")
+        names = torch.load(path, weights_only=True)["state_dict"].keys()
+        assert {name for name in names if name.startswith("body")} == {
+            f"body.{i}.lora_{leaf}" for i in (0, 3) for leaf in "AB"
+        }
+        assert torch.equal(outputs(load_from_checkpoint(cls, path)), outputs(model))
+        fit(tmp_path, straight := cls(), epochs=2, **options)
+        fit(tmp_path, resumed := cls(), epochs=2, resume=path, save=kind, **options)
+        assert_same_tensors(weights(resumed), weights(straight))
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_merged_weights_that_the_class_leaves_out_are_refused(tmp_path, cls: type[Partial]):
+    """Without them a program would load the base, and never know of the adapter."""
+    trainer = fit(tmp_path, model := cls(), epochs=1, save="merged", target_modules="all-linear")
+    message = r"merged weights: .*leaves out 'body\.0\.weight', which an adapter .*exclude_modules"
+    with pytest.raises(LoRAError, match=message):
+        trainer.save_checkpoint(tmp_path / "lost.ckpt")
+    if cls is InStateDict:
+        with pytest.raises(LoRAError, match=message):
+            merged_state_dict(model)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_was_left_out_has_to_be_the_same_where_the_checkpoint_is_loaded(tmp_path, kind: Any):
+    fit(tmp_path, InStateDict(), epochs=1, save=kind).save_checkpoint(path := tmp_path / "part.ckpt")
+    with pytest.raises(LoRAError, match=r"another base: values of 'body\.0\.weight'"):
+        fit(tmp_path, InStateDict(seed=2), epochs=2, resume=path)
+
+
+def test_a_full_checkpoint_that_was_cut_is_refused(tmp_path):
+    fit(tmp_path, InStateDict(), epochs=1, save="full").save_checkpoint(path := tmp_path / "part.ckpt")
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint["state_dict"]["head.lora_A"]
+    torch.save(checkpoint, path)
+    with pytest.raises(LoRAError, match=r"head.*missing"):
+        fit(tmp_path, InStateDict(), epochs=2, resume=path)
+    fit(tmp_path, Net(), epochs=1, save="full").save_checkpoint(path)
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint["state_dict"]["body.0.weight"]
+    torch.save(checkpoint, path)
+    with pytest.raises(LoRAError, match=r"lacks 1 of the model's tensors, first 'body\.0\.weight'"):
+        fit(tmp_path, Net(), epochs=2, resume=path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_state_dict_that_drops_a_shared_module_under_its_second_name_is_whole(tmp_path, kind: Any):
+    class Shared(Net):
+        def prepare(self) -> None:
+            super().prepare()
+            self.again = self.head
+
+        def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            state = checkpoint["state_dict"]
+            checkpoint["state_dict"] = {name: value for name, value in state.items() if not name.startswith("again")}
+
+    path = tmp_path / "shared.ckpt"
+    make_trainer(tmp_path, lora(save=kind)).fit(model := Shared(), Data())
+    model.trainer.save_checkpoint(path)
+    assert torch.equal(outputs(load_from_checkpoint(Shared, path)), outputs(model))
+    trained(tmp_path, model, lora())
