@@ -17,6 +17,7 @@ import torch
 
 pytest.register_assert_rewrite("support")  # its assertions show their values
 
+from support.lightning_versions import HAS_WEIGHT_AVERAGING  # noqa: E402
 from support.notices import LIGHTNING_NOTICES  # noqa: E402
 
 # A busy machine is no failure, and what fails here fails everywhere, each time.
@@ -30,6 +31,13 @@ with suppress(ImportError):  # else what happens to be imported before a test le
 def pytest_configure(config: pytest.Config) -> None:
     for message, category in LIGHTNING_NOTICES.items():
         config.addinivalue_line("filterwarnings", f"ignore:{message}:{category.__name__}")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    absent = [] if HAS_WEIGHT_AVERAGING else [item for item in items if item.get_closest_marker("weight_averaging")]
+    if absent:
+        config.hook.pytest_deselected(items=absent)
+        items[:] = [item for item in items if item not in absent]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

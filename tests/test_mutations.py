@@ -11,12 +11,13 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_lora import LoRACallback, LoRAError, is_merged, merge
 from lightning_lora.adapter.lightning_checkpoint import convert_checkpoint as write
 from lightning_lora.model.patches import unpatch
 from lightning_lora.nn.exact_merge import RestoreRecord
+from support.lightning_versions import EMAWeightAveraging, weight_averaging
 from support.naive import NaiveCallback
 from support.runs import BATCHES, TARGETS, run
 from support.training import Data, Net, make_trainer, tensors
@@ -88,6 +89,7 @@ def validates_the_average(make: Make, path: Path) -> None:
     assert logged == pytest.approx(by_hand, rel=1e-5), "validates_the_average"
 
 
+@weight_averaging
 def test_merging_at_on_validation_start_beside_ema_fails_where_the_package_passes(tmp_path):
     validates_the_average(LoRACallback, tmp_path)
     validates_the_average(lambda **options: LoRACallback(merged_eval=False, **options), tmp_path)
@@ -122,7 +124,10 @@ def no_base_tensor_is_saved(make: Make, path: Path, weights_only: bool, *others:
         assert not any(torch.equal(tensor, weight) for weight in base.values()), f"no_base_tensor_is_saved: {name}"
 
 
-@pytest.mark.parametrize("others", [(), (EMAWeightAveraging,)], ids=["alone", "beside EMA"])
+@pytest.mark.parametrize(
+    "others",
+    [pytest.param((), id="alone"), pytest.param((EMAWeightAveraging,), id="beside EMA", marks=weight_averaging)],
+)
 def test_filtering_in_the_hook_of_the_callback_fails_where_the_package_passes(
     tmp_path, others: tuple[Callable[[], L.Callback], ...]
 ):

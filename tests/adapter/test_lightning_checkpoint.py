@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_lora import LoRAConfig, disable_adapter, inject, load_adapter, load_from_checkpoint, merged, unload
+from support.lightning_versions import PLAIN_TYPES_ONLY
 from support.runs import TARGETS, lora, run, trained
 from support.training import (
     BuiltInConfigureModel,
@@ -148,7 +149,7 @@ def test_a_full_checkpoint_brings_its_base(tmp_path):
     # A model that was trained on another base goes on with that of the checkpoint.
     other = trained(tmp_path, Net(width=7, seed=5), lora(**TRAINABLE))
     trainer = make_trainer(tmp_path, lora(**TRAINABLE), max_epochs=3)
-    trainer.fit(other, Data(), ckpt_path=file, weights_only=True)
+    trainer.fit(other, Data(), ckpt_path=file, **PLAIN_TYPES_ONLY)
     trainer.save_checkpoint(tmp_path / "adapter.ckpt")
     fresh = Net(width=7, seed=4)
     load_adapter(fresh, tmp_path / "adapter.ckpt")
@@ -174,10 +175,10 @@ def test_best_is_tested_to_the_number_that_was_logged(tmp_path, kind: str, merge
     run(first, "fit", model)
     best, last = first.checkpoint_callback.best_model_score.item(), first.callback_metrics["val_loss"].item()
     assert best > last, "the epoch that is tested is not the last"
-    first.test(model, first.datamodule, ckpt_path="best", weights_only=True, verbose=False)
+    first.test(model, first.datamodule, ckpt_path="best", **PLAIN_TYPES_ONLY, verbose=False)
     assert first.callback_metrics["test_loss"].item() == best
     file = first.checkpoint_callback.best_model_path
-    second.test(model_class(), first.datamodule, ckpt_path=file, weights_only=True, verbose=False)
+    second.test(model_class(), first.datamodule, ckpt_path=file, **PLAIN_TYPES_ONLY, verbose=False)
     assert second.callback_metrics["test_loss"].item() == best
 
 
@@ -185,9 +186,10 @@ WITHOUT_THIS_PACKAGE = """
 import sys
 sys.path.insert(0, sys.argv[1])
 import torch
+from support.lightning_versions import PLAIN_TYPES_ONLY
 from support.training import Net, outputs
 torch.set_num_threads(1)
-model = Net.load_from_checkpoint(sys.argv[2], strict=True, weights_only=True)
+model = Net.load_from_checkpoint(sys.argv[2], strict=True, **PLAIN_TYPES_ONLY)
 torch.save(outputs(model), sys.argv[3])
 assert model.hparams["width"] == 7
 assert "lightning_lora" not in sys.modules
@@ -221,7 +223,7 @@ def test_the_users_own_checkpoint_hooks_are_called(tmp_path, kind: str):
     run(trainer, "fit", model)
     trainer.save_checkpoint(tmp_path / "a")
     assert "head.weight" in model.seen.pop(), "the hook sees the whole state dict"
-    trainer.test(model, trainer.datamodule, ckpt_path=tmp_path / "a", verbose=False, weights_only=True)
+    trainer.test(model, trainer.datamodule, ckpt_path=tmp_path / "a", verbose=False, **PLAIN_TYPES_ONLY)
     assert model.seen == ["mine"]
 
 

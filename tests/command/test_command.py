@@ -29,6 +29,7 @@ from lightning_lora import (
 )
 from lightning_lora.command.main import VERBS, main
 from lightning_lora.nn.lora_layer import adapted_layers
+from support.lightning_versions import PLAIN_TYPES_ONLY
 from support.notices import quiet_peers
 from support.peers import call, logits, model, our_config, ours, read_by_peft, refused, tensors_of, theirs
 from support.runs import TARGETS, lora, run
@@ -121,7 +122,7 @@ def test_export_and_import_give_back_the_adapter_of_a_checkpoint(tmp_path, capsy
         assert_same_tensors(adapter_state_dict(fresh), adapter_state_dict(expected))
     trainer = make_trainer(tmp_path / "test", lora(r=2, modules_to_save=["body.1"], bias="lora_only"))
     fresh = Net()
-    trainer.test(fresh, Data(), ckpt_path=tmp_path / "back.ckpt", weights_only=True, verbose=False)
+    trainer.test(fresh, Data(), ckpt_path=tmp_path / "back.ckpt", **PLAIN_TYPES_ONLY, verbose=False)
     assert torch.equal(outputs(fresh), outputs(expected))
 
 
@@ -148,7 +149,7 @@ def test_an_imported_peft_adapter_is_found_inside_a_lightning_module(tmp_path, c
     lit = Lit()
     trainer = make_trainer(tmp_path / "test", LoRACallback(**options))
     data = DataLoader(torch.ones(1, 4, dtype=torch.long))
-    (metrics,) = trainer.test(lit, data, tmp_path / "a.ckpt", verbose=False, weights_only=True)
+    (metrics,) = trainer.test(lit, data, tmp_path / "a.ckpt", verbose=False, **PLAIN_TYPES_ONLY)
     assert metrics["sum"] != 0
     torch.testing.assert_close(logits(lit.network), logits(other), rtol=0, atol=1e-5)
     lit = Lit()

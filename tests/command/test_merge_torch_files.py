@@ -14,6 +14,7 @@ from torch import nn
 
 from lightning_lora import LoRAConfig, LoRAError, inject, load_adapter, merged_state_dict, save_adapter
 from lightning_lora.command.merge import merge_on_disk
+from support.lightning_versions import PLAIN_TYPES_ONLY
 from support.runs import TARGETS, lora, run
 from support.training import Data, Net, assert_same_tensors, make_trainer, outputs
 
@@ -30,7 +31,7 @@ def pretrained(tmp_path: Path) -> Path:
 @pytest.fixture
 def adapter(tmp_path: Path, pretrained: Path) -> Path:
     """An adapter checkpoint, trained on that base."""
-    net = Net.load_from_checkpoint(pretrained, weights_only=True)
+    net = Net.load_from_checkpoint(pretrained, **PLAIN_TYPES_ONLY)
     trainer = make_trainer(tmp_path / "fit", lora(r=2, modules_to_save=["body.1"], bias="lora_only"))
     run(trainer, "fit", net)
     trainer.save_checkpoint(tmp_path / "adapter.ckpt")
@@ -47,7 +48,7 @@ def plain_adapter(tmp_path: Path) -> Path:
 
 
 def in_memory(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
-    net = Net.load_from_checkpoint(base, weights_only=True)
+    net = Net.load_from_checkpoint(base, **PLAIN_TYPES_ONLY)
     load_adapter(net, adapter)
     return merged_state_dict(net)
 
@@ -65,8 +66,8 @@ def test_a_lightning_checkpoint_is_merged_and_all_else_in_it_stays(tmp_path, pre
         assert other.testzip() is None  # every check sum is right
         assert [info.filename for info in one.infolist()] == [info.filename for info in other.infolist()]
         assert one.read(one.infolist()[0]) == other.read(other.infolist()[0])  # the pickled part
-    plain = Net.load_from_checkpoint(out, weights_only=True)
-    adapted = Net.load_from_checkpoint(pretrained, weights_only=True)
+    plain = Net.load_from_checkpoint(out, **PLAIN_TYPES_ONLY)
+    adapted = Net.load_from_checkpoint(pretrained, **PLAIN_TYPES_ONLY)
     load_adapter(adapted, adapter)
     torch.testing.assert_close(outputs(plain), outputs(adapted), rtol=1e-5, atol=1e-6)
     assert not list(tmp_path.glob(".*"))

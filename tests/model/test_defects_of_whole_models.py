@@ -14,7 +14,6 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import WeightAveraging
 from torch import nn
 
 from lightning_lora import (
@@ -33,6 +32,7 @@ from lightning_lora import (
     unmerge,
 )
 from lightning_lora.trainer.strategies import prepare_strategy
+from support.lightning_versions import WeightAveraging, weight_averaging
 from support.models import Zoo, base_zoo, bits, checkpoint, randomise_, state_bits, train, zoo_config
 from support.runs import TARGETS, lora, trained
 from support.training import BuiltInConfigureModel, Data, Net, assert_same_tensors, make_trainer, outputs, weights
@@ -99,6 +99,7 @@ def test_an_entry_in_a_callbacks_state_is_saved_as_it_was(tmp_path, kind: str, e
     assert_same_tensors(saved["callbacks"]["RemembersBeside"]["fisher"], ENTRIES[entry](model))
 
 
+@weight_averaging
 def test_an_entry_stays_while_the_copies_of_weight_averaging_lose_their_frozen_weights(tmp_path):
     model = trained(tmp_path, Remembers(), lora(), WeightAveraging())
     model.trainer.save_checkpoint(tmp_path / "own.ckpt")

@@ -10,11 +10,12 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from torch import nn
 
 from lightning_lora import LoRACallback, disable_adapter, is_merged
 from lightning_lora.nn.lora_layer import LoRALayer
+from support.lightning_versions import EMAWeightAveraging, WeightAveraging
 from support.training import Data, Net, assert_same_tensors, make_trainer, outputs, weights
 
 TARGETS = ["body.0", "body.3", "head"]
@@ -226,7 +227,7 @@ class BrokenError(Exception):
 
 SCALING = 2.0
 SWAPPERS: dict[str, Callable[[], L.Callback]] = {
-    "mean": WeightAveraging,
+    "mean": lambda: WeightAveraging(),
     "mean without buffers": lambda: WeightAveraging(use_buffers=False),
     "ema": lambda: EMAWeightAveraging(decay=0.8),
     "ema every second step": lambda: EMAWeightAveraging(decay=0.5, update_every_n_steps=2),

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from lightning_lora import LoRACallback, disable_adapter, is_merged, load_from_checkpoint
+from support.lightning_versions import EMAWeightAveraging, weight_averaging
 from support.runs import TARGETS, At, Watched, assert_as_found, base_weights
 from support.runs import lora_with_effect as small_lora
 from support.training import BuiltInConfigureModel, Data, Net, assert_same_tensors, make_trainer, weights
@@ -212,6 +213,7 @@ def test_a_saved_adapter_comes_back_into_a_model_without_a_trainer(tmp_path, pre
             assert torch.equal(loaded.state_dict()[name], value.float())
 
 
+@weight_averaging
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed", "64-true"])
 def test_moving_average_in_16_bits_agrees_merged_and_unmerged(tmp_path, precision: str):
     """EMAWeightAveraging copies the model in setup, before the precision is applied to it."""

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_lora import LoRACallback, LoRAError, disable_adapter, inject, load_adapter, load_from_checkpoint, unload
+from support.lightning_versions import PLAIN_TYPES_ONLY
 from support.runs import BATCHES, TARGETS, lora, run, trained
 from support.training import (
     BuiltInConfigureModel,
@@ -48,7 +49,7 @@ def resume_and_compare(path: Path, make: Make, again: Make | None = None, epochs
         model, callbacks = make()
         saves = ModelCheckpoint(path, "{epoch}", save_top_k=-1, enable_version_counter=False)
         trainer = make_trainer(path, *callbacks, saves, max_epochs=epochs)
-        trainer.fit(model, Data(BATCHES), ckpt_path=ckpt_path, weights_only=True)
+        trainer.fit(model, Data(BATCHES), ckpt_path=ckpt_path, **PLAIN_TYPES_ONLY)
         return model, {
             "model": model.state_dict(),
             "optimizer": trainer.optimizers[0].state_dict(),
@@ -145,7 +146,7 @@ def checkpoint(path: Path, kind: str = "adapter", **options: Any) -> Path:
 def refused(file: Path, message: str, model: Net | None = None, **options: Any) -> None:
     """Fit, test and load_adapter all refuse the file, and the model keeps its values."""
     trainer = make_trainer(file.parent, LoRACallback(), max_epochs=2)
-    given = {"datamodule": Data(BATCHES), "ckpt_path": file, "weights_only": True}
+    given = {"datamodule": Data(BATCHES), "ckpt_path": file, **PLAIN_TYPES_ONLY}
     for door in (
         partial(trainer.fit, **given),
         partial(trainer.test, **given),
@@ -174,7 +175,7 @@ def test_a_full_checkpoint_without_one_base_key_is_refused(tmp_path, key: str):
     for door in (trainer.fit, trainer.test):
         model = Net()
         with pytest.raises(LoRAError, match=message):
-            door(model, Data(BATCHES), ckpt_path=file, weights_only=True)
+            door(model, Data(BATCHES), ckpt_path=file, **PLAIN_TYPES_ONLY)
         assert torch.equal(model.body[0].weight, Net().body[0].weight)
     with pytest.raises(LoRAError, match=message):
         load_from_checkpoint(Net, file)
@@ -242,7 +243,7 @@ def test_base_checkpoint_is_tested_and_starts_a_new_adapter(tmp_path):
     torch.save({"state_dict": base.state_dict(), "pytorch-lightning_version": L.__version__}, tmp_path / "base.ckpt")
     model = Net()
     make_trainer(tmp_path, lora()).test(
-        model, Data(BATCHES), ckpt_path=tmp_path / "base.ckpt", weights_only=True, verbose=False
+        model, Data(BATCHES), ckpt_path=tmp_path / "base.ckpt", **PLAIN_TYPES_ONLY, verbose=False
     )
     assert torch.equal(outputs(model), outputs(base))
     trained(tmp_path, model, lora())

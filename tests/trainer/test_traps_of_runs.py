@@ -9,11 +9,12 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateFinder, ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from lightning_lora import LoRACallback, LoRAError, load_from_checkpoint
 from lightning_lora.nn.lora_layer import LoRALayer
+from support.lightning_versions import EMAWeightAveraging, averaging
 from support.naive import (
     OPTIONS,
     Damage,
@@ -254,12 +255,14 @@ TRAPS: list[tuple[Damage, Make, Make]] = [
     (load_from_checkpoint_gives_the_base, NaiveCallback, LoRACallback),
     (renamed_keys, Peft, LoRACallback),
     (learning_rate_finder, NaiveCallback, LoRACallback),
-    (ema_resume, NaiveCallback, LoRACallback),
-    (ema_validation, NaiveCallback, LoRACallback),
-    (averaging_listed_first, NaiveCallback, LoRACallback),
     (built_in_setup, NaiveCallback, LoRACallback),
     (built_in_configure_model, NaiveCallback, LoRACallback),
     (parameters_captured_in_init, NaiveCallback, LoRACallback),
+]
+TRAPS_OF_AVERAGING: list[tuple[Damage, Make, Make]] = [
+    (ema_resume, NaiveCallback, LoRACallback),
+    (ema_validation, NaiveCallback, LoRACallback),
+    (averaging_listed_first, NaiveCallback, LoRACallback),
 ]
 
 
@@ -268,7 +271,11 @@ TRAPS: list[tuple[Damage, Make, Make]] = [
     "ignore:.*ckpt_path=.last.. is set, but there is no last checkpoint:UserWarning",
     "ignore:Found keys that are (not )?in the model state dict but:UserWarning",
 )
-@pytest.mark.parametrize(("damage", "naive", "ours"), TRAPS, ids=lambda value: getattr(value, "__name__", None))
+@pytest.mark.parametrize(
+    ("damage", "naive", "ours"),
+    [*TRAPS, *averaging(TRAPS_OF_AVERAGING)],
+    ids=lambda value: getattr(value, "__name__", None),
+)
 def test_trap_of_runs_harms_the_naive_callback_and_not_ours(
     tmp_path, monkeypatch, damage: Damage, naive: Make, ours: Make
 ):

@@ -9,13 +9,14 @@ import torch
 from torch import nn
 
 from lightning_lora import disable_adapter, is_merged
+from support.lightning_versions import averaging
 from support.runs import SWAPPERS, TARGETS, At, OwnAverage, base_weights, lora_with_effect, reference_loss, swa
 from support.training import Data, Net, assert_same_tensors, make_trainer, weights
 
 
 @pytest.mark.parametrize("merged_eval", [True, False])
 @pytest.mark.parametrize("interval", [1.0, 2])
-@pytest.mark.parametrize("name", SWAPPERS)
+@pytest.mark.parametrize("name", averaging(SWAPPERS))
 def test_validation_sees_the_averaged_adapter(tmp_path, name: str, interval: float, merged_eval: bool):
     swapper = SWAPPERS[name]()
     own = OwnAverage(swapper, None if name.startswith("mean") else 0.8 if name == "ema" else 0.5)
@@ -80,7 +81,7 @@ class OneTrained(Net):
         return super().training_step(batch, batch_idx) + self.number
 
 
-@pytest.mark.parametrize("name", [*SWAPPERS, "swa"])
+@pytest.mark.parametrize("name", [*averaging(SWAPPERS), "swa"])
 def test_the_base_ends_as_lightning_alone_leaves_a_frozen_one(tmp_path, name: str):
     """The average of equal numbers is not always that number; what moves, Lightning moves."""
     ours, alone = Net(), OneTrained()

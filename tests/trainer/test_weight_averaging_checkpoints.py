@@ -9,10 +9,11 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from lightning_lora import LoRAError, inject, load_adapter, load_from_checkpoint, merged
+from support.lightning_versions import EMAWeightAveraging, WeightAveraging, averaging, weight_averaging
 from support.runs import SWAPPERS, assert_as_found, base_weights, lora_with_effect, reference_loss, swa
 from support.training import BuiltInConfigureModel, Data, Net, assert_same_tensors, make_trainer, weights
 
@@ -24,6 +25,7 @@ pytestmark = pytest.mark.filterwarnings(
 BATCHES = "num_batches_tracked"
 KINDS = ["adapter", "merged", "full"]
 ALL = {**{name: SWAPPERS[name] for name in ("mean", "ema")}, "swa": swa}
+NAMES = [*averaging(["mean", "ema"]), "swa"]
 
 
 def tensors(value: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
@@ -48,7 +50,7 @@ def fit(path: Path, model: Net, *callbacks: L.Callback, resume: Path | None = No
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("kind", ["adapter", "merged"])
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", NAMES)
 def test_checkpoint_with_averaging_holds_no_base_tensor_under_any_key(tmp_path, name: str, kind: str, compiled: bool):
     """The wrapper that torch.compile puts around a submodule renames its tensors."""
     model = Net()
@@ -70,7 +72,7 @@ def test_checkpoint_with_averaging_holds_no_base_tensor_under_any_key(tmp_path, 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", NAMES)
 def test_resumed_run_with_averaging_equals_the_uninterrupted_one(tmp_path, name: str, kind: str):
     plain, resumed = Net(), Net()
     fit(tmp_path / "plain", plain, ALL[name]())
@@ -104,7 +106,7 @@ class CompiledBody(Net):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", NAMES)
 def test_resumed_run_with_averaging_and_a_compiled_submodule_equals_the_whole(tmp_path, name: str, kind: str):
     """Its wrapper is in the names of "current_model_state" and of the averaged model."""
     models = [CompiledBody(), CompiledBody()]
@@ -131,7 +133,7 @@ class Unfreezes(L.Callback):
 
 @pytest.mark.filterwarnings("ignore:lightning_lora. base parameters were unfrozen:UserWarning")
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["mean", "swa"])
+@pytest.mark.parametrize("name", [*averaging(["mean"]), "swa"])
 def test_resumed_run_with_averaging_and_an_unfrozen_weight_equals_the_whole(tmp_path, name: str, kind: str):
     models = [Net(), Net()]
     for i, model in enumerate(models):
@@ -151,7 +153,7 @@ def state(trainer: L.Trainer) -> dict[str, Any]:
 
 @pytest.mark.parametrize("merged_eval", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_best_checkpoint_gives_the_logged_metric(tmp_path, name: str, kind: str, merged_eval: bool):
     trainer = fit(tmp_path, Net(), lora_with_effect(save=kind, merged_eval=merged_eval), ALL[name]())
     keep = trainer.checkpoint_callback
@@ -161,6 +163,7 @@ def test_the_best_checkpoint_gives_the_logged_metric(tmp_path, name: str, kind: 
     assert max(keep.best_k_models.values()) - keep.best_model_score > 1e-3  # so that it tells one from another
 
 
+@weight_averaging
 @pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback, but loading:UserWarning")
 @pytest.mark.parametrize("kind", KINDS)
 def test_fresh_trainer_with_the_averaging_callback_gives_the_logged_metric(tmp_path, kind: str):
@@ -172,7 +175,7 @@ def test_fresh_trainer_with_the_averaging_callback_gives_the_logged_metric(tmp_p
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_trainer_that_fitted_finds_the_logged_metric_again(tmp_path, name: str, kind: str):
     """Lightning alone does not: WeightAveraging goes back to "current_model_state" whenever it has an average."""
     model = Net()
@@ -189,6 +192,7 @@ def test_the_trainer_that_fitted_finds_the_logged_metric_again(tmp_path, name: s
     assert found == pytest.approx(logged, rel=1e-5)
 
 
+@weight_averaging
 def test_lightning_alone_tests_the_current_weights(tmp_path):
     model = Net()
     trainer = fit(tmp_path, model, ALL["ema"]())
@@ -199,7 +203,7 @@ def test_lightning_alone_tests_the_current_weights(tmp_path):
     assert abs(found - keep.best_model_score.item()) > 1e-4
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", NAMES)
 def test_files_hold_the_values_of_lightnings_own_full_checkpoint(tmp_path, name: str):
     """That of a model which was injected by hand, in a Trainer without the callback."""
     alone = Net()
@@ -228,6 +232,7 @@ def adapter_names(state: Mapping[str, Any]) -> set[str]:
     return {n for n in state if "lora_" in n or n.rpartition(".")[2] in ("running_mean", "running_var", BATCHES)}
 
 
+@weight_averaging
 def test_the_drift_of_a_long_average_is_not_another_base(tmp_path):
     """With Lightning's default decay of 0.999 a frozen weight moves by 1e-5 of itself in 300 steps."""
     model = Net()
@@ -246,7 +251,7 @@ def test_the_drift_of_a_long_average_is_not_another_base(tmp_path):
         trainer.test(model, Data(), ckpt_path="best", verbose=False)
 
 
-@pytest.mark.parametrize("name", [*SWAPPERS, "swa"])
+@pytest.mark.parametrize("name", [*averaging(SWAPPERS), "swa"])
 def test_averaging_callback_listed_first_is_refused_with_the_order(tmp_path, name: str):
     swapper = swa() if name == "swa" else SWAPPERS[name]()
     model = Net()
@@ -259,7 +264,7 @@ def test_averaging_callback_listed_first_is_refused_with_the_order(tmp_path, nam
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("swapper", [WeightAveraging, swa])
+@pytest.mark.parametrize("swapper", [*averaging([WeightAveraging]), swa])
 def test_averaging_callback_listed_first_is_harmless_in_evaluation(tmp_path, swapper: Any):
     model = Net()
     before = base_weights(model)
@@ -268,6 +273,7 @@ def test_averaging_callback_listed_first_is_harmless_in_evaluation(tmp_path, swa
     assert_as_found(model, before)
 
 
+@weight_averaging
 @pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that overrides:UserWarning")
 def test_layers_that_configure_model_builds_are_averaged_too(tmp_path):
     """WeightAveraging calls configure_model itself, in its setup."""

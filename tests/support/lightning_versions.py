@@ -1,0 +1,44 @@
+"""What the oldest supported Lightning does not have yet, told in this one place.
+
+Weight averaging and `weights_only=` of fit, validate, test and predict came with Lightning 2.6. What needs the
+averaging is marked with `weight_averaging`, and is not collected where Lightning lacks it (tests/conftest.py).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import pytest
+from lightning.pytorch import callbacks
+
+HAS_WEIGHT_AVERAGING = hasattr(callbacks, "WeightAveraging")
+
+if TYPE_CHECKING or HAS_WEIGHT_AVERAGING:
+    from lightning.pytorch.callbacks import EMAWeightAveraging, WeightAveraging
+else:
+    WeightAveraging = EMAWeightAveraging = None
+
+# Given to what loads a checkpoint: take plain types and tensors only, where Lightning can be asked for that.
+PLAIN_TYPES_ONLY: dict[str, Any] = (
+    {"weights_only": True} if "weights_only" in inspect.signature(L.Trainer.fit).parameters else {}
+)
+
+weight_averaging = pytest.mark.weight_averaging
+
+
+def averaging(values: Iterable[Any]) -> list[Any]:
+    """Values of a test's parameters, a tuple where it has several, each marked as one that needs weight averaging."""
+    return [pytest.param(*v if isinstance(v, tuple) else (v,), marks=weight_averaging) for v in values]
+
+
+__all__ = [
+    "HAS_WEIGHT_AVERAGING",
+    "PLAIN_TYPES_ONLY",
+    "EMAWeightAveraging",
+    "WeightAveraging",
+    "averaging",
+    "weight_averaging",
+]
