@@ -64,8 +64,9 @@ class LoRAEmbedding(LoRALayer):
         if layer.padding_idx is not None:
             delta = torch.where((input == layer.padding_idx).unsqueeze(-1), delta.detach(), delta)
         if layer.scale_grad_by_freq:
-            occurrences = torch.bincount(input.flatten(), minlength=layer.num_embeddings)[input].unsqueeze(-1)
-            delta = delta.detach() + (delta - delta.detach()) / occurrences.to(delta.dtype)
+            rows = input.flatten()  # not torch.bincount, which torch 2.6 cannot compile
+            counts = rows.new_zeros(layer.num_embeddings).index_add_(0, rows, torch.ones_like(rows))
+            delta = delta.detach() + (delta - delta.detach()) / counts[input].unsqueeze(-1).to(delta.dtype)
         return delta
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copyreg
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, cast
 
@@ -52,6 +52,8 @@ class Swapped(nn.Module):
 
     lora_mixin: ClassVar[type[Swapped]]  # the two classes that the subclass combines
     lora_base: ClassVar[type[nn.Module]]
+    # torch's compiler looks whether a weight is stood in for while it traces; torch.export of torch 2.6 would not.
+    torchdynamo_force_dynamic: ClassVar[bool] = True
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         make, args, *state = cast(tuple[Any, ...], super().__reduce_ex__(protocol))
@@ -102,7 +104,7 @@ class LayerState:
     # take longer than the copy.
     spares: dict[str, torch.Tensor] = field(default_factory=dict)
     # Held while W + delta stands in for the weight; a copy of the layer gets another.
-    lock: AbstractContextManager[Any] = field(default_factory=threading.RLock)
+    lock: Any = field(default_factory=threading.RLock)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in ("spares", "lock")}
@@ -146,19 +148,11 @@ class LoRALayer(Swapped):
         with self.dense_weight():
             return super().forward(*args, **kwargs)
 
-    @contextmanager
-    def dense_weight(self) -> Iterator[None]:
+    def dense_weight(self) -> DenseWeight:
         """Let W + delta stand in for each adapted weight inside, for code that reads it; one thread at a time."""
-        with nullcontext() if torch.compiler.is_compiling() else self.lora.lock:  # a compiler traces one thread
-            weights = self.adapted_weights()
-            sums = self._dense_weights(weights)
-            try:
-                self._parameters.update(cast(dict[str, nn.Parameter | None], sums))
-                yield
-            finally:
-                self._parameters.update(weights)
+        return DenseWeight(self)
 
-    def _dense_weights(self, weights: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    def compute_dense_weights(self, weights: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
         factor: torch.Tensor = self.lora_A
         if self.drops():
             mask = factor.new_ones(1, factor.shape[1], *[1] * (factor.dim() - 2))
@@ -361,6 +355,31 @@ class LoRALayer(Swapped):
             records = {name: RestoreRecord([], copy=self.original(name)) for name in self.lora.records}
             state[0] = state[0] | {"lora": replace(self.lora, records=records)}
         return (make, args, *state)
+
+
+class DenseWeight:
+    """The context of LoRALayer.dense_weight: a class, because torch 2.6 cannot trace a generator's context."""
+
+    def __init__(self, layer: LoRALayer) -> None:
+        self.layer = layer
+        self.lock = None if torch.compiler.is_compiling() else layer.lora.lock  # a compiler traces one thread
+
+    def __enter__(self) -> None:
+        if self.lock is not None:
+            self.lock.acquire()
+        try:
+            self.weights = self.layer.adapted_weights()
+            sums = self.layer.compute_dense_weights(self.weights)
+        except BaseException:
+            if self.lock is not None:
+                self.lock.release()
+            raise
+        self.layer._parameters.update(cast("dict[str, nn.Parameter | None]", sums))  # a string is no type to trace
+
+    def __exit__(self, *exception: object) -> None:
+        self.layer._parameters.update(self.weights)
+        if self.lock is not None:
+            self.lock.release()
 
 
 def adapted_layers(model: nn.Module) -> dict[str, LoRALayer]:
