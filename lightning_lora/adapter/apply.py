@@ -21,7 +21,7 @@ from ..nn.conv import LoRAConv
 from ..nn.layer_kinds import layer_kinds
 from ..nn.lora_layer import adapted_layers
 from .adapter import Adapter, align_to_modules, check_finite
-from .fingerprint import check_fingerprint, fingerprint_entry
+from .fingerprint import REMEDY, check_fingerprint, fingerprint_entry
 
 
 def align_names(model: nn.Module, adapter: Adapter) -> Adapter:
@@ -77,8 +77,15 @@ def add_frozen_weights(model: nn.Module, adapter: Adapter) -> Adapter:
     return replace(adapter, tensors={**frozen, **adapter.tensors})
 
 
-def check_adapter(model: nn.Module, adapter: Adapter, *, strict_base: bool = True) -> None:
-    """Raise LoRAError for the first layer, scaling, name, shape, value or base weight that does not fit the model."""
+def check_adapter(model: nn.Module, adapter: Adapter, *, strict_base: bool = True, remedy: str = REMEDY) -> None:
+    """Raise LoRAError for the first layer, scaling, name, shape, value or base weight that does not fit the model.
+
+    Args:
+        model: an injected model.
+        adapter: under its names.
+        strict_base: whether another base than the adapter's is an error or a warning.
+        remedy: what the error about another base says that its reader can do.
+    """
     try:
         _check_layers(model, by_first_names(model, adapter))
         _check_tensors(model, adapter)
@@ -87,7 +94,7 @@ def check_adapter(model: nn.Module, adapter: Adapter, *, strict_base: bool = Tru
         differences = (adapter.config or config).differences(config)  # may explain the error
         advice = f" The options differ: {'; '.join(differences)}." if differences else ""
         raise LoRAError(f"{error}{advice}") from None
-    check_fingerprint(model, adapter.fingerprint, strict=strict_base)
+    check_fingerprint(model, adapter.fingerprint, strict=strict_base, remedy=remedy)
 
 
 def _check_layers(model: nn.Module, adapter: Adapter) -> None:

@@ -20,6 +20,8 @@ from ..model.state_dict import adapter_keys, original_value
 SAMPLES = 8  # values of each frozen parameter that its fingerprint holds
 EQUAL = 1e-5  # relative difference of a base that is the same
 AVERAGED = 1e-2  # of the base that was trained on here: a moving average of a frozen weight drifts by its own rounding
+# What to do about another base, unless the caller knows better.
+REMEDY = "Load the adapter on the base that it was trained on, or pass strict_base=False, which makes this a warning."
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
@@ -51,22 +53,34 @@ def sample_positions(numel: int) -> list[int]:
     return sorted({(numel - 1) * i // (SAMPLES - 1) for i in range(SAMPLES)}) if numel else []
 
 
-def check_fingerprint(model: nn.Module, expected: Mapping[str, Any], *, strict: bool = True) -> None:
+def check_fingerprint(
+    model: nn.Module, expected: Mapping[str, Any], *, strict: bool = True, remedy: str = REMEDY
+) -> None:
     """Raise LoRAError, or warn, where a frozen parameter differs from a fingerprint by more than another dtype's."""
     injected = require_injection(model, "check_fingerprint")
     record = injected.record
     unfrozen = {name: fingerprint_entry(record.initial[name]) for name in record.unfrozen}
     trained_here = record.fingerprint == expected
     present = injected.seen(unfrozen) | fingerprint(model)
-    compare_fingerprints(present, expected, AVERAGED if trained_here else EQUAL, strict=strict)
+    compare_fingerprints(present, expected, AVERAGED if trained_here else EQUAL, strict=strict, remedy=remedy)
 
 
 def compare_fingerprints(
-    present: Mapping[str, Any], expected: Mapping[str, Any], relative: float = EQUAL, *, strict: bool = True
+    present: Mapping[str, Any],
+    expected: Mapping[str, Any],
+    relative: float = EQUAL,
+    *,
+    strict: bool = True,
+    remedy: str = REMEDY,
 ) -> None:
     """Raise LoRAError for the first difference, in the order of `present`; what only that has is not judged.
 
-    Where it is not `strict`, another base is a warning.
+    Args:
+        present: entries by name, of the base at hand.
+        expected: of the adapter's base.
+        relative: difference between values that are equal.
+        strict: whether another base is an error or a warning.
+        remedy: what the error says that its reader can do.
     """
     order = {name: position for position, name in enumerate(present)}
     for name in sorted(expected, key=lambda name: order.get(name, -1)):
@@ -79,12 +93,9 @@ def compare_fingerprints(
             difference = f"values of {name!r} were {_shown(before['values'])}, here {_shown(now['values'])}"
         else:
             continue
-        message = (
-            f"the adapter belongs to another base: {difference}. Load the adapter on the base that it was trained on, "
-            "or pass strict_base=False."
-        )
+        message = f"the adapter belongs to another base: {difference}."
         if strict:
-            raise LoRAError(message)
+            raise LoRAError(f"{message} {remedy}")
         warnings.warn(f"lightning_lora: {message}", stacklevel=3)
         return
 

@@ -33,6 +33,12 @@ FORMAT_VERSION = 1
 
 Kind = Literal["adapter", "merged", "full"]
 
+REMEDY_IN_TRAINER = (
+    "Give the Trainer the model with the base that the adapter was trained on, as trainer.fit("
+    'Net.load_from_checkpoint("pretrained.ckpt"), ckpt_path=...). To use the adapter on this base all the same, call '
+    "load_adapter(model, path, strict_base=False) and leave ckpt_path out."
+)
+
 # Returns what takes the place of a mapping at these keys in a checkpoint, or None to leave it alone.
 Replacement = Callable[[Mapping[Any, Any], tuple[Any, ...]], dict[Any, Any] | None]
 
@@ -162,8 +168,11 @@ def _is_near(value: Any, entry: Mapping[str, Any]) -> bool:
 
 
 def _replace_mappings(value: Any, replacement: Replacement, path: tuple[Any, ...]) -> Any:
-    """Replace mappings in a nested one, at any depth; what is left alone keeps its identity."""
-    if not isinstance(value, Mapping):
+    """Replace dictionaries in a nested one, at any depth; what is left alone keeps its identity.
+
+    Other mappings are users' objects, as a configuration in the hyper-parameters, and are not looked into.
+    """
+    if not isinstance(value, dict):
         return value
     replaced = replacement(value, path)
     if replaced is not None:
@@ -187,7 +196,7 @@ def prepare_for_load(module: nn.Module, checkpoint: MutableMapping[str, Any]) ->
     names = adapter.tensors.keys()
     adapter = align_names(module, adapter)  # an imported adapter has the network's names
     complete = add_frozen_weights(module, adapter)
-    check_adapter(module, complete)
+    check_adapter(module, complete, remedy=REMEDY_IN_TRAINER)
     record_trained(module, adapter)
     live = {canonical(name): value for name, value in module.state_dict().items()} | dict(complete.tensors)
     copies = checkpoint[META].get("copies")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from torch import nn
 from ..config import LoRAConfig
 from ..distributed.rank_sync import RankSync, writes_files
 from ..errors import LoRAError
+from ..files.inert_pickle import find_placeholder
 from ..files.paths import PathLike
 from ..files.torch_archive import read_torch_file
 from ..model.inject import inject, unload
@@ -25,11 +27,14 @@ from ..names import META, A
 from ..nn.lora_layer import adapted_layers
 from .adapter import Adapter, check_factors, exact_options, options_hold
 from .apply import add_frozen_weights, align_names, by_first_names, check_adapter, copy_values, split_off_base
+from .fingerprint import REMEDY
 from .lightning_checkpoint import adapter_of, prepare_for_load
 from .metadata import adapter_of_model
 from .peft_folder import read_folder, read_tensor_file, write_folder
 
 Module = TypeVar("Module", bound=nn.Module)
+
+HYPER_PARAMETERS = "hyper_parameters"  # Lightning's key of what save_hyperparameters saved
 
 
 def save_adapter(model: nn.Module, path: PathLike) -> None:
@@ -63,7 +68,9 @@ def load_adapter(model: nn.Module, source: PathLike | Mapping[str, Any], *, stri
     return apply_adapter(model, read_adapter(source), strict_base=strict_base)
 
 
-def load_from_checkpoint(cls: type[Module], path: PathLike, **kwargs: Any) -> Module:
+def load_from_checkpoint(
+    cls: type[Module], path: PathLike, *, weights_only: bool | None = None, strict_base: bool = True, **kwargs: Any
+) -> Module:
     """Build a LightningModule from a checkpoint's hyperparameters, as Lightning does, and load its adapter.
 
     The base weights are those that the class builds; for a full checkpoint, those in the file.
@@ -71,16 +78,24 @@ def load_from_checkpoint(cls: type[Module], path: PathLike, **kwargs: Any) -> Mo
     Args:
         cls: the LightningModule's class.
         path: a checkpoint of any kind that this package wrote.
+        weights_only: as in Lightning's own load_from_checkpoint; with False, objects in the hyperparameters are
+            unpickled, which may run any code. Without that each must be among `kwargs`.
+        strict_base: whether another base than the adapter's is an error or a warning.
         kwargs: hyperparameters that override the saved ones.
 
     Raises:
-        LoRAError: the file is damaged, has no adapter, or belongs to another base.
+        LoRAError: the file is damaged, has no adapter, belongs to another base, or its hyperparameters hold objects.
     """
-    checkpoint = read_torch_file(path)
+    checkpoint = read_torch_file(path, trusted=weights_only is False)
     adapter, kind = adapter_of(checkpoint)
-    model = _build(cls, checkpoint, kwargs)
+    model: Module = _build(cls, path, checkpoint, weights_only, kwargs)
     if kind != "full":
-        apply_adapter(model, adapter)
+        remedy = (
+            f"{cls.__name__} built a base of its own. Where the base is a checkpoint, load that first: load_adapter("
+            f'model := {cls.__name__}.load_from_checkpoint("pretrained.ckpt"), "{path}"). strict_base=False makes this '
+            "a warning."
+        )
+        apply_adapter(model, adapter, strict_base=strict_base, remedy=remedy)
         return model
     inject(model, _config_for(model, adapter))
     prepare_for_load(model, checkpoint)
@@ -88,19 +103,50 @@ def load_from_checkpoint(cls: type[Module], path: PathLike, **kwargs: Any) -> Mo
     return model
 
 
-def _build(cls: type[Module], checkpoint: Mapping[str, Any], kwargs: Mapping[str, Any]) -> Module:
+def _build(
+    cls: Any, path: PathLike, checkpoint: Mapping[str, Any], weights_only: bool | None, kwargs: Mapping[str, Any]
+) -> Any:
     """Let Lightning build the module from the checkpoint without its weights."""
     bare = {name: value for name, value in checkpoint.items() if name != META} | {"state_dict": {}}
+    saved = bare.get(HYPER_PARAMETERS)
+    if isinstance(saved, Mapping):  # what is given anew need not be read
+        bare[HYPER_PARAMETERS] = {name: value for name, value in saved.items() if name not in kwargs}
+    _refuse_objects(cls, path, bare)
     buffer = io.BytesIO()
     torch.save(bare, buffer)
     buffer.seek(0)
+    options = dict(kwargs)
+    if any("weights_only" in inspect.signature(load).parameters for load in _definitions(cls, "load_from_checkpoint")):
+        options["weights_only"] = weights_only  # which older versions of Lightning do not have
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Found keys that are in the model state dict")
         warnings.filterwarnings("ignore", message="The state dict in .* contains no parameters")
-        return cast(Module, cast(Any, cls).load_from_checkpoint(buffer, strict=False, **kwargs))
+        return cls.load_from_checkpoint(buffer, strict=False, **options)
 
 
-def apply_adapter(model: nn.Module, adapter: Adapter, *, strict_base: bool = True) -> list[str]:
+def _definitions(cls: type, method: str) -> list[Any]:
+    """List a method as a class defines it, and as those do that it inherits from."""
+    return [getattr(base, method) for base in cls.__mro__ if method in vars(base)]
+
+
+def _refuse_objects(cls: Any, path: PathLike, checkpoint: Mapping[str, Any]) -> None:
+    """Raise LoRAError where what a module is built from holds objects that were not unpickled."""
+    found = find_placeholder(checkpoint)
+    if found is None:
+        return
+    place, name = found
+    saved = checkpoint.get(HYPER_PARAMETERS)
+    objects = [key for key, value in saved.items() if find_placeholder(value)] if isinstance(saved, Mapping) else []
+    arguments = ", ".join(f"{key}=..." for key in objects)
+    as_arguments = f"pass what they are as keyword arguments ({arguments}), or " if objects else ""
+    raise LoRAError(
+        f"{path}: checkpoint{place} is of {name}, and objects are not unpickled, because that may run any code. If you "
+        f"trust the file, pass weights_only=False; otherwise {as_arguments}build the module yourself: "
+        f'load_adapter(model := {cls.__name__}(...), "{path}").'
+    )
+
+
+def apply_adapter(model: nn.Module, adapter: Adapter, *, strict_base: bool = True, remedy: str = REMEDY) -> list[str]:
     """Put an adapter onto a model: inject where that is still to do, check everything, then copy the values. In place.
 
     Returns:
@@ -115,7 +161,7 @@ def apply_adapter(model: nn.Module, adapter: Adapter, *, strict_base: bool = Tru
         inject(model, _config_for(model, adapter))
     try:
         adapter = add_frozen_weights(model, split_off_base(model, adapter))
-        check_adapter(model, adapter, strict_base=strict_base)
+        check_adapter(model, adapter, strict_base=strict_base, remedy=remedy)
         copy_values(model, adapter)
     except BaseException:
         if fresh:

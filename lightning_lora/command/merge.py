@@ -33,6 +33,7 @@ from ..nn.low_rank import (
 from .output import MODEL_FILE, MODEL_FOLDER, ProgressBar, check_output, no_progress
 from .write_merged import Job, WeightUpdate, verify_result, write_file_of, write_folder_of
 
+OTHER_BASE = "Give the base that it was trained on as --base, or pass --strict-base=false, which makes this a warning."
 INSTEAD = "Load model and adapter in Python and use merge_and_unload instead"
 
 
@@ -144,7 +145,8 @@ def _compare_base(adapter: Adapter, base: Weights, strict: bool) -> None:
     """Compare what both name: a file may hold tied weights once, or experts under other names than a model."""
     locations = {name: base.locations[name] for name in adapter.fingerprint if name in base.locations}
     entries = {name: fingerprint_entry_at(location) for name, location in locations.items() if location.in_order}
-    compare_fingerprints(entries, {name: adapter.fingerprint[name] for name in entries}, strict=strict)
+    expected = {name: adapter.fingerprint[name] for name in entries}
+    compare_fingerprints(entries, expected, strict=strict, remedy=OTHER_BASE)
 
 
 def _scope(own_names: Adapter, adapter: Adapter) -> str:

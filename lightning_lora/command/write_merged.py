@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 import torch
 
 from ..errors import LoRAError
+from ..files.inert_pickle import find_placeholder
 from ..files.model_folder import CONFIG, INDEX_SUFFIX, STEM, index_of, plan_shards, side_files
 from ..files.paths import write_json
 from ..files.safetensors import Header, TensorLocation, as_bytes, build_header, read_rows
@@ -107,7 +108,9 @@ def write_file_of(job: Job, target: Path) -> None:
     elif job.dtype is None:
         _write_torch_file(job, target)
     else:
-        torch.save(_recast(job, read_torch_file(base.path)), target)
+        content = read_torch_file(base.path)
+        _refuse_objects(base.path, content)
+        torch.save(_recast(job, content), target)
 
 
 def new_rows(job: Job, name: str, rows: torch.Tensor, first: int) -> torch.Tensor:
@@ -189,6 +192,17 @@ def _write_torch_file(job: Job, target: Path) -> None:
             else:
                 job.progress(location.nbytes)
     set_check_sums(target, locations)
+
+
+def _refuse_objects(path: Path, content: dict[str, Any]) -> None:
+    """Raise LoRAError where a file holds objects, which are not unpickled and so cannot be written anew."""
+    found = find_placeholder(content)
+    if found is not None:
+        raise LoRAError(
+            f"merge: {path}: checkpoint{found[0]} is of {found[1]}, and objects are not unpickled, so that the file "
+            "can be copied and changed but not written anew in another dtype. Leave --dtype out, or give the state "
+            "dict by itself as --base."
+        )
 
 
 def _recast(job: Job, content: dict[str, Any]) -> dict[str, Any]:

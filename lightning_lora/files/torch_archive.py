@@ -13,16 +13,22 @@ import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
 from ..errors import LoRAError
+from ..names import META
+from . import inert_pickle
+from .inert_pickle import find_placeholder
 from .paths import PathLike, require_file
 from .safetensors import TensorLocation
 
 LOCAL, CENTRAL = 30, 46  # bytes of a zip's record headers before the names
+ARCHIVE = b"PK\x03\x04"  # how a file begins that torch.save writes since torch 1.6
+PLAIN = ("state_dict", META)  # of a checkpoint, what holds no objects
 DESCRIPTOR = b"PK\x07\x08"
 HAS_DESCRIPTOR = 0x08
 
@@ -39,17 +45,28 @@ def read_torch_file(
     path: PathLike,
     device: str | Callable[[Any, str], Any] = "cpu",
     mmap: bool = False,
+    *,
+    trusted: bool = False,
+    has_objects: bool = False,
 ) -> dict[str, Any]:
     """Read a checkpoint or state dict onto the CPU, or onto "meta" without its values; with mmap it stays in the file.
 
+    Args:
+        path: of the file.
+        device: for tensors, or what torch.load takes in its place.
+        mmap: map the file into memory.
+        trusted: unpickle all that it holds, which may run any code. Else objects in a checkpoint, as hyper-parameters
+            may be, are placeholders: nothing that the file names is imported or called.
+        has_objects: it is known to hold objects, so that it is read once.
+
     Raises:
-        LoRAError: no such file, truncated, not a dictionary, or it holds more than plain types and tensors.
+        LoRAError: no such file, truncated, not a dictionary, or its tensors are beside or inside of objects.
     """
     require_file(path)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Detected pickle protocol")  # the error says enough
-            content = torch.load(path, map_location=device, mmap=mmap, weights_only=True)
+            content = _load(path, device, mmap, trusted, has_objects)
     except pickle.UnpicklingError as error:
         raise LoRAError(
             f"{path}: holds objects other than plain types and tensors, or is damaged, and was not loaded: "
@@ -57,9 +74,31 @@ def read_torch_file(
         ) from error
     except Exception as error:  # torch raises whatever a damaged file leads it to
         raise LoRAError(f"{path}: cannot be read as a checkpoint; it may be truncated: {error}") from error
+    is_checkpoint = isinstance(content, dict) and "state_dict" in content
+    found = find_placeholder({key: content.get(key) for key in PLAIN} if is_checkpoint else content)
+    if found is not None:
+        place, name = found
+        raise LoRAError(
+            f"{path}: holds objects other than plain types and tensors, and was not loaded: {place or 'it'} is of "
+            f"{name}. Only what lies beside a checkpoint's state_dict may be an object; save tensors alone."
+        )
     if not isinstance(content, dict):
         raise LoRAError(f"{path}: expected a dictionary, found {type(content).__name__}.")
     return content
+
+
+def _load(path: PathLike, device: str | Callable[[Any, str], Any], mmap: bool, trusted: bool, has_objects: bool) -> Any:
+    load = partial(torch.load, path, map_location=device, mmap=mmap)
+    if trusted:
+        return load(weights_only=False)
+    if not has_objects:
+        try:
+            return load(weights_only=True)
+        except pickle.UnpicklingError:
+            with open(path, "rb") as file:
+                if file.read(len(ARCHIVE)) != ARCHIVE:
+                    raise
+    return load(weights_only=False, pickle_module=inert_pickle)
 
 
 def torch_locations(path: Path) -> dict[str, TensorLocation]:
@@ -68,7 +107,7 @@ def torch_locations(path: Path) -> dict[str, TensorLocation]:
     Raises:
         LoRAError: the file is damaged, holds no state dict, or is of a form that cannot be changed in place.
     """
-    read_torch_file(path, "meta")  # says what is wrong with other files than archives
+    has_objects = find_placeholder(read_torch_file(path, "meta")) is not None
     records = {
         record.start: record.info.file_size
         for record in read_records(path)
@@ -81,7 +120,7 @@ def torch_locations(path: Path) -> dict[str, TensorLocation]:
             storages[storage.data_ptr()] = storage.nbytes()
         return storage
 
-    content = read_torch_file(path, note, mmap=True)
+    content = read_torch_file(path, note, mmap=True, has_objects=has_objects)  # once, as it is noted
     # Where the file was mapped is not told, but the first record is the first storage: every record is some tensor's.
     base = min(storages, default=0) - min(records, default=0)
     state = content.get("state_dict", content)

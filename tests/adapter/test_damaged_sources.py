@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from lightning_lora import LoRAError, load_adapter, save_adapter
 from lightning_lora.nn.lora_layer import adapted_layers
-from support.models import ZOO_LAYERS, base_zoo, checkpoint, trace, trained_zoo
+from support.models import ZOO_LAYERS, base_zoo, checkpoint, state_bits, trace, trained_zoo
 
 
 class Hostile:
@@ -38,7 +38,8 @@ def assert_refused(given_source: Any, match: str | None = None) -> None:
 @pytest.mark.parametrize("form", ["pickle", "torch", "legacy torch"])
 def test_pickled_code_does_not_run(tmp_path, form):
     path, mark = tmp_path / "evil.ckpt", tmp_path / "ran"
-    content = checkpoint(trained_zoo(), "adapter") | {"extra": Hostile(mark)}
+    content = checkpoint(trained_zoo(), "adapter")
+    content["state_dict"]["extra"] = Hostile(mark)
     if form == "pickle":
         path.write_bytes(pickle.dumps(content))
     else:
@@ -47,6 +48,14 @@ def test_pickled_code_does_not_run(tmp_path, form):
     assert not mark.exists()
     pickle.loads(pickle.dumps(Hostile(mark)))
     assert mark.exists()  # it would have
+
+
+def test_pickled_code_beside_the_tensors_does_not_run_and_is_passed_over(tmp_path):
+    path, mark = tmp_path / "evil.ckpt", tmp_path / "ran"
+    torch.save(checkpoint(trained := trained_zoo(), "adapter") | {"hyper_parameters": {"loss": Hostile(mark)}}, path)
+    load_adapter(model := base_zoo(), path)
+    assert state_bits(model) == state_bits(trained)
+    assert not mark.exists()
 
 
 def test_pickled_code_in_a_folder_does_not_run(tmp_path):

@@ -1,0 +1,103 @@
+"""A pickle module for torch.load that makes tensors and plain containers, and of everything else a placeholder.
+
+No class or function that a file names is imported or called, but for the few below that build tensors. So a checkpoint
+whose hyper-parameters hold objects can be read for its tensors, whoever wrote it.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+
+# All that is called, and with placeholders at worst: what torch.save writes for tensors, their shapes and places.
+CALLED: dict[str, Callable[..., Any]] = {
+    "collections.OrderedDict": OrderedDict,
+    "torch.Size": torch.Size,
+    "torch.device": torch.device,
+    "torch.serialization._get_layout": torch.serialization._get_layout,
+    "torch._utils._rebuild_tensor": torch._utils._rebuild_tensor,
+    "torch._utils._rebuild_tensor_v2": torch._utils._rebuild_tensor_v2,
+    "torch._utils._rebuild_tensor_v3": torch._utils._rebuild_tensor_v3,
+    "torch._utils._rebuild_parameter": torch._utils._rebuild_parameter,
+    "torch._utils._rebuild_sparse_tensor": torch._utils._rebuild_sparse_tensor,
+    "torch._utils._rebuild_meta_tensor_no_storage": torch._utils._rebuild_meta_tensor_no_storage,
+}
+
+
+class Placeholder:
+    """Stand for an object of a class, or for the result of a function, that a file names: takes all, does nothing."""
+
+    stands_for: ClassVar[str] = ""  # the module and name in the file
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Placeholder:
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Take any arguments."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Placeholder:
+        return self
+
+    def _ignore(self, *args: Any) -> None:
+        """Take what unpickling puts into an object."""
+
+    __setstate__ = __setitem__ = append = extend = add = _ignore
+
+
+class _Called:
+    """Pass a call on to a function, which unpickling then cannot reach to change it."""
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __call__(self, *args: Any) -> Any:
+        return self._function(*args)
+
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError("a function has no state")
+
+
+class _ByteStorage:
+    """Stand for torch.UntypedStorage, of which torch.load needs the dtype."""
+
+    __slots__ = ()
+    dtype = torch.uint8
+
+    __setstate__ = _Called.__setstate__
+
+
+class Unpickler(pickle.Unpickler):
+    """Find tensors' functions and dtypes; any other name becomes a placeholder's class."""
+
+    def find_class(self, module_name: str, global_name: str, /) -> Any:
+        """Return what stands for a name in the file. Imports nothing."""
+        name = f"{module_name}.{global_name}"
+        if name in CALLED:
+            return _Called(CALLED[name])
+        if global_name == "UntypedStorage" and module_name in ("torch", "torch.storage"):
+            return _ByteStorage()
+        dtype = vars(torch).get(global_name) if module_name == "torch" else None
+        return dtype if isinstance(dtype, torch.dtype) else type("Placeholder", (Placeholder,), {"stands_for": name})
+
+
+def find_placeholder(value: Any) -> tuple[str, str] | None:
+    """Return where in nested containers a placeholder is, as "['a'][0]", and what it stands for; None without any."""
+    waiting, seen = deque([("", value)]), set()
+    while waiting:
+        place, item = waiting.popleft()
+        if isinstance(item, Placeholder) or (isinstance(item, type) and issubclass(item, Placeholder)):
+            return place, item.stands_for
+        if id(item) in seen or not isinstance(item, (dict, list, tuple, set, frozenset)):
+            continue
+        seen.add(id(item))
+        if isinstance(item, dict):
+            waiting.extend((place, key) for key in item)
+        parts = item.items() if isinstance(item, dict) else enumerate(item)
+        waiting.extend((f"{place}[{key!r}]", part) for key, part in parts)
+    return None

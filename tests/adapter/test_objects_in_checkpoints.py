@@ -1,0 +1,301 @@
+"""Checkpoints whose hyper-parameters hold objects: read without unpickling them, rebuilt where the user trusts them."""
+
+from __future__ import annotations
+
+import functools
+import pickle
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lightning_lora import LoRACallback, LoRAError, load_adapter, load_from_checkpoint, save_adapter
+from lightning_lora.command.convert import to_peft
+from lightning_lora.command.info import info
+from lightning_lora.command.merge import merge_on_disk
+from lightning_lora.files.torch_archive import read_torch_file
+from support.models import bits
+from support.training import CLASSES, FEATURES, Data, assert_same_tensors, make_trainer, outputs, own_random_stream
+
+KINDS = ("adapter", "merged", "full")
+SGD = functools.partial(torch.optim.SGD, lr=0.1)
+unpickled: list[str] = []
+
+# Lightning advises against a loss among the hyper-parameters, which is how published packages are built.
+pytestmark = pytest.mark.filterwarnings("ignore:Attribute .* is an instance of `nn.Module`:UserWarning")
+
+
+class WeightedLoss(nn.Module):
+    """A user's loss with a tensor, a function and a list of its own."""
+
+    def __init__(self, weight: float = 2.0) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.full((CLASSES,), weight))
+        self.reduce, self.history = torch.mean, [self.weight]
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return self.reduce(F.cross_entropy(x, y, weight=self.weight, reduction="none"))
+
+    def __deepcopy__(self, memo: Any) -> WeightedLoss:  # by which Lightning keeps the initial hyper-parameters
+        return WeightedLoss(self.weight[0].item())
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        unpickled.append("WeightedLoss")
+        super().__setstate__(state)
+
+
+class Shade(Enum):
+    """A choice among options."""
+
+    DARK = "dark"
+
+
+class Choices(Mapping[str, Any]):
+    """A configuration that refuses to be read before it is complete, as omegaconf's with a missing value."""
+
+    def __getitem__(self, name: str) -> Any:
+        raise ValueError(f"{name} is missing")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(["a"])
+
+    def __len__(self) -> int:
+        return 1
+
+
+class WithObjects(L.LightningModule):
+    """Objects of many forms in its hyper-parameters; the weights depend on nothing else than the width."""
+
+    def __init__(
+        self,
+        loss: nn.Module,
+        shade: Shade = Shade.DARK,
+        optimizer: Callable[..., Any] = SGD,
+        names: frozenset[str] = frozenset("ab"),
+        choices: Any = None,
+        width: int = 8,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        with own_random_stream(1):
+            self.body = nn.Sequential(nn.Linear(FEATURES, width), nn.ReLU(), nn.Linear(width, CLASSES))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.body(x)
+        return result
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.hparams["loss"](self(batch[0]), batch[1])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", self.training_step(batch, batch_idx))
+
+    def configure_optimizers(self) -> Any:
+        return self.hparams["optimizer"](self.parameters())
+
+
+def saved(path: Path, kind: str | None) -> tuple[WithObjects, Path]:
+    """A model after an epoch and its checkpoint; without a kind, of plain Lightning."""
+    model = WithObjects(WeightedLoss(), choices=Choices(), width=7)
+    torch.manual_seed(0)
+    trainer = make_trainer(path, *([LoRACallback(r=2, save=kind)] if kind else []))
+    trainer.fit(model, Data())
+    trainer.save_checkpoint(path / "saved.ckpt")
+    unpickled.clear()
+    return model, path / "saved.ckpt"
+
+
+def fresh() -> WithObjects:
+    return WithObjects(WeightedLoss(), width=7)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_load_adapter_and_info_read_a_checkpoint_with_objects_and_unpickle_none(tmp_path, kind: str):
+    model, file = saved(tmp_path, kind)
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(file, weights_only=True)
+    assert load_adapter(loaded := fresh(), file) == ["body.0", "body.2"]
+    assert torch.equal(outputs(loaded), outputs(model))
+    assert info(file)["kind"] == f"Lightning checkpoint of kind {kind!r}"
+    to_peft(file, tmp_path / "folder")
+    load_adapter(again := fresh(), tmp_path / "folder")
+    assert torch.equal(outputs(again), outputs(model))
+    assert not unpickled
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_load_from_checkpoint_names_the_object_that_it_does_not_unpickle_and_each_remedy(tmp_path, kind: str):
+    _, file = saved(tmp_path, kind)
+    with pytest.raises(LoRAError) as refused:
+        load_from_checkpoint(WithObjects, file)
+    message = str(refused.value)
+    assert f"checkpoint['hyper_parameters']['loss'] is of {__name__}.WeightedLoss" in message
+    assert "weights_only=False" in message
+    assert "(loss=..., shade=..., optimizer=..., names=..., choices=...)" in message
+    assert f'load_adapter(model := WithObjects(...), "{file}")' in message
+    assert not unpickled
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_remedy_for_objects_in_hyper_parameters_loads_the_model(tmp_path, kind: str):
+    model, file = saved(tmp_path, kind)
+    trusted = load_from_checkpoint(WithObjects, file, weights_only=False)
+    assert unpickled
+    assert trusted.hparams["loss"].weight.tolist() == [2.0] * CLASSES
+    unpickled.clear()
+    objects = {"shade": None, "optimizer": None, "names": None, "choices": None}
+    given = load_from_checkpoint(WithObjects, file, loss=WeightedLoss(3.0), **objects)
+    assert given.hparams["loss"].weight.tolist() == [3.0] * CLASSES
+    assert not unpickled
+    for loaded in (trusted, given):
+        assert loaded.hparams["width"] == 7
+        assert torch.equal(outputs(loaded), outputs(model))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_trainer_resumes_from_a_checkpoint_with_objects(tmp_path, kind: str):
+    model, file = saved(tmp_path, kind)
+    trainer = make_trainer(tmp_path, LoRACallback(r=2, save=kind))
+    resumed = WithObjects(WeightedLoss(), choices=Choices(), width=7)
+    trainer.validate(resumed, Data(), ckpt_path=file, weights_only=False, verbose=False)
+    assert torch.equal(outputs(resumed), outputs(model))
+    trainer = make_trainer(tmp_path, LoRACallback(r=2, save=kind), max_epochs=2)
+    trainer.fit(resumed, Data(), ckpt_path=file, weights_only=False)
+    assert trainer.current_epoch == 2
+
+
+def test_merge_into_a_base_checkpoint_with_objects_keeps_them(tmp_path):
+    (tmp_path / "base").mkdir()
+    base, file = saved(tmp_path / "base", None)
+    model, adapter = WithObjects(WeightedLoss(), width=7), tmp_path / "adapter"
+    model.load_state_dict(base.state_dict())
+    make_trainer(tmp_path, LoRACallback(r=2)).fit(model, Data())
+    save_adapter(model, adapter)
+    merge_on_disk(file, adapter, tmp_path / "out.ckpt", check=True)
+    assert not unpickled
+    merged = WithObjects.load_from_checkpoint(tmp_path / "out.ckpt", weights_only=False)
+    assert merged.hparams["shade"] is Shade.DARK
+    torch.testing.assert_close(outputs(merged), outputs(model))
+    with pytest.raises(LoRAError, match=r"'loss'\] is of .*WeightedLoss.*Leave --dtype out"):
+        merge_on_disk(file, adapter, tmp_path / "half.ckpt", dtype=torch.float16)
+    assert not (tmp_path / "half.ckpt").exists()
+
+
+@pytest.mark.parametrize("key", ["state_dict", "lora"])
+def test_an_object_among_tensors_or_metadata_is_refused_by_name(tmp_path, key: str):
+    content = {"state_dict": {"a.lora_A": torch.zeros(2, 2)}, "lora": {"kind": "adapter"}}
+    content[key]["x"] = {"y": [WeightedLoss()]}  # type: ignore[index]
+    torch.save(content, tmp_path / "a.ckpt")
+    unpickled.clear()
+    with pytest.raises(LoRAError, match=rf"\['{key}'\]\['x'\]\['y'\]\[0\] is of .*WeightedLoss"):
+        read_torch_file(tmp_path / "a.ckpt")
+    torch.save(WeightedLoss(), tmp_path / "whole.pt")
+    with pytest.raises(LoRAError, match=r"it is of .*WeightedLoss"):
+        read_torch_file(tmp_path / "whole.pt")
+    assert not unpickled
+
+
+def test_tensors_beside_objects_are_read_bit_for_bit(tmp_path):
+    tensors = {
+        "float": torch.randn(3, 4).t(),
+        "half": torch.randn(3).half(),
+        "byte float": torch.randn(3).to(torch.float8_e4m3fn),
+        "unsigned": torch.arange(3).to(torch.uint16),
+        "parameter": nn.Parameter(torch.randn(2)),
+        "empty": torch.zeros(0, 3),
+        "sparse": torch.eye(3).to_sparse(),
+    }
+    torch.save({"state_dict": tensors, "object": WeightedLoss()}, tmp_path / "a.ckpt")
+    found = read_torch_file(tmp_path / "a.ckpt")["state_dict"]
+    assert list(found) == list(tensors)
+    for name, tensor in tensors.items():
+        dense, wanted = found[name].to_dense(), tensor.to_dense()
+        assert (dense.dtype, dense.shape, type(found[name])) == (wanted.dtype, wanted.shape, type(tensor))
+        assert bits(dense) == bits(wanted)
+    on_meta = read_torch_file(tmp_path / "a.ckpt", "meta")["state_dict"]
+    assert all(tensor.is_meta for tensor in on_meta.values())
+
+
+# --- pickles that are made to hurt ---
+
+
+def with_pickle(path: Path, pickled: bytes) -> Path:
+    """An archive of torch.save with another pickle in it."""
+    torch.save({}, path / "good.ckpt")
+    with zipfile.ZipFile(path / "good.ckpt") as good, zipfile.ZipFile(path / "bad.ckpt", "w") as bad:
+        for info in good.infolist():
+            bad.writestr(info.filename, pickled if info.filename.endswith("data.pkl") else good.read(info))
+    return path / "bad.ckpt"
+
+
+class Calls:
+    """Unpickling calls a function."""
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        self.function, self.arguments = function, arguments
+
+    def __reduce__(self) -> Any:
+        return self.function, self.arguments
+
+
+def note(text: str) -> list[str]:
+    unpickled.append(text)
+    return unpickled
+
+
+@pytest.mark.parametrize("protocol", range(2, 6))
+@pytest.mark.parametrize(
+    "harm",
+    [
+        Calls(note, "called"),
+        Calls(eval, f"__import__('{__name__}').note('evaluated')"),
+        Calls(exec, "import os; os.mkdir('harmed')"),
+        Calls(getattr, Calls(__import__, "os"), "getcwd"),
+        Calls(torch.load, "other.ckpt"),
+        functools.partial(note, "partial"),
+    ],
+)
+def test_no_function_in_a_checkpoint_is_called_whatever_it_is(tmp_path, monkeypatch, harm: Any, protocol: int):
+    monkeypatch.chdir(tmp_path)
+    unpickled.clear()
+    content = {"state_dict": {}, "hyper_parameters": {"x": harm, "again": [harm]}}
+    found = read_torch_file(with_pickle(tmp_path, pickle.dumps(content, protocol)))
+    assert found["state_dict"] == {}
+    assert not unpickled
+    assert not (tmp_path / "harmed").exists()
+
+
+def test_pickle_that_rewrites_a_function_of_torch_is_refused_and_does_not(tmp_path):
+    function = torch._utils._rebuild_tensor_v2
+    before = function.__defaults__, dict(vars(function))
+    state = pickle.dumps((None, {"__defaults__": (1, 2, 3)}), 2)[2:-1]  # what BUILD sets by setattr
+    pickled = b"\x80\x02}X\x01\x00\x00\x00xc" + b"torch._utils\n_rebuild_tensor_v2\n" + state + b"bs."
+    with pytest.raises(LoRAError, match="a function has no state"):
+        read_torch_file(with_pickle(tmp_path, pickled))
+    assert (function.__defaults__, vars(function)) == before
+
+
+def test_nested_lists_that_hold_themselves_or_each_other_are_read_at_once(tmp_path):
+    cycle: list[Any] = []
+    cycle.append(cycle)
+    wide: list[Any] = []
+    for _ in range(100):
+        wide = [wide, wide]
+    content = {"state_dict": {}, "hyper_parameters": {"cycle": cycle, "wide": wide, "x": WeightedLoss()}}
+    torch.save(content, tmp_path / "a.ckpt")
+    with pytest.raises(LoRAError, match='checkpoint\\["lora"\\] is missing'):
+        load_from_checkpoint(WithObjects, tmp_path / "a.ckpt")
+    assert read_torch_file(tmp_path / "a.ckpt")["hyper_parameters"]["cycle"]
+
+
+def test_full_checkpoint_with_objects_holds_the_tensors_that_plain_lightning_reads(tmp_path):
+    _, file = saved(tmp_path, "merged")
+    plain = WithObjects.load_from_checkpoint(file, weights_only=False)
+    assert_same_tensors(read_torch_file(file)["state_dict"], dict(plain.state_dict()))

@@ -1,0 +1,69 @@
+"""A base that was trained with Lightning before: what is said where the class's fresh base meets its adapter."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_lora import LoRAError, load_adapter, load_from_checkpoint
+from support.runs import lora
+from support.training import Data, Net, make_trainer, outputs
+
+
+def tuned(path: Path, kind: str) -> Net:
+    """Trained by plain Lightning into pretrained.ckpt, then by LoRA into lora.ckpt."""
+    trainer = make_trainer(path)
+    trainer.fit(Net(width=7), Data())
+    trainer.save_checkpoint(path / "pretrained.ckpt")
+    model = Net.load_from_checkpoint(path / "pretrained.ckpt")
+    trainer = make_trainer(path, lora(save=kind))
+    trainer.fit(model, Data())
+    trainer.save_checkpoint(path / "lora.ckpt")
+    return model
+
+
+@pytest.mark.parametrize("kind", ["adapter", "merged"])
+def test_load_from_checkpoint_onto_a_fresh_base_says_the_call_that_loads_it(tmp_path, monkeypatch, kind: str):
+    model = tuned(tmp_path, kind)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(LoRAError, match="belongs to another base: values of") as refused:
+        load_from_checkpoint(Net, "lora.ckpt")
+    remedy = re.search(
+        r"load_adapter\((model) := (Net\.load_from_checkpoint\(\"pretrained\.ckpt\"\)), (\"lora\.ckpt\")\)",
+        str(refused.value),
+    )
+    assert remedy is not None
+    scope = {"Net": Net, "load_adapter": load_adapter}
+    exec(remedy[0], scope)
+    assert torch.equal(outputs(scope["model"]), outputs(model))  # type: ignore[arg-type]
+
+
+def test_strict_base_makes_another_base_a_warning_in_load_from_checkpoint_as_its_error_says(tmp_path):
+    model = tuned(tmp_path, "adapter")
+    with pytest.raises(LoRAError, match="strict_base=False makes this a warning"):
+        load_from_checkpoint(Net, tmp_path / "lora.ckpt")
+    with pytest.warns(UserWarning, match="belongs to another base: values of"):
+        loaded = load_from_checkpoint(Net, tmp_path / "lora.ckpt", strict_base=False)
+    assert torch.equal(loaded.head.lora_B, model.head.lora_B)
+    assert torch.equal(loaded.head.weight, Net(width=7).head.weight)
+
+
+@pytest.mark.parametrize("kind", ["adapter", "merged"])
+@pytest.mark.parametrize("stage", ["fit", "validate"])
+def test_trainer_with_a_fresh_base_says_what_can_be_done_there(tmp_path, kind: str, stage: str):
+    tuned(tmp_path, kind)
+    with pytest.raises(LoRAError, match="belongs to another base: values of") as refused:
+        getattr(make_trainer(tmp_path, lora(save=kind), max_epochs=2), stage)(
+            Net(width=7), Data(), ckpt_path=tmp_path / "lora.ckpt", weights_only=True
+        )
+    assert 'trainer.fit(Net.load_from_checkpoint("pretrained.ckpt"), ckpt_path=...)' in str(refused.value)
+    assert "load_adapter(model, path, strict_base=False) and leave ckpt_path out" in str(refused.value)
+    base = Net.load_from_checkpoint(tmp_path / "pretrained.ckpt")
+    trainer = make_trainer(tmp_path, lora(save=kind), max_epochs=2)
+    getattr(trainer, stage)(base, Data(), ckpt_path=tmp_path / "lora.ckpt", weights_only=True)
+    with pytest.warns(UserWarning, match="belongs to another base"):
+        load_adapter(other := Net(width=7), tmp_path / "lora.ckpt", strict_base=False)
+    make_trainer(tmp_path, lora(save=kind)).fit(other, Data())
