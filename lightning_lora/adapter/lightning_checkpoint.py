@@ -4,7 +4,8 @@
     merged   state_dict holds plain merged weights; checkpoint["lora"]["adapter"] what training changes
     full     state_dict holds base and adapter
 
-checkpoint["lora"] describes the adapter in each kind.
+checkpoint["lora"] describes the adapter in each kind. Names are those of the module without the segments of wrappers
+as torch.compile's, but in the state_dict of a merged or full checkpoint, which is the module's own.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ def convert_checkpoint(module: nn.Module, checkpoint: MutableMapping[str, Any], 
     """
     injected = require_injection(module, "checkpoint")
     refuse_replaced_layers(module, "checkpoint")
-    state = checkpoint["state_dict"] = {canonical(name): value for name, value in checkpoint["state_dict"].items()}
+    own_names = {canonical(name): name for name in checkpoint["state_dict"]}
+    state = checkpoint["state_dict"] = _by_canonical_names(checkpoint["state_dict"])
     keys, sharded = adapter_keys(module), has_sharded(module)
     trained = set(keys)
     adapter = describe_model(module)
@@ -80,7 +82,13 @@ def convert_checkpoint(module: nn.Module, checkpoint: MutableMapping[str, Any], 
     elif kind == "adapter":
         tensors = {name: value for name, value in state.items() if name not in frozen}
         checkpoint["state_dict"] = tensors if sharded else in_one_storage(tensors)
+    if kind != "adapter":
+        checkpoint["state_dict"] = {own_names[name]: value for name, value in checkpoint["state_dict"].items()}
     checkpoint[META] = meta
+
+
+def _by_canonical_names(state: Mapping[Any, Any]) -> dict[Any, Any]:
+    return {canonical(str(name)): value for name, value in state.items()}
 
 
 def _merge_state(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
@@ -151,7 +159,7 @@ def _strip_copies(
     entries = {name: entry for name, entry in fingerprint.items() if name in parameters}
 
     def strip(mapping: Mapping[Any, Any], path: tuple[Any, ...]) -> dict[Any, Any] | None:
-        named = {canonical(str(name)): value for name, value in mapping.items()}
+        named = _by_canonical_names(mapping)
         if not parameters <= named.keys() or not all(_is_near(named[name], entry) for name, entry in entries.items()):
             return None
         copies.append(list(path))
@@ -198,11 +206,11 @@ def prepare_for_load(module: nn.Module, checkpoint: MutableMapping[str, Any]) ->
     complete = add_frozen_weights(module, adapter)
     check_adapter(module, complete, remedy=REMEDY_IN_TRAINER)
     record_trained(module, adapter)
-    live = {canonical(name): value for name, value in module.state_dict().items()} | dict(complete.tensors)
+    live = _by_canonical_names(module.state_dict()) | dict(complete.tensors)
     copies = checkpoint[META].get("copies")
 
     def add_base(mapping: Mapping[Any, Any], path: tuple[Any, ...]) -> dict[Any, Any] | None:
-        named = {canonical(str(name)): value for name, value in mapping.items()}
+        named = _by_canonical_names(mapping)
         # Files of 0.1.0 do not say where copies are.
         is_copy = names <= named.keys() if copies is None or path == ("state_dict",) else list(path) in copies
         return {**live, **named} if is_copy else None
@@ -215,7 +223,7 @@ def prepare_for_load(module: nn.Module, checkpoint: MutableMapping[str, Any]) ->
 
 def _prepare_full(module: nn.Module, checkpoint: MutableMapping[str, Any], adapter: Adapter) -> None:
     """Check and complete a full checkpoint; record initial values, and no fingerprint, for its base comes along."""
-    state = checkpoint["state_dict"]
+    state = checkpoint["state_dict"] = _by_canonical_names(checkpoint["state_dict"])
     live = {name: (tensor, owner) for name, tensor, owner in named_state(module)}
     missing = [name for name in live if name not in state]
     left_out = {name: entry for name, entry in adapter.fingerprint.items() if name in missing}
@@ -287,6 +295,7 @@ def adapter_of(checkpoint: Mapping[str, Any]) -> tuple[Adapter, Kind]:
     tensors = meta.get("adapter") if kind == "merged" else checkpoint.get("state_dict")
     if not isinstance(tensors, Mapping):
         raise LoRAError('checkpoint["lora"] is damaged: the tensors are missing.')
+    tensors = _by_canonical_names(tensors)
     adapter = from_metadata(tensors, meta, 'checkpoint["lora"]')
     if kind == "full":
         adapter = replace(adapter, tensors={n: value for n, value in tensors.items() if n not in adapter.fingerprint})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from ..files.atomic import new_file, new_folder
 from ..files.paths import PathLike
 from ..files.safetensors import SUFFIX
 from ..files.weights import Weights, open_weights
-from ..names import A, B, around, matcher
+from ..names import A, B, around, canonical, matcher
 from ..nn.low_rank import (
     ATTENTION,
     ATTENTION_WEIGHTS,
@@ -87,9 +88,11 @@ def plan_updates(adapter: Adapter, base: Weights, *, strict_base: bool = True) -
     """
     if base.holds_factors():
         raise LoRAError(f"{base.path}: the base holds an adapter itself; give the weights that it was trained on.")
-    own_names = adapter
+    names = {canonical(name): name for name in base.locations}  # without the segments of wrappers as torch.compile's
+    base = replace(base, locations={name: base.locations[own_name] for name, own_name in names.items()})
+    before = adapter
     adapter = align_to_modules(adapter, base.modules(), str(base.path))
-    _refuse_missing(adapter, base, _scope(own_names, adapter))
+    _refuse_missing(adapter, base, _scope(before, adapter))
     _compare_base(adapter, base, strict_base)
     updates: dict[str, WeightUpdate] = {}
     seen = _seen_orientations(adapter, base)
@@ -104,7 +107,7 @@ def plan_updates(adapter: Adapter, base: Weights, *, strict_base: bool = True) -
                 f"{base.path}: {name!r} is also {owners[name]}, so changing it would change that too, and merged "
                 "weights cannot express the adapter. Leave the layer out of the adapter, or keep the adapter separate."
             )
-    return updates
+    return {names[name]: update for name, update in updates.items()}
 
 
 def _check_form(base: Weights, output: Path, max_shard_bytes: int | None) -> None:

@@ -73,7 +73,7 @@ def _load_checkpoint(
         return call_previous(strategy, previous, "load_checkpoint", path, *args, **kwargs)
     snapshot_materialised(module)
     checkpoint = _read_without_values(path, kwargs.get("weights_only"))
-    loaded = set(checkpoint["state_dict"])
+    loaded = set(map(canonical, checkpoint["state_dict"]))
     adapter, kind = adapter_of(checkpoint) if META in checkpoint else (None, None)
     if adapter is None:
         _check_complete(module, loaded, path)
