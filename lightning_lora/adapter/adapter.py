@@ -33,6 +33,7 @@ class Adapter:
         kinds: of each adapted layer where known, see low_rank.KINDS.
         network: the prefix of the network's names inside the LightningModule that was saved.
         origin: what the source says of the base: base_model_name_or_path, revision, task_type.
+        scope: the prefix of the part of a model that it is for, or "" for all; buffers of the rest need not be here.
         fan_in_fan_out: weights of unknown kind are stored (in, out), as PEFT says of transformers' Conv1D.
     """
 
@@ -45,6 +46,7 @@ class Adapter:
     network: str = ""
     origin: Mapping[str, str] = field(default_factory=dict)
     fan_in_fan_out: bool = False
+    scope: str = ""
 
     def layers(self) -> list[str]:
         """Return the names of the adapted layers."""
@@ -162,6 +164,8 @@ def align_to_modules(adapter: Adapter, modules: Set[str], where: str) -> Adapter
     if all(layer in modules for layer in layers):
         return adapter
     prefixes = _fitting_prefixes(layers, modules)
+    if len(prefixes) != 1 and adapter.network:
+        return align_to_modules(adapter.by_network_names(), modules, where)
     if len(prefixes) != 1:
         fitting = ", ".join(repr(add or f"without {strip}") for strip, add in prefixes) or "none"
         unplaced = next(layer for layer in layers if layer not in modules)
@@ -171,13 +175,13 @@ def align_to_modules(adapter: Adapter, modules: Set[str], where: str) -> Adapter
         )
     strip, add = prefixes[0]
     outside = [name for name in adapter.tensors if not name.startswith(strip)]
-    if outside:
+    if outside and strip != adapter.network:  # a network by itself has no use for what lies around it
         warnings.warn(
             f"lightning_lora: {len(outside)} of the adapter's tensors lie outside {where} and are left out, "
             f"first {outside[0]!r}",
             stacklevel=4,
         )
-    return adapter.renamed(strip, add)
+    return replace(adapter.renamed(strip, add), scope=add)
 
 
 def _fitting_prefixes(layers: Sequence[str], modules: Set[str]) -> list[tuple[str, str]]:

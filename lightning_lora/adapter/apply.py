@@ -132,7 +132,9 @@ def _refuse_loralib_convolution(name: str, layer: LoRAConv, tensors: Mapping[str
 def _check_tensors(model: nn.Module, adapter: Adapter) -> None:
     live, first_name = {name: tensor for name, tensor, _ in named_state(model)}, _first_names(model)
     expected = dict.fromkeys(
-        name for name in adapter_keys(model) if adapter.complete or isinstance(live[name], nn.Parameter)
+        name
+        for name in adapter_keys(model)
+        if isinstance(live[name], nn.Parameter) or (adapter.complete and name.startswith(adapter.scope))
     )
     compared = [name for name in adapter.tensors if name not in live or name in expected]
     _check_names("tensor", map(first_name, compared), map(first_name, expected))

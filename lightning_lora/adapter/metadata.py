@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import math
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -130,19 +129,6 @@ def _network_prefix(model: nn.Module) -> str:
     parameters = {name for name, tensor, _ in named_state(model) if isinstance(tensor, nn.Parameter)}
     children = {name.partition(".")[0] for name in adapter_keys(model) if name in parameters}
     return f"{children.pop()}." if len(children) == 1 and not children & adapted_layers(model).keys() else ""
-
-
-def network_part(adapter: Adapter) -> Adapter:
-    """Return the adapter under the network's own names; warn of tensors outside, which are left out."""
-    outside = [name for name in adapter.tensors if not name.startswith(adapter.network)]
-    if outside:
-        more = f" and {len(outside) - 3} more" if len(outside) > 3 else ""
-        warnings.warn(
-            f"lightning_lora: {', '.join(outside[:3])}{more} lie outside the network "
-            f"{adapter.network.removesuffix('.')!r} and are not part of its adapter",
-            stacklevel=3,
-        )
-    return adapter.by_network_names()
 
 
 def encode_layers(scalings: Mapping[str, float], kinds: Mapping[str, str]) -> list[Any]:

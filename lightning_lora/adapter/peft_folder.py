@@ -2,6 +2,9 @@
 
 Options and tensors go under PEFT's names. The header of the tensor file also carries this package's own description,
 which other readers pass over; buffers such as BatchNorm's statistics go in by their plain names, as PEFT loads them.
+
+Buffers of a LightningModule outside the network that was adapted, as a loss function's weights, belong to no file of
+PEFT's. They lie beside it in outside_network.safetensors, which the description names.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from ..names import A, B, around, matcher
 from ..nn.low_rank import ATTENTION, ATTENTION_OUTPUT, CONV, EMBEDDING, GROUPED_CONV
 from .adapter import Adapter, check_factors
 from .fingerprint import fingerprint_entry
-from .metadata import from_metadata, network_part, to_metadata
+from .metadata import from_metadata, to_metadata
 from .peft_mapping import (
     as_plain,
     check_peft_version,
@@ -39,6 +42,8 @@ from .peft_mapping import (
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
+OUTSIDE_FILE = "outside_network.safetensors"
+TENSOR_FILES = (TENSOR_FILE, OUTSIDE_FILE)
 OLD_TENSOR_FILE = "adapter_model.bin"
 HEADER_KEY = "lightning_lora"
 
@@ -49,23 +54,31 @@ def write_folder(adapter: Adapter, path: PathLike) -> None:
     Raises:
         LoRAError: PEFT has no equal of one of its layers. Nothing is written.
     """
-    adapter = network_part(adapter)
-    for name in adapter.layers():
-        _refuse_without_equal(adapter, name)
     extra = [name for name, value in adapter.tensors.items() if not isinstance(value, torch.Tensor)]
     if extra:
         warnings.warn(f"lightning_lora: the extra state {extra} is no tensor and is left out", stacklevel=3)
         adapter = replace(adapter, tensors={n: t for n, t in adapter.tensors.items() if n not in extra})
-    plain = as_plain(adapter)
-    layers = set(adapter.layers())
-    tensors = {
-        peft_name(name, layers, adapter.kinds): tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for name, tensor in plain.tensors.items()
-    }
-    description = json.dumps(to_metadata(adapter) | {"complete": not extra}, separators=(",", ":"))
-    with new_folder(path, keep_others=True) as folder:
-        write_tensors(folder / TENSOR_FILE, tensors, {"format": "pt", HEADER_KEY: description})
+    outside = {name: tensor for name, tensor in adapter.tensors.items() if not name.startswith(adapter.network)}
+    own = adapter.by_network_names()
+    for name in own.layers():
+        _refuse_without_equal(own, name)
+    plain = as_plain(own)
+    layers = set(own.layers())
+    tensors = {peft_name(name, layers, own.kinds): tensor for name, tensor in plain.tensors.items()}
+    description = to_metadata(own) | {"complete": not extra}
+    if outside:
+        description |= {"outside": {"network": adapter.network, "tensors": sorted(outside)}}
+    text = json.dumps(description, separators=(",", ":"))
+    with new_folder(path, keep_others=True, replaced=[OUTSIDE_FILE]) as folder:
+        write_tensors(folder / TENSOR_FILE, _copies(tensors), {"format": "pt", HEADER_KEY: text})
+        if outside:
+            write_tensors(folder / OUTSIDE_FILE, _copies(outside), {"format": "pt"})
         write_json(folder / CONFIG_FILE, options_to_peft(plain))
+
+
+def _copies(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return own copies on the CPU, whose elements follow each other."""
+    return {n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}
 
 
 def _refuse_without_equal(adapter: Adapter, name: str) -> None:
@@ -107,7 +120,8 @@ def read_folder(path: PathLike) -> Adapter:
     names = our_names(peft_tensors, folder)
     tensors = {names[peft_name]: tensor for peft_name, tensor in peft_tensors.items()}
     if HEADER_KEY in header:
-        return _read_described(tensors, header[HEADER_KEY], folder / TENSOR_FILE)
+        adapter, outside = _read_described(tensors, header[HEADER_KEY], folder / TENSOR_FILE)
+        return _add_outside(adapter, outside, folder) if outside else adapter
     return _read_foreign(tensors, {name: peft_name for peft_name, name in names.items()}, options, folder)
 
 
@@ -120,7 +134,14 @@ def read_tensor_file(path: PathLike) -> Adapter:
     peft_tensors, header = read_safetensors(path)
     tensors = {name: peft_tensors[peft_name] for peft_name, name in our_names(peft_tensors, path).items()}
     if HEADER_KEY in header:
-        return _read_described(tensors, header[HEADER_KEY], Path(path))
+        adapter, outside = _read_described(tensors, header[HEADER_KEY], Path(path))
+        if outside:
+            warnings.warn(
+                f"lightning_lora: {path}: tensors outside the network lie in {OUTSIDE_FILE} beside it, and are read "
+                "only where the folder is given",
+                stacklevel=3,
+            )
+        return adapter
     adapter = Adapter(tensors)
     check_factors(adapter, str(path))
     return adapter
@@ -135,15 +156,40 @@ def _read_tensors(folder: Path) -> tuple[dict[str, torch.Tensor], Mapping[str, s
     return content, {}
 
 
-def _read_described(tensors: Mapping[str, torch.Tensor], text: str, where: Path) -> Adapter:
-    """Return an adapter that this package wrote, whose description is in the header."""
+def _read_described(tensors: Mapping[str, torch.Tensor], text: str, where: Path) -> tuple[Adapter, Any]:
+    """Return an adapter that this package wrote, by its header's description, and what that says of OUTSIDE_FILE.
+
+    Raises:
+        LoRAError: the description is damaged, or the tensors are not those that it is of.
+    """
     try:
         description = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise LoRAError(f"{where}: its header's description is not JSON: {error}") from error
     adapter = from_plain(from_metadata(tensors, description, str(where)))
     check_factors(adapter, str(where))
-    return adapter
+    return adapter, description.get("outside")
+
+
+def _add_outside(adapter: Adapter, outside: Any, folder: Path) -> Adapter:
+    """Return the adapter under the names of the LightningModule that was saved, with its tensors outside the network.
+
+    Raises:
+        LoRAError: the file is missing, damaged or of another adapter.
+    """
+    path = folder / OUTSIDE_FILE
+    names, network = (outside.get(key) if isinstance(outside, dict) else None for key in ("tensors", "network"))
+    if not isinstance(network, str) or not network.endswith(".") or not isinstance(names, list):
+        raise LoRAError(f"{folder / TENSOR_FILE}: what it says of {OUTSIDE_FILE} is damaged: {outside!r:.80}.")
+    if not path.exists():
+        raise LoRAError(f"{path}: is missing, and {TENSOR_FILE} says that it holds {names[:3]}; the folder was cut.")
+    tensors, _ = read_safetensors(path)
+    if sorted(tensors) != names or any(name.startswith(network) for name in tensors):
+        raise LoRAError(
+            f"{path}: holds {sorted(tensors)[:3]}, but {TENSOR_FILE} says {names[:3]}; they do not belong together."
+        )
+    around = adapter.renamed("", network)
+    return replace(around, tensors={**around.tensors, **tensors}, network=network)
 
 
 def _read_foreign(

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
-from ..adapter.peft_folder import CONFIG_FILE, TENSOR_FILE
+from ..adapter.peft_folder import CONFIG_FILE, TENSOR_FILES
 from ..errors import LoRAError
 from ..files.atomic import check_output_path
 from ..files.paths import PathLike
@@ -53,7 +53,7 @@ def check_output(verb: str, kind: OutputKind, output: PathLike, inputs: Sequence
 
 
 def _holds_weights(folder: Path) -> bool:
-    return any(file.name != TENSOR_FILE for file in folder.glob(f"*{SUFFIX}"))
+    return any(file.name not in TENSOR_FILES for file in folder.glob(f"*{SUFFIX}"))
 
 
 def _holds_adapter(file: Path) -> bool:
