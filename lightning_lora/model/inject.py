@@ -16,12 +16,12 @@ from ..config import LoRAConfig
 from ..distributed.sharding import is_sharded, refuse_fully_sharded
 from ..errors import LoRAError
 from ..names import ATTRIBUTE, uncompiled
-from ..nn.attention import patch_attention
 from ..nn.fast_paths import update_fast_paths
 from ..nn.gradient_checkpointing import disable_input_require_grads, enable_input_require_grads
 from ..nn.layer_kinds import adapt_
 from ..nn.lora_layer import LayerSpec, LoRALayer, adapted_layers, strip_
 from ..nn.low_rank import HALF
+from ..nn.readers import patch_readers
 from ..nn.tied_weights import record_ties
 from .injection import (
     Injected,
@@ -198,7 +198,7 @@ def adapt_new_layers(model: nn.Module) -> None:
     record.layers = [layer.lora.name for layer in adapted_layers(root).values()]
     record_ties(root)
     record_trainable(root, expected=True)
-    patch_attention(root)
+    patch_readers(root)
     update_fast_paths(root)
     enable_input_require_grads(root)
     accept_partial_states(root)
@@ -209,7 +209,7 @@ def strip_adapters(root: nn.Module) -> None:
     record: Injection = vars(root)[ATTRIBUTE]
     for layer in adapted_layers(root).values():
         strip_(layer)
-    patch_attention(root)
+    patch_readers(root)
     update_fast_paths(root)
     for name, parameter in base_parameters(root).items():
         if name in record.requires_grad:

@@ -6,9 +6,10 @@ end: W and W' are gathered for it, one layer at a time, in the same order on eve
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -16,8 +17,8 @@ from torch import nn
 
 from ..distributed.sharding import full_tensor, has_sharded, meeting_device
 from ..metrics import LayerUse, MergeError
-from ..nn.attention import LoRAReader
 from ..nn.lora_layer import LoRALayer, adapted_layers
+from ..nn.readers import LoRAReader, read_layers
 from .merging import restore_shards_
 
 Parameters = Mapping[nn.Module, Mapping[str, torch.Tensor]]
@@ -57,10 +58,14 @@ class _Call:
 
 @dataclass
 class _Watched:
-    """A module that is called, the adapted layers that act in it, and what was seen of its first call."""
+    """A module that is called, the adapted layers that act in it, and what was seen of its first call.
+
+    A layer may be read by other modules too; `module` is then the one of them that returns first.
+    """
 
     module: nn.Module
     layers: list[LoRALayer]
+    readers: list[nn.Module] = field(default_factory=list)
     call: _Call | None = None
     ran: bool = False
     acted: bool = False
@@ -82,8 +87,9 @@ def watch(model: nn.Module) -> Iterator[Verification]:
     devices = [meeting_device(each.layers[0].lora_A) for each in watched.values()]
     verification = Verification(list(watched), devices[-1] if devices else torch.device("cpu"))
     handles = [
-        each.module.register_forward_hook(_checker(each, sharded, verification.error), with_kwargs=True, prepend=True)
+        module.register_forward_hook(_checker(each, sharded, verification.error), with_kwargs=True, prepend=True)
         for each in watched.values()
+        for module in (each.module, *each.readers)
     ]
     try:
         with torch.compiler.set_stance("force_eager"):
@@ -100,14 +106,20 @@ def watch(model: nn.Module) -> Iterator[Verification]:
 
 
 def _modules_to_watch(model: nn.Module) -> dict[str, _Watched]:
-    """What to watch, by the layer's name: attention for its out_proj, which it reads instead of calling it."""
+    """What to watch, by the layer's name: an adapted attention for its out_proj, which it reads."""
     layers = adapted_layers(model)
-    watched = {name: _Watched(layer, [layer]) for name, layer in layers.items()}
-    readers = {id(m.out_proj): m for m in model.modules() if isinstance(m, (LoRAReader, nn.MultiheadAttention))}
+    readers: dict[LoRALayer, list[nn.Module]] = defaultdict(list)
+    attentions: dict[nn.Module, LoRALayer] = {}
+    for module in model.modules():
+        if isinstance(module, LoRAReader):
+            for layer in read_layers(module):
+                readers[layer].append(module)
+        elif isinstance(module, nn.MultiheadAttention) and isinstance(module, LoRALayer):
+            attentions[module.out_proj] = module
+    watched = {name: _Watched(layer, [layer], readers[layer]) for name, layer in layers.items()}
     for name, layer in layers.items():
-        reader = readers.get(id(layer))
-        if reader is not None:
-            watched[name] = _Watched(reader, [layer, reader] if isinstance(reader, LoRALayer) else [layer])
+        if layer in attentions:
+            watched[name] = _Watched(attentions[layer], [layer, attentions[layer]])
     return {  # an adapted attention is checked together with its adapted out_proj
         name: each
         for name, each in watched.items()
@@ -117,9 +129,9 @@ def _modules_to_watch(model: nn.Module) -> dict[str, _Watched]:
 
 def _checker(watched: _Watched, sharded: bool, error: MergeError) -> Callable[..., None]:
     def check(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        if watched.ran or module is not watched.module:  # a copy of the model has this hook too
+        if watched.ran or module not in (watched.module, *watched.readers):  # a copy of the model has this hook too
             return
-        watched.ran = True
+        watched.ran, watched.module = True, module
         like = {m: {n: (p.device, p.dtype) for n, p in live.items()} for m, live in watched.parameters().items()}
         watched.call = _Call(args, kwargs, _first(output), like)
         if sharded:

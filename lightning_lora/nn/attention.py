@@ -1,4 +1,4 @@
-"""nn.MultiheadAttention: its adapted input projection, and its reading of an adapted out_proj."""
+"""nn.MultiheadAttention with an adapted input projection; one with out_proj alone is a reader, see readers.py."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, cast
 from torch import nn
 
 from . import low_rank
-from .lora_layer import LoRALayer, Swapped, swapped_class
+from .lora_layer import LoRALayer
 from .low_rank import IN_PROJ, SEPARATE
 
 
@@ -33,25 +33,3 @@ class LoRAMultiheadAttention(LoRALayer):
         out_proj: nn.Module = cast(nn.MultiheadAttention, self).out_proj
         with out_proj.dense_weight() if isinstance(out_proj, LoRALayer) and out_proj.lora_active else nullcontext():
             return self.dense_forward(*args, **kwargs)
-
-
-class LoRAReader(Swapped):
-    """nn.MultiheadAttention of which out_proj alone is adapted: it reads that layer's weight instead of calling it."""
-
-    out_proj: nn.Module
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(self.out_proj, LoRALayer) or not self.out_proj.lora_active:
-            return super().forward(*args, **kwargs)
-        with self.out_proj.dense_weight():
-            return super().forward(*args, **kwargs)
-
-
-def patch_attention(model: nn.Module) -> None:
-    """Let every MultiheadAttention with an adapted out_proj run on that layer's W + delta, and no other. In place."""
-    for module in model.modules():
-        reads = isinstance(getattr(module, "out_proj", None), LoRALayer)
-        if isinstance(module, nn.MultiheadAttention) and reads and not isinstance(module, Swapped):
-            module.__class__ = swapped_class(LoRAReader, type(module))  # type: ignore[assignment]
-        elif isinstance(module, LoRAReader) and not reads:
-            module.__class__ = module.lora_base  # type: ignore[assignment]

@@ -102,7 +102,7 @@ def test_verify_does_not_change_the_run(tmp_path):
 
 
 class SkipsAnEffect(Net):
-    """One layer that is never called, one that another class's forward passes over, and one that works."""
+    """One layer that is never called, one that is read instead, and one that works."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ class SkipsAnEffect(Net):
 
 def test_verify_names_layers_that_never_ran(tmp_path):
     callback = LoRACallback(r=2, verify=True, init_lora_weights=False)
-    with pytest.warns(UserWarning, match=r"never ran: read_only, unused\. Is the forward another"):
+    with pytest.warns(UserWarning, match=r"these adapted layers never ran: unused\. Is the forward another"):
         make_trainer(tmp_path, callback).validate(SkipsAnEffect(), Data(), verbose=False)
 
 

@@ -1,0 +1,235 @@
+"""Modules that read the weight of an adapted layer instead of calling it: what they read is W + delta.
+
+So do nn.MultiheadAttention with its out_proj, torchvision's Swin attention, transformers' Mamba. Which methods read a
+weight, and of which layer, their code tells at injection. While such a method runs, a view stands in for the layer: it
+computes W + delta where the weight is read, and calls the layer where it is called. So a method that could read, and
+does not, costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import dis
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from types import CodeType, FunctionType
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from .lora_layer import LoRALayer, Swapped, swapped_class
+from .low_rank import ATTENTION_WEIGHTS
+
+ENTRIES = ("forward", "training_step", "validation_step", "test_step", "predict_step")  # from where code is followed
+# Where code is not followed. torch's transformer layers read on their fast paths, which are off with an active adapter.
+LIBRARIES = ("torch.nn.modules.module", "torch.nn.modules.transformer", "lightning", "pytorch_lightning")
+CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+WEIGHTS = {"weight", *ATTENTION_WEIGHTS}
+# What is asked of a weight that is the same for W + delta; and `data`, which code writes to, and autograd does not see.
+FACTS = {"data", "dtype", "device", "shape", "size", "ndim", "dim", "numel", "requires_grad", "is_cuda", "is_meta"}
+LOADS = ("LOAD_ATTR", "LOAD_METHOD")
+
+Path = tuple[str, ...]  # attribute names that lead from a module to one inside it
+
+
+class LayerView:
+    """What a reading method sees in place of an adapted layer: its weight is W + delta, all else is the layer's."""
+
+    def __init__(self, layer: LoRALayer) -> None:
+        object.__setattr__(self, "layer", layer)
+        object.__setattr__(self, "sums", None)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.layer(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("layer", "sums"):  # not set yet, which torch.compile tries
+            raise AttributeError(name)
+        if name in WEIGHTS and name in self.layer.adapted_weights():
+            if self.sums is None:
+                object.__setattr__(self, "sums", self.layer.dense_weights())
+            return self.sums[name]
+        return getattr(self.layer, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.layer, name, value)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:  # for isinstance
+        return type(object.__getattribute__(self, "__dict__").get("layer", self))
+
+
+class LoRAReader(Swapped):
+    """A module with methods that read the weight of an adapted layer inside it."""
+
+    lora_reads: list[Path]  # to the layers
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        for name in weight_reads(vars(cls)["lora_base"]) if "lora_base" in vars(cls) else ():
+            setattr(cls, name, _with_views(cls.lora_base, name))
+
+
+def patch_readers(model: nn.Module) -> None:
+    """Let every module that reads the weight of an adapted layer read W + delta, and no other. In place."""
+    for module in model.modules():
+        if isinstance(module, LoRAReader):
+            paths = _paths_to_layers(module, module.lora_base)
+            if paths:
+                vars(module)["lora_reads"] = paths
+            else:
+                del vars(module)["lora_reads"]
+                module.__class__ = module.lora_base  # type: ignore[assignment]
+        elif not isinstance(module, Swapped):
+            paths = _paths_to_layers(module, type(module))
+            if paths:
+                vars(module)["lora_reads"] = paths
+                module.__class__ = swapped_class(LoRAReader, type(module))
+
+
+def read_layers(reader: LoRAReader) -> list[LoRALayer]:
+    """Return the adapted layers whose weights the methods of a module may read."""
+    modules = (_inside(reader, path) for path in reader.lora_reads)
+    return [module for module in modules if isinstance(module, LoRALayer)]
+
+
+@functools.cache
+def weight_reads(cls: type[nn.Module]) -> dict[str, set[Path]]:
+    """Return the methods of a class that read weights of other modules, and of which: () where the code leaves it open.
+
+    Methods count that are called, as far as names tell, in a forward or a step.
+    """
+    reads: dict[str, set[Path]] = {}
+    pending, followed = set(ENTRIES), set()
+    while pending:
+        name = pending.pop()
+        followed.add(name)
+        functions = (vars(parent).get(name) for parent in cls.__mro__)  # super() may call any of them
+        codes = [code for function in functions for code in _codes(function)]
+        pending |= {called for code in codes for called in code.co_names} - followed
+        found = {path for code in codes for path in _reads(code)}
+        if found:
+            reads[name] = found
+    return reads
+
+
+def _with_views(base: type[nn.Module], name: str) -> Callable[..., Any]:
+    """Return a method of the base class that sees views of the active adapted layers which it may read."""
+
+    @functools.wraps(getattr(base, name))
+    def method(self: LoRAReader, *args: Any, **kwargs: Any) -> Any:
+        layers = read_layers(self)
+        if not any(layer.lora_active for layer in layers):
+            return getattr(base, name)(self, *args, **kwargs)
+        # One thread at a time, and a compiler traces one.
+        with nullcontext() if torch.compiler.is_compiling() else layers[0].lora.lock:
+            viewed = _place_views(self)
+            try:
+                return getattr(base, name)(self, *args, **kwargs)
+            finally:
+                _remove_views(self, viewed)
+
+    return method
+
+
+def _place_views(reader: LoRAReader) -> dict[Path, LoRALayer]:
+    """Put views in place of the active layers, but for those that a reading method around this one has put there."""
+    viewed = {}
+    for path in reader.lora_reads:
+        layer = _inside(reader, path)
+        if not _is_view(layer) and isinstance(layer, LoRALayer) and layer.lora_active:
+            viewed[path] = layer
+            _modules_around(reader, path)[path[-1]] = cast(nn.Module, LayerView(layer))
+    return viewed
+
+
+def _remove_views(reader: LoRAReader, viewed: dict[Path, LoRALayer]) -> None:
+    for path, layer in viewed.items():
+        if _is_view(_inside(reader, path)):  # else the method put another layer there
+            _modules_around(reader, path)[path[-1]] = layer
+
+
+def _is_view(module: object) -> bool:
+    return type(module) is LayerView
+
+
+def _inside(module: nn.Module | None, path: Path) -> nn.Module | None:
+    for name in path:
+        module = module._modules.get(name) if module is not None else None
+    return module
+
+
+def _modules_around(reader: LoRAReader, path: Path) -> dict[str, nn.Module | None]:
+    return cast(nn.Module, _inside(reader, path[:-1]))._modules
+
+
+def _paths_to_layers(module: nn.Module, cls: type) -> list[Path]:
+    paths: dict[Path, None] = {}
+    for path in sorted({path for found in weight_reads(cls).values() for path in found}):
+        if path:
+            paths |= dict.fromkeys([path] if isinstance(_inside(module, path), LoRALayer) else [])
+        else:
+            paths |= dict.fromkeys(_near_layers(module))
+    return list(paths)
+
+
+def _near_layers(module: nn.Module, path: Path = ()) -> Iterator[Path]:
+    """Yield the paths to the adapted layers right inside a module, or in a list or dictionary of modules there."""
+    for name, child in module._modules.items():
+        if isinstance(child, LoRALayer):
+            yield (*path, name)
+        elif isinstance(child, CONTAINERS):
+            yield from _near_layers(child, (*path, name))
+
+
+def _codes(function: Any) -> Iterator[CodeType]:
+    """Yield the code of a function, what it wraps or defines inside, and functions of its file that it names."""
+    if not isinstance(function, FunctionType) or inspect.isgeneratorfunction(function):
+        return
+    if f"{function.__module__}.".startswith(tuple(f"{library}." for library in LIBRARIES)):
+        return
+    pending: list[Any] = [function]
+    seen: set[int] = set()
+    while pending:
+        item = pending.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, CodeType):
+            yield item
+            pending += [constant for constant in item.co_consts if isinstance(constant, CodeType)]
+        elif isinstance(item, FunctionType):
+            pending += [item.__code__, getattr(item, "__wrapped__", None)]
+            pending += [cell.cell_contents for cell in item.__closure__ or () if _is_filled(cell)]
+            named = (item.__globals__.get(name) for name in item.__code__.co_names)
+            pending += [f for f in named if isinstance(f, FunctionType) and f.__module__ == function.__module__]
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        return isinstance(cell.cell_contents, FunctionType)
+    except ValueError:
+        return False
+
+
+def _reads(code: CodeType) -> Iterator[Path]:
+    """Yield, for each read of `<path>.weight`, the path from self, or () where it begins at anything else."""
+    if WEIGHTS.isdisjoint(code.co_names):
+        return
+    instructions = list(dis.get_instructions(code))
+    for i, instruction in enumerate(instructions):
+        if instruction.opname not in LOADS or instruction.argval not in WEIGHTS:
+            continue
+        after = instructions[i + 1]
+        start = i
+        while instructions[start - 1].opname in LOADS:
+            start -= 1
+        source, before = instructions[start - 1], instructions[start - 2]
+        if (after.opname in LOADS and after.argval in FACTS) or before.argval in ("isinstance", "hasattr"):
+            continue
+        path = tuple(each.argval for each in instructions[start:i])
+        from_self = source.argval == "self" or (isinstance(source.argval, tuple) and source.argval[-1] == "self")
+        if path or not from_self:
+            yield path if from_self else ()

@@ -1,0 +1,480 @@
+"""Modules of any program that read the weight of an adapted layer: W + delta counts, merged, unmerged and in training.
+
+The reference is the plain model with W + s * B @ A in place of its weights, in float64, which torch differentiates.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import pickle
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+
+from lightning_lora import LoRAConfig, disable_adapter, inject, merge, merge_and_unload, merged, unload, unmerge
+from lightning_lora.nn.readers import LayerView, LoRAReader
+from support.models import trace
+from support.notices import TORCH_NOTICES
+from support.recorders import Recorder, operators, start_anew
+
+pytestmark = TORCH_NOTICES
+
+D, R, ALPHA = 6, 2, 3.0
+
+
+def linear_by_hand(x: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
+    return F.linear(x, layer.weight, layer.bias)
+
+
+def window_attention(x: torch.Tensor, qkv_weight: torch.Tensor, proj_weight: torch.Tensor) -> torch.Tensor:
+    q, k, v = F.linear(x, qkv_weight).chunk(3, -1)
+    return F.linear((q @ k.mT).softmax(-1) @ v, proj_weight)
+
+
+class Reads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(D, D)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.proj.weight, self.proj.bias)
+
+
+class Inherits(Reads):
+    """The method that reads is a base class's."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+class Swin(nn.Module):
+    """As torchvision's shifted window attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(D, 3 * D, bias=False), nn.Linear(D, D, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return window_attention(x, self.qkv.weight, self.proj.weight)
+
+
+def decorated(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(forward)
+    def wrapped(self: nn.Module, *args: Any) -> torch.Tensor:
+        return forward(self, *args)
+
+    return wrapped
+
+
+class Mamba(nn.Module):
+    """As transformers' mixers: a decorated forward, a convolution that is read, and a layer that is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1d = nn.Conv1d(D, D, 3, groups=D)
+        self.x_proj, self.dt_proj = nn.Linear(D, D), nn.Linear(D, D)
+
+    @decorated
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.conv1d(x.mT, self.conv1d.weight.squeeze(1).unsqueeze(1), self.conv1d.bias, padding=1, groups=D).mT
+        return (self.dt_proj.weight @ self.x_proj(x).mT).mT + self.dt_proj.bias
+
+
+class ReadsAndCalls(nn.Module):
+    """An encoder whose weight decodes too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Linear(D, D)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(self.encoder(x).tanh(), self.encoder.weight.T)
+
+
+class ReadsTable(nn.Module):
+    """The output head is the embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(9, D)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.embed(x[..., 0].abs().long() % 9) @ self.embed.weight.T
+
+
+class ReadsList(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(D, D), nn.Linear(D, D)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = F.linear(x, layer.weight).tanh()
+        return x
+
+
+class ReadsByHelper(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj, self.out = nn.Linear(D, D), nn.Linear(D, D)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(linear_by_hand(x, self.proj))
+
+
+class ReadsInside(nn.Module):
+    """Reads a layer of a module inside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.ModuleDict({"unused": nn.Identity()})
+        self.inner.proj = nn.Linear(D, D)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner.proj.weight.mul(2).matmul(x.mT).mT
+
+
+class ReadsInMethods(nn.Module):
+    """Reads in methods that forward calls: one by checkpoint, which calls it again in backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(D, D), nn.Linear(D, D)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = checkpoint(self._first, x, use_reentrant=False) if self.training else self._first(x)
+        return self._second(x)
+
+    def _first(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.first.weight).tanh()
+
+    def _second(self, x: torch.Tensor) -> torch.Tensor:
+        second = self.second
+        return F.linear(x, second.weight)
+
+
+class ReadsAsLibrariesDo(nn.Module):
+    """A forward that wraps itself around another, and a layer that is only asked for facts of its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wo, self.proj = nn.Linear(D, D), nn.Linear(D, D)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def inner(x: torch.Tensor) -> torch.Tensor:
+            return self.proj.weight[:, :D] @ x.mT
+
+        return self.wo(inner(x).mT.to(self.wo.weight.dtype))
+
+
+CASES: dict[str, tuple[type[nn.Module], list[str] | str]] = {
+    "read": (Reads, "all-linear"),
+    "read, inherited": (Inherits, "all-linear"),
+    "read by a function": (Swin, "all-linear"),
+    "read, one of two": (Swin, ["proj"]),
+    "read and called beside": (Mamba, ["conv1d", "x_proj", "dt_proj"]),
+    "read and called": (ReadsAndCalls, "all-linear"),
+    "table": (ReadsTable, ["embed"]),
+    "list": (ReadsList, "all-linear"),
+    "helper": (ReadsByHelper, "all-linear"),
+    "inside": (ReadsInside, "all-linear"),
+    "methods": (ReadsInMethods, "all-linear"),
+    "nested function": (ReadsAsLibrariesDo, "all-linear"),
+}
+
+
+class Around(nn.Module):
+    def __init__(self, reader: nn.Module) -> None:
+        super().__init__()
+        self.reader, self.after = reader, nn.LayerNorm(reader(torch.zeros(1, 2, D)).shape[-1])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.after(self.reader(x))
+        return result
+
+
+@dataclass
+class Subject:
+    model: Around
+    plain: Around
+    x: torch.Tensor
+
+    def factors(self) -> dict[str, torch.Tensor]:
+        return {name: p for name, p in self.model.named_parameters() if "lora_" in name}
+
+    def on_sum(self, factors: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The plain model in float64 on W + s * B @ A."""
+        wide = copy.deepcopy(self.plain).double().eval()
+        state = dict(wide.named_parameters())
+        for name in [name.removesuffix("lora_A") for name in factors if name.endswith("lora_A")]:
+            weight, a, b = state[name + "weight"], factors[name + "lora_A"], factors[name + "lora_B"]
+            product = torch.einsum("or,ri->oi", b.flatten(1), a.flatten(1))
+            table = isinstance(wide.get_submodule(name[:-1]), nn.Embedding)
+            state[name + "weight"] = weight + ALPHA / R * (product.T if table else product).reshape(weight.shape)
+        result: torch.Tensor = functional_call(wide, state, (self.x.double(),))
+        return result
+
+
+def make_subject(case: str, *, fill: bool = True, **options: Any) -> Subject:
+    build, targets = CASES[case]
+    plain = Around(build())
+    model = copy.deepcopy(plain)
+    plain.requires_grad_(False)
+    inject(model, LoRAConfig(r=R, lora_alpha=ALPHA, target_modules=targets, **options))
+    subject = Subject(model, plain, 2 * torch.randn(3, 4, D))
+    with torch.no_grad():
+        for factor in subject.factors().values():
+            factor.normal_(std=0.5) if fill else None
+    return subject
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_read_and_its_gradients_agree_with_float64(case: str):
+    subject = make_subject(case)
+    wide = {name: factor.detach().double().requires_grad_() for name, factor in subject.factors().items()}
+    wanted, found = subject.on_sum(wide), subject.model(subject.x)
+    torch.testing.assert_close(found.double(), wanted, atol=1e-5, rtol=1e-5)
+    assert (found - subject.plain(subject.x)).abs().max() > 1e-2
+    upstream = torch.randn(found.shape)
+    wanted.backward(upstream.double())
+    found.backward(upstream)
+    for name, factor in subject.factors().items():
+        assert factor.grad is not None, name
+        assert factor.grad.abs().max() > 1e-3
+        torch.testing.assert_close(factor.grad.double(), wide[name].grad, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_merged_and_unmerged_reads_agree_and_merged_is_the_plain_models_operators(case: str):
+    subject = make_subject(case)
+    model, plain, x = subject.model, subject.plain, subject.x
+    with torch.no_grad():
+        unmerged = model(x)
+        with merged(model):
+            torch.testing.assert_close(model(x), unmerged, atol=1e-5, rtol=1e-5)
+            assert operators(model, x) == operators(plain, x)
+        with disable_adapter(model):
+            assert torch.equal(model(x), plain(x))
+        assert torch.equal(model(x), unmerged)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("end", [unload, merge_and_unload])
+def test_a_reader_is_plain_again_after(end: Callable[[nn.Module], Any], case: str):
+    build, targets = CASES[case]
+    model, x = Around(build()), torch.randn(3, 4, D)
+    before, output = trace(model), model(x)
+    inject(model, LoRAConfig(r=R, target_modules=targets))
+    assert type(model.reader) is not build
+    merge(model)
+    unmerge(model)
+    model(x)
+    end(model)
+    assert trace(model) == before
+    assert torch.equal(model(x), output)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("case", ["read and called beside", "list", "inside"])
+def test_a_copy_of_a_reader_reads_its_own_layers(case: str, copied: Callable[[nn.Module], nn.Module]):
+    subject = make_subject(case)
+    twin, before = copied(subject.model), subject.model(subject.x)
+    assert torch.equal(twin(subject.x), before)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    assert torch.equal(subject.model(subject.x), before)
+    unload(subject.model)
+    assert torch.equal(twin(subject.x), torch.zeros_like(before))
+
+
+def test_a_reader_sees_its_layer_in_all_but_the_weight():
+    class Curious(Reads):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            assert isinstance(self.proj, nn.Linear)
+            assert self.proj.in_features == D
+            assert dict(self.named_modules())["proj"].bias is self.proj.bias
+            assert self.proj.weight is self.proj.weight  # computed once
+            self.proj.last = x
+            return super().forward(x)
+
+    model = Curious()
+    layer, weight = model.proj, model.proj.weight
+    inject(model, LoRAConfig(r=R))
+    x = torch.randn(2, D)
+    model(x)
+    assert layer.last is x
+    assert model.proj is layer
+    assert model.proj.weight is weight
+
+
+def test_a_layer_that_a_reader_replaces_stays_replaced():
+    class Replaces(Reads):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            result = super().forward(x)
+            self.proj = nn.Identity()
+            return result
+
+    model = Replaces()
+    inject(model, LoRAConfig(r=R))
+    model(torch.randn(2, D))
+    assert type(model.proj) is nn.Identity
+
+
+def test_an_exception_in_a_reader_leaves_its_layers():
+    model = Reads()
+    layer = model.proj
+    inject(model, LoRAConfig(r=R))
+    with pytest.raises(RuntimeError, match="shapes"):
+        model(torch.randn(2, D + 1))
+    assert model.proj is layer
+    assert list(dict(model.named_modules())) == ["", "proj"]
+
+
+class AsksForFacts(nn.Module):
+    """As transformers' T5, whose feed-forward asks for the weight's dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wo = nn.Linear(D, D)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if isinstance(self.wo.weight, torch.Tensor) and x.dtype != self.wo.weight.dtype:
+            x = x.to(self.wo.weight.dtype)
+        result: torch.Tensor = self.wo(x.view(-1, self.wo.weight.shape[1]))
+        return result
+
+    def reset(self) -> None:
+        nn.init.zeros_(self.wo.weight)
+
+
+class MayRead(nn.Module):
+    """As transformers' Bloom, which reads where an option says so."""
+
+    def __init__(self, slow: bool) -> None:
+        super().__init__()
+        self.slow, self.dense = slow, nn.Linear(D, D)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.slow:
+            return F.linear(x[..., :2], self.dense.weight[:, :2]) + self.dense.bias
+        result: torch.Tensor = self.dense(x)
+        return result
+
+
+def test_a_module_that_asks_for_facts_of_a_weight_is_no_reader():
+    model = AsksForFacts()
+    inject(model, LoRAConfig(r=R))
+    assert not isinstance(model, LoRAReader)
+    model.reset()
+    assert not model.wo.weight.any()
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_a_module_that_may_read_pays_only_where_it_does(slow: bool):
+    torch.manual_seed(0)
+    model, called = MayRead(slow), Around(nn.Linear(D, D))
+    for each in (model, called):
+        inject(each, LoRAConfig(r=R))
+    x = torch.randn(3, D)
+    without_norm = [name for name in operators(called, x) if "layer_norm" not in name]
+    assert (operators(model, x) == without_norm) is not slow
+
+
+def test_transformers_t5_has_no_reader_and_mamba_has():
+    from transformers import MambaConfig, MambaModel, T5Config, T5Model
+
+    t5 = T5Model(T5Config(vocab_size=9, d_model=8, d_ff=8, d_kv=4, num_heads=2, num_layers=1))
+    mamba = MambaModel(MambaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, state_size=2))
+    for model in (t5, mamba):
+        inject(model, LoRAConfig(r=R))
+    assert not [name for name, module in t5.named_modules() if isinstance(module, LoRAReader)]
+    assert [name for name, module in mamba.named_modules() if isinstance(module, LoRAReader)] == ["layers.0.mixer"]
+
+
+def test_transformers_mamba_trains_all_that_is_adapted_and_merged_equals_unmerged():
+    from transformers import MambaConfig, MambaModel
+
+    torch.manual_seed(0)
+    model = MambaModel(MambaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=2, state_size=2))
+    inject(model, LoRAConfig(r=R, target_modules=["in_proj", "conv1d", "x_proj", "dt_proj", "out_proj"]))
+    tokens = torch.randint(9, (2, 5))
+    model(tokens, use_cache=False).last_hidden_state.square().sum().backward()
+    factors = {name: p for name, p in model.named_parameters() if name.endswith("lora_B")}
+    assert all(factor.grad is not None and factor.grad.any() for factor in factors.values())
+    with torch.no_grad():
+        for factor in factors.values():
+            factor.normal_(std=0.3)
+        unmerged = model(tokens, use_cache=False).last_hidden_state
+        with merged(model):
+            torch.testing.assert_close(model(tokens, use_cache=False).last_hidden_state, unmerged, atol=1e-5, rtol=0)
+
+
+def test_dropout_of_the_adapter_acts_where_the_weight_is_read():
+    subject = make_subject("read", lora_dropout=0.5)
+    first, second = subject.model(subject.x), subject.model(subject.x)
+    assert not torch.equal(first, second)
+    subject.model.eval()
+    assert torch.equal(subject.model(subject.x), subject.model(subject.x))
+
+
+def test_a_reader_under_autocast_computes_in_its_dtype():
+    subject = make_subject("read by a function")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = subject.model.reader(subject.x)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), subject.model.reader(subject.x), atol=0.2, rtol=0.1)
+
+
+@pytest.mark.parametrize("case", ["read by a function", "read and called beside", "read and called", "list"])
+def test_a_reader_is_compiled_in_one_graph_and_merged_in_the_plain_models(case: str, monkeypatch):
+    start_anew(monkeypatch)
+    subject = make_subject(case)
+    wanted = subject.model(subject.x)
+    compiled = torch.compile(subject.model, backend=Recorder(), fullgraph=True)
+    found = compiled(subject.x)
+    torch.testing.assert_close(found, wanted)
+    gradients = []
+    for output in (wanted, found):
+        output.square().sum().backward()
+        gradients.append([factor.grad.clone() for factor in subject.factors().values()])
+        subject.model.zero_grad()
+    for eager, traced in zip(*gradients, strict=True):
+        torch.testing.assert_close(traced, eager)
+    assert not [child for child in subject.model.modules() if type(child) is LayerView]
+    graphs = []
+    for model in (subject.model.requires_grad_(False), subject.plain):
+        torch._dynamo.reset()
+        recorder = Recorder()
+        with merged(model) if model is subject.model else torch.no_grad():
+            torch.compile(model, backend=recorder, fullgraph=True)(subject.x)
+        graphs.append(recorder.code())
+    assert graphs[0] == graphs[1]
+
+
+def test_a_thread_in_a_reader_reads_the_sum_after_another_has_left_it():
+    class Slow(Reads):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            entered.set()
+            time.sleep(0.05 if threading.current_thread() is threads[0] else 0.2)
+            return super().forward(x)
+
+    model, x, outputs, entered = Slow(), torch.randn(2, D), [], threading.Event()
+    inject(model, LoRAConfig(r=R, init_lora_weights=False))
+    threads = [threading.Thread(target=lambda: outputs.append(model(x).detach())) for _ in range(2)]
+    threads[0].start()
+    entered.wait()
+    threads[1].start()
+    for thread in threads:
+        thread.join()
+    assert torch.equal(*outputs)
