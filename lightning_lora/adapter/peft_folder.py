@@ -14,24 +14,28 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
+from ..config import LoRAConfig
 from ..errors import LoRAError
 from ..files.atomic import new_folder
 from ..files.paths import PathLike, read_json, write_json
 from ..files.safetensors import read_safetensors, write_tensors
 from ..files.torch_archive import read_torch_file
 from ..names import A, B, around, matcher
-from ..nn.low_rank import ATTENTION, ATTENTION_OUTPUT, CONV, EMBEDDING, GROUPED_CONV
-from .adapter import Adapter, check_factors
+from ..nn.low_rank import ATTENTION, ATTENTION_OUTPUT, CONV, EMBEDDING, GROUPED_CONV, SEPARATE
+from .adapter import Adapter, check_factors, exact_options
 from .fingerprint import fingerprint_entry
 from .metadata import from_metadata, to_metadata
 from .peft_mapping import (
+    add_idle_attention,
     as_plain,
     check_peft_version,
+    drop_layers,
     from_plain,
+    idle_attention,
     options_from_peft,
     options_to_peft,
     origin_of,
@@ -46,6 +50,7 @@ OUTSIDE_FILE = "outside_network.safetensors"
 TENSOR_FILES = (TENSOR_FILE, OUTSIDE_FILE)
 OLD_TENSOR_FILE = "adapter_model.bin"
 HEADER_KEY = "lightning_lora"
+IDLE = "idle"  # in the description: the layers that add_idle_attention added
 
 
 def write_folder(adapter: Adapter, path: PathLike) -> None:
@@ -62,10 +67,13 @@ def write_folder(adapter: Adapter, path: PathLike) -> None:
     own = adapter.by_network_names()
     for name in own.layers():
         _refuse_without_equal(own, name)
+    own, idle = add_idle_attention(own)
     plain = as_plain(own)
     layers = set(own.layers())
     tensors = {peft_name(name, layers, own.kinds): tensor for name, tensor in plain.tensors.items()}
     description = to_metadata(own) | {"complete": not extra}
+    if idle:
+        description[IDLE] = idle
     if outside:
         description |= {"outside": {"network": adapter.network, "tensors": sorted(outside)}}
     text = json.dumps(description, separators=(",", ":"))
@@ -87,11 +95,19 @@ def _refuse_without_equal(adapter: Adapter, name: str) -> None:
     if kind == GROUPED_CONV:
         problem = "is a convolution with groups; PEFT's adapter for those mixes the groups and means another thing"
     elif kind == ATTENTION_OUTPUT and adapter.kinds.get(attention) != ATTENTION:
-        problem = f"is the out_proj of {attention!r}; PEFT adapts attention whole and passes over an out_proj alone"
+        problem = _output_problem(adapter, attention)
     elif kind == ATTENTION:
         problem = _attention_problem(adapter, name)
     if problem:
         raise LoRAError(f"save_adapter: {name!r} {problem}; save a Lightning checkpoint instead.")
+
+
+def _output_problem(adapter: Adapter, attention: str) -> str:
+    if not attention:
+        return "belongs to attention without a name, to which PEFT gives no adapter; put it into a module"
+    if any(f"{attention}.{leaf}" in adapter.fingerprint for leaf in SEPARATE):
+        return f"belongs to {attention!r}, which has q, k and v apart, and PEFT cannot adapt that"
+    return ""
 
 
 def _attention_problem(adapter: Adapter, name: str) -> str:
@@ -166,7 +182,14 @@ def _read_described(tensors: Mapping[str, torch.Tensor], text: str, where: Path)
         description = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise LoRAError(f"{where}: its header's description is not JSON: {error}") from error
-    adapter = from_plain(from_metadata(tensors, description, str(where)))
+    adapter = from_metadata(tensors, description, str(where))
+    idle = description.get(IDLE, [])
+    if not isinstance(idle, list):
+        raise LoRAError(f"{where}: the adapter's description is damaged: {IDLE} is {idle!r}.")
+    changed = [name for name in idle if name not in idle_attention(adapter)]
+    if changed:
+        raise LoRAError(f"{where}: the factors of {changed[0]!r} must be zero; something changed them after saving.")
+    adapter = from_plain(drop_layers(adapter, idle))
     check_factors(adapter, str(where))
     return adapter, description.get("outside")
 
@@ -215,7 +238,15 @@ def _read_foreign(
         fan_in_fan_out=options.get("fan_in_fan_out") is True,
     )
     check_factors(adapter, str(folder))
-    return from_plain(adapter)
+    return _without_idle_attention(from_plain(adapter))
+
+
+def _without_idle_attention(adapter: Adapter) -> Adapter:
+    idle = [name for name in idle_attention(adapter) if f"{name}.out_proj" in adapter.kinds]
+    if not idle or adapter.config is None:
+        return adapter
+    adapter = drop_layers(adapter, idle)
+    return replace(adapter, config=exact_options(cast(LoRAConfig, adapter.config), adapter.ranks(), adapter.scalings))
 
 
 def _foreign_kinds(

@@ -7,8 +7,10 @@ attention's out_proj, one inside the other.
 
 Equivalents: with enable_lora, n parts with factors (r, in) and (out / len, r) equal one adapter of rank n * r with the
 same A and a B that is block diagonal, with zero rows for the parts that are left alone. The scaling stays, so
-lora_alpha grows. Of attention's out_proj peft adds the change twice, in forward and in merge (measured on 0.21.2; a fix
-is proposed in huggingface/peft#3774). So B is halved on the way out and doubled on the way in, which is exact.
+lora_alpha grows. PEFT adapts attention whole: where out_proj alone is adapted, in_proj gets factors that are both zero,
+and so stay zero when PEFT trains on. Of attention's out_proj peft adds the change twice, in forward and in merge
+(measured on 0.21.2; a fix is proposed in huggingface/peft#3774). So B is halved on the way out and doubled on the way
+in, which is exact.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import torch
 from ..config import LoRAConfig
 from ..errors import LoRAError
 from ..names import A, B, around, matcher, suffixes
-from ..nn.low_rank import ATTENTION_OUTPUT, CONV1D, EMBEDDING, from_block_diagonal, to_block_diagonal
+from ..nn.low_rank import ATTENTION, ATTENTION_OUTPUT, CONV1D, EMBEDDING, from_block_diagonal, to_block_diagonal
 from .adapter import Adapter, exact_options, options_hold
 
 SHARED = ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "rank_pattern", "alpha_pattern")
@@ -206,6 +208,41 @@ def as_plain(adapter: Adapter) -> Adapter:
 def from_plain(adapter: Adapter) -> Adapter:
     """Undo as_plain. Raises LoRAError where a B is not zero outside its blocks, which enable_lora cannot express."""
     return _with_factors_b(adapter, _from_block_diagonal, OUT_PROJ_COUNTS)
+
+
+def add_idle_attention(adapter: Adapter) -> tuple[Adapter, list[str]]:
+    """Return the equal adapter in which attention is adapted whole where its out_proj alone was, and what was added."""
+    outputs = {name.rpartition(".")[0]: name for name, kind in adapter.kinds.items() if kind == ATTENTION_OUTPUT}
+    added = [name for name in outputs if name not in adapter.kinds]
+    tensors = dict(adapter.tensors)
+    for name in added:
+        a, b = (tensors[f"{outputs[name]}.{leaf}"] for leaf in (A, B))
+        tensors |= {f"{name}.{A}": torch.zeros_like(a), f"{name}.{B}": b.new_zeros(3 * b.shape[0], b.shape[1])}
+    scalings = {name: adapter.scalings[outputs[name]] for name in added}
+    kinds = dict.fromkeys(added, ATTENTION)
+    new = replace(adapter, tensors=tensors, scalings={**adapter.scalings, **scalings}, kinds={**adapter.kinds, **kinds})
+    return new, added
+
+
+def idle_attention(adapter: Adapter) -> list[str]:
+    """Return the attention whose factors are all zero, as add_idle_attention adds them."""
+    attention = [name for name, kind in adapter.kinds.items() if kind == ATTENTION]
+    return [n for n in attention if all(_is_zero(adapter.tensors.get(f"{n}.{leaf}")) for leaf in (A, B))]
+
+
+def _is_zero(tensor: Any) -> bool:
+    return isinstance(tensor, torch.Tensor) and not tensor.any()
+
+
+def drop_layers(adapter: Adapter, names: Sequence[str]) -> Adapter:
+    """Return the adapter without some layers; the options stay."""
+    factors = {f"{name}.{leaf}" for name in names for leaf in (A, B)}
+    return replace(
+        adapter,
+        tensors={name: tensor for name, tensor in adapter.tensors.items() if name not in factors},
+        scalings={name: scaling for name, scaling in adapter.scalings.items() if name not in names},
+        kinds={name: kind for name, kind in adapter.kinds.items() if name not in names},
+    )
 
 
 def _with_factors_b(adapter: Adapter, for_parts: Callable[..., torch.Tensor], for_output: float) -> Adapter:

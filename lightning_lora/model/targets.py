@@ -71,6 +71,8 @@ class Targets:
                 continue
             if any(module is head for head in heads):
                 self.left_out[name] = "it is the output head"
+            elif _belongs_to_separate_attention(name, modules):
+                self.left_out[name] = "PEFT cannot adapt the out_proj of attention with q, k and v apart"
             elif module in tied:
                 self.left_out[name] = f"its weight is also {tied[module]}"
             else:
@@ -114,6 +116,11 @@ def _regex_hint(expression: str, names: Iterable[str]) -> str:
     if any(map(matcher([expression]), names)):
         return f"{rule}, a list holds names or their endings: [{expression!r}]"
     return rule + near_endings(expression, names)
+
+
+def _belongs_to_separate_attention(name: str, modules: Mapping[str, nn.Module]) -> bool:
+    attention = modules.get(name.rpartition(".")[0])
+    return isinstance(attention, nn.MultiheadAttention) and not attention._qkv_same_embed_dim
 
 
 def output_heads(model: nn.Module) -> list[nn.Module]:

@@ -153,6 +153,7 @@ class LoRALayer(Swapped):
         return DenseWeight(self)
 
     def compute_dense_weights(self, weights: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+        """Return W + delta for each of adapted_weights, differentiable in A and B; with dropout as in dense_forward."""
         factor: torch.Tensor = self.lora_A
         if self.drops():
             mask = factor.new_ones(1, factor.shape[1], *[1] * (factor.dim() - 2))

@@ -47,11 +47,12 @@ class LayerView:
     def __getattr__(self, name: str) -> Any:
         if name in ("layer", "sums"):  # not set yet, which torch.compile tries
             raise AttributeError(name)
-        if name in WEIGHTS and name in self.layer.adapted_weights():
-            if self.sums is None:
-                object.__setattr__(self, "sums", self.layer.dense_weights())
-            return self.sums[name]
-        return getattr(self.layer, name)
+        weights = self.layer.adapted_weights() if name in WEIGHTS else {}
+        if name not in weights:
+            return getattr(self.layer, name)
+        if self.sums is None:
+            object.__setattr__(self, "sums", self.layer.compute_dense_weights(weights))
+        return self.sums[name]
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self.layer, name, value)

@@ -90,7 +90,7 @@ class Attention(nn.Module):
 @pytest.mark.parametrize(
     ("message", "options", "config"),
     [
-        ("out_proj of 'mha'; PEFT adapts attention whole and passes over", {}, {"target_modules": ["out_proj"]}),
+        ("'mha', which has q, k and v apart", {"kdim": 3, "vdim": 5}, {"target_modules": ["out_proj"]}),
         ("adapted without its out_proj", {}, {"target_modules": ["mha"], "exclude_modules": ["out_proj"]}),
         ("another rank or lora_alpha", {}, {"target_modules": ["mha"], "rank_pattern": {"out_proj": 1}}),
         ("another rank or lora_alpha", {}, {"target_modules": ["mha"], "alpha_pattern": {"out_proj": 1}}),
@@ -104,6 +104,99 @@ def test_attention_that_peft_has_not_is_refused(tmp_path, message: str, options:
     with pytest.raises(LoRAError, match=message):
         save_adapter(net, tmp_path)
     assert not any(tmp_path.iterdir())
+
+
+def test_out_proj_of_attention_without_a_name_is_refused(tmp_path):
+    net = Attention().mha
+    inject(net, LoRAConfig(r=2))
+    with pytest.raises(LoRAError, match="'out_proj' belongs to attention without a name"):
+        save_adapter(net, tmp_path / "a")
+
+
+class Encoder(nn.Module):
+    """The layers of a vision transformer; all-linear adapts out_proj of attention, and not in_proj."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.head(self.encoder(x))
+        return result
+
+
+ENCODER_OPTIONS: dict[str, dict[str, Any]] = {
+    "all-linear": {},
+    "other ranks": {"rank_pattern": {r"layers\.0\.self_attn\.out_proj": 4}, "alpha_pattern": {"out_proj": 5}},
+    "rslora": {"use_rslora": True},
+    "out_proj alone": {"target_modules": ["out_proj"]},
+}
+
+
+def adapted_encoder(**options: Any) -> nn.Module:
+    net = seeded(Encoder)
+    inject(net, LoRAConfig(**{"r": 2, "lora_alpha": 3, **options}))
+    return fill_(net)
+
+
+@pytest.mark.parametrize("options", ENCODER_OPTIONS.values(), ids=ENCODER_OPTIONS)
+def test_an_out_proj_adapted_alone_goes_to_peft_and_back(tmp_path, options: dict[str, Any]):
+    """As attention adapted whole whose in_proj changes nothing."""
+    net, x = adapted_encoder(**options), torch.randn(2, 3, 8)
+    save_adapter(net, tmp_path / "ours")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read = peft.PeftModel.from_pretrained(seeded(Encoder), tmp_path / "ours")
+    close(read.train()(x), net.train()(x))  # in evaluation, torch's fast path passes over peft's adapters
+    assert (net(x) - seeded(Encoder)(x)).abs().max() > 1e-2
+
+    again = seeded(Encoder)
+    assert "encoder.layers.0.self_attn" not in load_adapter(again, tmp_path / "ours")
+    wanted = adapter_state_dict(net)
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in adapter_state_dict(again).items())
+    assert list(adapter_state_dict(again)) == list(wanted)
+    injected = adapted_encoder(**options)
+    load_adapter(injected, tmp_path / "ours")
+    assert torch.equal(injected(x), net(x))
+
+    read.save_pretrained(tmp_path / "theirs")
+    for fresh in (seeded(Encoder), adapted_encoder(**options)):
+        assert "encoder.layers.0.self_attn" not in load_adapter(fresh, tmp_path / "theirs")
+        close(fresh.train()(x), net(x))
+
+
+def test_an_out_proj_adapted_alone_stays_alone_when_peft_trains_on(tmp_path):
+    save_adapter(adapted_encoder(), tmp_path / "ours")
+    read = peft.PeftModel.from_pretrained(seeded(Encoder), tmp_path / "ours", is_trainable=True).train()
+    optimizer = torch.optim.AdamW(read.parameters(), lr=0.1)
+    for _ in range(2):
+        read(torch.randn(2, 3, 8)).square().mean().backward()
+        optimizer.step()
+    read.save_pretrained(tmp_path / "theirs")
+    fresh, x = seeded(Encoder), torch.randn(2, 3, 8)
+    assert "encoder.layers.0.self_attn" not in load_adapter(fresh, tmp_path / "theirs")
+    close(fresh.train()(x), read(x))
+
+
+def test_an_idle_attention_that_was_changed_is_refused(tmp_path):
+    save_adapter(adapted_encoder(), tmp_path)
+    with safe_open(tmp_path / TENSORS, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(tmp_path / TENSORS)
+    tensors["base_model.model.encoder.layers.0.self_attn.lora_B.weight"][5, 0] = 1
+    save_file(tensors, tmp_path / TENSORS, metadata)
+    with pytest.raises(LoRAError, match=r"'encoder\.layers\.0\.self_attn' must be zero; something changed them"):
+        load_adapter(seeded(Encoder), tmp_path)
+
+
+def test_all_linear_leaves_out_an_out_proj_that_peft_could_not_take(tmp_path, caplog):
+    net = nn.ModuleDict({"attention": Attention(kdim=3, vdim=5), "head": nn.Linear(8, 3)})
+    with caplog.at_level("INFO", "lightning_lora"):
+        assert inject(net, LoRAConfig(r=2)) == ["head"]
+    assert "attention.mha.out_proj is left out of 'all-linear': PEFT cannot adapt the out_proj" in caplog.text
+    save_adapter(net, tmp_path)
 
 
 def test_attention_of_a_later_peft_is_refused(tmp_path):
