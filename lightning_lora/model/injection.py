@@ -136,11 +136,7 @@ def refuse_replaced_layers(model: nn.Module, verb: str) -> None:
         model: any module; one that holds no injected model is let pass.
         verb: what the message begins with.
     """
-    roots = [module for module in model.modules() if ATTRIBUTE in vars(module)]
-    if not roots:
-        injected = find_injection(model)
-        roots = [injected.root] if injected is not None else []
-    for root in roots:
+    for root in _injected_modules(model):
         expected, live = vars(root)[ATTRIBUTE].layers, {layer.lora.name for layer in adapted_layers(root).values()}
         gone = [name for name in expected if name not in live]
         if gone:
@@ -152,6 +148,16 @@ def refuse_replaced_layers(model: nn.Module, verb: str) -> None:
                 "adapted, in __init__, setup or configure_model, or leave them out with "
                 f"exclude_modules=[{', '.join(map(repr, gone[:3]))}{', ...' if len(gone) > 3 else ''}]."
             )
+
+
+def _injected_modules(model: nn.Module) -> list[nn.Module]:
+    """Return the injected modules in a model, or else those that it is inside of."""
+    inside = [module for module in model.modules() if ATTRIBUTE in vars(module)]
+    if inside:
+        return inside
+    records = {id(layer.lora.injection): layer.lora.injection for layer in adapted_layers(model).values()}
+    roots = [record.root() for record in records.values() if record.root is not None]
+    return [root for root in roots if root is not None and any(module is model for module in root.modules())]
 
 
 def describe_class(module: nn.Module) -> str:
@@ -169,10 +175,13 @@ def _find_by_layers(model: nn.Module, layers: Mapping[str, LoRALayer], record: I
         if any(module is model for module in root.modules()):
             return Injected(root, record, inside=_without_tail(layer.lora.name, name))
         delattr(root, ATTRIBUTE)
-    record.rename(_renaming(layer.lora.name, name))
+    new_name = _renaming(layer.lora.name, name)
+    held = {canonical(path) for path, _ in model.named_modules()}
+    replaced = [name for name in map(new_name, record.layers) if name in held - layers.keys()]
+    record.rename(new_name)
     for name, layer in layers.items():
         layer.lora.name = name
-    record.layers = list(layers)
+    record.layers = [*layers, *replaced]
     record.begin(model)
     return Injected(model, record)
 
