@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from .adapter.fingerprint import fingerprint
@@ -33,8 +32,14 @@ from .trainer.compatibility import (
     warn_of_part,
 )
 from .trainer.late_layers import BUILDERS, adapt_after, stop_adapting
+from .trainer.lightning_packages import first_package, for_each_package, is_overridden
 from .trainer.step_lists import StepLists
 from .trainer.strategies import prepare_strategy
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+else:
+    Callback = first_package().Callback
 
 
 class LoRACallback(Callback):
@@ -267,3 +272,12 @@ def _one_config(configs: Sequence[LoRAConfig], options: Mapping[str, Any]) -> Lo
     if given:
         raise LoRAError(f"LoRACallback: {', '.join(given)} given beside a LoRAConfig; say it in the LoRAConfig.")
     return configs[0]
+
+
+def _become_callback_of(package: ModuleType) -> None:
+    """Make every LoRACallback an instance of a package's Callback, as its Trainer and its command line ask."""
+    if not issubclass(LoRACallback, package.Callback):
+        LoRACallback.__bases__ += (package.Callback,)
+
+
+for_each_package(_become_callback_of)

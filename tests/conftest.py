@@ -53,7 +53,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 def _one_thread_and_seed():
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "pytorch_lightning"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     yield
     torch.set_num_threads(1)
     os.environ.pop("PL_GLOBAL_SEED", None)  # seed_everything leaves it, and later process groups would reseed by it

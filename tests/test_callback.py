@@ -15,6 +15,7 @@ from torch import nn
 
 from lightning_lora import LoRACallback, LoRAConfig, LoRAError, disable_adapter, inject, unload
 from lightning_lora.nn.lora_layer import LoRALayer
+from support.notices import lightning_logger
 from support.training import BuiltInConfigureModel, BuiltInSetup, Data, Net, inputs, make_trainer, outputs, weights
 
 TARGETS = ["body.0", "body.3", "head"]
@@ -276,7 +277,7 @@ def test_a_frozen_adapter_is_reported(tmp_path):
 
 
 def test_fit_start_says_in_one_line_what_is_trained(tmp_path, caplog):
-    with caplog.at_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero"):
+    with caplog.at_level(logging.INFO, logger=lightning_logger()):
         make_trainer(tmp_path, LoRACallback(r=2, target_modules=TARGETS)).fit(Net(), Data())
     lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("LoRA: ")]
     # A and B of 6 -> 8, 8 -> 8 and 8 -> 3 at r = 2; the base has 3 layers and a BatchNorm.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from lightning.pytorch.cli import LightningCLI
 
 from lightning_lora import LoRACallback, LoRACLI, LoRAConfig
 from lightning_lora.nn.lora_layer import LoRALayer
+from lightning_lora.trainer.lightning_packages import PACKAGES
 from support.runs import TARGETS
 from support.training import Data, Net
 
@@ -224,3 +226,40 @@ def test_help_shows_each_option_with_its_text(capsys, cli: type[LightningCLI], a
     for name, text in texts.items():
         rest = re.split(rf"{re.escape(prefix)}{name}[, ]", shown)[-1]  # the first time is in the line of usage
         assert text in rest.partition(" (type:")[0], name
+
+
+@pytest.mark.parametrize("arguments", [[], ["--trainer.callbacks.r=2"]])
+def test_callback_without_a_list_and_options_is_taken_from_the_command_line(arguments: list[str]):
+    run = parse("--trainer.callbacks=lightning_lora.LoRACallback", *arguments, cli=LightningCLI)
+    assert callback(run).config == LoRAConfig(r=2 if arguments else 8)
+
+
+class Program(LoRACLI):
+    """With an argument of its own."""
+
+    def add_arguments_to_parser(self, parser: Any) -> None:
+        super().add_arguments_to_parser(parser)
+        parser.add_argument("--answer", type=int, default=42)
+
+
+@pytest.mark.parametrize("given", ["model", "function", "trainer", "named class"])
+@pytest.mark.parametrize("package", PACKAGES)
+def test_lora_cli_is_that_of_the_package_whose_classes_it_is_given(package: str, given: str):
+    lightning, cli, boring = (import_module(package + part) for part in ("", ".cli", ".demos.boring_classes"))
+
+    def make_model(): ...
+
+    make_model.__annotations__["return"] = boring.BoringModel
+    named = type("Named", (Program, cli.LightningCLI), {})
+    arguments: dict[str, Any] = {"model_class": {"model": boring.BoringModel, "function": make_model}.get(given)}
+    arguments |= {"trainer_class": lightning.Trainer} if given == "trainer" else {}
+    model = [] if arguments["model_class"] else [f"--model={package}.demos.boring_classes.BoringModel"]
+    program = (named if given == "named class" else Program)(
+        **arguments, args=["--lora.r=2", *model], run=False, save_config_callback=None, seed_everything_default=1
+    )
+    assert isinstance(program, Program)
+    assert isinstance(program, cli.LightningCLI)
+    assert type(program.trainer) is lightning.Trainer
+    assert type(program.parser) is cli.LightningArgumentParser
+    assert callback(program).config == LoRAConfig(r=2)
+    assert program.config.answer == 42

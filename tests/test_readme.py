@@ -33,7 +33,7 @@ from safetensors.torch import load_file
 import lightning_lora
 from lightning_lora import LoRACallback, LoRAConfig, LoRAError, inject, load_from_checkpoint, merge_and_unload
 from lightning_lora.command.main import VERBS, main
-from support.notices import PEER_NOTICES
+from support.notices import PEER_NOTICES, lightning_logger
 
 pytestmark = pytest.mark.filterwarnings(*PEER_NOTICES)
 
@@ -253,7 +253,7 @@ def front(ran: Callable[[str], Run], monkeypatch: pytest.MonkeyPatch) -> dict[st
 
 
 def test_the_line_at_fit_start_is_the_one_that_is_quoted(front, caplog):
-    with caplog.at_level(logging.INFO, "lightning.pytorch"):
+    with caplog.at_level(logging.INFO, lightning_logger()):
         make_trainer(front).fit(front["Net"](), front["data"], front["data"])
     (line,) = {record.message for record in caplog.records if record.message.startswith("LoRA: ")}
     assert f"`{line}`" in " ".join(TEXTS[FRONT].split())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from lightning_utilities.core import rank_zero
 
 # Lightning's advice about the machine or the run, which says nothing about this package: how it begins, and its kind.
 LIGHTNING_NOTICES: dict[str, type[Warning]] = {
@@ -28,3 +29,9 @@ PEER_NOTICES = (
     "ignore:Could not identify embedding layer.s. because the model is not:UserWarning",
 )
 quiet_peers = [pytest.mark.filterwarnings(notice) for notice in PEER_NOTICES]
+
+
+def lightning_logger() -> str:
+    """Name the logger of Lightning's messages: that of `lightning` or `pytorch_lightning`, whichever came last."""
+    name: str = rank_zero.log.name
+    return name

@@ -16,6 +16,7 @@ from lightning_lora import LoRACallback, merged, unmerge
 from lightning_lora.metrics import MergeError
 from lightning_lora.model.self_check import watch
 from lightning_lora.nn.lora_layer import LoRALayer
+from support.notices import lightning_logger
 from support.runs import At, Watched, assert_as_found, base_weights, lora_with_effect
 from support.training import Data, Net, make_trainer
 
@@ -66,7 +67,7 @@ def test_verify_logs_the_errors_computed_by_hand(tmp_path, fn: str, merged_eval:
 
 def test_verify_in_prediction_says_the_errors_in_one_line(tmp_path, caplog):
     model = Net()
-    with caplog.at_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero"):
+    with caplog.at_level(logging.INFO, logger=lightning_logger()):
         make_trainer(tmp_path, lora_with_effect(verify=True)).predict(model, Data())
     largest, relative = expected_errors(model, next(iter(Data().val_dataloader()))[0])
     lines = [record.getMessage() for record in caplog.records if "verified" in record.getMessage()]

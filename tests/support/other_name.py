@@ -1,0 +1,30 @@
+"""Test files and their helpers once more, with `pytorch_lightning` in the place of `lightning`."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+HELPERS = "support_under_pytorch_lightning"
+NAMES = {
+    "import lightning as L": "import pytorch_lightning as L",
+    "lightning.pytorch": "pytorch_lightning",
+    "from support.": f"from {HELPERS}.",
+}
+
+
+def under_pytorch_lightning(path: Path, name: str) -> ModuleType:
+    """Run a file, and the helpers that it imports, as a module of this name that uses `pytorch_lightning` alone."""
+    source = path.read_text()
+    for lightning, other in NAMES.items():
+        source = source.replace(lightning, other)
+    sys.modules.setdefault(HELPERS, ModuleType(HELPERS))
+    for helper in re.findall(rf"^from ({HELPERS}\.\w+) import", source, re.MULTILINE):
+        if helper not in sys.modules:
+            under_pytorch_lightning(Path(__file__).with_name(f"{helper.rpartition('.')[2]}.py"), helper)
+    module = sys.modules[name] = ModuleType(name)
+    module.__file__ = str(path)
+    exec(compile(source, path, "exec"), vars(module))
+    return module

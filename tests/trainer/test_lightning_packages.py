@@ -1,0 +1,92 @@
+"""Lightning's two names: LoRACallback and LoRACLI belong to both, and none is imported for the other's sake."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib import import_module
+from typing import Any
+
+import pytest
+import pytorch_lightning
+from torch import nn
+
+from lightning_lora import LoRACallback
+from lightning_lora.trainer.lightning_packages import PACKAGES, is_overridden, package_of
+
+THERE_FIRST = """
+import sys
+import {one}
+from lightning_lora import LoRACallback, LoRACLI
+callback = LoRACallback()
+assert isinstance(callback, {one}.Callback)
+assert {one}.Trainer(callbacks=callback, logger=False, accelerator="cpu").callbacks[0] is callback
+assert issubclass(LoRACLI, {one}.cli.LightningCLI)
+assert "{other}" not in sys.modules
+import {other}
+assert isinstance(callback, {other}.Callback)
+"""
+THERE_LATER = """
+import pickle, sys
+from lightning_lora import LoRACallback
+class Mine(LoRACallback):
+    pass
+callbacks = [LoRACallback(r=2), Mine(r=3)]
+assert "pytorch_lightning" not in sys.modules
+import pytorch_lightning
+for callback in callbacks:
+    assert pytorch_lightning.Trainer(callbacks=callback, logger=False, accelerator="cpu").callbacks[0] is callback
+    assert pickle.loads(pickle.dumps(callback)).config == callback.config
+    assert issubclass(type(callback), pytorch_lightning.Callback)
+    assert isinstance(callback, __import__("lightning").pytorch.Callback)
+"""
+ORDERS = {
+    "lightning first": THERE_FIRST.format(one="lightning.pytorch", other="pytorch_lightning"),
+    "pytorch_lightning first": THERE_FIRST.format(one="pytorch_lightning", other="lightning.pytorch"),
+    "pytorch_lightning later": THERE_LATER,
+}
+
+
+@pytest.mark.parametrize("program", ORDERS.values(), ids=ORDERS)
+def test_callback_is_that_of_each_package_as_soon_as_it_is_imported_and_imports_no_other(program: str):
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def test_package_imported_anew_takes_the_callback_too(monkeypatch: pytest.MonkeyPatch):
+    """As a test suite or a notebook may do that drops modules to import them afresh."""
+    bases = LoRACallback.__bases__
+    for name in [name for name in sys.modules if name.split(".")[0] == "pytorch_lightning"]:
+        monkeypatch.delitem(sys.modules, name)
+    try:
+        again = import_module("pytorch_lightning")
+        assert again.Callback is not pytorch_lightning.Callback
+        assert isinstance(LoRACallback(), again.Callback)
+        assert isinstance(LoRACallback(), pytorch_lightning.Callback)
+    finally:
+        LoRACallback.__bases__ = bases
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_methods_are_overridden_by_what_is_not_lightnings(package: str):
+    base: Any = import_module(package).LightningModule
+
+    class Plain(base):
+        pass
+
+    class Mixed(nn.Module):
+        def setup(self, stage: str) -> None: ...
+
+    class Mixin(Mixed, base):
+        def configure_model(self) -> None: ...
+
+    def overridden(cls: type) -> list[str]:
+        return [name for name in ("setup", "configure_model", "nothing") if is_overridden(name, cls())]
+
+    assert overridden(base) == overridden(Plain) == []
+    assert overridden(Mixin) == ["setup", "configure_model"]
+    model = Plain()
+    model.configure_model = lambda: None
+    assert is_overridden("configure_model", model)
+    assert package_of(Mixin) == package
+    assert package_of(Mixed) is None

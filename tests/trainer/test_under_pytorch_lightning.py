@@ -1,0 +1,74 @@
+"""A Trainer's life under Lightning's other name: tests from all over, run with `pytorch_lightning` alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import pytorch_lightning
+
+from support.other_name import under_pytorch_lightning
+
+LIVES = {
+    "test_callback": [
+        "test_adapts_and_trains_layers_wherever_they_are_built",
+        "test_unmatched_targets_are_an_error_once_every_layer_is_there",
+        "test_inject_inside_configure_model_is_seen",
+        "test_an_adapter_that_no_optimizer_holds_is_an_error",
+        "test_fit_start_says_in_one_line_what_is_trained",
+        "test_callback_used_on_two_models_keeps_them_apart",
+    ],
+    "test_cli": [
+        "_no_arguments",
+        "test_every_option_from_the_lora_block",
+        "test_every_option_from_a_plain_lightning_cli",
+        "test_cli_fits_from_yaml",
+        "test_callback_without_a_list_and_options_is_taken_from_the_command_line",
+    ],
+    "adapter/test_lightning_checkpoint": [
+        "test_every_kind_is_read_into_a_fresh_model",
+        "test_best_is_tested_to_the_number_that_was_logged",
+        "test_load_from_checkpoint_restores_a_model_built_in_configure_model",
+        "test_the_users_own_checkpoint_hooks_are_called",
+        "test_copy_of_the_module_saves_and_loads_by_itself",
+    ],
+    "trainer/test_interrupted_evaluation": [
+        "_keeps_ctrl_c",
+        "test_a_fault_in_evaluation_leaves_the_model_unmerged_and_the_next_fit_right",
+        "test_ctrl_c_while_the_trainer_merges_leaves_the_model_unmerged",
+    ],
+    "trainer/test_late_layers_and_optimizers": [
+        "test_disable_adapter_and_unload_after_fits_give_a_fresh_model_wherever_its_layers_were_built",
+    ],
+    "trainer/test_loops": [
+        "test_manual_optimization_equals_the_unmerged_run",
+        "test_barebones_trainer_equals_the_unmerged_run",
+        "test_two_live_trainers_in_turn_equal_the_unmerged_run",
+    ],
+    "trainer/test_merged_evaluation": [
+        "test_merged_exactly_during_evaluation_batches",
+        "test_merging_does_not_change_the_training",
+        "test_layers_built_anew_in_each_stage_are_adapted_anew",
+        "test_the_model_from_before_training_comes_back_exactly",
+    ],
+    "trainer/test_resume": [
+        "test_resuming_equals_the_uninterrupted_run",
+        "test_run_resumed_with_another_kind_equals_the_uninterrupted_one",
+    ],
+    "trainer/test_saving": ["test_checkpoint_saved_on_an_exception_equals_that_of_the_unmerged_run"],
+    "trainer/test_weight_averaging": ["test_validation_sees_the_averaged_adapter"],
+}
+HERE = Path(__file__)
+MODULES = {
+    file: under_pytorch_lightning(HERE.parents[1] / f"{file}.py", f"{file.replace('/', '_')}_{HERE.stem}")
+    for file in LIVES
+}
+for file, names in LIVES.items():
+    globals().update({name: vars(MODULES[file])[name] for name in names})
+
+
+@pytest.mark.parametrize("file", MODULES)
+def test_nothing_of_the_first_name_is_used_in_a_life_here(file: str):
+    owners = {getattr(value, "__module__", "") or "" for value in vars(MODULES[file]).values()}
+    assert not {owner for owner in owners if owner.split(".")[0] in ("lightning", "support")}
+    assert issubclass(vars(MODULES[file])["Net"], pytorch_lightning.LightningModule)
