@@ -23,6 +23,7 @@ from .model.state_dict import refuse_unmergeable
 from .names import ALL_LINEAR
 from .nn.gradient_checkpointing import enable_input_require_grads
 from .trainer.checkpoint_hooks import export_state, save_as
+from .trainer.cli_optimizer import adapt_cli_optimizer
 from .trainer.compatibility import (
     launches,
     refuse_composition,
@@ -126,6 +127,7 @@ class LoRACallback(Callback):
             refuse_other_options(injected.record, self.config, self.seed)
             warn_of_part(trainer, injected.prefix.removesuffix("."))
         adapt_after(pl_module, *(name for name in BUILDERS if is_overridden(name, pl_module)))
+        adapt_cli_optimizer(pl_module)
         save_as(pl_module, self.save)
         self._verified = False
 

@@ -32,6 +32,10 @@ LIVES = {
         "test_the_users_own_checkpoint_hooks_are_called",
         "test_copy_of_the_module_saves_and_loads_by_itself",
     ],
+    "trainer/test_cli_optimizer": [
+        "test_run_equals_that_of_the_same_optimizer_made_in_configure_optimizers",
+        "test_resumed_run_equals_the_uninterrupted_one",
+    ],
     "trainer/test_interrupted_evaluation": [
         "_keeps_ctrl_c",
         "test_a_fault_in_evaluation_leaves_the_model_unmerged_and_the_next_fit_right",
