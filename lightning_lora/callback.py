@@ -13,11 +13,12 @@ from torch import nn
 
 from .adapter.fingerprint import fingerprint
 from .adapter.lightning_checkpoint import Kind, check_kind
-from .config import Bias, Init, LoRAConfig
+from .config import Bias, Init, LoRAConfig, Task
 from .errors import LoRAError, NonFiniteError
 from .model.inject import begin_injection, fixed_seed, random_seed, summary
 from .model.injection import find_injection, refuse_replaced_layers, snapshot_materialised
 from .model.merging import is_merged, merge, unmerge
+from .model.pretrained import warn_of_new_heads
 from .model.self_check import Verification, watch
 from .model.state_dict import refuse_unmergeable
 from .names import ALL_LINEAR
@@ -64,6 +65,8 @@ class LoRACallback(Callback):
         target_modules: the layers to adapt: a list of names or dotted suffixes, a regular expression, or "all-linear".
         exclude_modules: layers to leave alone although target_modules selects them.
         modules_to_save: modules that are trained and saved whole, beside the adapter.
+        task_type: "SEQ_CLS", "TOKEN_CLS" or "QUESTION_ANS" adds the head that such a model has in transformers to
+            modules_to_save; see LoRAConfig.
         rank_pattern: another r for some layers; keys are regular expressions over a dotted suffix of the name.
         alpha_pattern: another lora_alpha for some layers, keys as in rank_pattern.
         bias: which biases are trained: "none", "all", or those of adapted layers ("lora_only").
@@ -89,6 +92,7 @@ class LoRACallback(Callback):
         target_modules: str | Sequence[str] = ALL_LINEAR,
         exclude_modules: str | Sequence[str] | None = None,
         modules_to_save: Sequence[str] | None = None,
+        task_type: Task | None = None,
         rank_pattern: Mapping[str, int] | None = None,
         alpha_pattern: Mapping[str, float] | None = None,
         bias: Bias = "none",
@@ -137,6 +141,7 @@ class LoRACallback(Callback):
         snapshot_materialised(pl_module)
         refuse_unoptimized(trainer.optimizers, pl_module)
         warn_of_frozen(pl_module)
+        warn_of_new_heads(pl_module)
         enable_input_require_grads(pl_module)
         if self.save == "merged":
             refuse_unmergeable(pl_module)

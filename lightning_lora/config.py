@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from enum import Enum
 from typing import Any, Literal, NoReturn, get_args
 
 from .errors import LoRAError
@@ -15,9 +16,16 @@ from .names import ALL_LINEAR, pattern_matches, suffix_pattern
 Bias = Literal["none", "all", "lora_only"]
 Init = Literal["gaussian", "orthogonal"]
 SAYING_NOTHING = (  # of the adapter: options of a peft.LoraConfig about where it came from and how peft holds it
-    *("peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision"),
+    *("peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision"),
     *("inference_mode", "fan_in_fan_out", "runtime_config"),
 )
+Task = Literal["SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"]
+# What PEFT adds to modules_to_save for a task, whether a model has it or not.
+TASK_HEADS: dict[str, tuple[str, ...]] = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +44,9 @@ class LoRAConfig:
             transformers' Conv1D, without the output head and without tied weights).
         exclude_modules: layers to leave alone although target_modules selects them.
         modules_to_save: modules that are trained and saved whole, beside the adapter.
+        task_type: what the model is for, as PEFT's files say: "SEQ_CLS" and "TOKEN_CLS" add "classifier" and "score" to
+            modules_to_save, "QUESTION_ANS" adds "qa_outputs", where the model has them; "SEQ_2_SEQ_LM", "CAUSAL_LM"
+            and "FEATURE_EXTRACTION" add nothing.
         rank_pattern: another r for some layers; keys are regular expressions over a dotted suffix of the name.
         alpha_pattern: another lora_alpha for some layers, keys as in rank_pattern.
         bias: which biases are trained: "none", "all", or those of adapted layers ("lora_only").
@@ -57,6 +68,7 @@ class LoRAConfig:
     target_modules: str | Sequence[str] = ALL_LINEAR
     exclude_modules: str | Sequence[str] | None = None
     modules_to_save: Sequence[str] | None = None
+    task_type: Task | None = None
     rank_pattern: Mapping[str, int] | None = None
     alpha_pattern: Mapping[str, float] | None = None
     bias: Bias = "none"
@@ -79,6 +91,8 @@ class LoRAConfig:
             for pattern, value in (getattr(self, option) or {}).items():
                 _check_regex(option, pattern, suffix_pattern)
                 check(f"{option}[{pattern!r}]", value)
+        if self.task_type is not None and self.task_type not in get_args(Task):
+            _refuse("task_type", f"one of {', '.join(get_args(Task))}", self.task_type)
         if self.bias not in get_args(Bias):
             _refuse("bias", f"one of {', '.join(get_args(Bias))}", self.bias)
         for option in ("use_rslora", "autocast_adapter_dtype"):
@@ -108,6 +122,10 @@ class LoRAConfig:
         """Return which parts of the fused projection `name` are adapted, or None for all of it as one."""
         enabled = (self.enable_lora or {}).items()
         return next((tuple(parts) for entry, parts in enabled if f".{name}".endswith(f".{entry}")), None)
+
+    def all_modules_to_save(self) -> list[str]:
+        """Return the entries of modules_to_save and those that task_type adds, which may name nothing."""
+        return list(dict.fromkeys((*(self.modules_to_save or ()), *TASK_HEADS.get(self.task_type or "", ()))))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options as plain types, for checkpoints and JSON."""
@@ -173,6 +191,8 @@ class LoRAConfig:
             if isinstance(value, (list, tuple, set, frozenset)):
                 names = sorted(value, key=str) if isinstance(value, (set, frozenset)) else value
                 object.__setattr__(self, option, tuple(names) if names or option == "target_modules" else None)
+        if isinstance(self.task_type, Enum):  # peft.TaskType
+            object.__setattr__(self, "task_type", self.task_type.value)
         for option in ("rank_pattern", "alpha_pattern", "enable_lora"):
             value = getattr(self, option)
             if value is None:

@@ -56,6 +56,7 @@ def test_options_reach_the_config():
         "target_modules": ("body.0",),
         "exclude_modules": ("body.3",),
         "modules_to_save": ("head",),
+        "task_type": "TOKEN_CLS",
         "rank_pattern": {"body.0": 2},
         "alpha_pattern": {"body.0": 3.0},
         "bias": "all",

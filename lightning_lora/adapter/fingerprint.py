@@ -16,9 +16,11 @@ from ..files.safetensors import TensorLocation, read_elements
 from ..model.injection import require_injection
 from ..model.named_state import named_state
 from ..model.state_dict import adapter_keys, original_value
+from ..names import around
 
 SAMPLES = 8  # values of each frozen parameter that its fingerprint holds
 EQUAL = 1e-5  # relative difference of a base that is the same
+MOST_HEADS = 2  # modules of a head
 AVERAGED = 1e-2  # of the base that was trained on here: a moving average of a frozen weight drifts by its own rounding
 # What to do about another base, unless the caller knows better.
 REMEDY = "Load the adapter on the base that it was trained on, or pass strict_base=False, which makes this a warning."
@@ -75,6 +77,8 @@ def compare_fingerprints(
 ) -> None:
     """Raise LoRAError for the first difference, in the order of `present`; what only that has is not judged.
 
+    Where all that differs lies in a few modules, as that of a head which each program draws anew, it says so.
+
     Args:
         present: entries by name, of the base at hand.
         expected: of the adapter's base.
@@ -83,21 +87,26 @@ def compare_fingerprints(
         remedy: what the error says that its reader can do.
     """
     order = {name: position for position, name in enumerate(present)}
+    differing: list[str] = []
+    difference = ""
     for name in sorted(expected, key=lambda name: order.get(name, -1)):
         before, now = expected[name], present.get(name)
         if now is None:
-            difference = f"its frozen parameter {name!r} is not here"
+            found = f"its frozen parameter {name!r} is not here"
         elif list(now["shape"]) != list(before["shape"]):
-            difference = f"{name!r} had shape {before['shape']}, here {now['shape']}"
+            found = f"{name!r} had shape {before['shape']}, here {now['shape']}"
         elif not entries_match(before, now, relative):
-            difference = f"values of {name!r} were {_shown(before['values'])}, here {_shown(now['values'])}"
+            found = f"values of {name!r} were {_shown(before['values'])}, here {_shown(now['values'])}"
         else:
             continue
-        message = f"the adapter belongs to another base: {difference}."
-        if strict:
-            raise LoRAError(f"{message} {remedy}")
-        warnings.warn(f"lightning_lora: {message}", stacklevel=3)
+        difference = difference or found
+        differing.append(name)
+    if not differing:
         return
+    message = f"the adapter belongs to another base: {difference}.{_head_hint(differing, expected)}"
+    if strict:
+        raise LoRAError(f"{message} {remedy}")
+    warnings.warn(f"lightning_lora: {message}", stacklevel=3)
 
 
 def entries_match(before: Mapping[str, Any], now: Mapping[str, Any], relative: float) -> bool:
@@ -112,6 +121,23 @@ def entries_match(before: Mapping[str, Any], now: Mapping[str, Any], relative: f
     return all(
         a == b or math.isclose(a, b, rel_tol=relative, abs_tol=absolute) or (math.isnan(a) and math.isnan(b))
         for a, b in zip(before["values"], now["values"], strict=True)
+    )
+
+
+def _head_hint(differing: Iterable[str], expected: Mapping[str, Any]) -> str:
+    """Say that a new head may be all that differs, where that lies in a few modules in which nothing else is equal.
+
+    Biases that all start from zero tell nothing.
+    """
+    telling = {name for name, entry in expected.items() if len(set(entry["values"])) > 1}
+    with_equal = {module for name in telling - set(differing) for module in around(name)}
+    modules = [next((module for module in around(name) if module not in with_equal), "") for name in differing]
+    heads = list(dict.fromkeys(module.rpartition(".")[2] for module in modules))
+    if not with_equal or "" in heads or len(heads) > MOST_HEADS:
+        return ""
+    return (
+        f" All that differs lies in {', '.join(map(repr, heads))}: if that is a new head, which starts from other "
+        f"random values in each program, train and save it whole with modules_to_save={heads} (or task_type)."
     )
 
 

@@ -206,6 +206,7 @@ def prepare_for_load(module: nn.Module, checkpoint: MutableMapping[str, Any]) ->
     complete = add_frozen_weights(module, adapter)
     check_adapter(module, complete, remedy=REMEDY_IN_TRAINER)
     record_trained(module, adapter)
+    require_injection(module, "checkpoint").record.origin = dict(adapter.origin)
     live = _by_canonical_names(module.state_dict()) | dict(complete.tensors)
     copies = checkpoint[META].get("copies")
 
@@ -240,6 +241,7 @@ def _prepare_full(module: nn.Module, checkpoint: MutableMapping[str, Any], adapt
     unfrozen = {name: state.get(injected.name_seen(name), record.initial[name]) for name in record.unfrozen}
     record.initial = unfrozen | {name.removeprefix(injected.prefix): value for name, value in initial.items()}
     record.fingerprint = {}
+    record.origin = dict(adapter.origin)
     for name in missing:  # left out by the class that saved
         tensor, owner = live[name]
         state[name] = owner.get_extra_state() if tensor is None else original_value(name, tensor, owner)

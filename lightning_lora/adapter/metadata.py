@@ -22,6 +22,7 @@ from ..errors import LoRAError
 from ..files.safetensors import as_bytes
 from ..model.injection import refuse_replaced_layers, require_injection
 from ..model.named_state import named_state
+from ..model.pretrained import base_name
 from ..model.state_dict import adapter_keys, adapter_state_dict
 from ..names import canonical
 from ..nn.layer_kinds import layer_kinds
@@ -31,13 +32,14 @@ from .adapter import Adapter, check_factors
 from .fingerprint import fingerprint, sample_positions
 
 STORED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # values of other dtypes are stored as float64
+LATER_OPTIONS = ("task_type",)  # than 0.1.0, which reads files that do not use them
 LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric")
 
 
 def to_metadata(adapter: Adapter) -> dict[str, Any]:
     """Describe an adapter as plain types, without its tensors."""
     return {
-        "config": (adapter.config or LoRAConfig()).to_dict(),
+        "config": _options_in_use(adapter.config or LoRAConfig()),
         "layers": encode_layers(adapter.scalings, adapter.kinds),
         "fingerprint": encode_fingerprint(adapter.fingerprint),
         "network": adapter.network,
@@ -45,6 +47,10 @@ def to_metadata(adapter: Adapter) -> dict[str, Any]:
         "complete": adapter.complete,
         "fan_in_fan_out": adapter.fan_in_fan_out,
     }
+
+
+def _options_in_use(config: LoRAConfig) -> dict[str, Any]:
+    return {name: value for name, value in config.to_dict().items() if value is not None or name not in LATER_OPTIONS}
 
 
 def from_metadata(tensors: Mapping[str, Any], metadata: Any, where: str) -> Adapter:
@@ -104,8 +110,7 @@ def describe_model(model: nn.Module) -> Adapter:
     # State dicts hold a layer that is registered under two names under both.
     modules = {canonical(name): module for name, module in model.named_modules(remove_duplicate=False)}
     layers = {name: module for name, module in modules.items() if isinstance(module, LoRALayer)}
-    network = _network_prefix(model)
-    base_name = getattr(modules[network.removesuffix(".")], "name_or_path", None)  # as transformers' models say
+    own_origin = {"base_model_name_or_path": base_name(model)} if base_name(model) else {}
     return Adapter(
         tensors={},
         config=record.config,
@@ -113,8 +118,8 @@ def describe_model(model: nn.Module) -> Adapter:
         fingerprint=record.fingerprint if at_fit_start else fingerprint(model),
         complete=True,
         kinds={name: kinds[layer] for name, layer in layers.items()},
-        network=network,
-        origin={"base_model_name_or_path": base_name} if isinstance(base_name, str) and base_name else {},
+        network=_network_prefix(model),
+        origin={**own_origin, **record.origin},
     )
 
 

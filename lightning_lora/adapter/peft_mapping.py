@@ -19,11 +19,11 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
-from ..config import LoRAConfig
+from ..config import TASK_HEADS, LoRAConfig, Task
 from ..errors import LoRAError
 from ..names import A, B, around, matcher, suffixes
 from ..nn.low_rank import ATTENTION, ATTENTION_OUTPUT, CONV1D, EMBEDDING, from_block_diagonal, to_block_diagonal
@@ -73,11 +73,12 @@ def options_to_peft(adapter: Adapter) -> dict[str, Any]:
         "peft_type": "LORA",
         "target_modules": _target_modules(adapter, list(ranks)),
         "exclude_modules": None,
-        "modules_to_save": options["modules_to_save"],
+        "modules_to_save": config.all_modules_to_save() or None,
         "init_lora_weights": options["init_lora_weights"],
         "fan_in_fan_out": adapter.fan_in_fan_out or CONV1D in adapter.kinds.values(),
         "inference_mode": True,
         **{name: adapter.origin.get(name) for name in ORIGIN},
+        **({"task_type": config.task_type} if config.task_type else {}),
     }
 
 
@@ -114,17 +115,21 @@ def options_from_peft(options: Mapping[str, Any], layers: Sequence[str], saved: 
         options: what the file holds.
         layers: the adapted layers that the tensors name.
         saved: names of parameters that the tensors hold whole. PEFT adds entries to modules_to_save that may name
-            nothing, so those without tensors are dropped.
+            nothing, so those without tensors are dropped, and a task_type whose head has none: that of an adapter
+            that transformers made stands for no head.
 
     Raises:
         LoRAError: an option has a value that is not allowed.
     """
     config = {name: options[name] for name in (*SHARED, *SELECTING) if options.get(name) is not None}
+    named = {suffix for name in saved for module in around(name) for suffix in suffixes(module)}
     entries = config.get("modules_to_save")
     if isinstance(entries, list):
-        named = {suffix for name in saved for module in around(name) for suffix in suffixes(module)}
         entries = [entry for entry in entries if isinstance(entry, str) and entry in named]
         config["modules_to_save"] = list(dict.fromkeys(entries))
+    task = options.get("task_type")
+    if task in get_args(Task) and (task not in TASK_HEADS or not {*TASK_HEADS[task]}.isdisjoint(named)):
+        config["task_type"] = task
     init = options.get("init_lora_weights", True)
     config["init_lora_weights"] = init if isinstance(init, (bool, str)) and init in OUR_INITS else True
     return LoRAConfig(**{"target_modules": layers, **config})

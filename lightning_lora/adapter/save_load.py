@@ -21,7 +21,7 @@ from ..files.inert_pickle import find_placeholder
 from ..files.paths import PathLike
 from ..files.torch_archive import read_torch_file
 from ..model.inject import inject, unload
-from ..model.injection import find_injection
+from ..model.injection import find_injection, require_injection
 from ..model.targets import Targets
 from ..names import META, A
 from ..nn.lora_layer import adapted_layers
@@ -163,6 +163,7 @@ def apply_adapter(model: nn.Module, adapter: Adapter, *, strict_base: bool = Tru
         adapter = add_frozen_weights(model, split_off_base(model, adapter))
         check_adapter(model, adapter, strict_base=strict_base, remedy=remedy)
         copy_values(model, adapter)
+        require_injection(model, "load_adapter").record.origin = dict(adapter.origin)
     except BaseException:
         if fresh:
             unload(model)

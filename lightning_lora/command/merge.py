@@ -161,7 +161,7 @@ def _scope(own_names: Adapter, adapter: Adapter) -> str:
 def _refuse_missing(adapter: Adapter, base: Weights, scope: str) -> None:
     """Raise LoRAError for the first tensor that was trained whole, as the options say, and is not in the adapter."""
     config = adapter.config or LoRAConfig()
-    is_saved, layers = matcher(config.modules_to_save), set(adapter.layers())
+    is_saved, layers = matcher(config.all_modules_to_save()), set(adapter.layers())
     known = {name.rpartition(".")[0] for name in (*adapter.tensors, *adapter.fingerprint)}
     for name, location in base.locations.items():
         module, _, leaf = name.rpartition(".")

@@ -38,6 +38,7 @@ class Injection:
     unfrozen: set[str] = field(default_factory=set)  # those of them that became so after injection, not by the options
     save: Any = None  # the kind of Lightning checkpoint, or None for an unfiltered one
     fingerprint: dict[str, Any] = field(default_factory=dict)  # of the base at fit start, by LightningModule's names
+    origin: dict[str, str] = field(default_factory=dict)  # what a loaded adapter says of its base, see Adapter
     validated: bool = False  # all layers were there, and each entry of the options names something
     seed: str = ""  # what adapters are drawn from, or "" for the random stream of the moment
     root: weakref.ref[nn.Module] | None = None  # the injected module; a copy of the record does not have it

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from ..config import LoRAConfig
+from ..config import TASK_HEADS, LoRAConfig
 from ..distributed.sharding import is_sharded
 from ..errors import LoRAError
 from ..names import (
@@ -35,7 +35,7 @@ class Targets:
 
     Attributes:
         layers: the modules to adapt.
-        saved: the modules that modules_to_save names.
+        saved: the modules that modules_to_save and task_type name.
         left_out: the reasons for which "all-linear" passes over layers.
         unmatched: a sentence for each entry of an option that names nothing, and whether it must be a mistake. A list
             of layers may be for many models, of which each has some.
@@ -44,7 +44,7 @@ class Targets:
     def __init__(self, model: nn.Module, config: LoRAConfig) -> None:
         modules = {canonical(name): module for name, module in model.named_modules() if canonical(name)}
         saved, targeted, excluded = map(
-            matcher, (config.modules_to_save, config.target_modules, config.exclude_modules)
+            matcher, (config.all_modules_to_save(), config.target_modules, config.exclude_modules)
         )
         self.saved = {name: module for name, module in modules.items() if saved(name)}
         self.left_out: dict[str, str] = {}
@@ -81,6 +81,7 @@ class Targets:
 
     def _check_entries(self, config: LoRAConfig, chosen: Iterable[str], modules: Mapping[str, nn.Module]) -> None:
         adaptable = [name for name, module in modules.items() if layer_class(module)]
+        by_task = TASK_HEADS.get(config.task_type or "", ())  # peft writes them into its own modules_to_save
         for option, names, hints in (
             ("target_modules", chosen, adaptable),
             ("exclude_modules", [*adaptable, *chosen], adaptable),
@@ -93,7 +94,7 @@ class Targets:
                     self.unmatched[f"{option}: {value!r} names no layer to adapt" + _regex_hint(value, hints)] = True
                 continue
             matched = {suffix for name in names for suffix in suffixes(name)}
-            missing = [entry for entry in value if entry not in matched]
+            missing = [entry for entry in value if entry not in matched and entry not in by_task]
             some_fit = option in ("target_modules", "exclude_modules") and len(missing) < len(value)
             kind, hint = ("module", near_misses) if names is modules else ("layer to adapt", near_endings)
             for entry in missing:

@@ -1,0 +1,83 @@
+"""What transformers' models say of themselves: where their weights come from, and which head did not.
+
+Their classes are told by name, so that transformers is not imported here.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, cast
+
+from torch import nn
+
+from ..config import TASK_HEADS
+from ..names import around, canonical, names_factor
+from ..nn.lora_layer import LoRALayer
+
+
+def pretrained_models(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the outermost transformers models in a module, or itself, by name."""
+    found: dict[str, nn.Module] = {}
+    for wrapped_name, module in model.named_modules():
+        name = canonical(wrapped_name)
+        if is_pretrained_model(module) and found.keys().isdisjoint(("", name, *around(name))):
+            found[name] = module
+    return found
+
+
+def is_pretrained_model(module: nn.Module) -> bool:
+    """Tell whether a module is a transformers PreTrainedModel."""
+    classes = [(cls.__name__, cls.__module__.partition(".")[0]) for cls in type(module).__mro__]
+    return ("PreTrainedModel", "transformers") in classes
+
+
+def base_name(model: nn.Module) -> str:
+    """Return the path or name of the one transformers model with adapted layers in a module, or ""."""
+    names = {
+        checkpoint_name(pretrained)
+        for pretrained in pretrained_models(model).values()
+        if any(isinstance(module, LoRALayer) for module in pretrained.modules())
+    }
+    return names.pop() if len(names) == 1 else ""
+
+
+def checkpoint_name(pretrained: nn.Module) -> str:
+    """Return the path or name that a transformers model was loaded from, or "" for one that was built from a config."""
+    name = getattr(pretrained, "name_or_path", None)
+    return name if isinstance(name, str) else ""
+
+
+def new_heads(pretrained: nn.Module) -> dict[str, nn.Module]:
+    """Return the children of a transformers model that the checkpoint it came from cannot be known to hold, by name.
+
+    They are what lies beside the body in a model for a task, unless the checkpoint is of the same class. Language
+    models have none: checkpoints of other classes hold their output heads too.
+    """
+    config: Any = getattr(pretrained, "config", None)
+    body = getattr(pretrained, getattr(pretrained, "base_model_prefix", ""), None)
+    same_class = type(pretrained).__name__.removeprefix("FSDP") in (getattr(config, "architectures", None) or ())
+    of_language = cast(Any, pretrained).get_output_embeddings() is not None
+    if not checkpoint_name(pretrained) or same_class or of_language or not isinstance(body, nn.Module):
+        return {}
+    return {name: child for name, child in pretrained.named_children() if child is not body}
+
+
+def warn_of_new_heads(model: nn.Module) -> None:
+    """Warn of the heads of transformers models that start from random values and are not trained whole."""
+    for pretrained in pretrained_models(model).values():
+        frozen = [
+            name
+            for name, head in new_heads(pretrained).items()
+            if any(not p.requires_grad for leaf, p in head.named_parameters() if not names_factor(leaf))
+        ]
+        if not frozen:
+            continue
+        kind, architectures = type(pretrained).__name__, getattr(pretrained.config, "architectures", None)
+        checkpoint = f"{checkpoint_name(pretrained)!r} ({', '.join(architectures or ['of unknown class'])})"
+        tasks = [f"task_type={task!r}" for task, heads in TASK_HEADS.items() if set(frozen) <= set(heads)]
+        warnings.warn(
+            f"lightning_lora: the head of {kind} ({', '.join(frozen)}) starts from random values, which {checkpoint} "
+            "does not hold, and stays frozen: an adapter trained beside it fits no other program's head. Train it "
+            f"whole, with modules_to_save={frozen}" + (f" or {tasks[0]}" if tasks else ""),
+            stacklevel=2,
+        )

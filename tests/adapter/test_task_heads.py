@@ -1,0 +1,212 @@
+"""A head that starts from random values: named at fit start and in the error of a load, carried where it is trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, get_args
+
+import peft
+import pytest
+import torch
+import transformers
+
+from lightning_lora import LoRACallback, LoRAConfig, LoRAError, inject, load_adapter, load_from_checkpoint, save_adapter
+from lightning_lora.config import Task
+from lightning_lora.model.pretrained import warn_of_new_heads
+from support.notices import quiet_peers
+from support.peers import SMALL, fill_
+from support.pretrained import LABELS, Lit, answer, classifier, save_body, token_loader
+from support.training import make_trainer
+
+pytestmark = quiet_peers
+TARGETS = ["query", "value"]
+
+
+@pytest.fixture(scope="module")
+def body(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_body(tmp_path_factory.mktemp("body"))
+
+
+def fit(module: Lit, path: Path, **options: Any) -> Any:
+    trainer = make_trainer(path, LoRACallback(**{"r": 2, "target_modules": TARGETS} | options))
+    trainer.fit(module, token_loader())
+    return trainer
+
+
+def config_of(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((path / "adapter_config.json").read_text())
+    return found
+
+
+# --- at fit start ---
+
+
+@pytest.mark.parametrize("targets", [TARGETS, "all-linear"], ids=["frozen", "adapted"])
+def test_a_new_head_that_is_not_trained_whole_is_named_at_fit_start(tmp_path, body, targets):
+    remedy = r"\(classifier\) starts from random values.*modules_to_save=\['classifier'\] or task_type='SEQ_CLS'"
+    with pytest.warns(UserWarning, match=remedy):
+        fit(Lit(body), tmp_path, target_modules=targets)
+
+
+HEADS = {
+    "BertForTokenClassification": "classifier",
+    "BertForQuestionAnswering": "qa_outputs",
+    "BertForMultipleChoice": "classifier",
+}
+
+
+@pytest.mark.parametrize(("kind", "head"), HEADS.items())
+def test_the_head_of_each_task_class_is_named(tmp_path, body, kind: str, head: str):
+    model = getattr(transformers, kind).from_pretrained(body)
+    inject(model, LoRAConfig(target_modules=TARGETS))
+    with pytest.warns(UserWarning, match=rf"head of {kind} \({head}\)"):
+        warn_of_new_heads(model)
+
+
+def _loaded_with_its_head(body: Path, tmp_path: Path) -> Any:
+    classifier(body).save_pretrained(tmp_path / "tuned")
+    return classifier(tmp_path / "tuned")
+
+
+def _without_a_head(body: Path, tmp_path: Path) -> Any:
+    return transformers.BertModel.from_pretrained(body)
+
+
+def _built_from_a_config(body: Path, tmp_path: Path) -> Any:
+    return transformers.BertForSequenceClassification(transformers.BertConfig(**SMALL))
+
+
+def _language_model(body: Path, tmp_path: Path) -> Any:
+    transformers.BertForPreTraining(transformers.BertConfig(**SMALL)).save_pretrained(tmp_path / "lm")
+    return transformers.BertForMaskedLM.from_pretrained(tmp_path / "lm")
+
+
+@pytest.mark.parametrize(
+    "build", [_loaded_with_its_head, _without_a_head, _built_from_a_config, _language_model], ids=lambda f: f.__name__
+)
+def test_a_model_whose_head_came_with_it_is_fitted_without_a_word(tmp_path, body, build):
+    fit(Lit(model=build(body, tmp_path)), tmp_path)  # warnings are errors
+
+
+@pytest.mark.parametrize("options", [{"modules_to_save": ["classifier"]}, {"task_type": "SEQ_CLS"}], ids=str)
+def test_a_new_head_that_is_trained_whole_is_not_named_and_moves_to_another_program(tmp_path, body, options):
+    module = Lit(body)
+    trainer = fit(module, tmp_path, **options)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    save_adapter(module, tmp_path / "folder")
+    again = [load_from_checkpoint(Lit, tmp_path / "a.ckpt"), Lit(body), classifier(body)]
+    for model in again[1:]:
+        load_adapter(model, tmp_path / "folder")
+    for model in again:
+        assert torch.equal(answer(model), answer(module))
+    theirs = peft.PeftModel.from_pretrained(classifier(body), tmp_path / "folder")
+    torch.testing.assert_close(answer(theirs), answer(module), rtol=0, atol=1e-6)
+
+
+# --- in the error of a load ---
+
+
+def test_the_error_of_a_load_onto_another_random_head_names_modules_to_save(tmp_path, body):
+    module = Lit(body)
+    with pytest.warns(UserWarning, match="starts from random values"):
+        trainer = fit(module, tmp_path)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    save_adapter(module, tmp_path / "folder")
+    remedy = r"All that differs lies in 'classifier': .*modules_to_save=\['classifier'\].*strict_base=False"
+    with pytest.raises(LoRAError, match=remedy):
+        load_adapter(Lit(body), tmp_path / "folder")
+    with pytest.raises(LoRAError, match=remedy):
+        load_from_checkpoint(Lit, tmp_path / "a.ckpt")
+    with pytest.warns(UserWarning, match=remedy):
+        load_adapter(Lit(body), tmp_path / "folder", strict_base=False)
+
+
+def test_the_error_of_a_load_onto_another_base_speaks_of_no_head(tmp_path):
+    net, other = (_built_from_a_config(tmp_path, tmp_path) for _ in range(2))
+    inject(net, LoRAConfig(target_modules=TARGETS))
+    save_adapter(net, tmp_path)
+    with pytest.raises(LoRAError, match="another base") as caught:
+        load_adapter(other, tmp_path)
+    assert "modules_to_save" not in str(caught.value)
+
+
+# --- task_type ---
+
+
+@pytest.mark.parametrize("task", get_args(Task))
+def test_task_type_adds_what_peft_adds(body, task: str):
+    config = peft.LoraConfig(task_type=task, target_modules=TARGETS)
+    net = classifier(body)
+    for method in ("prepare_inputs_for_generation", "_prepare_encoder_decoder_kwargs_for_generation"):
+        setattr(net, method, None)  # of models for other tasks, which peft keeps
+    peft.get_peft_model(net, config)
+    ours = LoRAConfig(task_type=task, target_modules=TARGETS)
+    assert set(ours.all_modules_to_save()) == set(config.modules_to_save or ())
+
+
+def test_every_task_of_peft_is_taken_also_as_its_enum():
+    assert set(get_args(Task)) == {task.value for task in peft.TaskType}
+    for task in peft.TaskType:
+        assert type(LoRAConfig(task_type=task).task_type) is str  # type: ignore[arg-type]
+
+
+def test_a_config_that_peft_has_used_names_heads_that_are_not_there_without_an_error(body):
+    config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=TARGETS)
+    peft.get_peft_model(classifier(body), config)
+    assert config.modules_to_save is not None
+    assert "score" in config.modules_to_save
+    inject(net := classifier(body), LoRAConfig.from_peft(config))
+    assert net.classifier.weight.requires_grad
+
+
+def test_task_type_and_the_bases_name_survive_every_way_out_and_in(tmp_path, body):
+    net = classifier(body)
+    inject(net, LoRAConfig(task_type="SEQ_CLS", target_modules=TARGETS))
+    fill_(net)
+    save_adapter(net, tmp_path / "a")
+    load_adapter(again := Lit(body), tmp_path / "a")
+    save_adapter(again, tmp_path / "b")
+    wanted = {"task_type": "SEQ_CLS", "base_model_name_or_path": str(body), "modules_to_save": ["classifier", "score"]}
+    for folder in "ab":
+        assert wanted.items() <= config_of(tmp_path / folder).items()
+    theirs = peft.AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "a", num_labels=LABELS)
+    torch.testing.assert_close(answer(theirs), answer(net), rtol=0, atol=1e-6)
+
+
+def test_the_origin_that_peft_wrote_survives_on_a_model_without_a_name(tmp_path):
+    config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=TARGETS, revision="v2")
+    other = peft.get_peft_model(_built_from_a_config(tmp_path, tmp_path), config)
+    config.base_model_name_or_path = "someone/bert"
+    other.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
+    net = Lit(model=other.unload())
+    load_adapter(net, tmp_path / "theirs")
+    save_adapter(net, tmp_path / "ours")
+    for name in ("task_type", "base_model_name_or_path", "revision"):
+        assert config_of(tmp_path / "ours")[name] == config_of(tmp_path / "theirs")[name] is not None
+
+
+def test_the_name_of_a_base_deep_inside_a_lightning_module_is_written(tmp_path, body):
+    module = Lit(model=torch.nn.Sequential(transformers.BertModel.from_pretrained(body), torch.nn.Identity()))
+    inject(module, LoRAConfig(target_modules=TARGETS))
+    save_adapter(module, tmp_path)
+    assert config_of(tmp_path)["base_model_name_or_path"] == str(body)
+
+
+def test_an_adapter_with_a_task_and_no_head_loads_and_keeps_its_task(tmp_path, body):
+    """As transformers' own add_adapter makes it, which trains no head, whatever task_type says."""
+    config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=TARGETS, init_lora_weights=False)
+    theirs = peft.PeftModel(net := classifier(body), config)
+    theirs.save_pretrained(tmp_path / "theirs")
+    load_adapter(again := classifier(body), tmp_path / "theirs")
+    again.classifier.load_state_dict(net.classifier.state_dict())
+    torch.testing.assert_close(answer(again), answer(theirs), rtol=0, atol=1e-6)
+    save_adapter(again, tmp_path / "ours")
+    assert config_of(tmp_path / "ours")["task_type"] == "SEQ_CLS"
+
+
+def test_a_file_without_a_task_is_described_as_0_1_0_did(tmp_path):
+    net = _built_from_a_config(tmp_path, tmp_path)
+    inject(net, LoRAConfig(target_modules=TARGETS))
+    save_adapter(net, tmp_path)
+    assert b"task_type" not in (tmp_path / "adapter_model.safetensors").read_bytes()

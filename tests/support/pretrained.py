@@ -1,0 +1,70 @@
+"""transformers models from small folders, as users get them from from_pretrained, and LightningModules around them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from support.peers import SMALL
+from support.training import own_random_stream
+
+LABELS = 3
+
+
+def save_body(path: Path) -> Path:
+    """Write a BERT without a head, as pretrained models are."""
+    with own_random_stream(1):
+        transformers.BertModel(transformers.BertConfig(**SMALL)).save_pretrained(path)
+    return path
+
+
+def classifier(path: Path, kind: str = "BertForSequenceClassification") -> Any:
+    """Build a task's model around the body in a folder; its head is drawn from torch's random stream, as for users."""
+    return getattr(transformers, kind).from_pretrained(path, num_labels=LABELS)
+
+
+class Lit(L.LightningModule):
+    """A transformers model behind an attribute, as in most programs."""
+
+    def __init__(self, path: Path | None = None, model: nn.Module | None = None) -> None:
+        super().__init__()
+        self.save_hyperparameters({"path": str(path)})
+        self.model: Any = classifier(Path(self.hparams["path"])) if model is None else model
+        self.model.train()  # from_pretrained leaves eval mode, of which Lightning warns
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        first_output: torch.Tensor = self.model(batch[0])[0]
+        loss: torch.Tensor = F.mse_loss(first_output, torch.ones_like(first_output))
+        return loss
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("loss", self.training_step(batch, batch_idx))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=0.02)
+
+
+def tokens(count: int = 8) -> torch.Tensor:
+    with own_random_stream(2):
+        return torch.randint(1, SMALL["vocab_size"], (count, 6))
+
+
+def token_loader() -> DataLoader[Any]:
+    return DataLoader(TensorDataset(tokens()), batch_size=4)
+
+
+def answer(model: Any) -> torch.Tensor:
+    """Return the first output of a transformers model, or of the one in a LightningModule, in evaluation mode."""
+    network: Any = model.model if isinstance(model, L.LightningModule) else model
+    training = network.training
+    with torch.no_grad():
+        result: torch.Tensor = network.eval()(tokens())[0]
+    network.train(training)
+    return result
