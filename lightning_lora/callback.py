@@ -18,11 +18,20 @@ from .errors import LoRAError, NonFiniteError
 from .model.inject import begin_injection, fixed_seed, random_seed, summary
 from .model.injection import find_injection, refuse_replaced_layers, snapshot_materialised
 from .model.merging import is_merged, merge, unmerge
+from .model.patches import unpatch
 from .model.pretrained import warn_of_new_heads
 from .model.self_check import Verification, watch
 from .model.state_dict import refuse_unmergeable
 from .names import ALL_LINEAR
 from .nn.gradient_checkpointing import enable_input_require_grads
+from .trainer.after_fit import (
+    Fits,
+    forget_merging,
+    is_merged_for_good,
+    load_plain_weights_only,
+    merge_for_good,
+    refuse_merge_after_fit,
+)
 from .trainer.checkpoint_hooks import export_state, save_as
 from .trainer.cli_optimizer import adapt_cli_optimizer
 from .trainer.compatibility import (
@@ -47,7 +56,8 @@ else:
 class LoRACallback(Callback):
     """Adapt any LightningModule with LoRA: inject on setup, merge while evaluating, save small checkpoints.
 
-    The options after `seed` are LoRAConfig's. Without any of them, a model that the user injected is taken as it is.
+    The options after `merge_after_fit` are LoRAConfig's. Without any of them, a model that the user injected is taken
+    as it is.
 
     Args:
         config: at most one: a LoRAConfig instead of its options one by one.
@@ -58,6 +68,8 @@ class LoRACallback(Callback):
             warn of layers that never ran or whose adapter had no effect.
         seed: what the adapters are drawn from; without one, the state of torch's random stream at setup, which is not
             advanced. Members of an ensemble need seeds of their own, or streams that differ.
+        merge_after_fit: leave plain layers with merged weights behind when fit ends, for what saves the model itself,
+            as save_pretrained or a library does. It is then evaluated as it is; of checkpoints it loads merged ones.
         r: rank of A (r, in) and B (out, r).
         lora_alpha: numerator of the scaling s = lora_alpha / r.
         lora_dropout: probability of dropping an input feature of the adapter while the layer is in training mode; a
@@ -86,6 +98,7 @@ class LoRACallback(Callback):
         save: Kind = "adapter",
         verify: bool = False,
         seed: int | None = None,
+        merge_after_fit: bool = False,
         r: int = 8,
         lora_alpha: float = 8,
         lora_dropout: float = 0.0,
@@ -103,7 +116,7 @@ class LoRACallback(Callback):
     ) -> None:
         options = dict(locals())
         check_kind(save)
-        for name in ("merged_eval", "verify"):
+        for name in ("merged_eval", "verify", "merge_after_fit"):
             if not isinstance(options[name], bool):
                 raise LoRAError(f"LoRACallback: {name} must be true or false, but it is {options[name]!r}.")
         self.config = _one_config(config, {field.name: options[field.name] for field in fields(LoRAConfig)})
@@ -111,12 +124,14 @@ class LoRACallback(Callback):
         self.save = save
         self.verify = verify
         self.seed = "" if seed is None else fixed_seed(seed)
+        self.merge_after_fit = merge_after_fit
         # By module, because a hook may run a second Trainer with this callback.
         self._merged: set[nn.Module] = set()
         self._unmergeable: set[nn.Module] = set()  # in this evaluation
         self._lists: dict[nn.Module, StepLists] = {}
         self._verifying: tuple[AbstractContextManager[Verification], Verification] | None = None
         self._verified = False
+        self._fits = Fits()
 
     # --- in the order in which Lightning calls them ---
 
@@ -125,6 +140,11 @@ class LoRACallback(Callback):
         prepare_strategy(trainer.strategy)
         injected = find_injection(pl_module)
         refuse_composition(trainer, self, injected=injected is not None)
+        if is_merged_for_good(pl_module):
+            if injected is None and stage != "fit":
+                load_plain_weights_only(pl_module)
+                return
+            forget_merging(pl_module)
         if injected is None:
             begin_injection(pl_module, self.config, seed=self.seed or trainer.strategy.broadcast(random_seed()))
         else:
@@ -142,9 +162,12 @@ class LoRACallback(Callback):
         refuse_unoptimized(trainer.optimizers, pl_module)
         warn_of_frozen(pl_module)
         warn_of_new_heads(pl_module)
+        self._fits.begin(pl_module)
         enable_input_require_grads(pl_module)
         if self.save == "merged":
             refuse_unmergeable(pl_module)
+        if self.merge_after_fit:
+            refuse_merge_after_fit(trainer, pl_module)
         injected = find_injection(pl_module)
         if injected is not None and not injected.record.fingerprint:
             injected.record.fingerprint = fingerprint(pl_module)
@@ -200,21 +223,31 @@ class LoRACallback(Callback):
         if injected is not None and injected.record.save is None:
             save_as(pl_module, self.save)
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note that the fit came to its end."""
+        self._fits.end(pl_module)
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Unmerge after an exception or Ctrl-C, which skips the epoch's end and teardown."""
         self._leave(pl_module)
+        self._fits.forget(pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Unmerge what is merged still; in a process that ends with the fit, hand the record to the main process."""
+        """Unmerge what is merged still; in a process that ends with the fit, hand the record to the main process.
+
+        A merge for good comes last, when every checkpoint of the fit is written and averaged weights are in place.
+        """
         self._leave(pl_module)
         stop_adapting(pl_module)
         if stage == "fit" and launches(trainer) and find_injection(pl_module) is not None:
             export_state(pl_module)
+        if stage == "fit" and self._fits.close(pl_module) and self.merge_after_fit:
+            merge_for_good(pl_module)
 
     # --- helpers ---
 
     def _merge(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if pl_module in self._unmergeable:
+        if pl_module in self._unmergeable or is_merged_for_good(pl_module):
             return
         if self.merged_eval and not self._step_lists(pl_module).is_merged():
             self._merged.add(pl_module)  # first, because Ctrl-C is raised when merging is complete
@@ -259,6 +292,8 @@ class LoRACallback(Callback):
             self._step_lists(pl_module).override_dropout(None)
             del self._lists[pl_module]
         self._unmerge(pl_module)
+        if is_merged_for_good(pl_module):
+            unpatch(pl_module)
 
     def _step_lists(self, pl_module: LightningModule) -> StepLists:
         lists = self._lists.get(pl_module)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -14,13 +14,21 @@ from ..distributed.rank_sync import RankSync, writes_files
 from ..distributed.sharding import full_tensor
 from ..errors import LoRAError
 from ..files.atomic import new_folder
-from ..files.model_folder import INDEX_SUFFIX, STEM, index_of, plan_shards
+from ..files.model_folder import CONFIG, INDEX_SUFFIX, STEM, index_of, plan_shards
 from ..files.paths import PathLike, write_json
 from ..files.safetensors import NAMES, SUFFIX, as_bytes, build_header
 from ..model.injection import refuse_replaced_layers, require_injection
 from ..model.named_state import named_state
 from ..model.state_dict import refuse_unmergeable
-from ..nn.lora_layer import LoRALayer, is_factor
+from ..nn.lora_layer import LoRALayer, adapted_layers, is_factor
+from .pretrained_folder import (
+    Part,
+    find_network,
+    one_part_each,
+    parts_in_files,
+    refuse_adapter_beside,
+    write_configuration,
+)
 
 FILE, INDEX = f"{STEM}{SUFFIX}", f"{STEM}{INDEX_SUFFIX}"
 WEIGHTS = (FILE, f"{STEM}-*-of-*{SUFFIX}", INDEX)  # of an earlier export into the same folder
@@ -30,28 +38,37 @@ PT = {"format": "pt"}
 def save_merged(model: nn.Module, path: PathLike, *, max_shard_bytes: int = 5 * 10**9) -> None:
     """Write merged weights under the base's names, as a folder in the layout of Hugging Face models.
 
+    Of a transformers model, or a LightningModule around one, from_pretrained loads the folder: it holds the network's
+    configuration, and tensors under the names that save_pretrained gives them. What of a LightningModule is outside of
+    the network is left out; where it was trained, the folder is one of plain weights under the LightningModule's names.
+
     The live weights stay as they are, merged or not. Where the model is sharded every rank calls this: each tensor is
     merged on its shards, gathered, written by the first rank and dropped. Any other model is written by each process
     that calls this; under DDP one is enough.
 
     Args:
-        model: an injected model.
+        model: an injected model, or a part of one.
         path: the folder, which appears when it is complete. In one that is there already the weights are replaced
             and all else stays.
         max_shard_bytes: what does not fit into one `model.safetensors` of this size goes into several and an index.
 
     Raises:
-        LoRAError: the model was not injected, a layer cannot be merged, or another rank failed. Nothing is written.
+        LoRAError: the model was not injected, a layer cannot be merged, the folder holds an adapter that
+            from_pretrained would load instead, or another rank failed. Nothing is written.
         OSError: on the rank whose writing failed.
     """
-    require_injection(model, "save_merged")
+    if not adapted_layers(model):
+        require_injection(model, "save_merged")
     refuse_replaced_layers(model, "save_merged")
     refuse_unmergeable(model)
-    state = _base_tensors(model)
-    sizes = {name: tensor.nbytes for name, (tensor, _) in state.items()}
-    files = plan_shards(sizes, max_shard_bytes)
+    prefix, network = find_network(model) or ("", None)
+    state = _base_tensors(model, prefix)
+    tensors = {name: tensor for name, (tensor, _) in state.items()}
+    divided = one_part_each(tensors) if network is None else parts_in_files(network, tensors)
+    parts = {next(iter(part.stored)): part for part in divided if part.stored}
+    files = plan_shards({key: _size(part.stored) for key, part in parts.items()}, max_shard_bytes)
     writes = writes_files(model)
-    sync = RankSync(tensor for tensor, _ in state.values())
+    sync = RankSync(tensors.values())
 
     def step(what: object, action: Callable[[], object]) -> None:
         """The first rank alone acts, and all know at once whether it could."""
@@ -63,25 +80,43 @@ def save_merged(model: nn.Module, path: PathLike, *, max_shard_bytes: int = 5 * 
         folder: list[Path] = []
         step(path, lambda: folder.append(moves_on_leaving.enter_context(opening)))
         here = folder[0] if writes else Path()
-        for file, names in files.items():
-            names.sort(key=lambda name: -state[name][0].dtype.itemsize)  # wide ones first, so that all are aligned
-            header = build_header([(name, state[name][0].dtype, tuple(state[name][0].shape)) for name in names], PT)
-            step(file, partial(_append, here / file, header))
-            for name in names:  # nothing here holds a tensor while the next one is gathered
-                step(repr(name), partial(_append_tensor, here / file, _merged(name, *state[name], sync)))
+        if network is not None:
+            step(path, partial(refuse_adapter_beside, path))
+            step(CONFIG, partial(write_configuration, network, here))
+        index = {}
+        for file, keys in files.items():
+            in_file = sorted(map(parts.__getitem__, keys), key=_narrowness)  # wide ones first, so that all are aligned
+            index[file] = {name: tensor for part in in_file for name, tensor in part.stored.items()}
+            header = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in index[file].items()]
+            step(file, partial(_append, here / file, build_header(header, PT)))
+            for part in in_file:  # nothing here holds a tensor while the next one is gathered
+                append = partial(_append_part, here / file, part)
+                step(repr(part.names[0]), partial(append, {n: _merged(n, *state[n], sync) for n in part.names}))
         if len(files) > 1:
-            step(INDEX, partial(write_json, here / INDEX, index_of(files, sizes, {})))
+            sizes = {name: tensor.nbytes for stored in index.values() for name, tensor in stored.items()}
+            names = {file: list(stored) for file, stored in index.items()}
+            step(INDEX, partial(write_json, here / INDEX, index_of(names, sizes, {})))
         step(path, moves_on_leaving.close)
 
 
-def _base_tensors(model: nn.Module) -> dict[str, tuple[torch.Tensor, nn.Module]]:
+def _size(tensors: Mapping[str, torch.Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _narrowness(part: Part) -> int:
+    return -max(tensor.dtype.itemsize for tensor in part.stored.values())
+
+
+def _base_tensors(model: nn.Module, prefix: str) -> dict[str, tuple[torch.Tensor, nn.Module]]:
     tensors = {}
     for name, tensor, module in named_state(model):
+        if not name.startswith(prefix):
+            continue
         if tensor is None or tensor.dtype not in NAMES:
             found = "no tensor" if tensor is None else f"of {tensor.dtype}"
             raise LoRAError(f"save_merged: {name!r} is {found}, so safetensors cannot hold it; save a checkpoint.")
         if not is_factor(name, module):
-            tensors[name] = (tensor, module)
+            tensors[name.removeprefix(prefix)] = (tensor, module)
     return tensors
 
 
@@ -105,5 +140,7 @@ def _append(path: Path, content: bytes | memoryview) -> None:
         file.write(content)
 
 
-def _append_tensor(path: Path, tensor: torch.Tensor) -> None:
-    _append(path, as_bytes(tensor))
+def _append_part(path: Path, part: Part, values: dict[str, torch.Tensor]) -> None:
+    converted = part.convert(values)
+    for name in part.stored:
+        _append(path, as_bytes(converted[name]))

@@ -128,12 +128,17 @@ def _network_prefix(model: nn.Module) -> str:
 
     Adapters travel under the names of the network, not of the LightningModule around it.
     """
-    types = [(c.__name__, c.__module__.partition(".")[0]) for c in type(model).__mro__]
-    if not any(name == "LightningModule" and package in LIGHTNING for name, package in types):
+    if not is_lightning_module(model):
         return ""
     parameters = {name for name, tensor, _ in named_state(model) if isinstance(tensor, nn.Parameter)}
     children = {name.partition(".")[0] for name in adapter_keys(model) if name in parameters}
     return f"{children.pop()}." if len(children) == 1 and not children & adapted_layers(model).keys() else ""
+
+
+def is_lightning_module(model: nn.Module) -> bool:
+    """Tell whether a module is a LightningModule, of either of Lightning's packages."""
+    types = [(cls.__name__, cls.__module__.partition(".")[0]) for cls in type(model).__mro__]
+    return any(name == "LightningModule" and package in LIGHTNING for name, package in types)
 
 
 def encode_layers(scalings: Mapping[str, float], kinds: Mapping[str, str]) -> list[Any]:

@@ -35,6 +35,7 @@ from .injection import (
 from .merging import is_merged, merge, unmerge
 from .named_state import base_parameters, exchange_values_
 from .patches import call_previous, patch, unpatch
+from .pretrained import warn_before_save_pretrained
 from .state_dict import accept_partial_states, accept_whole_states_only, refuse_unmergeable
 from .targets import Targets, check_shapes, check_supported, check_unadapted
 
@@ -89,6 +90,7 @@ def unload(model: nn.Module) -> None:
         unmerge(root)
     exchange_values_(root, record.initial)
     strip_adapters(root)
+    unpatch(root)
     unpatch(model)
 
 
@@ -108,6 +110,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     for layer in adapted_layers(root).values():
         layer.lora.records.clear()
     strip_adapters(root)
+    unpatch(root)
     unpatch(model)
     return model
 
@@ -202,6 +205,7 @@ def adapt_new_layers(model: nn.Module) -> None:
     update_fast_paths(root)
     enable_input_require_grads(root)
     accept_partial_states(root)
+    warn_before_save_pretrained(root)
 
 
 def strip_adapters(root: nn.Module) -> None:

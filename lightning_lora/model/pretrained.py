@@ -6,6 +6,7 @@ Their classes are told by name, so that transformers is not imported here.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any, cast
 
 from torch import nn
@@ -13,6 +14,7 @@ from torch import nn
 from ..config import TASK_HEADS
 from ..names import around, canonical, names_factor
 from ..nn.lora_layer import LoRALayer
+from .patches import call_previous, patch
 
 
 def pretrained_models(model: nn.Module) -> dict[str, nn.Module]:
@@ -33,11 +35,7 @@ def is_pretrained_model(module: nn.Module) -> bool:
 
 def base_name(model: nn.Module) -> str:
     """Return the path or name of the one transformers model with adapted layers in a module, or ""."""
-    names = {
-        checkpoint_name(pretrained)
-        for pretrained in pretrained_models(model).values()
-        if any(isinstance(module, LoRALayer) for module in pretrained.modules())
-    }
+    names = {checkpoint_name(pretrained) for pretrained in pretrained_models(model).values() if _is_adapted(pretrained)}
     return names.pop() if len(names) == 1 else ""
 
 
@@ -60,6 +58,30 @@ def new_heads(pretrained: nn.Module) -> dict[str, nn.Module]:
     if not checkpoint_name(pretrained) or same_class or of_language or not isinstance(body, nn.Module):
         return {}
     return {name: child for name, child in pretrained.named_children() if child is not body}
+
+
+def warn_before_save_pretrained(model: nn.Module) -> None:
+    """Patch transformers models with adapted layers so that save_pretrained, which writes no adapter, warns."""
+    for module in model.modules():
+        if is_pretrained_model(module) and _is_adapted(module):
+            patch(module, "save_pretrained", _save_pretrained)
+
+
+def _save_pretrained(module: nn.Module, previous: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
+    state = kwargs.get("state_dict", args[2] if len(args) > 2 else None)  # merged_state_dict(model) is right
+    if state is None and _is_adapted(module):
+        warnings.warn(
+            f"lightning_lora: save_pretrained of {type(module).__name__} writes the base's weights, merged or not, and "
+            "lora_A and lora_B beside them, which from_pretrained leaves out: what it loads is the base. "
+            "save_merged(model, path) writes merged weights for from_pretrained, save_adapter(model, path) the adapter "
+            "for PEFT, and merge_and_unload(model) leaves a model whose save_pretrained is right",
+            stacklevel=2,
+        )
+    return call_previous(module, previous, "save_pretrained", *args, **kwargs)
+
+
+def _is_adapted(module: nn.Module) -> bool:
+    return any(isinstance(child, LoRALayer) for child in module.modules())
 
 
 def warn_of_new_heads(model: nn.Module) -> None:

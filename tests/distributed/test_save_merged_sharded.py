@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import weakref
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor.parallel import parallelize_module
 
 from lightning_lora import (
+    LoRAConfig,
     LoRAError,
     inject,
     is_merged,
@@ -31,7 +34,10 @@ from lightning_lora import (
 from lightning_lora.adapter import merged_folder
 from lightning_lora.adapter.merged_folder import FILE, INDEX
 from lightning_lora.command.merge import merge_on_disk
+from lightning_lora.trainer.after_fit import refuse_merge_after_fit
 from support.models import Zoo, randomise_, zoo_config
+from support.peers import fill_, model
+from support.pretrained import Lit, tied_llama
 from support.processes import world
 from support.sharded import DEVICE, network, shard_
 from support.sharded_adapters import PLAN, assert_same_bits, block, injected, mesh
@@ -219,3 +225,36 @@ def test_save_merged_that_fails_on_one_rank_fails_on_all(tmp_path):
     assert all("'2.weight'" in message and "not finite" in message for message in second[2:])
     assert {path.name for path in tmp_path.iterdir()} == {"file", "there"}
     assert [path.name for path in (tmp_path / "there").iterdir()] == [FILE]
+
+
+# --- a LightningModule around a transformers model ---
+
+BUILDERS: dict[str, Callable[[], Any]] = {"tied": tied_llama, "experts": lambda: model("mixtral")}
+
+
+def around_transformers(kind: str) -> Lit:
+    module = Lit(model=BUILDERS[kind]())
+    inject(module, LoRAConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    fill_(module)
+    return module
+
+
+def write_for_transformers(folder: Path, kind: str) -> None:
+    module = around_transformers(kind)
+    devices = init_device_mesh(DEVICE, (dist.get_world_size(),))
+    for layer in module.model.model.layers:
+        fully_shard(layer, mesh=devices)
+    fully_shard(module, mesh=devices)
+    save_merged(module, folder, max_shard_bytes=20_000)
+    trainer = SimpleNamespace(strategy=SimpleNamespace(launcher=None))
+    with pytest.raises(LoRAError, match=r"merge_after_fit=True\).*was sharded by fully_shard"):
+        refuse_merge_after_fit(trainer, module)
+
+
+@pytest.mark.parametrize("kind", BUILDERS)
+def test_a_sharded_transformers_model_is_written_as_from_pretrained_loads_it(tmp_path, kind):
+    world(2).run(write_for_transformers, tmp_path, kind)
+    expected = merge_and_unload(around_transformers(kind)).model
+    found, info = type(expected).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    assert_same_bits(found.state_dict(), expected.state_dict())

@@ -16,6 +16,7 @@ from support.peers import SMALL
 from support.training import own_random_stream
 
 LABELS = 3
+VISION = {name: size for name, size in SMALL.items() if name != "vocab_size"} | {"image_size": 16, "patch_size": 8}
 
 
 def save_body(path: Path) -> Path:
@@ -28,6 +29,27 @@ def save_body(path: Path) -> Path:
 def classifier(path: Path, kind: str = "BertForSequenceClassification") -> Any:
     """Build a task's model around the body in a folder; its head is drawn from torch's random stream, as for users."""
     return getattr(transformers, kind).from_pretrained(path, num_labels=LABELS)
+
+
+def bert() -> Any:
+    """Its files are its modules, tensor for tensor."""
+    return transformers.BertForSequenceClassification(transformers.BertConfig(**SMALL))
+
+
+def tied_llama() -> Any:
+    """Its files leave out the output head."""
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL, tie_word_embeddings=True, pad_token_id=0))
+
+
+def llava() -> Any:
+    """Its files have other names than its modules."""
+    text, vision = transformers.LlamaConfig(**SMALL, pad_token_id=0), transformers.CLIPVisionConfig(**VISION)
+    return transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(text_config=text, vision_config=vision))
+
+
+def dinov2() -> Any:
+    """Its files hold two projections as one."""
+    return transformers.Dinov2ForImageClassification(transformers.Dinov2Config(**VISION, use_swiglu_ffn=True))
 
 
 class Lit(L.LightningModule):

@@ -1,0 +1,181 @@
+"""What a folder of a transformers model holds beside weights: its configuration, and the names that files have.
+
+A file's tensors may have other names than the model's, or be parts of one: transformers converts them when it loads and
+back when it saves. Here they are converted one by one, or in the smallest groups that give what all together give.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import nn
+
+from ..errors import LoRAError
+from ..files.paths import PathLike
+from ..model.injection import find_injection
+from ..model.named_state import named_state
+from ..model.pretrained import is_pretrained_model, pretrained_models
+from ..model.state_dict import adapter_keys
+from ..names import around, uncompiled
+from .metadata import is_lightning_module
+from .peft_folder import CONFIG_FILE
+
+Tensors = dict[str, torch.Tensor]
+Convert = Callable[[Tensors], Tensors]
+
+
+class Part(NamedTuple):
+    """Tensors of a model that are stored together.
+
+    Attributes:
+        names: in the model.
+        stored: by the file's names, on the meta device.
+        convert: makes the stored tensors out of the model's.
+    """
+
+    names: list[str]
+    stored: Tensors
+    convert: Convert
+
+
+def find_network(model: nn.Module) -> tuple[str, Any] | None:
+    """Return the prefix of a transformers model, and the model: this one, or that which a LightningModule is around.
+
+    It holds all that training changes. Where something outside of it was trained there is none, and a warning says so.
+    """
+    model = uncompiled(model)
+    if is_pretrained_model(model):
+        return "", model
+    if not is_lightning_module(model):
+        return None
+    parameters = {name: tensor for name, tensor, _ in named_state(model) if isinstance(tensor, nn.Parameter)}
+    names = set(adapter_keys(model)) if find_injection(model) is not None else set()
+    trained = {id(tensor) for name, tensor in parameters.items() if name in names or tensor.requires_grad}
+    networks = pretrained_models(model)
+    inside = {name: {id(parameter) for parameter in network.parameters()} for name, network in networks.items()}
+    name = max(inside, key=lambda name: len(trained & inside[name]), default="")
+    if not name or not trained & inside[name]:
+        return None
+    outside = [other for other, parameter in parameters.items() if id(parameter) in trained - inside[name]]
+    if outside:
+        warnings.warn(
+            f"lightning_lora: save_merged: {outside[0]!r} was trained outside of the transformers model {name!r}, so "
+            f"the folder holds all of {type(model).__name__} under its own names, which from_pretrained does not read. "
+            f"save_merged(module.{name}, path) writes the transformers model alone",
+            stacklevel=3,
+        )
+        return None
+    of_networks = set().union(*inside.values())
+    left_out = [other for other, parameter in parameters.items() if id(parameter) not in of_networks]
+    if left_out:
+        warnings.warn(
+            f"lightning_lora: save_merged: {left_out[0]!r} is outside of the transformers model {name!r} and left out "
+            f"({len(left_out)} such parameters)",
+            stacklevel=3,
+        )
+    return f"{name}.", networks[name]
+
+
+def refuse_adapter_beside(path: PathLike) -> None:
+    """Raise LoRAError where a folder holds an adapter, which from_pretrained would add to the merged weights."""
+    if (Path(path) / CONFIG_FILE).exists():
+        raise LoRAError(
+            f"save_merged: {path} holds {CONFIG_FILE}, with which from_pretrained loads that adapter and its base "
+            "instead of merged weights; give another folder, or remove the adapter's files."
+        )
+
+
+def write_configuration(network: Any, folder: Path) -> None:
+    """Write what transformers' save_pretrained writes beside the weights; the live configuration stays as it is."""
+    config = copy.deepcopy(network.config)
+    config.architectures = [type(network).__name__.removeprefix("FSDP")]
+    setattr(config, "dtype" if hasattr(config, "dtype") else "torch_dtype", str(network.dtype).removeprefix("torch."))
+    if getattr(network, "_auto_class", None) is not None:  # a class that is in no package travels as its source
+        importlib.import_module("transformers.dynamic_module_utils").custom_object_save(network, folder, config=config)
+    config.save_pretrained(folder)
+    if network.can_generate():
+        network.generation_config.save_pretrained(folder)
+
+
+def parts_in_files(network: Any, state: Mapping[str, torch.Tensor]) -> list[Part]:
+    """Divide a transformers model's tensors into the smallest parts that can be stored one after the other.
+
+    Args:
+        network: the model.
+        state: its tensors by name; of these only identity, shape and dtype are used.
+    """
+    tied = getattr(network, "all_tied_weights_keys", None) or {}  # of transformers 5: the second name of each
+    ignored = getattr(network, "_keys_to_ignore_on_save", None) or ()
+    kept = {
+        name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        for name, tensor in state.items()
+        if name not in ignored and state.get(tied.get(name, "")) is not tensor
+    }
+    return _smallest_parts(kept, _conversion(network))
+
+
+def one_part_each(state: Mapping[str, torch.Tensor]) -> list[Part]:
+    """Return the parts of tensors that are stored as they are."""
+    return [Part([name], {name: tensor}, _as_they_are) for name, tensor in state.items()]
+
+
+def _as_they_are(tensors: Tensors) -> Tensors:
+    return tensors
+
+
+def _conversion(network: Any) -> Convert:
+    """Return what turns a model's tensors into those of its files, which had the model's before transformers 5."""
+    try:
+        loading = importlib.import_module("transformers.core_model_loading")
+    except ImportError:
+        return _as_they_are
+    return cast(Convert, partial(loading.revert_weight_conversion, network))
+
+
+def _smallest_parts(state: Tensors, convert: Convert) -> list[Part]:
+    """Divide tensors so that the parts give, converted one by one, what all give together."""
+    together = convert(dict(state))
+    parts, joint = [], {}
+    for name, tensor in state.items():
+        stored = _converted({name: tensor}, convert)
+        if stored is not None and _is_part(stored, together):
+            parts.append(Part([name], stored, convert))
+        else:
+            joint[name] = tensor
+    for names in _by_layer(joint).values():
+        stored = _converted({name: state[name] for name in names}, convert)
+        parts.append(Part(names, stored or {}, convert))
+    found = [name for part in parts for name in part.stored]
+    if sorted(found) == sorted(together) and all(_is_part(part.stored, together) for part in parts):
+        return parts
+    return [Part(list(state), together, convert)]
+
+
+def _converted(tensors: Tensors, convert: Convert) -> Tensors | None:
+    try:
+        return convert(tensors)
+    except Exception:  # whatever a conversion raises where a part that it needs is missing
+        return None
+
+
+def _is_part(stored: Tensors, together: Tensors) -> bool:
+    return all(
+        name in together and together[name].shape == tensor.shape and together[name].dtype == tensor.dtype
+        for name, tensor in stored.items()
+    )
+
+
+def _by_layer(names: Iterable[str]) -> dict[str, list[str]]:
+    """Group names by the innermost numbered module that they are in."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        numbered = [module for module in around(name) if module.rpartition(".")[2].isdigit()]
+        groups.setdefault(numbered[-1] if numbered else "", []).append(name)
+    return groups

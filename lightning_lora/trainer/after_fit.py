@@ -1,0 +1,98 @@
+"""A model that is merged for good when its fit has ended, so that a library's own save is right."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, MutableMapping
+from typing import Any
+
+from torch import nn
+
+from ..adapter.lightning_checkpoint import adapter_of
+from ..distributed.sharding import refuse_fully_sharded
+from ..errors import LoRAError
+from ..model.inject import merge_and_unload
+from ..model.injection import find_injection
+from ..model.patches import call_previous, patch
+from ..model.state_dict import refuse_unmergeable
+from ..names import META
+from .compatibility import launches
+
+MERGED_FOR_GOOD = "merged_after_fit"  # attribute of such a LightningModule, until it is fitted again
+
+
+class Fits:
+    """The fits of each module that are under way: a hook of one may run another, and a finder may break one off."""
+
+    def __init__(self) -> None:
+        self.running: Counter[nn.Module] = Counter()
+        self.ended: set[nn.Module] = set()
+
+    def begin(self, module: nn.Module) -> None:
+        """Count a fit that starts."""
+        self.running[module] += 1
+
+    def end(self, module: nn.Module) -> None:
+        """Note that the innermost fit came to its end."""
+        self.ended.add(module)
+
+    def close(self, module: nn.Module) -> bool:
+        """Leave the innermost fit, and tell whether it came to its end and was the outermost too."""
+        ended = module in self.ended
+        self.ended.discard(module)
+        self.running[module] -= 1
+        outermost = self.running[module] <= 0
+        if outermost:
+            self.forget(module)
+        return ended and outermost
+
+    def forget(self, module: nn.Module) -> None:
+        """Forget a module's fits, which an exception has ended."""
+        del self.running[module]
+        self.ended.discard(module)
+
+
+def refuse_merge_after_fit(trainer: Any, module: nn.Module) -> None:
+    """Raise LoRAError, with the remedy, where the fit's end could not leave plain layers."""
+    if launches(trainer):
+        raise LoRAError(
+            f"LoRACallback: merge_after_fit cannot be used with {type(trainer.strategy).__name__}, which fits in other "
+            "processes and brings back weights only. Call merge_and_unload(model) after fit, or use strategy='ddp'."
+        )
+    refuse_fully_sharded(module, "LoRACallback(merge_after_fit=True)")
+    refuse_unmergeable(module)
+
+
+def merge_for_good(module: nn.Module) -> None:
+    """Leave plain layers with merged weights, and a mark that evaluation takes the model as it is. In place."""
+    merge_and_unload(module)
+    setattr(module, MERGED_FOR_GOOD, True)
+
+
+def is_merged_for_good(module: nn.Module) -> bool:
+    """Tell whether a fit has left plain merged layers that nothing has injected since."""
+    return MERGED_FOR_GOOD in vars(module)
+
+
+def forget_merging(module: nn.Module) -> None:
+    """Take the mark of merge_for_good away: the model is about to get adapters anew."""
+    vars(module).pop(MERGED_FOR_GOOD, None)
+
+
+def load_plain_weights_only(module: nn.Module) -> None:
+    """Let a model that was merged for good refuse checkpoints that need its base."""
+    patch(module, "on_load_checkpoint", _on_load_checkpoint)
+
+
+def _on_load_checkpoint(
+    module: nn.Module, previous: Callable[..., Any] | None, checkpoint: MutableMapping[str, Any]
+) -> None:
+    if META in checkpoint and find_injection(module) is None:
+        kind = adapter_of(checkpoint)[1]
+        if kind != "merged":
+            raise LoRAError(
+                f"LoRACallback: the checkpoint of kind {kind!r} holds an adapter for the base, but merge_after_fit has "
+                f"merged that of this {type(module).__name__} for good. Load it into a new one, as with "
+                "load_from_checkpoint(cls, path), or let checkpoints hold merged weights: save='merged'."
+            )
+    call_previous(module, previous, "on_load_checkpoint", checkpoint)
