@@ -287,7 +287,10 @@ def adapter_of(checkpoint: Mapping[str, Any]) -> tuple[Adapter, Kind]:
     """
     meta = checkpoint.get(META)
     if not isinstance(meta, Mapping) or meta.get("kind") not in get_args(Kind):
-        raise LoRAError('checkpoint["lora"] is missing or damaged; this is not a checkpoint of lightning_lora.')
+        raise LoRAError(
+            'checkpoint["lora"] is missing or damaged; this is not a checkpoint of lightning_lora. One of plain '
+            "Lightning, without an adapter, is loaded by its class's own load_from_checkpoint."
+        )
     if meta.get("format_version") != FORMAT_VERSION:
         raise LoRAError(
             f"the checkpoint has format {meta.get('format_version')!r}, this lightning_lora reads {FORMAT_VERSION}; "

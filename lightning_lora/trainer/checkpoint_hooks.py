@@ -7,16 +7,17 @@ ddp_fork and ddp_notebook it brings home a state dict alone: what they learned o
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from typing import Any
 
 from torch import nn
 
 from ..adapter.lightning_checkpoint import Kind, check_kind, convert_checkpoint, prepare_for_load
+from ..errors import LoRAError
 from ..model.injection import Injection, find_injection, require_injection
 from ..model.patches import call_previous, patch
 from ..model.state_dict import EXTRA_ENTRIES
-from ..names import ATTRIBUTE, ENTRY, META
+from ..names import ATTRIBUTE, ENTRY, META, names_factor
 
 # Where WeightAveraging keeps the weights beside the averaged ones. Having an average, it goes back to them, even for a
 # test of the best checkpoint, whose metric is that of the averaged weights.
@@ -66,12 +67,39 @@ def _on_load_checkpoint(
     module: nn.Module, previous: Callable[..., Any] | None, checkpoint: MutableMapping[str, Any]
 ) -> None:
     if find_injection(module) is not None:
+        if "state_dict" in checkpoint:  # else the strategy has loaded it, and judged it before
+            refuse_foreign_resume(module, checkpoint, checkpoint["state_dict"])
         prepare_for_load(module, checkpoint)
         trainer = getattr(module, "_trainer", None)
         fitting = trainer is None or trainer.state.fn == "fit"
         if META in checkpoint and CURRENT in checkpoint and not fitting:
             checkpoint[CURRENT] = checkpoint["state_dict"]
     call_previous(module, previous, "on_load_checkpoint", checkpoint)
+
+
+def refuse_foreign_resume(module: nn.Module, checkpoint: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Refuse to go on with a fit from a checkpoint without an adapter: its optimizers are of other parameters.
+
+    Args:
+        module: the injected LightningModule.
+        checkpoint: what the Trainer loaded.
+        names: of the tensors that it brings.
+
+    Raises:
+        LoRAError: a fit is about to restore the optimizers of a training without adapters.
+    """
+    trainer = getattr(module, "_trainer", None)
+    resuming = trainer is not None and trainer.state.fn == "fit" and trainer.state.status == "running"
+    optimizers = checkpoint.get("optimizer_states", True)  # a file without any is of weights alone
+    if not resuming or not optimizers or META in checkpoint or any(map(names_factor, names)):
+        return
+    name = type(module).__name__
+    raise LoRAError(
+        "LoRACallback: the checkpoint at ckpt_path holds no adapter, only the weights of a training without one, whose "
+        "optimizers and progress an adapter cannot go on with. To train an adapter on these weights, load them first "
+        f'and leave ckpt_path out: trainer.fit({name}.load_from_checkpoint("pretrained.ckpt"), ...). To resume that '
+        "training, leave LoRACallback out."
+    )
 
 
 def _export_to_state_dict(root: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:

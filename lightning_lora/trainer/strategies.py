@@ -24,6 +24,7 @@ from ..model.patches import call_previous, patch
 from ..model.state_dict import adapter_keys, base_keys, merge_state_dict
 from ..names import META, canonical
 from ..nn.lora_layer import adapted_layers
+from .checkpoint_hooks import refuse_foreign_resume
 
 HEADER = "meta.pt"  # Lightning's name of what a distributed checkpoint holds beside its shards
 
@@ -76,6 +77,7 @@ def _load_checkpoint(
     loaded = set(map(canonical, checkpoint["state_dict"]))
     adapter, kind = adapter_of(checkpoint) if META in checkpoint else (None, None)
     if adapter is None:
+        refuse_foreign_resume(module, checkpoint, loaded)
         _check_complete(module, loaded, path)
     prepare_for_load(module, checkpoint)  # raises where it does not fit
     weights = {}

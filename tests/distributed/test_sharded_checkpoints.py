@@ -245,6 +245,8 @@ def base_run(path: Path, whole: bool) -> None:
     state = whole_state(adapted)
     assert_same_bits(base_of(state), trained)
     assert len(state) == len(trained) + 6
+    with pytest.raises(LoRAError, match="the checkpoint at ckpt_path holds no adapter"):
+        model_parallel(path, lora(), whole=whole, max_epochs=2).fit(Sharded(), *data(), ckpt_path=path / "base.ckpt")
 
 
 @FORMS

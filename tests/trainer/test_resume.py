@@ -250,3 +250,25 @@ def test_base_checkpoint_is_tested_and_starts_a_new_adapter(tmp_path):
     assert torch.equal(model.get_submodule(TARGETS[0]).weight, base.get_submodule(TARGETS[0]).weight)
     with disable_adapter(model):
         assert torch.equal(outputs(model), outputs(base))
+
+
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_fit_from_a_plain_checkpoint_is_refused_and_its_remedy_trains(tmp_path, weights_only: bool):
+    trainer = make_trainer(tmp_path)
+    trainer.fit(Net(), Data(BATCHES))
+    trainer.save_checkpoint(tmp_path / "plain.ckpt", weights_only=weights_only)
+    with pytest.raises(LoRAError, match=r"holds no adapter.*leave ckpt_path out"):
+        make_trainer(tmp_path, lora(), max_epochs=2).fit(
+            Net(), Data(BATCHES), ckpt_path=tmp_path / "plain.ckpt", weights_only=True
+        )
+    model = Net.load_from_checkpoint(tmp_path / "plain.ckpt", weights_only=True)
+    make_trainer(tmp_path, lora()).fit(model, Data(BATCHES))
+    assert model.head.lora_B.any()
+
+
+def test_hooks_called_by_hand_after_a_fit_take_a_plain_checkpoint(tmp_path):
+    model = trained(tmp_path, Net(), lora())
+    checkpoint = {"state_dict": weights(Net(seed=2)), "optimizer_states": [{}]}
+    model.on_load_checkpoint(checkpoint)
+    model.load_state_dict(checkpoint["state_dict"])
+    assert torch.equal(model.head.weight, Net(seed=2).head.weight)

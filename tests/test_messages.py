@@ -1,0 +1,130 @@
+"""Messages that were rewritten because they did not help, word for word; `pytest -s` prints them all.
+
+A function provokes a message, and its docstring is what the message says, with PATH for the folder at hand.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_lora import LoRAError, load_adapter, load_from_checkpoint
+from lightning_lora.command.merge import merge_on_disk
+from support.runs import lora
+from support.training import Data, Net, make_trainer
+
+MESSAGES: list[Callable[[Path], Any]] = []
+
+
+def message(provoke: Callable[[Path], Any]) -> Callable[[Path], Any]:
+    MESSAGES.append(provoke)
+    return provoke
+
+
+@pytest.mark.parametrize("provoke", MESSAGES, ids=lambda provoke: provoke.__name__)
+def test_message_says_what_was_found_and_what_to_do(tmp_path: Path, provoke: Callable[[Path], Any]):
+    with pytest.raises(LoRAError) as told:
+        provoke(tmp_path)
+    found = str(told.value).replace(str(tmp_path), "PATH")
+    print(f"\n{provoke.__name__.replace('_', ' ')}:\n    {found}")
+    expected = inspect.cleandoc(provoke.__doc__ or "").replace("\n", " ")
+    assert re.sub(r"\[-?\d.*?\]", "[...]", found) == expected
+
+
+# --- loading ---
+
+
+def saved(path: Path, *callbacks: Any, base: Path | None = None) -> Path:
+    """Train, and save: with no callback as plain Lightning does."""
+    model = Net.load_from_checkpoint(base, weights_only=True) if base else Net()
+    trainer = make_trainer(path, *callbacks)
+    trainer.fit(model, Data())
+    file = path / ("lora.ckpt" if callbacks else "pretrained.ckpt")
+    trainer.save_checkpoint(file)
+    return file
+
+
+@message
+def a_fit_resumed_from_a_plain_checkpoint(path: Path) -> None:
+    """LoRACallback: the checkpoint at ckpt_path holds no adapter, only the weights of a training without one, whose
+    optimizers and progress an adapter cannot go on with. To train an adapter on these weights, load them first and
+    leave ckpt_path out: trainer.fit(Net.load_from_checkpoint("pretrained.ckpt"), ...). To resume that training, leave
+    LoRACallback out.
+    """
+    make_trainer(path, lora()).fit(Net(), Data(), ckpt_path=saved(path), weights_only=True)
+
+
+@message
+def load_from_checkpoint_of_a_plain_checkpoint(path: Path) -> None:
+    """checkpoint["lora"] is missing or damaged; this is not a checkpoint of lightning_lora. One of plain Lightning,
+    without an adapter, is loaded by its class's own load_from_checkpoint.
+    """
+    load_from_checkpoint(Net, saved(path))
+
+
+@message
+def load_from_checkpoint_where_the_base_was_pretrained(path: Path) -> None:
+    """the adapter belongs to another base: values of 'body.0.weight' were [...], here [...]. Net built a base of its
+    own. Where the base is a checkpoint, load that first: load_adapter(model :=
+    Net.load_from_checkpoint("pretrained.ckpt"), "PATH/lora.ckpt"). strict_base=False makes this a warning.
+    """
+    load_from_checkpoint(Net, saved(path, lora(), base=saved(path)))
+
+
+@message
+def a_trainer_where_the_base_was_pretrained(path: Path) -> None:
+    """the adapter belongs to another base: values of 'body.0.weight' were [...], here [...]. Give the Trainer the model
+    with the base that the adapter was trained on, as trainer.fit(Net.load_from_checkpoint("pretrained.ckpt"),
+    ckpt_path=...). To use the adapter on this base all the same, call load_adapter(model, path, strict_base=False) and
+    leave ckpt_path out.
+    """
+    file = saved(path, lora(), base=saved(path))
+    make_trainer(path, lora()).validate(Net(), Data(), ckpt_path=file, weights_only=True)
+
+
+@message
+def load_adapter_onto_another_base(path: Path) -> None:
+    """the adapter belongs to another base: values of 'body.0.weight' were [...], here [...]. Load the adapter on the
+    base that it was trained on, or pass strict_base=False, which makes this a warning.
+    """
+    load_adapter(Net(seed=2), saved(path, lora()))
+
+
+@message
+def the_command_with_another_base(path: Path) -> None:
+    """the adapter belongs to another base: values of 'body.0.weight' were [...], here [...]. Give the base that it was
+    trained on as --base, or pass --strict-base=false, which makes this a warning.
+    """
+    torch.save(Net(seed=2).state_dict(), path / "base.pt")
+    merge_on_disk(path / "base.pt", saved(path, lora()), path / "merged.pt")
+
+
+class WithObject(Net):
+    """A Net with an object among its hyper-parameters."""
+
+    def __init__(self, loss: object, width: int = 8) -> None:
+        super().__init__(width)
+        self.save_hyperparameters()
+
+
+class Loss:
+    """A user's loss."""
+
+
+@message
+def load_from_checkpoint_with_an_object_in_the_hyper_parameters(path: Path) -> None:
+    """PATH/lora.ckpt: checkpoint['hyper_parameters']['loss'] is of test_messages.Loss, and objects are not unpickled,
+    because that may run any code. If you trust the file, pass weights_only=False; otherwise pass what they are as
+    keyword arguments (loss=...), or build the module yourself: load_adapter(model := WithObject(...),
+    "PATH/lora.ckpt").
+    """
+    trainer = make_trainer(path, lora())
+    trainer.fit(WithObject(Loss()), Data())
+    trainer.save_checkpoint(path / "lora.ckpt")
+    load_from_checkpoint(WithObject, path / "lora.ckpt")
