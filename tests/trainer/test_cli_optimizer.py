@@ -147,7 +147,7 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path, cli: type, optimizer
     whole = from_command_line(tmp_path, optimizer, scheduler, cli, HeadInSetup)
     whole.trainer.fit(whole.model, Data(BATCHES))
     resumed = from_command_line(tmp_path, optimizer, scheduler, cli, HeadInSetup)
-    resumed.trainer.fit(resumed.model, Data(BATCHES), ckpt_path=str(tmp_path / "epoch=1.ckpt"), weights_only=True)
+    resumed.trainer.fit(resumed.model, Data(BATCHES), ckpt_path=str(tmp_path / "epoch=1.ckpt"))
     assert resumed.trainer.optimizers[0].state
     assert_same_tensors(state(resumed.trainer), state(whole.trainer))
 
@@ -159,7 +159,7 @@ def test_resumed_run_equals_that_of_the_method_resumed_from_the_same_file(tmp_pa
     program.trainer.fit(program.model, Data(BATCHES))
     resumed = from_command_line(tmp_path, "AdamW", "ReduceLROnPlateau", cli)
     expected = make_trainer(tmp_path, LoRACallback(**LORA), every_epoch(tmp_path), max_epochs=4)
-    last = {"ckpt_path": str(tmp_path / "epoch=1.ckpt"), "weights_only": True}
+    last = {"ckpt_path": str(tmp_path / "epoch=1.ckpt")}
     expected.fit(with_own_method("AdamW", "ReduceLROnPlateau"), Data(BATCHES), **last)
     resumed.trainer.fit(resumed.model, Data(BATCHES), **last)
     assert_same_tensors(state(resumed.trainer), state(expected))
