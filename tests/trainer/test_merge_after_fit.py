@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.tuner import Tuner
 from torch import nn
 
-from lightning_lora import LoRACallback, LoRAError, load_from_checkpoint, merge_and_unload
+from lightning_lora import LoRACallback, LoRAError, is_merged, load_from_checkpoint, merge_and_unload
 from lightning_lora.nn.lora_layer import LoRALayer
 from lightning_lora.trainer.after_fit import MERGED_FOR_GOOD, refuse_merge_after_fit
 from support.pretrained import Lit, answer, save_body, token_loader
@@ -144,7 +144,11 @@ def test_a_second_fit_goes_on_from_the_merged_weights_and_merges_again(tmp_path)
     once = weights(model)
     make_trainer(tmp_path, callback, max_epochs=0).fit(model, Data())
     assert_same_tensors(weights(model), once)
-    fit(tmp_path, callback, model=model)
+    merged: list[bool] = []
+    noting = At("on_validation_batch_end", lambda trainer, module: merged.append(is_merged(module)))
+    fit(tmp_path, callback, noting, model=model)
+    assert merged
+    assert all(merged)
     assert_plain(model)
     assert not torch.equal(weights(model)["body.0.weight"], once["body.0.weight"])
 
