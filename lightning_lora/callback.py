@@ -79,6 +79,8 @@ class LoRACallback(Callback):
         modules_to_save: modules that are trained and saved whole, beside the adapter.
         task_type: "SEQ_CLS", "TOKEN_CLS" or "QUESTION_ANS" adds the head that such a model has in transformers to
             modules_to_save; see LoRAConfig.
+        ensure_weight_tying: a weight that a module of modules_to_save shares with another stays one weight, trained for
+            both; false refuses such a module.
         rank_pattern: another r for some layers; keys are regular expressions over a dotted suffix of the name.
         alpha_pattern: another lora_alpha for some layers, keys as in rank_pattern.
         bias: which biases are trained: "none", "all", or those of adapted layers ("lora_only").
@@ -106,6 +108,7 @@ class LoRACallback(Callback):
         exclude_modules: str | Sequence[str] | None = None,
         modules_to_save: Sequence[str] | None = None,
         task_type: Task | None = None,
+        ensure_weight_tying: bool = True,
         rank_pattern: Mapping[str, int] | None = None,
         alpha_pattern: Mapping[str, float] | None = None,
         bias: Bias = "none",

@@ -27,6 +27,8 @@ TASK_HEADS: dict[str, tuple[str, ...]] = {
     "QUESTION_ANS": ("qa_outputs",),
 }
 
+LATER = {"task_type": None, "ensure_weight_tying": True}  # the defaults of options that 0.1.0 had not
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAConfig:
@@ -47,6 +49,8 @@ class LoRAConfig:
         task_type: what the model is for, as PEFT's files say: "SEQ_CLS" and "TOKEN_CLS" add "classifier" and "score" to
             modules_to_save, "QUESTION_ANS" adds "qa_outputs", where the model has them; "SEQ_2_SEQ_LM", "CAUSAL_LM"
             and "FEATURE_EXTRACTION" add nothing.
+        ensure_weight_tying: a weight that a module of modules_to_save shares with another stays one weight, trained for
+            both. False refuses such a module, which PEFT would untie.
         rank_pattern: another r for some layers; keys are regular expressions over a dotted suffix of the name.
         alpha_pattern: another lora_alpha for some layers, keys as in rank_pattern.
         bias: which biases are trained: "none", "all", or those of adapted layers ("lora_only").
@@ -69,6 +73,7 @@ class LoRAConfig:
     exclude_modules: str | Sequence[str] | None = None
     modules_to_save: Sequence[str] | None = None
     task_type: Task | None = None
+    ensure_weight_tying: bool = True
     rank_pattern: Mapping[str, int] | None = None
     alpha_pattern: Mapping[str, float] | None = None
     bias: Bias = "none"
@@ -95,7 +100,7 @@ class LoRAConfig:
             _refuse("task_type", f"one of {', '.join(get_args(Task))}", self.task_type)
         if self.bias not in get_args(Bias):
             _refuse("bias", f"one of {', '.join(get_args(Bias))}", self.bias)
-        for option in ("use_rslora", "autocast_adapter_dtype"):
+        for option in ("ensure_weight_tying", "use_rslora", "autocast_adapter_dtype"):
             if not isinstance(getattr(self, option), bool):
                 _refuse(option, "true or false", getattr(self, option))
         self._check_init()
@@ -128,8 +133,12 @@ class LoRAConfig:
         return list(dict.fromkeys((*(self.modules_to_save or ()), *TASK_HEADS.get(self.task_type or "", ()))))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the options as plain types, for checkpoints and JSON."""
-        return {name: _plain(value) for name, value in asdict(self).items()}
+        """Return the options as plain types, for checkpoints and JSON.
+
+        Options that 0.1.0 had not are left out at their defaults, so that it reads the files that it can apply.
+        """
+        options = {name: _plain(value) for name, value in asdict(self).items()}
+        return {name: value for name, value in options.items() if name not in LATER or value != LATER[name]}
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> LoRAConfig:

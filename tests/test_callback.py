@@ -57,6 +57,7 @@ def test_options_reach_the_config():
         "exclude_modules": ("body.3",),
         "modules_to_save": ("head",),
         "task_type": "TOKEN_CLS",
+        "ensure_weight_tying": False,
         "rank_pattern": {"body.0": 2},
         "alpha_pattern": {"body.0": 3.0},
         "bias": "all",

@@ -100,10 +100,12 @@ def test_orthogonal_needs_even_ranks_everywhere():
 def test_names_and_defaults_are_pefts():
     ours, theirs = LoRAConfig(), peft.LoraConfig()
     for field in dataclasses.fields(LoRAConfig):
-        if field.name not in {*OWN, "target_modules"}:  # PEFT chooses by model type, which a plain module has not
+        # PEFT chooses targets by model type, which a plain module has not. Of a tied weight it makes two by default.
+        if field.name not in {*OWN, "target_modules", "ensure_weight_tying"}:
             assert (getattr(ours, field.name) or None) == (getattr(theirs, field.name) or None), field.name
     default = inspect.signature(peft.get_peft_model).parameters["autocast_adapter_dtype"].default
     assert ours.autocast_adapter_dtype is default
+    assert (ours.ensure_weight_tying, theirs.ensure_weight_tying) == (True, False)
     assert ours.target_modules == "all-linear"
 
 
@@ -116,6 +118,7 @@ def test_a_config_from_peft_has_the_same_options():
         "exclude_modules": r"layers\.0\..*",
         "modules_to_save": ["head"],
         "task_type": "TOKEN_CLS",
+        "ensure_weight_tying": True,
         "rank_pattern": {"q_proj": 2},
         "alpha_pattern": {"v_proj": 4},
         "bias": "lora_only",

@@ -17,6 +17,8 @@ from ..errors import LoRAError
 from ..names import A, B, around, names_factor, near_misses, rename_keys, suffixes
 from ..nn.low_rank import ATTENTION, MERGEABLE_DTYPES, SEPARATE, low_rank_blocks, product_norm
 
+SAMPLES = 8  # values by which tensors are told apart before they are compared whole
+
 NewName = Callable[[str], str | None]
 
 
@@ -35,6 +37,7 @@ class Adapter:
         origin: what the source says of the base: base_model_name_or_path, revision, task_type.
         scope: the prefix of the part of a model that it is for, or "" for all; buffers of the rest need not be here.
         fan_in_fan_out: weights of unknown kind are stored (in, out), as PEFT says of transformers' Conv1D.
+        perhaps_base: names of tensors of which only a model tells whether they are its base's or came to be otherwise.
     """
 
     tensors: Mapping[str, Any]
@@ -47,6 +50,7 @@ class Adapter:
     origin: Mapping[str, str] = field(default_factory=dict)
     fan_in_fan_out: bool = False
     scope: str = ""
+    perhaps_base: frozenset[str] = frozenset()
 
     def layers(self) -> list[str]:
         """Return the names of the adapted layers."""
@@ -77,6 +81,7 @@ class Adapter:
             scalings=rename_keys(self.scalings, new_layer),
             fingerprint=rename_keys(self.fingerprint, new_name),
             kinds=rename_keys(self.kinds, new_layer),
+            perhaps_base=frozenset(rename_keys(dict.fromkeys(self.perhaps_base), new_name)),
         )
 
     def renamed(self, strip: str, add: str) -> Adapter:
@@ -250,6 +255,22 @@ def check_finite(name: str, value: torch.Tensor, where: str = "adapter") -> None
     numbers = value if value.dtype in MERGEABLE_DTYPES else value.double()  # isfinite does not know float8
     if not value.is_meta and not torch.isfinite(numbers).all():
         raise LoRAError(f"{where}: {name!r} holds NaN or Inf; it comes from a diverged run or a damaged file.")
+
+
+def equal_tables(tensors: Mapping[str, Any]) -> list[set[str]]:
+    """Return the names of tensors of two dimensions or more that are there under several, bit for bit, by group."""
+    alike: dict[Any, list[str]] = {}
+    for name, tensor in tensors.items():
+        if isinstance(tensor, torch.Tensor) and tensor.dim() > 1 and tensor.numel() and not tensor.is_meta:
+            values = tensor.detach().reshape(-1)[:: max(tensor.numel() // SAMPLES, 1)].tolist()
+            alike.setdefault((tensor.dtype, tensor.shape, *values), []).append(name)
+    groups = [{other for other in names if torch.equal(tensors[names[0]], tensors[other])} for names in alike.values()]
+    return [group for group in groups if len(group) > 1]
+
+
+def ties_of(names: Set[str], tensors: Mapping[str, Any]) -> set[str]:
+    """Return the names of the other tables that equal one of these: the other ends of ties."""
+    return {name for group in equal_tables(tensors) if group & names for name in group - names}
 
 
 def delta_norm(adapter: Adapter, name: str) -> float:

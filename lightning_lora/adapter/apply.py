@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..distributed.sharding import copy_
+from ..distributed.sharding import copy_, is_sharded
 from ..errors import LoRAError
 from ..model.injection import record_trainable, require_injection
 from ..model.merging import is_merged, merge, unmerge
 from ..model.named_state import base_parameters, named_state
-from ..model.state_dict import adapter_keys, base_keys
-from ..names import A, B, canonical, near_misses
+from ..model.state_dict import adapter_keys, base_keys, original_value
+from ..model.targets import untie_advice
+from ..names import A, B, canonical, near_misses, rename_keys
 from ..nn.conv import LoRAConv
 from ..nn.layer_kinds import layer_kinds
 from ..nn.lora_layer import adapted_layers
 from .adapter import Adapter, align_to_modules, check_finite
-from .fingerprint import REMEDY, check_fingerprint, fingerprint_entry
+from .fingerprint import EQUAL, REMEDY, check_fingerprint, fingerprint_entry
+
+log = logging.getLogger(__name__)
 
 
 def align_names(model: nn.Module, adapter: Adapter) -> Adapter:
@@ -51,22 +55,63 @@ def _first_names(model: nn.Module) -> Callable[[str], str]:
     return first_name
 
 
+def without_base(adapter: Adapter, base: Set[str] | None = None) -> Adapter:
+    """Return the adapter without these tensors, all that may be its base's by default, but with their fingerprint."""
+    base = adapter.perhaps_base if base is None else base
+    return replace(
+        adapter,
+        tensors={name: value for name, value in adapter.tensors.items() if name not in base},
+        fingerprint={
+            **adapter.fingerprint,
+            **{name: fingerprint_entry(adapter.tensors[name]) for name in sorted(base)},
+        },
+        perhaps_base=adapter.perhaps_base - base,
+    )
+
+
 def split_off_base(model: nn.Module, adapter: Adapter) -> Adapter:
     """Take base weights out of a source without a fingerprint, and make their fingerprint: they tell its base.
 
-    Such are a whole state dict and the targeted embeddings that PEFT writes. Single base weights in a bare adapter
-    state dict stay: they were trained without the options' asking.
+    Such are a whole state dict and the embeddings that PEFT writes. Single base weights in a bare adapter state dict
+    stay: they were trained without the options' asking. So do embeddings with rows of their own, which were resized.
+
+    Raises:
+        LoRAError: embeddings have other numbers of rows here.
     """
-    names, keys = adapter.tensors.keys(), set(adapter_keys(model))
-    whole = adapter.config is not None or names >= set(base_keys(model))
-    if adapter.fingerprint or adapter.complete or not whole:
+    if adapter.fingerprint or adapter.complete:
         return adapter
-    frozen = {name for name, tensor, _ in named_state(model) if tensor is not None and name not in keys} & names
-    return replace(
-        adapter,
-        tensors={name: value for name, value in adapter.tensors.items() if name not in frozen},
-        fingerprint={name: fingerprint_entry(adapter.tensors[name]) for name in sorted(frozen)},
-    )
+    keys, whole = set(adapter_keys(model)), adapter.config is None and adapter.tensors.keys() >= set(base_keys(model))
+    candidates = adapter.tensors.keys() if whole else adapter.perhaps_base
+    base = set()
+    for name, tensor, owner in named_state(model):
+        if name not in candidates or name in keys or tensor is None:
+            continue
+        if name in adapter.perhaps_base and has_new_rows(
+            name, adapter.tensors[name], original_value(name, tensor, owner)
+        ):
+            log.info("lightning_lora: %s comes with the adapter: its last rows are not the base's", name)
+        else:
+            base.add(name)
+    return without_base(adapter, base)
+
+
+def has_new_rows(name: str, stored: torch.Tensor, live: torch.Tensor) -> bool:
+    """Tell whether a table of the adapter is the model's but for its last rows, less than half of them.
+
+    Raises:
+        LoRAError: they have other numbers of rows: one of the two was resized.
+    """
+    if stored.dim() and stored.shape[1:] == live.shape[1:] and len(stored) != len(live) and not is_sharded(live):
+        raise LoRAError(
+            f"adapter: {name!r} has {len(stored)} rows, in the model {len(live)}: one of the two was resized. Resize "
+            f"the model first: model.resize_token_embeddings({len(stored)})."
+        )
+    if stored.shape != live.shape or not stored.dim() or is_sharded(live) or live.is_meta:
+        return False  # the fingerprint decides
+    relative = max(EQUAL, *(torch.finfo(tensor.dtype).eps for tensor in (stored, live)))
+    rows = torch.isclose(stored.float(), live.float().cpu(), rtol=relative).reshape(len(stored), -1).all(1)
+    same = int(rows.long().cumprod(0).sum())
+    return len(rows) / 2 <= same < len(rows)
 
 
 def add_frozen_weights(model: nn.Module, adapter: Adapter) -> Adapter:
@@ -136,6 +181,7 @@ def _check_tensors(model: nn.Module, adapter: Adapter) -> None:
         for name in adapter_keys(model)
         if isinstance(live[name], nn.Parameter) or (adapter.complete and name.startswith(adapter.scope))
     )
+    _check_ties(rename_keys(adapter.tensors, first_name), {first_name(name): live[name] for name in expected})
     compared = [name for name in adapter.tensors if name not in live or name in expected]
     _check_names("tensor", map(first_name, compared), map(first_name, expected))
     for name, value in adapter.tensors.items():
@@ -149,6 +195,29 @@ def _check_tensors(model: nn.Module, adapter: Adapter) -> None:
             raise LoRAError(f"adapter: {name!r} must be {tensor.dtype}, but is {value.dtype}.")
         if value.is_floating_point() and isinstance(tensor, nn.Parameter):
             check_finite(name, value)
+
+
+def _check_ties(tensors: Mapping[str, Any], live: Mapping[str, torch.Tensor | None]) -> None:
+    """Raise where the adapter has two values for what is one tensor here, or one value and nothing for the other name.
+
+    So it is where PEFT trained a copy of one end of a tied base, or of each.
+    """
+    names: dict[int, list[str]] = {}
+    for name, tensor in live.items():
+        names.setdefault(id(tensor), []).append(name)
+    for first, *others in names.values():
+        values = {name: tensors[name] for name in (first, *others) if name in tensors}
+        for other in others if values else ():
+            if other not in values or first not in values or not _equal(values[first], values[other]):
+                raise LoRAError(
+                    f"adapter: {first!r} and {other!r} are one tensor in the model, but were trained apart: the "
+                    f"adapter holds {'two values' if len(values) > 1 else 'a value for one of them alone'}. "
+                    f"{untie_advice(other)}."
+                )
+
+
+def _equal(one: Any, other: Any) -> bool:
+    return not (isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)) or torch.equal(one, other)
 
 
 def _check_names(what: str, names: Iterable[str], expected: Iterable[str]) -> None:

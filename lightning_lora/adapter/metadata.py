@@ -23,7 +23,7 @@ from ..files.safetensors import as_bytes
 from ..model.injection import refuse_replaced_layers, require_injection
 from ..model.named_state import named_state
 from ..model.pretrained import base_name
-from ..model.state_dict import adapter_keys, adapter_state_dict
+from ..model.state_dict import adapter_keys, adapter_state_dict, original_value
 from ..names import canonical
 from ..nn.layer_kinds import layer_kinds
 from ..nn.lora_layer import LoRALayer, adapted_layers
@@ -96,6 +96,12 @@ def adapter_of_model(model: nn.Module) -> Adapter:
     adapter = replace(describe_model(model), tensors=gather_all(adapter_state_dict(model)))
     check_factors(adapter, "save_adapter")
     return adapter
+
+
+def frozen_values(model: nn.Module, names: Sequence[str]) -> dict[str, Any]:
+    """Return frozen tensors of a model by name, gathered where it is sharded. Collective then."""
+    wanted = set(names)
+    return gather_all({n: original_value(n, t, m) for n, t, m in named_state(model) if n in wanted and t is not None})
 
 
 def describe_model(model: nn.Module) -> Adapter:

@@ -24,25 +24,24 @@ from ..files.atomic import new_folder
 from ..files.paths import PathLike, read_json, write_json
 from ..files.safetensors import read_safetensors, write_tensors
 from ..files.torch_archive import read_torch_file
-from ..names import A, B, around, matcher
-from ..nn.low_rank import ATTENTION, ATTENTION_OUTPUT, CONV, EMBEDDING, GROUPED_CONV, SEPARATE
-from .adapter import Adapter, check_factors, exact_options
-from .fingerprint import fingerprint_entry
+from ..names import A, B, around
+from ..nn.low_rank import ATTENTION, ATTENTION_OUTPUT, GROUPED_CONV, SEPARATE
+from .adapter import Adapter, check_factors, exact_options, ties_of
 from .metadata import from_metadata, to_metadata
 from .peft_mapping import (
     add_idle_attention,
     as_plain,
-    check_peft_version,
     drop_layers,
     from_plain,
     idle_attention,
     options_from_peft,
     options_to_peft,
     origin_of,
-    our_names,
-    peft_name,
     refuse_options,
 )
+from .peft_names import peft_name, read_names
+from .peft_saved_modules import entries_in, frozen_in_saved
+from .peft_state_dict import kinds_of, read_state
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
@@ -53,11 +52,17 @@ HEADER_KEY = "lightning_lora"
 IDLE = "idle"  # in the description: the layers that add_idle_attention added
 
 
-def write_folder(adapter: Adapter, path: PathLike) -> None:
+def write_folder(adapter: Adapter, path: PathLike, frozen: Mapping[str, torch.Tensor] | None = None) -> None:
     """Write an adapter as a PEFT folder under the network's names; what else is in the folder stays.
 
+    Args:
+        adapter: what is written.
+        path: the folder.
+        frozen: the tensors of frozen_in_saved, by the network's names.
+
     Raises:
-        LoRAError: PEFT has no equal of one of its layers. Nothing is written.
+        LoRAError: PEFT has no equal of one of its layers, or wants frozen tensors that were not given. Nothing is
+            written.
     """
     extra = [name for name, value in adapter.tensors.items() if not isinstance(value, torch.Tensor)]
     if extra:
@@ -65,12 +70,14 @@ def write_folder(adapter: Adapter, path: PathLike) -> None:
         adapter = replace(adapter, tensors={n: t for n, t in adapter.tensors.items() if n not in extra})
     outside = {name: tensor for name, tensor in adapter.tensors.items() if not name.startswith(adapter.network)}
     own = adapter.by_network_names()
+    _refuse_missing_frozen(own, frozen or {})
     for name in own.layers():
         _refuse_without_equal(own, name)
     own, idle = add_idle_attention(own)
     plain = as_plain(own)
     layers = set(own.layers())
-    tensors = {peft_name(name, layers, own.kinds): tensor for name, tensor in plain.tensors.items()}
+    values = {**plain.tensors, **(frozen or {})}
+    tensors = {peft_name(name, layers, own.kinds): tensor for name, tensor in values.items()}
     description = to_metadata(own) | {"complete": not extra}
     if idle:
         description[IDLE] = idle
@@ -87,6 +94,16 @@ def write_folder(adapter: Adapter, path: PathLike) -> None:
 def _copies(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return own copies on the CPU, whose elements follow each other."""
     return {n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}
+
+
+def _refuse_missing_frozen(adapter: Adapter, frozen: Mapping[str, torch.Tensor]) -> None:
+    missing = [name for name in frozen_in_saved(adapter) if name not in frozen]
+    if missing:
+        raise LoRAError(
+            f"save_adapter: PEFT's modules_to_save takes every module whose name ends in an entry, and so wants "
+            f"{missing[0]!r} in the file, which the adapter does not hold. Load the adapter onto its model and call "
+            "save_adapter."
+        )
 
 
 def _refuse_without_equal(adapter: Adapter, name: str) -> None:
@@ -133,12 +150,12 @@ def read_folder(path: PathLike) -> Adapter:
     options = read_json(folder / CONFIG_FILE)
     refuse_options(options, folder / CONFIG_FILE)
     peft_tensors, header = _read_tensors(folder)
-    names = our_names(peft_tensors, folder)
-    tensors = {names[peft_name]: tensor for peft_name, tensor in peft_tensors.items()}
+    names = read_names(peft_tensors, folder)
+    tensors = {name: peft_tensors[peft_name] for peft_name, name in names.ours.items()}
     if HEADER_KEY in header:
         adapter, outside = _read_described(tensors, header[HEADER_KEY], folder / TENSOR_FILE)
         return _add_outside(adapter, outside, folder) if outside else adapter
-    return _read_foreign(tensors, {name: peft_name for peft_name, name in names.items()}, options, folder)
+    return _read_foreign(tensors, names.bare, options, folder)
 
 
 def read_tensor_file(path: PathLike) -> Adapter:
@@ -148,8 +165,9 @@ def read_tensor_file(path: PathLike) -> Adapter:
         LoRAError: it is damaged, or it holds what this package cannot apply.
     """
     peft_tensors, header = read_safetensors(path)
-    tensors = {name: peft_tensors[peft_name] for peft_name, name in our_names(peft_tensors, path).items()}
     if HEADER_KEY in header:
+        names = read_names(peft_tensors, path).ours
+        tensors = {name: peft_tensors[peft_name] for peft_name, name in names.items()}
         adapter, outside = _read_described(tensors, header[HEADER_KEY], Path(path))
         if outside:
             warnings.warn(
@@ -158,9 +176,7 @@ def read_tensor_file(path: PathLike) -> Adapter:
                 stacklevel=3,
             )
         return adapter
-    adapter = Adapter(tensors)
-    check_factors(adapter, str(path))
-    return adapter
+    return read_state(peft_tensors, path)
 
 
 def _read_tensors(folder: Path) -> tuple[dict[str, torch.Tensor], Mapping[str, str]]:
@@ -189,7 +205,9 @@ def _read_described(tensors: Mapping[str, torch.Tensor], text: str, where: Path)
     changed = [name for name in idle if name not in idle_attention(adapter)]
     if changed:
         raise LoRAError(f"{where}: the factors of {changed[0]!r} must be zero; something changed them after saving.")
-    adapter = from_plain(drop_layers(adapter, idle))
+    # Of a frozen tensor, which is there because PEFT wants it, the fingerprint is enough.
+    own = {name: tensor for name, tensor in adapter.tensors.items() if name not in adapter.fingerprint}
+    adapter = from_plain(drop_layers(replace(adapter, tensors=own), idle))
     check_factors(adapter, str(where))
     return adapter, description.get("outside")
 
@@ -221,19 +239,21 @@ def _read_foreign(
     """Return an adapter that another program wrote."""
     bare = Adapter(tensors)
     layers = bare.layers()
-    entries = options.get("modules_to_save")
-    is_saved = matcher([entry for entry in entries if isinstance(entry, str)] if isinstance(entries, list) else None)
-    kinds = _foreign_kinds(tensors, peft_names, options, folder)
+    kinds = kinds_of(tensors, peft_names, options.get("peft_version"), folder)
     whole = bare.beside_factors()
-    # PEFT saves embeddings beside the adapter: they are trained only where modules_to_save says so.
-    base = {n for n in whole if n.rpartition(".")[2] == "weight" and not any(map(is_saved, around(n)))}
-    config = options_from_peft(options, layers, [name for name in whole if name not in base])
+    config = options_from_peft(options, layers, whole)
+    ends = tuple(entries_in(options))
+    saved = {name for name in whole if ends and any(module.endswith(ends) for module in around(peft_names[name]))}
+    base_leaves = ("weight", "bias") if config.bias == "none" else ("weight",)
+    # PEFT saves embeddings beside the adapter, as they are where they are adapted, or because they were resized. The
+    # other end of a tied weight that was trained is not in modules_to_save either.
+    dumped = {name for name in whole if name.rpartition(".")[2] in base_leaves and name not in saved}
     adapter = Adapter(
-        tensors={name: tensor for name, tensor in tensors.items() if name not in base},
+        tensors=tensors,
         config=config,
         scalings={name: config.scaling(bare.options_name(name)) for name in layers},
-        fingerprint={name: fingerprint_entry(tensors[name]) for name in base},
         kinds=kinds,
+        perhaps_base=frozenset(dumped - ties_of(saved, whole)),
         origin=origin_of(options),
         fan_in_fan_out=options.get("fan_in_fan_out") is True,
     )
@@ -247,30 +267,3 @@ def _without_idle_attention(adapter: Adapter) -> Adapter:
         return adapter
     adapter = drop_layers(adapter, idle)
     return replace(adapter, config=exact_options(cast(LoRAConfig, adapter.config), adapter.ranks(), adapter.scalings))
-
-
-def _foreign_kinds(
-    tensors: Mapping[str, torch.Tensor], peft_names: Mapping[str, str], options: Mapping[str, Any], folder: Path
-) -> dict[str, str]:
-    """Return the kinds of layers, as far as PEFT's names and the factors' shapes tell them."""
-    kinds = {}
-    for name in Adapter(tensors).layers():
-        if peft_names[f"{name}.{A}"].endswith("lora_embedding_A"):
-            kinds[name] = EMBEDDING
-        elif peft_names[f"{name}.{A}"].endswith("base_layer.out_proj.lora_A.weight"):
-            kinds |= {name: ATTENTION_OUTPUT, name.rpartition(".")[0]: ATTENTION}
-            check_peft_version(options.get("peft_version"), folder)
-        a, b = tensors[f"{name}.{A}"], tensors.get(f"{name}.{B}")
-        if a.dim() > 2 and b is not None and b.dim() == a.dim():
-            _refuse_crossing_groups(name, a, b, folder)
-            kinds[name] = CONV
-    return kinds
-
-
-def _refuse_crossing_groups(name: str, a: torch.Tensor, b: torch.Tensor, folder: Path) -> None:
-    if b.shape[1] != a.shape[0] and b.shape[1] and a.shape[0] % b.shape[1] == 0:
-        raise LoRAError(
-            f"{folder}: {name!r} is a convolution with {a.shape[0] // b.shape[1]} groups: A {tuple(a.shape)} sees all "
-            f"input channels, B {tuple(b.shape)} one group of the rank. Their product crosses the groups: no grouped "
-            "weight equals it, and it cannot be applied."
-        )

@@ -1,9 +1,6 @@
-"""PEFT's options, tensor names and equivalent factors, from and to ours. What cannot be applied is refused by name.
+"""PEFT's options and equivalent factors, from and to ours. What cannot be applied is refused by name.
 
 Options: adapter_config.json's fields are LoRAConfig's but for those that are listed here.
-
-Names: PEFT wraps a layer, so that what the layer owns moves to `<layer>.base_layer`; it wraps attention and the
-attention's out_proj, one inside the other.
 
 Equivalents: with enable_lora, n parts with factors (r, in) and (out / len, r) equal one adapter of rank n * r with the
 same A and a B that is block diagonal, with zero rows for the parts that are left alone. The scaling stays, so
@@ -16,7 +13,7 @@ in, which is exact.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -26,8 +23,9 @@ import torch
 from ..config import TASK_HEADS, LoRAConfig, Task
 from ..errors import LoRAError
 from ..names import A, B, around, matcher, suffixes
-from ..nn.low_rank import ATTENTION, ATTENTION_OUTPUT, CONV1D, EMBEDDING, from_block_diagonal, to_block_diagonal
+from ..nn.low_rank import ATTENTION, ATTENTION_OUTPUT, CONV1D, from_block_diagonal, to_block_diagonal
 from .adapter import Adapter, exact_options, options_hold
+from .peft_saved_modules import entries_in, from_peft_entries, is_tied_by_peft, to_peft_entries
 
 SHARED = ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "rank_pattern", "alpha_pattern")
 SELECTING = ("target_modules", "exclude_modules", "modules_to_save")
@@ -39,17 +37,7 @@ WITHOUT_EFFECT = {  # on what the stored tensors mean
     *("peft_type", "auto_mapping", "peft_version", "inference_mode", "fan_in_fan_out", "init_lora_weights"),
     *("layers_to_transform", "layers_pattern", "megatron_core", "loftq_config", "eva_config", "corda_config"),
     *("lora_ga_config", "qalora_group_size", "runtime_config"),
-}
-
-PREFIX = "base_model.model."
-BASE_LAYER = ".base_layer"
-FACTORS = {"lora_A.weight": A, "lora_B.weight": B, "lora_embedding_A": A, "lora_embedding_B": B}
-OTHER_METHODS = {
-    "lora_magnitude_vector": "DoRA",
-    "lora_magnitude_vector.weight": "DoRA",
-    "lora_B.bias": "lora_bias",
-    "lora_A.bias": "lora_bias",
-    "trainable_tokens_delta": "trainable_token_indices",
+    "ensure_weight_tying",  # of tied weights the values tell
 }
 
 OUT_PROJ_COUNTS = 2  # times
@@ -73,7 +61,8 @@ def options_to_peft(adapter: Adapter) -> dict[str, Any]:
         "peft_type": "LORA",
         "target_modules": _target_modules(adapter, list(ranks)),
         "exclude_modules": None,
-        "modules_to_save": config.all_modules_to_save() or None,
+        "modules_to_save": to_peft_entries(adapter),
+        **({"ensure_weight_tying": True} if is_tied_by_peft(adapter) else {}),
         "init_lora_weights": options["init_lora_weights"],
         "fan_in_fan_out": adapter.fan_in_fan_out or CONV1D in adapter.kinds.values(),
         "inference_mode": True,
@@ -108,25 +97,22 @@ def refuse_options(options: Mapping[str, Any], path: Path) -> None:
         )
 
 
-def options_from_peft(options: Mapping[str, Any], layers: Sequence[str], saved: Sequence[str]) -> LoRAConfig:
+def options_from_peft(options: Mapping[str, Any], layers: Sequence[str], whole: Iterable[str]) -> LoRAConfig:
     """Return LoRAConfig's options out of those of adapter_config.json.
 
     Args:
         options: what the file holds.
         layers: the adapted layers that the tensors name.
-        saved: names of parameters that the tensors hold whole. PEFT adds entries to modules_to_save that may name
-            nothing, so those without tensors are dropped, and a task_type whose head has none: that of an adapter
-            that transformers made stands for no head.
+        whole: names of parameters that the tensors hold whole. Of a task_type whose head has none nothing is taken:
+            that of an adapter that transformers made stands for no head.
 
     Raises:
         LoRAError: an option has a value that is not allowed.
     """
     config = {name: options[name] for name in (*SHARED, *SELECTING) if options.get(name) is not None}
-    named = {suffix for name in saved for module in around(name) for suffix in suffixes(module)}
-    entries = config.get("modules_to_save")
-    if isinstance(entries, list):
-        entries = [entry for entry in entries if isinstance(entry, str) and entry in named]
-        config["modules_to_save"] = list(dict.fromkeys(entries))
+    if isinstance(config.get("modules_to_save"), list):
+        config["modules_to_save"] = from_peft_entries(entries_in(options), whole)
+    named = {suffix for name in whole for module in around(name) for suffix in suffixes(module)}
     task = options.get("task_type")
     if task in get_args(Task) and (task not in TASK_HEADS or not {*TASK_HEADS[task]}.isdisjoint(named)):
         config["task_type"] = task
@@ -148,61 +134,6 @@ def check_peft_version(version: object, where: object) -> None:
             f"{where}: adapts nn.MultiheadAttention and was written by peft {version}. peft up to 0.21 adds the change "
             "of out_proj twice; whether this one does is not known here. Update lightning_lora, or leave attention out."
         )
-
-
-def peft_name(name: str, layers: Set[str], kinds: Mapping[str, str]) -> str:
-    """Return PEFT's name of one of our tensors.
-
-    Args:
-        name: ours.
-        layers: names of the adapted layers.
-        kinds: of these, as far as known.
-    """
-    layer, _, leaf = name.rpartition(".")
-    if layer not in layers:
-        return PREFIX + name
-    kind, wrapped = kinds.get(layer), PREFIX + layer
-    if kind == ATTENTION_OUTPUT:  # its attention is wrapped too
-        attention, dot, _ = layer.rpartition(".")
-        wrapped = f"{PREFIX}{attention}{dot}base_layer.out_proj"
-    if leaf not in (A, B):
-        return f"{wrapped}{BASE_LAYER}.{leaf}"
-    return f"{wrapped}.lora_embedding_{leaf[-1]}" if kind == EMBEDDING else f"{wrapped}.{leaf}.weight"
-
-
-def our_names(peft_names: Iterable[str], where: object) -> dict[str, str]:
-    """Return our name of each of PEFT's tensors.
-
-    Raises:
-        LoRAError: a name says that the adapter is more than plain LoRA, or two names mean the same tensor.
-    """
-    names = {peft_name: _our_name(peft_name, where) for peft_name in peft_names}
-    first: dict[str, str] = {}
-    for peft_name, name in names.items():
-        if name in (A, B):
-            raise LoRAError(f"{where}: {peft_name!r} names no layer.")
-        if first.setdefault(name, peft_name) != peft_name:
-            raise LoRAError(f"{where}: {first[name]!r} and {peft_name!r} both mean {name!r}; the file is damaged.")
-    return names
-
-
-def _our_name(peft_name: str, where: object) -> str:
-    bare = peft_name.removeprefix(PREFIX)
-    other_method = next((method for leaf, method in OTHER_METHODS.items() if _ends_in(bare, leaf)), "")
-    if f"{BASE_LAYER}.lora_" in bare and not other_method:
-        other_method = "target_parameters"
-    if other_method:
-        raise LoRAError(
-            f"{where}: {peft_name!r} belongs to {other_method}, which cannot be applied; plain LoRA is read."
-        )
-    peft_leaf = next((leaf for leaf in FACTORS if _ends_in(bare, leaf)), None)
-    if peft_leaf is not None:
-        bare = bare.removesuffix(peft_leaf) + FACTORS[peft_leaf]
-    return bare.replace(f"{BASE_LAYER}.", ".")
-
-
-def _ends_in(name: str, leaf: str) -> bool:
-    return name == leaf or name.endswith(f".{leaf}")
 
 
 def as_plain(adapter: Adapter) -> Adapter:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 import io
+import logging
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,11 +27,24 @@ from ..model.targets import Targets
 from ..names import META, A
 from ..nn.lora_layer import adapted_layers
 from .adapter import Adapter, check_factors, exact_options, options_hold
-from .apply import add_frozen_weights, align_names, by_first_names, check_adapter, copy_values, split_off_base
+from .apply import (
+    add_frozen_weights,
+    align_names,
+    by_first_names,
+    check_adapter,
+    copy_values,
+    split_off_base,
+    without_base,
+)
 from .fingerprint import REMEDY
 from .lightning_checkpoint import adapter_of, prepare_for_load
-from .metadata import adapter_of_model
+from .metadata import adapter_of_model, frozen_values
 from .peft_folder import read_folder, read_tensor_file, write_folder
+from .peft_names import are_peft_names
+from .peft_saved_modules import frozen_in_saved
+from .peft_state_dict import read_state
+
+log = logging.getLogger(__name__)
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -44,9 +58,11 @@ def save_adapter(model: nn.Module, path: PathLike) -> None:
         LoRAError: the model was not injected, or PEFT has no equal of one of its layers.
     """
     adapter = adapter_of_model(model)
+    frozen = frozen_values(model, [adapter.network + name for name in frozen_in_saved(adapter.by_network_names())])
+    network_frozen = {name.removeprefix(adapter.network): value for name, value in frozen.items()}
     sync = RankSync(layer.main_weight() for layer in adapted_layers(model).values())
     writes = writes_files(model)
-    sync.run(f"save_adapter to {path}", (lambda: write_folder(adapter, path)) if writes else None)
+    sync.run(f"save_adapter to {path}", (lambda: write_folder(adapter, path, network_frozen)) if writes else None)
     sync.raise_on_any_rank()
 
 
@@ -55,8 +71,9 @@ def load_adapter(model: nn.Module, source: PathLike | Mapping[str, Any], *, stri
 
     Args:
         model: a model with the base that the adapter was trained on.
-        source: a PEFT folder, a Lightning checkpoint of any kind, a file with a state dict, or a state dict. A source
-            without options (a bare state dict) needs an injected model.
+        source: a PEFT folder, a Lightning checkpoint of any kind, a file with a state dict, or a state dict; also one
+            of a PeftModel, or of a LightningModule that holds one. A source without options (a bare state dict) needs
+            an injected model, whose options then hold.
         strict_base: whether another base than the adapter's is an error or a warning.
 
     Returns:
@@ -159,6 +176,10 @@ def apply_adapter(model: nn.Module, adapter: Adapter, *, strict_base: bool = Tru
     fresh = find_injection(model) is None
     if fresh:
         inject(model, _config_for(model, adapter))
+    elif adapter.config is None:
+        options = require_injection(model, "load_adapter").record.config
+        scale = f"lora_alpha={options.lora_alpha:g}, use_rslora={options.use_rslora}"
+        log.info("lightning_lora: the source stores no options; those of the injected model hold: %s", scale)
     try:
         adapter = add_frozen_weights(model, split_off_base(model, adapter))
         check_adapter(model, adapter, strict_base=strict_base, remedy=remedy)
@@ -176,16 +197,28 @@ def _config_for(model: nn.Module, adapter: Adapter) -> LoRAConfig:
     config, ranks = adapter.config, adapter.ranks()
     if config is None:
         stored = sorted(set(ranks.values()))
+        saved = _leaves(_saved_modules(adapter))
         raise LoRAError(
             "adapter: the source stores tensors and no options, as loralib's files do. Its factors have rank "
             f"{' and '.join(map(str, stored))}; lora_alpha is nowhere in it and must come from whoever trained it. "
-            f"Call inject(model, LoRAConfig(r={stored[0]}, lora_alpha=..., target_modules=...)) first, then "
-            "load_adapter again."
+            f"Call inject(model, LoRAConfig(r={stored[0]}, lora_alpha=..., target_modules=[{_leaves(ranks)}]"
+            f"{f', modules_to_save=[{saved}]' if saved else ''})) first, then load_adapter again."
         )
     targets = Targets(model, config)
     same_layers = not targets.unmatched and set(targets.layers) == set(ranks)
     same = same_layers and options_hold(config, ranks, adapter.scalings)
     return config if same else exact_options(config, ranks, adapter.scalings)
+
+
+def _saved_modules(adapter: Adapter) -> list[str]:
+    """Return the modules that an adapter without options holds whole."""
+    whole = adapter.beside_factors().keys() - adapter.perhaps_base
+    modules = dict.fromkeys(name.rpartition(".")[0] for name in sorted(whole) if name.endswith(".weight"))
+    return [module for module in modules if module not in adapter.layers()]
+
+
+def _leaves(modules: Iterable[str]) -> str:
+    return ", ".join(map(repr, dict.fromkeys(module.rpartition(".")[2] for module in modules)))
 
 
 def read_adapter(source: PathLike | Mapping[str, Any]) -> Adapter:
@@ -207,7 +240,10 @@ def read_adapter(source: PathLike | Mapping[str, Any]) -> Adapter:
     state = source.get("state_dict", source)
     if not isinstance(state, Mapping):
         raise LoRAError(f"load_adapter: expected a state dict, found {type(state).__name__}.")
-    adapter = Adapter({n: v for n, v in state.items() if isinstance(n, str) and isinstance(v, torch.Tensor)})
+    tensors = {n: v for n, v in state.items() if isinstance(n, str) and isinstance(v, torch.Tensor)}
+    if are_peft_names(tensors):
+        return read_state(tensors, "adapter", source.get("hyper_parameters"))
+    adapter = Adapter(tensors)
     check_factors(adapter, "adapter")
     return adapter
 
@@ -222,7 +258,7 @@ def adapter_with_options(path: PathLike, lora_alpha: float | None = None) -> Ada
     Raises:
         LoRAError: lora_alpha is missing, or is stored and given.
     """
-    adapter = read_adapter(path)
+    adapter = without_base(read_adapter(path))
     ranks = adapter.ranks()
     if not ranks:
         raise LoRAError(f"{path}: holds no lora_A; it is not an adapter of a known format.")
@@ -242,7 +278,10 @@ def adapter_with_options(path: PathLike, lora_alpha: float | None = None) -> Ada
                 "a model injected with enable_lora."
             )
     scalings = {name: lora_alpha / rank for name, rank in ranks.items()}
-    config = LoRAConfig(r=next(iter(ranks.values())), lora_alpha=lora_alpha, target_modules=list(ranks))
+    saved = _saved_modules(adapter)
+    config = LoRAConfig(
+        r=next(iter(ranks.values())), lora_alpha=lora_alpha, target_modules=list(ranks), modules_to_save=saved
+    )
     if not options_hold(config, ranks, scalings):
         config = exact_options(config, ranks, scalings)
     return replace(adapter, config=config, scalings=scalings)

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 
 from ..adapter.adapter import Adapter, delta_norm, difference_norm
+from ..adapter.apply import without_base
 from ..adapter.peft_folder import CONFIG_FILE
+from ..adapter.peft_names import are_peft_names
 from ..adapter.save_load import read_adapter
 from ..errors import LoRAError
 from ..files.paths import PathLike
@@ -28,7 +30,7 @@ def info(path: PathLike) -> dict[str, Any]:
         LoRAError: it is none of these, or damaged.
     """
     if holds_adapter(path):
-        return {"path": str(path), "kind": _adapter_kind(Path(path)), **_adapter_info(read_adapter(path))}
+        return {"path": str(path), "kind": _adapter_kind(Path(path)), **_adapter_info(without_base(read_adapter(path)))}
     weights = open_weights(path)
     locations = weights.locations.values()
     return {
@@ -58,9 +60,11 @@ def _adapter_kind(path: Path) -> str:
         return "PEFT folder"
     if path.suffix == SUFFIX:
         return "safetensors file with an adapter"
-    meta = read_torch_file(path, "meta").get(META)
-    if isinstance(meta, Mapping):
-        return f"Lightning checkpoint of kind {meta.get('kind')!r}"
+    content = read_torch_file(path, "meta")
+    if isinstance(content.get(META), Mapping):
+        return f"Lightning checkpoint of kind {content[META].get('kind')!r}"
+    if are_peft_names(content.get("state_dict", content)):
+        return "Lightning checkpoint that holds a PeftModel" if "state_dict" in content else "state dict of PEFT"
     return "state dict with an adapter and no options, as loralib writes it"
 
 
@@ -113,7 +117,8 @@ def diff(first_path: PathLike, second_path: PathLike) -> dict[str, Any]:
         raise LoRAError(f"diff: {adapter} is an adapter and {weights} is not; give two of a kind.")
     if not are_adapters[0]:
         return _diff_weights(open_weights(first_path), open_weights(second_path))
-    return _diff_adapters(read_adapter(first_path).by_network_names(), read_adapter(second_path).by_network_names())
+    first, second = (without_base(read_adapter(path)).by_network_names() for path in (first_path, second_path))
+    return _diff_adapters(first, second)
 
 
 def _diff_adapters(first: Adapter, second: Adapter) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..adapter.adapter import Adapter, align_to_modules, check_finite
+from ..adapter.adapter import Adapter, align_to_modules, check_finite, equal_tables
 from ..adapter.fingerprint import compare_fingerprints, fingerprint_entry_at
 from ..adapter.save_load import adapter_with_options
 from ..config import LoRAConfig
@@ -98,11 +98,14 @@ def plan_updates(adapter: Adapter, base: Weights, *, strict_base: bool = True) -
     seen = _seen_orientations(adapter, base)
     for name in adapter.layers():
         updates |= _layer_updates(adapter, name, base, seen)
-    for name, value in adapter.beside_factors().items():
-        updates[name] = _replacement(name, value, base)
+    whole = adapter.beside_factors()
+    tied = set().union(*equal_tables(whole))  # both ends of a tie
+    for name, value in whole.items():
+        if name in base.locations or name not in tied:  # a file may hold such a weight once
+            updates[name] = _replacement(name, value, base)
     owners = base.other_owners()
     for name in updates:
-        if name in owners:
+        if name in owners and name not in tied:
             raise LoRAError(
                 f"{base.path}: {name!r} is also {owners[name]}, so changing it would change that too, and merged "
                 "weights cannot express the adapter. Leave the layer out of the adapter, or keep the adapter separate."
@@ -168,7 +171,7 @@ def _refuse_missing(adapter: Adapter, base: Weights, scope: str) -> None:
         if not location.dtype.is_floating_point or not name.startswith(scope):
             continue
         # A base may hold more than the model that was trained, and masks under the name bias.
-        is_bias = leaf.endswith("bias") and module in known and len(location.shape) == 1
+        is_bias = leaf == "bias" and module in known and len(location.shape) == 1
         trained = (
             any(map(is_saved, around(name)))
             or (config.bias == "all" and is_bias)

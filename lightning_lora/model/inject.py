@@ -37,7 +37,7 @@ from .named_state import base_parameters, exchange_values_
 from .patches import call_previous, patch, unpatch
 from .pretrained import warn_before_save_pretrained
 from .state_dict import accept_partial_states, accept_whole_states_only, refuse_unmergeable
-from .targets import Targets, check_shapes, check_supported, check_unadapted
+from .targets import Targets, check_shapes, check_supported, check_unadapted, check_untied
 
 log = logging.getLogger(__name__)
 
@@ -193,6 +193,8 @@ def adapt_new_layers(model: nn.Module) -> None:
     new = {name: module for name, module in targets.layers.items() if not isinstance(module, LoRALayer)}
     for name, module in new.items():
         check_supported(name, module, record.config)
+    if not record.config.ensure_weight_tying:
+        check_untied(root, targets.saved)
     _freeze(root, record, new, targets.saved)
     seed = record.seed or random_seed()
     with torch.inference_mode(False):
@@ -280,7 +282,7 @@ def _freeze(root: nn.Module, record: Injection, new: Mapping[str, nn.Module], sa
         if name in record.requires_grad and (not rebuilt or name in record.trained):
             continue
         record.requires_grad.setdefault(name, parameter.requires_grad)
-        everywhere = record.config.bias == "all" and name.rpartition(".")[2].endswith("bias")
+        everywhere = record.config.bias == "all" and name.rpartition(".")[2] == "bias"  # PEFT's rule: no in_proj_bias
         parameter.requires_grad_(parameter.is_floating_point() and (everywhere or id(parameter) in trainable))
 
 

@@ -165,6 +165,29 @@ def check_shapes(model: nn.Module) -> None:
             )
 
 
+def check_untied(model: nn.Module, saved: Mapping[str, nn.Module]) -> None:
+    """Refuse to train modules whole of which one shares its weight with a module outside of it.
+
+    Raises:
+        LoRAError: one does; the message names both, and says how to untie them.
+    """
+    tied = tied_weights(model)
+    for name, module in saved.items():
+        owners = [tied[part] for part in module.modules() if part in tied]
+        outside = [owner for owner in owners if not owner.startswith(f"{name}.")]
+        if outside:
+            raise LoRAError(
+                f"inject: modules_to_save names {name!r}, whose weight is also {outside[0]!r}, and "
+                f"ensure_weight_tying=False asks to train it apart. {untie_advice(outside[0])}. Or set "
+                "ensure_weight_tying=True, which trains one weight for both."
+            )
+
+
+def untie_advice(name: str) -> str:
+    """Return how a parameter gets values of its own, for messages."""
+    return f"Untie it first, which is exact: model.{name} = nn.Parameter(model.{name}.detach().clone())"
+
+
 def check_supported(name: str, module: nn.Module, config: LoRAConfig) -> None:
     """Refuse a module that cannot be adapted with these options.
 

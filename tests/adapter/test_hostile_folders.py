@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lightning_lora import LoRAError, inject, load_adapter, save_adapter
-from lightning_lora.adapter.peft_mapping import our_names
+from lightning_lora.adapter.peft_names import read_names
 from lightning_lora.command.info import info
 from lightning_lora.command.merge import merge_on_disk
 from support.models import Zoo, trace, zoo_config
@@ -214,7 +214,7 @@ def refusal(path: Path, form: str, key: str, value: Any) -> str:
     else:
         source = path / "a.ckpt"
         meta = {"format_version": 1, "kind": "adapter", **description, key: value}
-        names = our_names(list(tensors), source)
+        names = read_names(list(tensors), source).ours
         torch.save({"state_dict": {names[n]: t for n, t in tensors.items()}, "lora": meta}, source)
     fresh = zoo()
     before = trace(fresh)

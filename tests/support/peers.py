@@ -117,7 +117,7 @@ def logits(net: nn.Module) -> torch.Tensor:
     return out if isinstance(out, torch.Tensor) else out.logits
 
 
-def _spread_(net: nn.Module) -> None:
+def spread_(net: nn.Module) -> None:
     """Random values in all that is trained."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -135,7 +135,7 @@ def ours(name: str, path: Path | None = None, **options: Any) -> nn.Module:
     """The model with our adapter, saved at `path`."""
     net = model(name)
     inject(net, our_config(name, **options))
-    _spread_(net)
+    spread_(net)
     if path is not None:
         save_adapter(net, path)
     return net
@@ -147,7 +147,7 @@ def theirs(name: str, path: Path | None = None, **options: Any) -> peft.PeftMode
     config = {"r": 4, "lora_alpha": 8, "target_modules": peer.targets, **copy.deepcopy(peer.options), **peer.peft_only}
     config |= options
     net = peft.get_peft_model(model(name), peft.LoraConfig(**config))
-    _spread_(net)
+    spread_(net)
     if path is not None:
         net.save_pretrained(str(path))
     return net.eval()

@@ -1,0 +1,187 @@
+"""PEFT's names of tensors, from and to ours.
+
+PEFT wraps what it trains, so that names grow segments that the model itself does not have:
+
+    <layer>.base_layer.<leaf>              what an adapted layer owns
+    <attention>.base_layer.out_proj...     attention and its out_proj are wrapped one inside the other
+    <module>.modules_to_save.<leaf>        the trained copy of a module that is saved whole
+    <module>.original_module.<leaf>        the module as it was
+
+In files the second half of these is plain `<module>.<leaf>`, and in the state dict of a live PeftModel each `lora_A`,
+`lora_B` and `modules_to_save` is followed by the adapter's name. A segment is PEFT's only where its neighbours say so:
+a model may have modules of the same names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Set
+from dataclasses import dataclass
+
+from ..errors import LoRAError
+from ..names import A, B
+from ..nn.low_rank import ATTENTION_OUTPUT, EMBEDDING
+
+PREFIX = "base_model.model."
+BASE_LAYER, SAVED, ORIGINAL = ".base_layer", ".modules_to_save", ".original_module"
+FACTORS = {"lora_A.weight": A, "lora_B.weight": B, "lora_embedding_A": A, "lora_embedding_B": B}
+OTHER_METHODS = {
+    "lora_magnitude_vector": "DoRA",
+    "lora_magnitude_vector.weight": "DoRA",
+    "lora_B.bias": "lora_bias",
+    "lora_A.bias": "lora_bias",
+    "trainable_tokens_delta": "trainable_token_indices",
+}
+ADAPTER_NAME = re.compile(r"(?:^|\.)(?:lora_[AB]\.([^.]+)\.weight|lora_embedding_[AB]\.([^.]+))$")
+NAMED = r"(^|\.)(lora_\w+|modules_to_save|trainable_tokens_delta)\."  # what an adapter's name follows
+
+
+@dataclass(frozen=True)
+class PeftNames:
+    """What the names of PEFT's tensors say.
+
+    Attributes:
+        ours: our name of each tensor, without those that say nothing more.
+        bare: of each of our names, PEFT's in a file, without its prefix.
+        of_layers: our names of what adapted layers own beside the factors.
+        network: what stands before PEFT's prefix, as in the state dict of a LightningModule: "" or ending in a dot.
+        saved: the modules that were copied and trained whole, as far as names tell.
+        live: they are those of a live PeftModel's state dict, which holds the base too.
+    """
+
+    ours: Mapping[str, str]
+    bare: Mapping[str, str]
+    of_layers: frozenset[str]
+    network: str
+    saved: frozenset[str]
+    live: bool
+
+
+def are_peft_names(names: Iterable[str]) -> bool:
+    """Tell whether names are PEFT's, in a file or of a live model, rather than ours."""
+    return any(ADAPTER_NAME.search(name) or any(_ends_in(name, leaf) for leaf in FACTORS) for name in names)
+
+
+def peft_name(name: str, layers: Set[str], kinds: Mapping[str, str]) -> str:
+    """Return PEFT's name of one of our tensors, as files have it.
+
+    Args:
+        name: ours.
+        layers: names of the adapted layers.
+        kinds: of these, as far as known.
+    """
+    layer, _, leaf = name.rpartition(".")
+    if layer not in layers:
+        return PREFIX + name
+    kind, wrapped = kinds.get(layer), PREFIX + layer
+    if kind == ATTENTION_OUTPUT:  # its attention is wrapped too
+        attention, dot, _ = layer.rpartition(".")
+        wrapped = f"{PREFIX}{attention}{dot}base_layer.out_proj"
+    if leaf not in (A, B):
+        return f"{wrapped}{BASE_LAYER}.{leaf}"
+    return f"{wrapped}.lora_embedding_{leaf[-1]}" if kind == EMBEDDING else f"{wrapped}.{leaf}.weight"
+
+
+def read_names(peft_names: Iterable[str], where: object) -> PeftNames:
+    """Return what the names of PEFT's tensors say.
+
+    Raises:
+        LoRAError: a name says that the adapter is more than plain LoRA, there are several adapters or models, or two
+            names mean the same tensor.
+    """
+    peft_names = list(peft_names)
+    adapter_name, network = _adapter_name(peft_names, where), _network(peft_names, where)
+    bare = {name: _without_segments(name, adapter_name, network) for name in peft_names}
+    present = set(bare.values())
+    layers = {layer for name in present for layer in [_layer(name)] if layer is not None}
+    ours: dict[str, str] = {}
+    first: dict[str, str] = {}
+    for peft_name, bare_name in bare.items():
+        name = _our_name(bare_name, present, layers, where)
+        if name is None:
+            continue
+        if name in (A, B):
+            raise LoRAError(f"{where}: {peft_name!r} names no layer.")
+        if first.setdefault(name, peft_name) != peft_name:
+            raise LoRAError(f"{where}: {first[name]!r} and {peft_name!r} both mean {name!r}; the file is damaged.")
+        ours[peft_name] = name
+    saved = frozenset(name.partition(SAVED)[0] for name in present if _saved_twin(name, present))
+    return PeftNames(
+        ours=ours,
+        bare={name: bare[peft_name] for peft_name, name in ours.items()},
+        of_layers=frozenset(name for name in ours.values() if bare[first[name]].rpartition(BASE_LAYER)[0] in layers),
+        network=network,
+        saved=saved,
+        live=adapter_name != "",
+    )
+
+
+def _adapter_name(peft_names: Iterable[str], where: object) -> str:
+    """Return the name that PEFT gave the adapter, or "" where the names do not hold it, as those in files."""
+    matches = (ADAPTER_NAME.search(name) for name in peft_names)
+    found = sorted({group for match in matches if match for group in match.groups() if group})
+    if len(found) > 1:
+        raise LoRAError(
+            f"{where}: holds several adapters ({', '.join(map(repr, found))}), and one is loaded at a time. Write the "
+            f"one that you want with PeftModel.save_pretrained(path, selected_adapters=[{found[0]!r}])."
+        )
+    return found[0] if found else ""
+
+
+def _network(peft_names: Iterable[str], where: object) -> str:
+    """Return what stands before PEFT's prefix in the names of factors."""
+    found = sorted({name[: _start(name)] for name in peft_names if _start(name) >= 0 and are_peft_names([name])})
+    if len(found) > 1:
+        names = ", ".join(repr(prefix.removesuffix(".")) for prefix in found)
+        raise LoRAError(f"{where}: holds several PeftModels ({names}); save each by itself with save_pretrained.")
+    return found[0] if found else ""
+
+
+def _start(name: str) -> int:
+    return 0 if name.startswith(PREFIX) else name.find(f".{PREFIX}") + 1 or -1
+
+
+def _without_segments(name: str, adapter_name: str, network: str) -> str:
+    """Leave out PEFT's prefix and the adapter's name."""
+    if name.startswith(network + PREFIX):
+        name = network + name.removeprefix(network + PREFIX)
+    return re.sub(rf"{NAMED}{re.escape(adapter_name)}(?=\.|$)", r"\1\2", name) if adapter_name else name
+
+
+def _layer(name: str) -> str | None:
+    """Return the layer, as PEFT writes it, that a factor is of."""
+    leaf = next((leaf for leaf in FACTORS if _ends_in(name, leaf)), None)
+    return None if leaf is None else name.removesuffix(leaf).removesuffix(".")
+
+
+def _our_name(name: str, present: Set[str], layers: Set[str], where: object) -> str | None:
+    layer = _layer(name)
+    other_method = next((method for leaf, method in OTHER_METHODS.items() if _ends_in(name, leaf)), "")
+    if layer is not None and layer.endswith(BASE_LAYER) and layer.removesuffix(BASE_LAYER) in layers:
+        other_method = "target_parameters"
+    if other_method:
+        raise LoRAError(f"{where}: {name!r} belongs to {other_method}, which cannot be applied; plain LoRA is read.")
+    if f"{ORIGINAL}." in name and name.replace(ORIGINAL, SAVED, 1) in present:
+        return None  # the module as it was before training
+    plain = _saved_twin(name, present)
+    if plain:
+        return None if plain in present else plain  # bias="all" puts a bias into the file a second time
+    if layer is not None:
+        leaf = name.removeprefix(layer).removeprefix(".")
+        name = f"{layer}.{FACTORS[leaf]}" if layer else FACTORS[leaf]
+    segments = name.split(".")
+    return ".".join(
+        segment
+        for i, segment in enumerate(segments)
+        if not (f".{segment}" == BASE_LAYER and ".".join(segments[:i]) in layers)
+    )
+
+
+def _saved_twin(name: str, present: Set[str]) -> str:
+    """Return the plain name of a tensor of a module's trained copy, beside which the original is; else ""."""
+    is_copy = f"{SAVED}." in name and name.replace(SAVED, ORIGINAL, 1) in present
+    return name.replace(SAVED, "", 1) if is_copy else ""
+
+
+def _ends_in(name: str, leaf: str) -> bool:
+    return name == leaf or name.endswith(f".{leaf}")

@@ -1,0 +1,95 @@
+"""modules_to_save as PEFT means it: every module whose name ends in an entry, in the middle of a segment too.
+
+`head` takes lm_head, `norm` takes input_layernorm. Of each module that it takes PEFT wants all tensors in the file. And
+it makes a copy of each, so that of tied weights one end alone is trained, or both apart, unless ensure_weight_tying is
+set; which PEFT knows of modules that are called embed_tokens and lm_head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ..config import LoRAConfig
+from ..errors import LoRAError
+from ..names import around, matcher
+from .adapter import Adapter, equal_tables, ties_of
+
+TIED_BY_PEFT = ("embed_tokens", "lm_head")
+
+
+def entries_in(options: Mapping[str, Any]) -> list[str]:
+    """Return modules_to_save out of adapter_config.json's fields."""
+    entries = options.get("modules_to_save")
+    return [entry for entry in entries if isinstance(entry, str) and entry] if isinstance(entries, list) else []
+
+
+def from_peft_entries(entries: Iterable[str], whole: Iterable[str]) -> list[str]:
+    """Return the dotted suffixes that name the modules that PEFT's entries take.
+
+    Args:
+        entries: PEFT's modules_to_save. It adds some that may name nothing, which are left out.
+        whole: names of parameters that the file holds whole.
+    """
+    modules = {module for name in whole for module in around(name)}
+    names: dict[str, None] = {}
+    for entry in entries:
+        depth = entry.count(".") + 1
+        taken = {".".join(module.split(".")[-depth:]) for module in modules if module.endswith(entry)}
+        names |= dict.fromkeys(sorted(taken, key=lambda name: (name != entry, name)))
+    return list(names)
+
+
+def to_peft_entries(adapter: Adapter) -> list[str] | None:
+    """Return PEFT's modules_to_save for an adapter: its own entries, or full names where those would take more."""
+    config = adapter.config or LoRAConfig()
+    modules = {module for name in (*adapter.tensors, *adapter.fingerprint) for module in around(name)}
+    entries = config.all_modules_to_save()
+    saved = set(filter(matcher(entries), modules))
+    if _taken_besides(adapter, entries):
+        entries = min(entries, sorted(saved), key=lambda names: len(_taken_besides(adapter, names)))
+    if not is_tied_by_peft(adapter):
+        ends = ties_of(_names_saved(adapter), adapter.beside_factors())
+        entries += sorted(name.rpartition(".")[0] for name in ends)
+    return entries or None
+
+
+def frozen_in_saved(adapter: Adapter) -> list[str]:
+    """Return the names of frozen tensors that PEFT wants in the file, as they are of modules that its entries take.
+
+    Raises:
+        LoRAError: its entries take an adapted layer too, which PEFT cannot have.
+    """
+    taken = _taken_besides(adapter, to_peft_entries(adapter) or ())
+    layers = [layer for layer in adapter.layers() if layer in taken]
+    if layers:
+        raise LoRAError(
+            f"save_adapter: PEFT's modules_to_save takes every module whose name ends in an entry, so that "
+            f"{layers[0]!r}, which is adapted, would be trained whole too. Rename a module, or save a Lightning "
+            "checkpoint instead."
+        )
+    return taken
+
+
+def is_tied_by_peft(adapter: Adapter) -> bool:
+    """Tell whether both ends of a tie were trained as one, in a way that PEFT's ensure_weight_tying can say."""
+    entries = (adapter.config.modules_to_save if adapter.config is not None else None) or ()
+    named = any(entry.rpartition(".")[2] in TIED_BY_PEFT for entry in entries)
+    whole, saved = adapter.beside_factors(), _names_saved(adapter)
+    return named and any(group & saved for group in equal_tables(whole))
+
+
+def _names_saved(adapter: Adapter) -> set[str]:
+    is_saved = matcher(adapter.config.all_modules_to_save() if adapter.config is not None else None)
+    return {name for name in adapter.beside_factors() if any(map(is_saved, around(name)))}
+
+
+def _taken_besides(adapter: Adapter, entries: Iterable[str]) -> list[str]:
+    """Return the frozen tensors and adapted layers in modules that PEFT's entries take."""
+    ends = tuple(entries)
+    frozen = sorted(adapter.fingerprint.keys() - adapter.tensors.keys())
+    inside = {name: around(name) for name in frozen}
+    inside |= {name: [*around(name), name, f"{name}.base_layer"] for name in adapter.layers()}  # as PEFT wraps it
+    return (
+        [name for name, modules in inside.items() if any(module.endswith(ends) for module in modules)] if ends else []
+    )

@@ -1,0 +1,194 @@
+"""PEFT's modules_to_save takes every module whose name ends in an entry; bias="all"; modules called base_layer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import nn
+
+from lightning_lora import LoRAConfig, LoRAError, adapter_state_dict, inject, load_adapter, save_adapter
+from lightning_lora.model.injection import require_injection
+from support.notices import quiet_peers
+from support.peers import SMALL, TENSORS, call, close, config_of, logits, refused, seeded, spread_
+
+pytestmark = quiet_peers
+
+OPTIONS: dict[str, Any] = {"r": 4, "lora_alpha": 8}
+
+
+def distilbert() -> nn.Module:
+    """It has a classifier and a pre_classifier."""
+    config = transformers.DistilBertConfig(vocab_size=64, dim=32, hidden_dim=48, n_layers=1, n_heads=4)
+    return seeded(lambda: transformers.DistilBertForSequenceClassification(config))
+
+
+def llama() -> nn.Module:
+    """It has a norm and, in each layer, an input_layernorm; and no other head than lm_head."""
+    return seeded(lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL)))
+
+
+class Layered(nn.Module):
+    """Modules that are called as PEFT's own wrappers are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb = nn.Embedding(64, 8)
+        self.mha = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.base_layer = nn.Linear(8, 8)
+        self.inner = nn.ModuleDict({"base_layer": nn.Linear(8, 8), "original_module": nn.Linear(8, 8)})
+        self.modules_to_save = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.emb(tokens)
+        x = self.base_layer(x + self.mha(x, x, x, need_weights=False)[0])
+        x = self.modules_to_save(self.inner["original_module"](self.inner["base_layer"](x).relu()))
+        result: torch.Tensor = self.head(x)
+        return result
+
+
+def layered() -> nn.Module:
+    return seeded(Layered)
+
+
+CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
+    "classifier": (distilbert, {"target_modules": ["q_lin"], "modules_to_save": ["classifier"]}),
+    "pre_classifier": (distilbert, {"target_modules": ["q_lin"], "modules_to_save": ["pre_classifier"]}),
+    "norm": (llama, {"target_modules": ["q_proj"], "modules_to_save": ["norm"]}),
+    "model.norm": (llama, {"target_modules": ["q_proj"], "modules_to_save": ["model.norm"]}),
+    "lm_head": (llama, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+    "every bias": (layered, {"target_modules": ["mha"], "bias": "all"}),
+    "every bias and a module": (layered, {"target_modules": ["mha"], "bias": "all", "modules_to_save": ["head"]}),
+    "every bias and two modules": (
+        distilbert,
+        {"target_modules": ["q_lin"], "bias": "all", "modules_to_save": ["classifier"]},
+    ),
+    "biases of layers": (layered, {"target_modules": ["mha"], "bias": "lora_only", "modules_to_save": ["head"]}),
+    "base_layer": (layered, {"target_modules": ["base_layer"], "bias": "lora_only"}),
+    "base_layer and every bias": (layered, {"target_modules": ["base_layer", "head"], "bias": "all"}),
+    "original_module": (layered, {"target_modules": ["original_module", "modules_to_save"], "bias": "all"}),
+}
+every_case = pytest.mark.parametrize("case", CASES)
+
+
+def by_peft(case: str, path: Path, **options: Any) -> peft.PeftModel:
+    build, own_options = CASES[case]
+    options = json.loads(json.dumps({**OPTIONS, **own_options, **options}))  # peft changes them
+    net = peft.get_peft_model(build(), peft.LoraConfig(**options))
+    spread_(net)
+    net.save_pretrained(str(path))
+    return net.eval()
+
+
+def by_us(case: str, path: Path, **options: Any) -> nn.Module:
+    build, own_options = CASES[case]
+    net = build()
+    inject(net, LoRAConfig(**{**OPTIONS, **own_options, **options}))
+    spread_(net)
+    save_adapter(net, path)
+    return net
+
+
+@every_case
+def test_load_adapter_reads_a_peft_folder_with_the_same_outputs(tmp_path, case: str):
+    other, base = by_peft(case, tmp_path), CASES[case][0]()
+    before = logits(base)
+    load_adapter(base, tmp_path)
+    assert (logits(base) - before).abs().max() > 1e-3
+    close(logits(base), logits(other))
+
+
+@every_case
+def test_peft_reads_our_folder_with_the_same_outputs(tmp_path, case: str):
+    net = by_us(case, tmp_path)
+    close(logits(peft.PeftModel.from_pretrained(CASES[case][0](), tmp_path).eval()), logits(net))
+
+
+@every_case
+def test_load_adapter_reads_our_folder_bit_for_bit(tmp_path, case: str):
+    net, fresh = by_us(case, tmp_path), CASES[case][0]()
+    load_adapter(fresh, tmp_path)
+    assert torch.equal(logits(fresh), logits(net))
+    assert adapter_state_dict(fresh).keys() == adapter_state_dict(net).keys()
+    assert require_injection(fresh, "test").record.config == require_injection(net, "test").record.config
+
+
+@every_case
+def test_a_peft_folder_that_was_read_is_written_for_peft_again(tmp_path, case: str):
+    other, net = by_peft(case, tmp_path / "a"), CASES[case][0]()
+    load_adapter(net, tmp_path / "a")
+    save_adapter(net, tmp_path / "b")
+    close(logits(peft.PeftModel.from_pretrained(CASES[case][0](), tmp_path / "b").eval()), logits(other))
+
+
+def test_modules_that_an_entry_of_peft_takes_in_the_middle_of_a_name_are_trained_too(tmp_path):
+    by_peft("classifier", tmp_path / "a")
+    load_adapter(net := distilbert(), tmp_path / "a")
+    assert require_injection(net, "test").record.config.modules_to_save == ("classifier", "pre_classifier")
+    assert net.pre_classifier.weight.requires_grad
+    by_peft("lm_head", tmp_path / "b", modules_to_save=["head"])
+    load_adapter(net := llama(), tmp_path / "b")
+    assert require_injection(net, "test").record.config.modules_to_save == ("lm_head",)
+
+
+def test_a_frozen_module_that_peft_takes_is_stored_and_stays_frozen_here(tmp_path):
+    by_us("classifier", tmp_path)
+    tensors = load_file(tmp_path / TENSORS)
+    stored = tensors["base_model.model.pre_classifier.weight"]
+    assert torch.equal(stored, distilbert().pre_classifier.weight)
+    load_adapter(net := distilbert(), tmp_path)
+    assert not net.pre_classifier.weight.requires_grad
+    assert "pre_classifier.weight" not in adapter_state_dict(net)
+
+
+def test_a_full_name_stands_for_an_entry_that_peft_would_take_further(tmp_path):
+    by_us("norm", tmp_path)
+    assert config_of(tmp_path)["modules_to_save"] == ["model.norm"]
+
+
+def test_an_entry_that_peft_would_take_for_an_adapted_layer_is_refused(tmp_path):
+    net = nn.ModuleDict({"proj": nn.Linear(4, 4), "q_proj": nn.Linear(4, 4)})
+    inject(net, LoRAConfig(r=2, target_modules=["q_proj"], modules_to_save=["proj"]))
+    with pytest.raises(LoRAError, match="so that 'q_proj', which is adapted, would be trained whole too"):
+        save_adapter(net, tmp_path / "a")
+    net = nn.ModuleDict({"layer": nn.Linear(4, 4), "q_proj": nn.Linear(4, 4)})  # PEFT makes a q_proj.base_layer
+    inject(net, LoRAConfig(r=2, target_modules=["q_proj"], modules_to_save=["layer"]))
+    with pytest.raises(LoRAError, match="so that 'q_proj', which is adapted, would be trained whole too"):
+        save_adapter(net, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_base_layers_that_an_entry_of_peft_took_are_read_as_trained(tmp_path):
+    other = by_peft("biases of layers", tmp_path, target_modules=["head"], modules_to_save=["base_layer"], bias="none")
+    load_adapter(net := layered(), tmp_path)
+    close(logits(net), logits(other))
+
+
+def test_the_command_refuses_an_export_that_needs_the_base(tmp_path, capsys):
+    by_us("classifier", tmp_path / "a")
+    call(capsys, "import", tmp_path / "a", tmp_path / "a.ckpt")
+    shown = refused(capsys, "export", tmp_path / "a.ckpt", tmp_path / "b")
+    assert "wants 'pre_classifier.bias' in the file" in shown
+    assert "Load the adapter onto its model and call save_adapter" in shown
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+@pytest.mark.parametrize("targets", [["mha"], ["base_layer", "head"]])
+def test_the_same_biases_are_trained_as_in_peft(bias: str, targets: list[str]):
+    net, plain = layered(), layered()
+    names = {id(parameter): name for name, parameter in plain.named_parameters()}
+    other = peft.get_peft_model(plain, peft.LoraConfig(bias=bias, target_modules=targets))
+    expected = {names.get(id(parameter), "") for parameter in other.parameters() if parameter.requires_grad} - {""}
+    inject(net, LoRAConfig(bias=bias, target_modules=targets))
+    found = {name for name, parameter in net.named_parameters() if parameter.requires_grad and "lora_" not in name}
+    assert found == expected
+    assert "mha.in_proj_bias" not in found
