@@ -6,16 +6,28 @@ A function provokes a message, and its docstring is what the message says, with 
 from __future__ import annotations
 
 import inspect
+import logging
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from lightning_lora import LoRAError, load_adapter, load_from_checkpoint
+from lightning_lora import (
+    LoRAConfig,
+    LoRAError,
+    adapter_state_dict,
+    inject,
+    load_adapter,
+    load_from_checkpoint,
+    save_adapter,
+)
 from lightning_lora.command.merge import merge_on_disk
+from support.peers import fill_, model
 from support.runs import lora
 from support.training import Data, Net, make_trainer
 
@@ -128,3 +140,72 @@ def load_from_checkpoint_with_an_object_in_the_hyper_parameters(path: Path) -> N
     trainer.fit(WithObject(Loss()), Data())
     trainer.save_checkpoint(path / "lora.ckpt")
     load_from_checkpoint(WithObject, path / "lora.ckpt")
+
+
+# --- from PEFT, and to it ---
+
+
+class Around(nn.Module):
+    """A network, and a head beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model, self.head = model("llama"), nn.Linear(64, 2)
+
+
+def inject_llama(**options: Any) -> Callable[[Path], None]:
+    return lambda path: (inject(model("llama"), LoRAConfig(**options)), None)[1]
+
+
+def ask_the_network_of_what_is_adapted_around_it(path: Path) -> None:
+    around = Around()
+    inject(around, LoRAConfig(target_modules=["q_proj", "head"]))
+    adapter_state_dict(around.model)
+
+
+def load_what_was_trained_in_bfloat16(path: Path) -> None:
+    net = model("llama").bfloat16()
+    inject(net, LoRAConfig(target_modules=["q_proj"]))
+    save_adapter(fill_(net), path)
+    load_adapter(model("llama"), path)
+
+
+SAID: dict[str, tuple[Callable[[Path], None], str]] = {
+    "a layer in target_modules and modules_to_save": (
+        inject_llama(target_modules=["q_proj", "lm_head"], modules_to_save=["lm_head"]),
+        "lightning_lora: lm_head is in target_modules and in modules_to_save, and so is trained whole, without an "
+        "adapter",
+    ),
+    "all of them in both": (
+        inject_llama(target_modules=["lm_head"], modules_to_save=["lm_head"]),
+        "LoRA on LlamaForCausalLM: target_modules: ['lm_head'] leaves no layer to adapt: 'lm_head' is in "
+        "target_modules and in modules_to_save, and so is trained whole, without an adapter.",
+    ),
+    "a part of what was adapted": (
+        ask_the_network_of_what_is_adapted_around_it,
+        "adapter_state_dict: LlamaForCausalLM holds 2 of the 3 layers that were adapted through Around, and not "
+        "'head'; pass that Around, or a module that holds them all.",
+    ),
+    "an adapter of another dtype": (
+        load_what_was_trained_in_bfloat16,
+        "lightning_lora: the adapter was trained on a base in bfloat16, and this one is in float32, with other digits "
+        "('model.embed_tokens.weight': [...], here [...]): outputs differ a little from those in training. Cast the "
+        "model to bfloat16 before loading to have the same.",
+    ),
+}
+
+
+@pytest.mark.parametrize("subject", SAID)
+def test_messages_say_what_happened(tmp_path, caplog, subject: str):
+    act, expected = SAID[subject]
+    said = []
+    with warnings.catch_warnings(record=True) as caught, caplog.at_level(logging.INFO, "lightning_lora"):
+        warnings.simplefilter("always")
+        try:
+            act(tmp_path / "adapter")
+        except LoRAError as error:
+            said.append(str(error))
+    said += [str(warning.message) for warning in caught] + [record.getMessage() for record in caplog.records]
+    said = [re.sub(r"\[-?\d[^\]]*\]", "[...]", message) for message in said]  # values of a weight
+    print(f"{subject}: {said}")
+    assert expected in said

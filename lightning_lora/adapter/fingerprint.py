@@ -65,6 +65,7 @@ def check_fingerprint(
     trained_here = record.fingerprint == expected
     present = injected.seen(unfrozen) | fingerprint(model)
     compare_fingerprints(present, expected, AVERAGED if trained_here else EQUAL, strict=strict, remedy=remedy)
+    warn_of_rounding(present, expected)
 
 
 def compare_fingerprints(
@@ -107,6 +108,26 @@ def compare_fingerprints(
     if strict:
         raise LoRAError(f"{message} {remedy}")
     warnings.warn(f"lightning_lora: {message}", stacklevel=3)
+
+
+def warn_of_rounding(present: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Warn where an adapter was trained on rounded weights, and is on the weights that these were rounded from here."""
+    for name, before in expected.items():
+        now = present.get(name)
+        if now is None or not entries_match(before, now, EQUAL):
+            continue  # another base, of which compare_fingerprints tells
+        was, is_now = (getattr(torch, entry["dtype"]) for entry in (before, now))
+        if not (was.is_floating_point and is_now.is_floating_point) or before["values"] == now["values"]:
+            continue
+        if torch.finfo(is_now).eps < torch.finfo(was).eps:
+            warnings.warn(
+                f"lightning_lora: the adapter was trained on a base in {before['dtype']}, and this one is in "
+                f"{now['dtype']}, with other digits ({name!r}: {_shown(before['values'])}, here "
+                f"{_shown(now['values'])}): outputs differ a little from those in training. Cast the model to "
+                f"{before['dtype']} before loading to have the same.",
+                stacklevel=3,
+            )
+            return
 
 
 def entries_match(before: Mapping[str, Any], now: Mapping[str, Any], relative: float) -> bool:

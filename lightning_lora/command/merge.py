@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..adapter.adapter import Adapter, align_to_modules, check_finite, equal_tables
-from ..adapter.fingerprint import compare_fingerprints, fingerprint_entry_at
+from ..adapter.fingerprint import compare_fingerprints, fingerprint_entry_at, warn_of_rounding
 from ..adapter.save_load import adapter_with_options
 from ..config import LoRAConfig
 from ..errors import LoRAError
@@ -153,6 +153,7 @@ def _compare_base(adapter: Adapter, base: Weights, strict: bool) -> None:
     entries = {name: fingerprint_entry_at(location) for name, location in locations.items() if location.in_order}
     expected = {name: adapter.fingerprint[name] for name in entries}
     compare_fingerprints(entries, expected, strict=strict, remedy=OTHER_BASE)
+    warn_of_rounding(entries, adapter.fingerprint)
 
 
 def _scope(own_names: Adapter, adapter: Adapter) -> str:

@@ -37,7 +37,7 @@ from .named_state import base_parameters, exchange_values_
 from .patches import call_previous, patch, unpatch
 from .pretrained import warn_before_save_pretrained
 from .state_dict import accept_partial_states, accept_whole_states_only, refuse_unmergeable
-from .targets import Targets, check_shapes, check_supported, check_unadapted, check_untied
+from .targets import TRAINED_WHOLE, Targets, check_shapes, check_supported, check_unadapted, check_untied
 
 log = logging.getLogger(__name__)
 
@@ -182,6 +182,8 @@ def finish_injection(model: nn.Module) -> None:
             warnings.warn(f"lightning_lora: {sentence}; it is passed over", stacklevel=3)
         for name, reason in targets.left_out.items():
             log.info("lightning_lora: %s is left out of 'all-linear': %s", name, reason)
+        for name in targets.saved_instead:
+            log.info("lightning_lora: %s %s", name, TRAINED_WHOLE)
     record.validated = True
 
 

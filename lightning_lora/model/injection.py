@@ -10,7 +10,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 from torch import nn
@@ -105,12 +105,26 @@ def require_injection(model: nn.Module, verb: str) -> Injected:
         LoRAError: there is none; the message begins with the verb.
     """
     injected = find_injection(model)
+    if injected is None and adapted_layers(model):
+        _refuse_part(model, verb)
     if injected is None:
         raise LoRAError(
             f"{verb}: {type(model).__name__} was not injected; call inject(model, LoRAConfig(...)) first, or pass the "
             "module that it was called on."
         )
     return injected
+
+
+def _refuse_part(model: nn.Module, verb: str) -> NoReturn:
+    """Refuse a module that holds a part of the layers that were adapted through one around it."""
+    layers = adapted_layers(model)
+    root = next(iter(layers.values())).lora.injection.root()
+    all_layers = adapted_layers(root)
+    other = next(name for name, layer in all_layers.items() if layer not in layers.values())
+    raise LoRAError(
+        f"{verb}: {type(model).__name__} holds {len(layers)} of the {len(all_layers)} layers that were adapted through "
+        f"{type(root).__name__}, and not {other!r}; pass that {type(root).__name__}, or a module that holds them all."
+    )
 
 
 def forget_rebuilt(model: nn.Module, earlier: Set[nn.Module]) -> None:

@@ -29,6 +29,8 @@ from ..nn.lora_layer import LoRALayer
 from ..nn.low_rank import ATTENTION_WEIGHTS, FUSABLE, MERGEABLE_DTYPES, matrix_shape
 from ..nn.tied_weights import tied_weights
 
+TRAINED_WHOLE = "is in target_modules and in modules_to_save, and so is trained whole, without an adapter"
+
 
 class Targets:
     """The modules that the options of a config name in a model, by name.
@@ -37,6 +39,7 @@ class Targets:
         layers: the modules to adapt.
         saved: the modules that modules_to_save and task_type name.
         left_out: the reasons for which "all-linear" passes over layers.
+        saved_instead: the modules that target_modules names by itself and modules_to_save too: it wins.
         unmatched: a sentence for each entry of an option that names nothing, and whether it must be a mistake. A list
             of layers may be for many models, of which each has some.
     """
@@ -52,6 +55,7 @@ class Targets:
             chosen = self._all_linear(model, modules)
         else:
             chosen = {name: module for name, module in modules.items() if targeted(name)}
+        self.saved_instead = [] if config.target_modules == ALL_LINEAR else [n for n in chosen if n in self.saved]
         self.layers = {
             name: module
             for name, module in chosen.items()
@@ -107,7 +111,9 @@ class Targets:
                 if not any(pattern_matches(pattern, name) for name in self.layers)
             }
         if not self.layers and not any(self.unmatched.values()):
-            self.unmatched[f"target_modules: {config.target_modules!r} leaves no layer to adapt"] = True
+            both = f": {self.saved_instead[0]!r} {TRAINED_WHOLE}" if self.saved_instead else ""
+            targets = config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
+            self.unmatched[f"target_modules: {targets!r} leaves no layer to adapt{both}"] = True
 
 
 def _regex_hint(expression: str, names: Iterable[str]) -> str:

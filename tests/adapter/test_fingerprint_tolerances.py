@@ -37,8 +37,11 @@ def load(path: Path, saved: Base, here: Base, kind: str = "", form: str = "folde
     load_adapter(here, saved.state_dict() if kind == "whole state" else source(saved, kind, form, path))
 
 
-def assert_let_in(accepted: bool, step: Callable[[], Any], name: str = "table") -> None:
-    if accepted:
+def assert_let_in(accepted: bool, step: Callable[[], Any], name: str = "table", *, rounded: bool = False) -> None:
+    if accepted and rounded:
+        with pytest.warns(UserWarning, match=rf"with other digits \('{name}': .*outputs differ a little"):
+            step()
+    elif accepted:
         step()
     else:
         with pytest.raises(LoRAError, match=rf"belongs to another base: values of '{name}' were .*strict_base=False"):
@@ -76,7 +79,7 @@ def test_a_base_in_another_dtype_is_let_in_up_to_the_rounding_of_the_coarser_one
     tmp_path, coarse: torch.dtype, fine: torch.dtype, spacings: float, accepted: bool
 ):
     value = 1 + spacings * COARSE[coarse]
-    assert_let_in(accepted, lambda: load(tmp_path / "finer here", Base(1.0, coarse), Base(value, fine)))
+    assert_let_in(accepted, lambda: load(tmp_path / "finer", Base(1.0, coarse), Base(value, fine)), rounded=True)
     assert_let_in(accepted, lambda: load(tmp_path / "coarser here", Base(value, fine), Base(1.0, coarse)))
 
 
@@ -99,7 +102,7 @@ def test_another_dtype_that_rounds_no_more_makes_no_base_fit_better(
 def test_what_is_too_small_for_float16_is_let_in_between_dtypes_alone(
     tmp_path, saved: torch.dtype, value: float, accepted: bool
 ):
-    assert_let_in(accepted, lambda: load(tmp_path, Base(0.0, saved), Base(value)))
+    assert_let_in(accepted, lambda: load(tmp_path, Base(0.0, saved), Base(value)), rounded=True)
 
 
 # --- the base that was trained on here ---

@@ -264,7 +264,8 @@ def test_what_the_new_module_does_not_hold_is_forgotten():
 def test_a_part_of_the_adapted_layers_is_no_handle():
     plan, net = _injected()
     part = nn.Sequential(net[0])
-    with pytest.raises(LoRAError, match="was not injected"):
+    message = r"Sequential holds 1 of the 2 layers that were adapted through Plan, and not 'network\.2'; pass that Plan"
+    with pytest.raises(LoRAError, match=message):
         adapter_state_dict(part)
     assert find_injection(plan) is not None
 
