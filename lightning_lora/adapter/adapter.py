@@ -264,7 +264,12 @@ def equal_tables(tensors: Mapping[str, Any]) -> list[set[str]]:
         if isinstance(tensor, torch.Tensor) and tensor.dim() > 1 and tensor.numel() and not tensor.is_meta:
             values = tensor.detach().reshape(-1)[:: max(tensor.numel() // SAMPLES, 1)].tolist()
             alike.setdefault((tensor.dtype, tensor.shape, *values), []).append(name)
-    groups = [{other for other in names if torch.equal(tensors[names[0]], tensors[other])} for names in alike.values()]
+    groups = []
+    for names in alike.values():
+        while len(names) > 1:
+            group = {other for other in names if torch.equal(tensors[names[0]], tensors[other])} | {names[0]}
+            groups.append(group)
+            names = [name for name in names if name not in group]
     return [group for group in groups if len(group) > 1]
 
 

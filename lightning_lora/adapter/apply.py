@@ -122,7 +122,9 @@ def add_frozen_weights(model: nn.Module, adapter: Adapter) -> Adapter:
     return replace(adapter, tensors={**frozen, **adapter.tensors})
 
 
-def check_adapter(model: nn.Module, adapter: Adapter, *, strict_base: bool = True, remedy: str = REMEDY) -> None:
+def check_adapter(
+    model: nn.Module, adapter: Adapter, *, strict_base: bool = True, remedy: str = REMEDY
+) -> dict[str, Any]:
     """Raise LoRAError for the first layer, scaling, name, shape, value or base weight that does not fit the model.
 
     Args:
@@ -130,6 +132,9 @@ def check_adapter(model: nn.Module, adapter: Adapter, *, strict_base: bool = Tru
         adapter: under its names.
         strict_base: whether another base than the adapter's is an error or a warning.
         remedy: what the error about another base says that its reader can do.
+
+    Returns:
+        The fingerprint of the model's base.
     """
     try:
         _check_layers(model, by_first_names(model, adapter))
@@ -139,7 +144,7 @@ def check_adapter(model: nn.Module, adapter: Adapter, *, strict_base: bool = Tru
         differences = (adapter.config or config).differences(config)  # may explain the error
         advice = f" The options differ: {'; '.join(differences)}." if differences else ""
         raise LoRAError(f"{error}{advice}") from None
-    check_fingerprint(model, adapter.fingerprint, strict=strict_base, remedy=remedy)
+    return check_fingerprint(model, adapter.fingerprint, strict=strict_base, remedy=remedy)
 
 
 def _check_layers(model: nn.Module, adapter: Adapter) -> None:

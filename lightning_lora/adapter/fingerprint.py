@@ -57,15 +57,19 @@ def sample_positions(numel: int) -> list[int]:
 
 def check_fingerprint(
     model: nn.Module, expected: Mapping[str, Any], *, strict: bool = True, remedy: str = REMEDY
-) -> None:
-    """Raise LoRAError, or warn, where a frozen parameter differs from a fingerprint by more than another dtype's."""
+) -> dict[str, Any]:
+    """Raise LoRAError, or warn, where a frozen parameter differs from a fingerprint by more than another dtype's.
+
+    Returns:
+        The fingerprint of the model.
+    """
     injected = require_injection(model, "check_fingerprint")
     record = injected.record
     unfrozen = {name: fingerprint_entry(record.initial[name]) for name in record.unfrozen}
     trained_here = record.fingerprint == expected
     present = injected.seen(unfrozen) | fingerprint(model)
     compare_fingerprints(present, expected, AVERAGED if trained_here else EQUAL, strict=strict, remedy=remedy)
-    warn_of_rounding(present, expected)
+    return present
 
 
 def compare_fingerprints(

@@ -7,6 +7,7 @@ set; which PEFT knows of modules that are called embed_tokens and lm_head.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -31,13 +32,14 @@ def from_peft_entries(entries: Iterable[str], whole: Iterable[str]) -> list[str]
         entries: PEFT's modules_to_save. It adds some that may name nothing, which are left out.
         whole: names of parameters that the file holds whole.
     """
-    modules = {module for name in whole for module in around(name)}
-    names: dict[str, None] = {}
-    for entry in entries:
-        depth = entry.count(".") + 1
-        taken = {".".join(module.split(".")[-depth:]) for module in modules if module.endswith(entry)}
-        names |= dict.fromkeys(sorted(taken, key=lambda name: (name != entry, name)))
-    return list(names)
+    taken: dict[str, set[str]] = {entry: set() for entry in entries}
+    for module in {module for name in whole for module in around(name)}:
+        for start in range(len(module)):  # a look-up for each ending, as there may be as many entries as modules
+            entry = module[start:]
+            if entry in taken:
+                taken[entry].add(".".join(module.split(".")[-1 - entry.count(".") :]))
+    in_order = ([*sorted(names & {entry}), *sorted(names - {entry})] for entry, names in taken.items())
+    return list(dict.fromkeys(itertools.chain.from_iterable(in_order)))
 
 
 def to_peft_entries(adapter: Adapter) -> list[str] | None:

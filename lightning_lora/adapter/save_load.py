@@ -36,7 +36,7 @@ from .apply import (
     split_off_base,
     without_base,
 )
-from .fingerprint import REMEDY
+from .fingerprint import REMEDY, warn_of_rounding
 from .lightning_checkpoint import adapter_of, prepare_for_load
 from .metadata import adapter_of_model, frozen_values
 from .peft_folder import read_folder, read_tensor_file, write_folder
@@ -182,13 +182,14 @@ def apply_adapter(model: nn.Module, adapter: Adapter, *, strict_base: bool = Tru
         log.info("lightning_lora: the source stores no options; those of the injected model hold: %s", scale)
     try:
         adapter = add_frozen_weights(model, split_off_base(model, adapter))
-        check_adapter(model, adapter, strict_base=strict_base, remedy=remedy)
+        present = check_adapter(model, adapter, strict_base=strict_base, remedy=remedy)
         copy_values(model, adapter)
         require_injection(model, "load_adapter").record.origin = dict(adapter.origin)
     except BaseException:
         if fresh:
             unload(model)
         raise
+    warn_of_rounding(present, adapter.fingerprint)
     return list(adapted_layers(model))
 
 
