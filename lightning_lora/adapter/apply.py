@@ -31,8 +31,10 @@ log = logging.getLogger(__name__)
 def align_names(model: nn.Module, adapter: Adapter) -> Adapter:
     """Return the adapter under the one prefix at which its layers are modules of the model."""
     modules = {canonical(name) for name, _ in model.named_modules(remove_duplicate=False)}
-    if not modules.issuperset(adapter.layers()):  # a shared module's other names must not make a prefix ambiguous
-        modules = {canonical(name) for name, _ in model.named_modules()}
+    layers = adapter.layers()
+    if layers and not modules.issuperset(layers):  # a shared module's other names must not make a prefix ambiguous
+        first, ending = {canonical(name) for name, _ in model.named_modules()}, f".{layers[0]}"
+        modules -= {n for n in modules if n.endswith(ending) and n.removesuffix(ending) not in first}
     return align_to_modules(adapter, modules, type(model).__name__)
 
 

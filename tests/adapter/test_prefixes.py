@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from torch import nn
 
-from lightning_lora import LoRAConfig, LoRAError, inject, load_adapter
+from lightning_lora import LoRAConfig, LoRAError, inject, load_adapter, save_adapter
 from lightning_lora.model.injection import require_injection
 from support.models import (
     ZOO_LAYERS,
@@ -23,6 +25,7 @@ from support.models import (
     trained_zoo,
     zoo_config,
 )
+from support.training import own_random_stream
 
 
 class Around(nn.Module):
@@ -146,3 +149,29 @@ def test_a_module_under_two_names_is_one_place():
     third = twice()
     load_adapter(third, checkpoint(trained_zoo(), "adapter"))
     assert state_bits(third["first"]) == state_bits(trained_zoo())
+
+
+@pytest.mark.parametrize("form", ["folder", "checkpoint"])
+def test_a_layer_under_two_names_loads_under_a_prefix(form: str, tmp_path: Path):
+    """Also where the network that holds it has two names as well."""
+
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = self.second = nn.Sequential(nn.Linear(8, 8))
+            self.head = nn.Linear(8, 8)
+
+    class Whole(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            with own_random_stream(0):
+                self.network = Network()
+            self.again = self.network
+
+    inner = Whole().network
+    inject(inner, LoRAConfig(r=2))
+    randomise_(inner)
+    if form == "folder":
+        save_adapter(inner, tmp_path / "folder")
+    load_adapter(around := Whole(), tmp_path / "folder" if form == "folder" else checkpoint(inner, "adapter"))
+    assert state_bits(around.network) == state_bits(inner)
