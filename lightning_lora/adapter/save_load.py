@@ -114,7 +114,7 @@ def load_from_checkpoint(
         )
         apply_adapter(model, adapter, strict_base=strict_base, remedy=remedy)
         return model
-    inject(model, _config_for(model, adapter))
+    inject(model, _config_for(model, by_first_names(model, adapter)))
     prepare_for_load(model, checkpoint)
     model.load_state_dict(checkpoint["state_dict"])
     return model

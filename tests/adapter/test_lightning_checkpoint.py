@@ -295,3 +295,11 @@ def test_checkpoint_of_a_layer_with_two_names_is_resumed_bit_for_bit(tmp_path, k
     make_trainer(tmp_path, lora(save=kind), max_epochs=1).fit(fresh, Data(3), ckpt_path=tmp_path / "saved.ckpt")
     assert model.head.lora_B.any()
     assert_same_tensors(fresh.state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_load_from_checkpoint_builds_a_module_with_a_layer_under_two_names(tmp_path, kind: str):
+    model = trained(tmp_path, TwoNames(), lora(save=kind), max_epochs=1)
+    model.trainer.save_checkpoint(tmp_path / "saved.ckpt")
+    loaded = load_from_checkpoint(TwoNames, tmp_path / "saved.ckpt")
+    assert_same_tensors(loaded.state_dict(), model.state_dict())
