@@ -63,27 +63,35 @@ class _Called:
         raise pickle.UnpicklingError("a function has no state")
 
 
-class _ByteStorage:
-    """Stand for torch.UntypedStorage, of which torch.load needs the dtype."""
+class _Storage:
+    """Stand for a class of storages, of which torch.load needs the dtype."""
 
-    __slots__ = ()
-    dtype = torch.uint8
+    __slots__ = ("dtype",)
+
+    def __init__(self, name: str) -> None:
+        self.dtype = torch.uint8 if name == "UntypedStorage" else torch.serialization.StorageType(name).dtype  # type: ignore[no-untyped-call]
 
     __setstate__ = _Called.__setstate__
 
 
 class Unpickler(pickle.Unpickler):
-    """Find tensors' functions and dtypes; any other name becomes a placeholder's class."""
+    """Find tensors' functions, storages and dtypes; any other name becomes a placeholder's class."""
+
+    def __init_subclass__(cls) -> None:
+        """Stay with this find_class in torch.load's subclass, whose own takes a storage of any module."""
+        cls.find_class = Unpickler.find_class  # type: ignore[method-assign]
 
     def find_class(self, module_name: str, global_name: str, /) -> Any:
         """Return what stands for a name in the file. Imports nothing."""
         name = f"{module_name}.{global_name}"
         if name in CALLED:
             return _Called(CALLED[name])
-        if global_name == "UntypedStorage" and module_name in ("torch", "torch.storage"):
-            return _ByteStorage()
-        dtype = vars(torch).get(global_name) if module_name == "torch" else None
-        return dtype if isinstance(dtype, torch.dtype) else type("Placeholder", (Placeholder,), {"stands_for": name})
+        value = vars(torch).get(global_name) if module_name in ("torch", "torch.storage") else None
+        if isinstance(value, torch.dtype):
+            return value
+        if isinstance(value, type) and issubclass(value, (torch.TypedStorage, torch.UntypedStorage)):
+            return _Storage(global_name)
+        return type("Placeholder", (Placeholder,), {"stands_for": name})
 
 
 def find_placeholder(value: Any) -> tuple[str, str] | None:

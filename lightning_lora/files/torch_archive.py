@@ -91,14 +91,17 @@ def _load(path: PathLike, device: str | Callable[[Any, str], Any], mmap: bool, t
     load = partial(torch.load, path, map_location=device, mmap=mmap)
     if trusted:
         return load(weights_only=False)
-    if not has_objects:
-        try:
-            return load(weights_only=True)
-        except pickle.UnpicklingError:
-            with open(path, "rb") as file:
-                if file.read(len(ARCHIVE)) != ARCHIVE:
-                    raise
-    return load(weights_only=False, pickle_module=inert_pickle)
+    if has_objects:
+        return load(weights_only=False, pickle_module=inert_pickle)
+    try:
+        return load(weights_only=True)
+    except pickle.UnpicklingError:
+        with open(path, "rb") as file:
+            is_archive = file.read(len(ARCHIVE)) == ARCHIVE
+        content = load(weights_only=False, pickle_module=inert_pickle) if is_archive else None
+        if find_placeholder(content) is None:  # it was refused for damage, not for an object
+            raise
+        return content
 
 
 def torch_locations(path: Path) -> dict[str, TensorLocation]:

@@ -282,6 +282,24 @@ def test_pickle_that_rewrites_a_function_of_torch_is_refused_and_does_not(tmp_pa
     assert (function.__defaults__, vars(function)) == before
 
 
+def test_archive_whose_storages_are_of_another_module_is_refused(tmp_path):
+    """With an object beside them, so that it is not refused for that alone; and without."""
+    for beside in ({}, {"object": WeightedLoss()}):
+        torch.save({"state_dict": {"a": torch.ones(3)}, **beside}, tmp_path / "a.ckpt")
+        with zipfile.ZipFile(tmp_path / "a.ckpt") as good, zipfile.ZipFile(tmp_path / "b.ckpt", "w") as bad:
+            for info in good.infolist():
+                bad.writestr(info.filename, good.read(info).replace(b"ctorch\nFloatStorage", b"ctnrch\nFloatStorage"))
+        assert torch.equal(read_torch_file(tmp_path / "a.ckpt")["state_dict"]["a"], torch.ones(3))
+        with pytest.raises(LoRAError, match=r"b\.ckpt"):
+            read_torch_file(tmp_path / "b.ckpt")
+
+
+def test_pickle_that_torch_refuses_for_another_reason_than_an_object_is_refused(tmp_path):
+    content = pickle.dumps({"state_dict": {}, "epoch": 1}, 4)  # of a protocol with operations that torch does not take
+    with pytest.raises(LoRAError, match="or is damaged, and was not loaded"):
+        read_torch_file(with_pickle(tmp_path, content))
+
+
 def test_nested_lists_that_hold_themselves_or_each_other_are_read_at_once(tmp_path):
     cycle: list[Any] = []
     cycle.append(cycle)
