@@ -15,6 +15,7 @@ from .adapter.fingerprint import fingerprint
 from .adapter.lightning_checkpoint import Kind, check_kind
 from .config import Bias, Init, LoRAConfig, Task
 from .errors import LoRAError, NonFiniteError
+from .model.gradients import explain_merged_training, warn_of_untrained
 from .model.inject import begin_injection, fixed_seed, random_seed, summary
 from .model.injection import find_injection, refuse_replaced_layers, snapshot_materialised
 from .model.merging import is_merged, merge, unmerge
@@ -159,7 +160,7 @@ class LoRACallback(Callback):
         self._verified = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check that the adapter can be trained, record the base's fingerprint, and log in one line what is trained."""
+        """Check that the adapter can be trained, record the base's fingerprint, and log what is trained."""
         refuse_replaced_layers(pl_module, "LoRACallback")
         snapshot_materialised(pl_module)
         refuse_unoptimized(trainer.optimizers, pl_module)
@@ -175,6 +176,8 @@ class LoRACallback(Callback):
         if injected is not None and not injected.record.fingerprint:
             injected.record.fingerprint = fingerprint(pl_module)
         rank_zero_info(summary(pl_module))
+        if injected is not None and injected.record.passed_over:
+            rank_zero_info(f"lightning_lora: {injected.record.passed_over}")
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget which layers are in eval mode; the first batch lists them anew, when every mode is training's."""
@@ -198,8 +201,12 @@ class LoRACallback(Callback):
         self._step_lists(pl_module).record_trainable()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
-        """Let dropout follow each layer's own mode again."""
-        self._step_lists(pl_module).override_dropout(None)
+        """Let dropout follow each layer's own mode again; after the first batch, warn of what it did not train."""
+        lists = self._step_lists(pl_module)
+        lists.override_dropout(None)
+        if not lists.trained_a_batch:
+            lists.trained_a_batch = True
+            warn_of_untrained(pl_module, optimized=True)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
@@ -232,6 +239,7 @@ class LoRACallback(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Unmerge after an exception or Ctrl-C, which skips the epoch's end and teardown."""
+        explain_merged_training(exception, pl_module)
         self._leave(pl_module)
         self._fits.forget(pl_module)
 

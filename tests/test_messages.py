@@ -18,12 +18,14 @@ import torch
 from torch import nn
 
 from lightning_lora import (
+    LoRACallback,
     LoRAConfig,
     LoRAError,
     adapter_state_dict,
     inject,
     load_adapter,
     load_from_checkpoint,
+    merge,
     save_adapter,
 )
 from lightning_lora.command.merge import merge_on_disk
@@ -209,3 +211,62 @@ def test_messages_say_what_happened(tmp_path, caplog, subject: str):
     said = [re.sub(r"\[-?\d[^\]]*\]", "[...]", message) for message in said]  # values of a weight
     print(f"{subject}: {said}")
     assert expected in said
+
+
+# --- layers and training ---
+
+
+def show(message: object) -> str:
+    print(f"\n{message}\n")
+    return str(message)
+
+
+class Linear(nn.Module):
+    """As torch_geometric's, which is not torch's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(3, 3))
+
+
+def test_a_layer_that_cannot_be_adapted_is_named_with_its_module_and_what_can_be():
+    with pytest.raises(LoRAError) as caught:
+        inject(nn.ModuleDict({"norm": nn.LayerNorm(3)}), LoRAConfig(target_modules=["norm"]))
+    assert show(caught.value) == (
+        "inject: 'norm': a torch.nn.modules.normalization.LayerNorm cannot be adapted, only nn.Linear, transformers' "
+        "Conv1D, nn.Embedding, nn.Conv1d/2d/3d and nn.MultiheadAttention and their subclasses can, or leave it out "
+        "with exclude_modules=['norm']."
+    )
+    with pytest.raises(LoRAError) as caught:
+        inject(nn.ModuleDict({"conv": Linear()}), LoRAConfig(target_modules=["conv"]))
+    assert f"a {__name__}.Linear cannot be adapted, only nn.Linear" in show(caught.value)
+
+
+def test_training_while_merged_names_merged(tmp_path):
+    class Merges(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            merge(self)
+            return super().training_step(batch, batch_idx)
+
+    with pytest.raises(RuntimeError) as caught:
+        make_trainer(tmp_path, LoRACallback(r=2)).fit(Merges(), Data())
+    assert show(caught.value) == (
+        "element 0 of tensors does not require grad and does not have a grad_fn. The adapters are merged, and merged "
+        "they get no gradients: something called merge() before this training step; call unmerge(model) first, or "
+        "merge in `with merged(model):` around the evaluation."
+    )
+
+
+def test_an_optimizer_built_before_inject_is_named_at_the_first_merge():
+    model = nn.Sequential(nn.Linear(3, 3))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    inject(model, LoRAConfig(r=1))
+    model(torch.randn(2, 3)).sum().backward()
+    optimizer.step()
+    with pytest.warns(UserWarning, match="gradients reach") as caught:
+        merge(model)
+    assert show(caught[0].message) == (
+        "lightning_lora: gradients reach the adapters, but none of them has changed. An optimizer that was built "
+        "before inject does not hold them: build it afterwards, from model.parameters(). Where no step was taken yet, "
+        "all is well."
+    )

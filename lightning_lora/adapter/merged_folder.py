@@ -17,6 +17,7 @@ from ..files.atomic import new_folder
 from ..files.model_folder import CONFIG, INDEX_SUFFIX, STEM, index_of, plan_shards
 from ..files.paths import PathLike, write_json
 from ..files.safetensors import NAMES, SUFFIX, as_bytes, build_header
+from ..model.gradients import warn_of_untrained
 from ..model.injection import refuse_replaced_layers, require_injection
 from ..model.named_state import named_state
 from ..model.state_dict import refuse_unmergeable
@@ -60,6 +61,7 @@ def save_merged(model: nn.Module, path: PathLike, *, max_shard_bytes: int = 5 * 
     if not adapted_layers(model):
         require_injection(model, "save_merged")
     refuse_replaced_layers(model, "save_merged")
+    warn_of_untrained(model)
     refuse_unmergeable(model)
     prefix, network = find_network(model) or ("", None)
     state = _base_tensors(model, prefix)

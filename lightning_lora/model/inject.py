@@ -15,7 +15,7 @@ from torch import nn
 from ..config import LoRAConfig
 from ..distributed.sharding import is_sharded, refuse_fully_sharded
 from ..errors import LoRAError
-from ..names import ATTRIBUTE, uncompiled
+from ..names import ALL_LINEAR, ATTRIBUTE, uncompiled
 from ..nn.fast_paths import update_fast_paths
 from ..nn.gradient_checkpointing import disable_input_require_grads, enable_input_require_grads
 from ..nn.layer_kinds import adapt_
@@ -23,6 +23,7 @@ from ..nn.lora_layer import LayerSpec, LoRALayer, adapted_layers, strip_
 from ..nn.low_rank import HALF
 from ..nn.readers import patch_readers
 from ..nn.tied_weights import record_ties
+from .gradients import note_gradient
 from .injection import (
     Injected,
     Injection,
@@ -34,6 +35,7 @@ from .injection import (
 )
 from .merging import is_merged, merge, unmerge
 from .named_state import base_parameters, exchange_values_
+from .passed_over import describe_passed_over
 from .patches import call_previous, patch, unpatch
 from .pretrained import warn_before_save_pretrained
 from .state_dict import accept_partial_states, accept_whole_states_only, refuse_unmergeable
@@ -70,6 +72,9 @@ def inject(model: nn.Module, config: LoRAConfig, *, merge_weights: bool = False,
     if earlier is None:
         begin_injection(model, config, merge_weights=merge_weights, seed="" if seed is None else fixed_seed(seed))
         finish_injection(model)
+        passed_over = require_injection(model, "inject").record.passed_over
+        if passed_over:
+            log.info("lightning_lora: %s", passed_over)
     else:
         _refuse_other(earlier, model, config, merge_weights, seed)
     return list(adapted_layers(model))
@@ -184,6 +189,8 @@ def finish_injection(model: nn.Module) -> None:
             log.info("lightning_lora: %s is left out of 'all-linear': %s", name, reason)
         for name in targets.saved_instead:
             log.info("lightning_lora: %s %s", name, TRAINED_WHOLE)
+        if record.config.target_modules == ALL_LINEAR:
+            record.passed_over = describe_passed_over(root, record, targets)
     record.validated = True
 
 
@@ -201,7 +208,7 @@ def adapt_new_layers(model: nn.Module) -> None:
     seed = record.seed or random_seed()
     with torch.inference_mode(False):
         for name, module in new.items():
-            _adapt(name, module, record, seed)
+            note_gradient(_adapt(name, module, record, seed))
     record.layers = [layer.lora.name for layer in adapted_layers(root).values()]
     record_ties(root)
     record_trainable(root, expected=True)
@@ -288,7 +295,7 @@ def _freeze(root: nn.Module, record: Injection, new: Mapping[str, nn.Module], sa
         parameter.requires_grad_(parameter.is_floating_point() and (everywhere or id(parameter) in trainable))
 
 
-def _adapt(name: str, module: nn.Module, record: Injection, seed: str) -> None:
+def _adapt(name: str, module: nn.Module, record: Injection, seed: str) -> LoRALayer:
     config = record.config
     digest = hashlib.sha256(f"{seed}{name}".encode()).digest()
     spec = LayerSpec(
@@ -304,6 +311,7 @@ def _adapt(name: str, module: nn.Module, record: Injection, seed: str) -> None:
     layer = adapt_(module, name, spec, record)
     dtype = layer.main_weight().dtype
     layer.create_factors(torch.float32 if dtype in HALF and spec.keep_float32 else dtype)
+    return layer
 
 
 def _merge_by_mode(module: nn.Module, previous: Callable[..., Any] | None, mode: bool = True) -> nn.Module:

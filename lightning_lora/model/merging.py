@@ -22,6 +22,7 @@ from ..nn.fast_paths import update_fast_paths
 from ..nn.lora_layer import Blocks, LoRALayer, adapted_layers
 from ..nn.low_rank import HALF
 from ..nn.tied_weights import record_ties
+from .gradients import warn_of_untrained
 from .injection import refuse_replaced_layers
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def merge(model: nn.Module) -> None:
     pending = {name: layer for name, layer in layers.items() if layer.lora_active and not layer.lora.merged}
     if not pending:
         return
+    warn_of_untrained(model, layers)
     restore_shards_(model, layers)
     copies = _affordable_copies(layers.values())
     with _deferred_interrupt(), torch.no_grad():  # once, for it takes longer than a small layer's sum

@@ -17,6 +17,7 @@ from ..errors import LoRAError
 from ..names import ATTRIBUTE, CHECKPOINTED, A, B, canonical
 from ..nn.lora_layer import Blocks, LoRALayer, is_factor
 from ..nn.tied_weights import record_ties
+from .gradients import warn_of_untrained
 from .injection import record_loaded, record_trainable, refuse_replaced_layers, require_injection
 from .named_state import base_parameters, named_state
 
@@ -54,6 +55,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Any]:
     """
     refuse_replaced_layers(model, "adapter_state_dict")
     keys = set(adapter_keys(model))
+    warn_of_untrained(model)
     return {
         name: module.get_extra_state() if tensor is None else original_value(name, tensor, module)
         for name, tensor, module in named_state(model)
@@ -77,6 +79,7 @@ def merged_state_dict(model: nn.Module) -> dict[str, Any]:
     """
     require_injection(model, "merged_state_dict")
     refuse_replaced_layers(model, "merged_state_dict")
+    warn_of_untrained(model)
     return merge_state_dict(model, {canonical(name): value for name, value in model.state_dict().items()})
 
 

@@ -24,7 +24,7 @@ from ..names import (
     pattern_matches,
     suffixes,
 )
-from ..nn.layer_kinds import is_conv1d, layer_class
+from ..nn.layer_kinds import ADAPTABLE, is_conv1d, layer_class
 from ..nn.lora_layer import LoRALayer
 from ..nn.low_rank import ATTENTION_WEIGHTS, FUSABLE, MERGEABLE_DTYPES, matrix_shape
 from ..nn.tied_weights import tied_weights
@@ -203,7 +203,8 @@ def check_supported(name: str, module: nn.Module, config: LoRAConfig) -> None:
     kind, adapting, enabled = type(module).__name__, layer_class(module), config.enabled_parts(name)
     if adapting is None:
         inside = [child for child, m in module.named_modules() if child and layer_class(m)]
-        problem = f"a {kind} cannot be adapted" + (f"; name the layers inside it, as {inside[0]!r}" if inside else "")
+        problem = f"a {type(module).__module__}.{kind} cannot be adapted, only {ADAPTABLE} and their subclasses can"
+        problem += f"; name the layers inside it, as {inside[0]!r}" if inside else ""
     elif hasattr(module, A):
         problem = f"the {kind} has a lora_A of another library; take that out first"
     elif "forward" in vars(module):

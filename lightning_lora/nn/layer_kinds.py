@@ -20,6 +20,8 @@ CLASSES: dict[type[nn.Module] | tuple[type[nn.Module], ...], type[LoRALayer]] = 
     nn.MultiheadAttention: LoRAMultiheadAttention,
 }
 
+ADAPTABLE = "nn.Linear, transformers' Conv1D, nn.Embedding, nn.Conv1d/2d/3d and nn.MultiheadAttention"  # for people
+
 LIBRARIES = ("torch.nn.modules.", "transformers.pytorch_utils")  # whose forwards the factored ones stand in for
 
 

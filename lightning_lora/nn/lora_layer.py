@@ -100,6 +100,7 @@ class LayerState:
     restore_failed: bool = False  # unmerging failed, so the weight is not known to be W
     rounding_reported: bool = False  # the cost of rounding W' was reported
     sharded: bool = False  # the weight was last seen sharded
+    gradient_arrived: bool = False  # at B, since injection
     # Memory of plain copies that are done with, by weight name, for the next merge; on the CPU alone, where fresh pages
     # take longer than the copy.
     spares: dict[str, torch.Tensor] = field(default_factory=dict)

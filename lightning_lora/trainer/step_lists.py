@@ -17,6 +17,7 @@ class StepLists:
     Attributes:
         layers, states: the adapted layers, and what each carries.
         frozen: base parameters that were never trainable.
+        trained_a_batch: a training batch has ended since.
         kept_in_eval: layers with dropout that are in eval mode while the model trains; None until that is noted.
     """
 
@@ -28,6 +29,7 @@ class StepLists:
         self.layers = list(adapted_layers(model).values())
         self.states = [layer.lora for layer in self.layers]
         self.kept_in_eval: list[LoRALayer] | None = None
+        self.trained_a_batch = False
         self.frozen = self._list_frozen()
 
     def is_current(self) -> bool:

@@ -49,9 +49,12 @@ REFUSED = {
     "forward on the instance": (_patched, "its forward is replaced on the instance of Linear"),
     "integer weight": (_integers, r"its weight is torch\.int8"),
     "foreign lora_A": (ForeignLora, "has a lora_A of another library"),
-    "container": (lambda: nn.Sequential(nn.ReLU(), nn.Linear(2, 2)), r"a Sequential cannot be adapted.*'1'"),
-    "no weight": (nn.ReLU, "a ReLU cannot be adapted"),
-    "norm": (lambda: nn.LayerNorm(4), "a LayerNorm cannot be adapted"),
+    "container": (
+        lambda: nn.Sequential(nn.ReLU(), nn.Linear(2, 2)),
+        r"container\.Sequential cannot be adapted.*'1'",
+    ),
+    "no weight": (nn.ReLU, r"a torch\.nn\.modules\.activation\.ReLU cannot be adapted, only nn\.Linear, "),
+    "norm": (lambda: nn.LayerNorm(4), r"a torch\.nn\.modules\.normalization\.LayerNorm cannot be adapted, only"),
 }
 
 

@@ -1,0 +1,97 @@
+"""Whether training reaches the adapters: layers without a gradient are named, and so is an optimizer without adapters.
+
+Each B notes its first gradient, in a hook that then removes itself. What is known is looked at once: after the first
+training batch of a Trainer, in plain loops at the first merge or save after a gradient.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from ..distributed.sharding import local
+from ..nn.lora_layer import LoRALayer, adapted_layers
+
+SHOWN = 5  # names in a warning
+WITHOUT_ZERO = (False, "orthogonal")  # values of init_lora_weights with which neither factor starts as zero
+
+
+def note_gradient(layer: LoRALayer) -> None:
+    """Let a layer note when the first gradient arrives at its B."""
+    state = layer.lora
+
+    def note(parameter: torch.Tensor) -> None:
+        state.gradient_arrived = True
+        hook.remove()
+
+    hook = layer.lora_B.register_post_accumulate_grad_hook(note)  # type: ignore[no-untyped-call]
+
+
+def warn_of_untrained(
+    model: nn.Module, layers: Mapping[str, LoRALayer] | None = None, *, optimized: bool = False
+) -> None:
+    """Warn, once a model and not before training has begun, of adapters that training does not reach.
+
+    Args:
+        model: any module that holds adapted layers.
+        layers: these, by name, where the caller has listed them.
+        optimized: an optimizer is known to hold the adapters.
+    """
+    found = adapted_layers(model) if layers is None else layers
+    layers = {name: layer for name, layer in found.items() if not layer.lora.injection.training_checked}
+    layers = {name: layer for name, layer in layers.items() if layer.lora_B.requires_grad}
+    reached = {layer for layer in layers.values() if layer.lora.gradient_arrived or layer.lora_B.grad is not None}
+    if not layers or not (reached or (optimized and _has_gradients(model))):
+        return
+    for layer in layers.values():
+        layer.lora.injection.training_checked = True
+    unchanged = {name: layer for name, layer in layers.items() if _is_initial(layer)}
+    unreached = [name for name, layer in unchanged.items() if layer not in reached]
+    if unreached:
+        _warn_of_unreached(unreached, len(layers))
+    elif not optimized and len(unchanged) == len(layers):
+        _warn_of_optimizer()
+
+
+def _has_gradients(model: nn.Module) -> bool:
+    return any(parameter.requires_grad and parameter.grad is not None for parameter in model.parameters())
+
+
+def _warn_of_unreached(names: list[str], among: int) -> None:
+    shown = ", ".join(map(repr, names[:SHOWN])) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+    warnings.warn(
+        f"lightning_lora: no gradient has reached the adapters of {len(names)} of {among} layers: {shown}. Either "
+        "nothing has used these layers yet (experts, heads, the network of another optimizer), or they are cut off "
+        "from the loss (detach, no_grad), or their weight is read where the adapter cannot follow, instead of the "
+        f"layer being called. What is never trained is better left out: exclude_modules={names[:SHOWN]!r}.",
+        stacklevel=4,
+    )
+
+
+def _warn_of_optimizer() -> None:
+    warnings.warn(
+        "lightning_lora: gradients reach the adapters, but none of them has changed. An optimizer that was built "
+        "before inject does not hold them: build it afterwards, from model.parameters(). Where no step was taken yet, "
+        "all is well.",
+        stacklevel=4,
+    )
+
+
+def _is_initial(layer: LoRALayer) -> bool:
+    """Whether the factor that starts as zero is zero still, as far as this rank sees."""
+    if layer.lora.spec.init in WITHOUT_ZERO:
+        return not layer.lora.gradient_arrived and layer.lora_B.grad is None
+    factor = local(layer.lora_A if layer.LOOKUP else layer.lora_B).detach()
+    return factor.numel() > 0 and not factor.is_meta and not bool(factor.any())
+
+
+def explain_merged_training(exception: BaseException, model: nn.Module) -> None:
+    """Add to torch's error of a loss without gradients that the adapters are merged, where they are. In place."""
+    if "does not require grad" in str(exception) and any(layer.lora.merged for layer in adapted_layers(model).values()):
+        exception.args = (
+            f"{exception}. The adapters are merged, and merged they get no gradients: something called merge() before "
+            "this training step; call unmerge(model) first, or merge in `with merged(model):` around the evaluation.",
+        )

@@ -1,0 +1,192 @@
+"""Layers that are read and not called, under a Trainer: trained from the first batch where the adapter can follow, and
+named after the first batch where it cannot.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lightning_lora import LoRACallback, load_from_checkpoint, merge, merged, unload
+from support.training import FEATURES, Data, Net, inputs, make_trainer, outputs, own_random_stream
+
+
+class Reads(Net):
+    """Reads layers in forward, and in the training step."""
+
+    def build_head(self) -> None:
+        super().build_head()
+        with own_random_stream(5):
+            self.decoder = nn.Linear(FEATURES, FEATURES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(self.body(x), self.head.weight, self.head.bias)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        decoded = F.linear(batch[0], self.decoder.weight)
+        return super().training_step(batch, batch_idx) + decoded.square().mean()
+
+
+class ReadFromOutside(Net):
+    """Of a layer of this module a function reads the weight that has it from elsewhere."""
+
+    def build_head(self) -> None:
+        super().build_head()
+        self.decoder = nn.Linear(FEATURES, FEATURES)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step(batch, batch_idx) + penalty(dict(self.named_modules()), batch[0])
+
+
+def penalty(modules: dict[str, Any], x: torch.Tensor) -> torch.Tensor:
+    return F.linear(x, getattr(modules["decoder"], "weight")).square().mean()  # noqa: B009
+
+
+def test_layers_that_a_module_reads_train_from_the_first_batch(tmp_path):
+    callback = LoRACallback(r=2)
+    model = Reads()
+    trainer = make_trainer(tmp_path, callback, limit_train_batches=1, limit_val_batches=1)
+    trainer.fit(model, Data())
+    factors = {name: factor for name, factor in model.named_parameters() if name.endswith("lora_B")}
+    assert len(factors) == 4
+    assert all(factor.any() for factor in factors.values())
+    unmerged = outputs(model)
+    with merged(model):
+        torch.testing.assert_close(outputs(model), unmerged)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    assert torch.equal(outputs(load_from_checkpoint(Reads, tmp_path / "a.ckpt")), unmerged)
+    unload(model)
+    assert type(model) is Reads
+
+
+def test_a_reader_is_trained_as_a_module_that_calls_its_layers(tmp_path):
+    """Plain Lightning on a module that computes W + B @ A by itself."""
+
+    class ByHand(Reads):
+        def build_head(self) -> None:
+            super().build_head()
+            self.factors = nn.ParameterDict()
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            def weight(name: str) -> torch.Tensor:
+                value: torch.Tensor = getattr(self, name).weight + self.factors[f"{name}_B"] @ self.factors[f"{name}_A"]
+                return value
+
+            found = F.linear(self.body(batch[0]), weight("head"), self.head.bias)
+            decoded = F.linear(batch[0], weight("decoder"))
+            return F.cross_entropy(found, batch[1]) + decoded.square().mean()
+
+    targets = ["head", "decoder"]
+    ours, theirs = Reads(), ByHand().requires_grad_(False)
+    callback = LoRACallback(r=2, lora_alpha=2, target_modules=targets)
+    trainer = make_trainer(tmp_path, callback, max_epochs=2)
+
+    class Copies(L.Callback):
+        def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            for name in targets:
+                for leaf in ("A", "B"):
+                    factor = getattr(getattr(pl_module, name), f"lora_{leaf}").detach().clone()
+                    theirs.factors[f"{name}_{leaf}"] = nn.Parameter(factor)
+
+    trainer.callbacks.append(Copies())
+    torch.manual_seed(1)
+    trainer.fit(ours, Data())
+    torch.manual_seed(1)
+    make_trainer(tmp_path, max_epochs=2).fit(theirs, Data())
+    for name in targets:
+        for leaf in ("A", "B"):
+            found = getattr(getattr(ours, name), f"lora_{leaf}")
+            torch.testing.assert_close(found, theirs.factors[f"{name}_{leaf}"], atol=1e-5, rtol=1e-4)
+
+
+def test_a_layer_that_the_first_batch_does_not_train_is_named_once(tmp_path):
+    with pytest.warns(UserWarning, match="no gradient") as caught:
+        make_trainer(tmp_path, LoRACallback(r=2), max_epochs=2, num_sanity_val_steps=1).fit(ReadFromOutside(), Data())
+    (message,) = [str(each.message) for each in caught if "no gradient" in str(each.message)]
+    assert "adapters of 1 of 4 layers: 'decoder'. Either" in message
+    assert message.endswith("exclude_modules=['decoder'].")
+
+
+class Adversarial(Net):
+    """Two optimizers, one after the other, in each batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def build_head(self) -> None:
+        super().build_head()
+        self.critic = nn.Linear(FEATURES, 1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        for optimizer, loss in zip(self.optimizers(), (super().training_step, self._critic_loss), strict=True):
+            optimizer.zero_grad()
+            self.manual_backward(loss(batch, batch_idx))
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def _critic_loss(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return self.critic(batch[0]).mean()
+
+    def configure_optimizers(self) -> Any:
+        parts = [[*self.body.parameters(), *self.head.parameters()], self.critic.parameters()]
+        return [torch.optim.SGD(part, 0.1) for part in parts]
+
+
+class Hesitates(Net):
+    """Skips its first batch."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return None if self.global_step == 0 and batch_idx == 0 else super().training_step(batch, batch_idx)
+
+
+@pytest.mark.filterwarnings("ignore:.training_step. returned .None.:UserWarning")
+@pytest.mark.parametrize("model", [Net, Adversarial, Hesitates, Reads])
+@pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 2}])
+def test_a_fit_that_trains_every_layer_warns_of_nothing(tmp_path, model: type[Net], options: dict[str, Any]):
+    if options and model is Adversarial:
+        options = {"max_epochs": 2}
+    make_trainer(tmp_path, LoRACallback(r=2), **options).fit(model(), Data())
+
+
+def test_all_linear_says_at_fit_start_what_it_passes_over(tmp_path, caplog):
+    class Embeds(Net):
+        def build_body(self) -> None:
+            super().build_body()
+            self.table = nn.Embedding(3, FEATURES)
+
+    with caplog.at_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero"):
+        make_trainer(tmp_path, LoRACallback(r=2), max_epochs=1).fit(Embeds(), Data())
+    lines = [record.getMessage() for record in caplog.records if "passes over" in record.getMessage()]
+    total = sum(parameter.numel() for parameter in Embeds().parameters())
+    assert lines == [
+        f"lightning_lora: 'all-linear' passes over {18 / total:.1%} of the parameters: 1 Embedding {18 / total:.1%}"
+    ]
+
+
+class MergesInItsStep(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        merge(self)
+        return super().training_step(batch, batch_idx)
+
+
+def test_an_error_of_training_while_merged_names_merged(tmp_path):
+    with pytest.raises(
+        RuntimeError, match=r"does not require grad.*\. The adapters are merged, .* call unmerge\(model\)"
+    ):
+        make_trainer(tmp_path, LoRACallback(r=2)).fit(MergesInItsStep(), Data())
+
+
+def test_another_error_stays_as_it_is(tmp_path):
+    class Fails(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return (self(inputs()).sum() * 0).detach()
+
+    with pytest.raises(RuntimeError, match=r"does not require grad and does not have a grad_fn$"):
+        make_trainer(tmp_path, LoRACallback(r=2)).fit(Fails(), Data())
