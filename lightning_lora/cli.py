@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from importlib import import_module
-from inspect import isroutine
+from inspect import Signature, isroutine, signature
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from .callback import LoRACallback
@@ -25,6 +25,12 @@ class _EitherPackage(type):
             return super().__call__(*args, **kwargs)
         bases = (cls, import_module(f"{package}.cli").LightningCLI)
         return type(cls)(cls.__name__, bases, {"__module__": cls.__module__, "__doc__": cls.__doc__})(*args, **kwargs)
+
+    @property
+    def __signature__(cls) -> Signature:
+        """Show the arguments of __init__, which those of __call__ would hide."""
+        _, *others = signature(cls.__init__).parameters.values()  # type: ignore[misc]
+        return Signature(others)
 
     def mro(cls) -> list[type]:
         """Put the LightningCLI that is named beside LoRACLI before the one that LoRACLI is derived from."""

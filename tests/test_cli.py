@@ -263,3 +263,7 @@ def test_lora_cli_is_that_of_the_package_whose_classes_it_is_given(package: str,
     assert type(program.parser) is cli.LightningArgumentParser
     assert callback(program).config == LoRAConfig(r=2)
     assert program.config.answer == 42
+
+
+def test_lora_cli_shows_the_arguments_of_its_lightning_cli():
+    assert list(inspect.signature(LoRACLI).parameters) == list(inspect.signature(LightningCLI).parameters)

@@ -8,10 +8,8 @@ from importlib import import_module
 from typing import Any
 
 import pytest
-import pytorch_lightning
 from torch import nn
 
-from lightning_lora import LoRACallback
 from lightning_lora.trainer.lightning_packages import PACKAGES, is_overridden, package_of
 
 THERE_FIRST = """
@@ -51,20 +49,6 @@ ORDERS = {
 def test_callback_is_that_of_each_package_as_soon_as_it_is_imported_and_imports_no_other(program: str):
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-
-
-def test_package_imported_anew_takes_the_callback_too(monkeypatch: pytest.MonkeyPatch):
-    """As a test suite or a notebook may do that drops modules to import them afresh."""
-    bases = LoRACallback.__bases__
-    for name in [name for name in sys.modules if name.split(".")[0] == "pytorch_lightning"]:
-        monkeypatch.delitem(sys.modules, name)
-    try:
-        again = import_module("pytorch_lightning")
-        assert again.Callback is not pytorch_lightning.Callback
-        assert isinstance(LoRACallback(), again.Callback)
-        assert isinstance(LoRACallback(), pytorch_lightning.Callback)
-    finally:
-        LoRACallback.__bases__ = bases
 
 
 @pytest.mark.parametrize("package", PACKAGES)
