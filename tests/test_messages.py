@@ -29,6 +29,7 @@ from lightning_lora import (
     save_adapter,
 )
 from lightning_lora.command.merge import merge_on_disk
+from support.lightning_versions import PLAIN_TYPES_ONLY
 from support.peers import fill_, model
 from support.runs import lora
 from support.training import Data, Net, make_trainer
@@ -56,7 +57,7 @@ def test_message_says_what_was_found_and_what_to_do(tmp_path: Path, provoke: Cal
 
 def saved(path: Path, *callbacks: Any, base: Path | None = None) -> Path:
     """Train, and save: with no callback as plain Lightning does."""
-    model = Net.load_from_checkpoint(base, weights_only=True) if base else Net()
+    model = Net.load_from_checkpoint(base, **PLAIN_TYPES_ONLY) if base else Net()
     trainer = make_trainer(path, *callbacks)
     trainer.fit(model, Data())
     file = path / ("lora.ckpt" if callbacks else "pretrained.ckpt")
@@ -71,7 +72,7 @@ def a_fit_resumed_from_a_plain_checkpoint(path: Path) -> None:
     leave ckpt_path out: trainer.fit(Net.load_from_checkpoint("pretrained.ckpt"), ...). To resume that training, leave
     LoRACallback out.
     """
-    make_trainer(path, lora()).fit(Net(), Data(), ckpt_path=saved(path), weights_only=True)
+    make_trainer(path, lora()).fit(Net(), Data(), ckpt_path=saved(path), **PLAIN_TYPES_ONLY)
 
 
 @message
@@ -99,7 +100,7 @@ def a_trainer_where_the_base_was_pretrained(path: Path) -> None:
     leave ckpt_path out.
     """
     file = saved(path, lora(), base=saved(path))
-    make_trainer(path, lora()).validate(Net(), Data(), ckpt_path=file, weights_only=True)
+    make_trainer(path, lora()).validate(Net(), Data(), ckpt_path=file, **PLAIN_TYPES_ONLY)
 
 
 @message

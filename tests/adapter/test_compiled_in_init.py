@@ -10,6 +10,7 @@ import torch
 
 from lightning_lora import load_adapter, load_from_checkpoint, merge_and_unload, save_adapter
 from lightning_lora.command.merge import merge_on_disk
+from support.lightning_versions import PLAIN_TYPES_ONLY
 from support.recorders import Recorder
 from support.runs import lora
 from support.training import Data, Net, assert_same_tensors, make_trainer, outputs
@@ -53,10 +54,10 @@ def test_merged_checkpoint_is_read_by_the_plain_class(tmp_path):
     model, file = saved(tmp_path, "merged")
     state = torch.load(file, weights_only=True)["state_dict"]
     assert list(state) == list(Compiled().state_dict())
-    plain = Compiled.load_from_checkpoint(file, strict=True, weights_only=True)
+    plain = Compiled.load_from_checkpoint(file, strict=True, **PLAIN_TYPES_ONLY)
     merge_and_unload(model)
     assert_same_tensors(dict(plain.state_dict()), dict(model.state_dict()))
-    make_trainer(tmp_path).validate(Compiled(width=7), Data(), ckpt_path=file, weights_only=True, verbose=False)
+    make_trainer(tmp_path).validate(Compiled(width=7), Data(), ckpt_path=file, verbose=False, **PLAIN_TYPES_ONLY)
 
 
 def test_full_checkpoint_has_the_modules_own_names(tmp_path):
@@ -64,7 +65,7 @@ def test_full_checkpoint_has_the_modules_own_names(tmp_path):
     state = torch.load(file, weights_only=True)["state_dict"]
     assert list(state) == list(model.state_dict())
     with pytest.warns(UserWarning, match="Found keys that are not in the model state dict") as told:
-        plain = Compiled.load_from_checkpoint(file, strict=False, weights_only=True)
+        plain = Compiled.load_from_checkpoint(file, strict=False, **PLAIN_TYPES_ONLY)
     assert str(told[0].message).count("lora_") == 6, "the factors and nothing else"
     assert_same_tensors(dict(plain.state_dict()), {name: state[name] for name in plain.state_dict()})
 
@@ -84,7 +85,7 @@ def test_checkpoint_of_a_submodule_compiled_in_init_loads_and_resumes(tmp_path, 
             resumed = cls(width=7, seed=4)
             torch.manual_seed(0)
             trainer = make_trainer(tmp_path, lora(save=kind), max_epochs=2)
-            trainer.fit(resumed, Data(), ckpt_path=source, weights_only=True)
+            trainer.fit(resumed, Data(), ckpt_path=source, **PLAIN_TYPES_ONLY)
             ends.append(dict(resumed.state_dict()))
         assert_same_tensors(*ends)
 
@@ -93,10 +94,10 @@ def test_command_merges_into_a_checkpoint_with_the_segments_of_a_wrapper(tmp_pat
     trainer = make_trainer(tmp_path)
     trainer.fit(Compiled(width=7, seed=4), Data())
     trainer.save_checkpoint(tmp_path / "base.ckpt")
-    model = Compiled.load_from_checkpoint(tmp_path / "base.ckpt", weights_only=True)
+    model = Compiled.load_from_checkpoint(tmp_path / "base.ckpt", **PLAIN_TYPES_ONLY)
     make_trainer(tmp_path, lora()).fit(model, Data())
     save_adapter(model, tmp_path / "adapter")
     merge_on_disk(tmp_path / "base.ckpt", tmp_path / "adapter", tmp_path / "merged.ckpt", check=True)
-    merged = Compiled.load_from_checkpoint(tmp_path / "merged.ckpt", strict=True, weights_only=True)
+    merged = Compiled.load_from_checkpoint(tmp_path / "merged.ckpt", strict=True, **PLAIN_TYPES_ONLY)
     merge_and_unload(model)
     assert_same_tensors(dict(merged.state_dict()), dict(model.state_dict()))

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lightning_lora import LoRAError, load_adapter, load_from_checkpoint
+from support.lightning_versions import PLAIN_TYPES_ONLY
 from support.runs import lora
 from support.training import Data, Net, make_trainer, outputs
 
@@ -57,13 +58,13 @@ def test_trainer_with_a_fresh_base_says_what_can_be_done_there(tmp_path, kind: s
     tuned(tmp_path, kind)
     with pytest.raises(LoRAError, match="belongs to another base: values of") as refused:
         getattr(make_trainer(tmp_path, lora(save=kind), max_epochs=2), stage)(
-            Net(width=7), Data(), ckpt_path=tmp_path / "lora.ckpt", weights_only=True
+            Net(width=7), Data(), ckpt_path=tmp_path / "lora.ckpt", **PLAIN_TYPES_ONLY
         )
     assert 'trainer.fit(Net.load_from_checkpoint("pretrained.ckpt"), ckpt_path=...)' in str(refused.value)
     assert "load_adapter(model, path, strict_base=False) and leave ckpt_path out" in str(refused.value)
     base = Net.load_from_checkpoint(tmp_path / "pretrained.ckpt")
     trainer = make_trainer(tmp_path, lora(save=kind), max_epochs=2)
-    getattr(trainer, stage)(base, Data(), ckpt_path=tmp_path / "lora.ckpt", weights_only=True)
+    getattr(trainer, stage)(base, Data(), ckpt_path=tmp_path / "lora.ckpt", **PLAIN_TYPES_ONLY)
     with pytest.warns(UserWarning, match="belongs to another base"):
         load_adapter(other := Net(width=7), tmp_path / "lora.ckpt", strict_base=False)
     make_trainer(tmp_path, lora(save=kind)).fit(other, Data())

@@ -259,9 +259,9 @@ def test_fit_from_a_plain_checkpoint_is_refused_and_its_remedy_trains(tmp_path, 
     trainer.save_checkpoint(tmp_path / "plain.ckpt", weights_only=weights_only)
     with pytest.raises(LoRAError, match=r"holds no adapter.*leave ckpt_path out"):
         make_trainer(tmp_path, lora(), max_epochs=2).fit(
-            Net(), Data(BATCHES), ckpt_path=tmp_path / "plain.ckpt", weights_only=True
+            Net(), Data(BATCHES), ckpt_path=tmp_path / "plain.ckpt", **PLAIN_TYPES_ONLY
         )
-    model = Net.load_from_checkpoint(tmp_path / "plain.ckpt", weights_only=True)
+    model = Net.load_from_checkpoint(tmp_path / "plain.ckpt", **PLAIN_TYPES_ONLY)
     make_trainer(tmp_path, lora()).fit(model, Data(BATCHES))
     assert model.head.lora_B.any()
 
