@@ -342,10 +342,27 @@ def test_common_errors_are_messages_that_come(front):
         inject(model, LoRAConfig(target_modules=["embed_tokens"]))
         merge_and_unload(model)
 
+    class WithObject(net):
+        def __init__(self, loss: Any = ...) -> None:
+            super().__init__()
+            self.save_hyperparameters()
+
+    def resumed_without_adapter() -> None:
+        plain = L.Trainer(**front["quiet"], max_steps=1)
+        plain.fit(net(), data, data)
+        plain.save_checkpoint("plain.ckpt")
+        make_trainer(front).fit(net(), data, data, ckpt_path="plain.ckpt")
+
+    with_object = make_trainer(front)
+    with_object.fit(WithObject(loss=object()), data, data)
+    with_object.save_checkpoint("object.ckpt")
+
     mistakes = [
         lambda: inject(net(), LoRAConfig(target_modules=["q_prj"])),
         lambda: make_trainer(front).fit(Early(), data, data),
         lambda: net.load_from_checkpoint("adapter.ckpt"),
+        resumed_without_adapter,
+        lambda: load_from_checkpoint(WithObject, "object.ckpt"),
         lambda: load_from_checkpoint(Other, "adapter.ckpt"),
         lambda: make_trainer(front, lora_alpha=16).fit(net(), data, data, ckpt_path="adapter.ckpt"),
         tied,
