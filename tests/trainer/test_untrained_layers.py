@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_lora import LoRACallback, load_from_checkpoint, merge, merged, unload
+from support.notices import lightning_logger
 from support.training import FEATURES, Data, Net, inputs, make_trainer, outputs, own_random_stream
 
 
@@ -161,7 +162,7 @@ def test_all_linear_says_at_fit_start_what_it_passes_over(tmp_path, caplog):
             super().build_body()
             self.table = nn.Embedding(3, FEATURES)
 
-    with caplog.at_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero"):
+    with caplog.at_level(logging.INFO, logger=lightning_logger()):
         make_trainer(tmp_path, LoRACallback(r=2), max_epochs=1).fit(Embeds(), Data())
     lines = [record.getMessage() for record in caplog.records if "passes over" in record.getMessage()]
     total = sum(parameter.numel() for parameter in Embeds().parameters())
