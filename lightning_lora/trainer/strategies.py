@@ -23,7 +23,7 @@ from ..model.injection import find_injection, snapshot_materialised
 from ..model.patches import call_previous, patch
 from ..model.state_dict import adapter_keys, base_keys, merge_state_dict
 from ..names import META, canonical
-from ..nn.lora_layer import adapted_layers
+from ..nn.lora_layer import LoRALayer, adapted_layers
 from .checkpoint_hooks import refuse_foreign_resume
 
 HEADER = "meta.pt"  # Lightning's name of what a distributed checkpoint holds beside its shards
@@ -61,7 +61,9 @@ def _state_dict(strategy: Any, previous: Callable[[], Any] | None) -> Any:
         return merge_state_dict(module, state) if kind == "merged" else state
 
     with _state_dict_shown_as(module, of_kind):
-        return call_previous(strategy, previous, "lightning_module_state_dict")
+        gathered = call_previous(strategy, previous, "lightning_module_state_dict")
+    # One gathered from uneven shards has gaps between its rows, which torch 2.6 sends to the other ranks when it loads.
+    return {name: value.contiguous() if isinstance(value, torch.Tensor) else value for name, value in gathered.items()}
 
 
 def _load_checkpoint(
@@ -80,19 +82,19 @@ def _load_checkpoint(
         refuse_foreign_resume(module, checkpoint, loaded)
         _check_complete(module, loaded, path)
     prepare_for_load(module, checkpoint)  # raises where it does not fit
-    weights = {}
+    copies = []
     if kind == "merged":
         if path.is_dir():  # one tensor, because torch takes no empty state dict
             loaded = {min(loaded, key=lambda name: checkpoint["state_dict"][name].numel())}
-        weights = _copy_weights(module, loaded)  # Lightning loads W' into them
+        copies = _copy_weights(module, loaded)  # Lightning loads W' into them
     strict, module.strict_loading = module._strict_loading, False  # it would miss what is left out by design
     try:
         with _state_dict_shown_as(module, lambda state: {name: state[name] for name in state if name in loaded}):
             content = call_previous(strategy, previous, "load_checkpoint", path, *args, **kwargs)
     finally:
         module._strict_loading = strict  # the property would turn an unset one into True
-        for weight, values in weights.items():
-            weight.copy_(values)
+        for layer, leaf, values in copies:  # their memory may be another by now
+            local(layer.adapted_weights()[leaf]).copy_(values)
     if kind == "merged" and adapter is not None:
         apply_adapter(module, adapter)
     content.pop(META, None)  # done; the module's on_load_checkpoint has nothing to complete
@@ -132,15 +134,14 @@ def _check_complete(module: nn.Module, names: set[str], path: Path) -> None:
     )
 
 
-def _copy_weights(module: nn.Module, names: set[str]) -> dict[torch.Tensor, torch.Tensor]:
-    """Copy the values of adapted weights of these names; keys are this rank's live shards."""
-    shards = [
-        local(weight)
+def _copy_weights(module: nn.Module, names: set[str]) -> list[tuple[LoRALayer, str, torch.Tensor]]:
+    """Copy this rank's shards of the adapted weights of these names."""
+    return [
+        (layer, leaf, local(weight).clone())
         for name, layer in adapted_layers(module).items()
         for leaf, weight in layer.adapted_weights().items()
         if f"{name}.{leaf}" in names
     ]
-    return {shard: shard.clone() for shard in shards}
 
 
 @contextmanager
