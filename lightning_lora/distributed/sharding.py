@@ -157,7 +157,8 @@ def samples(tensor: torch.Tensor, positions: list[int]) -> list[float]:
         on_shard &= (part.start <= index) & (index < part.stop)
     inside = [(i[on_shard] - part.start).to(shard.device) for i, part in zip(indices, slices, strict=True)]
     values = torch.zeros(len(positions), dtype=torch.float64)
-    values[on_shard] = shard[tuple(inside)].double().cpu()
+    readable = shard.view(torch.uint8) if shard.element_size() == 1 else shard  # torch 2.6 indexes no float8
+    values[on_shard] = readable[tuple(inside)].view(shard.dtype).double().cpu()
     if is_sharded(tensor):
         values = values.to(tensor.device_mesh.device_type)
         split = [dim for dim, placement in enumerate(tensor.placements) if not placement.is_replicate()]

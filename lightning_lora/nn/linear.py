@@ -43,9 +43,9 @@ class LoRALinear(LoRALayer):
         if is_sharded(x) and self.lora.spec.enabled is None:
             from ..distributed.tensor_parallel import low_rank_product  # imports much, and is rarely needed
 
-            product = low_rank_product(x, self.lora_A.to(x.dtype), self.lora_B.to(x.dtype))
+            product = low_rank_product(x, self.lora_A.to(x.dtype), self.lora_B.to(x.dtype), scaling)
             if product is not None:
-                return cast(torch.Tensor, base + product * scaling)
+                return cast(torch.Tensor, base + product)
         outputs, end = [], 0
         for start, a, b in enabled_parts(self.lora_A.to(x.dtype), self.lora_B.to(x.dtype), self.lora.spec.enabled):
             if start > end:
