@@ -190,6 +190,9 @@ def _alpha_option(parser: Any) -> None:
 @contextmanager
 def _progress_bar(what: str, total: int) -> Iterator[Progress]:
     """Show a bar where the standard error is a terminal; the standard output holds results alone."""
+    if not sys.stderr.isatty():
+        yield lambda done: None
+        return
     try:
         from rich.console import Console
         from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
@@ -197,7 +200,7 @@ def _progress_bar(what: str, total: int) -> Iterator[Progress]:
         yield lambda done: None
         return
     columns = (TextColumn(what), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=total)
         yield lambda done: bar.advance(task, done)
 
