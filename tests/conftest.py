@@ -55,6 +55,7 @@ def _one_thread_and_seed():
     torch.manual_seed(0)
     for name in ("lightning.pytorch", "pytorch_lightning"):
         logging.getLogger(name).setLevel(logging.WARNING)
+        logging.getLogger(name).propagate = True  # for caplog; not so where pytest sets its handlers up late
     yield
     torch.set_num_threads(1)
     os.environ.pop("PL_GLOBAL_SEED", None)  # seed_everything leaves it, and later process groups would reseed by it

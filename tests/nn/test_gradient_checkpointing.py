@@ -16,6 +16,7 @@ from lightning_lora import LoRACallback, LoRAConfig, adapter_state_dict, inject,
 from support.models import Zoo, randomise_, tokens, trace, zoo_config
 from support.training import Data, Net, assert_same_tensors, make_trainer
 
+pytestmark = pytest.mark.filterwarnings("ignore:Please specify CheckpointImpl.NO_REENTRANT:FutureWarning")  # torch 2.6
 REENTRANT, NOT_REENTRANT = CheckpointImpl.REENTRANT, CheckpointImpl.NO_REENTRANT
 NOTICE = "None of the inputs have requires_grad"
 

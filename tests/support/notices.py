@@ -13,7 +13,11 @@ LIGHTNING_NOTICES: dict[str, type[Warning]] = {
     r"`isinstance\(treespec, LeafSpec\)` is deprecated": FutureWarning,
     "Starting from v1.9.0, `tensorboardX` has been removed": UserWarning,
     "Trying to infer the `batch_size` from an ambiguous collection": UserWarning,
+    "The loaded checkpoint was produced with Lightning v.*, which is newer": UserWarning,  # files of earlier tests
 }
+
+# Said by torch 2.6 of its own device meshes and distributed checkpoints.
+DISTRIBUTED_NOTICES = ("DTensor random operators may not have complete support on cpu", "TypedStorage is deprecated.")
 
 # torch's compiler and fast path warn of what they do themselves, on models without this package too.
 TORCH_NOTICES = [

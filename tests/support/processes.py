@@ -22,6 +22,10 @@ import torch.distributed as dist
 BACKEND = "nccl" if torch.cuda.is_available() and torch.cuda.device_count() > 1 else "gloo"
 COLLECTIVE_TIMEOUT = 30  # seconds
 
+for method in ("record_event", "wait_event"):  # FSDP2 calls them on the CPU too, for which torch 2.6 forgot them
+    if not hasattr(torch.cpu.Stream, method):
+        setattr(torch.cpu.Stream, method, lambda self, *event: None)
+
 
 class World:
     """`size` ranks of one process group; run() calls a module-level function on each."""
@@ -156,10 +160,12 @@ def quiet() -> None:
 
     import lightning.pytorch  # noqa: F401  (resets its own logger on import)
 
-    from support.notices import LIGHTNING_NOTICES
+    from support.notices import DISTRIBUTED_NOTICES, LIGHTNING_NOTICES
 
     warnings.simplefilter("error")
     for message, category in LIGHTNING_NOTICES.items():
         warnings.filterwarnings("ignore", message, category)
+    for message in DISTRIBUTED_NOTICES:
+        warnings.filterwarnings("ignore", message, UserWarning)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
