@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Collection, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
@@ -146,13 +146,16 @@ def forget_rebuilt(model: nn.Module, earlier: Set[nn.Module]) -> None:
         record.fingerprint = {}
 
 
-def refuse_replaced_layers(model: nn.Module, verb: str) -> None:
+def refuse_replaced_layers(model: nn.Module, verb: str, layers: Mapping[str, LoRALayer] | None = None) -> None:
     """Raise LoRAError for the first layer that was adapted and is not in an injected model any more.
 
     Args:
         model: any module; one that holds no injected model is let pass.
         verb: what the message begins with.
+        layers: its adapted layers, where the caller has listed them; if none is missing, no module is visited.
     """
+    if layers and _are_complete(layers.values()):
+        return
     for root in _injected_modules(model):
         expected, live = vars(root)[ATTRIBUTE].layers, {layer.lora.name for layer in adapted_layers(root).values()}
         gone = [name for name in expected if name not in live]
@@ -165,6 +168,13 @@ def refuse_replaced_layers(model: nn.Module, verb: str) -> None:
                 "adapted, in __init__, setup or configure_model, or leave them out with "
                 f"exclude_modules=[{', '.join(map(repr, gone[:3]))}{', ...' if len(gone) > 3 else ''}]."
             )
+
+
+def _are_complete(layers: Collection[LoRALayer]) -> bool:
+    """Tell whether these are all the layers that the injections which they are from have adapted."""
+    live = {(id(layer.lora.injection), layer.lora.name) for layer in layers}
+    records = {id(layer.lora.injection): layer.lora.injection for layer in layers}
+    return all((number, name) in live for number, record in records.items() for name in record.layers)
 
 
 def _injected_modules(model: nn.Module) -> list[nn.Module]:

@@ -51,8 +51,9 @@ def merge(model: nn.Module) -> None:
         LoRAError: the model has no adapted layer, or one was replaced since. Every layer is then unmerged.
         NonFiniteError: a layer's W' is not finite, on any rank. Every layer is then unmerged.
     """
-    refuse_replaced_layers(model, "merge")
-    layers = _require_layers(model, "merge")
+    layers = adapted_layers(model)
+    refuse_replaced_layers(model, "merge", layers)
+    _require_layers(layers, model, "merge")
     pending = {name: layer for name, layer in layers.items() if layer.lora_active and not layer.lora.merged}
     if not pending:
         return
@@ -87,7 +88,8 @@ def unmerge(model: nn.Module) -> None:
         LoRAError: the model has no adapted layer, or a weight cannot be restored because something changed it while
             it was merged. The other layers are restored, and nothing is saved from the damaged one.
     """
-    layers = _require_layers(model, "unmerge")
+    layers = adapted_layers(model)
+    _require_layers(layers, model, "unmerge")
     restore_shards_(model, layers)
     with _deferred_interrupt(), torch.no_grad():
         try:
@@ -127,11 +129,9 @@ def restore_shards_(model: nn.Module, layers: Mapping[str, LoRALayer]) -> None:
         layer.lora.sharded = sharded
 
 
-def _require_layers(model: nn.Module, verb: str) -> dict[str, LoRALayer]:
-    layers = adapted_layers(model)
+def _require_layers(layers: Mapping[str, LoRALayer], model: nn.Module, verb: str) -> None:
     if not layers:
         raise LoRAError(f"{verb}: {type(model).__name__} has no adapted layer; call inject(model, LoRAConfig(...)).")
-    return layers
 
 
 def _affordable_copies(layers: Collection[LoRALayer]) -> set[LoRALayer]:
