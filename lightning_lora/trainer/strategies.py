@@ -19,6 +19,7 @@ from ..adapter.lightning_checkpoint import adapter_of, prepare_for_load
 from ..adapter.save_load import apply_adapter
 from ..distributed.sharding import local
 from ..errors import LoRAError
+from ..files.torch_archive import read_torch_file
 from ..model.injection import find_injection, snapshot_materialised
 from ..model.patches import call_previous, patch
 from ..model.state_dict import adapter_keys, base_keys, merge_state_dict
@@ -75,7 +76,7 @@ def _load_checkpoint(
     if find_injection(module) is None:
         return call_previous(strategy, previous, "load_checkpoint", path, *args, **kwargs)
     snapshot_materialised(module)
-    checkpoint = _read_without_values(path, kwargs.get("weights_only"))
+    checkpoint = _read_without_values(path)
     loaded = set(map(canonical, checkpoint["state_dict"]))
     adapter, kind = adapter_of(checkpoint) if META in checkpoint else (None, None)
     if adapter is None:
@@ -101,17 +102,16 @@ def _load_checkpoint(
     return content
 
 
-def _read_without_values(path: Path, weights_only: bool | None) -> dict[str, Any]:
+def _read_without_values(path: Path) -> dict[str, Any]:
     """Read a checkpoint file, or a distributed checkpoint with tensors on the meta device."""
     from torch.distributed.checkpoint.filesystem import FileSystemReader  # slow to import, and rarely needed
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     if path.is_file():
-        checkpoint: dict[str, Any] = torch.load(path, mmap=True, map_location="cpu", weights_only=weights_only)
-        return checkpoint
+        return read_torch_file(path, mmap=True)
     if not (path / HEADER).is_file():
         raise LoRAError(f"{path}: neither a checkpoint file nor a folder with a distributed checkpoint.")
-    checkpoint = torch.load(path / HEADER, map_location="cpu", weights_only=weights_only)
+    checkpoint = read_torch_file(path / HEADER)
     shards = FileSystemReader(path).read_metadata().state_dict_metadata
     checkpoint["state_dict"] = {
         name.removeprefix("state_dict."): torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from lightning_lora import (
     unload,
 )
 from lightning_lora.model.inject import adapt_new_layers
+from support.lightning_versions import ANY_OBJECTS
 from support.models import randomise_
 from support.processes import world
 from support.recorders import Traffic
@@ -252,3 +254,27 @@ def test_tensor_parallel_fit_equals_that_on_one_device(tmp_path, size, whole):
         again = Plain()
         load_adapter(again, tmp_path / "3.ckpt")
         assert_same_bits(whole_state(again), state)
+
+
+class Scaled(Parallel):
+    """Has a hyper-parameter that is no plain type."""
+
+    def __init__(self, lr: float = 0.05, scale: Fraction = Fraction(1, 3)) -> None:
+        super().__init__(lr)
+
+
+def fit_with_object(path: Path, kind: str) -> None:
+    callback, rows = lora(save=kind), [loader(), loader(seed=6)]
+    model, again = Scaled(), Scaled()
+    trainer = model_parallel(path, callback, tensor=2, whole=True)
+    trainer.fit(model, *rows)
+    trainer.save_checkpoint(path / "1.ckpt")
+    trainer = model_parallel(path, lora(save=kind), tensor=2, whole=True)
+    trainer.validate(again, rows[1], verbose=False)
+    trainer.strategy.load_checkpoint(path / "1.ckpt", **ANY_OBJECTS)
+    assert_same_bits(whole_state(again), whole_state(model))
+
+
+@pytest.mark.parametrize("kind", ["adapter", "merged", "full"])
+def test_a_checkpoint_with_an_object_in_its_hyperparameters_loads_where_lightning_is_told_to(tmp_path, kind):
+    world().run(fit_with_object, tmp_path, kind)

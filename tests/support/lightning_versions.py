@@ -21,10 +21,11 @@ if TYPE_CHECKING or HAS_WEIGHT_AVERAGING:
 else:
     WeightAveraging = EMAWeightAveraging = None
 
-# Given to what loads a checkpoint: take plain types and tensors only, where Lightning can be asked for that.
+# Given to what loads a checkpoint: plain types and tensors only, or objects too, where Lightning asks which.
 PLAIN_TYPES_ONLY: dict[str, Any] = (
     {"weights_only": True} if "weights_only" in inspect.signature(L.Trainer.fit).parameters else {}
 )
+ANY_OBJECTS: dict[str, Any] = dict.fromkeys(PLAIN_TYPES_ONLY, False)
 
 weight_averaging = pytest.mark.weight_averaging
 
@@ -35,6 +36,7 @@ def averaging(values: Iterable[Any]) -> list[Any]:
 
 
 __all__ = [
+    "ANY_OBJECTS",
     "HAS_WEIGHT_AVERAGING",
     "PLAIN_TYPES_ONLY",
     "EMAWeightAveraging",
