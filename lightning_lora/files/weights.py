@@ -48,7 +48,14 @@ class Weights:
             return {}
         tied = "tied to the other end of the model (tie_word_embeddings in config.json)"
         rows = self.folder.vocabulary()
-        return {name: tied for name, location in self.locations.items() if location.shape[:1] == (rows,)}
+        tables = [name for name, location in self.locations.items() if location.shape[:1] == (rows,)]
+        return dict.fromkeys((name for name in tables if not self._is_layer_or_norm(name)), tied)
+
+    def _is_layer_or_norm(self, name: str) -> bool:
+        """Say whether a tensor is of a numbered layer or a norm, which are no ends, however wide the model is."""
+        weight = self.locations.get(f"{name.rpartition('.')[0]}.weight")
+        in_layer = any(module.isdigit() for module in name.split(".")[:-2])
+        return in_layer or (weight is not None and len(weight.shape) == 1)
 
     def _overlapping(self) -> dict[str, str]:
         owners: dict[str, str] = {}
