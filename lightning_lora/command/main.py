@@ -96,6 +96,14 @@ def _merge_options(parser: Any) -> None:
     parser.add_argument("--verify", action="store_true", help="read the result again and compare it in float64")
     _overwrite_option(parser)
     parser.add_argument("--strict-base", type=bool, default=True, help="false: another base is only a warning")
+    parser.add_argument(
+        "--rename",
+        nargs="+",
+        type=str,
+        default=[],
+        metavar="OLD=NEW",
+        help="regular expressions, and what replaces them, that make the modules' names of the base's, in order",
+    )
     _alpha_option(parser)
 
 
@@ -110,6 +118,7 @@ def _merge(options: Any) -> str:
         max_shard_bytes=bytes_of(options.max_shard_size) if options.max_shard_size else None,
         check=options.verify,
         strict_base=options.strict_base,
+        rename=options.rename,
         overwrite=options.overwrite,
         progress=partial(_progress_bar, "merging"),
     )

@@ -19,7 +19,7 @@ from ..files.atomic import new_file, new_folder
 from ..files.paths import PathLike
 from ..files.safetensors import SUFFIX
 from ..files.weights import Weights, open_weights
-from ..names import A, B, around, canonical, matcher
+from ..names import A, B, around, matcher
 from ..nn.low_rank import (
     ATTENTION,
     ATTENTION_WEIGHTS,
@@ -31,11 +31,12 @@ from ..nn.low_rank import (
     low_rank_blocks,
     matrix_shape,
 )
+from .module_names import ModuleNames, names_in_transformers, own_names, renamed
 from .output import MODEL_FILE, MODEL_FOLDER, ProgressBar, check_output, no_progress
 from .write_merged import Job, WeightUpdate, verify_result, write_file_of, write_folder_of
 
 OTHER_BASE = "Give the base that it was trained on as --base, or pass --strict-base=false, which makes this a warning."
-INSTEAD = "Load model and adapter in Python and use merge_and_unload instead"
+INSTEAD = "Load the model in Python and use load_adapter and save_merged instead"
 
 
 def merge_on_disk(
@@ -48,6 +49,7 @@ def merge_on_disk(
     max_shard_bytes: int | None = None,
     check: bool = False,
     strict_base: bool = True,
+    rename: Sequence[str] = (),
     overwrite: bool = False,
     progress: ProgressBar = no_progress,
 ) -> list[Path]:
@@ -62,6 +64,7 @@ def merge_on_disk(
         max_shard_bytes: how large a file of a folder may be, or None for the base's own sharding.
         check: read the result again and compare it with base and adapter.
         strict_base: whether another base than the adapter's is an error or a warning.
+        rename: "OLD=NEW", regular expressions and what replaces them, which make the modules' names of the base's.
         overwrite: replace an earlier result at `output`.
         progress: shows how much of the base is done.
 
@@ -75,23 +78,31 @@ def merge_on_disk(
     _check_form(weights, Path(output), max_shard_bytes)
     check_output("merge", MODEL_FOLDER if weights.folder else MODEL_FILE, output, (base, adapter), overwrite)
     with _one_thread():
-        updates = plan_updates(adapter_with_options(adapter, lora_alpha), weights, strict_base=strict_base)
+        updates = plan_updates(
+            adapter_with_options(adapter, lora_alpha), weights, strict_base=strict_base, rename=rename
+        )
         with progress(weights.nbytes) as advance:
             return _write(Job(weights, updates, dtype, advance), output, max_shard_bytes, check)
 
 
-def plan_updates(adapter: Adapter, base: Weights, *, strict_base: bool = True) -> dict[str, WeightUpdate]:
-    """Say what happens to which of the base's tensors, by name.
+def plan_updates(
+    adapter: Adapter, base: Weights, *, strict_base: bool = True, rename: Sequence[str] = ()
+) -> dict[str, WeightUpdate]:
+    """Say what happens to which of the base's tensors, by name; strict_base and rename as in merge_on_disk.
 
     Raises:
         LoRAError: the adapter does not fit the base, or merged weights cannot express it.
     """
     if base.holds_factors():
         raise LoRAError(f"{base.path}: the base holds an adapter itself; give the weights that it was trained on.")
-    names = {canonical(name): name for name in base.locations}  # without the segments of wrappers as torch.compile's
-    base = replace(base, locations={name: base.locations[own_name] for name, own_name in names.items()})
+    names = renamed(base, rename) if rename else _module_names(adapter, base)
+    base = replace(base, locations={name: base.locations[in_file] for name, in_file in names.files.items()})
     before = adapter
-    adapter = align_to_modules(adapter, base.modules(), str(base.path))
+    try:
+        adapter = align_to_modules(adapter, names.modules(), str(base.path))
+    except LoRAError as error:
+        raise LoRAError(f"{error} {names.hint}") from error
+    _refuse_built(adapter, base, names)
     _refuse_missing(adapter, base, _scope(before, adapter))
     _compare_base(adapter, base, strict_base)
     updates: dict[str, WeightUpdate] = {}
@@ -110,7 +121,24 @@ def plan_updates(adapter: Adapter, base: Weights, *, strict_base: bool = True) -
                 f"{base.path}: {name!r} is also {owners[name]}, so changing it would change that too, and merged "
                 "weights cannot express the adapter. Leave the layer out of the adapter, or keep the adapter separate."
             )
-    return {names[name]: update for name, update in updates.items()}
+    return {names.files[name]: update for name, update in updates.items()}
+
+
+def _module_names(adapter: Adapter, base: Weights) -> ModuleNames:
+    """Return the file's own names where they are the adapter's too, else those that transformers gives them."""
+    names = own_names(base)
+    modules = {name.rpartition(".")[0] for name in adapter.by_network_names().tensors}
+    return names if modules <= names.modules() else names_in_transformers(base)
+
+
+def _refuse_built(adapter: Adapter, base: Weights, names: ModuleNames) -> None:
+    """Raise LoRAError for the first tensor to change that a model makes out of others, which the file holds."""
+    for name in (*(f"{layer}.weight" for layer in adapter.layers()), *adapter.beside_factors()):
+        if name in names.built:
+            raise LoRAError(
+                f"{base.path}: {name!r} is no tensor there: transformers makes it when it loads the folder, out of "
+                f"tensors of another form. {INSTEAD}."
+            )
 
 
 def _check_form(base: Weights, output: Path, max_shard_bytes: int | None) -> None:

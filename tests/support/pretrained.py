@@ -17,6 +17,7 @@ from support.training import own_random_stream
 
 LABELS = 3
 VISION = {name: size for name, size in SMALL.items() if name != "vocab_size"} | {"image_size": 16, "patch_size": 8}
+LAYERS = {"layers": 1, "attention_heads": 4, "ffn_dim": 32}
 
 
 def save_body(path: Path) -> Path:
@@ -50,6 +51,39 @@ def llava() -> Any:
 def dinov2() -> Any:
     """Its files hold two projections as one."""
     return transformers.Dinov2ForImageClassification(transformers.Dinov2Config(**VISION, use_swiglu_ffn=True))
+
+
+def vit() -> Any:
+    return transformers.ViTForImageClassification(transformers.ViTConfig(**VISION))
+
+
+def deit() -> Any:
+    return transformers.DeiTForImageClassification(transformers.DeiTConfig(**VISION))
+
+
+def detr() -> Any:
+    """Some of its files' names are its modules'."""
+    backbone: dict[str, Any] = {"embedding_size": 8, "hidden_sizes": [8, 8], "depths": [1, 1], "layer_type": "basic"}
+    resnet = transformers.ResNetConfig(**backbone | {"out_features": ["stage2"]})
+    options: dict[str, Any] = {"backbone_config": resnet, "d_model": 32, "num_queries": 4, "use_timm_backbone": False}
+    options |= {f"{part}_{key}": size for part in ("encoder", "decoder") for key, size in LAYERS.items()}
+    config = transformers.DetrConfig(**options)
+    return transformers.DetrForObjectDetection(config)
+
+
+def qwen2_vl() -> Any:
+    text = {**SMALL, "num_key_value_heads": 2, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}
+    vision = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "mlp_ratio": 2, "patch_size": 4}
+    config = transformers.Qwen2VLConfig(text_config=text, vision_config=vision)
+    return transformers.Qwen2VLForConditionalGeneration(config)
+
+
+def gemma3() -> Any:
+    """Its output head is its embedding."""
+    text = transformers.Gemma3TextConfig(**SMALL, num_key_value_heads=2, head_dim=8)
+    vision = transformers.SiglipVisionConfig(**VISION)
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    return transformers.Gemma3ForConditionalGeneration(config)
 
 
 class Lit(L.LightningModule):
