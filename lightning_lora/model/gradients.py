@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..distributed.sharding import local
+from ..nn.gradient_checkpointing import REENTRANT, REENTRANT_REMEDY
 from ..nn.lora_layer import LoRALayer, adapted_layers
 
 SHOWN = 5  # names in a warning
@@ -51,7 +52,8 @@ def warn_of_untrained(
     unchanged = {name: layer for name, layer in layers.items() if _is_initial(layer)}
     unreached = [name for name, layer in unchanged.items() if layer not in reached]
     if unreached:
-        _warn_of_unreached(unreached, len(layers))
+        cut_off = [name for name in unreached if layers[name].lora.cut_off]
+        _warn_of_unreached(unreached, cut_off, len(layers))
     elif not optimized and len(unchanged) == len(layers):
         _warn_of_optimizer()
 
@@ -60,15 +62,23 @@ def _has_gradients(model: nn.Module) -> bool:
     return any(parameter.requires_grad and parameter.grad is not None for parameter in model.parameters())
 
 
-def _warn_of_unreached(names: list[str], among: int) -> None:
-    shown = ", ".join(map(repr, names[:SHOWN])) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
-    warnings.warn(
-        f"lightning_lora: no gradient has reached the adapters of {len(names)} of {among} layers: {shown}. Either "
-        "nothing has used these layers yet (experts, heads, the network of another optimizer), or they are cut off "
-        "from the loss (detach, no_grad), or their weight is read where the adapter cannot follow, instead of the "
-        f"layer being called. What is never trained is better left out: exclude_modules={names[:SHOWN]!r}.",
-        stacklevel=4,
-    )
+def _warn_of_unreached(names: list[str], cut_off: list[str], among: int) -> None:
+    others = [name for name in names if name not in cut_off]
+    text = f"lightning_lora: no gradient has reached the adapters of {len(names)} of {among} layers: {_shown(names)}."
+    if cut_off:
+        text += f" {_shown(cut_off) if others else 'They'} ran in {REENTRANT}. {REENTRANT_REMEDY}."
+    if others:
+        text += (
+            f" {f'As to {_shown(others)}: either' if cut_off else 'Either'} nothing has used these layers yet "
+            "(experts, heads, the network of another optimizer), or they are cut off from the loss (detach, no_grad), "
+            "or their weight is read where the adapter cannot follow, instead of the layer being called. What is never "
+            f"trained is better left out: exclude_modules={others[:SHOWN]!r}."
+        )
+    warnings.warn(text, stacklevel=4)
+
+
+def _shown(names: list[str]) -> str:
+    return ", ".join(map(repr, names[:SHOWN])) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
 def _warn_of_optimizer() -> None:

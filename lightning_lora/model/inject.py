@@ -37,7 +37,7 @@ from .merging import is_merged, merge, unmerge
 from .named_state import base_parameters, exchange_values_
 from .passed_over import describe_passed_over
 from .patches import call_previous, patch, unpatch
-from .pretrained import warn_before_save_pretrained
+from .pretrained import follow_gradient_checkpointing, warn_before_save_pretrained
 from .state_dict import accept_partial_states, accept_whole_states_only, refuse_unmergeable
 from .targets import TRAINED_WHOLE, Targets, check_shapes, check_supported, check_unadapted, check_untied
 
@@ -215,6 +215,7 @@ def adapt_new_layers(model: nn.Module) -> None:
     patch_readers(root)
     update_fast_paths(root)
     enable_input_require_grads(root)
+    follow_gradient_checkpointing(root)
     accept_partial_states(root)
     warn_before_save_pretrained(root)
 

@@ -42,6 +42,7 @@ class Injection:
     validated: bool = False  # all layers were there, and each entry of the options names something
     seed: str = ""  # what adapters are drawn from, or "" for the random stream of the moment
     training_checked: bool = False  # training has begun, and what it does not reach was warned of
+    checkpointing_reported: bool = False  # that reentrant segments cut adapters off was said
     passed_over: str = ""  # a sentence: what "all-linear" left alone, beside layers that are named one by one
     root: weakref.ref[nn.Module] | None = None  # the injected module; a copy of the record does not have it
 

@@ -5,6 +5,7 @@ Their classes are told by name, so that transformers is not imported here.
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable
 from typing import Any, cast
@@ -13,8 +14,11 @@ from torch import nn
 
 from ..config import TASK_HEADS
 from ..names import around, canonical, names_factor
+from ..nn.gradient_checkpointing import enable_input_require_grads
 from ..nn.lora_layer import LoRALayer
 from .patches import call_previous, patch
+
+SET_CHECKPOINTING = "_set_gradient_checkpointing"  # what both of transformers' public methods call
 
 
 def pretrained_models(model: nn.Module) -> dict[str, nn.Module]:
@@ -78,6 +82,23 @@ def _save_pretrained(module: nn.Module, previous: Callable[..., Any] | None, *ar
             stacklevel=2,
         )
     return call_previous(module, previous, "save_pretrained", *args, **kwargs)
+
+
+def follow_gradient_checkpointing(model: nn.Module) -> None:
+    """Patch transformers models with adapted layers so that checkpointing enabled from now on trains the adapters."""
+    for module in model.modules():
+        function = getattr(module, SET_CHECKPOINTING, None) if is_pretrained_model(module) else None
+        if function is None or "value" in inspect.signature(function).parameters:  # an old form, told by its signature
+            continue
+        if _is_adapted(module):
+            patch(module, SET_CHECKPOINTING, _set_gradient_checkpointing)
+
+
+def _set_gradient_checkpointing(
+    module: nn.Module, previous: Callable[..., Any] | None, *args: Any, **kwargs: Any
+) -> None:
+    call_previous(module, previous, SET_CHECKPOINTING, *args, **kwargs)
+    enable_input_require_grads(module)
 
 
 def _is_adapted(module: nn.Module) -> bool:

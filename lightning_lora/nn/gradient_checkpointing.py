@@ -2,11 +2,13 @@
 
 With all but the adapters frozen none may, and torch only warns that the adapters inside are not trained. Where the
 segments can be found, in transformers' models and torch's checkpoint_wrapper, their input is made to need a gradient.
+Elsewhere adapted layers tell that they run in one that gives them no gradient.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -14,72 +16,109 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointFunction
 
+CHECKPOINT = "_gradient_checkpointing_func"  # where transformers keeps the function
+
+# For messages about segments that cannot be found.
+REENTRANT = "torch.utils.checkpoint with use_reentrant=True, with no input that requires a gradient"
+REENTRANT_REMEDY = (
+    "Use use_reentrant=False, which needs none, or call requires_grad_() on a floating-point input of the segment"
+)
+
+
+class CheckpointWithInputGrads:
+    """A checkpointing function of transformers whose segments get an input that needs a gradient."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __call__(self, segment: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a segment of the model, checkpointed."""
+        return self.function(segment, *_requiring_grad(args), **kwargs)
+
 
 def enable_input_require_grads(model: nn.Module) -> None:
-    """Hook the inputs of reentrant segments, so that they need gradients, where that is not done yet."""
+    """Make the inputs of reentrant segments need gradients, where something is trained and it is not done yet."""
     for module in model.modules():
-        if _is_trained_wrapper(module) and not _hooks(module._forward_pre_hooks):
+        if _is_reentrant_wrapper(module) and _is_trained(module) and not _hooks(module):
             module.register_forward_pre_hook(_require_grad_before)
-        embeddings = _embeddings_before_segments(module)
-        if embeddings is not None and not _hooks(embeddings._forward_hooks):
-            embeddings.register_forward_hook(_require_grad_after)
+    for segment, owner in _segments(model).items():
+        if _is_trained(owner):
+            setattr(segment, CHECKPOINT, CheckpointWithInputGrads(vars(segment)[CHECKPOINT]))
 
 
 def disable_input_require_grads(model: nn.Module) -> None:
-    """Take the hooks of enable_input_require_grads out again."""
+    """Undo enable_input_require_grads."""
     for module in model.modules():
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key in _hooks(hooks):
-                del hooks[key]
+        for key in _hooks(module):
+            del module._forward_pre_hooks[key]
+        function = vars(module).get(CHECKPOINT)
+        if isinstance(function, CheckpointWithInputGrads):
+            setattr(module, CHECKPOINT, function.function)
 
 
 def records_gradients() -> bool:
     """Return whether gradients are recorded, or will be in the second pass of the reentrant segment that runs."""
+    return torch.is_grad_enabled() or _first_pass() is not None
+
+
+def cuts_off_gradients() -> bool:
+    """Return whether a reentrant segment runs, in its first pass, none of whose inputs needs a gradient."""
+    frame = _first_pass()
+    return frame is not None and not any(frame.f_locals["ctx"].needs_input_grad)
+
+
+def _first_pass() -> FrameType | None:
+    """Return the call of the outermost reentrant segment that runs without recording gradients, if any does.
+
+    Of those inside, the inputs tell nothing before the second pass.
+    """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return torch.is_grad_enabled()
-    frame: FrameType | None = sys._getframe()
-    while frame is not None and frame.f_code is not CheckpointFunction.forward.__code__:
+        return None
+    found, frame = None, sys._getframe()
+    while frame.f_back is not None:
         frame = frame.f_back
-    return frame is not None
+        if frame.f_code is CheckpointFunction.forward.__code__:
+            found = frame
+    return found
 
 
-def _hooks(hooks: Any) -> list[int]:
-    return [key for key, hook in hooks.items() if hook in (_require_grad_before, _require_grad_after)]
+def _hooks(module: nn.Module) -> list[int]:
+    return [key for key, hook in module._forward_pre_hooks.items() if hook is _require_grad_before]
 
 
-def _is_trained_wrapper(module: nn.Module) -> bool:
-    reentrant = getattr(vars(module).get("checkpoint_impl"), "name", "") == "REENTRANT"
-    return reentrant and any(parameter.requires_grad for parameter in module.parameters())
+def _is_trained(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
 
 
-def _embeddings_before_segments(module: nn.Module) -> nn.Module | None:
-    getter = getattr(module, "get_input_embeddings", None)
-    if not callable(getter) or not any(_is_segment(child) for child in module.modules()):
-        return None
-    try:
-        embeddings = getter()
-    except NotImplementedError:  # of a model around the one that has them
-        return None
-    return embeddings if isinstance(embeddings, nn.Module) else None
+def _is_reentrant_wrapper(module: nn.Module) -> bool:
+    return getattr(vars(module).get("checkpoint_impl"), "name", "") == "REENTRANT"
+
+
+def _segments(model: nn.Module) -> dict[nn.Module, nn.Module]:
+    """Return modules with transformers' reentrant checkpointing, each with the innermost transformers model around."""
+    segments = {module: module for module in model.modules() if _is_segment(module)}
+    for owner in model.modules() if segments else ():
+        if hasattr(owner, "_set_gradient_checkpointing"):
+            segments.update((module, owner) for module in owner.modules() if module in segments)
+    return segments
 
 
 def _is_segment(module: nn.Module) -> bool:
-    function = getattr(module, "_gradient_checkpointing_func", None)
+    function = vars(module).get(CHECKPOINT)
+    if function is None or isinstance(function, CheckpointWithInputGrads):
+        return False
     reentrant = getattr(function, "keywords", {}).get("use_reentrant", True)
-    return bool(getattr(module, "gradient_checkpointing", False)) and function is not None and bool(reentrant)
+    return bool(getattr(module, "gradient_checkpointing", False)) and bool(reentrant)
 
 
 def _require_grad_before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    if any(isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args):
+    return _requiring_grad(args)
+
+
+def _requiring_grad(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the arguments, the first floating-point tensor needing a gradient where none of them does."""
+    tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+    first = next((tensor for tensor in tensors if tensor.is_floating_point()), None)
+    if first is None or not torch.is_grad_enabled() or any(tensor.requires_grad for tensor in tensors):
         return args
-    return tuple(map(_requiring_grad, args))
-
-
-def _require_grad_after(module: nn.Module, args: Any, output: Any) -> Any:
-    return _requiring_grad(output)
-
-
-def _requiring_grad(value: Any) -> Any:
-    if not torch.is_grad_enabled() or not isinstance(value, torch.Tensor) or not value.is_floating_point():
-        return value
-    return value if value.requires_grad else value.detach().requires_grad_()
+    return tuple(arg.detach().requires_grad_() if arg is first else arg for arg in args)

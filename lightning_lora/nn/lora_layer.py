@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copyreg
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -32,7 +33,7 @@ from .exact_merge import (
     restored_weight,
     unmerge_weight_,
 )
-from .gradient_checkpointing import records_gradients
+from .gradient_checkpointing import REENTRANT, REENTRANT_REMEDY, cuts_off_gradients, records_gradients
 from .init import initial_factors
 from .low_rank import HALF, LowRankBlock, crop, dense_delta
 
@@ -101,6 +102,7 @@ class LayerState:
     rounding_reported: bool = False  # the cost of rounding W' was reported
     sharded: bool = False  # the weight was last seen sharded
     gradient_arrived: bool = False  # at B, since injection
+    cut_off: bool = False  # ran in a reentrant segment that gave it no gradient
     # Memory of plain copies that are done with, by weight name, for the next merge; on the CPU alone, where fresh pages
     # take longer than the copy.
     spares: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -131,7 +133,22 @@ class LoRALayer(Swapped):
             return super().forward(*args, **kwargs)
         if self.lora.custom_forward:
             return self.dense_forward(*args, **kwargs)
+        self.note_segment()
         return self.factored_forward(*args, **kwargs)
+
+    def note_segment(self) -> None:
+        """Note, and warn once a model, that reentrant checkpointing gives the layer no gradient."""
+        if torch.is_grad_enabled() or not self.training or not cuts_off_gradients():
+            return
+        state = self.lora
+        state.cut_off = True
+        if not state.injection.checkpointing_reported:
+            state.injection.checkpointing_reported = True
+            warnings.warn(
+                f"lightning_lora: {state.name!r} runs in {REENTRANT}: training does not reach the adapters in "
+                f"that segment. {REENTRANT_REMEDY}.",
+                stacklevel=2,
+            )
 
     def base_forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the forward that the layer had before it was adapted."""
@@ -155,6 +172,7 @@ class LoRALayer(Swapped):
 
     def compute_dense_weights(self, weights: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
         """Return W + delta for each of adapted_weights, differentiable in A and B; with dropout as in dense_forward."""
+        self.note_segment()
         factor: torch.Tensor = self.lora_A
         if self.drops():
             mask = factor.new_ones(1, factor.shape[1], *[1] * (factor.dim() - 2))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import pickle
 
 import pytest
 import torch
@@ -10,15 +12,27 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
-from transformers import GPT2Config, GPT2LMHeadModel, ViTConfig, ViTForImageClassification
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    SegformerConfig,
+    SegformerForImageClassification,
+    SwinConfig,
+    SwinForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+)
 
-from lightning_lora import LoRACallback, LoRAConfig, adapter_state_dict, inject, load_adapter, unload
+from lightning_lora import LoRACallback, LoRAConfig, adapter_state_dict, inject, load_adapter, merge, unload
 from support.models import Zoo, randomise_, tokens, trace, zoo_config
 from support.training import Data, Net, assert_same_tensors, make_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:Please specify CheckpointImpl.NO_REENTRANT:FutureWarning")  # torch 2.6
 REENTRANT, NOT_REENTRANT = CheckpointImpl.REENTRANT, CheckpointImpl.NO_REENTRANT
 NOTICE = "None of the inputs have requires_grad"
+FUNCTION = "_gradient_checkpointing_func"  # of transformers
 
 
 class Activated(nn.Linear):
@@ -54,9 +68,9 @@ def segmented(how: bool | None = None, wrap: CheckpointImpl | None = None) -> Se
     return model
 
 
-def gradients(model: nn.Module, *args) -> dict[str, torch.Tensor | None]:
+def gradients(model: nn.Module, *args, **kwargs) -> dict[str, torch.Tensor | None]:
     torch.manual_seed(3)  # for dropout
-    output = model(*args)
+    output = model(*args, **kwargs)
     getattr(output, "logits", output).square().sum().backward()
     return {
         name.replace("_checkpoint_wrapped_module.", ""): parameter.grad
@@ -72,7 +86,7 @@ def source(requires_grad: bool = False) -> torch.Tensor:
 def expected_gradients(args, model: nn.Module, config: LoRAConfig) -> dict[str, torch.Tensor | None]:
     inject(model, config)
     randomise_(model, 0.5)
-    return gradients(model, *args)
+    return gradients(model, *args) if isinstance(args, list) else gradients(model, **args)
 
 
 def close(found, expected) -> None:
@@ -98,10 +112,43 @@ def test_gradients_with_checkpointing_equal_those_without(how, wrap, needs_grad)
     assert all(gradient.abs().max() > 0 for gradient in found.values())
 
 
-def test_unknown_reentrant_segment_with_frozen_input_makes_torch_warn():
-    with pytest.warns(UserWarning, match=NOTICE):
-        found = expected_gradients([source()], segmented(True), SEGMENT)
+@pytest.mark.filterwarnings(f"ignore:{NOTICE}:UserWarning")
+def test_adapters_in_an_unknown_reentrant_segment_are_named_with_the_remedy():
+    layer = "segment\\.0"
+    with pytest.warns(UserWarning, match=rf"'{layer}' runs in .*use_reentrant=True.*Use use_reentrant=False"):
+        found = expected_gradients([source()], model := segmented(True), SEGMENT)
     assert {name for name, gradient in found.items() if gradient is not None} == {"head.lora_A", "head.lora_B"}
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_B"):
+            nn.init.zeros_(parameter)
+    unreached = (
+        r"5 of 6 layers: ('segment\.\S+', ){4}'segment\.\S+\. They ran in .*=True.*Use use_reentrant=False[^:]*$"
+    )
+    with pytest.warns(UserWarning, match=unreached):
+        merge(model)
+
+
+@pytest.mark.filterwarnings(f"ignore:{NOTICE}:UserWarning")
+def test_a_layer_that_nothing_uses_is_told_from_those_in_a_reentrant_segment():
+    model = segmented(True)
+    model.unused = nn.Linear(8, 8).double()
+    inject(model, LoRAConfig(r=2, target_modules=["0", "head", "unused"]))
+    with pytest.warns(UserWarning, match="'segment.0' runs in"):
+        model(source()).square().sum().backward()
+    text = r"'segment.0' ran in .* As to 'unused': either nothing has used .* exclude_modules=\['unused'\]"
+    with pytest.warns(UserWarning, match=text):
+        merge(model)
+
+
+@pytest.mark.filterwarnings(f"ignore:{NOTICE}:UserWarning")  # of the inner segment, in the outer's first pass
+@pytest.mark.parametrize("wrap", [None, REENTRANT])
+def test_a_reentrant_segment_that_gives_gradients_is_not_warned_of(wrap):
+    model = segmented(wrap=REENTRANT)
+    if wrap is not None:
+        model.segment._checkpoint_wrapped_module[2] = checkpoint_wrapper(model.segment[2], checkpoint_impl=wrap)
+    found = expected_gradients([source()], model, SEGMENT)
+    assert all(gradient.abs().max() > 0 for gradient in found.values())
+    merge(model)
 
 
 @pytest.mark.filterwarnings(f"ignore:{NOTICE}:UserWarning")  # torch gives it in evaluation too
@@ -136,12 +183,11 @@ def test_model_wrapped_at_its_root_loads_state_dicts_of_either_kind():
         other.load_state_dict({name: tensor for name, tensor in Zoo().state_dict().items() if name != "conv.weight"})
 
 
-def test_unload_removes_the_hooks_of_reentrant_checkpointing():
+def test_unload_removes_what_reentrant_checkpointing_needed():
     for model in (segmented(wrap=REENTRANT), reentrant(vit())):
         before = trace(model)
         inject(model, LoRAConfig(r=2))
-        hooks = [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks]
-        assert len(hooks) == 1
+        assert trace(model) != before
         unload(model)
         assert trace(model) == before
 
@@ -173,21 +219,89 @@ def reentrant(model: nn.Module, use_reentrant: bool = True) -> nn.Module:
     return model
 
 
+def swin() -> nn.Module:
+    """Its embeddings return a tuple."""
+    torch.manual_seed(0)
+    small = {"image_size": 8, "patch_size": 2, "embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2]}
+    return SwinForImageClassification(SwinConfig(**small, window_size=2)).train()
+
+
+def segformer() -> nn.Module:
+    """It has no embeddings that transformers names."""
+    torch.manual_seed(0)
+    small = {
+        "num_encoder_blocks": 2,
+        "depths": [1, 1],
+        "sr_ratios": [2, 1],
+        "hidden_sizes": [8, 16],
+        "mlp_ratios": [2, 2],
+    }
+    sizes = {"patch_sizes": [3, 3], "strides": [2, 2], "num_attention_heads": [1, 2], "decoder_hidden_size": 8}
+    return SegformerForImageClassification(SegformerConfig(**small, **sizes)).train()
+
+
+def whisper() -> nn.Module:
+    """Its segments come after convolutions, and in a decoder."""
+    torch.manual_seed(0)
+    config = {f"{part}_{name}": 2 for part in ("encoder", "decoder") for name in ("layers", "attention_heads")}
+    config |= {"d_model": 8, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8, "num_mel_bins": 4, "max_source_positions": 6}
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    return WhisperForConditionalGeneration(WhisperConfig(vocab_size=20, **config, **special)).double().train()
+
+
+def pixels() -> dict[str, torch.Tensor]:
+    return {"pixel_values": torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(4))}
+
+
+def token_ids() -> torch.Tensor:
+    return torch.randint(3, 20, (2, 6), generator=torch.Generator().manual_seed(4))
+
+
 TRANSFORMERS = {
-    "vision": (vit, lambda: torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(4))),
-    "language": (gpt2, lambda: torch.randint(20, (2, 6), generator=torch.Generator().manual_seed(4))),
+    "vision": (vit, pixels),
+    "tuple of embeddings": (swin, pixels),
+    "unnamed embeddings": (segformer, pixels),
+    "audio": (
+        whisper,
+        lambda: {
+            "input_features": torch.randn(2, 4, 12, generator=torch.Generator().manual_seed(4)).double(),
+            "decoder_input_ids": token_ids(),
+        },
+    ),
+    "language": (gpt2, lambda: {"input_ids": token_ids()}),
 }
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("when", ["before injection", "after injection", "enabled twice", "in a copy"])
 @pytest.mark.parametrize("kind", TRANSFORMERS)
-def test_transformers_gradient_checkpointing_gives_the_same_gradients(kind, use_reentrant):
+def test_transformers_gradient_checkpointing_gives_the_same_gradients(kind, when, use_reentrant):
     make, batch = TRANSFORMERS[kind]
     config = LoRAConfig(r=2, lora_dropout=0.5)
-    expected = expected_gradients([batch()], make(), config)
-    found = expected_gradients([batch()], reentrant(make(), use_reentrant), config)
-    assert_same_tensors(found, expected)
+    expected = expected_gradients(batch(), make(), config)
+    model = make() if when == "after injection" else reentrant(make(), use_reentrant)
+    inject(model, config)
+    if when in ("after injection", "enabled twice"):
+        reentrant(model, use_reentrant)
+    model = pickle.loads(pickle.dumps(copy.deepcopy(model))) if when == "in a copy" else model
+    randomise_(model, 0.5)
+    found = gradients(model, **batch())
+    (close if kind == "audio" else assert_same_tensors)(found, expected)  # its decoder's layers are summed otherwise
     assert len(found) > 8
+    unload(model)
+    plain_again = {type(function) for m in model.modules() if (function := vars(m).get(FUNCTION))}
+    assert plain_again == {functools.partial}
+    assert not any("_set_gradient_checkpointing" in vars(module) for module in model.modules())
+
+
+@pytest.mark.filterwarnings(f"ignore:{NOTICE}:UserWarning")
+def test_a_frozen_transformers_model_beside_the_adapted_one_records_no_gradients():
+    pair = nn.ModuleDict({"student": vit(), "teacher": vit()})
+    for model in pair.values():
+        reentrant(model)
+    inject(pair, LoRAConfig(r=2, target_modules=["student.classifier"]))
+    assert not pair["teacher"](**pixels()).logits.requires_grad
+    assert pair["student"](**pixels()).logits.requires_grad
 
 
 class Images(Net):
@@ -208,6 +322,34 @@ class Images(Net):
         if self.checkpointed:
             reentrant(self.body)
         return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Segments(Net):
+    """Checkpoints its body by itself."""
+
+    def forward(self, x):
+        return self.head(checkpoint(self.body, x, use_reentrant=True))
+
+
+@pytest.mark.filterwarnings(f"ignore:{NOTICE}:UserWarning")
+def test_a_fit_names_the_adapters_in_a_reentrant_segment_of_the_module_itself(tmp_path):
+    trainer = make_trainer(tmp_path, LoRACallback(r=2), max_epochs=1, limit_val_batches=0)
+    with (
+        pytest.warns(UserWarning, match=r"'body.*' runs in torch.utils.checkpoint with use_reentrant=True"),
+        pytest.warns(UserWarning, match=r"no gradient has reached .*: 'body.*They ran in .*Use use_reentrant=False"),
+    ):
+        trainer.fit(Segments(), Data())
+
+
+@pytest.mark.filterwarnings(f"ignore:{NOTICE}:UserWarning")
+def test_a_loss_without_gradients_is_preceded_by_the_name_and_the_remedy():
+    model = segmented(True)
+    inject(model, LoRAConfig(r=2, exclude_modules=["head"]))
+    with (
+        pytest.warns(UserWarning, match="'segment.0' runs in .*Use use_reentrant=False"),
+        pytest.raises(RuntimeError, match="does not require grad"),
+    ):
+        model(source()).sum().backward()
 
 
 def test_a_fit_that_is_checkpointed_late_equals_the_plain_fit(tmp_path):
