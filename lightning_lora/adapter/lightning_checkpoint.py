@@ -11,6 +11,7 @@ as torch.compile's, but in the state_dict of a merged or full checkpoint, which 
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Set
 from dataclasses import replace
 from typing import Any, Literal, get_args
@@ -70,6 +71,8 @@ def convert_checkpoint(module: nn.Module, checkpoint: MutableMapping[str, Any], 
         meta["initial"] = gather_all(injected.seen(injected.record.initial))
     else:
         frozen = {name for name, tensor, _ in named_state(module) if tensor is not None} - trained
+        if not sharded:
+            _warn_of_moved({name: state[name] for name in state if name in frozen}, adapter.fingerprint, kind)
         meta = _describe(kind, adapter)
         meta["copies"] = _strip_copies(module, checkpoint, frozen, adapter.fingerprint)
     if kind == "merged":
@@ -85,6 +88,22 @@ def convert_checkpoint(module: nn.Module, checkpoint: MutableMapping[str, Any], 
     if kind != "adapter":
         checkpoint["state_dict"] = {own_names[name]: value for name, value in checkpoint["state_dict"].items()}
     checkpoint[META] = meta
+
+
+def _warn_of_moved(frozen: Mapping[str, Any], at_fit_start: Mapping[str, Any], kind: Kind) -> None:
+    """Warn of frozen weights that something other than an optimizer has changed, which loading will not bring back."""
+    moved = [
+        name
+        for name, entry in at_fit_start.items()
+        if name in frozen and not entries_match(entry, fingerprint_entry(frozen[name]), AVERAGED)
+    ]
+    if moved:
+        warnings.warn(
+            f"lightning_lora: checkpoint: {moved[0]!r} is frozen and has changed since fit start all the same "
+            f"({len(moved)} such weights), as those of a momentum encoder do. Whoever resumes or loads a checkpoint "
+            f'saved with save={kind!r} gets it as it was at fit start; save="full" keeps it.',
+            stacklevel=2,
+        )
 
 
 def _by_canonical_names(state: Mapping[Any, Any]) -> dict[Any, Any]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import signal
 import threading
 from collections import defaultdict
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -223,3 +225,30 @@ def test_a_requeued_job_goes_on_as_if_uninterrupted(tmp_path, slurm: Path, momen
     assert_as_found(model, base_weights(Watched()))
     assert_same_tensors(weights(model), weights(uninterrupted(lora_with_effect(save=kind))))
     assert slurm.read_text().splitlines() == ["requeue 1"] * 2
+
+
+class MomentumTeacher(Watched):
+    """A copy of the head that no optimizer trains, and that follows it at each step."""
+
+    def build_head(self) -> None:
+        super().build_head()
+        self.teacher = copy.deepcopy(self.head).requires_grad_(False)
+
+    def training_step(self, batch: Any, batch_idx: int, *args: Any) -> Any:
+        for student, teacher in zip(self.head.parameters(), self.teacher.parameters(), strict=True):
+            teacher.data.lerp_(student.data, 0.5)
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_frozen_weights_that_training_moves_are_saved_whole_or_named(tmp_path, kind: Any):
+    options: dict[str, Any] = {"save": kind, "target_modules": ["body.0"], "modules_to_save": ["head"]}
+    trainer = make_trainer(tmp_path, lora_with_effect(**options), max_epochs=2)
+    trainer.fit(model := MomentumTeacher(), Data())
+    warns = pytest.warns(UserWarning, match=r"'teacher\.weight' is frozen and has changed .* save=\"full\" keeps it")
+    with nullcontext() if kind == "full" else warns:
+        trainer.save_checkpoint(tmp_path / "saved.ckpt")
+    trainer = make_trainer(tmp_path, lora_with_effect(**options), max_epochs=2)
+    trainer.fit(resumed := MomentumTeacher(), Data(), ckpt_path=tmp_path / "saved.ckpt")
+    assert torch.equal(resumed.head.weight, model.head.weight)
+    assert torch.equal(resumed.teacher.weight, model.teacher.weight) == (kind == "full")
