@@ -15,9 +15,12 @@ from .names import ALL_LINEAR, pattern_matches, suffix_pattern
 
 Bias = Literal["none", "all", "lora_only"]
 Init = Literal["gaussian", "orthogonal"]
-SAYING_NOTHING = (  # of the adapter: options of a peft.LoraConfig about where it came from and how peft holds it
+SAYING_NOTHING = (  # of the adapter: options of a peft.LoraConfig
+    # about where it came from and how peft holds it
     *("peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision"),
     *("inference_mode", "fan_in_fan_out", "runtime_config"),
+    # about another option, which is refused where it is in use
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_core", "qalora_group_size"),
 )
 Task = Literal["SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"]
 # What PEFT adds to modules_to_save for a task, whether a model has it or not.

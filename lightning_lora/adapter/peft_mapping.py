@@ -20,7 +20,7 @@ from typing import Any, get_args
 
 import torch
 
-from ..config import TASK_HEADS, LoRAConfig, Task
+from ..config import SAYING_NOTHING, TASK_HEADS, LoRAConfig, Task
 from ..errors import LoRAError
 from ..names import A, B, around, matcher, suffixes
 from ..nn.low_rank import ATTENTION, ATTENTION_OUTPUT, CONV1D, from_block_diagonal, to_block_diagonal
@@ -34,9 +34,8 @@ OUR_INITS = (True, False, "gaussian", "orthogonal")
 # What these start from is not the base any more: their adapter fits only the weights that they left behind.
 INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 WITHOUT_EFFECT = {  # on what the stored tensors mean
-    *("peft_type", "auto_mapping", "peft_version", "inference_mode", "fan_in_fan_out", "init_lora_weights"),
-    *("layers_to_transform", "layers_pattern", "megatron_core", "loftq_config", "eva_config", "corda_config"),
-    *("lora_ga_config", "qalora_group_size", "runtime_config"),
+    *SAYING_NOTHING,
+    *("init_lora_weights", "layers_to_transform", "layers_pattern"),
     "ensure_weight_tying",  # of tied weights the values tell
 }
 

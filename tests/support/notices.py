@@ -30,6 +30,7 @@ TORCH_NOTICES = [
 PEER_NOTICES = (
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
     "ignore:Setting `save_embedding_layers` to `True`:UserWarning",
+    "ignore:Could not find a config file in  - will assume that the vocabulary was not modified:UserWarning",
     "ignore:Could not identify embedding layer.s. because the model is not:UserWarning",
 )
 quiet_peers = [pytest.mark.filterwarnings(notice) for notice in PEER_NOTICES]
