@@ -49,6 +49,7 @@ log = logging.getLogger(__name__)
 Module = TypeVar("Module", bound=nn.Module)
 
 HYPER_PARAMETERS = "hyper_parameters"  # Lightning's key of what save_hyperparameters saved
+OF_THE_RUN = ("callbacks", "loops", "lr_schedulers", "optimizer_states")  # its keys of what no module is built from
 
 
 def save_adapter(model: nn.Module, path: PathLike) -> None:
@@ -125,6 +126,7 @@ def _build(
 ) -> Any:
     """Let Lightning build the module from the checkpoint without its weights."""
     bare = {name: value for name, value in checkpoint.items() if name != META} | {"state_dict": {}}
+    bare = {name: value for name, value in bare.items() if name not in OF_THE_RUN or not find_placeholder(value)}
     saved = bare.get(HYPER_PARAMETERS)
     if isinstance(saved, Mapping):  # what is given anew need not be read
         bare[HYPER_PARAMETERS] = {name: value for name, value in saved.items() if name not in kwargs}

@@ -21,11 +21,10 @@ from lightning_lora.command.convert import to_peft
 from lightning_lora.command.info import info
 from lightning_lora.command.merge import merge_on_disk
 from lightning_lora.files.torch_archive import read_torch_file
-from support.lightning_versions import PLAIN_TYPES_ONLY
+from support.lightning_versions import ANY_OBJECTS
 from support.models import bits
-from support.training import CLASSES, FEATURES, Data, assert_same_tensors, make_trainer, outputs, own_random_stream
+from support.training import CLASSES, FEATURES, Data, Net, assert_same_tensors, make_trainer, outputs, own_random_stream
 
-ALL_TYPES = dict.fromkeys(PLAIN_TYPES_ONLY, False)  # what the Trainer needs to read objects; before 2.6 it does
 KINDS = ("adapter", "merged", "full")
 SGD = functools.partial(torch.optim.SGD, lr=0.1)
 unpickled: list[str] = []
@@ -146,6 +145,21 @@ def test_load_from_checkpoint_names_the_object_that_it_does_not_unpickle_and_eac
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_an_object_in_the_state_of_a_scheduler_or_callback_is_passed_over_when_a_module_is_built(tmp_path, kind: str):
+    """Weight averaging's scheduler has one in torch 2.6."""
+    model = Net()
+    trainer = make_trainer(tmp_path, LoRACallback(r=2, save=kind))
+    trainer.fit(model, Data())
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    content = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    content["lr_schedulers"][0]["anneal"] = content["callbacks"]["Mine"] = WeightedLoss()
+    torch.save(content, tmp_path / "a.ckpt")
+    loaded = load_from_checkpoint(Net, tmp_path / "a.ckpt")
+    assert_same_tensors(dict(loaded.state_dict()), dict(model.state_dict()))
+    assert not unpickled
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_each_remedy_for_objects_in_hyper_parameters_loads_the_model(tmp_path, kind: str):
     model, file = saved(tmp_path, kind)
     trusted = load_from_checkpoint(WithObjects, file, weights_only=False)
@@ -166,10 +180,10 @@ def test_trainer_resumes_from_a_checkpoint_with_objects(tmp_path, kind: str):
     model, file = saved(tmp_path, kind)
     trainer = make_trainer(tmp_path, LoRACallback(r=2, save=kind))
     resumed = WithObjects(WeightedLoss(), choices=Choices(), width=7)
-    trainer.validate(resumed, Data(), ckpt_path=file, verbose=False, **ALL_TYPES)
+    trainer.validate(resumed, Data(), ckpt_path=file, verbose=False, **ANY_OBJECTS)
     assert torch.equal(outputs(resumed), outputs(model))
     trainer = make_trainer(tmp_path, LoRACallback(r=2, save=kind), max_epochs=2)
-    trainer.fit(resumed, Data(), ckpt_path=file, **ALL_TYPES)
+    trainer.fit(resumed, Data(), ckpt_path=file, **ANY_OBJECTS)
     assert trainer.current_epoch == 2
 
 
@@ -182,7 +196,7 @@ def test_merge_into_a_base_checkpoint_with_objects_keeps_them(tmp_path):
     save_adapter(model, adapter)
     merge_on_disk(file, adapter, tmp_path / "out.ckpt", check=True)
     assert not unpickled
-    merged = WithObjects.load_from_checkpoint(tmp_path / "out.ckpt", **ALL_TYPES)
+    merged = WithObjects.load_from_checkpoint(tmp_path / "out.ckpt", **ANY_OBJECTS)
     assert merged.hparams["shade"] is Shade.DARK
     torch.testing.assert_close(outputs(merged), outputs(model))
     with pytest.raises(LoRAError, match=r"'loss'\] is of .*WeightedLoss.*Leave --dtype out"):
@@ -319,5 +333,5 @@ def test_nested_lists_that_hold_themselves_or_each_other_are_read_at_once(tmp_pa
 
 def test_full_checkpoint_with_objects_holds_the_tensors_that_plain_lightning_reads(tmp_path):
     _, file = saved(tmp_path, "merged")
-    plain = WithObjects.load_from_checkpoint(file, **ALL_TYPES)
+    plain = WithObjects.load_from_checkpoint(file, **ANY_OBJECTS)
     assert_same_tensors(read_torch_file(file)["state_dict"], dict(plain.state_dict()))

@@ -35,7 +35,8 @@ def test_early_stopping_ends_a_diverging_run_as_it_does_without_lora(tmp_path, i
         trainer, stopping = diverging(tmp_path, model, lora(verify=verify), val_check_interval=interval)
     expected, stopping_alone = diverging(tmp_path, alone, val_check_interval=interval)
     assert not torch.isfinite(trainer.callback_metrics["val_loss"])
-    assert stopping.stopping_reason == stopping_alone.stopping_reason
+    ended, ended_alone = (getattr(s, "stopping_reason", s.stopped_epoch) for s in (stopping, stopping_alone))
+    assert ended == ended_alone  # the first versions of Lightning tell the epoch alone
     assert trainer.should_stop
     assert trainer.state.finished
     assert expected.state.finished
