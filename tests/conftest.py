@@ -6,6 +6,7 @@ import importlib
 import logging
 import os
 from contextlib import suppress
+from importlib.metadata import version
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -34,7 +35,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    absent = [] if HAS_WEIGHT_AVERAGING else [item for item in items if item.get_closest_marker("weight_averaging")]
+    is_there = {
+        "weight_averaging": HAS_WEIGHT_AVERAGING,
+        "transformers_5": int(version("transformers").partition(".")[0]) >= 5,
+    }
+    lacking = [marker for marker, there in is_there.items() if not there]
+    absent = [item for item in items if any(map(item.get_closest_marker, lacking))]
     if absent:
         config.hook.pytest_deselected(items=absent)
         items[:] = [item for item in items if item not in absent]

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from lightning_lora import LoRAError
@@ -16,7 +19,8 @@ from lightning_lora.command.merge import merge_on_disk
 from lightning_lora.files.safetensors import TensorLocation
 from lightning_lora.files.weights import Weights
 from support.notices import quiet_peers
-from support.peers import base_folder, in_memory, model, ours, tensors_of, theirs
+from support.peers import SMALL, base_folder, in_memory, model, ours, tensors_of, theirs
+from support.pretrained import assert_loads_as, base_and_adapter
 
 pytestmark = quiet_peers
 
@@ -53,6 +57,27 @@ def test_merge_into_a_tied_embedding_is_refused_in_a_folder(
         assert not (tmp_path / "out").exists()
     else:
         merge_on_disk(base, tmp_path / "tied", tmp_path / "out", check=True)
+
+
+def square_gpt2() -> Any:
+    config = transformers.GPT2Config(vocab_size=32, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2)
+    return transformers.GPT2LMHeadModel(config)
+
+
+def square_llama() -> Any:
+    size = SMALL | {"vocab_size": 32}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**size, tie_word_embeddings=True, pad_token_id=0))
+
+
+@pytest.mark.parametrize(("build", "norm"), [(square_gpt2, "ln_f"), (square_llama, "norm")])
+def test_only_the_embedding_is_tied_in_a_model_as_wide_as_its_vocabulary(tmp_path, build: Callable[[], Any], norm: str):
+    network = base_and_adapter(tmp_path, build, modules_to_save=[norm])
+    merge_on_disk(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", check=True)
+    assert_loads_as(tmp_path / "out", network)
+    table = {"ln_f": "wte", "norm": "embed_tokens"}[norm]
+    base_and_adapter(tmp_path / "tied", build, target_modules=[table])
+    with pytest.raises(LoRAError, match=rf"{table}\.weight' is also tied to the other end"):
+        merge_on_disk(tmp_path / "tied" / "base", tmp_path / "tied" / "adapter", tmp_path / "none")
 
 
 @pytest.mark.parametrize("flag", [None, True, False])
