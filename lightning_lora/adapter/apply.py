@@ -16,6 +16,7 @@ from ..errors import LoRAError
 from ..model.injection import record_trainable, require_injection
 from ..model.merging import is_merged, merge, unmerge
 from ..model.named_state import base_parameters, named_state
+from ..model.pretrained import embeddings, pretrained_models
 from ..model.state_dict import adapter_keys, base_keys, original_value
 from ..model.targets import untie_advice
 from ..names import A, B, canonical, near_misses, rename_keys
@@ -82,7 +83,8 @@ def split_off_base(model: nn.Module, adapter: Adapter) -> Adapter:
     """
     if adapter.fingerprint or adapter.complete:
         return adapter
-    keys, whole = set(adapter_keys(model)), adapter.config is None and adapter.tensors.keys() >= set(base_keys(model))
+    keys = set(adapter_keys(model)) - _resized(model).keys()
+    whole = adapter.config is None and adapter.tensors.keys() >= set(base_keys(model))
     candidates = adapter.tensors.keys() if whole else adapter.perhaps_base
     base = set()
     for name, tensor, owner in named_state(model):
@@ -97,17 +99,22 @@ def split_off_base(model: nn.Module, adapter: Adapter) -> Adapter:
     return without_base(adapter, base)
 
 
+def _resized(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the values of embeddings that were resized before injection, from then, by each of their names."""
+    injected = require_injection(model, "load_adapter")
+    parameters, initial = base_parameters(injected.root), injected.record.initial
+    values = {id(parameters[name]): initial[name] for name in injected.record.resized if name in parameters}
+    return {name: values[id(tensor)] for name, tensor, _ in named_state(model) if id(tensor) in values}
+
+
 def has_new_rows(name: str, stored: torch.Tensor, live: torch.Tensor) -> bool:
     """Tell whether a table of the adapter is the model's but for its last rows, less than half of them.
 
     Raises:
         LoRAError: they have other numbers of rows: one of the two was resized.
     """
-    if stored.dim() and stored.shape[1:] == live.shape[1:] and len(stored) != len(live) and not is_sharded(live):
-        raise LoRAError(
-            f"adapter: {name!r} has {len(stored)} rows, in the model {len(live)}: one of the two was resized. Resize "
-            f"the model first: model.resize_token_embeddings({len(stored)})."
-        )
+    if not is_sharded(live):
+        _refuse_other_rows(name, stored, live)
     if stored.shape != live.shape or not stored.dim() or is_sharded(live) or live.is_meta:
         return False  # the fingerprint decides
     relative = max(EQUAL, *(torch.finfo(tensor.dtype).eps for tensor in (stored, live)))
@@ -116,12 +123,23 @@ def has_new_rows(name: str, stored: torch.Tensor, live: torch.Tensor) -> bool:
     return len(rows) / 2 <= same < len(rows)
 
 
+def _refuse_other_rows(name: str, stored: torch.Tensor, live: torch.Tensor) -> None:
+    if stored.dim() and stored.shape[1:] == live.shape[1:] and len(stored) != len(live):
+        raise LoRAError(
+            f"adapter: {name!r} has {len(stored)} rows, in the model {len(live)}: one of the two was resized. Resize "
+            f"the model first: model.resize_token_embeddings({len(stored)})."
+        )
+
+
 def add_frozen_weights(model: nn.Module, adapter: Adapter) -> Adapter:
-    """Add the initial values of base weights that are trained here but were frozen when the adapter was saved."""
+    """Add initial values of base weights that are saved with adapters here and were frozen in the run that saved."""
     injected = require_injection(model, "load_adapter")
     unfrozen = injected.seen({name: injected.record.initial[name] for name in injected.record.unfrozen})
     frozen = {name: value for name, value in unfrozen.items() if name in adapter.fingerprint}
-    return replace(adapter, tensors={**frozen, **adapter.tensors})
+    live = {name: tensor for name, tensor, _ in named_state(model)}
+    stored = {id(live[name]): value for name, value in adapter.tensors.items() if name in live}  # by one of its names
+    resized = {name: stored.get(id(live[name]), value) for name, value in _resized(model).items()}
+    return replace(adapter, tensors={**frozen, **resized, **adapter.tensors})
 
 
 def check_adapter(
@@ -191,10 +209,13 @@ def _check_tensors(model: nn.Module, adapter: Adapter) -> None:
     _check_ties(rename_keys(adapter.tensors, first_name), {first_name(name): live[name] for name in expected})
     compared = [name for name in adapter.tensors if name not in live or name in expected]
     _check_names("tensor", map(first_name, compared), map(first_name, expected))
+    tables = {id(weight) for pretrained in pretrained_models(model).values() for weight in embeddings(pretrained)}
     for name, value in adapter.tensors.items():
         tensor = live[name]
         if tensor is None:
             continue  # extra state, which its owner judges
+        if id(tensor) in tables and isinstance(value, torch.Tensor):
+            _refuse_other_rows(name, value, tensor)
         if not isinstance(value, torch.Tensor) or value.shape != tensor.shape:
             shown = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
             raise LoRAError(f"adapter: {name!r} must have shape {tuple(tensor.shape)}, but has {shown}.")

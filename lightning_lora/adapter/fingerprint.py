@@ -14,7 +14,7 @@ from ..distributed.sharding import samples
 from ..errors import LoRAError
 from ..files.safetensors import TensorLocation, read_elements
 from ..model.injection import require_injection
-from ..model.named_state import named_state
+from ..model.named_state import base_parameters, named_state
 from ..model.state_dict import adapter_keys, original_value
 from ..names import around
 
@@ -65,9 +65,11 @@ def check_fingerprint(
     """
     injected = require_injection(model, "check_fingerprint")
     record = injected.record
-    unfrozen = {name: fingerprint_entry(record.initial[name]) for name in record.unfrozen}
+    parameters = base_parameters(injected.root)
+    unfrozen = {id(parameters[name]): fingerprint_entry(record.initial[name]) for name in record.unfrozen}
+    by_each_name = {name: unfrozen[id(tensor)] for name, tensor, _ in named_state(model) if id(tensor) in unfrozen}
     trained_here = record.fingerprint == expected
-    present = injected.seen(unfrozen) | fingerprint(model)
+    present = by_each_name | fingerprint(model)
     compare_fingerprints(present, expected, AVERAGED if trained_here else EQUAL, strict=strict, remedy=remedy)
     return present
 

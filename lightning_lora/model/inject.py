@@ -37,7 +37,7 @@ from .merging import is_merged, merge, unmerge
 from .named_state import base_parameters, exchange_values_
 from .passed_over import describe_passed_over
 from .patches import call_previous, patch, unpatch
-from .pretrained import follow_gradient_checkpointing, warn_before_save_pretrained
+from .pretrained import follow_gradient_checkpointing, resized_embeddings, warn_before_save_pretrained
 from .state_dict import accept_partial_states, accept_whole_states_only, refuse_unmergeable
 from .targets import TRAINED_WHOLE, Targets, check_shapes, check_supported, check_unadapted, check_untied
 
@@ -212,6 +212,7 @@ def adapt_new_layers(model: nn.Module) -> None:
     record.layers = [layer.lora.name for layer in adapted_layers(root).values()]
     record_ties(root)
     record_trainable(root, expected=True)
+    _record_resized(root, record)
     patch_readers(root)
     update_fast_paths(root)
     enable_input_require_grads(root)
@@ -265,6 +266,18 @@ def _refuse_other(
         raise LoRAError(f"inject: {type(model).__name__} was injected with merge_weights={record.merge_weights}.")
     if seed is not None and fixed_seed(seed) != record.seed:
         raise LoRAError(f"inject: {type(model).__name__} was injected with another seed; unload it first.")
+
+
+def _record_resized(root: nn.Module, record: Injection) -> None:
+    """Let resized embeddings belong to the adapter, as in PEFT: their new rows are others in each program."""
+    resized = {id(weight) for weight in resized_embeddings(root) if not weight.is_meta}
+    for name, parameter in base_parameters(root).items():
+        if id(parameter) in resized and name not in record.trained:
+            record.trained.add(name)
+            record.unfrozen.add(name)
+            record.initial[name] = parameter.detach().clone()
+            record.resized.add(name)
+            log.info("lightning_lora: %s was resized to %d rows: saved with the adapter", name, len(parameter))
 
 
 def _set_active(root: nn.Module, active: Mapping[LoRALayer, bool]) -> None:

@@ -36,6 +36,7 @@ class Injection:
     initial: dict[str, torch.Tensor] = field(default_factory=dict)
     trained: set[str] = field(default_factory=set)  # names of base parameters that were ever trainable
     unfrozen: set[str] = field(default_factory=set)  # those of them that became so after injection, not by the options
+    resized: set[str] = field(default_factory=set)  # those that are saved because they were resized before injection
     save: Any = None  # the kind of Lightning checkpoint, or None for an unfiltered one
     fingerprint: dict[str, Any] = field(default_factory=dict)  # of the base at fit start, by LightningModule's names
     origin: dict[str, str] = field(default_factory=dict)  # what a loaded adapter says of its base, see Adapter
@@ -60,6 +61,7 @@ class Injection:
         self.initial = rename_keys(self.initial, new_name)
         self.trained = set(rename_keys(dict.fromkeys(self.trained), new_name))
         self.unfrozen = set(rename_keys(dict.fromkeys(self.unfrozen), new_name))
+        self.resized = set(rename_keys(dict.fromkeys(self.resized), new_name))
 
 
 class Injected(NamedTuple):

@@ -64,6 +64,41 @@ def new_heads(pretrained: nn.Module) -> dict[str, nn.Module]:
     return {name: child for name, child in pretrained.named_children() if child is not body}
 
 
+def resized_embeddings(model: nn.Module) -> list[nn.Parameter]:
+    """Return the embeddings, and output heads, with another number of rows than in the checkpoint they came from.
+
+    PEFT's rule: config.vocab_size is another than in the checkpoint's own config, which is read from disk alone.
+    """
+    found: list[nn.Parameter] = []
+    for pretrained in pretrained_models(model).values():
+        config: Any = getattr(pretrained, "config", None)
+        if checkpoint_name(pretrained) and _vocabulary(config) not in (None, _vocabulary(_config_on_disk(pretrained))):
+            found += embeddings(pretrained)
+    return found
+
+
+def embeddings(pretrained: nn.Module) -> list[nn.Parameter]:
+    """Return the weights of a transformers model's embeddings and output head, as far as it names them."""
+    try:
+        layers = [getattr(pretrained, f"get_{end}_embeddings")() for end in ("input", "output")]
+    except NotImplementedError:
+        return []
+    return [layer.weight for layer in layers if isinstance(getattr(layer, "weight", None), nn.Parameter)]
+
+
+def _config_on_disk(pretrained: nn.Module) -> Any:
+    config: Any = pretrained.config
+    revision = getattr(config, "_commit_hash", None)
+    try:
+        return type(config).from_pretrained(checkpoint_name(pretrained), revision=revision, local_files_only=True)
+    except (OSError, ValueError):  # gone since, or never was on this disk
+        return config
+
+
+def _vocabulary(config: Any) -> int | None:
+    return getattr(config, "vocab_size", None)
+
+
 def warn_before_save_pretrained(model: nn.Module) -> None:
     """Patch transformers models with adapted layers so that save_pretrained, which writes no adapter, warns."""
     for module in model.modules():

@@ -5,15 +5,27 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+import lightning as L
 import peft
 import pytest
 import torch
 import transformers
 from torch import nn
 
-from lightning_lora import LoRAError, load_adapter, save_adapter, unload
+from lightning_lora import (
+    LoRACallback,
+    LoRAConfig,
+    LoRAError,
+    adapter_state_dict,
+    inject,
+    load_adapter,
+    load_from_checkpoint,
+    save_adapter,
+    unload,
+)
 from support.notices import quiet_peers
-from support.peers import SMALL, close, logits, seeded, spread_
+from support.peers import SMALL, close, fill_, logits, seeded, spread_
+from support.training import make_trainer
 
 pytestmark = [
     *quiet_peers,
@@ -95,3 +107,68 @@ def test_another_base_is_still_another_base(tmp_path, base: Path, by_peft):
         net.model.embed_tokens.weight[:40].mul_(1.1)
     with pytest.raises(LoRAError, match=r"another base: values of 'model\.embed_tokens\.weight'"):
         load_adapter(net, tmp_path / "adapter")
+
+
+class Resized(L.LightningModule):
+    """Draws new rows with `seed`."""
+
+    def __init__(self, base: str, seed: int) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = resized(Path(base), seed).train()
+
+    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+        loss: torch.Tensor = self.net(batch[0], labels=batch[0]).loss
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.5)
+
+
+def test_rows_resized_before_injection_are_saved_for_peft_and_come_back(tmp_path: Path, base: Path):
+    net = resized(base, 1)
+    inject(net, LoRAConfig(r=4, target_modules=["q_proj"]))
+    fill_(net)
+    save_adapter(net, tmp_path / "adapter")
+    read = peft.PeftModel.from_pretrained(resized(base, 2), tmp_path / "adapter").eval()
+    close(outputs(read), outputs(net))
+    load_adapter(other := resized(base, 3), tmp_path / "adapter")
+    assert torch.equal(outputs(other), outputs(net))
+    assert not other.model.embed_tokens.weight.requires_grad
+    with pytest.raises(LoRAError, match=r"has 70 rows, in the model 64.*model\.resize_token_embeddings\(70\)"):
+        load_adapter(transformers.LlamaForCausalLM.from_pretrained(base), tmp_path / "adapter")
+    before = outputs(fresh := resized(base, 4))
+    load_adapter(fresh, tmp_path / "adapter")
+    unload(fresh)
+    assert torch.equal(outputs(fresh), before)
+
+
+def test_checkpoint_of_a_resized_model_loads_and_resumes_with_rows_drawn_anew(tmp_path: Path, base: Path):
+    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.arange(66, 70)[None]))
+    trainer = make_trainer(tmp_path, LoRACallback(r=2, target_modules=["q_proj"]), max_epochs=1)
+    trainer.fit(module := Resized(str(base), 1), data)
+    trainer.save_checkpoint(path := tmp_path / "last.ckpt")
+    loaded = load_from_checkpoint(Resized, path, seed=2)
+    assert torch.equal(outputs(loaded.net.eval()), outputs(module.net.eval()))
+    again = make_trainer(tmp_path, LoRACallback(r=2, target_modules=["q_proj"]), max_epochs=1)
+    again.fit(resumed := Resized(str(base), 3), data, ckpt_path=path)
+    assert torch.equal(outputs(resumed.net.eval()), outputs(module.net))
+
+
+def test_an_adapter_from_before_the_resizing_loads_onto_the_resized_model(tmp_path: Path, base: Path):
+    other = peft.get_peft_model(
+        transformers.LlamaForCausalLM.from_pretrained(base), peft.LoraConfig(r=4, target_modules=["q_proj"])
+    )
+    spread_(other)
+    other.save_pretrained(str(tmp_path / "adapter"))
+    load_adapter(net := resized(base, 1), tmp_path / "adapter")
+    rows = torch.tensor([[1, 5, 2, 7]])
+    with torch.no_grad():
+        close(net(rows).logits[..., :64], other.eval()(rows).logits)
+
+
+def test_a_model_of_its_checkpoints_size_keeps_its_embeddings_in_the_base(tmp_path: Path, base: Path):
+    resized(base, 1).save_pretrained(tmp_path / "larger")
+    net = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "larger")
+    inject(net, LoRAConfig(r=4, target_modules=["q_proj"]))
+    assert not any("embed" in name or "head" in name for name in adapter_state_dict(net))
