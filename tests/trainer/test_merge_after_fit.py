@@ -11,13 +11,14 @@ import lightning as L
 import pytest
 import torch
 import transformers
-from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.tuner import Tuner
 from torch import nn
 
 from lightning_lora import LoRACallback, LoRAError, is_merged, load_from_checkpoint, merge_and_unload
 from lightning_lora.nn.lora_layer import LoRALayer
 from lightning_lora.trainer.after_fit import MERGED_FOR_GOOD, refuse_merge_after_fit
+from support.lightning_versions import PLAIN_TYPES_ONLY, WeightAveraging, weight_averaging
 from support.pretrained import Lit, answer, save_body, token_loader
 from support.runs import At, BrokenError, lora_with_effect
 from support.training import Data, Net, assert_same_tensors, make_trainer, outputs, weights
@@ -77,7 +78,10 @@ def test_checkpoints_of_the_fit_hold_the_adapter_and_one_saved_after_it_plain_we
     assert_same_tensors(weights(plain), weights(model))
 
 
-@pytest.mark.parametrize("averaging", [WeightAveraging, None], ids=["averaged", "as it is"])
+@pytest.mark.parametrize(
+    "averaging",
+    [pytest.param(WeightAveraging, id="averaged", marks=weight_averaging), pytest.param(None, id="as it is")],
+)
 def test_the_weights_that_are_merged_are_those_of_the_fits_end(tmp_path, averaging):
     more = [] if averaging is None else [averaging()]
     by_hand = merge_and_unload(fit(tmp_path / "a", lora_with_effect(), *more))
@@ -119,7 +123,7 @@ def best_and_after(path: Path, save: str) -> tuple[Net, L.Trainer]:
 def test_the_best_merged_checkpoint_is_tested_with_its_own_numbers(tmp_path):
     model, trainer = best_and_after(tmp_path, "merged")
     best: Any = trainer.checkpoint_callback
-    (found,) = trainer.test(model, Data(), ckpt_path="best", verbose=False, weights_only=True)
+    (found,) = trainer.test(model, Data(), ckpt_path="best", verbose=False, **PLAIN_TYPES_ONLY)
     assert found["test_loss"] == pytest.approx(best.best_model_score.item(), rel=1e-5)
     assert_plain(model)
 
@@ -129,7 +133,7 @@ def test_a_checkpoint_that_needs_the_base_is_refused_with_the_remedy_and_the_mod
     model, trainer = best_and_after(tmp_path, save)
     before = weights(model)
     with pytest.raises(LoRAError, match=rf"of kind '{save}' .*merge_after_fit has .*save='merged'"):
-        trainer.test(model, Data(), ckpt_path="best", verbose=False, weights_only=True)
+        trainer.test(model, Data(), ckpt_path="best", verbose=False, **PLAIN_TYPES_ONLY)
     assert_same_tensors(weights(model), before)
     make_trainer(tmp_path, lora_with_effect()).test(model, Data(), verbose=False)
     assert_plain(model)
@@ -160,7 +164,7 @@ def test_a_finished_run_that_is_resumed_is_merged_too(tmp_path):
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     model = Net()
     again = make_trainer(tmp_path, lora_with_effect(merge_after_fit=True), max_epochs=2)
-    again.fit(model, Data(), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
+    again.fit(model, Data(), ckpt_path=tmp_path / "a.ckpt", **PLAIN_TYPES_ONLY)
     assert_plain(model)
     assert_same_tensors(weights(model), weights(merge_and_unload(first)))
 

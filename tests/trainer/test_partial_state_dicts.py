@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lightning_lora import LoRAError, load_adapter, load_from_checkpoint, merged, merged_state_dict
+from support.lightning_versions import PLAIN_TYPES_ONLY
 from support.runs import lora, trained
 from support.training import Data, Net, assert_same_tensors, make_trainer, outputs, weights
 
@@ -85,7 +86,7 @@ def test_a_checkpoint_leaves_out_what_the_class_does_and_resumes_tests_and_loads
 @pytest.mark.parametrize("cls", CLASSES)
 def test_a_merged_checkpoint_loads_without_the_callback_as_lightnings_own_does(tmp_path, cls: type[Partial]):
     fit(tmp_path, model := cls(), epochs=1, save="merged").save_checkpoint(path := tmp_path / "part.ckpt")
-    plain = cls.load_from_checkpoint(path, weights_only=True)
+    plain = cls.load_from_checkpoint(path, **PLAIN_TYPES_ONLY)
     with merged(model):
         assert torch.equal(outputs(plain), outputs(model))
 
