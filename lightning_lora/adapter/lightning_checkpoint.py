@@ -14,6 +14,7 @@ import itertools
 import warnings
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Set
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -21,6 +22,7 @@ from torch import nn
 
 from ..distributed.sharding import gather_all, has_sharded
 from ..errors import LoRAError, NonFiniteError
+from ..files.torch_archive import read_torch_file
 from ..model.injection import refuse_replaced_layers, require_injection
 from ..model.named_state import named_state
 from ..model.state_dict import adapter_keys, adapter_state_dict, merge_state_dict, original_value
@@ -32,6 +34,7 @@ from .fingerprint import AVERAGED, entries_match, fingerprint_entry
 from .metadata import describe_model, from_metadata, to_metadata
 
 FORMAT_VERSION = 1
+HEADER = "meta.pt"  # Lightning's name of what a distributed checkpoint holds beside its shards
 
 Kind = Literal["adapter", "merged", "full"]
 
@@ -325,6 +328,25 @@ def adapter_of(checkpoint: Mapping[str, Any]) -> tuple[Adapter, Kind]:
         adapter = replace(adapter, tensors={n: value for n, value in tensors.items() if n not in adapter.fingerprint})
     check_factors(adapter, 'checkpoint["lora"]')
     return adapter, kind
+
+
+def read_without_values(path: Path) -> dict[str, Any]:
+    """Read a checkpoint file, or a distributed checkpoint with tensors on the meta device."""
+    from torch.distributed.checkpoint.filesystem import FileSystemReader  # slow to import, and rarely needed
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    if path.is_file():
+        return read_torch_file(path, mmap=True)
+    if not (path / HEADER).is_file():
+        raise LoRAError(f"{path}: neither a checkpoint file nor a folder with a distributed checkpoint.")
+    checkpoint = read_torch_file(path / HEADER)
+    shards = FileSystemReader(path).read_metadata().state_dict_metadata
+    checkpoint["state_dict"] = {
+        name.removeprefix("state_dict."): torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
+        for name, entry in shards.items()
+        if name.startswith("state_dict.") and isinstance(entry, TensorStorageMetadata)
+    }
+    return checkpoint
 
 
 def in_one_storage(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,19 +15,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapter.lightning_checkpoint import adapter_of, prepare_for_load
+from ..adapter.lightning_checkpoint import adapter_of, prepare_for_load, read_without_values
 from ..adapter.save_load import apply_adapter
 from ..distributed.sharding import local
 from ..errors import LoRAError
-from ..files.torch_archive import read_torch_file
 from ..model.injection import find_injection, snapshot_materialised
 from ..model.patches import call_previous, patch
 from ..model.state_dict import adapter_keys, base_keys, merge_state_dict
 from ..names import META, canonical
 from ..nn.lora_layer import LoRALayer, adapted_layers
 from .checkpoint_hooks import refuse_foreign_resume
-
-HEADER = "meta.pt"  # Lightning's name of what a distributed checkpoint holds beside its shards
 
 REFUSED = {
     "DeepSpeedStrategy": "it saves and loads through an engine that passes over a callback's checkpoint, and its stage "
@@ -76,7 +73,7 @@ def _load_checkpoint(
     if find_injection(module) is None:
         return call_previous(strategy, previous, "load_checkpoint", path, *args, **kwargs)
     snapshot_materialised(module)
-    checkpoint = _read_without_values(path)
+    checkpoint = read_without_values(path)
     loaded = set(map(canonical, checkpoint["state_dict"]))
     adapter, kind = adapter_of(checkpoint) if META in checkpoint else (None, None)
     if adapter is None:
@@ -100,25 +97,6 @@ def _load_checkpoint(
         apply_adapter(module, adapter)
     content.pop(META, None)  # done; the module's on_load_checkpoint has nothing to complete
     return content
-
-
-def _read_without_values(path: Path) -> dict[str, Any]:
-    """Read a checkpoint file, or a distributed checkpoint with tensors on the meta device."""
-    from torch.distributed.checkpoint.filesystem import FileSystemReader  # slow to import, and rarely needed
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
-    if path.is_file():
-        return read_torch_file(path, mmap=True)
-    if not (path / HEADER).is_file():
-        raise LoRAError(f"{path}: neither a checkpoint file nor a folder with a distributed checkpoint.")
-    checkpoint = read_torch_file(path / HEADER)
-    shards = FileSystemReader(path).read_metadata().state_dict_metadata
-    checkpoint["state_dict"] = {
-        name.removeprefix("state_dict."): torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
-        for name, entry in shards.items()
-        if name.startswith("state_dict.") and isinstance(entry, TensorStorageMetadata)
-    }
-    return checkpoint
 
 
 def _check_complete(module: nn.Module, names: set[str], path: Path) -> None:
