@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from enum import Enum
@@ -256,9 +257,11 @@ def _check_alpha(option: str, value: object) -> None:
 def _check_regex(option: str, pattern: object, whole: Callable[[str], str] = str) -> None:
     """Refuse what is no regular expression, or none within the `whole` one that it becomes a part of."""
     try:
-        re.compile(pattern)  # type: ignore[call-overload]
-        re.compile(whole(pattern))  # type: ignore[arg-type]
-    except (re.error, TypeError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", DeprecationWarning)  # Python 3.10 warns of what 3.11 takes no more
+            re.compile(pattern)  # type: ignore[call-overload]
+            re.compile(whole(pattern))  # type: ignore[arg-type]
+    except (re.error, TypeError, DeprecationWarning) as error:
         raise LoRAError(f"LoRAConfig: {option}: {pattern!r} is not a regular expression: {error}.") from error
 
 
