@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TypeVar, cast
 
 from torch import nn
@@ -75,6 +75,12 @@ def names_factor(name: str) -> bool:
     return name.rpartition(".")[2] in (A, B)
 
 
+def derives_from(module: object, name: str, packages: Collection[str]) -> bool:
+    """Return whether an object's class comes from one of this name in these packages, which are not imported."""
+    classes = ((cls.__name__, cls.__module__.partition(".")[0]) for cls in type(module).__mro__)
+    return any(own == name and package in packages for own, package in classes)
+
+
 def rename_keys(values: Mapping[str, Value], new_name: Callable[[str], str | None]) -> dict[str, Value]:
     """Return values by their new names, without those that have none."""
     pairs = ((new_name(name), value) for name, value in values.items())
@@ -111,7 +117,12 @@ def _did_you_mean(entry: str, names: Iterable[str]) -> str:
 
 
 def _there_are(shown: Sequence[str], most: int) -> str:
-    return f"; there are {', '.join(shown[:most])}{', ...' * (len(shown) > most)}" if shown else "; there are none"
+    return f"; there are {listed(shown, most)}" if shown else "; there are none"
+
+
+def listed(texts: Sequence[str], most: int = 3) -> str:
+    """Return the first texts, joined, and whether there are more, for messages."""
+    return ", ".join(texts[:most]) + (", ..." if len(texts) > most else "")
 
 
 def _ending(name: str) -> str:

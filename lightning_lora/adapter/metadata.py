@@ -24,7 +24,7 @@ from ..model.injection import refuse_replaced_layers, require_injection
 from ..model.named_state import named_state
 from ..model.pretrained import base_name
 from ..model.state_dict import adapter_keys, adapter_state_dict, original_value
-from ..names import canonical
+from ..names import canonical, derives_from
 from ..nn.layer_kinds import layer_kinds
 from ..nn.lora_layer import LoRALayer, adapted_layers
 from ..nn.low_rank import KINDS
@@ -32,14 +32,13 @@ from .adapter import Adapter, check_factors
 from .fingerprint import fingerprint, sample_positions
 
 STORED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # values of other dtypes are stored as float64
-LATER_OPTIONS = ("task_type",)  # than 0.1.0, which reads files that do not use them
 LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric")
 
 
 def to_metadata(adapter: Adapter) -> dict[str, Any]:
     """Describe an adapter as plain types, without its tensors."""
     return {
-        "config": _options_in_use(adapter.config or LoRAConfig()),
+        "config": (adapter.config or LoRAConfig()).to_dict(),
         "layers": encode_layers(adapter.scalings, adapter.kinds),
         "fingerprint": encode_fingerprint(adapter.fingerprint),
         "network": adapter.network,
@@ -47,10 +46,6 @@ def to_metadata(adapter: Adapter) -> dict[str, Any]:
         "complete": adapter.complete,
         "fan_in_fan_out": adapter.fan_in_fan_out,
     }
-
-
-def _options_in_use(config: LoRAConfig) -> dict[str, Any]:
-    return {name: value for name, value in config.to_dict().items() if value is not None or name not in LATER_OPTIONS}
 
 
 def from_metadata(tensors: Mapping[str, Any], metadata: Any, where: str) -> Adapter:
@@ -143,8 +138,7 @@ def _network_prefix(model: nn.Module) -> str:
 
 def is_lightning_module(model: nn.Module) -> bool:
     """Tell whether a module is a LightningModule, of either of Lightning's packages."""
-    types = [(cls.__name__, cls.__module__.partition(".")[0]) for cls in type(model).__mro__]
-    return any(name == "LightningModule" and package in LIGHTNING for name, package in types)
+    return derives_from(model, "LightningModule", LIGHTNING)
 
 
 def encode_layers(scalings: Mapping[str, float], kinds: Mapping[str, str]) -> list[Any]:

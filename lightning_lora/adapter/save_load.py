@@ -245,7 +245,7 @@ def read_adapter(source: PathLike | Mapping[str, Any]) -> Adapter:
         raise LoRAError(f"load_adapter: expected a state dict, found {type(state).__name__}.")
     tensors = {n: v for n, v in state.items() if isinstance(n, str) and isinstance(v, torch.Tensor)}
     if are_peft_names(tensors):
-        return read_state(tensors, "adapter", source.get("hyper_parameters"))
+        return read_state(tensors, "adapter", source.get(HYPER_PARAMETERS))
     adapter = Adapter(tensors)
     check_factors(adapter, "adapter")
     return adapter

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..config import LoRAConfig
 from ..errors import LoRAError
-from ..names import ATTRIBUTE, canonical, rename_keys
+from ..names import ATTRIBUTE, canonical, listed, rename_keys
 from ..nn.lora_layer import LoRALayer, adapted_layers, is_factor
 from .named_state import base_parameters, named_state
 
@@ -169,7 +169,7 @@ def refuse_replaced_layers(model: nn.Module, verb: str, layers: Mapping[str, LoR
                 f"{verb}: {gone[0]!r} in {type(root).__name__} was adapted, but is {now} without an adapter "
                 f"({len(gone)} of {len(expected)} adapted layers are gone). Replace or convert layers before they are "
                 "adapted, in __init__, setup or configure_model, or leave them out with "
-                f"exclude_modules=[{', '.join(map(repr, gone[:3]))}{', ...' if len(gone) > 3 else ''}]."
+                f"exclude_modules=[{listed(list(map(repr, gone)))}]."
             )
 
 

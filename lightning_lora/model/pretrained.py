@@ -13,7 +13,7 @@ from typing import Any, cast
 from torch import nn
 
 from ..config import TASK_HEADS
-from ..names import around, canonical, names_factor
+from ..names import around, canonical, derives_from, names_factor
 from ..nn.gradient_checkpointing import enable_input_require_grads
 from ..nn.lora_layer import LoRALayer
 from .patches import call_previous, patch
@@ -33,8 +33,7 @@ def pretrained_models(model: nn.Module) -> dict[str, nn.Module]:
 
 def is_pretrained_model(module: nn.Module) -> bool:
     """Tell whether a module is a transformers PreTrainedModel."""
-    classes = [(cls.__name__, cls.__module__.partition(".")[0]) for cls in type(module).__mro__]
-    return ("PreTrainedModel", "transformers") in classes
+    return derives_from(module, "PreTrainedModel", ("transformers",))
 
 
 def base_name(model: nn.Module) -> str:
@@ -101,9 +100,8 @@ def _vocabulary(config: Any) -> int | None:
 
 def warn_before_save_pretrained(model: nn.Module) -> None:
     """Patch transformers models with adapted layers so that save_pretrained, which writes no adapter, warns."""
-    for module in model.modules():
-        if is_pretrained_model(module) and _is_adapted(module):
-            patch(module, "save_pretrained", _save_pretrained)
+    for module in _adapted_models(model):
+        patch(module, "save_pretrained", _save_pretrained)
 
 
 def _save_pretrained(module: nn.Module, previous: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
@@ -121,11 +119,9 @@ def _save_pretrained(module: nn.Module, previous: Callable[..., Any] | None, *ar
 
 def follow_gradient_checkpointing(model: nn.Module) -> None:
     """Patch transformers models with adapted layers so that checkpointing enabled from now on trains the adapters."""
-    for module in model.modules():
-        function = getattr(module, SET_CHECKPOINTING, None) if is_pretrained_model(module) else None
-        if function is None or "value" in inspect.signature(function).parameters:  # an old form, told by its signature
-            continue
-        if _is_adapted(module):
+    for module in _adapted_models(model):
+        function = getattr(module, SET_CHECKPOINTING, None)
+        if function is not None and "value" not in inspect.signature(function).parameters:  # which the old form has
             patch(module, SET_CHECKPOINTING, _set_gradient_checkpointing)
 
 
@@ -134,6 +130,11 @@ def _set_gradient_checkpointing(
 ) -> None:
     call_previous(module, previous, SET_CHECKPOINTING, *args, **kwargs)
     enable_input_require_grads(module)
+
+
+def _adapted_models(model: nn.Module) -> list[nn.Module]:
+    """Return the transformers models with adapted layers in a module, nested ones too."""
+    return [module for module in model.modules() if is_pretrained_model(module) and _is_adapted(module)]
 
 
 def _is_adapted(module: nn.Module) -> bool:

@@ -15,7 +15,7 @@ from torch import nn
 from ..config import LoRAConfig
 from ..errors import LoRAError
 from ..model.injection import Injection
-from ..names import A, B
+from ..names import A, B, listed
 from ..nn.lora_layer import adapted_layers
 
 AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
@@ -110,8 +110,7 @@ def refuse_unoptimized(optimizers: Sequence[torch.optim.Optimizer], module: nn.M
     factors = _factors(module)
     missing = [name for name, factor in factors.items() if factor.requires_grad and id(factor) not in optimized]
     if missing:
-        layers = list(dict.fromkeys(name.rpartition(".")[0] for name in missing))
-        shown = ", ".join(map(repr, layers[:3])) + (", ..." if len(layers) > 3 else "")
+        shown = listed([repr(layer) for layer in dict.fromkeys(name.rpartition(".")[0] for name in missing)])
         raise LoRAError(
             f"LoRACallback: no optimizer holds the adapter parameter {missing[0]!r} ({len(missing)} of {len(factors)} "
             "are in none), so it would never be trained. Build the optimizer in configure_optimizers from "
