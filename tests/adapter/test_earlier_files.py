@@ -32,8 +32,15 @@ def expected() -> dict[str, torch.Tensor]:
 
 def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
     assert found.keys() == wanted.keys()
-    different = [name for name, value in found.items() if not torch.equal(value, wanted[name])]
+    different = [name for name, value in found.items() if not _same(name, value, wanted[name])]
     assert not different
+
+
+def _same(name: str, value: torch.Tensor, wanted: torch.Tensor) -> bool:
+    """What is loaded has the same bits; outputs have the last bits of the machine that computed them."""
+    if name in ("unmerged", "outputs"):
+        return torch.allclose(value, wanted, rtol=1e-5, atol=1e-6)
+    return torch.equal(value, wanted)
 
 
 def assert_is_the_fresh_base(model: Net) -> None:
@@ -59,9 +66,13 @@ def test_load_adapter_takes_each_kind(kind: str, expected: dict[str, torch.Tenso
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_resuming_from_each_kind_goes_on_as_from_a_file_of_this_version(tmp_path, kind: str):
-    torch.manual_seed(0)
-    trainer = fit(Net(), tmp_path, LoRACallback(save=kind, **OPTIONS), enable_checkpointing=False)
+    """The file of this version is the earlier one, read and saved again: another machine trains to other last bits."""
+    again = LoRACallback(save=kind, **OPTIONS)
+    trainer = fit(Net(), tmp_path, again, resume=EARLIER / f"{kind}.ckpt", enable_checkpointing=False)
     trainer.save_checkpoint(tmp_path / "now.ckpt")
+    earlier, now = (torch.load(path, weights_only=True) for path in (EARLIER / f"{kind}.ckpt", tmp_path / "now.ckpt"))
+    for name, values in earlier["optimizer_states"][0]["state"].items():
+        assert_same(now["optimizer_states"][0]["state"][name], values)
     ends = []
     for file in (EARLIER / f"{kind}.ckpt", tmp_path / "now.ckpt"):
         torch.manual_seed(1)
@@ -75,7 +86,7 @@ def test_a_full_checkpoint_of_an_injected_part_loads_and_gives_the_base_back():
     model = load_from_checkpoint(Net, EARLIER / "part.ckpt")
     found, wanted = state(model), load_file(EARLIER / "part.safetensors")
     for name in ("unmerged", "outputs"):
-        assert torch.equal(found[name], wanted[name])
+        assert _same(name, found[name], wanted[name])
     unload(model)
     assert_is_the_fresh_base(model)
     inject((part := Net()).net, LoRAConfig(**PART))
