@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
-import io
 import logging
 import os
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +15,6 @@ from torch import nn
 from ..config import LoRAConfig
 from ..distributed.rank_sync import RankSync, writes_files
 from ..errors import LoRAError
-from ..files.inert_pickle import find_placeholder
 from ..files.paths import PathLike
 from ..files.torch_archive import read_torch_file
 from ..model.inject import inject, unload
@@ -36,6 +32,7 @@ from .apply import (
     split_off_base,
     without_base,
 )
+from .build_module import HYPER_PARAMETERS, build_module
 from .fingerprint import REMEDY, warn_of_rounding
 from .lightning_checkpoint import adapter_of, prepare_for_load
 from .metadata import adapter_of_model, frozen_values
@@ -47,9 +44,6 @@ from .peft_state_dict import read_state
 log = logging.getLogger(__name__)
 
 Module = TypeVar("Module", bound=nn.Module)
-
-HYPER_PARAMETERS = "hyper_parameters"  # Lightning's key of what save_hyperparameters saved
-OF_THE_RUN = ("callbacks", "loops", "lr_schedulers", "optimizer_states")  # its keys of what no module is built from
 
 
 def save_adapter(model: nn.Module, path: PathLike) -> None:
@@ -106,7 +100,7 @@ def load_from_checkpoint(
     """
     checkpoint = read_torch_file(path, trusted=weights_only is False)
     adapter, kind = adapter_of(checkpoint)
-    model: Module = _build(cls, path, checkpoint, weights_only, kwargs)
+    model: Module = build_module(cls, path, checkpoint, weights_only, kwargs)
     if kind != "full":
         remedy = (
             f"{cls.__name__} built a base of its own. Where the base is a checkpoint, load that first: load_adapter("
@@ -119,50 +113,6 @@ def load_from_checkpoint(
     prepare_for_load(model, checkpoint)
     model.load_state_dict(checkpoint["state_dict"])
     return model
-
-
-def _build(
-    cls: Any, path: PathLike, checkpoint: Mapping[str, Any], weights_only: bool | None, kwargs: Mapping[str, Any]
-) -> Any:
-    """Let Lightning build the module from the checkpoint without its weights."""
-    bare = {name: value for name, value in checkpoint.items() if name != META} | {"state_dict": {}}
-    bare = {name: value for name, value in bare.items() if name not in OF_THE_RUN or not find_placeholder(value)}
-    saved = bare.get(HYPER_PARAMETERS)
-    if isinstance(saved, Mapping):  # what is given anew need not be read
-        bare[HYPER_PARAMETERS] = {name: value for name, value in saved.items() if name not in kwargs}
-    _refuse_objects(cls, path, bare)
-    buffer = io.BytesIO()
-    torch.save(bare, buffer)
-    buffer.seek(0)
-    options = dict(kwargs)
-    if any("weights_only" in inspect.signature(load).parameters for load in _definitions(cls, "load_from_checkpoint")):
-        options["weights_only"] = weights_only  # which older versions of Lightning do not have
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Found keys that are in the model state dict")
-        warnings.filterwarnings("ignore", message="The state dict in .* contains no parameters")
-        return cls.load_from_checkpoint(buffer, strict=False, **options)
-
-
-def _definitions(cls: type, method: str) -> list[Any]:
-    """List a method as a class defines it, and as those do that it inherits from."""
-    return [getattr(base, method) for base in cls.__mro__ if method in vars(base)]
-
-
-def _refuse_objects(cls: Any, path: PathLike, checkpoint: Mapping[str, Any]) -> None:
-    """Raise LoRAError where what a module is built from holds objects that were not unpickled."""
-    found = find_placeholder(checkpoint)
-    if found is None:
-        return
-    place, name = found
-    saved = checkpoint.get(HYPER_PARAMETERS)
-    objects = [key for key, value in saved.items() if find_placeholder(value)] if isinstance(saved, Mapping) else []
-    arguments = ", ".join(f"{key}=..." for key in objects)
-    as_arguments = f"pass what they are as keyword arguments ({arguments}), or " if objects else ""
-    raise LoRAError(
-        f"{path}: checkpoint{place} is of {name}, and objects are not unpickled, because that may run any code. If you "
-        f"trust the file, pass weights_only=False; otherwise {as_arguments}build the module yourself: "
-        f'load_adapter(model := {cls.__name__}(...), "{path}").'
-    )
 
 
 def apply_adapter(model: nn.Module, adapter: Adapter, *, strict_base: bool = True, remedy: str = REMEDY) -> list[str]:

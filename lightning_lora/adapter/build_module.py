@@ -1,0 +1,136 @@
+"""Building a LightningModule from a checkpoint as its class does, but with none of the checkpoint's weights."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import io
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import LoRAError
+from ..files.inert_pickle import find_placeholder
+from ..files.paths import PathLike
+from ..names import META, names_factor
+
+HYPER_PARAMETERS = "hyper_parameters"  # Lightning's key of what save_hyperparameters saved
+OF_THE_RUN = ("callbacks", "loops", "lr_schedulers", "optimizer_states")  # its keys of what no module is built from
+READ, LOAD = "load_from_checkpoint", "on_load_checkpoint"  # methods in which a class may look at the file's tensors
+
+
+def build_module(
+    cls: Any, path: PathLike, checkpoint: Mapping[str, Any], weights_only: bool | None, kwargs: Mapping[str, Any]
+) -> Any:
+    """Let Lightning build a module from a checkpoint's hyperparameters, with the weights that its class builds.
+
+    A class that looks at tensors in the file by itself, as to build a loss from its buffers, finds those that the
+    checkpoint holds under the plain model's names. They are not loaded: of a merged checkpoint they are W', and the
+    values from before training would be lost.
+
+    Args:
+        cls: the LightningModule's class.
+        path: where the checkpoint was read from.
+        checkpoint: its content; objects may be placeholders.
+        weights_only: as in Lightning's own load_from_checkpoint.
+        kwargs: hyperparameters that override the saved ones.
+
+    Raises:
+        LoRAError: what the module is built from holds objects that were not unpickled.
+    """
+    content = {name: value for name, value in checkpoint.items() if name != META}
+    content = {name: value for name, value in content.items() if name not in OF_THE_RUN or not find_placeholder(value)}
+    saved = content.get(HYPER_PARAMETERS)
+    if isinstance(saved, Mapping):  # an object that is given anew need not be read
+        content[HYPER_PARAMETERS] = {k: v for k, v in saved.items() if k not in kwargs or not find_placeholder(v)}
+    looks = _overrides(cls, READ) or any(_overrides(each, LOAD) for each in _derived(cls))
+    tensors = checkpoint["state_dict"] if looks else {}  # not copied without need, for they may be large
+    content["state_dict"] = {name: value for name, value in tensors.items() if not names_factor(name)}
+    _refuse_objects(cls, path, content)
+    options = dict(kwargs)
+    if any("weights_only" in inspect.signature(load).parameters for load in _definitions(cls, READ)):
+        options["weights_only"] = weights_only  # which older versions of Lightning do not have
+    with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", message="Found keys that are in the model state dict")
+        warnings.filterwarnings("ignore", message="The state dict in .* contains no parameters")
+        stack.enter_context(_loading_nothing(cls))
+        if not looks:
+            buffer = io.BytesIO()
+            torch.save(content, buffer)
+            buffer.seek(0)
+            return _call(cls, buffer, options)
+        file = Path(stack.enter_context(tempfile.TemporaryDirectory()), "checkpoint.ckpt")  # can be read twice
+        torch.save(content, file)
+        return _call(cls, file, options)
+
+
+def _call(cls: Any, source: Path | io.BytesIO, options: Mapping[str, Any]) -> Any:
+    """Call the class's load_from_checkpoint, without weights_only where it passes that on by itself, as chemprop's."""
+    try:
+        return cls.load_from_checkpoint(source, strict=False, **options)
+    except TypeError as error:
+        if "multiple values for keyword argument 'weights_only'" not in str(error):
+            raise
+    return cls.load_from_checkpoint(source, strict=False, **{k: v for k, v in options.items() if k != "weights_only"})
+
+
+@contextmanager
+def _loading_nothing(cls: Any) -> Iterator[None]:
+    """Let Lightning load no tensors into a module of a class, or of a derived one, after on_load_checkpoint saw them."""
+    with ExitStack() as stack:
+        for each in _derived(cls):
+            if each is cls or LOAD in vars(each):
+                own = vars(each).get(LOAD)
+                setattr(each, LOAD, _emptying(getattr(each, LOAD)))
+                stack.callback(*((setattr, each, LOAD, own) if own else (delattr, each, LOAD)))
+        yield
+
+
+def _emptying(own: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
+    """Return on_load_checkpoint that takes the state dict away after the class's own, which Lightning loads next."""
+
+    @functools.wraps(own)
+    def on_load_checkpoint(module: Any, checkpoint: dict[str, Any]) -> None:
+        own(module, checkpoint)
+        if getattr(type(module), LOAD) is on_load_checkpoint:  # a derived class's, which called this, may go on
+            checkpoint["state_dict"] = {}
+
+    return on_load_checkpoint
+
+
+def _derived(cls: type) -> list[type]:
+    """List a class and those that inherit from it: LightningCLI's checkpoints may name one that is to be built."""
+    return list(dict.fromkeys([cls, *(each for child in cls.__subclasses__() for each in _derived(child))]))
+
+
+def _overrides(cls: type, method: str) -> bool:
+    """Tell whether a class, or one between it and Lightning's, has a method of its own in the place of Lightning's."""
+    return len(_definitions(cls, method)) > 1
+
+
+def _definitions(cls: type, method: str) -> list[Any]:
+    """List a method as a class defines it, and as those do that it inherits from."""
+    return [getattr(base, method) for base in cls.__mro__ if method in vars(base)]
+
+
+def _refuse_objects(cls: Any, path: PathLike, checkpoint: Mapping[str, Any]) -> None:
+    """Raise LoRAError where what a module is built from holds objects that were not unpickled."""
+    found = find_placeholder(checkpoint)
+    if found is None:
+        return
+    place, name = found
+    saved = checkpoint.get(HYPER_PARAMETERS)
+    objects = [key for key, value in saved.items() if find_placeholder(value)] if isinstance(saved, Mapping) else []
+    arguments = ", ".join(f"{key}=..." for key in objects)
+    as_arguments = f"pass what they are as keyword arguments ({arguments}), or " if objects else ""
+    raise LoRAError(
+        f"{path}: checkpoint{place} is of {name}, and objects are not unpickled, because that may run any code. If you "
+        f"trust the file, pass weights_only=False; otherwise {as_arguments}build the module yourself: "
+        f'load_adapter(model := {cls.__name__}(...), "{path}").'
+    )
