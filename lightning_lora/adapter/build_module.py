@@ -82,7 +82,7 @@ def _call(cls: Any, source: Path | io.BytesIO, options: Mapping[str, Any]) -> An
 
 @contextmanager
 def _loading_nothing(cls: Any) -> Iterator[None]:
-    """Let Lightning load no tensors into a module of a class, or of a derived one, after on_load_checkpoint saw them."""
+    """Let Lightning load no tensors into a module of a class or a derived one, after on_load_checkpoint saw them."""
     with ExitStack() as stack:
         for each in _derived(cls):
             if each is cls or LOAD in vars(each):
@@ -106,7 +106,8 @@ def _emptying(own: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
 
 def _derived(cls: type) -> list[type]:
     """List a class and those that inherit from it: LightningCLI's checkpoints may name one that is to be built."""
-    return list(dict.fromkeys([cls, *(each for child in cls.__subclasses__() for each in _derived(child))]))
+    children: list[type] = cls.__subclasses__()
+    return list(dict.fromkeys([cls, *(each for child in children for each in _derived(child))]))
 
 
 def _overrides(cls: type, method: str) -> bool:

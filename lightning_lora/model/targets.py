@@ -28,7 +28,9 @@ from ..nn.layer_kinds import ADAPTABLE, is_conv1d, layer_class
 from ..nn.lora_layer import LoRALayer
 from ..nn.low_rank import ATTENTION_WEIGHTS, FUSABLE, MERGEABLE_DTYPES, matrix_shape
 from ..nn.tied_weights import tied_weights
+from .pretrained import pretrained_models
 
+MAMBA = {"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"}  # PEFT's list of model_type
 TRAINED_WHOLE = "is in target_modules and in modules_to_save, and so is trained whole, without an adapter"
 
 
@@ -70,6 +72,7 @@ class Targets:
 
     def _all_linear(self, model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
         heads, tied, chosen = output_heads(model), tied_weights(model), {}
+        in_mamba = _mamba_prefixes(model)
         for name, module in modules.items():
             if not isinstance(module, nn.Linear) and not is_conv1d(module):
                 continue
@@ -77,6 +80,8 @@ class Targets:
                 self.left_out[name] = "it is the output head"
             elif _belongs_to_separate_attention(name, modules):
                 self.left_out[name] = "PEFT cannot adapt the out_proj of attention with q, k and v apart"
+            elif name.startswith(in_mamba) and name.rpartition(".")[2] == "out_proj":
+                self.left_out[name] = "PEFT cannot adapt the out_proj of Mamba"
             elif module in tied:
                 self.left_out[name] = f"its weight is also {tied[module]}"
             else:
@@ -128,6 +133,12 @@ def _regex_hint(expression: str, names: Iterable[str]) -> str:
 def _belongs_to_separate_attention(name: str, modules: Mapping[str, nn.Module]) -> bool:
     attention = modules.get(name.rpartition(".")[0])
     return isinstance(attention, nn.MultiheadAttention) and not attention._qkv_same_embed_dim
+
+
+def _mamba_prefixes(model: nn.Module) -> tuple[str, ...]:
+    """Return what the names in each transformers model with Mamba's layers begin with."""
+    configs = {name: getattr(module, "config", None) for name, module in pretrained_models(model).items()}
+    return tuple(f"{name}.".lstrip(".") for name in configs if getattr(configs[name], "model_type", None) in MAMBA)
 
 
 def output_heads(model: nn.Module) -> list[nn.Module]:

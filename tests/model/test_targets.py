@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
-from lightning_lora import LoRAConfig, LoRAError, inject
+from lightning_lora import LoRAConfig, LoRAError, inject, save_adapter
 from lightning_lora.model.targets import Targets
 from lightning_lora.nn.tied_weights import tied_weights
 from support.models import Zoo, zoo_config
+from support.notices import PEER_NOTICES
 
 SEGMENTS = ["a", "b", "ab", "0", "1", "q"]
 NAMES = st.lists(st.sampled_from(SEGMENTS), min_size=1, max_size=4).map(".".join)
@@ -112,6 +113,28 @@ def test_all_linear_finds_the_head_of_a_model_inside(build, caplog):
     assert head not in alone
     assert f"{head} is left out of 'all-linear': it is the output head" in caplog.text
     assert inject(Wrapped(build()), LoRAConfig()) == [f"inner.{name}" for name in alone] + ["extra"]
+
+
+def mamba() -> nn.Module:
+    config = transformers.MambaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, state_size=2)
+    return transformers.MambaForCausalLM(config)
+
+
+@pytest.mark.filterwarnings(*PEER_NOTICES)
+def test_all_linear_leaves_out_what_peft_refuses_in_mamba_alone(tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="lightning_lora")
+    mixer = "backbone.layers.0.mixer"
+    with pytest.raises(ValueError, match="'out_proj' is incompatible with Mamba"):
+        peft.get_peft_model(mamba(), peft.LoraConfig(target_modules="all-linear"))
+    adapted = inject(model := mamba(), LoRAConfig())
+    assert adapted == [f"{mixer}.in_proj", f"{mixer}.x_proj", f"{mixer}.dt_proj"]
+    assert f"{mixer}.out_proj is left out of 'all-linear': PEFT cannot adapt the out_proj of Mamba" in caplog.text
+    save_adapter(model, tmp_path)
+    assert peft.PeftModel.from_pretrained(mamba(), tmp_path).base_model.targeted_module_names == adapted
+    assert inject(mamba(), LoRAConfig(target_modules=["out_proj"])) == [f"{mixer}.out_proj"]
+    assert inject(Wrapped(mamba()), LoRAConfig()) == [*(f"inner.{name}" for name in adapted), "extra"]
+    beside = nn.ModuleDict({"out_proj": nn.Linear(4, 4), "mamba": mamba()})
+    assert inject(beside, LoRAConfig()) == ["out_proj", *(f"mamba.{name}" for name in adapted)]
 
 
 class Tied(nn.Module):

@@ -176,7 +176,8 @@ def from_peft(models: Models) -> str:
         load_theirs(models, models.their_targets, models.folder / "by name")
         return f"`{option}` refused; right where layers are named"
     except ValueError:
-        return "PEFT refuses"
+        load_theirs(models, models.their_targets, models.folder / "by name")
+        return "PEFT refuses; right where layers are named"
     return RIGHT
 
 
