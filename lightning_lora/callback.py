@@ -77,6 +77,9 @@ class LoRACallback(Callback):
             layer kept in eval mode drops too, in training batches where gradients are recorded.
         target_modules: the layers to adapt: a list of names or dotted suffixes, a regular expression, or "all-linear".
         exclude_modules: layers to leave alone although target_modules selects them.
+        layers_to_transform: the number or numbers of the layers (blocks) in which target_modules, then a list, selects
+            modules by a dotted suffix; see LoRAConfig.
+        layers_pattern: the segment or segments of names (regular expressions) that such a number follows, as "layers".
         modules_to_save: modules that are trained and saved whole, beside the adapter.
         task_type: "SEQ_CLS", "TOKEN_CLS" or "QUESTION_ANS" adds the head that such a model has in transformers to
             modules_to_save; see LoRAConfig.
@@ -107,6 +110,8 @@ class LoRACallback(Callback):
         lora_dropout: float = 0.0,
         target_modules: str | Sequence[str] = ALL_LINEAR,
         exclude_modules: str | Sequence[str] | None = None,
+        layers_to_transform: int | Sequence[int] | None = None,
+        layers_pattern: str | Sequence[str] | None = None,
         modules_to_save: Sequence[str] | None = None,
         task_type: Task | None = None,
         ensure_weight_tying: bool = True,

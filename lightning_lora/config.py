@@ -9,10 +9,10 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from enum import Enum
-from typing import Any, Literal, NoReturn, get_args
+from typing import Any, Literal, NoReturn, cast, get_args
 
 from .errors import LoRAError
-from .names import ALL_LINEAR, pattern_matches, suffix_pattern
+from .names import ALL_LINEAR, layer_number, layer_pattern, pattern_matches, suffix_pattern
 
 Bias = Literal["none", "all", "lora_only"]
 Init = Literal["gaussian", "orthogonal"]
@@ -31,7 +31,10 @@ TASK_HEADS: dict[str, tuple[str, ...]] = {
     "QUESTION_ANS": ("qa_outputs",),
 }
 
-LATER = {"task_type": None, "ensure_weight_tying": True}  # the defaults of options that 0.1.0 had not
+LATER = {  # the defaults of options that 0.1.0 had not
+    **dict.fromkeys(("layers_to_transform", "layers_pattern", "task_type")),
+    "ensure_weight_tying": True,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +52,10 @@ class LoRAConfig:
         target_modules: the layers to adapt: a list, a regular expression, or "all-linear" (every linear layer and
             transformers' Conv1D, without the output head and without tied weights).
         exclude_modules: layers to leave alone although target_modules selects them.
+        layers_to_transform: the number or numbers of the layers (blocks) in which target_modules, then a list, selects
+            modules by a dotted suffix; one that it names in full is adapted wherever it is. A number is the first in
+            the module's name that follows two segments or more, as the 1 of "model.layers.1.q_proj".
+        layers_pattern: the segment or segments (regular expressions) that this number follows instead, as "layers".
         modules_to_save: modules that are trained and saved whole, beside the adapter.
         task_type: what the model is for, as PEFT's files say: "SEQ_CLS" and "TOKEN_CLS" add "classifier" and "score" to
             modules_to_save, "QUESTION_ANS" adds "qa_outputs", where the model has them; "SEQ_2_SEQ_LM", "CAUSAL_LM"
@@ -75,6 +82,8 @@ class LoRAConfig:
     lora_dropout: float = 0.0
     target_modules: str | Sequence[str] = ALL_LINEAR
     exclude_modules: str | Sequence[str] | None = None
+    layers_to_transform: int | Sequence[int] | None = None
+    layers_pattern: str | Sequence[str] | None = None
     modules_to_save: Sequence[str] | None = None
     task_type: Task | None = None
     ensure_weight_tying: bool = True
@@ -96,6 +105,7 @@ class LoRAConfig:
             _refuse("target_modules", "at least one name, a regular expression or 'all-linear'", self.target_modules)
         for option in ("target_modules", "exclude_modules", "modules_to_save"):
             _check_names(option, getattr(self, option))
+        self._check_layers()
         for option, check in (("rank_pattern", _check_rank), ("alpha_pattern", _check_alpha)):
             for pattern, value in (getattr(self, option) or {}).items():
                 _check_regex(option, pattern, suffix_pattern)
@@ -131,6 +141,12 @@ class LoRAConfig:
         """Return which parts of the fused projection `name` are adapted, or None for all of it as one."""
         enabled = (self.enable_lora or {}).items()
         return next((tuple(parts) for entry, parts in enabled if f".{name}".endswith(f".{entry}")), None)
+
+    def is_in_chosen_layer(self, name: str) -> bool:
+        """Return whether layers_to_transform leaves a module that target_modules names: PEFT's rule."""
+        if self.layers_to_transform is None or name in self.target_modules:
+            return True
+        return layer_number(name, self.layers_pattern) in cast(tuple[int, ...], self.layers_to_transform)
 
     def all_modules_to_save(self) -> list[str]:
         """Return the entries of modules_to_save and those that task_type adds, which may name nothing."""
@@ -199,7 +215,11 @@ class LoRAConfig:
 
     def _normalise(self) -> None:
         """Copy what the caller may go on to change into immutable types; an empty collection means None."""
-        for option in ("target_modules", "exclude_modules", "modules_to_save"):
+        for option in ("layers_to_transform", "layers_pattern"):
+            value = getattr(self, option)
+            if isinstance(value, (int, str)):
+                object.__setattr__(self, option, (value,) if value != "" else None)
+        for option in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"):
             value = getattr(self, option)
             if isinstance(value, (list, tuple, set, frozenset)):
                 names = sorted(value, key=str) if isinstance(value, (set, frozenset)) else value
@@ -215,6 +235,19 @@ class LoRAConfig:
             if option == "enable_lora":
                 value = {name: tuple(parts) if isinstance(parts, list) else parts for name, parts in value.items()}
             object.__setattr__(self, option, dict(value) or None)
+
+    def _check_layers(self) -> None:
+        numbers, patterns = self.layers_to_transform, self.layers_pattern
+        if numbers is not None and (not isinstance(numbers, tuple) or not all(map(_is_index, numbers))):
+            _refuse("layers_to_transform", "a whole number from 0 or a list of them", numbers)
+        if patterns is not None and (not isinstance(patterns, tuple) or not all(patterns)):
+            _refuse("layers_pattern", "a name, a regular expression or a list of them", patterns)
+        for pattern in patterns or ():
+            _check_regex("layers_pattern", pattern, layer_pattern)
+        if patterns is not None and numbers is None:
+            _refuse("layers_pattern", "left out, for there is no layers_to_transform", patterns)
+        if numbers is not None and isinstance(self.target_modules, str):
+            _refuse("target_modules", "a list of names beside layers_to_transform, as in PEFT", self.target_modules)
 
     def _check_init(self) -> None:
         init = self.init_lora_weights
@@ -242,6 +275,10 @@ def _refuse(option: str, expected: str, value: object) -> NoReturn:
 def _is_number(value: object) -> bool:
     # Unlike math.isfinite, the comparison also takes a whole number beyond the range of floats.
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def _is_index(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _check_rank(option: str, value: object) -> None:

@@ -46,6 +46,23 @@ def pattern_matches(pattern: str, name: str) -> bool:
     return re.match(suffix_pattern(pattern), name) is not None
 
 
+def layer_pattern(pattern: str) -> str:
+    """Return the expression for what names begin with that an entry of layers_pattern is a part of: PEFT's rule."""
+    return rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\."
+
+
+def layer_number(name: str, patterns: Iterable[str] | None) -> int | None:
+    """Return the number of the layer that a module is in, or None: PEFT's rule.
+
+    It is what follows the first of the patterns that fits; without patterns, the first number in the name that two
+    segments or more come before.
+    """
+    expressions = map(layer_pattern, patterns) if patterns else [r".*?\.[^.]*\.(?P<idx>\d+)\."]
+    found = next(filter(None, (re.match(expression, name) for expression in expressions)), None)
+    number = found["idx"] if found else None
+    return None if number is None else int(number)
+
+
 def names_match(names: str | Sequence[str] | None, name: str) -> bool:
     """Return whether an option means a module: PEFT's rule, a regular expression, or a list of names or suffixes."""
     return matcher(names)(name)

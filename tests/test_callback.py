@@ -55,6 +55,8 @@ def test_options_reach_the_config():
         "lora_dropout": 0.5,
         "target_modules": ("body.0",),
         "exclude_modules": ("body.3",),
+        "layers_to_transform": (0,),
+        "layers_pattern": ("body",),
         "modules_to_save": ("head",),
         "task_type": "TOKEN_CLS",
         "ensure_weight_tying": False,

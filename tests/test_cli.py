@@ -65,6 +65,8 @@ lora:
   lora_dropout: 0.1
   target_modules: [body.0, head]
   exclude_modules: body\\.3
+  layers_to_transform: [0, 3]
+  layers_pattern: body
   modules_to_save: [body.1]
   rank_pattern: {head: 1}
   alpha_pattern: {head: 3.5}
@@ -82,6 +84,8 @@ IN_BLOCK = options(
     lora_dropout=0.1,
     target_modules=["body.0", "head"],
     exclude_modules=r"body\.3",
+    layers_to_transform=[0, 3],
+    layers_pattern=["body"],
     modules_to_save=["body.1"],
     rank_pattern={"head": 1},
     alpha_pattern={"head": 3.5},
@@ -130,6 +134,8 @@ def test_without_any_option_the_defaults_hold():
         (r"--lora.target_modules=body\.(0|3)", "target_modules", r"body\.(0|3)"),
         ("--lora.target_modules=[head, body.0]", "target_modules", ("head", "body.0")),
         ("--lora.exclude_modules=[head]", "exclude_modules", ("head",)),
+        ("--lora.layers_to_transform=1", "layers_to_transform", (1,)),
+        ("--lora.layers_to_transform=[0, 2]", "layers_to_transform", (0, 2)),
         ("--lora.modules_to_save=[head]", "modules_to_save", ("head",)),
         ('--lora.rank_pattern={"head": 4}', "rank_pattern", {"head": 4}),
         ("--lora.rank_pattern.head=4", "rank_pattern", {"head": 4}),

@@ -45,6 +45,15 @@ REFUSED = [
     ("exclude_modules", ["", "a"]),
     ("exclude_modules", "a["),
     ("exclude_modules", 7),
+    ("layers_to_transform", -1),
+    ("layers_to_transform", [0, -1]),
+    ("layers_to_transform", True),
+    ("layers_to_transform", [1.0]),
+    ("layers_to_transform", "1"),
+    ("layers_to_transform", {"a": 1}),
+    ("layers_pattern", ["h"]),  # without layers_to_transform
+    ("layers_pattern", 3),
+    ("layers_pattern", {"h": 1}),
     ("modules_to_save", "head"),
     ("modules_to_save", [None]),
     ("modules_to_save", {"head": 1}),
@@ -90,6 +99,21 @@ def test_a_refused_value_and_its_option_are_in_the_message(option, value):
     assert any(repr(item) in str(caught.value) for item in offending)
 
 
+@pytest.mark.parametrize("targets", ["all-linear", r".*\.q_proj"])
+@pytest.mark.parametrize("numbers", [0, [0]])
+def test_layers_to_transform_needs_a_list_of_targets_as_in_peft(targets, numbers):
+    with pytest.raises(ValueError, match="`layers_to_transform` cannot be used when `target_modules` is a str"):
+        peft.LoraConfig(target_modules=targets, layers_to_transform=numbers)
+    with pytest.raises(LoRAError, match="target_modules must be a list of names beside layers_to_transform"):
+        LoRAConfig(target_modules=targets, layers_to_transform=numbers)
+
+
+@pytest.mark.parametrize("pattern", ["h(", ["h", ""], [3], "h(?P<idx>x)"])
+def test_a_pattern_that_is_no_expression_is_refused(pattern):
+    with pytest.raises(LoRAError, match="LoRAConfig: layers_pattern"):
+        LoRAConfig(target_modules=["q"], layers_to_transform=0, layers_pattern=pattern)
+
+
 def test_orthogonal_needs_even_ranks_everywhere():
     for options in ({"r": 3}, {"r": 4, "rank_pattern": {"q": 5}}):
         with pytest.raises(LoRAError, match=r"even rank for init_lora_weights='orthogonal', but it is [35]"):
@@ -116,6 +140,8 @@ def test_a_config_from_peft_has_the_same_options():
         "lora_dropout": 0.1,
         "target_modules": ["q_proj", "v_proj"],
         "exclude_modules": r"layers\.0\..*",
+        "layers_to_transform": [0, 2],
+        "layers_pattern": ["layers", "h"],
         "modules_to_save": ["head"],
         "task_type": "TOKEN_CLS",
         "ensure_weight_tying": True,
@@ -129,6 +155,10 @@ def test_a_config_from_peft_has_the_same_options():
     theirs = peft.LoraConfig(**options, inference_mode=True, base_model_name_or_path="base", fan_in_fan_out=True)
     assert LoRAConfig.from_peft(theirs) == LoRAConfig(**options)
     assert LoRAConfig.from_peft(peft.LoraConfig(target_modules={"b", "a"})).target_modules == ("a", "b")
+    one = LoRAConfig.from_peft(peft.LoraConfig(target_modules=["b"], layers_to_transform=0, layers_pattern="h"))
+    assert (one.layers_to_transform, one.layers_pattern) == ((0,), ("h",))
+    every = LoRAConfig.from_peft(peft.LoraConfig(target_modules=["b"], layers_to_transform=[], layers_pattern=""))
+    assert (every.layers_to_transform, every.layers_pattern) == (None, None)
 
 
 # What holds an option of peft's that is not its default, and that LoRAConfig has not.
@@ -140,7 +170,6 @@ NOT_EXPRESSED = {
     "alora_invocation_tokens": [1],
     "target_parameters": ["experts.down_proj"],
     "trainable_token_indices": [1],
-    "layers_to_transform": [0],
     "use_qalora": True,
 }
 
@@ -198,7 +227,15 @@ CONFIGS = st.builds(
 )
 
 
-@given(config=CONFIGS)
+BY_NUMBER = st.builds(
+    LoRAConfig,
+    target_modules=st.lists(NAMES, min_size=1),
+    layers_to_transform=st.integers(0, 9) | st.lists(st.integers(0, 9), min_size=1),
+    layers_pattern=st.none() | NAMES | st.lists(NAMES),
+)
+
+
+@given(config=CONFIGS | BY_NUMBER)
 def test_round_trip_through_plain_types(config):
     plain = config.to_dict()
     assert LoRAConfig.from_dict(plain) == config
@@ -207,6 +244,16 @@ def test_round_trip_through_plain_types(config):
     torch.save(plain, buffer)
     buffer.seek(0)
     assert LoRAConfig.from_dict(torch.load(buffer, weights_only=True)) == config
+
+
+def test_options_that_earlier_versions_had_not_are_left_out_at_their_defaults():
+    later = {"layers_to_transform", "layers_pattern", "task_type", "ensure_weight_tying"}
+    names = {field.name for field in dataclasses.fields(LoRAConfig)}
+    assert names - LoRAConfig().to_dict().keys() == later
+    options = {"target_modules": ["q"], "layers_to_transform": 0, "layers_pattern": "h"}
+    assert LoRAConfig(**options).to_dict() | {"layers_to_transform": [0], "layers_pattern": ["h"]} == (
+        LoRAConfig(**options).to_dict()
+    )
 
 
 def test_from_dict_names_an_unknown_option():
@@ -239,6 +286,7 @@ def test_a_config_cannot_be_changed_and_keeps_nothing_of_its_callers():
 
 def test_order_of_names_in_a_set_and_empty_collections_do_not_matter():
     assert LoRAConfig(target_modules={"v", "q"}) == LoRAConfig(target_modules=["q", "v"])
+    assert LoRAConfig(layers_to_transform=[], layers_pattern="") == LoRAConfig()
     assert LoRAConfig(exclude_modules=[], modules_to_save=(), rank_pattern={}, alpha_pattern={}) == LoRAConfig()
 
 

@@ -150,6 +150,8 @@ def exact_options(config: LoRAConfig, ranks: Mapping[str, int], scalings: Mappin
         config,
         target_modules=list(ranks),
         exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
         r=common_r,
         lora_alpha=common_alpha,
         rank_pattern={f"^{re.escape(n)}": r for n, r in ranks.items() if r != common_r},

@@ -28,14 +28,15 @@ from .adapter import Adapter, exact_options, options_hold
 from .peft_saved_modules import entries_in, from_peft_entries, is_tied_by_peft, to_peft_entries
 
 SHARED = ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "rank_pattern", "alpha_pattern")
-SELECTING = ("target_modules", "exclude_modules", "modules_to_save")
+BY_NUMBER = ("layers_to_transform", "layers_pattern")
+SELECTING = ("target_modules", "exclude_modules", *BY_NUMBER, "modules_to_save")
 ORIGIN = ("base_model_name_or_path", "revision", "task_type")
 OUR_INITS = (True, False, "gaussian", "orthogonal")
 # What these start from is not the base any more: their adapter fits only the weights that they left behind.
 INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 WITHOUT_EFFECT = {  # on what the stored tensors mean
     *SAYING_NOTHING,
-    *("init_lora_weights", "layers_to_transform", "layers_pattern"),
+    "init_lora_weights",
     "ensure_weight_tying",  # of tied weights the values tell
 }
 
@@ -71,9 +72,13 @@ def options_to_peft(adapter: Adapter) -> dict[str, Any]:
 
 
 def _target_modules(adapter: Adapter, layers: list[str]) -> str | list[str]:
-    """Choose the user's own list or the layers' names if they match no other module's suffix, else an expression."""
+    """Choose the user's own list or the layers' names if they match no other module's suffix, else an expression.
+
+    Options that take layers out of the user's list are not written: the names of the layers that are left say the same.
+    """
     modules = {name.rpartition(".")[0] for name in (*adapter.tensors, *adapter.fingerprint)} - {""}
-    configured = adapter.config.target_modules if adapter.config is not None else ()
+    config = adapter.config
+    configured = () if config is None or config.exclude_modules or config.layers_to_transform else config.target_modules
     for names in (configured, layers):
         if not isinstance(names, str) and set(filter(matcher(names), modules)) == set(layers):
             return list(names)
@@ -109,6 +114,8 @@ def options_from_peft(options: Mapping[str, Any], layers: Sequence[str], whole: 
         LoRAError: an option has a value that is not allowed.
     """
     config = {name: options[name] for name in (*SHARED, *SELECTING) if options.get(name) is not None}
+    if isinstance(config.get("target_modules"), str) or config.get("layers_to_transform") in (None, []):
+        config = {name: value for name, value in config.items() if name not in BY_NUMBER}  # which PEFT passed over
     if isinstance(config.get("modules_to_save"), list):
         config["modules_to_save"] = from_peft_entries(entries_in(options), whole)
     named = {suffix for name in whole for module in around(name) for suffix in suffixes(module)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
 from typing import cast
 
@@ -18,6 +19,8 @@ from ..names import (
     around,
     canonical,
     is_typo,
+    layer_number,
+    listed,
     matcher,
     near_endings,
     near_misses,
@@ -61,7 +64,9 @@ class Targets:
         self.layers = {
             name: module
             for name, module in chosen.items()
-            if not excluded(name) and self.saved.keys().isdisjoint((name, *around(name)))
+            if not excluded(name)
+            and self.saved.keys().isdisjoint((name, *around(name)))
+            and config.is_in_chosen_layer(name)
         }
         for name, module in list(self.layers.items()):  # attention is adapted whole, as PEFT does
             out_proj = f"{name}.out_proj"
@@ -109,6 +114,7 @@ class Targets:
             for entry in missing:
                 sentence = f"{option}: {entry!r} names no {kind}{hint(entry, hints)}"
                 self.unmatched[sentence] = not some_fit or is_typo(entry, hints)
+        self._check_numbers(config, chosen)
         for option in ("rank_pattern", "alpha_pattern"):
             self.unmatched |= {
                 f"{option}: {pattern!r} names no adapted layer" + near_misses(pattern, self.layers): True
@@ -120,6 +126,23 @@ class Targets:
             targets = config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
             self.unmatched[f"target_modules: {targets!r} leaves no layer to adapt{both}"] = True
 
+    def _check_numbers(self, config: LoRAConfig, chosen: Iterable[str]) -> None:
+        """Say which entries of layers_to_transform and layers_pattern name nothing."""
+        by_ending = [name for name in chosen if name not in config.target_modules]
+        segments = _before_numbers(by_ending)
+        for pattern in config.layers_pattern or ():
+            if all(layer_number(name, [pattern]) is None for name in by_ending):
+                hint = near_misses(pattern, segments)
+                self.unmatched[f"layers_pattern: {pattern!r} comes before no number in a layer's name{hint}"] = True
+        found = {layer_number(name, config.layers_pattern) for name in by_ending}
+        numbers = sorted(number for number in found if number is not None)
+        hint = f"; there are {listed(list(map(str, numbers)), 10)}" if numbers else "; there are none"
+        if not numbers and not config.layers_pattern and segments:  # as in a network that is a list of layers by itself
+            hint += f" after two segments: say layers_pattern={segments!r}"
+        for number in cast(tuple[int, ...], config.layers_to_transform or ()):
+            if number not in numbers:
+                self.unmatched[f"layers_to_transform: {number} names no layer{hint}"] = True
+
 
 def _regex_hint(expression: str, names: Iterable[str]) -> str:
     """Say that a string must match whole names, and give the list where that would find something."""
@@ -128,6 +151,12 @@ def _regex_hint(expression: str, names: Iterable[str]) -> str:
     if any(map(matcher([expression]), names)):
         return f"{rule}, a list holds names or their endings: [{expression!r}]"
     return rule + near_endings(expression, names)
+
+
+def _before_numbers(names: Iterable[str]) -> list[str]:
+    """Return the segments of names that are followed by a number."""
+    pairs = (pair for name in names for pair in itertools.pairwise(name.split(".")))
+    return list(dict.fromkeys(segment for segment, following in pairs if following.isdigit()))
 
 
 def _belongs_to_separate_attention(name: str, modules: Mapping[str, nn.Module]) -> bool:

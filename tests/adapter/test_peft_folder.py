@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import lightning as L
 import peft
 import pytest
@@ -19,12 +21,14 @@ from lightning_lora import (
     save_adapter,
 )
 from lightning_lora.adapter.peft_folder import read_folder
+from lightning_lora.command.convert import to_lightning, to_peft
 from lightning_lora.model.injection import require_injection
 from support.notices import quiet_peers
 from support.peers import (
     TENSORS,
     close,
     config_of,
+    edit,
     every_peer,
     fill_,
     logits,
@@ -32,6 +36,7 @@ from support.peers import (
     our_config,
     ours,
     read_by_peft,
+    seeded,
     theirs,
 )
 
@@ -209,3 +214,98 @@ def test_other_files_in_the_folder_stay(tmp_path):
         assert (tmp_path / "a" / "sub" / "x").read_text() == "mine too"
         assert (tmp_path / "a" / "link").is_symlink()
         assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+BY_NUMBER: list[dict[str, Any]] = [
+    {"layers_to_transform": 1},
+    {"layers_to_transform": [0, 1]},
+    {"layers_to_transform": [1], "layers_pattern": "layers"},
+]
+
+
+def adapted_by_peft(net: peft.PeftModel) -> list[str]:
+    return sorted(net.base_model.targeted_module_names)
+
+
+@pytest.mark.parametrize("options", BY_NUMBER)
+def test_layers_by_number_are_spelled_out_for_peft_and_read_back(tmp_path, options):
+    net = ours("llama", tmp_path, **options)
+    layers = inject(net, our_config("llama", **options))
+    assert {name.split(".")[2] for name in layers} == set(map(str, [1] if len(layers) < 6 else [0, 1]))
+    assert not {"layers_to_transform", "layers_pattern"} & config_of(tmp_path).keys()
+    read = read_by_peft("llama", tmp_path)
+    assert adapted_by_peft(read) == sorted(layers)
+    close(logits(read), logits(net))
+    fresh = model("llama")
+    assert load_adapter(fresh, tmp_path) == layers
+    assert require_injection(fresh, "test").record.config == our_config("llama", **options)
+    assert torch.equal(logits(fresh), logits(net))
+
+
+@pytest.mark.parametrize("options", BY_NUMBER)
+def test_layers_by_number_in_a_peft_folder_are_options_here_too(tmp_path, options):
+    other = theirs("llama", tmp_path, **options)
+    for fresh in (model("llama"), Lit()):
+        layers = load_adapter(fresh, tmp_path)
+        assert sorted(name.removeprefix("model." * isinstance(fresh, Lit)) for name in layers) == adapted_by_peft(other)
+        config = require_injection(fresh, "test").record.config
+        assert (config.layers_to_transform, config.layers_pattern) == (
+            our_config("llama", **options).layers_to_transform,
+            our_config("llama", **options).layers_pattern,
+        )
+        close(logits(getattr(fresh, "model", fresh) if isinstance(fresh, Lit) else fresh), logits(other))
+
+
+@pytest.mark.parametrize(
+    "edited",
+    [
+        {"layers_to_transform": [1, 5]},  # of a longer model
+        {"layers_to_transform": None, "layers_pattern": ["layers"]},  # as earlier versions of peft allowed
+        {"target_modules": r".*layers\.1\..*(q_proj|v_proj|down_proj)"},
+    ],
+)
+def test_layers_by_number_that_say_something_else_than_the_tensors_are_passed_over(tmp_path, edited):
+    other = theirs("llama", tmp_path, layers_to_transform=[1])
+    edit(tmp_path, **edited)
+    fresh = model("llama")
+    assert sorted(load_adapter(fresh, tmp_path)) == adapted_by_peft(other)
+    assert require_injection(fresh, "test").record.config.layers_to_transform is None
+    close(logits(fresh), logits(other))
+
+
+@pytest.mark.parametrize("options", [*BY_NUMBER, {"exclude_modules": r".*layers\.0\..*"}])
+def test_what_options_take_out_of_the_targets_stays_out_where_a_folder_goes_through_a_checkpoint(tmp_path, options):
+    other = theirs("llama", tmp_path / "theirs", **options)
+    to_lightning(tmp_path / "theirs", tmp_path / "a.ckpt")
+    to_peft(tmp_path / "a.ckpt", tmp_path / "again")
+    read = read_by_peft("llama", tmp_path / "again")
+    assert adapted_by_peft(read) == adapted_by_peft(other)
+    close(logits(read), logits(other))
+
+
+class Stack(nn.Module):
+    """A network that is a list of layers by itself: the names of its modules begin with it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.ModuleDict({"q": nn.Linear(4, 4), "k": nn.Linear(4, 4)}) for _ in range(3)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer["k"](layer["q"](x).tanh())
+        return x
+
+
+def test_numbers_that_count_in_a_lightning_module_mean_the_same_layers_in_the_network_alone(tmp_path):
+    lit = L.LightningModule()
+    lit.net = seeded(Stack)
+    inject(lit, LoRAConfig(r=2, target_modules=["q"], layers_to_transform=[1]))
+    fill_(lit)
+    save_adapter(lit, tmp_path)
+    x = torch.randn(2, 4)
+    read = peft.PeftModel.from_pretrained(seeded(Stack), tmp_path)
+    assert adapted_by_peft(read) == ["layers.1.q"]
+    close(read(x), lit.net(x))
+    alone = seeded(Stack)
+    assert load_adapter(alone, tmp_path) == ["layers.1.q"]
+    close(alone(x), lit.net(x))

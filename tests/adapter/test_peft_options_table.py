@@ -91,8 +91,8 @@ OPTIONS = [
     built("target_modules", ["second"]),
     built("exclude_modules", ["layers.0.first"]),
     built("modules_to_save", ["head"]),
-    built("layers_to_transform", [1], layers_pattern="layers"),
-    built("layers_pattern", "layers", layers_to_transform=[1]),
+    built("layers_to_transform", [1], layers_pattern=["layers"]),
+    built("layers_pattern", ["layers"], layers_to_transform=[1]),
     built("rank_pattern", {"first": 4}),
     built("alpha_pattern", {"first": 3}),
     built("bias", "all"),
@@ -179,7 +179,8 @@ def _held_by_layers(option: Option, model: nn.Module) -> bool:
 def taken(option: Option) -> str:
     """Say what from_peft does with the option."""
     theirs = (peft.IA3Config if option.name == "peft_type" else peft.LoraConfig)(target_modules=TARGETS)
-    setattr(theirs, option.name, option.value)
+    for name, value in {option.name: option.value, **option.beside}.items():
+        setattr(theirs, name, value)
     try:
         config = LoRAConfig.from_peft(theirs)
     except LoRAError as error:

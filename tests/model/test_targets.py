@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 import transformers
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
@@ -49,6 +49,27 @@ def test_targets_and_exclusions_match_as_in_peft(names, targets, excluded, saved
     expected = [n for n, _ in model.named_modules() if n and check_target_module_exists(theirs, n)]
     ours = LoRAConfig(target_modules=targets, exclude_modules=excluded, modules_to_save=saved)
     assert list(Targets(model, ours).layers) == expected
+
+
+NUMBERED = st.lists(st.sampled_from(["a", "b", "h", "0", "1", "q"]), min_size=1, max_size=5).map(".".join)
+PATTERNS = st.sampled_from(["h", "a", "h|a", "(a|h)", r"[^.]*", "a.b", "0", ""])
+
+
+@given(
+    names=st.lists(NUMBERED, min_size=1, max_size=6),
+    targets=st.lists(NUMBERED | st.just("q"), min_size=1, max_size=3),
+    numbers=st.integers(0, 1) | st.lists(st.integers(0, 2), max_size=2),
+    pattern=st.none() | PATTERNS | st.lists(PATTERNS.filter(bool), max_size=2),
+)
+@example(names=["b.h.0.q", "b.a.0.q", "a.h.0.q"], targets=["q"], numbers=[0], pattern="h|a")
+@example(names=["h.0.a.1.q"], targets=["q"], numbers=[1], pattern=["a", "h"])
+@example(names=["h.0.a.1.q"], targets=["q"], numbers=[1], pattern=["h", "a"])
+def test_layers_by_number_match_as_in_peft(names, targets, numbers, pattern):
+    model = tree(names)
+    by_number = {"layers_to_transform": numbers, "layers_pattern": pattern if numbers != [] else None}
+    theirs = peft.LoraConfig(target_modules=targets, **by_number)
+    expected = [n for n, _ in model.named_modules() if n and check_target_module_exists(theirs, n)]
+    assert list(Targets(model, LoRAConfig(target_modules=targets, **by_number)).layers) == expected
 
 
 def gpt2() -> nn.Module:
@@ -96,6 +117,88 @@ def classifier() -> nn.Module:
 def test_layers_of_transformers_models_are_those_of_peft(build, targets):
     expected = peft.LoraModel(build(), peft.LoraConfig(target_modules=targets), "default").targeted_module_names
     assert sorted(inject(build(), LoRAConfig(target_modules=targets))) == sorted(expected) != []
+
+
+def nested() -> nn.Module:
+    return tree([f"model.layers.{i}.experts.{j}.{name}" for i in range(3) for j in range(2) for name in "qk"])
+
+
+def at_root() -> nn.Module:
+    return tree([f"layers.{i}.{name}" for i in range(3) for name in "qk"])
+
+
+@pytest.mark.parametrize(
+    ("build", "options", "expected"),
+    [
+        (llama, {"target_modules": ["q_proj"], "layers_to_transform": 1}, ["model.layers.1.self_attn.q_proj"]),
+        (
+            llama,
+            {"target_modules": ["up_proj", "lm_head"], "layers_to_transform": [0]},
+            ["lm_head", "model.layers.0.mlp.up_proj"],
+        ),
+        (gpt2, {"target_modules": ["c_attn"], "layers_to_transform": [0, 1]}, None),
+        (gpt2, {"target_modules": ["c_attn"], "layers_to_transform": 1, "layers_pattern": "h"}, None),
+        (bert, {"target_modules": ["query", "key"], "layers_to_transform": [1], "layers_pattern": ["layer"]}, None),
+        (
+            nested,
+            {"target_modules": ["q"], "layers_to_transform": 1},
+            ["model.layers.1.experts.0.q", "model.layers.1.experts.1.q"],
+        ),
+        (
+            nested,
+            {"target_modules": ["q"], "layers_to_transform": 1, "layers_pattern": "experts"},
+            [f"model.layers.{i}.experts.1.q" for i in range(3)],
+        ),
+        (
+            nested,
+            {"target_modules": ["q", "model.layers.0.experts.0.k"], "layers_to_transform": 2},
+            ["model.layers.0.experts.0.k", "model.layers.2.experts.0.q", "model.layers.2.experts.1.q"],
+        ),
+        (
+            at_root,
+            {"target_modules": ["q", "layers.0.q"], "layers_to_transform": 1, "layers_pattern": ["layers"]},
+            ["layers.0.q", "layers.1.q"],
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
+def test_layers_by_number_are_those_of_peft(build, options, expected):
+    theirs = peft.LoraModel(build(), peft.LoraConfig(**options), "default").targeted_module_names
+    assert sorted(inject(build(), LoRAConfig(**options))) == sorted(theirs) != []
+    assert expected is None or sorted(theirs) == sorted(expected)
+
+
+@pytest.mark.parametrize(
+    ("build", "options", "complaint"),
+    [
+        (nested, {"layers_to_transform": [1, 7]}, "layers_to_transform: 7 names no layer; there are 0, 1, 2."),
+        (
+            at_root,
+            {"layers_to_transform": 1},
+            "layers_to_transform: 1 names no layer; there are none after two segments: say layers_pattern=['layers'].",
+        ),
+        (
+            nested,
+            {"layers_to_transform": 1, "layers_pattern": ["experts", "layer"]},
+            "layers_pattern: 'layer' comes before no number in a layer's name; did you mean 'layers'?.",
+        ),
+        (
+            nested,
+            {"layers_to_transform": 1, "layers_pattern": "layer"},
+            "layers_pattern: 'layer' comes before no number in a layer's name; did you mean 'layers'?.\n"
+            "layers_to_transform: 1 names no layer; there are none.",
+        ),
+        (
+            nested,
+            {"target_modules": ["model.layers.0.experts.0.q"], "layers_to_transform": 0},
+            "layers_to_transform: 0 names no layer; there are none.",
+        ),
+    ],
+)
+def test_a_number_or_pattern_that_names_no_layer_is_an_error(build, options, complaint):
+    with pytest.raises(LoRAError) as caught:
+        inject(build(), LoRAConfig(**{"target_modules": ["q"], **options}))
+    assert str(caught.value) == f"LoRA on Module: {complaint}"
 
 
 class Wrapped(nn.Module):
