@@ -76,6 +76,8 @@ class LoRACallback(Callback):
         lora_dropout: probability of dropping an input feature of the adapter while the layer is in training mode; a
             layer kept in eval mode drops too, in training batches where gradients are recorded.
         target_modules: the layers to adapt: a list of names or dotted suffixes, a regular expression, or "all-linear".
+        target_parameters: parameters to adapt by themselves, as a recurrent layer's or a stack of experts; see
+            LoRAConfig.
         exclude_modules: layers to leave alone although target_modules selects them.
         layers_to_transform: the number or numbers of the layers (blocks) in which target_modules, then a list, selects
             modules by a dotted suffix; see LoRAConfig.
@@ -109,6 +111,7 @@ class LoRACallback(Callback):
         lora_alpha: float = 8,
         lora_dropout: float = 0.0,
         target_modules: str | Sequence[str] = ALL_LINEAR,
+        target_parameters: Sequence[str] | None = None,
         exclude_modules: str | Sequence[str] | None = None,
         layers_to_transform: int | Sequence[int] | None = None,
         layers_pattern: str | Sequence[str] | None = None,

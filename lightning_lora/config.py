@@ -31,8 +31,10 @@ TASK_HEADS: dict[str, tuple[str, ...]] = {
     "QUESTION_ANS": ("qa_outputs",),
 }
 
+LISTS = {"modules_to_save": "a list of module names", "target_parameters": "a list of parameter names"}
+
 LATER = {  # the defaults of options that 0.1.0 had not
-    **dict.fromkeys(("layers_to_transform", "layers_pattern", "task_type")),
+    **dict.fromkeys(("target_parameters", "layers_to_transform", "layers_pattern", "task_type")),
     "ensure_weight_tying": True,
 }
 
@@ -51,6 +53,9 @@ class LoRAConfig:
             under LoRACallback, a layer kept in eval mode drops too, in training batches where gradients are recorded.
         target_modules: the layers to adapt: a list, a regular expression, or "all-linear" (every linear layer and
             transformers' Conv1D, without the output head and without tied weights).
+        target_parameters: parameters to adapt by themselves, a list of names or dotted suffixes: those of nn.LSTM and
+            nn.GRU, stacks of experts (E, m, n), any of two dimensions that its module's forward reads. With it,
+            target_modules may be empty, and lora_dropout must be 0, as in PEFT.
         exclude_modules: layers to leave alone although target_modules selects them.
         layers_to_transform: the number or numbers of the layers (blocks) in which target_modules, then a list, selects
             modules by a dotted suffix; one that it names in full is adapted wherever it is. A number is the first in
@@ -81,6 +86,7 @@ class LoRAConfig:
     lora_alpha: float = 8
     lora_dropout: float = 0.0
     target_modules: str | Sequence[str] = ALL_LINEAR
+    target_parameters: Sequence[str] | None = None
     exclude_modules: str | Sequence[str] | None = None
     layers_to_transform: int | Sequence[int] | None = None
     layers_pattern: str | Sequence[str] | None = None
@@ -101,9 +107,11 @@ class LoRAConfig:
         _check_alpha("lora_alpha", self.lora_alpha)
         if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
             _refuse("lora_dropout", "a probability in [0, 1)", self.lora_dropout)
-        if self.target_modules is None or not self.target_modules:
+        if self.target_modules is None or not (self.target_modules or self.target_parameters):
             _refuse("target_modules", "at least one name, a regular expression or 'all-linear'", self.target_modules)
-        for option in ("target_modules", "exclude_modules", "modules_to_save"):
+        if self.target_parameters and self.lora_dropout:
+            _refuse("lora_dropout", "0 with target_parameters, which have no input to drop", self.lora_dropout)
+        for option in ("target_modules", "target_parameters", "exclude_modules", "modules_to_save"):
             _check_names(option, getattr(self, option))
         self._check_layers()
         for option, check in (("rank_pattern", _check_rank), ("alpha_pattern", _check_alpha)):
@@ -219,7 +227,7 @@ class LoRAConfig:
             value = getattr(self, option)
             if isinstance(value, (int, str)):
                 object.__setattr__(self, option, (value,) if value != "" else None)
-        for option in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"):
+        for option in ("target_modules", *LISTS, "exclude_modules", "layers_to_transform", "layers_pattern"):
             value = getattr(self, option)
             if isinstance(value, (list, tuple, set, frozenset)):
                 names = sorted(value, key=str) if isinstance(value, (set, frozenset)) else value
@@ -305,8 +313,8 @@ def _check_regex(option: str, pattern: object, whole: Callable[[str], str] = str
 def _check_names(option: str, value: object) -> None:
     if value is None:
         return
-    if isinstance(value, str) and option != "modules_to_save":
+    if isinstance(value, str) and option not in LISTS:
         _check_regex(option, value)
     elif not isinstance(value, tuple) or not all(isinstance(name, str) and name for name in value):
-        kind = "a list of module names" if option == "modules_to_save" else "a list of names or a regular expression"
+        kind = LISTS.get(option, "a list of names or a regular expression")
         _refuse(option, kind, value)

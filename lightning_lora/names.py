@@ -10,7 +10,8 @@ from typing import TypeVar, cast
 
 from torch import nn
 
-A, B = "lora_A", "lora_B"  # parameters of an adapted layer
+# Parameters of an adapted layer; those of a single parameter `w` are lora_A_w and lora_B_w, beside it in its module.
+A, B = "lora_A", "lora_B"
 ATTRIBUTE = "lora_injection"  # of the injected module: the record of its injection
 META, ENTRY = "lora", "lora_learned"  # keys of an adapter's metadata in a checkpoint, of the record in a state dict
 ALL_LINEAR = "all-linear"
@@ -89,7 +90,23 @@ def around(name: str) -> list[str]:
 
 def names_factor(name: str) -> bool:
     """Return whether the name of a parameter or tensor is that of A or B."""
-    return name.rpartition(".")[2] in (A, B)
+    return split_factor_name(name) is not None
+
+
+def split_factor_name(name: str) -> tuple[str, str] | None:
+    """Return what A or B adapts, a layer or a parameter, and which of the two a name is; None for any other name."""
+    path, dot, leaf = name.rpartition(".")
+    for factor in (A, B):
+        if leaf == factor:
+            return path, factor
+        if leaf.startswith(f"{factor}_"):
+            return path + dot + leaf.removeprefix(f"{factor}_"), factor
+    return None
+
+
+def parameter_factor_name(parameter: str, factor: str) -> str:
+    """Return the name of A or B of a single parameter, in the module that holds both."""
+    return f"{factor}_{parameter}"
 
 
 def derives_from(module: object, name: str, packages: Collection[str]) -> bool:

@@ -52,8 +52,9 @@ def test_options_reach_the_config():
     options = {
         "r": 4,
         "lora_alpha": 2.0,
-        "lora_dropout": 0.5,
+        "lora_dropout": 0.0,
         "target_modules": ("body.0",),
+        "target_parameters": ("body.1.weight",),
         "exclude_modules": ("body.3",),
         "layers_to_transform": (0,),
         "layers_pattern": ("body",),
@@ -70,6 +71,7 @@ def test_options_reach_the_config():
     }
     assert set(options) == {field.name for field in fields(LoRAConfig)}
     assert LoRACallback(**options).config == LoRAConfig(**options)
+    assert LoRACallback(lora_dropout=0.5).config == LoRAConfig(lora_dropout=0.5)  # which parameters cannot have
 
 
 @pytest.mark.parametrize(

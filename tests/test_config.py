@@ -151,9 +151,13 @@ def test_a_config_from_peft_has_the_same_options():
         "use_rslora": True,
         "init_lora_weights": "gaussian",
     }
-    assert set(options) == {f.name for f in dataclasses.fields(LoRAConfig) if f.name not in OWN}
+    names = {f.name for f in dataclasses.fields(LoRAConfig) if f.name not in OWN}
+    assert set(options) == names - {"target_parameters"}  # which have no dropout
     theirs = peft.LoraConfig(**options, inference_mode=True, base_model_name_or_path="base", fan_in_fan_out=True)
     assert LoRAConfig.from_peft(theirs) == LoRAConfig(**options)
+    parameters = {"target_modules": ["q_proj"], "target_parameters": ["experts.down_proj"]}
+    theirs = peft.LoraConfig(**parameters, ensure_weight_tying=True)
+    assert LoRAConfig.from_peft(theirs) == LoRAConfig(**parameters)
     assert LoRAConfig.from_peft(peft.LoraConfig(target_modules={"b", "a"})).target_modules == ("a", "b")
     one = LoRAConfig.from_peft(peft.LoraConfig(target_modules=["b"], layers_to_transform=0, layers_pattern="h"))
     assert (one.layers_to_transform, one.layers_pattern) == ((0,), ("h",))
@@ -168,7 +172,6 @@ NOT_EXPRESSED = {
     "layer_replication": [[0, 1]],
     "megatron_config": {"a": 1},
     "alora_invocation_tokens": [1],
-    "target_parameters": ["experts.down_proj"],
     "trainable_token_indices": [1],
     "use_qalora": True,
 }

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from statistics import mode
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 
 from ..config import LoRAConfig
 from ..errors import LoRAError
-from ..names import A, B, around, names_factor, near_misses, rename_keys, suffixes
+from ..names import A, B, around, names_factor, near_misses, rename_keys, split_factor_name, suffixes
 from ..nn.low_rank import ATTENTION, MERGEABLE_DTYPES, SEPARATE, low_rank_blocks, product_norm
 
 SAMPLES = 8  # values by which tensors are told apart before they are compared whole
@@ -52,9 +53,40 @@ class Adapter:
     scope: str = ""
     perhaps_base: frozenset[str] = frozenset()
 
+    @cached_property
+    def _factor_names(self) -> dict[str, dict[str, str]]:
+        """The names of A and B of each adapted layer or parameter that has one of them."""
+        names: dict[str, dict[str, str]] = {}
+        for name in self.tensors:
+            layer, factor = split_factor_name(name) or ("", "")
+            if factor:
+                names.setdefault(layer, {})[factor] = name
+        return names
+
     def layers(self) -> list[str]:
-        """Return the names of the adapted layers."""
-        return [name.rpartition(".")[0] for name in self.tensors if name.rpartition(".")[2] == A]
+        """Return the names of the adapted layers and parameters."""
+        return [layer for layer, names in self._factor_names.items() if A in names]
+
+    def factor_name(self, layer: str, factor: str) -> str:
+        """Return the name of the tensor that is A or B of an adapted layer or parameter."""
+        names = self._factor_names.get(layer, {})
+        if factor in names:
+            return names[factor]
+        other = next(iter(names.items()), None)  # what is missing is called as the other one
+        return other[1].replace(other[0], factor) if other else f"{layer}.{factor}".lstrip(".")
+
+    def factor(self, layer: str, factor: str) -> Any:
+        """Return A or B of an adapted layer or parameter."""
+        return self.tensors[self.factor_name(layer, factor)]
+
+    @cached_property
+    def parameters(self) -> list[str]:
+        """The names of the parameters that are adapted by themselves."""
+        return [layer for layer in self.layers() if self.factor_name(layer, A) != f"{layer}.{A}"]
+
+    def is_parameter(self, layer: str) -> bool:
+        """Return whether what is adapted is a parameter by itself."""
+        return f"{layer}.{A}" not in self.tensors
 
     def beside_factors(self) -> dict[str, Any]:
         """Return what was trained whole, and buffers."""
@@ -62,7 +94,7 @@ class Adapter:
 
     def ranks(self) -> dict[str, int]:
         """Return the rank of each adapted layer."""
-        return {name: self.tensors[f"{name}.{B}"].shape[1] for name in self.layers()}
+        return {name: self.factor(name, B).shape[1] for name in self.layers()}
 
     def options_name(self, name: str) -> str:
         """Return the layer whose options a layer has in PEFT: an adapted attention's out_proj has the attention's."""
@@ -73,7 +105,7 @@ class Adapter:
         """Return it with a new name for each tensor's, and its layers'; None leaves one out. The options stay."""
 
         def new_layer(layer: str) -> str | None:
-            return _new_layer(layer, new_name)
+            return _new_layer(self, layer, new_name)
 
         return replace(
             self,
@@ -94,7 +126,7 @@ class Adapter:
             return add + name.removeprefix(strip) if name.startswith(strip) else None
 
         new = replace(self.with_names(new_name), network="")
-        old_layers = {_new_layer(layer, new_name): layer for layer in self.layers()}
+        old_layers = {_new_layer(self, layer, new_name): layer for layer in self.layers()}
         return replace(new, config=_translate_config(self, new, old_layers))
 
     def by_network_names(self) -> Adapter:
@@ -102,9 +134,9 @@ class Adapter:
         return self.renamed(self.network, "") if self.network else self
 
 
-def _new_layer(layer: str, new_name: NewName) -> str | None:
-    name = new_name(f"{layer}.{A}")
-    return None if name is None else name.rpartition(".")[0]
+def _new_layer(adapter: Adapter, layer: str, new_name: NewName) -> str | None:
+    parts = split_factor_name(new_name(adapter.factor_name(layer, A)) or "")
+    return parts[0] if parts else None
 
 
 def _translate_config(old: Adapter, new: Adapter, old_layers: Mapping[str | None, str]) -> LoRAConfig | None:
@@ -129,7 +161,7 @@ def _translate_config(old: Adapter, new: Adapter, old_layers: Mapping[str | None
     if same_parts and options_hold(config, new.ranks(), new.scalings):
         return config
     longest_first = sorted(enabled.items(), key=lambda item: -len(item[0]))
-    exact = exact_options(config, new.ranks(), new.scalings)
+    exact = exact_options(config, new.ranks(), new.scalings, new.parameters)
     return replace(exact, enable_lora={layer: parts for layer, parts in longest_first if parts})
 
 
@@ -138,8 +170,10 @@ def options_hold(config: LoRAConfig, ranks: Mapping[str, int], scalings: Mapping
     return all(config.rank(n) == r and math.isclose(config.scaling(n), scalings[n]) for n, r in ranks.items())
 
 
-def exact_options(config: LoRAConfig, ranks: Mapping[str, int], scalings: Mapping[str, float]) -> LoRAConfig:
-    """Return the options changed to give exactly the layers in `ranks` these ranks and scalings.
+def exact_options(
+    config: LoRAConfig, ranks: Mapping[str, int], scalings: Mapping[str, float], parameters: Collection[str] = ()
+) -> LoRAConfig:
+    """Return the options changed to give exactly the layers and parameters in `ranks` these ranks and scalings.
 
     What most layers have is the option, and patterns name the others.
     """
@@ -148,7 +182,8 @@ def exact_options(config: LoRAConfig, ranks: Mapping[str, int], scalings: Mappin
     common_r, common_alpha = mode(ranks.values()), mode(alphas.values())
     return replace(
         config,
-        target_modules=list(ranks),
+        target_modules=[name for name in ranks if name not in parameters],
+        target_parameters=list(parameters),
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,
@@ -207,26 +242,25 @@ def check_factors(adapter: Adapter, where: str) -> None:
 
     It has one alone, or they have other dimensions or another rank.
     """
-    for name in dict.fromkeys(key.rpartition(".")[0] for key in adapter.tensors if names_factor(key)):
+    for name in adapter._factor_names:
         if not name:
             raise LoRAError(f"{where}: a lora_A or lora_B names no layer.")
-        factors = {leaf: adapter.tensors.get(f"{name}.{leaf}") for leaf in (A, B)}
-        for leaf, factor in factors.items():
+        factors = {key: adapter.tensors.get(key) for key in (adapter.factor_name(name, leaf) for leaf in (A, B))}
+        for key, factor in factors.items():
             if factor is None:
-                raise LoRAError(f"{where}: {f'{name}.{leaf}'!r} is missing; the adapter was cut.")
-        for leaf, factor in factors.items():
+                raise LoRAError(f"{where}: {key!r} is missing; the adapter was cut.")
+        for key, factor in factors.items():
             if not isinstance(factor, torch.Tensor) or factor.dtype not in MERGEABLE_DTYPES or factor.dim() < 2:
                 shown = f"{factor.dtype} {tuple(factor.shape)}" if isinstance(factor, torch.Tensor) else repr(factor)
                 raise LoRAError(
-                    f"{where}: {f'{name}.{leaf}'!r} must be a floating point tensor of two dimensions or more, "
-                    f"found {shown[:80]}."
+                    f"{where}: {key!r} must be a floating point tensor of two dimensions or more, found {shown[:80]}."
                 )
-            check_finite(f"{name}.{leaf}", factor, where)
+            check_finite(key, factor, where)
         _check_rank(adapter, name, where)
 
 
 def _check_rank(adapter: Adapter, name: str, where: str) -> None:
-    a, b = adapter.tensors[f"{name}.{A}"], adapter.tensors[f"{name}.{B}"]
+    a, b = adapter.factor(name, A), adapter.factor(name, B)
     rank = b.shape[1]
     if b.dim() != a.dim() or any(size != 1 for size in b.shape[2:]):
         raise LoRAError(
@@ -305,7 +339,7 @@ def difference_norm(adapter: Adapter, other_adapter: Adapter, name: str) -> floa
 
 def _scaled_pairs(adapter: Adapter, name: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """(s * B, A) of each part of a layer, as matrices in float64."""
-    a, b = (adapter.tensors[f"{name}.{leaf}"].detach().double().flatten(1) for leaf in (A, B))
+    a, b = (adapter.factor(name, leaf).detach().double().flatten(1) for leaf in (A, B))
     scaling = adapter.scalings.get(name, 1.0)
     entries = {leaf: adapter.fingerprint.get(f"{name}.{leaf}") for leaf in SEPARATE}
     shapes = {leaf: entry["shape"] for leaf, entry in entries.items() if entry is not None}

@@ -18,7 +18,7 @@ from ..model.merging import is_merged, merge, unmerge
 from ..model.named_state import base_parameters, named_state
 from ..model.pretrained import embeddings, pretrained_models
 from ..model.state_dict import adapter_keys, base_keys, original_value
-from ..model.targets import untie_advice
+from ..model.targets import untie_advice, weights_of
 from ..names import A, B, canonical, near_misses, rename_keys
 from ..nn.conv import LoRAConv
 from ..nn.layer_kinds import layer_kinds
@@ -31,7 +31,8 @@ log = logging.getLogger(__name__)
 
 def align_names(model: nn.Module, adapter: Adapter) -> Adapter:
     """Return the adapter under the one prefix at which its layers are modules of the model."""
-    modules = {canonical(name) for name, _ in model.named_modules(remove_duplicate=False)}
+    named = {canonical(name): module for name, module in model.named_modules(remove_duplicate=False)}
+    modules = {*named, *(weights_of(named) if adapter.parameters else ())}
     layers = adapter.layers()
     if layers and not modules.issuperset(layers):  # a shared module's other names must not make a prefix ambiguous
         first, ending = {canonical(name) for name, _ in model.named_modules()}, f".{layers[0]}"

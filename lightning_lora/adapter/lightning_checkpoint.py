@@ -26,7 +26,7 @@ from ..files.torch_archive import read_torch_file
 from ..model.injection import refuse_replaced_layers, require_injection
 from ..model.named_state import named_state
 from ..model.state_dict import adapter_keys, adapter_state_dict, merge_state_dict, original_value
-from ..names import META, A, canonical, names_factor
+from ..names import META, canonical, split_factor_name
 from ..nn.lora_layer import is_factor
 from .adapter import Adapter, check_factors
 from .apply import add_frozen_weights, align_names, check_adapter, record_trained
@@ -147,7 +147,8 @@ def _without_left_out(
     if expected <= state.keys():
         return adapter
     _refuse_lost(module, state, trained)
-    layers = {name: scaling for name, scaling in adapter.scalings.items() if f"{name}.{A}" in state}
+    saved = {parts[0] for parts in map(split_factor_name, state) if parts}
+    layers = {name: scaling for name, scaling in adapter.scalings.items() if name in saved}
     kinds = {name: layer_kind for name, layer_kind in adapter.kinds.items() if name in layers}
     return replace(adapter, scalings=layers, kinds=kinds, complete=False)
 
@@ -158,7 +159,7 @@ def _refuse_lost(module: nn.Module, state: Mapping[str, Any], trained: Set[str])
     lost = [name for name, parameter in parameters.items() if id(parameter) not in saved]
     if not lost:
         return
-    layers = list(dict.fromkeys(name.rpartition(".")[0] for name in lost if names_factor(name)))
+    layers = list(dict.fromkeys(parts[0] for parts in map(split_factor_name, lost) if parts))
     excluding = f"leave those layers out of the adapter (exclude_modules={layers}), " if layers else ""
     raise LoRAError(
         f"checkpoint: the state_dict or on_save_checkpoint of {type(module).__name__} leaves out {lost[0]!r} "

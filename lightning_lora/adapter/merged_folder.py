@@ -21,7 +21,7 @@ from ..model.gradients import warn_of_untrained
 from ..model.injection import refuse_replaced_layers, require_injection
 from ..model.named_state import named_state
 from ..model.state_dict import refuse_unmergeable
-from ..nn.lora_layer import LoRALayer, adapted_layers, is_factor
+from ..nn.lora_layer import AdaptedModule, adapted_layers, is_factor
 from .pretrained_folder import (
     Part,
     find_network,
@@ -126,12 +126,13 @@ def _merged(name: str, tensor: torch.Tensor, module: nn.Module, sync: RankSync) 
     """A whole tensor on the CPU, the adapter merged into it. Collective where it is sharded."""
     leaf = name.rpartition(".")[2]
     values = [tensor.detach()]
-    if isinstance(module, LoRALayer) and leaf in module.adapted_weights() and leaf not in module.lora.records:
-        weights = module.adapted_weights()
-        blocks = module.local_blocks(weights, module.lora_A, module.lora_B)
+    adapter = module.lora_adapter_of(leaf) if isinstance(module, AdaptedModule) else None
+    if adapter is not None and leaf not in adapter.lora.records:
+        weights = adapter.adapted_weights()
+        blocks = adapter.local_blocks(weights, adapter.lora_A, adapter.lora_B)
 
         def merge() -> None:
-            values[0] = module.merged_copies(weights, {leaf: blocks[leaf]})[leaf]
+            values[0] = adapter.merged_copies(weights, {leaf: blocks[leaf]})[leaf]
 
         sync.run(f"save_merged: {name!r}", merge)
     return full_tensor(values.pop()).cpu()

@@ -24,9 +24,9 @@ from ..model.injection import refuse_replaced_layers, require_injection
 from ..model.named_state import named_state
 from ..model.pretrained import base_name
 from ..model.state_dict import adapter_keys, adapter_state_dict, original_value
-from ..names import canonical, derives_from
+from ..names import derives_from
 from ..nn.layer_kinds import layer_kinds
-from ..nn.lora_layer import LoRALayer, adapted_layers
+from ..nn.lora_layer import adapted_layers
 from ..nn.low_rank import KINDS
 from .adapter import Adapter, check_factors
 from .fingerprint import fingerprint, sample_positions
@@ -108,9 +108,7 @@ def describe_model(model: nn.Module) -> Adapter:
     refuse_replaced_layers(model, "save_adapter")
     at_fit_start = record.fingerprint and record.fingerprint.keys() <= {name for name, _, _ in named_state(model)}
     kinds = dict(zip(adapted_layers(model).values(), layer_kinds(model).values(), strict=True))
-    # State dicts hold a layer that is registered under two names under both.
-    modules = {canonical(name): module for name, module in model.named_modules(remove_duplicate=False)}
-    layers = {name: module for name, module in modules.items() if isinstance(module, LoRALayer)}
+    layers = adapted_layers(model, remove_duplicate=False)  # state dicts hold one with two names under both
     own_origin = {"base_model_name_or_path": base_name(model)} if base_name(model) else {}
     return Adapter(
         tensors={},

@@ -40,6 +40,16 @@ from .peft_mapping import (
     refuse_options,
 )
 from .peft_names import peft_name, read_names
+from .peft_parameters import (
+    PARAMETERS,
+    Order,
+    nesting_in_peft,
+    nesting_of,
+    nesting_of_metadata,
+    stacks_from_peft,
+    stacks_to_peft,
+    usual_order,
+)
 from .peft_saved_modules import entries_in, frozen_in_saved
 from .peft_state_dict import kinds_of, read_state
 
@@ -76,11 +86,14 @@ def write_folder(adapter: Adapter, path: PathLike, frozen: Mapping[str, torch.Te
     own, idle = add_idle_attention(own)
     plain = as_plain(own)
     layers = set(own.layers())
-    values = {**plain.tensors, **(frozen or {})}
-    tensors = {peft_name(name, layers, own.kinds): tensor for name, tensor in values.items()}
+    nesting = nesting_of(own.parameters)
+    values = stacks_to_peft({**plain.tensors, **(frozen or {})}, _factor_names(own).values())
+    tensors = {peft_name(name, layers, own.kinds, nesting): tensor for name, tensor in values.items()}
     description = to_metadata(own) | {"complete": not extra}
     if idle:
         description[IDLE] = idle
+    if nesting:
+        description[PARAMETERS] = nesting
     if outside:
         description |= {"outside": {"network": adapter.network, "tensors": sorted(outside)}}
     text = json.dumps(description, separators=(",", ":"))
@@ -89,6 +102,11 @@ def write_folder(adapter: Adapter, path: PathLike, frozen: Mapping[str, torch.Te
         if outside:
             write_tensors(folder / OUTSIDE_FILE, _copies(outside), {"format": "pt"})
         write_json(folder / CONFIG_FILE, options_to_peft(plain))
+
+
+def _factor_names(adapter: Adapter) -> dict[str, tuple[str, str]]:
+    """Return the names of A and B of each parameter that is adapted by itself."""
+    return {name: (adapter.factor_name(name, A), adapter.factor_name(name, B)) for name in adapter.parameters}
 
 
 def _copies(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -115,6 +133,8 @@ def _refuse_without_equal(adapter: Adapter, name: str) -> None:
         problem = _output_problem(adapter, attention)
     elif kind == ATTENTION:
         problem = _attention_problem(adapter, name)
+    elif adapter.is_parameter(name) and not attention:
+        problem = "belongs to the model itself, to which PEFT gives no adapter; put it into a module"
     if problem:
         raise LoRAError(f"save_adapter: {name!r} {problem}; save a Lightning checkpoint instead.")
 
@@ -128,7 +148,7 @@ def _output_problem(adapter: Adapter, attention: str) -> str:
 
 
 def _attention_problem(adapter: Adapter, name: str) -> str:
-    a, b = adapter.tensors[f"{name}.{A}"], adapter.tensors[f"{name}.{B}"]
+    a, b = adapter.factor(name, A), adapter.factor(name, B)
     output = f"{name}.out_proj"
     if f"{output}.{A}" not in adapter.tensors:
         return "is adapted without its out_proj; PEFT adapts attention whole"
@@ -140,8 +160,12 @@ def _attention_problem(adapter: Adapter, name: str) -> str:
     return ""
 
 
-def read_folder(path: PathLike) -> Adapter:
+def read_folder(path: PathLike, order: Order = usual_order) -> Adapter:
     """Read a PEFT folder, whoever wrote it.
+
+    Args:
+        path: the folder.
+        order: in which modules register parameters, which only the model that it is for tells.
 
     Raises:
         LoRAError: a file is missing or damaged, or it holds what this package cannot apply.
@@ -150,11 +174,11 @@ def read_folder(path: PathLike) -> Adapter:
     options = read_json(folder / CONFIG_FILE)
     refuse_options(options, folder / CONFIG_FILE)
     peft_tensors, header = _read_tensors(folder)
-    names = read_names(peft_tensors, folder)
-    tensors = {name: peft_tensors[peft_name] for peft_name, name in names.ours.items()}
     if HEADER_KEY in header:
-        adapter, outside = _read_described(tensors, header[HEADER_KEY], folder / TENSOR_FILE)
+        adapter, outside = _read_described(peft_tensors, header[HEADER_KEY], folder / TENSOR_FILE)
         return _add_outside(adapter, outside, folder) if outside else adapter
+    names = read_names(peft_tensors, folder, lambda wrapped: nesting_in_peft(options, wrapped, order, folder))
+    tensors = {name: peft_tensors[peft_name] for peft_name, name in names.ours.items()}
     return _read_foreign(tensors, names.bare, options, folder)
 
 
@@ -166,9 +190,7 @@ def read_tensor_file(path: PathLike) -> Adapter:
     """
     peft_tensors, header = read_safetensors(path)
     if HEADER_KEY in header:
-        names = read_names(peft_tensors, path).ours
-        tensors = {name: peft_tensors[peft_name] for peft_name, name in names.items()}
-        adapter, outside = _read_described(tensors, header[HEADER_KEY], Path(path))
+        adapter, outside = _read_described(peft_tensors, header[HEADER_KEY], Path(path))
         if outside:
             warnings.warn(
                 f"lightning_lora: {path}: tensors outside the network lie in {OUTSIDE_FILE} beside it, and are read "
@@ -188,7 +210,7 @@ def _read_tensors(folder: Path) -> tuple[dict[str, torch.Tensor], Mapping[str, s
     return content, {}
 
 
-def _read_described(tensors: Mapping[str, torch.Tensor], text: str, where: Path) -> tuple[Adapter, Any]:
+def _read_described(peft_tensors: Mapping[str, torch.Tensor], text: str, where: Path) -> tuple[Adapter, Any]:
     """Return an adapter that this package wrote, by its header's description, and what that says of OUTSIDE_FILE.
 
     Raises:
@@ -198,7 +220,12 @@ def _read_described(tensors: Mapping[str, torch.Tensor], text: str, where: Path)
         description = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise LoRAError(f"{where}: its header's description is not JSON: {error}") from error
-    adapter = from_metadata(tensors, description, str(where))
+    if not isinstance(description, dict):
+        raise LoRAError(f"{where}: the adapter's description is damaged: it is {description!r:.80}.")
+    nesting = nesting_of_metadata(description, where)
+    names = read_names(peft_tensors, where, lambda wrapped: nesting).ours
+    adapter = from_metadata({n: peft_tensors[peft_name] for peft_name, n in names.items()}, description, str(where))
+    adapter = _with_our_stacks(adapter, where)
     idle = description.get(IDLE, [])
     if not isinstance(idle, list):
         raise LoRAError(f"{where}: the adapter's description is damaged: {IDLE} is {idle!r}.")
@@ -239,9 +266,10 @@ def _read_foreign(
     """Return an adapter that another program wrote."""
     bare = Adapter(tensors)
     layers = bare.layers()
+    parameters = bare.parameters
     kinds = kinds_of(tensors, peft_names, options.get("peft_version"), folder)
     whole = bare.beside_factors()
-    config = options_from_peft(options, layers, whole)
+    config = options_from_peft(options, [name for name in layers if name not in parameters], whole)
     ends = tuple(entries_in(options))
     saved = {name for name in whole if ends and any(module.endswith(ends) for module in around(peft_names[name]))}
     base_leaves = ("weight", "bias") if config.bias == "none" else ("weight",)
@@ -257,8 +285,14 @@ def _read_foreign(
         origin=origin_of(options),
         fan_in_fan_out=options.get("fan_in_fan_out") is True,
     )
+    adapter = _with_our_stacks(adapter, folder)
     check_factors(adapter, str(folder))
     return _without_idle_attention(from_plain(adapter))
+
+
+def _with_our_stacks(adapter: Adapter, where: object) -> Adapter:
+    config = adapter.config or LoRAConfig()
+    return replace(adapter, tensors=stacks_from_peft(adapter.tensors, _factor_names(adapter), config, where))
 
 
 def _without_idle_attention(adapter: Adapter) -> Adapter:
@@ -266,4 +300,7 @@ def _without_idle_attention(adapter: Adapter) -> Adapter:
     if not idle or adapter.config is None:
         return adapter
     adapter = drop_layers(adapter, idle)
-    return replace(adapter, config=exact_options(cast(LoRAConfig, adapter.config), adapter.ranks(), adapter.scalings))
+    return replace(
+        adapter,
+        config=exact_options(cast(LoRAConfig, adapter.config), adapter.ranks(), adapter.scalings, adapter.parameters),
+    )

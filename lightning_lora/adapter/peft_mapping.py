@@ -29,7 +29,7 @@ from .peft_saved_modules import entries_in, from_peft_entries, is_tied_by_peft, 
 
 SHARED = ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "rank_pattern", "alpha_pattern")
 BY_NUMBER = ("layers_to_transform", "layers_pattern")
-SELECTING = ("target_modules", "exclude_modules", *BY_NUMBER, "modules_to_save")
+SELECTING = ("target_modules", "target_parameters", "exclude_modules", *BY_NUMBER, "modules_to_save")
 ORIGIN = ("base_model_name_or_path", "revision", "task_type")
 OUR_INITS = (True, False, "gaussian", "orthogonal")
 # What these start from is not the base any more: their adapter fits only the weights that they left behind.
@@ -52,14 +52,15 @@ def options_to_peft(adapter: Adapter) -> dict[str, Any]:
     ranks = {name: r for name, r in adapter.ranks().items() if adapter.kinds.get(name) != ATTENTION_OUTPUT}
     config = adapter.config or LoRAConfig()
     if not options_hold(config, ranks, adapter.scalings):
-        config = exact_options(config, ranks, adapter.scalings)
+        config = exact_options(config, ranks, adapter.scalings, adapter.parameters)
     options = config.to_dict()
     return {
         **{name: options[name] for name in SHARED},
         "rank_pattern": options["rank_pattern"] or {},
         "alpha_pattern": options["alpha_pattern"] or {},
         "peft_type": "LORA",
-        "target_modules": _target_modules(adapter, list(ranks)),
+        "target_modules": _target_modules(adapter, [name for name in ranks if not adapter.is_parameter(name)]),
+        **({"target_parameters": _target_parameters(adapter)} if adapter.parameters else {}),
         "exclude_modules": None,
         "modules_to_save": to_peft_entries(adapter),
         **({"ensure_weight_tying": True} if is_tied_by_peft(adapter) else {}),
@@ -80,9 +81,16 @@ def _target_modules(adapter: Adapter, layers: list[str]) -> str | list[str]:
     config = adapter.config
     configured = () if config is None or config.exclude_modules or config.layers_to_transform else config.target_modules
     for names in (configured, layers):
-        if not isinstance(names, str) and set(filter(matcher(names), modules)) == set(layers):
+        if not isinstance(names, str) and layers and set(filter(matcher(names), modules)) == set(layers):
             return list(names)
-    return "|".join(map(re.escape, layers))
+    return "|".join(map(re.escape, layers)) if layers else []
+
+
+def _target_parameters(adapter: Adapter) -> list[str]:
+    """Choose the user's own list if it matches no other parameter's suffix, else the full names."""
+    parameters, configured = adapter.parameters, (adapter.config or LoRAConfig()).target_parameters
+    known = {*parameters, *adapter.fingerprint}
+    return list(configured or ()) if set(filter(matcher(configured), known)) == set(parameters) else parameters
 
 
 def refuse_options(options: Mapping[str, Any], path: Path) -> None:

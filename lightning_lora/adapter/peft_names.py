@@ -15,12 +15,14 @@ a model may have modules of the same names.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Set
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass
 
 from ..errors import LoRAError
-from ..names import A, B
+from ..names import A, B, split_factor_name
 from ..nn.low_rank import ATTENTION_OUTPUT, EMBEDDING
+from .peft_parameters import Nesting, our_factor
 
 PREFIX = "base_model.model."
 BASE_LAYER, SAVED, ORIGINAL = ".base_layer", ".modules_to_save", ".original_module"
@@ -62,15 +64,23 @@ def are_peft_names(names: Iterable[str]) -> bool:
     return any(ADAPTER_NAME.search(name) or any(_ends_in(name, leaf) for leaf in FACTORS) for name in names)
 
 
-def peft_name(name: str, layers: Set[str], kinds: Mapping[str, str]) -> str:
+def peft_name(name: str, layers: Set[str], kinds: Mapping[str, str], nesting: Nesting) -> str:
     """Return PEFT's name of one of our tensors, as files have it.
 
     Args:
         name: ours.
-        layers: names of the adapted layers.
+        layers: names of the adapted layers and parameters.
         kinds: of these, as far as known.
+        nesting: of the parameters.
     """
     layer, _, leaf = name.rpartition(".")
+    if layer in nesting:
+        parameter, factor = split_factor_name(name) or ("", "")
+        order = nesting[layer]
+        if parameter not in layers:  # it lies in the innermost
+            return f"{PREFIX}{layer}{BASE_LAYER * len(order)}.{leaf}"
+        depth = len(order) - 1 - order.index(parameter.rpartition(".")[2])
+        return f"{PREFIX}{layer}{BASE_LAYER * depth}.{factor}.weight"
     if layer not in layers:
         return PREFIX + name
     kind, wrapped = kinds.get(layer), PREFIX + layer
@@ -82,8 +92,15 @@ def peft_name(name: str, layers: Set[str], kinds: Mapping[str, str]) -> str:
     return f"{wrapped}.lora_embedding_{leaf[-1]}" if kind == EMBEDDING else f"{wrapped}.{leaf}.weight"
 
 
-def read_names(peft_names: Iterable[str], where: object) -> PeftNames:
+def read_names(
+    peft_names: Iterable[str], where: object, nesting_for: Callable[[Mapping[str, int]], Nesting] = lambda wrapped: {}
+) -> PeftNames:
     """Return what the names of PEFT's tensors say.
+
+    Args:
+        peft_names: the names.
+        where: for messages.
+        nesting_for: tells which parameters the adapters of modules are of that have so many each.
 
     Raises:
         LoRAError: a name says that the adapter is more than plain LoRA, there are several adapters or models, or two
@@ -94,10 +111,11 @@ def read_names(peft_names: Iterable[str], where: object) -> PeftNames:
     bare = {name: _without_segments(name, adapter_name, network) for name in peft_names}
     present = set(bare.values())
     layers = {layer for name in present for layer in [_layer(name)] if layer is not None}
+    nesting = nesting_for(Counter(_unwrapped(layer, layers)[0] for layer in layers))
     ours: dict[str, str] = {}
     first: dict[str, str] = {}
     for peft_name, bare_name in bare.items():
-        name = _our_name(bare_name, present, layers, where)
+        name = _our_name(bare_name, present, layers, nesting, where)
         if name is None:
             continue
         if name in (A, B):
@@ -105,6 +123,8 @@ def read_names(peft_names: Iterable[str], where: object) -> PeftNames:
         if first.setdefault(name, peft_name) != peft_name:
             raise LoRAError(f"{where}: {first[name]!r} and {peft_name!r} both mean {name!r}; the file is damaged.")
         ours[peft_name] = name
+    if nesting:  # parameters are named in the order in which their modules register them
+        ours = dict(sorted(ours.items(), key=lambda names: -names[0].count(BASE_LAYER)))
     saved = frozenset(name.partition(SAVED)[0] for name in present if _saved_twin(name, present))
     return PeftNames(
         ours=ours,
@@ -154,8 +174,22 @@ def _layer(name: str) -> str | None:
     return None if leaf is None else name.removesuffix(leaf).removesuffix(".")
 
 
-def _our_name(name: str, present: Set[str], layers: Set[str], where: object) -> str | None:
+def _unwrapped(layer: str, layers: Set[str]) -> tuple[str, int]:
+    """Return the module that an adapter as PEFT writes it is of, and how many others are around it."""
+    depth = 0
+    while layer.endswith(BASE_LAYER) and layer.removesuffix(BASE_LAYER) in layers:
+        layer, depth = layer.removesuffix(BASE_LAYER), depth + 1
+    return layer, depth
+
+
+def _our_name(name: str, present: Set[str], layers: Set[str], nesting: Nesting, where: object) -> str | None:
     layer = _layer(name)
+    if layer is not None:
+        module, depth = _unwrapped(layer, layers)
+        factor = FACTORS[name.removeprefix(layer).removeprefix(".")]
+        parameter = our_factor(module, depth, factor, nesting)
+        if parameter is not None:
+            return parameter
     other_method = next((method for leaf, method in OTHER_METHODS.items() if _ends_in(name, leaf)), "")
     if layer is not None and layer.endswith(BASE_LAYER) and layer.removesuffix(BASE_LAYER) in layers:
         other_method = "target_parameters"

@@ -90,7 +90,10 @@ def kinds_of(
         LoRAError: a layer is of a kind that cannot be applied.
     """
     kinds = {}
-    for name in Adapter(tensors).layers():
+    adapter = Adapter(tensors)
+    for name in adapter.layers():
+        if adapter.is_parameter(name):
+            continue  # which of them is a stack, and whether that is transposed, its model tells
         if peft_names[f"{name}.{A}"].endswith("lora_embedding_A"):
             kinds[name] = EMBEDDING
         elif peft_names[f"{name}.{A}"].endswith("base_layer.out_proj.lora_A.weight"):

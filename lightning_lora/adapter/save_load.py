@@ -38,6 +38,7 @@ from .lightning_checkpoint import adapter_of, prepare_for_load
 from .metadata import adapter_of_model, frozen_values
 from .peft_folder import read_folder, read_tensor_file, write_folder
 from .peft_names import are_peft_names
+from .peft_parameters import Order, order_in, usual_order
 from .peft_saved_modules import frozen_in_saved
 from .peft_state_dict import read_state
 
@@ -77,7 +78,7 @@ def load_adapter(model: nn.Module, source: PathLike | Mapping[str, Any], *, stri
     Raises:
         LoRAError: the source is damaged or does not fit; the model is as it was.
     """
-    return apply_adapter(model, read_adapter(source), strict_base=strict_base)
+    return apply_adapter(model, read_adapter(source, order_in(model)), strict_base=strict_base)
 
 
 def load_from_checkpoint(
@@ -158,9 +159,9 @@ def _config_for(model: nn.Module, adapter: Adapter) -> LoRAConfig:
             f"{f', modules_to_save=[{saved}]' if saved else ''})) first, then load_adapter again."
         )
     targets = Targets(model, config)
-    same_layers = not targets.unmatched and set(targets.layers) == set(ranks)
+    same_layers = not targets.unmatched and targets.names() == set(ranks)
     same = same_layers and options_hold(config, ranks, adapter.scalings)
-    return config if same else exact_options(config, ranks, adapter.scalings)
+    return config if same else exact_options(config, ranks, adapter.scalings, adapter.parameters)
 
 
 def _saved_modules(adapter: Adapter) -> list[str]:
@@ -174,15 +175,15 @@ def _leaves(modules: Iterable[str]) -> str:
     return ", ".join(map(repr, dict.fromkeys(module.rpartition(".")[2] for module in modules)))
 
 
-def read_adapter(source: PathLike | Mapping[str, Any]) -> Adapter:
-    """Read an adapter in any of the forms that load_adapter takes.
+def read_adapter(source: PathLike | Mapping[str, Any], order: Order = usual_order) -> Adapter:
+    """Read an adapter in any of the forms that load_adapter takes, given the order of modules' parameters.
 
     Raises:
         LoRAError: the source is damaged or of no such form.
     """
     if isinstance(source, (str, os.PathLike)):
         if Path(source).is_dir():
-            return read_folder(source)
+            return read_folder(source, order)
         if Path(source).suffix == ".safetensors":
             return read_tensor_file(source)
         source = read_torch_file(source)
@@ -225,7 +226,7 @@ def adapter_with_options(path: PathLike, lora_alpha: float | None = None) -> Ada
             "trained it, and pass --lora-alpha."
         )
     for name, rank in ranks.items():
-        if adapter.tensors[f"{name}.{A}"].shape[0] != rank:
+        if adapter.factor(name, A).shape[0] != rank:
             raise LoRAError(
                 f"{path}: {name!r} adapts parts of a fused projection, and which is not stored; load it in Python onto "
                 "a model injected with enable_lora."

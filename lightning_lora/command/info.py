@@ -88,7 +88,7 @@ def _adapter_info(adapter: Adapter) -> dict[str, Any]:
 
 
 def _layer_info(adapter: Adapter, name: str) -> dict[str, Any]:
-    a, b = adapter.tensors[f"{name}.{A}"], adapter.tensors[f"{name}.{B}"]
+    a, b = adapter.factor(name, A), adapter.factor(name, B)
     return {
         "kind": adapter.kinds.get(name),
         "rank": b.shape[1],

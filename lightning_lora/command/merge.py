@@ -26,6 +26,9 @@ from ..nn.low_rank import (
     CONV1D,
     LINEAR,
     MERGEABLE_DTYPES,
+    PARAMETER,
+    SINGLE,
+    STACKS,
     Enabled,
     factor_shapes,
     low_rank_blocks,
@@ -99,7 +102,8 @@ def plan_updates(
     base = replace(base, locations={name: base.locations[in_file] for name, in_file in names.files.items()})
     before = adapter
     try:
-        adapter = align_to_modules(adapter, names.modules(), str(base.path))
+        parameters = set(base.locations) if adapter.parameters else set()
+        adapter = align_to_modules(adapter, names.modules() | parameters, str(base.path))
     except LoRAError as error:
         raise LoRAError(f"{error} {names.hint}") from error
     _refuse_built(adapter, base, names)
@@ -133,7 +137,8 @@ def _module_names(adapter: Adapter, base: Weights) -> ModuleNames:
 
 def _refuse_built(adapter: Adapter, base: Weights, names: ModuleNames) -> None:
     """Raise LoRAError for the first tensor to change that a model makes out of others, which the file holds."""
-    for name in (*(f"{layer}.weight" for layer in adapter.layers()), *adapter.beside_factors()):
+    layers = adapter.layers()
+    for name in (*layers, *(f"{layer}.weight" for layer in layers), *adapter.beside_factors()):
         if name in names.built:
             raise LoRAError(
                 f"{base.path}: {name!r} is no tensor there: transformers makes it when it loads the folder, out of "
@@ -211,15 +216,19 @@ def _refuse_missing(adapter: Adapter, base: Weights, scope: str) -> None:
 
 
 def _layer_updates(adapter: Adapter, name: str, base: Weights, seen: Mapping[str, str]) -> dict[str, WeightUpdate]:
-    a, b = adapter.tensors[f"{name}.{A}"], adapter.tensors[f"{name}.{B}"]
-    leaves = [leaf for leaf in ("weight", *ATTENTION_WEIGHTS) if f"{name}.{leaf}" in base.locations]
-    shapes = {leaf: base.locations[f"{name}.{leaf}"].shape for leaf in leaves}
+    a, b = adapter.factor(name, A), adapter.factor(name, B)
+    if adapter.is_parameter(name):
+        leaves = {name.rpartition(".")[2]: name}
+    else:
+        leaves = {leaf: f"{name}.{leaf}" for leaf in ("weight", *ATTENTION_WEIGHTS)}
+    leaves = {leaf: weight for leaf, weight in leaves.items() if weight in base.locations}
+    shapes = {leaf: base.locations[weight].shape for leaf, weight in leaves.items()}
     if not shapes:
         raise LoRAError(f"{base.path}: {name!r}, which the adapter updates, has no weight there. {INSTEAD}.")
-    for leaf in leaves:
-        dtype = base.locations[f"{name}.{leaf}"].dtype
+    for weight in leaves.values():
+        dtype = base.locations[weight].dtype
         if dtype not in MERGEABLE_DTYPES:
-            raise LoRAError(f"{base.path}: {f'{name}.{leaf}'!r} is {dtype}; only floating point weights are merged.")
+            raise LoRAError(f"{base.path}: {weight!r} is {dtype}; only floating point weights are merged.")
     kind = adapter.kinds.get(name) or _kind(adapter, name, shapes, base, seen)
     enabled = (adapter.config or LoRAConfig()).enabled_parts(name)
     if _factor_shapes(kind, shapes, b.shape[1], enabled) != (tuple(a.shape), tuple(b.shape)):
@@ -228,7 +237,8 @@ def _layer_updates(adapter: Adapter, name: str, base: Weights, seen: Mapping[str
             f"have shape {', '.join(map(str, shapes.values()))}; the adapter belongs to another base."
         )
     blocks = low_rank_blocks(kind, shapes, a, b, enabled)
-    return {f"{name}.{leaf}": WeightUpdate(blocks[leaf], adapter.scalings[name]) for leaf in blocks}
+    stacked = kind in STACKS
+    return {leaves[leaf]: WeightUpdate(blocks[leaf], adapter.scalings[name], stacked=stacked) for leaf in blocks}
 
 
 def _factor_shapes(kind: str, shapes: Mapping[str, Sequence[int]], rank: int, enabled: Enabled) -> object:
@@ -243,6 +253,8 @@ def _kind(
     adapter: Adapter, name: str, shapes: Mapping[str, Sequence[int]], base: Weights, seen: Mapping[str, str]
 ) -> str:
     """Tell a Linear, Conv1D or attention layer by names and shapes, for an adapter that does not say which it is."""
+    if adapter.is_parameter(name):
+        return _parameter_kind(adapter, name, shapes, base)
     if "weight" not in shapes:
         return ATTENTION
     fitting = _orientations(adapter, name, shapes["weight"])
@@ -258,6 +270,18 @@ def _kind(
     return stated
 
 
+def _parameter_kind(adapter: Adapter, name: str, shapes: Mapping[str, Sequence[int]], base: Weights) -> str:
+    """Tell what a parameter is by shapes, for an adapter that does not say it."""
+    factors = tuple(tuple(adapter.factor(name, leaf).shape) for leaf in (A, B))
+    fitting = [kind for kind in SINGLE if _factor_shapes(kind, shapes, adapter.ranks()[name], None) == factors]
+    if len(fitting) > 1:
+        raise LoRAError(
+            f"{base.path}: {name!r} is a stack of square matrices, so that its shape does not tell whether they are "
+            f"stored (out, in) or (in, out). {INSTEAD}."
+        )
+    return next(iter(fitting), PARAMETER)
+
+
 def _seen_orientations(adapter: Adapter, base: Weights) -> dict[str, str]:
     """Return Linear and Conv1D, each with the first layer of unknown kind whose shape says that it is one."""
     seen: dict[str, str] = {}
@@ -270,7 +294,7 @@ def _seen_orientations(adapter: Adapter, base: Weights) -> dict[str, str]:
 
 
 def _orientations(adapter: Adapter, name: str, shape: Sequence[int]) -> set[str]:
-    factors = adapter.tensors[f"{name}.{B}"].shape[0], adapter.tensors[f"{name}.{A}"].shape[1]
+    factors = adapter.factor(name, B).shape[0], adapter.factor(name, A).shape[1]
     return {kind for kind in (LINEAR, CONV1D) if len(shape) == 2 and matrix_shape(kind, shape) == factors}
 
 

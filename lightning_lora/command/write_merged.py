@@ -25,18 +25,28 @@ from .output import Progress
 
 @dataclass(frozen=True)
 class WeightUpdate:
-    """New values of one tensor: scaling * (the blocks) is added to it, or `value` takes its place."""
+    """New values of one tensor: scaling * (the blocks) is added to it, or `value` takes its place.
+
+    A stack (E, m, n) is one matrix below the other to its blocks.
+    """
 
     blocks: Sequence[LowRankBlock] = ()
     scaling: float = 0.0
     value: torch.Tensor | None = None
+    stacked: bool = False
 
     def applied(self, rows: torch.Tensor, first: int) -> torch.Tensor:
         """Return the new values of some rows, the first of which is that row of the tensor, in the dtype of the old."""
         if self.value is not None:
             return _rows_like(rows, self.value, first).to(rows.dtype)
-        blocks = crop(self.blocks, slice(first, first + rows.shape[0]))
-        return merged_weight(rows, blocks, self.scaling) if blocks else rows
+        matrix, blocks = self.matrix_and_blocks(rows, first)
+        return merged_weight(matrix, blocks, self.scaling).view(rows.shape) if blocks else rows
+
+    def matrix_and_blocks(self, rows: torch.Tensor, first: int) -> tuple[torch.Tensor, list[LowRankBlock]]:
+        """Return some rows of the tensor as the blocks see them, and the blocks that fall on them."""
+        each = rows.shape[1] if self.stacked else 1
+        matrix = rows.view(-1, rows.shape[-1]) if self.stacked else rows
+        return matrix, crop(self.blocks, slice(first * each, first * each + len(matrix)))
 
 
 @dataclass(frozen=True)
@@ -266,11 +276,12 @@ def _reference(old: torch.Tensor, update: WeightUpdate | None, first: int) -> tu
         exact = _rows_like(old, update.value, first).double()
         return exact, exact.abs()
     total = exact.abs()
-    for block in crop(update.blocks, slice(first, first + len(old))):
+    matrix, blocks = update.matrix_and_blocks(exact, first)
+    for block in blocks:
         left, right = block.left.double() * update.scaling, block.right.double()
         at = slice(block.row, block.row + left.shape[0]), slice(block.col, block.col + right.shape[1])
-        exact.view(len(old), -1)[at] += left @ right
-        total.view(len(old), -1)[at] += left.abs() @ right.abs()
+        exact.view(len(matrix), -1)[at] += left @ right
+        total.view(len(matrix), -1)[at] += left.abs() @ right.abs()
     return exact, total
 
 

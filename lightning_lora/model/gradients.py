@@ -14,13 +14,13 @@ from torch import nn
 
 from ..distributed.sharding import local
 from ..nn.gradient_checkpointing import REENTRANT, REENTRANT_REMEDY
-from ..nn.lora_layer import LoRALayer, adapted_layers
+from ..nn.lora_layer import AdaptedWeights, adapted_layers
 
 SHOWN = 5  # names in a warning
 WITHOUT_ZERO = (False, "orthogonal")  # values of init_lora_weights with which neither factor starts as zero
 
 
-def note_gradient(layer: LoRALayer) -> None:
+def note_gradient(layer: AdaptedWeights) -> None:
     """Let a layer note when the first gradient arrives at its B."""
     state = layer.lora
 
@@ -32,7 +32,7 @@ def note_gradient(layer: LoRALayer) -> None:
 
 
 def warn_of_untrained(
-    model: nn.Module, layers: Mapping[str, LoRALayer] | None = None, *, optimized: bool = False
+    model: nn.Module, layers: Mapping[str, AdaptedWeights] | None = None, *, optimized: bool = False
 ) -> None:
     """Warn, once a model and not before training has begun, of adapters that training does not reach.
 
@@ -90,7 +90,7 @@ def _warn_of_optimizer() -> None:
     )
 
 
-def _is_initial(layer: LoRALayer) -> bool:
+def _is_initial(layer: AdaptedWeights) -> bool:
     """Whether the factor that starts as zero is zero still, as far as this rank sees."""
     if layer.lora.spec.init in WITHOUT_ZERO:
         return not layer.lora.gradient_arrived and layer.lora_B.grad is None

@@ -19,8 +19,9 @@ from ..names import ALL_LINEAR, ATTRIBUTE, uncompiled
 from ..nn.fast_paths import update_fast_paths
 from ..nn.gradient_checkpointing import disable_input_require_grads, enable_input_require_grads
 from ..nn.layer_kinds import adapt_
-from ..nn.lora_layer import LayerSpec, LoRALayer, adapted_layers, strip_
+from ..nn.lora_layer import AdaptedWeights, LayerSpec, LoRALayer, adapted_layers
 from ..nn.low_rank import HALF
+from ..nn.parameter import adapt_parameter_
 from ..nn.readers import patch_readers
 from ..nn.tied_weights import record_ties
 from .gradients import note_gradient
@@ -39,7 +40,15 @@ from .passed_over import describe_passed_over
 from .patches import call_previous, patch, unpatch
 from .pretrained import follow_gradient_checkpointing, resized_embeddings, warn_before_save_pretrained
 from .state_dict import accept_partial_states, accept_whole_states_only, refuse_unmergeable
-from .targets import TRAINED_WHOLE, Targets, check_shapes, check_supported, check_unadapted, check_untied
+from .targets import (
+    TRAINED_WHOLE,
+    Targets,
+    check_parameter,
+    check_shapes,
+    check_supported,
+    check_unadapted,
+    check_untied,
+)
 
 log = logging.getLogger(__name__)
 
@@ -202,13 +211,19 @@ def adapt_new_layers(model: nn.Module) -> None:
     new = {name: module for name, module in targets.layers.items() if not isinstance(module, LoRALayer)}
     for name, module in new.items():
         check_supported(name, module, record.config)
+    live = adapted_layers(root)
+    parameters = {name: place for name, place in targets.parameters.items() if name not in live}
+    for name, (module, leaf) in parameters.items():
+        check_parameter(name, module, leaf)
     if not record.config.ensure_weight_tying:
         check_untied(root, targets.saved)
     _freeze(root, record, new, targets.saved)
     seed = record.seed or random_seed()
     with torch.inference_mode(False):
         for name, module in new.items():
-            note_gradient(_adapt(name, module, record, seed))
+            note_gradient(_with_factors(adapt_(module, name, _spec(name, record, seed), record)))
+        for name, (module, leaf) in parameters.items():
+            note_gradient(_with_factors(adapt_parameter_(module, leaf, name, _spec(name, record, seed), record)))
     record.layers = [layer.lora.name for layer in adapted_layers(root).values()]
     record_ties(root)
     record_trainable(root, expected=True)
@@ -225,7 +240,7 @@ def strip_adapters(root: nn.Module) -> None:
     """Take the adapters out, but leave patched methods. In place."""
     record: Injection = vars(root)[ATTRIBUTE]
     for layer in adapted_layers(root).values():
-        strip_(layer)
+        layer.strip_()
     patch_readers(root)
     update_fast_paths(root)
     for name, parameter in base_parameters(root).items():
@@ -280,7 +295,7 @@ def _record_resized(root: nn.Module, record: Injection) -> None:
             log.info("lightning_lora: %s was resized to %d rows: saved with the adapter", name, len(parameter))
 
 
-def _set_active(root: nn.Module, active: Mapping[LoRALayer, bool]) -> None:
+def _set_active(root: nn.Module, active: Mapping[AdaptedWeights, bool]) -> None:
     for layer, is_active in active.items():
         layer.lora_active = is_active
     update_fast_paths(root)
@@ -309,10 +324,10 @@ def _freeze(root: nn.Module, record: Injection, new: Mapping[str, nn.Module], sa
         parameter.requires_grad_(parameter.is_floating_point() and (everywhere or id(parameter) in trainable))
 
 
-def _adapt(name: str, module: nn.Module, record: Injection, seed: str) -> LoRALayer:
+def _spec(name: str, record: Injection, seed: str) -> LayerSpec:
     config = record.config
     digest = hashlib.sha256(f"{seed}{name}".encode()).digest()
-    spec = LayerSpec(
+    return LayerSpec(
         r=config.rank(name),
         alpha=config.alpha(name),
         scaling=config.scaling(name),
@@ -322,9 +337,11 @@ def _adapt(name: str, module: nn.Module, record: Injection, seed: str) -> LoRALa
         init=config.init_lora_weights,
         seed=int.from_bytes(digest[:8], "big") >> 1,
     )
-    layer = adapt_(module, name, spec, record)
+
+
+def _with_factors(layer: AdaptedWeights) -> AdaptedWeights:
     dtype = layer.main_weight().dtype
-    layer.create_factors(torch.float32 if dtype in HALF and spec.keep_float32 else dtype)
+    layer.create_factors(torch.float32 if dtype in HALF and layer.lora.spec.keep_float32 else dtype)
     return layer
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from ..config import LoRAConfig
 from ..errors import LoRAError
 from ..names import ATTRIBUTE, canonical, listed, rename_keys
-from ..nn.lora_layer import LoRALayer, adapted_layers, is_factor
+from ..nn.lora_layer import AdaptedWeights, adapted_layers, is_factor
 from .named_state import base_parameters, named_state
 
 Value = TypeVar("Value")
@@ -149,7 +149,7 @@ def forget_rebuilt(model: nn.Module, earlier: Set[nn.Module]) -> None:
         record.fingerprint = {}
 
 
-def refuse_replaced_layers(model: nn.Module, verb: str, layers: Mapping[str, LoRALayer] | None = None) -> None:
+def refuse_replaced_layers(model: nn.Module, verb: str, layers: Mapping[str, AdaptedWeights] | None = None) -> None:
     """Raise LoRAError for the first layer that was adapted and is not in an injected model any more.
 
     Args:
@@ -173,7 +173,7 @@ def refuse_replaced_layers(model: nn.Module, verb: str, layers: Mapping[str, LoR
             )
 
 
-def _are_complete(layers: Collection[LoRALayer]) -> bool:
+def _are_complete(layers: Collection[AdaptedWeights]) -> bool:
     """Tell whether these are all the layers that the injections which they are from have adapted."""
     live = {(id(layer.lora.injection), layer.lora.name) for layer in layers}
     records = {id(layer.lora.injection): layer.lora.injection for layer in layers}
@@ -195,7 +195,7 @@ def describe_class(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
-def _find_by_layers(model: nn.Module, layers: Mapping[str, LoRALayer], record: Injection) -> Injected | None:
+def _find_by_layers(model: nn.Module, layers: Mapping[str, AdaptedWeights], record: Injection) -> Injected | None:
     """For a module that does not hold the injected one: it is inside of that, or takes its place."""
     root = record.root() if record.root is not None else None
     name, layer = next(iter(layers.items()))

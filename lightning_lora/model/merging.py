@@ -19,7 +19,7 @@ from ..distributed.sharding import is_sharded, local, reset_, reshard_
 from ..errors import LoRAError, NonFiniteError
 from ..nn.exact_merge import Observer
 from ..nn.fast_paths import update_fast_paths
-from ..nn.lora_layer import Blocks, LoRALayer, adapted_layers
+from ..nn.lora_layer import AdaptedWeights, Blocks, adapted_layers
 from ..nn.low_rank import HALF
 from ..nn.tied_weights import record_ties
 from .gradients import warn_of_untrained
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 def is_merged(model: nn.Module) -> bool:
     """Return whether merge was called and not undone, also where a tied layer had to stay factored."""
-    return any(isinstance(module, LoRALayer) and module.lora.merged for module in model.modules())
+    return any(layer.lora.merged for layer in adapted_layers(model).values())
 
 
 def merge(model: nn.Module) -> None:
@@ -110,7 +110,7 @@ def merged(model: nn.Module) -> Iterator[nn.Module]:
             (merge if before else unmerge)(model)
 
 
-def restore_shards_(model: nn.Module, layers: Mapping[str, LoRALayer]) -> None:
+def restore_shards_(model: nn.Module, layers: Mapping[str, AdaptedWeights]) -> None:
     """Put the shards of a sharded model back in place of weights that FSDP2 gathered. In place.
 
     Raises:
@@ -129,12 +129,12 @@ def restore_shards_(model: nn.Module, layers: Mapping[str, LoRALayer]) -> None:
         layer.lora.sharded = sharded
 
 
-def _require_layers(layers: Mapping[str, LoRALayer], model: nn.Module, verb: str) -> None:
+def _require_layers(layers: Mapping[str, AdaptedWeights], model: nn.Module, verb: str) -> None:
     if not layers:
         raise LoRAError(f"{verb}: {type(model).__name__} has no adapted layer; call inject(model, LoRAConfig(...)).")
 
 
-def _affordable_copies(layers: Collection[LoRALayer]) -> set[LoRALayer]:
+def _affordable_copies(layers: Collection[AdaptedWeights]) -> set[AdaptedWeights]:
     """The unmerged layers for whose weights a plain copy fits into the budget, smallest first.
 
     Where a rank's shard is no larger than A, a copy takes less memory than values and factors: these are free.
@@ -151,7 +151,7 @@ def _affordable_copies(layers: Collection[LoRALayer]) -> set[LoRALayer]:
     return affordable
 
 
-def _merge_layer(layer: LoRALayer, blocks: Blocks, copy: bool, observe: Observer | None) -> None:
+def _merge_layer(layer: AdaptedWeights, blocks: Blocks, copy: bool, observe: Observer | None) -> None:
     try:
         layer.merge_(blocks=blocks, copy=copy, observe=observe)
     except NonFiniteError as error:
@@ -161,7 +161,7 @@ def _merge_layer(layer: LoRALayer, blocks: Blocks, copy: bool, observe: Observer
         ) from error
 
 
-def _unmerge_all(layers: Mapping[str, LoRALayer]) -> None:
+def _unmerge_all(layers: Mapping[str, AdaptedWeights]) -> None:
     failures = []
     for name, layer in layers.items():
         try:
@@ -176,13 +176,13 @@ def _unmerge_all(layers: Mapping[str, LoRALayer]) -> None:
 class _Fidelity:
     """Measures, once for each 16-bit layer, what rounding W' costs, and reports it."""
 
-    def __init__(self, layers: Iterable[LoRALayer], sync: RankSync) -> None:
+    def __init__(self, layers: Iterable[AdaptedWeights], sync: RankSync) -> None:
         in_16_bits = (layer for layer in layers if layer.main_weight().dtype in HALF)
         self.layers = {layer for layer in in_16_bits if not layer.lora.rounding_reported}
         self.sync = sync
         self.metrics: dict[float, MergeFidelity] = {}  # by the share that a rank's shard has in the ranks' sum
 
-    def observer(self, layer: LoRALayer) -> Observer | None:
+    def observer(self, layer: AdaptedWeights) -> Observer | None:
         """Return the function to call with each merged chunk of a layer, or None where nothing is to be measured."""
         if layer not in self.layers:
             return None

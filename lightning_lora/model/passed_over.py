@@ -8,7 +8,7 @@ from torch import nn
 
 from ..names import around, canonical, matcher
 from ..nn.layer_kinds import layer_class
-from ..nn.lora_layer import LoRALayer, Swapped
+from ..nn.lora_layer import AdaptedModule, LoRALayer, Swapped, is_factor
 from .injection import Injection
 from .named_state import base_parameters
 from .targets import Targets
@@ -32,6 +32,7 @@ def describe_passed_over(root: nn.Module, record: Injection, targets: Targets) -
     sizes: Counter[str] = Counter()
     counts: Counter[str] = Counter()
     seen: set[int] = set()
+    single: dict[str, None] = {}  # names of parameters that can be adapted by themselves
     for raw_name, module in root.named_modules():
         name = canonical(raw_name)
         if isinstance(module, LoRALayer) or name in targets.left_out or excluded(name):
@@ -39,11 +40,16 @@ def describe_passed_over(root: nn.Module, record: Injection, targets: Targets) -
         if not targets.saved.keys().isdisjoint((name, *around(name))):
             continue
         kinds = set()
+        adapted = module.lora_adapters() if isinstance(module, AdaptedModule) else ()
         for leaf, parameter in module._parameters.items():
+            if leaf in adapted or is_factor(leaf, module):
+                continue
             if parameter is not None and parameter.dim() > 1 and id(parameter) not in seen:
                 seen.add(id(parameter))
                 kind = _kind(module, leaf)
                 sizes[kind] += parameter.numel()
+                if (parameter.dim() == 3 or isinstance(module, nn.RNNBase)) and leaf != "weight":
+                    single[leaf] = None
                 kinds.add(kind)
         counts.update(kinds)
     total = sum(parameter.numel() for parameter in base_parameters(root).values())
@@ -53,7 +59,8 @@ def describe_passed_over(root: nn.Module, record: Injection, targets: Targets) -
     shown = [f"{counts[kind]} {kind} {size / total:.1%}" for kind, size in large]
     others = (sum(sizes.values()) - sum(size for _, size in large)) / total
     shown += [f"others {others:.1%}"] if others > LEAST_SHARE else []
-    return f"'all-linear' passes over {sum(sizes.values()) / total:.1%} of the parameters: {', '.join(shown)}"
+    hint = f"; target_parameters={list(single)} adapts what is no layer" if single else ""
+    return f"'all-linear' passes over {sum(sizes.values()) / total:.1%} of the parameters: {', '.join(shown)}{hint}"
 
 
 def _kind(module: nn.Module, leaf: str) -> str:

@@ -15,7 +15,7 @@ from torch import nn
 from ..config import TASK_HEADS
 from ..names import around, canonical, derives_from, names_factor
 from ..nn.gradient_checkpointing import enable_input_require_grads
-from ..nn.lora_layer import LoRALayer
+from ..nn.lora_layer import AdaptedModule
 from .patches import call_previous, patch
 
 SET_CHECKPOINTING = "_set_gradient_checkpointing"  # what both of transformers' public methods call
@@ -138,7 +138,7 @@ def _adapted_models(model: nn.Module) -> list[nn.Module]:
 
 
 def _is_adapted(module: nn.Module) -> bool:
-    return any(isinstance(child, LoRALayer) for child in module.modules())
+    return any(isinstance(child, AdaptedModule) for child in module.modules())
 
 
 def warn_of_new_heads(model: nn.Module) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..distributed.sharding import full_tensor, has_sharded, meeting_device
 from ..metrics import LayerUse, MergeError
-from ..nn.lora_layer import LoRALayer, adapted_layers
+from ..nn.lora_layer import AdaptedWeights, LoRALayer, adapted_layers
 from ..nn.readers import LoRAReader, read_layers
 from .merging import restore_shards_
 
@@ -64,7 +64,7 @@ class _Watched:
     """
 
     module: nn.Module
-    layers: list[LoRALayer]
+    layers: list[AdaptedWeights]
     readers: list[nn.Module] = field(default_factory=list)
     call: _Call | None = None
     ran: bool = False
@@ -72,7 +72,7 @@ class _Watched:
 
     def parameters(self) -> dict[nn.Module, dict[str, torch.Tensor]]:
         """Return the live parameters of the module and of the layers, without those of modules inside."""
-        modules = [self.module, *self.layers]
+        modules = [self.module, *(layer.lora_holder for layer in self.layers)]
         return {m: {name: p for name, p in m._parameters.items() if p is not None} for m in modules}
 
 
@@ -108,18 +108,19 @@ def watch(model: nn.Module) -> Iterator[Verification]:
 def _modules_to_watch(model: nn.Module) -> dict[str, _Watched]:
     """What to watch, by the layer's name: an adapted attention for its out_proj, which it reads."""
     layers = adapted_layers(model)
-    readers: dict[LoRALayer, list[nn.Module]] = defaultdict(list)
+    readers: dict[AdaptedWeights, list[nn.Module]] = defaultdict(list)
     attentions: dict[nn.Module, LoRALayer] = {}
     for module in model.modules():
         if isinstance(module, LoRAReader):
-            for layer in read_layers(module):
-                readers[layer].append(module)
+            for read in read_layers(module):
+                readers[read].append(module)
         elif isinstance(module, nn.MultiheadAttention) and isinstance(module, LoRALayer):
             attentions[module.out_proj] = module
-    watched = {name: _Watched(layer, [layer], readers[layer]) for name, layer in layers.items()}
+    watched = {name: _Watched(layer.lora_holder, [layer], readers[layer]) for name, layer in layers.items()}
     for name, layer in layers.items():
-        if layer in attentions:
-            watched[name] = _Watched(attentions[layer], [layer, attentions[layer]])
+        if layer.lora_holder in attentions:
+            around = attentions[layer.lora_holder]
+            watched[name] = _Watched(around, [layer, around])
     return {  # an adapted attention is checked together with its adapted out_proj
         name: each
         for name, each in watched.items()
@@ -159,8 +160,10 @@ def _weights(watched: _Watched) -> tuple[Parameters, Parameters]:
     base, merged = watched.parameters(), watched.parameters()
     for layer in watched.layers:
         originals = {name: layer.original(name) for name in layer.adapted_weights()}
-        base[layer].update(originals)
-        merged[layer].update(layer.merged_copies(originals, layer.local_blocks(originals, layer.lora_A, layer.lora_B)))
+        base[layer.lora_holder].update(originals)
+        merged[layer.lora_holder].update(
+            layer.merged_copies(originals, layer.local_blocks(originals, layer.lora_A, layer.lora_B))
+        )
     return _full(base), _full(merged)
 
 

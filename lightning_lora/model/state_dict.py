@@ -14,8 +14,8 @@ from torch import nn
 
 from ..distributed.rank_sync import RankSync
 from ..errors import LoRAError
-from ..names import ATTRIBUTE, CHECKPOINTED, A, B, canonical
-from ..nn.lora_layer import Blocks, LoRALayer, is_factor
+from ..names import ATTRIBUTE, CHECKPOINTED, canonical
+from ..nn.lora_layer import AdaptedModule, AdaptedWeights, Blocks, adapted_layers, is_factor
 from ..nn.tied_weights import record_ties
 from .gradients import warn_of_untrained
 from .injection import record_loaded, record_trainable, refuse_replaced_layers, require_injection
@@ -65,8 +65,11 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Any]:
 
 def original_value(name: str, tensor: torch.Tensor, module: nn.Module) -> torch.Tensor:
     """Return a tensor of named_state as it is without the adapter, detached: live, or a restored copy while merged."""
-    if isinstance(module, LoRALayer) and isinstance(tensor, nn.Parameter):
-        return module.original(name.rpartition(".")[2])
+    if isinstance(module, AdaptedModule) and isinstance(tensor, nn.Parameter):
+        leaf = name.rpartition(".")[2]
+        adapter = module.lora_adapter_of(leaf)
+        if adapter is not None:
+            return adapter.original(leaf)
     return tensor.detach()
 
 
@@ -94,30 +97,39 @@ def merge_state_dict(model: nn.Module, state: Mapping[str, Any]) -> dict[str, An
     plain = {name: state[name] for name in base_keys(model) if name in state}
     sync = RankSync(value for value in state.values() if isinstance(value, torch.Tensor))
 
-    def merge_layer(path: str, layer: LoRALayer, weights: dict[str, torch.Tensor], blocks: Blocks) -> None:
+    def merge_layer(path: str, layer: AdaptedWeights, weights: dict[str, torch.Tensor], blocks: Blocks) -> None:
         plain.update({path + leaf: merged for leaf, merged in layer.merged_copies(weights, blocks).items()})
 
     for path, layer in _layers_to_merge(model, state):
         weights = {leaf: state[path + leaf] for leaf in layer.adapted_weights()}
-        blocks = layer.local_blocks(weights, state[path + A], state[path + B])
+        blocks = layer.local_blocks(weights, *(state[path + factor] for factor in layer.factor_names()))
         sync.run(f"merged weights of layer {path[:-1]!r}", merge_layer, path, layer, weights, blocks)
     sync.raise_on_any_rank()
     return plain
 
 
-def _layers_to_merge(model: nn.Module, state: Mapping[str, Any]) -> list[tuple[str, LoRALayer]]:
+def _layers_to_merge(model: nn.Module, state: Mapping[str, Any]) -> list[tuple[str, AdaptedWeights]]:
     """Return adapted layers with what their names in a state dict begin with; a shared one under each path in it.
 
     Raises:
         LoRAError: the class's own state_dict left out what is to be merged.
     """
     modules = [(canonical(name), module) for name, module in model.named_modules(remove_duplicate=False)]
-    layers = [(f"{name}." if name else "", module) for name, module in modules if isinstance(module, LoRALayer)]
-    names = {path: [path + leaf for leaf in (*layer.adapted_weights(), A, B)] for path, layer in layers}
-    whole = {layer for path, layer in layers if state.keys() >= set(names[path])}
-    there = [(path, layer) for path, layer in layers if layer not in whole or not state.keys().isdisjoint(names[path])]
-    for path, _ in there:
-        missing = [name for name in names[path] if name not in state]
+    layers = [
+        (f"{name}." if name else "", adapter)
+        for name, module in modules
+        if isinstance(module, AdaptedModule)
+        for adapter in module.lora_adapters().values()
+    ]
+    names = [[path + leaf for leaf in (*layer.adapted_weights(), *layer.factor_names())] for path, layer in layers]
+    whole = {layer for (_, layer), own in zip(layers, names, strict=True) if state.keys() >= set(own)}
+    there = [
+        (path, layer, own)
+        for (path, layer), own in zip(layers, names, strict=True)
+        if layer not in whole or not state.keys().isdisjoint(own)
+    ]
+    for path, _, own in there:
+        missing = [name for name in own if name not in state]
         if missing:
             raise LoRAError(
                 f"merged weights: the state dict of {type(model).__name__} leaves out {missing[0]!r}, which an adapter "
@@ -125,7 +137,7 @@ def _layers_to_merge(model: nn.Module, state: Mapping[str, Any]) -> list[tuple[s
                 f"name in state_dict or on_save_checkpoint, leave the layer out with exclude_modules=[{path[:-1]!r}], "
                 "or save the adapter instead."
             )
-    return there
+    return [(path, layer) for path, layer, _ in there]
 
 
 def refuse_unmergeable(model: nn.Module) -> None:
@@ -135,8 +147,8 @@ def refuse_unmergeable(model: nn.Module) -> None:
         LoRAError: a layer's weight has another owner or renormalises itself.
     """
     record_ties(model)
-    for name, layer in model.named_modules():
-        reason = layer.unmergeable_reason() if isinstance(layer, LoRALayer) else ""
+    for name, layer in adapted_layers(model).items():
+        reason = layer.unmergeable_reason()
         if reason:
             raise LoRAError(
                 f"merged weights cannot express the adapter of {name!r}: {reason}. Leave the layer out "
@@ -147,7 +159,7 @@ def refuse_unmergeable(model: nn.Module) -> None:
 def accept_partial_states(root: nn.Module) -> None:
     """Let load_state_dict of a model take a complete base or a complete adapter, by a hook where it is missing."""
     for module in root.modules():
-        inside = any(isinstance(child, LoRALayer) for child in module.modules())
+        inside = any(isinstance(child, AdaptedModule) for child in module.modules())
         if inside and not _hooks(module):
             module.register_load_state_dict_pre_hook(_fill_in)  # type: ignore[no-untyped-call]
 

@@ -28,8 +28,9 @@ from ..names import (
     suffixes,
 )
 from ..nn.layer_kinds import ADAPTABLE, is_conv1d, layer_class
-from ..nn.lora_layer import LoRALayer
+from ..nn.lora_layer import AdaptedModule, Swapped, is_factor
 from ..nn.low_rank import ATTENTION_WEIGHTS, FUSABLE, MERGEABLE_DTYPES, matrix_shape
+from ..nn.parameter import LoRAParameterHolder
 from ..nn.tied_weights import tied_weights
 from .pretrained import pretrained_models
 
@@ -42,6 +43,7 @@ class Targets:
 
     Attributes:
         layers: the modules to adapt.
+        parameters: the module and the name in it of each parameter to adapt by itself.
         saved: the modules that modules_to_save and task_type name.
         left_out: the reasons for which "all-linear" passes over layers.
         saved_instead: the modules that target_modules names by itself and modules_to_save too: it wins.
@@ -72,8 +74,25 @@ class Targets:
             out_proj = f"{name}.out_proj"
             if isinstance(module, nn.MultiheadAttention) and not excluded(out_proj):
                 self.layers[out_proj] = modules[out_proj]
+        self.parameters = self._single_parameters(config, {"": model, **modules})
         self.unmatched: dict[str, bool] = {}
-        self._check_entries(config, chosen, modules)
+        self._check_entries(config, chosen, modules, weights_of({"": model, **modules}))
+
+    def names(self) -> set[str]:
+        """Return the names of all that is adapted, layers and parameters."""
+        return {*self.layers, *self.parameters}
+
+    def _single_parameters(
+        self, config: LoRAConfig, modules: Mapping[str, nn.Module]
+    ) -> dict[str, tuple[nn.Module, str]]:
+        """Return the module of each parameter that target_parameters names, and the parameter's name in it."""
+        targeted, excluded = matcher(config.target_parameters), matcher(config.exclude_modules)
+        parameters = {}
+        for name, (module, leaf) in weights_of(modules).items() if config.target_parameters else ():
+            owner = name.rpartition(".")[0]
+            if targeted(name) and not excluded(name) and not excluded(owner):
+                parameters[name] = (module, leaf)
+        return parameters
 
     def _all_linear(self, model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
         heads, tied, chosen = output_heads(model), tied_weights(model), {}
@@ -93,12 +112,19 @@ class Targets:
                 chosen[name] = module
         return chosen
 
-    def _check_entries(self, config: LoRAConfig, chosen: Iterable[str], modules: Mapping[str, nn.Module]) -> None:
+    def _check_entries(
+        self,
+        config: LoRAConfig,
+        chosen: Iterable[str],
+        modules: Mapping[str, nn.Module],
+        weights: Mapping[str, tuple[nn.Module, str]],
+    ) -> None:
         adaptable = [name for name, module in modules.items() if layer_class(module)]
         by_task = TASK_HEADS.get(config.task_type or "", ())  # peft writes them into its own modules_to_save
         for option, names, hints in (
             ("target_modules", chosen, adaptable),
-            ("exclude_modules", [*adaptable, *chosen], adaptable),
+            ("target_parameters", weights, weights),
+            ("exclude_modules", [*adaptable, *chosen, *self._around_weights(config, weights)], adaptable),
             ("modules_to_save", modules, modules),
             ("enable_lora", self.layers, self.layers),
         ):
@@ -109,19 +135,22 @@ class Targets:
                 continue
             matched = {suffix for name in names for suffix in suffixes(name)}
             missing = [entry for entry in value if entry not in matched and entry not in by_task]
-            some_fit = option in ("target_modules", "exclude_modules") and len(missing) < len(value)
+            some_fit = option in ("target_modules", "target_parameters", "exclude_modules") and len(missing) < len(
+                value
+            )
             kind, hint = ("module", near_misses) if names is modules else ("layer to adapt", near_endings)
+            kind = "parameter of two or three dimensions" if names is weights else kind
             for entry in missing:
                 sentence = f"{option}: {entry!r} names no {kind}{hint(entry, hints)}"
                 self.unmatched[sentence] = not some_fit or is_typo(entry, hints)
         self._check_numbers(config, chosen)
         for option in ("rank_pattern", "alpha_pattern"):
             self.unmatched |= {
-                f"{option}: {pattern!r} names no adapted layer" + near_misses(pattern, self.layers): True
+                f"{option}: {pattern!r} names no adapted layer" + near_misses(pattern, self.names()): True
                 for pattern in getattr(config, option) or ()
-                if not any(pattern_matches(pattern, name) for name in self.layers)
+                if not any(pattern_matches(pattern, name) for name in self.names())
             }
-        if not self.layers and not any(self.unmatched.values()):
+        if not self.names() and not any(self.unmatched.values()):
             both = f": {self.saved_instead[0]!r} {TRAINED_WHOLE}" if self.saved_instead else ""
             targets = config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
             self.unmatched[f"target_modules: {targets!r} leaves no layer to adapt{both}"] = True
@@ -142,6 +171,23 @@ class Targets:
         for number in cast(tuple[int, ...], config.layers_to_transform or ()):
             if number not in numbers:
                 self.unmatched[f"layers_to_transform: {number} names no layer{hint}"] = True
+
+    @staticmethod
+    def _around_weights(config: LoRAConfig, weights: Mapping[str, object]) -> list[str]:
+        """Return what exclude_modules may name beside layers: what target_parameters names, and the modules of that."""
+        targeted = matcher(config.target_parameters)
+        named = [name for name in weights if targeted(name)]
+        return [*named, *(name.rpartition(".")[0] for name in named)]
+
+
+def weights_of(modules: Mapping[str, nn.Module]) -> dict[str, tuple[nn.Module, str]]:
+    """Return the base's parameters of two or three dimensions, by name, with their module and name in it."""
+    return {
+        f"{path}.{leaf}".lstrip("."): (module, leaf)
+        for path, module in modules.items()
+        for leaf, parameter in module._parameters.items()
+        if parameter is not None and parameter.dim() in (2, 3) and not is_factor(leaf, module)
+    }
 
 
 def _regex_hint(expression: str, names: Iterable[str]) -> str:
@@ -185,7 +231,7 @@ def check_unadapted(model: nn.Module) -> None:
     """
     for name, module in model.named_modules():
         library = type(module).__module__.partition(".")[0]
-        if isinstance(module, LoRALayer):
+        if isinstance(module, AdaptedModule):
             raise LoRAError(
                 f"inject: {name!r} in {type(model).__name__} was adapted already, through a module around it; pass the "
                 "module that inject was called on, or unload it first."
@@ -245,6 +291,8 @@ def check_supported(name: str, module: nn.Module, config: LoRAConfig) -> None:
         inside = [child for child, m in module.named_modules() if child and layer_class(m)]
         problem = f"a {type(module).__module__}.{kind} cannot be adapted, only {ADAPTABLE} and their subclasses can"
         problem += f"; name the layers inside it, as {inside[0]!r}" if inside else ""
+        weights = [leaf for leaf, (owner, _) in weights_of({"": module}).items() if owner is module]
+        problem += f"; its parameters are adapted by target_parameters={weights}" if weights and not inside else ""
     elif hasattr(module, A):
         problem = f"the {kind} has a lora_A of another library; take that out first"
     elif "forward" in vars(module):
@@ -257,20 +305,42 @@ def check_supported(name: str, module: nn.Module, config: LoRAConfig) -> None:
         raise LoRAError(f"inject: {name!r}: {problem}, or leave it out with exclude_modules=[{name!r}].")
 
 
+def check_parameter(name: str, module: nn.Module, leaf: str) -> None:
+    """Refuse a parameter that cannot be adapted by itself.
+
+    Raises:
+        LoRAError: it cannot; the message says why, and what to do.
+    """
+    kind, weight = type(module).__name__, module._parameters[leaf]
+    problem = _tensor_problem(weight, kind) if weight is not None else ""
+    if isinstance(module, Swapped) and not isinstance(module, LoRAParameterHolder):
+        problem = f"its {kind} is adapted as a layer, or reads the weight of one; adapt one of the two"
+    elif "forward" in vars(module):
+        problem = f"the forward is replaced on the instance of {kind}, which would pass over the adapter; undo that"
+    elif weight is not None and not problem and not weight.is_contiguous():
+        problem = "its values do not follow each other in memory; make it contiguous"
+    if problem:
+        raise LoRAError(f"inject: {name!r}: {problem}, or leave it out of target_parameters.")
+
+
 def _weight_problem(module: nn.Module) -> str:
     kind = type(module).__name__
     names = ATTENTION_WEIGHTS if isinstance(module, nn.MultiheadAttention) else ("weight",)
     weights = [module._parameters[name] for name in names if module._parameters.get(name) is not None]
     if is_parametrized(module) or not weights:
         return f"the weight of the {kind} is computed from others (weight_norm, parametrize); remove that first"
-    for weight in weights:
-        if is_sharded(weight):
-            return (
-                f"the weight of the {kind} is sharded already; call inject(model, LoRAConfig(...)) in configure_model, "
-                "after the layers are built and before fully_shard or parallelize_module"
-            )
-        if weight is not None and weight.dtype not in MERGEABLE_DTYPES:
-            return f"its weight is {weight.dtype}; adapters need float16, bfloat16, float32 or float64"
+    problems = (_tensor_problem(weight, kind) for weight in weights if weight is not None)
+    return next(filter(None, problems), "")
+
+
+def _tensor_problem(weight: nn.Parameter, kind: str) -> str:
+    if is_sharded(weight):
+        return (
+            f"the weight of the {kind} is sharded already; call inject(model, LoRAConfig(...)) in configure_model, "
+            "after the layers are built and before fully_shard or parallelize_module"
+        )
+    if weight.dtype not in MERGEABLE_DTYPES:
+        return f"its weight is {weight.dtype}; adapters need float16, bfloat16, float32 or float64"
     return ""
 
 

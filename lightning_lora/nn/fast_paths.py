@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from .lora_layer import LoRALayer
+from .lora_layer import adapted_layers
 
 # Attributes that each module asks before it takes its fast path, and for nothing else. torch.compile guards on them;
 # on a forward hook, the other way to keep a layer off its fast path, it does not.
@@ -22,7 +22,7 @@ def update_fast_paths(model: nn.Module) -> None:
     for module in model.modules():
         for kind, switch in SWITCHES.items():
             if isinstance(module, kind):
-                active = any(isinstance(layer, LoRALayer) and layer.lora_active for layer in module.modules())
+                active = any(layer.lora_active for layer in adapted_layers(module).values())
                 before = f"lora_{switch}"  # what the switch was before it was turned off
                 if active and before not in vars(module):
                     setattr(module, before, getattr(module, switch, False))

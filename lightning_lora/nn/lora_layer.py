@@ -1,7 +1,7 @@
 """LoRALayer: what every adapted layer has in common, and how a module becomes one and is plain again.
 
-Invariants, for every adapted layer:
-    - its class is a subclass of the class it had; module tree, names, parameter objects and storage stay;
+Invariants, for every adapted layer, and every parameter that is adapted by itself:
+    - its module's class is a subclass of the class it had; module tree, names, parameter objects and storage stay;
     - lora_active False means: run the base class's own forward and nothing else;
     - a weight named in lora.records holds W'; lora.merged without records means that the layer stays factored.
 """
@@ -11,8 +11,8 @@ from __future__ import annotations
 import copyreg
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, cast
 
@@ -39,37 +39,11 @@ from .low_rank import HALF, LowRankBlock, crop, dense_delta
 
 DROPOUT_STEPS = 2**16
 
-Blocks = Mapping[str, list[LowRankBlock]]  # by weight name
 Transform = Callable[[torch.Tensor], torch.Tensor]
 
+Blocks = Mapping[str, list[LowRankBlock]]  # by weight name
+
 _CLASSES: dict[tuple[type, type], type[Swapped]] = {}  # that swapped_class made
-
-
-class Swapped(nn.Module):
-    """A module whose class was replaced by a subclass of it.
-
-    fully_shard in turn subclasses the class that it finds; such a module is rebuilt, or not, as torch decides.
-    """
-
-    lora_mixin: ClassVar[type[Swapped]]  # the two classes that the subclass combines
-    lora_base: ClassVar[type[nn.Module]]
-    # torch's compiler looks whether a weight is stood in for while it traces; torch.export of torch 2.6 would not.
-    torchdynamo_force_dynamic: ClassVar[bool] = True
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        make, args, *state = cast(tuple[Any, ...], super().__reduce_ex__(protocol))
-        swapped = type(self) is swapped_class(self.lora_mixin, self.lora_base)
-        if swapped and make is copyreg.__newobj__ and args == (type(self),):  # type: ignore[attr-defined]
-            return (_new_swapped, (self.lora_mixin, self.lora_base), *state)
-        return (make, args, *state)
-
-
-def swapped_class(mixin: type[Swapped], base: type[nn.Module]) -> type[Swapped]:
-    """Return the one subclass of a pair of mixin and base class."""
-    if (mixin, base) not in _CLASSES:
-        attributes = {"__module__": base.__module__, "__doc__": base.__doc__, "lora_mixin": mixin, "lora_base": base}
-        _CLASSES.setdefault((mixin, base), type(f"LoRA{base.__name__}", (mixin, base), attributes))
-    return _CLASSES[mixin, base]
 
 
 @dataclass(frozen=True)
@@ -116,29 +90,32 @@ class LayerState:
         vars(self).update(state, spares={}, lock=threading.RLock())
 
 
-class LoRALayer(Swapped):
-    """An adapted layer (arXiv:2106.09685): a subclass for each kind is mixed in front of the layer's own class."""
+class AdaptedWeights:
+    """The adapter of one layer or of one parameter (arXiv:2106.09685)."""
 
-    KIND: ClassVar[str]
-    KNOWN_FORWARD: ClassVar[tuple[str, ...]] = ("forward",)
+    KIND: str
     LOOKUP: ClassVar[bool] = False  # A is a table that rows are taken from
-    weight: nn.Parameter
     lora_A: nn.Parameter  # shapes as nn/low_rank.py states for the kind
     lora_B: nn.Parameter
-    lora_active: bool  # whether forward applies the adapter
+    lora_active: bool  # whether the adapter is applied in a forward
     lora: LayerState
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.lora_active:
-            return super().forward(*args, **kwargs)
-        if self.lora.custom_forward:
-            return self.dense_forward(*args, **kwargs)
-        self.note_segment()
-        return self.factored_forward(*args, **kwargs)
+    @property
+    def lora_holder(self) -> nn.Module:
+        """The module that holds the weights and the factors."""
+        raise NotImplementedError
+
+    def factor_names(self) -> tuple[str, str]:
+        """Return the names of A and B in the holder."""
+        return A, B
+
+    def strip_(self) -> None:
+        """Give the holder back what it was, without factors and attributes; the weights stay. In place."""
+        raise NotImplementedError
 
     def note_segment(self) -> None:
         """Note, and warn once a model, that reentrant checkpointing gives the layer no gradient."""
-        if torch.is_grad_enabled() or not self.training or not cuts_off_gradients():
+        if torch.is_grad_enabled() or not self.lora_holder.training or not cuts_off_gradients():
             return
         state = self.lora
         state.cut_off = True
@@ -150,26 +127,6 @@ class LoRALayer(Swapped):
                 stacklevel=2,
             )
 
-    def base_forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the forward that the layer had before it was adapted."""
-        return super().forward(*args, **kwargs)
-
-    def factored_forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return base(x) + s * B(A(dropout(x))), without ever building B @ A."""
-        raise NotImplementedError
-
-    def dense_forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run base_forward on W + delta, differentiable in A and B.
-
-        Dropout acts on whole input features, the same for the batch, because the input is out of reach here.
-        """
-        with self.dense_weight():
-            return super().forward(*args, **kwargs)
-
-    def dense_weight(self) -> DenseWeight:
-        """Let W + delta stand in for each adapted weight inside, for code that reads it; one thread at a time."""
-        return DenseWeight(self)
-
     def compute_dense_weights(self, weights: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
         """Return W + delta for each of adapted_weights, differentiable in A and B; with dropout as in dense_forward."""
         self.note_segment()
@@ -180,22 +137,18 @@ class LoRALayer(Swapped):
         sums = {}
         for name, delta in self.deltas(factor, self.lora_B).items():
             weight = weights[name]
-            if name not in self._parameters:
-                raise LoRAError(f"{type(self).__name__}: {name} is computed from others since injection; undo that.")
+            if name not in self.lora_holder._parameters:
+                raise LoRAError(
+                    f"{type(self.lora_holder).__name__}: {name} is computed from others since injection; undo that."
+                )
             sums[name] = (weight.to(torch.promote_types(weight.dtype, delta.dtype)) + delta).to(weight.dtype)
         return sums
 
     def drops(self) -> bool:
         """Return whether dropout acts now; a user's evaluation inside a training batch records no gradients."""
         override = self.lora.dropout_override
-        active = self.training if override is None else override and records_gradients()
+        active = self.lora_holder.training if override is None else override and records_gradients()
         return active and self.lora.spec.dropout > 0
-
-    def dropped(self, x: torch.Tensor) -> tuple[torch.Tensor, float]:
-        """Return the adapter's input after dropout, and the scaling that goes with it."""
-        spec = self.lora.spec
-        x, factor = drop(x, spec.dropout) if self.drops() else (x, 1.0)
-        return x, spec.scaling * factor
 
     def kind(self) -> str:
         """Return which of low_rank.KINDS the layer is, as far as it can tell by itself."""
@@ -203,7 +156,11 @@ class LoRALayer(Swapped):
 
     def adapted_weights(self) -> dict[str, nn.Parameter]:
         """Return the parameters that the adapter changes, by name."""
-        return {"weight": self.weight}
+        raise NotImplementedError
+
+    def weight_name(self, name: str, weight: str) -> str:
+        """Return the name in a model of a weight of the adapter that has this name there."""
+        return f"{name}.{weight}".lstrip(".")
 
     def main_weight(self) -> nn.Parameter:
         """Return the first of the adapted weights, for dtype and device."""
@@ -224,33 +181,36 @@ class LoRALayer(Swapped):
     def create_factors(self, dtype: torch.dtype) -> None:
         """Register A and B with their initial values."""
         device = self.main_weight().device
-        for name, values in zip((A, B), self._drawn(), strict=True):
-            self.register_parameter(name, nn.Parameter(values.to(device, dtype)))
+        for name, values in zip(self.factor_names(), self.drawn_factors(), strict=True):
+            self.lora_holder.register_parameter(name, nn.Parameter(values.to(device, dtype)))
 
-    def _drawn(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def drawn_factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the initial values of A and B in float32, the same each time."""
         spec = self.lora.spec
         return initial_factors(*self.factor_shapes(), spec.init, spec.seed, lookup=self.LOOKUP)
-
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Register a parameter as nn.Module does; parallelize_module comes here with each sharded one."""
-        if name in (A, B) and is_sharded(param):
-            from ..distributed.tensor_parallel import place_like_weight  # imports much, and is rarely needed
-
-            if self.lora.spec.enabled is not None:
-                raise LoRAError(
-                    f"{type(self).__name__}: the parts of enable_lora do not follow a tensor parallel split; adapt the "
-                    "layer as a whole, or leave it out of the parallelize plan"
-                )
-            dims = low_rank.shard_dims(self.KIND)
-            param = place_like_weight(name, cast(nn.Parameter, param), self.main_weight(), dims)
-        super().register_parameter(name, param)
 
     def local_blocks(
         self, weights: Mapping[str, torch.Tensor], factor_a: torch.Tensor, factor_b: torch.Tensor
     ) -> dict[str, list[LowRankBlock]]:
         """Return the blocks cropped to this rank's shards of the weights. Collective where the factors are sharded."""
         blocks = self.low_rank_blocks(full_tensor(factor_a), full_tensor(factor_b))
-        return {name: _crop_to_shard(blocks[name], weights[name]) for name in blocks}
+        return {name: self.crop_to_shard(blocks[name], weights[name]) for name in blocks}
+
+    def crop_to_shard(self, blocks: list[LowRankBlock], weight: torch.Tensor) -> list[LowRankBlock]:
+        """Return the parts of a weight's blocks that fall on this rank's shard of it."""
+        if not is_sharded(weight):
+            return blocks
+        rows, columns, *kernel = window(weight)
+        if any(part != slice(0, size) for part, size in zip(kernel, weight.shape[2:], strict=True)):
+            raise LoRAError(
+                f"a weight of shape {tuple(weight.shape)} cannot be merged while it is sharded beyond dim 1"
+            )
+        width = weight.shape[2:].numel()
+        return crop(blocks, rows, slice(columns.start * width, columns.stop * width))
+
+    def as_matrix(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return a view of a weight whose first dimension is that of the blocks' rows."""
+        return weight
 
     def deltas(self, factor_a: torch.Tensor, factor_b: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return s * B @ A in each weight's shape and the factors' dtype, differentiable."""
@@ -271,7 +231,8 @@ class LoRALayer(Swapped):
         try:
             for name in blocks:
                 if name not in state.records:
-                    weight, scaling, spare = local(weights[name]), state.spec.scaling, state.spares.pop(name, None)
+                    weight = self.as_matrix(local(weights[name]))
+                    scaling, spare = state.spec.scaling, state.spares.pop(name, None)
                     record = merge_weight_(weight, blocks[name], scaling, copy=copy, spare=spare, observe=observe)
                     state.records[name] = record
         except BaseException:
@@ -284,7 +245,7 @@ class LoRALayer(Swapped):
         failure, state, weights = None, self.lora, self.adapted_weights()
         for name, record in list(state.records.items()):
             try:
-                unmerge_weight_(local(weights[name]), record)
+                unmerge_weight_(self.as_matrix(local(weights[name])), record)
             except LoRAError as error:
                 failure = error
                 state.restore_failed = state.restore_failed or not isinstance(error, WeightEditedError)
@@ -314,67 +275,187 @@ class LoRALayer(Swapped):
 
     def original(self, name: str) -> torch.Tensor:
         """Return a parameter as it is without the adapter, detached: live, or a restored copy while merged."""
-        weight: torch.Tensor = getattr(self, name).detach()
+        weight: torch.Tensor = getattr(self.lora_holder, name).detach()
         if self.lora.restore_failed and name in self.adapted_weights():
             raise LoRAError(
-                f"{type(self).__name__}: its base weight could not be restored after merging, so nothing is saved "
-                "from it; load the base weights again"
+                f"{type(self.lora_holder).__name__}: its base weight could not be restored after merging, so nothing "
+                "is saved from it; load the base weights again"
             )
         record = self.lora.records.get(name)
-        return weight if record is None else from_local_like(restored_weight(local(weight), record), weight)
+        if record is None:
+            return weight
+        shard = local(weight)
+        return from_local_like(restored_weight(self.as_matrix(shard), record).view(shard.shape), weight)
+
+    def portable_state(self) -> LayerState:
+        """Return the state with plain copies for restoring, because another machine may compute other last bits."""
+        records = {name: RestoreRecord([], copy=self.as_matrix(self.original(name))) for name in self.lora.records}
+        return replace(self.lora, records=records)
 
     def merged_copies(self, weights: Mapping[str, torch.Tensor], blocks: Blocks) -> dict[str, torch.Tensor]:
         """Return W' of each adapted weight for the given W and local blocks, as new tensors, sharded as W is."""
-        scaling = self.lora.spec.scaling
-        merged = {name: merged_weight(local(weights[name]), blocks[name], scaling) for name in blocks}
-        return {name: from_local_like(weight, weights[name]) for name, weight in merged.items()}
+        merged = {}
+        for name in blocks:
+            shard = local(weights[name])
+            values = merged_weight(self.as_matrix(shard), blocks[name], self.lora.spec.scaling).view(shard.shape)
+            merged[name] = from_local_like(values, weights[name])
+        return merged
+
+
+class Swapped(nn.Module):
+    """A module whose class was replaced by a subclass of it.
+
+    fully_shard in turn subclasses the class that it finds; such a module is rebuilt, or not, as torch decides.
+    """
+
+    lora_mixin: ClassVar[type[Swapped]]  # the two classes that the subclass combines
+    lora_base: ClassVar[type[nn.Module]]
+    # torch's compiler looks whether a weight is stood in for while it traces; torch.export of torch 2.6 would not.
+    torchdynamo_force_dynamic: ClassVar[bool] = True
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        make, args, *state = cast(tuple[Any, ...], super().__reduce_ex__(protocol))
+        swapped = type(self) is swapped_class(self.lora_mixin, self.lora_base)
+        if swapped and make is copyreg.__newobj__ and args == (type(self),):  # type: ignore[attr-defined]
+            return (_new_swapped, (self.lora_mixin, self.lora_base), *state)
+        return (make, args, *state)
+
+
+def swapped_class(mixin: type[Swapped], base: type[nn.Module]) -> type[Swapped]:
+    """Return the one subclass of a pair of mixin and base class."""
+    if (mixin, base) not in _CLASSES:
+        attributes = {"__module__": base.__module__, "__doc__": base.__doc__, "lora_mixin": mixin, "lora_base": base}
+        _CLASSES.setdefault((mixin, base), type(f"LoRA{base.__name__}", (mixin, base), attributes))
+    return _CLASSES[mixin, base]
+
+
+class AdaptedModule(Swapped):
+    """A module that holds adapted weights: an adapted layer, or one of whose parameters some are adapted."""
+
+    def lora_adapters(self) -> Mapping[str, AdaptedWeights]:
+        """Return what is adapted here, by the parameter's name, or under "" where the whole layer is."""
+        raise NotImplementedError
+
+    def lora_adapter_of(self, weight: str) -> AdaptedWeights | None:
+        """Return the adapter that changes a parameter of the module, or None."""
+        return next((each for each in self.lora_adapters().values() if weight in each.adapted_weights()), None)
 
     def _apply(self, fn: Transform, recurse: bool = True) -> Any:
-        was_meta = self.lora_A.is_meta
-        with self.briefly_unmerged():
-            super()._apply(self._keeping_float32(fn), recurse)  # type: ignore[no-untyped-call]
-        if was_meta and not self.lora_A.is_meta:  # to_empty
-            for factor, values in zip((self.lora_A, self.lora_B), self._drawn(), strict=True):
-                copy_(factor, values)
+        adapters = list(self.lora_adapters().values())
+        were_meta = [adapter for adapter in adapters if adapter.lora_A.is_meta]
+        with self._lora_briefly_unmerged():
+            super()._apply(_keeping_float32(fn, adapters), recurse)  # type: ignore[no-untyped-call]
+        for adapter in were_meta:
+            if not adapter.lora_A.is_meta:  # to_empty
+                for factor, values in zip((adapter.lora_A, adapter.lora_B), adapter.drawn_factors(), strict=True):
+                    copy_(factor, values)
         return self
-
-    def _keeping_float32(self, fn: Transform) -> Transform:
-        """fn, but for casting the factors to 16 bits: they train in float32 while they compute in the layer's dtype."""
-        factors = {id(t) for p in (self.lora_A, self.lora_B) for t in (p, p.grad) if t is not None}
-
-        def without_narrowing(tensor: torch.Tensor) -> torch.Tensor:
-            moved = fn(tensor)
-            narrows = moved.dtype in HALF and tensor.dtype not in HALF
-            return tensor.to(moved.device) if narrows and id(tensor) in factors else moved
-
-        return without_narrowing if self.lora.spec.keep_float32 else fn
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.lora.records or self.lora.restore_failed:
-            destination.update({prefix + name: self.original(name) for name in self.adapted_weights()})
+        for adapter in self.lora_adapters().values():
+            if adapter.lora.records or adapter.lora.restore_failed:
+                destination.update({prefix + name: adapter.original(name) for name in adapter.adapted_weights()})
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        with self.briefly_unmerged():
+        with self._lora_briefly_unmerged():
             super()._load_from_state_dict(state_dict, prefix, *args)
-            absent = any(prefix + name not in state_dict for name in self.adapted_weights())
-            self.lora.restore_failed = self.lora.restore_failed and absent
+            for adapter in self.lora_adapters().values():
+                absent = any(prefix + name not in state_dict for name in adapter.adapted_weights())
+                adapter.lora.restore_failed = adapter.lora.restore_failed and absent
+
+    def _lora_briefly_unmerged(self) -> ExitStack:
+        stack = ExitStack()
+        for adapter in self.lora_adapters().values():
+            stack.enter_context(adapter.briefly_unmerged())
+        return stack
 
     def __prepare_scriptable__(self) -> Any:
         """Refuse TorchScript, which calls this first, and would end in an error of its own about annotations."""
+        name = next(iter(self.lora_adapters().values())).lora.name
         raise LoRAError(
-            f"torch.jit.script: {self.lora.name!r} is an adapted {self.lora_base.__name__}, which TorchScript cannot "
+            f"torch.jit.script: {name!r} is an adapted {self.lora_base.__name__}, which TorchScript cannot "
             "compile. Call merge_and_unload(model) first, on a copy (copy.deepcopy) if the adapter is still needed; "
             "or trace the model (torch.jit.trace, to_torchscript(method='trace'))."
         )
 
+
+class LoRALayer(AdaptedWeights, AdaptedModule):
+    """An adapted layer (arXiv:2106.09685): a subclass for each kind is mixed in front of the layer's own class."""
+
+    KNOWN_FORWARD: ClassVar[tuple[str, ...]] = ("forward",)
+    weight: nn.Parameter
+
+    @property
+    def lora_holder(self) -> nn.Module:
+        return self
+
+    def lora_adapters(self) -> Mapping[str, AdaptedWeights]:
+        return {"": self}
+
+    def adapted_weights(self) -> dict[str, nn.Parameter]:
+        return {"weight": self.weight}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.lora_active:
+            return super().forward(*args, **kwargs)
+        if self.lora.custom_forward:
+            return self.dense_forward(*args, **kwargs)
+        self.note_segment()
+        return self.factored_forward(*args, **kwargs)
+
+    def base_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the forward that the layer had before it was adapted."""
+        return super().forward(*args, **kwargs)
+
+    def factored_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return base(x) + s * B(A(dropout(x))), without ever building B @ A."""
+        raise NotImplementedError
+
+    def dense_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run base_forward on W + delta, differentiable in A and B.
+
+        Dropout acts on whole input features, the same for the batch, because the input is out of reach here.
+        """
+        with self.dense_weight():
+            return super().forward(*args, **kwargs)
+
+    def dense_weight(self) -> DenseWeight:
+        """Let W + delta stand in for each adapted weight inside, for code that reads it; one thread at a time."""
+        return DenseWeight(self)
+
+    def dropped(self, x: torch.Tensor) -> tuple[torch.Tensor, float]:
+        """Return the adapter's input after dropout, and the scaling that goes with it."""
+        spec = self.lora.spec
+        x, factor = drop(x, spec.dropout) if self.drops() else (x, 1.0)
+        return x, spec.scaling * factor
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Register a parameter as nn.Module does; parallelize_module comes here with each sharded one."""
+        if name in (A, B) and is_sharded(param):
+            from ..distributed.tensor_parallel import place_like_weight  # imports much, and is rarely needed
+
+            if self.lora.spec.enabled is not None:
+                raise LoRAError(
+                    f"{type(self).__name__}: the parts of enable_lora do not follow a tensor parallel split; adapt the "
+                    "layer as a whole, or leave it out of the parallelize plan"
+                )
+            dims = low_rank.shard_dims(self.KIND)
+            param = place_like_weight(name, cast(nn.Parameter, param), self.main_weight(), dims)
+        super().register_parameter(name, param)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         make, args, *state = super().__reduce_ex__(protocol)
         if self.lora.records and isinstance(state[0], dict):
-            # Another machine may compute other last bits: hand over plain copies.
-            records = {name: RestoreRecord([], copy=self.original(name)) for name in self.lora.records}
-            state[0] = state[0] | {"lora": replace(self.lora, records=records)}
+            state[0] = state[0] | {"lora": self.portable_state()}
         return (make, args, *state)
+
+    def strip_(self) -> None:
+        self.__class__ = class_before_swap(self)  # type: ignore[assignment]
+        for name in (A, B):
+            self._parameters.pop(name, None)
+        for name in [name for name in vars(self) if name == "lora" or name.startswith("lora_")]:
+            delattr(self, name)
 
 
 class DenseWeight:
@@ -402,23 +483,19 @@ class DenseWeight:
             self.lock.release()
 
 
-def adapted_layers(model: nn.Module) -> dict[str, LoRALayer]:
-    """Return the adapted layers of a model, by name."""
-    return {canonical(name): module for name, module in model.named_modules() if isinstance(module, LoRALayer)}
+def adapted_layers(model: nn.Module, *, remove_duplicate: bool = True) -> dict[str, AdaptedWeights]:
+    """Return the adapted layers and parameters of a model, by name; a shared one under its first, or under each."""
+    return {
+        ".".join(part for part in (canonical(path), parameter) if part): adapter
+        for path, module in model.named_modules(remove_duplicate=remove_duplicate)
+        if isinstance(module, AdaptedModule)
+        for parameter, adapter in module.lora_adapters().items()
+    }
 
 
 def is_factor(name: str, module: nn.Module) -> bool:
     """Return whether a state name of a module is that of A or B."""
-    return isinstance(module, LoRALayer) and names_factor(name)
-
-
-def strip_(layer: LoRALayer) -> None:
-    """Give a layer back the class that it had, without factors and attributes; the weight stays. In place."""
-    layer.__class__ = _class_before_swap(layer)  # type: ignore[assignment]
-    for name in (A, B):
-        layer._parameters.pop(name, None)
-    for name in [name for name in vars(layer) if name == "lora" or name.startswith("lora_")]:
-        delattr(layer, name)
+    return isinstance(module, AdaptedModule) and names_factor(name)
 
 
 def drop(x: torch.Tensor, p: float) -> tuple[torch.Tensor, float]:
@@ -435,17 +512,21 @@ def drop(x: torch.Tensor, p: float) -> tuple[torch.Tensor, float]:
     return x.masked_fill(bits < steps - DROPOUT_STEPS // 2, 0), DROPOUT_STEPS / (DROPOUT_STEPS - steps)
 
 
-def _crop_to_shard(blocks: list[LowRankBlock], weight: torch.Tensor) -> list[LowRankBlock]:
-    if not is_sharded(weight):
-        return blocks
-    rows, columns, *kernel = window(weight)
-    if any(part != slice(0, size) for part, size in zip(kernel, weight.shape[2:], strict=True)):
-        raise LoRAError(f"a weight of shape {tuple(weight.shape)} cannot be merged while it is sharded beyond dim 1")
-    width = weight.shape[2:].numel()
-    return crop(blocks, rows, slice(columns.start * width, columns.stop * width))
+def _keeping_float32(fn: Transform, adapters: Iterable[AdaptedWeights]) -> Transform:
+    """fn, but for casting the factors to 16 bits: they train in float32 while they compute in the layer's dtype."""
+    kept = [adapter for adapter in adapters if adapter.lora.spec.keep_float32]
+    factors = {id(t) for each in kept for p in (each.lora_A, each.lora_B) for t in (p, p.grad) if t is not None}
+
+    def without_narrowing(tensor: torch.Tensor) -> torch.Tensor:
+        moved = fn(tensor)
+        narrows = moved.dtype in HALF and tensor.dtype not in HALF
+        return tensor.to(moved.device) if narrows and id(tensor) in factors else moved
+
+    return without_narrowing if kept else fn
 
 
-def _class_before_swap(module: Swapped) -> type[nn.Module]:
+def class_before_swap(module: Swapped) -> type[nn.Module]:
+    """Return the class that a module had, or one like its own without the mixin, where fully_shard made that."""
     swapped, base = swapped_class(module.lora_mixin, module.lora_base), module.lora_base
     if type(module) is swapped:
         return base

@@ -6,8 +6,12 @@
     Conv, GroupedConv          (out, in/groups, k...)  (r, in/groups, k...)  (out, r, 1...)
     MultiheadAttention         in_proj (3E, E)         (r, E)                (3E, r)
       with q, k and v apart    (E, E), (E, kdim), ...  (r, E + kdim + vdim)  (3E, r)
+    Parameter                  (m, n)                  (r, n)                (m, r)
+    Experts                    (E, m, n)               (E * r, n)            (E * m, r)
+    TransposedExperts          (E, m, n)               (E * r, m)            (E * n, r)
 
-Of a fused projection in which n of m equal parts are adapted, A is (n * r, in) and B (n * out / m, r).
+Of a fused projection in which n of m equal parts are adapted, A is (n * r, in) and B (n * out / m, r). Each matrix of
+a stack of E experts has factors of its own, one below the other; transposed ones are stored (in, out).
 """
 
 from __future__ import annotations
@@ -26,7 +30,10 @@ MERGEABLE_DTYPES = (*HALF, torch.float32, torch.float64)
 
 LINEAR, CONV1D, EMBEDDING, CONV, GROUPED_CONV = "Linear", "Conv1D", "Embedding", "Conv", "GroupedConv"
 ATTENTION, ATTENTION_OUTPUT = "MultiheadAttention", "AttentionOutput"
-KINDS = (LINEAR, CONV1D, EMBEDDING, CONV, GROUPED_CONV, ATTENTION, ATTENTION_OUTPUT)
+PARAMETER, EXPERTS, TRANSPOSED_EXPERTS = "Parameter", "Experts", "TransposedExperts"
+STACKS = (EXPERTS, TRANSPOSED_EXPERTS)
+SINGLE = (PARAMETER, *STACKS)  # a parameter by itself, not a layer
+KINDS = (LINEAR, CONV1D, EMBEDDING, CONV, GROUPED_CONV, ATTENTION, ATTENTION_OUTPUT, *SINGLE)
 TRANSPOSED = (CONV1D, EMBEDDING)
 CONVOLUTIONS = (CONV, GROUPED_CONV)
 FUSABLE = (LINEAR, CONV1D, ATTENTION)  # of which parts can be adapted
@@ -40,8 +47,9 @@ Enabled = tuple[bool, ...] | None
 
 
 class LowRankBlock(NamedTuple):
-    """left (m, k) @ right (k, n) is added to W[row : row + m, col : col + n], W seen as (rows, everything else).
+    """left (m, k) @ right (k, n) is added to W[row : row + m, col : col + n].
 
+    W is seen as (rows, everything else), a stack of experts as one matrix below the other.
     The blocks of one weight do not overlap.
     """
 
@@ -84,6 +92,10 @@ def factor_shapes(
         ValueError: a weight has another number of dimensions than the kind's.
     """
     first = next(iter(shapes.values()))
+    if kind in STACKS:
+        experts, *matrix = first
+        rows, columns = reversed(matrix) if kind == TRANSPOSED_EXPERTS else matrix
+        return (experts * rank, columns), (experts * rows, rank)
     if kind in CONVOLUTIONS:
         out, inputs, *kernel = first
         return (rank, inputs, *kernel), (out, rank, *[1] * len(kernel))
@@ -105,11 +117,22 @@ def low_rank_blocks(
         parts_b = torch.split(b, [shapes[name][0] for name in names])
         parts = zip(names, parts_b, parts_a, strict=True)
         return {name: [LowRankBlock(0, 0, left, right)] for name, left, right in parts}
+    name, shape = next(iter(shapes.items()))
+    if kind in STACKS:
+        pairs = zip(*stack_factors(kind, shape, a, b), strict=True)
+        return {name: [LowRankBlock(i * shape[1], 0, left, right) for i, (left, right) in enumerate(pairs)]}
     blocks = [
         LowRankBlock(0, start, right.T, left.T) if kind in TRANSPOSED else LowRankBlock(start, 0, left, right)
         for start, right, left in enabled_parts(a.flatten(1), b.flatten(1), enabled)
     ]
-    return {IN_PROJ if kind == ATTENTION else "weight": blocks}
+    return {name: blocks}
+
+
+def stack_factors(kind: str, shape: Shape, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return left (E, m, r) and right (E, r, n), whose product is what B @ A adds to a stack (E, m, n)."""
+    experts, rank = shape[0], b.shape[1]
+    stacked_a, stacked_b = a.view(experts, rank, a.shape[1]), b.view(experts, -1, rank)
+    return (stacked_a.mT, stacked_b.mT) if kind == TRANSPOSED_EXPERTS else (stacked_b, stacked_a)
 
 
 def enabled_parts(a: torch.Tensor, b: torch.Tensor, enabled: Enabled) -> list[tuple[int, torch.Tensor, torch.Tensor]]:

@@ -19,8 +19,10 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from ..errors import LoRAError
 from .lora_layer import LoRALayer, Swapped, swapped_class
 from .low_rank import ATTENTION_WEIGHTS
+from .parameter import LoRAParameterHolder
 
 ENTRIES = ("forward", "training_step", "validation_step", "test_step", "predict_step")  # from where code is followed
 # Where code is not followed. torch's transformer layers read on their fast paths, which are off with an active adapter.
@@ -83,11 +85,23 @@ def patch_readers(model: nn.Module) -> None:
             else:
                 del vars(module)["lora_reads"]
                 module.__class__ = module.lora_base  # type: ignore[assignment]
+        elif isinstance(module, LoRAParameterHolder):
+            _refuse_reading_holder(module)
         elif not isinstance(module, Swapped):
             paths = _paths_to_layers(module, type(module))
             if paths:
                 vars(module)["lora_reads"] = paths
                 module.__class__ = swapped_class(LoRAReader, type(module))
+
+
+def _refuse_reading_holder(module: LoRAParameterHolder) -> None:
+    paths = _paths_to_layers(module, module.lora_base)
+    if paths:
+        parameter = next(iter(module.lora_parameters.values())).lora.name
+        raise LoRAError(
+            f"inject: {parameter!r} is adapted by itself, in a {module.lora_base.__name__} that reads the weight of "
+            f"the adapted layer {'.'.join(paths[0])!r}; adapt one of the two (target_parameters, exclude_modules)."
+        )
 
 
 def read_layers(reader: LoRAReader) -> list[LoRALayer]:

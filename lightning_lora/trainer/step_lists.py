@@ -8,7 +8,7 @@ from ..distributed.sharding import reshard_
 from ..model.injection import Injection, find_injection, record_trainable
 from ..model.named_state import base_parameters
 from ..names import ATTRIBUTE
-from ..nn.lora_layer import LoRALayer, adapted_layers
+from ..nn.lora_layer import AdaptedWeights, adapted_layers
 
 
 class StepLists:
@@ -28,7 +28,7 @@ class StepLists:
         self.record: Injection | None = injected.record if injected else None
         self.layers = list(adapted_layers(model).values())
         self.states = [layer.lora for layer in self.layers]
-        self.kept_in_eval: list[LoRALayer] | None = None
+        self.kept_in_eval: list[AdaptedWeights] | None = None
         self.trained_a_batch = False
         self.frozen = self._list_frozen()
 
@@ -44,7 +44,7 @@ class StepLists:
         """Let dropout of layers that are kept in eval mode act, or follow their own mode again (None)."""
         if dropping and self.kept_in_eval is None:
             with_dropout = (layer for layer in self.layers if layer.lora.spec.dropout)
-            self.kept_in_eval = [layer for layer in with_dropout if not layer.training]
+            self.kept_in_eval = [layer for layer in with_dropout if not layer.lora_holder.training]
         for layer in self.kept_in_eval or ():
             layer.lora.dropout_override = dropping
 

@@ -23,7 +23,7 @@ from ..model.injection import find_injection, snapshot_materialised
 from ..model.patches import call_previous, patch
 from ..model.state_dict import adapter_keys, base_keys, merge_state_dict
 from ..names import META, canonical
-from ..nn.lora_layer import LoRALayer, adapted_layers
+from ..nn.lora_layer import AdaptedWeights, adapted_layers
 from .checkpoint_hooks import refuse_foreign_resume
 
 REFUSED = {
@@ -112,13 +112,13 @@ def _check_complete(module: nn.Module, names: set[str], path: Path) -> None:
     )
 
 
-def _copy_weights(module: nn.Module, names: set[str]) -> list[tuple[LoRALayer, str, torch.Tensor]]:
+def _copy_weights(module: nn.Module, names: set[str]) -> list[tuple[AdaptedWeights, str, torch.Tensor]]:
     """Copy this rank's shards of the adapted weights of these names."""
     return [
         (layer, leaf, local(weight).clone())
         for name, layer in adapted_layers(module).items()
         for leaf, weight in layer.adapted_weights().items()
-        if f"{name}.{leaf}" in names
+        if layer.weight_name(name, leaf) in names
     ]
 
 

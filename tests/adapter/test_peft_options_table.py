@@ -122,7 +122,7 @@ OPTIONS = [
     Option("use_qalora", True),
     Option("use_dora", True),
     Option("lora_bias", True),
-    Option("target_parameters", ["head.weight"]),
+    built("target_parameters", ["head.weight"]),
     Option("trainable_token_indices", [1, 2]),
     Option("layer_replication", [[0, 1], [0, 2]]),
     Option("alora_invocation_tokens", [1, 2]),

@@ -1,0 +1,179 @@
+"""Single parameters that are adapted: stacks of experts, nn.LSTM's and nn.GRU's weights, any that a forward reads.
+
+The adapter of a parameter `w` is `lora_A_w` and `lora_B_w` beside it in its module. While the module's forward runs,
+W + delta stands in for W: of a stack of experts the two apart, so that nothing of the stack's size is built; of a
+recurrent layer in the list of weights that it runs on, which does not make it flatten them anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from ..distributed.sharding import is_sharded, window
+from ..errors import LoRAError
+from ..names import A, B, parameter_factor_name, split_factor_name
+from . import low_rank
+from .factored_weight import FactoredWeight
+from .lora_layer import AdaptedModule, AdaptedWeights, LayerSpec, LayerState, class_before_swap, swapped_class
+from .low_rank import LowRankBlock, crop, stack_factors
+
+FACTORED = ("transformers.", "torch.nn.modules.linear")  # whose forwards use weights in products that can stay apart
+
+
+class LoRAParameter(AdaptedWeights):
+    """The adapter of one parameter of a module: A and B as nn/low_rank.py has them for the kinds of single ones."""
+
+    def __init__(self, holder: AdaptedModule, parameter: str, state: LayerState) -> None:
+        self.module, self.parameter, self.lora, self.lora_active = holder, parameter, state, True
+        self.KIND = parameter_kind(holder, parameter)
+
+    @property
+    def lora_holder(self) -> nn.Module:
+        return self.module
+
+    @property
+    def lora_A(self) -> nn.Parameter:  # type: ignore[override]  # noqa: N802
+        return cast(nn.Parameter, self.module._parameters[parameter_factor_name(self.parameter, A)])
+
+    @property
+    def lora_B(self) -> nn.Parameter:  # type: ignore[override]  # noqa: N802
+        return cast(nn.Parameter, self.module._parameters[parameter_factor_name(self.parameter, B)])
+
+    def factor_names(self) -> tuple[str, str]:
+        return parameter_factor_name(self.parameter, A), parameter_factor_name(self.parameter, B)
+
+    def adapted_weights(self) -> dict[str, nn.Parameter]:
+        return {self.parameter: cast(nn.Parameter, self.module._parameters[self.parameter])}
+
+    def weight_name(self, name: str, weight: str) -> str:
+        return name
+
+    def as_matrix(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight.view(-1, weight.shape[-1]) if self.KIND in low_rank.STACKS else weight
+
+    def crop_to_shard(self, blocks: list[LowRankBlock], weight: torch.Tensor) -> list[LowRankBlock]:
+        if self.KIND not in low_rank.STACKS or not is_sharded(weight):
+            return super().crop_to_shard(blocks, weight)
+        experts, *matrix = window(weight)
+        if matrix != [slice(0, size) for size in weight.shape[1:]]:
+            raise LoRAError(f"a stack of shape {tuple(weight.shape)} cannot be merged while it is sharded beyond dim 0")
+        rows = weight.shape[1]
+        return crop(blocks, slice(experts.start * rows, experts.stop * rows))
+
+    def deltas(self, factor_a: torch.Tensor, factor_b: torch.Tensor) -> dict[str, torch.Tensor]:
+        left, right = self._left_and_right(factor_a, factor_b)
+        return {self.parameter: left @ right}
+
+    def _left_and_right(self, factor_a: torch.Tensor, factor_b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return left (m, r) and right (r, n), of a stack (E, m, r) and (E, r, n); the scaling is in left."""
+        left, right = factor_b, factor_a
+        if self.KIND in low_rank.STACKS:
+            left, right = stack_factors(self.KIND, self.main_weight().shape, factor_a, factor_b)
+        return left * self.lora.spec.scaling, right
+
+    def stand_in(self) -> Any:
+        """Return what stands in for the parameter in a forward: W + delta, or the two apart where that is known."""
+        weights, forward = self.adapted_weights(), self.module.lora_base.forward
+        if not forward.__module__.startswith(FACTORED) or torch.compiler.is_compiling():
+            return self.compute_dense_weights(weights)[self.parameter]
+        self.note_segment()
+        return FactoredWeight(weights[self.parameter], *self._left_and_right(self.lora_A, self.lora_B))
+
+    def strip_(self) -> None:
+        for name in self.factor_names():
+            self.module._parameters.pop(name, None)
+        holder = cast(LoRAParameterHolder, self.module)
+        del holder.lora_parameters[self.parameter]
+        if not holder.lora_parameters:
+            holder.__class__ = class_before_swap(holder)  # type: ignore[assignment]
+            del holder.lora_parameters
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | ({"lora": self.portable_state()} if self.lora.records else {})
+
+
+class LoRAParameterHolder(AdaptedModule):
+    """A module of whose parameters some are adapted."""
+
+    lora_parameters: dict[str, LoRAParameter]
+
+    def lora_adapters(self) -> Mapping[str, AdaptedWeights]:
+        return self.lora_parameters
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        active = [adapter for adapter in self.lora_parameters.values() if adapter.lora_active]
+        if not active:
+            return super().forward(*args, **kwargs)
+        with StandIns(self, active):
+            return super().forward(*args, **kwargs)
+
+    def lora_place(self, values: Mapping[str, Any]) -> None:
+        """Let values stand in for parameters, or put these back."""
+        self._parameters.update(values)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if split_factor_name(name) and is_sharded(param):
+            raise LoRAError(
+                f"{type(self).__name__}: adapters of single parameters do not follow a tensor parallel split; leave "
+                "the parameter out of target_parameters, or the module out of the parallelize plan"
+            )
+        super().register_parameter(name, param)
+
+
+class LoRARecurrent(LoRAParameterHolder):
+    """nn.LSTM or nn.GRU, which run on a list of their weights, and flatten these where a parameter was replaced."""
+
+    def lora_place(self, values: Mapping[str, Any]) -> None:
+        cast(Any, self)._update_flat_weights()  # its forward comes to that first, and would undo this
+        weights, names = cast("list[Any]", self._flat_weights), cast("list[str]", self._flat_weights_names)
+        for name, value in values.items():
+            weights[names.index(name)] = value
+
+
+class StandIns:
+    """Let W + delta stand in for parameters inside: a class, because torch 2.6 cannot trace a generator's context."""
+
+    def __init__(self, holder: LoRAParameterHolder, active: list[LoRAParameter]) -> None:
+        self.holder, self.active = holder, active
+        self.lock = None if torch.compiler.is_compiling() else active[0].lora.lock  # a compiler traces one thread
+
+    def __enter__(self) -> None:
+        if self.lock is not None:
+            self.lock.acquire()
+        try:
+            self.weights = {adapter.parameter: adapter.adapted_weights()[adapter.parameter] for adapter in self.active}
+            values = {adapter.parameter: adapter.stand_in() for adapter in self.active}
+        except BaseException:
+            if self.lock is not None:
+                self.lock.release()
+            raise
+        self.holder.lora_place(values)
+
+    def __exit__(self, *exception: object) -> None:
+        self.holder.lora_place(self.weights)
+        if self.lock is not None:
+            self.lock.release()
+
+
+def parameter_kind(module: nn.Module, parameter: str) -> str:
+    """Return which of low_rank.KINDS a parameter of a module is; transposed stacks say so, as transformers' do."""
+    weight = cast(nn.Parameter, module._parameters[parameter])
+    if weight.dim() == 2:
+        return low_rank.PARAMETER
+    return low_rank.TRANSPOSED_EXPERTS if getattr(module, "is_transposed", False) is True else low_rank.EXPERTS
+
+
+def adapt_parameter_(module: nn.Module, parameter: str, name: str, spec: LayerSpec, injection: object) -> LoRAParameter:
+    """Let a module hold an adapter of one of its parameters, without its factors yet. In place."""
+    if not isinstance(module, LoRAParameterHolder):
+        mixin = LoRARecurrent if isinstance(module, nn.RNNBase) else LoRAParameterHolder
+        module.__class__ = swapped_class(mixin, type(module))
+        vars(module)["lora_parameters"] = {}
+    holder = cast(LoRAParameterHolder, module)
+    adapter = LoRAParameter(holder, parameter, LayerState(spec, name, injection))
+    holder.lora_parameters[parameter] = adapter
+    return adapter
