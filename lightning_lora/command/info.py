@@ -70,7 +70,7 @@ def _adapter_kind(path: Path) -> str:
 
 def _adapter_info(adapter: Adapter) -> dict[str, Any]:
     layers = adapter.layers()
-    factors = [adapter.tensors[f"{name}.{leaf}"] for name in layers for leaf in (A, B)]
+    factors = [adapter.factor(name, leaf) for name in layers for leaf in (A, B)]
     whole = {name: value for name, value in adapter.beside_factors().items() if isinstance(value, torch.Tensor)}
     return {
         "config": adapter.config.to_dict() if adapter.config is not None else None,

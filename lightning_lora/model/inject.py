@@ -214,7 +214,7 @@ def adapt_new_layers(model: nn.Module) -> None:
     live = adapted_layers(root)
     parameters = {name: place for name, place in targets.parameters.items() if name not in live}
     for name, (module, leaf) in parameters.items():
-        check_parameter(name, module, leaf)
+        check_parameter(name, module, leaf, is_layer=module in targets.layers.values())
     if not record.config.ensure_weight_tying:
         check_untied(root, targets.saved)
     _freeze(root, record, new, targets.saved)

@@ -305,15 +305,15 @@ def check_supported(name: str, module: nn.Module, config: LoRAConfig) -> None:
         raise LoRAError(f"inject: {name!r}: {problem}, or leave it out with exclude_modules=[{name!r}].")
 
 
-def check_parameter(name: str, module: nn.Module, leaf: str) -> None:
-    """Refuse a parameter that cannot be adapted by itself.
+def check_parameter(name: str, module: nn.Module, leaf: str, *, is_layer: bool) -> None:
+    """Refuse a parameter that cannot be adapted by itself, as in a module that is adapted as a layer.
 
     Raises:
         LoRAError: it cannot; the message says why, and what to do.
     """
     kind, weight = type(module).__name__, module._parameters[leaf]
     problem = _tensor_problem(weight, kind) if weight is not None else ""
-    if isinstance(module, Swapped) and not isinstance(module, LoRAParameterHolder):
+    if is_layer or (isinstance(module, Swapped) and not isinstance(module, LoRAParameterHolder)):
         problem = f"its {kind} is adapted as a layer, or reads the weight of one; adapt one of the two"
     elif "forward" in vars(module):
         problem = f"the forward is replaced on the instance of {kind}, which would pass over the adapter; undo that"

@@ -1,0 +1,271 @@
+"""Single parameters that are adapted: against W + s * B @ A in float64, merged and restored, copied, refused."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_lora import (
+    LoRAConfig,
+    LoRAError,
+    adapter_state_dict,
+    disable_adapter,
+    inject,
+    merge,
+    merge_and_unload,
+    merged,
+    merged_state_dict,
+    unload,
+    unmerge,
+)
+from lightning_lora.nn.lora_layer import adapted_layers
+from support.layers import same_bits
+from support.parameters import CASES, Experts, Model, Projected, Recurrent, fill_factors_, make_subject
+
+pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2}
+
+
+def bits_of(model: nn.Module, names: Any) -> dict[str, torch.Tensor]:
+    return {name: model.get_parameter(name).detach().clone() for name in names}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_output_is_that_of_w_plus_delta_merged_or_not(name: str, dtype: torch.dtype):
+    subject = make_subject(name, dtype)
+    assert len(adapted_layers(subject.model)) == CASES[name].adapted
+    reference = subject.reference()
+    tolerance = {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype] * float(reference.abs().max())}
+    assert not torch.allclose(subject.plain(subject.x).double(), reference, **tolerance)
+    torch.testing.assert_close(subject.model(subject.x).double(), reference, **tolerance)
+    with merged(subject.model):
+        torch.testing.assert_close(subject.model(subject.x).double(), reference, **tolerance)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_of_the_factors_are_those_of_the_reference(name: str):
+    subject = make_subject(name, torch.float64)
+    factors = {key: value.clone().requires_grad_() for key, value in subject.factors().items()}
+    subject.reference(factors).square().sum().backward()
+    subject.model(subject.x).square().sum().backward()
+    for key, factor in factors.items():
+        torch.testing.assert_close(subject.model.get_parameter(key).grad, factor.grad)
+    base = [p for key, p in subject.model.named_parameters() if "lora_" not in key]
+    assert not any(p.requires_grad or p.grad is not None for p in base)
+
+
+@pytest.mark.parametrize("name", ["lstm, projected, both ways", "gru", "experts", "transposed experts", "matrix"])
+def test_gradcheck_passes_in_float64(name: str):
+    subject = make_subject(name, torch.float64)
+    factors = [p for p in subject.model.parameters() if p.requires_grad]
+    assert torch.autograd.gradcheck(lambda *_: subject.model(subject.x), factors, fast_mode=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_200_merges_with_changing_adapters_restore_every_bit(name: str, dtype: torch.dtype):
+    subject = make_subject(name, dtype)
+    model, names = subject.model, list(adapted_layers(subject.model))
+    before, places = bits_of(model, names), {n: model.get_parameter(n).data_ptr() for n in names}
+    for cycle in range(200):
+        fill_factors_(model, 0.5 * (1 + cycle % 5))
+        merge(model)
+        assert not any(same_bits(model.get_parameter(n), before[n]) for n in names)
+        unmerge(model)
+    assert all(same_bits(model.get_parameter(n), before[n]) for n in names)
+    assert places == {n: model.get_parameter(n).data_ptr() for n in names}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_merged_weights_are_rounded_once(name: str):
+    subject = make_subject(name, torch.bfloat16)
+    plain = {key: value.double() for key, value in subject.plain.named_parameters()}
+    found = merged_state_dict(subject.model)
+    assert found.keys() == subject.plain.state_dict().keys()
+    merge(subject.model)
+    for key, value in found.items():
+        assert same_bits(value, subject.model.get_parameter(key))
+        if key in adapted_layers(subject.model):
+            error = (value.double() - plain[key]).norm() / plain[key].norm()
+            assert error > 0.01
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_merged_model_shows_w_and_takes_a_new_base(name: str):
+    subject = make_subject(name)
+    model = subject.model
+    base = {key: value.clone() for key, value in subject.plain.state_dict().items()}
+    with merged(model):
+        state = model.state_dict()
+        assert all(same_bits(state[key], value) for key, value in base.items())
+        model.load_state_dict({key: value + 1 for key, value in base.items()})
+    assert all(same_bits(model.state_dict()[key], value + 1) for key, value in base.items())
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("is_merged", [False, True])
+def test_copies_and_pickles_are_adapted_alike(name: str, is_merged: bool):
+    subject = make_subject(name)
+    output = subject.model(subject.x)
+    if is_merged:
+        merge(subject.model)
+    for twin in (copy.deepcopy(subject.model), pickle.loads(pickle.dumps(subject.model))):
+        unmerge(twin)
+        assert torch.equal(twin(subject.x), output)
+        fill_factors_(twin)
+        assert not torch.equal(twin(subject.x), output)
+    unmerge(subject.model)
+    assert torch.equal(subject.model(subject.x), output)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_leaves_the_adapter_out_is_the_plain_model(name: str):
+    subject = make_subject(name)
+    model, x = subject.model, subject.x
+    with disable_adapter(model):
+        assert torch.equal(model(x), subject.plain(x))
+    twin = copy.deepcopy(model)
+    output = merge_and_unload(twin)(x)
+    torch.testing.assert_close(output, model(x))
+    unload(model)
+    for plain in (twin, model):
+        assert [type(module) for module in plain.modules()] == [type(module) for module in subject.plain.modules()]
+        assert list(plain.state_dict()) == list(subject.plain.state_dict())
+        assert not any(key.startswith("lora") for module in plain.modules() for key in vars(module))
+    assert torch.equal(model(x), subject.plain(x))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_adapter_starts_as_zero_and_is_drawn_by_name(name: str):
+    first, second = (make_subject(name, fill=False) for _ in range(2))
+    torch.testing.assert_close(first.model(first.x), first.plain(first.x), rtol=1e-6, atol=1e-6)
+    for key, value in adapter_state_dict(first.model).items():
+        assert torch.equal(value, adapter_state_dict(second.model)[key])
+        assert ("lora_A" in key) == bool(value.any())
+
+
+def test_names_and_objects_of_the_base_stay():
+    plain = Model(Recurrent(nn.LSTM))
+    modules, parameters = list(plain.named_modules()), dict(plain.named_parameters())
+    inject(plain, LoRAConfig(target_modules=[], target_parameters=["weight_ih_l0"]))
+    assert list(plain.named_modules()) == modules
+    assert isinstance(plain.inner.rnn, nn.LSTM)
+    now = dict(plain.named_parameters())
+    assert all(now[key] is parameter for key, parameter in parameters.items())
+    assert now.keys() - parameters.keys() == {"inner.rnn.lora_A_weight_ih_l0", "inner.rnn.lora_B_weight_ih_l0"}
+
+
+def test_a_recurrent_layer_never_flattens_its_weights_again(monkeypatch):
+    subject = make_subject("lstm")
+    calls = []
+    monkeypatch.setattr(nn.LSTM, "flatten_parameters", lambda self: calls.append(self))
+    for _ in range(3):
+        subject.model(subject.x).sum().backward()
+        with merged(subject.model):
+            subject.model(subject.x)
+    assert not calls
+
+
+def test_weights_are_back_after_a_forward_that_fails():
+    subject = make_subject("lstm")
+    rnn = subject.model.inner.rnn
+    with pytest.raises(RuntimeError):
+        subject.model(torch.randn(2, 4, 9))
+    assert all(w is rnn._parameters[key] for w, key in zip(rnn._flat_weights, rnn._flat_weights_names, strict=True))
+    experts = make_subject("experts")
+    with pytest.raises(RuntimeError):
+        experts.model(torch.randn(2, 4, 9))
+    assert isinstance(experts.model.inner.gate_up_proj, nn.Parameter)
+
+
+@pytest.mark.parametrize("name", ["lstm", "experts"])
+def test_factors_stay_float32_where_the_model_is_cast_to_16_bits(name: str):
+    subject = make_subject(name)
+    subject.model.bfloat16()
+    assert {p.dtype for key, p in subject.model.named_parameters() if "lora_" in key} == {torch.float32}
+    assert subject.model(subject.x.bfloat16()).dtype == torch.bfloat16
+    kept = Model(Experts()).bfloat16()
+    inject(kept, LoRAConfig(target_modules=[], target_parameters=["down_proj"], autocast_adapter_dtype=False))
+    assert {p.dtype for p in kept.parameters()} == {torch.bfloat16}
+
+
+def test_layers_and_parameters_are_adapted_side_by_side():
+    model = nn.ModuleDict({"rnn": nn.GRU(5, 6, batch_first=True), "head": nn.Linear(6, 2)})
+    names = inject(model, LoRAConfig(target_modules=["head"], target_parameters=["rnn.weight_hh_l0"]))
+    assert names == ["rnn.weight_hh_l0", "head"]
+
+
+REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "no such parameter": (Projected, {"target_parameters": ["projecton"]}, "did you mean 'projection'"),
+    "a vector": (lambda: nn.LSTM(5, 6), {"target_parameters": ["bias_ih_l0"]}, "no parameter of two or three"),
+    "a pattern that fits nothing": (
+        Projected,
+        {"target_parameters": ["projection"], "rank_pattern": {"other": 2}},
+        "rank_pattern: 'other' names no adapted layer",
+    ),
+    "excluded": (
+        Projected,
+        {"target_parameters": ["projection"], "exclude_modules": ["projection"]},
+        "leaves no layer to adapt",
+    ),
+    "a layer that is adapted": (
+        lambda: nn.Linear(5, 6),
+        {"target_modules": ["inner"], "target_parameters": ["inner.weight"]},
+        "adapted as a layer",
+    ),
+    "integers": (
+        lambda: Fixed(nn.Parameter(torch.zeros(3, 4, dtype=torch.uint8), requires_grad=False)),
+        {"target_parameters": ["weight"]},
+        r"its weight is torch\.uint8",
+    ),
+    "a transposed view": (
+        lambda: Fixed(nn.Parameter(torch.randn(3, 4).T)),
+        {"target_parameters": ["weight"]},
+        "do not follow each other in memory",
+    ),
+    "a reader": (
+        lambda: Reader(),
+        {"target_modules": ["linear"], "target_parameters": ["scale"]},
+        "reads the weight of the adapted layer 'linear'",
+    ),
+}
+
+
+class Fixed(nn.Module):
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+
+class Reader(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.scale = nn.Linear(5, 5), nn.Parameter(torch.randn(5, 5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.scale @ self.linear.weight
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_adapted_is_refused_and_nothing_is_changed(case: str):
+    build, options, message = REFUSED[case]
+    model = Model(build())
+    before = [type(module) for module in model.modules()], list(model.state_dict())
+    with pytest.raises(LoRAError, match=message):
+        inject(model, LoRAConfig(**{"target_modules": []} | options))
+    assert ([type(module) for module in model.modules()], list(model.state_dict())) == before
+
+
+def test_dropout_is_refused_with_parameters_and_a_module_of_parameters_names_them():
+    with pytest.raises(LoRAError, match="lora_dropout must be 0 with target_parameters"):
+        LoRAConfig(target_modules=[], target_parameters=["w"], lora_dropout=0.1)
+    with pytest.raises(LoRAError, match="target_modules must be at least one"):
+        LoRAConfig(target_modules=[])
+    with pytest.raises(LoRAError, match=r"target_parameters=\['gate_up_proj', 'down_proj'\]"):
+        inject(Model(Experts()), LoRAConfig(target_modules=["inner"]))
