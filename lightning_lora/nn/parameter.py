@@ -116,7 +116,7 @@ class LoRAParameterHolder(AdaptedModule):
         self._parameters.update(values)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        if split_factor_name(name) and is_sharded(param):
+        if split_factor_name(name) and is_sharded(param) and not isinstance(self, nn.RNNBase):  # which FSDP2 sets so
             raise LoRAError(
                 f"{type(self).__name__}: adapters of single parameters do not follow a tensor parallel split; leave "
                 "the parameter out of target_parameters, or the module out of the parallelize plan"

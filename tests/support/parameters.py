@@ -29,7 +29,7 @@ class Recurrent(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.packed:
-            plain: torch.Tensor = self.rnn(x)[0]
+            plain: torch.Tensor = self.rnn(x)[0].clone()  # FSDP2 warns of views
             return plain
         packed = pack_padded_sequence(x, torch.tensor([4, 2]), batch_first=True)
         padded: torch.Tensor = pad_packed_sequence(self.rnn(packed)[0], batch_first=True)[0]
