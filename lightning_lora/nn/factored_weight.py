@@ -143,8 +143,8 @@ def _grouped_mm(func: Any, args: Any, kwargs: Any) -> Any:
     base = func(x, weight.weight, *offs, **options)
     delta = func(func(x, left, *offs, **options), right, *offs, **options)
     if delta.requires_grad:  # its gradient comes in any layout, which matters to a frozen base only if x has one
-        delta.register_hook(lambda grad: _align(grad)[..., : grad.shape[-1]])
-    return base + delta
+        delta.register_hook(_align_gradient)
+    return base.add_(delta)
 
 
 def _index(func: Any, args: Any, kwargs: Any) -> Any:
@@ -214,6 +214,10 @@ def _align(x: torch.Tensor) -> torch.Tensor:
     return x if x.data_ptr() % ALIGNMENT == 0 else x.clone()
 
 
+def _align_gradient(grad: torch.Tensor | None) -> torch.Tensor | None:
+    return None if grad is None else _align(grad)[..., : grad.shape[-1]]
+
+
 def _is_grouped_mm_fallback(func: Any) -> bool:
     """Return whether an operator is transformers' own grouped_mm, which exists once transformers is imported."""
     return _name(func) == "grouped_mm_fallback"
@@ -248,6 +252,7 @@ WRITES = {"__setitem__", "__set__", "__iadd__", "__isub__", "__imul__", "__itrue
 TRANSPOSES = "transpose swapaxes swapdims permute t"
 CONVERSIONS = "to float double half bfloat16 cpu cuda contiguous"
 RULES: dict[Any, Rule] = {
+    F.linear: _linear,
     **dict.fromkeys((Tensor.__matmul__, Tensor.matmul, Tensor.mm, Tensor.bmm), _matmul),
     **dict.fromkeys((torch.matmul, torch.mm, torch.bmm), _matmul),
     Tensor.__getitem__: _index,

@@ -78,7 +78,8 @@ class LoRAParameter(AdaptedWeights):
     def stand_in(self) -> Any:
         """Return what stands in for the parameter in a forward: W + delta, or the two apart where that is known."""
         weights, forward = self.adapted_weights(), self.module.lora_base.forward
-        if not forward.__module__.startswith(FACTORED) or torch.compiler.is_compiling():
+        known = forward.__module__.startswith(FACTORED) and not is_sharded(weights[self.parameter])
+        if not known or torch.compiler.is_compiling():
             return self.compute_dense_weights(weights)[self.parameter]
         self.note_segment()
         return FactoredWeight(weights[self.parameter], *self._left_and_right(self.lora_A, self.lora_B))

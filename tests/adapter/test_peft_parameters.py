@@ -161,7 +161,8 @@ def test_the_order_in_which_a_module_registers_its_parameters_decides(tmp_path, 
     again = copy.deepcopy(plain)
     load_adapter(again, tmp_path / "b")
     assert torch.equal(output(again), output(ours))
-    assert main(["info", str(tmp_path / "b")]) == 0
+    assert main(["export", str(tmp_path / "b"), str(tmp_path / "c")]) == 0  # without a model
+    close(output(peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "c")), expected)
     assert main(["info", str(tmp_path / "a")]) == 1  # no model at hand, and the order is not the usual one
     assert "'inner' has adapters of 3 parameters" in capsys.readouterr().err
 
@@ -208,7 +209,8 @@ def test_a_damaged_description_is_refused(tmp_path, damage: Any):
 
 
 @pytest.mark.parametrize("name", ["lstm, projected, both ways", "experts", "transposed experts", "matrix"])
-def test_the_command_merges_single_parameters(tmp_path, name: str, capsys):
+def test_the_command_merges_single_parameters(tmp_path, name: str, capsys, monkeypatch):
+    monkeypatch.setattr("lightning_lora.command.write_merged.CPU_CHUNK", 30)  # an expert at a time
     ours = model(name)
     save_file(dict(ours.state_dict()), tmp_path / "base.safetensors")
     inject(ours, LoRAConfig(r=3, lora_alpha=6, target_modules=[], target_parameters=targets(name)))
