@@ -250,7 +250,7 @@ def test_round_trip_through_plain_types(config):
 
 
 def test_options_that_earlier_versions_had_not_are_left_out_at_their_defaults():
-    later = {"layers_to_transform", "layers_pattern", "task_type", "ensure_weight_tying"}
+    later = {"target_parameters", "layers_to_transform", "layers_pattern", "task_type", "ensure_weight_tying"}
     names = {field.name for field in dataclasses.fields(LoRAConfig)}
     assert names - LoRAConfig().to_dict().keys() == later
     options = {"target_modules": ["q"], "layers_to_transform": 0, "layers_pattern": "h"}
