@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lightning_lora import LoRAConfig, LoRAError, adapter_state_dict, inject, load_adapter, merged, save_adapter
+from lightning_lora.adapter.peft_names import read_names
 from lightning_lora.command.main import main
 from lightning_lora.nn.lora_layer import adapted_layers
 from support.notices import quiet_peers
@@ -167,6 +168,15 @@ def test_the_order_in_which_a_module_registers_its_parameters_decides(tmp_path, 
     assert "'inner' has adapters of 3 parameters" in capsys.readouterr().err
 
 
+def test_names_come_in_the_order_of_registration_whatever_the_files_order_is():
+    """Files of torch.save keep the order of the model, in which the last parameter comes first."""
+    names = [
+        f"base_model.model.m{wrappers}.lora_A.weight" for wrappers in ("", ".base_layer", ".base_layer.base_layer")
+    ]
+    read = read_names(names, "a file", lambda wrapped: {"m": ["first", "second", "third"]})
+    assert list(read.ours.values()) == ["m.lora_A_first", "m.lora_A_second", "m.lora_A_third"]
+
+
 def test_adapters_that_the_options_do_not_name_are_refused(tmp_path):
     peft_folder(model("lstm"), tmp_path, target_modules=[], target_parameters=["weight_ih_l0", "weight_hh_l0"])
     edit(tmp_path, target_parameters=["weight_ih_l0"])
@@ -210,7 +220,8 @@ def test_a_damaged_description_is_refused(tmp_path, damage: Any):
 
 @pytest.mark.parametrize("name", ["lstm, projected, both ways", "experts", "transposed experts", "matrix"])
 def test_the_command_merges_single_parameters(tmp_path, name: str, capsys, monkeypatch):
-    monkeypatch.setattr("lightning_lora.command.write_merged.CPU_CHUNK", 30)  # an expert at a time
+    for name_of_size in ("command.write_merged.CPU_CHUNK", "files.safetensors.CHUNK"):
+        monkeypatch.setattr(f"lightning_lora.{name_of_size}", 30)  # an expert at a time
     ours = model(name)
     save_file(dict(ours.state_dict()), tmp_path / "base.safetensors")
     inject(ours, LoRAConfig(r=3, lora_alpha=6, target_modules=[], target_parameters=targets(name)))

@@ -23,6 +23,7 @@ from lightning_lora import (
     unload,
     unmerge,
 )
+from lightning_lora.model import merging
 from lightning_lora.nn.lora_layer import adapted_layers
 from support.layers import same_bits
 from support.parameters import CASES, Experts, Model, Projected, Recurrent, fill_factors_, make_subject
@@ -110,7 +111,8 @@ def test_a_merged_model_shows_w_and_takes_a_new_base(name: str):
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("is_merged", [False, True])
-def test_copies_and_pickles_are_adapted_alike(name: str, is_merged: bool):
+def test_copies_and_pickles_are_adapted_alike(name: str, is_merged: bool, monkeypatch):
+    monkeypatch.setattr(merging, "COPY_BUDGET", 0)  # so that values are kept for restoring
     subject = make_subject(name)
     output = subject.model(subject.x)
     if is_merged:
