@@ -8,6 +8,7 @@ from dataclasses import fields
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
@@ -15,6 +16,7 @@ from .adapter.fingerprint import fingerprint
 from .adapter.lightning_checkpoint import Kind, check_kind
 from .config import Bias, Init, LoRAConfig, Task
 from .errors import LoRAError, NonFiniteError
+from .model.dequantise import dequantised_dtype
 from .model.gradients import explain_merged_training, warn_of_untrained
 from .model.inject import begin_injection, fixed_seed, random_seed, summary
 from .model.injection import find_injection, refuse_replaced_layers, snapshot_materialised
@@ -45,6 +47,13 @@ from .trainer.compatibility import (
 )
 from .trainer.late_layers import BUILDERS, adapt_after, stop_adapting
 from .trainer.lightning_packages import first_package, for_each_package, is_overridden
+from .trainer.precision import (
+    convert_linear_layers_,
+    leave_out_of_ddp_,
+    refuse_for_quantised,
+    refuse_late_conversion,
+    refuse_unloadable,
+)
 from .trainer.step_lists import StepLists
 from .trainer.strategies import prepare_strategy
 
@@ -57,7 +66,7 @@ else:
 class LoRACallback(Callback):
     """Adapt any LightningModule with LoRA: inject on setup, merge while evaluating, save small checkpoints.
 
-    The options after `merge_after_fit` are LoRAConfig's. Without any of them, a model that the user injected is taken
+    The options after `dequantize` are LoRAConfig's. Without any of them, a model that the user injected is taken
     as it is.
 
     Args:
@@ -71,6 +80,8 @@ class LoRACallback(Callback):
             advanced. Members of an ensemble need seeds of their own, or streams that differ.
         merge_after_fit: leave plain layers with merged weights behind when fit ends, for what saves the model itself,
             as save_pretrained or a library does. It is then evaluated as it is; of checkpoints it loads merged ones.
+        dequantize: the dtype ("bfloat16", "float16", "float32") of plain weights in place of quantised ones, for
+            save="merged" and merge_after_fit.
         r: rank of A (r, in) and B (out, r).
         lora_alpha: numerator of the scaling s = lora_alpha / r.
         lora_dropout: probability of dropping an input feature of the adapter while the layer is in training mode; a
@@ -107,6 +118,7 @@ class LoRACallback(Callback):
         verify: bool = False,
         seed: int | None = None,
         merge_after_fit: bool = False,
+        dequantize: str | torch.dtype | None = None,
         r: int = 8,
         lora_alpha: float = 8,
         lora_dropout: float = 0.0,
@@ -128,6 +140,7 @@ class LoRACallback(Callback):
     ) -> None:
         options = dict(locals())
         check_kind(save)
+        dequantised_dtype(dequantize, "LoRACallback")
         for name in ("merged_eval", "verify", "merge_after_fit"):
             if not isinstance(options[name], bool):
                 raise LoRAError(f"LoRACallback: {name} must be true or false, but it is {options[name]!r}.")
@@ -137,6 +150,7 @@ class LoRACallback(Callback):
         self.verify = verify
         self.seed = "" if seed is None else fixed_seed(seed)
         self.merge_after_fit = merge_after_fit
+        self.dequantize = dequantize
         # By module, because a hook may run a second Trainer with this callback.
         self._merged: set[nn.Module] = set()
         self._unmergeable: set[nn.Module] = set()  # in this evaluation
@@ -158,13 +172,17 @@ class LoRACallback(Callback):
                 return
             forget_merging(pl_module)
         if injected is None:
+            convert_linear_layers_(pl_module)
             begin_injection(pl_module, self.config, seed=self.seed or trainer.strategy.broadcast(random_seed()))
         else:
+            refuse_late_conversion(pl_module)
             refuse_other_options(injected.record, self.config, self.seed)
             warn_of_part(trainer, injected.prefix.removesuffix("."))
         adapt_after(pl_module, *(name for name in BUILDERS if is_overridden(name, pl_module)))
         adapt_cli_optimizer(pl_module)
-        save_as(pl_module, self.save)
+        refuse_for_quantised(pl_module, trainer)
+        leave_out_of_ddp_(pl_module)
+        save_as(pl_module, self.save, self.dequantize)
         self._verified = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -176,8 +194,11 @@ class LoRACallback(Callback):
         warn_of_new_heads(pl_module)
         self._fits.begin(pl_module)
         enable_input_require_grads(pl_module)
+        refuse_for_quantised(pl_module, trainer)
+        if self.save == "full":
+            refuse_unloadable(pl_module)
         if self.save == "merged":
-            refuse_unmergeable(pl_module)
+            refuse_unmergeable(pl_module, dequantised_dtype(self.dequantize, "LoRACallback"))
         if self.merge_after_fit:
             refuse_merge_after_fit(trainer, pl_module)
         injected = find_injection(pl_module)
@@ -239,7 +260,7 @@ class LoRACallback(Callback):
         """Patch the module's own hook where setup did not run: in the main process of a launcher."""
         injected = find_injection(pl_module)
         if injected is not None and injected.record.save is None:
-            save_as(pl_module, self.save)
+            save_as(pl_module, self.save, self.dequantize)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note that the fit came to its end."""

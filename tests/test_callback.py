@@ -25,12 +25,19 @@ def adapted(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, LoRALayer)]
 
 
-def test_options_are_those_of_the_config_and_five_of_its_own():
+def test_options_are_those_of_the_config_and_six_of_its_own():
     whole, *ours = inspect.signature(LoRACallback).parameters.values()
     assert (whole.name, whole.kind) == ("config", inspect.Parameter.VAR_POSITIONAL)  # unseen by YAML and --help
     ours = {parameter.name: parameter for parameter in ours}
     config = inspect.signature(LoRAConfig).parameters
-    own = {"merged_eval": True, "save": "adapter", "verify": False, "seed": None, "merge_after_fit": False}
+    own = {
+        "merged_eval": True,
+        "save": "adapter",
+        "verify": False,
+        "seed": None,
+        "merge_after_fit": False,
+        "dequantize": None,
+    }
     assert list(ours) == [*own, *config]
     assert list(config) == [field.name for field in fields(LoRAConfig)]
     assert all(parameter.kind is inspect.Parameter.KEYWORD_ONLY for parameter in ours.values())

@@ -17,23 +17,38 @@ from ..model.injection import require_injection
 from ..model.named_state import base_parameters, named_state
 from ..model.state_dict import adapter_keys, original_value
 from ..names import around
+from ..nn.lora_layer import LoRALayer
+from ..nn.quantised import dequantised, quantised_as
 
 SAMPLES = 8  # values of each frozen parameter that its fingerprint holds
 EQUAL = 1e-5  # relative difference of a base that is the same
 MOST_HEADS = 2  # modules of a head
+QUANTISED = torch.finfo(torch.bfloat16).eps  # of weights quantised alike: where they are evaluated, scales are rounded
 AVERAGED = 1e-2  # of the base that was trained on here: a moving average of a frozen weight drifts by its own rounding
 # What to do about another base, unless the caller knows better.
 REMEDY = "Load the adapter on the base that it was trained on, or pass strict_base=False, which makes this a warning."
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
-    """Return the entry of each frozen base parameter, as plain types. Collective where the model is sharded."""
+    """Return the entry of each frozen base parameter, as plain types. Collective where the model is sharded.
+
+    A quantised one's is of its dequantised values, and says how it is quantised.
+    """
     trained = set(adapter_keys(model))
     return {
-        name: fingerprint_entry(original_value(name, tensor, module))
+        name: _entry_of(name, tensor, module)
         for name, tensor, module in named_state(model)
         if name not in trained and tensor is not None and tensor.device.type != "meta"
     }
+
+
+def _entry_of(name: str, tensor: torch.Tensor, module: nn.Module) -> dict[str, Any]:
+    quantised = (
+        module.quantised() if isinstance(module, LoRALayer) and tensor is module.main_weight() else quantised_as(tensor)
+    )
+    if not quantised:
+        return fingerprint_entry(original_value(name, tensor, module))
+    return {**fingerprint_entry(dequantised(module, name.rpartition(".")[2])), "quantised": quantised}
 
 
 def fingerprint_entry(weight: torch.Tensor) -> dict[str, Any]:
@@ -110,7 +125,8 @@ def compare_fingerprints(
         differing.append(name)
     if not differing:
         return
-    message = f"the adapter belongs to another base: {difference}.{_head_hint(differing, expected)}"
+    hint = _quantised_hint(differing, present, expected) or _head_hint(differing, expected)
+    message = f"the adapter belongs to another base: {difference}.{hint}"
     if strict:
         raise LoRAError(f"{message} {remedy}")
     warnings.warn(f"lightning_lora: {message}", stacklevel=3)
@@ -120,7 +136,7 @@ def warn_of_rounding(present: Mapping[str, Any], expected: Mapping[str, Any]) ->
     """Warn where an adapter was trained on rounded weights, and is on the weights that these were rounded from here."""
     for name, before in expected.items():
         now = present.get(name)
-        if now is None or not entries_match(before, now, EQUAL):
+        if now is None or before.get("quantised") or now.get("quantised") or not entries_match(before, now, EQUAL):
             continue  # another base, of which compare_fingerprints tells
         was, is_now = (getattr(torch, entry["dtype"]) for entry in (before, now))
         if not (was.is_floating_point and is_now.is_floating_point) or before["values"] == now["values"]:
@@ -141,6 +157,8 @@ def entries_match(before: Mapping[str, Any], now: Mapping[str, Any], relative: f
     if list(before["shape"]) != list(now["shape"]) or len(before["values"]) != len(now["values"]):
         return False
     absolute = 0.0
+    if before.get("quantised") and before.get("quantised") == now.get("quantised"):
+        relative = max(relative, QUANTISED)
     dtypes = {getattr(torch, entry["dtype"]) for entry in (before, now)}
     if len(dtypes) > 1:
         relative = max([relative, *(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)])
@@ -149,6 +167,22 @@ def entries_match(before: Mapping[str, Any], now: Mapping[str, Any], relative: f
         a == b or math.isclose(a, b, rel_tol=relative, abs_tol=absolute) or (math.isnan(a) and math.isnan(b))
         for a, b in zip(before["values"], now["values"], strict=True)
     )
+
+
+def _quantised_hint(differing: Iterable[str], present: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
+    """Say that the base was quantised otherwise where the adapter was trained, if that is so."""
+    for name in differing:
+        was, is_now = (entries.get(name, {}).get("quantised", "") for entries in (expected, present))
+        if was != is_now:
+            return (
+                f" Where the adapter was trained the base was {_quantised_words(was)}, here it is "
+                f"{_quantised_words(is_now)}, which changes its values; an adapter often serves both."
+            )
+    return ""
+
+
+def _quantised_words(quantised: str) -> str:
+    return f"quantised ({quantised})" if quantised else "not quantised"
 
 
 def _head_hint(differing: Iterable[str], expected: Mapping[str, Any]) -> str:

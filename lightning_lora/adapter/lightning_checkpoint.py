@@ -23,11 +23,13 @@ from torch import nn
 from ..distributed.sharding import gather_all, has_sharded
 from ..errors import LoRAError, NonFiniteError
 from ..files.torch_archive import read_torch_file
+from ..model.dequantise import dequantised_dtype, quantised_weights
 from ..model.injection import refuse_replaced_layers, require_injection
 from ..model.named_state import named_state
 from ..model.state_dict import adapter_keys, adapter_state_dict, merge_state_dict, original_value
 from ..names import META, canonical, split_factor_name
 from ..nn.lora_layer import is_factor
+from ..nn.quantised_state import quantisation_entries, unchanged_weight
 from .adapter import Adapter, check_factors
 from .apply import add_frozen_weights, align_names, check_adapter, record_trained
 from .fingerprint import AVERAGED, entries_match, fingerprint_entry
@@ -74,6 +76,7 @@ def convert_checkpoint(module: nn.Module, checkpoint: MutableMapping[str, Any], 
         meta["initial"] = gather_all(injected.seen(injected.record.initial))
     else:
         frozen = {name for name, tensor, _ in named_state(module) if tensor is not None} - trained
+        frozen |= quantisation_entries(state, quantised_weights(module))
         if not sharded:
             _warn_of_moved({name: state[name] for name in state if name in frozen}, adapter.fingerprint, kind)
         meta = _describe(kind, adapter)
@@ -84,7 +87,8 @@ def convert_checkpoint(module: nn.Module, checkpoint: MutableMapping[str, Any], 
         else:
             tensors = {name: state[name] for name in keys if name in state}
         meta["adapter"] = in_one_storage(tensors)
-        checkpoint["state_dict"] = state if sharded else _merge_state(module, state)
+        dtype = dequantised_dtype(injected.record.dequantize, "checkpoint")
+        checkpoint["state_dict"] = state if sharded else _merge_state(module, state, dtype)
     elif kind == "adapter":
         tensors = {name: value for name, value in state.items() if name not in frozen}
         checkpoint["state_dict"] = tensors if sharded else in_one_storage(tensors)
@@ -98,7 +102,9 @@ def _warn_of_moved(frozen: Mapping[str, Any], at_fit_start: Mapping[str, Any], k
     moved = [
         name
         for name, entry in at_fit_start.items()
-        if name in frozen and not entries_match(entry, fingerprint_entry(frozen[name]), AVERAGED)
+        if name in frozen
+        and not entry.get("quantised")
+        and not entries_match(entry, fingerprint_entry(frozen[name]), AVERAGED)
     ]
     if moved:
         warnings.warn(
@@ -113,9 +119,9 @@ def _by_canonical_names(state: Mapping[Any, Any]) -> dict[Any, Any]:
     return {canonical(str(name)): value for name, value in state.items()}
 
 
-def _merge_state(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
+def _merge_state(module: nn.Module, state: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
     try:
-        return merge_state_dict(module, state)
+        return merge_state_dict(module, state, dtype)
     except NonFiniteError as error:
         raise NonFiniteError(
             f'{error}. Merged weights cannot hold that; with save="adapter" or "full" a diverged run is saved as it is.'
@@ -179,7 +185,8 @@ def _strip_copies(
     """
     copies: list[list[Any]] = []
     parameters = {name for name, tensor, _ in named_state(module) if isinstance(tensor, nn.Parameter)}
-    entries = {name: entry for name, entry in fingerprint.items() if name in parameters}
+    # Of quantised weights the copies hold what is packed.
+    entries = {name: entry for name, entry in fingerprint.items() if name in parameters and not entry.get("quantised")}
 
     def strip(mapping: Mapping[Any, Any], path: tuple[Any, ...]) -> dict[Any, Any] | None:
         named = _by_canonical_names(mapping)
@@ -230,7 +237,7 @@ def prepare_for_load(module: nn.Module, checkpoint: MutableMapping[str, Any]) ->
     check_adapter(module, complete, remedy=REMEDY_IN_TRAINER)
     record_trained(module, adapter)
     require_injection(module, "checkpoint").record.origin = dict(adapter.origin)
-    live = _by_canonical_names(module.state_dict()) | dict(complete.tensors)
+    live = _live_state(module) | dict(complete.tensors)
     copies = checkpoint[META].get("copies")
 
     def add_base(mapping: Mapping[Any, Any], path: tuple[Any, ...]) -> dict[Any, Any] | None:
@@ -243,6 +250,16 @@ def prepare_for_load(module: nn.Module, checkpoint: MutableMapping[str, Any]) ->
         checkpoint[key] = _replace_mappings(checkpoint[key], add_base, (key,))
     if kind == "merged" or names != adapter.tensors.keys():
         checkpoint["state_dict"] = {**live, **adapter.tensors}
+
+
+def _live_state(module: nn.Module) -> dict[str, Any]:
+    """Return the module's state dict, of quantised weights what leaves them as they are."""
+    state, quantised = _by_canonical_names(module.state_dict()), quantised_weights(module)
+    for name in quantisation_entries(state, quantised):
+        del state[name]
+    for name, owner in quantised.items():
+        state[name] = unchanged_weight(owner, owner._parameters[name.rpartition(".")[2]])
+    return state
 
 
 def _prepare_full(module: nn.Module, checkpoint: MutableMapping[str, Any], adapter: Adapter) -> None:
@@ -326,7 +343,8 @@ def adapter_of(checkpoint: Mapping[str, Any]) -> tuple[Adapter, Kind]:
     tensors = _by_canonical_names(tensors)
     adapter = from_metadata(tensors, meta, 'checkpoint["lora"]')
     if kind == "full":
-        adapter = replace(adapter, tensors={n: value for n, value in tensors.items() if n not in adapter.fingerprint})
+        base = adapter.fingerprint.keys() | quantisation_entries(tensors, adapter.fingerprint)
+        adapter = replace(adapter, tensors={n: value for n, value in tensors.items() if n not in base})
     check_factors(adapter, 'checkpoint["lora"]')
     return adapter, kind
 

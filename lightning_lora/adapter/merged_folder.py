@@ -17,11 +17,13 @@ from ..files.atomic import new_folder
 from ..files.model_folder import CONFIG, INDEX_SUFFIX, STEM, index_of, plan_shards
 from ..files.paths import PathLike, write_json
 from ..files.safetensors import NAMES, SUFFIX, as_bytes, build_header
+from ..model.dequantise import Dequantiser, dequantised_dtype
 from ..model.gradients import warn_of_untrained
 from ..model.injection import refuse_replaced_layers, require_injection
 from ..model.named_state import named_state
-from ..model.state_dict import refuse_unmergeable
+from ..model.state_dict import refuse_quantised, refuse_unmergeable
 from ..nn.lora_layer import AdaptedModule, adapted_layers, is_factor
+from ..nn.quantised import quantised_as, shape_of
 from .pretrained_folder import (
     Part,
     find_network,
@@ -36,7 +38,13 @@ WEIGHTS = (FILE, f"{STEM}-*-of-*{SUFFIX}", INDEX)  # of an earlier export into t
 PT = {"format": "pt"}
 
 
-def save_merged(model: nn.Module, path: PathLike, *, max_shard_bytes: int = 5 * 10**9) -> None:
+def save_merged(
+    model: nn.Module,
+    path: PathLike,
+    *,
+    max_shard_bytes: int = 5 * 10**9,
+    dequantize: torch.dtype | str | None = None,
+) -> None:
     """Write merged weights under the base's names, as a folder in the layout of Hugging Face models.
 
     Of a transformers model, or a LightningModule around one, from_pretrained loads the folder: it holds the network's
@@ -52,9 +60,12 @@ def save_merged(model: nn.Module, path: PathLike, *, max_shard_bytes: int = 5 * 
         path: the folder, which appears when it is complete. In one that is there already the weights are replaced
             and all else stays.
         max_shard_bytes: what does not fit into one `model.safetensors` of this size goes into several and an index.
+        dequantize: the dtype of plain weights in place of quantised ones, adapted or not; one is dequantised at a
+            time. What rounding W' to it costs is logged.
 
     Raises:
-        LoRAError: the model was not injected, a layer cannot be merged, the folder holds an adapter that
+        LoRAError: the model was not injected, a layer cannot be merged, a weight is quantised and `dequantize` is not
+            given, the folder holds an adapter that
             from_pretrained would load instead, or another rank failed. Nothing is written.
         OSError: on the rank whose writing failed.
     """
@@ -62,10 +73,15 @@ def save_merged(model: nn.Module, path: PathLike, *, max_shard_bytes: int = 5 * 
         require_injection(model, "save_merged")
     refuse_replaced_layers(model, "save_merged")
     warn_of_untrained(model)
-    refuse_unmergeable(model)
+    dtype = dequantised_dtype(dequantize, "save_merged")
+    refuse_unmergeable(model, dtype)
     prefix, network = find_network(model) or ("", None)
+    dequantiser = None if dtype is None else Dequantiser(dtype)
     state = _base_tensors(model, prefix)
-    tensors = {name: tensor for name, (tensor, _) in state.items()}
+    tensors = {name: _stored(tensor, dtype) for name, (tensor, _) in state.items()}
+    quantised = {name: quantised_as(tensor) for name, (tensor, _) in state.items() if quantised_as(tensor)}
+    if quantised and dequantiser is None:
+        refuse_quantised(*next(iter(quantised.items())))
     divided = one_part_each(tensors) if network is None else parts_in_files(network, tensors)
     parts = {next(iter(part.stored)): part for part in divided if part.stored}
     files = plan_shards({key: _size(part.stored) for key, part in parts.items()}, max_shard_bytes)
@@ -84,7 +100,7 @@ def save_merged(model: nn.Module, path: PathLike, *, max_shard_bytes: int = 5 * 
         here = folder[0] if writes else Path()
         if network is not None:
             step(path, partial(refuse_adapter_beside, path))
-            step(CONFIG, partial(write_configuration, network, here))
+            step(CONFIG, partial(write_configuration, network, here, dtype if quantised else None))
         index = {}
         for file, keys in files.items():
             in_file = sorted(map(parts.__getitem__, keys), key=_narrowness)  # wide ones first, so that all are aligned
@@ -93,12 +109,17 @@ def save_merged(model: nn.Module, path: PathLike, *, max_shard_bytes: int = 5 * 
             step(file, partial(_append, here / file, build_header(header, PT)))
             for part in in_file:  # nothing here holds a tensor while the next one is gathered
                 append = partial(_append_part, here / file, part)
-                step(repr(part.names[0]), partial(append, {n: _merged(n, *state[n], sync) for n in part.names}))
+                step(
+                    repr(part.names[0]),
+                    partial(append, {n: _merged(n, *state[n], sync, dequantiser) for n in part.names}),
+                )
         if len(files) > 1:
             sizes = {name: tensor.nbytes for stored in index.values() for name, tensor in stored.items()}
             names = {file: list(stored) for file, stored in index.items()}
             step(INDEX, partial(write_json, here / INDEX, index_of(names, sizes, {})))
         step(path, moves_on_leaving.close)
+    if dequantiser is not None:
+        dequantiser.report()
 
 
 def _size(tensors: Mapping[str, torch.Tensor]) -> int:
@@ -122,8 +143,19 @@ def _base_tensors(model: nn.Module, prefix: str) -> dict[str, tuple[torch.Tensor
     return tensors
 
 
-def _merged(name: str, tensor: torch.Tensor, module: nn.Module, sync: RankSync) -> torch.Tensor:
+def _stored(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """Return a tensor of the shape and dtype that it has in the folder."""
+    if dtype is None or not quantised_as(tensor):
+        return tensor
+    return torch.empty(shape_of(tensor), dtype=dtype, device="meta")
+
+
+def _merged(
+    name: str, tensor: torch.Tensor, module: nn.Module, sync: RankSync, dequantiser: Dequantiser | None
+) -> torch.Tensor:
     """A whole tensor on the CPU, the adapter merged into it. Collective where it is sharded."""
+    if dequantiser is not None and quantised_as(tensor):
+        return dequantiser.weight(name, module).cpu()
     leaf = name.rpartition(".")[2]
     values = [tensor.detach()]
     adapter = module.lora_adapter_of(leaf) if isinstance(module, AdaptedModule) else None

@@ -1,7 +1,8 @@
 """What travels beside an adapter's tensors, as plain types: in checkpoint["lora"] and in a tensor file's header.
 
 layers       [[kind or None, scaling, [names]], ...]
-fingerprint  [[dtype, shape, leaf, [modules], values], ...], the bytes of all modules' values in base 85
+fingerprint  [[dtype, shape, leaf, [modules], values], ...], the bytes of all modules' values in base 85; of quantised
+             weights one thing more: how
 """
 
 from __future__ import annotations
@@ -161,21 +162,22 @@ def decode_layers(groups: Any) -> tuple[dict[str, float], dict[str, str]]:
 
 
 def encode_fingerprint(entries: Mapping[str, Mapping[str, Any]]) -> list[Any]:
-    """Group the entries of a fingerprint by dtype, shape and leaf, with all their values as one text."""
-    groups: dict[tuple[str, tuple[int, ...], str], dict[str, list[float]]] = {}
+    """Group the entries of a fingerprint by dtype, shape, leaf and quantisation, with all their values as one text."""
+    groups: dict[tuple[str, tuple[int, ...], str, tuple[str, ...]], dict[str, list[float]]] = {}
     for name, entry in entries.items():
         module, _, leaf = name.rpartition(".")
-        groups.setdefault((entry["dtype"], tuple(entry["shape"]), leaf), {})[module] = entry["values"]
+        quantised = (entry["quantised"],) if entry.get("quantised") else ()
+        groups.setdefault((entry["dtype"], tuple(entry["shape"]), leaf, quantised), {})[module] = entry["values"]
     return [
-        [dtype, list(shape), leaf, list(values), _encode(list(values.values()), _stored_dtype(dtype))]
-        for (dtype, shape, leaf), values in groups.items()
+        [dtype, list(shape), leaf, list(values), _encode(list(values.values()), _stored_dtype(dtype)), *quantised]
+        for (dtype, shape, leaf, quantised), values in groups.items()
     ]
 
 
 def decode_fingerprint(groups: Any) -> dict[str, Any]:
     """Return entries by name: the inverse of encode_fingerprint. Raises TypeError or ValueError for any other form."""
     entries = {}
-    for dtype, shape, leaf, modules, encoded in _list(groups):
+    for dtype, shape, leaf, modules, encoded, *quantised in map(_list, _list(groups)):
         if not isinstance(getattr(torch, _text(dtype), None), torch.dtype):
             raise ValueError(f"unknown dtype {dtype!r}")
         if not all(type(size) is int and size >= 0 for size in _list(shape)):
@@ -185,6 +187,8 @@ def decode_fingerprint(groups: Any) -> dict[str, Any]:
         for module, values in zip(modules, rows, strict=True):
             name = f"{_text(module)}.{_text(leaf)}" if module else _text(leaf)
             entries[name] = {"shape": list(shape), "dtype": dtype, "values": values}
+            if quantised:
+                entries[name]["quantised"] = _text(*quantised)
     return entries
 
 

@@ -21,7 +21,13 @@ from ..errors import LoRAError
 from ..files.paths import PathLike
 from ..model.injection import find_injection
 from ..model.named_state import named_state
-from ..model.pretrained import is_pretrained_model, pretrained_models
+from ..model.pretrained import (
+    CONVERSIONS,
+    QUANTISATION_CONFIG,
+    is_pretrained_model,
+    plain_conversions,
+    pretrained_models,
+)
 from ..model.state_dict import adapter_keys
 from ..names import around, uncompiled
 from .metadata import is_lightning_module
@@ -92,11 +98,20 @@ def refuse_adapter_beside(path: PathLike) -> None:
         )
 
 
-def write_configuration(network: Any, folder: Path) -> None:
-    """Write what transformers' save_pretrained writes beside the weights; the live configuration stays as it is."""
+def write_configuration(network: Any, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Write what transformers' save_pretrained writes beside the weights; the live configuration stays as it is.
+
+    Args:
+        network: the model.
+        folder: where to.
+        dtype: of the weights in the folder, where quantised ones of the model are plain there.
+    """
     config = copy.deepcopy(network.config)
     config.architectures = [type(network).__name__.removeprefix("FSDP")]
-    setattr(config, "dtype" if hasattr(config, "dtype") else "torch_dtype", str(network.dtype).removeprefix("torch."))
+    stored = str(dtype or network.dtype).removeprefix("torch.")
+    setattr(config, "dtype" if hasattr(config, "dtype") else "torch_dtype", stored)
+    if dtype is not None:
+        vars(config).pop(QUANTISATION_CONFIG, None)
     if getattr(network, "_auto_class", None) is not None:  # a class that is in no package travels as its source
         importlib.import_module("transformers.dynamic_module_utils").custom_object_save(network, folder, config=config)
     config.save_pretrained(folder)
@@ -136,6 +151,9 @@ def _conversion(network: Any) -> Convert:
         loading = importlib.import_module("transformers.core_model_loading")
     except ImportError:
         return _as_they_are
+    if CONVERSIONS in vars(network):
+        network = copy.copy(network)
+        vars(network)[CONVERSIONS] = plain_conversions(network)
     return cast(Convert, partial(loading.revert_weight_conversion, network))
 
 

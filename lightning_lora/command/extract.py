@@ -27,7 +27,7 @@ from ..nn.low_rank import (
     TRANSPOSED,
     factor_shapes,
 )
-from .output import ProgressBar, no_progress
+from .output import ProgressBar, no_progress, refuse_quantised
 
 EXACT = 512  # up to this many rows or columns the whole decomposition is cheap
 OVERSAMPLED, ITERATIONS = 16, 6
@@ -84,6 +84,8 @@ def extract(
     Raises:
         LoRAError: names or shapes differ, or a change cannot be carried.
     """
+    for weights in (base, tuned):
+        refuse_quantised("extract", weights)
     _same_names(base, tuned)
     changed = []
     with progress(base.nbytes) as advance:

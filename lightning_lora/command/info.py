@@ -21,6 +21,7 @@ from ..files.safetensors import SUFFIX, TensorLocation, read_rows
 from ..files.torch_archive import read_torch_file
 from ..files.weights import Weights, open_weights
 from ..names import META, A, B
+from .output import refuse_quantised
 
 
 def info(path: PathLike) -> dict[str, Any]:
@@ -116,7 +117,10 @@ def diff(first_path: PathLike, second_path: PathLike) -> dict[str, Any]:
         adapter, weights = (first_path, second_path) if are_adapters[0] else (second_path, first_path)
         raise LoRAError(f"diff: {adapter} is an adapter and {weights} is not; give two of a kind.")
     if not are_adapters[0]:
-        return _diff_weights(open_weights(first_path), open_weights(second_path))
+        both = open_weights(first_path), open_weights(second_path)
+        for each in both:
+            refuse_quantised("diff", each)
+        return _diff_weights(*both)
     first, second = (without_base(read_adapter(path)).by_network_names() for path in (first_path, second_path))
     return _diff_adapters(first, second)
 

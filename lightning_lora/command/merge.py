@@ -35,7 +35,7 @@ from ..nn.low_rank import (
     matrix_shape,
 )
 from .module_names import ModuleNames, names_in_transformers, own_names, renamed
-from .output import MODEL_FILE, MODEL_FOLDER, ProgressBar, check_output, no_progress
+from .output import MODEL_FILE, MODEL_FOLDER, ProgressBar, check_output, no_progress, refuse_quantised
 from .write_merged import Job, WeightUpdate, verify_result, write_file_of, write_folder_of
 
 OTHER_BASE = "Give the base that it was trained on as --base, or pass --strict-base=false, which makes this a warning."
@@ -106,6 +106,9 @@ def plan_updates(
         adapter = align_to_modules(adapter, names.modules() | parameters, str(base.path))
     except LoRAError as error:
         raise LoRAError(f"{error} {names.hint}") from error
+    refuse_quantised(
+        "merge", base, {*adapter.layers(), *(name.rpartition(".")[0] for name in adapter.beside_factors())}
+    )
     _refuse_built(adapter, base, names)
     _refuse_missing(adapter, base, _scope(before, adapter))
     _compare_base(adapter, base, strict_base)
@@ -182,7 +185,9 @@ def _write(job: Job, output: PathLike, max_shard_bytes: int | None, check: bool)
 
 def _compare_base(adapter: Adapter, base: Weights, strict: bool) -> None:
     """Compare what both name: a file may hold tied weights once, or experts under other names than a model."""
-    locations = {name: base.locations[name] for name in adapter.fingerprint if name in base.locations}
+    packed = {f"{module}.weight" for module in base.quantised()}
+    named = adapter.fingerprint.keys() - packed
+    locations = {name: base.locations[name] for name in adapter.fingerprint if name in named & base.locations.keys()}
     entries = {name: fingerprint_entry_at(location) for name, location in locations.items() if location.in_order}
     expected = {name: adapter.fingerprint[name] for name in entries}
     compare_fingerprints(entries, expected, strict=strict, remedy=OTHER_BASE)

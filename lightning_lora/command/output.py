@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +14,7 @@ from ..files.atomic import check_output_path
 from ..files.paths import PathLike
 from ..files.safetensors import SUFFIX
 from ..files.torch_archive import read_torch_file
+from ..files.weights import Weights
 from ..names import META
 
 Progress = Callable[[int], None]  # is told the number of bytes of each part that is done
@@ -23,6 +24,26 @@ ProgressBar = Callable[[int], AbstractContextManager[Progress]]  # from the numb
 def no_progress(total: int) -> AbstractContextManager[Progress]:
     """Report nothing."""
     return nullcontext(lambda done: None)
+
+
+def refuse_quantised(verb: str, weights: Weights, modules: Collection[str] | None = None) -> None:
+    """Refuse weights of which some are quantised, so that their bytes are no values.
+
+    Args:
+        verb: what the message begins with.
+        weights: on disk.
+        modules: whose weights are needed, or None for all.
+
+    Raises:
+        LoRAError: one of them is quantised; the message names it and the way that works.
+    """
+    for module, name in weights.quantised().items():
+        if modules is None or module in modules:
+            raise LoRAError(
+                f"{verb}: {weights.path}: the weight of {module!r} is quantised, as {name!r} shows, and files are "
+                "compared and merged by value. Give the base that it was quantised from; or load the quantised model "
+                'in Python, then load_adapter(model, adapter) and save_merged(model, path, dequantize="bfloat16").'
+            )
 
 
 class OutputKind(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,9 @@ from .model_folder import ModelFolder, open_folder
 from .paths import PathLike
 from .safetensors import SUFFIX, Header, TensorLocation, read_header
 from .torch_archive import torch_locations
+
+# What bitsandbytes' layers, and transformers for torchao's tensors, save beside or in place of a weight.
+QUANTISED = re.compile(r"(?P<module>.*)\.(SCB|weight\.absmax|_weight_qdata)")
 
 Form = Literal["folder", "safetensors", "torch"]
 
@@ -39,6 +43,11 @@ class Weights:
     def holds_factors(self) -> bool:
         """Say whether a tensor's name is one of an adapter, ours or PEFT's."""
         return any(part.startswith("lora_") for name in self.locations for part in name.split("."))
+
+    def quantised(self) -> dict[str, str]:
+        """Find the modules whose weight is quantised, by bitsandbytes or torchao; returns each with what shows it."""
+        found = {name: QUANTISED.fullmatch(name) for name in self.locations}
+        return {match["module"]: name for name, match in found.items() if match}
 
     def other_owners(self) -> dict[str, str]:
         """Find the tensors whose values something else uses too; returns each with that."""

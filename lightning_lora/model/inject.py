@@ -22,8 +22,10 @@ from ..nn.layer_kinds import adapt_
 from ..nn.lora_layer import AdaptedWeights, LayerSpec, LoRALayer, adapted_layers
 from ..nn.low_rank import HALF
 from ..nn.parameter import adapt_parameter_
+from ..nn.quantised import allow_packing_, keep_gradients_, shape_of
 from ..nn.readers import patch_readers
 from ..nn.tied_weights import record_ties
+from .dequantise import dequantised_dtype, plain_weights, replace_quantised_
 from .gradients import note_gradient
 from .injection import (
     Injected,
@@ -38,7 +40,12 @@ from .merging import is_merged, merge, unmerge
 from .named_state import base_parameters, exchange_values_
 from .passed_over import describe_passed_over
 from .patches import call_previous, patch, unpatch
-from .pretrained import follow_gradient_checkpointing, resized_embeddings, warn_before_save_pretrained
+from .pretrained import (
+    follow_gradient_checkpointing,
+    forget_quantisation,
+    resized_embeddings,
+    warn_before_save_pretrained,
+)
 from .state_dict import accept_partial_states, accept_whole_states_only, refuse_unmergeable
 from .targets import (
     TRAINED_WHOLE,
@@ -46,6 +53,7 @@ from .targets import (
     check_parameter,
     check_shapes,
     check_supported,
+    check_trainable,
     check_unadapted,
     check_untied,
 )
@@ -108,22 +116,32 @@ def unload(model: nn.Module) -> None:
     unpatch(model)
 
 
-def merge_and_unload(model: nn.Module) -> nn.Module:
+def merge_and_unload(model: nn.Module, *, dequantize: torch.dtype | str | None = None) -> nn.Module:
     """Merge the adapters and leave plain modules without a trace of LoRA; return the model. In place.
+
+    Args:
+        model: an injected model.
+        dequantize: the dtype of plain weights in place of quantised ones, adapted or not: those of bitsandbytes are
+            replaced by nn.Linear, and a transformers model forgets how it was quantised.
 
     Raises:
         LoRAError: the model was not injected, a layer was replaced since, W' is not finite, or a layer cannot be
-            merged because its weight has another owner.
+            merged because its weight has another owner, or is quantised and `dequantize` is not given.
     """
+    dtype = dequantised_dtype(dequantize, "merge_and_unload")
     root = require_injection(model, "merge_and_unload").root
     refuse_replaced_layers(root, "merge_and_unload")
     refuse_fully_sharded(root, "merge_and_unload")
-    refuse_unmergeable(root)
+    refuse_unmergeable(root, dtype)
     unmerge(root)  # what stayed factored, and need not any more, is merged now
+    plain = plain_weights(root, dtype) if dtype is not None else {}
     merge(root)
     for layer in adapted_layers(root).values():
         layer.lora.records.clear()
     strip_adapters(root)
+    if plain:
+        replace_quantised_(root, plain)
+        forget_quantisation(root)
     unpatch(root)
     unpatch(model)
     return model
@@ -157,7 +175,7 @@ def summary(model: nn.Module) -> str:
     """Say in one line how many layers are adapted, parameters trainable, and megabytes in the adapter."""
     parameters = list(model.parameters())
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
-    total = sum(p.numel() for p in parameters)
+    total = sum(shape_of(p).numel() for p in parameters)
     layers = adapted_layers(model).values()
     size = sum(layer.lora_A.nbytes + layer.lora_B.nbytes for layer in layers)
     return (
@@ -215,6 +233,7 @@ def adapt_new_layers(model: nn.Module) -> None:
     parameters = {name: place for name, place in targets.parameters.items() if name not in live}
     for name, (module, leaf) in parameters.items():
         check_parameter(name, module, leaf, is_layer=module in targets.layers.values())
+    check_trainable(targets.saved)
     if not record.config.ensure_weight_tying:
         check_untied(root, targets.saved)
     _freeze(root, record, new, targets.saved)
@@ -228,6 +247,7 @@ def adapt_new_layers(model: nn.Module) -> None:
     record_ties(root)
     record_trainable(root, expected=True)
     _record_resized(root, record)
+    keep_gradients_(root)
     patch_readers(root)
     update_fast_paths(root)
     enable_input_require_grads(root)
@@ -239,6 +259,7 @@ def adapt_new_layers(model: nn.Module) -> None:
 def strip_adapters(root: nn.Module) -> None:
     """Take the adapters out, but leave patched methods. In place."""
     record: Injection = vars(root)[ATTRIBUTE]
+    allow_packing_(root)
     for layer in adapted_layers(root).values():
         layer.strip_()
     patch_readers(root)
@@ -340,7 +361,7 @@ def _spec(name: str, record: Injection, seed: str) -> LayerSpec:
 
 
 def _with_factors(layer: AdaptedWeights) -> AdaptedWeights:
-    dtype = layer.main_weight().dtype
+    dtype = layer.weight_dtype()
     layer.create_factors(torch.float32 if dtype in HALF and layer.lora.spec.keep_float32 else dtype)
     return layer
 

@@ -38,12 +38,14 @@ class Injection:
     unfrozen: set[str] = field(default_factory=set)  # those of them that became so after injection, not by the options
     resized: set[str] = field(default_factory=set)  # those that are saved because they were resized before injection
     save: Any = None  # the kind of Lightning checkpoint, or None for an unfiltered one
+    dequantize: Any = None  # the dtype of quantised weights in merged checkpoints
     fingerprint: dict[str, Any] = field(default_factory=dict)  # of the base at fit start, by LightningModule's names
     origin: dict[str, str] = field(default_factory=dict)  # what a loaded adapter says of its base, see Adapter
     validated: bool = False  # all layers were there, and each entry of the options names something
     seed: str = ""  # what adapters are drawn from, or "" for the random stream of the moment
     training_checked: bool = False  # training has begun, and what it does not reach was warned of
     checkpointing_reported: bool = False  # that reentrant segments cut adapters off was said
+    quantised_reported: bool = False  # that layers with quantised weights stay factored was said
     passed_over: str = ""  # a sentence: what "all-linear" left alone, beside layers that are named one by one
     root: weakref.ref[nn.Module] | None = None  # the injected module; a copy of the record does not have it
 

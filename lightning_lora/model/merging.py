@@ -22,6 +22,7 @@ from ..nn.fast_paths import update_fast_paths
 from ..nn.lora_layer import AdaptedWeights, Blocks, adapted_layers
 from ..nn.low_rank import HALF
 from ..nn.tied_weights import record_ties
+from .dequantise import WORST_FIDELITY
 from .gradients import warn_of_untrained
 from .injection import refuse_replaced_layers
 
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from ..metrics import MergeFidelity
 
 COPY_BUDGET = 64 * 2**20  # bytes of plain copies of small weights, which are faster than storing values
-WORST_FIDELITY = 0.05  # above this share of the adapter that rounding loses, a warning says so
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +42,8 @@ def is_merged(model: nn.Module) -> bool:
 def merge(model: nn.Module) -> None:
     """Write W' = W + s * B @ A into every adapted layer's weight; unmerge takes it out bit for bit. In place.
 
-    Harmless when repeated, and inside disable_adapter. A layer whose weight has another owner, or renormalises itself,
-    stays factored. The first merge of 16-bit layers logs what rounding W' costs.
+    Harmless when repeated, and inside disable_adapter. A layer whose weight has another owner, renormalises itself or
+    is quantised stays factored. The first merge of 16-bit layers logs what rounding W' costs.
 
     Collective: every rank of a sharded model calls this; the factors are gathered, the weights never.
 
@@ -59,7 +59,7 @@ def merge(model: nn.Module) -> None:
         return
     warn_of_untrained(model, layers)
     restore_shards_(model, layers)
-    copies = _affordable_copies(layers.values())
+    copies = _affordable_copies([layer for layer in layers.values() if not layer.quantised()])
     with _deferred_interrupt(), torch.no_grad():  # once, for it takes longer than a small layer's sum
         try:
             record_ties(model)
@@ -74,6 +74,7 @@ def merge(model: nn.Module) -> None:
                     sync.run(f"merge: layer {name!r}", _merge_layer, layer, blocks, layer in copies, observe)
             sync.raise_on_any_rank()
             fidelity.report()
+            _report_quantised(pending.values())
         except BaseException:
             _unmerge_all(layers)
             raise
@@ -171,6 +172,23 @@ def _unmerge_all(layers: Mapping[str, AdaptedWeights]) -> None:
             failures.append(f"unmerge: layer {name!r}: {error}.")
     if failures:
         raise LoRAError("\n".join(failures))
+
+
+def _report_quantised(layers: Iterable[AdaptedWeights]) -> None:
+    """Log, once a model, how many layers stay factored because their weights are quantised."""
+    quantised = [layer for layer in layers if layer.quantised()]
+    reported = {id(layer.lora.injection) for layer in quantised if layer.lora.injection.quantised_reported}
+    quantised = [layer for layer in quantised if id(layer.lora.injection) not in reported]
+    for layer in quantised:
+        layer.lora.injection.quantised_reported = True
+    if quantised:
+        kinds = ", ".join(sorted({layer.quantised() for layer in quantised}))
+        log.info(
+            "lightning_lora: merge: %d layers have quantised weights (%s) and stay factored: rounding W' to these "
+            "again would lose much of the adapter",
+            len(quantised),
+            kinds,
+        )
 
 
 class _Fidelity:

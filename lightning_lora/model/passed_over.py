@@ -9,6 +9,7 @@ from torch import nn
 from ..names import around, canonical, matcher
 from ..nn.layer_kinds import layer_class
 from ..nn.lora_layer import AdaptedModule, LoRALayer, Swapped, is_factor
+from ..nn.quantised import shape_of
 from .injection import Injection
 from .named_state import base_parameters
 from .targets import Targets
@@ -47,12 +48,12 @@ def describe_passed_over(root: nn.Module, record: Injection, targets: Targets) -
             if parameter is not None and parameter.dim() > 1 and id(parameter) not in seen:
                 seen.add(id(parameter))
                 kind = _kind(module, leaf)
-                sizes[kind] += parameter.numel()
+                sizes[kind] += shape_of(parameter).numel()
                 if (parameter.dim() == 3 or isinstance(module, nn.RNNBase)) and leaf != "weight":
                     single[leaf] = None
                 kinds.add(kind)
         counts.update(kinds)
-    total = sum(parameter.numel() for parameter in base_parameters(root).values())
+    total = sum(shape_of(parameter).numel() for parameter in base_parameters(root).values())
     large = [(kind, size) for kind, size in sizes.most_common(MOST_KINDS) if size / total > LEAST_SHARE]
     if not large:
         return ""

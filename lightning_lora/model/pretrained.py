@@ -19,6 +19,12 @@ from ..nn.lora_layer import AdaptedModule
 from .patches import call_previous, patch
 
 SET_CHECKPOINTING = "_set_gradient_checkpointing"  # what both of transformers' public methods call
+CONVERSIONS = "_weight_conversions"  # what a transformers 5 model's tensors went through when they were loaded
+QUANTISATION_CONFIG = "quantization_config"  # in a configuration
+QUANTISATION = {  # what transformers notes on a model that it has quantised
+    *("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit"),
+    *("is_4bit_serializable", "is_8bit_serializable"),
+}
 
 
 def pretrained_models(model: nn.Module) -> dict[str, nn.Module]:
@@ -102,6 +108,29 @@ def warn_before_save_pretrained(model: nn.Module) -> None:
     """Patch transformers models with adapted layers so that save_pretrained, which writes no adapter, warns."""
     for module in _adapted_models(model):
         patch(module, "save_pretrained", _save_pretrained)
+
+
+def forget_quantisation(model: nn.Module) -> None:
+    """Let transformers models whose weights are plain now be saved and moved as such. In place."""
+    for module in model.modules():
+        if is_pretrained_model(module):
+            if CONVERSIONS in vars(module):
+                vars(module)[CONVERSIONS] = plain_conversions(module)
+            for name in QUANTISATION & vars(module).keys():
+                delattr(module, name)
+            vars(module.config).pop(QUANTISATION_CONFIG, None)
+
+
+def plain_conversions(pretrained: nn.Module) -> list[Any] | None:
+    """Return what a transformers 5 model's tensors went through when they were loaded, but for quantisation's part."""
+    conversions = vars(pretrained)[CONVERSIONS]
+    return conversions and [each for each in conversions if not _dequantises(each)]
+
+
+def _dequantises(conversion: Any) -> bool:
+    """Tell whether a conversion reads quantised weights: its operation is of the integration with their package."""
+    operations = getattr(conversion, "operations", None) or ()
+    return any(type(operation).__module__.startswith("transformers.integrations") for operation in operations)
 
 
 def _save_pretrained(module: nn.Module, previous: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:

@@ -151,7 +151,8 @@ def _compare(watched: _Watched, error: MergeError) -> None:
     if call is None:
         return
     without, factored = _run(watched, call, base, False), _run(watched, call, base, True)
-    error.update(call.output if watched.layers[0].lora.records else _run(watched, call, merged, False), factored)
+    as_evaluated = watched.layers[0].lora.records or watched.layers[0].quantised()
+    error.update(call.output if as_evaluated else _run(watched, call, merged, False), factored)
     watched.acted = not torch.equal(without, factored)
 
 
@@ -159,6 +160,9 @@ def _weights(watched: _Watched) -> tuple[Parameters, Parameters]:
     """All parameters with W, and with W' in its place, without sharding. Collective."""
     base, merged = watched.parameters(), watched.parameters()
     for layer in watched.layers:
+        if layer.quantised():  # W is what its own forward reads, and stays
+            del base[layer.lora_holder], merged[layer.lora_holder]
+            continue
         originals = {name: layer.original(name) for name in layer.adapted_weights()}
         base[layer.lora_holder].update(originals)
         merged[layer.lora_holder].update(

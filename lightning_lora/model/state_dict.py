@@ -7,16 +7,18 @@ design with the live values, so that torch's own strict check stays in force for
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 
 from ..distributed.rank_sync import RankSync
 from ..errors import LoRAError
-from ..names import ATTRIBUTE, CHECKPOINTED, canonical
+from ..names import ATTRIBUTE, CHECKPOINTED, A, B, canonical
 from ..nn.lora_layer import AdaptedModule, AdaptedWeights, Blocks, adapted_layers, is_factor
+from ..nn.quantised_state import load_quantisation_, quantisation_entries, unchanged_weight
 from ..nn.tied_weights import record_ties
+from .dequantise import Dequantiser, dequantised_dtype, quantised_weights
 from .gradients import warn_of_untrained
 from .injection import record_loaded, record_trainable, refuse_replaced_layers, require_injection
 from .named_state import base_parameters, named_state
@@ -73,28 +75,39 @@ def original_value(name: str, tensor: torch.Tensor, module: nn.Module) -> torch.
     return tensor.detach()
 
 
-def merged_state_dict(model: nn.Module) -> dict[str, Any]:
+def merged_state_dict(model: nn.Module, *, dequantize: torch.dtype | str | None = None) -> dict[str, Any]:
     """Return the state dict of the plain model with merged weights, under the base's names, merged or not.
+
+    Args:
+        model: an injected model.
+        dequantize: the dtype of plain weights in place of quantised ones, adapted or not.
 
     Raises:
         LoRAError: the model was not injected, a layer was replaced since, or a layer's merged weight cannot stand in
-            for its adapter.
+            for its adapter, as a quantised one without `dequantize`.
     """
+    dtype = dequantised_dtype(dequantize, "merged_state_dict")
     require_injection(model, "merged_state_dict")
     refuse_replaced_layers(model, "merged_state_dict")
     warn_of_untrained(model)
-    return merge_state_dict(model, {canonical(name): value for name, value in model.state_dict().items()})
+    return merge_state_dict(model, {canonical(name): value for name, value in model.state_dict().items()}, dtype)
 
 
-def merge_state_dict(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
+def merge_state_dict(model: nn.Module, state: Mapping[str, Any], dtype: torch.dtype | None = None) -> dict[str, Any]:
     """Return a full state dict of the model with each adapter merged into its weight, as a new tensor, and left out.
 
     Args:
-        model: says which names belong to adapted layers; its live values are not used.
+        model: says which names belong to adapted layers; of its live values only quantised weights are used.
         state: names of model.state_dict() without the segments of wrappers, perhaps with other values.
+        dtype: of plain weights in place of quantised ones.
     """
-    refuse_unmergeable(model)
+    refuse_unmergeable(model, dtype)
+    quantised = {name: module for name, module in quantised_weights(model).items() if name in state}
     plain = {name: state[name] for name in base_keys(model) if name in state}
+    if dtype is None:
+        plain |= {name: state[name] for name in quantisation_entries(state, quantised)}
+    else:
+        plain |= _dequantised_state(quantised, state, dtype)
     sync = RankSync(value for value in state.values() if isinstance(value, torch.Tensor))
 
     def merge_layer(path: str, layer: AdaptedWeights, weights: dict[str, torch.Tensor], blocks: Blocks) -> None:
@@ -105,6 +118,19 @@ def merge_state_dict(model: nn.Module, state: Mapping[str, Any]) -> dict[str, An
         blocks = layer.local_blocks(weights, *(state[path + factor] for factor in layer.factor_names()))
         sync.run(f"merged weights of layer {path[:-1]!r}", merge_layer, path, layer, weights, blocks)
     sync.raise_on_any_rank()
+    return plain
+
+
+def _dequantised_state(
+    quantised: Mapping[str, nn.Module], state: Mapping[str, Any], dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Return plain weights in place of quantised ones, merged with the factors in a state dict."""
+    dequantiser, plain = Dequantiser(dtype), {}
+    for name, module in quantised.items():
+        path = name.removesuffix("weight")
+        factors = (state[path + A], state[path + B]) if path + A in state else None
+        plain[name] = dequantiser.weight(name, module, factors=factors)
+    dequantiser.report()
     return plain
 
 
@@ -120,6 +146,7 @@ def _layers_to_merge(model: nn.Module, state: Mapping[str, Any]) -> list[tuple[s
         for name, module in modules
         if isinstance(module, AdaptedModule)
         for adapter in module.lora_adapters().values()
+        if not adapter.quantised()
     ]
     names = [[path + leaf for leaf in (*layer.adapted_weights(), *layer.factor_names())] for path, layer in layers]
     whole = {layer for (_, layer), own in zip(layers, names, strict=True) if state.keys() >= set(own)}
@@ -140,20 +167,41 @@ def _layers_to_merge(model: nn.Module, state: Mapping[str, Any]) -> list[tuple[s
     return [(path, layer) for path, layer, _ in there]
 
 
-def refuse_unmergeable(model: nn.Module) -> None:
+def refuse_unmergeable(model: nn.Module, dtype: torch.dtype | None = None) -> None:
     """Refuse a model whose adapters merged weights could not express.
 
+    Args:
+        model: any module.
+        dtype: of plain weights in place of quantised ones, or None where these stay.
+
     Raises:
-        LoRAError: a layer's weight has another owner or renormalises itself.
+        LoRAError: a layer's weight has another owner, renormalises itself, or is quantised and stays so.
     """
     record_ties(model)
     for name, layer in adapted_layers(model).items():
+        if layer.quantised() and not layer.lora.unmergeable_reason:
+            if dtype is None:
+                refuse_quantised(name, layer.quantised())
+            continue
         reason = layer.unmergeable_reason()
         if reason:
             raise LoRAError(
                 f"merged weights cannot express the adapter of {name!r}: {reason}. Leave the layer out "
                 f"(exclude_modules=[{name!r}]), untie the weight, or save the adapter instead."
             )
+
+
+def refuse_quantised(name: str, quantised: str) -> NoReturn:
+    """Refuse to write merged weights of a model with a quantised one, and say what dequantises it.
+
+    Raises:
+        LoRAError: always.
+    """
+    raise LoRAError(
+        f"merged weights: the weight of {name!r} is quantised ({quantised}), and rounding W' to that again would lose "
+        'much of the adapter. Give the dtype of plain weights in its place, as dequantize="bfloat16" (save_merged, '
+        "merged_state_dict, merge_and_unload, LoRACallback), or save the adapter instead."
+    )
 
 
 def accept_partial_states(root: nn.Module) -> None:
@@ -188,6 +236,7 @@ def _fill_in(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: 
         plain = prefix + canonical(name)
         if plain in state_dict and prefix + name not in state_dict:
             state_dict[prefix + name] = state_dict.pop(plain)
+    load_quantisation_(module, state_dict, prefix)
     loaded = {key[len(prefix) :] for key in state_dict if key.startswith(prefix)}
     factors = {name for name, (_, owner) in state.items() if is_factor(name, owner)}
     base = state.keys() - factors
@@ -198,7 +247,7 @@ def _fill_in(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: 
         absent = factors
     elif loaded >= changing and not loaded & (base - changing):
         absent = base - changing
-    state_dict.update({prefix + name: state[name][0] for name in absent})
+    state_dict.update({prefix + name: unchanged_weight(state[name][1], state[name][0]) for name in absent})
 
 
 def _as_seen_here(name: str) -> str:

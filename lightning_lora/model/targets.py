@@ -31,6 +31,7 @@ from ..nn.layer_kinds import ADAPTABLE, is_conv1d, layer_class
 from ..nn.lora_layer import AdaptedModule, Swapped, is_factor
 from ..nn.low_rank import ATTENTION_WEIGHTS, FUSABLE, MERGEABLE_DTYPES, matrix_shape
 from ..nn.parameter import LoRAParameterHolder
+from ..nn.quantised import quantised_as, quantised_modules, shape_of
 from ..nn.tied_weights import tied_weights
 from .pretrained import pretrained_models
 
@@ -275,6 +276,22 @@ def check_untied(model: nn.Module, saved: Mapping[str, nn.Module]) -> None:
             )
 
 
+def check_trainable(saved: Mapping[str, nn.Module]) -> None:
+    """Refuse to train modules whole that hold a quantised weight, which takes no gradient.
+
+    Raises:
+        LoRAError: one does; the message names it.
+    """
+    for name, module in saved.items():
+        for inside, layer in quantised_modules(module).items():
+            quantised = next(iter(map(quantised_as, layer.parameters(recurse=False))))
+            raise LoRAError(
+                f"inject: modules_to_save names {name!r}, but the weight of {f'{name}.{inside}'.rstrip('.')!r} is "
+                f"quantised ({quantised}) and cannot be trained. Leave it out of the quantisation "
+                "(llm_int8_skip_modules, modules_to_not_convert, ignore_modules), or adapt it with target_modules."
+            )
+
+
 def untie_advice(name: str) -> str:
     """Return how a parameter gets values of its own, for messages."""
     return f"Untie it first, which is exact: model.{name} = nn.Parameter(model.{name}.detach().clone())"
@@ -317,6 +334,8 @@ def check_parameter(name: str, module: nn.Module, leaf: str, *, is_layer: bool) 
         problem = f"its {kind} is adapted as a layer, or reads the weight of one; adapt one of the two"
     elif "forward" in vars(module):
         problem = f"the forward is replaced on the instance of {kind}, which would pass over the adapter; undo that"
+    elif quantised_as(weight):
+        problem = f"it is quantised ({quantised_as(weight)}), and of such only linear layers are adapted"
     elif weight is not None and not problem and not weight.is_contiguous():
         problem = "its values do not follow each other in memory; make it contiguous"
     if problem:
@@ -329,7 +348,13 @@ def _weight_problem(module: nn.Module) -> str:
     weights = [module._parameters[name] for name in names if module._parameters.get(name) is not None]
     if is_parametrized(module) or not weights:
         return f"the weight of the {kind} is computed from others (weight_norm, parametrize); remove that first"
-    problems = (_tensor_problem(weight, kind) for weight in weights if weight is not None)
+    for weight in weights:
+        quantised = quantised_as(weight)
+        if quantised and not isinstance(module, nn.Linear):
+            return (
+                f"the weight of the {kind} is quantised ({quantised}), and of such layers only linear ones are adapted"
+            )
+    problems = (_tensor_problem(weight, kind) for weight in weights if weight is not None and not quantised_as(weight))
     return next(filter(None, problems), "")
 
 
@@ -350,5 +375,5 @@ def _parts_problem(module: nn.Module, kind: str, parts: int) -> str:
     if isinstance(module, nn.MultiheadAttention):
         outputs = 3 * module.embed_dim
     else:
-        outputs = matrix_shape(kind, cast(nn.Linear, module).weight.shape)[0]
+        outputs = matrix_shape(kind, shape_of(module.weight))[0]
     return f"enable_lora has {parts} parts, which do not divide its {outputs} outputs" if outputs % parts else ""

@@ -128,11 +128,25 @@ def restored_weight(weight: torch.Tensor, record: RestoreRecord) -> torch.Tensor
     return original
 
 
-def merged_weight(weight: torch.Tensor, blocks: list[LowRankBlock], scaling: float) -> torch.Tensor:
-    """Return W' as a new tensor: what merge_weight_ would write."""
+def merged_weight(
+    weight: torch.Tensor,
+    blocks: list[LowRankBlock],
+    scaling: float,
+    *,
+    dtype: torch.dtype | None = None,
+    observe: Observer | None = None,
+) -> torch.Tensor:
+    """Return W' as a new tensor: what merge_weight_ would write, or that sum rounded once to another dtype."""
     with exact_arithmetic(weight):
-        merged = weight.detach().clone()
-        _merge_chunks(merged, blocks, scaling, RestoreRecord([], copy=weight), None)
+        merged = weight.detach().to(dtype or weight.dtype, copy=True)
+        scratch = Scratch(weight)
+        for chunk in _chunks(weight, blocks, scaling):
+            target = _window(merged, chunk)
+            new, exact = _rounded_sum(_window(weight, chunk), chunk, scratch, target)
+            if observe:
+                observe(new.to(exact.dtype), exact, _delta(target, chunk, scratch))
+            if new is not target:
+                target.copy_(new)
     return merged
 
 

@@ -9,9 +9,10 @@ from torch import nn
 from .attention import LoRAMultiheadAttention
 from .conv import LoRAConv
 from .embedding import LoRAEmbedding
-from .linear import LoRAConv1D, LoRALinear
+from .linear import LoRAConv1D, LoRALinear, LoRAQuantisedLinear
 from .lora_layer import LayerSpec, LayerState, LoRALayer, adapted_layers, swapped_class
 from .low_rank import ATTENTION_OUTPUT
+from .quantised import quantised_parameters
 
 CLASSES: dict[type[nn.Module] | tuple[type[nn.Module], ...], type[LoRALayer]] = {
     nn.Linear: LoRALinear,
@@ -27,6 +28,8 @@ LIBRARIES = ("torch.nn.modules.", "transformers.pytorch_utils")  # whose forward
 
 def layer_class(module: nn.Module) -> type[LoRALayer] | None:
     """Return the class that adapts a module, or None where there is none."""
+    if isinstance(module, nn.Linear) and quantised_parameters(module):
+        return LoRAQuantisedLinear
     matching = (adapting for classes, adapting in CLASSES.items() if isinstance(module, classes))
     return next(matching, LoRAConv1D if is_conv1d(module) else None)
 

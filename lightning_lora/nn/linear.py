@@ -1,16 +1,21 @@
-"""Linear layers: nn.Linear, transformers' Conv1D and fused projections."""
+"""Linear layers: nn.Linear, also with a quantised weight, transformers' Conv1D and fused projections."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import cast
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from ..distributed.sharding import is_sharded
+from ..errors import LoRAError
 from . import low_rank
-from .lora_layer import LoRALayer
+from .exact_merge import merged_weight
+from .lora_layer import Blocks, LoRALayer
 from .low_rank import enabled_parts
+from .quantised import dequantised, dtype_of, quantised_as
 
 
 class LoRALinear(LoRALayer):
@@ -31,7 +36,7 @@ class LoRALinear(LoRALayer):
         hidden = torch.mm(self.lora_A.to(x.dtype), x.t())
         # After hidden, so that its gradient of the input is there first: no view, so the other is added in place.
         base = cast(torch.Tensor, self.base_forward(rows))
-        base.addmm_(hidden.t(), self.lora_B.to(base.dtype).t().contiguous(), alpha=scaling)
+        base.addmm_(hidden.t().to(base.dtype), self.lora_B.to(base.dtype).t().contiguous(), alpha=scaling)
         # Not a view to autograd: fully_shard's hooks on the output would be lost to an in-place change of one.
         shape = (*input.shape[:-1], base.shape[-1])
         return base if input.dim() == 2 else cast(torch.Tensor, torch.ops.aten._unsafe_view(base, shape))
@@ -64,3 +69,39 @@ class LoRAConv1D(LoRALinear):
 
     def factored_forward(self, x: torch.Tensor) -> torch.Tensor:  # as Conv1D names it
         return super().factored_forward(x)
+
+
+class LoRAQuantisedLinear(LoRALinear):
+    """A linear layer whose weight is quantised: it is factored always, beside the forward of its own class.
+
+    The weight is never written to, and never dequantised beyond what that forward does.
+    """
+
+    KNOWN_FORWARD = ()  # W + delta would be a dequantised copy, so each forward is taken as one of a linear layer
+
+    def quantised(self) -> str:
+        if is_sharded(self.weight):
+            raise LoRAError(
+                f"{self.lora.name!r}: its quantised weight was sharded, and the shards are bytes without values. Keep "
+                "the quantised base whole on each device, as DDP does."
+            )
+        return quantised_as(self.weight)
+
+    def weight_dtype(self) -> torch.dtype:
+        return dtype_of(self.weight)
+
+    def unmergeable_reason(self) -> str:
+        return super().unmergeable_reason() or f"its weight is quantised ({self.quantised()})"
+
+    def compute_dense_weights(self, weights: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+        """Return W + delta of dequantised weights, for code that reads the weight instead of calling the layer."""
+        values = {name: cast(nn.Parameter, dequantised(self, name)) for name in weights}
+        return super().compute_dense_weights(values)
+
+    def merged_copies(self, weights: Mapping[str, torch.Tensor], blocks: Blocks) -> dict[str, torch.Tensor]:
+        """Return W' in the dtype of the dequantised weights."""
+        return {name: merged_weight(dequantised(self, name), blocks[name], self.lora.spec.scaling) for name in blocks}
+
+    def _weight_shapes(self) -> dict[str, torch.Size]:
+        linear = cast(nn.Linear, self)
+        return {"weight": torch.Size((linear.out_features, linear.in_features))}

@@ -166,6 +166,14 @@ class AdaptedWeights:
         """Return the first of the adapted weights, for dtype and device."""
         return next(iter(self.adapted_weights().values()))
 
+    def quantised(self) -> str:
+        """Return how the weight is quantised, or ''; such a layer stays factored when the model is merged."""
+        return ""
+
+    def weight_dtype(self) -> torch.dtype:
+        """Return the dtype of the weight's values, for that of A and B."""
+        return self.main_weight().dtype
+
     def factor_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the shapes of A and B."""
         spec = self.lora.spec
@@ -214,9 +222,9 @@ class AdaptedWeights:
 
     def deltas(self, factor_a: torch.Tensor, factor_b: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return s * B @ A in each weight's shape and the factors' dtype, differentiable."""
-        weights = self.adapted_weights()
+        shapes = self._weight_shapes()
         return {
-            name: dense_delta(blocks, weights[name].shape) * self.lora.spec.scaling
+            name: dense_delta(blocks, shapes[name]) * self.lora.spec.scaling
             for name, blocks in self.low_rank_blocks(factor_a, factor_b).items()
         }
 

@@ -6,13 +6,15 @@ from collections import Counter
 from collections.abc import Callable, MutableMapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..adapter.lightning_checkpoint import adapter_of
 from ..distributed.sharding import refuse_fully_sharded
 from ..errors import LoRAError
+from ..model.dequantise import dequantised_dtype
 from ..model.inject import merge_and_unload
-from ..model.injection import find_injection
+from ..model.injection import find_injection, require_injection
 from ..model.patches import call_previous, patch
 from ..model.state_dict import refuse_unmergeable
 from ..names import META
@@ -60,13 +62,18 @@ def refuse_merge_after_fit(trainer: Any, module: nn.Module) -> None:
             "processes and brings back weights only. Call merge_and_unload(model) after fit, or use strategy='ddp'."
         )
     refuse_fully_sharded(module, "LoRACallback(merge_after_fit=True)")
-    refuse_unmergeable(module)
+    refuse_unmergeable(module, _dtype(module))
 
 
 def merge_for_good(module: nn.Module) -> None:
     """Leave plain layers with merged weights, and a mark that evaluation takes the model as it is. In place."""
-    merge_and_unload(module)
+    merge_and_unload(module, dequantize=_dtype(module))
     setattr(module, MERGED_FOR_GOOD, True)
+
+
+def _dtype(module: nn.Module) -> torch.dtype | None:
+    """Return the dtype of plain weights in place of quantised ones."""
+    return dequantised_dtype(require_injection(module, "LoRACallback").record.dequantize, "LoRACallback")
 
 
 def is_merged_for_good(module: nn.Module) -> bool:

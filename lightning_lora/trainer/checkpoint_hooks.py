@@ -25,9 +25,16 @@ CURRENT = "current_model_state"
 EXPORTED = {"trained": set, "unfrozen": set, "initial": dict, "fingerprint": dict}  # fields of Injection
 
 
-def save_as(module: nn.Module, kind: Kind) -> None:
-    """Patch a LightningModule so that its checkpoints are of this kind, and those of every kind load."""
+def save_as(module: nn.Module, kind: Kind, dequantize: Any = None) -> None:
+    """Patch a LightningModule so that its checkpoints are of this kind, and those of every kind load.
+
+    Args:
+        module: an injected one.
+        kind: of its checkpoints.
+        dequantize: the dtype of plain weights in place of quantised ones in merged checkpoints.
+    """
     _patch_saving(module, kind)
+    require_injection(module, "save_as").record.dequantize = dequantize
     patch(module, "on_load_checkpoint", _on_load_checkpoint)
 
 

@@ -23,6 +23,7 @@ from ..names import canonical
 from ..nn.lora_layer import adapted_layers
 from .checkpoint_hooks import save_as
 from .compatibility import refuse_other_options
+from .precision import convert_linear_layers_, leave_out_of_ddp_
 
 
 def adapt_after(module: nn.Module, *names: str) -> None:
@@ -76,7 +77,9 @@ def _build_and_adapt(
     goes_on = injected.record is record and record.layers is layers  # else what was built is recorded already
     if goes_on:
         forget_rebuilt(module, modules)
+    convert_linear_layers_(module)
     adapt_new_layers(module)
+    leave_out_of_ddp_(module)
     if goes_on:
         _warn_of_replaced(injected, layers, name)
     if complete:
@@ -116,4 +119,4 @@ def _allowing_injection(module: nn.Module) -> Iterator[None]:
     elif injected is not None and injected.record is not record:
         refuse_other_options(injected.record, record.config)
     if find_injection(module) is not None:
-        save_as(module, record.save)
+        save_as(module, record.save, record.dequantize)

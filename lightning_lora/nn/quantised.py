@@ -1,0 +1,134 @@
+"""Quantised weights: those of bitsandbytes' Linear4bit and Linear8bitLt, and torchao's weight-only tensors.
+
+Classes are told by name, so that neither package is imported here.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from ..errors import LoRAError
+from ..names import canonical, derives_from
+
+BITSANDBYTES, TORCHAO = "bitsandbytes", "torchao"
+INT8 = "int8"
+PACKS_FOR_CPU = "support_avx512bf16_for_cpu"  # bitsandbytes' attribute of a 4-bit layer
+PACKED_BEFORE = "lora_packs_for_cpu"  # what it was before injection
+
+
+def quantised_as(weight: object) -> str:
+    """Return how a parameter is quantised, or will be when it is moved first, or "".
+
+    "nf4", "fp4" and "int8" of bitsandbytes, and the class of a torchao tensor.
+    """
+    if type(weight) in (torch.Tensor, nn.Parameter):
+        return ""
+    if derives_from(weight, "Params4bit", (BITSANDBYTES,)):
+        return str(cast(Any, weight).quant_type)
+    if derives_from(weight, "Int8Params", (BITSANDBYTES,)):
+        return INT8
+    return type(weight).__name__ if derives_from(weight, "TorchAOBaseTensor", (TORCHAO,)) else ""
+
+
+def quantised_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the quantised ones of a module's own parameters, by name."""
+    parameters = ((name, parameter) for name, parameter in module._parameters.items() if parameter is not None)
+    return {name: parameter for name, parameter in parameters if quantised_as(parameter)}
+
+
+def quantised_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules with a quantised weight, a shared one under each of its names."""
+    modules = ((canonical(name), module) for name, module in model.named_modules(remove_duplicate=False))
+    return {name: module for name, module in modules if quantised_parameters(module)}
+
+
+def dequantised(module: nn.Module, name: str = "weight") -> torch.Tensor:
+    """Return the values of a quantised parameter as a new plain tensor, in the dtype that `dtype_of` says.
+
+    One that is not quantised yet is quantised in a copy, so that the values are those that it will have.
+    """
+    weight: Any = module._parameters[name]
+    quantised = quantised_as(weight)
+    with torch.inference_mode(False), torch.no_grad():  # torchao's tensors cannot be detached in inference mode
+        if weight.is_meta:
+            return torch.empty(shape_of(weight), dtype=dtype_of(weight), device="meta")
+        if quantised == INT8:
+            return _dequantised_8bit(module, weight)
+        if not derives_from(weight, "Params4bit", (BITSANDBYTES,)):
+            return cast(torch.Tensor, weight.detach().dequantize())
+        if weight.quant_state is None:
+            weight = copy.copy(weight)
+            weight.module = None  # quantising tells the layer
+            weight = weight.to(weight.device)
+        unpack_for_gradients_(module, weight)
+        values = sys.modules[f"{BITSANDBYTES}.functional"].dequantize_4bit(weight.data, weight.quant_state)
+        return cast(torch.Tensor, values)
+
+
+def _dequantised_8bit(module: nn.Module, weight: Any) -> torch.Tensor:
+    if weight.dtype.is_floating_point and not weight.has_fp16_weights:
+        weight = type(weight)(weight.data, requires_grad=False).to(weight.device)
+    if weight.dtype.is_floating_point:
+        return cast(torch.Tensor, weight.data.clone())
+    return cast(torch.Tensor, weight.data * scales_of(module, weight).float()[:, None] * (1 / 127))
+
+
+def scales_of(module: nn.Module, weight: Any) -> torch.Tensor:
+    """Return the scale of each row of an 8-bit weight, which the first forward moves from the weight to the layer."""
+    scales = weight.SCB if weight.SCB is not None else cast(Any, module).state.SCB
+    if scales is None:
+        raise LoRAError(f"{type(module).__name__}: its 8-bit weight has no scales; quantise it again, by .to(device).")
+    return cast(torch.Tensor, scales)
+
+
+def dtype_of(weight: Any) -> torch.dtype:
+    """Return the dtype that a parameter's values have when they are dequantised; 8-bit ones have float32."""
+    if weight.dtype.is_floating_point:
+        return cast(torch.dtype, weight.dtype)
+    state = getattr(weight, "quant_state", None)
+    return torch.float32 if state is None else cast(torch.dtype, getattr(state, "original_dtype", state.dtype))
+
+
+def shape_of(weight: Any) -> torch.Size:
+    """Return the shape that a parameter's values have when they are dequantised."""
+    state = getattr(weight, "quant_state", None)
+    return torch.Size(weight.shape if state is None else state.shape)
+
+
+def unpack_for_gradients_(module: nn.Module, weight: Any) -> None:
+    """Undo what bitsandbytes does to a 4-bit weight in an evaluation on a CPU with AVX512-BF16. In place.
+
+    Packed so, it gives its input no gradient. Its values stay: scales rounded to bfloat16, not quantised any more.
+    bitsandbytes' own inverse rounds them again, and leaves those that were not quantised in another order.
+    """
+    state = weight.quant_state
+    if not getattr(state, "packing_format_for_cpu", False):
+        return
+    scales = state.absmax.T.reshape(-1).float().contiguous()
+    inverse = sys.modules[f"{BITSANDBYTES}.functional"]._convert_weight_packed_for_cpu_inverse
+    weight.data, state = inverse(weight.data, state)
+    state.absmax, state.nested, state.state2, state.offset = scales, False, None, None
+    weight.quant_state = state
+    if getattr(module, "quant_state", None) is not None:
+        cast(Any, module).quant_state = state
+
+
+def keep_gradients_(model: nn.Module) -> None:
+    """Let no 4-bit layer of a model, adapted or not, be packed for evaluation: training went on without gradients."""
+    for module in model.modules():
+        if getattr(module, PACKS_FOR_CPU, False):
+            for weight in quantised_parameters(module).values():
+                unpack_for_gradients_(module, weight)
+            vars(module).update({PACKED_BEFORE: True, PACKS_FOR_CPU: False})
+
+
+def allow_packing_(model: nn.Module) -> None:
+    """Undo keep_gradients_; what was packed then is packed again by the next evaluation."""
+    for module in model.modules():
+        if vars(module).pop(PACKED_BEFORE, False):
+            vars(module)[PACKS_FOR_CPU] = True

@@ -1,0 +1,108 @@
+"""What state dicts hold beside a quantised weight of bitsandbytes, and how that is loaded again.
+
+A 4-bit layer writes `weight.absmax`, `weight.quant_state.bitsandbytes__nf4` and others, which its own load refuses as
+unexpected; an 8-bit layer writes `SCB` and `weight_format`, which it refuses once its forward has run.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import LoRAError
+from ..names import canonical, derives_from
+from .quantised import BITSANDBYTES, INT8, quantised_as, quantised_parameters, scales_of, shape_of
+
+SCALES, FORMAT, STATE = "SCB", "weight_format", ".quant_state"
+LIGHTNING = ("lightning", "lightning_fabric", "pytorch_lightning")
+LAYERS_OF_LIGHTNING = ("_Linear4bit", "_Linear8bitLt")  # of its BitsandbytesPrecision
+
+
+def owner_of(name: str) -> str:
+    """Return the name of the weight that an entry of a state dict would be beside."""
+    path, _, leaf = name.rpartition(".")
+    return f"{path}.weight".lstrip(".") if leaf in (SCALES, FORMAT) else path.removesuffix(STATE)
+
+
+def quantisation_entries(names: Iterable[str], weights: Collection[str]) -> set[str]:
+    """Return which of a state dict's names say how the quantised weights of these names are quantised."""
+    return {name for name in names if owner_of(name) in weights}
+
+
+def load_quantisation_(model: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
+    """Take out of a state dict what says how weights are quantised, and into the model together with these. In place.
+
+    What does not go together is left to torch's strict check.
+
+    Args:
+        model: of which state_dict is about to be loaded.
+        state_dict: changed too.
+        prefix: of the model's names in it.
+    """
+    owners: dict[str, list[str]] = {}
+    for name in state_dict:
+        owners.setdefault(owner_of(name), []).append(name)
+    for path, module in model.named_modules(remove_duplicate=False):
+        for leaf, weight in quantised_parameters(module).items():
+            name = prefix + (f"{path}.{leaf}" if path else leaf)
+            entries = owners.get(name) or owners.get(prefix + canonical(name[len(prefix) :]), [])
+            if not entries or not isinstance(state_dict.get(name), torch.Tensor):
+                continue
+            if quantised_as(weight) == INT8:
+                _load_8bit_(module, weight, name, entries, state_dict)
+            else:
+                _load_4bit_(module, weight, name, entries, state_dict)
+
+
+def _load_4bit_(module: Any, weight: Any, name: str, entries: list[str], state_dict: dict[str, Any]) -> None:
+    values = {
+        entry.partition(f"{canonical(name)}.")[2] or entry[len(name) + 1 :]: state_dict[entry] for entry in entries
+    }
+    if not any(key.startswith(STATE[1:]) for key in values):
+        return
+    device, packed = weight.device, state_dict[name]
+    state = sys.modules[f"{BITSANDBYTES}.functional"].QuantState.from_dict(values, device=device)
+    if torch.Size(state.shape) != shape_of(weight):
+        raise LoRAError(
+            f"load_state_dict: {name!r} is a 4-bit weight of shape {tuple(state.shape)}, in the model "
+            f"{tuple(shape_of(weight))}; the state dict belongs to another model."
+        )
+    for entry in entries:
+        del state_dict[entry]
+    if packed.data_ptr() != weight.data_ptr():
+        weight.data = packed.detach().to(device, copy=True)
+    weight.quant_state = module.quant_state = state
+    weight.quant_type, weight.blocksize, weight.compress_statistics = state.quant_type, state.blocksize, state.nested
+    weight.bnb_quantized = True
+    state_dict[name] = weight
+
+
+def _load_8bit_(module: Any, weight: Any, name: str, entries: list[str], state_dict: dict[str, Any]) -> None:
+    scales = next((entry for entry in entries if entry.endswith(SCALES)), None)
+    if scales is None or state_dict[name].shape != weight.shape:
+        return
+    values = state_dict.pop(scales)
+    if weight.dtype.is_floating_point:  # not quantised yet
+        weight.data = state_dict[name].detach().to(weight.device, copy=True)
+        weight.CB, weight.SCB = weight.data, values.detach().to(weight.device, copy=True)
+    else:
+        scales_of(module, weight).copy_(values)
+
+
+def is_of_lightning(module: nn.Module) -> bool:
+    """Tell whether a layer is one that Lightning's BitsandbytesPrecision has made."""
+    return any(derives_from(module, name, LIGHTNING) for name in LAYERS_OF_LIGHTNING)
+
+
+def unchanged_weight(module: nn.Module, tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """Return what load_state_dict is given for a tensor of a module that is to stay as it is: itself.
+
+    Layers of Lightning's BitsandbytesPrecision quantise what is loaded into them anew, unless that is quantised.
+    """
+    if not quantised_as(tensor) or not is_of_lightning(module):
+        return tensor
+    return torch.empty(0, dtype=torch.int8 if quantised_as(tensor) == INT8 else torch.uint8)

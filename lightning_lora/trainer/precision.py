@@ -1,0 +1,107 @@
+"""What Lightning does to quantised weights: its BitsandbytesPrecision makes them, its checkpoints do not take all.
+
+BitsandbytesPrecision puts quantised layers in the place of linear ones in the strategy's setup. That comes after
+injection and would drop the adapters, so it is done before. Doing it again changes nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ..errors import LoRAError
+from ..names import canonical, derives_from
+from ..nn.lora_layer import LoRALayer, adapted_layers
+from ..nn.quantised import TORCHAO, quantised_as, quantised_modules, quantised_parameters
+from ..nn.quantised_state import LIGHTNING, is_of_lightning
+from .compatibility import AVERAGING
+
+LEFT_OUT_OF_DDP = "_ddp_params_and_buffers_to_ignore"  # torch's attribute of a module that DDP wraps
+
+
+def refuse_late_conversion(module: nn.Module) -> None:
+    """Raise LoRAError where BitsandbytesPrecision is about to replace layers that are adapted already."""
+    if _bitsandbytes_precision(module) is None or quantised_modules(module):
+        return
+    for name, layer in adapted_layers(module).items():
+        if isinstance(layer, nn.Linear):
+            raise LoRAError(
+                f"LoRACallback: {name!r} was adapted by inject, and BitsandbytesPrecision replaces it by a quantised "
+                "layer without an adapter. Leave inject out and give LoRACallback the options, or let the plugin "
+                "convert first: plugin.convert_module(model), then inject(model, LoRAConfig(...))."
+            )
+
+
+def convert_linear_layers_(module: nn.Module) -> None:
+    """Let the precision of a LightningModule's Trainer convert the linear layers that are not adapted yet. In place.
+
+    Lightning itself converts all layers or, where one is quantised already, none.
+    """
+    plugin = _bitsandbytes_precision(module)
+    if plugin is None:
+        return
+    quantised = quantised_modules(module).values()
+    if not quantised and any(isinstance(layer, nn.Linear) for layer in module.modules()):
+        plugin.convert_module(module)
+    elif any(map(is_of_lightning, quantised)):  # converted earlier; layers were built since
+        for path, parent in module.named_modules():
+            for name, child in list(parent._modules.items()):
+                if _is_plain(child) and not f"{canonical(path)}.{name}".lstrip(".").startswith(
+                    tuple(plugin.ignore_modules)
+                ):
+                    box = nn.Module()
+                    box.lora_converted = child
+                    parent._modules[name] = plugin.convert_module(box).lora_converted
+
+
+def _bitsandbytes_precision(module: nn.Module) -> Any:
+    """Return the plugin of a LightningModule's Trainer, or None where that has another precision."""
+    plugin: Any = getattr(getattr(module, "_trainer", None), "precision_plugin", None)
+    return plugin if derives_from(plugin, "BitsandbytesPrecision", LIGHTNING) else None
+
+
+def leave_out_of_ddp_(module: nn.Module) -> None:
+    """Let DDP not send a module's torchao tensors, which it cannot: each process has quantised the same base."""
+    names = [name for name, parameter in module.named_parameters() if _is_of_torchao(parameter)]
+    if names:
+        earlier = vars(module).get(LEFT_OUT_OF_DDP, ())
+        vars(module)[LEFT_OUT_OF_DDP] = list(dict.fromkeys([*earlier, *names]))
+
+
+def _is_of_torchao(parameter: nn.Parameter) -> bool:
+    return derives_from(parameter, "TorchAOBaseTensor", (TORCHAO,))
+
+
+def refuse_unloadable(module: nn.Module) -> None:
+    """Raise LoRAError where Lightning could save a full checkpoint of a module, and not load it again."""
+    for name, parameter in module.named_parameters():
+        if _is_of_torchao(parameter):
+            raise LoRAError(
+                f"LoRACallback: save='full' would save {name!r}, a torchao tensor ({quantised_as(parameter)}), and "
+                "Lightning cannot load a checkpoint that holds one. Use save='adapter', which holds nothing of the "
+                "base, or save='merged' with dequantize."
+            )
+
+
+def refuse_for_quantised(module: nn.Module, trainer: Any) -> None:
+    """Raise LoRAError where a Trainer would change or cut the bytes of quantised weights as if they were values."""
+    name, layer = next(iter(quantised_modules(module).items()), ("", module))
+    if not name:
+        return
+    weight = f"the weight of {name!r} is quantised ({quantised_as(next(iter(quantised_parameters(layer).values())))})"
+    if derives_from(trainer.strategy, "ModelParallelStrategy", LIGHTNING):
+        raise LoRAError(
+            f"LoRACallback: {weight}, which ModelParallelStrategy cannot shard here. Use strategy='ddp', which holds "
+            "the quantised base whole on each device."
+        )
+    for callback in trainer.callbacks:
+        if any(derives_from(callback, average, LIGHTNING) for average in AVERAGING):
+            raise LoRAError(
+                f"LoRACallback: {weight}, and {type(callback).__name__} averages frozen weights too, which would "
+                "change its bytes. Leave the averaging out, or train on the base that is not quantised."
+            )
+
+
+def _is_plain(layer: nn.Module | None) -> bool:
+    return isinstance(layer, nn.Linear) and not isinstance(layer, LoRALayer) and not quantised_modules(layer)

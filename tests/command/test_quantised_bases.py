@@ -1,0 +1,79 @@
+"""Quantised bases as files: the command refuses what it cannot compute on, and says what works instead."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lightning_lora import LoRAConfig, LoRAError, inject, save_adapter
+from lightning_lora.command.extract import extract
+from lightning_lora.command.info import diff
+from lightning_lora.command.main import main
+from lightning_lora.command.merge import merge_on_disk
+from lightning_lora.files.weights import open_weights
+from support.models import randomise_, same
+from support.quantised import OF_BITSANDBYTES, network, quantised
+
+REMEDY = r"the weight of '0' is quantised, as '0\.(SCB|weight\.absmax)' shows.*save_merged\(model, path, dequantize="
+
+
+def adapter(path: Path, model: Any, **options: Any) -> Path:
+    inject(model, LoRAConfig(**{"r": 2} | options))
+    randomise_(model)
+    save_adapter(model, path)
+    return path
+
+
+@pytest.fixture(params=OF_BITSANDBYTES)
+def base(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A file of a quantised network, as bitsandbytes' layers write it."""
+    state = {name: value.clone() for name, value in quantised(request.param).state_dict().items()}
+    save_file(state, tmp_path / "base.safetensors")
+    return tmp_path / "base.safetensors"
+
+
+def test_merge_into_a_quantised_weight_is_refused_with_the_remedy(tmp_path, base, capsys):
+    path = adapter(tmp_path / "adapter", network())
+    with pytest.raises(LoRAError, match=f"merge: .*{REMEDY}"):
+        merge_on_disk(base, path, tmp_path / "out.safetensors", strict_base=False)
+    arguments = ["merge", "--base", str(base), "--adapter", str(path), "--output", str(tmp_path / "out.safetensors")]
+    assert main(arguments) == 1
+    assert "is quantised" in capsys.readouterr().err
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_extract_and_diff_of_quantised_weights_are_refused(tmp_path, base):
+    save_file(network().state_dict(), tmp_path / "plain.safetensors")
+    for first, second in ((base, tmp_path / "plain.safetensors"), (tmp_path / "plain.safetensors", base)):
+        with pytest.raises(LoRAError, match=f"diff: .*{REMEDY}"):
+            diff(first, second)
+        with pytest.raises(LoRAError, match=f"extract: .*{REMEDY}"):
+            extract(open_weights(first), open_weights(second), 2)
+
+
+def test_plain_weights_beside_quantised_ones_are_merged(tmp_path):
+    """As an output head, which is not quantised; the rest is copied byte for byte."""
+    model = quantised("nf4 nested")
+    model[4] = network()[4]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    save_file(before, tmp_path / "base.safetensors")
+    path = adapter(tmp_path / "adapter", model, target_modules=["4"])
+    merge_on_disk(tmp_path / "base.safetensors", path, tmp_path / "out.safetensors", check=True)
+    merged = load_file(tmp_path / "out.safetensors")
+    assert {name for name in merged if not same(merged[name], before[name])} == {"4.weight"}
+
+
+def test_an_adapter_of_a_quantised_base_is_merged_into_the_plain_one_on_request(tmp_path):
+    save_file(network().state_dict(), tmp_path / "base.safetensors")
+    path = adapter(tmp_path / "adapter", quantised("nf4"))
+    with pytest.raises(
+        LoRAError, match=r"the base was quantised \(nf4\), here it is not quantised.*--strict-base=false"
+    ):
+        merge_on_disk(tmp_path / "base.safetensors", path, tmp_path / "out.safetensors")
+    with pytest.warns(UserWarning, match="here it is not quantised"):
+        merge_on_disk(tmp_path / "base.safetensors", path, tmp_path / "out.safetensors", strict_base=False)
+    assert load_file(tmp_path / "out.safetensors")["0.weight"].dtype == torch.float32

@@ -1,0 +1,384 @@
+"""Linear layers with quantised weights: outputs, gradients, evaluation cycles, and the weight that stays as it is."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import logging
+import pickle
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.checkpoint import checkpoint
+
+from lightning_lora import (
+    LoRAConfig,
+    LoRAError,
+    disable_adapter,
+    inject,
+    is_merged,
+    merge,
+    merged,
+    unload,
+    unmerge,
+)
+from lightning_lora.nn.quantised import dequantised, dtype_of, quantised_as, shape_of
+from support.models import randomise_
+from support.quantised import (
+    FEATURES,
+    NAMES,
+    OF_BITSANDBYTES,
+    OF_TORCHAO,
+    QUANTISED,
+    WIDTH,
+    adapted,
+    inputs,
+    network,
+    packed_bits,
+    quantise_,
+    quantised,
+    reference,
+    run_reference,
+    values_of,
+)
+
+every_kind = pytest.mark.parametrize("kind", QUANTISED)
+FOUR_BITS = [kind for kind in OF_BITSANDBYTES if kind != "int8"]
+
+
+@every_kind
+def test_a_weight_is_recognised_and_dequantised_as_its_own_package_does(kind):
+    layer = quantised(kind)[2]
+    assert quantised_as(layer.weight) == NAMES[kind]
+    assert torch.equal(dequantised(layer).double(), values_of(layer))
+    assert dequantised(layer).shape == shape_of(layer.weight) == (WIDTH, WIDTH)
+    assert dequantised(layer).dtype == dtype_of(layer.weight) == torch.float32
+    assert type(dequantised(layer)) is torch.Tensor
+
+
+@every_kind
+def test_a_weight_is_dequantised_in_inference_mode(kind):
+    layer = quantised(kind)[2]
+    expected = dequantised(layer)
+    with torch.inference_mode():
+        found = dequantised(layer)
+    assert torch.equal(found, expected)
+    assert not found.is_inference()
+
+
+@pytest.mark.parametrize("kind", OF_BITSANDBYTES)
+def test_a_weight_is_recognised_before_it_is_quantised_and_has_the_values_it_will_have(kind):
+    model = quantised(kind, moved=False)
+    assert quantised_as(model[0].weight) == NAMES[kind]
+    before = [dequantised(model[position]) for position in (0, 2)]
+    assert model[0].weight.dtype == torch.float32  # quantised in a copy alone
+    assert inject(model, LoRAConfig(r=2)) == ["0", "2", "4"]
+    model.to("cpu")
+    assert model[0].weight.dtype in (torch.uint8, torch.int8)
+    for values, position in zip(before, (0, 2), strict=True):
+        torch.testing.assert_close(values, dequantised(model[position]), rtol=0, atol=0)
+    model(inputs()).sum().backward()
+    assert model[0].lora_B.grad is not None
+
+
+@every_kind
+@pytest.mark.parametrize("rows", [(6,), (2, 3)])
+def test_training_outputs_and_gradients_are_those_of_float64(kind, rows):
+    model = adapted(kind)
+    x = inputs().view(*rows, FEATURES).requires_grad_()
+    exact_x = x.detach().double().requires_grad_()
+    exact_model = reference(model)
+    output, exact = model(x), run_reference(exact_model, exact_x)
+    torch.testing.assert_close(output.double(), exact, rtol=1e-5, atol=1e-5)
+    gradient = torch.randn_like(output)
+    output.backward(gradient)
+    exact.backward(gradient.double())
+    torch.testing.assert_close(x.grad.double(), exact_x.grad, rtol=1e-5, atol=1e-5)
+    for position in (0, 2, 4):
+        for name, expected in (("lora_A", exact_model[position].A), ("lora_B", exact_model[position].B)):
+            found = getattr(model[position], name).grad.double()
+            torch.testing.assert_close(found, expected.grad, rtol=1e-4, atol=1e-4)
+
+
+@every_kind
+def test_gradients_after_an_evaluation_are_those_of_before(kind):
+    """On a CPU with AVX512-BF16 bitsandbytes packs an evaluated layer, which then gives its input no gradient."""
+    model = adapted(kind)
+    evaluated = copy.deepcopy(model)
+    evaluated.eval()
+    with torch.no_grad(), merged(evaluated):
+        evaluated(inputs())
+    evaluated.train()
+    grads = []
+    for each in (model, evaluated):
+        each(inputs()).square().sum().backward()
+        grads.append({name: p.grad for name, p in each.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys()
+    for name, gradient in grads[0].items():
+        torch.testing.assert_close(grads[1][name], gradient, rtol=0, atol=0)
+
+
+def packed(kind: str) -> Any:
+    """A quantised network that was evaluated before anything else, packed where this CPU is one of those that do it."""
+    model = quantised(kind).eval()
+    with torch.no_grad():
+        model(inputs())
+    if not getattr(model[0].weight.quant_state, "packing_format_for_cpu", False):
+        pytest.skip("this CPU evaluates 4-bit layers as it trains them")
+    return model
+
+
+@pytest.mark.parametrize("kind", FOUR_BITS)
+def test_a_layer_packed_for_evaluation_is_unpacked_and_trains(kind):
+    model = packed(kind)
+    values = values_of(quantised(kind)[2]).float()
+    inject(model, LoRAConfig(r=2, target_modules=["0"]))  # the others are not adapted, and the gradient goes through
+    assert torch.allclose(dequantised(model[2]), values, rtol=2**-8, atol=1e-5)
+    model.train()
+    x = inputs().requires_grad_()
+    model(x).sum().backward()
+    exact_x = inputs().double().requires_grad_()
+    exact = reference(model)
+    run_reference(exact, exact_x).sum().backward()
+    torch.testing.assert_close(x.grad.double(), exact_x.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", FOUR_BITS)
+def test_dequantised_values_of_a_packed_layer_are_those_that_it_was_evaluated_with(kind):
+    model = packed(kind)
+    values = values_of(quantised(kind)[4])
+    found = dequantised(model[4]).double()
+    assert float((found - values).norm() / values.norm()) < 3e-3  # scales in bfloat16
+
+
+@pytest.mark.parametrize("kind", FOUR_BITS)
+def test_unload_lets_bitsandbytes_pack_again(kind):
+    model = packed(kind)
+    with torch.no_grad():
+        before = model(inputs())
+    inject(model, LoRAConfig(r=2))
+    unload(model)
+    with torch.no_grad():
+        model(inputs())
+        assert model[0].weight.quant_state.packing_format_for_cpu
+        torch.testing.assert_close(model(inputs()), before, rtol=0, atol=0)
+
+
+@every_kind
+@pytest.mark.parametrize("keep", [True, False])
+def test_factors_of_a_16_bit_base_are_float32_and_outputs_close(kind, keep):
+    model = adapted(kind, torch.bfloat16, autocast_adapter_dtype=keep)
+    half = torch.float32 if kind == "int8" else torch.bfloat16  # int8 has no dtype of its own
+    assert model[0].lora_A.dtype == (torch.float32 if keep else half)
+    output = model(inputs(dtype=torch.bfloat16))
+    assert output.dtype == torch.bfloat16
+    exact = run_reference(reference(model), inputs(dtype=torch.bfloat16).double())
+    assert float(((output.double() - exact).norm() / exact.norm()).detach()) < 2e-2
+    output.float().sum().backward()
+    assert all(layer.lora_B.grad.isfinite().all() for layer in (model[0], model[2], model[4]))
+
+
+@every_kind
+def test_autocast_runs_forward_and_backward(kind):
+    model = adapted(kind)
+    exact = run_reference(reference(model), inputs().double())
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(inputs())
+    assert float(((output.double() - exact).norm() / exact.norm()).detach()) < 2e-2
+    output.float().sum().backward()
+    assert all(float(layer.lora_A.grad.norm()) > 0 for layer in (model[0], model[2], model[4]))
+
+
+@every_kind
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_gives_the_same_gradients(kind, reentrant):
+    grads = []
+    for segment in (False, True):
+        model = adapted(kind)
+        x = inputs().requires_grad_()
+        output = checkpoint(model, x, use_reentrant=reentrant) if segment else model(x)
+        output.square().sum().backward()
+        grads.append([x.grad, *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert len(grads[0]) == 7
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+@every_kind
+def test_dropout_acts_on_the_adapter_alone(kind):
+    model = adapted(kind, lora_dropout=0.5)
+    model.train()
+    torch.manual_seed(0)
+    outputs = [model(inputs()) for _ in range(2)]
+    assert not torch.equal(*outputs)
+    with disable_adapter(model):
+        assert torch.equal(model(inputs()), model(inputs()))
+
+
+@every_kind
+def test_evaluation_cycles_change_no_bit_of_the_base_while_adapters_change(kind, caplog):
+    model, untouched = adapted(kind), quantised(kind)
+    model.eval()
+    before = packed_bits(model)
+    generator = torch.Generator().manual_seed(2)
+    with caplog.at_level(logging.INFO, "lightning_lora"), torch.no_grad():
+        for cycle in range(200):
+            merge(model)
+            assert is_merged(model)
+            if cycle % 50 == 0:
+                factors = [p.clone() for name, p in model.named_parameters() if "lora_" in name]
+                model(inputs())
+                unmerge(model)
+                merge(model)
+                assert all(map(torch.equal, factors, [p for name, p in model.named_parameters() if "lora_" in name]))
+            unmerge(model)
+            for name, parameter in model.named_parameters():
+                if "lora_" in name:
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    assert packed_bits(model) == before == packed_bits(untouched)
+    said = [record.getMessage() for record in caplog.records if "stay factored" in record.getMessage()]
+    assert len(said) == 1
+    assert f"3 layers have quantised weights ({NAMES[kind]})" in said[0]
+
+
+@every_kind
+def test_merged_evaluation_is_the_factored_one_and_disabling_gives_the_base(kind):
+    model, base = adapted(kind).eval(), quantised(kind).train()
+    model.train()  # in which 8-bit layers do not round their inputs
+    with torch.no_grad():
+        factored = model(inputs())
+        with merged(model):
+            assert torch.equal(model(inputs()), factored)
+        with disable_adapter(model):
+            assert torch.equal(model(inputs()), base(inputs()))
+        assert torch.equal(model(inputs()), factored)
+
+
+@every_kind
+def test_unload_leaves_no_trace(kind):
+    model = quantised(kind)
+    bits = packed_bits(model)
+    classes = [(name, type(module), set(vars(module))) for name, module in model.named_modules()]
+    weights = list(model.parameters())
+    flags = [parameter.requires_grad for parameter in weights]
+    inject(model, LoRAConfig(r=2, bias="all"))
+    randomise_(model)
+    model(inputs()).sum().backward()
+    model.zero_grad()
+    unload(model)
+    assert packed_bits(model) == bits
+    assert [(name, type(module), set(vars(module))) for name, module in model.named_modules()] == classes
+    assert all(one is other for one, other in zip(model.parameters(), weights, strict=True))
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+
+
+@every_kind
+def test_deepcopy_computes_the_same_and_trains_apart(kind):
+    model = adapted(kind)
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(inputs()), model(inputs()))
+    twin(inputs()).sum().backward()
+    assert model[0].lora_A.grad is None
+    assert type(twin[0]) is type(model[0])
+
+
+@pytest.mark.parametrize("kind", OF_BITSANDBYTES)
+def test_pickle_computes_the_same(kind):
+    model = adapted(kind)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(inputs()), model(inputs()))
+
+
+def test_a_subclass_with_its_own_forward_keeps_it_and_gets_the_adapter():
+    bnb = pytest.importorskip("bitsandbytes")
+
+    class Doubling(bnb.nn.Linear4bit):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = adapted("nf4")
+    plain = model(inputs())
+    other = quantised("nf4")
+    other[4].__class__ = Doubling
+    inject(other, LoRAConfig(r=4, lora_alpha=8, init_lora_weights=False, target_modules=["4"]))
+    hidden = torch.relu(other[2](torch.relu(other[0](inputs()))))
+    layer = other[4]
+    delta = hidden @ layer.lora_A.T @ layer.lora_B.T * 2
+    with disable_adapter(other):
+        base = layer(hidden)
+    torch.testing.assert_close(layer(hidden), base + delta)
+    assert plain.shape == layer(hidden).shape
+
+
+class Reading(nn.Module):
+    """Reads the weight of its layer instead of calling that, as torchvision's Swin does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = network()[2]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.proj.weight, self.proj.bias)
+
+
+@pytest.mark.parametrize("kind", OF_TORCHAO)
+def test_code_that_reads_the_weight_reads_the_dequantised_sum(kind):
+    model: Any = quantise_(Reading(), kind)
+    values, bias = values_of(model.proj), model.proj.bias.detach().double()
+    inject(model, LoRAConfig(r=2, init_lora_weights=False))
+    layer = model.proj
+    x = torch.randn(5, WIDTH)
+    output = model(x)
+    delta = layer.lora.spec.scaling * (layer.lora_B @ layer.lora_A).detach().double()
+    torch.testing.assert_close(output.double(), F.linear(x.double(), values + delta, bias), rtol=1e-4, atol=1e-5)
+    output.sum().backward()
+    assert float(layer.lora_A.grad.norm()) > 0
+
+
+def test_a_quantised_embedding_is_refused_by_name():
+    bnb = pytest.importorskip("bitsandbytes")
+    model = nn.Sequential(bnb.nn.Embedding4bit(64, 64), nn.Linear(64, 3)).to("cpu")
+    with pytest.raises(LoRAError, match=r"'0': the weight of the Embedding4bit is quantised \(fp4\), and of such"):
+        inject(model, LoRAConfig(target_modules=["0"]))
+    assert not hasattr(model[0], "lora_A")
+
+
+@every_kind
+def test_a_quantised_module_cannot_be_trained_whole(kind):
+    model = quantised(kind)
+    with pytest.raises(
+        LoRAError, match=rf"modules_to_save names '4', but the weight of '4' is quantised \({NAMES[kind]}"
+    ):
+        inject(model, LoRAConfig(target_modules=["0"], modules_to_save=["4"]))
+    assert not hasattr(model[0], "lora_A")
+
+
+def test_parameters_are_counted_as_what_they_stand_for():
+    from lightning_lora.model.inject import summary
+
+    numbers = []
+    for kind in ("nf4", None):
+        model = network() if kind is None else quantised(kind)
+        inject(model, LoRAConfig(r=2))
+        numbers.append(summary(model))
+    assert numbers[0] == numbers[1]
+
+
+@pytest.mark.parametrize("kind", ["nf4", "nf4 nested", "fp4"])
+def test_no_dequantised_weight_outlives_the_forward_of_its_layer(kind):
+    width, layers = 256, 6
+    model = quantise_(nn.Sequential(*(nn.Linear(width, width) for _ in range(layers))), kind)
+    inject(model, LoRAConfig(r=4))
+    x = torch.randn(4, width, requires_grad=True)
+    model(x).sum().backward()  # what is made once
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        output = model(x)
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = list(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda event: event.start_ns())))
+    dequantised_layer = width * width * 4
+    assert held[-1] < dequantised_layer / 2  # what is kept for backward
+    assert max(held) < 4 * dequantised_layer  # bitsandbytes' own work on one layer
+    assert output.requires_grad

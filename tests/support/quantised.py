@@ -1,0 +1,180 @@
+"""Models with quantised weights, of bitsandbytes and torchao, and their float64 reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_lora import LoRAConfig, inject, is_merged
+
+OF_BITSANDBYTES = ["nf4", "nf4 nested", "fp4", "int8"]
+OF_TORCHAO = ["Int8WeightOnlyConfig", "IntxWeightOnlyConfig", "Float8WeightOnlyConfig"]
+QUANTISED = [*OF_BITSANDBYTES, *OF_TORCHAO]
+NAMES = {  # how lightning_lora calls them
+    "nf4": "nf4",
+    "nf4 nested": "nf4",
+    "fp4": "fp4",
+    "int8": "int8",
+    "Int8WeightOnlyConfig": "Int8Tensor",
+    "IntxWeightOnlyConfig": "IntxUnpackedToInt8Tensor",
+    "Float8WeightOnlyConfig": "Float8Tensor",
+}
+FEATURES, WIDTH, OUTPUTS = 128, 64, 32  # that bitsandbytes can pack for evaluation on any CPU
+
+
+def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    torch.manual_seed(1)
+    return nn.Sequential(
+        nn.Linear(FEATURES, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, OUTPUTS)
+    ).to(dtype)
+
+
+def quantise_(model: nn.Module, kind: str, *, moved: bool = True) -> Any:
+    """Put quantised layers, or weights, in the place of all linear ones; in bitsandbytes, moving them quantises."""
+    if kind in OF_TORCHAO:
+        torchao = pytest.importorskip("torchao.quantization")
+        torchao.quantize_(model, getattr(torchao, kind)())
+        return model
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if type(child) is nn.Linear:
+                setattr(parent, name, layer_of_bitsandbytes(child, kind))
+    return model.to("cpu") if moved else model
+
+
+def layer_of_bitsandbytes(linear: nn.Linear, kind: str) -> Any:
+    bnb = pytest.importorskip("bitsandbytes")
+    sizes, bias = (linear.in_features, linear.out_features), linear.bias is not None
+    if kind == "int8":
+        layer = bnb.nn.Linear8bitLt(*sizes, bias=bias, has_fp16_weights=False)
+    else:
+        layer = bnb.nn.Linear4bit(*sizes, bias=bias, quant_type=kind[:3], compress_statistics=kind.endswith("nested"))
+    layer.weight.data = linear.weight.data
+    layer.bias = linear.bias
+    return layer
+
+
+def quantised(kind: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    return quantise_(network(dtype), kind, **options)
+
+
+def adapted(kind: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    """With factors that both have an effect."""
+    model = quantised(kind, dtype)
+    inject(model, LoRAConfig(**{"r": 4, "lora_alpha": 8, "init_lora_weights": False} | options))
+    return model
+
+
+def values_of(layer: Any) -> Any:
+    """The dequantised weight as the package that made it computes it, in float64."""
+    weight = layer.weight
+    if not hasattr(weight, "quant_type") and not hasattr(weight, "SCB"):
+        assert type(weight) is not nn.Parameter
+        return weight.detach().dequantize().double()
+    bnb = pytest.importorskip("bitsandbytes")
+    if hasattr(weight, "SCB"):
+        scales = layer.state.SCB if weight.SCB is None else weight.SCB
+        return bnb.functional.int8_vectorwise_dequant(weight.data, scales).double()
+    return bnb.functional.dequantize_4bit(weight.data, weight.quant_state).double()
+
+
+def reference(model: Any, dtype: torch.dtype = torch.float64) -> nn.Sequential:
+    """A plain network of W' = W + s * B @ A, all computed in float64, A and B as parameters of it."""
+    found = network(dtype)
+    for position in (0, 2, 4):
+        layer = model[position]
+        plain = found[position]
+        plain.weight = nn.Parameter(values_of(layer).to(dtype), requires_grad=False)
+        plain.bias = nn.Parameter(layer.bias.detach().to(dtype), requires_grad=False)
+        if hasattr(layer, "lora_A"):
+            plain.A = nn.Parameter(layer.lora_A.detach().to(dtype))
+            plain.B = nn.Parameter(layer.lora_B.detach().to(dtype))
+    return found
+
+
+def run_reference(found: nn.Sequential, x: torch.Tensor, scaling: float = 2.0) -> torch.Tensor:
+    for position in (0, 2, 4):
+        layer: Any = found[position]
+        weight = layer.weight + scaling * layer.B @ layer.A if hasattr(layer, "A") else layer.weight
+        x = F.linear(x, weight, layer.bias)
+        x = torch.relu(x) if position < 4 else x
+    return x
+
+
+def packed_bits(model: nn.Module) -> list[bytes]:
+    """Every byte that tells the values of the quantised weights."""
+    found = []
+    layers: list[Any] = list(model.modules())
+    for layer in layers:
+        weight = layer._parameters.get("weight")
+        if weight is None or not hasattr(layer, "in_features"):
+            continue
+        tensors = [weight.data] if type(weight.data) is torch.Tensor else list(vars(weight).values())
+        state = getattr(weight, "quant_state", None)
+        tensors += [state.absmax, state.code] if state is not None else []
+        if hasattr(weight, "SCB"):
+            tensors.append(layer.state.SCB if weight.SCB is None else weight.SCB)
+        for tensor in tensors:
+            if isinstance(tensor, torch.Tensor):
+                found.append(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
+    return found
+
+
+def inputs(rows: int = 6, seed: int = 5, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(rows, FEATURES, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+class QuantisedNet(L.LightningModule):
+    """A classifier around the quantised network, whose weights depend on its arguments alone."""
+
+    def __init__(self, kind: str = "nf4", lr: float = 0.05) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.network = self.build(kind)
+        self.seen: list[tuple[str, bool, float]] = []
+
+    def build(self, kind: str) -> Any:
+        return quantised(kind)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.network(x)
+
+    def loss(self, stage: str, batch: Any) -> torch.Tensor:
+        loss = F.cross_entropy(self(batch[0]), batch[1])
+        self.seen.append((stage, is_merged(self), loss.item()))
+        return loss
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.loss("train", batch)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", self.loss("validation", batch), sync_dist=True)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("test_loss", self.loss("test", batch), sync_dist=True)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=self.hparams["lr"])
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)]
+
+
+class PlainNet(QuantisedNet):
+    """The same without quantisation."""
+
+    def build(self, kind: str) -> Any:
+        return network()
+
+
+def batches(seed: int = 1) -> DataLoader[Any]:
+    labels = torch.randint(OUTPUTS, (12,), generator=torch.Generator().manual_seed(seed))
+    return DataLoader(TensorDataset(inputs(12, seed), labels), batch_size=4)
+
+
+def factors(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}

@@ -1,0 +1,126 @@
+"""Lightning's BitsandbytesPrecision, whose check for CUDA is patched: it converts layers, and the adapters survive."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.plugins import BitsandbytesPrecision
+from lightning.pytorch.trainer.connectors import accelerator_connector
+from torch import nn
+
+from lightning_lora import LoRACallback, LoRAError, inject
+from lightning_lora.config import LoRAConfig
+from support.quantised import PlainNet, batches, factors, inputs, network, packed_bits
+from support.training import make_trainer
+
+pytest.importorskip("bitsandbytes")
+MODES = ["nf4", "nf4-dq", "fp4"]
+
+
+class BuiltLate(PlainNet):
+    """Builds its last layers in setup."""
+
+    def build(self, kind: str) -> Any:
+        return network()[:2]
+
+    def setup(self, stage: str) -> None:
+        if len(self.network) == 2:
+            self.network.extend(network()[2:])
+
+
+@pytest.fixture
+def precision(monkeypatch) -> Any:
+    """Makes the plugin for a mode, and lets a Trainer on the CPU take it."""
+    monkeypatch.setattr(accelerator_connector, "CUDAAccelerator", L.pytorch.accelerators.CPUAccelerator)
+
+    def make(mode: str, **options: Any) -> BitsandbytesPrecision:
+        return BitsandbytesPrecision(mode, dtype=torch.float32, **options)
+
+    return make
+
+
+def fitted(path: Path, plugin: Any, callback: LoRACallback, model: Any = None, **options: Any) -> Any:
+    torch.manual_seed(0)
+    model = model or PlainNet()
+    ckpt_path = options.pop("ckpt_path", None)
+    trainer = make_trainer(path, callback, plugins=[plugin], **{"max_epochs": 1} | options)
+    trainer.fit(model, batches(), batches(2), ckpt_path=ckpt_path)
+    trainer.save_checkpoint(path / "last.ckpt")
+    return model
+
+
+def lora(**options: Any) -> LoRACallback:
+    return LoRACallback(**{"r": 2, "lora_alpha": 4} | options)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_layers_are_quantised_and_adapters_survive_and_train(tmp_path, precision, mode):
+    model = fitted(tmp_path, precision(mode), lora())
+    assert [layer.weight.dtype for layer in model.network if isinstance(layer, nn.Linear)] == [torch.uint8] * 3
+    assert [layer.quantised() for layer in (model.network[0], model.network[4])] == [mode[:3]] * 2
+    assert len(factors(model)) == 6
+    assert all(value.norm() > 0 for value in factors(model).values())
+    x = inputs().requires_grad_()
+    model.train()(x).sum().backward()
+    assert x.grad.norm() > 0
+
+
+@pytest.mark.parametrize("save", ["adapter", "merged", "full"])
+def test_a_run_resumes_before_its_weights_are_quantised(tmp_path, precision, save):
+    """Lightning restores a checkpoint before the strategy moves the model, which quantises it."""
+    options = {"save": save} | ({"dequantize": "float32"} if save == "merged" else {})
+    whole = fitted(tmp_path / "whole", precision("nf4-dq"), lora(**options), max_epochs=2)
+    fitted(tmp_path / "half", precision("nf4-dq"), lora(**options))
+    resumed = fitted(
+        tmp_path / "on", precision("nf4-dq"), lora(**options), max_epochs=2, ckpt_path=tmp_path / "half/last.ckpt"
+    )
+    assert packed_bits(resumed) == packed_bits(whole)
+    assert all(torch.equal(value, factors(whole)[name]) for name, value in factors(resumed).items())
+
+
+@pytest.mark.parametrize("save", ["adapter", "full"])
+def test_a_checkpoint_is_loaded_onto_a_model_that_is_quantised_by_now(tmp_path, precision, save):
+    model = fitted(tmp_path, precision("nf4"), lora(save=save))
+    before = factors(model), packed_bits(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.zero_()
+    trainer = make_trainer(tmp_path, lora(save=save), plugins=[precision("nf4")])
+    trainer.test(model, batches(2), ckpt_path=tmp_path / "last.ckpt", verbose=False)
+    assert all(torch.equal(value, before[0][name]) for name, value in factors(model).items())
+    assert packed_bits(model) == before[1]
+
+
+def test_ignored_modules_stay_plain_and_are_adapted(tmp_path, precision):
+    model = fitted(tmp_path, precision("nf4", ignore_modules={"network.4"}), lora())
+    assert [bool(layer.quantised()) for layer in (model.network[0], model.network[2], model.network[4])] == [1, 1, 0]
+
+
+@pytest.mark.parametrize("ignored", [set(), {"network.4"}])
+def test_layers_that_setup_builds_are_converted_before_they_are_adapted(tmp_path, precision, ignored):
+    model = fitted(tmp_path, precision("nf4", ignore_modules=ignored), lora(), BuiltLate())
+    found = [layer.weight.dtype for layer in (model.network[0], model.network[2], model.network[4])]
+    assert found == [torch.uint8, torch.uint8, torch.float32 if ignored else torch.uint8]
+    assert len(factors(model)) == 6
+
+
+def test_a_model_that_was_injected_before_and_is_converted_is_refused(tmp_path, precision):
+    model = PlainNet()
+    inject(model, LoRAConfig(r=2))
+    with pytest.raises(LoRAError, match=r"'network\.0' was adapted by inject, and BitsandbytesPrecision replaces it"):
+        fitted(tmp_path, precision("nf4"), LoRACallback(), model)
+    assert model.seen == []
+
+
+def test_a_model_that_the_plugin_converted_before_it_was_injected_is_fitted(tmp_path, precision):
+    model, plugin = PlainNet(), precision("nf4")
+    plugin.convert_module(model)
+    inject(model, LoRAConfig(r=2))
+    fitted(tmp_path, plugin, LoRACallback(), model)
+    assert model.network[0].quantised() == "nf4"
+    assert all(value.norm() > 0 for value in factors(model).values())

@@ -1,0 +1,259 @@
+"""Runs of models with quantised weights: evaluation, each kind of checkpoint, resuming, and what is refused."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
+
+from lightning_lora import LoRACallback, LoRAError, inject, load_adapter, load_from_checkpoint
+from lightning_lora.config import LoRAConfig
+from lightning_lora.model.state_dict import merge_state_dict
+from support.lightning_versions import EMAWeightAveraging
+from support.models import same
+from support.quantised import (
+    NAMES,
+    OF_BITSANDBYTES,
+    OF_TORCHAO,
+    QUANTISED,
+    PlainNet,
+    QuantisedNet,
+    batches,
+    factors,
+    inputs,
+    network,
+    packed_bits,
+    reference,
+    run_reference,
+)
+from support.training import make_trainer
+
+every_kind = pytest.mark.parametrize("kind", QUANTISED)
+SAVES: dict[str, dict[str, Any]] = {
+    "adapter": {"save": "adapter"},
+    "merged": {"save": "merged", "dequantize": "float32"},
+    "full": {"save": "full"},
+}
+saved = pytest.mark.parametrize(
+    ("kind", "save"),
+    [(kind, save) for kind in QUANTISED for save in SAVES if save != "full" or kind in OF_BITSANDBYTES],
+)
+
+
+def lora(**options: Any) -> LoRACallback:
+    return LoRACallback(**{"r": 2, "lora_alpha": 4} | options)
+
+
+def fitted(path: Path, kind: str, *callbacks: Any, model: Any = None, **options: Any) -> QuantisedNet:
+    torch.manual_seed(0)
+    model = model or QuantisedNet(kind)
+    ckpt_path = options.pop("ckpt_path", None)
+    make_trainer(path, *callbacks, **options).fit(model.train(), batches(), batches(2), ckpt_path=ckpt_path)
+    return model
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    assert all(same(found[name], expected[name]) for name in found)
+
+
+@every_kind
+def test_validation_is_factored_and_changes_no_bit_of_base_or_adapter(tmp_path, kind, caplog):
+    with caplog.at_level(logging.INFO, "lightning_lora"):
+        model = fitted(tmp_path, kind, lora(), max_epochs=2)
+    without = fitted(tmp_path, kind, lora(), max_epochs=2, limit_val_batches=0)
+    assert_same(factors(model), factors(without))
+    assert all(value.norm() > 0 for value in factors(model).values())
+    assert packed_bits(model) == packed_bits(QuantisedNet(kind))
+    assert {stage for stage, merged, _ in model.seen if merged} == {"validation"}
+    assert len([each for each in caplog.records if "stay factored" in each.getMessage()]) == 1
+    first = [loss for stage, _, loss in model.seen if stage == "validation"][:3]
+    unmerged = fitted(tmp_path, kind, lora(merged_eval=False), max_epochs=1)
+    assert first == [loss for stage, _, loss in unmerged.seen if stage == "validation"][:3]
+
+
+@saved
+def test_resuming_equals_the_uninterrupted_run(tmp_path, kind, save):
+    whole = fitted(tmp_path / "whole", kind, lora(), max_epochs=3)
+    saving = ModelCheckpoint(tmp_path / "half", filename="{epoch}", save_top_k=-1)
+    fitted(tmp_path / "half", kind, lora(**SAVES[save]), saving, max_epochs=1)
+    callbacks = lora(**SAVES[save]), ModelCheckpoint(tmp_path / "half", filename="{epoch}", save_top_k=-1)
+    resumed = fitted(tmp_path / "on", kind, *callbacks, max_epochs=3, ckpt_path=tmp_path / "half/epoch=0.ckpt")
+    assert_same(factors(resumed), factors(whole))
+    assert packed_bits(resumed) == packed_bits(whole)
+
+
+@saved
+def test_a_checkpoint_is_loaded_onto_the_quantised_base(tmp_path, kind, save):
+    trainer = make_trainer(tmp_path, lora(**SAVES[save]), max_epochs=1)
+    model = QuantisedNet(kind)
+    trainer.fit(model, batches(), batches(2))
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    expected = trainer.test(model, batches(2), verbose=False)
+    loaded = load_from_checkpoint(QuantisedNet, tmp_path / "one.ckpt")
+    assert_same(factors(loaded), factors(model))
+    assert packed_bits(loaded) == packed_bits(model)
+    other = QuantisedNet(kind)
+    load_adapter(other, tmp_path / "one.ckpt")
+    assert_same(factors(other), factors(model))
+    tested = make_trainer(tmp_path, lora(**SAVES[save]))
+    assert tested.test(QuantisedNet(kind), batches(2), ckpt_path=tmp_path / "one.ckpt", verbose=False) == expected
+
+
+@every_kind
+def test_an_adapter_checkpoint_holds_nothing_of_the_base(tmp_path, kind):
+    trainer = make_trainer(tmp_path, lora(), max_epochs=1)
+    trainer.fit(QuantisedNet(kind), batches(), batches(2))
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    content = torch.load(tmp_path / "one.ckpt", weights_only=True)
+    assert len(content["state_dict"]) == 6
+    assert all("lora_" in name for name in content["state_dict"])
+
+
+@every_kind
+def test_merged_checkpoints_are_plain_and_rounded_once(tmp_path, kind, caplog):
+    trainer = make_trainer(tmp_path, lora(save="merged", dequantize=torch.bfloat16), max_epochs=1)
+    model = QuantisedNet(kind)
+    trainer.fit(model, batches(), batches(2))
+    with caplog.at_level(logging.INFO, "lightning_lora"):
+        trainer.save_checkpoint(tmp_path / "one.ckpt")
+    state = torch.load(tmp_path / "one.ckpt", weights_only=True)["state_dict"]
+    assert any("rounding costs" in record.getMessage() for record in caplog.records)
+    assert {value.dtype for name, value in state.items() if name.endswith("weight")} == {torch.bfloat16}
+    plain = PlainNet()
+    plain.load_state_dict({name: value.float() for name, value in state.items()})
+    exact = reference(model.network)
+    for position in (0, 2, 4):
+        layer = exact[position]
+        expected = (layer.weight + 2.0 * layer.B @ layer.A).to(torch.bfloat16)
+        assert same(state[f"network.{position}.weight"], expected.detach())
+    with torch.no_grad():
+        difference = plain(inputs()) - run_reference(exact, inputs().double())
+    assert float(difference.norm() / plain(inputs()).detach().norm()) < 1e-2
+
+
+@every_kind
+def test_merged_checkpoints_without_a_dtype_are_refused_before_the_first_batch(tmp_path, kind):
+    model = QuantisedNet(kind)
+    with pytest.raises(LoRAError, match=rf"'network.0' is quantised \({NAMES[kind]}\).*dequantize=\"bfloat16\""):
+        make_trainer(tmp_path, lora(save="merged")).fit(model, batches(), batches(2))
+    assert model.seen == []
+    with pytest.raises(LoRAError, match=r"LoRACallback: dequantize must be one of float16, .* but it is 'nf4'"):
+        lora(dequantize="nf4")
+
+
+@pytest.mark.parametrize("kind", OF_TORCHAO)
+def test_full_checkpoints_of_torchao_tensors_which_lightning_cannot_load_are_refused(tmp_path, kind):
+    model = QuantisedNet(kind)
+    with pytest.raises(
+        LoRAError, match=r"save='full' would save 'network.0.weight', a torchao tensor .* save='adapter'"
+    ):
+        make_trainer(tmp_path, lora(save="full")).fit(model, batches(), batches(2))
+    assert model.seen == []
+
+
+@every_kind
+def test_merge_after_fit_leaves_plain_layers(tmp_path, kind):
+    model = fitted(tmp_path, kind, lora(merge_after_fit=True, dequantize="float32"), max_epochs=1)
+    twin = fitted(tmp_path, kind, lora(), max_epochs=1)
+    assert [type(layer) for layer in model.network] == [type(layer) for layer in network()]
+    assert all(type(p) is torch.nn.Parameter for p in model.parameters())
+    with torch.no_grad():
+        exact = run_reference(reference(twin.network), inputs().double())
+        torch.testing.assert_close(model(inputs()).double(), exact, rtol=1e-5, atol=1e-5)
+    with pytest.raises(LoRAError, match="is quantised"):
+        fitted(tmp_path, kind, lora(merge_after_fit=True), max_epochs=1)
+
+
+@every_kind
+def test_verify_finds_every_layer_and_no_error(tmp_path, kind, caplog):
+    trainer = make_trainer(tmp_path, lora(verify=True, init_lora_weights=False), max_epochs=1)
+    trainer.fit(QuantisedNet(kind), batches(), batches(2))
+    assert trainer.callback_metrics["lora_merge_error_max"] == 0
+
+
+def test_a_full_checkpoint_brings_its_own_quantised_base(tmp_path):
+    """Another base was quantised here, in another way."""
+    trainer = make_trainer(tmp_path, lora(save="full"), max_epochs=1)
+    model = QuantisedNet("nf4 nested")
+    trainer.fit(model, batches(), batches(2))
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    other = QuantisedNet("fp4")
+    inject(other, LoRAConfig(r=2, lora_alpha=4))
+    other.load_state_dict(torch.load(tmp_path / "one.ckpt", weights_only=True)["state_dict"])
+    assert packed_bits(other) == packed_bits(model)
+    assert other.network[0].quantised() == "nf4"
+    with torch.no_grad():
+        assert torch.equal(other(inputs()), model(inputs()))
+
+
+@every_kind
+def test_the_own_state_dict_of_an_adapted_model_loads_strictly(kind):
+    model = QuantisedNet(kind)
+    inject(model, LoRAConfig(r=2, target_modules=["0"]))  # the others are quantised and not adapted
+    model(inputs())  # in which 8-bit layers take up their scales
+    state = model.state_dict()
+    before = packed_bits(model)
+    model.load_state_dict(state)
+    fresh = QuantisedNet(kind)
+    inject(fresh, LoRAConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    fresh.load_state_dict(state)
+    assert packed_bits(fresh) == packed_bits(model) == before
+    assert torch.equal(fresh(inputs()), model(inputs()))
+    for name in [name for name in state if name.startswith("network.2.")]:
+        del state[name]
+    with pytest.raises(RuntimeError, match=r"network\.2\.weight"):
+        fresh.load_state_dict(state)
+
+
+@pytest.mark.parametrize(("trained", "here"), [("nf4", None), (None, "nf4"), ("nf4", "fp4"), ("int8", "nf4")])
+def test_an_adapter_of_another_quantisation_is_refused_with_the_reason(tmp_path, trained, here):
+    source = PlainNet() if trained is None else QuantisedNet(trained)
+    trainer = make_trainer(tmp_path, lora(), max_epochs=1)
+    trainer.fit(source, batches(), batches(2))
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    model = PlainNet() if here is None else QuantisedNet(here)
+    was, is_now = (f"quantised \\({kind}\\)" if kind else "not quantised" for kind in (trained, here))
+    with pytest.raises(LoRAError, match=rf"the base was {was}, here it is {is_now}.*strict_base=False"):
+        load_adapter(model, tmp_path / "one.ckpt")
+    with pytest.warns(UserWarning, match=f"the base was {was}, here it is {is_now}"):
+        load_adapter(model, tmp_path / "one.ckpt", strict_base=False)
+    assert_same(factors(model), factors(source))
+
+
+def test_an_adapter_fits_a_base_that_was_packed_for_evaluation_first(tmp_path):
+    trainer = make_trainer(tmp_path, lora(), max_epochs=1)
+    trainer.fit(QuantisedNet("nf4 nested"), batches(), batches(2))
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    model = QuantisedNet("nf4 nested").eval()
+    with torch.no_grad():
+        model(inputs())
+    load_adapter(model, tmp_path / "one.ckpt")
+    assert all(value.norm() > 0 for value in factors(model).values())
+
+
+@pytest.mark.weight_averaging
+@pytest.mark.parametrize("kind", ["nf4", "Int8WeightOnlyConfig"])
+def test_averaging_of_weights_which_would_change_quantised_bytes_is_refused(tmp_path, kind):
+    model = QuantisedNet(kind)
+    for average in (EMAWeightAveraging(decay=0.9), StochasticWeightAveraging(0.01)):
+        expected = rf"'network\.0' is quantised .*{type(average).__name__} averages frozen weights"
+        with pytest.raises(LoRAError, match=expected):
+            make_trainer(tmp_path, lora(), average).fit(model, batches(), batches(2))
+    assert model.seen == []
+    assert packed_bits(model) == packed_bits(QuantisedNet(kind))
+
+
+def test_merged_weights_come_from_the_factors_in_the_state_dict_that_is_saved():
+    """A module's own state_dict, or a callback's, may hold other values than the live ones."""
+    model = QuantisedNet("nf4")
+    inject(model, LoRAConfig(r=2, lora_alpha=4, init_lora_weights=False))
+    state = model.state_dict()
+    state |= {name: value * 2 for name, value in state.items() if name.endswith("lora_B")}
+    found = merge_state_dict(model, state, torch.float64)
+    layer = reference(model.network)[2]
+    torch.testing.assert_close(found["network.2.weight"], (layer.weight + 4 * layer.B @ layer.A).detach())
