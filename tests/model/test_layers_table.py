@@ -1,0 +1,343 @@
+"""The table of layers and variants: what training, merging, saving and PEFT make of each, from runs.
+
+WRITE_TABLE=1 in the environment writes it into lightning_lora/README.md. Rows of packages that are not installed stay.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lightning_lora import (
+    LoRAConfig,
+    LoRAError,
+    adapter_state_dict,
+    inject,
+    load_adapter,
+    merge,
+    merged_state_dict,
+    save_adapter,
+    unmerge,
+)
+from lightning_lora.nn.lora_layer import adapted_layers
+from support.notices import quiet_peers
+from support.parameters import Experts, Model, Projected, Recurrent
+from support.quantised import inputs, network, packed_bits, quantise_
+
+pytestmark = [
+    *quiet_peers,
+    pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning"),
+    pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be cast:UserWarning"),
+    pytest.mark.filterwarnings("ignore:TorchaoLoraLinear was instantiated without:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Unsupported layer type.*encountered:UserWarning"),
+    pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups > 1:UserWarning"),
+]
+README = Path(__file__).parents[2] / "lightning_lora" / "README.md"
+BEGIN, END = "<!-- layers: written by tests/model/test_layers_table.py -->", "<!-- end of layers -->"
+HEAD = (
+    "| layer | variant | train | merge | plain merged weights | adapter | to PEFT | from PEFT |",
+    "|---|---|---|---|---|---|---|---|",
+)
+RIGHT = "right"
+LEAST = 1e-3  # of the output's size that an adapter must change
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A model, an input for it, and options.
+
+    Attributes:
+        plain: the same model with plain weights, where these are quantised.
+        theirs: peft's options where they are others; None where peft has no such adapter.
+    """
+
+    layer: str
+    build: Callable[[], Any]
+    x: Callable[[], torch.Tensor]
+    options: dict[str, Any] = field(default_factory=lambda: {"target_modules": ["inner"]})
+    variant: str = "LoRA"
+    plain: Callable[[], Any] | None = None
+    theirs: dict[str, Any] | None = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        return f"| {self.layer} | {self.variant} |"
+
+
+def floats(*shape: int) -> Callable[[], torch.Tensor]:
+    return lambda: torch.randn(shape, generator=torch.Generator().manual_seed(2))
+
+
+def rows(*shape: int, of: int = 11) -> Callable[[], torch.Tensor]:
+    return lambda: torch.arange(torch.Size(shape).numel()).remainder(of).view(shape)
+
+
+class Attention(nn.Module):
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True, **options)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        key, value = x[..., : self.attention.kdim], x[..., : self.attention.vdim]
+        result: torch.Tensor = self.attention(x, key, value, need_weights=False)[0]
+        return result
+
+
+class Readers(nn.Module):
+    """Reads the weight of its layer instead of calling it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, self.linear.weight, self.linear.bias)
+
+
+def experts_of_transformers() -> Any:
+    config = transformers.MixtralConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=12,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=3,
+    )
+    return Logits(transformers.MixtralForCausalLM(config))
+
+
+class Logits(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner: Any = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.inner(input_ids=x).logits
+        return result
+
+
+def inner(build: Callable[[], nn.Module]) -> Callable[[], Any]:
+    return lambda: Model(build())
+
+
+RSLORA = {"use_rslora": True, "r": 4, "lora_alpha": 3}
+PARTS = {"target_modules": ["inner"], "enable_lora": {"inner": [True, False, True]}}
+QUANTISED = {
+    "bitsandbytes nf4": "nf4",
+    "bitsandbytes nf4, double quantisation": "nf4 nested",
+    "bitsandbytes fp4": "fp4",
+    "bitsandbytes int8": "int8",
+    "torchao int8": "Int8WeightOnlyConfig",
+    "torchao intx": "IntxWeightOnlyConfig",
+    "torchao float8": "Float8WeightOnlyConfig",
+}
+
+
+def parameters(*names: str) -> dict[str, Any]:
+    return {"target_modules": [], "target_parameters": list(names)}
+
+
+ROWS = [
+    Row("nn.Linear", inner(lambda: nn.Linear(8, 6)), floats(3, 8)),
+    Row("nn.Linear", inner(lambda: nn.Linear(8, 6)), floats(3, 8), {"target_modules": ["inner"], **RSLORA}, "rsLoRA"),
+    Row("nn.Linear, fused", inner(lambda: nn.Linear(8, 12)), floats(3, 8), PARTS, "enable_lora", theirs=None),
+    Row("nn.Linear, whose weight is read", inner(Readers), floats(3, 8), {"target_modules": ["linear"]}, theirs=None),
+    Row("transformers' Conv1D", inner(lambda: Conv1D(6, 8)), floats(3, 8), theirs={"fan_in_fan_out": True}),
+    Row("nn.Embedding", inner(lambda: nn.Embedding(11, 6)), rows(3, 5)),
+    Row("nn.Conv1d", inner(lambda: nn.Conv1d(8, 6, 3)), floats(2, 8, 7)),
+    Row("nn.Conv2d", inner(lambda: nn.Conv2d(8, 6, 3, padding=1)), floats(2, 8, 5, 5)),
+    Row("nn.Conv3d", inner(lambda: nn.Conv3d(4, 6, 2)), floats(2, 4, 4, 4, 4)),
+    Row("nn.Conv2d, groups", inner(lambda: nn.Conv2d(8, 12, 3, groups=2)), floats(2, 8, 5, 5)),
+    Row("nn.MultiheadAttention", inner(Attention), floats(2, 4, 8), {"target_modules": ["attention"]}),
+    Row(
+        "nn.MultiheadAttention, q, k and v apart",
+        inner(lambda: Attention(kdim=6, vdim=5)),
+        floats(2, 4, 8),
+        {"target_modules": ["attention"]},
+        theirs=None,
+    ),
+    Row("nn.LSTM", inner(lambda: Recurrent(nn.LSTM)), floats(2, 4, 5), parameters("weight_ih_l0", "weight_hh_l0")),
+    Row("nn.GRU", inner(lambda: Recurrent(nn.GRU)), floats(2, 4, 5), parameters("weight_ih_l0", "weight_hh_l0")),
+    Row("experts of transformers", experts_of_transformers, rows(2, 6, of=32), parameters("gate_up_proj", "down_proj")),
+    Row("experts, a stack of your own", inner(Experts), floats(2, 4, 5), parameters("gate_up_proj", "down_proj")),
+    Row("experts, transposed", inner(lambda: Experts(True)), floats(2, 4, 5), parameters("down_proj")),
+    Row("any nn.Parameter of two dimensions", inner(Projected), floats(2, 4, 5), parameters("projection")),
+    *(
+        Row(
+            f"linear, {label}",
+            lambda kind=kind: Model(quantise_(network(), kind)),
+            lambda: inputs(4).requires_grad_(),  # else bitsandbytes packs weights for an evaluation in bfloat16
+            {"target_modules": ["0", "2", "4"]},
+            plain=lambda: Model(network()),
+        )
+        for label, kind in QUANTISED.items()
+    ),
+]
+
+
+def fresh(row: Row) -> Any:
+    torch.manual_seed(3)
+    return row.build().eval()
+
+
+def adapted(row: Row) -> Any:
+    model = fresh(row)
+    inject(model, LoRAConfig(**{"r": 2, "lora_alpha": 3, "init_lora_weights": False} | row.options), seed=4)
+    assert (model(row.x()) - fresh(row)(row.x())).abs().max() > LEAST
+    return model
+
+
+def base_bits(model: Any) -> list[bytes]:
+    names = {f"{name}" for name, _ in model.named_parameters() if "lora_" not in name}
+    state = {name: value for name, value in model.state_dict().items() if name in names}
+    plain = [v.contiguous().view(torch.uint8).numpy().tobytes() for v in state.values() if type(v) is torch.Tensor]
+    return [*plain, *packed_bits(model)]
+
+
+def trained(row: Row) -> str:
+    """Every factor moves, the loss falls, and the base stays."""
+    model = adapted(row)
+    before, bits = {n: v.clone() for n, v in adapter_state_dict(model).items()}, base_bits(model)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    losses = []
+    for _ in range(8):
+        loss = model(row.x()).square().mean()
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    moved = [not torch.equal(value, before[name]) for name, value in adapter_state_dict(model).items()]
+    return RIGHT if all(moved) and losses[-1] < losses[0] and base_bits(model) == bits else "wrong"
+
+
+def merging(row: Row) -> str:
+    """Merged outputs are the factored ones, and every bit comes back."""
+    model = adapted(row)
+    bits, factored = base_bits(model), model(row.x())
+    for _ in range(3):
+        merge(model)
+        torch.testing.assert_close(model(row.x()), factored, **CLOSE)
+        whole = [bool(layer.lora.records) for layer in adapted_layers(model).values()]
+        unmerge(model)
+        assert base_bits(model) == bits
+    return "exact" if all(whole) else "stays factored" if not any(whole) else "in part"
+
+
+def require(reason: str, error: LoRAError) -> None:
+    """What is refused says why."""
+    if reason not in str(error):
+        raise error
+
+
+def plain_weights(row: Row) -> str:
+    """What merged_state_dict gives is a plain model that computes the same."""
+    model, cell = adapted(row), RIGHT
+    try:
+        state = merged_state_dict(model)
+    except LoRAError as error:
+        require("dequantize", error)
+        state, cell = merged_state_dict(model, dequantize=torch.float32), "with `dequantize`"
+    net = (row.plain or row.build)().eval()
+    net.load_state_dict(state)
+    # bitsandbytes' and torchao's own forwards are exact to rounding of the scales.
+    torch.testing.assert_close(net(row.x()), model(row.x()), **({"rtol": 1e-2, "atol": 1e-2} if row.plain else CLOSE))
+    return cell
+
+
+def adapter_alone(row: Row) -> str:
+    model, again = adapted(row), fresh(row)
+    inject(again, LoRAConfig(**{"r": 2, "lora_alpha": 3} | row.options), seed=5)
+    load_adapter(again, adapter_state_dict(model))
+    return RIGHT if torch.equal(again(row.x()), model(row.x())) else "wrong"
+
+
+def to_peft(row: Row, folder: Path) -> str:
+    model = adapted(row)
+    try:
+        save_adapter(model, folder)
+    except LoRAError as error:
+        require("PEFT", error)
+        return "refused"
+    read = peft.PeftModel.from_pretrained(fresh(row), folder).eval()
+    if torch.equal(read(row.x()), fresh(row)(row.x())):
+        return "written; peft passes over it"
+    torch.testing.assert_close(read(row.x()), model(row.x()), **CLOSE)
+    return RIGHT
+
+
+def from_peft(row: Row, folder: Path) -> str:
+    if row.theirs is None:
+        return "not in PEFT"
+    options = {name: value for name, value in row.options.items() if name != "enable_lora"}
+    config = peft.LoraConfig(**{"r": 2, "lora_alpha": 3, "init_lora_weights": False} | options | row.theirs)
+    theirs = peft.get_peft_model(fresh(row), config)
+    if "parameters" in str(list(row.options)):  # peft draws no B of a parameter
+        with torch.no_grad():
+            for name, parameter in theirs.named_parameters():
+                if "lora_" in name:
+                    parameter.copy_(0.3 * torch.randn_like(parameter))
+    theirs.eval().save_pretrained(folder)
+    expected = theirs(row.x()).detach()
+    assert (expected - fresh(row)(row.x())).abs().max() > LEAST
+    model = fresh(row)
+    try:
+        load_adapter(model, folder)
+    except LoRAError as error:
+        require("crosses the groups", error)
+        return "refused"
+    torch.testing.assert_close(model(row.x()), expected, **CLOSE)
+    return RIGHT
+
+
+def line(row: Row, folder: Path) -> str:
+    try:
+        cells = [trained(row), merging(row), plain_weights(row), adapter_alone(row)]
+        cells += [to_peft(row, folder / "ours"), from_peft(row, folder / "theirs")]
+    except AssertionError as error:
+        raise AssertionError(row.label) from error
+    return f"{row.label} {' | '.join(cells)} |"
+
+
+def known() -> dict[str, str]:
+    text = README.read_text().split(BEGIN)[1].split(END)[0]
+    lines = [entry for entry in text.splitlines() if entry.startswith("| ")][1:]
+    return {"|".join(entry.split("|")[:3]) + "|": entry for entry in lines}
+
+
+def test_every_layer_and_variant_fares_as_the_table_says(tmp_path):
+    found, skipped = {}, []
+    for i, row in enumerate(ROWS):
+        try:
+            found[row.label] = line(row, tmp_path / str(i))
+        except pytest.skip.Exception:  # a package that is not installed
+            skipped.append(row.label)
+    if os.environ.get("WRITE_TABLE"):
+        before, rest = README.read_text().split(BEGIN)
+        lines = [*HEAD, *((known() | found)[row.label] for row in ROWS)]
+        README.write_text(f"{before}{BEGIN}\n\n" + "\n".join(lines) + f"\n\n{END}{rest.split(END)[1]}")
+    wanted = known()
+    assert list(wanted) == [row.label for row in ROWS]
+    assert found == {label: wanted[label] for label in found}
+    assert len(found) + len(skipped) == len(ROWS)
+
+
+def test_a_row_of_a_model_that_does_not_train_says_so(monkeypatch):
+    """The table is no list of promises: a layer that is cut off fares otherwise."""
+    row = ROWS[0]
+    whole = fresh(row)
+    monkeypatch.setattr(type(whole), "forward", lambda self, x: self.inner(x).detach().requires_grad_())
+    assert trained(row) == "wrong"
+    assert copy.deepcopy(row) == row
