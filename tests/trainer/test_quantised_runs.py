@@ -27,6 +27,7 @@ from support.quantised import (
     inputs,
     network,
     packed_bits,
+    quantise_,
     reference,
     run_reference,
 )
@@ -191,6 +192,26 @@ def test_a_full_checkpoint_brings_its_own_quantised_base(tmp_path):
         assert torch.equal(other(inputs()), model(inputs()))
 
 
+class OfOtherWeights(QuantisedNet):
+    def build(self, kind: str) -> Any:
+        plain = network()
+        with torch.no_grad():
+            for parameter in plain.parameters():
+                parameter.mul_(torch.linspace(-2, 2, len(parameter)).view(-1, *[1] * (parameter.dim() - 1)))
+        return quantise_(plain, kind)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in OF_BITSANDBYTES if kind != "int8"])
+def test_a_4_bit_weight_of_another_shape_and_as_many_bytes_is_refused(kind):
+    model, turned = (quantise_(torch.nn.Sequential(torch.nn.Linear(*sizes)), kind) for sizes in ((64, 128), (128, 64)))
+    inject(model, LoRAConfig(r=2))
+    state = model.state_dict() | {n: value for n, value in turned.state_dict().items() if n.startswith("0.weight")}
+    with pytest.raises(
+        LoRAError, match=r"'0\.weight' is a 4-bit weight of shape \(64, 128\), in the model \(128, 64\)"
+    ):
+        model.load_state_dict(state)
+
+
 @every_kind
 def test_the_own_state_dict_of_an_adapted_model_loads_strictly(kind):
     model = QuantisedNet(kind)
@@ -199,8 +220,10 @@ def test_the_own_state_dict_of_an_adapted_model_loads_strictly(kind):
     state = model.state_dict()
     before = packed_bits(model)
     model.load_state_dict(state)
-    fresh = QuantisedNet(kind)
+    fresh = OfOtherWeights(kind)
     inject(fresh, LoRAConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    fresh(inputs())
+    assert packed_bits(fresh) != before
     fresh.load_state_dict(state)
     assert packed_bits(fresh) == packed_bits(model) == before
     assert torch.equal(fresh(inputs()), model(inputs()))
