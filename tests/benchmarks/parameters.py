@@ -127,8 +127,6 @@ def measured(name: str, width: int, dtype: torch.dtype, seconds: float) -> list[
 
 
 HEADER = "| model | dtype | step | of peft | of the floor | peak | of peft | merge cycle | of peft |"
-    "| model | dtype | step | against peft | against the floor | peak | against peft | merge cycle | against peft |"
-)
 
 
 def main(arguments: list[str] | None = None) -> None:

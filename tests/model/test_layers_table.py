@@ -1,6 +1,6 @@
 """The table of layers and variants: what training, merging, saving and PEFT make of each, from runs.
 
-WRITE_TABLE=1 in the environment writes it into lightning_lora/README.md. Rows of packages that are not installed stay.
+WRITE_TABLE=1 in the environment writes it into lightning_lora/README.md. Rows of what is not installed stay.
 """
 
 from __future__ import annotations
@@ -107,6 +107,8 @@ class Readers(nn.Module):
 
 
 def experts_of_transformers() -> Any:
+    if int(transformers.__version__.partition(".")[0]) < 5:
+        pytest.skip("before transformers 5 each expert has layers of its own")
     config = transformers.MixtralConfig(
         vocab_size=32,
         hidden_size=16,
