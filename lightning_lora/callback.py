@@ -94,6 +94,8 @@ class LoRACallback(Callback):
             modules by a dotted suffix; see LoRAConfig.
         layers_pattern: the segment or segments of names (regular expressions) that such a number follows, as "layers".
         modules_to_save: modules that are trained and saved whole, beside the adapter.
+        trainable_token_indices: rows of embeddings or output heads to train, such as those of new tokens: a list for
+            the input embeddings, or one for each name or dotted suffix.
         task_type: "SEQ_CLS", "TOKEN_CLS" or "QUESTION_ANS" adds the head that such a model has in transformers to
             modules_to_save; see LoRAConfig.
         ensure_weight_tying: a weight that a module of modules_to_save shares with another stays one weight, trained for
@@ -128,6 +130,7 @@ class LoRACallback(Callback):
         layers_to_transform: int | Sequence[int] | None = None,
         layers_pattern: str | Sequence[str] | None = None,
         modules_to_save: Sequence[str] | None = None,
+        trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
         task_type: Task | None = None,
         ensure_weight_tying: bool = True,
         rank_pattern: Mapping[str, int] | None = None,

@@ -35,6 +35,7 @@ LISTS = {"modules_to_save": "a list of module names", "target_parameters": "a li
 
 LATER = {  # the defaults of options that 0.1.0 had not
     **dict.fromkeys(("target_parameters", "layers_to_transform", "layers_pattern", "task_type")),
+    "trainable_token_indices": None,
     "ensure_weight_tying": True,
 }
 
@@ -62,6 +63,9 @@ class LoRAConfig:
             the module's name that follows two segments or more, as the 1 of "model.layers.1.q_proj".
         layers_pattern: the segment or segments (regular expressions) that this number follows instead, as "layers".
         modules_to_save: modules that are trained and saved whole, beside the adapter.
+        trainable_token_indices: rows of tables (nn.Embedding, or an output head nn.Linear) to train, such as those of
+            new tokens; the rest of the table stays frozen. A list is of the input embeddings; else a list for each
+            name or dotted suffix. A tied head follows.
         task_type: what the model is for, as PEFT's files say: "SEQ_CLS" and "TOKEN_CLS" add "classifier" and "score" to
             modules_to_save, "QUESTION_ANS" adds "qa_outputs", where the model has them; "SEQ_2_SEQ_LM", "CAUSAL_LM"
             and "FEATURE_EXTRACTION" add nothing.
@@ -91,6 +95,7 @@ class LoRAConfig:
     layers_to_transform: int | Sequence[int] | None = None
     layers_pattern: str | Sequence[str] | None = None
     modules_to_save: Sequence[str] | None = None
+    trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None
     task_type: Task | None = None
     ensure_weight_tying: bool = True
     rank_pattern: Mapping[str, int] | None = None
@@ -114,6 +119,7 @@ class LoRAConfig:
         for option in ("target_modules", "target_parameters", "exclude_modules", "modules_to_save"):
             _check_names(option, getattr(self, option))
         self._check_layers()
+        self._check_token_indices()
         for option, check in (("rank_pattern", _check_rank), ("alpha_pattern", _check_alpha)):
             for pattern, value in (getattr(self, option) or {}).items():
                 _check_regex(option, pattern, suffix_pattern)
@@ -232,6 +238,12 @@ class LoRAConfig:
             if isinstance(value, (list, tuple, set, frozenset)):
                 names = sorted(value, key=str) if isinstance(value, (set, frozenset)) else value
                 object.__setattr__(self, option, tuple(names) if names or option == "target_modules" else None)
+        indices = self.trainable_token_indices
+        if isinstance(indices, Mapping):
+            rows: Any = {name: _ascending(numbers) for name, numbers in indices.items()}
+            object.__setattr__(self, "trainable_token_indices", rows or None)
+        elif indices is not None:
+            object.__setattr__(self, "trainable_token_indices", _ascending(indices) or None)
         if isinstance(self.task_type, Enum):  # peft.TaskType
             object.__setattr__(self, "task_type", self.task_type.value)
         for option in ("rank_pattern", "alpha_pattern", "enable_lora"):
@@ -243,6 +255,18 @@ class LoRAConfig:
             if option == "enable_lora":
                 value = {name: tuple(parts) if isinstance(parts, list) else parts for name, parts in value.items()}
             object.__setattr__(self, option, dict(value) or None)
+
+    def _check_token_indices(self) -> None:
+        indices = self.trainable_token_indices
+        if indices is None:
+            return
+        if isinstance(indices, Mapping):
+            _check_names("trainable_token_indices", tuple(indices))
+        for rows in indices.values() if isinstance(indices, Mapping) else [indices]:
+            if not isinstance(rows, tuple) or not rows or not all(map(_is_index, rows)):
+                _refuse("trainable_token_indices", "a list of whole numbers from 0, or one for each table", indices)
+            if len(set(rows)) < len(rows):
+                _refuse("trainable_token_indices", "without a number twice", indices)
 
     def _check_layers(self) -> None:
         numbers, patterns = self.layers_to_transform, self.layers_pattern
@@ -268,6 +292,13 @@ class LoRAConfig:
 
 def _unordered(value: Any) -> Any:
     return frozenset(value) if isinstance(value, tuple) else value
+
+
+def _ascending(numbers: Any) -> Any:
+    is_list = isinstance(numbers, (list, tuple, set, frozenset))
+    if is_list and all(map(_is_index, numbers)):
+        return tuple(sorted(numbers))
+    return tuple(numbers) if is_list else numbers
 
 
 def _plain(value: Any) -> Any:

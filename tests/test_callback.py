@@ -66,6 +66,7 @@ def test_options_reach_the_config():
         "layers_to_transform": (0,),
         "layers_pattern": ("body",),
         "modules_to_save": ("head",),
+        "trainable_token_indices": {"body.0": (1, 2)},
         "task_type": "TOKEN_CLS",
         "ensure_weight_tying": False,
         "rank_pattern": {"body.0": 2},

@@ -57,6 +57,17 @@ REFUSED = [
     ("modules_to_save", "head"),
     ("modules_to_save", [None]),
     ("modules_to_save", {"head": 1}),
+    ("trainable_token_indices", 3),
+    ("trainable_token_indices", "3"),
+    ("trainable_token_indices", [1.0]),
+    ("trainable_token_indices", [True]),
+    ("trainable_token_indices", [-1]),
+    ("trainable_token_indices", [4, 4, 7]),
+    ("trainable_token_indices", {"emb": []}),
+    ("trainable_token_indices", {"emb": 3}),
+    ("trainable_token_indices", {"emb": [3, -1]}),
+    ("trainable_token_indices", {"": [3]}),
+    ("trainable_token_indices", {3: [3]}),
     ("task_type", "SEQ"),
     ("task_type", 1),
     ("rank_pattern", ["q"]),
@@ -143,6 +154,7 @@ def test_a_config_from_peft_has_the_same_options():
         "layers_to_transform": [0, 2],
         "layers_pattern": ["layers", "h"],
         "modules_to_save": ["head"],
+        "trainable_token_indices": {"embed": [7, 2]},
         "task_type": "TOKEN_CLS",
         "ensure_weight_tying": True,
         "rank_pattern": {"q_proj": 2},
@@ -172,7 +184,6 @@ NOT_EXPRESSED = {
     "layer_replication": [[0, 1]],
     "megatron_config": {"a": 1},
     "alora_invocation_tokens": [1],
-    "trainable_token_indices": [1],
     "use_qalora": True,
 }
 
@@ -212,6 +223,7 @@ def test_config_looks_patterns_up_as_peft_does(patterns, name, rslora):
     assert config.scaling(name) == alpha / (math.sqrt(rank) if rslora else rank)
 
 
+ROWS = st.lists(st.integers(0, 99), unique=True)
 CONFIGS = st.builds(
     LoRAConfig,
     r=st.integers(1, 64).map(lambda half: 2 * half),
@@ -220,6 +232,7 @@ CONFIGS = st.builds(
     target_modules=st.lists(NAMES, min_size=1) | st.sets(NAMES, min_size=1) | st.sampled_from([r".*\.q", "all-linear"]),
     exclude_modules=st.none() | st.lists(NAMES) | st.just(r"head\..*"),
     modules_to_save=st.none() | st.lists(NAMES),
+    trainable_token_indices=st.none() | ROWS | st.dictionaries(NAMES, ROWS.filter(bool)),
     rank_pattern=st.none() | st.dictionaries(PATTERNS, st.integers(1, 8).map(lambda half: 2 * half)),
     alpha_pattern=st.none() | st.dictionaries(PATTERNS, st.floats(0.1, 9)),
     bias=st.sampled_from(["none", "all", "lora_only"]),
@@ -251,6 +264,7 @@ def test_round_trip_through_plain_types(config):
 
 def test_options_that_earlier_versions_had_not_are_left_out_at_their_defaults():
     later = {"target_parameters", "layers_to_transform", "layers_pattern", "task_type", "ensure_weight_tying"}
+    later |= {"trainable_token_indices"}
     names = {field.name for field in dataclasses.fields(LoRAConfig)}
     assert names - LoRAConfig().to_dict().keys() == later
     options = {"target_modules": ["q"], "layers_to_transform": 0, "layers_pattern": "h"}
@@ -290,6 +304,9 @@ def test_a_config_cannot_be_changed_and_keeps_nothing_of_its_callers():
 def test_order_of_names_in_a_set_and_empty_collections_do_not_matter():
     assert LoRAConfig(target_modules={"v", "q"}) == LoRAConfig(target_modules=["q", "v"])
     assert LoRAConfig(layers_to_transform=[], layers_pattern="") == LoRAConfig()
+    assert LoRAConfig(trainable_token_indices=[]) == LoRAConfig(trainable_token_indices={}) == LoRAConfig()
+    assert LoRAConfig(trainable_token_indices=[7, 2]).trainable_token_indices == (2, 7)
+    assert LoRAConfig(trainable_token_indices={"a": [7, 2]}).to_dict()["trainable_token_indices"] == {"a": [2, 7]}
     assert LoRAConfig(exclude_modules=[], modules_to_save=(), rank_pattern={}, alpha_pattern={}) == LoRAConfig()
 
 

@@ -15,7 +15,7 @@ import torch
 
 from ..config import LoRAConfig
 from ..errors import LoRAError
-from ..names import A, B, around, names_factor, near_misses, rename_keys, split_factor_name, suffixes
+from ..names import ROWS, A, B, around, names_factor, near_misses, rename_keys, split_factor_name, suffixes
 from ..nn.low_rank import ATTENTION, MERGEABLE_DTYPES, SEPARATE, low_rank_blocks, product_norm
 
 SAMPLES = 8  # values by which tensors are told apart before they are compared whole
@@ -34,6 +34,10 @@ class Adapter:
         fingerprint: of the base, or empty where the source holds none.
         complete: the source holds buffers too, so that each missing name is an error.
         kinds: of each adapted layer where known, see low_rank.KINDS.
+        tables: which rows of each table are trained, ascending, or empty where the source does not say it.
+        tied: the tables that share the rows of another by a tie, each with that one's name; their rows may be left out.
+        tied_by_peft: PEFT makes all these ties by itself, because transformers does.
+        peft_rows: the rows were trained by PEFT, in which a head with rows has no bias.
         network: the prefix of the network's names inside the LightningModule that was saved.
         origin: what the source says of the base: base_model_name_or_path, revision, task_type.
         scope: the prefix of the part of a model that it is for, or "" for all; buffers of the rest need not be here.
@@ -52,6 +56,10 @@ class Adapter:
     fan_in_fan_out: bool = False
     scope: str = ""
     perhaps_base: frozenset[str] = frozenset()
+    tables: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    tied: Mapping[str, str] = field(default_factory=dict)
+    tied_by_peft: bool = False
+    peft_rows: bool = False
 
     @cached_property
     def _factor_names(self) -> dict[str, dict[str, str]]:
@@ -88,6 +96,10 @@ class Adapter:
         """Return whether what is adapted is a parameter by itself."""
         return f"{layer}.{A}" not in self.tensors
 
+    def rows(self) -> dict[str, Any]:
+        """Return the trained rows of each table, by its name."""
+        return {name.removesuffix(f".{ROWS}"): rows for name, rows in self.tensors.items() if name.endswith(f".{ROWS}")}
+
     def beside_factors(self) -> dict[str, Any]:
         """Return what was trained whole, and buffers."""
         return {name: value for name, value in self.tensors.items() if not names_factor(name)}
@@ -107,12 +119,19 @@ class Adapter:
         def new_layer(layer: str) -> str | None:
             return _new_layer(self, layer, new_name)
 
+        def new_table(table: str) -> str | None:
+            name = new_name(f"{table}.{ROWS}")
+            return None if name is None else name.removesuffix(f".{ROWS}")
+
+        tied = {table: new_table(first) for table, first in self.tied.items()}
         return replace(
             self,
             tensors=rename_keys(self.tensors, new_name),
             scalings=rename_keys(self.scalings, new_layer),
             fingerprint=rename_keys(self.fingerprint, new_name),
             kinds=rename_keys(self.kinds, new_layer),
+            tables=rename_keys(self.tables, new_table),
+            tied=rename_keys({table: first for table, first in tied.items() if first is not None}, new_table),
             perhaps_base=frozenset(rename_keys(dict.fromkeys(self.perhaps_base), new_name)),
         )
 
@@ -257,6 +276,19 @@ def check_factors(adapter: Adapter, where: str) -> None:
                 )
             check_finite(key, factor, where)
         _check_rank(adapter, name, where)
+    for table, rows in adapter.rows().items():
+        _check_rows(adapter, table, rows, where)
+
+
+def _check_rows(adapter: Adapter, table: str, rows: Any, where: str) -> None:
+    """Raise LoRAError where a table's trained rows are no finite matrix of as many rows as are named."""
+    name, numbers = f"{table}.{ROWS}", adapter.tables.get(table)
+    if not isinstance(rows, torch.Tensor) or rows.dtype not in MERGEABLE_DTYPES or rows.dim() != 2:
+        shown = f"{rows.dtype} {tuple(rows.shape)}" if isinstance(rows, torch.Tensor) else repr(rows)
+        raise LoRAError(f"{where}: {name!r} must be a floating point matrix of rows, found {shown[:80]}.")
+    if numbers is not None and len(numbers) != len(rows):
+        raise LoRAError(f"{where}: {name!r} has {len(rows)} rows, but {len(numbers)} are named: the file is damaged.")
+    check_finite(name, rows, where)
 
 
 def _check_rank(adapter: Adapter, name: str, where: str) -> None:

@@ -19,12 +19,13 @@ from ..model.named_state import base_parameters, named_state
 from ..model.pretrained import embeddings, pretrained_models
 from ..model.state_dict import adapter_keys, base_keys, original_value
 from ..model.targets import untie_advice, weights_of
-from ..names import A, B, canonical, near_misses, rename_keys
+from ..names import A, B, canonical, listed, names_factor, near_misses, rename_keys
 from ..nn.conv import LoRAConv
 from ..nn.layer_kinds import layer_kinds
-from ..nn.lora_layer import adapted_layers
+from ..nn.lora_layer import adapted_layers, adapted_places
 from .adapter import Adapter, align_to_modules, check_finite
 from .fingerprint import EQUAL, REMEDY, check_fingerprint, fingerprint_entry
+from .peft_rows import NO_BIAS
 
 log = logging.getLogger(__name__)
 
@@ -133,14 +134,19 @@ def _refuse_other_rows(name: str, stored: torch.Tensor, live: torch.Tensor) -> N
 
 
 def add_frozen_weights(model: nn.Module, adapter: Adapter) -> Adapter:
-    """Add initial values of base weights that are saved with adapters here and were frozen in the run that saved."""
+    """Add what a run that saved had not of its own, and this model saves with adapters.
+
+    That is initial values of base weights which were frozen there, and the rows of a table under the names of those
+    that it is tied to.
+    """
     injected = require_injection(model, "load_adapter")
     unfrozen = injected.seen({name: injected.record.initial[name] for name in injected.record.unfrozen})
     frozen = {name: value for name, value in unfrozen.items() if name in adapter.fingerprint}
     live = {name: tensor for name, tensor, _ in named_state(model)}
     stored = {id(live[name]): value for name, value in adapter.tensors.items() if name in live}  # by one of its names
     resized = {name: stored.get(id(live[name]), value) for name, value in _resized(model).items()}
-    return replace(adapter, tensors={**frozen, **resized, **adapter.tensors})
+    tied = {name: stored[id(tensor)] for name, tensor in live.items() if names_factor(name) and id(tensor) in stored}
+    return replace(adapter, tensors={**frozen, **resized, **tied, **adapter.tensors})
 
 
 def check_adapter(
@@ -159,6 +165,7 @@ def check_adapter(
     """
     try:
         _check_layers(model, by_first_names(model, adapter))
+        _check_tables(model, adapter)
         _check_tensors(model, adapter)
     except LoRAError as error:
         config = require_injection(model, "load_adapter").record.config
@@ -170,8 +177,9 @@ def check_adapter(
 
 def _check_layers(model: nn.Module, adapter: Adapter) -> None:
     layers, kinds = adapted_layers(model), layer_kinds(model)
-    _check_names("layer", adapter.layers(), layers)
-    for name, layer in layers.items():
+    _check_names("layer", adapter.layers(), kinds)
+    for name in kinds:
+        layer = layers[name]
         scaling = adapter.scalings.get(name)
         if scaling is not None and not math.isclose(scaling, layer.lora.spec.scaling):
             raise LoRAError(
@@ -185,6 +193,20 @@ def _check_layers(model: nn.Module, adapter: Adapter) -> None:
             raise LoRAError(
                 f"adapter: layer {name!r} was a {kind} layer where the adapter was trained, here it is {kinds[name]}; "
                 "the adapter belongs to another model."
+            )
+
+
+def _check_tables(model: nn.Module, adapter: Adapter) -> None:
+    live = {}
+    for name, module, layer in adapted_places(model, remove_duplicate=False):
+        live[name] = layer.replaced_rows()
+        if adapter.peft_rows and live[name] and getattr(module, "bias", None) is not None:
+            raise LoRAError(f"adapter: {name!r} has trained rows and a bias; {NO_BIAS}.")
+    for name, rows in adapter.tables.items():
+        if live.get(name, rows) != rows:
+            raise LoRAError(
+                f"adapter: of {name!r} the rows {listed(list(map(str, rows)), 8)} were trained, and here the options "
+                f"name {listed(list(map(str, live[name])), 8)}; use the adapter's own options."
             )
 
 
@@ -246,7 +268,9 @@ def _check_ties(tensors: Mapping[str, Any], live: Mapping[str, torch.Tensor | No
 
 
 def _equal(one: Any, other: Any) -> bool:
-    return not (isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)) or torch.equal(one, other)
+    if not (isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)) or one.is_meta:
+        return True  # of a distributed checkpoint, which is checked before its values are read
+    return torch.equal(one, other)
 
 
 def _check_names(what: str, names: Iterable[str], expected: Iterable[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -17,8 +17,10 @@ from ..model.injection import require_injection
 from ..model.named_state import base_parameters, named_state
 from ..model.state_dict import adapter_keys, original_value
 from ..names import around
-from ..nn.lora_layer import LoRALayer
+from ..nn.lora_layer import LoRALayer, adapted_places
 from ..nn.quantised import dequantised, quantised_as
+
+Tables = Mapping[str, Collection[int]]  # rows of a table that the adapter replaces, by the table's name
 
 SAMPLES = 8  # values of each frozen parameter that its fingerprint holds
 EQUAL = 1e-5  # relative difference of a base that is the same
@@ -32,14 +34,34 @@ REMEDY = "Load the adapter on the base that it was trained on, or pass strict_ba
 def fingerprint(model: nn.Module) -> dict[str, Any]:
     """Return the entry of each frozen base parameter, as plain types. Collective where the model is sharded.
 
-    A quantised one's is of its dequantised values, and says how it is quantised.
+    A quantised one's is of its dequantised values, and says how it is quantised. Values in rows that the adapter
+    replaces are NaN: they need not be the same anywhere else.
     """
     trained = set(adapter_keys(model))
-    return {
+    entries = {
         name: _entry_of(name, tensor, module)
         for name, tensor, module in named_state(model)
         if name not in trained and tensor is not None and tensor.device.type != "meta"
     }
+    return without_rows(entries, _tables(model))
+
+
+def _tables(model: nn.Module) -> Tables:
+    """Return which rows of which tables of a model its adapter replaces."""
+    return {name: each.replaced_rows() for name, _, each in adapted_places(model, remove_duplicate=False)}
+
+
+def without_rows(entries: Mapping[str, Any], tables: Tables) -> dict[str, Any]:
+    """Return entries in which values in these rows of tables are NaN."""
+    masked = dict(entries)
+    for table, rows in tables.items():
+        name = f"{table}.weight"
+        if rows and name in entries and len(entries[name]["shape"]) == 2:
+            height, width = entries[name]["shape"]
+            places = zip(sample_positions(height * width), entries[name]["values"], strict=True)
+            values = [math.nan if place // width in rows else value for place, value in places]
+            masked[name] = entries[name] | {"values": values}
+    return masked
 
 
 def _entry_of(name: str, tensor: torch.Tensor, module: nn.Module) -> dict[str, Any]:
@@ -83,8 +105,10 @@ def check_fingerprint(
     parameters = base_parameters(injected.root)
     unfrozen = {id(parameters[name]): fingerprint_entry(record.initial[name]) for name in record.unfrozen}
     by_each_name = {name: unfrozen[id(tensor)] for name, tensor, _ in named_state(model) if id(tensor) in unfrozen}
-    trained_here = record.fingerprint == expected
-    present = by_each_name | fingerprint(model)
+    known = record.fingerprint
+    trained_here = known.keys() == expected.keys() and all(entries_match(known[n], expected[n], 0) for n in known)
+    present = without_rows(by_each_name, _tables(model)) | fingerprint(model)
+    expected = without_rows(expected, _tables(model))
     compare_fingerprints(present, expected, AVERAGED if trained_here else EQUAL, strict=strict, remedy=remedy)
     return present
 
@@ -139,7 +163,7 @@ def warn_of_rounding(present: Mapping[str, Any], expected: Mapping[str, Any]) ->
         if now is None or before.get("quantised") or now.get("quantised") or not entries_match(before, now, EQUAL):
             continue  # another base, of which compare_fingerprints tells
         was, is_now = (getattr(torch, entry["dtype"]) for entry in (before, now))
-        if not (was.is_floating_point and is_now.is_floating_point) or before["values"] == now["values"]:
+        if not (was.is_floating_point and is_now.is_floating_point) or _equal(before["values"], now["values"]):
             continue
         if torch.finfo(is_now).eps < torch.finfo(was).eps:
             warnings.warn(
@@ -183,6 +207,10 @@ def _quantised_hint(differing: Iterable[str], present: Mapping[str, Any], expect
 
 def _quantised_words(quantised: str) -> str:
     return f"quantised ({quantised})" if quantised else "not quantised"
+
+
+def _equal(before: Iterable[float], now: Iterable[float]) -> bool:
+    return all(a == b or (math.isnan(a) and math.isnan(b)) for a, b in zip(before, now, strict=True))
 
 
 def _head_hint(differing: Iterable[str], expected: Mapping[str, Any]) -> str:

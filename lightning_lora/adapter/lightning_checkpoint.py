@@ -27,12 +27,12 @@ from ..model.dequantise import dequantised_dtype, quantised_weights
 from ..model.injection import refuse_replaced_layers, require_injection
 from ..model.named_state import named_state
 from ..model.state_dict import adapter_keys, adapter_state_dict, merge_state_dict, original_value
-from ..names import META, canonical, split_factor_name
+from ..names import META, ROWS, canonical, split_factor_name
 from ..nn.lora_layer import is_factor
 from ..nn.quantised_state import quantisation_entries, unchanged_weight
 from .adapter import Adapter, check_factors
 from .apply import add_frozen_weights, align_names, check_adapter, record_trained
-from .fingerprint import AVERAGED, entries_match, fingerprint_entry
+from .fingerprint import AVERAGED, entries_match, fingerprint_entry, without_rows
 from .metadata import describe_model, from_metadata, to_metadata
 
 FORMAT_VERSION = 1
@@ -78,9 +78,9 @@ def convert_checkpoint(module: nn.Module, checkpoint: MutableMapping[str, Any], 
         frozen = {name for name, tensor, _ in named_state(module) if tensor is not None} - trained
         frozen |= quantisation_entries(state, quantised_weights(module))
         if not sharded:
-            _warn_of_moved({name: state[name] for name in state if name in frozen}, adapter.fingerprint, kind)
+            _warn_of_moved({name: state[name] for name in state if name in frozen}, adapter, kind)
         meta = _describe(kind, adapter)
-        meta["copies"] = _strip_copies(module, checkpoint, frozen, adapter.fingerprint)
+        meta["copies"] = _strip_copies(module, checkpoint, frozen, adapter)
     if kind == "merged":
         if sharded:
             tensors = gather_all(adapter_state_dict(module))
@@ -97,15 +97,12 @@ def convert_checkpoint(module: nn.Module, checkpoint: MutableMapping[str, Any], 
     checkpoint[META] = meta
 
 
-def _warn_of_moved(frozen: Mapping[str, Any], at_fit_start: Mapping[str, Any], kind: Kind) -> None:
+def _warn_of_moved(frozen: Mapping[str, Any], adapter: Adapter, kind: Kind) -> None:
     """Warn of frozen weights that something other than an optimizer has changed, which loading will not bring back."""
-    moved = [
-        name
-        for name, entry in at_fit_start.items()
-        if name in frozen
-        and not entry.get("quantised")
-        and not entries_match(entry, fingerprint_entry(frozen[name]), AVERAGED)
-    ]
+    entries = adapter.fingerprint.items()
+    at_fit_start = {name: entry for name, entry in entries if name in frozen and not entry.get("quantised")}
+    now = without_rows({name: fingerprint_entry(frozen[name]) for name in at_fit_start}, adapter.tables)
+    moved = [name for name, entry in at_fit_start.items() if not entries_match(entry, now[name], AVERAGED)]
     if moved:
         warnings.warn(
             f"lightning_lora: checkpoint: {moved[0]!r} is frozen and has changed since fit start all the same "
@@ -156,7 +153,8 @@ def _without_left_out(
     saved = {parts[0] for parts in map(split_factor_name, state) if parts}
     layers = {name: scaling for name, scaling in adapter.scalings.items() if name in saved}
     kinds = {name: layer_kind for name, layer_kind in adapter.kinds.items() if name in layers}
-    return replace(adapter, scalings=layers, kinds=kinds, complete=False)
+    tables = {name: rows for name, rows in adapter.tables.items() if f"{name}.{ROWS}" in state}
+    return replace(adapter, scalings=layers, kinds=kinds, tables=tables, complete=False)
 
 
 def _refuse_lost(module: nn.Module, state: Mapping[str, Any], trained: Set[str]) -> None:
@@ -175,7 +173,7 @@ def _refuse_lost(module: nn.Module, state: Mapping[str, Any], trained: Set[str])
 
 
 def _strip_copies(
-    module: nn.Module, checkpoint: MutableMapping[str, Any], frozen: Set[str], fingerprint: Mapping[str, Any]
+    module: nn.Module, checkpoint: MutableMapping[str, Any], frozen: Set[str], adapter: Adapter
 ) -> list[list[Any]]:
     """Take the frozen base out of copies of the module's state that others, as weight averaging, keep in a checkpoint.
 
@@ -186,23 +184,22 @@ def _strip_copies(
     copies: list[list[Any]] = []
     parameters = {name for name, tensor, _ in named_state(module) if isinstance(tensor, nn.Parameter)}
     # Of quantised weights the copies hold what is packed.
-    entries = {name: entry for name, entry in fingerprint.items() if name in parameters and not entry.get("quantised")}
+    known = adapter.fingerprint.items()
+    entries = {name: entry for name, entry in known if name in parameters and not entry.get("quantised")}
 
     def strip(mapping: Mapping[Any, Any], path: tuple[Any, ...]) -> dict[Any, Any] | None:
         named = _by_canonical_names(mapping)
-        if not parameters <= named.keys() or not all(_is_near(named[name], entry) for name, entry in entries.items()):
+        if not parameters <= named.keys() or not all(isinstance(named[name], torch.Tensor) for name in entries):
             return None
+        found = without_rows({name: fingerprint_entry(named[name]) for name in entries}, adapter.tables)
+        if not all(entries_match(entry, found[name], AVERAGED) for name, entry in entries.items()):
+            return None  # neither as it is, nor averaged
         copies.append(list(path))
         return {name: value for name, value in mapping.items() if canonical(str(name)) not in frozen}
 
     for key in checkpoint.keys() - {"state_dict"}:
         checkpoint[key] = _replace_mappings(checkpoint[key], strip, (key,))
     return copies
-
-
-def _is_near(value: Any, entry: Mapping[str, Any]) -> bool:
-    """Tell whether a tensor may be a frozen one, as it is or averaged."""
-    return isinstance(value, torch.Tensor) and entries_match(entry, fingerprint_entry(value), AVERAGED)
 
 
 def _replace_mappings(value: Any, replacement: Replacement, path: tuple[Any, ...]) -> Any:

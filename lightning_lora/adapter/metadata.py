@@ -23,7 +23,7 @@ from ..errors import LoRAError
 from ..files.safetensors import as_bytes
 from ..model.injection import refuse_replaced_layers, require_injection
 from ..model.named_state import named_state
-from ..model.pretrained import base_name
+from ..model.pretrained import base_name, tied_to_input
 from ..model.state_dict import adapter_keys, adapter_state_dict, original_value
 from ..names import derives_from
 from ..nn.layer_kinds import layer_kinds
@@ -46,6 +46,8 @@ def to_metadata(adapter: Adapter) -> dict[str, Any]:
         "origin": dict(adapter.origin),
         "complete": adapter.complete,
         "fan_in_fan_out": adapter.fan_in_fan_out,
+        **({"tables": {name: list(rows) for name, rows in adapter.tables.items()}} if adapter.tables else {}),
+        **({"tied": dict(adapter.tied), "tied_by_peft": adapter.tied_by_peft} if adapter.tied else {}),
     }
 
 
@@ -72,12 +74,15 @@ def from_metadata(tensors: Mapping[str, Any], metadata: Any, where: str) -> Adap
             network=_text(metadata["network"]),
             origin={_text(name): _text(value) for name, value in metadata["origin"].items()},
             fan_in_fan_out=metadata.get("fan_in_fan_out") is True,
+            tables={_text(name): _ascending(rows) for name, rows in metadata.get("tables", {}).items()},
+            tied={_text(name): _text(first) for name, first in metadata.get("tied", {}).items()},
+            tied_by_peft=metadata.get("tied_by_peft") is True,
         )
     except LoRAError:
         raise
     except (LookupError, TypeError, AttributeError, ValueError, OverflowError, RecursionError, re.error) as error:
         raise LoRAError(f"{where}: the adapter's description is damaged: {error!r}.") from error
-    unpaired = sorted(set(adapter.scalings) ^ set(adapter.layers()))
+    unpaired = sorted((set(adapter.scalings) ^ set(adapter.layers())) | (set(adapter.tables) ^ set(adapter.rows())))
     if unpaired:
         raise LoRAError(f"{where}: {unpaired[0]!r} is missing in the tensors or in their description; it was cut.")
     return adapter
@@ -108,18 +113,26 @@ def describe_model(model: nn.Module) -> Adapter:
     record = require_injection(model, "save_adapter").record
     refuse_replaced_layers(model, "save_adapter")
     at_fit_start = record.fingerprint and record.fingerprint.keys() <= {name for name, _, _ in named_state(model)}
-    kinds = dict(zip(adapted_layers(model).values(), layer_kinds(model).values(), strict=True))
-    layers = adapted_layers(model, remove_duplicate=False)  # state dicts hold one with two names under both
+    first, layers = adapted_layers(model), adapted_layers(model, remove_duplicate=False)  # as state dicts hold them
+    kinds = {first[name]: kind for name, kind in layer_kinds(model).items()}
+    tables = {name: layer for name, layer in layers.items() if layer.replaced_rows()}
+    network = _network_prefix(model)
+    by_peft = tied_to_input(model, network)
+    first_ends = {layer: by_peft.get(name, name) for name, layer in reversed(tables.items())}
+    tied = {name: first_ends[layer] for name, layer in tables.items() if name != first_ends[layer]}
     own_origin = {"base_model_name_or_path": base_name(model)} if base_name(model) else {}
     return Adapter(
         tensors={},
         config=record.config,
-        scalings={name: layer.lora.spec.scaling for name, layer in layers.items()},
+        scalings={name: layer.lora.spec.scaling for name, layer in layers.items() if layer in kinds},
         fingerprint=record.fingerprint if at_fit_start else fingerprint(model),
         complete=True,
-        kinds={name: kinds[layer] for name, layer in layers.items()},
-        network=_network_prefix(model),
+        kinds={name: kinds[layer] for name, layer in layers.items() if layer in kinds},
+        network=network,
         origin={**own_origin, **record.origin},
+        tables={name: layer.replaced_rows() for name, layer in tables.items()},
+        tied=tied,
+        tied_by_peft=tied.items() <= by_peft.items(),
     )
 
 
@@ -209,6 +222,13 @@ def _decode(encoded: str, dtype: torch.dtype, rows: int, columns: int) -> list[l
         return [[] for _ in range(rows)]
     values: list[list[float]] = torch.frombuffer(bytearray(content), dtype=dtype).double().view(rows, columns).tolist()
     return values
+
+
+def _ascending(value: Any) -> tuple[int, ...]:
+    numbers = _list(value)
+    if not all(type(number) is int and number >= 0 for number in numbers) or sorted(set(numbers)) != list(numbers):
+        raise ValueError(f"no ascending numbers of rows: {value!r:.80}")
+    return tuple(numbers)
 
 
 def _text(value: Any) -> str:

@@ -39,7 +39,7 @@ from .peft_mapping import (
     origin_of,
     refuse_options,
 )
-from .peft_names import peft_name, read_names
+from .peft_names import PREFIX, peft_name, read_names
 from .peft_parameters import (
     PARAMETERS,
     Order,
@@ -50,6 +50,7 @@ from .peft_parameters import (
     stacks_to_peft,
     usual_order,
 )
+from .peft_rows import as_peft_stores, peft_table_name, rows_from_peft
 from .peft_saved_modules import entries_in, frozen_in_saved
 from .peft_state_dict import kinds_of, read_state
 
@@ -83,12 +84,18 @@ def write_folder(adapter: Adapter, path: PathLike, frozen: Mapping[str, torch.Te
     _refuse_missing_frozen(own, frozen or {})
     for name in own.layers():
         _refuse_without_equal(own, name)
+    own = as_peft_stores(own)
     own, idle = add_idle_attention(own)
     plain = as_plain(own)
     layers = set(own.layers())
     nesting = nesting_of(own.parameters)
     values = stacks_to_peft({**plain.tensors, **(frozen or {})}, _factor_names(own).values())
-    tensors = {peft_name(name, layers, own.kinds, nesting): tensor for name, tensor in values.items()}
+    tables = {*own.tables, *own.tied}
+    in_tables = {name: peft_table_name(name, tables) for name in values}
+    tensors = {
+        f"{PREFIX}{in_tables[name]}" if in_tables[name] != name else peft_name(name, layers, own.kinds, nesting): tensor
+        for name, tensor in values.items()
+    }
     description = to_metadata(own) | {"complete": not extra}
     if idle:
         description[IDLE] = idle
@@ -264,20 +271,20 @@ def _read_foreign(
     tensors: Mapping[str, torch.Tensor], peft_names: Mapping[str, str], options: Mapping[str, Any], folder: Path
 ) -> Adapter:
     """Return an adapter that another program wrote."""
-    bare = Adapter(tensors)
+    bare = rows_from_peft(Adapter(tensors), options, folder)
     layers = bare.layers()
     parameters = bare.parameters
     kinds = kinds_of(tensors, peft_names, options.get("peft_version"), folder)
     whole = bare.beside_factors()
-    config = options_from_peft(options, [name for name in layers if name not in parameters], whole)
+    config = options_from_peft(options, [name for name in layers if name not in parameters], whole, bare.tables)
     ends = tuple(entries_in(options))
     saved = {name for name in whole if ends and any(module.endswith(ends) for module in around(peft_names[name]))}
     base_leaves = ("weight", "bias") if config.bias == "none" else ("weight",)
     # PEFT saves embeddings beside the adapter, as they are where they are adapted, or because they were resized. The
     # other end of a tied weight that was trained is not in modules_to_save either.
     dumped = {name for name in whole if name.rpartition(".")[2] in base_leaves and name not in saved}
-    adapter = Adapter(
-        tensors=tensors,
+    adapter = replace(
+        bare,
         config=config,
         scalings={name: config.scaling(bare.options_name(name)) for name in layers},
         kinds=kinds,

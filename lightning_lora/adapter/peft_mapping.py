@@ -25,11 +25,12 @@ from ..errors import LoRAError
 from ..names import A, B, around, matcher, suffixes
 from ..nn.low_rank import ATTENTION, ATTENTION_OUTPUT, CONV1D, from_block_diagonal, to_block_diagonal
 from .adapter import Adapter, exact_options, options_hold
+from .peft_rows import OPTION
 from .peft_saved_modules import entries_in, from_peft_entries, is_tied_by_peft, to_peft_entries
 
 SHARED = ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "rank_pattern", "alpha_pattern")
 BY_NUMBER = ("layers_to_transform", "layers_pattern")
-SELECTING = ("target_modules", "target_parameters", "exclude_modules", *BY_NUMBER, "modules_to_save")
+SELECTING = ("target_modules", "target_parameters", "exclude_modules", *BY_NUMBER, "modules_to_save", OPTION)
 ORIGIN = ("base_model_name_or_path", "revision", "task_type")
 OUR_INITS = (True, False, "gaussian", "orthogonal")
 # What these start from is not the base any more: their adapter fits only the weights that they left behind.
@@ -61,6 +62,7 @@ def options_to_peft(adapter: Adapter) -> dict[str, Any]:
         "peft_type": "LORA",
         "target_modules": _target_modules(adapter, [name for name in ranks if not adapter.is_parameter(name)]),
         **({"target_parameters": _target_parameters(adapter)} if adapter.parameters else {}),
+        **({OPTION: {table: list(rows) for table, rows in adapter.tables.items()}} if adapter.tables else {}),
         "exclude_modules": None,
         "modules_to_save": to_peft_entries(adapter),
         **({"ensure_weight_tying": True} if is_tied_by_peft(adapter) else {}),
@@ -109,7 +111,9 @@ def refuse_options(options: Mapping[str, Any], path: Path) -> None:
         )
 
 
-def options_from_peft(options: Mapping[str, Any], layers: Sequence[str], whole: Iterable[str]) -> LoRAConfig:
+def options_from_peft(
+    options: Mapping[str, Any], layers: Sequence[str], whole: Iterable[str], tables: Mapping[str, Sequence[int]]
+) -> LoRAConfig:
     """Return LoRAConfig's options out of those of adapter_config.json.
 
     Args:
@@ -117,6 +121,7 @@ def options_from_peft(options: Mapping[str, Any], layers: Sequence[str], whole: 
         layers: the adapted layers that the tensors name.
         whole: names of parameters that the tensors hold whole. Of a task_type whose head has none nothing is taken:
             that of an adapter that transformers made stands for no head.
+        tables: which rows are trained of each table that has such.
 
     Raises:
         LoRAError: an option has a value that is not allowed.
@@ -130,6 +135,7 @@ def options_from_peft(options: Mapping[str, Any], layers: Sequence[str], whole: 
     task = options.get("task_type")
     if task in get_args(Task) and (task not in TASK_HEADS or not {*TASK_HEADS[task]}.isdisjoint(named)):
         config["task_type"] = task
+    config[OPTION] = dict(tables)
     init = options.get("init_lora_weights", True)
     config["init_lora_weights"] = init if isinstance(init, (bool, str)) and init in OUR_INITS else True
     return LoRAConfig(**{"target_modules": layers, **config})

@@ -6,6 +6,7 @@ PEFT wraps what it trains, so that names grow segments that the model itself doe
     <attention>.base_layer.out_proj...     attention and its out_proj are wrapped one inside the other
     <module>.modules_to_save.<leaf>        the trained copy of a module that is saved whole
     <module>.original_module.<leaf>        the module as it was
+    <table>.token_adapter...               a table of which rows are trained, see peft_rows.py
 
 In files the second half of these is plain `<module>.<leaf>`, and in the state dict of a live PeftModel each `lora_A`,
 `lora_B` and `modules_to_save` is followed by the adapter's name. A segment is PEFT's only where its neighbours say so:
@@ -23,6 +24,7 @@ from ..errors import LoRAError
 from ..names import A, B, split_factor_name
 from ..nn.low_rank import ATTENTION_OUTPUT, EMBEDDING
 from .peft_parameters import Nesting, our_factor
+from .peft_rows import our_table_name
 
 PREFIX = "base_model.model."
 BASE_LAYER, SAVED, ORIGINAL = ".base_layer", ".modules_to_save", ".original_module"
@@ -190,6 +192,9 @@ def _our_name(name: str, present: Set[str], layers: Set[str], nesting: Nesting, 
         parameter = our_factor(module, depth, factor, nesting)
         if parameter is not None:
             return parameter
+    in_table = our_table_name(name, present)
+    if in_table != name:
+        return in_table
     other_method = next((method for leaf, method in OTHER_METHODS.items() if _ends_in(name, leaf)), "")
     if layer is not None and layer.endswith(BASE_LAYER) and layer.removesuffix(BASE_LAYER) in layers:
         other_method = "target_parameters"

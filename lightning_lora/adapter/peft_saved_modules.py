@@ -63,7 +63,7 @@ def frozen_in_saved(adapter: Adapter) -> list[str]:
         LoRAError: its entries take an adapted layer too, which PEFT cannot have.
     """
     taken = _taken_besides(adapter, to_peft_entries(adapter) or ())
-    layers = [layer for layer in adapter.layers() if layer in taken]
+    layers = [layer for layer in (*adapter.layers(), *adapter.tables) if layer in taken]
     if layers:
         raise LoRAError(
             f"save_adapter: PEFT's modules_to_save takes every module whose name ends in an entry, so that "
@@ -92,6 +92,7 @@ def _taken_besides(adapter: Adapter, entries: Iterable[str]) -> list[str]:
     frozen = sorted(adapter.fingerprint.keys() - adapter.tensors.keys())
     inside = {name: around(name) for name in frozen}
     inside |= {name: [*around(name), name, f"{name}.base_layer"] for name in adapter.layers()}  # as PEFT wraps it
+    inside |= {name: [*around(name), name, f"{name}.token_adapter.base_layer"] for name in adapter.tables}
     return (
         [name for name, modules in inside.items() if any(module.endswith(ends) for module in modules)] if ends else []
     )

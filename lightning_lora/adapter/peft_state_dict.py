@@ -43,6 +43,12 @@ def read_state(state: Mapping[str, torch.Tensor], where: object, hyper_parameter
     """
     names = read_names(state, where)
     tensors = {ours: state[name] for name, ours in names.ours.items()}
+    rows = Adapter(tensors).rows()
+    if rows:
+        raise LoRAError(
+            f"{where}: holds trained rows of {next(iter(rows))!r}, and not which rows these are: that is in "
+            "adapter_config.json alone. Write a folder with PeftModel.save_pretrained(path), and give that."
+        )
     adapter = Adapter(tensors, kinds=kinds_of(tensors, names.bare, None, where), network=names.network)
     whole = adapter.beside_factors()
     if names.live:

@@ -161,7 +161,9 @@ def _config_for(model: nn.Module, adapter: Adapter) -> LoRAConfig:
     targets = Targets(model, config)
     same_layers = not targets.unmatched and targets.names() == set(ranks)
     same = same_layers and options_hold(config, ranks, adapter.scalings)
-    return config if same else exact_options(config, ranks, adapter.scalings, adapter.parameters)
+    config = config if same else exact_options(config, ranks, adapter.scalings, adapter.parameters)
+    same_rows = targets.tables.items() >= adapter.tables.items()
+    return config if same_rows else replace(config, trainable_token_indices=dict(adapter.tables))
 
 
 def _saved_modules(adapter: Adapter) -> list[str]:
@@ -216,6 +218,8 @@ def adapter_with_options(path: PathLike, lora_alpha: float | None = None) -> Ada
     ranks = adapter.ranks()
     if not ranks:
         raise LoRAError(f"{path}: holds no lora_A; it is not an adapter of a known format.")
+    if adapter.rows() and not adapter.tables:
+        raise LoRAError(f"{path}: stores rows of {next(iter(adapter.rows()))!r}, and not which rows these are.")
     if adapter.config is not None:
         if lora_alpha is not None:
             raise LoRAError(f"{path}: stores its lora_alpha; it cannot be given another.")

@@ -71,7 +71,7 @@ def _adapter_kind(path: Path) -> str:
 
 def _adapter_info(adapter: Adapter) -> dict[str, Any]:
     layers = adapter.layers()
-    factors = [adapter.factor(name, leaf) for name in layers for leaf in (A, B)]
+    factors = [*(adapter.factor(name, leaf) for name in layers for leaf in (A, B)), *adapter.rows().values()]
     whole = {name: value for name, value in adapter.beside_factors().items() if isinstance(value, torch.Tensor)}
     return {
         "config": adapter.config.to_dict() if adapter.config is not None else None,
@@ -79,6 +79,7 @@ def _adapter_info(adapter: Adapter) -> dict[str, Any]:
         "parameters": sum(factor.numel() for factor in factors),
         "bytes": sum(factor.nbytes for factor in factors),
         "norm": math.hypot(*(delta_norm(adapter, name) for name in layers)),
+        **({"tables": {table: _table_info(adapter, table) for table in adapter.rows()}} if adapter.rows() else {}),
         "also_trained": {name: list(tensor.shape) for name, tensor in whole.items()},
         "base": {
             **adapter.origin,
@@ -101,6 +102,11 @@ def _layer_info(adapter: Adapter, name: str) -> dict[str, Any]:
         "norm_B": float(b.double().norm()),
         "norm_delta": delta_norm(adapter, name),
     }
+
+
+def _table_info(adapter: Adapter, table: str) -> dict[str, Any]:
+    rows = adapter.rows()[table]
+    return {"rows": list(adapter.tables.get(table, ())), "shape": list(rows.shape), "dtype": _dtype_name(rows.dtype)}
 
 
 def diff(first_path: PathLike, second_path: PathLike) -> dict[str, Any]:
@@ -128,9 +134,11 @@ def diff(first_path: PathLike, second_path: PathLike) -> dict[str, Any]:
 def _diff_adapters(first: Adapter, second: Adapter) -> dict[str, Any]:
     layers = set(second.layers())
     rows = {name: _layer_row(first, second, name) for name in first.layers() if name in layers}
-    first_whole, second_whole = first.beside_factors(), second.beside_factors()
+    first_whole, second_whole = ({**each.beside_factors(), **each.rows()} for each in (first, second))
     for name in first_whole:
-        if name in second_whole:
+        if name in second_whole and first.tables.get(name) != second.tables.get(name):
+            rows[name] = {"problem": "other rows were trained"}
+        elif name in second_whole:
             rows[name] = _value_row(first_whole[name], second_whole[name])
     options = first.config.differing(second.config) if first.config and second.config else []
     only = _only({*first.layers(), *first_whole}, {*layers, *second_whole})

@@ -20,6 +20,7 @@ from ..adapter.peft_folder import write_folder
 from ..errors import LoRAError
 from ..files.atomic import identity
 from ..files.weights import open_weights
+from ..names import listed
 from .convert import to_lightning, to_peft
 from .extract import Extracted, extract
 from .info import diff, info
@@ -274,6 +275,8 @@ def info_text(result: Mapping[str, Any]) -> str:
     base = result["base"]
     dtypes = ", ".join(f"{count} {dtype}" for dtype, count in base["dtypes"].items()) or "not recorded"
     head.append(f"base: {base.get('base_model_name_or_path', 'no name')}; frozen tensors known: {dtypes}")
+    for table, trained in result.get("tables", {}).items():
+        head.append(f"trained rows of {table}: {listed(list(map(str, trained['rows'])), 10)}")
     if result["also_trained"]:
         head.append(f"also in it, whole: {', '.join(result['also_trained'])}")
     rows = [

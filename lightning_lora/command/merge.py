@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from ..adapter.adapter import Adapter, align_to_modules, check_finite, equal_tables
-from ..adapter.fingerprint import compare_fingerprints, fingerprint_entry_at, warn_of_rounding
+from ..adapter.fingerprint import compare_fingerprints, fingerprint_entry_at, warn_of_rounding, without_rows
+from ..adapter.peft_rows import NO_BIAS
 from ..adapter.save_load import adapter_with_options
 from ..config import LoRAConfig
 from ..errors import LoRAError
@@ -122,8 +123,12 @@ def plan_updates(
         if name in base.locations or name not in tied:  # a file may hold such a weight once
             updates[name] = _replacement(name, value, base)
     owners = base.other_owners()
+    row_updates = _row_updates(adapter, base, owners)
+    both_ends = set(map(repr, row_updates))
+    follow = {name for name in row_updates if base.folder or owners.get(name, "") in both_ends}
+    updates |= {name: _in_whole(update, whole.get(name)) for name, update in row_updates.items()}
     for name in updates:
-        if name in owners and name not in tied:
+        if name in owners and name not in tied | follow:
             raise LoRAError(
                 f"{base.path}: {name!r} is also {owners[name]}, so changing it would change that too, and merged "
                 "weights cannot express the adapter. Leave the layer out of the adapter, or keep the adapter separate."
@@ -131,17 +136,55 @@ def plan_updates(
     return {names.files[name]: update for name, update in updates.items()}
 
 
+def _row_updates(adapter: Adapter, base: Weights, owners: Mapping[str, str]) -> dict[str, WeightUpdate]:
+    """Say what happens to tables of which rows were trained, under each name that the base has them by.
+
+    Raises:
+        LoRAError: a table is missing, or of another shape.
+    """
+    updates: dict[str, WeightUpdate] = {}
+    rows = adapter.rows()
+    for table, numbers in adapter.tables.items():
+        names = [f"{table}.weight", *(f"{end}.weight" for end, first in adapter.tied.items() if first == table)]
+        names = [name for name in names if name in base.locations]
+        if base.folder and owners.keys() & names:  # transformers ties these: the other end is stored too
+            names = [name for name in owners if base.locations[name].shape == base.locations[names[0]].shape]
+        if not names and table not in adapter.tied:
+            raise LoRAError(f"{base.path}: {table!r}, of which rows were trained, has no weight there. {INSTEAD}.")
+        for name in names:
+            shape, dtype = base.locations[name].shape, base.locations[name].dtype
+            if dtype not in MERGEABLE_DTYPES or len(shape) != 2 or numbers[-1] >= shape[0]:
+                raise LoRAError(f"{base.path}: {name!r} is {dtype} {shape}, and has no row {numbers[-1]} to replace.")
+            if rows[table].shape[1] != shape[1]:
+                raise LoRAError(f"{base.path}: rows of {name!r} have {shape[1]} values, {rows[table].shape[1]} here.")
+            bias = f"{name.removesuffix('weight')}bias"
+            if adapter.peft_rows and bias in base.locations:
+                raise LoRAError(f"{base.path}: {name!r} has trained rows and a bias; {NO_BIAS}.")
+            updates[name] = WeightUpdate(scaling=1.0, value=rows[table], rows=numbers)
+    return updates
+
+
+def _in_whole(update: WeightUpdate, table: torch.Tensor | None) -> WeightUpdate:
+    """Return the update of a table with trained rows that is in the adapter whole too, because it was resized."""
+    if table is None or update.value is None:
+        return update
+    rows = torch.tensor(update.rows, device=table.device)
+    return WeightUpdate(value=table.detach().index_copy(0, rows, update.value.to(table.dtype)))
+
+
 def _module_names(adapter: Adapter, base: Weights) -> ModuleNames:
     """Return the file's own names where they are the adapter's too, else those that transformers gives them."""
     names = own_names(base)
-    modules = {name.rpartition(".")[0] for name in adapter.by_network_names().tensors}
+    adapter = adapter.by_network_names()
+    modules = {name.rpartition(".")[0] for name in adapter.tensors} - adapter.tied.keys()  # which may be there once
     return names if modules <= names.modules() else names_in_transformers(base)
 
 
 def _refuse_built(adapter: Adapter, base: Weights, names: ModuleNames) -> None:
     """Raise LoRAError for the first tensor to change that a model makes out of others, which the file holds."""
     layers = adapter.layers()
-    for name in (*layers, *(f"{layer}.weight" for layer in layers), *adapter.beside_factors()):
+    weights = (f"{name}.weight" for name in (*layers, *adapter.tables))
+    for name in (*layers, *weights, *adapter.beside_factors()):
         if name in names.built:
             raise LoRAError(
                 f"{base.path}: {name!r} is no tensor there: transformers makes it when it loads the folder, out of "
@@ -189,7 +232,9 @@ def _compare_base(adapter: Adapter, base: Weights, strict: bool) -> None:
     named = adapter.fingerprint.keys() - packed
     locations = {name: base.locations[name] for name in adapter.fingerprint if name in named & base.locations.keys()}
     entries = {name: fingerprint_entry_at(location) for name, location in locations.items() if location.in_order}
-    expected = {name: adapter.fingerprint[name] for name in entries}
+    tables = {**{end: adapter.tables.get(first, ()) for end, first in adapter.tied.items()}, **adapter.tables}
+    entries = without_rows(entries, tables)
+    expected = without_rows({name: adapter.fingerprint[name] for name in entries}, tables)
     compare_fingerprints(entries, expected, strict=strict, remedy=OTHER_BASE)
     warn_of_rounding(entries, adapter.fingerprint)
 

@@ -19,7 +19,7 @@ from ..files.safetensors import Header, TensorLocation, as_bytes, build_header, 
 from ..files.torch_archive import read_torch_file, set_check_sums
 from ..files.weights import Weights
 from ..nn.exact_merge import CPU_CHUNK, merged_weight
-from ..nn.low_rank import MERGEABLE_DTYPES, LowRankBlock, crop
+from ..nn.low_rank import MERGEABLE_DTYPES, LowRankBlock, crop, row_blocks
 from .output import Progress
 
 
@@ -27,23 +27,26 @@ from .output import Progress
 class WeightUpdate:
     """New values of one tensor: scaling * (the blocks) is added to it, or `value` takes its place.
 
-    A stack (E, m, n) is one matrix below the other to its blocks.
+    A stack (E, m, n) is one matrix below the other to its blocks. With `rows`, `value` takes the place of these rows.
     """
 
     blocks: Sequence[LowRankBlock] = ()
     scaling: float = 0.0
     value: torch.Tensor | None = None
     stacked: bool = False
+    rows: Sequence[int] = ()
 
     def applied(self, rows: torch.Tensor, first: int) -> torch.Tensor:
         """Return the new values of some rows, the first of which is that row of the tensor, in the dtype of the old."""
-        if self.value is not None:
+        if self.value is not None and not self.rows:
             return _rows_like(rows, self.value, first).to(rows.dtype)
         matrix, blocks = self.matrix_and_blocks(rows, first)
         return merged_weight(matrix, blocks, self.scaling).view(rows.shape) if blocks else rows
 
     def matrix_and_blocks(self, rows: torch.Tensor, first: int) -> tuple[torch.Tensor, list[LowRankBlock]]:
         """Return some rows of the tensor as the blocks see them, and the blocks that fall on them."""
+        if self.rows and self.value is not None:
+            return rows, row_blocks(rows, self.rows, self.value, first)
         each = rows.shape[1] if self.stacked else 1
         matrix = rows.view(-1, rows.shape[-1]) if self.stacked else rows
         return matrix, crop(self.blocks, slice(first * each, first * each + len(matrix)))
@@ -272,7 +275,7 @@ def _reference(old: torch.Tensor, update: WeightUpdate | None, first: int) -> tu
     exact = old.double()
     if update is None:
         return exact, exact.abs()
-    if update.value is not None:
+    if update.value is not None and not update.rows:
         exact = _rows_like(old, update.value, first).double()
         return exact, exact.abs()
     total = exact.abs()

@@ -6,7 +6,7 @@ Functions marked "collective" communicate, so every rank must call them, in the 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch
@@ -66,6 +66,21 @@ def meeting_device(tensor: torch.Tensor) -> torch.device:
 def gather_all(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return a state dict without sharding, the gathered tensors on the CPU. Collective."""
     return {name: full_tensor(value).cpu() if is_sharded(value) else value for name, value in values.items()}
+
+
+def rows_of(tensor: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+    """Return some rows of a matrix, detached, whole on every rank. Collective where it is sharded."""
+    shard = local(tensor)
+    if not is_sharded(tensor):
+        return shard[torch.tensor(rows, device=shard.device)]
+    lines, columns = window(tensor)
+    inside = [place for place, row in enumerate(rows) if lines.start <= row < lines.stop]
+    values = torch.zeros(len(rows), tensor.shape[1], dtype=torch.float64, device=shard.device)
+    values[inside, columns] = shard[[rows[place] - lines.start for place in inside]].double()
+    values = values.to(tensor.device_mesh.device_type)
+    split = [dim for dim, placement in enumerate(tensor.placements) if not placement.is_replicate()]
+    reduce_(values, tensor.device_mesh, split, dist.ReduceOp.SUM)
+    return values.to(shard.device, shard.dtype)
 
 
 def from_local_like(shard: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:

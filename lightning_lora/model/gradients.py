@@ -12,23 +12,21 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from ..distributed.sharding import local
 from ..nn.gradient_checkpointing import REENTRANT, REENTRANT_REMEDY
 from ..nn.lora_layer import AdaptedWeights, adapted_layers
 
 SHOWN = 5  # names in a warning
-WITHOUT_ZERO = (False, "orthogonal")  # values of init_lora_weights with which neither factor starts as zero
 
 
 def note_gradient(layer: AdaptedWeights) -> None:
-    """Let a layer note when the first gradient arrives at its B."""
+    """Let a layer note when the first gradient arrives at its last factor, B."""
     state = layer.lora
 
     def note(parameter: torch.Tensor) -> None:
         state.gradient_arrived = True
         hook.remove()
 
-    hook = layer.lora_B.register_post_accumulate_grad_hook(note)  # type: ignore[no-untyped-call]
+    hook = layer.factors()[-1].register_post_accumulate_grad_hook(note)  # type: ignore[no-untyped-call]
 
 
 def warn_of_untrained(
@@ -43,13 +41,13 @@ def warn_of_untrained(
     """
     found = adapted_layers(model) if layers is None else layers
     layers = {name: layer for name, layer in found.items() if not layer.lora.injection.training_checked}
-    layers = {name: layer for name, layer in layers.items() if layer.lora_B.requires_grad}
-    reached = {layer for layer in layers.values() if layer.lora.gradient_arrived or layer.lora_B.grad is not None}
+    layers = {name: layer for name, layer in layers.items() if layer.factors()[-1].requires_grad}
+    reached = {each for each in layers.values() if each.lora.gradient_arrived or each.factors()[-1].grad is not None}
     if not layers or not (reached or (optimized and _has_gradients(model))):
         return
     for layer in layers.values():
         layer.lora.injection.training_checked = True
-    unchanged = {name: layer for name, layer in layers.items() if _is_initial(layer)}
+    unchanged = {name: layer for name, layer in layers.items() if layer.is_initial()}
     unreached = [name for name, layer in unchanged.items() if layer not in reached]
     if unreached:
         cut_off = [name for name in unreached if layers[name].lora.cut_off]
@@ -88,14 +86,6 @@ def _warn_of_optimizer() -> None:
         "all is well.",
         stacklevel=4,
     )
-
-
-def _is_initial(layer: AdaptedWeights) -> bool:
-    """Whether the factor that starts as zero is zero still, as far as this rank sees."""
-    if layer.lora.spec.init in WITHOUT_ZERO:
-        return not layer.lora.gradient_arrived and layer.lora_B.grad is None
-    factor = local(layer.lora_A if layer.LOOKUP else layer.lora_B).detach()
-    return factor.numel() > 0 and not factor.is_meta and not bool(factor.any())
 
 
 def explain_merged_training(exception: BaseException, model: nn.Module) -> None:

@@ -15,16 +15,17 @@ from torch import nn
 from ..config import LoRAConfig
 from ..distributed.sharding import is_sharded, refuse_fully_sharded
 from ..errors import LoRAError
-from ..names import ALL_LINEAR, ATTRIBUTE, uncompiled
+from ..names import ALL_LINEAR, ATTRIBUTE, canonical, uncompiled
 from ..nn.fast_paths import update_fast_paths
 from ..nn.gradient_checkpointing import disable_input_require_grads, enable_input_require_grads
 from ..nn.layer_kinds import adapt_
-from ..nn.lora_layer import AdaptedWeights, LayerSpec, LoRALayer, adapted_layers
+from ..nn.lora_layer import AdaptedWeights, LayerSpec, LoRALayer, adapted_layers, adapted_places
 from ..nn.low_rank import HALF
 from ..nn.parameter import adapt_parameter_
 from ..nn.quantised import allow_packing_, keep_gradients_, shape_of
 from ..nn.readers import patch_readers
 from ..nn.tied_weights import record_ties
+from ..nn.token_rows import LoRATable, adapt_table_, share_table_, table_adapters
 from .dequantise import dequantised_dtype, plain_weights, replace_quantised_
 from .gradients import note_gradient
 from .injection import (
@@ -53,6 +54,7 @@ from .targets import (
     check_parameter,
     check_shapes,
     check_supported,
+    check_table,
     check_trainable,
     check_unadapted,
     check_untied,
@@ -177,7 +179,7 @@ def summary(model: nn.Module) -> str:
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
     total = sum(shape_of(p).numel() for p in parameters)
     layers = adapted_layers(model).values()
-    size = sum(layer.lora_A.nbytes + layer.lora_B.nbytes for layer in layers)
+    size = sum(factor.nbytes for layer in layers for factor in layer.factors())
     return (
         f"LoRA: {len(layers)} adapted layers, {trainable:,} of {total:,} parameters trainable "
         f"({trainable / max(total, 1):.2%}), adapter {size / 1e6:.3g} MB"
@@ -234,6 +236,10 @@ def adapt_new_layers(model: nn.Module) -> None:
     for name, (module, leaf) in parameters.items():
         check_parameter(name, module, leaf, is_layer=module in targets.layers.values())
     check_trainable(targets.saved)
+    modules = {canonical(name): module for name, module in root.named_modules()}
+    tables = {name: rows for name, rows in targets.tables.items() if not isinstance(modules[name], LoRATable)}
+    for name in tables:
+        check_table(name, modules[name], targets)
     if not record.config.ensure_weight_tying:
         check_untied(root, targets.saved)
     _freeze(root, record, new, targets.saved)
@@ -243,7 +249,9 @@ def adapt_new_layers(model: nn.Module) -> None:
             note_gradient(_with_factors(adapt_(module, name, _spec(name, record, seed), record)))
         for name, (module, leaf) in parameters.items():
             note_gradient(_with_factors(adapt_parameter_(module, leaf, name, _spec(name, record, seed), record)))
-    record.layers = [layer.lora.name for layer in adapted_layers(root).values()]
+        for name, rows in tables.items():
+            _adapt_table(root, name, modules[name], rows, record)
+    record.layers = [name for name, _, _ in adapted_places(root)]
     record_ties(root)
     record_trainable(root, expected=True)
     _record_resized(root, record)
@@ -358,6 +366,17 @@ def _spec(name: str, record: Injection, seed: str) -> LayerSpec:
         init=config.init_lora_weights,
         seed=int.from_bytes(digest[:8], "big") >> 1,
     )
+
+
+def _adapt_table(root: nn.Module, name: str, module: nn.Module, rows: tuple[int, ...], record: Injection) -> None:
+    """Train rows of a table, the same ones as those of the table that it is tied to."""
+    tied = table_adapters(root).get(id(module.weight))
+    if tied is not None:
+        share_table_(module, tied)
+        return
+    keep_float32 = record.config.autocast_adapter_dtype
+    spec = LayerSpec(r=len(rows), alpha=len(rows), scaling=1.0, keep_float32=keep_float32, rows=rows)
+    note_gradient(_with_factors(adapt_table_(module, name, spec, record)))
 
 
 def _with_factors(layer: AdaptedWeights) -> AdaptedWeights:

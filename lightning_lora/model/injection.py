@@ -18,7 +18,7 @@ from torch import nn
 from ..config import LoRAConfig
 from ..errors import LoRAError
 from ..names import ATTRIBUTE, canonical, listed, rename_keys
-from ..nn.lora_layer import AdaptedWeights, adapted_layers, is_factor
+from ..nn.lora_layer import AdaptedWeights, adapted_layers, adapted_places, is_factor
 from .named_state import base_parameters, named_state
 
 Value = TypeVar("Value")
@@ -163,6 +163,7 @@ def refuse_replaced_layers(model: nn.Module, verb: str, layers: Mapping[str, Ada
         return
     for root in _injected_modules(model):
         expected, live = vars(root)[ATTRIBUTE].layers, {layer.lora.name for layer in adapted_layers(root).values()}
+        live |= {name for name, _, _ in adapted_places(root)}  # tied tables have a name each, and one adapter
         gone = [name for name in expected if name not in live]
         if gone:
             modules = {canonical(name): module for name, module in root.named_modules()}

@@ -69,7 +69,7 @@ def merge(model: nn.Module) -> None:
                 if layer.unmergeable_reason():
                     layer.lora.merged = True
                 else:
-                    blocks = layer.local_blocks(layer.adapted_weights(), layer.lora_A, layer.lora_B)
+                    blocks = layer.local_blocks(layer.adapted_weights(), *layer.factors())
                     observe = fidelity.observer(layer)
                     sync.run(f"merge: layer {name!r}", _merge_layer, layer, blocks, layer in copies, observe)
             sync.raise_on_any_rank()
@@ -145,7 +145,7 @@ def _affordable_copies(layers: Collection[AdaptedWeights]) -> set[AdaptedWeights
     affordable = set()
     sizes = {layer: sum(local(weight).nbytes for weight in layer.adapted_weights().values()) for layer in layers}
     for layer in sorted(sizes, key=sizes.__getitem__):
-        cost = 0 if sizes[layer] <= layer.lora_A.nbytes else sizes[layer]
+        cost = 0 if sizes[layer] <= layer.factors()[0].nbytes else sizes[layer]
         if not layer.lora.records and cost <= max(budget, 0):
             budget -= cost
             affordable.add(layer)

@@ -82,6 +82,31 @@ def resized_embeddings(model: nn.Module) -> list[nn.Parameter]:
     return found
 
 
+def input_embeddings(pretrained: nn.Module) -> nn.Module | None:
+    """Return a transformers model's input embeddings, or None where it names none."""
+    try:
+        return cast("nn.Module | None", cast(Any, pretrained).get_input_embeddings())
+    except NotImplementedError:
+        return None
+
+
+def tied_to_input(model: nn.Module, prefix: str) -> dict[str, str]:
+    """Return the modules that share the weight of a transformers model's input embeddings, each with that one's name.
+
+    Args:
+        model: any module.
+        prefix: what the names in the transformers model have before them here, "" or ending in a dot.
+    """
+    pretrained = pretrained_models(model).get(prefix.removesuffix("."))
+    table = input_embeddings(pretrained) if pretrained is not None else None
+    weight = table._parameters.get("weight") if table is not None else None  # an image model's may be a block
+    if weight is None or not getattr(getattr(pretrained, "config", None), "tie_word_embeddings", False):
+        return {}
+    names = {canonical(name): module for name, module in model.named_modules() if name}
+    first = next(name for name, module in names.items() if module is table)
+    return {n: first for n, m in names.items() if m is not table and m._parameters.get("weight") is weight}
+
+
 def embeddings(pretrained: nn.Module) -> list[nn.Parameter]:
     """Return the weights of a transformers model's embeddings and output head, as far as it names them."""
     try:

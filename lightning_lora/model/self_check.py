@@ -17,7 +17,7 @@ from torch import nn
 
 from ..distributed.sharding import full_tensor, has_sharded, meeting_device
 from ..metrics import LayerUse, MergeError
-from ..nn.lora_layer import AdaptedWeights, LoRALayer, adapted_layers
+from ..nn.lora_layer import AdaptedWeights, LoRALayer, adapted_layers, adapted_places
 from ..nn.readers import LoRAReader, read_layers
 from .merging import restore_shards_
 
@@ -72,7 +72,7 @@ class _Watched:
 
     def parameters(self) -> dict[nn.Module, dict[str, torch.Tensor]]:
         """Return the live parameters of the module and of the layers, without those of modules inside."""
-        modules = [self.module, *(layer.lora_holder for layer in self.layers)]
+        modules = [self.module, *(holder for layer in self.layers for holder in layer.lora_holders())]
         return {m: {name: p for name, p in m._parameters.items() if p is not None} for m in modules}
 
 
@@ -84,7 +84,7 @@ def watch(model: nn.Module) -> Iterator[Verification]:
     model enters and leaves, and stores a copy of each layer's input and output meanwhile.
     """
     watched, sharded = _modules_to_watch(model), has_sharded(model)
-    devices = [meeting_device(each.layers[0].lora_A) for each in watched.values()]
+    devices = [meeting_device(each.layers[0].factors()[0]) for each in watched.values()]
     verification = Verification(list(watched), devices[-1] if devices else torch.device("cpu"))
     handles = [
         module.register_forward_hook(_checker(each, sharded, verification.error), with_kwargs=True, prepend=True)
@@ -107,7 +107,7 @@ def watch(model: nn.Module) -> Iterator[Verification]:
 
 def _modules_to_watch(model: nn.Module) -> dict[str, _Watched]:
     """What to watch, by the layer's name: an adapted attention for its out_proj, which it reads."""
-    layers = adapted_layers(model)
+    places = {name: (module, adapter) for name, module, adapter in adapted_places(model)}
     readers: dict[AdaptedWeights, list[nn.Module]] = defaultdict(list)
     attentions: dict[nn.Module, LoRALayer] = {}
     for module in model.modules():
@@ -116,10 +116,10 @@ def _modules_to_watch(model: nn.Module) -> dict[str, _Watched]:
                 readers[read].append(module)
         elif isinstance(module, nn.MultiheadAttention) and isinstance(module, LoRALayer):
             attentions[module.out_proj] = module
-    watched = {name: _Watched(layer.lora_holder, [layer], readers[layer]) for name, layer in layers.items()}
-    for name, layer in layers.items():
-        if layer.lora_holder in attentions:
-            around = attentions[layer.lora_holder]
+    watched = {name: _Watched(module, [layer], readers[layer]) for name, (module, layer) in places.items()}
+    for name, (module, layer) in places.items():
+        if module in attentions:
+            around = attentions[module]
             watched[name] = _Watched(around, [layer, around])
     return {  # an adapted attention is checked together with its adapted out_proj
         name: each
@@ -164,10 +164,10 @@ def _weights(watched: _Watched) -> tuple[Parameters, Parameters]:
             del base[layer.lora_holder], merged[layer.lora_holder]
             continue
         originals = {name: layer.original(name) for name in layer.adapted_weights()}
-        base[layer.lora_holder].update(originals)
-        merged[layer.lora_holder].update(
-            layer.merged_copies(originals, layer.local_blocks(originals, layer.lora_A, layer.lora_B))
-        )
+        copies = layer.merged_copies(originals, layer.local_blocks(originals, *layer.factors()))
+        for holder in layer.lora_holders():
+            base[holder].update(originals)
+            merged[holder].update(copies)
     return _full(base), _full(merged)
 
 

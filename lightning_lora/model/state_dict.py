@@ -110,8 +110,12 @@ def merge_state_dict(model: nn.Module, state: Mapping[str, Any], dtype: torch.dt
         plain |= _dequantised_state(quantised, state, dtype)
     sync = RankSync(value for value in state.values() if isinstance(value, torch.Tensor))
 
+    copies: dict[AdaptedWeights, dict[str, torch.Tensor]] = {}
+
     def merge_layer(path: str, layer: AdaptedWeights, weights: dict[str, torch.Tensor], blocks: Blocks) -> None:
-        plain.update({path + leaf: merged for leaf, merged in layer.merged_copies(weights, blocks).items()})
+        if layer not in copies:  # else it is tied, or has another name
+            copies[layer] = layer.merged_copies(weights, blocks)
+        plain.update({path + leaf: merged for leaf, merged in copies[layer].items()})
 
     for path, layer in _layers_to_merge(model, state):
         weights = {leaf: state[path + leaf] for leaf in layer.adapted_weights()}

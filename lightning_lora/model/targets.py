@@ -33,7 +33,9 @@ from ..nn.low_rank import ATTENTION_WEIGHTS, FUSABLE, MERGEABLE_DTYPES, matrix_s
 from ..nn.parameter import LoRAParameterHolder
 from ..nn.quantised import quantised_as, quantised_modules, shape_of
 from ..nn.tied_weights import tied_weights
+from ..nn.token_rows import is_table
 from .pretrained import pretrained_models
+from .token_tables import OPTION, TokenTables
 
 MAMBA = {"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"}  # PEFT's list of model_type
 TRAINED_WHOLE = "is in target_modules and in modules_to_save, and so is trained whole, without an adapter"
@@ -45,6 +47,7 @@ class Targets:
     Attributes:
         layers: the modules to adapt.
         parameters: the module and the name in it of each parameter to adapt by itself.
+        tables: the rows to train of each table that trainable_token_indices names, or that is tied to such a one.
         saved: the modules that modules_to_save and task_type name.
         left_out: the reasons for which "all-linear" passes over layers.
         saved_instead: the modules that target_modules names by itself and modules_to_save too: it wins.
@@ -58,6 +61,8 @@ class Targets:
             matcher, (config.all_modules_to_save(), config.target_modules, config.exclude_modules)
         )
         self.saved = {name: module for name, module in modules.items() if saved(name)}
+        tables = TokenTables(model, modules, config.trainable_token_indices)
+        self.tables = tables.rows
         self.left_out: dict[str, str] = {}
         if config.target_modules == ALL_LINEAR:
             chosen = self._all_linear(model, modules)
@@ -76,7 +81,7 @@ class Targets:
             if isinstance(module, nn.MultiheadAttention) and not excluded(out_proj):
                 self.layers[out_proj] = modules[out_proj]
         self.parameters = self._single_parameters(config, {"": model, **modules})
-        self.unmatched: dict[str, bool] = {}
+        self.unmatched: dict[str, bool] = dict.fromkeys(tables.unmatched, True)
         self._check_entries(config, chosen, modules, weights_of({"": model, **modules}))
 
     def names(self) -> set[str]:
@@ -101,7 +106,9 @@ class Targets:
         for name, module in modules.items():
             if not isinstance(module, nn.Linear) and not is_conv1d(module):
                 continue
-            if any(module is head for head in heads):
+            if name in self.tables:
+                self.left_out[name] = f"{OPTION} trains rows of it"
+            elif any(module is head for head in heads):
                 self.left_out[name] = "it is the output head"
             elif _belongs_to_separate_attention(name, modules):
                 self.left_out[name] = "PEFT cannot adapt the out_proj of attention with q, k and v apart"
@@ -320,6 +327,41 @@ def check_supported(name: str, module: nn.Module, config: LoRAConfig) -> None:
             problem = _parts_problem(module, adapting.KIND, len(enabled))
     if problem:
         raise LoRAError(f"inject: {name!r}: {problem}, or leave it out with exclude_modules=[{name!r}].")
+
+
+def check_table(name: str, module: nn.Module, targets: Targets) -> None:
+    """Refuse a table of which rows cannot be trained, or that is adapted or trained whole too.
+
+    Raises:
+        LoRAError: it is; the message says why, and what to do.
+    """
+    kind, rows = type(module).__name__, targets.tables[name]
+    problem = ""
+    if not is_table(module):
+        problem = f"a {kind} is no table; rows of nn.Embedding and nn.Linear are trained"
+    elif name in targets.layers:
+        problem = "it is in target_modules too, which adapts it whole; adapt it in one of the two ways"
+    elif not targets.saved.keys().isdisjoint((name, *around(name))):
+        problem = "it is in modules_to_save too, which trains it whole; train it in one of the two ways"
+    elif f"{name}.weight" in targets.parameters:
+        problem = "its weight is in target_parameters too; adapt it in one of the two ways"
+    elif hasattr(module, A):
+        problem = f"the {kind} has a lora_A of another library; take that out first"
+    elif "forward" in vars(module):
+        problem = f"its forward is replaced on the instance of {kind}, which would pass over the rows; undo that"
+    elif isinstance(module, Swapped):
+        problem = f"the {kind} reads the weight of an adapted layer; leave that out with exclude_modules"
+    elif getattr(module, "max_norm", None) is not None:
+        problem = "max_norm renormalises its rows in place, those that are trained apart too; set it to None"
+    elif getattr(module, "scale_grad_by_freq", False):
+        problem = "scale_grad_by_freq counts all of its rows, of which those that are trained are apart; turn it off"
+    else:
+        problem = _weight_problem(module)
+        size = len(cast(nn.Parameter, module.weight)) if not problem else 0
+        if not problem and rows[-1] >= size:
+            problem = f"it has {size} rows and none of number {rows[-1]}; resize it first, or correct the number"
+    if problem:
+        raise LoRAError(f"inject: {name!r}: {problem}, or leave it out of {OPTION}.")
 
 
 def check_parameter(name: str, module: nn.Module, leaf: str, *, is_layer: bool) -> None:

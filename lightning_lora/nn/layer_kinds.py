@@ -52,9 +52,10 @@ def adapt_(module: nn.Module, name: str, spec: LayerSpec, injection: object) -> 
 
 
 def layer_kinds(model: nn.Module) -> dict[str, str]:
-    """Return the kind of each adapted layer of a model, as files name it: one of low_rank.KINDS."""
+    """Return the kind of each adapted layer of a model that has A and B, as files name it: one of low_rank.KINDS."""
     outputs = {id(module.out_proj) for module in model.modules() if isinstance(module, nn.MultiheadAttention)}
     return {
         name: ATTENTION_OUTPUT if id(layer) in outputs else layer.kind()
         for name, layer in adapted_layers(model).items()
+        if layer.kind()
     }

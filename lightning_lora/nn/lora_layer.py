@@ -38,6 +38,7 @@ from .init import initial_factors
 from .low_rank import HALF, LowRankBlock, crop, dense_delta
 
 DROPOUT_STEPS = 2**16
+WITHOUT_ZERO = (False, "orthogonal")  # values of init_lora_weights with which neither factor starts as zero
 
 Transform = Callable[[torch.Tensor], torch.Tensor]
 
@@ -58,6 +59,7 @@ class LayerSpec:
     keep_float32: bool = True  # the factors stay in float32 when the model is cast to 16 bits
     init: bool | str = True  # how the factors are drawn, as LoRAConfig's init_lora_weights
     seed: int = 0  # what they are drawn from
+    rows: tuple[int, ...] = ()  # of a table of which rows are trained: their numbers, ascending
 
 
 @dataclass
@@ -105,9 +107,28 @@ class AdaptedWeights:
         """The module that holds the weights and the factors."""
         raise NotImplementedError
 
-    def factor_names(self) -> tuple[str, str]:
-        """Return the names of A and B in the holder."""
+    def lora_holders(self) -> list[nn.Module]:
+        """Return every module whose forward the adapter acts in."""
+        return [self.lora_holder]
+
+    def factor_names(self) -> tuple[str, ...]:
+        """Return the names of the adapter's parameters in the holder: A and B."""
         return A, B
+
+    def factors(self) -> tuple[nn.Parameter, ...]:
+        """Return the adapter's parameters; the last one gets a gradient from the first step on."""
+        return self.lora_A, self.lora_B
+
+    def is_initial(self) -> bool:
+        """Return whether the factor that starts as zero is zero still, as far as this rank sees."""
+        if self.lora.spec.init in WITHOUT_ZERO:
+            return not self.lora.gradient_arrived and self.lora_B.grad is None
+        factor = local(self.lora_A if self.LOOKUP else self.lora_B).detach()
+        return factor.numel() > 0 and not factor.is_meta and not bool(factor.any())
+
+    def replaced_rows(self) -> tuple[int, ...]:
+        """Return the rows of the weight that the adapter replaces: what they were does not matter any more."""
+        return ()
 
     def strip_(self) -> None:
         """Give the holder back what it was, without factors and attributes; the weights stay. In place."""
@@ -151,7 +172,7 @@ class AdaptedWeights:
         return active and self.lora.spec.dropout > 0
 
     def kind(self) -> str:
-        """Return which of low_rank.KINDS the layer is, as far as it can tell by itself."""
+        """Return which of low_rank.KINDS the layer is, as far as it can tell by itself; '' without A and B."""
         return self.KIND
 
     def adapted_weights(self) -> dict[str, nn.Parameter]:
@@ -187,21 +208,22 @@ class AdaptedWeights:
         return {name: weight.shape for name, weight in self.adapted_weights().items()}
 
     def create_factors(self, dtype: torch.dtype) -> None:
-        """Register A and B with their initial values."""
+        """Register the factors with their initial values."""
         device = self.main_weight().device
         for name, values in zip(self.factor_names(), self.drawn_factors(), strict=True):
             self.lora_holder.register_parameter(name, nn.Parameter(values.to(device, dtype)))
 
-    def drawn_factors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the initial values of A and B in float32, the same each time."""
+    def drawn_factors(self) -> tuple[torch.Tensor, ...]:
+        """Return the initial values of the factors, the same each time."""
         spec = self.lora.spec
         return initial_factors(*self.factor_shapes(), spec.init, spec.seed, lookup=self.LOOKUP)
 
     def local_blocks(
-        self, weights: Mapping[str, torch.Tensor], factor_a: torch.Tensor, factor_b: torch.Tensor
+        self, weights: Mapping[str, torch.Tensor], *factors: torch.Tensor
     ) -> dict[str, list[LowRankBlock]]:
-        """Return the blocks cropped to this rank's shards of the weights. Collective where the factors are sharded."""
-        blocks = self.low_rank_blocks(full_tensor(factor_a), full_tensor(factor_b))
+        """Return what is added to this rank's shards of these weights. Collective where the factors are sharded."""
+        factor_a, factor_b = map(full_tensor, factors)
+        blocks = self.low_rank_blocks(factor_a, factor_b)
         return {name: self.crop_to_shard(blocks[name], weights[name]) for name in blocks}
 
     def crop_to_shard(self, blocks: list[LowRankBlock], weight: torch.Tensor) -> list[LowRankBlock]:
@@ -235,7 +257,7 @@ class AdaptedWeights:
     def merge_(self, *, copy: bool, observe: Observer | None = None, blocks: Blocks | None = None) -> None:
         """Write W' into this rank's shard of each weight, see merge_weight_; `blocks` are local_blocks', if known."""
         weights, state = self.adapted_weights(), self.lora
-        blocks = blocks or self.local_blocks(weights, self.lora_A, self.lora_B)
+        blocks = blocks or self.local_blocks(weights, *self.factors())
         try:
             for name in blocks:
                 if name not in state.records:
@@ -350,12 +372,12 @@ class AdaptedModule(Swapped):
 
     def _apply(self, fn: Transform, recurse: bool = True) -> Any:
         adapters = list(self.lora_adapters().values())
-        were_meta = [adapter for adapter in adapters if adapter.lora_A.is_meta]
+        were_meta = [adapter for adapter in adapters if adapter.factors()[0].is_meta]
         with self._lora_briefly_unmerged():
             super()._apply(_keeping_float32(fn, adapters), recurse)  # type: ignore[no-untyped-call]
         for adapter in were_meta:
-            if not adapter.lora_A.is_meta:  # to_empty
-                for factor, values in zip((adapter.lora_A, adapter.lora_B), adapter.drawn_factors(), strict=True):
+            if not adapter.factors()[0].is_meta:  # to_empty
+                for factor, values in zip(adapter.factors(), adapter.drawn_factors(), strict=True):
                     copy_(factor, values)
         return self
 
@@ -430,7 +452,7 @@ class LoRALayer(AdaptedWeights, AdaptedModule):
 
     def dense_weight(self) -> DenseWeight:
         """Let W + delta stand in for each adapted weight inside, for code that reads it; one thread at a time."""
-        return DenseWeight(self)
+        return DenseWeight(self, self)
 
     def dropped(self, x: torch.Tensor) -> tuple[torch.Tensor, float]:
         """Return the adapter's input after dropout, and the scaling that goes with it."""
@@ -469,40 +491,52 @@ class LoRALayer(AdaptedWeights, AdaptedModule):
 class DenseWeight:
     """The context of LoRALayer.dense_weight: a class, because torch 2.6 cannot trace a generator's context."""
 
-    def __init__(self, layer: LoRALayer) -> None:
-        self.layer = layer
-        self.lock = None if torch.compiler.is_compiling() else layer.lora.lock  # a compiler traces one thread
+    def __init__(self, module: nn.Module, adapter: AdaptedWeights) -> None:
+        self.module, self.adapter = module, adapter
+        self.lock = None if torch.compiler.is_compiling() else adapter.lora.lock  # a compiler traces one thread
 
     def __enter__(self) -> None:
         if self.lock is not None:
             self.lock.acquire()
         try:
-            self.weights = self.layer.adapted_weights()
-            sums = self.layer.compute_dense_weights(self.weights)
+            self.weights = {name: getattr(self.module, name) for name in self.adapter.adapted_weights()}
+            sums = self.adapter.compute_dense_weights(self.weights)
         except BaseException:
             if self.lock is not None:
                 self.lock.release()
             raise
-        self.layer._parameters.update(cast("dict[str, nn.Parameter | None]", sums))  # a string is no type to trace
+        self.module._parameters.update(cast("dict[str, nn.Parameter | None]", sums))  # a string is no type to trace
 
     def __exit__(self, *exception: object) -> None:
-        self.layer._parameters.update(self.weights)
+        self.module._parameters.update(self.weights)
         if self.lock is not None:
             self.lock.release()
 
 
+def adapted_places(
+    model: nn.Module, *, remove_duplicate: bool = True
+) -> Iterator[tuple[str, nn.Module, AdaptedWeights]]:
+    """Yield what is adapted in a model: name, module and adapter. One that acts in several modules comes for each."""
+    for path, module in model.named_modules(remove_duplicate=remove_duplicate):
+        if isinstance(module, AdaptedModule):
+            for parameter, adapter in module.lora_adapters().items():
+                yield ".".join(part for part in (canonical(path), parameter) if part), module, adapter
+
+
 def adapted_layers(model: nn.Module, *, remove_duplicate: bool = True) -> dict[str, AdaptedWeights]:
-    """Return the adapted layers and parameters of a model, by name; a shared one under its first, or under each."""
-    return {
-        ".".join(part for part in (canonical(path), parameter) if part): adapter
-        for path, module in model.named_modules(remove_duplicate=remove_duplicate)
-        if isinstance(module, AdaptedModule)
-        for parameter, adapter in module.lora_adapters().items()
-    }
+    """Return the adapters of layers and parameters of a model, by name; a shared one under its first, or under each."""
+    first: dict[AdaptedWeights, str] = {}
+    places = adapted_places(model, remove_duplicate=remove_duplicate)
+    return {name: each for name, _, each in places if first.setdefault(each, name) == name or not remove_duplicate}
+
+
+def layer_adapter(module: object) -> AdaptedWeights | None:
+    """Return the adapter of a module that is adapted as a whole, else None."""
+    return module.lora_adapters().get("") if isinstance(module, AdaptedModule) else None
 
 
 def is_factor(name: str, module: nn.Module) -> bool:
-    """Return whether a state name of a module is that of A or B."""
+    """Return whether a state name of a module is that of a factor."""
     return isinstance(module, AdaptedModule) and names_factor(name)
 
 
@@ -523,7 +557,7 @@ def drop(x: torch.Tensor, p: float) -> tuple[torch.Tensor, float]:
 def _keeping_float32(fn: Transform, adapters: Iterable[AdaptedWeights]) -> Transform:
     """fn, but for casting the factors to 16 bits: they train in float32 while they compute in the layer's dtype."""
     kept = [adapter for adapter in adapters if adapter.lora.spec.keep_float32]
-    factors = {id(t) for each in kept for p in (each.lora_A, each.lora_B) for t in (p, p.grad) if t is not None}
+    factors = {id(t) for each in kept for p in each.factors() for t in (p, p.grad) if t is not None}
 
     def without_narrowing(tensor: torch.Tensor) -> torch.Tensor:
         moved = fn(tensor)

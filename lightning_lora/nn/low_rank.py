@@ -16,6 +16,7 @@ a stack of E experts has factors of its own, one below the other; transposed one
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -41,6 +42,7 @@ IN_PROJ, SEPARATE = "in_proj_weight", ("q_proj_weight", "k_proj_weight", "v_proj
 ATTENTION_WEIGHTS = (IN_PROJ, *SEPARATE)
 
 EVERYTHING = slice(0, sys.maxsize)
+MOST_ROWS = 32  # in a block of row_blocks, whose left is so many squared
 
 Shape = Sequence[int]
 Enabled = tuple[bool, ...] | None
@@ -160,6 +162,30 @@ def crop(blocks: Sequence[LowRankBlock], rows: slice, columns: slice = EVERYTHIN
             left, right = left[top - row : bottom - row], right[:, begin - col : end - col]
             cropped.append(LowRankBlock(top - rows.start, begin - columns.start, left, right))
     return cropped
+
+
+def row_blocks(weight: torch.Tensor, ids: Sequence[int], rows: torch.Tensor, first: int = 0) -> list[LowRankBlock]:
+    """Return what is added to a table so that other rows take the place of some of its own: rows - W[ids].
+
+    In float64, whose sum with W gives the rows bit for bit where none is smaller than W's by a factor of 2**28.
+
+    Args:
+        weight: (m, columns), a table, or m rows of it that follow each other.
+        ids: which rows of the whole table are replaced, ascending.
+        rows: (len(ids), columns), what takes their place.
+        first: the row of the whole table that `weight` begins with.
+    """
+    dtype = torch.float32 if weight.device.type == "mps" else torch.float64  # mps has no float64
+    inside = [(place, row - first) for place, row in enumerate(ids) if first <= row < first + len(weight)]
+    blocks = []
+    for _, neighbours in itertools.groupby(inside, key=lambda pair: pair[1] - pair[0]):
+        run = list(neighbours)
+        for place, row in run[::MOST_ROWS]:
+            count = min(MOST_ROWS, run[-1][1] - row + 1)
+            new, old = rows[place : place + count].detach(), weight[row : row + count].detach()
+            right = new.to(weight.device, dtype) - old.to(dtype)
+            blocks.append(LowRankBlock(row, 0, torch.eye(count, dtype=dtype, device=weight.device), right))
+    return blocks
 
 
 def dense_delta(blocks: Sequence[LowRankBlock], shape: torch.Size) -> torch.Tensor:

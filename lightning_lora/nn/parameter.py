@@ -43,7 +43,7 @@ class LoRAParameter(AdaptedWeights):
     def lora_B(self) -> nn.Parameter:  # type: ignore[override]  # noqa: N802
         return cast(nn.Parameter, self.module._parameters[parameter_factor_name(self.parameter, B)])
 
-    def factor_names(self) -> tuple[str, str]:
+    def factor_names(self) -> tuple[str, ...]:
         return parameter_factor_name(self.parameter, A), parameter_factor_name(self.parameter, B)
 
     def adapted_weights(self) -> dict[str, nn.Parameter]:

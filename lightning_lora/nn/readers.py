@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from ..errors import LoRAError
-from .lora_layer import LoRALayer, Swapped, swapped_class
+from .lora_layer import AdaptedWeights, Swapped, layer_adapter, swapped_class
 from .low_rank import ATTENTION_WEIGHTS
 from .parameter import LoRAParameterHolder
 
@@ -39,7 +39,7 @@ Path = tuple[str, ...]  # attribute names that lead from a module to one inside 
 class LayerView:
     """What a reading method sees in place of an adapted layer: its weight is W + delta, all else is the layer's."""
 
-    def __init__(self, layer: LoRALayer) -> None:
+    def __init__(self, layer: nn.Module) -> None:
         object.__setattr__(self, "layer", layer)
         object.__setattr__(self, "sums", None)
 
@@ -49,11 +49,12 @@ class LayerView:
     def __getattr__(self, name: str) -> Any:
         if name in ("layer", "sums"):  # not set yet, which torch.compile tries
             raise AttributeError(name)
-        weights = self.layer.adapted_weights() if name in WEIGHTS else {}
-        if name not in weights:
+        adapter = layer_adapter(self.layer) if name in WEIGHTS else None
+        weights = adapter.adapted_weights() if adapter is not None else {}
+        if adapter is None or name not in weights:
             return getattr(self.layer, name)
         if self.sums is None:
-            object.__setattr__(self, "sums", self.layer.compute_dense_weights(weights))
+            object.__setattr__(self, "sums", adapter.compute_dense_weights(weights))
         return self.sums[name]
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -104,10 +105,10 @@ def _refuse_reading_holder(module: LoRAParameterHolder) -> None:
         )
 
 
-def read_layers(reader: LoRAReader) -> list[LoRALayer]:
-    """Return the adapted layers whose weights the methods of a module may read."""
-    modules = (_inside(reader, path) for path in reader.lora_reads)
-    return [module for module in modules if isinstance(module, LoRALayer)]
+def read_layers(reader: LoRAReader) -> list[AdaptedWeights]:
+    """Return the adapters of the layers whose weights the methods of a module may read."""
+    adapters = (_adapter_at(reader, path) for path in reader.lora_reads)
+    return [adapter for adapter in adapters if adapter is not None]
 
 
 @functools.cache
@@ -149,18 +150,18 @@ def _with_views(base: type[nn.Module], name: str) -> Callable[..., Any]:
     return method
 
 
-def _place_views(reader: LoRAReader) -> dict[Path, LoRALayer]:
+def _place_views(reader: LoRAReader) -> dict[Path, nn.Module]:
     """Put views in place of the active layers, but for those that a reading method around this one has put there."""
-    viewed = {}
+    viewed: dict[Path, nn.Module] = {}
     for path in reader.lora_reads:
-        layer = _inside(reader, path)
-        if not _is_view(layer) and isinstance(layer, LoRALayer) and layer.lora_active:
+        layer, adapter = _inside(reader, path), _adapter_at(reader, path)
+        if layer is not None and not _is_view(layer) and adapter is not None and adapter.lora_active:
             viewed[path] = layer
             _modules_around(reader, path)[path[-1]] = cast(nn.Module, LayerView(layer))
     return viewed
 
 
-def _remove_views(reader: LoRAReader, viewed: dict[Path, LoRALayer]) -> None:
+def _remove_views(reader: LoRAReader, viewed: dict[Path, nn.Module]) -> None:
     for path, layer in viewed.items():
         if _is_view(_inside(reader, path)):  # else the method put another layer there
             _modules_around(reader, path)[path[-1]] = layer
@@ -168,6 +169,12 @@ def _remove_views(reader: LoRAReader, viewed: dict[Path, LoRALayer]) -> None:
 
 def _is_view(module: object) -> bool:
     return type(module) is LayerView
+
+
+def _adapter_at(module: nn.Module, path: Path) -> AdaptedWeights | None:
+    """Return the adapter of the layer at a path from a module, also behind a view that another thread has put there."""
+    layer = _inside(module, path)
+    return layer_adapter(cast(LayerView, layer).layer if _is_view(layer) else layer)
 
 
 def _inside(module: nn.Module | None, path: Path) -> nn.Module | None:
@@ -184,7 +191,7 @@ def _paths_to_layers(module: nn.Module, cls: type) -> list[Path]:
     paths: dict[Path, None] = {}
     for path in sorted({path for found in weight_reads(cls).values() for path in found}):
         if path:
-            paths |= dict.fromkeys([path] if isinstance(_inside(module, path), LoRALayer) else [])
+            paths |= dict.fromkeys([path] if layer_adapter(_inside(module, path)) else [])
         else:
             paths |= dict.fromkeys(_near_layers(module))
     return list(paths)
@@ -193,7 +200,7 @@ def _paths_to_layers(module: nn.Module, cls: type) -> list[Path]:
 def _near_layers(module: nn.Module, path: Path = ()) -> Iterator[Path]:
     """Yield the paths to the adapted layers right inside a module, or in a list or dictionary of modules there."""
     for name, child in module._modules.items():
-        if isinstance(child, LoRALayer):
+        if layer_adapter(child) is not None:
             yield (*path, name)
         elif isinstance(child, CONTAINERS):
             yield from _near_layers(child, (*path, name))

@@ -8,13 +8,14 @@ import torch
 from torch import nn
 
 from ..names import ATTRIBUTE
-from .lora_layer import LoRALayer
+from .lora_layer import layer_adapter
 
 
 def tied_weights(model: nn.Module) -> dict[nn.Module, str]:
     """Return the modules whose weight shares memory with another module's parameter or buffer, with the name of that.
 
-    Memory counts, not identity: two Parameters may view one storage. A bias may have several owners.
+    Memory counts, not identity: two Parameters may view one storage. A bias may have several owners. Modules that share
+    an adapter count as one.
     """
     owners: dict[int, list[tuple[torch.Tensor, nn.Module, str, bool]]] = defaultdict(list)
     for prefix, module in model.named_modules():
@@ -36,15 +37,16 @@ def record_ties(model: nn.Module) -> None:
     modules = list(model.modules())
     whole = any(ATTRIBUTE in vars(module) for module in modules)
     for layer in modules:
-        if isinstance(layer, LoRALayer):
+        adapter = layer_adapter(layer)
+        if adapter is not None:
             reason = ""
             if layer in tied:
                 reason = f"its weight is also {tied[layer]}"
-            elif any(name not in layer._parameters for name in layer.adapted_weights()):
+            elif any(name not in layer._parameters for name in adapter.adapted_weights()):
                 reason = "its weight is computed from others (weight_norm, parametrize, prune)"
             # A part of the injected model shows what ties a layer, but not that nothing does.
-            if reason != layer.lora.unmergeable_reason and (reason or whole):
-                layer.lora.unmergeable_reason = reason
+            if reason != adapter.lora.unmergeable_reason and (reason or whole):
+                adapter.lora.unmergeable_reason = reason
 
 
 def _add_overlaps(sharing: list[tuple[torch.Tensor, nn.Module, str, bool]], tied: dict[nn.Module, str]) -> None:
@@ -55,10 +57,17 @@ def _add_overlaps(sharing: list[tuple[torch.Tensor, nn.Module, str, bool]], tied
         for start, _, later_module, later_name, later_is_weight in spans[i + 1 :]:
             if start >= end:
                 break
-            if later_module is not module and is_weight:
+            if _owner(later_module) is _owner(module):
+                continue
+            if is_weight:
                 tied.setdefault(module, later_name)
-            if later_module is not module and later_is_weight:
+            if later_is_weight:
                 tied.setdefault(later_module, name)
+
+
+def _owner(module: nn.Module) -> object:
+    """What a module's tensors belong to: its adapter, which other modules may share, or the module."""
+    return layer_adapter(module) or module
 
 
 def _storage(tensor: torch.Tensor) -> int:

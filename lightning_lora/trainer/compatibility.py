@@ -15,7 +15,7 @@ from torch import nn
 from ..config import LoRAConfig
 from ..errors import LoRAError
 from ..model.injection import Injection
-from ..names import A, B, listed
+from ..names import listed
 from ..nn.lora_layer import adapted_layers
 
 AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
@@ -121,9 +121,10 @@ def refuse_unoptimized(optimizers: Sequence[torch.optim.Optimizer], module: nn.M
 
 
 def _factors(module: nn.Module) -> dict[str, nn.Parameter]:
-    layers = adapted_layers(module).items()
     return {
-        f"{name}.{leaf}": factor for name, layer in layers for leaf, factor in ((A, layer.lora_A), (B, layer.lora_B))
+        f"{name}.{leaf}": factor
+        for name, layer in adapted_layers(module).items()
+        for leaf, factor in zip(layer.factor_names(), layer.factors(), strict=True)
     }
 
 

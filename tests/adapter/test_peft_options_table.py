@@ -46,7 +46,7 @@ class Net(nn.Module):
     def __init__(self, linear: Any = nn.Linear) -> None:
         super().__init__()
         self.body = nn.Sequential(OrderedDict(layers=nn.Sequential(Block(linear), Block(linear))))
-        self.head = nn.Linear(8, 3)
+        self.head = nn.Linear(8, 3, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         result: torch.Tensor = self.head(self.body(x))
@@ -123,7 +123,7 @@ OPTIONS = [
     Option("use_dora", True),
     Option("lora_bias", True),
     built("target_parameters", ["head.weight"]),
-    Option("trainable_token_indices", [1, 2]),
+    built("trainable_token_indices", {"head": [1, 2]}),
     Option("layer_replication", [[0, 1], [0, 2]]),
     Option("alora_invocation_tokens", [1, 2]),
     Option("velora_config", {"num_groups": 2}),
@@ -150,6 +150,8 @@ def write_theirs(option: Option, folder: Path) -> nn.Module:
 
 
 def plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: plain(item) for name, item in value.items()}
     return list(value) if isinstance(value, (tuple, set)) else value
 
 

@@ -95,6 +95,16 @@ class Attention(nn.Module):
         return result
 
 
+class Table(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.linear = nn.Embedding(11, 8), nn.Linear(8, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.linear(self.embedding(x))
+        return result
+
+
 class Readers(nn.Module):
     """Reads the weight of its layer instead of calling it."""
 
@@ -159,6 +169,13 @@ ROWS = [
     Row("nn.Linear, whose weight is read", inner(Readers), floats(3, 8), {"target_modules": ["linear"]}, theirs=None),
     Row("transformers' Conv1D", inner(lambda: Conv1D(6, 8)), floats(3, 8), theirs={"fan_in_fan_out": True}),
     Row("nn.Embedding", inner(lambda: nn.Embedding(11, 6)), rows(3, 5)),
+    Row(
+        "nn.Embedding, some rows",
+        inner(Table),
+        rows(3, 5),
+        {"target_modules": ["linear"], "trainable_token_indices": {"embedding": [1, 4]}},
+        "trainable_token_indices",
+    ),
     Row("nn.Conv1d", inner(lambda: nn.Conv1d(8, 6, 3)), floats(2, 8, 7)),
     Row("nn.Conv2d", inner(lambda: nn.Conv2d(8, 6, 3, padding=1)), floats(2, 8, 5, 5)),
     Row("nn.Conv3d", inner(lambda: nn.Conv3d(4, 6, 2)), floats(2, 4, 4, 4, 4)),

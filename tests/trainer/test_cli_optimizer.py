@@ -170,7 +170,8 @@ def test_fit_with_names_on_the_command_line_trains_the_adapter(cli: type):
     ours = ["--lora.r=2"] if cli is LoRACLI else ["--trainer.callbacks=lightning_lora.LoRACallback"]
     quiet = ["logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"]
     trainer = ["--trainer.max_epochs=1", "--trainer.accelerator=cpu", *(f"--trainer.{name}=false" for name in quiet)]
-    chosen = ["--optimizer=AdamW", "--lr_scheduler=ReduceLROnPlateau", "--lr_scheduler.monitor=val_loss"]
+    # Not AdamW, of which bitsandbytes has one too where it is imported.
+    chosen = ["--optimizer=NAdam", "--lr_scheduler=ReduceLROnPlateau", "--lr_scheduler.monitor=val_loss"]
     arguments = ["fit", "--seed_everything=1", *trainer, *ours, *chosen]
     run = cli(NoOptimizer, Data, args=arguments, save_config_callback=None)
     assert all(layer.lora_B.abs().sum() > 0 for layer in adapted_layers(run.model).values())

@@ -1,0 +1,82 @@
+"""Which tables trainable_token_indices names in a model, and which of their rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from ..errors import LoRAError
+from ..names import canonical, matcher, near_misses
+from ..nn.token_rows import is_table
+from .pretrained import input_embeddings, pretrained_models
+
+OPTION = "trainable_token_indices"
+USUAL_NAME = "embed_tokens"  # of the table that a list means in a model that says nothing of it: PEFT's
+
+Rows = tuple[int, ...]
+Indices = Sequence[int] | Mapping[str, Sequence[int]] | None
+
+
+class TokenTables:
+    """The tables of a model of which rows are trained.
+
+    Attributes:
+        rows: the rows of each table, by its name; tables that are tied to a named one come with it.
+        unmatched: a sentence for each entry that names nothing.
+
+    Raises:
+        LoRAError: two entries, or the two ends of a tie, have other rows.
+    """
+
+    def __init__(self, model: nn.Module, modules: Mapping[str, nn.Module], indices: Indices) -> None:
+        self.rows: dict[str, Rows] = {}
+        self.unmatched: list[str] = []
+        self._entries: dict[str, str] = {}  # by which a table is meant
+        if indices is not None and not isinstance(indices, Mapping):
+            self._add_input_embeddings(model, modules, tuple(indices))
+        for entry, rows in indices.items() if isinstance(indices, Mapping) else ():
+            self._add_matching(entry, tuple(rows), modules)
+        self._add_tied(modules)
+        self.rows = {name: self.rows[name] for name in modules if name in self.rows}  # the first end first
+
+    def _add_input_embeddings(self, model: nn.Module, modules: Mapping[str, nn.Module], rows: Rows) -> None:
+        tables = [input_embeddings(pretrained) for pretrained in pretrained_models(model).values()]
+        names = [canonical(name) for name, module in model.named_modules() if any(module is table for table in tables)]
+        if len(names) > 1:
+            raise LoRAError(
+                f"inject: {OPTION} is a list, and {type(model).__name__} holds {len(names)} transformers models; name "
+                f"the table that is meant: {{{names[0]!r}: {list(rows)}}}."
+            )
+        if names:
+            self._add(names[0], rows, "a list")
+        else:
+            self._add_matching(USUAL_NAME, rows, modules)
+
+    def _add_matching(self, entry: str, rows: Rows, modules: Mapping[str, nn.Module]) -> None:
+        named = list(filter(matcher([entry]), modules))
+        for name in named:
+            self._add(name, rows, repr(entry))
+        if not named:
+            hint = near_misses(entry, [name for name, module in modules.items() if is_table(module)])
+            self.unmatched.append(f"{OPTION}: {entry!r} names no table{hint}")
+
+    def _add_tied(self, modules: Mapping[str, nn.Module]) -> None:
+        named = [name for name in modules if name in self.rows]
+        owners = {id(_weight(modules[name])): name for name in named if _weight(modules[name]) is not None}
+        for name, module in modules.items() if owners else ():
+            owner = owners.get(id(_weight(module)))
+            if owner is not None and is_table(module):
+                self._add(name, self.rows[owner], f"{owner!r}, with which it shares its weight")
+
+    def _add(self, name: str, rows: Rows, entry: str) -> None:
+        if self.rows.setdefault(name, rows) != rows:
+            raise LoRAError(
+                f"inject: {OPTION} gives {name!r} the rows {list(self.rows[name])} by {self._entries[name]}, and "
+                f"{list(rows)} by {entry}; give one list for both, or untie them first."
+            )
+        self._entries.setdefault(name, entry)
+
+
+def _weight(module: nn.Module) -> nn.Parameter | None:
+    return module._parameters.get("weight")

@@ -1,0 +1,242 @@
+"""Rows of a table that are trained while the rest of it stays frozen: nn.Embedding, an output head, or both tied.
+
+The adapter of a table is `lora_rows` (n, dim) beside its weight. It holds the rows themselves and not differences, so
+that what W had there does not matter. A forward takes these rows in place of W's, without a copy of the table. To
+merging, the adapter is what it adds to W, rows - W[ids].
+
+Where tables are tied, they share the adapter and its parameter as they share the weight: it is merged once for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..distributed.sharding import copy_, full_tensor, is_sharded, local, rows_of, window
+from ..errors import LoRAError
+from ..names import ROWS
+from .lora_layer import (
+    AdaptedModule,
+    AdaptedWeights,
+    DenseWeight,
+    LayerSpec,
+    LayerState,
+    Transform,
+    class_before_swap,
+    swapped_class,
+)
+from .low_rank import LowRankBlock, row_blocks
+
+WEIGHT = "weight"
+
+
+class TokenRows(AdaptedWeights):
+    """The trained rows of one table, or of several that are tied; spec.rows are their numbers, ascending."""
+
+    KIND = ""
+
+    def __init__(self, state: LayerState) -> None:
+        self.lora, self.lora_active = state, True
+        self.tables: list[LoRATable] = []
+
+    @property
+    def lora_holder(self) -> nn.Module:
+        return self.tables[0]
+
+    def lora_holders(self) -> list[nn.Module]:
+        return list(self.tables)
+
+    @property
+    def rows(self) -> nn.Parameter:
+        """The trained rows (n, dim), in the order of spec.rows."""
+        return self.tables[0].lora_rows
+
+    def factor_names(self) -> tuple[str, ...]:
+        return (ROWS,)
+
+    def factors(self) -> tuple[nn.Parameter, ...]:
+        return (self.rows,)
+
+    def replaced_rows(self) -> tuple[int, ...]:
+        return self.lora.spec.rows
+
+    def adapted_weights(self) -> dict[str, nn.Parameter]:
+        return {WEIGHT: self.tables[0].weight}
+
+    def create_factors(self, dtype: torch.dtype) -> None:
+        super().create_factors(dtype)
+        for table in self.tables[1:]:
+            table.register_parameter(ROWS, self.rows)
+
+    def drawn_factors(self) -> tuple[torch.Tensor, ...]:
+        """Return W's own rows. Collective where W is sharded."""
+        return (rows_of(self.main_weight(), self.lora.spec.rows),)
+
+    def draw_(self) -> None:
+        """Let the rows be W's own. In place. Collective where W is sharded."""
+        copy_(self.rows, self.drawn_factors()[0].to(self.rows.dtype))
+
+    def are_drawn(self) -> bool:
+        """Return whether the rows are W's own, bit for bit. Collective where W is sharded."""
+        if self.rows.is_meta or self.main_weight().is_meta:
+            return False
+        rows, drawn = full_tensor(self.rows), self.drawn_factors()[0].to(self.rows.dtype)
+        return bool(((rows == drawn) | (rows.isnan() & drawn.isnan())).all())
+
+    def is_initial(self) -> bool:
+        if self.lora.records or is_sharded(self.rows):
+            return not self.lora.gradient_arrived and self.rows.grad is None
+        return self.are_drawn()
+
+    def unmergeable_reason(self) -> str:
+        weight = self.tables[0]._parameters.get(WEIGHT)
+        untied = any(table._parameters.get(WEIGHT) is not weight for table in self.tables)
+        return super().unmergeable_reason() or ("tables that were tied at injection are not any more" if untied else "")
+
+    def local_blocks(
+        self, weights: Mapping[str, torch.Tensor], *factors: torch.Tensor
+    ) -> dict[str, list[LowRankBlock]]:
+        lines, columns = window(weights[WEIGHT])
+        rows = full_tensor(factors[0])[:, columns]
+        return {WEIGHT: row_blocks(local(weights[WEIGHT]), self.lora.spec.rows, rows, lines.start)}
+
+    def compute_dense_weights(self, weights: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+        self.note_segment()
+        table, weight = self.tables[0], weights[WEIGHT]
+        if WEIGHT not in table._parameters:
+            raise LoRAError(f"{type(table).__name__}: weight is computed from others since injection; undo that.")
+        return {WEIGHT: weight.index_copy(0, table.row_ids(weight.device), self.rows.to(weight.dtype))}
+
+    def strip_(self) -> None:
+        for table in self.tables:
+            table.__class__ = class_before_swap(table)  # type: ignore[assignment]
+            table._parameters.pop(ROWS, None)
+            for name in [name for name in vars(table) if name.startswith("lora_")]:
+                delattr(table, name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | ({"lora": self.portable_state()} if self.lora.records else {})
+
+
+class LoRATable(AdaptedModule):
+    """A table of which some rows are trained."""
+
+    KNOWN_FORWARD: ClassVar[str] = "torch.nn.modules."  # whose forwards forward_with_rows stands in for
+    weight: nn.Parameter
+    lora_rows: nn.Parameter
+    lora_table: TokenRows
+    lora_custom_forward: bool
+    lora_row_ids: torch.Tensor  # spec.rows; no buffer, because weight averaging takes the mean of those
+
+    def lora_adapters(self) -> Mapping[str, AdaptedWeights]:
+        return {"": self.lora_table}
+
+    def row_ids(self, device: torch.device) -> torch.Tensor:
+        """Return the numbers of the rows, int64 (n,), on a device."""
+        if self.lora_row_ids.device != device:
+            with torch.inference_mode(False):
+                self.lora_row_ids = torch.tensor(self.lora_table.lora.spec.rows, device=device)
+        return self.lora_row_ids
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.lora_table.lora_active:
+            return super().forward(*args, **kwargs)
+        if self.lora_custom_forward:
+            with DenseWeight(self, self.lora_table):
+                return super().forward(*args, **kwargs)
+        self.lora_table.note_segment()
+        return self.forward_with_rows(*args, **kwargs)
+
+    def base_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the forward that the table had before."""
+        return super().forward(*args, **kwargs)
+
+    def forward_with_rows(self, input: torch.Tensor) -> torch.Tensor:
+        """Return what the table's forward gives with the rows in place of W's; they always take part in it."""
+        raise NotImplementedError
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if is_sharded(param):  # by parallelize_module; fully_shard does not come here
+            raise LoRAError(
+                f"{type(self).__name__}: trained rows do not follow a tensor parallel split; leave the table out of "
+                "trainable_token_indices, or out of the parallelize plan"
+            )
+        super().register_parameter(name, param)
+
+    def _apply(self, fn: Transform, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        self._parameters[ROWS] = self.lora_table.rows  # to_empty makes one for each table
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Load; rows that are W's own still, and are not loaded themselves, are the new W's then."""
+        rows = self._parameters[ROWS]
+        new_base = prefix + WEIGHT in state_dict and state_dict.get(prefix + ROWS, rows) is rows
+        with self._lora_briefly_unmerged():
+            follow = new_base and self.lora_table.are_drawn()
+            super()._load_from_state_dict(state_dict, prefix, *args)
+            if follow:
+                self.lora_table.draw_()
+
+
+class LoRAEmbeddingTable(LoRATable):
+    """nn.Embedding: weight (num, dim)."""
+
+    def forward_with_rows(self, input: torch.Tensor) -> torch.Tensor:
+        base = cast(torch.Tensor, self.base_forward(input))
+        ids = self.row_ids(input.device).to(input.dtype)
+        places = torch.searchsorted(ids, input.contiguous()).clamp(max=len(ids) - 1)
+        rows = F.embedding(places, self.lora_rows.to(base.dtype), self._padding_place())
+        return torch.where((ids[places] == input).unsqueeze(-1), rows, base)
+
+    def _padding_place(self) -> int | None:
+        """Return which of the rows is that of padding_idx, which gets no gradient."""
+        padding, ids = cast(nn.Embedding, self).padding_idx, self.lora_table.lora.spec.rows
+        return None if padding is None or padding not in ids else ids.index(padding)
+
+
+class LoRAHead(LoRATable):
+    """nn.Linear as an output head: weight (num, dim)."""
+
+    def forward_with_rows(self, input: torch.Tensor) -> torch.Tensor:
+        base = cast(torch.Tensor, self.base_forward(input))
+        ids, bias = self.row_ids(input.device), cast(nn.Linear, self).bias
+        rows = self.lora_rows.to(self.weight.dtype)
+        return base.index_copy_(-1, ids, F.linear(input, rows, None if bias is None else bias[ids]))
+
+
+TABLES: dict[type[nn.Module], type[LoRATable]] = {nn.Embedding: LoRAEmbeddingTable, nn.Linear: LoRAHead}
+
+
+def is_table(module: nn.Module) -> bool:
+    """Return whether a module is one of which rows can be trained."""
+    return isinstance(module, tuple(TABLES))
+
+
+def adapt_table_(module: nn.Module, name: str, spec: LayerSpec, injection: object) -> TokenRows:
+    """Turn a table into one of which spec.rows are trained, without the rows yet. In place."""
+    adapter = TokenRows(LayerState(spec, name, injection))
+    share_table_(module, adapter)
+    return adapter
+
+
+def share_table_(module: nn.Module, adapter: TokenRows) -> None:
+    """Let a table share the adapter of the tables that it is tied to. In place."""
+    mixin = next(mixin for kind, mixin in TABLES.items() if isinstance(module, kind))
+    custom_forward = not type(module).forward.__module__.startswith(LoRATable.KNOWN_FORWARD)
+    module.__class__ = swapped_class(mixin, type(module))
+    table = cast(LoRATable, module)
+    table.lora_table, table.lora_custom_forward = adapter, custom_forward
+    table.lora_row_ids = torch.tensor(adapter.lora.spec.rows)
+    adapter.tables.append(table)
+    if ROWS in adapter.tables[0]._parameters:
+        table.register_parameter(ROWS, adapter.rows)
+
+
+def table_adapters(model: nn.Module) -> dict[int, TokenRows]:
+    """Return the adapters of a model's tables by the identity of the weight."""
+    return {id(module.weight): module.lora_table for module in model.modules() if isinstance(module, LoRATable)}

@@ -1,0 +1,477 @@
+"""Rows of tables that are trained: against the definition in float64, merged and restored, tied, copied, refused."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_lora import (
+    LoRAConfig,
+    LoRAError,
+    adapter_state_dict,
+    disable_adapter,
+    inject,
+    load_adapter,
+    merge,
+    merge_and_unload,
+    merged,
+    merged_state_dict,
+    save_adapter,
+    save_merged,
+    unload,
+    unmerge,
+)
+from lightning_lora.adapter.metadata import adapter_of_model
+from lightning_lora.adapter.save_load import apply_adapter
+from lightning_lora.model import merging
+from lightning_lora.nn.lora_layer import adapted_layers
+from support.layers import same_bits
+from support.tables import CASES, NUMBER, ROWS, WIDTH, Net, Scaled, Subject, fill_rows_, make_subject
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2}
+DTYPES = (*TOLERANCE, torch.float16)
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in model.named_parameters() if "lora_" not in name}
+
+
+def assert_same_weights(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
+    assert all(same_bits(model.get_parameter(name), value) for name, value in before.items())
+
+
+def assert_near(found: torch.Tensor, subject: Subject, dtype: torch.dtype = torch.float32) -> None:
+    reference = subject.reference()
+    atol = TOLERANCE[dtype] * float(reference.abs().max())
+    torch.testing.assert_close(found.double(), reference, rtol=TOLERANCE[dtype], atol=atol)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_output_is_that_of_a_table_with_the_rows_in_place_merged_or_not(name: str, dtype: torch.dtype):
+    subject = make_subject(name, dtype)
+    assert list(adapted_layers(subject.model)) == sorted(
+        [*subject.case.tables, "body"], key=["emb", "body", "head"].index
+    )
+    assert not torch.allclose(subject.plain(subject.tokens).double(), subject.reference(), rtol=0.1)
+    assert_near(subject.model(subject.tokens), subject, dtype)
+    with merged(subject.model):
+        assert_near(subject.model(subject.tokens), subject, dtype)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_are_those_of_the_reference_and_none_is_left_out(name: str):
+    subject = make_subject(name, torch.float64)
+    rows = {table: values.clone().requires_grad_() for table, values in subject.rows().items()}
+    subject.reference(rows).square().sum().backward()
+    subject.model(subject.tokens).square().sum().backward()
+    for table, values in rows.items():
+        torch.testing.assert_close(subject.model.get_parameter(f"{table}.lora_rows").grad, values.grad)
+    base = [parameter for key, parameter in subject.model.named_parameters() if "lora" not in key]
+    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in base)
+
+
+def test_rows_that_no_token_is_of_get_a_gradient_of_zeros():
+    """DDP waits for a gradient of each parameter."""
+    model = make_subject("embedding").model
+    model(torch.tensor([[0, 1, 2, 8]])).sum().backward()
+    assert not model.emb.lora_rows.grad.any()
+
+
+def test_the_row_of_padding_gets_no_gradient_from_the_embedding():
+    subject = make_subject("padding")
+    subject.model.emb(subject.tokens).sum().backward()
+    moved = subject.model.emb.lora_rows.grad.any(1)
+    assert moved.tolist() == [row != 4 for row in ROWS]
+
+
+@pytest.mark.parametrize("kind", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 0, 3), (2, 3, 4)], ids=str)
+def test_tokens_of_any_shape_and_kind_are_looked_up(shape: tuple[int, ...], kind: torch.dtype):
+    subject = make_subject("embedding")
+    tokens = torch.randint(NUMBER, shape).to(kind)
+    expected = nn.functional.embedding(tokens, subject.tables()["emb.weight"].float())
+    assert torch.equal(subject.model.emb(tokens), expected)
+    assert torch.equal(subject.model.emb(input=tokens.T if tokens.dim() == 2 else tokens), expected)
+    strided = torch.randint(NUMBER, (4, 5)).T  # of which torch's search warns
+    assert torch.equal(
+        subject.model.emb(strided), nn.functional.embedding(strided, subject.tables()["emb.weight"].float())
+    )
+
+
+@pytest.mark.parametrize("copies", [True, False], ids=["copies", "values"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["both, untied", "tied", "scaled, tied"])
+def test_merging_puts_the_rows_in_place_bit_for_bit_and_unmerging_takes_them_out(
+    name: str, dtype: torch.dtype, copies: bool, monkeypatch
+):
+    if not copies:
+        monkeypatch.setattr(merging, "COPY_BUDGET", 0)
+    subject = make_subject(name, dtype)
+    model, before = subject.model, weights(subject.model)
+    places = {n: model.get_parameter(n).data_ptr() for n in before}
+    for cycle in range(20):
+        fill_rows_(model, 0.1 * (1 + cycle % 5))
+        found = merged_state_dict(model)
+        merge(model)
+        for table, rows in subject.rows().items():
+            wanted = before[f"{table}.weight"].clone()
+            wanted[subject.numbers(table)] = rows.to(dtype)
+            assert same_bits(model.get_parameter(f"{table}.weight"), wanted)
+            assert same_bits(found[f"{table}.weight"], wanted)
+        unmerge(model)
+        assert_same_weights(model, before)
+    assert places == {n: model.get_parameter(n).data_ptr() for n in before}
+
+
+def test_many_rows_neighbours_and_strided_are_merged_bit_for_bit():
+    for rows in (range(100), range(0, 200, 2), [0, 1, 2, 50, 52, 53, 199]):
+        model = nn.ModuleDict({"emb": nn.Embedding(200, 8), "body": nn.Linear(2, 2)})
+        inject(model, LoRAConfig(target_modules=["body"], trainable_token_indices={"emb": list(rows)}))
+        fill_rows_(model)
+        before = weights(model)
+        with merged(model):
+            assert same_bits(model["emb"].weight[list(rows)], model["emb"].lora_rows.detach())
+        assert_same_weights(model, before)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_leaves_the_rows_out_is_the_plain_model(name: str):
+    subject = make_subject(name)
+    model, tokens, expected = subject.model, subject.tokens, subject.plain(subject.tokens)
+    with disable_adapter(model):
+        assert torch.equal(model(tokens), expected)
+    twin = copy.deepcopy(model)
+    output = merge_and_unload(twin)(tokens)
+    assert_near(output, subject)
+    unload(model)
+    assert torch.equal(model(tokens), expected)
+    for plain in (twin, model):
+        assert [type(module) for module in plain.modules()] == [type(module) for module in subject.plain.modules()]
+        assert list(plain.state_dict()) == list(subject.plain.state_dict())
+        assert not any(key.startswith("lora") for module in plain.modules() for key in vars(module))
+        assert (plain.head.weight is plain.emb.weight) == (subject.plain.head.weight is subject.plain.emb.weight)
+
+
+@pytest.mark.parametrize("is_merged", [False, True])
+@pytest.mark.parametrize("name", ["embedding", "tied", "both, untied"])
+def test_copies_and_pickles_are_adapted_and_tied_alike(name: str, is_merged: bool, monkeypatch):
+    monkeypatch.setattr(merging, "COPY_BUDGET", 0)  # so that values are kept for restoring
+    subject = make_subject(name)
+    model, before = subject.model, weights(subject.model)
+    output = model(subject.tokens)
+    if is_merged:
+        merge(model)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        records = [record for layer in adapted_layers(twin).values() for record in layer.lora.records.values()]
+        assert len(records) == is_merged * len(adapted_layers(model))
+        assert all(record.copy is not None and not record.factors for record in records)  # for another machine, too
+        unmerge(twin)
+        assert_same_weights(twin, before)
+        assert torch.equal(twin(subject.tokens), output)
+        fill_rows_(twin, 3.0)
+        for _ in range(2):
+            merge(twin)
+            unmerge(twin)
+            assert_same_weights(twin, before)
+        assert not torch.equal(twin(subject.tokens), output)
+        assert len(list(twin.parameters())) == len(list(model.parameters()))
+    unmerge(model)
+    assert torch.equal(model(subject.tokens), output)
+
+
+def test_rows_start_as_the_tables_own_and_the_rest_is_frozen():
+    subject = make_subject("tied", fill=False)
+    model = subject.model
+    torch.testing.assert_close(model(subject.tokens), subject.plain(subject.tokens), rtol=0, atol=0)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained == ["emb.lora_rows", "body.lora_A", "body.lora_B"]
+    assert model.head.lora_rows is model.emb.lora_rows
+    assert list(adapter_state_dict(model)) == ["emb.lora_rows", "body.lora_A", "body.lora_B", "head.lora_rows"]
+    assert list(model.state_dict()) == [
+        *("emb.weight", "emb.lora_rows", "body.weight", "body.bias", "body.lora_A", "body.lora_B"),
+        *("head.weight", "head.lora_rows"),
+    ]
+
+
+@pytest.mark.parametrize("name", ["embedding", "tied"])
+@pytest.mark.parametrize("is_merged", [False, True])
+def test_rows_that_are_the_bases_follow_a_new_base_and_trained_ones_stay(name: str, is_merged: bool):
+    for trained in (False, True):
+        subject = make_subject(name, fill=trained)
+        model, rows = subject.model, subject.rows()["emb"].clone()
+        base = {key: value.clone() + 1 for key, value in subject.plain.state_dict().items()}
+        if is_merged:
+            merge(model)
+        model.load_state_dict(base)
+        unmerge(model)
+        assert_same_weights(model, base)
+        assert torch.equal(model.emb.lora_rows, rows if trained else base["emb.weight"][list(ROWS)])
+        model.load_state_dict(adapter_state_dict(make_subject(name).model))  # an adapter alone changes no base
+        assert_same_weights(model, base)
+
+
+def test_rows_of_a_model_on_the_meta_device_are_those_of_the_base_that_is_loaded():
+    with torch.device("meta"):
+        model = Net(tied=True)
+    inject(model, LoRAConfig(target_modules=["body"], trainable_token_indices={"emb": ROWS}))
+    model.to_empty(device="cpu")
+    assert model.head.lora_rows is model.emb.lora_rows
+    model.head.weight = model.emb.weight  # which torch unties, and transformers ties again
+    base = Net(tied=True).state_dict()
+    model.load_state_dict(base)
+    assert torch.equal(model.emb.lora_rows, base["emb.weight"][list(ROWS)])
+    plain = Net(tied=True)
+    plain.load_state_dict(base)
+    tokens = torch.arange(NUMBER)[None]
+    torch.testing.assert_close(model(tokens), plain(tokens))
+
+
+def test_rows_stay_float32_where_the_model_is_cast_to_16_bits():
+    subject = make_subject("tied")
+    subject.model.bfloat16()
+    assert subject.model.emb.lora_rows.dtype == torch.float32
+    assert subject.model.head.lora_rows is subject.model.emb.lora_rows
+    assert subject.model(subject.tokens).dtype == torch.bfloat16
+    narrow = make_subject("tied", torch.bfloat16, autocast_adapter_dtype=False)
+    assert narrow.model.emb.lora_rows.dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_near(make_subject("tied").model(subject.tokens), make_subject("tied"), torch.bfloat16)
+
+
+def test_save_merged_writes_the_rows_of_both_ends(tmp_path):
+    from safetensors.torch import load_file
+
+    subject = make_subject("tied")
+    save_merged(subject.model, tmp_path / "folder")
+    found = load_file(tmp_path / "folder" / "model.safetensors")
+    for name, table in subject.tables().items():
+        assert torch.equal(found[name], table.float())
+
+
+@pytest.mark.parametrize("name", ["tied", "head with a bias", "reader"])
+def test_a_compiled_model_computes_the_same_in_one_graph(name: str):
+    subject = make_subject(name)
+    compiled = torch.compile(subject.model, backend="eager", fullgraph=name != "reader")
+    assert_near(compiled(subject.tokens), subject)
+    fill_rows_(subject.model)
+    assert_near(compiled(subject.tokens), subject)
+
+
+def test_a_view_of_the_weight_elsewhere_keeps_the_table_factored():
+    subject = make_subject("embedding")
+    model = subject.model
+    model.head.weight = nn.Parameter(model.emb.weight.detach()[:], requires_grad=False)
+    expected, before = model(subject.tokens), weights(model)
+    with merged(model):
+        assert_same_weights(model, before)
+        torch.testing.assert_close(model(subject.tokens), expected)
+    with pytest.raises(LoRAError, match=r"'emb': its weight is also head\.weight"):
+        merged_state_dict(model)
+
+
+def test_tables_that_are_untied_after_injection_stay_factored():
+    subject = make_subject("tied")
+    model, before = subject.model, subject.model(subject.tokens)
+    model.head.weight = nn.Parameter(model.head.weight.detach().clone(), requires_grad=False)
+    plain = weights(model)
+    with merged(model):
+        assert_same_weights(model, plain)
+        torch.testing.assert_close(model(subject.tokens), before)
+    with pytest.raises(LoRAError, match="'emb': tables that were tied at injection are not any more"):
+        merge_and_unload(model)
+
+
+def test_an_end_that_is_replaced_is_missed():
+    model = make_subject("tied").model
+    model.head = nn.Linear(WIDTH, NUMBER, bias=False)
+    with pytest.raises(LoRAError, match="merge: 'head' in Net was adapted, but is now a"):
+        merge(model)
+
+
+def test_rows_that_are_not_finite_are_refused_by_name_and_nothing_is_merged(tmp_path):
+    subject = make_subject("tied")
+    before = weights(subject.model)
+    with torch.no_grad():
+        subject.model.emb.lora_rows[2, 1] = torch.nan
+    with pytest.raises(LoRAError, match="merge: layer 'emb'"):
+        merge(subject.model)
+    assert_same_weights(subject.model, before)
+    assert subject.model(subject.tokens).isnan().any()
+    with pytest.raises(LoRAError, match=r"save_adapter: 'emb\.lora_rows' holds NaN or Inf"):
+        save_adapter(subject.model, tmp_path)
+
+
+def test_other_rows_than_the_options_name_are_refused_when_loaded():
+    one, other = Net(), Net()
+    inject(one, LoRAConfig(target_modules=["body"], trainable_token_indices={"emb": [1, 2]}))
+    inject(other, LoRAConfig(target_modules=["body"], trainable_token_indices={"emb": [1, 3]}))
+    with pytest.raises(LoRAError, match="of 'emb' the rows 1, 2 were trained, and here the options name 1, 3"):
+        apply_adapter(other, adapter_of_model(one))
+    with pytest.raises(LoRAError, match=r"'emb\.lora_rows' must have shape \(2, 6\)"):
+        load_adapter(other, {**adapter_state_dict(one), "emb.lora_rows": torch.zeros(3, WIDTH)})
+
+
+def test_an_adapter_of_a_module_around_it_fits_the_network_inside():
+    outer = nn.ModuleDict({"net": Net()})
+    inject(outer, LoRAConfig(target_modules=["body"], trainable_token_indices={"net.emb": ROWS}))
+    fill_rows_(outer)
+    inner = Net()
+    inner.load_state_dict(
+        {name.removeprefix("net."): value for name, value in outer.state_dict().items() if "lora" not in name}
+    )
+    apply_adapter(inner, adapter_of_model(outer))
+    assert torch.equal(inner.emb.lora_rows, outer["net"].emb.lora_rows)
+
+
+class Sub(nn.Module):
+    def __init__(self, table: nn.Module) -> None:
+        super().__init__()
+        self.table, self.body = table, nn.Linear(3, 3)
+
+
+REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "names nothing": (Net, {"trainable_token_indices": {"embb": [1]}}, "'embb' names no table; did you mean 'emb'"),
+    "a list without an embed_tokens": (Net, {"trainable_token_indices": [1]}, "'embed_tokens' names no table"),
+    "no table": (lambda: Sub(nn.LayerNorm(3)), {"trainable_token_indices": {"table": [1]}}, "a LayerNorm is no table"),
+    "beyond the table": (
+        Net,
+        {"trainable_token_indices": {"emb": [1, NUMBER]}},
+        "it has 40 rows and none of number 40",
+    ),
+    "in target_modules too": (
+        Net,
+        {"target_modules": ["body", "emb"], "trainable_token_indices": {"emb": [1]}},
+        "'emb': it is in target_modules too",
+    ),
+    "the other end in target_modules": (
+        lambda: Net(tied=True),
+        {"target_modules": ["body", "head"], "trainable_token_indices": {"emb": [1]}},
+        "'head': it is in target_modules too",
+    ),
+    "in modules_to_save too": (
+        Net,
+        {"modules_to_save": ["emb"], "trainable_token_indices": {"emb": [1]}},
+        "'emb': it is in modules_to_save too",
+    ),
+    "the other end in modules_to_save": (
+        lambda: Net(tied=True),
+        {"modules_to_save": ["head"], "trainable_token_indices": {"emb": [1]}},
+        "'head': it is in modules_to_save too",
+    ),
+    "inside of what modules_to_save names": (
+        lambda: nn.ModuleDict({"net": Net(), "body": nn.Linear(3, 3)}),
+        {"modules_to_save": ["net"], "trainable_token_indices": {"emb": [1]}},
+        r"'net\.emb': it is in modules_to_save too",
+    ),
+    "in target_parameters too": (
+        Net,
+        {"target_parameters": ["emb.weight"], "trainable_token_indices": {"emb": [1]}},
+        "'emb': its weight is in target_parameters too",
+    ),
+    "max_norm": (lambda: Net(max_norm=1.0), {"trainable_token_indices": {"emb": [1]}}, "max_norm renormalises"),
+    "by frequency": (
+        lambda: Net(scale_grad_by_freq=True),
+        {"trainable_token_indices": {"emb": [1]}},
+        "scale_grad_by_freq counts",
+    ),
+    "integers": (
+        lambda: Sub(nn.Embedding(3, 3, _weight=torch.zeros(3, 3, dtype=torch.int8), _freeze=True)),
+        {"trainable_token_indices": {"table": [1]}},
+        r"its weight is torch\.int8",
+    ),
+    "a computed weight": (
+        lambda: Sub(nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))),
+        {"trainable_token_indices": {"table": [1]}},
+        "is computed from others",
+    ),
+    "other rows for the ends of a tie": (
+        lambda: Net(tied=True),
+        {"trainable_token_indices": {"emb": [1], "head": [1, 2]}},
+        r"gives 'emb' the rows \[1\] by 'emb', and \[1, 2\] by 'head', with which it shares its weight",
+    ),
+    "two lists for one table": (
+        lambda: nn.ModuleDict({"net": Net(), "body": nn.Linear(3, 3)}),
+        {"trainable_token_indices": {"emb": [1], "net.emb": [2]}},
+        r"gives 'net\.emb' the rows \[1\] by 'emb', and \[2\] by 'net\.emb'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_trained_by_rows_is_refused_and_nothing_is_changed(case: str):
+    build, options, message = REFUSED[case]
+    model = build()
+    before = [type(module) for module in model.modules()], list(model.state_dict())
+    with pytest.raises(LoRAError, match=message):
+        inject(model, LoRAConfig(**{"target_modules": ["body"]} | options))
+    assert ([type(module) for module in model.modules()], list(model.state_dict())) == before
+
+
+def test_a_replaced_forward_and_a_layer_of_another_library_are_refused():
+    options = LoRAConfig(target_modules=["body"], trainable_token_indices={"emb": [1]})
+    model = Net()
+    model.emb.forward = lambda x: x  # type: ignore[method-assign, assignment]
+    with pytest.raises(LoRAError, match="'emb': its forward is replaced on the instance"):
+        inject(model, options)
+    model = Net()
+    model.emb.lora_A = nn.Linear(1, 1)
+    with pytest.raises(LoRAError, match="'emb': the Embedding has a lora_A of another library"):
+        inject(model, options)
+
+
+def test_all_linear_leaves_a_head_with_trained_rows_alone():
+    model = Net()
+    assert inject(model, LoRAConfig(trainable_token_indices={"head": [1]})) == ["body", "head"]
+    assert not hasattr(model.head, "lora_A")
+
+
+def test_a_list_means_the_input_embeddings_of_the_one_transformers_model():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    def gpt2() -> nn.Module:
+        return GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=11, bos_token_id=0, eos_token_id=0))
+
+    options = LoRAConfig(target_modules=["c_attn"], trainable_token_indices=[1])
+    model = nn.ModuleDict({"lm": gpt2()})
+    assert inject(model, options) == ["lm.transformer.wte", "lm.transformer.h.0.attn.c_attn"]
+    assert model["lm"].lm_head.lora_rows is model["lm"].transformer.wte.lora_rows
+    with pytest.raises(LoRAError, match=r"holds 2 transformers models; name the table.*'one\.transformer\.wte': \[1\]"):
+        inject(nn.ModuleDict({"one": gpt2(), "two": gpt2()}), options)
+    plain = nn.ModuleDict({"embed_tokens": nn.Embedding(3, 3), "c_attn": nn.Linear(3, 3)})
+    assert inject(plain, options) == ["embed_tokens", "c_attn"]
+
+
+def test_an_optimizer_without_the_rows_is_noticed():
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    inject(model, LoRAConfig(target_modules=["body"], trainable_token_indices={"emb": ROWS}))
+    for _ in range(2):
+        model(torch.tensor([[*ROWS]])).sum().backward()
+        optimizer.step()
+    with pytest.warns(UserWarning, match="none of them has changed"), merged(model):
+        pass
+
+
+def test_a_table_that_nothing_uses_is_named():
+    model = nn.ModuleDict({"net": Net(), "idle": nn.Embedding(3, 3)})
+    inject(model, LoRAConfig(target_modules=["body"], trainable_token_indices={"idle": [1]}))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model["net"](torch.tensor([[1]])).square().sum().backward()
+    optimizer.step()
+    with (
+        pytest.warns(UserWarning, match="no gradient has reached the adapters of 1 of 2 layers: 'idle'"),
+        merged(model),
+    ):
+        pass
+
+
+def test_a_class_of_the_users_keeps_its_forward_and_its_name():
+    subject = make_subject("scaled")
+    assert isinstance(subject.model.emb, Scaled)
+    assert type(subject.model.emb).__name__ == "LoRAScaled"
