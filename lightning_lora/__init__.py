@@ -8,6 +8,7 @@ from .errors import LoRAError
 from .model.inject import disable_adapter, inject, merge_and_unload, unload
 from .model.merging import is_merged, merge, merged, unmerge
 from .model.state_dict import adapter_state_dict, merged_state_dict
+from .model.summary import summary
 
 if TYPE_CHECKING:
     from .adapter.merged_folder import save_merged
@@ -32,6 +33,7 @@ __all__ = [  # without LoRACLI, which needs the extra `cli`
     "merged_state_dict",
     "save_adapter",
     "save_merged",
+    "summary",
     "unload",
     "unmerge",
 ]

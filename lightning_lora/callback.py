@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields
@@ -9,7 +11,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from lightning_utilities.core import rank_zero
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch import nn
 
 from .adapter.fingerprint import fingerprint
@@ -18,13 +21,14 @@ from .config import Bias, Init, LoRAConfig, Task
 from .errors import LoRAError, NonFiniteError
 from .model.dequantise import dequantised_dtype
 from .model.gradients import explain_merged_training, warn_of_untrained
-from .model.inject import begin_injection, fixed_seed, random_seed, summary
+from .model.inject import begin_injection, fixed_seed, random_seed
 from .model.injection import find_injection, refuse_replaced_layers, snapshot_materialised
 from .model.merging import is_merged, merge, unmerge
 from .model.patches import unpatch
 from .model.pretrained import warn_of_new_heads
 from .model.self_check import Verification, watch
 from .model.state_dict import refuse_unmergeable
+from .model.summary import summary, terminal
 from .names import ALL_LINEAR
 from .nn.gradient_checkpointing import enable_input_require_grads
 from .trainer.after_fit import (
@@ -45,6 +49,8 @@ from .trainer.compatibility import (
     warn_of_frozen,
     warn_of_part,
 )
+from .trainer.eval_mode import explain_eval_mode
+from .trainer.hyperparameters import LoggedOptions, as_hyperparameters
 from .trainer.late_layers import BUILDERS, adapt_after, stop_adapting
 from .trainer.lightning_packages import first_package, for_each_package, is_overridden
 from .trainer.precision import (
@@ -66,7 +72,7 @@ else:
 class LoRACallback(Callback):
     """Adapt any LightningModule with LoRA: inject on setup, merge while evaluating, save small checkpoints.
 
-    The options after `dequantize` are LoRAConfig's. Without any of them, a model that the user injected is taken
+    The options after `verbose` are LoRAConfig's. Without any of them, a model that the user injected is taken
     as it is.
 
     Args:
@@ -82,6 +88,8 @@ class LoRACallback(Callback):
             as save_pretrained or a library does. It is then evaluated as it is; of checkpoints it loads merged ones.
         dequantize: the dtype ("bfloat16", "float16", "float32") of plain weights in place of quantised ones, for
             save="merged" and merge_after_fit.
+        verbose: at fit start, show the summary, and explain Lightning's warning of modules in eval mode. Warnings of
+            this package's own do not depend on it.
         r: rank of A (r, in) and B (out, r).
         lora_alpha: numerator of the scaling s = lora_alpha / r.
         lora_dropout: probability of dropping an input feature of the adapter while the layer is in training mode; a
@@ -121,6 +129,7 @@ class LoRACallback(Callback):
         seed: int | None = None,
         merge_after_fit: bool = False,
         dequantize: str | torch.dtype | None = None,
+        verbose: bool = True,
         r: int = 8,
         lora_alpha: float = 8,
         lora_dropout: float = 0.0,
@@ -144,16 +153,18 @@ class LoRACallback(Callback):
         options = dict(locals())
         check_kind(save)
         dequantised_dtype(dequantize, "LoRACallback")
-        for name in ("merged_eval", "verify", "merge_after_fit"):
+        for name in ("merged_eval", "verify", "merge_after_fit", "verbose"):
             if not isinstance(options[name], bool):
                 raise LoRAError(f"LoRACallback: {name} must be true or false, but it is {options[name]!r}.")
         self.config = _one_config(config, {field.name: options[field.name] for field in fields(LoRAConfig)})
         self.merged_eval = merged_eval
         self.save = save
         self.verify = verify
-        self.seed = "" if seed is None else fixed_seed(seed)
+        self.seed = seed
         self.merge_after_fit = merge_after_fit
         self.dequantize = dequantize
+        self.verbose = verbose
+        self._seed = "" if seed is None else fixed_seed(seed)
         # By module, because a hook may run a second Trainer with this callback.
         self._merged: set[nn.Module] = set()
         self._unmergeable: set[nn.Module] = set()  # in this evaluation
@@ -161,6 +172,14 @@ class LoRACallback(Callback):
         self._verifying: tuple[AbstractContextManager[Verification], Verification] | None = None
         self._verified = False
         self._fits = Fits()
+        self._logged = LoggedOptions()
+
+    def __repr__(self) -> str:
+        parameters = inspect.signature(LoRACallback).parameters
+        own = {name: p.default for name, p in parameters.items() if name not in ("config", *vars(self.config))}
+        given = {name: getattr(self.config, name) for name in self.config.differing(LoRAConfig())}
+        given |= {name: getattr(self, name) for name, default in own.items() if getattr(self, name) != default}
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in given.items())})"
 
     # --- in the order in which Lightning calls them ---
 
@@ -176,10 +195,10 @@ class LoRACallback(Callback):
             forget_merging(pl_module)
         if injected is None:
             convert_linear_layers_(pl_module)
-            begin_injection(pl_module, self.config, seed=self.seed or trainer.strategy.broadcast(random_seed()))
+            begin_injection(pl_module, self.config, seed=self._seed or trainer.strategy.broadcast(random_seed()))
         else:
             refuse_late_conversion(pl_module)
-            refuse_other_options(injected.record, self.config, self.seed)
+            refuse_other_options(injected.record, self.config, self._seed)
             warn_of_part(trainer, injected.prefix.removesuffix("."))
         adapt_after(pl_module, *(name for name in BUILDERS if is_overridden(name, pl_module)))
         adapt_cli_optimizer(pl_module)
@@ -189,7 +208,7 @@ class LoRACallback(Callback):
         self._verified = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check that the adapter can be trained, record the base's fingerprint, and log what is trained."""
+        """Check that the adapter can be trained, record the base's fingerprint, show what is trained, log options."""
         refuse_replaced_layers(pl_module, "LoRACallback")
         snapshot_materialised(pl_module)
         refuse_unoptimized(trainer.optimizers, pl_module)
@@ -207,9 +226,19 @@ class LoRACallback(Callback):
         injected = find_injection(pl_module)
         if injected is not None and not injected.record.fingerprint:
             injected.record.fingerprint = fingerprint(pl_module)
-        rank_zero_info(summary(pl_module))
-        if injected is not None and injected.record.passed_over:
-            rank_zero_info(f"lightning_lora: {injected.record.passed_over}")
+        if injected is not None:
+            injected.record.merged_eval = self.merged_eval
+        if injected is not None and trainer.loggers:
+            options = as_hyperparameters(injected.record.config, save=self.save, merged_eval=self.merged_eval)
+            self._logged.add(pl_module, options)
+        if self.verbose:
+            _show_summary(pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Explain the warning that Lightning has just given of modules in eval mode; take logged options out again."""
+        self._logged.remove(pl_module)
+        if self.verbose:
+            explain_eval_mode(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget which layers are in eval mode; the first batch lists them anew, when every mode is training's."""
@@ -335,6 +364,7 @@ class LoRACallback(Callback):
             self._step_lists(pl_module).override_dropout(None)
             del self._lists[pl_module]
         self._unmerge(pl_module)
+        self._logged.remove(pl_module)
         if is_merged_for_good(pl_module):
             unpatch(pl_module)
 
@@ -343,6 +373,16 @@ class LoRACallback(Callback):
         if lists is None or not lists.is_current():
             lists = self._lists[pl_module] = StepLists(pl_module)
         return lists
+
+
+@rank_zero_only
+def _show_summary(module: nn.Module) -> None:
+    """Show it on a terminal by rich, where that is installed, and else in Lightning's log, which can be silenced."""
+    console = terminal()
+    if console is None:
+        rank_zero_info(str(summary(module)))
+    elif rank_zero.log.isEnabledFor(logging.INFO):
+        console.print(summary(module))
 
 
 def _one_config(configs: Sequence[LoRAConfig], options: Mapping[str, Any]) -> LoRAConfig:

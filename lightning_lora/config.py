@@ -40,7 +40,7 @@ LATER = {  # the defaults of options that 0.1.0 had not
 }
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class LoRAConfig:
     """Options of a low-rank adapter, W' = W + s * B @ A with s = lora_alpha / r (arXiv:2106.09685).
 
@@ -136,6 +136,10 @@ class LoRAConfig:
         for name, parts in (self.enable_lora or {}).items():
             if not isinstance(parts, tuple) or not all(isinstance(part, bool) for part in parts) or not any(parts):
                 _refuse(f"enable_lora[{name!r}]", "a list of booleans with at least one true", parts)
+
+    def __repr__(self) -> str:
+        given = (f"{name}={getattr(self, name)!r}" for name in self.differing(LoRAConfig()))
+        return f"{type(self).__name__}({', '.join(given)})"
 
     def rank(self, name: str) -> int:
         """Return r of the layer `name`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import io
 import logging
 import re
 from dataclasses import fields
@@ -10,10 +11,12 @@ from typing import Any, get_type_hints
 
 import lightning as L
 import pytest
+import rich.console
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import nn
 
-from lightning_lora import LoRACallback, LoRAConfig, LoRAError, disable_adapter, inject, unload
+from lightning_lora import LoRACallback, LoRAConfig, LoRAError, disable_adapter, inject, summary, unload
 from lightning_lora.nn.lora_layer import LoRALayer
 from support.notices import lightning_logger
 from support.training import BuiltInConfigureModel, BuiltInSetup, Data, Net, inputs, make_trainer, outputs, weights
@@ -37,6 +40,7 @@ def test_options_are_those_of_the_config_and_six_of_its_own():
         "seed": None,
         "merge_after_fit": False,
         "dequantize": None,
+        "verbose": True,
     }
     assert list(ours) == [*own, *config]
     assert list(config) == [field.name for field in fields(LoRAConfig)]
@@ -100,6 +104,7 @@ def test_callback_with_a_wrong_config_value_is_refused_at_once(options: dict[str
     [
         ({"save": "adapters"}, r"save must be one of adapter, merged, full, but it is 'adapters'"),
         ({"merged_eval": "no"}, r"merged_eval must be true or false, but it is 'no'"),
+        ({"verbose": 1}, r"verbose must be true or false, but it is 1"),
     ],
 )
 def test_callback_with_a_wrong_own_option_is_refused_at_once(options: dict[str, Any], message: str):
@@ -290,17 +295,65 @@ def test_a_frozen_adapter_is_reported(tmp_path):
         trainer.fit(Net(), Data())
 
 
-def test_fit_start_says_in_one_line_what_is_trained(tmp_path, caplog):
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.getMessage().startswith("LoRA: ")]
+
+
+def test_fit_start_shows_the_summary_once(tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger=lightning_logger()):
-        make_trainer(tmp_path, LoRACallback(r=2, target_modules=TARGETS)).fit(Net(), Data())
-    lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("LoRA: ")]
+        trainer = make_trainer(tmp_path, LoRACallback(r=2, save="full", merged_eval=False), max_epochs=2)
+        trainer.fit(model := Net(), Data())
+        trainer.test(model, Data(), verbose=False)
+    assert said(caplog) == [str(summary(model))]
     # A and B of 6 -> 8, 8 -> 8 and 8 -> 3 at r = 2; the base has 3 layers and a BatchNorm.
     trainable = 2 * (6 + 8 + 8 + 8 + 8 + 3)
     total = trainable + (6 * 8 + 8) + 2 * 8 + (8 * 8 + 8) + (8 * 3 + 3)
-    share, size = f"{trainable / total:.2%}", f"{4 * trainable / 1e6:.3g}"
-    assert lines == [
-        f"LoRA: 3 adapted layers, {trainable} of {total} parameters trainable ({share}), adapter {size} MB"
-    ]
+    assert f"{trainable} of {total} parameters ({trainable / total:.2%})" in said(caplog)[0]
+    assert "factored (merged_eval=False)" in said(caplog)[0]
+    assert 'base and adapter (save="full")' in said(caplog)[0]
+
+
+def test_verbose_false_shows_nothing_at_fit_start_and_still_warns(tmp_path, caplog):
+    trainer = make_trainer(tmp_path, LoRACallback(r=2, target_modules=TARGETS, verbose=False), FreezesBody())
+    with (
+        caplog.at_level(logging.INFO, logger=lightning_logger()),
+        pytest.warns(UserWarning, match="4 adapter parameters are frozen"),
+    ):
+        trainer.fit(Net(), Data())
+    assert not [message for message in map(logging.LogRecord.getMessage, caplog.records) if "LoRA" in message]
+
+
+@pytest.mark.parametrize("level", [logging.INFO, logging.WARNING])
+def test_rich_shows_the_summary_on_a_terminal_unless_lightnings_log_is_silenced(tmp_path, caplog, monkeypatch, level):
+    out = io.StringIO()
+    monkeypatch.setattr(rich, "_console", rich.console.Console(file=out, force_terminal=True, color_system=None))
+    with caplog.at_level(level, logger=lightning_logger()):
+        make_trainer(tmp_path, LoRACallback(r=2)).fit(Net(), Data())
+    assert not said(caplog)
+    assert out.getvalue().count("3 adapted layers") == (level == logging.INFO)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("on_a_terminal", [True, False])
+def test_the_summary_is_shown_on_rank_zero_alone(tmp_path, caplog, monkeypatch, on_a_terminal: bool, rank: int):
+    class OnRank(L.Callback):
+        def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+            monkeypatch.setattr(rank_zero_only, "rank", rank)
+
+    out = io.StringIO()
+    monkeypatch.setattr(rich, "_console", rich.console.Console(file=out, force_terminal=on_a_terminal))
+    with caplog.at_level(logging.INFO, logger=lightning_logger()):
+        make_trainer(tmp_path, OnRank(), LoRACallback(r=2)).fit(Net(), Data())
+    assert len(said(caplog)) == (rank == 0 and not on_a_terminal)
+    assert bool(out.getvalue()) == (rank == 0 and on_a_terminal)
+
+
+def test_repr_shows_what_differs_from_the_defaults():
+    assert repr(LoRACallback()) == "LoRACallback()"
+    assert repr(LoRACallback(save="merged", r=16)) == "LoRACallback(r=16, save='merged')"
+    callback = LoRACallback(LoRAConfig(r=4, target_modules=TARGETS), seed=3, verbose=False)
+    assert repr(callback) == f"LoRACallback(r=4, target_modules={tuple(TARGETS)}, seed=3, verbose=False)"
+    assert repr(eval(repr(callback))) == repr(callback)
 
 
 def test_callback_used_on_two_models_keeps_them_apart(tmp_path):

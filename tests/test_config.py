@@ -110,6 +110,16 @@ def test_a_refused_value_and_its_option_are_in_the_message(option, value):
     assert any(repr(item) in str(caught.value) for item in offending)
 
 
+def test_repr_shows_what_differs_from_the_defaults_and_can_be_evaluated():
+    assert repr(LoRAConfig()) == "LoRAConfig()"
+    assert repr(LoRAConfig(r=8, lora_alpha=8.0)) == "LoRAConfig()"
+    config = LoRAConfig(r=16, target_modules=["q_proj"], rank_pattern={r"a\.b": 2}, task_type="SEQ_CLS", bias="all")
+    assert repr(config) == (
+        "LoRAConfig(r=16, target_modules=('q_proj',), task_type='SEQ_CLS', rank_pattern={'a\\\\.b': 2}, bias='all')"
+    )
+    assert eval(repr(config)) == config
+
+
 @pytest.mark.parametrize("targets", ["all-linear", r".*\.q_proj"])
 @pytest.mark.parametrize("numbers", [0, [0]])
 def test_layers_to_transform_needs_a_list_of_targets_as_in_peft(targets, numbers):

@@ -251,11 +251,12 @@ def front(ran: Callable[[str], Run], monkeypatch: pytest.MonkeyPatch) -> dict[st
     return dict(run.namespace)
 
 
-def test_the_line_at_fit_start_is_the_one_that_is_quoted(front, caplog):
+def test_the_figures_of_the_summary_at_fit_start_are_those_that_are_quoted(front, caplog):
     with caplog.at_level(logging.INFO, lightning_logger()):
         make_trainer(front).fit(front["Net"](), front["data"], front["data"])
-    (line,) = {record.message for record in caplog.records if record.message.startswith("LoRA: ")}
-    assert f"`{line}`" in " ".join(TEXTS[FRONT].split())
+    (shown,) = {record.message for record in caplog.records if record.message.startswith("LoRA: ")}
+    (quoted,) = re.findall(r"here that is `([^`]+)`", TEXTS[FRONT])
+    assert quoted in shown
 
 
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`:UserWarning")

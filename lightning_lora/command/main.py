@@ -21,6 +21,7 @@ from ..errors import LoRAError
 from ..files.atomic import identity
 from ..files.weights import open_weights
 from ..names import listed
+from ..units import size_text
 from .convert import to_lightning, to_peft
 from .extract import Extracted, extract
 from .info import diff, info
@@ -235,14 +236,6 @@ def bytes_of(size: str) -> int:
     if match is None or match[2].upper() not in UNITS or not float(match[1]):
         raise LoRAError(f"merge: {size!r} is no size such as 5GB or 500MB.")
     return int(float(match[1]) * UNITS[match[2].upper()])
-
-
-def size_text(nbytes: float) -> str:
-    """Write a number of bytes for people."""
-    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if nbytes >= factor:
-            return f"{nbytes / factor:.3g} {unit}"
-    return f"{nbytes:.0f} B"
 
 
 def _shown(result: Mapping[str, Any], text: Callable[[Mapping[str, Any]], str], as_json: bool) -> str:

@@ -22,7 +22,7 @@ from ..nn.layer_kinds import adapt_
 from ..nn.lora_layer import AdaptedWeights, LayerSpec, LoRALayer, adapted_layers, adapted_places
 from ..nn.low_rank import HALF
 from ..nn.parameter import adapt_parameter_
-from ..nn.quantised import allow_packing_, keep_gradients_, shape_of
+from ..nn.quantised import allow_packing_, keep_gradients_
 from ..nn.readers import patch_readers
 from ..nn.tied_weights import record_ties
 from ..nn.token_rows import LoRATable, adapt_table_, share_table_, table_adapters
@@ -93,7 +93,7 @@ def inject(model: nn.Module, config: LoRAConfig, *, merge_weights: bool = False,
         finish_injection(model)
         passed_over = require_injection(model, "inject").record.passed_over
         if passed_over:
-            log.info("lightning_lora: %s", passed_over)
+            log.info("lightning_lora: 'all-linear' passes over %s", passed_over)
     else:
         _refuse_other(earlier, model, config, merge_weights, seed)
     return list(adapted_layers(model))
@@ -173,19 +173,6 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
             merge(root)
 
 
-def summary(model: nn.Module) -> str:
-    """Say in one line how many layers are adapted, parameters trainable, and megabytes in the adapter."""
-    parameters = list(model.parameters())
-    trainable = sum(p.numel() for p in parameters if p.requires_grad)
-    total = sum(shape_of(p).numel() for p in parameters)
-    layers = adapted_layers(model).values()
-    size = sum(factor.nbytes for layer in layers for factor in layer.factors())
-    return (
-        f"LoRA: {len(layers)} adapted layers, {trainable:,} of {total:,} parameters trainable "
-        f"({trainable / max(total, 1):.2%}), adapter {size / 1e6:.3g} MB"
-    )
-
-
 def begin_injection(model: nn.Module, config: LoRAConfig, *, merge_weights: bool = False, seed: str = "") -> None:
     """Adapt the layers that exist now; adapt_new_layers adds later ones, finish_injection checks the options' names.
 
@@ -216,6 +203,7 @@ def finish_injection(model: nn.Module) -> None:
             warnings.warn(f"lightning_lora: {sentence}; it is passed over", stacklevel=3)
         for name, reason in targets.left_out.items():
             log.info("lightning_lora: %s is left out of 'all-linear': %s", name, reason)
+        record.left_out = targets.left_out
         for name in targets.saved_instead:
             log.info("lightning_lora: %s %s", name, TRAINED_WHOLE)
         if record.config.target_modules == ALL_LINEAR:

@@ -37,6 +37,7 @@ class Injection:
     trained: set[str] = field(default_factory=set)  # names of base parameters that were ever trainable
     unfrozen: set[str] = field(default_factory=set)  # those of them that became so after injection, not by the options
     resized: set[str] = field(default_factory=set)  # those that are saved because they were resized before injection
+    merged_eval: bool | None = None  # the callback's, or None without one
     save: Any = None  # the kind of Lightning checkpoint, or None for an unfiltered one
     dequantize: Any = None  # the dtype of quantised weights in merged checkpoints
     fingerprint: dict[str, Any] = field(default_factory=dict)  # of the base at fit start, by LightningModule's names
@@ -46,7 +47,8 @@ class Injection:
     training_checked: bool = False  # training has begun, and what it does not reach was warned of
     checkpointing_reported: bool = False  # that reentrant segments cut adapters off was said
     quantised_reported: bool = False  # that layers with quantised weights stay factored was said
-    passed_over: str = ""  # a sentence: what "all-linear" left alone, beside layers that are named one by one
+    left_out: dict[str, str] = field(default_factory=dict)  # layers that "all-linear" leaves out, with the reason
+    passed_over: str = ""  # what "all-linear" left alone beside these: its share, and kinds of weights with theirs
     root: weakref.ref[nn.Module] | None = None  # the injected module; a copy of the record does not have it
 
     def __getstate__(self) -> dict[str, Any]:
@@ -61,6 +63,7 @@ class Injection:
         """Change every name of the record; what has no new name is forgotten."""
         self.requires_grad = rename_keys(self.requires_grad, new_name)
         self.initial = rename_keys(self.initial, new_name)
+        self.left_out = rename_keys(self.left_out, new_name)
         self.trained = set(rename_keys(dict.fromkeys(self.trained), new_name))
         self.unfrozen = set(rename_keys(dict.fromkeys(self.unfrozen), new_name))
         self.resized = set(rename_keys(dict.fromkeys(self.resized), new_name))

@@ -20,7 +20,9 @@ NAMES_OF_LAYERS = ("Linear", "Conv1D", "Conv1d", "Conv2d", "Conv3d", "Embedding"
 
 
 def describe_passed_over(root: nn.Module, record: Injection, targets: Targets) -> str:
-    """Return a sentence, or "" where as good as every weight is adapted, trained, excluded or named.
+    """Return what share of the parameters is passed over, and of which kinds of weights.
+
+    It is "" where as good as every weight is adapted, trained, excluded or named.
 
     Parameters of one dimension (biases, norms) are no weights.
 
@@ -61,7 +63,7 @@ def describe_passed_over(root: nn.Module, record: Injection, targets: Targets) -
     others = (sum(sizes.values()) - sum(size for _, size in large)) / total
     shown += [f"others {others:.1%}"] if others > LEAST_SHARE else []
     hint = f"; target_parameters={list(single)} adapts what is no layer" if single else ""
-    return f"'all-linear' passes over {sum(sizes.values()) / total:.1%} of the parameters: {', '.join(shown)}{hint}"
+    return f"{sum(sizes.values()) / total:.1%} of the parameters: {', '.join(shown)}{hint}"
 
 
 def _kind(module: nn.Module, leaf: str) -> str:

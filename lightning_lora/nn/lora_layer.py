@@ -370,6 +370,12 @@ class AdaptedModule(Swapped):
         """Return the adapter that changes a parameter of the module, or None."""
         return next((each for each in self.lora_adapters().values() if weight in each.adapted_weights()), None)
 
+    def extra_repr(self) -> str:
+        """Return what the module shows of itself, and r and alpha of what is adapted."""
+        specs = {name: adapter.lora.spec for name, adapter in self.lora_adapters().items()}
+        options = (f"{name}{': ' if name else ''}r={spec.r}, alpha={spec.alpha:g}" for name, spec in specs.items())
+        return ", ".join(filter(None, [super().extra_repr(), *options]))
+
     def _apply(self, fn: Transform, recurse: bool = True) -> Any:
         adapters = list(self.lora_adapters().values())
         were_meta = [adapter for adapter in adapters if adapter.factors()[0].is_meta]

@@ -21,6 +21,7 @@ from lightning_lora import (
     merge_and_unload,
     merged_state_dict,
     save_adapter,
+    summary,
     unload,
     unmerge,
 )
@@ -71,6 +72,7 @@ def steps(count: int, form: str, path: Path) -> dict[str, Callable[[], Any]]:
     peft = path / "peft"
     return {
         "inject": lambda: inject(net, options(count, form)),
+        "summary": lambda: str(summary(net)),
         "adapter_state_dict": lambda: adapter_state_dict(net),
         "merge": lambda: merge(net),
         "unmerge": lambda: unmerge(net),

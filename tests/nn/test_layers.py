@@ -74,10 +74,11 @@ def test_new_adapter_on_a_layer_changes_no_bit_of_the_output(name: str, dtype: t
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_adapted_layer_keeps_class_repr_and_parameter_names(name: str) -> None:
+def test_adapted_layer_keeps_class_and_parameter_names_and_shows_its_rank(name: str) -> None:
     subject = make_subject(name)
     assert isinstance(subject.layer, type(subject.plain.layer))
-    assert subject.layer.extra_repr() == subject.plain.layer.extra_repr()
+    shown = [subject.plain.layer.extra_repr(), f"r={R}, alpha={ALPHA:g}"]
+    assert subject.layer.extra_repr() == ", ".join(filter(None, shown))
     base = {name: p for name, p in subject.model.named_parameters() if "lora_" not in name}
     assert list(base) == [name for name, _ in subject.plain.named_parameters()]
     assert [name for name, _ in subject.model.named_modules()] == ["", "layer"]

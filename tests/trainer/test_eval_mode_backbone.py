@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import re
+import warnings
+
 import lightning as L
 import pytest
 import torch
@@ -11,6 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import BertConfig, BertModel, GPT2Config, GPT2Model
 
 from lightning_lora import LoRACallback, LoRAConfig, adapter_state_dict, inject, is_merged
+from support.notices import lightning_logger
 from support.training import assert_same_tensors, make_trainer, own_random_stream
 
 pytestmark = pytest.mark.filterwarnings("ignore:Found .* module.s. in eval mode at the start of training:UserWarning")
@@ -152,6 +157,36 @@ def test_without_lora_dropout_nothing_is_random_in_an_eval_mode_backbone(tmp_pat
     model = Classifier(evaluates=True)
     fit(tmp_path, model, Evaluator())
     assert not any(random for _, _, random in model.noise)
+
+
+WARNS = "Found .* in eval mode at the start of training"
+EXPLAINS = "LoRA: adapters are trained in eval mode too"
+
+
+def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records]
+
+
+def test_lightnings_warning_of_eval_mode_is_explained_right_after_it(tmp_path, monkeypatch):
+    order: list[str] = []
+    monkeypatch.setattr(logging.getLogger(lightning_logger()), "info", lambda text, **kwargs: order.append(text))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("always", WARNS)
+        monkeypatch.setattr(warnings, "showwarning", lambda message, *args, **kwargs: order.append(str(message)))
+        fit(tmp_path, Classifier(), epochs=1)
+    places = [i for i, text in enumerate(order) if re.match(f"{WARNS}|{EXPLAINS}", text)]
+    assert len(places) == 2
+    assert places[1] == places[0] + 1
+    assert order[places[1]].startswith(EXPLAINS)
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_nothing_is_explained_where_nothing_is_in_eval_mode_or_verbose_is_off(tmp_path, caplog, quiet):
+    model = Classifier()
+    model.backbone.train(not quiet)
+    with caplog.at_level(logging.INFO, logger=lightning_logger()):
+        fit(tmp_path, model, verbose=not quiet)
+    assert not [message for message in messages(caplog) if "eval mode" in message]
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])

@@ -15,7 +15,7 @@ LIVES = {
         "test_unmatched_targets_are_an_error_once_every_layer_is_there",
         "test_inject_inside_configure_model_is_seen",
         "test_an_adapter_that_no_optimizer_holds_is_an_error",
-        "test_fit_start_says_in_one_line_what_is_trained",
+        "test_fit_start_shows_the_summary_once",
         "test_callback_used_on_two_models_keeps_them_apart",
     ],
     "test_cli": [

@@ -164,11 +164,9 @@ def test_all_linear_says_at_fit_start_what_it_passes_over(tmp_path, caplog):
 
     with caplog.at_level(logging.INFO, logger=lightning_logger()):
         make_trainer(tmp_path, LoRACallback(r=2), max_epochs=1).fit(Embeds(), Data())
-    lines = [record.getMessage() for record in caplog.records if "passes over" in record.getMessage()]
+    (shown,) = [record.getMessage() for record in caplog.records if "passes over" in record.getMessage()]
     total = sum(parameter.numel() for parameter in Embeds().parameters())
-    assert lines == [
-        f"lightning_lora: 'all-linear' passes over {18 / total:.1%} of the parameters: 1 Embedding {18 / total:.1%}"
-    ]
+    assert f"passes over {18 / total:.1%} of the parameters: 1 Embedding {18 / total:.1%}" in shown
 
 
 class MergesInItsStep(Net):

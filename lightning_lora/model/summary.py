@@ -1,0 +1,285 @@
+"""summary: what is adapted in a model, what is trained and saved, and the memory that training is expected to take."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..distributed.sharding import local
+from ..names import listed, uncompiled
+from ..nn.lora_layer import AdaptedWeights, Swapped, adapted_layers
+from ..nn.quantised import shape_of
+from ..units import size_text
+from .injection import require_injection
+from .named_state import base_parameters
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+WIDTH = 80  # columns of the plain text
+NARROWEST = 12  # columns that are left of a long name or class
+MOST_GROUPS = 12  # that are shown
+SAVED = {"adapter": "the adapter", "merged": "merged weights, and the adapter", "full": "base and adapter"}
+HEAD = ("layers", "class", "count", "r", "alpha", "parameters")
+
+
+@dataclass(frozen=True)
+class LayerGroup:
+    """Adapted layers of one name, class, r and lora_alpha."""
+
+    name: str  # what their names end in, numbers as *
+    kind: str  # class, as before injection
+    count: int
+    r: int
+    alpha: float
+    parameters: int  # of A and B, of all of them
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on this device, where a sharded tensor counts with this rank's shard; activations come on top."""
+
+    weights: int  # of the base, buffers included
+    adapter: int
+    gradients: int  # of what is trainable, in its dtype
+    optimizer: int  # AdamW's two states of what is trainable, in its dtype
+
+    @property
+    def total(self) -> int:
+        """The sum of all four."""
+        return self.weights + self.adapter + self.gradients + self.optimizer
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Layers that "all-linear" leaves out, for one reason."""
+
+    names: tuple[str, ...]
+    reason: str
+    share: float  # of the parameters
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What is adapted in a model. `str` gives plain text of 80 columns; rich prints it as a table."""
+
+    layers: int  # that are adapted, single parameters included
+    groups: tuple[LayerGroup, ...]  # of them, in the model's order
+    trainable: int  # parameters, A and B included
+    total: int  # parameters, A and B included
+    adapter_parameters: int  # of A and B
+    adapter_bytes: int  # of A and B, of all ranks
+    adapter_dtypes: tuple[str, ...]
+    also_trained: Mapping[str, int]  # parameters beside A and B, with their sizes
+    also_saved: Mapping[str, int]  # buffers and parameters that are saved with the adapter, and not trained now
+    left_out: tuple[LeftOut, ...]
+    passed_over: str  # what "all-linear" passes over beside these: its share, and kinds of weights with theirs
+    merged_eval: bool | None  # of the callback; None without one
+    save: str | None  # of the callback; None without one
+    memory: Memory
+
+    def __str__(self) -> str:
+        lines = [self._title(), *_plain_table(self._rows(), more=self._more())]
+        width = max(len(label) for label, _ in self._facts()) + 2
+        for label, text in self._facts():
+            lead = f"  {label.ljust(width)}"
+            lines += textwrap.wrap(
+                text, WIDTH, initial_indent=lead, subsequent_indent=" " * len(lead), break_on_hyphens=False
+            )
+        return "\n".join(lines)
+
+    def __rich__(self) -> RenderableType:
+        from rich import box
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        groups = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+        for column in HEAD:
+            groups.add_column(column, justify="left" if column in HEAD[:2] else "right", overflow="fold")
+        for row in self._rows():
+            groups.add_row(*map(Text, row))  # not read as markup
+        facts = Table.grid(padding=(0, 2, 0, 0))
+        facts.add_column(style="bold", no_wrap=True)
+        facts.add_column(overflow="fold")
+        for label, text in self._facts():
+            facts.add_row(label, Text(text))
+        more = [Text(self._more(), style="dim")] if self._more() else []
+        return Group(Text(self._title(), style="bold"), groups, *more, facts)
+
+    def _title(self) -> str:
+        return f"LoRA: {_counted(self.layers, 'adapted layer')}"
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        return [
+            (group.name, group.kind, str(group.count), str(group.r), f"{group.alpha:g}", f"{group.parameters:,}")
+            for group in self.groups[:MOST_GROUPS]
+        ]
+
+    def _more(self) -> str:
+        hidden = self.groups[MOST_GROUPS:]
+        layers = _counted(sum(group.count for group in hidden), "layer")
+        return f"and {len(hidden)} more of these, {layers}" if hidden else ""
+
+    def _facts(self) -> list[tuple[str, str]]:
+        share = f"{self.trainable / max(self.total, 1):.2%}"
+        memory = self.memory
+        passed_over = [f"passes over {self.passed_over}"] if self.passed_over else []
+        facts = {
+            "trainable": f"{self.trainable:,} of {self.total:,} parameters ({share})",
+            "adapter": f"{size_text(self.adapter_bytes)} in {' and '.join(self.adapter_dtypes)}",
+            "also trained": _sizes(self.also_trained),
+            "also saved": _sizes(self.also_saved),
+            "all-linear": "; ".join((*map(_left_out_text, self.left_out), *passed_over)),
+            "evaluation": {None: "", True: "merged", False: "factored (merged_eval=False)"}[self.merged_eval],
+            "checkpoints": f'{SAVED[self.save]} (save="{self.save}")' if self.save else "",
+            "memory": (
+                f"{size_text(memory.total)} and activations: weights {size_text(memory.weights)}, "
+                f"adapter {size_text(memory.adapter)}, gradients {size_text(memory.gradients)}, "
+                f"optimizer {size_text(memory.optimizer)} (two states, as AdamW's)"
+            ),
+        }
+        return [(label, text) for label, text in facts.items() if text]
+
+
+def summary(model: nn.Module) -> Summary:
+    """Say what is adapted in a model, as an object that prints itself. The model is not changed.
+
+    Args:
+        model: any module that holds all adapted layers.
+
+    Returns:
+        Plain types. `merged_eval` and `save` are those of the callback that trained the model last.
+
+    Raises:
+        LoRAError: the model was not injected.
+    """
+    model = uncompiled(model)
+    injected = require_injection(model, "summary")
+    record, layers = injected.record, adapted_layers(model)
+    factors = list({id(factor): factor for layer in layers.values() for factor in layer.factors()}.values())
+    base = base_parameters(model)
+    trainable = [parameter for parameter in (*factors, *base.values()) if parameter.requires_grad]
+    total = sum(shape_of(parameter).numel() for parameter in (*factors, *base.values()))
+    also_trained = {name: parameter.numel() for name, parameter in base.items() if parameter.requires_grad}
+    saved = {name: value.numel() for name, value in injected.seen(record.initial).items()}
+    return Summary(
+        layers=len(layers),
+        groups=_group(layers),
+        trainable=sum(parameter.numel() for parameter in trainable),
+        total=total,
+        adapter_parameters=sum(factor.numel() for factor in factors),
+        adapter_bytes=sum(factor.nbytes for factor in factors),
+        adapter_dtypes=tuple(dict.fromkeys(str(factor.dtype).removeprefix("torch.") for factor in factors)),
+        also_trained=also_trained,
+        also_saved={name: size for name, size in saved.items() if name not in also_trained},
+        left_out=_left_out(injected.seen(record.left_out), base, total - sum(factor.numel() for factor in factors)),
+        passed_over=record.passed_over,
+        merged_eval=record.merged_eval,
+        save=record.save,
+        memory=Memory(
+            weights=_local_bytes((*base.values(), *model.buffers())),
+            adapter=_local_bytes(factors),
+            gradients=_local_bytes(trainable),
+            optimizer=2 * _local_bytes(trainable),
+        ),
+    )
+
+
+def terminal() -> Console | None:
+    """Return rich's console where rich is installed and a person looks at the standard output, else None."""
+    try:
+        from rich import get_console
+    except ImportError:
+        return None
+    console = get_console()
+    return console if console.is_terminal or console.is_jupyter else None
+
+
+def _group(layers: Mapping[str, AdaptedWeights]) -> tuple[LayerGroup, ...]:
+    sizes: dict[tuple[str, str, int, float], list[int]] = {}
+    for name, layer in layers.items():
+        spec, holder = layer.lora.spec, layer.lora_holder
+        kind = holder.lora_base.__name__ if isinstance(holder, Swapped) else type(holder).__name__
+        key = (_ending(name), kind, spec.r, spec.alpha)
+        sizes.setdefault(key, []).append(sum(factor.numel() for factor in layer.factors()))
+    return tuple(
+        LayerGroup(name, kind, len(of_group), r, alpha, sum(of_group))
+        for (name, kind, r, alpha), of_group in sizes.items()
+    )
+
+
+def _ending(name: str) -> str:
+    """Return the last segment of a name, and what comes after it where that is numbers, as *."""
+    segments, numbers = name.split("."), 0
+    while numbers < len(segments) - 1 and segments[-1 - numbers].isdigit():
+        numbers += 1
+    last = segments[len(segments) - 1 - numbers]
+    return ".".join(["*" if last.isdigit() else last or "(the model)", *["*"] * numbers])
+
+
+def _left_out(reasons: Mapping[str, str], base: Mapping[str, nn.Parameter], total: int) -> tuple[LeftOut, ...]:
+    names: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        names.setdefault(reason, []).append(name)
+    sizes: dict[str, int] = {}  # by module; a shared weight is under its first name alone
+    for name, parameter in base.items():
+        module = name.rpartition(".")[0]
+        sizes[module] = sizes.get(module, 0) + shape_of(parameter).numel()
+    return tuple(
+        LeftOut(tuple(of_reason), reason, sum(sizes.get(name, 0) for name in of_reason) / max(total, 1))
+        for reason, of_reason in names.items()
+    )
+
+
+def _local_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Return the bytes that tensors take on this rank."""
+    return sum(tensor.nbytes for whole in tensors for tensor in _parts(local(whole)))
+
+
+def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Yield what a tensor of a class of its own consists of, as a quantised one; else the tensor itself."""
+    flatten: Any = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is None:
+        yield tensor
+        return
+    for part in (getattr(tensor, name) for name in flatten()[0]):
+        if isinstance(part, torch.Tensor):
+            yield from _parts(part)
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def _sizes(sizes: Mapping[str, int]) -> str:
+    """Write how many tensors these are, of how many values, and the first names."""
+    if not sizes:
+        return ""
+    return f"{_counted(len(sizes), 'tensor')}, {_counted(sum(sizes.values()), 'value')}: {listed(list(sizes))}"
+
+
+def _left_out_text(left_out: LeftOut) -> str:
+    share = f"{left_out.share:.1%} of the parameters, " if left_out.share else ""
+    return f"leaves out {listed(left_out.names)} ({share}{left_out.reason})"
+
+
+def _plain_table(rows: list[tuple[str, ...]], *, more: str) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(HEAD, *rows, strict=True)]
+    for column in (1, 0):  # long classes are cut first, then long names
+        excess = sum(widths) + 2 * len(widths) - WIDTH
+        widths[column] = max(min(widths[column], NARROWEST), widths[column] - max(excess, 0))
+    lines = []
+    for row in (HEAD, *rows):
+        cells = [
+            cell if len(cell) <= width else f"{cell[: width - 3]}..." for cell, width in zip(row, widths, strict=True)
+        ]
+        left = [cell.ljust(width) for cell, width in zip(cells[:2], widths[:2], strict=True)]
+        right = [cell.rjust(width) for cell, width in zip(cells[2:], widths[2:], strict=True)]
+        lines.append(f"  {'  '.join([*left, *right])}")
+    return [*lines, f"  {more}"] if more else lines

@@ -1,0 +1,11 @@
+"""How sizes are written for people."""
+
+from __future__ import annotations
+
+
+def size_text(nbytes: float) -> str:
+    """Write a number of bytes for people."""
+    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if nbytes >= factor:
+            return f"{nbytes / factor:.3g} {unit}"
+    return f"{nbytes:.0f} B"

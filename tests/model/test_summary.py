@@ -1,0 +1,240 @@
+"""summary: what is adapted, trained and saved, against the model's own tensors; how it is printed; reprs of layers."""
+
+from __future__ import annotations
+
+import io
+import sys
+from typing import Any
+
+import pytest
+import rich.console
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lightning_lora import LoRAConfig, LoRAError, inject, merge, summary, unload
+from lightning_lora.model.summary import MOST_GROUPS, WIDTH, Memory, Summary, terminal
+from support.models import Zoo, zoo_config
+
+
+class Mixed(nn.Module):
+    """Layers of several kinds, single parameters, a norm with statistics, and a long name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.LSTM(8, 16)
+        self.body = nn.Sequential(nn.Linear(16, 8), nn.BatchNorm1d(8), nn.Linear(8, 8))
+        self.attention = nn.MultiheadAttention(8, 2)
+        self.a_name_that_is_so_long_that_it_has_no_room_in_a_table_beside_the_other_columns = nn.Linear(8, 8)
+
+
+def rich_text(model: nn.Module, width: int) -> list[str]:
+    out = io.StringIO()
+    rich.console.Console(file=out, width=width, color_system=None).print(summary(model))
+    return [line.rstrip() for line in out.getvalue().splitlines()]
+
+
+def words(found: Summary) -> str:
+    """The plain text without its line breaks."""
+    return " ".join(str(found).split())
+
+
+def llama(**options: Any) -> LlamaForCausalLM:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes, **options))
+
+
+def test_groups_have_the_layers_of_one_name_class_r_and_alpha():
+    model = Mixed()
+    options: dict[str, Any] = {"rank_pattern": {r"body\.2": 2}, "alpha_pattern": {"weight_hh_l0": 3.5}}
+    inject(
+        model, LoRAConfig(r=4, target_modules=["0", "2"], target_parameters=["weight_ih_l0", "weight_hh_l0"], **options)
+    )
+    found = [(g.name, g.kind, g.count, g.r, g.alpha, g.parameters) for g in summary(model).groups]
+    assert found == [
+        ("weight_ih_l0", "LSTM", 1, 4, 8, 4 * (8 + 64)),
+        ("weight_hh_l0", "LSTM", 1, 4, 3.5, 4 * (16 + 64)),
+        ("body.*", "Linear", 1, 4, 8, 4 * (16 + 8)),
+        ("body.*", "Linear", 1, 2, 8, 2 * (8 + 8)),
+    ]
+    inject(network := llama(), LoRAConfig(r=2, target_modules=["q_proj", "down_proj"]))
+    assert [(g.name, g.count) for g in summary(network).groups] == [("q_proj", 2), ("down_proj", 2)]
+
+
+def test_numbers_are_those_of_the_models_tensors():
+    inject(model := Zoo().bfloat16(), zoo_config())
+    found, parameters = summary(model), dict(model.named_parameters())
+    factors = {name: p for name, p in parameters.items() if "lora_" in name}
+    trained = {name: p.numel() for name, p in parameters.items() if p.requires_grad and name not in factors}
+    assert found.layers == len(factors) / 2
+    assert found.trainable == sum(p.numel() for p in parameters.values() if p.requires_grad)
+    assert found.total == sum(p.numel() for p in parameters.values())
+    assert found.adapter_parameters == sum(group.parameters for group in found.groups)
+    assert found.adapter_parameters == sum(p.numel() for p in factors.values())
+    assert found.adapter_bytes == 4 * found.adapter_parameters
+    assert found.adapter_dtypes == ("float32",)
+    assert found.also_trained == trained
+    assert {"head.weight", "body.0.bias", "conv.bias"} < set(trained)
+    assert found.also_saved == {f"body.1.{name}": buffer.numel() for name, buffer in model.body[1].named_buffers()}
+    assert found.merged_eval is found.save is None
+
+
+def test_expected_memory_is_what_a_step_of_adamw_takes():
+    inject(model := Zoo(), zoo_config(r=3))
+    expected = summary(model).memory
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    model(torch.arange(10).view(2, 5)).sum().backward()
+    optimizer.step()
+    tensors = [p for name, p in model.named_parameters() if "lora_" not in name] + list(model.buffers())
+    gradients = [p.grad.nbytes for p in model.parameters() if p.grad is not None]
+    states = [s.nbytes for state in optimizer.state.values() for name, s in state.items() if name != "step"]
+    assert expected == Memory(
+        sum(tensor.nbytes for tensor in tensors), summary(model).adapter_bytes, sum(gradients), sum(states)
+    )
+    assert expected.total == sum((expected.weights, expected.adapter, expected.gradients, expected.optimizer))
+
+
+class Packed(torch.Tensor):
+    """A tensor that consists of a smaller one, as quantised and sharded ones do."""
+
+    @staticmethod
+    def __new__(cls, values: torch.Tensor) -> Packed:
+        return torch.Tensor._make_wrapper_subclass(cls, (8, 8), dtype=torch.float32)
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self.values, self.scheme = values, "no tensor, as a mesh is none"
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["values", "scheme"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return cls(args[0].values)
+
+
+def test_memory_counts_what_a_weight_of_a_class_of_its_own_consists_of():
+    inject(model := nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), LoRAConfig(target_modules=["0"]))
+    plain = summary(model)
+    model[1].weight = nn.Parameter(Packed(torch.zeros(8, 8, dtype=torch.uint8)), requires_grad=False)
+    packed = summary(model)
+    assert packed.total == plain.total
+    assert plain.memory.weights - packed.memory.weights == 8 * 8 * (4 - 1)
+
+
+def test_layers_that_all_linear_leaves_out_are_told_with_their_share():
+    inject(model := llama(), LoRAConfig())
+    found, total = summary(model), sum(p.numel() for p in llama().parameters())
+    (head,) = found.left_out
+    assert (head.names, head.reason) == (("lm_head",), "it is the output head")
+    assert head.share == model.lm_head.weight.numel() / total
+    assert found.passed_over == f"{head.share:.1%} of the parameters: 1 Embedding {head.share:.1%}"
+    assert f"leaves out lm_head ({head.share:.1%} of the parameters, it is the output head); passes over" in words(
+        found
+    )
+    inject(tied := llama(tie_word_embeddings=True), LoRAConfig())
+    assert summary(tied).left_out[0].share == 0  # the embedding's parameters, which are counted there
+    assert "leaves out lm_head (it is the output head)" in words(summary(tied))
+    inject(named := llama(), LoRAConfig(target_modules=["q_proj"]))
+    assert not summary(named).left_out
+    assert "all-linear" not in str(summary(named))
+
+
+def test_any_module_that_holds_the_layers_is_a_handle_and_sees_its_own_names():
+    outer = nn.ModuleDict({"net": Zoo()})
+    inject(outer["net"], zoo_config())
+    assert set(summary(outer).also_trained) == {f"net.{name}" for name in summary(outer["net"]).also_trained}
+    assert set(summary(outer).also_saved) == {f"net.{name}" for name in summary(outer["net"]).also_saved}
+    assert summary(outer).groups == summary(outer["net"]).groups
+
+
+def test_summary_of_a_merged_model_is_that_of_the_unmerged_one():
+    inject(model := Zoo(), zoo_config(init_lora_weights=False))
+    before = summary(model)
+    merge(model)
+    assert summary(model) == before
+
+
+def test_a_model_without_adapters_is_refused():
+    with pytest.raises(LoRAError, match=r"^summary: Zoo was not injected"):
+        summary(Zoo())
+
+
+def test_plain_text_is_this():
+    inject(model := Zoo(), zoo_config(r=4, lora_alpha=2.5))
+    assert str(summary(model)) == PLAIN
+
+
+PLAIN = """\
+LoRA: 4 adapted layers
+  layers  class      count  r  alpha  parameters
+  embed   Embedding      1  4    2.5          76
+  conv    Conv1d         1  4    2.5         128
+  body.*  OwnLinear      1  4    2.5          64
+  body.*  Linear         1  4    2.5          64
+  trainable     383 of 823 parameters (46.54%)
+  adapter       1.33 kB in float32
+  also trained  5 tensors, 51 values: conv.bias, body.0.bias, body.3.bias, ...
+  also saved    3 tensors, 17 values: body.1.running_mean, body.1.running_var,
+                body.1.num_batches_tracked
+  memory        7.96 kB and activations: weights 2.04 kB, adapter 1.33 kB,
+                gradients 1.53 kB, optimizer 3.06 kB (two states, as AdamW's)"""
+
+
+def test_all_that_is_printed_fits_into_80_columns():
+    inject(model := Mixed(), LoRAConfig(r=1024, lora_alpha=123.25, target_parameters=["weight_ih_l0"]))
+    lines = str(summary(model)).splitlines()
+    assert max(map(len, lines)) <= WIDTH == 80
+    assert any("NonDynami..." in line for line in lines)
+    assert any("a_name_that_is_so_long" in line and "..." in line for line in lines)
+    assert max(map(len, rich_text(model, 80))) <= 80
+    assert max(map(len, rich_text(model, 120))) > 80
+
+
+def test_rich_prints_what_the_plain_text_says():
+    inject(model := Mixed(), LoRAConfig(r=4))
+    plain, table = str(summary(model)).split(), " ".join(rich_text(model, 160)).split()
+    shortened = [word for word in plain if word not in table]
+    assert all(word.endswith("...") for word in shortened), shortened
+    inject(
+        model := nn.ModuleDict({"[b]": nn.Linear(2, 2), "[i]": nn.Linear(2, 2)}), LoRAConfig(modules_to_save=["[i]"])
+    )
+    table = rich_text(model, 80)
+    assert any(line.startswith(" [b] ") for line in table)  # no markup
+    assert any("[i].weight" in line for line in table)
+
+
+def test_of_many_names_the_first_are_shown_and_the_rest_counted():
+    model = nn.ModuleDict({f"layer_{i}": nn.Linear(2, 2) for i in range(MOST_GROUPS + 3)})
+    inject(model, LoRAConfig(r=1))
+    for text in (str(summary(model)), "\n".join(rich_text(model, 80))):
+        assert f"layer_{MOST_GROUPS - 1} " in text
+        assert f"layer_{MOST_GROUPS} " not in text
+        assert "and 3 more of these, 3 layers" in text
+    assert len(summary(model).groups) == MOST_GROUPS + 3
+
+
+def test_rich_is_used_only_where_it_is_installed_and_somebody_looks(monkeypatch):
+    console = rich.console.Console(file=io.StringIO())
+    monkeypatch.setattr(rich, "_console", console)
+    assert terminal() is None
+    monkeypatch.setattr(rich, "_console", shown := rich.console.Console(file=io.StringIO(), force_terminal=True))
+    assert terminal() is shown
+    monkeypatch.setitem(sys.modules, "rich", None)
+    assert terminal() is None
+    inject(model := Zoo(), zoo_config(r=4, lora_alpha=2.5))
+    assert str(summary(model)) == PLAIN
+
+
+def test_adapted_layers_show_r_and_alpha_until_they_are_unloaded():
+    model = Mixed()
+    before = repr(model)
+    targets: dict[str, Any] = {"target_modules": ["0", "attention"], "target_parameters": ["weight_ih_l0"]}
+    inject(model, LoRAConfig(r=4, lora_alpha=2.5, rank_pattern={"out_proj": 2}, **targets))
+    shown = repr(model)
+    assert "LoRALSTM(8, 16, weight_ih_l0: r=4, alpha=2.5)" in shown
+    assert "(0): LoRALinear(in_features=16, out_features=8, bias=True, r=4, alpha=2.5)" in shown
+    assert "(2): Linear(in_features=8, out_features=8, bias=True)" in shown
+    assert "(attention): LoRAMultiheadAttention(\n    r=4, alpha=2.5\n" in shown
+    assert "in_features=8, out_features=8, bias=True, r=2, alpha=2.5" in shown
+    unload(model)
+    assert repr(model) == before
