@@ -8,11 +8,19 @@ import torch
 from torch import nn
 
 from ..names import ATTRIBUTE
-from .lora_layer import layer_adapter
+from .lora_layer import AdaptedModule, layer_adapter
 
 
 def tied_weights(model: nn.Module) -> dict[nn.Module, str]:
-    """Return the modules whose weight shares memory with another module's parameter or buffer, with the name of that.
+    """Return the modules that own one of tied_parameters, each with the name of the other parameter or buffer."""
+    tied: dict[nn.Module, str] = {}
+    for (module, _), other in tied_parameters(model).items():
+        tied.setdefault(module, other)
+    return tied
+
+
+def tied_parameters(model: nn.Module) -> dict[tuple[nn.Module, str], str]:
+    """Return the weights, by module and name in it, that share memory with another module's tensor, and its name.
 
     Memory counts, not identity: two Parameters may view one storage. A bias may have several owners. Modules that share
     an adapter count as one.
@@ -24,7 +32,7 @@ def tied_weights(model: nn.Module) -> dict[nn.Module, str]:
                 if tensor is not None:
                     is_weight = trains and not name.endswith("bias")
                     owners[_storage(tensor)].append((tensor, module, f"{prefix}.{name}".lstrip("."), is_weight))
-    tied: dict[nn.Module, str] = {}
+    tied: dict[tuple[nn.Module, str], str] = {}
     for sharing in owners.values():
         if len(sharing) > 1:  # rare
             _add_overlaps(sharing, tied)
@@ -32,24 +40,28 @@ def tied_weights(model: nn.Module) -> dict[nn.Module, str]:
 
 
 def record_ties(model: nn.Module) -> None:
-    """Record on each adapted layer what keeps it from being merged, if anything."""
-    tied = tied_weights(model)
+    """Record on each adapted layer and parameter what keeps it from being merged, if anything."""
+    ties: dict[nn.Module, dict[str, str]] = defaultdict(dict)
+    for (module, name), other in tied_parameters(model).items():
+        ties[module][name] = other
     modules = list(model.modules())
     whole = any(ATTRIBUTE in vars(module) for module in modules)
-    for layer in modules:
-        adapter = layer_adapter(layer)
-        if adapter is not None:
-            reason = ""
-            if layer in tied:
-                reason = f"its weight is also {tied[layer]}"
-            elif any(name not in layer._parameters for name in adapter.adapted_weights()):
+    for module in modules:
+        for parameter, adapter in module.lora_adapters().items() if isinstance(module, AdaptedModule) else ():
+            own = ties.get(module, {})
+            owner = own.get(parameter) if parameter else next(iter(own.values()), None)
+            reason = f"its weight is also {owner}" if owner else ""
+            weights = (parameter,) if parameter else adapter.adapted_weights()
+            if not owner and any(name not in module._parameters for name in weights):
                 reason = "its weight is computed from others (weight_norm, parametrize, prune)"
             # A part of the injected model shows what ties a layer, but not that nothing does.
             if reason != adapter.lora.unmergeable_reason and (reason or whole):
                 adapter.lora.unmergeable_reason = reason
 
 
-def _add_overlaps(sharing: list[tuple[torch.Tensor, nn.Module, str, bool]], tied: dict[nn.Module, str]) -> None:
+def _add_overlaps(
+    sharing: list[tuple[torch.Tensor, nn.Module, str, bool]], tied: dict[tuple[nn.Module, str], str]
+) -> None:
     """Add to `tied` the weights among the owners of one storage that overlap with another module's tensor."""
     spans = [(*_span(tensor), module, name, is_weight) for tensor, module, name, is_weight in sharing]
     spans.sort(key=lambda span: span[:2])
@@ -60,9 +72,9 @@ def _add_overlaps(sharing: list[tuple[torch.Tensor, nn.Module, str, bool]], tied
             if _owner(later_module) is _owner(module):
                 continue
             if is_weight:
-                tied.setdefault(module, later_name)
+                tied.setdefault((module, name.rpartition(".")[2]), later_name)
             if later_is_weight:
-                tied.setdefault(later_module, name)
+                tied.setdefault((later_module, later_name.rpartition(".")[2]), name)
 
 
 def _owner(module: nn.Module) -> object:

@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch import nn
 
-from lightning_lora import LoRAConfig, LoRAError, inject, load_adapter, save_adapter
+from lightning_lora import LoRAConfig, LoRAError, inject, load_adapter, merged, save_adapter
 from support.notices import quiet_peers
 from support.peers import SMALL, call, close, config_of, logits, seeded, spread_
 
@@ -146,3 +146,19 @@ def test_the_command_merges_a_tied_adapter(tmp_path, capsys, writer: Callable[..
     merged = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "merged").eval()
     assert merged.lm_head.weight is merged.model.embed_tokens.weight
     close(logits(merged), logits(net))
+
+
+@pytest.mark.parametrize("targets", [["embed_tokens"], ["embed_tokens", "q_proj"], ENDS])
+def test_adapters_of_tied_embeddings_come_from_peft_and_go_back(tmp_path, targets: list[str]):
+    """PEFT adapts both ends with one pair of factors, and merges their product twice; here both stay factored."""
+    net = by_peft(llama, tmp_path / "theirs", target_modules=targets, ensure_weight_tying=True)
+    expected = logits(net)
+    assert not torch.allclose(expected, logits(llama().eval()), atol=1e-2)
+    ours = llama().eval()
+    names = load_adapter(ours, tmp_path / "theirs")
+    assert {"model.embed_tokens", "lm_head"} <= set(names)
+    close(logits(ours), expected)
+    with merged(ours):
+        close(logits(ours), expected)
+    save_adapter(ours, tmp_path / "ours")
+    close(logits(peft.PeftModel.from_pretrained(llama(), tmp_path / "ours").eval()), expected)

@@ -206,6 +206,25 @@ def test_layers_and_parameters_are_adapted_side_by_side():
     assert names == ["rnn.weight_hh_l0", "head"]
 
 
+def test_a_tied_parameter_stays_factored_and_changes_nobody_else():
+    model = nn.ModuleDict({"table": nn.Embedding(6, 4), "head": nn.Linear(4, 6, bias=False)})
+    model["head"].weight = model["table"].weight
+    model["free"] = Projected()
+    options: dict[str, Any] = {"target_modules": [], "init_lora_weights": False}
+    inject(model, LoRAConfig(target_parameters=["table.weight", "projection"], **options))
+    tokens, x = torch.arange(6), torch.randn(3, 4)
+    before = model["table"](tokens), model["head"](x)
+    assert not torch.equal(before[0], model["head"].weight)
+    with merged(model):
+        assert bool(adapted_layers(model)["free.projection"].lora.records)
+        assert torch.equal(model["table"](tokens), before[0])
+        assert torch.equal(model["head"](x), before[1])
+    with pytest.raises(LoRAError, match=r"cannot express the adapter of 'table\.weight': its weight is also head"):
+        merged_state_dict(model)
+    model["head"].weight = nn.Parameter(model["head"].weight.detach().clone())
+    assert "table.weight" in merged_state_dict(model)
+
+
 REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "no such parameter": (Projected, {"target_parameters": ["projecton"]}, "did you mean 'projection'"),
     "a vector": (lambda: nn.LSTM(5, 6), {"target_parameters": ["bias_ih_l0"]}, "no parameter of two or three"),
