@@ -76,6 +76,7 @@ def test_each_logger_is_given_options_and_own_hyperparameters_in_one_call(tmp_pa
             "lora_dropout": 0.0,
             "target_modules": "body.0, head",
             "target_parameters": None,
+            "trainable_token_indices": None,
             "exclude_modules": None,
             "layers_to_transform": None,
             "layers_pattern": None,
