@@ -17,7 +17,7 @@ from lightning_lora.adapter.lightning_checkpoint import Kind
 from lightning_lora.nn.lora_layer import adapted_layers
 from support.tables import NUMBER, ROWS
 from support.tables import Net as Network
-from support.training import own_random_stream
+from support.training import make_trainer, own_random_stream
 
 KINDS: list[Kind] = ["adapter", "merged", "full"]
 OPTIONS: dict[str, Any] = {
@@ -63,16 +63,7 @@ def data() -> DataLoader[Any]:
 
 
 def fit(model: Net, path: Path, save: Kind, epochs: int, resume: Path | None = None, **options: Any) -> L.Trainer:
-    trainer = L.Trainer(
-        max_epochs=epochs,
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        default_root_dir=path,
-        callbacks=[LoRACallback(save=save, seed=1, **OPTIONS, **options)],
-    )
+    trainer = make_trainer(path, LoRACallback(save=save, seed=1, **OPTIONS, **options), max_epochs=epochs)
     trainer.fit(model, data(), data(), ckpt_path=resume)
     return trainer
 
