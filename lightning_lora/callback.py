@@ -39,6 +39,7 @@ from .trainer.after_fit import (
     merge_for_good,
     refuse_merge_after_fit,
 )
+from .trainer.bar_description import describe_as_merged
 from .trainer.checkpoint_hooks import export_state, save_as
 from .trainer.cli_optimizer import adapt_cli_optimizer
 from .trainer.compatibility import (
@@ -246,8 +247,9 @@ class LoRACallback(Callback):
         refuse_replaced_layers(pl_module, "LoRACallback")
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check that the strategy's setup, or a hook, has not replaced adapted layers."""
+        """Check that the strategy's setup, or a hook, has not replaced adapted layers; let the bar say "merged"."""
         refuse_replaced_layers(pl_module, "LoRACallback")
+        describe_as_merged(trainer, self.merged_eval and not is_merged_for_good(pl_module))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """Unmerge what is merged, and let dropout act in layers that Lightning keeps in eval mode."""
@@ -282,6 +284,7 @@ class LoRACallback(Callback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Unmerge, before weight averaging swaps weights back."""
         self._unmerge(pl_module)
+        describe_as_merged(trainer, False)
 
     on_test_start = on_predict_start = on_validation_start
     on_test_batch_start = on_predict_batch_start = on_validation_batch_start
@@ -302,6 +305,7 @@ class LoRACallback(Callback):
         """Unmerge after an exception or Ctrl-C, which skips the epoch's end and teardown."""
         explain_merged_training(exception, pl_module)
         self._leave(pl_module)
+        describe_as_merged(trainer, False)
         self._fits.forget(pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -329,6 +333,7 @@ class LoRACallback(Callback):
                 if trainer.state.fn != "fit":
                     raise
                 self._unmergeable.add(pl_module)  # EarlyStopping and others judge the loss
+                describe_as_merged(trainer, False)
                 rank_zero_warn(f"LoRACallback: this validation runs unmerged: {error}")
                 return
         if self.verify and not self._verified and self._verifying is None and not trainer.sanity_checking:

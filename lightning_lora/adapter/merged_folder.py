@@ -24,6 +24,7 @@ from ..model.named_state import named_state
 from ..model.state_dict import refuse_quantised, refuse_unmergeable
 from ..nn.lora_layer import AdaptedModule, adapted_layers, is_factor
 from ..nn.quantised import quantised_as, shape_of
+from ..progress import progress_bar
 from .pretrained_folder import (
     Part,
     find_network,
@@ -102,6 +103,9 @@ def save_merged(
             step(path, partial(refuse_adapter_beside, path))
             step(CONFIG, partial(write_configuration, network, here, dtype if quantised else None))
         index = {}
+        advance = moves_on_leaving.enter_context(
+            progress_bar("saving", sum(_size(part.stored) for part in parts.values()), "bytes")
+        )
         for file, keys in files.items():
             in_file = sorted(map(parts.__getitem__, keys), key=_narrowness)  # wide ones first, so that all are aligned
             index[file] = {name: tensor for part in in_file for name, tensor in part.stored.items()}
@@ -113,6 +117,7 @@ def save_merged(
                     repr(part.names[0]),
                     partial(append, {n: _merged(n, *state[n], sync, dequantiser) for n in part.names}),
                 )
+                advance(_size(part.stored))
         if len(files) > 1:
             sizes = {name: tensor.nbytes for stored in index.values() for name, tensor in stored.items()}
             names = {file: list(stored) for file, stored in index.items()}

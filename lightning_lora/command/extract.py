@@ -27,7 +27,8 @@ from ..nn.low_rank import (
     TRANSPOSED,
     factor_shapes,
 )
-from .output import ProgressBar, no_progress, refuse_quantised
+from ..progress import progress_bar
+from .output import refuse_quantised
 
 EXACT = 512  # up to this many rows or columns the whole decomposition is cheap
 OVERSAMPLED, ITERATIONS = 16, 6
@@ -65,7 +66,6 @@ def extract(
     embeddings: Sequence[str] = (),
     fan_in_fan_out: bool = False,
     drop_rest: bool = False,
-    progress: ProgressBar = no_progress,
 ) -> Extracted:
     """Make the adapter of a rank that comes closest to the change from base to tuned.
 
@@ -79,7 +79,6 @@ def extract(
         embeddings: modules that are nn.Embedding beside those whose name says so.
         fan_in_fan_out: linear weights are stored (in, out), as transformers' Conv1D has them.
         drop_rest: leave out what else changed instead.
-        progress: shows how much of the base is compared.
 
     Raises:
         LoRAError: names or shapes differ, or a change cannot be carried.
@@ -88,7 +87,7 @@ def extract(
         refuse_quantised("extract", weights)
     _same_names(base, tuned)
     changed = []
-    with progress(base.nbytes) as advance:
+    with progress_bar("comparing", base.nbytes, "bytes") as advance:
         for name, location in base.locations.items():
             changed += [name] if _differs(location, tuned.locations[name]) else []
             advance(location.nbytes)
@@ -96,12 +95,14 @@ def extract(
     tensors: dict[str, Any] = {}
     kinds: dict[str, str] = {}
     kept, squares = {}, {}
-    for name in names:
-        module = name.rpartition(".")[0]
-        kinds[module] = _kind(module, base, embeddings, fan_in_fan_out)
-        change = read_tensor(tuned.locations[name]).float() - read_tensor(base.locations[name]).float()
-        a, b, kept[module], squares[module] = _factors(change, rank, kinds[module])
-        tensors |= {f"{module}.{A}": a, f"{module}.{B}": b}
+    with progress_bar("extracting", len(names)) as advance:
+        for name in names:
+            module = name.rpartition(".")[0]
+            kinds[module] = _kind(module, base, embeddings, fan_in_fan_out)
+            change = read_tensor(tuned.locations[name]).float() - read_tensor(base.locations[name]).float()
+            a, b, kept[module], squares[module] = _factors(change, rank, kinds[module])
+            tensors |= {f"{module}.{A}": a, f"{module}.{B}": b}
+            advance(1)
     if not names:
         raise LoRAError(f"extract: no weight of two dimensions or more differs between {base.path} and {tuned.path}.")
     whole, options = ({}, {}) if drop_rest else _carried(base, tuned, changed, set(kinds))

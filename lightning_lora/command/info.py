@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from ..files.safetensors import SUFFIX, TensorLocation, read_rows
 from ..files.torch_archive import read_torch_file
 from ..files.weights import Weights, open_weights
 from ..names import META, A, B
+from ..progress import Unit, progress_bar
 from .output import refuse_quantised
 
 
@@ -73,12 +74,13 @@ def _adapter_info(adapter: Adapter) -> dict[str, Any]:
     layers = adapter.layers()
     factors = [*(adapter.factor(name, leaf) for name in layers for leaf in (A, B)), *adapter.rows().values()]
     whole = {name: value for name, value in adapter.beside_factors().items() if isinstance(value, torch.Tensor)}
+    layers_info = _each("measuring", layers, lambda name: _layer_info(adapter, name))
     return {
         "config": adapter.config.to_dict() if adapter.config is not None else None,
-        "layers": {name: _layer_info(adapter, name) for name in layers},
+        "layers": layers_info,
         "parameters": sum(factor.numel() for factor in factors),
         "bytes": sum(factor.nbytes for factor in factors),
-        "norm": math.hypot(*(delta_norm(adapter, name) for name in layers)),
+        "norm": math.hypot(*(layer["norm_delta"] for layer in layers_info.values())),
         **({"tables": {table: _table_info(adapter, table) for table in adapter.rows()}} if adapter.rows() else {}),
         "also_trained": {name: list(tensor.shape) for name, tensor in whole.items()},
         "base": {
@@ -133,7 +135,8 @@ def diff(first_path: PathLike, second_path: PathLike) -> dict[str, Any]:
 
 def _diff_adapters(first: Adapter, second: Adapter) -> dict[str, Any]:
     layers = set(second.layers())
-    rows = {name: _layer_row(first, second, name) for name in first.layers() if name in layers}
+    in_both = [name for name in first.layers() if name in layers]
+    rows = _each("comparing", in_both, lambda name: _layer_row(first, second, name))
     first_whole, second_whole = ({**each.beside_factors(), **each.rows()} for each in (first, second))
     for name in first_whole:
         if name in second_whole and first.tables.get(name) != second.tables.get(name):
@@ -164,7 +167,9 @@ def _value_row(first: Any, second: Any) -> dict[str, Any]:
 
 def _diff_weights(first: Weights, second: Weights) -> dict[str, Any]:
     names = [name for name in first.locations if name in second.locations]
-    rows = {name: _location_row(first.locations[name], second.locations[name]) for name in names}
+    rows = _each(
+        "comparing", names, lambda name: _location_row(first.locations[name], second.locations[name]), "tensors"
+    )
     return {"kind": "weights", **_only(set(first.locations), set(second.locations)), "changes": rows}
 
 
@@ -182,6 +187,18 @@ def _location_row(first: TensorLocation, second: TensorLocation) -> dict[str, An
     norm = changed**0.5
     dtypes = {} if first.dtype == second.dtype else {"dtypes": [_dtype_name(first.dtype), _dtype_name(second.dtype)]}
     return {"change": norm, "relative": _ratio(norm, whole**0.5), "largest": largest, **dtypes}
+
+
+def _each(
+    what: str, names: Collection[str], row: Callable[[str], dict[str, Any]], unit: Unit = "layers"
+) -> dict[str, dict[str, Any]]:
+    """Make a row for each name, with a progress bar."""
+    rows = {}
+    with progress_bar(what, len(names), unit) as advance:
+        for name in names:
+            rows[name] = row(name)
+            advance(1)
+    return rows
 
 
 def _only(first: set[str], second: set[str]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from .convert import to_lightning, to_peft
 from .extract import Extracted, extract
 from .info import diff, info
 from .merge import merge_on_disk
-from .output import ADAPTER_FOLDER, Progress, check_output
+from .output import ADAPTER_FOLDER, check_output
 
 Dtype = Literal["float16", "bfloat16", "float32", "float64"]
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -122,7 +122,6 @@ def _merge(options: Any) -> str:
         strict_base=options.strict_base,
         rename=options.rename,
         overwrite=options.overwrite,
-        progress=partial(_progress_bar, "merging"),
     )
     lines = [f"left out, because it holds weights that are not merged: {path}" for path in left_out]
     return "\n".join([*lines, f"wrote {options.output}" + (", verified" if options.verify else "")])
@@ -184,7 +183,6 @@ def _extract(options: Any) -> str:
         embeddings=options.embeddings,
         fan_in_fan_out=options.fan_in_fan_out,
         drop_rest=options.drop_rest,
-        progress=partial(_progress_bar, "comparing"),
     )
     write_folder(extracted.adapter, options.output)
     return extract_text(extracted, options.output)
@@ -196,24 +194,6 @@ def _overwrite_option(parser: Any) -> None:
 
 def _alpha_option(parser: Any) -> None:
     parser.add_argument("--lora-alpha", type=float | None, help="for adapters that do not store it, as loralib's")
-
-
-@contextmanager
-def _progress_bar(what: str, total: int) -> Iterator[Progress]:
-    """Show a bar where the standard error is a terminal; the standard output holds results alone."""
-    if not sys.stderr.isatty():
-        yield lambda done: None
-        return
-    try:
-        from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-    except ImportError:
-        yield lambda done: None
-        return
-    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda done: bar.advance(task, done)
 
 
 VERBS: dict[str, tuple[Callable[[Any], None], Callable[[Any], str]]] = {

@@ -35,8 +35,9 @@ from ..nn.low_rank import (
     low_rank_blocks,
     matrix_shape,
 )
+from ..progress import progress_bar
 from .module_names import ModuleNames, names_in_transformers, own_names, renamed
-from .output import MODEL_FILE, MODEL_FOLDER, ProgressBar, check_output, no_progress, refuse_quantised
+from .output import MODEL_FILE, MODEL_FOLDER, check_output, refuse_quantised
 from .write_merged import Job, WeightUpdate, verify_result, write_file_of, write_folder_of
 
 OTHER_BASE = "Give the base that it was trained on as --base, or pass --strict-base=false, which makes this a warning."
@@ -55,7 +56,6 @@ def merge_on_disk(
     strict_base: bool = True,
     rename: Sequence[str] = (),
     overwrite: bool = False,
-    progress: ProgressBar = no_progress,
 ) -> list[Path]:
     """Write the base's weights with the adapter merged into them; the output has the form of the base.
 
@@ -70,7 +70,6 @@ def merge_on_disk(
         strict_base: whether another base than the adapter's is an error or a warning.
         rename: "OLD=NEW", regular expressions and what replaces them, which make the modules' names of the base's.
         overwrite: replace an earlier result at `output`.
-        progress: shows how much of the base is done.
 
     Returns:
         Files of the base that were left out because they hold weights too.
@@ -85,7 +84,7 @@ def merge_on_disk(
         updates = plan_updates(
             adapter_with_options(adapter, lora_alpha), weights, strict_base=strict_base, rename=rename
         )
-        with progress(weights.nbytes) as advance:
+        with progress_bar("merging", weights.nbytes, "bytes") as advance:
             return _write(Job(weights, updates, dtype, advance), output, max_shard_bytes, check)
 
 

@@ -1,10 +1,9 @@
-"""What all verbs that write have in common: the outputs that they may take, and the progress that they report."""
+"""What all verbs that write have in common: the outputs that they may take, and what they refuse to read."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,14 +15,6 @@ from ..files.safetensors import SUFFIX
 from ..files.torch_archive import read_torch_file
 from ..files.weights import Weights
 from ..names import META
-
-Progress = Callable[[int], None]  # is told the number of bytes of each part that is done
-ProgressBar = Callable[[int], AbstractContextManager[Progress]]  # from the number of bytes of all parts
-
-
-def no_progress(total: int) -> AbstractContextManager[Progress]:
-    """Report nothing."""
-    return nullcontext(lambda done: None)
 
 
 def refuse_quantised(verb: str, weights: Weights, modules: Collection[str] | None = None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from ..files.torch_archive import read_torch_file, set_check_sums
 from ..files.weights import Weights
 from ..nn.exact_merge import CPU_CHUNK, merged_weight
 from ..nn.low_rank import MERGEABLE_DTYPES, LowRankBlock, crop, row_blocks
-from .output import Progress
+from ..progress import progress_bar
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Job:
     base: Weights
     updates: Mapping[str, WeightUpdate]
     dtype: torch.dtype | None
-    progress: Progress
+    progress: Callable[[int], None]
 
     def result_dtype(self, name: str) -> torch.dtype:
         """Return the dtype of one tensor of the result; what is not floating point keeps its own."""
@@ -154,14 +154,16 @@ def verify_result(job: Job, result: Weights) -> None:
     in_only_one = sorted(set(result.locations) ^ set(job.base.locations))
     if in_only_one:
         raise LoRAError(f"merge --verify: {in_only_one[0]!r} is in only one of base and result.")
-    for name, before in job.base.locations.items():
-        after, dtype = result.locations[name], job.result_dtype(name)
-        if (after.dtype, after.shape) != (dtype, before.shape):
-            raise LoRAError(
-                f"merge --verify: {name!r} is {after.dtype} {after.shape}, expected {dtype} {before.shape}."
-            )
-        if before.in_order:
-            _compare(name, before, after, job.updates.get(name))
+    with progress_bar("verifying", job.base.nbytes, "bytes") as advance:
+        for name, before in job.base.locations.items():
+            after, dtype = result.locations[name], job.result_dtype(name)
+            if (after.dtype, after.shape) != (dtype, before.shape):
+                raise LoRAError(
+                    f"merge --verify: {name!r} is {after.dtype} {after.shape}, expected {dtype} {before.shape}."
+                )
+            if before.in_order:
+                _compare(name, before, after, job.updates.get(name))
+            advance(before.nbytes)
 
 
 def _write_safetensors(

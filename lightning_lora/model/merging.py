@@ -22,6 +22,7 @@ from ..nn.fast_paths import update_fast_paths
 from ..nn.lora_layer import AdaptedWeights, Blocks, adapted_layers
 from ..nn.low_rank import HALF
 from ..nn.tied_weights import record_ties
+from ..progress import progress_bar
 from .dequantise import WORST_FIDELITY
 from .gradients import warn_of_untrained
 from .injection import refuse_replaced_layers
@@ -65,13 +66,15 @@ def merge(model: nn.Module) -> None:
             record_ties(model)
             sync = RankSync(layer.main_weight() for layer in pending.values())
             fidelity = _Fidelity(pending.values(), sync)
-            for name, layer in pending.items():
-                if layer.unmergeable_reason():
-                    layer.lora.merged = True
-                else:
-                    blocks = layer.local_blocks(layer.adapted_weights(), *layer.factors())
-                    observe = fidelity.observer(layer)
-                    sync.run(f"merge: layer {name!r}", _merge_layer, layer, blocks, layer in copies, observe)
+            with progress_bar("merging", len(pending)) as advance:
+                for name, layer in pending.items():
+                    if layer.unmergeable_reason():
+                        layer.lora.merged = True
+                    else:
+                        blocks = layer.local_blocks(layer.adapted_weights(), *layer.factors())
+                        observe = fidelity.observer(layer)
+                        sync.run(f"merge: layer {name!r}", _merge_layer, layer, blocks, layer in copies, observe)
+                    advance(1)
             sync.raise_on_any_rank()
             fidelity.report()
             _report_quantised(pending.values())
@@ -164,12 +167,14 @@ def _merge_layer(layer: AdaptedWeights, blocks: Blocks, copy: bool, observe: Obs
 
 def _unmerge_all(layers: Mapping[str, AdaptedWeights]) -> None:
     failures = []
-    for name, layer in layers.items():
-        try:
-            if layer.lora.merged:
-                layer.unmerge_()
-        except LoRAError as error:
-            failures.append(f"unmerge: layer {name!r}: {error}.")
+    with progress_bar("unmerging", len(layers)) as advance:
+        for name, layer in layers.items():
+            try:
+                if layer.lora.merged:
+                    layer.unmerge_()
+            except LoRAError as error:
+                failures.append(f"unmerge: layer {name!r}: {error}.")
+            advance(1)
     if failures:
         raise LoRAError("\n".join(failures))
 

@@ -18,6 +18,7 @@ from ..names import ATTRIBUTE, CHECKPOINTED, A, B, canonical
 from ..nn.lora_layer import AdaptedModule, AdaptedWeights, Blocks, adapted_layers, is_factor
 from ..nn.quantised_state import load_quantisation_, quantisation_entries, unchanged_weight
 from ..nn.tied_weights import record_ties
+from ..progress import progress_bar
 from .dequantise import Dequantiser, dequantised_dtype, quantised_weights
 from .gradients import warn_of_untrained
 from .injection import record_loaded, record_trainable, refuse_replaced_layers, require_injection
@@ -117,10 +118,13 @@ def merge_state_dict(model: nn.Module, state: Mapping[str, Any], dtype: torch.dt
             copies[layer] = layer.merged_copies(weights, blocks)
         plain.update({path + leaf: merged for leaf, merged in copies[layer].items()})
 
-    for path, layer in _layers_to_merge(model, state):
-        weights = {leaf: state[path + leaf] for leaf in layer.adapted_weights()}
-        blocks = layer.local_blocks(weights, *(state[path + factor] for factor in layer.factor_names()))
-        sync.run(f"merged weights of layer {path[:-1]!r}", merge_layer, path, layer, weights, blocks)
+    layers = _layers_to_merge(model, state)
+    with progress_bar("merging", len(layers)) as advance:
+        for path, layer in layers:
+            weights = {leaf: state[path + leaf] for leaf in layer.adapted_weights()}
+            blocks = layer.local_blocks(weights, *(state[path + factor] for factor in layer.factor_names()))
+            sync.run(f"merged weights of layer {path[:-1]!r}", merge_layer, path, layer, weights, blocks)
+            advance(1)
     sync.raise_on_any_rank()
     return plain
 

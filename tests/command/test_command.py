@@ -347,6 +347,7 @@ def test_progress_is_shown_on_a_terminal_and_never_among_results(
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr("lightning_lora.progress.DELAY", 0.0)
     given = ["--base", tmp_path / "base.safetensors", "--adapter", tmp_path / "adapter"]
     assert main(["merge", *map(str, given), "--output", str(tmp_path / "o.safetensors")]) == 0
     printed = capsys.readouterr()
