@@ -1,0 +1,151 @@
+"""The check of a release, and the files of the project that only GitHub reads."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import tarfile
+import zipfile
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import yaml
+
+import lightning_lora
+
+ROOT = Path(__file__).parents[1]
+METADATA = "Metadata-Version: 2.4\nName: lightning-lora\nVersion: 1.2.0\nRequires-Dist: torch>=2.6\n"
+
+
+@pytest.fixture
+def check() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("check_release", ROOT / ".ci" / "check_release.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Release:
+    """A small project, and the wheel and the sdist that are made of it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.files = {
+            "lightning_lora/__init__.py": '__version__ = "1.2.0"\n',
+            "lightning_lora/py.typed": "",
+            "tests/test_all.py": "",
+            "CHANGELOG.md": "## 1.2.0 - 2026-01-31\n",
+            ".github/CITATION.cff": "cff-version: 1.2.0\nversion: 1.2.0\ndate-released: 2026-01-31\n",
+            ".gitignore": "",
+        }
+        self.wheel = {name: text for name, text in self.files.items() if name.startswith("lightning_lora/")}
+        folder = "lightning_lora-1.2.0.dist-info"
+        self.wheel |= {
+            f"{folder}/licenses/LICENSE": "",
+            f"{folder}/entry_points.txt": "",
+            f"{folder}/METADATA": METADATA,
+        }
+        self.sdist = {name: text for name, text in self.files.items() if name != ".gitignore"} | {"PKG-INFO": METADATA}
+
+    def problems(self, check: ModuleType, tag: str = "") -> list[str]:
+        for name, text in self.files.items():
+            (self.root / name).parent.mkdir(parents=True, exist_ok=True)
+            (self.root / name).write_text(text)
+        with zipfile.ZipFile(self.root / "a.whl", "w") as wheel:
+            for name, text in self.wheel.items():
+                wheel.writestr(name, text)
+        with tarfile.open(self.root / "a.tar.gz", "w:gz") as sdist:
+            for name, text in self.sdist.items():
+                entry = tarfile.TarInfo(f"lightning_lora-1.2.0/{name}")
+                entry.size = len(text)
+                sdist.addfile(entry, io.BytesIO(text.encode()))
+        archives = self.root / "a.whl", self.root / "a.tar.gz"
+        return list(check.problems(*archives, set(self.files), self.root, tag))
+
+
+def test_release_that_is_whole_has_no_problem(tmp_path: Path, check: ModuleType):
+    assert Release(tmp_path).problems(check, tag="v1.2.0") == []
+
+
+@pytest.mark.parametrize(
+    ("archive", "name", "said"),
+    [
+        ("wheel", "lightning_lora/py.typed", ["wheel: lacks lightning_lora/py.typed", "wheel: no py.typed"]),
+        ("wheel", "lightning_lora-1.2.0.dist-info/licenses/LICENSE", ["wheel: no LICENSE"]),
+        ("wheel", "lightning_lora-1.2.0.dist-info/entry_points.txt", ["wheel: no entry_points.txt"]),
+        ("sdist", "tests/test_all.py", ["sdist: lacks tests/test_all.py"]),
+    ],
+)
+def test_file_that_lacks_is_named(tmp_path: Path, check: ModuleType, archive: str, name: str, said: list[str]):
+    release = Release(tmp_path)
+    del getattr(release, archive)[name]
+    assert release.problems(check) == said
+
+
+@pytest.mark.parametrize("archive", ["wheel", "sdist"])
+def test_file_that_is_no_part_is_named(tmp_path: Path, check: ModuleType, archive: str):
+    release = Release(tmp_path)
+    getattr(release, archive)["tests/secret.pt"] = ""
+    assert release.problems(check) == [f"{archive}: holds tests/secret.pt, which is no part of it"]
+
+
+def test_exact_pin_is_named(tmp_path: Path, check: ModuleType):
+    release = Release(tmp_path)
+    release.wheel["lightning_lora-1.2.0.dist-info/METADATA"] = METADATA.replace(">=2.6", "==2.6; python_version > '3'")
+    assert len(release.problems(check)) == 1
+    release.wheel["lightning_lora-1.2.0.dist-info/METADATA"] = METADATA + "Requires-Dist: mypy; extra == 'test'\n"
+    assert release.problems(check) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("lightning_lora/__init__.py", '__version__ = "1.3.0"\n', "lightning_lora.__version__ is 1.3.0"),
+        ("CHANGELOG.md", "## 1.20.0 - 2026-01-31\n", "CHANGELOG.md has no heading"),
+        (".github/CITATION.cff", "cff-version: 1.2.0\nversion: 1.1.0\n", "does not say version 1.2.0"),
+    ],
+)
+def test_version_that_differs_is_named(tmp_path: Path, check: ModuleType, file: str, text: str, said: str):
+    release = Release(tmp_path)
+    release.files[file] = text
+    found = release.problems(check)
+    assert len(found) == 1
+    assert said in found[0]
+
+
+@pytest.mark.parametrize(
+    ("tag", "file", "text", "said"),
+    [
+        ("v1.3.0", "CHANGELOG.md", "## 1.2.0 - 2026-01-31\n", "the tag is v1.3.0, and the version 1.2.0"),
+        ("v1.2.0", "CHANGELOG.md", "## Unreleased\n\n### 1.2.0\n", "CHANGELOG.md says no date"),
+        ("v1.2.0", ".github/CITATION.cff", "cff\nversion: 1.2.0\n", "says no date-released"),
+    ],
+)
+def test_tagged_release_needs_tag_and_dates(tmp_path: Path, check: ModuleType, tag, file: str, text: str, said: str):
+    release = Release(tmp_path)
+    release.files[file] = text
+    assert [problem for problem in release.problems(check, tag) if said in problem]
+    assert not [problem for problem in release.problems(check) if said in problem]
+
+
+def test_this_project_says_one_version_everywhere(check: ModuleType):
+    assert list(check.version_problems(lightning_lora.__version__)) == []
+
+
+def test_workflows_run_the_projects_own_checks_on_every_python_that_pyproject_names():
+    ci = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]["everything"]
+    classifiers = (ROOT / "pyproject.toml").read_text()
+    versions = ci["strategy"]["matrix"]["python"]
+    assert [version for version in versions if f"Python :: {version}" not in classifiers] == []
+    assert classifiers.count("Python :: 3.") == len(versions)
+    assert ".ci/run" in [step.get("run") for step in ci["steps"]]
+    release = (ROOT / ".github/workflows/release.yml").read_text()
+    assert 'python .ci/check_release.py dist --tag "$GITHUB_REF_NAME"' in release
+
+
+def test_hooks_before_a_commit_are_the_commands_of_the_checks():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    script = (ROOT / ".ci/run").read_text()
+    for hook in hooks:
+        assert f"run '{hook['entry'].removesuffix(' --fix')}" in script
