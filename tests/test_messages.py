@@ -1,4 +1,4 @@
-"""Messages that were rewritten because they did not help, word for word; `pytest -s` prints them all.
+"""Messages that people meet, word for word; `pytest -s` prints them all, and the reference lists them.
 
 A function provokes a message, and its docstring is what the message says, with PATH for the folder at hand.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 import re
 import warnings
 from collections.abc import Callable
@@ -26,7 +27,9 @@ from lightning_lora import (
     load_adapter,
     load_from_checkpoint,
     merge,
+    merged_state_dict,
     save_adapter,
+    unmerge,
 )
 from lightning_lora.command.merge import merge_on_disk
 from support.lightning_versions import PLAIN_TYPES_ONLY
@@ -34,22 +37,45 @@ from support.peers import fill_, model
 from support.runs import lora
 from support.training import Data, Net, make_trainer
 
-MESSAGES: list[Callable[[Path], Any]] = []
+Provoke = Callable[[Path], Any]
+
+MESSAGES: dict[str, Provoke] = {}
 
 
-def message(provoke: Callable[[Path], Any]) -> Callable[[Path], Any]:
-    MESSAGES.append(provoke)
-    return provoke
+def message(when: str) -> Callable[[Provoke], Provoke]:
+    def listed(provoke: Provoke) -> Provoke:
+        MESSAGES[when] = provoke
+        return provoke
+
+    return listed
 
 
-@pytest.mark.parametrize("provoke", MESSAGES, ids=lambda provoke: provoke.__name__)
-def test_message_says_what_was_found_and_what_to_do(tmp_path: Path, provoke: Callable[[Path], Any]):
+@pytest.mark.parametrize("when", MESSAGES)
+def test_message_says_what_was_found_and_what_to_do(tmp_path: Path, when: str):
+    provoke = MESSAGES[when]
     with pytest.raises(LoRAError) as told:
         provoke(tmp_path)
     found = str(told.value).replace(str(tmp_path), "PATH")
-    print(f"\n{provoke.__name__.replace('_', ' ')}:\n    {found}")
+    print(f"\n{when}:\n    {found}")
     expected = inspect.cleandoc(provoke.__doc__ or "").replace("\n", " ")
     assert re.sub(r"\[-?\d.*?\]", "[...]", found) == expected
+
+
+BEGIN, END = "<!-- messages: written by tests/test_messages.py -->", "<!-- end of messages -->"
+README = Path(__file__).parents[1] / "lightning_lora" / "README.md"
+
+
+def test_the_reference_lists_these_messages():
+    """WRITE_TABLE=1 writes them there."""
+    entries = []
+    for when, provoke in MESSAGES.items():
+        lines = inspect.cleandoc(provoke.__doc__ or "").splitlines()
+        entries.append("\n".join([f"**{when}**", "", *(f"> {line}" for line in lines), ""]))
+    before, _, rest = README.read_text().partition(BEGIN)
+    written = f"{before}{BEGIN}\n\n" + "\n".join(entries) + f"\n{END}{rest.partition(END)[2]}"
+    if os.environ.get("WRITE_TABLE"):
+        README.write_text(written)
+    assert README.read_text() == written
 
 
 # --- loading ---
@@ -65,7 +91,7 @@ def saved(path: Path, *callbacks: Any, base: Path | None = None) -> Path:
     return file
 
 
-@message
+@message("A fit resumed from a plain checkpoint")
 def a_fit_resumed_from_a_plain_checkpoint(path: Path) -> None:
     """LoRACallback: the checkpoint at ckpt_path holds no adapter, only the weights of a training without one, whose
     optimizers and progress an adapter cannot go on with. To train an adapter on these weights, load them first and
@@ -75,7 +101,7 @@ def a_fit_resumed_from_a_plain_checkpoint(path: Path) -> None:
     make_trainer(path, lora()).fit(Net(), Data(), ckpt_path=saved(path), **PLAIN_TYPES_ONLY)
 
 
-@message
+@message("`load_from_checkpoint` of a plain checkpoint")
 def load_from_checkpoint_of_a_plain_checkpoint(path: Path) -> None:
     """checkpoint["lora"] is missing or damaged; this is not a checkpoint of lightning_lora. One of plain Lightning,
     without an adapter, is loaded by its class's own load_from_checkpoint.
@@ -83,7 +109,7 @@ def load_from_checkpoint_of_a_plain_checkpoint(path: Path) -> None:
     load_from_checkpoint(Net, saved(path))
 
 
-@message
+@message("`load_from_checkpoint` where the base was pretrained")
 def load_from_checkpoint_where_the_base_was_pretrained(path: Path) -> None:
     """the adapter belongs to another base: values of 'body.0.weight' were [...], here [...]. Net built a base of its
     own. Where the base is a checkpoint, load that first: load_adapter(model :=
@@ -92,7 +118,7 @@ def load_from_checkpoint_where_the_base_was_pretrained(path: Path) -> None:
     load_from_checkpoint(Net, saved(path, lora(), base=saved(path)))
 
 
-@message
+@message("A Trainer where the base was pretrained")
 def a_trainer_where_the_base_was_pretrained(path: Path) -> None:
     """the adapter belongs to another base: values of 'body.0.weight' were [...], here [...]. Give the Trainer the model
     with the base that the adapter was trained on, as trainer.fit(Net.load_from_checkpoint("pretrained.ckpt"),
@@ -103,7 +129,7 @@ def a_trainer_where_the_base_was_pretrained(path: Path) -> None:
     make_trainer(path, lora()).validate(Net(), Data(), ckpt_path=file, **PLAIN_TYPES_ONLY)
 
 
-@message
+@message("`load_adapter` onto another base")
 def load_adapter_onto_another_base(path: Path) -> None:
     """the adapter belongs to another base: values of 'body.0.weight' were [...], here [...]. Load the adapter on the
     base that it was trained on, or pass strict_base=False, which makes this a warning.
@@ -111,7 +137,7 @@ def load_adapter_onto_another_base(path: Path) -> None:
     load_adapter(Net(seed=2), saved(path, lora()))
 
 
-@message
+@message("The command with another base")
 def the_command_with_another_base(path: Path) -> None:
     """the adapter belongs to another base: values of 'body.0.weight' were [...], here [...]. Give the base that it was
     trained on as --base, or pass --strict-base=false, which makes this a warning.
@@ -132,7 +158,7 @@ class Loss:
     """A user's loss."""
 
 
-@message
+@message("`load_from_checkpoint` with an object in the hyper-parameters")
 def load_from_checkpoint_with_an_object_in_the_hyper_parameters(path: Path) -> None:
     """PATH/lora.ckpt: checkpoint['hyper_parameters']['loss'] is of test_messages.Loss, and objects are not unpickled,
     because that may run any code. If you trust the file, pass weights_only=False; otherwise pass what they are as
@@ -154,6 +180,104 @@ class Around(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.model, self.head = model("llama"), nn.Linear(64, 2)
+
+
+# --- injecting, training and merging ---
+
+
+def small(**options: Any) -> nn.Module:
+    net = nn.Sequential(nn.Linear(3, 3))
+    inject(net, LoRAConfig(r=1, **options))
+    return net
+
+
+@message("A typo in `target_modules`")
+def a_typo_in_target_modules(path: Path) -> None:
+    """LoRA on LlamaForCausalLM: target_modules: 'q_prj' names no layer to adapt; did you mean 'q_proj', 'v_proj',
+    'o_proj'?.
+    """
+    inject(model("llama"), LoRAConfig(target_modules=["q_prj"]))
+
+
+@message("`inject` with other options")
+def inject_with_other_options(path: Path) -> None:
+    """inject: Sequential was injected with other options (r was 1, now 2); unload it first."""
+    inject(small(), LoRAConfig(r=2))
+
+
+class EarlyOptimizer(Net):
+    """Builds its optimizer before the Trainer calls setup."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.early = torch.optim.SGD(self.parameters(), 0.1)
+
+    def configure_optimizers(self) -> Any:
+        return self.early
+
+
+@message("A fit whose optimizer was built too early")
+def a_fit_whose_optimizer_was_built_too_early(path: Path) -> None:
+    """LoRACallback: no optimizer holds the adapter parameter 'body.0.lora_A' (6 of 6 are in none), so it would never be
+    trained. Build the optimizer in configure_optimizers from self.parameters() at that time, not from parameters
+    collected in __init__. If it is meant for some layers only, adapt those alone: leave the others out with
+    exclude_modules=['body.0', 'body.3', 'head'], or name those in target_modules.
+    """
+    make_trainer(path, lora()).fit(EarlyOptimizer(), Data())
+
+
+@message("`merge` after a diverged run")
+def merge_after_a_diverged_run(path: Path) -> None:
+    """merge: layer '0': W + s * B @ A is not finite (NaN, Inf, or beyond the range of its dtype). Every layer is
+    unmerged; look for a diverged training run (a lower learning rate, gradient clipping) or evaluate with
+    merged_eval=False.
+    """
+    net = small()
+    net.get_parameter("0.lora_B").data.fill_(torch.nan)
+    merge(net)
+
+
+@message("`unmerge` of a weight that was changed meanwhile")
+def unmerge_of_a_weight_that_was_changed_meanwhile(path: Path) -> None:
+    """unmerge: layer '0': the weight was changed while it was merged; the change is undone, and it is what it was
+    before merging. Change weights while the model is unmerged.
+    """
+    merge(net := small(init_lora_weights=False))
+    net.get_parameter("0.weight").data.add_(1)
+    unmerge(net)
+
+
+@message("Merged weights of a tied head")
+def merged_weights_of_a_tied_head(path: Path) -> None:
+    """merged weights cannot express the adapter of 'lm_head': its weight is also model.embed_tokens.weight. Leave the
+    layer out (exclude_modules=['lm_head']), untie the weight, or save the adapter instead.
+    """
+    net = model("llama")
+    net.lm_head.weight = net.model.embed_tokens.weight
+    inject(net, LoRAConfig(r=2, target_modules=["lm_head"]))
+    merged_state_dict(net)
+
+
+# --- files ---
+
+
+@message("`load_adapter` of a file that was cut")
+def load_adapter_of_a_file_that_was_cut(path: Path) -> None:
+    """PATH/adapter_model.safetensors: has 835 bytes, but its header describes 840; it may be truncated."""
+    save_adapter(small(), path)
+    file = path / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-5])
+    load_adapter(nn.Sequential(nn.Linear(3, 3)), path)
+
+
+@message("`load_adapter` of a file of loralib")
+def load_adapter_of_a_file_of_loralib(path: Path) -> None:
+    """adapter: the source stores tensors and no options, as loralib's files do. Its factors have rank 1; lora_alpha is
+    nowhere in it and must come from whoever trained it. Call inject(model, LoRAConfig(r=1, lora_alpha=...,
+    target_modules=['0'])) first, then load_adapter again.
+    """
+    torch.save({"0.lora_A": torch.ones(1, 3), "0.lora_B": torch.ones(3, 1)}, path / "lora.pt")
+    load_adapter(nn.Sequential(nn.Linear(3, 3)), path / "lora.pt")
 
 
 def inject_llama(**options: Any) -> Callable[[Path], None]:
