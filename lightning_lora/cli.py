@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from importlib import import_module
+from importlib.util import find_spec
 from inspect import Signature, isroutine, signature
 from typing import TYPE_CHECKING, Any, get_type_hints
 
@@ -13,6 +14,8 @@ from .trainer.lightning_packages import first_package, package_of
 if TYPE_CHECKING:
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 else:
+    if find_spec("jsonargparse") is None:
+        raise ModuleNotFoundError("LoRACLI: needs jsonargparse; install lightning-lora[cli].")
     LightningCLI = import_module(f"{first_package().__name__}.cli").LightningCLI
 
 

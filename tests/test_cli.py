@@ -274,3 +274,10 @@ def test_lora_cli_is_that_of_the_package_whose_classes_it_is_given(package: str,
 
 def test_lora_cli_shows_the_arguments_of_its_lightning_cli():
     assert list(inspect.signature(LoRACLI).parameters) == list(inspect.signature(LightningCLI).parameters)
+
+
+def test_import_without_its_extra_names_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "jsonargparse", None)
+    monkeypatch.delitem(sys.modules, "lightning_lora.cli")
+    with pytest.raises(ModuleNotFoundError, match=r"LoRACLI: needs jsonargparse; install lightning-lora\[cli\]"):
+        import_module("lightning_lora.cli")

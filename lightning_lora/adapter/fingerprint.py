@@ -216,8 +216,12 @@ def _equal(before: Iterable[float], now: Iterable[float]) -> bool:
 def _head_hint(differing: Iterable[str], expected: Mapping[str, Any]) -> str:
     """Say that a new head may be all that differs, where that lies in a few modules in which nothing else is equal.
 
-    Biases that all start from zero tell nothing.
+    Biases that all start from zero tell nothing, and what holds most of the model is no head.
     """
+    differing = list(differing)
+    sizes = {name: math.prod(entry["shape"]) for name, entry in expected.items()}
+    if 2 * sum(sizes[name] for name in differing) > sum(sizes.values()):
+        return ""
     telling = {name for name, entry in expected.items() if len(set(entry["values"])) > 1}
     with_equal = {module for name in telling - set(differing) for module in around(name)}
     modules = [next((module for module in around(name) if module not in with_equal), "") for name in differing]

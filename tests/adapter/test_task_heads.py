@@ -16,6 +16,7 @@ from lightning_lora.config import Task
 from lightning_lora.model.pretrained import warn_of_new_heads
 from support.notices import quiet_peers
 from support.peers import SMALL, fill_
+from support.peers import model as peer
 from support.pretrained import LABELS, Lit, answer, classifier, save_body, token_loader
 from support.training import make_trainer
 
@@ -129,6 +130,19 @@ def test_the_error_of_a_load_onto_another_base_speaks_of_no_head(tmp_path):
     with pytest.raises(LoRAError, match="another base") as caught:
         load_adapter(other, tmp_path)
     assert "modules_to_save" not in str(caught.value)
+
+
+def test_the_error_of_a_load_onto_other_blocks_does_not_call_them_a_head(tmp_path):
+    """Embedding and head are those of the adapter's base, as after merging an adapter into its blocks."""
+    net = peer("llama")
+    inject(net, LoRAConfig(r=2, target_modules=["q_proj"]))
+    save_adapter(net, tmp_path)
+    other = peer("llama")
+    for parameter in other.model.layers.parameters():
+        parameter.data.mul_(1.5)
+    with pytest.raises(LoRAError, match="belongs to another base") as caught:
+        load_adapter(other, tmp_path)
+    assert "new head" not in str(caught.value)
 
 
 # --- task_type ---
