@@ -30,7 +30,7 @@ HEAD = ("layers", "class", "count", "r", "alpha", "parameters")
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """Adapted layers of one name, class, r and lora_alpha."""
+    """Adapted layers of one name, class, r and lora_alpha; of tables of which rows are trained r and alpha are 0."""
 
     name: str  # what their names end in, numbers as *
     kind: str  # class, as before injection
@@ -57,7 +57,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """Layers that "all-linear" leaves out, for one reason."""
+    """Layers that "all-linear" leaves out, for one reason, and that are not trained whole."""
 
     names: tuple[str, ...]
     reason: str
@@ -117,7 +117,7 @@ class Summary:
 
     def _rows(self) -> list[tuple[str, ...]]:
         return [
-            (group.name, group.kind, str(group.count), str(group.r), f"{group.alpha:g}", f"{group.parameters:,}")
+            (group.name, group.kind, str(group.count), *_rank_and_alpha(group), f"{group.parameters:,}")
             for group in self.groups[:MOST_GROUPS]
         ]
 
@@ -207,11 +207,17 @@ def _group(layers: Mapping[str, AdaptedWeights]) -> tuple[LayerGroup, ...]:
         spec, holder = layer.lora.spec, layer.lora_holder
         kind = holder.lora_base.__name__ if isinstance(holder, Swapped) else type(holder).__name__
         key = (_ending(name), kind, spec.r, spec.alpha)
+        if spec.rows:
+            key = (_ending(name), f"{kind}, {_counted(len(spec.rows), 'row')}", 0, 0.0)
         sizes.setdefault(key, []).append(sum(factor.numel() for factor in layer.factors()))
     return tuple(
         LayerGroup(name, kind, len(of_group), r, alpha, sum(of_group))
         for (name, kind, r, alpha), of_group in sizes.items()
     )
+
+
+def _rank_and_alpha(group: LayerGroup) -> tuple[str, str]:
+    return (str(group.r), f"{group.alpha:g}") if group.r else ("", "")
 
 
 def _ending(name: str) -> str:
@@ -225,8 +231,11 @@ def _ending(name: str) -> str:
 
 def _left_out(reasons: Mapping[str, str], base: Mapping[str, nn.Parameter], total: int) -> tuple[LeftOut, ...]:
     names: dict[str, list[str]] = {}
+    frozen = {name.rpartition(".")[0] for name, parameter in base.items() if not parameter.requires_grad}
+    trained = {name.rpartition(".")[0] for name in base} - frozen
     for name, reason in reasons.items():
-        names.setdefault(reason, []).append(name)
+        if name not in trained:
+            names.setdefault(reason, []).append(name)
     sizes: dict[str, int] = {}  # by module; a shared weight is under its first name alone
     for name, parameter in base.items():
         module = name.rpartition(".")[0]

@@ -119,6 +119,10 @@ class AdaptedWeights:
         """Return the adapter's parameters; the last one gets a gradient from the first step on."""
         return self.lora_A, self.lora_B
 
+    def options_text(self) -> str:
+        """Return what repr says of the adapter."""
+        return f"r={self.lora.spec.r}, alpha={self.lora.spec.alpha:g}"
+
     def is_initial(self) -> bool:
         """Return whether the factor that starts as zero is zero still, as far as this rank sees."""
         if self.lora.spec.init in WITHOUT_ZERO:
@@ -372,8 +376,8 @@ class AdaptedModule(Swapped):
 
     def extra_repr(self) -> str:
         """Return what the module shows of itself, and r and alpha of what is adapted."""
-        specs = {name: adapter.lora.spec for name, adapter in self.lora_adapters().items()}
-        options = (f"{name}{': ' if name else ''}r={spec.r}, alpha={spec.alpha:g}" for name, spec in specs.items())
+        adapters = self.lora_adapters().items()
+        options = (f"{name}{': ' if name else ''}{adapter.options_text()}" for name, adapter in adapters)
         return ", ".join(filter(None, [super().extra_repr(), *options]))
 
     def _apply(self, fn: Transform, recurse: bool = True) -> Any:

@@ -55,6 +55,9 @@ class TokenRows(AdaptedWeights):
         """The trained rows (n, dim), in the order of spec.rows."""
         return self.tables[0].lora_rows
 
+    def options_text(self) -> str:
+        return f"{len(self.lora.spec.rows)} trained rows"
+
     def factor_names(self) -> tuple[str, ...]:
         return (ROWS,)
 

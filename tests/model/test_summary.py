@@ -134,6 +134,8 @@ def test_layers_that_all_linear_leaves_out_are_told_with_their_share():
     inject(tied := llama(tie_word_embeddings=True), LoRAConfig())
     assert summary(tied).left_out[0].share == 0  # the embedding's parameters, which are counted there
     assert "leaves out lm_head (it is the output head)" in words(summary(tied))
+    inject(headed := llama(), LoRAConfig(modules_to_save=["lm_head"]))
+    assert not summary(headed).left_out  # it is trained whole
     inject(named := llama(), LoRAConfig(target_modules=["q_proj"]))
     assert not summary(named).left_out
     assert "all-linear" not in str(summary(named))
@@ -238,3 +240,19 @@ def test_adapted_layers_show_r_and_alpha_until_they_are_unloaded():
     assert "in_features=8, out_features=8, bias=True, r=2, alpha=2.5" in shown
     unload(model)
     assert repr(model) == before
+
+
+def test_trained_rows_of_a_table_are_told_without_r_and_alpha():
+    inject(model := llama(), LoRAConfig(r=5, target_modules=["q_proj"], trainable_token_indices=[1, 2, 6]))
+    table = summary(model).groups[0]
+    width = model.model.embed_tokens.embedding_dim
+    assert (table.name, table.kind, table.count, table.parameters) == (
+        "embed_tokens",
+        "Embedding, 3 rows",
+        1,
+        3 * width,
+    )
+    assert (table.r, table.alpha) == (0, 0)
+    line = next(line for line in str(summary(model)).splitlines() if "embed_tokens" in line)
+    assert line.split() == ["embed_tokens", "Embedding,", "3", "rows", "1", f"{3 * width:,}"]
+    assert repr(model.model.embed_tokens).endswith("3 trained rows)")
