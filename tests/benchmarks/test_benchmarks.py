@@ -9,9 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 RUN = Path(__file__).with_name("run.py")
 
 
+@pytest.mark.slow
 def test_merging_and_memory_give_finite_rows(tmp_path):
     file = tmp_path / "rows.json"
     command = [sys.executable, str(RUN), "--quick", "--threads", "1", "--only", "c,d,g", "--json", str(file)]
