@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from .config import LoRAConfig
 from .errors import LoRAError
+from .model.data_start import initialize_from_data, redistribute_ranks
 from .model.inject import disable_adapter, inject, merge_and_unload, unload
 from .model.merging import is_merged, merge, merged, unmerge
 from .model.state_dict import adapter_state_dict, merged_state_dict
@@ -23,6 +24,7 @@ __all__ = [  # without LoRACLI, which needs the extra `cli`
     "LoRAError",
     "adapter_state_dict",
     "disable_adapter",
+    "initialize_from_data",
     "inject",
     "is_merged",
     "load_adapter",
@@ -31,6 +33,7 @@ __all__ = [  # without LoRACLI, which needs the extra `cli`
     "merge_and_unload",
     "merged",
     "merged_state_dict",
+    "redistribute_ranks",
     "save_adapter",
     "save_merged",
     "summary",

@@ -50,6 +50,7 @@ from .trainer.compatibility import (
     warn_of_frozen,
     warn_of_part,
 )
+from .trainer.data_start import start_from_data
 from .trainer.eval_mode import explain_eval_mode
 from .trainer.hyperparameters import LoggedOptions, as_hyperparameters
 from .trainer.late_layers import BUILDERS, adapt_after, stop_adapting
@@ -113,7 +114,7 @@ class LoRACallback(Callback):
         alpha_pattern: another lora_alpha for some layers, keys as in rank_pattern.
         bias: which biases are trained: "none", "all", or those of adapted layers ("lora_only").
         use_rslora: s = lora_alpha / sqrt(r).
-        init_lora_weights: true, false, "gaussian" or "orthogonal"; see LoRAConfig.
+        init_lora_weights: true, false, "gaussian", "orthogonal" or "eva"; see LoRAConfig.
         enable_lora: for a fused projection, which of its equal parts are adapted.
         autocast_adapter_dtype: keep adapters of float16 and bfloat16 layers in float32.
 
@@ -236,8 +237,9 @@ class LoRACallback(Callback):
             _show_summary(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Explain the warning that Lightning has just given of modules in eval mode; take logged options out again."""
+        """Start from data where the options say so; explain Lightning's warning of modules in eval mode."""
         self._logged.remove(pl_module)
+        start_from_data(trainer, pl_module, find_injection(pl_module))
         if self.verbose:
             explain_eval_mode(trainer, pl_module)
 

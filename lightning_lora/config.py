@@ -15,7 +15,7 @@ from .errors import LoRAError
 from .names import ALL_LINEAR, layer_number, layer_pattern, pattern_matches, suffix_pattern
 
 Bias = Literal["none", "all", "lora_only"]
-Init = Literal["gaussian", "orthogonal"]
+Init = Literal["gaussian", "orthogonal", "eva"]
 SAYING_NOTHING = (  # of the adapter: options of a peft.LoraConfig
     # about where it came from and how peft holds it
     *("peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision"),
@@ -77,7 +77,8 @@ class LoRAConfig:
         use_rslora: s = lora_alpha / sqrt(r) (arXiv:2312.03732).
         init_lora_weights: True (A Kaiming-uniform, B zero; an Embedding's A zero, B normal), "gaussian" (A normal
             with deviation 1/r, B zero), "orthogonal" (B @ A zero, both non-zero; r must be even), or False (A and B
-            both random: the adapter changes the output before the first step).
+            both random: the adapter changes the output before the first step), or "eva" (arXiv:2410.07170: A from
+            training data, at fit start or by initialize_from_data; B zero).
         enable_lora: for a fused projection, which of its equal parts are adapted, as {"qkv": [True, False, True]}
             (loralib's MergedLinear).
         autocast_adapter_dtype: keep adapters of float16 and bfloat16 layers in float32.
@@ -288,7 +289,7 @@ class LoRAConfig:
     def _check_init(self) -> None:
         init = self.init_lora_weights
         if not isinstance(init, bool) and init not in get_args(Init):
-            _refuse("init_lora_weights", "true, false, 'gaussian' or 'orthogonal'", init)
+            _refuse("init_lora_weights", "true, false, 'gaussian', 'orthogonal' or 'eva'", init)
         for rank in (self.r, *(self.rank_pattern or {}).values()) if init == "orthogonal" else ():
             if rank % 2:
                 _refuse("r", "an even rank for init_lora_weights='orthogonal'", rank)

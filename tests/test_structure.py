@@ -35,6 +35,8 @@ PUBLIC = {
     "LoRACallback",
     "LoRACLI",
     "inject",
+    "initialize_from_data",
+    "redistribute_ranks",
     "unload",
     "merge",
     "unmerge",

@@ -32,7 +32,7 @@ SHARED = ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "rank_pattern
 BY_NUMBER = ("layers_to_transform", "layers_pattern")
 SELECTING = ("target_modules", "target_parameters", "exclude_modules", *BY_NUMBER, "modules_to_save", OPTION)
 ORIGIN = ("base_model_name_or_path", "revision", "task_type")
-OUR_INITS = (True, False, "gaussian", "orthogonal")
+OUR_INITS = (True, False, "gaussian", "orthogonal")  # that draw the same in PEFT
 # What these start from is not the base any more: their adapter fits only the weights that they left behind.
 INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 WITHOUT_EFFECT = {  # on what the stored tensors mean
@@ -66,7 +66,7 @@ def options_to_peft(adapter: Adapter) -> dict[str, Any]:
         "exclude_modules": None,
         "modules_to_save": to_peft_entries(adapter),
         **({"ensure_weight_tying": True} if is_tied_by_peft(adapter) else {}),
-        "init_lora_weights": options["init_lora_weights"],
+        "init_lora_weights": options["init_lora_weights"] if options["init_lora_weights"] in OUR_INITS else True,
         "fan_in_fan_out": adapter.fan_in_fan_out or CONV1D in adapter.kinds.values(),
         "inference_mode": True,
         **{name: adapter.origin.get(name) for name in ORIGIN},

@@ -1,0 +1,130 @@
+"""An adapter that starts from data: from the Trainer's own training batches, without using one up."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import nn
+from torchmetrics import Metric
+
+from ..errors import LoRAError
+from ..model.data_start import FROM_DATA, initialize_from_data
+from ..model.injection import Injected
+from ..nn.lora_layer import adapted_layers
+from .lightning_packages import package_of
+
+INSTEAD = "call initialize_from_data(module, batches, forward) before fit"
+
+
+def start_from_data(trainer: Any, module: Any, injected: Injected | None) -> None:
+    """Initialise the adapter from training data where its options say so, and nothing was trained or loaded yet.
+
+    The batches come from iterators of their own over the Trainer's loaders and go through training_step, in eval mode
+    and without logging. Random streams, generators and metrics are as before. Collective.
+
+    Raises:
+        LoRAError: the data can be read once only, or training_step cannot be called without training.
+    """
+    if injected is None or injected.record.config.init_lora_weights not in FROM_DATA or trainer.global_step:
+        return
+    if not all(layer.is_initial() for layer in adapted_layers(module).values()):
+        return
+    option = f"LoRACallback: init_lora_weights={injected.record.config.init_lora_weights!r}"
+    if not module.automatic_optimization:
+        raise LoRAError(f"{option}: training_step trains by itself, with manual optimization; {INSTEAD}.")
+    if type(trainer.fit_loop._data_fetcher).__name__ == "_DataLoaderIterDataFetcher":
+        raise LoRAError(f"{option}: training_step takes dataloader_iter, and so would use batches up; {INSTEAD}.")
+    package = package_of(type(trainer)) or "lightning.pytorch"
+    loader = _own_loader(trainer, package, option)
+    with _random_state(loader, package), _metrics_state(module), _without_logging(module):
+        initialize_from_data(module, _on_device(trainer, loader), partial(_forward, trainer))
+
+
+def _own_loader(trainer: Any, package: str, option: str) -> Any:
+    """Return what yields the training batches by iterators of its own."""
+    loaders = trainer.fit_loop._combined_loader
+    own = import_module(f"{package}.utilities.combined_loader").CombinedLoader(loaders.iterables, loaders._mode)
+    for loader in own.flattened:
+        if isinstance(loader, Iterator):
+            raise LoRAError(
+                f"{option}: the training data is an iterator, of which batches would be used up; {INSTEAD}."
+            )
+    own.flattened = list(map(_with_own_workers, own.flattened))
+    return own
+
+
+def _with_own_workers(loader: Any) -> Any:
+    """Return a loader whose iterator is not the one that another iteration with persistent workers goes on with."""
+    if getattr(loader, "_iterator", None) is None:
+        return loader
+    own = copy.copy(loader)
+    own._iterator = None
+    return own
+
+
+def _on_device(trainer: Any, loader: Any) -> Iterator[Any]:
+    """Yield training batches as training_step gets them, at most an epoch's."""
+    for number, (batch, _, _) in enumerate(loader):
+        if number >= trainer.num_training_batches:
+            return
+        batch = trainer.precision_plugin.convert_input(batch)
+        batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+        yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def _forward(trainer: Any, module: nn.Module, batch: Any) -> object:
+    arguments = trainer.fit_loop.epoch_loop._build_kwargs({}, batch, 0)
+    return trainer.strategy.training_step(*arguments.values())
+
+
+@contextmanager
+def _random_state(loader: Any, package: str) -> Iterator[None]:
+    """Give back the random streams, and the generators of loaders and samplers, as they were."""
+    holders = [part for each in loader.flattened for part in (each, *_samplers(each))]
+    generators = [part.generator for part in holders if isinstance(getattr(part, "generator", None), torch.Generator)]
+    states = [generator.get_state() for generator in generators]
+    with import_module(f"{package}.utilities.seed").isolate_rng():
+        try:
+            yield
+        finally:
+            for generator, state in zip(generators, states, strict=True):
+                generator.set_state(state)
+
+
+def _samplers(loader: Any) -> list[Any]:
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    found = [getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)]
+    return [each for each in found if each is not None]
+
+
+@contextmanager
+def _metrics_state(module: nn.Module) -> Iterator[None]:
+    """Give every metric of a module the state that it had."""
+    states = {metric: copy.deepcopy(vars(metric)) for metric in module.modules() if isinstance(metric, Metric)}
+    try:
+        yield
+    finally:
+        for metric, state in states.items():
+            vars(metric).update(state)
+
+
+@contextmanager
+def _without_logging(module: nn.Module) -> Iterator[None]:
+    """Let self.log do nothing, in every LightningModule inside."""
+    with ExitStack() as stack:
+        for part in module.modules():
+            for name in ("log", "log_dict"):
+                if hasattr(type(part), name) and name not in vars(part):
+                    setattr(part, name, _log_nothing)
+                    stack.callback(delattr, part, name)
+        yield
+
+
+def _log_nothing(*args: Any, **kwargs: Any) -> None:
+    """Stand in for LightningModule.log and log_dict."""

@@ -1,0 +1,276 @@
+"""init_lora_weights="eva" in a Trainer: A from its own training batches, and a run that is otherwise the same."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import DDPStrategy
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torchmetrics import MeanMetric
+
+from lightning_lora import LoRAConfig, LoRAError, initialize_from_data, inject, load_from_checkpoint
+from support.processes import world
+from support.runs import TARGETS, base_weights, lora, trained
+from support.sharded import RootSharded, model_parallel, whole_state
+from support.sharded import loader as shard_loader
+from support.sharded import make_trainer as sharded_trainer
+from support.training import BATCH, CLASSES, FEATURES, Data, Net, assert_same_tensors, make_trainer, weights
+
+
+class Seen(Net):
+    """Notes the batches that train it, and logs a metric of them."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.mean = MeanMetric()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        self.mean.update(loss.detach())
+        self.log("mean", self.mean, on_step=False, on_epoch=True)
+        if torch.is_grad_enabled():
+            self.seen.append((batch[0].clone(), torch.rand(()), random.random(), np.random.rand()))
+        return loss
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x + 0.1 * torch.rand(()) * self.training)  # draws in training
+
+
+def started(seed: int = 1) -> dict[str, torch.Tensor]:
+    """A of each layer as initialize_from_data finds it on a plain module, in the order of the data."""
+    model = Net(seed=seed)
+    inject(model, LoRAConfig(r=2, target_modules=TARGETS, init_lora_weights="eva"))
+    initialize_from_data(model, list(Data().train_dataloader()), lambda module, batch: module(batch[0]))
+    return factors(model)
+
+
+def factors(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in model.named_parameters() if name.endswith("lora_A")}
+
+
+class AtStart(Net):
+    """Keeps the factors with which training starts."""
+
+    def on_train_epoch_start(self) -> None:
+        self.seen.append(factors(self))
+
+
+NOT_CONVERGED = pytest.mark.filterwarnings(r"ignore:lightning_lora. the components of .* had not converged:UserWarning")
+
+
+@NOT_CONVERGED
+def test_factors_are_those_of_the_training_batches(tmp_path):
+    model = trained(tmp_path, AtStart(), lora(init_lora_weights="eva"))
+    for name, value in started().items():
+        torch.testing.assert_close(model.seen[0][name], value, rtol=0, atol=1e-6)
+
+
+@NOT_CONVERGED
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_no_batch_and_no_random_number_is_used_up(tmp_path, shuffle: bool):
+    models = {}
+    for init in (True, "eva"):
+        torch.manual_seed(0)
+        random.seed(0)
+        np.random.seed(0)
+        model = Seen()
+        trainer = make_trainer(tmp_path, lora(init_lora_weights=init), max_epochs=2)
+        trainer.fit(model, Data(shuffle=shuffle))
+        models[init] = model
+        assert trainer.callback_metrics["mean"] == pytest.approx(
+            float(model.mean.compute()) if model.mean.update_called else float(trainer.callback_metrics["mean"])
+        )
+        assert trainer.global_step == 6
+    for one, other in zip(models[True].seen, models["eva"].seen, strict=True):
+        assert torch.equal(one[0], other[0])
+        assert one[1:] == other[1:]
+
+
+@NOT_CONVERGED
+def test_metrics_of_the_first_epoch_are_those_of_its_batches(tmp_path):
+    losses: list[float] = []
+
+    class Kept(Seen):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            losses.extend([float(loss.detach())] if torch.is_grad_enabled() else [])
+            return loss
+
+    trainer = make_trainer(tmp_path, lora(init_lora_weights="eva"))
+    trainer.fit(Kept(), Data())
+    assert float(trainer.callback_metrics["mean"]) == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    assert set(trainer.callback_metrics) == {"mean", "val_loss"}
+
+
+def generator_loader(batches: int = 3, **options: Any) -> DataLoader[Any]:
+    data = next(iter(Data(batches).loader(1).__class__(Data(batches).loader(1).dataset, batch_size=BATCH * batches)))
+    return DataLoader(TensorDataset(*data), batch_size=BATCH, **options)
+
+
+@NOT_CONVERGED
+@pytest.mark.parametrize("persistent", [False, True])
+def test_loader_with_a_generator_or_workers_goes_on_as_it_would(tmp_path, persistent: bool):
+    seen = {}
+    for init in (True, "eva"):
+        torch.manual_seed(0)
+        workers: dict[str, Any] = {"num_workers": 1, "persistent_workers": True} if persistent else {}
+        loader = generator_loader(shuffle=True, generator=torch.Generator().manual_seed(5), **workers)
+        model = Seen()
+        make_trainer(tmp_path, lora(init_lora_weights=init), max_epochs=2).fit(model, loader, Data().val_dataloader())
+        seen[init] = [batch for batch, *_ in model.seen]
+    assert len(seen["eva"]) == 6
+    assert all(torch.equal(one, other) for one, other in zip(seen[True], seen["eva"], strict=True))
+
+
+@NOT_CONVERGED
+def test_resumed_run_keeps_its_factors_and_equals_the_uninterrupted_one(tmp_path):
+    whole = trained(tmp_path / "a", Net(), lora(init_lora_weights="eva"), max_epochs=3)
+    torch.manual_seed(0)
+    first = make_trainer(tmp_path / "b", lora(init_lora_weights="eva"), max_epochs=2)
+    first.fit(Net(), Data())
+    first.save_checkpoint(tmp_path / "half.ckpt")
+    resumed = Net()
+    make_trainer(tmp_path / "c", lora(init_lora_weights="eva"), max_epochs=3).fit(
+        resumed, Data(), ckpt_path=tmp_path / "half.ckpt"
+    )
+    assert_same_tensors(weights(resumed), weights(whole))
+    loaded = load_from_checkpoint(Net, tmp_path / "half.ckpt")
+    assert_same_tensors(weights(loaded), weights(first.lightning_module))
+
+
+@NOT_CONVERGED
+@pytest.mark.parametrize("kind", ["adapter", "merged", "full"])
+def test_every_kind_of_checkpoint_loads(tmp_path, kind: str):
+    trainer = make_trainer(tmp_path, lora(init_lora_weights="eva", save=kind))
+    model = Net()
+    before = base_weights(model)
+    trainer.fit(model, Data())
+    assert_same_tensors({n: v for n, v in base_weights(model).items() if n in before}, before)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    loaded = load_from_checkpoint(Net, tmp_path / "a.ckpt")
+    assert_same_tensors(weights(loaded), weights(model))
+
+
+class ByHand(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        raise AssertionError("not called")
+
+
+class TakesIterator(Net):
+    def training_step(self, dataloader_iter: Any) -> Any:
+        raise AssertionError("not called")
+
+
+@pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter` step flavor:UserWarning")
+@pytest.mark.filterwarnings("ignore:Found `dataloader_iter` argument in the `training_step`:UserWarning")
+@pytest.mark.parametrize(
+    ("model", "data", "said"),
+    [
+        (ByHand, lambda: Data().train_dataloader(), "training_step trains by itself"),
+        (TakesIterator, lambda: Data().train_dataloader(), "training_step takes dataloader_iter"),
+        (Net, lambda: iter([(torch.ones(8, FEATURES), torch.zeros(8).long())]), "the training data is an iterator"),
+    ],
+    ids=["manual optimization", "dataloader_iter", "iterator"],
+)
+def test_what_would_use_batches_up_is_refused_with_the_remedy(tmp_path, model: type[Net], data: Any, said: str):
+    trainer = make_trainer(tmp_path, lora(init_lora_weights="eva"))
+    with pytest.raises(LoRAError, match=rf"init_lora_weights='eva'.*{said}.*initialize_from_data.*before fit"):
+        trainer.fit(model(), data(), Data().val_dataloader())
+
+
+class Counts(Net):
+    """Counts what it logs in training, and forwards without gradients."""
+
+    logged = untrained = 0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.untrained += not torch.is_grad_enabled()
+        loss = super().training_step(batch, batch_idx)
+        self.log("loss", loss, on_step=True)
+        return loss
+
+    def log(self, name: str, *args: Any, **options: Any) -> None:
+        self.logged += name == "loss"
+        super().log(name, *args, **options)
+
+
+@NOT_CONVERGED
+def test_nothing_is_logged_while_the_data_are_read(tmp_path):
+    model = Counts()
+    make_trainer(tmp_path, lora(init_lora_weights="eva")).fit(model, Data())
+    assert (model.untrained, model.logged) == (3, 3)
+    assert "log" not in vars(model)
+
+
+@NOT_CONVERGED
+def test_resumed_run_whose_adapter_is_still_zero_is_not_started_anew(tmp_path):
+    first = trained(tmp_path, Net(lr=0.0), lora(init_lora_weights="eva"))
+    first.trainer.save_checkpoint(tmp_path / "a.ckpt")
+    resumed = AtStart(lr=0.0)
+    trainer = make_trainer(tmp_path, lora(init_lora_weights="eva"), max_epochs=2)
+    trainer.fit(resumed, Data(batches=2), ckpt_path=tmp_path / "a.ckpt")
+    assert_same_tensors(resumed.seen[0], factors(first))
+
+
+class Endless(IterableDataset[Any]):
+    def __iter__(self) -> Any:
+        generator = torch.Generator().manual_seed(1)
+        while True:
+            yield torch.randn(FEATURES, generator=generator), int(torch.randint(CLASSES, (), generator=generator))
+
+
+@NOT_CONVERGED
+def test_endless_data_is_read_as_far_as_an_epoch_goes(tmp_path):
+    class Both(Seen, Counts):
+        pass
+
+    model = Both()
+    trainer = make_trainer(tmp_path, lora(init_lora_weights="eva"), limit_train_batches=4)
+    trainer.fit(model, DataLoader(Endless(), batch_size=BATCH), Data().val_dataloader())
+    expected = iter(DataLoader(Endless(), batch_size=BATCH))
+    assert [torch.equal(batch, next(expected)[0]) for batch, *_ in model.seen] == [True] * 4
+    assert model.untrained == 4
+
+
+# --- several processes ---
+
+
+def start_on_ranks(path: Path, way: str) -> None:
+    torch.manual_seed(0)
+    callback = lora(init_lora_weights="eva", target_modules=["0", "2"] if way == "FSDP2" else TARGETS)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    if way == "FSDP2":
+        model: Any = RootSharded()
+        callback = lora(init_lora_weights="eva", target_modules="all-linear")
+        trainer = model_parallel(path, callback, max_epochs=1, limit_val_batches=0)
+    else:
+        model, trainer = (
+            Net(),
+            sharded_trainer(path, callback, devices=size, strategy=DDPStrategy(), max_epochs=1, limit_val_batches=0),
+        )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*had not converged")
+        trainer.fit(model, shard_loader(size, rank), shard_loader(size, rank, 6))
+    state = {name: value for name, value in whole_state(model).items() if name.endswith("lora_A")}
+    assert state
+    for name, value in state.items():
+        others = [torch.empty_like(value) for _ in range(size)]
+        dist.all_gather(others, value.contiguous())
+        assert all(torch.equal(other, others[0]) for other in others), name
+
+
+@pytest.mark.parametrize("way", ["DDP", "FSDP2"])
+def test_ranks_start_alike(tmp_path, way: str):
+    world(2).run(start_on_ranks, tmp_path, way)
