@@ -18,7 +18,7 @@ from ..files.paths import write_json
 from ..files.safetensors import Header, TensorLocation, as_bytes, build_header, read_rows
 from ..files.torch_archive import read_torch_file, set_check_sums
 from ..files.weights import Weights
-from ..nn.exact_merge import CPU_CHUNK, merged_weight
+from ..nn.exact_merge import chunk_elements, merged_weight
 from ..nn.low_rank import MERGEABLE_DTYPES, LowRankBlock, crop, row_blocks
 from ..progress import progress_bar
 
@@ -189,7 +189,8 @@ def _write_safetensors(
 
 def _write_tensor(job: Job, name: str, source: BinaryIO, out: BinaryIO) -> None:
     location = job.base.locations[name]
-    for first, count in location.chunks(CPU_CHUNK):  # whole blocks, so that merging part by part gives the same bits
+    block = chunk_elements(torch.device("cpu"))
+    for first, count in location.chunks(block):  # whole blocks, so that merging part by part gives the same bits
         rows = read_rows(source, location, first, count)
         out.write(as_bytes(new_rows(job, name, rows, first)))
         job.progress(rows.nbytes)

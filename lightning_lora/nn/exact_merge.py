@@ -26,7 +26,9 @@ import torch
 from ..errors import LoRAError, NonFiniteError
 from .low_rank import LowRankBlock, scale_blocks
 
-CPU_CHUNK, GPU_CHUNK = 2**18, 2**24  # elements; small enough for the caches, large enough to fill a card
+CPU_CHUNK, GPU_CHUNK = 2**17, 2**24  # elements: of a thread, small enough for its cache; enough to fill a card
+MOST_THREADS = 2  # that a chunk on the CPU is measured for
+COPY_ABOVE = 0.25  # share of a weight that changes, below which values and two checksums take less than a copy of it all
 STORE_AT_MOST = 0.25  # above this share of a chunk's values, a plain copy of the chunk is stored
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -73,7 +75,7 @@ def merge_weight_(
         weight: any shape, floating point.
         blocks: the factors, in any floating dtype.
         scaling: s.
-        copy: store a plain copy of the weight instead of the values that subtraction would miss.
+        copy: store a plain copy of the weight instead of the values that subtraction would miss, if most of it changes.
         spare: memory for the copy, of an earlier one that is done with; used where it fits.
         observe: called for each chunk with the rounded sum, the exact sum and the delta, all in float64.
 
@@ -83,6 +85,7 @@ def merge_weight_(
     Raises:
         NonFiniteError: a value of the sum is not finite. The weight is then as it was.
     """
+    copy = copy and sum(len(left) * right.shape[1] for _, _, left, right in blocks) >= COPY_ABOVE * weight.numel()
     with exact_arithmetic(weight):
         record = _copy_record(weight, spare) if copy else _values_record(weight, blocks, scaling)
         try:
@@ -248,9 +251,14 @@ def _restore(weight: torch.Tensor, record: RestoreRecord) -> None:
         record.chunks.pop()
 
 
+def chunk_elements(device: torch.device) -> int:
+    """Return how many elements are merged at a time on a device, with torch's present number of threads."""
+    return CPU_CHUNK * min(torch.get_num_threads(), MOST_THREADS) if device.type == "cpu" else GPU_CHUNK
+
+
 def _chunks(weight: torch.Tensor, blocks: list[LowRankBlock], scaling: float) -> list[LowRankBlock]:
     """Cut blocks into blocks of few rows, in the dtype of the arithmetic, with the scaling folded into left."""
-    elements = CPU_CHUNK if weight.device.type == "cpu" else GPU_CHUNK
+    elements = chunk_elements(weight.device)
     dtype = torch.float32 if weight.device.type == "mps" else torch.float64  # mps has no float64
     chunks = []
     for row, col, left, right in scale_blocks(blocks, scaling, dtype):
@@ -312,12 +320,12 @@ def _differing(window: torch.Tensor, back: torch.Tensor) -> tuple[torch.Tensor, 
 class Scratch:
     """Buffers that every chunk of a weight uses again.
 
-    They have CPU_CHUNK elements in every large weight, so that each weight's buffers fit where the last one's were.
+    They have a chunk's elements in every large weight, so that each weight's buffers fit where the last one's were.
     """
 
     def __init__(self, weight: torch.Tensor) -> None:
         self.device = weight.device
-        self.elements = min(weight.numel(), CPU_CHUNK)
+        self.elements = min(weight.numel(), chunk_elements(torch.device("cpu")))
         self.difference = torch.float32 if weight.dtype in (torch.float32, torch.bfloat16) else torch.float64
         self.buffers: dict[tuple[str, torch.dtype], torch.Tensor] = {}
 

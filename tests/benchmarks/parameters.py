@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,13 +14,11 @@ from typing import Any
 
 import torch
 import transformers
-from measure import interleaved, milliseconds, peak_bytes, ratio
 from peft import LoraConfig, get_peft_model
+from table import HEADER, print_table, step_and_cycle
 from torch import nn
 
-from lightning_lora import LoRAConfig, inject, merge, unmerge
-
-COMPARED = ("ours", "peft", "floor")
+from lightning_lora import LoRAConfig, inject
 
 
 @dataclass(frozen=True)
@@ -96,51 +93,13 @@ def step(model: nn.Module, x: torch.Tensor) -> None:
 
 
 def measured(name: str, width: int, dtype: torch.dtype, seconds: float) -> list[str]:
-    """The cells of one row: medians of the rounds' ratios, and ratios of peaks."""
     subject = SUBJECTS[name]
-    models: dict[str, Any] = adapted(subject, width, dtype)
     x = subject.x(width).to(dtype).requires_grad_()
-
-    def ours() -> None:
-        merge(models["ours"])
-        unmerge(models["ours"])
-
-    def theirs() -> None:
-        models["peft"].merge_adapter()
-        models["peft"].unmerge_adapter()
-
-    steps = {key: lambda model=model: step(model, x) for key, model in models.items()}
-    times = interleaved(steps, seconds, "cpu")
-    cycles = interleaved({"ours": ours, "peft": theirs}, seconds / 2, "cpu")
-    peaks = {key: peak_bytes(function, "cpu") for key, function in steps.items()}
-    return [
-        name,
-        str(dtype).removeprefix("torch."),
-        f"{milliseconds(times, 'ours'):.0f} ms",
-        f"{ratio(times, ['ours'], ['peft']):.2f}",
-        f"{ratio(times, ['ours'], ['floor']):.2f}",
-        f"{peaks['ours'] / 2**20:.1f} MiB",
-        f"{peaks['ours'] / peaks['peft']:.2f}",
-        f"{milliseconds(cycles, 'ours'):.0f} ms",
-        f"{ratio(cycles, ['ours'], ['peft']):.2f}",
-    ]
-
-
-HEADER = "| model | dtype | step | of peft | of the floor | peak | of peft | merge cycle | of peft |"
+    return step_and_cycle(adapted(subject, width, dtype), lambda model: step(model, x), seconds)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--seconds", type=float, default=8.0, help="of each row")
-    parser.add_argument("--threads", type=int, default=2)
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    print(HEADER)
-    print("|" + "---|" * (HEADER.count("|") - 1))
-    for name in SUBJECTS:
-        for dtype in (torch.float32, torch.bfloat16):
-            print("| " + " | ".join(measured(name, options.width, dtype, options.seconds)) + " |", flush=True)
+    print_table(__doc__, HEADER, SUBJECTS, measured, arguments)
 
 
 if __name__ == "__main__":

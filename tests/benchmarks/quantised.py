@@ -7,7 +7,6 @@ The network is stack.py's, quantised by bitsandbytes; `floor` is the same frozen
 
 from __future__ import annotations
 
-import argparse
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -17,10 +16,11 @@ import torch
 from groups import inputs
 from measure import interleaved, milliseconds, peak_bytes, ratio
 from stack import CANDIDATES, stack, step
+from table import COMPARED, print_table
 from torch import nn
 
-KINDS = {"nf4": "bitsandbytes nf4, double quantisation", "int8": "bitsandbytes int8"}
-COMPARED = ("ours", "peft", "floor")
+KINDS = {"bitsandbytes nf4, double quantisation": "nf4", "bitsandbytes int8": "int8"}
+HEADER = "| base | dtype | step | against peft | against the floor | peak | against peft | against the floor |"
 
 
 def quantise_(model: nn.Module, kind: str) -> nn.Module:
@@ -39,10 +39,10 @@ def quantise_(model: nn.Module, kind: str) -> nn.Module:
     return model.to("cpu")
 
 
-def measured(kind: str, width: int, dtype: torch.dtype, seconds: float) -> list[str]:
+def measured(base: str, width: int, dtype: torch.dtype, seconds: float) -> list[str]:
     """The cells of one row: medians of the rounds' ratios, and ratios of peaks."""
     x = inputs(width, dtype, "cpu")
-    models = {name: CANDIDATES[name](quantise_(stack(width, dtype, "cpu"), kind)).train() for name in COMPARED}
+    models = {name: CANDIDATES[name](quantise_(stack(width, dtype, "cpu"), KINDS[base])).train() for name in COMPARED}
 
     def training(model: nn.Module) -> Callable[[], None]:
         return lambda: step(model, x)
@@ -51,8 +51,6 @@ def measured(kind: str, width: int, dtype: torch.dtype, seconds: float) -> list[
     times = interleaved(steps, seconds, "cpu")
     peaks = {name: peak_bytes(function, "cpu") for name, function in steps.items()}
     return [
-        KINDS[kind],
-        str(dtype).removeprefix("torch."),
         f"{milliseconds(times, 'ours'):.0f} ms",
         f"{ratio(times, ['ours'], ['peft']):.2f}",
         f"{ratio(times, ['ours'], ['floor']):.2f}",
@@ -63,18 +61,8 @@ def measured(kind: str, width: int, dtype: torch.dtype, seconds: float) -> list[
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--seconds", type=float, default=6.0, help="of each row")
-    parser.add_argument("--threads", type=int, default=2)
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
     logging.disable(logging.WARNING)  # bitsandbytes warns of each 8-bit product
-    print("| base | dtype | step | against peft | against the floor | peak | against peft | against the floor |")
-    print("|---|---|---|---|---|---|---|---|")
-    for kind in KINDS:
-        for dtype in (torch.float32, torch.bfloat16):
-            print("| " + " | ".join(measured(kind, options.width, dtype, options.seconds)) + " |", flush=True)
+    print_table(__doc__, HEADER, KINDS, measured, arguments)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,6 @@ def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     """Small tensors in several chunks of several blocks too."""
     if request.param == "many chunks":
         monkeypatch.setattr("lightning_lora.nn.exact_merge.CPU_CHUNK", 64)
-        monkeypatch.setattr("lightning_lora.command.write_merged.CPU_CHUNK", 64)
         monkeypatch.setattr("lightning_lora.files.safetensors.CHUNK", 200)
 
 

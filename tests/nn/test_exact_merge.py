@@ -120,6 +120,19 @@ def test_restored_weight_is_the_base_and_leaves_the_merge_alone(copy: bool) -> N
     assert same_bits(weight, before)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_weight_of_which_few_rows_change_is_not_copied(dtype: torch.dtype) -> None:
+    weight = make_weight((100, 40), dtype)
+    before = weight.clone()
+    pieces = [LowRankBlock(row, 0, torch.randn(rows, 3), torch.randn(3, 40)) for row, rows in ((20, 10), (90, 10))]
+    kept = merge_weight_(weight, pieces, 1.0, copy=True)
+    assert kept.nbytes() <= before[:20].nbytes
+    assert_rounded_sum(weight, before, pieces, 1.0)
+    assert same_bits(restored_weight(weight, kept), before)
+    unmerge_weight_(weight, kept)
+    assert same_bits(weight, before)
+
+
 LAYOUTS: dict[str, Callable[[torch.dtype], torch.Tensor]] = {
     "transposed": lambda dtype: make_weight((24, 18), dtype).t(),
     "strided": lambda dtype: make_weight((40, 60), dtype)[::2, 1::3],

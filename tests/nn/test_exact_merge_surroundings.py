@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lightning_lora.nn.exact_merge import merge_weight_, merged_weight, restored_weight, unmerge_weight_
-from support.layers import make_pieces, make_weight, same_bits
+from support.layers import DTYPES, make_pieces, make_weight, same_bits, scaling_for
 
 
 @contextlib.contextmanager
@@ -89,6 +89,22 @@ def test_unmerge_with_another_number_of_threads_restores_every_bit(first: int, t
             assert same_bits(restored_weight(weight, kept), before)
             unmerge_weight_(weight, kept)
         assert same_bits(weight, before)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize(("first", "then"), [(1, 2), (2, 1)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_unmerge_of_many_chunks_cuts_them_as_the_merge_did(dtype: torch.dtype, first: int, then: int) -> None:
+    """Two threads take chunks twice as large."""
+    weight = make_weight((80, 40), dtype)
+    before, pieces = weight.clone(), make_pieces(weight)
+    with threads(first):
+        kept = merge_weight_(weight, pieces, scaling_for(weight, pieces, 0.01))
+    with threads(then):
+        assert len(kept.chunks) == 8 // first
+        assert same_bits(restored_weight(weight, kept), before)
+        unmerge_weight_(weight, kept)
+    assert same_bits(weight, before)
 
 
 def test_merge_leaves_threads_precision_and_modes_as_they_were() -> None:
