@@ -226,7 +226,7 @@ def _write(job: Job, output: PathLike, max_shard_bytes: int | None, check: bool)
 
 
 def _compare_base(adapter: Adapter, base: Weights, strict: bool) -> None:
-    """Compare what both name: a file may hold tied weights once, or experts under other names than a model."""
+    """Compare what both name: a file may hold tied weights once, or weights under other names than a model."""
     packed = {f"{module}.weight" for module in base.quantised()}
     named = adapter.fingerprint.keys() - packed
     locations = {name: base.locations[name] for name in adapter.fingerprint if name in named & base.locations.keys()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -12,7 +12,7 @@ from torch import nn
 
 from ..errors import LoRAError
 from ..nn.exact_merge import Observer, merged_weight
-from ..nn.lora_layer import LoRALayer
+from ..nn.lora_layer import AdaptedWeights, LoRALayer
 from ..nn.low_rank import HALF, MERGEABLE_DTYPES
 from ..nn.quantised import BITSANDBYTES, dequantised, quantised_modules, quantised_parameters
 
@@ -35,6 +35,23 @@ def dequantised_dtype(value: object, verb: str) -> torch.dtype | None:
     if value is None or dtype in MERGEABLE_DTYPES:
         return dtype  # type: ignore[return-value]
     raise LoRAError(f"{verb}: dequantize must be one of {', '.join(DTYPES)}, but it is {value!r}.")
+
+
+def report_factored(layers: Iterable[AdaptedWeights]) -> None:
+    """Log, once a model, how many layers stay factored because their weights are quantised."""
+    quantised = [layer for layer in layers if layer.quantised()]
+    reported = {id(layer.lora.injection) for layer in quantised if layer.lora.injection.quantised_reported}
+    quantised = [layer for layer in quantised if id(layer.lora.injection) not in reported]
+    for layer in quantised:
+        layer.lora.injection.quantised_reported = True
+    if quantised:
+        kinds = ", ".join(sorted({layer.quantised() for layer in quantised}))
+        log.info(
+            "lightning_lora: merge: %d layers have quantised weights (%s) and stay factored: rounding W' to these "
+            "again would lose much of the adapter",
+            len(quantised),
+            kinds,
+        )
 
 
 def quantised_weights(model: nn.Module) -> dict[str, nn.Module]:

@@ -68,9 +68,9 @@ def _warn_of_unreached(names: list[str], cut_off: list[str], among: int) -> None
     if others:
         text += (
             f" {f'As to {_shown(others)}: either' if cut_off else 'Either'} nothing has used these layers yet "
-            "(experts, heads, the network of another optimizer), or they are cut off from the loss (detach, no_grad), "
-            "or their weight is read where the adapter cannot follow, instead of the layer being called. What is never "
-            f"trained is better left out: exclude_modules={others[:SHOWN]!r}."
+            "(parts that few inputs reach, the network of another optimizer), or they are cut off from the loss "
+            "(detach, no_grad), or their weight is read where the adapter cannot follow, instead of the layer being "
+            f"called. What is never trained is better left out: exclude_modules={others[:SHOWN]!r}."
         )
     warnings.warn(text, stacklevel=4)
 

@@ -23,7 +23,7 @@ from ..nn.lora_layer import AdaptedWeights, Blocks, adapted_layers
 from ..nn.low_rank import HALF
 from ..nn.tied_weights import record_ties
 from ..progress import progress_bar
-from .dequantise import WORST_FIDELITY
+from .dequantise import WORST_FIDELITY, report_factored
 from .gradients import warn_of_untrained
 from .injection import refuse_replaced_layers
 
@@ -60,7 +60,7 @@ def merge(model: nn.Module) -> None:
         return
     warn_of_untrained(model, layers)
     restore_shards_(model, layers)
-    copies = _affordable_copies([layer for layer in layers.values() if not layer.quantised()])
+    copies = _affordable_copies([layer for layer in layers.values() if not layer.unmergeable_reason()])
     with _deferred_interrupt(), torch.no_grad():  # once, for it takes longer than a small layer's sum
         try:
             record_ties(model)
@@ -77,7 +77,7 @@ def merge(model: nn.Module) -> None:
                     advance(1)
             sync.raise_on_any_rank()
             fidelity.report()
-            _report_quantised(pending.values())
+            report_factored(pending.values())
         except BaseException:
             _unmerge_all(layers)
             raise
@@ -177,23 +177,6 @@ def _unmerge_all(layers: Mapping[str, AdaptedWeights]) -> None:
             advance(1)
     if failures:
         raise LoRAError("\n".join(failures))
-
-
-def _report_quantised(layers: Iterable[AdaptedWeights]) -> None:
-    """Log, once a model, how many layers stay factored because their weights are quantised."""
-    quantised = [layer for layer in layers if layer.quantised()]
-    reported = {id(layer.lora.injection) for layer in quantised if layer.lora.injection.quantised_reported}
-    quantised = [layer for layer in quantised if id(layer.lora.injection) not in reported]
-    for layer in quantised:
-        layer.lora.injection.quantised_reported = True
-    if quantised:
-        kinds = ", ".join(sorted({layer.quantised() for layer in quantised}))
-        log.info(
-            "lightning_lora: merge: %d layers have quantised weights (%s) and stay factored: rounding W' to these "
-            "again would lose much of the adapter",
-            len(quantised),
-            kinds,
-        )
 
 
 class _Fidelity:

@@ -28,7 +28,7 @@ from .low_rank import LowRankBlock, scale_blocks
 
 CPU_CHUNK, GPU_CHUNK = 2**17, 2**24  # elements: of a thread, small enough for its cache; enough to fill a card
 MOST_THREADS = 2  # that a chunk on the CPU is measured for
-COPY_ABOVE = 0.25  # share of a weight that changes, below which values and two checksums take less than a copy of it all
+COPY_ABOVE = 0.25  # share of a weight that changes, below which its values take less time than a copy of it all
 STORE_AT_MOST = 0.25  # above this share of a chunk's values, a plain copy of the chunk is stored
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

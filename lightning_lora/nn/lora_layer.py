@@ -11,7 +11,7 @@ from __future__ import annotations
 import copyreg
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, cast
@@ -168,6 +168,10 @@ class AdaptedWeights:
                 )
             sums[name] = (weight.to(torch.promote_types(weight.dtype, delta.dtype)) + delta).to(weight.dtype)
         return sums
+
+    def stand_ins(self, weights: Mapping[str, nn.Parameter]) -> dict[str, Any]:
+        """Return what stands in for each of adapted_weights in a forward that reads them, here their sums."""
+        return self.compute_dense_weights(weights)
 
     def drops(self) -> bool:
         """Return whether dropout acts now; a user's evaluation inside a training batch records no gradients."""
@@ -374,6 +378,10 @@ class AdaptedModule(Swapped):
         """Return the adapter that changes a parameter of the module, or None."""
         return next((each for each in self.lora_adapters().values() if weight in each.adapted_weights()), None)
 
+    def lora_place(self, values: Mapping[str, Any]) -> None:
+        """Let values stand in for parameters, or put these back."""
+        self._parameters.update(values)
+
     def extra_repr(self) -> str:
         """Return what the module shows of itself, and r and alpha of what is adapted."""
         adapters = self.lora_adapters().items()
@@ -460,9 +468,9 @@ class LoRALayer(AdaptedWeights, AdaptedModule):
         with self.dense_weight():
             return super().forward(*args, **kwargs)
 
-    def dense_weight(self) -> DenseWeight:
+    def dense_weight(self) -> StandIns:
         """Let W + delta stand in for each adapted weight inside, for code that reads it; one thread at a time."""
-        return DenseWeight(self, self)
+        return StandIns(self, [self])
 
     def dropped(self, x: torch.Tensor) -> tuple[torch.Tensor, float]:
         """Return the adapter's input after dropout, and the scaling that goes with it."""
@@ -498,27 +506,30 @@ class LoRALayer(AdaptedWeights, AdaptedModule):
             delattr(self, name)
 
 
-class DenseWeight:
-    """The context of LoRALayer.dense_weight: a class, because torch 2.6 cannot trace a generator's context."""
+class StandIns:
+    """Let W + delta stand in for adapted weights inside; a class, as torch 2.6 cannot trace a generator's context."""
 
-    def __init__(self, module: nn.Module, adapter: AdaptedWeights) -> None:
-        self.module, self.adapter = module, adapter
-        self.lock = None if torch.compiler.is_compiling() else adapter.lora.lock  # a compiler traces one thread
+    def __init__(self, module: AdaptedModule, adapters: Sequence[AdaptedWeights]) -> None:
+        self.module, self.adapters = module, adapters
+        self.lock = None if torch.compiler.is_compiling() else adapters[0].lora.lock  # a compiler traces one thread
 
     def __enter__(self) -> None:
         if self.lock is not None:
             self.lock.acquire()
         try:
-            self.weights = {name: getattr(self.module, name) for name in self.adapter.adapted_weights()}
-            sums = self.adapter.compute_dense_weights(self.weights)
+            names = [name for adapter in self.adapters for name in adapter.adapted_weights()]
+            self.weights = {name: getattr(self.module, name) for name in names}
+            values: dict[str, Any] = {}
+            for adapter in self.adapters:
+                values.update(adapter.stand_ins(self.weights))
         except BaseException:
             if self.lock is not None:
                 self.lock.release()
             raise
-        self.module._parameters.update(cast("dict[str, nn.Parameter | None]", sums))  # a string is no type to trace
+        self.module.lora_place(values)
 
     def __exit__(self, *exception: object) -> None:
-        self.module._parameters.update(self.weights)
+        self.module.lora_place(self.weights)
         if self.lock is not None:
             self.lock.release()
 

@@ -18,7 +18,7 @@ from ..errors import LoRAError
 from ..names import A, B, parameter_factor_name, split_factor_name
 from . import low_rank
 from .factored_weight import FactoredWeight
-from .lora_layer import AdaptedModule, AdaptedWeights, LayerSpec, LayerState, class_before_swap, swapped_class
+from .lora_layer import AdaptedModule, AdaptedWeights, LayerSpec, LayerState, StandIns, class_before_swap, swapped_class
 from .low_rank import LowRankBlock, crop, stack_factors
 
 FACTORED = ("transformers.", "torch.nn.modules.linear")  # whose forwards use weights in products that can stay apart
@@ -75,14 +75,14 @@ class LoRAParameter(AdaptedWeights):
             left, right = stack_factors(self.KIND, self.main_weight().shape, factor_a, factor_b)
         return left * self.lora.spec.scaling, right
 
-    def stand_in(self) -> Any:
-        """Return what stands in for the parameter in a forward: W + delta, or the two apart where that is known."""
-        weights, forward = self.adapted_weights(), self.module.lora_base.forward
-        known = forward.__module__.startswith(FACTORED) and not is_sharded(weights[self.parameter])
+    def stand_ins(self, weights: Mapping[str, nn.Parameter]) -> dict[str, Any]:
+        """Return W + delta, or the two apart where the forward is known to keep them so."""
+        weight, forward = weights[self.parameter], self.module.lora_base.forward
+        known = forward.__module__.startswith(FACTORED) and not is_sharded(weight)
         if not known or torch.compiler.is_compiling():
-            return self.compute_dense_weights(weights)[self.parameter]
+            return super().stand_ins(weights)
         self.note_segment()
-        return FactoredWeight(weights[self.parameter], *self._left_and_right(self.lora_A, self.lora_B))
+        return {self.parameter: FactoredWeight(weight, *self._left_and_right(self.lora_A, self.lora_B))}
 
     def strip_(self) -> None:
         for name in self.factor_names():
@@ -112,10 +112,6 @@ class LoRAParameterHolder(AdaptedModule):
         with StandIns(self, active):
             return super().forward(*args, **kwargs)
 
-    def lora_place(self, values: Mapping[str, Any]) -> None:
-        """Let values stand in for parameters, or put these back."""
-        self._parameters.update(values)
-
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         if split_factor_name(name) and is_sharded(param) and not isinstance(self, nn.RNNBase):  # which FSDP2 sets so
             raise LoRAError(
@@ -133,31 +129,6 @@ class LoRARecurrent(LoRAParameterHolder):
         weights, names = cast("list[Any]", self._flat_weights), cast("list[str]", self._flat_weights_names)
         for name, value in values.items():
             weights[names.index(name)] = value
-
-
-class StandIns:
-    """Let W + delta stand in for parameters inside: a class, because torch 2.6 cannot trace a generator's context."""
-
-    def __init__(self, holder: LoRAParameterHolder, active: list[LoRAParameter]) -> None:
-        self.holder, self.active = holder, active
-        self.lock = None if torch.compiler.is_compiling() else active[0].lora.lock  # a compiler traces one thread
-
-    def __enter__(self) -> None:
-        if self.lock is not None:
-            self.lock.acquire()
-        try:
-            self.weights = {adapter.parameter: adapter.adapted_weights()[adapter.parameter] for adapter in self.active}
-            values = {adapter.parameter: adapter.stand_in() for adapter in self.active}
-        except BaseException:
-            if self.lock is not None:
-                self.lock.release()
-            raise
-        self.holder.lora_place(values)
-
-    def __exit__(self, *exception: object) -> None:
-        self.holder.lora_place(self.weights)
-        if self.lock is not None:
-            self.lock.release()
 
 
 def parameter_kind(module: nn.Module, parameter: str) -> str:

@@ -22,9 +22,9 @@ from ..names import ROWS
 from .lora_layer import (
     AdaptedModule,
     AdaptedWeights,
-    DenseWeight,
     LayerSpec,
     LayerState,
+    StandIns,
     Transform,
     class_before_swap,
     swapped_class,
@@ -149,7 +149,7 @@ class LoRATable(AdaptedModule):
         if not self.lora_table.lora_active:
             return super().forward(*args, **kwargs)
         if self.lora_custom_forward:
-            with DenseWeight(self, self.lora_table):
+            with StandIns(self, [self.lora_table]):
                 return super().forward(*args, **kwargs)
         self.lora_table.note_segment()
         return self.forward_with_rows(*args, **kwargs)
