@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .adapter.save_load import load_adapter, load_from_checkpoint, save_adapter
     from .callback import LoRACallback
     from .cli import LoRACLI as LoRACLI
+    from .plot.figures import plot_adapter
 
 __version__ = "0.1.0"
 __all__ = [  # without LoRACLI, which needs the extra `cli`
@@ -33,6 +34,7 @@ __all__ = [  # without LoRACLI, which needs the extra `cli`
     "merge_and_unload",
     "merged",
     "merged_state_dict",
+    "plot_adapter",
     "redistribute_ranks",
     "save_adapter",
     "save_merged",
@@ -45,6 +47,7 @@ LAZY = {  # what imports lightning, files alone, and (LoRACLI) what the extra `c
     "LoRACLI": ".cli",
     "load_adapter": ".adapter.save_load",
     "load_from_checkpoint": ".adapter.save_load",
+    "plot_adapter": ".plot.figures",
     "save_adapter": ".adapter.save_load",
     "save_merged": ".adapter.merged_folder",
 }

@@ -31,6 +31,7 @@ from .model.state_dict import refuse_unmergeable
 from .model.summary import summary, terminal
 from .names import ALL_LINEAR
 from .nn.gradient_checkpointing import enable_input_require_grads
+from .plot.pictures import require_matplotlib
 from .trainer.after_fit import (
     Fits,
     forget_merging,
@@ -55,6 +56,7 @@ from .trainer.eval_mode import explain_eval_mode
 from .trainer.hyperparameters import LoggedOptions, as_hyperparameters
 from .trainer.late_layers import BUILDERS, adapt_after, stop_adapting
 from .trainer.lightning_packages import first_package, for_each_package, is_overridden
+from .trainer.log_plots import log_plots
 from .trainer.precision import (
     convert_linear_layers_,
     leave_out_of_ddp_,
@@ -90,6 +92,8 @@ class LoRACallback(Callback):
             as save_pretrained or a library does. It is then evaluated as it is; of checkpoints it loads merged ones.
         dequantize: the dtype ("bfloat16", "float16", "float32") of plain weights in place of quantised ones, for
             save="merged" and merge_after_fit.
+        log_plots: when fit ends, add pictures of the adapter to TensorBoard: norms of its updates and their singular
+            values, see plot_adapter. Needs the extra `plot`.
         verbose: at fit start, show the summary, and explain Lightning's warning of modules in eval mode. Warnings of
             this package's own do not depend on it.
         r: rank of A (r, in) and B (out, r).
@@ -131,6 +135,7 @@ class LoRACallback(Callback):
         seed: int | None = None,
         merge_after_fit: bool = False,
         dequantize: str | torch.dtype | None = None,
+        log_plots: bool = False,
         verbose: bool = True,
         r: int = 8,
         lora_alpha: float = 8,
@@ -155,7 +160,7 @@ class LoRACallback(Callback):
         options = dict(locals())
         check_kind(save)
         dequantised_dtype(dequantize, "LoRACallback")
-        for name in ("merged_eval", "verify", "merge_after_fit", "verbose"):
+        for name in ("merged_eval", "verify", "merge_after_fit", "log_plots", "verbose"):
             if not isinstance(options[name], bool):
                 raise LoRAError(f"LoRACallback: {name} must be true or false, but it is {options[name]!r}.")
         self.config = _one_config(config, {field.name: options[field.name] for field in fields(LoRAConfig)})
@@ -165,7 +170,10 @@ class LoRACallback(Callback):
         self.seed = seed
         self.merge_after_fit = merge_after_fit
         self.dequantize = dequantize
+        self.log_plots = log_plots
         self.verbose = verbose
+        if log_plots:
+            require_matplotlib("LoRACallback(log_plots=True)")
         self._seed = "" if seed is None else fixed_seed(seed)
         # By module, because a hook may run a second Trainer with this callback.
         self._merged: set[nn.Module] = set()
@@ -300,8 +308,10 @@ class LoRACallback(Callback):
             save_as(pl_module, self.save, self.dequantize)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note that the fit came to its end."""
+        """Note that the fit came to its end; draw the adapter."""
         self._fits.end(pl_module)
+        if self.log_plots and find_injection(pl_module) is not None:
+            log_plots(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Unmerge after an exception or Ctrl-C, which skips the epoch's end and teardown."""

@@ -40,6 +40,7 @@ def test_options_are_those_of_the_config_and_six_of_its_own():
         "seed": None,
         "merge_after_fit": False,
         "dequantize": None,
+        "log_plots": False,
         "verbose": True,
     }
     assert list(ours) == [*own, *config]

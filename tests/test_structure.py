@@ -25,8 +25,9 @@ MAY_IMPORT = {  # beside itself and the ground; files at the top may import ever
     "nn": {"distributed"},
     "model": {"nn", "distributed"},
     "adapter": {"model", "nn", "distributed", "files"},
-    "trainer": {"adapter", "model", "nn", "distributed"},
-    "command": {"adapter", "nn", "files"},
+    "plot": {"adapter", "model", "nn", "distributed", "files"},
+    "trainer": {"plot", "adapter", "model", "nn", "distributed"},
+    "command": {"plot", "adapter", "nn", "files"},
 }
 MOST_FLOORS = 14
 
@@ -51,6 +52,7 @@ PUBLIC = {
     "load_adapter",
     "load_from_checkpoint",
     "summary",
+    "plot_adapter",
     "LoRAError",
 }
 
@@ -146,7 +148,7 @@ def test_what_is_public_has_a_docstring(name):
                 assert function.__doc__, f"{key}.{method}"
 
 
-EXTRAS = ("jsonargparse", "rich", "peft", "transformers", "loralib", "sklearn")
+EXTRAS = ("jsonargparse", "rich", "peft", "transformers", "loralib", "sklearn", "matplotlib", "tensorboard")
 
 
 def test_the_package_is_imported_without_its_extras():
@@ -158,7 +160,8 @@ def test_the_package_is_imported_without_its_extras():
     assert run.stdout.strip() == "[]"
     users = {name for name, found in IMPORTS.items() if {i.split(".")[0] for i in found} & set(EXTRAS)}
     # inside their functions, with a message where they are missing, or without them
-    assert users == {"command/main", "model/summary", "progress"}
+    drawing = {f"plot/{name}" for name in ("canvas", "heat_map", "spectra", "comparison", "run", "figures")}
+    assert users == {"command/main", "model/summary", "plot/statistics", "progress"} | drawing
 
 
 def test_lightning_is_imported_for_the_callback_alone(tmp_path):

@@ -21,6 +21,7 @@ from ..nn.low_rank import ATTENTION, MERGEABLE_DTYPES, SEPARATE, low_rank_blocks
 SAMPLES = 8  # values by which tensors are told apart before they are compared whole
 
 NewName = Callable[[str], str | None]
+Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -348,7 +349,7 @@ def ties_of(names: Set[str], tensors: Mapping[str, Any]) -> set[str]:
 
 def delta_norm(adapter: Adapter, name: str) -> float:
     """Return the Frobenius norm of s * B @ A of one layer; without options, of B @ A."""
-    return math.hypot(*(product_norm(left, right) for left, right in _scaled_pairs(adapter, name)))
+    return math.hypot(*(product_norm(left, right) for left, right in scaled_pairs(adapter, name)))
 
 
 def difference_norm(adapter: Adapter, other_adapter: Adapter, name: str) -> float:
@@ -358,10 +359,7 @@ def difference_norm(adapter: Adapter, other_adapter: Adapter, name: str) -> floa
         ValueError: the layer has other parts or shapes in the two.
     """
     norms = []
-    pairs = zip(_scaled_pairs(adapter, name), _scaled_pairs(other_adapter, name), strict=True)
-    for (left, right), (other_left, other_right) in pairs:
-        if left.shape[0] != other_left.shape[0] or right.shape[1] != other_right.shape[1]:
-            raise ValueError(f"{name!r} has other shapes in the two")
+    for (left, right), (other_left, other_right) in _matching_pairs(adapter, other_adapter, name):
         if left.shape == other_left.shape and torch.equal(left, other_left) and torch.equal(right, other_right):
             norms.append(0.0)
         else:
@@ -369,8 +367,37 @@ def difference_norm(adapter: Adapter, other_adapter: Adapter, name: str) -> floa
     return math.hypot(*norms)
 
 
-def _scaled_pairs(adapter: Adapter, name: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """(s * B, A) of each part of a layer, as matrices in float64."""
+def cosine(adapter: Adapter, other_adapter: Adapter, name: str) -> float:
+    """Return the cosine between two adapters' s * B @ A of one layer, seen as vectors; NaN where one is zero.
+
+    Raises:
+        ValueError: the layer has other parts or shapes in the two.
+    """
+    inner = sum(
+        float(((left.T @ other_left) * (right @ other_right.T)).sum())
+        for (left, right), (other_left, other_right) in _matching_pairs(adapter, other_adapter, name)
+    )
+    norms = delta_norm(adapter, name) * delta_norm(other_adapter, name)
+    value = inner / norms if norms else math.nan
+    return max(-1.0, min(1.0, value)) if math.isfinite(value) else math.nan
+
+
+def _matching_pairs(adapter: Adapter, other_adapter: Adapter, name: str) -> list[tuple[Pair, Pair]]:
+    """The scaled_pairs of one layer in two adapters, side by side; ValueError where they do not go together."""
+    both = adapter, other_adapter
+    enabled = [each.config.enabled_parts(name) if each.config else None for each in both]
+    pairs, other_pairs = (scaled_pairs(each, name) for each in both)
+    if len(pairs) != len(other_pairs) or (None not in enabled and enabled[0] != enabled[1]):
+        raise ValueError(f"{name!r} has other parts in the two")
+    matching = list(zip(pairs, other_pairs, strict=True))
+    for (left, right), (other_left, other_right) in matching:
+        if left.shape[0] != other_left.shape[0] or right.shape[1] != other_right.shape[1]:
+            raise ValueError(f"{name!r} has other shapes in the two")
+    return matching
+
+
+def scaled_pairs(adapter: Adapter, name: str) -> list[Pair]:
+    """Return (s * B, A) of each part of a layer, as matrices in float64; s is 1 where the source does not hold it."""
     a, b = (adapter.factor(name, leaf).detach().double().flatten(1) for leaf in (A, B))
     scaling = adapter.scalings.get(name, 1.0)
     entries = {leaf: adapter.fingerprint.get(f"{name}.{leaf}") for leaf in SEPARATE}

@@ -13,12 +13,14 @@ from torch import nn
 from ..distributed.sharding import samples
 from ..errors import LoRAError
 from ..files.safetensors import TensorLocation, read_elements
+from ..files.weights import Weights
 from ..model.injection import require_injection
 from ..model.named_state import base_parameters, named_state
 from ..model.state_dict import adapter_keys, original_value
 from ..names import around
 from ..nn.lora_layer import LoRALayer, adapted_places
 from ..nn.quantised import dequantised, quantised_as
+from .adapter import Adapter
 
 Tables = Mapping[str, Collection[int]]  # rows of a table that the adapter replaces, by the table's name
 
@@ -28,6 +30,7 @@ MOST_HEADS = 2  # modules of a head
 QUANTISED = torch.finfo(torch.bfloat16).eps  # of weights quantised alike: where they are evaluated, scales are rounded
 AVERAGED = 1e-2  # of the base that was trained on here: a moving average of a frozen weight drifts by its own rounding
 # What to do about another base, unless the caller knows better.
+OTHER_FILES = "Give the base that it was trained on as --base, or pass --strict-base=false, which makes this a warning."
 REMEDY = "Load the adapter on the base that it was trained on, or pass strict_base=False, which makes this a warning."
 
 
@@ -154,6 +157,22 @@ def compare_fingerprints(
     if strict:
         raise LoRAError(f"{message} {remedy}")
     warnings.warn(f"lightning_lora: {message}", stacklevel=3)
+
+
+def compare_with_files(adapter: Adapter, base: Weights, *, strict: bool = True, remedy: str = OTHER_FILES) -> None:
+    """Raise LoRAError, or warn, where weights on disk are another base than the adapter's, which has their names.
+
+    What both name is compared: a file may hold tied weights once, or experts under other names than a model.
+    """
+    packed = {f"{module}.weight" for module in base.quantised()}
+    named = adapter.fingerprint.keys() - packed
+    locations = {name: base.locations[name] for name in adapter.fingerprint if name in named & base.locations.keys()}
+    entries = {name: fingerprint_entry_at(location) for name, location in locations.items() if location.in_order}
+    tables = {**{end: adapter.tables.get(first, ()) for end, first in adapter.tied.items()}, **adapter.tables}
+    entries = without_rows(entries, tables)
+    expected = without_rows({name: adapter.fingerprint[name] for name in entries}, tables)
+    compare_fingerprints(entries, expected, strict=strict, remedy=remedy)
+    warn_of_rounding(entries, adapter.fingerprint)
 
 
 def warn_of_rounding(present: Mapping[str, Any], expected: Mapping[str, Any]) -> None:

@@ -21,12 +21,13 @@ from ..errors import LoRAError
 from ..files.atomic import identity
 from ..files.weights import open_weights
 from ..names import listed
+from ..plot.figures import plot_adapter
 from ..units import size_text
 from .convert import to_lightning, to_peft
 from .extract import Extracted, extract
 from .info import diff, info
 from .merge import merge_on_disk
-from .output import ADAPTER_FOLDER, check_output
+from .output import ADAPTER_FOLDER, PICTURE, check_output
 
 Dtype = Literal["float16", "bfloat16", "float32", "float64"]
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -188,6 +189,25 @@ def _extract(options: Any) -> str:
     return extract_text(extracted, options.output)
 
 
+def _plot_options(parser: Any) -> None:
+    parser.add_argument("path", type=str, help="adapter in any form, or a run's log: metrics.csv, events, their folder")
+    parser.add_argument("other", type=str | None, nargs="?", help="a second adapter, to compare the first with")
+    parser.add_argument("--output", type=str, required=True, help="picture to write: .png, .pdf or .svg")
+    parser.add_argument("--base", type=str | None, help="weights that it was trained on, for norms relative to these")
+    parser.add_argument("--strict-base", type=bool, default=True, help="false: another base is only a warning")
+    _overwrite_option(parser)
+
+
+def _plot(options: Any) -> str:
+    """Draw update norms and singular values of an adapter, two adapters beside each other, or a run's statistics."""
+    inputs = [path for path in (options.path, options.other, options.base) if path]
+    check_output("plot", PICTURE, options.output, inputs, options.overwrite)
+    pictures = plot_adapter(
+        options.path, options.other, base=options.base, strict_base=options.strict_base, output=options.output
+    )
+    return f"wrote {options.output}: {', '.join(pictures)}"
+
+
 def _overwrite_option(parser: Any) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier result")
 
@@ -203,6 +223,7 @@ VERBS: dict[str, tuple[Callable[[Any], None], Callable[[Any], str]]] = {
     "import": (partial(_convert_options, "Lightning checkpoint, NAME.ckpt,"), _import),
     "diff": (_diff_options, _diff),
     "extract": (_extract_options, _extract),
+    "plot": (_plot_options, _plot),
 }
 
 

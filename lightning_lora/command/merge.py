@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..adapter.adapter import Adapter, align_to_modules, check_finite, equal_tables
-from ..adapter.fingerprint import compare_fingerprints, fingerprint_entry_at, warn_of_rounding, without_rows
+from ..adapter.fingerprint import OTHER_FILES, compare_with_files
 from ..adapter.peft_rows import NO_BIAS
 from ..adapter.save_load import adapter_with_options
 from ..config import LoRAConfig
@@ -40,7 +40,6 @@ from .module_names import ModuleNames, names_in_transformers, own_names, renamed
 from .output import MODEL_FILE, MODEL_FOLDER, check_output, refuse_quantised
 from .write_merged import Job, WeightUpdate, verify_result, write_file_of, write_folder_of
 
-OTHER_BASE = "Give the base that it was trained on as --base, or pass --strict-base=false, which makes this a warning."
 INSTEAD = "Load the model in Python and use load_adapter and save_merged instead"
 
 
@@ -111,7 +110,7 @@ def plan_updates(
     )
     _refuse_built(adapter, base, names)
     _refuse_missing(adapter, base, _scope(before, adapter))
-    _compare_base(adapter, base, strict_base)
+    compare_with_files(adapter, base, strict=strict_base, remedy=OTHER_FILES)
     updates: dict[str, WeightUpdate] = {}
     seen = _seen_orientations(adapter, base)
     for name in adapter.layers():
@@ -223,19 +222,6 @@ def _write(job: Job, output: PathLike, max_shard_bytes: int | None, check: bool)
         if check:
             verify_result(job, open_weights(result))
     return left_out
-
-
-def _compare_base(adapter: Adapter, base: Weights, strict: bool) -> None:
-    """Compare what both name: a file may hold tied weights once, or weights under other names than a model."""
-    packed = {f"{module}.weight" for module in base.quantised()}
-    named = adapter.fingerprint.keys() - packed
-    locations = {name: base.locations[name] for name in adapter.fingerprint if name in named & base.locations.keys()}
-    entries = {name: fingerprint_entry_at(location) for name, location in locations.items() if location.in_order}
-    tables = {**{end: adapter.tables.get(first, ()) for end, first in adapter.tied.items()}, **adapter.tables}
-    entries = without_rows(entries, tables)
-    expected = without_rows({name: adapter.fingerprint[name] for name in entries}, tables)
-    compare_fingerprints(entries, expected, strict=strict, remedy=OTHER_BASE)
-    warn_of_rounding(entries, adapter.fingerprint)
 
 
 def _scope(own_names: Adapter, adapter: Adapter) -> str:

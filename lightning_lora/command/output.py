@@ -75,7 +75,14 @@ def _holds_adapter(file: Path) -> bool:
         return False
 
 
+def _holds_picture(file: Path) -> bool:
+    with open(file, "rb") as opened:
+        head = opened.read(1000)
+    return head.startswith((b"\x89PNG", b"%PDF")) or b"<svg" in head
+
+
 MODEL_FOLDER = OutputKind(True, "safetensors of a model", _holds_weights)
 MODEL_FILE = OutputKind(False, "model", Path.is_file)
 ADAPTER_FOLDER = OutputKind(True, CONFIG_FILE, lambda folder: (folder / CONFIG_FILE).exists())
+PICTURE = OutputKind(False, "picture", _holds_picture)
 ADAPTER_CHECKPOINT = OutputKind(False, "adapter", _holds_adapter)

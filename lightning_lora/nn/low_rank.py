@@ -231,6 +231,27 @@ def product_norm(left: torch.Tensor, right: torch.Tensor) -> float:
     return float(torch.linalg.matrix_norm(left_r / largest @ right_r.T)) * largest if largest else 0.0
 
 
+def singular_values(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Return the singular values of left (m, k) @ right (k, n), largest first, from two QR decompositions.
+
+    The product is never built.
+
+    Returns:
+        k values in the dtype of the two; zeros where the product has fewer, NaN where it is not finite.
+    """
+    left_r, right_r = torch.linalg.qr(left, mode="r")[1], torch.linalg.qr(right.T, mode="r")[1]
+    values = left.new_zeros(left.shape[1])
+    largest = left_r.abs().max()  # taken out, because squares of large values overflow
+    if largest == 0:
+        return values
+    core = left_r / largest @ right_r.T
+    if not torch.isfinite(core).all():
+        return values.fill_(math.nan)
+    found = torch.linalg.svdvals(core) * largest
+    values[: len(found)] = found
+    return values
+
+
 def _separate(enabled: Enabled) -> list[str]:
     """The names of the weights of q, k and v that are adapted."""
     return [name for name, on in zip(SEPARATE, enabled or (True, True, True), strict=True) if on]

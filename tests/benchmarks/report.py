@@ -21,6 +21,16 @@ COLUMNS = {
         "ms a step",
     ],
 }
+SHOWN = [  # in the plot: the kind of work, its size, and its name there
+    ("training step {}", "d=768", "training step"),
+    ("training step {}, dropout 0.05", "d=768", "the same with\ndropout 0.05"),
+    ("Trainer.fit with validation", "d=256", "Trainer.fit with\nvalidation"),
+    ("merge and unmerge {}, 24 layers", "d=512", "merge and\nunmerge, 24 layers"),
+    ("merge and unmerge {}, one layer", "d=1024", "merge and\nunmerge, one layer"),
+    ("merge and unmerge {}, one layer", "d=4096", "merge and\nunmerge, one layer"),
+]
+BARS = {"fp32": {"facecolor": "#0072b2"}, "bf16": {"facecolor": "#f0c987", "hatch": "///"}}
+BAR = 0.36  # how wide one is
 NAMES = {"/ floor": "the floor", "/ one copy of the weights": "one copy"}
 
 
@@ -65,24 +75,36 @@ def _cell(rows: list[dict[str, Any]], figures: list[str]) -> str:
     return ", ".join(f"{row['value']:.2f}" for row in chosen) + name
 
 
-def plot(content: dict[str, Any], path: Path) -> None:
-    """Bars of the ratios to peft; less is better."""
-    import matplotlib
+def plot(content: dict[str, Any]) -> Any:
+    """A figure with bars of the time that ours takes over peft's, and the lowest and the highest run."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+    from matplotlib.transforms import blended_transform_factory
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    shown = [row for row in content["rows"] if row["figure"] == "/ peft"]
-    figure, axes = plt.subplots(figsize=(8, 0.22 * len(shown) + 1.2), layout="constrained")
-    span = [[row["value"] - row["lowest"] for row in shown], [row["highest"] - row["value"] for row in shown]]
-    names, values = [f"{row['what']}, {row['at']}" for row in shown], [row["value"] for row in shown]
-    axes.barh(names, values, xerr=span, color="#4477aa", ecolor="#999999", error_kw={"linewidth": 1})
-    axes.axvline(1.0, color="black", linewidth=1)
-    axes.set_ylim(len(shown) - 0.4, -0.6)
-    axes.tick_params(axis="y", labelsize=7)
-    axes.set_xlabel("ours / peft's: time, and peak memory where said; less is better")
-    axes.set_title(content["machine"], fontsize=6)
-    figure.savefig(path, dpi=110)
+    rows = {(row["what"], row["at"]): row for row in content["rows"] if row["figure"] == "/ peft"}
+    figure = Figure(figsize=(8, 3.5), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    for number, (kind, at, _) in enumerate(SHOWN):
+        dtypes = [*BARS][: 2 if "{}" in kind else 1]
+        for place, dtype in enumerate(dtypes):
+            row = rows[kind.format(dtype), at]
+            x = number + (place - (len(dtypes) - 1) / 2) * BAR
+            span = [[row["value"] - row["lowest"]], [row["highest"] - row["value"]]]
+            error = {"elinewidth": 1, "capsize": 2}
+            axes.bar(x, row["value"], BAR, yerr=span, ecolor="0.3", error_kw=error, edgecolor="black", **BARS[dtype])
+            label = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none"}
+            axes.text(x, 0.04, f"{row['value']:.2f}", ha="center", va="bottom", fontsize=8, bbox=label)
+    axes.axhline(1.0, color="black", linewidth=1.2)
+    beside = blended_transform_factory(axes.transAxes, axes.transData)
+    axes.text(1.005, 1.0, "peft", va="center", transform=beside)
+    axes.set_xticks(range(len(SHOWN)), [f"{name}\n{at}" for _, at, name in SHOWN], fontsize=8)
+    axes.set_ylabel("our time / peft's")
+    axes.spines[["top", "right"]].set_visible(False)
+    handles = [Patch(label=dtype, edgecolor="black", **style) for dtype, style in BARS.items()]
+    axes.legend(handles=handles, frameon=False, loc="upper left")
+    axes.set_title("Time relative to peft, lower is better", loc="left", fontweight="bold")
+    figure.supxlabel(content["machine"], fontsize=6, color="0.35")
+    return figure
 
 
 def main() -> None:
@@ -90,7 +112,7 @@ def main() -> None:
     before, rest = README.read_text().split(BEGIN)
     after = rest.split(END)[1]
     README.write_text(f"{before}{BEGIN}\n{markdown(content)}\n\n{END}{after}")
-    plot(content, PLOT)
+    plot(content).savefig(PLOT)
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def test_it_is_installed_as_a_program_and_as_a_module(capsys, monkeypatch: pytes
         runpy.run_module("lightning_lora", run_name="__main__")
     assert stopped.value.code == 0
     shown = capsys.readouterr().out
-    assert all(verb in shown for verb in ("info", "merge", "export", "import", "diff", "extract"))
+    assert all(verb in shown for verb in ("info", "merge", "export", "import", "diff", "extract", "plot"))
 
 
 @pytest.mark.parametrize("kind", ["adapter", "merged", "full"])

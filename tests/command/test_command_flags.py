@@ -53,6 +53,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 MERGE = "merge --base IN/base --adapter IN/adapter --output out"
 EXTRACT = "extract --base IN/base --tuned IN/tuned --output out --rank 1"
+PLOT_ON_ANOTHER = "plot IN/adapter --base IN/other --output out.png"
 # By verb and flag: a command, what is added to it, and what must differ then, the rest being the same.
 CASES: dict[tuple[str, str], tuple[str, str, str]] = {
     ("info", "--json"): ("info IN/adapter", "--json", "printed"),
@@ -69,6 +70,8 @@ CASES: dict[tuple[str, str], tuple[str, str, str]] = {
     ("extract", "--overwrite"): (EXTRACT, "--overwrite", "status"),
     ("export", "--lora-alpha"): ("export IN/bare.pt out", "--lora-alpha=3", "status"),
     ("import", "--lora-alpha"): ("import IN/bare.pt out.ckpt", "--lora-alpha=3", "status"),
+    ("plot", "--overwrite"): ("plot IN/another --output out.png", "--overwrite", "status"),
+    ("plot", "--strict-base"): (PLOT_ON_ANOTHER, "--strict-base=false", "status"),
     ("extract", "--rank"): (EXTRACT, "--rank=2", "files"),
     ("extract", "--exclude"): (EXTRACT, "--exclude vectors", "files"),
     ("extract", "--embeddings"): (EXTRACT, "--embeddings vectors", "files"),
@@ -81,6 +84,7 @@ BEFORE = {
         "merge": MERGE,
         "export": "export IN/adapter out",
         "import": "import IN/adapter out.ckpt",
+        "plot": "plot IN/adapter --output out.png",
         "extract": EXTRACT.replace("--rank 1", "--rank 2"),
     }
 }

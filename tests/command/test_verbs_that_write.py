@@ -41,6 +41,7 @@ VERBS: dict[str, tuple[str, list[str]]] = {
     "import": ("out.ckpt", ["import", "IN/adapter", "OUT"]),
     "extract": ("out", ["extract", "--base", "IN/base.safetensors", "--tuned", "IN/tuned.safetensors", "--rank=1",
                         "--output", "OUT"]),
+    "plot": ("out.png", ["plot", "IN/adapter", "--base", "IN/base", "--output", "OUT"]),
 }  # fmt: skip
 FOLDERS = [name for name, (output, _) in VERBS.items() if output == "out"]
 every_verb = pytest.mark.parametrize("name", VERBS)
@@ -62,7 +63,13 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def read(*_: Any, **__: Any) -> None:
         pytest.fail("the work began")
 
-    for target in ("convert.adapter_with_options", "merge.adapter_with_options", "main.extract", "main.open_weights"):
+    for target in (
+        "convert.adapter_with_options",
+        "merge.adapter_with_options",
+        "main.extract",
+        "main.open_weights",
+        "main.plot_adapter",
+    ):
         monkeypatch.setattr(f"lightning_lora.command.{target}", read)
 
 
@@ -72,6 +79,7 @@ OVERLAPPING = {  # an input, something inside one, and what holds one
     "export": ["adapter.ckpt", "."],
     "import": ["adapter/in.ckpt"],
     "extract": ["tuned.safetensors", "base.safetensors", "."],
+    "plot": ["adapter/in.png", "base/in.png", "."],
 }
 
 

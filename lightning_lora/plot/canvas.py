@@ -1,0 +1,61 @@
+"""Figures without pyplot: a picture is drawn into a figure of its own, or with others below each other into one."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib.style
+from matplotlib.figure import Figure, FigureBase
+
+from .layout import shortened
+
+WIDTH = 8.0  # inches; at DPI these are 960 pixels, which a README shows as about 800
+DPI = 120
+TITLE_WIDTH = 88  # characters of a title's line
+LONGEST = 28  # characters of a name beside an axis
+MOST_TICKS = 16
+STYLE: dict[str, Any] = {"font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What is drawn, and how high it is in inches; it is WIDTH wide."""
+
+    title: str
+    height: float
+    draw: Callable[[FigureBase], None]
+
+
+def to_figure(picture: Picture) -> Figure:
+    """Draw a picture by itself."""
+    return to_page([picture])
+
+
+def to_page(pictures: Sequence[Picture]) -> Figure:
+    """Draw pictures below each other into one figure; a single one fills it. The user's own style does not matter."""
+    with matplotlib.style.context(["default", STYLE]):
+        heights = [picture.height for picture in pictures]
+        figure = Figure(figsize=(WIDTH, sum(heights)), dpi=DPI, layout="constrained")
+        parts: Any = [figure]
+        if len(pictures) > 1:
+            parts = figure.subfigures(len(pictures), 1, height_ratios=heights)
+        for part, picture in zip(parts, pictures, strict=True):
+            lines = textwrap.fill(picture.title, TITLE_WIDTH)
+            part.suptitle(lines, x=0.01, ha="left", fontsize=11, fontweight="bold")
+            picture.draw(part)
+    return figure
+
+
+def labels(names: Sequence[str], longest: int = LONGEST) -> list[str]:
+    """Return shortened names that are told apart still: longer ones where they would be alike."""
+    short = [shortened(name, longest) for name in names]
+    return short if len(set(short)) == len(set(names)) else labels(names, longest + 8)
+
+
+def ticks(count: int) -> list[int]:
+    """Return which of so many places on an axis have a label."""
+    step = -(-count // MOST_TICKS)
+    return list(range(0, count, step))

@@ -1,0 +1,45 @@
+"""The picture of two adapters: their update norms below each other, and the cosine between their updates."""
+
+from __future__ import annotations
+
+from matplotlib.figure import FigureBase
+
+from ..errors import LoRAError
+from .canvas import Picture
+from .conclusions import cosine_text, on_comparison
+from .heat_map import ROW, draw_grid, largest, norm_label
+from .layout import arrange
+from .updates import Updates, cosines
+
+FRAME = 2.4  # inches around the rows of the three heat maps
+
+
+def comparison_picture(first: Updates, second: Updates) -> Picture:
+    """Return three heat maps: the norms of each adapter's updates on one scale, and the cosines between them.
+
+    Raises:
+        LoRAError: the two have no layer in common.
+    """
+    found = cosines(first, second)
+    if not found:
+        raise LoRAError(
+            f"plot: {first.source} and {second.source} have no layer in common: {next(iter(first.layers))!r} and "
+            f"{next(iter(second.layers))!r}, for example. Give two adapters of one model."
+        )
+    relative = first.relative and second.relative
+    places = [*first.cells, *second.cells]
+    grids = [arrange(each.norms(relative=relative), places) for each in (first, second)]
+    angles = arrange(found, places)
+
+    def draw(figure: FigureBase) -> None:
+        panels = figure.subplots(3, 1)
+        most = largest(*grids)
+        for axes, grid, updates, place in zip(panels, grids, (first, second), ("first", "second"), strict=False):
+            colours = draw_grid(axes, grid, most, percent=relative, xlabel=False)
+            axes.set_title(f"{place}: {updates.source}", loc="left", color="0.35")
+        figure.colorbar(colours, ax=panels[:2], label=norm_label(first, relative=relative), pad=0.01, aspect=30)
+        colours = draw_grid(panels[2], angles, 1.0, -1.0, text=cosine_text)
+        panels[2].set_title("cosine between the two updates", loc="left", color="0.35")
+        figure.colorbar(colours, ax=panels[2], label="cosine", pad=0.01, aspect=15)
+
+    return Picture(on_comparison(first, second, found), FRAME + 3 * ROW * max(3, len(angles.rows)), draw)

@@ -1,0 +1,93 @@
+"""plot_adapter: what an adapter, two of them, or a run's log show, as figures of matplotlib and as a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ..errors import LoRAError
+from ..files.atomic import new_file
+from ..files.paths import PathLike
+from .from_files import read_updates
+from .from_model import updates_of_model
+from .pictures import pictures_of, require_matplotlib
+from .statistics import is_log, read_statistics
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from .canvas import Picture
+    from .updates import Updates
+
+SUFFIXES = (".png", ".pdf", ".svg")
+
+
+def plot_adapter(
+    source: PathLike | Mapping[str, Any] | nn.Module,
+    other: PathLike | Mapping[str, Any] | nn.Module | None = None,
+    *,
+    base: PathLike | None = None,
+    strict_base: bool = True,
+    output: PathLike | None = None,
+) -> dict[str, Figure]:
+    """Draw an adapter, two adapters, or the statistics of a run. Collective where a model is sharded.
+
+    The figures belong to nothing: no state of pyplot is used, and no window opens.
+
+    Args:
+        source: an injected model; a PEFT folder, a checkpoint or whatever load_adapter takes; or a log: the metrics.csv
+            of a CSVLogger, events of TensorBoard, or the folder with either.
+        other: a second adapter, to compare with the first.
+        base: the weights, on disk, that an adapter in a file was trained on, for norms relative to these.
+        strict_base: whether another base than the adapter's is an error or a warning.
+        output: a file to write all figures to, below each other: .png, .pdf or .svg.
+
+    Returns:
+        By name: "norms" and "spectra" of one adapter, "comparison" of two, "statistics" of a log.
+
+    Raises:
+        LoRAError: matplotlib is missing, there is nothing to draw, or the output cannot be written.
+    """
+    require_matplotlib("plot_adapter")
+    if output is not None:
+        check_suffix(output)
+    pictures = _pictures(source, other, base, strict_base)
+    from .canvas import to_figure, to_page
+
+    if output is not None:
+        with new_file(output) as file:
+            to_page([*pictures.values()]).savefig(file)
+    return {name: to_figure(picture) for name, picture in pictures.items()}
+
+
+def check_suffix(output: PathLike) -> None:
+    """Raise LoRAError where a file's name does not say what kind of picture it is."""
+    if Path(output).suffix.lower() not in SUFFIXES:
+        raise LoRAError(f"plot: the output {Path(output).name!r} must end in one of {', '.join(SUFFIXES)}.")
+
+
+def _pictures(source: Any, other: Any, base: PathLike | None, strict_base: bool) -> dict[str, Picture]:
+    logs = [each for each in (source, other) if each is not None and is_log(each)]
+    if logs:
+        if other is not None or base is not None:
+            raise LoRAError(f"plot: {logs[0]} is a log of a run, which is drawn by itself, without another or a base.")
+        from .run import run_picture
+
+        return {"statistics": run_picture(read_statistics(source))}
+    updates = _updates(source, base, strict_base)
+    if other is None:
+        return pictures_of(updates)
+    from .comparison import comparison_picture
+
+    return {"comparison": comparison_picture(updates, _updates(other, base, strict_base))}
+
+
+def _updates(source: Any, base: PathLike | None, strict_base: bool) -> Updates:
+    if not isinstance(source, nn.Module):
+        return read_updates(source, base, strict_base=strict_base)
+    if base is not None:
+        raise LoRAError("plot: base is for adapters in files; a model has its own weights.")
+    return updates_of_model(source)

@@ -1,0 +1,72 @@
+"""The updates of an adapter in a file, with the norms of the weights that they change where these are on disk too."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from ..adapter.adapter import Adapter, align_to_modules
+from ..adapter.apply import without_base
+from ..adapter.fingerprint import OTHER_FILES, compare_with_files
+from ..adapter.save_load import read_adapter
+from ..errors import LoRAError
+from ..files.paths import PathLike
+from ..files.safetensors import TensorLocation, read_rows
+from ..files.weights import Weights, open_weights
+from ..nn.low_rank import ATTENTION_WEIGHTS, MERGEABLE_DTYPES
+from .updates import Updates, measure, refuse_empty, sum_of_squares
+
+
+def read_updates(
+    source: PathLike | Mapping[str, Any], base: PathLike | None = None, *, strict_base: bool = True
+) -> Updates:
+    """Measure the adapter of a file, a folder or a state dict.
+
+    Raises:
+        LoRAError: there is no adapter, it is damaged, or it does not fit the base.
+    """
+    where = str(source) if isinstance(source, (str, os.PathLike)) else "a state dict"
+    adapter = without_base(read_adapter(source))
+    if base is None:
+        return measure(where, adapter.by_network_names())
+    refuse_empty(where, adapter)
+    weights = open_weights(base)
+    adapter = _fit(adapter, weights)
+    compare_with_files(adapter, weights, strict=strict_base, remedy=OTHER_FILES)
+    return measure(where, adapter, {name: _norm_in_files(adapter, name, weights) for name in adapter.layers()})
+
+
+def _fit(adapter: Adapter, base: Weights) -> Adapter:
+    """Return the adapter by the names of weights on disk."""
+    names = base.modules() | (set(base.locations) if adapter.parameters else set())
+    try:
+        return align_to_modules(adapter, names, str(base.path))
+    except LoRAError as error:
+        raise LoRAError(
+            f"{error} Where the file has other names than the modules, load the model in Python, then load_adapter and "
+            "plot_adapter(model)."
+        ) from error
+
+
+def _norm_in_files(adapter: Adapter, name: str, base: Weights) -> float:
+    leaves = [name] if adapter.is_parameter(name) else [f"{name}.{leaf}" for leaf in ("weight", *ATTENTION_WEIGHTS)]
+    locations = [base.locations[leaf] for leaf in leaves if leaf in base.locations]
+    if not locations:
+        raise LoRAError(
+            f"plot: {base.path}: {name!r}, which the adapter updates, has no weight there. Load the model in Python, "
+            "then load_adapter and plot_adapter(model)."
+        )
+    for location in locations:
+        if location.dtype not in MERGEABLE_DTYPES:
+            raise LoRAError(
+                f"plot: {base.path}: the weight of {name!r} is {location.dtype}, of which the values are not known. "
+                "Give the base that it was quantised from as --base."
+            )
+    return math.sqrt(sum(map(_square_in_file, locations)))
+
+
+def _square_in_file(location: TensorLocation) -> float:
+    with open(location.file, "rb") as file:
+        return math.fsum(sum_of_squares(read_rows(file, location, start, count)) for start, count in location.chunks())

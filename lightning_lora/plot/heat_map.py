@@ -1,0 +1,102 @@
+"""Heat maps of one value a layer, by depth and projection; and the picture of an adapter's update norms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.figure import FigureBase
+
+from .canvas import Picture, labels, ticks
+from .conclusions import on_norms
+from .layout import Grid, arrange
+from .updates import Updates
+
+COLOURS = "cividis"  # its lightness rises with the value, so that it can be read in grey
+NO_CELL = "0.88"
+WIDEST_WITH_NUMBERS = 12  # columns in which a number has room
+ROW, FRAME = 0.26, 1.35  # inches of a row, and of all around the rows
+ALL_ZERO = 0.01  # the end of the scale then
+
+
+def norms_picture(updates: Updates) -> Picture:
+    """Return the heat map of update norms: over the weights' where these are known."""
+    relative = updates.relative
+    grid = arrange(updates.norms(relative=relative))
+
+    def draw(figure: FigureBase) -> None:
+        axes = figure.subplots()
+        colours = draw_grid(axes, grid, largest(grid), percent=relative)
+        figure.colorbar(colours, ax=axes, label=norm_label(updates, relative=relative), pad=0.01, aspect=15)
+        axes.set_title(updates.source, loc="left", color="0.35")
+
+    return Picture(on_norms(updates), height_of(grid), draw)
+
+
+def norm_label(updates: Updates, *, relative: bool) -> str:
+    """Return what the norms of a picture are, for its scale."""
+    scaling = "s B A" if updates.scaled else "B A"
+    return f"|{scaling}| / |W|, %" if relative else f"|{scaling}|"
+
+
+def height_of(grid: Grid) -> float:
+    """Return the inches that a heat map takes."""
+    return FRAME + ROW * max(3, len(grid.rows))
+
+
+def largest(*grids: Grid) -> float:
+    """Return the largest finite value of some grids, for their scale."""
+    values = [value for grid in grids for row in grid.values for value in row if math.isfinite(value)]
+    return max(values, default=0.0) or ALL_ZERO
+
+
+def short(value: float) -> str:
+    """Write a number in few characters, without an exponent where it is of usual size."""
+    return f"{value:.0f}" if 10 <= abs(value) < 1e5 else f"{value:.2g}"
+
+
+def draw_grid(
+    axes: Axes,
+    grid: Grid,
+    most: float,
+    least: float = 0.0,
+    *,
+    percent: bool = False,
+    xlabel: bool = True,
+    text: Callable[[float], str] = short,
+) -> ScalarMappable:
+    """Draw a heat map: hatched where no layer is, crossed where a value is not finite.
+
+    Returns:
+        What a colour bar is made from; its array holds the values as drawn.
+    """
+    factor = 100.0 if percent else 1.0
+    values = np.array(grid.values) * factor
+    shown = np.ma.masked_invalid(values)
+    axes.set_facecolor(NO_CELL)
+    image = axes.imshow(
+        shown, cmap=COLOURS, vmin=least * factor, vmax=most * factor, aspect="auto", interpolation="nearest"
+    )
+    for row, column in np.argwhere(~np.isfinite(values)):
+        if (row, column) not in grid.empty:
+            axes.plot(column, row, marker="x", color="black", markersize=5)
+    axes.set_yticks(range(len(grid.rows)), labels(grid.rows))
+    names = ["other" if number is None else str(number) for number in grid.columns]
+    places = ticks(len(names))
+    axes.set_xticks(places, [names[place] for place in places])
+    if xlabel:
+        axes.set_xlabel("layer number")
+    if len(grid.columns) <= WIDEST_WITH_NUMBERS:
+        _write_values(axes, shown, image.norm, text)
+    return image
+
+
+def _write_values(axes: Axes, values: Any, norm: Any, text: Callable[[float], str]) -> None:
+    for (row, column), value in np.ndenumerate(values.filled(np.nan)):
+        if math.isfinite(value):
+            colour = "black" if float(norm(value)) > 0.55 else "white"
+            axes.text(column, row, text(float(value)), ha="center", va="center", fontsize=7, color=colour)

@@ -1,0 +1,26 @@
+"""The pictures of one adapter, and whether they can be drawn here."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from ..errors import LoRAError
+from .updates import Updates
+
+if TYPE_CHECKING:
+    from .canvas import Picture
+
+
+def require_matplotlib(subject: str) -> None:
+    """Raise LoRAError where matplotlib is not installed."""
+    if find_spec("matplotlib") is None:
+        raise LoRAError(f"{subject}: needs matplotlib; install lightning-lora[plot].")
+
+
+def pictures_of(updates: Updates) -> dict[str, Picture]:
+    """Return the pictures of one adapter by name; needs matplotlib."""
+    from .heat_map import norms_picture
+    from .spectra import spectra_picture
+
+    return {"norms": norms_picture(updates), "spectra": spectra_picture(updates)}

@@ -1,0 +1,76 @@
+"""The picture of an adapter's singular values against the rank in use, one panel for each projection."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import FigureBase
+from matplotlib.ticker import MaxNLocator
+
+from .canvas import Picture, labels
+from .conclusions import half_text, held_text, median_share, on_spectra
+from .updates import Updates
+
+ACROSS = 4  # panels in a row
+MOST_PANELS = 12
+LONGEST = 24  # characters of a panel's name
+MOST_MARKERS = 16  # on a line
+LINE, BAND = "#00429d", "#b9cbe4"
+PANEL, FRAME = 1.5, 0.85  # inches of a row of panels, and of all around them
+
+
+def spectra_picture(updates: Updates) -> Picture:
+    """Return singular values over the largest: the median and the range of a projection's layers."""
+    by_projection: dict[str, list[tuple[float, ...]]] = {}
+    for (projection, _), names in updates.cells.items():
+        spectra = (spectrum for name in names for spectrum in updates.layers[name].spectra)
+        by_projection.setdefault(projection, []).extend(spectra)
+    largest_first = sorted(by_projection, key=lambda name: -_energy(by_projection[name]))[:MOST_PANELS]
+    shown = [name for name in by_projection if name in largest_first]
+    rows = math.ceil(len(shown) / ACROSS)
+
+    def draw(figure: FigureBase) -> None:
+        panels = list(figure.subplots(rows, min(ACROSS, len(shown)), squeeze=False, sharey=True).flat)
+        for axes, name, label in zip(panels, shown, labels(shown, LONGEST), strict=False):
+            _draw_panel(axes, label, by_projection[name])
+        for axes in panels[len(shown) :]:
+            axes.set_axis_off()
+        hidden = len(by_projection) - len(shown)
+        more = f"the {len(shown)} largest of {len(by_projection)} projections; " if hidden else ""
+        figure.supxlabel(
+            f"{more}direction, up to r; line: median of the layers, band: all; dashed: half of r", fontsize=9
+        )
+        figure.supylabel("singular value / largest", fontsize=9)
+
+    return Picture(on_spectra(updates), FRAME + PANEL * rows, draw)
+
+
+def _energy(spectra: Sequence[tuple[float, ...]]) -> float:
+    energy = math.fsum(value**2 for spectrum in spectra for value in spectrum)
+    return energy if math.isfinite(energy) else math.inf
+
+
+def _draw_panel(axes: Axes, label: str, spectra: Sequence[tuple[float, ...]]) -> None:
+    rank = max(map(len, spectra))
+    axes.set_ylim(0, 1.08)
+    axes.set_yticks([0, 0.5, 1])
+    axes.set_xlim(0.5, rank + 0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
+    finite = [spectrum for spectrum in spectra if max(spectrum) > 0 and all(map(math.isfinite, spectrum))]
+    share = median_share(finite)
+    held = f"{half_text(sorted(set(map(len, finite))))} hold {held_text(share)}" if math.isfinite(share) else ""
+    axes.set_title(f"{label}\n{held}", loc="left", fontsize=8)
+    if not finite:
+        axes.text(0.5, 0.5, "zero or not finite", transform=axes.transAxes, ha="center", va="center", color="0.35")
+        return
+    table = np.full((len(finite), rank), np.nan)
+    for row, spectrum in zip(table, finite, strict=True):
+        row[: len(spectrum)] = np.array(spectrum) / max(spectrum)
+    directions = np.arange(1, rank + 1)
+    axes.fill_between(directions, np.nanmin(table, 0), np.nanmax(table, 0), color=BAND, linewidth=0)
+    axes.plot(directions, np.nanmedian(table, 0), color=LINE, marker="o" if rank <= MOST_MARKERS else "", markersize=3)
+    if rank > 1:
+        axes.axvline((rank + 1) // 2 + 0.5, color="0.35", linestyle="--", linewidth=0.9)

@@ -1,0 +1,141 @@
+"""What an adapter adds to each weight, measured from the small factors: norms, singular values, cosines."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from ..adapter.adapter import Adapter, cosine, scaled_pairs
+from ..errors import LoRAError
+from ..files.safetensors import CHUNK
+from ..nn.low_rank import singular_values
+from .layout import Cell, cells
+
+
+@dataclass(frozen=True)
+class Update:
+    """What is added to the weight of one layer or parameter: s * B @ A, in float64."""
+
+    rank: int  # r
+    spectra: tuple[tuple[float, ...], ...]  # r singular values of each part, expert or matrix, largest first
+    weight_norm: float | None = None  # Frobenius norm of the weight, where that is known
+
+    @property
+    def norm(self) -> float:
+        """The Frobenius norm."""
+        return math.hypot(*(value for spectrum in self.spectra for value in spectrum))
+
+
+@dataclass(frozen=True)
+class Updates:
+    """What an adapter adds to each weight.
+
+    Attributes:
+        source: where the adapter is from, in few words.
+        adapter: the adapter itself.
+        layers: by name.
+        scaled: s is known; else it counts as 1.
+    """
+
+    source: str
+    adapter: Adapter
+    layers: Mapping[str, Update]
+    scaled: bool = True
+
+    @property
+    def relative(self) -> bool:
+        """Whether the norms of the weights are known."""
+        return all(update.weight_norm is not None for update in self.layers.values())
+
+    @cached_property
+    def cells(self) -> dict[Cell, list[str]]:
+        """The names of the layers in each cell of a picture."""
+        return cells(self.layers)
+
+    def norms(self, *, relative: bool) -> dict[Cell, float]:
+        """Return the norm of what is added in each cell, of several layers together, or that over their weights'."""
+        return {cell: self._norm([self.layers[name] for name in names], relative) for cell, names in self.cells.items()}
+
+    def _norm(self, updates: Iterable[Update], relative: bool) -> float:
+        updates = list(updates)
+        norm = math.hypot(*(update.norm for update in updates))
+        if not relative:
+            return norm
+        weights = math.hypot(*(update.weight_norm or 0.0 for update in updates))
+        return norm / weights if weights else (math.inf if norm else 0.0)
+
+
+def measure(source: str, adapter: Adapter, weight_norms: Mapping[str, float] | None = None) -> Updates:
+    """Measure what an adapter adds to each weight; B @ A is never built.
+
+    Args:
+        source: where it is from: a path, or a few words.
+        adapter: of which the factors are read.
+        weight_norms: of each layer's weight, by the adapter's names.
+
+    Raises:
+        LoRAError: there is no layer with A and B.
+    """
+    refuse_empty(source, adapter)
+    layers = {}
+    for name, rank in adapter.ranks().items():
+        spectra = (singular_values(left, right).tolist() for left, right in scaled_pairs(adapter, name))
+        layers[name] = Update(rank, tuple(map(tuple, spectra)), (weight_norms or {}).get(name))
+    return Updates("/".join(Path(source).parts[-2:]), adapter, layers, scaled=bool(adapter.scalings))
+
+
+def refuse_empty(source: str, adapter: Adapter) -> None:
+    """Raise LoRAError where an adapter has no layer with A and B."""
+    if not adapter.layers():
+        found = "rows of tables alone, which are no low-rank updates" if adapter.rows() else "no lora_A"
+        raise LoRAError(f"plot: {source} holds {found}; there is nothing to draw.")
+
+
+def sum_of_squares(tensor: torch.Tensor) -> float:
+    """Return it in float64, a block at a time."""
+    dtype = torch.float32 if tensor.device.type == "mps" else torch.float64
+    return math.fsum(float(part.to(dtype).square().sum()) for part in torch.split(tensor.reshape(-1), CHUNK))
+
+
+def cosines(first: Updates, second: Updates) -> dict[Cell, float]:
+    """Return the cosine between two adapters' updates in each cell that both have; NaN where there is none.
+
+    Of several layers in a cell it is that of all their values as one vector. There is none where one of the two is
+    zero, or where a layer has other parts or another shape.
+    """
+    found = {}
+    for cell, names in first.cells.items():
+        shared = [name for name in names if name in second.layers]
+        if shared:
+            found[cell] = _joint_cosine(first, second, shared)
+    return found
+
+
+def _joint_cosine(first: Updates, second: Updates, names: list[str]) -> float:
+    try:
+        inner = [
+            value * first.layers[name].norm * second.layers[name].norm
+            for name in names
+            if not math.isnan(value := cosine(first.adapter, second.adapter, name))
+        ]
+    except ValueError:
+        return math.nan
+    norms = [math.hypot(*(each.layers[name].norm for name in names)) for each in (first, second)]
+    return math.fsum(inner) / math.prod(norms) if inner and all(norms) else math.nan
+
+
+def half_share(spectrum: tuple[float, ...]) -> float:
+    """Return the share of the squared norm that the larger half of the directions holds, of r rounded up.
+
+    1 where all others are zero, about 1/2 where all r are alike. NaN of a zero update and of one that is not finite.
+    """
+    largest = max(spectrum)
+    if not largest or not math.isfinite(largest):
+        return math.nan
+    energies = [(value / largest) ** 2 for value in spectrum]
+    return math.fsum(energies[: (len(energies) + 1) // 2]) / math.fsum(energies)

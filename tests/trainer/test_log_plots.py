@@ -1,0 +1,125 @@
+"""LoRACallback(log_plots=True): pictures in loggers that take figures, when fit ends."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger, Logger
+
+from lightning_lora import LoRACallback, LoRAError
+from lightning_lora.plot import pictures
+from support.notices import lightning_logger
+from support.runs import lora
+from support.training import Data, Net, make_trainer
+
+
+class Board:
+    """As TensorBoard's writer."""
+
+    def __init__(self) -> None:
+        self.figures: list[tuple[str, Any, int]] = []
+
+    def add_figure(self, tag: str, figure: Any, global_step: int, close: bool = True) -> None:
+        self.figures.append((tag, figure, global_step))
+
+
+class Figures(Logger):
+    """A logger that takes figures."""
+
+    name, version = "figures", 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experiment = Board()
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def log_metrics(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+def fit(path: Path, callback: LoRACallback, *loggers: Logger, net: Net | None = None) -> Net:
+    net = net or Net()
+    make_trainer(path, callback, logger=list(loggers), max_epochs=1).fit(net, Data())
+    return net
+
+
+def test_heat_map_and_spectra_of_the_trained_adapter_are_added_at_the_last_step(tmp_path: Path):
+    logger = Figures()
+    net = fit(tmp_path, lora(log_plots=True), logger, CSVLogger(tmp_path))
+    (norms, figure, step), (spectra, _, _) = logger.experiment.figures
+    assert (norms, spectra, step) == ("lora/norms", "lora/spectra", net.trainer.global_step)
+    layer = net.get_submodule("body.3").requires_grad_(False)
+    share = 100 * float((layer.lora.spec.scaling * layer.lora_B @ layer.lora_A).norm() / layer.weight.norm())
+    shown = figure.axes[0].images[0].get_array()
+    assert share > 0
+    assert float(shown[0, 1]) == pytest.approx(share, rel=1e-5)
+
+
+def test_nothing_is_drawn_by_default(tmp_path: Path):
+    logger = Figures()
+    fit(tmp_path, lora(), logger)
+    assert logger.experiment.figures == []
+
+
+def test_a_hint_is_given_where_no_logger_takes_figures(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.INFO, lightning_logger()):
+        fit(tmp_path, lora(log_plots=True), CSVLogger(tmp_path))
+    (hint,) = [message for message in caplog.messages if "log_plots" in message]
+    assert hint == (
+        "LoRACallback: log_plots: no logger of this Trainer takes figures, as TensorBoardLogger does; "
+        "plot_adapter(model, output='adapter.png') draws them."
+    )
+
+
+class Diverges(Net):
+    """Its adapters are NaN at the end."""
+
+    def on_train_end(self) -> None:
+        with torch.no_grad():
+            self.body[3].lora_B.fill_(float("nan"))
+
+
+def test_a_diverged_run_ends_with_a_picture_that_names_the_layer(tmp_path: Path):
+    logger = Figures()
+    fit(tmp_path, lora(log_plots=True, save="adapter"), logger, net=Diverges())
+    assert logger.experiment.figures[0][1].get_suptitle() == "1 update of 3 not finite, first body of layer 3"
+
+
+def test_what_cannot_be_measured_is_a_warning_and_the_fit_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fails(module: Any) -> Any:
+        raise LoRAError("nothing to draw")
+
+    monkeypatch.setattr("lightning_lora.trainer.log_plots.updates_of_model", fails)
+    with pytest.warns(UserWarning, match="LoRACallback: log_plots: nothing to draw"):
+        fit(tmp_path, lora(log_plots=True), Figures())
+
+
+def test_a_missing_matplotlib_is_refused_before_training(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(pictures, "find_spec", lambda name: None)
+    with pytest.raises(
+        LoRAError, match=r"LoRACallback\(log_plots=True\): needs matplotlib; install lightning-lora\[plot"
+    ):
+        LoRACallback(log_plots=True)
+
+
+def test_log_plots_is_true_or_false():
+    with pytest.raises(LoRAError, match="LoRACallback: log_plots must be true or false, but it is 3"):
+        LoRACallback(log_plots=3)  # type: ignore[arg-type]
+
+
+def test_tensorboard_holds_both_pictures(tmp_path: Path):
+    pytest.importorskip("tensorboard")
+    from lightning.pytorch.loggers import TensorBoardLogger
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logger = TensorBoardLogger(tmp_path)
+    fit(tmp_path, lora(log_plots=True), logger)
+    events = EventAccumulator(logger.log_dir)
+    events.Reload()
+    assert events.Tags()["images"] == ["lora/norms", "lora/spectra"]
