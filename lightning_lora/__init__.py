@@ -9,6 +9,7 @@ from .model.data_start import initialize_from_data, redistribute_ranks
 from .model.inject import disable_adapter, inject, merge_and_unload, unload
 from .model.merging import is_merged, merge, merged, unmerge
 from .model.state_dict import adapter_state_dict, merged_state_dict
+from .model.statistics import adapter_stats
 from .model.summary import summary
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ __all__ = [  # without LoRACLI, which needs the extra `cli`
     "LoRAConfig",
     "LoRAError",
     "adapter_state_dict",
+    "adapter_stats",
     "disable_adapter",
     "initialize_from_data",
     "inject",

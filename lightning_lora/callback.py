@@ -64,6 +64,7 @@ from .trainer.precision import (
     refuse_late_conversion,
     refuse_unloadable,
 )
+from .trainer.statistics import StatisticsLog
 from .trainer.step_lists import StepLists
 from .trainer.strategies import prepare_strategy
 
@@ -94,6 +95,8 @@ class LoRACallback(Callback):
             save="merged" and merge_after_fit.
         log_plots: when fit ends, add pictures of the adapter to TensorBoard: norms of its updates and their singular
             values, see plot_adapter. Needs the extra `plot`.
+        log_stats: at every so many optimizer steps, log statistics of the adapter by groups of layers: norm, effective
+            rank, gradients, cosine to the last ones, and what merging takes; 0 logs none. See adapter_stats.
         verbose: at fit start, show the summary, and explain Lightning's warning of modules in eval mode. Warnings of
             this package's own do not depend on it.
         r: rank of A (r, in) and B (out, r).
@@ -136,6 +139,7 @@ class LoRACallback(Callback):
         merge_after_fit: bool = False,
         dequantize: str | torch.dtype | None = None,
         log_plots: bool = False,
+        log_stats: int = 0,
         verbose: bool = True,
         r: int = 8,
         lora_alpha: float = 8,
@@ -163,6 +167,8 @@ class LoRACallback(Callback):
         for name in ("merged_eval", "verify", "merge_after_fit", "log_plots", "verbose"):
             if not isinstance(options[name], bool):
                 raise LoRAError(f"LoRACallback: {name} must be true or false, but it is {options[name]!r}.")
+        if not isinstance(log_stats, int) or isinstance(log_stats, bool) or log_stats < 0:
+            raise LoRAError(f"LoRACallback: log_stats must be a whole number from 0, but it is {log_stats!r}.")
         self.config = _one_config(config, {field.name: options[field.name] for field in fields(LoRAConfig)})
         self.merged_eval = merged_eval
         self.save = save
@@ -171,6 +177,7 @@ class LoRACallback(Callback):
         self.merge_after_fit = merge_after_fit
         self.dequantize = dequantize
         self.log_plots = log_plots
+        self.log_stats = log_stats
         self.verbose = verbose
         if log_plots:
             require_matplotlib("LoRACallback(log_plots=True)")
@@ -183,6 +190,7 @@ class LoRACallback(Callback):
         self._verified = False
         self._fits = Fits()
         self._logged = LoggedOptions()
+        self._statistics = StatisticsLog(log_stats)
 
     def __repr__(self) -> str:
         parameters = inspect.signature(LoRACallback).parameters
@@ -241,6 +249,7 @@ class LoRACallback(Callback):
         if injected is not None and trainer.loggers:
             options = as_hyperparameters(injected.record.config, save=self.save, merged_eval=self.merged_eval)
             self._logged.add(pl_module, options)
+        self._statistics.begin(trainer, pl_module)
         if self.verbose:
             _show_summary(pl_module)
 
@@ -258,20 +267,24 @@ class LoRACallback(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that the strategy's setup, or a hook, has not replaced adapted layers; let the bar say "merged"."""
+        self._statistics.take_back(trainer)
         refuse_replaced_layers(pl_module, "LoRACallback")
         describe_as_merged(trainer, self.merged_eval and not is_merged_for_good(pl_module))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """Unmerge what is merged, and let dropout act in layers that Lightning keeps in eval mode."""
+        self._statistics.take_back(trainer)
         lists = self._step_lists(pl_module)
         if lists.is_merged():
             unmerge(pl_module)
             self._merged.discard(pl_module)
         lists.override_dropout(True)
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
-        """Record the initial value of every base parameter that became trainable since the last step."""
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """Record the initial value of every base parameter that became trainable since the last step; log_stats."""
         self._step_lists(pl_module).record_trainable()
+        if self.log_stats:
+            self._statistics.log(trainer, pl_module, optimizer)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """Let dropout follow each layer's own mode again; after the first batch, warn of what it did not train."""
@@ -307,6 +320,10 @@ class LoRACallback(Callback):
         if injected is not None and injected.record.save is None:
             save_as(pl_module, self.save, self.dequantize)
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take back what was logged at the last step."""
+        self._statistics.take_back(trainer)
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note that the fit came to its end; draw the adapter."""
         self._fits.end(pl_module)
@@ -318,6 +335,7 @@ class LoRACallback(Callback):
         explain_merged_training(exception, pl_module)
         self._leave(pl_module)
         describe_as_merged(trainer, False)
+        self._statistics.end(pl_module)
         self._fits.forget(pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -327,6 +345,8 @@ class LoRACallback(Callback):
         """
         self._leave(pl_module)
         stop_adapting(pl_module)
+        if stage == "fit":
+            self._statistics.end(pl_module)
         if stage == "fit" and launches(trainer) and find_injection(pl_module) is not None:
             export_state(pl_module)
         if stage == "fit" and self._fits.close(pl_module) and self.merge_after_fit:
@@ -340,7 +360,8 @@ class LoRACallback(Callback):
         if self.merged_eval and not self._step_lists(pl_module).is_merged():
             self._merged.add(pl_module)  # first, because Ctrl-C is raised when merging is complete
             try:
-                merge(pl_module)
+                with self._statistics.watch_merge(pl_module):
+                    merge(pl_module)
             except NonFiniteError as error:
                 if trainer.state.fn != "fit":
                     raise

@@ -67,6 +67,29 @@ class MergeError(_RatioOfNorms):
         return {"max": self.largest, "relative": self._ratio()}
 
 
+class StepStatistic(Metric):
+    """A number that every rank knows at a step: called with it, returns it; computes the mean of all since a reset."""
+
+    is_differentiable = False
+    higher_is_better = None
+    full_state_update = False
+    total: torch.Tensor
+    count: torch.Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        for name in ("total", "count"):
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, value: float) -> None:
+        """Add the number of a step."""
+        self.total, self.count = self.total + value, self.count + 1
+
+    def compute(self) -> torch.Tensor:
+        """Return a scalar; ranks that added the same do not change it."""
+        return self.total / self.count
+
+
 class LayerUse(Metric):
     """In how many processes each layer ran, and in how many its adapter changed the output."""
 

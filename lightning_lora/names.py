@@ -110,6 +110,21 @@ def parameter_factor_name(parameter: str, factor: str) -> str:
     return f"{factor}_{parameter}"
 
 
+def factor_role(name: str) -> str:
+    """Return what a parameter of an adapter is in it: "A", "B" or "rows"."""
+    split = split_factor_name(name)
+    return (split[1] if split else name).removeprefix("lora_")
+
+
+def group_name(name: str) -> str:
+    """Return what an adapted layer is grouped by: the last segment of its name, and numbers after it as *."""
+    segments, numbers = name.split("."), 0
+    while numbers < len(segments) - 1 and segments[-1 - numbers].isdigit():
+        numbers += 1
+    last = segments[len(segments) - 1 - numbers]
+    return ".".join(["*" if last.isdigit() else last or "(the model)", *["*"] * numbers])
+
+
 def derives_from(module: object, name: str, packages: Collection[str]) -> bool:
     """Return whether an object's class comes from one of this name in these packages, which are not imported."""
     classes = ((cls.__name__, cls.__module__.partition(".")[0]) for cls in type(module).__mro__)

@@ -28,7 +28,7 @@ def adapted(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, LoRALayer)]
 
 
-def test_options_are_those_of_the_config_and_six_of_its_own():
+def test_options_are_those_of_the_config_and_eight_of_its_own():
     whole, *ours = inspect.signature(LoRACallback).parameters.values()
     assert (whole.name, whole.kind) == ("config", inspect.Parameter.VAR_POSITIONAL)  # unseen by YAML and --help
     ours = {parameter.name: parameter for parameter in ours}
@@ -41,6 +41,7 @@ def test_options_are_those_of_the_config_and_six_of_its_own():
         "merge_after_fit": False,
         "dequantize": None,
         "log_plots": False,
+        "log_stats": 0,
         "verbose": True,
     }
     assert list(ours) == [*own, *config]
@@ -106,6 +107,8 @@ def test_callback_with_a_wrong_config_value_is_refused_at_once(options: dict[str
         ({"save": "adapters"}, r"save must be one of adapter, merged, full, but it is 'adapters'"),
         ({"merged_eval": "no"}, r"merged_eval must be true or false, but it is 'no'"),
         ({"verbose": 1}, r"verbose must be true or false, but it is 1"),
+        ({"log_stats": -1}, r"log_stats must be a whole number from 0, but it is -1"),
+        ({"log_stats": True}, r"log_stats must be a whole number from 0, but it is True"),
     ],
 )
 def test_callback_with_a_wrong_own_option_is_refused_at_once(options: dict[str, Any], message: str):

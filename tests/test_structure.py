@@ -46,6 +46,7 @@ PUBLIC = {
     "disable_adapter",
     "merge_and_unload",
     "adapter_state_dict",
+    "adapter_stats",
     "merged_state_dict",
     "save_adapter",
     "save_merged",

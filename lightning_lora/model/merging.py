@@ -180,11 +180,12 @@ def _unmerge_all(layers: Mapping[str, AdaptedWeights]) -> None:
 
 
 class _Fidelity:
-    """Measures, once for each 16-bit layer, what rounding W' costs, and reports it."""
+    """Measures what rounding W' to 16 bits costs: of each layer once, or at each merge where the record says so."""
 
     def __init__(self, layers: Iterable[AdaptedWeights], sync: RankSync) -> None:
-        in_16_bits = (layer for layer in layers if layer.main_weight().dtype in HALF)
-        self.layers = {layer for layer in in_16_bits if not layer.lora.rounding_reported}
+        in_16_bits = [layer for layer in layers if layer.main_weight().dtype in HALF]
+        self.unreported = [layer for layer in in_16_bits if not layer.lora.rounding_reported]
+        self.layers = {*self.unreported, *(layer for layer in in_16_bits if layer.lora.injection.measures_rounding)}
         self.sync = sync
         self.metrics: dict[float, MergeFidelity] = {}  # by the share that a rank's shard has in the ranks' sum
 
@@ -201,7 +202,7 @@ class _Fidelity:
         return self.metrics[share].update
 
     def report(self) -> None:
-        """Log the share of the adapter that rounding loses, unless B is still zero everywhere. Collective."""
+        """Note and log the share of the adapter that rounding loses, unless B is still zero everywhere. Collective."""
         if not self.layers:
             return
         sums = [torch.stack([metric.error, metric.reference]) * share for share, metric in self.metrics.items()]
@@ -209,9 +210,11 @@ class _Fidelity:
         error, delta = self.sync.total(on_this_rank).tolist()
         if not delta > 0:
             return
-        for layer in self.layers:
-            layer.lora.rounding_reported = True
         lost = math.sqrt(error / delta)
+        for layer in self.layers:
+            layer.lora.rounding_reported, layer.lora.injection.rounding = True, lost
+        if not self.unreported:
+            return
         message = f"merged 16-bit weights: rounding costs {lost:.1%} of the adapter's norm"
         log.info(message)
         if lost > WORST_FIDELITY:

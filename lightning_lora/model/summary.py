@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..distributed.sharding import local
-from ..names import listed, uncompiled
+from ..names import group_name, listed, uncompiled
 from ..nn.lora_layer import AdaptedWeights, Swapped, adapted_layers
 from ..nn.quantised import shape_of
 from ..units import size_text
@@ -206,9 +206,9 @@ def _group(layers: Mapping[str, AdaptedWeights]) -> tuple[LayerGroup, ...]:
     for name, layer in layers.items():
         spec, holder = layer.lora.spec, layer.lora_holder
         kind = holder.lora_base.__name__ if isinstance(holder, Swapped) else type(holder).__name__
-        key = (_ending(name), kind, spec.r, spec.alpha)
+        key = (group_name(name), kind, spec.r, spec.alpha)
         if spec.rows:
-            key = (_ending(name), f"{kind}, {_counted(len(spec.rows), 'row')}", 0, 0.0)
+            key = (group_name(name), f"{kind}, {_counted(len(spec.rows), 'row')}", 0, 0.0)
         sizes.setdefault(key, []).append(sum(factor.numel() for factor in layer.factors()))
     return tuple(
         LayerGroup(name, kind, len(of_group), r, alpha, sum(of_group))
@@ -218,15 +218,6 @@ def _group(layers: Mapping[str, AdaptedWeights]) -> tuple[LayerGroup, ...]:
 
 def _rank_and_alpha(group: LayerGroup) -> tuple[str, str]:
     return (str(group.r), f"{group.alpha:g}") if group.r else ("", "")
-
-
-def _ending(name: str) -> str:
-    """Return the last segment of a name, and what comes after it where that is numbers, as *."""
-    segments, numbers = name.split("."), 0
-    while numbers < len(segments) - 1 and segments[-1 - numbers].isdigit():
-        numbers += 1
-    last = segments[len(segments) - 1 - numbers]
-    return ".".join(["*" if last.isdigit() else last or "(the model)", *["*"] * numbers])
 
 
 def _left_out(reasons: Mapping[str, str], base: Mapping[str, nn.Parameter], total: int) -> tuple[LeftOut, ...]:

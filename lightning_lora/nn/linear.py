@@ -98,6 +98,9 @@ class LoRAQuantisedLinear(LoRALinear):
         values = {name: cast(nn.Parameter, dequantised(self, name)) for name in weights}
         return super().compute_dense_weights(values)
 
+    def base_values(self, name: str) -> torch.Tensor:
+        return dequantised(self, name)
+
     def merged_copies(self, weights: Mapping[str, torch.Tensor], blocks: Blocks) -> dict[str, torch.Tensor]:
         """Return W' in the dtype of the dequantised weights."""
         return {name: merged_weight(dequantised(self, name), blocks[name], self.lora.spec.scaling) for name in blocks}

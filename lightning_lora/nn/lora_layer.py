@@ -234,6 +234,11 @@ class AdaptedWeights:
         blocks = self.low_rank_blocks(factor_a, factor_b)
         return {name: self.crop_to_shard(blocks[name], weights[name]) for name in blocks}
 
+    def whole_blocks(self, *factors: torch.Tensor) -> list[LowRankBlock]:
+        """Return what factors add to the adapted weights, without the scaling. Collective where they are sharded."""
+        blocks = self.low_rank_blocks(*map(full_tensor, factors))
+        return [block for of_weight in blocks.values() for block in of_weight]
+
     def crop_to_shard(self, blocks: list[LowRankBlock], weight: torch.Tensor) -> list[LowRankBlock]:
         """Return the parts of a weight's blocks that fall on this rank's shard of it."""
         if not is_sharded(weight):
@@ -324,6 +329,10 @@ class AdaptedWeights:
             return weight
         shard = local(weight)
         return from_local_like(restored_weight(self.as_matrix(shard), record).view(shard.shape), weight)
+
+    def base_values(self, name: str) -> torch.Tensor:
+        """Return this rank's shard of a weight without the adapter, detached; of a quantised one its values."""
+        return local(self.original(name))
 
     def portable_state(self) -> LayerState:
         """Return the state with plain copies for restoring, because another machine may compute other last bits."""

@@ -252,6 +252,58 @@ def singular_values(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return values
 
 
+class Stack(NamedTuple):
+    """Blocks of one shape, one behind the other: left (n, m, k) and right (n, k, c), float64 (on mps float32)."""
+
+    left: torch.Tensor
+    right: torch.Tensor
+
+    def grams(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return left.T @ left and right @ right.T of each block, (n, k, k)."""
+        return self.left.mT @ self.left, self.right @ self.right.mT
+
+
+def stack_blocks(blocks: Sequence[LowRankBlock]) -> list[Stack]:
+    """Return blocks of any shapes as stacks, one for each shape, in order of the first block of each."""
+    shapes: dict[tuple[torch.Size, torch.Size], list[LowRankBlock]] = {}
+    for block in blocks:
+        shapes.setdefault((block.left.shape, block.right.shape), []).append(block)
+    return [Stack(_stacked([b.left for b in each]), _stacked([b.right for b in each])) for each in shapes.values()]
+
+
+def inner_product(first: Sequence[Stack], second: Sequence[Stack]) -> torch.Tensor:
+    """Return the sum of products of the elements of two matrices, scalar: sum((L1.T @ L2) * (R1 @ R2.T)).
+
+    The matrices are never built. The blocks of one lie where those of the other do.
+    """
+    products = [((a.left.mT @ b.left) * (a.right @ b.right.mT)).sum() for a, b in zip(first, second, strict=True)]
+    return torch.stack(products).sum()
+
+
+def singular_values_of_grams(left_gram: torch.Tensor, right_gram: torch.Tensor) -> torch.Tensor:
+    """Return the singular values of left @ right, (n, k), from the factors' Gram matrices; they ascend.
+
+    These are the roots of the eigenvalues of left_gram @ right_gram, off by 1e-8 of the largest value that they could
+    have. QR decompositions of the factors would be exact to 1e-16, and take several times as long. NaN where a Gram
+    matrix is not finite.
+
+    Args:
+        left_gram: left.T @ left of each product, (n, k, k), float64.
+        right_gram: right @ right.T of each product, the same.
+    """
+    finite = (left_gram.isfinite() & right_gram.isfinite()).all(-1).all(-1)
+    left_gram, right_gram = (torch.where(finite[:, None, None], gram, 0.0) for gram in (left_gram, right_gram))
+    values, vectors = torch.linalg.eigh(right_gram)
+    root = vectors * values.clamp(min=0).sqrt().unsqueeze(-2)
+    squares = torch.linalg.eigvalsh(root.mT @ left_gram @ root)
+    return torch.where(finite[:, None], squares.clamp(min=0).sqrt(), math.nan)
+
+
+def _stacked(matrices: Sequence[torch.Tensor]) -> torch.Tensor:
+    stack = matrices[0].detach().unsqueeze(0) if len(matrices) == 1 else torch.stack([m.detach() for m in matrices])
+    return stack.to(torch.float32 if stack.device.type == "mps" else torch.float64)  # mps has no float64
+
+
 def _separate(enabled: Enabled) -> list[str]:
     """The names of the weights of q, k and v that are adapted."""
     return [name for name, on in zip(SEPARATE, enabled or (True, True, True), strict=True) if on]

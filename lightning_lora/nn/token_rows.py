@@ -107,6 +107,10 @@ class TokenRows(AdaptedWeights):
         rows = full_tensor(factors[0])[:, columns]
         return {WEIGHT: row_blocks(local(weights[WEIGHT]), self.lora.spec.rows, rows, lines.start)}
 
+    def whole_blocks(self, *factors: torch.Tensor) -> list[LowRankBlock]:
+        before = rows_of(self.original(WEIGHT), self.lora.spec.rows)
+        return row_blocks(before, range(len(before)), full_tensor(factors[0]))
+
     def compute_dense_weights(self, weights: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
         self.note_segment()
         table, weight = self.tables[0], weights[WEIGHT]

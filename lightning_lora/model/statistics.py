@@ -1,0 +1,272 @@
+"""adapter_stats: how far a training has come with its adapters, by groups of layers, from the factors alone.
+
+D = s * B @ A is never built: its norm, its singular values and its product with an earlier D come from matrices of the
+rank's size, A @ A.T and B.T @ B.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import nn
+
+from ..distributed.rank_sync import RankSync
+from ..distributed.sharding import is_sharded, local, reshard_
+from ..names import factor_role, group_name, uncompiled
+from ..nn.lora_layer import AdaptedWeights, adapted_layers
+from ..nn.low_rank import inner_product, singular_values_of_grams, stack_blocks
+from .injection import require_injection
+
+
+@dataclass(frozen=True)
+class GroupStats:
+    """Statistics of the adapted layers whose names end alike, as summary groups them; D is what they add to W.
+
+    Attributes:
+        layers: how many they are.
+        norm: |D| / |W|, in Frobenius norms over all of them.
+        rank: the mean of the effective ranks of their D, each exp(-sum(p log p)) with the singular values over their
+            sum as p (Roy & Vetterli, "The effective rank: a measure of effective dimensionality", EUSIPCO 2007): from 1
+            to r, and 0 where D is zero. Of a stack of experts and of the parts of a fused projection each counts by
+            itself. None for trained rows of a table.
+        gradients: norms of the gradients by what they belong to, "A", "B" or "rows"; without those that have none.
+        cosine: of the angle between D and an earlier one, both over all layers; None without an earlier one, or
+            where either is zero.
+    """
+
+    layers: int
+    norm: float
+    rank: float | None
+    gradients: Mapping[str, float]
+    cosine: float | None
+
+    def to_dict(self) -> dict[str, float]:
+        """Return what is known, by the names that loggers are given: norm, rank, grad_A, grad_B, cosine."""
+        gradients = {f"grad_{role}": norm for role, norm in self.gradients.items()}
+        values = {"norm": self.norm, "rank": self.rank, **gradients, "cosine": self.cosine}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+class WeightSquares(NamedTuple):
+    """The sum of squares of this rank's part of a weight, scalar, and the state of the weight that it is of."""
+
+    weight: weakref.ref[nn.Parameter]
+    version: int | None
+    squares: torch.Tensor
+
+    def is_of(self, weight: nn.Parameter) -> bool:
+        """Return whether it is that of a frozen weight still; what is written through `.data` cannot be seen."""
+        same = self.weight() is weight and self.version is not None and self.version == _version(weight)
+        return same and not weight.requires_grad
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What is kept of an adapted layer, to compare it with itself later."""
+
+    factors: tuple[torch.Tensor, ...]  # copies, sharded as the factors are
+    squares: float  # of D
+    weights: Mapping[str, WeightSquares]
+
+
+@dataclass(frozen=True)
+class AdapterStats:
+    """Statistics by group, as plain types, and what a later call needs to compare with."""
+
+    groups: Mapping[str, GroupStats]
+    snapshots: Mapping[str, Snapshot] = field(default_factory=dict, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"groups": self.groups, "snapshots": {}}
+
+
+@dataclass
+class _Measured:
+    """Of one layer: scalars and Gram matrices, first where the factors are, then on the CPU."""
+
+    values: dict[str, torch.Tensor]  # squares, and the product with the earlier D
+    grams: list[tuple[torch.Tensor, torch.Tensor]]
+    partial: dict[str, torch.Tensor]  # squares of W and of gradients, to be summed over the ranks
+    without_gradient: set[str]  # roles of factors
+    weights: dict[str, WeightSquares]
+
+
+def adapter_stats(model: nn.Module, previous: AdapterStats | None = None) -> AdapterStats:
+    """Measure the adapters of a model, and the gradients that are there. The model is not changed.
+
+    Collective: every rank of a sharded model calls this. All ranks get the same numbers.
+
+    Args:
+        model: any module that holds all adapted layers, merged or not.
+        previous: what an earlier call returned, for `cosine`. The norm of a frozen weight is then taken from it, unless
+            the weight was replaced or written to since, merging included. It holds a copy of the factors.
+
+    Returns:
+        `groups`, by what the layers' names end in: a GroupStats each, NaN where a factor holds one.
+
+    Raises:
+        LoRAError: the model was not injected.
+    """
+    model = uncompiled(model)
+    require_injection(model, "adapter_stats")
+    reshard_(model)
+    return layer_stats(adapted_layers(model), previous.snapshots if previous else {})
+
+
+def layer_stats(layers: Mapping[str, AdaptedWeights], previous: Mapping[str, Snapshot]) -> AdapterStats:
+    """Measure some adapted layers, by name, of which the shards are in place; see adapter_stats. Collective."""
+    with torch.inference_mode(False), torch.no_grad():
+        sync = RankSync(t for each in layers.values() for t in (*each.factors(), *each.adapted_weights().values()))
+        measured = {name: _measure(layer, previous.get(name), sync) for name, layer in layers.items()}
+        _to_cpu(measured.values())
+        _sum_over_ranks(measured.values(), sync)
+        groups: dict[str, list[str]] = {}
+        for name in layers:
+            groups.setdefault(group_name(name), []).append(name)
+        return AdapterStats(
+            {
+                group: _group_stats({name: measured[name] for name in names}, previous)
+                for group, names in groups.items()
+            },
+            {name: _snapshot(layer, measured[name]) for name, layer in layers.items()},
+        )
+
+
+def effective_rank(values: torch.Tensor) -> torch.Tensor:
+    """Return exp(-sum(p log p)) with p = values / sum(values), over the last dimension; 0 where all are zero."""
+    total = values.sum(-1, keepdim=True)
+    shares = values / torch.where(total == 0, 1.0, total)
+    return torch.where(total[..., 0] == 0, 0.0, torch.exp(-torch.special.xlogy(shares, shares).sum(-1)))
+
+
+def _measure(layer: AdaptedWeights, before: Snapshot | None, sync: RankSync) -> _Measured:
+    factors, square = layer.factors(), layer.lora.spec.scaling**2
+    stacks = stack_blocks(layer.whole_blocks(*factors))
+    grams = [stack.grams() for stack in stacks]
+    values = {"squares": _sum((left * right).sum() for left, right in grams) * square}
+    if before is not None and _are_alike(before.factors, factors):
+        values["product"] = inner_product(stacks, stack_blocks(layer.whole_blocks(*before.factors))) * square
+    weights = _weight_squares(layer, before)
+    partial = {"W": _sum(w.squares * sync.share(cast(nn.Parameter, w.weight())) for w in weights.values())}
+    roles = dict(zip(map(factor_role, layer.factor_names()), factors, strict=True))
+    partial |= {role: _squares_of_gradient(factor, sync) for role, factor in roles.items()}
+    return _Measured(
+        values,
+        [] if layer.replaced_rows() else grams,
+        partial,
+        {role for role, factor in roles.items() if factor.grad is None},
+        weights,
+    )
+
+
+def _weight_squares(layer: AdaptedWeights, before: Snapshot | None) -> dict[str, WeightSquares]:
+    known = before.weights if before is not None else {}
+    return {
+        name: known[name]
+        if name in known and known[name].is_of(weight)
+        else WeightSquares(weakref.ref(weight), _version(weight), _squares(layer.base_values(name)))
+        for name, weight in layer.adapted_weights().items()
+    }
+
+
+def _squares_of_gradient(factor: nn.Parameter, sync: RankSync) -> torch.Tensor:
+    """Return this rank's part of the sum of squares of a gradient. Collective where that is a partial sum."""
+    gradient = factor.grad
+    if gradient is None:
+        return torch.zeros((), device=local(factor).device)
+    if is_sharded(gradient):
+        from ..distributed.tensor_parallel import sum_partials  # imports much, and is rarely needed
+
+        gradient = sum_partials(gradient)
+    return _squares(local(gradient)) * sync.share(gradient)
+
+
+def _squares(tensor: torch.Tensor) -> torch.Tensor:
+    norm: torch.Tensor = torch.linalg.vector_norm(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
+    return (norm if norm.device.type == "mps" else norm.double()).square()  # mps has no float64
+
+
+def _sum(values: Iterable[torch.Tensor]) -> torch.Tensor:
+    first, *others = values
+    return torch.stack([first, *(value.to(first.device) for value in others)]).sum()
+
+
+def _version(weight: nn.Parameter) -> int | None:
+    """Return a number that grows when a tensor is written to, or None where torch counts nothing."""
+    return None if weight.is_inference() else local(weight)._version
+
+
+def _are_alike(first: Iterable[torch.Tensor], second: Iterable[torch.Tensor]) -> bool:
+    pairs = zip(first, second, strict=True)
+    return all(a.shape == b.shape and a.device == b.device and is_sharded(a) == is_sharded(b) for a, b in pairs)
+
+
+def _to_cpu(measured: Iterable[_Measured]) -> None:
+    """Move all tensors to the CPU, those of a device together, because each transfer waits for the device."""
+    tensors = [t for m in measured for t in (*m.values.values(), *m.partial.values(), *_flat(m.grams))]
+    moved: dict[int, torch.Tensor] = {}
+    for device in {tensor.device for tensor in tensors}:
+        here = [tensor for tensor in tensors if tensor.device == device]
+        values = torch.cat([tensor.flatten() for tensor in here]).cpu().double()
+        parts = torch.split(values, [tensor.numel() for tensor in here])
+        moved |= {id(tensor): part.view(tensor.shape) for tensor, part in zip(here, parts, strict=True)}
+    for m in measured:
+        m.values = {name: moved[id(value)] for name, value in m.values.items()}
+        m.partial = {name: moved[id(value)] for name, value in m.partial.items()}
+        m.grams = [(moved[id(left)], moved[id(right)]) for left, right in m.grams]
+
+
+def _flat(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> list[torch.Tensor]:
+    return [tensor for pair in pairs for tensor in pair]
+
+
+def _sum_over_ranks(measured: Iterable[_Measured], sync: RankSync) -> None:
+    """Sum what each rank has a part of. Collective: one vector."""
+    totals = iter(sync.total(torch.stack([part for m in measured for part in m.partial.values()])).cpu())
+    for m in measured:
+        m.partial = {name: next(totals) for name in m.partial}
+
+
+def _group_stats(measured: Mapping[str, _Measured], previous: Mapping[str, Snapshot]) -> GroupStats:
+    layers = measured.values()
+    updates = sum(float(m.values["squares"]) for m in layers)
+    weights = sum(float(m.partial["W"]) for m in layers)
+    roles = dict.fromkeys(role for m in layers for role in m.partial if role != "W" and role not in m.without_gradient)
+    gradients = {role: math.sqrt(sum(float(m.partial[role]) for m in layers if role in m.partial)) for role in roles}
+    ranks = _ranks([pair for m in layers for pair in m.grams])
+    return GroupStats(
+        layers=len(measured),
+        norm=math.sqrt(updates / weights) if weights else math.nan,
+        rank=float(ranks.mean()) if len(ranks) else None,
+        gradients=gradients,
+        cosine=_cosine(measured, previous),
+    )
+
+
+def _ranks(grams: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """Return the effective rank of each product; those of one size are computed together."""
+    sizes: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    for pair in grams:
+        sizes.setdefault(pair[0].shape[-1], []).append(pair)
+    of_size = [tuple(map(torch.cat, zip(*pairs, strict=True))) for pairs in sizes.values()]
+    return torch.cat(
+        [torch.empty(0), *(effective_rank(singular_values_of_grams(left, right)) for left, right in of_size)]
+    )
+
+
+def _cosine(measured: Mapping[str, _Measured], previous: Mapping[str, Snapshot]) -> float | None:
+    compared = {name: m.values for name, m in measured.items() if "product" in m.values}
+    product = sum(float(values["product"]) for values in compared.values())
+    now = sum(float(values["squares"]) for values in compared.values())
+    then = sum(previous[name].squares for name in compared)
+    return product / (math.sqrt(now) * math.sqrt(then)) if now and then else None
+
+
+def _snapshot(layer: AdaptedWeights, measured: _Measured) -> Snapshot:
+    copies = tuple(factor.detach().clone() for factor in layer.factors())
+    return Snapshot(copies, float(measured.values["squares"]), measured.weights)

@@ -1,0 +1,309 @@
+"""log_stats: which columns loggers are given at which steps, with which numbers, and what it leaves alone."""
+
+from __future__ import annotations
+
+import csv
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from torch import nn
+
+from lightning_lora import LoRACallback, adapter_stats
+from lightning_lora.metrics import StepStatistic
+from lightning_lora.trainer import statistics
+from support.lightning_versions import PLAIN_TYPES_ONLY
+from support.runs import lora
+from support.training import Data, Net, make_trainer, weights
+
+GROUPS = {"body.N": ["body.0", "body.3"], "head": ["head"]}
+OF_GROUP = ("norm", "rank", "grad_A", "grad_B", "cosine")
+
+Rows = dict[int, dict[str, float]]  # columns of lora/ that are filled, by step
+
+
+def read(path: Path) -> Rows:
+    rows = csv.DictReader((path / "metrics.csv").read_text().splitlines())
+    filled = ((int(row["step"]), {k: float(v) for k, v in row.items() if v and k.startswith("lora/")}) for row in rows)
+    return {step: values for step, values in filled if values}
+
+
+def fit(path: Path, model: L.LightningModule, *callbacks: L.Callback, resume: Any = None, **options: Any) -> L.Trainer:
+    torch.manual_seed(0)
+    trainer = make_trainer(path, *callbacks, **{"logger": CSVLogger(path, name=None, version="")} | options)
+    trainer.fit(model, Data(), ckpt_path=resume, **(PLAIN_TYPES_ONLY if resume else {}))
+    return trainer
+
+
+class Probe(L.Callback):
+    """Keeps the built updates, weights and gradients as they are before each optimizer step."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, Any]] = []
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
+        layers: dict[str, Any] = dict(pl_module.named_modules())
+        kept = {}
+        for group, names in GROUPS.items():
+            of_group = [layers[name] for name in names]
+            kept[group] = (
+                [layer.lora.spec.scaling * layer.lora_B.double() @ layer.lora_A.double() for layer in of_group],
+                [layer.weight.double() for layer in of_group],
+                [[getattr(layer, f"lora_{f}").grad.clone() for layer in of_group] for f in "AB"],
+            )
+        self.steps.append({group: tuple(map(_detached, values)) for group, values in kept.items()})
+
+    def row(self, step: int, before: int | None) -> dict[str, float]:
+        """What the loggers should be given after a step, counted from 1, with the last logged one before."""
+        row = {}
+        for group, (deltas, base, (grad_a, grad_b)) in self.steps[step - 1].items():
+            entropies = [torch.distributions.Categorical(torch.linalg.svdvals(d)[:2]).entropy() for d in deltas]
+            row |= {
+                f"lora/{group}/norm": _norm(deltas) / _norm(base),
+                f"lora/{group}/rank": float(torch.stack(entropies).exp().mean()),
+                f"lora/{group}/grad_A": _norm(grad_a),
+                f"lora/{group}/grad_B": _norm(grad_b),
+            }
+            if before is not None:
+                earlier = self.steps[before - 1][group][0]
+                product = sum(float((d * e).sum()) for d, e in zip(deltas, earlier, strict=True))
+                row[f"lora/{group}/cosine"] = product / _norm(deltas) / _norm(earlier)
+        return row
+
+
+def _detached(tensors: Any) -> Any:
+    return [_detached(t) if isinstance(t, list) else t.detach().clone() for t in tensors]
+
+
+def _norm(tensors: Any) -> float:
+    return math.hypot(*(float(t.norm()) for t in tensors))
+
+
+def test_csv_columns_have_the_numbers_of_every_nth_step(tmp_path: Path):
+    probe = Probe()
+    fit(tmp_path, Net(), lora(log_stats=2), probe, max_epochs=3)  # 9 steps, three an epoch
+    rows = read(tmp_path)
+    assert list(rows) == [1, 3, 5, 7]  # the rows of the 2nd, 4th, ... step, as Lightning numbers them
+    for step, before in ((2, None), (4, 2), (6, 4), (8, 6)):
+        given = {name: value for name, value in rows[step - 1].items() if name != "lora/merge_seconds"}
+        assert given == pytest.approx(probe.row(step, before), rel=1e-5)
+
+
+class Progress(L.Callback):
+    """Notes what callbacks see of ours, in the hook in which others read it."""
+
+    def __init__(self) -> None:
+        self.seen: set[str] = set()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.seen |= {*trainer.callback_metrics, *trainer.progress_bar_metrics}
+
+
+def test_training_is_the_same_and_nothing_else_sees_the_statistics(tmp_path: Path):
+    progress = Progress()
+    trainer = fit(tmp_path / "with", with_stats := Net(), lora(log_stats=1, seed=1), progress, max_epochs=2)
+    fit(tmp_path / "without", without := Net(), lora(seed=1), max_epochs=2)
+    assert {name: tensor.tolist() for name, tensor in weights(with_stats).items()} == {
+        name: tensor.tolist() for name, tensor in weights(without).items()
+    }
+    assert progress.seen == {"val_loss"} == set(trainer.callback_metrics)
+    assert list(with_stats.state_dict()) == list(without.state_dict())
+    assert [name for name, _ in with_stats.named_modules()] == [name for name, _ in without.named_modules()]
+    assert read(tmp_path / "without") == {}
+
+
+@pytest.mark.parametrize("options", [{"logger": False}, {"log_every_n_steps": 0}], ids=str)
+def test_where_nothing_is_logged_nothing_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: Any):
+    monkeypatch.setattr(statistics, "layer_stats", None)
+    fit(tmp_path, Net(), lora(log_stats=1), **options)
+
+
+def test_steps_between_do_not_look_at_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(statistics, "adapted_layers", None)
+    monkeypatch.setattr(statistics, "reshard_", None)
+    fit(tmp_path, Net(), lora(log_stats=4))
+
+
+def test_accumulated_batches_are_one_step(tmp_path: Path):
+    probe = Probe()
+    fit(tmp_path, Net(), lora(log_stats=2), probe, max_epochs=4, accumulate_grad_batches=3)
+    assert list(read(tmp_path)) == [1, 3]
+    assert len(probe.steps) == 4
+    given = {name: value for name, value in read(tmp_path)[3].items() if name != "lora/merge_seconds"}
+    assert given == pytest.approx(probe.row(4, 2), rel=1e-5)
+
+
+class TwoOptimizers(Net):
+    """One of the body, one of the head; each loss of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.gradients: dict[str, list[float]] = {"body.N": [], "head": []}
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        for optimizer, (group, names) in zip(self.optimizers(), GROUPS.items(), strict=True):
+            self.zero_grad()
+            self.manual_backward(nn.functional.cross_entropy(self(batch[0]), batch[1]))
+            layers: dict[str, Any] = dict(self.named_modules())
+            self.gradients[group].append(_norm([layers[name].lora_B.grad for name in names]))
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        parts = [self.body.parameters(), self.head.parameters()]
+        return [torch.optim.AdamW([p for p in part if p.requires_grad], lr=0.05) for part in parts]
+
+
+def test_each_of_several_optimizers_logs_the_layers_that_it_holds_once_a_batch(tmp_path: Path):
+    fit(tmp_path, model := TwoOptimizers(), lora(log_stats=2), max_epochs=2)
+    rows = read(tmp_path)
+    assert list(rows) == [1, 3, 5]
+    for group, gradients in model.gradients.items():
+        given = [row[f"lora/{group}/grad_B"] for row in rows.values()]
+        assert given == pytest.approx(gradients[1::2], rel=1e-6)
+    assert [sum(name.endswith("cosine") for name in row) for row in rows.values()] == [0, 2, 2]
+
+
+class Lbfgs(Net):
+    """An optimizer that evaluates its closure several times a step."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.LBFGS([p for p in self.parameters() if p.requires_grad], lr=0.1, max_iter=4)
+
+
+def test_a_step_with_several_closures_is_logged_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    calls: list[Any] = []
+    layer_stats = statistics.layer_stats
+    monkeypatch.setattr(statistics, "layer_stats", lambda *args: calls.append(args) or layer_stats(*args))
+    fit(tmp_path, Lbfgs(), lora(log_stats=1, init_lora_weights=False), probe := Probe())
+    assert len(probe.steps) > 3
+    assert len(calls) == len(read(tmp_path)) == 3
+    assert read(tmp_path)[0]["lora/head/grad_A"] == pytest.approx(_norm(probe.steps[0]["head"][2][0]), rel=1e-6)
+
+
+def test_steps_that_the_trainer_does_not_write_are_warned_of_and_left_out(tmp_path: Path):
+    with pytest.warns(UserWarning, match=r"log_stats=2, but the Trainer writes to .* log_every_n_steps=3 divides"):
+        fit(tmp_path, Net(), lora(log_stats=2), max_epochs=4, log_every_n_steps=3)
+    assert list(read(tmp_path)) == [5, 11]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        fit(tmp_path / "multiple", Net(), lora(log_stats=4), max_epochs=4, log_every_n_steps=2)
+    assert list(read(tmp_path / "multiple")) == [3, 7, 11]
+
+
+def test_between_two_logged_steps_nothing_is_repeated(tmp_path: Path):
+    fit(tmp_path, Net(), lora(log_stats=3), max_epochs=1, limit_val_batches=0)
+    (row,) = read(tmp_path).values()
+    assert set(row) == {f"lora/{g}/{name}" for g in GROUPS for name in OF_GROUP[:4]}
+    rows = list(csv.DictReader((tmp_path / "metrics.csv").read_text().splitlines()))
+    assert len(rows) == 1
+
+
+class Cost(L.Callback):
+    """Keeps what rounding the merged weights costs, in each validation, from copies of the weights."""
+
+    def __init__(self) -> None:
+        self.costs: list[float] = []
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.layers = [m for m in pl_module.modules() if hasattr(m, "lora_A")]
+        self.base = [layer.weight.detach().double().clone() for layer in self.layers]
+
+    def on_validation_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        deltas = [m.lora.spec.scaling * m.lora_B.detach().double() @ m.lora_A.detach().double() for m in self.layers]
+        merged = [layer.weight.detach().double() for layer in self.layers]
+        lost = [m - w - d for m, w, d in zip(merged, self.base, deltas, strict=True)]
+        if not self.costs or args[2] == 0:
+            self.costs.append(_norm(lost) / _norm(deltas))
+
+
+@pytest.mark.filterwarnings("ignore:lightning_lora. merged 16-bit weights. rounding costs:UserWarning")
+def test_merges_tell_their_seconds_and_what_16_bits_lose_each_time(tmp_path: Path, caplog):
+    cost = Cost()
+    with caplog.at_level("INFO", logger="lightning_lora"):
+        fit(tmp_path, Net(), lora(log_stats=3), cost, max_epochs=4, precision="bf16-true")
+    rows = read(tmp_path)
+    assert list(rows) == [2, 5, 8, 11]
+    assert "lora/fidelity" not in rows[2]
+    given = [row["lora/fidelity"] for step, row in rows.items() if step > 2]
+    assert given == pytest.approx(cost.costs[:3], rel=1e-6)
+    assert len(set(given)) == 3
+    assert all(0 < row["lora/merge_seconds"] < 10 for step, row in rows.items() if step > 2)
+    assert sum("rounding costs" in message for message in caplog.messages) == 1
+
+
+def test_float32_models_have_no_fidelity_and_unmerged_evaluations_no_seconds(tmp_path: Path):
+    fit(tmp_path / "merged", Net(), lora(log_stats=3), max_epochs=2)
+    fit(tmp_path / "not", Net(), lora(log_stats=3, merged_eval=False), max_epochs=2)
+    found = [{name for row in read(tmp_path / run).values() for name in row} for run in ("merged", "not")]
+    assert found[0] - found[1] == {"lora/merge_seconds"}
+
+
+def test_a_resumed_run_goes_on_with_the_same_numbers_and_begins_cosines_anew(tmp_path: Path):
+    options: dict[str, Any] = {"log_stats": 1, "seed": 1}
+    fit(tmp_path / "whole", Net(), lora(**options), max_epochs=2)
+    fit(tmp_path / "first", Net(), lora(**options)).save_checkpoint(tmp_path / "1.ckpt")
+    fit(tmp_path / "second", Net(), lora(**options), resume=tmp_path / "1.ckpt", max_epochs=2)
+    whole, second = read(tmp_path / "whole"), read(tmp_path / "second")
+    assert list(second) == [3, 4, 5]
+    for step, row in second.items():
+        expected = {n: v for n, v in whole[step].items() if n != "lora/merge_seconds"}
+        if step == 3:
+            expected = {n: v for n, v in expected.items() if not n.endswith("cosine")}
+        assert {n: v for n, v in row.items() if n != "lora/merge_seconds"} == expected
+
+
+class Diverges(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step(batch, batch_idx) * (math.nan if batch_idx == 1 else 1)
+
+
+def test_a_run_that_diverges_logs_nan_and_goes_on(tmp_path: Path):
+    fit(tmp_path, Diverges(), lora(log_stats=1, merged_eval=False))
+    rows = read(tmp_path)
+    assert math.isnan(rows[1]["lora/head/grad_B"])
+    assert math.isfinite(rows[1]["lora/head/norm"])
+    assert all(math.isnan(rows[2][f"lora/head/{name}"]) for name in OF_GROUP)
+
+
+class Validates(L.Callback):
+    """Runs a Trainer with the same callback inside the fit."""
+
+    def __init__(self, path: Path, callback: LoRACallback) -> None:
+        self.path, self.callback = path, callback
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        make_trainer(self.path, self.callback).validate(twin := Net(), Data(1), verbose=False)
+        assert twin is not pl_module
+
+
+def test_a_trainer_in_a_hook_leaves_what_the_outer_one_logs(tmp_path: Path):
+    fit(tmp_path, Net(), callback := lora(log_stats=2), Validates(tmp_path / "inner", callback), max_epochs=2)
+    assert list(read(tmp_path)) == [1, 3, 5]
+    assert all("lora/head/norm" in row for row in read(tmp_path).values())
+    assert callback._statistics.runs == {}
+
+
+def test_numbers_are_those_of_the_function_on_a_plain_model(tmp_path: Path):
+    fit(tmp_path, model := Net(), lora(log_stats=3), Reads(), limit_val_batches=0)
+    assert read(tmp_path)[2] == model.seen[-1]
+
+
+class Reads(L.Callback):
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
+        groups = adapter_stats(pl_module).groups
+        values = {f"lora/{g.replace('*', 'N')}/{n}": v for g, s in groups.items() for n, v in s.to_dict().items()}
+        pl_module.seen.append(values)
+
+
+def test_metric_gives_the_number_of_a_step_and_computes_the_mean():
+    metric = StepStatistic()
+    assert [float(metric(value)) for value in (1.0, 4.0)] == [1.0, 4.0]
+    assert float(metric.compute()) == 2.5
+    metric.reset()
+    assert float(metric(3.0)) == float(metric.compute()) == 3.0
