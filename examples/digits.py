@@ -1,4 +1,4 @@
-"""LoRA adapts a small CNN from upright to mirrored digits, with 100 labels, and prints what it cost and gained.
+"""Images: a small CNN that reads digits learns to read them mirrored, from 100 labelled images.
 
 pip install -e ".[examples]"
 python examples/digits.py fit --config examples/digits.yaml
@@ -16,13 +16,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
-from digits_report import Images, report_accuracy, report_merging, report_sizes, report_trainer
-from lightning_lora import LoRACLI
+from lightning_lora import LoRACLI, disable_adapter, summary
 
-HERE = Path(__file__).parent
-PRETRAINED = HERE / "digits_upright.pt"
+PRETRAINED = Path(__file__).with_name("digits_upright.pt")
 
-Batches = DataLoader[tuple[Tensor, ...]]
+Loader = DataLoader[tuple[Tensor, ...]]
 
 
 class CNN(nn.Module):
@@ -54,95 +52,89 @@ class Digits(L.LightningModule):
     def forward(self, images: Tensor) -> Tensor:
         return cast(Tensor, self.cnn(images))
 
-    def training_step(self, batch: Images, batch_idx: int) -> Tensor:
-        return F.cross_entropy(self(batch[0]), batch[1])
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        images, labels = batch
+        return F.cross_entropy(self(images), labels)
 
-    def validation_step(self, batch: Images, batch_idx: int) -> None:
-        self.accuracy(self(batch[0]), batch[1])
-        self.log("accuracy", self.accuracy)
+    def validation_step(self, batch: tuple[Tensor, Tensor]) -> None:
+        images, labels = batch
+        self.accuracy(self(images), labels)
+        self.log("accuracy", self.accuracy, prog_bar=True)
 
     test_step = validation_step
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=self.learning_rate)
+        return torch.optim.AdamW(self.parameters(), lr=self.learning_rate)
 
 
-class MirroredDigits(L.LightningDataModule):
-    """100 mirrored digits to adapt to, and others for validation and test."""
+class DigitsData(L.LightningDataModule):
+    """100 digits to adapt to, 200 to validate on and 500 to test on; the pretrained CNN has seen none of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, mirrored: bool = True) -> None:
         super().__init__()
-        self.splits = {name: (images.flip(-1), labels) for name, (images, labels) in upright_splits().items()}
+        self.splits = splits(mirrored)
 
-    def train_dataloader(self) -> Batches:
-        return batches(self.splits["adapt"], 20, shuffle=True)
+    def train_dataloader(self) -> Loader:
+        return DataLoader(self.splits["train"], batch_size=20, shuffle=True)
 
-    def val_dataloader(self) -> Batches:
-        return batches(self.splits["validate"], 100)
+    def val_dataloader(self) -> Loader:
+        return DataLoader(self.splits["validate"], batch_size=100)
 
-    def test_dataloader(self) -> Batches:
-        return batches(self.splits["test"], 100)
-
-
-def batches(data: Images, size: int, shuffle: bool = False) -> Batches:
-    return DataLoader(TensorDataset(*data), size, shuffle)
+    def test_dataloader(self) -> Loader:
+        return DataLoader(self.splits["test"], batch_size=100)
 
 
-def upright_splits() -> dict[str, Images]:
+def splits(mirrored: bool) -> dict[str, TensorDataset]:
     """The digits of scikit-learn in four disjoint parts, each with all ten classes in proportion."""
     digits = load_digits()
     rest, parts = range(len(digits.target)), {}
-    for name, size in (("test", 500), ("validate", 200), ("adapt", 100)):
+    for name, size in (("test", 500), ("validate", 200), ("train", 100)):
         rest, parts[name] = train_test_split(rest, test_size=size, stratify=digits.target[rest], random_state=0)
     parts["pretrain"] = rest
     images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
-    labels = torch.tensor(digits.target)
-    return {name: (images[indices], labels[indices]) for name, indices in parts.items()}
+    images, labels = images.flip(-1) if mirrored else images, torch.tensor(digits.target)
+    return {name: TensorDataset(images[part], labels[part]) for name, part in parts.items()}
 
 
 def pretrained() -> CNN:
-    """A CNN that reads upright digits; trained once, then read from a file next to this one."""
-    with torch.random.fork_rng():
+    """A CNN that reads upright digits; trained at the first call, then read from a file next to this one."""
+    with torch.random.fork_rng(devices=[]):  # what follows draws the same numbers, whether this trains or not
         torch.manual_seed(0)
         cnn = CNN()
         if not PRETRAINED.exists():
-            train(cnn, batches(upright_splits()["pretrain"], 64, shuffle=True), epochs=20, learning_rate=0.002)
+            optimizer = torch.optim.AdamW(cnn.parameters(), lr=0.002)
+            for _ in range(20):
+                for images, labels in DataLoader(splits(mirrored=False)["pretrain"], batch_size=64, shuffle=True):
+                    optimizer.zero_grad()
+                    F.cross_entropy(cnn(images), labels).backward()
+                    optimizer.step()
             torch.save(cnn.state_dict(), PRETRAINED)
     cnn.load_state_dict(torch.load(PRETRAINED, weights_only=True))
     return cnn
 
 
-def train(module: nn.Module, data: Batches, epochs: int, learning_rate: float) -> None:
-    """A plain loop, for what is trained without LoRA."""
-    optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=learning_rate)
-    for _ in range(epochs):
-        for images, labels in data:
-            loss = F.cross_entropy(module(images), labels)
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-
-
-def head_only(data: MirroredDigits, trainer: L.Trainer, learning_rate: float) -> CNN:
-    """The baseline: the last layer alone, trained on the same batches for as long."""
-    cnn = pretrained().requires_grad_(False)
-    cnn.head.requires_grad_(True)
-    train(cnn, data.train_dataloader(), trainer.max_epochs or 0, learning_rate)
-    return cnn
-
-
 class DigitsCLI(LoRACLI):
-    """`fit` is followed by a report on the test images, which nothing was chosen by."""
+    """`fit` tests before and after training; the Trainer evaluates the merged model."""
+
+    def before_fit(self) -> None:
+        print(f"mirrored digits, before:           {self.accuracy(self.datamodule):.3f}")
 
     def after_fit(self) -> None:
-        upright, test = upright_splits()["test"], self.datamodule.splits["test"]
-        baseline = head_only(self.datamodule, self.trainer, self.model.learning_rate)
-        report_accuracy(self.model, test, upright, baseline)
-        report_merging(self.model, test)
-        report_trainer(self.trainer, self.model, self.datamodule)
-        report_sizes(self.model, self.datamodule, test, HERE / "runs")
+        print(f"mirrored digits, with LoRA:        {self.accuracy(self.datamodule):.3f}")
+        upright = DigitsData(mirrored=False)
+        print(f"upright digits, with LoRA:         {self.accuracy(upright):.3f}")
+        with disable_adapter(self.model):
+            print(f"upright digits, adapter disabled:  {self.accuracy(upright):.3f}")
+        adapted = summary(self.model)
+        print(f"trained:                           {adapted.trainable:,} of {adapted.total:,} parameters")
+        checkpoint = Path(self.trainer.default_root_dir) / "adapter.ckpt"
+        self.trainer.save_checkpoint(checkpoint, weights_only=True)
+        print(f"{checkpoint.name}:                      {checkpoint.stat().st_size:,} bytes")
+
+    def accuracy(self, data: L.LightningDataModule) -> float:
+        return self.trainer.test(self.model, data, verbose=False)[0]["accuracy"]
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)  # layers this small only wait for a second thread
-    DigitsCLI(Digits, MirroredDigits, save_config_kwargs={"overwrite": True})
+    DigitsCLI(Digits, DigitsData, save_config_callback=None)

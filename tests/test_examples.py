@@ -1,164 +1,123 @@
-"""The example runs as its user runs it, and what it reports is true."""
+"""Each example runs as its user runs it, and prints what the README shows. The digits: test_digits_example.py."""
 
 from __future__ import annotations
 
-import importlib
+import ast
 import re
-import shutil
-import subprocess
-import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import pytest
-import torch
 
-ROOT = Path(__file__).parent.parent
-COMMAND = ("examples/digits.py", "fit", "--config", "examples/digits.yaml")
-EXACT_ROWS = ("trainer.validate", "parameters", "checkpoint, same")  # the same on every machine
+from support.examples import COMMANDS, ROOT, SHOWN, assert_alike, checkout, numbers, run
+
+FILES = {path.stem: path.read_text() for path in sorted((ROOT / "examples").glob("*.py"))}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy without the pretrained weights and checkpoints of earlier runs."""
-    folder = tmp_path_factory.mktemp("checkout")
-    shutil.copytree(
-        ROOT / "examples", folder / "examples", ignore=shutil.ignore_patterns("*.pt", "runs", "__pycache__")
-    )
-    return folder
+    return checkout(tmp_path_factory.mktemp("checkout"))
 
 
-@pytest.fixture(scope="module")
-def report(folder: Path) -> dict[str, str]:
-    start = time.monotonic()
-    rows = run(folder)
-    assert time.monotonic() - start < 120
-    return rows
+def check_text_classification(printed: str) -> None:
+    _, before, after = numbers(printed)
+    assert before < 0.35
+    assert after > 0.65
+    assert "saved whole: ['model.classifier.weight', 'model.classifier.bias']" in printed
+    assert "loaded again: ['email', 'asyncio']" in printed
 
 
-@pytest.fixture(scope="module")
-def unmerged_report(folder: Path, report: dict[str, str]) -> dict[str, str]:
-    return run(folder, "--lora.merged_eval=false")
+def check_causal_lm(printed: str) -> None:
+    losses = [float(loss) for loss in re.findall(r"loss (\S+), merged: ", printed)]
+    assert len(losses) == 4  # each of them merged
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < losses[0] - 0.4
 
 
-@pytest.fixture(scope="module")
-def digits(folder: Path) -> ModuleType:
-    """The example as a module, to build its network and read its data."""
-    sys.path.insert(0, str(folder / "examples"))
-    try:
-        return importlib.import_module("digits")
-    finally:
-        sys.path.remove(str(folder / "examples"))
+def check_preference(printed: str) -> None:
+    *_, before, after, reference = numbers(printed)
+    assert after > 90 > before + 20
+    assert reference == before
 
 
-def run(folder: Path, *options: str) -> dict[str, str]:
-    done = subprocess.run([sys.executable, *COMMAND, *options], cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return parse(done.stdout)
+def check_lstm(printed: str) -> None:
+    english, before, after = (float(score) for score in re.findall(r": +(0\.\d\d)", printed))
+    assert english > before + 0.3
+    assert after > before + 0.3
+    assert "myformatter(helpformatter)" in printed.splitlines()[1]
+    assert "(HelpFormatter): raise ArgumentError(None, msg)" in printed.splitlines()[2]
 
 
-def parse(text: str) -> dict[str, str]:
-    return dict(re.split(r"\s{2,}", line, maxsplit=1) for line in text.strip().splitlines())
+def check_quantised(printed: str) -> None:
+    before, after, plain = numbers(printed)[:3]
+    assert after < before - 0.4
+    assert plain == pytest.approx(after, abs=0.05)
+    assert "LoRALinear4bit -> Linear" in printed
 
 
-def number(text: str) -> float:
-    return float(re.match(r"[\d.,e+-]+", text).group().replace(",", ""))
+def check_deploy(printed: str) -> None:
+    assert "Beautiful is better than ugly.\nExplicit is better than implicit." in printed
+    assert re.findall(r"same outputs: (\w+)", printed) == ["False", "True", "True", "True"]
 
 
-def test_lora_learns_the_new_task_and_keeps_the_old(report):
-    before, head, lora, upright = (
-        number(report[row])
-        for row in (
-            "mirrored digits, before",
-            "mirrored digits, only the head trained",
-            "mirrored digits, LoRA",
-            "upright digits, adapter disabled",
-        )
-    )
-    assert 0.3 < before < 0.55
-    assert lora > 0.87
-    assert lora > head + 0.03 > before + 0.3
-    assert upright > 0.96
+def check_sweep(printed: str) -> None:
+    rows = [numbers(line) for line in printed.splitlines()[1:]]
+    assert [row[0] for row in rows] == [1, 2, 4, 8, 16]
+    assert rows[0][-1] < rows[2][-1] - 0.05
+    assert all(row[1] + 0.05 < row[3] for row in rows)
 
 
-def test_merging_changes_no_prediction(report):
-    assert report["mirrored digits, LoRA merged"] == report["mirrored digits, LoRA"]
-    assert report["trainer.test, accuracy"] == report["mirrored digits, LoRA"]
-    effect = number(report["outputs: largest change by the adapter"])
-    assert effect > 100 * number(report["outputs: largest change by merging"]) > 0
+def check_fsdp2(printed: str) -> None:
+    assert "a weight of (64, 192), of which each process holds (32, 192)" in printed
+    before, after, plain = numbers(printed)[-3:]
+    assert after < before - 0.4
+    assert plain == pytest.approx(after, abs=0.011)
 
 
-def test_the_trainer_evaluated_merged(report, digits):
-    layers = len(adapted(digits))
-    assert number(report["trainer.validate, batches"]) == 2
-    assert number(report["trainer.validate, factored forward calls"]) == 0
-    assert number(report["trainer.validate, base forward calls"]) == layers * 2
+CHECKS: dict[str, Callable[[str], None]] = {
+    name.removeprefix("check_"): check for name, check in globals().items() if name.startswith("check_")
+}
+FAST = ("deploy",)
 
 
-def test_merged_eval_can_be_turned_off_and_is_as_accurate(report, unmerged_report, digits):
-    layers = len(adapted(digits))
-    assert number(unmerged_report["trainer.validate, factored forward calls"]) == layers * 2
-    assert number(unmerged_report["trainer.validate, base forward calls"]) == layers * 2
-    for row in ("trainer.test, accuracy", "mirrored digits, LoRA", "mirrored digits, LoRA merged"):
-        assert unmerged_report[row] == report[row]
+@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in CHECKS])
+def test_example_does_what_it_says_and_prints_what_is_shown(folder, name):
+    if name == "quantised":
+        pytest.importorskip("bitsandbytes")
+    printed = run(folder, name)
+    CHECKS[name](printed)
+    assert_alike(printed, SHOWN[name], rel=0.25, tolerance=0.15)  # with other processors and texts
 
 
-def test_sizes_are_those_of_the_files(report, folder, digits):
-    weights = dict(digits.CNN().named_parameters())
-    shapes = [weights[f"{name}.weight"].flatten(1).shape for name in adapted(digits)]
-    trainable = sum(4 * sum(shape) for shape in shapes)
-    total = trainable + sum(weight.numel() for weight in weights.values())
-    assert report["parameters, trainable"] == f"{trainable:,} of {total:,} ({trainable / total:.1%})"
-    for kind in ("adapter", "full"):
-        size = (folder / "examples" / "runs" / f"{kind}.ckpt").stat().st_size
-        assert report[f"checkpoint, {kind}"] == f"{size:,} bytes"
-    assert number(report["checkpoint, adapter"]) * 4 < number(report["checkpoint, full"])
-    assert report["checkpoint, same outputs when loaded"] == "True"
+@pytest.mark.parametrize("name", CHECKS)
+def test_what_the_readme_shows_is_what_the_example_says(name):
+    CHECKS[name](SHOWN[name])
 
 
-def test_accuracies_are_those_of_weights_merged_by_hand(report, folder, digits):
-    state = torch.load(folder / "examples" / "runs" / "full.ckpt", weights_only=True)["state_dict"]
-    state = {name.removeprefix("cnn."): value.double() for name, value in state.items() if name.startswith("cnn.")}
-    for name in adapted(digits):
-        delta = state.pop(f"{name}.lora_B").flatten(1) @ state.pop(f"{name}.lora_A").flatten(1)
-        state[f"{name}.weight"] += 8 / 4 * delta.view_as(state[f"{name}.weight"])
-    hand_made = digits.CNN().double().eval()
-    hand_made.load_state_dict(state)
-    images, labels = digits.upright_splits()["test"]
-    for module, sight, row in (
-        (hand_made, images.flip(-1), "mirrored digits, LoRA"),
-        (digits.pretrained().double().eval(), images.flip(-1), "mirrored digits, before"),
-        (digits.pretrained().double().eval(), images, "upright digits, adapter disabled"),
-    ):
-        right = module(sight.double()).argmax(1) == labels
-        assert report[row] == f"{right.double().mean():.3f}", row
+def test_every_example_is_shown_and_run():
+    assert set(FILES) == set(COMMANDS) == {*CHECKS, "digits"}
 
 
-def test_the_parts_of_the_data_are_disjoint(digits):
-    parts = digits.upright_splits()
-    assert {name: len(labels) for name, (_, labels) in parts.items()} == {
-        "test": 500,
-        "validate": 200,
-        "adapt": 100,
-        "pretrain": len(digits.load_digits().target) - 800,
+@pytest.mark.parametrize("name", FILES)
+def test_example_names_its_command_and_imports_what_users_import(name):
+    tree = ast.parse(FILES[name])
+    assert f"python {COMMANDS[name]}\n" in (ast.get_docstring(tree) or "") + "\n"
+    modules = {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)} | {
+        alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names
     }
-    images = torch.cat([images for images, _ in parts.values()])
-    assert len(images.unique(dim=0)) == len(images)
+    assert "lightning_lora" in modules
+    inside = {module for module in modules if module.startswith(("lightning_lora.", "unittest", "support"))}
+    assert not inside | (modules & set(FILES))  # each is one file that can be copied
 
 
-def test_the_readme_shows_this_report(report):
-    text = (ROOT / "examples" / "README.md").read_text()
-    shown = parse(re.search(r"```text\n(mirrored digits, before.*?)```", text, re.DOTALL).group(1))
-    assert list(shown) == list(report)
-    for row, value in shown.items():
-        if row.startswith(EXACT_ROWS):
-            assert value == report[row]
-        elif row.startswith("checkpoint"):
-            assert number(value) == pytest.approx(number(report[row]), rel=0.1), row
-        elif not row.startswith("outputs"):
-            assert number(value) == pytest.approx(number(report[row]), abs=0.03), row
-
-
-def adapted(digits: ModuleType) -> list[str]:
-    return [name for name, layer in digits.CNN().named_children() if not isinstance(layer, torch.nn.BatchNorm2d)]
+@pytest.mark.parametrize("function", ["pretrained", "encode"])
+def test_examples_on_the_same_language_model_make_it_in_the_same_way(function):
+    """They share the folder that it is kept in."""
+    bodies = {
+        ast.unparse(node)
+        for text in FILES.values()
+        if "manual_llama" in text
+        for node in ast.parse(text).body
+        if isinstance(node, ast.FunctionDef) and node.name == function
+    }
+    assert len(bodies) == 1

@@ -2,7 +2,7 @@
 
 Each README has a folder and a namespace of its own. A block whose first line is a comment with a file name is written
 to that file. The lightning-lora command is run where the blocks before it left their files. Set-up commands are not run
-again here: .ci/run runs them, letter for letter. The example's report is compared in test_examples.py.
+again here: .ci/run runs them, letter for letter. Programs in examples/ are run in test_examples.py.
 """
 
 from __future__ import annotations
@@ -63,12 +63,16 @@ class Block(NamedTuple):
         return self.language == "bash" and self.code.startswith("lightning-lora ")
 
     @property
+    def is_example(self) -> bool:
+        return self.language == "bash" and self.code.startswith("python examples/")
+
+    @property
     def is_program(self) -> bool:
-        return self.language == "bash" and self.code.startswith("python ")
+        return self.language == "bash" and self.code.startswith("python ") and not self.is_example
 
     @property
     def is_set_up(self) -> bool:
-        return self.language == "bash" and not self.is_ours and not self.is_program
+        return self.language == "bash" and not (self.is_ours or self.is_program or self.is_example)
 
 
 def find_blocks(text: str) -> list[Block]:

@@ -1,0 +1,122 @@
+"""FSDP2: a model that is sharded over two processes is trained, evaluated merged and saved as plain weights.
+
+pip install -e ".[examples]"
+python examples/fsdp2.py
+
+The processes are of this machine's CPU. On GPUs it is `accelerator="gpu", devices=8` and ModelParallelStrategy(8, 1).
+"""
+
+import argparse
+import inspect
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import cast
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lightning_lora import LoRACallback, save_merged
+
+RUNS = Path(__file__).with_name("runs")
+
+
+class ShardedModel(L.LightningModule):
+    def __init__(self, learning_rate: float = 0.01) -> None:
+        super().__init__()
+        self.learning_rate = learning_rate
+        self.model = LlamaForCausalLM.from_pretrained(pretrained())
+
+    def configure_model(self) -> None:
+        """Shard block by block; the callback has adapted the layers before, so that the adapter is sharded too."""
+        if self.device_mesh is None or any(isinstance(p, DTensor) for p in self.parameters()):
+            return  # in one process; or already sharded, in an earlier stage
+        for block in self.model.model.layers:
+            fully_shard(block, mesh=self.device_mesh["data_parallel"])
+        fully_shard(self, mesh=self.device_mesh["data_parallel"])
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        loss: Tensor = self.model(input_ids=tokens, labels=tokens).loss
+        return loss
+
+    def training_step(self, tokens: Tensor) -> Tensor:
+        return cast(Tensor, self(tokens))
+
+    def validation_step(self, tokens: Tensor) -> None:
+        self.log("loss", self(tokens), sync_dist=True)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=self.learning_rate)
+
+
+def python_code() -> tuple[DataLoader[Tensor], DataLoader[Tensor]]:
+    """The source of argparse, in pieces of 128 characters, to train on and to validate on."""
+    pieces = encode(inspect.getsource(argparse)).split(128)[:-1]
+    return (
+        DataLoader(pieces[:640], batch_size=8, shuffle=True),
+        DataLoader(pieces[640:704], batch_size=32),
+    )
+
+
+def encode(text: str) -> Tensor:
+    return torch.tensor(list(text.encode("ascii", "replace")))
+
+
+def pretrained() -> Path:
+    """The folder of a small Llama that has read Python's manual, character by character; trained at the first call."""
+    folder = Path(__file__).with_name("manual_llama")
+    if not folder.exists():
+        with torch.random.fork_rng(devices=[]):  # what follows draws the same numbers, whether this trains or not
+            torch.manual_seed(0)
+            config = LlamaConfig(
+                vocab_size=128, hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4
+            )
+            config.initializer_range, config.pad_token_id = 0.07, 0
+            model = LlamaForCausalLM(config)
+            pieces = encode("\n".join(topics.values())).unfold(0, 128, 128)
+            optimizer = torch.optim.AdamW(model.parameters(), lr=0.004)
+            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 400)
+            for _ in range(400):
+                batch = pieces[torch.randint(len(pieces), (16,))]
+                optimizer.zero_grad()
+                model(input_ids=batch, labels=batch).loss.backward()
+                optimizer.step()
+                schedule.step()
+            model.save_pretrained(folder)
+    return folder
+
+
+if __name__ == "__main__":  # each of the two processes runs all of this
+    L.seed_everything(0)
+    model, (train, validate) = ShardedModel(), python_code()
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy=ModelParallelStrategy(2, 1, save_distributed_checkpoint=False),  # 2 shards, no tensor parallel
+        max_epochs=2,
+        num_sanity_val_steps=0,
+        callbacks=[LoRACallback(r=16, lora_alpha=32)],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    before = trainer.validate(model, validate, verbose=False)[0]["loss"]
+    trainer.fit(model, train)
+    after = trainer.validate(model, validate, verbose=False)[0]["loss"]
+    save_merged(model, RUNS / "fsdp2")  # every process calls it; tensor by tensor, the first one writes
+    if trainer.is_global_zero:
+        weight = model.model.model.layers[0].mlp.down_proj.weight
+        print(f"a weight of {tuple(weight.shape)}, of which each process holds {tuple(weight.to_local().shape)}")
+        print(f"loss on Python code: {before:.2f} before, {after:.2f} after")
+        plain = LlamaForCausalLM.from_pretrained(RUNS / "fsdp2")  # in one process
+        tokens = next(iter(validate))
+        with torch.no_grad():
+            print(
+                f"loss of the merged folder, loaded in one process: {plain(input_ids=tokens, labels=tokens).loss:.2f}"
+            )

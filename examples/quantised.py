@@ -1,0 +1,117 @@
+"""A quantised base: QLoRA on a Llama in 4 bits, saved as an adapter and as plain weights.
+
+pip install -e ".[quantised]"
+python examples/quantised.py
+"""
+
+import argparse
+import inspect
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+
+from lightning_lora import LoRACallback, save_adapter, save_merged
+
+RUNS = Path(__file__).with_name("runs")
+
+
+class QuantisedModel(L.LightningModule):
+    """The base's linear layers are in nf4 with double quantisation; the adapter is in float32."""
+
+    def __init__(self, learning_rate: float = 0.01) -> None:
+        super().__init__()
+        self.learning_rate = learning_rate
+        nf4 = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+        self.model = LlamaForCausalLM.from_pretrained(
+            pretrained(), quantization_config=nf4, dtype=torch.bfloat16, device_map="cpu"
+        )
+
+    def training_step(self, tokens: Tensor) -> Tensor:
+        loss: Tensor = self.model(input_ids=tokens, labels=tokens).loss
+        return loss
+
+    def validation_step(self, tokens: Tensor) -> None:
+        self.log("loss", self.training_step(tokens))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=self.learning_rate)
+
+
+def python_code() -> tuple[DataLoader[Tensor], DataLoader[Tensor]]:
+    """The source of argparse, in pieces of 128 characters, to train on and to validate on."""
+    pieces = encode(inspect.getsource(argparse)).split(128)[:-1]
+    cut = len(pieces) * 9 // 10
+    return (
+        DataLoader(pieces[:cut], batch_size=16, shuffle=True),
+        DataLoader(pieces[cut:], batch_size=64),
+    )
+
+
+def encode(text: str) -> Tensor:
+    return torch.tensor(list(text.encode("ascii", "replace")))
+
+
+def pretrained() -> Path:
+    """The folder of a small Llama that has read Python's manual, character by character; trained at the first call."""
+    folder = Path(__file__).with_name("manual_llama")
+    if not folder.exists():
+        with torch.random.fork_rng(devices=[]):  # what follows draws the same numbers, whether this trains or not
+            torch.manual_seed(0)
+            config = LlamaConfig(
+                vocab_size=128, hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4
+            )
+            config.initializer_range, config.pad_token_id = 0.07, 0
+            model = LlamaForCausalLM(config)
+            pieces = encode("\n".join(topics.values())).unfold(0, 128, 128)
+            optimizer = torch.optim.AdamW(model.parameters(), lr=0.004)
+            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 400)
+            for _ in range(400):
+                batch = pieces[torch.randint(len(pieces), (16,))]
+                optimizer.zero_grad()
+                model(input_ids=batch, labels=batch).loss.backward()
+                optimizer.step()
+                schedule.step()
+            model.save_pretrained(folder)
+    return folder
+
+
+if __name__ == "__main__":
+    L.seed_everything(0)
+    model, (train, validate) = QuantisedModel(), python_code()
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_epochs=2,
+        num_sanity_val_steps=0,
+        callbacks=[LoRACallback(r=16, lora_alpha=32)],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    before = trainer.validate(model, validate, verbose=False)[0]["loss"]
+    trainer.fit(model, train)
+    after = trainer.validate(model, validate, verbose=False)[0]["loss"]
+    print(f"loss on Python code: {before:.2f} before, {after:.2f} after")
+
+    save_adapter(model, RUNS / "quantised_adapter")  # for the base in 4 bits, here or in PEFT
+    save_merged(model, RUNS / "quantised_merged", dequantize="bfloat16")  # for transformers, without quantisation
+    plain = LlamaForCausalLM.from_pretrained(RUNS / "quantised_merged", dtype=torch.bfloat16)
+    tokens = next(iter(validate))
+    with torch.no_grad():
+        print(f"loss of the plain merged model: {plain(input_ids=tokens, labels=tokens).loss:.2f}")
+    print(
+        "a weight:",
+        type(model.model.model.layers[0].mlp.down_proj).__name__,
+        "->",
+        type(plain.model.layers[0].mlp.down_proj).__name__,
+    )
