@@ -121,6 +121,7 @@ class LoRACallback(Callback):
         alpha_pattern: another lora_alpha for some layers, keys as in rank_pattern.
         bias: which biases are trained: "none", "all", or those of adapted layers ("lora_only").
         use_rslora: s = lora_alpha / sqrt(r).
+        use_dora: DoRA, which scales each output's weights W + s * B @ A to a trained magnitude.
         init_lora_weights: true, false, "gaussian", "orthogonal" or "eva"; see LoRAConfig.
         enable_lora: for a fused projection, which of its equal parts are adapted.
         autocast_adapter_dtype: keep adapters of float16 and bfloat16 layers in float32.
@@ -157,6 +158,7 @@ class LoRACallback(Callback):
         alpha_pattern: Mapping[str, float] | None = None,
         bias: Bias = "none",
         use_rslora: bool = False,
+        use_dora: bool = False,
         init_lora_weights: bool | Init = True,
         enable_lora: Mapping[str, Sequence[bool]] | None = None,
         autocast_adapter_dtype: bool = True,

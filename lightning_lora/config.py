@@ -12,8 +12,11 @@ from enum import Enum
 from typing import Any, Literal, NoReturn, cast, get_args
 
 from .errors import LoRAError
-from .names import ALL_LINEAR, layer_number, layer_pattern, pattern_matches, suffix_pattern
+from .names import ALL_LINEAR, MAGNITUDE, layer_number, layer_pattern, pattern_matches, suffix_pattern
 
+# Options that ask for a variant of LoRA, each with the names of a layer's parameters beside A and B; nn/layer_kinds.py
+# has the classes.
+VARIANTS: dict[str, tuple[str, ...]] = {"use_dora": (MAGNITUDE,)}
 Bias = Literal["none", "all", "lora_only"]
 Init = Literal["gaussian", "orthogonal", "eva"]
 SAYING_NOTHING = (  # of the adapter: options of a peft.LoraConfig
@@ -37,6 +40,7 @@ LATER = {  # the defaults of options that 0.1.0 had not
     **dict.fromkeys(("target_parameters", "layers_to_transform", "layers_pattern", "task_type")),
     "trainable_token_indices": None,
     "ensure_weight_tying": True,
+    "use_dora": False,
 }
 
 
@@ -75,6 +79,8 @@ class LoRAConfig:
         alpha_pattern: another lora_alpha for some layers, keys as in rank_pattern.
         bias: which biases are trained: "none", "all", or those of adapted layers ("lora_only").
         use_rslora: s = lora_alpha / sqrt(r) (arXiv:2312.03732).
+        use_dora: DoRA (arXiv:2402.09353): each output's weights W + s * B @ A are scaled to a trained magnitude. For
+            linear layers, transformers' Conv1D, convolutions and nn.Embedding.
         init_lora_weights: True (A Kaiming-uniform, B zero; an Embedding's A zero, B normal), "gaussian" (A normal
             with deviation 1/r, B zero), "orthogonal" (B @ A zero, both non-zero; r must be even), or False (A and B
             both random: the adapter changes the output before the first step), or "eva" (arXiv:2410.07170: A from
@@ -103,6 +109,7 @@ class LoRAConfig:
     alpha_pattern: Mapping[str, float] | None = None
     bias: Bias = "none"
     use_rslora: bool = False
+    use_dora: bool = False
     init_lora_weights: bool | Init = True
     enable_lora: Mapping[str, Sequence[bool]] | None = None
     autocast_adapter_dtype: bool = True
@@ -129,9 +136,12 @@ class LoRAConfig:
             _refuse("task_type", f"one of {', '.join(get_args(Task))}", self.task_type)
         if self.bias not in get_args(Bias):
             _refuse("bias", f"one of {', '.join(get_args(Bias))}", self.bias)
-        for option in ("ensure_weight_tying", "use_rslora", "autocast_adapter_dtype"):
+        for option in ("ensure_weight_tying", "use_rslora", *VARIANTS, "autocast_adapter_dtype"):
             if not isinstance(getattr(self, option), bool):
                 _refuse(option, "true or false", getattr(self, option))
+        for option in ("enable_lora", "target_parameters") if self.variant() else ():
+            if getattr(self, option):
+                _refuse(option, f"left out with {self.variant()}, which adapts whole layers", getattr(self, option))
         self._check_init()
         _check_names("enable_lora", tuple(self.enable_lora or ()))
         for name, parts in (self.enable_lora or {}).items():
@@ -155,6 +165,10 @@ class LoRAConfig:
         """Return s of the layer `name`."""
         rank = self.rank(name)
         return self.alpha(name) / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def variant(self) -> str:
+        """Return the option that asks for a variant of LoRA, or ""."""
+        return next((option for option in VARIANTS if getattr(self, option)), "")
 
     def enabled_parts(self, name: str) -> tuple[bool, ...] | None:
         """Return which parts of the fused projection `name` are adapted, or None for all of it as one."""

@@ -12,6 +12,7 @@ from torch import nn
 
 # Parameters of an adapted layer; those of a single parameter `w` are lora_A_w and lora_B_w, beside it in its module.
 A, B = "lora_A", "lora_B"
+MAGNITUDE = "lora_magnitude"  # beside A and B of a layer whose outputs have magnitudes: these
 ROWS = "lora_rows"  # of a table of which some rows are trained: these
 ATTRIBUTE = "lora_injection"  # of the injected module: the record of its injection
 META, ENTRY = "lora", "lora_learned"  # keys of an adapter's metadata in a checkpoint, of the record in a state dict
@@ -90,8 +91,8 @@ def around(name: str) -> list[str]:
 
 
 def names_factor(name: str) -> bool:
-    """Return whether the name of a parameter or tensor is that of an adapter's: A, B or rows."""
-    return split_factor_name(name) is not None or name.rpartition(".")[2] == ROWS
+    """Return whether the name of a parameter or tensor is that of an adapter's: A, B, magnitudes or rows."""
+    return split_factor_name(name) is not None or name.rpartition(".")[2] in (MAGNITUDE, ROWS)
 
 
 def split_factor_name(name: str) -> tuple[str, str] | None:

@@ -79,6 +79,7 @@ def test_options_reach_the_config():
         "alpha_pattern": {"body.0": 3.0},
         "bias": "all",
         "use_rslora": True,
+        "use_dora": False,
         "init_lora_weights": "gaussian",
         "enable_lora": {"body.0": (True, False)},
         "autocast_adapter_dtype": False,

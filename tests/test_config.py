@@ -171,6 +171,7 @@ def test_a_config_from_peft_has_the_same_options():
         "alpha_pattern": {"v_proj": 4},
         "bias": "lora_only",
         "use_rslora": True,
+        "use_dora": True,
         "init_lora_weights": "gaussian",
     }
     names = {f.name for f in dataclasses.fields(LoRAConfig) if f.name not in OWN}
@@ -189,7 +190,6 @@ def test_a_config_from_peft_has_the_same_options():
 
 # What holds an option of peft's that is not its default, and that LoRAConfig has not.
 NOT_EXPRESSED = {
-    "use_dora": True,
     "lora_bias": True,
     "layer_replication": [[0, 1]],
     "megatron_config": {"a": 1},
@@ -274,7 +274,7 @@ def test_round_trip_through_plain_types(config):
 
 def test_options_that_earlier_versions_had_not_are_left_out_at_their_defaults():
     later = {"target_parameters", "layers_to_transform", "layers_pattern", "task_type", "ensure_weight_tying"}
-    later |= {"trainable_token_indices"}
+    later |= {"trainable_token_indices", "use_dora"}
     names = {field.name for field in dataclasses.fields(LoRAConfig)}
     assert names - LoRAConfig().to_dict().keys() == later
     options = {"target_modules": ["q"], "layers_to_transform": 0, "layers_pattern": "h"}

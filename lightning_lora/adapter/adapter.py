@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from ..config import LoRAConfig
+from ..config import VARIANTS, LoRAConfig
 from ..errors import LoRAError
-from ..names import ROWS, A, B, around, names_factor, near_misses, rename_keys, split_factor_name, suffixes
+from ..names import MAGNITUDE, ROWS, A, B, around, names_factor, near_misses, rename_keys, split_factor_name, suffixes
 from ..nn.low_rank import ATTENTION, MERGEABLE_DTYPES, SEPARATE, low_rank_blocks, product_norm
 
 SAMPLES = 8  # values by which tensors are told apart before they are compared whole
@@ -100,6 +100,20 @@ class Adapter:
     def rows(self) -> dict[str, Any]:
         """Return the trained rows of each table, by its name."""
         return {name.removesuffix(f".{ROWS}"): rows for name, rows in self.tensors.items() if name.endswith(f".{ROWS}")}
+
+    def magnitudes(self) -> dict[str, Any]:
+        """Return the magnitudes (out,) of each layer whose outputs have such, by its name."""
+        ending = f".{MAGNITUDE}"
+        return {name.removesuffix(ending): value for name, value in self.tensors.items() if name.endswith(ending)}
+
+    def magnitude(self, layer: str) -> Any:
+        """Return the magnitudes of a layer's outputs, or None."""
+        return self.tensors.get(f"{layer}.{MAGNITUDE}")
+
+    def variant(self) -> str:
+        """Return the option that asks for what the tensors are a variant of LoRA for, or ""."""
+        found = (MAGNITUDE,) if self.magnitudes() else ()
+        return next((option for option, factors in VARIANTS.items() if found == factors), "")
 
     def beside_factors(self) -> dict[str, Any]:
         """Return what was trained whole, and buffers."""
@@ -279,6 +293,31 @@ def check_factors(adapter: Adapter, where: str) -> None:
         _check_rank(adapter, name, where)
     for table, rows in adapter.rows().items():
         _check_rows(adapter, table, rows, where)
+    _check_magnitudes(adapter, where)
+
+
+def _check_magnitudes(adapter: Adapter, where: str) -> None:
+    """Raise LoRAError where magnitudes are not one finite value for each output of each layer, or of none."""
+    magnitudes, layers = adapter.magnitudes(), adapter.layers()
+    variant = adapter.variant() if adapter.config is None else adapter.config.variant()
+    expected = layers if variant and MAGNITUDE in VARIANTS[variant] else []
+    missing, unexpected = (
+        sorted(names) for names in (set(expected) - set(magnitudes), set(magnitudes) - set(expected))
+    )
+    if missing:
+        raise LoRAError(f"{where}: '{missing[0]}.{MAGNITUDE}' is missing; the adapter was cut.")
+    if unexpected:
+        raise LoRAError(
+            f"{where}: '{unexpected[0]}.{MAGNITUDE}' is of no adapted layer, or {adapter.variant()}=true is missing in "
+            "the options; the file is damaged."
+        )
+    for layer, magnitude in magnitudes.items():
+        name, outputs = f"{layer}.{MAGNITUDE}", adapter.factor(layer, B).shape[0]
+        floating = isinstance(magnitude, torch.Tensor) and magnitude.dtype in MERGEABLE_DTYPES
+        if not floating or tuple(magnitude.shape) != (outputs,):
+            shown = f"{magnitude.dtype} {tuple(magnitude.shape)}" if floating else repr(magnitude)
+            raise LoRAError(f"{where}: {name!r} must be {outputs} floating point values, found {shown[:80]}.")
+        check_finite(name, magnitude, where)
 
 
 def _check_rows(adapter: Adapter, table: str, rows: Any, where: str) -> None:
@@ -348,7 +387,7 @@ def ties_of(names: Set[str], tensors: Mapping[str, Any]) -> set[str]:
 
 
 def delta_norm(adapter: Adapter, name: str) -> float:
-    """Return the Frobenius norm of s * B @ A of one layer; without options, of B @ A."""
+    """Return the Frobenius norm of s * B @ A of one layer; without options, of B @ A. Magnitudes do not count."""
     return math.hypot(*(product_norm(left, right) for left, right in scaled_pairs(adapter, name)))
 
 

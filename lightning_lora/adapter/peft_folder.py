@@ -28,6 +28,7 @@ from ..names import A, B, around
 from ..nn.low_rank import ATTENTION, ATTENTION_OUTPUT, GROUPED_CONV, SEPARATE
 from .adapter import Adapter, check_factors, exact_options, ties_of
 from .metadata import from_metadata, to_metadata
+from .peft_magnitudes import magnitudes_from_peft, magnitudes_to_peft
 from .peft_mapping import (
     add_idle_attention,
     as_plain,
@@ -90,6 +91,7 @@ def write_folder(adapter: Adapter, path: PathLike, frozen: Mapping[str, torch.Te
     layers = set(own.layers())
     nesting = nesting_of(own.parameters)
     values = stacks_to_peft({**plain.tensors, **(frozen or {})}, _factor_names(own).values())
+    values = magnitudes_to_peft(values)
     tables = {*own.tables, *own.tied}
     in_tables = {name: peft_table_name(name, tables) for name in values}
     tensors = {
@@ -136,6 +138,8 @@ def _refuse_without_equal(adapter: Adapter, name: str) -> None:
     problem = ""
     if kind == GROUPED_CONV:
         problem = "is a convolution with groups; PEFT's adapter for those mixes the groups and means another thing"
+    elif kind == ATTENTION_OUTPUT and adapter.magnitude(name) is not None:
+        problem = f"belongs to attention, which PEFT does not adapt with {adapter.variant()}"
     elif kind == ATTENTION_OUTPUT and adapter.kinds.get(attention) != ATTENTION:
         problem = _output_problem(adapter, attention)
     elif kind == ATTENTION:
@@ -185,7 +189,7 @@ def read_folder(path: PathLike, order: Order = usual_order) -> Adapter:
         adapter, outside = _read_described(peft_tensors, header[HEADER_KEY], folder / TENSOR_FILE)
         return _add_outside(adapter, outside, folder) if outside else adapter
     names = read_names(peft_tensors, folder, lambda wrapped: nesting_in_peft(options, wrapped, order, folder))
-    tensors = {name: peft_tensors[peft_name] for peft_name, name in names.ours.items()}
+    tensors = magnitudes_from_peft({name: peft_tensors[peft_name] for peft_name, name in names.ours.items()})
     return _read_foreign(tensors, names.bare, options, folder)
 
 
@@ -231,7 +235,8 @@ def _read_described(peft_tensors: Mapping[str, torch.Tensor], text: str, where: 
         raise LoRAError(f"{where}: the adapter's description is damaged: it is {description!r:.80}.")
     nesting = nesting_of_metadata(description, where)
     names = read_names(peft_tensors, where, lambda wrapped: nesting).ours
-    adapter = from_metadata({n: peft_tensors[peft_name] for peft_name, n in names.items()}, description, str(where))
+    tensors = magnitudes_from_peft({name: peft_tensors[peft_name] for peft_name, name in names.items()})
+    adapter = from_metadata(tensors, description, str(where))
     adapter = _with_our_stacks(adapter, where)
     idle = description.get(IDLE, [])
     if not isinstance(idle, list):

@@ -20,7 +20,7 @@ from typing import Any, get_args
 
 import torch
 
-from ..config import SAYING_NOTHING, TASK_HEADS, LoRAConfig, Task
+from ..config import SAYING_NOTHING, TASK_HEADS, VARIANTS, LoRAConfig, Task
 from ..errors import LoRAError
 from ..names import A, B, around, matcher, suffixes
 from ..nn.low_rank import ATTENTION, ATTENTION_OUTPUT, CONV1D, from_block_diagonal, to_block_diagonal
@@ -28,7 +28,7 @@ from .adapter import Adapter, exact_options, options_hold
 from .peft_rows import OPTION
 from .peft_saved_modules import entries_in, from_peft_entries, is_tied_by_peft, to_peft_entries
 
-SHARED = ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "rank_pattern", "alpha_pattern")
+SHARED = ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", *VARIANTS, "rank_pattern", "alpha_pattern")
 BY_NUMBER = ("layers_to_transform", "layers_pattern")
 SELECTING = ("target_modules", "target_parameters", "exclude_modules", *BY_NUMBER, "modules_to_save", OPTION)
 ORIGIN = ("base_model_name_or_path", "revision", "task_type")
@@ -56,7 +56,7 @@ def options_to_peft(adapter: Adapter) -> dict[str, Any]:
         config = exact_options(config, ranks, adapter.scalings, adapter.parameters)
     options = config.to_dict()
     return {
-        **{name: options[name] for name in SHARED},
+        **{name: options[name] for name in SHARED if name in options},
         "rank_pattern": options["rank_pattern"] or {},
         "alpha_pattern": options["alpha_pattern"] or {},
         "peft_type": "LORA",

@@ -21,17 +21,23 @@ from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass
 
 from ..errors import LoRAError
-from ..names import A, B, split_factor_name
+from ..names import MAGNITUDE, A, B, split_factor_name
 from ..nn.low_rank import ATTENTION_OUTPUT, EMBEDDING
 from .peft_parameters import Nesting, our_factor
 from .peft_rows import our_table_name
 
 PREFIX = "base_model.model."
 BASE_LAYER, SAVED, ORIGINAL = ".base_layer", ".modules_to_save", ".original_module"
-FACTORS = {"lora_A.weight": A, "lora_B.weight": B, "lora_embedding_A": A, "lora_embedding_B": B}
+PEFT_MAGNITUDE = "lora_magnitude_vector"
+FACTORS = {
+    "lora_A.weight": A,
+    "lora_B.weight": B,
+    "lora_embedding_A": A,
+    "lora_embedding_B": B,
+    PEFT_MAGNITUDE: MAGNITUDE,
+    f"{PEFT_MAGNITUDE}.weight": MAGNITUDE,  # of a live model
+}
 OTHER_METHODS = {
-    "lora_magnitude_vector": "DoRA",
-    "lora_magnitude_vector.weight": "DoRA",
     "lora_B.bias": "lora_bias",
     "lora_A.bias": "lora_bias",
     "trainable_tokens_delta": "trainable_token_indices",
@@ -89,6 +95,8 @@ def peft_name(name: str, layers: Set[str], kinds: Mapping[str, str], nesting: Ne
     if kind == ATTENTION_OUTPUT:  # its attention is wrapped too
         attention, dot, _ = layer.rpartition(".")
         wrapped = f"{PREFIX}{attention}{dot}base_layer.out_proj"
+    if leaf == MAGNITUDE:
+        return f"{wrapped}.{PEFT_MAGNITUDE}"
     if leaf not in (A, B):
         return f"{wrapped}{BASE_LAYER}.{leaf}"
     return f"{wrapped}.lora_embedding_{leaf[-1]}" if kind == EMBEDDING else f"{wrapped}.{leaf}.weight"
@@ -120,7 +128,7 @@ def read_names(
         name = _our_name(bare_name, present, layers, nesting, where)
         if name is None:
             continue
-        if name in (A, B):
+        if name in FACTORS.values():
             raise LoRAError(f"{where}: {peft_name!r} names no layer.")
         if first.setdefault(name, peft_name) != peft_name:
             raise LoRAError(f"{where}: {first[name]!r} and {peft_name!r} both mean {name!r}; the file is damaged.")

@@ -19,6 +19,7 @@ from ..errors import LoRAError
 from ..names import A, B, around
 from ..nn.low_rank import ATTENTION, ATTENTION_OUTPUT, CONV, EMBEDDING
 from .adapter import Adapter, check_factors
+from .peft_magnitudes import magnitudes_from_peft
 from .peft_mapping import check_peft_version, from_plain
 from .peft_names import read_names
 
@@ -42,7 +43,7 @@ def read_state(state: Mapping[str, torch.Tensor], where: object, hyper_parameter
         LoRAError: it is more than plain LoRA, or damaged.
     """
     names = read_names(state, where)
-    tensors = {ours: state[name] for name, ours in names.ours.items()}
+    tensors = magnitudes_from_peft({ours: state[name] for name, ours in names.ours.items()})
     rows = Adapter(tensors).rows()
     if rows:
         raise LoRAError(
@@ -78,6 +79,8 @@ def _config(adapter: Adapter, saved: list[str], hyper_parameters: object) -> LoR
     ranks = adapter.ranks()
     common = mode(ranks.values())
     patterns = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != common}
+    if adapter.variant():
+        options[adapter.variant()] = True
     return LoRAConfig(r=common, rank_pattern=patterns, target_modules=list(ranks), modules_to_save=saved, **options)
 
 

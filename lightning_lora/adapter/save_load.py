@@ -237,8 +237,13 @@ def adapter_with_options(path: PathLike, lora_alpha: float | None = None) -> Ada
             )
     scalings = {name: lora_alpha / rank for name, rank in ranks.items()}
     saved = _saved_modules(adapter)
+    variant: dict[str, Any] = {adapter.variant(): True} if adapter.variant() else {}
     config = LoRAConfig(
-        r=next(iter(ranks.values())), lora_alpha=lora_alpha, target_modules=list(ranks), modules_to_save=saved
+        r=next(iter(ranks.values())),
+        lora_alpha=lora_alpha,
+        target_modules=list(ranks),
+        modules_to_save=saved,
+        **variant,
     )
     if not options_hold(config, ranks, scalings):
         config = exact_options(config, ranks, scalings)

@@ -20,7 +20,7 @@ from ..files.paths import PathLike
 from ..files.safetensors import SUFFIX, TensorLocation, read_rows
 from ..files.torch_archive import read_torch_file
 from ..files.weights import Weights, open_weights
-from ..names import META, A, B
+from ..names import MAGNITUDE, META, A, B
 from ..progress import Unit, progress_bar
 from .output import refuse_quantised
 
@@ -73,6 +73,7 @@ def _adapter_kind(path: Path) -> str:
 def _adapter_info(adapter: Adapter) -> dict[str, Any]:
     layers = adapter.layers()
     factors = [*(adapter.factor(name, leaf) for name in layers for leaf in (A, B)), *adapter.rows().values()]
+    factors += adapter.magnitudes().values()
     whole = {name: value for name, value in adapter.beside_factors().items() if isinstance(value, torch.Tensor)}
     layers_info = _each("measuring", layers, lambda name: _layer_info(adapter, name))
     return {
@@ -92,7 +93,7 @@ def _adapter_info(adapter: Adapter) -> dict[str, Any]:
 
 
 def _layer_info(adapter: Adapter, name: str) -> dict[str, Any]:
-    a, b = adapter.factor(name, A), adapter.factor(name, B)
+    a, b, magnitude = adapter.factor(name, A), adapter.factor(name, B), adapter.magnitude(name)
     return {
         "kind": adapter.kinds.get(name),
         "rank": b.shape[1],
@@ -103,6 +104,7 @@ def _layer_info(adapter: Adapter, name: str) -> dict[str, Any]:
         "norm_A": float(a.double().norm()),
         "norm_B": float(b.double().norm()),
         "norm_delta": delta_norm(adapter, name),
+        **({} if magnitude is None else {"norm_magnitude": float(magnitude.double().norm())}),
     }
 
 
@@ -137,7 +139,9 @@ def _diff_adapters(first: Adapter, second: Adapter) -> dict[str, Any]:
     layers = set(second.layers())
     in_both = [name for name in first.layers() if name in layers]
     rows = _each("comparing", in_both, lambda name: _layer_row(first, second, name))
-    first_whole, second_whole = ({**each.beside_factors(), **each.rows()} for each in (first, second))
+    first_whole, second_whole = (
+        {**each.beside_factors(), **each.rows(), **_magnitudes_by_tensor(each)} for each in (first, second)
+    )
     for name in first_whole:
         if name in second_whole and first.tables.get(name) != second.tables.get(name):
             rows[name] = {"problem": "other rows were trained"}
@@ -146,6 +150,10 @@ def _diff_adapters(first: Adapter, second: Adapter) -> dict[str, Any]:
     options = first.config.differing(second.config) if first.config and second.config else []
     only = _only({*first.layers(), *first_whole}, {*layers, *second_whole})
     return {"kind": "adapters", "options": options, **only, "changes": rows}
+
+
+def _magnitudes_by_tensor(adapter: Adapter) -> dict[str, Any]:
+    return {f"{name}.{MAGNITUDE}": magnitude for name, magnitude in adapter.magnitudes().items()}
 
 
 def _layer_row(first: Adapter, second: Adapter, name: str) -> dict[str, Any]:

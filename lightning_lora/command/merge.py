@@ -18,9 +18,10 @@ from ..config import LoRAConfig
 from ..errors import LoRAError
 from ..files.atomic import new_file, new_folder
 from ..files.paths import PathLike
-from ..files.safetensors import SUFFIX
+from ..files.safetensors import SUFFIX, TensorLocation, read_rows
 from ..files.weights import Weights, open_weights
 from ..names import A, B, around, matcher
+from ..nn.exact_merge import CPU_CHUNK
 from ..nn.low_rank import (
     ATTENTION,
     ATTENTION_WEIGHTS,
@@ -30,11 +31,14 @@ from ..nn.low_rank import (
     PARAMETER,
     SINGLE,
     STACKS,
+    TRANSPOSED,
     Enabled,
+    LowRankBlock,
     factor_shapes,
     low_rank_blocks,
     matrix_shape,
 )
+from ..nn.output_norms import output_norms_of_parts, output_scale, scaled_blocks
 from ..progress import progress_bar
 from .module_names import ModuleNames, names_in_transformers, own_names, renamed
 from .output import MODEL_FILE, MODEL_FOLDER, check_output, refuse_quantised
@@ -272,8 +276,22 @@ def _layer_updates(adapter: Adapter, name: str, base: Weights, seen: Mapping[str
             f"have shape {', '.join(map(str, shapes.values()))}; the adapter belongs to another base."
         )
     blocks = low_rank_blocks(kind, shapes, a, b, enabled)
-    stacked = kind in STACKS
+    magnitude, stacked = adapter.magnitude(name), kind in STACKS
+    if magnitude is not None:
+        blocks = {leaf: _scaled(blocks[leaf], adapter, name, kind, base.locations[leaves[leaf]]) for leaf in blocks}
     return {leaves[leaf]: WeightUpdate(blocks[leaf], adapter.scalings[name], stacked=stacked) for leaf in blocks}
+
+
+def _scaled(
+    blocks: list[LowRankBlock], adapter: Adapter, name: str, kind: str, location: TensorLocation
+) -> list[LowRankBlock]:
+    """Return a layer's blocks with the scale that gives its outputs their magnitudes; the weight is read for it."""
+    a, b = (adapter.factor(name, leaf).double().flatten(1) for leaf in (A, B))
+    transposed = kind in TRANSPOSED
+    with open(location.file, "rb") as file:
+        parts = ((i, read_rows(file, location, i, count).flatten(1)) for i, count in location.chunks(CPU_CHUNK))
+        norms = output_norms_of_parts(parts, a, b, adapter.scalings[name], transposed=transposed)
+    return scaled_blocks(blocks, output_scale(adapter.magnitude(name), norms), transposed=transposed)
 
 
 def _factor_shapes(kind: str, shapes: Mapping[str, Sequence[int]], rank: int, enabled: Enabled) -> object:

@@ -25,7 +25,7 @@ from ..progress import progress_bar
 
 @dataclass(frozen=True)
 class WeightUpdate:
-    """New values of one tensor: scaling * (the blocks) is added to it, or `value` takes its place.
+    """New values of one tensor: scaling * (the blocks) is added to it and their scales applied, or `value` takes over.
 
     A stack (E, m, n) is one matrix below the other to its blocks. With `rows`, `value` takes the place of these rows.
     """
@@ -288,6 +288,9 @@ def _reference(old: torch.Tensor, update: WeightUpdate | None, first: int) -> tu
         at = slice(block.row, block.row + left.shape[0]), slice(block.col, block.col + right.shape[1])
         exact.view(len(matrix), -1)[at] += left @ right
         total.view(len(matrix), -1)[at] += left.abs() @ right.abs()
+        if block.scale is not None:
+            exact.view(len(matrix), -1)[at] *= block.scale.double()
+            total.view(len(matrix), -1)[at] *= block.scale.double().abs()
     return exact, total
 
 

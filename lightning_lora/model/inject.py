@@ -207,7 +207,7 @@ def finish_injection(model: nn.Module) -> None:
         for name in targets.saved_instead:
             log.info("lightning_lora: %s %s", name, TRAINED_WHOLE)
         if record.config.target_modules == ALL_LINEAR:
-            record.passed_over = describe_passed_over(root, record, targets)
+            record.passed_over = describe_passed_over(root, record, targets.saved)
     record.validated = True
 
 
@@ -352,6 +352,7 @@ def _spec(name: str, record: Injection, seed: str) -> LayerSpec:
         enabled=config.enabled_parts(name),
         keep_float32=config.autocast_adapter_dtype,
         init=config.init_lora_weights,
+        variant=config.variant(),
         seed=int.from_bytes(digest[:8], "big") >> 1,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 
 from torch import nn
 
@@ -12,14 +13,13 @@ from ..nn.lora_layer import AdaptedModule, LoRALayer, Swapped, is_factor
 from ..nn.quantised import shape_of
 from .injection import Injection
 from .named_state import base_parameters
-from .targets import Targets
 
 MOST_KINDS, LEAST_SHARE = 6, 0.0005  # of which each is told
 # Of a foreign class with such a name, the module is told.
 NAMES_OF_LAYERS = ("Linear", "Conv1D", "Conv1d", "Conv2d", "Conv3d", "Embedding", "MultiheadAttention")
 
 
-def describe_passed_over(root: nn.Module, record: Injection, targets: Targets) -> str:
+def describe_passed_over(root: nn.Module, record: Injection, saved: Collection[str]) -> str:
     """Return what share of the parameters is passed over, and of which kinds of weights.
 
     It is "" where as good as every weight is adapted, trained, excluded or named.
@@ -28,8 +28,8 @@ def describe_passed_over(root: nn.Module, record: Injection, targets: Targets) -
 
     Args:
         root: the injected module.
-        record: of its injection.
-        targets: what its options name, without the layers that targets.left_out names one by one.
+        record: of its injection; layers that left_out names one by one are no part of it.
+        saved: the names of the modules that are trained whole.
     """
     excluded = matcher(record.config.exclude_modules)
     sizes: Counter[str] = Counter()
@@ -38,9 +38,9 @@ def describe_passed_over(root: nn.Module, record: Injection, targets: Targets) -
     single: dict[str, None] = {}  # names of parameters that can be adapted by themselves
     for raw_name, module in root.named_modules():
         name = canonical(raw_name)
-        if isinstance(module, LoRALayer) or name in targets.left_out or excluded(name):
+        if isinstance(module, LoRALayer) or name in record.left_out or excluded(name):
             continue
-        if not targets.saved.keys().isdisjoint((name, *around(name))):
+        if not set(saved).isdisjoint((name, *around(name))):
             continue
         kinds = set()
         adapted = module.lora_adapters() if isinstance(module, AdaptedModule) else ()

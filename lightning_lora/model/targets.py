@@ -31,7 +31,7 @@ from ..nn.layer_kinds import ADAPTABLE, is_conv1d, layer_class
 from ..nn.lora_layer import AdaptedModule, Swapped, is_factor
 from ..nn.low_rank import ATTENTION_WEIGHTS, FUSABLE, MERGEABLE_DTYPES, matrix_shape
 from ..nn.parameter import LoRAParameterHolder
-from ..nn.quantised import quantised_as, quantised_modules, shape_of
+from ..nn.quantised import quantised_as, quantised_modules, quantised_parameters, shape_of
 from ..nn.tied_weights import tied_weights
 from ..nn.token_rows import is_table
 from .pretrained import pretrained_models
@@ -311,6 +311,7 @@ def check_supported(name: str, module: nn.Module, config: LoRAConfig) -> None:
         LoRAError: it cannot; the message says why, and what to do.
     """
     kind, adapting, enabled = type(module).__name__, layer_class(module), config.enabled_parts(name)
+    variant = config.variant()
     if adapting is None:
         inside = [child for child, m in module.named_modules() if child and layer_class(m)]
         problem = f"a {type(module).__module__}.{kind} cannot be adapted, only {ADAPTABLE} and their subclasses can"
@@ -325,6 +326,8 @@ def check_supported(name: str, module: nn.Module, config: LoRAConfig) -> None:
         problem = _weight_problem(module)
         if not problem and enabled is not None:
             problem = _parts_problem(module, adapting.KIND, len(enabled))
+        if not problem and variant:
+            problem = _variant_problem(module, variant)
     if problem:
         raise LoRAError(f"inject: {name!r}: {problem}, or leave it out with exclude_modules=[{name!r}].")
 
@@ -409,6 +412,15 @@ def _tensor_problem(weight: nn.Parameter, kind: str) -> str:
     if weight.dtype not in MERGEABLE_DTYPES:
         return f"its weight is {weight.dtype}; adapters need float16, bfloat16, float32 or float64"
     return ""
+
+
+def _variant_problem(module: nn.Module, variant: str) -> str:
+    adapting = layer_class(module, variant)
+    if adapting is None:
+        quantised = ", ".join(map(quantised_as, quantised_parameters(module).values()))
+        what = f"whose weight is quantised ({quantised})" if quantised else f"of class {type(module).__name__}"
+        return f"{variant} is not for a layer {what}"
+    return adapting.problem(module)
 
 
 def _parts_problem(module: nn.Module, kind: str, parts: int) -> str:

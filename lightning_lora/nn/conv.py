@@ -24,15 +24,26 @@ class LoRAConv(LoRALayer):
     def kind(self) -> str:
         return low_rank.GROUPED_CONV if cast(nn.Conv2d, self).groups > 1 else low_rank.CONV
 
-    def factored_forward(self, input: torch.Tensor) -> torch.Tensor:
+    def is_cheaper_dense(self) -> bool:
+        """Return whether the layer runs on W + delta, which dropout on single input features keeps it from doing."""
         layer = cast(nn.Conv2d, self)
-        if self.lora.spec.r * layer.groups >= layer.out_channels and not self.drops():
+        return self.lora.spec.r * layer.groups >= layer.out_channels and not self.drops()
+
+    def factored_forward(self, input: torch.Tensor) -> torch.Tensor:
+        if self.is_cheaper_dense():
             return cast(torch.Tensor, self.dense_forward(input))
         base = self.base_forward(input)
         x, scaling = self.dropped(input)
+        return cast(torch.Tensor, base.add_(self.low_rank_product(x), alpha=scaling))
+
+    def base_product(self, x: torch.Tensor) -> torch.Tensor:
+        return cast(torch.Tensor, cast(nn.Conv2d, self)._conv_forward(x, self.weight, None))
+
+    def low_rank_product(self, x: torch.Tensor) -> torch.Tensor:
+        layer = cast(nn.Conv2d, self)
         a, b = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
         if layer.groups > 1:  # every group goes through the whole of A, then through its own rows of B
             a = a.repeat(layer.groups, *[1] * (a.dim() - 1))
         hidden = layer._conv_forward(x, a, None)
         convolve = (F.conv1d, F.conv2d, F.conv3d)[b.dim() - 3]
-        return cast(torch.Tensor, base.add_(convolve(hidden, b, groups=layer.groups), alpha=scaling))
+        return convolve(hidden, b, groups=layer.groups)

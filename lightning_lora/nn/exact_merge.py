@@ -6,6 +6,9 @@ and float32):
     merge:    new = round(W + D); back = round(new - d); store W where back's bits differ; W <- new
     unmerge:  W <- round(W - d); W[stored positions] <- the stored values
 
+Where a block has a scale c, new = round(c * (W + D)) and back = round(new / c - D), in the arithmetic's dtype, and what
+differs is stored as nn/ulp_corrections.py has it, because it is more.
+
 Adding and subtracting alone drifts; a full copy doubles the memory. This stores the few per cent of values that
 subtraction would not bring back, and its own copies of A and B, so that d is the same bits both times. Why float64: in
 float32, B @ A is off by many ulp where W and D are both small, and autocast and the matmul precision settings would
@@ -25,13 +28,15 @@ import torch
 
 from ..errors import LoRAError, NonFiniteError
 from .low_rank import LowRankBlock, scale_blocks
+from .ulp_corrections import BITS, Corrections, correct_, find_corrections
 
 CPU_CHUNK, GPU_CHUNK = 2**17, 2**24  # elements: of a thread, small enough for its cache; enough to fill a card
 MOST_THREADS = 2  # that a chunk on the CPU is measured for
 COPY_ABOVE = 0.25  # share of a weight that changes, below which its values take less time than a copy of it all
 STORE_AT_MOST = 0.25  # above this share of a chunk's values, a plain copy of the chunk is stored
-BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+EVERYTHING = slice(None)
 
+Stored = Corrections | tuple[torch.Tensor, torch.Tensor] | torch.Tensor
 Observer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
@@ -46,8 +51,8 @@ class RestoreRecord:
     factors: list[LowRankBlock]  # copies
     scaling: float = 1.0  # s
     copy: torch.Tensor | None = None  # of the whole weight
-    # One entry a merged chunk, in order: positions and values, or a copy of the chunk.
-    chunks: list[tuple[torch.Tensor, torch.Tensor] | torch.Tensor] = field(default_factory=list)
+    # One entry a merged chunk, in order: positions and values, or ulp of a scaled one, or a copy of the chunk.
+    chunks: list[Stored] = field(default_factory=list)
     checksum: int | None = None  # of the weight's bits: beside a copy of the whole, after the merge; else before it
     checksum_dtype: torch.dtype = torch.int64  # the integers that they were summed as
     threads: int = 0  # that computed d; another number can change its last bits
@@ -69,7 +74,7 @@ def merge_weight_(
     spare: torch.Tensor | None = None,
     observe: Observer | None = None,
 ) -> RestoreRecord:
-    """Add scaling * (the blocks) to a weight, each element rounded once. In place.
+    """Add scaling * (the blocks) to a weight and apply their scales, each element rounded once. In place.
 
     Args:
         weight: any shape, floating point.
@@ -77,7 +82,7 @@ def merge_weight_(
         scaling: s.
         copy: store a plain copy of the weight instead of the values that subtraction would miss, if most of it changes.
         spare: memory for the copy, of an earlier one that is done with; used where it fits.
-        observe: called for each chunk with the rounded sum, the exact sum and the delta, all in float64.
+        observe: called for each chunk with W' rounded, W' and what it adds to W, all in float64.
 
     Returns:
         What unmerge_weight_ needs.
@@ -85,7 +90,7 @@ def merge_weight_(
     Raises:
         NonFiniteError: a value of the sum is not finite. The weight is then as it was.
     """
-    copy = copy and sum(len(left) * right.shape[1] for _, _, left, right in blocks) >= COPY_ABOVE * weight.numel()
+    copy = copy and sum(len(each.left) * each.right.shape[1] for each in blocks) >= COPY_ABOVE * weight.numel()
     with exact_arithmetic(weight):
         record = _copy_record(weight, spare) if copy else _values_record(weight, blocks, scaling)
         try:
@@ -147,7 +152,7 @@ def merged_weight(
             target = _window(merged, chunk)
             new, exact = _rounded_sum(_window(weight, chunk), chunk, scratch, target)
             if observe:
-                observe(new.to(exact.dtype), exact, _delta(target, chunk, scratch))
+                observe(new.to(exact.dtype), exact, _change(_window(weight, chunk), exact, chunk, scratch))
             if new is not target:
                 target.copy_(new)
     return merged
@@ -175,7 +180,14 @@ def exact_arithmetic(weight: torch.Tensor, threads: int | None = None) -> Iterat
 
 
 def _values_record(weight: torch.Tensor, blocks: list[LowRankBlock], scaling: float) -> RestoreRecord:
-    factors = [block._replace(left=block.left.detach().clone(), right=block.right.detach().clone()) for block in blocks]
+    factors = [
+        block._replace(
+            left=block.left.detach().clone(),
+            right=block.right.detach().clone(),
+            scale=None if block.scale is None else block.scale.detach().clone(),
+        )
+        for block in blocks
+    ]
     integers = _checksum_dtype(weight)
     checksum = _checksum(weight, integers)
     return RestoreRecord(factors, scaling, checksum=checksum, checksum_dtype=integers, threads=torch.get_num_threads())
@@ -221,13 +233,12 @@ def _merge_chunks(
     for chunk in _chunks(weight, blocks, scaling):
         window = _window(weight, chunk)
         target = window if copied else scratch.take("new", window.shape, window.dtype)
+        before = window.clone() if observe and chunk.scale is not None else window
         new, exact = _rounded_sum(window, chunk, scratch, target)
-        if observe or not copied:
-            delta = _delta(window, chunk, scratch)
         if observe:
-            observe(new.to(delta.dtype), exact, delta)
+            observe(new.to(exact.dtype), exact, _change(before, exact, chunk, scratch))
         if not copied:
-            record.chunks.append(_differing(window, _subtract(new, delta, scratch)))
+            record.chunks.append(_differing(window, _taken_out(new, chunk, scratch), scaled=chunk.scale is not None))
         if new is not window:
             window.copy_(new)
 
@@ -245,8 +256,11 @@ def _restore(weight: torch.Tensor, record: RestoreRecord) -> None:
         if isinstance(stored, torch.Tensor):
             window.copy_(stored)
         else:
-            back = _subtract(window, _delta(window, chunk, scratch), scratch)
-            back.view(-1).index_copy_(0, stored[0].long(), stored[1])
+            back = _taken_out(window, chunk, scratch)
+            if isinstance(stored, Corrections):
+                correct_(back, stored)
+            else:
+                back.view(-1).index_copy_(0, stored[0].long(), stored[1])
             window.copy_(back)
         record.chunks.pop()
 
@@ -261,10 +275,11 @@ def _chunks(weight: torch.Tensor, blocks: list[LowRankBlock], scaling: float) ->
     elements = chunk_elements(weight.device)
     dtype = torch.float32 if weight.device.type == "mps" else torch.float64  # mps has no float64
     chunks = []
-    for row, col, left, right in scale_blocks(blocks, scaling, dtype):
-        rows = max(1, elements // max(1, right.shape[1]))
-        starts = range(0, left.shape[0], rows)
-        chunks += [LowRankBlock(row + start, col, left[start : start + rows], right) for start in starts]
+    for block in scale_blocks(blocks, scaling, dtype):
+        rows = max(1, elements // max(1, block.right.shape[1]))
+        starts = range(0, block.left.shape[0], rows)
+        parts = (block.part(slice(start, start + rows), EVERYTHING) for start in starts)
+        chunks += [part._replace(row=block.row + start) for start, part in zip(starts, parts, strict=True)]
     return chunks
 
 
@@ -287,7 +302,9 @@ def _rounded_sum(
     if window.dtype == chunk.left.dtype:  # no wider dtype to sum in: one rounding needs D first
         exact.add_(_delta(window, chunk, scratch))
     else:
-        exact.view(chunk.left.shape[0], chunk.right.shape[1]).addmm_(chunk.left, chunk.right)
+        _as_matrix(exact, chunk).addmm_(chunk.left, chunk.right)
+    if chunk.scale is not None:
+        _as_matrix(exact, chunk).mul_(chunk.scale)
     new = exact if exact.dtype == target.dtype else target.copy_(exact)
     # A sum is cheap, and finite where all values are, but for an overflow of its own.
     if not math.isfinite(new.sum().item()) and not torch.isfinite(new).all():
@@ -302,18 +319,34 @@ def _delta(window: torch.Tensor, chunk: LowRankBlock, scratch: Scratch) -> torch
     return torch.mm(left, right, out=product).view(window.shape)
 
 
-def _subtract(merged: torch.Tensor, delta: torch.Tensor, scratch: Scratch) -> torch.Tensor:
-    """What unmerging would leave without the stored values, in the weight's dtype, in a buffer; delta is used up."""
+def _change(window: torch.Tensor, exact: torch.Tensor, chunk: LowRankBlock, scratch: Scratch) -> torch.Tensor:
+    """W' - W of a chunk."""
+    return _delta(window, chunk, scratch) if chunk.scale is None else exact - window.to(exact.dtype)
+
+
+def _taken_out(merged: torch.Tensor, chunk: LowRankBlock, scratch: Scratch) -> torch.Tensor:
+    """What unmerging would leave without the stored values, in the weight's dtype, in a buffer."""
+    delta = _delta(merged, chunk, scratch)
+    if chunk.scale is not None:
+        merged_wide = scratch.take("quotient", merged.shape, delta.dtype).copy_(merged)
+        _as_matrix(merged_wide, chunk).div_(chunk.scale)
+        return scratch.take("back", merged.shape, merged.dtype).copy_(torch.sub(merged_wide, delta, out=delta))
     delta = scratch.cast("difference", delta, scratch.difference)
     return scratch.cast("back", torch.sub(merged, delta, out=delta), merged.dtype)
 
 
-def _differing(window: torch.Tensor, back: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | torch.Tensor:
-    """Positions and values of a window where `back` has other bits; a copy of the window where these are many."""
+def _as_matrix(values: torch.Tensor, chunk: LowRankBlock) -> torch.Tensor:
+    return values.view(chunk.left.shape[0], chunk.right.shape[1])
+
+
+def _differing(window: torch.Tensor, back: torch.Tensor, *, scaled: bool) -> Stored:
+    """What of a window `back` has other bits of; a copy of the window where that is much."""
     bits = BITS[window.element_size()]
     changed = (window.view(bits) ^ back.view(bits)).flatten().nonzero().squeeze(1)
     if changed.numel() > STORE_AT_MOST * window.numel():
         return window.clone()
+    if scaled:
+        return find_corrections(window, back, changed)
     return changed.to(torch.int32), window.flatten().index_select(0, changed)
 
 

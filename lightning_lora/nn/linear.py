@@ -28,6 +28,12 @@ class LoRALinear(LoRALayer):
             return self._accumulated(input)
         return self._concatenated(input)
 
+    def base_product(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight)
+
+    def low_rank_product(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
+
     def _accumulated(self, input: torch.Tensor) -> torch.Tensor:
         """Sum the adapter's product straight into the base's output: one full-size tensor instead of three."""
         rows = input.view(-1, input.shape[-1])
@@ -69,6 +75,9 @@ class LoRAConv1D(LoRALinear):
 
     def factored_forward(self, x: torch.Tensor) -> torch.Tensor:  # as Conv1D names it
         return super().factored_forward(x)
+
+    def base_product(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.matmul(x, self.weight)
 
 
 class LoRAQuantisedLinear(LoRALinear):

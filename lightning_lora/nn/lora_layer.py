@@ -59,6 +59,7 @@ class LayerSpec:
     keep_float32: bool = True  # the factors stay in float32 when the model is cast to 16 bits
     init: bool | str = True  # how the factors are drawn, as LoRAConfig's init_lora_weights
     seed: int = 0  # what they are drawn from
+    variant: str = ""  # one of config.VARIANTS, or plain LoRA
     rows: tuple[int, ...] = ()  # of a table of which rows are trained: their numbers, ascending
 
 
@@ -156,9 +157,10 @@ class AdaptedWeights:
         """Return W + delta for each of adapted_weights, differentiable in A and B; with dropout as in dense_forward."""
         self.note_segment()
         factor: torch.Tensor = self.lora_A
+        mask = None
         if self.drops():
-            mask = factor.new_ones(1, factor.shape[1], *[1] * (factor.dim() - 2))
-            factor = factor * F.dropout(mask, self.lora.spec.dropout)
+            mask = F.dropout(factor.new_ones(1, factor.shape[1], *[1] * (factor.dim() - 2)), self.lora.spec.dropout)
+            factor = factor * mask
         sums = {}
         for name, delta in self.deltas(factor, self.lora_B).items():
             weight = weights[name]
@@ -166,8 +168,13 @@ class AdaptedWeights:
                 raise LoRAError(
                     f"{type(self.lora_holder).__name__}: {name} is computed from others since injection; undo that."
                 )
-            sums[name] = (weight.to(torch.promote_types(weight.dtype, delta.dtype)) + delta).to(weight.dtype)
+            wide = weight.to(torch.promote_types(weight.dtype, delta.dtype))
+            sums[name] = self.combine(wide, delta, mask).to(weight.dtype)
         return sums
+
+    def combine(self, weight: torch.Tensor, delta: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """Return W' of a W and its delta, differentiable; `mask` (1, in, 1...) is the dropout that delta has."""
+        return weight + delta
 
     def stand_ins(self, weights: Mapping[str, nn.Parameter]) -> dict[str, Any]:
         """Return what stands in for each of adapted_weights in a forward that reads them, here their sums."""
@@ -443,6 +450,11 @@ class LoRALayer(AdaptedWeights, AdaptedModule):
     KNOWN_FORWARD: ClassVar[tuple[str, ...]] = ("forward",)
     weight: nn.Parameter
 
+    @classmethod
+    def problem(cls, module: nn.Module) -> str:
+        """Return why the class cannot adapt a module of its kind, or ''."""
+        return ""
+
     @property
     def lora_holder(self) -> nn.Module:
         return self
@@ -467,6 +479,18 @@ class LoRALayer(AdaptedWeights, AdaptedModule):
 
     def factored_forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return base(x) + s * B(A(dropout(x))), without ever building B @ A."""
+        raise NotImplementedError
+
+    def is_cheaper_dense(self) -> bool:
+        """Return whether factored_forward runs on W + delta, because that costs less."""
+        return False
+
+    def base_product(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the base's outputs without the bias."""
+        raise NotImplementedError
+
+    def low_rank_product(self, x: torch.Tensor) -> torch.Tensor:
+        """Return B(A(x)), without the scaling."""
         raise NotImplementedError
 
     def dense_forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -508,8 +532,9 @@ class LoRALayer(AdaptedWeights, AdaptedModule):
         return (make, args, *state)
 
     def strip_(self) -> None:
+        names = self.factor_names()
         self.__class__ = class_before_swap(self)  # type: ignore[assignment]
-        for name in (A, B):
+        for name in names:
             self._parameters.pop(name, None)
         for name in [name for name in vars(self) if name == "lora" or name.startswith("lora_")]:
             delattr(self, name)

@@ -49,7 +49,7 @@ Enabled = tuple[bool, ...] | None
 
 
 class LowRankBlock(NamedTuple):
-    """left (m, k) @ right (k, n) is added to W[row : row + m, col : col + n].
+    """left (m, k) @ right (k, n) is added to W[row : row + m, col : col + n], and the sum multiplied by scale.
 
     W is seen as (rows, everything else), a stack of experts as one matrix below the other.
     The blocks of one weight do not overlap.
@@ -59,6 +59,15 @@ class LowRankBlock(NamedTuple):
     col: int
     left: torch.Tensor
     right: torch.Tensor
+    scale: torch.Tensor | None = None  # (m, 1) or (1, n)
+
+    def part(self, rows: slice, columns: slice) -> LowRankBlock:
+        """Return the block of some of its rows and columns, at its own place."""
+        scale = self.scale
+        if scale is not None:
+            scale = scale[rows] if scale.shape[0] > 1 else scale
+            scale = scale[:, columns] if scale.shape[1] > 1 else scale
+        return self._replace(left=self.left[rows], right=self.right[:, columns], scale=scale)
 
 
 def matrix_shape(kind: str, shape: Shape) -> tuple[int, int]:
@@ -155,12 +164,13 @@ def crop(blocks: Sequence[LowRankBlock], rows: slice, columns: slice = EVERYTHIN
         columns: the same, of the weight seen as (rows, everything else).
     """
     cropped = []
-    for row, col, left, right in blocks:
+    for block in blocks:
+        row, col, left, right, _ = block
         top, bottom = max(row, rows.start), min(row + left.shape[0], rows.stop)
         begin, end = max(col, columns.start), min(col + right.shape[1], columns.stop)
         if top < bottom and begin < end:
-            left, right = left[top - row : bottom - row], right[:, begin - col : end - col]
-            cropped.append(LowRankBlock(top - rows.start, begin - columns.start, left, right))
+            part = block.part(slice(top - row, bottom - row), slice(begin - col, end - col))
+            cropped.append(part._replace(row=top - rows.start, col=begin - columns.start))
     return cropped
 
 
@@ -189,12 +199,12 @@ def row_blocks(weight: torch.Tensor, ids: Sequence[int], rows: torch.Tensor, fir
 
 
 def dense_delta(blocks: Sequence[LowRankBlock], shape: torch.Size) -> torch.Tensor:
-    """Return what the blocks add to a weight, in its shape; differentiable."""
-    row, col, left, right = blocks[0]
+    """Return what the blocks without a scale add to a weight, in its shape; differentiable."""
+    row, col, left, right, _ = blocks[0]
     if len(blocks) == 1 and left.shape[0] * right.shape[1] == shape.numel():
         return (left @ right).view(shape)
     delta = left.new_zeros(shape[0], shape.numel() // shape[0])
-    for row, col, left, right in blocks:
+    for row, col, left, right, _ in blocks:
         delta[row : row + left.shape[0], col : col + right.shape[1]] = left @ right
     return delta.view(shape)
 
@@ -202,8 +212,12 @@ def dense_delta(blocks: Sequence[LowRankBlock], shape: torch.Size) -> torch.Tens
 def scale_blocks(blocks: Sequence[LowRankBlock], scaling: float, dtype: torch.dtype) -> list[LowRankBlock]:
     """Return the blocks in another dtype, contiguous, with the scaling folded into left."""
     return [
-        LowRankBlock(row, col, (left.detach().to(dtype) * scaling).contiguous(), right.detach().to(dtype).contiguous())
-        for row, col, left, right in blocks
+        block._replace(
+            left=(block.left.detach().to(dtype) * scaling).contiguous(),
+            right=block.right.detach().to(dtype).contiguous(),
+            scale=None if block.scale is None else block.scale.detach().to(dtype),
+        )
+        for block in blocks
     ]
 
 

@@ -120,7 +120,7 @@ OPTIONS = [
     Option("lora_ga_config", {"direction": "ArB2r"}),
     Option("qalora_group_size", 8),
     Option("use_qalora", True),
-    Option("use_dora", True),
+    built("use_dora", True),
     Option("lora_bias", True),
     built("target_parameters", ["head.weight"]),
     built("trainable_token_indices", {"head": [1, 2]}),

@@ -208,6 +208,20 @@ def test_attention_and_embeddings_keep_their_meaning_in_a_live_state_dict():
 
 
 def test_other_methods_in_a_live_state_dict_are_refused_by_name():
-    other = peft.get_peft_model(network(), peft.LoraConfig(target_modules=["q_lin"], use_dora=True))
-    with pytest.raises(LoRAError, match="belongs to DoRA, which cannot be applied"):
+    other = peft.get_peft_model(network(), peft.LoraConfig(target_modules=["q_lin"], lora_bias=True))
+    with pytest.raises(LoRAError, match="belongs to lora_bias, which cannot be applied"):
         load_adapter(network(), other.state_dict())
+
+
+@pytest.mark.parametrize("live", [True, False])
+def test_magnitudes_in_a_state_dict_are_read_live_or_not(live: bool):
+    options: dict[str, Any] = {"r": 2, "lora_alpha": 8, "target_modules": ["q_lin"], "use_dora": True}
+    other = peft.get_peft_model(network(), peft.LoraConfig(**options)).eval()
+    spread_(other)
+    state = other.state_dict() if live else get_peft_model_state_dict(other)
+    inject(net := network(), LoRAConfig(**options))
+    load_adapter(net, state)
+    close(logits(net), logits(other))
+    inject(plain := network(), LoRAConfig(**options | {"use_dora": False}))
+    with pytest.raises(LoRAError, match="lora_magnitude' has no place in the model"):
+        load_adapter(plain, state)

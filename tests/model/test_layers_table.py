@@ -146,6 +146,7 @@ def inner(build: Callable[[], nn.Module]) -> Callable[[], Any]:
 
 
 RSLORA = {"use_rslora": True, "r": 4, "lora_alpha": 3}
+DORA = {"target_modules": ["inner"], "use_dora": True}
 PARTS = {"target_modules": ["inner"], "enable_lora": {"inner": [True, False, True]}}
 QUANTISED = {
     "bitsandbytes nf4": "nf4",
@@ -180,6 +181,23 @@ ROWS = [
     Row("nn.Conv2d", inner(lambda: nn.Conv2d(8, 6, 3, padding=1)), floats(2, 8, 5, 5)),
     Row("nn.Conv3d", inner(lambda: nn.Conv3d(4, 6, 2)), floats(2, 4, 4, 4, 4)),
     Row("nn.Conv2d, groups", inner(lambda: nn.Conv2d(8, 12, 3, groups=2)), floats(2, 8, 5, 5)),
+    Row("nn.Linear", inner(lambda: nn.Linear(8, 6)), floats(3, 8), DORA, "DoRA"),
+    Row(
+        "transformers' Conv1D", inner(lambda: Conv1D(6, 8)), floats(3, 8), DORA, "DoRA", theirs={"fan_in_fan_out": True}
+    ),
+    Row("nn.Embedding", inner(lambda: nn.Embedding(11, 6)), rows(3, 5), DORA, "DoRA"),
+    Row("nn.Conv1d", inner(lambda: nn.Conv1d(8, 6, 3)), floats(2, 8, 7), DORA, "DoRA"),
+    Row("nn.Conv2d", inner(lambda: nn.Conv2d(8, 6, 3, padding=1)), floats(2, 8, 5, 5), DORA, "DoRA"),
+    Row("nn.Conv3d", inner(lambda: nn.Conv3d(4, 6, 2)), floats(2, 4, 4, 4, 4), DORA, "DoRA"),
+    Row("nn.Conv2d, groups", inner(lambda: nn.Conv2d(8, 12, 3, groups=2)), floats(2, 8, 5, 5), DORA, "DoRA"),
+    Row(
+        "nn.Linear, whose weight is read",
+        inner(Readers),
+        floats(3, 8),
+        {"target_modules": ["linear"], "use_dora": True},
+        "DoRA",
+        theirs=None,
+    ),
     Row("nn.MultiheadAttention", inner(Attention), floats(2, 4, 8), {"target_modules": ["attention"]}),
     Row(
         "nn.MultiheadAttention, q, k and v apart",

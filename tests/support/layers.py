@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -75,6 +75,7 @@ class Case:
     tokens: int = 0
     parts: tuple[bool, ...] | None = None
     keyword: str = "input"
+    options: dict[str, Any] = field(default_factory=dict)
 
     def make_input(self, dtype: torch.dtype) -> torch.Tensor:
         return torch.randint(self.tokens, self.shape) if self.tokens else torch.randn(self.shape).to(dtype)
@@ -123,6 +124,11 @@ CASES = {
     "conv that pads": Case(lambda: PaddedConv(8, 6, 3), (2, 8, 6, 6), keyword="image"),
     "conv with an inner forward": Case(lambda: OwnConvForward(8, 6, 3), (2, 8, 6, 6)),
 }
+WITH_MAGNITUDES = (
+    *("linear", "linear, three axes", "activated linear", "transformers Conv1D", "embedding, padding"),
+    *("conv1d, groups", "conv2d", "conv2d, depthwise", "conv3d, circular", "conv that pads"),
+)
+CASES |= {f"dora, {name}": replace(CASES[name], options={"use_dora": True}) for name in WITH_MAGNITUDES}
 
 
 @dataclass
@@ -150,10 +156,21 @@ class Subject:
         state = {name: size(value) for name, value in wide.named_parameters()}
         weight = state["layer.weight"]
         delta = ALPHA / R * matrix(self.plain.layer, size(a.double()), size(b.double()), self.case.parts)
-        state["layer.weight"] = weight + delta.reshape(weight.shape)
+        state["layer.weight"] = (weight + delta.reshape(weight.shape)) * self.scale()
         x = self.x if self.case.tokens else size(self.x.double())
         result: torch.Tensor = functional_call(wide, state, (x,))
         return result
+
+    def scale(self) -> Any:
+        """m / norm(V) of each output, in the shape in which it broadcasts with the weight; 1 without magnitudes."""
+        if "use_dora" not in self.case.options:
+            return 1.0
+        layer, weight = self.layer, self.plain.layer.weight.detach().double()  # type: ignore[operator]
+        factors = layer.lora_A.detach().double(), layer.lora_B.detach().double()
+        whole = weight + ALPHA / R * matrix(self.plain.layer, *factors, None).reshape(weight.shape)
+        inputs = 0 if isinstance(self.plain.layer, (Conv1D, nn.Embedding)) else tuple(range(1, whole.dim()))
+        norms = torch.linalg.vector_norm(whole, dim=inputs, keepdim=True)
+        return layer.lora_magnitude.detach().double().view(norms.shape) / norms
 
 
 def matrix(layer: nn.Module, a: torch.Tensor, b: torch.Tensor, parts: tuple[bool, ...] | None) -> torch.Tensor:
@@ -178,7 +195,7 @@ def make_subject(name: str, dtype: torch.dtype = torch.float32, *, fill: bool = 
     plain.requires_grad_(False)  # as injection does; torch multiplies otherwise where a weight is trained
     if case.parts:
         options["enable_lora"] = {"layer": list(case.parts)}
-    inject(model, LoRAConfig(r=R, lora_alpha=ALPHA, target_modules=["layer"], **options))
+    inject(model, LoRAConfig(r=R, lora_alpha=ALPHA, target_modules=["layer"], **case.options, **options))
     subject = Subject(model, plain, case.make_input(dtype), case)
     if fill:
         fill_factors_(subject)
@@ -199,6 +216,9 @@ def fill_factors_(subject: Subject, share: float = 1.0) -> None:
             factor.copy_(torch.randn(factor.shape))
         product = matrix(plain, layer.lora_A.double(), layer.lora_B.double(), subject.case.parts)
         layer.lora_B.mul_(share * plain.weight.double().norm() / (ALPHA / R * product.norm()))
+        if "use_dora" in subject.case.options:
+            spread = 0.9 + 0.2 * torch.rand(layer.lora_magnitude.shape)
+            layer.lora_magnitude.mul_(spread / subject.scale().flatten())
 
 
 # --- weights and factors to merge ---
@@ -232,7 +252,7 @@ def make_pieces(weight: torch.Tensor, r: int = 4) -> list[LowRankBlock]:
 
 def exact_delta(pieces: list[LowRankBlock], scaling: float, shape: torch.Size) -> torch.Tensor:
     delta = torch.zeros(shape[0], shape.numel() // shape[0], dtype=torch.float64)
-    for row, col, left, right in pieces:
+    for row, col, left, right, _ in pieces:
         part = scaling * (left.double() @ right.double())
         delta[row : row + part.shape[0], col : col + part.shape[1]] += part
     return delta.view(shape)

@@ -88,6 +88,9 @@ PEERS = {
     "llama": Peer(_llama, ["q_proj", "v_proj", "down_proj"], PATTERNS, {"task_type": "CAUSAL_LM"}),
     "llama-embedding": Peer(_llama, ["embed_tokens", "o_proj"], {"bias": "all"}, {"task_type": "CAUSAL_LM"}),
     "gpt2": Peer(_gpt2, ["c_attn", "c_proj"], {"use_rslora": True}, {"fan_in_fan_out": True}),
+    "llama-dora": Peer(_llama, ["q_proj", "embed_tokens"], {"use_dora": True}, {"task_type": "CAUSAL_LM"}),
+    "gpt2-dora": Peer(_gpt2, ["c_attn", "c_proj"], {"use_dora": True, "lora_dropout": 0.1}, {"fan_in_fan_out": True}),
+    "convolutions-dora": Peer(ConvNet, ["one", "two", "three", "emb"], {"use_dora": True, "modules_to_save": ["head"]}),
     "bert": Peer(
         _bert,
         ["query", "value", "word_embeddings"],

@@ -70,6 +70,7 @@ CASES: dict[str, tuple[type[Net], dict[str, Any]]] = {
     "merged": (Net, {}),
     "unmerged": (Net, {"merged_eval": False}),
     "more is trained": (Net, {"modules_to_save": ["body.1"], "bias": "all", "use_rslora": True}),
+    "magnitudes": (Net, {"use_dora": True}),
     "built in setup": (BuiltInSetup, {}),
     "built in configure_model": (BuiltInConfigureModel, {}),
 }

@@ -1,0 +1,187 @@
+"""DoRA (arXiv:2402.09353): the direction of each output's weights is adapted by A and B, their length by a magnitude.
+
+    W' = c * V by outputs,  V = W + s * B @ A,  c = m / norm(V)
+
+The norm is no part of the gradient, as in the paper's section 4.3 and in PEFT; norm(W)^2 is kept while W stays. m
+begins as norm(V), rounded as the norm is rounded later, so that c is exactly 1 before the first step. An output whose
+weights are all zero has c = 1, where PEFT's outputs are NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from ..distributed.sharding import copy_, full_tensor, is_sharded
+from ..errors import LoRAError
+from ..names import MAGNITUDE
+from . import low_rank
+from .lora_layer import LoRALayer, Transform
+from .low_rank import LowRankBlock
+from .output_norms import base_squares, output_norms, output_scale, scaled_blocks
+
+WEIGHT = "weight"
+BASE_SQUARES = "lora_base_squares"  # attribute: what norm(W)^2 is of, and its value
+
+
+class DoRALayer(LoRALayer):
+    """A layer whose outputs have magnitudes: `lora_magnitude` (out,), beside A and B."""
+
+    lora_magnitude: nn.Parameter
+
+    def factor_names(self) -> tuple[str, ...]:
+        return (*super().factor_names(), MAGNITUDE)
+
+    def factors(self) -> tuple[nn.Parameter, ...]:
+        return (*super().factors(), self.lora_magnitude)
+
+    def drawn_factors(self) -> tuple[torch.Tensor, ...]:
+        """Return A, B and norm(V). Collective where W is sharded."""
+        a, b = super().drawn_factors()
+        device = self.weight.device
+        return a, b, self.norms(self.weight, a.to(device), b.to(device))
+
+    @classmethod
+    def problem(cls, module: nn.Module) -> str:
+        if getattr(module, "max_norm", None) is None:
+            return ""
+        return "max_norm renormalises its rows in place, whose norms use_dora goes by; set it to None"
+
+    def factored_forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
+        """Return base(x) + s * B(A(x)), but for the bias times c; dropout acts on W too, as in PEFT.
+
+        A dropped feature sees W instead of c * W.
+        """
+        if self.is_cheaper_dense():
+            return cast(torch.Tensor, self.dense_forward(*args, **kwargs))
+        (input,) = (*args, *kwargs.values())
+        change, bias = self.over_outputs(self.scale() - 1), getattr(self, "bias", None)
+        if self.drops() and not self.LOOKUP:
+            return self._dropped_forward(input, change)
+        sums = cast(torch.Tensor, super().factored_forward(input))
+        change = change.to(sums.dtype)
+        if bias is None:
+            return torch.addcmul(sums, sums, change)
+        return sums.addcmul_(sums - self.over_outputs(bias).to(sums.dtype), change)
+
+    def _dropped_forward(self, input: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+        base = cast(torch.Tensor, self.base_forward(input))
+        x, scaling = self.dropped(input)
+        product = self.low_rank_product(x).to(base.dtype) * scaling
+        sums = torch.add(product, self.base_product(x), alpha=scaling / self.lora.spec.scaling)
+        return torch.addcmul(base + product, sums, change.to(base.dtype))
+
+    def over_outputs(self, values: torch.Tensor) -> torch.Tensor:
+        """Return values (out,) in the shape in which they broadcast with the layer's outputs."""
+        return values.view(-1, *[1] * (self.weight.dim() - 2))
+
+    def over_weight(self, values: torch.Tensor) -> torch.Tensor:
+        """Return values (out,) in the shape in which they broadcast with the weight."""
+        if self.is_transposed():
+            return values.view(1, -1)
+        return values.view(-1, *[1] * (self.weight.dim() - 1))
+
+    def combine(self, weight: torch.Tensor, delta: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        sums = seen = weight + delta
+        if mask is not None:
+            seen = weight * (mask.T if self.is_transposed() else mask) + delta
+        return torch.addcmul(sums, seen, self.over_weight(self.scale() - 1).to(sums.dtype))
+
+    def scale(self) -> torch.Tensor:
+        """Return c (out,), differentiable in the magnitude."""
+        return output_scale(self.lora_magnitude, self.norms(self.weight, self.lora_A, self.lora_B))
+
+    def local_blocks(
+        self, weights: Mapping[str, torch.Tensor], *factors: torch.Tensor
+    ) -> dict[str, list[LowRankBlock]]:
+        a, b, magnitude = map(full_tensor, factors)
+        norms = self.norms(weights[WEIGHT], a, b, exact=True)
+        scale = output_scale(magnitude, norms.to(magnitude.device))
+        blocks = scaled_blocks(self.low_rank_blocks(a, b)[WEIGHT], scale, transposed=self.is_transposed())
+        return {WEIGHT: self.crop_to_shard(blocks, weights[WEIGHT])}
+
+    def is_transposed(self) -> bool:
+        """Return whether the weight is stored (in, out)."""
+        return self.KIND in low_rank.TRANSPOSED
+
+    def norms(self, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
+        """Return norm(V) of each output, detached. Collective where the weight is sharded; the factors are whole."""
+        if weight.is_meta:
+            return torch.empty(len(b), device="meta")
+        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+            base = self._base_squares(weight) if self._stays(weight) else None
+            a, b, scaling = a.detach().flatten(1), b.detach().flatten(1), self.lora.spec.scaling
+            transposed = self.is_transposed()
+            return output_norms(weight.detach(), a, b, scaling, transposed=transposed, base=base, exact=exact)
+
+    def _stays(self, weight: torch.Tensor) -> bool:
+        """Return whether it can be told at each call that nothing has changed W."""
+        live = weight is self._parameters.get(WEIGHT) and not is_sharded(weight)
+        return live and not (torch.compiler.is_compiling() or weight.requires_grad or weight.is_inference())
+
+    def _base_squares(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return norm(W)^2, computed anew where something has changed W."""
+        key = _key(weight)
+        known = vars(self).get(BASE_SQUARES)
+        if known is None or known[0] != key:
+            with torch.inference_mode(False):
+                known = (key, base_squares(weight.detach(), transposed=self.is_transposed()))
+            vars(self)[BASE_SQUARES] = known
+        return cast(torch.Tensor, known[1])
+
+    def unmerge_(self) -> None:
+        known, merged = vars(self).get(BASE_SQUARES), bool(self.lora.records)
+        try:
+            super().unmerge_()
+        except LoRAError:
+            vars(self).pop(BASE_SQUARES, None)
+            raise
+        if known is not None and merged and known[0][0] == id(self.weight) and not self.weight.is_inference():
+            vars(self)[BASE_SQUARES] = (_key(self.weight), known[1])  # W has the bits that it had
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if is_sharded(param):  # by parallelize_module; fully_shard does not come here
+            raise LoRAError(
+                f"{type(self).__name__}: the magnitudes of use_dora do not follow a tensor parallel split; leave the "
+                "layer out of target_modules, or out of the parallelize plan"
+            )
+        vars(self).pop(BASE_SQUARES, None)
+        super().register_parameter(name, param)
+
+    def _apply(self, fn: Transform, recurse: bool = True) -> Any:
+        vars(self).pop(BASE_SQUARES, None)
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Load; magnitudes that are the initial ones still, and are not loaded themselves, are the new W's then."""
+        magnitude = self._parameters[MAGNITUDE]
+        new_base = prefix + WEIGHT in state_dict and state_dict.get(prefix + MAGNITUDE, magnitude) is magnitude
+        with self._lora_briefly_unmerged():
+            vars(self).pop(BASE_SQUARES, None)
+            follow = new_base and self._is_drawn()
+            super()._load_from_state_dict(state_dict, prefix, *args)
+            vars(self).pop(BASE_SQUARES, None)
+            if follow:
+                copy_(self.lora_magnitude, self.drawn_factors()[-1].to(self.lora_magnitude.dtype))
+
+    def _is_drawn(self) -> bool:
+        """Return whether the magnitudes are the initial ones, bit for bit. Collective where W is sharded."""
+        if self.lora_magnitude.is_meta or self.weight.is_meta:
+            return False
+        live = full_tensor(self.lora_magnitude)
+        drawn = self.drawn_factors()[-1].to(live.device, live.dtype)
+        return bool(((live == drawn) | (live.isnan() & drawn.isnan())).all())
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        make, args, *state = super().__reduce_ex__(protocol)
+        if isinstance(state[0], dict):
+            state[0] = {name: value for name, value in state[0].items() if name != BASE_SQUARES}
+        return (make, args, *state)
+
+
+def _key(weight: torch.Tensor) -> tuple[int, int, int]:
+    """What tells a weight, and that nothing has written to it."""
+    return id(weight), weight.data_ptr(), weight._version

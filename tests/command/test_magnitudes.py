@@ -1,0 +1,144 @@
+"""The command on adapters with magnitudes: merged weights are those of the live model, and info and diff show them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from lightning_lora import LoRAConfig, inject, load_adapter, merged_state_dict, save_adapter
+from lightning_lora.adapter.peft_folder import read_folder
+from lightning_lora.command import write_merged
+from support.notices import quiet_peers
+from support.peers import (
+    TENSORS,
+    base_folder,
+    call,
+    close,
+    edit,
+    logits,
+    model,
+    ours,
+    read_by_peft,
+    refused,
+    tensors_of,
+    theirs,
+)
+
+pytestmark = [*quiet_peers, pytest.mark.filterwarnings("ignore:merged 16-bit weights:UserWarning")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["llama-dora", "gpt2-dora"])
+def test_a_folder_is_merged_as_in_memory_part_by_part(tmp_path, name: str, dtype: torch.dtype, capsys, monkeypatch):
+    for place in ("command.write_merged.CPU_CHUNK", "command.merge.CPU_CHUNK", "files.safetensors.CHUNK"):
+        monkeypatch.setattr(f"lightning_lora.{place}", 100)  # a few rows at a time
+    base_folder(name, tmp_path / "base", dtype)
+    ours(name, tmp_path / "a")
+    arguments = ("--base", tmp_path / "base", "--adapter", tmp_path / "a", "--strict-base=false")
+    call(capsys, "merge", *arguments, "--output", tmp_path / "o", "--verify")
+    found = tensors_of(tmp_path / "o")
+    load_adapter(net := model(name).to(dtype), tmp_path / "a", strict_base=False)
+    expected = merged_state_dict(net)
+    for key, value in found.items():
+        ulp = 0 if dtype == torch.bfloat16 else 1
+        torch.testing.assert_close(value, expected[key], rtol=ulp * torch.finfo(dtype).eps, atol=0)
+    merged = type(net).from_pretrained(tmp_path / "o")  # type: ignore[attr-defined]
+    if dtype == torch.float32:
+        close(logits(merged), logits(net))
+        close(logits(merged), logits(read_by_peft(name, tmp_path / "a")))
+
+
+def test_a_result_without_the_scale_is_found_by_verify(tmp_path, capsys, monkeypatch):
+    base_folder("llama-dora", tmp_path / "base")
+    ours("llama-dora", tmp_path / "a")
+    applied = write_merged.WeightUpdate.applied
+
+    def without_scale(update: write_merged.WeightUpdate, rows: torch.Tensor, first: int) -> torch.Tensor:
+        return applied(replace(update, blocks=[block._replace(scale=None) for block in update.blocks]), rows, first)
+
+    monkeypatch.setattr(write_merged.WeightUpdate, "applied", without_scale)
+    arguments = ("--base", tmp_path / "base", "--adapter", tmp_path / "a", "--output", tmp_path / "o", "--verify")
+    assert "differs from what base and adapter give" in refused(capsys, "merge", *arguments)
+
+
+def test_export_and_import_keep_every_magnitude(tmp_path, capsys):
+    theirs("llama-dora", tmp_path / "a")
+    call(capsys, "import", tmp_path / "a", tmp_path / "a.ckpt")
+    call(capsys, "export", tmp_path / "a.ckpt", tmp_path / "b")
+    first, second = load_file(tmp_path / "a" / TENSORS), load_file(tmp_path / "b" / TENSORS)
+    magnitudes = [name for name in first if name.endswith("lora_magnitude_vector")]
+    assert len(magnitudes) == 3
+    assert all(torch.equal(first[name], second[name]) for name in magnitudes)
+    assert json.loads((tmp_path / "b" / "adapter_config.json").read_text())["use_dora"] is True
+
+
+def test_info_and_diff_show_magnitudes(tmp_path, capsys):
+    ours("llama-dora", tmp_path / "a")
+    name = "model.layers.0.self_attn.q_proj"
+    described = json.loads(call(capsys, "info", tmp_path / "a", "--json"))
+    adapter = read_folder(tmp_path / "a")
+    magnitude = adapter.magnitude(name)
+    assert described["layers"][name]["norm_magnitude"] == pytest.approx(float(magnitude.norm()), rel=1e-5)
+    assert described["parameters"] == sum(tensor.numel() for tensor in adapter.tensors.values())
+    tensors = load_file(tmp_path / "a" / TENSORS)
+    (tmp_path / "b").mkdir()
+    for file in (tmp_path / "a").iterdir():
+        (tmp_path / "b" / file.name).write_bytes(file.read_bytes())
+    key = f"base_model.model.{name}.lora_magnitude_vector"
+    with safe_open(tmp_path / "a" / TENSORS, "pt") as file:
+        header = file.metadata()
+    save_file(tensors | {key: tensors[key] + 1}, tmp_path / "b" / TENSORS, header)
+    found = json.loads(call(capsys, "diff", tmp_path / "a", tmp_path / "b", "--json"))["changes"]
+    assert found[f"{name}.lora_magnitude"]["change"] == pytest.approx(len(magnitude) ** 0.5, rel=1e-5)
+    assert found[name]["change"] == 0
+
+
+@pytest.mark.parametrize("damage", ["missing", "shape", "value", "option"])
+def test_damaged_magnitudes_are_refused_by_name(tmp_path, damage: str):
+    theirs("llama-dora", tmp_path / "a")
+    tensors = load_file(tmp_path / "a" / TENSORS)
+    key = "base_model.model.model.layers.1.self_attn.q_proj.lora_magnitude_vector"
+    problems = {
+        "missing": "q_proj.lora_magnitude' is missing; the adapter was cut",
+        "shape": r"q_proj.lora_magnitude' must be 32 floating point values, found torch.float32 \(2, 16\)",
+        "value": "q_proj.lora_magnitude'",
+        "option": "use_dora=true is missing in the options",
+    }
+    if damage == "missing":
+        del tensors[key]
+    elif damage == "shape":
+        tensors[key] = tensors[key].view(2, 16)
+    elif damage == "value":
+        tensors[key][1] = float("inf")
+    else:
+        edit(tmp_path / "a", use_dora=False)
+    save_file(tensors, tmp_path / "a" / TENSORS)
+    net = model("llama-dora")
+    with pytest.raises(Exception, match=problems[damage]):
+        load_adapter(net, tmp_path / "a")
+
+
+def test_a_state_dict_without_options_says_by_its_tensors_that_it_has_magnitudes(tmp_path, capsys):
+    """As loralib's files, with lora_alpha from whoever trained it."""
+    config = transformers.LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1)
+    net = transformers.LlamaForCausalLM(config)
+    torch.save(net.state_dict(), tmp_path / "base.pt")
+    inject(net, LoRAConfig(r=4, lora_alpha=8, target_modules=["q_proj"], use_dora=True))
+    with torch.no_grad():
+        for key, parameter in net.named_parameters():
+            parameter.mul_(1.1) if key.endswith("magnitude") else None
+    factors = {name: value for name, value in net.state_dict().items() if "lora_" in name}
+    torch.save(factors, tmp_path / "a.pt")
+    arguments = ("--base", tmp_path / "base.pt", "--adapter", tmp_path / "a.pt", "--lora-alpha", 8)
+    call(capsys, "merge", *arguments, "--output", tmp_path / "o.pt", "--verify")
+    expected, found = merged_state_dict(net), torch.load(tmp_path / "o.pt", weights_only=True)
+    assert list(found) == list(expected)
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=3e-7, atol=0)
+    save_adapter(net, tmp_path / "folder")

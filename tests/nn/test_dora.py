@@ -1,0 +1,461 @@
+"""DoRA: PEFT's numbers, exact before the first step, the norm without B @ A, and merging that gives every bit back."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lightning_lora import (
+    LoRAConfig,
+    LoRAError,
+    adapter_state_dict,
+    disable_adapter,
+    inject,
+    load_adapter,
+    merge,
+    merge_and_unload,
+    merged,
+    merged_state_dict,
+    save_adapter,
+    unload,
+    unmerge,
+)
+from lightning_lora.model import merging
+from lightning_lora.nn.exact_merge import merge_weight_, merged_weight, unmerge_weight_
+from lightning_lora.nn.low_rank import LowRankBlock
+from lightning_lora.nn.output_norms import output_norms, output_norms_of_parts
+from support.layers import (
+    CASES,
+    DTYPES,
+    Conv1D,
+    as_bits,
+    make_pieces,
+    make_subject,
+    make_weight,
+    same_bits,
+    scaling_for,
+)
+from support.notices import TORCH_NOTICES, quiet_peers
+from support.quantised import network, quantise_
+
+pytestmark = [*quiet_peers, *TORCH_NOTICES]
+NAMES = [name for name in CASES if name.startswith("dora")]
+P = 0.5
+
+KINDS: dict[str, tuple[Callable[[], nn.Module], Callable[[], torch.Tensor]]] = {
+    "Linear": (lambda: nn.Linear(8, 6), lambda: torch.randn(3, 5, 8)),
+    "Linear without bias": (lambda: nn.Linear(8, 6, bias=False), lambda: torch.randn(3, 8)),
+    "Conv1D": (lambda: Conv1D(6, 8), lambda: torch.randn(3, 5, 8)),
+    "Conv1d": (lambda: nn.Conv1d(4, 8, 3, padding=1), lambda: torch.randn(2, 4, 9)),
+    "Conv2d": (lambda: nn.Conv2d(4, 8, 3, stride=2, bias=False), lambda: torch.randn(2, 4, 7, 7)),
+    "Conv3d": (lambda: nn.Conv3d(2, 8, 2), lambda: torch.randn(2, 2, 4, 4, 4)),
+    "Embedding": (lambda: nn.Embedding(11, 6), lambda: torch.randint(11, (4, 5))),
+}
+
+
+def build(kind: str) -> Any:
+    torch.manual_seed(3)
+    return nn.Sequential(KINDS[kind][0]())
+
+
+def dora(**options: Any) -> LoRAConfig:
+    return LoRAConfig(**{"r": 3, "lora_alpha": 4, "target_modules": ["0"], "use_dora": True} | options)
+
+
+def with_peft(kind: str, **options: Any) -> tuple[Any, Any]:
+    """Our model and PEFT's, with the same values."""
+    ours, theirs = build(kind), build(kind)
+    inject(ours, dora(**options))
+    config = peft.LoraConfig(r=3, lora_alpha=4, target_modules=["0"], use_dora=True, fan_in_fan_out=kind == "Conv1D")
+    theirs = peft.get_peft_model(theirs, config)
+    torch.testing.assert_close(ours[0].lora_magnitude.flatten(), factors_of(theirs)["lora_magnitude"].flatten())
+    spread_(ours)
+    with torch.no_grad():
+        for name, value in factors_of(theirs).items():
+            value.copy_(getattr(ours[0], name).view(value.shape))
+    return ours, theirs
+
+
+def spread_(model: Any) -> None:
+    with torch.no_grad():
+        model[0].lora_A.normal_(std=0.4)
+        model[0].lora_B.normal_(std=0.4)
+        model[0].lora_magnitude.mul_(1 + 0.2 * torch.randn_like(model[0].lora_magnitude))
+
+
+def factors_of(theirs: Any) -> dict[str, torch.Tensor]:
+    found = {}
+    for name, parameter in theirs.named_parameters():
+        for leaf in ("A", "B", "magnitude"):
+            if f"lora_{leaf}" in name or f"lora_embedding_{leaf}" in name:
+                found[f"lora_{leaf}"] = parameter
+    return found
+
+
+def magnitude_of(theirs: Any) -> torch.Tensor:
+    return factors_of(theirs)["lora_magnitude"].detach()
+
+
+class Masked(nn.Module):
+    """Dropout with a mask that is given."""
+
+    def __init__(self, mask: torch.Tensor) -> None:
+        super().__init__()
+        self.mask = mask
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.mask
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_outputs_and_gradients_are_pefts(kind: str, dropout: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if dropout and kind == "Embedding":
+        pytest.skip("an embedding has no dropout")
+    ours, theirs = with_peft(kind, lora_dropout=P if dropout else 0.0)
+    x = KINDS[kind][1]()
+    if dropout:
+        mask = (torch.rand(x.shape) > P).float()
+        theirs.base_model.model[0].lora_dropout["default"] = Masked(mask / (1 - P))
+        monkeypatch.setattr(type(ours[0]), "dropped", lambda self, x: (x * mask, self.lora.spec.scaling / (1 - P)))
+    found, wanted = ours.train()(x), theirs.train()(x)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    upstream = torch.randn(found.shape)
+    found.backward(upstream)
+    wanted.backward(upstream)
+    for name, value in factors_of(theirs).items():
+        assert value.grad is not None
+        torch.testing.assert_close(getattr(ours[0], name).grad.view(value.shape), value.grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name", ["dora, linear", "dora, transformers Conv1D", "dora, conv2d, depthwise", "dora, conv2d"]
+)
+def test_gradients_of_the_magnitudes_pass_gradcheck(name: str) -> None:
+    subject = make_subject(name, torch.float64)
+    layer = subject.layer
+    fixed = layer.norms(layer.weight, layer.lora_A, layer.lora_B)
+    layer.norms = lambda *args: fixed
+    torch.autograd.gradcheck(lambda *factors: subject.model(subject.x), layer.factors())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_before_the_first_step_sixteen_bits_are_exact_where_pefts_are_not(kind: str, dtype: torch.dtype) -> None:
+    plain = build(kind).to(dtype)
+    x = KINDS[kind][1]()
+    x = x.to(dtype) if x.is_floating_point() else x
+    inject(ours := copy.deepcopy(plain), dora())
+    assert ours[0].lora_magnitude.dtype == torch.float32
+    assert same_bits(ours(x), plain(x))
+    with merged(ours):
+        assert same_bits(ours[0].weight, plain[0].weight)
+    config = peft.LoraConfig(r=3, lora_alpha=4, target_modules=["0"], use_dora=True, fan_in_fan_out=kind == "Conv1D")
+    theirs = peft.get_peft_model(plain, config)
+    exact = plain.base_model.model[0] if hasattr(plain, "base_model") else plain[0]
+    weight = exact.base_layer.weight.detach().double().flatten(1)
+    norms = weight.norm(dim=0 if kind in ("Conv1D", "Embedding") else 1)
+    off = [(m.flatten().double() / norms - 1).abs().max() for m in (ours[0].lora_magnitude, magnitude_of(theirs))]
+    assert off[0] < 1e-6 < 1e-4 < off[1]
+
+
+# --- the norm ---
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("left", [1.0, 0.1, 0.01, 0.001])
+def test_norm_is_right_where_the_adapter_nearly_removes_an_output(left: float, transposed: bool) -> None:
+    a, b = torch.randn(4, 300), torch.randn(50, 4)
+    noise = torch.randn(50, 300)
+    weight = noise.clone()
+    weight[7] = -0.5 * (b[7] @ a)
+    weight[7] += left * weight[7].norm() * noise[7] / noise[7].norm()
+    stored = weight.T.contiguous() if transposed else weight
+    wanted = (weight.double() + 0.5 * b.double() @ a.double()).norm(dim=1)
+    found = output_norms(stored, a, b, 0.5, transposed=transposed)
+    torch.testing.assert_close(found, wanted, rtol=2e-6 if left >= 0.1 else 2e-5, atol=0)
+    in_parts = output_norms_of_parts(
+        ((i, stored[i : i + 7]) for i in range(0, len(stored), 7)), a, b, 0.5, transposed=transposed
+    )
+    torch.testing.assert_close(in_parts, wanted, rtol=1e-6, atol=0)
+
+
+def test_an_output_without_weights_is_finite_and_trains() -> None:
+    """PEFT's is NaN."""
+    model = nn.Sequential(nn.Linear(8, 6))
+    with torch.no_grad():
+        model[0].weight[2] = 0
+    plain, x = copy.deepcopy(model), torch.randn(5, 8)
+    inject(model, dora())
+    assert same_bits(model(x), plain(x))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (model(x) - 1).square().sum().backward()
+        optimizer.step()
+    output = model(x)
+    assert torch.isfinite(output).all()
+    assert (output[:, 2] - plain(x)[:, 2]).abs().max() > 1e-3
+    with merged(model):
+        torch.testing.assert_close(model(x), output)
+
+
+def test_norm_of_the_base_is_taken_anew_where_the_base_changes() -> None:
+    """By a load, a write in place, a cast, a training step of W; and a merge changes nothing."""
+
+    def check(model: Any) -> None:
+        layer, like = model[0], copy.deepcopy(model)
+        vars(like[0]).pop("lora_base_squares", None)
+        assert torch.equal(model(x.to(layer.weight.dtype)), like(x.to(layer.weight.dtype)))
+
+    model, x = build("Linear"), torch.randn(3, 8)
+    inject(model, dora())
+    spread_(model)
+    check(model)
+    with torch.no_grad():
+        model[0].weight[1] *= 2
+    check(model)
+    model.load_state_dict({"0.weight": torch.randn(6, 8), "0.bias": torch.zeros(6)})
+    check(model)
+    model.to(torch.float64).to(torch.float32)
+    check(model)
+    model[0].weight.data = torch.randn(6, 8)
+    check(model)
+    model[0].weight = nn.Parameter(torch.randn(6, 8), requires_grad=False)
+    check(model)
+    merge(model)
+    unmerge(model)
+    known = vars(model[0])["lora_base_squares"]
+    model(x)
+    assert vars(model[0])["lora_base_squares"] is known
+    check(model)
+    model[0].weight.requires_grad_()
+    model(x).sum().backward()
+    with torch.no_grad():
+        model[0].weight -= model[0].weight.grad
+    check(model)
+    with torch.inference_mode():
+        model(x)
+    model(x).sum().backward()
+
+
+# --- merging ---
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize(("share", "columns"), [(0.1, False), (0.01, True)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_two_hundred_cycles_of_scaled_merges_restore_every_bit(dtype: torch.dtype, share: float, columns: bool) -> None:
+    weight = make_weight((30, 40), dtype)
+    before = weight.clone()
+    for _ in range(200):
+        scale = 1 + 0.3 * torch.randn((1, 40) if columns else (30, 1))
+        (piece,) = make_pieces(weight)
+        scaling = scaling_for(before, [piece], share)
+        kept = merge_weight_(weight, [piece._replace(scale=scale)], scaling)
+        assert not same_bits(weight, before)
+        scale.mul_(2)
+        piece.left.mul_(-3)
+        unmerge_weight_(weight, kept)
+        assert same_bits(weight, before)
+
+
+@pytest.mark.parametrize("columns", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_scaled_merge_keeps_less_than_a_tenth_of_the_weight(dtype: torch.dtype, columns: bool) -> None:
+    weight = (0.02 * torch.randn(512, 512)).to(dtype)
+    before, pieces = weight.clone(), make_pieces(weight, r=8)
+    scale = 0.9 + 0.2 * torch.rand((1, 512) if columns else (512, 1))
+    blocks = [LowRankBlock(0, 0, pieces[0].left, pieces[0].right, scale)]
+    scaling = scaling_for(before, pieces, 0.01)
+    kept = merge_weight_(weight, blocks, scaling)
+    print("kept:", kept.nbytes() / weight.nbytes)
+    assert 0.005 < kept.nbytes() / weight.nbytes < 0.06
+    exact = (before.double() + scaling * pieces[0].left.double() @ pieces[0].right.double()) * scale.double()
+    assert (as_bits(weight) == as_bits(exact.to(dtype))).double().mean() > 0.9999
+    assert same_bits(weight, merged_weight(before, blocks, scaling))
+    unmerge_weight_(weight, kept)
+    assert same_bits(weight, before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", NAMES)
+def test_merged_outputs_are_the_factored_ones_without_plain_copies(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(merging, "COPY_BUDGET", 0)
+    subject = make_subject(name, dtype)
+    before, factored = subject.layer.weight.detach().clone(), subject.model(subject.x)
+    tolerance = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}[dtype]
+    for _ in range(3):
+        merge(subject.model)
+        torch.testing.assert_close(subject.model(subject.x), factored, rtol=tolerance, atol=tolerance)
+        unmerge(subject.model)
+        assert same_bits(subject.layer.weight, before)
+    state = merged_state_dict(subject.model)
+    assert list(state) == list(subject.plain.state_dict())
+    assert same_bits(merge_and_unload(subject.model).layer.weight, state["layer.weight"])
+
+
+def test_magnitudes_that_are_not_finite_are_an_error_and_nothing_is_merged() -> None:
+    inject(model := build("Linear"), dora())
+    before = model[0].weight.detach().clone()
+    with torch.no_grad():
+        model[0].lora_magnitude[1] = float("nan")
+    with pytest.raises(LoRAError, match=r"'0'.* is not finite"):
+        merge(model)
+    assert same_bits(model[0].weight, before)
+
+
+# --- states ---
+
+
+def test_initial_magnitudes_follow_a_new_base_and_trained_ones_stay() -> None:
+    base = {"0.weight": torch.randn(6, 8), "0.bias": torch.randn(6)}
+    inject(model := build("Linear"), dora())
+    with merged(model):
+        model.load_state_dict(base)
+    assert torch.equal(model[0].lora_magnitude, base["0.weight"].double().norm(dim=1).float())
+    spread_(model)
+    trained = model[0].lora_magnitude.detach().clone()
+    model.load_state_dict({name: value + 1 for name, value in base.items()})
+    assert torch.equal(model[0].lora_magnitude, trained)
+
+
+def test_a_model_built_without_memory_gets_its_magnitudes_from_the_base() -> None:
+    x = torch.randn(3, 8)
+    plain = build("Linear")
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(8, 6))
+    inject(model, dora())
+    model.to_empty(device="cpu")
+    model.load_state_dict(plain.state_dict())
+    assert same_bits(model(x), plain(x))
+
+
+@pytest.mark.parametrize("init", [False, "orthogonal", "gaussian"])
+@pytest.mark.parametrize("kind", ["Linear", "Embedding"])
+def test_magnitudes_begin_as_the_norm_with_the_initial_adapter(kind: str, init: Any) -> None:
+    inject(model := build(kind), dora(r=2, init_lora_weights=init))
+    inject(plainly := build(kind), dora(r=2, init_lora_weights=init, use_dora=False))
+    x = KINDS[kind][1]()
+    torch.testing.assert_close(model(x), plainly(x))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_copies_casts_and_other_models_have_the_same_outputs(name: str) -> None:
+    subject = make_subject(name)
+    wanted = subject.model(subject.x)
+    for again in (copy.deepcopy(subject.model), pickle.loads(pickle.dumps(subject.model))):
+        assert torch.equal(again(subject.x), wanted)
+        merge(again)
+        unmerge(again)
+        assert torch.equal(again(subject.x), wanted)
+    inject(other := copy.deepcopy(subject.plain), subject.layer.lora.injection.config)
+    assert torch.equal(other(subject.x), subject.plain(subject.x))
+    load_adapter(other, adapter_state_dict(subject.model))
+    assert torch.equal(other(subject.x), wanted)
+    half = copy.deepcopy(subject.model).to(torch.bfloat16)
+    assert half.layer.lora_magnitude.dtype == torch.float32
+    with disable_adapter(subject.model):
+        assert torch.equal(subject.model(subject.x), subject.plain(subject.x))
+    unload(subject.model)
+    assert torch.equal(subject.model(subject.x), subject.plain(subject.x))
+    assert type(subject.model.layer) is type(subject.plain.layer)
+    assert not [key for key in vars(subject.model.layer) if key.startswith("lora")]
+
+
+# --- with other things of torch ---
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("kind", ["Linear", "Conv2d"])
+def test_gradients_with_activation_checkpointing_are_the_same(kind: str, reentrant: bool) -> None:
+    inject(model := build(kind), dora())
+    spread_(model)
+    x = KINDS[kind][1]().requires_grad_()
+    model(x).square().sum().backward()
+    wanted = [p.grad.clone() for p in model[0].factors()]
+    model.zero_grad()
+    checkpoint(model, x, use_reentrant=reentrant).square().sum().backward()
+    for factor, gradient in zip(model[0].factors(), wanted, strict=True):
+        torch.testing.assert_close(factor.grad, gradient)
+
+
+@pytest.mark.parametrize("kind", ["Linear", "Embedding", "Conv2d"])
+def test_a_compiled_layer_is_one_graph_with_the_same_numbers(kind: str) -> None:
+    torch.compiler.reset()
+    inject(model := build(kind), dora())
+    spread_(model)
+    x = KINDS[kind][1]()
+    wanted = model(x)
+    wanted.square().sum().backward()
+    gradients = [p.grad.clone() for p in model[0].factors()]
+    model.zero_grad()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    found = compiled(x)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    found.square().sum().backward()
+    for factor, gradient in zip(model[0].factors(), gradients, strict=True):
+        torch.testing.assert_close(factor.grad, gradient, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        model[0].weight.mul_(1.5)
+    torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+# --- what is refused ---
+
+
+@pytest.mark.parametrize(
+    ("layer", "problem"),
+    [
+        (nn.MultiheadAttention(8, 2), "use_dora is not for a layer of class MultiheadAttention"),
+        (nn.Embedding(11, 6, max_norm=1.0), "max_norm renormalises its rows in place"),
+    ],
+)
+def test_a_layer_that_cannot_have_magnitudes_is_refused_by_name(layer: nn.Module, problem: str) -> None:
+    model = nn.Sequential(layer)
+    before = type(layer)
+    with pytest.raises(LoRAError, match=rf"inject: '0': {problem}.*exclude_modules=\['0'\]"):
+        inject(model, dora())
+    assert type(model[0]) is before
+
+
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
+def test_a_quantised_layer_is_refused_by_name() -> None:
+    pytest.importorskip("bitsandbytes")
+    model = quantise_(network(), "nf4")
+    with pytest.raises(LoRAError, match=r"'0': use_dora is not for a layer whose weight is quantised \(nf4\)"):
+        inject(model, dora())
+
+
+def test_the_out_proj_of_attention_merges_and_has_no_file_of_pefts(tmp_path: Path) -> None:
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    inject(model, LoRAConfig(r=2, target_modules="all-linear", use_dora=True))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_B"):
+                parameter.normal_(std=0.3)
+    x = torch.randn(2, 5, 8)
+    factored = model(x)
+    with merged(model):
+        torch.testing.assert_close(model(x), factored)
+    with pytest.raises(
+        LoRAError, match=r"'self_attn\.out_proj' belongs to attention, which PEFT does not adapt with use_"
+    ):
+        save_adapter(model, tmp_path)
+
+
+@pytest.mark.parametrize("options", [{"enable_lora": {"0": [True, False]}}, {"target_parameters": ["weight"]}])
+def test_an_option_that_does_not_go_with_magnitudes_is_refused_by_name(options: dict[str, Any]) -> None:
+    with pytest.raises(LoRAError, match=f"{next(iter(options))} must be left out with use_dora"):
+        dora(**options)
