@@ -8,11 +8,13 @@ from .errors import LoRAError
 from .model.data_start import initialize_from_data, redistribute_ranks
 from .model.inject import disable_adapter, inject, merge_and_unload, unload
 from .model.merging import is_merged, merge, merged, unmerge
+from .model.param_groups import lora_param_groups
 from .model.state_dict import adapter_state_dict, merged_state_dict
 from .model.statistics import adapter_stats
 from .model.summary import summary
 
 if TYPE_CHECKING:
+    from .adapter.combine import combine
     from .adapter.merged_folder import save_merged
     from .adapter.save_load import load_adapter, load_from_checkpoint, save_adapter
     from .callback import LoRACallback
@@ -26,12 +28,14 @@ __all__ = [  # without LoRACLI, which needs the extra `cli`
     "LoRAError",
     "adapter_state_dict",
     "adapter_stats",
+    "combine",
     "disable_adapter",
     "initialize_from_data",
     "inject",
     "is_merged",
     "load_adapter",
     "load_from_checkpoint",
+    "lora_param_groups",
     "merge",
     "merge_and_unload",
     "merged",
@@ -47,6 +51,7 @@ __all__ = [  # without LoRACLI, which needs the extra `cli`
 LAZY = {  # what imports lightning, files alone, and (LoRACLI) what the extra `cli` brings
     "LoRACallback": ".callback",
     "LoRACLI": ".cli",
+    "combine": ".adapter.combine",
     "load_adapter": ".adapter.save_load",
     "load_from_checkpoint": ".adapter.save_load",
     "plot_adapter": ".plot.figures",

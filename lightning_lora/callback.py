@@ -24,6 +24,7 @@ from .model.gradients import explain_merged_training, warn_of_untrained
 from .model.inject import begin_injection, fixed_seed, random_seed
 from .model.injection import find_injection, refuse_replaced_layers, snapshot_materialised
 from .model.merging import is_merged, merge, unmerge
+from .model.param_groups import check_ratio
 from .model.patches import unpatch
 from .model.pretrained import warn_of_new_heads
 from .model.self_check import Verification, watch
@@ -97,6 +98,8 @@ class LoRACallback(Callback):
             values, see plot_adapter. Needs the extra `plot`.
         log_stats: at every so many optimizer steps, log statistics of the adapter by groups of layers: norm, effective
             rank, gradients, cosine to the last ones, and what merging takes; 0 logs none. See adapter_stats.
+        lr_ratio: LoRA+ (arXiv:2402.12354), of the learning rate of B to that of A, as 16, for an optimizer that
+            LightningCLI makes (--optimizer). In configure_optimizers of your own, call lora_param_groups.
         verbose: at fit start, show the summary, and explain Lightning's warning of modules in eval mode. Warnings of
             this package's own do not depend on it.
         r: rank of A (r, in) and B (out, r).
@@ -141,6 +144,7 @@ class LoRACallback(Callback):
         dequantize: str | torch.dtype | None = None,
         log_plots: bool = False,
         log_stats: int = 0,
+        lr_ratio: float | None = None,
         verbose: bool = True,
         r: int = 8,
         lora_alpha: float = 8,
@@ -171,6 +175,8 @@ class LoRACallback(Callback):
                 raise LoRAError(f"LoRACallback: {name} must be true or false, but it is {options[name]!r}.")
         if not isinstance(log_stats, int) or isinstance(log_stats, bool) or log_stats < 0:
             raise LoRAError(f"LoRACallback: log_stats must be a whole number from 0, but it is {log_stats!r}.")
+        if lr_ratio is not None:
+            check_ratio(lr_ratio, "LoRACallback")
         self.config = _one_config(config, {field.name: options[field.name] for field in fields(LoRAConfig)})
         self.merged_eval = merged_eval
         self.save = save
@@ -180,6 +186,7 @@ class LoRACallback(Callback):
         self.dequantize = dequantize
         self.log_plots = log_plots
         self.log_stats = log_stats
+        self.lr_ratio = lr_ratio
         self.verbose = verbose
         if log_plots:
             require_matplotlib("LoRACallback(log_plots=True)")
@@ -221,7 +228,7 @@ class LoRACallback(Callback):
             refuse_other_options(injected.record, self.config, self._seed)
             warn_of_part(trainer, injected.prefix.removesuffix("."))
         adapt_after(pl_module, *(name for name in BUILDERS if is_overridden(name, pl_module)))
-        adapt_cli_optimizer(pl_module)
+        adapt_cli_optimizer(pl_module, self.lr_ratio, is_fit=stage == "fit")
         refuse_for_quantised(pl_module, trainer)
         leave_out_of_ddp_(pl_module)
         save_as(pl_module, self.save, self.dequantize)

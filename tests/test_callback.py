@@ -42,6 +42,7 @@ def test_options_are_those_of_the_config_and_eight_of_its_own():
         "dequantize": None,
         "log_plots": False,
         "log_stats": 0,
+        "lr_ratio": None,
         "verbose": True,
     }
     assert list(ours) == [*own, *config]

@@ -131,6 +131,7 @@ def test_without_any_option_the_defaults_hold():
         ("--lora.save=merged", "save", "merged"),
         ("--lora.save=full", "save", "full"),
         ("--lora.dequantize=bfloat16", "dequantize", "bfloat16"),
+        ("--lora.lr_ratio=8", "lr_ratio", 8),
         ("--lora.target_modules=all-linear", "target_modules", "all-linear"),
         (r"--lora.target_modules=body\.(0|3)", "target_modules", r"body\.(0|3)"),
         ("--lora.target_modules=[head, body.0]", "target_modules", ("head", "body.0")),
@@ -150,7 +151,7 @@ def test_without_any_option_the_defaults_hold():
 def test_the_command_line_overrides_the_file(argument: str, name: str, expected: Any):
     Path("c.yaml").write_text("lora: {save: adapter, lora_alpha: 2, target_modules: [body.3], bias: all}")
     found = callback(parse("--config", "c.yaml", argument))
-    own = getattr(found, name) if name in ("merged_eval", "save", "dequantize") else getattr(found.config, name)
+    own = getattr(found if hasattr(found, name) else found.config, name)
     assert own == expected
     assert type(own) is type(expected) or isinstance(own, (int, float))
 

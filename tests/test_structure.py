@@ -54,6 +54,8 @@ PUBLIC = {
     "load_from_checkpoint",
     "summary",
     "plot_adapter",
+    "lora_param_groups",
+    "combine",
     "LoRAError",
 }
 

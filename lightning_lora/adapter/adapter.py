@@ -211,16 +211,23 @@ def exact_options(
 
     What most layers have is the option, and patterns name the others.
     """
-    alphas = {n: scalings[n] * (math.sqrt(r) if config.use_rslora else r) for n, r in ranks.items()}
-    alphas = {n: int(alpha) if alpha == int(alpha) else alpha for n, alpha in alphas.items()}
-    common_r, common_alpha = mode(ranks.values()), mode(alphas.values())
     return replace(
-        config,
+        with_exact_ranks(config, ranks, scalings),
         target_modules=[name for name in ranks if name not in parameters],
         target_parameters=list(parameters),
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,
+    )
+
+
+def with_exact_ranks(config: LoRAConfig, ranks: Mapping[str, int], scalings: Mapping[str, float]) -> LoRAConfig:
+    """Return the options changed to give the layers in `ranks` these ranks and scalings; they name the same layers."""
+    alphas = {n: scalings[n] * (math.sqrt(r) if config.use_rslora else r) for n, r in ranks.items()}
+    alphas = {n: int(alpha) if alpha == int(alpha) else alpha for n, alpha in alphas.items()}
+    common_r, common_alpha = mode(ranks.values()), mode(alphas.values())
+    return replace(
+        config,
         r=common_r,
         lora_alpha=common_alpha,
         rank_pattern={f"^{re.escape(n)}": r for n, r in ranks.items() if r != common_r},
@@ -435,13 +442,22 @@ def _matching_pairs(adapter: Adapter, other_adapter: Adapter, name: str) -> list
     return matching
 
 
-def scaled_pairs(adapter: Adapter, name: str) -> list[Pair]:
-    """Return (s * B, A) of each part of a layer, as matrices in float64; s is 1 where the source does not hold it."""
-    a, b = (adapter.factor(name, leaf).detach().double().flatten(1) for leaf in (A, B))
-    scaling = adapter.scalings.get(name, 1.0)
+def separate_shapes(adapter: Adapter, name: str) -> dict[str, Sequence[int]]:
+    """Return the shapes of q, k and v's weights where a layer is attention that has them apart, else none."""
+    if adapter.kinds.get(name) != ATTENTION:
+        return {}
     entries = {leaf: adapter.fingerprint.get(f"{name}.{leaf}") for leaf in SEPARATE}
-    shapes = {leaf: entry["shape"] for leaf, entry in entries.items() if entry is not None}
-    if adapter.kinds.get(name) == ATTENTION and shapes:
+    return {leaf: entry["shape"] for leaf, entry in entries.items() if entry is not None}
+
+
+def scaled_pairs(adapter: Adapter, name: str) -> list[Pair]:
+    """Return (s * B, A) of each part of a layer (an expert, an adapted part; q, k, v), as matrices in float64.
+
+    s is 1 where the source does not hold it.
+    """
+    a, b = (adapter.factor(name, leaf).detach().double().flatten(1) for leaf in (A, B))
+    scaling, shapes = adapter.scalings.get(name, 1.0), separate_shapes(adapter, name)
+    if shapes:
         enabled = adapter.config.enabled_parts(name) if adapter.config else None
         blocks = low_rank_blocks(ATTENTION, shapes, a, b, enabled)
         return [(block.left * scaling, block.right) for parts in blocks.values() for block in parts]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import replace
 from typing import Any
@@ -14,7 +15,7 @@ from torch import nn
 from ..distributed.sharding import copy_, is_sharded
 from ..errors import LoRAError
 from ..model.injection import record_trainable, require_injection
-from ..model.merging import is_merged, merge, unmerge
+from ..model.merging import merge
 from ..model.named_state import base_parameters, named_state
 from ..model.pretrained import embeddings, pretrained_models
 from ..model.state_dict import adapter_keys, base_keys, original_value
@@ -22,10 +23,12 @@ from ..model.targets import untie_advice, weights_of
 from ..names import A, B, canonical, listed, names_factor, near_misses, rename_keys
 from ..nn.conv import LoRAConv
 from ..nn.layer_kinds import layer_kinds
-from ..nn.lora_layer import adapted_layers, adapted_places
-from .adapter import Adapter, align_to_modules, check_finite
+from ..nn.lora_layer import AdaptedWeights, LayerSpec, adapted_layers, adapted_places
+from .adapter import Adapter, align_to_modules, check_finite, options_hold, with_exact_ranks
 from .fingerprint import EQUAL, REMEDY, check_fingerprint, fingerprint_entry
 from .peft_rows import NO_BIAS
+
+Specs = Mapping[AdaptedWeights, LayerSpec]  # of layers that get another rank or scaling
 
 log = logging.getLogger(__name__)
 
@@ -149,8 +152,40 @@ def add_frozen_weights(model: nn.Module, adapter: Adapter) -> Adapter:
     return replace(adapter, tensors={**frozen, **resized, **tied, **adapter.tensors})
 
 
+def specs_for(model: nn.Module, adapter: Adapter) -> Specs:
+    """Return the options of the layers that have another rank or scaling in an adapter than in the model.
+
+    Args:
+        model: an injected model.
+        adapter: under its names. Without options of its own it has those of the model.
+
+    Raises:
+        LoRAError: a sharded layer has another rank.
+    """
+    if adapter.config is None:
+        return {}
+    layers, ranks, specs = adapted_layers(model), adapter.ranks(), {}
+    for name in filter(ranks.__contains__, layer_kinds(model)):
+        layer, rank, spec = layers[name], ranks[name], layers[name].lora.spec
+        scaling = adapter.scalings.get(name, spec.scaling)
+        if rank != spec.r and is_sharded(layer.factors()[0]):
+            raise LoRAError(
+                f"adapter: {name!r} is sharded, and has rank {spec.r}, the adapter {rank}: load it before the model is "
+                "sharded."
+            )
+        if rank != spec.r or not math.isclose(scaling, spec.scaling):
+            alpha = scaling * (math.sqrt(rank) if adapter.config.use_rslora else rank)
+            specs[layer] = replace(spec, r=rank, scaling=scaling, alpha=alpha)
+    return specs
+
+
 def check_adapter(
-    model: nn.Module, adapter: Adapter, *, strict_base: bool = True, remedy: str = REMEDY
+    model: nn.Module,
+    adapter: Adapter,
+    *,
+    strict_base: bool = True,
+    remedy: str = REMEDY,
+    specs: Specs | None = None,
 ) -> dict[str, Any]:
     """Raise LoRAError for the first layer, scaling, name, shape, value or base weight that does not fit the model.
 
@@ -159,14 +194,16 @@ def check_adapter(
         adapter: under its names.
         strict_base: whether another base than the adapter's is an error or a warning.
         remedy: what the error about another base says that its reader can do.
+        specs: the options that layers will have when the values are copied, where these are others than now.
 
     Returns:
         The fingerprint of the model's base.
     """
+    specs = specs or {}
     try:
-        _check_layers(model, by_first_names(model, adapter))
+        _check_layers(model, by_first_names(model, adapter), specs)
         _check_tables(model, adapter)
-        _check_tensors(model, adapter)
+        _check_tensors(model, adapter, specs)
     except LoRAError as error:
         config = require_injection(model, "load_adapter").record.config
         differences = (adapter.config or config).differences(config)  # may explain the error
@@ -175,16 +212,16 @@ def check_adapter(
     return check_fingerprint(model, adapter.fingerprint, strict=strict_base, remedy=remedy)
 
 
-def _check_layers(model: nn.Module, adapter: Adapter) -> None:
+def _check_layers(model: nn.Module, adapter: Adapter, specs: Specs) -> None:
     layers, kinds = adapted_layers(model), layer_kinds(model)
     _check_names("layer", adapter.layers(), kinds)
     for name in kinds:
         layer = layers[name]
-        scaling = adapter.scalings.get(name)
-        if scaling is not None and not math.isclose(scaling, layer.lora.spec.scaling):
+        scaling, spec = adapter.scalings.get(name), specs.get(layer, layer.lora.spec)
+        if scaling is not None and not math.isclose(scaling, spec.scaling):
             raise LoRAError(
                 f"adapter: layer {name!r} was trained with a scaling (lora_alpha over r) of {scaling:g}, but the model "
-                f"was injected with {layer.lora.spec.scaling:g}; use the adapter's own options."
+                f"was injected with {spec.scaling:g}; use the adapter's own options."
             )
         if isinstance(layer, LoRAConv):
             _refuse_loralib_convolution(name, layer, adapter.tensors)
@@ -222,7 +259,12 @@ def _refuse_loralib_convolution(name: str, layer: LoRAConv, tensors: Mapping[str
         )
 
 
-def _check_tensors(model: nn.Module, adapter: Adapter) -> None:
+def _check_tensors(model: nn.Module, adapter: Adapter, specs: Specs) -> None:
+    shapes = {
+        id(factor): torch.Size(shape)
+        for layer, spec in specs.items()
+        for factor, shape in zip((layer.lora_A, layer.lora_B), layer.factor_shapes(spec), strict=True)
+    }
     live, first_name = {name: tensor for name, tensor, _ in named_state(model)}, _first_names(model)
     expected = dict.fromkeys(
         name
@@ -239,13 +281,14 @@ def _check_tensors(model: nn.Module, adapter: Adapter) -> None:
             continue  # extra state, which its owner judges
         if id(tensor) in tables and isinstance(value, torch.Tensor):
             _refuse_other_rows(name, value, tensor)
-        if not isinstance(value, torch.Tensor) or value.shape != tensor.shape:
+        shape = shapes.get(id(tensor), tensor.shape)
+        if not isinstance(value, torch.Tensor) or value.shape != shape:
             shown = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
-            raise LoRAError(f"adapter: {name!r} must have shape {tuple(tensor.shape)}, but has {shown}.")
+            raise LoRAError(f"adapter: {name!r} must have shape {tuple(shape)}, but has {shown}.")
         if value.is_floating_point() != tensor.is_floating_point():
             raise LoRAError(f"adapter: {name!r} must be {tensor.dtype}, but is {value.dtype}.")
-        if value.is_floating_point() and isinstance(tensor, nn.Parameter):
-            check_finite(name, value)
+        if value.is_floating_point() and isinstance(tensor, nn.Parameter) and not names_factor(name):
+            check_finite(name, value)  # factors have been checked where they were read
 
 
 def _check_ties(tensors: Mapping[str, Any], live: Mapping[str, torch.Tensor | None]) -> None:
@@ -287,16 +330,22 @@ def _check_names(what: str, names: Iterable[str], expected: Iterable[str]) -> No
         )
 
 
-def copy_values(model: nn.Module, adapter: Adapter) -> None:
+def copy_values(model: nn.Module, adapter: Adapter, specs: Specs | None = None, *, merge_after: bool = False) -> None:
     """Write an adapter's values into the live tensors, all of them or none. In place.
 
     It can fail on the way: W' may be beyond its dtype where the model is merged, an owner of extra state may refuse it.
+
+    Args:
+        model: an injected model, unmerged; after an error it is unmerged too.
+        adapter: which check_adapter has let pass.
+        specs: from specs_for. A factor of another rank gets other memory, and has no gradient; the parameter stays.
+        merge_after: merge the model, and count a failure of that as one to copy.
     """
-    merged = is_merged(model)
-    if merged:
-        unmerge(model)
     record = require_injection(model, "load_adapter").record
-    record_before = set(record.trained), set(record.unfrozen), dict(record.initial)
+    record_before = set(record.trained), set(record.unfrozen), dict(record.initial), record.config
+    specs_before = {layer: layer.lora.spec for layer in specs or {}}
+    factors = [factor for layer in specs_before for factor in (layer.lora_A, layer.lora_B)]
+    memory = [(factor, factor.data, factor.grad) for factor in factors]
     values_before = {
         name: owner.get_extra_state() if tensor is None else tensor.detach().clone()
         for name, tensor, owner in named_state(model)
@@ -304,16 +353,44 @@ def copy_values(model: nn.Module, adapter: Adapter) -> None:
     }
     try:
         record_trained(model, adapter)
+        _take_specs_(model, adapter, specs or {})
         _write_(model, adapter.tensors)
         record_trainable(model, expected=True)
-        if merged:
+        if merge_after:
             merge(model)
     except BaseException:
-        record.trained, record.unfrozen, record.initial = record_before
+        record.trained, record.unfrozen, record.initial, record.config = record_before
+        for layer, spec in specs_before.items():
+            layer.lora.spec = spec
+        for factor, data, gradient in memory:
+            factor.data = data
+            factor.grad = gradient
         _write_(model, values_before)
-        if merged:
-            merge(model)
         raise
+
+
+def _take_specs_(model: nn.Module, adapter: Adapter, specs: Specs) -> None:
+    """Let layers, and the options, have an adapter's ranks and scalings; the values are still to come. In place."""
+    if not specs or adapter.config is None:
+        return
+    record = require_injection(model, "load_adapter").record
+    resized = [layer.lora.name for layer, spec in specs.items() if spec.r != layer.lora.spec.r]
+    in_training = any(factor.grad is not None for layer in specs for factor in layer.factors())
+    for layer, spec in specs.items():
+        layer.take_spec_(spec)
+    names = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
+    config = replace(record.config, **{name: getattr(adapter.config, name) for name in names})
+    layers = [layer.lora for layer in adapted_layers(model).values() if layer.kind()]
+    ranks, scalings = ({s.name: getattr(s.spec, field) for s in layers} for field in ("r", "scaling"))
+    record.config = config if options_hold(config, ranks, scalings) else with_exact_ranks(config, ranks, scalings)
+    log.info("lightning_lora: load_adapter: %d layers take the adapter's rank and scaling", len(specs))
+    if resized and in_training:
+        warnings.warn(
+            f"lightning_lora: load_adapter: {len(resized)} layers that have gradients get another rank, first "
+            f"{resized[0]!r}. An optimizer goes on with these parameters, but what it has gathered of them does not "
+            "fit: clear that (optimizer.state.clear()), or build it anew.",
+            stacklevel=5,
+        )
 
 
 def record_trained(model: nn.Module, adapter: Adapter) -> None:

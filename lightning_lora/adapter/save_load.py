@@ -19,6 +19,7 @@ from ..files.paths import PathLike
 from ..files.torch_archive import read_torch_file
 from ..model.inject import inject, unload
 from ..model.injection import find_injection, require_injection
+from ..model.merging import is_merged, merge, unmerge
 from ..model.targets import Targets
 from ..names import META, A
 from ..nn.lora_layer import adapted_layers
@@ -29,6 +30,7 @@ from .apply import (
     by_first_names,
     check_adapter,
     copy_values,
+    specs_for,
     split_off_base,
     without_base,
 )
@@ -65,6 +67,8 @@ def save_adapter(model: nn.Module, path: PathLike) -> None:
 def load_adapter(model: nn.Module, source: PathLike | Mapping[str, Any], *, strict_base: bool = True) -> list[str]:
     """Put a saved adapter onto a model, injected or not. In place.
 
+    An injected model takes the adapter's ranks and scalings, merged or not; its parameters stay the same objects.
+
     Args:
         model: a model with the base that the adapter was trained on.
         source: a PEFT folder, a Lightning checkpoint of any kind, a file with a state dict, or a state dict; also one
@@ -78,7 +82,7 @@ def load_adapter(model: nn.Module, source: PathLike | Mapping[str, Any], *, stri
     Raises:
         LoRAError: the source is damaged or does not fit; the model is as it was.
     """
-    return apply_adapter(model, read_adapter(source, order_in(model)), strict_base=strict_base)
+    return apply_adapter(model, read_adapter(source, order_in(model)), strict_base=strict_base, swap=True)
 
 
 def load_from_checkpoint(
@@ -116,8 +120,17 @@ def load_from_checkpoint(
     return model
 
 
-def apply_adapter(model: nn.Module, adapter: Adapter, *, strict_base: bool = True, remedy: str = REMEDY) -> list[str]:
+def apply_adapter(
+    model: nn.Module, adapter: Adapter, *, strict_base: bool = True, remedy: str = REMEDY, swap: bool = False
+) -> list[str]:
     """Put an adapter onto a model: inject where that is still to do, check everything, then copy the values. In place.
+
+    Args:
+        model: injected or not.
+        adapter: under any prefix.
+        strict_base: whether another base than the adapter's is an error or a warning.
+        remedy: what the error about another base says that its reader can do.
+        swap: whether layers of an injected model may get another rank and scaling.
 
     Returns:
         The names of the adapted layers.
@@ -133,14 +146,20 @@ def apply_adapter(model: nn.Module, adapter: Adapter, *, strict_base: bool = Tru
         options = require_injection(model, "load_adapter").record.config
         scale = f"lora_alpha={options.lora_alpha:g}, use_rslora={options.use_rslora}"
         log.info("lightning_lora: the source stores no options; those of the injected model hold: %s", scale)
+    was_merged = is_merged(model)
     try:
+        if was_merged:
+            unmerge(model)  # at once, because to read W out of W' takes as long
         adapter = add_frozen_weights(model, split_off_base(model, adapter))
-        present = check_adapter(model, adapter, strict_base=strict_base, remedy=remedy)
-        copy_values(model, adapter)
+        specs = {} if fresh or not swap else specs_for(model, by_first_names(model, adapter))
+        present = check_adapter(model, adapter, strict_base=strict_base, remedy=remedy, specs=specs)
+        copy_values(model, adapter, specs, merge_after=was_merged)
         require_injection(model, "load_adapter").record.origin = dict(adapter.origin)
     except BaseException:
         if fresh:
             unload(model)
+        elif was_merged:
+            merge(model)
         raise
     warn_of_rounding(present, adapter.fingerprint)
     return list(adapted_layers(model))
@@ -204,17 +223,21 @@ def read_adapter(source: PathLike | Mapping[str, Any], order: Order = usual_orde
     return adapter
 
 
-def adapter_with_options(path: PathLike, lora_alpha: float | None = None) -> Adapter:
+def adapter_with_options(
+    source: PathLike | Mapping[str, Any], lora_alpha: float | None = None, where: str = ""
+) -> Adapter:
     """Read an adapter that is to be applied without a model at hand.
 
     Args:
-        path: any form of adapter.
+        source: any form of adapter.
         lora_alpha: for one that does not store it, as loralib's do not.
+        where: what messages call it; a path by default.
 
     Raises:
         LoRAError: lora_alpha is missing, or is stored and given.
     """
-    adapter = without_base(read_adapter(path))
+    path = where or source
+    adapter = without_base(read_adapter(source))
     ranks = adapter.ranks()
     if not ranks:
         raise LoRAError(f"{path}: holds no lora_A; it is not an adapter of a known format.")
@@ -227,7 +250,7 @@ def adapter_with_options(path: PathLike, lora_alpha: float | None = None) -> Ada
     if lora_alpha is None:
         raise LoRAError(
             f"{path}: stores tensors and no options, as loralib's files do: lora_alpha is nowhere in it. Ask whoever "
-            "trained it, and pass --lora-alpha."
+            "trained it, and pass --lora-alpha; lightning-lora export stores it with the adapter."
         )
     for name, rank in ranks.items():
         if adapter.factor(name, A).shape[0] != rank:

@@ -26,12 +26,11 @@ from ..nn.low_rank import (
     MERGEABLE_DTYPES,
     TRANSPOSED,
     factor_shapes,
+    truncated_svd,
 )
 from ..progress import progress_bar
 from .output import refuse_quantised
 
-EXACT = 512  # up to this many rows or columns the whole decomposition is cheap
-OVERSAMPLED, ITERATIONS = 16, 6
 EMBEDDING_NAMES = re.compile(r"(?!embed_out$)(.*emb.*|wte|wpe|shared)", re.IGNORECASE)
 
 
@@ -163,19 +162,12 @@ def _kind(module: str, base: Weights, embeddings: Sequence[str], fan_in_fan_out:
 def _factors(change: torch.Tensor, rank: int, kind: str) -> tuple[torch.Tensor, torch.Tensor, float, float]:
     """Return A, B, the share of the change's squared norm that B @ A keeps, and that squared norm."""
     matrix = change.T if kind in TRANSPOSED else change.flatten(1)
-    rank = min(rank, *matrix.shape)
-    if min(matrix.shape) <= EXACT:
-        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    else:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            left, values, v = torch.svd_lowrank(matrix, min(rank + OVERSAMPLED, *matrix.shape), ITERATIONS)
-            right = v.T
-    root = values[:rank].sqrt()
-    a, b = root[:, None] * right[:rank], left[:, :rank] * root
+    left, values, right = truncated_svd(matrix, rank)
+    root = values.sqrt()
+    a, b = root[:, None] * right, left * root
     square = float(matrix.double().square().sum())
-    share = min(1.0, float(values[:rank].double().square().sum()) / square)
-    shape_a, shape_b = factor_shapes(kind, {"weight": change.shape}, rank)
+    share = min(1.0, float(values.double().square().sum()) / square)
+    shape_a, shape_b = factor_shapes(kind, {"weight": change.shape}, len(values))
     return a.reshape(shape_a).contiguous(), b.reshape(shape_b).contiguous(), share, square
 
 

@@ -11,11 +11,12 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
 from ..adapter.adapter import Adapter
+from ..adapter.combine import Combined, Method, combine_adapters
 from ..adapter.peft_folder import write_folder
 from ..errors import LoRAError
 from ..files.atomic import identity
@@ -208,6 +209,34 @@ def _plot(options: Any) -> str:
     return f"wrote {options.output}: {', '.join(pictures)}"
 
 
+def _combine_options(parser: Any) -> None:
+    parser.add_argument("adapters", nargs="+", type=str, help="adapters of one base, in any form")
+    parser.add_argument("--weights", nargs="+", type=float, required=True, help="a number for each, of any sign")
+    parser.add_argument("--method", type=str, default="linear", help=f"one of {', '.join(get_args(Method))}")
+    parser.add_argument("--output", type=str, required=True, help="PEFT folder to write")
+    parser.add_argument("--rank", type=int | None, help="of the result, for methods that cut; else the largest")
+    parser.add_argument("--density", type=float | None, help="the share of values that ties, dare and prune keep")
+    parser.add_argument("--seed", type=int, default=0, help="what dare draws from")
+    _overwrite_option(parser)
+    parser.add_argument("--strict-base", type=bool, default=True, help="false: another base is only a warning")
+
+
+def _combine(options: Any) -> str:
+    """Combine several adapters of one base into one."""
+    check_output("combine", ADAPTER_FOLDER, options.output, options.adapters, options.overwrite)
+    combined = combine_adapters(
+        options.adapters,
+        options.weights,
+        method=options.method,
+        rank=options.rank,
+        density=options.density,
+        seed=options.seed,
+        strict_base=options.strict_base,
+    )
+    write_folder(combined.adapter, options.output)
+    return combine_text(combined, options.output)
+
+
 def _overwrite_option(parser: Any) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier result")
 
@@ -224,6 +253,7 @@ VERBS: dict[str, tuple[Callable[[Any], None], Callable[[Any], str]]] = {
     "diff": (_diff_options, _diff),
     "extract": (_extract_options, _extract),
     "plot": (_plot_options, _plot),
+    "combine": (_combine_options, _combine),
 }
 
 
@@ -303,6 +333,15 @@ def extract_text(extracted: Extracted, output: str) -> str:
     whole = extracted.adapter.beside_factors()
     lines += [f"carried whole: {', '.join(whole)}"] if whole else []
     lines += [f"left out: {', '.join(extracted.dropped)}"] if extracted.dropped else []
+    return "\n".join([*lines, f"wrote {output}"])
+
+
+def combine_text(combined: Combined, output: str) -> str:
+    """Write the result of combine for people."""
+    ranks, kept = combined.adapter.ranks(), combined.kept
+    rows = [(name, str(ranks[name]), f"{kept[name]:.2%}") for name in kept]
+    lines = _table(("layer", "rank", "kept"), rows)
+    lines += [f"weighted mean: {name}" for name in combined.averaged]
     return "\n".join([*lines, f"wrote {output}"])
 
 

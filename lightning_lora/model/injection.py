@@ -39,6 +39,7 @@ class Injection:
     resized: set[str] = field(default_factory=set)  # those that are saved because they were resized before injection
     merged_eval: bool | None = None  # the callback's, or None without one
     save: Any = None  # the kind of Lightning checkpoint, or None for an unfiltered one
+    lr_ratio: float | None = None  # of LoRA+, for an optimizer that LightningCLI makes
     dequantize: Any = None  # the dtype of quantised weights in merged checkpoints
     fingerprint: dict[str, Any] = field(default_factory=dict)  # of the base at fit start, by LightningModule's names
     origin: dict[str, str] = field(default_factory=dict)  # what a loaded adapter says of its base, see Adapter

@@ -210,9 +210,9 @@ class AdaptedWeights:
         """Return the dtype of the weight's values, for that of A and B."""
         return self.main_weight().dtype
 
-    def factor_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return the shapes of A and B."""
-        spec = self.lora.spec
+    def factor_shapes(self, spec: LayerSpec | None = None) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the shapes of A and B, by other options than the layer's own where these are given."""
+        spec = spec or self.lora.spec
         return low_rank.factor_shapes(self.KIND, self._weight_shapes(), spec.r, spec.enabled)
 
     def low_rank_blocks(self, factor_a: torch.Tensor, factor_b: torch.Tensor) -> dict[str, list[LowRankBlock]]:
@@ -227,6 +227,13 @@ class AdaptedWeights:
         device = self.main_weight().device
         for name, values in zip(self.factor_names(), self.drawn_factors(), strict=True):
             self.lora_holder.register_parameter(name, nn.Parameter(values.to(device, dtype)))
+
+    def take_spec_(self, spec: LayerSpec) -> None:
+        """Take another rank and scaling. A and B stay the same parameters; of another rank, they lose their values."""
+        self.lora.spec = spec
+        for factor, shape in zip((self.lora_A, self.lora_B), self.factor_shapes(), strict=True):
+            if factor.shape != shape:
+                factor.data, factor.grad = factor.detach().new_empty(shape), None
 
     def drawn_factors(self) -> tuple[torch.Tensor, ...]:
         """Return the initial values of the factors, the same each time."""

@@ -42,6 +42,8 @@ IN_PROJ, SEPARATE = "in_proj_weight", ("q_proj_weight", "k_proj_weight", "v_proj
 ATTENTION_WEIGHTS = (IN_PROJ, *SEPARATE)
 
 EVERYTHING = slice(0, sys.maxsize)
+EXACT_SVD = 512  # up to this many rows or columns the whole decomposition is cheap
+OVERSAMPLED, ITERATIONS = 16, 6
 MOST_ROWS = 32  # in a block of row_blocks, whose left is so many squared
 
 Shape = Sequence[int]
@@ -233,6 +235,29 @@ def to_block_diagonal(b: torch.Tensor, enabled: tuple[bool, ...]) -> torch.Tenso
 def from_block_diagonal(b: torch.Tensor, enabled: tuple[bool, ...]) -> torch.Tensor:
     """Undo to_block_diagonal; what is outside the blocks is left out."""
     return torch.cat(_diagonal_blocks(b, enabled))
+
+
+def truncated_svd(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return U (m, k), S (k) and Vh (k, n) of a matrix for its k = `rank` largest singular values, or all there are.
+
+    Of a large matrix by random projection (arXiv:0909.4061), the same each time; the user's stream is not advanced.
+    """
+    rank = min(rank, *matrix.shape)
+    if min(matrix.shape) <= EXACT_SVD:
+        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            left, values, v = torch.svd_lowrank(matrix, min(rank + OVERSAMPLED, *matrix.shape), ITERATIONS)
+            right = v.T
+    return left[:, :rank], values[:rank], right[:rank]
+
+
+def product_svd(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return U (m, k), S (k) and Vh (k, n) of left @ right, which is never built, from two QR decompositions."""
+    (left_q, left_r), (right_q, right_r) = torch.linalg.qr(left), torch.linalg.qr(right.T)
+    u, values, vh = torch.linalg.svd(left_r @ right_r.T, full_matrices=False)
+    return left_q @ u, values, vh @ right_q.T
 
 
 def product_norm(left: torch.Tensor, right: torch.Tensor) -> float:

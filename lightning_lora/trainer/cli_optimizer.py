@@ -1,7 +1,8 @@
 """An optimizer that LightningCLI built: `--optimizer`, `--lr_scheduler`.
 
 LightningCLI makes it from model.parameters() as soon as the model exists, and attaches a configure_optimizers that
-returns it. Adapters come later, and so do layers that setup or configure_model builds.
+returns it. Adapters come later, and so do layers that setup or configure_model builds. For LoRA+ its one group of
+parameters is split then, and what the scheduler has kept of that group is kept of each.
 """
 
 from __future__ import annotations
@@ -14,26 +15,53 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..model.patches import patch
+from ..errors import LoRAError
+from ..model.injection import require_injection
+from ..model.param_groups import EMBEDDING, FACTOR_A, FACTOR_B, LR_EMBEDDING, NO_DECAY, OTHER, grouped_parameters
+from ..model.patches import is_patched, patch
+
+RATES = ("lr", "initial_lr", "max_lr", "min_lr")  # in an optimizer's group, some of them a scheduler's
+RATES_OF_GROUPS = ("base_lrs", "max_lrs", "_last_lr")  # in a scheduler: one for each of the optimizer's groups
+OF_GROUPS = ("lr_lambdas", "min_lrs", "base_momentums", "max_momentums")
 
 
-def adapt_cli_optimizer(module: nn.Module) -> None:
-    """Patch a LightningModule so that the optimizer which LightningCLI made for it, if any, holds all parameters."""
-    if _attached_optimizer(vars(module).get("configure_optimizers")) is not None:
+def adapt_cli_optimizer(module: nn.Module, lr_ratio: float | None = None, *, is_fit: bool = True) -> None:
+    """Patch a LightningModule so that the optimizer which LightningCLI made for it, if any, holds all parameters.
+
+    Args:
+        module: an injected LightningModule.
+        lr_ratio: of B's learning rate to A's, for LoRA+, or None to leave the optimizer's groups as they are.
+        is_fit: whether there is an optimizer to expect.
+
+    Raises:
+        LoRAError: lr_ratio is given, and the optimizer is the module's own.
+    """
+    method = vars(module).get("configure_optimizers")
+    if _attached(method, "optimizer") is not None:
         patch(module, "configure_optimizers", _configure_optimizers)
+    elif lr_ratio is not None and is_fit and not is_patched(module, "configure_optimizers", _configure_optimizers):
+        raise LoRAError(
+            f"LoRACallback: lr_ratio={lr_ratio:g} is for an optimizer that LightningCLI makes (--optimizer), and "
+            f"{type(module).__name__} makes its own: leave lr_ratio out, and in configure_optimizers give it "
+            f"lora_param_groups(self, lr=..., lr_ratio={lr_ratio:g})."
+        )
+    require_injection(module, "LoRACallback").record.lr_ratio = lr_ratio
 
 
-def _attached_optimizer(method: Any) -> torch.optim.Optimizer | None:
-    """Return the optimizer in the configure_optimizers that LightningCLI attaches: a method made of a partial."""
+def _attached(method: Any, name: str) -> Any:
+    """Return an argument of the configure_optimizers that LightningCLI attaches, a method made of a partial."""
     function = getattr(method, "__func__", None)
-    optimizer = function.keywords.get("optimizer") if isinstance(function, functools.partial) else None
-    return optimizer if isinstance(optimizer, torch.optim.Optimizer) else None
+    return function.keywords.get(name) if isinstance(function, functools.partial) else None
 
 
 def _configure_optimizers(module: nn.Module, previous: Callable[[], Any]) -> Any:
-    optimizer = _attached_optimizer(previous)
-    if optimizer is not None:
+    optimizer, scheduler = _attached(previous, "optimizer"), _attached(previous, "lr_scheduler")
+    if isinstance(optimizer, torch.optim.Optimizer):
+        lr_ratio = require_injection(module, "LoRACallback").record.lr_ratio
         _take_up_parameters_(optimizer, module)
+        if lr_ratio is not None:
+            _split_groups_(optimizer, scheduler, module, lr_ratio)
+        _complete_state_(optimizer)
     return previous()
 
 
@@ -45,7 +73,37 @@ def _take_up_parameters_(optimizer: torch.optim.Optimizer, module: nn.Module) ->
     first, *others = optimizer.param_groups
     elsewhere = {parameter for group in others for parameter in group["params"]}
     first["params"][:] = [parameter for parameter in module.parameters() if parameter not in elsewhere]
-    _complete_state_(optimizer)
+
+
+def _split_groups_(optimizer: torch.optim.Optimizer, scheduler: Any, module: nn.Module, lr_ratio: float) -> None:
+    """Give B, embeddings, and what has no weight decay groups of their own; the first one keeps the rest. In place."""
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise LoRAError(f"LoRACallback: lr_ratio={lr_ratio:g}: LBFGS has one learning rate for all parameters.")
+    first, *others = optimizer.param_groups
+    lr = optimizer.defaults.get("lr", first["lr"])
+    factors = {FACTOR_B: lr_ratio, EMBEDDING: LR_EMBEDDING / lr if lr else 1.0, NO_DECAY: 1.0}
+    groups = {name: group for name, group in grouped_parameters(module).items() if name not in (FACTOR_A, OTHER)}
+    earlier = {group["name"]: group for group in others if group.get("name") in groups}  # of a fit before this one
+    moved = {parameter for group in groups.values() for parameter in group}
+    first["params"][:] = [parameter for parameter in first["params"] if parameter not in moved]
+    for name, parameters in groups.items():
+        if name in earlier:
+            earlier[name]["params"][:] = parameters
+            continue
+        options = {key: value * factors[name] if key in RATES else value for key, value in first.items()}
+        if name == NO_DECAY and "weight_decay" in options:
+            options["weight_decay"] = 0.0
+        optimizer.add_param_group({**options, "params": parameters, "name": name})
+        _extend_scheduler_(scheduler, factors[name])
+
+
+def _extend_scheduler_(scheduler: Any, factor: float) -> None:
+    """Let a scheduler have one group more, with a multiple of the first one's learning rates. In place."""
+    for name in (*RATES_OF_GROUPS, *OF_GROUPS):
+        values = getattr(scheduler, name, None)
+        if isinstance(values, (list, tuple)) and values:
+            added = values[0] * factor if name in RATES_OF_GROUPS else values[0]
+            setattr(scheduler, name, [*values, added])
 
 
 def _complete_state_(optimizer: torch.optim.Optimizer) -> None:

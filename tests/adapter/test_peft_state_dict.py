@@ -118,8 +118,8 @@ def test_lora_alpha_among_hyper_parameters_is_taken_and_said(tmp_path, caplog, l
     close(logits(net), logits(lit.model))
     other = network()
     inject(other, LoRAConfig(**OURS | {"lora_alpha": 8}))
-    with pytest.raises(LoRAError, match=r"trained with a scaling .* of 4, but the model was injected with 2"):
-        load_adapter(other, tmp_path / "lit.ckpt")
+    load_adapter(other, tmp_path / "lit.ckpt")  # onto an adapted model too
+    close(logits(other), logits(lit.model))
 
 
 @pytest.mark.parametrize("lit", [{"lora": {"lora_alpha": 16, "r": 4}}], indirect=True)

@@ -47,6 +47,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.no_grad():
         net.body.lora_B.mul_(2)
     save_adapter(net, path / "another")
+    with torch.no_grad():
+        net.norm.weight.mul_(2)
+    save_adapter(net, path / "elsewhere")
     torch.save({name: tensor for name, tensor in net.state_dict().items() if "lora_" in name}, path / "bare.pt")
     return path
 
@@ -54,6 +57,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 MERGE = "merge --base IN/base --adapter IN/adapter --output out"
 EXTRACT = "extract --base IN/base --tuned IN/tuned --output out --rank 1"
 PLOT_ON_ANOTHER = "plot IN/adapter --base IN/other --output out.png"
+COMBINE = "combine IN/adapter IN/another --weights 1 1 --output out"
 # By verb and flag: a command, what is added to it, and what must differ then, the rest being the same.
 CASES: dict[tuple[str, str], tuple[str, str, str]] = {
     ("info", "--json"): ("info IN/adapter", "--json", "printed"),
@@ -77,6 +81,13 @@ CASES: dict[tuple[str, str], tuple[str, str, str]] = {
     ("extract", "--embeddings"): (EXTRACT, "--embeddings vectors", "files"),
     ("extract", "--fan-in-fan-out"): (EXTRACT, "--fan-in-fan-out", "files"),
     ("extract", "--drop-rest"): (EXTRACT, "--drop-rest", "files"),
+    ("combine", "--weights"): (COMBINE, "--weights 2 1", "files"),
+    ("combine", "--method"): (COMBINE, "--method=cat", "files"),
+    ("combine", "--rank"): (f"{COMBINE} --method=svd", "--rank=1", "files"),
+    ("combine", "--density"): (f"{COMBINE} --method=ties --density=.9", "--density=.3", "files"),
+    ("combine", "--seed"): (f"{COMBINE} --method=dare_linear --density=.5", "--seed=1", "files"),
+    ("combine", "--overwrite"): (COMBINE, "--overwrite", "status"),
+    ("combine", "--strict-base"): (COMBINE.replace("another", "elsewhere"), "--strict-base=false", "status"),
 }
 # What was written there already.
 BEFORE = {
@@ -86,6 +97,7 @@ BEFORE = {
         "import": "import IN/adapter out.ckpt",
         "plot": "plot IN/adapter --output out.png",
         "extract": EXTRACT.replace("--rank 1", "--rank 2"),
+        "combine": COMBINE.replace("1 1", "2 1"),
     }
 }
 

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from torch.optim import Optimizer
 
-from lightning_lora import LoRACallback, LoRACLI, unload
+from lightning_lora import LoRACallback, LoRACLI, LoRAError, lora_param_groups, unload
 from lightning_lora.nn.lora_layer import adapted_layers
 from support.runs import BATCHES, TARGETS
 from support.training import Data, Net, assert_same_tensors, make_trainer
@@ -229,3 +229,121 @@ def test_unload_gives_back_the_method_that_the_program_attached(tmp_path):
     assert vars(program.model)["configure_optimizers"] is not attached
     unload(program.model)
     assert vars(program.model)["configure_optimizers"] is attached
+
+
+# --- LoRA+ ---
+
+RATIO, LR, DECAY = 8.0, 0.01, 0.1
+PLUS: dict[str, Any] = {"target_modules": [*TARGETS, "body.3"], "modules_to_save": ["body.1"], "bias": "lora_only"}
+OPTIMIZERS["decaying"] = (torch.optim.AdamW, {"lr": LR, "weight_decay": DECAY})
+
+
+def halved(epoch: int) -> float:
+    return 0.5**epoch
+
+
+LR_SCHEDULERS: dict[str, dict[str, Any]] = {
+    "LambdaLR": {"lr_lambda": halved},
+    "MultiplicativeLR": {"lr_lambda": halved},
+    "StepLR": {"step_size": 1},
+    "MultiStepLR": {"milestones": [1, 2]},
+    "ConstantLR": {"total_iters": 2},
+    "LinearLR": {"total_iters": 3},
+    "ExponentialLR": {"gamma": 0.5},
+    "PolynomialLR": {"total_iters": 3},
+    "CosineAnnealingLR": {"T_max": 3},
+    "CosineAnnealingWarmRestarts": {"T_0": 2},
+    "CyclicLR": {"base_lr": 0.01, "max_lr": 0.1, "step_size_up": 2},
+    "OneCycleLR": {"max_lr": 0.1, "total_steps": 5},
+    "ReduceLROnPlateau": {"monitor": "val_loss", "patience": 0, "threshold": 10.0},
+}
+SCHEDULERS.update(LR_SCHEDULERS)
+OF_RATES = ("base_lr", "max_lr")  # arguments that may be a list, one for each group
+
+
+def with_groups(scheduler: str, ratio: float = RATIO) -> Net:
+    """The same model, with lora_param_groups in its configure_optimizers."""
+
+    def configure_optimizers(self: Net) -> Any:
+        groups = lora_param_groups(self, lr=LR, lr_ratio=ratio, weight_decay=DECAY)
+        made = torch.optim.AdamW(groups)
+        if scheduler == "none":
+            return made
+        options = dict(SCHEDULERS[scheduler])
+        monitor = options.pop("monitor", None)
+        for name in OF_RATES:
+            if name in options:
+                options[name] = [options[name] * group["lr"] / LR for group in groups]
+        schedule = getattr(torch.optim.lr_scheduler, scheduler)(made, **options)
+        return {"optimizer": made, "lr_scheduler": {"scheduler": schedule, "monitor": monitor}}
+
+    return type("WithGroups", (NoOptimizer,), {"configure_optimizers": configure_optimizers})()
+
+
+def rates_by_parameter(trainer: L.Trainer) -> dict[str, tuple[float, float]]:
+    """Learning rate and weight decay of each trainable parameter."""
+    names = {parameter: name for name, parameter in trainer.lightning_module.named_parameters()}
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    rates = [(names[p], (g["lr"], g["weight_decay"])) for g in groups for p in g["params"] if p.requires_grad]
+    assert len(rates) == len(dict(rates))
+    return dict(rates)
+
+
+@pytest.mark.filterwarnings("ignore:A `OneCycleLR` scheduler is using 'interval'. 'epoch':RuntimeWarning")
+@pytest.mark.parametrize("scheduler", ["none", *LR_SCHEDULERS])
+def test_run_with_lr_ratio_equals_that_of_lora_param_groups_with_each_scheduler(tmp_path, scheduler: str):
+    found = from_command_line(tmp_path, "decaying", scheduler, LoRACLI, **PLUS, lr_ratio=RATIO)
+    found.trainer.fit(found.model, Data(BATCHES))
+    expected = make_trainer(tmp_path, LoRACallback(**LORA | PLUS), max_epochs=4)
+    expected.fit(with_groups(scheduler), Data(BATCHES))
+    rates = rates_by_parameter(found.trainer)
+    assert {name: pytest.approx(rate) for name, rate in rates.items()} == rates_by_parameter(expected)
+    assert rates["head.lora_B"][0] == pytest.approx(RATIO * rates["head.lora_A"][0])
+    assert (rates["head.lora_A"][1], rates["body.0.bias"][1], rates["body.1.weight"][1]) == (DECAY, 0, 0)
+    states = (trainer.lightning_module.state_dict() for trainer in (found.trainer, expected))
+    for tensor, same in zip(*(state.values() for state in states), strict=True):
+        torch.testing.assert_close(tensor, same)
+
+
+@pytest.mark.parametrize("cli", [LoRACLI, LightningCLI])
+def test_resumed_run_with_lr_ratio_equals_the_uninterrupted_one(tmp_path, cli: type):
+    whole = from_command_line(tmp_path, "decaying", "LinearLR", cli, **PLUS, lr_ratio=RATIO)
+    whole.trainer.fit(whole.model, Data(BATCHES))
+    resumed = from_command_line(tmp_path, "decaying", "LinearLR", cli, **PLUS, lr_ratio=RATIO)
+    resumed.trainer.fit(resumed.model, Data(BATCHES), ckpt_path=str(tmp_path / "epoch=1.ckpt"))
+    assert_same_tensors(state(resumed.trainer), state(whole.trainer))
+    assert rates_by_parameter(resumed.trainer) == rates_by_parameter(whole.trainer)
+
+
+def test_groups_of_lr_ratio_stay_in_a_second_fit(tmp_path):
+    program = from_command_line(tmp_path, "decaying", "none", LoRACLI, HeadInSetup, **PLUS, lr_ratio=RATIO)
+    program.trainer.fit(program.model, Data(BATCHES))
+    before = rates_by_parameter(program.trainer)
+    again = make_trainer(tmp_path, LoRACallback(**LORA | PLUS, lr_ratio=RATIO))
+    again.fit(program.model, Data(BATCHES))
+    assert rates_by_parameter(again) == before
+
+
+def test_groups_of_lr_ratio_have_names_for_the_monitor_of_learning_rates(tmp_path):
+    program = from_command_line(tmp_path, "decaying", "none", LoRACLI, **PLUS, lr_ratio=RATIO)
+    program.trainer.fit(program.model, Data(BATCHES))
+    assert [g.get("name") for g in program.trainer.optimizers[0].param_groups] == [None, "lora_B", "no_decay"]
+
+
+def test_lr_ratio_beside_an_optimizer_of_the_models_own_is_refused_with_the_remedy(tmp_path):
+    trainer = make_trainer(tmp_path, LoRACallback(**LORA, lr_ratio=16))
+    with pytest.raises(
+        LoRAError, match=r"lr_ratio=16 is for an optimizer .* lora_param_groups\(self, lr=..., lr_ratio=16"
+    ):
+        trainer.fit(Net(), Data(BATCHES))
+
+
+def test_lr_ratio_with_an_optimizer_of_one_group_is_refused(tmp_path):
+    program = from_command_line(tmp_path, "LBFGS", "none", LoRACLI, lr_ratio=16)
+    with pytest.raises(LoRAError, match="lr_ratio=16: LBFGS has one learning rate"):
+        program.trainer.fit(program.model, Data(BATCHES))
+
+
+def test_lr_ratio_is_checked_where_it_is_given():
+    with pytest.raises(LoRAError, match="LoRACallback: lr_ratio must be a number above 0, but it is -1"):
+        LoRACallback(lr_ratio=-1)

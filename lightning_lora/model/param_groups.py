@@ -1,0 +1,99 @@
+"""Parameter groups for LoRA+ (arXiv:2402.12354): B learns faster than A."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import nn
+
+from ..errors import LoRAError
+from ..names import A, B, split_factor_name
+from ..nn.lora_layer import adapted_layers
+from .injection import require_injection
+
+LR_RATIO, LR_EMBEDDING = 16.0, 1e-6  # the ratio is the paper's, the other rate that of its authors' code and PEFT's
+FACTOR_A, FACTOR_B, EMBEDDING, OTHER, NO_DECAY = GROUPS = ("lora_A", "lora_B", "lora_embedding", "other", "no_decay")
+
+
+def lora_param_groups(
+    model: nn.Module,
+    *,
+    lr: float,
+    lr_ratio: float = LR_RATIO,
+    weight_decay: float = 0.0,
+    lr_embedding: float = LR_EMBEDDING,
+) -> list[dict[str, Any]]:
+    """Return what an optimizer is given to train B at lr_ratio times the learning rate of A (arXiv:2402.12354).
+
+        name             learning rate   weight decay   holds
+        lora_A           lr              yes            A
+        lora_B           lr * lr_ratio   yes            B
+        lora_embedding   lr_embedding    yes            A and B of embeddings
+        other            lr              yes            what is trained whole, as modules_to_save
+        no_decay         lr              no             biases, norms and other vectors; rows of embeddings
+
+    Args:
+        model: an injected model; it may be sharded or compiled.
+        lr: learning rate of A.
+        lr_ratio: of B's learning rate to A's. With one above 1, lr is best a little lower than without.
+        weight_decay: of the groups that have one.
+        lr_embedding: learning rate of A and B of embeddings.
+
+    Returns:
+        The groups that hold a trainable parameter, each a dict with params, lr, weight_decay and name. A parameter
+        that layers share comes once.
+
+    Raises:
+        LoRAError: the model was not injected, or a number is out of its range.
+    """
+    for name, value in (("lr", lr), ("weight_decay", weight_decay), ("lr_embedding", lr_embedding)):
+        if not _is_number(value) or value < 0:
+            raise LoRAError(f"lora_param_groups: {name} must be a number from 0, but it is {value!r}.")
+    check_ratio(lr_ratio, "lora_param_groups")
+    require_injection(model, "lora_param_groups")
+    rates = {FACTOR_B: lr * lr_ratio, EMBEDDING: lr_embedding}
+    return [
+        {
+            "params": parameters,
+            "lr": rates.get(name, lr),
+            "weight_decay": 0.0 if name == NO_DECAY else weight_decay,
+            "name": name,
+        }
+        for name, parameters in grouped_parameters(model).items()
+    ]
+
+
+def check_ratio(lr_ratio: float, where: str) -> None:
+    """Raise LoRAError where the ratio of two learning rates is no number above 0."""
+    if not _is_number(lr_ratio) or lr_ratio <= 0:
+        raise LoRAError(f"{where}: lr_ratio must be a number above 0, but it is {lr_ratio!r}.")
+
+
+def grouped_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """Return the trainable parameters of an adapted model by the groups of lora_param_groups, without empty ones."""
+    factors = _groups_of_factors(model)
+    groups: dict[str, list[nn.Parameter]] = {name: [] for name in GROUPS}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[factors.get(parameter) or _group_of_other(name, parameter)].append(parameter)
+    return {name: parameters for name, parameters in groups.items() if parameters}
+
+
+def _groups_of_factors(model: nn.Module) -> dict[nn.Parameter, str]:
+    """Return the group of each parameter of an adapter: what is neither A nor B is no factor, and must not shrink."""
+    groups = {}
+    for adapter in adapted_layers(model).values():
+        for name, parameter in zip(adapter.factor_names(), adapter.factors(), strict=True):
+            _, factor = split_factor_name(name) or ("", "")
+            group = {A: FACTOR_A, B: FACTOR_B}.get(factor, NO_DECAY)
+            groups[parameter] = EMBEDDING if factor and adapter.LOOKUP else group
+    return groups
+
+
+def _group_of_other(name: str, parameter: nn.Parameter) -> str:
+    return NO_DECAY if parameter.dim() < 2 or "bias" in name.rpartition(".")[2] else OTHER
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,119 @@
+"""Another adapter in the place of one: swapped in, beside peft's hotswap and beside loading anew.
+
+    python tests/benchmarks/swap.py --seconds 10
+
+A network of linear layers, all adapted; the adapters are PEFT folders, read from disk at each call. `anew` takes the
+adapter out and loads the other one onto the plain model: ours by unload and load_adapter, peft's by unload and
+PeftModel.from_pretrained. Merged, peft's hotswap refuses, so there it is unmerged before and merged after, by addition.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import interleaved, milliseconds, ratio
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.hotswap import hotswap_adapter
+from torch import nn
+
+from lightning_lora import load_adapter, merge, unload
+
+
+class Layers(nn.Module):
+    def __init__(self, count: int, width: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(count))
+
+
+def adapters(folder: Path, base: nn.Module, *ranks: int) -> list[str]:
+    """Two folders by peft with adapters of these ranks."""
+    paths = []
+    for number, rank in enumerate(ranks):
+        config = LoraConfig(r=rank, target_modules=r"layers\.\d+", init_lora_weights=False)
+        get_peft_model(copy.deepcopy(base), config).save_pretrained(str(folder / str(number)))  # type: ignore[arg-type]
+        paths.append(str(folder / str(number)))
+    return paths
+
+
+def in_turn(paths: list[str]) -> Callable[[], str]:
+    turns = itertools.cycle(paths[::-1])
+    return lambda: next(turns)
+
+
+def measured(base: nn.Module, paths: list[str], is_merged: bool, seconds: float) -> list[str]:
+    """The cells of one row: our time, and medians of the rounds' ratios."""
+    swapped, anew = copy.deepcopy(base), copy.deepcopy(base)
+    their_base = copy.deepcopy(base)
+    theirs: Any = PeftModel.from_pretrained(copy.deepcopy(base), paths[0])  # type: ignore[arg-type]
+    their_anew: list[Any] = [PeftModel.from_pretrained(their_base, paths[0])]  # type: ignore[arg-type]
+    for model in (swapped, anew):
+        load_adapter(model, paths[0])
+        if is_merged:
+            merge(model)
+    turns = {name: in_turn(paths) for name in ("ours", "anew", "peft", "peft anew")}
+
+    def load_anew() -> None:
+        unload(anew)
+        load_adapter(anew, turns["anew"]())
+        if is_merged:
+            merge(anew)
+
+    def hotswap() -> None:
+        if is_merged:
+            theirs.unmerge_adapter()
+        hotswap_adapter(theirs, turns["peft"](), "default", torch_device="cpu")
+        if is_merged:
+            theirs.merge_adapter()
+
+    def peft_anew() -> None:
+        plain = their_anew[0].unload()
+        their_anew[0] = PeftModel.from_pretrained(plain, turns["peft anew"]())
+        if is_merged:
+            their_anew[0].merge_adapter()
+
+    if is_merged:
+        theirs.merge_adapter()
+    functions = {
+        "ours": lambda: load_adapter(swapped, turns["ours"]()),
+        "anew": load_anew,
+        "peft": hotswap,
+        "peft anew": peft_anew,
+    }
+    times = interleaved(functions, seconds, "cpu")
+    ratios = [f"{ratio(times, ['ours'], [name]):.2f}" for name in ("peft", "anew", "peft anew")]
+    return [f"{milliseconds(times, 'ours'):.0f} ms", *ratios]
+
+
+HEADER = "| ranks | the model is | a swap | of peft's hotswap | of our loading anew | of peft's loading anew |"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--seconds", type=float, default=10.0, help="of each row")
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    base = Layers(options.layers, options.width).requires_grad_(False)
+    print(HEADER)
+    print("|" + "---|" * (HEADER.count("|") - 1))
+    for ranks in ((16, 16), (16, 8)):
+        with tempfile.TemporaryDirectory() as folder:
+            paths = adapters(Path(folder), base, *ranks)
+            for is_merged in (False, True):
+                state = "merged" if is_merged else "factored"
+                cells = measured(base, paths, is_merged, options.seconds)
+                print("| " + " | ".join([" and ".join(map(str, ranks)), state, *cells]) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

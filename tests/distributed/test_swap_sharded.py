@@ -1,0 +1,42 @@
+"""load_adapter onto a sharded model that has an adapter: one of the same rank is swapped in, another rank refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_lora import LoRAConfig, LoRAError, is_merged, load_adapter, merge, save_adapter
+from support.processes import world
+from support.sharded import X, shard_, whole_state
+from support.sharded_adapters import assert_same_bits, injected
+
+
+def swapped(path: Path) -> None:
+    net = shard_(injected(seed=1))
+    for merged in (False, True):
+        merge(net) if merged else None
+        load_adapter(net, path / "same")
+        assert is_merged(net) == merged
+        alone = injected(seed=1)
+        load_adapter(alone, path / "same")
+        assert_same_bits(whole_state(net), alone.state_dict())
+        merge(alone) if merged else None
+        torch.testing.assert_close(net(X), alone(X), rtol=1e-5, atol=1e-6)
+        before = whole_state(net)
+        with pytest.raises(LoRAError, match=r"is sharded, and has rank 3, the adapter 5: load it before"):
+            load_adapter(net, path / "other")
+        assert is_merged(net) == merged
+        assert_same_bits(whole_state(net), before)
+
+
+def test_equal_ranks_are_swapped_and_others_refused(tmp_path: Path):
+    for name, rank in (("same", 3), ("other", 5)):
+        net = injected(seed=1, config=LoRAConfig(r=rank, lora_alpha=2))
+        with torch.no_grad():
+            for key, parameter in net.named_parameters():
+                if "lora_" in key:
+                    parameter.mul_(-2)
+        save_adapter(net, tmp_path / name)
+    world().run(swapped, tmp_path)

@@ -1,0 +1,158 @@
+"""lora_param_groups: each parameter's learning rate and weight decay, compared with peft's LoRA+."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.optimizers import create_loraplus_optimizer
+from torch import nn
+
+from lightning_lora import LoRAConfig, LoRAError, inject, lora_param_groups
+from lightning_lora.nn.lora_layer import adapted_layers
+from support.models import Zoo, randomise_, tokens, zoo_config
+from support.notices import PEER_NOTICES, TORCH_NOTICES
+from support.peers import PEERS, model
+
+pytestmark = TORCH_NOTICES
+
+RATES: dict[str, Any] = {"lr": 1e-3, "lr_ratio": 8, "weight_decay": 0.1}
+Rule = tuple[float, float]  # learning rate and weight decay
+
+
+def rules_of(net: nn.Module, groups: list[dict[str, Any]]) -> dict[str, Rule]:
+    """The rule of each parameter by its name; one that is in two groups, or in none and trainable, is an error."""
+    names = {parameter: name for name, parameter in net.named_parameters()}
+    rules = [(names[p], (group["lr"], group["weight_decay"])) for group in groups for p in group["params"]]
+    assert len(rules) == len(dict(rules))
+    assert {name for name, _ in rules} == {name for name, p in net.named_parameters() if p.requires_grad}
+    return dict(rules)
+
+
+def ours_of(name: str) -> str:
+    """peft's name of a parameter as this package has it."""
+    name = name.removeprefix("base_model.model.").replace(".default", "").replace(".base_layer", "")
+    name = name.replace(".modules_to_save", "").replace("token_adapter.trainable_tokens_delta", "lora_rows")
+    for factor in "AB":
+        name = name.replace(f"lora_{factor}.weight", f"lora_{factor}").replace(
+            f"lora_embedding_{factor}", f"lora_{factor}"
+        )
+    return name
+
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "embedding, head": (
+        "llama",
+        {"target_modules": ["embed_tokens", "q_proj"], "modules_to_save": ["lm_head", "model.norm"]},
+    ),
+    "biases": ("bert", {"bias": "all", "modules_to_save": ["classifier"]}),
+    "rows": ("llama", {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5]}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.filterwarnings(*PEER_NOTICES)
+def test_rates_and_decay_are_pefts_but_of_vectors_and_rows(case: str):
+    """LoRA+ is about A and B: peft, as its authors' code, multiplies the rate of every vector too, a trained bias."""
+    name, options = CASES[case]
+    options = {"r": 4, "target_modules": PEERS[name].targets, **options}
+    ours, theirs = model(name), get_peft_model(model(name), LoraConfig(**options))  # type: ignore[arg-type]
+    inject(ours, LoRAConfig(**options))
+    plus = create_loraplus_optimizer(theirs, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=8, loraplus_weight_decay=0.1)
+    peft = {ours_of(name): rule for name, rule in rules_of(theirs, plus.param_groups).items()}
+    found = rules_of(ours, lora_param_groups(ours, **RATES))
+    assert found.keys() == peft.keys()
+    live = dict(ours.named_parameters())
+    differing = {name for name in found if found[name] != pytest.approx(peft[name])}
+    assert differing == {name for name in found if live[name].dim() == 1 or name.endswith("lora_rows")}
+    for name in differing:
+        assert found[name] == (1e-3, 0.0)
+        if name.endswith("lora_rows"):
+            assert peft[name] == pytest.approx((1e-3, 0.1))
+        else:  # of norms, peft exempts only nn.LayerNorm from decay
+            assert peft[name] == pytest.approx((8e-3, 0.1 if name == "model.norm.weight" else 0.0))
+    assert (case == "llama") == (not differing)
+
+
+def test_each_kind_of_parameter_has_the_rule_of_the_table():
+    net = Zoo()
+    inject(net, zoo_config())
+    groups = lora_param_groups(net, **RATES, lr_embedding=1e-5)
+    assert [group["name"] for group in groups] == ["lora_A", "lora_B", "lora_embedding", "other", "no_decay"]
+    found = rules_of(net, groups)
+    assert found["body.0.lora_A"] == found["conv.lora_A"] == found["head.weight"] == (1e-3, 0.1)
+    assert found["body.0.lora_B"] == found["conv.lora_B"] == (8e-3, 0.1)
+    assert found["embed.lora_A"] == found["embed.lora_B"] == (1e-5, 0.1)
+    assert found["body.0.bias"] == found["head.bias"] == (1e-3, 0.0)
+
+
+def test_factors_of_single_parameters_are_told_apart():
+    net = nn.LSTM(4, 4)
+    inject(net, LoRAConfig(r=2, target_modules=[], target_parameters=["weight_ih_l0", "weight_hh_l0"]))
+    found = rules_of(net, lora_param_groups(net, **RATES))
+    assert {name: rate for name, (rate, _) in found.items()} == {
+        "lora_A_weight_ih_l0": 1e-3,
+        "lora_B_weight_ih_l0": 8e-3,
+        "lora_A_weight_hh_l0": 1e-3,
+        "lora_B_weight_hh_l0": 8e-3,
+    }
+
+
+def test_a_parameter_that_layers_share_comes_once():
+    net = nn.ModuleDict({"emb": nn.Embedding(9, 4), "body": nn.Linear(4, 4), "head": nn.Linear(4, 9, bias=False)})
+    net["head"].weight = net["emb"].weight
+    net["again"] = net["body"]
+    inject(net, LoRAConfig(r=2, target_modules=["body"], trainable_token_indices={"emb": [1, 2]}))
+    groups = {group["name"]: group["params"] for group in lora_param_groups(net, **RATES)}
+    assert {name: len(parameters) for name, parameters in groups.items()} == {"lora_A": 1, "lora_B": 1, "no_decay": 1}
+
+
+def test_groups_of_a_compiled_model_are_those_of_the_model():
+    net = Zoo()
+    inject(net, zoo_config())
+    expected = lora_param_groups(net, **RATES)
+    found = lora_param_groups(torch.compile(net), **RATES)  # type: ignore[arg-type]
+    for group, same in zip(found, expected, strict=True):
+        assert all(one is other for one, other in zip(group["params"], same["params"], strict=True))
+        assert {**group, "params": 0} == {**same, "params": 0}
+
+
+def test_one_adamw_step_moves_b_by_the_ratio():
+    """Adam's first step is the learning rate, whatever the gradient."""
+    net = Zoo().eval()
+    inject(net, zoo_config())
+    randomise_(net)
+    before = copy.deepcopy(net)
+    optimizer = torch.optim.AdamW(lora_param_groups(net, lr=1e-3, lr_ratio=4, weight_decay=0.0), eps=1e-20)
+    net(tokens()).square().mean().backward()
+    optimizer.step()
+    moved = adapted_layers(net)["body.0"], adapted_layers(before)["body.0"]
+    steps = [(now - then).abs().max().item() for now, then in zip(*(each.factors() for each in moved), strict=True)]
+    assert steps == pytest.approx([1e-3, 4e-3], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"lr": -1.0}, "lr must be a number from 0, but it is -1.0"),
+        ({"lr": "1e-3"}, "lr must be a number from 0"),
+        ({"lr": 1e-3, "lr_ratio": 0}, "lr_ratio must be a number above 0, but it is 0"),
+        ({"lr": 1e-3, "lr_ratio": float("nan")}, "lr_ratio must be a number above 0"),
+        ({"lr": 1e-3, "weight_decay": -0.1}, "weight_decay must be a number from 0"),
+        ({"lr": 1e-3, "lr_embedding": True}, "lr_embedding must be a number from 0"),
+    ],
+)
+def test_a_number_out_of_its_range_is_refused_by_name(options: dict[str, Any], complaint: str):
+    net = Zoo()
+    inject(net, zoo_config())
+    with pytest.raises(LoRAError, match=complaint):
+        lora_param_groups(net, **options)
+
+
+def test_a_model_that_was_not_injected_is_refused():
+    with pytest.raises(LoRAError, match=r"lora_param_groups: Zoo was not injected; call inject"):
+        lora_param_groups(Zoo(), lr=1e-3)
