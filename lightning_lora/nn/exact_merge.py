@@ -277,6 +277,9 @@ def _chunks(weight: torch.Tensor, blocks: list[LowRankBlock], scaling: float) ->
     chunks = []
     for block in scale_blocks(blocks, scaling, dtype):
         rows = max(1, elements // max(1, block.right.shape[1]))
+        if block.left.shape[0] <= rows:
+            chunks.append(block)
+            continue
         starts = range(0, block.left.shape[0], rows)
         parts = (block.part(slice(start, start + rows), EVERYTHING) for start in starts)
         chunks += [part._replace(row=block.row + start) for start, part in zip(starts, parts, strict=True)]

@@ -24,6 +24,7 @@ from lightning_lora import (
     load_adapter,
     merge_and_unload,
 )
+from lightning_lora.adapter.peft_state_dict import read_state
 from support.notices import quiet_peers
 from support.peers import call, close, logits, refused, seeded, spread_, tensors_of, tokens
 from support.training import make_trainer
@@ -222,6 +223,9 @@ def test_magnitudes_in_a_state_dict_are_read_live_or_not(live: bool):
     inject(net := network(), LoRAConfig(**options))
     load_adapter(net, state)
     close(logits(net), logits(other))
+    told = read_state(state, "a state dict", {"lora_alpha": 8}).config
+    assert told is not None
+    assert told.use_dora
     inject(plain := network(), LoRAConfig(**options | {"use_dora": False}))
     with pytest.raises(LoRAError, match="lora_magnitude' has no place in the model"):
         load_adapter(plain, state)

@@ -11,8 +11,9 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lightning_lora import LoRAConfig, inject, load_adapter, merged_state_dict, save_adapter
+from lightning_lora import LoRAConfig, inject, load_adapter, merged_state_dict
 from lightning_lora.adapter.peft_folder import read_folder
+from lightning_lora.adapter.save_load import adapter_with_options
 from lightning_lora.command import write_merged
 from support.notices import quiet_peers
 from support.peers import (
@@ -141,4 +142,6 @@ def test_a_state_dict_without_options_says_by_its_tensors_that_it_has_magnitudes
     assert list(found) == list(expected)
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, rtol=3e-7, atol=0)
-    save_adapter(net, tmp_path / "folder")
+    told = adapter_with_options(tmp_path / "a.pt", 8).config
+    assert told is not None
+    assert told.use_dora
