@@ -18,7 +18,9 @@ from .names import ALL_LINEAR, MAGNITUDE, layer_number, layer_pattern, pattern_m
 # has the classes.
 VARIANTS: dict[str, tuple[str, ...]] = {"use_dora": (MAGNITUDE,)}
 Bias = Literal["none", "all", "lora_only"]
-Init = Literal["gaussian", "orthogonal", "eva"]
+Init = Literal["gaussian", "orthogonal", "pissa", "olora", "eva"]
+# Values of init_lora_weights that let A and B start from the weight: nn/starts.py computes them.
+STARTS = re.compile(r"pissa|pissa_niter_\d+|olora")
 SAYING_NOTHING = (  # of the adapter: options of a peft.LoraConfig
     # about where it came from and how peft holds it
     *("peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision"),
@@ -83,8 +85,11 @@ class LoRAConfig:
             linear layers, transformers' Conv1D, convolutions and nn.Embedding.
         init_lora_weights: True (A Kaiming-uniform, B zero; an Embedding's A zero, B normal), "gaussian" (A normal
             with deviation 1/r, B zero), "orthogonal" (B @ A zero, both non-zero; r must be even), or False (A and B
-            both random: the adapter changes the output before the first step), or "eva" (arXiv:2410.07170: A from
-            training data, at fit start or by initialize_from_data; B zero).
+            both random: the adapter changes the output before the first step). Or A0, B0 from the weight, the base
+            left as it is: W' = W + s * (B @ A - B0 @ A0), with "pissa" from its largest singular values
+            (arXiv:2404.02948), "pissa_niter_4" the same by so many steps of subspace iteration, much faster for large
+            layers, "olora" from its QR decomposition (arXiv:2406.01775). Or "eva" (arXiv:2410.07170): A from training
+            data, at fit start or by initialize_from_data; B zero.
         enable_lora: for a fused projection, which of its equal parts are adapted, as {"qkv": [True, False, True]}
             (loralib's MergedLinear).
         autocast_adapter_dtype: keep adapters of float16 and bfloat16 layers in float32.
@@ -110,7 +115,7 @@ class LoRAConfig:
     bias: Bias = "none"
     use_rslora: bool = False
     use_dora: bool = False
-    init_lora_weights: bool | Init = True
+    init_lora_weights: bool | Init | str = True
     enable_lora: Mapping[str, Sequence[bool]] | None = None
     autocast_adapter_dtype: bool = True
 
@@ -174,6 +179,11 @@ class LoRAConfig:
         """Return which parts of the fused projection `name` are adapted, or None for all of it as one."""
         enabled = (self.enable_lora or {}).items()
         return next((tuple(parts) for entry, parts in enabled if f".{name}".endswith(f".{entry}")), None)
+
+    @property
+    def has_start(self) -> bool:
+        """Whether A and B start from values that are subtracted again."""
+        return is_start(self.init_lora_weights)
 
     def is_in_chosen_layer(self, name: str) -> bool:
         """Return whether layers_to_transform leaves a module that target_modules names: PEFT's rule."""
@@ -302,11 +312,19 @@ class LoRAConfig:
 
     def _check_init(self) -> None:
         init = self.init_lora_weights
-        if not isinstance(init, bool) and init not in get_args(Init):
-            _refuse("init_lora_weights", "true, false, 'gaussian', 'orthogonal' or 'eva'", init)
+        if not isinstance(init, bool) and init not in get_args(Init) and not is_start(init):
+            expected = (
+                "true, false, 'gaussian', 'orthogonal', 'pissa', 'pissa_niter_4' (or another number), 'olora' or 'eva'"
+            )
+            _refuse("init_lora_weights", expected, init)
         for rank in (self.r, *(self.rank_pattern or {}).values()) if init == "orthogonal" else ():
             if rank % 2:
                 _refuse("r", "an even rank for init_lora_weights='orthogonal'", rank)
+
+
+def is_start(init: object) -> bool:
+    """Return whether a value of init_lora_weights lets A and B start from values that are subtracted again."""
+    return isinstance(init, str) and STARTS.fullmatch(init) is not None
 
 
 def _unordered(value: Any) -> Any:

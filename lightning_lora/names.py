@@ -13,6 +13,8 @@ from torch import nn
 # Parameters of an adapted layer; those of a single parameter `w` are lora_A_w and lora_B_w, beside it in its module.
 A, B = "lora_A", "lora_B"
 MAGNITUDE = "lora_magnitude"  # beside A and B of a layer whose outputs have magnitudes: these
+START_A, START_B = "lora_start_A", "lora_start_B"  # what A and B began as, where their product is subtracted again
+FACTORS = (A, B, START_A, START_B)
 ROWS = "lora_rows"  # of a table of which some rows are trained: these
 ATTRIBUTE = "lora_injection"  # of the injected module: the record of its injection
 META, ENTRY = "lora", "lora_learned"  # keys of an adapter's metadata in a checkpoint, of the record in a state dict
@@ -91,14 +93,14 @@ def around(name: str) -> list[str]:
 
 
 def names_factor(name: str) -> bool:
-    """Return whether the name of a parameter or tensor is that of an adapter's: A, B, magnitudes or rows."""
+    """Return whether the name of a parameter or tensor is that of an adapter's: of FACTORS, magnitudes or rows."""
     return split_factor_name(name) is not None or name.rpartition(".")[2] in (MAGNITUDE, ROWS)
 
 
 def split_factor_name(name: str) -> tuple[str, str] | None:
-    """Return what A or B adapts, a layer or a parameter, and which of the two a name is; None for any other name."""
+    """Return what one of FACTORS adapts, a layer or a parameter, and which one a name is; None for any other name."""
     path, dot, leaf = name.rpartition(".")
-    for factor in (A, B):
+    for factor in FACTORS:
         if leaf == factor:
             return path, factor
         if leaf.startswith(f"{factor}_"):
@@ -107,7 +109,7 @@ def split_factor_name(name: str) -> tuple[str, str] | None:
 
 
 def parameter_factor_name(parameter: str, factor: str) -> str:
-    """Return the name of A or B of a single parameter, in the module that holds both."""
+    """Return the name of one of FACTORS of a single parameter, in the module that holds both."""
     return f"{factor}_{parameter}"
 
 

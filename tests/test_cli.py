@@ -145,6 +145,7 @@ def test_without_any_option_the_defaults_hold():
         ("--lora.lora_alpha=0.5", "lora_alpha", 0.5),
         ("--lora.init_lora_weights=false", "init_lora_weights", False),
         ("--lora.init_lora_weights=orthogonal", "init_lora_weights", "orthogonal"),
+        ("--lora.init_lora_weights=pissa_niter_7", "init_lora_weights", "pissa_niter_7"),
         ('--lora.enable_lora={"head": [true, false]}', "enable_lora", {"head": (True, False)}),
     ],
 )
@@ -188,7 +189,7 @@ WRONG = [
     ("bias: some", ["bias", "some"]),
     ("target_modules: 3", ["target_modules", "3"]),
     ("rank_pattern: [1]", ["rank_pattern"]),
-    ("init_lora_weights: pissa", ["init_lora_weights", "pissa"]),
+    ("init_lora_weights: [pissa]", ["init_lora_weights", "pissa"]),
     ("enable_lora: {qkv: [1, maybe]}", ["enable_lora", "maybe"]),
 ]
 

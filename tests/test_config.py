@@ -86,7 +86,7 @@ REFUSED = [
     ("use_rslora", 1),
     ("use_rslora", "true"),
     ("autocast_adapter_dtype", None),
-    ("init_lora_weights", "pissa"),
+    *(("init_lora_weights", value) for value in ("pisa", "pissa_niter", "pissa_niter_", "pissa_niter_-1", "OLORA")),
     ("init_lora_weights", 1),
     ("init_lora_weights", None),
     ("enable_lora", [True]),
@@ -213,8 +213,8 @@ def test_a_config_from_peft_needs_a_config_that_says_what_to_adapt():
         LoRAConfig.from_peft(peft.VeraConfig())
     with pytest.raises(LoRAError, match="target_modules=None lets peft choose"):
         LoRAConfig.from_peft(peft.LoraConfig())
-    with pytest.raises(LoRAError, match=r"init_lora_weights must be .*'pissa'"):
-        LoRAConfig.from_peft(peft.LoraConfig(target_modules=["q"], init_lora_weights="pissa"))
+    with pytest.raises(LoRAError, match=r"init_lora_weights must be .*'mica'"):
+        LoRAConfig.from_peft(peft.LoraConfig(target_modules=["q"], init_lora_weights="mica"))
 
 
 SEGMENTS = st.sampled_from(["a", "b", "ab", "layers", "0", "1", "10", "q_proj"])
@@ -247,7 +247,7 @@ CONFIGS = st.builds(
     alpha_pattern=st.none() | st.dictionaries(PATTERNS, st.floats(0.1, 9)),
     bias=st.sampled_from(["none", "all", "lora_only"]),
     use_rslora=st.booleans(),
-    init_lora_weights=st.booleans() | st.sampled_from(["gaussian", "orthogonal"]),
+    init_lora_weights=st.booleans() | st.sampled_from(["gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora"]),
     enable_lora=st.none() | st.dictionaries(NAMES, st.lists(st.booleans(), min_size=1).filter(any)),
     autocast_adapter_dtype=st.booleans(),
 )

@@ -15,8 +15,22 @@ import torch
 
 from ..config import VARIANTS, LoRAConfig
 from ..errors import LoRAError
-from ..names import MAGNITUDE, ROWS, A, B, around, names_factor, near_misses, rename_keys, split_factor_name, suffixes
-from ..nn.low_rank import ATTENTION, MERGEABLE_DTYPES, SEPARATE, low_rank_blocks, product_norm
+from ..names import (
+    FACTORS,
+    MAGNITUDE,
+    ROWS,
+    START_A,
+    START_B,
+    A,
+    B,
+    around,
+    names_factor,
+    near_misses,
+    rename_keys,
+    split_factor_name,
+    suffixes,
+)
+from ..nn.low_rank import ATTENTION, MERGEABLE_DTYPES, SEPARATE, acting_factors, low_rank_blocks, product_norm
 
 SAMPLES = 8  # values by which tensors are told apart before they are compared whole
 
@@ -64,7 +78,7 @@ class Adapter:
 
     @cached_property
     def _factor_names(self) -> dict[str, dict[str, str]]:
-        """The names of A and B of each adapted layer or parameter that has one of them."""
+        """The names of FACTORS of each adapted layer or parameter that has one of them."""
         names: dict[str, dict[str, str]] = {}
         for name in self.tensors:
             layer, factor = split_factor_name(name) or ("", "")
@@ -77,7 +91,7 @@ class Adapter:
         return [layer for layer, names in self._factor_names.items() if A in names]
 
     def factor_name(self, layer: str, factor: str) -> str:
-        """Return the name of the tensor that is A or B of an adapted layer or parameter."""
+        """Return the name of the tensor that is one of FACTORS of an adapted layer or parameter."""
         names = self._factor_names.get(layer, {})
         if factor in names:
             return names[factor]
@@ -85,8 +99,17 @@ class Adapter:
         return other[1].replace(other[0], factor) if other else f"{layer}.{factor}".lstrip(".")
 
     def factor(self, layer: str, factor: str) -> Any:
-        """Return A or B of an adapted layer or parameter."""
+        """Return one of FACTORS of an adapted layer or parameter."""
         return self.tensors[self.factor_name(layer, factor)]
+
+    def stored_factors(self, layer: str) -> list[Any]:
+        """Return those of FACTORS that an adapted layer or parameter has."""
+        names = self._factor_names[layer]
+        return [self.tensors[names[factor]] for factor in FACTORS if factor in names]
+
+    def acting_factors(self, layer: str) -> tuple[Any, Any]:
+        """Return the A and B whose product is what is added, without s: its own, or those of twice the rank."""
+        return acting_factors(*self.stored_factors(layer))
 
     @cached_property
     def parameters(self) -> list[str]:
@@ -286,7 +309,8 @@ def check_factors(adapter: Adapter, where: str) -> None:
     for name in adapter._factor_names:
         if not name:
             raise LoRAError(f"{where}: a lora_A or lora_B names no layer.")
-        factors = {key: adapter.tensors.get(key) for key in (adapter.factor_name(name, leaf) for leaf in (A, B))}
+        wanted = FACTORS if _has_start(adapter, name) else (A, B)
+        factors = {key: adapter.tensors.get(key) for key in (adapter.factor_name(name, leaf) for leaf in wanted)}
         for key, factor in factors.items():
             if factor is None:
                 raise LoRAError(f"{where}: {key!r} is missing; the adapter was cut.")
@@ -298,6 +322,7 @@ def check_factors(adapter: Adapter, where: str) -> None:
                 )
             check_finite(key, factor, where)
         _check_rank(adapter, name, where)
+        _check_start(adapter, name, where)
     for table, rows in adapter.rows().items():
         _check_rows(adapter, table, rows, where)
     _check_magnitudes(adapter, where)
@@ -336,6 +361,26 @@ def _check_rows(adapter: Adapter, table: str, rows: Any, where: str) -> None:
     if numbers is not None and len(numbers) != len(rows):
         raise LoRAError(f"{where}: {name!r} has {len(rows)} rows, but {len(numbers)} are named: the file is damaged.")
     check_finite(name, rows, where)
+
+
+def _has_start(adapter: Adapter, name: str) -> bool:
+    has_some = not {START_A, START_B}.isdisjoint(adapter._factor_names[name])
+    return has_some or (adapter.config is not None and adapter.config.has_start)
+
+
+def _check_start(adapter: Adapter, name: str, where: str) -> None:
+    """Raise LoRAError where start factors are there against the options, or have other shapes than A and B."""
+    if not _has_start(adapter, name):
+        return
+    init = adapter.config.init_lora_weights if adapter.config is not None else None
+    if adapter.config is not None and not adapter.config.has_start:
+        raise LoRAError(
+            f"{where}: {name!r} has a {START_A}, and init_lora_weights={init!r} has none; the file is damaged."
+        )
+    for factor, start in ((A, START_A), (B, START_B)):
+        shapes = tuple(adapter.factor(name, factor).shape), tuple(adapter.factor(name, start).shape)
+        if shapes[0] != shapes[1]:
+            raise LoRAError(f"{where}: {name!r}: {start} {shapes[1]} must have the shape of {factor}, {shapes[0]}.")
 
 
 def _check_rank(adapter: Adapter, name: str, where: str) -> None:
@@ -455,7 +500,7 @@ def scaled_pairs(adapter: Adapter, name: str) -> list[Pair]:
 
     s is 1 where the source does not hold it.
     """
-    a, b = (adapter.factor(name, leaf).detach().double().flatten(1) for leaf in (A, B))
+    a, b = (factor.detach().double().flatten(1) for factor in adapter.acting_factors(name))
     scaling, shapes = adapter.scalings.get(name, 1.0), separate_shapes(adapter, name)
     if shapes:
         enabled = adapter.config.enabled_parts(name) if adapter.config else None

@@ -166,7 +166,7 @@ def _merged(
     adapter = module.lora_adapter_of(leaf) if isinstance(module, AdaptedModule) else None
     if adapter is not None and leaf not in adapter.lora.records:
         weights = adapter.adapted_weights()
-        blocks = adapter.local_blocks(weights, *adapter.factors())
+        blocks = adapter.local_blocks(weights, *adapter.stored())
 
         def merge() -> None:
             values[0] = adapter.merged_copies(weights, {leaf: blocks[leaf]})[leaf]

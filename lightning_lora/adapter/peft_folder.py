@@ -53,6 +53,7 @@ from .peft_parameters import (
 )
 from .peft_rows import as_peft_stores, peft_table_name, rows_from_peft
 from .peft_saved_modules import entries_in, frozen_in_saved
+from .peft_starts import doubled, with_starts, without_starts
 from .peft_state_dict import kinds_of, read_state
 
 CONFIG_FILE = "adapter_config.json"
@@ -87,7 +88,7 @@ def write_folder(adapter: Adapter, path: PathLike, frozen: Mapping[str, torch.Te
         _refuse_without_equal(own, name)
     own = as_peft_stores(own)
     own, idle = add_idle_attention(own)
-    plain = as_plain(own)
+    plain = as_plain(without_starts(own))
     layers = set(own.layers())
     nesting = nesting_of(own.parameters)
     values = stacks_to_peft({**plain.tensors, **(frozen or {})}, _factor_names(own).values())
@@ -246,7 +247,7 @@ def _read_described(peft_tensors: Mapping[str, torch.Tensor], text: str, where: 
         raise LoRAError(f"{where}: the factors of {changed[0]!r} must be zero; something changed them after saving.")
     # Of a frozen tensor, which is there because PEFT wants it, the fingerprint is enough.
     own = {name: tensor for name, tensor in adapter.tensors.items() if name not in adapter.fingerprint}
-    adapter = from_plain(drop_layers(replace(adapter, tensors=own), idle))
+    adapter = with_starts(from_plain(drop_layers(replace(adapter, tensors=own), idle)), adapter.config)
     check_factors(adapter, str(where))
     return adapter, description.get("outside")
 
@@ -303,7 +304,7 @@ def _read_foreign(
 
 
 def _with_our_stacks(adapter: Adapter, where: object) -> Adapter:
-    config = adapter.config or LoRAConfig()
+    config = doubled(adapter.config or LoRAConfig())
     return replace(adapter, tensors=stacks_from_peft(adapter.tensors, _factor_names(adapter), config, where))
 
 

@@ -22,7 +22,7 @@ import torch
 
 from ..config import SAYING_NOTHING, TASK_HEADS, VARIANTS, LoRAConfig, Task
 from ..errors import LoRAError
-from ..names import A, B, around, matcher, suffixes
+from ..names import FACTORS, START_B, A, B, around, matcher, suffixes
 from ..nn.low_rank import ATTENTION, ATTENTION_OUTPUT, CONV1D, from_block_diagonal, to_block_diagonal
 from .adapter import Adapter, exact_options, options_hold
 from .peft_rows import OPTION
@@ -32,7 +32,7 @@ SHARED = ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", *VARIANTS, "r
 BY_NUMBER = ("layers_to_transform", "layers_pattern")
 SELECTING = ("target_modules", "target_parameters", "exclude_modules", *BY_NUMBER, "modules_to_save", OPTION)
 ORIGIN = ("base_model_name_or_path", "revision", "task_type")
-OUR_INITS = (True, False, "gaussian", "orthogonal")  # that draw the same in PEFT
+OUR_INITS = (True, False, "gaussian", "orthogonal")  # of plain adapters, which draw the same in PEFT
 # What these start from is not the base any more: their adapter fits only the weights that they left behind.
 INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 WITHOUT_EFFECT = {  # on what the stored tensors mean
@@ -172,8 +172,10 @@ def add_idle_attention(adapter: Adapter) -> tuple[Adapter, list[str]]:
     added = [name for name in outputs if name not in adapter.kinds]
     tensors = dict(adapter.tensors)
     for name in added:
-        a, b = (tensors[f"{outputs[name]}.{leaf}"] for leaf in (A, B))
-        tensors |= {f"{name}.{A}": torch.zeros_like(a), f"{name}.{B}": b.new_zeros(3 * b.shape[0], b.shape[1])}
+        a, b, *start = adapter.stored_factors(outputs[name])
+        zeros = torch.zeros_like(a), b.new_zeros(3 * b.shape[0], b.shape[1])
+        leaves = FACTORS if start else (A, B)
+        tensors |= {f"{name}.{leaf}": zeros[leaf in (B, START_B)] for leaf in leaves}
     scalings = {name: adapter.scalings[outputs[name]] for name in added}
     kinds = dict.fromkeys(added, ATTENTION)
     new = replace(adapter, tensors=tensors, scalings={**adapter.scalings, **scalings}, kinds={**adapter.kinds, **kinds})

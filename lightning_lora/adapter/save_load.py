@@ -17,7 +17,7 @@ from ..distributed.rank_sync import RankSync, writes_files
 from ..errors import LoRAError
 from ..files.paths import PathLike
 from ..files.torch_archive import read_torch_file
-from ..model.inject import inject, unload
+from ..model.inject import inject, inject_to_load, unload
 from ..model.injection import find_injection, require_injection
 from ..model.merging import is_merged, merge, unmerge
 from ..model.targets import Targets
@@ -114,7 +114,8 @@ def load_from_checkpoint(
         )
         apply_adapter(model, adapter, strict_base=strict_base, remedy=remedy)
         return model
-    inject(model, _config_for(model, by_first_names(model, adapter)))
+    config = _config_for(model, by_first_names(model, adapter))
+    (inject if find_injection(model) else inject_to_load)(model, config)
     prepare_for_load(model, checkpoint)
     model.load_state_dict(checkpoint["state_dict"])
     return model
@@ -141,7 +142,7 @@ def apply_adapter(
     adapter = by_first_names(model, align_names(model, adapter))
     fresh = find_injection(model) is None
     if fresh:
-        inject(model, _config_for(model, adapter))
+        inject_to_load(model, _config_for(model, adapter))
     elif adapter.config is None:
         options = require_injection(model, "load_adapter").record.config
         scale = f"lora_alpha={options.lora_alpha:g}, use_rslora={options.use_rslora}"

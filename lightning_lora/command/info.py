@@ -72,7 +72,7 @@ def _adapter_kind(path: Path) -> str:
 
 def _adapter_info(adapter: Adapter) -> dict[str, Any]:
     layers = adapter.layers()
-    factors = [*(adapter.factor(name, leaf) for name in layers for leaf in (A, B)), *adapter.rows().values()]
+    factors = [*(factor for name in layers for factor in adapter.stored_factors(name)), *adapter.rows().values()]
     factors += adapter.magnitudes().values()
     whole = {name: value for name, value in adapter.beside_factors().items() if isinstance(value, torch.Tensor)}
     layers_info = _each("measuring", layers, lambda name: _layer_info(adapter, name))

@@ -255,7 +255,7 @@ def _refuse_missing(adapter: Adapter, base: Weights, scope: str) -> None:
 
 
 def _layer_updates(adapter: Adapter, name: str, base: Weights, seen: Mapping[str, str]) -> dict[str, WeightUpdate]:
-    a, b = adapter.factor(name, A), adapter.factor(name, B)
+    a, b = adapter.acting_factors(name)
     if adapter.is_parameter(name):
         leaves = {name.rpartition(".")[2]: name}
     else:

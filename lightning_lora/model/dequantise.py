@@ -13,7 +13,7 @@ from torch import nn
 from ..errors import LoRAError
 from ..nn.exact_merge import Observer, merged_weight
 from ..nn.lora_layer import AdaptedWeights, LoRALayer
-from ..nn.low_rank import HALF, MERGEABLE_DTYPES
+from ..nn.low_rank import HALF, MERGEABLE_DTYPES, acting_factors
 from ..nn.quantised import BITSANDBYTES, dequantised, quantised_modules, quantised_parameters
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def plain_weight(
     name: str,
     dtype: torch.dtype,
     observe: Observer | None = None,
-    factors: tuple[torch.Tensor, torch.Tensor] | None = None,
+    factors: tuple[torch.Tensor, ...] | None = None,
 ) -> torch.Tensor:
     """Return a quantised parameter as a new plain tensor, an adapter of the layer merged into it; rounded once.
 
@@ -77,7 +77,7 @@ def plain_weight(
         name: of the parameter.
         dtype: of the result.
         observe: as merge_weight_'s.
-        factors: A and B, where they are not the layer's own.
+        factors: values of the layer's stored_names, where they are not its own.
 
     Raises:
         NonFiniteError: W' is not finite, or beyond the dtype.
@@ -85,7 +85,7 @@ def plain_weight(
     values = dequantised(module, name)
     if not isinstance(module, LoRALayer) or name not in module.adapted_weights():
         return values.to(dtype)
-    blocks = module.low_rank_blocks(*(factors or (module.lora_A, module.lora_B)))[name]
+    blocks = module.low_rank_blocks(*acting_factors(*(factors or module.stored())))[name]
     return merged_weight(values, blocks, module.lora.spec.scaling, dtype=dtype, observe=observe)
 
 

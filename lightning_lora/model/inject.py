@@ -26,6 +26,7 @@ from ..nn.quantised import allow_packing_, keep_gradients_
 from ..nn.readers import patch_readers
 from ..nn.tied_weights import record_ties
 from ..nn.token_rows import LoRATable, adapt_table_, share_table_, table_adapters
+from ..progress import progress_bar
 from .dequantise import dequantised_dtype, plain_weights, replace_quantised_
 from .gradients import note_gradient
 from .injection import (
@@ -90,13 +91,21 @@ def inject(model: nn.Module, config: LoRAConfig, *, merge_weights: bool = False,
         earlier = None
     if earlier is None:
         begin_injection(model, config, merge_weights=merge_weights, seed="" if seed is None else fixed_seed(seed))
-        finish_injection(model)
-        passed_over = require_injection(model, "inject").record.passed_over
-        if passed_over:
-            log.info("lightning_lora: 'all-linear' passes over %s", passed_over)
+        _finish_and_log(model)
     else:
         _refuse_other(earlier, model, config, merge_weights, seed)
     return list(adapted_layers(model))
+
+
+def inject_to_load(model: nn.Module, config: LoRAConfig) -> None:
+    """Adapt a model that was not injected for an adapter whose values are loaded next. In place.
+
+    Nothing is computed from the weights for what A and B start from, which can take minutes.
+    """
+    model = uncompiled(model)
+    begin_injection(model, config, values_follow=True)
+    _finish_and_log(model)
+    require_injection(model, "inject").record.values_follow = False
 
 
 def unload(model: nn.Module) -> None:
@@ -173,13 +182,27 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
             merge(root)
 
 
-def begin_injection(model: nn.Module, config: LoRAConfig, *, merge_weights: bool = False, seed: str = "") -> None:
+def _finish_and_log(model: nn.Module) -> None:
+    finish_injection(model)
+    passed_over = require_injection(model, "inject").record.passed_over
+    if passed_over:
+        log.info("lightning_lora: 'all-linear' passes over %s", passed_over)
+
+
+def begin_injection(
+    model: nn.Module,
+    config: LoRAConfig,
+    *,
+    merge_weights: bool = False,
+    seed: str = "",
+    values_follow: bool = False,
+) -> None:
     """Adapt the layers that exist now; adapt_new_layers adds later ones, finish_injection checks the options' names.
 
     Adapters are drawn from `seed`, or from the random stream's state when each layer is adapted. In place.
     """
     check_unadapted(model)
-    Injection(config, merge_weights, seed=seed).begin(model)
+    Injection(config, merge_weights, seed=seed, values_follow=values_follow).begin(model)
     with _leaving_no_trace(model):
         adapt_new_layers(model)
         snapshot_initial(model)
@@ -232,11 +255,13 @@ def adapt_new_layers(model: nn.Module) -> None:
         check_untied(root, targets.saved)
     _freeze(root, record, new, targets.saved)
     seed = record.seed or random_seed()
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), progress_bar("drawing adapters", len(new) + len(parameters)) as advance:
         for name, module in new.items():
             note_gradient(_with_factors(adapt_(module, name, _spec(name, record, seed), record)))
+            advance(1)
         for name, (module, leaf) in parameters.items():
             note_gradient(_with_factors(adapt_parameter_(module, leaf, name, _spec(name, record, seed), record)))
+            advance(1)
         for name, rows in tables.items():
             _adapt_table(root, name, modules[name], rows, record)
     record.layers = [name for name, _, _ in adapted_places(root)]
@@ -353,6 +378,7 @@ def _spec(name: str, record: Injection, seed: str) -> LayerSpec:
         keep_float32=config.autocast_adapter_dtype,
         init=config.init_lora_weights,
         variant=config.variant(),
+        start=config.has_start,
         seed=int.from_bytes(digest[:8], "big") >> 1,
     )
 

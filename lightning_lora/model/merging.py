@@ -71,7 +71,7 @@ def merge(model: nn.Module) -> None:
                     if layer.unmergeable_reason():
                         layer.lora.merged = True
                     else:
-                        blocks = layer.local_blocks(layer.adapted_weights(), *layer.factors())
+                        blocks = layer.local_blocks(layer.adapted_weights(), *layer.stored())
                         observe = fidelity.observer(layer)
                         sync.run(f"merge: layer {name!r}", _merge_layer, layer, blocks, layer in copies, observe)
                     advance(1)

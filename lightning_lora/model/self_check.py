@@ -164,7 +164,7 @@ def _weights(watched: _Watched) -> tuple[Parameters, Parameters]:
             del base[layer.lora_holder], merged[layer.lora_holder]
             continue
         originals = {name: layer.original(name) for name in layer.adapted_weights()}
-        copies = layer.merged_copies(originals, layer.local_blocks(originals, *layer.factors()))
+        copies = layer.merged_copies(originals, layer.local_blocks(originals, *layer.stored()))
         for holder in layer.lora_holders():
             base[holder].update(originals)
             merged[holder].update(copies)

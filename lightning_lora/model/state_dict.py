@@ -14,8 +14,8 @@ from torch import nn
 
 from ..distributed.rank_sync import RankSync
 from ..errors import LoRAError
-from ..names import ATTRIBUTE, CHECKPOINTED, A, B, canonical
-from ..nn.lora_layer import AdaptedModule, AdaptedWeights, Blocks, adapted_layers, is_factor
+from ..names import ATTRIBUTE, CHECKPOINTED, A, canonical
+from ..nn.lora_layer import AdaptedModule, AdaptedWeights, Blocks, LoRALayer, adapted_layers, is_factor
 from ..nn.quantised_state import load_quantisation_, quantisation_entries, unchanged_weight
 from ..nn.tied_weights import record_ties
 from ..progress import progress_bar
@@ -122,7 +122,7 @@ def merge_state_dict(model: nn.Module, state: Mapping[str, Any], dtype: torch.dt
     with progress_bar("merging", len(layers)) as advance:
         for path, layer in layers:
             weights = {leaf: state[path + leaf] for leaf in layer.adapted_weights()}
-            blocks = layer.local_blocks(weights, *(state[path + factor] for factor in layer.factor_names()))
+            blocks = layer.local_blocks(weights, *(state[path + factor] for factor in layer.stored_names()))
             sync.run(f"merged weights of layer {path[:-1]!r}", merge_layer, path, layer, weights, blocks)
             advance(1)
     sync.raise_on_any_rank()
@@ -136,7 +136,8 @@ def _dequantised_state(
     dequantiser, plain = Dequantiser(dtype), {}
     for name, module in quantised.items():
         path = name.removesuffix("weight")
-        factors = (state[path + A], state[path + B]) if path + A in state else None
+        names = module.stored_names() if isinstance(module, LoRALayer) and path + A in state else ()
+        factors = tuple(state[path + leaf] for leaf in names) or None
         plain[name] = dequantiser.weight(name, module, factors=factors)
     dequantiser.report()
     return plain
@@ -156,7 +157,7 @@ def _layers_to_merge(model: nn.Module, state: Mapping[str, Any]) -> list[tuple[s
         for adapter in module.lora_adapters().values()
         if not adapter.quantised()
     ]
-    names = [[path + leaf for leaf in (*layer.adapted_weights(), *layer.factor_names())] for path, layer in layers]
+    names = [[path + leaf for leaf in (*layer.adapted_weights(), *layer.stored_names())] for path, layer in layers]
     whole = {layer for (_, layer), own in zip(layers, names, strict=True) if state.keys() >= set(own)}
     there = [
         (path, layer, own)

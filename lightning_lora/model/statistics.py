@@ -121,7 +121,7 @@ def adapter_stats(model: nn.Module, previous: AdapterStats | None = None) -> Ada
 def layer_stats(layers: Mapping[str, AdaptedWeights], previous: Mapping[str, Snapshot]) -> AdapterStats:
     """Measure some adapted layers, by name, of which the shards are in place; see adapter_stats. Collective."""
     with torch.inference_mode(False), torch.no_grad():
-        sync = RankSync(t for each in layers.values() for t in (*each.factors(), *each.adapted_weights().values()))
+        sync = RankSync(t for each in layers.values() for t in (*each.stored(), *each.adapted_weights().values()))
         measured = {name: _measure(layer, previous.get(name), sync) for name, layer in layers.items()}
         _to_cpu(measured.values())
         _sum_over_ranks(measured.values(), sync)
@@ -145,15 +145,15 @@ def effective_rank(values: torch.Tensor) -> torch.Tensor:
 
 
 def _measure(layer: AdaptedWeights, before: Snapshot | None, sync: RankSync) -> _Measured:
-    factors, square = layer.factors(), layer.lora.spec.scaling**2
-    stacks = stack_blocks(layer.whole_blocks(*factors))
+    stored, square = layer.stored(), layer.lora.spec.scaling**2
+    stacks = stack_blocks(layer.whole_blocks(*stored))
     grams = [stack.grams() for stack in stacks]
     values = {"squares": _sum((left * right).sum() for left, right in grams) * square}
-    if before is not None and _are_alike(before.factors, factors):
+    if before is not None and _are_alike(before.factors, stored):
         values["product"] = inner_product(stacks, stack_blocks(layer.whole_blocks(*before.factors))) * square
     weights = _weight_squares(layer, before)
     partial = {"W": _sum(w.squares * sync.share(cast(nn.Parameter, w.weight())) for w in weights.values())}
-    roles = dict(zip(map(factor_role, layer.factor_names()), factors, strict=True))
+    roles = dict(zip(map(factor_role, layer.factor_names()), layer.factors(), strict=True))
     partial |= {role: _squares_of_gradient(factor, sync) for role, factor in roles.items()}
     return _Measured(
         values,
@@ -268,5 +268,5 @@ def _cosine(measured: Mapping[str, _Measured], previous: Mapping[str, Snapshot])
 
 
 def _snapshot(layer: AdaptedWeights, measured: _Measured) -> Snapshot:
-    copies = tuple(factor.detach().clone() for factor in layer.factors())
+    copies = tuple(factor.detach().clone() for factor in layer.stored())
     return Snapshot(copies, float(measured.values["squares"]), measured.weights)

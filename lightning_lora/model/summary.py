@@ -162,7 +162,7 @@ def summary(model: nn.Module) -> Summary:
     model = uncompiled(model)
     injected = require_injection(model, "summary")
     record, layers = injected.record, adapted_layers(model)
-    factors = list({id(factor): factor for layer in layers.values() for factor in layer.factors()}.values())
+    factors = list({id(factor): factor for layer in layers.values() for factor in layer.stored()}.values())
     base = base_parameters(model)
     trainable = [parameter for parameter in (*factors, *base.values()) if parameter.requires_grad]
     total = sum(shape_of(parameter).numel() for parameter in (*factors, *base.values()))

@@ -27,7 +27,8 @@ class LoRAConv(LoRALayer):
     def is_cheaper_dense(self) -> bool:
         """Return whether the layer runs on W + delta, which dropout on single input features keeps it from doing."""
         layer = cast(nn.Conv2d, self)
-        return self.lora.spec.r * layer.groups >= layer.out_channels and not self.drops()
+        rank = self.lora.spec.r * (2 if self.lora.spec.start else 1)
+        return rank * layer.groups >= layer.out_channels and not self.drops()
 
     def factored_forward(self, input: torch.Tensor) -> torch.Tensor:
         if self.is_cheaper_dense():
@@ -41,7 +42,7 @@ class LoRAConv(LoRALayer):
 
     def low_rank_product(self, x: torch.Tensor) -> torch.Tensor:
         layer = cast(nn.Conv2d, self)
-        a, b = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
+        a, b = (factor.to(x.dtype) for factor in self.acting_factors())
         if layer.groups > 1:  # every group goes through the whole of A, then through its own rows of B
             a = a.repeat(layer.groups, *[1] * (a.dim() - 1))
         hidden = layer._conv_forward(x, a, None)

@@ -53,7 +53,7 @@ class LoRAEmbedding(LoRALayer):
 
     def factored_forward(self, input: torch.Tensor) -> torch.Tensor:
         base = self._rows(input)
-        a, b = self.lora_A.to(base.dtype), self.lora_B.to(base.dtype)
+        a, b = (factor.to(base.dtype) for factor in self.acting_factors())
         delta = F.linear(_summed(F.embedding(input, a.T)), b) * self.lora.spec.scaling
         delta = self._with_gradients_of_rows(delta, input) if torch.is_grad_enabled() else delta
         return _summed(base).add_(delta)

@@ -39,10 +39,11 @@ class LoRALinear(LoRALayer):
         rows = input.view(-1, input.shape[-1])
         x, scaling = self.dropped(rows)
         # These layouts make autograd form both gradients with the thin factor on the left: several times faster on CPU.
-        hidden = torch.mm(self.lora_A.to(x.dtype), x.t())
+        factor_a, factor_b = self.acting_factors()
+        hidden = torch.mm(factor_a.to(x.dtype), x.t())
         # After hidden, so that its gradient of the input is there first: no view, so the other is added in place.
         base = cast(torch.Tensor, self.base_forward(rows))
-        base.addmm_(hidden.t().to(base.dtype), self.lora_B.to(base.dtype).t().contiguous(), alpha=scaling)
+        base.addmm_(hidden.t().to(base.dtype), factor_b.to(base.dtype).t().contiguous(), alpha=scaling)
         # Not a view to autograd: fully_shard's hooks on the output would be lost to an in-place change of one.
         shape = (*input.shape[:-1], base.shape[-1])
         return base if input.dim() == 2 else cast(torch.Tensor, torch.ops.aten._unsafe_view(base, shape))
@@ -51,14 +52,15 @@ class LoRALinear(LoRALayer):
         """Add the adapter's outputs part by part, for fused projections and inputs that cannot be seen as rows."""
         base = self.base_forward(input)
         x, scaling = self.dropped(input)
+        factor_a, factor_b = self.acting_factors()
         if is_sharded(x) and self.lora.spec.enabled is None:
             from ..distributed.tensor_parallel import low_rank_product  # imports much, and is rarely needed
 
-            product = low_rank_product(x, self.lora_A.to(x.dtype), self.lora_B.to(x.dtype), scaling)
+            product = low_rank_product(x, factor_a.to(x.dtype), factor_b.to(x.dtype), scaling)
             if product is not None:
                 return cast(torch.Tensor, base + product)
         outputs, end = [], 0
-        for start, a, b in enabled_parts(self.lora_A.to(x.dtype), self.lora_B.to(x.dtype), self.lora.spec.enabled):
+        for start, a, b in enabled_parts(factor_a.to(x.dtype), factor_b.to(x.dtype), self.lora.spec.enabled):
             if start > end:
                 outputs.append(base.new_zeros(*base.shape[:-1], start - end))
             outputs.append(F.linear(F.linear(x, a), b) * scaling)
@@ -113,6 +115,9 @@ class LoRAQuantisedLinear(LoRALinear):
     def merged_copies(self, weights: Mapping[str, torch.Tensor], blocks: Blocks) -> dict[str, torch.Tensor]:
         """Return W' in the dtype of the dequantised weights."""
         return {name: merged_weight(dequantised(self, name), blocks[name], self.lora.spec.scaling) for name in blocks}
+
+    def weight_values(self) -> dict[str, torch.Tensor]:
+        return {"weight": dequantised(self)}
 
     def _weight_shapes(self) -> dict[str, torch.Size]:
         linear = cast(nn.Linear, self)

@@ -22,7 +22,7 @@ from torch import nn
 
 from ..distributed.sharding import copy_, from_local_like, full_tensor, is_sharded, local, window
 from ..errors import LoRAError
-from ..names import A, B, canonical, names_factor
+from ..names import START_A, START_B, A, B, canonical, names_factor
 from . import low_rank
 from .exact_merge import (
     Observer,
@@ -36,6 +36,7 @@ from .exact_merge import (
 from .gradient_checkpointing import REENTRANT, REENTRANT_REMEDY, cuts_off_gradients, records_gradients
 from .init import initial_factors
 from .low_rank import HALF, LowRankBlock, crop, dense_delta
+from .starts import start_factors
 
 DROPOUT_STEPS = 2**16
 WITHOUT_ZERO = (False, "orthogonal")  # values of init_lora_weights with which neither factor starts as zero
@@ -58,6 +59,7 @@ class LayerSpec:
     enabled: tuple[bool, ...] | None = None  # which equal parts of a fused projection are adapted; None: all as one
     keep_float32: bool = True  # the factors stay in float32 when the model is cast to 16 bits
     init: bool | str = True  # how the factors are drawn, as LoRAConfig's init_lora_weights
+    start: bool = False  # they start from the weight, and what they start as is subtracted: B @ A - B0 @ A0
     seed: int = 0  # what they are drawn from
     variant: str = ""  # one of config.VARIANTS, or plain LoRA
     rows: tuple[int, ...] = ()  # of a table of which rows are trained: their numbers, ascending
@@ -120,12 +122,34 @@ class AdaptedWeights:
         """Return the adapter's parameters; the last one gets a gradient from the first step on."""
         return self.lora_A, self.lora_B
 
+    def start_names(self) -> tuple[str, ...]:
+        """Return the names of A0 and B0 in the holder, or none where nothing is subtracted."""
+        return (START_A, START_B) if self.lora.spec.start else ()
+
+    def stored_names(self) -> tuple[str, ...]:
+        """Return the names of all that says what the adapter adds: the factors and what they started as."""
+        return (*self.factor_names(), *self.start_names())
+
+    def stored(self) -> tuple[nn.Parameter, ...]:
+        """Return the parameters of stored_names; those that they started as stay frozen."""
+        start = (cast(nn.Parameter, self.lora_holder._parameters[name]) for name in self.start_names())
+        return (*self.factors(), *start)
+
+    def acting_factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the A and B whose product is what the adapter adds: its own, or those of twice the rank."""
+        if not self.lora.spec.start:
+            return self.lora_A, self.lora_B
+        return low_rank.acting_factors(*self.stored())
+
     def options_text(self) -> str:
         """Return what repr says of the adapter."""
         return f"r={self.lora.spec.r}, alpha={self.lora.spec.alpha:g}"
 
     def is_initial(self) -> bool:
         """Return whether the factor that starts as zero is zero still, as far as this rank sees."""
+        if self.lora.spec.start:
+            a, b, start_a, start_b = map(local, self.stored())
+            return not a.is_meta and torch.equal(a, start_a) and torch.equal(b, start_b)
         if self.lora.spec.init in WITHOUT_ZERO:
             return not self.lora.gradient_arrived and self.lora_B.grad is None
         factor = local(self.lora_A if self.LOOKUP else self.lora_B).detach()
@@ -156,13 +180,13 @@ class AdaptedWeights:
     def compute_dense_weights(self, weights: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
         """Return W + delta for each of adapted_weights, differentiable in A and B; with dropout as in dense_forward."""
         self.note_segment()
-        factor: torch.Tensor = self.lora_A
+        factor, factor_b = self.acting_factors()
         mask = None
         if self.drops():
             mask = F.dropout(factor.new_ones(1, factor.shape[1], *[1] * (factor.dim() - 2)), self.lora.spec.dropout)
             factor = factor * mask
         sums = {}
-        for name, delta in self.deltas(factor, self.lora_B).items():
+        for name, delta in self.deltas(factor, factor_b).items():
             weight = weights[name]
             if name not in self.lora_holder._parameters:
                 raise LoRAError(
@@ -210,6 +234,10 @@ class AdaptedWeights:
         """Return the dtype of the weight's values, for that of A and B."""
         return self.main_weight().dtype
 
+    def weight_values(self) -> dict[str, torch.Tensor]:
+        """Return the values of the adapted weights, detached. Collective where they are sharded."""
+        return {name: full_tensor(weight) for name, weight in self.adapted_weights().items()}
+
     def factor_shapes(self, spec: LayerSpec | None = None) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the shapes of A and B, by other options than the layer's own where these are given."""
         spec = spec or self.lora.spec
@@ -223,10 +251,16 @@ class AdaptedWeights:
         return {name: weight.shape for name, weight in self.adapted_weights().items()}
 
     def create_factors(self, dtype: torch.dtype) -> None:
-        """Register the factors with their initial values."""
+        """Register the factors with their initial values, and these where they are subtracted."""
         device = self.main_weight().device
-        for name, values in zip(self.factor_names(), self.drawn_factors(), strict=True):
+        if self.lora.spec.start and self.lora.injection.values_follow:
+            drawn: tuple[torch.Tensor, ...] = tuple(torch.zeros(shape) for shape in self.factor_shapes())
+        else:
+            drawn = self.drawn_factors()
+        for name, values in zip(self.factor_names(), drawn, strict=True):
             self.lora_holder.register_parameter(name, nn.Parameter(values.to(device, dtype)))
+        for name, factor in zip(self.start_names(), self.factors(), strict=False):
+            self.lora_holder.register_parameter(name, nn.Parameter(factor.detach().clone(), requires_grad=False))
 
     def take_spec_(self, spec: LayerSpec) -> None:
         """Take another rank and scaling. A and B stay the same parameters; of another rank, they lose their values."""
@@ -238,19 +272,49 @@ class AdaptedWeights:
     def drawn_factors(self) -> tuple[torch.Tensor, ...]:
         """Return the initial values of the factors, the same each time."""
         spec = self.lora.spec
+        if spec.start:
+            return self._factors_from_weight()
         return initial_factors(*self.factor_shapes(), spec.init, spec.seed, lookup=self.LOOKUP)
+
+    def _factors_from_weight(self) -> tuple[torch.Tensor, torch.Tensor]:
+        spec, weights = self.lora.spec, self.weight_values()
+        try:
+            pairs = [
+                start_factors(part, spec.r, spec.scaling, str(spec.init), spec.seed)
+                for part in low_rank.adapted_parts(self.KIND, weights, spec.enabled)
+            ]
+        except LoRAError as error:
+            raise LoRAError(f"{self.lora.name!r}: {error}.") from None
+        joined = low_rank.join_parts(self.KIND, weights, pairs)
+        shape_a, shape_b = self.factor_shapes()
+        return joined[0].reshape(shape_a), joined[1].reshape(shape_b)
+
+    def draw_(self) -> None:
+        """Let the factors, and what they started as, have their initial values. In place."""
+        drawn = self.drawn_factors()
+        for factor, values in zip(self.stored(), (*drawn, *drawn), strict=False):
+            copy_(factor, values)
 
     def local_blocks(
         self, weights: Mapping[str, torch.Tensor], *factors: torch.Tensor
     ) -> dict[str, list[LowRankBlock]]:
-        """Return what is added to this rank's shards of these weights. Collective where the factors are sharded."""
-        factor_a, factor_b = map(full_tensor, factors)
+        """Return what is added to this rank's shards of these weights. Collective where the factors are sharded.
+
+        Args:
+            weights: by name.
+            factors: values of stored_names.
+        """
+        factor_a, factor_b = low_rank.acting_factors(*map(full_tensor, factors))
         blocks = self.low_rank_blocks(factor_a, factor_b)
         return {name: self.crop_to_shard(blocks[name], weights[name]) for name in blocks}
 
-    def whole_blocks(self, *factors: torch.Tensor) -> list[LowRankBlock]:
-        """Return what factors add to the adapted weights, without the scaling. Collective where they are sharded."""
-        blocks = self.low_rank_blocks(*map(full_tensor, factors))
+    def whole_blocks(self, *stored: torch.Tensor) -> list[LowRankBlock]:
+        """Return what the values of stored_names add to the adapted weights, without the scaling; magnitudes apart.
+
+        Collective where they are sharded.
+        """
+        a, b, *others = map(full_tensor, stored)
+        blocks = self.low_rank_blocks(*low_rank.acting_factors(a, b, *(others if self.lora.spec.start else ())))
         return [block for of_weight in blocks.values() for block in of_weight]
 
     def crop_to_shard(self, blocks: list[LowRankBlock], weight: torch.Tensor) -> list[LowRankBlock]:
@@ -277,6 +341,17 @@ class AdaptedWeights:
             for name, blocks in self.low_rank_blocks(factor_a, factor_b).items()
         }
 
+    def starts_from(self, state_dict: Mapping[str, Any], prefix: str) -> bool:
+        """Return whether a state dict brings another weight for an untrained adapter to start from, and no factors.
+
+        A sharded weight is not gathered for that: the adapter goes on from where it started, and W' is W all the same.
+        """
+        if not self.lora.spec.start or is_sharded(self.main_weight()) or not self.is_initial():
+            return False
+        stored = dict(zip(self.stored_names(), self.stored(), strict=True))
+        new = any(prefix + name in state_dict for name in self.adapted_weights())
+        return new and all(state_dict.get(prefix + name, live) is live for name, live in stored.items())
+
     def unmergeable_reason(self) -> str:
         """Return why merging would be wrong for this layer, or ''."""
         return self.lora.unmergeable_reason
@@ -284,7 +359,7 @@ class AdaptedWeights:
     def merge_(self, *, copy: bool, observe: Observer | None = None, blocks: Blocks | None = None) -> None:
         """Write W' into this rank's shard of each weight, see merge_weight_; `blocks` are local_blocks', if known."""
         weights, state = self.adapted_weights(), self.lora
-        blocks = blocks or self.local_blocks(weights, *self.factors())
+        blocks = blocks or self.local_blocks(weights, *self.stored())
         try:
             for name in blocks:
                 if name not in state.records:
@@ -418,8 +493,12 @@ class AdaptedModule(Swapped):
             super()._apply(_keeping_float32(fn, adapters), recurse)  # type: ignore[no-untyped-call]
         for adapter in were_meta:
             if not adapter.factors()[0].is_meta:  # to_empty
-                for factor, values in zip(adapter.factors(), adapter.drawn_factors(), strict=True):
-                    copy_(factor, values)
+                if adapter.lora.spec.start:
+                    raise LoRAError(
+                        f"{adapter.lora.name!r}: its adapter starts from the weight, which has no values after "
+                        "to_empty; inject after the weights are loaded"
+                    )
+                adapter.draw_()
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -430,7 +509,10 @@ class AdaptedModule(Swapped):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         with self._lora_briefly_unmerged():
+            starting = [each for each in self.lora_adapters().values() if each.starts_from(state_dict, prefix)]
             super()._load_from_state_dict(state_dict, prefix, *args)
+            for adapter in starting:
+                adapter.draw_()
             for adapter in self.lora_adapters().values():
                 absent = any(prefix + name not in state_dict for name in adapter.adapted_weights())
                 adapter.lora.restore_failed = adapter.lora.restore_failed and absent
@@ -520,7 +602,7 @@ class LoRALayer(AdaptedWeights, AdaptedModule):
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Register a parameter as nn.Module does; parallelize_module comes here with each sharded one."""
-        if name in (A, B) and is_sharded(param):
+        if names_factor(name) and is_sharded(param):
             from ..distributed.tensor_parallel import place_like_weight  # imports much, and is rarely needed
 
             if self.lora.spec.enabled is not None:
@@ -529,7 +611,8 @@ class LoRALayer(AdaptedWeights, AdaptedModule):
                     "layer as a whole, or leave it out of the parallelize plan"
                 )
             dims = low_rank.shard_dims(self.KIND)
-            param = place_like_weight(name, cast(nn.Parameter, param), self.main_weight(), dims)
+            placed_as = {START_A: A, START_B: B}.get(name, name)
+            param = place_like_weight(placed_as, cast(nn.Parameter, param), self.main_weight(), dims)
         super().register_parameter(name, param)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -539,9 +622,9 @@ class LoRALayer(AdaptedWeights, AdaptedModule):
         return (make, args, *state)
 
     def strip_(self) -> None:
-        names = self.factor_names()
+        stored = self.stored_names()
         self.__class__ = class_before_swap(self)  # type: ignore[assignment]
-        for name in names:
+        for name in stored:
             self._parameters.pop(name, None)
         for name in [name for name in vars(self) if name == "lora" or name.startswith("lora_")]:
             delattr(self, name)
@@ -619,7 +702,7 @@ def drop(x: torch.Tensor, p: float) -> tuple[torch.Tensor, float]:
 def _keeping_float32(fn: Transform, adapters: Iterable[AdaptedWeights]) -> Transform:
     """fn, but for casting the factors to 16 bits: they train in float32 while they compute in the layer's dtype."""
     kept = [adapter for adapter in adapters if adapter.lora.spec.keep_float32]
-    factors = {id(t) for each in kept for p in each.factors() for t in (p, p.grad) if t is not None}
+    factors = {id(t) for each in kept for p in each.stored() for t in (p, p.grad) if t is not None}
 
     def without_narrowing(tensor: torch.Tensor) -> torch.Tensor:
         moved = fn(tensor)

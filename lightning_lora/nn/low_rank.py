@@ -157,6 +157,62 @@ def enabled_parts(a: torch.Tensor, b: torch.Tensor, enabled: Enabled) -> list[tu
     return list(zip(starts, torch.split(a, b.shape[1]), torch.split(b, size), strict=True))
 
 
+def acting_factors(a: torch.Tensor, b: torch.Tensor, *start: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the A and B of twice the rank whose product is B @ A - B0 @ A0; without start factors A and B themselves.
+
+    They are [A; A - A0] and [B - B0, B0]: where nothing was trained yet the product is zero, bit for bit, and later no
+    large terms cancel, in no dtype. Differentiable in A and B.
+
+    Args:
+        a, b: the factors.
+        start: A0 and B0, or nothing.
+    """
+    if not start:
+        return a, b
+    start_a, start_b = (factor.detach() for factor in start)
+    if a.dtype in HALF:  # in which the differences would be rounded
+        a, b = a.float(), b.float()
+    return stack_ranks(a, b - start_b, a - start_a, start_b.to(b.dtype))
+
+
+def stack_ranks(
+    a: torch.Tensor, b: torch.Tensor, other_a: torch.Tensor, other_b: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the A and B whose product is the sum of two pairs' of one kind, of which A may hold several parts."""
+    rank, other_rank = b.shape[1], other_b.shape[1]
+    if a.shape[0] == rank:
+        return torch.cat([a, other_a]), torch.cat([b, other_b], 1)
+    parts = [a.reshape(-1, rank, *a.shape[1:]), other_a.reshape(-1, other_rank, *a.shape[1:])]
+    return torch.cat(parts, 1).flatten(0, 1), torch.cat([b, other_b], 1)
+
+
+def halve_ranks(a: torch.Tensor, b: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Undo stack_ranks of two pairs of the same rank."""
+    parts = a.reshape(-1, b.shape[1], *a.shape[1:]).chunk(2, 1)
+    return [(part.flatten(0, 1), half) for part, half in zip(parts, b.chunk(2, 1), strict=True)]
+
+
+def adapted_parts(kind: str, weights: Mapping[str, torch.Tensor], enabled: Enabled = None) -> list[torch.Tensor]:
+    """Return the matrices (out, in) that factors of their own are added to, as views of a layer's weights."""
+    if kind == ATTENTION and IN_PROJ not in weights:
+        return [weights[name] for name in _separate(enabled)]
+    weight = next(iter(weights.values()))
+    if kind in STACKS:
+        return list(weight.mT if kind == TRANSPOSED_EXPERTS else weight)
+    matrix = weight.T if kind in TRANSPOSED else weight.flatten(1)
+    if enabled is None:
+        return [matrix]
+    return [part for part, on in zip(matrix.chunk(len(enabled)), enabled, strict=True) if on]
+
+
+def join_parts(
+    kind: str, weights: Mapping[str, object], pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return A and B out of those of each of adapted_parts, as matrices."""
+    side_by_side = kind == ATTENTION and IN_PROJ not in weights
+    return torch.cat([a for a, _ in pairs], int(side_by_side)), torch.cat([b for _, b in pairs])
+
+
 def crop(blocks: Sequence[LowRankBlock], rows: slice, columns: slice = EVERYTHING) -> list[LowRankBlock]:
     """Return the parts of a weight's blocks that fall on some rows and columns, counted from the first of these.
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..distributed.sharding import is_sharded, window
 from ..errors import LoRAError
-from ..names import A, B, parameter_factor_name, split_factor_name
+from ..names import START_A, START_B, A, B, parameter_factor_name, split_factor_name
 from . import low_rank
 from .factored_weight import FactoredWeight
 from .lora_layer import AdaptedModule, AdaptedWeights, LayerSpec, LayerState, StandIns, class_before_swap, swapped_class
@@ -45,6 +45,10 @@ class LoRAParameter(AdaptedWeights):
 
     def factor_names(self) -> tuple[str, ...]:
         return parameter_factor_name(self.parameter, A), parameter_factor_name(self.parameter, B)
+
+    def start_names(self) -> tuple[str, ...]:
+        starts = (START_A, START_B) if self.lora.spec.start else ()
+        return tuple(parameter_factor_name(self.parameter, name) for name in starts)
 
     def adapted_weights(self) -> dict[str, nn.Parameter]:
         return {self.parameter: cast(nn.Parameter, self.module._parameters[self.parameter])}
@@ -82,10 +86,10 @@ class LoRAParameter(AdaptedWeights):
         if not known or torch.compiler.is_compiling():
             return super().stand_ins(weights)
         self.note_segment()
-        return {self.parameter: FactoredWeight(weight, *self._left_and_right(self.lora_A, self.lora_B))}
+        return {self.parameter: FactoredWeight(weight, *self._left_and_right(*self.acting_factors()))}
 
     def strip_(self) -> None:
-        for name in self.factor_names():
+        for name in self.stored_names():
             self.module._parameters.pop(name, None)
         holder = cast(LoRAParameterHolder, self.module)
         del holder.lora_parameters[self.parameter]

@@ -41,6 +41,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be cast:UserWarning"),
     pytest.mark.filterwarnings("ignore:TorchaoLoraLinear was instantiated without:UserWarning"),
     pytest.mark.filterwarnings("ignore:Unsupported layer type.*encountered:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.* changes the base weights of the model:UserWarning"),
     pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups > 1:UserWarning"),
 ]
 README = Path(__file__).parents[2] / "lightning_lora" / "README.md"
@@ -145,6 +146,7 @@ def inner(build: Callable[[], nn.Module]) -> Callable[[], Any]:
     return lambda: Model(build())
 
 
+STARTS = {"target_modules": ["inner"], "init_lora_weights": "pissa"}
 RSLORA = {"use_rslora": True, "r": 4, "lora_alpha": 3}
 DORA = {"target_modules": ["inner"], "use_dora": True}
 PARTS = {"target_modules": ["inner"], "enable_lora": {"inner": [True, False, True]}}
@@ -166,6 +168,28 @@ def parameters(*names: str) -> dict[str, Any]:
 ROWS = [
     Row("nn.Linear", inner(lambda: nn.Linear(8, 6)), floats(3, 8)),
     Row("nn.Linear", inner(lambda: nn.Linear(8, 6)), floats(3, 8), {"target_modules": ["inner"], **RSLORA}, "rsLoRA"),
+    *(
+        Row("nn.Linear", inner(lambda: nn.Linear(8, 6)), floats(3, 8), STARTS | {"init_lora_weights": init}, variant)
+        for init, variant in (("pissa", "PiSSA"), ("olora", "OLoRA"))
+    ),
+    *(
+        Row(layer, inner(build), x, STARTS | others, "PiSSA", theirs=theirs)
+        for layer, build, x, others, theirs in (
+            ("transformers' Conv1D", lambda: Conv1D(6, 8), floats(3, 8), {}, {"fan_in_fan_out": True}),
+            (
+                "nn.Linear, fused",
+                lambda: nn.Linear(8, 12),
+                floats(3, 8),
+                {"enable_lora": {"inner": [True, False, True]}},
+                None,
+            ),
+            ("nn.Embedding", lambda: nn.Embedding(11, 6), rows(3, 5), {}, None),
+            ("nn.Conv2d", lambda: nn.Conv2d(8, 6, 3, padding=1), floats(2, 8, 5, 5), {}, None),
+            ("nn.MultiheadAttention", Attention, floats(2, 4, 8), {"target_modules": ["attention"]}, None),
+            ("nn.LSTM", lambda: Recurrent(nn.LSTM), floats(2, 4, 5), parameters("weight_ih_l0", "weight_hh_l0"), None),
+            ("experts, a stack of your own", Experts, floats(2, 4, 5), parameters("gate_up_proj", "down_proj"), None),
+        )
+    ),
     Row("nn.Linear, fused", inner(lambda: nn.Linear(8, 12)), floats(3, 8), PARTS, "enable_lora", theirs=None),
     Row("nn.Linear, whose weight is read", inner(Readers), floats(3, 8), {"target_modules": ["linear"]}, theirs=None),
     Row("transformers' Conv1D", inner(lambda: Conv1D(6, 8)), floats(3, 8), theirs={"fan_in_fan_out": True}),
@@ -233,8 +257,18 @@ def fresh(row: Row) -> Any:
 def adapted(row: Row) -> Any:
     model = fresh(row)
     inject(model, LoRAConfig(**{"r": 2, "lora_alpha": 3, "init_lora_weights": False} | row.options), seed=4)
+    move_(model, row)
     assert (model(row.x()) - fresh(row)(row.x())).abs().max() > LEAST
     return model
+
+
+def move_(model: Any, row: Row) -> None:
+    """Let an adapter that starts without effect have one."""
+    if "init_lora_weights" in row.options:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_" in name and parameter.requires_grad:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
 
 
 def base_bits(model: Any) -> list[bytes]:
@@ -245,7 +279,7 @@ def base_bits(model: Any) -> list[bytes]:
 
 
 def trained(row: Row) -> str:
-    """Every factor moves, the loss falls, and the base stays."""
+    """Every factor moves, the loss falls, and the base stays, and what the factors started from."""
     model = adapted(row)
     before, bits = {n: v.clone() for n, v in adapter_state_dict(model).items()}, base_bits(model)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.01)
@@ -256,7 +290,7 @@ def trained(row: Row) -> str:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    moved = [not torch.equal(value, before[name]) for name, value in adapter_state_dict(model).items()]
+    moved = [torch.equal(v, before[n]) == ("lora_start" in n) for n, v in adapter_state_dict(model).items()]
     return RIGHT if all(moved) and losses[-1] < losses[0] and base_bits(model) == bits else "wrong"
 
 
@@ -326,7 +360,14 @@ def from_peft(row: Row, folder: Path) -> str:
             for name, parameter in theirs.named_parameters():
                 if "lora_" in name:
                     parameter.copy_(0.3 * torch.randn_like(parameter))
-    theirs.eval().save_pretrained(folder)
+    initial = {}
+    if "init_lora_weights" in row.options:  # which changes the base; peft takes that out again when it saves
+        own, theirs.peft_config["default"].init_lora_weights = row.options["init_lora_weights"], True
+        theirs.save_pretrained(folder / "initial")
+        theirs.peft_config["default"].init_lora_weights = own
+        initial = {"path_initial_model_for_weight_conversion": str(folder / "initial")}
+        move_(theirs, row)
+    theirs.eval().save_pretrained(folder, **initial)
     expected = theirs(row.x()).detach()
     assert (expected - fresh(row)(row.x())).abs().max() > LEAST
     model = fresh(row)

@@ -23,6 +23,7 @@ from lightning_lora import (
     is_merged,
     merge,
     merged,
+    merged_state_dict,
     summary,
     unload,
     unmerge,
@@ -103,6 +104,27 @@ def test_training_outputs_and_gradients_are_those_of_float64(kind, rows):
         for name, expected in (("lora_A", exact_model[position].A), ("lora_B", exact_model[position].B)):
             found = getattr(model[position], name).grad.double()
             torch.testing.assert_close(found, expected.grad, rtol=1e-4, atol=1e-4)
+
+
+@every_kind
+def test_an_adapter_that_starts_from_the_weight_starts_from_its_dequantised_values(kind):
+    """PEFT refuses PiSSA on such a base, and quantises OLoRA's residual again."""
+    plain, bits, x = quantised(kind), packed_bits(quantised(kind)), inputs()
+    for init in ("pissa", "olora"):
+        model = adapted(kind, init_lora_weights=init)
+        assert torch.equal(model(x), plain(x))
+        layer = model[2]
+        u, s, vh = torch.linalg.svd(values_of(layer))
+        best = (u[:, :4] * s[:4]) @ vh[:4]
+        if init == "pissa":
+            torch.testing.assert_close(2 * (layer.lora_B @ layer.lora_A).detach().double(), best, rtol=1e-4, atol=1e-5)
+        randomise_(model)
+        assert not torch.allclose(model(x), plain(x), atol=1e-3)
+        weights = merged_state_dict(model, dequantize=torch.float32)
+        dense = network()
+        dense.load_state_dict(weights)
+        torch.testing.assert_close(dense(x), model(x), rtol=1e-2, atol=1e-2)
+        assert packed_bits(model) == bits
 
 
 @every_kind

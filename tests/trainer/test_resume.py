@@ -71,6 +71,7 @@ CASES: dict[str, tuple[type[Net], dict[str, Any]]] = {
     "unmerged": (Net, {"merged_eval": False}),
     "more is trained": (Net, {"modules_to_save": ["body.1"], "bias": "all", "use_rslora": True}),
     "magnitudes": (Net, {"use_dora": True}),
+    "from the weight": (Net, {"init_lora_weights": "pissa", "use_rslora": True}),
     "built in setup": (BuiltInSetup, {}),
     "built in configure_model": (BuiltInConfigureModel, {}),
 }

@@ -75,7 +75,7 @@ def mistakes(net: nn.Module) -> None:
     LoRACallback(rank=4)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     LoRACallback(save="all")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     LoRAConfig(8)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
-    LoRAConfig(init_lora_weights="gausian")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    LoRAConfig(init_lora_weights=1.5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     LoRAConfig().r = 4  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]
     inject(net, r=4)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     save_adapter(net)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]

@@ -1,0 +1,147 @@
+"""A0 and B0 that are computed from a weight: what A and B start as, and what is subtracted from their product again.
+
+pissa          s * B0 @ A0 is the weight's best approximation of rank r (arXiv:2404.02948)
+pissa_niter_n  nearly so, by n steps of subspace iteration from a random start
+olora          B0 @ A0 is Q[:, :r] @ R[:r] of W = Q @ R, not divided by s (arXiv:2406.01775, and PEFT)
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..errors import LoRAError
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+LEAST_BLOCKS = 10  # in a Krylov space that is worth a search
+SPARE = 8  # vectors in a block of the Krylov space beside those that are searched
+
+PISSA, STEPS, OLORA = "pissa", "pissa_niter_", "olora"
+
+
+@torch.no_grad()
+def start_factors(weight: torch.Tensor, rank: int, scaling: float, init: str, seed: int) -> Pair:
+    """Return A0 (rank, in) and B0 (out, rank) for a weight (out, in), in float32 or float64.
+
+    Args:
+        weight: a floating point matrix.
+        rank: r.
+        scaling: s.
+        init: LoRAConfig's init_lora_weights, one of those that start from the weight.
+        seed: of the random start of subspace iteration; torch's own random stream is not advanced.
+
+    Raises:
+        LoRAError: the weight has no values, is not finite, or has fewer rows or columns than the rank.
+    """
+    if weight.is_meta:
+        raise LoRAError(
+            f"init_lora_weights={init!r} needs the values of the weight, which is on the meta device; inject after the "
+            "weights are loaded (in configure_model: build the layers, load them, then call inject), or choose "
+            "another init_lora_weights"
+        )
+    if rank > min(weight.shape):
+        raise LoRAError(
+            f"init_lora_weights={init!r} needs r of at most {min(weight.shape)} for a weight of {weight.shape[0]} by "
+            f"{weight.shape[1]}, but r is {rank}; give it another in rank_pattern"
+        )
+    if not torch.isfinite(weight).all():
+        raise LoRAError(f"init_lora_weights={init!r} needs finite weights, and this one holds NaN or Inf")
+    with torch.autocast(weight.device.type, enabled=False):
+        if init == OLORA:
+            return _from_qr(_at_least_float32(weight), rank)
+        if init == PISSA:
+            left, projected = _leading_exactly(weight, rank, seed)
+        else:
+            left, projected = _leading_by_iteration(weight, rank, int(init.removeprefix(STEPS)), seed)
+        return _share_values(left, projected, scaling, _at_least_float32(weight[:0]).dtype)
+
+
+def _at_least_float32(weight: torch.Tensor) -> torch.Tensor:
+    return weight if weight.dtype == torch.float64 else weight.float()
+
+
+def _from_qr(weight: torch.Tensor, rank: int) -> Pair:
+    """The first columns of Q depend on as many columns of W alone, so no more are decomposed."""
+    q = torch.linalg.qr(weight[:, :rank])[0]
+    return q.T @ weight, q
+
+
+def _leading_exactly(weight: torch.Tensor, rank: int, seed: int) -> Pair:
+    """Return U (out, rank) and U.T @ W for the leading left singular vectors U, as exact as the weight's dtype.
+
+    They are the leading eigenvectors of the Gram matrix of the smaller side, in float64. Of a large one, a search in a
+    Krylov space finds them in a fraction of the time, but for weights as flat as random ones.
+    """
+    tolerance = torch.finfo(_at_least_float32(weight[:0]).dtype).eps
+    wide = (weight.cpu() if weight.device.type == "mps" else weight).double()  # mps has no float64
+    if wide.shape[0] > wide.shape[1]:
+        return _turned(*_leading_of_wide(wide.T, rank, tolerance, seed))
+    return _leading_of_wide(wide, rank, tolerance, seed)
+
+
+def _leading_of_wide(wide: torch.Tensor, rank: int, tolerance: float, seed: int) -> Pair:
+    found = _leading_in_krylov_space(wide, rank, tolerance, seed)
+    if found is None:
+        vectors = torch.linalg.eigh(wide @ wide.T)[1][:, -rank:].flip(1)
+        found = vectors, vectors.T @ wide
+    return found
+
+
+def _leading_in_krylov_space(wide: torch.Tensor, rank: int, tolerance: float, seed: int) -> Pair | None:
+    """Search in the space of a random block, G times it, G^2 times it, ... with G = W @ W.T (arXiv:1504.05477).
+
+    Returns:
+        None where a space of a quarter of the dimensions is too small. Else the angle to the exact ones is below the
+        tolerance: it is at most the residual over the gap between the eigenvalues that are taken and the others.
+    """
+    size = rank + SPARE
+    if wide.shape[0] < 4 * LEAST_BLOCKS * size:
+        return None
+    block = torch.linalg.qr(wide @ _draw(wide.shape[1], size, seed).to(wide))[0]
+    basis, projected = wide.new_empty(wide.shape[0], 0), wide.new_empty(0, wide.shape[1])
+    while 4 * (basis.shape[1] + size) <= wide.shape[0]:
+        rows = block.T @ wide
+        basis, projected = torch.cat([basis, block], 1), torch.cat([projected, rows])
+        values, inside = torch.linalg.eigh(projected @ projected.T)
+        vectors, leading = basis @ inside[:, -rank:], inside[:, -rank:].T @ projected
+        residual = torch.linalg.matrix_norm(wide @ leading.T - vectors * values[-rank:])
+        if residual <= tolerance * (values[-rank] - values[-rank - 1]):
+            return vectors.flip(1), leading.flip(0)
+        block = wide @ rows.T
+        for _ in range(2):  # once leaves rounding behind
+            block = torch.linalg.qr(block - basis @ (basis.T @ block))[0]
+    return None
+
+
+def _leading_by_iteration(weight: torch.Tensor, rank: int, steps: int, seed: int) -> Pair:
+    """Return the same nearly: torch.svd_lowrank's method, from numbers that are the same on each device."""
+    weight = _at_least_float32(weight)
+    if weight.shape[0] < weight.shape[1]:
+        return _turned(*_leading_by_iteration(weight.T, rank, steps, seed))
+    basis = torch.linalg.qr(weight @ _draw(weight.shape[1], rank, seed).to(weight))[0]
+    for _ in range(steps):
+        basis = torch.linalg.qr(weight.T @ basis)[0]
+        basis = torch.linalg.qr(weight @ basis)[0]
+    inside = torch.linalg.svd(basis.T @ weight, full_matrices=False)
+    return basis @ inside.U, inside.S[:, None] * inside.Vh
+
+
+def _draw(rows: int, columns: int, seed: int) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), device="cpu")
+
+
+def _turned(left: torch.Tensor, projected: torch.Tensor) -> Pair:
+    """Turn U and U.T @ W of a transposed weight into those of the weight."""
+    values = projected.norm(dim=1)
+    return projected.T / _positive(values), values[:, None] * left.T
+
+
+def _positive(values: torch.Tensor) -> torch.Tensor:
+    return values.clamp_min(torch.finfo(values.dtype).tiny)
+
+
+def _share_values(left: torch.Tensor, projected: torch.Tensor, scaling: float, dtype: torch.dtype) -> Pair:
+    """Give A0 and B0 the root of each singular value over s: A0 = sqrt(S / s) V.T, B0 = U sqrt(S / s)."""
+    values = projected.norm(dim=1)
+    a = projected / _positive((values * scaling).sqrt())[:, None]  # S over this root is sqrt(S / s)
+    return a.to(dtype), (left * (values / scaling).sqrt()).to(dtype)

@@ -1,0 +1,464 @@
+"""Adapters that start from the weight: what they start from, W' = W + s * (B @ A - B0 @ A0), and W as it is."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_lora import (
+    LoRAConfig,
+    LoRAError,
+    adapter_state_dict,
+    disable_adapter,
+    inject,
+    merge,
+    merge_and_unload,
+    merged,
+    merged_state_dict,
+    unload,
+    unmerge,
+)
+from lightning_lora.model import merging
+from lightning_lora.nn.lora_layer import adapted_layers
+from lightning_lora.nn.starts import start_factors
+from support import layers, parameters
+from support.layers import same_bits
+
+STARTS = ("pissa", "pissa_niter_4", "olora")
+OUT, IN, R, S = 40, 30, 5, 1.5
+
+
+def decaying(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """A weight whose singular values fall by more than half each, as far apart as subspace iteration needs them."""
+    draw = torch.Generator().manual_seed(rows)
+    u = torch.linalg.qr(torch.randn(rows, rows, generator=draw, dtype=torch.float64))[0]
+    v = torch.linalg.qr(torch.randn(columns, columns, generator=draw, dtype=torch.float64))[0]
+    k = min(rows, columns)
+    return ((u[:, :k] * 0.4 ** torch.arange(k)) @ v[:k]).to(dtype)
+
+
+def truncated(weight: torch.Tensor, rank: int) -> torch.Tensor:
+    u, s, vh = torch.linalg.svd(weight.double(), full_matrices=False)
+    return (u[:, :rank] * s[:rank]) @ vh[:rank]
+
+
+# --- what they start from ---
+
+
+@pytest.mark.parametrize("shape", [(OUT, IN), (IN, OUT), (R, IN), (OUT, R)], ids=str)
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4"])
+def test_pissa_is_the_best_approximation_with_values_shared_evenly(init, shape):
+    weight = decaying(*shape)
+    a, b = start_factors(weight, R, S, init, 0)
+    best = truncated(weight, R)
+    assert a.dtype == b.dtype == torch.float32
+    assert (S * (b @ a) - best).norm() < (1e-6 if init == "pissa" else 1e-3) * best.norm()
+    values = torch.linalg.svdvals(weight)[:R] / S
+    torch.testing.assert_close(a @ a.T, torch.diag(values), rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(b.T @ b, torch.diag(values), rtol=1e-3, atol=1e-6)
+
+
+def test_exact_pissa_is_exact_on_a_weight_without_decay():
+    weight = torch.randn(96, 96)
+    a, b = start_factors(weight.double(), 8, 1.0, "pissa", 0)
+    best = truncated(weight, 8)
+    assert (b @ a - best).norm() < 1e-12 * best.norm()
+
+
+@pytest.mark.parametrize("shape", [(512, 600), (600, 512)], ids=str)
+def test_exact_pissa_of_a_large_weight_is_searched_and_as_exact(shape, monkeypatch):
+    """Without all eigenvectors of its smaller side, of which few are wanted."""
+    u, v = (torch.linalg.qr(torch.randn(side, 512, dtype=torch.float64))[0] for side in shape)
+    weight = ((u * torch.arange(1, 513) ** -0.5) @ v.T).float()
+    best = truncated(weight, 4)
+    eigh, sides = torch.linalg.eigh, []
+    monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: sides.append(len(matrix)) or eigh(matrix))
+    a, b = start_factors(weight, 4, 1.0, "pissa", 0)
+    assert (b @ a - best).norm() < 3e-7 * best.norm()
+    assert max(sides) <= 128
+
+
+@pytest.mark.parametrize("shape", [(OUT, IN), (IN, OUT)], ids=str)
+def test_iterated_pissa_is_torchs_svd_lowrank(shape):
+    """Of the same numbers, by which PEFT draws too."""
+    weight = torch.randn(shape)
+    a, b = start_factors(weight, R, 1.0, "pissa_niter_2", 7)
+    torch.manual_seed(7)
+    u, s, v = torch.svd_lowrank(weight, R, niter=2)
+    torch.testing.assert_close(b @ a, (u * s) @ v.T, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(OUT, IN), (IN, OUT)], ids=str)
+def test_olora_is_the_first_columns_of_q_and_rows_of_r(shape):
+    weight = torch.randn(shape)
+    a, b = start_factors(weight, R, S, "olora", 0)
+    q, r = torch.linalg.qr(weight.double())
+    torch.testing.assert_close((b @ a).double(), q[:, :R] @ r[:R], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(b.T @ b, torch.eye(R), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("init", STARTS)
+def test_weights_of_low_rank_or_zero_give_finite_factors(init):
+    for weight in (torch.zeros(8, 6), truncated(torch.randn(8, 6), 2).float(), torch.ones(6, 8)):
+        a, b = start_factors(weight, 4, S, init, 0)
+        assert a.isfinite().all()
+        assert b.isfinite().all()
+        if init != "olora":  # whose first columns need not span all
+            torch.testing.assert_close(S * (b @ a), weight, rtol=1e-4, atol=1e-5)
+
+
+def test_starts_do_not_advance_the_random_stream_and_repeat():
+    weight = torch.randn(OUT, IN)
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    for init in STARTS:
+        one, other = (start_factors(weight, R, S, init, 3) for _ in range(2))
+        assert all(map(torch.equal, one, other))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# --- every layer ---
+
+
+def inject_start(model: nn.Module, init: str = "pissa", **options: Any) -> nn.Module:
+    inject(model, LoRAConfig(**{"r": 2, "lora_alpha": 3, "init_lora_weights": init} | options))
+    return model
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 7))
+
+
+def move_(model: nn.Module, by: float = 0.1) -> nn.Module:
+    """Train, in a way: another A and B, and A0 and B0 as they were."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(by * torch.randn(parameter.shape))
+    return model
+
+
+def without_start(subject: layers.Subject) -> layers.Subject:
+    """The subject with W - s * B0 @ A0 in float64 in place of W, for a reference that adds s * B @ A."""
+    plain, layer = copy.deepcopy(subject.plain).double(), subject.layer
+    start = layers.matrix(
+        subject.plain.layer, layer.lora_start_A.double(), layer.lora_start_B.double(), subject.case.parts
+    )
+    with torch.no_grad():
+        plain.layer.weight -= layers.ALPHA / layers.R * start.view(plain.layer.weight.shape)
+    return layers.Subject(subject.model, plain, subject.x, subject.case)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.parametrize("name", layers.CASES)
+def test_layer_outputs_unmerged_and_merged_agree_with_float64(name: str, init: str):
+    subject = layers.make_subject(name, torch.float64, fill=False, init_lora_weights=init)
+    plain = subject.plain(subject.x)
+    assert same_bits(subject.model(subject.x), plain)
+    with merged(subject.model):
+        assert same_bits(subject.model(subject.x), plain)
+        assert same_bits(subject.layer.weight, subject.plain.layer.weight)
+    move_(subject.model)
+    reference = without_start(subject)
+    wanted = reference.reference(subject.layer.lora_A.detach(), subject.layer.lora_B.detach())
+    assert not torch.allclose(plain, wanted)
+    torch.testing.assert_close(subject.model(subject.x), wanted)
+    with merged(subject.model):
+        torch.testing.assert_close(subject.model(subject.x), wanted)
+    assert same_bits(subject.layer.weight, subject.plain.layer.weight)
+
+
+@pytest.mark.parametrize("name", layers.CASES)
+def test_layer_gradients_agree_with_float64(name: str):
+    subject = layers.make_subject(name, torch.float64, fill=False, init_lora_weights="pissa")
+    move_(subject.model)
+    factors = [subject.layer.lora_A, subject.layer.lora_B]
+    wide = [factor.detach().clone().requires_grad_() for factor in factors]
+    upstream = torch.randn(subject.plain(subject.x).shape, dtype=torch.float64)
+    subject.model(subject.x).backward(upstream)
+    without_start(subject).reference(*wide).backward(upstream)
+    for factor, reference in zip(factors, wide, strict=True):
+        torch.testing.assert_close(factor.grad, reference.grad)
+    assert subject.layer.lora_start_A.grad is subject.layer.lora_start_B.grad is None
+
+
+@pytest.mark.parametrize("name", parameters.CASES)
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
+def test_single_parameters_agree_with_float64(name: str):
+    subject = parameters.make_subject(name, torch.float64, fill=False, init_lora_weights="pissa")
+    assert torch.equal(subject.model(subject.x), subject.plain(subject.x))
+    move_(subject.model)
+    factors = subject.factors()
+    start = {key.replace("_start", ""): value for key, value in factors.items() if "_start" in key}
+    reference = copy.copy(subject)
+    reference.plain = copy.deepcopy(subject.plain)
+    with torch.no_grad():
+        for weight in adapted_layers(subject.model):
+            module, _, leaf = weight.rpartition(".")
+            a, b = (start[f"{module}.lora_{factor}_{leaf}"] for factor in "AB")
+            parameter = reference.plain.get_parameter(weight)
+            parameter -= parameters.ALPHA / parameters.R * parameters.delta(a, b, parameter, subject.is_transposed)
+    wanted = reference.reference(factors)
+    torch.testing.assert_close(subject.model(subject.x), wanted)
+    with merged(subject.model):
+        torch.testing.assert_close(subject.model(subject.x), wanted)
+
+
+def test_each_part_and_each_expert_starts_from_its_own_weight():
+    fused = layers.make_subject("fused, outer parts", torch.float64, fill=False, init_lora_weights="pissa").layer
+    stack = parameters.make_subject("transposed experts", torch.float64, fill=False, init_lora_weights="pissa").model
+    experts = stack.inner
+    found = [
+        layers.ALPHA / layers.R * (b @ a) for a, b in zip(fused.lora_A.split(3), fused.lora_B.split(4), strict=True)
+    ]
+    wanted = [truncated(part, 3) for part in (fused.weight[:4], fused.weight[8:])]
+    factors = zip(experts.lora_A_down_proj.chunk(4), experts.lora_B_down_proj.chunk(4), strict=True)
+    found += [parameters.ALPHA / parameters.R * (b @ a).T for a, b in factors]
+    wanted += [truncated(part, 3) for part in experts.down_proj]
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"kdim": 6, "vdim": 5}], ids=["one weight", "three weights"])
+def test_attention_agrees_with_its_merged_weights(kwargs):
+    torch.manual_seed(0)
+    model = nn.MultiheadAttention(8, 2, batch_first=True, **kwargs).double()
+    query = torch.randn(2, 4, 8, dtype=torch.float64)
+    inputs = query, query[..., : model.kdim], query[..., : model.vdim]
+    plain = copy.deepcopy(model)
+    inject_start(model, target_modules=r"|out_proj")
+    torch.testing.assert_close(model(*inputs)[0], plain(*inputs)[0])
+    move_(model)
+    changed = model(*inputs)[0]
+    assert not torch.allclose(changed, plain(*inputs)[0])
+    plain.load_state_dict(merged_state_dict(model))
+    torch.testing.assert_close(plain(*inputs)[0], changed)
+
+
+# --- W stays ---
+
+
+@pytest.mark.parametrize("budget", [0, 2**20], ids=["kept values", "plain copies"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_two_hundred_cycles_with_changing_adapters_restore_every_bit(monkeypatch, dtype, budget):
+    monkeypatch.setattr(merging, "COPY_BUDGET", budget)
+    model = net().to(dtype)
+    plain = copy.deepcopy(model)
+    inject_start(model)
+    for _ in range(200):
+        move_(model, 0.01)
+        merge(model)
+        assert not same_bits(model[0].weight, plain[0].weight)
+        unmerge(model)
+        assert all(same_bits(model[i].weight, plain[i].weight) for i in (0, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("keep", [True, False], ids=["factors in float32", "factors as the base"])
+@pytest.mark.parametrize("init", STARTS)
+def test_the_first_step_changes_no_bit_in_any_dtype(init, keep, dtype):
+    """PEFT's bf16 base has rounded twice here, and is 0.2 % off."""
+    plain = net().to(dtype)
+    model = inject_start(copy.deepcopy(plain), init, autocast_adapter_dtype=keep)
+    x = torch.randn(5, 8).to(dtype)
+    assert same_bits(model(x), plain(x))
+    with merged(model):
+        assert same_bits(model[0].weight, plain[0].weight)
+        assert same_bits(model(x), plain(x))
+    assert model[0].lora_start_A.dtype == model[0].lora_A.dtype == (torch.float32 if keep else dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_small_change_is_not_lost_to_rounding_in_16_bits(dtype):
+    """B @ A and B0 @ A0 are large and nearly equal: in 16 bits their difference would be noise."""
+    model = inject_start(net().to(dtype))
+    move_(model, 1e-3)
+    layer, x = model[0], torch.randn(64, 8).to(dtype)
+    delta = 1.5 * (layer.lora_B @ layer.lora_A - layer.lora_start_B @ layer.lora_start_A)
+    with torch.no_grad():
+        layer.weight.zero_()
+        layer.bias.zero_()
+    found, wanted = layer(x).float(), x.float() @ delta.T
+    assert (found - wanted).norm() < 0.01 * wanted.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_merged_weights_with_factors_in_16_bits_are_rounded_once(dtype):
+    model = inject_start(net().to(dtype), autocast_adapter_dtype=False)
+    move_(model, 0.3)
+    layer = model[0]
+    with torch.no_grad():
+        layer.weight.zero_()
+    a, b, start_a, start_b = (factor.detach().double() for factor in layer.stored())
+    with merged(model):
+        assert torch.equal(layer.weight, (1.5 * (b @ a - start_b @ start_a)).to(dtype))
+
+
+def test_gradcheck_in_float64():
+    model = inject_start(net().double())
+    move_(model)
+    x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    values = [model.get_parameter(name).detach().clone().requires_grad_() for name in names]
+
+    def output(x: torch.Tensor, *values: torch.Tensor) -> Any:
+        return torch.func.functional_call(model, dict(zip(names, values, strict=True)), (x,))
+
+    assert torch.autograd.gradcheck(output, (x, *values))
+
+
+@pytest.mark.parametrize("init", STARTS)
+def test_weight_decay_and_steps_change_a_and_b_alone(init):
+    model = inject_start(net(), init)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
+    for _ in range(3):
+        model(torch.randn(5, 8)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {f"{i}.lora_{factor}" for i in (0, 2) for factor in "AB"}
+
+
+def test_what_a_user_unfreezes_does_not_train_the_start():
+    model = inject_start(net())
+    before = model[0].lora_start_A.clone()
+    model.requires_grad_(True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.5)
+    model(torch.randn(5, 8)).square().sum().backward()
+    optimizer.step()
+    assert model[0].lora_start_A.grad is None
+    assert torch.equal(model[0].lora_start_A, before)
+
+
+# --- the rest of a model's life ---
+
+
+def test_leaving_out_and_taking_out_the_adapter_gives_the_base():
+    plain, x = net(), torch.randn(5, 8)
+    model = move_(inject_start(copy.deepcopy(plain)))
+    with disable_adapter(model):
+        assert torch.equal(model(x), plain(x))
+    unload(model)
+    assert {name: type(module) for name, module in model.named_modules()} == {
+        name: type(module) for name, module in plain.named_modules()
+    }
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    assert all(p.requires_grad for p in model.parameters())
+    assert torch.equal(model(x), plain(x))
+
+
+def test_merge_and_unload_and_merged_state_dict_leave_plain_modules():
+    x = torch.randn(5, 8)
+    model = move_(inject_start(net()))
+    expected, state = model(x), merged_state_dict(model)
+    again = net()
+    again.load_state_dict(state)
+    torch.testing.assert_close(again(x), expected)
+    merge_and_unload(model)
+    assert model.state_dict().keys() == again.state_dict().keys()
+    torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize("merged_now", [False, True])
+@pytest.mark.parametrize(
+    "how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
+def test_copies_compute_the_same_and_train_apart(how, merged_now):
+    model, x = move_(inject_start(net())), torch.randn(5, 8)
+    if merged_now:
+        merge(model)
+    other = how(model)
+    assert torch.equal(other(x), model(x))
+    unmerge(other)
+    unmerge(model)
+    assert torch.equal(other(x), model(x))
+    move_(other)
+    assert not torch.equal(other(x), model(x))
+    assert [p.requires_grad for p in other.parameters()] == [p.requires_grad for p in model.parameters()]
+
+
+def test_a_cast_keeps_the_start_beside_the_factors():
+    model = move_(inject_start(net()))
+    for dtype, kept in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
+        model.to(dtype)
+        assert {model[0].get_parameter(f"lora_{name}").dtype for name in ("A", "B", "start_A", "start_B")} == {kept}
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_base_that_is_loaded_after_injection_is_what_an_untrained_adapter_starts_from(trained):
+    model, other, x = inject_start(net()), net(), torch.randn(5, 8)
+    with torch.no_grad():
+        other[0].weight.mul_(-3).add_(torch.randn(6, 8))
+    if trained:
+        move_(model)
+    before = model[0].lora_start_A.clone()
+    model.load_state_dict(other.state_dict())
+    assert torch.equal(model[0].lora_start_A, before) == trained
+    if not trained:
+        assert torch.equal(model(x), other(x))
+        best = truncated(other[0].weight.detach(), 2).float()
+        torch.testing.assert_close(1.5 * model[0].lora_B @ model[0].lora_A, best, rtol=1e-4, atol=1e-5)
+    with disable_adapter(model):
+        assert torch.equal(model(x), other(x))
+
+
+def test_the_state_dict_holds_the_start_and_brings_it_back():
+    model, x = move_(inject_start(net())), torch.randn(5, 8)
+    state = adapter_state_dict(model)
+    assert {name.rpartition(".")[2] for name in state} == {"lora_A", "lora_B", "lora_start_A", "lora_start_B"}
+    again = inject_start(net(), "olora")
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(x), model(x))
+
+
+def test_compiled_output_is_the_eager_one():
+    model, x = move_(inject_start(net())), torch.randn(5, 8)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_dropout_drops_what_the_adapter_adds():
+    """With all of it dropped the base's output is left, as at the first step; PEFT drops what it took out of W too."""
+    plain, x = net()[0], torch.randn(50, 8)
+    model = inject_start(nn.Sequential(copy.deepcopy(plain)), lora_dropout=0.5).train()
+    assert torch.equal(model(x), plain(x))
+    move_(model)
+    outputs = torch.stack([model(x) for _ in range(2000)])
+    assert outputs.std(0).min() > 0
+    torch.testing.assert_close(outputs.mean(0), model.eval()(x), rtol=0.1, atol=0.05)
+
+
+# --- refusals ---
+
+
+def test_a_rank_above_the_weights_sides_is_refused_by_name_and_leaves_the_model_plain():
+    model = net()
+    with pytest.raises(LoRAError, match=r"'2': init_lora_weights='pissa' needs r of at most 6 .* but r is 8"):
+        inject(model, LoRAConfig(r=8, rank_pattern={"^0": 4}, init_lora_weights="pissa"))
+    assert not adapted_layers(model)
+    assert {name for name, _ in model.named_parameters()} == {name for name, _ in net().named_parameters()}
+
+
+def test_weights_without_values_are_refused_with_the_remedy():
+    with torch.device("meta"):
+        model = net()
+    with pytest.raises(LoRAError, match=r"'0': .*on the meta device; inject after the weights are loaded"):
+        inject_start(model)
+    model = inject_start(net()).to("meta")
+    with pytest.raises(LoRAError, match=r"'0': .*no values after to_empty; inject after"):
+        model.to_empty(device="cpu")
+
+
+def test_weights_that_are_not_finite_are_refused():
+    model = net()
+    with torch.no_grad():
+        model[2].weight[1, 2] = float("nan")
+    with pytest.raises(LoRAError, match=r"'2': init_lora_weights='olora' needs finite weights"):
+        inject_start(model, "olora")
