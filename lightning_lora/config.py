@@ -317,6 +317,8 @@ class LoRAConfig:
                 "true, false, 'gaussian', 'orthogonal', 'pissa', 'pissa_niter_4' (or another number), 'olora' or 'eva'"
             )
             _refuse("init_lora_weights", expected, init)
+        if self.variant() and is_start(init):
+            _refuse("init_lora_weights", f"one that does not start from the weight, with {self.variant()}", init)
         for rank in (self.r, *(self.rank_pattern or {}).values()) if init == "orthogonal" else ():
             if rank % 2:
                 _refuse("r", "an even rank for init_lora_weights='orthogonal'", rank)
