@@ -125,8 +125,8 @@ class LoRACallback(Callback):
         bias: which biases are trained: "none", "all", or those of adapted layers ("lora_only").
         use_rslora: s = lora_alpha / sqrt(r).
         use_dora: DoRA, which scales each output's weights W + s * B @ A to a trained magnitude.
-        init_lora_weights: true, false, "gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora" or "eva"; see
-            LoRAConfig.
+        init_lora_weights: true, false, "gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora", "eva" or
+            "lora_ga"; see LoRAConfig.
         enable_lora: for a fused projection, which of its equal parts are adapted.
         autocast_adapter_dtype: keep adapters of float16 and bfloat16 layers in float32.
 

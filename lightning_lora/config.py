@@ -18,9 +18,10 @@ from .names import ALL_LINEAR, MAGNITUDE, layer_number, layer_pattern, pattern_m
 # has the classes.
 VARIANTS: dict[str, tuple[str, ...]] = {"use_dora": (MAGNITUDE,)}
 Bias = Literal["none", "all", "lora_only"]
-Init = Literal["gaussian", "orthogonal", "pissa", "olora", "eva"]
+Init = Literal["gaussian", "orthogonal", "pissa", "olora", "eva", "lora_ga"]
 # Values of init_lora_weights that let A and B start from the weight: nn/starts.py computes them.
 STARTS = re.compile(r"pissa|pissa_niter_\d+|olora")
+FROM_GRADIENTS = "lora_ga"  # model/gradient_start.py computes them
 SAYING_NOTHING = (  # of the adapter: options of a peft.LoraConfig
     # about where it came from and how peft holds it
     *("peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision"),
@@ -89,7 +90,8 @@ class LoRAConfig:
             left as it is: W' = W + s * (B @ A - B0 @ A0), with "pissa" from its largest singular values
             (arXiv:2404.02948), "pissa_niter_4" the same by so many steps of subspace iteration, much faster for large
             layers, "olora" from its QR decomposition (arXiv:2406.01775). Or "eva" (arXiv:2410.07170): A from training
-            data, at fit start or by initialize_from_data; B zero.
+            data, at fit start or by initialize_from_data; B zero. Or "lora_ga" (arXiv:2407.05000): A0, B0 from the
+            gradients of the weights there.
         enable_lora: for a fused projection, which of its equal parts are adapted, as {"qkv": [True, False, True]}
             (loralib's MergedLinear).
         autocast_adapter_dtype: keep adapters of float16 and bfloat16 layers in float32.
@@ -183,7 +185,7 @@ class LoRAConfig:
     @property
     def has_start(self) -> bool:
         """Whether A and B start from values that are subtracted again."""
-        return is_start(self.init_lora_weights)
+        return is_start(self.init_lora_weights) or self.init_lora_weights == FROM_GRADIENTS
 
     def is_in_chosen_layer(self, name: str) -> bool:
         """Return whether layers_to_transform leaves a module that target_modules names: PEFT's rule."""
@@ -313,11 +315,10 @@ class LoRAConfig:
     def _check_init(self) -> None:
         init = self.init_lora_weights
         if not isinstance(init, bool) and init not in get_args(Init) and not is_start(init):
-            expected = (
-                "true, false, 'gaussian', 'orthogonal', 'pissa', 'pissa_niter_4' (or another number), 'olora' or 'eva'"
-            )
+            weight = "'pissa', 'pissa_niter_4' (or another number), 'olora'"
+            expected = f"true, false, 'gaussian', 'orthogonal', {weight}, 'eva' or 'lora_ga'"
             _refuse("init_lora_weights", expected, init)
-        if self.variant() and is_start(init):
+        if self.variant() and self.has_start:
             _refuse("init_lora_weights", f"one that does not start from the weight, with {self.variant()}", init)
         for rank in (self.r, *(self.rank_pattern or {}).values()) if init == "orthogonal" else ():
             if rank % 2:
@@ -325,7 +326,7 @@ class LoRAConfig:
 
 
 def is_start(init: object) -> bool:
-    """Return whether a value of init_lora_weights lets A and B start from values that are subtracted again."""
+    """Return whether a value of init_lora_weights lets A and B start from the weight."""
     return isinstance(init, str) and STARTS.fullmatch(init) is not None
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -22,10 +21,12 @@ from ..names import listed, uncompiled
 from ..nn.lora_layer import AdaptedWeights, adapted_layers
 from ..nn.low_rank import CONV1D, LINEAR
 from ..progress import progress_bar
+from .gradient_start import start_from_gradients
 from .injection import refuse_replaced_layers, require_injection
 from .merging import is_merged
+from .over_batches import evaluating, from_first_rank, in_step
 
-FROM_DATA = ("eva",)  # values of init_lora_weights that say so
+FROM_DATA = ("eva", "lora_ga")  # values of init_lora_weights that say so
 ITERATIONS, SEED = 4, 42  # of the decomposition, as in PEFT
 IGNORED = -100  # the label of a token that is not learned from, as in transformers
 
@@ -58,36 +59,53 @@ def initialize_from_data(
     mask: Mask = learned_tokens,
     tau: float = 0.99,
 ) -> None:
-    """Let A of each linear layer start as the principal components of the layer's inputs (arXiv:2410.07170). In place.
+    """Let the adapters of linear layers start from data, as init_lora_weights says. In place.
 
-    B stays zero, so the model's outputs do not change. The base runs in eval mode, without gradients; modes and the
-    random stream are as before. Layers of other kinds keep what they have, and are logged.
+    "lora_ga": from the gradients of the weights, see start_from_gradients. Otherwise A becomes the principal
+    components of the layer's inputs, and B stays zero (EVA, arXiv:2410.07170). The model's outputs do not change. The
+    base runs in eval mode; modes and the random stream are as before. Layers of other kinds keep what they have, and
+    are logged.
 
-    Collective where torch.distributed is initialised: every rank calls this with batches of its own, and all get the
-    first rank's components.
+    Collective where torch.distributed is initialised: every rank calls this with batches of its own. All get the first
+    rank's components, and the mean of all ranks' gradients.
 
     Args:
         model: an injected model, before training.
-        batches: what `forward` takes; read until all components have converged, at most once through.
-        forward: runs the model on one batch; its result is not used.
-        mask: says of a batch which of its tokens count, as bool (batch, tokens), or None for all.
+        batches: what `forward` takes. All are used for gradients; for components, until these have converged.
+        forward: runs the model on one batch; for gradients it returns the loss, or what holds it as `loss`.
+        mask: says of a batch which of its tokens count, as bool (batch, tokens), or None for all. For components.
         tau: a component has converged when its cosine similarity to that of the batch before is this much.
 
     Raises:
         LoRAError: the model was not injected, is merged or was trained already, there are no batches, a layer never
-            ran or its inputs are not finite. Nothing is changed.
+            ran or what it got is not finite, or a weight has no gradient to start from. Nothing is changed.
     """
     layers = _linear_layers(model, "initialize_from_data")
+    if require_injection(model, "initialize_from_data").record.config.has_start:
+        start_from_gradients(uncompiled(model), layers, batches, forward)
+    else:
+        _start_from_inputs(model, layers, batches, forward, mask, tau)
+    others = [name for name in adapted_layers(model) if name not in layers]
+    if others:
+        log.info("lightning_lora: %s start as without data, which is for linear layers alone", listed(others))
+
+
+def _start_from_inputs(
+    model: nn.Module,
+    layers: Mapping[str, AdaptedWeights],
+    batches: Iterable[Any],
+    forward: Forward,
+    mask: Mask,
+    tau: float,
+) -> None:
+    """Let A be the principal components of the inputs. In place."""
     sizes = {name: min(layer.lora.spec.r, layer.lora_A.shape[1]) for name, layer in layers.items()}
     found = _principal_components(model, batches, forward, mask, tau, sizes, lambda components: sizes)
     for name, layer in layers.items():
-        values = _from_first_rank(found[name].components)[: sizes[name]]
+        values = from_first_rank(found[name].components)[: sizes[name]]
         start = values.new_zeros(layer.lora_A.shape)  # a rank beyond the number of features is not used
         start[: len(values)] = values
         copy_(layer.lora_A, start.to(layer.lora_A))
-    others = [name for name in adapted_layers(model) if name not in layers]
-    if others:
-        log.info("lightning_lora: %s start as without data: only linear layers have components", listed(others))
 
 
 def redistribute_ranks(
@@ -124,7 +142,7 @@ def redistribute_ranks(
     found = _principal_components(
         model, batches, forward, mask, tau, sizes, lambda components: _divide(sum(ranks.values()), components)
     )
-    explained = {name: _from_first_rank(each.explained) for name, each in found.items()}
+    explained = {name: from_first_rank(each.explained) for name, each in found.items()}
     divided = _divide(sum(ranks.values()), found, explained)
     return _with_ranks(require_injection(model, "redistribute_ranks").record.config, layers, divided, adjust_alpha)
 
@@ -241,9 +259,9 @@ def _principal_components(
     layers = {name: layer.lora_holder for name, layer in adapted_layers(model).items() if name in sizes}
     inputs = _Inputs(layers)
     found: dict[str, PrincipalComponents] = {}
-    with _evaluating(model), torch.no_grad(), progress_bar("initialising", len(layers)) as advance:
+    with evaluating(model), torch.no_grad(), progress_bar("initialising", len(layers)) as advance:
         shown = 0
-        for batch in _in_step(batches, lambda: bool(found) and not _unconverged(found, needed)):
+        for batch in in_step(batches, lambda: bool(found) and not _unconverged(found, needed)):
             keep = mask(batch)
             with inputs.recorded(set(found and _unconverged(found, needed)) or set(layers)):
                 forward(model, batch)
@@ -387,46 +405,3 @@ def _with_ranks(
 def _only(name: str) -> str:
     """Return the key of a pattern that means one layer alone."""
     return f"^{re.escape(name)}"
-
-
-def _in_step(batches: Iterable[Any], finished: Callable[[], bool]) -> Iterator[Any]:
-    """Yield batches until a rank has no more, or all have finished. Collective where there are several ranks."""
-    remaining = iter(batches)
-    while True:
-        batch = next(remaining, _NOTHING)
-        more, done = _on_all_ranks([batch is not _NOTHING, finished()])
-        if done or not more:
-            return
-        yield batch
-
-
-_NOTHING = object()
-
-
-def _on_all_ranks(flags: Sequence[bool]) -> list[bool]:
-    """Return for each flag whether every rank has it."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return list(flags)
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, list(flags))
-    return [all(of_ranks) for of_ranks in zip(*gathered, strict=True)]
-
-
-def _from_first_rank(values: torch.Tensor | None) -> torch.Tensor:
-    assert values is not None
-    if dist.is_available() and dist.is_initialized():
-        values = values.contiguous()
-        dist.broadcast(values, 0)
-    return values
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Put the model into eval mode inside; outside each module is in the mode in which it was found."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -235,10 +235,13 @@ def _merge_chunks(
         target = window if copied else scratch.take("new", window.shape, window.dtype)
         before = window.clone() if observe and chunk.scale is not None else window
         new, exact = _rounded_sum(window, chunk, scratch, target)
+        if observe or not copied:
+            delta = _delta(window, chunk, scratch)
         if observe:
-            observe(new.to(exact.dtype), exact, _change(before, exact, chunk, scratch))
+            observe(new.to(exact.dtype), exact, delta if chunk.scale is None else exact - before.to(exact.dtype))
         if not copied:
-            record.chunks.append(_differing(window, _taken_out(new, chunk, scratch), scaled=chunk.scale is not None))
+            back = _taken_out(new, chunk, scratch, delta)
+            record.chunks.append(_differing(window, back, scaled=chunk.scale is not None))
         if new is not window:
             window.copy_(new)
 
@@ -256,7 +259,7 @@ def _restore(weight: torch.Tensor, record: RestoreRecord) -> None:
         if isinstance(stored, torch.Tensor):
             window.copy_(stored)
         else:
-            back = _taken_out(window, chunk, scratch)
+            back = _taken_out(window, chunk, scratch, _delta(window, chunk, scratch))
             if isinstance(stored, Corrections):
                 correct_(back, stored)
             else:
@@ -327,9 +330,8 @@ def _change(window: torch.Tensor, exact: torch.Tensor, chunk: LowRankBlock, scra
     return _delta(window, chunk, scratch) if chunk.scale is None else exact - window.to(exact.dtype)
 
 
-def _taken_out(merged: torch.Tensor, chunk: LowRankBlock, scratch: Scratch) -> torch.Tensor:
-    """What unmerging would leave without the stored values, in the weight's dtype, in a buffer."""
-    delta = _delta(merged, chunk, scratch)
+def _taken_out(merged: torch.Tensor, chunk: LowRankBlock, scratch: Scratch, delta: torch.Tensor) -> torch.Tensor:
+    """What unmerging would leave without the stored values, in the weight's dtype, in a buffer; delta is used up."""
     if chunk.scale is not None:
         merged_wide = scratch.take("quotient", merged.shape, delta.dtype).copy_(merged)
         _as_matrix(merged_wide, chunk).div_(chunk.scale)

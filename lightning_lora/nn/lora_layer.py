@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..config import is_start
 from ..distributed.sharding import copy_, from_local_like, full_tensor, is_sharded, local, window
 from ..errors import LoRAError
 from ..names import START_A, START_B, A, B, canonical, names_factor
@@ -272,7 +273,7 @@ class AdaptedWeights:
     def drawn_factors(self) -> tuple[torch.Tensor, ...]:
         """Return the initial values of the factors, the same each time."""
         spec = self.lora.spec
-        if spec.start:
+        if is_start(spec.init):
             return self._factors_from_weight()
         return initial_factors(*self.factor_shapes(), spec.init, spec.seed, lookup=self.LOOKUP)
 
@@ -346,7 +347,7 @@ class AdaptedWeights:
 
         A sharded weight is not gathered for that: the adapter goes on from where it started, and W' is W all the same.
         """
-        if not self.lora.spec.start or is_sharded(self.main_weight()) or not self.is_initial():
+        if not is_start(self.lora.spec.init) or is_sharded(self.main_weight()) or not self.is_initial():
             return False
         stored = dict(zip(self.stored_names(), self.stored(), strict=True))
         new = any(prefix + name in state_dict for name in self.adapted_weights())
@@ -493,7 +494,7 @@ class AdaptedModule(Swapped):
             super()._apply(_keeping_float32(fn, adapters), recurse)  # type: ignore[no-untyped-call]
         for adapter in were_meta:
             if not adapter.factors()[0].is_meta:  # to_empty
-                if adapter.lora.spec.start:
+                if is_start(adapter.lora.spec.init):
                     raise LoRAError(
                         f"{adapter.lora.name!r}: its adapter starts from the weight, which has no values after "
                         "to_empty; inject after the weights are loaded"

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from importlib import import_module
+from itertools import islice
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from ..model.injection import Injected
 from ..nn.lora_layer import adapted_layers
 from .lightning_packages import package_of
 
+GRADIENT_BATCHES = 8  # of which the mean gradient is taken
 INSTEAD = "call initialize_from_data(module, batches, forward) before fit"
 
 
@@ -43,7 +45,11 @@ def start_from_data(trainer: Any, module: Any, injected: Injected | None) -> Non
     package = package_of(type(trainer)) or "lightning.pytorch"
     loader = _own_loader(trainer, package, option)
     with _random_state(loader, package), _metrics_state(module), _without_logging(module):
-        initialize_from_data(module, _on_device(trainer, loader), partial(_forward, trainer))
+        batches = _on_device(trainer, loader)
+        if injected.record.config.has_start:
+            initialize_from_data(module, islice(batches, GRADIENT_BATCHES), partial(_loss, trainer))
+        else:
+            initialize_from_data(module, batches, partial(_forward, trainer))
 
 
 def _own_loader(trainer: Any, package: str, option: str) -> Any:
@@ -81,6 +87,13 @@ def _on_device(trainer: Any, loader: Any) -> Iterator[Any]:
 def _forward(trainer: Any, module: nn.Module, batch: Any) -> object:
     arguments = trainer.fit_loop.epoch_loop._build_kwargs({}, batch, 0)
     return trainer.strategy.training_step(*arguments.values())
+
+
+def _loss(trainer: Any, module: nn.Module, batch: Any) -> object:
+    """Run training_step past the strategy's wrapper, which would wait for gradients of the adapter."""
+    arguments = trainer.fit_loop.epoch_loop._build_kwargs({}, batch, 0)
+    with trainer.precision_plugin.train_step_context():
+        return trainer.lightning_module.training_step(*arguments.values())
 
 
 @contextmanager

@@ -20,9 +20,12 @@ from lightning_lora import LoRAConfig, LoRAError, initialize_from_data, inject, 
 from support.processes import world
 from support.runs import TARGETS, base_weights, lora, trained
 from support.sharded import RootSharded, model_parallel, whole_state
+from support.sharded import data as shard_data
 from support.sharded import loader as shard_loader
 from support.sharded import make_trainer as sharded_trainer
 from support.training import BATCH, CLASSES, FEATURES, Data, Net, assert_same_tensors, make_trainer, weights
+
+FROM_DATA = ("eva", "lora_ga")
 
 
 class Seen(Net):
@@ -36,7 +39,7 @@ class Seen(Net):
         loss = super().training_step(batch, batch_idx)
         self.mean.update(loss.detach())
         self.log("mean", self.mean, on_step=False, on_epoch=True)
-        if torch.is_grad_enabled():
+        if self.training:
             self.seen.append((batch[0].clone(), torch.rand(()), random.random(), np.random.rand()))
         return loss
 
@@ -74,10 +77,11 @@ def test_factors_are_those_of_the_training_batches(tmp_path):
 
 
 @NOT_CONVERGED
+@pytest.mark.parametrize("start", FROM_DATA)
 @pytest.mark.parametrize("shuffle", [False, True])
-def test_no_batch_and_no_random_number_is_used_up(tmp_path, shuffle: bool):
+def test_no_batch_and_no_random_number_is_used_up(tmp_path, shuffle: bool, start: str):
     models = {}
-    for init in (True, "eva"):
+    for init in (True, start):
         torch.manual_seed(0)
         random.seed(0)
         np.random.seed(0)
@@ -89,7 +93,7 @@ def test_no_batch_and_no_random_number_is_used_up(tmp_path, shuffle: bool):
             float(model.mean.compute()) if model.mean.update_called else float(trainer.callback_metrics["mean"])
         )
         assert trainer.global_step == 6
-    for one, other in zip(models[True].seen, models["eva"].seen, strict=True):
+    for one, other in zip(models[True].seen, models[start].seen, strict=True):
         assert torch.equal(one[0], other[0])
         assert one[1:] == other[1:]
 
@@ -101,7 +105,7 @@ def test_metrics_of_the_first_epoch_are_those_of_its_batches(tmp_path):
     class Kept(Seen):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             loss = super().training_step(batch, batch_idx)
-            losses.extend([float(loss.detach())] if torch.is_grad_enabled() else [])
+            losses.extend([float(loss.detach())] if self.training else [])
             return loss
 
     trainer = make_trainer(tmp_path, lora(init_lora_weights="eva"))
@@ -131,14 +135,15 @@ def test_loader_with_a_generator_or_workers_goes_on_as_it_would(tmp_path, persis
 
 
 @NOT_CONVERGED
-def test_resumed_run_keeps_its_factors_and_equals_the_uninterrupted_one(tmp_path):
-    whole = trained(tmp_path / "a", Net(), lora(init_lora_weights="eva"), max_epochs=3)
+@pytest.mark.parametrize("start", FROM_DATA)
+def test_resumed_run_keeps_its_factors_and_equals_the_uninterrupted_one(tmp_path, start: str):
+    whole = trained(tmp_path / "a", Net(), lora(init_lora_weights=start), max_epochs=3)
     torch.manual_seed(0)
-    first = make_trainer(tmp_path / "b", lora(init_lora_weights="eva"), max_epochs=2)
+    first = make_trainer(tmp_path / "b", lora(init_lora_weights=start), max_epochs=2)
     first.fit(Net(), Data())
     first.save_checkpoint(tmp_path / "half.ckpt")
     resumed = Net()
-    make_trainer(tmp_path / "c", lora(init_lora_weights="eva"), max_epochs=3).fit(
+    make_trainer(tmp_path / "c", lora(init_lora_weights=start), max_epochs=3).fit(
         resumed, Data(), ckpt_path=tmp_path / "half.ckpt"
     )
     assert_same_tensors(weights(resumed), weights(whole))
@@ -147,9 +152,10 @@ def test_resumed_run_keeps_its_factors_and_equals_the_uninterrupted_one(tmp_path
 
 
 @NOT_CONVERGED
+@pytest.mark.parametrize("start", FROM_DATA)
 @pytest.mark.parametrize("kind", ["adapter", "merged", "full"])
-def test_every_kind_of_checkpoint_loads(tmp_path, kind: str):
-    trainer = make_trainer(tmp_path, lora(init_lora_weights="eva", save=kind))
+def test_every_kind_of_checkpoint_loads(tmp_path, kind: str, start: str):
+    trainer = make_trainer(tmp_path, lora(init_lora_weights=start, save=kind))
     model = Net()
     before = base_weights(model)
     trainer.fit(model, Data())
@@ -244,12 +250,25 @@ def test_endless_data_is_read_as_far_as_an_epoch_goes(tmp_path):
     assert model.untrained == 4
 
 
+@pytest.mark.parametrize("batches", [3, 12])
+def test_gradients_are_the_mean_of_the_first_batches(tmp_path, batches: int):
+    model = AtStart()
+    trainer = make_trainer(tmp_path, lora(init_lora_weights="lora_ga"))
+    trainer.fit(model, Data(batches=batches))
+    plain = Net()
+    inject(plain, LoRAConfig(r=2, target_modules=TARGETS, init_lora_weights="lora_ga"))
+    first = list(Data(batches=batches).train_dataloader())[:8]
+    initialize_from_data(plain, first, lambda module, batch: module.training_step(batch, 0))
+    for name, value in factors(plain).items():
+        torch.testing.assert_close(model.seen[0][name], value, rtol=0, atol=1e-5)
+
+
 # --- several processes ---
 
 
-def start_on_ranks(path: Path, way: str) -> None:
+def start_on_ranks(path: Path, way: str, start: str) -> None:
     torch.manual_seed(0)
-    callback = lora(init_lora_weights="eva", target_modules=["0", "2"] if way == "FSDP2" else TARGETS)
+    callback = lora(init_lora_weights=start, target_modules=["0", "2"] if way == "FSDP2" else TARGETS)
     rank, size = dist.get_rank(), dist.get_world_size()
     if way == "FSDP2":
         model: Any = RootSharded()
@@ -257,20 +276,41 @@ def start_on_ranks(path: Path, way: str) -> None:
         trainer = model_parallel(path, callback, max_epochs=1, limit_val_batches=0)
     else:
         model, trainer = (
-            Net(),
+            AtStart(),
             sharded_trainer(path, callback, devices=size, strategy=DDPStrategy(), max_epochs=1, limit_val_batches=0),
         )
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*had not converged")
+        warnings.filterwarnings("ignore", ".*had not converged", UserWarning)
         trainer.fit(model, shard_loader(size, rank), shard_loader(size, rank, 6))
     state = {name: value for name, value in whole_state(model).items() if name.endswith("lora_A")}
     assert state
+    if start == "lora_ga":  # the mean over the ranks is that of the global batches
+        inject(alone := Net(), LoRAConfig(r=2, target_modules=TARGETS, init_lora_weights=start))
+        initialize_from_data(alone, list(shard_loader())[:8], lambda module, batch: module.training_step(batch, 0))
+        for name, value in factors(alone).items():
+            torch.testing.assert_close(model.seen[0][name], value, rtol=0, atol=1e-4)
+        batches, plain = list(shard_loader())[:8], Net().eval()
+        for batch in batches:
+            (plain.training_step(batch, 0) / len(batches)).backward()
+        values = torch.linalg.svdvals(plain.body[3].weight.grad)
+        found = model.get_parameter("body.3.lora_start_B").norm(dim=0)
+        torch.testing.assert_close(found, values[2:4] * 8**0.25 / 4, rtol=1e-3, atol=1e-6)
     for name, value in state.items():
         others = [torch.empty_like(value) for _ in range(size)]
         dist.all_gather(others, value.contiguous())
         assert all(torch.equal(other, others[0]) for other in others), name
 
 
-@pytest.mark.parametrize("way", ["DDP", "FSDP2"])
-def test_ranks_start_alike(tmp_path, way: str):
-    world(2).run(start_on_ranks, tmp_path, way)
+@pytest.mark.parametrize(("way", "start"), [("DDP", "eva"), ("FSDP2", "eva"), ("DDP", "lora_ga")])
+def test_ranks_start_alike(tmp_path, way: str, start: str):
+    world(2).run(start_on_ranks, tmp_path, way, start)
+
+
+def start_from_sharded(path: Path) -> None:
+    trainer = model_parallel(path, lora(init_lora_weights="lora_ga", target_modules="all-linear"), max_epochs=1)
+    with pytest.raises(LoRAError, match=r"the weight of '.*' is sharded"):
+        trainer.fit(RootSharded(), *shard_data())
+
+
+def test_gradients_of_sharded_weights_are_refused(tmp_path):
+    world(2).run(start_from_sharded, tmp_path)

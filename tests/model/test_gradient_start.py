@@ -1,0 +1,215 @@
+"""A and B that start from gradients: peft's LoRA-GA, and what the gradient's decomposition says in float64."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peft.tuners.lora.loraga import preprocess_loraga
+from torch import nn
+
+from lightning_lora import (
+    LoRAConfig,
+    LoRAError,
+    adapter_state_dict,
+    initialize_from_data,
+    inject,
+    load_adapter,
+    merged,
+    save_adapter,
+    unload,
+)
+from lightning_lora.model import gradient_start
+from lightning_lora.nn.lora_layer import adapted_layers
+from support.notices import PEER_NOTICES
+from support.peers import logits
+from support.peers import model as peer
+
+HOOK_NOTICE = "ignore:Full backward hook is firing when gradients are computed:UserWarning"  # of peft's own hook
+
+pytestmark = pytest.mark.filterwarnings(*PEER_NOTICES, HOOK_NOTICE)
+
+TARGETS = {"llama": ["q_proj", "v_proj", "down_proj"], "gpt2": ["c_attn", "c_proj"]}
+R, ALPHA = 3, 6
+
+
+def batches(count: int = 2) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(3)
+    tokens = [torch.randint(30, (2, 5), generator=generator) for _ in range(count)]
+    return [{"input_ids": each, "labels": each} for each in tokens]
+
+
+def injected(name: str, **options: Any) -> nn.Module:
+    net = peer(name)
+    inject(net, LoRAConfig(r=R, lora_alpha=ALPHA, target_modules=TARGETS[name], init_lora_weights="lora_ga", **options))
+    return net
+
+
+def gradients(name: str) -> dict[str, torch.Tensor]:
+    """The mean gradient of each weight over the batches, (out, in), by autograd alone."""
+    net = peer(name).eval()
+    for batch in batches():
+        (net(**batch).loss / len(batches())).backward()
+    turned = name == "gpt2"
+    return {
+        module: (layer.weight.grad.T if turned else layer.weight.grad).double()
+        for module, layer in net.named_modules()
+        if module.rpartition(".")[2] in TARGETS[name]
+    }
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_factors_are_the_gradients_singular_vectors(name: str):
+    net = injected(name)
+    base = logits(peer(name))
+    initialize_from_data(net, batches())
+    assert torch.equal(logits(net), base)
+    for module, gradient in gradients(name).items():
+        layer = adapted_layers(net)[module]
+        left, values, right = torch.linalg.svd(gradient, full_matrices=False)
+        inputs = layer.lora_A.double().T @ layer.lora_A.double()
+        torch.testing.assert_close(inputs, right[:R].T @ right[:R], rtol=0, atol=1e-4)
+        outputs = layer.lora_B.double() @ layer.lora_B.double().T
+        scale = gradient.shape[0] ** 0.5 / 16
+        second = left[:, R : 2 * R] * values[R : 2 * R]
+        torch.testing.assert_close(outputs, second @ second.T * scale, rtol=1e-3, atol=1e-5 * values[0] ** 2)
+        assert torch.equal(layer.lora_A, layer.lora_start_A)
+        assert torch.equal(layer.lora_B, layer.lora_start_B)
+
+
+def test_model_trains_as_peft_does():
+    """peft takes B0 @ A0 out of the weight, here it is subtracted beside it: the same model after each step."""
+    config = peft.LoraConfig(
+        r=R,
+        lora_alpha=ALPHA,
+        target_modules=TARGETS["llama"],
+        init_lora_weights="lora_ga",
+        lora_ga_config=peft.LoraGAConfig(),
+    )
+    base = peer("llama").eval()
+
+    def train_step() -> None:
+        for batch in batches():
+            base(**batch).loss.backward()
+
+    preprocess_loraga(base, config, train_step)
+    torch.manual_seed(gradient_start.SEED)
+    theirs, ours = peft.get_peft_model(base, config), injected("llama")
+    initialize_from_data(ours, batches())
+    for step in range(4):
+        torch.testing.assert_close(logits(ours), logits(theirs), rtol=0, atol=1e-4)
+        for net in (ours, theirs):
+            net.train()
+            parameters = [p for p in net.parameters() if p.requires_grad]
+            optimizer = torch.optim.SGD(parameters, lr=0.2)
+            optimizer.zero_grad()
+            net(**batches(4)[step]).loss.backward()
+            optimizer.step()
+    assert not torch.allclose(logits(ours), logits(peer("llama")), atol=1e-2)
+
+
+def test_everything_but_the_factors_is_as_before():
+    net = injected("llama", modules_to_save=["norm"])
+    net.model.layers[0].eval()
+    modes = {name: module.training for name, module in net.named_modules()}
+    required = {name: parameter.requires_grad for name, parameter in net.named_parameters()}
+    trained = net.model.norm.weight
+    trained.grad = torch.ones_like(trained)
+    before, state = copy.deepcopy(net.state_dict()), torch.get_rng_state()
+    initialize_from_data(net, batches())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert {name: module.training for name, module in net.named_modules()} == modes
+    assert {name: parameter.requires_grad for name, parameter in net.named_parameters()} == required
+    assert torch.equal(trained.grad, torch.ones_like(trained))
+    assert not [name for name, p in net.named_parameters() if p.grad is not None and p is not trained]
+    changed = {name for name, value in net.state_dict().items() if not torch.equal(value, before[name])}
+    factors = set(adapter_state_dict(net)) - {"model.norm.weight"}
+    assert changed == factors
+
+
+def test_base_is_exact_again_after_unload_and_merging(tmp_path):
+    net, plain = injected("llama"), peer("llama")
+    initialize_from_data(net, batches())
+    for layer in adapted_layers(net).values():
+        layer.lora_B.data += 0.1 * torch.randn_like(layer.lora_B)
+    factored = logits(net)
+    with merged(net):
+        torch.testing.assert_close(logits(net), factored, rtol=0, atol=1e-4)
+    save_adapter(net, tmp_path)
+    read = peft.PeftModel.from_pretrained(peer("llama"), tmp_path)
+    torch.testing.assert_close(logits(read), factored, rtol=0, atol=1e-4)
+    load_adapter(again := peer("llama"), tmp_path)
+    assert torch.equal(logits(again), logits(net))
+    assert torch.equal(
+        adapted_layers(again)["model.layers.0.self_attn.q_proj"].lora_start_A,
+        adapted_layers(net)["model.layers.0.self_attn.q_proj"].lora_start_A,
+    )
+    unload(net)
+    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in net.state_dict().items())
+
+
+def test_base_that_is_loaded_afterwards_keeps_the_start():
+    net = injected("llama")
+    initialize_from_data(net, batches())
+    before = {name: value.clone() for name, value in adapter_state_dict(net).items()}
+    net.load_state_dict(peer("llama").state_dict(), strict=False)
+    assert all(torch.equal(value, before[name]) for name, value in adapter_state_dict(net).items())
+
+
+def test_rank_beyond_the_number_of_directions_is_not_used():
+    inject(net := nn.Sequential(nn.Linear(4, 3)), LoRAConfig(r=2, target_modules=["0"], init_lora_weights="lora_ga"))
+    initialize_from_data(net, [torch.randn(5, 4)], lambda model, x: model(x).square().mean())
+    assert net[0].lora_B[:, 0].norm() > 0
+    assert not net[0].lora_B[:, 1].any()
+
+
+class Quiet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.idle = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.used(x).square().mean() + 0 * self.idle(x).detach().sum()
+
+
+@pytest.mark.parametrize(
+    ("data", "forward", "said"),
+    [
+        ([], lambda m, x: m(x), "there are no batches"),
+        ([torch.ones(2, 4)], lambda m, x: m(x), "no gradient reaches the weight of 'idle'"),
+        (
+            [torch.full((2, 4), torch.nan)],
+            lambda m, x: m(x) + m.idle(x).sum(),
+            "gradient of the weight of 'used' holds",
+        ),
+        ([torch.ones(2, 4)], lambda m, x: {"logits": m(x)}, "must return the loss.*found dict"),
+        ([torch.ones(2, 4)], lambda m, x: m.used(x), "must return the loss.*found Tensor"),
+        ([torch.ones(2, 4)], lambda m, x: m(x).detach(), "must return the loss"),
+    ],
+    ids=["no batches", "no gradient", "NaN", "no loss", "no scalar", "no graph"],
+)
+def test_what_has_no_gradients_is_refused_and_left_as_it_is(data: Any, forward: Any, said: str):
+    inject(net := Quiet(), LoRAConfig(r=2, target_modules=["used", "idle"], init_lora_weights="lora_ga"))
+    before = copy.deepcopy(net.state_dict())
+    required = [p.requires_grad for p in net.parameters()]
+    with pytest.raises(LoRAError, match=said):
+        initialize_from_data(net, data, forward)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert [p.requires_grad for p in net.parameters()] == required
+    assert net.training
+
+
+def test_quantised_weight_is_refused_by_name():
+    bnb = pytest.importorskip("bitsandbytes")
+    net = nn.Sequential(bnb.nn.Linear4bit(64, 64, quant_type="nf4", compute_dtype=torch.float32).to("cpu"))
+    inject(net, LoRAConfig(r=2, target_modules=["0"], init_lora_weights="lora_ga"))
+    with pytest.raises(LoRAError, match="the weight of '0' is quantised"):
+        initialize_from_data(net, [torch.ones(2, 64)], lambda model, x: model(x).sum())
+
+
+def test_magnitudes_beside_it_are_refused():
+    with pytest.raises(LoRAError, match="one that does not start from the weight, with use_dora, but it is 'lora_ga'"):
+        LoRAConfig(use_dora=True, init_lora_weights="lora_ga")
