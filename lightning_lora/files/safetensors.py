@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import LoRAError
+from ..progress import progress_bar
 from .paths import PathLike, require_file
 
 SUFFIX = ".safetensors"
@@ -152,10 +153,12 @@ def read_tensor(location: TensorLocation) -> torch.Tensor:
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file: the same bytes for the same tensors, wide dtypes first so that all are aligned."""
     ordered = dict(sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
-    with open(path, "xb") as file:
+    nbytes = sum(tensor.nbytes for tensor in ordered.values())
+    with open(path, "xb") as file, progress_bar("writing", nbytes, "bytes") as advance:
         file.write(build_header([(n, t.dtype, tuple(t.shape)) for n, t in ordered.items()], metadata))
         for tensor in ordered.values():
             file.write(as_bytes(tensor))
+            advance(tensor.nbytes)
 
 
 def build_header(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:

@@ -16,6 +16,7 @@ from ..files.paths import PathLike
 from ..files.safetensors import TensorLocation, read_rows
 from ..files.weights import Weights, open_weights
 from ..nn.low_rank import ATTENTION_WEIGHTS, MERGEABLE_DTYPES
+from ..progress import progress_bar
 from .updates import Updates, measure, refuse_empty, sum_of_squares
 
 
@@ -35,7 +36,12 @@ def read_updates(
     weights = open_weights(base)
     adapter = _fit(adapter, weights)
     compare_with_files(adapter, weights, strict=strict_base, remedy=OTHER_FILES)
-    return measure(where, adapter, {name: _norm_in_files(adapter, name, weights) for name in adapter.layers()})
+    norms = {}
+    with progress_bar("reading the base", len(adapter.layers())) as advance:
+        for name in adapter.layers():
+            norms[name] = _norm_in_files(adapter, name, weights)
+            advance(1)
+    return measure(where, adapter, norms)
 
 
 def _fit(adapter: Adapter, base: Weights) -> Adapter:

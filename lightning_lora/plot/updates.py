@@ -14,6 +14,7 @@ from ..adapter.adapter import Adapter, cosine, scaled_pairs
 from ..errors import LoRAError
 from ..files.safetensors import CHUNK
 from ..nn.low_rank import singular_values
+from ..progress import progress_bar
 from .layout import Cell, cells
 
 
@@ -82,10 +83,12 @@ def measure(source: str, adapter: Adapter, weight_norms: Mapping[str, float] | N
         LoRAError: there is no layer with A and B.
     """
     refuse_empty(source, adapter)
-    layers = {}
-    for name, rank in adapter.ranks().items():
-        spectra = (singular_values(left, right).tolist() for left, right in scaled_pairs(adapter, name))
-        layers[name] = Update(rank, tuple(map(tuple, spectra)), (weight_norms or {}).get(name))
+    layers, ranks = {}, adapter.ranks()
+    with progress_bar("measuring", len(ranks)) as advance:
+        for name, rank in ranks.items():
+            spectra = (singular_values(left, right).tolist() for left, right in scaled_pairs(adapter, name))
+            layers[name] = Update(rank, tuple(map(tuple, spectra)), (weight_norms or {}).get(name))
+            advance(1)
     return Updates("/".join(Path(source).parts[-2:]), adapter, layers, scaled=bool(adapter.scalings))
 
 
