@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from torch import nn
+from transformers.pytorch_utils import ALL_LAYERNORM_LAYERS
 
 from lightning_lora import LoRAConfig, LoRAError, inject, lora_param_groups
 from lightning_lora.nn.lora_layer import adapted_layers
@@ -73,8 +74,9 @@ def test_rates_and_decay_are_pefts_but_of_vectors_and_rows(case: str):
         assert found[name] == (1e-3, 0.0)
         if name.endswith("lora_rows"):
             assert peft[name] == pytest.approx((1e-3, 0.1))
-        else:  # of norms, peft exempts only nn.LayerNorm from decay
-            assert peft[name] == pytest.approx((8e-3, 0.1 if name == "model.norm.weight" else 0.0))
+        else:  # of norms, peft exempts those of transformers' list from decay, which is of nn.LayerNorm alone since 5
+            exempt = isinstance(ours.get_submodule(name.rpartition(".")[0]), tuple(ALL_LAYERNORM_LAYERS))
+            assert peft[name] == pytest.approx((8e-3, 0.0 if exempt or name.endswith("bias") else 0.1))
     assert (case == "llama") == (not differing)
 
 
