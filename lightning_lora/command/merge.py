@@ -87,8 +87,7 @@ def merge_on_disk(
         updates = plan_updates(
             adapter_with_options(adapter, lora_alpha), weights, strict_base=strict_base, rename=rename
         )
-        with progress_bar("merging", weights.nbytes, "bytes") as advance:
-            return _write(Job(weights, updates, dtype, advance), output, max_shard_bytes, check)
+        return _write(Job(weights, updates, dtype), output, max_shard_bytes, check)
 
 
 def plan_updates(
@@ -219,10 +218,12 @@ def _one_thread() -> Iterator[None]:
 def _write(job: Job, output: PathLike, max_shard_bytes: int | None, check: bool) -> list[Path]:
     left_out: list[Path] = []
     with (new_folder if job.base.folder else new_file)(output) as result:
-        if job.base.folder:
-            left_out = write_folder_of(job, result, max_shard_bytes)
-        else:
-            write_file_of(job, result)
+        with progress_bar("merging", job.base.nbytes, "bytes") as advance:
+            job = replace(job, progress=advance)
+            if job.base.folder:
+                left_out = write_folder_of(job, result, max_shard_bytes)
+            else:
+                write_file_of(job, result)
         if check:
             verify_result(job, open_weights(result))
     return left_out

@@ -66,7 +66,7 @@ class Job:
     base: Weights
     updates: Mapping[str, WeightUpdate]
     dtype: torch.dtype | None
-    progress: Callable[[int], None]
+    progress: Callable[[int], None] = lambda size: None
 
     def result_dtype(self, name: str) -> torch.dtype:
         """Return the dtype of one tensor of the result; what is not floating point keeps its own."""
