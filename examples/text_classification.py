@@ -29,7 +29,7 @@ RUNS = Path(__file__).with_name("runs")
 class Classifier(L.LightningModule):
     """An ordinary LightningModule around a transformers model; it knows nothing of LoRA."""
 
-    def __init__(self, learning_rate: float = 0.005) -> None:
+    def __init__(self, learning_rate: float = 0.002) -> None:
         super().__init__()
         self.learning_rate = learning_rate
         self.model = BertForSequenceClassification.from_pretrained(
