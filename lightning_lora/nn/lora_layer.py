@@ -133,6 +133,8 @@ class AdaptedWeights:
 
     def stored(self) -> tuple[nn.Parameter, ...]:
         """Return the parameters of stored_names; those that they started as stay frozen."""
+        if not self.lora.spec.start:
+            return self.factors()
         start = (cast(nn.Parameter, self.lora_holder._parameters[name]) for name in self.start_names())
         return (*self.factors(), *start)
 

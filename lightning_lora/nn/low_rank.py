@@ -270,10 +270,12 @@ def dense_delta(blocks: Sequence[LowRankBlock], shape: torch.Size) -> torch.Tens
 def scale_blocks(blocks: Sequence[LowRankBlock], scaling: float, dtype: torch.dtype) -> list[LowRankBlock]:
     """Return the blocks in another dtype, contiguous, with the scaling folded into left."""
     return [
-        block._replace(
-            left=(block.left.detach().to(dtype) * scaling).contiguous(),
-            right=block.right.detach().to(dtype).contiguous(),
-            scale=None if block.scale is None else block.scale.detach().to(dtype),
+        LowRankBlock(
+            block.row,
+            block.col,
+            (block.left.detach().to(dtype) * scaling).contiguous(),
+            block.right.detach().to(dtype).contiguous(),
+            None if block.scale is None else block.scale.detach().to(dtype),
         )
         for block in blocks
     ]
