@@ -30,7 +30,15 @@ from ..names import (
     split_factor_name,
     suffixes,
 )
-from ..nn.low_rank import ATTENTION, MERGEABLE_DTYPES, SEPARATE, acting_factors, low_rank_blocks, product_norm
+from ..nn.low_rank import (
+    ATTENTION,
+    MERGEABLE_DTYPES,
+    SEPARATE,
+    acting_factors,
+    inner_of_products,
+    low_rank_blocks,
+    product_norm,
+)
 
 SAMPLES = 8  # values by which tensors are told apart before they are compared whole
 
@@ -465,8 +473,8 @@ def cosine(adapter: Adapter, other_adapter: Adapter, name: str) -> float:
         ValueError: the layer has other parts or shapes in the two.
     """
     inner = sum(
-        float(((left.T @ other_left) * (right @ other_right.T)).sum())
-        for (left, right), (other_left, other_right) in _matching_pairs(adapter, other_adapter, name)
+        float(inner_of_products(*pair, *other_pair))
+        for pair, other_pair in _matching_pairs(adapter, other_adapter, name)
     )
     norms = delta_norm(adapter, name) * delta_norm(other_adapter, name)
     value = inner / norms if norms else math.nan

@@ -323,9 +323,8 @@ def product_norm(left: torch.Tensor, right: torch.Tensor) -> float:
 
     Exact to the dtype also where the product nearly cancels; the product is never built.
     """
-    left_r, right_r = torch.linalg.qr(left, mode="r")[1], torch.linalg.qr(right.T, mode="r")[1]
-    largest = float(left_r.abs().max())  # taken out, because squares of large values overflow
-    return float(torch.linalg.matrix_norm(left_r / largest @ right_r.T)) * largest if largest else 0.0
+    core, largest = _core(left, right)
+    return float(torch.linalg.matrix_norm(core)) * float(largest) if largest else 0.0
 
 
 def singular_values(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -336,17 +335,32 @@ def singular_values(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     Returns:
         k values in the dtype of the two; zeros where the product has fewer, NaN where it is not finite.
     """
-    left_r, right_r = torch.linalg.qr(left, mode="r")[1], torch.linalg.qr(right.T, mode="r")[1]
+    core, largest = _core(left, right)
     values = left.new_zeros(left.shape[1])
-    largest = left_r.abs().max()  # taken out, because squares of large values overflow
     if largest == 0:
         return values
-    core = left_r / largest @ right_r.T
     if not torch.isfinite(core).all():
         return values.fill_(math.nan)
     found = torch.linalg.svdvals(core) * largest
     values[: len(found)] = found
     return values
+
+
+def _core(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the small matrix that has the singular values of left @ right, and the factor that is taken out of it.
+
+    Squares of large values would overflow without that; where it is zero, so is the product.
+    """
+    left_r, right_r = torch.linalg.qr(left, mode="r")[1], torch.linalg.qr(right.T, mode="r")[1]
+    largest = left_r.abs().max()
+    return left_r / largest @ right_r.T, largest
+
+
+def inner_of_products(
+    left: torch.Tensor, right: torch.Tensor, other_left: torch.Tensor, other_right: torch.Tensor
+) -> torch.Tensor:
+    """Return the sum of products of the elements of left @ right and other_left @ other_right, building neither."""
+    return ((left.mT @ other_left) * (right @ other_right.mT)).sum()
 
 
 class Stack(NamedTuple):
@@ -373,7 +387,7 @@ def inner_product(first: Sequence[Stack], second: Sequence[Stack]) -> torch.Tens
 
     The matrices are never built. The blocks of one lie where those of the other do.
     """
-    products = [((a.left.mT @ b.left) * (a.right @ b.right.mT)).sum() for a, b in zip(first, second, strict=True)]
+    products = [inner_of_products(*a, *b) for a, b in zip(first, second, strict=True)]
     return torch.stack(products).sum()
 
 

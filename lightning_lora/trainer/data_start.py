@@ -85,15 +85,18 @@ def _on_device(trainer: Any, loader: Any) -> Iterator[Any]:
 
 
 def _forward(trainer: Any, module: nn.Module, batch: Any) -> object:
-    arguments = trainer.fit_loop.epoch_loop._build_kwargs({}, batch, 0)
-    return trainer.strategy.training_step(*arguments.values())
+    return trainer.strategy.training_step(*_arguments(trainer, batch))
 
 
 def _loss(trainer: Any, module: nn.Module, batch: Any) -> object:
     """Run training_step past the strategy's wrapper, which would wait for gradients of the adapter."""
-    arguments = trainer.fit_loop.epoch_loop._build_kwargs({}, batch, 0)
     with trainer.precision_plugin.train_step_context():
-        return trainer.lightning_module.training_step(*arguments.values())
+        return trainer.lightning_module.training_step(*_arguments(trainer, batch))
+
+
+def _arguments(trainer: Any, batch: Any) -> list[Any]:
+    """Return what training_step is called with for a batch."""
+    return list(trainer.fit_loop.epoch_loop._build_kwargs({}, batch, 0).values())
 
 
 @contextmanager
