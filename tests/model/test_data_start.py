@@ -82,7 +82,7 @@ def test_factors_are_those_of_peft_and_outputs_the_bases(name: str, options: dic
     initialize_from_data(net, batches())
     for layer_name, layer in adapted_layers(net).items():
         expected = their_model.base_model.model.get_submodule(layer_name).lora_A["default"].weight
-        torch.testing.assert_close(layer.lora_A, expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(layer.lora_A, expected, rtol=0, atol=3e-5)  # peft's are 1e-5 off those in float64
     assert torch.equal(logits(net), base)
 
 
