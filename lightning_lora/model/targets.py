@@ -65,7 +65,7 @@ class Targets:
         self.tables = tables.rows
         self.left_out: dict[str, str] = {}
         if config.target_modules == ALL_LINEAR:
-            chosen = self._all_linear(model, modules)
+            chosen = self._all_linear(model, modules, config.variant())
         else:
             chosen = {name: module for name, module in modules.items() if targeted(name)}
         self.saved_instead = [] if config.target_modules == ALL_LINEAR else [n for n in chosen if n in self.saved]
@@ -100,18 +100,22 @@ class Targets:
                 parameters[name] = (module, leaf)
         return parameters
 
-    def _all_linear(self, model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    def _all_linear(self, model: nn.Module, modules: Mapping[str, nn.Module], variant: str) -> dict[str, nn.Module]:
         heads, tied, chosen = output_heads(model), tied_weights(model), {}
         in_mamba = _mamba_prefixes(model)
         for name, module in modules.items():
             if not isinstance(module, nn.Linear) and not is_conv1d(module):
                 continue
+            around_it = modules.get(name.rpartition(".")[0])
+            attention = around_it if isinstance(around_it, nn.MultiheadAttention) else None
             if name in self.tables:
                 self.left_out[name] = f"{OPTION} trains rows of it"
             elif any(module is head for head in heads):
                 self.left_out[name] = "it is the output head"
-            elif _belongs_to_separate_attention(name, modules):
+            elif attention is not None and not attention._qkv_same_embed_dim:
                 self.left_out[name] = "PEFT cannot adapt the out_proj of attention with q, k and v apart"
+            elif attention is not None and variant:
+                self.left_out[name] = f"PEFT cannot adapt the out_proj of attention with {variant}"
             elif name.startswith(in_mamba) and name.rpartition(".")[2] == "out_proj":
                 self.left_out[name] = "PEFT cannot adapt the out_proj of Mamba"
             elif module in tied:
@@ -211,11 +215,6 @@ def _before_numbers(names: Iterable[str]) -> list[str]:
     """Return the segments of names that are followed by a number."""
     pairs = (pair for name in names for pair in itertools.pairwise(name.split(".")))
     return list(dict.fromkeys(segment for segment, following in pairs if following.isdigit()))
-
-
-def _belongs_to_separate_attention(name: str, modules: Mapping[str, nn.Module]) -> bool:
-    attention = modules.get(name.rpartition(".")[0])
-    return isinstance(attention, nn.MultiheadAttention) and not attention._qkv_same_embed_dim
 
 
 def _mamba_prefixes(model: nn.Module) -> tuple[str, ...]:

@@ -26,6 +26,7 @@ from lightning_lora import (
     merged,
     merged_state_dict,
     save_adapter,
+    summary,
     unload,
     unmerge,
 )
@@ -440,7 +441,7 @@ def test_a_quantised_layer_is_refused_by_name() -> None:
 
 def test_the_out_proj_of_attention_merges_and_has_no_file_of_pefts(tmp_path: Path) -> None:
     model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
-    inject(model, LoRAConfig(r=2, target_modules="all-linear", use_dora=True))
+    inject(model, LoRAConfig(r=2, target_modules=["out_proj", "linear1", "linear2"], use_dora=True))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("lora_B"):
@@ -453,6 +454,13 @@ def test_the_out_proj_of_attention_merges_and_has_no_file_of_pefts(tmp_path: Pat
         LoRAError, match=r"'self_attn\.out_proj' belongs to attention, which PEFT does not adapt with use_"
     ):
         save_adapter(model, tmp_path)
+
+
+def test_all_linear_leaves_the_out_proj_of_attention_out_and_says_so(tmp_path: Path) -> None:
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    assert inject(model, LoRAConfig(r=2, target_modules="all-linear", use_dora=True)) == ["linear1", "linear2"]
+    assert summary(model).left_out[0].reason == "PEFT cannot adapt the out_proj of attention with use_dora"
+    save_adapter(model, tmp_path)
 
 
 @pytest.mark.parametrize("options", [{"enable_lora": {"0": [True, False]}}, {"target_parameters": ["weight"]}])
