@@ -104,6 +104,12 @@ def test_factors_of_single_parameters_are_told_apart():
     }
 
 
+def test_what_is_not_given_is_the_papers_ratio_and_no_decay():
+    inject(net := nn.Sequential(nn.Linear(4, 4)), LoRAConfig(r=2, target_modules=["0"]))
+    rules = {group["name"]: (group["lr"], group["weight_decay"]) for group in lora_param_groups(net, lr=0.5)}
+    assert rules == {"lora_A": (0.5, 0.0), "lora_B": (8.0, 0.0)}
+
+
 def test_a_parameter_that_layers_share_comes_once():
     net = nn.ModuleDict({"emb": nn.Embedding(9, 4), "body": nn.Linear(4, 4), "head": nn.Linear(4, 9, bias=False)})
     net["head"].weight = net["emb"].weight

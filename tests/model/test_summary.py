@@ -182,6 +182,11 @@ LoRA: 4 adapted layers
                 gradients 1.53 kB, optimizer 3.06 kB (two states, as AdamW's)"""
 
 
+def test_one_layer_is_not_layers():
+    inject(net := nn.Sequential(nn.Linear(4, 4)), LoRAConfig(r=2))
+    assert str(summary(net)).startswith("LoRA: 1 adapted layer\n")
+
+
 def test_all_that_is_printed_fits_into_80_columns():
     inject(model := Mixed(), LoRAConfig(r=1024, lora_alpha=123.25, target_parameters=["weight_ih_l0"]))
     lines = str(summary(model)).splitlines()

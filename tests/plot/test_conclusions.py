@@ -73,6 +73,10 @@ def test_title_of_spectra_is_of_the_median_layer_and_names_the_ranks():
     assert conclusions.on_spectra(found) == "r = 4 to 8 fits: half of the directions hold 90% of the update"
 
 
+def test_layers_of_a_single_direction_have_no_part_in_the_median():
+    assert conclusions.median_share([(1.0,), (2.0,), spectrum(0.8)]) == pytest.approx(0.8)
+
+
 def test_title_of_spectra_that_tell_nothing_says_so():
     zero, one = updates({"a": (0.0, 0.0)}), updates({"a": (1.0,)})
     assert conclusions.on_spectra(zero).startswith("r = 2: the updates are zero or not finite, so nothing tells")
