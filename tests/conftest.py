@@ -18,6 +18,11 @@ import torch
 
 pytest.register_assert_rewrite("support")  # its assertions show their values
 
+from support import shortcuts  # noqa: E402
+
+shortcuts.read_entry_points_once()
+shortcuts.seed_without_stack_traces()
+
 from support.lightning_versions import HAS_WEIGHT_AVERAGING  # noqa: E402
 from support.notices import LIGHTNING_NOTICES  # noqa: E402
 

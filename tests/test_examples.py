@@ -77,10 +77,10 @@ def check_fsdp2(printed: str) -> None:
 CHECKS: dict[str, Callable[[str], None]] = {
     name.removeprefix("check_"): check for name, check in globals().items() if name.startswith("check_")
 }
-FAST = ("deploy",)
 
 
-@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in CHECKS])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CHECKS)
 def test_example_does_what_it_says_and_prints_what_is_shown(folder, name):
     if name == "quantised":
         pytest.importorskip("bitsandbytes")

@@ -5,14 +5,13 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
-import subprocess
-import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 import lightning_lora
+from support.forks import DONE, run_in_forks
 
 PACKAGE = Path(lightning_lora.__file__).parent
 FILES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
@@ -152,40 +151,59 @@ def test_what_is_public_has_a_docstring(name):
 
 
 EXTRAS = ("jsonargparse", "rich", "peft", "transformers", "loralib", "sklearn", "matplotlib", "tensorboard")
+WITHOUT_LIGHTNING = """
+import sys, tempfile, torch, lightning_lora
+from lightning_lora.command.main import main
+net = torch.nn.Sequential(torch.nn.Linear(2, 2))
+with tempfile.TemporaryDirectory() as path:
+    torch.save(net.state_dict(), f"{path}/base.pt")
+    lightning_lora.inject(net, lightning_lora.LoRAConfig(r=1))
+    lightning_lora.save_adapter(net, f"{path}/a")
+    assert main(["info", f"{path}/a"]) == 0
+    assert main(["merge", f"--base={path}/base.pt", f"--adapter={path}/a", f"--output={path}/o.pt"]) == 0
+assert not {"lightning", "torchmetrics"} & set(sys.modules)
+assert {"LoRACallback", "LoRACLI", "inject"} <= set(dir(lightning_lora))
+"""
+WITH_THE_CALLBACK = """
+import sys, lightning_lora
+from lightning_lora.command.main import main
+assert "lightning" not in sys.modules
+from lightning_lora import LoRACallback
+assert "lightning" in sys.modules and "lightning.pytorch.cli" not in sys.modules
+assert lightning_lora.LoRACallback is LoRACallback
+"""
+WITHOUT_EXTRAS = f"""
+import sys, lightning.pytorch, torchmetrics
+known = set(sys.modules)  # torchmetrics imports transformers
+from lightning_lora import LoRACallback
+brought = [name for name in {EXTRAS} if name in set(sys.modules) - known]
+assert brought == [], brought
+"""
 
 
-def test_the_package_is_imported_without_its_extras():
-    program = (
-        "import sys, lightning.pytorch, torchmetrics; known = set(sys.modules); "  # torchmetrics imports transformers
-        f"from lightning_lora import LoRACallback; print([n for n in {EXTRAS} if n in set(sys.modules) - known])"
+@pytest.fixture(scope="module")
+def imports() -> dict[str, str]:
+    return run_in_forks(
+        {
+            "without lightning": (["torch"], WITHOUT_LIGHTNING),
+            "with the callback": (["torchmetrics", "torch._dynamo"], WITH_THE_CALLBACK),  # most of Lightning's time
+            "without extras": (["lightning.pytorch"], WITHOUT_EXTRAS),
+        }
     )
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "[]"
+
+
+def test_the_package_is_imported_without_its_extras(imports):
+    assert imports["without extras"] == DONE
     users = {name for name, found in IMPORTS.items() if {i.split(".")[0] for i in found} & set(EXTRAS)}
     # inside their functions, with a message where they are missing, or without them
     drawing = {f"plot/{name}" for name in ("canvas", "heat_map", "spectra", "comparison", "run", "figures")}
     assert users == {"command/main", "model/summary", "plot/statistics", "progress"} | drawing
 
 
-def test_lightning_is_imported_for_the_callback_alone(tmp_path):
+def test_lightning_is_imported_for_the_callback_alone(imports):
     """Plain models and the command wait neither for it nor for torchmetrics; the callback is there all the same."""
-    program = f"""
-import sys, torch, lightning_lora
-from lightning_lora.command.main import main
-net = torch.nn.Sequential(torch.nn.Linear(2, 2))
-torch.save(net.state_dict(), "{tmp_path}/base.pt")
-lightning_lora.inject(net, lightning_lora.LoRAConfig(r=1))
-lightning_lora.save_adapter(net, "{tmp_path}/a")
-assert main(["info", "{tmp_path}/a"]) == 0
-assert main(["merge", "--base={tmp_path}/base.pt", "--adapter={tmp_path}/a", "--output={tmp_path}/o.pt"]) == 0
-assert not {{"lightning", "torchmetrics"}} & set(sys.modules)
-assert {{"LoRACallback", "LoRACLI", "inject"}} <= set(dir(lightning_lora))
-from lightning_lora import LoRACallback
-assert "lightning" in sys.modules and "lightning.pytorch.cli" not in sys.modules
-assert lightning_lora.LoRACallback is LoRACallback
-"""
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    assert imports["without lightning"] == DONE
+    assert imports["with the callback"] == DONE
 
 
 def test_errors_are_value_errors():

@@ -161,7 +161,9 @@ def quiet() -> None:
     import lightning.pytorch  # noqa: F401  (resets its own logger on import)
 
     from support.notices import DISTRIBUTED_NOTICES, LIGHTNING_NOTICES
+    from support.shortcuts import seed_without_stack_traces
 
+    seed_without_stack_traces()
     warnings.simplefilter("error")
     for message, category in LIGHTNING_NOTICES.items():
         warnings.filterwarnings("ignore", message, category)

@@ -1,0 +1,21 @@
+"""What libraries do anew at every call and no test looks at: done once, or left out."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+from types import SimpleNamespace
+
+import torch
+
+
+def read_entry_points_once() -> None:
+    """Cache the entry points of all installed packages, which every new Trainer reads. Before Lightning is imported."""
+    setattr(importlib.metadata, "entry_points", functools.cache(importlib.metadata.entry_points))  # noqa: B010
+
+
+def seed_without_stack_traces() -> None:
+    """Have `torch.manual_seed` keep no formatted stack trace for each kind of device that is not in use."""
+    for device in (torch.cuda, torch.xpu, torch.mtia):
+        if "traceback" in vars(device):
+            vars(device)["traceback"] = SimpleNamespace(format_stack=list)
