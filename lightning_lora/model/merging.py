@@ -7,7 +7,7 @@ import math
 import signal
 import threading
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -17,9 +17,9 @@ from torch import nn
 from ..distributed.rank_sync import RankSync
 from ..distributed.sharding import is_sharded, local, reset_, reshard_
 from ..errors import LoRAError, NonFiniteError
-from ..nn.exact_merge import Observer
+from ..nn.exact_merge import Observer, Scratch
 from ..nn.fast_paths import update_fast_paths
-from ..nn.lora_layer import AdaptedWeights, Blocks, adapted_layers
+from ..nn.lora_layer import AdaptedWeights, Blocks, NamedModules, adapted_layers
 from ..nn.low_rank import HALF
 from ..nn.tied_weights import record_ties
 from ..progress import progress_bar
@@ -29,6 +29,8 @@ from .injection import refuse_replaced_layers
 
 if TYPE_CHECKING:
     from ..metrics import MergeFidelity
+
+Weights = Mapping[str, torch.Tensor]  # of a layer, by name
 
 COPY_BUDGET = 64 * 2**20  # bytes of plain copies of small weights, which are faster than storing values
 
@@ -52,28 +54,32 @@ def merge(model: nn.Module) -> None:
         LoRAError: the model has no adapted layer, or one was replaced since. Every layer is then unmerged.
         NonFiniteError: a layer's W' is not finite, on any rank. Every layer is then unmerged.
     """
-    layers = adapted_layers(model)
+    modules = list(model.named_modules())  # once: a walk takes as long as merging a small layer
+    layers = adapted_layers(model, modules=modules)
     refuse_replaced_layers(model, "merge", layers)
     _require_layers(layers, model, "merge")
     pending = {name: layer for name, layer in layers.items() if layer.lora_active and not layer.lora.merged}
     if not pending:
         return
     warn_of_untrained(model, layers)
-    restore_shards_(model, layers)
-    copies = _affordable_copies([layer for layer in layers.values() if not layer.unmergeable_reason()])
+    restore_shards_(model, layers, modules)
+    weights = {layer: layer.adapted_weights() for layer in layers.values()}
+    main_weights = {layer: next(iter(weights[layer].values())) for layer in pending.values()}
+    copies = _affordable_copies({layer: weights[layer] for layer in weights if not layer.unmergeable_reason()})
     with _deferred_interrupt(), torch.no_grad():  # once, for it takes longer than a small layer's sum
         try:
-            record_ties(model)
-            sync = RankSync(layer.main_weight() for layer in pending.values())
-            fidelity = _Fidelity(pending.values(), sync)
+            record_ties(model, modules)
+            sync = RankSync(main_weights.values())
+            fidelity = _Fidelity(main_weights, sync)
+            scratch = Scratch()
             with progress_bar("merging", len(pending)) as advance:
                 for name, layer in pending.items():
                     if layer.unmergeable_reason():
                         layer.lora.merged = True
                     else:
-                        blocks = layer.local_blocks(layer.adapted_weights(), *layer.stored())
-                        observe = fidelity.observer(layer)
-                        sync.run(f"merge: layer {name!r}", _merge_layer, layer, blocks, layer in copies, observe)
+                        blocks = layer.local_blocks(weights[layer], *layer.stored())
+                        how = layer in copies, fidelity.observer(layer), scratch
+                        sync.run(f"merge: layer {name!r}", _merge_layer, layer, weights[layer], blocks, *how)
                     advance(1)
             sync.raise_on_any_rank()
             fidelity.report()
@@ -82,7 +88,7 @@ def merge(model: nn.Module) -> None:
             _unmerge_all(layers)
             raise
         finally:
-            update_fast_paths(model)
+            update_fast_paths(model, modules)
 
 
 def unmerge(model: nn.Module) -> None:
@@ -92,14 +98,15 @@ def unmerge(model: nn.Module) -> None:
         LoRAError: the model has no adapted layer, or a weight cannot be restored because something changed it while
             it was merged. The other layers are restored, and nothing is saved from the damaged one.
     """
-    layers = adapted_layers(model)
+    modules = list(model.named_modules())
+    layers = adapted_layers(model, modules=modules)
     _require_layers(layers, model, "unmerge")
-    restore_shards_(model, layers)
+    restore_shards_(model, layers, modules)
     with _deferred_interrupt(), torch.no_grad():
         try:
             _unmerge_all(layers)
         finally:
-            update_fast_paths(model)
+            update_fast_paths(model, modules)
 
 
 @contextmanager
@@ -114,13 +121,20 @@ def merged(model: nn.Module) -> Iterator[nn.Module]:
             (merge if before else unmerge)(model)
 
 
-def restore_shards_(model: nn.Module, layers: Mapping[str, AdaptedWeights]) -> None:
+def restore_shards_(
+    model: nn.Module, layers: Mapping[str, AdaptedWeights], modules: NamedModules | None = None
+) -> None:
     """Put the shards of a sharded model back in place of weights that FSDP2 gathered. In place.
+
+    Args:
+        model: any module.
+        layers: what is adapted in it, by name.
+        modules: all of its modules, where the caller has listed them.
 
     Raises:
         LoRAError: FSDP2 still shows a gathered weight.
     """
-    reshard_(model)
+    reshard_(model, None if modules is None else (module for _, module in modules))
     if any(layer.lora.sharded and not is_sharded(layer.main_weight()) for layer in layers.values()):
         reset_(model)
     for name, layer in layers.items():
@@ -138,15 +152,15 @@ def _require_layers(layers: Mapping[str, AdaptedWeights], model: nn.Module, verb
         raise LoRAError(f"{verb}: {type(model).__name__} has no adapted layer; call inject(model, LoRAConfig(...)).")
 
 
-def _affordable_copies(layers: Collection[AdaptedWeights]) -> set[AdaptedWeights]:
-    """The unmerged layers for whose weights a plain copy fits into the budget, smallest first.
+def _affordable_copies(layers: Mapping[AdaptedWeights, Weights]) -> set[AdaptedWeights]:
+    """The unmerged ones of these layers for whose weights a plain copy fits into the budget, smallest first.
 
     Where a rank's shard is no larger than A, a copy takes less memory than values and factors: these are free.
     """
     copies = [record.copy for layer in layers for record in layer.lora.records.values() if record.copy is not None]
     budget = COPY_BUDGET - sum(copy.nbytes for copy in copies)
     affordable = set()
-    sizes = {layer: sum(local(weight).nbytes for weight in layer.adapted_weights().values()) for layer in layers}
+    sizes = {layer: sum(map(_local_nbytes, weights.values())) for layer, weights in layers.items()}
     for layer in sorted(sizes, key=sizes.__getitem__):
         cost = 0 if sizes[layer] <= layer.factors()[0].nbytes else sizes[layer]
         if not layer.lora.records and cost <= max(budget, 0):
@@ -155,9 +169,15 @@ def _affordable_copies(layers: Collection[AdaptedWeights]) -> set[AdaptedWeights
     return affordable
 
 
-def _merge_layer(layer: AdaptedWeights, blocks: Blocks, copy: bool, observe: Observer | None) -> None:
+def _local_nbytes(weight: torch.Tensor) -> int:
+    return local(weight).nbytes if is_sharded(weight) else weight.nbytes
+
+
+def _merge_layer(
+    layer: AdaptedWeights, weights: Weights, blocks: Blocks, copy: bool, observe: Observer | None, scratch: Scratch
+) -> None:
     try:
-        layer.merge_(blocks=blocks, copy=copy, observe=observe)
+        layer.merge_(weights=weights, blocks=blocks, copy=copy, observe=observe, scratch=scratch)
     except NonFiniteError as error:
         raise NonFiniteError(
             f"{error}. Every layer is unmerged; look for a diverged training run (a lower learning rate, gradient "
@@ -182,8 +202,10 @@ def _unmerge_all(layers: Mapping[str, AdaptedWeights]) -> None:
 class _Fidelity:
     """Measures what rounding W' to 16 bits costs: of each layer once, or at each merge where the record says so."""
 
-    def __init__(self, layers: Iterable[AdaptedWeights], sync: RankSync) -> None:
-        in_16_bits = [layer for layer in layers if layer.main_weight().dtype in HALF]
+    def __init__(self, weights: Mapping[AdaptedWeights, torch.Tensor], sync: RankSync) -> None:
+        """Take the layers, each with the first of its weights."""
+        self.weights = weights
+        in_16_bits = [layer for layer, weight in weights.items() if weight.dtype in HALF]
         self.unreported = [layer for layer in in_16_bits if not layer.lora.rounding_reported]
         self.layers = {*self.unreported, *(layer for layer in in_16_bits if layer.lora.injection.measures_rounding)}
         self.sync = sync
@@ -193,7 +215,7 @@ class _Fidelity:
         """Return the function to call with each merged chunk of a layer, or None where nothing is to be measured."""
         if layer not in self.layers:
             return None
-        share = self.sync.share(layer.main_weight())
+        share = self.sync.share(self.weights[layer])
         if share not in self.metrics:
             from ..metrics import MergeFidelity  # torchmetrics imports much
 

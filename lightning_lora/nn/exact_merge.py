@@ -21,13 +21,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from ..errors import LoRAError, NonFiniteError
-from .low_rank import LowRankBlock, scale_blocks
+from .low_rank import LowRankBlock
 from .ulp_corrections import BITS, Corrections, correct_, find_corrections
 
 CPU_CHUNK, GPU_CHUNK = 2**17, 2**24  # elements: of a thread, small enough for its cache; enough to fill a card
@@ -37,6 +37,7 @@ STORE_AT_MOST = 0.25  # above this share of a chunk's values, a plain copy of th
 EVERYTHING = slice(None)
 
 Stored = Corrections | tuple[torch.Tensor, torch.Tensor] | torch.Tensor
+Checksum = tuple[int, torch.dtype]  # of a weight's bits, and the integers that they were summed as
 Observer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
@@ -53,8 +54,7 @@ class RestoreRecord:
     copy: torch.Tensor | None = None  # of the whole weight
     # One entry a merged chunk, in order: positions and values, or ulp of a scaled one, or a copy of the chunk.
     chunks: list[Stored] = field(default_factory=list)
-    checksum: int | None = None  # of the weight's bits: beside a copy of the whole, after the merge; else before it
-    checksum_dtype: torch.dtype = torch.int64  # the integers that they were summed as
+    checksum: Checksum | None = None  # of the weight: beside a copy of the whole, after the merge; else before it
     threads: int = 0  # that computed d; another number can change its last bits
 
     def nbytes(self) -> int:
@@ -73,6 +73,7 @@ def merge_weight_(
     copy: bool = False,
     spare: torch.Tensor | None = None,
     observe: Observer | None = None,
+    scratch: Scratch | None = None,
 ) -> RestoreRecord:
     """Add scaling * (the blocks) to a weight and apply their scales, each element rounded once. In place.
 
@@ -83,6 +84,7 @@ def merge_weight_(
         copy: store a plain copy of the weight instead of the values that subtraction would miss, if most of it changes.
         spare: memory for the copy, of an earlier one that is done with; used where it fits.
         observe: called for each chunk with W' rounded, W' and what it adds to W, all in float64.
+        scratch: buffers of an earlier merge, which are used again.
 
     Returns:
         What unmerge_weight_ needs.
@@ -94,12 +96,12 @@ def merge_weight_(
     with exact_arithmetic(weight):
         record = _copy_record(weight, spare) if copy else _values_record(weight, blocks, scaling)
         try:
-            _merge_chunks(weight, blocks, scaling, record, observe)
+            _merge_chunks(weight, blocks, scaling, record, observe, scratch or Scratch())
         except BaseException:
             _restore(weight, record)
             raise
         if copy:
-            record.checksum = _checksum(weight, record.checksum_dtype)
+            record.checksum = _checksum(weight)
     return record
 
 
@@ -147,9 +149,9 @@ def merged_weight(
     """Return W' as a new tensor: what merge_weight_ would write, or that sum rounded once to another dtype."""
     with exact_arithmetic(weight):
         merged = weight.detach().to(dtype or weight.dtype, copy=True)
-        scratch = Scratch(weight)
-        for chunk in _chunks(weight, blocks, scaling):
-            target = _window(merged, chunk)
+        scratch = Scratch()
+        for part in _chunks(weight, blocks):
+            chunk, target = _in_arithmetic(part, scaling, scratch), _window(merged, part)
             new, exact = _rounded_sum(_window(weight, chunk), chunk, scratch, target)
             if observe:
                 observe(new.to(exact.dtype), exact, _change(_window(weight, chunk), exact, chunk, scratch))
@@ -158,24 +160,27 @@ def merged_weight(
     return merged
 
 
-@contextmanager
-def exact_arithmetic(weight: torch.Tensor, threads: int | None = None) -> Iterator[None]:
+def exact_arithmetic(weight: torch.Tensor, threads: int = 0) -> AbstractContextManager[None]:
     """Let a weight be written in place whatever surrounds the call, and compute in that many threads, if given.
 
     Inside no gradients are recorded, and inference mode is on just where the weight was made in it.
     """
-    before = torch.get_num_threads()
-    if threads and threads != before:
+    inference, before = weight.is_inference(), torch.get_num_threads()
+    threads = threads or before
+    if torch.is_grad_enabled() or torch.is_inference_mode_enabled() != inference or threads != before:
+        return _changed_arithmetic(inference, threads, before)
+    return nullcontext()  # as in merge(): to enter the modes takes as long as a small operation
+
+
+@contextmanager
+def _changed_arithmetic(inference: bool, threads: int, before: int) -> Iterator[None]:
+    if threads != before:
         torch.set_num_threads(threads)
     try:
-        inference = weight.is_inference()
-        if torch.is_grad_enabled() or torch.is_inference_mode_enabled() != inference:
-            with torch.inference_mode(inference), torch.no_grad():
-                yield
-        else:
+        with torch.inference_mode(inference), torch.no_grad():
             yield
     finally:
-        if threads and threads != before:
+        if threads != before:
             torch.set_num_threads(before)
 
 
@@ -188,51 +193,57 @@ def _values_record(weight: torch.Tensor, blocks: list[LowRankBlock], scaling: fl
         )
         for block in blocks
     ]
-    integers = _checksum_dtype(weight)
-    checksum = _checksum(weight, integers)
-    return RestoreRecord(factors, scaling, checksum=checksum, checksum_dtype=integers, threads=torch.get_num_threads())
+    return RestoreRecord(factors, scaling, checksum=_checksum(weight), threads=torch.get_num_threads())
 
 
 def _copy_record(weight: torch.Tensor, spare: torch.Tensor | None) -> RestoreRecord:
-    layout = (weight.dtype, weight.device, weight.shape, weight.stride(), weight.is_inference())
-    if spare is not None and layout == (spare.dtype, spare.device, spare.shape, spare.stride(), spare.is_inference()):
-        copy = spare.copy_(weight.detach())
-    else:
-        copy = weight.detach().clone()
-    return RestoreRecord([], copy=copy, checksum_dtype=_checksum_dtype(weight))
+    if spare is None or not _is_like(spare, weight):
+        return RestoreRecord([], copy=weight.detach().clone())
+    return RestoreRecord([], copy=spare.copy_(weight))
 
 
-def _checksum_dtype(weight: torch.Tensor) -> torch.dtype:
-    """What to sum the weight's bits as: whole words where its memory allows it, which is many times faster."""
-    return torch.int64 if _fits_words(weight) else BITS[weight.element_size()]
+def _is_like(tensor: torch.Tensor, weight: torch.Tensor) -> bool:
+    return (
+        tensor.shape == weight.shape
+        and tensor.dtype == weight.dtype
+        and tensor.device == weight.device
+        and tensor.stride() == weight.stride()
+        and tensor.is_inference() == weight.is_inference()
+    )
 
 
-def _fits_words(weight: torch.Tensor) -> bool:
-    return weight.is_contiguous() and weight.nbytes % 8 == 0 and weight.data_ptr() % 8 == 0
+def _checksum(weight: torch.Tensor, integers: torch.dtype | None = None) -> Checksum:
+    """An order-independent check value of the weight's bits, and the integers that these were summed as.
 
-
-def _checksum(weight: torch.Tensor, integers: torch.dtype) -> int:
-    """An order-independent check value of the weight's bits."""
-    if integers != BITS[weight.element_size()]:
-        if not _fits_words(weight):  # it is in other memory than before
+    Whole words where the weight's memory allows it, which is many times faster, or else, and where `integers` says so.
+    """
+    fits_words = weight.is_contiguous() and weight.nbytes % 8 == 0 and weight.data_ptr() % 8 == 0
+    integers = integers or (torch.int64 if fits_words else BITS[weight.element_size()])
+    if integers.itemsize != weight.element_size():
+        if not fits_words:  # it is in other memory than before
             weight = weight.clone(memory_format=torch.contiguous_format)
-        weight = weight.view(-1)
-    return int(weight.view(integers).sum())
+        if weight.shape[-1] * weight.element_size() % 8:
+            weight = weight.view(-1)
+    return int(weight.view(integers).sum().item()), integers
 
 
 def _differs(weight: torch.Tensor, record: RestoreRecord) -> bool:
-    return record.checksum is not None and _checksum(weight, record.checksum_dtype) != record.checksum
+    return record.checksum is not None and _checksum(weight, record.checksum[1]) != record.checksum
 
 
 def _merge_chunks(
-    weight: torch.Tensor, blocks: list[LowRankBlock], scaling: float, record: RestoreRecord, observe: Observer | None
+    weight: torch.Tensor,
+    blocks: list[LowRankBlock],
+    scaling: float,
+    record: RestoreRecord,
+    observe: Observer | None,
+    scratch: Scratch,
 ) -> None:
     """Merge one chunk after the other, in place, and add to the record what undoing each takes."""
-    scratch = Scratch(weight)
     copied = record.copy is not None  # then there is nothing to compare
-    for chunk in _chunks(weight, blocks, scaling):
-        window = _window(weight, chunk)
-        target = window if copied else scratch.take("new", window.shape, window.dtype)
+    for part in _chunks(weight, blocks):
+        chunk, window = _in_arithmetic(part, scaling, scratch), _window(weight, part)
+        target = window if copied else scratch.take("new", window, window.dtype)
         before = window.clone() if observe and chunk.scale is not None else window
         new, exact = _rounded_sum(window, chunk, scratch, target)
         if observe or not copied:
@@ -249,16 +260,17 @@ def _merge_chunks(
 def _restore(weight: torch.Tensor, record: RestoreRecord) -> None:
     """Undo the merged chunks, last first, and drop each from the record, so that another call goes on from there."""
     if record.copy is not None:
-        weight.detach().copy_(record.copy)
+        weight.copy_(record.copy)
         return
-    chunks = _chunks(weight, record.factors, record.scaling)
-    scratch = Scratch(weight)
+    parts = _chunks(weight, record.factors)
+    scratch = Scratch()
     while record.chunks:
-        chunk, stored = chunks[len(record.chunks) - 1], record.chunks[-1]
-        window = _window(weight, chunk)
+        part, stored = parts[len(record.chunks) - 1], record.chunks[-1]
+        window = _window(weight, part)
         if isinstance(stored, torch.Tensor):
             window.copy_(stored)
         else:
+            chunk = _in_arithmetic(part, record.scaling, scratch)
             back = _taken_out(window, chunk, scratch, _delta(window, chunk, scratch))
             if isinstance(stored, Corrections):
                 correct_(back, stored)
@@ -273,12 +285,10 @@ def chunk_elements(device: torch.device) -> int:
     return CPU_CHUNK * min(torch.get_num_threads(), MOST_THREADS) if device.type == "cpu" else GPU_CHUNK
 
 
-def _chunks(weight: torch.Tensor, blocks: list[LowRankBlock], scaling: float) -> list[LowRankBlock]:
-    """Cut blocks into blocks of few rows, in the dtype of the arithmetic, with the scaling folded into left."""
-    elements = chunk_elements(weight.device)
-    dtype = torch.float32 if weight.device.type == "mps" else torch.float64  # mps has no float64
-    chunks = []
-    for block in scale_blocks(blocks, scaling, dtype):
+def _chunks(weight: torch.Tensor, blocks: list[LowRankBlock]) -> list[LowRankBlock]:
+    """Cut blocks into blocks of few rows."""
+    elements, chunks = chunk_elements(weight.device), []
+    for block in blocks:
         rows = max(1, elements // max(1, block.right.shape[1]))
         if block.left.shape[0] <= rows:
             chunks.append(block)
@@ -289,22 +299,30 @@ def _chunks(weight: torch.Tensor, blocks: list[LowRankBlock], scaling: float) ->
     return chunks
 
 
+def _in_arithmetic(chunk: LowRankBlock, scaling: float, scratch: Scratch) -> LowRankBlock:
+    """A chunk in the dtype of the arithmetic, contiguous, with the scaling folded into left; left and right in buffers.
+
+    Few operations: of a small weight, each takes as long as a pass over its values.
+    """
+    dtype = torch.float32 if chunk.left.device.type == "mps" else torch.float64  # mps has no float64
+    left = scratch.take("left", chunk.left, dtype).copy_(chunk.left).mul_(scaling)
+    right = scratch.take("right", chunk.right, dtype).copy_(chunk.right)
+    scale = None if chunk.scale is None else chunk.scale.to(dtype)
+    return LowRankBlock(chunk.row, chunk.col, left, right, scale)
+
+
 def _window(weight: torch.Tensor, chunk: LowRankBlock) -> torch.Tensor:
-    """A view of a chunk's rows and columns in a weight."""
-    rows, columns = chunk.left.shape[0], chunk.right.shape[1]
-    window = weight.detach()
-    if rows < len(weight):
-        window = window.narrow(0, chunk.row, rows)
-    if columns * len(weight) != weight.numel():
-        window = window.narrow(1, chunk.col, columns)
-    return window
+    """A view of a chunk's rows and columns in a weight; the weight itself where that is all of it."""
+    (rows, columns), height = (chunk.left.shape[0], chunk.right.shape[1]), weight.shape[0]
+    window = weight if rows == height else weight.narrow(0, chunk.row, rows)
+    return window if columns * height == weight.numel() else window.narrow(1, chunk.col, columns)
 
 
 def _rounded_sum(
     window: torch.Tensor, chunk: LowRankBlock, scratch: Scratch, target: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """W' in the weight's dtype, in `target` where the arithmetic has another, and W' in the arithmetic's."""
-    exact = scratch.take("exact", window.shape, chunk.left.dtype).copy_(window)
+    exact = scratch.take("exact", window, chunk.left.dtype).copy_(window)
     if window.dtype == chunk.left.dtype:  # no wider dtype to sum in: one rounding needs D first
         exact.add_(_delta(window, chunk, scratch))
     else:
@@ -320,9 +338,9 @@ def _rounded_sum(
 
 def _delta(window: torch.Tensor, chunk: LowRankBlock, scratch: Scratch) -> torch.Tensor:
     """D of a chunk, in the window's shape, in a buffer."""
-    left, right = chunk.left, chunk.right
-    product = scratch.take("delta", torch.Size((left.shape[0], right.shape[1])), left.dtype)
-    return torch.mm(left, right, out=product).view(window.shape)
+    delta = scratch.take("delta", window, chunk.left.dtype)
+    torch.mm(chunk.left, chunk.right, out=_as_matrix(delta, chunk))
+    return delta
 
 
 def _change(window: torch.Tensor, exact: torch.Tensor, chunk: LowRankBlock, scratch: Scratch) -> torch.Tensor:
@@ -333,15 +351,16 @@ def _change(window: torch.Tensor, exact: torch.Tensor, chunk: LowRankBlock, scra
 def _taken_out(merged: torch.Tensor, chunk: LowRankBlock, scratch: Scratch, delta: torch.Tensor) -> torch.Tensor:
     """What unmerging would leave without the stored values, in the weight's dtype, in a buffer; delta is used up."""
     if chunk.scale is not None:
-        merged_wide = scratch.take("quotient", merged.shape, delta.dtype).copy_(merged)
+        merged_wide = scratch.take("quotient", merged, delta.dtype).copy_(merged)
         _as_matrix(merged_wide, chunk).div_(chunk.scale)
-        return scratch.take("back", merged.shape, merged.dtype).copy_(torch.sub(merged_wide, delta, out=delta))
-    delta = scratch.cast("difference", delta, scratch.difference)
+        return scratch.take("back", merged, merged.dtype).copy_(torch.sub(merged_wide, delta, out=delta))
+    narrow = merged.dtype in (torch.float32, torch.bfloat16)
+    delta = scratch.cast("difference", delta, torch.float32 if narrow else torch.float64)
     return scratch.cast("back", torch.sub(merged, delta, out=delta), merged.dtype)
 
 
 def _as_matrix(values: torch.Tensor, chunk: LowRankBlock) -> torch.Tensor:
-    return values.view(chunk.left.shape[0], chunk.right.shape[1])
+    return values if values.dim() == 2 else values.view(chunk.left.shape[0], chunk.right.shape[1])
 
 
 def _differing(window: torch.Tensor, back: torch.Tensor, *, scaled: bool) -> Stored:
@@ -356,25 +375,32 @@ def _differing(window: torch.Tensor, back: torch.Tensor, *, scaled: bool) -> Sto
 
 
 class Scratch:
-    """Buffers that every chunk of a weight uses again.
+    """Buffers that every chunk uses again, of one weight after the other.
 
-    They have a chunk's elements in every large weight, so that each weight's buffers fit where the last one's were.
+    They have a chunk's elements from the first large weight on, so that each chunk's values lie where the last one's
+    were.
     """
 
-    def __init__(self, weight: torch.Tensor) -> None:
-        self.device = weight.device
-        self.elements = min(weight.numel(), chunk_elements(torch.device("cpu")))
-        self.difference = torch.float32 if weight.dtype in (torch.float32, torch.bfloat16) else torch.float64
-        self.buffers: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+    def __init__(self) -> None:
+        self.buffers: dict[tuple[str, torch.dtype, torch.device], torch.Tensor] = {}
+        self.views: dict[tuple[object, ...], torch.Tensor] = {}  # of these, in the shapes that were asked for
 
-    def take(self, name: str, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-        """Return an uninitialised tensor, valid until the name is taken again."""
-        buffer = self.buffers.get((name, dtype))
-        if buffer is None or buffer.numel() < shape.numel():
-            elements = max(self.elements, shape.numel())
-            buffer = self.buffers[name, dtype] = torch.empty(elements, dtype=dtype, device=self.device)
-        return buffer[: shape.numel()].view(shape)
+    def take(self, name: str, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return an uninitialised tensor of the shape and on the device of another, valid until it is taken again."""
+        key = name, dtype, like.device, like.shape
+        view = self.views.get(key)
+        if view is None:
+            view = self.views[key] = self._view(key[:3], like.shape)
+        return view
+
+    def _view(self, key: tuple[str, torch.dtype, torch.device], shape: torch.Size) -> torch.Tensor:
+        buffer = self.buffers.get(key)
+        with torch.inference_mode(False):  # so that it serves inside and outside of that
+            if buffer is None or buffer.numel() < shape.numel():
+                self.views = {of: view for of, view in self.views.items() if of[:3] != key}  # so that it goes
+                buffer = self.buffers[key] = torch.empty(shape.numel(), dtype=key[1], device=key[2])
+            return buffer[: shape.numel()].view(shape)
 
     def cast(self, name: str, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Return values in another dtype, in a buffer; the same tensor where it has that dtype."""
-        return values if values.dtype == dtype else self.take(name, values.shape, dtype).copy_(values)
+        return values if values.dtype == dtype else self.take(name, values, dtype).copy_(values)

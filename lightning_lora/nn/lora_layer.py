@@ -28,6 +28,7 @@ from . import low_rank
 from .exact_merge import (
     Observer,
     RestoreRecord,
+    Scratch,
     WeightEditedError,
     merge_weight_,
     merged_weight,
@@ -45,6 +46,8 @@ WITHOUT_ZERO = (False, "orthogonal")  # values of init_lora_weights with which n
 Transform = Callable[[torch.Tensor], torch.Tensor]
 
 Blocks = Mapping[str, list[LowRankBlock]]  # by weight name
+
+NamedModules = Sequence[tuple[str, nn.Module]]  # what named_modules() yields
 
 _CLASSES: dict[tuple[type, type], type[Swapped]] = {}  # that swapped_class made
 
@@ -359,17 +362,30 @@ class AdaptedWeights:
         """Return why merging would be wrong for this layer, or ''."""
         return self.lora.unmergeable_reason
 
-    def merge_(self, *, copy: bool, observe: Observer | None = None, blocks: Blocks | None = None) -> None:
-        """Write W' into this rank's shard of each weight, see merge_weight_; `blocks` are local_blocks', if known."""
-        weights, state = self.adapted_weights(), self.lora
+    def merge_(
+        self,
+        *,
+        copy: bool,
+        observe: Observer | None = None,
+        weights: Mapping[str, torch.Tensor] | None = None,
+        blocks: Blocks | None = None,
+        scratch: Scratch | None = None,
+    ) -> None:
+        """Write W' into this rank's shard of each weight, see merge_weight_.
+
+        `weights` are adapted_weights' and `blocks` local_blocks', where the caller has them.
+        """
+        state = self.lora
+        weights = weights or self.adapted_weights()
         blocks = blocks or self.local_blocks(weights, *self.stored())
         try:
             for name in blocks:
                 if name not in state.records:
                     weight = self.as_matrix(local(weights[name]))
                     scaling, spare = state.spec.scaling, state.spares.pop(name, None)
-                    record = merge_weight_(weight, blocks[name], scaling, copy=copy, spare=spare, observe=observe)
-                    state.records[name] = record
+                    state.records[name] = merge_weight_(
+                        weight, blocks[name], scaling, copy=copy, spare=spare, observe=observe, scratch=scratch
+                    )
         except BaseException:
             self.unmerge_()
             raise
@@ -662,19 +678,24 @@ class StandIns:
 
 
 def adapted_places(
-    model: nn.Module, *, remove_duplicate: bool = True
+    model: nn.Module, *, remove_duplicate: bool = True, modules: NamedModules | None = None
 ) -> Iterator[tuple[str, nn.Module, AdaptedWeights]]:
     """Yield what is adapted in a model: name, module and adapter. One that acts in several modules comes for each."""
-    for path, module in model.named_modules(remove_duplicate=remove_duplicate):
+    for path, module in model.named_modules(remove_duplicate=remove_duplicate) if modules is None else modules:
         if isinstance(module, AdaptedModule):
             for parameter, adapter in module.lora_adapters().items():
                 yield ".".join(part for part in (canonical(path), parameter) if part), module, adapter
 
 
-def adapted_layers(model: nn.Module, *, remove_duplicate: bool = True) -> dict[str, AdaptedWeights]:
-    """Return the adapters of layers and parameters of a model, by name; a shared one under its first, or under each."""
+def adapted_layers(
+    model: nn.Module, *, remove_duplicate: bool = True, modules: NamedModules | None = None
+) -> dict[str, AdaptedWeights]:
+    """Return the adapters of layers and parameters of a model, by name; a shared one under its first, or under each.
+
+    `modules` are those of the model, where the caller has listed them.
+    """
     first: dict[AdaptedWeights, str] = {}
-    places = adapted_places(model, remove_duplicate=remove_duplicate)
+    places = adapted_places(model, remove_duplicate=remove_duplicate, modules=modules)
     return {name: each for name, _, each in places if first.setdefault(each, name) == name or not remove_duplicate}
 
 

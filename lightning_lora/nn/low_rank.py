@@ -267,20 +267,6 @@ def dense_delta(blocks: Sequence[LowRankBlock], shape: torch.Size) -> torch.Tens
     return delta.view(shape)
 
 
-def scale_blocks(blocks: Sequence[LowRankBlock], scaling: float, dtype: torch.dtype) -> list[LowRankBlock]:
-    """Return the blocks in another dtype, contiguous, with the scaling folded into left."""
-    return [
-        LowRankBlock(
-            block.row,
-            block.col,
-            (block.left.detach().to(dtype) * scaling).contiguous(),
-            block.right.detach().to(dtype).contiguous(),
-            None if block.scale is None else block.scale.detach().to(dtype),
-        )
-        for block in blocks
-    ]
-
-
 def to_block_diagonal(b: torch.Tensor, enabled: tuple[bool, ...]) -> torch.Tensor:
     """Return the B (out, n * r) of the plain adapter of rank n * r that equals n enabled parts with the same A."""
     rows, rank = b.shape[0] // sum(enabled), b.shape[1]

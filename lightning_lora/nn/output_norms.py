@@ -79,7 +79,7 @@ def output_scale(magnitude: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
     """
     norms = norms.to(magnitude.dtype)
     zero = norms == 0
-    return torch.where(zero, 1.0, magnitude / torch.where(zero, 1.0, norms)).to(magnitude.dtype)
+    return (magnitude / norms.masked_fill(zero, 1.0)).masked_fill(zero, 1.0)
 
 
 def scaled_blocks(blocks: Sequence[LowRankBlock], scale: torch.Tensor, *, transposed: bool) -> list[LowRankBlock]:

@@ -3,35 +3,38 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
+from ..distributed.sharding import PLAIN
 from ..names import ATTRIBUTE
-from .lora_layer import AdaptedModule, layer_adapter
+from .lora_layer import AdaptedModule, NamedModules, layer_adapter
+
+Owned = tuple[torch.Tensor, nn.Module, str, str, bool]  # tensor, module, its name, that in it, and if it is a parameter
 
 
 def tied_weights(model: nn.Module) -> dict[nn.Module, str]:
     """Return the modules that own one of tied_parameters, each with the name of the other parameter or buffer."""
     tied: dict[nn.Module, str] = {}
-    for (module, _), other in tied_parameters(model).items():
+    for (module, _), other in tied_parameters(list(model.named_modules())).items():
         tied.setdefault(module, other)
     return tied
 
 
-def tied_parameters(model: nn.Module) -> dict[tuple[nn.Module, str], str]:
+def tied_parameters(modules: NamedModules) -> dict[tuple[nn.Module, str], str]:
     """Return the weights, by module and name in it, that share memory with another module's tensor, and its name.
 
     Memory counts, not identity: two Parameters may view one storage. A bias may have several owners. Modules that share
     an adapter count as one.
     """
-    owners: dict[int, list[tuple[torch.Tensor, nn.Module, str, bool]]] = defaultdict(list)
-    for prefix, module in model.named_modules():
+    owners: dict[int, list[Owned]] = defaultdict(list)
+    for path, module in modules:
         for tensors, trains in ((module._parameters, True), (module._buffers, False)):
             for name, tensor in tensors.items():
                 if tensor is not None:
-                    is_weight = trains and not name.endswith("bias")
-                    owners[_storage(tensor)].append((tensor, module, f"{prefix}.{name}".lstrip("."), is_weight))
+                    owners[_storage(tensor)].append((tensor, module, path, name, trains))
     tied: dict[tuple[nn.Module, str], str] = {}
     for sharing in owners.values():
         if len(sharing) > 1:  # rare
@@ -39,14 +42,17 @@ def tied_parameters(model: nn.Module) -> dict[tuple[nn.Module, str], str]:
     return tied
 
 
-def record_ties(model: nn.Module) -> None:
-    """Record on each adapted layer and parameter what keeps it from being merged, if anything."""
+def record_ties(model: nn.Module, modules: NamedModules | None = None) -> None:
+    """Record on each adapted layer and parameter what keeps it from being merged, if anything.
+
+    `modules` are those of the model, where the caller has listed them.
+    """
+    modules = list(model.named_modules()) if modules is None else modules
     ties: dict[nn.Module, dict[str, str]] = defaultdict(dict)
-    for (module, name), other in tied_parameters(model).items():
+    for (module, name), other in tied_parameters(modules).items():
         ties[module][name] = other
-    modules = list(model.modules())
-    whole = any(ATTRIBUTE in vars(module) for module in modules)
-    for module in modules:
+    whole = any(ATTRIBUTE in vars(module) for _, module in modules)
+    for _, module in modules:
         for parameter, adapter in module.lora_adapters().items() if isinstance(module, AdaptedModule) else ():
             own = ties.get(module, {})
             owner = own.get(parameter) if parameter else next(iter(own.values()), None)
@@ -59,22 +65,19 @@ def record_ties(model: nn.Module) -> None:
                 adapter.lora.unmergeable_reason = reason
 
 
-def _add_overlaps(
-    sharing: list[tuple[torch.Tensor, nn.Module, str, bool]], tied: dict[tuple[nn.Module, str], str]
-) -> None:
+def _add_overlaps(sharing: Sequence[Owned], tied: dict[tuple[nn.Module, str], str]) -> None:
     """Add to `tied` the weights among the owners of one storage that overlap with another module's tensor."""
-    spans = [(*_span(tensor), module, name, is_weight) for tensor, module, name, is_weight in sharing]
-    spans.sort(key=lambda span: span[:2])
-    for i, (_, end, module, name, is_weight) in enumerate(spans):
-        for start, _, later_module, later_name, later_is_weight in spans[i + 1 :]:
+    spans = sorted(((*_span(owned[0]), *owned[1:]) for owned in sharing), key=lambda span: span[:2])
+    for i, (_, end, module, path, name, trains) in enumerate(spans):
+        for start, _, later_module, later_path, later_name, later_trains in spans[i + 1 :]:
             if start >= end:
                 break
             if _owner(later_module) is _owner(module):
                 continue
-            if is_weight:
-                tied.setdefault((module, name.rpartition(".")[2]), later_name)
-            if later_is_weight:
-                tied.setdefault((later_module, later_name.rpartition(".")[2]), name)
+            if trains and not name.endswith("bias"):
+                tied.setdefault((module, name), f"{later_path}.{later_name}".lstrip("."))
+            if later_trains and not later_name.endswith("bias"):
+                tied.setdefault((later_module, later_name), f"{path}.{name}".lstrip("."))
 
 
 def _owner(module: nn.Module) -> object:
@@ -84,18 +87,18 @@ def _owner(module: nn.Module) -> object:
 
 def _storage(tensor: torch.Tensor) -> int:
     """The memory that a tensor is a view of; one without memory of its own (meta, sharded) counts by identity."""
-    return tensor.untyped_storage().data_ptr() if _has_memory(tensor) else id(tensor)
+    return (tensor.untyped_storage().data_ptr() if _is_dense(tensor) else 0) or id(tensor)
 
 
 def _span(tensor: torch.Tensor) -> tuple[int, int]:
     """First and last byte in that memory."""
-    if not _has_memory(tensor):
+    if not _is_dense(tensor) or tensor.is_meta or not tensor.numel():
         return 0, 1
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     start = tensor.data_ptr()
     return start, start + (last + 1) * tensor.element_size()
 
 
-def _has_memory(tensor: torch.Tensor) -> bool:
-    dense = tensor.layout is torch.strided and tensor.device.type != "meta" and type(tensor.data) is torch.Tensor
-    return dense and tensor.numel() > 0
+def _is_dense(tensor: torch.Tensor) -> bool:
+    plain = type(tensor) in PLAIN or type(tensor.data) is torch.Tensor  # the second takes longer
+    return plain and tensor.layout is torch.strided
