@@ -18,7 +18,7 @@ from torch import nn
 from .adapter.fingerprint import fingerprint
 from .adapter.lightning_checkpoint import Kind, check_kind
 from .config import Bias, Init, LoRAConfig, Task
-from .errors import LoRAError, NonFiniteError
+from .errors import LoRAError, NonFiniteError, sentence
 from .model.dequantise import dequantised_dtype
 from .model.gradients import explain_merged_training, warn_of_untrained
 from .model.inject import begin_injection, fixed_seed, random_seed
@@ -191,7 +191,7 @@ class LoRACallback(Callback):
         self.verbose = verbose
         if log_plots:
             require_matplotlib("LoRACallback(log_plots=True)")
-        self._seed = "" if seed is None else fixed_seed(seed)
+        self._seed = "" if seed is None else fixed_seed(seed, "LoRACallback")
         # By module, because a hook may run a second Trainer with this callback.
         self._merged: set[nn.Module] = set()
         self._unmergeable: set[nn.Module] = set()  # in this evaluation
@@ -377,7 +377,7 @@ class LoRACallback(Callback):
                     raise
                 self._unmergeable.add(pl_module)  # EarlyStopping and others judge the loss
                 describe_as_merged(trainer, False)
-                rank_zero_warn(f"LoRACallback: this validation runs unmerged: {error}")
+                rank_zero_warn(f"LoRACallback: this validation runs unmerged: {sentence(error)}")
                 return
         if self.verify and not self._verified and self._verifying is None and not trainer.sanity_checking:
             watching = watch(pl_module)
@@ -392,7 +392,7 @@ class LoRACallback(Callback):
         if not trainer.predicting:  # Lightning logs nothing there
             values = {name: value.float() for name, value in errors.items()}  # reduced, so that sync_dist keeps them
             pl_module.log_dict(values, on_step=False, on_epoch=True, sync_dist=True)
-        rank_zero_info(f"LoRA: verified, {', '.join(f'{name} {value:.3g}' for name, value in errors.items())}")
+        rank_zero_info(f"LoRACallback: verified, {', '.join(f'{name} {value:.3g}' for name, value in errors.items())}")
         problems = verification.problems()
         if problems:
             rank_zero_warn(f"LoRACallback: {problems}. Is the forward another than the one you adapted?")

@@ -7,5 +7,11 @@ class LoRAError(ValueError):
     """Says where it went wrong, what was expected, what was found and what to do about it."""
 
 
+def sentence(text: object) -> str:
+    """Return a text, as what another program said, with a full stop where it has no end."""
+    said = str(text)
+    return said if said.endswith((".", "?", "!")) else f"{said}."
+
+
 class NonFiniteError(LoRAError):
     """A layer cannot be merged because W' holds NaN or Inf, or is beyond the range of its dtype."""

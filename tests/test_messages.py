@@ -103,7 +103,7 @@ def a_fit_resumed_from_a_plain_checkpoint(path: Path) -> None:
 
 @message("`load_from_checkpoint` of a plain checkpoint")
 def load_from_checkpoint_of_a_plain_checkpoint(path: Path) -> None:
-    """checkpoint["lora"] is missing or damaged; this is not a checkpoint of lightning_lora. One of plain Lightning,
+    """checkpoint["lora"]: is missing or damaged; this is not a checkpoint of lightning_lora. One of plain Lightning,
     without an adapter, is loaded by its class's own load_from_checkpoint.
     """
     load_from_checkpoint(Net, saved(path))
@@ -111,7 +111,7 @@ def load_from_checkpoint_of_a_plain_checkpoint(path: Path) -> None:
 
 @message("`load_from_checkpoint` where the base was pretrained")
 def load_from_checkpoint_where_the_base_was_pretrained(path: Path) -> None:
-    """the adapter belongs to another base: values of 'body.0.weight' were [...], here [...]. Net built a base of its
+    """adapter: belongs to another base: values of 'body.0.weight' were [...], here [...]. Net built a base of its
     own. Where the base is a checkpoint, load that first: load_adapter(model :=
     Net.load_from_checkpoint("pretrained.ckpt"), "PATH/lora.ckpt"). strict_base=False makes this a warning.
     """
@@ -120,7 +120,7 @@ def load_from_checkpoint_where_the_base_was_pretrained(path: Path) -> None:
 
 @message("A Trainer where the base was pretrained")
 def a_trainer_where_the_base_was_pretrained(path: Path) -> None:
-    """the adapter belongs to another base: values of 'body.0.weight' were [...], here [...]. Give the Trainer the model
+    """adapter: belongs to another base: values of 'body.0.weight' were [...], here [...]. Give the Trainer the model
     with the base that the adapter was trained on, as trainer.fit(Net.load_from_checkpoint("pretrained.ckpt"),
     ckpt_path=...). To use the adapter on this base all the same, call load_adapter(model, path, strict_base=False) and
     leave ckpt_path out.
@@ -131,7 +131,7 @@ def a_trainer_where_the_base_was_pretrained(path: Path) -> None:
 
 @message("`load_adapter` onto another base")
 def load_adapter_onto_another_base(path: Path) -> None:
-    """the adapter belongs to another base: values of 'body.0.weight' were [...], here [...]. Load the adapter on the
+    """adapter: belongs to another base: values of 'body.0.weight' were [...], here [...]. Load the adapter on the
     base that it was trained on, or pass strict_base=False, which makes this a warning.
     """
     load_adapter(Net(seed=2), saved(path, lora()))
@@ -139,7 +139,7 @@ def load_adapter_onto_another_base(path: Path) -> None:
 
 @message("The command with another base")
 def the_command_with_another_base(path: Path) -> None:
-    """the adapter belongs to another base: values of 'body.0.weight' were [...], here [...]. Give the base that it was
+    """adapter: belongs to another base: values of 'body.0.weight' were [...], here [...]. Give the base that it was
     trained on as --base, or pass --strict-base=false, which makes this a warning.
     """
     torch.save(Net(seed=2).state_dict(), path / "base.pt")
@@ -193,8 +193,8 @@ def small(**options: Any) -> nn.Module:
 
 @message("A typo in `target_modules`")
 def a_typo_in_target_modules(path: Path) -> None:
-    """LoRA on LlamaForCausalLM: target_modules: 'q_prj' names no layer to adapt; did you mean 'q_proj', 'v_proj',
-    'o_proj'?.
+    """inject: LlamaForCausalLM: target_modules: 'q_prj' names no layer to adapt; did you mean 'q_proj', 'v_proj',
+    'o_proj'?
     """
     inject(model("llama"), LoRAConfig(target_modules=["q_prj"]))
 
@@ -249,7 +249,7 @@ def unmerge_of_a_weight_that_was_changed_meanwhile(path: Path) -> None:
 
 @message("Merged weights of a tied head")
 def merged_weights_of_a_tied_head(path: Path) -> None:
-    """merged weights cannot express the adapter of 'lm_head': its weight is also model.embed_tokens.weight. Leave the
+    """merged weights: cannot express the adapter of 'lm_head': its weight is also model.embed_tokens.weight. Leave the
     layer out (exclude_modules=['lm_head']), untie the weight, or save the adapter instead.
     """
     net = model("llama")
@@ -305,7 +305,7 @@ SAID: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "all of them in both": (
         inject_llama(target_modules=["lm_head"], modules_to_save=["lm_head"]),
-        "LoRA on LlamaForCausalLM: target_modules: ['lm_head'] leaves no layer to adapt: 'lm_head' is in "
+        "inject: LlamaForCausalLM: target_modules: ['lm_head'] leaves no layer to adapt: 'lm_head' is in "
         "target_modules and in modules_to_save, and so is trained whole, without an adapter.",
     ),
     "a part of what was adapted": (

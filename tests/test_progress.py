@@ -23,6 +23,7 @@ from lightning_lora import (
     save_merged,
     unmerge,
 )
+from lightning_lora.command.convert import to_lightning
 from lightning_lora.command.info import diff, info
 from lightning_lora.command.main import main
 from lightning_lora.progress import progress_bar
@@ -120,6 +121,7 @@ def test_exception_takes_the_bar_away_and_goes_on(terminal: Terminal):
         (lambda path, model: merge_and_unload(model), "merging"),
         (lambda path, model: save_merged(model, path / "merged"), "saving"),
         (lambda path, model: save_adapter(model, path / "another"), "writing"),
+        (lambda path, model: to_lightning(path / "adapter", path / "lora.ckpt"), "writing"),
         (lambda path, model: info(path / "adapter"), "measuring"),
         (lambda path, model: plot_adapter(path / "adapter", base=path / "own.safetensors"), "reading the base"),
         (lambda path, model: plot_adapter(path / "adapter"), "measuring"),
@@ -127,7 +129,7 @@ def test_exception_takes_the_bar_away_and_goes_on(terminal: Terminal):
         (lambda path, model: diff(path / "b.safetensors", path / "b.safetensors"), "comparing"),
     ],
     ids=[
-        *("merge", "unmerge", "merged_state_dict", "merge_and_unload", "save_merged", "save_adapter", "info"),
+        *("merge", "unmerge", "merged_state_dict", "merge_and_unload", "save_merged", "save_adapter", "import", "info"),
         *("plot with a base", "plot", "diff", "diff of weights"),
     ],
 )

@@ -292,7 +292,7 @@ def align_to_modules(adapter: Adapter, modules: Set[str], where: str) -> Adapter
     if outside and strip != adapter.network:  # a network by itself has no use for what lies around it
         warnings.warn(
             f"lightning_lora: {len(outside)} of the adapter's tensors lie outside {where} and are left out, "
-            f"first {outside[0]!r}",
+            f"first {outside[0]!r}.",
             stacklevel=4,
         )
     return replace(adapter.renamed(strip, add), scope=add)

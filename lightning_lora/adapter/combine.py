@@ -210,7 +210,7 @@ def _check_one_base(adapters: Sequence[Adapter], names: Sequence[str], strict: b
         bases_named = [each.origin.get("base_model_name_or_path") for each in (first, other)]
         if all(bases_named) and bases_named[0] != bases_named[1]:
             warnings.warn(
-                f"lightning_lora: combine: {names[0]} is of the base {bases_named[0]!r}, {name} of {bases_named[1]!r}",
+                f"lightning_lora: combine: {names[0]} is of the base {bases_named[0]!r}, {name} of {bases_named[1]!r}.",
                 stacklevel=4,
             )
 

@@ -105,7 +105,7 @@ def check_fingerprint(
     """
     if not expected:
         return {}
-    injected = require_injection(model, "check_fingerprint")
+    injected = require_injection(model, "load_adapter")
     record = injected.record
     parameters = base_parameters(injected.root)
     unfrozen = {id(parameters[name]): fingerprint_entry(record.initial[name]) for name in record.unfrozen}
@@ -155,7 +155,7 @@ def compare_fingerprints(
     if not differing:
         return
     hint = _quantised_hint(differing, present, expected) or _head_hint(differing, expected)
-    message = f"the adapter belongs to another base: {difference}.{hint}"
+    message = f"adapter: belongs to another base: {difference}.{hint}"
     if strict:
         raise LoRAError(f"{message} {remedy}")
     warnings.warn(f"lightning_lora: {message}", stacklevel=3)

@@ -53,7 +53,7 @@ Replacement = Callable[[Mapping[Any, Any], tuple[Any, ...]], dict[Any, Any] | No
 def check_kind(kind: object) -> None:
     """Raise LoRAError where `kind` is no kind of checkpoint."""
     if kind not in get_args(Kind):
-        raise LoRAError(f"save must be one of {', '.join(get_args(Kind))}, but it is {kind!r}.")
+        raise LoRAError(f"LoRACallback: save must be one of {', '.join(get_args(Kind))}, but it is {kind!r}.")
 
 
 def convert_checkpoint(module: nn.Module, checkpoint: MutableMapping[str, Any], kind: Kind) -> None:
@@ -121,7 +121,7 @@ def _merge_state(module: nn.Module, state: Mapping[str, Any], dtype: torch.dtype
         return merge_state_dict(module, state, dtype)
     except NonFiniteError as error:
         raise NonFiniteError(
-            f'{error}. Merged weights cannot hold that; with save="adapter" or "full" a diverged run is saved as it is.'
+            f'{error} Merged weights cannot hold that; with save="adapter" or "full" a diverged run is saved as it is.'
         ) from error
 
 
@@ -268,8 +268,8 @@ def _prepare_full(module: nn.Module, checkpoint: MutableMapping[str, Any], adapt
     check_adapter(module, replace(add_frozen_weights(module, adapter), fingerprint=left_out))
     if missing and adapter.complete:
         raise LoRAError(
-            f"the full checkpoint lacks {len(missing)} of the model's tensors, first {missing[0]!r}; it was cut or "
-            "saved from another model."
+            f"checkpoint: the full checkpoint lacks {len(missing)} of the model's tensors, first {missing[0]!r}; "
+            "it was cut or saved from another model."
         )
     initial = _read_initial(module, checkpoint[META].get("initial"), adapter)
     record_trained(module, adapter)
@@ -325,18 +325,18 @@ def adapter_of(checkpoint: Mapping[str, Any]) -> tuple[Adapter, Kind]:
     meta = checkpoint.get(META)
     if not isinstance(meta, Mapping) or meta.get("kind") not in get_args(Kind):
         raise LoRAError(
-            'checkpoint["lora"] is missing or damaged; this is not a checkpoint of lightning_lora. One of plain '
+            'checkpoint["lora"]: is missing or damaged; this is not a checkpoint of lightning_lora. One of plain '
             "Lightning, without an adapter, is loaded by its class's own load_from_checkpoint."
         )
     if meta.get("format_version") != FORMAT_VERSION:
         raise LoRAError(
-            f"the checkpoint has format {meta.get('format_version')!r}, this lightning_lora reads {FORMAT_VERSION}; "
-            "install the version that wrote it."
+            f'checkpoint["lora"]: has format {meta.get("format_version")!r}, this lightning_lora reads '
+            f"{FORMAT_VERSION}; install the version that wrote it."
         )
     kind: Kind = meta["kind"]
     tensors = meta.get("adapter") if kind == "merged" else checkpoint.get("state_dict")
     if not isinstance(tensors, Mapping):
-        raise LoRAError('checkpoint["lora"] is damaged: the tensors are missing.')
+        raise LoRAError('checkpoint["lora"]: the tensors are missing; the file is damaged.')
     tensors = _by_canonical_names(tensors)
     adapter = from_metadata(tensors, meta, 'checkpoint["lora"]')
     if kind == "full":

@@ -19,7 +19,7 @@ from typing import Any, cast
 import torch
 
 from ..config import LoRAConfig
-from ..errors import LoRAError
+from ..errors import LoRAError, sentence
 from ..files.atomic import new_folder
 from ..files.paths import PathLike, read_json, write_json
 from ..files.safetensors import read_safetensors, write_tensors
@@ -79,7 +79,7 @@ def write_folder(adapter: Adapter, path: PathLike, frozen: Mapping[str, torch.Te
     """
     extra = [name for name, value in adapter.tensors.items() if not isinstance(value, torch.Tensor)]
     if extra:
-        warnings.warn(f"lightning_lora: the extra state {extra} is no tensor and is left out", stacklevel=3)
+        warnings.warn(f"lightning_lora: the extra state {extra} is no tensor and is left out.", stacklevel=3)
         adapter = replace(adapter, tensors={n: t for n, t in adapter.tensors.items() if n not in extra})
     outside = {name: tensor for name, tensor in adapter.tensors.items() if not name.startswith(adapter.network)}
     own = adapter.by_network_names()
@@ -206,7 +206,7 @@ def read_tensor_file(path: PathLike) -> Adapter:
         if outside:
             warnings.warn(
                 f"lightning_lora: {path}: tensors outside the network lie in {OUTSIDE_FILE} beside it, and are read "
-                "only where the folder is given",
+                "only where the folder is given.",
                 stacklevel=3,
             )
         return adapter
@@ -231,7 +231,7 @@ def _read_described(peft_tensors: Mapping[str, torch.Tensor], text: str, where: 
     try:
         description = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise LoRAError(f"{where}: its header's description is not JSON: {error}") from error
+        raise LoRAError(f"{where}: its header's description is not JSON: {sentence(error)}") from error
     if not isinstance(description, dict):
         raise LoRAError(f"{where}: the adapter's description is damaged: it is {description!r:.80}.")
     nesting = nesting_of_metadata(description, where)

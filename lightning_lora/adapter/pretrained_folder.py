@@ -74,7 +74,7 @@ def find_network(model: nn.Module) -> tuple[str, Any] | None:
         warnings.warn(
             f"lightning_lora: save_merged: {outside[0]!r} was trained outside of the transformers model {name!r}, so "
             f"the folder holds all of {type(model).__name__} under its own names, which from_pretrained does not read. "
-            f"save_merged(module.{name}, path) writes the transformers model alone",
+            f"save_merged(module.{name}, path) writes the transformers model alone.",
             stacklevel=3,
         )
         return None
@@ -83,7 +83,7 @@ def find_network(model: nn.Module) -> tuple[str, Any] | None:
     if left_out:
         warnings.warn(
             f"lightning_lora: save_merged: {left_out[0]!r} is outside of the transformers model {name!r} and left out "
-            f"({len(left_out)} such parameters)",
+            f"({len(left_out)} such parameters).",
             stacklevel=3,
         )
     return f"{name}.", networks[name]

@@ -60,7 +60,7 @@ def save_adapter(model: nn.Module, path: PathLike) -> None:
     network_frozen = {name.removeprefix(adapter.network): value for name, value in frozen.items()}
     sync = RankSync(layer.main_weight() for layer in adapted_layers(model).values())
     writes = writes_files(model)
-    sync.run(f"save_adapter to {path}", (lambda: write_folder(adapter, path, network_frozen)) if writes else None)
+    sync.run("save_adapter", (lambda: write_folder(adapter, path, network_frozen)) if writes else None)
     sync.raise_on_any_rank()
 
 

@@ -6,8 +6,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..adapter.adapter import Adapter
 from ..adapter.lightning_checkpoint import checkpoint_metadata, in_one_storage
 from ..adapter.peft_folder import write_folder
@@ -15,6 +13,7 @@ from ..adapter.save_load import adapter_with_options
 from ..errors import LoRAError
 from ..files.atomic import new_file
 from ..files.paths import PathLike
+from ..files.torch_archive import write_torch_file
 from ..names import META
 from .output import ADAPTER_CHECKPOINT, ADAPTER_FOLDER, check_output
 
@@ -53,5 +52,5 @@ def to_lightning(
         META: checkpoint_metadata("adapter", adapter),
     }
     with new_file(target) as file:
-        torch.save(checkpoint, file)
+        write_torch_file(file, checkpoint, sum(tensor.nbytes for tensor in adapter.tensors.values()))
     return adapter

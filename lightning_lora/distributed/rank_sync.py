@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..errors import LoRAError, NonFiniteError
+from ..errors import LoRAError, NonFiniteError, sentence
 from .sharding import has_sharded, is_sharded, reduce_
 
 
@@ -74,9 +74,10 @@ class RankSync:
         kind = LoRAError if first < count else NonFiniteError
         index, error = self.failed or (first % count, None)
         if error is None or (kind is LoRAError and isinstance(error, NonFiniteError)):
-            raise kind(f"{self.names[first % count]}: this failed on another rank, whose message says why") from error
+            raise kind(f"{self.names[first % count]}: this failed on another rank, whose message says why.") from error
         if isinstance(error, LoRAError):
-            raise kind(f"{self.names[index]}: {error}") from error
+            name = self.names[index]
+            raise kind(f"{name}: {sentence(error).removeprefix(f'{name}: ')}") from error
         raise error
 
     def _rank_of_failure(self) -> int:

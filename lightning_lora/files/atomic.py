@@ -18,7 +18,7 @@ from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 
-from ..errors import LoRAError
+from ..errors import LoRAError, sentence
 from .paths import PathLike
 
 AT_FDCWD, EXCHANGE = -100, 2
@@ -104,7 +104,7 @@ def _hidden_folder(target: Path, parent: Path) -> Path:
         parent.mkdir(parents=True, exist_ok=True)
         return Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=parent))
     except OSError as error:
-        raise LoRAError(f"{target}: cannot be written there: {error}") from error
+        raise LoRAError(f"{target}: cannot be written there: {sentence(error)}") from error
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import LoRAError
+from ..errors import LoRAError, sentence
 
 PathLike = str | os.PathLike[str]
 
@@ -23,7 +23,7 @@ def read_json(path: PathLike) -> dict[str, Any]:
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise LoRAError(f"{path}: cannot be read as JSON: {error}") from error
+        raise LoRAError(f"{path}: cannot be read as JSON: {sentence(error)}") from error
     if not isinstance(content, dict):
         raise LoRAError(f"{path}: expected a JSON object, found {type(content).__name__}.")
     return content

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..errors import LoRAError
+from ..errors import LoRAError, sentence
 from ..progress import progress_bar
 from .paths import PathLike, require_file
 
@@ -100,7 +100,7 @@ def read_safetensors(path: PathLike) -> tuple[dict[str, torch.Tensor], dict[str,
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise LoRAError(f"{path}: cannot be read as safetensors; it may be truncated: {error}") from error
+        raise LoRAError(f"{path}: cannot be read as safetensors; it may be truncated: {sentence(error)}") from error
 
 
 def read_header(path: Path) -> Header:
@@ -118,7 +118,9 @@ def read_header(path: Path) -> Header:
         _require(all(isinstance(value, str) for value in metadata.values()), "metadata that is not text")
         locations = {name: _location(path, name, claim, len(raw)) for name, claim in content.items()}
     except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
-        raise LoRAError(f"{path}: cannot be read as safetensors; it may be truncated or damaged: {error}") from error
+        raise LoRAError(
+            f"{path}: cannot be read as safetensors; it may be truncated or damaged: {sentence(error)}"
+        ) from error
     ordered = dict(sorted(locations.items(), key=lambda item: (item[1].start, item[1].nbytes)))
     end = len(raw)
     for name, location in ordered.items():

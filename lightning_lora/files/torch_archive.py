@@ -15,18 +15,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 
-from ..errors import LoRAError
+from ..errors import LoRAError, sentence
 from ..names import META
+from ..progress import progress_bar
 from . import inert_pickle
 from .inert_pickle import find_placeholder
 from .paths import PathLike, require_file
 from .safetensors import TensorLocation
 
 LOCAL, CENTRAL = 30, 46  # bytes of a zip's record headers before the names
+PART = 1 << 24  # bytes that are written at once
 ARCHIVE = b"PK\x03\x04"  # how a file begins that torch.save writes since torch 1.6
 PLAIN = ("state_dict", META)  # of a checkpoint, what holds no objects
 DESCRIPTOR = b"PK\x07\x08"
@@ -70,10 +72,10 @@ def read_torch_file(
     except pickle.UnpicklingError as error:
         raise LoRAError(
             f"{path}: holds objects other than plain types and tensors, or is damaged, and was not loaded: "
-            f"{str(error).splitlines()[0]}"
+            f"{sentence(str(error).splitlines()[0])}"
         ) from error
     except Exception as error:  # torch raises whatever a damaged file leads it to
-        raise LoRAError(f"{path}: cannot be read as a checkpoint; it may be truncated: {error}") from error
+        raise LoRAError(f"{path}: cannot be read as a checkpoint; it may be truncated: {sentence(error)}") from error
     is_checkpoint = isinstance(content, dict) and "state_dict" in content
     found = find_placeholder({key: content.get(key) for key in PLAIN} if is_checkpoint else content)
     if found is not None:
@@ -102,6 +104,32 @@ def _load(path: PathLike, device: str | Callable[[Any, str], Any], mmap: bool, t
         if find_placeholder(content) is None:  # it was refused for damage, not for an object
             raise
         return content
+
+
+def write_torch_file(path: Path, content: Mapping[str, Any], nbytes: int) -> None:
+    """Write a new file as torch.save does, with a progress bar of its tensors' bytes."""
+    with open(path, "xb") as file, progress_bar("writing", nbytes, "bytes") as advance:
+        torch.save(content, cast(BinaryIO, _InParts(file, nbytes, advance)))
+
+
+class _InParts:
+    """A file for torch.save, which writes a storage at once: in parts, each of which is told, up to `nbytes` in all."""
+
+    def __init__(self, file: BinaryIO, nbytes: int, advance: Callable[[int], None]) -> None:
+        self.file, self.left, self.advance = file, nbytes, advance
+
+    def write(self, content: bytes | memoryview) -> int:
+        """Write all of it."""
+        view = memoryview(content).cast("B")
+        for start in range(0, len(view), PART):
+            size = min(self.file.write(view[start : start + PART]), self.left)  # without what the archive adds
+            self.left -= size
+            self.advance(size)
+        return len(view)
+
+    def flush(self) -> None:
+        """Write what is buffered."""
+        self.file.flush()
 
 
 def torch_locations(path: Path) -> dict[str, TensorLocation]:
@@ -153,7 +181,7 @@ def read_records(path: PathLike) -> list[Record]:
     except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
         raise LoRAError(
             f"{path}: is damaged, or not in the format that torch.save has written since torch 1.6, so that it must be "
-            f"loaded and saved again: {error}"
+            f"loaded and saved again: {sentence(error)}"
         ) from error
     for record in records:
         if record.info.compress_type != zipfile.ZIP_STORED:

@@ -100,7 +100,9 @@ def _start_from_inputs(
 ) -> None:
     """Let A be the principal components of the inputs. In place."""
     sizes = {name: min(layer.lora.spec.r, layer.lora_A.shape[1]) for name, layer in layers.items()}
-    found = _principal_components(model, batches, forward, mask, tau, sizes, lambda components: sizes)
+    found = _principal_components(
+        model, batches, forward, mask, tau, "initialize_from_data", sizes, lambda components: sizes
+    )
     for name, layer in layers.items():
         values = from_first_rank(found[name].components)[: sizes[name]]
         start = values.new_zeros(layer.lora_A.shape)  # a rank beyond the number of features is not used
@@ -140,7 +142,14 @@ def redistribute_ranks(
     ranks = {name: layer.lora.spec.r for name, layer in layers.items()}
     sizes = {name: min(round(rho * r), layers[name].lora_A.shape[1]) for name, r in ranks.items()}
     found = _principal_components(
-        model, batches, forward, mask, tau, sizes, lambda components: _divide(sum(ranks.values()), components)
+        model,
+        batches,
+        forward,
+        mask,
+        tau,
+        "redistribute_ranks",
+        sizes,
+        lambda components: _divide(sum(ranks.values()), components),
     )
     explained = {name: from_first_rank(each.explained) for name, each in found.items()}
     divided = _divide(sum(ranks.values()), found, explained)
@@ -246,12 +255,14 @@ def _principal_components(
     forward: Forward,
     mask: Mask,
     tau: float,
+    verb: str,
     sizes: Mapping[str, int],
     needed: Callable[[Mapping[str, PrincipalComponents]], Mapping[str, int]],
 ) -> dict[str, PrincipalComponents]:
     """Return each layer's components; layers that get the same inputs share them.
 
     Args:
+        verb: what an error begins with.
         sizes: how many components, by layer.
         needed: how many of them have to converge, by layer.
     """
@@ -263,30 +274,30 @@ def _principal_components(
         shown = 0
         for batch in in_step(batches, lambda: bool(found) and not _unconverged(found, needed)):
             keep = mask(batch)
-            with inputs.recorded(set(found and _unconverged(found, needed)) or set(layers)):
+            with inputs.recorded(set(found and _unconverged(found, needed)) or set(layers), verb):
                 forward(model, batch)
             if not found:
                 found.update(_shared(inputs.seen, sizes, tau))
             recorded = {id(found[name]): name for name in inputs.seen}  # once where several share components
             for name in recorded.values():
-                found[name].add(_rows(inputs.seen[name], keep, name))
+                found[name].add(_rows(inputs.seen[name], keep, name, verb))
             done = len(layers) - len(_unconverged(found, needed))
             advance(max(done - shown, 0))
             shown = max(done, shown)
     if not found:
-        raise LoRAError("initialize_from_data: there are no batches.")
+        raise LoRAError(f"{verb}: there are no batches.")
     few = [name for name, components in found.items() if components.components is None]
     if few:
         each = found[few[0]]
         raise LoRAError(
-            f"initialize_from_data: {few[0]!r} was to get {each.size} components, and all batches together have "
+            f"{verb}: {few[0]!r} was to get {each.size} components, and all batches together have "
             f"{sum(map(len, each.waiting))} inputs for it; give more batches, or a smaller r."
         )
     slow = _unconverged(found, needed)
     if slow:
         warnings.warn(
             f"lightning_lora: the components of {listed(slow)} ({len(slow)} of {len(layers)} layers) had not converged "
-            "when the batches ended; they are used as they are. More batches, or a smaller tau, would do",
+            "when the batches ended; they are used as they are. More batches, or a smaller tau, would do.",
             stacklevel=3,
         )
     return found
@@ -300,7 +311,7 @@ class _Inputs:
         self.seen: dict[str, torch.Tensor] = {}
 
     @contextmanager
-    def recorded(self, names: set[str]) -> Iterator[None]:
+    def recorded(self, names: set[str], verb: str) -> Iterator[None]:
         """Record inside the first input of each of these layers, and check afterwards that they all ran."""
         self.seen = {}
 
@@ -319,7 +330,7 @@ class _Inputs:
         idle = [name for name in self.layers if name in names and name not in self.seen]
         if idle:
             raise LoRAError(
-                f"initialize_from_data: {idle[0]!r} did not run in the forward ({len(idle)} of {len(names)} layers); "
+                f"{verb}: {idle[0]!r} did not run in the forward ({len(idle)} of {len(names)} layers); "
                 "leave it out with exclude_modules, or give a forward that calls it."
             )
 
@@ -355,13 +366,17 @@ def _unconverged(
     return [name for name, each in found.items() if not each.has_converged(ranks[name])]
 
 
-def _rows(value: torch.Tensor, mask: torch.Tensor | None, name: str) -> torch.Tensor:
-    """Return a layer's inputs as rows (tokens, features), without those that do not count."""
+def _rows(value: torch.Tensor, mask: torch.Tensor | None, name: str, verb: str) -> torch.Tensor:
+    """Return a layer's inputs as rows (tokens, features), without those that do not count.
+
+    Raises:
+        LoRAError: one is not finite; the message begins with the verb.
+    """
     if mask is not None and value.shape[: mask.dim()] == mask.shape:
         value = value[mask.to(value.device)]
     rows = value.reshape(-1, value.shape[-1])
     if not rows.isfinite().all():
-        raise LoRAError(f"initialize_from_data: the inputs of {name!r} hold NaN or Inf.")
+        raise LoRAError(f"{verb}: the inputs of {name!r} hold NaN or Inf.")
     return rows
 
 

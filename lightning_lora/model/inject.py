@@ -14,7 +14,7 @@ from torch import nn
 
 from ..config import LoRAConfig
 from ..distributed.sharding import is_sharded, refuse_fully_sharded
-from ..errors import LoRAError
+from ..errors import LoRAError, sentence
 from ..names import ALL_LINEAR, ATTRIBUTE, canonical, uncompiled
 from ..nn.fast_paths import update_fast_paths
 from ..nn.gradient_checkpointing import disable_input_require_grads, enable_input_require_grads
@@ -220,10 +220,11 @@ def finish_injection(model: nn.Module) -> None:
     with _leaving_no_trace(root):
         targets = Targets(root, record.config)
         if any(targets.unmatched.values()):
-            raise LoRAError(f"LoRA on {type(root).__name__}: " + ".\n".join(targets.unmatched) + ".")
+            sentences = "\n".join(map(sentence, targets.unmatched))
+            raise LoRAError(f"inject: {type(root).__name__}: {sentences}")
     if not record.validated:
-        for sentence in targets.unmatched:
-            warnings.warn(f"lightning_lora: {sentence}; it is passed over", stacklevel=3)
+        for unmatched in targets.unmatched:
+            warnings.warn(f"lightning_lora: {unmatched}; it is passed over.", stacklevel=3)
         for name, reason in targets.left_out.items():
             log.info("lightning_lora: %s is left out of 'all-linear': %s", name, reason)
         record.left_out = targets.left_out
@@ -293,14 +294,14 @@ def strip_adapters(root: nn.Module) -> None:
     delattr(root, ATTRIBUTE)
 
 
-def fixed_seed(seed: int) -> str:
+def fixed_seed(seed: int, verb: str = "inject") -> str:
     """Return a user's seed as the text that adapters are drawn from.
 
     Raises:
-        LoRAError: it is not a whole number.
+        LoRAError: it is not a whole number; the message begins with the verb.
     """
     if not isinstance(seed, int) or isinstance(seed, bool):
-        raise LoRAError(f"seed must be a whole number, but it is {seed!r}.")
+        raise LoRAError(f"{verb}: seed must be a whole number, but it is {seed!r}.")
     return f"seed {seed}:"
 
 

@@ -105,7 +105,7 @@ def find_injection(model: nn.Module) -> Injected | None:
     records = [vars(root)[ATTRIBUTE] for root in roots.values()] + [layer.lora.injection for layer in layers.values()]
     if len({id(record) for record in records}) > 1:
         names = ", ".join(map(repr, roots or layers))
-        raise LoRAError(f"{type(model).__name__} holds several injected models ({names}); handle each by itself.")
+        raise LoRAError(f"{type(model).__name__}: holds several injected models ({names}); handle each by itself.")
     if roots:
         name, root = next(iter(roots.items()))
         return Injected(root, records[0], prefix=f"{name}.")
@@ -146,7 +146,7 @@ def forget_rebuilt(model: nn.Module, earlier: Set[nn.Module]) -> None:
 
     Without that, a module that is built anew would be left trainable, and have initial values of the one before it.
     """
-    root, record, *_ = require_injection(model, "forget_rebuilt")
+    root, record, *_ = require_injection(model, "LoRACallback")
     rebuilt = {
         f"{canonical(path)}.{name}".lstrip(".")
         for path, module in root.named_modules()
@@ -248,7 +248,7 @@ def record_trainable(model: nn.Module, *, expected: bool = False) -> None:
         model: an injected model.
         expected: whether the options ask for it; a warning tells of anything else that was unfrozen.
     """
-    injected = require_injection(model, "record_trainable")
+    injected = require_injection(model, "inject")
     record = injected.record
     new = {
         name: parameter
@@ -262,14 +262,15 @@ def record_trainable(model: nn.Module, *, expected: bool = False) -> None:
         record.unfrozen.update(new)
         shown = ", ".join(list(new)[:3]) + (f" and {len(new) - 3} more" if len(new) > 3 else "")
         warnings.warn(
-            f"lightning_lora: base parameters were unfrozen after injection ({shown}); they are saved with the adapter",
+            f"lightning_lora: base parameters were unfrozen after injection ({shown}); they are saved with the "
+            "adapter.",
             stacklevel=2,
         )
 
 
 def snapshot_initial(model: nn.Module) -> None:
     """Record the present values of what training changes; once the injection was validated, those of new names only."""
-    root, record, *_ = require_injection(model, "snapshot_initial")
+    root, record, *_ = require_injection(model, "inject")
     buffers = {id(buffer) for buffer in root.buffers()}
     earlier = record.initial if record.validated else {}
     record.initial = earlier | {
@@ -282,7 +283,7 @@ def snapshot_initial(model: nn.Module) -> None:
 
 def snapshot_materialised(model: nn.Module) -> None:
     """Record present values in place of those from the meta device; call before training or loading."""
-    root, record, *_ = require_injection(model, "snapshot_materialised")
+    root, record, *_ = require_injection(model, "LoRACallback")
     live = {name: tensor for name, tensor, _ in named_state(root) if tensor is not None}
     for name, value in record.initial.items():
         if value.is_meta:

@@ -141,7 +141,7 @@ def restore_shards_(
         sharded = is_sharded(layer.main_weight())
         if layer.lora.sharded and not sharded:
             raise LoRAError(
-                f"the weight of {name!r} is gathered by an FSDP2 module outside of {type(model).__name__}; pass the "
+                f"{name}: its weight is gathered by an FSDP2 module outside of {type(model).__name__}; pass the "
                 "module that fully_shard was called on last."
             )
         layer.lora.sharded = sharded
@@ -238,7 +238,7 @@ class _Fidelity:
         if not self.unreported:
             return
         message = f"merged 16-bit weights: rounding costs {lost:.1%} of the adapter's norm"
-        log.info(message)
+        log.info("lightning_lora: %s", message)
         if lost > WORST_FIDELITY:
             warnings.warn(
                 f"lightning_lora: {message}. Merged and unmerged outputs differ by that much of the adapter's effect; "

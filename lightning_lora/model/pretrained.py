@@ -165,7 +165,7 @@ def _save_pretrained(module: nn.Module, previous: Callable[..., Any] | None, *ar
             f"lightning_lora: save_pretrained of {type(module).__name__} writes the base's weights, merged or not, and "
             "lora_A and lora_B beside them, which from_pretrained leaves out: what it loads is the base. "
             "save_merged(model, path) writes merged weights for from_pretrained, save_adapter(model, path) the adapter "
-            "for PEFT, and merge_and_unload(model) leaves a model whose save_pretrained is right",
+            "for PEFT, and merge_and_unload(model) leaves a model whose save_pretrained is right.",
             stacklevel=2,
         )
     return call_previous(module, previous, "save_pretrained", *args, **kwargs)
@@ -211,6 +211,6 @@ def warn_of_new_heads(model: nn.Module) -> None:
         warnings.warn(
             f"lightning_lora: the head of {kind} ({', '.join(frozen)}) starts from random values, which {checkpoint} "
             "does not hold, and stays frozen: an adapter trained beside it fits no other program's head. Train it "
-            f"whole, with modules_to_save={frozen}" + (f" or {tasks[0]}" if tasks else ""),
+            f"whole, with modules_to_save={frozen}" + (f" or {tasks[0]}." if tasks else "."),
             stacklevel=2,
         )

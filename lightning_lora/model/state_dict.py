@@ -123,7 +123,7 @@ def merge_state_dict(model: nn.Module, state: Mapping[str, Any], dtype: torch.dt
         for path, layer in layers:
             weights = {leaf: state[path + leaf] for leaf in layer.adapted_weights()}
             blocks = layer.local_blocks(weights, *(state[path + factor] for factor in layer.stored_names()))
-            sync.run(f"merged weights of layer {path[:-1]!r}", merge_layer, path, layer, weights, blocks)
+            sync.run(f"merged weights: layer {path[:-1]!r}", merge_layer, path, layer, weights, blocks)
             advance(1)
     sync.raise_on_any_rank()
     return plain
@@ -195,7 +195,7 @@ def refuse_unmergeable(model: nn.Module, dtype: torch.dtype | None = None) -> No
         reason = layer.unmergeable_reason()
         if reason:
             raise LoRAError(
-                f"merged weights cannot express the adapter of {name!r}: {reason}. Leave the layer out "
+                f"merged weights: cannot express the adapter of {name!r}: {reason}. Leave the layer out "
                 f"(exclude_modules=[{name!r}]), untie the weight, or save the adapter instead."
             )
 

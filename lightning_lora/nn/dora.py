@@ -146,7 +146,7 @@ class DoRALayer(LoRALayer):
         if is_sharded(param):  # by parallelize_module; fully_shard does not come here
             raise LoRAError(
                 f"{type(self).__name__}: the magnitudes of use_dora do not follow a tensor parallel split; leave the "
-                "layer out of target_modules, or out of the parallelize plan"
+                "layer out of target_modules, or out of the parallelize plan."
             )
         vars(self).pop(BASE_SQUARES, None)
         super().register_parameter(name, param)

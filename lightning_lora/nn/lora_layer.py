@@ -420,8 +420,8 @@ class AdaptedWeights:
             self.merge_(copy=copy)
         except LoRAError as error:
             raise LoRAError(
-                f"{self} was merged when it was cast, moved or loaded into; now {error}. It is unmerged, others may be "
-                "merged still: call unmerge(model), then repeat or undo the change."
+                f"{self.lora.name}: was merged when it was cast, moved or loaded into; now {error}. It is unmerged, "
+                "others may be merged still: call unmerge(model), then repeat or undo the change."
             ) from error
 
     def original(self, name: str) -> torch.Tensor:
@@ -430,7 +430,7 @@ class AdaptedWeights:
         if self.lora.restore_failed and name in self.adapted_weights():
             raise LoRAError(
                 f"{type(self.lora_holder).__name__}: its base weight could not be restored after merging, so nothing "
-                "is saved from it; load the base weights again"
+                "is saved from it; load the base weights again."
             )
         record = self.lora.records.get(name)
         if record is None:
@@ -514,8 +514,8 @@ class AdaptedModule(Swapped):
             if not adapter.factors()[0].is_meta:  # to_empty
                 if is_start(adapter.lora.spec.init):
                     raise LoRAError(
-                        f"{adapter.lora.name!r}: its adapter starts from the weight, which has no values after "
-                        "to_empty; inject after the weights are loaded"
+                        f"{adapter.lora.name}: its adapter starts from the weight, which has no values after "
+                        "to_empty; inject after the weights are loaded."
                     )
                 adapter.draw_()
         return self
@@ -627,7 +627,7 @@ class LoRALayer(AdaptedWeights, AdaptedModule):
             if self.lora.spec.enabled is not None:
                 raise LoRAError(
                     f"{type(self).__name__}: the parts of enable_lora do not follow a tensor parallel split; adapt the "
-                    "layer as a whole, or leave it out of the parallelize plan"
+                    "layer as a whole, or leave it out of the parallelize plan."
                 )
             dims = low_rank.shard_dims(self.KIND)
             placed_as = {START_A: A, START_B: B}.get(name, name)

@@ -120,7 +120,7 @@ class LoRAParameterHolder(AdaptedModule):
         if split_factor_name(name) and is_sharded(param) and not isinstance(self, nn.RNNBase):  # which FSDP2 sets so
             raise LoRAError(
                 f"{type(self).__name__}: adapters of single parameters do not follow a tensor parallel split; leave "
-                "the parameter out of target_parameters, or the module out of the parallelize plan"
+                "the parameter out of target_parameters, or the module out of the parallelize plan."
             )
         super().register_parameter(name, param)
 

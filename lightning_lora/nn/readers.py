@@ -48,7 +48,7 @@ class LayerView:
 
     def __getattr__(self, name: str) -> Any:
         if name in ("layer", "sums"):  # not set yet, which torch.compile tries
-            raise AttributeError(name)
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
         adapter = layer_adapter(self.layer) if name in WEIGHTS else None
         weights = adapter.adapted_weights() if adapter is not None else {}
         if adapter is None or name not in weights:

@@ -170,7 +170,7 @@ class LoRATable(AdaptedModule):
         if is_sharded(param):  # by parallelize_module; fully_shard does not come here
             raise LoRAError(
                 f"{type(self).__name__}: trained rows do not follow a tensor parallel split; leave the table out of "
-                "trainable_token_indices, or out of the parallelize plan"
+                "trainable_token_indices, or out of the parallelize plan."
             )
         super().register_parameter(name, param)
 

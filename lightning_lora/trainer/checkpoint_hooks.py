@@ -34,13 +34,13 @@ def save_as(module: nn.Module, kind: Kind, dequantize: Any = None) -> None:
         dequantize: the dtype of plain weights in place of quantised ones in merged checkpoints.
     """
     _patch_saving(module, kind)
-    require_injection(module, "save_as").record.dequantize = dequantize
+    require_injection(module, "LoRACallback").record.dequantize = dequantize
     patch(module, "on_load_checkpoint", _on_load_checkpoint)
 
 
 def export_state(module: nn.Module) -> None:
     """Put what the main process needs of the injection into the module's state dicts; this process is about to end."""
-    root = require_injection(module, "export_state").root
+    root = require_injection(module, "LoRACallback").root
     root.register_state_dict_post_hook(_export_to_state_dict)  # type: ignore[no-untyped-call]
 
 
@@ -57,7 +57,7 @@ EXTRA_ENTRIES[ENTRY] = import_state
 
 def _patch_saving(module: nn.Module, kind: Kind) -> None:
     check_kind(kind)
-    require_injection(module, "save_as").record.save = kind
+    require_injection(module, "LoRACallback").record.save = kind
     patch(module, "on_save_checkpoint", _on_save_checkpoint)
 
 

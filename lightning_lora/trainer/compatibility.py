@@ -93,7 +93,7 @@ def warn_of_frozen(module: nn.Module) -> None:
         warnings.warn(
             f"lightning_lora: {len(frozen)} adapter parameters are frozen ({', '.join(frozen[:3])}"
             f"{', ...' if len(frozen) > 3 else ''}) and not trained until something unfreezes them; a callback that "
-            "freezes a backbone in setup comes before LoRACallback in the list",
+            "freezes a backbone in setup comes before LoRACallback in the list.",
             stacklevel=2,
         )
 

@@ -97,7 +97,7 @@ def _warn_of_replaced(injected: Injected, layers: Iterable[str], method: str) ->
         warnings.warn(
             f"lightning_lora: {method} replaced adapted layers by others, which are not adapted: {shown}"
             f"{', ...' if len(replaced) > 3 else ''}; leave them out with exclude_modules={replaced[:3]}, or name what "
-            "is to be adapted in target_modules",
+            "is to be adapted in target_modules.",
             stacklevel=2,
         )
 

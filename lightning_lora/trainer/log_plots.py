@@ -7,7 +7,7 @@ from typing import Any
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
-from ..errors import LoRAError
+from ..errors import LoRAError, sentence
 from ..plot.from_model import updates_of_model
 from ..plot.pictures import pictures_of
 
@@ -22,7 +22,7 @@ def log_plots(trainer: Any, module: nn.Module) -> None:
     try:
         updates = updates_of_model(module)
     except LoRAError as error:  # on all ranks alike, and no reason to lose what a run has learnt
-        rank_zero_warn(f"LoRACallback: log_plots: {error}")
+        rank_zero_warn(f"LoRACallback: log_plots: {sentence(error)}")
         return
     if not trainer.is_global_zero:
         return

@@ -326,7 +326,7 @@ def test_nested_lists_that_hold_themselves_or_each_other_are_read_at_once(tmp_pa
         wide = [wide, wide]
     content = {"state_dict": {}, "hyper_parameters": {"cycle": cycle, "wide": wide, "x": WeightedLoss()}}
     torch.save(content, tmp_path / "a.ckpt")
-    with pytest.raises(LoRAError, match='checkpoint\\["lora"\\] is missing'):
+    with pytest.raises(LoRAError, match='checkpoint\\["lora"\\]: is missing'):
         load_from_checkpoint(WithObjects, tmp_path / "a.ckpt")
     assert read_torch_file(tmp_path / "a.ckpt")["hyper_parameters"]["cycle"]
 

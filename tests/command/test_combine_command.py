@@ -73,7 +73,7 @@ def test_an_adapter_of_another_base_is_refused_or_warned_of(tmp_path: Path, caps
     command: list[object] = ["combine", a, b, "--weights", 1, 1, "--output", tmp_path / "c"]
     if strict:
         message = refused(capsys, *command)
-        assert message.startswith("lightning-lora combine: the adapter belongs to another base: values of 'model.norm")
+        assert message.startswith("lightning-lora combine: adapter: belongs to another base: values of 'model.norm")
         assert not (tmp_path / "c").exists()
     else:
         with pytest.warns(UserWarning, match="another base"):

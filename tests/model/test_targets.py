@@ -180,12 +180,12 @@ def test_layers_by_number_are_those_of_peft(build, options, expected):
         (
             nested,
             {"layers_to_transform": 1, "layers_pattern": ["experts", "layer"]},
-            "layers_pattern: 'layer' comes before no number in a layer's name; did you mean 'layers'?.",
+            "layers_pattern: 'layer' comes before no number in a layer's name; did you mean 'layers'?",
         ),
         (
             nested,
             {"layers_to_transform": 1, "layers_pattern": "layer"},
-            "layers_pattern: 'layer' comes before no number in a layer's name; did you mean 'layers'?.\n"
+            "layers_pattern: 'layer' comes before no number in a layer's name; did you mean 'layers'?\n"
             "layers_to_transform: 1 names no layer; there are none.",
         ),
         (
@@ -198,7 +198,7 @@ def test_layers_by_number_are_those_of_peft(build, options, expected):
 def test_a_number_or_pattern_that_names_no_layer_is_an_error(build, options, complaint):
     with pytest.raises(LoRAError) as caught:
         inject(build(), LoRAConfig(**{"target_modules": ["q"], **options}))
-    assert str(caught.value) == f"LoRA on Module: {complaint}"
+    assert str(caught.value) == f"inject: Module: {complaint}"
 
 
 class Wrapped(nn.Module):
@@ -315,7 +315,7 @@ def test_a_layer_registered_twice_is_adapted_once():
     ],
 )
 def test_an_entry_that_names_nothing_is_an_error_with_near_misses(options, complaint):
-    with pytest.raises(LoRAError, match=r"^LoRA on Zoo: ") as caught:
+    with pytest.raises(LoRAError, match=r"^inject: Zoo: ") as caught:
         inject(Zoo(), zoo_config(**options))
     assert complaint in str(caught.value)
 

@@ -160,7 +160,7 @@ def test_without_lora_dropout_nothing_is_random_in_an_eval_mode_backbone(tmp_pat
 
 
 WARNS = "Found .* in eval mode at the start of training"
-EXPLAINS = "LoRA: adapters are trained in eval mode too"
+EXPLAINS = "LoRACallback: adapters are trained in eval mode too"
 
 
 def messages(caplog: pytest.LogCaptureFixture) -> list[str]:

@@ -227,7 +227,7 @@ class Tied(Net):
 
 
 def test_a_layer_that_cannot_be_merged_is_refused_before_training(tmp_path):
-    with pytest.raises(LoRAError, match=r"merged weights cannot express the adapter of 'body\.3'"):
+    with pytest.raises(LoRAError, match=r"merged weights: cannot express the adapter of 'body\.3'"):
         fit(tmp_path, lora_with_effect(merge_after_fit=True), model=Tied())
 
 

@@ -71,7 +71,7 @@ def test_verify_in_prediction_says_the_errors_in_one_line(tmp_path, caplog):
         make_trainer(tmp_path, lora_with_effect(verify=True)).predict(model, Data())
     largest, relative = expected_errors(model, next(iter(Data().val_dataloader()))[0])
     lines = [record.getMessage() for record in caplog.records if "verified" in record.getMessage()]
-    assert lines == [f"LoRA: verified, {NAMES[0]} {largest:.3g}, {NAMES[1]} {relative:.3g}"]
+    assert lines == [f"LoRACallback: verified, {NAMES[0]} {largest:.3g}, {NAMES[1]} {relative:.3g}"]
 
 
 def test_verify_watches_one_batch_of_each_run(tmp_path, monkeypatch):
