@@ -16,6 +16,7 @@ from .exact_merge import merged_weight
 from .lora_layer import Blocks, LoRALayer
 from .low_rank import enabled_parts
 from .quantised import dequantised, dtype_of, quantised_as
+from .start_product import PLAIN_FORWARD, can_start_linear, start_linear
 
 
 class LoRALinear(LoRALayer):
@@ -36,13 +37,18 @@ class LoRALinear(LoRALayer):
 
     def _accumulated(self, input: torch.Tensor) -> torch.Tensor:
         """Sum the adapter's product straight into the base's output: one full-size tensor instead of three."""
+        if self.lora.spec.start and self.lora_base.forward is PLAIN_FORWARD:
+            weight, bias, factors = self.weight, cast(nn.Linear, self).bias, self.stored()
+            if can_start_linear(input, weight, *factors):
+                x, scaling = self.dropped(input)
+                return start_linear(input, None if x is input else x, weight, bias, scaling, *factors)
         rows = input.view(-1, input.shape[-1])
         x, scaling = self.dropped(rows)
-        # These layouts make autograd form both gradients with the thin factor on the left: several times faster on CPU.
         factor_a, factor_b = self.acting_factors()
         hidden = torch.mm(factor_a.to(x.dtype), x.t())
         # After hidden, so that its gradient of the input is there first: no view, so the other is added in place.
         base = cast(torch.Tensor, self.base_forward(rows))
+        # Contiguous, so that autograd forms the gradient of B with the thin factor on the left.
         base.addmm_(hidden.t().to(base.dtype), factor_b.to(base.dtype).t().contiguous(), alpha=scaling)
         # Not a view to autograd: fully_shard's hooks on the output would be lost to an in-place change of one.
         shape = (*input.shape[:-1], base.shape[-1])

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 from lightning_lora import (
     LoRAConfig,
@@ -24,6 +25,7 @@ from lightning_lora import (
     unmerge,
 )
 from lightning_lora.model import merging
+from lightning_lora.nn import linear
 from lightning_lora.nn.lora_layer import adapted_layers
 from lightning_lora.nn.starts import start_factors
 from support import layers, parameters
@@ -312,6 +314,63 @@ def test_gradcheck_in_float64():
         return torch.func.functional_call(model, dict(zip(names, values, strict=True)), (x,))
 
     assert torch.autograd.gradcheck(output, (x, *values))
+    assert torch.autograd.gradgradcheck(output, (x, *values))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("frozen", ["", "lora_A", "lora_B"])
+def test_a_training_step_has_the_gradients_of_the_operations_one_by_one(frozen, dropout, monkeypatch):
+    model = inject_start(net().double(), lora_dropout=dropout, bias="lora_only")
+    move_(model)
+    for name, parameter in model.named_parameters():
+        if frozen and frozen in name:
+            parameter.requires_grad_(False)
+    x = torch.randn(2, 3, 8, dtype=torch.float64, requires_grad=True)
+    sources = [x, *(p for p in model.parameters() if p.requires_grad)]
+
+    def gradients() -> tuple[torch.Tensor, ...]:
+        torch.manual_seed(0)
+        return torch.autograd.grad(model(x).square().sum(), sources)
+
+    found, ran = gradients(), []
+    monkeypatch.setattr(linear, "can_start_linear", lambda *_: ran.append(True))
+    for gradient, expected in zip(found, gradients(), strict=True):
+        torch.testing.assert_close(gradient, expected)
+    assert ran
+
+
+def test_a_training_step_keeps_no_copies_of_the_factors_for_backward():
+    model = inject_start(
+        nn.Sequential(nn.Linear(64, 48), nn.Linear(48, 64)), r=4, rank_pattern={}, target_modules=["0"]
+    )
+    kept: list[torch.Tensor] = []
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    x = torch.randn(5, 64)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        model[0](x)
+    new = {t.untyped_storage().data_ptr(): t.shape for t in kept if t.untyped_storage().data_ptr() not in parameters}
+    assert sorted(map(tuple, new.values())) == [(4, 5), (5, 64)]  # A @ x.T and x
+
+
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit.script` is deprecated:DeprecationWarning"
+)  # torch's own, at its first jvp
+@pytest.mark.filterwarnings("ignore:There is a performance drop because:UserWarning")  # of vmap, as in plain LoRA
+@pytest.mark.parametrize("transform", ["vmap", "jvp", "dual"])
+def test_transforms_of_functions_go_through_a_layer_that_starts_from_the_weight(transform):
+    model = inject_start(net().double())
+    move_(model)
+    x, tangent = torch.randn(2, 3, 8, dtype=torch.float64)
+    jacobian = torch.autograd.functional.jacobian(lambda v: model(v[None])[0], x[0])
+    if transform == "vmap":
+        torch.testing.assert_close(torch.func.vmap(lambda v: model(v[None])[0])(x), model(x))
+    elif transform == "jvp":
+        found = torch.func.jvp(model, (x,), (tangent,))[1]
+        torch.testing.assert_close(found[0], jacobian @ tangent[0])
+    else:
+        with forward_ad.dual_level():
+            found = forward_ad.unpack_dual(model(forward_ad.make_dual(x, tangent))).tangent
+        torch.testing.assert_close(found[0], jacobian @ tangent[0])
 
 
 @pytest.mark.parametrize("init", STARTS)
