@@ -44,6 +44,7 @@ PARTS = {  # what is raised here is part of another message
 }
 OWN_KINDS = ("LoRAError", "NonFiniteError", "WeightEditedError", "kind")  # the last where ranks agree on one of these
 PYTHONS_PROTOCOLS = ("AttributeError", "ModuleNotFoundError", "added to torch's error")
+CALLED = {"verb", "where", "option", "subject", "method"}  # a name fills these in; what fills in others is a text
 LOGGED = {"warning": "Warnings", "log": "Log lines", "printed": "Printed"}
 
 
@@ -117,10 +118,10 @@ def entry(message: Message) -> str:
             if name in seen:
                 continue
             seen.add(name)
-            line = f"  - {code(f'{{{name}}}')}: {', '.join(map(code, message.holes.get(name, [])))}"
-            if name in message.holes:
-                lines.append(line)
-                shown += message.holes[name]
+            texts = [text for text in message.holes.get(name, []) if " " in text.strip() or name in CALLED]
+            if texts:
+                lines.append(f"  - {code(f'{{{name}}}')}: {', '.join(map(code, texts))}")
+                shown += texts
     return "\n".join(lines)
 
 
