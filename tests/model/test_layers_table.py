@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,10 @@ import peft
 import pytest
 import torch
 import transformers
+from peft.optimizers import create_loraplus_optimizer
+from peft.tuners.lora.eva import initialize_lora_eva_weights
+from peft.tuners.lora.loraga import preprocess_loraga
+from safetensors.torch import load_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -23,8 +27,10 @@ from lightning_lora import (
     LoRAConfig,
     LoRAError,
     adapter_state_dict,
+    initialize_from_data,
     inject,
     load_adapter,
+    lora_param_groups,
     merge,
     merged_state_dict,
     save_adapter,
@@ -43,6 +49,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Unsupported layer type.*encountered:UserWarning"),
     pytest.mark.filterwarnings("ignore:.* changes the base weights of the model:UserWarning"),
     pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups > 1:UserWarning"),
+    pytest.mark.filterwarnings("ignore:the following layers were initialized with init_lora_weights=True:UserWarning"),
+    pytest.mark.filterwarnings("ignore:lora with eva initialization used with low_cpu_mem_usage:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Full backward hook is firing when gradients are computed:UserWarning"),
 ]
 README = Path(__file__).parents[2] / "lightning_lora" / "README.md"
 BEGIN, END = "<!-- layers: written by tests/model/test_layers_table.py -->", "<!-- end of layers -->"
@@ -53,11 +62,18 @@ HEAD = (
 RIGHT = "right"
 LEAST = 1e-3  # of the output's size that an adapter must change
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+FROM_DATA = ("eva", "lora_ga")
+REFUSALS = {  # what a start from data says of it, and how the table calls that
+    "adapted layers is linear": "not linear",
+    "did not run in the forward": "not called",
+    "is quantised, and gradients": "quantised",
+}
+NO_CELL = "-"
 
 
 @dataclass(frozen=True)
 class Row:
-    """A model, an input for it, and options.
+    """A model, an input for it, and options; of several values of init_lora_weights all must fare alike.
 
     Attributes:
         plain: the same model with plain weights, where these are quantised.
@@ -148,6 +164,9 @@ def inner(build: Callable[[], nn.Module]) -> Callable[[], Any]:
 
 STARTS = {"target_modules": ["inner"], "init_lora_weights": "pissa"}
 RSLORA = {"use_rslora": True, "r": 4, "lora_alpha": 3}
+EVA, GA = STARTS | {"init_lora_weights": "eva"}, STARTS | {"init_lora_weights": "lora_ga"}
+BOTH = STARTS | {"init_lora_weights": FROM_DATA}
+PLUS = "LoRA+"  # an optimizer's groups, no option of the adapter
 DORA = {"target_modules": ["inner"], "use_dora": True}
 PARTS = {"target_modules": ["inner"], "enable_lora": {"inner": [True, False, True]}}
 QUANTISED = {
@@ -159,6 +178,7 @@ QUANTISED = {
     "torchao intx": "IntxWeightOnlyConfig",
     "torchao float8": "Float8WeightOnlyConfig",
 }
+OF_EACH = ["bitsandbytes nf4", "bitsandbytes int8", "torchao int8"]
 
 
 def parameters(*names: str) -> dict[str, Any]:
@@ -188,6 +208,62 @@ ROWS = [
             ("nn.MultiheadAttention", Attention, floats(2, 4, 8), {"target_modules": ["attention"]}, None),
             ("nn.LSTM", lambda: Recurrent(nn.LSTM), floats(2, 4, 5), parameters("weight_ih_l0", "weight_hh_l0"), None),
             ("experts, a stack of your own", Experts, floats(2, 4, 5), parameters("gate_up_proj", "down_proj"), None),
+        )
+    ),
+    *(
+        Row(layer, inner(build), x, options, variant, theirs=theirs)
+        for layer, build, x, theirs in (
+            ("nn.Linear", lambda: nn.Linear(8, 6), floats(3, 8), {}),
+            ("transformers' Conv1D", lambda: Conv1D(6, 8), floats(3, 8), {"fan_in_fan_out": True}),
+        )
+        for options, variant in ((EVA, "EVA"), (GA, "LoRA-GA"))
+    ),
+    Row("nn.Linear", inner(lambda: nn.Linear(8, 6)), floats(3, 8), EVA | {"use_dora": True}, "DoRA, EVA"),
+    *(
+        Row("nn.Linear, whose weight is read", inner(Readers), floats(3, 8), options, variant, theirs=None)
+        for options, variant in (
+            (EVA | {"target_modules": ["linear"]}, "EVA"),
+            (GA | {"target_modules": ["linear"]}, "LoRA-GA"),
+        )
+    ),
+    *(
+        Row(
+            "nn.MultiheadAttention",
+            inner(Attention),
+            floats(2, 4, 8),
+            options | {"target_modules": ["attention"]},
+            variant,
+            theirs=None,
+        )
+        for options, variant in ((EVA, "EVA"), (GA, "LoRA-GA"))
+    ),
+    *(
+        Row(
+            "nn.Embedding, beside nn.Linear",
+            inner(Table),
+            rows(3, 5),
+            options | {"target_modules": ["embedding", "linear"]},
+            variant,
+        )
+        for options, variant in ((EVA, "EVA"), (GA, "LoRA-GA"))
+    ),
+    *(
+        Row(layer, inner(build), x, BOTH | others, "EVA, LoRA-GA", theirs=None)
+        for layer, build, x, others in (
+            ("nn.Linear, fused", lambda: nn.Linear(8, 12), floats(3, 8), PARTS),
+            ("nn.Embedding", lambda: nn.Embedding(11, 6), rows(3, 5), {}),
+            ("nn.Conv2d", lambda: nn.Conv2d(8, 6, 3, padding=1), floats(2, 8, 5, 5), {}),
+            ("nn.LSTM", lambda: Recurrent(nn.LSTM), floats(2, 4, 5), parameters("weight_ih_l0", "weight_hh_l0")),
+            ("experts, a stack of your own", Experts, floats(2, 4, 5), parameters("gate_up_proj", "down_proj")),
+        )
+    ),
+    *(
+        Row(layer, inner(build), x, variant=PLUS, theirs=theirs)
+        for layer, build, x, theirs in (
+            ("nn.Linear", lambda: nn.Linear(8, 6), floats(3, 8), {}),
+            ("transformers' Conv1D", lambda: Conv1D(6, 8), floats(3, 8), {"fan_in_fan_out": True}),
+            ("nn.Embedding", lambda: nn.Embedding(11, 6), rows(3, 5), {}),
+            ("nn.Conv2d", lambda: nn.Conv2d(8, 6, 3, padding=1), floats(2, 8, 5, 5), {}),
         )
     ),
     Row("nn.Linear, fused", inner(lambda: nn.Linear(8, 12)), floats(3, 8), PARTS, "enable_lora", theirs=None),
@@ -241,10 +317,19 @@ ROWS = [
             f"linear, {label}",
             lambda kind=kind: Model(quantise_(network(), kind)),
             lambda: inputs(4).requires_grad_(),  # else bitsandbytes packs weights for an evaluation in bfloat16
-            {"target_modules": ["0", "2", "4"]},
+            {"target_modules": ["0", "2", "4"], **others},
+            variant,
             plain=lambda: Model(network()),
+            theirs=None if variant == "LoRA-GA" else {},
+        )
+        for others, variant, labels in (
+            ({}, "LoRA", list(QUANTISED)),
+            ({"init_lora_weights": "eva"}, "EVA", OF_EACH),
+            ({"init_lora_weights": "lora_ga"}, "LoRA-GA", OF_EACH),
+            ({}, PLUS, OF_EACH),
         )
         for label, kind in QUANTISED.items()
+        if label in labels
     ),
 ]
 
@@ -257,18 +342,53 @@ def fresh(row: Row) -> Any:
 def adapted(row: Row) -> Any:
     model = fresh(row)
     inject(model, LoRAConfig(**{"r": 2, "lora_alpha": 3, "init_lora_weights": False} | row.options), seed=4)
+    if is_from_data(row):
+        before = {name: value.clone() for name, value in adapter_state_dict(model).items()}
+        initialize_from_data(model, [row.x()] * 3, loss)
+        assert not all(torch.equal(value, before[name]) for name, value in adapter_state_dict(model).items())
+        assert torch.equal(model(row.x()), fresh(row)(row.x()))
     move_(model, row)
     assert (model(row.x()) - fresh(row)(row.x())).abs().max() > LEAST
     return model
 
 
+def is_from_data(row: Row) -> bool:
+    return row.options.get("init_lora_weights") in FROM_DATA
+
+
+def loss(model: Any, x: torch.Tensor) -> torch.Tensor:
+    result: torch.Tensor = model(x).square().mean()
+    return result
+
+
 def move_(model: Any, row: Row) -> None:
-    """Let an adapter that starts without effect have one."""
-    if "init_lora_weights" in row.options:
+    """Let an adapter that starts without effect have one, and one from data or of LoRA+ be trained."""
+    if is_from_data(row) or row.variant == PLUS:
+        train_(model, row)
+    elif "init_lora_weights" in row.options:
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "lora_" in name and parameter.requires_grad:
                     parameter.add_(0.1 * torch.randn_like(parameter))
+
+
+def train_(model: Any, row: Row) -> list[float]:
+    """Train some steps, with the groups of LoRA+ where the row is of that; return the losses."""
+    optimizer: torch.optim.Optimizer
+    if row.variant != PLUS:
+        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    elif isinstance(model, peft.PeftModel):
+        optimizer = create_loraplus_optimizer(model, torch.optim.Adam, lr=0.005, loraplus_lr_ratio=4)
+    else:
+        optimizer = torch.optim.Adam(lora_param_groups(model, lr=0.005, lr_ratio=4))
+    losses = []
+    for _ in range(8):
+        value = loss(model, row.x())
+        losses.append(value.item())
+        optimizer.zero_grad()
+        value.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    return losses
 
 
 def base_bits(model: Any) -> list[bytes]:
@@ -282,14 +402,7 @@ def trained(row: Row) -> str:
     """Every factor moves, the loss falls, and the base stays, and what the factors started from."""
     model = adapted(row)
     before, bits = {n: v.clone() for n, v in adapter_state_dict(model).items()}, base_bits(model)
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.01)
-    losses = []
-    for _ in range(8):
-        loss = model(row.x()).square().mean()
-        losses.append(loss.item())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    losses = train_(model, row)
     moved = [torch.equal(v, before[n]) == ("lora_start" in n) for n, v in adapter_state_dict(model).items()]
     return RIGHT if all(moved) and losses[-1] < losses[0] and base_bits(model) == bits else "wrong"
 
@@ -349,27 +462,46 @@ def to_peft(row: Row, folder: Path) -> str:
     return RIGHT
 
 
+def peft_model(row: Row, config: peft.LoraConfig) -> Any:
+    """As peft adapts the model, from data where the row says so."""
+    model, init = fresh(row), config.init_lora_weights
+    if init == "lora_ga":
+        config.lora_ga_config = peft.LoraGAConfig()
+        preprocess_loraga(model, config, lambda: loss(model, row.x()).backward())  # type: ignore[no-untyped-call]
+        torch.manual_seed(0)
+    theirs = peft.get_peft_model(model, config)
+    if init == "eva":
+        nothing: dict[str, Any] = dict.fromkeys(("prepare_model_inputs_fn", "prepare_layer_inputs_fn"))
+        batches, forward = [row.x()] * 3, lambda m, x: m(x)
+        initialize_lora_eva_weights(theirs, batches, forward_fn=forward, show_progress_bar=False, **nothing)
+    return theirs
+
+
 def from_peft(row: Row, folder: Path) -> str:
     if row.theirs is None:
         return "not in PEFT"
     options = {name: value for name, value in row.options.items() if name != "enable_lora"}
+    if options.get("init_lora_weights") == "eva":
+        options["eva_config"] = peft.EvaConfig(rho=1.0)
     config = peft.LoraConfig(**{"r": 2, "lora_alpha": 3, "init_lora_weights": False} | options | row.theirs)
-    theirs = peft.get_peft_model(fresh(row), config)
+    theirs = peft_model(row, config)
     if "parameters" in str(list(row.options)):  # peft draws no B of a parameter
         with torch.no_grad():
             for name, parameter in theirs.named_parameters():
                 if "lora_" in name:
                     parameter.copy_(0.3 * torch.randn_like(parameter))
     initial = {}
-    if "init_lora_weights" in row.options:  # which changes the base; peft takes that out again when it saves
+    if config.init_lora_weights not in (False, "eva"):  # it changes the base; peft takes that out again when it saves
         own, theirs.peft_config["default"].init_lora_weights = row.options["init_lora_weights"], True
         theirs.save_pretrained(folder / "initial")
         theirs.peft_config["default"].init_lora_weights = own
         initial = {"path_initial_model_for_weight_conversion": str(folder / "initial")}
-        move_(theirs, row)
+    move_(theirs, row)
     theirs.eval().save_pretrained(folder, **initial)
     expected = theirs(row.x()).detach()
     assert (expected - fresh(row)(row.x())).abs().max() > LEAST
+    if set(load_file(folder / "adapter_model.safetensors")) != set(peft.get_peft_model_state_dict(theirs)):
+        return "peft leaves layers out"
     model = fresh(row)
     try:
         load_adapter(model, folder)
@@ -380,13 +512,28 @@ def from_peft(row: Row, folder: Path) -> str:
     return RIGHT
 
 
-def line(row: Row, folder: Path) -> str:
+def cells(row: Row, folder: Path) -> list[str]:
     try:
-        cells = [trained(row), merging(row), plain_weights(row), adapter_alone(row)]
-        cells += [to_peft(row, folder / "ours"), from_peft(row, folder / "theirs")]
+        adapted(row)
+    except LoRAError as error:
+        reason = next((short for said, short in REFUSALS.items() if said in str(error)), None)
+        if reason is None or not is_from_data(row):
+            raise
+        return [f"refused: {reason}", *[NO_CELL] * 5]
+    found = [trained(row), merging(row), plain_weights(row), adapter_alone(row)]
+    return [*found, to_peft(row, folder / "ours"), from_peft(row, folder / "theirs")]
+
+
+def line(row: Row, folder: Path) -> str:
+    init = row.options.get("init_lora_weights")
+    inits = init if isinstance(init, tuple) else None
+    runs = [replace(row, options=row.options | {"init_lora_weights": each}) for each in inits] if inits else [row]
+    try:
+        found = [cells(run, folder / str(i)) for i, run in enumerate(runs)]
+        assert found == found[:1] * len(found)
     except AssertionError as error:
         raise AssertionError(row.label) from error
-    return f"{row.label} {' | '.join(cells)} |"
+    return f"{row.label} {' | '.join(found[0])} |"
 
 
 def known() -> dict[str, str]:
