@@ -138,7 +138,7 @@ def reset_(model: nn.Module) -> None:
                 cast(Any, module).reset_iter_state()
             except (AttributeError, RuntimeError) as error:
                 raise LoRAError(
-                    f"{name or type(model).__name__}: an exception left FSDP2 inside its forward, with gathered "
+                    f"{name or type(model).__name__!r}: an exception left FSDP2 inside its forward, with gathered "
                     "weights in place of its shards. Pass the module that fully_shard was called on last, or build "
                     "the model again."
                 ) from error

@@ -420,7 +420,7 @@ class AdaptedWeights:
             self.merge_(copy=copy)
         except LoRAError as error:
             raise LoRAError(
-                f"{self.lora.name}: was merged when it was cast, moved or loaded into; now {error}. It is unmerged, "
+                f"{self.lora.name!r}: was merged when it was cast, moved or loaded into; now {error}. It is unmerged, "
                 "others may be merged still: call unmerge(model), then repeat or undo the change."
             ) from error
 
@@ -514,7 +514,7 @@ class AdaptedModule(Swapped):
             if not adapter.factors()[0].is_meta:  # to_empty
                 if is_start(adapter.lora.spec.init):
                     raise LoRAError(
-                        f"{adapter.lora.name}: its adapter starts from the weight, which has no values after "
+                        f"{adapter.lora.name!r}: its adapter starts from the weight, which has no values after "
                         "to_empty; inject after the weights are loaded."
                     )
                 adapter.draw_()

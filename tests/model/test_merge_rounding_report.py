@@ -58,7 +58,7 @@ def test_the_first_merge_into_16_bits_reports_its_cost_once(caplog, share, dtype
             merge(model)
             unmerge(model)
     reports = [record.getMessage() for record in caplog.records if "rounding" in record.getMessage()]
-    assert reports == [f"merged 16-bit weights: rounding costs {expected:.1%} of the adapter's norm"]
+    assert reports == [f"lightning_lora: merged 16-bit weights: rounding costs {expected:.1%} of the adapter's norm"]
     assert [reports[0] in str(warning.message) for warning in caught] == [True] * warns
     assert all("merged_eval=False" in str(w.message) and w.filename == __file__ for w in caught)
 
