@@ -80,6 +80,19 @@ def test_factors_are_the_gradients_singular_vectors(name: str):
         assert torch.equal(layer.lora_B, layer.lora_start_B)
 
 
+def test_batches_run_without_the_adapters_which_act_again_after_an_exception():
+    net = injected("llama")
+    layers = adapted_layers(net).values()
+
+    def forward(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        assert not any(layer.lora_active for layer in layers)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        initialize_from_data(net, batches(), forward)
+    assert all(layer.lora_active for layer in layers)
+
+
 def test_model_trains_as_peft_does():
     """peft takes B0 @ A0 out of the weight, here it is subtracted beside it: the same model after each step."""
     config = peft.LoraConfig(
