@@ -113,13 +113,12 @@ def copy_(target: torch.Tensor, source: torch.Tensor) -> None:
             target.copy_(full_tensor(source))
 
 
-def reshard_(model: nn.Module, modules: Iterable[nn.Module] | None = None) -> None:
-    """Put the shards back in place of weights that FSDP2 gathered. In place.
+def reshard_(modules: Iterable[nn.Module]) -> None:
+    """Put the shards back in place of weights of these modules that FSDP2 gathered. In place.
 
-    What is written into a gathered weight is lost with it, and the shards stay as they were. `modules` are those of the
-    model, where the caller has listed them.
+    What is written into a gathered weight is lost with it, and the shards stay as they were.
     """
-    for module in model.modules() if modules is None else modules:
+    for module in modules:
         if is_fully_sharded(module):
             module.reshard()
 

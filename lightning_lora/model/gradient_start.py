@@ -7,7 +7,7 @@ product is subtracted again, W' = W + s * (B @ A - B0 @ A0), where PEFT takes it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import nn
 
 from ..distributed.sharding import copy_, is_sharded
 from ..errors import LoRAError
-from ..nn.lora_layer import AdaptedWeights
+from ..nn.lora_layer import AdaptedWeights, active_as
 from ..nn.low_rank import TRANSPOSED
 from ..progress import progress_bar
 from .over_batches import evaluating, from_first_rank, in_step
@@ -47,7 +47,7 @@ def start_from_gradients(
                 "choose another init_lora_weights, or call this before the model is sharded."
             )
     weights = {name: layer.main_weight() for name, layer in layers.items()}
-    with _without_adapters(layers.values()):  # whose products are zero so far
+    with active_as(layers.values(), False):  # their products are zero so far
         gradients = _mean_gradients(model, weights, batches, forward)
     starts = {}
     with progress_bar("decomposing", len(layers)) as advance:
@@ -92,19 +92,6 @@ def _mean_gradients(
             raise LoRAError(f"initialize_from_data: the gradient of the weight of {name!r} holds NaN or Inf.")
         total /= count
     return sums
-
-
-@contextmanager
-def _without_adapters(layers: Collection[AdaptedWeights]) -> Iterator[None]:
-    """Let these layers run the base's forward inside."""
-    before = [layer.lora_active for layer in layers]
-    try:
-        for layer in layers:
-            layer.lora_active = False
-        yield
-    finally:
-        for layer, active in zip(layers, before, strict=True):
-            layer.lora_active = active
 
 
 @contextmanager

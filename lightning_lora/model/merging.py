@@ -134,14 +134,14 @@ def restore_shards_(
     Raises:
         LoRAError: FSDP2 still shows a gathered weight.
     """
-    reshard_(model, None if modules is None else (module for _, module in modules))
+    reshard_(model.modules() if modules is None else (module for _, module in modules))
     if any(layer.lora.sharded and not is_sharded(layer.main_weight()) for layer in layers.values()):
         reset_(model)
     for name, layer in layers.items():
         sharded = is_sharded(layer.main_weight())
         if layer.lora.sharded and not sharded:
             raise LoRAError(
-                f"{name}: its weight is gathered by an FSDP2 module outside of {type(model).__name__}; pass the "
+                f"{name!r}: its weight is gathered by an FSDP2 module outside of {type(model).__name__}; pass the "
                 "module that fully_shard was called on last."
             )
         layer.lora.sharded = sharded

@@ -17,7 +17,7 @@ def named_state(model: nn.Module, *, raw: bool = False) -> Iterator[tuple[str, t
     Unlike state_dict() this restores no merged weight, and leaves out the segments of wrappers unless `raw`. A shared
     module or parameter comes under each of its names. Sharded parameters are the shards.
     """
-    reshard_(model)
+    reshard_(model.modules())
     for prefix, module in model.named_modules(remove_duplicate=False):
         prefix = prefix if raw else canonical(prefix)
         path = f"{prefix}." if prefix else ""

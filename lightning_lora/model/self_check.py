@@ -17,7 +17,7 @@ from torch import nn
 
 from ..distributed.sharding import full_tensor, has_sharded, meeting_device
 from ..metrics import LayerUse, MergeError
-from ..nn.lora_layer import AdaptedWeights, LoRALayer, adapted_layers, adapted_places
+from ..nn.lora_layer import AdaptedWeights, LoRALayer, active_as, adapted_layers, adapted_places
 from ..nn.readers import LoRAReader, read_layers
 from .merging import restore_shards_
 
@@ -177,19 +177,16 @@ def _full(parameters: Parameters) -> Parameters:
 
 def _run(watched: _Watched, call: _Call, parameters: Parameters, active: bool) -> torch.Tensor:
     """The output of the module's forward with other parameters in place of the live ones."""
-    live, were_active = watched.parameters(), [layer.lora_active for layer in watched.layers]
+    live = watched.parameters()
     try:
         for module, values in parameters.items():
             placed = {name: value.to(*call.like[module][name]) for name, value in values.items()}
             module._parameters.update(cast(dict[str, nn.Parameter | None], placed))
-        for layer in watched.layers:
-            layer.lora_active = active
-        return _first(watched.module.forward(*call.args, **call.kwargs))
+        with active_as(watched.layers, active):
+            return _first(watched.module.forward(*call.args, **call.kwargs))
     finally:
         for module, values in live.items():
             module._parameters.update(cast(dict[str, nn.Parameter | None], values))
-        for layer, was_active in zip(watched.layers, were_active, strict=True):
-            layer.lora_active = was_active
 
 
 def _first(output: Any) -> torch.Tensor:

@@ -114,7 +114,7 @@ def adapter_stats(model: nn.Module, previous: AdapterStats | None = None) -> Ada
     """
     model = uncompiled(model)
     require_injection(model, "adapter_stats")
-    reshard_(model)
+    reshard_(model.modules())
     return layer_stats(adapted_layers(model), previous.snapshots if previous else {})
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copyreg
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, cast
@@ -697,6 +697,19 @@ def adapted_layers(
     first: dict[AdaptedWeights, str] = {}
     places = adapted_places(model, remove_duplicate=remove_duplicate, modules=modules)
     return {name: each for name, _, each in places if first.setdefault(each, name) == name or not remove_duplicate}
+
+
+@contextmanager
+def active_as(layers: Collection[AdaptedWeights], active: bool) -> Iterator[None]:
+    """Let forwards apply these adapters inside, or pass over all of them; outside each is as it was found."""
+    before = [layer.lora_active for layer in layers]
+    try:
+        for layer in layers:
+            layer.lora_active = active
+        yield
+    finally:
+        for layer, was_active in zip(layers, before, strict=True):
+            layer.lora_active = was_active
 
 
 def layer_adapter(module: object) -> AdaptedWeights | None:

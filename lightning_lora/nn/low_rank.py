@@ -169,10 +169,17 @@ def acting_factors(a: torch.Tensor, b: torch.Tensor, *start: torch.Tensor) -> tu
     """
     if not start:
         return a, b
-    start_a, start_b = (factor.detach() for factor in start)
+    a, change_a, change_b, start_b = acting_parts(a, b, *(factor.detach() for factor in start))
+    return stack_ranks(a, change_b, change_a, start_b)
+
+
+def acting_parts(
+    a: torch.Tensor, b: torch.Tensor, start_a: torch.Tensor, start_b: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return A, A - A0, B - B0 and B0, of which acting_factors consist."""
     if a.dtype in HALF:  # in which the differences would be rounded
         a, b = a.float(), b.float()
-    return stack_ranks(a, b - start_b, a - start_a, start_b.to(b.dtype))
+    return a, a - start_a, b - start_b, start_b.to(b.dtype)
 
 
 def stack_ranks(

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
 
-from .low_rank import HALF
+from .low_rank import acting_parts
 
 PLAIN_FORWARD = nn.Linear.forward
 PLAIN_TENSORS = (nn.Parameter, torch.Tensor)
@@ -124,8 +124,6 @@ class _StartLinear(torch.autograd.Function):
 def _acting(
     dtype: torch.dtype, a: torch.Tensor, b: torch.Tensor, start_a: torch.Tensor, start_b: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
-    """Return A, A - A0, B - B0 and B0, the parts of low_rank.acting_factors, in a dtype."""
-    if a.dtype in HALF:  # in which the differences would be rounded
-        a, b = a.float(), b.float()
-    parts = a, a - start_a, b - start_b, start_b
-    return parts if a.dtype == start_b.dtype == dtype else tuple(part.to(dtype) for part in parts)
+    """Return acting_parts in a dtype."""
+    parts = acting_parts(a, b, start_a, start_b)
+    return parts if parts[0].dtype == dtype else tuple(part.to(dtype) for part in parts)

@@ -39,7 +39,7 @@ def updates_of_model(model: nn.Module) -> Updates:
 
 def _norms_in_model(model: nn.Module) -> dict[str, float]:
     """Return the norm of the weights that each adapter changes, as they are without it, by each of its names."""
-    reshard_(model)
+    reshard_(model.modules())
     layers = adapted_layers(model, remove_duplicate=False)
     distinct = list(dict.fromkeys(layers.values()))
     sync = RankSync(layer.main_weight() for layer in distinct)

@@ -68,7 +68,7 @@ class StatisticsLog:
         if id(optimizer) in done or not layers:  # one that evaluates its closure several times comes several times
             return
         run.last = (step, [*done, id(optimizer)])
-        reshard_(module)
+        reshard_(module.modules())
         stats = layer_stats(layers, run.snapshots)
         run.snapshots.update(stats.snapshots)
         values = dict(run.of_merge)

@@ -55,7 +55,7 @@ class StepLists:
             self.frozen = self._list_frozen()
 
     def _list_frozen(self) -> list[nn.Parameter]:
-        reshard_(self.model)
+        reshard_(self.model.modules())
         if self.record is None:
             return []
         return [p for name, p in base_parameters(self.root).items() if name not in self.record.trained]
