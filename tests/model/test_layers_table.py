@@ -37,6 +37,7 @@ from lightning_lora import (
     unmerge,
 )
 from lightning_lora.nn.lora_layer import adapted_layers
+from lightning_lora.nn.quantised import PACKS_FOR_CPU
 from support.notices import quiet_peers
 from support.parameters import Experts, Model, Projected, Recurrent
 from support.quantised import inputs, network, packed_bits, quantise_
@@ -465,6 +466,9 @@ def to_peft(row: Row, folder: Path) -> str:
 def peft_model(row: Row, config: peft.LoraConfig) -> Any:
     """As peft adapts the model, from data where the row says so."""
     model, init = fresh(row), config.init_lora_weights
+    for module in model.modules():
+        if hasattr(module, PACKS_FOR_CPU):  # peft evaluates the model first, and a packed weight gives no gradient
+            setattr(module, PACKS_FOR_CPU, False)
     if init == "lora_ga":
         config.lora_ga_config = peft.LoraGAConfig()
         preprocess_loraga(model, config, lambda: loss(model, row.x()).backward())  # type: ignore[no-untyped-call]
