@@ -191,7 +191,13 @@ def write_files(name: str, folder: Path) -> None:
             (folder / block.file).write_text(block.code)
 
 
-@pytest.mark.parametrize(("name", "command"), PROGRAMS)
+SEVERAL_PROCESSES = "tests/distributed/README.md"
+
+
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [pytest.param(*key, marks=pytest.mark.slow if key[0] == SEVERAL_PROCESSES else []) for key in PROGRAMS],
+)
 def test_programs_print_what_is_shown(tmp_path, name, command):
     """In processes of their own, as many as they start."""
     write_files(name, tmp_path)
@@ -239,6 +245,15 @@ def test_the_first_screen_is_text_the_install_and_one_program_with_its_output():
     assert install.code == "pip install .\n"
     assert program.line < 12
     assert output.line < 60
+
+
+def test_each_program_of_the_front_page_runs_by_itself(tmp_path, monkeypatch):
+    """The first one, which the whole page runs first, is left out here: a later one must not need its names."""
+    monkeypatch.chdir(tmp_path)
+    _, *programs = [block for block in BLOCKS[FRONT] if block.is_statements and re.search("^from ", block.code, re.M)]
+    assert programs
+    for block in programs:
+        run_python(FRONT, block, {"__name__": "readme"})
 
 
 def test_the_front_page_is_short_and_links_every_other_page():
