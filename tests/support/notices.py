@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import warnings
+
 import pytest
 from lightning_utilities.core import rank_zero
+
+# A warning of this package is an error in every test. One of another package is an error in .ci/run alone: a newer
+# release must not turn a user's run red.
+OUR_WARNINGS = "(lightning_lora|LoRACallback)"
+ALL_ARE_ERRORS = os.environ.get("ALL_WARNINGS_ARE_ERRORS") == "1"
 
 # Lightning's advice about the machine or the run, which says nothing about this package: how it begins, and its kind.
 LIGHTNING_NOTICES: dict[str, type[Warning]] = {
@@ -34,6 +42,14 @@ PEER_NOTICES = (
     "ignore:Could not identify embedding layer.s. because the model is not:UserWarning",
 )
 quiet_peers = [pytest.mark.filterwarnings(notice) for notice in PEER_NOTICES]
+
+
+def let_warnings_be_errors() -> None:
+    """Turn warnings into errors in a process that a test starts, as pytest does in its own."""
+    if ALL_ARE_ERRORS:
+        warnings.simplefilter("error")
+    else:
+        warnings.filterwarnings("error", OUR_WARNINGS)
 
 
 def lightning_logger() -> str:

@@ -155,16 +155,16 @@ def _serve(rank: int, size: int, port: int, collective_timeout: float, inbox: An
 
 
 def quiet() -> None:
-    """As in the main process: a warning is an error, and Lightning's notices are none."""
+    """As in the main process: our warnings are errors, and Lightning's notices are none."""
     import logging
 
     import lightning.pytorch  # noqa: F401  (resets its own logger on import)
 
-    from support.notices import DISTRIBUTED_NOTICES, LIGHTNING_NOTICES
+    from support.notices import DISTRIBUTED_NOTICES, LIGHTNING_NOTICES, let_warnings_be_errors
     from support.shortcuts import seed_without_stack_traces
 
     seed_without_stack_traces()
-    warnings.simplefilter("error")
+    let_warnings_be_errors()
     for message, category in LIGHTNING_NOTICES.items():
         warnings.filterwarnings("ignore", message, category)
     for message in DISTRIBUTED_NOTICES:
