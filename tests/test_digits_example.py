@@ -24,6 +24,8 @@ from lightning_lora.nn.conv import LoRAConv
 from lightning_lora.nn.linear import LoRALinear
 from support.examples import SHOWN, checkout, numbers, run
 
+pytestmark = pytest.mark.slow
+
 LAYERS = ("conv1", "conv2", "hidden", "head")
 
 
@@ -145,7 +147,6 @@ def test_the_trainer_evaluates_merged_unless_told_otherwise(tuned, digits, repor
     assert f"{tested:.3f}" == report["mirrored digits, with LoRA"]
 
 
-@pytest.mark.slow
 def test_merged_eval_can_be_turned_off_on_the_command_line_and_is_as_accurate(folder, report, tmp_path):
     unmerged = parse(run(folder, "digits", "--lora.merged_eval=false", f"--trainer.default_root_dir={tmp_path}"))
     assert unmerged == report

@@ -30,7 +30,7 @@ from lightning_lora.command.info import diff, info
 from lightning_lora.command.merge import merge_on_disk
 from support.models import checkpoint
 
-FEW, MANY = 15, 60
+FEW, MANY = 6, 24
 MOST = 1.02 * MANY / FEW  # a part that grows with the square shows long before it is all there is
 
 

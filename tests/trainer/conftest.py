@@ -1,11 +1,13 @@
 """One run of the launchers serves several tests."""
 
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,10 +23,22 @@ def _ctrl_c() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def launched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("launched")
+    """What the launchers' fits gave, made by whichever of pytest's processes needs it first."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # which all of pytest's processes share
+    results = folder / "launched" / "results.json"
+    results.parent.mkdir(exist_ok=True)
+    with (results.parent / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not results.exists():
+            launch(results.parent)
+    found: dict[str, Any] = json.loads(results.read_text())
+    return found
+
+
+def launch(folder: Path) -> None:
     command = [sys.executable, "-m", "support.programs.launched_fits", str(folder)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads((folder / "results.json").read_text())
-    return found

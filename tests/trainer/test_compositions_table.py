@@ -1,7 +1,7 @@
 """The table of compositions: each row is run in small, and its outcome is what came of it.
 
 "right" is said by support.runs.compare: evaluated merged and unmerged, the same numbers and the same training
-bit for bit, the base untouched and the model unmerged after. With WRITE_TABLE=1 in the environment the test
+bit for bit, the base untouched and the model unmerged after. With WRITE_TABLE=1 in the environment the first test
 writes the table.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,16 @@ from lightning_lora import LoRACallback, LoRAError
 from support.lightning_versions import HAS_WEIGHT_AVERAGING, EMAWeightAveraging, WeightAveraging
 from support.runs import At, Backboned, Manual, Watched, compare
 from support.training import BuiltInConfigureModel, Data, Net, SizedData, TwoLoaders, make_trainer
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:lightning_lora. base parameters were unfrozen:UserWarning",
+    "ignore:The provided params to be frozen already exist:UserWarning",
+    "ignore:lightning_lora. 4 adapter parameters are frozen:UserWarning",
+    "ignore:Found . module.s. in eval mode at the start of training:UserWarning",
+    "ignore:lightning_lora. merged 16-bit weights:UserWarning",
+    "ignore:`.fit.ckpt_path=None.` was called without a model:UserWarning",
+    "ignore:.*ckpt_path=.last.. is set, but there is no last checkpoint:UserWarning",
+)
 
 Case = Callable[[Path], Any]
 Others = Callable[[Path], list[L.Callback]]
@@ -250,30 +261,40 @@ BEGIN, END = (
     "<!-- end of compositions -->",
 )
 ADDED = ("WeightAveraging ", "EMAWeightAveraging ")  # rows of what the oldest supported Lightning does not have
-STRATEGIES = ("ddp_spawn", "ddp_fork", "ddp_notebook")
+LAUNCHED = {f"{strategy} after inject()": strategy for strategy in ("ddp_spawn", "ddp_fork", "ddp_notebook")}
 
 
-@pytest.mark.filterwarnings(
-    "ignore:lightning_lora. base parameters were unfrozen:UserWarning",
-    "ignore:The provided params to be frozen already exist:UserWarning",
-    "ignore:lightning_lora. 4 adapter parameters are frozen:UserWarning",
-    "ignore:Found . module.s. in eval mode at the start of training:UserWarning",
-    "ignore:lightning_lora. merged 16-bit weights:UserWarning",
-    "ignore:`.fit.ckpt_path=None.` was called without a model:UserWarning",
-    "ignore:.*ckpt_path=.last.. is set, but there is no last checkpoint:UserWarning",
-)
-def test_every_composition_gives_the_outcome_in_the_readme(tmp_path, launched: dict[str, Any]):
-    rows = {name: case for name, case in ROWS.items() if HAS_WEIGHT_AVERAGING or not name.startswith(ADDED)}
-    outcomes = {name: outcome(case, tmp_path / str(i)) for i, (name, case) in enumerate(rows.items())}
-    for strategy in STRATEGIES:
-        found = launched[strategy]
-        assert all(found[name] for name in ("arrived", "base", "trained", "saved after"))
-        assert not found["merged"]
-        outcomes[f"{strategy} after inject()"] = "right"
+def readme_rows() -> dict[str, str]:
+    """The README's outcome of each composition."""
+    lines = README.read_text().split(BEGIN)[1].split(END)[0].strip().splitlines()[2:]
+    cells = (re.split(r" (?<!\\)\| ", line.strip("| ")) for line in lines)
+    return {name: found.replace(r"\|", "|") for name, found in cells}
+
+
+def outcome_of_a_launcher(found: dict[str, Any]) -> str:
+    assert all(found[name] for name in ("arrived", "base", "trained", "saved after"))
+    assert not found["merged"]
+    return "right"
+
+
+def write_rows(path: Path, launched: dict[str, Any]) -> None:
+    outcomes = {name: outcome(case, path / str(i)) for i, (name, case) in enumerate(ROWS.items())}
+    outcomes |= {name: outcome_of_a_launcher(launched[strategy]) for name, strategy in LAUNCHED.items()}
     before, rest = README.read_text().split(BEGIN)
-    table, after = rest.split(END)
+    README.write_text(f"{before}{BEGIN}\n{render(outcomes)}\n\n{END}{rest.split(END)[1]}")
+
+
+def test_the_readme_has_these_rows(tmp_path, request: pytest.FixtureRequest):
     if os.environ.get("WRITE_TABLE"):
-        README.write_text(f"{before}{BEGIN}\n{render(outcomes)}\n\n{END}{after}")
-    else:
-        known = [row for row in table.strip().splitlines() if HAS_WEIGHT_AVERAGING or not row.startswith(ADDED, 2)]
-        assert "\n".join(known) == render(outcomes)
+        write_rows(tmp_path, request.getfixturevalue("launched"))
+    assert list(readme_rows()) == [*ROWS, *LAUNCHED]
+
+
+@pytest.mark.parametrize("name", [n for n in ROWS if HAS_WEIGHT_AVERAGING or not n.startswith(ADDED)])
+def test_a_composition_gives_the_outcome_in_the_readme(tmp_path, name: str):
+    assert outcome(ROWS[name], tmp_path) == readme_rows()[name]
+
+
+@pytest.mark.parametrize("name", LAUNCHED)
+def test_a_launcher_after_inject_gives_the_outcome_in_the_readme(launched: dict[str, Any], name: str):
+    assert outcome_of_a_launcher(launched[LAUNCHED[name]]) == readme_rows()[name]

@@ -29,7 +29,17 @@ def places(fn: str, stage: str) -> list[tuple[str, str, str]]:
     return [(fn, owner, hook) for owner, hooks in owners.items() for hook in hooks]
 
 
-CASES = [place for fn, stage in STAGES.items() for place in places(fn, stage)]
+EVERYDAY = {"first": "on_{}_batch_start", "last": "on_{}_batch_end", "module": "{}_step", "data": TRANSFERS[0]}
+EVERYDAY_TOO = {"first": "on_{}_epoch_end", "last": "on_{}_end"}  # hooks of every day; the others are slow
+
+
+def case(fn: str, owner: str, hook: str) -> Any:
+    """The place as a case, slow but for those that stand for the others."""
+    everyday = [names[owner].format(STAGES[fn]) for names in (EVERYDAY, EVERYDAY_TOO) if owner in names]
+    return pytest.param(fn, owner, hook, marks=[] if hook in everyday else pytest.mark.slow)
+
+
+CASES = [case(*place) for fn, stage in STAGES.items() for place in places(fn, stage)]
 
 
 class Fault:
