@@ -183,6 +183,7 @@ def test_training_through_the_compiled_backward_equals_eager_training():
         torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_inductor_gives_eager_outputs_unmerged_and_merged():
     model = nn.Sequential(nn.Linear(7, 5))

@@ -67,13 +67,31 @@ LIVES = {
     ],
     "trainer/test_weight_averaging": ["test_validation_sees_the_averaged_adapter"],
 }
+SLOW = {  # they take longest; hooks, resuming and the command line have shorter ones above
+    "test_every_option_from_a_plain_lightning_cli",
+    "test_every_kind_is_read_into_a_fresh_model",
+    "test_best_is_tested_to_the_number_that_was_logged",
+    "test_run_equals_that_of_the_same_optimizer_made_in_configure_optimizers",
+    "test_resumed_run_equals_the_uninterrupted_one",
+    "test_a_fault_in_evaluation_leaves_the_model_unmerged_and_the_next_fit_right",
+    "test_disable_adapter_and_unload_after_fits_give_a_fresh_model_wherever_its_layers_were_built",
+    "test_resuming_equals_the_uninterrupted_run",
+    "test_checkpoint_saved_on_an_exception_equals_that_of_the_unmerged_run",
+    "test_validation_sees_the_averaged_adapter",
+}
 HERE = Path(__file__)
 MODULES = {
     file: under_pytorch_lightning(HERE.parents[1] / f"{file}.py", f"{file.replace('/', '_')}_{HERE.stem}")
     for file in LIVES
 }
 for file, names in LIVES.items():
-    globals().update({name: vars(MODULES[file])[name] for name in names})
+    for name in names:
+        life = vars(MODULES[file])[name]
+        globals()[name] = pytest.mark.slow(life) if name in SLOW else life
+
+
+def test_what_is_slow_is_among_the_lives():
+    assert {name for names in LIVES.values() for name in names} >= SLOW
 
 
 @pytest.mark.parametrize("file", MODULES)
