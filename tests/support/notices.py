@@ -35,6 +35,9 @@ PEER_NOTICES = (
 )
 quiet_peers = [pytest.mark.filterwarnings(notice) for notice in PEER_NOTICES]
 
+# Said of layers as small as these, whose adapters are larger.
+tiny_layers = pytest.mark.filterwarnings(r"ignore:lightning_lora. \d+ adapters? (is|are) too large for:UserWarning")
+
 
 def lightning_logger() -> str:
     """Name the logger of Lightning's messages: that of `lightning` or `pytorch_lightning`, whichever came last."""
