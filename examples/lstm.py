@@ -107,8 +107,9 @@ if __name__ == "__main__":
     lora = LoRACallback(
         r=8,
         lora_alpha=16,
-        target_modules=["head"],
+        target_modules=[],
         target_parameters=["weight_ih_l0", "weight_hh_l0", "weight_ih_l0_reverse", "weight_hh_l0_reverse"],
+        modules_to_save=["head"],  # one output: nothing that a low rank would save
     )
     trainer = L.Trainer(
         accelerator="cpu",

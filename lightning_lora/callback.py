@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields
@@ -11,8 +10,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning_utilities.core import rank_zero
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 
 from .adapter.fingerprint import fingerprint
@@ -22,16 +20,19 @@ from .errors import LoRAError, NonFiniteError, sentence
 from .model.dequantise import dequantised_dtype
 from .model.gradients import explain_merged_training, warn_of_untrained
 from .model.inject import begin_injection, fixed_seed, random_seed
-from .model.injection import find_injection, refuse_replaced_layers, snapshot_materialised
+from .model.injection import find_injection, refuse_replaced_layers, require_injection, snapshot_materialised
+from .model.large_adapters import warn_of_large_adapters
 from .model.merging import is_merged, merge, unmerge
 from .model.param_groups import check_ratio
+from .model.passed_over import warn_of_passed_over
 from .model.patches import unpatch
 from .model.pretrained import warn_of_new_heads
 from .model.self_check import Verification, watch
 from .model.state_dict import refuse_unmergeable
-from .model.summary import summary, terminal
+from .model.summary import summary
 from .names import ALL_LINEAR
 from .nn.gradient_checkpointing import enable_input_require_grads
+from .notices import show, tell
 from .plot.pictures import require_matplotlib
 from .trainer.after_fit import (
     Fits,
@@ -41,7 +42,7 @@ from .trainer.after_fit import (
     merge_for_good,
     refuse_merge_after_fit,
 )
-from .trainer.bar_description import describe_as_merged
+from .trainer.bar_description import describe_as_merged, when_merged
 from .trainer.checkpoint_hooks import export_state, save_as
 from .trainer.cli_optimizer import adapt_cli_optimizer
 from .trainer.compatibility import (
@@ -53,7 +54,7 @@ from .trainer.compatibility import (
     warn_of_part,
 )
 from .trainer.data_start import start_from_data
-from .trainer.eval_mode import explain_eval_mode
+from .trainer.eval_mode import explain_eval_mode, warn_of_checkpointing_off
 from .trainer.hyperparameters import LoggedOptions, as_hyperparameters
 from .trainer.late_layers import BUILDERS, adapt_after, stop_adapting
 from .trainer.lightning_packages import first_package, for_each_package, is_overridden
@@ -242,6 +243,8 @@ class LoRACallback(Callback):
         refuse_unoptimized(trainer.optimizers, pl_module)
         warn_of_frozen(pl_module)
         warn_of_new_heads(pl_module)
+        warn_of_large_adapters(pl_module)
+        warn_of_passed_over(require_injection(pl_module, "LoRACallback").record)
         self._fits.begin(pl_module)
         enable_input_require_grads(pl_module)
         refuse_for_quantised(pl_module, trainer)
@@ -261,7 +264,7 @@ class LoRACallback(Callback):
             self._logged.add(pl_module, options)
         self._statistics.begin(trainer, pl_module)
         if self.verbose:
-            _show_summary(pl_module)
+            show(summary(pl_module))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start from data where the options say so; explain Lightning's warning of modules in eval mode."""
@@ -279,7 +282,7 @@ class LoRACallback(Callback):
         """Check that the strategy's setup, or a hook, has not replaced adapted layers; let the bar say "merged"."""
         self._statistics.take_back(trainer)
         refuse_replaced_layers(pl_module, "LoRACallback")
-        describe_as_merged(trainer, self.merged_eval and not is_merged_for_good(pl_module))
+        describe_as_merged(trainer, when_merged(pl_module) if self.merged_eval else "")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """Unmerge what is merged, and let dropout act in layers that Lightning keeps in eval mode."""
@@ -289,6 +292,8 @@ class LoRACallback(Callback):
             unmerge(pl_module)
             self._merged.discard(pl_module)
         lists.override_dropout(True)
+        if not lists.trained_a_batch:
+            warn_of_checkpointing_off(pl_module)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Record the initial value of every base parameter that became trainable since the last step; log_stats."""
@@ -317,7 +322,7 @@ class LoRACallback(Callback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Unmerge, before weight averaging swaps weights back."""
         self._unmerge(pl_module)
-        describe_as_merged(trainer, False)
+        describe_as_merged(trainer, "")
 
     on_test_start = on_predict_start = on_validation_start
     on_test_batch_start = on_predict_batch_start = on_validation_batch_start
@@ -344,7 +349,7 @@ class LoRACallback(Callback):
         """Unmerge after an exception or Ctrl-C, which skips the epoch's end and teardown."""
         explain_merged_training(exception, pl_module)
         self._leave(pl_module)
-        describe_as_merged(trainer, False)
+        describe_as_merged(trainer, "")
         self._statistics.end(pl_module)
         self._fits.forget(pl_module)
 
@@ -376,7 +381,7 @@ class LoRACallback(Callback):
                 if trainer.state.fn != "fit":
                     raise
                 self._unmergeable.add(pl_module)  # EarlyStopping and others judge the loss
-                describe_as_merged(trainer, False)
+                describe_as_merged(trainer, "")
                 rank_zero_warn(f"LoRACallback: this validation runs unmerged: {sentence(error)}")
                 return
         if self.verify and not self._verified and self._verifying is None and not trainer.sanity_checking:
@@ -392,7 +397,7 @@ class LoRACallback(Callback):
         if not trainer.predicting:  # Lightning logs nothing there
             values = {name: value.float() for name, value in errors.items()}  # reduced, so that sync_dist keeps them
             pl_module.log_dict(values, on_step=False, on_epoch=True, sync_dist=True)
-        rank_zero_info(f"LoRACallback: verified, {', '.join(f'{name} {value:.3g}' for name, value in errors.items())}")
+        tell(f"LoRACallback: verified, {', '.join(f'{name} {value:.3g}' for name, value in errors.items())}")
         problems = verification.problems()
         if problems:
             rank_zero_warn(f"LoRACallback: {problems}. Is the forward another than the one you adapted?")
@@ -421,16 +426,6 @@ class LoRACallback(Callback):
         if lists is None or not lists.is_current():
             lists = self._lists[pl_module] = StepLists(pl_module)
         return lists
-
-
-@rank_zero_only
-def _show_summary(module: nn.Module) -> None:
-    """Show it on a terminal by rich, where that is installed, and else in Lightning's log, which can be silenced."""
-    console = terminal()
-    if console is None:
-        rank_zero_info(str(summary(module)))
-    elif rank_zero.log.isEnabledFor(logging.INFO):
-        console.print(summary(module))
 
 
 def _one_config(configs: Sequence[LoRAConfig], options: Mapping[str, Any]) -> LoRAConfig:

@@ -119,13 +119,39 @@ def factor_role(name: str) -> str:
     return (split[1] if split else name).removeprefix("lora_")
 
 
-def group_name(name: str) -> str:
-    """Return what an adapted layer is grouped by: the last segment of its name, and numbers after it as *."""
-    segments, numbers = name.split("."), 0
-    while numbers < len(segments) - 1 and segments[-1 - numbers].isdigit():
-        numbers += 1
-    last = segments[len(segments) - 1 - numbers]
-    return ".".join(["*" if last.isdigit() else last or "(the model)", *["*"] * numbers])
+def group_names(names: Iterable[str]) -> dict[str, str]:
+    """Return what each adapted layer is grouped by: the last segment of its name, and numbers after it as *.
+
+    Where a numbered block has several layers with one last segment, as BERT's has four called `dense`, as many segments
+    come before it as tell them apart.
+    """
+    places = {name: _place_in_block(name) for name in names}
+    tails: dict[str, set[str]] = {}  # of all layers with one last segment
+    in_block: dict[tuple[str, str], set[str]] = {}
+    for block, tail, ending in places.values():
+        tails.setdefault(ending, set()).add(tail)
+        in_block.setdefault((block, ending), set()).add(tail)
+    apart = {ending for (block, ending), of_block in in_block.items() if block and len(of_block) > 1}
+    return {
+        name: _shortest_of_its_own(tail, tails[ending]) if ending in apart else ending
+        for name, (_, tail, ending) in places.items()
+    }
+
+
+def _place_in_block(name: str) -> tuple[str, str, str]:
+    """Return the numbered block that a layer is in ("" for none), its name in there, and the last segment of that."""
+    segments, last = name.split("."), len(name.split(".")) - 1
+    while last > 0 and segments[last].isdigit():
+        last -= 1
+    ending = ["*" if segment.isdigit() else segment or "(the model)" for segment in segments[last:]]
+    begin = max((i + 1 for i, segment in enumerate(segments[:last]) if segment.isdigit()), default=0)
+    return ".".join(segments[:begin]), ".".join([*segments[begin:last], *ending]), ".".join(ending)
+
+
+def _shortest_of_its_own(name: str, names: Collection[str]) -> str:
+    """Return the shortest ending of a name, in whole segments, that no other of the names has; else the name."""
+    others = {suffix for other in names if other != name for suffix in suffixes(other)}
+    return next((suffix for suffix in reversed(suffixes(name)) if suffix not in others), name)
 
 
 def derives_from(module: object, name: str, packages: Collection[str]) -> bool:

@@ -17,7 +17,7 @@ PACKAGE = Path(lightning_lora.__file__).parent
 FILES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
 TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
 
-GROUND = {"errors", "names", "config", "metrics", "units", "progress"}  # files at the top that every room may import
+GROUND = {"errors", "names", "config", "metrics", "notices", "units", "progress"}  # files that every room may import
 MAY_IMPORT = {  # beside itself and the ground; files at the top may import everything
     "distributed": set(),
     "files": set(),
@@ -197,7 +197,7 @@ def test_the_package_is_imported_without_its_extras(imports):
     users = {name for name, found in IMPORTS.items() if {i.split(".")[0] for i in found} & set(EXTRAS)}
     # inside their functions, with a message where they are missing, or without them
     drawing = {f"plot/{name}" for name in ("canvas", "heat_map", "spectra", "comparison", "run", "figures")}
-    assert users == {"command/main", "model/summary", "plot/statistics", "progress"} | drawing
+    assert users == {"command/main", "model/summary", "notices", "plot/statistics", "progress"} | drawing
 
 
 def test_lightning_is_imported_for_the_callback_alone(imports):

@@ -6,7 +6,6 @@ options, but ranks are in the shapes, and lora_alpha may be among the hyper-para
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,12 +17,11 @@ from ..config import LoRAConfig
 from ..errors import LoRAError
 from ..names import A, B, around
 from ..nn.low_rank import ATTENTION, ATTENTION_OUTPUT, CONV, EMBEDDING
+from ..notices import tell
 from .adapter import Adapter, check_factors
 from .peft_magnitudes import magnitudes_from_peft
 from .peft_mapping import check_peft_version, from_plain
 from .peft_names import read_names
-
-log = logging.getLogger(__name__)
 
 ALPHA = "lora_alpha"
 FROM_HYPER_PARAMETERS = (ALPHA, "use_rslora", "alpha_pattern", "lora_dropout", "bias")
@@ -75,7 +73,7 @@ def _config(adapter: Adapter, saved: list[str], hyper_parameters: object) -> LoR
         return None
     options = {name: found[0][name] for name in FROM_HYPER_PARAMETERS if found[0].get(name) is not None}
     shown = ", ".join(f"{name}={value!r}" for name, value in options.items())
-    log.info("lightning_lora: the options %s are taken from the checkpoint's hyper-parameters", shown)
+    tell(f"lightning_lora: the options {shown} are taken from the checkpoint's hyper-parameters.")
     ranks = adapter.ranks()
     common = mode(ranks.values())
     patterns = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != common}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, cast
@@ -15,14 +14,13 @@ from ..nn.exact_merge import Observer, merged_weight
 from ..nn.lora_layer import AdaptedWeights, LoRALayer
 from ..nn.low_rank import HALF, MERGEABLE_DTYPES, acting_factors
 from ..nn.quantised import BITSANDBYTES, dequantised, quantised_modules, quantised_parameters
+from ..notices import tell
 
 if TYPE_CHECKING:
     from ..metrics import MergeFidelity
 
 WORST_FIDELITY = 0.05  # above this share of the adapter that rounding loses, a warning says so
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in MERGEABLE_DTYPES}
-
-log = logging.getLogger(__name__)
 
 
 def dequantised_dtype(value: object, verb: str) -> torch.dtype | None:
@@ -38,7 +36,7 @@ def dequantised_dtype(value: object, verb: str) -> torch.dtype | None:
 
 
 def report_factored(layers: Iterable[AdaptedWeights]) -> None:
-    """Log, once a model, how many layers stay factored because their weights are quantised."""
+    """Tell, once a model, how many layers stay factored because their weights are quantised."""
     quantised = [layer for layer in layers if layer.quantised()]
     reported = {id(layer.lora.injection) for layer in quantised if layer.lora.injection.quantised_reported}
     quantised = [layer for layer in quantised if id(layer.lora.injection) not in reported]
@@ -46,11 +44,9 @@ def report_factored(layers: Iterable[AdaptedWeights]) -> None:
         layer.lora.injection.quantised_reported = True
     if quantised:
         kinds = ", ".join(sorted({layer.quantised() for layer in quantised}))
-        log.info(
-            "lightning_lora: merge: %d layers have quantised weights (%s) and stay factored: rounding W' to these "
-            "again would lose much of the adapter",
-            len(quantised),
-            kinds,
+        tell(
+            f"lightning_lora: merge: {len(quantised)} layers have quantised weights ({kinds}) and stay factored: "
+            "rounding W' to these again would lose much of the adapter."
         )
 
 
@@ -140,13 +136,13 @@ class Dequantiser:
         return plain_weight(module, name.rpartition(".")[2], self.dtype, observe, **factors)
 
     def report(self) -> None:
-        """Log the share of the adapter that rounding loses, of the layers that were not reported before."""
+        """Tell the share of the adapter that rounding loses, of the layers that were not reported before."""
         if not float(self.fidelity.reference) > 0:
             return
         lost = float(self.fidelity.compute())
         name = str(self.dtype).removeprefix("torch.")
         message = f"merged {name} weights, dequantised: rounding costs {lost:.1%} of the adapter's norm"
-        log.info("lightning_lora: %s", message)
+        tell(f"lightning_lora: {message}")
         if lost > WORST_FIDELITY and self.dtype in HALF:
             warnings.warn(
                 f"lightning_lora: {message}. Merged and factored outputs differ by that much of the adapter's effect; "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from torch import nn
 from ..config import LoRAConfig
 from ..distributed.sharding import is_sharded, refuse_fully_sharded
 from ..errors import LoRAError, sentence
-from ..names import ALL_LINEAR, ATTRIBUTE, canonical, uncompiled
+from ..names import ALL_LINEAR, ATTRIBUTE, canonical, listed, uncompiled
 from ..nn.fast_paths import update_fast_paths
 from ..nn.gradient_checkpointing import disable_input_require_grads, enable_input_require_grads
 from ..nn.layer_kinds import adapt_
@@ -26,6 +25,7 @@ from ..nn.quantised import allow_packing_, keep_gradients_
 from ..nn.readers import patch_readers
 from ..nn.tied_weights import record_ties
 from ..nn.token_rows import LoRATable, adapt_table_, share_table_, table_adapters
+from ..notices import tell
 from ..progress import progress_bar
 from .dequantise import dequantised_dtype, plain_weights, replace_quantised_
 from .gradients import note_gradient
@@ -38,9 +38,10 @@ from .injection import (
     require_injection,
     snapshot_initial,
 )
+from .large_adapters import describe_large_adapters
 from .merging import is_merged, merge, unmerge
 from .named_state import base_parameters, exchange_values_
-from .passed_over import describe_passed_over
+from .passed_over import describe_passed_over, warn_of_passed_over
 from .patches import call_previous, patch, unpatch
 from .pretrained import (
     follow_gradient_checkpointing,
@@ -60,8 +61,6 @@ from .targets import (
     check_unadapted,
     check_untied,
 )
-
-log = logging.getLogger(__name__)
 
 
 def inject(model: nn.Module, config: LoRAConfig, *, merge_weights: bool = False, seed: int | None = None) -> list[str]:
@@ -91,10 +90,14 @@ def inject(model: nn.Module, config: LoRAConfig, *, merge_weights: bool = False,
         earlier = None
     if earlier is None:
         begin_injection(model, config, merge_weights=merge_weights, seed="" if seed is None else fixed_seed(seed))
-        _finish_and_log(model)
+        _finish_and_tell(model)
     else:
         _refuse_other(earlier, model, config, merge_weights, seed)
-    return list(adapted_layers(model))
+    layers = adapted_layers(model)
+    large = describe_large_adapters(layers) if earlier is None else ""
+    if large:
+        tell(f"lightning_lora: {large}")
+    return list(layers)
 
 
 def inject_to_load(model: nn.Module, config: LoRAConfig) -> None:
@@ -104,8 +107,9 @@ def inject_to_load(model: nn.Module, config: LoRAConfig) -> None:
     """
     model = uncompiled(model)
     begin_injection(model, config, values_follow=True)
-    _finish_and_log(model)
-    require_injection(model, "inject").record.values_follow = False
+    finish_injection(model)
+    record = require_injection(model, "inject").record
+    record.values_follow = record.passes_over_nearly_all = False  # whoever trained the adapter has chosen its layers
 
 
 def unload(model: nn.Module) -> None:
@@ -182,11 +186,20 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
             merge(root)
 
 
-def _finish_and_log(model: nn.Module) -> None:
+def _finish_and_tell(model: nn.Module) -> None:
+    """Finish an injection without a Trainer, and tell what its summary would."""
     finish_injection(model)
-    passed_over = require_injection(model, "inject").record.passed_over
-    if passed_over:
-        log.info("lightning_lora: 'all-linear' passes over %s", passed_over)
+    record = require_injection(model, "inject").record
+    reasons: dict[str, list[str]] = {}
+    for name, reason in record.left_out.items():
+        reasons.setdefault(reason, []).append(name)
+    for reason, names in reasons.items():
+        are = "is" if len(names) == 1 else "are"
+        tell(f"lightning_lora: {listed(names)} {are} left out of 'all-linear': {reason}.")
+    if record.passes_over_nearly_all:
+        warn_of_passed_over(record)
+    elif record.passed_over:
+        tell(f"lightning_lora: 'all-linear' passes over {record.passed_over}")
 
 
 def begin_injection(
@@ -225,13 +238,11 @@ def finish_injection(model: nn.Module) -> None:
     if not record.validated:
         for unmatched in targets.unmatched:
             warnings.warn(f"lightning_lora: {unmatched}; it is passed over.", stacklevel=3)
-        for name, reason in targets.left_out.items():
-            log.info("lightning_lora: %s is left out of 'all-linear': %s", name, reason)
         record.left_out = targets.left_out
         for name in targets.saved_instead:
-            log.info("lightning_lora: %s %s", name, TRAINED_WHOLE)
+            tell(f"lightning_lora: {name} {TRAINED_WHOLE}")
         if record.config.target_modules == ALL_LINEAR:
-            record.passed_over = describe_passed_over(root, record, targets.saved)
+            record.passed_over, record.passes_over_nearly_all = describe_passed_over(root, record, targets.saved)
     record.validated = True
 
 
@@ -335,7 +346,7 @@ def _record_resized(root: nn.Module, record: Injection) -> None:
             record.unfrozen.add(name)
             record.initial[name] = parameter.detach().clone()
             record.resized.add(name)
-            log.info("lightning_lora: %s was resized to %d rows: saved with the adapter", name, len(parameter))
+            tell(f"lightning_lora: {name} was resized to {len(parameter)} rows: saved with the adapter.")
 
 
 def _set_active(root: nn.Module, active: Mapping[AdaptedWeights, bool]) -> None:

@@ -47,12 +47,14 @@ class Injection:
     seed: str = ""  # what adapters are drawn from, or "" for the random stream of the moment
     training_checked: bool = False  # training has begun, and what it does not reach was warned of
     checkpointing_reported: bool = False  # that reentrant segments cut adapters off was said
+    checkpointing_off_reported: bool = False  # that gradient checkpointing does nothing in eval mode was said
     quantised_reported: bool = False  # that layers with quantised weights stay factored was said
     measures_rounding: bool = False  # each merge measures what rounding to 16 bits costs, not the first alone
     rounding: float | None = None  # what it cost when it was measured last, as MergeFidelity
     left_out: dict[str, str] = field(default_factory=dict)  # layers that "all-linear" leaves out, with the reason
     values_follow: bool = False  # an adapter is loaded next, so that nothing is computed from weights for it
     passed_over: str = ""  # what "all-linear" left alone beside these: its share, and kinds of weights with theirs
+    passes_over_nearly_all: bool = False  # which is to be warned of once
     root: weakref.ref[nn.Module] | None = None  # the injected module; a copy of the record does not have it
 
     def __getstate__(self) -> dict[str, Any]:

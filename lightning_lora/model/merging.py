@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import signal
 import threading
@@ -22,6 +21,7 @@ from ..nn.fast_paths import update_fast_paths
 from ..nn.lora_layer import AdaptedWeights, Blocks, NamedModules, adapted_layers
 from ..nn.low_rank import HALF
 from ..nn.tied_weights import record_ties
+from ..notices import tell
 from ..progress import progress_bar
 from .dequantise import WORST_FIDELITY, report_factored
 from .gradients import warn_of_untrained
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 Weights = Mapping[str, torch.Tensor]  # of a layer, by name
 
 COPY_BUDGET = 64 * 2**20  # bytes of plain copies of small weights, which are faster than storing values
-
-log = logging.getLogger(__name__)
 
 
 def is_merged(model: nn.Module) -> bool:
@@ -238,7 +236,7 @@ class _Fidelity:
         if not self.unreported:
             return
         message = f"merged 16-bit weights: rounding costs {lost:.1%} of the adapter's norm"
-        log.info("lightning_lora: %s", message)
+        tell(f"lightning_lora: {message}")
         if lost > WORST_FIDELITY:
             warnings.warn(
                 f"lightning_lora: {message}. Merged and unmerged outputs differ by that much of the adapter's effect; "

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Collection
+from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -15,27 +17,54 @@ from .injection import Injection
 from .named_state import base_parameters
 
 MOST_KINDS, LEAST_SHARE = 6, 0.0005  # of which each is told
+NEARLY_ALL = 0.9  # a share above this is hardly meant
 # Of a foreign class with such a name, the module is told.
 NAMES_OF_LAYERS = ("Linear", "Conv1D", "Conv1d", "Conv2d", "Conv3d", "Embedding", "MultiheadAttention")
 
 
-def describe_passed_over(root: nn.Module, record: Injection, saved: Collection[str]) -> str:
+def describe_passed_over(root: nn.Module, record: Injection, saved: Collection[str]) -> tuple[str, bool]:
     """Return what share of the parameters is passed over, and of which kinds of weights.
 
-    It is "" where as good as every weight is adapted, trained, excluded or named.
+    It is "" where as good as every weight is adapted, trained, excluded or named. Beside it: whether this is nearly all
+    of the model, and some of it could be adapted by name, which is then said.
 
-    Parameters of one dimension (biases, norms) are no weights.
+    Vectors (biases, norms, scales of layers, a class token) are no weights, however many dimensions they have.
 
     Args:
         root: the injected module.
         record: of its injection; layers that left_out names one by one are no part of it.
         saved: the names of the modules that are trained whole.
     """
-    excluded = matcher(record.config.exclude_modules)
-    sizes: Counter[str] = Counter()
-    counts: Counter[str] = Counter()
+    found = _gather(root, record, saved)
+    total = sum(shape_of(parameter).numel() for parameter in base_parameters(root).values())
+    large = [(kind, size) for kind, size in found.sizes.most_common(MOST_KINDS) if size / total > LEAST_SHARE]
+    if not large:
+        return "", False
+    shown = [f"{found.counts[kind]} {kind} {size / total:.1%}" for kind, size in large]
+    whole = sum(found.sizes.values())
+    others = (whole - sum(size for _, size in large)) / total
+    shown += [f"others {others:.1%}"] if others > LEAST_SHARE else []
+    hint = f"; target_parameters={list(found.single)} adapts what is no layer" if found.single else ""
+    nearly_all = whole > NEARLY_ALL * total
+    layers = [f"{kind} ({found.examples[kind]!r}, ...)" for kind, _ in large if kind in found.examples]
+    if nearly_all and layers:
+        hint += f"; a list of target_modules can name {' and '.join(layers)} too, and exclude_modules what is to stay"
+    return f"{whole / total:.1%} of the parameters: {', '.join(shown)}{hint}", nearly_all and bool(hint)
+
+
+@dataclass
+class _Found:
+    """The weights that are passed over."""
+
+    sizes: Counter[str] = field(default_factory=Counter)  # parameters, by kind
+    counts: Counter[str] = field(default_factory=Counter)  # modules, by kind
+    single: dict[str, None] = field(default_factory=dict)  # names of parameters that can be adapted by themselves
+    examples: dict[str, str] = field(default_factory=dict)  # the first layer of each kind that can be adapted by name
+
+
+def _gather(root: nn.Module, record: Injection, saved: Collection[str]) -> _Found:
+    excluded, found = matcher(record.config.exclude_modules), _Found()
     seen: set[int] = set()
-    single: dict[str, None] = {}  # names of parameters that can be adapted by themselves
     for raw_name, module in root.named_modules():
         name = canonical(raw_name)
         if isinstance(module, LoRALayer) or name in record.left_out or excluded(name):
@@ -47,23 +76,29 @@ def describe_passed_over(root: nn.Module, record: Injection, saved: Collection[s
         for leaf, parameter in module._parameters.items():
             if leaf in adapted or is_factor(leaf, module):
                 continue
-            if parameter is not None and parameter.dim() > 1 and id(parameter) not in seen:
+            if parameter is not None and is_matrix(parameter) and id(parameter) not in seen:
                 seen.add(id(parameter))
                 kind = _kind(module, leaf)
-                sizes[kind] += shape_of(parameter).numel()
+                found.sizes[kind] += shape_of(parameter).numel()
                 if (parameter.dim() == 3 or isinstance(module, nn.RNNBase)) and leaf != "weight":
-                    single[leaf] = None
+                    found.single[leaf] = None
+                if layer_class(module, record.config.variant()):
+                    found.examples.setdefault(kind, name)
                 kinds.add(kind)
-        counts.update(kinds)
-    total = sum(shape_of(parameter).numel() for parameter in base_parameters(root).values())
-    large = [(kind, size) for kind, size in sizes.most_common(MOST_KINDS) if size / total > LEAST_SHARE]
-    if not large:
-        return ""
-    shown = [f"{counts[kind]} {kind} {size / total:.1%}" for kind, size in large]
-    others = (sum(sizes.values()) - sum(size for _, size in large)) / total
-    shown += [f"others {others:.1%}"] if others > LEAST_SHARE else []
-    hint = f"; target_parameters={list(single)} adapts what is no layer" if single else ""
-    return f"{sum(sizes.values()) / total:.1%} of the parameters: {', '.join(shown)}{hint}"
+        found.counts.update(kinds)
+    return found
+
+
+def warn_of_passed_over(record: Injection) -> None:
+    """Warn, once a model, where "all-linear" passes over nearly all of it."""
+    if record.passes_over_nearly_all:
+        record.passes_over_nearly_all = False
+        warnings.warn(f"lightning_lora: 'all-linear' passes over {record.passed_over}.", stacklevel=4)
+
+
+def is_matrix(parameter: nn.Parameter) -> bool:
+    """Return whether a parameter has several rows and several columns, and is no vector with dimensions of one."""
+    return sum(size > 1 for size in shape_of(parameter)) > 1
 
 
 def _kind(module: nn.Module, leaf: str) -> str:

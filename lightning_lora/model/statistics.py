@@ -17,7 +17,7 @@ from torch import nn
 
 from ..distributed.rank_sync import RankSync
 from ..distributed.sharding import is_sharded, local, reshard_
-from ..names import factor_role, group_name, uncompiled
+from ..names import factor_role, group_names, uncompiled
 from ..nn.lora_layer import AdaptedWeights, adapted_layers
 from ..nn.low_rank import inner_product, singular_values_of_grams, stack_blocks
 from .injection import require_injection
@@ -115,11 +115,17 @@ def adapter_stats(model: nn.Module, previous: AdapterStats | None = None) -> Ada
     model = uncompiled(model)
     require_injection(model, "adapter_stats")
     reshard_(model.modules())
-    return layer_stats(adapted_layers(model), previous.snapshots if previous else {})
+    layers = adapted_layers(model)
+    return layer_stats(layers, previous.snapshots if previous else {}, group_names(layers))
 
 
-def layer_stats(layers: Mapping[str, AdaptedWeights], previous: Mapping[str, Snapshot]) -> AdapterStats:
-    """Measure some adapted layers, by name, of which the shards are in place; see adapter_stats. Collective."""
+def layer_stats(
+    layers: Mapping[str, AdaptedWeights], previous: Mapping[str, Snapshot], group_of: Mapping[str, str]
+) -> AdapterStats:
+    """Measure some adapted layers, by name, of which the shards are in place; see adapter_stats. Collective.
+
+    `group_of` are the group_names of all that is adapted in the model, so that some layers have the same ones.
+    """
     with torch.inference_mode(False), torch.no_grad():
         sync = RankSync(t for each in layers.values() for t in (*each.stored(), *each.adapted_weights().values()))
         measured = {name: _measure(layer, previous.get(name), sync) for name, layer in layers.items()}
@@ -127,7 +133,7 @@ def layer_stats(layers: Mapping[str, AdaptedWeights], previous: Mapping[str, Sna
         _sum_over_ranks(measured.values(), sync)
         groups: dict[str, list[str]] = {}
         for name in layers:
-            groups.setdefault(group_name(name), []).append(name)
+            groups.setdefault(group_of[name], []).append(name)
         return AdapterStats(
             {
                 group: _group_stats({name: measured[name] for name in names}, previous)

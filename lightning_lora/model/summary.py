@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,20 +12,21 @@ import torch
 from torch import nn
 
 from ..distributed.sharding import local
-from ..names import group_name, listed, uncompiled
+from ..names import group_names, listed, uncompiled
 from ..nn.lora_layer import AdaptedWeights, Swapped, adapted_layers
-from ..nn.quantised import shape_of
+from ..nn.quantised import quantised_as, quantised_modules, quantised_parameters, shape_of
 from ..units import size_text
 from .injection import require_injection
 from .named_state import base_parameters
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
+    from rich.console import RenderableType
 
 WIDTH = 80  # columns of the plain text
 NARROWEST = 12  # columns that are left of a long name or class
 MOST_GROUPS = 12  # that are shown
 SAVED = {"adapter": "the adapter", "merged": "merged weights, and the adapter", "full": "base and adapter"}
+VARIANTS = {"": "LoRA", "use_dora": "DoRA"}  # by the option that asks for one
 HEAD = ("layers", "class", "count", "r", "alpha", "parameters")
 
 
@@ -65,20 +67,32 @@ class LeftOut:
 
 
 @dataclass(frozen=True)
+class Unmerged:
+    """Adapted layers that stay factored when the model is merged, for one reason."""
+
+    names: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
 class Summary:
     """What is adapted in a model. `str` gives plain text of 80 columns; rich prints it as a table."""
 
+    variant: str  # "LoRA", "DoRA", "LoRA with use_rslora", ...
+    start: str  # of A and B as init_lora_weights names it; "" for LoRA's own, A random and B zero
     layers: int  # that are adapted, single parameters included
     groups: tuple[LayerGroup, ...]  # of them, in the model's order
     trainable: int  # parameters, A and B included
-    total: int  # parameters, A and B included
+    total: int  # parameters, A and B included; what these start from, where that is subtracted, is not counted
     adapter_parameters: int  # of A and B
-    adapter_bytes: int  # of A and B, of all ranks
+    adapter_bytes: int  # of A and B and what they start from, of all ranks
     adapter_dtypes: tuple[str, ...]
     also_trained: Mapping[str, int]  # parameters beside A and B, with their sizes
     also_saved: Mapping[str, int]  # buffers and parameters that are saved with the adapter, and not trained now
     left_out: tuple[LeftOut, ...]
     passed_over: str  # what "all-linear" passes over beside these: its share, and kinds of weights with theirs
+    quantised: Mapping[str, int]  # weights of the base by how they are quantised, adapted or not
+    unmerged: tuple[Unmerged, ...]
     merged_eval: bool | None  # of the callback; None without one
     save: str | None  # of the callback; None without one
     memory: Memory
@@ -113,7 +127,8 @@ class Summary:
         return Group(Text(self._title(), style="bold"), groups, *more, facts)
 
     def _title(self) -> str:
-        return f"LoRA: {_counted(self.layers, 'adapted layer')}"
+        start = f", start: {self.start}" if self.start else ""
+        return f"{self.variant}: {_counted(self.layers, 'adapted layer')}{start}"
 
     def _rows(self) -> list[tuple[str, ...]]:
         return [
@@ -136,7 +151,8 @@ class Summary:
             "also trained": _sizes(self.also_trained),
             "also saved": _sizes(self.also_saved),
             "all-linear": "; ".join((*map(_left_out_text, self.left_out), *passed_over)),
-            "evaluation": {None: "", True: "merged", False: "factored (merged_eval=False)"}[self.merged_eval],
+            "quantised": ", ".join(f"{_counted(count, 'weight')} as {kind}" for kind, count in self.quantised.items()),
+            "merging" if self.merged_eval is None else "evaluation": self._evaluation(),
             "checkpoints": f'{SAVED[self.save]} (save="{self.save}")' if self.save else "",
             "memory": (
                 f"{size_text(memory.total)} and activations: weights {size_text(memory.weights)}, "
@@ -145,6 +161,18 @@ class Summary:
             ),
         }
         return [(label, text) for label, text in facts.items() if text]
+
+    def _evaluation(self) -> str:
+        """Say whether evaluations run merged, and which layers cannot."""
+        if self.merged_eval is False:
+            return "factored (merged_eval=False)"
+        count = sum(len(unmerged.names) for unmerged in self.unmerged)
+        which = "; ".join(f"{listed(unmerged.names)}: {unmerged.reason}" for unmerged in self.unmerged)
+        if count == self.layers:
+            return f"factored, as no layer can be merged ({which})"
+        if count:
+            return f"merged, but for {_counted(count, 'layer')} ({which})"
+        return "merged" if self.merged_eval else ""
 
 
 def summary(model: nn.Module) -> Summary:
@@ -162,53 +190,74 @@ def summary(model: nn.Module) -> Summary:
     model = uncompiled(model)
     injected = require_injection(model, "summary")
     record, layers = injected.record, adapted_layers(model)
-    factors = list({id(factor): factor for layer in layers.values() for factor in layer.stored()}.values())
+    factors = _each_once(layer.factors() for layer in layers.values())
+    stored = _each_once(layer.stored() for layer in layers.values())
     base = base_parameters(model)
     trainable = [parameter for parameter in (*factors, *base.values()) if parameter.requires_grad]
     total = sum(shape_of(parameter).numel() for parameter in (*factors, *base.values()))
     also_trained = {name: parameter.numel() for name, parameter in base.items() if parameter.requires_grad}
     saved = {name: value.numel() for name, value in injected.seen(record.initial).items()}
     return Summary(
+        variant=_variant(record.config.variant()) + (" with use_rslora" if record.config.use_rslora else ""),
+        start=_start(record.config.init_lora_weights),
         layers=len(layers),
         groups=_group(layers),
         trainable=sum(parameter.numel() for parameter in trainable),
         total=total,
         adapter_parameters=sum(factor.numel() for factor in factors),
-        adapter_bytes=sum(factor.nbytes for factor in factors),
+        adapter_bytes=sum(factor.nbytes for factor in stored),
         adapter_dtypes=tuple(dict.fromkeys(str(factor.dtype).removeprefix("torch.") for factor in factors)),
         also_trained=also_trained,
         also_saved={name: size for name, size in saved.items() if name not in also_trained},
         left_out=_left_out(injected.seen(record.left_out), base, total - sum(factor.numel() for factor in factors)),
         passed_over=record.passed_over,
+        quantised=_quantised(model),
+        unmerged=_unmerged(layers),
         merged_eval=record.merged_eval,
         save=record.save,
         memory=Memory(
             weights=_local_bytes((*base.values(), *model.buffers())),
-            adapter=_local_bytes(factors),
+            adapter=_local_bytes(stored),
             gradients=_local_bytes(trainable),
             optimizer=2 * _local_bytes(trainable),
         ),
     )
 
 
-def terminal() -> Console | None:
-    """Return rich's console where rich is installed and a person looks at the standard output, else None."""
-    try:
-        from rich import get_console
-    except ImportError:
-        return None
-    console = get_console()
-    return console if console.is_terminal or console.is_jupyter else None
+def _each_once(parameters: Iterable[Iterable[nn.Parameter]]) -> list[nn.Parameter]:
+    """Return parameters that layers may share, each once."""
+    return list({id(parameter): parameter for of_layer in parameters for parameter in of_layer}.values())
+
+
+def _variant(option: str) -> str:
+    return VARIANTS.get(option, option.removeprefix("use_"))
+
+
+def _start(init: bool | str) -> str:
+    return {True: "", False: "random"}[init] if isinstance(init, bool) else init
+
+
+def _quantised(model: nn.Module) -> dict[str, int]:
+    weights = _each_once(quantised_parameters(module).values() for module in quantised_modules(model).values())
+    return dict(Counter(map(quantised_as, weights)))
+
+
+def _unmerged(layers: Mapping[str, AdaptedWeights]) -> tuple[Unmerged, ...]:
+    names: dict[str, list[str]] = {}
+    for name, layer in layers.items():
+        names.setdefault(layer.unmergeable_reason(), []).append(name)
+    return tuple(Unmerged(tuple(of_reason), reason) for reason, of_reason in names.items() if reason)
 
 
 def _group(layers: Mapping[str, AdaptedWeights]) -> tuple[LayerGroup, ...]:
     sizes: dict[tuple[str, str, int, float], list[int]] = {}
+    group_of = group_names(layers)
     for name, layer in layers.items():
         spec, holder = layer.lora.spec, layer.lora_holder
         kind = holder.lora_base.__name__ if isinstance(holder, Swapped) else type(holder).__name__
-        key = (group_name(name), kind, spec.r, spec.alpha)
+        key = (group_of[name], kind, spec.r, spec.alpha)
         if spec.rows:
-            key = (group_name(name), f"{kind}, {_counted(len(spec.rows), 'row')}", 0, 0.0)
+            key = (group_of[name], f"{kind}, {_counted(len(spec.rows), 'row')}", 0, 0.0)
         sizes.setdefault(key, []).append(sum(factor.numel() for factor in layer.factors()))
     return tuple(
         LayerGroup(name, kind, len(of_group), r, alpha, sum(of_group))

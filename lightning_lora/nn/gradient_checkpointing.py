@@ -16,7 +16,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointFunction
 
+from ..names import derives_from
+
 CHECKPOINT = "_gradient_checkpointing_func"  # where transformers keeps the function
+CHECKPOINTED_LAYER = "GradientCheckpointingLayer"  # its class for what is checkpointed; older versions have none
 
 # For messages about segments that cannot be found.
 REENTRANT = "torch.utils.checkpoint with use_reentrant=True, with no input that requires a gradient"
@@ -54,6 +57,16 @@ def disable_input_require_grads(model: nn.Module) -> None:
         function = vars(module).get(CHECKPOINT)
         if isinstance(function, CheckpointWithInputGrads):
             setattr(module, CHECKPOINT, function.function)
+
+
+def segments_in_eval_mode(model: nn.Module) -> list[nn.Module]:
+    """Return the segments that transformers would checkpoint and does not, as they are in eval mode.
+
+    They are layers of a class for that, or where there are none, whole modules.
+    """
+    enabled = [module for module in model.modules() if vars(module).get("gradient_checkpointing") is True]
+    layers = [module for module in enabled if derives_from(module, CHECKPOINTED_LAYER, ("transformers",))]
+    return [segment for segment in layers or enabled if not segment.training]
 
 
 def records_gradients() -> bool:

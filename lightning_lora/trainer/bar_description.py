@@ -4,27 +4,40 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
+from ..nn.lora_layer import adapted_layers
+
 DESCRIPTIONS = tuple(f"{stage}_description" for stage in ("sanity_check", "validation", "test", "predict"))
 
 
-def describe_as_merged(trainer: Any, merged: bool) -> None:
-    """Let the progress bar say that evaluations run merged, or what its own class says again. In place.
+def when_merged(module: nn.Module) -> str:
+    """Return what a module is when merge was called: "merged", "partly merged", or "" where all stays factored."""
+    stays = [bool(layer.unmergeable_reason()) for layer in adapted_layers(module).values()]
+    return "" if all(stays) else "partly merged" if any(stays) else "merged"
+
+
+def describe_as_merged(trainer: Any, how: str) -> None:
+    """Let the progress bar say how evaluations run, in when_merged's words; with "" its own words alone. In place.
 
     The descriptions are properties, which only a class can replace: the bar gets a subclass of its own for as long.
     """
     bar = trainer.progress_bar_callback
-    if bar is None or isinstance(bar, _Merged) == merged or not hasattr(bar, DESCRIPTIONS[0]):
+    if bar is None or getattr(bar, "lora_how", "") == how or not hasattr(bar, DESCRIPTIONS[0]):
         return
-    own = type(bar)
-    bar.__class__ = type(own.__name__, (_Merged, own), {"__module__": own.__module__}) if merged else own.__bases__[1]
+    own = type(bar).__bases__[1] if isinstance(bar, _Described) else type(bar)
+    space = {"__module__": own.__module__, "lora_how": how}
+    bar.__class__ = type(own.__name__, (_Described, own), space) if how else own
 
 
-class _Merged:
+class _Described:
     """What comes before a progress bar's own class."""
+
+    lora_how: str
 
 
 def _add_description(name: str) -> None:
-    setattr(_Merged, name, property(lambda self: f"{getattr(super(_Merged, self), name)}, merged"))
+    setattr(_Described, name, property(lambda self: f"{getattr(super(_Described, self), name)}, {self.lora_how}"))
 
 
 for _name in DESCRIPTIONS:

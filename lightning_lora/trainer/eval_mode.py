@@ -1,11 +1,17 @@
-"""What eval mode means for adapters, said where Lightning warns of it."""
+"""What eval mode means for adapters, said where Lightning warns of it, and for transformers' gradient checkpointing."""
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
-from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
+
+from ..model.injection import find_injection
+from ..model.pretrained import pretrained_models
+from ..names import listed
+from ..nn.gradient_checkpointing import segments_in_eval_mode
+from ..notices import tell
 
 WARNS = "_warn_if_modules_in_eval_mode"  # of Lightning's fit loop; some versions have none
 
@@ -13,8 +19,38 @@ WARNS = "_warn_if_modules_in_eval_mode"  # of Lightning's fit loop; some version
 def explain_eval_mode(trainer: Any, module: nn.Module) -> None:
     """Say in one line, after the warning of Lightning that modules are in eval mode, what that means for adapters."""
     if hasattr(trainer.fit_loop, WARNS) and not all(part.training for part in module.modules()):
-        rank_zero_info(
+        tell(
             "LoRACallback: adapters are trained in eval mode too, with their dropout. Eval mode, as from_pretrained "
-            "leaves it, switches off the base's own dropout and updates of BatchNorm's statistics; for these call "
-            "model.train() before fit."
+            "leaves it, switches off the base's own dropout, updates of BatchNorm's statistics and transformers' "
+            "gradient checkpointing; for these call model.train() before fit."
         )
+
+
+def warn_of_checkpointing_off(module: nn.Module) -> None:
+    """Warn, once a model, of gradient checkpointing that transformers models in eval mode pass over."""
+    injected = find_injection(module)
+    if injected is None or injected.record.checkpointing_off_reported:
+        return
+    networks = pretrained_models(module)
+    off = [name for name, network in networks.items() if _is_trained(network) and segments_in_eval_mode(network)]
+    if off:
+        injected.record.checkpointing_off_reported = True
+        names = [f"{type(networks[name]).__name__} {name!r}" if name else type(networks[name]).__name__ for name in off]
+        warnings.warn(
+            f"LoRACallback: gradient checkpointing is enabled in {listed(names)}, but does nothing: transformers uses "
+            "it in training mode alone, and the network is in eval mode, as from_pretrained leaves it. All activations "
+            f"are kept for the backward. Call {listed(list(map(_call_of_train, off)))} before fit; that turns on the "
+            "network's own dropout too.",
+            stacklevel=2,
+        )
+
+
+def _is_trained(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _call_of_train(name: str) -> str:
+    """Return the call that brings the module of this name into training mode."""
+    if all(segment.isidentifier() for segment in name.split(".")):
+        return f"self.{name}.train()"
+    return f"self.get_submodule({name!r}).train()" if name else "self.train()"

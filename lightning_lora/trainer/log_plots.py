@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 
 from ..errors import LoRAError, sentence
+from ..notices import tell
 from ..plot.from_model import updates_of_model
 from ..plot.pictures import pictures_of
 
@@ -28,7 +29,7 @@ def log_plots(trainer: Any, module: nn.Module) -> None:
         return
     experiments = [logger.experiment for logger in trainer.loggers if hasattr(logger.experiment, ADD)]
     if not experiments:
-        rank_zero_info(
+        tell(
             "LoRACallback: log_plots: no logger of this Trainer takes figures, as TensorBoardLogger does; "
             "plot_adapter(model, output='adapter.png') draws them."
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +20,7 @@ from ..distributed.sharding import reshard_
 from ..metrics import StepStatistic
 from ..model.injection import find_injection
 from ..model.statistics import Snapshot, layer_stats
+from ..names import group_names
 from ..nn.lora_layer import AdaptedWeights, adapted_layers
 
 MERGE_SECONDS, FIDELITY = "lora/merge_seconds", "lora/fidelity"
@@ -64,12 +65,13 @@ class StatisticsLog:
             return
         run = self.runs.setdefault(module, _Run())
         done = run.last[1] if run.last[0] == step else []
-        layers = _layers_of(module, optimizer if len(trainer.optimizers) > 1 else None)
+        adapted = adapted_layers(module)
+        layers = _held_by(optimizer, adapted) if len(trainer.optimizers) > 1 else adapted
         if id(optimizer) in done or not layers:  # one that evaluates its closure several times comes several times
             return
         run.last = (step, [*done, id(optimizer)])
         reshard_(module.modules())
-        stats = layer_stats(layers, run.snapshots)
+        stats = layer_stats(layers, run.snapshots, group_names(adapted))
         run.snapshots.update(stats.snapshots)
         values = dict(run.of_merge)
         for group, found in stats.groups.items():
@@ -123,11 +125,8 @@ def _writes(trainer: Any, step: int) -> bool:
     return bool(trainer.loggers) and (trainer.fast_dev_run or (every > 0 and step % every == 0))
 
 
-def _layers_of(module: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, AdaptedWeights]:
-    """Return the adapted layers, or those that one of several optimizers holds a factor of."""
-    layers = adapted_layers(module)
-    if optimizer is None:
-        return layers
+def _held_by(optimizer: torch.optim.Optimizer, layers: Mapping[str, AdaptedWeights]) -> dict[str, AdaptedWeights]:
+    """Return the layers that one of several optimizers holds a factor of."""
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     return {name: layer for name, layer in layers.items() if any(id(factor) in held for factor in layer.factors())}
 

@@ -1,4 +1,4 @@
-"""What "all-linear" passes over is logged once: kinds of weights, and their shares of the parameters."""
+"""What "all-linear" passes over is told once: kinds of weights, and their shares of the parameters."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import BertConfig, BertModel, ConvNextV2Config, ConvNextV2Model, ViTConfig, ViTModel
 
-from lightning_lora import LoRAConfig, inject
+from lightning_lora import LoRACallback, LoRAConfig, inject, load_adapter, save_adapter, summary
+from support.training import Data, make_trainer, own_random_stream
+from support.training import Net as Trained
 
 
 class Linear(nn.Module):
@@ -71,3 +74,90 @@ def test_a_list_of_targets_passes_over_nothing_and_neither_does_a_model_of_linea
     with caplog.at_level(logging.INFO, logger="lightning_lora"):
         inject(nn.Sequential(nn.Linear(50, 50), nn.LayerNorm(2), nn.Bilinear(1, 1, 1)), LoRAConfig(r=1))
     assert "passes over" not in caplog.text
+
+
+class LayerScale(nn.Module):
+    """As ConvNeXt's blocks in torchvision and timm."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.pointwise = nn.Linear(8, 8)
+        self.layer_scale = nn.Parameter(torch.ones(*shape))
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 1, 8), (1, 8), (1, 1, 1)])
+def test_a_vector_with_dimensions_of_one_is_no_weight_and_not_suggested(shape: tuple[int, ...]):
+    inject(model := LayerScale(*shape), LoRAConfig(r=1))
+    assert summary(model).passed_over == ""
+    inject(model := LayerScale(2, 1, 4), LoRAConfig(r=1))
+    assert "1 LayerScale.layer_scale" in summary(model).passed_over
+    assert "target_parameters=['layer_scale'] adapts" in summary(model).passed_over
+
+
+def test_class_tokens_and_scales_of_transformers_models_are_not_suggested():
+    vit = ViTConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32)
+    inject(model := ViTModel(vit), LoRAConfig(r=1))
+    assert "cls_token" not in summary(model).passed_over
+    assert "ViTEmbeddings.position_embeddings" in summary(model).passed_over
+    inject(model := ConvNextV2Model(ConvNextV2Config(hidden_sizes=[8] * 4, depths=[1] * 4)), LoRAConfig(r=1))
+    assert model.encoder.stages[0].layers[0].grn.weight.dim() == 4
+    assert "GRN" not in summary(model).passed_over
+
+
+class MostlyConvolutions(Trained):
+    """A classifier of 97 % convolutions that never run."""
+
+    def __init__(self, size: int = 16) -> None:
+        super().__init__()
+        with own_random_stream(3):
+            self.stem = nn.Sequential(nn.Conv2d(size, 16, 3), nn.Conv2d(16, size, 3))
+            self.table = nn.Embedding(size, 9)
+
+
+NEARLY_ALL = r"lightning_lora: 'all-linear' passes over 9\d\.\d% of the parameters: 2 Conv2d 9\d\.\d%, 1 Embedding .*; "
+NEARLY_ALL += r"a list of target_modules can name Conv2d \('stem\.0', \.\.\.\) and Embedding \('table', \.\.\.\) too"
+
+
+def test_passing_over_nearly_all_warns_once_and_names_what_could_be_adapted(tmp_path):
+    with pytest.warns(UserWarning, match=NEARLY_ALL):
+        inject(model := MostlyConvolutions(), LoRAConfig(r=1))
+    make_trainer(tmp_path, LoRACallback(r=1), max_epochs=1).fit(model, Data())  # that warning was given
+    trainer = make_trainer(tmp_path, LoRACallback(r=1), max_epochs=1)
+    with pytest.warns(UserWarning, match=NEARLY_ALL) as caught:
+        trainer.fit(model := MostlyConvolutions(), Data())
+    assert sum("passes over" in str(warning.message) for warning in caught) == 1
+    trainer.fit(model, Data())
+    save_adapter(model, tmp_path / "adapter")
+    load_adapter(loaded := MostlyConvolutions(), tmp_path / "adapter")  # whoever trained it has chosen
+    make_trainer(tmp_path, LoRACallback(), max_epochs=1).fit(loaded, Data())
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        (lambda: MostlyConvolutions(4), {}),  # passes over less
+        (MostlyConvolutions, {"exclude_modules": ["stem.0", "stem.1", "table"]}),  # is meant
+        (MostlyConvolutions, {"target_modules": ["head"]}),
+        (lambda: nn.Sequential(nn.Linear(2, 2), Linear(30, 30)), {}),  # which cannot be adapted
+        (lambda: BertModel(BertConfig(vocab_size=99, hidden_size=16, num_attention_heads=2, intermediate_size=16)), {}),
+    ],
+)
+def test_what_is_less_meant_or_cannot_be_adapted_is_not_warned_of(model, options: dict[str, Any]):
+    inject(model(), LoRAConfig(r=1, **options))
+
+
+def test_recurrent_weights_are_what_a_model_of_them_can_adapt_by_name():
+    with pytest.warns(UserWarning, match=r"1 LSTM 9\d\.\d%; target_parameters=\['weight_ih_l0', 'weight_hh_l0'\]"):
+        inject(nn.ModuleDict({"rnn": nn.LSTM(16, 32), "head": nn.Linear(4, 4)}), LoRAConfig(r=1))
+
+
+def test_dora_suggests_only_what_it_can_adapt():
+    class Attends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(32, 2)
+            self.head = nn.Linear(4, 4)
+            self.conv = nn.Conv1d(64, 64, 16)
+
+    with pytest.warns(UserWarning, match=r"; a list of target_modules can name Conv1d \('conv', \.\.\.\) too, and"):
+        inject(Attends(), LoRAConfig(r=1, use_dora=True))

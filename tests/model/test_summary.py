@@ -10,11 +10,16 @@ import pytest
 import rich.console
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
-from lightning_lora import LoRAConfig, LoRAError, inject, merge, summary, unload
-from lightning_lora.model.summary import MOST_GROUPS, WIDTH, Memory, Summary, terminal
+from lightning_lora import LoRAConfig, LoRAError, adapter_stats, inject, is_merged, merge, summary, unload
+from lightning_lora.model.summary import MOST_GROUPS, WIDTH, Memory, Summary
+from lightning_lora.names import group_names
+from lightning_lora.notices import terminal
 from support.models import Zoo, zoo_config
+from support.quantised import NAMES, QUANTISED, quantised
+
+STARTS = ["orthogonal", "pissa", "pissa_niter_4", "olora", "eva", "lora_ga"]
 
 
 class Mixed(nn.Module):
@@ -261,3 +266,101 @@ def test_trained_rows_of_a_table_are_told_without_r_and_alpha():
     line = next(line for line in str(summary(model)).splitlines() if "embed_tokens" in line)
     assert line.split() == ["embed_tokens", "Embedding,", "3", "rows", "1", f"{3 * width:,}"]
     assert repr(model.model.embed_tokens).endswith("3 trained rows)")
+
+
+def bert() -> BertModel:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return BertModel(BertConfig(vocab_size=20, max_position_embeddings=8, **sizes))
+
+
+def test_layers_of_one_last_segment_in_one_block_are_grouped_apart():
+    inject(model := nn.ModuleDict({"net": bert()}), LoRAConfig(r=2))
+    found = [(group.name, group.count) for group in summary(model).groups]
+    assert found == [
+        *(("query", 2), ("key", 2), ("value", 2)),
+        *(("attention.output.dense", 2), ("intermediate.dense", 2), ("output.dense", 2), ("pooler.dense", 1)),
+    ]
+    assert summary(model).groups == summary(model["net"]).groups
+    assert list(adapter_stats(model).groups) == [name for name, _ in found]
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["h.0.attn.c_proj", "h.0.mlp.c_proj", "h.1.attn.c_proj"], ["attn.c_proj", "mlp.c_proj", "attn.c_proj"]),
+        (["l.0.self.out", "l.0.cross.out", "l.1.self.out", "out"], ["self.out", "cross.out", "self.out", "out"]),
+        (["0.a.net.0", "0.b.net.2", "1.a.net.0"], ["a.net.*", "b.net.*", "a.net.*"]),
+        (["0.x.a.fc", "0.y.a.fc", "0.x.b.fc"], ["x.a.fc", "y.a.fc", "b.fc"]),
+        # Of one each in a block, and of blocks without a number, the last segment tells enough.
+        (["block.0.self.q", "block.1.cross.q", "encoder.q", "decoder.q"], ["q"] * 4),
+        (["body.0", "body.3", "", "4"], ["body.*", "body.*", "(the model)", "*"]),
+        (["experts.0.w1", "experts.1.w1"], ["w1", "w1"]),
+    ],
+)
+def test_a_group_is_named_by_as_many_segments_as_tell_it_from_its_block(names: list[str], expected: list[str]):
+    assert list(group_names(names).values()) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "title"),
+    [
+        ({}, "LoRA: 2 adapted layers"),
+        ({"use_dora": True}, "DoRA: 2 adapted layers"),
+        ({"use_rslora": True}, "LoRA with use_rslora: 2 adapted layers"),
+        ({"use_dora": True, "use_rslora": True}, "DoRA with use_rslora: 2 adapted layers"),
+        ({"init_lora_weights": "gaussian"}, "LoRA: 2 adapted layers, start: gaussian"),
+        ({"init_lora_weights": False}, "LoRA: 2 adapted layers, start: random"),
+        *(({"init_lora_weights": init}, f"LoRA: 2 adapted layers, start: {init}") for init in STARTS),
+    ],
+)
+def test_the_title_names_variant_and_start(options: dict[str, Any], title: str):
+    inject(model := nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), LoRAConfig(r=2, **options))
+    assert str(summary(model)).splitlines()[0] == title
+    assert rich_text(model, 80)[0] == title
+
+
+@pytest.mark.parametrize("init", STARTS)
+def test_what_an_adapter_starts_from_is_memory_and_no_parameter(init: str):
+    inject(model := Zoo(), zoo_config(init_lora_weights=init))
+    inject(plain := Zoo(), zoo_config())
+    found, expected = summary(model), summary(plain)
+    for field in ("trainable", "total", "adapter_parameters", "groups", "also_trained"):
+        assert getattr(found, field) == getattr(expected, field)
+    is_frozen_start = [name for name, _ in model.named_parameters() if "lora_start" in name]
+    assert found.total == sum(p.numel() for name, p in model.named_parameters() if name not in is_frozen_start)
+    assert found.adapter_bytes == expected.adapter_bytes * (2 if is_frozen_start else 1)
+    assert found.memory.adapter == found.adapter_bytes
+    assert found.memory.optimizer == expected.memory.optimizer
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_a_quantised_base_is_told_and_not_called_merged(kind: str):
+    inject(model := quantised(kind), LoRAConfig(r=2, target_modules=["0", "2"]))
+    found = summary(model)
+    assert found.quantised == {NAMES[kind]: 3}  # adapted or not
+    assert [(stays.names, stays.reason) for stays in found.unmerged] == [
+        (("0", "2"), f"its weight is quantised ({NAMES[kind]})")
+    ]
+    shown = f"quantised 3 weights as {NAMES[kind]} merging factored, as no layer can be merged (0, 2:"
+    assert shown in words(found)
+    for merged_eval, said in ((True, "factored, as no layer can be merged ("), (False, "factored (merged_eval=False)")):
+        model.lora_injection.merged_eval = merged_eval
+        assert f"evaluation {said}" in words(summary(model))
+    merge(model)
+    assert is_merged(model)  # as it was called, and not undone
+    assert summary(model) == summary(model)
+    assert "evaluation merged" not in words(summary(model))
+
+
+def test_layers_that_stay_factored_beside_merged_ones_are_told_with_their_reasons():
+    model = nn.ModuleDict({name: nn.Linear(16, 16, bias=False) for name in ("a", "b", "tied")})
+    model["other"] = nn.Embedding(16, 16)
+    model["other"].weight = model["tied"].weight
+    model["renormalised"] = nn.Embedding(16, 16, max_norm=1.0)
+    inject(model, LoRAConfig(r=2, target_modules=["a", "b", "tied", "renormalised"]))
+    model.lora_injection.merged_eval = True
+    reasons = "tied: its weight is also other.weight; renormalised: max_norm"
+    assert f"evaluation merged, but for 2 layers ({reasons}" in words(summary(model))
+    inject(plain := Zoo(), zoo_config())
+    plain.lora_injection.merged_eval = True
+    assert "evaluation merged memory" in words(summary(plain))

@@ -19,7 +19,7 @@ SPEAKERS = {  # what says something to a user, and the kind of message that it i
     "warnings.warn": "warning",
     "rank_zero_warn": "warning",
     "log.info": "log",
-    "rank_zero_info": "log",
+    "tell": "log",
     "print": "printed",
     "console.print": "printed",
 }
@@ -27,7 +27,6 @@ SAYS = re.compile(
     r"(^|\.)(rank_zero_(?!only)\w+|warn|warn_explicit|warning|print|add_note)$|^(log|logger|logging)\.(?!get)"
 )
 RESULTS = {  # what is shown is no message, but what was asked for
-    "callback, _show_summary": "the summary",
     "command/main, main": "what a verb returns",
 }
 UNWRAPPED = {"list", "tuple", "str", "repr", "map", "sorted", "next", "iter", "join", "listed", "Path", "escape"}
@@ -151,6 +150,8 @@ class Source:
         if not isinstance(node, ast.Call):
             return None
         called = dotted(node.func)
+        if file.name == "notices":
+            return None  # a line is read where it is told
         if (_is_exception(file, called) and node.args) or isinstance(file.parents[node], ast.Raise):
             return called.rpartition(".")[2], node.args
         if called in SPEAKERS:

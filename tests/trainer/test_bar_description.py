@@ -10,7 +10,8 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar
 
-from lightning_lora import LoRACallback
+from lightning_lora import LoRACallback, is_merged
+from support.quantised import layer_of_bitsandbytes
 from support.runs import At, lora_with_effect
 from support.training import Data, Net, make_trainer
 
@@ -50,6 +51,35 @@ def test_bar_of_an_evaluation_with_factors_says_nothing_more(tmp_path):
         for text in bar_in(tmp_path, lora_with_effect(merged_eval=False), TQDMProgressBar(), "test")
         if "merged" in text
     ]
+
+
+class PartlyQuantised(Net):
+    """Its first layer, or all of them, in 4 bits."""
+
+    which: tuple[str, ...] = ("body.0",)
+
+    def prepare(self) -> None:
+        super().prepare()
+        for name in self.which:
+            parent, _, child = name.rpartition(".")
+            linear = self.get_submodule(name)
+            setattr(self.get_submodule(parent), child, layer_of_bitsandbytes(linear, "nf4").to("cpu"))
+
+
+class Quantised(PartlyQuantised):
+    which = ("body.0", "body.3", "head")
+
+
+@pytest.mark.parametrize(("model", "said"), [(PartlyQuantised, "Testing, partly merged"), (Quantised, "Testing")])
+@pytest.mark.parametrize("make", [TQDMProgressBar, RichProgressBar])
+def test_bar_does_not_call_merged_what_stays_factored(tmp_path, make: type[ProgressBar], model: type[Net], said: str):
+    bar, seen = make(), []
+    note = At("on_test_batch_end", lambda trainer, module: seen.append((shown(bar), is_merged(module))))
+    make_trainer(tmp_path, lora_with_effect(), bar, note, enable_progress_bar=True).test(model(), Data(), verbose=False)
+    assert seen
+    assert {text.rstrip(": ").replace(" DataLoader 0", "") for text, _ in seen} == {said}
+    assert all(merged for _, merged in seen)  # merge was called
+    assert type(bar) is make
 
 
 class Own(TQDMProgressBar):

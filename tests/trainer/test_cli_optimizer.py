@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_lora import LoRACallback, LoRACLI, LoRAError, lora_param_groups, unload
 from lightning_lora.nn.lora_layer import adapted_layers
+from support.notices import tiny_layers
 from support.runs import BATCHES, TARGETS
 from support.training import Data, Net, assert_same_tensors, make_trainer
 
@@ -165,6 +166,7 @@ def test_resumed_run_equals_that_of_the_method_resumed_from_the_same_file(tmp_pa
     assert_same_tensors(state(resumed.trainer), state(expected))
 
 
+@tiny_layers
 @pytest.mark.parametrize("cli", [LoRACLI, LightningCLI])
 def test_fit_with_names_on_the_command_line_trains_the_adapter(cli: type):
     ours = ["--lora.r=2"] if cli is LoRACLI else ["--trainer.callbacks=lightning_lora.LoRACallback"]

@@ -15,8 +15,10 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning_lora import LoRACallback, LoRAConfig, inject
 from lightning_lora.trainer.hyperparameters import as_hyperparameters
 from support.lightning_versions import PLAIN_TYPES_ONLY
+from support.notices import tiny_layers
 from support.training import Data, Net, make_trainer
 
+pytestmark = tiny_layers
 OPTIONS: dict[str, Any] = {"r": 2, "target_modules": ["body.0", "head"], "rank_pattern": {"head": 4}, "save": "merged"}
 OWN = {"width": 8, "seed": 1, "lr": 0.05}  # of Net
 

@@ -1,0 +1,67 @@
+"""Adapters that are too large for their layers, which is hardly meant."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..names import listed
+from ..nn.lora_layer import AdaptedWeights, adapted_layers
+from ..nn.low_rank import SINGLE
+
+
+@dataclass(frozen=True)
+class LargeAdapter:
+    """Sizes of an adapter, and of what it adapts: a matrix, or several as in a stack of experts."""
+
+    name: str
+    rank: int
+    parameters: int  # of A and B
+    weights: int  # that they adapt
+    most_rank: int  # that an update can have: the smaller side of its matrix
+    trains_whole: bool  # modules_to_save may name it: it is a layer, with a weight that takes a gradient
+
+    def __str__(self) -> str:
+        useless = f"; no update has a rank above {self.most_rank}" if self.rank > self.most_rank else ""
+        return f"{self.name!r} (r = {self.rank}: {self.parameters:,} parameters for {self.weights:,}{useless})"
+
+
+def describe_large_adapters(layers: Mapping[str, AdaptedWeights]) -> str:
+    """Name the adapters that are too large, and what to do; "" without any.
+
+    They have more parameters than the weights that they adapt, as each one has whose r is beyond the smaller side of
+    its matrix. An adapter of rank 1 cannot be smaller.
+    """
+    measured = (_measure(name, layer) for name, layer in layers.items() if layer.kind())
+    large = [each for each in measured if each.rank > 1 and each.parameters > each.weights]
+    if not large:
+        return ""
+    are = "adapter is too large for its layer" if len(large) == 1 else "adapters are too large for their layers"
+    names = [repr(each.name) for each in large if each.trains_whole]
+    whole = f", or train the layer whole, with modules_to_save=[{listed(names)}]" if names else ""
+    return f"{len(large)} {are}: {listed(list(map(str, large)))}. Take a smaller r there, with rank_pattern{whole}."
+
+
+def warn_of_large_adapters(model: nn.Module) -> None:
+    """Warn, once for all of them, of adapters that are too large for their layers."""
+    described = describe_large_adapters(adapted_layers(model))
+    if described:
+        warnings.warn(f"lightning_lora: {described}", stacklevel=2)
+
+
+def _measure(name: str, layer: AdaptedWeights) -> LargeAdapter:
+    """Take the sizes from the blocks of the layer's weights, made of factors without values."""
+    factors = [torch.empty(shape, device="meta") for shape in layer.factor_shapes()]
+    blocks = [block for of_weight in layer.low_rank_blocks(*factors).values() for block in of_weight]
+    return LargeAdapter(
+        name,
+        layer.lora.spec.r,
+        parameters=sum(factor.numel() for factor in factors),
+        weights=sum(len(block.left) * block.right.shape[1] for block in blocks),
+        most_rank=max(min(len(block.left), block.right.shape[1]) for block in blocks),
+        trains_whole=layer.kind() not in SINGLE and not layer.quantised(),
+    )

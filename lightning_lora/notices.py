@@ -1,0 +1,67 @@
+"""What the user is told beside warnings, the summary and single lines: on a terminal, or in Lightning's log."""
+
+from __future__ import annotations
+
+import sys
+from logging import INFO, NOTSET, Logger, StreamHandler, getLogger
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+RANK_ZERO = "lightning_utilities.core.rank_zero"  # where Lightning puts its logger and the rank of this process
+
+
+def show(shown: object) -> None:
+    """Show a summary or a line, on rank zero.
+
+    rich prints it on a terminal or in a notebook, where that is installed. Elsewhere it goes to Lightning's log. Where
+    that is silenced, on other ranks, or where the program has not imported Lightning, it goes to the logger
+    `lightning_lora`.
+    """
+    if _rank() > 0:
+        getLogger(__name__).info(str(shown))  # for whoever asks for it
+        return
+    loggers, console = _loggers(), terminal()
+    log = next((each for each in loggers if each.isEnabledFor(INFO)), loggers[0])
+    if console is None:
+        log.info(str(shown))
+    elif log.isEnabledFor(INFO):
+        console.print(shown, markup=False, highlight=False)
+
+
+def tell(message: str) -> None:
+    """Tell the user one thing, in a line that goes where the summary goes."""
+    show(message)
+
+
+def terminal() -> Console | None:
+    """Return rich's console where rich is installed and a person looks at the standard output, else None."""
+    try:
+        from rich import get_console
+    except ImportError:
+        return None
+    console = get_console()
+    return console if console.is_terminal or console.is_jupyter else None
+
+
+def _rank() -> int:
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank()
+    rank_zero_only = getattr(sys.modules.get(RANK_ZERO), "rank_zero_only", None)
+    return getattr(rank_zero_only, "rank", None) or 0
+
+
+def _loggers() -> list[Logger]:
+    """Return Lightning's logger, where the program has imported it, and this package's own."""
+    own, lightnings = getLogger(__name__), getattr(sys.modules.get(RANK_ZERO), "log", None)
+    if isinstance(lightnings, Logger) and lightnings.name != RANK_ZERO:
+        return [lightnings, own]
+    levels = {own.level, getLogger(__package__).level}
+    if levels == {NOTSET} and not own.hasHandlers():  # shown where nobody has set up logging, as Lightning's is
+        own.setLevel(INFO)
+        own.addHandler(StreamHandler())
+        own.propagate = False
+    return [own]
