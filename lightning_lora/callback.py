@@ -17,7 +17,8 @@ from torch import nn
 
 from .adapter.fingerprint import fingerprint
 from .adapter.lightning_checkpoint import Kind, check_kind
-from .config import Bias, Init, LoRAConfig, Task
+from .arguments import names_near_misses
+from .config import LEAVE_OUT, Bias, Init, LoRAConfig, PeftConfig, Task, as_config, is_config
 from .errors import LoRAError, NonFiniteError, sentence
 from .model.dequantise import dequantised_dtype
 from .model.gradients import explain_merged_training, warn_of_untrained
@@ -75,6 +76,7 @@ else:
     Callback = first_package().Callback
 
 
+@names_near_misses("LoRACallback", {**LEAVE_OUT, "config": "give it by position: LoRACallback(LoRAConfig(...))"})
 class LoRACallback(Callback):
     """Adapt any LightningModule with LoRA: inject on setup, merge while evaluating, save small checkpoints.
 
@@ -82,7 +84,7 @@ class LoRACallback(Callback):
     as it is.
 
     Args:
-        config: at most one: a LoRAConfig instead of its options one by one.
+        config: at most one: a LoRAConfig instead of its options one by one, or a peft.LoraConfig.
         merged_eval: merge for validation, test and prediction, and unmerge after.
         save: what a checkpoint holds: "adapter" (what training changes), "merged" (plain weights for programs without
             this package, and the adapter beside them) or "full" (base and adapter).
@@ -136,7 +138,7 @@ class LoRACallback(Callback):
 
     def __init__(
         self,
-        *config: LoRAConfig,
+        *config: LoRAConfig | PeftConfig,
         merged_eval: bool = True,
         save: Kind = "adapter",
         verify: bool = False,
@@ -433,18 +435,19 @@ def _show_summary(module: nn.Module) -> None:
         console.print(summary(module))
 
 
-def _one_config(configs: Sequence[LoRAConfig], options: Mapping[str, Any]) -> LoRAConfig:
+def _one_config(configs: Sequence[LoRAConfig | PeftConfig], options: Mapping[str, Any]) -> LoRAConfig:
     """Return the config that was given whole or option by option, never both."""
     from_options = LoRAConfig(**options)
     if not configs:
         return from_options
-    if len(configs) > 1 or not isinstance(configs[0], LoRAConfig):
+    if len(configs) > 1 or not is_config(configs[0]):
         types = ", ".join(type(config).__name__ for config in configs)
         raise LoRAError(f"LoRACallback: expected one LoRAConfig or options by their names, found {types}.")
+    config = as_config(configs[0])
     given = from_options.differing(LoRAConfig())
     if given:
         raise LoRAError(f"LoRACallback: {', '.join(given)} given beside a LoRAConfig; say it in the LoRAConfig.")
-    return configs[0]
+    return config
 
 
 def _become_callback_of(package: ModuleType) -> None:

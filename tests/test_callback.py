@@ -10,6 +10,7 @@ from dataclasses import fields
 from typing import Any, get_type_hints
 
 import lightning as L
+import peft
 import pytest
 import rich.console
 import torch
@@ -128,9 +129,47 @@ def test_callback_takes_a_config_instead_of_options(tmp_path):
     assert adapted(model) == TARGETS
 
 
+PEFTS = peft.LoraConfig(r=4, lora_alpha=2, target_modules=["body.0"], use_rslora=True)
+
+
+def test_callback_takes_a_config_of_peft(tmp_path):
+    callback = LoRACallback(PEFTS, save="full")
+    assert callback.config == LoRAConfig.from_peft(PEFTS)
+    assert callback.config.r == 4
+    model = Net()
+    make_trainer(tmp_path, callback).fit(model, Data())
+    assert adapted(model) == ["body.0"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"rank": 8}, "'rank' (did you mean 'r'?)"),
+        ({"lora_r": 8, "alpha": 16}, "'lora_r' (did you mean 'r'?), 'alpha' (did you mean 'lora_alpha'?)"),
+        ({"merge_eval": False}, "'merged_eval'"),
+        ({"lr": 1e-3}, "'lr' (did you mean 'lr_ratio'?)"),
+        ({"inference_mode": False}, "'inference_mode' (leave it out, it says nothing of the adapter)"),
+        ({"config": LoRAConfig()}, "'config' (give it by position: LoRACallback(LoRAConfig(...)))"),
+        ({"colour": 1}, "'colour' (there are merged_eval, save, verify, "),
+    ],
+)
+def test_an_unknown_option_of_the_callback_is_named_with_near_misses(options: dict[str, Any], said: str):
+    class OfAUser(LoRACallback):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options)
+
+    for callback in (LoRACallback, OfAUser):
+        with pytest.raises(LoRAError, match=f"^LoRACallback: there is no option .*{re.escape(said)}") as caught:
+            callback(**options)
+        assert isinstance(caught.value, TypeError)
+
+
 @pytest.mark.parametrize(
     ("configs", "options", "message"),
     [
+        ([PEFTS], {"r": 4, "bias": "all"}, r"LoRACallback: r, bias given beside a LoRAConfig"),
+        ([PEFTS, PEFTS], {}, r"expected one LoRAConfig .*, found LoraConfig, LoraConfig"),
+        ([peft.VeraConfig(target_modules=["body.0"])], {}, "expected a peft.LoraConfig, found a VeraConfig"),
         ([LoRAConfig()], {"r": 4, "bias": "all"}, r"LoRACallback: r, bias given beside a LoRAConfig"),
         ([LoRAConfig(), LoRAConfig()], {}, r"expected one LoRAConfig .*, found LoRAConfig, LoRAConfig"),
         ([{"r": 4}], {}, r"expected one LoRAConfig or options by their names, found dict"),

@@ -7,12 +7,14 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..config import LoRAConfig
+from ..arguments import names_near_misses
+from ..config import LoRAConfig, PeftConfig, as_config, is_config
 from ..distributed.sharding import is_sharded, refuse_fully_sharded
 from ..errors import LoRAError, sentence
 from ..names import ALL_LINEAR, ATTRIBUTE, canonical, uncompiled
@@ -64,7 +66,15 @@ from .targets import (
 log = logging.getLogger(__name__)
 
 
-def inject(model: nn.Module, config: LoRAConfig, *, merge_weights: bool = False, seed: int | None = None) -> list[str]:
+IN_CONFIG = {
+    field.name: f"say it in the config: inject(model, LoRAConfig({field.name}=...))" for field in fields(LoRAConfig)
+}
+
+
+@names_near_misses("inject", IN_CONFIG)
+def inject(
+    model: nn.Module, config: LoRAConfig | PeftConfig, *, merge_weights: bool = False, seed: int | None = None
+) -> list[str]:
     """Adapt the layers that the config names, in place, and freeze everything else.
 
     Module tree, parameter names, objects and storage stay; lora_A and lora_B are added to each adapted layer. The
@@ -72,7 +82,7 @@ def inject(model: nn.Module, config: LoRAConfig, *, merge_weights: bool = False,
 
     Args:
         model: any module; layers inside it are adapted.
-        config: the options.
+        config: the options; also a peft.LoraConfig, see LoRAConfig.from_peft.
         merge_weights: whether model.eval() merges and model.train() unmerges, as in loralib.
         seed: what the adapters are drawn from. Without one they come from the state of torch's random stream, which is
             not advanced: two injections in a row draw the same adapters, and a resumed run those of the first.
@@ -84,7 +94,10 @@ def inject(model: nn.Module, config: LoRAConfig, *, merge_weights: bool = False,
         LoRAError: an entry names nothing, a layer cannot be adapted, or the model was injected with other options or
             another seed. The model is then as it was.
     """
-    model = uncompiled(model)
+    if not is_config(config):
+        hint = "; LoRAConfig(**options) takes a dictionary" if isinstance(config, Mapping) else ""
+        raise LoRAError(f"inject: expected a LoRAConfig or a peft.LoraConfig, found {type(config).__name__}{hint}.")
+    model, config = uncompiled(model), as_config(config)
     earlier = find_injection(model)
     if earlier is not None and earlier.root is model and not earlier.record.validated:
         strip_adapters(model)  # a callback's, made before configure_model, which injects by itself
