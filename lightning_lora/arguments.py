@@ -42,7 +42,7 @@ def names_near_misses(subject: str, elsewhere: Mapping[str, str] | None = None) 
         @functools.wraps(function)
         def checked(*args: Any, **kwargs: Any) -> Any:
             if by_position == ["self"]:
-                refuse_by_position(subject, args[1:])
+                _refuse_by_position(args[1:])
             refuse_unknown(subject, [name for name in kwargs if name not in keywords], options, elsewhere)
             return function(*args, **kwargs)
 
@@ -64,11 +64,10 @@ def refuse_unknown(
         raise UnknownOptionError(f"{subject}: there is no option {', '.join(hints)}.")
 
 
-def refuse_by_position(subject: str, given: Sequence[Any]) -> None:
-    """Raise LoRAError, which is a TypeError too, where something is given that should have a name."""
+def _refuse_by_position(given: Sequence[Any]) -> None:
     if given:
         hint = "; LoRAConfig.from_peft takes a config of peft" if hasattr(given[0], "peft_type") else ""
-        raise UnknownOptionError(f"{subject}: expected options by their names, found {type(given[0]).__name__}{hint}.")
+        raise UnknownOptionError(f"LoRAConfig: expected options by their names, found {type(given[0]).__name__}{hint}.")
 
 
 def _hint(name: str, options: Collection[str], elsewhere: Mapping[str, str]) -> str:

@@ -51,6 +51,7 @@ from .trainer.compatibility import (
     refuse_other_options,
     refuse_unoptimized,
     warn_of_frozen,
+    warn_of_idle_optimizers,
     warn_of_part,
 )
 from .trainer.data_start import start_from_data
@@ -58,7 +59,7 @@ from .trainer.eval_mode import explain_eval_mode
 from .trainer.hyperparameters import LoggedOptions, as_hyperparameters
 from .trainer.late_layers import BUILDERS, adapt_after, stop_adapting
 from .trainer.lightning_packages import first_package, for_each_package, is_overridden
-from .trainer.log_plots import log_plots
+from .trainer.log_plots import log_plots, tell_of_no_logger
 from .trainer.precision import (
     convert_linear_layers_,
     leave_out_of_ddp_,
@@ -243,6 +244,7 @@ class LoRACallback(Callback):
         snapshot_materialised(pl_module)
         refuse_unoptimized(trainer.optimizers, pl_module)
         warn_of_frozen(pl_module)
+        warn_of_idle_optimizers(trainer.optimizers, pl_module)
         warn_of_new_heads(pl_module)
         self._fits.begin(pl_module)
         enable_input_require_grads(pl_module)
@@ -262,6 +264,8 @@ class LoRACallback(Callback):
             options = as_hyperparameters(injected.record.config, save=self.save, merged_eval=self.merged_eval)
             self._logged.add(pl_module, options)
         self._statistics.begin(trainer, pl_module)
+        if self.log_plots and injected is not None:
+            tell_of_no_logger(trainer)
         if self.verbose:
             _show_summary(pl_module)
 

@@ -303,9 +303,9 @@ def test_a_suffix_that_is_no_pictures_is_refused_before_any_work(tmp_path: Path)
         plot_adapter(tmp_path / "nothing", output=tmp_path / "a.gif")
 
 
-def test_a_missing_matplotlib_is_named_with_the_extra(monkeypatch: pytest.MonkeyPatch):
+def test_a_missing_matplotlib_is_named_with_what_installs_it(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(pictures, "find_spec", lambda name: None)
-    with pytest.raises(LoRAError, match=r"plot_adapter: needs matplotlib; install lightning-lora\[plot\]\."):
+    with pytest.raises(LoRAError, match=r"plot_adapter: needs matplotlib; pip install matplotlib\."):
         plot_adapter(blocks())
 
 
