@@ -44,12 +44,6 @@ PARTS = {  # what is raised here is part of another message
 }
 # The last where ranks agree on one of these.
 OWN_KINDS = ("LoRAError", "NonFiniteError", "UnknownOptionError", "WeightEditedError", "kind")
-    "LoRAError",
-    "NonFiniteError",
-    "UnknownOptionError",
-    "WeightEditedError",
-    "kind",
-)  # the last where ranks agree on one of these
 PYTHONS_PROTOCOLS = ("AttributeError", "ModuleNotFoundError", "added to torch's error")
 CALLED = {"verb", "where", "option", "subject", "method"}  # a name fills these in; what fills in others is a text
 LOGGED = {"warning": "Warnings", "log": "Log lines", "printed": "Printed"}
