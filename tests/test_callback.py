@@ -301,8 +301,13 @@ def test_a_differing_option_is_an_error_that_names_it(tmp_path, options: dict[st
 def test_merge_weights_is_refused_with_the_reason(tmp_path):
     model = Net()
     inject(model, LoRAConfig(r=2, target_modules=TARGETS), merge_weights=True)
-    with pytest.raises(LoRAError, match=r"merge_weights=True.*eval mode would silently stop training"):
+    with pytest.raises(LoRAError, match=r"merge_weights=True.*eval mode would silently stop training.*unload\(model\)"):
         make_trainer(tmp_path, LoRACallback()).fit(model, Data())
+    with pytest.raises(LoRAError, match=r"inject: Net was injected with merge_weights=True; unload it first\.$"):
+        inject(model, LoRAConfig(r=2, target_modules=TARGETS))
+    unload(model)
+    inject(model, LoRAConfig(r=2, target_modules=TARGETS))
+    make_trainer(tmp_path, LoRACallback()).fit(model, Data())
 
 
 class ParametersFromInit(Net):

@@ -284,7 +284,7 @@ def adapter_with_options(
     if lora_alpha is None:
         raise LoRAError(
             f"{path}: stores tensors and no options, as loralib's files do: lora_alpha is nowhere in it. Ask whoever "
-            "trained it, and pass --lora-alpha; lightning-lora export stores it with the adapter."
+            "trained it, and pass --lora-alpha to merge, export or import; what export writes holds it, for others."
         )
     for name, rank in ranks.items():
         if adapter.factor(name, A).shape[0] != rank:

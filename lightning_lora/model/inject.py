@@ -334,7 +334,9 @@ def _refuse_other(
         options = ", ".join(differences)
         raise LoRAError(f"inject: {type(model).__name__} was injected with other options ({options}); unload it first.")
     if merge_weights != record.merge_weights:
-        raise LoRAError(f"inject: {type(model).__name__} was injected with merge_weights={record.merge_weights}.")
+        raise LoRAError(
+            f"inject: {type(model).__name__} was injected with merge_weights={record.merge_weights}; unload it first."
+        )
     if seed is not None and fixed_seed(seed) != record.seed:
         raise LoRAError(f"inject: {type(model).__name__} was injected with another seed; unload it first.")
 

@@ -63,7 +63,7 @@ def refuse_other_options(record: Injection, config: LoRAConfig, seed: str = "") 
     if record.merge_weights:
         raise LoRAError(
             "LoRACallback: the model was injected with merge_weights=True, where eval() merges: a backbone kept "
-            "in eval mode would silently stop training. Call inject(model, config) without it."
+            "in eval mode would silently stop training. Call unload(model), then inject(model, config) without it."
         )
     default = LoRAConfig()
     for option in record.config.differing(config):

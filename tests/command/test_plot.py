@@ -52,7 +52,7 @@ def test_norms_are_relative_where_the_base_is_given(inputs: Path, capsys: Any):
     call(capsys, "plot", inputs / "a", "--output", inputs / "plain.svg")
     call(capsys, "plot", inputs / "a", "--base", inputs / "base.safetensors", "--output", inputs / "relative.svg")
     plain, relative = ((inputs / f"{name}.svg").read_text() for name in ("plain", "relative"))
-    assert "<!-- |s B A| -->" in plain
+    assert "<!-- rms of s B A -->" in plain
     assert "<!-- |s B A| / |W|, % -->" in relative
 
 
