@@ -15,7 +15,8 @@ from torch import nn
 
 from .adapter.fingerprint import fingerprint
 from .adapter.lightning_checkpoint import Kind, check_kind
-from .config import Bias, Init, LoRAConfig, Task
+from .arguments import names_near_misses
+from .config import LEAVE_OUT, Bias, Init, LoRAConfig, PeftConfig, Task, as_config, is_config
 from .errors import LoRAError, NonFiniteError, sentence
 from .model.dequantise import dequantised_dtype
 from .model.gradients import explain_merged_training, warn_of_untrained
@@ -51,6 +52,7 @@ from .trainer.compatibility import (
     refuse_other_options,
     refuse_unoptimized,
     warn_of_frozen,
+    warn_of_idle_optimizers,
     warn_of_part,
 )
 from .trainer.data_start import start_from_data
@@ -58,7 +60,7 @@ from .trainer.eval_mode import explain_eval_mode, warn_of_checkpointing_off
 from .trainer.hyperparameters import LoggedOptions, as_hyperparameters
 from .trainer.late_layers import BUILDERS, adapt_after, stop_adapting
 from .trainer.lightning_packages import first_package, for_each_package, is_overridden
-from .trainer.log_plots import log_plots
+from .trainer.log_plots import log_plots, tell_of_no_logger
 from .trainer.precision import (
     convert_linear_layers_,
     leave_out_of_ddp_,
@@ -76,6 +78,7 @@ else:
     Callback = first_package().Callback
 
 
+@names_near_misses("LoRACallback", {**LEAVE_OUT, "config": "give it by position: LoRACallback(LoRAConfig(...))"})
 class LoRACallback(Callback):
     """Adapt any LightningModule with LoRA: inject on setup, merge while evaluating, save small checkpoints.
 
@@ -83,7 +86,7 @@ class LoRACallback(Callback):
     as it is.
 
     Args:
-        config: at most one: a LoRAConfig instead of its options one by one.
+        config: at most one: a LoRAConfig instead of its options one by one, or a peft.LoraConfig.
         merged_eval: merge for validation, test and prediction, and unmerge after.
         save: what a checkpoint holds: "adapter" (what training changes), "merged" (plain weights for programs without
             this package, and the adapter beside them) or "full" (base and adapter).
@@ -137,7 +140,7 @@ class LoRACallback(Callback):
 
     def __init__(
         self,
-        *config: LoRAConfig,
+        *config: LoRAConfig | PeftConfig,
         merged_eval: bool = True,
         save: Kind = "adapter",
         verify: bool = False,
@@ -242,6 +245,7 @@ class LoRACallback(Callback):
         snapshot_materialised(pl_module)
         refuse_unoptimized(trainer.optimizers, pl_module)
         warn_of_frozen(pl_module)
+        warn_of_idle_optimizers(trainer.optimizers, pl_module)
         warn_of_new_heads(pl_module)
         warn_of_large_adapters(pl_module)
         warn_of_passed_over(require_injection(pl_module, "LoRACallback").record)
@@ -263,6 +267,8 @@ class LoRACallback(Callback):
             options = as_hyperparameters(injected.record.config, save=self.save, merged_eval=self.merged_eval)
             self._logged.add(pl_module, options)
         self._statistics.begin(trainer, pl_module)
+        if self.log_plots and injected is not None:
+            tell_of_no_logger(trainer)
         if self.verbose:
             show(summary(pl_module))
 
@@ -428,18 +434,19 @@ class LoRACallback(Callback):
         return lists
 
 
-def _one_config(configs: Sequence[LoRAConfig], options: Mapping[str, Any]) -> LoRAConfig:
+def _one_config(configs: Sequence[LoRAConfig | PeftConfig], options: Mapping[str, Any]) -> LoRAConfig:
     """Return the config that was given whole or option by option, never both."""
     from_options = LoRAConfig(**options)
     if not configs:
         return from_options
-    if len(configs) > 1 or not isinstance(configs[0], LoRAConfig):
+    if len(configs) > 1 or not is_config(configs[0]):
         types = ", ".join(type(config).__name__ for config in configs)
         raise LoRAError(f"LoRACallback: expected one LoRAConfig or options by their names, found {types}.")
+    config = as_config(configs[0])
     given = from_options.differing(LoRAConfig())
     if given:
         raise LoRAError(f"LoRACallback: {', '.join(given)} given beside a LoRAConfig; say it in the LoRAConfig.")
-    return configs[0]
+    return config
 
 
 def _become_callback_of(package: ModuleType) -> None:

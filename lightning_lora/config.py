@@ -9,8 +9,9 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from enum import Enum
-from typing import Any, Literal, NoReturn, cast, get_args
+from typing import Any, Literal, NoReturn, Protocol, cast, get_args
 
+from .arguments import names_near_misses, refuse_unknown
 from .errors import LoRAError
 from .names import ALL_LINEAR, MAGNITUDE, layer_number, layer_pattern, pattern_matches, suffix_pattern
 
@@ -22,10 +23,13 @@ Init = Literal["gaussian", "orthogonal", "pissa", "olora", "eva", "lora_ga"]
 # Values of init_lora_weights that let A and B start from the weight: nn/starts.py computes them.
 STARTS = re.compile(r"pissa|pissa_niter_\d+|olora")
 FROM_GRADIENTS = "lora_ga"  # model/gradient_start.py computes them
-SAYING_NOTHING = (  # of the adapter: options of a peft.LoraConfig
-    # about where it came from and how peft holds it
+# Options of a peft.LoraConfig about where the adapter came from and how peft holds it, which a model says by itself.
+OF_PEFT_ALONE = (
     *("peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision"),
     *("inference_mode", "fan_in_fan_out", "runtime_config"),
+)
+SAYING_NOTHING = (  # of the adapter: options of a peft.LoraConfig
+    *OF_PEFT_ALONE,
     # about another option, which is refused where it is in use
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_core", "qalora_group_size"),
 )
@@ -47,6 +51,16 @@ LATER = {  # the defaults of options that 0.1.0 had not
 }
 
 
+LEAVE_OUT = dict.fromkeys(OF_PEFT_ALONE, "leave it out, it says nothing of the adapter")  # for messages
+
+
+class PeftConfig(Protocol):
+    """A peft.LoraConfig, as far as it is known before LoRAConfig.from_peft looks at it."""
+
+    peft_type: Any
+
+
+@names_near_misses("LoRAConfig", LEAVE_OUT)
 @dataclass(frozen=True, kw_only=True, repr=False)
 class LoRAConfig:
     """Options of a low-rank adapter, W' = W + s * B @ A with s = lora_alpha / r (arXiv:2106.09685).
@@ -214,10 +228,7 @@ class LoRAConfig:
         """
         if not isinstance(options, Mapping):
             _refuse("the options", "a mapping", options)
-        names = sorted(field.name for field in fields(cls))
-        for name in options:
-            if name not in names:
-                _refuse(str(name), f"one of the options {', '.join(names)}", options[name])
+        refuse_unknown("LoRAConfig", map(str, options), [field.name for field in fields(cls)], LEAVE_OUT)
         return cls(**options)
 
     @classmethod
@@ -323,6 +334,20 @@ class LoRAConfig:
         for rank in (self.r, *(self.rank_pattern or {}).values()) if init == "orthogonal" else ():
             if rank % 2:
                 _refuse("r", "an even rank for init_lora_weights='orthogonal'", rank)
+
+
+def is_config(config: object) -> bool:
+    """Return whether something is a LoRAConfig, or a config of peft, of which as_config takes a peft.LoraConfig."""
+    return isinstance(config, LoRAConfig) or hasattr(config, "peft_type")
+
+
+def as_config(config: LoRAConfig | PeftConfig) -> LoRAConfig:
+    """Return a LoRAConfig as it is, and of a peft.LoraConfig the one that means the same.
+
+    Raises:
+        LoRAError: it is another config of peft, or has an option that cannot be expressed.
+    """
+    return config if isinstance(config, LoRAConfig) else LoRAConfig.from_peft(config)
 
 
 def is_start(init: object) -> bool:

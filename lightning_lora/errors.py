@@ -15,3 +15,7 @@ def sentence(text: object) -> str:
 
 class NonFiniteError(LoRAError):
     """A layer cannot be merged because W' holds NaN or Inf, or is beyond the range of its dtype."""
+
+
+class UnknownOptionError(LoRAError, TypeError):
+    """A keyword is given that there is not; a TypeError too, as Python's own is."""

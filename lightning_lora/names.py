@@ -180,6 +180,11 @@ def near_endings(entry: str, names: Iterable[str]) -> str:
     return _did_you_mean(entry, names) or _there_are(endings, 10)
 
 
+def most_frequent_ending(names: Iterable[str]) -> str:
+    """Return how most of some names end, as an entry of target_modules means them."""
+    return Counter(map(_ending, names)).most_common(1)[0][0]
+
+
 def is_typo(entry: str, names: Iterable[str]) -> bool:
     """Return whether a name that is not there must be one of `names` misspelt; the usual names of layers are not."""
     if entry in USUAL_NAMES:

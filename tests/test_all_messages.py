@@ -42,7 +42,8 @@ PARTS = {  # what is raised here is part of another message
     "nn/lora_layer, crop_to_shard",
     "nn/parameter, crop_to_shard",
 }
-OWN_KINDS = ("LoRAError", "NonFiniteError", "WeightEditedError", "kind")  # the last where ranks agree on one of these
+# The last where ranks agree on one of these.
+OWN_KINDS = ("LoRAError", "NonFiniteError", "UnknownOptionError", "WeightEditedError", "kind")
 PYTHONS_PROTOCOLS = ("AttributeError", "ModuleNotFoundError", "added to torch's error")
 CALLED = {"verb", "where", "option", "subject", "method"}  # a name fills these in; what fills in others is a text
 LOGGED = {"warning": "Warnings", "log": "Log lines", "printed": "Printed"}

@@ -10,6 +10,7 @@ from dataclasses import fields
 from typing import Any, get_type_hints
 
 import lightning as L
+import peft
 import pytest
 import rich.console
 import torch
@@ -128,9 +129,47 @@ def test_callback_takes_a_config_instead_of_options(tmp_path):
     assert adapted(model) == TARGETS
 
 
+PEFTS = peft.LoraConfig(r=4, lora_alpha=2, target_modules=["body.0"], use_rslora=True)
+
+
+def test_callback_takes_a_config_of_peft(tmp_path):
+    callback = LoRACallback(PEFTS, save="full")
+    assert callback.config == LoRAConfig.from_peft(PEFTS)
+    assert callback.config.r == 4
+    model = Net()
+    make_trainer(tmp_path, callback).fit(model, Data())
+    assert adapted(model) == ["body.0"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"rank": 8}, "'rank' (did you mean 'r'?)"),
+        ({"lora_r": 8, "alpha": 16}, "'lora_r' (did you mean 'r'?), 'alpha' (did you mean 'lora_alpha'?)"),
+        ({"merge_eval": False}, "'merged_eval'"),
+        ({"lr": 1e-3}, "'lr' (did you mean 'lr_ratio'?)"),
+        ({"inference_mode": False}, "'inference_mode' (leave it out, it says nothing of the adapter)"),
+        ({"config": LoRAConfig()}, "'config' (give it by position: LoRACallback(LoRAConfig(...)))"),
+        ({"colour": 1}, "'colour' (there are merged_eval, save, verify, "),
+    ],
+)
+def test_an_unknown_option_of_the_callback_is_named_with_near_misses(options: dict[str, Any], said: str):
+    class OfAUser(LoRACallback):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options)
+
+    for callback in (LoRACallback, OfAUser):
+        with pytest.raises(LoRAError, match=f"^LoRACallback: there is no option .*{re.escape(said)}") as caught:
+            callback(**options)
+        assert isinstance(caught.value, TypeError)
+
+
 @pytest.mark.parametrize(
     ("configs", "options", "message"),
     [
+        ([PEFTS], {"r": 4, "bias": "all"}, r"LoRACallback: r, bias given beside a LoRAConfig"),
+        ([PEFTS, PEFTS], {}, r"expected one LoRAConfig .*, found LoraConfig, LoraConfig"),
+        ([peft.VeraConfig(target_modules=["body.0"])], {}, "expected a peft.LoraConfig, found a VeraConfig"),
         ([LoRAConfig()], {"r": 4, "bias": "all"}, r"LoRACallback: r, bias given beside a LoRAConfig"),
         ([LoRAConfig(), LoRAConfig()], {}, r"expected one LoRAConfig .*, found LoRAConfig, LoRAConfig"),
         ([{"r": 4}], {}, r"expected one LoRAConfig or options by their names, found dict"),
@@ -262,8 +301,13 @@ def test_a_differing_option_is_an_error_that_names_it(tmp_path, options: dict[st
 def test_merge_weights_is_refused_with_the_reason(tmp_path):
     model = Net()
     inject(model, LoRAConfig(r=2, target_modules=TARGETS), merge_weights=True)
-    with pytest.raises(LoRAError, match=r"merge_weights=True.*eval mode would silently stop training"):
+    with pytest.raises(LoRAError, match=r"merge_weights=True.*eval mode would silently stop training.*unload\(model\)"):
         make_trainer(tmp_path, LoRACallback()).fit(model, Data())
+    with pytest.raises(LoRAError, match=r"inject: Net was injected with merge_weights=True; unload it first\.$"):
+        inject(model, LoRAConfig(r=2, target_modules=TARGETS))
+    unload(model)
+    inject(model, LoRAConfig(r=2, target_modules=TARGETS))
+    make_trainer(tmp_path, LoRACallback()).fit(model, Data())
 
 
 class ParametersFromInit(Net):
@@ -286,6 +330,62 @@ class HeadOnly(Net):
 def test_an_adapter_that_no_optimizer_holds_is_an_error(tmp_path, model_class: type[Net]):
     with pytest.raises(LoRAError, match=r"no optimizer holds the adapter parameter 'body\.0\.lora_A'"):
         make_trainer(tmp_path, LoRACallback(r=2, target_modules=TARGETS)).fit(model_class(), Data())
+
+
+class Adversarial(Net):
+    """A network with a critic, each with an optimizer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.critic = nn.Sequential(nn.Conv1d(1, 2, 1), nn.Flatten(), nn.Linear(12, 1))
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        first, second = self.optimizers()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        first.step()
+        if any(parameter.requires_grad for parameter in self.critic.parameters()):
+            self.manual_backward(self.critic(batch[0][:, None]).mean())
+            second.step()
+
+    def configure_optimizers(self) -> Any:
+        rest = [each for name, each in self.named_parameters() if not name.startswith("critic")]
+        return torch.optim.SGD(rest, lr=0.1), torch.optim.Adam(self.critic.parameters(), lr=0.1)
+
+
+def test_an_optimizer_of_frozen_parameters_alone_is_named_with_a_remedy_that_works(tmp_path):
+    named = r"optimizer 1 \(Adam\) holds frozen parameters alone, first 'critic\.0\.weight' \(4 in all\)"
+    with pytest.warns(UserWarning, match=rf"{named}.*pass modules_to_save=\['critic'\]; to adapt their layers"):
+        make_trainer(tmp_path, LoRACallback(r=2, target_modules=TARGETS)).fit(Adversarial(), Data())
+    model = Adversarial()
+    before = weights(model)
+    make_trainer(tmp_path, LoRACallback(r=2, target_modules=TARGETS, modules_to_save=["critic"])).fit(model, Data())
+    assert not torch.equal(model.critic[0].weight, before["critic.0.weight"])
+    model = Adversarial()
+    make_trainer(tmp_path, LoRACallback(r=2, target_modules=[*TARGETS, "critic.0"])).fit(model, Data())
+    assert model.critic[0].lora_B.abs().sum() > 0
+
+
+class NormsByThemselves(Net):
+    """Its second optimizer is for what lies between adapted layers."""
+
+    def configure_optimizers(self) -> Any:
+        norm = {id(parameter) for parameter in self.body[1].parameters()}
+        rest = [parameter for parameter in self.parameters() if id(parameter) not in norm]
+        return torch.optim.SGD(rest, lr=0.1), torch.optim.SGD(self.body[1].parameters(), lr=0.1)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.manual_backward(super().training_step(batch, batch_idx))
+        self.optimizers()[0].step()
+
+
+def test_a_module_that_holds_adapted_layers_is_no_remedy(tmp_path):
+    with pytest.warns(UserWarning, match=r"modules_to_save=\['body\.1'\]"):
+        make_trainer(tmp_path, LoRACallback(r=2, target_modules=TARGETS)).fit(NormsByThemselves(), Data())
 
 
 class FreezesBody(L.Callback):

@@ -17,7 +17,16 @@ PACKAGE = Path(lightning_lora.__file__).parent
 FILES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
 TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
 
-GROUND = {"errors", "names", "config", "metrics", "notices", "units", "progress"}  # files that every room may import
+GROUND = {  # files at the top that every room may import
+    "arguments",
+    "config",
+    "errors",
+    "metrics",
+    "names",
+    "notices",
+    "progress",
+    "units",
+}
 MAY_IMPORT = {  # beside itself and the ground; files at the top may import everything
     "distributed": set(),
     "files": set(),

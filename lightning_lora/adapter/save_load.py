@@ -21,7 +21,7 @@ from ..model.inject import inject, inject_to_load, unload
 from ..model.injection import find_injection, require_injection
 from ..model.merging import is_merged, merge, unmerge
 from ..model.targets import Targets
-from ..names import META, A
+from ..names import META, A, listed, names_factor
 from ..nn.lora_layer import adapted_layers
 from .adapter import Adapter, check_factors, exact_options, options_hold
 from .apply import (
@@ -72,7 +72,8 @@ def load_adapter(model: nn.Module, source: PathLike | Mapping[str, Any], *, stri
     Args:
         model: a model with the base that the adapter was trained on.
         source: a PEFT folder, a Lightning checkpoint of any kind, a file with a state dict, or a state dict; also one
-            of a PeftModel, or of a LightningModule that holds one. A source without options (a bare state dict) needs
+            of a PeftModel, or of a LightningModule that holds one, or a dictionary with such a state dict in an entry,
+            as Fabric saves it. A source without options (a bare state dict) needs
             an injected model, whose options then hold.
         strict_base: whether another base than the adapter's is an error or a warning.
 
@@ -213,15 +214,47 @@ def read_adapter(source: PathLike | Mapping[str, Any], order: Order = usual_orde
         raise LoRAError(f"load_adapter: expected a path or a state dict, found {type(source).__name__}.")
     if META in source:
         return adapter_of(source)[0]
-    state = source.get("state_dict", source)
-    if not isinstance(state, Mapping):
-        raise LoRAError(f"load_adapter: expected a state dict, found {type(state).__name__}.")
-    tensors = {n: v for n, v in state.items() if isinstance(n, str) and isinstance(v, torch.Tensor)}
+    tensors = _tensors_in(source.get("state_dict", source))
     if are_peft_names(tensors):
         return read_state(tensors, "adapter", source.get(HYPER_PARAMETERS))
     adapter = Adapter(tensors)
     check_factors(adapter, "adapter")
     return adapter
+
+
+def _tensors_in(state: Any) -> dict[str, torch.Tensor]:
+    """Return the tensors of a state dict, or of the only entry with an adapter of a dictionary of them, as Fabric's.
+
+    Raises:
+        LoRAError: several entries have one, or there are no tensors.
+    """
+    if not isinstance(state, Mapping):
+        raise LoRAError(f"load_adapter: expected a state dict, found {type(state).__name__}.")
+    tensors = _named_tensors(state)
+    if _name_adapter(tensors):
+        return tensors
+    below = {key: _named_tensors(value) for key, value in state.items() if isinstance(value, Mapping)}
+    found = {key: inside for key, inside in below.items() if _name_adapter(inside)}
+    if len(found) > 1:
+        first, second, *_ = found
+        raise LoRAError(
+            f"load_adapter: {first!r} and {second!r} hold an adapter each; pass the one that you want, as "
+            f"load_adapter(model, checkpoint[{first!r}])."
+        )
+    if not found and not tensors and state:
+        raise LoRAError(
+            f"load_adapter: the source holds no lora_A, neither by itself nor in an entry; it holds "
+            f"{listed(list(map(repr, state)))}."
+        )
+    return next(iter(found.values()), tensors)
+
+
+def _named_tensors(state: Mapping[Any, Any]) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in state.items() if isinstance(name, str) and isinstance(value, torch.Tensor)}
+
+
+def _name_adapter(tensors: Mapping[str, torch.Tensor]) -> bool:
+    return any(map(names_factor, tensors)) or are_peft_names(tensors)
 
 
 def adapter_with_options(
@@ -251,7 +284,7 @@ def adapter_with_options(
     if lora_alpha is None:
         raise LoRAError(
             f"{path}: stores tensors and no options, as loralib's files do: lora_alpha is nowhere in it. Ask whoever "
-            "trained it, and pass --lora-alpha; lightning-lora export stores it with the adapter."
+            "trained it, and pass --lora-alpha to merge, export or import; what export writes holds it, for others."
         )
     for name, rank in ranks.items():
         if adapter.factor(name, A).shape[0] != rank:

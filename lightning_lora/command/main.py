@@ -39,7 +39,7 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         from jsonargparse import ArgumentParser
     except ImportError:
-        print("lightning-lora: needs jsonargparse; install lightning-lora[cli].", file=sys.stderr)
+        print("lightning-lora: needs jsonargparse; pip install 'jsonargparse[signatures]'.", file=sys.stderr)
         return 1
     parsed = _parser(ArgumentParser).parse_args(args)
     verb, options = parsed.verb, parsed[parsed.verb]

@@ -24,10 +24,11 @@ from ..progress import progress_bar
 from .gradient_start import start_from_gradients
 from .injection import refuse_replaced_layers, require_injection
 from .merging import is_merged
-from .over_batches import evaluating, from_first_rank, in_step
+from .over_batches import Caller, evaluating, from_first_rank, in_step
 
 FROM_DATA = ("eva", "lora_ga")  # values of init_lora_weights that say so
 ITERATIONS, SEED = 4, 42  # of the decomposition, as in PEFT
+TAU = 0.99  # as in PEFT
 IGNORED = -100  # the label of a token that is not learned from, as in transformers
 
 Forward = Callable[[nn.Module, Any], object]
@@ -57,7 +58,7 @@ def initialize_from_data(
     forward: Forward = call_with,
     *,
     mask: Mask = learned_tokens,
-    tau: float = 0.99,
+    tau: float = TAU,
 ) -> None:
     """Let the adapters of linear layers start from data, as init_lora_weights says. In place.
 
@@ -80,11 +81,24 @@ def initialize_from_data(
         LoRAError: the model was not injected, is merged or was trained already, there are no batches, a layer never
             ran or what it got is not finite, or a weight has no gradient to start from. Nothing is changed.
     """
-    layers = _linear_layers(model, "initialize_from_data")
-    if require_injection(model, "initialize_from_data").record.config.has_start:
-        start_from_gradients(uncompiled(model), layers, batches, forward)
+    start_from_batches(model, batches, forward, mask, tau)
+    require_injection(model, "initialize_from_data").record.started = True
+
+
+def start_from_batches(
+    model: nn.Module,
+    batches: Iterable[Any],
+    forward: Forward,
+    mask: Mask = learned_tokens,
+    tau: float = TAU,
+    caller: Caller = Caller(),  # noqa: B008
+) -> None:
+    """Do what initialize_from_data does, for a caller whom messages name."""
+    layers = _linear_layers(model, caller.verb)
+    if require_injection(model, caller.verb).record.config.has_start:
+        start_from_gradients(uncompiled(model), layers, batches, forward, caller)
     else:
-        _start_from_inputs(model, layers, batches, forward, mask, tau)
+        _start_from_inputs(model, layers, batches, forward, mask, tau, caller)
     others = [name for name in adapted_layers(model) if name not in layers]
     if others:
         log.info("lightning_lora: %s start as without data, which is for linear layers alone", listed(others))
@@ -97,12 +111,11 @@ def _start_from_inputs(
     forward: Forward,
     mask: Mask,
     tau: float,
+    caller: Caller,
 ) -> None:
     """Let A be the principal components of the inputs. In place."""
     sizes = {name: min(layer.lora.spec.r, layer.lora_A.shape[1]) for name, layer in layers.items()}
-    found = _principal_components(
-        model, batches, forward, mask, tau, "initialize_from_data", sizes, lambda components: sizes
-    )
+    found = _principal_components(model, batches, forward, mask, tau, caller, sizes, lambda components: sizes)
     for name, layer in layers.items():
         values = from_first_rank(found[name].components)[: sizes[name]]
         start = values.new_zeros(layer.lora_A.shape)  # a rank beyond the number of features is not used
@@ -117,7 +130,7 @@ def redistribute_ranks(
     *,
     mask: Mask = learned_tokens,
     rho: float = 2.0,
-    tau: float = 0.99,
+    tau: float = TAU,
     adjust_alpha: bool = True,
 ) -> LoRAConfig:
     """Return options that divide the ranks anew, by how much of its inputs' variance each layer's components explain.
@@ -147,7 +160,7 @@ def redistribute_ranks(
         forward,
         mask,
         tau,
-        "redistribute_ranks",
+        Caller("redistribute_ranks"),
         sizes,
         lambda components: _divide(sum(ranks.values()), components),
     )
@@ -255,14 +268,14 @@ def _principal_components(
     forward: Forward,
     mask: Mask,
     tau: float,
-    verb: str,
+    caller: Caller,
     sizes: Mapping[str, int],
     needed: Callable[[Mapping[str, PrincipalComponents]], Mapping[str, int]],
 ) -> dict[str, PrincipalComponents]:
     """Return each layer's components; layers that get the same inputs share them.
 
     Args:
-        verb: what an error begins with.
+        caller: whom messages name.
         sizes: how many components, by layer.
         needed: how many of them have to converge, by layer.
     """
@@ -274,30 +287,30 @@ def _principal_components(
         shown = 0
         for batch in in_step(batches, lambda: bool(found) and not _unconverged(found, needed)):
             keep = mask(batch)
-            with inputs.recorded(set(found and _unconverged(found, needed)) or set(layers), verb):
+            with inputs.recorded(set(found and _unconverged(found, needed)) or set(layers), caller):
                 forward(model, batch)
             if not found:
                 found.update(_shared(inputs.seen, sizes, tau))
             recorded = {id(found[name]): name for name in inputs.seen}  # once where several share components
             for name in recorded.values():
-                found[name].add(_rows(inputs.seen[name], keep, name, verb))
+                found[name].add(_rows(inputs.seen[name], keep, name, caller.verb))
             done = len(layers) - len(_unconverged(found, needed))
             advance(max(done - shown, 0))
             shown = max(done, shown)
     if not found:
-        raise LoRAError(f"{verb}: there are no batches.")
+        raise LoRAError(f"{caller.verb}: there are no batches.")
     few = [name for name, components in found.items() if components.components is None]
     if few:
         each = found[few[0]]
         raise LoRAError(
-            f"{verb}: {few[0]!r} was to get {each.size} components, and all batches together have "
+            f"{caller.verb}: {few[0]!r} was to get {each.size} components, and all batches together have "
             f"{sum(map(len, each.waiting))} inputs for it; give more batches, or a smaller r."
         )
     slow = _unconverged(found, needed)
     if slow:
         warnings.warn(
             f"lightning_lora: the components of {listed(slow)} ({len(slow)} of {len(layers)} layers) had not converged "
-            "when the batches ended; they are used as they are. More batches, or a smaller tau, would do.",
+            f"when the batches ended; they are used as they are. {caller.slow}.",
             stacklevel=3,
         )
     return found
@@ -311,7 +324,7 @@ class _Inputs:
         self.seen: dict[str, torch.Tensor] = {}
 
     @contextmanager
-    def recorded(self, names: set[str], verb: str) -> Iterator[None]:
+    def recorded(self, names: set[str], caller: Caller) -> Iterator[None]:
         """Record inside the first input of each of these layers, and check afterwards that they all ran."""
         self.seen = {}
 
@@ -330,8 +343,8 @@ class _Inputs:
         idle = [name for name in self.layers if name in names and name not in self.seen]
         if idle:
             raise LoRAError(
-                f"{verb}: {idle[0]!r} did not run in the forward ({len(idle)} of {len(names)} layers); "
-                "leave it out with exclude_modules, or give a forward that calls it."
+                f"{caller.verb}: {idle[0]!r} did not run in {caller.forward} ({len(idle)} of {len(names)} layers); "
+                f"leave it out with exclude_modules, or let {caller.forward} call it."
             )
 
 

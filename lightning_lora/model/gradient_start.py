@@ -20,7 +20,7 @@ from ..errors import LoRAError
 from ..nn.lora_layer import AdaptedWeights, active_as
 from ..nn.low_rank import TRANSPOSED
 from ..progress import progress_bar
-from .over_batches import evaluating, from_first_rank, in_step
+from .over_batches import Caller, evaluating, from_first_rank, in_step
 
 GAMMA = 16.0  # the paper's
 ITERATIONS, OVERSAMPLED, SEED = 4, 4, 42  # of the decomposition; the first two as in PEFT
@@ -31,6 +31,7 @@ def start_from_gradients(
     layers: Mapping[str, AdaptedWeights],
     batches: Iterable[Any],
     forward: Callable[[nn.Module, Any], object],
+    caller: Caller,
 ) -> None:
     """Let A and B, and what is subtracted, start from the mean gradient over all batches. In place.
 
@@ -43,12 +44,12 @@ def start_from_gradients(
         if layer.quantised() or is_sharded(layer.main_weight()):
             what = "is quantised" if layer.quantised() else "is sharded"
             raise LoRAError(
-                f"initialize_from_data: the weight of {name!r} {what}, and gradients of whole weights are needed; "
-                "choose another init_lora_weights, or call this before the model is sharded."
+                f"{caller.verb}: the weight of {name!r} {what}, and gradients of whole weights are needed; choose "
+                "another init_lora_weights, or call initialize_from_data before the model is sharded."
             )
     weights = {name: layer.main_weight() for name, layer in layers.items()}
     with active_as(layers.values(), False):  # their products are zero so far
-        gradients = _mean_gradients(model, weights, batches, forward)
+        gradients = _mean_gradients(model, weights, batches, forward, caller)
     starts = {}
     with progress_bar("decomposing", len(layers)) as advance:
         for name, layer in layers.items():
@@ -66,30 +67,31 @@ def _mean_gradients(
     weights: Mapping[str, nn.Parameter],
     batches: Iterable[Any],
     forward: Callable[[nn.Module, Any], object],
+    caller: Caller,
 ) -> dict[str, torch.Tensor]:
     """Return the mean gradient of each weight over the batches of all ranks, in float32."""
     sums = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
     count = 0
     with evaluating(model), _requiring_gradients(model, weights), torch.enable_grad():
         for batch in in_step(batches, lambda: False):
-            _loss(forward(model, batch)).backward()  # type: ignore[no-untyped-call]
+            _loss(forward(model, batch), caller).backward()  # type: ignore[no-untyped-call]
             count += 1
             for name, weight in weights.items():
                 if weight.grad is None:
                     raise LoRAError(
-                        f"initialize_from_data: no gradient reaches the weight of {name!r}; leave it out with "
-                        "exclude_modules, or give a forward whose loss depends on it."
+                        f"{caller.verb}: no gradient reaches the weight of {name!r}; leave it out with "
+                        f"exclude_modules, or let the loss of {caller.forward} depend on it."
                     )
                 sums[name] += weight.grad
                 weight.grad = None
     if not count:
-        raise LoRAError("initialize_from_data: there are no batches.")
+        raise LoRAError(f"{caller.verb}: there are no batches.")
     for name, total in sums.items():
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(total)
             total /= dist.get_world_size()
         if not total.isfinite().all():
-            raise LoRAError(f"initialize_from_data: the gradient of the weight of {name!r} holds NaN or Inf.")
+            raise LoRAError(f"{caller.verb}: the gradient of the weight of {name!r} holds NaN or Inf.")
         total /= count
     return sums
 
@@ -110,13 +112,13 @@ def _requiring_gradients(model: nn.Module, weights: Mapping[str, nn.Parameter]) 
             parameter.grad = gradient
 
 
-def _loss(result: object) -> torch.Tensor:
+def _loss(result: object, caller: Caller) -> torch.Tensor:
     """Return the loss in what a forward returned."""
     loss = result.get("loss") if isinstance(result, Mapping) else getattr(result, "loss", result)
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
         raise LoRAError(
-            "initialize_from_data: to start from gradients, forward(model, batch) must return the loss, or what holds "
-            f"it as `loss`; found {type(result).__name__}."
+            f"{caller.verb}: to start from gradients, {caller.forward} must return the loss, or what holds it as "
+            f"`loss`; found {type(result).__name__}."
         )
     return loss
 

@@ -6,12 +6,14 @@ import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..config import LoRAConfig
+from ..arguments import names_near_misses
+from ..config import LoRAConfig, PeftConfig, as_config, is_config
 from ..distributed.sharding import is_sharded, refuse_fully_sharded
 from ..errors import LoRAError, sentence
 from ..names import ALL_LINEAR, ATTRIBUTE, canonical, listed, uncompiled
@@ -62,8 +64,15 @@ from .targets import (
     check_untied,
 )
 
+IN_CONFIG = {
+    field.name: f"say it in the config: inject(model, LoRAConfig({field.name}=...))" for field in fields(LoRAConfig)
+}
 
-def inject(model: nn.Module, config: LoRAConfig, *, merge_weights: bool = False, seed: int | None = None) -> list[str]:
+
+@names_near_misses("inject", IN_CONFIG)
+def inject(
+    model: nn.Module, config: LoRAConfig | PeftConfig, *, merge_weights: bool = False, seed: int | None = None
+) -> list[str]:
     """Adapt the layers that the config names, in place, and freeze everything else.
 
     Module tree, parameter names, objects and storage stay; lora_A and lora_B are added to each adapted layer. The
@@ -71,7 +80,7 @@ def inject(model: nn.Module, config: LoRAConfig, *, merge_weights: bool = False,
 
     Args:
         model: any module; layers inside it are adapted.
-        config: the options.
+        config: the options; also a peft.LoraConfig, see LoRAConfig.from_peft.
         merge_weights: whether model.eval() merges and model.train() unmerges, as in loralib.
         seed: what the adapters are drawn from. Without one they come from the state of torch's random stream, which is
             not advanced: two injections in a row draw the same adapters, and a resumed run those of the first.
@@ -83,7 +92,10 @@ def inject(model: nn.Module, config: LoRAConfig, *, merge_weights: bool = False,
         LoRAError: an entry names nothing, a layer cannot be adapted, or the model was injected with other options or
             another seed. The model is then as it was.
     """
-    model = uncompiled(model)
+    if not is_config(config):
+        hint = "; LoRAConfig(**options) takes a dictionary" if isinstance(config, Mapping) else ""
+        raise LoRAError(f"inject: expected a LoRAConfig or a peft.LoraConfig, found {type(config).__name__}{hint}.")
+    model, config = uncompiled(model), as_config(config)
     earlier = find_injection(model)
     if earlier is not None and earlier.root is model and not earlier.record.validated:
         strip_adapters(model)  # a callback's, made before configure_model, which injects by itself
@@ -332,7 +344,9 @@ def _refuse_other(
         options = ", ".join(differences)
         raise LoRAError(f"inject: {type(model).__name__} was injected with other options ({options}); unload it first.")
     if merge_weights != record.merge_weights:
-        raise LoRAError(f"inject: {type(model).__name__} was injected with merge_weights={record.merge_weights}.")
+        raise LoRAError(
+            f"inject: {type(model).__name__} was injected with merge_weights={record.merge_weights}; unload it first."
+        )
     if seed is not None and fixed_seed(seed) != record.seed:
         raise LoRAError(f"inject: {type(model).__name__} was injected with another seed; unload it first.")
 

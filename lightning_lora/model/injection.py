@@ -52,6 +52,7 @@ class Injection:
     measures_rounding: bool = False  # each merge measures what rounding to 16 bits costs, not the first alone
     rounding: float | None = None  # what it cost when it was measured last, as MergeFidelity
     left_out: dict[str, str] = field(default_factory=dict)  # layers that "all-linear" leaves out, with the reason
+    started: bool = False  # initialize_from_data was called, so that a fit does not start from its own data
     values_follow: bool = False  # an adapter is loaded next, so that nothing is computed from weights for it
     passed_over: str = ""  # what "all-linear" left alone beside these: its share, and kinds of weights with theirs
     passes_over_nearly_all: bool = False  # which is to be warned of once

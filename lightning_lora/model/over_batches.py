@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,6 +41,21 @@ def from_first_rank(values: torch.Tensor | None) -> torch.Tensor:
         values = values.contiguous()
         dist.broadcast(values, 0)
     return values
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who runs the model over batches, as messages call it.
+
+    Attributes:
+        verb: what a message begins with.
+        forward: what runs the model.
+        slow: what helps where components do not converge.
+    """
+
+    verb: str = "initialize_from_data"
+    forward: str = "the forward"
+    slow: str = "More batches, or a smaller tau, would do"
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import cast
 
 from torch import nn
@@ -22,6 +22,7 @@ from ..names import (
     layer_number,
     listed,
     matcher,
+    most_frequent_ending,
     near_endings,
     near_misses,
     pattern_matches,
@@ -127,7 +128,7 @@ class Targets:
     def _check_entries(
         self,
         config: LoRAConfig,
-        chosen: Iterable[str],
+        chosen: Collection[str],
         modules: Mapping[str, nn.Module],
         weights: Mapping[str, tuple[nn.Module, str]],
     ) -> None:
@@ -164,8 +165,24 @@ class Targets:
             }
         if not self.names() and not any(self.unmatched.values()):
             both = f": {self.saved_instead[0]!r} {TRAINED_WHOLE}" if self.saved_instead else ""
+            both = both or self._what_there_is(chosen, modules)
             targets = config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
             self.unmatched[f"target_modules: {targets!r} leaves no layer to adapt{both}"] = True
+
+    def _what_there_is(self, chosen: Collection[str], modules: Mapping[str, nn.Module]) -> str:
+        """Say why nothing is left, and what else could be adapted: its kinds, each with how to name it."""
+        if chosen:
+            first = next(iter(chosen))
+            return f"; another option takes out {first!r} ({len(chosen)} in all): exclude_modules or modules_to_save"
+        said = "".join(f"; {name!r} is left out: {reason}" for name, reason in list(self.left_out.items())[:1])
+        kinds: dict[str, list[str]] = {}
+        for name, module in modules.items():
+            if layer_class(module) and self.saved.keys().isdisjoint((name, *around(name))):
+                kinds.setdefault(type(module).__name__, []).append(name)
+        if not kinds:
+            return f"{said}; there is no layer of a kind that can be adapted: {ADAPTABLE}"
+        shown = [f"{len(names)} {kind}, as {most_frequent_ending(names)!r}" for kind, names in kinds.items()]
+        return f"{said}; name others in target_modules: {listed(shown, 4)}"
 
     def _check_numbers(self, config: LoRAConfig, chosen: Iterable[str]) -> None:
         """Say which entries of layers_to_transform and layers_pattern name nothing."""
@@ -316,7 +333,9 @@ def check_supported(name: str, module: nn.Module, config: LoRAConfig) -> None:
         problem = f"a {type(module).__module__}.{kind} cannot be adapted, only {ADAPTABLE} and their subclasses can"
         problem += f"; name the layers inside it, as {inside[0]!r}" if inside else ""
         weights = [leaf for leaf, (owner, _) in weights_of({"": module}).items() if owner is module]
-        problem += f"; its parameters are adapted by target_parameters={weights}" if weights and not inside else ""
+        if weights and not inside:
+            whole = [f"{name}.{leaf}" for leaf in weights]
+            problem += f"; leave it out of target_modules, and adapt its parameters by target_parameters={whole}"
     elif hasattr(module, A):
         problem = f"the {kind} has a lora_A of another library; take that out first"
     elif "forward" in vars(module):

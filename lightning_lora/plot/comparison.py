@@ -37,7 +37,8 @@ def comparison_picture(first: Updates, second: Updates) -> Picture:
         for axes, grid, updates, place in zip(panels, grids, (first, second), ("first", "second"), strict=False):
             colours = draw_grid(axes, grid, most, percent=relative, xlabel=False)
             axes.set_title(f"{place}: {updates.source}", loc="left", color="0.35")
-        figure.colorbar(colours, ax=panels[:2], label=norm_label(first, relative=relative), pad=0.01, aspect=30)
+        label = norm_label(relative=relative, scaled=first.scaled and second.scaled)
+        figure.colorbar(colours, ax=panels[:2], label=label, pad=0.01, aspect=30)
         colours = draw_grid(panels[2], angles, 1.0, -1.0, text=cosine_text)
         panels[2].set_title("cosine between the two updates", loc="left", color="0.35")
         figure.colorbar(colours, ax=panels[2], label="cosine", pad=0.01, aspect=15)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from statistics import median
 
 from .layout import Cell, cell_name, shortened
@@ -17,44 +18,76 @@ ALIKE = 3.0
 # Of spectra: the share of the squared norm in the larger half of the r directions. Above: without the other half, the
 # update changes by less than a tenth of its norm. Below: the spectrum is near flat, at 1/2.
 TOO_LARGE, TOO_SMALL = 0.99, 0.75
-# Of two adapters: the median cosine.
-SAME, UNRELATED = 0.9, 0.1
+# Of two adapters: the median cosine. Beyond what chance gives and up to SLIGHT, they agree slightly.
+SAME, SLIGHT = 0.9, 0.1
+# By chance, the cosine of two updates of n weights has a deviation of 1 / sqrt(n). Within so many deviations, nothing
+# tells that it is more.
+CHANCE = 3.0
 # Of statistics: the last quarter of a run changes norms by less.
 SETTLED = 0.05
 
 
 def on_norms(updates: Updates) -> str:
-    """Say which layer moved most, and how much more than the median one; ALIKE is the rule."""
+    """Say which layer moved most, and how much more than the median one; ALIKE is the rule.
+
+    Without the weights it is about the root mean square of each update, and says so.
+    """
     relative = updates.relative
-    norms = updates.norms(relative=relative)
-    unit, amount = (" of its weight", _percent) if relative else ("", _number)
-    broken = [cell for cell, norm in norms.items() if not math.isfinite(norm)]
+    measured = updates.norms(relative=relative)
+    broken = [cell for cell, norm in updates.norms(relative=False).items() if not math.isfinite(norm)]
     if broken:
-        return f"{_counted(len(broken), 'update')} of {len(norms)} not finite, first {_name(broken[0])}"
+        return f"{_counted(len(broken), 'update')} of {len(measured)} not finite, first {_name(broken[0])}"
+    norms = {cell: norm for cell, norm in measured.items() if math.isfinite(norm)}
+    left_out = len(measured) - len(norms)
+    if not norms:
+        return "All weights are zero or not finite, so nothing tells how far they moved"
+    unseen = "; magnitudes do not count" if updates.adapter.magnitudes() else ""
+    if not any(measured.values()):
+        return f"{'Every' if unseen else 'Nothing has moved: every'} update is zero{unseen}"
     largest = max(norms, key=lambda cell: norms[cell])
-    if not norms[largest]:
-        return "Nothing has moved: every update is zero"
     middle, still = median(norms.values()), sum(not norm for norm in norms.values())
-    rest = f"; {still} of {len(norms)} did not move" if still else ""
+    rest = f"; {still} of {len(measured)} did not move" if still else ""
+    rest += f"; of {left_out} the weights are zero or not finite" if left_out else ""
+    rest += unseen if updates.scaled else f"; without s, which is not stored{unseen}"
+    return (_on_shares if relative else _on_sizes)(norms, largest, middle) + rest
+
+
+def _on_shares(norms: Mapping[Cell, float], largest: Cell, middle: float) -> str:
+    amount = _percent(norms[largest])
     if len(norms) == 1:
-        return f"{_name(largest)} moved by {amount(norms[largest])}{unit}"
+        return f"{_name(largest)} moved by {amount} of its weight"
     if norms[largest] < ALIKE * middle:
-        most = f"most {_name(largest)}, {amount(norms[largest])}"
-        return f"Layers moved alike: median {amount(middle)}{' of their weights' if relative else ''}, {most}{rest}"
-    times = f", {norms[largest] / middle:.3g} times the median" if middle else ""
-    return f"{_name(largest)} moved most: {amount(norms[largest])}{unit}{times}{rest}"
+        return f"Layers moved alike: median {_percent(middle)} of their weights, most {_name(largest)}, {amount}"
+    return f"{_name(largest)} moved most: {amount} of its weight{_times(norms[largest], middle)}"
+
+
+def _on_sizes(norms: Mapping[Cell, float], largest: Cell, middle: float) -> str:
+    amount = f"rms {_number(norms[largest])}"
+    if len(norms) == 1:
+        return f"The update of {_name(largest)} has {amount}"
+    if norms[largest] < ALIKE * middle:
+        return f"Updates are alike in size: median rms {_number(middle)}, largest {_name(largest)}, {amount}"
+    return f"{_name(largest)} has the largest update: {amount}{_times(norms[largest], middle)}"
+
+
+def _times(largest: float, middle: float) -> str:
+    return f", {largest / middle:.3g} times the median" if middle else ""
 
 
 def on_spectra(updates: Updates) -> str:
     """Say whether r is too small, too large or fits; the median of half_share over all updates is the rule."""
-    ranks = sorted({update.rank for update in updates.layers.values()})
-    r = f"r = {_range(ranks)}"
-    if ranks == [1]:
-        return "r = 1: a single direction does not tell whether more would help"
-    share = median_share(spectrum for update in updates.layers.values() for spectrum in update.spectra)
+    r = f"r = {_range(sorted({update.rank for update in updates.layers.values()}))}"
+    spectra = [spectrum for update in updates.layers.values() for spectrum in update.spectra]
+    directions = sorted(set(map(len, spectra)))
+    if directions == [1]:
+        return f"{r}: a single direction does not tell whether more would help"
+    share = median_share(spectra)
     if math.isnan(share):
         return f"{r}: the updates are zero or not finite, so nothing tells whether r fits"
-    held = f"{half_text(ranks)} directions hold {held_text(share)} of the update"
+    held = f"{half_text(directions)} directions hold {held_text(share)} of the update"
+    full = [update.has_full_rank for update in updates.layers.values()]
+    if verdict(share) == "small" and sum(full) > len(full) / 2:
+        return f"{r} cannot be too small, for it is as large as {'the' if all(full) else 'most'} layers are: {held}"
     return {
         "large": f"{r} is larger than needed: {held}",
         "small": f"{r} may be too small: {held}, nearly as flat as can be",
@@ -86,19 +119,46 @@ def held_text(share: float) -> str:
 
 def on_comparison(first: Updates, second: Updates, found: Mapping[Cell, float]) -> str:
     """Say whether two adapters' updates point the same way, and which are larger; the median cosine is the rule."""
-    finite = [value for value in found.values() if math.isfinite(value)]
+    finite = {cell: value for cell, value in found.items() if math.isfinite(value)}
     if not finite:
         return "Nothing to compare: updates of one of the two are zero, not finite, or of other shapes"
-    middle = median(finite)
-    if abs(middle) <= UNRELATED:
-        found_that = "The updates are unrelated"
-    elif abs(middle) >= SAME:
-        found_that = f"The updates point {'the same way' if middle > 0 else 'in opposite ways'}"
-    else:
-        found_that = f"The updates {'agree' if middle > 0 else 'are opposed'} in part"
-    totals = [math.hypot(*each.norms(relative=False).values()) for each in (first, second)]
-    ratio = totals[1] / totals[0] if totals[0] else math.nan
-    return f"{found_that}: median cosine {cosine_text(middle)}; the second's are {ratio:.3g} times as large"
+    related = relation(list(finite.values()), [first.size_of(cell) for cell in finite])
+    sizes = f"the second's are {_ratio(first, second, finite):.3g} times as large"
+    if not first.scaled and not second.scaled:
+        sizes += " without s, which neither stores"
+    elif first.scaled != second.scaled:
+        sizes = "one of the two does not store s, so nothing tells which are larger"
+    return f"The updates {related}: median cosine {_exact_text(median(finite.values()))}; {sizes}"
+
+
+def relation(cosines: Sequence[float], sizes: Sequence[int]) -> str:
+    """Say how updates are related by their cosines, given how many weights each changes.
+
+    Where the median is within what chance gives, they are unrelated, or most of them go beyond it, some in either way.
+    """
+    middle = median(cosines)
+    roots = [math.sqrt(size) for size in sizes]
+    by_chance = math.sqrt(math.pi / 2 * len(roots)) / math.fsum(roots)  # the deviation of a median
+    if abs(middle) <= CHANCE * by_chance:
+        deviations = [cosine * root for cosine, root in zip(cosines, roots, strict=True)]
+        agree, oppose = sum(each > CHANCE for each in deviations), sum(each < -CHANCE for each in deviations)
+        mixed = agree and oppose and agree + oppose > len(roots) / 2
+        return "agree in some layers and are opposed in others" if mixed else "are unrelated"
+    if abs(middle) >= SAME:
+        return f"point {'the same way' if middle > 0 else 'in opposite ways'}"
+    return f"{'agree' if middle > 0 else 'are opposed'} {'in part' if abs(middle) > SLIGHT else 'slightly'}"
+
+
+def _ratio(first: Updates, second: Updates, cells: Iterable[Cell]) -> float:
+    """Return how many times as large the second's updates are, of the layers that both have in these cells."""
+    shared = [name for cell in cells for name in first.cells[cell] if name in second.layers]
+    totals = [math.hypot(*(each.layers[name].norm for name in shared)) for each in (first, second)]
+    return totals[1] / totals[0]
+
+
+def _exact_text(value: float) -> str:
+    """Write a cosine, with a digit at least where it is not zero."""
+    return cosine_text(value) if not value or abs(value) >= 0.005 else f"{value:.1g}"
 
 
 def cosine_text(value: float) -> str:
@@ -107,13 +167,23 @@ def cosine_text(value: float) -> str:
 
 
 def on_statistics(statistics: Statistics) -> str:
-    """Say whether the updates still change at the end of the run; SETTLED is the rule, by the median over groups."""
-    for statistic, series in statistics.series.items():
-        broken = first_not_finite(series)
-        if broken:
-            return f"Not finite from step {broken[1]:.0f} on: {statistic} of {broken[0]}"
-    norms = statistics.series.get("norm")
-    changes = [change for change in map(_last_quarter, norms.values()) if change is not None] if norms else []
+    """Say whether the updates still change at the end of the run; SETTLED is the rule, by the median over groups.
+
+    What is not finite comes first where it stays so to the end, and else last.
+    """
+    broken = [(*found[::-1], name) for name, series in statistics.series.items() if (found := first_not_finite(series))]
+    if not broken:
+        return _on_changes(statistics)
+    step, group, statistic = min(broken)
+    points = statistics.series[statistic][group]
+    if any(math.isfinite(value) for at, value in points if at > step):
+        return f"{_on_changes(statistics)}; not finite at step {step:.0f}: {statistic} of {group}"
+    return f"Not finite from step {step:.0f} on: {statistic} of {group}"
+
+
+def _on_changes(statistics: Statistics) -> str:
+    norms = statistics.series.get("norm", {})
+    changes = [change for change in map(_last_quarter, norms.values()) if change is not None]
     if not changes:
         count = sum(map(len, statistics.series.values()))
         return f"{_counted(len(statistics.series), 'statistic')} over a run, {_counted(count, 'line')}"
@@ -125,13 +195,18 @@ def on_statistics(statistics: Statistics) -> str:
 
 
 def _last_quarter(points: Points) -> float | None:
-    """Return the relative change of a value since three quarters of the steps were done."""
+    """Return the relative change of a value over the last quarter of its steps; between points it is a straight line.
+
+    Two points are no line: a value between them can be any.
+    """
     known = [(step, value) for step, value in points if math.isfinite(value)]
-    if len(known) < 2:
+    if len(known) < 3:
         return None
-    begin, end = known[0][0], known[-1][0]
-    before = [value for step, value in known if step <= begin + 0.75 * (end - begin)][-1]
-    return known[-1][1] / before - 1 if before else None
+    (begin, _), (end, last) = known[0], known[-1]
+    mark = begin + 0.75 * (end - begin)
+    (left, before), (right, after) = next(pair for pair in pairwise(known) if pair[1][0] >= mark)
+    at_mark = before + (after - before) * (mark - left) / (right - left) if right > left else after
+    return last / at_mark - 1 if at_mark else None
 
 
 def _name(cell: Cell) -> str:

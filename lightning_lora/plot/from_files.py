@@ -9,7 +9,7 @@ from typing import Any
 
 from ..adapter.adapter import Adapter, align_to_modules
 from ..adapter.apply import without_base
-from ..adapter.fingerprint import OTHER_FILES, compare_with_files
+from ..adapter.fingerprint import compare_with_files
 from ..adapter.save_load import read_adapter
 from ..errors import LoRAError
 from ..files.paths import PathLike
@@ -18,6 +18,11 @@ from ..files.weights import Weights, open_weights
 from ..nn.low_rank import ATTENTION_WEIGHTS, MERGEABLE_DTYPES
 from ..progress import progress_bar
 from .updates import Updates, measure, refuse_empty, sum_of_squares
+
+OTHER_BASE = (
+    "Give the base that it was trained on as base (--base), or pass strict_base=False (--strict-base=false), which "
+    "makes this a warning."
+)
 
 
 def read_updates(
@@ -35,7 +40,7 @@ def read_updates(
     refuse_empty(where, adapter)
     weights = open_weights(base)
     adapter = _fit(adapter, weights)
-    compare_with_files(adapter, weights, strict=strict_base, remedy=OTHER_FILES)
+    compare_with_files(adapter, weights, strict=strict_base, remedy=OTHER_BASE)
     norms = {}
     with progress_bar("reading the base", len(adapter.layers())) as advance:
         for name in adapter.layers():
@@ -68,7 +73,7 @@ def _norm_in_files(adapter: Adapter, name: str, base: Weights) -> float:
         if location.dtype not in MERGEABLE_DTYPES:
             raise LoRAError(
                 f"plot: {base.path}: the weight of {name!r} is {location.dtype}, of which the values are not known. "
-                "Give the base that it was quantised from as --base."
+                "Give the one that it was quantised from as base (--base)."
             )
     return math.sqrt(sum(map(_square_in_file, locations)))
 

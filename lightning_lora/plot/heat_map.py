@@ -31,16 +31,18 @@ def norms_picture(updates: Updates) -> Picture:
     def draw(figure: FigureBase) -> None:
         axes = figure.subplots()
         colours = draw_grid(axes, grid, largest(grid), percent=relative)
-        figure.colorbar(colours, ax=axes, label=norm_label(updates, relative=relative), pad=0.01, aspect=15)
+        figure.colorbar(
+            colours, ax=axes, label=norm_label(relative=relative, scaled=updates.scaled), pad=0.01, aspect=15
+        )
         axes.set_title(updates.source, loc="left", color="0.35")
 
     return Picture(on_norms(updates), height_of(grid), draw)
 
 
-def norm_label(updates: Updates, *, relative: bool) -> str:
+def norm_label(*, relative: bool, scaled: bool) -> str:
     """Return what the norms of a picture are, for its scale."""
-    scaling = "s B A" if updates.scaled else "B A"
-    return f"|{scaling}| / |W|, %" if relative else f"|{scaling}|"
+    change = "s B A" if scaled else "B A"
+    return f"|{change}| / |W|, %" if relative else f"rms of {change}"
 
 
 def height_of(grid: Grid) -> float:

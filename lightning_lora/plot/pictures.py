@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def require_matplotlib(subject: str) -> None:
     """Raise LoRAError where matplotlib is not installed."""
     if find_spec("matplotlib") is None:
-        raise LoRAError(f"{subject}: needs matplotlib; install lightning-lora[plot].")
+        raise LoRAError(f"{subject}: needs matplotlib; pip install matplotlib.")
 
 
 def pictures_of(updates: Updates) -> dict[str, Picture]:

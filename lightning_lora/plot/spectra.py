@@ -41,7 +41,7 @@ def spectra_picture(updates: Updates) -> Picture:
         hidden = len(by_projection) - len(shown)
         more = f"the {len(shown)} largest of {len(by_projection)} projections; " if hidden else ""
         figure.supxlabel(
-            f"{more}direction, up to r; line: median of the layers, band: all; dashed: half of r", fontsize=9
+            f"{more}direction; line: median of the layers, band: all; dashed: half of the directions", fontsize=9
         )
         figure.supylabel("singular value / largest", fontsize=9)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,13 +23,26 @@ class Update:
     """What is added to the weight of one layer or parameter: s * B @ A, in float64."""
 
     rank: int  # r
-    spectra: tuple[tuple[float, ...], ...]  # r singular values of each part, expert or matrix, largest first
+    # Of each part, expert or matrix: singular values, largest first. They are r, or up to 2 r where A and B start from
+    # others, whose product is subtracted.
+    spectra: tuple[tuple[float, ...], ...]
+    shapes: tuple[tuple[int, int], ...]  # rows and columns of each
     weight_norm: float | None = None  # Frobenius norm of the weight, where that is known
 
     @property
     def norm(self) -> float:
         """The Frobenius norm."""
         return math.hypot(*(value for spectrum in self.spectra for value in spectrum))
+
+    @property
+    def size(self) -> int:
+        """The number of weights that are changed."""
+        return sum(rows * columns for rows, columns in self.shapes)
+
+    @property
+    def has_full_rank(self) -> bool:
+        """Whether r is as large as the matrices are, so that a larger one adds nothing."""
+        return all(self.rank >= min(shape) for shape in self.shapes)
 
 
 @dataclass(frozen=True)
@@ -59,14 +72,20 @@ class Updates:
         return cells(self.layers)
 
     def norms(self, *, relative: bool) -> dict[Cell, float]:
-        """Return the norm of what is added in each cell, of several layers together, or that over their weights'."""
+        """Return how much is added in each cell, whatever its size: the norm over the weights' norm, or the rms.
+
+        Several layers in a cell are taken together. It is infinite where weights are zero and what is added is not.
+        """
         return {cell: self._norm([self.layers[name] for name in names], relative) for cell, names in self.cells.items()}
 
-    def _norm(self, updates: Iterable[Update], relative: bool) -> float:
-        updates = list(updates)
+    def size_of(self, cell: Cell) -> int:
+        """Return the number of weights that are changed in a cell."""
+        return sum(self.layers[name].size for name in self.cells[cell])
+
+    def _norm(self, updates: Sequence[Update], relative: bool) -> float:
         norm = math.hypot(*(update.norm for update in updates))
         if not relative:
-            return norm
+            return norm / math.sqrt(sum(update.size for update in updates)) if norm else 0.0
         weights = math.hypot(*(update.weight_norm or 0.0 for update in updates))
         return norm / weights if weights else (math.inf if norm else 0.0)
 
@@ -86,10 +105,18 @@ def measure(source: str, adapter: Adapter, weight_norms: Mapping[str, float] | N
     layers, ranks = {}, adapter.ranks()
     with progress_bar("measuring", len(ranks)) as advance:
         for name, rank in ranks.items():
-            spectra = (singular_values(left, right).tolist() for left, right in scaled_pairs(adapter, name))
-            layers[name] = Update(rank, tuple(map(tuple, spectra)), (weight_norms or {}).get(name))
+            pairs = scaled_pairs(adapter, name)
+            shapes = tuple((left.shape[0], right.shape[1]) for left, right in pairs)
+            spectra = tuple(_spectrum(left, right, rank) for left, right in pairs)
+            layers[name] = Update(rank, spectra, shapes, (weight_norms or {}).get(name))
             advance(1)
     return Updates("/".join(Path(source).parts[-2:]), adapter, layers, scaled=bool(adapter.scalings))
+
+
+def _spectrum(left: torch.Tensor, right: torch.Tensor, rank: int) -> tuple[float, ...]:
+    """Return the singular values of left @ right: r of them, or as many of 2 r as such a matrix can have."""
+    values = singular_values(left, right).tolist()
+    return tuple(values[: max(rank, min(left.shape[0], right.shape[1]))])
 
 
 def refuse_empty(source: str, adapter: Adapter) -> None:

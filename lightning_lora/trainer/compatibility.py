@@ -6,7 +6,8 @@ Classes are told by name, so that neither Lightning nor DeepSpeed is imported he
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 from ..config import LoRAConfig
 from ..errors import LoRAError
 from ..model.injection import Injection
+from ..model.named_state import base_parameters
 from ..names import listed
 from ..nn.lora_layer import adapted_layers
 
@@ -61,7 +63,7 @@ def refuse_other_options(record: Injection, config: LoRAConfig, seed: str = "") 
     if record.merge_weights:
         raise LoRAError(
             "LoRACallback: the model was injected with merge_weights=True, where eval() merges: a backbone kept "
-            "in eval mode would silently stop training. Call inject(model, config) without it."
+            "in eval mode would silently stop training. Call unload(model), then inject(model, config) without it."
         )
     default = LoRAConfig()
     for option in record.config.differing(config):
@@ -96,6 +98,36 @@ def warn_of_frozen(module: nn.Module) -> None:
             "freezes a backbone in setup comes before LoRACallback in the list.",
             stacklevel=2,
         )
+
+
+def warn_of_idle_optimizers(optimizers: Sequence[torch.optim.Optimizer], module: nn.Module) -> None:
+    """Warn of an optimizer that holds nothing but weights that injection froze, as that of a GAN's other network.
+
+    A backward for it alone fails, with torch's message, which names neither.
+    """
+    names = {id(parameter): name for name, parameter in base_parameters(module).items() if not parameter.requires_grad}
+    for number, optimizer in enumerate(optimizers):
+        held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        frozen = [names[id(parameter)] for parameter in held if id(parameter) in names]
+        modules = _modules_of(frozen, adapted_layers(module))
+        if modules and len(frozen) == len(held):
+            warnings.warn(
+                f"lightning_lora: optimizer {number} ({type(optimizer).__name__}) holds frozen parameters alone, first "
+                f"{frozen[0]!r} ({len(frozen)} in all), so it trains nothing. To train them whole beside the adapter, "
+                f"pass modules_to_save=[{', '.join(map(repr, modules))}]; to adapt their layers, name these in "
+                "target_modules, and build the optimizer in configure_optimizers from the parameters at that time.",
+                stacklevel=2,
+            )
+
+
+def _modules_of(parameters: Sequence[str], adapted: Collection[str]) -> list[str]:
+    """Return the module that all these parameters are in, where it holds no adapted layer, or else each one's own."""
+    paths = [name.split(".")[:-1] for name in parameters]
+    alike = takewhile(lambda segments: len(set(segments)) == 1, zip(*paths, strict=False))
+    together = ".".join(segments[0] for segments in alike)
+    if together and not any(f"{layer}.".startswith(f"{together}.") for layer in adapted):
+        return [together]
+    return list(dict.fromkeys(".".join(path) for path in paths if path))
 
 
 def refuse_unoptimized(optimizers: Sequence[torch.optim.Optimizer], module: nn.Module) -> None:

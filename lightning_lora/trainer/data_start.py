@@ -15,13 +15,15 @@ from torch import nn
 from torchmetrics import Metric
 
 from ..errors import LoRAError
-from ..model.data_start import FROM_DATA, initialize_from_data
+from ..model.data_start import FROM_DATA, start_from_batches
 from ..model.injection import Injected
+from ..model.over_batches import Caller
 from ..nn.lora_layer import adapted_layers
 from .lightning_packages import package_of
 
 GRADIENT_BATCHES = 8  # of which the mean gradient is taken
-INSTEAD = "call initialize_from_data(module, batches, forward) before fit"
+INSTEAD = "call inject(module, config) and initialize_from_data(module, batches, forward) before fit"
+SLOW = "More training data, or a smaller r, would do"
 
 
 def start_from_data(trainer: Any, module: Any, injected: Injected | None) -> None:
@@ -35,7 +37,7 @@ def start_from_data(trainer: Any, module: Any, injected: Injected | None) -> Non
     """
     if injected is None or injected.record.config.init_lora_weights not in FROM_DATA or trainer.global_step:
         return
-    if not all(layer.is_initial() for layer in adapted_layers(module).values()):
+    if injected.record.started or not all(layer.is_initial() for layer in adapted_layers(module).values()):
         return
     option = f"LoRACallback: init_lora_weights={injected.record.config.init_lora_weights!r}"
     if not module.automatic_optimization:
@@ -46,10 +48,11 @@ def start_from_data(trainer: Any, module: Any, injected: Injected | None) -> Non
     loader = _own_loader(trainer, package, option)
     with _random_state(loader, package), _metrics_state(module), _without_logging(module):
         batches = _on_device(trainer, loader)
+        caller = Caller(option, "training_step", SLOW)
         if injected.record.config.has_start:
-            initialize_from_data(module, islice(batches, GRADIENT_BATCHES), partial(_loss, trainer))
+            start_from_batches(module, islice(batches, GRADIENT_BATCHES), partial(_loss, trainer), caller=caller)
         else:
-            initialize_from_data(module, batches, partial(_forward, trainer))
+            start_from_batches(module, batches, partial(_forward, trainer), caller=caller)
 
 
 def _own_loader(trainer: Any, package: str, option: str) -> Any:

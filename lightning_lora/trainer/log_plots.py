@@ -15,6 +15,20 @@ from ..plot.pictures import pictures_of
 ADD = "add_figure"  # what a logger's experiment has that takes figures
 
 
+def tell_of_no_logger(trainer: Any) -> None:
+    """Say at fit start that no picture will be drawn, where no logger takes figures."""
+    if trainer.is_global_zero and not _experiments(trainer):
+        tell(
+            "LoRACallback: log_plots: no logger of this Trainer takes figures, as TensorBoardLogger does; "
+            "plot_adapter(model, output='adapter.png') draws them."
+        )
+
+
+def _experiments(trainer: Any) -> list[Any]:
+    """Return what takes figures of each logger that has it."""
+    return [logger.experiment for logger in trainer.loggers if hasattr(logger.experiment, ADD)]
+
+
 def log_plots(trainer: Any, module: nn.Module) -> None:
     """Add the pictures of an adapted model to each logger that takes figures. Collective where it is sharded.
 
@@ -25,14 +39,8 @@ def log_plots(trainer: Any, module: nn.Module) -> None:
     except LoRAError as error:  # on all ranks alike, and no reason to lose what a run has learnt
         rank_zero_warn(f"LoRACallback: log_plots: {sentence(error)}")
         return
-    if not trainer.is_global_zero:
-        return
-    experiments = [logger.experiment for logger in trainer.loggers if hasattr(logger.experiment, ADD)]
+    experiments = _experiments(trainer) if trainer.is_global_zero else []
     if not experiments:
-        tell(
-            "LoRACallback: log_plots: no logger of this Trainer takes figures, as TensorBoardLogger does; "
-            "plot_adapter(model, output='adapter.png') draws them."
-        )
         return
     from ..plot.canvas import to_figure
 

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+from lightning.fabric import Fabric
 from torch import nn
 
-from lightning_lora import LoRAError, adapter_state_dict, inject, is_merged, load_adapter, merge, unload, unmerge
+from lightning_lora import (
+    LoRAConfig,
+    LoRAError,
+    adapter_state_dict,
+    inject,
+    is_merged,
+    load_adapter,
+    merge,
+    unload,
+    unmerge,
+)
 from support.models import (
     ZOO_LAYERS,
     base_zoo,
@@ -243,3 +257,62 @@ def test_an_adapter_beyond_the_range_of_a_merged_model_leaves_it_as_it_was():
     assert is_merged(other)
     assert state_bits(other) == before
     load_adapter(base_zoo().half(), checkpoint(model, "adapter"))  # unmerged it can be used
+
+
+# --- a state dict one level down ---
+
+
+def small(**options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 3))
+    inject(net, LoRAConfig(r=2, **options))
+    return net
+
+
+@pytest.mark.parametrize("around", [{}, {"epoch": 3, "optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]}}])
+@pytest.mark.parametrize("key", ["model", "net"])
+@pytest.mark.parametrize("in_file", [True, False])
+def test_a_state_dict_in_an_entry_is_found(tmp_path: Path, around: dict[str, Any], key: str, in_file: bool):
+    trained, target = small(init_lora_weights=False), small()
+    source: Any = {**around, key: trained.state_dict()}
+    if in_file:
+        torch.save(source, tmp_path / "checkpoint.pt")
+        source = tmp_path / "checkpoint.pt"
+    assert load_adapter(target, source) == ["0"]
+    assert torch.equal(target[0].lora_B, trained[0].lora_B)
+
+
+def test_what_fabric_saves_is_found(tmp_path: Path):
+    trained, target = small(init_lora_weights=False), small()
+    fabric = Fabric(accelerator="cpu", devices=1)
+    fabric.save(tmp_path / "checkpoint.ckpt", {"model": trained, "step": 3})
+    assert load_adapter(target, tmp_path / "checkpoint.ckpt") == ["0"]
+    assert torch.equal(target[0].lora_B, trained[0].lora_B)
+
+
+def test_what_a_peft_model_saves_in_an_entry_is_found():
+    theirs = peft.get_peft_model(nn.Sequential(nn.Linear(3, 3)), peft.LoraConfig(r=2, target_modules=["0"]))
+    with torch.no_grad():
+        theirs.base_model.model[0].lora_B["default"].weight.fill_(1.0)
+    target = small()
+    load_adapter(target, {"model": theirs.state_dict()})
+    assert torch.equal(target[0].lora_B, torch.ones(3, 2))
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        (
+            {"model": {"0.weight": torch.ones(3, 3)}, "epoch": 1},
+            "the source holds no lora_A, neither by itself nor in an entry; it holds 'model', 'epoch'.",
+        ),
+        ({"model": None}, "the source holds no lora_A, neither by itself nor in an entry; it holds 'model'."),
+        (
+            {"a": small().state_dict(), "b": small().state_dict()},
+            "'a' and 'b' hold an adapter each; pass the one that you want, as load_adapter(model, checkpoint['a']).",
+        ),
+    ],
+)
+def test_a_dictionary_without_one_adapter_is_refused_with_what_it_holds(source: dict[str, Any], said: str):
+    with pytest.raises(LoRAError, match=f"^load_adapter: {re.escape(said)}$"):
+        load_adapter(small(), source)

@@ -57,7 +57,7 @@ def test_loralib_file_without_lora_alpha_is_refused_with_the_remedy(tmp_path, ca
     torch.testing.assert_close(fresh(x), from_loralib(x))
     for verb, name in (("export", "x"), ("import", "x.ckpt")):
         shown = refused(capsys, verb, tmp_path / "lora.pt", tmp_path / name)
-        assert "Ask whoever trained it, and pass --lora-alpha" in shown
+        assert "Ask whoever trained it, and pass --lora-alpha to merge, export or import" in shown
     assert "lora_alpha must come from whoever trained it" in call(capsys, "info", tmp_path / "lora.pt")
     assert not (tmp_path / "x").exists()
 

@@ -52,7 +52,7 @@ def test_norms_are_relative_where_the_base_is_given(inputs: Path, capsys: Any):
     call(capsys, "plot", inputs / "a", "--output", inputs / "plain.svg")
     call(capsys, "plot", inputs / "a", "--base", inputs / "base.safetensors", "--output", inputs / "relative.svg")
     plain, relative = ((inputs / f"{name}.svg").read_text() for name in ("plain", "relative"))
-    assert "<!-- |s B A| -->" in plain
+    assert "<!-- rms of s B A -->" in plain
     assert "<!-- |s B A| / |W|, % -->" in relative
 
 
@@ -90,4 +90,4 @@ def test_what_cannot_be_drawn_or_written_is_refused_in_one_line(
 def test_plot_without_matplotlib_names_the_extra(inputs: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("lightning_lora.plot.pictures.find_spec", lambda name: None)
     shown = refused(capsys, "plot", inputs / "a", "--output", inputs / "out.png")
-    assert "needs matplotlib; install lightning-lora[plot]." in shown
+    assert "needs matplotlib; pip install matplotlib." in shown

@@ -194,3 +194,39 @@ def test_copy_of_an_injected_model_is_whole_and_independent(copied, state):
     assert state_bits(model) == bits
     assert torch.equal(model(tokens()), output)
     assert {n: b for n, b in bits.items() if "lora_" not in n} == state_bits(other)
+
+
+# --- what is given as the config ---
+
+
+def test_a_config_of_peft_is_taken_as_the_one_that_means_the_same():
+    theirs = peft.LoraConfig(r=2, lora_alpha=3, target_modules=["0"])
+    ours, expected = (nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3)) for _ in range(2))
+    assert inject(ours, theirs) == inject(expected, LoRAConfig.from_peft(theirs)) == ["0"]
+    assert inject(ours, theirs) == ["0"], "the same call again changes nothing"
+    assert ours[0].lora_A.shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("config", "found"),
+    [({"r": 8}, r"dict; LoRAConfig\(\*\*options\) takes a dictionary"), (8, "int"), (None, "NoneType")],
+)
+def test_anything_else_is_refused(config: Any, found: str):
+    net = nn.Sequential(nn.Linear(3, 3))
+    with pytest.raises(LoRAError, match=rf"^inject: expected a LoRAConfig or a peft\.LoraConfig, found {found}\.$"):
+        inject(net, config)
+    assert type(net[0]) is nn.Linear
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"r": 8}, r"'r' \(say it in the config: inject\(model, LoRAConfig\(r=\.\.\.\)\)\)"),
+        ({"rank": 8}, r"'rank' \(say it in the config: inject\(model, LoRAConfig\(r=\.\.\.\)\)\)"),
+        ({"merge_weight": True}, r"'merge_weight' \(did you mean 'merge_weights'\?\)"),
+    ],
+)
+def test_an_option_beside_the_config_is_refused_with_its_place(options: dict[str, Any], said: str):
+    for args in ((), (LoRAConfig(),)):
+        with pytest.raises(LoRAError, match=rf"^inject: there is no option {said}\.$"):
+            inject(nn.Sequential(nn.Linear(3, 3)), *args, **options)

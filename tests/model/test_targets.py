@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from typing import Any
 
 import peft
 import pytest
@@ -410,3 +411,66 @@ def test_target_without_near_misses_is_refused_with_what_there_is():
         inject(Zoo(), zoo_config(target_modules=["zzzzz"]))
     with pytest.raises(LoRAError, match="leaves no layer to adapt"):
         inject(nn.Sequential(nn.ReLU()), LoRAConfig())
+
+
+# --- nothing to adapt ---
+
+
+def convolutions() -> nn.Module:
+    return nn.ModuleDict(
+        {
+            "stem": nn.Conv2d(3, 4, 3),
+            "blocks": nn.ModuleList(nn.ModuleDict({"dw": nn.Conv2d(4, 4, 1), "norm": nn.BatchNorm2d(4)}) for _ in "ab"),
+            "table": nn.Embedding(3, 4),
+        }
+    )
+
+
+def tied() -> nn.Module:
+    net = nn.ModuleDict({"table": nn.Embedding(4, 3), "out": nn.Linear(3, 4, bias=False)})
+    net["out"].weight = net["table"].weight
+    return net
+
+
+def linear() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 3))
+
+
+TAKEN_OUT = "; another option takes out '0' (1 in all): exclude_modules or modules_to_save."
+
+
+@pytest.mark.parametrize(
+    ("build", "options", "said", "followed"),
+    [
+        (
+            convolutions,
+            {},
+            "; name others in target_modules: 3 Conv2d, as 'dw', 1 Embedding, as 'table'.",
+            ["dw", "table"],
+        ),
+        (
+            tied,
+            {},
+            "; 'out' is left out: its weight is also table.weight; name others in target_modules: 1 Embedding, as "
+            "'table', 1 Linear, as 'out'.",
+            ["out"],
+        ),
+        (
+            lambda: nn.Sequential(nn.LayerNorm(3)),
+            {},
+            "; there is no layer of a kind that can be adapted: nn.Linear, transformers' Conv1D, nn.Embedding, "
+            "nn.Conv1d/2d/3d and nn.MultiheadAttention.",
+            None,
+        ),
+        (linear, {"exclude_modules": ["0"]}, TAKEN_OUT, None),
+        (linear, {"modules_to_save": ["0"]}, TAKEN_OUT, None),
+    ],
+)
+def test_all_linear_that_leaves_nothing_says_what_there_is_and_how_to_name_it(
+    build: Any, options: dict[str, Any], said: str, followed: list[str] | None
+):
+    with pytest.raises(LoRAError) as caught:
+        inject(build(), LoRAConfig(**options))
+    assert str(caught.value).endswith(f"target_modules: 'all-linear' leaves no layer to adapt{said}")
+    if followed:
+        assert {name.rpartition(".")[2] for name in inject(build(), LoRAConfig(target_modules=followed))} == {*followed}

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
+import torch
 
 from lightning_lora.adapter.adapter import Adapter
 from lightning_lora.plot import conclusions
 from lightning_lora.plot.layout import arrange, cells, depth_of, projections, shortened
-from lightning_lora.plot.statistics import Statistics
+from lightning_lora.plot.statistics import Statistics, first_not_finite
 from lightning_lora.plot.updates import Update, Updates
+
+SHAPE = (20, 20)  # by chance, the cosine of two such updates has a deviation of 1/20
 
 
 def updates(spectra: dict[str, tuple[float, ...]], weight_norm: float | None = 10.0) -> Updates:
-    layers = {name: Update(len(values), (values,), weight_norm) for name, values in spectra.items()}
+    layers = {name: Update(len(values), (values,), (SHAPE,), weight_norm) for name, values in spectra.items()}
     return Updates("run", Adapter({}), layers)
 
 
@@ -42,10 +46,55 @@ def test_title_of_norms_follows_the_largest_over_the_median(norms: tuple[float, 
     assert conclusions.on_norms(of_norms(*norms)) == said
 
 
-def test_title_of_norms_without_weights_is_absolute():
-    assert conclusions.on_norms(of_norms(1.0, 1.0, 4.0, weight_norm=None)) == (
-        "q_proj of layer 2 moved most: 4, 4 times the median"
+@pytest.mark.parametrize(
+    ("norms", "said"),
+    [
+        ((1.0, 1.0, 2.99), "Updates are alike in size: median rms 0.05, largest q_proj of layer 2, rms 0.15"),
+        ((1.0, 1.0, 3.01), "q_proj of layer 2 has the largest update: rms 0.15, 3.01 times the median"),
+        ((0.0, 0.0, 1.0), "q_proj of layer 2 has the largest update: rms 0.05; 2 of 3 did not move"),
+        ((0.5,), "The update of q_proj of layer 0 has rms 0.025"),
+        ((0.0, 0.0), "Nothing has moved: every update is zero"),
+        ((1.0, math.nan), "1 update of 2 not finite, first q_proj of layer 1"),
+    ],
+)
+def test_title_of_norms_without_weights_is_of_the_root_mean_square(norms: tuple[float, ...], said: str):
+    assert conclusions.on_norms(of_norms(*norms, weight_norm=None)) == said
+
+
+def test_title_of_norms_does_not_depend_on_sizes_of_layers():
+    """A layer four times as wide and high has four times the norm, and moved alike, with weights or without."""
+    layers = {
+        f"layers.{i}.q_proj": Update(2, ((size, 0.0),), ((20 * size, 20 * size),), 10.0 * size)
+        for i, size in enumerate((1, 1, 4))
+    }
+    found = Updates("run", Adapter({}), layers)
+    assert conclusions.on_norms(found).startswith("Layers moved alike: median 10% of their weights")
+    without = replace(found, layers={name: replace(each, weight_norm=None) for name, each in layers.items()})
+    assert conclusions.on_norms(without).startswith("Updates are alike in size: median rms 0.05")
+
+
+@pytest.mark.parametrize("weight_norm", [0.0, math.nan, math.inf])
+def test_title_of_norms_tells_weights_without_a_share_apart_from_updates_that_are_not_finite(weight_norm: float):
+    found = of_norms(1.0, 1.0, 1.0)
+    layers = dict(found.layers)
+    layers["layers.1.q_proj"] = replace(layers["layers.1.q_proj"], weight_norm=weight_norm)
+    title = conclusions.on_norms(replace(found, layers=layers))
+    assert title.startswith("Layers moved alike: median 10% of their weights, most q_proj of layer 0, 10%")
+    assert title.endswith("; of 1 the weights are zero or not finite") == (weight_norm != math.inf)
+    none = conclusions.on_norms(of_norms(1.0, weight_norm=0.0))
+    assert none == "All weights are zero or not finite, so nothing tells how far they moved"
+
+
+def test_title_of_norms_says_what_does_not_count():
+    unscaled = replace(of_norms(1.0), scaled=False)
+    assert (
+        conclusions.on_norms(unscaled) == "q_proj of layer 0 moved by 10% of its weight; without s, which is not stored"
     )
+    magnitudes = Adapter({"layers.0.q_proj.lora_magnitude": torch.ones(20)})
+    dora = replace(of_norms(1.0), adapter=magnitudes)
+    assert conclusions.on_norms(dora) == "q_proj of layer 0 moved by 10% of its weight; magnitudes do not count"
+    still = replace(of_norms(0.0), adapter=magnitudes)
+    assert conclusions.on_norms(still) == "Every update is zero; magnitudes do not count"
 
 
 def spectrum(share: float, rank: int = 4) -> tuple[float, ...]:
@@ -81,8 +130,28 @@ def test_title_of_spectra_that_tell_nothing_says_so():
     zero, one = updates({"a": (0.0, 0.0)}), updates({"a": (1.0,)})
     assert conclusions.on_spectra(zero).startswith("r = 2: the updates are zero or not finite, so nothing tells")
     assert conclusions.on_spectra(one) == "r = 1: a single direction does not tell whether more would help"
-    some = replace(one, layers={**one.layers, "b": Update(2, ((3.0, 0.0),))})
+    some = replace(one, layers={**one.layers, "b": Update(2, ((3.0, 0.0),), (SHAPE,))})
     assert conclusions.on_spectra(some).startswith("r = 1 to 2 is larger than needed")
+
+
+def test_title_of_spectra_counts_the_directions_that_there_are_where_the_start_is_subtracted():
+    """B @ A - B0 @ A0 has up to twice r, and what is said is of these."""
+    found = updates({"q_proj": spectrum(0.9, rank=16)})
+    found = replace(found, layers={name: replace(each, rank=8) for name, each in found.layers.items()})
+    assert conclusions.on_spectra(found) == "r = 8 fits: 8 of 16 directions hold 90% of the update"
+    one = replace(found, layers={"q_proj": Update(1, ((1.0, 1.0),), (SHAPE,))})
+    assert conclusions.on_spectra(one).startswith("r = 1 may be too small: 1 of 2 directions hold 50%")
+
+
+def test_title_of_spectra_never_calls_the_full_rank_too_small():
+    small, large = Update(4, (spectrum(0.6),), ((4, 9),)), Update(4, (spectrum(0.6),), (SHAPE,))
+    of_all = replace(updates({}), layers={"a": small, "b": small})
+    held = "2 of 4 directions hold 60% of the update"
+    assert conclusions.on_spectra(of_all) == f"r = 4 cannot be too small, for it is as large as the layers are: {held}"
+    of_most = replace(of_all, layers={"a": small, "b": small, "c": large})
+    assert "as large as most layers are" in conclusions.on_spectra(of_most)
+    of_half = replace(of_all, layers={"a": small, "c": large})
+    assert conclusions.on_spectra(of_half).startswith("r = 4 may be too small")
 
 
 @pytest.mark.parametrize(
@@ -99,9 +168,76 @@ def test_title_of_spectra_that_tell_nothing_says_so():
     ],
 )
 def test_title_of_a_comparison_follows_the_median_cosine(cosine: float, said: str):
-    found = {("q", 0): cosine, ("q", 1): math.nan, ("q", 2): -1.0, ("q", 3): 1.0}
-    title = conclusions.on_comparison(of_norms(3.0, 4.0), of_norms(6.0, 8.0), found)
+    norms = (3.0, 4.0, 0.0, 0.0)
+    found = {("q_proj", 0): cosine, ("q_proj", 1): cosine, ("q_proj", 2): math.nan, ("q_proj", 3): -cosine}
+    title = conclusions.on_comparison(of_norms(*norms), of_norms(*(2 * norm for norm in norms)), found)
     assert title == f"{said}: median cosine {cosine:.2f}; the second's are 2 times as large"
+
+
+@pytest.mark.parametrize(
+    ("cosines", "side", "said"),
+    [
+        ((0.07,), 400, "agree slightly"),  # 28 deviations
+        ((-0.07,), 400, "are opposed slightly"),
+        ((0.07,), 20, "are unrelated"),
+        ((0.0094,), 400, "agree slightly"),  # of one cosine: 3 deviations of a median, 1.25 / 400 each
+        ((0.0093,), 400, "are unrelated"),
+        ((0.0047,) * 4, 400, "agree slightly"),  # four tell it twice as well
+        ((0.0046,) * 4, 400, "are unrelated"),
+        ((0.0, 0.9, -0.9), 400, "agree in some layers and are opposed in others"),
+        ((0.0, 0.0, 0.0, 0.9, -0.9), 400, "are unrelated"),
+        ((0.001, 0.9, 0.0009), 400, "are unrelated"),
+    ],
+)
+def test_what_counts_as_unrelated_depends_on_how_many_weights_there_are(cosines: Any, side: int, said: str):
+    assert conclusions.relation(cosines, [side * side] * len(cosines)) == said
+
+
+@pytest.mark.parametrize("shapes", [[(40, 60)], [(40, 60)] * 9, [(16, 16)] * 8 + [(32, 64)] * 4])
+def test_random_updates_are_unrelated_and_the_rule_is_not_much_wider_than_needed(shapes: list[tuple[int, int]]):
+    generator = torch.Generator().manual_seed(0)
+
+    def updates_of_chance(shape: tuple[int, int], count: int) -> torch.Tensor:
+        left = torch.randn(count, shape[0], 2, generator=generator, dtype=torch.float64)
+        return (left @ torch.randn(count, 2, shape[1], generator=generator, dtype=torch.float64)).flatten(1)
+
+    count = 400
+    each = [torch.cosine_similarity(*(updates_of_chance(shape, count) for _ in range(2)), 1) for shape in shapes]
+    sizes = [rows * columns for rows, columns in shapes]
+    medians = torch.stack(each).quantile(0.5, 0)
+    said = [conclusions.relation(cosines, sizes) for cosines in torch.stack(each, 1).tolist()]
+    assert said.count("are unrelated") >= 0.98 * count
+    shifted = 5 * float(medians.std())
+    said = [conclusions.relation([c + shifted for c in cosines], sizes) for cosines in torch.stack(each, 1).tolist()]
+    assert said.count("are unrelated") <= 0.25 * count
+
+
+def test_a_small_cosine_is_written_with_a_digit():
+    big = replace(of_norms(1.0), layers={"layers.0.q_proj": Update(1, ((1.0,),), ((4096, 4096),))})
+    title = conclusions.on_comparison(big, big, {("q_proj", 0): 0.0021})
+    assert title.startswith("The updates agree slightly: median cosine 0.002;")
+
+
+def test_title_of_a_comparison_compares_the_sizes_of_shared_layers_alone():
+    first, second = of_norms(1.0, 1.0), of_norms(1.0, 1.0, 50.0, math.nan)
+    found = {("q_proj", 0): 1.0, ("q_proj", 1): 1.0}
+    assert conclusions.on_comparison(first, second, found).endswith("; the second's are 1 times as large")
+    found = {("q_proj", 0): 1.0, ("q_proj", 1): math.nan}
+    assert conclusions.on_comparison(of_norms(2.0, 0.0), of_norms(1.0, 7.0), found).endswith("are 0.5 times as large")
+
+
+@pytest.mark.parametrize(
+    ("scaled", "said"),
+    [
+        ((True, True), "; the second's are 1 times as large"),
+        ((True, False), "; one of the two does not store s, so nothing tells which are larger"),
+        ((False, True), "; one of the two does not store s, so nothing tells which are larger"),
+        ((False, False), "; the second's are 1 times as large without s, which neither stores"),
+    ],
+)
+def test_title_of_a_comparison_says_where_s_is_not_known(scaled: tuple[bool, bool], said: str):
+    first, second = (replace(of_norms(1.0), scaled=each) for each in scaled)
+    assert conclusions.on_comparison(first, second, {("q_proj", 0): 1.0}).endswith(said)
 
 
 def test_title_of_a_comparison_without_any_cosine_says_why():
@@ -127,9 +263,49 @@ def test_title_of_a_run_follows_what_norms_do_in_the_last_quarter(last: float, s
     assert conclusions.on_statistics(over_a_run(last)) == said
 
 
+def of_points(*points: tuple[float, float]) -> Statistics:
+    return Statistics("log", {"norm": {"q_proj": points}})
+
+
+@pytest.mark.parametrize(
+    ("points", "said"),
+    [
+        # a log that begins at step 1000, as that of a resumed run: its last quarter begins at 1075
+        (
+            ((1000, 1.0), (1070, 1.0), (1075, 1.5), (1080, 1.5), (1100, 1.5)),
+            "have settled: their norms changed by +0.0%",
+        ),
+        # 75 lies half-way between 50 and 100, and so does what the norm was
+        (((0, 1.0), (50, 1.0), (100, 3.0)), "still grow: their norms changed by +50.0%"),
+    ],
+)
+def test_the_last_quarter_of_a_run_is_that_of_the_steps_in_the_log(points: Any, said: str):
+    assert conclusions.on_statistics(of_points(*points)).startswith(f"The updates {said} over the last quarter")
+
+
+def test_two_points_tell_nothing_of_the_last_quarter():
+    assert conclusions.on_statistics(of_points((0, 1.0), (100, 9.0))) == "1 statistic over a run, 1 line"
+
+
 def test_title_of_a_run_names_the_first_value_that_is_not_finite():
     broken = over_a_run(1.0, grad_A=((0.0, 1.0), (50.0, math.nan), (60.0, math.inf)))
     assert conclusions.on_statistics(broken) == "Not finite from step 50 on: grad_A of q_proj"
+
+
+def test_the_first_value_that_is_not_finite_is_the_earliest_of_all_groups_and_statistics():
+    bad = {group: ((40.0, 1.0), (step, math.nan)) for group, step in (("a", 60.0), ("b", 50.0), ("c", 70.0))}
+    assert first_not_finite(bad) == ("b", 50.0)
+    later = {"norm": {"q": ((0.0, 1.0), (90.0, math.nan))}, "grad_A": bad}
+    assert conclusions.on_statistics(Statistics("log", later)) == "Not finite from step 50 on: grad_A of b"
+
+
+def test_a_value_that_is_not_finite_at_a_single_step_comes_last():
+    """As a gradient that overflowed in float16, after which the scaler went on."""
+    broken = over_a_run(1.0, grad_A=((0.0, 1.0), (50.0, math.inf), (60.0, 1.0)))
+    assert conclusions.on_statistics(broken) == (
+        "The updates have settled: their norms changed by +0.0% over the last quarter; not finite at step 50: "
+        "grad_A of q_proj"
+    )
 
 
 def test_title_of_a_run_without_norms_counts():

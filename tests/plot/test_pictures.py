@@ -85,17 +85,17 @@ def test_heat_map_shows_percent_of_the_weights_by_projection_and_layer_number():
     assert written == pytest.approx(sorted(shares.values()), rel=0.06)
 
 
-def test_heat_map_of_a_file_is_absolute_and_says_so(tmp_path: Path):
+def test_heat_map_of_a_file_is_of_the_root_mean_square_and_says_so(tmp_path: Path):
     model = blocks()
     save_adapter(model, tmp_path / "adapter")
     axes, scale = plot_adapter(tmp_path / "adapter")["norms"].axes
-    assert scale.get_ylabel() == "|s B A|"
-    assert at(axes, "q_proj", "1") == pytest.approx(dense_norms(model)["layers.1.q_proj"][0], rel=1e-6)
+    assert scale.get_ylabel() == "rms of s B A"
+    assert at(axes, "q_proj", "1") == pytest.approx(dense_norms(model)["layers.1.q_proj"][0] / 6, rel=1e-6)
     bare = {name: value for name, value in model.state_dict().items() if "lora_" in name}
     axes, scale = plot_adapter(bare)["norms"].axes
-    assert scale.get_ylabel() == "|B A|"
+    assert scale.get_ylabel() == "rms of B A"
     scaling = next(iter(adapted_layers(model).values())).lora.spec.scaling
-    expected = dense_norms(model)["layers.1.q_proj"][0] / scaling
+    expected = dense_norms(model)["layers.1.q_proj"][0] / 6 / scaling
     assert at(axes, "q_proj", "1") == pytest.approx(expected, rel=1e-6)
 
 
@@ -150,7 +150,8 @@ def test_two_adapters_are_shown_on_one_scale_with_the_cosines_between_them(tmp_p
     figure = plot_adapter(tmp_path / "first", tmp_path / "second")["comparison"]
     upper, middle, lower = figure.axes[:3]
     for axes, model in ((upper, first), (middle, second)):
-        assert at(axes, "up_proj", "2") == pytest.approx(dense_norms(model)["layers.2.up_proj"][0], rel=1e-6)
+        rms = dense_norms(model)["layers.2.up_proj"][0] / (6 * 9) ** 0.5
+        assert at(axes, "up_proj", "2") == pytest.approx(rms, rel=1e-6)
     assert upper.images[0].get_clim() == middle.images[0].get_clim()
     assert upper.images[0].get_clim()[1] == max(np.nanmax(arrays(axes)) for axes in (upper, middle))
     expected = cosines(updates_of_model(first), updates_of_model(second))
@@ -159,6 +160,58 @@ def test_two_adapters_are_shown_on_one_scale_with_the_cosines_between_them(tmp_p
     assert lower.images[0].get_clim() == (-1, 1)
     assert upper.get_title(loc="left").endswith("/first")
     assert middle.get_title(loc="left").endswith("/second")
+
+
+@pytest.mark.parametrize("model_is_first", [True, False])
+def test_norms_are_relative_where_those_of_both_weights_are_known(tmp_path: Path, model_is_first: bool):
+    model = blocks()
+    save_adapter(model, tmp_path / "adapter")
+    pair = (model, tmp_path / "adapter") if model_is_first else (tmp_path / "adapter", model)
+    upper, middle, _, scale, _ = plot_adapter(*pair)["comparison"].axes
+    assert scale.get_ylabel() == "rms of s B A"
+    np.testing.assert_allclose(arrays(upper), arrays(middle), rtol=1e-6)
+    scale = plot_adapter(model, model)["comparison"].axes[3]
+    assert scale.get_ylabel() == "|s B A| / |W|, %"
+
+
+def test_the_same_adapter_is_alike_in_size_with_its_base_and_without(tmp_path: Path):
+    """Of weights with one deviation, in layers of which one is many times as large as the others."""
+    model = nn.ModuleDict({"layers": nn.ModuleList(nn.Linear(*size) for size in ((8, 8), (8, 8), (80, 160)))})
+    inject(model, LoRAConfig(r=2))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for layer in adapted_layers(model).values():
+            layer.weight.normal_()
+            for factor in (layer.lora_A, layer.lora_B):
+                factor.normal_()
+    save_adapter(model, tmp_path / "adapter")
+    live, file = (plot_adapter(source)["norms"].get_suptitle() for source in (model, tmp_path / "adapter"))
+    assert live.startswith("Layers moved alike")
+    assert file.startswith("Updates are alike in size")
+
+
+def test_the_title_of_pissas_spectra_counts_the_directions_that_its_panels_count():
+    model = blocks(init_lora_weights="pissa", r=2)
+    with torch.no_grad():
+        for layer in adapted_layers(model).values():
+            layer.lora_B += 0.01 * torch.randn_like(layer.lora_B)
+            layer.lora_A += 0.01 * torch.randn_like(layer.lora_A)
+    figure = plot_adapter(model)["spectra"]
+    assert "2 of 4 directions hold" in figure.get_suptitle()
+    assert {axes.get_title(loc="left").split("\n")[1][:11] for axes in figure.axes} == {"2 of 4 hold"}
+
+
+def test_panels_are_those_of_the_projections_with_the_largest_updates():
+    """More than there is room for, of which the last moved most and the first least."""
+    model = nn.ModuleDict({f"p{i}": nn.Linear(4, 4) for i in range(13)})
+    inject(model, LoRAConfig(r=2))
+    with torch.no_grad():
+        for i, layer in enumerate(adapted_layers(model).values()):
+            layer.lora_B.fill_(i + 1)
+    figure = plot_adapter(model)["spectra"]
+    names = [axes.get_title(loc="left").split("\n")[0] for axes in figure.axes]
+    assert names == [f"p{i}" for i in range(1, 13)]
+    assert "the 12 largest of 13 projections" in figure.get_supxlabel()
 
 
 def test_a_file_and_the_model_it_is_from_point_the_same_way(tmp_path: Path):
@@ -250,9 +303,9 @@ def test_a_suffix_that_is_no_pictures_is_refused_before_any_work(tmp_path: Path)
         plot_adapter(tmp_path / "nothing", output=tmp_path / "a.gif")
 
 
-def test_a_missing_matplotlib_is_named_with_the_extra(monkeypatch: pytest.MonkeyPatch):
+def test_a_missing_matplotlib_is_named_with_what_installs_it(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(pictures, "find_spec", lambda name: None)
-    with pytest.raises(LoRAError, match=r"plot_adapter: needs matplotlib; install lightning-lora\[plot\]\."):
+    with pytest.raises(LoRAError, match=r"plot_adapter: needs matplotlib; pip install matplotlib\."):
         plot_adapter(blocks())
 
 

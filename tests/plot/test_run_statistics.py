@@ -93,7 +93,7 @@ def test_more_groups_than_lines_are_counted(tmp_path: Path):
 def test_values_that_are_not_finite_leave_a_gap_and_are_named(tmp_path: Path):
     (tmp_path / "m.csv").write_text("step,lora/q/norm\n0,1.0\n5,nan\n9,2.0\n")
     (figure,) = plot_adapter(tmp_path / "m.csv").values()
-    assert figure.get_suptitle() == "Not finite from step 5 on: norm of q"
+    assert figure.get_suptitle() == "1 statistic over a run, 1 line; not finite at step 5: norm of q"
     values = figure.axes[0].lines[0].get_ydata()
     assert [math.isnan(value) for value in values] == [False, True, False]
 

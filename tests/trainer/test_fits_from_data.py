@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torchmetrics import MeanMetric
 
-from lightning_lora import LoRAConfig, LoRAError, initialize_from_data, inject, load_from_checkpoint
+from lightning_lora import LoRACallback, LoRAConfig, LoRAError, initialize_from_data, inject, load_from_checkpoint
 from support.processes import world
 from support.runs import TARGETS, base_weights, lora, trained
 from support.sharded import RootSharded, model_parallel, whole_state
@@ -194,6 +194,75 @@ def test_what_would_use_batches_up_is_refused_with_the_remedy(tmp_path, model: t
     trainer = make_trainer(tmp_path, lora(init_lora_weights="eva"))
     with pytest.raises(LoRAError, match=rf"init_lora_weights='eva'.*{said}.*initialize_from_data.*before fit"):
         trainer.fit(model(), data(), Data().val_dataloader())
+
+
+class TrainsByHand(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.began = getattr(self, "began", factors(self))
+        self.manual_backward(super().training_step(batch, batch_idx))
+        self.optimizers().step()
+
+
+@NOT_CONVERGED
+@pytest.mark.parametrize("start", FROM_DATA)
+@pytest.mark.parametrize("adopts", [True, False])
+def test_the_remedy_works_where_batches_would_be_used_up(tmp_path, start: str, adopts: bool):
+    """A fit goes on from what initialize_from_data found, and does not ask for data again."""
+    model = TrainsByHand()
+    config = LoRAConfig(r=2, target_modules=TARGETS, init_lora_weights=start)
+    inject(model, config)
+    initialize_from_data(
+        model,
+        list(Data().train_dataloader()),
+        lambda module, batch: nn.functional.cross_entropy(module(batch[0]), batch[1]),
+    )
+    found = factors(model)
+    make_trainer(tmp_path, LoRACallback() if adopts else LoRACallback(config)).fit(model, Data())
+    assert_same_tensors(model.began, found)
+
+
+def test_what_a_user_started_from_other_data_is_kept(tmp_path):
+    model = AtStart()
+    inject(model, LoRAConfig(r=2, target_modules=TARGETS, init_lora_weights="eva"))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*had not converged", UserWarning)
+        initialize_from_data(model, [torch.randn(64, FEATURES)] * 2)
+    found = factors(model)
+    make_trainer(tmp_path, LoRACallback()).fit(model, Data())
+    assert_same_tensors(model.seen[0], found)
+
+
+def test_advice_at_fit_start_is_of_what_a_trainer_has(tmp_path):
+    trainer = make_trainer(tmp_path, lora(init_lora_weights="eva"), limit_train_batches=2)
+    with pytest.warns(UserWarning, match="had not converged") as caught:
+        trainer.fit(Net(), Data())
+    (message,) = [str(warning.message) for warning in caught if "converged" in str(warning.message)]
+    assert message.endswith("they are used as they are. More training data, or a smaller r, would do.")
+    data = DataLoader(TensorDataset(torch.ones(1, FEATURES), torch.zeros(1).long()))
+    trainer = make_trainer(tmp_path, lora(init_lora_weights="eva"))
+    with pytest.raises(LoRAError, match=r"^LoRACallback: init_lora_weights='eva': 'body\.0' was to get 2 components"):
+        trainer.fit(Net(), data, Data().val_dataloader())
+
+
+class SkipsTheHead(Net):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(x)[:, :CLASSES]
+
+
+@pytest.mark.parametrize(
+    ("start", "said"),
+    [
+        ("eva", r"'head' did not run in training_step \(1 of 3 layers\).*, or let training_step call it\.$"),
+        ("lora_ga", r"no gradient reaches the weight of 'head'; .*, or let the loss of training_step depend on it\.$"),
+    ],
+)
+def test_an_error_at_fit_start_names_training_step(tmp_path, start: str, said: str):
+    with pytest.raises(LoRAError, match=rf"^LoRACallback: init_lora_weights='{start}': {said}"):
+        make_trainer(tmp_path, lora(init_lora_weights=start)).fit(SkipsTheHead(), Data())
 
 
 class Counts(Net):

@@ -67,14 +67,33 @@ def test_nothing_is_drawn_by_default(tmp_path: Path):
     assert logger.experiment.figures == []
 
 
-def test_a_hint_is_given_where_no_logger_takes_figures(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+class Trains(Net):
+    """Says when its first batch comes."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        logging.getLogger(lightning_logger()).info("training")
+
+
+@pytest.mark.parametrize("loggers", [[CSVLogger], []])
+def test_a_hint_is_given_before_training_where_no_logger_takes_figures(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, loggers: list[Any]
+):
     with caplog.at_level(logging.INFO, lightning_logger()):
-        fit(tmp_path, lora(log_plots=True), CSVLogger(tmp_path))
+        fit(tmp_path, lora(log_plots=True), *(logger(tmp_path) for logger in loggers), net=Trains())
+    order = [message for message in caplog.messages if "log_plots" in message or message == "training"]
+    assert "log_plots" in order[0]
     (hint,) = [message for message in caplog.messages if "log_plots" in message]
     assert hint == (
         "LoRACallback: log_plots: no logger of this Trainer takes figures, as TensorBoardLogger does; "
         "plot_adapter(model, output='adapter.png') draws them."
     )
+
+
+def test_no_hint_is_given_where_a_logger_takes_figures(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.INFO, lightning_logger()):
+        fit(tmp_path, lora(log_plots=True), CSVLogger(tmp_path), Figures())
+        fit(tmp_path, lora(), CSVLogger(tmp_path))
+    assert not [message for message in caplog.messages if "log_plots" in message]
 
 
 class Diverges(Net):
@@ -102,9 +121,7 @@ def test_what_cannot_be_measured_is_a_warning_and_the_fit_ends(tmp_path: Path, m
 
 def test_a_missing_matplotlib_is_refused_before_training(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(pictures, "find_spec", lambda name: None)
-    with pytest.raises(
-        LoRAError, match=r"LoRACallback\(log_plots=True\): needs matplotlib; install lightning-lora\[plot"
-    ):
+    with pytest.raises(LoRAError, match=r"LoRACallback\(log_plots=True\): needs matplotlib; pip install matplotlib\."):
         LoRACallback(log_plots=True)
 
 
