@@ -19,7 +19,7 @@ from torch import nn
 
 from lightning_lora import LoRACallback, LoRAConfig, LoRAError, disable_adapter, inject, summary, unload
 from lightning_lora.nn.lora_layer import LoRALayer
-from support.notices import lightning_logger
+from support.notices import lightning_logger, tiny_layers
 from support.training import BuiltInConfigureModel, BuiltInSetup, Data, Net, inputs, make_trainer, outputs, weights
 
 TARGETS = ["body.0", "body.3", "head"]
@@ -132,6 +132,7 @@ def test_callback_takes_a_config_instead_of_options(tmp_path):
 PEFTS = peft.LoraConfig(r=4, lora_alpha=2, target_modules=["body.0"], use_rslora=True)
 
 
+@tiny_layers
 def test_callback_takes_a_config_of_peft(tmp_path):
     callback = LoRACallback(PEFTS, save="full")
     assert callback.config == LoRAConfig.from_peft(PEFTS)
@@ -353,6 +354,7 @@ class Adversarial(Net):
         return torch.optim.SGD(rest, lr=0.1), torch.optim.Adam(self.critic.parameters(), lr=0.1)
 
 
+@tiny_layers
 def test_an_optimizer_of_frozen_parameters_alone_is_named_with_a_remedy_that_works(tmp_path):
     named = r"optimizer 1 \(Adam\) holds frozen parameters alone, first 'critic\.0\.weight' \(4 in all\)"
     with pytest.warns(UserWarning, match=rf"{named}.*pass modules_to_save=\['critic'\]; to adapt their layers"):
