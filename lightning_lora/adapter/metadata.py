@@ -29,7 +29,7 @@ from ..names import derives_from
 from ..nn.layer_kinds import layer_kinds
 from ..nn.lora_layer import adapted_layers
 from ..nn.low_rank import KINDS
-from .adapter import Adapter, check_factors
+from .adapter import Adapter, check_factors, equal_layers, with_aliases
 from .fingerprint import fingerprint, sample_positions
 
 STORED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # values of other dtypes are stored as float64
@@ -82,6 +82,9 @@ def from_metadata(tensors: Mapping[str, Any], metadata: Any, where: str) -> Adap
         raise
     except (LookupError, TypeError, AttributeError, ValueError, OverflowError, RecursionError, re.error) as error:
         raise LoRAError(f"{where}: the adapter's description is damaged: {error!r}.") from error
+    aliases = equal_layers(adapter)
+    if aliases and adapter.config is not None:  # of an earlier version, whose options were for first names alone
+        adapter = replace(adapter, config=with_aliases(adapter.config, aliases))
     unpaired = sorted((set(adapter.scalings) ^ set(adapter.layers())) | (set(adapter.tables) ^ set(adapter.rows())))
     if unpaired:
         raise LoRAError(f"{where}: {unpaired[0]!r} is missing in the tensors or in their description; it was cut.")
@@ -118,6 +121,8 @@ def describe_model(model: nn.Module) -> Adapter:
     first, layers = adapted_layers(model), adapted_layers(model, remove_duplicate=False)  # as state dicts hold them
     kinds = {first[name]: kind for name, kind in layer_kinds(model).items()}
     tables = {name: layer for name, layer in layers.items() if layer.replaced_rows()}
+    first_names = {layer: name for name, layer in first.items()}
+    aliases = {name: first_names[layer] for name, layer in layers.items() if layer in kinds and name not in first}
     network = _network_prefix(model, trained)
     by_peft = tied_to_input(model, network)
     first_ends = {layer: by_peft.get(name, name) for name, layer in reversed(tables.items())}
@@ -125,7 +130,7 @@ def describe_model(model: nn.Module) -> Adapter:
     own_origin = {"base_model_name_or_path": base_name(model)} if base_name(model) else {}
     return Adapter(
         tensors={},
-        config=record.config,
+        config=with_aliases(record.config, aliases) if aliases else record.config,
         scalings={name: layer.lora.spec.scaling for name, layer in layers.items() if layer in kinds},
         fingerprint=_without(record.fingerprint, trained) if at_fit_start else fingerprint(model),
         complete=True,

@@ -157,12 +157,30 @@ def plan_updates(fitted: Fitted, dtype: torch.dtype | None = None) -> dict[str, 
     both_ends = set(map(repr, row_updates))
     follow = {name for name in row_updates if base.folder or owners.get(name, "") in both_ends}
     for name in updates:
-        if name in owners and (name in low_rank or name not in tied | follow):
+        if name in owners and (name in low_rank or name not in tied | follow) and not _is_alike(name, updates, base):
             raise LoRAError(
                 f"{base.path}: {name!r} is also {owners[name]}, so changing it would change that too, and merged "
                 "weights cannot express the adapter. Leave the layer out of the adapter, or keep the adapter separate."
             )
     return {fitted.files[name]: update for name, update in updates.items()}
+
+
+def _is_alike(name: str, updates: Mapping[str, WeightUpdate], base: Weights) -> bool:
+    """Tell whether all tensors in the same bytes of a file get the same change, as one module under several names."""
+    here = base.locations[name]
+    if base.form != "torch":
+        return False
+    others = [
+        (other, location)
+        for other, location in base.locations.items()
+        if location.start < here.start + here.nbytes and here.start < location.start + location.nbytes
+    ]
+    return all(
+        (where.start, where.shape, where.dtype) == (here.start, here.shape, here.dtype)
+        and other in updates
+        and updates[other].is_equal(updates[name])
+        for other, where in others
+    )
 
 
 def _row_updates(adapter: Adapter, base: Weights, owners: Mapping[str, str]) -> dict[str, WeightUpdate]:

@@ -51,6 +51,16 @@ class WeightUpdate:
         matrix, blocks = self._matrix_and_blocks(rows, first)
         return merged_weight(matrix, blocks, self.scaling).view(rows.shape) if blocks else rows
 
+    def is_equal(self, other: WeightUpdate) -> bool:
+        """Tell whether another update makes the same of a tensor."""
+        shared = ("scaling", "stacked", "rows")
+        return (
+            all(getattr(self, name) == getattr(other, name) for name in shared)
+            and _are_equal([self.value, self.row_values], [other.value, other.row_values])
+            and [(block.row, block.col) for block in self.blocks] == [(block.row, block.col) for block in other.blocks]
+            and all(_are_equal(one[2:], two[2:]) for one, two in zip(self.blocks, other.blocks, strict=True))
+        )
+
     def _matrix_and_blocks(self, rows: torch.Tensor, first: int) -> tuple[torch.Tensor, list[LowRankBlock]]:
         """Return some rows of the tensor as the blocks see them, and the blocks that fall on them."""
         if self.row_values is not None:
@@ -58,6 +68,13 @@ class WeightUpdate:
         each = rows.shape[1] if self.stacked else 1
         matrix = rows.reshape(-1, rows.shape[-1]) if self.stacked else rows
         return matrix, crop(self.blocks, slice(first * each, first * each + len(matrix))) if self.blocks else []
+
+
+def _are_equal(tensors: Sequence[torch.Tensor | None], others: Sequence[torch.Tensor | None]) -> bool:
+    return all(
+        one is two or (one is not None and two is not None and torch.equal(one, two))
+        for one, two in zip(tensors, others, strict=True)
+    )
 
 
 @dataclass(frozen=True)
