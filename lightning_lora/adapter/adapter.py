@@ -295,11 +295,16 @@ def with_aliases(config: LoRAConfig, aliases: Mapping[str, str]) -> LoRAConfig:
 def without_aliases(config: LoRAConfig, aliases: Collection[str]) -> LoRAConfig:
     """Undo with_aliases: what the options say of other names than the first means nothing to a model."""
     keys = {*aliases, *map(_only_for, aliases)}
-    ranks, alphas, parts = (
-        {key: value for key, value in (option or {}).items() if key not in keys}
-        for option in (config.rank_pattern, config.alpha_pattern, config.enable_lora)
+
+    def kept(option: Mapping[str, Any] | None) -> dict[str, Any]:
+        return {key: value for key, value in (option or {}).items() if key not in keys}
+
+    return replace(
+        config,
+        rank_pattern=kept(config.rank_pattern),
+        alpha_pattern=kept(config.alpha_pattern),
+        enable_lora=kept(config.enable_lora),
     )
-    return replace(config, rank_pattern=ranks, alpha_pattern=alphas, enable_lora=parts)
 
 
 def _only_for(name: str) -> str:

@@ -320,10 +320,10 @@ def _layer_updates(
     magnitude, stacked = adapter.magnitude(name), kind in STACKS
     if magnitude is not None:
         for leaf in blocks:
-            location, weight = base.locations[leaves[leaf]], adapter.tensors.get(leaves[leaf])
-            if weight is not None:  # W is the adapter's own, as it is written
-                weight = weight.to(torch.promote_types(location.dtype, result_dtype or location.dtype))
-            parts = _parts_of_file(location) if weight is None else parts_of(weight)
+            location, whole = base.locations[leaves[leaf]], adapter.tensors.get(leaves[leaf])
+            if whole is not None:  # W is the adapter's own, as it is written
+                whole = whole.detach().to(torch.promote_types(location.dtype, result_dtype or location.dtype))
+            parts = _parts_of_file(location) if whole is None else parts_of(whole)
             blocks[leaf] = _scaled(blocks[leaf], adapter, name, kind, parts)
     return {leaves[leaf]: WeightUpdate(blocks[leaf], adapter.scalings[name], stacked=stacked) for leaf in blocks}
 

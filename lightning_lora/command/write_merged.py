@@ -58,7 +58,7 @@ class WeightUpdate:
             all(getattr(self, name) == getattr(other, name) for name in shared)
             and _are_equal([self.value, self.row_values], [other.value, other.row_values])
             and [(block.row, block.col) for block in self.blocks] == [(block.row, block.col) for block in other.blocks]
-            and all(_are_equal(one[2:], two[2:]) for one, two in zip(self.blocks, other.blocks, strict=True))
+            and all(_are_equal(one[2:5], two[2:5]) for one, two in zip(self.blocks, other.blocks, strict=True))
         )
 
     def _matrix_and_blocks(self, rows: torch.Tensor, first: int) -> tuple[torch.Tensor, list[LowRankBlock]]:
