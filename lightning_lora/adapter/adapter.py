@@ -320,7 +320,9 @@ def equal_layers(adapter: Adapter) -> dict[str, str]:
     config = adapter.config
     if config is None:
         return {}
-    ranks = adapter.ranks()
+    tensors = ((name, adapter.tensors.get(adapter.factor_name(name, B))) for name in adapter.layers())
+    # What is damaged is named later, by check_factors.
+    ranks = {name: b.shape[1] for name, b in tensors if isinstance(b, torch.Tensor) and b.dim() > 1}
     found: dict[str, str] = {}
     fitting = {
         name
