@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import re
 import sys
 import warnings
@@ -139,7 +140,7 @@ class LoRAConfig:
         self._normalise()
         _check_rank("r", self.r)
         _check_alpha("lora_alpha", self.lora_alpha)
-        if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
+        if not is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
             _refuse("lora_dropout", "a probability in [0, 1)", self.lora_dropout)
         if self.target_modules is None or not (self.target_modules or self.target_parameters):
             _refuse("target_modules", "at least one name, a regular expression or 'all-linear'", self.target_modules)
@@ -271,6 +272,8 @@ class LoRAConfig:
 
     def _normalise(self) -> None:
         """Copy what the caller may go on to change into immutable types; an empty collection means None."""
+        for option in ("r", "lora_alpha", "lora_dropout", "layers_to_transform"):
+            object.__setattr__(self, option, plain_number(getattr(self, option)))
         for option in ("layers_to_transform", "layers_pattern"):
             value = getattr(self, option)
             if isinstance(value, (int, str)):
@@ -279,7 +282,8 @@ class LoRAConfig:
             value = getattr(self, option)
             if isinstance(value, (list, tuple, set, frozenset)):
                 names = sorted(value, key=str) if isinstance(value, (set, frozenset)) else value
-                object.__setattr__(self, option, tuple(names) if names or option == "target_modules" else None)
+                names = tuple(map(plain_number, names))
+                object.__setattr__(self, option, names if names or option == "target_modules" else None)
         indices = self.trainable_token_indices
         if isinstance(indices, Mapping):
             rows: Any = {name: _ascending(numbers) for name, numbers in indices.items()}
@@ -296,6 +300,8 @@ class LoRAConfig:
                 _refuse(option, "a mapping", value)
             if option == "enable_lora":
                 value = {name: tuple(parts) if isinstance(parts, list) else parts for name, parts in value.items()}
+            else:
+                value = {pattern: plain_number(number) for pattern, number in value.items()}
             object.__setattr__(self, option, dict(value) or None)
 
     def _check_token_indices(self) -> None:
@@ -359,11 +365,11 @@ def _unordered(value: Any) -> Any:
     return frozenset(value) if isinstance(value, tuple) else value
 
 
-def _ascending(numbers: Any) -> Any:
-    is_list = isinstance(numbers, (list, tuple, set, frozenset))
-    if is_list and all(map(_is_index, numbers)):
-        return tuple(sorted(numbers))
-    return tuple(numbers) if is_list else numbers
+def _ascending(rows: Any) -> Any:
+    if not isinstance(rows, (list, tuple, set, frozenset)):
+        return rows
+    rows = tuple(map(plain_number, rows))
+    return tuple(sorted(rows)) if all(map(_is_index, rows)) else rows
 
 
 def _plain(value: Any) -> Any:
@@ -376,7 +382,15 @@ def _refuse(option: str, expected: str, value: object) -> NoReturn:
     raise LoRAError(f"LoRAConfig: {option} must be {expected}, but it is {value!r}.")
 
 
-def _is_number(value: object) -> bool:
+def plain_number(value: Any) -> Any:
+    """Return a number of numpy's, say, as Python's own, which every file can hold; other values as they are."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
+def is_number(value: object) -> bool:
+    """Return whether a value is a finite int or float."""
     # Unlike math.isfinite, the comparison also takes a whole number beyond the range of floats.
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
@@ -391,7 +405,7 @@ def _check_rank(option: str, value: object) -> None:
 
 
 def _check_alpha(option: str, value: object) -> None:
-    if not _is_number(value) or value <= 0:  # type: ignore[operator]
+    if not is_number(value) or value <= 0:  # type: ignore[operator]
         _refuse(option, "a finite number above 0", value)
 
 

@@ -7,7 +7,9 @@ import inspect
 import io
 import json
 import math
+from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -368,3 +370,34 @@ def test_differing_names_each_option_that_differs():
     assert one.differing(LoRAConfig(lora_alpha=1, bias="all")) == ["r", "lora_alpha"]
     assert one.differing(one) == []
     assert LoRAConfig(target_modules=["v", "q"]).differing(LoRAConfig(target_modules=["q", "v"])) == []
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, np.int64])
+def test_numbers_of_numpy_become_pythons_own_so_that_checkpoints_hold_plain_types(kind: Any):
+    config = LoRAConfig(
+        r=np.int64(4),
+        lora_alpha=kind(8),
+        lora_dropout=kind(0),
+        rank_pattern={"a": np.int32(2)},
+        alpha_pattern={"a": kind(3)},
+        layers_to_transform=np.int64(1),
+        trainable_token_indices={"emb": [np.int64(3), np.int64(1)]},
+        target_modules=["a"],
+    )
+    plain = LoRAConfig(
+        r=4,
+        lora_alpha=8,
+        rank_pattern={"a": 2},
+        alpha_pattern={"a": 3},
+        layers_to_transform=1,
+        trainable_token_indices={"emb": [1, 3]},
+        target_modules=["a"],
+    )
+    assert config == plain
+    numbers = [config.r, config.lora_alpha, config.lora_dropout, *config.rank_pattern.values()]
+    numbers += [*config.alpha_pattern.values(), *config.layers_to_transform, *config.trainable_token_indices["emb"]]
+    assert {type(number) for number in numbers} <= {int, float}
+    content = io.BytesIO()
+    torch.save(config.to_dict(), content)
+    content.seek(0)
+    assert torch.load(content, weights_only=True) == plain.to_dict()

@@ -261,9 +261,88 @@ def with_exact_ranks(config: LoRAConfig, ranks: Mapping[str, int], scalings: Map
         config,
         r=common_r,
         lora_alpha=common_alpha,
-        rank_pattern={f"^{re.escape(n)}": r for n, r in ranks.items() if r != common_r},
-        alpha_pattern={f"^{re.escape(n)}": alpha for n, alpha in alphas.items() if alpha != common_alpha},
+        rank_pattern={_only_for(n): r for n, r in ranks.items() if r != common_r},
+        alpha_pattern={_only_for(n): alpha for n, alpha in alphas.items() if alpha != common_alpha},
     )
+
+
+def with_aliases(config: LoRAConfig, aliases: Mapping[str, str]) -> LoRAConfig:
+    """Return the options changed to give a layer's other names what they give the first, by which it is adapted.
+
+    Args:
+        config: the options.
+        aliases: the first name, by each other one.
+    """
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    parts: dict[str, Sequence[bool]] = {}
+    for alias, first in aliases.items():
+        key = _only_for(alias)
+        if config.rank(alias) != config.rank(first):
+            ranks[key] = config.rank(first)
+        if config.alpha(alias) != config.alpha(first):
+            alphas[key] = config.alpha(first)
+        if config.enabled_parts(alias) != config.enabled_parts(first):
+            parts[alias] = config.enabled_parts(first) or (True,)
+    return replace(
+        config,
+        rank_pattern={**ranks, **(config.rank_pattern or {})},
+        alpha_pattern={**alphas, **(config.alpha_pattern or {})},
+        enable_lora={**parts, **(config.enable_lora or {})},
+    )
+
+
+def without_aliases(config: LoRAConfig, aliases: Collection[str]) -> LoRAConfig:
+    """Undo with_aliases: what the options say of other names than the first means nothing to a model."""
+    keys = {*aliases, *map(_only_for, aliases)}
+
+    def kept(option: Mapping[str, Any] | None) -> dict[str, Any]:
+        return {key: value for key, value in (option or {}).items() if key not in keys}
+
+    return replace(
+        config,
+        rank_pattern=kept(config.rank_pattern),
+        alpha_pattern=kept(config.alpha_pattern),
+        enable_lora=kept(config.enable_lora),
+    )
+
+
+def _only_for(name: str) -> str:
+    """Return the pattern that means one layer alone."""
+    return f"^{re.escape(name)}"
+
+
+def equal_layers(adapter: Adapter) -> dict[str, str]:
+    """Return names of layers that no option says the rank, scaling or parts of, each with one of equal factors.
+
+    Such a layer is one module under two names, in a file whose options are for the first alone.
+    """
+    config = adapter.config
+    if config is None:
+        return {}
+    tensors = ((name, adapter.tensors.get(adapter.factor_name(name, B))) for name in adapter.layers())
+    # What is damaged is named later, by check_factors.
+    ranks = {name: b.shape[1] for name, b in tensors if isinstance(b, torch.Tensor) and b.dim() > 1}
+    found: dict[str, str] = {}
+    fitting = {
+        name
+        for name, rank in ranks.items()
+        for own in (name, adapter.options_name(name))
+        if config.rank(own) == rank and math.isclose(adapter.scalings.get(name, 0.0), config.scaling(own))
+    }
+    with_parts = {name for name in fitting if config.enabled_parts(name)}
+    for name in ranks:
+        candidates = [] if name in with_parts else sorted(with_parts if name in fitting else fitting)
+        equal = next((other for other in candidates if _have_equal_factors(adapter, name, other)), None)
+        if equal is not None:
+            found[name] = equal
+    return found
+
+
+def _have_equal_factors(adapter: Adapter, name: str, other: str) -> bool:
+    pairs = list(zip(adapter.stored_factors(name), adapter.stored_factors(other), strict=False))
+    tensors = all(isinstance(factor, torch.Tensor) and not factor.is_meta for pair in pairs for factor in pair)
+    return tensors and all(one.shape == two.shape and torch.equal(one, two) for one, two in pairs)
 
 
 def align_to_modules(adapter: Adapter, modules: Set[str], where: str) -> Adapter:

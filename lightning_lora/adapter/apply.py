@@ -24,7 +24,14 @@ from ..names import A, B, canonical, listed, names_factor, near_misses, rename_k
 from ..nn.conv import LoRAConv
 from ..nn.layer_kinds import layer_kinds
 from ..nn.lora_layer import AdaptedWeights, LayerSpec, adapted_layers, adapted_places
-from .adapter import Adapter, align_to_modules, check_finite, options_hold, with_exact_ranks
+from .adapter import (
+    Adapter,
+    align_to_modules,
+    check_finite,
+    options_hold,
+    with_exact_ranks,
+    without_aliases,
+)
 from .fingerprint import EQUAL, REMEDY, check_fingerprint, fingerprint_entry
 from .peft_rows import NO_BIAS
 
@@ -46,7 +53,12 @@ def align_names(model: nn.Module, adapter: Adapter) -> Adapter:
 
 def by_first_names(model: nn.Module, adapter: Adapter) -> Adapter:
     """Return the adapter by the names that modules are adapted by, where a module comes under several."""
-    return adapter.with_names(_first_names(model))
+    first_name = _first_names(model)
+    aliases = [name for name in adapter.layers() if first_name(name) != name]
+    renamed = adapter.with_names(first_name)
+    if not aliases or adapter.config is None:
+        return renamed
+    return replace(renamed, config=without_aliases(adapter.config, aliases))
 
 
 def _first_names(model: nn.Module) -> Callable[[str], str]:

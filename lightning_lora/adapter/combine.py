@@ -20,16 +20,15 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
 
-from ..config import LoRAConfig
+from ..config import LoRAConfig, is_number, plain_number
 from ..errors import LoRAError
 from ..files.paths import PathLike
 from ..names import META, ROWS, A, B, listed, split_factor_name
@@ -118,6 +117,8 @@ def combine_adapters(
     strict_base: bool = True,
 ) -> Combined:
     """Combine adapters; arguments and errors as of combine. Says in the log what was averaged and what a rank keeps."""
+    weights = [plain_number(weight) for weight in weights] if isinstance(weights, Iterable) else weights
+    rank, density, seed = map(plain_number, (rank, density, seed))
     how = _checked_method(method, rank, density)
     _check_weights(sources, weights)
     names = [str(s) if isinstance(s, (str, os.PathLike)) else f"adapters[{i}]" for i, s in enumerate(sources)]
@@ -165,7 +166,7 @@ def _checked_method(method: str, rank: int | None, density: float | None) -> str
     if (density is None) == (how in PRUNING):
         known = "is needed for" if density is None else "is only for"
         raise LoRAError(f"combine: density, the share of values to keep, {known} {', '.join(PRUNING)}.")
-    if density is not None and not (_is_number(density) and 0 < density <= 1):
+    if density is not None and not (is_number(density) and 0 < density <= 1):
         raise LoRAError(f"combine: density must be above 0 and at most 1, but it is {density!r}.")
     return how
 
@@ -176,14 +177,10 @@ def _check_weights(sources: Sequence[Any], weights: Sequence[float]) -> None:
     if len(sources) != len(weights):
         raise LoRAError(f"combine: {len(sources)} adapters need as many weights, found {len(weights)}.")
     for weight in weights:
-        if not _is_number(weight):
+        if not is_number(weight):
             raise LoRAError(f"combine: a weight must be a finite number, but it is {weight!r}.")
     if not any(weights):
         raise LoRAError("combine: all weights are 0, which leaves no adapter.")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _seed_of(seed: int, layer: str) -> int:
@@ -250,18 +247,18 @@ def _combine_layer(
     plain = [(name, _plain_parts(each, layer, holders), weight) for name, each, weight in holders]
     _check_shapes(layer, [(name, each, parts) for (name, parts, _), (_, each, _) in zip(plain, holders, strict=True)])
     largest = max(parts[0][0].shape[1] for _, parts, _ in plain)
+    dtypes = [each.factor(layer, leaf).dtype for _, each, _ in holders for leaf in (A, B)]
+    dtype = torch.float64 if torch.float64 in dtypes else torch.float32
     pairs, norms = [], []
     for part in range(len(plain[0][1])):
         weighted = [(parts[part], weight) for _, parts, weight in plain]
-        pair, share = _combine_part(weighted, how, rank or largest, density, draw)
+        pair, share = _combine_part(weighted, how, rank or largest, density, draw, dtype)
         pairs.append(pair)
         norms.append(share)
     r = max(left.shape[1] for left, _ in pairs)
     lefts, rights = zip(*(_padded(pair, r) for pair in pairs), strict=True)
     separate = bool(separate_shapes(first, layer))
     stored = first.factor(layer, A)
-    dtypes = [each.factor(layer, leaf).dtype for _, each, _ in holders for leaf in (A, B)]
-    dtype = torch.float64 if torch.float64 in dtypes else torch.float32
     a, b = torch.cat(rights, 1 if separate else 0), torch.cat(lefts)
     factors = {
         first.factor_name(layer, A): a.to(dtype).reshape(-1, *stored.shape[1:]).contiguous(),
@@ -297,11 +294,19 @@ def _check_shapes(layer: str, holders: Sequence[tuple[str, Adapter, list[Pair]]]
 
 
 def _combine_part(
-    weighted: Sequence[tuple[Pair, float]], how: str, rank: int, density: float | None, draw: torch.Generator
+    weighted: Sequence[tuple[Pair, float]],
+    how: str,
+    rank: int,
+    density: float | None,
+    draw: torch.Generator,
+    dtype: torch.dtype,
 ) -> tuple[Pair, tuple[float, float]]:
-    """Return the combined pair of one matrix, its squared norm, and that of the change before its rank was cut."""
+    """Return the combined pair of one matrix, its squared norm, and that of the change before its rank was cut.
+
+    Methods that prune build the changes in the result's dtype.
+    """
     if how in PRUNING:
-        changes = [(left @ right).float() for (left, right), _ in weighted]
+        changes = [(left @ right).to(dtype) for (left, right), _ in weighted]
         change = combined_change(changes, [weight for _, weight in weighted], how, density or 1.0, draw)
         u, values, vh = (tensor.double() for tensor in truncated_svd(change, rank))
         return (u * values, vh), (float(values.square().sum()), float(change.double().square().sum()))

@@ -33,7 +33,7 @@ from ..nn.quantised_state import quantisation_entries, unchanged_weight
 from .adapter import Adapter, check_factors
 from .apply import add_frozen_weights, align_names, check_adapter, record_trained
 from .fingerprint import AVERAGED, entries_match, fingerprint_entry, without_rows
-from .metadata import describe_model, from_metadata, to_metadata
+from .metadata import describe_model, from_metadata, of_trained, to_metadata
 
 FORMAT_VERSION = 1
 HEADER = "meta.pt"  # Lightning's name of what a distributed checkpoint holds beside its shards
@@ -342,6 +342,8 @@ def adapter_of(checkpoint: Mapping[str, Any]) -> tuple[Adapter, Kind]:
     if kind == "full":
         base = adapter.fingerprint.keys() | quantisation_entries(tensors, adapter.fingerprint)
         adapter = replace(adapter, tensors={n: value for n, value in tensors.items() if n not in base})
+    else:
+        adapter = of_trained(adapter)
     check_factors(adapter, 'checkpoint["lora"]')
     return adapter, kind
 

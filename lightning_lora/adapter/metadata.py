@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -29,7 +29,7 @@ from ..names import derives_from
 from ..nn.layer_kinds import layer_kinds
 from ..nn.lora_layer import adapted_layers
 from ..nn.low_rank import KINDS
-from .adapter import Adapter, check_factors
+from .adapter import Adapter, check_factors, equal_layers, with_aliases
 from .fingerprint import fingerprint, sample_positions
 
 STORED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # values of other dtypes are stored as float64
@@ -82,6 +82,9 @@ def from_metadata(tensors: Mapping[str, Any], metadata: Any, where: str) -> Adap
         raise
     except (LookupError, TypeError, AttributeError, ValueError, OverflowError, RecursionError, re.error) as error:
         raise LoRAError(f"{where}: the adapter's description is damaged: {error!r}.") from error
+    aliases = equal_layers(adapter)
+    if aliases and adapter.config is not None:  # of an earlier version, whose options were for first names alone
+        adapter = replace(adapter, config=with_aliases(adapter.config, aliases))
     unpaired = sorted((set(adapter.scalings) ^ set(adapter.layers())) | (set(adapter.tables) ^ set(adapter.rows())))
     if unpaired:
         raise LoRAError(f"{where}: {unpaired[0]!r} is missing in the tensors or in their description; it was cut.")
@@ -108,24 +111,28 @@ def frozen_values(model: nn.Module, names: Sequence[str]) -> dict[str, Any]:
 def describe_model(model: nn.Module) -> Adapter:
     """Return the adapter of an injected model without its tensors. Collective where the model is sharded.
 
-    The fingerprint is that of fit start, where this model was fitted: weight averaging moves frozen weights.
+    The fingerprint is that of fit start, where this model was fitted: weight averaging moves frozen weights. What was
+    unfrozen later is a tensor of the adapter, and left out of the fingerprint.
     """
     record = require_injection(model, "save_adapter").record
     refuse_replaced_layers(model, "save_adapter")
+    trained = adapter_keys(model)
     at_fit_start = record.fingerprint and record.fingerprint.keys() <= {name for name, _, _ in named_state(model)}
     first, layers = adapted_layers(model), adapted_layers(model, remove_duplicate=False)  # as state dicts hold them
     kinds = {first[name]: kind for name, kind in layer_kinds(model).items()}
     tables = {name: layer for name, layer in layers.items() if layer.replaced_rows()}
-    network = _network_prefix(model)
+    first_names = {layer: name for name, layer in first.items()}
+    aliases = {name: first_names[layer] for name, layer in layers.items() if layer in kinds and name not in first}
+    network = _network_prefix(model, trained)
     by_peft = tied_to_input(model, network)
     first_ends = {layer: by_peft.get(name, name) for name, layer in reversed(tables.items())}
     tied = {name: first_ends[layer] for name, layer in tables.items() if name != first_ends[layer]}
     own_origin = {"base_model_name_or_path": base_name(model)} if base_name(model) else {}
     return Adapter(
         tensors={},
-        config=record.config,
+        config=with_aliases(record.config, aliases) if aliases else record.config,
         scalings={name: layer.lora.spec.scaling for name, layer in layers.items() if layer in kinds},
-        fingerprint=record.fingerprint if at_fit_start else fingerprint(model),
+        fingerprint=_without(record.fingerprint, trained) if at_fit_start else fingerprint(model),
         complete=True,
         kinds={name: kinds[layer] for name, layer in layers.items() if layer in kinds},
         network=network,
@@ -136,7 +143,23 @@ def describe_model(model: nn.Module) -> Adapter:
     )
 
 
-def _network_prefix(model: nn.Module) -> str:
+def of_trained(adapter: Adapter, frozen: Collection[str] = ()) -> Adapter:
+    """Return an adapter whose tensors and fingerprint have no name in common, as earlier versions did not always write.
+
+    Args:
+        adapter: as it was read.
+        frozen: names of tensors that were not trained; every other tensor was, and the fingerprint loses its name.
+    """
+    tensors = _without(adapter.tensors, frozen)
+    return replace(adapter, tensors=tensors, fingerprint=_without(adapter.fingerprint, tensors))
+
+
+def _without(values: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    left_out = set(names)
+    return {name: value for name, value in values.items() if name not in left_out}
+
+
+def _network_prefix(model: nn.Module, trained: Collection[str]) -> str:
     """Return 'name.' of the one attribute of a LightningModule that holds all that the adapter trains, else ''.
 
     Adapters travel under the names of the network, not of the LightningModule around it.
@@ -144,7 +167,7 @@ def _network_prefix(model: nn.Module) -> str:
     if not is_lightning_module(model):
         return ""
     parameters = {name for name, tensor, _ in named_state(model) if isinstance(tensor, nn.Parameter)}
-    children = {name.partition(".")[0] for name in adapter_keys(model) if name in parameters}
+    children = {name.partition(".")[0] for name in trained if name in parameters}
     return f"{children.pop()}." if len(children) == 1 and not children & adapted_layers(model).keys() else ""
 
 

@@ -27,7 +27,8 @@ from ..files.torch_archive import read_torch_file
 from ..names import A, B, around
 from ..nn.low_rank import ATTENTION, ATTENTION_OUTPUT, GROUPED_CONV, SEPARATE
 from .adapter import Adapter, check_factors, exact_options, ties_of
-from .metadata import from_metadata, to_metadata
+from .fingerprint import AVERAGED, entries_match, fingerprint_entry, without_rows
+from .metadata import from_metadata, of_trained, to_metadata
 from .peft_magnitudes import magnitudes_from_peft, magnitudes_to_peft
 from .peft_mapping import (
     add_idle_attention,
@@ -62,6 +63,7 @@ OUTSIDE_FILE = "outside_network.safetensors"
 TENSOR_FILES = (TENSOR_FILE, OUTSIDE_FILE)
 OLD_TENSOR_FILE = "adapter_model.bin"
 HEADER_KEY = "lightning_lora"
+FROZEN = "frozen"  # in the description: the tensors that were not trained, and are there because PEFT wants them
 IDLE = "idle"  # in the description: the layers that add_idle_attention added
 
 
@@ -100,6 +102,8 @@ def write_folder(adapter: Adapter, path: PathLike, frozen: Mapping[str, torch.Te
         for name, tensor in values.items()
     }
     description = to_metadata(own) | {"complete": not extra}
+    if frozen:
+        description[FROZEN] = sorted(frozen)
     if idle:
         description[IDLE] = idle
     if nesting:
@@ -245,11 +249,38 @@ def _read_described(peft_tensors: Mapping[str, torch.Tensor], text: str, where: 
     changed = [name for name in idle if name not in idle_attention(adapter)]
     if changed:
         raise LoRAError(f"{where}: the factors of {changed[0]!r} must be zero; something changed them after saving.")
-    # Of a frozen tensor, which is there because PEFT wants it, the fingerprint is enough.
-    own = {name: tensor for name, tensor in adapter.tensors.items() if name not in adapter.fingerprint}
-    adapter = with_starts(from_plain(drop_layers(replace(adapter, tensors=own), idle)), adapter.config)
+    adapter = of_trained(adapter, _frozen_tensors(adapter, description, where))
+    adapter = with_starts(from_plain(drop_layers(adapter, idle)), adapter.config)
     check_factors(adapter, str(where))
     return adapter, description.get("outside")
+
+
+def _frozen_tensors(adapter: Adapter, description: Mapping[str, Any], where: Path) -> list[str]:
+    """Return the names of tensors that were not trained, and are in the file because PEFT wants them.
+
+    Earlier versions did not write these names. Then they are of modules that PEFT's modules_to_save takes, and still
+    have the values of the fingerprint.
+
+    Raises:
+        LoRAError: the description is damaged.
+    """
+    both = sorted(adapter.tensors.keys() & adapter.fingerprint.keys())
+    names = description.get(FROZEN)
+    if names is not None:
+        if not isinstance(names, list) or not all(name in both for name in names):
+            raise LoRAError(f"{where}: the adapter's description is damaged: {FROZEN} is {names!r:.80}.")
+        return names
+    if not both:
+        return []
+    trained = replace(adapter, tensors={name: value for name, value in adapter.tensors.items() if name not in both})
+    entries = without_rows({name: fingerprint_entry(adapter.tensors[name]) for name in both}, adapter.tables)
+    expected = without_rows({name: adapter.fingerprint[name] for name in both}, adapter.tables)
+    taken = frozen_in_saved(trained)
+    return [
+        name
+        for name in taken
+        if name in both and (expected[name].get("quantised") or entries_match(expected[name], entries[name], AVERAGED))
+    ]
 
 
 def _add_outside(adapter: Adapter, outside: Any, folder: Path) -> Adapter:

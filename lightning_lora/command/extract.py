@@ -98,7 +98,7 @@ def extract(
         for name in names:
             module = name.rpartition(".")[0]
             kinds[module] = _kind(module, base, embeddings, fan_in_fan_out)
-            change = read_tensor(tuned.locations[name]).float() - read_tensor(base.locations[name]).float()
+            change = _change(name, base.locations[name], tuned.locations[name])
             a, b, kept[module], squares[module] = _factors(change, rank, kinds[module])
             tensors |= {f"{module}.{A}": a, f"{module}.{B}": b}
             advance(1)
@@ -137,7 +137,28 @@ def _same_names(base: Weights, tuned: Weights) -> None:
 
 def _differs(base: TensorLocation, tuned: TensorLocation) -> bool:
     before, after = read_tensor(base), read_tensor(tuned)
-    return not torch.equal(before, after.to(before.dtype))
+    after = after.to(before.dtype)
+    same = before == after
+    if before.is_floating_point():
+        same |= before.isnan() & after.isnan()
+    return not bool(same.all())
+
+
+def _change(name: str, base: TensorLocation, tuned: TensorLocation) -> torch.Tensor:
+    """Return tuned - base, in float32 or a wider dtype of the two.
+
+    Raises:
+        LoRAError: a value of it is not finite.
+    """
+    before, after = read_tensor(base), read_tensor(tuned)
+    dtype = torch.promote_types(torch.promote_types(before.dtype, after.dtype), torch.float32)
+    change = after.to(dtype) - before.to(dtype)
+    if not change.isfinite().all():
+        raise LoRAError(
+            f"extract: the change of {name!r} is not finite (NaN, Inf, or beyond the range of {dtype}), and no adapter "
+            f"can carry it; leave it out with --exclude {name.rpartition('.')[0]}, which carries the weight whole."
+        )
+    return change
 
 
 def _adaptable(name: str, location: TensorLocation) -> bool:
@@ -160,15 +181,25 @@ def _kind(module: str, base: Weights, embeddings: Sequence[str], fan_in_fan_out:
 
 
 def _factors(change: torch.Tensor, rank: int, kind: str) -> tuple[torch.Tensor, torch.Tensor, float, float]:
-    """Return A, B, the share of the change's squared norm that B @ A keeps, and that squared norm."""
+    """Return A, B, the share of the change's squared norm that B @ A keeps, and that squared norm.
+
+    The largest value is divided by first, so that the square of a small change is not zero.
+    """
     matrix = change.T if kind in TRANSPOSED else change.flatten(1)
+    largest = matrix.abs().max()
+    matrix = matrix / largest
     left, values, right = truncated_svd(matrix, rank)
-    root = values.sqrt()
-    a, b = root[:, None] * right, left * root
     square = float(matrix.double().square().sum())
     share = min(1.0, float(values.double().square().sum()) / square)
+    root = values.sqrt() * largest.sqrt()
+    a, b = root[:, None] * right, left * root
     shape_a, shape_b = factor_shapes(kind, {"weight": change.shape}, len(values))
-    return a.reshape(shape_a).contiguous(), b.reshape(shape_b).contiguous(), share, square
+    return (
+        a.reshape(shape_a).contiguous(),
+        b.reshape(shape_b).contiguous(),
+        share,
+        square * float(largest) * float(largest),
+    )
 
 
 def _carried(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,9 @@ from ..nn.low_rank import (
     low_rank_blocks,
     matrix_shape,
 )
-from ..nn.output_norms import output_norms_of_parts, output_scale, scaled_blocks
+from ..nn.output_norms import Parts, output_norms_of_parts, output_scale, parts_of, scaled_blocks
 from ..progress import progress_bar
+from .expected_weights import ExpectedWeights
 from .module_names import ModuleNames, names_in_transformers, own_names, renamed
 from .output import MODEL_FILE, MODEL_FOLDER, check_output, refuse_quantised
 from .write_merged import Job, WeightUpdate, verify_result, write_file_of, write_folder_of
@@ -84,19 +85,31 @@ def merge_on_disk(
     _check_form(weights, Path(output), max_shard_bytes)
     check_output("merge", MODEL_FOLDER if weights.folder else MODEL_FILE, output, (base, adapter), overwrite)
     with _one_thread():
-        updates = plan_updates(
-            adapter_with_options(adapter, lora_alpha), weights, strict_base=strict_base, rename=rename
-        )
-        return _write(Job(weights, updates, dtype), output, max_shard_bytes, check)
+        fitted = fit_to_base(adapter_with_options(adapter, lora_alpha), weights, strict_base=strict_base, rename=rename)
+        expected = ExpectedWeights(fitted.adapter, fitted.base, fitted.files) if check else None
+        return _write(Job(weights, plan_updates(fitted, dtype), dtype, expected), output, max_shard_bytes)
 
 
-def plan_updates(
-    adapter: Adapter, base: Weights, *, strict_base: bool = True, rename: Sequence[str] = ()
-) -> dict[str, WeightUpdate]:
-    """Say what happens to which of the base's tensors, by name; strict_base and rename as in merge_on_disk.
+@dataclass(frozen=True)
+class Fitted:
+    """An adapter and a base that go together.
+
+    Attributes:
+        adapter: under the names of the base's modules.
+        base: with its tensors under these names.
+        files: the name in the base's files, by the name here.
+    """
+
+    adapter: Adapter
+    base: Weights
+    files: Mapping[str, str]
+
+
+def fit_to_base(adapter: Adapter, base: Weights, *, strict_base: bool = True, rename: Sequence[str] = ()) -> Fitted:
+    """Bring an adapter under the names of a base's modules; strict_base and rename as in merge_on_disk.
 
     Raises:
-        LoRAError: the adapter does not fit the base, or merged weights cannot express it.
+        LoRAError: the two do not go together.
     """
     if base.holds_factors():
         raise LoRAError(f"{base.path}: the base holds an adapter itself; give the weights that it was trained on.")
@@ -114,27 +127,60 @@ def plan_updates(
     _refuse_built(adapter, base, names)
     _refuse_missing(adapter, base, _scope(before, adapter))
     compare_with_files(adapter, base, strict=strict_base, remedy=OTHER_FILES)
-    updates: dict[str, WeightUpdate] = {}
-    seen = _seen_orientations(adapter, base)
-    for name in adapter.layers():
-        updates |= _layer_updates(adapter, name, base, seen)
+    return Fitted(adapter, base, names.files)
+
+
+def plan_updates(fitted: Fitted, dtype: torch.dtype | None = None) -> dict[str, WeightUpdate]:
+    """Say what happens to which of the base's tensors, by their names in the files, given the result's dtype.
+
+    A weight may have several changes: the adapter holds it whole, and its low-rank update or trained rows beside that.
+
+    Raises:
+        LoRAError: merged weights cannot express the adapter.
+    """
+    adapter, base = fitted.adapter, fitted.base
+    owners = base.other_owners()
     whole = adapter.beside_factors()
     tied = set().union(*equal_tables(whole))  # both ends of a tie
-    for name, value in whole.items():
-        if name in base.locations or name not in tied:  # a file may hold such a weight once
-            updates[name] = _replacement(name, value, base)
-    owners = base.other_owners()
+    updates = {  # a file may hold such a weight once
+        name: _replacement(name, value, base)
+        for name, value in whole.items()
+        if name in base.locations or name not in tied
+    }
+    seen = _seen_orientations(adapter, base)
+    low_rank: dict[str, WeightUpdate] = {}
+    for name in adapter.layers():
+        low_rank |= _layer_updates(adapter, name, base, seen, dtype)
+    updates |= {name: replace(update, value=whole.get(name)) for name, update in low_rank.items()}
     row_updates = _row_updates(adapter, base, owners)
+    updates |= {name: replace(update, value=whole.get(name)) for name, update in row_updates.items()}
     both_ends = set(map(repr, row_updates))
     follow = {name for name in row_updates if base.folder or owners.get(name, "") in both_ends}
-    updates |= {name: _in_whole(update, whole.get(name)) for name, update in row_updates.items()}
     for name in updates:
-        if name in owners and name not in tied | follow:
+        if name in owners and (name in low_rank or name not in tied | follow) and not _is_alike(name, updates, base):
             raise LoRAError(
                 f"{base.path}: {name!r} is also {owners[name]}, so changing it would change that too, and merged "
                 "weights cannot express the adapter. Leave the layer out of the adapter, or keep the adapter separate."
             )
-    return {names.files[name]: update for name, update in updates.items()}
+    return {fitted.files[name]: update for name, update in updates.items()}
+
+
+def _is_alike(name: str, updates: Mapping[str, WeightUpdate], base: Weights) -> bool:
+    """Tell whether all tensors in the same bytes of a file get the same change, as one module under several names."""
+    here = base.locations[name]
+    if base.form != "torch":
+        return False
+    others = [
+        (other, location)
+        for other, location in base.locations.items()
+        if location.start < here.start + here.nbytes and here.start < location.start + location.nbytes
+    ]
+    return all(
+        (where.start, where.shape, where.dtype) == (here.start, here.shape, here.dtype)
+        and other in updates
+        and updates[other].is_equal(updates[name])
+        for other, where in others
+    )
 
 
 def _row_updates(adapter: Adapter, base: Weights, owners: Mapping[str, str]) -> dict[str, WeightUpdate]:
@@ -161,16 +207,8 @@ def _row_updates(adapter: Adapter, base: Weights, owners: Mapping[str, str]) -> 
             bias = f"{name.removesuffix('weight')}bias"
             if adapter.peft_rows and bias in base.locations:
                 raise LoRAError(f"{base.path}: {name!r} has trained rows and a bias; {NO_BIAS}.")
-            updates[name] = WeightUpdate(scaling=1.0, value=rows[table], rows=numbers)
+            updates[name] = WeightUpdate(scaling=1.0, rows=numbers, row_values=rows[table])
     return updates
-
-
-def _in_whole(update: WeightUpdate, table: torch.Tensor | None) -> WeightUpdate:
-    """Return the update of a table with trained rows that is in the adapter whole too, because it was resized."""
-    if table is None or update.value is None:
-        return update
-    rows = torch.tensor(update.rows, device=table.device)
-    return WeightUpdate(value=table.detach().index_copy(0, rows, update.value.to(table.dtype)))
 
 
 def _module_names(adapter: Adapter, base: Weights) -> ModuleNames:
@@ -215,7 +253,7 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _write(job: Job, output: PathLike, max_shard_bytes: int | None, check: bool) -> list[Path]:
+def _write(job: Job, output: PathLike, max_shard_bytes: int | None) -> list[Path]:
     left_out: list[Path] = []
     with (new_folder if job.base.folder else new_file)(output) as result:
         with progress_bar("merging", job.base.nbytes, "bytes") as advance:
@@ -224,7 +262,7 @@ def _write(job: Job, output: PathLike, max_shard_bytes: int | None, check: bool)
                 left_out = write_folder_of(job, result, max_shard_bytes)
             else:
                 write_file_of(job, result)
-        if check:
+        if job.expected is not None:
             verify_result(job, open_weights(result))
     return left_out
 
@@ -255,7 +293,9 @@ def _refuse_missing(adapter: Adapter, base: Weights, scope: str) -> None:
             raise LoRAError(f"{base.path}: {name!r} was trained whole and is missing in the adapter, which was cut.")
 
 
-def _layer_updates(adapter: Adapter, name: str, base: Weights, seen: Mapping[str, str]) -> dict[str, WeightUpdate]:
+def _layer_updates(
+    adapter: Adapter, name: str, base: Weights, seen: Mapping[str, str], result_dtype: torch.dtype | None
+) -> dict[str, WeightUpdate]:
     a, b = adapter.acting_factors(name)
     if adapter.is_parameter(name):
         leaves = {name.rpartition(".")[2]: name}
@@ -279,20 +319,27 @@ def _layer_updates(adapter: Adapter, name: str, base: Weights, seen: Mapping[str
     blocks = low_rank_blocks(kind, shapes, a, b, enabled)
     magnitude, stacked = adapter.magnitude(name), kind in STACKS
     if magnitude is not None:
-        blocks = {leaf: _scaled(blocks[leaf], adapter, name, kind, base.locations[leaves[leaf]]) for leaf in blocks}
+        for leaf in blocks:
+            location, whole = base.locations[leaves[leaf]], adapter.tensors.get(leaves[leaf])
+            if whole is not None:  # W is the adapter's own, as it is written
+                whole = whole.detach().to(torch.promote_types(location.dtype, result_dtype or location.dtype))
+            parts = _parts_of_file(location) if whole is None else parts_of(whole)
+            blocks[leaf] = _scaled(blocks[leaf], adapter, name, kind, parts)
     return {leaves[leaf]: WeightUpdate(blocks[leaf], adapter.scalings[name], stacked=stacked) for leaf in blocks}
 
 
-def _scaled(
-    blocks: list[LowRankBlock], adapter: Adapter, name: str, kind: str, location: TensorLocation
-) -> list[LowRankBlock]:
-    """Return a layer's blocks with the scale that gives its outputs their magnitudes; the weight is read for it."""
+def _scaled(blocks: list[LowRankBlock], adapter: Adapter, name: str, kind: str, parts: Parts) -> list[LowRankBlock]:
+    """Return a layer's blocks with the scale that gives its outputs their magnitudes, from parts of its weight."""
     a, b = (adapter.factor(name, leaf).double().flatten(1) for leaf in (A, B))
     transposed = kind in TRANSPOSED
-    with open(location.file, "rb") as file:
-        parts = ((i, read_rows(file, location, i, count).flatten(1)) for i, count in location.chunks(CPU_CHUNK))
-        norms = output_norms_of_parts(parts, a, b, adapter.scalings[name], transposed=transposed)
+    norms = output_norms_of_parts(parts, a, b, adapter.scalings[name], transposed=transposed)
     return scaled_blocks(blocks, output_scale(adapter.magnitude(name), norms), transposed=transposed)
+
+
+def _parts_of_file(location: TensorLocation) -> Iterator[tuple[int, torch.Tensor]]:
+    with open(location.file, "rb") as file:
+        for first, count in location.chunks(CPU_CHUNK):
+            yield first, read_rows(file, location, first, count).flatten(1)
 
 
 def _factor_shapes(kind: str, shapes: Mapping[str, Sequence[int]], rank: int, enabled: Enabled) -> object:

@@ -21,13 +21,20 @@ from ..files.weights import Weights
 from ..nn.exact_merge import chunk_elements, merged_weight
 from ..nn.low_rank import MERGEABLE_DTYPES, LowRankBlock, crop, row_blocks
 from ..progress import progress_bar
+from .expected_weights import ExpectedWeight, ExpectedWeights
 
 
 @dataclass(frozen=True)
 class WeightUpdate:
-    """New values of one tensor: scaling * (the blocks) is added to it and their scales applied, or `value` takes over.
+    """New values of one tensor, one change after the other.
 
-    A stack (E, m, n) is one matrix below the other to its blocks. With `rows`, `value` takes the place of these rows.
+    Attributes:
+        value: takes the tensor's place.
+        blocks: scaling * these are added, and their scales applied. A stack (E, m, n) is one matrix below the other.
+        scaling: s.
+        stacked: whether the tensor is a stack.
+        rows: the numbers of rows that `row_values` take the place of; a tensor with such has no blocks.
+        row_values: (len(rows), columns).
     """
 
     blocks: Sequence[LowRankBlock] = ()
@@ -35,21 +42,39 @@ class WeightUpdate:
     value: torch.Tensor | None = None
     stacked: bool = False
     rows: Sequence[int] = ()
+    row_values: torch.Tensor | None = None
 
     def applied(self, rows: torch.Tensor, first: int) -> torch.Tensor:
         """Return the new values of some rows, the first of which is that row of the tensor, in the dtype of the old."""
-        if self.value is not None and not self.rows:
-            return _rows_like(rows, self.value, first).to(rows.dtype)
-        matrix, blocks = self.matrix_and_blocks(rows, first)
+        if self.value is not None:
+            rows = (self.value[first : first + len(rows)] if rows.dim() else self.value).detach().to(rows.dtype)
+        matrix, blocks = self._matrix_and_blocks(rows, first)
         return merged_weight(matrix, blocks, self.scaling).view(rows.shape) if blocks else rows
 
-    def matrix_and_blocks(self, rows: torch.Tensor, first: int) -> tuple[torch.Tensor, list[LowRankBlock]]:
+    def is_equal(self, other: WeightUpdate) -> bool:
+        """Tell whether another update makes the same of a tensor."""
+        shared = ("scaling", "stacked", "rows")
+        return (
+            all(getattr(self, name) == getattr(other, name) for name in shared)
+            and _are_equal([self.value, self.row_values], [other.value, other.row_values])
+            and [(block.row, block.col) for block in self.blocks] == [(block.row, block.col) for block in other.blocks]
+            and all(_are_equal(one[2:5], two[2:5]) for one, two in zip(self.blocks, other.blocks, strict=True))
+        )
+
+    def _matrix_and_blocks(self, rows: torch.Tensor, first: int) -> tuple[torch.Tensor, list[LowRankBlock]]:
         """Return some rows of the tensor as the blocks see them, and the blocks that fall on them."""
-        if self.rows and self.value is not None:
-            return rows, row_blocks(rows, self.rows, self.value, first)
+        if self.row_values is not None:
+            return rows, row_blocks(rows, self.rows, self.row_values, first)
         each = rows.shape[1] if self.stacked else 1
-        matrix = rows.view(-1, rows.shape[-1]) if self.stacked else rows
-        return matrix, crop(self.blocks, slice(first * each, first * each + len(matrix)))
+        matrix = rows.reshape(-1, rows.shape[-1]) if self.stacked else rows
+        return matrix, crop(self.blocks, slice(first * each, first * each + len(matrix))) if self.blocks else []
+
+
+def _are_equal(tensors: Sequence[torch.Tensor | None], others: Sequence[torch.Tensor | None]) -> bool:
+    return all(
+        one is two or (one is not None and two is not None and torch.equal(one, two))
+        for one, two in zip(tensors, others, strict=True)
+    )
 
 
 @dataclass(frozen=True)
@@ -60,12 +85,14 @@ class Job:
         base: the weights.
         updates: what happens to which of them.
         dtype: of the result, or None for the base's own.
+        expected: what verify_result compares the result with, or None where it is not called.
         progress: is told the number of bytes of each part that is done.
     """
 
     base: Weights
     updates: Mapping[str, WeightUpdate]
     dtype: torch.dtype | None
+    expected: ExpectedWeights | None = None
     progress: Callable[[int], None] = lambda size: None
 
     def result_dtype(self, name: str) -> torch.dtype:
@@ -146,7 +173,7 @@ def new_rows(job: Job, name: str, rows: torch.Tensor, first: int) -> torch.Tenso
 
 
 def verify_result(job: Job, result: Weights) -> None:
-    """Compare every tensor of a result: merged ones with W + s * B @ A in float64, others with the base, names too.
+    """Compare every tensor of a result with what base and adapter give, which is computed apart from the plan.
 
     Raises:
         LoRAError: names the first difference.
@@ -154,6 +181,7 @@ def verify_result(job: Job, result: Weights) -> None:
     in_only_one = sorted(set(result.locations) ^ set(job.base.locations))
     if in_only_one:
         raise LoRAError(f"merge --verify: {in_only_one[0]!r} is in only one of base and result.")
+    assert job.expected is not None
     with progress_bar("verifying", job.base.nbytes, "bytes") as advance:
         for name, before in job.base.locations.items():
             after, dtype = result.locations[name], job.result_dtype(name)
@@ -162,8 +190,9 @@ def verify_result(job: Job, result: Weights) -> None:
                     f"merge --verify: {name!r} is {after.dtype} {after.shape}, expected {dtype} {before.shape}."
                 )
             if before.in_order:
-                _compare(name, before, after, job.updates.get(name))
+                _compare(name, before, after, job.expected.of(name, dtype))
             advance(before.nbytes)
+    job.expected.check_all_found()
 
 
 def _write_safetensors(
@@ -248,16 +277,18 @@ def _with_dtype(config: Mapping[str, object], dtype: torch.dtype) -> dict[str, o
     return changed
 
 
-def _compare(name: str, before: TensorLocation, after: TensorLocation, update: WeightUpdate | None) -> None:
+def _compare(name: str, before: TensorLocation, after: TensorLocation, expected: ExpectedWeight | None) -> None:
     with open(before.file, "rb") as base, open(after.file, "rb") as result:
         for first, count in before.chunks():
             old, new = read_rows(base, before, first, count), read_rows(result, after, first, count)
-            if update is None and old.dtype == new.dtype:
+            if expected is None and old.dtype == new.dtype:
                 same = torch.equal(_bits(old), _bits(new))
-            elif old.is_floating_point():
-                same = _close(new, *_reference(old, update, first))
+            elif expected is None:
+                same = _close(new, old.double(), old.double().abs())
+            elif not old.is_floating_point():
+                same = torch.equal(expected.exact_part(old, first), new)
             else:
-                same = torch.equal(update.applied(old, first) if update else old, new)
+                same = _close(new, *expected.part(old, first), expected.arithmetic)
             if not same:
                 raise LoRAError(
                     f"merge --verify: {name!r} differs from what base and adapter give, in rows {first} to "
@@ -265,39 +296,16 @@ def _compare(name: str, before: TensorLocation, after: TensorLocation, update: W
                 )
 
 
-def _rows_like(rows: torch.Tensor, value: torch.Tensor, first: int) -> torch.Tensor:
-    return value[first : first + len(rows)] if rows.dim() else value
-
-
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1).view(torch.uint8)
 
 
-def _reference(old: torch.Tensor, update: WeightUpdate | None, first: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the exact result in float64, and for each element the sum of all that took part in it, unsigned."""
-    exact = old.double()
-    if update is None:
-        return exact, exact.abs()
-    if update.value is not None and not update.rows:
-        exact = _rows_like(old, update.value, first).double()
-        return exact, exact.abs()
-    total = exact.abs()
-    matrix, blocks = update.matrix_and_blocks(exact, first)
-    for block in blocks:
-        left, right = block.left.double() * update.scaling, block.right.double()
-        at = slice(block.row, block.row + left.shape[0]), slice(block.col, block.col + right.shape[1])
-        exact.view(len(matrix), -1)[at] += left @ right
-        total.view(len(matrix), -1)[at] += left.abs() @ right.abs()
-        if block.scale is not None:
-            exact.view(len(matrix), -1)[at] *= block.scale.double()
-            total.view(len(matrix), -1)[at] *= block.scale.double().abs()
-    return exact, total
-
-
-def _close(new: torch.Tensor, exact: torch.Tensor, total: torch.Tensor) -> bool:
+def _close(
+    new: torch.Tensor, exact: torch.Tensor, total: torch.Tensor, arithmetic: torch.dtype = torch.float64
+) -> bool:
     """Allow half a unit of the dtype's last place, and the rounding of arithmetic in float32 or better."""
     info = torch.finfo(new.dtype)
-    arithmetic = torch.finfo(torch.float64 if new.dtype == torch.float64 else torch.float32).eps * 8
-    allowed = exact.abs() * (info.eps / 2 * 1.001) + total * arithmetic + info.tiny * info.eps
+    rounding = torch.finfo(arithmetic if new.dtype == torch.float64 else torch.float32).eps * 8
+    allowed = exact.abs() * (info.eps / 2 * 1.001) + total * rounding + info.tiny * info.eps
     actual = new.double()
     return bool((((actual - exact).abs() <= allowed) | (actual == exact) | (actual.isnan() & exact.isnan())).all())

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from torch import nn
 
+from ..config import is_number, plain_number
 from ..errors import LoRAError
 from ..names import A, B, split_factor_name
 from ..nn.lora_layer import adapted_layers
@@ -47,8 +47,9 @@ def lora_param_groups(
     Raises:
         LoRAError: the model was not injected, or a number is out of its range.
     """
+    lr, lr_ratio, weight_decay, lr_embedding = map(plain_number, (lr, lr_ratio, weight_decay, lr_embedding))
     for name, value in (("lr", lr), ("weight_decay", weight_decay), ("lr_embedding", lr_embedding)):
-        if not _is_number(value) or value < 0:
+        if not is_number(value) or value < 0:
             raise LoRAError(f"lora_param_groups: {name} must be a number from 0, but it is {value!r}.")
     check_ratio(lr_ratio, "lora_param_groups")
     require_injection(model, "lora_param_groups")
@@ -66,7 +67,7 @@ def lora_param_groups(
 
 def check_ratio(lr_ratio: float, where: str) -> None:
     """Raise LoRAError where the ratio of two learning rates is no number above 0."""
-    if not _is_number(lr_ratio) or lr_ratio <= 0:
+    if not is_number(plain_number(lr_ratio)) or lr_ratio <= 0:
         raise LoRAError(f"{where}: lr_ratio must be a number above 0, but it is {lr_ratio!r}.")
 
 
@@ -93,7 +94,3 @@ def _groups_of_factors(model: nn.Module) -> dict[nn.Parameter, str]:
 
 def _group_of_other(name: str, parameter: nn.Parameter) -> str:
     return NO_DECAY if parameter.dim() < 2 or "bias" in name.rpartition(".")[2] else OTHER
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

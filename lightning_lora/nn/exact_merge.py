@@ -308,7 +308,7 @@ def _in_arithmetic(chunk: LowRankBlock, scaling: float, scratch: Scratch) -> Low
     left = scratch.take("left", chunk.left, dtype).copy_(chunk.left).mul_(scaling)
     right = scratch.take("right", chunk.right, dtype).copy_(chunk.right)
     scale = None if chunk.scale is None else chunk.scale.to(dtype)
-    return LowRankBlock(chunk.row, chunk.col, left, right, scale)
+    return LowRankBlock(chunk.row, chunk.col, left, right, scale, chunk.replaces)
 
 
 def _window(weight: torch.Tensor, chunk: LowRankBlock) -> torch.Tensor:
@@ -323,6 +323,8 @@ def _rounded_sum(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """W' in the weight's dtype, in `target` where the arithmetic has another, and W' in the arithmetic's."""
     exact = scratch.take("exact", window, chunk.left.dtype).copy_(window)
+    if chunk.replaces:
+        exact.masked_fill_(~exact.isfinite(), 0.0)
     if window.dtype == chunk.left.dtype:  # no wider dtype to sum in: one rounding needs D first
         exact.add_(_delta(window, chunk, scratch))
     else:

@@ -54,7 +54,7 @@ class LowRankBlock(NamedTuple):
     """left (m, k) @ right (k, n) is added to W[row : row + m, col : col + n], and the sum multiplied by scale.
 
     W is seen as (rows, everything else), a stack of experts as one matrix below the other.
-    The blocks of one weight do not overlap.
+    The blocks of one weight do not overlap. With `replaces`, a value of W that is not finite counts as 0.
     """
 
     row: int
@@ -62,6 +62,7 @@ class LowRankBlock(NamedTuple):
     left: torch.Tensor
     right: torch.Tensor
     scale: torch.Tensor | None = None  # (m, 1) or (1, n)
+    replaces: bool = False  # the sum is what takes W's place, whatever W held
 
     def part(self, rows: slice, columns: slice) -> LowRankBlock:
         """Return the block of some of its rows and columns, at its own place."""
@@ -230,7 +231,7 @@ def crop(blocks: Sequence[LowRankBlock], rows: slice, columns: slice = EVERYTHIN
     """
     cropped = []
     for block in blocks:
-        row, col, left, right, _ = block
+        row, col, left, right, *_ = block
         top, bottom = max(row, rows.start), min(row + left.shape[0], rows.stop)
         begin, end = max(col, columns.start), min(col + right.shape[1], columns.stop)
         if top < bottom and begin < end:
@@ -258,18 +259,20 @@ def row_blocks(weight: torch.Tensor, ids: Sequence[int], rows: torch.Tensor, fir
         for place, row in run[::MOST_ROWS]:
             count = min(MOST_ROWS, run[-1][1] - row + 1)
             new, old = rows[place : place + count].detach(), weight[row : row + count].detach()
-            right = new.to(weight.device, dtype) - old.to(dtype)
-            blocks.append(LowRankBlock(row, 0, torch.eye(count, dtype=dtype, device=weight.device), right))
+            old = old.to(dtype)
+            right = new.to(weight.device, dtype) - old.masked_fill(~old.isfinite(), 0.0)
+            left = torch.eye(count, dtype=dtype, device=weight.device)
+            blocks.append(LowRankBlock(row, 0, left, right, replaces=True))
     return blocks
 
 
 def dense_delta(blocks: Sequence[LowRankBlock], shape: torch.Size) -> torch.Tensor:
     """Return what the blocks without a scale add to a weight, in its shape; differentiable."""
-    row, col, left, right, _ = blocks[0]
+    row, col, left, right, *_ = blocks[0]
     if len(blocks) == 1 and left.shape[0] * right.shape[1] == shape.numel():
         return (left @ right).view(shape)
     delta = left.new_zeros(shape[0], shape.numel() // shape[0])
-    for row, col, left, right, _ in blocks:
+    for row, col, left, right, *_ in blocks:
         delta[row : row + left.shape[0], col : col + right.shape[1]] = left @ right
     return delta.view(shape)
 

@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft.utils import merge_utils
@@ -464,3 +465,34 @@ def test_attention_keeps_one_rank_for_all_of_it_as_peft_needs(tmp_path: Path):
     state = combine(states(one, other), [1, 1], output=tmp_path / "c")
     assert len(state["state_dict"]["attention.lora_A"]) == len(state["state_dict"]["attention.out_proj.lora_A"]) == 4
     assert_deltas(deltas_of(loaded(state)), total([(1.0, deltas_of(one)), (1.0, deltas_of(other))]))
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64, np.int64])
+def test_numbers_of_numpy_are_taken_and_stored_as_pythons_own(tmp_path: Path, kind: Any):
+    both = [checkpoint(small(seed), "adapter") for seed in (2, 3)]
+    found = combine(both, np.array([1, 2], dtype=kind), method="svd", rank=np.int64(2), seed=np.int32(0))  # type: ignore[arg-type]
+    expected = combine(both, [1, 2], method="svd", rank=2)
+    assert found["state_dict"].keys() == expected["state_dict"].keys()
+    assert all(torch.equal(value, expected["state_dict"][name]) for name, value in found["state_dict"].items())
+    torch.save(found, tmp_path / "a.ckpt")
+    assert torch.load(tmp_path / "a.ckpt", weights_only=True)["lora"]["config"] == expected["lora"]["config"]
+    pruned = combine(both, [kind(1), kind(2)], method="ties", density=np.float32(0.5))
+    again = combine(both, [1, 2], method="ties", density=0.5)
+    assert all(torch.equal(value, again["state_dict"][name]) for name, value in pruned["state_dict"].items())
+
+
+@pytest.mark.parametrize("weight", [np.float32("nan"), np.float64("inf"), np.bool_(True)])
+def test_what_is_no_finite_number_of_numpy_is_refused(weight: Any):
+    both = [checkpoint(small(seed), "adapter") for seed in (2, 3)]
+    with pytest.raises(LoRAError, match="a weight must be a finite number"):
+        combine(both, [1.0, weight])
+
+
+def test_pruning_of_float64_adapters_works_in_float64():
+    """A density of 1 prunes nothing, so that the sum is that of the adapters."""
+    nets = [small(seed, autocast_adapter_dtype=False) for seed in (2, 3)]
+    state = combine(
+        [checkpoint(net, "adapter") for net in nets], [0.3, 0.7], method="magnitude_prune", density=1.0, rank=6
+    )
+    assert state["state_dict"]["linear.lora_A"].dtype == torch.float64
+    assert_deltas(deltas_of(loaded(state)), total(list(zip([0.3, 0.7], map(deltas_of, nets), strict=True))))

@@ -156,3 +156,65 @@ def test_versions_of_different_models_are_refused(tmp_path, message: str, change
     save_file(state, tmp_path / "tuned.safetensors")
     with pytest.raises(LoRAError, match=message):
         extract(open_weights(base), open_weights(tmp_path / "tuned.safetensors"), 2)
+
+
+def two_bases(path: Path, before: torch.Tensor, change: torch.Tensor, dtype: torch.dtype | None = None) -> list[Any]:
+    """One weight before and after a change."""
+    save_file({"a.weight": before}, path / "base.safetensors")
+    save_file({"a.weight": (before + change).to(dtype or before.dtype)}, path / "tuned.safetensors")
+    return [open_weights(path / name) for name in ("base.safetensors", "tuned.safetensors")]
+
+
+@pytest.mark.parametrize("size", [1e-200, 1e-12, 1.0, 1e120])
+@pytest.mark.parametrize("rank", [2, 3])
+def test_extract_of_float64_is_exact_in_float64(tmp_path, size: float, rank: int):
+    """As float32 it would be lost, beyond the range, or ten million times coarser."""
+    generator = torch.Generator().manual_seed(2)
+    left, right = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((9, 2), (2, 7)))
+    before = torch.zeros(9, 7, dtype=torch.float64)
+    change = left @ right * size
+    found = extract(*two_bases(tmp_path, before, change), rank)
+    a, b = (found.adapter.factor("a", factor) for factor in ("lora_A", "lora_B"))
+    assert a.dtype == b.dtype == torch.float64
+    assert found.kept["a"] == pytest.approx(1)
+    assert float((b @ a / size - change / size).norm()) < 1e-12
+
+
+def test_extract_of_a_change_below_float32s_digits_is_the_change(tmp_path):
+    before = torch.ones(6, 5, dtype=torch.float64)
+    change = torch.outer(torch.arange(6.0), torch.ones(5)).double() * 1e-10
+    found = extract(*two_bases(tmp_path, before, change), 1)
+    product = found.adapter.factor("a", "lora_B") @ found.adapter.factor("a", "lora_A")
+    torch.testing.assert_close(product, (before + change) - before, rtol=1e-6, atol=1e-20)
+    assert found.total() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("before", [torch.float32, torch.bfloat16], ids=str)
+def test_extract_from_a_narrow_base_to_a_wide_result_takes_the_wider(tmp_path, before: torch.dtype):
+    base = torch.ones(6, 5, dtype=before)
+    found = extract(*two_bases(tmp_path, base, torch.full((6, 5), 0.125), torch.float64), 1)
+    product = found.adapter.factor("a", "lora_B") @ found.adapter.factor("a", "lora_A")
+    assert product.dtype == torch.float64
+    torch.testing.assert_close(product, torch.full((6, 5), 0.125, dtype=torch.float64), rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
+def test_extract_names_a_change_that_is_not_finite(tmp_path, value: float):
+    before, change = torch.full((4, 4), -1e38), torch.zeros(4, 4)
+    change[1, 2] = value
+    after = before + change if value != 3e38 else torch.full((4, 4), 3e38)
+    save_file({"a.weight": before}, tmp_path / "base.safetensors")
+    save_file({"a.weight": after}, tmp_path / "tuned.safetensors")
+    both = [open_weights(tmp_path / name) for name in ("base.safetensors", "tuned.safetensors")]
+    with pytest.raises(
+        LoRAError, match=r"extract: the change of 'a.weight' is not finite.*leave it out with --exclude a"
+    ):
+        extract(*both, 2)
+
+
+def test_extract_passes_over_a_table_that_is_nan_in_both(tmp_path):
+    table = torch.full((4, 4), torch.nan)
+    for name, value in (("base", 0.0), ("tuned", 1.0)):
+        save_file({"a.weight": torch.full((4, 4), value), "b.weight": table}, tmp_path / f"{name}.safetensors")
+    both = [open_weights(tmp_path / f"{name}.safetensors") for name in ("base", "tuned")]
+    assert extract(*both, 2).adapter.layers() == ["a"]

@@ -16,6 +16,7 @@ from lightning_lora import (
     adapter_state_dict,
     disable_adapter,
     inject,
+    is_merged,
     load_adapter,
     merge,
     merge_and_unload,
@@ -28,9 +29,11 @@ from lightning_lora import (
 )
 from lightning_lora.adapter.metadata import adapter_of_model
 from lightning_lora.adapter.save_load import apply_adapter
+from lightning_lora.command.merge import merge_on_disk
 from lightning_lora.model import merging
 from lightning_lora.nn.lora_layer import adapted_layers
 from support.layers import same_bits
+from support.models import checkpoint
 from support.tables import (
     CASES,
     NUMBER,
@@ -486,3 +489,41 @@ def test_a_class_of_the_users_keeps_its_forward_and_its_name():
     subject = make_subject("scaled")
     assert isinstance(subject.model.emb, Scaled)
     assert type(subject.model.emb).__name__ == "LoRAScaled"
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_rows_take_the_place_of_rows_that_are_not_finite(tmp_path, tied: bool, dtype: torch.dtype, value: float):
+    """As those of new tokens in memory that nothing has written to."""
+    net = Net(tied=tied).to(dtype)
+    with torch.no_grad():
+        net.emb.weight[[3, 4, 17]] = value
+        net.emb.weight[39, 2] = value
+    torch.save(net.state_dict(), tmp_path / "base.pt")
+    before = net.emb.weight.detach().clone()
+    inject(net, LoRAConfig(r=2, target_modules=["body"], trainable_token_indices={"emb": list(ROWS)}))
+    rows = net.get_parameter("emb.lora_rows")
+    with torch.no_grad():
+        rows.copy_(torch.randn(rows.shape, generator=torch.Generator().manual_seed(1)))
+    expected = net.emb.weight.detach().index_copy(0, torch.tensor(ROWS), rows.detach().to(dtype))
+    for _ in range(2):
+        with merged(net):
+            assert torch.equal(net.emb.weight, expected)
+        assert same_bits(net.emb.weight, before)
+    assert torch.equal(merged_state_dict(net)["emb.weight"], expected)
+    torch.save(checkpoint(net, "adapter"), tmp_path / "a.ckpt")
+    merge_on_disk(tmp_path / "base.pt", tmp_path / "a.ckpt", tmp_path / "out.pt", check=True)
+    assert torch.equal(torch.load(tmp_path / "out.pt")["emb.weight"], expected)
+    merge_and_unload(net)
+    assert torch.equal(net.emb.weight, expected)
+
+
+def test_a_base_that_is_not_finite_beside_the_rows_is_still_refused():
+    net = Net()
+    inject(net, LoRAConfig(r=2, target_modules=["body"], trainable_token_indices={"emb": list(ROWS)}))
+    with torch.no_grad():
+        net.body.weight[0, 0] = torch.nan
+    with pytest.raises(LoRAError, match="'body'"), merged(net):
+        pass
+    assert not is_merged(net)

@@ -252,7 +252,7 @@ def make_pieces(weight: torch.Tensor, r: int = 4) -> list[LowRankBlock]:
 
 def exact_delta(pieces: list[LowRankBlock], scaling: float, shape: torch.Size) -> torch.Tensor:
     delta = torch.zeros(shape[0], shape.numel() // shape[0], dtype=torch.float64)
-    for row, col, left, right, _ in pieces:
+    for row, col, left, right, *_ in pieces:
         part = scaling * (left.double() @ right.double())
         delta[row : row + part.shape[0], col : col + part.shape[1]] += part
     return delta.view(shape)

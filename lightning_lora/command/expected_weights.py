@@ -1,0 +1,204 @@
+"""What each tensor of a merged model must be, from base and adapter alone: the reference of `merge --verify`.
+
+    expected = m / norm(W + s * B @ A) * (W + s * B @ A), in float64
+
+W is the base's, or the adapter's own where it holds the weight whole, and trained rows take their place in it. The
+scale in front is there with magnitudes m alone. Neither the plan that wrote the result nor the arithmetic of
+nn/exact_merge.py is used, so that a mistake in these is found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from ..adapter.adapter import Adapter
+from ..errors import LoRAError
+from ..files.safetensors import TensorLocation, read_rows
+from ..files.weights import Weights
+from ..names import START_A, START_B, A, B
+from ..nn.low_rank import ATTENTION_WEIGHTS, SEPARATE, TRANSPOSED, TRANSPOSED_EXPERTS
+
+Factors = tuple[torch.Tensor, torch.Tensor]  # left (m, k) and right (k, n); of a stack (E, m, k) and (E, k, n)
+
+
+@dataclass
+class ExpectedWeight:
+    """One tensor that an adapter changes.
+
+    Attributes:
+        location: of W in the base.
+        dtype: of the result.
+        whole: what takes W's place, or None.
+        rows: the numbers of trained rows.
+        row_values: (len(rows), columns).
+        factors: what is added, s included, in float64.
+        magnitudes: the length of each output's weights, or None.
+        transposed: W is stored (in, out).
+        arithmetic: the dtype in which differences of the factors from those of a start, or sums, were rounded.
+        norms: of the columns, once they are known.
+    """
+
+    location: TensorLocation
+    dtype: torch.dtype
+    whole: torch.Tensor | None = None
+    rows: Sequence[int] = ()
+    row_values: torch.Tensor | None = None
+    factors: list[Factors] = field(default_factory=list)
+    magnitudes: torch.Tensor | None = None
+    transposed: bool = False
+    arithmetic: torch.dtype = torch.float64
+    norms: torch.Tensor | None = None
+
+    def exact_part(self, old: torch.Tensor, first: int) -> torch.Tensor:
+        """Return some rows of W as the adapter has them; `old` are the base's, the first of which is that row."""
+        if self.whole is None:
+            return old
+        return (self.whole[first : first + len(old)] if old.dim() else self.whole).detach().to(old.dtype)
+
+    def part(self, old: torch.Tensor, first: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return rows of the result in float64, and for each element the sum of all that took part in it, unsigned."""
+        exact, total = self._unscaled(old, first)
+        if self.magnitudes is None:
+            return exact, total
+        norms = self._column_norms() if self.transposed else exact.flatten(1).square().sum(1).sqrt()
+        outputs = slice(None) if self.transposed else slice(first, first + len(old))
+        scale = self._scale(norms, outputs).view([1, -1] if self.transposed else [-1] + [1] * (old.dim() - 1))
+        return exact * scale, total * scale.abs()
+
+    def _unscaled(self, old: torch.Tensor, first: int) -> tuple[torch.Tensor, torch.Tensor]:
+        wide = torch.promote_types(old.dtype, self.dtype)
+        exact = self.exact_part(old.to(wide), first).double().clone()
+        for place, row in enumerate(self.rows):
+            if first <= row < first + len(old) and self.row_values is not None:
+                exact[row - first] = self.row_values[place].double()
+        total = exact.abs()
+        for left, right in self.factors:
+            rows = left[first : first + len(old)]
+            own = right[first : first + len(old)] if right.dim() > 2 else right
+            exact += (rows @ own).view(exact.shape)
+            total += (rows.abs() @ own.abs()).view(exact.shape)
+        return exact, total
+
+    def _scale(self, norms: torch.Tensor, outputs: slice) -> torch.Tensor:
+        """Return m / norm, 1 for an output without weights. Magnitudes' dtype is that of both, as in a live layer."""
+        assert self.magnitudes is not None
+        norms = norms.to(self.magnitudes.dtype)
+        return torch.where(norms == 0, 1.0, self.magnitudes.detach()[outputs] / norms).double()
+
+    def _column_norms(self) -> torch.Tensor:
+        if self.norms is None:
+            with open(self.location.file, "rb") as file:
+                parts = ((first, read_rows(file, self.location, first, n)) for first, n in self.location.chunks())
+                squares = [self._unscaled(old, first)[0].square().sum(0) for first, old in parts]
+            self.norms = torch.stack(squares).sum(0).sqrt()
+        return self.norms
+
+
+class ExpectedWeights:
+    """What an adapter makes of each tensor of a base, by the tensor's name in the base's files."""
+
+    def __init__(self, adapter: Adapter, base: Weights, files: Mapping[str, str]) -> None:
+        """Take an adapter and a base under the same names; `files` are the names in the base's files, by these."""
+        self.adapter, self.base = adapter, base
+        self.names = {in_file: name for name, in_file in files.items()}
+        self.layers, self.whole, self.rows = set(adapter.layers()), adapter.beside_factors(), adapter.rows()
+        self.tables = {**adapter.tied, **{table: table for table in adapter.tables}}  # each with where its rows are
+        self.owners = base.other_owners()
+        self.found: set[str] = set()  # layers, tables and tensors of the adapter that the base has
+
+    def of(self, name_in_file: str, dtype: torch.dtype) -> ExpectedWeight | None:
+        """Return what a tensor of the result must be, or None where the adapter does not change it."""
+        name = self.names[name_in_file]
+        module, _, leaf = name.rpartition(".")
+        is_weight = leaf in ("weight", *ATTENTION_WEIGHTS)
+        layer = name if name in self.layers else module if is_weight and module in self.layers else None
+        if layer is not None and leaf in SEPARATE and leaf not in self._separate_leaves(layer):
+            layer = None
+        table = self._table_of(name)
+        if name not in self.whole and table is None and layer is None:
+            return None
+        self.found |= {name} if layer is None else {name, layer}
+        expected = ExpectedWeight(self.base.locations[name], dtype, self.whole.get(name))
+        if table is not None:
+            self.found.add(table)
+            expected.rows, expected.row_values = self.adapter.tables[table], self.rows[table]
+        if layer is not None:
+            self._add_factors(expected, layer, leaf)
+        return expected
+
+    def check_all_found(self) -> None:
+        """Raise LoRAError for the first part of the adapter that no tensor of the base has taken up."""
+        whole = [value for name, value in self.whole.items() if name in self.found and isinstance(value, torch.Tensor)]
+        lost = [
+            *sorted(self.layers - self.found),
+            *sorted({self.tables.get(table, table) for table in self.rows} - self.found),
+            *(n for n, v in self.whole.items() if n not in self.found and not any(torch.equal(v, w) for w in whole)),
+        ]
+        if lost:
+            raise LoRAError(f"merge --verify: {lost[0]!r} of the adapter is in no tensor of the result.")
+
+    def _table_of(self, name: str) -> str | None:
+        """Return the table whose trained rows a tensor has: its own, or those of the other end of a tie."""
+        module, _, leaf = name.rpartition(".")
+        if leaf == "weight" and module in self.tables:
+            return self.tables[module]
+        if self.base.folder is None or name not in self.owners:
+            return None
+        for table, first in self.tables.items():
+            other = f"{table}.weight"
+            if other in self.owners and self.base.locations[other].shape == self.base.locations[name].shape:
+                return first
+        return None
+
+    def _add_factors(self, expected: ExpectedWeight, layer: str, leaf: str) -> None:
+        names = ((A, B, 1.0), (START_A, START_B, -1.0))
+        for name_a, name_b, sign in names:
+            if self.adapter.factor_name(layer, name_a) in self.adapter.tensors:
+                a, b = (self.adapter.factor(layer, name).detach().double() for name in (name_a, name_b))
+                left, right, expected.transposed = self._placed(layer, leaf, expected.location.shape, a, b)
+                expected.factors.append((left * (sign * self.adapter.scalings[layer]), right))
+                expected.arithmetic = torch.float64 if sign > 0 else torch.float32
+        expected.magnitudes = self.adapter.magnitude(layer)
+
+    def _placed(
+        self, layer: str, leaf: str, shape: Sequence[int], a: torch.Tensor, b: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, bool]:
+        """Return the left and right whose product lies in a weight of this shape, and whether they are turned."""
+        kind, rank = self.adapter.kinds.get(layer), b.shape[1]
+        parts = self.adapter.config.enabled_parts(layer) if self.adapter.config is not None else None
+        if leaf in SEPARATE:
+            a, b = self._separate(layer, leaf, a, b)
+        elif self.adapter.is_parameter(layer) and len(shape) == 3:
+            a, b = a.view(shape[0], rank, -1), b.view(shape[0], -1, rank)
+            turned = (b.shape[1], a.shape[2]) != tuple(shape[1:]) if kind is None else kind == TRANSPOSED_EXPERTS
+            return (a.mT, b.mT, turned) if turned else (b, a, turned)
+        elif parts is not None:
+            height = b.shape[0] // sum(parts)
+            wide = b.new_zeros(height * len(parts), rank * sum(parts))
+            for place, part in enumerate(i for i, enabled in enumerate(parts) if enabled):
+                here = b[place * height : (place + 1) * height]
+                wide[part * height : (part + 1) * height, place * rank : (place + 1) * rank] = here
+            b = wide
+        a, b = a.flatten(1), b.flatten(1)
+        fitting = (b.shape[0], a.shape[1]) == tuple(shape) or len(shape) > 2
+        turned = kind in TRANSPOSED
+        if kind is None:
+            turned = not fitting or (self.adapter.fan_in_fan_out and len(shape) == 2 and shape[0] == shape[1])
+        return (a.T, b.T, turned) if turned else (b, a, turned)
+
+    def _separate_leaves(self, layer: str) -> list[str]:
+        """Return the names of the weights that are adapted of attention with q, k and v apart."""
+        parts = self.adapter.config.enabled_parts(layer) if self.adapter.config is not None else None
+        return [name for name, enabled in zip(SEPARATE, parts or (True,) * 3, strict=True) if enabled]
+
+    def _separate(self, layer: str, leaf: str, a: torch.Tensor, b: torch.Tensor) -> Factors:
+        """Return the part of A and B that is for q, k or v, which lie side by side in A and below each other in B."""
+        leaves = self._separate_leaves(layer)
+        shapes = [self.base.locations[f"{layer}.{name}"].shape for name in leaves]
+        place = leaves.index(leaf)
+        top, left = (sum(shape[i] for shape in shapes[:place]) for i in (0, 1))
+        height, width = shapes[place]
+        return a[:, left : left + width], b[top : top + height]

@@ -1,0 +1,198 @@
+"""A module under two names has the options of its first one, by which it is adapted, in every file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from lightning_lora import (
+    LoRACallback,
+    LoRAConfig,
+    adapter_state_dict,
+    combine,
+    inject,
+    load_adapter,
+    load_from_checkpoint,
+    save_adapter,
+)
+from lightning_lora.adapter import metadata
+from lightning_lora.command.convert import to_lightning, to_peft
+from lightning_lora.command.merge import merge_on_disk
+from lightning_lora.model.injection import require_injection
+from support.models import checkpoint
+from support.peers import fill_, seeded
+from support.training import make_trainer
+
+
+class Twice(nn.Module):
+    """A layer, and a block with a layer, under two names each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 6)
+        self.second = self.first
+        self.other = nn.Linear(6, 9)
+        self.block = nn.Sequential(nn.Linear(9, 6))
+        self.again = self.block
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.again(self.other(self.second(self.first(x).relu()).relu()).relu())
+        return result
+
+
+class Net(L.LightningModule):
+    """The whole network under two names too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = seeded(Twice)
+        self.alias = self.net
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.net(x)
+        return result
+
+    def training_step(self, batch: torch.Tensor) -> torch.Tensor:
+        return self(batch).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {"network": lambda: seeded(Twice), "LightningModule": Net}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "rank": {"rank_pattern": {"first": 3}},
+    "alpha": {"alpha_pattern": {"first": 5}},
+    "both": {"rank_pattern": {"first": 1}, "alpha_pattern": {"first": 5}, "use_rslora": True},
+    "other names too": {"rank_pattern": {"first": 4, "other": 3}, "alpha_pattern": {"o.*r": 2}},
+    "a block": {"rank_pattern": {r"block\.0": 3}, "bias": "all"},
+    "a start": {"rank_pattern": {"first": 3}, "init_lora_weights": "pissa"},
+    "magnitudes": {"rank_pattern": {"first": 3}, "use_dora": True},
+    "parts": {"target_modules": ["first", "other"], "enable_lora": {"first": [True, False]}},
+    "parts and rank": {
+        "target_modules": ["first", "other"],
+        "enable_lora": {"first": [True, False]},
+        "rank_pattern": {"first": 1},
+    },
+}
+
+
+def config(case: str) -> LoRAConfig:
+    return LoRAConfig(**{"r": 2, "lora_alpha": 3, "target_modules": "all-linear", **OPTIONS[case]})
+
+
+def adapted(kind: str, case: str) -> nn.Module:
+    net = MODELS[kind]()
+    inject(net, config(case))
+    return fill_(net)
+
+
+def answers(net: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        result: torch.Tensor = net.eval()(torch.linspace(-1, 1, 18).view(3, 6))
+    return result
+
+
+def imported(net: nn.Module, path: Path) -> Any:
+    save_adapter(net, path / "to_import")
+    to_lightning(path / "to_import", path / "imported.ckpt")
+    return path / "imported.ckpt"
+
+
+def exported(net: nn.Module, path: Path) -> Any:
+    torch.save(checkpoint(net, "adapter"), path / "to_export.ckpt")
+    to_peft(path / "to_export.ckpt", path / "exported")
+    return path / "exported"
+
+
+def folder(net: nn.Module, path: Path) -> Any:
+    save_adapter(net, path / "folder")
+    return path / "folder"
+
+
+DOORS: dict[str, Callable[[nn.Module, Path], Any]] = {
+    "folder": folder,
+    "adapter": lambda net, path: checkpoint(net, "adapter"),
+    "merged": lambda net, path: checkpoint(net, "merged"),
+    "full": lambda net, path: checkpoint(net, "full"),
+    "import": imported,
+    "export": exported,
+    "combine": lambda net, path: combine([folder(net, path)], [1.0]),
+}
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+@pytest.mark.parametrize("kind", MODELS)
+def test_every_door_loads_what_has_options_by_its_first_name(tmp_path, kind: str, case: str):
+    net = adapted(kind, case)
+    for door, source_of in DOORS.items():
+        if (case, door) == ("magnitudes", "combine"):
+            continue  # which is refused
+        source = source_of(net, tmp_path)
+        load_adapter(fresh := MODELS[kind](), source)
+        torch.testing.assert_close(answers(fresh), answers(net), rtol=0, atol=1e-6, msg=door)
+        if (case, door) != ("a start", "combine"):  # whose result has none
+            load_adapter(adapted(kind, case), source)
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_a_model_that_loads_a_checkpoint_has_the_options_that_were_given(case: str):
+    net = adapted("network", case)
+    load_adapter(fresh := seeded(Twice), checkpoint(net, "adapter"))
+    found = require_injection(fresh, "test").record.config
+    assert found == config(case)
+    assert inject(fresh, found)
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+@pytest.mark.parametrize("kind", ["adapter", "merged", "full"])
+def test_a_file_of_an_earlier_version_whose_options_are_for_the_first_name_alone_loads(
+    tmp_path, monkeypatch: pytest.MonkeyPatch, kind: str, case: str
+):
+    net = adapted("network", case)
+    with monkeypatch.context() as patch:
+        patch.setattr(metadata, "with_aliases", lambda options, aliases: options)
+        torch.save(checkpoint(net, kind), tmp_path / "a.ckpt")
+    load_adapter(fresh := seeded(Twice), tmp_path / "a.ckpt")
+    assert torch.equal(answers(fresh), answers(net))
+    load_adapter(injected := adapted("network", case), tmp_path / "a.ckpt")
+    assert adapter_state_dict(injected).keys() == adapter_state_dict(net).keys()
+
+
+@pytest.mark.parametrize("case", ["rank", "alpha", "parts"])
+def test_a_run_resumes_and_its_checkpoint_builds_the_model(tmp_path, case: str):
+    options = {"r": 2, "lora_alpha": 3, "target_modules": "all-linear", **OPTIONS[case]}
+    data = torch.utils.data.DataLoader(torch.linspace(-1, 1, 24).view(4, 6), batch_size=2)  # type: ignore[arg-type]
+    ends = []
+    for first, resumed in ((2, None), (1, tmp_path / "1.ckpt")):
+        for epochs, start in ((first, None), (2, resumed)) if resumed else ((2, None),):
+            torch.manual_seed(0)
+            trainer = make_trainer(tmp_path, LoRACallback(seed=1, **options), max_epochs=epochs)
+            trainer.fit(model := Net().train(), data, ckpt_path=start, **({"weights_only": True} if start else {}))
+            trainer.save_checkpoint(tmp_path / f"{epochs}.ckpt")
+        ends.append(answers(model))
+    assert torch.equal(*ends)
+    assert torch.equal(answers(load_from_checkpoint(Net, tmp_path / "2.ckpt")), ends[0])
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+@pytest.mark.parametrize("form", ["pt", "safetensors"])
+def test_merge_changes_both_names_of_a_base_file(tmp_path, form: str, case: str):
+    net, plain = adapted("network", case), seeded(Twice)
+    base, out = tmp_path / f"base.{form}", tmp_path / f"out.{form}"
+    if form == "pt":  # which holds the values once
+        torch.save(plain.state_dict(), base)
+    else:
+        save_file({name: value.clone() for name, value in plain.state_dict().items()}, base)
+    merge_on_disk(base, folder(net, tmp_path), out, check=True)
+    merged = torch.load(out) if form == "pt" else load_file(out)
+    assert torch.equal(merged["first.weight"], merged["second.weight"])
+    plain.load_state_dict(merged)
+    torch.testing.assert_close(answers(plain), answers(net), rtol=0, atol=1e-6)
