@@ -61,6 +61,9 @@ class Adapter:
         tied: the tables that share the rows of another by a tie, each with that one's name; their rows may be left out.
         tied_by_peft: PEFT makes all these ties by itself, because transformers does.
         peft_rows: the rows were trained by PEFT, in which a head with rows has no bias.
+        peft_outputs: factors of attention's out_proj are as PEFT holds them, perhaps turned; see peft_attention.py.
+        after_conv1d: the names of attention's out_proj and of single parameters that PEFT reaches while its
+            fan_in_fan_out is true, as their model tells, or None where that is not known.
         network: the prefix of the network's names inside the LightningModule that was saved.
         origin: what the source says of the base: base_model_name_or_path, revision, task_type.
         scope: the prefix of the part of a model that it is for, or "" for all; buffers of the rest need not be here.
@@ -83,6 +86,8 @@ class Adapter:
     tied: Mapping[str, str] = field(default_factory=dict)
     tied_by_peft: bool = False
     peft_rows: bool = False
+    peft_outputs: bool = False
+    after_conv1d: frozenset[str] | None = frozenset()
 
     @cached_property
     def _factor_names(self) -> dict[str, dict[str, str]]:
@@ -179,6 +184,7 @@ class Adapter:
             tables=rename_keys(self.tables, new_table),
             tied=rename_keys({table: first for table, first in tied.items() if first is not None}, new_table),
             perhaps_base=frozenset(rename_keys(dict.fromkeys(self.perhaps_base), new_name)),
+            after_conv1d=self.after_conv1d and frozenset(rename_keys(dict.fromkeys(self.after_conv1d), new_layer)),
         )
 
     def renamed(self, strip: str, add: str) -> Adapter:
@@ -190,7 +196,11 @@ class Adapter:
         def new_name(name: str) -> str | None:
             return add + name.removeprefix(strip) if name.startswith(strip) else None
 
-        new = replace(self.with_names(new_name), network="")
+        return replace(self.renamed_by(new_name), network="")
+
+    def renamed_by(self, new_name: NewName) -> Adapter:
+        """Return it with new names as with_names does; the options go on to mean the same layers."""
+        new = self.with_names(new_name)
         old_layers = {_new_layer(self, layer, new_name): layer for layer in self.layers()}
         return replace(new, config=_translate_config(self, new, old_layers))
 

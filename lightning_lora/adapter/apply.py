@@ -24,16 +24,10 @@ from ..names import A, B, canonical, listed, names_factor, near_misses, rename_k
 from ..nn.conv import LoRAConv
 from ..nn.layer_kinds import layer_kinds
 from ..nn.lora_layer import AdaptedWeights, LayerSpec, adapted_layers, adapted_places
-from .adapter import (
-    Adapter,
-    align_to_modules,
-    check_finite,
-    options_hold,
-    with_exact_ranks,
-    without_aliases,
-)
+from .adapter import Adapter, check_finite, options_hold, with_exact_ranks, without_aliases
 from .fingerprint import EQUAL, REMEDY, check_fingerprint, fingerprint_entry
 from .peft_rows import NO_BIAS
+from .pretrained_names import align_to_networks
 
 Specs = Mapping[AdaptedWeights, LayerSpec]  # of layers that get another rank or scaling
 
@@ -48,7 +42,7 @@ def align_names(model: nn.Module, adapter: Adapter) -> Adapter:
     if layers and not modules.issuperset(layers):  # a shared module's other names must not make a prefix ambiguous
         first, ending = {canonical(name) for name, _ in model.named_modules()}, f".{layers[0]}"
         modules -= {n for n in modules if n.endswith(ending) and n.removesuffix(ending) not in first}
-    return align_to_modules(adapter, modules, type(model).__name__)
+    return align_to_networks(adapter, modules, type(model).__name__, lambda: pretrained_models(model).values())
 
 
 def by_first_names(model: nn.Module, adapter: Adapter) -> Adapter:

@@ -37,6 +37,7 @@ from ..progress import progress_bar
 from .adapter import Adapter, exact_options, options_hold, scaled_pairs, separate_shapes
 from .fingerprint import compare_fingerprints
 from .lightning_checkpoint import checkpoint_metadata
+from .peft_attention import after_conv1d_in_all
 from .peft_folder import write_folder
 from .save_load import adapter_with_options
 
@@ -376,13 +377,15 @@ def _assemble(tensors: Mapping[str, Any], layers: Sequence[str], adapters: Seque
     """Return the adapter of combined layers, with what the others say of base and kinds, without options yet."""
     trained = {name for each in adapters for name in each.tensors}
     first = next((each for each in adapters if each.tied), adapters[0])
+    kinds = {layer: kind for each in adapters for layer, kind in each.kinds.items()}
     return Adapter(
         tensors=tensors,
         config=adapters[0].config,
         scalings=dict.fromkeys(layers, 1.0),
         fingerprint={n: e for each in reversed(adapters) for n, e in each.fingerprint.items() if n not in trained},
         complete=all(each.complete for each in adapters),
-        kinds={layer: kind for each in adapters for layer, kind in each.kinds.items()},
+        kinds=kinds,
+        after_conv1d=after_conv1d_in_all(adapters, kinds),
         origin={key: value for each in reversed(adapters) for key, value in each.origin.items()},
         fan_in_fan_out=any(each.fan_in_fan_out for each in adapters),
         tables=_own_tables(first),

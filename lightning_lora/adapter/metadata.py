@@ -28,9 +28,10 @@ from ..model.state_dict import adapter_keys, adapter_state_dict, original_value
 from ..names import derives_from
 from ..nn.layer_kinds import layer_kinds
 from ..nn.lora_layer import adapted_layers
-from ..nn.low_rank import KINDS
+from ..nn.low_rank import CONV1D, KINDS
 from .adapter import Adapter, check_factors, equal_layers, with_aliases
 from .fingerprint import fingerprint, sample_positions
+from .peft_attention import after_conv1d
 
 STORED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # values of other dtypes are stored as float64
 LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric")
@@ -46,6 +47,7 @@ def to_metadata(adapter: Adapter) -> dict[str, Any]:
         "origin": dict(adapter.origin),
         "complete": adapter.complete,
         "fan_in_fan_out": adapter.fan_in_fan_out,
+        **_after_conv1d_to_metadata(adapter),
         **({"tables": {name: list(rows) for name, rows in adapter.tables.items()}} if adapter.tables else {}),
         **({"tied": dict(adapter.tied), "tied_by_peft": adapter.tied_by_peft} if adapter.tied else {}),
     }
@@ -77,6 +79,7 @@ def from_metadata(tensors: Mapping[str, Any], metadata: Any, where: str) -> Adap
             tables={_text(name): _ascending(rows) for name, rows in metadata.get("tables", {}).items()},
             tied={_text(name): _text(first) for name, first in metadata.get("tied", {}).items()},
             tied_by_peft=metadata.get("tied_by_peft") is True,
+            after_conv1d=_after_conv1d_from_metadata(metadata.get("after_conv1d", [])),
         )
     except LoRAError:
         raise
@@ -119,7 +122,9 @@ def describe_model(model: nn.Module) -> Adapter:
     trained = adapter_keys(model)
     at_fit_start = record.fingerprint and record.fingerprint.keys() <= {name for name, _, _ in named_state(model)}
     first, layers = adapted_layers(model), adapted_layers(model, remove_duplicate=False)  # as state dicts hold them
-    kinds = {first[name]: kind for name, kind in layer_kinds(model).items()}
+    by_name = layer_kinds(model)
+    kinds = {first[name]: kind for name, kind in by_name.items()}
+    reached = {first[name] for name in after_conv1d(by_name, CONV1D in by_name.values())}
     tables = {name: layer for name, layer in layers.items() if layer.replaced_rows()}
     first_names = {layer: name for name, layer in first.items()}
     aliases = {name: first_names[layer] for name, layer in layers.items() if layer in kinds and name not in first}
@@ -135,12 +140,23 @@ def describe_model(model: nn.Module) -> Adapter:
         fingerprint=_without(record.fingerprint, trained) if at_fit_start else fingerprint(model),
         complete=True,
         kinds={name: kinds[layer] for name, layer in layers.items() if layer in kinds},
+        after_conv1d=frozenset(name for name, layer in layers.items() if layer in reached),
         network=network,
         origin={**own_origin, **record.origin},
         tables={name: layer.replaced_rows() for name, layer in tables.items()},
         tied=tied,
         tied_by_peft=tied.items() <= by_peft.items(),
     )
+
+
+def _after_conv1d_to_metadata(adapter: Adapter) -> dict[str, Any]:
+    if adapter.after_conv1d is None:
+        return {"after_conv1d": None}
+    return {"after_conv1d": sorted(adapter.after_conv1d)} if adapter.after_conv1d else {}
+
+
+def _after_conv1d_from_metadata(names: Any) -> frozenset[str] | None:
+    return None if names is None else frozenset(map(_text, _list(names)))
 
 
 def of_trained(adapter: Adapter, frozen: Collection[str] = ()) -> Adapter:

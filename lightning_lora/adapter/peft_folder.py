@@ -29,6 +29,8 @@ from ..nn.low_rank import ATTENTION, ATTENTION_OUTPUT, GROUPED_CONV, SEPARATE
 from .adapter import Adapter, check_factors, exact_options, ties_of
 from .fingerprint import AVERAGED, entries_match, fingerprint_entry, without_rows
 from .metadata import from_metadata, of_trained, to_metadata
+from .peft_attention import refuse_conv1d_before_parameters
+from .peft_edited import honour_options
 from .peft_magnitudes import magnitudes_from_peft, magnitudes_to_peft
 from .peft_mapping import (
     add_idle_attention,
@@ -82,12 +84,14 @@ def write_folder(adapter: Adapter, path: PathLike, frozen: Mapping[str, torch.Te
     extra = [name for name, value in adapter.tensors.items() if not isinstance(value, torch.Tensor)]
     if extra:
         warnings.warn(f"lightning_lora: the extra state {extra} is no tensor and is left out.", stacklevel=3)
-        adapter = replace(adapter, tensors={n: t for n, t in adapter.tensors.items() if n not in extra})
+        kept = {n: t for n, t in adapter.tensors.items() if n not in extra}
+        adapter = replace(adapter, tensors=kept, complete=False)
     outside = {name: tensor for name, tensor in adapter.tensors.items() if not name.startswith(adapter.network)}
     own = adapter.by_network_names()
     _refuse_missing_frozen(own, frozen or {})
     for name in own.layers():
         _refuse_without_equal(own, name)
+    refuse_conv1d_before_parameters(own)
     own = as_peft_stores(own)
     own, idle = add_idle_attention(own)
     plain = as_plain(without_starts(own))
@@ -101,7 +105,7 @@ def write_folder(adapter: Adapter, path: PathLike, frozen: Mapping[str, torch.Te
         f"{PREFIX}{in_tables[name]}" if in_tables[name] != name else peft_name(name, layers, own.kinds, nesting): tensor
         for name, tensor in values.items()
     }
-    description = to_metadata(own) | {"complete": not extra}
+    description = to_metadata(own)
     if frozen:
         description[FROZEN] = sorted(frozen)
     if idle:
@@ -191,7 +195,7 @@ def read_folder(path: PathLike, order: Order = usual_order) -> Adapter:
     refuse_options(options, folder / CONFIG_FILE)
     peft_tensors, header = _read_tensors(folder)
     if HEADER_KEY in header:
-        adapter, outside = _read_described(peft_tensors, header[HEADER_KEY], folder / TENSOR_FILE)
+        adapter, outside = _read_described(peft_tensors, header[HEADER_KEY], folder / TENSOR_FILE, options)
         return _add_outside(adapter, outside, folder) if outside else adapter
     names = read_names(peft_tensors, folder, lambda wrapped: nesting_in_peft(options, wrapped, order, folder))
     tensors = magnitudes_from_peft({name: peft_tensors[peft_name] for peft_name, name in names.ours.items()})
@@ -226,8 +230,16 @@ def _read_tensors(folder: Path) -> tuple[dict[str, torch.Tensor], Mapping[str, s
     return content, {}
 
 
-def _read_described(peft_tensors: Mapping[str, torch.Tensor], text: str, where: Path) -> tuple[Adapter, Any]:
+def _read_described(
+    peft_tensors: Mapping[str, torch.Tensor], text: str, where: Path, options: Mapping[str, Any] | None = None
+) -> tuple[Adapter, Any]:
     """Return an adapter that this package wrote, by its header's description, and what that says of OUTSIDE_FILE.
+
+    Args:
+        peft_tensors: the tensors.
+        text: the description.
+        where: the file that both are in.
+        options: of adapter_config.json, where that is beside it.
 
     Raises:
         LoRAError: the description is damaged, or the tensors are not those that it is of.
@@ -243,6 +255,7 @@ def _read_described(peft_tensors: Mapping[str, torch.Tensor], text: str, where: 
     tensors = magnitudes_from_peft({name: peft_tensors[peft_name] for peft_name, name in names.items()})
     adapter = from_metadata(tensors, description, str(where))
     adapter = _with_our_stacks(adapter, where)
+    plain = adapter
     idle = description.get(IDLE, [])
     if not isinstance(idle, list):
         raise LoRAError(f"{where}: the adapter's description is damaged: {IDLE} is {idle!r}.")
@@ -252,6 +265,8 @@ def _read_described(peft_tensors: Mapping[str, torch.Tensor], text: str, where: 
     adapter = of_trained(adapter, _frozen_tensors(adapter, description, where))
     adapter = with_starts(from_plain(drop_layers(adapter, idle)), adapter.config)
     check_factors(adapter, str(where))
+    if options is not None:
+        adapter = honour_options(adapter, plain, options, where.with_name(CONFIG_FILE))
     return adapter, description.get("outside")
 
 
@@ -328,6 +343,7 @@ def _read_foreign(
         perhaps_base=frozenset(dumped - ties_of(saved, whole)),
         origin=origin_of(options),
         fan_in_fan_out=options.get("fan_in_fan_out") is True,
+        peft_outputs=True,
     )
     adapter = _with_our_stacks(adapter, folder)
     check_factors(adapter, str(folder))

@@ -22,9 +22,19 @@ import torch
 
 from ..config import SAYING_NOTHING, TASK_HEADS, VARIANTS, LoRAConfig, Task
 from ..errors import LoRAError
-from ..names import FACTORS, START_B, A, B, around, matcher, suffixes
-from ..nn.low_rank import ATTENTION, ATTENTION_OUTPUT, CONV1D, from_block_diagonal, to_block_diagonal
+from ..names import FACTORS, START_B, A, B, around, matcher, pattern_matches, suffixes
+from ..nn.low_rank import (
+    ATTENTION,
+    ATTENTION_OUTPUT,
+    CONV1D,
+    EMBEDDING,
+    LINEAR,
+    PARAMETER,
+    from_block_diagonal,
+    to_block_diagonal,
+)
 from .adapter import Adapter, exact_options, options_hold
+from .peft_attention import turn
 from .peft_rows import OPTION
 from .peft_saved_modules import entries_in, from_peft_entries, is_tied_by_peft, to_peft_entries
 
@@ -33,6 +43,7 @@ BY_NUMBER = ("layers_to_transform", "layers_pattern")
 SELECTING = ("target_modules", "target_parameters", "exclude_modules", *BY_NUMBER, "modules_to_save", OPTION)
 ORIGIN = ("base_model_name_or_path", "revision", "task_type")
 OUR_INITS = (True, False, "gaussian", "orthogonal")  # of plain adapters, which draw the same in PEFT
+ORTHOGONAL_IN_PEFT = {LINEAR, CONV1D, EMBEDDING}
 # What these start from is not the base any more: their adapter fits only the weights that they left behind.
 INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 WITHOUT_EFFECT = {  # on what the stored tensors mean
@@ -57,8 +68,7 @@ def options_to_peft(adapter: Adapter) -> dict[str, Any]:
     options = config.to_dict()
     return {
         **{name: options[name] for name in SHARED if name in options},
-        "rank_pattern": options["rank_pattern"] or {},
-        "alpha_pattern": options["alpha_pattern"] or {},
+        **{name: _pattern_in_peft(adapter, options[name]) for name in ("rank_pattern", "alpha_pattern")},
         "peft_type": "LORA",
         "target_modules": _target_modules(adapter, [name for name in ranks if not adapter.is_parameter(name)]),
         **({"target_parameters": _target_parameters(adapter)} if adapter.parameters else {}),
@@ -66,12 +76,36 @@ def options_to_peft(adapter: Adapter) -> dict[str, Any]:
         "exclude_modules": None,
         "modules_to_save": to_peft_entries(adapter),
         **({"ensure_weight_tying": True} if is_tied_by_peft(adapter) else {}),
-        "init_lora_weights": options["init_lora_weights"] if options["init_lora_weights"] in OUR_INITS else True,
-        "fan_in_fan_out": adapter.fan_in_fan_out or CONV1D in adapter.kinds.values(),
+        "init_lora_weights": _init_in_peft(adapter, options["init_lora_weights"]),
+        "fan_in_fan_out": fan_in_fan_out_in_peft(adapter),
         "inference_mode": True,
         **{name: adapter.origin.get(name) for name in ORIGIN},
         **({"task_type": config.task_type} if config.task_type else {}),
     }
+
+
+def _pattern_in_peft(adapter: Adapter, pattern: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return a pattern without keys of nothing but attention's out_proj, which has the attention's options in PEFT."""
+    outputs = [name for name, kind in adapter.kinds.items() if kind == ATTENTION_OUTPUT]
+    others = [name for name in adapter.layers() if adapter.kinds.get(name) != ATTENTION_OUTPUT]
+
+    def is_of_output(key: str) -> bool:
+        return any(pattern_matches(key, name) for name in outputs) and not any(pattern_matches(key, n) for n in others)
+
+    return {key: value for key, value in (pattern or {}).items() if not is_of_output(key)}
+
+
+def fan_in_fan_out_in_peft(adapter: Adapter) -> bool:
+    """Return adapter_config.json's fan_in_fan_out."""
+    return adapter.fan_in_fan_out or CONV1D in adapter.kinds.values()
+
+
+def _init_in_peft(adapter: Adapter, init: Any) -> Any:
+    """Return an init with which PEFT makes each of the layers; the values in the file take its place."""
+    kinds = {*adapter.kinds.values()} | ({PARAMETER} if adapter.parameters else set())
+    if init == "orthogonal" and not kinds <= ORTHOGONAL_IN_PEFT:
+        return True
+    return init if init in OUR_INITS else True
 
 
 def _target_modules(adapter: Adapter, layers: list[str]) -> str | list[str]:
@@ -158,12 +192,13 @@ def check_peft_version(version: object, where: object) -> None:
 
 def as_plain(adapter: Adapter) -> Adapter:
     """Return the equal adapter without enable_lora, as PEFT applies it."""
-    return _with_factors_b(adapter, lambda name, a, b, enabled: to_block_diagonal(b, enabled), 1 / OUT_PROJ_COUNTS)
+    plain = _with_factors_b(adapter, lambda name, a, b, enabled: to_block_diagonal(b, enabled), 1 / OUT_PROJ_COUNTS)
+    return turn(plain)
 
 
 def from_plain(adapter: Adapter) -> Adapter:
     """Undo as_plain. Raises LoRAError where a B is not zero outside its blocks, which enable_lora cannot express."""
-    return _with_factors_b(adapter, _from_block_diagonal, OUT_PROJ_COUNTS)
+    return _with_factors_b(turn(adapter), _from_block_diagonal, OUT_PROJ_COUNTS)
 
 
 def add_idle_attention(adapter: Adapter) -> tuple[Adapter, list[str]]:

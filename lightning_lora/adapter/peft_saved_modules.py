@@ -88,11 +88,19 @@ def _names_saved(adapter: Adapter) -> set[str]:
 
 def _taken_besides(adapter: Adapter, entries: Iterable[str]) -> list[str]:
     """Return the frozen tensors and adapted layers in modules that PEFT's entries take."""
-    ends = tuple(entries)
     frozen = sorted(adapter.fingerprint.keys() - adapter.tensors.keys())
     inside = {name: around(name) for name in frozen}
     inside |= {name: [*around(name), name, f"{name}.base_layer"] for name in adapter.layers()}  # as PEFT wraps it
     inside |= {name: [*around(name), name, f"{name}.token_adapter.base_layer"] for name in adapter.tables}
-    return (
-        [name for name, modules in inside.items() if any(module.endswith(ends) for module in modules)] if ends else []
-    )
+    return _inside_taken(entries, inside)
+
+
+def taken_by(entries: Iterable[str], names: Iterable[str]) -> set[str]:
+    """Return the names of the tensors in modules that PEFT's entries take."""
+    return set(_inside_taken(entries, {name: around(name) for name in names}))
+
+
+def _inside_taken(entries: Iterable[str], inside: Mapping[str, Iterable[str]]) -> list[str]:
+    ends = tuple(entries)
+    taken = (name for name, modules in inside.items() if any(module.endswith(ends) for module in modules))
+    return list(taken) if ends else []

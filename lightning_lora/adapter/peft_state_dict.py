@@ -48,7 +48,8 @@ def read_state(state: Mapping[str, torch.Tensor], where: object, hyper_parameter
             f"{where}: holds trained rows of {next(iter(rows))!r}, and not which rows these are: that is in "
             "adapter_config.json alone. Write a folder with PeftModel.save_pretrained(path), and give that."
         )
-    adapter = Adapter(tensors, kinds=kinds_of(tensors, names.bare, None, where), network=names.network)
+    kinds = kinds_of(tensors, names.bare, None, where)
+    adapter = Adapter(tensors, kinds=kinds, network=names.network, peft_outputs=True)
     whole = adapter.beside_factors()
     if names.live:
         trained = {name for name in whole if names.saved.intersection(around(name))}

@@ -22,6 +22,7 @@ from ..model.injection import find_injection, require_injection
 from ..model.merging import is_merged, merge, unmerge
 from ..model.targets import Targets
 from ..names import META, A, listed, names_factor
+from ..nn.layer_kinds import layer_kinds
 from ..nn.lora_layer import adapted_layers
 from .adapter import Adapter, check_factors, exact_options, options_hold
 from .apply import (
@@ -38,6 +39,7 @@ from .build_module import HYPER_PARAMETERS, build_module
 from .fingerprint import REMEDY, warn_of_rounding
 from .lightning_checkpoint import adapter_of, prepare_for_load
 from .metadata import adapter_of_model, frozen_values
+from .peft_attention import turn_as_in_model, turn_without_model
 from .peft_folder import read_folder, read_tensor_file, write_folder
 from .peft_names import are_peft_names
 from .peft_parameters import Order, order_in, usual_order
@@ -148,6 +150,7 @@ def apply_adapter(
         options = require_injection(model, "load_adapter").record.config
         scale = f"lora_alpha={options.lora_alpha:g}, use_rslora={options.use_rslora}"
         log.info("lightning_lora: the source stores no options; those of the injected model hold: %s", scale)
+    adapter = turn_as_in_model(adapter, layer_kinds(model))
     was_merged = is_merged(model)
     try:
         if was_merged:
@@ -271,7 +274,7 @@ def adapter_with_options(
         LoRAError: lora_alpha is missing, or is stored and given.
     """
     path = where or source
-    adapter = without_base(read_adapter(source))
+    adapter = turn_without_model(without_base(read_adapter(source)), path)
     ranks = adapter.ranks()
     if not ranks:
         raise LoRAError(f"{path}: holds no lora_A; it is not an adapter of a known format.")

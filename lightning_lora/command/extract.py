@@ -11,6 +11,7 @@ import torch
 
 from ..adapter.adapter import Adapter
 from ..adapter.fingerprint import fingerprint_entry_at
+from ..adapter.peft_attention import after_conv1d
 from ..config import LoRAConfig
 from ..errors import LoRAError
 from ..files.safetensors import TensorLocation, read_tensor
@@ -117,6 +118,7 @@ def extract(
         fingerprint=fingerprint,
         kinds=kinds,
         fan_in_fan_out=fan_in_fan_out,
+        after_conv1d=after_conv1d(kinds, fan_in_fan_out),
     )
     dropped = [name for name in changed if name not in names and name not in whole]
     return Extracted(adapter, kept, dropped, squares)

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from ..adapter.adapter import Adapter, align_to_modules, check_finite, equal_tables
+from ..adapter.adapter import Adapter, check_finite, equal_tables
 from ..adapter.fingerprint import OTHER_FILES, compare_with_files
 from ..adapter.peft_rows import NO_BIAS
+from ..adapter.pretrained_names import align_to_networks
 from ..adapter.save_load import adapter_with_options
 from ..config import LoRAConfig
 from ..errors import LoRAError
@@ -118,7 +119,8 @@ def fit_to_base(adapter: Adapter, base: Weights, *, strict_base: bool = True, re
     before = adapter
     try:
         parameters = set(base.locations) if adapter.parameters else set()
-        adapter = align_to_modules(adapter, names.modules() | parameters, str(base.path))
+        networks = [names.network] if names.network is not None else []
+        adapter = align_to_networks(adapter, names.modules() | parameters, str(base.path), lambda: networks)
     except LoRAError as error:
         raise LoRAError(f"{error} {names.hint}") from error
     refuse_quantised(

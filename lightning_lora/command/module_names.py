@@ -28,11 +28,13 @@ class ModuleNames(NamedTuple):
         files: the name in the file, by the name in the model.
         built: tensors of the model that are made out of others in the file, or are a part or a turned copy of one.
         hint: what an error about names that do not fit says.
+        network: the transformers model, without weights, where the names are its.
     """
 
     files: dict[str, str]
     built: frozenset[str] = frozenset()
     hint: str = HINT
+    network: Any = None
 
     def modules(self) -> set[str]:
         """List every module on the way to a tensor."""
@@ -127,7 +129,7 @@ def _converted(base: Weights, model: Any, transforms: Sequence[Any], loading: An
             names.append((name, new if new in state else name))
         else:
             built |= {new.replace(targets[source][0], target) for target in targets[source]} & state.keys()
-    return ModuleNames(_by_module(base, names).files, frozenset(built))
+    return ModuleNames(_by_module(base, names).files, frozenset(built), network=model)
 
 
 def _by_module(base: Weights, names: Iterable[tuple[str, str]]) -> ModuleNames:

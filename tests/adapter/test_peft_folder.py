@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import lightning as L
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from lightning_lora import (
     LoRAConfig,
     LoRAError,
     adapter_state_dict,
+    combine,
     inject,
     load_adapter,
     merge_and_unload,
     save_adapter,
 )
-from lightning_lora.adapter.peft_folder import read_folder
+from lightning_lora.adapter.apply import without_base
+from lightning_lora.adapter.peft_folder import read_folder, write_folder
 from lightning_lora.command.convert import to_lightning, to_peft
 from lightning_lora.model.injection import require_injection
 from support.notices import quiet_peers
@@ -309,3 +314,78 @@ def test_numbers_that_count_in_a_lightning_module_mean_the_same_layers_in_the_ne
     alone = seeded(Stack)
     assert load_adapter(alone, tmp_path) == ["layers.1.q"]
     close(alone(x), lit.net(x))
+
+
+KINDS: dict[str, Any] = {
+    "linear": nn.Linear,
+    "conv1d": lambda i, o: Conv1D(o, i),
+    "embedding": nn.Embedding,
+    "convolution": lambda i, o: nn.Conv1d(i, o, 3),
+    "convolution2": lambda i, o: nn.Conv2d(i, o, 3),
+    "convolution3": lambda i, o: nn.Conv3d(i, o, 3),
+    "attention": lambda i, o: nn.MultiheadAttention(i, 2),
+    "parameter": nn.LSTM,
+}
+INITS = [True, False, "gaussian", "orthogonal", "pissa", "pissa_niter_2", "olora", "eva", "lora_ga"]
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("init", INITS)
+def test_peft_loads_adapters_of_every_start_on_every_layer(tmp_path, kind: str, init: Any, options: dict[str, Any]):
+    starts = init in ("pissa", "pissa_niter_2", "olora", "lora_ga")
+    if options and (kind in ("attention", "parameter") or starts):
+        pytest.skip("DoRA is not for these")
+
+    def build() -> Any:
+        return seeded(lambda: nn.Sequential(KINDS[kind](6, 4)))
+
+    net = build()
+    targets = {"target_modules": [], "target_parameters": ["weight_hh_l0"]} if kind == "parameter" else {}
+    inject(net, LoRAConfig(r=2, init_lora_weights=init, **{"target_modules": ["0"], **targets, **options}))
+    fill_(net)
+    save_adapter(net, tmp_path)
+    read = peft.PeftModel.from_pretrained(build(), tmp_path).eval()
+    x = torch.randn(2, 6, 5, 5, 5)
+    inputs = {"convolution": x[..., 0, 0], "convolution2": x[..., 0], "convolution3": x, "embedding": torch.arange(4)}
+    given = inputs.get(kind, x[..., 0, 0, 0])
+    layers = [each[0] if kind == "attention" else each for each in (net, read.base_model.model, build())]
+    by_us, by_peft, plain = (each(given, given, given)[0] if kind == "attention" else each(given) for each in layers)
+    by_us, by_peft, plain = (out[0] if isinstance(out, tuple) else out for out in (by_us, by_peft, plain))
+    torch.testing.assert_close(by_peft, by_us, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(by_us, plain, atol=1e-4)
+    again = build()
+    load_adapter(again, tmp_path)
+    assert require_injection(again, "test").record.config.init_lora_weights == init
+
+
+@pytest.mark.parametrize("door", ["export", "combine", "extract", "import"])
+def test_an_adapter_without_buffers_loads_after_every_door(tmp_path, door: str):
+    other = theirs("convolutions", tmp_path / "a")  # PEFT saves no statistics of BatchNorm
+    target: Any = tmp_path / "b"
+    if door == "export":
+        to_peft(tmp_path / "a", target)
+    elif door == "combine":
+        combine([tmp_path / "a"], [1], output=target)
+    elif door == "import":
+        target = tmp_path / "b.ckpt"
+        to_lightning(tmp_path / "a", target)
+    else:
+        write_folder(without_base(replace(read_folder(tmp_path / "a"), fingerprint={}, complete=False)), target)
+    net = model("convolutions")
+    load_adapter(net, target)
+    close(logits(net), logits(other))
+    close(logits(swapped := ours("convolutions")), logits(ours("convolutions")))
+    load_adapter(swapped, target)
+    close(logits(swapped), logits(other))
+
+
+def test_a_folder_that_says_that_it_is_complete_needs_its_buffers(tmp_path):
+    ours("convolutions", tmp_path)
+    tensors = load_file(tmp_path / TENSORS)
+    with safe_open(tmp_path / TENSORS, "pt") as file:
+        metadata = file.metadata()
+    del tensors["base_model.model.bn.running_mean"]
+    save_file(tensors, tmp_path / TENSORS, metadata)
+    with pytest.raises(LoRAError, match=r"'bn\.running_mean' is missing"):
+        load_adapter(model("convolutions"), tmp_path)

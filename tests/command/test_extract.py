@@ -17,7 +17,7 @@ from lightning_lora.command.main import main
 from lightning_lora.command.merge import merge_on_disk
 from lightning_lora.files.weights import open_weights
 from support.notices import quiet_peers
-from support.peers import logits, model, read_by_peft
+from support.peers import logits, model, read_by_peft, seeded
 
 pytestmark = quiet_peers
 
@@ -218,3 +218,23 @@ def test_extract_passes_over_a_table_that_is_nan_in_both(tmp_path):
         save_file({"a.weight": torch.full((4, 4), value), "b.weight": table}, tmp_path / f"{name}.safetensors")
     both = [open_weights(tmp_path / f"{name}.safetensors") for name in ("base", "tuned")]
     assert extract(*both, 2).adapter.layers() == ["a"]
+
+
+def test_extract_of_a_model_with_statistics_that_did_not_change_loads_by_itself(tmp_path, capsys):
+    net = seeded_statistics()
+    after = seeded_statistics()
+    with torch.no_grad():
+        after.get_submodule("0").weight.add_(torch.outer(torch.ones(4), torch.ones(3)))
+    base, result = saved(tmp_path / "base.safetensors", net), saved(tmp_path / "tuned.safetensors", after)
+    files = ["--base", base, "--tuned", result, "--output", tmp_path / "adapter"]
+    assert main(["extract", *map(str, files), "--rank", "1"]) == 0
+    load_adapter(net, tmp_path / "adapter")
+    x = torch.randn(5, 3)
+    torch.testing.assert_close(net(x), after(x))
+
+
+def seeded_statistics() -> Any:
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+
+    return seeded(build)
