@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields
 from types import ModuleType
@@ -22,7 +23,7 @@ from .errors import LoRAError, NonFiniteError, sentence
 from .model.dequantise import dequantised_dtype
 from .model.gradients import explain_merged_training, warn_of_untrained
 from .model.inject import begin_injection, fixed_seed, random_seed
-from .model.injection import find_injection, refuse_replaced_layers, snapshot_materialised
+from .model.injection import find_injection, refuse_replaced_layers, require_injection, snapshot_materialised
 from .model.merging import is_merged, merge, unmerge
 from .model.param_groups import check_ratio
 from .model.patches import unpatch
@@ -69,17 +70,36 @@ from .trainer.statistics import StatisticsLog
 from .trainer.step_lists import StepLists
 from .trainer.strategies import prepare_strategy
 
+KEYWORD = inspect.Parameter.KEYWORD_ONLY
+
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
 else:
     Callback = first_package().Callback
 
 
+def _noting_options(init: Callable[..., None]) -> Callable[..., None]:
+    """Let __init__ note which options were given: a default says nothing, and the same value given says something.
+
+    A command line (LightningCLI) gives every option, those at their defaults too; then the others count as given.
+    """
+    defaults = {name: each.default for name, each in inspect.signature(init).parameters.items() if each.kind is KEYWORD}
+
+    @functools.wraps(init)
+    def noting(self: LoRACallback, *config: LoRAConfig, **options: Any) -> None:
+        filled_in = options.keys() >= defaults.keys()
+        self._given = frozenset(o for o in options if not filled_in or options[o] != defaults.get(o))
+        init(self, *config, **options)
+
+    return noting
+
+
 class LoRACallback(Callback):
     """Adapt any LightningModule with LoRA: inject on setup, merge while evaluating, save small checkpoints.
 
-    The options after `verbose` are LoRAConfig's. Without any of them, a model that the user injected is taken
-    as it is.
+    The options after `verbose` are LoRAConfig's. What of them is given must be what a model that the user injected was
+    injected with, and what is left out is taken from it. A LoRAConfig gives all. In LightningCLI's configs, where
+    defaults are filled in, only what differs from its default is given.
 
     Args:
         config: at most one: a LoRAConfig instead of its options one by one.
@@ -134,6 +154,9 @@ class LoRACallback(Callback):
         LoRAError: a value is not allowed; the message holds it.
     """
 
+    _given: frozenset[str]  # the options that were given
+
+    @_noting_options
     def __init__(
         self,
         *config: LoRAConfig,
@@ -178,7 +201,9 @@ class LoRACallback(Callback):
             raise LoRAError(f"LoRACallback: log_stats must be a whole number from 0, but it is {log_stats!r}.")
         if lr_ratio is not None:
             check_ratio(lr_ratio, "LoRACallback")
-        self.config = _one_config(config, {field.name: options[field.name] for field in fields(LoRAConfig)})
+        adapter_options = {field.name: options[field.name] for field in fields(LoRAConfig)}
+        self.config = _one_config(config, adapter_options, self._given)
+        self._given |= adapter_options.keys() if config else set()
         self.merged_eval = merged_eval
         self.save = save
         self.verify = verify
@@ -224,9 +249,10 @@ class LoRACallback(Callback):
         if injected is None:
             convert_linear_layers_(pl_module)
             begin_injection(pl_module, self.config, seed=self._seed or trainer.strategy.broadcast(random_seed()))
+            require_injection(pl_module, "LoRACallback").record.given = self._given
         else:
             refuse_late_conversion(pl_module)
-            refuse_other_options(injected.record, self.config, self._seed)
+            refuse_other_options(injected.record, self.config, self._given, self._seed)
             warn_of_part(trainer, injected.prefix.removesuffix("."))
         adapt_after(pl_module, *(name for name in BUILDERS if is_overridden(name, pl_module)))
         adapt_cli_optimizer(pl_module, self.lr_ratio, is_fit=stage == "fit")
@@ -433,17 +459,17 @@ def _show_summary(module: nn.Module) -> None:
         console.print(summary(module))
 
 
-def _one_config(configs: Sequence[LoRAConfig], options: Mapping[str, Any]) -> LoRAConfig:
-    """Return the config that was given whole or option by option, never both."""
+def _one_config(configs: Sequence[LoRAConfig], options: Mapping[str, Any], given: Collection[str]) -> LoRAConfig:
+    """Return the config that was given whole or option by option, never both; `given` names what was given by name."""
     from_options = LoRAConfig(**options)
     if not configs:
         return from_options
     if len(configs) > 1 or not isinstance(configs[0], LoRAConfig):
         types = ", ".join(type(config).__name__ for config in configs)
         raise LoRAError(f"LoRACallback: expected one LoRAConfig or options by their names, found {types}.")
-    given = from_options.differing(LoRAConfig())
-    if given:
-        raise LoRAError(f"LoRACallback: {', '.join(given)} given beside a LoRAConfig; say it in the LoRAConfig.")
+    beside = [name for name in options if name in given]
+    if beside:
+        raise LoRAError(f"LoRACallback: {', '.join(beside)} given beside a LoRAConfig; say it in the LoRAConfig.")
     return configs[0]
 
 

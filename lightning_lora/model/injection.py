@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Collection, Mapping, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
@@ -23,6 +23,8 @@ from .named_state import base_parameters, named_state
 
 Value = TypeVar("Value")
 
+ALL_OPTIONS = frozenset(option.name for option in fields(LoRAConfig))
+
 
 @dataclass
 class Injection:
@@ -30,6 +32,7 @@ class Injection:
 
     config: LoRAConfig
     merge_weights: bool = False  # eval() merges and train() unmerges
+    given: frozenset[str] = ALL_OPTIONS  # the options that the user gave; the others are at their defaults
     layers: list[str] = field(default_factory=list)  # names of the adapted layers
     requires_grad: dict[str, bool] = field(default_factory=dict)  # of every base parameter, before injection
     # From before training: values of what it changes beside A and B (trained base parameters, persistent buffers).
