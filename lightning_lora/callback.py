@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from lightning_utilities.core import rank_zero
@@ -23,7 +23,7 @@ from .errors import LoRAError, NonFiniteError, sentence
 from .model.dequantise import dequantised_dtype
 from .model.gradients import explain_merged_training, warn_of_untrained
 from .model.inject import begin_injection, fixed_seed, random_seed
-from .model.injection import find_injection, refuse_replaced_layers, require_injection, snapshot_materialised
+from .model.injection import find_injection, refuse_replaced_layers, snapshot_materialised
 from .model.merging import is_merged, merge, unmerge
 from .model.param_groups import check_ratio
 from .model.patches import unpatch
@@ -71,6 +71,7 @@ from .trainer.step_lists import StepLists
 from .trainer.strategies import prepare_strategy
 
 KEYWORD = inspect.Parameter.KEYWORD_ONLY
+Method = TypeVar("Method", bound=Callable[..., None])
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -78,7 +79,7 @@ else:
     Callback = first_package().Callback
 
 
-def _noting_options(init: Callable[..., None]) -> Callable[..., None]:
+def _noting_options(init: Method) -> Method:
     """Let __init__ note which options were given: a default says nothing, and the same value given says something.
 
     A command line (LightningCLI) gives every option, those at their defaults too; then the others count as given.
@@ -91,7 +92,7 @@ def _noting_options(init: Callable[..., None]) -> Callable[..., None]:
         self._given = frozenset(o for o in options if not filled_in or options[o] != defaults.get(o))
         init(self, *config, **options)
 
-    return noting
+    return cast(Method, noting)
 
 
 class LoRACallback(Callback):
@@ -248,8 +249,8 @@ class LoRACallback(Callback):
             forget_merging(pl_module)
         if injected is None:
             convert_linear_layers_(pl_module)
-            begin_injection(pl_module, self.config, seed=self._seed or trainer.strategy.broadcast(random_seed()))
-            require_injection(pl_module, "LoRACallback").record.given = self._given
+            seed = self._seed or trainer.strategy.broadcast(random_seed())
+            begin_injection(pl_module, self.config, seed=seed, given=self._given)
         else:
             refuse_late_conversion(pl_module)
             refuse_other_options(injected.record, self.config, self._given, self._seed)

@@ -25,7 +25,8 @@ from ..model.injection import refuse_replaced_layers, require_injection
 from ..model.named_state import named_state
 from ..model.pretrained import base_name, tied_to_input
 from ..model.state_dict import adapter_keys, adapter_state_dict, original_value
-from ..names import derives_from
+from ..model.wrappers import prefix_inside
+from ..names import is_lightning_module
 from ..nn.layer_kinds import layer_kinds
 from ..nn.lora_layer import adapted_layers
 from ..nn.low_rank import KINDS
@@ -33,7 +34,6 @@ from .adapter import Adapter, check_factors
 from .fingerprint import fingerprint, sample_positions
 
 STORED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # values of other dtypes are stored as float64
-LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric")
 
 
 def to_metadata(adapter: Adapter) -> dict[str, Any]:
@@ -145,12 +145,10 @@ def _network_prefix(model: nn.Module) -> str:
         return ""
     parameters = {name for name, tensor, _ in named_state(model) if isinstance(tensor, nn.Parameter)}
     children = {name.partition(".")[0] for name in adapter_keys(model) if name in parameters}
-    return f"{children.pop()}." if len(children) == 1 and not children & adapted_layers(model).keys() else ""
-
-
-def is_lightning_module(model: nn.Module) -> bool:
-    """Tell whether a module is a LightningModule, of either of Lightning's packages."""
-    return derives_from(model, "LightningModule", LIGHTNING)
+    if len(children) != 1 or children & adapted_layers(model).keys():
+        return ""
+    name = children.pop()
+    return f"{name}.{prefix_inside(model._modules[name])}"
 
 
 def encode_layers(scalings: Mapping[str, float], kinds: Mapping[str, str]) -> list[Any]:

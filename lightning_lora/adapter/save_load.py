@@ -21,6 +21,7 @@ from ..model.inject import inject, inject_to_load, unload
 from ..model.injection import find_injection, require_injection
 from ..model.merging import is_merged, merge, unmerge
 from ..model.targets import Targets
+from ..model.wrappers import unwrapped, warn_of_late_adapters
 from ..names import META, A
 from ..nn.lora_layer import adapted_layers
 from .adapter import Adapter, check_factors, exact_options, options_hold
@@ -55,6 +56,7 @@ def save_adapter(model: nn.Module, path: PathLike) -> None:
     Raises:
         LoRAError: the model was not injected, or PEFT has no equal of one of its layers.
     """
+    model = unwrapped(model, "save_adapter")
     adapter = adapter_of_model(model)
     frozen = frozen_values(model, [adapter.network + name for name in frozen_in_saved(adapter.by_network_names())])
     network_frozen = {name.removeprefix(adapter.network): value for name, value in frozen.items()}
@@ -82,7 +84,11 @@ def load_adapter(model: nn.Module, source: PathLike | Mapping[str, Any], *, stri
     Raises:
         LoRAError: the source is damaged or does not fit; the model is as it was.
     """
-    return apply_adapter(model, read_adapter(source, order_in(model)), strict_base=strict_base, swap=True)
+    network = unwrapped(model, "load_adapter")
+    adapter = read_adapter(source, order_in(network))
+    if find_injection(network) is None:
+        warn_of_late_adapters(model, "load_adapter")
+    return apply_adapter(network, adapter, strict_base=strict_base, swap=True)
 
 
 def load_from_checkpoint(

@@ -15,7 +15,7 @@ from torch import nn
 from ..config import LoRAConfig
 from ..distributed.sharding import is_sharded, refuse_fully_sharded
 from ..errors import LoRAError, sentence
-from ..names import ALL_LINEAR, ATTRIBUTE, canonical, uncompiled
+from ..names import ALL_LINEAR, ATTRIBUTE, canonical
 from ..nn.fast_paths import update_fast_paths
 from ..nn.gradient_checkpointing import disable_input_require_grads, enable_input_require_grads
 from ..nn.layer_kinds import adapt_
@@ -30,6 +30,7 @@ from ..progress import progress_bar
 from .dequantise import dequantised_dtype, plain_weights, replace_quantised_
 from .gradients import note_gradient
 from .injection import (
+    ALL_OPTIONS,
     Injected,
     Injection,
     find_injection,
@@ -60,6 +61,7 @@ from .targets import (
     check_unadapted,
     check_untied,
 )
+from .wrappers import unwrapped, warn_of_late_adapters
 
 log = logging.getLogger(__name__)
 
@@ -84,12 +86,13 @@ def inject(model: nn.Module, config: LoRAConfig, *, merge_weights: bool = False,
         LoRAError: an entry names nothing, a layer cannot be adapted, or the model was injected with other options or
             another seed. The model is then as it was.
     """
-    model = uncompiled(model)
+    wrapped, model = model, unwrapped(model, "inject")
     earlier = find_injection(model)
     if earlier is not None and earlier.root is model and not earlier.record.validated:
         strip_adapters(model)  # a callback's, made before configure_model, which injects by itself
         earlier = None
     if earlier is None:
+        warn_of_late_adapters(wrapped, "inject")
         begin_injection(model, config, merge_weights=merge_weights, seed="" if seed is None else fixed_seed(seed))
         _finish_and_log(model)
     else:
@@ -102,7 +105,6 @@ def inject_to_load(model: nn.Module, config: LoRAConfig) -> None:
 
     Nothing is computed from the weights for what A and B start from, which can take minutes.
     """
-    model = uncompiled(model)
     begin_injection(model, config, values_follow=True)
     _finish_and_log(model)
     require_injection(model, "inject").record.values_follow = False
@@ -117,6 +119,7 @@ def unload(model: nn.Module) -> None:
     Raises:
         LoRAError: the model was not injected.
     """
+    model = unwrapped(model, "unload")
     root, record, *_ = require_injection(model, "unload")
     refuse_fully_sharded(root, "unload")
     if is_merged(root):
@@ -140,7 +143,7 @@ def merge_and_unload(model: nn.Module, *, dequantize: torch.dtype | str | None =
             merged because its weight has another owner, or is quantised and `dequantize` is not given.
     """
     dtype = dequantised_dtype(dequantize, "merge_and_unload")
-    root = require_injection(model, "merge_and_unload").root
+    root = require_injection(unwrapped(model, "merge_and_unload"), "merge_and_unload").root
     refuse_replaced_layers(root, "merge_and_unload")
     refuse_fully_sharded(root, "merge_and_unload")
     refuse_unmergeable(root, dtype)
@@ -164,7 +167,7 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
 
     Trained biases, modules_to_save and persistent buffers have their initial values inside.
     """
-    root, record, *_ = require_injection(model, "disable_adapter")
+    root, record, *_ = require_injection(unwrapped(model, "disable_adapter"), "disable_adapter")
     was_merged = is_merged(root)
     if was_merged:
         unmerge(root)
@@ -196,13 +199,15 @@ def begin_injection(
     merge_weights: bool = False,
     seed: str = "",
     values_follow: bool = False,
+    given: frozenset[str] = ALL_OPTIONS,
 ) -> None:
     """Adapt the layers that exist now; adapt_new_layers adds later ones, finish_injection checks the options' names.
 
-    Adapters are drawn from `seed`, or from the random stream's state when each layer is adapted. In place.
+    Adapters are drawn from `seed`, or from the random stream's state when each layer is adapted. `given` names the
+    options that the user gave. In place.
     """
     check_unadapted(model)
-    Injection(config, merge_weights, seed=seed, values_follow=values_follow).begin(model)
+    Injection(config, merge_weights, seed=seed, values_follow=values_follow, given=given).begin(model)
     with _leaving_no_trace(model):
         adapt_new_layers(model)
         snapshot_initial(model)

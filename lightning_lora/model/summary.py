@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from ..distributed.sharding import local
-from ..names import group_name, listed, uncompiled
+from ..names import group_name, listed
 from ..nn.lora_layer import AdaptedWeights, Swapped, adapted_layers
 from ..nn.quantised import shape_of
 from ..units import size_text
 from .injection import require_injection
 from .named_state import base_parameters
+from .wrappers import unwrapped
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -159,7 +160,7 @@ def summary(model: nn.Module) -> Summary:
     Raises:
         LoRAError: the model was not injected.
     """
-    model = uncompiled(model)
+    model = unwrapped(model, "summary")
     injected = require_injection(model, "summary")
     record, layers = injected.record, adapted_layers(model)
     factors = list({id(factor): factor for layer in layers.values() for factor in layer.stored()}.values())

@@ -115,7 +115,7 @@ def _allowing_injection(module: nn.Module) -> Iterator[None]:
     yield
     injected = find_injection(module)
     if injected is None and still_empty:
-        begin_injection(module, record.config, seed=record.seed)
+        begin_injection(module, record.config, seed=record.seed, given=record.given)
     elif injected is not None and injected.record is not record:
         refuse_other_options(injected.record, record.config, record.given)
     if find_injection(module) is not None:
