@@ -46,6 +46,7 @@ def to_metadata(adapter: Adapter) -> dict[str, Any]:
         "origin": dict(adapter.origin),
         "complete": adapter.complete,
         "fan_in_fan_out": adapter.fan_in_fan_out,
+        **({"scope": adapter.scope} if adapter.scope else {}),
         **({"tables": {name: list(rows) for name, rows in adapter.tables.items()}} if adapter.tables else {}),
         **({"tied": dict(adapter.tied), "tied_by_peft": adapter.tied_by_peft} if adapter.tied else {}),
     }
@@ -73,6 +74,7 @@ def from_metadata(tensors: Mapping[str, Any], metadata: Any, where: str) -> Adap
             kinds=kinds,
             network=_text(metadata["network"]),
             origin={_text(name): _text(value) for name, value in metadata["origin"].items()},
+            scope=_text(metadata.get("scope", "")),
             fan_in_fan_out=metadata.get("fan_in_fan_out") is True,
             tables={_text(name): _ascending(rows) for name, rows in metadata.get("tables", {}).items()},
             tied={_text(name): _text(first) for name, first in metadata.get("tied", {}).items()},
@@ -110,7 +112,8 @@ def describe_model(model: nn.Module) -> Adapter:
 
     The fingerprint is that of fit start, where this model was fitted: weight averaging moves frozen weights.
     """
-    record = require_injection(model, "save_adapter").record
+    injected = require_injection(model, "save_adapter")
+    record = injected.record
     refuse_replaced_layers(model, "save_adapter")
     at_fit_start = record.fingerprint and record.fingerprint.keys() <= {name for name, _, _ in named_state(model)}
     first, layers = adapted_layers(model), adapted_layers(model, remove_duplicate=False)  # as state dicts hold them
@@ -130,6 +133,7 @@ def describe_model(model: nn.Module) -> Adapter:
         kinds={name: kinds[layer] for name, layer in layers.items() if layer in kinds},
         network=network,
         origin={**own_origin, **record.origin},
+        scope=injected.scope(),
         tables={name: layer.replaced_rows() for name, layer in tables.items()},
         tied=tied,
         tied_by_peft=tied.items() <= by_peft.items(),

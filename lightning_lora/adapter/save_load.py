@@ -148,7 +148,7 @@ def apply_adapter(
     adapter = by_first_names(model, align_names(model, adapter))
     fresh = find_injection(model) is None
     if fresh:
-        inject_to_load(model, _config_for(model, adapter))
+        inject_to_load(model, _config_for(model, adapter), adapter.scope)
     elif adapter.config is None:
         options = require_injection(model, "load_adapter").record.config
         scale = f"lora_alpha={options.lora_alpha:g}, use_rslora={options.use_rslora}"
@@ -184,7 +184,7 @@ def _config_for(model: nn.Module, adapter: Adapter) -> LoRAConfig:
             f"Call inject(model, LoRAConfig(r={stored[0]}, lora_alpha=..., target_modules=[{_leaves(ranks)}]"
             f"{f', modules_to_save=[{saved}]' if saved else ''})) first, then load_adapter again."
         )
-    targets = Targets(model, config)
+    targets = Targets(model, config, adapter.scope)
     same_layers = not targets.unmatched and targets.names() == set(ranks)
     same = same_layers and options_hold(config, ranks, adapter.scalings)
     config = config if same else exact_options(config, ranks, adapter.scalings, adapter.parameters)

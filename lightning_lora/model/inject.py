@@ -100,12 +100,17 @@ def inject(model: nn.Module, config: LoRAConfig, *, merge_weights: bool = False,
     return list(adapted_layers(model))
 
 
-def inject_to_load(model: nn.Module, config: LoRAConfig) -> None:
+def inject_to_load(model: nn.Module, config: LoRAConfig, scope: str = "") -> None:
     """Adapt a model that was not injected for an adapter whose values are loaded next. In place.
 
     Nothing is computed from the weights for what A and B start from, which can take minutes.
+
+    Args:
+        model: the model.
+        config: the adapter's options.
+        scope: the prefix of the part of the model that the adapter is for, outside of which nothing is trained.
     """
-    begin_injection(model, config, values_follow=True)
+    begin_injection(model, config, values_follow=True, scope=scope)
     _finish_and_log(model)
     require_injection(model, "inject").record.values_follow = False
 
@@ -200,14 +205,15 @@ def begin_injection(
     seed: str = "",
     values_follow: bool = False,
     given: frozenset[str] = ALL_OPTIONS,
+    scope: str = "",
 ) -> None:
     """Adapt the layers that exist now; adapt_new_layers adds later ones, finish_injection checks the options' names.
 
     Adapters are drawn from `seed`, or from the random stream's state when each layer is adapted. `given` names the
-    options that the user gave. In place.
+    options that the user gave; outside of `scope` no bias and no whole module is meant. In place.
     """
     check_unadapted(model)
-    Injection(config, merge_weights, seed=seed, values_follow=values_follow, given=given).begin(model)
+    Injection(config, merge_weights, scope, given, seed=seed, values_follow=values_follow).begin(model)
     with _leaving_no_trace(model):
         adapt_new_layers(model)
         snapshot_initial(model)
@@ -223,7 +229,7 @@ def finish_injection(model: nn.Module) -> None:
     """
     root, record, *_ = require_injection(model, "inject")
     with _leaving_no_trace(root):
-        targets = Targets(root, record.config)
+        targets = Targets(root, record.config, record.scope)
         if any(targets.unmatched.values()):
             sentences = "\n".join(map(sentence, targets.unmatched))
             raise LoRAError(f"inject: {type(root).__name__}: {sentences}")
@@ -244,7 +250,7 @@ def adapt_new_layers(model: nn.Module) -> None:
     """Adapt the layers that the config names and that are not adapted yet, and freeze what is new. In place."""
     root, record, *_ = require_injection(model, "inject")
     check_shapes(root)
-    targets = Targets(root, record.config)
+    targets = Targets(root, record.config, record.scope)
     new = {name: module for name, module in targets.layers.items() if not isinstance(module, LoRALayer)}
     for name, module in new.items():
         check_supported(name, module, record.config)
@@ -368,7 +374,8 @@ def _freeze(root: nn.Module, record: Injection, new: Mapping[str, nn.Module], sa
         if name in record.requires_grad and (not rebuilt or name in record.trained):
             continue
         record.requires_grad.setdefault(name, parameter.requires_grad)
-        everywhere = record.config.bias == "all" and name.rpartition(".")[2] == "bias"  # PEFT's rule: no in_proj_bias
+        is_bias = name.rpartition(".")[2] == "bias" and name.startswith(record.scope)  # PEFT's rule: no in_proj_bias
+        everywhere = record.config.bias == "all" and is_bias
         parameter.requires_grad_(parameter.is_floating_point() and (everywhere or id(parameter) in trainable))
 
 
