@@ -239,7 +239,7 @@ def test_a_bias_that_the_options_mean_and_the_source_lacks_is_an_error(lost: str
 
 
 def test_a_network_that_a_lightning_module_did_not_inject_itself_loads_from_its_checkpoint(tmp_path: Path):
-    model = HeadedLit()
+    model = HeadedLit().requires_grad_(False)
     inject(model.network, LoRAConfig(r=2, target_modules=["first"], bias="all"))
     randomise_(model.network)
     torch.save({**checkpoint(model, "adapter"), "pytorch-lightning_version": L.__version__}, tmp_path / "a.ckpt")
