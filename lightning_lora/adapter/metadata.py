@@ -152,7 +152,7 @@ def _network_prefix(model: nn.Module) -> str:
     if len(children) != 1 or children & adapted_layers(model).keys():
         return ""
     name = children.pop()
-    return f"{name}.{prefix_inside(model._modules[name])}"
+    return f"{name}.{prefix_inside(model.get_submodule(name))}"
 
 
 def encode_layers(scalings: Mapping[str, float], kinds: Mapping[str, str]) -> list[Any]:
