@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -72,18 +73,38 @@ from .trainer.statistics import StatisticsLog
 from .trainer.step_lists import StepLists
 from .trainer.strategies import prepare_strategy
 
+KEYWORD = inspect.Parameter.KEYWORD_ONLY
+Method = TypeVar("Method", bound=Callable[..., None])
+
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
 else:
     Callback = first_package().Callback
 
 
+def _noting_options(init: Method) -> Method:
+    """Let __init__ note which options were given: a default says nothing, and the same value given says something.
+
+    A command line (LightningCLI) gives every option, those at their defaults too; then the others count as given.
+    """
+    defaults = {name: each.default for name, each in inspect.signature(init).parameters.items() if each.kind is KEYWORD}
+
+    @functools.wraps(init)
+    def noting(self: LoRACallback, *config: LoRAConfig | PeftConfig, **options: Any) -> None:
+        filled_in = options.keys() >= defaults.keys()
+        self._given = frozenset(o for o in options if not filled_in or options[o] != defaults.get(o))
+        init(self, *config, **options)
+
+    return cast(Method, noting)
+
+
 @names_near_misses("LoRACallback", {**LEAVE_OUT, "config": "give it by position: LoRACallback(LoRAConfig(...))"})
 class LoRACallback(Callback):
     """Adapt any LightningModule with LoRA: inject on setup, merge while evaluating, save small checkpoints.
 
-    The options after `verbose` are LoRAConfig's. Without any of them, a model that the user injected is taken
-    as it is.
+    The options after `verbose` are LoRAConfig's. What of them is given must be what a model that the user injected was
+    injected with, and what is left out is taken from it. A LoRAConfig gives all. In LightningCLI's configs, where
+    defaults are filled in, only what differs from its default is given.
 
     Args:
         config: at most one: a LoRAConfig instead of its options one by one, or a peft.LoraConfig.
@@ -138,6 +159,9 @@ class LoRACallback(Callback):
         LoRAError: a value is not allowed; the message holds it.
     """
 
+    _given: frozenset[str]  # the options that were given
+
+    @_noting_options
     def __init__(
         self,
         *config: LoRAConfig | PeftConfig,
@@ -182,7 +206,9 @@ class LoRACallback(Callback):
             raise LoRAError(f"LoRACallback: log_stats must be a whole number from 0, but it is {log_stats!r}.")
         if lr_ratio is not None:
             check_ratio(lr_ratio, "LoRACallback")
-        self.config = _one_config(config, {field.name: options[field.name] for field in fields(LoRAConfig)})
+        adapter_options = {field.name: options[field.name] for field in fields(LoRAConfig)}
+        self.config = _one_config(config, adapter_options, self._given)
+        self._given |= adapter_options.keys() if config else set()
         self.merged_eval = merged_eval
         self.save = save
         self.verify = verify
@@ -227,10 +253,11 @@ class LoRACallback(Callback):
             forget_merging(pl_module)
         if injected is None:
             convert_linear_layers_(pl_module)
-            begin_injection(pl_module, self.config, seed=self._seed or trainer.strategy.broadcast(random_seed()))
+            seed = self._seed or trainer.strategy.broadcast(random_seed())
+            begin_injection(pl_module, self.config, seed=seed, given=self._given)
         else:
             refuse_late_conversion(pl_module)
-            refuse_other_options(injected.record, self.config, self._seed)
+            refuse_other_options(injected.record, self.config, self._given, self._seed)
             warn_of_part(trainer, injected.prefix.removesuffix("."))
         adapt_after(pl_module, *(name for name in BUILDERS if is_overridden(name, pl_module)))
         adapt_cli_optimizer(pl_module, self.lr_ratio, is_fit=stage == "fit")
@@ -434,19 +461,20 @@ class LoRACallback(Callback):
         return lists
 
 
-def _one_config(configs: Sequence[LoRAConfig | PeftConfig], options: Mapping[str, Any]) -> LoRAConfig:
-    """Return the config that was given whole or option by option, never both."""
+def _one_config(
+    configs: Sequence[LoRAConfig | PeftConfig], options: Mapping[str, Any], given: Collection[str]
+) -> LoRAConfig:
+    """Return the config that was given whole or option by option, never both; `given` names what was given by name."""
     from_options = LoRAConfig(**options)
     if not configs:
         return from_options
     if len(configs) > 1 or not is_config(configs[0]):
         types = ", ".join(type(config).__name__ for config in configs)
         raise LoRAError(f"LoRACallback: expected one LoRAConfig or options by their names, found {types}.")
-    config = as_config(configs[0])
-    given = from_options.differing(LoRAConfig())
-    if given:
-        raise LoRAError(f"LoRACallback: {', '.join(given)} given beside a LoRAConfig; say it in the LoRAConfig.")
-    return config
+    beside = [name for name in options if name in given]
+    if beside:
+        raise LoRAError(f"LoRACallback: {', '.join(beside)} given beside a LoRAConfig; say it in the LoRAConfig.")
+    return as_config(configs[0])
 
 
 def _become_callback_of(package: ModuleType) -> None:

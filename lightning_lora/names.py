@@ -6,9 +6,7 @@ import difflib
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import TypeVar, cast
-
-from torch import nn
+from typing import TypeVar
 
 # Parameters of an adapted layer; those of a single parameter `w` are lora_A_w and lora_B_w, beside it in its module.
 A, B = "lora_A", "lora_B"
@@ -26,19 +24,14 @@ USUAL_NAMES = {  # of layers in transformers: a list may name them for many mode
     *("proj", "fc1", "fc2", "fc_in", "fc_out", "c_attn", "c_fc", "c_proj", "w1", "w2", "w3"),
 }
 
+LIGHTNING = ("lightning", "lightning_fabric", "pytorch_lightning")  # packages
+
 Value = TypeVar("Value")
 
 
 def canonical(name: str) -> str:
     """Return a module or state name without the segments that wrappers put in."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
-
-
-def uncompiled(model: nn.Module) -> nn.Module:
-    """Return the module inside torch.compile's wrapper, which passes attributes on to it but does not hold them."""
-    while COMPILED in model._modules:
-        model = cast(nn.Module, model._modules[COMPILED])
-    return model
 
 
 def suffix_pattern(pattern: str) -> str:
@@ -158,6 +151,11 @@ def derives_from(module: object, name: str, packages: Collection[str]) -> bool:
     """Return whether an object's class comes from one of this name in these packages, which are not imported."""
     classes = ((cls.__name__, cls.__module__.partition(".")[0]) for cls in type(module).__mro__)
     return any(own == name and package in packages for own, package in classes)
+
+
+def is_lightning_module(model: object) -> bool:
+    """Tell whether a module is a LightningModule, of either of Lightning's packages."""
+    return derives_from(model, "LightningModule", LIGHTNING)
 
 
 def rename_keys(values: Mapping[str, Value], new_name: Callable[[str], str | None]) -> dict[str, Value]:

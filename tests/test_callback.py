@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import io
 import logging
+import pickle
 import re
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, get_type_hints
 
@@ -172,6 +175,7 @@ def test_an_unknown_option_of_the_callback_is_named_with_near_misses(options: di
         ([PEFTS, PEFTS], {}, r"expected one LoRAConfig .*, found LoraConfig, LoraConfig"),
         ([peft.VeraConfig(target_modules=["body.0"])], {}, "expected a peft.LoraConfig, found a VeraConfig"),
         ([LoRAConfig()], {"r": 4, "bias": "all"}, r"LoRACallback: r, bias given beside a LoRAConfig"),
+        ([LoRAConfig(r=4)], {"r": 8}, r"LoRACallback: r given beside a LoRAConfig"),
         ([LoRAConfig(), LoRAConfig()], {}, r"expected one LoRAConfig .*, found LoRAConfig, LoRAConfig"),
         ([{"r": 4}], {}, r"expected one LoRAConfig or options by their names, found dict"),
     ],
@@ -297,6 +301,52 @@ def test_a_differing_option_is_an_error_that_names_it(tmp_path, options: dict[st
     with pytest.raises(LoRAError, match=named):
         make_trainer(tmp_path, LoRACallback(**options)).fit(model, Data())
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [
+        ([], {"r": 8}),
+        ([], {"r": 8, "target_modules": "all-linear"}),
+        ([], {"lora_alpha": 8.0, "target_modules": "all-linear"}),
+        ([], {"bias": "none"}),
+        ([LoRAConfig()], {}),
+        ([LoRAConfig(r=8)], {}),
+    ],
+)
+@pytest.mark.parametrize("copied", [lambda c: c, copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))])
+def test_an_option_that_is_given_counts_at_its_default_too(
+    tmp_path, config: list[LoRAConfig], options: dict[str, Any], copied: Callable[[LoRACallback], LoRACallback]
+):
+    model = Net()
+    inject(model, LoRAConfig(r=4, lora_alpha=3, target_modules=TARGETS, bias="all"))
+    with pytest.raises(LoRAError, match=r"but the model was injected with.*leave it out"):
+        make_trainer(tmp_path, copied(LoRACallback(*config, **options))).fit(model, Data())
+
+
+def test_an_option_that_a_subclass_gives_counts_and_one_that_it_leaves_out_does_not(tmp_path):
+    class Own(LoRACallback):
+        def __init__(self, rank: int | None = None) -> None:
+            super().__init__(**({} if rank is None else {"r": rank}))
+
+    model = Net()
+    inject(model, LoRAConfig(r=4, target_modules=TARGETS))
+    make_trainer(tmp_path, Own()).fit(model, Data())
+    with pytest.raises(LoRAError, match="r is 8, but the model was injected with 4"):
+        make_trainer(tmp_path, Own(8)).fit(model, Data())
+
+
+def test_an_option_at_its_default_counts_for_a_model_that_injects_itself(tmp_path):
+    with pytest.raises(LoRAError, match="r is 8, but the model was injected with 2"):
+        make_trainer(tmp_path, LoRACallback(r=8)).fit(InjectsInConfigureModel(), Data())
+
+
+@pytest.mark.parametrize("options", [{}, {"merged_eval": True, "save": "adapter", "seed": None}])
+def test_options_of_the_callback_alone_adopt_what_was_injected(tmp_path, options: dict[str, Any]):
+    model = Net()
+    inject(model, LoRAConfig(r=4, target_modules=TARGETS), seed=5)
+    make_trainer(tmp_path, LoRACallback(**options)).fit(model, Data())
+    assert model.head.lora_A.shape[0] == 4
 
 
 def test_merge_weights_is_refused_with_the_reason(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 import torch
 from lightning.pytorch.cli import LightningCLI
 
-from lightning_lora import LoRACallback, LoRACLI, LoRAConfig
+from lightning_lora import LoRACallback, LoRACLI, LoRAConfig, LoRAError, inject
 from lightning_lora.nn.lora_layer import LoRALayer
 from lightning_lora.trainer.lightning_packages import PACKAGES
 from support.runs import TARGETS
@@ -167,6 +168,27 @@ def test_cli_fits_from_yaml(cli: type[LightningCLI], merged_eval: str):
     assert run.model.head.lora_B.abs().sum() > 0
     assert torch.equal(run.model.head.weight, Net().head.weight)
     assert "val_loss" in run.trainer.callback_metrics
+
+
+class Injected(Net):
+    def prepare(self) -> None:
+        super().prepare()
+        inject(self, LoRAConfig(r=4, target_modules=TARGETS))
+
+
+@pytest.mark.parametrize("cli", [LoRACLI, LightningCLI])
+@pytest.mark.parametrize(
+    ("line", "differs"), [("save: adapter", False), ("r: 4", False), ("r: 8", False), ("r: 2", True)]
+)
+def test_a_cli_fills_in_defaults_which_adopt_what_was_injected(line: str, differs: bool, cli: type[LightningCLI]):
+    block = f"lora:\n  {line}\n"
+    Path("c.yaml").write_text(TRAINER + (block if cli is LoRACLI else as_init_args(block)))
+    start = partial(cli, Injected, Data, args=["fit", "--config", "c.yaml"], save_config_callback=None)
+    if differs:
+        with pytest.raises(LoRAError, match="r is 2, but the model was injected with 4"):
+            start(seed_everything_default=1)
+    else:
+        assert start(seed_everything_default=1).model.head.lora_A.shape[0] == 4
 
 
 def test_what_is_saved_with_the_run_reads_back():

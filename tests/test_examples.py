@@ -52,7 +52,7 @@ def check_quantised(printed: str) -> None:
     before, after, plain = numbers(printed)[:3]
     assert after < before - 0.4
     assert plain == pytest.approx(after, abs=0.05)
-    assert "LoRALinear4bit -> Linear" in printed
+    assert "Linear4bit -> Linear" in printed
 
 
 def check_deploy(printed: str) -> None:

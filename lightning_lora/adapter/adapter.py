@@ -66,7 +66,8 @@ class Adapter:
             fan_in_fan_out is true, as their model tells, or None where that is not known.
         network: the prefix of the network's names inside the LightningModule that was saved.
         origin: what the source says of the base: base_model_name_or_path, revision, task_type.
-        scope: the prefix of the part of a model that it is for, or "" for all; buffers of the rest need not be here.
+        scope: the prefix of the part of a model that it is for, or "" for all; what the options mean outside of it, and
+            buffers there, need not be here.
         fan_in_fan_out: weights of unknown kind are stored (in, out), as PEFT says of transformers' Conv1D.
         perhaps_base: names of tensors of which only a model tells whether they are its base's or came to be otherwise.
     """
@@ -200,7 +201,7 @@ class Adapter:
 
     def renamed_by(self, new_name: NewName) -> Adapter:
         """Return it with new names as with_names does; the options go on to mean the same layers."""
-        new = self.with_names(new_name)
+        new = replace(self.with_names(new_name), scope=new_name(self.scope) or "")
         old_layers = {_new_layer(self, layer, new_name): layer for layer in self.layers()}
         return replace(new, config=_translate_config(self, new, old_layers))
 
@@ -384,7 +385,7 @@ def align_to_modules(adapter: Adapter, modules: Set[str], where: str) -> Adapter
             f"first {outside[0]!r}.",
             stacklevel=4,
         )
-    return replace(adapter.renamed(strip, add), scope=add)
+    return adapter.renamed(strip, add)
 
 
 def _fitting_prefixes(layers: Sequence[str], modules: Set[str]) -> list[tuple[str, str]]:

@@ -22,6 +22,7 @@ from ..model.gradients import warn_of_untrained
 from ..model.injection import refuse_replaced_layers, require_injection
 from ..model.named_state import named_state
 from ..model.state_dict import refuse_quantised, refuse_unmergeable
+from ..model.wrappers import unwrapped
 from ..nn.lora_layer import AdaptedModule, adapted_layers, is_factor
 from ..nn.quantised import quantised_as, shape_of
 from ..progress import progress_bar
@@ -70,6 +71,7 @@ def save_merged(
             from_pretrained would load instead, or another rank failed. Nothing is written.
         OSError: on the rank whose writing failed.
     """
+    model = unwrapped(model, "save_merged")
     if not adapted_layers(model):
         require_injection(model, "save_merged")
     refuse_replaced_layers(model, "save_merged")

@@ -25,7 +25,8 @@ from ..model.injection import refuse_replaced_layers, require_injection
 from ..model.named_state import named_state
 from ..model.pretrained import base_name, tied_to_input
 from ..model.state_dict import adapter_keys, adapter_state_dict, original_value
-from ..names import derives_from
+from ..model.wrappers import prefix_inside
+from ..names import is_lightning_module
 from ..nn.layer_kinds import layer_kinds
 from ..nn.lora_layer import adapted_layers
 from ..nn.low_rank import CONV1D, KINDS
@@ -34,7 +35,6 @@ from .fingerprint import fingerprint, sample_positions
 from .peft_attention import after_conv1d
 
 STORED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # values of other dtypes are stored as float64
-LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric")
 
 
 def to_metadata(adapter: Adapter) -> dict[str, Any]:
@@ -48,6 +48,7 @@ def to_metadata(adapter: Adapter) -> dict[str, Any]:
         "complete": adapter.complete,
         "fan_in_fan_out": adapter.fan_in_fan_out,
         **_after_conv1d_to_metadata(adapter),
+        **({"scope": adapter.scope} if adapter.scope else {}),
         **({"tables": {name: list(rows) for name, rows in adapter.tables.items()}} if adapter.tables else {}),
         **({"tied": dict(adapter.tied), "tied_by_peft": adapter.tied_by_peft} if adapter.tied else {}),
     }
@@ -75,6 +76,7 @@ def from_metadata(tensors: Mapping[str, Any], metadata: Any, where: str) -> Adap
             kinds=kinds,
             network=_text(metadata["network"]),
             origin={_text(name): _text(value) for name, value in metadata["origin"].items()},
+            scope=_text(metadata.get("scope", "")),
             fan_in_fan_out=metadata.get("fan_in_fan_out") is True,
             tables={_text(name): _ascending(rows) for name, rows in metadata.get("tables", {}).items()},
             tied={_text(name): _text(first) for name, first in metadata.get("tied", {}).items()},
@@ -117,7 +119,8 @@ def describe_model(model: nn.Module) -> Adapter:
     The fingerprint is that of fit start, where this model was fitted: weight averaging moves frozen weights. What was
     unfrozen later is a tensor of the adapter, and left out of the fingerprint.
     """
-    record = require_injection(model, "save_adapter").record
+    injected = require_injection(model, "save_adapter")
+    record = injected.record
     refuse_replaced_layers(model, "save_adapter")
     trained = adapter_keys(model)
     at_fit_start = record.fingerprint and record.fingerprint.keys() <= {name for name, _, _ in named_state(model)}
@@ -143,6 +146,7 @@ def describe_model(model: nn.Module) -> Adapter:
         after_conv1d=frozenset(name for name, layer in layers.items() if layer in reached),
         network=network,
         origin={**own_origin, **record.origin},
+        scope=injected.scope(),
         tables={name: layer.replaced_rows() for name, layer in tables.items()},
         tied=tied,
         tied_by_peft=tied.items() <= by_peft.items(),
@@ -184,12 +188,10 @@ def _network_prefix(model: nn.Module, trained: Collection[str]) -> str:
         return ""
     parameters = {name for name, tensor, _ in named_state(model) if isinstance(tensor, nn.Parameter)}
     children = {name.partition(".")[0] for name in trained if name in parameters}
-    return f"{children.pop()}." if len(children) == 1 and not children & adapted_layers(model).keys() else ""
-
-
-def is_lightning_module(model: nn.Module) -> bool:
-    """Tell whether a module is a LightningModule, of either of Lightning's packages."""
-    return derives_from(model, "LightningModule", LIGHTNING)
+    if len(children) != 1 or children & adapted_layers(model).keys():
+        return ""
+    name = children.pop()
+    return f"{name}.{prefix_inside(model.get_submodule(name))}"
 
 
 def encode_layers(scalings: Mapping[str, float], kinds: Mapping[str, str]) -> list[Any]:

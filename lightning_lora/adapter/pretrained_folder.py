@@ -29,8 +29,7 @@ from ..model.pretrained import (
     pretrained_models,
 )
 from ..model.state_dict import adapter_keys
-from ..names import around, uncompiled
-from .metadata import is_lightning_module
+from ..names import around, is_lightning_module
 from .peft_folder import CONFIG_FILE
 
 Tensors = dict[str, torch.Tensor]
@@ -56,7 +55,6 @@ def find_network(model: nn.Module) -> tuple[str, Any] | None:
 
     It holds all that training changes. Where something outside of it was trained there is none, and a warning says so.
     """
-    model = uncompiled(model)
     if is_pretrained_model(model):
         return "", model
     if not is_lightning_module(model):

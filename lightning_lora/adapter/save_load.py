@@ -21,6 +21,7 @@ from ..model.inject import inject, inject_to_load, unload
 from ..model.injection import find_injection, require_injection
 from ..model.merging import is_merged, merge, unmerge
 from ..model.targets import Targets
+from ..model.wrappers import unwrapped, warn_of_late_adapters
 from ..names import META, A, listed, names_factor
 from ..nn.layer_kinds import layer_kinds
 from ..nn.lora_layer import adapted_layers
@@ -57,6 +58,7 @@ def save_adapter(model: nn.Module, path: PathLike) -> None:
     Raises:
         LoRAError: the model was not injected, or PEFT has no equal of one of its layers.
     """
+    model = unwrapped(model, "save_adapter")
     adapter = adapter_of_model(model)
     frozen = frozen_values(model, [adapter.network + name for name in frozen_in_saved(adapter.by_network_names())])
     network_frozen = {name.removeprefix(adapter.network): value for name, value in frozen.items()}
@@ -85,7 +87,11 @@ def load_adapter(model: nn.Module, source: PathLike | Mapping[str, Any], *, stri
     Raises:
         LoRAError: the source is damaged or does not fit; the model is as it was.
     """
-    return apply_adapter(model, read_adapter(source, order_in(model)), strict_base=strict_base, swap=True)
+    network = unwrapped(model, "load_adapter")
+    adapter = read_adapter(source, order_in(network))
+    if find_injection(network) is None:
+        warn_of_late_adapters(model, "load_adapter")
+    return apply_adapter(network, adapter, strict_base=strict_base, swap=True)
 
 
 def load_from_checkpoint(
@@ -145,7 +151,7 @@ def apply_adapter(
     adapter = by_first_names(model, align_names(model, adapter))
     fresh = find_injection(model) is None
     if fresh:
-        inject_to_load(model, _config_for(model, adapter))
+        inject_to_load(model, _config_for(model, adapter), adapter.scope)
     elif adapter.config is None:
         options = require_injection(model, "load_adapter").record.config
         scale = f"lora_alpha={options.lora_alpha:g}, use_rslora={options.use_rslora}"
@@ -182,7 +188,7 @@ def _config_for(model: nn.Module, adapter: Adapter) -> LoRAConfig:
             f"Call inject(model, LoRAConfig(r={stored[0]}, lora_alpha=..., target_modules=[{_leaves(ranks)}]"
             f"{f', modules_to_save=[{saved}]' if saved else ''})) first, then load_adapter again."
         )
-    targets = Targets(model, config)
+    targets = Targets(model, config, adapter.scope)
     same_layers = not targets.unmatched and targets.names() == set(ranks)
     same = same_layers and options_hold(config, ranks, adapter.scalings)
     config = config if same else exact_options(config, ranks, adapter.scalings, adapter.parameters)

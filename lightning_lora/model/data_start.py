@@ -17,7 +17,7 @@ from torch import nn
 from ..config import LoRAConfig
 from ..distributed.sharding import copy_
 from ..errors import LoRAError
-from ..names import listed, uncompiled
+from ..names import listed
 from ..nn.lora_layer import AdaptedWeights, adapted_layers
 from ..nn.low_rank import CONV1D, LINEAR
 from ..progress import progress_bar
@@ -25,6 +25,7 @@ from .gradient_start import start_from_gradients
 from .injection import refuse_replaced_layers, require_injection
 from .merging import is_merged
 from .over_batches import Caller, evaluating, from_first_rank, in_step
+from .wrappers import unwrapped
 
 FROM_DATA = ("eva", "lora_ga")  # values of init_lora_weights that say so
 ITERATIONS, SEED = 4, 42  # of the decomposition, as in PEFT
@@ -81,6 +82,7 @@ def initialize_from_data(
         LoRAError: the model was not injected, is merged or was trained already, there are no batches, a layer never
             ran or what it got is not finite, or a weight has no gradient to start from. Nothing is changed.
     """
+    model = unwrapped(model, "initialize_from_data")
     start_from_batches(model, batches, forward, mask, tau)
     require_injection(model, "initialize_from_data").record.started = True
 
@@ -93,10 +95,10 @@ def start_from_batches(
     tau: float = TAU,
     caller: Caller = Caller(),  # noqa: B008
 ) -> None:
-    """Do what initialize_from_data does, for a caller whom messages name."""
+    """Do what initialize_from_data does, for a caller whom messages name and a model without wrappers."""
     layers = _linear_layers(model, caller.verb)
     if require_injection(model, caller.verb).record.config.has_start:
-        start_from_gradients(uncompiled(model), layers, batches, forward, caller)
+        start_from_gradients(model, layers, batches, forward, caller)
     else:
         _start_from_inputs(model, layers, batches, forward, mask, tau, caller)
     others = [name for name in adapted_layers(model) if name not in layers]
@@ -151,6 +153,7 @@ def redistribute_ranks(
     """
     if not rho >= 1:
         raise LoRAError(f"redistribute_ranks: rho must be a number of at least 1, but it is {rho!r}.")
+    model = unwrapped(model, "redistribute_ranks")
     layers = _linear_layers(model, "redistribute_ranks")
     ranks = {name: layer.lora.spec.r for name, layer in layers.items()}
     sizes = {name: min(round(rho * r), layers[name].lora_A.shape[1]) for name, r in ranks.items()}
@@ -243,7 +246,6 @@ def _linear_layers(model: nn.Module, verb: str) -> dict[str, AdaptedWeights]:
     Raises:
         LoRAError: there are none, or the model is not as injection left it.
     """
-    model = uncompiled(model)
     require_injection(model, verb)
     refuse_replaced_layers(model, verb)
     layers = adapted_layers(model)
@@ -279,7 +281,6 @@ def _principal_components(
         sizes: how many components, by layer.
         needed: how many of them have to converge, by layer.
     """
-    model = uncompiled(model)
     layers = {name: layer.lora_holder for name, layer in adapted_layers(model).items() if name in sizes}
     inputs = _Inputs(layers)
     found: dict[str, PrincipalComponents] = {}

@@ -16,7 +16,7 @@ from ..arguments import names_near_misses
 from ..config import LoRAConfig, PeftConfig, as_config, is_config
 from ..distributed.sharding import is_sharded, refuse_fully_sharded
 from ..errors import LoRAError, sentence
-from ..names import ALL_LINEAR, ATTRIBUTE, canonical, listed, uncompiled
+from ..names import ALL_LINEAR, ATTRIBUTE, canonical, listed
 from ..nn.fast_paths import update_fast_paths
 from ..nn.gradient_checkpointing import disable_input_require_grads, enable_input_require_grads
 from ..nn.layer_kinds import adapt_
@@ -32,6 +32,7 @@ from ..progress import progress_bar
 from .dequantise import dequantised_dtype, plain_weights, replace_quantised_
 from .gradients import note_gradient
 from .injection import (
+    ALL_OPTIONS,
     Injected,
     Injection,
     find_injection,
@@ -63,6 +64,7 @@ from .targets import (
     check_unadapted,
     check_untied,
 )
+from .wrappers import unwrapped, warn_of_late_adapters
 
 IN_CONFIG = {
     field.name: f"say it in the config: inject(model, LoRAConfig({field.name}=...))" for field in fields(LoRAConfig)
@@ -95,12 +97,13 @@ def inject(
     if not is_config(config):
         hint = "; LoRAConfig(**options) takes a dictionary" if isinstance(config, Mapping) else ""
         raise LoRAError(f"inject: expected a LoRAConfig or a peft.LoraConfig, found {type(config).__name__}{hint}.")
-    model, config = uncompiled(model), as_config(config)
+    wrapped, model, config = model, unwrapped(model, "inject"), as_config(config)
     earlier = find_injection(model)
     if earlier is not None and earlier.root is model and not earlier.record.validated:
         strip_adapters(model)  # a callback's, made before configure_model, which injects by itself
         earlier = None
     if earlier is None:
+        warn_of_late_adapters(wrapped, "inject")
         begin_injection(model, config, merge_weights=merge_weights, seed="" if seed is None else fixed_seed(seed))
         _finish_and_tell(model)
     else:
@@ -112,13 +115,17 @@ def inject(
     return list(layers)
 
 
-def inject_to_load(model: nn.Module, config: LoRAConfig) -> None:
+def inject_to_load(model: nn.Module, config: LoRAConfig, scope: str = "") -> None:
     """Adapt a model that was not injected for an adapter whose values are loaded next. In place.
 
     Nothing is computed from the weights for what A and B start from, which can take minutes.
+
+    Args:
+        model: the model.
+        config: the adapter's options.
+        scope: the prefix of the part of the model that the adapter is for, outside of which nothing is trained.
     """
-    model = uncompiled(model)
-    begin_injection(model, config, values_follow=True)
+    begin_injection(model, config, values_follow=True, scope=scope)
     finish_injection(model)
     record = require_injection(model, "inject").record
     record.values_follow = record.passes_over_nearly_all = False  # whoever trained the adapter has chosen its layers
@@ -133,6 +140,7 @@ def unload(model: nn.Module) -> None:
     Raises:
         LoRAError: the model was not injected.
     """
+    model = unwrapped(model, "unload")
     root, record, *_ = require_injection(model, "unload")
     refuse_fully_sharded(root, "unload")
     if is_merged(root):
@@ -156,7 +164,7 @@ def merge_and_unload(model: nn.Module, *, dequantize: torch.dtype | str | None =
             merged because its weight has another owner, or is quantised and `dequantize` is not given.
     """
     dtype = dequantised_dtype(dequantize, "merge_and_unload")
-    root = require_injection(model, "merge_and_unload").root
+    root = require_injection(unwrapped(model, "merge_and_unload"), "merge_and_unload").root
     refuse_replaced_layers(root, "merge_and_unload")
     refuse_fully_sharded(root, "merge_and_unload")
     refuse_unmergeable(root, dtype)
@@ -180,7 +188,7 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
 
     Trained biases, modules_to_save and persistent buffers have their initial values inside.
     """
-    root, record, *_ = require_injection(model, "disable_adapter")
+    root, record, *_ = require_injection(unwrapped(model, "disable_adapter"), "disable_adapter")
     was_merged = is_merged(root)
     if was_merged:
         unmerge(root)
@@ -221,13 +229,16 @@ def begin_injection(
     merge_weights: bool = False,
     seed: str = "",
     values_follow: bool = False,
+    given: frozenset[str] = ALL_OPTIONS,
+    scope: str = "",
 ) -> None:
     """Adapt the layers that exist now; adapt_new_layers adds later ones, finish_injection checks the options' names.
 
-    Adapters are drawn from `seed`, or from the random stream's state when each layer is adapted. In place.
+    Adapters are drawn from `seed`, or from the random stream's state when each layer is adapted. `given` names the
+    options that the user gave; outside of `scope` no bias and no whole module is meant. In place.
     """
     check_unadapted(model)
-    Injection(config, merge_weights, seed=seed, values_follow=values_follow).begin(model)
+    Injection(config, merge_weights, scope, given, seed=seed, values_follow=values_follow).begin(model)
     with _leaving_no_trace(model):
         adapt_new_layers(model)
         snapshot_initial(model)
@@ -243,7 +254,7 @@ def finish_injection(model: nn.Module) -> None:
     """
     root, record, *_ = require_injection(model, "inject")
     with _leaving_no_trace(root):
-        targets = Targets(root, record.config)
+        targets = Targets(root, record.config, record.scope)
         if any(targets.unmatched.values()):
             sentences = "\n".join(map(sentence, targets.unmatched))
             raise LoRAError(f"inject: {type(root).__name__}: {sentences}")
@@ -262,7 +273,7 @@ def adapt_new_layers(model: nn.Module) -> None:
     """Adapt the layers that the config names and that are not adapted yet, and freeze what is new. In place."""
     root, record, *_ = require_injection(model, "inject")
     check_shapes(root)
-    targets = Targets(root, record.config)
+    targets = Targets(root, record.config, record.scope)
     new = {name: module for name, module in targets.layers.items() if not isinstance(module, LoRALayer)}
     for name, module in new.items():
         check_supported(name, module, record.config)
@@ -388,7 +399,8 @@ def _freeze(root: nn.Module, record: Injection, new: Mapping[str, nn.Module], sa
         if name in record.requires_grad and (not rebuilt or name in record.trained):
             continue
         record.requires_grad.setdefault(name, parameter.requires_grad)
-        everywhere = record.config.bias == "all" and name.rpartition(".")[2] == "bias"  # PEFT's rule: no in_proj_bias
+        is_bias = name.rpartition(".")[2] == "bias" and name.startswith(record.scope)  # PEFT's rule: no in_proj_bias
+        everywhere = record.config.bias == "all" and is_bias
         parameter.requires_grad_(parameter.is_floating_point() and (everywhere or id(parameter) in trainable))
 
 

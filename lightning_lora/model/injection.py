@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Collection, Mapping, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
@@ -23,6 +23,8 @@ from .named_state import base_parameters, named_state
 
 Value = TypeVar("Value")
 
+ALL_OPTIONS = frozenset(option.name for option in fields(LoRAConfig))
+
 
 @dataclass
 class Injection:
@@ -30,6 +32,8 @@ class Injection:
 
     config: LoRAConfig
     merge_weights: bool = False  # eval() merges and train() unmerges
+    scope: str = ""  # what the names of biases and whole modules that the options mean begin with: a loaded adapter's
+    given: frozenset[str] = ALL_OPTIONS  # the options that the user gave; the others are at their defaults
     layers: list[str] = field(default_factory=list)  # names of the adapted layers
     requires_grad: dict[str, bool] = field(default_factory=dict)  # of every base parameter, before injection
     # From before training: values of what it changes beside A and B (trained base parameters, persistent buffers).
@@ -68,6 +72,7 @@ class Injection:
 
     def rename(self, new_name: Callable[[str], str | None]) -> None:
         """Change every name of the record; what has no new name is forgotten."""
+        self.scope = new_name(self.scope) or ""
         self.requires_grad = rename_keys(self.requires_grad, new_name)
         self.initial = rename_keys(self.initial, new_name)
         self.left_out = rename_keys(self.left_out, new_name)
@@ -87,6 +92,11 @@ class Injected(NamedTuple):
     def seen(self, values: Mapping[str, Value]) -> dict[str, Value]:
         """Return the values of the record that this module holds, by its own names."""
         return {self.name_seen(name): value for name, value in values.items() if name.startswith(self.inside)}
+
+    def scope(self) -> str:
+        """Return the prefix of what the options are about, by this module's names."""
+        inner = self.record.scope.startswith(self.inside)
+        return self.name_seen(self.record.scope) if inner else self.prefix
 
     def name_seen(self, name: str) -> str:
         """Return a name of the record as a name of this module."""

@@ -26,6 +26,7 @@ from ..progress import progress_bar
 from .dequantise import WORST_FIDELITY, report_factored
 from .gradients import warn_of_untrained
 from .injection import refuse_replaced_layers
+from .wrappers import unwrapped
 
 if TYPE_CHECKING:
     from ..metrics import MergeFidelity
@@ -37,7 +38,7 @@ COPY_BUDGET = 64 * 2**20  # bytes of plain copies of small weights, which are fa
 
 def is_merged(model: nn.Module) -> bool:
     """Return whether merge was called and not undone, also where a tied layer had to stay factored."""
-    return any(layer.lora.merged for layer in adapted_layers(model).values())
+    return any(layer.lora.merged for layer in adapted_layers(unwrapped(model, "is_merged")).values())
 
 
 def merge(model: nn.Module) -> None:
@@ -52,6 +53,7 @@ def merge(model: nn.Module) -> None:
         LoRAError: the model has no adapted layer, or one was replaced since. Every layer is then unmerged.
         NonFiniteError: a layer's W' is not finite, on any rank. Every layer is then unmerged.
     """
+    model = unwrapped(model, "merge")
     modules = list(model.named_modules())  # once: a walk takes as long as merging a small layer
     layers = adapted_layers(model, modules=modules)
     refuse_replaced_layers(model, "merge", layers)
@@ -96,6 +98,7 @@ def unmerge(model: nn.Module) -> None:
         LoRAError: the model has no adapted layer, or a weight cannot be restored because something changed it while
             it was merged. The other layers are restored, and nothing is saved from the damaged one.
     """
+    model = unwrapped(model, "unmerge")
     modules = list(model.named_modules())
     layers = adapted_layers(model, modules=modules)
     _require_layers(layers, model, "unmerge")

@@ -11,6 +11,7 @@ from ..errors import LoRAError
 from ..names import A, B, split_factor_name
 from ..nn.lora_layer import adapted_layers
 from .injection import require_injection
+from .wrappers import unwrapped
 
 LR_RATIO, LR_EMBEDDING = 16.0, 1e-6  # the ratio is the paper's, the other rate that of its authors' code and PEFT's
 FACTOR_A, FACTOR_B, EMBEDDING, OTHER, NO_DECAY = GROUPS = ("lora_A", "lora_B", "lora_embedding", "other", "no_decay")
@@ -52,6 +53,7 @@ def lora_param_groups(
         if not is_number(value) or value < 0:
             raise LoRAError(f"lora_param_groups: {name} must be a number from 0, but it is {value!r}.")
     check_ratio(lr_ratio, "lora_param_groups")
+    model = unwrapped(model, "lora_param_groups")
     require_injection(model, "lora_param_groups")
     rates = {FACTOR_B: lr * lr_ratio, EMBEDDING: lr_embedding}
     return [

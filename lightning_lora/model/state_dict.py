@@ -23,6 +23,7 @@ from .dequantise import Dequantiser, dequantised_dtype, quantised_weights
 from .gradients import warn_of_untrained
 from .injection import record_loaded, record_trainable, refuse_replaced_layers, require_injection
 from .named_state import base_parameters, named_state
+from .wrappers import unwrapped
 
 # What state dicts of an injected model may carry beside tensors: by key, what takes it up when it is loaded.
 EXTRA_ENTRIES: dict[str, Callable[[nn.Module, Any], None]] = {}
@@ -56,6 +57,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Any]:
     Raises:
         LoRAError: the model was not injected, or a layer was replaced since.
     """
+    model = unwrapped(model, "adapter_state_dict")
     refuse_replaced_layers(model, "adapter_state_dict")
     keys = set(adapter_keys(model))
     warn_of_untrained(model)
@@ -88,6 +90,7 @@ def merged_state_dict(model: nn.Module, *, dequantize: torch.dtype | str | None 
             for its adapter, as a quantised one without `dequantize`.
     """
     dtype = dequantised_dtype(dequantize, "merged_state_dict")
+    model = unwrapped(model, "merged_state_dict")
     require_injection(model, "merged_state_dict")
     refuse_replaced_layers(model, "merged_state_dict")
     warn_of_untrained(model)

@@ -17,10 +17,11 @@ from torch import nn
 
 from ..distributed.rank_sync import RankSync
 from ..distributed.sharding import is_sharded, local, reshard_
-from ..names import factor_role, group_names, uncompiled
+from ..names import factor_role, group_names
 from ..nn.lora_layer import AdaptedWeights, adapted_layers
 from ..nn.low_rank import inner_product, singular_values_of_grams, stack_blocks
 from .injection import require_injection
+from .wrappers import unwrapped
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def adapter_stats(model: nn.Module, previous: AdapterStats | None = None) -> Ada
     Raises:
         LoRAError: the model was not injected.
     """
-    model = uncompiled(model)
+    model = unwrapped(model, "adapter_stats")
     require_injection(model, "adapter_stats")
     reshard_(model.modules())
     layers = adapted_layers(model)

@@ -12,12 +12,13 @@ import torch
 from torch import nn
 
 from ..distributed.sharding import local
-from ..names import group_names, listed, uncompiled
+from ..names import group_names, listed
 from ..nn.lora_layer import AdaptedWeights, Swapped, adapted_layers
 from ..nn.quantised import quantised_as, quantised_modules, quantised_parameters, shape_of
 from ..units import size_text
 from .injection import require_injection
 from .named_state import base_parameters
+from .wrappers import unwrapped
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -187,7 +188,7 @@ def summary(model: nn.Module) -> Summary:
     Raises:
         LoRAError: the model was not injected.
     """
-    model = uncompiled(model)
+    model = unwrapped(model, "summary")
     injected = require_injection(model, "summary")
     record, layers = injected.record, adapted_layers(model)
     factors = _each_once(layer.factors() for layer in layers.values())

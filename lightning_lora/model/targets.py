@@ -56,12 +56,13 @@ class Targets:
             of layers may be for many models, of which each has some.
     """
 
-    def __init__(self, model: nn.Module, config: LoRAConfig) -> None:
+    def __init__(self, model: nn.Module, config: LoRAConfig, scope: str = "") -> None:
+        """Look for them; modules that are saved whole are looked for where names begin with `scope`."""
         modules = {canonical(name): module for name, module in model.named_modules() if canonical(name)}
         saved, targeted, excluded = map(
             matcher, (config.all_modules_to_save(), config.target_modules, config.exclude_modules)
         )
-        self.saved = {name: module for name, module in modules.items() if saved(name)}
+        self.saved = {name: module for name, module in modules.items() if saved(name) and name.startswith(scope)}
         tables = TokenTables(model, modules, config.trainable_token_indices)
         self.tables = tables.rows
         self.left_out: dict[str, str] = {}

@@ -477,10 +477,11 @@ class Swapped(nn.Module):
 
 
 def swapped_class(mixin: type[Swapped], base: type[nn.Module]) -> type[Swapped]:
-    """Return the one subclass of a pair of mixin and base class."""
+    """Return the one subclass of a pair of mixin and base class, called as the base: programs go by a class's name."""
     if (mixin, base) not in _CLASSES:
-        attributes = {"__module__": base.__module__, "__doc__": base.__doc__, "lora_mixin": mixin, "lora_base": base}
-        _CLASSES.setdefault((mixin, base), type(f"LoRA{base.__name__}", (mixin, base), attributes))
+        names = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
+        attributes = {**names, "lora_mixin": mixin, "lora_base": base}
+        _CLASSES.setdefault((mixin, base), type(base.__name__, (mixin, base), attributes))
     return _CLASSES[mixin, base]
 
 
@@ -756,7 +757,7 @@ def class_before_swap(module: Swapped) -> type[nn.Module]:
         return base
     bases = tuple(base if parent is swapped else parent for parent in type(module).__bases__)
     attributes = {name: value for name, value in vars(type(module)).items() if name not in ("__dict__", "__weakref__")}
-    return type(type(module).__name__.replace(swapped.__name__, base.__name__), bases, attributes)
+    return type(type(module).__name__, bases, attributes)
 
 
 def _new_swapped(mixin: type[Swapped], base: type[nn.Module]) -> Swapped:

@@ -14,11 +14,10 @@ import torch
 from torch import nn
 
 from ..errors import LoRAError
-from ..names import canonical, derives_from
+from ..names import LIGHTNING, canonical, derives_from
 from .quantised import BITSANDBYTES, INT8, quantised_as, quantised_parameters, scales_of, shape_of
 
 SCALES, FORMAT, STATE = "SCB", "weight_format", ".quant_state"
-LIGHTNING = ("lightning", "lightning_fabric", "pytorch_lightning")
 LAYERS_OF_LIGHTNING = ("_Linear4bit", "_Linear8bitLt")  # of its BitsandbytesPrecision
 
 

@@ -8,12 +8,9 @@ does not, costs next to nothing.
 
 from __future__ import annotations
 
-import dis
 import functools
-import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from types import CodeType, FunctionType
 from typing import Any, cast
 
 import torch
@@ -21,19 +18,10 @@ from torch import nn
 
 from ..errors import LoRAError
 from .lora_layer import AdaptedWeights, Swapped, layer_adapter, swapped_class
-from .low_rank import ATTENTION_WEIGHTS
 from .parameter import LoRAParameterHolder
+from .weight_reads import WEIGHTS, Path, weight_reads
 
-ENTRIES = ("forward", "training_step", "validation_step", "test_step", "predict_step")  # from where code is followed
-# Where code is not followed. torch's transformer layers read on their fast paths, which are off with an active adapter.
-LIBRARIES = ("torch.nn.modules.module", "torch.nn.modules.transformer", "lightning", "pytorch_lightning")
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
-WEIGHTS = {"weight", *ATTENTION_WEIGHTS}
-# What is asked of a weight that is the same for W + delta; and `data`, which code writes to, and autograd does not see.
-FACTS = {"data", "dtype", "device", "shape", "size", "ndim", "dim", "numel", "requires_grad", "is_cuda", "is_meta"}
-LOADS = ("LOAD_ATTR", "LOAD_METHOD")
-
-Path = tuple[str, ...]  # attribute names that lead from a module to one inside it
 
 
 class LayerView:
@@ -68,11 +56,11 @@ class LayerView:
 class LoRAReader(Swapped):
     """A module with methods that read the weight of an adapted layer inside it."""
 
-    lora_reads: list[Path]  # to the layers
+    lora_reads: Sequence[Path] = ()  # to the layers; none in one that a program makes by calling the class
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        for name in weight_reads(vars(cls)["lora_base"]) if "lora_base" in vars(cls) else ():
+        for name in weight_reads(vars(cls)["lora_base"]).methods if "lora_base" in vars(cls) else ():
             setattr(cls, name, _with_views(cls.lora_base, name))
 
 
@@ -84,7 +72,7 @@ def patch_readers(model: nn.Module) -> None:
             if paths:
                 vars(module)["lora_reads"] = paths
             else:
-                del vars(module)["lora_reads"]
+                vars(module).pop("lora_reads", None)
                 module.__class__ = module.lora_base  # type: ignore[assignment]
         elif isinstance(module, LoRAParameterHolder):
             _refuse_reading_holder(module)
@@ -109,26 +97,6 @@ def read_layers(reader: LoRAReader) -> list[AdaptedWeights]:
     """Return the adapters of the layers whose weights the methods of a module may read."""
     adapters = (_adapter_at(reader, path) for path in reader.lora_reads)
     return [adapter for adapter in adapters if adapter is not None]
-
-
-@functools.cache
-def weight_reads(cls: type[nn.Module]) -> dict[str, set[Path]]:
-    """Return the methods of a class that read weights of other modules, and of which: () where the code leaves it open.
-
-    Methods count that are called, as far as names tell, in a forward or a step.
-    """
-    reads: dict[str, set[Path]] = {}
-    pending, followed = set(ENTRIES), set()
-    while pending:
-        name = pending.pop()
-        followed.add(name)
-        functions = (vars(parent).get(name) for parent in cls.__mro__)  # super() may call any of them
-        codes = [code for function in functions for code in _codes(function)]
-        pending |= {called for code in codes for called in code.co_names} - followed
-        found = {path for code in codes for path in _reads(code)}
-        if found:
-            reads[name] = found
-    return reads
 
 
 def _with_views(base: type[nn.Module], name: str) -> Callable[..., Any]:
@@ -188,12 +156,12 @@ def _modules_around(reader: LoRAReader, path: Path) -> dict[str, nn.Module | Non
 
 
 def _paths_to_layers(module: nn.Module, cls: type) -> list[Path]:
-    paths: dict[Path, None] = {}
-    for path in sorted({path for found in weight_reads(cls).values() for path in found}):
+    reads, paths = weight_reads(cls), dict[Path, None]()
+    for path in sorted({path for found in reads.methods.values() for path in found}):
         if path:
             paths |= dict.fromkeys([path] if layer_adapter(_inside(module, path)) else [])
         else:
-            paths |= dict.fromkeys(_near_layers(module))
+            paths |= dict.fromkeys(reads.in_reach(module, _near_layers(module)))
     return list(paths)
 
 
@@ -204,54 +172,3 @@ def _near_layers(module: nn.Module, path: Path = ()) -> Iterator[Path]:
             yield (*path, name)
         elif isinstance(child, CONTAINERS):
             yield from _near_layers(child, (*path, name))
-
-
-def _codes(function: Any) -> Iterator[CodeType]:
-    """Yield the code of a function, what it wraps or defines inside, and functions of its file that it names."""
-    if not isinstance(function, FunctionType) or inspect.isgeneratorfunction(function):
-        return
-    if f"{function.__module__}.".startswith(tuple(f"{library}." for library in LIBRARIES)):
-        return
-    pending: list[Any] = [function]
-    seen: set[int] = set()
-    while pending:
-        item = pending.pop()
-        if id(item) in seen:
-            continue
-        seen.add(id(item))
-        if isinstance(item, CodeType):
-            yield item
-            pending += [constant for constant in item.co_consts if isinstance(constant, CodeType)]
-        elif isinstance(item, FunctionType):
-            pending += [item.__code__, getattr(item, "__wrapped__", None)]
-            pending += [cell.cell_contents for cell in item.__closure__ or () if _is_filled(cell)]
-            named = (item.__globals__.get(name) for name in item.__code__.co_names)
-            pending += [f for f in named if isinstance(f, FunctionType) and f.__module__ == function.__module__]
-
-
-def _is_filled(cell: Any) -> bool:
-    try:
-        return isinstance(cell.cell_contents, FunctionType)
-    except ValueError:
-        return False
-
-
-def _reads(code: CodeType) -> Iterator[Path]:
-    """Yield, for each read of `<path>.weight`, the path from self, or () where it begins at anything else."""
-    if WEIGHTS.isdisjoint(code.co_names):
-        return
-    instructions = list(dis.get_instructions(code))
-    for i, instruction in enumerate(instructions):
-        if instruction.opname not in LOADS or instruction.argval not in WEIGHTS:
-            continue
-        after = instructions[i + 1]
-        start = i
-        while instructions[start - 1].opname in LOADS:
-            start -= 1
-        source, before = instructions[start - 1], instructions[start - 2]
-        if (after.opname in LOADS and after.argval in FACTS) or before.argval in ("isinstance", "hasattr"):
-            continue
-        path = tuple(each.argval for each in instructions[start:i])
-        from_self = source.argval == "self" or (isinstance(source.argval, tuple) and source.argval[-1] == "self")
-        if path or not from_self:
-            yield path if from_self else ()

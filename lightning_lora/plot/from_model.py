@@ -12,7 +12,8 @@ from ..adapter.metadata import describe_model
 from ..distributed.rank_sync import RankSync
 from ..distributed.sharding import gather_all, local, reshard_
 from ..model.state_dict import adapter_state_dict
-from ..names import names_factor, uncompiled
+from ..model.wrappers import unwrapped
+from ..names import names_factor
 from ..nn.lora_layer import AdaptedWeights, adapted_layers
 from ..nn.quantised import dequantised
 from .updates import Updates, measure, sum_of_squares
@@ -26,7 +27,7 @@ def updates_of_model(model: nn.Module) -> Updates:
     Raises:
         LoRAError: the model was not injected, or rows of tables alone are trained.
     """
-    model = uncompiled(model)
+    model = unwrapped(model, "plot_adapter")
     tensors = {name: value for name, value in adapter_state_dict(model).items() if names_factor(name)}
     tensors = {name: value.cpu() for name, value in gather_all(tensors).items()}
     adapter = replace(describe_model(model), tensors=tensors)

@@ -58,20 +58,18 @@ def launches(trainer: Any) -> bool:
     return _is_a(trainer.strategy.launcher, "_MultiProcessingLauncher")
 
 
-def refuse_other_options(record: Injection, config: LoRAConfig, seed: str = "") -> None:
-    """Raise LoRAError where a model that was injected before does not go with the callback's options."""
+def refuse_other_options(record: Injection, config: LoRAConfig, given: Collection[str], seed: str = "") -> None:
+    """Raise LoRAError where a model that was injected before does not go with the options that a callback was given."""
     if record.merge_weights:
         raise LoRAError(
             "LoRACallback: the model was injected with merge_weights=True, where eval() merges: a backbone kept "
             "in eval mode would silently stop training. Call unload(model), then inject(model, config) without it."
         )
-    default = LoRAConfig()
     for option in record.config.differing(config):
-        value = getattr(config, option)
-        if value != getattr(default, option):
+        if option in given:
             raise LoRAError(
-                f"LoRACallback: {option} is {value!r}, but the model was injected with "
-                f"{getattr(record.config, option)!r}; use the same, give no adapter option, or unload(model) first."
+                f"LoRACallback: {option} is {getattr(config, option)!r}, but the model was injected with "
+                f"{getattr(record.config, option)!r}; use the same, leave it out, or unload(model) first."
             )
     if seed and record.seed != seed:
         raise LoRAError("LoRACallback: the model was injected with another seed; give none, or unload(model) first.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -47,30 +48,29 @@ def stop_adapting(module: nn.Module) -> None:
         unpatch_method(module, name, function)
 
 
-def _setup_and_adapt(module: nn.Module, previous: Callable[[str], Any] | None, stage: str) -> None:
+def _setup_and_adapt(module: nn.Module, previous: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> None:
     """Adapt what setup built; the options are judged after configure_model where there is one."""
     complete = not is_patched(module, "configure_model", _configure_and_adapt)
-    _build_and_adapt(module, previous, "setup", stage, complete=complete)
+    _build_and_adapt(module, partial(call_previous, module, previous, "setup", *args, **kwargs), "setup", complete)
 
 
-def _configure_and_adapt(module: nn.Module, previous: Callable[[], Any] | None) -> None:
-    _build_and_adapt(module, previous, "configure_model", complete=True)
+def _configure_and_adapt(module: nn.Module, previous: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> None:
+    build = partial(call_previous, module, previous, "configure_model", *args, **kwargs)
+    _build_and_adapt(module, build, "configure_model", complete=True)
 
 
 BUILDERS: dict[str, Callable[..., None]] = {"setup": _setup_and_adapt, "configure_model": _configure_and_adapt}
 
 
-def _build_and_adapt(
-    module: nn.Module, previous: Callable[..., Any] | None, name: str, *args: Any, complete: bool
-) -> None:
-    """Call the method that is patched, and adapt what it built; `complete` tells whether all layers are there now."""
+def _build_and_adapt(module: nn.Module, build: Callable[[], Any], name: str, complete: bool) -> None:
+    """Call the method of this name by `build`, and adapt what it built; `complete`: all layers are there now."""
     injected = find_injection(module)
     if injected is None:  # it was taken out meanwhile
-        call_previous(module, previous, name, *args)
+        build()
         return
     record, layers, modules = injected.record, injected.record.layers, set(injected.root.modules())
     with _allowing_injection(module):
-        call_previous(module, previous, name, *args)
+        build()
     injected = find_injection(module)
     if injected is None:
         return
@@ -115,8 +115,8 @@ def _allowing_injection(module: nn.Module) -> Iterator[None]:
     yield
     injected = find_injection(module)
     if injected is None and still_empty:
-        begin_injection(module, record.config, seed=record.seed)
+        begin_injection(module, record.config, seed=record.seed, given=record.given)
     elif injected is not None and injected.record is not record:
-        refuse_other_options(injected.record, record.config)
+        refuse_other_options(injected.record, record.config, record.given)
     if find_injection(module) is not None:
         save_as(module, record.save, record.dequantize)

@@ -11,10 +11,10 @@ from typing import Any
 from torch import nn
 
 from ..errors import LoRAError
-from ..names import canonical, derives_from
+from ..names import LIGHTNING, canonical, derives_from
 from ..nn.lora_layer import LoRALayer, adapted_layers
 from ..nn.quantised import TORCHAO, quantised_as, quantised_modules, quantised_parameters
-from ..nn.quantised_state import LIGHTNING, is_of_lightning
+from ..nn.quantised_state import is_of_lightning
 from .compatibility import AVERAGING
 
 LEFT_OUT_OF_DDP = "_ddp_params_and_buffers_to_ignore"  # torch's attribute of a module that DDP wraps

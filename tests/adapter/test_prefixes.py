@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_lora import LoRAConfig, LoRAError, inject, load_adapter, save_adapter
+from lightning_lora import LoRAConfig, LoRAError, inject, load_adapter, load_from_checkpoint, save_adapter, unload
 from lightning_lora.model.injection import require_injection
 from support.models import (
     ZOO_LAYERS,
@@ -175,3 +176,72 @@ def test_a_layer_under_two_names_loads_under_a_prefix(form: str, tmp_path: Path)
         save_adapter(inner, tmp_path / "folder")
     load_adapter(around := Whole(), tmp_path / "folder" if form == "folder" else checkpoint(inner, "adapter"))
     assert state_bits(around.network) == state_bits(inner)
+
+
+class Headed(nn.Module):
+    """Around a network, and with biased layers of its own, one called as one of the network's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with own_random_stream(1):
+            self.network, self.head, self.last = network(), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.network(x)
+
+
+class HeadedLit(L.LightningModule, Headed):
+    """The same, with a Trainer's module."""
+
+
+def network() -> nn.Sequential:
+    with own_random_stream(0):
+        return nn.Sequential(
+            OrderedDict(first=nn.Linear(6, 8), norm=nn.LayerNorm(8), last=nn.Linear(8, 4), other=nn.Linear(4, 4))
+        )
+
+
+@pytest.mark.parametrize("options", [{"bias": "all"}, {"bias": "lora_only"}, {"modules_to_save": ["last"]}])
+@pytest.mark.parametrize("source", ["folder", "checkpoint", "saved again", "saved around"])
+@pytest.mark.parametrize("build", [Headed, HeadedLit])
+def test_options_of_a_network_mean_nothing_around_it(tmp_path: Path, build: type, source: str, options: dict[str, Any]):
+    inner = network()
+    inject(inner, LoRAConfig(r=2, target_modules=["first"], **options))
+    randomise_(inner)
+    trained = {name for name, parameter in inner.named_parameters() if parameter.requires_grad}
+    wanted = inner(x := torch.randn(3, 6))
+    save_adapter(inner, tmp_path / "network")
+    adapter: Any = {"folder": tmp_path / "network", "checkpoint": checkpoint(inner, "adapter")}.get(source)
+    if adapter is None:
+        if source == "saved again":
+            load_adapter(first := build(), tmp_path / "network")
+        else:
+            first = build().requires_grad_(False)
+            first.network = inner
+        save_adapter(first, adapter := tmp_path / "again")
+    load_adapter(model := build(), adapter)
+    assert torch.equal(model(x), wanted)
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {f"network.{name}" for name in trained}
+    load_adapter(alone := network(), adapter)
+    assert torch.equal(alone(x), wanted)
+    unload(model)
+    assert model.state_dict().keys() == build().state_dict().keys()
+    assert torch.equal(model(x), network()(x))
+
+
+@pytest.mark.parametrize("lost", ["network.norm.bias", "head.bias"])
+def test_a_bias_that_the_options_mean_and_the_source_lacks_is_an_error(lost: str):
+    inject(model := Headed(), LoRAConfig(r=2, target_modules=["network.first"], bias="all"))
+    state = checkpoint(model, "adapter")
+    del state["state_dict"][lost]
+    with pytest.raises(LoRAError, match=f"{lost!r} is missing"):
+        load_adapter(Headed(), state)
+
+
+def test_a_network_that_a_lightning_module_did_not_inject_itself_loads_from_its_checkpoint(tmp_path: Path):
+    model = HeadedLit().requires_grad_(False)
+    inject(model.network, LoRAConfig(r=2, target_modules=["first"], bias="all"))
+    randomise_(model.network)
+    torch.save({**checkpoint(model, "adapter"), "pytorch-lightning_version": L.__version__}, tmp_path / "a.ckpt")
+    again = load_from_checkpoint(HeadedLit, tmp_path / "a.ckpt")
+    assert torch.equal(again(x := torch.randn(3, 6)), model(x))

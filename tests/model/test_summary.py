@@ -243,10 +243,10 @@ def test_adapted_layers_show_r_and_alpha_until_they_are_unloaded():
     targets: dict[str, Any] = {"target_modules": ["0", "attention"], "target_parameters": ["weight_ih_l0"]}
     inject(model, LoRAConfig(r=4, lora_alpha=2.5, rank_pattern={"out_proj": 2}, **targets))
     shown = repr(model)
-    assert "LoRALSTM(8, 16, weight_ih_l0: r=4, alpha=2.5)" in shown
-    assert "(0): LoRALinear(in_features=16, out_features=8, bias=True, r=4, alpha=2.5)" in shown
+    assert "LSTM(8, 16, weight_ih_l0: r=4, alpha=2.5)" in shown
+    assert "(0): Linear(in_features=16, out_features=8, bias=True, r=4, alpha=2.5)" in shown
     assert "(2): Linear(in_features=8, out_features=8, bias=True)" in shown
-    assert "(attention): LoRAMultiheadAttention(\n    r=4, alpha=2.5\n" in shown
+    assert "(attention): MultiheadAttention(\n    r=4, alpha=2.5\n" in shown
     assert "in_features=8, out_features=8, bias=True, r=2, alpha=2.5" in shown
     unload(model)
     assert repr(model) == before

@@ -10,10 +10,13 @@ import functools
 import pickle
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
@@ -22,6 +25,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from lightning_lora import LoRAConfig, disable_adapter, inject, merge, merge_and_unload, merged, unload, unmerge
+from lightning_lora.nn.lora_layer import Swapped
 from lightning_lora.nn.readers import LayerView, LoRAReader
 from support.models import trace
 from support.notices import TORCH_NOTICES
@@ -478,3 +482,249 @@ def test_a_thread_in_a_reader_reads_the_sum_after_another_has_left_it():
     for thread in threads:
         thread.join()
     assert torch.equal(*outputs)
+
+
+# --- reads that may be of any module: of an adapted weight, if the code can get hold of its layer ---
+
+
+class Reading(nn.Module):
+    """Two layers, of which one is called and the other may be read by a method that gets it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj, self.out = nn.Linear(D, D), nn.Linear(D, D)
+        self.table = nn.Embedding(9, D)
+        self.sizes = {"d": D}
+
+    def by_hand(self, layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, layer.weight[:], layer.bias)
+
+    def pick(self) -> nn.Module:
+        return self.proj
+
+    def each(self) -> Iterator[nn.Module]:
+        yield self.proj
+
+
+class OfTheTable(Reading):
+    """As models of neuralforecast: what is passed has no adapter."""
+
+    def look_up(self, emb: nn.Embedding, i: int) -> torch.Tensor:
+        return emb.weight[1:][i]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.proj(x)) + self.look_up(self.table, 2) * self.sizes["d"]
+
+
+class OfABatch(Reading):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch = SimpleNamespace(x=x, weight=2.0)
+        return self.out(self.proj(batch.x)) * batch.weight + self.out.in_features + self.training
+
+
+class OfItsOwn(Reading):
+    """Asks its layers for much, and hands on another module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(D)
+
+    def by_hand_of(self, norm: nn.LayerNorm) -> torch.Tensor:
+        return norm.weight * 2
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.kept = x
+        return self.out(self.proj(x)) * self.by_hand_of(self.norm) + self.proj.bias * self.proj.in_features
+
+
+NOT_READ: list[type[Reading]] = [OfTheTable, OfABatch, OfItsOwn]
+
+
+class ByArgument(Reading):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.by_hand(self.proj, x))
+
+
+class ByKeyword(Reading):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.by_hand(x=x, layer=self.proj))
+
+
+class ByVariable(Reading):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        layer = self.proj
+        return self.out(F.linear(x, layer.weight, layer.bias))
+
+
+class ByAnotherName(Reading):
+    def forward(this, x: torch.Tensor) -> torch.Tensor:  # noqa: N805
+        return this.out(F.linear(x, this.proj.weight, this.proj.bias))
+
+
+class ByMethod(Reading):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        layer: Any = self.pick()
+        return self.out(F.linear(x, layer.weight, layer.bias))
+
+
+class ByGenerator(Reading):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.each():
+            x = F.linear(x, layer.weight, layer.bias)
+        return self.out(x)
+
+
+class ByGetattr(Reading):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        layer = getattr(self, "pro" + "j")
+        return self.out(F.linear(x, layer.weight, layer.bias))
+
+
+class ByChildren(Reading):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        layer: Any = next(self.children())
+        return self.out(F.linear(x, layer.weight, layer.bias))
+
+
+class ByModules(Reading):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        layer: Any = self._modules["proj"]
+        return self.out(F.linear(x, layer.weight, layer.bias))
+
+
+class ByFunction(Reading):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(by_function(self, x))
+
+
+class ByWrapper(Reading):
+    @decorated
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.by_hand(self.proj, x))
+
+
+class ByProperty(Reading):
+    @property
+    def first(self) -> nn.Module:
+        return self.proj
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.by_hand(self.first, x))
+
+
+class ByClosure(Reading):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        get = lambda: self.proj  # noqa: E731
+        return self.out(F.linear(x, get().weight, get().bias))
+
+
+def by_function(model: Any, x: torch.Tensor) -> torch.Tensor:
+    return F.linear(x, model.proj.weight, model.proj.bias)
+
+
+READ: list[type[Reading]] = [
+    *(ByArgument, ByKeyword, ByVariable, ByAnotherName, ByMethod, ByGenerator),
+    *(ByGetattr, ByChildren, ByModules, ByFunction, ByWrapper, ByProperty, ByClosure),
+]
+
+
+@pytest.mark.parametrize("build", NOT_READ)
+def test_a_module_whose_reads_cannot_be_of_an_adapted_weight_keeps_its_class(build: type[Reading]):
+    model, x = build(), torch.randn(2, 3, D)
+    plain = model(x)
+    inject(model, LoRAConfig(r=R, target_modules=["proj", "out"]))
+    assert type(model) is build
+    assert torch.equal(model(x), plain)
+    inject(other := build(), LoRAConfig(r=R, target_modules=["proj", "table"]))
+    assert isinstance(other, LoRAReader) is (build is OfTheTable)  # what is passed is adapted now
+
+
+@pytest.mark.parametrize("build", READ)
+def test_a_module_that_gets_hold_of_an_adapted_layer_reads_the_sum(build: type[Reading]):
+    torch.manual_seed(0)
+    model, x = build(), torch.randn(2, 3, D)
+    called = build()
+    called.load_state_dict(model.state_dict())
+    for each in (model, called):
+        inject(each, LoRAConfig(r=R, target_modules=["proj"], init_lora_weights=False), seed=1)
+    torch.testing.assert_close(model(x), called.out(called.proj(x)), atol=1e-6, rtol=1e-5)
+
+
+class TFT(L.LightningModule):
+    """As neuralforecast's: a file names the class, which a table of classes finds again."""
+
+    def __init__(self, size: int = D) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.proj = nn.Linear(size, size)
+
+    def look_up(self, emb: nn.Linear) -> torch.Tensor:
+        return emb.weight[1:]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.proj(x) @ self.look_up(self.proj).T
+
+
+CLASSES = {"TFT": TFT}
+
+
+def test_a_program_that_goes_by_the_class_of_a_model_finds_it(tmp_path: Path):
+    inject(model := TFT(), LoRAConfig(r=R, init_lora_weights=False))
+    assert type(model) is not TFT
+    again = CLASSES[type(model).__name__](**model.hparams)
+    assert type(again) is TFT
+    of_its_class = type(model)(**model.hparams)
+    of_its_class.load_state_dict(again.state_dict())
+    x = torch.randn(2, D)
+    assert torch.equal(of_its_class(x), again(x))
+    inject(of_its_class, LoRAConfig(r=R, init_lora_weights=False))
+    unload(of_its_class)
+    assert type(of_its_class) is TFT
+    assert torch.equal(of_its_class(x), again(x))
+
+
+class Nested:
+    class Own(nn.Linear):
+        """A user's layer, in a class."""
+
+
+def all_kinds() -> nn.Module:
+    model = nn.ModuleDict(
+        {
+            "linear": nn.Linear(D, D),
+            "own": Nested.Own(D, D),
+            "conv": nn.Conv1d(D, D, 3),
+            "table": nn.Embedding(9, D),
+            "rows": nn.Embedding(9, D),
+            "attention": nn.MultiheadAttention(D, 2),
+            "lstm": nn.LSTM(D, D),
+            "reader": Reads(),
+        }
+    )
+    inject(
+        model,
+        LoRAConfig(
+            r=R,
+            target_modules=["linear", "own", "conv", "table", "attention", "proj"],
+            target_parameters=["weight_ih_l0"],
+            trainable_token_indices={"rows": [1]},
+        ),
+    )
+    return model
+
+
+@pytest.mark.parametrize("copied", [lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_swapped_class_is_called_as_the_one_that_it_replaces(copied: Callable[[nn.Module], nn.Module]):
+    model = copied(all_kinds())
+    swapped = [module for module in model.modules() if isinstance(module, Swapped)]
+    assert len(swapped) == 10  # attention's out_proj and the reader's layer too
+    for module in swapped:
+        cls, base = type(module), module.lora_base
+        assert cls is not base
+        assert isinstance(module, base)
+        assert [cls.__name__, cls.__qualname__, cls.__module__] == [base.__name__, base.__qualname__, base.__module__]
+    assert "LoRA" not in repr(model)
+    names = [(name, type(module).__name__) for name, module in model.named_modules()]
+    unload(model)
+    assert not [module for module in model.modules() if isinstance(module, Swapped)]
+    assert [(name, type(module).__name__) for name, module in model.named_modules()] == names

@@ -488,7 +488,7 @@ def test_a_table_that_nothing_uses_is_named():
 def test_a_class_of_the_users_keeps_its_forward_and_its_name():
     subject = make_subject("scaled")
     assert isinstance(subject.model.emb, Scaled)
-    assert type(subject.model.emb).__name__ == "LoRAScaled"
+    assert type(subject.model.emb).__name__ == "Scaled"
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])

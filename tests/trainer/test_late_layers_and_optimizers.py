@@ -61,6 +61,23 @@ class BuiltInBoth(Net):
             self.build_body()
 
 
+class BuiltInSetupByKeyword(Net):
+    """Lightning passes stage by its name, and so the method may ask for that."""
+
+    def prepare(self) -> None:
+        self.build_body()
+
+    def setup(self, *, stage: str) -> None:
+        self.stages = [*getattr(self, "stages", []), stage]
+        if not hasattr(self, "head"):
+            self.build_head()
+
+
+class BuiltInSetupByAnyName(BuiltInSetupByKeyword):
+    def setup(self, **kwargs: Any) -> None:  # type: ignore[override]
+        super().setup(**kwargs)
+
+
 class FilledInConfigureModel(Net):
     """Its tensors are on the meta device until then."""
 
@@ -101,6 +118,16 @@ BUILDERS = [
 ]
 BIASES = {"body.0.bias", "body.1.bias", "body.3.bias", "head.bias"}
 BUFFERS = {"body.1.running_mean", "body.1.running_var", "body.1.num_batches_tracked"}
+
+
+@pytest.mark.parametrize("model_class", [BuiltInSetupByKeyword, BuiltInSetupByAnyName])
+def test_a_setup_that_takes_stage_by_its_name_gets_it_so(tmp_path, model_class: type[BuiltInSetupByKeyword]):
+    model = model_class()
+    trainer = make_trainer(tmp_path, lora())
+    trainer.fit(model, Data())
+    trainer.test(model, Data(), verbose=False)
+    assert model.stages == ["fit", "test"]
+    assert model.head.lora_B.abs().sum() > 0
 
 
 @pytest.mark.parametrize(
