@@ -59,6 +59,8 @@ def _bit_sums(part: torch.Tensor, dim: int) -> torch.Tensor:
     """Return the sums of the bits of a matrix, or of what flatten(1) makes one, as whole words where these fit."""
     matrix = part if part.dim() == 2 else part.flatten(1)
     size = matrix.element_size()
+    if not matrix.numel():  # of a rank that has none of the rows; torch cannot view it as words
+        return matrix.new_empty(0, dtype=torch.int64)
     fits_words = matrix.is_contiguous() and matrix.shape[1] * size % 8 == 0 and matrix.data_ptr() % 8 == 0
     integers = torch.int64 if fits_words else BITS[size]
     return matrix.view(integers).sum(dim, dtype=integers)
