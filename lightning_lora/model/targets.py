@@ -8,7 +8,6 @@ from typing import cast
 
 from torch import nn
 from torch.nn.parameter import is_lazy
-from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..config import TASK_HEADS, LoRAConfig

@@ -131,7 +131,8 @@ def _row_squares(part: torch.Tensor, transposed: bool) -> torch.Tensor:
     wide = _widest(part)
     if transposed:
         return part.to(wide).square().sum(0)
-    return torch.linalg.vector_norm(part, dim=1, dtype=wide).square_()  # without a wide copy
+    norms: torch.Tensor = torch.linalg.vector_norm(part, dim=1, dtype=wide)  # without a wide copy
+    return norms.square_()
 
 
 def _direct_squares(

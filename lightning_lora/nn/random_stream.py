@@ -43,7 +43,7 @@ def leading_basis(matrix: torch.Tensor, start: torch.Tensor, steps: int) -> torc
         start: (n, k), random.
         steps: of subspace iteration.
     """
-    basis = torch.linalg.qr(matrix @ start)[0]
+    basis: torch.Tensor = torch.linalg.qr(matrix @ start)[0]
     for _ in range(steps):
         basis = torch.linalg.qr(matrix.mH @ basis)[0]
         basis = torch.linalg.qr(matrix @ basis)[0]
