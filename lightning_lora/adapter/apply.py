@@ -266,11 +266,7 @@ def _refuse_loralib_convolution(name: str, layer: LoRAConv, tensors: Mapping[str
 
 
 def _check_tensors(model: nn.Module, adapter: Adapter, specs: Specs) -> None:
-    shapes = {
-        id(factor): torch.Size(shape)
-        for layer, spec in specs.items()
-        for factor, shape in zip((layer.lora_A, layer.lora_B), layer.factor_shapes(spec), strict=True)
-    }
+    shapes = {id(factor): torch.Size(shape) for layer, spec in specs.items() for factor, shape in layer.shapes_by(spec)}
     live, first_name = {name: tensor for name, tensor, _ in named_state(model)}, _first_names(model)
     expected = dict.fromkeys(
         name
@@ -350,7 +346,7 @@ def copy_values(model: nn.Module, adapter: Adapter, specs: Specs | None = None, 
     record = require_injection(model, "load_adapter").record
     record_before = set(record.trained), set(record.unfrozen), dict(record.initial), record.config
     specs_before = {layer: layer.lora.spec for layer in specs or {}}
-    factors = [factor for layer in specs_before for factor in (layer.lora_A, layer.lora_B)]
+    factors = [factor for layer, spec in specs_before.items() for factor, _ in layer.shapes_by(spec)]
     memory = [(factor, factor.data, factor.grad) for factor in factors]
     values_before = {
         name: owner.get_extra_state() if tensor is None else tensor.detach().clone()

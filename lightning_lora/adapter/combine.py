@@ -33,6 +33,7 @@ from ..errors import LoRAError
 from ..files.paths import PathLike
 from ..names import META, ROWS, A, B, listed, split_factor_name
 from ..nn.low_rank import ATTENTION_OUTPUT, product_svd, to_block_diagonal, truncated_svd
+from ..nn.random_stream import stream
 from ..progress import progress_bar
 from .adapter import Adapter, exact_options, options_hold, scaled_pairs, separate_shapes
 from .fingerprint import compare_fingerprints
@@ -139,7 +140,7 @@ def combine_adapters(
     kept: dict[str, float] = {}
     with progress_bar("combining", len(with_layer)) as advance:
         for layer, holders in with_layer.items():
-            draw = torch.Generator().manual_seed(_seed_of(seed, layer))
+            draw = stream(_seed_of(seed, layer))
             factors, kept[layer] = _combine_layer(layer, holders, how, rank, density, draw)
             tensors |= factors
             advance(1)

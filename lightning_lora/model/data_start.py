@@ -20,6 +20,7 @@ from ..errors import LoRAError
 from ..names import listed
 from ..nn.lora_layer import AdaptedWeights, adapted_layers
 from ..nn.low_rank import CONV1D, LINEAR
+from ..nn.random_stream import svd_lowrank
 from ..progress import progress_bar
 from .gradient_start import start_from_gradients
 from .injection import refuse_replaced_layers, require_injection
@@ -232,9 +233,7 @@ class PrincipalComponents:
 
 def _decompose(matrix: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the largest singular values and right singular vectors, each with its largest element positive."""
-    with torch.random.fork_rng(devices=[matrix.device] if matrix.is_cuda else []):
-        torch.manual_seed(SEED)
-        _, values, right = torch.svd_lowrank(matrix, q=min(2 * size, *matrix.shape), niter=ITERATIONS)
+    _, values, right = svd_lowrank(matrix, min(2 * size, *matrix.shape), ITERATIONS, SEED)
     vectors = right.T[:size]
     largest = vectors.gather(1, vectors.abs().argmax(1, keepdim=True))
     return values[:size], vectors * largest.sign()

@@ -19,6 +19,7 @@ from ..distributed.sharding import copy_, is_sharded
 from ..errors import LoRAError
 from ..nn.lora_layer import AdaptedWeights, active_as
 from ..nn.low_rank import TRANSPOSED
+from ..nn.random_stream import svd_lowrank
 from ..progress import progress_bar
 from .over_batches import Caller, evaluating, from_first_rank, in_step
 
@@ -125,9 +126,7 @@ def _loss(result: object, caller: Caller) -> torch.Tensor:
 
 def _factors(gradient: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return A0 (rank, in) and B0 (out, rank) from a gradient (out, in); directions that there are not are zero."""
-    with torch.random.fork_rng(devices=[gradient.device] if gradient.is_cuda else []):
-        torch.manual_seed(SEED)
-        left, values, right = torch.svd_lowrank(gradient, q=min(OVERSAMPLED * rank, *gradient.shape), niter=ITERATIONS)
+    left, values, right = svd_lowrank(gradient, min(OVERSAMPLED * rank, *gradient.shape), ITERATIONS, SEED)
     a, b = gradient.new_zeros(rank, gradient.shape[1]), gradient.new_zeros(gradient.shape[0], rank)
     first, second = right[:, :rank].T, (left * values)[:, rank : 2 * rank]
     a[: len(first)] = first

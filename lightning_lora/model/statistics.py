@@ -20,6 +20,7 @@ from ..distributed.sharding import is_sharded, local, reshard_
 from ..names import factor_role, group_names
 from ..nn.lora_layer import AdaptedWeights, adapted_layers
 from ..nn.low_rank import inner_product, singular_values_of_grams, stack_blocks
+from ..nn.weight_mark import WeightMark, mark_of
 from .injection import require_injection
 from .wrappers import unwrapped
 
@@ -54,16 +55,15 @@ class GroupStats:
 
 
 class WeightSquares(NamedTuple):
-    """The sum of squares of this rank's part of a weight, scalar, and the state of the weight that it is of."""
+    """The sum of squares of this rank's part of a weight, scalar, and the mark of the weight that it belongs to."""
 
     weight: weakref.ref[nn.Parameter]
-    version: int | None
+    mark: WeightMark | None
     squares: torch.Tensor
 
     def is_of(self, weight: nn.Parameter) -> bool:
-        """Return whether it is that of a frozen weight still; what is written through `.data` cannot be seen."""
-        same = self.weight() is weight and self.version is not None and self.version == _version(weight)
-        return same and not weight.requires_grad
+        """Return whether it belongs to this weight still, which is frozen and was not written to."""
+        return self.mark is not None and not weight.requires_grad and self.mark.is_of(weight)
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,8 @@ def adapter_stats(model: nn.Module, previous: AdapterStats | None = None) -> Ada
     Args:
         model: any module that holds all adapted layers, merged or not.
         previous: what an earlier call returned, for `cosine`. The norm of a frozen weight is then taken from it, unless
-            the weight was replaced or written to since, merging included. It holds a copy of the factors.
+            the weight was replaced or written to since, merging included. A write through `.data` to a weight that is
+            not on the CPU is missed. It holds a copy of the factors.
 
     Returns:
         `groups`, by what the layers' names end in: a GroupStats each, NaN where a factor holds one.
@@ -176,9 +177,15 @@ def _weight_squares(layer: AdaptedWeights, before: Snapshot | None) -> dict[str,
     return {
         name: known[name]
         if name in known and known[name].is_of(weight)
-        else WeightSquares(weakref.ref(weight), _version(weight), _squares(layer.base_values(name)))
+        else WeightSquares(weakref.ref(weight), _mark(weight), _squares(layer.base_values(name)))
         for name, weight in layer.adapted_weights().items()
     }
+
+
+def _mark(weight: nn.Parameter) -> WeightMark | None:
+    mark = mark_of(weight)
+    stepped_unseen = weight.requires_grad and mark is not None and not mark.sees_every_write()  # by a fused optimizer
+    return None if stepped_unseen else mark
 
 
 def _squares_of_gradient(factor: nn.Parameter, sync: RankSync) -> torch.Tensor:
@@ -201,11 +208,6 @@ def _squares(tensor: torch.Tensor) -> torch.Tensor:
 def _sum(values: Iterable[torch.Tensor]) -> torch.Tensor:
     first, *others = values
     return torch.stack([first, *(value.to(first.device) for value in others)]).sum()
-
-
-def _version(weight: nn.Parameter) -> int | None:
-    """Return a number that grows when a tensor is written to, or None where torch counts nothing."""
-    return None if weight.is_inference() else local(weight)._version
 
 
 def _are_alike(first: Iterable[torch.Tensor], second: Iterable[torch.Tensor]) -> bool:

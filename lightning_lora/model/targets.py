@@ -120,6 +120,8 @@ class Targets:
                 self.left_out[name] = f"PEFT cannot adapt the out_proj of attention with {variant}"
             elif name.startswith(in_mamba) and name.rpartition(".")[2] == "out_proj":
                 self.left_out[name] = "PEFT cannot adapt the out_proj of Mamba"
+            elif _is_empty(module._parameters.get("weight")):
+                self.left_out[name] = "its weight has no values"
             elif module in tied:
                 self.left_out[name] = f"its weight is also {tied[module]}"
             else:
@@ -430,7 +432,14 @@ def _tensor_problem(weight: nn.Parameter, kind: str) -> str:
         )
     if weight.dtype not in MERGEABLE_DTYPES:
         return f"its weight is {weight.dtype}; adapters need float16, bfloat16, float32 or float64"
+    if _is_empty(weight):
+        return f"its weight of shape {tuple(weight.shape)} has no values to adapt; give it some"
     return ""
+
+
+def _is_empty(weight: nn.Parameter | None) -> bool:
+    """Return whether a weight has no values, as in nn.Linear(0, 8); one that torch.nn.LazyLinear waits for is not."""
+    return weight is not None and not is_lazy(weight) and 0 in weight.shape
 
 
 def _variant_problem(module: nn.Module, variant: str) -> str:

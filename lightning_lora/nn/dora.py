@@ -10,7 +10,8 @@ weights are all zero has c = 1, where PEFT's outputs are NaN.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -19,12 +20,23 @@ from ..distributed.sharding import copy_, full_tensor, is_sharded
 from ..errors import LoRAError
 from ..names import MAGNITUDE
 from . import low_rank
-from .lora_layer import LoRALayer, Transform
+from .exact_merge import Observer, Scratch
+from .lora_layer import Blocks, LoRALayer, Transform
 from .low_rank import LowRankBlock
 from .output_norms import base_squares, output_norms, output_scale, scaled_blocks
+from .weight_mark import WeightMark, mark_of
 
 WEIGHT = "weight"
-BASE_SQUARES = "lora_base_squares"  # attribute: what norm(W)^2 is of, and its value
+BASE_SQUARES = "lora_base_squares"  # attribute: BaseSquares of W
+SQUARES_BEFORE = "lora_squares_before"  # attribute of a merged layer: the same, for when it is unmerged
+KEPT = (BASE_SQUARES, SQUARES_BEFORE)
+
+
+class BaseSquares(NamedTuple):
+    """norm(W)^2 of each output, and which W it belongs to; one object, so that no thread sees one without the other."""
+
+    mark: WeightMark
+    values: torch.Tensor
 
 
 class DoRALayer(LoRALayer):
@@ -111,36 +123,62 @@ class DoRALayer(LoRALayer):
         """Return norm(V) of each output, detached. Collective where the weight is sharded; the factors are whole."""
         if weight.is_meta:
             return torch.empty(len(b), device="meta")
-        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-            base = self._base_squares(weight) if self._stays(weight) else None
+        with torch.no_grad(), _without_autocast(weight.device.type):
+            base = self._base_squares(weight, certain=exact) if self._stays(weight) else None
             a, b, scaling = a.detach().flatten(1), b.detach().flatten(1), self.lora.spec.scaling
             transposed = self.is_transposed()
             return output_norms(weight.detach(), a, b, scaling, transposed=transposed, base=base, exact=exact)
 
     def _stays(self, weight: torch.Tensor) -> bool:
-        """Return whether it can be told at each call that nothing has changed W."""
-        live = weight is self._parameters.get(WEIGHT) and not is_sharded(weight)
-        return live and not (torch.compiler.is_compiling() or weight.requires_grad or weight.is_inference())
+        """Return whether norm(W) is worth keeping: W is frozen, and a write to it can be noticed."""
+        if weight is not self._parameters.get(WEIGHT) or is_sharded(weight):
+            return False
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return False
+        if torch._C._get_tracing_state() is not None:  # of torch.jit.trace, which cannot record how bits are read
+            return False
+        if weight.requires_grad:  # what was kept may be stale when it is frozen again: fused optimizers are not counted
+            vars(self).pop(BASE_SQUARES, None)
+        return not (weight.requires_grad or weight.is_inference())
 
-    def _base_squares(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return norm(W)^2, computed anew where something has changed W."""
-        key = _key(weight)
-        known = vars(self).get(BASE_SQUARES)
-        if known is None or known[0] != key:
+    def _base_squares(self, weight: torch.Tensor, *, certain: bool) -> torch.Tensor:
+        """Return norm(W)^2, computed anew where W has changed; `certain`: or where a change could have gone unseen."""
+        known: BaseSquares | None = vars(self).get(BASE_SQUARES)
+        if known is None or (certain and not known.mark.sees_every_write()) or not known.mark.is_of(weight):
             with torch.inference_mode(False):
-                known = (key, base_squares(weight.detach(), transposed=self.is_transposed()))
+                transposed = self.is_transposed()
+                mark = mark_of(weight, dim=0 if transposed else 1)  # first: a write meanwhile shows at the next call
+                known = BaseSquares(cast(WeightMark, mark), base_squares(weight.detach(), transposed=transposed))
             vars(self)[BASE_SQUARES] = known
-        return cast(torch.Tensor, known[1])
+        return known.values
+
+    def train(self, mode: bool = True) -> Any:
+        if mode != self.training:
+            vars(self).pop(BASE_SQUARES, None)
+        return super().train(mode)
+
+    def merge_(
+        self,
+        *,
+        copy: bool,
+        observe: Observer | None = None,
+        weights: Mapping[str, torch.Tensor] | None = None,
+        blocks: Blocks | None = None,
+        scratch: Scratch | None = None,
+    ) -> None:
+        weights = weights or self.adapted_weights()
+        blocks = blocks or self.local_blocks(weights, *self.stored())
+        known, merged = vars(self).get(BASE_SQUARES), bool(self.lora.records)
+        super().merge_(copy=copy, observe=observe, weights=weights, blocks=blocks, scratch=scratch)
+        if known is not None and not merged:
+            vars(self)[SQUARES_BEFORE] = known
 
     def unmerge_(self) -> None:
-        known, merged = vars(self).get(BASE_SQUARES), bool(self.lora.records)
-        try:
-            super().unmerge_()
-        except LoRAError:
-            vars(self).pop(BASE_SQUARES, None)
-            raise
-        if known is not None and merged and known[0][0] == id(self.weight) and not self.weight.is_inference():
-            vars(self)[BASE_SQUARES] = (_key(self.weight), known[1])  # W has the bits that it had
+        known = cast(BaseSquares | None, vars(self).pop(SQUARES_BEFORE, None))
+        vars(self).pop(BASE_SQUARES, None)
+        super().unmerge_()
+        if known is not None and known.mark.weight() is self.weight:  # which has the bits that it had
+            vars(self)[BASE_SQUARES] = known._replace(mark=known.mark._replace(version=self.weight._version))
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         if is_sharded(param):  # by parallelize_module; fully_shard does not come here
@@ -178,10 +216,11 @@ class DoRALayer(LoRALayer):
     def __reduce_ex__(self, protocol: Any) -> Any:
         make, args, *state = super().__reduce_ex__(protocol)
         if isinstance(state[0], dict):
-            state[0] = {name: value for name, value in state[0].items() if name != BASE_SQUARES}
+            state[0] = {name: value for name, value in state[0].items() if name not in KEPT}
         return (make, args, *state)
 
 
-def _key(weight: torch.Tensor) -> tuple[int, int, int]:
-    """What tells a weight, and that nothing has written to it."""
-    return id(weight), weight.data_ptr(), weight._version
+def _without_autocast(device: str) -> AbstractContextManager[Any]:
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()  # to leave autocast takes as long as a small operation

@@ -217,6 +217,8 @@ def _checksum(weight: torch.Tensor, integers: torch.dtype | None = None) -> Chec
 
     Whole words where the weight's memory allows it, which is many times faster, or else, and where `integers` says so.
     """
+    if not weight.numel():  # of a rank that has none of the rows; torch cannot view it as words
+        return 0, integers or torch.int64
     fits_words = weight.is_contiguous() and weight.nbytes % 8 == 0 and weight.data_ptr() % 8 == 0
     integers = integers or (torch.int64 if fits_words else BITS[weight.element_size()])
     if integers.itemsize != weight.element_size():

@@ -8,6 +8,8 @@ import math
 import torch
 from torch import nn
 
+from .random_stream import stream
+
 Shape = tuple[int, ...]
 
 
@@ -22,7 +24,7 @@ def initial_factors(
         seed: of the generator.
         lookup: whether A is a table that rows are taken from (embeddings), so that B is drawn and A is zero.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = stream(seed)
     a, b = (torch.zeros(shape, dtype=torch.float32, device="cpu") for shape in (shape_a, shape_b))
     if lookup and init is not False and init != "orthogonal":
         b.normal_(generator=generator)

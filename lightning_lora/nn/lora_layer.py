@@ -268,12 +268,18 @@ class AdaptedWeights:
         for name, factor in zip(self.start_names(), self.factors(), strict=False):
             self.lora_holder.register_parameter(name, nn.Parameter(factor.detach().clone(), requires_grad=False))
 
+    def shapes_by(self, spec: LayerSpec) -> list[tuple[nn.Parameter, tuple[int, ...]]]:
+        """Return A, B and what they started as, each with the shape that it has by other options."""
+        start = self.stored()[len(self.factors()) :]
+        shapes = self.factor_shapes(spec)
+        return list(zip((self.lora_A, self.lora_B, *start), (*shapes, *shapes), strict=False))
+
     def take_spec_(self, spec: LayerSpec) -> None:
-        """Take another rank and scaling. A and B stay the same parameters; of another rank, they lose their values."""
-        self.lora.spec = spec
-        for factor, shape in zip((self.lora_A, self.lora_B), self.factor_shapes(), strict=True):
+        """Take another rank and scaling. The parameters stay the same; of another rank, they lose their values."""
+        for factor, shape in self.shapes_by(spec):
             if factor.shape != shape:
                 factor.data, factor.grad = factor.detach().new_empty(shape), None
+        self.lora.spec = spec
 
     def drawn_factors(self) -> tuple[torch.Tensor, ...]:
         """Return the initial values of the factors, the same each time."""
@@ -416,6 +422,9 @@ class AdaptedWeights:
         copy = any(record.copy is not None for record in self.lora.records.values())
         self.unmerge_()
         yield
+        if self.unmergeable_reason():  # tables that are not tied any more
+            self.lora.merged = True
+            return
         try:
             self.merge_(copy=copy)
         except LoRAError as error:

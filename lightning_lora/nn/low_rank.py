@@ -25,6 +25,7 @@ from typing import NamedTuple
 import torch
 
 from ..names import A, B
+from .random_stream import svd_lowrank
 
 HALF = (torch.float16, torch.bfloat16)
 MERGEABLE_DTYPES = (*HALF, torch.float32, torch.float64)
@@ -300,10 +301,8 @@ def truncated_svd(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.
     if min(matrix.shape) <= EXACT_SVD:
         left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     else:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            left, values, v = torch.svd_lowrank(matrix, min(rank + OVERSAMPLED, *matrix.shape), ITERATIONS)
-            right = v.T
+        left, values, v = svd_lowrank(matrix, min(rank + OVERSAMPLED, *matrix.shape), ITERATIONS, seed=0)
+        right = v.T
     return left[:, :rank], values[:rank], right[:rank]
 
 

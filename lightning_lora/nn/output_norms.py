@@ -57,6 +57,7 @@ def output_norms(
         if cancelled.any():
             outputs = cancelled.nonzero().squeeze(1)
             squares[outputs] = _direct_squares(weight, a, b, scaling, transposed, outputs)
+        return squares.sqrt_()
     return squares.clamp_(min=0).sqrt_()
 
 
@@ -127,7 +128,11 @@ def _joined(values: Sequence[torch.Tensor], transposed: bool) -> torch.Tensor:
 
 
 def _row_squares(part: torch.Tensor, transposed: bool) -> torch.Tensor:
-    return part.to(_widest(part)).square().sum(0 if transposed else 1)
+    wide = _widest(part)
+    if transposed:
+        return part.to(wide).square().sum(0)
+    norms: torch.Tensor = torch.linalg.vector_norm(part, dim=1, dtype=wide)  # without a wide copy
+    return norms.square_()
 
 
 def _direct_squares(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from ..errors import LoRAError
+from .random_stream import leading_basis, stream
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -118,16 +119,13 @@ def _leading_by_iteration(weight: torch.Tensor, rank: int, steps: int, seed: int
     weight = _at_least_float32(weight)
     if weight.shape[0] < weight.shape[1]:
         return _turned(*_leading_by_iteration(weight.T, rank, steps, seed))
-    basis = torch.linalg.qr(weight @ _draw(weight.shape[1], rank, seed).to(weight))[0]
-    for _ in range(steps):
-        basis = torch.linalg.qr(weight.T @ basis)[0]
-        basis = torch.linalg.qr(weight @ basis)[0]
+    basis = leading_basis(weight, _draw(weight.shape[1], rank, seed).to(weight), steps)
     inside = torch.linalg.svd(basis.T @ weight, full_matrices=False)
     return basis @ inside.U, inside.S[:, None] * inside.Vh
 
 
 def _draw(rows: int, columns: int, seed: int) -> torch.Tensor:
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), device="cpu")
+    return torch.randn(rows, columns, generator=stream(seed), device="cpu")
 
 
 def _turned(left: torch.Tensor, projected: torch.Tensor) -> Pair:

@@ -185,9 +185,28 @@ class LoRATable(AdaptedModule):
         new_base = prefix + WEIGHT in state_dict and state_dict.get(prefix + ROWS, rows) is rows
         with self._lora_briefly_unmerged():
             follow = new_base and self.lora_table.are_drawn()
+            before = {name: self._parameters.get(name) for name in (WEIGHT, ROWS)}
             super()._load_from_state_dict(state_dict, prefix, *args)
+            self._tie_again(before)
             if follow:
                 self.lora_table.draw_()
+
+    def _tie_again(self, before: Mapping[str, nn.Parameter | None]) -> None:
+        """Tie what load_state_dict(assign=True) has replaced, as torch makes a parameter for each table.
+
+        The first table's is that of all. Another table keeps one of its own where its values are others: so torch does.
+        """
+        tables = self.lora_table.tables
+        for name, old in before.items():
+            new = self._parameters.get(name)
+            tied = [table for table in tables if table is not self and table._parameters.get(name) is old]
+            if new is old or new is None or old is None or not tied:
+                continue
+            if self is tables[0]:
+                for table in tied:
+                    table._parameters[name] = new
+            elif _has_same_values(new, old):
+                self._parameters[name] = old
 
 
 class LoRAEmbeddingTable(LoRATable):
@@ -217,6 +236,12 @@ class LoRAHead(LoRATable):
 
 
 TABLES: dict[type[nn.Module], type[LoRATable]] = {nn.Embedding: LoRAEmbeddingTable, nn.Linear: LoRAHead}
+
+
+def _has_same_values(new: torch.Tensor, old: torch.Tensor) -> bool:
+    if is_sharded(new) or (new.shape, new.dtype, new.device) != (old.shape, old.dtype, old.device):
+        return False
+    return new.is_meta or bool(((new == old) | (new.isnan() & old.isnan())).all())
 
 
 def is_table(module: nn.Module) -> bool:

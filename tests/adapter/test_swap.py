@@ -24,6 +24,7 @@ from lightning_lora import (
     unload,
     unmerge,
 )
+from lightning_lora.adapter import apply
 from lightning_lora.nn.lora_layer import adapted_layers
 from support.models import (
     ZOO_LAYERS,
@@ -103,6 +104,49 @@ def test_a_swapped_model_is_the_one_that_the_adapter_was_loaded_into_first(
     assert state_bits(fresh) == state_bits(other)
     unload(model)
     assert state_bits(model) == state_bits(base_zoo())
+
+
+@pytest.mark.parametrize("merged", [True, False])
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_2", "olora"])
+@pytest.mark.parametrize("form", ["folder", "checkpoint"])
+def test_an_adapter_that_starts_from_the_weight_takes_another_rank(
+    tmp_path: Path, init: str, form: str, merged: bool
+) -> None:
+    def build(rank: int) -> Any:
+        torch.manual_seed(1)
+        net = nn.Sequential(nn.Linear(12, 10), nn.Conv2d(1, 4, 3))
+        inject(net, LoRAConfig(r=rank, target_modules=["0", "1"], init_lora_weights=init))
+        return spread(net, rank)
+
+    net, other = build(2), build(4)
+    save_adapter(other, tmp_path) if form == "folder" else None
+    merge(net) if merged else None
+    load_adapter(net, tmp_path if form == "folder" else checkpoint(other, "adapter"))
+    merge(other) if merged else None
+    x = torch.randn(3, 12)
+    assert torch.equal(net[0](x), other[0](x))
+    for each in (net, other):
+        unmerge(each)
+    assert state_bits(net) == state_bits(other)
+    assert torch.equal(net[0](x), other[0](x))
+
+
+def test_a_swap_that_fails_gives_a_start_of_another_rank_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(rank: int) -> nn.Module:
+        torch.manual_seed(1)
+        net = nn.Sequential(nn.Linear(12, 10))
+        inject(net, LoRAConfig(r=rank, target_modules=["0"], init_lora_weights="pissa"))
+        return spread(net, rank)
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise LoRAError("on the way.")
+
+    net, other = build(2), build(4)
+    before = state_bits(net)
+    monkeypatch.setattr(apply, "record_trainable", fail)
+    with pytest.raises(LoRAError, match="on the way"):
+        load_adapter(net, checkpoint(other, "adapter"))
+    assert state_bits(net) == before
 
 
 class Kinds(nn.Module):

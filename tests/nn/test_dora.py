@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ from lightning_lora import (
     unmerge,
 )
 from lightning_lora.model import merging
+from lightning_lora.nn import dora as dora_layers
+from lightning_lora.nn import lora_layer
 from lightning_lora.nn.exact_merge import merge_weight_, merged_weight, unmerge_weight_
 from lightning_lora.nn.low_rank import LowRankBlock
 from lightning_lora.nn.output_norms import output_norms, output_norms_of_parts
@@ -247,6 +250,171 @@ def test_norm_of_the_base_is_taken_anew_where_the_base_changes() -> None:
     with torch.inference_mode():
         model(x)
     model(x).sum().backward()
+
+
+def scaled(weight: torch.Tensor) -> None:
+    weight.data.mul_(2)
+
+
+def pruned(weight: torch.Tensor) -> None:
+    size = weight.detach().abs()
+    weight.data.masked_fill_(size < size.median(), 0.0)
+
+
+def one_value_by_numpy(weight: torch.Tensor) -> None:
+    weight.detach().numpy().reshape(-1)[3] += 5
+
+
+def outputs_exchanged(weight: torch.Tensor) -> None:
+    array = weight.detach().numpy()
+    array[...] = array[:, ::-1].copy() if weight.shape[1:] == (6,) else array[::-1].copy()
+
+
+def counted_as_no_write(weight: torch.Tensor) -> None:
+    """As FSDP2 gathers shards into a weight."""
+    with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(weight):
+        weight.add_(0.3)
+
+
+def fused_step(weight: torch.Tensor) -> None:
+    weight.requires_grad_().grad = torch.ones_like(weight)
+    torch.optim.AdamW([weight], lr=0.1, fused=True).step()
+    weight.requires_grad_(False).grad = None
+
+
+UNCOUNTED = [scaled, pruned, one_value_by_numpy, outputs_exchanged, counted_as_no_write, fused_step]
+
+
+def naive_weight(layer: Any) -> torch.Tensor:
+    """W' = m * V / norm(V) in float64."""
+    weight, a, b = (t.detach().double() for t in (layer.weight, layer.lora_A, layer.lora_B))
+    transposed = layer.is_transposed()
+    matrix = weight.T if transposed else weight.flatten(1)
+    v = matrix + layer.lora.spec.scaling * b.flatten(1) @ a.flatten(1)
+    v = layer.lora_magnitude.detach().double()[:, None] * v / v.norm(dim=1, keepdim=True)
+    return v.T if transposed else v.view(weight.shape)
+
+
+def outputs_with(model: Any, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    plain = copy.deepcopy(model)
+    unload(plain)
+    with torch.no_grad():
+        plain[0].weight.copy_(weight)
+        return plain(x)
+
+
+@pytest.mark.parametrize("kind", ["Linear", "Conv1D", "Conv2d", "Embedding"])
+@pytest.mark.parametrize("write", UNCOUNTED)
+def test_norm_of_the_base_is_taken_anew_after_writes_that_torch_does_not_count(kind: str, write: Any) -> None:
+    inject(model := build(kind), dora())
+    spread_(model)
+    x = KINDS[kind][1]()
+    model(x)
+    version = model[0].weight._version
+    write(model[0].weight)
+    assert write is fused_step or model[0].weight._version == version
+    wanted = naive_weight(model[0])
+    torch.testing.assert_close(model(x), outputs_with(model, wanted, x), rtol=1e-4, atol=1e-5)
+    write(model[0].weight)
+    wanted = naive_weight(model[0])
+    with merged(model):
+        torch.testing.assert_close(model[0].weight.detach(), wanted.float(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model(x), outputs_with(model, wanted, x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_weight_in_the_place_of_one_that_is_gone_has_a_norm_of_its_own() -> None:
+    inject(model := build("Linear"), dora())
+    spread_(model)
+    x = torch.randn(3, 8)
+    for scale in range(1, 20):  # the memory and the identity of the last one are given to the next
+        del model[0]._parameters["weight"]
+        model[0]._parameters["weight"] = nn.Parameter(torch.full((6, 8), float(scale)), requires_grad=False)
+        torch.testing.assert_close(model(x), outputs_with(model, naive_weight(model[0]), x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["merge", "mode", "trained"])
+def test_norm_is_right_where_it_counts_on_a_device_whose_bits_are_not_summed(
+    how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = dora_layers.mark_of
+    monkeypatch.setattr(dora_layers, "mark_of", lambda weight, dim: real(weight, dim)._replace(sums=None))
+    inject(model := build("Linear"), dora())
+    spread_(model)
+    x = torch.randn(3, 8)
+    model(x)
+    if how == "trained":
+        model[0].weight.requires_grad_()
+        model(x)
+        fused_step(model[0].weight)
+    else:
+        scaled(model[0].weight)
+    wanted = naive_weight(model[0])
+    if how == "merge":
+        with merged(model):
+            torch.testing.assert_close(model[0].weight.detach(), wanted.float(), rtol=1e-5, atol=1e-6)
+    model.eval() if how == "mode" else None
+    torch.testing.assert_close(model(x), outputs_with(model, wanted, x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("sums", [True, False])
+def test_a_norm_that_a_forward_beside_the_merge_took_of_merged_weights_is_not_kept(
+    sums: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not sums:
+        real = dora_layers.mark_of
+        monkeypatch.setattr(dora_layers, "mark_of", lambda weight, dim: real(weight, dim)._replace(sums=None))
+    inject(model := build("Linear"), dora())
+    spread_(model)
+    x, layer = torch.randn(3, 8), model[0]
+    wanted = model(x)
+    merge_, restore_ = lora_layer.merge_weight_, lora_layer.unmerge_weight_
+
+    def then_norms(write: Any) -> Any:
+        def beside(*args: Any, **kwargs: Any) -> Any:
+            layer.norms(layer.weight, layer.lora_A, layer.lora_B)
+            result = write(*args, **kwargs)
+            layer.norms(layer.weight, layer.lora_A, layer.lora_B)
+            return result
+
+        return beside
+
+    monkeypatch.setattr(lora_layer, "merge_weight_", then_norms(merge_))
+    monkeypatch.setattr(lora_layer, "unmerge_weight_", then_norms(restore_))
+    for _ in range(2):
+        merge(model)
+        unmerge(model)
+        assert torch.equal(model(x), wanted)
+
+
+def test_gradients_by_torch_func_are_those_of_backward_before_and_after_a_norm_is_kept() -> None:
+    inject(model := build("Linear"), dora())
+    spread_(model)
+    x = torch.randn(3, 8)
+    factors = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+    def total(factors: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = torch.func.functional_call(model, factors, (x,))
+        return output.square().sum()
+
+    for _ in range(2):
+        found = torch.func.grad(total)(factors, x)
+        model.zero_grad()
+        model(x).square().sum().backward()
+        for name, gradient in found.items():
+            torch.testing.assert_close(gradient, model.get_parameter(name).grad)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning")
+def test_a_traced_layer_has_the_same_numbers_with_a_norm_that_was_kept() -> None:
+    inject(model := build("Linear"), dora())
+    spread_(model)
+    x = torch.randn(3, 8)
+    wanted = model(x)
+    with warnings.catch_warnings():
+        for message in ("Converting a tensor", "Using len"):
+            warnings.filterwarnings("ignore", message=message, category=torch.jit.TracerWarning)
+        traced = torch.jit.trace(model, x)
+    torch.testing.assert_close(traced(x), wanted)
 
 
 # --- merging ---

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call
 
 from lightning_lora import (
     LoRAConfig,
@@ -287,6 +288,46 @@ def test_a_view_of_the_weight_elsewhere_keeps_the_table_factored():
         torch.testing.assert_close(model(subject.tokens), expected)
     with pytest.raises(LoRAError, match=r"'emb': its weight is also head\.weight"):
         merged_state_dict(model)
+
+
+@pytest.mark.parametrize("rows", ["loaded", "drawn"])
+@pytest.mark.parametrize("is_merged", [False, True])
+@pytest.mark.parametrize("name", ["tied", "scaled, tied"])
+def test_tables_stay_tied_where_a_state_is_assigned(name: str, is_merged: bool, rows: str):
+    subject = make_subject(name, fill=rows == "loaded")
+    model: Any = subject.model
+    source = copy.deepcopy(model)
+    state = {key: value + 1 for key, value in source.state_dict().items() if rows == "loaded" or "lora" not in key}
+    merge(model) if is_merged else None
+    model.load_state_dict(state, assign=True)
+    assert model.emb.weight is model.head.weight
+    assert model.emb.lora_rows is model.head.lora_rows
+    source.load_state_dict(state)
+    merge(source) if is_merged else None
+    assert torch.equal(model(subject.tokens), source(subject.tokens))
+    unmerge(model)
+    assert same_bits(model.head.weight, state["head.weight"])
+    assert torch.equal(model.emb.lora_rows, source.emb.lora_rows)
+
+
+@pytest.mark.parametrize("is_merged", [False, True])
+def test_two_tables_in_a_state_that_is_assigned_are_two_and_right_also_while_merged(is_merged: bool):
+    """As in torch, without adapters."""
+    subject = make_subject("tied")
+    model: Any = subject.model
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    state["head.weight"] += 1
+    merge(model) if is_merged else None
+    model.load_state_dict(state, assign=True)
+    tables = subject.tables()
+    head = state["head.weight"].double()
+    head[list(ROWS)] = tables["head.weight"][list(ROWS)]
+    tables["head.weight"] = head
+    wide = copy.deepcopy(subject.plain).double()
+    wanted = functional_call(wide, tables, (subject.tokens,), tie_weights=False)
+    torch.testing.assert_close(model(subject.tokens).double(), wanted, rtol=1e-5, atol=1e-5)
+    unmerge(model)
+    assert all(torch.equal(model.get_parameter(name), state[name]) for name in ("emb.weight", "head.weight"))
 
 
 def test_tables_that_are_untied_after_injection_stay_factored():
