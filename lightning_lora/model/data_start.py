@@ -20,6 +20,7 @@ from ..errors import LoRAError
 from ..names import listed, uncompiled
 from ..nn.lora_layer import AdaptedWeights, adapted_layers
 from ..nn.low_rank import CONV1D, LINEAR
+from ..nn.writer import Turn
 from ..progress import progress_bar
 from .gradient_start import start_from_gradients
 from .injection import refuse_replaced_layers, require_injection
@@ -81,10 +82,12 @@ def initialize_from_data(
             ran or what it got is not finite, or a weight has no gradient to start from. Nothing is changed.
     """
     layers = _linear_layers(model, "initialize_from_data")
-    if require_injection(model, "initialize_from_data").record.config.has_start:
-        start_from_gradients(uncompiled(model), layers, batches, forward)
-    else:
-        _start_from_inputs(model, layers, batches, forward, mask, tau)
+    record = require_injection(model, "initialize_from_data").record
+    with Turn("initialize_from_data", [record.writer]):
+        if record.config.has_start:
+            start_from_gradients(uncompiled(model), layers, batches, forward)
+        else:
+            _start_from_inputs(model, layers, batches, forward, mask, tau)
     others = [name for name in adapted_layers(model) if name not in layers]
     if others:
         log.info("lightning_lora: %s start as without data, which is for linear layers alone", listed(others))

@@ -1,0 +1,131 @@
+"""Values from before training in place of trained ones, while disable_adapter lasts.
+
+They stand in for the trained parameters and buffers in the modules, so that nothing is written into what a forward has
+saved for its backward, and parameters keep their identity, gradients and optimizers. State dicts show the trained ones
+all the same, and loading changes these: they are what comes back. Sharded parameters are the exception: FSDP2 would
+gather the trained ones again, so their values are exchanged in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..distributed.sharding import copy_, is_sharded
+
+PLACES = "lora_base_places"  # attribute of a module in which values stand in: its places, by name
+HOOKS = "lora_base_hooks"  # attribute: handles of the hooks below
+
+
+@dataclass
+class BasePlace:
+    """One parameter or buffer of a module, which has its value from before training."""
+
+    tensors: dict[str, Any]  # the module's parameters or buffers
+    leaf: str
+    initial: Mapping[str, torch.Tensor]  # the record's, in which the value is found by `name`
+    name: str
+    trained: torch.Tensor  # what state dicts hold and what comes back; of a sharded parameter a copy
+    stand_in: torch.Tensor  # what the module sees; of a sharded parameter itself
+
+    def put_(self) -> None:
+        """Let the value from before training be there. In place."""
+        live = self.tensors[self.leaf]
+        if is_sharded(self.stand_in):
+            self.trained = live.detach().clone()
+        copy_(self.stand_in, self.initial[self.name])
+        if not is_sharded(self.stand_in):
+            self.trained, self.tensors[self.leaf] = live, self.stand_in
+
+    def take_back_(self) -> None:
+        """Let the trained one be there again, moved or cast as the other was; harmless when repeated. In place."""
+        if self.tensors.get(self.leaf) is not self.stand_in:
+            return
+        if is_sharded(self.stand_in):
+            copy_(self.stand_in, self.trained)
+            return
+        if (self.trained.dtype, self.trained.device) != (self.stand_in.dtype, self.stand_in.device):
+            for tensor in (self.trained, self.trained.grad):
+                if tensor is not None:
+                    tensor.data = tensor.data.to(self.stand_in.device, self.stand_in.dtype)
+        self.tensors[self.leaf] = self.trained
+
+
+def base_places(module: nn.Module) -> Mapping[str, BasePlace]:
+    """Return the places of a module in which values from before training are, by name."""
+    places: Mapping[str, BasePlace] = vars(module).get(PLACES, {})
+    return places
+
+
+def put_base_values_(
+    state: Iterable[tuple[str, torch.Tensor | None, nn.Module]], initial: Mapping[str, torch.Tensor]
+) -> None:
+    """Let values from before training stand in for the trained ones, in what does not have them yet. In place.
+
+    Args:
+        state: named_state of the injected module.
+        initial: the record's, by name. One on the meta device was recorded before there were values: nothing was
+            trained since.
+    """
+    of_live: dict[int, BasePlace] = {}  # what is tied stays so
+    for name, live, module in state:
+        leaf = name.rpartition(".")[2]
+        if live is None or name not in initial or initial[name].is_meta or leaf in base_places(module):
+            continue
+        tensors: dict[str, Any] = module._parameters if leaf in module._parameters else module._buffers
+        tied = of_live.get(id(live))
+        if tied is not None and is_sharded(live):
+            vars(module).setdefault(PLACES, {})[leaf] = tied
+            continue
+        stand_in = live if is_sharded(live) else _like(live) if tied is None else tied.stand_in
+        place = of_live[id(live)] = BasePlace(tensors, leaf, initial, name, live, stand_in)
+        if HOOKS not in vars(module):
+            _add_hooks(module)
+        place.put_()
+        vars(module)[PLACES][leaf] = place
+
+
+def take_back_base_values_(model: nn.Module) -> None:
+    """Let every trained parameter and buffer be there again; harmless when repeated. In place."""
+    for module in model.modules():
+        for place in base_places(module).values():
+            place.take_back_()
+        for handle in vars(module).pop(HOOKS, ()):
+            handle.remove()
+        vars(module).pop(PLACES, None)
+
+
+def _like(live: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode(False), torch.no_grad():
+        empty = torch.empty_like(live, requires_grad=False)
+        return nn.Parameter(empty, requires_grad=False) if isinstance(live, nn.Parameter) else empty
+
+
+def _add_hooks(module: nn.Module) -> None:
+    vars(module)[PLACES] = {}
+    vars(module)[HOOKS] = [
+        module.register_state_dict_post_hook(_show_trained),  # type: ignore[no-untyped-call]
+        module.register_load_state_dict_pre_hook(_before_load),  # type: ignore[no-untyped-call]
+        module.register_load_state_dict_post_hook(_after_load),  # type: ignore[no-untyped-call]
+    ]
+
+
+def _show_trained(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    for name, place in base_places(module).items():
+        shown = state_dict.get(prefix + name)
+        if shown is not None:
+            state_dict[prefix + name] = place.trained if shown is place.stand_in else place.trained.detach()
+
+
+def _before_load(module: nn.Module, *args: Any) -> None:
+    for place in base_places(module).values():
+        place.take_back_()
+
+
+def _after_load(module: nn.Module, *args: Any) -> None:
+    for place in base_places(module).values():
+        place.put_()

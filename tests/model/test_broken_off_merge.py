@@ -1,0 +1,138 @@
+"""merge, unmerge, merged and disable_adapter that an exception breaks off at any point: the base keeps its bits."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_lora import LoRAConfig, LoRAError, disable_adapter, inject, is_merged, merge, merged, unmerge
+from lightning_lora.nn.lora_layer import adapted_layers
+from support.broken_off import BrokenOff, break_off
+from support.models import bits, randomise_
+
+MERGE = sys.modules["lightning_lora.model.merging"]  # the package's attribute of that name is the function
+
+
+class Tied(nn.Module):
+    """A table that is the head too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.body, self.head = nn.Embedding(20, 24), nn.Linear(24, 24), nn.Linear(24, 20, bias=False)
+        self.head.weight = self.embed.weight
+
+
+def stack() -> nn.Module:
+    return nn.Sequential(nn.Linear(24, 40), nn.Conv1d(24, 24, 3))
+
+
+VARIANTS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
+    "lora": (stack, {"target_modules": ["0", "1"]}),
+    "dora": (stack, {"target_modules": ["0", "1"], "use_dora": True}),
+    "start": (lambda: nn.Sequential(nn.Linear(24, 40)), {"init_lora_weights": "pissa"}),
+    "rows": (lambda: nn.Sequential(nn.Embedding(60, 24), nn.Linear(24, 24)), {"trainable_token_indices": [3, 50]}),
+    "parameters": (
+        lambda: nn.Sequential(nn.LSTM(12, 12)),
+        {"target_modules": [], "target_parameters": ["0.weight_ih_l0", "0.weight_hh_l0"]},
+    ),
+    "attention": (lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 16, batch_first=True), 1), {}),
+    "tied": (Tied, {"target_modules": ["embed", "body"]}),
+}
+
+
+def adapted(variant: str, dtype: torch.dtype) -> nn.Module:
+    make, options = VARIANTS[variant]
+    model = make().to(dtype).eval()
+    if options.get("trainable_token_indices"):
+        options = {"trainable_token_indices": {"0": options["trainable_token_indices"]}, "target_modules": ["1"]}
+    inject(model, LoRAConfig(r=2, **options))
+    randomise_(model, 0.05)
+    return model
+
+
+def state(model: nn.Module) -> dict[str, Any]:
+    """All that merging changes: the bits, which adapters are active, torch's fast paths."""
+    layers = {name: (each.lora_active, each.lora.merged) for name, each in adapted_layers(model).items()}
+    switches = {name: getattr(each, "use_nested_tensor", None) for name, each in model.named_modules()}
+    activations = {name: getattr(each, "activation_relu_or_gelu", None) for name, each in model.named_modules()}
+    return {**{name: bits(p) for name, p in model.named_parameters()}, **layers, "fast": [switches, activations]}
+
+
+def enter(context: Callable[[nn.Module], Any]) -> Callable[[nn.Module], None]:
+    def call(model: nn.Module) -> None:
+        with context(model):
+            pass
+
+    return call
+
+
+CALLS: dict[str, Callable[[nn.Module], None]] = {
+    "merge": merge,
+    "unmerge": unmerge,
+    "merged": enter(merged),
+    "disable_adapter": enter(disable_adapter),
+}
+
+
+def check_breaking_off(model: nn.Module, call: str, found_merged: bool, steps: Iterator[int]) -> int:
+    """Break a call off before one line after the other, and look at the model after each; return how often."""
+    plain = state(model)
+    merge(model)
+    whole = state(model)
+    unmerge(model)
+    handlers = {number: signal.getsignal(number) for number in signal.Signals}
+    count = 0
+    for line in steps:
+        if found_merged:
+            merge(model)
+        reached = break_off(lambda: CALLS[call](model), line)
+        assert state(model) == (whole if is_merged(model) else plain), line
+        assert {number: signal.getsignal(number) for number in signal.Signals} == handlers
+        assert not next(iter(adapted_layers(model).values())).lora.injection.writer.turns()
+        merge(model)
+        assert state(model) == whole
+        unmerge(model)
+        assert state(model) == plain
+        if not reached:
+            return count
+        count += 1
+    return count
+
+
+@pytest.fixture(params=[True, False], ids=["copies", "values"])
+def _copies(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not request.param:
+        monkeypatch.setattr(MERGE, "COPY_BUDGET", 0)
+
+
+def every(step: int) -> Iterator[int]:
+    return iter(range(0, 10**6, step))
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.filterwarnings("ignore:lightning_lora. merged 16-bit weights")
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize(("variant", "dtype"), [("lora", torch.bfloat16), ("dora", torch.float32)])
+def test_a_call_broken_off_anywhere_leaves_all_of_w_or_all_of_w_prime(monkeypatch, variant, dtype, call):
+    monkeypatch.setattr(MERGE, "COPY_BUDGET", 0)
+    assert check_breaking_off(adapted(variant, dtype), call, call == "unmerge", every(37)) > 5
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("small_blocks", "_copies")
+@pytest.mark.filterwarnings("ignore:lightning_lora. merged 16-bit weights")
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_call_broken_off_at_every_line_leaves_all_of_w_or_all_of_w_prime(variant, dtype, call):
+    model = adapted(variant, dtype)
+    for found_merged in (False, True) if call in ("merged", "disable_adapter") else (call == "unmerge",):
+        assert check_breaking_off(model, call, found_merged, every(1)) > 100
