@@ -36,23 +36,34 @@ class BasePlace:
         """Let the value from before training be there. In place."""
         live = self.tensors[self.leaf]
         if is_sharded(self.stand_in):
+            if self.trained is not live:
+                return  # the other of two that are tied
             self.trained = live.detach().clone()
+        else:
+            _follow_(self.stand_in, live)
         copy_(self.stand_in, self.initial[self.name])
         if not is_sharded(self.stand_in):
             self.trained, self.tensors[self.leaf] = live, self.stand_in
 
     def take_back_(self) -> None:
         """Let the trained one be there again, moved or cast as the other was; harmless when repeated. In place."""
-        if self.tensors.get(self.leaf) is not self.stand_in:
+        now = self.tensors.get(self.leaf)
+        if now is None or now is self.trained:
             return
-        if is_sharded(self.stand_in):
-            copy_(self.stand_in, self.trained)
+        if is_sharded(now):
+            copy_(now, self.trained)
+            self.trained = now
             return
-        if (self.trained.dtype, self.trained.device) != (self.stand_in.dtype, self.stand_in.device):
-            for tensor in (self.trained, self.trained.grad):
-                if tensor is not None:
-                    tensor.data = tensor.data.to(self.stand_in.device, self.stand_in.dtype)
+        _follow_(self.trained, now)
+        if self.trained.grad is not None:
+            _follow_(self.trained.grad, now)
         self.tensors[self.leaf] = self.trained
+
+
+def _follow_(tensor: torch.Tensor, other: torch.Tensor) -> None:
+    """Let a tensor have the dtype and the device of another. In place."""
+    if (tensor.dtype, tensor.device) != (other.dtype, other.device):
+        tensor.data = tensor.data.to(other.device, other.dtype)
 
 
 def base_places(module: nn.Module) -> Mapping[str, BasePlace]:
@@ -71,22 +82,22 @@ def put_base_values_(
         initial: the record's, by name. One on the meta device was recorded before there were values: nothing was
             trained since.
     """
+    state = list(state)
+    names = {id(live): name for name, live, _ in state if name in initial and not initial[name].is_meta}
     of_live: dict[int, BasePlace] = {}  # what is tied stays so
-    for name, live, module in state:
-        leaf = name.rpartition(".")[2]
-        if live is None or name not in initial or initial[name].is_meta or leaf in base_places(module):
+    for path, live, module in state:
+        leaf = path.rpartition(".")[2]
+        if live is None or id(live) not in names or leaf in base_places(module):
             continue
-        tensors: dict[str, Any] = module._parameters if leaf in module._parameters else module._buffers
         tied = of_live.get(id(live))
-        if tied is not None and is_sharded(live):
-            vars(module).setdefault(PLACES, {})[leaf] = tied
-            continue
-        stand_in = live if is_sharded(live) else _like(live) if tied is None else tied.stand_in
-        place = of_live[id(live)] = BasePlace(tensors, leaf, initial, name, live, stand_in)
+        if tied is None or not is_sharded(live):
+            tensors: dict[str, Any] = module._parameters if leaf in module._parameters else module._buffers
+            stand_in = live if is_sharded(live) else _like(live) if tied is None else tied.stand_in
+            tied = of_live[id(live)] = BasePlace(tensors, leaf, initial, names[id(live)], live, stand_in)
         if HOOKS not in vars(module):
             _add_hooks(module)
-        place.put_()
-        vars(module)[PLACES][leaf] = place
+        vars(module)[PLACES][leaf] = tied  # first, so that an exception finds what is to be taken back
+        tied.put_()
 
 
 def take_back_base_values_(model: nn.Module) -> None:

@@ -233,7 +233,7 @@ class AdaptedWeights:
         return f"{name}.{weight}".lstrip(".")
 
     def own_weights(self) -> dict[str, nn.Parameter]:
-        """Return adapted_weights while no W + delta stands in for one: wait for a forward of another thread.
+        """Return adapted_weights, to be merged, and not W + delta in a forward: wait for that of another thread.
 
         Raises:
             LoRAError: such a forward runs in this thread.
@@ -241,8 +241,8 @@ class AdaptedWeights:
         with self.lora.lock:
             if self.lora.stands_in:
                 raise LoRAError(
-                    f"{self.lora.name!r}: this is called inside a forward of the layer, in which W + delta stands in "
-                    "for its weight; call it outside of the forward."
+                    f"merge: {self.lora.name!r}: it is called inside a forward of this layer, in which W + delta "
+                    "stands in for its weight; call it outside of that."
                 )
             return self.adapted_weights()
 

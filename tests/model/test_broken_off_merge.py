@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import signal
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ from torch import nn
 
 from lightning_lora import LoRAConfig, LoRAError, disable_adapter, inject, is_merged, merge, merged, unmerge
 from lightning_lora.nn.lora_layer import adapted_layers
-from support.broken_off import BrokenOff, break_off
+from support.broken_off import break_off
 from support.models import bits, randomise_
 
 MERGE = sys.modules["lightning_lora.model.merging"]  # the package's attribute of that name is the function
@@ -136,3 +135,108 @@ def test_a_call_broken_off_at_every_line_leaves_all_of_w_or_all_of_w_prime(varia
     model = adapted(variant, dtype)
     for found_merged in (False, True) if call in ("merged", "disable_adapter") else (call == "unmerge",):
         assert check_breaking_off(model, call, found_merged, every(1)) > 100
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("step", [41, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("budget", [0, 2**26])
+def test_a_merge_that_fails_and_is_broken_off_while_it_takes_that_back_leaves_all_of_w(monkeypatch, budget, step):
+    monkeypatch.setattr(MERGE, "COPY_BUDGET", budget)
+    model = adapted("lora", torch.float32)
+    with torch.no_grad():
+        model[1].lora_B[0] = float("nan")
+    plain, count = state(model), 0
+    for line in every(step):
+        with suppress(LoRAError):
+            if not break_off(lambda: merge(model), line):
+                break
+        assert not is_merged(model)
+        assert state(model) == plain, line
+        count += 1
+        if count * step > 3000:
+            break
+    assert count > 5
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("step", [53, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("call", [merge, unmerge])
+def test_a_call_broken_off_twice_can_be_completed_by_unmerge(monkeypatch, call, step):
+    monkeypatch.setattr(MERGE, "COPY_BUDGET", 0)
+    model = adapted("dora", torch.bfloat16)
+    with pytest.warns(UserWarning, match="merged 16-bit weights"):
+        merge(model)
+    unmerge(model)
+    plain = state(model)
+    for line in every(step):
+        for later in (1, 7, 60, 200):
+            if call is unmerge:
+                merge(model)
+            with suppress(LoRAError):
+                reached = break_off(lambda: call(model), line, line + later)
+            unmerge(model)
+            assert state(model) == plain, (line, later)
+        if not reached:
+            break
+
+
+# --- signals ---
+
+
+@pytest.fixture
+def _alarm() -> Iterator[None]:
+    """A timeout as programs write it."""
+
+    def expire(number: int, frame: object) -> None:
+        raise TimeoutError
+
+    previous = signal.signal(signal.SIGALRM, expire), signal.setitimer(signal.ITIMER_REAL, 0)
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, previous[0])
+    signal.setitimer(signal.ITIMER_REAL, *previous[1])
+
+
+@pytest.mark.usefixtures("_alarm")
+@pytest.mark.parametrize("call", ["merge", "unmerge", "merged", "disable_adapter"])
+def test_a_timeout_by_sigalrm_is_raised_when_the_weights_are_whole(call):
+    model = adapted("dora", torch.float32)
+    plain = state(model)
+    merge(model)
+    whole = state(model)
+    hits = 0
+    for microseconds in range(20, 2020, 100):
+        (merge if call == "unmerge" else unmerge)(model)
+        try:
+            signal.setitimer(signal.ITIMER_REAL, microseconds / 1e6)
+            CALLS[call](model)
+        except TimeoutError:
+            hits += 1
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        assert state(model) == (whole if is_merged(model) else plain)
+    assert hits
+
+
+def test_signals_that_come_while_merging_reach_their_handlers_once_and_all_of_them(monkeypatch):
+    model, caught = adapted("lora", torch.float32), []
+
+    def note(number: int, frame: object) -> None:
+        caught.append((number, is_merged(model)))
+        if number == signal.SIGUSR1:
+            raise TimeoutError
+
+    def interrupted(*args: Any, original: Any = MERGE.record_ties) -> None:
+        signal.raise_signal(signal.SIGUSR1)
+        signal.raise_signal(signal.SIGUSR2)
+        original(*args)
+
+    monkeypatch.setattr(MERGE, "record_ties", interrupted)
+    previous = {number: signal.signal(number, note) for number in (signal.SIGUSR1, signal.SIGUSR2)}
+    try:
+        with pytest.raises(TimeoutError):
+            merge(model)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    assert sorted(caught) == [(signal.SIGUSR1, True), (signal.SIGUSR2, True)]
