@@ -159,14 +159,12 @@ def test_a_merge_that_fails_and_is_broken_off_while_it_takes_that_back_leaves_al
 
 
 @pytest.mark.usefixtures("small_blocks")
+@pytest.mark.filterwarnings("ignore:lightning_lora. merged 16-bit weights")
 @pytest.mark.parametrize("step", [53, pytest.param(5, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("call", [merge, unmerge])
 def test_a_call_broken_off_twice_can_be_completed_by_unmerge(monkeypatch, call, step):
     monkeypatch.setattr(MERGE, "COPY_BUDGET", 0)
     model = adapted("dora", torch.bfloat16)
-    with pytest.warns(UserWarning, match="merged 16-bit weights"):
-        merge(model)
-    unmerge(model)
     plain = state(model)
     for line in every(step):
         for later in (1, 7, 60, 200):
