@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..distributed.sharding import copy_, is_sharded
+from ..distributed.sharding import copy_, is_sharded, reshard_
 
 PLACES = "lora_base_places"  # attribute of a module in which values stand in: its places, by name
 HOOKS = "lora_base_hooks"  # attribute: handles of the hooks below
@@ -31,14 +31,15 @@ class BasePlace:
     name: str
     trained: torch.Tensor  # what state dicts hold and what comes back; of a sharded parameter a copy
     stand_in: torch.Tensor  # what the module sees; of a sharded parameter itself
+    gradient: tuple[int, int] | None = None  # that a sharded parameter had when its values were exchanged
 
     def put_(self) -> None:
         """Let the value from before training be there. In place."""
         live = self.tensors[self.leaf]
         if is_sharded(self.stand_in):
-            if self.trained is not live:
+            if self.trained is not self.stand_in:
                 return  # the other of two that are tied
-            self.trained = live.detach().clone()
+            self.gradient, self.trained = _gradient_key(self.stand_in), self.stand_in.detach().clone()
         else:
             _follow_(self.stand_in, live)
         copy_(self.stand_in, self.initial[self.name])
@@ -47,17 +48,26 @@ class BasePlace:
 
     def take_back_(self) -> None:
         """Let the trained one be there again, moved or cast as the other was; harmless when repeated. In place."""
+        if is_sharded(self.stand_in):
+            copy_(self.stand_in, self.trained)
+            self.trained = self.stand_in
+            return
         now = self.tensors.get(self.leaf)
         if now is None or now is self.trained:
-            return
-        if is_sharded(now):
-            copy_(now, self.trained)
-            self.trained = now
             return
         _follow_(self.trained, now)
         if self.trained.grad is not None:
             _follow_(self.trained.grad, now)
         self.tensors[self.leaf] = self.trained
+
+    def had_backward(self) -> bool:
+        """Return whether a gradient has reached a sharded parameter while its values were exchanged."""
+        now = _gradient_key(self.stand_in)
+        return is_sharded(self.stand_in) and now is not None and now != self.gradient
+
+
+def _gradient_key(parameter: torch.Tensor) -> tuple[int, int] | None:
+    return None if parameter.grad is None else (id(parameter.grad), parameter.grad._version)
 
 
 def _follow_(tensor: torch.Tensor, other: torch.Tensor) -> None:
@@ -100,14 +110,22 @@ def put_base_values_(
         tied.put_()
 
 
-def take_back_base_values_(model: nn.Module) -> None:
-    """Let every trained parameter and buffer be there again; harmless when repeated. In place."""
+def take_back_base_values_(model: nn.Module) -> list[str]:
+    """Let every trained parameter and buffer be there again; harmless when repeated. In place.
+
+    Returns:
+        The sharded parameters that a backward inside has reached: it ran on their values from before training.
+    """
+    reshard_(model.modules())
+    reached = []
     for module in model.modules():
         for place in base_places(module).values():
+            reached += [place.name] if place.had_backward() else []
             place.take_back_()
         for handle in vars(module).pop(HOOKS, ()):
             handle.remove()
         vars(module).pop(PLACES, None)
+    return reached
 
 
 def _like(live: torch.Tensor) -> torch.Tensor:

@@ -189,9 +189,13 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
             if is_merged(root):
                 unmerge(root)
             _set_active(root, were_active)
-            if not is_inside:
-                take_back_base_values_(root)
+            reached = [] if is_inside else take_back_base_values_(root)
             found.bring_back()
+            if reached:
+                raise LoRAError(
+                    f"disable_adapter: a backward inside reached {reached[0]!r}, which is sharded and had its values "
+                    "from before training: the gradients are wrong. Run the backward after the block."
+                )
 
         end = Ending(turn, bring_back)
         try:
