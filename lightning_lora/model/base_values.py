@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..distributed.sharding import copy_, is_sharded, reshard_
+from ..distributed.sharding import copy_, is_sharded, local, reshard_
 
 PLACES = "lora_base_places"  # attribute of a module in which values stand in: its places, by name
 HOOKS = "lora_base_hooks"  # attribute: handles of the hooks below
@@ -67,7 +67,7 @@ class BasePlace:
 
 
 def _gradient_key(parameter: torch.Tensor) -> tuple[int, int] | None:
-    return None if parameter.grad is None else (id(parameter.grad), parameter.grad._version)
+    return None if parameter.grad is None else (id(parameter.grad), local(parameter.grad)._version)
 
 
 def _follow_(tensor: torch.Tensor, other: torch.Tensor) -> None:
