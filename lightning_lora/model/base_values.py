@@ -42,7 +42,11 @@ class BasePlace:
             self.gradient, self.trained = _gradient_key(self.stand_in), self.stand_in.detach().clone()
         else:
             _follow_(self.stand_in, live)
-        copy_(self.stand_in, self.initial[self.name])
+        value = self.initial[self.name]
+        if is_sharded(value) or is_sharded(self.stand_in):
+            copy_(self.stand_in, value)
+        else:
+            self.stand_in.copy_(value)  # without the modes that it enters each time
         if not is_sharded(self.stand_in):
             self.trained, self.tensors[self.leaf] = live, self.stand_in
 
@@ -92,7 +96,11 @@ def put_base_values_(
         initial: the record's, by name. One on the meta device was recorded before there were values: nothing was
             trained since.
     """
-    state = list(state)
+    with torch.inference_mode(False), torch.no_grad():
+        _put_all_(list(state), initial)
+
+
+def _put_all_(state: list[tuple[str, torch.Tensor | None, nn.Module]], initial: Mapping[str, torch.Tensor]) -> None:
     names = {id(live): name for name, live, _ in state if name in initial and not initial[name].is_meta}
     of_live: dict[int, BasePlace] = {}  # what is tied stays so
     for path, live, module in state:
@@ -129,9 +137,8 @@ def take_back_base_values_(model: nn.Module) -> list[str]:
 
 
 def _like(live: torch.Tensor) -> torch.Tensor:
-    with torch.inference_mode(False), torch.no_grad():
-        empty = torch.empty_like(live, requires_grad=False)
-        return nn.Parameter(empty, requires_grad=False) if isinstance(live, nn.Parameter) else empty
+    empty = torch.empty_like(live, requires_grad=False)
+    return nn.Parameter(empty, requires_grad=False) if isinstance(live, nn.Parameter) else empty
 
 
 def _add_hooks(module: nn.Module) -> None:
@@ -156,5 +163,6 @@ def _before_load(module: nn.Module, *args: Any) -> None:
 
 
 def _after_load(module: nn.Module, *args: Any) -> None:
-    for place in base_places(module).values():
-        place.put_()
+    with torch.inference_mode(False), torch.no_grad():
+        for place in base_places(module).values():
+            place.put_()

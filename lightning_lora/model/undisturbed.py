@@ -123,6 +123,8 @@ class _Signals:
         """Note signals from now on; only the main thread ever runs handlers."""
         if threading.current_thread() is not threading.main_thread():
             return
+        if getattr(signal.getsignal(signal.SIGINT), "__func__", None) is _Signals._note:
+            return  # a step around this one holds them
         for number in SIGNALS:
             handler = signal.getsignal(number)
             if callable(handler) or (number == signal.SIGINT and handler is not None):
