@@ -59,16 +59,24 @@ def merge(model: nn.Module) -> None:
     refuse_replaced_layers(model, "merge", layers)
     _require_layers(layers, model, "merge")
     with take_turn(layers.values(), "merge"):
-        _merge_pending(model, modules, layers)
+        pending = {name: each for name, each in layers.items() if _is_pending(each)}
+        if pending:
+            warn_of_untrained(model, layers)
+            _merge_pending(model, modules, layers, pending)
 
 
-def _merge_pending(model: nn.Module, modules: NamedModules, layers: Mapping[str, AdaptedWeights]) -> None:
-    """Merge the active layers that are not merged, all of them or none."""
-    pending = {name: each for name, each in layers.items() if each.lora_active and not each.lora.merged}
-    pending |= {name: each for name, each in layers.items() if each.lora.unfinished}  # which merging takes back first
-    if not pending:
-        return
-    warn_of_untrained(model, layers)
+def _is_pending(layer: AdaptedWeights) -> bool:
+    """Return whether a layer is to be merged; merging one that was broken off takes that back first."""
+    return (layer.lora_active and not layer.lora.merged) or layer.lora.unfinished
+
+
+def _merge_pending(
+    model: nn.Module,
+    modules: NamedModules,
+    layers: Mapping[str, AdaptedWeights],
+    pending: Mapping[str, AdaptedWeights],
+) -> None:
+    """Merge the pending ones of a model's layers, all of them or none."""
     restore_shards_(model, layers, modules)
     weights = {layer: layer.own_weights() for layer in layers.values()}
     main_weights = {layer: next(iter(weights[layer].values())) for layer in pending.values()}
@@ -286,5 +294,5 @@ class _Fidelity:
             warnings.warn(
                 f"lightning_lora: {message}. Merged and unmerged outputs differ by that much of the adapter's effect; "
                 "with merged_eval=False the adapter is evaluated unrounded.",
-                stacklevel=3,
+                stacklevel=7,
             )

@@ -8,6 +8,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
+
 import lightning_lora
 
 PACKAGE = str(Path(lightning_lora.__file__).parent)
@@ -20,11 +22,14 @@ class BrokenOff(BaseException):
 def break_off(call: Callable[[], object], *lines: int) -> bool:
     """Call, and raise BrokenOff before the given lines that the package runs in it, the first of which has number 0.
 
+    Such a line is also the end of a `with torch.no_grad()`, before it is left, where no signal's handler runs: so
+    torch's modes are put back here.
+
     Returns:
         Whether it came to the last of them.
     """
     pending, seen = sorted(lines), 0
-    tracer, profiler = sys.gettrace(), sys.getprofile()
+    tracer, profiler, grad = sys.gettrace(), sys.getprofile(), torch.is_grad_enabled()
 
     def trace(frame: FrameType, event: str, arg: Any) -> Any:
         nonlocal seen
@@ -53,4 +58,5 @@ def break_off(call: Callable[[], object], *lines: int) -> bool:
         pending.clear()
         sys.setprofile(profiler)
         sys.settrace(tracer)
+        torch.set_grad_enabled(grad)
     return reached
