@@ -25,6 +25,7 @@ from ..model.wrappers import unwrapped, warn_of_late_adapters
 from ..names import META, A, listed, names_factor
 from ..nn.layer_kinds import layer_kinds
 from ..nn.lora_layer import adapted_layers
+from ..nn.writer import Turn
 from .adapter import Adapter, check_factors, exact_options, options_hold
 from .apply import (
     add_frozen_weights,
@@ -157,21 +158,23 @@ def apply_adapter(
         scale = f"lora_alpha={options.lora_alpha:g}, use_rslora={options.use_rslora}"
         log.info("lightning_lora: the source stores no options; those of the injected model hold: %s", scale)
     adapter = turn_as_in_model(adapter, layer_kinds(model))
-    was_merged = is_merged(model)
-    try:
-        if was_merged:
-            unmerge(model)  # at once, because to read W out of W' takes as long
-        adapter = add_frozen_weights(model, split_off_base(model, adapter))
-        specs = {} if fresh or not swap else specs_for(model, by_first_names(model, adapter))
-        present = check_adapter(model, adapter, strict_base=strict_base, remedy=remedy, specs=specs)
-        copy_values(model, adapter, specs, merge_after=was_merged)
-        require_injection(model, "load_adapter").record.origin = dict(adapter.origin)
-    except BaseException:
-        if fresh:
-            unload(model)
-        elif was_merged:
-            merge(model)
-        raise
+    record = require_injection(model, "load_adapter").record
+    with Turn("load_adapter", [record.writer]):
+        was_merged = is_merged(model)
+        try:
+            if was_merged:
+                unmerge(model)  # at once, because to read W out of W' takes as long
+            adapter = add_frozen_weights(model, split_off_base(model, adapter))
+            specs = {} if fresh or not swap else specs_for(model, by_first_names(model, adapter))
+            present = check_adapter(model, adapter, strict_base=strict_base, remedy=remedy, specs=specs)
+            copy_values(model, adapter, specs, merge_after=was_merged)
+            record.origin = dict(adapter.origin)
+        except BaseException:
+            if fresh:
+                unload(model)
+            elif was_merged:
+                merge(model)
+            raise
     warn_of_rounding(present, adapter.fingerprint)
     return list(adapted_layers(model))
 

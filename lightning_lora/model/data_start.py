@@ -21,6 +21,7 @@ from ..names import listed
 from ..nn.lora_layer import AdaptedWeights, adapted_layers
 from ..nn.low_rank import CONV1D, LINEAR
 from ..nn.random_stream import svd_lowrank
+from ..nn.writer import Turn
 from ..progress import progress_bar
 from .gradient_start import start_from_gradients
 from .injection import refuse_replaced_layers, require_injection
@@ -98,10 +99,12 @@ def start_from_batches(
 ) -> None:
     """Do what initialize_from_data does, for a caller whom messages name and a model without wrappers."""
     layers = _linear_layers(model, caller.verb)
-    if require_injection(model, caller.verb).record.config.has_start:
-        start_from_gradients(model, layers, batches, forward, caller)
-    else:
-        _start_from_inputs(model, layers, batches, forward, mask, tau, caller)
+    record = require_injection(model, caller.verb).record
+    with Turn("initialize_from_data", [record.writer]):
+        if record.config.has_start:
+            start_from_gradients(model, layers, batches, forward, caller)
+        else:
+            _start_from_inputs(model, layers, batches, forward, mask, tau, caller)
     others = [name for name in adapted_layers(model) if name not in layers]
     if others:
         log.info("lightning_lora: %s start as without data, which is for linear layers alone", listed(others))

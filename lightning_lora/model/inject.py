@@ -27,8 +27,10 @@ from ..nn.quantised import allow_packing_, keep_gradients_
 from ..nn.readers import patch_readers
 from ..nn.tied_weights import record_ties
 from ..nn.token_rows import LoRATable, adapt_table_, share_table_, table_adapters
+from ..nn.writer import Turn
 from ..notices import tell
 from ..progress import progress_bar
+from .base_values import put_base_values_, take_back_base_values_
 from .dequantise import dequantised_dtype, plain_weights, replace_quantised_
 from .gradients import note_gradient
 from .injection import (
@@ -42,8 +44,8 @@ from .injection import (
     snapshot_initial,
 )
 from .large_adapters import describe_large_adapters
-from .merging import is_merged, merge, unmerge
-from .named_state import base_parameters, exchange_values_
+from .merging import FoundState, is_merged, merge, unmerge
+from .named_state import base_parameters, exchange_values_, named_state
 from .passed_over import describe_passed_over, warn_of_passed_over
 from .patches import call_previous, patch, unpatch
 from .pretrained import (
@@ -64,6 +66,7 @@ from .targets import (
     check_unadapted,
     check_untied,
 )
+from .undisturbed import Ending
 from .wrappers import unwrapped, warn_of_late_adapters
 
 IN_CONFIG = {
@@ -100,12 +103,14 @@ def inject(
     wrapped, model, config = model, unwrapped(model, "inject"), as_config(config)
     earlier = find_injection(model)
     if earlier is not None and earlier.root is model and not earlier.record.validated:
-        strip_adapters(model)  # a callback's, made before configure_model, which injects by itself
+        with Turn("inject", [earlier.record.writer]):
+            strip_adapters(model)  # a callback's, made before configure_model, which injects by itself
         earlier = None
     if earlier is None:
         warn_of_late_adapters(wrapped, "inject")
-        begin_injection(model, config, merge_weights=merge_weights, seed="" if seed is None else fixed_seed(seed))
-        _finish_and_tell(model)
+        record = Injection(config, merge_weights, seed="" if seed is None else fixed_seed(seed))
+        _inject(model, record)
+        _tell_of_targets(record)
     else:
         _refuse_other(earlier, model, config, merge_weights, seed)
     layers = adapted_layers(model)
@@ -125,9 +130,8 @@ def inject_to_load(model: nn.Module, config: LoRAConfig, scope: str = "") -> Non
         config: the adapter's options.
         scope: the prefix of the part of the model that the adapter is for, outside of which nothing is trained.
     """
-    begin_injection(model, config, values_follow=True, scope=scope)
-    finish_injection(model)
-    record = require_injection(model, "inject").record
+    record = Injection(config, scope=scope, values_follow=True)
+    _inject(model, record)
     record.values_follow = record.passes_over_nearly_all = False  # whoever trained the adapter has chosen its layers
 
 
@@ -143,12 +147,14 @@ def unload(model: nn.Module) -> None:
     model = unwrapped(model, "unload")
     root, record, *_ = require_injection(model, "unload")
     refuse_fully_sharded(root, "unload")
-    if is_merged(root):
-        unmerge(root)
-    exchange_values_(root, record.initial)
-    strip_adapters(root)
-    unpatch(root)
-    unpatch(model)
+    with Turn("unload", [record.writer]):
+        if is_merged(root):
+            unmerge(root)
+        take_back_base_values_(root)
+        exchange_values_(root, record.initial)
+        strip_adapters(root)
+        unpatch(root)
+        unpatch(model)
 
 
 def merge_and_unload(model: nn.Module, *, dequantize: torch.dtype | str | None = None) -> nn.Module:
@@ -164,21 +170,27 @@ def merge_and_unload(model: nn.Module, *, dequantize: torch.dtype | str | None =
             merged because its weight has another owner, or is quantised and `dequantize` is not given.
     """
     dtype = dequantised_dtype(dequantize, "merge_and_unload")
-    root = require_injection(unwrapped(model, "merge_and_unload"), "merge_and_unload").root
+    root, record, *_ = require_injection(unwrapped(model, "merge_and_unload"), "merge_and_unload")
     refuse_replaced_layers(root, "merge_and_unload")
     refuse_fully_sharded(root, "merge_and_unload")
-    refuse_unmergeable(root, dtype)
-    unmerge(root)  # what stayed factored, and need not any more, is merged now
-    plain = plain_weights(root, dtype) if dtype is not None else {}
-    merge(root)
-    for layer in adapted_layers(root).values():
-        layer.lora.records.clear()
-    strip_adapters(root)
-    if plain:
-        replace_quantised_(root, plain)
-        forget_quantisation(root)
-    unpatch(root)
-    unpatch(model)
+    with Turn("merge_and_unload", [record.writer]):
+        if record.writer.is_at("disable_adapter"):
+            raise LoRAError(
+                "merge_and_unload: the adapters are disabled, inside `with disable_adapter(model)`; call it after that "
+                "block, or unload(model) for the base."
+            )
+        refuse_unmergeable(root, dtype)
+        unmerge(root)  # what stayed factored, and need not any more, is merged now
+        plain = plain_weights(root, dtype) if dtype is not None else {}
+        merge(root)
+        for layer in adapted_layers(root).values():
+            layer.lora.records.clear()
+        strip_adapters(root)
+        if plain:
+            replace_quantised_(root, plain)
+            forget_quantisation(root)
+        unpatch(root)
+        unpatch(model)
     return model
 
 
@@ -186,30 +198,53 @@ def merge_and_unload(model: nn.Module, *, dequantize: torch.dtype | str | None =
 def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     """Let the model be as it was before injection inside, and as it was found outside.
 
-    Trained biases, modules_to_save and persistent buffers have their initial values inside.
+    Trained biases, modules_to_save and persistent buffers have their initial values inside, which no gradient reaches.
+    Nothing is written into the trained ones: a backward of an earlier forward goes on, also inside. State dicts and
+    what is saved hold the trained values, and what is loaded inside is there outside; unload takes all of it out.
     """
     root, record, *_ = require_injection(unwrapped(model, "disable_adapter"), "disable_adapter")
-    was_merged = is_merged(root)
-    if was_merged:
-        unmerge(root)
-    were_active = {layer: layer.lora_active for layer in adapted_layers(root).values()}
-    trained = exchange_values_(root, record.initial)
-    _set_active(root, dict.fromkeys(were_active, False))
-    try:
-        yield model
-    finally:
-        if is_merged(root):
-            unmerge(root)
-        _set_active(root, were_active)
-        exchange_values_(root, trained)
-        if was_merged:
-            merge(root)
+    layers = adapted_layers(root).values()
+    with Turn("disable_adapter", [record.writer]) as turn:
+        found = FoundState(root, layers)
+        were_active = {layer: layer.lora_active or layer.lora.merged for layer in layers}
+        is_inside = record.writer.is_at("disable_adapter", before=turn)
+
+        def bring_back() -> None:
+            if vars(root).get(ATTRIBUTE) is not record:
+                return  # it was unloaded inside
+            if is_merged(root):
+                unmerge(root)
+            _set_active(root, were_active)
+            reached = [] if is_inside else take_back_base_values_(root)
+            found.bring_back()
+            if reached:
+                raise LoRAError(
+                    f"disable_adapter: a backward inside reached {reached[0]!r}, which is sharded and had its values "
+                    "from before training: the gradients are wrong. Run the backward after the block."
+                )
+
+        end = Ending(turn, bring_back)
+        try:
+            try:
+                if found.merged:
+                    unmerge(root)
+                put_base_values_(named_state(root), record.initial)
+                _set_active(root, dict.fromkeys(were_active, False))
+                yield model
+            finally:
+                end()
+        finally:
+            end()
 
 
-def _finish_and_tell(model: nn.Module) -> None:
-    """Finish an injection without a Trainer, and tell what its summary would."""
-    finish_injection(model)
-    record = require_injection(model, "inject").record
+def _inject(model: nn.Module, record: Injection) -> None:
+    with Turn("inject", [record.writer]):
+        _begin(model, record)
+        finish_injection(model)
+
+
+def _tell_of_targets(record: Injection) -> None:
+    """Tell, after an injection without a Trainer, what its summary would."""
     reasons: dict[str, list[str]] = {}
     for name, reason in record.left_out.items():
         reasons.setdefault(reason, []).append(name)
@@ -223,26 +258,25 @@ def _finish_and_tell(model: nn.Module) -> None:
 
 
 def begin_injection(
-    model: nn.Module,
-    config: LoRAConfig,
-    *,
-    merge_weights: bool = False,
-    seed: str = "",
-    values_follow: bool = False,
-    given: frozenset[str] = ALL_OPTIONS,
-    scope: str = "",
+    model: nn.Module, config: LoRAConfig, *, seed: str = "", given: frozenset[str] = ALL_OPTIONS
 ) -> None:
     """Adapt the layers that exist now; adapt_new_layers adds later ones, finish_injection checks the options' names.
 
     Adapters are drawn from `seed`, or from the random stream's state when each layer is adapted. `given` names the
-    options that the user gave; outside of `scope` no bias and no whole module is meant. In place.
+    options that the user gave. In place.
     """
+    record = Injection(config, seed=seed, given=given)
+    with Turn("inject", [record.writer]):
+        _begin(model, record)
+
+
+def _begin(model: nn.Module, record: Injection) -> None:
     check_unadapted(model)
-    Injection(config, merge_weights, scope, given, seed=seed, values_follow=values_follow).begin(model)
+    record.begin(model)
     with _leaving_no_trace(model):
         adapt_new_layers(model)
         snapshot_initial(model)
-        if merge_weights:
+        if record.merge_weights:
             patch(model, "train", _merge_by_mode)
 
 
@@ -253,7 +287,7 @@ def finish_injection(model: nn.Module) -> None:
         LoRAError: an entry names nothing. The adapters are then taken out.
     """
     root, record, *_ = require_injection(model, "inject")
-    with _leaving_no_trace(root):
+    with Turn("inject", [record.writer]), _leaving_no_trace(root):
         targets = Targets(root, record.config, record.scope)
         if any(targets.unmatched.values()):
             sentences = "\n".join(map(sentence, targets.unmatched))
@@ -272,6 +306,11 @@ def finish_injection(model: nn.Module) -> None:
 def adapt_new_layers(model: nn.Module) -> None:
     """Adapt the layers that the config names and that are not adapted yet, and freeze what is new. In place."""
     root, record, *_ = require_injection(model, "inject")
+    with Turn("inject", [record.writer]):
+        _adapt_new_layers(root, record)
+
+
+def _adapt_new_layers(root: nn.Module, record: Injection) -> None:
     check_shapes(root)
     targets = Targets(root, record.config, record.scope)
     new = {name: module for name, module in targets.layers.items() if not isinstance(module, LoRALayer)}
@@ -317,7 +356,8 @@ def strip_adapters(root: nn.Module) -> None:
     record: Injection = vars(root)[ATTRIBUTE]
     allow_packing_(root)
     for layer in adapted_layers(root).values():
-        layer.strip_()
+        with layer.lora.lock:  # not while W + delta stands in for the weight in another thread's forward
+            layer.strip_()
     patch_readers(root)
     update_fast_paths(root)
     for name, parameter in base_parameters(root).items():

@@ -19,6 +19,7 @@ from ..config import LoRAConfig
 from ..errors import LoRAError
 from ..names import ATTRIBUTE, canonical, listed, rename_keys
 from ..nn.lora_layer import AdaptedWeights, adapted_layers, adapted_places, is_factor
+from ..nn.writer import Writer
 from .named_state import base_parameters, named_state
 
 Value = TypeVar("Value")
@@ -61,14 +62,26 @@ class Injection:
     passed_over: str = ""  # what "all-linear" left alone beside these: its share, and kinds of weights with theirs
     passes_over_nearly_all: bool = False  # which is to be warned of once
     root: weakref.ref[nn.Module] | None = None  # the injected module; a copy of the record does not have it
+    writer: Writer = field(default_factory=Writer)  # which thread changes the model; a copy has its own
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"root": None}
+        return {name: value for name, value in vars(self).items() if name != "writer"} | {"root": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, writer=Writer())
 
     def begin(self, root: nn.Module) -> None:
-        """Let a module hold the record as the injected one."""
+        """Let a module hold the record as the injected one.
+
+        Raises:
+            LoRAError: it has got another one meanwhile, from another thread.
+        """
+        if vars(root).setdefault(ATTRIBUTE, self) is not self:
+            raise LoRAError(
+                f"inject: another thread has injected this {type(root).__name__} meanwhile. One thread at a time "
+                "changes a model: hold one threading.Lock of your own around such calls."
+            )
         self.root = weakref.ref(root)
-        setattr(root, ATTRIBUTE, self)
 
     def rename(self, new_name: Callable[[str], str | None]) -> None:
         """Change every name of the record; what has no new name is forgotten."""

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-import signal
-import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,7 +17,7 @@ from ..distributed.sharding import is_sharded, local, reset_, reshard_
 from ..errors import LoRAError, NonFiniteError
 from ..nn.exact_merge import Observer, Scratch
 from ..nn.fast_paths import update_fast_paths
-from ..nn.lora_layer import AdaptedWeights, Blocks, NamedModules, adapted_layers
+from ..nn.lora_layer import AdaptedWeights, Blocks, NamedModules, adapted_layers, take_turn
 from ..nn.low_rank import HALF
 from ..nn.tied_weights import record_ties
 from ..notices import tell
@@ -26,6 +25,7 @@ from ..progress import progress_bar
 from .dequantise import WORST_FIDELITY, report_factored
 from .gradients import warn_of_untrained
 from .injection import refuse_replaced_layers
+from .undisturbed import Ending, run_undisturbed
 from .wrappers import unwrapped
 
 if TYPE_CHECKING:
@@ -38,7 +38,8 @@ COPY_BUDGET = 64 * 2**20  # bytes of plain copies of small weights, which are fa
 
 def is_merged(model: nn.Module) -> bool:
     """Return whether merge was called and not undone, also where a tied layer had to stay factored."""
-    return any(layer.lora.merged for layer in adapted_layers(unwrapped(model, "is_merged")).values())
+    layers = adapted_layers(unwrapped(model, "is_merged")).values()
+    return any(layer.lora.merged or layer.lora.unfinished for layer in layers)
 
 
 def merge(model: nn.Module) -> None:
@@ -58,37 +59,51 @@ def merge(model: nn.Module) -> None:
     layers = adapted_layers(model, modules=modules)
     refuse_replaced_layers(model, "merge", layers)
     _require_layers(layers, model, "merge")
-    pending = {name: layer for name, layer in layers.items() if layer.lora_active and not layer.lora.merged}
-    if not pending:
-        return
-    warn_of_untrained(model, layers)
+    with take_turn(layers.values(), "merge"):
+        pending = {name: each for name, each in layers.items() if _is_pending(each)}
+        if pending:
+            warn_of_untrained(model, layers)
+            _merge_pending(model, modules, layers, pending)
+
+
+def _is_pending(layer: AdaptedWeights) -> bool:
+    """Return whether a layer is to be merged; merging one that was broken off takes that back first."""
+    return (layer.lora_active and not layer.lora.merged) or layer.lora.unfinished
+
+
+def _merge_pending(
+    model: nn.Module,
+    modules: NamedModules,
+    layers: Mapping[str, AdaptedWeights],
+    pending: Mapping[str, AdaptedWeights],
+) -> None:
+    """Merge the pending ones of a model's layers, all of them or none."""
     restore_shards_(model, layers, modules)
-    weights = {layer: layer.adapted_weights() for layer in layers.values()}
+    weights = {layer: layer.own_weights() for layer in layers.values()}
     main_weights = {layer: next(iter(weights[layer].values())) for layer in pending.values()}
     copies = _affordable_copies({layer: weights[layer] for layer in weights if not layer.unmergeable_reason()})
-    with _deferred_interrupt(), torch.no_grad():  # once, for it takes longer than a small layer's sum
-        try:
-            record_ties(model, modules)
-            sync = RankSync(main_weights.values())
-            fidelity = _Fidelity(main_weights, sync)
-            scratch = Scratch()
-            with progress_bar("merging", len(pending)) as advance:
-                for name, layer in pending.items():
-                    if layer.unmergeable_reason():
-                        layer.lora.merged = True
-                    else:
-                        blocks = layer.local_blocks(weights[layer], *layer.stored())
-                        how = layer in copies, fidelity.observer(layer), scratch
-                        sync.run(f"merge: layer {name!r}", _merge_layer, layer, weights[layer], blocks, *how)
-                    advance(1)
-            sync.raise_on_any_rank()
-            fidelity.report()
-            report_factored(pending.values())
-        except BaseException:
-            _unmerge_all(layers)
-            raise
-        finally:
-            update_fast_paths(model, modules)
+
+    def write() -> None:
+        record_ties(model, modules)
+        sync = RankSync(main_weights.values())
+        fidelity = _Fidelity(main_weights, sync)
+        scratch = Scratch()
+        with progress_bar("merging", len(pending)) as advance:
+            for name, layer in pending.items():
+                if layer.unmergeable_reason():
+                    layer.lora.merged = True
+                else:
+                    blocks = layer.local_blocks(weights[layer], *layer.stored())
+                    how = layer in copies, fidelity.observer(layer), scratch
+                    sync.run(f"merge: layer {name!r}", _merge_layer, layer, weights[layer], blocks, *how)
+                advance(1)
+        sync.raise_on_any_rank()
+        fidelity.report()
+        report_factored(pending.values())
+        update_fast_paths(model, modules)
+
+    with torch.no_grad():  # once, for it takes longer than a small layer's sum
+        run_undisturbed(write, partial(_restore_all, model, modules, layers), "merge")
 
 
 def unmerge(model: nn.Module) -> None:
@@ -102,24 +117,53 @@ def unmerge(model: nn.Module) -> None:
     modules = list(model.named_modules())
     layers = adapted_layers(model, modules=modules)
     _require_layers(layers, model, "unmerge")
-    restore_shards_(model, layers, modules)
-    with _deferred_interrupt(), torch.no_grad():
-        try:
-            _unmerge_all(layers)
-        finally:
-            update_fast_paths(model, modules)
+    with take_turn(layers.values(), "unmerge"), torch.no_grad():
+        restore_shards_(model, layers, modules)
+        restore = partial(_restore_all, model, modules, layers)
+        run_undisturbed(restore, restore, "unmerge")
 
 
 @contextmanager
 def merged(model: nn.Module) -> Iterator[nn.Module]:
-    """Merge the model inside; outside it is as it was found, merged or not, also after an exception."""
-    before = is_merged(model)
-    try:
-        merge(model)  # a Ctrl-C meanwhile is raised when it is done
-        yield model
-    finally:
-        if is_merged(model) != before:
-            (merge if before else unmerge)(model)
+    """Merge the model inside; outside it is as it was found, merged or not, also after an exception.
+
+    Where a model that merges by its mode (inject's merge_weights) has changed its mode inside, that decides.
+
+    Raises:
+        LoRAError: as merge; or another thread is changing the model, which none but this one may do inside.
+    """
+    layers = adapted_layers(model).values()
+    with take_turn(layers, "merged") as turn:
+        end = Ending(turn, FoundState(model, layers).bring_back)
+        try:
+            try:
+                merge(model)  # a signal's handler runs when it is done
+                yield model
+            finally:
+                end()
+        finally:
+            end()
+
+
+class FoundState:
+    """Whether a model was merged, to be brought back after a `with` block."""
+
+    def __init__(self, model: nn.Module, layers: Collection[AdaptedWeights]) -> None:
+        """Take a model and its adapted layers."""
+        self.model, self.merged = model, any(each.lora.merged for each in layers)
+        records = {id(each.lora.injection): each.lora.injection for each in layers}
+        roots = (record.root() for record in records.values() if record.merge_weights and record.root is not None)
+        self.modes = {root: root.training for root in roots if root is not None}  # of what merges by its mode
+
+    def is_to_be_merged(self) -> bool:
+        """Return what it was; where it merges by its mode and that is another now, what the mode says."""
+        changed = [root.training for root, training in self.modes.items() if root.training != training]
+        return not changed[0] if changed else self.merged
+
+    def bring_back(self) -> None:
+        """Merge or unmerge the model. In place."""
+        if is_merged(self.model) != self.is_to_be_merged():
+            (merge if self.is_to_be_merged() else unmerge)(self.model)
 
 
 def restore_shards_(
@@ -186,12 +230,20 @@ def _merge_layer(
         ) from error
 
 
+def _restore_all(model: nn.Module, modules: NamedModules, layers: Mapping[str, AdaptedWeights]) -> None:
+    """Unmerge every layer; where an exception breaks this off, another call completes it."""
+    try:
+        _unmerge_all(layers)
+    finally:
+        update_fast_paths(model, modules)
+
+
 def _unmerge_all(layers: Mapping[str, AdaptedWeights]) -> None:
     failures = []
     with progress_bar("unmerging", len(layers)) as advance:
         for name, layer in layers.items():
             try:
-                if layer.lora.merged:
+                if layer.lora.merged or layer.lora.unfinished:
                     layer.unmerge_()
             except LoRAError as error:
                 failures.append(f"unmerge: layer {name!r}: {error}.")
@@ -244,21 +296,5 @@ class _Fidelity:
             warnings.warn(
                 f"lightning_lora: {message}. Merged and unmerged outputs differ by that much of the adapter's effect; "
                 "with merged_eval=False the adapter is evaluated unrounded.",
-                stacklevel=3,
+                stacklevel=7,
             )
-
-
-@contextmanager
-def _deferred_interrupt() -> Iterator[None]:
-    """Hold Ctrl-C back inside, and raise it at the end."""
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
-        yield
-        return
-    pending: list[int] = []
-    handler = signal.signal(signal.SIGINT, lambda number, frame: pending.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-        if pending:
-            signal.raise_signal(signal.SIGINT)

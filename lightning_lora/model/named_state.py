@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import nn
 
 from ..distributed.sharding import copy_, reshard_
 from ..names import canonical, names_factor
+from .base_values import base_places
 
 
 def named_state(model: nn.Module, *, raw: bool = False) -> Iterator[tuple[str, torch.Tensor | None, nn.Module]]:
@@ -16,24 +18,33 @@ def named_state(model: nn.Module, *, raw: bool = False) -> Iterator[tuple[str, t
 
     Unlike state_dict() this restores no merged weight, and leaves out the segments of wrappers unless `raw`. A shared
     module or parameter comes under each of its names. Sharded parameters are the shards.
+    Inside disable_adapter they are the trained ones, as outside.
     """
     reshard_(model.modules())
     for prefix, module in model.named_modules(remove_duplicate=False):
         prefix = prefix if raw else canonical(prefix)
         path = f"{prefix}." if prefix else ""
+        places = base_places(module)
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                yield path + name, parameter, module
+                yield path + name, places[name].trained if name in places else parameter, module
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:
-                yield path + name, buffer, module
+                yield path + name, places[name].trained if name in places else buffer, module
         if getattr(type(module), "get_extra_state", nn.Module.get_extra_state) is not nn.Module.get_extra_state:
             yield path + "_extra_state", None, module
 
 
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters without those of adapters; a shared one under its first name."""
-    return {canonical(name): parameter for name, parameter in model.named_parameters() if not names_factor(name)}
+    trained = {
+        id(place.stand_in): place.trained for module in model.modules() for place in base_places(module).values()
+    }
+    return {
+        canonical(name): cast(nn.Parameter, trained.get(id(parameter), parameter))
+        for name, parameter in model.named_parameters()
+        if not names_factor(name)
+    }
 
 
 def exchange_values_(root: nn.Module, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

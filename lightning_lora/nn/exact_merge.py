@@ -56,6 +56,11 @@ class RestoreRecord:
     chunks: list[Stored] = field(default_factory=list)
     checksum: Checksum | None = None  # of the weight: beside a copy of the whole, after the merge; else before it
     threads: int = 0  # that computed d; another number can change its last bits
+    # What merging and unmerging are about to write, and to the chunk of which entry. An exception may come before or
+    # after the write; to write the same again is right in both cases.
+    merging: tuple[int, torch.Tensor] | None = None
+    restoring: tuple[int, torch.Tensor] | None = None
+    edited: bool | None = None  # another change was found beside a copy of the whole; None: not looked for yet
 
     def nbytes(self) -> int:
         """Return the bytes held, without the copies of the factors."""
@@ -74,6 +79,7 @@ def merge_weight_(
     spare: torch.Tensor | None = None,
     observe: Observer | None = None,
     scratch: Scratch | None = None,
+    hold: Callable[[RestoreRecord], object] | None = None,
 ) -> RestoreRecord:
     """Add scaling * (the blocks) to a weight and apply their scales, each element rounded once. In place.
 
@@ -85,6 +91,8 @@ def merge_weight_(
         spare: memory for the copy, of an earlier one that is done with; used where it fits.
         observe: called for each chunk with W' rounded, W' and what it adds to W, all in float64.
         scratch: buffers of an earlier merge, which are used again.
+        hold: called with the record before the first write, so that unmerge_weight_ can undo whatever was written,
+            wherever an exception comes.
 
     Returns:
         What unmerge_weight_ needs.
@@ -96,9 +104,11 @@ def merge_weight_(
     with exact_arithmetic(weight):
         record = _copy_record(weight, spare) if copy else _values_record(weight, blocks, scaling)
         try:
+            if hold:
+                hold(record)
             _merge_chunks(weight, blocks, scaling, record, observe, scratch or Scratch())
         except BaseException:
-            _restore(weight, record)
+            unmerge_weight_(weight, record)
             raise
         if copy:
             record.checksum = _checksum(weight)
@@ -106,7 +116,9 @@ def merge_weight_(
 
 
 def unmerge_weight_(weight: torch.Tensor, record: RestoreRecord) -> None:
-    """Undo merge_weight_ bit for bit, and use the record up. In place.
+    """Undo merge_weight_ bit for bit, all or what it came to, and use the record up. In place.
+
+    Where an exception breaks it off, another call goes on from there.
 
     Raises:
         WeightEditedError: something else wrote to the weight while it was merged; it has its old bits all the same.
@@ -114,14 +126,15 @@ def unmerge_weight_(weight: torch.Tensor, record: RestoreRecord) -> None:
     """
     with exact_arithmetic(weight, record.threads):
         copied = record.copy is not None
-        edited = copied and _differs(weight, record)
+        if record.edited is None:
+            record.edited = copied and _differs(weight, record)
         _restore(weight, record)
         if not copied and _differs(weight, record):
             raise LoRAError(
                 "the restored weight is not bit for bit what it was before merging; it was changed while it was "
                 "merged, or this machine computes differently. Load the base weights again before you go on"
             )
-    if edited:
+    if record.edited:
         raise WeightEditedError(
             "the weight was changed while it was merged; the change is undone, and it is what it was before merging. "
             "Change weights while the model is unmerged"
@@ -254,9 +267,12 @@ def _merge_chunks(
             observe(new.to(exact.dtype), exact, delta if chunk.scale is None else exact - before.to(exact.dtype))
         if not copied:
             back = _taken_out(new, chunk, scratch, delta)
-            record.chunks.append(_differing(window, back, scaled=chunk.scale is not None))
+            stored = _differing(window, back, scaled=chunk.scale is not None)
+            record.merging = len(record.chunks), new
+            record.chunks.append(stored)
         if new is not window:
             window.copy_(new)
+        record.merging = None  # before its buffer is used again
 
 
 def _restore(weight: torch.Tensor, record: RestoreRecord) -> None:
@@ -266,6 +282,13 @@ def _restore(weight: torch.Tensor, record: RestoreRecord) -> None:
         return
     parts = _chunks(weight, record.factors)
     scratch = Scratch()
+    last = len(record.chunks) - 1
+    if record.merging is not None and record.merging[0] == last:
+        _window(weight, parts[last]).copy_(record.merging[1])
+        record.merging = None
+    if record.restoring is not None and record.restoring[0] == last:
+        _window(weight, parts[last]).copy_(record.restoring[1])
+        record.chunks.pop()
     while record.chunks:
         part, stored = parts[len(record.chunks) - 1], record.chunks[-1]
         window = _window(weight, part)
@@ -278,6 +301,7 @@ def _restore(weight: torch.Tensor, record: RestoreRecord) -> None:
                 correct_(back, stored)
             else:
                 back.view(-1).index_copy_(0, stored[0].long(), stored[1])
+            record.restoring = len(record.chunks) - 1, back
             window.copy_(back)
         record.chunks.pop()
 

@@ -27,8 +27,10 @@ def update_fast_paths(model: nn.Module, modules: NamedModules | None = None) -> 
             if isinstance(module, kind):
                 active = any(layer.lora_active for layer in adapted_layers(module).values())
                 before = f"lora_{switch}"  # what the switch was before it was turned off
-                if active and before not in vars(module):
-                    setattr(module, before, getattr(module, switch, False))
+                if active:
+                    if before not in vars(module):
+                        setattr(module, before, getattr(module, switch, False))
                     setattr(module, switch, False)
-                elif not active and before in vars(module):
-                    setattr(module, switch, vars(module).pop(before))
+                elif before in vars(module):
+                    setattr(module, switch, vars(module)[before])
+                    delattr(module, before)

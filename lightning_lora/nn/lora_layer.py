@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
@@ -39,6 +40,7 @@ from .gradient_checkpointing import REENTRANT, REENTRANT_REMEDY, cuts_off_gradie
 from .init import initial_factors
 from .low_rank import HALF, LowRankBlock, crop, dense_delta
 from .starts import start_factors
+from .writer import Turn
 
 DROPOUT_STEPS = 2**16
 WITHOUT_ZERO = (False, "orthogonal")  # values of init_lora_weights with which neither factor starts as zero
@@ -80,6 +82,8 @@ class LayerState:
     dropout_override: bool | None = None  # dropout acts where gradients are recorded; None: as the training flag says
     merged: bool = False  # merge was called
     records: dict[str, RestoreRecord] = field(default_factory=dict)  # what unmerging needs, by weight name
+    unfinished: bool = False  # merging or unmerging is under way, or an exception broke it off: unmerge_ completes it
+    stands_in: int = 0  # forwards that run now with W + delta in place of the weight; of one thread, with the lock held
     unmergeable_reason: str = ""  # what keeps the weight from being merged, as another owner of it
     restore_failed: bool = False  # unmerging failed, so the weight is not known to be W
     rounding_reported: bool = False  # the cost of rounding W' was reported
@@ -89,7 +93,7 @@ class LayerState:
     # Memory of plain copies that are done with, by weight name, for the next merge; on the CPU alone, where fresh pages
     # take longer than the copy.
     spares: dict[str, torch.Tensor] = field(default_factory=dict)
-    # Held while W + delta stands in for the weight; a copy of the layer gets another.
+    # Held while W + delta stands in for the weight, and while the weight is written; a copy of the layer gets another.
     lock: Any = field(default_factory=threading.RLock)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -227,6 +231,20 @@ class AdaptedWeights:
     def weight_name(self, name: str, weight: str) -> str:
         """Return the name in a model of a weight of the adapter that has this name there."""
         return f"{name}.{weight}".lstrip(".")
+
+    def own_weights(self) -> dict[str, nn.Parameter]:
+        """Return adapted_weights, to be merged, and not W + delta in a forward: wait for that of another thread.
+
+        Raises:
+            LoRAError: such a forward runs in this thread.
+        """
+        with self.lora.lock:
+            if self.lora.stands_in:
+                raise LoRAError(
+                    f"merge: {self.lora.name!r}: it is called inside a forward of this layer, in which W + delta "
+                    "stands in for its weight; call it outside of that."
+                )
+            return self.adapted_weights()
 
     def main_weight(self) -> nn.Parameter:
         """Return the first of the adapted weights, for dtype and device."""
@@ -382,34 +400,49 @@ class AdaptedWeights:
         `weights` are adapted_weights' and `blocks` local_blocks', where the caller has them.
         """
         state = self.lora
-        weights = weights or self.adapted_weights()
-        blocks = blocks or self.local_blocks(weights, *self.stored())
-        try:
-            for name in blocks:
-                if name not in state.records:
-                    weight = self.as_matrix(local(weights[name]))
-                    scaling, spare = state.spec.scaling, state.spares.pop(name, None)
-                    state.records[name] = merge_weight_(
-                        weight, blocks[name], scaling, copy=copy, spare=spare, observe=observe, scratch=scratch
-                    )
-        except BaseException:
-            self.unmerge_()
-            raise
-        vars(self)["lora_active"], state.merged = False, True  # nn.Module's __setattr__ takes many times as long
+        with state.lock:
+            if state.unfinished:
+                self.unmerge_()
+            weights = weights or self.own_weights()
+            blocks = blocks or self.local_blocks(weights, *self.stored())
+            try:
+                state.unfinished = True
+                for name in blocks:
+                    if name not in state.records:
+                        weight = self.as_matrix(local(weights[name]))
+                        scaling, spare = state.spec.scaling, state.spares.pop(name, None)
+                        merge_weight_(
+                            weight,
+                            blocks[name],
+                            scaling,
+                            copy=copy,
+                            spare=spare,
+                            observe=observe,
+                            scratch=scratch,
+                            hold=partial(state.records.__setitem__, name),
+                        )
+            except BaseException:
+                self.unmerge_()
+                raise
+            vars(self)["lora_active"], state.merged = False, True  # nn.Module's __setattr__ takes many times as long
+            state.unfinished = False
 
     def unmerge_(self) -> None:
-        """Write W back into this rank's shard of each weight, see unmerge_weight_."""
-        failure, state, weights = None, self.lora, self.adapted_weights()
-        for name, record in list(state.records.items()):
-            try:
-                unmerge_weight_(self.as_matrix(local(weights[name])), record)
-            except LoRAError as error:
-                failure = error
-                state.restore_failed = state.restore_failed or not isinstance(error, WeightEditedError)
-            del state.records[name]
-            if record.copy is not None and record.copy.device.type == "cpu":
-                state.spares[name] = record.copy
-        vars(self)["lora_active"], state.merged = True, False
+        """Write W back into this rank's shard of each weight, see unmerge_weight_; another call completes it."""
+        failure, state = None, self.lora
+        with state.lock:
+            weights, state.unfinished = self.adapted_weights(), True
+            for name, record in list(state.records.items()):
+                try:
+                    unmerge_weight_(self.as_matrix(local(weights[name])), record)
+                except LoRAError as error:
+                    failure = error
+                    state.restore_failed = state.restore_failed or not isinstance(error, WeightEditedError)
+                del state.records[name]
+                if record.copy is not None and record.copy.device.type == "cpu":
+                    state.spares[name] = record.copy
+            vars(self)["lora_active"], state.merged = True, False
+            state.unfinished = False
         if failure:
             raise failure
 
@@ -435,17 +468,18 @@ class AdaptedWeights:
 
     def original(self, name: str) -> torch.Tensor:
         """Return a parameter as it is without the adapter, detached: live, or a restored copy while merged."""
-        weight: torch.Tensor = getattr(self.lora_holder, name).detach()
-        if self.lora.restore_failed and name in self.adapted_weights():
-            raise LoRAError(
-                f"{type(self.lora_holder).__name__}: its base weight could not be restored after merging, so nothing "
-                "is saved from it; load the base weights again."
-            )
-        record = self.lora.records.get(name)
-        if record is None:
-            return weight
-        shard = local(weight)
-        return from_local_like(restored_weight(self.as_matrix(shard), record).view(shard.shape), weight)
+        with self.lora.lock:  # W, and not what stands in for it in another thread's forward, or is half merged
+            weight: torch.Tensor = getattr(self.lora_holder, name).detach()
+            if self.lora.restore_failed and name in self.adapted_weights():
+                raise LoRAError(
+                    f"{type(self.lora_holder).__name__}: its base weight could not be restored after merging, so "
+                    "nothing is saved from it; load the base weights again."
+                )
+            record = self.lora.records.get(name)
+            if record is None:
+                return weight
+            shard = local(weight)
+            return from_local_like(restored_weight(self.as_matrix(shard), record).view(shard.shape), weight)
 
     def base_values(self, name: str) -> torch.Tensor:
         """Return this rank's shard of a weight without the adapter, detached; of a quantised one its values."""
@@ -518,7 +552,7 @@ class AdaptedModule(Swapped):
     def _apply(self, fn: Transform, recurse: bool = True) -> Any:
         adapters = list(self.lora_adapters().values())
         were_meta = [adapter for adapter in adapters if adapter.factors()[0].is_meta]
-        with self._lora_briefly_unmerged():
+        with self._lora_briefly_unmerged("cast or move"):
             super()._apply(_keeping_float32(fn, adapters), recurse)  # type: ignore[no-untyped-call]
         for adapter in were_meta:
             if not adapter.factors()[0].is_meta:  # to_empty
@@ -531,10 +565,14 @@ class AdaptedModule(Swapped):
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        for adapter in self.lora_adapters().values():
-            if adapter.lora.records or adapter.lora.restore_failed:
-                destination.update({prefix + name: adapter.original(name) for name in adapter.adapted_weights()})
+        adapters = self.lora_adapters().values()
+        with ExitStack() as stack:
+            for adapter in adapters:
+                stack.enter_context(adapter.lora.lock)  # W, and not what stands in for it in another thread's forward
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+            for adapter in adapters:
+                if adapter.lora.records or adapter.lora.restore_failed:
+                    destination.update({prefix + name: adapter.original(name) for name in adapter.adapted_weights()})
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         with self._lora_briefly_unmerged():
@@ -546,11 +584,14 @@ class AdaptedModule(Swapped):
                 absent = any(prefix + name not in state_dict for name in adapter.adapted_weights())
                 adapter.lora.restore_failed = adapter.lora.restore_failed and absent
 
-    def _lora_briefly_unmerged(self) -> ExitStack:
-        stack = ExitStack()
-        for adapter in self.lora_adapters().values():
-            stack.enter_context(adapter.briefly_unmerged())
-        return stack
+    @contextmanager
+    def _lora_briefly_unmerged(self, verb: str = "load_state_dict") -> Iterator[None]:
+        adapters = self.lora_adapters().values()
+        with ExitStack() as stack:
+            stack.enter_context(take_turn(adapters, verb))
+            for adapter in adapters:
+                stack.enter_context(adapter.briefly_unmerged())
+            yield
 
     def __prepare_scriptable__(self) -> Any:
         """Refuse TorchScript, which calls this first, and would end in an error of its own about annotations."""
@@ -581,7 +622,13 @@ class LoRALayer(AdaptedWeights, AdaptedModule):
         return {"": self}
 
     def adapted_weights(self) -> dict[str, nn.Parameter]:
-        return {"weight": self.weight}
+        weight = self._parameters.get("weight")  # nn.Module's __getattr__ takes several times as long
+        return {"weight": self.weight if weight is None else weight}
+
+    def factors(self) -> tuple[nn.Parameter, ...]:
+        parameters = self._parameters
+        a, b = parameters.get(A), parameters.get(B)
+        return (self.lora_A, self.lora_B) if a is None or b is None else (a, b)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.lora_active:
@@ -664,27 +711,32 @@ class StandIns:
 
     def __init__(self, module: AdaptedModule, adapters: Sequence[AdaptedWeights]) -> None:
         self.module, self.adapters = module, adapters
-        self.lock = None if torch.compiler.is_compiling() else adapters[0].lora.lock  # a compiler traces one thread
+        self.states = [] if torch.compiler.is_compiling() else [each.lora for each in adapters]  # it traces one thread
 
     def __enter__(self) -> None:
-        if self.lock is not None:
-            self.lock.acquire()
+        for state in self.states:
+            state.lock.acquire()
         try:
-            names = [name for adapter in self.adapters for name in adapter.adapted_weights()]
+            # Another thread may have merged them meanwhile.
+            adapters = [each for each in self.adapters if each.lora_active] if self.states else self.adapters
+            names = [name for adapter in adapters for name in adapter.adapted_weights()]
             self.weights = {name: getattr(self.module, name) for name in names}
             values: dict[str, Any] = {}
-            for adapter in self.adapters:
+            for adapter in adapters:
                 values.update(adapter.stand_ins(self.weights))
         except BaseException:
-            if self.lock is not None:
-                self.lock.release()
+            for state in self.states:
+                state.lock.release()
             raise
+        for state in self.states:
+            state.stands_in += 1
         self.module.lora_place(values)
 
     def __exit__(self, *exception: object) -> None:
         self.module.lora_place(self.weights)
-        if self.lock is not None:
-            self.lock.release()
+        for state in self.states:
+            state.stands_in -= 1
+            state.lock.release()
 
 
 def adapted_places(
@@ -707,6 +759,12 @@ def adapted_layers(
     first: dict[AdaptedWeights, str] = {}
     places = adapted_places(model, remove_duplicate=remove_duplicate, modules=modules)
     return {name: each for name, _, each in places if first.setdefault(each, name) == name or not remove_duplicate}
+
+
+def take_turn(adapters: Collection[AdaptedWeights], verb: str) -> Turn:
+    """Return the turn, for a `with` block, at changing the models that adapters are in."""
+    records = {id(record): record for record in [each.lora.injection for each in adapters]}
+    return Turn(verb, [record.writer for record in records.values()])
 
 
 @contextmanager

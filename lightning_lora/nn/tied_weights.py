@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 
 import torch
 from torch import nn
@@ -31,7 +32,7 @@ def tied_parameters(modules: NamedModules) -> dict[tuple[nn.Module, str], str]:
     """
     owners: dict[int, list[Owned]] = defaultdict(list)
     for path, module in modules:
-        for tensors, trains in ((module._parameters, True), (module._buffers, False)):
+        for tensors, trains in ((_own_parameters(module), True), (module._buffers, False)):
             for name, tensor in tensors.items():
                 if tensor is not None:
                     owners[_storage(tensor)].append((tensor, module, path, name, trains))
@@ -63,6 +64,20 @@ def record_ties(model: nn.Module, modules: NamedModules | None = None) -> None:
             # A part of the injected model shows what ties a layer, but not that nothing does.
             if reason != adapter.lora.unmergeable_reason and (reason or whole):
                 adapter.lora.unmergeable_reason = reason
+
+
+def _own_parameters(module: nn.Module) -> Mapping[str, nn.Parameter | None]:
+    """Return the parameters of a module, and not what stands in for one in another thread's forward."""
+    if not isinstance(module, AdaptedModule):
+        return module._parameters
+    locks = [adapter.lora.lock for adapter in module.lora_adapters().values()]
+    if len(locks) == 1:  # a stack of them takes longer
+        with locks[0]:
+            return dict(module._parameters)
+    with ExitStack() as stack:
+        for lock in locks:
+            stack.enter_context(lock)
+        return dict(module._parameters)
 
 
 def _add_overlaps(sharing: Sequence[Owned], tied: dict[tuple[nn.Module, str], str]) -> None:

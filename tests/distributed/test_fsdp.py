@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from pathlib import Path
@@ -90,6 +91,48 @@ def test_sharded_model_merges_as_one_device_and_restores_every_shard(way):
 @pytest.mark.parametrize("way", WAYS_OF_FOUR)
 def test_model_sharded_over_four_ranks_merges_as_one_device(way):
     world(4).run(cycles, way)
+
+
+def reference_pass(reshard_after_forward: bool) -> str:
+    """A reference pass between forward and backward, as of a model on one device; then a backward inside."""
+    alone = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    with torch.no_grad():
+        for number, parameter in enumerate(alone.parameters()):
+            parameter.copy_(torch.linspace(-1, 1 + number, parameter.numel()).view_as(parameter))
+    base = copy.deepcopy(alone)
+    inject(alone, LoRAConfig(r=2, target_modules=["0"], modules_to_save=["2"]))
+    randomise_(alone)
+    with torch.no_grad():
+        alone[2].weight.mul_(0.5)
+    x = torch.linspace(-1, 1, 32).view(4, 8)
+    net = shard_(copy.deepcopy(alone), reshard_after_forward=reshard_after_forward)
+    output = net(x)
+    with disable_adapter(net), torch.no_grad():
+        reference = net(x)
+    torch.testing.assert_close(reference, base(x))
+    (output - reference).square().sum().backward()
+    (alone(x) - base(x).detach()).square().sum().backward()
+    for (name, found), wanted in zip(net.named_parameters(), alone.parameters(), strict=True):
+        if wanted.grad is not None:
+            torch.testing.assert_close(found.grad.full_tensor(), wanted.grad, msg=name)
+    assert_same_bits(whole_state(net), whole_state(alone))
+    output = net(x)
+    try:
+        with disable_adapter(net):
+            assert_same_bits(whole_state(net), whole_state(alone))
+            output.square().sum().backward()
+    except LoRAError as error:
+        assert_same_bits(whole_state(net), whole_state(alone))
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("reshard_after_forward", [True, False])
+def test_a_reference_pass_of_a_sharded_model_leaves_the_gradients_and_a_backward_inside_is_an_error(
+    reshard_after_forward,
+):
+    for message in world().run(reference_pass, reshard_after_forward):
+        assert "disable_adapter: a backward inside reached '2.weight', which is sharded" in message
 
 
 def sequences() -> None:

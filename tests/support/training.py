@@ -181,6 +181,11 @@ def weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
+def seen(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors that forwards see, by state dict name: inside disable_adapter those from before training."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
 def tensors(value: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor in a nested structure, with where it is."""
     if isinstance(value, torch.Tensor):

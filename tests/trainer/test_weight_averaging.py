@@ -11,7 +11,7 @@ from torch import nn
 from lightning_lora import disable_adapter, is_merged
 from support.lightning_versions import averaging
 from support.runs import SWAPPERS, TARGETS, At, OwnAverage, base_weights, lora_with_effect, reference_loss, swa
-from support.training import Data, Net, assert_same_tensors, make_trainer, weights
+from support.training import Data, Net, assert_same_tensors, make_trainer, seen, weights
 
 
 @pytest.mark.parametrize("merged_eval", [True, False])
@@ -130,7 +130,7 @@ def test_a_model_that_configure_model_builds_anew_at_each_call_is_adapted_each_t
         loaded = make()
         make_trainer(tmp_path, lora_with_effect(bias="all")).validate(loaded, Data(), ckpt_path=path, verbose=False)
         with disable_adapter(model):
-            base = weights(model)
+            base = {name: tensor.detach().clone() for name, tensor in seen(model).items()}
         runs[make] = [weights(model), weights(resumed), weights(loaded), base, torch.tensor(losses)]
     assert len(runs[Net][-1]) == 3
     assert_same_tensors(runs[BuiltAnew], runs[Net])

@@ -1,0 +1,384 @@
+"""One thread at a time changes a model; a second one is refused at once, and the base is never damaged."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import pickle
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lightning_lora import (
+    LoRAConfig,
+    LoRAError,
+    adapter_state_dict,
+    disable_adapter,
+    initialize_from_data,
+    inject,
+    is_merged,
+    load_adapter,
+    merge,
+    merge_and_unload,
+    merged,
+    unload,
+    unmerge,
+)
+from lightning_lora.model import inject as inject_module
+from support.models import bits, randomise_
+
+WAIT = 20  # seconds that no test needs
+
+
+class Softplus(nn.Linear):
+    """A user's layer: its forward runs on W + delta."""
+
+    inside: Callable[[], None] | None = None  # called in the forward
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        before = self.weight
+        if self.inside is not None:
+            type(self).inside(self)
+        assert self.weight is before
+        return F.softplus(F.linear(x, self.weight, self.bias))
+
+
+def network(*, saved: bool = False) -> nn.Sequential:
+    model = nn.Sequential(nn.Linear(8, 8), Softplus(8, 8), nn.Linear(8, 3)).eval()
+    head = {"modules_to_save": ["2"], "target_modules": ["0", "1"]} if saved else {}
+    inject(model, LoRAConfig(r=2, **head))
+    randomise_(model)
+    return model
+
+
+def values(model: nn.Module) -> dict[str, bytes]:
+    return {name: bits(parameter) for name, parameter in model.named_parameters()}
+
+
+def elsewhere(call: Callable[[], Any]) -> Any:
+    """Call in another thread, and return or raise what comes of it."""
+    with ThreadPoolExecutor(1, "other") as pool:
+        return pool.submit(call).result(WAIT)
+
+
+@contextmanager
+def thread_inside(context: Callable[[], Any]) -> Iterator[None]:
+    """Let another thread be in a `with` block."""
+    entered, leave, failures = threading.Event(), threading.Event(), []
+
+    def run() -> None:
+        try:
+            with context():
+                entered.set()
+                leave.wait(WAIT)
+        except BaseException as error:
+            failures.append(error)
+            entered.set()
+
+    thread = threading.Thread(target=run, name="holder")
+    thread.start()
+    entered.wait(WAIT)
+    try:
+        yield
+    finally:
+        leave.set()
+        thread.join(WAIT)
+        assert not failures
+
+
+VERBS: dict[str, Callable[[nn.Module, dict[str, Any]], Any]] = {
+    "merge": lambda model, state: merge(model),
+    "unmerge": lambda model, state: unmerge(model),
+    "merged": lambda model, state: merged(model).__enter__(),
+    "disable_adapter": lambda model, state: disable_adapter(model).__enter__(),
+    "load_adapter": lambda model, state: load_adapter(model, state),
+    "unload": lambda model, state: unload(model),
+    "merge_and_unload": lambda model, state: merge_and_unload(model),
+    "load_state_dict": lambda model, state: model.load_state_dict(state),
+    "cast or move": lambda model, state: model.double(),
+    "initialize_from_data": lambda model, state: initialize_from_data(
+        model, [torch.randn(9, 8)], lambda net, batch: net(batch)
+    ),
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("body", [merged, disable_adapter])
+def test_a_second_thread_that_changes_the_model_is_refused_at_once_and_told_by_whom(body, verb):
+    model = network()
+    if verb == "initialize_from_data":
+        model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3))
+        inject(model, LoRAConfig(r=2, init_lora_weights="eva"))
+    state = adapter_state_dict(model)
+    before = values(model)
+    with thread_inside(lambda: body(model)):
+        found = values(model)
+        message = rf"{verb}: {body.__name__} is under way on this model in the thread 'holder'. .*threading.Lock"
+        expected = "the model is merged" if (verb, body) == ("initialize_from_data", merged) else message
+        with pytest.raises(LoRAError, match=expected):
+            VERBS[verb](model, state)
+        assert values(model) == found
+    assert values(model) == before
+    VERBS["merge"](model, state)  # the turn is free again
+    unmerge(model)
+    assert values(model) == before
+
+
+def test_a_second_thread_cannot_inject_while_the_first_does(monkeypatch):
+    model, refusals = nn.Sequential(nn.Linear(8, 8)), []
+
+    def in_between(*args: Any, original: Any = inject_module.Targets) -> Any:
+        with pytest.raises(LoRAError) as refusal:
+            elsewhere(lambda: inject(model, LoRAConfig(r=4)))
+        refusals.append(str(refusal.value))
+        return original(*args)
+
+    monkeypatch.setattr(inject_module, "Targets", in_between)
+    inject(model, LoRAConfig(r=2))
+    assert refusals
+    assert all("inject: inject is under way" in refusal for refusal in refusals)
+    assert model[0].lora_A.shape == (2, 8)
+
+
+def test_two_threads_that_inject_at_once_make_one_injection(monkeypatch):
+    model = nn.Sequential(nn.Linear(8, 8))
+
+    def in_between(root: nn.Module, original: Any = inject_module.check_unadapted) -> None:
+        original(root)
+        monkeypatch.setattr(inject_module, "check_unadapted", original)
+        elsewhere(lambda: inject(model, LoRAConfig(r=4)))
+
+    monkeypatch.setattr(inject_module, "check_unadapted", in_between)
+    with pytest.raises(LoRAError, match="inject: another thread has injected this Sequential meanwhile"):
+        inject(model, LoRAConfig(r=2))
+    assert model[0].lora_A.shape == (4, 8)
+
+
+def test_threads_that_merge_and_unmerge_at_random_never_damage_the_base():
+    model, x = network(), torch.randn(4, 8)
+    before, refused, failures = values(model), [], []
+
+    def cycle(seed: int) -> None:
+        for _ in range(40):
+            try:
+                with merged(model):
+                    model(x)
+            except LoRAError as error:
+                refused.append(str(error))
+            except BaseException as error:
+                failures.append(error)
+
+    threads = [threading.Thread(target=cycle, args=(seed,)) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(WAIT)
+    assert not failures
+    assert all("is under way on this model" in message for message in refused)
+    assert not is_merged(model)
+    assert values(model) == before
+
+
+# --- beside a forward that runs on W + delta ---
+
+
+def in_forward(model: nn.Sequential, call: Callable[[], Any], *, same_thread: bool = False) -> Any:
+    """Run the model, and call while the forward of its second layer runs: in another thread, or in that one."""
+    results: list[Any] = []
+
+    def run(layer: nn.Module) -> None:
+        if same_thread:
+            results.append(call())
+            return
+        thread = threading.Thread(target=lambda: results.append(call()))
+        thread.start()
+        thread.join(0.2)  # which waits for this forward
+        results.append(thread)
+
+    Softplus.inside = run
+    try:
+        model(torch.randn(4, 8))
+    finally:
+        Softplus.inside = None
+    for thread in results:
+        if isinstance(thread, threading.Thread):
+            thread.join(WAIT)
+            assert not thread.is_alive()
+    return next(result for result in results if not isinstance(result, threading.Thread))
+
+
+@pytest.mark.parametrize("budget", [0, 2**26])
+def test_merge_beside_a_forward_on_w_plus_delta_waits_for_it_and_merges_w(monkeypatch, budget):
+    monkeypatch.setattr("lightning_lora.model.merging.COPY_BUDGET", budget)
+    model = network()
+    expected = copy.deepcopy(model)
+    merge(expected)
+    before = values(model)
+    in_forward(model, lambda: merge(model))
+    assert values(model) == values(expected)
+    unmerge(model)
+    assert values(model) == before
+
+
+def test_state_dict_beside_a_forward_on_w_plus_delta_holds_w():
+    model = network()
+    before = {name: bits(value) for name, value in model.state_dict().items()}
+    seen = in_forward(model, lambda: {name: bits(value) for name, value in model.state_dict().items()})
+    assert seen == before
+
+
+def test_unload_beside_a_forward_on_w_plus_delta_leaves_w():
+    model = nn.Sequential(nn.Linear(8, 8), Softplus(8, 8))  # no layer runs after the one that is waited for
+    inject(model, LoRAConfig(r=2))
+    randomise_(model)
+    weight = bits(model[1].weight)
+    in_forward(model, lambda: unload(model))
+    assert type(model[1]) is Softplus
+    assert bits(model[1].weight) == weight
+
+
+def test_merge_inside_a_forward_on_w_plus_delta_is_refused_and_says_so():
+    model = network()
+    before = values(model)
+    with pytest.raises(LoRAError, match=r"merge: '1': it is called inside a forward of this layer"):
+        in_forward(model, lambda: merge(model), same_thread=True)
+    assert values(model) == before
+    assert not is_merged(model)
+    with merged(model):
+        pass
+    assert values(model) == before
+
+
+def test_a_tie_is_seen_beside_a_forward_that_runs_on_w_plus_delta():
+    model = network()
+    model[0].weight = model[1].weight
+    before = values(model[:2])
+    in_forward(model, lambda: merge(model))
+    assert values(model[:2]) == before  # both stay factored
+    assert is_merged(model)
+
+
+# --- nesting, generators, copies ---
+
+
+def test_calls_of_one_thread_nest():
+    model, x = network(), torch.randn(4, 8)
+    before, output = values(model), model(x)
+    with merged(model), disable_adapter(model), merged(model):
+        merge(model)
+        load_adapter(model, adapter_state_dict(model))
+    unmerge(model)
+    assert values(model) == before
+    assert torch.equal(model(x), output)
+
+
+@pytest.mark.parametrize("body", [merged, disable_adapter])
+def test_a_generator_that_ends_in_another_thread_brings_the_model_back(body):
+    model, x = network(saved=True), torch.randn(4, 8)
+    before, output = values(model), model(x)
+
+    def stream() -> Iterator[None]:
+        with body(model):
+            yield
+
+    generator = stream()
+    next(generator)
+    assert not torch.equal(model(x), output)
+    elsewhere(generator.close)
+    assert values(model) == before
+    assert torch.equal(model(x), output)
+    elsewhere(lambda: merge(model))
+    unmerge(model)
+    assert values(model) == before
+
+
+def test_a_generator_whose_thread_has_ended_locks_nobody_out():
+    model = network()
+    before = values(model)
+
+    def stream() -> Iterator[None]:
+        with merged(model):
+            yield
+
+    generator = stream()
+    elsewhere(lambda: next(generator))
+    assert is_merged(model)
+    unmerge(model)
+    generator.close()
+    assert values(model) == before
+
+
+def test_a_generator_cannot_end_beside_a_call_of_another_thread():
+    model = network()
+    before = values(model)
+
+    def stream() -> Iterator[None]:
+        with merged(model):
+            yield
+
+    generator = stream()
+    with merged(model):
+        next(generator)
+        with pytest.raises(LoRAError, match="merged: merged is under way"):
+            elsewhere(generator.close)
+    assert values(model) == before
+
+
+def test_tasks_of_one_event_loop_are_one_thread():
+    model, x = network(), torch.randn(4, 8)
+    before = values(model)
+
+    async def evaluate() -> torch.Tensor:
+        with merged(model):
+            await asyncio.sleep(0)
+            return model(x)
+
+    async def main() -> list[torch.Tensor]:
+        with merged(model):
+            return await asyncio.gather(evaluate(), evaluate())
+
+    one, other = asyncio.run(main())
+    assert torch.equal(one, other)
+    assert values(model) == before
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_made_inside_has_a_turn_of_its_own(copied):
+    model = network()
+    with merged(model):
+        other = copied(model)
+        elsewhere(lambda: unmerge(other))
+    assert not is_merged(other)
+    assert values(other) == values(model)
+
+
+def test_two_models_are_changed_by_two_threads_at_once():
+    one, other = network(), network()
+    with thread_inside(lambda: merged(one)), merged(other):
+        assert is_merged(one)
+        assert is_merged(other)
+
+
+def test_a_part_of_a_model_shares_its_turn():
+    model = network()
+    with thread_inside(lambda: merged(model[:1])), pytest.raises(LoRAError, match="merge: merged is under way"):
+        merge(model)
+
+
+def test_a_model_of_two_injected_models_waits_for_neither():
+    pair = nn.ModuleList([network(), network()])
+    with thread_inside(lambda: merged(pair[1])):
+        with pytest.raises(LoRAError, match="merge: merged is under way"):
+            merge(pair)
+        assert not is_merged(pair[0])
+        with merged(pair[0]):  # its turn was given back
+            pass
+    merge(pair)
+    assert is_merged(pair[0])
