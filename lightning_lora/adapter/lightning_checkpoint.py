@@ -22,7 +22,7 @@ from torch import nn
 
 from ..distributed.sharding import gather_all, has_sharded
 from ..errors import LoRAError, NonFiniteError
-from ..files.torch_archive import read_torch_file
+from ..files.torch_archive import read_sharded_tensors, read_torch_file
 from ..model.dequantise import dequantised_dtype, quantised_weights
 from ..model.injection import refuse_replaced_layers, require_injection
 from ..model.named_state import named_state
@@ -37,6 +37,7 @@ from .metadata import describe_model, from_metadata, to_metadata
 
 FORMAT_VERSION = 1
 HEADER = "meta.pt"  # Lightning's name of what a distributed checkpoint holds beside its shards
+SHARDS = ".metadata"  # torch's name of the description of the shards
 
 Kind = Literal["adapter", "merged", "full"]
 
@@ -348,19 +349,15 @@ def adapter_of(checkpoint: Mapping[str, Any]) -> tuple[Adapter, Kind]:
 
 def read_without_values(path: Path) -> dict[str, Any]:
     """Read a checkpoint file, or a distributed checkpoint with tensors on the meta device."""
-    from torch.distributed.checkpoint.filesystem import FileSystemReader  # slow to import, and rarely needed
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
     if path.is_file():
         return read_torch_file(path, mmap=True)
     if not (path / HEADER).is_file():
         raise LoRAError(f"{path}: neither a checkpoint file nor a folder with a distributed checkpoint.")
     checkpoint = read_torch_file(path / HEADER)
-    shards = FileSystemReader(path).read_metadata().state_dict_metadata
     checkpoint["state_dict"] = {
-        name.removeprefix("state_dict."): torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
-        for name, entry in shards.items()
-        if name.startswith("state_dict.") and isinstance(entry, TensorStorageMetadata)
+        name.removeprefix("state_dict."): torch.empty(size, dtype=dtype, device="meta")
+        for name, (size, dtype) in read_sharded_tensors(path / SHARDS).items()
+        if name.startswith("state_dict.")
     }
     return checkpoint
 

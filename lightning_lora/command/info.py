@@ -130,6 +130,7 @@ def diff(first_path: PathLike, second_path: PathLike) -> dict[str, Any]:
         both = open_weights(first_path), open_weights(second_path)
         for each in both:
             refuse_quantised("diff", each)
+            each.compare_check_sums()
         return _diff_weights(*both)
     first, second = (without_base(read_adapter(path)).by_network_names() for path in (first_path, second_path))
     return _diff_adapters(first, second)
