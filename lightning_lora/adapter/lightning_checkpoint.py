@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from ..distributed.sharding import gather_all, has_sharded
-from ..errors import LoRAError, NonFiniteError
+from ..errors import LoRAError, NonFiniteError, shown
 from ..files.torch_archive import read_sharded_tensors, read_torch_file
 from ..model.dequantise import dequantised_dtype, quantised_weights
 from ..model.injection import refuse_replaced_layers, require_injection
@@ -124,6 +124,10 @@ def _merge_state(module: nn.Module, state: Mapping[str, Any], dtype: torch.dtype
         raise NonFiniteError(
             f'{error} Merged weights cannot hold that; with save="adapter" or "full" a diverged run is saved as it is.'
         ) from error
+
+
+def _is_kind(value: object) -> bool:
+    return isinstance(value, str) and value in get_args(Kind)
 
 
 def checkpoint_metadata(kind: Kind, adapter: Adapter) -> dict[str, Any]:
@@ -324,14 +328,14 @@ def adapter_of(checkpoint: Mapping[str, Any]) -> tuple[Adapter, Kind]:
         LoRAError: checkpoint["lora"] is missing or not of a known form.
     """
     meta = checkpoint.get(META)
-    if not isinstance(meta, Mapping) or meta.get("kind") not in get_args(Kind):
+    if not isinstance(meta, Mapping) or not _is_kind(meta.get("kind")):
         raise LoRAError(
             'checkpoint["lora"]: is missing or damaged; this is not a checkpoint of lightning_lora. One of plain '
             "Lightning, without an adapter, is loaded by its class's own load_from_checkpoint."
         )
     if meta.get("format_version") != FORMAT_VERSION:
         raise LoRAError(
-            f'checkpoint["lora"]: has format {meta.get("format_version")!r}, this lightning_lora reads '
+            f'checkpoint["lora"]: has format {shown(meta.get("format_version"))}, this lightning_lora reads '
             f"{FORMAT_VERSION}; install the version that wrote it."
         )
     kind: Kind = meta["kind"]

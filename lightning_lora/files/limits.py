@@ -24,7 +24,7 @@ class Limit:
 JSON_BYTES = Limit(2**23, "bytes of JSON", "Python needs up to twenty times a JSON file's size")
 INDEX_BYTES = Limit(2**25, "bytes of an index of shards", "an index of 100,000 tensors has a third of that")
 HEADER_BYTES = Limit(2**25, "bytes of a safetensors header", "a header of 100,000 tensors has a third of that")
-JSON_PARTS = Limit(3_000_000, "commas and brackets in JSON", "each may become an object of 64 bytes")
+JSON_PARTS = Limit(1_000_000, "commas and brackets in JSON", "each may become an object of 64 bytes")
 PICKLE_BYTES = Limit(2**26, "bytes of a pickle", "one byte may become an object of 64; tensors lie beside the pickle")
 PICKLE_DEPTH = Limit(200, "tuples inside each other in a pickle", "to hash a deeper one as a key ends the process")
 PICKLE_HASHED = Limit(10_000_000, "parts of a pickle's keys", "a tuple that holds another twice doubles each time")
@@ -35,7 +35,9 @@ NAMES_TEXT = Limit(2**27, "characters of names, with those of the modules around
 PATTERNS = Limit(2000, "patterns in an option", "each layer is compared with each pattern")
 PATTERN_LENGTH = Limit(2**20, "characters of a pattern", "each is compared with each name")
 PATTERN_DEPTH = Limit(50, "groups inside each other in a pattern", "they are read one inside the other")
-PATTERN_STEPS = Limit(100_000, "steps to compare one name with a pattern", "a pattern can repeat its repetitions")
+PATTERN_REPEATS = Limit(4, "repetitions after each other in a pattern", "each multiplies the time by a name's length")
+PATTERN_CHOICES = Limit(256, "ways in which parts of a pattern can match at one place", "all are tried")
+PATTERN_STEPS = Limit(500_000_000, "steps to compare the names of layers with patterns", "each takes some nanoseconds")
 FREE_BYTES = 2**26  # views may repeat so much of any file
 
 

@@ -19,7 +19,7 @@ PUT, GET = ("BINPUT", "LONG_BINPUT", "PUT"), ("BINGET", "LONG_BINGET", "GET")
 NUMBERS = ("BININT", "BININT1", "BININT2", "INT", "LONG", "LONG1", "LONG4")
 TUPLES = ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3")
 GROWING, CONTAINERS = ("APPEND", "APPENDS", "ADDITEMS"), ("EMPTY_LIST", "LIST", "EMPTY_SET")
-TEXTS = ("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8")
+TEXTS = ("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8")
 
 
 class _Value:
@@ -198,7 +198,7 @@ class _Follower:
         if name in NUMBERS:
             return NUMBER
         if name in TEXTS:
-            return LATIN if argument in WRITTEN_IN else LEAF
+            return LATIN if argument.rstrip(b"\n") in WRITTEN_IN else LEAF
         if name == "GLOBAL":
             return NAMED.get(argument, LEAF)
         if name == "REDUCE":
