@@ -66,62 +66,62 @@ class _Group:
         return self.widest, 1 if one_fits else self.total, len(self.texts) > 1
 
 
-def check_options(options: Any, names: Collection[str], where: object) -> None:
+def check_options(options: Any, names: Collection[str], path: object) -> None:
     """Raise LoRAError where options in a file could take long to apply.
 
     Args:
         options: as they are there.
         names: of the layers in the file.
-        where: for messages.
+        path: for messages.
     """
     if not isinstance(options, Mapping):
         return
-    check_names(names, where)
+    check_names(names, path)
     steps = 0
     for option in EXPRESSIONS:
         value = options.get(option)
         if isinstance(value, str):
-            steps += _steps(value, names, f"{where}: {option}")
+            steps += _steps(value, names, f"{path}: {option}")
         elif isinstance(value, (list, tuple, set, frozenset)):
-            check_names(filter(_is_text, value), f"{where}: {option}")
+            check_names(filter(_is_text, value), f"{path}: {option}")
     for option in BY_LAYER:
         value = options.get(option)
         if isinstance(value, Mapping):
-            check(PATTERNS, len(value), f"{where}: {option}")
-            steps += sum(_steps(k, names, f"{where}: {option}", of_suffix=True) for k in value if isinstance(k, str))
+            check(PATTERNS, len(value), f"{path}: {option}")
+            steps += sum(_steps(k, names, f"{path}: {option}", of_suffix=True) for k in value if isinstance(k, str))
     value = options.get("layers_pattern")
     patterns = [value] if isinstance(value, str) else value if isinstance(value, (list, tuple)) else ()
-    check(PATTERNS, len(patterns), f"{where}: layers_pattern")
-    steps += sum(_steps(entry, names, f"{where}: layers_pattern") for entry in filter(_is_text, patterns))
-    check(PATTERN_STEPS, steps, where)
+    check(PATTERNS, len(patterns), f"{path}: layers_pattern")
+    steps += sum(_steps(entry, names, f"{path}: layers_pattern") for entry in filter(_is_text, patterns))
+    check(PATTERN_STEPS, steps, path)
 
 
 def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
 
-def _steps(pattern: str, names: Iterable[str], where: str, *, of_suffix: bool = False) -> int:
+def _steps(pattern: str, names: Iterable[str], path: str, *, of_suffix: bool = False) -> int:
     """Return about how many steps it takes to compare names, or also what follows each dot in them, with a pattern."""
-    repeats, choices = count_repeats(pattern, where)
+    repeats, choices = count_repeats(pattern, path)
     return sum(math.comb(len(name) + repeats, repeats) * choices * (name.count(".") * of_suffix + 1) for name in names)
 
 
-def count_repeats(pattern: str, where: str) -> tuple[int, int]:
+def count_repeats(pattern: str, path: str) -> tuple[int, int]:
     """Return how many repetitions follow each other in a regular expression, and the ways to match at one place.
 
     Raises:
         LoRAError: it repeats what repeats itself, or has other parts whose time has no bound.
     """
-    check(PATTERN_LENGTH, len(pattern), where)
+    check(PATTERN_LENGTH, len(pattern), path)
     groups = [_Group()]
     at = 0
     while at < len(pattern):
         character, group = pattern[at], groups[-1]
         if character == "(":
             if REFUSED.match(pattern, at):
-                raise LoRAError(f"{where}: {shown(pattern)} {AGAIN}")
+                raise LoRAError(f"{path}: {shown(pattern)} {AGAIN}")
             groups.append(_Group())
-            check(PATTERN_DEPTH, len(groups), where)
+            check(PATTERN_DEPTH, len(groups), path)
             at = _after_group_start(pattern, at)
         elif character == ")" and len(groups) > 1:
             repeats, choices, varies = groups.pop().close()
@@ -131,23 +131,23 @@ def count_repeats(pattern: str, where: str) -> tuple[int, int]:
             group.begin_alternative()
             at += 1
         elif character in "*+?{":
-            at = _quantified(group, pattern, at, where)
+            at = _quantified(group, pattern, at, path)
         else:
-            end = _after_part(pattern, at, where)
+            end = _after_part(pattern, at, path)
             part = pattern[at:end].removeprefix("\\")
             is_text = len(part) == 1 and (not part.isalnum() if end - at == 2 else part not in ".^$")
             group.add(part if is_text else None)
             at = end
-        check(PATTERN_CHOICES, groups[-1].choices, where)
+        check(PATTERN_CHOICES, groups[-1].choices, path)
     while len(groups) > 1:  # an unclosed group is no regular expression, which LoRAConfig says
         groups[-2].add(None, *groups.pop().close()[:2])
     repeats, choices, _ = groups[0].close()
-    check(PATTERN_REPEATS, repeats, where)
-    check(PATTERN_CHOICES, choices, where)
+    check(PATTERN_REPEATS, repeats, path)
+    check(PATTERN_CHOICES, choices, path)
     return repeats, choices
 
 
-def _quantified(group: _Group, pattern: str, at: int, where: str) -> int:
+def _quantified(group: _Group, pattern: str, at: int, path: str) -> int:
     """Read a quantifier of the last part. Returns where it ends."""
     end, once = at + 1, pattern[at] == "?"
     if pattern[at] == "{":
@@ -162,7 +162,7 @@ def _quantified(group: _Group, pattern: str, at: int, where: str) -> int:
         group.last_choices += 1
     elif group.last_repeats or group.last_choices > 1 or group.last_varies:
         raise LoRAError(
-            f"{where}: {shown(pattern)} repeats a group that has repetitions or alternatives in it. From a file such a "
+            f"{path}: {shown(pattern)} repeats a group that has repetitions or alternatives in it. From a file such a "
             "pattern is not taken, for it may never end; name the modules, or write it without."
         )
     else:
@@ -184,11 +184,11 @@ def _after_group_start(pattern: str, at: int) -> int:
     return at
 
 
-def _after_part(pattern: str, at: int, where: str) -> int:
+def _after_part(pattern: str, at: int, path: str) -> int:
     """Return where a character, an escape or a class of characters ends."""
     if pattern[at] == "\\":
         if pattern[at + 1 : at + 2].isdigit() and pattern[at + 1] != "0":
-            raise LoRAError(f"{where}: {shown(pattern)} {AGAIN}")
+            raise LoRAError(f"{path}: {shown(pattern)} {AGAIN}")
         return at + 2
     if pattern[at] != "[":
         return at + 1

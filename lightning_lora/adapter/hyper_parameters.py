@@ -26,10 +26,6 @@ PLAIN = (bool, int, float, complex, str, bytes)
 COLLECTIONS = (list, tuple, set, frozenset, dict)
 
 
-class _NamesCodeError(Exception):
-    """A value is the name of what had to be imported or called."""
-
-
 def plain_arguments(
     cls: Callable[..., Any], saved: Mapping[str, Any], given: Collection[str] = (), *, parsed: bool = False
 ) -> tuple[dict[str, Any], dict[str, str]]:
@@ -54,8 +50,8 @@ def plain_arguments(
         try:
             arguments[name] = _fitted(value, hint := hints.get(name, Any))
             if parsed and (not str(name).isidentifier() or (isinstance(value, str) and _may_import(hint))):
-                raise _NamesCodeError
-        except (_NamesCodeError, TypeError, ValueError):  # the latter two of a user's dataclass
+                raise TypeError("it does not fit the annotation")
+        except (TypeError, ValueError):
             named = named or shown(value)
         if named:
             refused[name] = named
@@ -123,7 +119,7 @@ def _may_import(hint: Any) -> bool:
 
 
 def _fitted(value: Any, hint: Any) -> Any:
-    """Return a value of a config as an annotation wants it. Raises _NamesCodeError where that takes other code."""
+    """Return a value of a config as an annotation wants it. Raises TypeError where that takes other code."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
         return _fitted(value, arguments[0])
@@ -150,7 +146,7 @@ def _fitted(value: Any, hint: Any) -> Any:
         return float(value)
     if isinstance(value, kind):
         return value
-    raise _NamesCodeError
+    raise TypeError("it does not fit the annotation")
 
 
 def _first_fit(value: Any, hints: tuple[Any, ...]) -> Any:
@@ -160,19 +156,19 @@ def _first_fit(value: Any, hints: tuple[Any, ...]) -> Any:
         if hint is not NoneType:
             try:
                 return _fitted(value, hint)
-            except _NamesCodeError:
+            except TypeError:
                 continue
-    raise _NamesCodeError
+    raise TypeError("it does not fit the annotation")
 
 
 def _fitted_list(value: list[Any] | tuple[Any, ...], kind: type, hints: tuple[Any, ...]) -> Any:
     if kind is tuple and hints and hints[-1] is not Ellipsis:
         if len(hints) != len(value):
-            raise _NamesCodeError
+            raise TypeError("it does not fit the annotation")
         return tuple(_fitted(part, hint) for part, hint in zip(value, hints, strict=True))
     parts = [_fitted(part, hints[0] if hints else Any) for part in value]
     fitting = next((each for each in COLLECTIONS if each is not dict and issubclass(each, kind)), None)
     if fitting is None:
-        raise _NamesCodeError
+        raise TypeError("it does not fit the annotation")
     same = type(value) is fitting and all(part is before for part, before in zip(parts, value, strict=True))
     return value if same else fitting(parts)

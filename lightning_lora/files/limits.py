@@ -41,23 +41,23 @@ PATTERN_STEPS = Limit(500_000_000, "steps to compare the names of layers with pa
 FREE_BYTES = 2**26  # views may repeat so much of any file
 
 
-def check(limit: Limit, found: int, where: object) -> None:
+def check(limit: Limit, found: int, path: object) -> None:
     """Raise LoRAError where a file asks for more than a limit."""
     if found > limit.most:
-        raise LoRAError(f"{where}: has {found} {limit.what}; at most {limit.most} are read. No honest file needs more.")
+        raise LoRAError(f"{path}: has {found} {limit.what}; at most {limit.most} are read. No honest file needs more.")
 
 
-def check_names(names: Iterable[str], where: object) -> None:
+def check_names(names: Iterable[str], path: object) -> None:
     """Raise LoRAError where a name in a file, or all together, are longer or deeper than those of models."""
     total = 0
     for name in names:
         if len(name) > NAME_LENGTH.most:
-            check(NAME_LENGTH, len(name), f"{where}: {shown(name, 60)}")
+            check(NAME_LENGTH, len(name), f"{path}: {shown(name, 60)}")
         parts = name.count(".") + 1
         if parts > NAME_PARTS.most:
-            check(NAME_PARTS, parts, f"{where}: {shown(name, 60)}")
+            check(NAME_PARTS, parts, f"{path}: {shown(name, 60)}")
         total += len(name) * parts
-    check(NAMES_TEXT, total, where)
+    check(NAMES_TEXT, total, path)
 
 
 def every_limit() -> list[tuple[str, Limit]]:

@@ -6,6 +6,7 @@ hashes keys; where a memo of a given index, or a text of a given length, would b
 
 from __future__ import annotations
 
+import pickle
 import pickletools
 from typing import NamedTuple
 
@@ -71,10 +72,6 @@ def _table() -> dict[int, _Operation]:
 OPERATIONS = _table()
 
 
-class _Damaged(Exception):  # noqa: N818
-    """Not a whole pickle."""
-
-
 def check_pickle(content: bytes, where: object, start: int = 0) -> int:
     """Raise LoRAError where unpickling would take memory or time that a pickle's size does not explain.
 
@@ -89,7 +86,7 @@ def check_pickle(content: bytes, where: object, start: int = 0) -> int:
     check(PICKLE_BYTES, len(content), where)
     try:
         return _Follower(content, where).run(start)
-    except (_Damaged, IndexError):
+    except (pickle.UnpicklingError, LookupError):
         return len(content)
 
 
@@ -106,7 +103,7 @@ class _Follower:
         while True:
             operation = OPERATIONS.get(content[at])
             if operation is None:
-                raise _Damaged
+                raise pickle.UnpicklingError("cut")
             at += 1
             argument, at = self._argument(operation, at)
             if operation.name == "STOP":
@@ -114,7 +111,7 @@ class _Follower:
             self._act(operation, argument)
 
     def _argument(self, operation: _Operation, at: int) -> tuple[bytes, int]:
-        form, content = operation.form, self.content
+        form, content, where = operation.form, self.content, self.where
         if form == FIXED:
             end = at + operation.size
         elif form in (LINE, LINES):
@@ -122,27 +119,25 @@ class _Follower:
             for _ in range(form):
                 end = content.find(b"\n", end) + 1
                 if not end:
-                    raise _Damaged
+                    raise pickle.UnpicklingError("cut")
         else:
             width = LENGTHS[form][0]
             size = int.from_bytes(content[at : at + width], "little", signed=operation.signed)
             at, end = at + width, at + width + size
             if size < 0 or end > len(content):
-                raise LoRAError(
-                    f"{self.where}: a pickle declares {size} bytes and has {len(content) - at}; it was cut."
-                )
+                raise LoRAError(f"{where}: a pickle declares {size} bytes and has {len(content) - at}; it was cut.")
         if end > len(content):
-            raise _Damaged
+            raise pickle.UnpicklingError("cut")
         return content[at:end], end
 
     def _act(self, operation: _Operation, argument: bytes) -> None:
-        name, stack = operation.name, self.stack
+        name, stack, where = operation.name, self.stack, self.where
         if name in GET:
             stack.append(self.memo[self._number(operation, argument)])
         elif name in PUT or name == "MEMOIZE":
             index = self._number(operation, argument) if name in PUT else len(self.memo)
             if index > len(self.content):
-                raise LoRAError(f"{self.where}: a pickle of {len(self.content)} bytes numbers an object {index}.")
+                raise LoRAError(f"{where}: a pickle of {len(self.content)} bytes numbers an object {index}.")
             self.memo[index] = stack[-1]
         elif name == "MARK":
             stack.append(MARK)
@@ -156,7 +151,7 @@ class _Follower:
         try:
             return int(argument) if operation.form == LINE else int.from_bytes(argument, "little")
         except ValueError:
-            raise _Damaged from None
+            raise pickle.UnpicklingError("no number") from None
 
     def _taken(self, operation: _Operation) -> list[_Value]:
         """Take what an operation takes from the stack, the deepest first."""
@@ -167,7 +162,7 @@ class _Follower:
             stack.pop()
             above.reverse()
         if operation.pops > len(stack):
-            raise _Damaged
+            raise pickle.UnpicklingError("cut")
         below = stack[len(stack) - operation.pops :]
         del stack[len(stack) - operation.pops :]
         if operation.name in ("SETITEM", "SETITEMS"):
@@ -185,12 +180,13 @@ class _Follower:
 
     def _made(self, name: str, argument: bytes, items: list[_Value]) -> _Value:
         """Return what an operation puts on the stack."""
+        where = self.where
         if name in TUPLES:
             return self._tuple(items)
         if name in GROWING:
             if items[0] not in CONSTANTS:
                 if not items[0].grows:
-                    raise LoRAError(f"{self.where}: a list in a pickle goes on growing inside of a tuple.")
+                    raise LoRAError(f"{where}: a list in a pickle goes on growing inside of a tuple.")
                 items[0].parts += sum(item.parts for item in items[1:])
             return items[0]
         if name in CONTAINERS:
@@ -214,7 +210,8 @@ class _Follower:
 
     def _refuse_growing_calls(self, function: _Value, arguments: _Value) -> None:
         """Refuse functions that torch.load calls, where their result is larger than what is given to them."""
+        where = self.where
         if function is BYTEARRAY and arguments.kind == NUMBER.kind:
-            raise LoRAError(f"{self.where}: a pickle makes a bytearray of a size of its own choice.")
+            raise LoRAError(f"{where}: a pickle makes a bytearray of a size of its own choice.")
         if function is ENCODE and arguments.kind != LATIN.kind:
-            raise LoRAError(f"{self.where}: a pickle encodes text in another way than bytes are written in.")
+            raise LoRAError(f"{where}: a pickle encodes text in another way than bytes are written in.")
