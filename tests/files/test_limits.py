@@ -206,7 +206,8 @@ def test_shared_lists_and_long_numbers_are_shown_short(tmp_path: Path, place: st
     assert "LoRAConfig: " in refusal(lambda: load_adapter(model(), tmp_path / "a.ckpt"))
     for key in ("format_version", "kind", "layers", "fingerprint", "network", "origin"):
         torch.save({"state_dict": state, "lora": meta | {"config": {}, key: value}}, tmp_path / "a.ckpt")
-        refusal(lambda: load_adapter(model(), tmp_path / "a.ckpt"))
+        for door in both(tmp_path / "a.ckpt"):
+            refusal(door)
 
 
 def test_json_and_headers_of_any_size_are_refused_by_their_size(tmp_path: Path, folder: Path):
