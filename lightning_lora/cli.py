@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib import import_module
 from importlib.util import find_spec
 from inspect import Signature, isroutine, signature
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
+from .adapter.hyper_parameters import HYPER_PARAMETERS, INSTANTIATOR, class_named_by, flat, plain_arguments
 from .callback import LoRACallback
+from .errors import LoRAError, shown
+from .files.torch_archive import read_torch_file
 from .trainer.lightning_packages import first_package, package_of
 
 if TYPE_CHECKING:
@@ -51,6 +55,43 @@ class LoRACLI(LightningCLI, metaclass=_EitherPackage):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the `lora` block; a subclass that overrides this calls super()."""
         parser.add_lightning_class_args(LoRACallback, "lora")
+
+    def _parse_ckpt_path(self) -> None:
+        """Refuse code that hyper-parameters of the checkpoint at ckpt_path name; Lightning's own parser calls it."""
+        options = self.config[self.config.subcommand] if self.config.get("subcommand") else {}
+        path = options.get("ckpt_path")
+        if path and Path(path).is_file() and options.get("weights_only") is not False:
+            saved = read_torch_file(path, "meta").get(HYPER_PARAMETERS)
+            if isinstance(saved, Mapping):
+                _refuse_code(path, saved, options.get("model"), self._model_class)
+        super()._parse_ckpt_path()
+
+
+def _refuse_code(path: str, saved: Mapping[str, Any], config: Any, model_class: Any) -> None:
+    """Raise LoRAError where hyper-parameters name a class or function that the config does not name at that place."""
+    saved = {INSTANTIATOR: None, **saved}
+    own = config.as_dict() if config is not None else {}
+    named, own_class = class_named_by(saved), own.get("class_path")
+    values = {**(own.get("init_args") or {}), **(own.get("dict_kwargs") or {})} if own_class else own
+    same = [name for name, value in flat(saved).items() if name in values and _equal(value, values[name])]
+    module, _, name = (own_class or "").rpartition(".")
+    kind = getattr(import_module(module), name) if own_class else model_class
+    refused = plain_arguments(kind, saved, same, parsed=True)[1]
+    if named is not None and named != own_class:
+        refused = {"class": shown(named)}
+    for name, value in refused.items():
+        raise LoRAError(
+            f"{path}: checkpoint[{HYPER_PARAMETERS!r}] names {value} as the model's {name}, and the config does not. "
+            "Nothing that a file alone names is imported or called: give the config of the training, or "
+            "--weights_only=false if you trust the file."
+        )
+
+
+def _equal(value: Any, own: Any) -> bool:
+    try:
+        return type(value) is type(own) and bool(value == own)
+    except (TypeError, ValueError, RuntimeError):  # of tensors among them
+        return False
 
 
 def _package_among(given: Iterable[Any]) -> str | None:

@@ -13,7 +13,7 @@ from enum import Enum
 from typing import Any, Literal, NoReturn, Protocol, cast, get_args
 
 from .arguments import names_near_misses, refuse_unknown
-from .errors import LoRAError
+from .errors import LoRAError, shown
 from .names import ALL_LINEAR, MAGNITUDE, layer_number, layer_pattern, pattern_matches, suffix_pattern
 
 # Options that ask for a variant of LoRA, each with the names of a layer's parameters beside A and B; nn/layer_kinds.py
@@ -379,7 +379,7 @@ def _plain(value: Any) -> Any:
 
 
 def _refuse(option: str, expected: str, value: object) -> NoReturn:
-    raise LoRAError(f"LoRAConfig: {option} must be {expected}, but it is {value!r}.")
+    raise LoRAError(f"LoRAConfig: {option} must be {expected}, but it is {shown(value)}.")
 
 
 def plain_number(value: Any) -> Any:
@@ -416,8 +416,8 @@ def _check_regex(option: str, pattern: object, whole: Callable[[str], str] = str
             warnings.simplefilter("error", DeprecationWarning)  # Python 3.10 warns of what 3.11 takes no more
             re.compile(pattern)  # type: ignore[call-overload]
             re.compile(whole(pattern))  # type: ignore[arg-type]
-    except (re.error, TypeError, DeprecationWarning) as error:
-        raise LoRAError(f"LoRAConfig: {option}: {pattern!r} is not a regular expression: {error}.") from error
+    except (re.error, TypeError, OverflowError, RecursionError, DeprecationWarning) as error:
+        raise LoRAError(f"LoRAConfig: {option}: {shown(pattern)} is not a regular expression: {error}.") from error
 
 
 def _check_names(option: str, value: object) -> None:

@@ -6,6 +6,7 @@ import difflib
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import TypeVar
 
 # Parameters of an adapted layer; those of a single parameter `w` are lora_A_w and lora_B_w, beside it in its module.
@@ -41,7 +42,12 @@ def suffix_pattern(pattern: str) -> str:
 
 def pattern_matches(pattern: str, name: str) -> bool:
     """Return whether a key of rank_pattern or alpha_pattern means a module, by a dotted suffix of its name."""
-    return re.match(suffix_pattern(pattern), name) is not None
+    return _compiled_suffix(pattern).match(name) is not None
+
+
+@lru_cache(maxsize=8192)  # Python's own cache is smaller than some models have patterns
+def _compiled_suffix(pattern: str) -> re.Pattern[str]:
+    return re.compile(suffix_pattern(pattern))
 
 
 def layer_pattern(pattern: str) -> str:

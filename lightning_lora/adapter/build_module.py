@@ -7,7 +7,7 @@ import inspect
 import io
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,10 @@ from ..errors import LoRAError
 from ..files.inert_pickle import find_placeholder
 from ..files.paths import PathLike
 from ..names import META, names_factor
+from .hyper_parameters import HYPER_PARAMETERS, INSTANTIATOR, class_named_by, flat, plain_arguments
 
-HYPER_PARAMETERS = "hyper_parameters"  # Lightning's key of what save_hyperparameters saved
+EARLIER_KEYS = ("hparams", "module_arguments")  # of Lightning before 0.8, which it still reads
+KIND = "hparams_type"  # its key of a class that the hyper-parameters are put into
 OF_THE_RUN = ("callbacks", "loops", "lr_schedulers", "optimizer_states")  # its keys of what no module is built from
 READ, LOAD = "load_from_checkpoint", "on_load_checkpoint"  # methods in which a class may look at the file's tensors
 
@@ -28,6 +30,9 @@ def build_module(
     cls: Any, path: PathLike, checkpoint: Mapping[str, Any], weights_only: bool | None, kwargs: Mapping[str, Any]
 ) -> Any:
     """Let Lightning build a module from a checkpoint's hyperparameters, with the weights that its class builds.
+
+    Nothing that the file names is imported or called, unless weights_only=False was said: LightningCLI's checkpoints
+    are built from their plain values without it.
 
     A class that looks at tensors in the file by itself, as to build a loss from its buffers, finds those that the
     checkpoint holds under the plain model's names. They are not loaded: of a merged checkpoint they are W', and the
@@ -41,7 +46,7 @@ def build_module(
         kwargs: hyperparameters that override the saved ones.
 
     Raises:
-        LoRAError: what the module is built from holds objects that were not unpickled.
+        LoRAError: what the module is built from holds objects that were not unpickled, or names code.
     """
     content = {name: value for name, value in checkpoint.items() if name != META}
     content = {name: value for name, value in content.items() if name not in OF_THE_RUN or not find_placeholder(value)}
@@ -53,6 +58,12 @@ def build_module(
     content["state_dict"] = {name: value for name, value in tensors.items() if not names_factor(name)}
     _refuse_objects(cls, path, content)
     options = dict(kwargs)
+    if weights_only is not False:
+        if content.get(KIND) is not type(saved):
+            content.pop(KIND, None)
+        options = {**_take_plain_arguments(cls, path, content, kwargs), **options}
+        if "hparams_file" in options:
+            options[INSTANTIATOR] = None  # goes before what that file says
     if any("weights_only" in inspect.signature(load).parameters for load in _definitions(cls, READ)):
         options["weights_only"] = weights_only  # which older versions of Lightning do not have
     with ExitStack() as stack:
@@ -120,6 +131,41 @@ def _definitions(cls: type, method: str) -> list[Any]:
     return [getattr(base, method) for base in cls.__mro__ if method in vars(base)]
 
 
+def _take_plain_arguments(
+    cls: Any, path: PathLike, content: dict[str, Any], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Leave in a checkpoint's hyper-parameters the arguments of the class, and nothing that Lightning calls. In place.
+
+    Returns:
+        Those that the class wants in another form than a file has, as members of an Enum.
+
+    Raises:
+        LoRAError: they name another class, or objects or functions as arguments.
+    """
+    converted: dict[str, Any] = {}
+    for key in (*EARLIER_KEYS, getattr(cls, "CHECKPOINT_HYPER_PARAMS_KEY", HYPER_PARAMETERS)):
+        saved = content.get(key)
+        if not isinstance(saved, Mapping):
+            continue
+        named = class_named_by(saved)
+        if named is not None and named.rpartition(".")[2] != cls.__name__:
+            raise LoRAError(
+                f"{path}: was saved by a LightningCLI from the class {named}, and {cls.__name__} was given. No class "
+                "that a file names is built: give that class to load_from_checkpoint, or pass weights_only=False if "
+                "you trust the file."
+            )
+        content[key], refused = plain_arguments(cls, saved, kwargs)
+        for name, value in refused.items():
+            raise LoRAError(
+                f"{path}: checkpoint[{key!r}][{name!r}] names {value}, and nothing that a file names is imported or "
+                f"called. {_remedies(cls, path, refused)}"
+            )
+        before, arguments = flat(saved), content[key]
+        converted |= {name: value for name, value in arguments.items() if value is not before[name]}
+        content[key] = {name: before[name] for name in arguments}
+    return converted
+
+
 def _refuse_objects(cls: Any, path: PathLike, checkpoint: Mapping[str, Any]) -> None:
     """Raise LoRAError where what a module is built from holds objects that were not unpickled."""
     found = find_placeholder(checkpoint)
@@ -128,10 +174,17 @@ def _refuse_objects(cls: Any, path: PathLike, checkpoint: Mapping[str, Any]) -> 
     place, name = found
     saved = checkpoint.get(HYPER_PARAMETERS)
     objects = [key for key, value in saved.items() if find_placeholder(value)] if isinstance(saved, Mapping) else []
-    arguments = ", ".join(f"{key}=..." for key in objects)
-    as_arguments = f"pass what they are as keyword arguments ({arguments}), or " if objects else ""
     raise LoRAError(
-        f"{path}: checkpoint{place} is of {name}, and objects are not unpickled, because that may run any code. If you "
-        f"trust the file, pass weights_only=False; otherwise {as_arguments}build the module yourself: "
+        f"{path}: checkpoint{place} is of {name}, and objects are not unpickled, because that may run any code. "
+        f"{_remedies(cls, path, objects)}"
+    )
+
+
+def _remedies(cls: Any, path: PathLike, objects: Iterable[str]) -> str:
+    """Return what a user can do about hyper-parameters that are not taken from a file."""
+    arguments = ", ".join(f"{key}=..." for key in objects)
+    as_arguments = f"pass what they are as keyword arguments ({arguments}), or " if arguments else ""
+    return (
+        f"If you trust the file, pass weights_only=False; otherwise {as_arguments}build the module yourself: "
         f'load_adapter(model := {cls.__name__}(...), "{path}").'
     )

@@ -21,8 +21,8 @@ import torch
 from torch import nn
 
 from ..distributed.sharding import gather_all, has_sharded
-from ..errors import LoRAError, NonFiniteError
-from ..files.torch_archive import read_torch_file
+from ..errors import LoRAError, NonFiniteError, shown
+from ..files.torch_archive import read_sharded_tensors, read_torch_file
 from ..model.dequantise import dequantised_dtype, quantised_weights
 from ..model.injection import refuse_replaced_layers, require_injection
 from ..model.named_state import named_state
@@ -37,6 +37,7 @@ from .metadata import describe_model, from_metadata, of_trained, to_metadata
 
 FORMAT_VERSION = 1
 HEADER = "meta.pt"  # Lightning's name of what a distributed checkpoint holds beside its shards
+SHARDS = ".metadata"  # torch's name of the description of the shards
 
 Kind = Literal["adapter", "merged", "full"]
 
@@ -123,6 +124,10 @@ def _merge_state(module: nn.Module, state: Mapping[str, Any], dtype: torch.dtype
         raise NonFiniteError(
             f'{error} Merged weights cannot hold that; with save="adapter" or "full" a diverged run is saved as it is.'
         ) from error
+
+
+def _is_kind(value: object) -> bool:
+    return isinstance(value, str) and value in get_args(Kind)
 
 
 def checkpoint_metadata(kind: Kind, adapter: Adapter) -> dict[str, Any]:
@@ -323,14 +328,14 @@ def adapter_of(checkpoint: Mapping[str, Any]) -> tuple[Adapter, Kind]:
         LoRAError: checkpoint["lora"] is missing or not of a known form.
     """
     meta = checkpoint.get(META)
-    if not isinstance(meta, Mapping) or meta.get("kind") not in get_args(Kind):
+    if not isinstance(meta, Mapping) or not _is_kind(meta.get("kind")):
         raise LoRAError(
             'checkpoint["lora"]: is missing or damaged; this is not a checkpoint of lightning_lora. One of plain '
             "Lightning, without an adapter, is loaded by its class's own load_from_checkpoint."
         )
     if meta.get("format_version") != FORMAT_VERSION:
         raise LoRAError(
-            f'checkpoint["lora"]: has format {meta.get("format_version")!r}, this lightning_lora reads '
+            f'checkpoint["lora"]: has format {shown(meta.get("format_version"))}, this lightning_lora reads '
             f"{FORMAT_VERSION}; install the version that wrote it."
         )
     kind: Kind = meta["kind"]
@@ -350,19 +355,15 @@ def adapter_of(checkpoint: Mapping[str, Any]) -> tuple[Adapter, Kind]:
 
 def read_without_values(path: Path) -> dict[str, Any]:
     """Read a checkpoint file, or a distributed checkpoint with tensors on the meta device."""
-    from torch.distributed.checkpoint.filesystem import FileSystemReader  # slow to import, and rarely needed
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
     if path.is_file():
         return read_torch_file(path, mmap=True)
     if not (path / HEADER).is_file():
         raise LoRAError(f"{path}: neither a checkpoint file nor a folder with a distributed checkpoint.")
     checkpoint = read_torch_file(path / HEADER)
-    shards = FileSystemReader(path).read_metadata().state_dict_metadata
     checkpoint["state_dict"] = {
-        name.removeprefix("state_dict."): torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
-        for name, entry in shards.items()
-        if name.startswith("state_dict.") and isinstance(entry, TensorStorageMetadata)
+        name.removeprefix("state_dict."): torch.empty(size, dtype=dtype, device="meta")
+        for name, (size, dtype) in read_sharded_tensors(path / SHARDS).items()
+        if name.startswith("state_dict.")
     }
     return checkpoint
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from ..config import LoRAConfig
 from ..distributed.sharding import gather_all
-from ..errors import LoRAError
+from ..errors import LoRAError, shown
 from ..files.safetensors import as_bytes
 from ..model.injection import refuse_replaced_layers, require_injection
 from ..model.named_state import named_state
@@ -31,6 +31,7 @@ from ..nn.layer_kinds import layer_kinds
 from ..nn.lora_layer import adapted_layers
 from ..nn.low_rank import CONV1D, KINDS
 from .adapter import Adapter, check_factors, equal_layers, with_aliases
+from .file_options import check_options
 from .fingerprint import fingerprint, sample_positions
 from .peft_attention import after_conv1d
 
@@ -67,6 +68,7 @@ def from_metadata(tensors: Mapping[str, Any], metadata: Any, where: str) -> Adap
     """
     try:
         scalings, kinds = decode_layers(metadata["layers"])
+        check_options(metadata["config"], scalings, where)
         adapter = Adapter(
             tensors=tensors,
             config=LoRAConfig.from_dict(metadata["config"]),
@@ -207,7 +209,7 @@ def decode_layers(groups: Any) -> tuple[dict[str, float], dict[str, str]]:
     scalings, kinds = {}, {}
     for kind, scaling, names in _list(groups):
         if kind is not None and kind not in KINDS:
-            raise ValueError(f"unknown kind of layer {kind!r}")
+            raise ValueError(f"unknown kind of layer {shown(kind)}")
         for name in _list(names):
             scalings[_text(name)] = float(scaling)
             if kind is not None:
@@ -233,9 +235,9 @@ def decode_fingerprint(groups: Any) -> dict[str, Any]:
     entries = {}
     for dtype, shape, leaf, modules, encoded, *quantised in map(_list, _list(groups)):
         if not isinstance(getattr(torch, _text(dtype), None), torch.dtype):
-            raise ValueError(f"unknown dtype {dtype!r}")
+            raise ValueError(f"unknown dtype {shown(dtype)}")
         if not all(type(size) is int and size >= 0 for size in _list(shape)):
-            raise ValueError(f"no shape: {shape!r}")
+            raise ValueError(f"no shape: {shown(shape)}")
         count = len(sample_positions(math.prod(shape)))
         rows = _decode(_text(encoded), _stored_dtype(dtype), len(_list(modules)), count)
         for module, values in zip(modules, rows, strict=True):
@@ -268,17 +270,17 @@ def _decode(encoded: str, dtype: torch.dtype, rows: int, columns: int) -> list[l
 def _ascending(value: Any) -> tuple[int, ...]:
     numbers = _list(value)
     if not all(type(number) is int and number >= 0 for number in numbers) or sorted(set(numbers)) != list(numbers):
-        raise ValueError(f"no ascending numbers of rows: {value!r:.80}")
+        raise ValueError(f"no ascending numbers of rows: {shown(value, 80)}")
     return tuple(numbers)
 
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"expected text, found {value!r}")
+        raise TypeError(f"expected text, found {shown(value)}")
     return value
 
 
 def _list(value: Any) -> Sequence[Any]:
     if not isinstance(value, (list, tuple)):
-        raise TypeError(f"expected a list, found {value!r}")
+        raise TypeError(f"expected a list, found {shown(value)}")
     return value

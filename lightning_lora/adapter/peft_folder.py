@@ -19,14 +19,15 @@ from typing import Any, cast
 import torch
 
 from ..config import LoRAConfig
-from ..errors import LoRAError, sentence
+from ..errors import LoRAError, sentence, shown
 from ..files.atomic import new_folder
-from ..files.paths import PathLike, read_json, write_json
+from ..files.paths import PathLike, parse_json, read_json, write_json
 from ..files.safetensors import read_safetensors, write_tensors
 from ..files.torch_archive import read_torch_file
 from ..names import A, B, around
 from ..nn.low_rank import ATTENTION, ATTENTION_OUTPUT, GROUPED_CONV, SEPARATE
 from .adapter import Adapter, check_factors, exact_options, ties_of
+from .file_options import check_options
 from .fingerprint import AVERAGED, entries_match, fingerprint_entry, without_rows
 from .metadata import from_metadata, of_trained, to_metadata
 from .peft_attention import refuse_conv1d_before_parameters
@@ -245,11 +246,13 @@ def _read_described(
         LoRAError: the description is damaged, or the tensors are not those that it is of.
     """
     try:
-        description = json.loads(text)
+        description = parse_json(text.encode("utf-8", "surrogatepass"), where)
+    except LoRAError:
+        raise
     except (ValueError, RecursionError) as error:
         raise LoRAError(f"{where}: its header's description is not JSON: {sentence(error)}") from error
     if not isinstance(description, dict):
-        raise LoRAError(f"{where}: the adapter's description is damaged: it is {description!r:.80}.")
+        raise LoRAError(f"{where}: the adapter's description is damaged: it is {shown(description, 80)}.")
     nesting = nesting_of_metadata(description, where)
     names = read_names(peft_tensors, where, lambda wrapped: nesting).ours
     tensors = magnitudes_from_peft({name: peft_tensors[peft_name] for peft_name, name in names.items()})
@@ -258,7 +261,7 @@ def _read_described(
     plain = adapter
     idle = description.get(IDLE, [])
     if not isinstance(idle, list):
-        raise LoRAError(f"{where}: the adapter's description is damaged: {IDLE} is {idle!r}.")
+        raise LoRAError(f"{where}: the adapter's description is damaged: {IDLE} is {shown(idle)}.")
     changed = [name for name in idle if name not in idle_attention(adapter)]
     if changed:
         raise LoRAError(f"{where}: the factors of {changed[0]!r} must be zero; something changed them after saving.")
@@ -307,7 +310,7 @@ def _add_outside(adapter: Adapter, outside: Any, folder: Path) -> Adapter:
     path = folder / OUTSIDE_FILE
     names, network = (outside.get(key) if isinstance(outside, dict) else None for key in ("tensors", "network"))
     if not isinstance(network, str) or not network.endswith(".") or not isinstance(names, list):
-        raise LoRAError(f"{folder / TENSOR_FILE}: what it says of {OUTSIDE_FILE} is damaged: {outside!r:.80}.")
+        raise LoRAError(f"{folder / TENSOR_FILE}: what it says of {OUTSIDE_FILE} is damaged: {shown(outside, 80)}.")
     if not path.exists():
         raise LoRAError(f"{path}: is missing, and {TENSOR_FILE} says that it holds {names[:3]}; the folder was cut.")
     tensors, _ = read_safetensors(path)
@@ -328,6 +331,7 @@ def _read_foreign(
     parameters = bare.parameters
     kinds = kinds_of(tensors, peft_names, options.get("peft_version"), folder)
     whole = bare.beside_factors()
+    check_options(options, layers, folder / CONFIG_FILE)
     config = options_from_peft(options, [name for name in layers if name not in parameters], whole, bare.tables)
     ends = tuple(entries_in(options))
     saved = {name for name in whole if ends and any(module.endswith(ends) for module in around(peft_names[name]))}

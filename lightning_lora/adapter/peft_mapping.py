@@ -21,7 +21,7 @@ from typing import Any, get_args
 import torch
 
 from ..config import SAYING_NOTHING, TASK_HEADS, VARIANTS, LoRAConfig, Task
-from ..errors import LoRAError
+from ..errors import LoRAError, shown
 from ..names import FACTORS, START_B, A, B, around, matcher, pattern_matches, suffixes
 from ..nn.low_rank import (
     ATTENTION,
@@ -132,11 +132,11 @@ def _target_parameters(adapter: Adapter) -> list[str]:
 def refuse_options(options: Mapping[str, Any], path: Path) -> None:
     """Raise LoRAError for the first option in adapter_config.json that this package does not apply."""
     if options.get("peft_type") != "LORA":
-        raise LoRAError(f"{path}: peft_type is {options.get('peft_type')!r}, only 'LORA' is read.")
+        raise LoRAError(f"{path}: peft_type is {shown(options.get('peft_type'))}, only 'LORA' is read.")
     known = {*SHARED, *SELECTING, *ORIGIN, *WITHOUT_EFFECT}
     for name, value in options.items():
         if name not in known and value:
-            raise LoRAError(f"{path}: {name}={value!r} cannot be applied; only plain LoRA adapters are read.")
+            raise LoRAError(f"{path}: {name}={shown(value)} cannot be applied; only plain LoRA adapters are read.")
     init = options.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(INITS_THAT_CHANGE_THE_BASE):
         raise LoRAError(

@@ -14,11 +14,12 @@ from statistics import mode
 import torch
 
 from ..config import LoRAConfig
-from ..errors import LoRAError
+from ..errors import LoRAError, shown
 from ..names import A, B, around
 from ..nn.low_rank import ATTENTION, ATTENTION_OUTPUT, CONV, EMBEDDING
 from ..notices import tell
 from .adapter import Adapter, check_factors
+from .file_options import check_options
 from .peft_magnitudes import magnitudes_from_peft
 from .peft_mapping import check_peft_version, from_plain
 from .peft_names import read_names
@@ -73,9 +74,10 @@ def _config(adapter: Adapter, saved: list[str], hyper_parameters: object) -> LoR
     if len(found) != 1:
         return None
     options = {name: found[0][name] for name in FROM_HYPER_PARAMETERS if found[0].get(name) is not None}
-    shown = ", ".join(f"{name}={value!r}" for name, value in options.items())
-    tell(f"lightning_lora: the options {shown} are taken from the checkpoint's hyper-parameters.")
+    given = ", ".join(f"{name}={shown(value)}" for name, value in options.items())
+    tell(f"lightning_lora: the options {given} are taken from the checkpoint's hyper-parameters.")
     ranks = adapter.ranks()
+    check_options(options, ranks, "adapter: the checkpoint's hyper-parameters")
     common = mode(ranks.values())
     patterns = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != common}
     if adapter.variant():

@@ -37,8 +37,9 @@ from .apply import (
     split_off_base,
     without_base,
 )
-from .build_module import HYPER_PARAMETERS, build_module
+from .build_module import build_module
 from .fingerprint import REMEDY, warn_of_rounding
+from .hyper_parameters import HYPER_PARAMETERS
 from .lightning_checkpoint import adapter_of, prepare_for_load
 from .metadata import adapter_of_model, frozen_values
 from .peft_attention import turn_as_in_model, turn_without_model
@@ -106,12 +107,14 @@ def load_from_checkpoint(
         cls: the LightningModule's class.
         path: a checkpoint of any kind that this package wrote.
         weights_only: as in Lightning's own load_from_checkpoint; with False, objects in the hyperparameters are
-            unpickled, which may run any code. Without that each must be among `kwargs`.
+            unpickled, and what a LightningCLI named there is imported and called, which may run any code. Without that
+            each such hyperparameter must be among `kwargs`.
         strict_base: whether another base than the adapter's is an error or a warning.
         kwargs: hyperparameters that override the saved ones.
 
     Raises:
-        LoRAError: the file is damaged, has no adapter, belongs to another base, or its hyperparameters hold objects.
+        LoRAError: the file is damaged, has no adapter, belongs to another base, or its hyperparameters hold objects or
+            name code.
     """
     checkpoint = read_torch_file(path, trusted=weights_only is False)
     adapter, kind = adapter_of(checkpoint)

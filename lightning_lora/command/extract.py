@@ -85,6 +85,7 @@ def extract(
     """
     for weights in (base, tuned):
         refuse_quantised("extract", weights)
+        weights.compare_check_sums()
     _same_names(base, tuned)
     changed = []
     with progress_bar("comparing", base.nbytes, "bytes") as advance:

@@ -15,7 +15,7 @@ from ..adapter.apply import without_base
 from ..adapter.peft_folder import CONFIG_FILE
 from ..adapter.peft_names import are_peft_names
 from ..adapter.save_load import read_adapter
-from ..errors import LoRAError
+from ..errors import LoRAError, shown
 from ..files.paths import PathLike
 from ..files.safetensors import SUFFIX, TensorLocation, read_rows
 from ..files.torch_archive import read_torch_file
@@ -64,7 +64,7 @@ def _adapter_kind(path: Path) -> str:
         return "safetensors file with an adapter"
     content = read_torch_file(path, "meta")
     if isinstance(content.get(META), Mapping):
-        return f"Lightning checkpoint of kind {content[META].get('kind')!r}"
+        return f"Lightning checkpoint of kind {shown(content[META].get('kind'))}"
     if are_peft_names(content.get("state_dict", content)):
         return "Lightning checkpoint that holds a PeftModel" if "state_dict" in content else "state dict of PEFT"
     return "state dict with an adapter and no options, as loralib writes it"
@@ -130,6 +130,7 @@ def diff(first_path: PathLike, second_path: PathLike) -> dict[str, Any]:
         both = open_weights(first_path), open_weights(second_path)
         for each in both:
             refuse_quantised("diff", each)
+            each.compare_check_sums()
         return _diff_weights(*both)
     first, second = (without_base(read_adapter(path)).by_network_names() for path in (first_path, second_path))
     return _diff_adapters(first, second)

@@ -227,6 +227,7 @@ def _write_tensor(job: Job, name: str, source: BinaryIO, out: BinaryIO) -> None:
 
 def _write_torch_file(job: Job, target: Path) -> None:
     """Copy a file that torch.save wrote and put the merged weights into the copy."""
+    job.base.compare_check_sums()  # before a right one is written over what is wrong
     shutil.copyfile(job.base.path, target)
     locations = [job.base.locations[name] for name in job.updates]
     with open(job.base.path, "rb") as source, open(target, "r+b") as out:

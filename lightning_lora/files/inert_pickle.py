@@ -48,6 +48,15 @@ class Placeholder:
     __setstate__ = __setitem__ = append = extend = add = _ignore
 
 
+class Described(Placeholder):
+    """Stand for an object, and remember the state that the file gives it."""
+
+    state: Any = None
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
 class _Called:
     """Pass a call on to a function, which unpickling then cannot reach to change it."""
 
@@ -77,6 +86,8 @@ class _Storage:
 class Unpickler(pickle.Unpickler):
     """Find tensors' functions, storages and dtypes; any other name becomes a placeholder's class."""
 
+    stand_in: ClassVar[type[Placeholder]] = Placeholder
+
     def __init_subclass__(cls) -> None:
         """Stay with this find_class in torch.load's subclass, whose own takes a storage of any module."""
         cls.find_class = Unpickler.find_class  # type: ignore[method-assign]
@@ -91,7 +102,13 @@ class Unpickler(pickle.Unpickler):
             return value
         if isinstance(value, type) and issubclass(value, (torch.TypedStorage, torch.UntypedStorage)):
             return _Storage(global_name)
-        return type("Placeholder", (Placeholder,), {"stands_for": name})
+        return type("Placeholder", (self.stand_in,), {"stands_for": name})
+
+
+class DescribingUnpickler(Unpickler):
+    """Keep the state of the objects in a file, as data."""
+
+    stand_in = Described
 
 
 def find_placeholder(value: Any) -> tuple[str, str] | None:

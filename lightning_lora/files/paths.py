@@ -4,29 +4,49 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import LoRAError, sentence
+from .limits import JSON_BYTES, JSON_PARTS, Limit, check
 
 PathLike = str | os.PathLike[str]
 
 
-def read_json(path: PathLike) -> dict[str, Any]:
+def read_json(path: PathLike, most: Limit = JSON_BYTES) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        LoRAError: no such file, not JSON, or something else than an object.
+        LoRAError: no such file, larger than `most`, not JSON, or something else than an object.
     """
     require_file(path)
+    check(most, Path(path).stat().st_size, path)
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = parse_json(Path(path).read_bytes(), path)
+    except LoRAError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
         raise LoRAError(f"{path}: cannot be read as JSON: {sentence(error)}") from error
     if not isinstance(content, dict):
         raise LoRAError(f"{path}: expected a JSON object, found {type(content).__name__}.")
     return content
+
+
+def parse_json(text: bytes, where: object, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """Return what JSON says, where it is not more than a limit.
+
+    Args:
+        text: encoded in UTF-8.
+        where: for messages.
+        pairs: makes an object of its names and values, where that is not a dictionary.
+
+    Raises:
+        LoRAError: it has too many parts.
+        ValueError, RecursionError: it is no JSON.
+    """
+    check(JSON_PARTS, sum(map(text.count, (b",", b"[", b"{"))), where)
+    return json.loads(text.decode("utf-8"), object_pairs_hook=pairs)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

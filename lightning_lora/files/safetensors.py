@@ -18,11 +18,11 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import LoRAError, sentence
 from ..progress import progress_bar
-from .paths import PathLike, require_file
+from .limits import HEADER_BYTES, check, check_names
+from .paths import PathLike, parse_json, require_file
 
 SUFFIX = ".safetensors"
 METADATA = "__metadata__"
-LONGEST = 100_000_000  # bytes of a header, safetensors' own limit
 CHUNK = 2**21  # elements that are in memory at once; more is not faster
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -112,11 +112,14 @@ def read_header(path: Path) -> Header:
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
-            raw = _raw(file, size)
-        content = json.loads(raw[8:], object_pairs_hook=_without_duplicates)
+            raw = _raw(path, file, size)
+        content = parse_json(raw[8:], path, _without_duplicates)
         metadata = content.pop(METADATA, {})
         _require(all(isinstance(value, str) for value in metadata.values()), "metadata that is not text")
         locations = {name: _location(path, name, claim, len(raw)) for name, claim in content.items()}
+        check_names(locations, path)
+    except LoRAError:
+        raise
     except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         raise LoRAError(
             f"{path}: cannot be read as safetensors; it may be truncated or damaged: {sentence(error)}"
@@ -181,10 +184,11 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
     return _memory(flat.view(torch.uint8)) if flat.numel() else memoryview(b"")
 
 
-def _raw(file: BinaryIO, size: int) -> bytes:
+def _raw(path: Path, file: BinaryIO, size: int) -> bytes:
     first = file.read(8)
     length = int.from_bytes(first, "little")
-    _require(len(first) == 8 and length <= min(LONGEST, size - 8), f"a header of {length} bytes")
+    _require(len(first) == 8 and length <= size - 8, f"a header of {length} bytes")
+    check(HEADER_BYTES, length, path)
     return first + file.read(length)
 
 

@@ -9,10 +9,8 @@ from __future__ import annotations
 import pickle
 import warnings
 import zipfile
-import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -25,22 +23,15 @@ from ..progress import progress_bar
 from . import inert_pickle
 from .inert_pickle import find_placeholder
 from .paths import PathLike, require_file
+from .records import ARCHIVE, DATA, Record, check_archive, check_sum, check_tensors, read_records
 from .safetensors import TensorLocation
 
-LOCAL, CENTRAL = 30, 46  # bytes of a zip's record headers before the names
+CENTRAL = 46  # bytes of a record's entry in the directory before the name
 PART = 1 << 24  # bytes that are written at once
-ARCHIVE = b"PK\x03\x04"  # how a file begins that torch.save writes since torch 1.6
 PLAIN = ("state_dict", META)  # of a checkpoint, what holds no objects
 DESCRIPTOR = b"PK\x07\x08"
 HAS_DESCRIPTOR = 0x08
-
-
-@dataclass(frozen=True)
-class Record:
-    """One stored file of the archive."""
-
-    info: zipfile.ZipInfo
-    start: int
+SHARDED = ".TensorStorageMetadata"  # torch's class of a tensor in a distributed checkpoint
 
 
 def read_torch_file(
@@ -66,9 +57,12 @@ def read_torch_file(
     """
     require_file(path)
     try:
+        check_archive(path, whole=device == "cpu" and not mmap, trusted=trusted)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Detected pickle protocol")  # the error says enough
             content = _load(path, device, mmap, trusted, has_objects)
+    except LoRAError:
+        raise
     except pickle.UnpicklingError as error:
         raise LoRAError(
             f"{path}: holds objects other than plain types and tensors, or is damaged, and was not loaded: "
@@ -86,6 +80,8 @@ def read_torch_file(
         )
     if not isinstance(content, dict):
         raise LoRAError(f"{path}: expected a dictionary, found {type(content).__name__}.")
+    if not trusted:
+        check_tensors(content, path, without_values=device == "meta")
     return content
 
 
@@ -104,6 +100,26 @@ def _load(path: PathLike, device: str | Callable[[Any, str], Any], mmap: bool, t
         if find_placeholder(content) is None:  # it was refused for damage, not for an object
             raise
         return content
+
+
+def read_sharded_tensors(path: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Read shapes and dtypes out of the pickled description that torch.distributed.checkpoint puts beside shards.
+
+    Raises:
+        LoRAError: no such file, or it is damaged.
+    """
+    require_file(path)
+    try:
+        with open(path, "rb") as file:
+            entries = inert_pickle.DescribingUnpickler(file).load().state["state_dict_metadata"]
+        tensors = {name: entry.state for name, entry in entries.items() if entry.stands_for.endswith(SHARDED)}
+        found = {name: (state["size"], state["properties"].state[0]) for name, state in tensors.items()}
+        for name, (size, dtype) in found.items():
+            torch.empty(size, dtype=dtype, device="meta")
+            name.encode()
+    except Exception as error:  # unpickling raises whatever a damaged file leads it to
+        raise LoRAError(f"{path}: cannot be read as the description of shards: {sentence(error)}") from error
+    return found
 
 
 def write_torch_file(path: Path, content: Mapping[str, Any], nbytes: int) -> None:
@@ -142,7 +158,7 @@ def torch_locations(path: Path) -> dict[str, TensorLocation]:
     records = {
         record.start: record.info.file_size
         for record in read_records(path)
-        if record.info.file_size and "/data/" in record.info.filename
+        if record.info.file_size and DATA in record.info.filename
     }
     storages: dict[int, int] = {}  # sizes by address
 
@@ -167,28 +183,6 @@ def torch_locations(path: Path) -> dict[str, TensorLocation]:
     return locations
 
 
-def read_records(path: PathLike) -> list[Record]:
-    """List the records of an archive.
-
-    Raises:
-        LoRAError: it is no archive of uncompressed records.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
-            records = [Record(info, _start(file, info)) for info in archive.infolist()]
-            for record in records:
-                archive.open(record.info).close()  # compares its header with the directory
-    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
-        raise LoRAError(
-            f"{path}: is damaged, or not in the format that torch.save has written since torch 1.6, so that it must be "
-            f"loaded and saved again: {sentence(error)}"
-        ) from error
-    for record in records:
-        if record.info.compress_type != zipfile.ZIP_STORED:
-            raise LoRAError(f"{path}: {record.info.filename!r} is compressed, which torch.save never does.")
-    return records
-
-
 def set_check_sums(path: PathLike, locations: list[TensorLocation]) -> None:
     """Correct the archive's check sums after these tensors were changed in place."""
     records = read_records(path)
@@ -198,12 +192,11 @@ def set_check_sums(path: PathLike, locations: list[TensorLocation]) -> None:
         directory = archive.start_dir
     with open(path, "r+b") as file:
         for record in records:
-            info = record.info
             entry = directory
             directory += CENTRAL + _name_lengths(file, entry)
             if record.start not in changed:
                 continue
-            check = _check_sum(file, record.start, info.file_size).to_bytes(4, "little")
+            check = check_sum(file, record).to_bytes(4, "little")
             for position in (entry + 16, _second_position(file, record)):
                 file.seek(position)
                 file.write(check)
@@ -223,13 +216,6 @@ def _location(path: Path, name: str, tensor: torch.Tensor, base: int, records: M
     return TensorLocation(path, tensor.dtype, tuple(tensor.shape), first, tensor.is_contiguous())
 
 
-def _start(file: BinaryIO, info: zipfile.ZipInfo) -> int:
-    file.seek(info.header_offset)
-    header = file.read(LOCAL)
-    names, extra = (int.from_bytes(header[i : i + 2], "little") for i in (26, 28))
-    return info.header_offset + LOCAL + names + extra
-
-
 def _name_lengths(file: BinaryIO, entry: int) -> int:
     file.seek(entry + 28)
     lengths = file.read(6)
@@ -243,12 +229,3 @@ def _second_position(file: BinaryIO, record: Record) -> int:
     end = record.start + record.info.file_size
     file.seek(end)
     return end + (4 if file.read(4) == DESCRIPTOR else 0)
-
-
-def _check_sum(file: BinaryIO, start: int, size: int) -> int:
-    check = 0
-    file.seek(start)
-    while size:
-        data = file.read(min(size, 2**24))
-        check, size = zlib.crc32(data, check), size - len(data)
-    return check

@@ -12,6 +12,7 @@ from ..errors import LoRAError
 from ..names import around
 from .model_folder import ModelFolder, open_folder
 from .paths import PathLike
+from .records import compare_check_sums
 from .safetensors import SUFFIX, Header, TensorLocation, read_header
 from .torch_archive import torch_locations
 
@@ -65,6 +66,11 @@ class Weights:
         weight = self.locations.get(f"{name.rpartition('.')[0]}.weight")
         in_layer = any(module.isdigit() for module in name.split(".")[:-2])
         return in_layer or (weight is not None and len(weight.shape) == 1)
+
+    def compare_check_sums(self) -> None:
+        """Raise LoRAError where the file has check sums, and is not what was written. All of it is read."""
+        if self.form == "torch":
+            compare_check_sums(self.path)
 
     def _overlapping(self) -> dict[str, str]:
         owners: dict[str, str] = {}

@@ -136,11 +136,13 @@ def test_derived_class_that_a_command_lines_checkpoint_names_is_built_and_loads_
         "_class_path": f"{__name__}.SizedAgain",
     }
     torch.save(content, file)
-    loaded = load_from_checkpoint(Sized, file)
-    assert type(loaded) is SizedAgain
-    assert torch.equal(outputs(loaded), outputs(model))
-    unload(loaded)
-    assert loaded.head.bias.tolist() == [CLASSES] * CLASSES
+    for loaded in (load_from_checkpoint(Sized, file, weights_only=False), load_from_checkpoint(SizedAgain, file)):
+        assert type(loaded) is SizedAgain
+        assert torch.equal(outputs(loaded), outputs(model))
+        unload(loaded)
+        assert loaded.head.bias.tolist() == [CLASSES] * CLASSES
+    with pytest.raises(LoRAError, match=rf"from the class {__name__}\.SizedAgain, and Sized was given"):
+        load_from_checkpoint(Sized, file)
 
 
 def test_a_class_is_as_it_was_after_load_from_checkpoint_and_after_its_failure(tmp_path):

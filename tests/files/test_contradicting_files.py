@@ -17,6 +17,7 @@ from torch import nn
 from lightning_lora import LoRAConfig, LoRAError, inject, load_adapter, save_adapter, unload
 from lightning_lora.command.main import main
 from lightning_lora.command.write_merged import verify_result
+from lightning_lora.files.torch_archive import read_torch_file
 from lightning_lora.files.weights import open_weights
 from support.peers import call, refused
 
@@ -80,6 +81,42 @@ def test_load_adapter_of_a_file_that_claims_more_than_its_record_holds_is_refuse
     assert all(torch.equal(net.state_dict()[name], tensor) for name, tensor in before.items())
     torch.save(adapter_tensors(), tmp_path / "a.pt")
     load_adapter(net, tmp_path / "a.pt")
+
+
+# --- check sums ---
+
+
+@pytest.mark.parametrize("name", ["a.ckpt", "a.bin", "a.pt"])
+def test_every_flipped_bit_in_a_record_is_seen_where_a_file_is_read_whole(tmp_path, name: str):
+    state = adapter_tensors()
+    path = tmp_path / name
+    torch.save({"state_dict": state} if name == "a.ckpt" else state, path)
+    read_torch_file(path)
+    content = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        places = [(at, info) for info in archive.infolist() for at in [content.find(archive.read(info))]]
+    flips = [at + i for at, info in places if at >= 0 for i in range(0, info.file_size, 1 + info.file_size // 40)]
+    assert len(flips) > 80
+    for number, at in enumerate(flips):
+        damaged = content[:at] + bytes([content[at] ^ (1 << number % 8)]) + content[at + 1 :]
+        path.write_bytes(damaged)
+        with pytest.raises(LoRAError, match="its check sum differs"):
+            read_torch_file(path)
+
+
+@pytest.mark.parametrize("spoiled", ["one.weight", "two.weight"])
+def test_merge_into_a_damaged_file_is_refused_and_info_reads_no_tensor_of_it(tmp_path, capsys, spoiled: str):
+    """The record that is merged into would get a right check sum, and the other would be copied as it is."""
+    base = {"one.weight": torch.randn(ROWS, COLUMNS), "two.weight": torch.randn(9)}
+    torch.save(base, tmp_path / "base.pt")
+    content = (tmp_path / "base.pt").read_bytes()
+    at = content.find(base[spoiled].numpy().tobytes()) + 5
+    (tmp_path / "base.pt").write_bytes(content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :])
+    write_adapter(tmp_path / "adapter")
+    given = ["--base", tmp_path / "base.pt", "--adapter", tmp_path / "adapter", "--output", tmp_path / "out.pt"]
+    assert "its check sum differs" in refused(capsys, "merge", *given)
+    assert not (tmp_path / "out.pt").exists()
+    call(capsys, "info", tmp_path / "base.pt")
 
 
 # --- merge --verify, from both sides ---

@@ -1,0 +1,65 @@
+"""How much a file may ask for: every limit, each with what it bounds and why it is there.
+
+A file that is made to hurt has a few hundred bytes and declares billions, or says little in a way that takes hours.
+Honest files stay far below each limit. The reference's page on safety shows this list as a table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ..errors import LoRAError, shown
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What a file may ask for at most; `what` is counted, `why` says what would happen without it."""
+
+    most: int
+    what: str
+    why: str
+
+
+JSON_BYTES = Limit(2**23, "bytes of JSON", "Python needs up to twenty times a JSON file's size")
+INDEX_BYTES = Limit(2**25, "bytes of an index of shards", "an index of 100,000 tensors has a third of that")
+HEADER_BYTES = Limit(2**25, "bytes of a safetensors header", "a header of 100,000 tensors has a third of that")
+JSON_PARTS = Limit(1_000_000, "commas and brackets in JSON", "each may become an object of 64 bytes")
+PICKLE_BYTES = Limit(2**26, "bytes of a pickle", "one byte may become an object of 64; tensors lie beside the pickle")
+PICKLE_DEPTH = Limit(200, "tuples inside each other in a pickle", "to hash a deeper one as a key ends the process")
+PICKLE_HASHED = Limit(10_000_000, "parts of a pickle's keys", "a tuple that holds another twice doubles each time")
+COPIES = Limit(16, "times the bytes that a file stores for its tensors", "views repeat what is stored when copied")
+NAME_LENGTH = Limit(1000, "characters of a name", "each module around a tensor is named by a part of it")
+NAME_PARTS = Limit(100, "parts between dots of a name", "each is a module that is looked up by itself")
+NAMES_TEXT = Limit(2**27, "characters of names, with those of the modules around", "so much text is made of them")
+PATTERNS = Limit(2000, "patterns in an option", "each layer is compared with each pattern")
+PATTERN_LENGTH = Limit(2**20, "characters of a pattern", "each is compared with each name")
+PATTERN_DEPTH = Limit(50, "groups inside each other in a pattern", "they are read one inside the other")
+PATTERN_REPEATS = Limit(4, "repetitions after each other in a pattern", "each multiplies the time by a name's length")
+PATTERN_CHOICES = Limit(256, "ways in which parts of a pattern can match at one place", "all are tried")
+PATTERN_STEPS = Limit(500_000_000, "steps to compare the names of layers with patterns", "each takes some nanoseconds")
+FREE_BYTES = 2**26  # views may repeat so much of any file
+
+
+def check(limit: Limit, found: int, path: object) -> None:
+    """Raise LoRAError where a file asks for more than a limit."""
+    if found > limit.most:
+        raise LoRAError(f"{path}: has {found} {limit.what}; at most {limit.most} are read. No honest file needs more.")
+
+
+def check_names(names: Iterable[str], path: object) -> None:
+    """Raise LoRAError where a name in a file, or all together, are longer or deeper than those of models."""
+    total = 0
+    for name in names:
+        if len(name) > NAME_LENGTH.most:
+            check(NAME_LENGTH, len(name), f"{path}: {shown(name, 60)}")
+        parts = name.count(".") + 1
+        if parts > NAME_PARTS.most:
+            check(NAME_PARTS, parts, f"{path}: {shown(name, 60)}")
+        total += len(name) * parts
+    check(NAMES_TEXT, total, path)
+
+
+def every_limit() -> list[tuple[str, Limit]]:
+    """List the limits by name."""
+    return [(name, value) for name, value in globals().items() if isinstance(value, Limit)]

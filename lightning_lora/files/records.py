@@ -1,0 +1,189 @@
+"""The records of an archive that torch.save wrote: where they lie, whether they are whole, and what reading them costs.
+
+The files are zip archives of uncompressed records, one for each storage and one pickle, each with a check sum.
+"""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from ..errors import LoRAError, sentence
+from .limits import COPIES, FREE_BYTES, PICKLE_BYTES, check, check_names
+from .paths import PathLike
+from .pickle_check import check_pickle
+
+LOCAL = 30  # bytes of a record's header before its name
+ARCHIVE = b"PK\x03\x04"  # how a file begins that torch.save writes since torch 1.6
+END, END64, LOCATOR = b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07"  # what an archive ends with
+END_SIZE, END64_SIZE, LOCATOR_SIZE = 22, 56, 20
+PICKLES = 5  # of a file that torch.save wrote before
+PART = 2**22  # bytes that are read at once
+DATA = "/data/"  # in the names of the records that are storages
+
+
+@dataclass(frozen=True)
+class Record:
+    """One stored file of the archive."""
+
+    info: zipfile.ZipInfo
+    start: int
+
+
+def read_records(path: PathLike) -> list[Record]:
+    """List the records of an archive.
+
+    Raises:
+        LoRAError: it is no archive of uncompressed records.
+    """
+    try:
+        records = _records(path)
+        with zipfile.ZipFile(path) as archive:
+            for record in records:
+                archive.open(record.info).close()  # compares its header with the directory
+    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
+        if isinstance(error, LoRAError):
+            raise
+        raise LoRAError(
+            f"{path}: is damaged, or not in the format that torch.save has written since torch 1.6, so that it must be "
+            f"loaded and saved again: {sentence(error)}"
+        ) from error
+    return records
+
+
+def check_archive(path: PathLike, *, whole: bool, trusted: bool = False) -> None:
+    """Raise where reading a file would take more than its size explains, or where it is not what was written.
+
+    Args:
+        path: of a file of torch.save, of any age.
+        whole: whether all of it is about to be read. Its check sums are compared then, else those of what is no tensor.
+        trusted: its pickle may do what it likes.
+
+    Raises:
+        LoRAError: a limit is exceeded, or a check sum differs.
+        OSError, ValueError, zipfile.BadZipFile: it is damaged in another way.
+    """
+    with open(path, "rb") as file:
+        if file.read(len(ARCHIVE)) != ARCHIVE:
+            if not trusted:
+                file.seek(0)
+                _check_old(file.read(PICKLE_BYTES.most), path)
+            return
+        for record in _records(path):
+            if whole or DATA not in record.info.filename:
+                _compare_check_sum(path, file, record)
+            if not trusted and record.info.filename.endswith("data.pkl"):
+                check(PICKLE_BYTES, record.info.file_size, path)
+                file.seek(record.start)
+                check_pickle(file.read(record.info.file_size), path)
+
+
+def compare_check_sums(path: PathLike) -> None:
+    """Raise LoRAError where a record of an archive is not what was written."""
+    with open(path, "rb") as file:
+        for record in read_records(path):
+            _compare_check_sum(path, file, record)
+
+
+def check_sum(file: BinaryIO, record: Record) -> int:
+    """Compute the CRC-32 of a record."""
+    result, left = 0, record.info.file_size
+    file.seek(record.start)
+    while left and (data := file.read(min(left, PART))):
+        result, left = zlib.crc32(data, result), left - len(data)
+    return result
+
+
+def check_tensors(content: Mapping[Any, Any], path: PathLike, *, without_values: bool = False) -> None:
+    """Raise LoRAError where tensors, or their names, are larger than a file of this size can hold.
+
+    Args:
+        content: what was read.
+        path: from where.
+        without_values: all its tensors are on the meta device, where each has a storage of its own.
+    """
+    stored: dict[int, int] = {}
+    named: list[str] = []
+    total, waiting, seen = 0, deque([content]), set()
+    while waiting:
+        item: Any = waiting.popleft()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, torch.Tensor):
+            if item.layout == torch.strided and (without_values or not item.is_meta):
+                storage = item.untyped_storage()
+                stored[storage._cdata] = storage.nbytes()
+                total += item.numel() * item.element_size()
+        elif isinstance(item, Mapping):
+            named.extend(k for k, value in item.items() if isinstance(k, str) and isinstance(value, torch.Tensor))
+            waiting.extend(item.values())
+        elif isinstance(item, (list, tuple, set, frozenset)):
+            waiting.extend(item)
+    check_names(named, path)
+    size = Path(path).stat().st_size
+    own = size if without_values else sum(stored.values())
+    if own > size:
+        raise LoRAError(f"{path}: has {size} bytes, and its tensors claim {own}; the file is damaged.")
+    if total > FREE_BYTES:
+        check(COPIES, total // max(1, own), path)
+
+
+def _records(path: PathLike) -> list[Record]:
+    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+        size = _check_end(path, file)
+        records = [Record(info, _start(file, info)) for info in archive.infolist()]
+    for record in records:
+        if record.info.compress_type != zipfile.ZIP_STORED or record.info.compress_size != record.info.file_size:
+            raise LoRAError(f"{path}: {record.info.filename!r} is compressed, which torch.save never does.")
+    if sum(record.info.file_size for record in records) > size:
+        raise LoRAError(f"{path}: its records claim more than its {size} bytes; they overlap, or it was cut.")
+    return records
+
+
+def _check_end(path: PathLike, file: BinaryIO) -> int:
+    """Check that there is one directory, at the end, which every reader of archives finds. Returns the file's size."""
+    size = file.seek(0, 2)
+    last = END_SIZE + LOCATOR_SIZE + END64_SIZE
+    file.seek(max(0, size - last))
+    tail = file.read().rjust(last, b"\0")
+    end, locator, end64 = tail[-END_SIZE:], tail[END64_SIZE:-END_SIZE], tail[:END64_SIZE]
+    if locator.startswith(LOCATOR):
+        place, begins = size - last, end64.startswith(END64)
+        length, start = (int.from_bytes(end64[at : at + 8], "little") for at in (40, 48))
+    else:
+        place, begins = size - END_SIZE, True
+        length, start = (int.from_bytes(end[at : at + 4], "little") for at in (12, 16))
+    if not begins or not end.startswith(END) or start + length != place:
+        raise ValueError("its directory is not at its end")
+    return size
+
+
+def _start(file: BinaryIO, info: zipfile.ZipInfo) -> int:
+    file.seek(info.header_offset)
+    header = file.read(LOCAL)
+    names, extra = (int.from_bytes(header[i : i + 2], "little") for i in (26, 28))
+    return info.header_offset + LOCAL + names + extra
+
+
+def _compare_check_sum(path: PathLike, file: BinaryIO, record: Record) -> None:
+    """Raise LoRAError where a record has another check sum than it was written with. Zero says that none was."""
+    if record.info.CRC and check_sum(file, record) != record.info.CRC:
+        raise LoRAError(
+            f"{path}: {record.info.filename!r} is not what was written: its check sum differs. Copy the file again, or "
+            "take another copy; the disk may be faulty."
+        )
+
+
+def _check_old(content: bytes, path: PathLike) -> None:
+    """Check the pickles that a file begins with that torch.save wrote before torch 1.6."""
+    at = 0
+    for _ in range(PICKLES):
+        at = check_pickle(content, path, at)
