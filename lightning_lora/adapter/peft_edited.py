@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any, cast
 
 from ..config import TASK_HEADS, VARIANTS, LoRAConfig
-from ..errors import LoRAError
+from ..errors import LoRAError, shown
 from ..names import matcher
 from ..nn.low_rank import ATTENTION_OUTPUT
 from .adapter import Adapter, with_exact_ranks
+from .file_options import check_options
 from .peft_mapping import options_from_peft, options_to_peft, origin_of
 from .peft_rows import OPTION
 from .peft_saved_modules import entries_in, taken_by
@@ -47,8 +48,8 @@ class _Fields:
         if changed and not (fits and fits()):
             name = changed[0]
             raise LoRAError(
-                f"{self.path}: {name}={self.found.get(name)!r:.200} does not go with the tensors beside it, which were "
-                f"saved with {name}={self.written.get(name)!r:.200}. Set it back, or train an adapter with that option."
+                f"{self.path}: {name}={shown(self.found.get(name))} does not go with the tensors beside it, which were "
+                f"saved with {name}={shown(self.written.get(name))}. Set it back, or train an adapter with that option."
             )
 
 
@@ -67,6 +68,7 @@ def honour_options(adapter: Adapter, plain: Adapter, options: Mapping[str, Any],
     config = adapter.config or LoRAConfig()
     fields = _Fields(path, options, options_to_peft(replace(plain, config=doubled(config))))
     layers = [name for name in plain.layers() if not plain.is_parameter(name)]
+    check_options(options, layers, path)
     stated = options_from_peft(options, layers, plain.beside_factors(), plain.tables)
     fields.require(RANKS, lambda: _has_ranks(plain, stated))
     fields.require((*VARIANTS, "bias", OPTION))
