@@ -324,6 +324,7 @@ def test_an_option_that_is_given_counts_at_its_default_too(
         make_trainer(tmp_path, copied(LoRACallback(*config, **options))).fit(model, Data())
 
 
+@tiny_layers
 def test_an_option_that_a_subclass_gives_counts_and_one_that_it_leaves_out_does_not(tmp_path):
     class Own(LoRACallback):
         def __init__(self, rank: int | None = None) -> None:
@@ -341,6 +342,7 @@ def test_an_option_at_its_default_counts_for_a_model_that_injects_itself(tmp_pat
         make_trainer(tmp_path, LoRACallback(r=8)).fit(InjectsInConfigureModel(), Data())
 
 
+@tiny_layers
 @pytest.mark.parametrize("options", [{}, {"merged_eval": True, "save": "adapter", "seed": None}])
 def test_options_of_the_callback_alone_adopt_what_was_injected(tmp_path, options: dict[str, Any]):
     model = Net()

@@ -173,14 +173,14 @@ def test_averaged_copy_has_state_dicts_of_its_own():
     average = AveragedModel(model)
     average.update_parameters(model)
     state = adapter_state_dict(average)
-    assert state.keys() == {"n_averaged", *(f"module.{name}" for name in adapter_state_dict(model))}
+    assert state.keys() == adapter_state_dict(model).keys()
     with torch.no_grad():
         model.conv.lora_A.add_(1)
     average.update_parameters(model)
     average.update_parameters(model)
-    assert not same(adapter_state_dict(average)["module.conv.lora_A"], adapter_state_dict(model)["conv.lora_A"])
+    assert not same(adapter_state_dict(average)["conv.lora_A"], adapter_state_dict(model)["conv.lora_A"])
     plain = merged_state_dict(average)
-    assert {f"module.{name}" for name in fresh_zoo().state_dict()} | {"n_averaged"} == plain.keys()
+    assert plain.keys() == fresh_zoo().state_dict().keys()
 
 
 # --- which base ---

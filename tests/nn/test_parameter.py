@@ -291,5 +291,5 @@ def test_dropout_is_refused_with_parameters_and_a_module_of_parameters_names_the
         LoRAConfig(target_modules=[], target_parameters=["w"], lora_dropout=0.1)
     with pytest.raises(LoRAError, match="target_modules must be at least one"):
         LoRAConfig(target_modules=[])
-    with pytest.raises(LoRAError, match=r"target_parameters=\['gate_up_proj', 'down_proj'\]"):
+    with pytest.raises(LoRAError, match=r"target_parameters=\['inner.gate_up_proj', 'inner.down_proj'\]"):
         inject(Model(Experts()), LoRAConfig(target_modules=["inner"]))

@@ -24,6 +24,7 @@ from support.models import ZOO_LAYERS
 Tensors = Mapping[str, torch.Tensor]
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+BY_JSON = ("lora_alpha", "use_rslora", "alpha_pattern", "lora_dropout")  # whatever the description says
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -42,7 +43,7 @@ class Source:
 
     Attributes:
         tensors: by state dict name. One that is there under another name, and was accepted, is the undamaged one.
-        options: those of our description, which stands beside the tensors, or else PEFT's.
+        options: PEFT's, or those of our description beside the tensors, but for what may be edited in PEFT's.
     """
 
     def __init__(self, path: Path, undamaged: Tensors) -> None:
@@ -51,8 +52,10 @@ class Source:
                 found, header = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
             named = {name: found[peft_name(name)] for name in undamaged if peft_name(name) in found}
             described = header.get("lightning_lora")
-            text = (path / CONFIG).read_text() if described is None else described
-            self.options = json.loads(text) if described is None else json.loads(text)["config"]
+            self.options = json.loads((path / CONFIG).read_text())
+            if described is not None:
+                edited = {name: self.options.get(name) for name in BY_JSON}
+                self.options = json.loads(described)["config"] | edited
         else:
             content = checkpoint_in(path)
             named, self.options = content["state_dict"], content["lora"]["config"]
