@@ -330,7 +330,7 @@ class LoRACallback(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Record the initial value of every base parameter that became trainable since the last step; log_stats."""
-        self._step_lists(pl_module).record_trainable()
+        self._step_lists(pl_module).record_trainable(optimizer)
         if self.log_stats:
             self._statistics.log(trainer, pl_module, optimizer)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from ..distributed.sharding import reshard_
@@ -17,6 +19,7 @@ class StepLists:
     Attributes:
         layers, states: the adapted layers, and what each carries.
         frozen: base parameters that were never trainable.
+        frozen_in: those of them that an optimizer holds, by its identity, with the sizes of its groups at that time.
         trained_a_batch: a training batch has ended since.
         kept_in_eval: layers with dropout that are in eval mode while the model trains; None until that is noted.
     """
@@ -30,7 +33,7 @@ class StepLists:
         self.states = [layer.lora for layer in self.layers]
         self.kept_in_eval: list[AdaptedWeights] | None = None
         self.trained_a_batch = False
-        self.frozen = self._list_frozen()
+        self._list_frozen()
 
     def is_current(self) -> bool:
         """Tell whether the model is still injected as it was when it was listed."""
@@ -48,14 +51,29 @@ class StepLists:
         for layer in self.kept_in_eval or ():
             layer.lora.dropout_override = dropping
 
-    def record_trainable(self) -> None:
-        """Record the initial value of every base parameter that has become trainable."""
-        if any(parameter.requires_grad for parameter in self.frozen):
-            record_trainable(self.model)
-            self.frozen = self._list_frozen()
+    def record_trainable(self, optimizer: Any) -> None:
+        """Record the initial value of every base parameter that has become trainable, before an optimizer's step.
 
-    def _list_frozen(self) -> list[nn.Parameter]:
+        A parameter that the optimizer does not hold keeps its value, and is not even looked at: to look at each one of
+        a large model takes a millisecond.
+        """
+        sizes = [len(group["params"]) for group in optimizer.param_groups]
+        listed = self.frozen_in.get(id(optimizer))
+        if listed is None or listed[0] != sizes:
+            listed = self.frozen_in[id(optimizer)] = sizes, self._frozen_in(optimizer)
+        if any(parameter.requires_grad for parameter in listed[1]):
+            record_trainable(self.model)
+            self._list_frozen()
+
+    def _frozen_in(self, optimizer: Any) -> list[nn.Parameter]:
+        """Return the frozen parameters that an optimizer holds, or all where it holds copies in their place."""
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        holds_others = held - {id(parameter) for parameter in self.model.parameters()}
+        return [parameter for parameter in self.frozen if holds_others or id(parameter) in held]
+
+    def _list_frozen(self) -> None:
         reshard_(self.model.modules())
-        if self.record is None:
-            return []
-        return [p for name, p in base_parameters(self.root).items() if name not in self.record.trained]
+        trained = self.record.trained if self.record else set()
+        parameters = base_parameters(self.root) if self.record else {}
+        self.frozen = [parameter for name, parameter in parameters.items() if name not in trained]
+        self.frozen_in: dict[int, tuple[list[int], list[nn.Parameter]]] = {}

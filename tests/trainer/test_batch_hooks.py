@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_lora import LoRACallback, is_merged, merge, unload
+from lightning_lora import LoRACallback, LoRAConfig, inject, is_merged, merge, unload
+from lightning_lora.trainer.step_lists import StepLists
 from support.training import Data, Net, make_trainer
 
 BATCHES = 3
@@ -119,3 +120,44 @@ def test_what_is_unfrozen_within_an_epoch_is_recorded_before_it_changes(tmp_path
     assert not torch.equal(changed, before)
     unload(model)
     assert torch.equal(model.body[0].bias, before)
+
+
+class Frozen(nn.Parameter):
+    """It counts how often anyone asks whether it is trained."""
+
+    asked = 0
+
+    @property
+    def requires_grad(self) -> bool:  # type: ignore[override]
+        Frozen.asked += 1
+        return False
+
+
+class HoldsCopies(torch.optim.SGD):
+    """As an optimizer with weights in float32 of its own, which are no parameters of the model."""
+
+    def __init__(self, parameters: Iterator[nn.Parameter]) -> None:
+        super().__init__([parameter.detach().clone() for parameter in parameters], lr=0.1)
+
+
+@pytest.mark.parametrize(
+    ("held", "looks"),
+    [
+        (lambda model: torch.optim.SGD(each for each in model.parameters() if each.requires_grad), 0),
+        (lambda model: torch.optim.SGD(model.parameters()), 1),
+        (lambda model: HoldsCopies(model.parameters()), 1),
+    ],
+    ids=["its own", "all", "copies"],
+)
+def test_a_step_looks_at_the_frozen_parameters_that_its_optimizer_may_change(held: Any, looks: int):
+    model = Net()
+    inject(model, LoRAConfig(r=2))
+    model.body[0].weight = Frozen(model.body[0].weight.detach(), requires_grad=False)
+    optimizer, lists = held(model), StepLists(model)
+    Frozen.asked = 0
+    lists.record_trainable(optimizer)
+    assert Frozen.asked == looks
+    before = Frozen.asked
+    optimizer.add_param_group({"params": model.body[0].weight}) if not looks else None
+    lists.record_trainable(optimizer)
+    assert Frozen.asked > before
