@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -68,6 +69,7 @@ class Variant:
         return {"r": 2, "lora_alpha": 3, "target_modules": ["inner", "head"]} | self.options | others
 
 
+@functools.cache
 def batch(number: int = 0, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
     """Return tokens, each of them at least once in several batches, and what the model should answer."""
     stream = torch.Generator().manual_seed(number)
@@ -163,12 +165,10 @@ class Naive:
         module, _, leaf = name.rpartition(".") if name in self.base else (name, "", "")
         pattern = f"{module}.lora_{{}}_{leaf}".lstrip(".") if leaf else f"{module}.lora_{{}}"
         parts = (self.options.get("enable_lora") or {}).get(name)
-        a, b = (values[pattern.format(factor)] for factor in "AB")
-        change = product(a, b, weight.shape, parts)
+        change = product(values[pattern.format("A")], values[pattern.format("B")], weight.shape, parts)
         if pattern.format("start_A") in values:
-            change = change - product(
-                *(values[pattern.format(f"start_{factor}")] for factor in "AB"), weight.shape, parts
-            )
+            first = (values[pattern.format(f"start_{factor}")] for factor in "AB")
+            change = change - product(next(first), next(first), weight.shape, parts)
         changed = weight + self.scaling(name) * change
         if self.options.get("use_dora"):
             changed = changed * (values[pattern.format("magnitude")] / changed.detach().norm(dim=1))[:, None]
