@@ -53,6 +53,7 @@ pytestmark = [
 PAGE = Path(__file__).parent / "pairs.md"
 QKV = {"enable_lora": {"inner": [True, False, True]}}
 ROWS = {"target_modules": ["inner"], "trainable_token_indices": {"embed": [1, 4, 9]}}
+OF_BOTH = {"target_modules": ["inner"], "trainable_token_indices": {"embed": [1, 4, 9], "head": [0, 3]}}
 PARAMETERS = {"target_modules": [], "target_parameters": ["stack.weights", "head.weight"]}
 
 VARIANTS = [
@@ -69,6 +70,7 @@ VARIANTS = [
     Variant("A and B random", {"init_lora_weights": False}),
     Variant("DoRA, EVA", {"use_dora": True, "init_lora_weights": "eva"}),
     Variant("rows", ROWS, ("inner",)),
+    Variant("rows of table and head", OF_BOTH, ("inner",)),
     Variant("rows, DoRA", ROWS | {"use_dora": True}, ("inner",)),
     Variant("parameters", PARAMETERS, ("stack.weights", "head.weight")),
     Variant("parameters, PiSSA", PARAMETERS | {"init_lora_weights": "pissa"}, ("stack.weights", "head.weight")),
@@ -79,8 +81,8 @@ VARIANTS = [
     Variant("enable_lora, PiSSA", QKV | {"init_lora_weights": "pissa"}),
     Variant("LoRA+", lr_ratio=4),
     Variant(
-        "DoRA, rsLoRA, gaussian, rows, modules_to_save, biases",
-        ROWS
+        "most of it at once",
+        OF_BOTH
         | {"use_dora": True, "use_rslora": True, "init_lora_weights": "gaussian"}
         | {"modules_to_save": ["other"], "bias": "all"},
         ("inner",),
@@ -178,7 +180,7 @@ CONDITIONS = [
     Condition(FOLDERS, "deepcopy", copied(copy.deepcopy), "of a merged model; both train on"),
     Condition(FOLDERS, "pickle", copied(by_pickle), "the same"),
     Condition(MERGING, "merge, unmerge", merge_cycles, "three cycles, training in between; state dicts hold W"),
-    Condition(MERGING, "inference_mode", inference, "around answers and merging, then training"),
+    Condition(MERGING, "inference_mode", inference, "around answers and merging; unmerged, trained and merged outside"),
     Condition(
         MERGING, "disable_adapter", disabled, "merged and not: the plain model's bits inside, the old ones after"
     ),

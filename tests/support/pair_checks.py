@@ -33,6 +33,7 @@ from lightning_lora import (
 from lightning_lora.adapter.lightning_checkpoint import convert_checkpoint, prepare_for_load
 from lightning_lora.model.injection import require_injection
 from support.pairs import (
+    FROM_DATA,
     Naive,
     Tensors,
     Variant,
@@ -386,6 +387,9 @@ def another_base(variant: Variant) -> None:
         each.load_state_dict(base.state_dict())
     if not keeps:
         assert_near(model(batch(3)[0]), base(batch(3)[0]), 1e-6, "untrained")
+    if variant.options.get("init_lora_weights") not in FROM_DATA:
+        there = adapted(variant, seed=8)
+        assert all(torch.equal(model.get_parameter(name), value) for name, value in trainable(there).items())
     merge(model)
     unmerge(model)
     naive = Naive(variant, seed=8)
@@ -396,7 +400,7 @@ def another_base(variant: Variant) -> None:
 
 
 def inference(variant: Variant) -> None:
-    """Answers and merges in inference mode, and trains after it."""
+    """Answers and is merged in inference mode, and is unmerged, trained and merged outside."""
     model, naive = filled(variant), Naive(variant)
     values, before = wide(model), all_bits(model)
     expected = naive.run(values, batch(3)[0])
@@ -405,9 +409,10 @@ def inference(variant: Variant) -> None:
             assert_near(model(batch(3)[0]), expected, loose(variant, 1e-5), "in inference mode")
             merge(model)
             assert_near(model(batch(3)[0]), expected, loose(variant, 1e-5), "merged")
-            unmerge(model)
+        unmerge(model)
         assert all_bits(model) == before
         assert_as_defined(model, naive, loose(variant, 1e-5))
+        assert_merges(model, naive, loose(variant, 1e-5))
 
 
 def dropout(variant: Variant) -> None:

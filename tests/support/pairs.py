@@ -156,9 +156,9 @@ class Naive:
             weight = name if name in whole else f"{name}.weight"
             whole[weight] = self.adapted_weight(name, whole[weight], values)
         for table, ids in (self.options.get("trainable_token_indices") or {}).items():
-            chosen = F.one_hot(torch.tensor(ids), TOKENS).double()
-            frozen = whole[f"{table}.weight"] * (1 - chosen.sum(0))[:, None]
-            whole[f"{table}.weight"] = frozen + chosen.T @ values[f"{table}.lora_rows"]
+            weight = whole[f"{table}.weight"]
+            chosen = F.one_hot(torch.tensor(ids), len(weight)).double()
+            whole[f"{table}.weight"] = weight * (1 - chosen.sum(0))[:, None] + chosen.T @ values[f"{table}.lora_rows"]
         return whole
 
     def adapted_weight(self, name: str, weight: torch.Tensor, values: Tensors) -> torch.Tensor:
