@@ -20,8 +20,20 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import nn
 
-from lightning_lora import LoRACallback, LoRAConfig, LoRAError, disable_adapter, inject, summary, unload
+from lightning_lora import (
+    LoRACallback,
+    LoRAConfig,
+    LoRAError,
+    disable_adapter,
+    inject,
+    is_merged,
+    merge,
+    merge_and_unload,
+    summary,
+    unload,
+)
 from lightning_lora.nn.lora_layer import LoRALayer
+from lightning_lora.trainer.compatibility import _modules_of
 from support.notices import lightning_logger, tiny_layers
 from support.training import BuiltInConfigureModel, BuiltInSetup, Data, Net, inputs, make_trainer, outputs, weights
 
@@ -361,6 +373,73 @@ def test_merge_weights_is_refused_with_the_reason(tmp_path):
     unload(model)
     inject(model, LoRAConfig(r=2, target_modules=TARGETS))
     make_trainer(tmp_path, LoRACallback()).fit(model, Data())
+
+
+@pytest.mark.parametrize(("seed", "is_refused"), [(None, False), (1, False), (2, True)])
+def test_another_seed_than_that_of_an_injected_model_is_refused(tmp_path, seed: int | None, is_refused: bool):
+    inject(model := Net(), LoRAConfig(r=2, target_modules=TARGETS), seed=1)
+    trainer = make_trainer(tmp_path, LoRACallback(seed=seed))
+    if not is_refused:
+        trainer.fit(model, Data())
+        return
+    with pytest.raises(LoRAError, match="the model was injected with another seed; give none, or unload"):
+        trainer.fit(model, Data())
+
+
+def test_a_second_fit_keeps_the_fingerprint_of_the_base_that_the_first_trained_on(tmp_path):
+    callback = LoRACallback(r=2, target_modules=TARGETS)
+    make_trainer(tmp_path, callback).fit(model := Net(), Data())
+    first = model.lora_injection.fingerprint
+    assert first
+    with torch.no_grad():
+        model.head.weight.add_(1)  # the adapter belongs to what it was
+    make_trainer(tmp_path, callback).fit(model, Data())
+    assert model.lora_injection.fingerprint == first
+
+
+def test_a_merge_by_hand_stays_after_an_evaluation_that_a_training_batch_broke_off(tmp_path):
+    """As of a program with a loop of its own, which calls the hooks."""
+    callback = LoRACallback(r=2, target_modules=TARGETS)
+    trainer = make_trainer(tmp_path, callback)
+    trainer.fit(model := Net(), Data())
+    callback.on_validation_batch_start(trainer, model)
+    assert is_merged(model)
+    callback.on_train_batch_start(trainer, model)
+    assert not is_merged(model)
+    merge(model)
+    callback.on_validation_epoch_end(trainer, model)
+    assert is_merged(model)
+
+
+@pytest.mark.parametrize("model_class", [BuiltInSetup, BuiltInConfigureModel])
+def test_methods_that_build_are_the_models_own_again_after_a_fit(tmp_path, model_class: type[Net]):
+    make_trainer(tmp_path, LoRACallback(r=2, target_modules=TARGETS)).fit(model := model_class(), Data())
+    assert not {"setup", "configure_model"} & vars(model).keys()
+
+
+@pytest.mark.parametrize("take_out", [unload, merge_and_unload])
+def test_taking_adapters_of_a_part_out_leaves_the_lightning_module_without_patches(tmp_path, take_out: Any):
+    model = Net()
+    inject(model.body, LoRAConfig(r=2))
+    make_trainer(tmp_path, LoRACallback()).fit(model, Data())
+    assert "on_save_checkpoint" in vars(model)
+    take_out(model)
+    assert not {"on_save_checkpoint", "on_load_checkpoint"} & vars(model).keys()
+
+
+@pytest.mark.parametrize(
+    ("parameters", "adapted", "expected"),
+    [
+        (["critic.0.weight", "critic.2.weight"], ["critics.0"], ["critic"]),  # no segment, but a part of one
+        (["critic.0.weight", "critic.2.weight"], ["critic.1"], ["critic.0", "critic.2"]),
+        (["critic.0.weight", "head.weight"], ["body"], ["critic.0", "head"]),
+        (["scale"], ["body"], []),
+    ],
+)
+def test_frozen_parameters_are_named_by_the_module_that_holds_them_all(
+    parameters: list[str], adapted: list[str], expected: list[str]
+):
+    assert _modules_of(parameters, adapted) == expected
 
 
 class ParametersFromInit(Net):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import rich
@@ -13,7 +14,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import nn
 
 from lightning_lora import LoRAConfig, inject, merge, merged_state_dict
-from lightning_lora.notices import tell
+from lightning_lora.notices import tell, terminal
 from support.forks import DONE, run_in_forks
 from support.notices import lightning_logger
 from support.quantised import quantised
@@ -127,3 +128,10 @@ def test_a_program_without_lightning_shows_lines_unless_it_has_set_up_logging_it
     }
     programs = {name: (["torch"], WITHOUT_LIGHTNING.format(setup=s, times=n)) for name, (s, n) in cases.items()}
     assert run_in_forks(programs) == dict.fromkeys(cases, DONE)
+
+
+@pytest.mark.parametrize(("is_terminal", "is_jupyter"), [(True, False), (False, True), (False, False)])
+def test_the_summary_is_shown_by_rich_on_a_terminal_and_in_a_notebook(monkeypatch, is_terminal: bool, is_jupyter: bool):
+    console = SimpleNamespace(is_terminal=is_terminal, is_jupyter=is_jupyter)
+    monkeypatch.setattr("rich.get_console", lambda: console)
+    assert terminal() is (console if is_terminal or is_jupyter else None)

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,7 @@ IGNORED = -100  # the label of a token that is not learned from, as in transform
 
 Forward = Callable[[nn.Module, Any], object]
 Mask = Callable[[Any], torch.Tensor | None]
+Number = TypeVar("Number", int, float)
 
 log = logging.getLogger(__name__)
 
@@ -427,10 +428,15 @@ def _with_ranks(
         )
     return replace(
         config,
-        rank_pattern={**new_ranks, **rank_pattern} or None,
-        alpha_pattern={**(new_alphas if adjust_alpha else {}), **alpha_pattern} or None,
+        rank_pattern=_put_before(new_ranks, rank_pattern) or None,
+        alpha_pattern=_put_before(new_alphas if adjust_alpha else {}, alpha_pattern) or None,
         exclude_modules=[*(excluded or ()), *idle] or None,
     )
+
+
+def _put_before(new: Mapping[str, Number], earlier: Mapping[str, Number]) -> dict[str, Number]:
+    """Return both patterns; the first key that fits a layer counts, and a key of both has the new value."""
+    return {**new, **{key: value for key, value in earlier.items() if key not in new}}
 
 
 def _only(name: str) -> str:

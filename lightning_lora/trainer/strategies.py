@@ -104,7 +104,9 @@ def _check_complete(module: nn.Module, names: set[str], path: Path) -> None:
     base, adapter = set(base_keys(module)), set(adapter_keys(module))
     if names in (base | adapter, base, adapter):
         return
-    unknown, missing = sorted(names - base - adapter), sorted((adapter if names & (adapter - base) else base) - names)
+    expected = adapter if names & (adapter - base) else base
+    expected = expected | base if names & (base - adapter) else expected
+    unknown, missing = sorted(names - base - adapter), sorted(expected - names)
     first = f"{unknown[0]!r} has no place in the model" if unknown else f"{missing[0]!r} is missing"
     raise LoRAError(
         f"{path}: a state dict must hold the complete base, the complete adapter or both, but {first} "

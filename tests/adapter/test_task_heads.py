@@ -13,11 +13,11 @@ import transformers
 
 from lightning_lora import LoRACallback, LoRAConfig, LoRAError, inject, load_adapter, load_from_checkpoint, save_adapter
 from lightning_lora.config import Task
-from lightning_lora.model.pretrained import warn_of_new_heads
+from lightning_lora.model.pretrained import base_name, new_heads, warn_of_new_heads
 from support.notices import quiet_peers
 from support.peers import SMALL, fill_
 from support.peers import model as peer
-from support.pretrained import LABELS, Lit, answer, classifier, save_body, token_loader
+from support.pretrained import LABELS, Lit, answer, bert, classifier, save_body, token_loader
 from support.training import make_trainer
 
 pytestmark = quiet_peers
@@ -48,6 +48,23 @@ def test_a_new_head_that_is_not_trained_whole_is_named_at_fit_start(tmp_path, bo
     remedy = r"\(classifier\) starts from random values.*modules_to_save=\['classifier'\] or task_type='SEQ_CLS'"
     with pytest.warns(UserWarning, match=remedy):
         fit(Lit(body), tmp_path, target_modules=targets)
+
+
+def test_a_head_that_the_checkpoint_holds_is_not_new_in_a_class_that_fsdp_has_made(body):
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(body)
+    assert "classifier" in new_heads(model)
+    model.config.architectures = [type(model).__name__]
+    assert new_heads(model) == {}
+    model.__class__ = type(f"FSDP{type(model).__name__}", (type(model),), {})
+    assert new_heads(model) == {}
+
+
+def test_the_base_of_two_models_is_that_of_the_one_with_adapters():
+    models = torch.nn.ModuleDict({name: bert() for name in ("teacher", "student")})
+    for name, model in models.items():
+        model.config.name_or_path = model.name_or_path = f"somebody/{name}"
+    inject(models, LoRAConfig(r=2, target_modules=r"student\..*query"))
+    assert base_name(models) == "somebody/student"
 
 
 HEADS = {

@@ -293,6 +293,21 @@ def one_bad_rank(bad: int) -> str:
     return str(caught.value)
 
 
+def test_no_step_runs_after_one_that_failed_and_the_first_failure_is_raised():
+    sync, ran = RankSync([]), []
+
+    def fail(what: str) -> None:
+        raise LoRAError(what)
+
+    sync.run("one", ran.append, 1)
+    sync.run("two", fail, "broken")
+    sync.run("three", ran.append, 3)
+    sync.run("four", fail, "broken too")
+    assert ran == [1]
+    with pytest.raises(LoRAError, match=r"^two: broken\.$"):
+        sync.raise_on_any_rank()
+
+
 @pytest.mark.parametrize("bad", [0, 1])
 def test_a_layer_that_fails_on_one_rank_fails_on_all(bad):
     messages = world().run(one_bad_rank, bad)

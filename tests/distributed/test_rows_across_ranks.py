@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
@@ -28,6 +28,7 @@ from lightning_lora import (
     unmerge,
 )
 from lightning_lora.adapter.fingerprint import fingerprint
+from lightning_lora.distributed.sharding import rows_of
 from lightning_lora.nn.lora_layer import adapted_layers
 from support.layers import same_bits
 from support.processes import world
@@ -186,3 +187,16 @@ def test_a_resumed_sharded_run_equals_the_uninterrupted_one(tmp_path, save: str,
         assert_same_bits({name: found[name] for name in state}, state)
     moved = (state["net.emb.lora_rows"] - state["net.emb.weight"][list(ROWS)]).abs().amin()
     assert moved > 1e-6
+
+
+def gather_rows() -> None:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for count in (6, 5):
+        table = torch.arange(4.0 * count).view(count, 4) + 1
+        rows = [0, 2, 3, count - 1]  # the first and the last of each shard
+        for placement in (Shard(0), Shard(1), Replicate()):
+            assert torch.equal(rows_of(distribute_tensor(table, mesh, [placement]), rows), table[rows])
+
+
+def test_rows_at_the_ends_of_shards_are_gathered():
+    world().run(gather_rows)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lightning_lora import LoRAConfig, LoRAError, is_merged, load_adapter, merge, save_adapter
+from lightning_lora.distributed.sharding import has_sharded, is_fully_sharded, is_sharded
 from support.processes import world
 from support.sharded import X, shard_, whole_state
 from support.sharded_adapters import assert_same_bits, injected
@@ -40,3 +41,16 @@ def test_equal_ranks_are_swapped_and_others_refused(tmp_path: Path):
                     parameter.mul_(-2)
         save_adapter(net, tmp_path / name)
     world().run(swapped, tmp_path)
+
+
+def gathered() -> None:
+    net = shard_(injected(seed=1))
+    for module in net.modules():
+        if is_fully_sharded(module):
+            module.unshard()
+    assert not any(map(is_sharded, net.parameters()))
+    assert has_sharded(net)
+
+
+def test_a_model_whose_shards_are_gathered_at_the_moment_is_a_sharded_one():
+    world().run(gathered)

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from lightning_lora import (
@@ -27,6 +27,7 @@ from lightning_lora import (
     merged_state_dict,
     unload,
 )
+from lightning_lora.distributed.tensor_parallel import low_rank_product, place_like_weight
 from lightning_lora.model.inject import adapt_new_layers
 from support.lightning_versions import ANY_OBJECTS
 from support.models import randomise_
@@ -278,3 +279,61 @@ def fit_with_object(path: Path, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["adapter", "merged", "full"])
 def test_a_checkpoint_with_an_object_in_its_hyperparameters_loads_where_lightning_is_told_to(tmp_path, kind):
     world().run(fit_with_object, tmp_path, kind)
+
+
+def product_of(places: tuple[Any, Any, Any]) -> None:
+    torch.manual_seed(0)
+    tensors = [torch.randn(shape, dtype=torch.float64) for shape in ((2, 4, 6), (3, 6), (8, 3))]
+    plain = [tensor.clone().requires_grad_() for tensor in tensors]
+    expected = 1.5 * plain[0] @ plain[1].T @ plain[2].T
+    sharded = [
+        distribute_tensor(tensor, mesh(), [place]).detach().requires_grad_()
+        for tensor, place in zip(tensors, places, strict=True)
+    ]
+    found = low_rank_product(*sharded, 1.5)
+    torch.testing.assert_close(found.full_tensor(), expected)
+    for output in (found.full_tensor(), expected):
+        output.square().sum().backward()
+    for one, other in zip(sharded, plain, strict=True):
+        torch.testing.assert_close(one.grad.full_tensor(), other.grad)
+
+
+@pytest.mark.parametrize(
+    "places",
+    [
+        (Replicate(), Replicate(), Shard(0)),
+        (Shard(2), Shard(1), Replicate()),
+        (Shard(0), Replicate(), Replicate()),
+        (Shard(1), Replicate(), Replicate()),
+        (Replicate(), Replicate(), Replicate()),
+    ],
+    ids=["outputs split", "inputs split", "batch split", "sequence split", "nothing split"],
+)
+def test_gradients_of_the_product_are_those_of_one_device(places: tuple[Any, Any, Any]):
+    world().run(product_of, places)
+
+
+def place_factors() -> None:
+    weight = distribute_tensor(torch.zeros(8, 6), mesh(), [Shard(0)])
+    for place in (Replicate(), Shard(0)):
+        factor = nn.Parameter(distribute_tensor(torch.zeros(8, 2), mesh(), [place]), requires_grad=False)
+        found = place_like_weight("lora_B", factor, weight, {0: ("lora_B", 0), 1: ("lora_A", 1)})
+        assert found.placements == (Shard(0),)
+        assert not found.requires_grad
+        assert (found is factor) == (place == Shard(0))  # an optimizer may hold it already
+
+
+def test_a_frozen_factor_that_is_placed_like_its_weight_stays_frozen():
+    world().run(place_factors)
+
+
+def product_that_needs_communication() -> None:
+    x, a, b = (distribute_tensor(torch.ones(shape), mesh(), [Shard(1)]) for shape in ((4, 6), (2, 6), (8, 2)))
+    whole_a, whole_b = (factor.redistribute(placements=[Replicate()]) for factor in (a, b))
+    assert low_rank_product(x, whole_a, whole_b, 1.0) is None
+    assert low_rank_product(x, a, b, 1.0) is None
+    assert low_rank_product(x, a, whole_b, 1.0) is not None
+
+
+def test_a_product_that_needs_communication_is_left_to_torch():
+    world().run(product_that_needs_communication)

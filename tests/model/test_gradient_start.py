@@ -23,6 +23,7 @@ from lightning_lora import (
     unload,
 )
 from lightning_lora.model import gradient_start
+from lightning_lora.model.over_batches import Caller
 from lightning_lora.nn.lora_layer import adapted_layers
 from support.notices import PEER_NOTICES
 from support.peers import logits
@@ -91,6 +92,16 @@ def test_batches_run_without_the_adapters_which_act_again_after_an_exception():
     with pytest.raises(KeyboardInterrupt):
         initialize_from_data(net, batches(), forward)
     assert all(layer.lora_active for layer in layers)
+
+
+def test_mean_gradient_of_a_bfloat16_weight_is_summed_in_float32():
+    """Of eight batches, 256 + 7 * 1 are 256 in bfloat16, where each 1 is rounded away."""
+    layer = nn.Linear(2, 2, bias=False, dtype=torch.bfloat16)
+    batches = [torch.tensor([[256.0, 1.0], [1.0, 0.0]])] + 7 * [torch.tensor([[1.0, 1.0], [0.0, 0.0]])]
+    found = gradient_start._mean_gradients(
+        layer, {"": layer.weight}, batches, lambda model, batch: (model.weight * batch).sum(), Caller()
+    )
+    assert torch.equal(found[""], torch.stack(batches).mean(0))
 
 
 def test_model_trains_as_peft_does():

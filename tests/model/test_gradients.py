@@ -105,6 +105,14 @@ def test_a_copy_and_an_inner_module_are_looked_at_too():
             merge(model)
 
 
+def test_a_gradient_of_a_factor_that_was_replaced_counts():
+    model = injected()
+    model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
+    model(torch.randn(3, D)).sum().backward()
+    with pytest.warns(UserWarning, match="no gradient has reached the adapters of 2 of 3 layers: 'decoder', 'unused'"):
+        merge(model)
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -30,7 +30,7 @@ from lightning_lora import (
     unload,
     unmerge,
 )
-from lightning_lora.model.injection import find_injection
+from lightning_lora.model.injection import Injection, find_injection
 from lightning_lora.nn.lora_layer import LoRALayer
 
 OPTIONS: dict[str, Any] = {"r": 2, "target_modules": ["0", "2"], "bias": "lora_only"}
@@ -285,3 +285,19 @@ def test_a_copy_of_a_part_does_not_copy_the_whole():
     inject(plan, LoRAConfig(**OPTIONS))
     assert len(pickle.dumps(net)) < 20_000
     assert len(pickle.dumps(plan)) > 1_000_000
+
+
+def test_every_name_of_a_record_changes_with_the_module_that_holds_it():
+    names = ["0.bias", "gone.bias"]
+    record = Injection(
+        LoRAConfig(),
+        requires_grad=dict.fromkeys(names, True),
+        initial={name: torch.zeros(1) for name in names},
+        trained=set(names),
+        unfrozen=set(names),
+        resized=set(names),
+        left_out=dict.fromkeys(names, "a reason"),
+    )
+    record.rename(lambda name: None if name.startswith("gone") else f"network.{name}")
+    for field in ("requires_grad", "initial", "trained", "unfrozen", "resized", "left_out"):
+        assert list(getattr(record, field)) == ["network.0.bias"], field

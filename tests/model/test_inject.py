@@ -230,3 +230,12 @@ def test_an_option_beside_the_config_is_refused_with_its_place(options: dict[str
     for args in ((), (LoRAConfig(),)):
         with pytest.raises(LoRAError, match=rf"^inject: there is no option {said}\.$"):
             inject(nn.Sequential(nn.Linear(3, 3)), *args, **options)
+
+
+def test_biases_that_are_trained_with_all_are_those_of_that_very_name():
+    """As in PEFT, which leaves in_proj_bias frozen."""
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "body": nn.Linear(8, 8)})
+    model["body"].bias_of_another_kind = nn.Parameter(torch.zeros(8))
+    inject(model, LoRAConfig(r=2, target_modules=["body"], bias="all"))
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {name for name in trained if "lora_" not in name} == {"attention.out_proj.bias", "body.bias"}

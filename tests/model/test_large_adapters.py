@@ -70,6 +70,11 @@ def test_the_text_has_sizes_and_what_can_be_done():
     assert described(nn.LSTM(8, 6), r=7, **recurrent).endswith("Take a smaller r there, with rank_pattern.")
 
 
+@pytest.mark.parametrize(("r", "is_useless"), [(7, False), (8, False), (9, True)])
+def test_a_rank_beyond_the_smaller_side_alone_is_called_useless(r: int, is_useless: bool):
+    assert ("no update has a rank above 8" in described(nn.Linear(24, 8), r=r)) == is_useless
+
+
 def test_trained_rows_and_whole_modules_are_no_adapters():
     model = nn.ModuleDict({"table": nn.Embedding(4, 4), "body": nn.Linear(32, 32), "head": nn.Linear(32, 2)})
     inject(model, LoRAConfig(r=2, modules_to_save=["head"], trainable_token_indices={"table": [0, 1, 2, 3]}))

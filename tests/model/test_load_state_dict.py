@@ -13,7 +13,18 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_lora import adapter_state_dict, disable_adapter, inject, is_merged, merge, unload, unmerge
-from support.models import ZOO_LAYERS, Zoo, bits, randomise_, state_bits, tokens, train, zoo_config
+from support.models import (
+    ZOO_LAYERS,
+    Zoo,
+    base_zoo,
+    bits,
+    randomise_,
+    state_bits,
+    tokens,
+    train,
+    trained_zoo,
+    zoo_config,
+)
 
 FACTORS = {f"{layer}.{factor}" for layer in ZOO_LAYERS for factor in ("lora_A", "lora_B")}
 PATHS = ["", "body", "body.0", "embed", "conv"]
@@ -267,3 +278,12 @@ def test_copy_of_an_injected_model_loads_without_changing_the_original():
     unload(other)
     assert state_bits(other) == {name: bits(tensor) for name, tensor in STATE.items() if name not in FACTORS}
     assert state_bits(model) == before
+
+
+def test_a_base_of_another_shape_changes_nothing_that_unload_brings_back():
+    model = trained_zoo()
+    initial = {name: value.clone() for name, value in model.lora_injection.initial.items()}
+    base = base_zoo().state_dict() | {"head.weight": torch.zeros(4, 8)}
+    with pytest.raises(RuntimeError, match=r"size mismatch for head\.weight"):
+        model.load_state_dict(base)
+    assert torch.equal(model.lora_injection.initial["head.weight"], initial["head.weight"])

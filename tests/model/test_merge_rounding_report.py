@@ -11,8 +11,9 @@ import torch
 from torch import nn
 from torchmetrics import Metric
 
-from lightning_lora import LoRAConfig, inject, is_merged, merge, merged, metrics, unmerge
+from lightning_lora import LoRAConfig, inject, is_merged, merge, merged, merged_state_dict, metrics, unmerge
 from support.models import randomise_, state_bits
+from support.quantised import adapted
 
 
 def with_adapter_of(share: float, dtype: torch.dtype) -> nn.Sequential:
@@ -108,3 +109,20 @@ def test_rounding_warning_raised_as_an_error_leaves_a_consistent_model():
         assert is_merged(model)
     unmerge(model)
     assert state_bits(model) == before
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_dequantised_weights_are_reported_once_and_warned_of_in_16_bits_alone(caplog, dtype):
+    """An adapter so small that either dtype loses most of it."""
+    caplog.set_level(logging.INFO, logger="lightning_lora")
+    model = adapted("nf4")
+    with torch.no_grad():
+        for position in (0, 2, 4):
+            model[position].lora_B.mul_(1e-7)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            merged_state_dict(model, dequantize=dtype)
+    reports = [record.getMessage() for record in caplog.records if "rounding" in record.getMessage()]
+    assert [float(report.partition("costs ")[2].partition("%")[0]) > 5 for report in reports] == [True]
+    assert sum("rounding" in str(warning.message) for warning in caught) == (dtype == "bfloat16")

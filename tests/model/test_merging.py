@@ -268,6 +268,18 @@ def test_ctrl_c_while_merging_with_the_default_handler_ends_the_process():
     assert not run.stdout
 
 
+@pytest.mark.parametrize("before", [False, True])
+def test_merged_leaves_the_model_as_it_found_it_whatever_was_called_inside(before: bool):
+    model = stack()
+    randomise_(model)
+    merge(model) if before else None
+    for inside in (unmerge, merge):
+        with merged(model):
+            assert is_merged(model)
+            inside(model)
+        assert is_merged(model) == before
+
+
 # --- memory ---
 
 
@@ -286,10 +298,11 @@ def test_small_weights_are_kept_as_copies_up_to_64_mb_in_all():
     assert all(same(layer.weight.detach(), weight) for layer, weight in zip(model, before, strict=True))
 
 
-def test_budget_of_plain_copies_counts_what_is_kept_already(monkeypatch):
+@pytest.mark.parametrize("kept", [slice(4, 6), slice(0, 2)], ids=["last", "first"])
+def test_budget_of_plain_copies_counts_what_is_kept_already(monkeypatch, kept: slice):
     model = stack()
     one = model[0].weight.nbytes
     monkeypatch.setattr(MERGE, "COPY_BUDGET", 3 * one)
-    merge(model[4:6])
+    merge(model[kept])
     merge(model)
     assert sum(layer.lora.records["weight"].copy is not None for layer in model) == 3

@@ -143,6 +143,22 @@ def test_one_adamw_step_moves_b_by_the_ratio():
     assert steps == pytest.approx([1e-3, 4e-3], rel=1e-3)
 
 
+def test_biases_of_more_dimensions_are_not_decayed():
+    net = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2, add_bias_kv=True)})
+    inject(net, LoRAConfig(r=2, target_modules=["attention"]))
+    for bias in (net["attention"].bias_k, net["attention"].bias_v):
+        assert bias.requires_grad_().dim() == 3
+    found = rules_of(net, lora_param_groups(net, **RATES))
+    assert found["attention.bias_k"] == found["attention.bias_v"] == (1e-3, 0.0)
+
+
+def test_magnitudes_of_an_embedding_are_no_factors_of_it():
+    inject(net := Zoo(), zoo_config(use_dora=True, target_modules=["embed", "body.0"]))
+    found = rules_of(net, lora_param_groups(net, **RATES))
+    assert found["embed.lora_magnitude"] == found["body.0.lora_magnitude"] == (1e-3, 0.0)
+    assert found["embed.lora_A"] == found["embed.lora_B"] == (1e-6, 0.1)
+
+
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [

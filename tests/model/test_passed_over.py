@@ -161,3 +161,16 @@ def test_dora_suggests_only_what_it_can_adapt():
 
     with pytest.warns(UserWarning, match=r"; a list of target_modules can name Conv1d \('conv', \.\.\.\) too, and"):
         inject(Attends(), LoRAConfig(r=1, use_dora=True))
+
+
+def test_a_weight_of_two_modules_counts_once():
+    model = nn.ModuleDict({"one": nn.Embedding(10, 10), "two": nn.Embedding(10, 10), "body": nn.Linear(30, 10)})
+    model["two"].weight = model["one"].weight
+    inject(model, LoRAConfig(r=1))
+    assert summary(model).passed_over.startswith("24.4% of the parameters: 1 Embedding 24.4%")  # 100 of 410
+
+
+def test_a_share_that_rounds_to_nothing_is_not_told():
+    model = nn.ModuleDict({"table": nn.Embedding(100, 100), "body": nn.Linear(100, 100), "tiny": nn.Conv1d(2, 2, 1)})
+    inject(model, LoRAConfig(r=1))
+    assert summary(model).passed_over.partition(";")[0] == "49.8% of the parameters: 1 Embedding 49.7%"

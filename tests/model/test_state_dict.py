@@ -13,7 +13,19 @@ from torch.optim.swa_utils import AveragedModel
 
 from lightning_lora import LoRAConfig, LoRAError, adapter_state_dict, inject, merge, merged, merged_state_dict
 from lightning_lora.adapter.fingerprint import check_fingerprint, fingerprint
-from support.models import ZOO_LAYERS, Zoo, bits, randomise_, same, state_bits, tokens, trace, train, zoo_config
+from lightning_lora.model.state_dict import merge_state_dict
+from support.models import (
+    ZOO_LAYERS,
+    Zoo,
+    bits,
+    randomise_,
+    same,
+    state_bits,
+    tokens,
+    trace,
+    train,
+    zoo_config,
+)
 
 FACTORS = [f"{layer}.{factor}" for layer in ZOO_LAYERS for factor in ("lora_A", "lora_B")]
 BUFFERS = [f"body.1.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")]
@@ -239,3 +251,12 @@ def test_fingerprint_with_nan_equals_itself_alone():
     for one, other in ((model, broken), (broken, model)):
         with pytest.raises(LoRAError, match=r"values of 'norm\.weight'"):
             check_fingerprint(one, fingerprint(other))
+
+
+@pytest.mark.parametrize("left_out", ["body.0.", "body.0.weight", "body.0.lora_B"])
+def test_a_state_dict_without_what_an_adapter_is_merged_into_is_refused(left_out: str):
+    """Merged weights of the rest would be another model, and nothing would say so."""
+    model = trained_zoo()
+    state = {name: value for name, value in model.state_dict().items() if not name.startswith(left_out)}
+    with pytest.raises(LoRAError, match=r"merged weights: the state dict of Zoo leaves out 'body\.0\."):
+        merge_state_dict(model, state)

@@ -280,3 +280,15 @@ def test_statistics_can_be_pickled_without_what_they_are_compared_with():
 def test_a_model_without_adapters_is_refused():
     with pytest.raises(LoRAError, match=r"^adapter_stats: Zoo was not injected"):
         adapter_stats(Zoo())
+
+
+def test_cosine_leaves_out_a_layer_of_another_rank_than_before():
+    def build(ranks: dict[str, int]) -> nn.Module:
+        torch.manual_seed(2)
+        model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
+        inject(model, LoRAConfig(r=2, rank_pattern=ranks, init_lora_weights=False), seed=1)
+        return model
+
+    before = adapter_stats(build({}))
+    found = adapter_stats(build({"1": 3}), before).groups["*"].cosine
+    assert found == pytest.approx(1)  # of layer 0, which is as it was

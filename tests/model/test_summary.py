@@ -352,6 +352,13 @@ def test_a_quantised_base_is_told_and_not_called_merged(kind: str):
     assert "evaluation merged" not in words(summary(model))
 
 
+def test_a_quantised_layer_under_two_names_counts_once():
+    layers = quantised("nf4")
+    model = nn.ModuleDict({"one": layers[0], "again": layers[0], "other": layers[2]})
+    inject(model, LoRAConfig(r=2, target_modules=["one"]))
+    assert summary(model).quantised == {"nf4": 2}
+
+
 def test_layers_that_stay_factored_beside_merged_ones_are_told_with_their_reasons():
     model = nn.ModuleDict({name: nn.Linear(16, 16, bias=False) for name in ("a", "b", "tied")})
     model["other"] = nn.Embedding(16, 16)

@@ -468,6 +468,20 @@ def test_target_without_near_misses_is_refused_with_what_there_is():
         inject(nn.Sequential(nn.ReLU()), LoRAConfig())
 
 
+@pytest.mark.parametrize(
+    ("there", "missing"),
+    [
+        ("head", "heading"),  # alike by 0.73, and no misspelling
+        ("q_proj", "k_proj"),  # alike by 0.83, and a usual name of another layer
+        ("fc1", "fc2"),
+    ],
+)
+def test_a_name_of_another_kind_of_model_beside_one_that_fits_is_a_warning(there: str, missing: str):
+    model = nn.ModuleDict({there: nn.Linear(4, 4)})
+    with pytest.warns(UserWarning, match=f"target_modules: '{missing}' names no layer to adapt"):
+        assert inject(model, LoRAConfig(r=1, target_modules=[there, missing])) == [there]
+
+
 # --- nothing to adapt ---
 
 

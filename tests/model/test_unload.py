@@ -24,6 +24,7 @@ from lightning_lora import (
     unload,
     unmerge,
 )
+from lightning_lora.model.injection import snapshot_materialised
 from support.models import ZOO_LAYERS, Stubborn, Zoo, bits, randomise_, state_bits, tokens, trace, train, zoo_config
 
 TRAINED = ["head.weight", "head.bias", "conv.bias", "body.0.bias", "body.1.running_mean", "body.1.num_batches_tracked"]
@@ -248,3 +249,23 @@ def test_merge_weights_works_on_a_copy_as_on_the_original(copied: Callable[[nn.M
     unload(other)
     assert "train" not in vars(other)
     assert "train" in vars(model)
+
+
+def test_a_model_injected_on_the_meta_device_keeps_the_values_that_it_was_given_later():
+    """What was recorded there has no values."""
+    with torch.device("meta"):
+        model = Zoo()
+    inject(model, zoo_config())
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            tensor.fill_(1)
+    base = {name: value for name, value in state_bits(model).items() if "lora_" not in name}
+    with disable_adapter(model):
+        assert base.items() <= state_bits(model).items()
+    snapshot_materialised(model)
+    initial = model.lora_injection.initial
+    assert "head.weight" in initial
+    assert {name: bits(value) for name, value in initial.items()}.items() <= base.items()
+    unload(model)
+    assert state_bits(model) == base

@@ -140,3 +140,36 @@ def test_the_parameters_of_a_layer_of_its_own_class_are_named_so_that_they_can_b
         inject(build(), LoRAConfig(target_modules=["own", "fc"]))
     named = {"target_modules": ["fc"], "target_parameters": ["blocks.0.own.weight"]}
     assert inject(build(), LoRAConfig(**named)) == ["blocks.0.own.weight", "fc"]
+
+
+def test_a_replaced_forward_is_refused_where_a_parameter_is_adapted():
+    model = nn.ModuleDict({"own": Own(), "fc": nn.Linear(3, 3)})
+    model["own"].forward = lambda x: x  # type: ignore[method-assign]
+    with pytest.raises(LoRAError, match=r"'own\.weight': the forward is replaced on the instance of Own"):
+        inject(model, LoRAConfig(target_modules=["fc"], target_parameters=["own.weight"]))
+
+
+def test_a_lazy_layer_of_buffers_alone_is_refused_until_it_has_a_shape():
+    model = nn.Sequential(nn.Linear(4, 4), nn.LazyBatchNorm1d(affine=False))
+    with pytest.raises(LoRAError, match="'1': the LazyBatchNorm1d has no shape yet; run one batch"):
+        inject(model, LoRAConfig(r=1, target_modules=["0"]))
+    model(torch.zeros(2, 4))
+    assert inject(model, LoRAConfig(r=1)) == ["0"]
+
+
+def test_a_module_with_a_tie_inside_is_trained_whole():
+    head = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    head[1].weight = head[0].weight
+    model = nn.ModuleDict({"body": nn.Linear(4, 4), "head": head})
+    inject(model, LoRAConfig(r=1, modules_to_save=["head"], ensure_weight_tying=False))
+    assert [name for name, p in model.named_parameters() if p.requires_grad and name.startswith("head")] == [
+        *("head.0.weight", "head.0.bias", "head.1.bias")
+    ]
+
+
+def test_parameters_of_whole_numbers_stay_frozen_where_their_module_is_trained():
+    model = nn.ModuleDict({"body": nn.Linear(4, 4), "head": nn.Linear(4, 4)})
+    model["head"].steps = nn.Parameter(torch.tensor([3]), requires_grad=False)
+    inject(model, LoRAConfig(r=1, modules_to_save=["head"]))
+    assert model["head"].weight.requires_grad
+    assert not model["head"].steps.requires_grad

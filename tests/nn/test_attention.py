@@ -13,6 +13,7 @@ from torch import nn
 from torch.func import functional_call
 
 from lightning_lora import LoRAConfig, disable_adapter, inject, merge, merged_state_dict, unload, unmerge
+from lightning_lora.errors import NonFiniteError
 from support.layers import DTYPES, same_bits
 from support.recorders import Operators
 
@@ -244,3 +245,18 @@ def test_copy_of_a_layer_is_equal_and_independent(name: str, state: Callable[...
         unload(subject.model)
         assert same_bits(subject.run(subject.model.requires_grad_(False)), subject.run(subject.plain))
         assert same_bits(subject.run(twin), wanted)
+
+
+@pytest.mark.parametrize("part", [0, 1, 2], ids=["q", "k", "v"])
+def test_a_part_that_is_not_finite_leaves_every_weight_as_it_was(part: int) -> None:
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(WIDTH, 4, kdim=6, vdim=5)})
+    inject(model, LoRAConfig(r=R, target_modules=["attention"], init_lora_weights=False))
+    layer: Any = model["attention"]
+    weights = {name: weight.detach().clone() for name, weight in layer.adapted_weights().items()}
+    with torch.no_grad():
+        layer.lora_B[part * WIDTH : (part + 1) * WIDTH] = torch.nan
+    with pytest.raises(NonFiniteError):
+        layer.merge_(copy=False)
+    assert not layer.lora.records
+    assert len(weights) == 3
+    assert all(same_bits(layer.adapted_weights()[name], weight) for name, weight in weights.items())

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lightning_lora import LoRAConfig, LoRAError, disable_adapter, inject
+from lightning_lora.nn.lora_layer import drop
 from support.layers import CASES, make_subject
 
 P = 0.4
@@ -111,3 +112,10 @@ def test_dropout_leaves_the_input_of_the_base_whole() -> None:
 def test_dropout_that_is_no_probability_is_refused(value: Any) -> None:
     with pytest.raises(LoRAError, match="lora_dropout must be a probability"):
         LoRAConfig(lora_dropout=value)
+
+
+@pytest.mark.parametrize("p", [1e-9, 1 - 1e-9])
+def test_a_share_beyond_what_16_bits_tell_keeps_outputs_finite(p: float) -> None:
+    x, factor = drop(torch.ones(8), p)
+    assert torch.isfinite(x * factor).all()
+    assert 1 <= factor <= 2**16

@@ -130,6 +130,13 @@ def test_adapters_in_an_unknown_reentrant_segment_are_named_with_the_remedy():
 
 
 @pytest.mark.filterwarnings(f"ignore:{NOTICE}:UserWarning")
+def test_a_parameter_whose_update_stays_apart_is_named_in_a_reentrant_segment_too():
+    inject(model := segmented(True), LoRAConfig(target_modules=["head"], target_parameters=["segment.0.weight"], r=2))
+    with pytest.warns(UserWarning, match=r"'segment\.0\.weight' runs in .*use_reentrant=True"):
+        model(source())
+
+
+@pytest.mark.filterwarnings(f"ignore:{NOTICE}:UserWarning")
 def test_a_layer_that_nothing_uses_is_told_from_those_in_a_reentrant_segment():
     model = segmented(True)
     model.unused = nn.Linear(8, 8).double()

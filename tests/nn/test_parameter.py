@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -187,6 +188,20 @@ def test_weights_are_back_after_a_forward_that_fails():
     with pytest.raises(RuntimeError):
         experts.model(torch.randn(2, 4, 9))
     assert isinstance(experts.model.inner.gate_up_proj, nn.Parameter)
+
+
+def test_another_thread_runs_after_one_whose_adapter_failed(monkeypatch):
+    subject = make_subject("experts")
+    layer = next(iter(adapted_layers(subject.model).values()))
+    monkeypatch.setattr(layer, "acting_factors", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        subject.model(subject.x)
+    monkeypatch.undo()
+    outputs: list[torch.Tensor] = []
+    thread = Thread(target=lambda: outputs.append(subject.model(subject.x)), daemon=True)
+    thread.start()
+    thread.join(10)
+    assert len(outputs) == 1
 
 
 @pytest.mark.parametrize("name", ["lstm", "experts"])

@@ -22,6 +22,7 @@ from lightning_lora import (
     inject,
     is_merged,
     merge,
+    merge_and_unload,
     merged,
     merged_state_dict,
     summary,
@@ -404,3 +405,30 @@ def test_no_dequantised_weight_outlives_the_forward_of_its_layer(kind):
     assert held[-1] < dequantised_layer / 2  # what is kept for backward
     assert max(held) < 4 * dequantised_layer  # bitsandbytes' own work on one layer
     assert output.requires_grad
+
+
+@pytest.mark.parametrize("kind", FOUR_BITS)
+def test_values_of_a_weight_that_is_not_quantised_yet_leave_its_layer_alone(kind):
+    layer = quantised(kind, moved=False)[2]
+    dequantised(layer)
+    assert layer.quant_state is None
+    assert layer.weight.quant_state is None
+    assert layer.weight.module is layer
+
+
+@pytest.mark.parametrize("moved", [False, True], ids=["not quantised yet", "quantised"])
+def test_8_bit_values_of_another_shape_are_refused(moved):
+    state = {name: value for name, value in quantised("int8")[2].state_dict().items() if name != "weight_format"}
+    layer = quantised("int8", moved=moved)[0]
+    inject(model := nn.ModuleDict({"layer": layer}), LoRAConfig(r=2))
+    with pytest.raises(RuntimeError, match=r"size mismatch for layer\.weight|into non-quantized"):
+        model.load_state_dict({f"layer.{name}": value for name, value in state.items()}, strict=False)
+    assert shape_of(layer.weight) == (WIDTH, FEATURES)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_plain_layers_are_in_the_mode_of_those_that_they_replace(training):
+    model = adapted("nf4").train(training)
+    plain = merge_and_unload(model, dequantize="float32")
+    assert [type(plain[position]) for position in (0, 2, 4)] == [nn.Linear] * 3
+    assert {module.training for module in plain.modules()} == {training}

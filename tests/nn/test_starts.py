@@ -339,6 +339,33 @@ def test_a_training_step_has_the_gradients_of_the_operations_one_by_one(frozen, 
     assert ran
 
 
+@pytest.mark.parametrize("trained", [["weight"], ["weight", "lora_A"], ["weight", "lora_A", "lora_B"]])
+def test_a_weight_that_a_user_unfreezes_has_the_gradient_of_the_plain_layer(trained: list[str]):
+    model = inject_start(nn.Sequential(nn.Linear(6, 5)), r=2, rank_pattern={}, target_modules=["0"])
+    for name, parameter in model[0].named_parameters():
+        parameter.requires_grad_(name in trained)
+    x = torch.randn(3, 6)
+    output = model(x)
+    gradient = torch.randn_like(output)
+    output.backward(gradient)
+    torch.testing.assert_close(model[0].weight.grad, gradient.T @ x)
+
+
+def test_a_start_trains_under_autocast_in_its_dtype():
+    model = inject_start(nn.Sequential(nn.Linear(6, 5)), r=2, rank_pattern={}, target_modules=["0"])
+    x = torch.randn(3, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(x)
+    assert output.dtype == torch.bfloat16
+    output.sum().backward()
+    found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+    model.zero_grad()
+    model(x).sum().backward()
+    for name, gradient in found.items():
+        expected = model.get_parameter(name).grad
+        torch.testing.assert_close(gradient, expected, rtol=0.05, atol=0.05 * expected.abs().max().item())
+
+
 def test_a_training_step_keeps_no_copies_of_the_factors_for_backward():
     model = inject_start(
         nn.Sequential(nn.Linear(64, 48), nn.Linear(48, 64)), r=4, rank_pattern={}, target_modules=["0"]

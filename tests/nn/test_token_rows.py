@@ -32,6 +32,7 @@ from lightning_lora.adapter.metadata import adapter_of_model
 from lightning_lora.adapter.save_load import apply_adapter
 from lightning_lora.command.merge import merge_on_disk
 from lightning_lora.model import merging
+from lightning_lora.model.token_tables import TokenTables
 from lightning_lora.nn.lora_layer import adapted_layers
 from support.layers import same_bits
 from support.models import checkpoint
@@ -212,6 +213,34 @@ def test_rows_start_as_the_tables_own_and_the_rest_is_frozen():
         *("emb.weight", "emb.lora_rows", "body.weight", "body.bias", "body.lora_A", "body.lora_B"),
         *("head.weight", "head.lora_rows"),
     ]
+
+
+def test_rows_of_a_table_with_nan_are_its_own_as_long_as_nothing_changes_them():
+    model = nn.ModuleDict({"emb": nn.Embedding(6, 4), "body": nn.Linear(4, 4)})
+    with torch.no_grad():
+        model["emb"].weight[1, 2] = torch.nan  # as of a token that nothing was trained for
+    inject(model, LoRAConfig(r=1, target_modules=["body"], trainable_token_indices={"emb": [1, 3]}))
+    table = adapted_layers(model)["emb"]
+    assert table.is_initial()
+    with torch.no_grad():
+        table.rows[1, 0] += 1
+    assert not table.is_initial()
+
+
+def test_a_module_of_another_kind_that_shares_the_weight_is_left_alone():
+    model = Net()
+    model.norms = nn.Module()
+    model.norms.weight = model.emb.weight
+    inject(model, LoRAConfig(r=2, target_modules=["body"], trainable_token_indices={"emb": ROWS}))
+    assert list(adapted_layers(model)) == ["emb", "body"]
+    assert "norms.weight" in adapted_layers(model)["emb"].unmergeable_reason()
+
+
+def test_tied_tables_are_listed_in_the_order_of_the_model_whichever_end_is_named():
+    model = Net(tied=True)
+    modules = dict(model.named_modules())
+    for end in ("emb", "head"):
+        assert list(TokenTables(model, modules, {end: ROWS}).rows) == ["emb", "head"]
 
 
 @pytest.mark.parametrize("name", ["embedding", "tied"])

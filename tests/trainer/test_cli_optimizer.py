@@ -13,8 +13,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from torch.optim import Optimizer
 
-from lightning_lora import LoRACallback, LoRACLI, LoRAError, lora_param_groups, unload
+from lightning_lora import LoRACallback, LoRACLI, LoRAError, inject, lora_param_groups, unload
+from lightning_lora.model.param_groups import LR_EMBEDDING
 from lightning_lora.nn.lora_layer import adapted_layers
+from lightning_lora.trainer.cli_optimizer import _split_groups_
+from support.models import Zoo, zoo_config
 from support.notices import tiny_layers
 from support.runs import BATCHES, TARGETS
 from support.training import Data, Net, assert_same_tensors, make_trainer
@@ -332,12 +335,30 @@ def test_groups_of_lr_ratio_have_names_for_the_monitor_of_learning_rates(tmp_pat
     assert [g.get("name") for g in program.trainer.optimizers[0].param_groups] == [None, "lora_B", "no_decay"]
 
 
+@pytest.mark.parametrize("lr", [0.02, 0.5])
+def test_groups_of_lr_ratio_are_those_of_lora_param_groups_with_embeddings_at_their_own_rate(lr: float):
+    inject(model := Zoo(), zoo_config())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=DECAY)
+    _split_groups_(optimizer, None, model, RATIO)
+
+    def rules(groups: Any) -> dict[Any, tuple[float, float]]:
+        return {p: (group["lr"], group["weight_decay"]) for group in groups for p in group["params"] if p.requires_grad}
+
+    expected = rules(lora_param_groups(model, lr=lr, lr_ratio=RATIO, weight_decay=DECAY))
+    assert rules(optimizer.param_groups) == {p: pytest.approx(rule) for p, rule in expected.items()}
+    assert expected[model.embed.lora_B][0] == pytest.approx(LR_EMBEDDING)
+
+
 def test_lr_ratio_beside_an_optimizer_of_the_models_own_is_refused_with_the_remedy(tmp_path):
     trainer = make_trainer(tmp_path, LoRACallback(**LORA, lr_ratio=16))
     with pytest.raises(
         LoRAError, match=r"lr_ratio=16 is for an optimizer .* lora_param_groups\(self, lr=..., lr_ratio=16"
     ):
         trainer.fit(Net(), Data(BATCHES))
+
+
+def test_lr_ratio_means_nothing_to_an_evaluation(tmp_path):
+    make_trainer(tmp_path, LoRACallback(**LORA, lr_ratio=16)).validate(Net(), Data(BATCHES), verbose=False)
 
 
 def test_lr_ratio_with_an_optimizer_of_one_group_is_refused(tmp_path):

@@ -114,6 +114,42 @@ def test_metrics_of_the_first_epoch_are_those_of_its_batches(tmp_path):
     assert set(trainer.callback_metrics) == {"mean", "val_loss"}
 
 
+@NOT_CONVERGED
+@pytest.mark.parametrize("start", FROM_DATA)
+@pytest.mark.parametrize(
+    ("precision", "dtype", "under_autocast"),
+    [("bf16-true", torch.bfloat16, False), ("bf16-mixed", torch.float32, True), ("32-true", torch.float32, False)],
+)
+def test_batches_before_training_are_run_in_the_precision_of_training(
+    tmp_path, precision: Any, dtype: torch.dtype, under_autocast: bool, start: str
+):
+    ran: dict[bool, set[Any]] = {False: set(), True: set()}
+
+    class Notes(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            ran[self.training].add((batch[0].dtype, torch.is_autocast_enabled("cpu")))
+            return super().training_step(batch, batch_idx)
+
+    trained(tmp_path, Notes(), lora(init_lora_weights=start), precision=precision)
+    assert ran[False] == ran[True] == {(dtype, under_autocast)}  # in eval mode before training
+
+
+@NOT_CONVERGED
+@pytest.mark.parametrize("start", FROM_DATA)
+def test_batches_before_training_go_through_the_hook_before_their_transfer(tmp_path, start: str):
+    class Changes(Net):
+        def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            return [batch[0] + 100, batch[1]]
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.seen.append((self.training, bool((batch[0] > 50).all())))
+            return super().training_step(batch, batch_idx)
+
+    trainer = make_trainer(tmp_path, lora(init_lora_weights=start))
+    trainer.fit(model := Changes(), Data().train_dataloader(), Data().val_dataloader())
+    assert set(model.seen) == {(False, True), (True, True)}
+
+
 def generator_loader(batches: int = 3, **options: Any) -> DataLoader[Any]:
     data = next(iter(Data(batches).loader(1).__class__(Data(batches).loader(1).dataset, batch_size=BATCH * batches)))
     return DataLoader(TensorDataset(*data), batch_size=BATCH, **options)

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger
 
 from lightning_lora import LoRACallback, LoRAConfig, inject
-from lightning_lora.trainer.hyperparameters import as_hyperparameters
+from lightning_lora.trainer.hyperparameters import LoggedOptions, as_hyperparameters
 from support.lightning_versions import PLAIN_TYPES_ONLY
 from support.notices import tiny_layers
 from support.training import Data, Net, make_trainer
@@ -158,3 +158,15 @@ class Reads(Net):
 def test_the_modules_hooks_read_their_own_hyperparameters(tmp_path: Path):
     make_trainer(tmp_path, LoRACallback(r=2), logger=Records()).fit(model := Reads(), Data())
     assert model.seen == [8, OWN]
+
+
+def test_options_that_are_added_twice_are_taken_out_once():
+    """As where a fit that a finder broke off is followed by another."""
+    model, logged = Net(), LoggedOptions()
+    before = dict(vars(model))
+    for r in (2, 3):
+        logged.add(model, {"lora/r": r})
+    assert model.hparams_initial["lora/r"] == 2
+    logged.remove(model)
+    assert dict(vars(model)) == before
+    logged.remove(model)

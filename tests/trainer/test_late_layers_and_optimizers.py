@@ -12,7 +12,10 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 
-from lightning_lora import LoRAError, disable_adapter, unload
+from lightning_lora import LoRAConfig, LoRAError, disable_adapter, inject, unload
+from lightning_lora.adapter.fingerprint import fingerprint
+from lightning_lora.trainer import step_lists
+from lightning_lora.trainer.step_lists import StepLists, record_trainable
 from support.lightning_versions import WeightAveraging, averaging
 from support.runs import BATCHES, lora, trained
 from support.training import (
@@ -394,3 +397,42 @@ def test_no_frozen_weight_is_in_the_copies_that_weight_averaging_adds_to_a_check
         checkpoint["state_dict"] = checkpoint["lora"]["adapter"]
     frozen = {name for name, _ in Net().named_parameters()}
     assert not names(checkpoint) & frozen
+
+
+@pytest.mark.filterwarnings("ignore:lightning_lora. base parameters were unfrozen after injection:UserWarning")
+def test_what_a_user_unfreezes_is_recorded_once_and_then_not_looked_for(monkeypatch: pytest.MonkeyPatch):
+    inject(model := Net(), LoRAConfig(r=2, target_modules=["head"]))
+    lists, calls = StepLists(model), []
+    monkeypatch.setattr(step_lists, "record_trainable", lambda root: calls.append(root) or record_trainable(root))
+    lists.record_trainable()
+    assert calls == []
+    model.body[0].bias.requires_grad_()
+    for _ in range(3):
+        lists.record_trainable()
+    assert calls == [model]
+    assert "body.0.bias" in model.lora_injection.trained
+    model.body[3].bias.requires_grad_()
+    lists.record_trainable()
+    assert calls == [model, model]
+
+
+def test_a_base_that_setup_builds_anew_has_its_own_fingerprint_in_the_next_fit(tmp_path):
+    callback = lora()
+    make_trainer(tmp_path, callback).fit(model := RebuiltInSetup(), Data(BATCHES))
+    first = model.lora_injection.fingerprint
+    assert first == fingerprint(model)
+    model.hparams["seed"] += 1
+    make_trainer(tmp_path, callback).fit(model, Data(BATCHES))
+    assert model.lora_injection.fingerprint == fingerprint(model) != first
+
+
+def test_lists_of_a_model_that_was_injected_anew_are_not_current():
+    config = LoRAConfig(r=2, target_modules=["head"])
+    inject(model := Net(), config)
+    lists = StepLists(model)
+    assert lists.is_current()
+    unload(model)
+    assert not lists.is_current()
+    inject(model, config)
+    assert not lists.is_current()
+    assert StepLists(model).is_current()

@@ -23,9 +23,20 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import CSVLogger
 
-from lightning_lora import disable_adapter, is_merged
-from support.runs import At, Backboned, Logs, assert_as_found, assert_same_numbers, base_weights, lora_with_effect
-from support.training import Data, Net, assert_same_tensors, outputs, weights
+from lightning_lora import LoRAError, disable_adapter, is_merged
+from support.runs import (
+    BATCHES,
+    At,
+    Backboned,
+    Logs,
+    assert_as_found,
+    assert_same_numbers,
+    base_weights,
+    lora,
+    lora_with_effect,
+    swa,
+)
+from support.training import Data, Net, assert_same_tensors, make_trainer, outputs, weights
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Be aware that when using `ckpt_path`, callbacks used to create the checkpoint need:UserWarning",
@@ -196,3 +207,10 @@ def test_a_weight_unfrozen_within_an_epoch_has_its_first_value_kept(tmp_path, fi
     assert not torch.equal(model.head.weight, Net().head.weight)
     with disable_adapter(model):
         assert_same_tensors(outputs(model), outputs(Net()))
+
+
+def test_averaging_before_the_adapter_is_refused_for_a_fit_alone(tmp_path):
+    trainer = make_trainer(tmp_path, swa(), lora())
+    trainer.validate(model := Net(), Data(BATCHES), verbose=False)
+    with pytest.raises(LoRAError, match=r"StochasticWeightAveraging .* must come after LoRACallback"):
+        trainer.fit(model, Data(BATCHES))

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, Logger
 
-from lightning_lora import LoRACallback, LoRAError
+from lightning_lora import LoRACallback, LoRAConfig, LoRAError, inject
 from lightning_lora.plot import pictures
+from lightning_lora.trainer.log_plots import log_plots, tell_of_no_logger
 from support.notices import lightning_logger
 from support.runs import lora
 from support.training import Data, Net, make_trainer
@@ -94,6 +96,20 @@ def test_no_hint_is_given_where_a_logger_takes_figures(tmp_path: Path, caplog: p
         fit(tmp_path, lora(log_plots=True), CSVLogger(tmp_path), Figures())
         fit(tmp_path, lora(), CSVLogger(tmp_path))
     assert not [message for message in caplog.messages if "log_plots" in message]
+
+
+def test_the_first_rank_alone_draws_and_gives_hints(caplog: pytest.LogCaptureFixture):
+    net = Net()
+    inject(net, LoRAConfig(r=2, target_modules=["head"], init_lora_weights=False))
+    for is_first in (False, True):
+        board, logger = Figures(), CSVLogger("unused")
+        trainers = [SimpleNamespace(is_global_zero=is_first, loggers=[each], global_step=3) for each in (board, logger)]
+        with caplog.at_level(logging.INFO, lightning_logger()):
+            for trainer in trainers:
+                log_plots(trainer, net)
+                tell_of_no_logger(trainer)
+        assert len(board.experiment.figures) == 2 * is_first
+        assert sum("log_plots" in message for message in caplog.messages) == is_first
 
 
 class Diverges(Net):

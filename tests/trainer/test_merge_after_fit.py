@@ -17,7 +17,7 @@ from torch import nn
 
 from lightning_lora import LoRACallback, LoRAError, is_merged, load_from_checkpoint, merge_and_unload
 from lightning_lora.nn.lora_layer import LoRALayer
-from lightning_lora.trainer.after_fit import MERGED_FOR_GOOD, refuse_merge_after_fit
+from lightning_lora.trainer.after_fit import MERGED_FOR_GOOD, Fits, refuse_merge_after_fit
 from support.lightning_versions import PLAIN_TYPES_ONLY, WeightAveraging, weight_averaging
 from support.pretrained import Lit, answer, save_body, token_loader
 from support.runs import At, BrokenError, lora_with_effect
@@ -207,6 +207,18 @@ def test_a_fit_inside_a_hook_of_another_does_not_merge_what_that_trains(tmp_path
     assert_plain(model)
 
 
+def test_a_fit_that_is_broken_off_has_not_ended_because_one_inside_it_has():
+    fits, module = Fits(), nn.Module()
+    fits.begin(module)
+    fits.begin(module)
+    fits.end(module)
+    assert not fits.close(module)  # the inner one, which is not the last
+    assert not fits.close(module)  # a finder ends the outer one without its end
+    fits.begin(module)
+    fits.end(module)
+    assert fits.close(module)
+
+
 # --- what cannot leave plain layers ---
 
 
@@ -227,8 +239,11 @@ class Tied(Net):
 
 
 def test_a_layer_that_cannot_be_merged_is_refused_before_training(tmp_path):
+    trained: list[int] = []
+    noting = At("on_train_batch_start", lambda trainer, module: trained.append(trainer.global_step))
     with pytest.raises(LoRAError, match=r"merged weights: cannot express the adapter of 'body\.3'"):
-        fit(tmp_path, lora_with_effect(merge_after_fit=True), model=Tied())
+        fit(tmp_path, lora_with_effect(merge_after_fit=True), noting, model=Tied())
+    assert trained == []
 
 
 def test_another_value_than_true_or_false_is_refused():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,17 @@ import lightning as L
 import pytest
 import torch
 
-from lightning_lora import LoRAError, load_adapter, load_from_checkpoint, merged, merged_state_dict
+from lightning_lora import (
+    LoRAConfig,
+    LoRAError,
+    inject,
+    load_adapter,
+    load_from_checkpoint,
+    merged,
+    merged_state_dict,
+)
+from lightning_lora.model.state_dict import adapter_keys, base_keys
+from lightning_lora.trainer.strategies import _check_complete
 from support.lightning_versions import PLAIN_TYPES_ONLY
 from support.runs import lora, trained
 from support.training import Data, Net, assert_same_tensors, make_trainer, outputs, weights
@@ -181,3 +192,20 @@ def test_a_state_dict_that_drops_a_shared_module_under_its_second_name_is_whole(
     model.trainer.save_checkpoint(path)
     assert torch.equal(outputs(load_from_checkpoint(Shared, path)), outputs(model))
     trained(tmp_path, model, lora())
+
+
+@pytest.mark.parametrize(
+    ("left_out", "added", "said"),
+    [
+        ("head.lora_A", "", "'head.lora_A' is missing (1 missing, 0 unexpected)"),
+        ("head.weight", "", "'head.weight' is missing (1 missing, 0 unexpected)"),
+        ("", "tail.weight", "'tail.weight' has no place in the model (0 missing, 1 unexpected)"),
+    ],
+)
+def test_names_of_a_sharded_checkpoint_by_another_program_have_to_be_complete(left_out: str, added: str, said: str):
+    inject(model := Net(), LoRAConfig(r=2, target_modules=["head"]))
+    base, adapter = set(base_keys(model)), set(adapter_keys(model))
+    for names in (base, adapter, base | adapter):
+        _check_complete(model, names, Path("a.ckpt"))
+    with pytest.raises(LoRAError, match=re.escape(said)):
+        _check_complete(model, (base | adapter | {added}) - {left_out, ""}, Path("a.ckpt"))

@@ -14,7 +14,8 @@ from torch import nn
 
 from lightning_lora import LoRACallback, LoRAError, inject
 from lightning_lora.config import LoRAConfig
-from support.quantised import PlainNet, batches, factors, inputs, network, packed_bits
+from lightning_lora.trainer.precision import LEFT_OUT_OF_DDP, leave_out_of_ddp_
+from support.quantised import PlainNet, batches, factors, inputs, network, packed_bits, quantise_
 from support.training import make_trainer
 
 pytest.importorskip("bitsandbytes")
@@ -124,3 +125,12 @@ def test_a_model_that_the_plugin_converted_before_it_was_injected_is_fitted(tmp_
     fitted(tmp_path, plugin, LoRACallback(), model)
     assert model.network[0].quantised() == "nf4"
     assert all(value.norm() > 0 for value in factors(model).values())
+
+
+def test_what_a_user_left_out_of_ddp_stays_left_out():
+    pytest.importorskip("torchao")
+    model = quantise_(network(), "Int8WeightOnlyConfig")
+    setattr(model, LEFT_OUT_OF_DDP, ["mine", "0.weight"])
+    for _ in range(2):
+        leave_out_of_ddp_(model)
+    assert getattr(model, LEFT_OUT_OF_DDP) == ["mine", "0.weight", "2.weight", "4.weight"]

@@ -276,3 +276,15 @@ def test_hooks_called_by_hand_after_a_fit_take_a_plain_checkpoint(tmp_path):
     model.on_load_checkpoint(checkpoint)
     model.load_state_dict(checkpoint["state_dict"])
     assert torch.equal(model.head.weight, Net(seed=2).head.weight)
+
+
+def test_fit_goes_on_from_a_plain_checkpoint_that_has_no_optimizers(tmp_path):
+    """As a Trainer saves it that has only validated: it holds weights alone."""
+    trainer = make_trainer(tmp_path)
+    trainer.validate(base := Net(seed=2), Data(BATCHES), verbose=False)
+    trainer.save_checkpoint(tmp_path / "base.ckpt")
+    assert torch.load(tmp_path / "base.ckpt", weights_only=True)["optimizer_states"] == []
+    model = Net()
+    make_trainer(tmp_path, lora()).fit(model, Data(BATCHES), ckpt_path=tmp_path / "base.ckpt", **PLAIN_TYPES_ONLY)
+    assert torch.equal(model.head.weight, base.head.weight)
+    assert model.head.lora_B.any()

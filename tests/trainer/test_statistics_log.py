@@ -169,6 +169,36 @@ def test_each_of_several_optimizers_logs_the_layers_that_it_holds_once_a_batch(t
     assert [sum(name.endswith("cosine") for name in row) for row in rows.values()] == [0, 2, 2]
 
 
+def test_a_trial_of_a_few_batches_computes_statistics_though_no_step_is_written(tmp_path: Path, monkeypatch):
+    """So that what would fail in the run fails in the trial."""
+    calls: list[Any] = []
+    compute = statistics.layer_stats
+    monkeypatch.setattr(statistics, "layer_stats", lambda *args: calls.append(args) or compute(*args))
+    fit(tmp_path, Net(), lora(log_stats=1), fast_dev_run=2, log_every_n_steps=50)
+    assert len(calls) == 2
+
+
+class OptimizerOfB(TwoOptimizers):
+    """One of every A and one of every B."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        for optimizer in self.optimizers():
+            self.zero_grad()
+            self.manual_backward(nn.functional.cross_entropy(self(batch[0]), batch[1]))
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        factors = {f: [p for n, p in self.named_parameters() if n.endswith(f"lora_{f}")] for f in "AB"}
+        return [torch.optim.SGD(each, lr=0.05) for each in factors.values()]
+
+
+def test_layers_are_logged_where_a_and_b_are_in_two_optimizers(tmp_path: Path):
+    fit(tmp_path, OptimizerOfB(), lora(log_stats=1))
+    rows = read(tmp_path)
+    assert list(rows) == [0, 1, 2]
+    assert all(row[f"lora/{group}/grad_B"] > 0 for row in rows.values() for group in GROUPS)
+
+
 class Lbfgs(Net):
     """An optimizer that evaluates its closure several times a step."""
 

@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_lora import LoRACallback, merged, unmerge
+from lightning_lora import LoRACallback, LoRAConfig, inject, merged, unmerge
 from lightning_lora.metrics import MergeError
 from lightning_lora.model.self_check import watch
 from lightning_lora.nn.lora_layer import LoRALayer
 from support.notices import lightning_logger
-from support.runs import At, Watched, assert_as_found, base_weights, lora_with_effect
-from support.training import Data, Net, make_trainer
+from support.runs import TARGETS, At, Watched, assert_as_found, base_weights, lora_with_effect
+from support.training import Data, Net, inputs, make_trainer
 
 NAMES = ("lora_merge_error_max", "lora_merge_error_relative")
 
@@ -239,3 +239,13 @@ def test_verify_metric_over_ranks_equals_that_of_all_outputs():
     difference = torch.cat(others) - torch.cat(outputs)
     assert reduced.compute()["max"].item() == pytest.approx(difference.abs().max().item())
     assert reduced.compute()["relative"].item() == pytest.approx((difference.norm() / torch.cat(outputs).norm()).item())
+
+
+def test_hooks_of_the_user_are_no_error_of_merging():
+    """One that changes a layer's outputs acts after they are compared, merged or not."""
+    inject(model := Net().eval(), LoRAConfig(r=2, target_modules=TARGETS, init_lora_weights=False))
+    model.head.register_forward_hook(lambda module, args, output: 3 * output)
+    for around in (merged, nullcontext):
+        with around(model), watch(model) as verification:
+            model(inputs())
+        assert verification.error.compute()["max"] < 1e-5
