@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from .texts import readable
+
 
 class LoRAError(ValueError):
-    """Says where it went wrong, what was expected, what was found and what to do about it."""
+    """Says where it went wrong, what was expected, what was found and what to do about it.
+
+    Names in it may come from any file: control characters are shown, and no name is quoted at full length.
+    """
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(readable(each) if isinstance(each, str) else each for each in args))
 
 
 def sentence(text: object) -> str:

@@ -28,6 +28,7 @@ from .adapter import (
     Adapter,
     align_to_modules,
     check_finite,
+    describe_value,
     options_hold,
     with_exact_ranks,
     without_aliases,
@@ -291,6 +292,8 @@ def _check_tensors(model: nn.Module, adapter: Adapter, specs: Specs) -> None:
         tensor = live[name]
         if tensor is None:
             continue  # extra state, which its owner judges
+        if isinstance(value, torch.Tensor) and (value.layout != tensor.layout or value.is_meta > tensor.is_meta):
+            raise LoRAError(f"adapter: {name!r} must be a tensor as the model's, found {describe_value(value)}.")
         if id(tensor) in tables and isinstance(value, torch.Tensor):
             _refuse_other_rows(name, value, tensor)
         shape = shapes.get(id(tensor), tensor.shape)

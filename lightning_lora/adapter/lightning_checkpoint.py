@@ -22,6 +22,7 @@ from torch import nn
 
 from ..distributed.sharding import gather_all, has_sharded
 from ..errors import LoRAError, NonFiniteError
+from ..files.paths import kind_of
 from ..files.torch_archive import read_torch_file
 from ..model.dequantise import dequantised_dtype, quantised_weights
 from ..model.injection import refuse_replaced_layers, require_injection
@@ -353,9 +354,9 @@ def read_without_values(path: Path) -> dict[str, Any]:
     from torch.distributed.checkpoint.filesystem import FileSystemReader  # slow to import, and rarely needed
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-    if path.is_file():
+    if kind_of(path) == "file":
         return read_torch_file(path, mmap=True)
-    if not (path / HEADER).is_file():
+    if kind_of(path / HEADER) != "file":
         raise LoRAError(f"{path}: neither a checkpoint file nor a folder with a distributed checkpoint.")
     checkpoint = read_torch_file(path / HEADER)
     shards = FileSystemReader(path).read_metadata().state_dict_metadata

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..arguments import require_module
 from ..distributed.rank_sync import RankSync, writes_files
 from ..distributed.sharding import full_tensor
 from ..errors import LoRAError
@@ -70,6 +71,7 @@ def save_merged(
             from_pretrained would load instead, or another rank failed. Nothing is written.
         OSError: on the rank whose writing failed.
     """
+    require_module(model, "save_merged")
     if not adapted_layers(model):
         require_injection(model, "save_merged")
     refuse_replaced_layers(model, "save_merged")

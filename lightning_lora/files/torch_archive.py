@@ -109,7 +109,12 @@ def _load(path: PathLike, device: str | Callable[[Any, str], Any], mmap: bool, t
 def write_torch_file(path: Path, content: Mapping[str, Any], nbytes: int) -> None:
     """Write a new file as torch.save does, with a progress bar of its tensors' bytes."""
     with open(path, "xb") as file, progress_bar("writing", nbytes, "bytes") as advance:
-        torch.save(content, cast(BinaryIO, _InParts(file, nbytes, advance)))
+        try:
+            torch.save(content, cast(BinaryIO, _InParts(file, nbytes, advance)))
+        except RuntimeError as error:  # torch closes an archive that lacks what could not be written
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 class _InParts:

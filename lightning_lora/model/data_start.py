@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..arguments import require_module
 from ..config import LoRAConfig
 from ..distributed.sharding import copy_
 from ..errors import LoRAError
@@ -81,6 +82,7 @@ def initialize_from_data(
         LoRAError: the model was not injected, is merged or was trained already, there are no batches, a layer never
             ran or what it got is not finite, or a weight has no gradient to start from. Nothing is changed.
     """
+    require_module(model, "initialize_from_data")
     start_from_batches(model, batches, forward, mask, tau)
     require_injection(model, "initialize_from_data").record.started = True
 
@@ -149,6 +151,7 @@ def redistribute_ranks(
     Raises:
         LoRAError: as initialize_from_data, or rho is less than 1.
     """
+    require_module(model, "redistribute_ranks")
     if not rho >= 1:
         raise LoRAError(f"redistribute_ranks: rho must be a number of at least 1, but it is {rho!r}.")
     layers = _linear_layers(model, "redistribute_ranks")

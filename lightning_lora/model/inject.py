@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..arguments import names_near_misses
+from ..arguments import names_near_misses, require_module
 from ..config import LoRAConfig, PeftConfig, as_config, is_config
 from ..distributed.sharding import is_sharded, refuse_fully_sharded
 from ..errors import LoRAError, sentence
@@ -92,6 +92,7 @@ def inject(
         LoRAError: an entry names nothing, a layer cannot be adapted, or the model was injected with other options or
             another seed. The model is then as it was.
     """
+    require_module(model, "inject")
     if not is_config(config):
         hint = "; LoRAConfig(**options) takes a dictionary" if isinstance(config, Mapping) else ""
         raise LoRAError(f"inject: expected a LoRAConfig or a peft.LoraConfig, found {type(config).__name__}{hint}.")

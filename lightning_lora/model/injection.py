@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 import torch
 from torch import nn
 
+from ..arguments import require_module
 from ..config import LoRAConfig
 from ..errors import LoRAError
 from ..names import ATTRIBUTE, canonical, listed, rename_keys
@@ -121,6 +122,7 @@ def require_injection(model: nn.Module, verb: str) -> Injected:
     Raises:
         LoRAError: there is none; the message begins with the verb.
     """
+    require_module(model, verb)
     injected = find_injection(model)
     if injected is None and adapted_layers(model):
         _refuse_part(model, verb)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from ..arguments import require_module
 from ..distributed.rank_sync import RankSync
 from ..distributed.sharding import is_sharded, local, reset_, reshard_
 from ..errors import LoRAError, NonFiniteError
@@ -37,6 +38,7 @@ COPY_BUDGET = 64 * 2**20  # bytes of plain copies of small weights, which are fa
 
 def is_merged(model: nn.Module) -> bool:
     """Return whether merge was called and not undone, also where a tied layer had to stay factored."""
+    require_module(model, "is_merged")
     return any(layer.lora.merged for layer in adapted_layers(model).values())
 
 
@@ -52,6 +54,7 @@ def merge(model: nn.Module) -> None:
         LoRAError: the model has no adapted layer, or one was replaced since. Every layer is then unmerged.
         NonFiniteError: a layer's W' is not finite, on any rank. Every layer is then unmerged.
     """
+    require_module(model, "merge")
     modules = list(model.named_modules())  # once: a walk takes as long as merging a small layer
     layers = adapted_layers(model, modules=modules)
     refuse_replaced_layers(model, "merge", layers)
@@ -96,6 +99,7 @@ def unmerge(model: nn.Module) -> None:
         LoRAError: the model has no adapted layer, or a weight cannot be restored because something changed it while
             it was merged. The other layers are restored, and nothing is saved from the damaged one.
     """
+    require_module(model, "unmerge")
     modules = list(model.named_modules())
     layers = adapted_layers(model, modules=modules)
     _require_layers(layers, model, "unmerge")
@@ -110,6 +114,7 @@ def unmerge(model: nn.Module) -> None:
 @contextmanager
 def merged(model: nn.Module) -> Iterator[nn.Module]:
     """Merge the model inside; outside it is as it was found, merged or not, also after an exception."""
+    require_module(model, "merged")
     before = is_merged(model)
     try:
         merge(model)  # a Ctrl-C meanwhile is raised when it is done

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from ..arguments import require_module
 from ..config import is_number, plain_number
 from ..errors import LoRAError
 from ..names import A, B, split_factor_name
@@ -47,6 +48,7 @@ def lora_param_groups(
     Raises:
         LoRAError: the model was not injected, or a number is out of its range.
     """
+    require_module(model, "lora_param_groups")
     lr, lr_ratio, weight_decay, lr_embedding = map(plain_number, (lr, lr_ratio, weight_decay, lr_embedding))
     for name, value in (("lr", lr), ("weight_decay", weight_decay), ("lr_embedding", lr_embedding)):
         if not is_number(value) or value < 0:

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
+from ..arguments import require_module
 from ..distributed.rank_sync import RankSync
 from ..errors import LoRAError
 from ..names import ATTRIBUTE, CHECKPOINTED, A, canonical
@@ -56,6 +57,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Any]:
     Raises:
         LoRAError: the model was not injected, or a layer was replaced since.
     """
+    require_module(model, "adapter_state_dict")
     refuse_replaced_layers(model, "adapter_state_dict")
     keys = set(adapter_keys(model))
     warn_of_untrained(model)

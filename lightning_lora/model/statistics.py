@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import nn
 
+from ..arguments import require_module
 from ..distributed.rank_sync import RankSync
 from ..distributed.sharding import is_sharded, local, reshard_
 from ..names import factor_role, group_names, uncompiled
@@ -112,6 +113,7 @@ def adapter_stats(model: nn.Module, previous: AdapterStats | None = None) -> Ada
     Raises:
         LoRAError: the model was not injected.
     """
+    require_module(model, "adapter_stats")
     model = uncompiled(model)
     require_injection(model, "adapter_stats")
     reshard_(model.modules())

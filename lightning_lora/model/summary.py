@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..arguments import require_module
 from ..distributed.sharding import local
 from ..names import group_names, listed, uncompiled
 from ..nn.lora_layer import AdaptedWeights, Swapped, adapted_layers
@@ -187,6 +188,7 @@ def summary(model: nn.Module) -> Summary:
     Raises:
         LoRAError: the model was not injected.
     """
+    require_module(model, "summary")
     model = uncompiled(model)
     injected = require_injection(model, "summary")
     record, layers = injected.record, adapted_layers(model)
