@@ -6,8 +6,11 @@ import re
 
 MOST = 200  # characters of a name in a message
 TAIL = 60  # of these, how many are its last ones, which tell names of one model apart
-# A quoted text, as repr writes it, or what no space or slash divides: names, but not whole paths.
-NAMES = re.compile(rf"""(?<![\w\\])(?:'(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*")|[^\s/'"]{{{MOST + 1},}}""")
+PUNCTUATION = ".,;:)]"
+QUOTED = re.compile(
+    r"""(?<![\w\\])(?:'[^'\\\n]*(?:\\.[^'\\\n]*)*'|"[^"\\\n]*(?:\\.[^"\\\n]*)*")"""
+)  # as repr writes names
+UNBROKEN = re.compile(rf"""[^\s/'"]{{{MOST + 1},}}""")  # other names, and parts of paths
 
 
 def printable(text: str, kept: str = "") -> str:
@@ -22,16 +25,16 @@ def printable(text: str, kept: str = "") -> str:
     return "".join(each if each.isprintable() or each in kept else repr(each)[1:-1] for each in text)
 
 
-def shortened(name: str) -> str:
-    """Return a name whole, or the begin and the end of a long one and how long it is."""
+def shortened(name: str, quote: str = "") -> str:
+    """Return a name in quotes: whole, or the begin and the end of a long one and how long it is."""
     if len(name) <= MOST:
-        return name
-    return f"{name[: MOST - TAIL - 3]}...{name[-TAIL:]} ({len(name):,} characters)"
+        return f"{quote}{name}{quote}"
+    return f"{quote}{name[: MOST - TAIL - 3]}...{name[-TAIL:]}{quote} ({len(name):,} characters)"
 
 
 def readable(message: str) -> str:
     """Return a message with control characters shown, but line breaks, and no more than MOST characters of any name."""
-    return NAMES.sub(_shortened_name, printable(message, kept="\n"))
+    return UNBROKEN.sub(_shortened_word, QUOTED.sub(_shortened_quoted, printable(message, kept="\n")))
 
 
 def one_line(message: str) -> str:
@@ -39,10 +42,12 @@ def one_line(message: str) -> str:
     return readable(" ".join(message.split("\n")))
 
 
-def _shortened_name(found: re.Match[str]) -> str:
-    name, quote = found[0], found[0][0] if found[0][0] in "'\"" else ""
-    inside = name[1:-1] if quote else name
-    if len(inside) <= MOST:
-        return name
-    text, _, length = shortened(inside).rpartition(" (")
-    return f"{quote}{text}{quote} ({length}"
+def _shortened_quoted(found: re.Match[str]) -> str:
+    quote, inside = found[0][0], found[0][1:-1]
+    return found[0] if len(inside) <= MOST else shortened(inside, quote)
+
+
+def _shortened_word(found: re.Match[str]) -> str:
+    word = found[0].rstrip(PUNCTUATION) or found[0]
+    rest = found[0][len(word) :][:3]
+    return found[0] if word.isdecimal() else shortened(word) + rest  # a number is no name

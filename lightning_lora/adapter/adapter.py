@@ -413,7 +413,12 @@ def check_factors(adapter: Adapter, where: str) -> None:
     for table, rows in adapter.rows().items():
         _check_rows(adapter, table, rows, where)
     _check_magnitudes(adapter, where)
-    for name, value in adapter.beside_factors().items():
+    refuse_nested(adapter.beside_factors(), where)
+
+
+def refuse_nested(tensors: Mapping[str, Any], where: object) -> None:
+    """Raise LoRAError for the first nested tensor, which has no shape that could be compared with anything."""
+    for name, value in tensors.items():
         if isinstance(value, torch.Tensor) and value.is_nested:
             raise LoRAError(f"{where}: {name!r} must be a tensor of one shape, found {describe_value(value)}.")
 

@@ -31,8 +31,9 @@ def print_lines(verb: str, lines: Sequence[str]) -> int:
 
 def print_failure(verb: str, reason: str, status: int = 1) -> int:
     """Print in one line why a verb failed; returns the exit code."""
+    reason = one_line(reason.removeprefix(f"{verb}: "))
     with suppress(OSError):
-        print(one_line(f"lightning-lora {verb}: {reason.removeprefix(f'{verb}: ')}"), file=sys.stderr, flush=True)
+        print(f"lightning-lora {verb}: {reason}", file=sys.stderr, flush=True)
     return status
 
 

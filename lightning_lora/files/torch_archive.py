@@ -112,8 +112,9 @@ def write_torch_file(path: Path, content: Mapping[str, Any], nbytes: int) -> Non
         try:
             torch.save(content, cast(BinaryIO, _InParts(file, nbytes, advance)))
         except RuntimeError as error:  # torch closes an archive that lacks what could not be written
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from None
+            cause = error.__context__
+            if isinstance(cause, OSError):
+                raise cause from None
             raise
 
 
