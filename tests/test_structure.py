@@ -25,7 +25,6 @@ GROUND = {  # files at the top that every room may import
     "names",
     "notices",
     "progress",
-    "texts",
     "units",
 }
 MAY_IMPORT = {  # beside itself and the ground; files at the top may import everything

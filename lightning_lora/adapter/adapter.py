@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from statistics import mode
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -423,12 +423,12 @@ def refuse_nested(tensors: Mapping[str, Any], where: object) -> None:
             raise LoRAError(f"{where}: {name!r} must be a tensor of one shape, found {describe_value(value)}.")
 
 
-def is_plain(value: object) -> bool:
+def is_plain(value: object) -> TypeGuard[torch.Tensor]:
     """Return whether a value is a tensor whose numbers lie in memory side by side, neither sparse nor nested."""
     return isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_nested
 
 
-def _holds_numbers(value: Any) -> bool:
+def _holds_numbers(value: Any) -> TypeGuard[torch.Tensor]:
     return is_plain(value) and value.dtype in MERGEABLE_DTYPES
 
 

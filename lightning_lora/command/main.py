@@ -19,20 +19,19 @@ import torch
 from ..adapter.adapter import Adapter
 from ..adapter.combine import Combined, Method, combine_adapters
 from ..adapter.peft_folder import write_folder
-from ..errors import LoRAError
+from ..errors import LoRAError, one_line, printable, shortened
 from ..files.atomic import identity
 from ..files.paths import reason_of
 from ..files.weights import open_weights
 from ..names import listed
 from ..plot.figures import plot_adapter
-from ..texts import one_line, printable, shortened
 from ..units import size_text
 from .convert import to_lightning, to_peft
 from .extract import Extracted, extract
 from .info import diff, info
 from .merge import merge_on_disk
 from .output import ADAPTER_FOLDER, PICTURE, check_output
-from .printing import INTERRUPTED, print_failure, print_lines
+from .printing import INTERRUPTED, NOBODY_READS, print_failure, print_lines
 
 Dtype = Literal["float16", "bfloat16", "float32", "float64"]
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -49,8 +48,10 @@ def main(args: Sequence[str] | None = None) -> int:
         return 1
     try:
         parsed = _parser(ArgumentParser).parse_args(args)
-    except SystemExit as stopped:
-        raise SystemExit(print_lines("", []) or stopped.code) from None  # --help may be read by nobody, too
+    except SystemExit:
+        if print_lines("", []):  # --help, which nobody reads
+            sys.exit(NOBODY_READS)
+        raise
     with _as_a_program():
         return _run(parsed.verb, parsed[parsed.verb])
 

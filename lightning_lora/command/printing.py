@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 
+from ..errors import one_line, printable
 from ..files.paths import reason_of
-from ..texts import one_line, printable
 
 INTERRUPTED = 130  # exit codes as a shell reports them: 128 and the signal's number, of SIGINT and SIGPIPE
 NOBODY_READS = 141

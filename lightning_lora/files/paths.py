@@ -45,7 +45,7 @@ def given_path(path: PathLike) -> Path:
     if not isinstance(text, str):
         raise LoRAError(f"{path!r:.80}: is no path; give the name of a file or folder.")
     if not text:
-        raise LoRAError("'': is an empty path; give the name of a file or folder, '.' for the current folder.")
+        raise LoRAError(f"{path!r}: is an empty path; give the name of a file or folder, '.' for the current folder.")
     return Path(path)
 
 

@@ -188,7 +188,7 @@ def test_pipe_closed_by_head_leaves_no_trace_of_python(inputs: Path, args: str):
     reader, writer = os.pipe()
     os.close(reader)
     ran = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "lightning_lora", *args.split()],
+        [sys.executable, "-m", "lightning_lora", *args.split()],
         cwd=inputs, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=100, check=False,
     )  # fmt: skip
     os.close(writer)

@@ -9,8 +9,7 @@ import time
 import pytest
 
 from lightning_lora import LoRAError
-from lightning_lora.errors import NonFiniteError, UnknownOptionError
-from lightning_lora.texts import MOST, one_line, printable, shortened
+from lightning_lora.errors import MOST, NonFiniteError, UnknownOptionError, one_line, printable, shortened
 
 KINDS = [LoRAError, NonFiniteError, UnknownOptionError]
 
