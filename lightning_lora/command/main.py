@@ -31,7 +31,7 @@ from .extract import Extracted, extract
 from .info import diff, info
 from .merge import merge_on_disk
 from .output import ADAPTER_FOLDER, PICTURE, check_output
-from .printing import INTERRUPTED, NOBODY_READS, print_failure, print_lines
+from .printing import INTERRUPTED, print_failure, print_lines
 
 Dtype = Literal["float16", "bfloat16", "float32", "float64"]
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -46,12 +46,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except ImportError:
         print("lightning-lora: needs jsonargparse; pip install 'jsonargparse[signatures]'.", file=sys.stderr)
         return 1
-    try:
-        parsed = _parser(ArgumentParser).parse_args(args)
-    except SystemExit:
-        if print_lines("", []):  # --help, which nobody reads
-            sys.exit(NOBODY_READS)
-        raise
+    parsed = _parser(ArgumentParser).parse_args(args)
     with _as_a_program():
         return _run(parsed.verb, parsed[parsed.verb])
 

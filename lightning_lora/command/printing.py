@@ -15,11 +15,11 @@ NOBODY_READS = 141
 
 
 def print_lines(verb: str, lines: Sequence[str]) -> int:
-    """Print what a verb says, a line each, and what was printed before; returns the exit code."""
+    """Print what a verb says, a line each; returns the exit code."""
     text = "\n".join(map(printable, lines))
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     try:
-        print(text.encode(encoding, "backslashreplace").decode(encoding), end="\n" if lines else "", flush=True)
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
     except BrokenPipeError:
         discard_output()
         return NOBODY_READS

@@ -182,13 +182,12 @@ def test_output_onto_a_full_disk_is_an_error(inputs: Path, capsys: Any, monkeypa
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="has no such pipes")
-@pytest.mark.parametrize("args", ["info adapter --json", "--help"])
-def test_pipe_closed_by_head_leaves_no_trace_of_python(inputs: Path, args: str):
+def test_pipe_closed_by_head_leaves_no_trace_of_python(inputs: Path):
     """Not at exit either, where Python writes what is left."""
     reader, writer = os.pipe()
     os.close(reader)
     ran = subprocess.run(
-        [sys.executable, "-m", "lightning_lora", *args.split()],
+        [sys.executable, "-m", "lightning_lora", "info", "adapter", "--json"],
         cwd=inputs, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=100, check=False,
     )  # fmt: skip
     os.close(writer)
