@@ -11,7 +11,9 @@ import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from .errors import UnknownOptionError
+from torch import nn
+
+from .errors import LoRAError, UnknownOptionError
 
 SYNONYMS = {  # what options are called elsewhere, where that looks like none of them
     **dict.fromkeys(["rank", "lora_r", "lora_rank", "lora_dim", "dim"], "r"),
@@ -62,6 +64,13 @@ def refuse_unknown(
     if unknown:
         hints = [f"{name!r} ({_hint(name, options, elsewhere or {})})" for name in unknown]
         raise UnknownOptionError(f"{subject}: there is no option {', '.join(hints)}.")
+
+
+def require_module(model: object, verb: str) -> None:
+    """Raise LoRAError, which begins with the verb, where something else is given than a model."""
+    if not isinstance(model, nn.Module):
+        found = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise LoRAError(f"{verb}: expected a model (torch.nn.Module), found {found}.")
 
 
 def _refuse_by_position(given: Sequence[Any]) -> None:

@@ -1,14 +1,30 @@
-"""The one error type of the package, and the kind of it that a Trainer can go on after."""
+"""The one error type of the package, its kinds, and what makes names out of any file fit for a message.
+
+Control characters are shown as escapes, and long names are cut.
+"""
 
 from __future__ import annotations
 
+import re
 import reprlib
 
-MOST_SHOWN = 200  # characters of a value out of a file
+MOST = 200  # characters of a name or a value in a message
+TAIL = 60  # of these, how many are its last ones, which tell names of one model apart
+PUNCTUATION = ".,;:)]"
+QUOTED = re.compile(
+    r"""(?<![\w\\])(?:'[^'\\\n]*(?:\\.[^'\\\n]*)*'|"[^"\\\n]*(?:\\.[^"\\\n]*)*")"""
+)  # as repr writes names
+UNBROKEN = re.compile(rf"""[^\s/'"]{{{MOST + 1},}}""")  # other names, and parts of paths
 
 
 class LoRAError(ValueError):
-    """Says where it went wrong, what was expected, what was found and what to do about it."""
+    """Says where it went wrong, what was expected, what was found and what to do about it.
+
+    Names in it may come from any file: control characters are shown, and no name is quoted at full length.
+    """
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(readable(each) if isinstance(each, str) else each for each in args))
 
 
 def sentence(text: object) -> str:
@@ -17,14 +33,16 @@ def sentence(text: object) -> str:
     return said if said.endswith((".", "?", "!")) else f"{said}."
 
 
-def shown(value: object, most: int = MOST_SHOWN) -> str:
+def shown(value: object, most: int = MOST) -> str:
     """Return a value for a message as repr does, but short and at once, however long or nested it is."""
+    if isinstance(value, int):
+        return _shown_number(value)
     short = reprlib.Repr()
     short.maxlevel, short.maxlist, short.maxtuple, short.maxset, short.maxfrozenset, short.maxdict = 4, 8, 8, 8, 8, 8
     short.maxstring = short.maxlong = short.maxother = most
     try:
         text = short.repr(value)
-    except Exception:  # an object's own repr, or a number with more digits than Python writes
+    except Exception:  # an object's own repr
         text = f"a {type(value).__name__} that cannot be shown"
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
@@ -35,3 +53,50 @@ class NonFiniteError(LoRAError):
 
 class UnknownOptionError(LoRAError, TypeError):
     """A keyword is given that there is not; a TypeError too, as Python's own is."""
+
+
+def printable(text: str, kept: str = "") -> str:
+    """Return a text with escapes, as repr writes them, for control characters, lone surrogates and the like.
+
+    Args:
+        text: of any origin.
+        kept: characters that stay as they are all the same.
+    """
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() or each in kept else repr(each)[1:-1] for each in text)
+
+
+def shortened(name: str, quote: str = "") -> str:
+    """Return a name in quotes: whole, or the begin and the end of a long one and how long it is."""
+    if len(name) <= MOST:
+        return f"{quote}{name}{quote}"
+    return f"{quote}{name[: MOST - TAIL - 3]}...{name[-TAIL:]}{quote} ({len(name):,} characters)"
+
+
+def readable(message: str) -> str:
+    """Return a message with control characters shown, but line breaks, and no more than MOST characters of any name."""
+    return UNBROKEN.sub(_shortened_word, QUOTED.sub(_shortened_quoted, printable(message, kept="\n")))
+
+
+def one_line(message: str) -> str:
+    """Return a readable message in a single line."""
+    return readable(" ".join(message.split("\n")))
+
+
+def _shown_number(value: int) -> str:
+    try:
+        return repr(value)  # whole, for it is no name
+    except ValueError:
+        return "a number with more digits than Python writes"
+
+
+def _shortened_quoted(found: re.Match[str]) -> str:
+    quote, inside = found[0][0], found[0][1:-1]
+    return found[0] if len(inside) <= MOST else shortened(inside, quote)
+
+
+def _shortened_word(found: re.Match[str]) -> str:
+    word = found[0].rstrip(PUNCTUATION) or found[0]
+    rest = found[0][len(word) :][:3]
+    return found[0] if word.isdecimal() else shortened(word) + rest  # a number is no name

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from statistics import mode
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -333,7 +333,7 @@ def equal_layers(adapter: Adapter) -> dict[str, str]:
         return {}
     tensors = ((name, adapter.tensors.get(adapter.factor_name(name, B))) for name in adapter.layers())
     # What is damaged is named later, by check_factors.
-    ranks = {name: b.shape[1] for name, b in tensors if isinstance(b, torch.Tensor) and b.dim() > 1}
+    ranks = {name: b.shape[1] for name, b in tensors if is_plain(b) and b.dim() > 1}
     found: dict[str, str] = {}
     fitting = {
         name
@@ -352,7 +352,7 @@ def equal_layers(adapter: Adapter) -> dict[str, str]:
 
 def _have_equal_factors(adapter: Adapter, name: str, other: str) -> bool:
     pairs = list(zip(adapter.stored_factors(name), adapter.stored_factors(other), strict=False))
-    tensors = all(isinstance(factor, torch.Tensor) and not factor.is_meta for pair in pairs for factor in pair)
+    tensors = all(is_plain(factor) and not factor.is_meta for pair in pairs for factor in pair)
     return tensors and all(one.shape == two.shape and torch.equal(one, two) for one, two in pairs)
 
 
@@ -413,10 +413,10 @@ def check_factors(adapter: Adapter, where: str) -> None:
             if factor is None:
                 raise LoRAError(f"{where}: {key!r} is missing; the adapter was cut.")
         for key, factor in factors.items():
-            if not isinstance(factor, torch.Tensor) or factor.dtype not in MERGEABLE_DTYPES or factor.dim() < 2:
-                shown = f"{factor.dtype} {tuple(factor.shape)}" if isinstance(factor, torch.Tensor) else repr(factor)
+            if not _holds_numbers(factor) or factor.dim() < 2:
                 raise LoRAError(
-                    f"{where}: {key!r} must be a floating point tensor of two dimensions or more, found {shown[:80]}."
+                    f"{where}: {key!r} must be a floating point tensor of two dimensions or more, found "
+                    f"{describe_value(factor)}."
                 )
             check_finite(key, factor, where)
         _check_rank(adapter, name, where)
@@ -424,6 +424,39 @@ def check_factors(adapter: Adapter, where: str) -> None:
     for table, rows in adapter.rows().items():
         _check_rows(adapter, table, rows, where)
     _check_magnitudes(adapter, where)
+    refuse_nested(adapter.beside_factors(), where)
+
+
+def refuse_nested(tensors: Mapping[str, Any], where: object) -> None:
+    """Raise LoRAError for the first nested tensor, which has no shape that could be compared with anything."""
+    for name, value in tensors.items():
+        if isinstance(value, torch.Tensor) and value.is_nested:
+            raise LoRAError(f"{where}: {name!r} must be a tensor of one shape, found {describe_value(value)}.")
+
+
+def is_plain(value: object) -> TypeGuard[torch.Tensor]:
+    """Return whether a value is a tensor whose numbers lie in memory side by side, neither sparse nor nested."""
+    return isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_nested
+
+
+def _holds_numbers(value: Any) -> TypeGuard[torch.Tensor]:
+    return is_plain(value) and value.dtype in MERGEABLE_DTYPES
+
+
+def describe_value(value: object) -> str:
+    """Return what a value is, for messages."""
+    if not isinstance(value, torch.Tensor):
+        return f"{value!r:.80}"
+    if not is_plain(value):
+        return "a nested tensor" if value.is_nested else f"a tensor of the layout {value.layout}"
+    return f"{value.dtype} {tuple(value.shape)}" + (" without values, on the meta device" if value.is_meta else "")
+
+
+def require_values(adapter: Adapter, where: str) -> None:
+    """Raise LoRAError where a tensor of an adapter that is on disk is on the meta device."""
+    for name, value in adapter.tensors.items():
+        if isinstance(value, torch.Tensor) and value.is_meta:
+            raise LoRAError(f"{where}: {name!r} has no values: it was saved from the meta device.")
 
 
 def _check_magnitudes(adapter: Adapter, where: str) -> None:
@@ -443,19 +476,17 @@ def _check_magnitudes(adapter: Adapter, where: str) -> None:
         )
     for layer, magnitude in magnitudes.items():
         name, outputs = f"{layer}.{MAGNITUDE}", adapter.factor(layer, B).shape[0]
-        floating = isinstance(magnitude, torch.Tensor) and magnitude.dtype in MERGEABLE_DTYPES
-        if not floating or tuple(magnitude.shape) != (outputs,):
-            shown = f"{magnitude.dtype} {tuple(magnitude.shape)}" if floating else repr(magnitude)
-            raise LoRAError(f"{where}: {name!r} must be {outputs} floating point values, found {shown[:80]}.")
+        if not _holds_numbers(magnitude) or tuple(magnitude.shape) != (outputs,):
+            found = describe_value(magnitude)
+            raise LoRAError(f"{where}: {name!r} must be {outputs} floating point values, found {found}.")
         check_finite(name, magnitude, where)
 
 
 def _check_rows(adapter: Adapter, table: str, rows: Any, where: str) -> None:
     """Raise LoRAError where a table's trained rows are no finite matrix of as many rows as are named."""
     name, numbers = f"{table}.{ROWS}", adapter.tables.get(table)
-    if not isinstance(rows, torch.Tensor) or rows.dtype not in MERGEABLE_DTYPES or rows.dim() != 2:
-        shown = f"{rows.dtype} {tuple(rows.shape)}" if isinstance(rows, torch.Tensor) else repr(rows)
-        raise LoRAError(f"{where}: {name!r} must be a floating point matrix of rows, found {shown[:80]}.")
+    if not _holds_numbers(rows) or rows.dim() != 2:
+        raise LoRAError(f"{where}: {name!r} must be a floating point matrix of rows, found {describe_value(rows)}.")
     if numbers is not None and len(numbers) != len(rows):
         raise LoRAError(f"{where}: {name!r} has {len(rows)} rows, but {len(numbers)} are named: the file is damaged.")
     check_finite(name, rows, where)

@@ -24,7 +24,7 @@ from ..names import A, B, canonical, listed, names_factor, near_misses, rename_k
 from ..nn.conv import LoRAConv
 from ..nn.layer_kinds import layer_kinds
 from ..nn.lora_layer import AdaptedWeights, LayerSpec, adapted_layers, adapted_places
-from .adapter import Adapter, check_finite, options_hold, with_exact_ranks, without_aliases
+from .adapter import Adapter, check_finite, describe_value, options_hold, with_exact_ranks, without_aliases
 from .fingerprint import EQUAL, REMEDY, check_fingerprint, fingerprint_entry
 from .peft_rows import NO_BIAS
 from .pretrained_names import align_to_networks
@@ -281,6 +281,8 @@ def _check_tensors(model: nn.Module, adapter: Adapter, specs: Specs) -> None:
         tensor = live[name]
         if tensor is None:
             continue  # extra state, which its owner judges
+        if isinstance(value, torch.Tensor) and (value.layout != tensor.layout or value.is_meta > tensor.is_meta):
+            raise LoRAError(f"adapter: {name!r} must be a tensor as the model's, found {describe_value(value)}.")
         if id(tensor) in tables and isinstance(value, torch.Tensor):
             _refuse_other_rows(name, value, tensor)
         shape = shapes.get(id(tensor), tensor.shape)

@@ -6,6 +6,7 @@ import functools
 import inspect
 import io
 import tempfile
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..errors import LoRAError
+from ..errors import LoRAError, sentence
 from ..files.inert_pickle import find_placeholder
 from ..files.paths import PathLike
 from ..names import META, names_factor
@@ -23,6 +24,8 @@ from .hyper_parameters import HYPER_PARAMETERS, INSTANTIATOR, class_named_by, fl
 EARLIER_KEYS = ("hparams", "module_arguments")  # of Lightning before 0.8, which it still reads
 KIND = "hparams_type"  # its key of a class that the hyper-parameters are put into
 OF_THE_RUN = ("callbacks", "loops", "lr_schedulers", "optimizer_states")  # its keys of what no module is built from
+# Packages that read a checkpoint's hyper-parameters.
+BUILDERS = ("lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities", "jsonargparse", "packaging")
 READ, LOAD = "load_from_checkpoint", "on_load_checkpoint"  # methods in which a class may look at the file's tensors
 
 
@@ -57,6 +60,9 @@ def build_module(
     tensors = checkpoint["state_dict"] if looks else {}  # not copied without need, for they may be large
     content["state_dict"] = {name: value for name, value in tensors.items() if not names_factor(name)}
     _refuse_objects(cls, path, content)
+    if not isinstance(content.get(HYPER_PARAMETERS, {}), Mapping):
+        found = type(saved).__name__
+        raise LoRAError(f"{path}: checkpoint['{HYPER_PARAMETERS}'] must be a mapping, found {found}; it is damaged.")
     options = dict(kwargs)
     if weights_only is not False:
         if content.get(KIND) is not type(saved):
@@ -71,6 +77,7 @@ def build_module(
         warnings.filterwarnings("ignore", message="Found keys that are in the model state dict")
         warnings.filterwarnings("ignore", message="The state dict in .* contains no parameters")
         stack.enter_context(_loading_nothing(cls))
+        stack.enter_context(_naming_checkpoint(cls, path))
         if not looks:
             buffer = io.BytesIO()
             torch.save(content, buffer)
@@ -89,6 +96,24 @@ def _call(cls: Any, source: Path | io.BytesIO, options: Mapping[str, Any]) -> An
         if "multiple values for keyword argument 'weights_only'" not in str(error):
             raise
     return cls.load_from_checkpoint(source, strict=False, **{k: v for k, v in options.items() if k != "weights_only"})
+
+
+@contextmanager
+def _naming_checkpoint(cls: Any, path: PathLike) -> Iterator[None]:
+    """Raise LoRAError in the place of what Lightning or jsonargparse raises; what the class raises stays as it is."""
+    try:
+        yield
+    except LoRAError:
+        raise
+    except Exception as error:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        if frame.f_globals.get("__name__", "").partition(".")[0] not in BUILDERS:
+            raise
+        raise LoRAError(
+            f"load_from_checkpoint: {cls.__name__} cannot be built from {path}: {type(error).__name__}: "
+            f"{sentence(error)} Pass what is missing or does not fit as keyword arguments, or build the module "
+            f'yourself: load_adapter(model := {cls.__name__}(...), "{path}").'
+        ) from error
 
 
 @contextmanager

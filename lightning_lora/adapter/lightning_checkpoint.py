@@ -22,6 +22,7 @@ from torch import nn
 
 from ..distributed.sharding import gather_all, has_sharded
 from ..errors import LoRAError, NonFiniteError, shown
+from ..files.paths import kind_of
 from ..files.torch_archive import read_sharded_tensors, read_torch_file
 from ..model.dequantise import dequantised_dtype, quantised_weights
 from ..model.injection import refuse_replaced_layers, require_injection
@@ -355,9 +356,9 @@ def adapter_of(checkpoint: Mapping[str, Any]) -> tuple[Adapter, Kind]:
 
 def read_without_values(path: Path) -> dict[str, Any]:
     """Read a checkpoint file, or a distributed checkpoint with tensors on the meta device."""
-    if path.is_file():
+    if kind_of(path) == "file":
         return read_torch_file(path, mmap=True)
-    if not (path / HEADER).is_file():
+    if kind_of(path / HEADER) != "file":
         raise LoRAError(f"{path}: neither a checkpoint file nor a folder with a distributed checkpoint.")
     checkpoint = read_torch_file(path / HEADER)
     checkpoint["state_dict"] = {

@@ -21,7 +21,7 @@ import torch
 from ..config import LoRAConfig
 from ..errors import LoRAError, sentence, shown
 from ..files.atomic import new_folder
-from ..files.paths import PathLike, parse_json, read_json, write_json
+from ..files.paths import PathLike, kind_of, parse_json, read_json, write_json
 from ..files.safetensors import read_safetensors, write_tensors
 from ..files.torch_archive import read_torch_file
 from ..names import A, B, around
@@ -223,7 +223,7 @@ def read_tensor_file(path: PathLike) -> Adapter:
 
 
 def _read_tensors(folder: Path) -> tuple[dict[str, torch.Tensor], Mapping[str, str]]:
-    if (folder / TENSOR_FILE).exists() or not (folder / OLD_TENSOR_FILE).exists():
+    if kind_of(folder / TENSOR_FILE) != "nothing" or kind_of(folder / OLD_TENSOR_FILE) == "nothing":
         return read_safetensors(folder / TENSOR_FILE)
     content = read_torch_file(folder / OLD_TENSOR_FILE)
     if not all(isinstance(n, str) and isinstance(t, torch.Tensor) for n, t in content.items()):
@@ -311,7 +311,7 @@ def _add_outside(adapter: Adapter, outside: Any, folder: Path) -> Adapter:
     names, network = (outside.get(key) if isinstance(outside, dict) else None for key in ("tensors", "network"))
     if not isinstance(network, str) or not network.endswith(".") or not isinstance(names, list):
         raise LoRAError(f"{folder / TENSOR_FILE}: what it says of {OUTSIDE_FILE} is damaged: {shown(outside, 80)}.")
-    if not path.exists():
+    if kind_of(path) == "nothing":
         raise LoRAError(f"{path}: is missing, and {TENSOR_FILE} says that it holds {names[:3]}; the folder was cut.")
     tensors, _ = read_safetensors(path)
     if sorted(tensors) != names or any(name.startswith(network) for name in tensors):

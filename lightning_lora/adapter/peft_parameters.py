@@ -76,7 +76,8 @@ def nesting_in_peft(options: Mapping[str, Any], wrapped: Mapping[str, int], orde
     Raises:
         LoRAError: the options name other numbers of parameters, or their order is not known.
     """
-    entries = [entry for entry in options.get("target_parameters") or () if isinstance(entry, str)]
+    targeted = options.get("target_parameters")  # of another type it is refused with the other options
+    entries = [entry for entry in targeted if isinstance(entry, str)] if isinstance(targeted, list) else []
     targets = options.get("target_modules")
     if not entries:
         return {}

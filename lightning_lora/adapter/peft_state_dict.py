@@ -18,7 +18,7 @@ from ..errors import LoRAError, shown
 from ..names import A, B, around
 from ..nn.low_rank import ATTENTION, ATTENTION_OUTPUT, CONV, EMBEDDING
 from ..notices import tell
-from .adapter import Adapter, check_factors
+from .adapter import Adapter, check_factors, refuse_nested
 from .file_options import check_options
 from .peft_magnitudes import magnitudes_from_peft
 from .peft_mapping import check_peft_version, from_plain
@@ -99,6 +99,7 @@ def kinds_of(
     Raises:
         LoRAError: a layer is of a kind that cannot be applied.
     """
+    refuse_nested(tensors, where)
     kinds = {}
     adapter = Adapter(tensors)
     for name in adapter.layers():

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ..errors import LoRAError
-from ..files.paths import PathLike
+from ..files.paths import PathLike, given_path, kind_of
 from ..model.injection import find_injection
 from ..model.named_state import named_state
 from ..model.pretrained import (
@@ -89,7 +89,7 @@ def find_network(model: nn.Module) -> tuple[str, Any] | None:
 
 def refuse_adapter_beside(path: PathLike) -> None:
     """Raise LoRAError where a folder holds an adapter, which from_pretrained would add to the merged weights."""
-    if (Path(path) / CONFIG_FILE).exists():
+    if kind_of(given_path(path) / CONFIG_FILE) != "nothing":
         raise LoRAError(
             f"save_merged: {path} holds {CONFIG_FILE}, with which from_pretrained loads that adapter and its base "
             "instead of merged weights; give another folder, or remove the adapter's files."

@@ -15,7 +15,7 @@ from torch import nn
 from ..config import LoRAConfig
 from ..distributed.rank_sync import RankSync, writes_files
 from ..errors import LoRAError
-from ..files.paths import PathLike
+from ..files.paths import PathLike, given_path, kind_of
 from ..files.torch_archive import read_torch_file
 from ..model.inject import inject, inject_to_load, unload
 from ..model.injection import find_injection, require_injection
@@ -26,7 +26,15 @@ from ..names import META, A, listed, names_factor
 from ..nn.layer_kinds import layer_kinds
 from ..nn.lora_layer import adapted_layers
 from ..nn.writer import Turn
-from .adapter import Adapter, check_factors, exact_options, options_hold
+from .adapter import (
+    Adapter,
+    check_factors,
+    describe_value,
+    exact_options,
+    is_plain,
+    options_hold,
+    require_values,
+)
 from .apply import (
     add_frozen_weights,
     align_names,
@@ -116,6 +124,9 @@ def load_from_checkpoint(
         LoRAError: the file is damaged, has no adapter, belongs to another base, or its hyperparameters hold objects or
             name code.
     """
+    if not isinstance(cls, type) or not hasattr(cls, "load_from_checkpoint"):
+        found = cls.__name__ if isinstance(cls, type) else f"a {type(cls).__name__}"
+        raise LoRAError(f"load_from_checkpoint: expected the class of a LightningModule, found {found}.")
     checkpoint = read_torch_file(path, trusted=weights_only is False)
     adapter, kind = adapter_of(checkpoint)
     model: Module = build_module(cls, path, checkpoint, weights_only, kwargs)
@@ -220,13 +231,20 @@ def read_adapter(source: PathLike | Mapping[str, Any], order: Order = usual_orde
         LoRAError: the source is damaged or of no such form.
     """
     if isinstance(source, (str, os.PathLike)):
-        if Path(source).is_dir():
+        if kind_of(given_path(source)) == "folder":
             return read_folder(source, order)
         if Path(source).suffix == ".safetensors":
             return read_tensor_file(source)
-        source = read_torch_file(source)
+        adapter = _read_state(read_torch_file(source))
+        require_values(adapter, str(source))
+        return adapter
     if not isinstance(source, Mapping):
         raise LoRAError(f"load_adapter: expected a path or a state dict, found {type(source).__name__}.")
+    return _read_state(source)
+
+
+def _read_state(source: Mapping[str, Any]) -> Adapter:
+    """Return the adapter in a checkpoint or a state dict."""
     if META in source:
         return adapter_of(source)[0]
     tensors = _tensors_in(source.get("state_dict", source))
@@ -287,9 +305,13 @@ def adapter_with_options(
     """
     path = where or source
     adapter = turn_without_model(without_base(read_adapter(source)), path)
+    require_values(adapter, str(path))
     ranks = adapter.ranks()
     if not ranks:
         raise LoRAError(f"{path}: holds no lora_A; it is not an adapter of a known format.")
+    for name, value in adapter.beside_factors().items():
+        if isinstance(value, torch.Tensor) and not is_plain(value):
+            raise LoRAError(f"{path}: {name!r} must be a dense tensor, found {describe_value(value)}.")
     if adapter.rows() and not adapter.tables:
         raise LoRAError(f"{path}: stores rows of {next(iter(adapter.rows()))!r}, and not which rows these are.")
     if adapter.config is not None:

@@ -16,7 +16,7 @@ from ..adapter.peft_folder import CONFIG_FILE
 from ..adapter.peft_names import are_peft_names
 from ..adapter.save_load import read_adapter
 from ..errors import LoRAError, shown
-from ..files.paths import PathLike
+from ..files.paths import PathLike, given_path, kind_of
 from ..files.safetensors import SUFFIX, TensorLocation, read_rows
 from ..files.torch_archive import read_torch_file
 from ..files.weights import Weights, open_weights
@@ -49,16 +49,17 @@ def info(path: PathLike) -> dict[str, Any]:
 
 def holds_adapter(path: PathLike) -> bool:
     """Say whether a path is an adapter, rather than weights by themselves."""
-    path = Path(path)
-    if (path / CONFIG_FILE).exists():
+    path = given_path(path)
+    is_folder = kind_of(path) == "folder"
+    if is_folder and kind_of(path / CONFIG_FILE) != "nothing":
         return True
-    if not path.is_dir() and path.suffix != SUFFIX and META in read_torch_file(path, "meta"):
+    if not is_folder and path.suffix != SUFFIX and META in read_torch_file(path, "meta"):
         return True
     return open_weights(path).holds_factors()
 
 
 def _adapter_kind(path: Path) -> str:
-    if path.is_dir():
+    if kind_of(path) == "folder":
         return "PEFT folder"
     if path.suffix == SUFFIX:
         return "safetensors file with an adapter"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import re
@@ -18,8 +19,9 @@ import torch
 from ..adapter.adapter import Adapter
 from ..adapter.combine import Combined, Method, combine_adapters
 from ..adapter.peft_folder import write_folder
-from ..errors import LoRAError
+from ..errors import LoRAError, one_line, printable, shortened
 from ..files.atomic import identity
+from ..files.paths import reason_of
 from ..files.weights import open_weights
 from ..names import listed
 from ..plot.figures import plot_adapter
@@ -29,8 +31,11 @@ from .extract import Extracted, extract
 from .info import diff, info
 from .merge import merge_on_disk
 from .output import ADAPTER_FOLDER, PICTURE, check_output
+from .printing import INTERRUPTED, print_failure, print_lines
 
 Dtype = Literal["float16", "bfloat16", "float32", "float64"]
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+NO_MEMORY = "can't allocate memory"  # what torch says
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -42,27 +47,40 @@ def main(args: Sequence[str] | None = None) -> int:
         print("lightning-lora: needs jsonargparse; pip install 'jsonargparse[signatures]'.", file=sys.stderr)
         return 1
     parsed = _parser(ArgumentParser).parse_args(args)
-    verb, options = parsed.verb, parsed[parsed.verb]
+    with _as_a_program():
+        return _run(parsed.verb, parsed[parsed.verb])
+
+
+def _run(verb: str, options: Any) -> int:
+    """Run a verb: what it says is printed, or one line of what went wrong. Defects of this package are not caught."""
     output = options.get("output", "")
     before = identity(output)
-    with _as_a_program():
-        try:
-            print(VERBS[verb][1](options), flush=True)
-        except LoRAError as error:
-            print(f"lightning-lora {verb}: {str(error).removeprefix(f'{verb}: ')}", file=sys.stderr)
-            return 1
-        except KeyboardInterrupt:
-            outcome = "nothing was written" if identity(output) == before else f"{output} was written and is complete"
-            print(f"lightning-lora {verb}: interrupted; {outcome}", file=sys.stderr)
-            return 130
-    return 0
+    try:
+        return print_lines(verb, VERBS[verb][1](options))
+    except LoRAError as error:
+        return print_failure(verb, str(error))
+    except KeyboardInterrupt:
+        return print_failure(verb, f"interrupted; {_outcome(output, before)}", INTERRUPTED)
+    except OSError as error:
+        place = output if error.errno in DISK_FULL else error.filename
+        return print_failure(verb, f"{place or output}: {reason_of(error)}; {_outcome(output, before)}.")
+    except UnicodeError as error:
+        return print_failure(verb, f"a name that no file can hold: {error}; {_outcome(output, before)}.")
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and NO_MEMORY not in str(error):
+            raise
+        return print_failure(verb, f"there is not enough memory; {_outcome(output, before)}.")
+
+
+def _outcome(output: str, before: object) -> str:
+    return "nothing was written" if identity(output) == before else f"{output} was written and is complete"
 
 
 @contextmanager
 def _as_a_program() -> Iterator[None]:
     """Show warnings in one line, and clean up what was begun when terminated."""
     format_before, handler_before = warnings.formatwarning, signal.getsignal(signal.SIGTERM)
-    warnings.formatwarning = lambda message, *_, **__: f"{message}\n"
+    warnings.formatwarning = lambda message, *_, **__: f"{one_line(str(message))}\n"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         yield
@@ -86,7 +104,7 @@ def _info_options(parser: Any) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
-def _info(options: Any) -> str:
+def _info(options: Any) -> list[str]:
     """Show what a file or folder holds: options, layers, ranks, norms, the base that it belongs to."""
     return _shown(info(options.path), info_text, options.json)
 
@@ -111,7 +129,7 @@ def _merge_options(parser: Any) -> None:
     _alpha_option(parser)
 
 
-def _merge(options: Any) -> str:
+def _merge(options: Any) -> list[str]:
     """Merge an adapter into a base on disk; memory does not grow with the model."""
     left_out = merge_on_disk(
         options.base,
@@ -126,7 +144,7 @@ def _merge(options: Any) -> str:
         overwrite=options.overwrite,
     )
     lines = [f"left out, because it holds weights that are not merged: {path}" for path in left_out]
-    return "\n".join([*lines, f"wrote {options.output}" + (", verified" if options.verify else "")])
+    return [*lines, f"wrote {options.output}" + (", verified" if options.verify else "")]
 
 
 def _convert_options(output: str, parser: Any) -> None:
@@ -136,19 +154,19 @@ def _convert_options(output: str, parser: Any) -> None:
     _alpha_option(parser)
 
 
-def _export(options: Any) -> str:
+def _export(options: Any) -> list[str]:
     """Write an adapter as a PEFT folder."""
     return _convert(to_peft, options)
 
 
-def _import(options: Any) -> str:
+def _import(options: Any) -> list[str]:
     """Write an adapter as a Lightning checkpoint."""
     return _convert(to_lightning, options)
 
 
-def _convert(convert: Callable[..., Adapter], options: Any) -> str:
+def _convert(convert: Callable[..., Adapter], options: Any) -> list[str]:
     adapter = convert(options.source, options.output, options.lora_alpha, overwrite=options.overwrite)
-    return f"wrote {options.output}: {len(adapter.layers())} adapted layers"
+    return [f"wrote {options.output}: {len(adapter.layers())} adapted layers"]
 
 
 def _diff_options(parser: Any) -> None:
@@ -157,7 +175,7 @@ def _diff_options(parser: Any) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
-def _diff(options: Any) -> str:
+def _diff(options: Any) -> list[str]:
     """Show what differs between two adapters or two models, layer by layer."""
     return _shown(diff(options.first, options.second), diff_text, options.json)
 
@@ -174,7 +192,7 @@ def _extract_options(parser: Any) -> None:
     _overwrite_option(parser)
 
 
-def _extract(options: Any) -> str:
+def _extract(options: Any) -> list[str]:
     """Make an adapter out of a full fine-tune by truncated singular value decomposition."""
     check_output("extract", ADAPTER_FOLDER, options.output, [options.base, options.tuned], options.overwrite)
     extracted = extract(
@@ -199,14 +217,14 @@ def _plot_options(parser: Any) -> None:
     _overwrite_option(parser)
 
 
-def _plot(options: Any) -> str:
+def _plot(options: Any) -> list[str]:
     """Draw update norms and singular values of an adapter, two adapters beside each other, or a run's statistics."""
     inputs = [path for path in (options.path, options.other, options.base) if path]
     check_output("plot", PICTURE, options.output, inputs, options.overwrite)
     pictures = plot_adapter(
         options.path, options.other, base=options.base, strict_base=options.strict_base, output=options.output
     )
-    return f"wrote {options.output}: {', '.join(pictures)}"
+    return [f"wrote {options.output}: {', '.join(pictures)}"]
 
 
 def _combine_options(parser: Any) -> None:
@@ -221,7 +239,7 @@ def _combine_options(parser: Any) -> None:
     parser.add_argument("--strict-base", type=bool, default=True, help="false: another base is only a warning")
 
 
-def _combine(options: Any) -> str:
+def _combine(options: Any) -> list[str]:
     """Combine several adapters of one base into one."""
     check_output("combine", ADAPTER_FOLDER, options.output, options.adapters, options.overwrite)
     combined = combine_adapters(
@@ -245,7 +263,7 @@ def _alpha_option(parser: Any) -> None:
     parser.add_argument("--lora-alpha", type=float | None, help="for adapters that do not store it, as loralib's")
 
 
-VERBS: dict[str, tuple[Callable[[Any], None], Callable[[Any], str]]] = {
+VERBS: dict[str, tuple[Callable[[Any], None], Callable[[Any], list[str]]]] = {
     "info": (_info_options, _info),
     "merge": (_merge_options, _merge),
     "export": (partial(_convert_options, "PEFT folder"), _export),
@@ -269,8 +287,11 @@ def bytes_of(size: str) -> int:
     return int(float(match[1]) * UNITS[match[2].upper()])
 
 
-def _shown(result: Mapping[str, Any], text: Callable[[Mapping[str, Any]], str], as_json: bool) -> str:
-    return json.dumps(_without_nan(result), indent=2, allow_nan=False) if as_json else text(result)
+def _shown(result: Mapping[str, Any], text: Callable[[Mapping[str, Any]], list[str]], as_json: bool) -> list[str]:
+    if not as_json:
+        return text(result)
+    written = json.dumps(_without_nan(result), indent=2, allow_nan=False)  # in ASCII, of which it leaves DEL as it is
+    return written.replace("\x7f", "\\u007f").split("\n")
 
 
 def _without_nan(value: Any) -> Any:
@@ -282,14 +303,14 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def info_text(result: Mapping[str, Any]) -> str:
+def info_text(result: Mapping[str, Any]) -> list[str]:
     """Write the result of info for people."""
     head = [f"{result['path']}: {result['kind']}"]
     if result["kind"] == "weights":
         dtypes = ", ".join(f"{count} {dtype}" for dtype, count in result["dtypes"].items())
         files = f"{result['files']} file" + ("s" if result["files"] != 1 else "")
         size = f"{result['parameters']:,} parameters, {size_text(result['bytes'])}"
-        return "\n".join([*head, f"{result['tensors']} tensors ({dtypes}) in {files}, {size}"])
+        return [*head, f"{result['tensors']} tensors ({dtypes}) in {files}, {size}"]
     head.append(
         f"{len(result['layers'])} adapted layers, {result['parameters']:,} parameters, {size_text(result['bytes'])}, "
         f"norm {result['norm']:.4g}"
@@ -307,10 +328,10 @@ def info_text(result: Mapping[str, Any]) -> str:
         (name, layer["kind"] or "", str(layer["rank"]), _number(layer["scaling"]), _number(layer["norm_delta"]))
         for name, layer in result["layers"].items()
     ]
-    return "\n".join([*head, *_table(("layer", "kind", "rank", "scaling", "norm of s*B@A"), rows)])
+    return [*head, *_table(("layer", "kind", "rank", "scaling", "norm of s*B@A"), rows)]
 
 
-def diff_text(result: Mapping[str, Any]) -> str:
+def diff_text(result: Mapping[str, Any]) -> list[str]:
     """Write the result of diff for people."""
     lines = [f"options that differ: {', '.join(result['options'])}"] if result.get("options") else []
     for key in ("only_in_first", "only_in_second"):
@@ -322,10 +343,10 @@ def diff_text(result: Mapping[str, Any]) -> str:
         (name, row.get("problem") or _number(row["change"]), "" if row.get("problem") else _number(row["relative"]))
         for name, row in moved.items()
     ]
-    return "\n".join([*lines, *_table(("name", "change", "relative"), rows)])
+    return [*lines, *_table(("name", "change", "relative"), rows)]
 
 
-def extract_text(extracted: Extracted, output: str) -> str:
+def extract_text(extracted: Extracted, output: str) -> list[str]:
     """Write the result of extract for people."""
     rows = [(name, f"{share:.2%}") for name, share in extracted.kept.items()]
     lines = _table(("layer", "kept"), rows)
@@ -333,16 +354,16 @@ def extract_text(extracted: Extracted, output: str) -> str:
     whole = extracted.adapter.beside_factors()
     lines += [f"carried whole: {', '.join(whole)}"] if whole else []
     lines += [f"left out: {', '.join(extracted.dropped)}"] if extracted.dropped else []
-    return "\n".join([*lines, f"wrote {output}"])
+    return [*lines, f"wrote {output}"]
 
 
-def combine_text(combined: Combined, output: str) -> str:
+def combine_text(combined: Combined, output: str) -> list[str]:
     """Write the result of combine for people."""
     ranks, kept = combined.adapter.ranks(), combined.kept
     rows = [(name, str(ranks[name]), f"{kept[name]:.2%}") for name in kept]
     lines = _table(("layer", "rank", "kept"), rows)
     lines += [f"weighted mean: {name}" for name in combined.averaged]
-    return "\n".join([*lines, f"wrote {output}"])
+    return [*lines, f"wrote {output}"]
 
 
 def _number(value: float | None) -> str:
@@ -352,6 +373,7 @@ def _number(value: float | None) -> str:
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     if not rows:
         return []
+    rows = [[shortened(printable(cell)) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in (head, *rows)]
     return ["  ".join(row).rstrip() for row in padded]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -10,7 +9,7 @@ from typing import NamedTuple
 from ..adapter.peft_folder import CONFIG_FILE, TENSOR_FILES
 from ..errors import LoRAError
 from ..files.atomic import check_output_path
-from ..files.paths import PathLike
+from ..files.paths import PathLike, given_path, kind_of, real_path
 from ..files.safetensors import SUFFIX
 from ..files.torch_archive import read_torch_file
 from ..files.weights import Weights
@@ -51,12 +50,13 @@ def check_output(verb: str, kind: OutputKind, output: PathLike, inputs: Sequence
     Raises:
         LoRAError: the output overlaps an input, is no place to write to, or exists and may not be replaced.
     """
-    output, target = Path(output), Path(os.path.realpath(output))
-    for path in map(Path, map(os.path.realpath, inputs)):
+    output, target = given_path(output), real_path(output)
+    for path in map(real_path, map(given_path, inputs)):
         if target.is_relative_to(path) or path.is_relative_to(target):
             raise LoRAError(f"{verb}: {output} is, or is inside, or holds {path}; write somewhere else.")
     check_output_path(output, folder=kind.is_folder)
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+    kind_there = kind_of(output)
+    if kind_there == "nothing" or (kind_there == "folder" and not any(output.iterdir())):
         return
     if not overwrite:
         raise LoRAError(f"{verb}: {output} exists; choose another output, or pass --overwrite to replace it.")
@@ -83,6 +83,6 @@ def _holds_picture(file: Path) -> bool:
 
 MODEL_FOLDER = OutputKind(True, "safetensors of a model", _holds_weights)
 MODEL_FILE = OutputKind(False, "model", Path.is_file)
-ADAPTER_FOLDER = OutputKind(True, CONFIG_FILE, lambda folder: (folder / CONFIG_FILE).exists())
+ADAPTER_FOLDER = OutputKind(True, CONFIG_FILE, lambda folder: kind_of(folder / CONFIG_FILE) != "nothing")
 PICTURE = OutputKind(False, "picture", _holds_picture)
 ADAPTER_CHECKPOINT = OutputKind(False, "adapter", _holds_adapter)

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 
 from ..errors import LoRAError, sentence
-from .paths import PathLike
+from .paths import PathLike, given_path, kind_of, real_path
 
 AT_FDCWD, EXCHANGE = -100, 2
 TRIES = 1000  # to replace a folder that other writers replace too; each failure is another one's success
@@ -74,27 +74,32 @@ def check_output_path(path: PathLike, *, folder: bool) -> None:
         LoRAError: `path` is of the other kind, a mount point, or in a folder that cannot be written to.
     """
     target = _checked(path, folder=folder)
-    os.rmdir(_hidden_folder(target, next(parent for parent in target.parents if parent.exists())))
+    os.rmdir(_hidden_folder(target, next(parent for parent in target.parents if kind_of(parent) != "nothing")))
 
 
 def identity(path: PathLike) -> tuple[int, int] | None:
     """Return what tells one file or folder from another that comes to its place; None where nothing is."""
     try:
         stat = os.stat(path)
-    except OSError:
+    except (OSError, ValueError):
         return None
     return stat.st_dev, stat.st_ino
 
 
 def _checked(path: PathLike, *, folder: bool) -> Path:
     """Return the real path behind links, where it is one that can be replaced."""
-    target = Path(os.path.realpath(path))
-    if folder and target.exists() and not target.is_dir():
+    target = real_path(given_path(path))
+    kind = kind_of(target)
+    if folder and kind not in ("folder", "nothing"):
         raise LoRAError(f"{path}: is a file; give the name of a folder.")
-    if not folder and target.is_dir():
+    if not folder and kind == "folder":
         raise LoRAError(f"{path}: is a folder; give the name of a file.")
     if os.path.ismount(target):
         raise LoRAError(f"{path}: is a mount point, which cannot be replaced as a whole; give a name inside it.")
+    if folder and kind == "folder" and real_path(".").is_relative_to(target):
+        raise LoRAError(
+            f"{path}: is the folder that you are in, or holds it, and is not replaced; give a name inside it."
+        )
     return target
 
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from ..errors import LoRAError
+from ..errors import LoRAError, sentence
 from .limits import INDEX_BYTES, check_names
-from .paths import PathLike, read_json
+from .paths import PathLike, kind_of, read_json, reason_of
 from .safetensors import SUFFIX, Header, read_header
 
 STEM = "model"  # of the names of shards and index, unless the folder has another
@@ -72,7 +72,10 @@ def open_folder(path: Path) -> ModelFolder:
     Raises:
         LoRAError: there are no safetensors, several models, or an index that its shards contradict.
     """
-    names = sorted(entry.name for entry in path.iterdir())
+    try:
+        names = sorted(os.listdir(path))
+    except OSError as error:
+        raise LoRAError(f"{path}: cannot be read: {sentence(reason_of(error))}") from error
     indexes = [name for name in names if name.endswith(INDEX_SUFFIX)]
     files = [name for name in names if name.endswith(SUFFIX)]
     if len(indexes) > 1 or (not indexes and len(files) != 1):
@@ -86,7 +89,7 @@ def open_folder(path: Path) -> ModelFolder:
     shards = {name: read_header(path / name) for name in (dict.fromkeys(file_of.values()) if indexes else files)}
     if indexes:
         _compare(path / indexes[0], file_of, shards)
-    config = read_json(path / CONFIG) if (path / CONFIG).exists() else {}
+    config = read_json(path / CONFIG) if kind_of(path / CONFIG) != "nothing" else {}
     return ModelFolder(path, shards, indexes[0] if indexes else None, index, config)
 
 

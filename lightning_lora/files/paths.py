@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..errors import LoRAError, sentence
 from .limits import JSON_BYTES, JSON_PARTS, Limit, check
@@ -54,7 +55,53 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def given_path(path: PathLike) -> Path:
+    """Return a path that a user gave.
+
+    Raises:
+        LoRAError: it is none, or empty, which Python takes for the current folder.
+    """
+    text = os.fspath(path) if isinstance(path, (str, os.PathLike)) else None
+    if not isinstance(text, str):
+        raise LoRAError(f"{path!r:.80}: is no path; give the name of a file or folder.")
+    if not text:
+        raise LoRAError(f"{path!r}: is an empty path; give the name of a file or folder, '.' for the current folder.")
+    return Path(path)
+
+
+def kind_of(path: PathLike) -> Literal["file", "folder", "other", "nothing"]:
+    """Return what is at a path.
+
+    Raises:
+        LoRAError: that cannot be told, as in a folder that may not be entered.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return "nothing"
+    except (OSError, ValueError) as error:  # a ValueError is of a name that no file can have
+        raise LoRAError(f"{path}: cannot be looked at: {sentence(reason_of(error))}") from error
+    return "file" if stat.S_ISREG(mode) else "folder" if stat.S_ISDIR(mode) else "other"
+
+
+def real_path(path: PathLike) -> Path:
+    """Return where a path leads, behind links.
+
+    Raises:
+        LoRAError: it is a name that no file can have, or a relative one whose folder was deleted.
+    """
+    try:
+        return Path(os.path.realpath(path))
+    except (OSError, ValueError) as error:
+        raise LoRAError(f"{path}: is a path that leads nowhere: {sentence(reason_of(error))}") from error
+
+
+def reason_of(error: Exception) -> str:
+    """Return what an error of the operating system says, without its number and the path."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
 def require_file(path: PathLike) -> None:
     """Raise a LoRAError where there is no file."""
-    if not Path(path).is_file():
+    if kind_of(given_path(path)) != "file":
         raise LoRAError(f"{path}: there is no such file.")

@@ -171,6 +171,8 @@ def build_header(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], me
     content: dict[str, Any] = {METADATA: dict(metadata)} if metadata else {}
     end = 0
     for name, dtype, shape in tensors:
+        if any("\ud800" <= each <= "\udfff" for each in name):
+            raise LoRAError(f"{name!r}: is no text that a safetensors file can hold; rename that module.")
         start, end = end, end + math.prod(shape) * dtype.itemsize
         content[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(content, separators=(",", ":")).encode()

@@ -125,7 +125,13 @@ def read_sharded_tensors(path: Path) -> dict[str, tuple[torch.Size, torch.dtype]
 def write_torch_file(path: Path, content: Mapping[str, Any], nbytes: int) -> None:
     """Write a new file as torch.save does, with a progress bar of its tensors' bytes."""
     with open(path, "xb") as file, progress_bar("writing", nbytes, "bytes") as advance:
-        torch.save(content, cast(BinaryIO, _InParts(file, nbytes, advance)))
+        try:
+            torch.save(content, cast(BinaryIO, _InParts(file, nbytes, advance)))
+        except RuntimeError as error:  # torch closes an archive that lacks what could not be written
+            cause = error.__context__
+            if isinstance(cause, OSError):
+                raise cause from None
+            raise
 
 
 class _InParts:

@@ -11,7 +11,7 @@ from typing import Literal
 from ..errors import LoRAError
 from ..names import around
 from .model_folder import ModelFolder, open_folder
-from .paths import PathLike
+from .paths import PathLike, given_path, kind_of
 from .records import compare_check_sums
 from .safetensors import SUFFIX, Header, TensorLocation, read_header
 from .torch_archive import torch_locations
@@ -94,12 +94,13 @@ def open_weights(path: PathLike) -> Weights:
     Raises:
         LoRAError: it is none of these, or damaged.
     """
-    path = Path(path)
-    if path.is_dir():
+    path = given_path(path)
+    kind = kind_of(path)
+    if kind == "folder":
         folder = open_folder(path)
         locations = {name: where for header in folder.shards.values() for name, where in header.locations.items()}
         return Weights(path, "folder", locations, folder.shards, folder)
-    if not path.is_file():
+    if kind != "file":
         raise LoRAError(f"{path}: there is no such file or folder.")
     if path.suffix == SUFFIX:
         header = read_header(path)

@@ -132,7 +132,7 @@ def merged(model: nn.Module) -> Iterator[nn.Module]:
     Raises:
         LoRAError: as merge; or another thread is changing the model, which none but this one may do inside.
     """
-    layers = adapted_layers(model).values()
+    layers = adapted_layers(unwrapped(model, "merged")).values()
     with take_turn(layers, "merged") as turn:
         end = Ending(turn, FoundState(model, layers).bring_back)
         try:

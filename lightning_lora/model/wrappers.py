@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from ..arguments import require_module
 from ..errors import LoRAError
 from ..names import ATTRIBUTE, CHECKPOINTED, COMPILED, LIGHTNING, WRAPPERS, derives_from, is_lightning_module
 from ..nn.lora_layer import adapted_places
@@ -31,8 +32,9 @@ def unwrapped(model: nn.Module, verb: str) -> nn.Module:
     """Return the module inside all wrappers around it, or the model itself.
 
     Raises:
-        LoRAError: a wrapper is of an unknown class; the message begins with the verb.
+        LoRAError: it is no module, or a wrapper is of an unknown class; the message begins with the verb.
     """
+    require_module(model, verb)
     network = list(_layers_of_wrapping(model))[-1]
     if ATTRIBUTE not in vars(network):
         _refuse_unknown_wrapper(network, verb)

@@ -347,7 +347,7 @@ def _core(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.
     Squares of large values would overflow without that; where it is zero, so is the product.
     """
     left_r, right_r = torch.linalg.qr(left, mode="r")[1], torch.linalg.qr(right.T, mode="r")[1]
-    largest = left_r.abs().max()
+    largest = left_r.abs().max() if left_r.numel() else left_r.new_zeros(())  # of a layer without inputs or outputs
     return left_r / largest @ right_r.T, largest
 
 

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ..errors import LoRAError
-from ..files.paths import PathLike
+from ..files.paths import PathLike, given_path, kind_of
 
 COLUMN = re.compile(r"lora/(?:(?P<group>.+)/)?(?P<statistic>[^/]+)")
 CSV, EVENTS = "metrics.csv", "events.out.tfevents."  # what CSVLogger writes; what TensorBoard's files begin with
@@ -34,14 +34,14 @@ def is_log(path: object) -> bool:
     """Tell whether a path is a logger's file, or the folder of one, by its name and what is in it."""
     if not isinstance(path, (str, os.PathLike)):
         return False
-    path = Path(path)
+    path = given_path(path)
     return path.suffix == ".csv" or EVENTS in path.name or _log_in(path) is not None
 
 
 def _log_in(folder: Path) -> Path | None:
-    if not folder.is_dir():
+    if kind_of(folder) != "folder":
         return None
-    if (folder / CSV).is_file():
+    if kind_of(folder / CSV) == "file":
         return folder / CSV
     return next(iter(sorted(folder.glob(f"{EVENTS}*"))), None) and folder
 

@@ -167,3 +167,75 @@ def test_a_type_error_of_the_class_itself_is_raised_as_it_is(tmp_path):
     with pytest.raises(TypeError, match="no such thing"):
         load_from_checkpoint(Refuses, saved(tmp_path, Net(), "adapter"))
     assert len(calls) == 1
+
+
+class NeedsWidth(Net):
+    def __init__(self, width: int, lr: float = 0.05) -> None:
+        super().__init__(width, 1, lr)
+
+
+class PassesOnWidth(NeedsWidth):
+    @classmethod
+    def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> Any:
+        return super().load_from_checkpoint(*args, **kwargs)
+
+
+@pytest.fixture
+def content(tmp_path: Path) -> dict[str, Any]:
+    """What a checkpoint of a Net holds."""
+    trainer = make_trainer(tmp_path, LoRACallback(r=2))
+    trainer.fit(Net(), Data())
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    found: dict[str, Any] = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    return found
+
+
+@pytest.mark.parametrize("weights_only", [None, False])
+@pytest.mark.parametrize("value", [[1, 2], "text", 3, None, torch.ones(2)], ids=lambda value: type(value).__name__)
+def test_hyper_parameters_that_are_no_mapping_are_refused(
+    tmp_path: Path, content: dict[str, Any], value: Any, weights_only: bool | None
+):
+    torch.save({**content, "hyper_parameters": value}, tmp_path / "b.ckpt")
+    with pytest.raises(LoRAError, match=f"must be a mapping, found {type(value).__name__}; it is damaged"):
+        load_from_checkpoint(Net, tmp_path / "b.ckpt", weights_only=weights_only)
+
+
+@pytest.mark.parametrize("cls", [NeedsWidth, PassesOnWidth])
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"hyper_parameters": {}},
+        {"pytorch-lightning_version": "no version"},
+        {"hparams_type": 3},
+    ],
+    ids=lambda entries: next(iter(entries)),
+)
+def test_error_of_lightning_names_the_checkpoint_and_the_remedy(
+    tmp_path: Path, content: dict[str, Any], cls: Any, entries: dict[str, Any]
+):
+    torch.save({**content, **entries}, tmp_path / "b.ckpt")
+    with pytest.raises(
+        LoRAError, match=r"b\.ckpt: .* Pass what is missing or does not fit as keyword arguments"
+    ) as told:
+        load_from_checkpoint(cls, tmp_path / "b.ckpt")
+    assert str(told.value).startswith(f"load_from_checkpoint: {cls.__name__} cannot be built from ")
+    assert told.value.__cause__ is not None
+    assert not isinstance(told.value.__cause__, LoRAError)
+
+
+class Raises(Net):
+    def __init__(self, width: int = 8, seed: int = 1, lr: float = 0.05) -> None:
+        super().__init__(width, seed, lr)
+        raise KeyError("of the class")
+
+
+def test_error_that_the_class_raises_stays_as_it_is(tmp_path: Path, content: dict[str, Any]):
+    torch.save(content, tmp_path / "b.ckpt")
+    with pytest.raises(KeyError, match="of the class"):
+        load_from_checkpoint(Raises, tmp_path / "b.ckpt")
+
+
+@pytest.mark.parametrize("given", [None, 3, Net(), nn.Linear, dict], ids=repr)
+def test_something_else_than_a_class_is_refused(tmp_path: Path, given: Any):
+    with pytest.raises(LoRAError, match="load_from_checkpoint: expected the class of a LightningModule, found "):
+        load_from_checkpoint(given, tmp_path / "a.ckpt")

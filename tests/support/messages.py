@@ -27,7 +27,7 @@ SAYS = re.compile(
     r"(^|\.)(rank_zero_(?!only)\w+|warn|warn_explicit|warning|print|add_note)$|^(log|logger|logging)\.(?!get)"
 )
 RESULTS = {  # what is shown is no message, but what was asked for
-    "command/main, main": "what a verb returns",
+    "command/printing, print_lines": "what a verb returns",
 }
 UNWRAPPED = {"list", "tuple", "str", "repr", "map", "sorted", "next", "iter", "join", "listed", "Path", "escape"}
 
