@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,21 @@ def parse_json(text: bytes, where: object, pairs: Callable[[list[tuple[str, Any]
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON object as transformers does, in lines."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def is_from_system(error: BaseException) -> bool:
+    """Return whether an error is the system's answer; a TimeoutError that a signal's handler raises has no number."""
+    return isinstance(error, OSError) and error.errno is not None
+
+
+@contextmanager
+def passing_over_errors() -> Iterator[None]:
+    """Go on after the block where the system refuses something in it."""
+    try:
+        yield
+    except OSError as error:
+        if not is_from_system(error):
+            raise
 
 
 def require_file(path: PathLike) -> None:
