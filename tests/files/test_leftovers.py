@@ -168,11 +168,12 @@ def test_a_folder_that_cannot_be_written_to_is_removed_too(tmp_path: Path, mode:
 # --- exceptions ---
 
 
+@pytest.mark.parametrize("step", [13, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("exchange", [True, False])
 @pytest.mark.parametrize("kind", [write, write_file])
 @pytest.mark.parametrize("there", [True, False])
 def test_a_writer_broken_off_at_any_line_leaves_the_old_or_the_new_result_and_nothing_else(
-    tmp_path: Path, kind: Callable[..., None], there: bool, exchange: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, kind: Callable[..., None], there: bool, exchange: bool, step: int, monkeypatch: pytest.MonkeyPatch
 ):
     if not exchange:
         monkeypatch.setattr(atomic, "_exchange", lambda first, second: False)
@@ -191,8 +192,8 @@ def test_a_writer_broken_off_at_any_line_leaves_the_old_or_the_new_result_and_no
         if path.is_dir():
             leftovers.remove(path)
         path.unlink(missing_ok=True)
-        count += 1
-    assert (count > 20, seen) == (True, {True, False})
+        count += step
+    assert (count > 100, seen) == (True, {True, False})
 
 
 def test_a_check_of_an_output_broken_off_at_any_line_leaves_nothing(tmp_path: Path):
