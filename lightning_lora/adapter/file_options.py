@@ -93,7 +93,7 @@ def readable_options(adapter: Adapter) -> LoRAConfig | None:
     is_parameter = matcher(config.target_parameters)
     exact = exact_options(config, ranks, scalings, list(filter(is_parameter, ranks)))
     own = {name: getattr(config, name) for name in ("r", "lora_alpha", *BY_LAYER)}
-    grouped = {name: _grouped(getattr(exact, name) or {}) for name in BY_LAYER}
+    grouped: dict[str, Any] = {name: _grouped(getattr(exact, name) or {}) for name in BY_LAYER}
     choices = (replace(exact, **own), exact, replace(exact, **grouped))
     return next((choice for choice in choices if _can_be_read(choice, scalings)), exact)
 

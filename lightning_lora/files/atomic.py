@@ -204,7 +204,7 @@ def _copy(source: Path, target: Path) -> None:
     _folder_to_disk(target)
 
 
-def _link(source: PathLike, target: PathLike) -> None:
+def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, target, follow_symlinks=False)
     except OSError as error:

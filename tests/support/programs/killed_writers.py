@@ -192,6 +192,7 @@ def test_signals_whose_handlers_raise_leave_the_old_or_the_new_result_and_nothin
     nets = [injected(alpha) for alpha in (1, 2)]
     base, path = tmp_path / "base", tmp_path / "out" / ("model.pt" if "state dict" in call else "model")
     path.parent.mkdir()
+    works: list[Callable[[], object]]
     if call.startswith("save"):
         save = save_adapter if call == "save_adapter" else save_merged
         works = [partial(save, net, path) for net in nets]
