@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import re
 import tarfile
 import zipfile
 from pathlib import Path
@@ -149,3 +150,48 @@ def test_hooks_before_a_commit_are_the_commands_of_the_checks():
     script = (ROOT / ".ci/run").read_text()
     for hook in hooks:
         assert f"run '{hook['entry'].removesuffix(' --fix')}" in script
+
+
+# --- SECURITY.md ---
+
+SECURITY = ROOT / ".github" / "SECURITY.md"
+
+
+def section(heading: str) -> str:
+    """What stands below a heading of SECURITY.md, in one line."""
+    (found,) = re.findall(rf"^## {heading}\n(.*?)(?=^## |\Z)", SECURITY.read_text(), re.MULTILINE | re.DOTALL)
+    return " ".join(found.split())
+
+
+@pytest.mark.parametrize(
+    ("heading", "said"),
+    [
+        ("To report", ["in private", "Report a vulnerability", "Security tab", "out of the public issues"]),
+        (
+            "What is promised",
+            [
+                *("No file runs code", "`weights_only=False`", "No file costs much more than its size"),
+                *("A file that is refused changes nothing", "No name in a file leads out of its folder"),
+                *("keeps the permissions of what it replaces", "Damage shows", "cannot backtrack without end"),
+            ],
+        ),
+        ("What is not", ["safetensors has no check sum", "Two writers of one model", "`weights_only=False`"]),
+    ],
+)
+def test_the_security_page_says_how_to_report_and_what_is_promised_and_what_is_not(heading: str, said: list[str]):
+    assert [text for text in said if text not in section(heading)] == []
+
+
+def test_the_security_page_promises_every_door_and_names_the_limits():
+    promised = section("What is promised")
+    doors = ["load_adapter", "load_from_checkpoint", "ckpt_path"]
+    assert [door for door in doors if f"`{door}`" not in promised] == []
+    assert all(hasattr(lightning_lora, door) for door in doors[:2])
+    (link,) = re.findall(r"\[limited\]\((.*?)#safety\)", promised)
+    assert "## Safety" in (SECURITY.parent / link).read_text()
+
+
+@pytest.mark.parametrize("page", [".github/CONTRIBUTING.md", "lightning_lora/README.md"])
+def test_the_security_page_is_linked(page: str):
+    links = re.findall(r"\]\(([^)#]*SECURITY\.md)\)", (ROOT / page).read_text())
+    assert [(ROOT / page).parent.joinpath(link).resolve() for link in links] == [SECURITY] * max(1, len(links))

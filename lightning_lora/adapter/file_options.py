@@ -2,6 +2,8 @@
 
 The time that Python's `re` needs for a name is at worst a power of the name's length: one for each repetition that can
 end in several places, `.*` or `\\d+`. Inside of another repetition there is no such limit, and those are refused.
+
+A user's own code may have any pattern. What is saved of it can always be read: see readable_options.
 """
 
 from __future__ import annotations
@@ -9,9 +11,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ..config import LoRAConfig
 from ..errors import LoRAError, shown
 from ..files.limits import (
     PATTERN_CHOICES,
@@ -23,7 +26,10 @@ from ..files.limits import (
     check,
     check_names,
 )
+from ..names import matcher
+from .adapter import Adapter, exact_options
 
+TOGETHER = 1000  # names in one pattern
 EXPRESSIONS = ("target_modules", "exclude_modules", "modules_to_save", "target_parameters")  # where they are one text
 BY_LAYER = ("rank_pattern", "alpha_pattern")
 # What a group matched is matched again; a comment; other rules of reading.
@@ -61,9 +67,55 @@ class _Group:
     def close(self) -> tuple[int, int, bool]:
         """Return the repetitions after each other, the ways to match at one place, and whether it has alternatives."""
         self.begin_alternative()
-        texts = sorted(text for text in self.texts if text is not None)
-        one_fits = len(texts) == len(self.texts) and not any(map(str.startswith, texts[1:], texts))
-        return self.widest, 1 if one_fits else self.total, len(self.texts) > 1
+        texts = [text for text in self.texts if text is not None]
+        ways = _longest_chain(texts) if len(texts) == len(self.texts) else self.total
+        return self.widest, ways, len(self.texts) > 1
+
+
+def _longest_chain(texts: Iterable[str]) -> int:
+    """Return how many of some texts can match at one place: each of those begins with the ones before it."""
+    chain: list[str] = []
+    longest = 0
+    for text in sorted(texts):
+        while chain and not text.startswith(chain[-1]):
+            chain.pop()
+        chain.append(text)
+        longest = max(longest, len(chain))
+    return longest
+
+
+def readable_options(adapter: Adapter) -> LoRAConfig | None:
+    """Return an adapter's options for a file: patterns that its reader would refuse give way to the layers' names."""
+    config, scalings = adapter.config, adapter.scalings
+    if config is None or _can_be_read(config, scalings):
+        return config
+    ranks = adapter.ranks() or {name: config.rank(name) for name in scalings}  # a live model's come without tensors
+    is_parameter = matcher(config.target_parameters)
+    exact = exact_options(config, ranks, scalings, list(filter(is_parameter, ranks)))
+    own = {name: getattr(config, name) for name in ("r", "lora_alpha", *BY_LAYER)}
+    grouped: dict[str, Any] = {name: _grouped(getattr(exact, name) or {}) for name in BY_LAYER}
+    choices = (replace(exact, **own), exact, replace(exact, **grouped))
+    return next((choice for choice in choices if _can_be_read(choice, scalings)), exact)
+
+
+def _can_be_read(config: LoRAConfig, names: Collection[str]) -> bool:
+    try:
+        check_options(config.to_dict(), names, "options")
+    except LoRAError:
+        return False
+    return True
+
+
+def _grouped(patterns: Mapping[str, Any]) -> dict[str, Any]:
+    """Return fewer patterns, each of up to a thousand that begin with ^ and have one value."""
+    by_value: dict[Any, list[str]] = {}
+    for pattern, value in patterns.items():
+        by_value.setdefault(value, []).append(pattern.removeprefix("^"))
+    return {
+        f"^(?:{'|'.join(names[start : start + TOGETHER])})": value
+        for value, names in by_value.items()
+        for start in range(0, len(names), TOGETHER)
+    }
 
 
 def check_options(options: Any, names: Collection[str], path: object) -> None:

@@ -33,6 +33,7 @@ from ..nn.lora_layer import is_factor
 from ..nn.quantised_state import quantisation_entries, unchanged_weight
 from .adapter import Adapter, check_factors
 from .apply import add_frozen_weights, align_names, check_adapter, record_trained
+from .file_options import readable_options
 from .fingerprint import AVERAGED, entries_match, fingerprint_entry, without_rows
 from .metadata import describe_model, from_metadata, of_trained, to_metadata
 
@@ -133,7 +134,11 @@ def _is_kind(value: object) -> bool:
 
 def checkpoint_metadata(kind: Kind, adapter: Adapter) -> dict[str, Any]:
     """Return what checkpoint["lora"] holds in each kind: the format's version, the kind, the adapter's metadata."""
-    return {"format_version": FORMAT_VERSION, "kind": kind, **to_metadata(adapter)}
+    return {
+        "format_version": FORMAT_VERSION,
+        "kind": kind,
+        **to_metadata(replace(adapter, config=readable_options(adapter))),
+    }
 
 
 def _describe(kind: Kind, adapter: Adapter) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from ..files.torch_archive import read_torch_file
 from ..names import A, B, around
 from ..nn.low_rank import ATTENTION, ATTENTION_OUTPUT, GROUPED_CONV, SEPARATE
 from .adapter import Adapter, check_factors, exact_options, ties_of
-from .file_options import check_options
+from .file_options import check_options, readable_options
 from .fingerprint import AVERAGED, entries_match, fingerprint_entry, without_rows
 from .metadata import from_metadata, of_trained, to_metadata
 from .peft_attention import refuse_conv1d_before_parameters
@@ -95,6 +95,7 @@ def write_folder(adapter: Adapter, path: PathLike, frozen: Mapping[str, torch.Te
     refuse_conv1d_before_parameters(own)
     own = as_peft_stores(own)
     own, idle = add_idle_attention(own)
+    own = replace(own, config=readable_options(own))
     plain = as_plain(without_starts(own))
     layers = set(own.layers())
     nesting = nesting_of(own.parameters)

@@ -1,8 +1,11 @@
 """Files and folders that appear whole or not at all: written beside their place under another name, then moved there.
 
-A killed program leaves the old content in place, and at most a hidden `.NAME.*.partial` folder beside it. Where names
-cannot be exchanged (NFS, Windows) a folder that is replaced is away for a moment: a program that is killed then leaves
-it as `.NAME.*.old`.
+A killed program leaves the old content in place, and at most a hidden `.NAME.*.partial` folder beside it. Who next
+writes NAME there removes that, by the rule in leftovers.py. Where names cannot be exchanged (NFS, Windows) a folder
+that is replaced is away for a moment: a program that is killed then leaves it as `.NAME.*.old`, which nobody removes.
+
+What is replaced keeps its permissions, see permissions.py. A target that is a link stays one: what it points to is
+replaced.
 """
 
 from __future__ import annotations
@@ -10,8 +13,8 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -19,7 +22,9 @@ from functools import partial
 from pathlib import Path
 
 from ..errors import LoRAError, sentence
-from .paths import PathLike, given_path, kind_of, real_path
+from .leftovers import hold, partial_name, release, remove, remove_leftovers
+from .paths import PathLike, given_path, is_from_system, kind_of, passing_over_errors, real_path
+from .permissions import keep_permissions
 
 AT_FDCWD, EXCHANGE = -100, 2
 TRIES = 1000  # to replace a folder that other writers replace too; each failure is another one's success
@@ -36,9 +41,11 @@ def new_file(path: PathLike) -> Iterator[Path]:
     with _scratch_beside(target) as scratch:
         file = scratch / target.name
         yield file
-        _to_disk(file)
         with _names_output(path):
+            _to_disk(file)
+            keep_permissions(target, file)
             os.replace(file, target)
+            _folder_to_disk(target.parent)
 
 
 @contextmanager
@@ -59,12 +66,16 @@ def new_folder(path: PathLike, *, keep_others: bool = False, replaced: Collectio
     with _scratch_beside(target) as scratch:
         folder = scratch / target.name
         folder.mkdir()
+        keep_permissions(target, folder, writable=True)  # new files take on the group of the folder, where it says so
         yield folder
-        for file in folder.rglob("*"):
-            if file.is_file():
-                _to_disk(file)
         with _names_output(path):
+            for file in sorted(folder.rglob("*"), reverse=True):  # what is in a folder comes before it
+                (_folder_to_disk if file.is_dir() else _to_disk)(file)
+                keep_permissions(target / file.relative_to(folder), file)
+            _folder_to_disk(folder)
+            keep_permissions(target, folder)
             _put_in_place(folder, target, partial(_take_along, folder, replaced) if keep_others else lambda old: True)
+            _folder_to_disk(target.parent)
 
 
 def check_output_path(path: PathLike, *, folder: bool) -> None:
@@ -74,16 +85,16 @@ def check_output_path(path: PathLike, *, folder: bool) -> None:
         LoRAError: `path` is of the other kind, a mount point, or in a folder that cannot be written to.
     """
     target = _checked(path, folder=folder)
-    os.rmdir(_hidden_folder(target, next(parent for parent in target.parents if kind_of(parent) != "nothing")))
+    with _hidden_folder(target, next(parent for parent in target.parents if kind_of(parent) != "nothing")):
+        pass
 
 
 def identity(path: PathLike) -> tuple[int, int] | None:
     """Return what tells one file or folder from another that comes to its place; None where nothing is."""
-    try:
+    with passing_over_errors(), suppress(ValueError):  # which is of a name that no file can have
         stat = os.stat(path)
-    except (OSError, ValueError):
-        return None
-    return stat.st_dev, stat.st_ino
+        return stat.st_dev, stat.st_ino
+    return None
 
 
 def _checked(path: PathLike, *, folder: bool) -> Path:
@@ -94,6 +105,8 @@ def _checked(path: PathLike, *, folder: bool) -> Path:
         raise LoRAError(f"{path}: is a file; give the name of a folder.")
     if not folder and kind == "folder":
         raise LoRAError(f"{path}: is a folder; give the name of a file.")
+    if kind == "folder" and not os.access(target, os.W_OK | os.X_OK):
+        raise LoRAError(f"{path}: is a folder that you may not write to; change its mode, or choose another place.")
     if os.path.ismount(target):
         raise LoRAError(f"{path}: is a mount point, which cannot be replaced as a whole; give a name inside it.")
     if folder and kind == "folder" and real_path(".").is_relative_to(target):
@@ -103,22 +116,44 @@ def _checked(path: PathLike, *, folder: bool) -> Path:
     return target
 
 
-def _hidden_folder(target: Path, parent: Path) -> Path:
-    """Make a folder for what is not complete yet, which proves that its parent can be written to."""
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=parent))
-    except OSError as error:
-        raise LoRAError(f"{target}: cannot be written there: {sentence(error)}") from error
+@contextmanager
+def _scratch_beside(target: Path) -> Iterator[Path]:
+    """Yield a hidden folder for what is not complete yet, and remove what killed writers of this name left."""
+    with _hidden_folder(target, target.parent) as scratch:
+        lock = None
+        try:
+            with _names_place(target):
+                lock = hold(scratch)
+            remove_leftovers(target)
+            yield scratch
+        finally:
+            release(lock)
 
 
 @contextmanager
-def _scratch_beside(target: Path) -> Iterator[Path]:
-    scratch = _hidden_folder(target, target.parent)
+def _hidden_folder(target: Path, parent: Path) -> Iterator[Path]:
+    """Yield a new folder in `parent`, which proves that this can be written to; at the end it is gone."""
+    folder = parent / partial_name(target, secrets.token_hex(4))
     try:
-        yield scratch
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        try:
+            with _names_place(target):
+                parent.mkdir(parents=True, exist_ok=True)
+                os.mkdir(folder, 0o700)
+            yield folder
+        finally:
+            remove(folder)
+    finally:  # once more, for a signal may have broken the first off
+        remove(folder)
+
+
+@contextmanager
+def _names_place(target: PathLike) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if not is_from_system(error) and not isinstance(error, ValueError):
+            raise
+        raise LoRAError(f"{target}: cannot be written there: {sentence(error)}") from error
 
 
 @contextmanager
@@ -126,6 +161,8 @@ def _names_output(path: PathLike) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if not is_from_system(error):
+            raise
         raise LoRAError(
             f"{path}: the result was complete and cannot be put there: {error}. See that nothing uses what is there "
             "and that you may replace it, or choose another place."
@@ -146,26 +183,39 @@ def _take_along(new: Path, replaced: Collection[str], old: Path) -> bool:
             if os.path.lexists(copy) or any(fnmatchcase(entry.name, pattern) for pattern in replaced):
                 continue
             copies.append(copy)
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.copytree(entry, copy, symlinks=True, copy_function=_link)
-            else:
-                _link(entry, copy)
+            _copy(entry, copy)
+        _folder_to_disk(new)
         complete = identity(old) == before
     except OSError as error:
-        if not isinstance(error, FileNotFoundError) and identity(old) == before:
+        if not is_from_system(error) or (not isinstance(error, FileNotFoundError) and identity(old) == before):
             raise
         complete = False
     for copy in [] if complete else copies:
-        shutil.rmtree(copy) if copy.is_dir() and not copy.is_symlink() else copy.unlink(missing_ok=True)
+        remove(copy) if copy.is_dir() and not copy.is_symlink() else copy.unlink(missing_ok=True)
     return complete
 
 
-def _link(source: PathLike, target: PathLike) -> None:
+def _copy(source: Path, target: Path) -> None:
+    if not source.is_dir() or source.is_symlink():
+        _link(source, target)
+        return
+    target.mkdir()
+    for entry in source.iterdir():
+        _copy(entry, target / entry.name)
+    shutil.copystat(source, target)
+    keep_permissions(source, target)
+    _folder_to_disk(target)
+
+
+def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, target, follow_symlinks=False)
-    except OSError:
+    except OSError as error:
+        if not is_from_system(error):
+            raise
         shutil.copy2(source, target, follow_symlinks=False)
         if not os.path.islink(target):
+            keep_permissions(source, target)
             _to_disk(target)
 
 
@@ -174,9 +224,20 @@ def _to_disk(file: PathLike) -> None:
         os.fsync(opened.fileno())
 
 
+def _folder_to_disk(folder: PathLike) -> None:
+    """Let the names in a folder outlast a power cut, where a system can do that for folders."""
+    if os.name != "posix":
+        return
+    with passing_over_errors():
+        opened = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
+
+
 def _put_in_place(folder: Path, target: Path, take_along: Callable[[Path], bool]) -> None:
     """Move a folder to its place, whatever other writers do there meanwhile."""
-    old = folder.parent.with_suffix(".old")
     for _ in range(TRIES):
         if _rename(folder, target):
             return
@@ -184,16 +245,31 @@ def _put_in_place(folder: Path, target: Path, take_along: Callable[[Path], bool]
             continue
         if _exchange(folder, target):
             return
-        done = False
-        try:  # no such call here: two steps, with a moment between them
-            if _rename(target, old):
-                done = take_along(old) and _rename(folder, target)  # it may be another than the one above
-        finally:
-            if done or not _rename(old, target):  # back, but not where the new one or another writer's is
-                shutil.rmtree(old, ignore_errors=True)
-        if done:
+        if _in_two_steps(folder, target, take_along):
             return
     raise LoRAError(f"{target}: other programs replaced it {TRIES} times meanwhile; let one of them write it.")
+
+
+def _in_two_steps(folder: Path, target: Path, take_along: Callable[[Path], bool]) -> bool:
+    """Replace a folder where names cannot be exchanged, with a moment between the steps; False to try again."""
+    old, done = folder.parent.with_suffix(".old"), False
+    away = folder.parent / old.name
+
+    def settle() -> None:
+        """Put the old folder back, but not where the new one or another writer's is: then it goes."""
+        if done or not _rename(old, target):
+            _rename(old, away)
+            remove(away)
+
+    try:
+        try:
+            if _rename(target, old):
+                done = take_along(old) and _rename(folder, target)  # it may be another than before
+        finally:
+            settle()
+    finally:  # once more, for a signal may have broken the first off
+        settle()
+    return done
 
 
 def _rename(source: Path, target: Path) -> bool:

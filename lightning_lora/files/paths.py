@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -99,6 +100,21 @@ def real_path(path: PathLike) -> Path:
 def reason_of(error: Exception) -> str:
     """Return what an error of the operating system says, without its number and the path."""
     return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
+def is_from_system(error: BaseException) -> bool:
+    """Return whether an error is the system's answer; a TimeoutError that a signal's handler raises has no number."""
+    return isinstance(error, OSError) and error.errno is not None
+
+
+@contextmanager
+def passing_over_errors() -> Iterator[None]:
+    """Go on after the block where the system refuses something in it."""
+    try:
+        yield
+    except OSError as error:
+        if not is_from_system(error):
+            raise
 
 
 def require_file(path: PathLike) -> None:

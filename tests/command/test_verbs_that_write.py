@@ -147,10 +147,10 @@ def test_output_where_nothing_can_be_written_is_refused_before_any_work(
     args, output = command(name, inputs)
     no_work(monkeypatch)
 
-    def mkdtemp(**_: Any) -> str:
+    def mkdir(*_: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(atomic.tempfile, "mkdtemp", mkdtemp)
+    monkeypatch.setattr(os, "mkdir", mkdir)
     assert f"{output}: cannot be written there" in refused(capsys, *args)
 
 

@@ -242,12 +242,12 @@ def test_output_that_is_a_mount_point_is_refused_before_the_work(
 
 
 def test_output_path_that_cannot_be_written_is_refused_without_a_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def mkdtemp(*, dir: Path, **_: str) -> str:
-        assert dir == tmp_path
+    def mkdir(path: Path, *_: int) -> None:
+        assert tmp_path in (Path(path), Path(path).parent)
         raise PermissionError(errno.EACCES, "Permission denied")
 
     check_output_path(tmp_path / "a" / "b" / "out", folder=True)
-    monkeypatch.setattr(atomic.tempfile, "mkdtemp", mkdtemp)
+    monkeypatch.setattr(os, "mkdir", mkdir)
     with pytest.raises(LoRAError, match=r"out: cannot be written there: .*Permission denied"):
         check_output_path(tmp_path / "a" / "b" / "out", folder=True)
     assert os.listdir(tmp_path) == []

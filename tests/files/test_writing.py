@@ -67,18 +67,29 @@ def by_merge(form: str, *flags: str) -> Writer:
     return write
 
 
-def by_verb(verb: str, name: str) -> Writer:
+def by_verb(verb: str, name: str, *flags: str) -> Writer:
     def write(inputs: Path, target: Path, scale: float) -> Path:
-        command(verb, inputs / f"adapter-{scale}", target / name)
+        command(verb, inputs / f"adapter-{scale}", target / name, *flags)
         return target / name
 
     return write
 
 
-def by_extract(inputs: Path, target: Path, scale: float) -> Path:
+def by_extract(inputs: Path, target: Path, scale: float, *flags: str) -> Path:
     given = ["--base", inputs / "base.safetensors", "--tuned", inputs / f"tuned-{scale}" / "model.safetensors"]
-    command("extract", *given, "--rank", 1, "--output", target / "out")
+    command("extract", *given, "--rank", 1, "--output", target / "out", *flags)
     return target / "out"
+
+
+def by_combine(inputs: Path, target: Path, scale: float) -> Path:
+    options = ("--weights", 0.5, scale, "--output", target / "out", "--overwrite")
+    command("combine", inputs / "adapter-1.0", inputs / "adapter-2.0", *options)
+    return target / "out"
+
+
+def by_plot(inputs: Path, target: Path, scale: float) -> Path:
+    command("plot", inputs / f"adapter-{scale}", "--output", target / "out.svg", "--overwrite")
+    return target / "out.svg"
 
 
 def by_save(save: Callable[..., None], **options: Any) -> Writer:
@@ -155,23 +166,67 @@ def test_written_safetensors_start_at_eight_bytes_and_align_every_tensor(inputs:
 def test_every_written_file_is_on_the_disk_before_it_is_in_place(
     inputs: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ):
+    """And its name right after that: the folder around it is written last."""
     results = inputs.parent / "results"
     synced: dict[int, tuple[int, int]] = {}
-    honest = os.fsync
+    honest, around = os.fsync, results.stat().st_ino
 
     def fsync(descriptor: int) -> None:
         found = os.fstat(descriptor)
+        assert around not in synced
         synced[found.st_ino] = (found.st_size, found.st_mtime_ns)
-        assert not [entry.name for entry in results.iterdir() if not entry.name.startswith(".")]
+        in_place = [entry.name for entry in results.iterdir() if not entry.name.startswith(".")]
+        assert len(in_place) == (found.st_ino == around)
         honest(descriptor)
 
     monkeypatch.setattr(os, "fsync", fsync)
     out = WRITERS[name](inputs, results, 1.0)
     monkeypatch.undo()
     assert files_in(out)
+    assert around in synced
+    assert out.is_file() or out.stat().st_ino in synced
     for file in files_in(out):
         found = file.stat()
         assert synced.get(found.st_ino) == (found.st_size, found.st_mtime_ns), file.name
+
+
+# --- permissions ---
+
+OVERWRITING: dict[str, Writer] = REPLACING | {
+    "export": by_verb("export", "out", "--overwrite"),
+    "import": by_verb("import", "out.ckpt", "--overwrite"),
+    "combine": by_combine,
+    "extract": lambda inputs, target, scale: by_extract(inputs, target, scale, "--overwrite"),
+    "plot": by_plot,
+}
+
+
+def modes(path: Path) -> dict[str, int]:
+    return {str(each.relative_to(path)): each.stat().st_mode & 0o7777 for each in (path, *path.rglob("*"))}
+
+
+@pytest.fixture
+def _umask() -> Iterator[None]:
+    """Nothing for all others."""
+    before = os.umask(0o027)
+    yield
+    os.umask(before)
+
+
+@pytest.mark.usefixtures("_umask")
+@pytest.mark.parametrize("name", OVERWRITING)
+def test_what_is_written_has_the_modes_of_the_umask_and_keeps_those_it_is_given(inputs: Path, name: str):
+    results = inputs.parent / "results"
+    out = OVERWRITING[name](inputs, results, 1.0)
+    first = modes(out)
+    assert set(first.values()) <= {0o640, 0o750}
+    given = {path: 0o2770 if (out / path).is_dir() else 0o400 + 8 * number for number, path in enumerate(first)}
+    for path, mode in given.items():
+        (out / path).chmod(mode)
+    before = {path: (out / path).stat().st_ino for path in first}
+    OVERWRITING[name](inputs, results, 2.0)
+    assert modes(out) == given
+    assert not before.items() & {path: (out / path).stat().st_ino for path in first}.items()
 
 
 @contextmanager

@@ -1,4 +1,6 @@
-"""SIGKILL at 50 random moments of merge and of save_adapter: the old or the complete new result, never a mixture."""
+"""SIGKILL, and signals whose handlers raise, at random moments of saving and merging: the old or the complete new
+result, never a mixture. Raising handlers leave nothing else, and what kills leave is removed by the next writer.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +9,9 @@ import os
 import random
 import shutil
 import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from lightning_lora import LoRAConfig, inject, load_adapter, save_adapter
+from lightning_lora import LoRAConfig, inject, is_merged, load_adapter, merge, save_adapter, save_merged, unmerge
 from lightning_lora.command.merge import merge_on_disk
 
 TRIES = 400
@@ -90,8 +93,13 @@ def kill_often(path: Path, works: dict[str, Callable[[], object]], times: int) -
             break
     assert kills >= times
     assert changes
-    others = [entry.name for entry in path.parent.iterdir() if entry != path]
-    assert all(name.startswith(f".{path.name}.") or not name.startswith(".") for name in others)
+    for left in set(path.parent.iterdir()) - {path}:
+        assert left.name.startswith(f".{path.name}.")
+        for entry in (left, *left.rglob("*")):
+            os.utime(entry, (0, 0))  # as if an hour had passed
+    for work in works.values():
+        work()
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_killed_save_adapter_leaves_the_old_or_the_new_folder(tmp_path: Path) -> None:
@@ -125,6 +133,112 @@ def test_killed_merge_leaves_the_old_or_the_new_result(tmp_path: Path, form: str
         return lambda: merge_on_disk(base, tmp_path / name, out, overwrite=True)
 
     kill_often(out, {name: work(name) for name in ("1", "2")}, times)
+
+
+class Stopped(BaseException):
+    """What the handlers raise."""
+
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
+
+
+def stopped(work: Callable[[], object], number: int, delay: float) -> bool:
+    """Do the work, and send a signal after the delay whose handler raises; whether it came out of the work."""
+    at_work = True
+
+    def stop(*_: object) -> None:
+        if at_work:
+            raise Stopped
+
+    before = signal.signal(number, stop)
+    timer = threading.Timer(delay, os.kill, (os.getpid(), number))
+    try:
+        timer.start()
+        work()
+        return False
+    except Stopped:
+        return True
+    finally:
+        at_work = False
+        timer.cancel()
+        timer.join()
+        signal.signal(number, before)
+
+
+def stop_often(works: Sequence[Callable[[], object]], times: int, check: Callable[[], None]) -> None:
+    """Do one work after the other again and again, until each signal has broken enough of them off."""
+    moments, durations = random.Random(3), []
+    for work in works:
+        start = time.perf_counter()
+        work()
+        durations.append(time.perf_counter() - start)
+    for number in SIGNALS:
+        window, stops, whole = 1.5 * max(durations), 0, 0
+        for attempt in range(TRIES):
+            was_stopped = stopped(works[attempt % len(works)], number, moments.uniform(0, window))
+            window *= 1.02 if was_stopped else 0.98
+            stops, whole = stops + was_stopped, whole + (not was_stopped)
+            check()
+            if stops >= times and whole:
+                break
+        assert stops >= times
+        assert whole
+
+
+@pytest.mark.parametrize("call", ["save_adapter", "save_merged", "merge of a folder", "merge of a state dict"])
+def test_signals_whose_handlers_raise_leave_the_old_or_the_new_result_and_nothing_else(
+    tmp_path: Path, call: str
+) -> None:
+    nets = [injected(alpha) for alpha in (1, 2)]
+    base, path = tmp_path / "base", tmp_path / "out" / ("model.pt" if "state dict" in call else "model")
+    path.parent.mkdir()
+    works: list[Callable[[], object]]
+    if call.startswith("save"):
+        save = save_adapter if call == "save_adapter" else save_merged
+        works = [partial(save, net, path) for net in nets]
+    else:
+        base = base.with_suffix(path.suffix)
+        if path.suffix:
+            torch.save(network().state_dict(), base)
+        else:
+            base.mkdir()
+            save_file(network().state_dict(), base / "model.safetensors")
+        for number, net in enumerate(nets):
+            save_adapter(net, tmp_path / str(number))
+        works = [partial(merge_on_disk, base, tmp_path / str(number), path, overwrite=True) for number in (0, 1)]
+    complete = set()
+    for work in works:
+        work()
+        complete.add(digest(path))
+    assert len(complete) == 2
+
+    def check() -> None:
+        assert digest(path) in complete
+        assert list(path.parent.iterdir()) == [path]
+
+    stop_often(works, 12, check)
+
+
+@pytest.mark.parametrize("first", [merge, unmerge])
+def test_signals_whose_handlers_raise_leave_all_of_w_or_all_of_w_prime(first: Callable[[nn.Module], None]) -> None:
+    net = injected(1)
+
+    def weights() -> list[torch.Tensor]:
+        return [parameter.detach().clone() for parameter in net.parameters()]
+
+    plain = weights()
+    merge(net)
+    whole = weights()
+    assert not all(map(torch.equal, plain, whole))
+
+    def work() -> None:
+        (merge if first is unmerge else unmerge)(net)
+        first(net)
+
+    def check() -> None:
+        assert all(map(torch.equal, weights(), whole if is_merged(net) else plain))
+
+    stop_often([work], 10, check)
 
 
 def test_killed_first_save_leaves_a_complete_result_or_none(tmp_path: Path) -> None:

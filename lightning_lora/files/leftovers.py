@@ -1,0 +1,141 @@
+"""Hidden folders of writers that were killed: told from those in use, and removed by the next writer of the same name.
+
+A writer holds a lock on a file in its folder until that is gone, and the system drops the lock when the process ends,
+however it ends. A folder is a leftover where
+
+- its lock is free, and nothing in it has changed for an hour, or
+- it has no lock (Windows, file systems without locks, a writer killed before it took one), and nothing in it has
+  changed for a week.
+
+The hour is for file systems whose locks other machines do not see.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import stat
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from .paths import is_from_system, passing_over_errors
+
+fcntl: ModuleType | None
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+SUFFIX, LOCK = ".partial", ".lock"
+UNLOCKED_AGE, UNKNOWN_AGE = 3600, 7 * 24 * 3600  # seconds without a change
+
+
+def partial_name(target: Path, token: str) -> str:
+    """Return the name of the hidden folder in which something is written, given what tells it from others."""
+    return f".{target.name}.{token}{SUFFIX}"
+
+
+def hold(folder: Path) -> int | None:
+    """Show that a folder is in use, until release is called or the process ends; returns what release takes."""
+    if fcntl is None:
+        return None
+    lock = os.open(_lock_in(folder), os.O_RDWR | os.O_CREAT, 0o600)
+    with passing_over_errors():  # a file system without locks
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return lock
+
+
+def release(lock: int | None) -> None:
+    """Let go of what hold returned."""
+    if lock is not None:
+        os.close(lock)
+
+
+def remove(folder: Path) -> None:
+    """Delete a folder with all that is in it, also in folders that cannot be written to; what cannot be deleted stays.
+
+    Here nothing is raised but what signals' handlers raise.
+    """
+    with passing_over_errors():
+        os.rmdir(folder)
+    if not os.path.isdir(folder):
+        return
+    _remove_what_can_be(folder)
+    if not os.path.isdir(folder):
+        return
+    _make_writable(folder)
+    for path, names, _ in os.walk(folder):  # which lists a folder after those around it
+        for name in names:
+            _make_writable(Path(path, name))
+    _remove_what_can_be(folder)
+
+
+def _remove_what_can_be(folder: Path) -> None:
+    def pass_over(_: Any, path: str, error: Any) -> None:
+        error = error[1] if isinstance(error, tuple) else error
+        if not is_from_system(error):
+            raise error
+
+    if sys.version_info >= (3, 12):
+        shutil.rmtree(folder, onexc=pass_over)
+    else:
+        shutil.rmtree(folder, onerror=pass_over)
+
+
+def _make_writable(folder: Path) -> None:
+    if not folder.is_symlink():
+        with passing_over_errors():
+            os.chmod(folder, stat.S_IRWXU)
+
+
+def remove_leftovers(target: Path) -> None:
+    """Remove the hidden folders in which killed writers of this file or folder worked."""
+    token = re.compile(r"[a-z0-9_]{8}")  # of this version, and of earlier ones
+    start, end = partial_name(target, "\0").split("\0")
+    with passing_over_errors():
+        for name in os.listdir(target.parent):
+            if name.startswith(start) and name.endswith(end) and token.fullmatch(name[len(start) : -len(end)]):
+                folder = target.parent / name
+                with passing_over_errors():
+                    if not folder.is_symlink() and _is_left(folder):
+                        remove(folder)
+
+
+def _is_left(folder: Path) -> bool:
+    age = time.time() - _last_change(folder)
+    if age < min(UNLOCKED_AGE, UNKNOWN_AGE):
+        return False
+    is_free = _is_free(folder)
+    return age >= UNKNOWN_AGE if is_free is None else is_free and age >= UNLOCKED_AGE
+
+
+def _last_change(folder: Path) -> float:
+    paths = (os.path.join(path, name) for path, _, files in os.walk(folder) for name in (".", *files))
+    return max((os.lstat(path).st_mtime for path in paths), default=time.time())
+
+
+def _is_free(folder: Path) -> bool | None:
+    """Return whether nobody holds a folder, or None where locks do not tell."""
+    if fcntl is None or not os.path.exists(_lock_in(folder)):
+        return None
+    lock = os.open(_lock_in(folder), os.O_RDWR)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if not is_from_system(error):
+            raise
+        return None
+    finally:
+        os.close(lock)
+    return True
+
+
+def _lock_in(folder: Path) -> Path:
+    """Return the file to lock; its name holds what is random, so that it is not that of the result beside it."""
+    return folder / f"{folder.name.split('.')[-2]}{LOCK}"

@@ -1,0 +1,175 @@
+"""Patterns in a user's own code that no file may ask for: what is saved of them loads and resumes all the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lightning_lora import (
+    LoRACallback,
+    LoRAConfig,
+    LoRAError,
+    inject,
+    load_adapter,
+    load_from_checkpoint,
+    save_adapter,
+)
+from lightning_lora.adapter.adapter import Adapter
+from lightning_lora.adapter.file_options import check_options, count_repeats, readable_options
+from lightning_lora.adapter.metadata import describe_model
+from lightning_lora.command.main import main
+from lightning_lora.nn.lora_layer import adapted_layers
+from support.models import randomise_
+from support.peers import call
+
+
+class Block(nn.Module):
+    """Two layers to adapt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.v_proj = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.v_proj(self.q_proj(x))
+
+
+class Net(LightningModule):
+    """Blocks whose numbers begin with each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            self.layers = nn.Sequential(*(Block() for _ in range(11)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x)
+
+    def training_step(self, x: torch.Tensor) -> torch.Tensor:
+        return self(x).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD((p for p in self.parameters() if p.requires_grad), 1e-3)
+
+
+ENDLESS = {
+    "a repetition in another": r"(.*\.)+q_proj",
+    "repeated alternatives": r"(?:layers\.|\d+\.)*q_proj",
+    "in a look-ahead": r"(?=(.*\.)+q).*q_proj",
+    "in a look-behind": r".*(?<=\.)([a-z]_?)+",
+    "a match again": r"(l)ayers.*(?:q|v)_proj(?:\1)?",
+    "a named match again": r"(?P<l>l)ayers.*q_proj(?:(?P=l))?",
+    "a condition": r"(x)?.*(?(1)x|q_proj)",
+    "with a comment": r"(?#mine).*q_proj",
+    "with blanks": r"(?x) .* q_proj",
+    "many repetitions": r".*l.*\..*.*.*q_proj",
+}
+PATTERNS: dict[str, dict[str, Any]] = {
+    **{name: {"target_modules": pattern} for name, pattern in ENDLESS.items()},
+    "layers left out": {"target_modules": r".*_proj", "exclude_modules": r"(.*\.)+v_proj"},
+    "other ranks": {"target_modules": ["q_proj"], "rank_pattern": {r"(.*\.)+1\.q_proj": 3, "layers.10.q_proj": 5}},
+    "other scalings": {"target_modules": ["q_proj"], "alpha_pattern": {r"([a-z]+\.)*(1\d?\.)+q_proj": 3.5}},
+    "layers by number": {"target_modules": ["q_proj"], "layers_to_transform": [1, 10], "layers_pattern": "(layers)+"},
+    "all at once": {
+        "target_modules": r"(.*\.)+[qv]_proj",
+        "exclude_modules": r"(.*\.)+3\.v_proj",
+        "rank_pattern": {r"(.*\.)+1\d?\.q_proj": 3},
+        "alpha_pattern": {r"(.*\.)+v_proj": 3.5},
+        "modules_to_save": ["layers.3.v_proj"],
+    },
+}
+every_pattern = pytest.mark.parametrize("name", PATTERNS)
+
+
+def adapted(name: str) -> Net:
+    inject(net := Net(), LoRAConfig(r=2, **PATTERNS[name]))
+    randomise_(net)
+    return net
+
+
+def layers(net: nn.Module) -> dict[str, tuple[int, float]]:
+    return {name: (each.lora.spec.r, each.lora.spec.scaling) for name, each in adapted_layers(net).items()}
+
+
+def check_same(net: nn.Module, other: nn.Module) -> None:
+    assert layers(net) == layers(other) != {}
+    x = torch.randn(3, 4)
+    assert torch.equal(net(x), other(x))
+
+
+@pytest.mark.parametrize("pattern", ENDLESS.values())
+def test_the_patterns_here_are_such_that_a_file_may_not_ask_for(pattern: str):
+    with pytest.raises(LoRAError):
+        count_repeats(pattern, "file")
+
+
+@every_pattern
+def test_own_pattern_comes_back_from_a_saved_adapter(tmp_path: Path, name: str):
+    save_adapter(net := adapted(name), tmp_path / "adapter")
+    load_adapter(other := Net(), tmp_path / "adapter")
+    check_same(net, other)
+    save_adapter(other, tmp_path / "again")
+    load_adapter(again := adapted(name), tmp_path / "again")
+    check_same(net, again)
+
+
+@every_pattern
+def test_peft_reads_own_patterns_as_they_are_here(tmp_path: Path, name: str):
+    save_adapter(net := adapted(name), tmp_path)
+    theirs = peft.PeftModel.from_pretrained(Net().layers, tmp_path)  # the network alone
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(theirs(x), net(x))
+
+
+@every_pattern
+@pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning")
+@pytest.mark.filterwarnings("ignore:lightning_lora. .* too large for their layers:UserWarning")
+def test_a_run_with_an_own_pattern_resumes_and_its_checkpoint_loads_exports_and_imports(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+):
+    def trainer(steps: int) -> Trainer:
+        options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "max_epochs": 9}
+        callback = LoRACallback(r=2, verbose=False, **PATTERNS[name])
+        return Trainer(max_steps=steps, callbacks=[callback], enable_model_summary=False, accelerator="cpu", **options)
+
+    data = DataLoader(torch.ones(4, 4), batch_size=2)
+    first, resumed, file = Net(), Net(), tmp_path / "adapter.ckpt"
+    (begun := trainer(2)).fit(first, data)
+    begun.save_checkpoint(file)
+    trainer(3).fit(resumed, data, ckpt_path=file)
+    assert layers(resumed) == layers(first)
+    check_same(first, load_from_checkpoint(Net, file))
+    load_adapter(other := Net(), file)
+    check_same(first, other)
+    call(capsys, "export", file, tmp_path / "exported")
+    call(capsys, "import", tmp_path / "exported", tmp_path / "imported.ckpt")
+    for source in ("exported", "imported.ckpt"):
+        load_adapter(other := Net(), tmp_path / source)
+        check_same(first, other)
+        assert main(["info", str(tmp_path / source)]) == 0
+    trainer(3).fit(Net(), data, ckpt_path=file)
+
+
+def test_patterns_that_a_file_may_ask_for_are_saved_as_they_are(tmp_path: Path):
+    config = LoRAConfig(r=2, target_modules=r".*\.(q|v)_proj", rank_pattern={r"layers\.\d+\.q_proj": 3})
+    inject(net := Net(), config)
+    assert readable_options(describe_model(net)) == config
+
+
+def test_ranks_of_more_layers_than_a_file_may_have_patterns_are_saved_in_fewer():
+    """As an adapter of a mixture of experts has, each of which is a layer."""
+    config = LoRAConfig(target_modules="(.*)+", rank_pattern={r"(a.)*\d*[13579]": 3, r"(a.)*\d*[2468]": 5})
+    names = [f"a.{i}" for i in range(9000)]
+    readable = readable_options(Adapter({}, config, {name: config.scaling(name) for name in names}))
+    assert readable is not None
+    check_options(readable.to_dict(), names, "file")
+    assert [readable.rank(name) for name in names[:300]] == [config.rank(name) for name in names[:300]]
+    assert 0 < len(readable.rank_pattern or ()) < 20
