@@ -233,6 +233,16 @@ def test_extract_passes_over_a_weight_that_differs_by_the_rounding_of_the_bases_
     assert extract(*both, 2).adapter.layers() == ["a"]
 
 
+def test_extract_leaves_biases_alone_where_none_changed(tmp_path):
+    for name, value in (("base", 0.0), ("tuned", 1.0)):
+        state = {"a.weight": torch.full((4, 4), value), "a.bias": torch.ones(4)}
+        save_file(state, tmp_path / f"{name}.safetensors")
+    both = [open_weights(tmp_path / f"{name}.safetensors") for name in ("base", "tuned")]
+    found = extract(*both, 2).adapter
+    assert sorted(found.tensors) == ["a.lora_A", "a.lora_B"]
+    assert found.fingerprint.keys() == {"a.weight", "a.bias"}
+
+
 def test_extract_of_a_model_with_statistics_that_did_not_change_loads_by_itself(tmp_path, capsys):
     net = seeded_statistics()
     after = seeded_statistics()

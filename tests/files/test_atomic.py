@@ -55,7 +55,7 @@ def test_folder_replaced_without_exchange_holds_new_files_and_others(target: Pat
     assert os.listdir(target.parent) == ["out"]
 
 
-def test_file_that_is_copied_for_want_of_links_is_on_the_disk_before_it_is_in_place(
+def test_file_that_is_copied_for_want_of_links_or_lies_deep_is_on_the_disk_before_it_is_in_place(
     target: Path, monkeypatch: pytest.MonkeyPatch
 ):
     synced: set[int] = set()
@@ -73,6 +73,10 @@ def test_file_that_is_copied_for_want_of_links_is_on_the_disk_before_it_is_in_pl
     write(target, "new")
     assert contents(target) == NEW
     assert [file.name for file in target.rglob("*") if file.is_file() and file.stat().st_ino not in synced] == []
+    with new_folder(target) as folder:
+        (folder / "deep" / "down").mkdir(parents=True)
+        (folder / "deep" / "down" / "file").write_text("new")
+    assert (target / "deep" / "down" / "file").stat().st_ino in synced
 
 
 def interrupt(*_: object) -> None:

@@ -1,16 +1,19 @@
-"""Files that torch.save wrote, changed in place: every check sum of an archive is that of its record."""
+"""Archives that torch.save wrote: which check sums are compared, and that each is right after a change in place."""
 
 from __future__ import annotations
 
 import io
 import zipfile
 import zlib
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from lightning_lora import LoRAError
+from lightning_lora.files.records import check_archive, read_records
 from lightning_lora.files.torch_archive import set_check_sums, torch_locations
 
 HAS_DESCRIPTOR, SIGNATURE = 0x08, b"PK\x07\x08"
@@ -101,3 +104,18 @@ def test_both_check_sums_of_a_record_that_was_changed_in_place_are_right_in_ever
     content = torch.load(path, weights_only=True)
     assert torch.equal(content["one"], torch.full((5, 3), 2.0))
     assert torch.equal(content["two"], torch.arange(7.0))
+
+
+@pytest.mark.parametrize(
+    ("record", "whole", "refused"), [("version", False, True), ("data/0", False, False), ("data/0", True, True)]
+)
+def test_check_sums_are_compared_of_what_is_read(tmp_path, record: str, whole: bool, refused: bool):
+    """Of a file whose tensors stay on the disk, all that is no tensor."""
+    path = tmp_path / "a.pt"
+    torch.save({"one": torch.ones(5, 3)}, path)
+    place = next(each.start for each in read_records(path) if each.info.filename.endswith(f"/{record}"))
+    raw = bytearray(path.read_bytes())
+    raw[place] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(LoRAError, match=f"{record}' is not what was written") if refused else nullcontext():
+        check_archive(path, whole=whole)
