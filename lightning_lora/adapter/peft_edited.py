@@ -85,11 +85,11 @@ def honour_options(adapter: Adapter, plain: Adapter, options: Mapping[str, Any],
 
 
 def _comparable(fields: Mapping[str, Any], name: str) -> Any:
-    """Return what tells values of a field apart that mean another thing; the order of rows is that of their tensor."""
+    """Return what tells values of a field apart that mean another thing. Rows are in the order of their tensor."""
     value = fields.get(name)
     if isinstance(value, Mapping):
         value = {key: item for key, item in value.items() if item not in NOTHING}
-    if isinstance(value, list) and name != OPTION:
+    if isinstance(value, list):
         return sorted(map(repr, value)) or None
     return None if value in NOTHING else value
 
