@@ -20,7 +20,7 @@ class Base:
 
 
 class Derived(Base):
-    def __init__(self, rate: float = 1.0, act: Annotated[nn.Module | str | None, "a layer"] = None, **rest: Any) -> None:
+    def __init__(self, rate: float = 1.0, act: Annotated[nn.Module | str, "a layer"] = "relu", **rest: Any) -> None:
         super().__init__(**rest)
 
 
