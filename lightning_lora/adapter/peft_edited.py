@@ -40,7 +40,7 @@ class _Fields:
     written: Mapping[str, Any]
 
     def differing(self, names: Iterable[str]) -> list[str]:
-        return [name for name in names if _comparable(self.found.get(name)) != _comparable(self.written.get(name))]
+        return [name for name in names if _comparable(self.found, name) != _comparable(self.written, name)]
 
     def require(self, names: Sequence[str], fits: Any = None) -> None:
         """Raise LoRAError where fields differ, unless fits() says that both mean the same for the tensors."""
@@ -84,10 +84,11 @@ def honour_options(adapter: Adapter, plain: Adapter, options: Mapping[str, Any],
     return replace(adapter, config=config, scalings=scalings, origin=origin_of(options))
 
 
-def _comparable(value: Any) -> Any:
-    """Return what tells values of a field apart that mean another thing."""
+def _comparable(fields: Mapping[str, Any], name: str) -> Any:
+    """Return what tells values of a field apart that mean another thing. Rows are in the order of their tensor."""
+    value = fields.get(name)
     if isinstance(value, Mapping):
-        value = {name: _comparable(item) for name, item in value.items()}
+        value = {key: item for key, item in value.items() if item not in NOTHING}
     if isinstance(value, list):
         return sorted(map(repr, value)) or None
     return None if value in NOTHING else value

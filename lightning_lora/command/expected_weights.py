@@ -105,7 +105,8 @@ class ExpectedWeights:
         self.adapter, self.base = adapter, base
         self.names = {in_file: name for name, in_file in files.items()}
         self.layers, self.whole, self.rows = set(adapter.layers()), adapter.beside_factors(), adapter.rows()
-        self.tables = {**adapter.tied, **{table: table for table in adapter.tables}}  # each with where its rows are
+        # Each with the table that its rows are from: of a tie, from the first end.
+        self.tables = {**{table: table for table in adapter.tables}, **adapter.tied}
         self.owners = base.other_owners()
         self.found: set[str] = set()  # layers, tables and tensors of the adapter that the base has
 

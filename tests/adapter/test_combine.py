@@ -26,7 +26,7 @@ from lightning_lora.adapter.combine import PRUNING, combine_adapters, combined_c
 from support.models import bits, checkpoint
 from support.notices import quiet_peers
 from support.parameters import Experts
-from support.peers import close, config_of, logits, read_by_peft, theirs
+from support.peers import close, config_of, edit, logits, ours, read_by_peft, theirs
 
 pytestmark = quiet_peers
 
@@ -277,6 +277,13 @@ def test_ties_by_hand():
     assert found.tolist() == [[4.0, -4.0, 0.0, 2.0]]
 
 
+@pytest.mark.filterwarnings("ignore:The density 1.0 is greater than or equal to 1:UserWarning")
+def test_a_sign_without_a_majority_is_plus_as_in_peft():
+    changes, weights = [torch.tensor([[2.0, 3.0]]), torch.tensor([[-2.0, 1.0]])], [1.0, 1.0]
+    found = combined_change(changes, weights, "ties", 1.0, torch.Generator())
+    assert found.tolist() == merge_utils.ties(changes, torch.tensor(weights), 1.0).tolist() == [[2.0, 2.0]]
+
+
 def test_dare_is_drawn_from_the_seed_and_layer_and_not_from_the_users_stream():
     states = [checkpoint(small(seed), "adapter") for seed in (2, 3)]
 
@@ -287,6 +294,18 @@ def test_dare_is_drawn_from_the_seed_and_layer_and_not_from_the_users_stream():
         return {name: bits(tensor) for name, tensor in state["state_dict"].items()}
 
     assert run(0) == run(0) != run(1)
+
+
+def test_dare_draws_other_values_in_each_layer():
+    net = nn.ModuleDict({name: nn.Linear(6, 6) for name in ("one", "other")}).double()
+    inject(net, LoRAConfig(r=6, target_modules=["one", "other"]))
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.fill_(1.0)
+    state = combine([checkpoint(net, "adapter")], [1], method="dare_linear", density=0.5)["state_dict"]
+    one, other = ((state[f"{name}.lora_B"] @ state[f"{name}.lora_A"]).abs() > 1e-3 for name in ("one", "other"))
+    assert 0 < one.sum() < 36
+    assert not torch.equal(one, other)
 
 
 def test_dare_keeps_the_expectation():
@@ -379,6 +398,25 @@ def test_weights_that_sum_up_to_zero_have_no_mean():
         combine(states(small(2, modules_to_save=["head"]), small(3, modules_to_save=["head"])), [1, -1])
 
 
+def test_weights_whose_sum_is_rounding_alone_have_no_mean():
+    """0.1 + 0.2 - 0.3 is 5.6e-17: a division by it would give any number."""
+    given = [small(seed, modules_to_save=["head"]) for seed in (2, 3, 4)]
+    with pytest.raises(LoRAError, match=r"weights sum up to 0, so 'head.weight'"):
+        combine(states(*given), [0.1, 0.2, -0.3])
+
+
+def test_adapters_whose_folders_name_other_bases_are_combined_with_a_warning(tmp_path: Path):
+    """PEFT's folders have no fingerprint; where one names no base, nothing is compared."""
+    names = {"a": "some/base", "b": "other/base", "c": None, "d": "some/base"}
+    for folder, base in names.items():
+        theirs("llama", tmp_path / folder)
+        edit(tmp_path / folder, base_model_name_or_path=base)
+    with pytest.warns(UserWarning, match=r"combine: .*a is of the base 'some/base', .*b of 'other/base'\."):
+        combine([tmp_path / "a", tmp_path / "b"], [1, 1])
+    for other in ("c", "d"):
+        combine([tmp_path / "a", tmp_path / other], [1, 1])
+
+
 def test_a_variance_that_would_be_negative_is_refused():
     one, other = small(2), small(3)
     other.get_buffer("norm.running_var").fill_(9)
@@ -465,6 +503,43 @@ def test_attention_keeps_one_rank_for_all_of_it_as_peft_needs(tmp_path: Path):
     state = combine(states(one, other), [1, 1], output=tmp_path / "c")
     assert len(state["state_dict"]["attention.lora_A"]) == len(state["state_dict"]["attention.out_proj.lora_A"]) == 4
     assert_deltas(deltas_of(loaded(state)), total([(1.0, deltas_of(one)), (1.0, deltas_of(other))]))
+
+
+def test_an_adapter_that_was_not_trained_keeps_its_rank():
+    """All values of B @ A are 0, of which the lowest rank would be none."""
+    net = kinds()
+    inject(net, LoRAConfig(r=2, target_modules=["linear"]))
+    state = combine(states(net), [1.0])
+    assert state["state_dict"]["linear.lora_A"].shape == (2, 6)
+    assert_deltas(deltas_of(loaded(state)), total([(0.0, deltas_of(net))]))
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_combination_is_complete_where_all_are(tmp_path: Path, order: tuple[int, int]):
+    ours("llama", tmp_path / "ours")
+    theirs("llama", tmp_path / "theirs")
+    given = [[tmp_path / "ours", tmp_path / "theirs"][i] for i in order]
+    assert not combine_adapters(given, [1, 1]).adapter.complete
+    assert combine_adapters([tmp_path / "ours"] * 2, [1, 1]).adapter.complete
+
+
+def test_dropout_stays_out_where_another_adapter_brings_single_parameters():
+    """They allow none."""
+    given = (
+        small(2, target_modules=["linear"], lora_dropout=0.1),
+        small(3, target_modules=[], target_parameters=["weight_ih_l0"]),
+    )
+    state = combine(states(*given), [1, 1])
+    assert state["lora"]["config"]["lora_dropout"] == 0
+    assert_deltas(deltas_of(loaded(state)), total([(1.0, deltas_of(each)) for each in given]))
+
+
+def test_parts_of_attention_keep_their_rank_beside_an_out_proj_of_a_higher_one():
+    parts = {"attention": [True, False, True]}
+    net = adapted(2, r=1, target_modules=["attention"], enable_lora=parts, rank_pattern={"out_proj": 3})
+    state = combine(states(net), [0.5])
+    assert len(state["state_dict"]["attention.lora_A"]) == 2
+    assert_deltas(deltas_of(loaded(state)), total([(0.5, deltas_of(net))]))
 
 
 @pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64, np.int64])

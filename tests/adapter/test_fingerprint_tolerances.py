@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from lightning_lora import LoRAError, inject, load_adapter, load_from_checkpoint
-from support.models import source
+from lightning_lora.adapter.fingerprint import entries_match, fingerprint
+from lightning_lora.model.injection import require_injection
+from support.models import checkpoint, source
 from support.runs import lora, trained
 from support.training import Data, Net, assert_same_tensors, make_trainer, weights
 
@@ -105,6 +107,16 @@ def test_what_is_too_small_for_float16_is_let_in_between_dtypes_alone(
     assert_let_in(accepted, lambda: load(tmp_path, Base(0.0, saved), Base(value)), rounded=True)
 
 
+@pytest.mark.parametrize(("spacings", "accepted"), [(0.9, True), (1.5, False)])
+def test_weights_quantised_alike_are_let_in_up_to_one_spacing_of_bfloat16(spacings: float, accepted: bool):
+    before, now = (
+        {"shape": [1], "dtype": "float32", "values": [value], "quantised": "nf4"}
+        for value in (1.0, 1 + spacings * COARSE[torch.bfloat16])
+    )
+    assert entries_match(before, now, 1e-5) == accepted
+    assert not entries_match(before, now | {"quantised": "int8"}, 1e-5)
+
+
 # --- the base that was trained on here ---
 
 
@@ -135,6 +147,17 @@ def test_a_base_that_was_not_trained_on_here_may_not_drift(fitted: tuple[Net, Pa
         inject(model, lora().config)
     model.load_state_dict(base)
     assert_let_in(False, lambda: load_adapter(model, path), r"body\.3\.weight")
+
+
+def test_a_base_that_lacks_a_parameter_of_the_one_that_was_trained_on_here_is_named():
+    """Also where another base was trained on here, whose parameters are compared first."""
+    here, saved = Base(1.0), Base(1.0)
+    saved.other = nn.Parameter(torch.ones(3), requires_grad=False)
+    for model in (here, saved):
+        inject(model, lora(target_modules=["layer"]).config)
+    require_injection(here, "the test").record.fingerprint = fingerprint(here)
+    with pytest.raises(LoRAError, match="belongs to another base: its frozen parameter 'other' is not here"):
+        load_adapter(here, checkpoint(saved, "adapter"))
 
 
 # --- a description with a changed scaling ---
@@ -211,3 +234,16 @@ def test_a_description_that_contradicts_itself_in_a_scaling_is_refused_by_a_fres
     assert_same_tensors(weights(model), before)
     with pytest.raises(LoRAError, match=SAID):
         load_from_checkpoint(Net, edited)
+
+
+@pytest.mark.parametrize(("factor", "accepted"), [(1.01, False), (1 + 1e-12, True)])
+def test_a_recorded_scaling_that_is_not_the_options_own_is_refused_however_near(factor: float, accepted: bool):
+    model = Base(1.0)
+    inject(model, lora(target_modules=["layer"]).config)
+    state = checkpoint(model, "adapter")
+    state["lora"]["layers"] = [[kind, scaling * factor, names] for kind, scaling, names in state["lora"]["layers"]]
+    if accepted:
+        assert load_adapter(Base(1.0), state) == ["layer"]
+    else:
+        with pytest.raises(LoRAError, match=r"'layer': the options say a scaling \(lora_alpha over r\) of"):
+            load_adapter(Base(1.0), state)

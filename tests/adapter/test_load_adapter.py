@@ -24,6 +24,7 @@ from lightning_lora import (
     unload,
     unmerge,
 )
+from lightning_lora.adapter import apply
 from support.models import (
     ZOO_LAYERS,
     base_zoo,
@@ -165,6 +166,12 @@ MISFITS = {
     "head of another shape": (_with("head.weight", torch.zeros(4, 8)), "head.weight' must have shape"),
     "nan": (_filled("body.0.lora_B", float("nan")), "body.0.lora_B' holds NaN or Inf"),
     "inf": (_filled("embed.lora_A", float("-inf")), "embed.lora_A' holds NaN or Inf"),
+    "nan in a head": (_filled("head.weight", float("nan")), "head.weight' holds NaN or Inf"),
+    "inf in a bias": (_filled("conv.bias", float("inf")), "conv.bias' holds NaN or Inf"),
+    "a head of whole numbers": (
+        _with("head.weight", torch.ones(3, 8, dtype=torch.int64)),
+        r"head.weight' must be torch\.float32, but is torch\.int64",
+    ),
 }
 
 
@@ -241,6 +248,27 @@ def test_a_failure_while_values_are_written_leaves_the_model_as_it_was(target):
     assert {**now, "modules": None} == {**before, "modules": None}
     assert is_merged(other) == (target == "merged")
     assert target != "fresh" or now == before
+
+
+@pytest.mark.parametrize("target", ["injected", "merged"])
+def test_ctrl_c_while_values_are_written_leaves_the_model_as_it_was(target: str, monkeypatch: pytest.MonkeyPatch):
+    other = base_zoo()
+    inject(other, zoo_config())
+    randomise_(other)
+    merge(other) if target == "merged" else None
+    before, honest, calls = state_bits(other), apply._write_, []
+
+    def stopped_at_first(model: nn.Module, tensors: Any) -> None:
+        honest(model, tensors)
+        calls.append(len(tensors))
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(apply, "_write_", stopped_at_first)
+    with pytest.raises(KeyboardInterrupt):
+        load_adapter(other, checkpoint(trained_zoo(), "adapter"))
+    assert state_bits(other) == before
+    assert is_merged(other) == (target == "merged")
 
 
 def test_an_adapter_beyond_the_range_of_a_merged_model_leaves_it_as_it_was():

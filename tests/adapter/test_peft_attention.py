@@ -13,8 +13,11 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lightning_lora import LoRAConfig, LoRAError, combine, inject, load_adapter, merged_state_dict, save_adapter
+from lightning_lora.adapter.peft_attention import turn_as_in_model, turn_without_model
+from lightning_lora.adapter.save_load import read_adapter
 from lightning_lora.command.main import main
 from lightning_lora.files.torch_archive import read_torch_file
+from lightning_lora.nn.low_rank import ATTENTION_OUTPUT
 from support.notices import quiet_peers
 from support.peers import close, config_of, edit, fill_, seeded
 
@@ -151,6 +154,25 @@ def test_an_adapter_of_peft_is_not_taken_without_the_model_that_tells_the_order(
     theirs("tm", tmp_path / "c", fan_in_fan_out=True)  # nothing but attention goes by the flag
     assert main(["export", str(tmp_path / "c"), str(tmp_path / "d")]) == 0
     close(by_peft("tm", tmp_path / "d"), by_peft("tm", tmp_path / "c"))
+
+
+def test_combined_adapters_of_out_proj_alone_keep_the_flag_and_what_it_means(tmp_path):
+    """No Conv1D is among the layers, from which the flag would follow."""
+    theirs("tm", tmp_path / "a", fan_in_fan_out=True)
+    combine([tmp_path / "a"] * 2, [0.25, 0.75], output=tmp_path / "b")
+    assert config_of(tmp_path / "b")["fan_in_fan_out"] is True
+    expected = by_peft("tm", tmp_path / "a")
+    close(by_peft("tm", tmp_path / "b"), expected)
+    close(by_us("tm", tmp_path / "b"), expected)
+
+
+def test_an_adapter_of_peft_is_turned_once(tmp_path):
+    theirs("tm", tmp_path, fan_in_fan_out=True)
+    once = turn_without_model(read_adapter(tmp_path), "a folder")
+    (output,) = (name for name, kind in once.kinds.items() if kind == ATTENTION_OUTPUT)
+    assert not torch.equal(once.factor(output, "lora_A"), read_adapter(tmp_path).factor(output, "lora_A"))
+    for again in (turn_without_model(once, "a folder"), turn_as_in_model(once, once.kinds)):
+        assert torch.equal(again.factor(output, "lora_A"), once.factor(output, "lora_A"))
 
 
 def test_adapters_of_different_layers_are_combined_and_written_from_their_model(tmp_path):

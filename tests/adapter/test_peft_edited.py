@@ -189,13 +189,35 @@ def test_an_edited_dropout_is_that_of_the_model(tmp_path):
     assert require_injection(net, "test").record.config.lora_dropout == 0.5
 
 
+@pytest.mark.parametrize("flag", [True, False])
+def test_an_edited_use_rslora_is_that_of_the_model(tmp_path, flag: bool):
+    ours("llama", tmp_path, use_rslora=not flag)
+    edit(tmp_path, use_rslora=flag)
+    net = model("llama")
+    load_adapter(net, tmp_path)
+    assert require_injection(net, "test").record.config.use_rslora is flag
+
+
+def test_a_rank_that_does_not_go_with_a_start_is_refused_with_the_rank_of_the_json(tmp_path):
+    """PEFT has twice the rank there."""
+    ours("llama", tmp_path, init_lora_weights="pissa")
+    edit(tmp_path, r=3)
+    with pytest.raises(LoRAError, match=r"r=3 does not go with the tensors beside it, which were saved with r=8\."):
+        load_adapter(model("llama"), tmp_path)
+
+
 def test_edited_rows_and_parameters_are_refused(tmp_path):
     net = seeded(Zoo)
     options = {"target_modules": [], "target_parameters": ["head.weight"], "trainable_token_indices": {"embed": [1, 2]}}
     inject(net, LoRAConfig(r=2, **options))
     save_adapter(net, tmp_path)
     load_adapter(seeded(Zoo), tmp_path)
-    for field, value in (("trainable_token_indices", {"embed": [1, 3]}), ("target_parameters", ["body.0.weight"])):
+    for field, value in (
+        ("trainable_token_indices", {"embed": [1, 3]}),
+        ("trainable_token_indices", {"embed": [2, 1]}),  # PEFT would give each row the other's values
+        ("trainable_token_indices", [2, 1]),
+        ("target_parameters", ["body.0.weight"]),
+    ):
         edit(tmp_path, **{field: value})
         with pytest.raises(LoRAError, match=f"{field}=.* does not go with the tensors"):
             load_adapter(seeded(Zoo), tmp_path)

@@ -44,6 +44,7 @@ from support.peers import (
     seeded,
     theirs,
 )
+from support.tables import Net
 
 pytestmark = quiet_peers
 
@@ -196,6 +197,26 @@ def test_a_dumped_embedding_is_compared_with_the_base(tmp_path):
     assert torch.equal(logits(other), before)
     with pytest.warns(UserWarning, match="another base"):
         load_adapter(other, tmp_path, strict_base=False)
+
+
+def test_a_dumped_bias_is_the_bases_too(tmp_path):
+    """PEFT saves all of a resized head, and with it its bias."""
+    net = seeded(lambda: Net(bias=True))
+    other = peft.get_peft_model(net, peft.LoraConfig(target_modules=["body"]))
+    fill_(other)
+    other.save_pretrained(tmp_path)
+    head = {f"base_model.model.head.{leaf}": net.head.get_parameter(leaf).detach() for leaf in ("weight", "bias")}
+    save_file(load_file(tmp_path / TENSORS) | head, tmp_path / TENSORS)
+    load_adapter(fresh := seeded(lambda: Net(bias=True)), tmp_path)
+    assert [name for name, parameter in fresh.named_parameters() if parameter.requires_grad] == [
+        "body.lora_A",
+        "body.lora_B",
+    ]
+    moved = seeded(lambda: Net(bias=True))
+    with torch.no_grad():
+        moved.head.bias.add_(1)
+    with pytest.raises(LoRAError, match=r"another base: values of 'head\.bias'"):
+        load_adapter(moved, tmp_path)
 
 
 def test_the_old_file_format_of_peft_is_read(tmp_path):

@@ -200,6 +200,17 @@ def test_a_stack_of_another_rank_than_the_options_say_is_refused(tmp_path, rank:
         load_adapter(model("experts"), tmp_path)
 
 
+@pytest.mark.parametrize("columns", [3, 12])
+def test_a_stack_whose_b_has_other_columns_is_refused(tmp_path, columns: int):
+    peft_folder(model("experts"), tmp_path, r=2, target_modules=[], target_parameters=["down_proj"])
+    tensors = load_file(tmp_path / TENSORS)
+    (b,) = (name for name in tensors if "lora_B" in name)
+    tensors[b] = tensors[b].repeat(1, 3)[:, :columns].contiguous()
+    save_file(tensors, tmp_path / TENSORS)
+    with pytest.raises(LoRAError, match=r"down_proj': A .* and B .* are no stack of rank 2"):
+        load_adapter(model("experts"), tmp_path)
+
+
 def test_a_parameter_of_the_model_itself_is_refused_when_it_is_saved(tmp_path):
     ours = Projected()
     inject(ours, LoRAConfig(target_modules=[], target_parameters=["projection"]))

@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lightning_lora import LoRAConfig, LoRAError, inject, load_adapter, merged, save_adapter
+from lightning_lora.adapter.adapter import Adapter
+from lightning_lora.adapter.peft_rows import rows_from_peft
 from support.notices import quiet_peers
 from support.peers import SMALL, TENSORS, close, config_of, edit, seeded
 from support.tables import Net, assert_same_logits, fill_rows_
@@ -320,6 +322,14 @@ def test_options_that_do_not_go_with_the_rows_are_refused(tmp_path, indices: Any
     edit(tmp_path, trainable_token_indices=indices)
     with pytest.raises(LoRAError, match=message):
         load_adapter(llama(False), tmp_path)
+
+
+@pytest.mark.parametrize("names", [["embed", "decoder.embed"], ["decoder.embed", "embed"]], ids=str)
+def test_the_longest_name_in_the_options_that_ends_a_tables_decides(names: list[str]):
+    rows = {"embed": [1, 2], "decoder.embed": [3, 4]}
+    tensors = {f"{part}.embed.lora_rows": torch.zeros(2, 5) for part in ("encoder", "decoder")}
+    read = rows_from_peft(Adapter(tensors), {"trainable_token_indices": {name: rows[name] for name in names}}, "a file")
+    assert read.tables == {"encoder.embed": (1, 2), "decoder.embed": (3, 4)}
 
 
 def test_rows_that_are_missing_or_no_matrix_are_refused(tmp_path):

@@ -336,6 +336,16 @@ def test_a_folder_with_another_rank_than_described_is_refused(tmp_path):
         load_adapter(base(), tmp_path)
 
 
+def test_a_folder_whose_a_has_an_odd_number_of_rows_is_refused(tmp_path):
+    save_adapter(ours(), tmp_path)
+    with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
+        header, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    cut = {n: (t[:-1] if "lora_A" in n else t).contiguous() for n, t in tensors.items()}
+    save_file(cut, tmp_path / "adapter_model.safetensors", header)
+    with pytest.raises(LoRAError, match=r"'one': A \(5, 9\) and B \(12, 6\) should have twice the rank"):
+        load_adapter(base(), tmp_path)
+
+
 # --- the command ---
 
 

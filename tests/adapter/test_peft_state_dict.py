@@ -25,6 +25,7 @@ from lightning_lora import (
     merge_and_unload,
 )
 from lightning_lora.adapter.peft_state_dict import read_state
+from lightning_lora.command.merge import merge_on_disk
 from support.notices import quiet_peers
 from support.peers import call, close, logits, refused, seeded, spread_, tensors_of, tokens
 from support.training import make_trainer
@@ -229,3 +230,20 @@ def test_magnitudes_in_a_state_dict_are_read_live_or_not(live: bool):
     inject(plain := network(), LoRAConfig(**options | {"use_dora": False}))
     with pytest.raises(LoRAError, match="lora_magnitude' has no place in the model"):
         load_adapter(plain, state)
+
+
+def test_statistics_in_a_live_state_dict_are_merged_as_the_training_left_them(tmp_path):
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+
+    torch.save(seeded(build).state_dict(), tmp_path / "base.pt")
+    other = peft.get_peft_model(seeded(build), peft.LoraConfig(r=2, lora_alpha=8, target_modules=["0"]))
+    spread_(other)
+    other.train()(torch.randn(9, 4, generator=torch.Generator().manual_seed(1)) + 3)
+    torch.save({"state_dict": other.state_dict(), "hyper_parameters": {"lora_alpha": 8}}, tmp_path / "a.ckpt")
+    merge_on_disk(tmp_path / "base.pt", tmp_path / "a.ckpt", tmp_path / "out.pt", check=True)
+    expected = other.merge_and_unload().state_dict()
+    found = torch.load(tmp_path / "out.pt", weights_only=True)
+    assert found["1.num_batches_tracked"] == 1
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value)

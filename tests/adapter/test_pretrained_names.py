@@ -16,9 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lightning_lora import LoRAConfig, LoRAError, inject, load_adapter, save_adapter
+from lightning_lora.adapter.pretrained_names import _renaming
 from lightning_lora.command.merge import merge_on_disk
 from support.notices import TORCH_NOTICES, quiet_peers
 from support.peers import TENSORS, close, fill_, seeded
+from support.peers import model as peer_model
 from support.pretrained import gemma3, llava, qwen2_vl
 
 pytestmark = [*quiet_peers, *TORCH_NOTICES, pytest.mark.transformers_5]  # older ones have the earlier names
@@ -156,6 +158,22 @@ def test_rules_of_transformers_4_are_those_of_the_class(tmp_path, monkeypatch):
     monkeypatch.setattr(type(model), "_checkpoint_conversion_mapping", rules, raising=False)
     load_adapter(model, tmp_path)
     close(logits(model), expected)
+
+
+def test_an_adapter_under_the_earlier_names_finds_its_network_among_several(tmp_path):
+    expected = theirs("llava", tmp_path, target_modules=["q_proj", "v_proj"])
+    module = nn.ModuleDict({"first": peer_model("bert"), "network": build("llava")})
+    load_adapter(module, tmp_path)
+    close(logits(module["network"]), expected)
+
+
+def test_names_whose_tensors_are_put_together_in_a_later_transformers_stay():
+    """Weights of experts became one stack, so that no name by itself stands for one of them."""
+    rename = _renaming(peer_model("mixtral"))
+    assert rename is not None
+    for name in ("w1", "w2", "w3"):
+        earlier = f"model.layers.0.block_sparse_moe.experts.0.{name}.weight"
+        assert rename(earlier) == earlier
 
 
 def test_names_that_no_rule_knows_are_refused_as_before(tmp_path):

@@ -238,6 +238,17 @@ def test_diff_of_weights_shows_the_change_of_each_tensor(tmp_path, capsys):
     assert "1 of 11 differ" in call(capsys, "diff", tmp_path / "one.pt", tmp_path / "other.safetensors")
 
 
+def test_diff_of_weights_names_the_largest_change_of_all_parts_of_a_tensor(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("lightning_lora.files.safetensors.CHUNK", 4)
+    before = torch.zeros(5, 4)
+    after = before.clone()
+    after[1, 2], after[4, 0] = -7.0, 2.0
+    for name, value in (("one", before), ("other", after)):
+        save_file({"a.weight": value}, tmp_path / f"{name}.safetensors")
+    text = call(capsys, "diff", tmp_path / "one.safetensors", tmp_path / "other.safetensors", "--json")
+    assert json.loads(text)["changes"]["a.weight"]["largest"] == 7.0
+
+
 def test_diff_of_unlike_things_is_refused(tmp_path, capsys, checkpoint: Path):
     torch.save(Net().state_dict(), tmp_path / "one.pt")
     assert "is an adapter and" in refused(capsys, "diff", checkpoint, tmp_path / "one.pt")

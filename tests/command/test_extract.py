@@ -220,6 +220,29 @@ def test_extract_passes_over_a_table_that_is_nan_in_both(tmp_path):
     assert extract(*both, 2).adapter.layers() == ["a"]
 
 
+@pytest.mark.parametrize(
+    ("before", "after"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float64)], ids=str
+)
+def test_extract_passes_over_a_weight_that_differs_by_the_rounding_of_the_bases_dtype(
+    tmp_path, before: torch.dtype, after: torch.dtype
+):
+    table = torch.linspace(0.1, 0.9, 16, dtype=torch.float64).view(4, 4)
+    save_file({"a.weight": torch.zeros(4, 4).to(before), "b.weight": table.to(before)}, tmp_path / "base.safetensors")
+    save_file({"a.weight": torch.ones(4, 4).to(after), "b.weight": table.to(after)}, tmp_path / "tuned.safetensors")
+    both = [open_weights(tmp_path / f"{name}.safetensors") for name in ("base", "tuned")]
+    assert extract(*both, 2).adapter.layers() == ["a"]
+
+
+def test_extract_leaves_biases_alone_where_none_changed(tmp_path):
+    for name, value in (("base", 0.0), ("tuned", 1.0)):
+        state = {"a.weight": torch.full((4, 4), value), "a.bias": torch.ones(4)}
+        save_file(state, tmp_path / f"{name}.safetensors")
+    both = [open_weights(tmp_path / f"{name}.safetensors") for name in ("base", "tuned")]
+    found = extract(*both, 2).adapter
+    assert sorted(found.tensors) == ["a.lora_A", "a.lora_B"]
+    assert found.fingerprint.keys() == {"a.weight", "a.bias"}
+
+
 def test_extract_of_a_model_with_statistics_that_did_not_change_loads_by_itself(tmp_path, capsys):
     net = seeded_statistics()
     after = seeded_statistics()

@@ -15,9 +15,11 @@ from lightning_lora import LoRAConfig, inject, load_adapter, merged_state_dict
 from lightning_lora.adapter.peft_folder import read_folder
 from lightning_lora.adapter.save_load import adapter_with_options
 from lightning_lora.command import write_merged
+from support.models import checkpoint
 from support.notices import quiet_peers
 from support.peers import (
     TENSORS,
+    Fused,
     base_folder,
     call,
     close,
@@ -27,6 +29,7 @@ from support.peers import (
     ours,
     read_by_peft,
     refused,
+    seeded,
     tensors_of,
     theirs,
 )
@@ -66,6 +69,23 @@ def test_a_result_without_the_scale_is_found_by_verify(tmp_path, capsys, monkeyp
     monkeypatch.setattr(write_merged.WeightUpdate, "applied", without_scale)
     arguments = ("--base", tmp_path / "base", "--adapter", tmp_path / "a", "--output", tmp_path / "o", "--verify")
     assert "differs from what base and adapter give" in refused(capsys, "merge", *arguments)
+
+
+def test_an_output_without_weights_keeps_none_and_passes_verify(tmp_path, capsys):
+    """Its length is 0, by which nothing is divided."""
+    net = seeded(Fused)
+    with torch.no_grad():
+        net.qkv.weight[2] = 0
+    save_file(net.state_dict(), tmp_path / "base.safetensors")
+    inject(net, LoRAConfig(r=2, target_modules=["qkv"], use_dora=True))
+    with torch.no_grad():
+        net.qkv.lora_B[5:] = 0.3
+    torch.save(checkpoint(net, "adapter"), tmp_path / "a.ckpt")
+    files = ("--base", tmp_path / "base.safetensors", "--adapter", tmp_path / "a.ckpt")
+    call(capsys, "merge", *files, "--output", tmp_path / "o.safetensors", "--verify")
+    found = load_file(tmp_path / "o.safetensors")["qkv.weight"]
+    assert not found[2].any()
+    torch.testing.assert_close(found, merged_state_dict(net)["qkv.weight"])
 
 
 def test_export_and_import_keep_every_magnitude(tmp_path, capsys):

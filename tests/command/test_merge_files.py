@@ -170,6 +170,18 @@ def test_merge_into_another_dtype_rounds_once(tmp_path, before: torch.dtype, dty
     assert loaded.dtype == dtype
 
 
+def test_merge_into_another_dtype_names_it_in_every_part_of_the_config(tmp_path):
+    base = base_folder("llama", tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    config |= {"text_config": {"torch_dtype": "float32", "kept": "float32"}, "vision": {"deep": {"dtype": "float16"}}}
+    (base / "config.json").write_text(json.dumps(config))
+    ours("llama", tmp_path / "adapter")
+    merge_on_disk(base, tmp_path / "adapter", tmp_path / "out", dtype=torch.bfloat16)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["text_config"] == {"torch_dtype": "bfloat16", "kept": "float32"}
+    assert written["vision"] == {"deep": {"dtype": "bfloat16"}}
+
+
 @pytest.mark.parametrize(("size", "files"), [(20_000, 5), (10**9, 1), (1, 21)])
 def test_merge_into_other_shards_holds_the_same_tensors(tmp_path, size: int, files: int):
     base = base_folder("llama", tmp_path / "base")

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lightning_lora import LoRAConfig, inject, load_adapter, merged_state_dict, save_adapter
+from support.models import checkpoint
 from support.notices import quiet_peers
 from support.peers import SMALL, call, fill_, refused, seeded
 from support.tables import NUMBER, ROWS, Net, fill_rows_
@@ -183,6 +184,41 @@ def test_a_resized_table_is_written_whole_with_its_rows(tmp_path, capsys):
     arguments = ("--base", tmp_path / "larger", "--adapter", tmp_path / "a", "--output", tmp_path / "o")
     call(capsys, "merge", *arguments, "--verify")
     assert_same(load_file(tmp_path / "o" / "model.safetensors"), merged_state_dict(ours))
+
+
+@pytest.mark.parametrize("form", ["folder", "checkpoint"])
+def test_rows_of_both_ends_of_a_tie_pass_verify_where_the_base_holds_one(tmp_path, form: str, capsys):
+    llama(True).save_pretrained(tmp_path / "base")
+    ours = adapted(llama(True), [5, 63])
+    save_adapter(ours, tmp_path / "folder")
+    torch.save(checkpoint(ours, "adapter"), tmp_path / "checkpoint")
+    files = ("--base", tmp_path / "base", "--adapter", tmp_path / form, "--output", tmp_path / "o")
+    call(capsys, "merge", *files, "--verify")
+    assert_same(load_file(tmp_path / "o" / "model.safetensors"), merged_state_dict(ours))
+
+
+def test_a_bias_of_a_head_with_trained_rows_stays_and_passes_verify(tmp_path, capsys):
+    """It has as many values as the table has rows."""
+    torch.save(seeded(lambda: Net(bias=True)).state_dict(), tmp_path / "base.pt")
+    ours = adapted(seeded(lambda: Net(bias=True)), {"head": [1, 2]}, "body")
+    torch.save(checkpoint(ours, "adapter"), tmp_path / "a.ckpt")
+    files = ("--base", tmp_path / "base.pt", "--adapter", tmp_path / "a.ckpt", "--output", tmp_path / "o.pt")
+    call(capsys, "merge", *files, "--verify")
+    assert_same(torch.load(tmp_path / "o.pt", weights_only=True), merged_state_dict(ours))
+
+
+def test_a_bias_beside_a_tied_table_stays_and_passes_verify(tmp_path, capsys):
+    def bert() -> Any:
+        return seeded(lambda: transformers.BertForMaskedLM(transformers.BertConfig(**SMALL)))
+
+    bert().save_pretrained(tmp_path / "base")
+    ours = adapted(bert(), {"word_embeddings": [5, 63]}, "query")
+    torch.save(checkpoint(ours, "adapter"), tmp_path / "a.ckpt")
+    files = ("--base", tmp_path / "base", "--adapter", tmp_path / "a.ckpt", "--output", tmp_path / "o")
+    call(capsys, "merge", *files, "--verify")
+    found = load_file(tmp_path / "o" / "model.safetensors")
+    assert "cls.predictions.bias" in found
+    assert_same(found, merged_state_dict(ours))
 
 
 def test_peft_rows_of_a_head_with_a_bias_are_refused(tmp_path, capsys):

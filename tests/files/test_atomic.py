@@ -55,6 +55,30 @@ def test_folder_replaced_without_exchange_holds_new_files_and_others(target: Pat
     assert os.listdir(target.parent) == ["out"]
 
 
+def test_file_that_is_copied_for_want_of_links_or_lies_deep_is_on_the_disk_before_it_is_in_place(
+    target: Path, monkeypatch: pytest.MonkeyPatch
+):
+    synced: set[int] = set()
+    honest = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        synced.add(os.fstat(descriptor).st_ino)
+        honest(descriptor)
+
+    def no_links(*_: object, **__: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "link", no_links)
+    write(target, "new")
+    assert contents(target) == NEW
+    assert [file.name for file in target.rglob("*") if file.is_file() and file.stat().st_ino not in synced] == []
+    with new_folder(target) as folder:
+        (folder / "deep" / "down").mkdir(parents=True)
+        (folder / "deep" / "down" / "file").write_text("new")
+    assert (target / "deep" / "down" / "file").stat().st_ino in synced
+
+
 def interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 

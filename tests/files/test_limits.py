@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lightning_lora import LoRAConfig, LoRAError, inject, load_adapter, save_adapter
-from lightning_lora.adapter.file_options import count_repeats
+from lightning_lora.adapter.file_options import BY_LAYER, EXPRESSIONS, check_options, count_repeats
 from lightning_lora.command.info import info
 from lightning_lora.errors import shown
 from lightning_lora.files import limits
@@ -91,6 +91,7 @@ PICKLES: dict[str, tuple[bytes, str]] = {
     "a bytearray of any size": (b"c__builtin__\nbytearray\nJ\xff\xff\xff\x7f\x85R.", "of a size of its own choice"),
     "a text that doubles": (ENCODE + b"X\x01\x00\x00\x00aX\x03\x00\x00\x00hex\x86R.", "encodes text in another way"),
     "a length beyond the file": (b"\x96" + (2**33).to_bytes(8, "little") + b".", "declares 8589934592 bytes"),
+    "a length below zero": (b"T\xfb\xff\xff\xff.", "declares -5 bytes"),  # back to its own first byte, for ever
     "a list that grows in a key": (ORDERED + b"]q\x00\x85h\x00K\x01a0R.", "goes on growing"),
 }
 
@@ -140,7 +141,7 @@ def test_tensors_that_are_larger_than_what_is_stored_are_refused(tmp_path: Path,
 def test_many_views_of_one_tensor_are_refused_and_a_few_are_read(tmp_path: Path):
     whole = torch.ones(2**20)
     torch.save({f"a{i}": whole.view(-1) for i in range(12)}, tmp_path / "a.pt")
-    assert len(read_torch_file(tmp_path / "a.pt")) == 12
+    assert len(read_torch_file(tmp_path / "a.pt")) == len(read_torch_file(tmp_path / "a.pt", "meta")) == 12
     torch.save({f"a{i}": whole.view(-1) for i in range(2000)}, tmp_path / "a.pt")
     assert "has 2000 times the bytes" in refusal(lambda: read_torch_file(tmp_path / "a.pt"))
     torch.save({"mask": torch.ones(1).expand(512, 512)}, tmp_path / "a.pt")
@@ -307,6 +308,48 @@ def test_patterns_that_people_write_are_taken_from_a_file(folder: Path, pattern:
     config = {"peft_type": "LORA", "r": 2, "target_modules": pattern, "rank_pattern": {pattern: 2}}
     (folder / CONFIG).write_text(json.dumps(config if "(?i)" not in pattern else config | {"rank_pattern": {}}))
     assert load_adapter(model(), folder) == ["0"]
+
+
+@pytest.mark.parametrize("option", [*EXPRESSIONS, *BY_LAYER, "layers_pattern"])
+def test_patterns_that_take_long_for_all_names_together_are_refused(option: str):
+    pattern = ".*a.*b.*c.*d"
+    value = {pattern: 2} if option in BY_LAYER else pattern
+    check_options({option: value}, ["short"] * 100, "file")
+    with pytest.raises(LoRAError, match="steps to compare the names of layers with patterns"):
+        check_options({option: value}, ["x" * 300] * 100, "file")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "counted"),
+    [
+        ("a{0,1}b{,1}c{1}", (0, 8)),
+        ("a?" * 5, (0, 32)),
+        ("(ab|cd)", (0, 1)),
+        ("[](a*)*]", (0, 1)),  # a class that begins with its own end
+        ("[^](a*)*]", (0, 1)),
+        (r"[\](a*)*]", (0, 1)),
+        ("a*|b*c*", (2, 2)),
+    ],
+)
+def test_repetitions_and_choices_of_a_pattern_are_counted(pattern: str, counted: tuple[int, int]):
+    re.compile(pattern)
+    assert count_repeats(pattern, "file") == counted
+
+
+def test_alternatives_that_repeat_are_refused_for_they_may_be_alike():
+    """As in other letters, where those of either case fit."""
+    with pytest.raises(LoRAError, match="repeats a group that has repetitions or alternatives"):
+        count_repeats("(?i)(a|A)*b", "file")
+
+
+def test_limits_of_names_are_for_their_parts_and_for_all_together(monkeypatch: pytest.MonkeyPatch):
+    limits.check_names([".".join("a" * 100)], "file")
+    with pytest.raises(LoRAError, match="has 101 parts between dots of a name"):
+        limits.check_names([".".join("a" * 101)], "file")
+    monkeypatch.setattr(limits, "NAMES_TEXT", limits.Limit(100, "characters", "of a test"))
+    limits.check_names(["a.b.c"] * 6, "file")  # 3 times 5 each
+    with pytest.raises(LoRAError, match="has 105 characters"):
+        limits.check_names(["a.b.c"] * 7, "file")
 
 
 def test_patterns_of_a_users_own_code_run_as_they_are():

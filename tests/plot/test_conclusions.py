@@ -353,6 +353,10 @@ def test_a_grid_has_layers_by_number_and_those_without_one_last():
     assert grid.empty == {(0, 2), (1, 0), (1, 1)}
 
 
+def test_a_grid_of_numbered_layers_alone_has_no_other_column():
+    assert arrange({("q", 1): 1.0, ("q", 0): 2.0}).columns == (0, 1)
+
+
 def test_a_long_name_loses_its_middle():
     assert shortened("short", 10) == "short"
     assert shortened("abcdefghijklmnop", 10) == "ab...lmnop"

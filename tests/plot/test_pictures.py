@@ -85,6 +85,17 @@ def test_heat_map_shows_percent_of_the_weights_by_projection_and_layer_number():
     assert written == pytest.approx(sorted(shares.values()), rel=0.06)
 
 
+def test_numbers_in_a_heat_map_are_black_on_light_cells_and_white_on_dark_ones():
+    model = blocks()
+    with torch.no_grad():
+        model.get_parameter("layers.1.q_proj.lora_B").mul_(0.01)
+    axes, _ = plot_adapter(model)["norms"].axes
+    shown = arrays(axes)
+    lightest, darkest = (np.argwhere(shown == value)[0] for value in (np.nanmax(shown), np.nanmin(shown)))
+    colours = {(text.get_position()[1], text.get_position()[0]): text.get_color() for text in axes.texts}
+    assert (colours[tuple(lightest)], colours[tuple(darkest)]) == ("black", "white")
+
+
 def test_heat_map_of_a_file_is_of_the_root_mean_square_and_says_so(tmp_path: Path):
     model = blocks()
     save_adapter(model, tmp_path / "adapter")

@@ -20,7 +20,7 @@ from lightning_lora.nn.low_rank import singular_values
 from lightning_lora.plot.from_files import read_updates
 from lightning_lora.plot.from_model import updates_of_model
 from lightning_lora.plot.updates import Update, cosines, half_share
-from support.models import Zoo
+from support.models import Zoo, checkpoint
 from support.parameters import Experts, Recurrent
 from support.processes import world
 from support.quantised import adapted, values_of
@@ -135,6 +135,34 @@ def test_relative_norms_with_weights_on_disk_are_those_in_the_model(tmp_path: Pa
     assert alone.norms(relative=False) == pytest.approx(live.norms(relative=False), rel=1e-6)
 
 
+def test_spectra_of_a_start_that_is_subtracted_have_up_to_twice_as_many_directions():
+    model = made(
+        lambda: nn.ModuleDict({"wide": nn.Linear(9, 8), "low": nn.Linear(9, 3)}), {"init_lora_weights": "pissa"}
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("lora_A", "lora_B")):
+                parameter.add_(torch.randn_like(parameter))
+    found = updates_of_model(model).layers
+    assert {name: len(update.spectra[0]) for name, update in found.items()} == {"wide": 4, "low": 3}
+
+
+def test_full_rank_is_that_of_all_parts():
+    flat, square = (1, 7), (7, 7)
+    spectra = ((1.0, 0.0), (1.0, 0.0))
+    assert Update(2, spectra, (flat, flat)).has_full_rank
+    assert not Update(2, spectra, (flat, square)).has_full_rank
+
+
+@pytest.mark.parametrize("options", [{}, {"kdim": 5, "vdim": 7}], ids=str)
+def test_relative_norms_of_attention_on_disk_are_those_in_the_model(tmp_path: Path, options: dict[str, int]):
+    model = made(lambda: Attention(**options), {"target_modules": ["mha"]}, torch.float32)
+    state = {name: value for name, value in model.state_dict().items() if "lora_" not in name}
+    save_file(state, tmp_path / "base.safetensors")
+    beside = read_updates(checkpoint(model, "adapter"), tmp_path / "base.safetensors")
+    assert beside.norms(relative=True) == pytest.approx(updates_of_model(model).norms(relative=True), rel=1e-6)
+
+
 def test_weights_on_disk_that_are_another_base_are_refused_or_named_in_a_warning(tmp_path: Path):
     model = made(Zoo, {"target_modules": ["body.0"]}, torch.float32)
     save_adapter(model, tmp_path / "adapter")
@@ -227,6 +255,19 @@ def test_the_cosine_of_several_layers_in_a_cell_is_that_of_all_their_values():
         weights = [weight for name, (weight, _) in deltas[0].items() if f"layers.{depth}." in name]
         relative = float(left.norm() / torch.cat([weight.flatten() for weight in weights]).norm())
         assert first.norms(relative=True)["experts", depth] == pytest.approx(relative, rel=1e-9)
+
+
+def test_a_layer_that_did_not_move_adds_nothing_to_the_cosine_of_its_cell():
+    def block() -> nn.Module:
+        experts = nn.ModuleDict({"experts": nn.ModuleList(nn.Linear(4, 3) for _ in range(2))})
+        return nn.ModuleDict({"layers": nn.ModuleList([experts])})
+
+    models = [made(block, {}) for _ in range(2)]
+    with torch.no_grad():
+        models[1].get_parameter("layers.0.experts.1.lora_B").zero_()
+    first, second = map(updates_of_model, models)
+    one, other = (first.layers[f"layers.0.experts.{i}"].norm for i in range(2))
+    assert cosines(first, second) == {("experts", 0): pytest.approx(one / math.hypot(one, other))}
 
 
 def test_there_is_no_cosine_with_a_zero_update_or_of_other_shapes_or_parts():

@@ -53,7 +53,7 @@ class NaiveCallback(L.Callback):
                 layer.lora_active = sign < 0
 
 
-# --- for traps that NaiveCallback does not step into ---
+# --- for harm that NaiveCallback does not take ---
 
 
 class SavesAll(NaiveCallback):
@@ -161,7 +161,7 @@ def _with_adapter(forward: Callable[..., Any]) -> Callable[..., Any]:
     return adapted
 
 
-# --- traps ---
+# --- harm ---
 
 Make = Callable[..., L.Callback]
 Damage = Callable[[Make, Path], float]
@@ -190,6 +190,6 @@ def fails(act: Callable[[], Any], *errors: type[Exception]) -> float:
 
 
 def assert_harms_naive_alone(damage: Damage, naive: Make, ours: Make, path: Path) -> None:
-    """The trap does harm to the callback one writes first, so that it is one, and none to ours."""
+    """The case harms the callback one writes first, so that it tells something, and not ours."""
     assert damage(ours, path / "ours") <= RIGHT
     assert damage(naive, path / "naive") > WRONG

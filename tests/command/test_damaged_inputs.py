@@ -1,8 +1,7 @@
-"""Defects that fuzzing against a reference and reading found, each with a test that fails until it is mended."""
+"""Adapters and bases that were cut or damaged, or hold more than they should: the command refuses them by name."""
 
 from __future__ import annotations
 
-import json
 import re
 import zipfile
 import zlib
@@ -18,8 +17,6 @@ from torch import nn
 
 from lightning_lora import LoRAConfig, LoRAError, inject, load_adapter, save_adapter
 from lightning_lora.command.main import main
-from lightning_lora.command.write_merged import verify_result
-from lightning_lora.files.weights import open_weights
 from support.peers import call, refused
 
 WIDTH = 4
@@ -228,41 +225,3 @@ def test_info_of_a_checkpoint_of_which_another_part_than_the_state_dict_is_damag
     smaller = re.compile(rb"K\t(?=tq)")  # nine elements at the end of a storage's description
     repickle(tmp_path / "base.pt", lambda pickled: smaller.sub(b"K\x08", pickled, count=1))
     assert "base.pt" in refused(capsys, "info", tmp_path / "base.pt")
-
-
-# --- what merge writes ---
-
-
-@pytest.mark.parametrize("flag", ["--dtype=float16", "--max-shard-size=1GB"])
-def test_merge_to_another_dtype_or_sharding_aligns_every_tensor(tmp_path: Path, capsys: Any, adapter: Path, flag: str):
-    """In what is written anew wide tensors come first, whatever the order in the base and its shards."""
-    base = tmp_path / "base"
-    base.mkdir()
-    whole = {name: tensor.clone() for name, tensor in small().state_dict().items()} | {"odd": torch.ones(3)}
-    shards = [{"bytes": torch.ones(3, dtype=torch.uint8)}, whole | {"number": torch.ones(2, dtype=torch.int32)}]
-    for i, tensors in enumerate(shards):
-        save_file(tensors, base / f"{i}.safetensors")
-    weight_map = {name: f"{i}.safetensors" for i, tensors in enumerate(shards) for name in tensors}
-    (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    call(capsys, "merge", "--base", base, "--adapter", adapter, "--output", tmp_path / "out", flag)
-    for file in (tmp_path / "out").glob("*.safetensors"):
-        raw = file.read_bytes()
-        header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
-        sizes = {name: tensor.itemsize for name, tensor in load_file(file).items()}
-        assert {name for name, size in sizes.items() if header[name]["data_offsets"][0] % size} == set()
-
-
-def test_verify_of_a_wrong_dtype_says_which_was_expected(
-    tmp_path: Path, capsys: Any, adapter: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """That of --dtype, not the base's."""
-
-    def verify_spoiled(job: Any, result: Any) -> None:
-        save_file({name: tensor.double() for name, tensor in load_file(result.path).items()}, result.path)
-        verify_result(job, open_weights(result.path))
-
-    monkeypatch.setattr("lightning_lora.command.merge.verify_result", verify_spoiled)
-    args = merging(tmp_path, adapter, "base.safetensors", "--verify", "--dtype=float16")
-    shown = refused(capsys, *args)
-    assert "is torch.float64" in shown
-    assert "expected torch.float16" in shown

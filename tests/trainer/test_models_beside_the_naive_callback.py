@@ -1,4 +1,4 @@
-"""Traps in layers, weights and tensors: the callback one writes first is wrong, ours right."""
+"""Layers, weights and tensors with which the callback one writes first is wrong, and ours right."""
 
 from __future__ import annotations
 
@@ -219,7 +219,7 @@ def narrow(**options: Any) -> L.Callback:
     return NaiveCallback(autocast_adapter_dtype=False, **options)
 
 
-TRAPS: list[tuple[Damage, Make, Make]] = [
+CASES: list[tuple[Damage, Make, Make]] = [
     (tied_head, NaiveCallback, LoRACallback),
     (registered_twice, MergesEachName, LoRACallback),
     (encoder_layer_fast_path, Peft, LoRACallback),
@@ -236,6 +236,6 @@ TRAPS: list[tuple[Damage, Make, Make]] = [
 
 
 @pytest.mark.filterwarnings("ignore:lightning_lora. merged 16-bit weights:UserWarning")
-@pytest.mark.parametrize(("damage", "naive", "ours"), TRAPS, ids=lambda value: getattr(value, "__name__", None))
-def test_trap_of_runs_harms_the_naive_callback_and_not_ours(tmp_path, damage: Damage, naive: Make, ours: Make):
+@pytest.mark.parametrize(("damage", "naive", "ours"), CASES, ids=lambda value: getattr(value, "__name__", None))
+def test_model_harms_the_naive_callback_and_not_ours(tmp_path, damage: Damage, naive: Make, ours: Make):
     assert_harms_naive_alone(damage, naive, ours, tmp_path)

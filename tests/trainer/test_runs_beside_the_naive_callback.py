@@ -1,4 +1,4 @@
-"""Traps in the course of a run, its faults and its checkpoints: the callback one writes first is wrong, ours right."""
+"""The course of a run, its faults and its checkpoints: the callback one writes first is wrong, ours right."""
 
 from __future__ import annotations
 
@@ -241,7 +241,7 @@ def full(**options: Any) -> L.Callback:
     return LoRACallback(save="full", **options)
 
 
-TRAPS: list[tuple[Damage, Make, Make]] = [
+CASES: list[tuple[Damage, Make, Make]] = [
     (exception_in_validation, NaiveCallback, LoRACallback),
     (ctrl_c_in_validation, NaiveCallback, LoRACallback),
     (on_exception_checkpoint, SavesAll, full),
@@ -259,7 +259,7 @@ TRAPS: list[tuple[Damage, Make, Make]] = [
     (built_in_configure_model, NaiveCallback, LoRACallback),
     (parameters_captured_in_init, NaiveCallback, LoRACallback),
 ]
-TRAPS_OF_AVERAGING: list[tuple[Damage, Make, Make]] = [
+WITH_AVERAGING: list[tuple[Damage, Make, Make]] = [
     (ema_resume, NaiveCallback, LoRACallback),
     (ema_validation, NaiveCallback, LoRACallback),
     (averaging_listed_first, NaiveCallback, LoRACallback),
@@ -274,12 +274,10 @@ TRAPS_OF_AVERAGING: list[tuple[Damage, Make, Make]] = [
 )
 @pytest.mark.parametrize(
     ("damage", "naive", "ours"),
-    [*TRAPS, *averaging(TRAPS_OF_AVERAGING)],
+    [*CASES, *averaging(WITH_AVERAGING)],
     ids=lambda value: getattr(value, "__name__", None),
 )
-def test_trap_of_runs_harms_the_naive_callback_and_not_ours(
-    tmp_path, monkeypatch, damage: Damage, naive: Make, ours: Make
-):
+def test_run_harms_the_naive_callback_and_not_ours(tmp_path, monkeypatch, damage: Damage, naive: Make, ours: Make):
     monkeypatch.setenv("SLURM_JOB_ID", "1")
     monkeypatch.setattr("lightning.pytorch.trainer.connectors.signal_connector.call", lambda command: 0)
     monkeypatch.setattr("lightning.pytorch.plugins.environments.SLURMEnvironment.detect", lambda: False)

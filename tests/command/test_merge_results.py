@@ -1,0 +1,114 @@
+"""What merge writes: aligned tensors, the dtype that was asked for, and its base opened once."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from lightning_lora import LoRAConfig, inject, save_adapter
+from lightning_lora.command.merge import merge_on_disk
+from lightning_lora.command.write_merged import verify_result
+from lightning_lora.files.weights import open_weights
+from support.peers import base_folder, call, ours, refused
+
+WIDTH = 4
+
+
+TENSORS = "adapter_model.safetensors"
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.three = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(3))
+
+
+def small() -> Small:
+    torch.manual_seed(1)
+    return Small()
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    """Two adapted layers and one that was trained whole, as a folder; its base beside it in both forms."""
+    net = small()
+    torch.save(dict(net.state_dict()), tmp_path / "base.pt")
+    save_file(dict(net.state_dict()), tmp_path / "base.safetensors")
+    inject(net, LoRAConfig(r=2, target_modules=["one", "two"], modules_to_save=["three"], init_lora_weights=False))
+    with torch.no_grad():
+        net.three.weight.add_(1)
+    save_adapter(net, tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def merging(path: Path, source: Path, base: str = "base.pt", *flags: str) -> list[object]:
+    return [
+        "merge",
+        "--base",
+        path / base,
+        "--adapter",
+        source,
+        "--output",
+        (path / "out").with_suffix(base[4:]),
+        *flags,
+    ]
+
+
+@pytest.mark.parametrize("flag", ["--dtype=float16", "--max-shard-size=1GB"])
+def test_merge_to_another_dtype_or_sharding_aligns_every_tensor(tmp_path: Path, capsys: Any, adapter: Path, flag: str):
+    """In what is written anew wide tensors come first, whatever the order in the base and its shards."""
+    base = tmp_path / "base"
+    base.mkdir()
+    whole = {name: tensor.clone() for name, tensor in small().state_dict().items()} | {"odd": torch.ones(3)}
+    shards = [{"bytes": torch.ones(3, dtype=torch.uint8)}, whole | {"number": torch.ones(2, dtype=torch.int32)}]
+    for i, tensors in enumerate(shards):
+        save_file(tensors, base / f"{i}.safetensors")
+    weight_map = {name: f"{i}.safetensors" for i, tensors in enumerate(shards) for name in tensors}
+    (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    call(capsys, "merge", "--base", base, "--adapter", adapter, "--output", tmp_path / "out", flag)
+    for file in (tmp_path / "out").glob("*.safetensors"):
+        raw = file.read_bytes()
+        header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+        sizes = {name: tensor.itemsize for name, tensor in load_file(file).items()}
+        assert {name for name, size in sizes.items() if header[name]["data_offsets"][0] % size} == set()
+
+
+def test_verify_of_a_wrong_dtype_says_which_was_expected(
+    tmp_path: Path, capsys: Any, adapter: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """That of --dtype, not the base's."""
+
+    def verify_spoiled(job: Any, result: Any) -> None:
+        save_file({name: tensor.double() for name, tensor in load_file(result.path).items()}, result.path)
+        verify_result(job, open_weights(result.path))
+
+    monkeypatch.setattr("lightning_lora.command.merge.verify_result", verify_spoiled)
+    args = merging(tmp_path, adapter, "base.safetensors", "--verify", "--dtype=float16")
+    shown = refused(capsys, *args)
+    assert "is torch.float64" in shown
+    assert "expected torch.float16" in shown
+
+
+def test_merge_opens_its_base_once(tmp_path):
+    base_folder("llama", tmp_path / "base")
+    ours("llama", tmp_path / "adapter")
+    opened: list[str] = []
+
+    def note(frame: Any, event: str, arg: object) -> None:
+        if event == "call" and frame.f_code.co_name == "open_weights":
+            opened.append(str(frame.f_locals["path"]))
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        merge_on_disk(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    finally:
+        sys.setprofile(before)
+    assert opened == [str(tmp_path / "base")]

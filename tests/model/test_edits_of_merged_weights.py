@@ -1,0 +1,66 @@
+"""An edit of a weight while it is merged: unmerge names the layer, and there is a way out."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_lora import (
+    LoRAConfig,
+    LoRAError,
+    inject,
+    is_merged,
+    merge,
+    merged,
+    unmerge,
+)
+from support.models import bits, randomise_, state_bits
+
+EDITS: dict[str, Callable[[nn.Linear], Any]] = {
+    "every value": lambda layer: layer.weight.data.add_(0.5),
+    "one value": lambda layer: layer.weight.data[3, 4].mul_(2),
+    "initialised anew": lambda layer: nn.init.zeros_(layer.weight),
+    "an optimizer's step": lambda layer: torch.optim.SGD([layer.weight], lr=1.0).step(),
+}
+
+
+@pytest.mark.parametrize("way", ["unmerge", "merged"])
+@pytest.mark.parametrize("budget", [2**26, 0], ids=["kept as a copy", "kept as values"])
+@pytest.mark.parametrize("edit", EDITS)
+def test_unmerge_after_an_edit_of_a_merged_weight_raises_and_names_the_layer(
+    monkeypatch, edit: str, budget: int, way: str
+):
+    monkeypatch.setattr(sys.modules["lightning_lora.model.merging"], "COPY_BUDGET", budget)
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 24), nn.Linear(24, 24))
+    plain = copy.deepcopy(model.state_dict())
+    inject(model, LoRAConfig(r=2))
+    randomise_(model)
+    before = state_bits(model)
+    model[1].weight.grad = torch.ones_like(model[1].weight)
+
+    def edit_and_unmerge() -> None:
+        if way == "unmerge":
+            merge(model)
+            EDITS[edit](model[1])
+            unmerge(model)
+        else:
+            with merged(model):
+                EDITS[edit](model[1])
+
+    with pytest.raises(LoRAError, match=r"layer '1'.*changed while it was\s+merged"):
+        edit_and_unmerge()
+    assert not is_merged(model)
+    for place in (0, 2):
+        assert bits(model[place].weight) == bits(plain[f"{place}.weight"])
+    model.load_state_dict(plain)  # the way out that the message gives
+    assert state_bits(model) == before
+    with merged(model):
+        pass
+    assert state_bits(model) == before

@@ -1,0 +1,101 @@
+"""Seeds: the numbers that adapters start from, with a seed and from the random stream."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import nn
+
+from lightning_lora import (
+    LoRAConfig,
+    inject,
+)
+from support.models import base_zoo, bits, randomise_, state_bits, zoo_config
+from support.runs import TARGETS, lora
+from support.training import BuiltInConfigureModel, Data, Net, make_trainer
+
+
+def drawn(model: nn.Module) -> dict[str, bytes]:
+    return {name: bits(p) for name, p in model.named_parameters() if "lora_A" in name or "lora_B" in name}
+
+
+def injected(seed: int | None, stream: int, **options: Any) -> dict[str, bytes]:
+    model = base_zoo()
+    torch.manual_seed(stream)
+    state = torch.get_rng_state()
+    inject(model, zoo_config(**options), seed=seed)
+    assert torch.equal(torch.get_rng_state(), state)
+    return drawn(model)
+
+
+@pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal"])
+@pytest.mark.parametrize("seed", [0, 1, 2**63])
+def test_inject_with_a_seed_draws_the_same_adapters_whatever_the_random_stream(seed: int, init: Any):
+    found = [injected(seed, stream, init_lora_weights=init) for stream in (1, 2)]
+    assert found[0] == found[1]
+    assert found[0]["body.0.lora_A"] != found[0]["body.3.lora_A"]  # of one shape
+
+
+def test_inject_with_other_seeds_draws_other_adapters():
+    """An ensemble of adapters: each layer of each differs."""
+    found = [injected(seed, 1) for seed in (None, 0, 1, 2)]
+    for name in ("conv.lora_A", "body.0.lora_A", "body.3.lora_A", "embed.lora_B"):
+        assert len({values[name] for values in found}) == len(found), name
+
+
+def test_inject_without_a_seed_draws_from_the_state_of_the_random_stream():
+    assert injected(None, 1) == injected(None, 1)
+    assert injected(None, 1) != injected(None, 2)
+    model = base_zoo()
+    torch.manual_seed(1)
+    inject(model, zoo_config())
+    assert drawn(model) == injected(None, 1)
+
+
+def test_the_same_seed_injects_the_same_model_again_without_changing_it():
+    model = base_zoo()
+    inject(model, zoo_config(), seed=3)
+    randomise_(model)
+    before = state_bits(model)
+    inject(model, zoo_config(), seed=3)
+    assert state_bits(model) == before
+
+
+class Starts(L.Callback):
+    """Notes the factors before the first step, and the random stream in setup."""
+
+    def __init__(self) -> None:
+        self.streams: list[torch.Tensor] = []
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.streams.append(torch.get_rng_state())
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.found = drawn(pl_module)
+
+
+def started(path: Path, seed: int | None, stream: int, cls: type[Net] = Net) -> dict[str, bytes]:
+    torch.manual_seed(stream)
+    before, after = Starts(), Starts()
+    make_trainer(path, before, lora(seed=seed), after).fit(cls(), Data())
+    assert torch.equal(before.streams[0], after.streams[0])
+    return after.found
+
+
+def test_a_callback_with_a_seed_starts_from_the_same_adapters_whatever_the_random_stream(tmp_path):
+    found = started(tmp_path, 5, 1)
+    assert started(tmp_path, 5, 2) == found
+    assert started(tmp_path, 5, 2, BuiltInConfigureModel) == found
+    assert started(tmp_path, 6, 1) != found
+    model = Net()
+    inject(model, LoRAConfig(r=2, target_modules=TARGETS), seed=5)
+    assert drawn(model) == found
+
+
+def test_a_callback_without_a_seed_starts_from_the_state_of_the_random_stream(tmp_path):
+    assert started(tmp_path, None, 1) == started(tmp_path, None, 1)
+    assert started(tmp_path, None, 1) != started(tmp_path, None, 2)

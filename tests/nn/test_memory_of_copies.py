@@ -1,0 +1,63 @@
+"""The memory of plain copies, which is used again: it is given back with the adapters."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_lora import (
+    LoRAConfig,
+    inject,
+    merge,
+    unload,
+    unmerge,
+)
+from support.models import randomise_
+
+WIDTH = 37
+
+
+@pytest.fixture
+def _what_is_made_from_here_on() -> Iterator[None]:
+    """held() sees what is made from here on, which is quicker than all there is."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def one_layer(seed: int) -> nn.Sequential:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH, bias=False))
+    inject(model, LoRAConfig(r=2))
+    randomise_(model)
+    return model
+
+
+def held() -> int:
+    """Bytes of all tensors that are alive and no parameters."""
+    gc.collect()
+    tensors = [thing for thing in gc.get_objects() if type(thing) is torch.Tensor]
+    return sum({s.data_ptr(): s.nbytes() for s in (tensor.untyped_storage() for tensor in tensors)}.values())
+
+
+@pytest.mark.usefixtures("_what_is_made_from_here_on")
+@pytest.mark.parametrize("end", ["unload", "forget"])
+def test_the_memory_of_a_models_copies_is_given_back_when_its_adapters_are(end: str):
+    empty = held()
+    models = [one_layer(1), one_layer(2)]
+    for _ in range(2):
+        for model in models:
+            merge(model)
+        for model in models:
+            unmerge(model)
+    if end == "unload":
+        for model in models:
+            unload(model)
+    del model
+    models.clear()
+    assert held() - empty < 1000
