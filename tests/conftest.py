@@ -38,8 +38,8 @@ with suppress(ImportError):  # else what happens to be imported before a test le
 def pytest_configure(config: pytest.Config) -> None:
     if ALL_ARE_ERRORS:
         config.getini("filterwarnings").insert(0, "error")  # the first one gives way to all others
-    for message, category in LIGHTNING_NOTICES.items():
-        config.addinivalue_line("filterwarnings", f"ignore:{message}:{category.__name__}")
+    for message in LIGHTNING_NOTICES:
+        config.addinivalue_line("filterwarnings", f"ignore:{message}")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

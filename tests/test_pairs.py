@@ -47,8 +47,8 @@ from support.pairs import Variant
 
 pytestmark = [
     tiny_layers,
-    pytest.mark.filterwarnings("ignore:lightning_lora. merged 16-bit weights. rounding costs:UserWarning"),
-    pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be cast:UserWarning"),
+    pytest.mark.filterwarnings("ignore:lightning_lora. merged 16-bit weights. rounding costs"),
+    pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be cast"),
 ]
 PAGE = Path(__file__).parent / "pairs.md"
 QKV = {"enable_lora": {"inner": [True, False, True]}}

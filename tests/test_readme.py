@@ -278,7 +278,7 @@ def test_the_figures_of_the_summary_at_fit_start_are_those_that_are_quoted(front
     assert quoted in shown
 
 
-@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`:UserWarning")
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
 def test_calls_of_the_saving_table_run_and_give_the_tuned_model(front):
     exec("from lightning_lora import *", front)
     prepare_files(front)

@@ -90,7 +90,7 @@ def saved(path: Path, model: Net, kind: Any, **options: Any) -> Path:
     return path / "saved.ckpt"
 
 
-@pytest.mark.filterwarnings("ignore:Attribute .* is an instance of `nn.Module`:UserWarning")
+@pytest.mark.filterwarnings("ignore:Attribute .* is an instance of `nn.Module`")
 @pytest.mark.parametrize("cls", [ReadsItsFile, PassesOn])
 @pytest.mark.parametrize("kind", KINDS)
 def test_class_with_its_own_load_from_checkpoint_is_loaded_onto_the_base_that_it_builds(tmp_path, kind: str, cls: Any):

@@ -26,7 +26,7 @@ from support.lightning_versions import ANY_OBJECTS
 from support.training import CLASSES, FEATURES, Data, make_trainer, own_random_stream
 
 # Lightning advises against a loss among the hyper-parameters, which is how published packages are built.
-pytestmark = pytest.mark.filterwarnings("ignore:Attribute .* is an instance of `nn.Module`:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:Attribute .* is an instance of `nn.Module`")
 
 CLI_FORM = "lightning.pytorch.cli.instantiate_module"
 OPTIONS = ["accelerator=cpu", "logger=false", "enable_progress_bar=false", "enable_model_summary=false", "max_epochs=1"]

@@ -258,7 +258,7 @@ def test_equal_ranks_give_what_pefts_add_weighted_adapter_gives(
 
 @pytest.mark.parametrize("method", PRUNING)
 @pytest.mark.parametrize("density", [0.3, 1.0])
-@pytest.mark.filterwarnings("ignore:The density 1.0 is greater than or equal to 1:UserWarning")
+@pytest.mark.filterwarnings("ignore:The density 1.0 is greater than or equal to 1")
 def test_pruned_changes_are_combined_as_peft_combines_tensors(method: str, density: float):
     """With one random stream, since peft draws from the global one."""
     generator = torch.Generator().manual_seed(1)
@@ -277,7 +277,7 @@ def test_ties_by_hand():
     assert found.tolist() == [[4.0, -4.0, 0.0, 2.0]]
 
 
-@pytest.mark.filterwarnings("ignore:The density 1.0 is greater than or equal to 1:UserWarning")
+@pytest.mark.filterwarnings("ignore:The density 1.0 is greater than or equal to 1")
 def test_a_sign_without_a_majority_is_plus_as_in_peft():
     changes, weights = [torch.tensor([[2.0, 3.0]]), torch.tensor([[-2.0, 1.0]])], [1.0, 1.0]
     found = combined_change(changes, weights, "ties", 1.0, torch.Generator())

@@ -165,7 +165,7 @@ ODD_TENSORS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {  # none of th
     "on the meta device": lambda tensor: tensor.to("meta"),
     "of rank zero": lambda tensor: tensor[:0] if len(tensor) == 2 else tensor[:, :0],  # of r=2
 }
-QUIET = pytest.mark.filterwarnings("ignore:.*(Sparse CSR|[Nn]ested).*:UserWarning")
+QUIET = pytest.mark.filterwarnings("ignore:.*(Sparse CSR|[Nn]ested).*")
 
 
 def small() -> nn.Module:

@@ -88,7 +88,7 @@ def saved(values: Any) -> io.BytesIO:
     return file
 
 
-@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants:UserWarning")  # torch 2.14, of every one
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")  # torch 2.14, of every one
 def test_tensors_put_into_one_storage_keep_their_values():
     weight = nn.Parameter(torch.randn(3, 4))
     values = {

@@ -30,7 +30,7 @@ SGD = functools.partial(torch.optim.SGD, lr=0.1)
 unpickled: list[str] = []
 
 # Lightning advises against a loss among the hyper-parameters, which is how published packages are built.
-pytestmark = pytest.mark.filterwarnings("ignore:Attribute .* is an instance of `nn.Module`:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:Attribute .* is an instance of `nn.Module`")
 
 
 class WeightedLoss(nn.Module):

@@ -80,14 +80,14 @@ def ours(order: str, path: Path, **options: Any) -> Any:
 
 def theirs(order: str, path: Path, **options: Any) -> None:
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to", category=UserWarning)
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to")
         config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=names(order), **options)
         fill_(peft.get_peft_model(stack(order), config)).save_pretrained(str(path))  # type: ignore[operator]
 
 
 def by_peft(order: str, path: Path) -> torch.Tensor:
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to", category=UserWarning)
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to")
         out: torch.Tensor = peft.PeftModel.from_pretrained(stack(order), path).eval()(X)
     return out
 

@@ -164,8 +164,8 @@ def test_fields_that_mean_the_same_for_the_tensors_are_taken(tmp_path, name, fie
     load_adapter(loaded, tmp_path)
     close(logits(loaded), logits(net))
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to", category=UserWarning)
-        warnings.filterwarnings("ignore", message="You have passed exclude_modules", category=UserWarning)
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to")
+        warnings.filterwarnings("ignore", "You have passed exclude_modules")
         close(logits(peft.PeftModel.from_pretrained(model(name), tmp_path).eval()), logits(net))
 
 

@@ -227,7 +227,7 @@ def test_values_are_not_the_defaults():
         assert option.value != getattr(defaults, option.name, None), option.name
 
 
-@pytest.mark.filterwarnings("ignore:.*fan_in_fan_out.*:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*fan_in_fan_out.*")
 def test_every_option_fares_as_the_table_says(tmp_path):
     rows = {}
     for i, option in enumerate(OPTIONS):

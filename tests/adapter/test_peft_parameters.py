@@ -24,9 +24,9 @@ from support.peers import CONFIG, TENSORS, close, edit
 
 pytestmark = [
     *quiet_peers,
-    pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning"),
+    pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),
     # Said by peft of patterns for parameters, which it applies.
-    pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match"),
 ]
 STACKS = ("gate_up_proj", "down_proj")
 SIZES: dict[str, Any] = {

@@ -23,8 +23,8 @@ from support.tables import Net, assert_same_logits, fill_rows_
 
 pytestmark = [
     *quiet_peers,
-    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer:UserWarning"),
-    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer"),
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`"),
 ]
 IDS = [17, 3, 63]  # as a user lists them, not ascending
 KEY = "base_model.model.{}.token_adapter.trainable_tokens_delta"

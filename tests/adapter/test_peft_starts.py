@@ -37,8 +37,8 @@ from support.training import Net, make_trainer
 
 pytestmark = [
     *quiet_peers,
-    pytest.mark.filterwarnings("ignore:.* changes the base weights of the model:UserWarning"),
-    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to True but:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.* changes the base weights of the model"),
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to True but"),
 ]
 INITS = ("pissa", "olora")
 SAME = {"rtol": 1e-5, "atol": 1e-5}

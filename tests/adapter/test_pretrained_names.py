@@ -67,7 +67,7 @@ def to_earlier_names(family: str, folder: Path) -> None:
 def theirs(family: str, folder: Path, **options: Any) -> torch.Tensor:
     """Write an adapter of peft under the earlier names, and return what its model gives."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`", category=UserWarning)
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")
         model = fill_(peft.get_peft_model(build(family), peft.LoraConfig(r=4, **options))).eval()
     model.save_pretrained(str(folder))  # type: ignore[operator]
     to_earlier_names(family, folder)
@@ -84,7 +84,7 @@ def test_an_adapter_under_the_earlier_names_loads_onto_plain_and_injected_models
     close(logits(plain), expected)
     injected = build(family)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="lightning_lora: target_modules: ", category=UserWarning)
+        warnings.filterwarnings("ignore", "lightning_lora: target_modules: ")
         inject(injected, LoRAConfig(r=4, **options))
     fill_(injected)
     load_adapter(injected, tmp_path)
@@ -98,7 +98,7 @@ def test_an_adapter_under_the_earlier_names_loads_onto_plain_and_injected_models
 def test_peft_loads_it_with_the_same_outputs(tmp_path, family):
     expected = theirs(family, tmp_path, target_modules=["q_proj", "v_proj"])
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Found missing adapter keys", category=UserWarning)
+        warnings.filterwarnings("ignore", "Found missing adapter keys")
         close(logits(peft.PeftModel.from_pretrained(build(family), tmp_path).eval()), expected)
 
 

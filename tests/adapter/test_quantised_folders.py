@@ -163,7 +163,7 @@ def test_merge_and_unload_leaves_a_model_whose_own_save_is_plain(tmp_path, folde
     torch.testing.assert_close(logits(loaded.train()), logits(model), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
 @every_kind
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_transformers_gradient_checkpointing_trains_the_adapters(folder, kind, reentrant):

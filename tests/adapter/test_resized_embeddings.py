@@ -29,7 +29,7 @@ from support.training import make_trainer
 
 pytestmark = [
     *quiet_peers,
-    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer"),
 ]
 
 ROWS = 70  # of 64

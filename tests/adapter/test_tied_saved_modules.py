@@ -18,8 +18,8 @@ from support.peers import SMALL, call, close, config_of, logits, seeded, spread_
 
 pytestmark = [
     *quiet_peers,
-    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer:UserWarning"),
-    pytest.mark.filterwarnings("ignore:You have requested `ensure_weight_tying`, but no tied modules are:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer"),
+    pytest.mark.filterwarnings("ignore:You have requested `ensure_weight_tying`, but no tied modules are"),
 ]
 
 ENDS = ["embed_tokens", "lm_head"]

@@ -40,8 +40,8 @@ from support.training import make_trainer, own_random_stream
 
 pytestmark = [
     *quiet_peers,
-    pytest.mark.filterwarnings("ignore:lightning_lora. base parameters were unfrozen:UserWarning"),
-    pytest.mark.filterwarnings("ignore:The optimizer contains frozen parameters:UserWarning"),
+    pytest.mark.filterwarnings("ignore:lightning_lora. base parameters were unfrozen"),
+    pytest.mark.filterwarnings("ignore:The optimizer contains frozen parameters"),
 ]
 LAYERS: dict[str, Any] = {"r": 2, "target_modules": ["a", "b"]}
 

@@ -20,11 +20,11 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_lora import LoRACallback, inject
 
 # Lightning's advice about a small run, and torch's about Lightning.
-NOTICES: dict[str, type[Warning]] = {
-    "The '.*_dataloader' does not have many workers": UserWarning,
-    r"The number of training batches \(\d+\) is smaller than the logging interval": UserWarning,
-    r"`isinstance\(treespec, LeafSpec\)` is deprecated": FutureWarning,
-}
+NOTICES = (
+    "The '.*_dataloader' does not have many workers",
+    r"The number of training batches \(\d+\) is smaller than the logging interval",
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+)
 
 
 class Regression(L.LightningModule):
@@ -68,8 +68,8 @@ def f_fit(options: Options) -> Iterator[Row]:
 
         logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
         with warnings.catch_warnings():
-            for message, category in NOTICES.items():
-                warnings.filterwarnings("ignore", message, category)
+            for message in NOTICES:
+                warnings.filterwarnings("ignore", message)
             times = interleaved({name: lambda n=name: fit(n) for name in models}, 3 * options.seconds, "cpu")
         yield Row("f", "Trainer.fit with validation", f"d={d}", "ours", milliseconds(times, "ours"), "ms")
         yield Row("f", "Trainer.fit with validation", f"d={d}", "/ peft", ratio(times, ["ours"], ["peft"]), "", 0.95)

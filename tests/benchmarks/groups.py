@@ -251,5 +251,5 @@ def quiet_fidelity() -> Iterator[None]:
     import warnings
 
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "lightning_lora: merged 16-bit weights", UserWarning)
+        warnings.filterwarnings("ignore", "lightning_lora: merged 16-bit weights")
         yield

@@ -121,7 +121,7 @@ def run(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
             assert status == 0
             capsys.readouterr()
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "lightning_lora: adapter: belongs to another base", UserWarning)
+                warnings.filterwarnings("ignore", "lightning_lora: adapter: belongs to another base")
                 status = main(command.replace("IN/", f"{inputs}/").split())
         files = {str(file): file.read_bytes() for file in Path().rglob("*") if file.is_file()}
         return Outcome(status, capsys.readouterr().out, files)

@@ -34,7 +34,7 @@ from support.peers import (
     theirs,
 )
 
-pytestmark = [*quiet_peers, pytest.mark.filterwarnings("ignore:merged 16-bit weights:UserWarning")]
+pytestmark = [*quiet_peers, pytest.mark.filterwarnings("ignore:merged 16-bit weights")]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -33,9 +33,9 @@ from support.tables import Net as Tables
 
 pytestmark = [
     *quiet_peers,
-    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer:UserWarning"),
-    pytest.mark.filterwarnings("ignore:lightning_lora. base parameters were unfrozen:UserWarning"),
-    pytest.mark.filterwarnings("ignore:merged 16-bit weights:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer"),
+    pytest.mark.filterwarnings("ignore:lightning_lora. base parameters were unfrozen"),
+    pytest.mark.filterwarnings("ignore:merged 16-bit weights"),
 ]
 ROWS = 70  # of 64
 

@@ -149,7 +149,7 @@ def test_merged_and_unmerged_evaluation_agree(tmp_path, alone):
 def materialised(path: Path) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     # Of the base's reset_parameters, on the CPU.
-    warnings.filterwarnings("ignore", "DTensor random operators may not", UserWarning)
+    warnings.filterwarnings("ignore", "DTensor random operators may not")
     model = OnMetaByLightning()
     model_parallel(path, lora(), max_epochs=0).fit(model, *data())
     assert not any(parameter.is_meta for parameter in model.parameters())

@@ -72,7 +72,7 @@ def network(sizes: Llama) -> Network:
     model = Network(sizes).bfloat16()
     inject(model, LoRAConfig(r=RANK, lora_alpha=RANK, target_modules=LINEAR))
     randomise_(model, (0.01 / (3 * sizes.hidden * RANK) ** 0.5) ** 0.5)  # about 1 % of the weights' norm
-    warnings.filterwarnings("ignore", "lightning_lora: merged 16-bit weights", UserWarning)  # what that costs is known
+    warnings.filterwarnings("ignore", "lightning_lora: merged 16-bit weights")  # what that costs is known
     return model
 
 

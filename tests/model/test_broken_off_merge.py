@@ -117,7 +117,7 @@ def every(step: int) -> Iterator[int]:
 
 
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.filterwarnings("ignore:lightning_lora. merged 16-bit weights:UserWarning")
+@pytest.mark.filterwarnings("ignore:lightning_lora. merged 16-bit weights")
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize(("variant", "dtype"), [("lora", torch.bfloat16), ("dora", torch.float32)])
 def test_a_call_broken_off_anywhere_leaves_all_of_w_or_all_of_w_prime(monkeypatch, variant, dtype, call):
@@ -127,7 +127,7 @@ def test_a_call_broken_off_anywhere_leaves_all_of_w_or_all_of_w_prime(monkeypatc
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("small_blocks", "_copies")
-@pytest.mark.filterwarnings("ignore:lightning_lora. merged 16-bit weights:UserWarning")
+@pytest.mark.filterwarnings("ignore:lightning_lora. merged 16-bit weights")
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -159,7 +159,7 @@ def test_a_merge_that_fails_and_is_broken_off_while_it_takes_that_back_leaves_al
 
 
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.filterwarnings("ignore:lightning_lora. merged 16-bit weights:UserWarning")
+@pytest.mark.filterwarnings("ignore:lightning_lora. merged 16-bit weights")
 @pytest.mark.parametrize("step", [53, pytest.param(5, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("call", [merge, unmerge])
 def test_a_call_broken_off_twice_can_be_completed_by_unmerge(monkeypatch, call, step):

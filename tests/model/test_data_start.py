@@ -31,7 +31,7 @@ from support.notices import PEER_NOTICES
 from support.peers import logits
 from support.peers import model as peer
 
-EVA_NOTICE = "ignore:lora with eva initialization used with low_cpu_mem_usage=False:UserWarning"
+EVA_NOTICE = "ignore:lora with eva initialization used with low_cpu_mem_usage=False"
 
 pytestmark = pytest.mark.filterwarnings(*PEER_NOTICES, EVA_NOTICE)
 

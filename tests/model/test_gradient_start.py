@@ -29,7 +29,7 @@ from support.notices import PEER_NOTICES
 from support.peers import logits
 from support.peers import model as peer
 
-HOOK_NOTICE = "ignore:Full backward hook is firing when gradients are computed:UserWarning"  # of peft's own hook
+HOOK_NOTICE = "ignore:Full backward hook is firing when gradients are computed"  # of peft's own hook
 
 pytestmark = pytest.mark.filterwarnings(*PEER_NOTICES, HOOK_NOTICE)
 

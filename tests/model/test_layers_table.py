@@ -44,15 +44,15 @@ from support.quantised import inputs, network, packed_bits, quantise_
 
 pytestmark = [
     *quiet_peers,
-    pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning"),
-    pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be cast:UserWarning"),
-    pytest.mark.filterwarnings("ignore:TorchaoLoraLinear was instantiated without:UserWarning"),
-    pytest.mark.filterwarnings("ignore:Unsupported layer type.*encountered:UserWarning"),
-    pytest.mark.filterwarnings("ignore:.* changes the base weights of the model:UserWarning"),
-    pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups > 1:UserWarning"),
-    pytest.mark.filterwarnings("ignore:the following layers were initialized with init_lora_weights=True:UserWarning"),
-    pytest.mark.filterwarnings("ignore:lora with eva initialization used with low_cpu_mem_usage:UserWarning"),
-    pytest.mark.filterwarnings("ignore:Full backward hook is firing when gradients are computed:UserWarning"),
+    pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),
+    pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be cast"),
+    pytest.mark.filterwarnings("ignore:TorchaoLoraLinear was instantiated without"),
+    pytest.mark.filterwarnings("ignore:Unsupported layer type.*encountered"),
+    pytest.mark.filterwarnings("ignore:.* changes the base weights of the model"),
+    pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups > 1"),
+    pytest.mark.filterwarnings("ignore:the following layers were initialized with init_lora_weights=True"),
+    pytest.mark.filterwarnings("ignore:lora with eva initialization used with low_cpu_mem_usage"),
+    pytest.mark.filterwarnings("ignore:Full backward hook is firing when gradients are computed"),
 ]
 README = Path(__file__).parents[2] / "lightning_lora" / "README.md"
 BEGIN, END = "<!-- layers: written by tests/model/test_layers_table.py -->", "<!-- end of layers -->"

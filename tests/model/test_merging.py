@@ -133,7 +133,7 @@ def test_one_bad_adapter_of_eight_leaves_every_layer_unmerged(monkeypatch, place
     with torch.no_grad():
         model[place].lora_B[3] = 0.0
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "lightning_lora: merged 16-bit weights", UserWarning)
+        warnings.filterwarnings("ignore", "lightning_lora: merged 16-bit weights")
         merge(model)
     assert is_merged(model)
 

@@ -117,7 +117,7 @@ def classifier() -> nn.Module:
         (llama, r".*layers\.[01]\.mlp\.(up|down)_proj"),
     ],
 )
-@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")  # PEFT's remark on Conv1D
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")  # PEFT's remark on Conv1D
 def test_layers_of_transformers_models_are_those_of_peft(build, targets):
     expected = peft.LoraModel(build(), peft.LoraConfig(target_modules=targets), "default").targeted_module_names
     assert sorted(inject(build(), LoRAConfig(target_modules=targets))) == sorted(expected) != []
@@ -165,7 +165,7 @@ def at_root() -> nn.Module:
         ),
     ],
 )
-@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
 def test_layers_by_number_are_those_of_peft(build, options, expected):
     theirs = peft.LoraModel(build(), peft.LoraConfig(**options), "default").targeted_module_names
     assert sorted(inject(build(), LoRAConfig(**options))) == sorted(theirs) != []
@@ -244,7 +244,7 @@ EMPTY: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors:UserWarning")
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 @pytest.mark.parametrize("case", EMPTY)
 def test_a_weight_without_values_is_refused_by_name_and_nothing_is_adapted(case: str):
     build, options = EMPTY[case]
@@ -258,7 +258,7 @@ def test_a_weight_without_values_is_refused_by_name_and_nothing_is_adapted(case:
         assert inject(model, LoRAConfig(r=2, target_modules=targets, exclude_modules=["empty"], **options)) == ["full"]
 
 
-@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors:UserWarning")
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"init_lora_weights": "olora"}])
 def test_all_linear_leaves_layers_without_values_out_and_says_so(options: dict[str, Any], tmp_path: Path, caplog):
     caplog.set_level(logging.INFO, logger="lightning_lora")

@@ -230,7 +230,7 @@ def test_a_shared_bias_ties_nothing():
 def old(function):
     def apply(layer: nn.Module) -> nn.Module:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "`torch.nn.utils.weight_norm` is deprecated", FutureWarning)
+            warnings.filterwarnings("ignore", "`torch.nn.utils.weight_norm` is deprecated")
             result: nn.Module = function(layer)
         return result
 

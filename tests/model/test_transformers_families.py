@@ -30,11 +30,11 @@ from support.notices import quiet_peers
 
 pytestmark = [
     *quiet_peers,
-    pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning"),  # told by the gradients
+    pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated"),
+    pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad"),  # told by the gradients
     # of what PEFT makes of its own options
-    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False but the target module is `Conv1D`:UserWarning"),
-    pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match any targeted module:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False but the target module is `Conv1D`"),
+    pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match any targeted module"),
 ]
 OPTIONS: dict[str, Any] = {"r": 2, "lora_alpha": 4}
 RIGHT, NOT_THERE = "right", "-"

@@ -161,7 +161,7 @@ def test_load_adapter_writes_into_the_network(tmp_path: Path, wrap: Wrap, inject
     save_adapter(network(), tmp_path)
     model = wrap(network(trained=False) if injected else plain())
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "lightning_lora: load_adapter: DistributedDataParallel", UserWarning)
+        warnings.filterwarnings("ignore", "lightning_lora: load_adapter: DistributedDataParallel")
         assert load_adapter(model, tmp_path) == ["0", "2"]
     torch.testing.assert_close(model(x()), network()(x()))
 
@@ -290,7 +290,7 @@ def test_a_wrapper_of_an_unknown_kind_is_an_error_that_names_it(tmp_path: Path, 
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.filterwarnings("ignore:FSDP is switching to use:UserWarning")
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use")
 def test_flat_shards_are_refused_by_name(tmp_path: Path):
     model = FullyShardedDataParallel(network(), device_id=torch.device("cpu"), use_orig_params=True)
     with pytest.raises(LoRAError, match=r"^save_adapter: FullyShardedDataParallel"):

@@ -18,7 +18,7 @@ from support.layers import DTYPES, same_bits
 from support.recorders import Operators
 
 # torch says so whenever its encoder takes its fast path with a padding mask.
-pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
 
 WIDTH, R, ALPHA = 16, 4, 8.0
 FAST = "aten._transformer_encoder_layer_fwd.default"

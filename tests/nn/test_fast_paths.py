@@ -38,7 +38,7 @@ class Block(nn.Module):
 def build(make) -> Block:
     """Without dropout, so that training mode has one right answer; with biases and norms that are not trivial."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "enable_nested_tensor is True, but self.use_nested_tensor is", UserWarning)
+        warnings.filterwarnings("ignore", "enable_nested_tensor is True, but self.use_nested_tensor is")
         block = Block(make())
     for module in block.modules():
         if isinstance(module, nn.Dropout):
@@ -134,7 +134,7 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 # torch's own fast path warns of the nested tensors that it uses.
-pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype")
 
 HEADS, FF, BATCH, LENGTH = 2, 16, 3, 5
 

@@ -30,7 +30,7 @@ from support.models import Zoo, randomise_, tokens, trace, zoo_config
 from support.notices import tiny_layers
 from support.training import Data, Net, assert_same_tensors, make_trainer
 
-pytestmark = pytest.mark.filterwarnings("ignore:Please specify CheckpointImpl.NO_REENTRANT:FutureWarning")  # torch 2.6
+pytestmark = pytest.mark.filterwarnings("ignore:Please specify CheckpointImpl.NO_REENTRANT")  # torch 2.6
 REENTRANT, NOT_REENTRANT = CheckpointImpl.REENTRANT, CheckpointImpl.NO_REENTRANT
 NOTICE = "None of the inputs have requires_grad"
 FUNCTION = "_gradient_checkpointing_func"  # of transformers
@@ -113,7 +113,7 @@ def test_gradients_with_checkpointing_equal_those_without(how, wrap, needs_grad)
     assert all(gradient.abs().max() > 0 for gradient in found.values())
 
 
-@pytest.mark.filterwarnings(f"ignore:{NOTICE}:UserWarning")
+@pytest.mark.filterwarnings(f"ignore:{NOTICE}")
 def test_adapters_in_an_unknown_reentrant_segment_are_named_with_the_remedy():
     layer = "segment\\.0"
     with pytest.warns(UserWarning, match=rf"'{layer}' runs in .*use_reentrant=True.*Use use_reentrant=False"):
@@ -129,14 +129,14 @@ def test_adapters_in_an_unknown_reentrant_segment_are_named_with_the_remedy():
         merge(model)
 
 
-@pytest.mark.filterwarnings(f"ignore:{NOTICE}:UserWarning")
+@pytest.mark.filterwarnings(f"ignore:{NOTICE}")
 def test_a_parameter_whose_update_stays_apart_is_named_in_a_reentrant_segment_too():
     inject(model := segmented(True), LoRAConfig(target_modules=["head"], target_parameters=["segment.0.weight"], r=2))
     with pytest.warns(UserWarning, match=r"'segment\.0\.weight' runs in .*use_reentrant=True"):
         model(source())
 
 
-@pytest.mark.filterwarnings(f"ignore:{NOTICE}:UserWarning")
+@pytest.mark.filterwarnings(f"ignore:{NOTICE}")
 def test_a_layer_that_nothing_uses_is_told_from_those_in_a_reentrant_segment():
     model = segmented(True)
     model.unused = nn.Linear(8, 8).double()
@@ -148,7 +148,7 @@ def test_a_layer_that_nothing_uses_is_told_from_those_in_a_reentrant_segment():
         merge(model)
 
 
-@pytest.mark.filterwarnings(f"ignore:{NOTICE}:UserWarning")  # of the inner segment, in the outer's first pass
+@pytest.mark.filterwarnings(f"ignore:{NOTICE}")  # of the inner segment, in the outer's first pass
 @pytest.mark.parametrize("wrap", [None, REENTRANT])
 def test_a_reentrant_segment_that_gives_gradients_is_not_warned_of(wrap):
     model = segmented(wrap=REENTRANT)
@@ -159,7 +159,7 @@ def test_a_reentrant_segment_that_gives_gradients_is_not_warned_of(wrap):
     merge(model)
 
 
-@pytest.mark.filterwarnings(f"ignore:{NOTICE}:UserWarning")  # torch gives it in evaluation too
+@pytest.mark.filterwarnings(f"ignore:{NOTICE}")  # torch gives it in evaluation too
 @pytest.mark.parametrize("wrap", [REENTRANT, NOT_REENTRANT])
 def test_names_in_adapters_are_free_of_the_checkpoint_wrapper(wrap):
     plain, wrapped, late = segmented(), segmented(wrap=wrap), segmented()
@@ -302,7 +302,7 @@ def test_transformers_gradient_checkpointing_gives_the_same_gradients(kind, when
     assert not any("_set_gradient_checkpointing" in vars(module) for module in model.modules())
 
 
-@pytest.mark.filterwarnings(f"ignore:{NOTICE}:UserWarning")
+@pytest.mark.filterwarnings(f"ignore:{NOTICE}")
 def test_a_frozen_transformers_model_beside_the_adapted_one_records_no_gradients():
     pair = nn.ModuleDict({"student": vit(), "teacher": vit()})
     for model in pair.values():
@@ -339,7 +339,7 @@ class Segments(Net):
         return self.head(checkpoint(self.body, x, use_reentrant=True))
 
 
-@pytest.mark.filterwarnings(f"ignore:{NOTICE}:UserWarning")
+@pytest.mark.filterwarnings(f"ignore:{NOTICE}")
 def test_a_fit_names_the_adapters_in_a_reentrant_segment_of_the_module_itself(tmp_path):
     trainer = make_trainer(tmp_path, LoRACallback(r=2), max_epochs=1, limit_val_batches=0)
     with (
@@ -349,7 +349,7 @@ def test_a_fit_names_the_adapters_in_a_reentrant_segment_of_the_module_itself(tm
         trainer.fit(Segments(), Data())
 
 
-@pytest.mark.filterwarnings(f"ignore:{NOTICE}:UserWarning")
+@pytest.mark.filterwarnings(f"ignore:{NOTICE}")
 def test_a_loss_without_gradients_is_preceded_by_the_name_and_the_remedy():
     model = segmented(True)
     inject(model, LoRAConfig(r=2, exclude_modules=["head"]))

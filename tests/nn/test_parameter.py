@@ -29,7 +29,7 @@ from lightning_lora.nn.lora_layer import adapted_layers
 from support.layers import same_bits
 from support.parameters import CASES, Experts, Model, Projected, Recurrent, fill_factors_, make_subject
 
-pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2}
 
 

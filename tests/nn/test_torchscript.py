@@ -16,10 +16,10 @@ from support.runs import lora_with_effect, trained
 from support.training import Net, inputs
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:.*torch.jit.* is not supported in Python 3.14:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:.LightningModule.to_torchscript. has been deprecated:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:The TorchScript type system doesn't support instance-level:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.* is not supported in Python 3.14"),
+    pytest.mark.filterwarnings("ignore:.LightningModule.to_torchscript. has been deprecated"),
+    pytest.mark.filterwarnings("ignore:The TorchScript type system doesn't support instance-level"),
 ]
 
 X = torch.linspace(-1, 1, 12).view(3, 4)

@@ -33,9 +33,9 @@ QUIET: dict[str, Any] = {
 }
 KINDS = ("adapter", "merged", "full")
 NOTICES = (  # what the packages say of themselves, with and without this one
-    "ignore:Attribute '\\w+' is an instance of `nn.Module` and is already saved:UserWarning",
-    "ignore:enable_nested_tensor is True, but self.use_nested_tensor is False:UserWarning",
-    "ignore:'pin_memory' argument is set as true but no accelerator is found:UserWarning",
+    "ignore:Attribute '\\w+' is an instance of `nn.Module` and is already saved",
+    "ignore:enable_nested_tensor is True, but self.use_nested_tensor is False",
+    "ignore:'pin_memory' argument is set as true but no accelerator is found",
 )
 
 pytestmark = [pytest.mark.packages, *(pytest.mark.filterwarnings(notice) for notice in NOTICES)]

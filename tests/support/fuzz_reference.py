@@ -101,7 +101,7 @@ def assert_loaded(net: nn.Module, base: Tensors, source: Source) -> None:
 def checkpoint_in(path: Path) -> dict[str, Any]:
     """Read where the records say that they are; without mmap, torch may take one for a folder and read nothing."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning, r"torch\.")
+        warnings.filterwarnings("ignore", "Detected pickle protocol")
         content = torch.load(path, weights_only=True, mmap=True)
     result: dict[str, Any] = copied(content)
     return result

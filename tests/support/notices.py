@@ -13,38 +13,38 @@ from lightning_utilities.core import rank_zero
 OUR_WARNINGS = "(lightning_lora|LoRACallback)"
 ALL_ARE_ERRORS = os.environ.get("ALL_WARNINGS_ARE_ERRORS") == "1"
 
-# Lightning's advice about the machine or the run, which says nothing about this package: how it begins, and its kind.
-LIGHTNING_NOTICES: dict[str, type[Warning]] = {
-    "The '.*_dataloader' does not have many workers": UserWarning,
-    r"The number of training batches \(\d+\) is smaller than the logging interval": UserWarning,
-    "Checkpoint directory .* exists and is not empty": UserWarning,
-    r"`isinstance\(treespec, LeafSpec\)` is deprecated": FutureWarning,
-    "Starting from v1.9.0, `tensorboardX` has been removed": UserWarning,
-    "Trying to infer the `batch_size` from an ambiguous collection": UserWarning,
-    "The loaded checkpoint was produced with Lightning v.*, which is newer": UserWarning,  # files of earlier tests
-}
+# Lightning's advice about the machine or the run, which says nothing about this package: how it begins.
+LIGHTNING_NOTICES = (
+    "The '.*_dataloader' does not have many workers",
+    r"The number of training batches \(\d+\) is smaller than the logging interval",
+    "Checkpoint directory .* exists and is not empty",
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+    "Starting from v1.9.0, `tensorboardX` has been removed",
+    "Trying to infer the `batch_size` from an ambiguous collection",
+    "The loaded checkpoint was produced with Lightning v.*, which is newer",  # files of earlier tests
+)
 
 # Said by torch 2.6 of its own device meshes and distributed checkpoints.
 DISTRIBUTED_NOTICES = ("DTensor random operators may not have complete support on cpu", "TypedStorage is deprecated.")
 
 # torch's compiler and fast path warn of what they do themselves, on models without this package too.
 TORCH_NOTICES = [
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor is being:UserWarning"),
-    pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype:UserWarning"),
-    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor is being"),
+    pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated"),
 ]
 
 # What peft and transformers say of each other or of the file's plan, whoever wrote the adapter.
 PEER_NOTICES = (
-    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
-    "ignore:Setting `save_embedding_layers` to `True`:UserWarning",
-    "ignore:Could not find a config file in  - will assume that the vocabulary was not modified:UserWarning",
-    "ignore:Could not identify embedding layer.s. because the model is not:UserWarning",
+    "ignore:`is_gradient_checkpointing` is deprecated",
+    "ignore:Setting `save_embedding_layers` to `True`",
+    "ignore:Could not find a config file in  - will assume that the vocabulary was not modified",
+    "ignore:Could not identify embedding layer.s. because the model is not",
 )
 quiet_peers = [pytest.mark.filterwarnings(notice) for notice in PEER_NOTICES]
 
 # Said of layers as small as these, whose adapters are larger.
-tiny_layers = pytest.mark.filterwarnings(r"ignore:lightning_lora. \d+ adapters? (is|are) too large for:UserWarning")
+tiny_layers = pytest.mark.filterwarnings(r"ignore:lightning_lora. \d+ adapters? (is|are) too large for")
 
 
 def let_warnings_be_errors() -> None:

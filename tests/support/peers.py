@@ -160,8 +160,8 @@ def read_by_peft(name: str, path: Path) -> peft.PeftModel:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for notice in PEER_NOTICES:
-            _, message, category = notice.split(":")
-            warnings.filterwarnings("ignore", message=message, category=getattr(__import__("builtins"), category))
+            message = notice.partition(":")[2]
+            warnings.filterwarnings("ignore", message)
         return peft.PeftModel.from_pretrained(model(name), path).eval()
 
 

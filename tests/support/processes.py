@@ -165,9 +165,9 @@ def quiet() -> None:
 
     seed_without_stack_traces()
     let_warnings_be_errors()
-    for message, category in LIGHTNING_NOTICES.items():
-        warnings.filterwarnings("ignore", message, category)
+    for message in LIGHTNING_NOTICES:
+        warnings.filterwarnings("ignore", message)
     for message in DISTRIBUTED_NOTICES:
-        warnings.filterwarnings("ignore", message, UserWarning)
+        warnings.filterwarnings("ignore", message)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     logging.getLogger("lightning.fabric").setLevel(logging.ERROR)

@@ -108,7 +108,7 @@ def test_bar_has_its_class_again_after_an_exception(tmp_path):
     assert type(bar) is TQDMProgressBar
 
 
-@pytest.mark.filterwarnings("ignore:LoRACallback. this validation runs unmerged:UserWarning")
+@pytest.mark.filterwarnings("ignore:LoRACallback. this validation runs unmerged")
 def test_validation_that_cannot_merge_is_not_called_merged(tmp_path):
     def break_b(trainer: Any, module: Any) -> None:
         module.body[3].lora_B.data[0].fill_(torch.nan)

@@ -106,7 +106,7 @@ def test_a_model_that_a_hook_left_merged_trains_unmerged_all_the_same(tmp_path):
     make_trainer(tmp_path, MergesInBetween(r=2)).fit(Watching(), Data(BATCHES))
 
 
-@pytest.mark.filterwarnings("ignore:lightning_lora. base parameters were unfrozen after injection:UserWarning")
+@pytest.mark.filterwarnings("ignore:lightning_lora. base parameters were unfrozen after injection")
 def test_what_is_unfrozen_within_an_epoch_is_recorded_before_it_changes(tmp_path):
     class Unfreezes(Net):
         def on_before_backward(self, loss: torch.Tensor) -> None:

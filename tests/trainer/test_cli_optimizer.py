@@ -294,7 +294,7 @@ def rates_by_parameter(trainer: L.Trainer) -> dict[str, tuple[float, float]]:
     return dict(rates)
 
 
-@pytest.mark.filterwarnings("ignore:A `OneCycleLR` scheduler is using 'interval'. 'epoch':RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:A `OneCycleLR` scheduler is using 'interval'. 'epoch'")
 @pytest.mark.parametrize("scheduler", ["none", *LR_SCHEDULERS])
 def test_run_with_lr_ratio_equals_that_of_lora_param_groups_with_each_scheduler(tmp_path, scheduler: str):
     found = from_command_line(tmp_path, "decaying", scheduler, LoRACLI, **PLUS, lr_ratio=RATIO)

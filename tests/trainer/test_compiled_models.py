@@ -115,7 +115,7 @@ def test_validation_runs_the_graph_of_a_model_without_adapters(tmp_path, how):
     assert codes[1] == codes[0]
 
 
-@pytest.mark.filterwarnings("ignore:Found .* module.s. in eval mode at the start of training:UserWarning")
+@pytest.mark.filterwarnings("ignore:Found .* module.s. in eval mode at the start of training")
 @pytest.mark.parametrize("how", ["submodule", "whole"])
 def test_compiled_fit_with_an_eval_mode_backbone_needs_no_more_graphs(tmp_path, how):
     class Frozen(Quiet):

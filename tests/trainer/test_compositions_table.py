@@ -43,13 +43,13 @@ from support.runs import At, Backboned, Manual, Watched, compare
 from support.training import BuiltInConfigureModel, Data, Net, SizedData, TwoLoaders, make_trainer
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:lightning_lora. base parameters were unfrozen:UserWarning",
-    "ignore:The provided params to be frozen already exist:UserWarning",
-    "ignore:lightning_lora. 4 adapter parameters are frozen:UserWarning",
-    "ignore:Found . module.s. in eval mode at the start of training:UserWarning",
-    "ignore:lightning_lora. merged 16-bit weights:UserWarning",
-    "ignore:`.fit.ckpt_path=None.` was called without a model:UserWarning",
-    "ignore:.*ckpt_path=.last.. is set, but there is no last checkpoint:UserWarning",
+    "ignore:lightning_lora. base parameters were unfrozen",
+    "ignore:The provided params to be frozen already exist",
+    "ignore:lightning_lora. 4 adapter parameters are frozen",
+    "ignore:Found . module.s. in eval mode at the start of training",
+    "ignore:lightning_lora. merged 16-bit weights",
+    "ignore:`.fit.ckpt_path=None.` was called without a model",
+    "ignore:.*ckpt_path=.last.. is set, but there is no last checkpoint",
 )
 
 Case = Callable[[Path], Any]

@@ -18,7 +18,7 @@ from lightning_lora import LoRACallback, LoRAConfig, adapter_state_dict, inject,
 from support.notices import lightning_logger
 from support.training import assert_same_tensors, make_trainer, own_random_stream
 
-pytestmark = pytest.mark.filterwarnings("ignore:Found .* module.s. in eval mode at the start of training:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:Found .* module.s. in eval mode at the start of training")
 
 WIDTH, CLASSES = 16, 3
 
@@ -250,7 +250,7 @@ class Checkpointed(Classifier):
         return checkpoint(lambda x: self.backbone(inputs_embeds=x)[0], embedded, use_reentrant=self.use_reentrant)
 
 
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")  # in evaluation too
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # in evaluation too
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_a_checkpointed_segment_drops_the_same_in_both_of_its_passes(tmp_path, use_reentrant):
     results = []
@@ -319,7 +319,7 @@ def test_without_a_trainer_dropout_follows_the_mode():
 
 CHECKPOINTING = r"^LoRACallback: gradient checkpointing is enabled in GPT2Model 'backbone', but does nothing: .* eval"
 # transformers 5.24 gives these methods other names.
-renamed = pytest.mark.filterwarnings("ignore:.gradient_checkpointing_(en|dis)able. is deprecated:FutureWarning")
+renamed = pytest.mark.filterwarnings("ignore:.gradient_checkpointing_(en|dis)able. is deprecated")
 
 
 class Frugal(Classifier):

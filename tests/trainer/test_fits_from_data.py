@@ -66,7 +66,7 @@ class AtStart(Net):
         self.seen.append(factors(self))
 
 
-NOT_CONVERGED = pytest.mark.filterwarnings(r"ignore:lightning_lora. the components of .* had not converged:UserWarning")
+NOT_CONVERGED = pytest.mark.filterwarnings(r"ignore:lightning_lora. the components of .* had not converged")
 
 
 @NOT_CONVERGED
@@ -215,8 +215,8 @@ class TakesIterator(Net):
         raise AssertionError("not called")
 
 
-@pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter` step flavor:UserWarning")
-@pytest.mark.filterwarnings("ignore:Found `dataloader_iter` argument in the `training_step`:UserWarning")
+@pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter` step flavor")
+@pytest.mark.filterwarnings("ignore:Found `dataloader_iter` argument in the `training_step`")
 @pytest.mark.parametrize(
     ("model", "data", "said"),
     [
@@ -265,7 +265,7 @@ def test_what_a_user_started_from_other_data_is_kept(tmp_path):
     model = AtStart()
     inject(model, LoRAConfig(r=2, target_modules=TARGETS, init_lora_weights="eva"))
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*had not converged", UserWarning)
+        warnings.filterwarnings("ignore", ".*had not converged")
         initialize_from_data(model, [torch.randn(64, FEATURES)] * 2)
     found = factors(model)
     make_trainer(tmp_path, LoRACallback()).fit(model, Data())
@@ -385,7 +385,7 @@ def start_on_ranks(path: Path, way: str, start: str) -> None:
             sharded_trainer(path, callback, devices=size, strategy=DDPStrategy(), max_epochs=1, limit_val_batches=0),
         )
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*had not converged", UserWarning)
+        warnings.filterwarnings("ignore", ".*had not converged")
         trainer.fit(model, shard_loader(size, rank), shard_loader(size, rank, 6))
     state = {name: value for name, value in whole_state(model).items() if name.endswith("lora_A")}
     assert state

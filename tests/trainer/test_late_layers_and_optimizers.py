@@ -399,7 +399,7 @@ def test_no_frozen_weight_is_in_the_copies_that_weight_averaging_adds_to_a_check
     assert not names(checkpoint) & frozen
 
 
-@pytest.mark.filterwarnings("ignore:lightning_lora. base parameters were unfrozen after injection:UserWarning")
+@pytest.mark.filterwarnings("ignore:lightning_lora. base parameters were unfrozen after injection")
 def test_what_a_user_unfreezes_is_recorded_once_and_then_not_looked_for(monkeypatch: pytest.MonkeyPatch):
     inject(model := Net(), LoRAConfig(r=2, target_modules=["head"]))
     lists, calls = StepLists(model), []

@@ -101,7 +101,7 @@ def test_verify_reports_the_largest_error_of_all_ranks(launched):
     assert metrics["lora_merge_error_max"] == metrics["expected"] > 0
 
 
-@pytest.mark.filterwarnings("ignore:lightning_lora. base parameters were unfrozen:UserWarning")
+@pytest.mark.filterwarnings("ignore:lightning_lora. base parameters were unfrozen")
 def test_earlier_adapter_loads_after_a_started_process_unfroze_a_weight(tmp_path):
     """It belongs to the base with the first value of that weight, which the main process must know for it."""
     first = Net()

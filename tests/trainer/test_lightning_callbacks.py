@@ -39,8 +39,8 @@ from support.runs import (
 from support.training import Data, Net, assert_same_tensors, make_trainer, outputs, weights
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:Be aware that when using `ckpt_path`, callbacks used to create the checkpoint need:UserWarning",
-    "ignore:The dirpath has changed from:UserWarning",
+    "ignore:Be aware that when using `ckpt_path`, callbacks used to create the checkpoint need",
+    "ignore:The dirpath has changed from",
 )
 TRIGGERS: dict[str, dict[str, Any]] = {
     "best": {"monitor": "val_loss", "save_top_k": 2},
@@ -157,9 +157,9 @@ def test_the_summary_counts_the_adapter(tmp_path):
 
 
 FREEZING = [
-    "ignore:lightning_lora. base parameters were unfrozen:UserWarning",
-    "ignore:The provided params to be frozen already exist:UserWarning",
-    "ignore:lightning_lora. [0-9]+ adapter parameters are frozen:UserWarning",
+    "ignore:lightning_lora. base parameters were unfrozen",
+    "ignore:The provided params to be frozen already exist",
+    "ignore:lightning_lora. [0-9]+ adapter parameters are frozen",
 ]
 
 

@@ -167,7 +167,7 @@ def test_learning_rate_finder_restores_the_weights_before_the_fit(tmp_path):
 
 
 # The size finder leaves a validated model in evaluation mode.
-@pytest.mark.filterwarnings("ignore:Found 8 module.s. in eval mode at the start of training:UserWarning")
+@pytest.mark.filterwarnings("ignore:Found 8 module.s. in eval mode at the start of training")
 @pytest.mark.parametrize("method", ["fit", "test"])
 def test_tuner_finds_the_values_of_the_unmerged_run(tmp_path, method: str):
     def run(path: Path, model: Net, callback: LoRACallback) -> list[float]:

@@ -235,7 +235,7 @@ CASES: list[tuple[Damage, Make, Make]] = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore:lightning_lora. merged 16-bit weights:UserWarning")
+@pytest.mark.filterwarnings("ignore:lightning_lora. merged 16-bit weights")
 @pytest.mark.parametrize(("damage", "naive", "ours"), CASES, ids=lambda value: getattr(value, "__name__", None))
 def test_model_harms_the_naive_callback_and_not_ours(tmp_path, damage: Damage, naive: Make, ours: Make):
     assert_harms_naive_alone(damage, naive, ours, tmp_path)

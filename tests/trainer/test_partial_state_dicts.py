@@ -93,7 +93,7 @@ def test_a_checkpoint_leaves_out_what_the_class_does_and_resumes_tests_and_loads
     assert_same_tensors(weights(resumed), weights(straight))
 
 
-@pytest.mark.filterwarnings("ignore:Found keys that are in the model state dict but not in the checkpoint:UserWarning")
+@pytest.mark.filterwarnings("ignore:Found keys that are in the model state dict but not in the checkpoint")
 @pytest.mark.parametrize("cls", CLASSES)
 def test_a_merged_checkpoint_loads_without_the_callback_as_lightnings_own_does(tmp_path, cls: type[Partial]):
     fit(tmp_path, model := cls(), epochs=1, save="merged").save_checkpoint(path := tmp_path / "part.ckpt")

@@ -112,7 +112,7 @@ PLUGINS: dict[str, tuple[Callable[[pytest.MonkeyPatch], Precision], str]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:Support for FP8 in the linear layers with this plugin:UserWarning")
+@pytest.mark.filterwarnings("ignore:Support for FP8 in the linear layers with this plugin")
 @pytest.mark.parametrize("name", PLUGINS)
 def test_layers_that_lightnings_own_plugins_replace_are_named_at_fit_start(tmp_path, monkeypatch, name: str):
     make, message = PLUGINS[name]

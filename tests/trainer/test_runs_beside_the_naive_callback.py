@@ -267,10 +267,10 @@ WITH_AVERAGING: list[tuple[Damage, Make, Make]] = [
 
 
 @pytest.mark.filterwarnings(
-    "ignore:`.fit.ckpt_path=None.` was called without a model:UserWarning",
-    "ignore:.*ckpt_path=.last.. is set, but there is no last checkpoint:UserWarning",
-    "ignore:Found keys that are (not )?in the model state dict but:UserWarning",
-    "ignore:lightning_lora. target_modules. 'head' names no layer to adapt:UserWarning",  # the naive one is too early
+    "ignore:`.fit.ckpt_path=None.` was called without a model",
+    "ignore:.*ckpt_path=.last.. is set, but there is no last checkpoint",
+    "ignore:Found keys that are (not )?in the model state dict but",
+    "ignore:lightning_lora. target_modules. 'head' names no layer to adapt",  # the naive one is too early
 )
 @pytest.mark.parametrize(
     ("damage", "naive", "ours"),

@@ -148,8 +148,8 @@ def in_second_epoch(trainer: L.Trainer) -> bool:
 
 
 @pytest.mark.filterwarnings(
-    "ignore:`.fit.ckpt_path=None.` was called without a model:UserWarning",
-    "ignore:.*ckpt_path=.last.. is set, but there is no last checkpoint:UserWarning",
+    "ignore:`.fit.ckpt_path=None.` was called without a model",
+    "ignore:.*ckpt_path=.last.. is set, but there is no last checkpoint",
 )
 @pytest.mark.parametrize("fn", STAGES)
 @pytest.mark.parametrize("first", [True, False], ids=["listed first", "listed last"])

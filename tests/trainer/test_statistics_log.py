@@ -252,7 +252,7 @@ class Cost(L.Callback):
             self.costs.append(_norm(lost) / _norm(deltas))
 
 
-@pytest.mark.filterwarnings("ignore:lightning_lora. merged 16-bit weights. rounding costs:UserWarning")
+@pytest.mark.filterwarnings("ignore:lightning_lora. merged 16-bit weights. rounding costs")
 def test_merges_tell_their_seconds_and_what_16_bits_lose_each_time(tmp_path: Path, caplog):
     cost = Cost()
     with caplog.at_level("INFO", logger="lightning_lora"):

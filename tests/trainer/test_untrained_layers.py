@@ -147,7 +147,7 @@ class Hesitates(Net):
         return None if self.global_step == 0 and batch_idx == 0 else super().training_step(batch, batch_idx)
 
 
-@pytest.mark.filterwarnings("ignore:.training_step. returned .None.:UserWarning")
+@pytest.mark.filterwarnings("ignore:.training_step. returned .None.")
 @pytest.mark.parametrize("model", [Net, Adversarial, Hesitates, Reads])
 @pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 2}])
 def test_a_fit_that_trains_every_layer_warns_of_nothing(tmp_path, model: type[Net], options: dict[str, Any]):

@@ -106,8 +106,8 @@ class BuiltAnew(Net):
         super().prepare()
 
 
-@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that overrides:UserWarning")
-@pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path., callbacks used to create:UserWarning")
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that overrides")
+@pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path., callbacks used to create")
 @pytest.mark.parametrize("merged_eval", [True, False])
 @pytest.mark.parametrize("name", averaging(["mean", "ema"]))
 def test_a_model_that_configure_model_builds_anew_at_each_call_is_adapted_each_time(

@@ -19,8 +19,8 @@ from support.training import BuiltInConfigureModel, Data, Net, assert_same_tenso
 
 # A fresh Trainer that only tests needs none of them.
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:Be aware that when using `ckpt_path`, callbacks used to create the checkpoint need:UserWarning",
-    "ignore:The dirpath has changed from:UserWarning",
+    "ignore:Be aware that when using `ckpt_path`, callbacks used to create the checkpoint need",
+    "ignore:The dirpath has changed from",
 )
 BATCHES = "num_batches_tracked"
 KINDS = ["adapter", "merged", "full"]
@@ -132,7 +132,7 @@ class Unfreezes(L.Callback):
         pl_module.head.bias.requires_grad_(trainer.current_epoch >= 1)
 
 
-@pytest.mark.filterwarnings("ignore:lightning_lora. base parameters were unfrozen:UserWarning")
+@pytest.mark.filterwarnings("ignore:lightning_lora. base parameters were unfrozen")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", [*averaging(["mean"]), "swa"])
 def test_resumed_run_with_averaging_and_an_unfrozen_weight_equals_the_whole(tmp_path, name: str, kind: str):
@@ -165,7 +165,7 @@ def test_the_best_checkpoint_gives_the_logged_metric(tmp_path, name: str, kind: 
 
 
 @weight_averaging
-@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback, but loading:UserWarning")
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback, but loading")
 @pytest.mark.parametrize("kind", KINDS)
 def test_fresh_trainer_with_the_averaging_callback_gives_the_logged_metric(tmp_path, kind: str):
     trainer = fit(tmp_path, Net(), lora_with_effect(save=kind), ALL["ema"]())
@@ -275,7 +275,7 @@ def test_averaging_callback_listed_first_is_harmless_in_evaluation(tmp_path, swa
 
 
 @weight_averaging
-@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that overrides:UserWarning")
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that overrides")
 def test_layers_that_configure_model_builds_are_averaged_too(tmp_path):
     """WeightAveraging calls configure_model itself, in its setup."""
     models = [Net(), BuiltInConfigureModel()]

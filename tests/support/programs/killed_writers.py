@@ -26,7 +26,7 @@ from lightning_lora.command.merge import merge_on_disk
 TRIES = 400
 WIDTH, LAYERS = 192, 8
 
-pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork")
 
 
 def network() -> nn.Module:
