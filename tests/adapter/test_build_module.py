@@ -206,7 +206,6 @@ def test_hyper_parameters_that_are_no_mapping_are_refused(
     [
         {"hyper_parameters": {}},
         {"pytorch-lightning_version": "no version"},
-        {"hparams_type": 3},
     ],
     ids=lambda entries: next(iter(entries)),
 )

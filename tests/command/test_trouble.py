@@ -336,7 +336,7 @@ def test_name_that_the_terminal_cannot_show_is_escaped(tmp_path: Path, monkeypat
     assert rb"gr\xf6\xdfe" in output.buffer.getvalue()
 
 
-@pytest.mark.parametrize("length", [200, 201, 100_000])
+@pytest.mark.parametrize("length", [200, 201, 900])  # a file's name of over 1,000 is refused
 def test_long_name_is_cut_in_messages_and_in_tables(tmp_path: Path, capsys: Any, length: int):
     name = "n" * length
     save_file({f"{name}.lora_A": torch.ones(1, 2)}, tmp_path / "cut.safetensors")

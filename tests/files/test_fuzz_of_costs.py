@@ -25,7 +25,8 @@ from torch import nn
 from lightning_lora import LoRAError, load_adapter
 from lightning_lora.command.info import info
 
-EVERYDAY, MANY = int(os.environ.get("LORA_FUZZ_INPUTS", "40")), int(os.environ.get("LORA_FUZZ_INPUTS", "400"))
+EVERYDAY = int(os.environ.get("LORA_FUZZ_INPUTS", "40"))
+MANY = max(400, EVERYDAY)
 SECONDS, KILOBYTES = 2.0, 200 * 1024
 FACTORS = {"A": torch.ones(2, 4), "B": torch.ones(4, 2)}
 

@@ -192,7 +192,7 @@ LARGE: dict[str, Any] = {
 
 
 def test_number_of_more_digits_than_python_writes_is_shown():
-    assert shown(10**5000) in ("a int that cannot be shown", f"1{'0' * 95}...{'0' * 98}"[:200])
+    assert shown(10**5000) in ("a number with more digits than Python writes", f"1{'0' * 5000}")  # by Python's version
     assert shown({"a": [object]}) == "{'a': [<class 'object'>]}"
 
 
