@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,6 +17,15 @@ PACKAGE = str(Path(lightning_lora.__file__).parent)
 
 class BrokenOff(BaseException):
     """What is raised."""
+
+
+def _apart(call: Callable[[], object]) -> Iterator[None]:
+    """Call within a generator, which has a state of exceptions of its own.
+
+    Where an exception comes at the end of an `except`, Python goes on as if the handled one was handled for ever.
+    """
+    call()
+    yield
 
 
 def break_off(call: Callable[[], object], *lines: int) -> bool:
@@ -50,7 +59,7 @@ def break_off(call: Callable[[], object], *lines: int) -> bool:
     sys.setprofile(trace_on)
     sys.settrace(trace)
     try:
-        call()
+        next(_apart(call))
     except BrokenOff:
         pass
     finally:
