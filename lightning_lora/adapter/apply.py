@@ -192,6 +192,7 @@ def check_adapter(
     strict_base: bool = True,
     remedy: str = REMEDY,
     specs: Specs | None = None,
+    values_follow: bool = False,
 ) -> dict[str, Any]:
     """Raise LoRAError for the first layer, scaling, name, shape, value or base weight that does not fit the model.
 
@@ -201,6 +202,7 @@ def check_adapter(
         strict_base: whether another base than the adapter's is an error or a warning.
         remedy: what the error about another base says that its reader can do.
         specs: the options that layers will have when the values are copied, where these are others than now.
+        values_follow: its tensors may be on the meta device, because their values are read later.
 
     Returns:
         The fingerprint of the model's base.
@@ -209,7 +211,7 @@ def check_adapter(
     try:
         _check_layers(model, by_first_names(model, adapter), specs)
         _check_tables(model, adapter)
-        _check_tensors(model, adapter, specs)
+        _check_tensors(model, adapter, specs, values_follow)
     except LoRAError as error:
         config = require_injection(model, "load_adapter").record.config
         differences = (adapter.config or config).differences(config)  # may explain the error
@@ -265,7 +267,7 @@ def _refuse_loralib_convolution(name: str, layer: LoRAConv, tensors: Mapping[str
         )
 
 
-def _check_tensors(model: nn.Module, adapter: Adapter, specs: Specs) -> None:
+def _check_tensors(model: nn.Module, adapter: Adapter, specs: Specs, values_follow: bool) -> None:
     shapes = {id(factor): torch.Size(shape) for layer, spec in specs.items() for factor, shape in layer.shapes_by(spec)}
     live, first_name = {name: tensor for name, tensor, _ in named_state(model)}, _first_names(model)
     expected = dict.fromkeys(
@@ -281,7 +283,8 @@ def _check_tensors(model: nn.Module, adapter: Adapter, specs: Specs) -> None:
         tensor = live[name]
         if tensor is None:
             continue  # extra state, which its owner judges
-        if isinstance(value, torch.Tensor) and (value.layout != tensor.layout or value.is_meta > tensor.is_meta):
+        lacks_values = isinstance(value, torch.Tensor) and value.is_meta > (tensor.is_meta or values_follow)
+        if lacks_values or (isinstance(value, torch.Tensor) and value.layout != tensor.layout):
             raise LoRAError(f"adapter: {name!r} must be a tensor as the model's, found {describe_value(value)}.")
         if id(tensor) in tables and isinstance(value, torch.Tensor):
             _refuse_other_rows(name, value, tensor)

@@ -227,8 +227,13 @@ def _replace_mappings(value: Any, replacement: Replacement, path: tuple[Any, ...
     return items if any(items[name] is not value[name] for name in items) else value
 
 
-def prepare_for_load(module: nn.Module, checkpoint: MutableMapping[str, Any]) -> None:
+def prepare_for_load(module: nn.Module, checkpoint: MutableMapping[str, Any], *, values_follow: bool = False) -> None:
     """Complete the state dicts of a checkpoint of any kind, so that Lightning's strict load takes them. In place.
+
+    Args:
+        module: an injected module.
+        checkpoint: its content.
+        values_follow: its tensors may be on the meta device, because their values are read later.
 
     Raises:
         LoRAError: the checkpoint does not fit the injected module. Nothing is loaded.
@@ -237,12 +242,12 @@ def prepare_for_load(module: nn.Module, checkpoint: MutableMapping[str, Any]) ->
         return  # a base checkpoint, or a full state dict; torch's strict load judges it
     adapter, kind = adapter_of(checkpoint)
     if kind == "full":
-        _prepare_full(module, checkpoint, adapter)
+        _prepare_full(module, checkpoint, adapter, values_follow)
         return
     names = adapter.tensors.keys()
     adapter = align_names(module, adapter)  # an imported adapter has the network's names
     complete = add_frozen_weights(module, adapter)
-    check_adapter(module, complete, remedy=REMEDY_IN_TRAINER)
+    check_adapter(module, complete, remedy=REMEDY_IN_TRAINER, values_follow=values_follow)
     record_trained(module, adapter)
     require_injection(module, "checkpoint").record.origin = dict(adapter.origin)
     live = _live_state(module) | dict(complete.tensors)
@@ -270,13 +275,16 @@ def _live_state(module: nn.Module) -> dict[str, Any]:
     return state
 
 
-def _prepare_full(module: nn.Module, checkpoint: MutableMapping[str, Any], adapter: Adapter) -> None:
+def _prepare_full(
+    module: nn.Module, checkpoint: MutableMapping[str, Any], adapter: Adapter, values_follow: bool
+) -> None:
     """Check and complete a full checkpoint; record initial values, and no fingerprint, for its base comes along."""
     state = checkpoint["state_dict"] = _by_canonical_names(checkpoint["state_dict"])
     live = {name: (tensor, owner) for name, tensor, owner in named_state(module)}
     missing = [name for name in live if name not in state]
     left_out = {name: entry for name, entry in adapter.fingerprint.items() if name in missing}
-    check_adapter(module, replace(add_frozen_weights(module, adapter), fingerprint=left_out))
+    complete = replace(add_frozen_weights(module, adapter), fingerprint=left_out)
+    check_adapter(module, complete, values_follow=values_follow)
     if missing and adapter.complete:
         raise LoRAError(
             f"checkpoint: the full checkpoint lacks {len(missing)} of the model's tensors, first {missing[0]!r}; "

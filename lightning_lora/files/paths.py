@@ -81,6 +81,8 @@ def kind_of(path: PathLike) -> Literal["file", "folder", "other", "nothing"]:
     except (FileNotFoundError, NotADirectoryError):
         return "nothing"
     except (OSError, ValueError) as error:  # a ValueError is of a name that no file can have
+        if not isinstance(error, ValueError) and not is_from_system(error):
+            raise
         raise LoRAError(f"{path}: cannot be looked at: {sentence(reason_of(error))}") from error
     return "file" if stat.S_ISREG(mode) else "folder" if stat.S_ISDIR(mode) else "other"
 
@@ -94,6 +96,8 @@ def real_path(path: PathLike) -> Path:
     try:
         return Path(os.path.realpath(path))
     except (OSError, ValueError) as error:
+        if not isinstance(error, ValueError) and not is_from_system(error):
+            raise
         raise LoRAError(f"{path}: is a path that leads nowhere: {sentence(reason_of(error))}") from error
 
 

@@ -79,7 +79,7 @@ def _load_checkpoint(
     if adapter is None:
         refuse_foreign_resume(module, checkpoint, loaded)
         _check_complete(module, loaded, path)
-    prepare_for_load(module, checkpoint)  # raises where it does not fit
+    prepare_for_load(module, checkpoint, values_follow=True)  # raises where it does not fit
     copies = []
     if kind == "merged":
         if path.is_dir():  # one tensor, because torch takes no empty state dict

@@ -4,6 +4,7 @@ whole; none of it knows of this package.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -125,9 +126,14 @@ def model_parallel(
 
 def whole_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """A state dict gathered with torch alone."""
+    return whole(model.state_dict())
+
+
+def whole(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies of tensors by name, gathered with torch alone."""
     return {
         name: (value.full_tensor() if isinstance(value, DTensor) else value).detach().clone()
-        for name, value in model.state_dict().items()
+        for name, value in tensors.items()
     }
 
 

@@ -403,16 +403,17 @@ def test_no_frozen_weight_is_in_the_copies_that_weight_averaging_adds_to_a_check
 def test_what_a_user_unfreezes_is_recorded_once_and_then_not_looked_for(monkeypatch: pytest.MonkeyPatch):
     inject(model := Net(), LoRAConfig(r=2, target_modules=["head"]))
     lists, calls = StepLists(model), []
+    optimizer = torch.optim.SGD(model.parameters())
     monkeypatch.setattr(step_lists, "record_trainable", lambda root: calls.append(root) or record_trainable(root))
-    lists.record_trainable()
+    lists.record_trainable(optimizer)
     assert calls == []
     model.body[0].bias.requires_grad_()
     for _ in range(3):
-        lists.record_trainable()
+        lists.record_trainable(optimizer)
     assert calls == [model]
     assert "body.0.bias" in model.lora_injection.trained
     model.body[3].bias.requires_grad_()
-    lists.record_trainable()
+    lists.record_trainable(optimizer)
     assert calls == [model, model]
 
 
