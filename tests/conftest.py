@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib
 import logging
 import os
@@ -55,9 +54,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """Let garbage collections pass over what was imported and collected: walking all of it takes half a second."""
-    gc.collect()
-    gc.freeze()
+    shortcuts.let_collections_pass_over_what_is_there()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

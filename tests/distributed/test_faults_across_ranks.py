@@ -73,7 +73,7 @@ def run(path: Path, kind: str, dies: bool, source: Path | None = None) -> Any:
     return whole_state(model), optimizer_state(fitting)
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_killed_rank_ends_the_others_and_the_last_checkpoint_resumes(tmp_path, kind, size):
     start = time.monotonic()

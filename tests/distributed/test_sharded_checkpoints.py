@@ -139,6 +139,7 @@ torch.save([loaded.state_dict(), converted.state_dict()], "out.pt")
 """
 
 
+@pytest.mark.slow
 def test_merged_sharded_checkpoint_loads_without_this_package(tmp_path):
     states = [world().run(run, tmp_path / str(whole), "merged", whole, 2)[0][0] for whole in (True, False)]
     (tmp_path / "True" / "2.ckpt").rename(tmp_path / "file.ckpt")
@@ -156,7 +157,7 @@ def test_merged_sharded_checkpoint_loads_without_this_package(tmp_path):
 
 
 @FORMS
-@pytest.mark.parametrize("sizes", [(2, 4), (4, 2)], ids=str)
+@pytest.mark.parametrize("sizes", [(2, 4), pytest.param((4, 2), marks=pytest.mark.slow)], ids=str)
 def test_resuming_on_another_number_of_processes(tmp_path, sizes, whole):
     first, second = sizes
     uninterrupted = world(2).run(run, tmp_path, "adapter", whole, 4)[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import importlib.metadata
 from types import SimpleNamespace
 
@@ -19,3 +20,9 @@ def seed_without_stack_traces() -> None:
     for device in (torch.cuda, torch.xpu, torch.mtia):
         if "traceback" in vars(device):
             vars(device)["traceback"] = SimpleNamespace(format_stack=list)
+
+
+def let_collections_pass_over_what_is_there() -> None:
+    """Let later garbage collections pass over what is there now: to walk over it takes half a second."""
+    gc.collect()
+    gc.freeze()

@@ -40,6 +40,7 @@ from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from lightning_lora import LoRACallback, LoRAError
 from support.lightning_versions import HAS_WEIGHT_AVERAGING, EMAWeightAveraging, WeightAveraging
 from support.runs import At, Backboned, Manual, Watched, compare
+from support.shortcuts import let_collections_pass_over_what_is_there
 from support.training import BuiltInConfigureModel, Data, Net, SizedData, TwoLoaders, make_trainer
 
 pytestmark = pytest.mark.filterwarnings(
@@ -51,6 +52,12 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:`.fit.ckpt_path=None.` was called without a model",
     "ignore:.*ckpt_path=.last.. is set, but there is no last checkpoint",
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_collections() -> None:
+    let_collections_pass_over_what_is_there()  # the batch size finder collects garbage at each trial
+
 
 Case = Callable[[Path], Any]
 Others = Callable[[Path], list[L.Callback]]

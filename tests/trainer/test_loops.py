@@ -15,7 +15,13 @@ from torch import nn
 
 from lightning_lora import LoRACallback
 from support.runs import At, Manual, Watched, assert_as_found, base_weights, compare, lora_with_effect
+from support.shortcuts import let_collections_pass_over_what_is_there
 from support.training import Data, Net, SizedData, TwoLoaders, make_trainer
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_collections() -> None:
+    let_collections_pass_over_what_is_there()  # the batch size finder collects garbage at each trial
 
 
 def fitting(data: Callable[[], Data] = Data, **options: Any) -> Any:
