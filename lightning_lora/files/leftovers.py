@@ -137,5 +137,5 @@ def _is_free(folder: Path) -> bool | None:
 
 
 def _lock_in(folder: Path) -> Path:
-    """Return the file to lock; its name holds what is random, so that it is not that of the result beside it."""
+    """Return the file to lock. The random part of its name keeps it apart from the result in the same folder."""
     return folder / f"{folder.name.split('.')[-2]}{LOCK}"

@@ -31,7 +31,9 @@ PICKLE_HASHED = Limit(10_000_000, "parts of a pickle's keys", "a tuple that hold
 COPIES = Limit(16, "times the bytes that a file stores for its tensors", "views repeat what is stored when copied")
 NAME_LENGTH = Limit(1000, "characters of a name", "each module around a tensor is named by a part of it")
 NAME_PARTS = Limit(100, "parts between dots of a name", "each is a module that is looked up by itself")
-NAMES_TEXT = Limit(2**27, "characters of names, with those of the modules around", "so much text is made of them")
+NAMES_TEXT = Limit(
+    2**27, "characters of all names and of the modules around them", "matching names makes this much text"
+)
 PATTERNS = Limit(2000, "patterns in an option", "each layer is compared with each pattern")
 PATTERN_LENGTH = Limit(2**20, "characters of a pattern", "each is compared with each name")
 PATTERN_DEPTH = Limit(50, "groups inside each other in a pattern", "they are read one inside the other")

@@ -1,4 +1,4 @@
-"""Permissions of what is replaced: the new file or folder gets those of the old one, a new name those of the umask."""
+"""Permissions: a replaced file or folder keeps its mode; a new one gets the mode that the umask allows."""
 
 from __future__ import annotations
 

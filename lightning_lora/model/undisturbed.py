@@ -132,7 +132,7 @@ class _Signals:
                 signal.signal(number, self._note)
 
     def release(self) -> None:
-        """Put the handlers back, all of them whatever comes, and run those of the signals that came."""
+        """Put every handler back, whatever exception comes, and run the handlers of the signals that came."""
         try:
             while self.handlers:
                 number, handler = next(iter(self.handlers.items()))

@@ -18,34 +18,14 @@ from torch import nn
 from lightning_lora import LoRAConfig, LoRAError, inject, load_adapter, save_adapter
 from lightning_lora.command.main import main
 from support.peers import call, refused
+from support.small_adapters import TENSORS, WIDTH, merging, small, write_small_adapter
 
-WIDTH = 4
-TENSORS = "adapter_model.safetensors"
 Change = Callable[[dict[str, torch.Tensor]], object]
-
-
-class Small(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.one, self.two, self.three = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(3))
-
-
-def small() -> Small:
-    torch.manual_seed(1)
-    return Small()
 
 
 @pytest.fixture
 def adapter(tmp_path: Path) -> Path:
-    """Two adapted layers and one that was trained whole, as a folder; its base beside it in both forms."""
-    net = small()
-    torch.save(dict(net.state_dict()), tmp_path / "base.pt")
-    save_file(dict(net.state_dict()), tmp_path / "base.safetensors")
-    inject(net, LoRAConfig(r=2, target_modules=["one", "two"], modules_to_save=["three"], init_lora_weights=False))
-    with torch.no_grad():
-        net.three.weight.add_(1)
-    save_adapter(net, tmp_path / "adapter")
-    return tmp_path / "adapter"
+    return write_small_adapter(tmp_path)
 
 
 def spoil(folder: Path, change: Change, keep_header: bool = True) -> None:
@@ -54,19 +34,6 @@ def spoil(folder: Path, change: Change, keep_header: bool = True) -> None:
     tensors = load_file(folder / TENSORS)
     change(tensors)
     save_file(tensors, folder / TENSORS, header if keep_header else None)
-
-
-def merging(path: Path, source: Path, base: str = "base.pt", *flags: str) -> list[object]:
-    return [
-        "merge",
-        "--base",
-        path / base,
-        "--adapter",
-        source,
-        "--output",
-        (path / "out").with_suffix(base[4:]),
-        *flags,
-    ]
 
 
 @pytest.mark.parametrize("form", ["folder", "checkpoint"])

@@ -10,55 +10,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 
-from lightning_lora import LoRAConfig, inject, save_adapter
 from lightning_lora.command.merge import merge_on_disk
 from lightning_lora.command.write_merged import verify_result
 from lightning_lora.files.weights import open_weights
 from support.peers import base_folder, call, ours, refused
-
-WIDTH = 4
-
-
-TENSORS = "adapter_model.safetensors"
-
-
-class Small(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.one, self.two, self.three = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(3))
-
-
-def small() -> Small:
-    torch.manual_seed(1)
-    return Small()
+from support.small_adapters import merging, small, write_small_adapter
 
 
 @pytest.fixture
 def adapter(tmp_path: Path) -> Path:
-    """Two adapted layers and one that was trained whole, as a folder; its base beside it in both forms."""
-    net = small()
-    torch.save(dict(net.state_dict()), tmp_path / "base.pt")
-    save_file(dict(net.state_dict()), tmp_path / "base.safetensors")
-    inject(net, LoRAConfig(r=2, target_modules=["one", "two"], modules_to_save=["three"], init_lora_weights=False))
-    with torch.no_grad():
-        net.three.weight.add_(1)
-    save_adapter(net, tmp_path / "adapter")
-    return tmp_path / "adapter"
-
-
-def merging(path: Path, source: Path, base: str = "base.pt", *flags: str) -> list[object]:
-    return [
-        "merge",
-        "--base",
-        path / base,
-        "--adapter",
-        source,
-        "--output",
-        (path / "out").with_suffix(base[4:]),
-        *flags,
-    ]
+    return write_small_adapter(tmp_path)
 
 
 @pytest.mark.parametrize("flag", ["--dtype=float16", "--max-shard-size=1GB"])

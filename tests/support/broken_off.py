@@ -29,7 +29,7 @@ def _apart(call: Callable[[], object]) -> Iterator[None]:
 
 
 def break_off(call: Callable[[], object], *lines: int) -> bool:
-    """Call, and raise BrokenOff before the given lines that the package runs in it, the first of which has number 0.
+    """Call, and raise BrokenOff before the given lines of the package; the first line that runs has number 0.
 
     Such a line is also the end of a `with torch.no_grad()`, before it is left, where no signal's handler runs: so
     torch's modes are put back here.

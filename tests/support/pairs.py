@@ -241,7 +241,7 @@ def naive_train_(naive: Naive, values: Tensors, optimizer: torch.optim.Optimizer
 
 
 def assert_near(found: torch.Tensor, expected: torch.Tensor, tolerance: float, what: str = "") -> None:
-    """Compare the norm of the difference with that of what is expected, which must not be zero."""
+    """Compare the difference's norm with the expected value's norm, which must not be zero."""
     size, expected = expected.detach().double().norm().item(), expected.detach().double()
     distance = (found.detach().double() - expected).norm().item()
     assert size > 0, what
