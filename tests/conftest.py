@@ -24,7 +24,7 @@ shortcuts.read_entry_points_once()
 shortcuts.seed_without_stack_traces()
 
 from support.lightning_versions import HAS_WEIGHT_AVERAGING  # noqa: E402
-from support.notices import ALL_ARE_ERRORS, LIGHTNING_NOTICES  # noqa: E402
+from support.notices import ALL_ARE_ERRORS, HYPOTHESIS_NOTICE, LIGHTNING_NOTICES  # noqa: E402
 
 # A busy machine is no failure, and what fails here fails everywhere, each time.
 hypothesis.settings.register_profile("same everywhere", deadline=None, derandomize=True)
@@ -37,7 +37,7 @@ with suppress(ImportError):  # else what happens to be imported before a test le
 def pytest_configure(config: pytest.Config) -> None:
     if ALL_ARE_ERRORS:
         config.getini("filterwarnings").insert(0, "error")  # the first one gives way to all others
-    for message in LIGHTNING_NOTICES:
+    for message in (*LIGHTNING_NOTICES, HYPOTHESIS_NOTICE):
         config.addinivalue_line("filterwarnings", f"ignore:{message}")
 
 

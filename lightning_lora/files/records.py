@@ -8,8 +8,9 @@ from __future__ import annotations
 import zipfile
 import zlib
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import gt
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -58,13 +59,16 @@ def read_records(path: PathLike) -> list[Record]:
     return records
 
 
-def check_archive(path: PathLike, *, whole: bool, trusted: bool = False) -> None:
+def check_archive(path: PathLike, *, whole: bool, trusted: bool = False) -> list[int]:
     """Raise where reading a file would take more than its size explains, or where it is not what was written.
 
     Args:
         path: of a file of torch.save, of any age.
         whole: whether all of it is about to be read. Its check sums are compared then, else those of what is no tensor.
         trusted: its pickle may do what it likes.
+
+    Returns:
+        The bytes of each record of numbers, or none of a file from before torch 1.6, which has no records.
 
     Raises:
         LoRAError: a limit is exceeded, or a check sum differs.
@@ -75,14 +79,16 @@ def check_archive(path: PathLike, *, whole: bool, trusted: bool = False) -> None
             if not trusted:
                 file.seek(0)
                 _check_old(file.read(PICKLE_BYTES.most), path)
-            return
-        for record in _records(path):
+            return []
+        records = _records(path)
+        for record in records:
             if whole or DATA not in record.info.filename:
                 _compare_check_sum(path, file, record)
             if not trusted and record.info.filename.endswith("data.pkl"):
                 check(PICKLE_BYTES, record.info.file_size, path)
                 file.seek(record.start)
                 check_pickle(file.read(record.info.file_size), path)
+    return [record.info.file_size for record in records if DATA in record.info.filename]
 
 
 def compare_check_sums(path: PathLike) -> None:
@@ -101,12 +107,16 @@ def check_sum(file: BinaryIO, record: Record) -> int:
     return result
 
 
-def check_tensors(content: Mapping[Any, Any], path: PathLike, *, without_values: bool = False) -> None:
+def check_tensors(
+    content: Mapping[Any, Any], path: PathLike, held: Sequence[int] = (), *, without_values: bool = False
+) -> None:
     """Raise LoRAError where tensors, or their names, are larger than a file of this size can hold.
 
     Args:
         content: what was read.
         path: from where.
+        held: the bytes of each record of numbers, where all of the file was read. torch 2.6 reads beyond a record's end
+            where the pickle claims more.
         without_values: all its tensors are on the meta device, where each has a storage of its own.
     """
     stored: dict[int, int] = {}
@@ -128,6 +138,12 @@ def check_tensors(content: Mapping[Any, Any], path: PathLike, *, without_values:
         elif isinstance(item, (list, tuple, set, frozenset)):
             waiting.extend(item)
     check_names(named, path)
+    claimed = sorted(stored.values(), reverse=True)
+    if any(map(gt, claimed, sorted(held, reverse=True))):
+        raise LoRAError(
+            f"{path}: cannot be read as a checkpoint; its tensors claim more bytes than its records hold, so it is "
+            "damaged."
+        )
     size = Path(path).stat().st_size
     own = size if without_values else sum(stored.values())
     if own > size:

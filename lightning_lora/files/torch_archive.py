@@ -56,8 +56,9 @@ def read_torch_file(
         LoRAError: no such file, truncated, not a dictionary, or its tensors are beside or inside of objects.
     """
     require_file(path)
+    whole = device == "cpu" and not mmap
     try:
-        check_archive(path, whole=device == "cpu" and not mmap, trusted=trusted)
+        held = check_archive(path, whole=whole, trusted=trusted)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Detected pickle protocol")  # the error says enough
             content = _load(path, device, mmap, trusted, has_objects)
@@ -81,7 +82,7 @@ def read_torch_file(
     if not isinstance(content, dict):
         raise LoRAError(f"{path}: expected a dictionary, found {type(content).__name__}.")
     if not trusted:
-        check_tensors(content, path, without_values=device == "meta")
+        check_tensors(content, path, held if whole else (), without_values=device == "meta")
     return content
 
 

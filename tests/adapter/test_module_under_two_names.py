@@ -26,6 +26,7 @@ from lightning_lora.adapter import metadata
 from lightning_lora.command.convert import to_lightning, to_peft
 from lightning_lora.command.merge import merge_on_disk
 from lightning_lora.model.injection import require_injection
+from support.lightning_versions import PLAIN_TYPES_ONLY
 from support.models import checkpoint
 from support.peers import fill_, seeded
 from support.training import make_trainer
@@ -175,7 +176,7 @@ def test_a_run_resumes_and_its_checkpoint_builds_the_model(tmp_path, case: str):
         for epochs, start in ((first, None), (2, resumed)) if resumed else ((2, None),):
             torch.manual_seed(0)
             trainer = make_trainer(tmp_path, LoRACallback(seed=1, **options), max_epochs=epochs)
-            trainer.fit(model := Net().train(), data, ckpt_path=start, **({"weights_only": True} if start else {}))
+            trainer.fit(model := Net().train(), data, ckpt_path=start, **(PLAIN_TYPES_ONLY if start else {}))
             trainer.save_checkpoint(tmp_path / f"{epochs}.ckpt")
         ends.append(answers(model))
     assert torch.equal(*ends)

@@ -34,6 +34,7 @@ from lightning_lora.command.convert import to_lightning, to_peft
 from lightning_lora.command.merge import merge_on_disk
 from lightning_lora.files.safetensors import read_safetensors
 from lightning_lora.model.injection import require_injection
+from support.lightning_versions import PLAIN_TYPES_ONLY
 from support.notices import quiet_peers
 from support.peers import TENSORS
 from support.training import make_trainer, own_random_stream
@@ -184,7 +185,7 @@ def predicted(path: Path, tied: bool) -> torch.Tensor:
     to_lightning(path / "folder", path / "to_predict.ckpt")
     options = read_adapter(path / "folder").config
     trainer = make_trainer(path, LoRACallback(options))
-    return torch.cat(trainer.predict(Net(tied), batches(), ckpt_path=path / "to_predict.ckpt", weights_only=True))
+    return torch.cat(trainer.predict(Net(tied), batches(), ckpt_path=path / "to_predict.ckpt", **PLAIN_TYPES_ONLY))
 
 
 def by_peft(path: Path, tied: bool) -> torch.Tensor:
@@ -267,7 +268,7 @@ def test_a_run_resumed_after_the_unfreezing_goes_on_as_if_uninterrupted(tmp_path
             pl_module.get_parameter("net.norm.weight").requires_grad_(True)
 
     trainer.callbacks.append(Again())
-    trainer.fit(model, batches(), ckpt_path=tmp_path / "part" / "adapter.ckpt", weights_only=True)
+    trainer.fit(model, batches(), ckpt_path=tmp_path / "part" / "adapter.ckpt", **PLAIN_TYPES_ONLY)
     assert torch.equal(answers(model), answers(whole))
 
 

@@ -217,7 +217,7 @@ def _raising_alarm() -> Iterator[None]:
 
 
 # Where the alarm comes between opening and `with`, in the standard library too.
-@pytest.mark.filterwarnings("ignore:unclosed scandir iterator", "ignore:unclosed file <")
+@pytest.mark.filterwarnings("ignore:unclosed scandir iterator", "ignore:unclosed file <", "ignore:Exception ignored in")
 @pytest.mark.usefixtures("_raising_alarm")
 @pytest.mark.parametrize("kind", [write, write_file])
 def test_a_timeout_by_sigalrm_leaves_the_old_or_the_new_result_and_nothing_else(
