@@ -628,6 +628,9 @@ def scaled_pairs(adapter: Adapter, name: str) -> list[Pair]:
     """Return (s * B, A) of each part of a layer (an expert, an adapted part; q, k, v), as matrices in float64.
 
     s is 1 where the source does not hold it.
+
+    Raises:
+        LoRAError: the factors do not fit each other.
     """
     a, b = (factor.detach().double().flatten(1) for factor in adapter.acting_factors(name))
     scaling, shapes = adapter.scalings.get(name, 1.0), separate_shapes(adapter, name)
@@ -636,4 +639,9 @@ def scaled_pairs(adapter: Adapter, name: str) -> list[Pair]:
         blocks = low_rank_blocks(ATTENTION, shapes, a, b, enabled)
         return [(block.left * scaling, block.right) for parts in blocks.values() for block in parts]
     parts = a.shape[0] // b.shape[1]
+    if a.shape[0] % b.shape[1] or not parts or b.shape[0] % parts:
+        raise LoRAError(
+            f"adapter: the factors of {name!r} do not fit each other: lora_A has {a.shape[0]} rows, and lora_B "
+            f"{b.shape[0]} rows of {b.shape[1]} values. The file is damaged."
+        )
     return [(left * scaling, right) for left, right in zip(b.chunk(parts), a.chunk(parts), strict=True)]

@@ -192,3 +192,14 @@ def test_info_of_a_checkpoint_of_which_another_part_than_the_state_dict_is_damag
     smaller = re.compile(rb"K\t(?=tq)")  # nine elements at the end of a storage's description
     repickle(tmp_path / "base.pt", lambda pickled: smaller.sub(b"K\x08", pickled, count=1))
     assert "base.pt" in refused(capsys, "info", tmp_path / "base.pt")
+
+
+@pytest.mark.parametrize(("rows_a", "shape_b"), [(3, (4, 2)), (1, (4, 2)), (6, (4, 2))])
+def test_info_of_factors_that_do_not_fit_each_other_is_refused(
+    tmp_path: Path, capsys: Any, rows_a: int, shape_b: tuple[int, int]
+):
+    """Without options, six rows of A and two columns of B may be three parts, but not of four outputs."""
+    torch.save({"0.lora_A": torch.ones(rows_a, 4), "0.lora_B": torch.ones(shape_b)}, tmp_path / "bare.pt")
+    said = refused(capsys, "info", tmp_path / "bare.pt")
+    assert "'0'" in said
+    assert "do not share a rank" in said or "do not fit each other" in said

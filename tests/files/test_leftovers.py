@@ -167,7 +167,11 @@ def test_a_folder_that_cannot_be_written_to_is_removed_too(tmp_path: Path, mode:
 
 # --- exceptions ---
 
+UNCLOSED = ("ignore:unclosed scandir iterator", "ignore:unclosed file <", "ignore:Exception ignored in")
+unclosed = pytest.mark.filterwarnings(*UNCLOSED)  # where an exception comes between opening and `with`
 
+
+@unclosed
 @pytest.mark.parametrize("step", [13, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("exchange", [True, False])
 @pytest.mark.parametrize("kind", [write, write_file])
@@ -218,6 +222,7 @@ def _raising_alarm() -> Iterator[None]:
 
 # Where the alarm comes between opening and `with`, in the standard library too.
 @pytest.mark.filterwarnings("ignore:unclosed scandir iterator", "ignore:unclosed file <", "ignore:Exception ignored in")
+@unclosed
 @pytest.mark.usefixtures("_raising_alarm")
 @pytest.mark.parametrize("kind", [write, write_file])
 def test_a_timeout_by_sigalrm_leaves_the_old_or_the_new_result_and_nothing_else(
