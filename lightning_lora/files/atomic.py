@@ -23,7 +23,7 @@ from pathlib import Path
 
 from ..errors import LoRAError, sentence
 from .leftovers import hold, partial_name, release, remove, remove_leftovers
-from .paths import PathLike, given_path, is_from_system, kind_of, passing_over_errors, real_path
+from .paths import PathLike, given_path, is_from_system, is_there, kind_of, passing_over_errors, real_path
 from .permissions import keep_permissions
 
 AT_FDCWD, EXCHANGE = -100, 2
@@ -180,7 +180,7 @@ def _take_along(new: Path, replaced: Collection[str], old: Path) -> bool:
     try:
         for entry in old.iterdir():
             copy = new / entry.name
-            if os.path.lexists(copy) or any(fnmatchcase(entry.name, pattern) for pattern in replaced):
+            if is_there(copy) or any(fnmatchcase(entry.name, pattern) for pattern in replaced):
                 continue
             copies.append(copy)
             _copy(entry, copy)

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from .paths import is_from_system, passing_over_errors
+from .paths import is_from_system, is_there, passing_over_errors
 
 fcntl: ModuleType | None
 try:
@@ -120,7 +120,7 @@ def _last_change(folder: Path) -> float:
 
 def _is_free(folder: Path) -> bool | None:
     """Return whether nobody holds a folder, or None where locks do not tell."""
-    if fcntl is None or not os.path.exists(_lock_in(folder)):
+    if fcntl is None or not is_there(_lock_in(folder)):
         return None
     lock = os.open(_lock_in(folder), os.O_RDWR)
     try:

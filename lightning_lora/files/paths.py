@@ -6,7 +6,7 @@ import json
 import os
 import stat
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -119,6 +119,17 @@ def passing_over_errors() -> Iterator[None]:
     except OSError as error:
         if not is_from_system(error):
             raise
+
+
+def is_there(path: PathLike) -> bool:
+    """Return whether something is at a path, a broken link too.
+
+    os.path.lexists takes a timeout that a signal's handler raises meanwhile for an answer.
+    """
+    with passing_over_errors(), suppress(ValueError):  # which is of a name that no file can have
+        os.lstat(path)
+        return True
+    return False
 
 
 def require_file(path: PathLike) -> None:
