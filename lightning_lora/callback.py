@@ -22,7 +22,7 @@ from .errors import LoRAError, NonFiniteError, sentence
 from .model.dequantise import dequantised_dtype
 from .model.gradients import explain_merged_training, warn_of_untrained
 from .model.inject import begin_injection, fixed_seed, random_seed
-from .model.injection import find_injection, refuse_replaced_layers, require_injection, snapshot_materialised
+from .model.injection import find_injection, refuse_replaced_layers, snapshot_materialised
 from .model.large_adapters import warn_of_large_adapters
 from .model.merging import is_merged, merge, unmerge
 from .model.param_groups import check_ratio
@@ -275,7 +275,9 @@ class LoRACallback(Callback):
         warn_of_idle_optimizers(trainer.optimizers, pl_module)
         warn_of_new_heads(pl_module)
         warn_of_large_adapters(pl_module)
-        warn_of_passed_over(require_injection(pl_module, "LoRACallback").record)
+        injected = find_injection(pl_module)
+        if injected is not None:
+            warn_of_passed_over(injected.record)
         self._fits.begin(pl_module)
         enable_input_require_grads(pl_module)
         refuse_for_quantised(pl_module, trainer)
@@ -285,7 +287,6 @@ class LoRACallback(Callback):
             refuse_unmergeable(pl_module, dequantised_dtype(self.dequantize, "LoRACallback"))
         if self.merge_after_fit:
             refuse_merge_after_fit(trainer, pl_module)
-        injected = find_injection(pl_module)
         if injected is not None and not injected.record.fingerprint:
             injected.record.fingerprint = fingerprint(pl_module)
         if injected is not None:

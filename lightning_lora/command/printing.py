@@ -38,7 +38,7 @@ def print_failure(verb: str, reason: str, status: int = 1) -> int:
 
 
 def discard_output() -> None:
-    """Let what is left of the output go nowhere, so that Python does not complain of it at exit."""
+    """Send the rest of the output nowhere. Python would complain of a closed pipe at exit."""
     with suppress(OSError, ValueError, AttributeError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())

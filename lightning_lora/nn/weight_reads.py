@@ -52,7 +52,7 @@ class WeightReads:
     uses: frozenset[Use]
 
     def in_reach(self, module: nn.Module, paths: Iterable[Path]) -> list[Path]:
-        """Return those of the paths from a module of the class at which a read that the code leaves open may be."""
+        """Return the paths, from a module of the class, at which an open read may be: the code does not say of what."""
         starts = {start for start in (_start(module, use) for use in self.uses) if start is not None}
         return [path for path in paths if any(path[: len(start)] == start[: len(path)] for start in starts)]
 
