@@ -70,44 +70,51 @@ class LoRAConfig:
     regular expression that must match a whole name.
 
     Args:
-        r: rank of A (r, in) and B (out, r).
-        lora_alpha: numerator of the scaling s.
-        lora_dropout: probability of dropping an input feature of the adapter while the layer is in training mode;
-            under LoRACallback, a layer kept in eval mode drops too, in training batches where gradients are recorded.
-        target_modules: the layers to adapt: a list, a regular expression, or "all-linear" (every linear layer and
-            transformers' Conv1D, without the output head and without tied weights).
-        target_parameters: parameters to adapt by themselves, a list of names or dotted suffixes: those of nn.LSTM and
-            nn.GRU, stacks of experts (E, m, n), any of two dimensions that its module's forward reads. With it,
-            target_modules may be empty, and lora_dropout must be 0, as in PEFT.
-        exclude_modules: layers to leave alone although target_modules selects them.
-        layers_to_transform: the number or numbers of the layers (blocks) in which target_modules, then a list, selects
-            modules by a dotted suffix; one that it names in full is adapted wherever it is. A number is the first in
-            the module's name that follows two segments or more, as the 1 of "model.layers.1.q_proj".
-        layers_pattern: the segment or segments (regular expressions) that this number follows instead, as "layers".
-        modules_to_save: modules that are trained and saved whole, beside the adapter.
-        trainable_token_indices: rows of tables (nn.Embedding, or an output head nn.Linear) to train, such as those of
-            new tokens; the rest of the table stays frozen. A list is of the input embeddings; else a list for each
-            name or dotted suffix. A tied head follows.
-        task_type: what the model is for, as PEFT's files say: "SEQ_CLS" and "TOKEN_CLS" add "classifier" and "score" to
-            modules_to_save, "QUESTION_ANS" adds "qa_outputs", where the model has them; "SEQ_2_SEQ_LM", "CAUSAL_LM"
-            and "FEATURE_EXTRACTION" add nothing.
-        ensure_weight_tying: a weight that a module of modules_to_save shares with another stays one weight, trained for
-            both. False refuses such a module, which PEFT would untie.
-        rank_pattern: another r for some layers; keys are regular expressions over a dotted suffix of the name.
-        alpha_pattern: another lora_alpha for some layers, keys as in rank_pattern.
-        bias: which biases are trained: "none", "all", or those of adapted layers ("lora_only").
-        use_rslora: s = lora_alpha / sqrt(r) (arXiv:2312.03732).
-        use_dora: DoRA (arXiv:2402.09353): each output's weights W + s * B @ A are scaled to a trained magnitude. For
-            linear layers, transformers' Conv1D, convolutions and nn.Embedding.
-        init_lora_weights: True (A Kaiming-uniform, B zero; an Embedding's A zero, B normal), "gaussian" (A normal
-            with deviation 1/r, B zero), "orthogonal" (B @ A zero, both non-zero; r must be even), or False (A and B
-            both random: the adapter changes the output before the first step). Or A0, B0 from the weight, the base
-            left as it is: W' = W + s * (B @ A - B0 @ A0), with "pissa" from its largest singular values
-            (arXiv:2404.02948), "pissa_niter_4" the same by so many steps of subspace iteration, much faster for large
-            layers, "olora" from its QR decomposition (arXiv:2406.01775). Or "eva" (arXiv:2410.07170): A from training
-            data, at fit start or by initialize_from_data; B zero. Or "lora_ga" (arXiv:2407.05000): A0, B0 from the
-            gradients of the weights there.
-        enable_lora: for a fused projection, which of its equal parts are adapted, as {"qkv": [True, False, True]}
+        r: rank of A (r, in) and B (out, r). An adapter with more parameters than its layer, as every r above the
+            layer's smaller side gives, is named in one warning at fit start, and in a log line of inject.
+        lora_alpha: numerator of the scaling s = lora_alpha / r.
+        lora_dropout: probability of dropping a feature of the adapter's input in training mode. Under LoRACallback a
+            layer that is kept in eval mode drops too, in training batches where gradients are recorded.
+        target_modules: the layers to adapt. A list holds whole names or dotted suffixes of names. A string is a regular
+            expression that must match a whole name. "all-linear" is every linear layer and transformers' Conv1D,
+            without the output head and without tied weights.
+        target_parameters: single parameters to adapt, by name or dotted suffix: weights of nn.LSTM and nn.GRU, stacks
+            of experts (E, m, n), and any matrix that its module's forward reads. target_modules may then be empty, and
+            lora_dropout must be 0, as in PEFT.
+        exclude_modules: layers to leave alone although target_modules names them.
+        layers_to_transform: the number or numbers of the layers (blocks) in which target_modules, which must then be a
+            list, adapts modules. A module that is listed by its full name is adapted in any layer. A layer's number is
+            the first number in the module's name that has at least two segments before it, such as the 1 of
+            "model.layers.1.q_proj".
+        layers_pattern: the name segment that the layer's number follows, such as "layers". A regular expression, or
+            several.
+        modules_to_save: modules that are trained and saved whole, such as a new head.
+        trainable_token_indices: rows of embeddings or output heads to train, such as those of new tokens. The other
+            rows stay frozen, and a tied head follows. A list is for the input embeddings; a mapping gives a list for
+            each name or dotted suffix.
+        task_type: what the model is for, as in PEFT's files. "SEQ_CLS" and "TOKEN_CLS" add "classifier" and "score" to
+            modules_to_save, "QUESTION_ANS" adds "qa_outputs", where the model has them. "SEQ_2_SEQ_LM", "CAUSAL_LM" and
+            "FEATURE_EXTRACTION" add nothing.
+        ensure_weight_tying: keep a weight tied that a module of modules_to_save shares with another module, and train
+            it for both. False, which is PEFT's default, means two weights. It is refused where they are one weight:
+            untie them first.
+        rank_pattern: another r for some layers, such as {"q_proj": 16}. Keys are regular expressions over a dotted
+            suffix of the name.
+        alpha_pattern: another lora_alpha for some layers, with keys as in rank_pattern.
+        bias: which biases are trained: "none", "all", or "lora_only", which is those of adapted layers.
+        use_rslora: scale by s = lora_alpha / sqrt(r) (rsLoRA, arXiv:2312.03732).
+        use_dora: DoRA (arXiv:2402.09353): scale each output's weights W + s * B @ A to a trained magnitude. For linear
+            layers, transformers' Conv1D, convolutions and nn.Embedding.
+        init_lora_weights: how A and B start. True: A is random (Kaiming uniform) and B zero, so training starts from
+            the base; an embedding's A is zero and its B normal. "gaussian": A is normal with deviation 1 / r, and B
+            zero. "orthogonal": neither is zero, but B @ A is; r must be even. False: both are random, which changes the
+            outputs at once. Three values start from the weight, which itself stays as it is: W' = W + s * (B @ A - B0 @
+            A0). "pissa" takes A0 and B0 from its largest singular values (arXiv:2404.02948), "pissa_niter_4" from 4
+            steps of subspace iteration, which is much faster for large layers, and "olora" from its QR decomposition
+            (arXiv:2406.01775). Two values start from training data, at fit start or by initialize_from_data. "eva"
+            takes A from the layer's inputs, and B is zero (arXiv:2410.07170). "lora_ga" takes A0 and B0 from the
+            gradients of the weight (arXiv:2407.05000).
+        enable_lora: which of the equal parts of a fused projection are adapted, such as {"qkv": [True, False, True]}
             (loralib's MergedLinear).
         autocast_adapter_dtype: keep adapters of float16 and bfloat16 layers in float32.
 
