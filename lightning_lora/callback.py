@@ -179,6 +179,15 @@ class LoRACallback(Callback):
 
     Raises:
         LoRAError: a value is not allowed; the message holds it.
+
+    Example::
+
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> trainer = L.Trainer(max_steps=2, callbacks=[LoRACallback(r=1)], barebones=True)
+        >>> trainer.fit(model := BoringModel())
+        >>> trainer.save_checkpoint("adapter.ckpt")
+        >>> print(*torch.load("adapter.ckpt", weights_only=True)["state_dict"])
+        layer.lora_A layer.lora_B
     """
 
     _given: frozenset[str]  # the options that were given

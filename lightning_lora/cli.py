@@ -50,6 +50,13 @@ class LoRACLI(LightningCLI, metaclass=_EitherPackage):
     It is the LightningCLI of that package, `lightning.pytorch` or `pytorch_lightning`, from which the given model, data
     or Trainer class comes. Where the config file names them all, say it: `class CLI(LoRACLI, pytorch_lightning.cli.
     LightningCLI)`. Needs the extra `cli` (jsonargparse).
+
+    Example::
+
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> cli = LoRACLI(BoringModel, run=False, args=["--lora.r=1", "--lora.save=merged"])
+        >>> next(each for each in cli.trainer.callbacks if isinstance(each, LoRACallback))
+        LoRACallback(r=1, save='merged')
     """
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

@@ -120,6 +120,12 @@ class LoRAConfig:
 
     Raises:
         LoRAError: a value is not allowed; the message holds it.
+
+    Example::
+
+        >>> config = LoRAConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 4})
+        >>> config.scaling("layers.0.q_proj"), config.scaling("layers.0.v_proj")
+        (2.0, 4.0)
     """
 
     r: int = 8
@@ -249,6 +255,12 @@ class LoRAConfig:
         Raises:
             LoRAError: it is none, or it has an option that LoRAConfig has not and that is not at its default; the
                 message names it.
+
+        Example::
+
+            >>> import peft
+            >>> LoRAConfig.from_peft(peft.LoraConfig(r=4, target_modules=["q_proj"]))
+            LoRAConfig(r=4, target_modules=('q_proj',), ensure_weight_tying=False)
         """
         if getattr(config, "peft_type", None) != "LORA" or not is_dataclass(config):
             raise LoRAError(f"LoRAConfig.from_peft: expected a peft.LoraConfig, found a {type(config).__name__}.")

@@ -21,6 +21,14 @@ class LoRAError(ValueError):
     """Says where it went wrong, what was expected, what was found and what to do about it.
 
     Names in it may come from any file: control characters are shown, and no name is quoted at full length.
+
+    Example::
+
+        >>> try:
+        ...     LoRAConfig(r=0)
+        ... except LoRAError as error:
+        ...     print(error)
+        LoRAConfig: r must be a whole number of at least 1, but it is 0.
     """
 
     def __init__(self, *args: object) -> None:

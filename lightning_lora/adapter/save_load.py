@@ -67,6 +67,15 @@ def save_adapter(model: nn.Module, path: PathLike) -> None:
 
     Raises:
         LoRAError: the model was not injected, or PEFT has no equal of one of its layers.
+
+    Example::
+
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> names = inject(model, LoRAConfig(r=2))
+        >>> save_adapter(model, "adapter")
+        >>> import os
+        >>> sorted(os.listdir("adapter"))
+        ['adapter_config.json', 'adapter_model.safetensors']
     """
     model = unwrapped(model, "save_adapter")
     adapter = adapter_of_model(model)
@@ -96,6 +105,15 @@ def load_adapter(model: nn.Module, source: PathLike | Mapping[str, Any], *, stri
 
     Raises:
         LoRAError: the source is damaged or does not fit; the model is as it was.
+
+    Example::
+
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> names = inject(model, LoRAConfig(r=2))
+        >>> save_adapter(model, "adapter")
+        >>> unload(model)
+        >>> load_adapter(model, "adapter")
+        ['0', '2']
     """
     network = unwrapped(model, "load_adapter")
     adapter = read_adapter(source, order_in(network))
@@ -123,6 +141,20 @@ def load_from_checkpoint(
     Raises:
         LoRAError: the file is damaged, has no adapter, belongs to another base, or its hyperparameters hold objects or
             name code.
+
+    Example::
+
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> class Net(BoringModel):
+        ...     def __init__(self):
+        ...         torch.manual_seed(0)  # stands in for loading pretrained weights
+        ...         super().__init__()
+        >>> trainer = L.Trainer(max_steps=2, callbacks=[LoRACallback(r=1)], barebones=True)
+        >>> trainer.fit(model := Net())
+        >>> trainer.save_checkpoint("adapter.ckpt")
+        >>> loaded = load_from_checkpoint(Net, "adapter.ckpt")
+        >>> torch.equal(loaded.layer.lora_B, model.layer.lora_B)
+        True
     """
     if not isinstance(cls, type) or not hasattr(cls, "load_from_checkpoint"):
         found = cls.__name__ if isinstance(cls, type) else f"a {type(cls).__name__}"
