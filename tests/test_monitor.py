@@ -7,7 +7,6 @@ import csv
 import pickle
 import re
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +131,7 @@ def test_copies_made_inside_a_fit_know_nothing_of_it(tmp_path: Path):
     assert len(fit(tmp_path / "b", injected(), other)) == 3
 
 
+@pytest.mark.filterwarnings("ignore:lightning_lora. merged 16-bit weights. rounding costs")
 def test_rounding_is_measured_in_each_merge_of_a_monitored_fit_and_once_in_others(tmp_path: Path):
     costs: list[Any] = []
 
@@ -140,10 +140,8 @@ def test_rounding_is_measured_in_each_merge_of_a_monitored_fit_and_once_in_other
             costs.append(pl_module.lora_injection.last_merge.rounding)
 
     options: dict[str, Any] = {"precision": "bf16-true", "max_epochs": 3}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        fit(tmp_path / "a", Net(), lora(), LoRAMonitor(1, plots=False), Reads(), **options)
-        fit(tmp_path / "b", model := Net(), lora(), LoRAMonitor(0, plots=False), Reads(), **options)
+    fit(tmp_path / "a", Net(), lora(), LoRAMonitor(1, plots=False), Reads(), **options)
+    fit(tmp_path / "b", model := Net(), lora(), LoRAMonitor(0, plots=False), Reads(), **options)
     assert [cost is not None for cost in costs] == [True] * 3 + [True, False, False]
     assert not model.lora_injection.measures_rounding
 
