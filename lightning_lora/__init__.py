@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .adapter.save_load import load_adapter, load_from_checkpoint, save_adapter
     from .callback import LoRACallback
     from .cli import LoRACLI as LoRACLI
+    from .monitor import LoRAMonitor
     from .plot.figures import plot_adapter
 
 __version__ = "0.1.0"
@@ -26,6 +27,7 @@ __all__ = [  # without LoRACLI, which needs the extra `cli`
     "LoRACallback",
     "LoRAConfig",
     "LoRAError",
+    "LoRAMonitor",
     "adapter_state_dict",
     "adapter_stats",
     "combine",
@@ -51,6 +53,7 @@ __all__ = [  # without LoRACLI, which needs the extra `cli`
 LAZY = {  # what imports lightning, files alone, and (LoRACLI) what the extra `cli` brings
     "LoRACallback": ".callback",
     "LoRACLI": ".cli",
+    "LoRAMonitor": ".monitor",
     "combine": ".adapter.combine",
     "load_adapter": ".adapter.save_load",
     "load_from_checkpoint": ".adapter.save_load",

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 import inspect
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
@@ -22,7 +22,7 @@ from .errors import LoRAError, NonFiniteError, sentence
 from .model.dequantise import dequantised_dtype
 from .model.gradients import explain_merged_training, warn_of_untrained
 from .model.inject import begin_injection, fixed_seed, random_seed
-from .model.injection import find_injection, refuse_replaced_layers, snapshot_materialised
+from .model.injection import MergeCost, find_injection, refuse_replaced_layers, snapshot_materialised
 from .model.large_adapters import warn_of_large_adapters
 from .model.merging import is_merged, merge, unmerge
 from .model.param_groups import check_ratio
@@ -35,7 +35,6 @@ from .model.summary import summary
 from .names import ALL_LINEAR
 from .nn.gradient_checkpointing import enable_input_require_grads
 from .notices import show, tell
-from .plot.pictures import require_matplotlib
 from .trainer.after_fit import (
     Fits,
     forget_merging,
@@ -60,8 +59,7 @@ from .trainer.data_start import start_from_data
 from .trainer.eval_mode import explain_eval_mode, warn_of_checkpointing_off
 from .trainer.hyperparameters import LoggedOptions, as_hyperparameters
 from .trainer.late_layers import BUILDERS, adapt_after, stop_adapting
-from .trainer.lightning_packages import first_package, for_each_package, is_overridden
-from .trainer.log_plots import log_plots, tell_of_no_logger
+from .trainer.lightning_packages import become_callback, first_package, is_overridden
 from .trainer.precision import (
     convert_linear_layers_,
     leave_out_of_ddp_,
@@ -69,10 +67,14 @@ from .trainer.precision import (
     refuse_late_conversion,
     refuse_unloadable,
 )
-from .trainer.statistics import StatisticsLog
 from .trainer.step_lists import StepLists
 from .trainer.strategies import prepare_strategy
 
+ELSEWHERE = {
+    **LEAVE_OUT,
+    **dict.fromkeys(["log_stats", "log_plots"], "use LoRAMonitor(every_n_steps=..., plots=...)"),
+    "config": "give it by position: LoRACallback(LoRAConfig(...))",
+}
 KEYWORD = inspect.Parameter.KEYWORD_ONLY
 Method = TypeVar("Method", bound=Callable[..., None])
 
@@ -98,7 +100,7 @@ def _noting_options(init: Method) -> Method:
     return cast(Method, noting)
 
 
-@names_near_misses("LoRACallback", {**LEAVE_OUT, "config": "give it by position: LoRACallback(LoRAConfig(...))"})
+@names_near_misses("LoRACallback", ELSEWHERE)
 class LoRACallback(Callback):
     """Adapt any LightningModule with LoRA: inject on setup, merge while evaluating, save small checkpoints.
 
@@ -121,10 +123,6 @@ class LoRACallback(Callback):
             only.
         dequantize: dtype of the plain weights that take the place of quantised ones, for save="merged" and
             merge_after_fit: "bfloat16", "float16", "float32" or a torch.dtype.
-        log_plots: when fit ends, add pictures of the adapter to each logger that takes figures, as TensorBoardLogger
-            does; see plot_adapter. Needs matplotlib. Fit start says so where no logger takes figures.
-        log_stats: at every so many optimizer steps, log statistics of the adapter by groups of layers: norm, effective
-            rank, gradients, cosine to the last ones, and what merging takes; 0 logs none. See adapter_stats.
         lr_ratio: LoRA+ (arXiv:2402.12354): the ratio of B's learning rate to A's, such as 16, for an optimizer that
             LightningCLI makes (--optimizer). In your own configure_optimizers, call lora_param_groups instead.
         verbose: show the summary at fit start, and explain Lightning's warning of modules in eval mode. This package's
@@ -202,8 +200,6 @@ class LoRACallback(Callback):
         seed: int | None = None,
         merge_after_fit: bool = False,
         dequantize: str | torch.dtype | None = None,
-        log_plots: bool = False,
-        log_stats: int = 0,
         lr_ratio: float | None = None,
         verbose: bool = True,
         r: int = 8,
@@ -230,11 +226,9 @@ class LoRACallback(Callback):
         options = dict(locals())
         check_kind(save)
         dequantised_dtype(dequantize, "LoRACallback")
-        for name in ("merged_eval", "verify", "merge_after_fit", "log_plots", "verbose"):
+        for name in ("merged_eval", "verify", "merge_after_fit", "verbose"):
             if not isinstance(options[name], bool):
                 raise LoRAError(f"LoRACallback: {name} must be true or false, but it is {options[name]!r}.")
-        if not isinstance(log_stats, int) or isinstance(log_stats, bool) or log_stats < 0:
-            raise LoRAError(f"LoRACallback: log_stats must be a whole number from 0, but it is {log_stats!r}.")
         if lr_ratio is not None:
             check_ratio(lr_ratio, "LoRACallback")
         adapter_options = {field.name: options[field.name] for field in fields(LoRAConfig)}
@@ -246,12 +240,8 @@ class LoRACallback(Callback):
         self.seed = seed
         self.merge_after_fit = merge_after_fit
         self.dequantize = dequantize
-        self.log_plots = log_plots
-        self.log_stats = log_stats
         self.lr_ratio = lr_ratio
         self.verbose = verbose
-        if log_plots:
-            require_matplotlib("LoRACallback(log_plots=True)")
         self._seed = "" if seed is None else fixed_seed(seed, "LoRACallback")
         # By module, because a hook may run a second Trainer with this callback.
         self._merged: set[nn.Module] = set()
@@ -261,7 +251,6 @@ class LoRACallback(Callback):
         self._verified = False
         self._fits = Fits()
         self._logged = LoggedOptions()
-        self._statistics = StatisticsLog(log_stats)
 
     def __repr__(self) -> str:
         parameters = inspect.signature(LoRACallback).parameters
@@ -321,13 +310,10 @@ class LoRACallback(Callback):
         if injected is not None and not injected.record.fingerprint:
             injected.record.fingerprint = fingerprint(pl_module)
         if injected is not None:
-            injected.record.merged_eval = self.merged_eval
+            injected.record.merged_eval, injected.record.last_merge = self.merged_eval, None
         if injected is not None and trainer.loggers:
             options = as_hyperparameters(injected.record.config, save=self.save, merged_eval=self.merged_eval)
             self._logged.add(pl_module, options)
-        self._statistics.begin(trainer, pl_module)
-        if self.log_plots and injected is not None:
-            tell_of_no_logger(trainer)
         if self.verbose:
             show(summary(pl_module))
 
@@ -345,13 +331,11 @@ class LoRACallback(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that the strategy's setup, or a hook, has not replaced adapted layers; let the bar say "merged"."""
-        self._statistics.take_back(trainer)
         refuse_replaced_layers(pl_module, "LoRACallback")
         describe_as_merged(trainer, when_merged(pl_module) if self.merged_eval else "")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """Unmerge what is merged, and let dropout act in layers that Lightning keeps in eval mode."""
-        self._statistics.take_back(trainer)
         lists = self._step_lists(pl_module)
         if lists.is_merged():
             unmerge(pl_module)
@@ -361,10 +345,8 @@ class LoRACallback(Callback):
             warn_of_checkpointing_off(pl_module)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        """Record the initial value of every base parameter that became trainable since the last step; log_stats."""
+        """Record the initial value of every base parameter that became trainable since the last step."""
         self._step_lists(pl_module).record_trainable(optimizer)
-        if self.log_stats:
-            self._statistics.log(trainer, pl_module, optimizer)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """Let dropout follow each layer's own mode again; after the first batch, warn of what it did not train."""
@@ -400,22 +382,15 @@ class LoRACallback(Callback):
         if injected is not None and injected.record.save is None:
             save_as(pl_module, self.save, self.dequantize)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take back what was logged at the last step."""
-        self._statistics.take_back(trainer)
-
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note that the fit came to its end; draw the adapter."""
+        """Note that the fit came to its end."""
         self._fits.end(pl_module)
-        if self.log_plots and find_injection(pl_module) is not None:
-            log_plots(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Unmerge after an exception or Ctrl-C, which skips the epoch's end and teardown."""
         explain_merged_training(exception, pl_module)
         self._leave(pl_module)
         describe_as_merged(trainer, "")
-        self._statistics.end(pl_module)
         self._fits.forget(pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -425,8 +400,6 @@ class LoRACallback(Callback):
         """
         self._leave(pl_module)
         stop_adapting(pl_module)
-        if stage == "fit":
-            self._statistics.end(pl_module)
         if stage == "fit" and launches(trainer) and find_injection(pl_module) is not None:
             export_state(pl_module)
         if stage == "fit" and self._fits.close(pl_module) and self.merge_after_fit:
@@ -440,8 +413,7 @@ class LoRACallback(Callback):
         if self.merged_eval and not self._step_lists(pl_module).is_merged():
             self._merged.add(pl_module)  # first, because Ctrl-C is raised when merging is complete
             try:
-                with self._statistics.watch_merge(pl_module):
-                    merge(pl_module)
+                _merge_noting_cost(pl_module)
             except NonFiniteError as error:
                 if trainer.state.fn != "fit":
                     raise
@@ -493,6 +465,16 @@ class LoRACallback(Callback):
         return lists
 
 
+def _merge_noting_cost(module: nn.Module) -> None:
+    """Merge, and let the record of the injection hold what that took. In place."""
+    injected, began = find_injection(module), time.perf_counter()
+    if injected is not None:
+        injected.record.rounding = None
+    merge(module)
+    if injected is not None:
+        injected.record.last_merge = MergeCost(time.perf_counter() - began, injected.record.rounding)
+
+
 def _one_config(
     configs: Sequence[LoRAConfig | PeftConfig], options: Mapping[str, Any], given: Collection[str]
 ) -> LoRAConfig:
@@ -509,10 +491,4 @@ def _one_config(
     return as_config(configs[0])
 
 
-def _become_callback_of(package: ModuleType) -> None:
-    """Make every LoRACallback an instance of a package's Callback, as its Trainer and its command line ask."""
-    if not issubclass(LoRACallback, package.Callback):
-        LoRACallback.__bases__ += (package.Callback,)
-
-
-for_each_package(_become_callback_of)
+become_callback(LoRACallback)

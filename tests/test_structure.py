@@ -43,6 +43,7 @@ PUBLIC = {
     "LoRAConfig",
     "LoRACallback",
     "LoRACLI",
+    "LoRAMonitor",
     "inject",
     "initialize_from_data",
     "redistribute_ranks",
@@ -130,9 +131,9 @@ def test_the_house_has_few_floors():
     assert max(floors.values()) <= MOST_FLOORS, sorted(floors.items(), key=lambda item: -item[1])[:5]
 
 
-def test_only_the_callback_and_the_command_line_import_lightning():
+def test_only_the_callbacks_and_the_command_line_import_lightning():
     users = {name for name, found in IMPORTS.items() if any(i.split(".")[0] == "lightning" for i in found)}
-    assert users == {"callback", "cli"}
+    assert users == {"callback", "monitor", "cli"}
 
 
 def test_public_names_are_those_of_the_contract():

@@ -27,6 +27,13 @@ Value = TypeVar("Value")
 ALL_OPTIONS = frozenset(option.name for option in fields(LoRAConfig))
 
 
+class MergeCost(NamedTuple):
+    """What a merge took: seconds on this rank, and the share of the adapter that rounding to 16 bits lost, if any."""
+
+    seconds: float
+    rounding: float | None
+
+
 @dataclass
 class Injection:
     """The record of one injection; names are relative to the injected module."""
@@ -56,6 +63,7 @@ class Injection:
     quantised_reported: bool = False  # that layers with quantised weights stay factored was said
     measures_rounding: bool = False  # each merge measures what rounding to 16 bits costs, not the first alone
     rounding: float | None = None  # what it cost when it was measured last, as MergeFidelity
+    last_merge: MergeCost | None = None  # of an evaluation of this fit, as LoRACallback measured it
     left_out: dict[str, str] = field(default_factory=dict)  # layers that "all-linear" leaves out, with the reason
     started: bool = False  # initialize_from_data was called, so that a fit does not start from its own data
     values_follow: bool = False  # an adapter is loaded next, so that nothing is computed from weights for it
@@ -65,7 +73,8 @@ class Injection:
     writer: Writer = field(default_factory=Writer)  # which thread changes the model; a copy has its own
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "writer"} | {"root": None}
+        kept = {name: value for name, value in vars(self).items() if name != "writer"}
+        return kept | {"root": None, "measures_rounding": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, writer=Writer())

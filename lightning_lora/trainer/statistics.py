@@ -1,4 +1,4 @@
-"""log_stats: adapter_stats of a LightningModule in its loggers, as torchmetrics, at every Nth step.
+"""LoRAMonitor's numbers: adapter_stats of a LightningModule in its loggers, as torchmetrics, at every Nth step.
 
 Lightning gives loggers what was logged last, again and again until the epoch ends, and looks at all of it after every
 batch. So statistics are computed only at steps at which it writes, and are taken back when it has written them.
@@ -6,10 +6,8 @@ batch. So statistics are computed only at steps at which it writes, and are take
 
 from __future__ import annotations
 
-import time
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,17 +20,19 @@ from ..model.injection import find_injection
 from ..model.statistics import Snapshot, layer_stats
 from ..names import group_names
 from ..nn.lora_layer import AdaptedWeights, adapted_layers
+from .by_module import ByModule
 
 MERGE_SECONDS, FIDELITY = "lora/merge_seconds", "lora/fidelity"
 
 
 @dataclass
 class _Run:
-    """What is known of one LightningModule."""
+    """What is known of one LightningModule in its fit."""
 
     snapshots: dict[str, Snapshot] = field(default_factory=dict)
     last: tuple[int, list[int]] = (0, [])  # the step that was logged last, and the optimizers that it was logged for
-    of_merge: dict[str, float] = field(default_factory=dict)  # of the last evaluation's
+    metrics: dict[str, StepStatistic] = field(default_factory=dict)  # by name in the loggers
+    shown_by: Any = None  # the Trainer that holds what was logged
 
 
 class StatisticsLog:
@@ -40,30 +40,33 @@ class StatisticsLog:
 
     def __init__(self, every: int) -> None:
         self.every = every
-        self.metrics: dict[str, StepStatistic] = {}  # by name in the loggers
-        self.runs: dict[nn.Module, _Run] = {}  # by module in a fit, because a hook may run a second Trainer
-        self.shown_by: Any = None  # the Trainer that holds what was logged
+        self.runs: ByModule[_Run] = ByModule()
 
     def begin(self, trainer: Any, module: nn.Module) -> None:
         """Forget what an earlier fit saw, and warn where the Trainer writes to its loggers at other steps."""
         if not self.every:
             return
-        self.runs[module], self.shown_by = _Run(), None
+        self._begin_run(module)
         between = trainer.log_every_n_steps
         if trainer.loggers and between and self.every % between and not trainer.fast_dev_run:
             warnings.warn(
-                f"lightning_lora: log_stats={self.every}, but the Trainer writes to its loggers at the steps that "
-                f"log_every_n_steps={between} divides; statistics come at those that both divide. Let log_stats be a "
-                f"multiple of it, or pass Trainer(log_every_n_steps={self.every}).",
+                f"LoRAMonitor: every_n_steps={self.every}, but the Trainer writes to its loggers at the steps that "
+                f"log_every_n_steps={between} divides; statistics come at those that both divide. Let every_n_steps "
+                f"be a multiple of it, or pass Trainer(log_every_n_steps={self.every}).",
                 stacklevel=2,
             )
+
+    def _begin_run(self, module: nn.Module) -> _Run:
+        _measure_rounding(module, True)
+        run = self.runs[module] = _Run()
+        return run
 
     def log(self, trainer: Any, module: Any, optimizer: torch.optim.Optimizer) -> None:
         """Log the layers that an optimizer is about to change, at an Nth step, once a step. Collective there."""
         step = trainer.fit_loop.epoch_loop._batches_that_stepped + 1  # as loggers count
         if step % self.every or not _writes(trainer, step):
             return
-        run = self.runs.setdefault(module, _Run())
+        run = self.runs.get(module) or self._begin_run(module)  # a fit inside this one has ended the run
         done = run.last[1] if run.last[0] == step else []
         adapted = adapted_layers(module)
         layers = _held_by(optimizer, adapted) if len(trainer.optimizers) > 1 else adapted
@@ -73,50 +76,49 @@ class StatisticsLog:
         reshard_(module.modules())
         stats = layer_stats(layers, run.snapshots, group_names(adapted))
         run.snapshots.update(stats.snapshots)
-        values = dict(run.of_merge)
+        values = _of_last_merge(module)
         for group, found in stats.groups.items():
             values |= {f"lora/{_for_loggers(group)}/{name}": value for name, value in found.to_dict().items()}
         for name, value in values.items():
-            if name not in self.metrics:
-                self.metrics[name] = StepStatistic()
-            metric = self.metrics[name]
+            metric = run.metrics.setdefault(name, StepStatistic())
             metric(value)
-            self.shown_by = trainer
+            run.shown_by = trainer
             # The attribute is asked for and not used; as a submodule the metric would change the module.
             module.log(name, metric, on_step=True, on_epoch=False, batch_size=1, metric_attribute="lora")
 
-    def take_back(self, trainer: Any) -> None:
+    def take_back(self, trainer: Any, module: nn.Module) -> None:
         """Let Lightning forget what it has written: it would write it again at each step of its own."""
-        if self.shown_by is not trainer:
+        run = self.runs.get(module)
+        if run is None or run.shown_by is not trainer:
             return
         for result in trainer.fit_loop._results.values():
-            if result.meta.name in self.metrics:
+            if result.meta.name in run.metrics:
                 result.reset()
-        for name in self.metrics:
+        for name in run.metrics:
             trainer.callback_metrics.pop(name, None)
-        self.shown_by = None
+        run.shown_by = None
 
     def end(self, module: nn.Module) -> None:
         """Forget a module, at the end of its fit."""
-        self.runs.pop(module, None)
+        if self.runs.pop(module, None) is not None:
+            _measure_rounding(module, False)
 
-    @contextmanager
-    def watch_merge(self, module: nn.Module) -> Iterator[None]:
-        """Note how long the merge inside takes, and what rounding to 16 bits costs in it."""
-        injected = find_injection(module)
-        if injected is None or module not in self.runs:
-            yield
-            return
-        record, began = injected.record, time.perf_counter()
-        record.measures_rounding, record.rounding = True, None
-        try:
-            yield
-        finally:
-            record.measures_rounding = False
-        of_merge = {MERGE_SECONDS: time.perf_counter() - began}
-        if record.rounding is not None:
-            of_merge[FIDELITY] = record.rounding
-        self.runs[module].of_merge = of_merge
+
+def _measure_rounding(module: nn.Module, on: bool) -> None:
+    """Ask for what rounding to 16 bits costs to be measured in each merge; without that, the first one alone does."""
+    injected = find_injection(module)
+    if injected is not None:
+        injected.record.measures_rounding = on
+
+
+def _of_last_merge(module: nn.Module) -> dict[str, float]:
+    """Return what the last evaluation's merge took, by names in the loggers."""
+    injected = find_injection(module)
+    cost = injected.record.last_merge if injected is not None else None
+    if cost is None:
+        return {}
+    fidelity = {} if cost.rounding is None else {FIDELITY: cost.rounding}
+    return {MERGE_SECONDS: cost.seconds, **fidelity}
 
 
 def _writes(trainer: Any, step: int) -> bool:

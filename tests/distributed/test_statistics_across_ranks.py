@@ -1,4 +1,4 @@
-"""adapter_stats and log_stats on several ranks: the numbers of one process on the same global batch, on every rank."""
+"""adapter_stats and LoRAMonitor on several ranks: on each one the numbers of one process on the same global batch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 
 import support.parameters as single
 import support.tables as tables
-from lightning_lora import LoRAConfig, adapter_stats, inject
+from lightning_lora import LoRAConfig, LoRAMonitor, adapter_stats, inject
 from lightning_lora.model.statistics import AdapterStats
 from support.models import randomise_
 from support.processes import BACKEND, world
@@ -162,7 +162,7 @@ def fit(path: Path, kind: str) -> list[dict[str, float]]:
         "alone": lambda: "auto",
     }
     options = {"strategy": strategies[kind](), "devices": size, "max_epochs": 2, "log_every_n_steps": 2}
-    trainer = make_trainer(path, lora(log_stats=2, init_lora_weights=False, seed=1), **options)
+    trainer = make_trainer(path, lora(init_lora_weights=False, seed=1), LoRAMonitor(2, plots=False), **options)
     trainer.logger = CSVLogger(path, name=None, version=kind.lower())
     trainer.fit((Sharded if kind == "FSDP2" else Plain)(), *(data() if size > 1 else (loader(), loader(seed=6))))
     if size > 1:

@@ -25,6 +25,10 @@ LIVES = {
         "test_cli_fits_from_yaml",
         "test_callback_without_a_list_and_options_is_taken_from_the_command_line",
     ],
+    "test_monitor": [
+        "test_order_in_the_list_changes_nothing",
+        "test_yaml_has_it_beside_the_lora_block_or_the_callback",
+    ],
     "adapter/test_lightning_checkpoint": [
         "test_every_kind_is_read_into_a_fresh_model",
         "test_best_is_tested_to_the_number_that_was_logged",
