@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import warnings
@@ -416,6 +417,6 @@ def _write_(model: nn.Module, values: Mapping[str, Any]) -> None:
     for name, value in values.items():
         tensor, owner = live[name]
         if tensor is None:
-            owner.set_extra_state(value)
+            owner.set_extra_state(copy.deepcopy(value))  # an adapter in memory does not change with the model
         else:
             copy_(tensor, value)

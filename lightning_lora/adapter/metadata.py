@@ -98,14 +98,18 @@ def from_metadata(tensors: Mapping[str, Any], metadata: Any, where: str) -> Adap
     return adapter
 
 
-def adapter_of_model(model: nn.Module) -> Adapter:
+def adapter_of_model(model: nn.Module, verb: str = "save_adapter") -> Adapter:
     """Return the adapter of an injected model, sharing memory with it, gathered where it is sharded. Collective then.
+
+    Args:
+        model: an injected model.
+        verb: what messages begin with.
 
     Raises:
         LoRAError: the model was not injected, or the factors are not finite.
     """
-    adapter = replace(describe_model(model), tensors=gather_all(adapter_state_dict(model)))
-    check_factors(adapter, "save_adapter")
+    adapter = replace(describe_model(model, verb), tensors=gather_all(adapter_state_dict(model)))
+    check_factors(adapter, verb)
     return adapter
 
 
@@ -115,15 +119,15 @@ def frozen_values(model: nn.Module, names: Sequence[str]) -> dict[str, Any]:
     return gather_all({n: original_value(n, t, m) for n, t, m in named_state(model) if n in wanted and t is not None})
 
 
-def describe_model(model: nn.Module) -> Adapter:
+def describe_model(model: nn.Module, verb: str = "save_adapter") -> Adapter:
     """Return the adapter of an injected model without its tensors. Collective where the model is sharded.
 
     The fingerprint is that of fit start, where this model was fitted: weight averaging moves frozen weights. What was
     unfrozen later is a tensor of the adapter, and left out of the fingerprint.
     """
-    injected = require_injection(model, "save_adapter")
+    injected = require_injection(model, verb)
     record = injected.record
-    refuse_replaced_layers(model, "save_adapter")
+    refuse_replaced_layers(model, verb)
     trained = adapter_keys(model)
     at_fit_start = record.fingerprint and record.fingerprint.keys() <= {name for name, _, _ in named_state(model)}
     first, layers = adapted_layers(model), adapted_layers(model, remove_duplicate=False)  # as state dicts hold them

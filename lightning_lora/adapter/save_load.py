@@ -1,7 +1,8 @@
-"""save_adapter, load_adapter and load_from_checkpoint: adapters out of and into models, in any form."""
+"""read_adapter, take_adapter, save_adapter, load_adapter, load_from_checkpoint: adapters out of and into models."""
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 from collections.abc import Iterable, Mapping
@@ -29,6 +30,7 @@ from ..nn.writer import Turn
 from .adapter import (
     Adapter,
     check_factors,
+    check_once,
     describe_value,
     exact_options,
     is_plain,
@@ -53,7 +55,7 @@ from .metadata import adapter_of_model, frozen_values
 from .peft_attention import turn_as_in_model, turn_without_model
 from .peft_folder import read_folder, read_tensor_file, write_folder
 from .peft_names import are_peft_names
-from .peft_parameters import Order, order_in, usual_order
+from .peft_parameters import Order, check_order, order_in, usual_order
 from .peft_saved_modules import frozen_in_saved
 from .peft_state_dict import read_state
 
@@ -62,12 +64,74 @@ log = logging.getLogger(__name__)
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def save_adapter(model: nn.Module, path: PathLike) -> None:
-    """Write the adapter as a folder in PEFT's format. Collective where the model is sharded.
+def read_adapter(source: PathLike | Mapping[str, Any] | Adapter) -> Adapter:
+    """Read an adapter into memory, with its options, for load_adapter, save_adapter, combine and plot_adapter.
+
+    Example::
+
+        styles = {name: read_adapter(f"adapters/{name}") for name in ("formal", "casual")}
+        load_adapter(model, styles["casual"])  # on a model that has an adapter: in its place
+
+    Args:
+        source: any form of adapter that load_adapter takes. The adapter shares the memory of tensors in a dictionary.
+
+    Returns:
+        The adapter, by the names in the source. It does not change; loading it copies its values.
+
+    Raises:
+        LoRAError: the source is damaged or of no such form, or only a model tells what its tensors are.
+    """
+    return read_source(source, verb="read_adapter")
+
+
+def take_adapter(model: nn.Module) -> Adapter:
+    """Copy the adapter of a model, merged or not, for load_adapter, save_adapter, combine and plot_adapter.
+
+    Collective where the model is sharded.
+
+    Example::
+
+        before = take_adapter(model)
+        trainer.fit(model, data)
+        load_adapter(model, before)  # the adapter as it was, bit for bit
+
+    Returns:
+        The adapter, with its options and all else that training can change. It does not change with the model.
+
+    Raises:
+        LoRAError: the model was not injected, or its factors are not finite.
+    """
+    shared = adapter_of_model(unwrapped(model, "take_adapter"), "take_adapter")
+    return replace(shared, tensors=_copied(shared.tensors))
+
+
+def _copied(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Copy the tensors of a model, and its extra state; a tied tensor once."""
+    copies: dict[int, Any] = {}
+    with torch.inference_mode(False), torch.no_grad():
+        for value in tensors.values():
+            if id(value) not in copies:
+                copies[id(value)] = value.clone() if isinstance(value, torch.Tensor) else copy.deepcopy(value)
+    return {name: copies[id(value)] for name, value in tensors.items()}
+
+
+def save_adapter(model: nn.Module | Adapter, path: PathLike) -> None:
+    """Write an adapter as a folder in PEFT's format. Collective where the model is sharded.
+
+    Example::
+
+        save_adapter(model, "adapter")  # PeftModel.from_pretrained(base, "adapter") reads it
+
+    Args:
+        model: an injected model, or an adapter of read_adapter or take_adapter.
+        path: the folder; what else is in it stays.
 
     Raises:
         LoRAError: the model was not injected, or PEFT has no equal of one of its layers.
     """
+    if isinstance(model, Adapter):
+        write_folder(adapter_with_options(model, where="save_adapter"), path)
+        return
     model = unwrapped(model, "save_adapter")
     adapter = adapter_of_model(model)
     frozen = frozen_values(model, [adapter.network + name for name in frozen_in_saved(adapter.by_network_names())])
@@ -78,14 +142,20 @@ def save_adapter(model: nn.Module, path: PathLike) -> None:
     sync.raise_on_any_rank()
 
 
-def load_adapter(model: nn.Module, source: PathLike | Mapping[str, Any], *, strict_base: bool = True) -> list[str]:
-    """Put a saved adapter onto a model, injected or not. In place.
+def load_adapter(
+    model: nn.Module, source: PathLike | Mapping[str, Any] | Adapter, *, strict_base: bool = True
+) -> list[str]:
+    """Put an adapter onto a model, injected or not. In place.
 
     An injected model takes the adapter's ranks and scalings, merged or not; its parameters stay the same objects.
 
+    Example::
+
+        load_adapter(model, "adapter")  # PEFT's folder, a checkpoint, an adapter of read_adapter
+
     Args:
         model: a model with the base that the adapter was trained on.
-        source: a PEFT folder, a Lightning checkpoint of any kind, a file with a state dict, or a state dict; also one
+        source: an adapter of read_adapter or take_adapter, a PEFT folder, a Lightning checkpoint of any kind, a file with a state dict, or a state dict; also one
             of a PeftModel, or of a LightningModule that holds one, or a dictionary with such a state dict in an entry,
             as Fabric saves it. A source without options (a bare state dict) needs
             an injected model, whose options then hold.
@@ -98,7 +168,7 @@ def load_adapter(model: nn.Module, source: PathLike | Mapping[str, Any], *, stri
         LoRAError: the source is damaged or does not fit; the model is as it was.
     """
     network = unwrapped(model, "load_adapter")
-    adapter = read_adapter(source, order_in(network))
+    adapter = read_source(source, order_in(network))
     if find_injection(network) is None:
         warn_of_late_adapters(model, "load_adapter")
     return apply_adapter(network, adapter, strict_base=strict_base, swap=True)
@@ -224,30 +294,42 @@ def _leaves(modules: Iterable[str]) -> str:
     return ", ".join(map(repr, dict.fromkeys(module.rpartition(".")[2] for module in modules)))
 
 
-def read_adapter(source: PathLike | Mapping[str, Any], order: Order = usual_order) -> Adapter:
-    """Read an adapter in any of the forms that load_adapter takes, given the order of modules' parameters.
+def read_source(
+    source: PathLike | Mapping[str, Any] | Adapter, order: Order = usual_order, verb: str = "load_adapter"
+) -> Adapter:
+    """Read an adapter in any of the forms that load_adapter takes.
+
+    Args:
+        source: the adapter.
+        order: in which modules register parameters, which only the model that it is for tells.
+        verb: what messages begin with.
 
     Raises:
         LoRAError: the source is damaged or of no such form.
     """
+    if isinstance(source, Adapter):
+        check_once(source, verb)
+        if source.assumed_order and order is not usual_order:
+            check_order(source.assumed_order, order)
+        return source
     if isinstance(source, (str, os.PathLike)):
         if kind_of(given_path(source)) == "folder":
             return read_folder(source, order)
         if Path(source).suffix == ".safetensors":
             return read_tensor_file(source)
-        adapter = _read_state(read_torch_file(source))
+        adapter = _read_state(read_torch_file(source), verb)
         require_values(adapter, str(source))
         return adapter
     if not isinstance(source, Mapping):
-        raise LoRAError(f"load_adapter: expected a path or a state dict, found {type(source).__name__}.")
-    return _read_state(source)
+        raise LoRAError(f"{verb}: expected a path or a state dict, found {type(source).__name__}.")
+    return _read_state(source, verb)
 
 
-def _read_state(source: Mapping[str, Any]) -> Adapter:
+def _read_state(source: Mapping[str, Any], verb: str) -> Adapter:
     """Return the adapter in a checkpoint or a state dict."""
     if META in source:
         return adapter_of(source)[0]
-    tensors = _tensors_in(source.get("state_dict", source))
+    tensors = _tensors_in(source.get("state_dict", source), verb)
     if are_peft_names(tensors):
         return read_state(tensors, "adapter", source.get(HYPER_PARAMETERS))
     adapter = Adapter(tensors)
@@ -255,14 +337,14 @@ def _read_state(source: Mapping[str, Any]) -> Adapter:
     return adapter
 
 
-def _tensors_in(state: Any) -> dict[str, torch.Tensor]:
+def _tensors_in(state: Any, verb: str) -> dict[str, torch.Tensor]:
     """Return the tensors of a state dict, or of the only entry with an adapter of a dictionary of them, as Fabric's.
 
     Raises:
         LoRAError: several entries have one, or there are no tensors.
     """
     if not isinstance(state, Mapping):
-        raise LoRAError(f"load_adapter: expected a state dict, found {type(state).__name__}.")
+        raise LoRAError(f"{verb}: expected a state dict, found {type(state).__name__}.")
     tensors = _named_tensors(state)
     if _name_adapter(tensors):
         return tensors
@@ -271,12 +353,12 @@ def _tensors_in(state: Any) -> dict[str, torch.Tensor]:
     if len(found) > 1:
         first, second, *_ = found
         raise LoRAError(
-            f"load_adapter: {first!r} and {second!r} hold an adapter each; pass the one that you want, as "
+            f"{verb}: {first!r} and {second!r} hold an adapter each; pass the one that you want, as "
             f"load_adapter(model, checkpoint[{first!r}])."
         )
     if not found and not tensors and state:
         raise LoRAError(
-            f"load_adapter: the source holds no lora_A, neither by itself nor in an entry; it holds "
+            f"{verb}: the source holds no lora_A, neither by itself nor in an entry; it holds "
             f"{listed(list(map(repr, state)))}."
         )
     return next(iter(found.values()), tensors)
@@ -291,7 +373,7 @@ def _name_adapter(tensors: Mapping[str, torch.Tensor]) -> bool:
 
 
 def adapter_with_options(
-    source: PathLike | Mapping[str, Any], lora_alpha: float | None = None, where: str = ""
+    source: PathLike | Mapping[str, Any] | Adapter, lora_alpha: float | None = None, where: str = ""
 ) -> Adapter:
     """Read an adapter that is to be applied without a model at hand.
 
@@ -304,7 +386,7 @@ def adapter_with_options(
         LoRAError: lora_alpha is missing, or is stored and given.
     """
     path = where or source
-    adapter = turn_without_model(without_base(read_adapter(source)), path)
+    adapter = turn_without_model(without_base(read_source(source)), path)
     require_values(adapter, str(path))
     ranks = adapter.ranks()
     if not ranks:
