@@ -169,7 +169,11 @@ class Adapter:
 
     def beside_factors(self) -> dict[str, Any]:
         """Return what was trained whole, and buffers."""
-        return {name: value for name, value in self.tensors.items() if not names_factor(name)}
+        return {name: self.tensors[name] for name in self._whole_names}
+
+    @cached_property
+    def _whole_names(self) -> list[str]:
+        return [name for name in self.tensors if not names_factor(name)]
 
     def ranks(self) -> dict[str, int]:
         """Return the rank of each adapted layer."""
@@ -570,9 +574,15 @@ def _check_rank(adapter: Adapter, name: str, where: str) -> None:
 
 def check_finite(name: str, value: torch.Tensor, where: str = "adapter") -> None:
     """Raise LoRAError where a tensor holds NaN or Inf; one without values (meta) counts as finite."""
-    numbers = value if value.dtype in MERGEABLE_DTYPES else value.double()  # isfinite does not know float8
-    if not value.is_meta and not torch.isfinite(numbers).all():
+    if not value.is_meta and not _is_finite(value.detach()):
         raise LoRAError(f"{where}: {name!r} holds NaN or Inf; it comes from a diverged run or a damaged file.")
+
+
+def _is_finite(value: torch.Tensor) -> bool:
+    numbers = value if value.dtype in MERGEABLE_DTYPES else value.double()  # isfinite does not know float8
+    wide = torch.promote_types(numbers.dtype, torch.float32)
+    # One pass: a sum with NaN or Inf in it is not finite. Finite values whose sum is beyond the range are rare.
+    return math.isfinite(numbers.sum(dtype=wide).item()) or bool(torch.isfinite(numbers).all())
 
 
 def equal_tables(tensors: Mapping[str, Any]) -> list[set[str]]:

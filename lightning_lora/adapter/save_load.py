@@ -18,14 +18,13 @@ from ..distributed.rank_sync import RankSync, writes_files
 from ..errors import LoRAError
 from ..files.paths import PathLike, given_path, kind_of
 from ..files.torch_archive import read_torch_file
+from ..model.adapted_model import AdaptedModel, find_model, open_model
 from ..model.inject import inject, inject_to_load, unload
-from ..model.injection import find_injection, require_injection
+from ..model.live_state import LiveState
 from ..model.merging import is_merged, merge, unmerge
 from ..model.targets import Targets
 from ..model.wrappers import unwrapped, warn_of_late_adapters
-from ..names import META, A, listed, names_factor
-from ..nn.layer_kinds import layer_kinds
-from ..nn.lora_layer import adapted_layers
+from ..names import META, A, canonical, listed, names_factor
 from ..nn.writer import Turn
 from .adapter import (
     Adapter,
@@ -38,6 +37,7 @@ from .adapter import (
     require_values,
 )
 from .apply import (
+    Names,
     add_frozen_weights,
     align_names,
     by_first_names,
@@ -101,7 +101,7 @@ def take_adapter(model: nn.Module) -> Adapter:
     Raises:
         LoRAError: the model was not injected, or its factors are not finite.
     """
-    shared = adapter_of_model(unwrapped(model, "take_adapter"), "take_adapter")
+    shared = adapter_of_model(LiveState(open_model(model, "take_adapter")), "take_adapter")
     return replace(shared, tensors=_copied(shared.tensors))
 
 
@@ -132,12 +132,12 @@ def save_adapter(model: nn.Module | Adapter, path: PathLike) -> None:
     if isinstance(model, Adapter):
         write_folder(adapter_with_options(model, where="save_adapter"), path)
         return
-    model = unwrapped(model, "save_adapter")
-    adapter = adapter_of_model(model)
-    frozen = frozen_values(model, [adapter.network + name for name in frozen_in_saved(adapter.by_network_names())])
+    live = LiveState(open_model(model, "save_adapter"))
+    adapter = adapter_of_model(live, "save_adapter")
+    frozen = frozen_values(live, [adapter.network + name for name in frozen_in_saved(adapter.by_network_names())])
     network_frozen = {name.removeprefix(adapter.network): value for name, value in frozen.items()}
-    sync = RankSync(layer.main_weight() for layer in adapted_layers(model).values())
-    writes = writes_files(model)
+    sync = RankSync(layer.main_weight() for layer in live.handle.layers.values())
+    writes = writes_files(module for _, module in live.handle.modules)
     sync.run("save_adapter", (lambda: write_folder(adapter, path, network_frozen)) if writes else None)
     sync.raise_on_any_rank()
 
@@ -155,10 +155,10 @@ def load_adapter(
 
     Args:
         model: a model with the base that the adapter was trained on.
-        source: an adapter of read_adapter or take_adapter, a PEFT folder, a Lightning checkpoint of any kind, a file with a state dict, or a state dict; also one
-            of a PeftModel, or of a LightningModule that holds one, or a dictionary with such a state dict in an entry,
-            as Fabric saves it. A source without options (a bare state dict) needs
-            an injected model, whose options then hold.
+        source: an adapter of read_adapter or take_adapter, a PEFT folder, a Lightning checkpoint of any kind, a file
+            with a state dict, or a state dict; also one of a PeftModel, or of a LightningModule that holds one, or a
+            dictionary with such a state dict in an entry, as Fabric saves it. A source without options (a bare state
+            dict) needs an injected model, whose options then hold.
         strict_base: whether another base than the adapter's is an error or a warning.
 
     Returns:
@@ -169,9 +169,10 @@ def load_adapter(
     """
     network = unwrapped(model, "load_adapter")
     adapter = read_source(source, order_in(network))
-    if find_injection(network) is None:
+    handle = find_model(network)
+    if handle is None:
         warn_of_late_adapters(model, "load_adapter")
-    return apply_adapter(network, adapter, strict_base=strict_base, swap=True)
+    return apply_adapter(network, handle, adapter, strict_base=strict_base, swap=True)
 
 
 def load_from_checkpoint(
@@ -206,22 +207,30 @@ def load_from_checkpoint(
             f'model := {cls.__name__}.load_from_checkpoint("pretrained.ckpt"), "{path}"). strict_base=False makes this '
             "a warning."
         )
-        apply_adapter(model, adapter, strict_base=strict_base, remedy=remedy)
+        apply_adapter(model, find_model(model), adapter, strict_base=strict_base, remedy=remedy)
         return model
-    config = _config_for(model, by_first_names(model, adapter))
-    (inject if find_injection(model) else inject_to_load)(model, config)
+    handle = find_model(model)
+    config = _config_for(model, by_first_names(Names(places_of(model, handle)), adapter))
+    (inject if handle is not None else inject_to_load)(model, config)
     prepare_for_load(model, checkpoint)
     model.load_state_dict(checkpoint["state_dict"])
     return model
 
 
 def apply_adapter(
-    model: nn.Module, adapter: Adapter, *, strict_base: bool = True, remedy: str = REMEDY, swap: bool = False
+    model: nn.Module,
+    handle: AdaptedModel | None,
+    adapter: Adapter,
+    *,
+    strict_base: bool = True,
+    remedy: str = REMEDY,
+    swap: bool = False,
 ) -> list[str]:
     """Put an adapter onto a model: inject where that is still to do, check everything, then copy the values. In place.
 
     Args:
-        model: injected or not.
+        model: injected or not, without wrappers.
+        handle: of the model where it is injected, else None.
         adapter: under any prefix.
         strict_base: whether another base than the adapter's is an error or a warning.
         remedy: what the error about another base says that its reader can do.
@@ -233,26 +242,28 @@ def apply_adapter(
     Raises:
         LoRAError: something does not fit; the model is as it was.
     """
-    adapter = by_first_names(model, align_names(model, adapter))
-    fresh = find_injection(model) is None
-    if fresh:
+    names = Names(places_of(model, handle))
+    adapter = by_first_names(names, align_names(model, names, adapter))
+    fresh = handle is None
+    if handle is None:
         inject_to_load(model, _config_for(model, adapter), adapter.scope)
+        handle = open_model(model, "load_adapter")
     elif adapter.config is None:
-        options = require_injection(model, "load_adapter").record.config
+        options = handle.record.config
         scale = f"lora_alpha={options.lora_alpha:g}, use_rslora={options.use_rslora}"
         log.info("lightning_lora: the source stores no options; those of the injected model hold: %s", scale)
-    adapter = turn_as_in_model(adapter, layer_kinds(model))
-    record = require_injection(model, "load_adapter").record
-    with Turn("load_adapter", [record.writer]):
+    adapter = turn_as_in_model(adapter, handle.kinds)
+    with Turn("load_adapter", [handle.record.writer]):
         was_merged = is_merged(model)
         try:
             if was_merged:
                 unmerge(model)  # at once, because to read W out of W' takes as long
-            adapter = add_frozen_weights(model, split_off_base(model, adapter))
-            specs = {} if fresh or not swap else specs_for(model, by_first_names(model, adapter))
-            present = check_adapter(model, adapter, strict_base=strict_base, remedy=remedy, specs=specs)
-            copy_values(model, adapter, specs, merge_after=was_merged)
-            record.origin = dict(adapter.origin)
+            live = LiveState(handle)
+            adapter = add_frozen_weights(live, split_off_base(live, adapter))
+            specs = {} if fresh or not swap else specs_for(handle, by_first_names(names, adapter))
+            present = check_adapter(live, names, adapter, strict_base=strict_base, remedy=remedy, specs=specs)
+            copy_values(live, adapter, specs, merge_after=was_merged)
+            handle.record.origin = dict(adapter.origin)
         except BaseException:
             if fresh:
                 unload(model)
@@ -260,7 +271,14 @@ def apply_adapter(
                 merge(model)
             raise
     warn_of_rounding(present, adapter.fingerprint)
-    return list(adapted_layers(model))
+    return list(handle.layers)
+
+
+def places_of(model: nn.Module, handle: AdaptedModel | None) -> list[tuple[str, nn.Module]]:
+    """Return every module of a model under every name, of a handle where there is one."""
+    if handle is not None:
+        return handle.places
+    return [(canonical(name), module) for name, module in model.named_modules(remove_duplicate=False)]
 
 
 def _config_for(model: nn.Module, adapter: Adapter) -> LoRAConfig:
