@@ -27,7 +27,7 @@ from lightning_lora import (
     save_adapter,
     save_merged,
 )
-from lightning_lora.adapter.metadata import adapter_of_model
+from lightning_lora import take_adapter as adapter_of_model
 from lightning_lora.adapter.peft_folder import FROZEN, HEADER_KEY, write_folder
 from lightning_lora.adapter.save_load import read_adapter
 from lightning_lora.command.convert import to_lightning, to_peft
