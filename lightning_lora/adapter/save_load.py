@@ -67,11 +67,6 @@ Module = TypeVar("Module", bound=nn.Module)
 def read_adapter(source: PathLike | Mapping[str, Any] | Adapter) -> Adapter:
     """Read an adapter into memory, with its options, for load_adapter, save_adapter, combine and plot_adapter.
 
-    Example::
-
-        styles = {name: read_adapter(f"adapters/{name}") for name in ("formal", "casual")}
-        load_adapter(model, styles["casual"])  # on a model that has an adapter: in its place
-
     Args:
         source: any form of adapter that load_adapter takes. The adapter shares the memory of tensors in a dictionary.
 
@@ -80,6 +75,16 @@ def read_adapter(source: PathLike | Mapping[str, Any] | Adapter) -> Adapter:
 
     Raises:
         LoRAError: the source is damaged or of no such form, or only a model tells what its tensors are.
+
+    Example::
+
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> names = inject(model, LoRAConfig(r=2))
+        >>> save_adapter(model, "formal")
+        >>> save_adapter(model, "casual")
+        >>> styles = {name: read_adapter(name) for name in ("formal", "casual")}
+        >>> load_adapter(model, styles["casual"])  # in place of the adapter that the model has
+        ['0', '2']
     """
     return read_source(source, verb="read_adapter")
 
@@ -89,17 +94,22 @@ def take_adapter(model: nn.Module) -> Adapter:
 
     Collective where the model is sharded.
 
-    Example::
-
-        before = take_adapter(model)
-        trainer.fit(model, data)
-        load_adapter(model, before)  # the adapter as it was, bit for bit
-
     Returns:
         The adapter, with its options and all else that training can change. It does not change with the model.
 
     Raises:
         LoRAError: the model was not injected, or its factors are not finite.
+
+    Example::
+
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> names = inject(model, LoRAConfig(r=2))
+        >>> before = take_adapter(model)
+        >>> nn.init.ones_(model[0].lora_B)[0, 0].item()  # stands in for training
+        1.0
+        >>> names = load_adapter(model, before)  # the adapter as it was, bit for bit
+        >>> model[0].lora_B.count_nonzero().item()
+        0
     """
     shared = adapter_of_model(LiveState(open_model(model, "take_adapter")), "take_adapter")
     return replace(shared, tensors=_copied(shared.tensors))
@@ -117,10 +127,6 @@ def _copied(tensors: Mapping[str, Any]) -> dict[str, Any]:
 
 def save_adapter(model: nn.Module | Adapter, path: PathLike) -> None:
     """Write an adapter as a folder in PEFT's format. Collective where the model is sharded.
-
-    Example::
-
-        save_adapter(model, "adapter")  # PeftModel.from_pretrained(base, "adapter") reads it
 
     Args:
         model: an injected model, or an adapter of read_adapter or take_adapter.
@@ -157,10 +163,6 @@ def load_adapter(
     """Put an adapter onto a model, injected or not. In place.
 
     An injected model takes the adapter's ranks and scalings, merged or not; its parameters stay the same objects.
-
-    Example::
-
-        load_adapter(model, "adapter")  # PEFT's folder, a checkpoint, an adapter of read_adapter
 
     Args:
         model: a model with the base that the adapter was trained on.
