@@ -6,7 +6,7 @@ import copy
 import logging
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, cast
 
@@ -25,7 +25,7 @@ from ..names import A, B, listed, names_factor, near_misses, rename_keys
 from ..nn.conv import LoRAConv
 from ..nn.lora_layer import AdaptedWeights, LayerSpec, adapted_places, is_factor
 from .adapter import Adapter, check_finite, describe_value, options_hold, with_exact_ranks, without_aliases
-from .fingerprint import EQUAL, REMEDY, check_fingerprint, fingerprint_entry
+from .fingerprint import EQUAL, without_base
 from .peft_rows import NO_BIAS
 from .pretrained_names import align_to_networks
 
@@ -76,20 +76,6 @@ def by_first_names(names: Names, adapter: Adapter) -> Adapter:
     if not aliases or adapter.config is None:
         return renamed
     return replace(renamed, config=without_aliases(adapter.config, aliases))
-
-
-def without_base(adapter: Adapter, base: Set[str] | None = None) -> Adapter:
-    """Return the adapter without these tensors, all that may be its base's by default, but with their fingerprint."""
-    base = adapter.perhaps_base if base is None else base
-    return replace(
-        adapter,
-        tensors={name: value for name, value in adapter.tensors.items() if name not in base},
-        fingerprint={
-            **adapter.fingerprint,
-            **{name: fingerprint_entry(adapter.tensors[name]) for name in sorted(base)},
-        },
-        perhaps_base=adapter.perhaps_base - base,
-    )
 
 
 def split_off_base(live: LiveState, adapter: Adapter) -> Adapter:
@@ -203,24 +189,19 @@ def check_adapter(
     names: Names,
     adapter: Adapter,
     *,
-    strict_base: bool = True,
-    remedy: str = REMEDY,
     specs: Specs | None = None,
     values_follow: bool = False,
-) -> dict[str, Any]:
-    """Raise LoRAError for the first layer, scaling, name, shape, value or base weight that does not fit the model.
+) -> None:
+    """Raise LoRAError for the first layer, scaling, name, shape or value that does not fit the model.
+
+    Whether the base fits, check_fingerprint says.
 
     Args:
         live: an injected model.
         names: of its modules.
         adapter: under these names.
-        strict_base: whether another base than the adapter's is an error or a warning.
-        remedy: what the error about another base says that its reader can do.
         specs: the options that layers will have when the values are copied, where these are others than now.
         values_follow: its tensors may be on the meta device, because their values are read later.
-
-    Returns:
-        The fingerprint of the model's base.
     """
     specs = specs or {}
     try:
@@ -232,7 +213,6 @@ def check_adapter(
         differences = (adapter.config or config).differences(config)  # may explain the error
         advice = f" The options differ: {'; '.join(differences)}." if differences else ""
         raise LoRAError(f"{error}{advice}") from None
-    return check_fingerprint(live, adapter.fingerprint, strict=strict_base, remedy=remedy)
 
 
 def _check_layers(handle: AdaptedModel, adapter: Adapter, specs: Specs) -> None:

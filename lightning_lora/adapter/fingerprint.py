@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Set
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..distributed.sharding import samples, samples_of_all
 from ..errors import LoRAError
 from ..files.safetensors import TensorLocation, read_elements
 from ..files.weights import Weights
-from ..model.adapted_model import AdaptedModel, open_model
-from ..model.live_state import LiveState, original_value
 from ..names import around
-from ..nn.lora_layer import LoRALayer, adapted_places
-from ..nn.quantised import dequantised, quantised_as
 from .adapter import Adapter
 
 Tables = Mapping[str, Collection[int]]  # rows of a table that the adapter replaces, by the table's name
@@ -34,36 +30,6 @@ OTHER_FILES = "Give the base that it was trained on as --base, or pass --strict-
 REMEDY = "Load the adapter on the base that it was trained on, or pass strict_base=False, which makes this a warning."
 
 
-def fingerprint(model: nn.Module) -> dict[str, Any]:
-    """Return fingerprint_of an injected model. Collective where the model is sharded."""
-    return fingerprint_of(LiveState(open_model(model, "fingerprint")))
-
-
-def fingerprint_of(live: LiveState) -> dict[str, Any]:
-    """Return the entry of each frozen base parameter, as plain types. Collective where the model is sharded.
-
-    A quantised one's is of its dequantised values, and says how it is quantised. Values in rows that the adapter
-    replaces are NaN: they need not be the same anywhere else.
-    """
-    trained = set(live.keys)
-    frozen = [entry for entry in live.entries if entry[0] not in trained and entry[1] is not None]
-    present = [(name, tensor, owner) for name, tensor, owner in frozen if tensor.device.type != "meta"]
-    how = {name: _how_quantised(tensor, owner) for name, tensor, owner in present}
-    plain = {n: original_value(n, tensor, owner) for n, tensor, owner in present if not how[n]}
-    entries = fingerprint_entries(plain)
-    for name, _, owner in present:
-        if how[name]:
-            value = dequantised(owner, name.rpartition(".")[2])
-            entries[name] = {**fingerprint_entry(value), "quantised": how[name]}
-    return without_rows({name: entries[name] for name in how}, replaced_rows(live.handle))
-
-
-def replaced_rows(handle: AdaptedModel) -> Tables:
-    """Return which rows of which tables of a model its adapter replaces, under each name of a table."""
-    places = adapted_places(handle.model, modules=handle.places)
-    return {name: rows for name, _, each in places if (rows := each.replaced_rows())}
-
-
 def without_rows(entries: Mapping[str, Any], tables: Tables) -> dict[str, Any]:
     """Return entries in which values in these rows of tables are NaN."""
     masked = dict(entries)
@@ -75,12 +41,6 @@ def without_rows(entries: Mapping[str, Any], tables: Tables) -> dict[str, Any]:
             values = [math.nan if place // width in rows else value for place, value in places]
             masked[name] = entries[name] | {"values": values}
     return masked
-
-
-def _how_quantised(tensor: torch.Tensor, module: nn.Module) -> str:
-    if isinstance(module, LoRALayer) and tensor is module.main_weight():
-        return module.quantised()
-    return quantised_as(tensor)
 
 
 def fingerprint_entry(weight: torch.Tensor) -> dict[str, Any]:
@@ -115,34 +75,6 @@ def sample_positions(numel: int) -> tuple[int, ...]:
 
 def _positions(numel: int) -> list[int]:
     return sorted({(numel - 1) * i // (SAMPLES - 1) for i in range(SAMPLES)}) if numel else []
-
-
-def check_fingerprint(
-    live: LiveState, expected: Mapping[str, Any], *, strict: bool = True, remedy: str = REMEDY
-) -> dict[str, Any]:
-    """Raise LoRAError, or warn, where a frozen parameter differs from a fingerprint by more than another dtype's.
-
-    Args:
-        live: an injected model.
-        expected: the fingerprint.
-        strict: whether another base is an error or a warning.
-        remedy: what the error says that its reader can do.
-
-    Returns:
-        The fingerprint of the model, or nothing where nothing is expected.
-    """
-    if not expected:
-        return {}
-    known, tables = live.handle.record.fingerprint, replaced_rows(live.handle)
-    unfrozen = fingerprint_entries(live.handle.initial_of("unfrozen")) if live.handle.record.unfrozen else {}
-    same_names = expected.keys() <= known.keys()  # fewer where weights were unfrozen since fit start
-    trained_here = same_names and all(entries_match(known[name], expected[name], 0) for name in expected)
-    present = without_rows(unfrozen, tables) | fingerprint_of(live)
-    # One that was made of files holds buffers too, which do not tell a base: training changes them.
-    buffers = {name for name, tensor in live.tensors.items() if not isinstance(tensor, nn.Parameter)}
-    expected = without_rows({n: entry for n, entry in expected.items() if n not in buffers}, tables)
-    compare_fingerprints(present, expected, AVERAGED if trained_here else EQUAL, strict=strict, remedy=remedy)
-    return present
 
 
 def compare_fingerprints(
@@ -186,6 +118,20 @@ def compare_fingerprints(
     if strict:
         raise LoRAError(f"{message} {remedy}")
     warnings.warn(f"lightning_lora: {message}", stacklevel=3)
+
+
+def without_base(adapter: Adapter, base: Set[str] | None = None) -> Adapter:
+    """Return the adapter without these tensors, all that may be its base's by default, but with their fingerprint."""
+    base = adapter.perhaps_base if base is None else base
+    return replace(
+        adapter,
+        tensors={name: value for name, value in adapter.tensors.items() if name not in base},
+        fingerprint={
+            **adapter.fingerprint,
+            **{name: fingerprint_entry(adapter.tensors[name]) for name in sorted(base)},
+        },
+        perhaps_base=adapter.perhaps_base - base,
+    )
 
 
 def compare_with_files(adapter: Adapter, base: Weights, *, strict: bool = True, remedy: str = OTHER_FILES) -> None:
