@@ -104,9 +104,9 @@ def _noting_options(init: Method) -> Method:
 class LoRACallback(Callback):
     """Adapt any LightningModule with LoRA: inject on setup, merge while evaluating, save small checkpoints.
 
-    The options after `verbose` are LoRAConfig's. What of them is given must be what a model that the user injected was
-    injected with, and what is left out is taken from it. A LoRAConfig gives all. In LightningCLI's configs, where
-    defaults are filled in, only what differs from its default is given.
+    The options after `verbose` are LoRAConfig's. Where the user has injected the model already, an option that is given
+    must equal the model's, and an option that is left out is taken from the model. A LoRAConfig gives all options. In
+    LightningCLI's configs, where defaults are filled in, an option at its default counts as left out.
 
     Args:
         config: at most one: a LoRAConfig, or a peft.LoraConfig, instead of its options one by one.

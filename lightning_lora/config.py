@@ -24,18 +24,18 @@ Init = Literal["gaussian", "orthogonal", "pissa", "olora", "eva", "lora_ga"]
 # Values of init_lora_weights that let A and B start from the weight: nn/starts.py computes them.
 STARTS = re.compile(r"pissa|pissa_niter_\d+|olora")
 FROM_GRADIENTS = "lora_ga"  # model/gradient_start.py computes them
-# Options of a peft.LoraConfig about where the adapter came from and how peft holds it, which a model says by itself.
+# Options of a peft.LoraConfig about the adapter's origin and how peft holds it. A model tells these facts itself.
 OF_PEFT_ALONE = (
     *("peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision"),
     *("inference_mode", "fan_in_fan_out", "runtime_config"),
 )
-SAYING_NOTHING = (  # of the adapter: options of a peft.LoraConfig
+SAYING_NOTHING = (  # options of a peft.LoraConfig that say nothing of the adapter
     *OF_PEFT_ALONE,
-    # about another option, which is refused where it is in use
+    # details of other options, which are refused if they are in use
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_core", "qalora_group_size"),
 )
 Task = Literal["SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"]
-# What PEFT adds to modules_to_save for a task, whether a model has it or not.
+# The modules that PEFT adds to modules_to_save for a task, even if the model does not have them.
 TASK_HEADS: dict[str, tuple[str, ...]] = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
@@ -44,7 +44,7 @@ TASK_HEADS: dict[str, tuple[str, ...]] = {
 
 LISTS = {"modules_to_save": "a list of module names", "target_parameters": "a list of parameter names"}
 
-LATER = {  # the defaults of options that 0.1.0 had not
+LATER = {  # options that 0.1.0 did not have, with their defaults
     **dict.fromkeys(("target_parameters", "layers_to_transform", "layers_pattern", "task_type")),
     "trainable_token_indices": None,
     "ensure_weight_tying": True,
@@ -56,7 +56,7 @@ LEAVE_OUT = dict.fromkeys(OF_PEFT_ALONE, "leave it out, it says nothing of the a
 
 
 class PeftConfig(Protocol):
-    """A peft.LoraConfig, as far as it is known before LoRAConfig.from_peft looks at it."""
+    """The part of a peft.LoraConfig that is needed to recognise one."""
 
     peft_type: Any
 
@@ -66,8 +66,8 @@ class PeftConfig(Protocol):
 class LoRAConfig:
     """Options of a low-rank adapter, W' = W + s * B @ A with s = lora_alpha / r (arXiv:2106.09685).
 
-    Names and defaults are PEFT's. A list of module names matches a whole name or a dotted suffix of it; a string is a
-    regular expression that must match a whole name.
+    Names and defaults are PEFT's. An entry in a list of module names matches a whole name or a dotted suffix of it. A
+    string is a regular expression that must match a whole name.
 
     Args:
         r: rank of A (r, in) and B (out, r). An adapter with more parameters than its layer, as every r above the
@@ -216,7 +216,10 @@ class LoRAConfig:
         return is_start(self.init_lora_weights) or self.init_lora_weights == FROM_GRADIENTS
 
     def is_in_chosen_layer(self, name: str) -> bool:
-        """Return whether layers_to_transform leaves a module that target_modules names: PEFT's rule."""
+        """Return whether layers_to_transform includes a module that target_modules names; PEFT's rule.
+
+        A full module name ignores the layer number.
+        """
         if self.layers_to_transform is None or name in self.target_modules:
             return True
         return layer_number(name, self.layers_pattern) in cast(tuple[int, ...], self.layers_to_transform)
@@ -228,7 +231,7 @@ class LoRAConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the options as plain types, for checkpoints and JSON.
 
-        Options that 0.1.0 had not are left out at their defaults, so that it reads the files that it can apply.
+        Options that 0.1.0 did not have are left out at their defaults, so that 0.1.0 reads the files that it can apply.
         """
         options = {name: _plain(value) for name, value in asdict(self).items()}
         return {name: value for name, value in options.items() if name not in LATER or value != LATER[name]}
@@ -238,7 +241,7 @@ class LoRAConfig:
         """Build a config from what to_dict returned.
 
         Raises:
-            LoRAError: it is no mapping, an option is unknown, or a value is not allowed; the message names it.
+            LoRAError: `options` is no mapping, an option is unknown, or a value is not allowed; the message names it.
         """
         if not isinstance(options, Mapping):
             _refuse("the options", "a mapping", options)
@@ -247,14 +250,14 @@ class LoRAConfig:
 
     @classmethod
     def from_peft(cls, config: Any) -> LoRAConfig:
-        """Build the config that means what a peft.LoraConfig means.
+        """Build the config with the same meaning as a peft.LoraConfig.
 
         Args:
-            config: the peft.LoraConfig, of any version. Its options that say nothing of the adapter are passed over.
+            config: the peft.LoraConfig, of any version of peft. Options that say nothing of the adapter are ignored.
 
         Raises:
-            LoRAError: it is none, or it has an option that LoRAConfig has not and that is not at its default; the
-                message names it.
+            LoRAError: `config` is no peft.LoraConfig, or an option that LoRAConfig does not have differs from its
+                default; the message names it.
 
         Example::
 
@@ -286,11 +289,11 @@ class LoRAConfig:
         return [name for name in names if _unordered(getattr(self, name)) != _unordered(getattr(config, name))]
 
     def differences(self, now: LoRAConfig) -> list[str]:
-        """Say for each option in which another config differs what it was and what it is now."""
+        """Describe each option in which another config differs: what it was and what it is now."""
         return [f"{name} was {getattr(self, name)!r}, now {getattr(now, name)!r}" for name in self.differing(now)]
 
     def _normalise(self) -> None:
-        """Copy what the caller may go on to change into immutable types; an empty collection means None."""
+        """Copy collections that the caller may still change into immutable types; an empty collection becomes None."""
         for option in ("r", "lora_alpha", "lora_dropout", "layers_to_transform"):
             object.__setattr__(self, option, plain_number(getattr(self, option)))
         for option in ("layers_to_transform", "layers_pattern"):
@@ -362,12 +365,12 @@ class LoRAConfig:
 
 
 def is_config(config: object) -> bool:
-    """Return whether something is a LoRAConfig, or a config of peft, of which as_config takes a peft.LoraConfig."""
+    """Return whether an object is a LoRAConfig or any config of peft; as_config then refuses others than LoraConfig."""
     return isinstance(config, LoRAConfig) or hasattr(config, "peft_type")
 
 
 def as_config(config: LoRAConfig | PeftConfig) -> LoRAConfig:
-    """Return a LoRAConfig as it is, and of a peft.LoraConfig the one that means the same.
+    """Return a LoRAConfig unchanged; translate a peft.LoraConfig.
 
     Raises:
         LoRAError: it is another config of peft, or has an option that cannot be expressed.
@@ -402,7 +405,7 @@ def _refuse(option: str, expected: str, value: object) -> NoReturn:
 
 
 def plain_number(value: Any) -> Any:
-    """Return a number of numpy's, say, as Python's own, which every file can hold; other values as they are."""
+    """Return a number (of numpy, say) as Python's own type, which every file can hold; other values unchanged."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return value
     return int(value) if isinstance(value, numbers.Integral) else float(value)
@@ -429,10 +432,10 @@ def _check_alpha(option: str, value: object) -> None:
 
 
 def _check_regex(option: str, pattern: object, whole: Callable[[str], str] = str) -> None:
-    """Refuse what is no regular expression, or none within the `whole` one that it becomes a part of."""
+    """Refuse a pattern that is no regular expression, by itself or inside the `whole` one that it becomes part of."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", DeprecationWarning)  # Python 3.10 warns of what 3.11 takes no more
+            warnings.simplefilter("error", DeprecationWarning)  # 3.10 warns of patterns that 3.11 refuses
             re.compile(pattern)  # type: ignore[call-overload]
             re.compile(whole(pattern))  # type: ignore[arg-type]
     except (re.error, TypeError, OverflowError, RecursionError, DeprecationWarning) as error:
