@@ -10,7 +10,7 @@ from .model.injection import find_injection
 from .trainer.by_module import ByModule
 from .trainer.lightning_packages import become_callback, first_package
 from .trainer.log_plots import log_plots, will_draw
-from .trainer.statistics import StatisticsLog
+from .trainer.log_statistics import StatisticsLog
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer

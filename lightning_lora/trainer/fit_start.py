@@ -16,11 +16,11 @@ from ..nn.gradient_checkpointing import enable_input_require_grads
 from ..notices import show
 from .after_fit import refuse_merge_after_fit
 from .compatibility import refuse_unoptimized, warn_of_frozen, warn_of_idle_optimizers
-from .data_start import start_from_data
 from .eval_mode import explain_eval_mode
 from .hyperparameters import LoggedOptions, as_hyperparameters
 from .options import Options
 from .precision import refuse_for_quantised, refuse_unloadable
+from .start_batches import start_from_data
 
 
 def check_fit(trainer: Any, module: Any, options: Options) -> None:
