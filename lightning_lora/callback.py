@@ -42,9 +42,9 @@ else:
 
 
 def _noting_options(init: Method) -> Method:
-    """Let __init__ note which options were given: a default says nothing, and the same value given says something.
+    """Let __init__ note which options were given, even those that were given at their defaults.
 
-    A command line (LightningCLI) gives every option, those at their defaults too; then the others count as given.
+    A command line (LightningCLI) gives every option. There, those that differ from their defaults count as given.
     """
     defaults = {name: each.default for name, each in inspect.signature(init).parameters.items() if each.kind is KEYWORD}
 
@@ -174,7 +174,7 @@ class LoRACallback(Callback):
     # --- in the order in which Lightning calls them ---
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Adapt what exists before the optimizer is built and the strategy wraps; the rest after configure_model."""
+        """Adapt layers before the optimizer is built and the strategy wraps; patch the methods that build others."""
         prepare_strategy(trainer.strategy)
         if set_up(trainer, pl_module, self, stage):
             adapt_late_layers(pl_module)
@@ -264,7 +264,7 @@ class LoRACallback(Callback):
             merge_for_good(pl_module)
 
     def _state(self, pl_module: LightningModule) -> FitState:
-        """Return the state of a module; where setup did not run, or an exception ended it, a new one."""
+        """Return the state of a module; a new one if setup did not run, or an exception ended the run."""
         state = self._states.get(pl_module)
         if state is None:
             state = self._states[pl_module] = FitState()
@@ -274,7 +274,7 @@ class LoRACallback(Callback):
 def _one_config(
     configs: Sequence[LoRAConfig | PeftConfig], options: Mapping[str, Any], given: Collection[str]
 ) -> LoRAConfig:
-    """Return the config that was given whole or option by option, never both; `given` names what was given by name."""
+    """Return the config that was given, whole or option by option, never both. `given` names the single options."""
     from_options = LoRAConfig(**options)
     if not configs:
         return from_options

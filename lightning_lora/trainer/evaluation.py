@@ -19,12 +19,12 @@ from .step_lists import StepLists
 
 
 class Evaluation:
-    """What is known of a module's evaluation.
+    """The evaluations of one module.
 
     Attributes:
-        merged: the module was merged here, and is to be unmerged.
-        stays_unmerged: merging found a value that is not finite, so this evaluation goes on without it.
-        verified: a batch was watched since setup.
+        merged: whether the module was merged here, and so is to be unmerged here.
+        stays_unmerged: whether merging found a value that is not finite, so that this evaluation runs unmerged.
+        verified: whether a batch was watched since setup.
     """
 
     def __init__(self) -> None:
@@ -39,13 +39,13 @@ class Evaluation:
         describe_as_merged(trainer, when_merged(module) if merged_eval else "")
 
     def start_batch(self, trainer: Any, module: Any, lists: StepLists | None, *, verify: bool) -> None:
-        """Merge, where that is to be done still; begin to watch the first batch, where it is to be verified.
+        """Merge if that has not been done yet; begin to watch the batch if it is the first one to verify. In place.
 
         Args:
-            trainer: the one that evaluates.
+            trainer: the Trainer that evaluates.
             module: the LightningModule.
-            lists: those of the module where it is evaluated merged, else None.
-            verify: whether a batch is to be watched after each setup.
+            lists: the module's lists if it is evaluated merged, else None.
+            verify: whether the first batch after each setup is verified.
         """
         if self.stays_unmerged:
             return
@@ -56,7 +56,7 @@ class Evaluation:
             self._watched, self.verified = (watching, watching.__enter__()), True
 
     def _merge(self, trainer: Any, module: nn.Module, record: Injection | None) -> bool:
-        """Merge, and tell whether that was possible. In a fit, what is not finite is a warning."""
+        """Merge, and tell whether that was possible. In a fit, a value that is not finite is a warning. In place."""
         self.merged = True  # first, because Ctrl-C is raised when merging is complete
         try:
             _merge_noting_cost(module, record)
@@ -70,7 +70,7 @@ class Evaluation:
         return True
 
     def end_batch(self, trainer: Any, module: Any) -> None:
-        """Log and warn of what was seen in the batch that was watched, if this one was."""
+        """If this batch was watched, log the errors of merging and warn of layers that never ran or had no effect."""
         if self._watched is None:
             return
         (watching, verification), self._watched = self._watched, None
@@ -85,7 +85,7 @@ class Evaluation:
             rank_zero_warn(f"LoRACallback: {problems}. Is the forward another than the one you adapted?")
 
     def end_epoch(self, trainer: Any, module: nn.Module) -> None:
-        """Unmerge what was merged here, and let the progress bar say so. In place."""
+        """Unmerge what was merged here, and take "merged" out of the progress bar. In place."""
         self.end(module)
         describe_as_merged(trainer, "")
 
@@ -102,7 +102,7 @@ class Evaluation:
 
 
 def _merge_noting_cost(module: nn.Module, record: Injection | None) -> None:
-    """Merge, and let the record of the injection hold what that took. In place."""
+    """Merge, and keep in the record of the injection what the merge took, for LoRAMonitor. In place."""
     if record is None:
         merge(module)  # raises
         return

@@ -50,7 +50,7 @@ def check_fit(trainer: Any, module: Any, options: Options) -> None:
 
 
 def record_fit(trainer: Any, module: Any, options: Options, logged: LoggedOptions) -> None:
-    """Record the base's fingerprint and what the fit was asked for; give loggers the options, and show the summary."""
+    """Record the base's fingerprint and whether evaluations merge; log the options and show the summary. In place."""
     injected = find_injection(module)
     if injected is not None:
         record = injected.record

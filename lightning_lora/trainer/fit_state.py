@@ -18,15 +18,15 @@ from .step_lists import StepLists
 
 
 class FitState:
-    """The state of one module, which the callback keeps; none of it holds the module.
+    """The state of one module, which does not hold the module itself.
 
-    Fits are counted: a hook of one may run another of the same module, and a finder may break one off.
+    Fits are counted, because a hook of a fit may run another fit of the same module.
 
     Attributes:
         evaluation: merging and verifying.
         logged: the options among the module's hyper-parameters.
-        running: the fits that are under way.
-        ended: the innermost of them came to its end.
+        running: how many fits are under way, one inside the other.
+        ended: whether the innermost fit came to its end; a finder of Lightning's may break one off.
     """
 
     def __init__(self) -> None:
@@ -37,13 +37,13 @@ class FitState:
         self._lists: StepLists | None = None
 
     def lists(self, module: nn.Module) -> StepLists:
-        """Return what hooks of every batch need of the module, listed anew where it was injected anew."""
+        """Return the lists of the module, made anew if it was injected anew."""
         if self._lists is None or not self._lists.is_current():
             self._lists = StepLists(module)
         return self._lists
 
     def forget_lists(self) -> None:
-        """Let the next batch list the module anew: modes, as training or evaluation, may have changed."""
+        """Let the next batch make the lists anew, because modes (training or evaluation) may have changed."""
         self._lists = None
 
     def start_batch(self, module: Any) -> None:
@@ -57,7 +57,7 @@ class FitState:
             warn_of_checkpointing_off(module)
 
     def end_batch(self, module: Any) -> None:
-        """Let dropout follow each layer's mode again; warn of what the first batch did not train. In place."""
+        """Let dropout follow each layer's mode again; warn of layers that the first batch did not train. In place."""
         lists = self.lists(module)
         lists.override_dropout(None)
         if not lists.trained_a_batch:
@@ -65,10 +65,7 @@ class FitState:
             warn_of_untrained(module, optimized=True)
 
     def start_evaluation_batch(self, trainer: Any, module: Any, *, merged_eval: bool, verify: bool) -> None:
-        """Merge at the first batch, and begin to verify it. In place.
-
-        A model that an earlier fit merged for good is evaluated as it is.
-        """
+        """Merge and begin to verify at the first batch, unless a fit has merged the module for good. In place."""
         if not is_merged_for_good(module):
             lists = self.lists(module) if merged_eval else None
             self.evaluation.start_batch(trainer, module, lists, verify=verify)
@@ -82,13 +79,13 @@ class FitState:
         self.ended = True
 
     def close_fit(self) -> bool:
-        """Leave the innermost fit, and tell whether it came to its end and was the outermost too."""
+        """Leave the innermost fit. Tell whether it came to its end and no other fit is under way."""
         ended, self.ended = self.ended, False
         self.running = max(self.running - 1, 0)
         return ended and not self.running
 
     def leave(self, module: Any) -> None:
-        """Leave a run: no override of dropout, nothing merged, no options among hyper-parameters. In place."""
+        """Unmerge the module, and give it its own dropout and hyper-parameters back. In place."""
         if self._lists is not None:
             self.lists(module).override_dropout(None)
             self._lists = None
@@ -98,7 +95,7 @@ class FitState:
             unpatch(module)
 
     def break_off(self, trainer: Any, module: Any, exception: BaseException) -> None:
-        """Leave a run that an exception or Ctrl-C has ended; say what it means where merged weights caused it."""
+        """Leave a run that an exception or Ctrl-C has ended; explain it if merged weights caused it. In place."""
         explain_merged_training(exception, module)
         self.leave(module)
         describe_as_merged(trainer, "")

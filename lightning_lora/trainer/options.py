@@ -1,4 +1,4 @@
-"""LoRACallback's options as the functions of this folder read them, and the check of those that are its own."""
+"""LoRACallback's options, as the functions of this folder read them, and the check of its own."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BOOLEANS = ("merged_eval", "verify", "merge_after_fit", "verbose")
 
 
 class Options(Protocol):
-    """A LoRACallback, without its hooks; see there what each option means."""
+    """What the functions of this folder know of a LoRACallback, which describes each option."""
 
     config: LoRAConfig
     given: frozenset[str]  # the options that the user gave; others are at their defaults
@@ -32,7 +32,7 @@ class Options(Protocol):
 
 
 def check_own_options(options: Options) -> None:
-    """Raise LoRAError for an option of the callback, beside those of LoRAConfig, whose value is not allowed."""
+    """Raise LoRAError if an option of the callback has a value that is not allowed. LoRAConfig checks its own."""
     check_kind(options.save)
     dequantised_dtype(options.dequantize, "LoRACallback")
     for name in BOOLEANS:
@@ -45,5 +45,5 @@ def check_own_options(options: Options) -> None:
 
 
 def seed_text(options: Options) -> str:
-    """Return what the adapters are drawn from, or "" where no seed was given."""
+    """Return the text of the seed that the adapters are drawn from, or "" if none was given."""
     return "" if options.seed is None else fixed_seed(options.seed, "LoRACallback")

@@ -1,4 +1,4 @@
-"""What LoRACallback does in setup: adapt a LightningModule, and patch what Lightning's hooks do not reach."""
+"""What LoRACallback does in setup: adapt the LightningModule, and patch those of its methods that no hook reaches."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def set_up(trainer: Any, module: Any, options: Options, stage: str) -> bool:
 
 
 def _inject_or_adopt(trainer: Any, module: Any, options: Options, injected: Injected | None) -> None:
-    """Inject the module, or check that what was injected before goes with the options."""
+    """Inject the module, or check that its earlier injection agrees with the options. In place."""
     if injected is None:
         convert_linear_layers_(module)
         seed = seed_text(options) or trainer.strategy.broadcast(random_seed())
