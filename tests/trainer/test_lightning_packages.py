@@ -1,4 +1,4 @@
-"""Lightning's two names: LoRACallback, LoRAMonitor and LoRACLI belong to both, and none is imported for the other's sake."""
+"""Lightning's two names: the callbacks and LoRACLI belong to both, and none is imported for the other's sake."""
 
 from __future__ import annotations
 
