@@ -11,9 +11,9 @@ from ..model.large_adapters import warn_of_large_adapters
 from ..model.passed_over import warn_of_passed_over
 from ..model.pretrained import warn_of_new_heads
 from ..model.state_dict import refuse_unmergeable
-from ..model.summary import summary
 from ..nn.gradient_checkpointing import enable_input_require_grads
 from ..notices import show
+from ..report.summary import summary
 from .after_fit import refuse_merge_after_fit
 from .compatibility import refuse_unoptimized, warn_of_frozen, warn_of_idle_optimizers
 from .eval_mode import explain_eval_mode

@@ -9,8 +9,8 @@ from torch import nn
 
 from ..errors import LoRAError, sentence
 from ..notices import tell
-from ..plot.from_model import updates_of_model
-from ..plot.pictures import has_matplotlib, pictures_of
+from ..report.from_model import updates_of_model
+from ..report.pictures import has_matplotlib, pictures_of
 
 ADD = "add_figure"  # the method of a logger's experiment that takes a figure
 
@@ -57,7 +57,7 @@ def log_plots(trainer: Any, module: nn.Module) -> None:
     experiments = _experiments(trainer) if trainer.is_global_zero else []
     if not experiments:
         return
-    from ..plot.canvas import to_figure
+    from ..report.canvas import to_figure
 
     for experiment in experiments:
         for name, picture in pictures_of(updates).items():

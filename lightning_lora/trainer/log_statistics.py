@@ -18,9 +18,9 @@ from torch import nn
 from ..distributed.sharding import reshard_
 from ..metrics import StepStatistic
 from ..model.injection import find_injection
-from ..model.statistics import Snapshot, layer_stats
 from ..names import group_names
 from ..nn.lora_layer import AdaptedWeights, adapted_layers
+from ..report.statistics import Snapshot, layer_stats
 from .by_module import ByModule
 
 MERGE_SECONDS, FIDELITY = "lora/merge_seconds", "lora/fidelity"

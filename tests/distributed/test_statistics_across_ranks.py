@@ -20,7 +20,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 import support.parameters as single
 import support.tables as tables
 from lightning_lora import LoRAConfig, LoRAMonitor, adapter_stats, inject
-from lightning_lora.model.statistics import AdapterStats
+from lightning_lora.report.statistics import AdapterStats
 from support.models import randomise_
 from support.processes import BACKEND, world
 from support.sharded import DEVICE, WAYS, Plain, Sharded, X, data, loader, make_trainer, shard_

@@ -17,12 +17,12 @@ from torch import nn
 
 from ..distributed.rank_sync import RankSync
 from ..distributed.sharding import is_sharded, local, reshard_
+from ..model.injection import require_injection
+from ..model.wrappers import unwrapped
 from ..names import factor_role, group_names
 from ..nn.lora_layer import AdaptedWeights, adapted_layers
 from ..nn.products import effective_rank, inner_product, singular_values_of_grams, stack_blocks
 from ..nn.weight_mark import WeightMark, mark_of
-from .injection import require_injection
-from .wrappers import unwrapped
 
 
 @dataclass(frozen=True)
