@@ -10,8 +10,8 @@ from .model.inject import disable_adapter, inject, merge_and_unload, unload
 from .model.merging import is_merged, merge, merged, unmerge
 from .model.param_groups import lora_param_groups
 from .model.state_dict import adapter_state_dict, merged_state_dict
-from .model.statistics import adapter_stats
-from .model.summary import summary
+from .report.statistics import adapter_stats
+from .report.summary import summary
 
 if TYPE_CHECKING:
     from .adapter.combine import combine
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .callback import LoRACallback
     from .cli import LoRACLI as LoRACLI
     from .monitor import LoRAMonitor
-    from .plot.figures import plot_adapter
+    from .report.figures import plot_adapter
 
 __version__ = "0.1.0"
 __all__ = [  # without LoRACLI, which needs the extra `cli`
@@ -59,7 +59,7 @@ LAZY = {  # what imports lightning, files alone, and (LoRACLI) what the extra `c
     "combine": ".adapter.combine",
     "load_adapter": ".adapter.save_load",
     "load_from_checkpoint": ".adapter.save_load",
-    "plot_adapter": ".plot.figures",
+    "plot_adapter": ".report.figures",
     "read_adapter": ".adapter.save_load",
     "save_adapter": ".adapter.save_load",
     "save_merged": ".adapter.merged_folder",

@@ -10,7 +10,7 @@ from .model.injection import find_injection
 from .trainer.by_module import ByModule
 from .trainer.lightning_packages import become_callback, first_package
 from .trainer.log_plots import log_plots, will_draw
-from .trainer.statistics import StatisticsLog
+from .trainer.log_statistics import StatisticsLog
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -23,9 +23,9 @@ else:
 class LoRAMonitor(Callback):
     """Log statistics of the adapter while it is trained, and pictures of it when fit ends.
 
-    It stands beside a LoRACallback, before or after it in the list, or beside a model that inject was called on. Every
-    logger gets the statistics of adapter_stats, by groups of layers, and what merging for evaluation takes. Loggers
-    that take figures, as TensorBoardLogger does, get the norms of the updates and their singular values.
+    It works beside a LoRACallback, before or after it in the list, and without one on a model that inject was called
+    on. Every logger gets the statistics of adapter_stats, by groups of layers, and what merging for evaluation took.
+    Loggers that take figures, as TensorBoardLogger does, get pictures of the norms and singular values of the updates.
 
     Args:
         every_n_steps: optimizer steps from one log of statistics to the next; 0 logs none. Let it be a multiple of the
@@ -79,11 +79,11 @@ class LoRAMonitor(Callback):
         self._draws[pl_module] = self.plots and will_draw(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
-        """Take back what Lightning has written to its loggers."""
+        """Let Lightning forget what it has written, so that it does not write it again."""
         self._statistics.take_back(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take back what Lightning has written to its loggers."""
+        """Let Lightning forget what it has written, so that it is not taken for a metric of the validation."""
         self._statistics.take_back(trainer, pl_module)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -92,7 +92,7 @@ class LoRAMonitor(Callback):
             self._statistics.log(trainer, pl_module, optimizer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take back what was logged at the last step."""
+        """Let Lightning forget what was logged at the last step."""
         self._statistics.take_back(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -101,7 +101,7 @@ class LoRAMonitor(Callback):
             log_plots(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Forget the fit, whose teardown Lightning passes over."""
+        """Forget the fit; Lightning calls no teardown after an exception."""
         self._end(pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -35,10 +35,9 @@ from ..nn.low_rank import (
     MERGEABLE_DTYPES,
     SEPARATE,
     acting_factors,
-    inner_of_products,
     low_rank_blocks,
-    product_norm,
 )
+from ..nn.products import inner_of_products, product_norm
 
 SAMPLES = 8  # values by which tensors are told apart before they are compared whole
 CHECKED = "_checked"  # attribute of an adapter whose factors were checked: how often each tensor was written to then

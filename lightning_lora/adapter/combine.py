@@ -32,7 +32,8 @@ from ..config import LoRAConfig, is_number, plain_number
 from ..errors import LoRAError
 from ..files.paths import PathLike
 from ..names import META, ROWS, A, B, listed, split_factor_name
-from ..nn.low_rank import ATTENTION_OUTPUT, product_svd, to_block_diagonal, truncated_svd
+from ..nn.low_rank import ATTENTION_OUTPUT, to_block_diagonal
+from ..nn.products import product_svd, truncated_svd
 from ..nn.random_stream import stream
 from ..progress import progress_bar
 from .adapter import Adapter, exact_options, options_hold, scaled_pairs, separate_shapes

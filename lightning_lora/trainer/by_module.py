@@ -1,4 +1,4 @@
-"""One object for each LightningModule: a hook of one fit may run a second Trainer with the same callback."""
+"""What a callback keeps of each LightningModule: a hook may run a second Trainer with the same callback."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ State = TypeVar("State")
 
 
 class ByModule(WeakKeyDictionary[nn.Module, State]):
-    """What a callback keeps of each module that it meets, as long as the module lives.
+    """One object for each module, kept as long as the module lives.
 
-    A copy of the callback, pickled or not, begins with nothing: it will meet other modules.
+    A copy, pickled or deep, is empty: a copy of the callback will be called with other modules.
     """
 
     def __reduce__(self) -> Any:

@@ -19,6 +19,7 @@ from ..model.injection import Injection, find_injection, require_injection
 from ..model.patches import call_previous, patch
 from ..model.state_dict import EXTRA_ENTRIES
 from ..names import ATTRIBUTE, ENTRY, META, names_factor
+from .compatibility import launches
 
 # Where WeightAveraging keeps the weights beside the averaged ones. Having an average, it goes back to them, even for a
 # test of the best checkpoint, whose metric is that of the averaged weights.
@@ -37,6 +38,19 @@ def save_as(module: nn.Module, kind: Kind, dequantize: Any = None) -> None:
     _patch_saving(module, kind)
     require_injection(module, "LoRACallback").record.dequantize = dequantize
     patch(module, "on_load_checkpoint", _on_load_checkpoint)
+
+
+def save_as_where_unpatched(module: nn.Module, kind: Kind, dequantize: Any = None) -> None:
+    """Patch an injected LightningModule as save_as does, where that was not done: in the main process of a launcher."""
+    injected = find_injection(module)
+    if injected is not None and injected.record.save is None:
+        save_as(module, kind, dequantize)
+
+
+def export_where_launched(trainer: Any, module: nn.Module) -> None:
+    """Export the state of an injected LightningModule where a main process started this one."""
+    if launches(trainer) and find_injection(module) is not None:
+        export_state(module)
 
 
 def export_state(module: nn.Module) -> None:

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger, Logger
 
 from lightning_lora import LoRAConfig, LoRAError, LoRAMonitor, inject
-from lightning_lora.plot import pictures
+from lightning_lora.report import pictures
 from lightning_lora.trainer.log_plots import log_plots, tell_of_no_logger
 from support.notices import lightning_logger
 from support.runs import lora

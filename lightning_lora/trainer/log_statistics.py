@@ -1,7 +1,8 @@
 """LoRAMonitor's numbers: adapter_stats of a LightningModule in its loggers, as torchmetrics, at every Nth step.
 
-Lightning gives loggers what was logged last, again and again until the epoch ends, and looks at all of it after every
-batch. So statistics are computed only at steps at which it writes, and are taken back when it has written them.
+Until the epoch ends, Lightning writes a logged value again at each step at which it writes, and looks at every logged
+value after each batch. So statistics are computed only for steps that Lightning writes, and taken back when they are
+written.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from torch import nn
 from ..distributed.sharding import reshard_
 from ..metrics import StepStatistic
 from ..model.injection import find_injection
-from ..model.statistics import Snapshot, layer_stats
 from ..names import group_names
 from ..nn.lora_layer import AdaptedWeights, adapted_layers
+from ..report.statistics import Snapshot, layer_stats
 from .by_module import ByModule
 
 MERGE_SECONDS, FIDELITY = "lora/merge_seconds", "lora/fidelity"
@@ -30,13 +31,13 @@ class _Run:
     """What is known of one LightningModule in its fit."""
 
     snapshots: dict[str, Snapshot] = field(default_factory=dict)
-    last: tuple[int, list[int]] = (0, [])  # the step that was logged last, and the optimizers that it was logged for
+    last: tuple[int, list[int]] = (0, [])  # the last step that was logged, and for which optimizers
     metrics: dict[str, StepStatistic] = field(default_factory=dict)  # by name in the loggers
     shown_by: Any = None  # the Trainer that holds what was logged
 
 
 class StatisticsLog:
-    """Logs the statistics of LightningModules at every step that `every` divides; 0 logs nothing."""
+    """Log the statistics of LightningModules at each step that is a multiple of `every`; 0 logs nothing."""
 
     def __init__(self, every: int) -> None:
         self.every = every
@@ -62,7 +63,10 @@ class StatisticsLog:
         return run
 
     def log(self, trainer: Any, module: Any, optimizer: torch.optim.Optimizer) -> None:
-        """Log the layers that an optimizer is about to change, at an Nth step, once a step. Collective there."""
+        """At each Nth step, log the layers that the optimizer is about to change. Collective at such a step.
+
+        An optimizer that evaluates its closure several times calls this several times a step; the first call counts.
+        """
         step = trainer.fit_loop.epoch_loop._batches_that_stepped + 1  # as loggers count
         if step % self.every or not _writes(trainer, step):
             return
@@ -70,7 +74,7 @@ class StatisticsLog:
         done = run.last[1] if run.last[0] == step else []
         adapted = adapted_layers(module)
         layers = _held_by(optimizer, adapted) if len(trainer.optimizers) > 1 else adapted
-        if id(optimizer) in done or not layers:  # one that evaluates its closure several times comes several times
+        if id(optimizer) in done or not layers:
             return
         run.last = (step, [*done, id(optimizer)])
         reshard_(module.modules())
@@ -83,11 +87,11 @@ class StatisticsLog:
             metric = run.metrics.setdefault(name, StepStatistic())
             metric(value)
             run.shown_by = trainer
-            # The attribute is asked for and not used; as a submodule the metric would change the module.
+            # Lightning wants the name of an attribute, and never reads it. As an attribute the metric were a submodule.
             module.log(name, metric, on_step=True, on_epoch=False, batch_size=1, metric_attribute="lora")
 
     def take_back(self, trainer: Any, module: nn.Module) -> None:
-        """Let Lightning forget what it has written: it would write it again at each step of its own."""
+        """Let Lightning forget what it has written, or it would write it again at its next step."""
         run = self.runs.get(module)
         if run is None or run.shown_by is not trainer:
             return
@@ -99,13 +103,13 @@ class StatisticsLog:
         run.shown_by = None
 
     def end(self, module: nn.Module) -> None:
-        """Forget a module, at the end of its fit."""
+        """Forget a module whose fit has ended."""
         if self.runs.pop(module, None) is not None:
             _measure_rounding(module, False)
 
 
 def _measure_rounding(module: nn.Module, on: bool) -> None:
-    """Ask for what rounding to 16 bits costs to be measured in each merge; without that, the first one alone does."""
+    """Let each merge of 16-bit weights measure what rounding costs, or (off) the first merge only."""
     injected = find_injection(module)
     if injected is not None:
         injected.record.measures_rounding = on
@@ -128,11 +132,11 @@ def _writes(trainer: Any, step: int) -> bool:
 
 
 def _held_by(optimizer: torch.optim.Optimizer, layers: Mapping[str, AdaptedWeights]) -> dict[str, AdaptedWeights]:
-    """Return the layers that one of several optimizers holds a factor of."""
+    """Return the layers of which the optimizer holds a factor."""
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     return {name: layer for name, layer in layers.items() if any(id(factor) in held for factor in layer.factors())}
 
 
 def _for_loggers(group: str) -> str:
-    """Return a group's name in letters that every logger takes; MLflow refuses the asterisk that stands for numbers."""
+    """Return a group's name in letters that every logger takes: MLflow refuses the asterisk that stands for numbers."""
     return group.replace("*", "N").replace("(the model)", "model")

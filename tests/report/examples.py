@@ -1,6 +1,6 @@
-"""The pictures in lightning_lora/plot/README.md, of small adapters that are trained here; takes about a minute.
+"""The pictures in lightning_lora/report/README.md, of small adapters that are trained here; takes about a minute.
 
-python tests/plot/examples.py
+python tests/report/examples.py
 """
 
 from __future__ import annotations

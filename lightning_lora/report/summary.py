@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from ..distributed.sharding import local
+from ..model.injection import require_injection
+from ..model.named_state import base_parameters
+from ..model.wrappers import unwrapped
 from ..names import group_names, listed
 from ..nn.lora_layer import AdaptedWeights, Swapped, adapted_layers
 from ..nn.quantised import quantised_as, quantised_modules, quantised_parameters, shape_of
 from ..units import size_text
-from .injection import require_injection
-from .named_state import base_parameters
-from .wrappers import unwrapped
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -16,7 +16,7 @@ from torch import nn
 
 from lightning_lora import LoRAMonitor, adapter_stats
 from lightning_lora.metrics import StepStatistic
-from lightning_lora.trainer import statistics
+from lightning_lora.trainer import log_statistics
 from support.lightning_versions import PLAIN_TYPES_ONLY
 from support.runs import lora
 from support.training import Data, Net, make_trainer, weights
@@ -125,13 +125,13 @@ def test_training_is_the_same_and_nothing_else_sees_the_statistics(tmp_path: Pat
 def test_where_nothing_is_logged_nothing_is_computed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int, options: Any
 ):
-    monkeypatch.setattr(statistics, "layer_stats", None)
+    monkeypatch.setattr(log_statistics, "layer_stats", None)
     fit(tmp_path, Net(), lora(), monitor(every), **options)
 
 
 def test_steps_between_do_not_look_at_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(statistics, "adapted_layers", None)
-    monkeypatch.setattr(statistics, "reshard_", None)
+    monkeypatch.setattr(log_statistics, "adapted_layers", None)
+    monkeypatch.setattr(log_statistics, "reshard_", None)
     fit(tmp_path, Net(), lora(), monitor(4))
 
 
@@ -178,8 +178,8 @@ def test_each_of_several_optimizers_logs_the_layers_that_it_holds_once_a_batch(t
 def test_a_trial_of_a_few_batches_computes_statistics_though_no_step_is_written(tmp_path: Path, monkeypatch):
     """So that what would fail in the run fails in the trial."""
     calls: list[Any] = []
-    compute = statistics.layer_stats
-    monkeypatch.setattr(statistics, "layer_stats", lambda *args: calls.append(args) or compute(*args))
+    compute = log_statistics.layer_stats
+    monkeypatch.setattr(log_statistics, "layer_stats", lambda *args: calls.append(args) or compute(*args))
     fit(tmp_path, Net(), lora(), monitor(1), fast_dev_run=2, log_every_n_steps=50)
     assert len(calls) == 2
 
@@ -214,8 +214,8 @@ class Lbfgs(Net):
 
 def test_a_step_with_several_closures_is_logged_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     calls: list[Any] = []
-    layer_stats = statistics.layer_stats
-    monkeypatch.setattr(statistics, "layer_stats", lambda *args: calls.append(args) or layer_stats(*args))
+    layer_stats = log_statistics.layer_stats
+    monkeypatch.setattr(log_statistics, "layer_stats", lambda *args: calls.append(args) or layer_stats(*args))
     fit(tmp_path, Lbfgs(), lora(init_lora_weights=False), monitor(1), probe := Probe())
     assert len(probe.steps) > 3
     assert len(calls) == len(read(tmp_path)) == 3

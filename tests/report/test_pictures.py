@@ -15,10 +15,10 @@ from torch import nn
 
 from lightning_lora import LoRAConfig, LoRAError, inject, plot_adapter, save_adapter
 from lightning_lora.nn.lora_layer import adapted_layers
-from lightning_lora.plot import pictures
-from lightning_lora.plot.canvas import labels, ticks
-from lightning_lora.plot.from_model import updates_of_model
-from lightning_lora.plot.updates import cosines
+from lightning_lora.report import pictures
+from lightning_lora.report.canvas import labels, ticks
+from lightning_lora.report.from_model import updates_of_model
+from lightning_lora.report.updates import cosines
 
 
 class Blocks(nn.Module):
@@ -245,7 +245,7 @@ def test_the_output_is_one_picture_of_all_parts_in_the_form_of_its_suffix(tmp_pa
 
 
 def test_what_was_there_stays_where_drawing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from lightning_lora.plot import canvas
+    from lightning_lora.report import canvas
 
     file = tmp_path / "out.png"
     file.write_text("earlier")
