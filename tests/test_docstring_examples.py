@@ -18,6 +18,7 @@ from torch import nn
 
 import lightning_lora
 from support.notices import PEER_NOTICES
+from support.variants import variants_forgotten
 
 pytestmark = pytest.mark.filterwarnings(*PEER_NOTICES)
 
@@ -55,6 +56,7 @@ def test_example_runs_and_prints_what_is_shown(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("sys.argv", ["main.py"])  # which a LightningCLI reads
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # which it writes
     failed: list[str] = []
-    result = doctest.DocTestRunner(verbose=False).run(example(name), out=failed.append)
+    with variants_forgotten():
+        result = doctest.DocTestRunner(verbose=False).run(example(name), out=failed.append)
     assert result.attempted > 0
     assert failed == []

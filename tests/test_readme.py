@@ -34,6 +34,7 @@ import lightning_lora
 from lightning_lora import LoRACallback, LoRAConfig, LoRAError, inject, load_from_checkpoint, merge_and_unload
 from lightning_lora.command.main import VERBS, main
 from support.notices import PEER_NOTICES, lightning_logger
+from support.variants import variants_forgotten
 
 pytestmark = pytest.mark.filterwarnings(*PEER_NOTICES)
 
@@ -145,7 +146,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Run]:
         result = Run(tmp_path_factory.mktemp("readme"), {"__name__": "readme"}, {})
         for needed in pages_needed(name):
             shutil.copytree(run(needed).folder, result.folder, dirs_exist_ok=True)
-        with pytest.MonkeyPatch.context() as patch:
+        with pytest.MonkeyPatch.context() as patch, variants_forgotten():
             patch.chdir(result.folder)
             for block in BLOCKS[name]:
                 if block.is_statements:
