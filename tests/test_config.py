@@ -100,7 +100,7 @@ REFUSED = [
     ("enable_lora", {"": [True]}),
     ("enable_lora", {3: [True]}),
 ]
-OWN = ("enable_lora", "autocast_adapter_dtype", "variant")  # loralib's, an argument of get_peft_model, peft_type
+OWN = ("enable_lora", "autocast_adapter_dtype", "variant", "variant_options")
 
 
 @pytest.mark.parametrize(("option", "value"), REFUSED, ids=[f"{option}={value!r:.20}" for option, value in REFUSED])

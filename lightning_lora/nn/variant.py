@@ -9,7 +9,7 @@ To define a variant, subclass Variant in a file of its own and import that file.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
@@ -44,6 +44,7 @@ class Place:
         init: LoRAConfig's init_lora_weights.
         seed: what random values are drawn from.
         rows: of a table of which rows are trained: their numbers, ascending.
+        options: those that the variant alone has, by name.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Place:
     init: bool | str = True
     seed: int = 0
     rows: tuple[int, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def is_lookup(self) -> bool:
@@ -69,6 +71,17 @@ class Place:
     def factor_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the shapes of A and B of plain LoRA."""
         return low_rank.factor_shapes(self.kind, self.shapes, self.rank, self.enabled)
+
+    def matrix_shape(self) -> tuple[int, int]:
+        """Return (out, in) of its weight, of a convolution with its kernel counted to in."""
+        return low_rank.matrix_shape(self.kind, next(iter(self.shapes.values())))
+
+    def as_factors(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return matrices a (rank, in) and b (out, rank) in the shapes that A and B of such a layer have."""
+        if self.kind not in low_rank.CONVOLUTIONS:
+            return a, b
+        kernel = next(iter(self.shapes.values()))[1:]
+        return a.view(-1, *kernel), b.view(*b.shape, *[1] * (len(kernel) - 1))
 
     def low_rank_blocks(self, a: torch.Tensor, b: torch.Tensor) -> dict[str, list[LowRankBlock]]:
         """Return what B @ A adds to each weight, without the scaling; A and B as low_rank.py has them for the kind."""
@@ -98,6 +111,8 @@ class Variant:
         shared: leaf names of frozen tensors that all layers of a model share: one nn.Parameter, registered in each.
         started: A and B start from values that are subtracted again: asked for by init_lora_weights beside the name.
         reads_weight: `acting` gives a scale, and needs W for it.
+        scaled: s is lora_alpha / r; without it, s is 1 and lora_alpha means nothing.
+        options: the options that it alone has (LoRAConfig's variant_options), each with its default.
 
     Example::
 
@@ -112,7 +127,7 @@ class Variant:
                 a, b = self.shapes(place).values()
                 return {"lora_plain_a": torch.randn(a), "lora_plain_b": torch.zeros(b)}
 
-            def acting(self, stored, weight, scaling):
+            def acting(self, stored, weight, place):
                 return Acting(stored["lora_plain_a"], stored["lora_plain_b"])
     """
 
@@ -123,6 +138,8 @@ class Variant:
     shared: ClassVar[tuple[str, ...]] = ()
     started: ClassVar[bool] = False
     reads_weight: ClassVar[bool] = False
+    scaled: ClassVar[bool] = True
+    options: ClassVar[Mapping[str, Any]] = {}
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -169,7 +186,7 @@ class Variant:
         """
         raise NotImplementedError
 
-    def start_shared(self, places: Iterable[Place], seed: int) -> dict[str, torch.Tensor]:
+    def start_shared(self, places: Iterable[Place]) -> dict[str, torch.Tensor]:
         """Return the values of the shared tensors of a model, large enough for each of its layers."""
         return {}
 
@@ -179,14 +196,14 @@ class Variant:
 
     # --- what it adds ---
 
-    def acting(self, stored: Stored, weight: torch.Tensor | None, scaling: float) -> Acting:
+    def acting(self, stored: Stored, weight: torch.Tensor | None, place: Place) -> Acting:
         """Return the factors and the scale that stored tensors act as, differentiable in what is trained.
 
         Args:
             stored: by leaf name.
             weight: W (out, in), of a convolution with its kernel flattened; None where reads_weight is false, where the
                 scale is not wanted, or where a layer has several weights. The scale is left out then.
-            scaling: s.
+            place: the layer.
         """
         raise NotImplementedError
 
@@ -203,7 +220,7 @@ class Variant:
         if self.reads_weight and len(place.shapes) == 1:
             matrix = torch.cat([part for _, part in read(name)])
             weight = matrix.T if place.is_transposed else matrix
-        a, b, scale = self.acting(stored, weight, place.scaling)
+        a, b, scale = self.acting(stored, weight, place)
         blocks = place.low_rank_blocks(a, b)
         return blocks if scale is None else {name: scaled_blocks(blocks[name], scale, transposed=place.is_transposed)}
 
