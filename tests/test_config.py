@@ -99,6 +99,9 @@ REFUSED = [
     ("enable_lora", {"qkv": "yes"}),
     ("enable_lora", {"": [True]}),
     ("enable_lora", {3: [True]}),
+    ("variant_options", ["d_initial"]),
+    ("variant_options", {"d_initial": 0.1}),  # an option of "vera"
+    ("variant_options", {3: 1}),
 ]
 OWN = ("enable_lora", "autocast_adapter_dtype", "variant", "variant_options")
 
@@ -282,7 +285,7 @@ def test_round_trip_through_plain_types(config):
 
 def test_options_that_earlier_versions_had_not_are_left_out_at_their_defaults():
     later = {"target_parameters", "layers_to_transform", "layers_pattern", "task_type", "ensure_weight_tying"}
-    later |= {"trainable_token_indices", "use_dora", "variant"}
+    later |= {"trainable_token_indices", "use_dora", "variant", "variant_options"}
     names = {field.name for field in dataclasses.fields(LoRAConfig)}
     assert names - LoRAConfig().to_dict().keys() == later
     options = {"target_modules": ["q"], "layers_to_transform": 0, "layers_pattern": "h"}
