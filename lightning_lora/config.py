@@ -358,7 +358,7 @@ class LoRAConfig:
             _refuse("variant", expected, self.variant)
         if self.use_dora and self.variant != BY_OPTION:
             _refuse("use_dora", f"left out with variant={self.variant!r}", self.use_dora)
-        self._check_variant_options(KNOWN_VARIANTS[self.variant].options)
+        self._check_variant_options(KNOWN_VARIANTS[self.variant].own_options)
         conflict = KNOWN_VARIANTS[self.variant].conflict(self)
         if conflict is not None:
             option, expected = conflict
@@ -379,7 +379,7 @@ class LoRAConfig:
 
     def all_variant_options(self) -> dict[str, Any]:
         """Return the options that the variant alone has, those at their defaults too."""
-        return {**KNOWN_VARIANTS[self.variant].options, **(self.variant_options or {})}
+        return {**KNOWN_VARIANTS[self.variant].own_options, **(self.variant_options or {})}
 
     def _check_init(self) -> None:
         init = self.init_lora_weights

@@ -98,6 +98,7 @@ def test_options_reach_the_config():
         "use_rslora": True,
         "use_dora": False,
         "variant": "lora",
+        "variant_options": None,
         "init_lora_weights": "gaussian",
         "enable_lora": {"body.0": (True, False)},
         "autocast_adapter_dtype": False,

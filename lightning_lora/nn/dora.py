@@ -53,12 +53,12 @@ class DoRA(LoRA):
         plain = super().start(place, weights)
         return {**plain, MAGNITUDE: self._norms(plain, place, weights()[WEIGHT])}
 
-    def acting(self, stored: Stored, weight: torch.Tensor | None, place: Place) -> Acting:
+    def acting(self, stored: Stored, weight: torch.Tensor | None, scaling: float) -> Acting:
         a, b = stored[A], stored[B]
         if weight is None:
             return Acting(a, b)
         plain = a.detach().flatten(1), b.detach().flatten(1)
-        norms = output_norms(weight.detach(), *plain, place.scaling, transposed=False)
+        norms = output_norms(weight.detach(), *plain, scaling, transposed=False)
         return Acting(a, b, output_scale(stored[MAGNITUDE], norms))
 
     def blocks(self, stored: Stored, place: Place, read: Reader) -> dict[str, list[LowRankBlock]]:

@@ -30,7 +30,7 @@ class LoRA(Variant):
         factor = stored[A if place.is_lookup else B].detach()
         return factor.numel() > 0 and not factor.is_meta and not bool(factor.any())
 
-    def acting(self, stored: Stored, weight: torch.Tensor | None, place: Place) -> Acting:
+    def acting(self, stored: Stored, weight: torch.Tensor | None, scaling: float) -> Acting:
         return Acting(stored[A], stored[B])
 
     @property

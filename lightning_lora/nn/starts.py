@@ -60,7 +60,7 @@ class Started(LoRA):
         pairs = ((stored[A], stored[START_A]), (stored[B], stored[START_B]))
         return all(not now.is_meta and torch.equal(now, start) for now, start in pairs)
 
-    def acting(self, stored: Stored, weight: torch.Tensor | None, place: Place) -> Acting:
+    def acting(self, stored: Stored, weight: torch.Tensor | None, scaling: float) -> Acting:
         return Acting(*low_rank.acting_factors(*(stored[leaf] for leaf in (A, B, START_A, START_B))))
 
 

@@ -76,13 +76,6 @@ class Place:
         """Return (out, in) of its weight, of a convolution with its kernel counted to in."""
         return low_rank.matrix_shape(self.kind, next(iter(self.shapes.values())))
 
-    def as_factors(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return matrices a (rank, in) and b (out, rank) in the shapes that A and B of such a layer have."""
-        if self.kind not in low_rank.CONVOLUTIONS:
-            return a, b
-        kernel = next(iter(self.shapes.values()))[1:]
-        return a.view(-1, *kernel), b.view(*b.shape, *[1] * (len(kernel) - 1))
-
     def low_rank_blocks(self, a: torch.Tensor, b: torch.Tensor) -> dict[str, list[LowRankBlock]]:
         """Return what B @ A adds to each weight, without the scaling; A and B as low_rank.py has them for the kind."""
         return low_rank.low_rank_blocks(self.kind, self.shapes, a, b, self.enabled)
@@ -91,7 +84,8 @@ class Place:
 class Acting(NamedTuple):
     """What stored tensors act as: W' = scale * (W + s * b @ a), the scale (out,) by outputs; None for no scale.
 
-    `a` and `b` have the shapes that low_rank.py states for the kind of layer, with a rank of the variant's choice.
+    `a` and `b` have the shapes that low_rank.py states for the kind of layer, with a rank of the variant's choice. A
+    convolution's may also be matrices, (rank, in * kernel) and (out, rank).
     """
 
     a: torch.Tensor
@@ -112,7 +106,7 @@ class Variant:
         started: A and B start from values that are subtracted again: asked for by init_lora_weights beside the name.
         reads_weight: `acting` gives a scale, and needs W for it.
         scaled: s is lora_alpha / r; without it, s is 1 and lora_alpha means nothing.
-        options: the options that it alone has (LoRAConfig's variant_options), each with its default.
+        own_options: the options that it alone has (LoRAConfig's variant_options), each with its default.
 
     Example::
 
@@ -127,7 +121,7 @@ class Variant:
                 a, b = self.shapes(place).values()
                 return {"lora_plain_a": torch.randn(a), "lora_plain_b": torch.zeros(b)}
 
-            def acting(self, stored, weight, place):
+            def acting(self, stored, weight, scaling):
                 return Acting(stored["lora_plain_a"], stored["lora_plain_b"])
     """
 
@@ -139,7 +133,7 @@ class Variant:
     started: ClassVar[bool] = False
     reads_weight: ClassVar[bool] = False
     scaled: ClassVar[bool] = True
-    options: ClassVar[Mapping[str, Any]] = {}
+    own_options: ClassVar[Mapping[str, Any]] = {}
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -196,14 +190,18 @@ class Variant:
 
     # --- what it adds ---
 
-    def acting(self, stored: Stored, weight: torch.Tensor | None, place: Place) -> Acting:
+    def of_layer(self, stored: Stored, place: Place) -> Stored:
+        """Return what one layer sees of its stored tensors: of the shared ones, which serve wider layers too, its part."""
+        return stored
+
+    def acting(self, stored: Stored, weight: torch.Tensor | None, scaling: float) -> Acting:
         """Return the factors and the scale that stored tensors act as, differentiable in what is trained.
 
         Args:
             stored: by leaf name.
             weight: W (out, in), of a convolution with its kernel flattened; None where reads_weight is false, where the
                 scale is not wanted, or where a layer has several weights. The scale is left out then.
-            place: the layer.
+            scaling: s.
         """
         raise NotImplementedError
 
@@ -220,7 +218,7 @@ class Variant:
         if self.reads_weight and len(place.shapes) == 1:
             matrix = torch.cat([part for _, part in read(name)])
             weight = matrix.T if place.is_transposed else matrix
-        a, b, scale = self.acting(stored, weight, place)
+        a, b, scale = self.acting(stored, weight, place.scaling)
         blocks = place.low_rank_blocks(a, b)
         return blocks if scale is None else {name: scaled_blocks(blocks[name], scale, transposed=place.is_transposed)}
 
