@@ -180,7 +180,7 @@ class Variant:
         """
         raise NotImplementedError
 
-    def start_shared(self, places: Iterable[Place]) -> dict[str, torch.Tensor]:
+    def start_shared(self, places: Iterable[Place], seed: int) -> dict[str, torch.Tensor]:
         """Return the values of the shared tensors of a model, large enough for each of its layers."""
         return {}
 

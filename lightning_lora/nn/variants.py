@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from . import dora, lora, starts, token_rows
+from . import dora, loha, lora, starts, token_rows, vera
 
-FILES = (lora, starts, dora, token_rows)
+FILES = (lora, starts, dora, token_rows, vera, loha)
