@@ -21,7 +21,7 @@ from ..files.atomic import new_file, new_folder
 from ..files.paths import PathLike
 from ..files.safetensors import SUFFIX, TensorLocation, read_rows
 from ..files.weights import Weights, open_weights
-from ..names import A, B, around, matcher
+from ..names import around, matcher
 from ..nn.exact_merge import CPU_CHUNK
 from ..nn.low_rank import (
     ATTENTION,
@@ -32,15 +32,12 @@ from ..nn.low_rank import (
     PARAMETER,
     SINGLE,
     STACKS,
-    TRANSPOSED,
     Enabled,
-    LowRankBlock,
     factor_shapes,
-    low_rank_blocks,
     matrix_shape,
 )
-from ..nn.output_norms import Parts, output_norms_of_parts, output_scale, parts_of
-from ..nn.variant import scaled_blocks
+from ..nn.output_norms import parts_of
+from ..nn.variant import Parts
 from ..progress import progress_bar
 from .expected_weights import ExpectedWeights
 from .module_names import ModuleNames, names_in_transformers, own_names, renamed
@@ -299,7 +296,7 @@ def _refuse_missing(adapter: Adapter, base: Weights, scope: str) -> None:
 def _layer_updates(
     adapter: Adapter, name: str, base: Weights, seen: Mapping[str, str], result_dtype: torch.dtype | None
 ) -> dict[str, WeightUpdate]:
-    a, b = adapter.acting_factors(name)
+    a, b, _ = adapter.acting(name)
     if adapter.is_parameter(name):
         leaves = {name.rpartition(".")[2]: name}
     else:
@@ -319,24 +316,17 @@ def _layer_updates(
             f"{base.path}: {name!r}: A {tuple(a.shape)} and B {tuple(b.shape)} do not fit a {kind} layer whose weights "
             f"have shape {', '.join(map(str, shapes.values()))}; the adapter belongs to another base."
         )
-    blocks = low_rank_blocks(kind, shapes, a, b, enabled)
-    magnitude, stacked = adapter.magnitude(name), kind in STACKS
-    if magnitude is not None:
-        for leaf in blocks:
-            location, whole = base.locations[leaves[leaf]], adapter.tensors.get(leaves[leaf])
-            if whole is not None:  # W is the adapter's own, as it is written
-                whole = whole.detach().to(torch.promote_types(location.dtype, result_dtype or location.dtype))
-            parts = _parts_of_file(location) if whole is None else parts_of(whole)
-            blocks[leaf] = _scaled(blocks[leaf], adapter, name, kind, parts)
-    return {leaves[leaf]: WeightUpdate(blocks[leaf], adapter.scalings[name], stacked=stacked) for leaf in blocks}
 
+    def read(leaf: str) -> Parts:
+        location, whole = base.locations[leaves[leaf]], adapter.tensors.get(leaves[leaf])
+        if whole is None:
+            return _parts_of_file(location)
+        # W is the adapter's own, as it is written.
+        return parts_of(whole.detach().to(torch.promote_types(location.dtype, result_dtype or location.dtype)))
 
-def _scaled(blocks: list[LowRankBlock], adapter: Adapter, name: str, kind: str, parts: Parts) -> list[LowRankBlock]:
-    """Return a layer's blocks with the scale that gives its outputs their magnitudes, from parts of its weight."""
-    a, b = (adapter.factor(name, leaf).double().flatten(1) for leaf in (A, B))
-    transposed = kind in TRANSPOSED
-    norms = output_norms_of_parts(parts, a, b, adapter.scalings[name], transposed=transposed)
-    return scaled_blocks(blocks, output_scale(adapter.magnitude(name), norms), transposed=transposed)
+    place = replace(adapter.place(name), kind=kind, shapes={leaf: torch.Size(shape) for leaf, shape in shapes.items()})
+    blocks = adapter.variant.blocks(adapter.stored(name), place, read)
+    return {leaves[leaf]: WeightUpdate(blocks[leaf], adapter.scalings[name], stacked=kind in STACKS) for leaf in blocks}
 
 
 def _parts_of_file(location: TensorLocation) -> Iterator[tuple[int, torch.Tensor]]:
@@ -376,8 +366,9 @@ def _kind(
 
 def _parameter_kind(adapter: Adapter, name: str, shapes: Mapping[str, Sequence[int]], base: Weights) -> str:
     """Tell what a parameter is by shapes, for an adapter that does not say it."""
-    factors = tuple(tuple(adapter.factor(name, leaf).shape) for leaf in (A, B))
-    fitting = [kind for kind in SINGLE if _factor_shapes(kind, shapes, adapter.ranks()[name], None) == factors]
+    a, b, _ = adapter.acting(name)
+    factors = tuple(a.shape), tuple(b.shape)
+    fitting = [kind for kind in SINGLE if _factor_shapes(kind, shapes, b.shape[1], None) == factors]
     if len(fitting) > 1:
         raise LoRAError(
             f"{base.path}: {name!r} is a stack of square matrices, so that its shape does not tell whether they are "
@@ -398,7 +389,8 @@ def _seen_orientations(adapter: Adapter, base: Weights) -> dict[str, str]:
 
 
 def _orientations(adapter: Adapter, name: str, shape: Sequence[int]) -> set[str]:
-    factors = adapter.factor(name, B).shape[0], adapter.factor(name, A).shape[1]
+    a, b, _ = adapter.acting(name)
+    factors = b.shape[0], a.shape[1]
     return {kind for kind in (LINEAR, CONV1D) if len(shape) == 2 and matrix_shape(kind, shape) == factors}
 
 

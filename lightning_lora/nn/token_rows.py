@@ -40,6 +40,7 @@ class TrainedRows(Variant):
 
     title = "trained rows"
     trained = (ROWS,)
+    replaces_rows = True
 
     def shapes(self, place: Place) -> dict[str, tuple[int, ...]]:
         return {ROWS: (len(place.rows), place.shapes[WEIGHT][1])}

@@ -8,7 +8,7 @@ To define a variant, subclass Variant in a file of its own and import that file.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -93,6 +93,28 @@ class Acting(NamedTuple):
     scale: torch.Tensor | None = None
 
 
+class Fault(NamedTuple):
+    """Why the tensors of a layer do not go together.
+
+    `text` follows the layer's name and a colon, as "A and B do not share a rank". With a leaf name it follows the name
+    of that tensor and "must be", as "32 floating point values".
+    """
+
+    text: str
+    leaf: str = ""
+
+
+class Expected(NamedTuple):
+    """What a layer's tensors mean, for a check that shares no arithmetic with merging.
+
+    W' = W + s * (the sum of b @ a over the pairs). Where lengths are given, each output's weights then get that length.
+    """
+
+    pairs: list[tuple[torch.Tensor, torch.Tensor]]  # a and b of each, float64, in the shapes that low_rank.py states
+    lengths: torch.Tensor | None = None  # (out,)
+    rounded: bool = False  # merging computes the pairs from what is stored, in float32 or better
+
+
 class Variant:
     """What one layer's adapter stores and what it adds. A variant has no state: one object serves all layers.
 
@@ -104,9 +126,14 @@ class Variant:
         frozen: leaf names of what is stored beside them.
         shared: leaf names of frozen tensors that all layers of a model share: one nn.Parameter, registered in each.
         started: A and B start from values that are subtracted again: asked for by init_lora_weights beside the name.
-        reads_weight: `acting` gives a scale, and needs W for it.
         scaled: s is lora_alpha / r; without it, s is 1 and lora_alpha means nothing.
         own_options: the options that it alone has (LoRAConfig's variant_options), each with its default.
+        replaces_rows: it is of a table, of which it stores some rows as they are now.
+        reads_weight: `acting` gives a scale, and needs W for it. Such adapters cannot be combined.
+        scale_title: how people call what the scale comes from, as "magnitudes"; for sentences about B @ A alone.
+        peft_type: of PEFT's adapter_config.json; "" for a variant that PEFT does not have. Not inherited.
+        peft_leaves: our leaf names by how PEFT's names of them end, after the layer's name: "lora_A.weight".
+        peft_shared: our leaf names of shared tensors by PEFT's, after "base_model.".
 
     Example::
 
@@ -131,12 +158,22 @@ class Variant:
     frozen: ClassVar[tuple[str, ...]] = ()
     shared: ClassVar[tuple[str, ...]] = ()
     started: ClassVar[bool] = False
+    replaces_rows: ClassVar[bool] = False
     reads_weight: ClassVar[bool] = False
     scaled: ClassVar[bool] = True
     own_options: ClassVar[Mapping[str, Any]] = {}
+    scale_title: ClassVar[str] = ""
+    peft_type: ClassVar[str] = ""
+    peft_leaves: ClassVar[Mapping[str, str]] = {}
+    peft_shared: ClassVar[Mapping[str, str]] = {}
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
+        own = vars(cls)
+        if "peft_type" not in own:  # one that stores the same as its parent may mean another thing by it
+            cls.peft_type = ""
+        if "acting" in own and "expected" not in own:
+            cls.expected = Variant.expected  # type: ignore[method-assign]
         for leaf in (*cls.trained, *cls.frozen, *cls.shared):
             register_leaf(leaf, cls.role(leaf))
         variant = cls()
@@ -243,11 +280,97 @@ class Variant:
         """Return the class of a kind of layer with a faster forward for this variant; None for a kind without one."""
         return plain
 
+    # --- apart from a model ---
+
+    def options(self) -> dict[str, Any]:
+        """Return the options of LoRAConfig that ask for it."""
+        return {"variant": self.name}
+
+    def rank(self, stored: Stored) -> int:
+        """Return r of a layer."""
+        return self.acting(stored, None, 1.0).b.shape[1]
+
+    def fault(self, stored: Stored) -> Fault | None:
+        """Return why a layer's tensors do not go together, or None; all are there and hold numbers."""
+        return None
+
+    def expected(self, stored: Stored) -> Expected:
+        """Return what a layer's tensors mean, for `merge --verify`: apart from `acting`, so that mistakes are found.
+
+        This default goes by `acting`, and tells nothing of a mistake there.
+        """
+        a, b, _ = self.acting({leaf: value.detach().double() for leaf, value in stored.items()}, None, 1.0)
+        return Expected([(a, b)], rounded=True)
+
+    # --- in PEFT ---
+
+    def peft_problem(self, kind: str) -> str:
+        """Return why PEFT has no adapter like that of a layer of this kind, or "". It follows the layer's name."""
+        named = {*self.peft_leaves.values(), *self.peft_shared.values(), *self.frozen}
+        if self.peft_type and named.issuperset(self.leaves):
+            return ""
+        return f"has an adapter of the variant {self.title or self.name}, which PEFT does not have"
+
+    def peft_leaf(self, leaf: str, kind: str) -> str:
+        """Return how PEFT's name of a tensor ends, of a layer of this kind; the first in peft_leaves by default."""
+        return next(theirs for theirs, ours in self.peft_leaves.items() if ours == leaf)
+
+    def to_peft(self, stored: Stored, place: Place) -> dict[str, torch.Tensor]:
+        """Return a layer's tensors with values and shapes as PEFT has them, by our leaf names.
+
+        What PEFT does not store is left out. Shared tensors are among them, the same for each layer.
+
+        Args:
+            stored: by leaf name, detached.
+            place: the layer; its kind is "" and its shapes are empty where they are not known.
+        """
+        return dict(stored)
+
+    def from_peft(self, found: Stored, place: Place) -> dict[str, torch.Tensor]:
+        """Undo to_peft.
+
+        Raises:
+            LoRAError: the tensors are not of that form.
+        """
+        return dict(found)
+
+    def config_in_peft(self, config: Config) -> Config:
+        """Return the options that go with what to_peft returns: another rank, say; scalings stay."""
+        return config
+
+    def options_to_peft(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the fields of adapter_config.json, but for peft_type, from those that a peft.LoraConfig would have.
+
+        Raises:
+            LoRAError: PEFT's config of the variant cannot express an option.
+        """
+        return dict(options)
+
+    def options_from_peft(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the fields that a peft.LoraConfig would have, from those of adapter_config.json; undo options_to_peft.
+
+        Raises:
+            LoRAError: a field asks for what the variant does not do.
+        """
+        return dict(options)
+
 
 def variant_of(config: Config) -> Variant:
     """Return the variant that options ask for."""
     known = _STARTED if config.has_start else KNOWN_VARIANTS
     return known[config.variant]
+
+
+def variant_with(leaves: Collection[str]) -> Variant:
+    """Return the variant that stores all these, or most of them, and the fewest others; plain LoRA where none does."""
+    wanted = set(leaves)
+    named = [variant for variant in known_variants() if variant.name]
+    return min(named, key=lambda variant: (len(wanted.difference(variant.leaves)), len(variant.leaves)))
+
+
+def rows_leaf() -> str:
+    """Return the leaf name of the trained rows of a table."""
+    return next(variant.trained[0] for variant in known_variants() if variant.replaces_rows)
 
 
 def known_variants() -> list[Variant]:
