@@ -255,7 +255,7 @@ class Variant:
         if self.reads_weight and len(place.shapes) == 1:
             matrix = torch.cat([part for _, part in read(name)])
             weight = matrix.T if place.is_transposed else matrix
-        a, b, scale = self.acting(stored, weight, place.scaling)
+        a, b, scale = self.acting(self.of_layer(stored, place), weight, place.scaling)
         blocks = place.low_rank_blocks(a, b)
         return blocks if scale is None else {name: scaled_blocks(blocks[name], scale, transposed=place.is_transposed)}
 
@@ -287,7 +287,10 @@ class Variant:
         return {"variant": self.name}
 
     def rank(self, stored: Stored) -> int:
-        """Return r of a layer."""
+        """Return r of a layer; of shared tensors `stored` has the whole.
+
+        This default is the rank of `acting`: override it where that is another.
+        """
         return self.acting(stored, None, 1.0).b.shape[1]
 
     def fault(self, stored: Stored) -> Fault | None:
@@ -297,7 +300,8 @@ class Variant:
     def expected(self, stored: Stored) -> Expected:
         """Return what a layer's tensors mean, for `merge --verify`: apart from `acting`, so that mistakes are found.
 
-        This default goes by `acting`, and tells nothing of a mistake there.
+        Of shared tensors `stored` has what of_layer returns. This default goes by `acting`, and tells nothing of a
+        mistake there.
         """
         a, b, _ = self.acting({leaf: value.detach().double() for leaf, value in stored.items()}, None, 1.0)
         return Expected([(a, b)], rounded=True)
