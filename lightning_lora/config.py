@@ -249,22 +249,29 @@ class LoRAConfig:
 
     @classmethod
     def from_peft(cls, config: Any) -> LoRAConfig:
-        """Build the config that means what a peft.LoraConfig means.
+        """Build the config that means what a peft.LoraConfig, or PEFT's config of another known variant, means.
 
         Args:
-            config: the peft.LoraConfig, of any version. Its options that say nothing of the adapter are passed over.
+            config: PEFT's, of any version. Its options that say nothing of the adapter are passed over.
 
         Raises:
             LoRAError: it is none, or it has an option that LoRAConfig has not and that is not at its default; the
                 message names it.
         """
-        if getattr(config, "peft_type", None) != "LORA" or not is_dataclass(config):
+        peft_type = getattr(config, "peft_type", None)
+        variant = next((each for each in KNOWN_VARIANTS.values() if peft_type and each.peft_type == peft_type), None)
+        if variant is None or not is_dataclass(config):
             raise LoRAError(f"LoRAConfig.from_peft: expected a peft.LoraConfig, found a {type(config).__name__}.")
-        options = {field.name: getattr(config, field.name) for field in fields(config)}
+        try:
+            options = variant.options_from_peft({field.name: getattr(config, field.name) for field in fields(config)})
+        except LoRAError as error:
+            raise LoRAError(f"LoRAConfig.from_peft: {error}") from None
+        own = {name: options[name] for name in variant.own_options}
         shared = [field.name for field in fields(cls) if field.name in options]
         for field in fields(config):
             default = field.default if field.default_factory is MISSING else field.default_factory()
-            if field.name not in {*shared, *SAYING_NOTHING} and options[field.name] != default:
+            understood = {*shared, *own, *SAYING_NOTHING}
+            if field.name in options and field.name not in understood and options[field.name] != default:
                 raise LoRAError(
                     f"LoRAConfig.from_peft: {field.name}={options[field.name]!r} cannot be expressed; the options are "
                     f"{', '.join(shared)}."
@@ -274,7 +281,8 @@ class LoRAConfig:
                 "LoRAConfig.from_peft: target_modules=None lets peft choose by the model's type; name the layers, or "
                 "say 'all-linear'."
             )
-        return cls(**{name: options[name] for name in shared})
+        asked = {"variant": variant.name, "variant_options": own} if variant.name != PLAIN else {}
+        return cls(**{name: options[name] for name in shared}, **asked)
 
     def differing(self, config: LoRAConfig) -> list[str]:
         """Return the names of the options in which the configs differ; the order of a list of names does not count."""

@@ -25,7 +25,7 @@ from ..files.paths import PathLike, kind_of, parse_json, read_json, write_json
 from ..files.safetensors import read_safetensors, write_tensors
 from ..files.torch_archive import read_torch_file
 from ..names import A, B, around
-from ..nn.low_rank import ATTENTION, ATTENTION_OUTPUT, GROUPED_CONV, SEPARATE
+from ..nn.low_rank import ATTENTION, ATTENTION_OUTPUT, SEPARATE
 from ..nn.variant import Variant
 from .adapter import Adapter, check_factors, exact_options, ties_of
 from .file_options import check_options, readable_options
@@ -144,20 +144,22 @@ def _refuse_missing_frozen(adapter: Adapter, frozen: Mapping[str, torch.Tensor])
 
 
 def _refuse_without_equal(adapter: Adapter, name: str) -> None:
-    kind, attention = adapter.kinds.get(name), name.rpartition(".")[0]
-    problem = ""
-    if kind == GROUPED_CONV:
-        problem = "is a convolution with groups; PEFT's adapter for those mixes the groups and means another thing"
-    elif adapter.variant.peft_problem(kind or ""):
-        problem = adapter.variant.peft_problem(kind or "")
-    elif kind == ATTENTION_OUTPUT and adapter.kinds.get(attention) != ATTENTION:
-        problem = _output_problem(adapter, attention)
-    elif kind == ATTENTION:
-        problem = _attention_problem(adapter, name)
-    elif adapter.is_parameter(name) and not attention:
-        problem = "belongs to the model itself, to which PEFT gives no adapter; put it into a module"
+    kind = adapter.kinds.get(name, "")
+    problem = adapter.variant.peft_problem(kind) or _place_problem(adapter, name, kind)
     if problem:
         raise LoRAError(f"save_adapter: {name!r} {problem}; save a Lightning checkpoint instead.")
+
+
+def _place_problem(adapter: Adapter, name: str, kind: str) -> str:
+    """Say what PEFT has no equal of in where a layer or parameter is, or return ""."""
+    module = name.rpartition(".")[0]
+    if kind == ATTENTION_OUTPUT and adapter.kinds.get(module) != ATTENTION:
+        return _output_problem(adapter, module)
+    if kind == ATTENTION:
+        return _attention_problem(adapter, name)
+    if adapter.is_parameter(name) and not module:
+        return "belongs to the model itself, to which PEFT gives no adapter; put it into a module"
+    return ""
 
 
 def _output_problem(adapter: Adapter, attention: str) -> str:
@@ -193,7 +195,7 @@ def read_folder(path: PathLike, order: Order = usual_order) -> Adapter:
     """
     folder = Path(path)
     variant, options = from_peft_options(read_json(folder / CONFIG_FILE), folder / CONFIG_FILE)
-    refuse_options(options, folder / CONFIG_FILE)
+    refuse_options(options, variant, folder / CONFIG_FILE)
     peft_tensors, header = _read_tensors(folder)
     if HEADER_KEY in header:
         adapter, outside = _read_described(peft_tensors, header[HEADER_KEY], folder / TENSOR_FILE, options)

@@ -22,7 +22,7 @@ import torch
 
 from ..config import PLAIN, SAYING_NOTHING, TASK_HEADS, VARIANTS, LoRAConfig, Task
 from ..errors import LoRAError, shown
-from ..names import A, B, around, listed, matcher, pattern_matches, suffixes
+from ..names import KNOWN_VARIANTS, A, B, around, listed, matcher, pattern_matches, suffixes
 from ..nn.low_rank import (
     ATTENTION,
     ATTENTION_OUTPUT,
@@ -88,6 +88,7 @@ def lora_options(adapter: Adapter) -> dict[str, Any]:
         "inference_mode": True,
         **{name: adapter.origin.get(name) for name in ORIGIN},
         **({"task_type": config.task_type} if config.task_type else {}),
+        **config.all_variant_options(),
     }
 
 
@@ -155,12 +156,14 @@ def from_peft_options(options: Mapping[str, Any], path: Path) -> tuple[Variant, 
         raise LoRAError(f"{path}: {error}") from None
 
 
-def refuse_options(options: Mapping[str, Any], path: Path) -> None:
-    """Raise LoRAError for the first of a peft.LoraConfig's fields that this package does not apply."""
-    known = {*SHARED, *SELECTING, *ORIGIN, *WITHOUT_EFFECT}
+def refuse_options(options: Mapping[str, Any], variant: Variant, path: Path) -> None:
+    """Raise LoRAError for the first of a peft.LoraConfig's fields, or the variant's, that this package does not apply."""
+    known = {*SHARED, *SELECTING, *ORIGIN, *WITHOUT_EFFECT, *variant.own_options}
     for name, value in options.items():
         if name not in known and value:
-            raise LoRAError(f"{path}: {name}={shown(value)} cannot be applied; only plain LoRA adapters are read.")
+            raise LoRAError(
+                f"{path}: {name}={shown(value)} cannot be applied; only plain {variant.title} adapters are read."
+            )
     init = options.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(INITS_THAT_CHANGE_THE_BASE):
         raise LoRAError(
@@ -202,7 +205,8 @@ def options_from_peft(
     init = options.get("init_lora_weights", True)
     config["init_lora_weights"] = init if isinstance(init, (bool, str)) and init in OUR_INITS else True
     if variant != PLAIN:
-        config["variant"] = variant
+        own = {name: options[name] for name in KNOWN_VARIANTS[variant].own_options if name in options}
+        config |= {"variant": variant, "variant_options": own}
     return LoRAConfig(**{"target_modules": layers, **config})
 
 

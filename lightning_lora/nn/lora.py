@@ -9,7 +9,7 @@ import torch
 
 from ..names import A, B
 from .init import WITHOUT_ZERO, initial_factors
-from .low_rank import EMBEDDING
+from .low_rank import EMBEDDING, GROUPED_CONV
 from .variant import Acting, Config, Expected, Fault, Place, Stored, Variant, Weights
 
 EMBEDDING_A, EMBEDDING_B = "lora_embedding_A", "lora_embedding_B"  # PEFT's names
@@ -60,6 +60,11 @@ class LoRA(Variant):
 
     def expected(self, stored: Stored) -> Expected:
         return Expected([(stored[A].detach().double(), stored[B].detach().double())])
+
+    def peft_problem(self, kind: str) -> str:
+        if kind == GROUPED_CONV:
+            return "is a convolution with groups; PEFT's adapter for those mixes the groups and means another thing"
+        return super().peft_problem(kind)
 
     def peft_leaf(self, leaf: str, kind: str) -> str:
         embedding = {A: EMBEDDING_A, B: EMBEDDING_B} if kind == EMBEDDING else {}

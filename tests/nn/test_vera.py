@@ -104,7 +104,14 @@ def test_the_start_is_pefts(d_initial):
     for name, parameter, expected in pairs(VERA, model, other):
         assert torch.equal(parameter, expected), name
     assert torch.equal(model(TOKENS), base()(TOKENS))
-    assert trained_names(model) == [f"{name}.{leaf}" for name in LAYERS for leaf in LEAVES.values()]
+    assert {*trained_names(model)} == {f"{name}.{leaf}" for name in LAYERS for leaf in LEAVES.values()}
+
+
+def test_a_random_start_changes_the_output_as_in_peft():
+    model = ours(VERA, init_lora_weights=False)
+    for name, parameter, expected in pairs(VERA, model, theirs(VERA, init_weights=False)):
+        assert torch.equal(parameter, expected) == name.endswith("_b"), name  # ones, and d of a normal distribution
+    assert (model(TOKENS) - base()(TOKENS)).abs().max() > 1e-3
 
 
 def test_outputs_gradients_and_steps_are_pefts():
@@ -238,6 +245,7 @@ FOLDERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # peft's options,
     "biases of adapted layers": ({"bias": "vera_only"}, {"bias": "lora_only"}),
     "all biases": ({"bias": "all"}, {"bias": "all"}),
     "modules_to_save": ({"modules_to_save": ["head"]}, {"modules_to_save": ["head"]}),
+    "random start": ({"init_weights": False}, {"init_lora_weights": False}),
     "an expression": ({"target_modules": "one|two"}, {"target_modules": "one|two"}),
 }
 
@@ -256,7 +264,7 @@ def test_pefts_folder_is_read_and_written_again(tmp_path, case):
     again = peft.PeftModel.from_pretrained(base(), tmp_path / "ours").eval()
     torch.testing.assert_close(again(TOKENS), other(TOKENS), **SAME)
     written, before = config_of(tmp_path / "ours"), config_of(tmp_path / "theirs")
-    same = ("peft_type", "r", "d_initial", "projection_prng_key", "vera_dropout", "bias", "save_projection")
+    same = ("peft_type", "r", "d_initial", "projection_prng_key", "vera_dropout", "bias", "save_projection", "init_weights")
     assert {name: written[name] for name in same} == {name: before[name] for name in same}
 
 
@@ -439,8 +447,6 @@ def test_a_layer_that_peft_does_not_adapt_so_is_refused_by_name(name):
 
 
 def test_what_peft_can_say_and_we_cannot_is_refused_by_name():
-    with pytest.raises(LoRAError, match="init_weights"):
-        LoRAConfig.from_peft(peft.VeraConfig(**VERA.theirs, init_weights=False))
     with pytest.raises(LoRAError, match="save_projection"):
         LoRAConfig.from_peft(peft.VeraConfig(**VERA.theirs, save_projection=False))
 
