@@ -141,7 +141,7 @@ class Adapter:
                     "does not say how large the layer is. Load it onto its model in Python: load_adapter(model, path)."
                 )
             stored = dict(self.variant.of_layer(stored, self.place(layer)))
-        return self.variant.acting(stored, None, self.scalings.get(layer, 1.0))
+        return Acting(*self.variant.acting(stored, None, self.scalings.get(layer, 1.0)))
 
     def is_placed(self, layer: str) -> bool:
         """Return whether what a layer adds is known: it shares no tensors, or its kind and size are known."""
@@ -454,7 +454,7 @@ def nothing_adapted(adapter: Adapter) -> str:
 
 def known_titles() -> list[str]:
     """Return how the known variants are called."""
-    return list(dict.fromkeys(variant.title for variant in known_variants()))
+    return list(dict.fromkeys(variant.title for variant in known_variants() if variant.name))
 
 
 def check_factors(adapter: Adapter, where: str) -> None:

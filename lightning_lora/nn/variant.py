@@ -120,7 +120,7 @@ class Variant:
 
     Attributes:
         name: what LoRAConfig(variant=...) says; unique. "" for a variant that other options ask for.
-        title: how people call it, as "DoRA".
+        title: how people call it, as "DoRA"; by default its name.
         trained: leaf names of the tensors that are trained; each begins with "lora_". The last one gets a gradient from
             the first step on.
         frozen: leaf names of what is stored beside them.
@@ -170,6 +170,8 @@ class Variant:
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         own = vars(cls)
+        if "name" in own and "title" not in own:
+            cls.title = cls.name
         if "peft_type" not in own:  # one that stores the same as its parent may mean another thing by it
             cls.peft_type = ""
         if "acting" in own and "expected" not in own:
@@ -291,7 +293,8 @@ class Variant:
 
         This default is the rank of `acting`: override it where that is another.
         """
-        return self.acting(stored, None, 1.0).b.shape[1]
+        _, b, _ = self.acting(stored, None, 1.0)
+        return b.shape[1]
 
     def fault(self, stored: Stored) -> Fault | None:
         """Return why a layer's tensors do not go together, or None; all are there and hold numbers."""
@@ -313,7 +316,7 @@ class Variant:
         named = {*self.peft_leaves.values(), *self.peft_shared.values(), *self.frozen}
         if self.peft_type and named.issuperset(self.leaves):
             return ""
-        return f"has an adapter of the variant {self.title or self.name}, which PEFT does not have"
+        return f"has an adapter of the variant {self.title}, which PEFT does not have"
 
     def peft_leaf(self, leaf: str, kind: str) -> str:
         """Return how PEFT's name of a tensor ends, of a layer of this kind; the first in peft_leaves by default."""
