@@ -375,10 +375,8 @@ class LoRAConfig:
     def _check_variant_options(self, defaults: Mapping[str, Any]) -> None:
         """Refuse what the variant has not, and a value of another type than the default's. In place, leave defaults out."""
         given = self.variant_options or {}
+        refuse_unknown("LoRAConfig: variant_options", map(str, given), list(defaults))
         for name, value in given.items():
-            if name not in defaults:
-                known = near_misses(str(name), defaults)
-                _refuse("variant_options", f"options that variant={self.variant!r} has{known}", {name: value})
             if not _is_like(value, defaults[name]):
                 kind = "a finite number" if isinstance(defaults[name], float) else type(defaults[name]).__name__
                 _refuse(f"variant_options[{name!r}]", kind, value)

@@ -187,7 +187,7 @@ def test_an_unknown_option_of_the_callback_is_named_with_near_misses(options: di
     [
         ([PEFTS], {"r": 4, "bias": "all"}, r"LoRACallback: r, bias given beside a LoRAConfig"),
         ([PEFTS, PEFTS], {}, r"expected one LoRAConfig .*, found LoraConfig, LoraConfig"),
-        ([peft.VeraConfig(target_modules=["body.0"])], {}, "expected a peft.LoraConfig, found a VeraConfig"),
+        ([peft.LoKrConfig(target_modules=["body.0"])], {}, "expected a peft.LoraConfig, found a LoKrConfig"),
         ([LoRAConfig()], {"r": 4, "bias": "all"}, r"LoRACallback: r, bias given beside a LoRAConfig"),
         ([LoRAConfig(r=4)], {"r": 8}, r"LoRACallback: r given beside a LoRAConfig"),
         ([LoRAConfig(), LoRAConfig()], {}, r"expected one LoRAConfig .*, found LoRAConfig, LoRAConfig"),

@@ -220,8 +220,8 @@ def test_what_a_config_from_peft_cannot_express_is_refused_by_name(option):
 
 
 def test_a_config_from_peft_needs_a_config_that_says_what_to_adapt():
-    with pytest.raises(LoRAError, match=r"expected a peft\.LoraConfig, found a VeraConfig"):
-        LoRAConfig.from_peft(peft.VeraConfig())
+    with pytest.raises(LoRAError, match=r"expected a peft\.LoraConfig, found a LoKrConfig"):
+        LoRAConfig.from_peft(peft.LoKrConfig())
     with pytest.raises(LoRAError, match="target_modules=None lets peft choose"):
         LoRAConfig.from_peft(peft.LoraConfig())
     with pytest.raises(LoRAError, match=r"init_lora_weights must be .*'mica'"):
