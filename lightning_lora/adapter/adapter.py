@@ -127,9 +127,26 @@ class Adapter:
         names = self._names.get(layer, {})
         return {leaf: self.tensors[names[leaf]] for leaf in self.variant.leaves if leaf in names}
 
-    def acting(self, layer: str, weight: torch.Tensor | None = None) -> Acting:
-        """Return the factors that a layer's tensors act as, and the scale where the weight (out, in) is given."""
-        return self.variant.acting(self.stored(layer), weight, self.scalings.get(layer, 1.0))
+    def acting(self, layer: str) -> Acting:
+        """Return the factors that a layer's tensors act as, without a scale of the sum with W.
+
+        Raises:
+            LoRAError: layers share tensors, and how large this one is, which tells its part of them, is not stored.
+        """
+        stored = self.stored(layer)
+        if self.variant.shared:
+            if not self.is_placed(layer):
+                raise LoRAError(
+                    f"adapter: {layer!r} uses a part of tensors that {self.variant.title} layers share, and the source "
+                    "does not say how large the layer is. Load it onto its model in Python: load_adapter(model, path)."
+                )
+            stored = dict(self.variant.of_layer(stored, self.place(layer)))
+        return Acting(*self.variant.acting(stored, None, self.scalings.get(layer, 1.0)))
+
+    def is_placed(self, layer: str) -> bool:
+        """Return whether what a layer adds is known: it shares no tensors, or its kind and size are known."""
+        place = self.place(layer)
+        return not self.variant.shared or bool(place.kind and place.shapes)
 
     def place(self, layer: str) -> Place:
         """Return what is known of a layer or parameter: of its kind "" and of its shapes none where they are not."""
@@ -144,6 +161,7 @@ class Adapter:
             scaling=self.scalings.get(layer, 1.0),
             enabled=config.enabled_parts(layer),
             init=config.init_lora_weights,
+            options=config.all_variant_options(),
         )
 
     @cached_property
@@ -436,7 +454,7 @@ def nothing_adapted(adapter: Adapter) -> str:
 
 def known_titles() -> list[str]:
     """Return how the known variants are called."""
-    return list(dict.fromkeys(variant.title for variant in known_variants()))
+    return list(dict.fromkeys(variant.title for variant in known_variants() if variant.name))
 
 
 def check_factors(adapter: Adapter, where: str) -> None:

@@ -32,7 +32,7 @@ from ..config import PLAIN, LoRAConfig, is_number, plain_number
 from ..errors import LoRAError
 from ..files.paths import PathLike
 from ..names import META, PREFIX, A, B, listed, names_factor, parameter_factor_name
-from ..nn.low_rank import ATTENTION_OUTPUT, product_svd, to_block_diagonal, truncated_svd
+from ..nn.low_rank import ATTENTION_OUTPUT, CONVOLUTIONS, product_svd, to_block_diagonal, truncated_svd
 from ..nn.random_stream import stream
 from ..nn.variant import rows_leaf
 from ..progress import progress_bar
@@ -269,7 +269,7 @@ def _combine_layer(
     r = max(left.shape[1] for left, _ in pairs)
     lefts, rights = zip(*(_padded(pair, r) for pair in pairs), strict=True)
     separate = bool(separate_shapes(first, layer))
-    kernel = first.acting(layer).a.shape[1:]
+    kernel = _inputs(first, layer)
     a, b = torch.cat(rights, 1 if separate else 0), torch.cat(lefts)
     factors = {
         _plain_name(first, layer, A): a.to(dtype).reshape(-1, *kernel).contiguous(),
@@ -290,6 +290,15 @@ def _plain_name(adapter: Adapter, layer: str, leaf: str) -> str:
     return module + dot + parameter_factor_name(parameter, leaf)
 
 
+def _inputs(adapter: Adapter, layer: str) -> list[int]:
+    """Return the shape of a row of plain LoRA's A: of a convolution (in, k...), where that is known."""
+    place, inputs = adapter.place(layer), list(adapter.acting(layer).a.shape[1:])
+    if place.kind in CONVOLUTIONS and len(inputs) == 1 and place.shapes:
+        (shape,) = place.shapes.values()
+        return list(shape[1:])
+    return inputs
+
+
 def _plain_parts(adapter: Adapter, layer: str, holders: Sequence[tuple[str, Adapter, float]]) -> list[Pair]:
     """Return (s * B, A) of the parts of a layer; where adapters adapt other parts of it, of the whole as one."""
     parts = [(name, each.config.enabled_parts(layer) if each.config else None) for name, each, _ in holders]
@@ -307,7 +316,7 @@ def _plain_parts(adapter: Adapter, layer: str, holders: Sequence[tuple[str, Adap
 
 def _check_shapes(layer: str, holders: Sequence[tuple[str, Adapter, list[Pair]]]) -> None:
     def sizes(adapter: Adapter, parts: list[Pair]) -> list[Any]:
-        return [list(adapter.acting(layer).a.shape[1:]), [(left.shape[0], right.shape[1]) for left, right in parts]]
+        return [_inputs(adapter, layer), [(left.shape[0], right.shape[1]) for left, right in parts]]
 
     _same(f"the shape of {layer!r}", [(name, sizes(each, parts)) for name, each, parts in holders])
 

@@ -21,7 +21,7 @@ from ..nn.low_rank import ATTENTION_OUTPUT
 from .adapter import Adapter, with_exact_ranks
 from .file_options import check_options
 from .peft_forms import config_in_peft
-from .peft_mapping import lora_options, options_from_peft, origin_of
+from .peft_mapping import from_peft_options, options_from_peft, options_to_peft, origin_of
 from .peft_rows import OPTION
 from .peft_saved_modules import entries_in, taken_by
 
@@ -66,7 +66,9 @@ def honour_options(adapter: Adapter, plain: Adapter, options: Mapping[str, Any],
         LoRAError: somebody changed a field so that it does not go with the tensors.
     """
     config = adapter.config or LoRAConfig()
-    fields = _Fields(path, options, lora_options(replace(plain, config=config_in_peft(replace(plain, config=config)))))
+    in_peft = replace(plain, config=config_in_peft(replace(plain, config=config)))
+    _, written = from_peft_options(options_to_peft(in_peft), path)
+    fields = _Fields(path, options, written)
     layers = [name for name in plain.layers() if not plain.is_parameter(name)]
     check_options(options, layers, path)
     stated = options_from_peft(options, layers, plain.beside_factors(), plain.tables, config.variant)

@@ -325,8 +325,7 @@ def adapter_with_options(
             "trained it, and pass --lora-alpha to merge, export or import; what export writes holds it, for others."
         )
     for name in ranks:
-        a, b, _ = adapter.acting(name)
-        if a.shape[0] != b.shape[1]:
+        if adapter.is_placed(name) and adapter.acting(name).a.shape[0] != adapter.acting(name).b.shape[1]:
             raise LoRAError(
                 f"{path}: {name!r} adapts parts of a fused projection, and which is not stored; load it in Python onto "
                 "a model injected with enable_lora."

@@ -11,7 +11,7 @@ is used, so that a mistake in these is found.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -19,7 +19,7 @@ from ..adapter.adapter import Adapter
 from ..errors import LoRAError
 from ..files.safetensors import TensorLocation, read_rows
 from ..files.weights import Weights
-from ..nn.low_rank import ATTENTION_WEIGHTS, SEPARATE, TRANSPOSED, TRANSPOSED_EXPERTS
+from ..nn.low_rank import ATTENTION_WEIGHTS, LINEAR, SEPARATE, TRANSPOSED, TRANSPOSED_EXPERTS
 
 Factors = tuple[torch.Tensor, torch.Tensor]  # left (m, k) and right (k, n); of a stack (E, m, k) and (E, k, n)
 
@@ -178,7 +178,7 @@ class ExpectedWeights:
         return None
 
     def _add_factors(self, expected: ExpectedWeight, layer: str, leaf: str) -> None:
-        variant, stored, scaling = self.adapter.variant, self.adapter.stored(layer), self.adapter.scalings[layer]
+        variant, stored, scaling = self.adapter.variant, self._stored(layer, leaf), self.adapter.scalings[layer]
         meant = variant.expected(stored)
         for a, b in meant.pairs:
             left, right, expected.transposed = self._placed(layer, leaf, expected.location.shape, a, b)
@@ -187,7 +187,17 @@ class ExpectedWeights:
         expected.lengths = meant.lengths
         if variant.reads_weight and meant.lengths is None:
             double = {name: value.detach().double() for name, value in stored.items()}
-            expected.scale_of = lambda weight: variant.acting(double, weight, scaling).scale
+            expected.scale_of = lambda weight: variant.acting(double, weight, scaling)[2]
+
+    def _stored(self, layer: str, leaf: str) -> dict[str, torch.Tensor]:
+        """Return the tensors of a layer; of those that layers share its part, which the weight's shape tells."""
+        variant, stored = self.adapter.variant, self.adapter.stored(layer)
+        if not variant.shared:
+            return stored
+        name = layer if self.adapter.is_parameter(layer) else f"{layer}.{leaf}"
+        place = self.adapter.place(layer)
+        shape = torch.Size(self.base.locations[name].shape)
+        return dict(variant.of_layer(stored, replace(place, kind=place.kind or LINEAR, shapes={leaf: shape})))
 
     def _placed(
         self, layer: str, leaf: str, shape: Sequence[int], a: torch.Tensor, b: torch.Tensor

@@ -120,7 +120,7 @@ class Variant:
 
     Attributes:
         name: what LoRAConfig(variant=...) says; unique. "" for a variant that other options ask for.
-        title: how people call it, as "DoRA".
+        title: how people call it, as "DoRA"; by default its name.
         trained: leaf names of the tensors that are trained; each begins with "lora_". The last one gets a gradient from
             the first step on.
         frozen: leaf names of what is stored beside them.
@@ -170,6 +170,8 @@ class Variant:
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         own = vars(cls)
+        if "name" in own and "title" not in own:
+            cls.title = cls.name
         if "peft_type" not in own:  # one that stores the same as its parent may mean another thing by it
             cls.peft_type = ""
         if "acting" in own and "expected" not in own:
@@ -255,7 +257,7 @@ class Variant:
         if self.reads_weight and len(place.shapes) == 1:
             matrix = torch.cat([part for _, part in read(name)])
             weight = matrix.T if place.is_transposed else matrix
-        a, b, scale = self.acting(stored, weight, place.scaling)
+        a, b, scale = self.acting(self.of_layer(stored, place), weight, place.scaling)
         blocks = place.low_rank_blocks(a, b)
         return blocks if scale is None else {name: scaled_blocks(blocks[name], scale, transposed=place.is_transposed)}
 
@@ -287,8 +289,12 @@ class Variant:
         return {"variant": self.name}
 
     def rank(self, stored: Stored) -> int:
-        """Return r of a layer."""
-        return self.acting(stored, None, 1.0).b.shape[1]
+        """Return r of a layer; of shared tensors `stored` has the whole.
+
+        This default is the rank of `acting`: override it where that is another.
+        """
+        _, b, _ = self.acting(stored, None, 1.0)
+        return b.shape[1]
 
     def fault(self, stored: Stored) -> Fault | None:
         """Return why a layer's tensors do not go together, or None; all are there and hold numbers."""
@@ -297,7 +303,8 @@ class Variant:
     def expected(self, stored: Stored) -> Expected:
         """Return what a layer's tensors mean, for `merge --verify`: apart from `acting`, so that mistakes are found.
 
-        This default goes by `acting`, and tells nothing of a mistake there.
+        Of shared tensors `stored` has what of_layer returns. This default goes by `acting`, and tells nothing of a
+        mistake there.
         """
         a, b, _ = self.acting({leaf: value.detach().double() for leaf, value in stored.items()}, None, 1.0)
         return Expected([(a, b)], rounded=True)
@@ -309,7 +316,7 @@ class Variant:
         named = {*self.peft_leaves.values(), *self.peft_shared.values(), *self.frozen}
         if self.peft_type and named.issuperset(self.leaves):
             return ""
-        return f"has an adapter of the variant {self.title or self.name}, which PEFT does not have"
+        return f"has an adapter of the variant {self.title}, which PEFT does not have"
 
     def peft_leaf(self, leaf: str, kind: str) -> str:
         """Return how PEFT's name of a tensor ends, of a layer of this kind; the first in peft_leaves by default."""
