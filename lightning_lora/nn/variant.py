@@ -225,7 +225,7 @@ class Variant:
 
     def is_initial(self, stored: Stored, place: Place) -> bool | None:
         """Return whether nothing was trained yet, as far as this rank's shards show; None where values do not tell."""
-        raise NotImplementedError
+        return None
 
     # --- what it adds ---
 
@@ -252,6 +252,8 @@ class Variant:
             place: the layer.
             read: gives a weight part by part, as stored; called where reads_weight is true.
         """
+        # In 16 bits `acting` would round what it computes, and W' is to be rounded once.
+        stored = {leaf: tensor.float() if tensor.dtype in low_rank.HALF else tensor for leaf, tensor in stored.items()}
         name = next(iter(place.shapes))
         weight = None
         if self.reads_weight and len(place.shapes) == 1:
