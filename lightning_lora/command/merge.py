@@ -22,7 +22,7 @@ from ..files.paths import PathLike
 from ..files.safetensors import SUFFIX, TensorLocation, read_rows
 from ..files.weights import Weights, open_weights
 from ..names import A, B, around, matcher
-from ..nn.exact_merge import CPU_CHUNK
+from ..nn.exact_merge import CPU_CHUNK, parts_of
 from ..nn.low_rank import (
     ATTENTION,
     ATTENTION_WEIGHTS,
@@ -39,7 +39,7 @@ from ..nn.low_rank import (
     low_rank_blocks,
     matrix_shape,
 )
-from ..nn.output_norms import Parts, output_norms_of_parts, output_scale, parts_of
+from ..nn.output_norms import Parts, output_norms_of_parts, output_scale
 from ..nn.variant import scaled_blocks
 from ..progress import progress_bar
 from .expected_weights import ExpectedWeights

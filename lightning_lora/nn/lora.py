@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
 
 from ..names import A, B
 from .init import WITHOUT_ZERO, initial_factors
-from .variant import Acting, Config, Place, Stored, Variant, Weights
+from .variant import Acting, Place, Stored, Variant, Weights
 
 
 class LoRA(Variant):
@@ -16,6 +17,7 @@ class LoRA(Variant):
 
     name, title = "lora", "LoRA"
     trained: ClassVar[tuple[str, ...]] = (A, B)
+    placed_as: ClassVar[Mapping[str, str]] = {A: A, B: B}
 
     def shapes(self, place: Place) -> dict[str, tuple[int, ...]]:
         return dict(zip((A, B), place.factor_shapes(), strict=True))
@@ -36,6 +38,3 @@ class LoRA(Variant):
     @property
     def option(self) -> str:
         return "LoRA"
-
-    def conflict(self, config: Config) -> tuple[str, str] | None:
-        return None

@@ -28,7 +28,7 @@ from lightning_lora import (
 )
 from lightning_lora.adapter.save_load import read_adapter
 from lightning_lora.model.injection import require_injection
-from lightning_lora.nn import lora_layer
+from lightning_lora.nn import starts
 from support.notices import quiet_peers
 from support.parameters import Experts
 from support.peers import call
@@ -281,7 +281,7 @@ def test_loading_computes_nothing_from_the_weights(tmp_path, monkeypatch, kind):
     path = tmp_path / "saved.ckpt"
     save_adapter(net, tmp_path / "folder")
     trainer.save_checkpoint(path)
-    monkeypatch.setattr(lora_layer, "start_factors", refuse)
+    monkeypatch.setattr(starts, "start_factors", refuse)
     again = Net()
     if kind == "folder":
         load_adapter(again, tmp_path / "folder")
