@@ -57,6 +57,7 @@ class LayerSpec:
     init: bool | str = True  # how the factors are drawn, as LoRAConfig's init_lora_weights
     seed: int = 0  # what they are drawn from
     rows: tuple[int, ...] = ()  # of a table of which rows are trained: their numbers, ascending
+    options: Mapping[str, Any] = field(default_factory=dict)  # those that the variant alone has, by name
 
 
 @dataclass
@@ -113,7 +114,8 @@ class StoredTensors:
 
     def options_text(self) -> str:
         """Return what repr says of the adapter."""
-        return f"r={self.lora.spec.r}, alpha={self.lora.spec.alpha:g}"
+        spec = self.lora.spec
+        return f"r={spec.r}, alpha={spec.alpha:g}" if spec.variant.scaled else f"r={spec.r}"
 
     def stored(self) -> dict[str, nn.Parameter]:
         """Return all that says what the adapter adds, by leaf name: what is trained, then what stays frozen."""
@@ -138,8 +140,8 @@ class StoredTensors:
 
     def factors(self) -> tuple[nn.Parameter, ...]:
         """Return the trained parameters; the last one gets a gradient from the first step on."""
-        stored = self.stored()
-        return tuple(stored[leaf] for leaf in self.lora.spec.variant.trained)
+        holder = self.lora_holder
+        return tuple(getattr(holder, self.stored_name(leaf)) for leaf in self.lora.spec.variant.trained)
 
     def adapted_weights(self) -> dict[str, nn.Parameter]:
         """Return the parameters that the adapter changes, by name."""
@@ -174,7 +176,7 @@ class StoredTensors:
         spec, known = spec or self.lora.spec, self.lora.placed
         if known is not None and known[0] is spec and known[1].name == self.lora.name:
             return known[1]
-        options = spec.r, spec.scaling, spec.enabled, spec.init, spec.seed, spec.rows
+        options = spec.r, spec.scaling, spec.enabled, spec.init, spec.seed, spec.rows, spec.options
         place = Place(self.lora.name, self.KIND, self.weight_shapes(), *options)
         if spec is self.lora.spec:
             self.lora.placed = spec, place
@@ -302,7 +304,13 @@ class AdaptedWeights(StoredTensors):
     def acting(self) -> Acting:
         """Return what the stored tensors act as now, differentiable."""
         spec = self.lora.spec
-        return spec.variant.acting(self.stored(), self.matrix() if spec.variant.reads_weight else None, spec.scaling)
+        weight = self.matrix() if spec.variant.reads_weight else None
+        return Acting(*spec.variant.acting(self.seen_part(self.stored()), weight, spec.scaling))
+
+    def seen_part(self, stored: Stored) -> Stored:
+        """Return what this layer sees of its stored tensors, of which other layers may share some."""
+        variant = self.lora.spec.variant
+        return variant.of_layer(stored, self.place()) if variant.shared else stored
 
     def matrix(self) -> torch.Tensor | None:
         """Return W as (out, in), or None where there are several."""
@@ -394,7 +402,7 @@ class AdaptedWeights(StoredTensors):
     def update_blocks(self, stored: Stored | None = None) -> Blocks:
         """Return what is added to the whole weights, without s and without a scale. Collective as `blocks`."""
         whole = {leaf: full_tensor(tensor) for leaf, tensor in (stored or self.stored()).items()}
-        a, b, _ = self.lora.spec.variant.acting(whole, None, self.lora.spec.scaling)
+        a, b, _ = self.lora.spec.variant.acting(self.seen_part(whole), None, self.lora.spec.scaling)
         return self.place().low_rank_blocks(a, b)
 
     def crop_to_shard(self, blocks: list[LowRankBlock], weight: torch.Tensor) -> list[LowRankBlock]:

@@ -77,6 +77,14 @@ class Place:
         """Return (out, in) of its weight, of a convolution with its kernel counted to in."""
         return low_rank.matrix_shape(self.kind, next(iter(self.shapes.values())))
 
+    def shaped(self, acting: Acting) -> Acting:
+        """Return what a layer acts as, with the factors of a convolution as low_rank.py states where they are matrices."""
+        a, b, scale = acting
+        if self.kind not in low_rank.CONVOLUTIONS or a.dim() > 2:
+            return acting
+        kernel = next(iter(self.shapes.values()))[1:]
+        return Acting(a.reshape(-1, *kernel), b.reshape(*b.shape, *[1] * (len(kernel) - 1)), scale)
+
     def low_rank_blocks(self, a: torch.Tensor, b: torch.Tensor) -> dict[str, list[LowRankBlock]]:
         """Return what B @ A adds to each weight, without the scaling; A and B as low_rank.py has them for the kind."""
         return low_rank.low_rank_blocks(self.kind, self.shapes, a, b, self.enabled)
@@ -246,7 +254,7 @@ class Variant:
     # --- what it adds ---
 
     def of_layer(self, stored: Stored, place: Place) -> Stored:
-        """Return what one layer sees of its stored tensors: of the shared ones, which serve wider layers too, its part."""
+        """Return what one layer sees of its stored tensors: of shared ones, which serve larger layers too, its part."""
         return stored
 
     def acting_rank(self, rank: int) -> int:
