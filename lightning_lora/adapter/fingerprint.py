@@ -134,7 +134,7 @@ def check_fingerprint(
     if not expected:
         return {}
     known, tables = live.handle.record.fingerprint, replaced_rows(live.handle)
-    unfrozen = fingerprint_entries(live.handle.initial_of("unfrozen")) if live.handle.record.unfrozen else {}
+    unfrozen = fingerprint_entries(live.handle.initial_of("unfrozen"))
     same_names = expected.keys() <= known.keys()  # fewer where weights were unfrozen since fit start
     trained_here = same_names and all(entries_match(known[name], expected[name], 0) for name in expected)
     present = without_rows(unfrozen, tables) | fingerprint_of(live)
