@@ -203,7 +203,9 @@ def read_folder(path: PathLike, order: Order = usual_order) -> Adapter:
     names = read_names(peft_tensors, folder, lambda wrapped: nesting_in_peft(options, wrapped, order, folder))
     tensors = {name: peft_tensors[peft_name] for peft_name, name in names.ours.items()}
     tensors = spread(names.shared, peft_tensors, tensors)
-    return _read_foreign(tensors, names.bare, variant, options, folder)
+    adapter = _read_foreign(tensors, names.bare, variant, options, folder)
+    several = [leaves for leaves in nesting_of(adapter.parameters).values() if len(leaves) > 1]
+    return replace(adapter, assumed_order=several) if order is usual_order and several else adapter
 
 
 def read_tensor_file(path: PathLike) -> Adapter:

@@ -158,12 +158,13 @@ def read_names(
     shared = {name: leaf for name, leaf in shared.items() if leaf and bare[name].startswith(network + OUTER)}
     bare = {name: _without_prefix(each, network) for name, each in bare.items() if name not in shared}
     present = set(bare.values())
-    layers = {split[0] for split in map(leaves.split, present) if split is not None}
+    split_of = {name: split for name in present if (split := leaves.split(name)) is not None}
+    layers = {layer for layer, _ in split_of.values()}
     nesting = nesting_for(Counter(_unwrapped(layer, layers)[0] for layer in layers))
     ours: dict[str, str] = {}
     first: dict[str, str] = {}
     for peft_name, bare_name in bare.items():
-        name = _our_name(bare_name, leaves, present, layers, nesting, where)
+        name = _our_name(bare_name, split_of.get(bare_name), leaves, present, layers, nesting, where)
         if name is None:
             continue
         if name in leaves.ours.values():
@@ -199,11 +200,15 @@ def _adapter_name(peft_names: Iterable[str], where: object) -> str:
 
 def _network(peft_names: Iterable[str], where: object) -> str:
     """Return what stands before PEFT's prefix in the names of factors."""
-    found = sorted({name[: _start(name)] for name in peft_names if _start(name) >= 0 and are_peft_names([name])})
+    found: set[str] = set()
+    for name in peft_names:
+        start = _start(name)
+        if start >= 0 and name[:start] not in found and are_peft_names([name]):
+            found.add(name[:start])
     if len(found) > 1:
-        names = ", ".join(repr(prefix.removesuffix(".")) for prefix in found)
+        names = ", ".join(repr(prefix.removesuffix(".")) for prefix in sorted(found))
         raise LoRAError(f"{where}: holds several PeftModels ({names}); save each by itself with save_pretrained.")
-    return found[0] if found else ""
+    return next(iter(found), "")
 
 
 def _start(name: str) -> int:
@@ -230,9 +235,15 @@ def _unwrapped(layer: str, layers: Set[str]) -> tuple[str, int]:
 
 
 def _our_name(
-    name: str, leaves: _Leaves, present: Set[str], layers: Set[str], nesting: Nesting, where: object
+    name: str,
+    split: tuple[str, str] | None,
+    leaves: _Leaves,
+    present: Set[str],
+    layers: Set[str],
+    nesting: Nesting,
+    where: object,
 ) -> str | None:
-    layer, ending = leaves.split(name) or (None, "")
+    layer, ending = split or (None, "")
     if layer is not None:
         module, depth = _unwrapped(layer, layers)
         parameter = our_factor(module, depth, leaves.ours[ending], nesting)
@@ -253,6 +264,8 @@ def _our_name(
         return None if plain in present else plain  # bias="all" puts a bias into the file a second time
     if layer is not None:
         name = f"{layer}.{leaves.ours[ending]}" if layer else leaves.ours[ending]
+    if BASE_LAYER not in f".{name}":
+        return name
     segments = name.split(".")
     return ".".join(
         segment

@@ -5,6 +5,7 @@ Functions marked "collective" communicate, so every rank must call them, in the 
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard, cast
@@ -34,9 +35,9 @@ def is_fully_sharded(module: nn.Module) -> TypeGuard[FSDPModule]:
     return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
-def has_sharded(model: nn.Module) -> bool:
-    """Return whether any parameter of the model is spread over ranks, gathered at the moment or not."""
-    return any(map(is_fully_sharded, model.modules())) or any(map(is_sharded, model.parameters()))
+def holds_shards(module: nn.Module) -> bool:
+    """Return whether a parameter of a module's own is spread over ranks, gathered at the moment or not."""
+    return is_fully_sharded(module) or any(map(is_sharded, module._parameters.values()))
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
@@ -104,13 +105,19 @@ def window(tensor: torch.Tensor) -> tuple[slice, ...]:
 
 def copy_(target: torch.Tensor, source: torch.Tensor) -> None:
     """Copy `source` into `target` of the same shape; either may be sharded. Collective if the source alone is."""
-    with torch.inference_mode(False), torch.no_grad():
-        if is_sharded(source) == is_sharded(target):
-            target.copy_(source)
-        elif is_sharded(target):
-            local(target).copy_(source[window(target)])
-        else:
-            target.copy_(full_tensor(source))
+    copy_all_([(target, source)])
+
+
+def copy_all_(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Do copy_ with many pairs of a target and a source."""
+    with torch.inference_mode(False), torch.no_grad():  # once: to enter the modes takes longer than a small copy
+        for target, source in pairs:
+            if is_sharded(source) == is_sharded(target):
+                target.copy_(source)
+            elif is_sharded(target):
+                local(target).copy_(source[window(target)])
+            else:
+                target.copy_(full_tensor(source))
 
 
 def reshard_(modules: Iterable[nn.Module]) -> None:
@@ -123,33 +130,36 @@ def reshard_(modules: Iterable[nn.Module]) -> None:
             module.reshard()
 
 
-def reset_(model: nn.Module) -> None:
+def reset_(modules: Iterable[tuple[str, nn.Module]]) -> None:
     """Put the shards back after an exception inside a forward, where FSDP2's reshard() does nothing. In place.
+
+    Args:
+        modules: all of a model's, with their names.
 
     Raises:
         LoRAError: this torch or this model offers no way.
     """
     outermost: list[str] = []
-    for name, module in model.named_modules():
+    for name, module in modules:
         if is_fully_sharded(module) and not any(name.startswith(f"{outer}." if outer else "") for outer in outermost):
             outermost.append(name)
             try:
                 cast(Any, module).reset_iter_state()
             except (AttributeError, RuntimeError) as error:
                 raise LoRAError(
-                    f"{name or type(model).__name__!r}: an exception left FSDP2 inside its forward, with gathered "
+                    f"{name or type(module).__name__!r}: an exception left FSDP2 inside its forward, with gathered "
                     "weights in place of its shards. Pass the module that fully_shard was called on last, or build "
                     "the model again."
                 ) from error
 
 
-def refuse_fully_sharded(model: nn.Module, verb: str) -> None:
-    """Refuse a model in which FSDP2 manages parameters that the verb would take away.
+def refuse_fully_sharded(model: nn.Module, modules: Iterable[nn.Module], verb: str) -> None:
+    """Refuse a model with these modules in which FSDP2 manages parameters that the verb would take away.
 
     Raises:
         LoRAError: it does; the message begins with the verb and names the alternative.
     """
-    if any(map(is_fully_sharded, model.modules())):
+    if any(map(is_fully_sharded, modules)):
         raise LoRAError(
             f"{verb}: {type(model).__name__} was sharded by fully_shard, which goes on to manage the adapter's "
             "parameters and cannot give them up. merge(model) runs at the base's speed; for plain weights, save a "
@@ -163,7 +173,36 @@ def reduce_(values: torch.Tensor, mesh: DeviceMesh, dims: Iterable[int], op: Any
         dist.all_reduce(values, op, group=mesh.get_group(dim))
 
 
-def samples(tensor: torch.Tensor, positions: list[int]) -> list[float]:
+def samples_of_all(wanted: Sequence[tuple[torch.Tensor, Sequence[int]]]) -> list[list[float]]:
+    """Return `samples` of many tensors; those in one memory and dtype are read together. Collective.
+
+    Args:
+        wanted: each tensor, and the positions in it.
+    """
+    indices: dict[tuple[Sequence[int], torch.device], torch.Tensor] = {}
+    together: dict[tuple[torch.dtype, torch.device], dict[int, torch.Tensor]] = {}
+    found: dict[int, list[float]] = {}
+    for i, (tensor, positions) in enumerate(wanted):
+        if not _can_be_indexed(tensor):
+            found[i] = samples(tensor, positions)
+            continue
+        key = positions, tensor.device
+        if key not in indices:
+            indices[key] = torch.tensor(positions, dtype=torch.long, device=tensor.device)
+        values = tensor.detach().view(-1)[indices[key]]
+        together.setdefault((tensor.dtype, tensor.device), {})[i] = values
+    for parts in together.values():
+        all_values = torch.cat([*parts.values()]).double().tolist()
+        starts = itertools.accumulate((part.numel() for part in parts.values()), initial=0)
+        found |= {i: all_values[start : start + parts[i].numel()] for i, start in zip(parts, starts, strict=False)}
+    return [found[i] for i in range(len(wanted))]
+
+
+def _can_be_indexed(tensor: torch.Tensor) -> bool:
+    return type(tensor) in PLAIN and tensor.layout is torch.strided and tensor.is_contiguous() and tensor.itemsize > 1
+
+
+def samples(tensor: torch.Tensor, positions: Sequence[int]) -> list[float]:
     """Return the values at positions of the flattened whole tensor. Collective."""
     shard, slices = local(tensor), window(tensor)
     indices = torch.unravel_index(torch.tensor(positions, dtype=torch.long), tensor.shape)

@@ -7,10 +7,9 @@ from typing import cast
 from torch import nn
 
 from .adapted_module import swapped_class
-from .adapted_weights import LayerSpec, LayerState, adapted_layers
+from .adapted_weights import LayerSpec, LayerState
 from .lora import LoRA
 from .lora_layer import KINDS, LoRALayer
-from .low_rank import ATTENTION_OUTPUT
 from .quantised import quantised_parameters
 from .variant import Variant
 
@@ -39,13 +38,3 @@ def adapt_(module: nn.Module, name: str, spec: LayerSpec, injection: object) -> 
     layer.lora = LayerState(spec, name, injection, custom_forward)
     layer.lora_active = True
     return layer
-
-
-def layer_kinds(model: nn.Module) -> dict[str, str]:
-    """Return the kind of each adapted layer of a model that has A and B, as files name it: one of low_rank.KINDS."""
-    outputs = {id(module.out_proj) for module in model.modules() if isinstance(module, nn.MultiheadAttention)}
-    return {
-        name: ATTENTION_OUTPUT if id(layer) in outputs else layer.kind()
-        for name, layer in adapted_layers(model).items()
-        if layer.kind()
-    }

@@ -74,8 +74,7 @@ def reference(model: Any, name: str) -> torch.Tensor:
     layer = model.get_submodule(name)
     out, inputs = SHAPES[name]
     a, b, d, diagonal = (
-        getattr(layer, leaf).detach().double()
-        for leaf in ("lora_vera_A", "lora_vera_B", "lora_vera_d", "lora_vera_b")
+        getattr(layer, leaf).detach().double() for leaf in ("lora_vera_A", "lora_vera_B", "lora_vera_d", "lora_vera_b")
     )
     delta = diagonal[:, None] * b[:out] @ (d[:, None] * a[:, :inputs])
     weight = layer.weight.detach().double()
@@ -156,7 +155,9 @@ def test_a_file_holds_the_projections_once(tmp_path):
     state = adapter_state_dict(model)
     file = io.BytesIO()
     torch.save(state, file)
-    with_one = {name: value for name, value in state.items() if not name.startswith(("two.lora_vera_A", "two.lora_vera_B"))}
+    with_one = {
+        name: value for name, value in state.items() if not name.startswith(("two.lora_vera_A", "two.lora_vera_B"))
+    }
     alone = io.BytesIO()
     torch.save(with_one, alone)
     projection = state["one.lora_vera_A"].numel() * 4
@@ -264,7 +265,16 @@ def test_pefts_folder_is_read_and_written_again(tmp_path, case):
     again = peft.PeftModel.from_pretrained(base(), tmp_path / "ours").eval()
     torch.testing.assert_close(again(TOKENS), other(TOKENS), **SAME)
     written, before = config_of(tmp_path / "ours"), config_of(tmp_path / "theirs")
-    same = ("peft_type", "r", "d_initial", "projection_prng_key", "vera_dropout", "bias", "save_projection", "init_weights")
+    same = (
+        "peft_type",
+        "r",
+        "d_initial",
+        "projection_prng_key",
+        "vera_dropout",
+        "bias",
+        "save_projection",
+        "init_weights",
+    )
     assert {name: written[name] for name in same} == {name: before[name] for name in same}
 
 

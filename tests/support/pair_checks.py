@@ -27,11 +27,12 @@ from lightning_lora import (
     merge_and_unload,
     merged_state_dict,
     save_adapter,
+    take_adapter,
     unload,
     unmerge,
 )
 from lightning_lora.adapter.lightning_checkpoint import convert_checkpoint, prepare_for_load
-from lightning_lora.model.injection import require_injection
+from lightning_lora.model.adapted_model import open_model
 from support.pairs import (
     DELTAS,
     FROM_DATA,
@@ -312,7 +313,7 @@ def training(variant: Variant, unfrozen: tuple[str, ...] = (), after: int = 0) -
 @contextmanager
 def noting(unfrozen: tuple[str, ...], model: nn.Module) -> Iterator[None]:
     """Expect the warning of what was unfrozen, unless the options train it already."""
-    if set(unfrozen) <= require_injection(model, "").record.trained:
+    if set(unfrozen) <= open_model(model, "").initial_of("trained").keys():
         yield
     else:
         with pytest.warns(UserWarning, match="base parameters were unfrozen"):
@@ -504,6 +505,33 @@ def through_folder(with_patterns: bool = False) -> Callable[[Variant], None]:
         train_(again, optimizer_for(variant, again), STEPS)
         train_(model, optimizer_for(variant, model), STEPS)
         assert_same(again, model)
+
+    return check
+
+
+def taken(merged: bool = False) -> Callable[[Variant], None]:
+    """An adapter that was taken stays as it is while the model trains on, and comes back bit for bit."""
+
+    def check(variant: Variant) -> None:
+        model = filled(variant)
+        before = all_bits(model)
+        if merged:
+            merge(model)
+        adapter = take_adapter(model)
+        unmerge(model)
+        fill_(model, seed=11)
+        assert all_bits(model) != before
+        if merged:
+            merge(model)
+        load_adapter(model, adapter)
+        assert is_merged(model) == merged
+        unmerge(model)
+        assert all_bits(model) == before
+        fill_(model, seed=12)
+        load_adapter(model, adapter)
+        load_adapter(other := fresh(variant), adapter)
+        assert all_bits(other) == before
+        assert_same(model, other)
 
     return check
 
