@@ -31,14 +31,14 @@ REMEDY_IN_TRAINER = (
     'Net.load_from_checkpoint("pretrained.ckpt"), ckpt_path=...). To use the adapter on this base all the same, call '
     "load_adapter(model, path, strict_base=False) and leave ckpt_path out."
 )
-# Returns what takes the place of a mapping at these keys in a checkpoint, or None to leave it alone.
+# Takes a mapping in a checkpoint and the keys that lead to it. Returns its replacement, or None to keep it.
 Replacement = Callable[[Mapping[Any, Any], tuple[Any, ...]], dict[Any, Any] | None]
 
 
 def convert_checkpoint(module: nn.Module, checkpoint: MutableMapping[str, Any], kind: Kind) -> None:
     """Turn a checkpoint with a complete state_dict into one of the given kind. In place. Collective.
 
-    Of a sharded model, the strategy has chosen and gathered what the state_dict holds, see trainer/strategies.py.
+    For a sharded model, trainer/strategies.py has already chosen and gathered the tensors of the state_dict.
     """
     live = LiveState(open_model(module, "checkpoint"))
     handle, record = live.handle, live.handle.record
@@ -73,7 +73,7 @@ def convert_checkpoint(module: nn.Module, checkpoint: MutableMapping[str, Any], 
 
 
 def _warn_of_moved(frozen: Mapping[str, Any], adapter: Adapter, kind: Kind) -> None:
-    """Warn of frozen weights that something other than an optimizer has changed, which loading will not bring back."""
+    """Warn of frozen weights that something has changed since fit start: a checkpoint without them loses the change."""
     entries = adapter.fingerprint.items()
     at_fit_start = {name: entry for name, entry in entries if name in frozen and not entry.get("quantised")}
     now = without_rows(fingerprint_entries({name: frozen[name] for name in at_fit_start}), adapter.tables)
@@ -107,10 +107,10 @@ def _describe(kind: Kind, adapter: Adapter) -> dict[str, Any]:
 def _without_left_out(
     live: LiveState, adapter: Adapter, state: Mapping[str, Any], trained: Set[str], kind: Kind
 ) -> Adapter:
-    """Return the adapter's description without what the class's own state_dict or on_save_checkpoint left out.
+    """Describe an adapter of which the user's own state_dict or on_save_checkpoint left tensors out.
 
     Raises:
-        LoRAError: a trained parameter is left out, under all its names. Anything else may be, as a frozen encoder.
+        LoRAError: a trained parameter is missing under all its names. A frozen part, as an encoder, may be missing.
     """
     expected = live.tensors.keys() if kind == "full" else trained
     if expected <= state.keys():
@@ -142,15 +142,16 @@ def _refuse_lost(live: LiveState, state: Mapping[str, Any], trained: Set[str]) -
 def _strip_copies(
     live: LiveState, checkpoint: MutableMapping[str, Any], frozen: Set[str], adapter: Adapter
 ) -> list[list[Any]]:
-    """Take the frozen base out of copies of the module's state that others, as weight averaging, keep in a checkpoint.
+    """Take the frozen base out of copies of the model's state in a checkpoint, as weight averaging keeps one.
+
+    A mapping is a copy if it has every parameter's name, and values as in the fingerprint. Others are left alone.
 
     Returns:
-        Where they are: the keys that lead to each. A user's own entry under parameters' names is no copy: it lacks a
-        name, or has other values.
+        The keys that lead to each copy.
     """
     copies: list[list[Any]] = []
     parameters = {name for name, tensor in live.tensors.items() if isinstance(tensor, nn.Parameter)}
-    # Of quantised weights the copies hold what is packed.
+    # A copy holds quantised weights packed, and the fingerprint their values.
     known = adapter.fingerprint.items()
     entries = {name: entry for name, entry in known if name in parameters and not entry.get("quantised")}
 
@@ -160,7 +161,7 @@ def _strip_copies(
             return None
         found = without_rows(fingerprint_entries({name: named[name] for name in entries}), adapter.tables)
         if not all(entries_match(entry, found[name], AVERAGED) for name, entry in entries.items()):
-            return None  # neither as it is, nor averaged
+            return None  # no copy: its values are neither the base's nor an average of them
         copies.append(list(path))
         return {name: value for name, value in mapping.items() if canonical(str(name)) not in frozen}
 
@@ -170,9 +171,9 @@ def _strip_copies(
 
 
 def _replace_mappings(value: Any, replacement: Replacement, path: tuple[Any, ...]) -> Any:
-    """Replace dictionaries in a nested one, at any depth; what is left alone keeps its identity.
+    """Replace dictionaries inside a dictionary, at any depth. Values in which nothing is replaced keep their identity.
 
-    Other mappings are users' objects, as a configuration in the hyper-parameters, and are not looked into.
+    Other mappings are users' objects, as a configuration in the hyper-parameters, and are not searched.
     """
     if not isinstance(value, dict):
         return value
@@ -195,7 +196,7 @@ def prepare_for_load(module: nn.Module, checkpoint: MutableMapping[str, Any], *,
         LoRAError: the checkpoint does not fit the injected module. Nothing is loaded.
     """
     if META not in checkpoint:
-        return  # a base checkpoint, or a full state dict; torch's strict load judges it
+        return  # a base checkpoint or a full state dict: torch's strict load checks it
     adapter, kind = adapter_of(checkpoint)
     live = LiveState(open_model(module, "checkpoint"))
     module_names = Names(live.handle.places)
@@ -225,7 +226,7 @@ def prepare_for_load(module: nn.Module, checkpoint: MutableMapping[str, Any], *,
 
 
 def _live_state(module: nn.Module) -> dict[str, Any]:
-    """Return the module's state dict, of quantised weights what leaves them as they are."""
+    """Return the model's state dict; loading it leaves quantised weights untouched."""
     state, quantised = by_canonical_names(module.state_dict()), quantised_weights(module)
     for name in quantisation_entries(state, quantised):
         del state[name]
@@ -237,7 +238,7 @@ def _live_state(module: nn.Module) -> dict[str, Any]:
 def _prepare_full(
     live: LiveState, names: Names, checkpoint: MutableMapping[str, Any], adapter: Adapter, values_follow: bool
 ) -> None:
-    """Check and complete a full checkpoint; record initial values, and no fingerprint, for its base comes along."""
+    """Check and complete a full checkpoint, and record its initial values. It brings a base: no fingerprint is kept."""
     state = checkpoint["state_dict"] = by_canonical_names(checkpoint["state_dict"])
     missing = [name for name in live.tensors if name not in state]
     left_out = {name: entry for name, entry in adapter.fingerprint.items() if name in missing}
@@ -262,9 +263,9 @@ def _prepare_full(
 
 
 def _read_initial(live: LiveState, initial: Any, adapter: Adapter) -> dict[str, torch.Tensor]:
-    """Return the values from before training by the module's names: no buffer and no trained parameter is missing.
+    """Return the values from before training by the model's names: all buffers, and all trained parameters.
 
-    Files of 0.1.0 have the names of the part of a LightningModule that was injected: there is one prefix for these.
+    Files of 0.1.0 name them as in the injected part of a LightningModule; the one prefix that fits is added.
     """
     base = {name: tensor for name, tensor, owner in live.entries if not is_factor(name, owner) and tensor is not None}
     named = initial.items() if isinstance(initial, Mapping) else [(None, None)]
@@ -273,7 +274,7 @@ def _read_initial(live: LiveState, initial: Any, adapter: Adapter) -> dict[str, 
         prefixes = dict.fromkeys(["", *(name.removesuffix(first) for name in base if name.endswith(f".{first}"))])
         for prefix in prefixes:
             prefixed = {prefix + name: value for name, value in initial.items()}
-            part = prefix + _common_module(initial)  # what is trained beside it is not the injection's business
+            part = prefix + _common_module(initial)  # parameters outside the injected part have no initial values
             changed = {id(base[name]) for name in adapter.tensors if name in base and name.startswith(part)}
             fits = all(name in base and base[name].shape == value.shape for name, value in prefixed.items())
             if fits and changed <= {id(base[name]) for name in prefixed}:

@@ -1,8 +1,8 @@
-"""What travels beside an adapter's tensors, as plain types: in checkpoint["lora"] and in a tensor file's header.
+"""The description of an adapter as plain types, in checkpoint["lora"] and in the header of a tensor file.
 
 layers       [[kind or None, scaling, [names]], ...]
-fingerprint  [[dtype, shape, leaf, [modules], values], ...], the bytes of all modules' values in base 85; of quantised
-             weights one thing more: how
+fingerprint  [[dtype, shape, leaf, [modules], values], ...], with the values of all modules as bytes in base 85; a
+             quantised weight has a sixth item, the kind of quantisation
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .adapter import Adapter, equal_layers, with_aliases
 from .file_options import check_options
 from .fingerprint import sample_positions
 
-STORED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # values of other dtypes are stored as float64
+STORED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # other dtypes are stored as float64
 
 
 def to_metadata(adapter: Adapter) -> dict[str, Any]:
@@ -45,15 +45,15 @@ def to_metadata(adapter: Adapter) -> dict[str, Any]:
 
 
 def from_metadata(tensors: Mapping[str, Any], metadata: Any, where: str) -> Adapter:
-    """Return the adapter of these tensors that metadata describes, its factors unchecked: the inverse of to_metadata.
+    """Build an adapter from its tensors and their description. Factors are not checked. The inverse of to_metadata.
 
     Args:
-        tensors: the adapter's.
-        metadata: plain types, from a file.
+        tensors: by name.
+        metadata: the description, from a file.
         where: for messages.
 
     Raises:
-        LoRAError: the description is not of that form, or it and the tensors disagree.
+        LoRAError: the description has another form, or does not fit the tensors.
     """
     try:
         scalings, kinds = decode_layers(metadata["layers"])
@@ -79,7 +79,7 @@ def from_metadata(tensors: Mapping[str, Any], metadata: Any, where: str) -> Adap
     except (LookupError, TypeError, AttributeError, ValueError, OverflowError, RecursionError, re.error) as error:
         raise LoRAError(f"{where}: the adapter's description is damaged: {error!r}.") from error
     aliases = equal_layers(adapter)
-    if aliases and adapter.config is not None:  # of an earlier version, whose options were for first names alone
+    if aliases and adapter.config is not None:  # an earlier version wrote options for first names alone
         adapter = replace(adapter, config=with_aliases(adapter.config, aliases))
     unpaired = sorted((set(adapter.scalings) ^ set(adapter.layers())) | (set(adapter.tables) ^ set(adapter.rows())))
     if unpaired:
@@ -98,11 +98,11 @@ def _after_conv1d_from_metadata(names: Any) -> frozenset[str] | None:
 
 
 def of_trained(adapter: Adapter, frozen: Collection[str] = ()) -> Adapter:
-    """Return an adapter whose tensors and fingerprint have no name in common, as earlier versions did not always write.
+    """Return an adapter in which no name is both a tensor and an entry of the fingerprint. Earlier versions wrote such.
 
     Args:
         adapter: as it was read.
-        frozen: names of tensors that were not trained; every other tensor was, and the fingerprint loses its name.
+        frozen: names of tensors that were not trained: these lose the tensor, all others the entry.
     """
     tensors = without(adapter.tensors, frozen)
     return replace(adapter, tensors=tensors, fingerprint=without(adapter.fingerprint, tensors))

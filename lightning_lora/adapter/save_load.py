@@ -274,7 +274,7 @@ def places_of(model: nn.Module, handle: AdaptedModel | None) -> list[tuple[str, 
 
 
 def _config_for(model: nn.Module, adapter: Adapter) -> LoRAConfig:
-    """Return the adapter's options, with the layers spelled out where they would choose others under this prefix."""
+    """Return the adapter's options. Where they would choose other layers in this model, name the layers instead."""
     config, ranks = adapter.config, adapter.ranks()
     if config is None:
         stored = sorted(set(ranks.values()))

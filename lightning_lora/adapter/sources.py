@@ -49,7 +49,7 @@ def read_source(
 
     Args:
         source: the adapter.
-        order: in which modules register parameters, which only the model that it is for tells.
+        order: the order in which the model registers the parameters of a module; PEFT's names depend on it.
         verb: what messages begin with.
 
     Raises:
@@ -86,10 +86,10 @@ def _read_state(source: Mapping[str, Any], verb: str) -> Adapter:
 
 
 def _tensors_in(state: Any, verb: str) -> dict[str, torch.Tensor]:
-    """Return the tensors of a state dict, or of the only entry with an adapter of a dictionary of them, as Fabric's.
+    """Return the tensors of a state dict; of several in a dictionary, as Fabric saves, of the one with an adapter.
 
     Raises:
-        LoRAError: several entries have one, or there are no tensors.
+        LoRAError: several entries hold an adapter, or none does.
     """
     if not isinstance(state, Mapping):
         raise LoRAError(f"{verb}: expected a state dict, found {type(state).__name__}.")
@@ -123,15 +123,15 @@ def _name_adapter(tensors: Mapping[str, torch.Tensor]) -> bool:
 def adapter_with_options(
     source: PathLike | Mapping[str, Any] | Adapter, lora_alpha: float | None = None, where: str = ""
 ) -> Adapter:
-    """Read an adapter that is to be applied without a model at hand.
+    """Read an adapter that is applied to files, or combined, without a model.
 
     Args:
         source: any form of adapter.
-        lora_alpha: for one that does not store it, as loralib's do not.
-        where: what messages call it; a path by default.
+        lora_alpha: for an adapter that does not store it, as loralib's files do not.
+        where: what messages call the source; its path by default.
 
     Raises:
-        LoRAError: lora_alpha is missing, or is stored and given.
+        LoRAError: lora_alpha is missing, or both stored and given.
     """
     path = where or source
     adapter = turn_without_model(without_base(read_source(source)), path)
