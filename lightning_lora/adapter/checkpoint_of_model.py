@@ -76,7 +76,7 @@ def _warn_of_moved(frozen: Mapping[str, Any], adapter: Adapter, kind: Kind) -> N
     """Warn of frozen weights that something has changed since fit start: a checkpoint without them loses the change."""
     entries = adapter.fingerprint.items()
     at_fit_start = {name: entry for name, entry in entries if name in frozen and not entry.get("quantised")}
-    now = without_rows(fingerprint_entries({name: frozen[name] for name in at_fit_start}), adapter.tables)
+    now = without_rows(fingerprint_entries((name, frozen[name]) for name in at_fit_start), adapter.tables)
     moved = [name for name, entry in at_fit_start.items() if not entries_match(entry, now[name], AVERAGED)]
     if moved:
         warnings.warn(
@@ -159,7 +159,7 @@ def _strip_copies(
         named = by_canonical_names(mapping)
         if not parameters <= named.keys() or not all(isinstance(named[name], torch.Tensor) for name in entries):
             return None
-        found = without_rows(fingerprint_entries({name: named[name] for name in entries}), adapter.tables)
+        found = without_rows(fingerprint_entries((name, named[name]) for name in entries), adapter.tables)
         if not all(entries_match(entry, found[name], AVERAGED) for name, entry in entries.items()):
             return None  # no copy: its values are neither the base's nor an average of them
         copies.append(list(path))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Set
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -48,14 +48,21 @@ def fingerprint_entry(weight: torch.Tensor) -> dict[str, Any]:
     return _entry(weight.shape, weight.dtype, samples(weight, sample_positions(weight.numel())))
 
 
-def fingerprint_entries(weights: Mapping[str, torch.Tensor]) -> dict[str, dict[str, Any]]:
-    """Return fingerprint_entry of many tensors at once, which is faster. Collective where they are sharded."""
-    at = {name: sample_positions(weight.numel()) for name, weight in weights.items()}
-    values = samples_of_all([(weight, at[name]) for name, weight in weights.items()])
-    return {
-        name: _entry(weight.shape, weight.dtype, found)
-        for (name, weight), found in zip(weights.items(), values, strict=True)
-    }
+def fingerprint_entries(weights: Iterable[tuple[str, torch.Tensor]]) -> dict[str, dict[str, Any]]:
+    """Return fingerprint_entry of many tensors at once, which is faster. Collective where they are sharded.
+
+    Args:
+        weights: each name with its tensor. They may be made one by one, for none is kept.
+    """
+    found: dict[str, tuple[torch.Size, torch.dtype]] = {}
+
+    def with_positions() -> Iterator[tuple[torch.Tensor, tuple[int, ...]]]:
+        for name, weight in weights:
+            found[name] = weight.shape, weight.dtype
+            yield weight, sample_positions(weight.numel())
+
+    values = samples_of_all(with_positions())
+    return {name: _entry(*found[name], of_name) for name, of_name in zip(found, values, strict=True)}
 
 
 def fingerprint_entry_at(location: TensorLocation) -> dict[str, Any]:

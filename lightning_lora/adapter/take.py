@@ -132,11 +132,14 @@ def fingerprint_of(live: LiveState) -> dict[str, Any]:
     adapter replaces are NaN: another base may have other values there.
     """
     trained = set(live.keys)
-    frozen = [entry for entry in live.entries if entry[0] not in trained and entry[1] is not None]
-    present = [(name, tensor, owner) for name, tensor, owner in frozen if tensor.device.type != "meta"]
+    present = [
+        (name, tensor, owner)
+        for name, tensor, owner in live.entries
+        if name not in trained and tensor is not None and tensor.device.type != "meta"
+    ]
     how = {name: _how_quantised(tensor, owner) for name, tensor, owner in present}
-    plain = {n: original_value(n, tensor, owner) for n, tensor, owner in present if not how[n]}
-    entries = fingerprint_entries(plain)
+    plain = (entry for entry in present if not how[entry[0]])
+    entries = fingerprint_entries((name, original_value(name, tensor, owner)) for name, tensor, owner in plain)
     for name, _, owner in present:
         if how[name]:
             value = dequantised(owner, name.rpartition(".")[2])
@@ -173,7 +176,7 @@ def check_fingerprint(
     if not expected:
         return {}
     known, tables = live.handle.record.fingerprint, replaced_rows(live.handle)
-    unfrozen = fingerprint_entries(live.handle.initial_of("unfrozen")) if live.handle.record.unfrozen else {}
+    unfrozen = fingerprint_entries(live.handle.initial_of("unfrozen").items()) if live.handle.record.unfrozen else {}
     same_names = expected.keys() <= known.keys()  # fewer where weights were unfrozen since fit start
     trained_here = same_names and all(entries_match(known[name], expected[name], 0) for name in expected)
     present = without_rows(unfrozen, tables) | fingerprint_of(live)
