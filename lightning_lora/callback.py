@@ -15,15 +15,17 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 
 from .adapter.lightning_checkpoint import Kind, check_kind
-from .adapter.take import fingerprint
+from .adapter.take import fingerprint_of
 from .arguments import names_near_misses
 from .config import LEAVE_OUT, Bias, Init, LoRAConfig, PeftConfig, Task, as_config, is_config
 from .errors import LoRAError, NonFiniteError, sentence
+from .model.adapted_model import Listing, adopt_layers, find_model, open_model, refuse_replaced_layers
 from .model.dequantise import dequantised_dtype
 from .model.gradients import explain_merged_training, warn_of_untrained
+from .model.initial_values import snapshot_materialised
 from .model.inject import begin_injection, fixed_seed, random_seed
-from .model.injection import find_injection, refuse_replaced_layers, snapshot_materialised
 from .model.large_adapters import warn_of_large_adapters
+from .model.live_state import LiveState
 from .model.merging import is_merged, merge, unmerge
 from .model.param_groups import check_ratio
 from .model.passed_over import warn_of_passed_over
@@ -244,58 +246,58 @@ class LoRACallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Adapt what exists before the optimizer is built and the strategy wraps; the rest after configure_model."""
         prepare_strategy(trainer.strategy)
-        injected = find_injection(pl_module)
-        refuse_composition(trainer, self, injected=injected is not None)
+        handle = find_model(pl_module)
+        refuse_composition(trainer, self, injected=handle is not None)
         if is_merged_for_good(pl_module):
-            if injected is None and stage != "fit":
+            if handle is None and stage != "fit":
                 load_plain_weights_only(pl_module)
                 return
             forget_merging(pl_module)
-        if injected is None:
-            convert_linear_layers_(pl_module)
+        if handle is None:
+            convert_linear_layers_(listing := Listing(pl_module))
             seed = self._seed or trainer.strategy.broadcast(random_seed())
-            begin_injection(pl_module, self.config, seed=seed, given=self._given)
+            handle = begin_injection(listing, self.config, seed=seed, given=self._given)
         else:
-            refuse_late_conversion(pl_module)
-            refuse_other_options(injected.record, self.config, self._given, self._seed)
-            warn_of_part(trainer, injected.prefix.removesuffix("."))
-        adapt_after(pl_module, *(name for name in BUILDERS if is_overridden(name, pl_module)))
-        adapt_cli_optimizer(pl_module, self.lr_ratio, is_fit=stage == "fit")
-        refuse_for_quantised(pl_module, trainer)
-        leave_out_of_ddp_(pl_module)
-        save_as(pl_module, self.save, self.dequantize)
+            adopt_layers(handle)
+            refuse_late_conversion(handle)
+            refuse_other_options(handle.record, self.config, self._given, self._seed)
+            warn_of_part(trainer, handle.prefix.removesuffix("."))
+        adapt_after(handle, *(name for name in BUILDERS if is_overridden(name, pl_module)))
+        adapt_cli_optimizer(handle, self.lr_ratio, is_fit=stage == "fit")
+        refuse_for_quantised(handle, trainer)
+        leave_out_of_ddp_(handle)
+        save_as(handle, self.save, self.dequantize)
         self._verified = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that the adapter can be trained, record the base's fingerprint, show what is trained, log options."""
-        refuse_replaced_layers(pl_module, "LoRACallback")
-        snapshot_materialised(pl_module)
-        refuse_unoptimized(trainer.optimizers, pl_module)
-        warn_of_frozen(pl_module)
-        warn_of_idle_optimizers(trainer.optimizers, pl_module)
-        warn_of_new_heads(pl_module)
-        warn_of_large_adapters(pl_module)
-        injected = find_injection(pl_module)
-        if injected is not None:
-            warn_of_passed_over(injected.record)
+        handle = open_model(pl_module, "LoRACallback")
+        adopt_layers(handle)
+        refuse_replaced_layers(handle, "LoRACallback")
+        snapshot_materialised(handle)
+        refuse_unoptimized(trainer.optimizers, handle)
+        warn_of_frozen(handle)
+        warn_of_idle_optimizers(trainer.optimizers, handle)
+        warn_of_new_heads(handle.modules)
+        warn_of_large_adapters(handle.layers)
+        warn_of_passed_over(handle.record)
         self._fits.begin(pl_module)
-        enable_input_require_grads(pl_module)
-        refuse_for_quantised(pl_module, trainer)
+        enable_input_require_grads([module for _, module in handle.modules])
+        refuse_for_quantised(handle, trainer)
         if self.save == "full":
             refuse_unloadable(pl_module)
         if self.save == "merged":
-            refuse_unmergeable(pl_module, dequantised_dtype(self.dequantize, "LoRACallback"))
+            refuse_unmergeable(handle, dequantised_dtype(self.dequantize, "LoRACallback"))
         if self.merge_after_fit:
-            refuse_merge_after_fit(trainer, pl_module)
-        if injected is not None and not injected.record.fingerprint:
-            injected.record.fingerprint = fingerprint(pl_module)
-        if injected is not None:
-            injected.record.merged_eval = self.merged_eval
-        if injected is not None and trainer.loggers:
-            options = as_hyperparameters(injected.record.config, save=self.save, merged_eval=self.merged_eval)
+            refuse_merge_after_fit(trainer, handle)
+        if not handle.record.fingerprint:
+            handle.record.fingerprint = fingerprint_of(LiveState(handle))
+        handle.record.merged_eval = self.merged_eval
+        if trainer.loggers:
+            options = as_hyperparameters(handle.record.config, save=self.save, merged_eval=self.merged_eval)
             self._logged.add(pl_module, options)
         self._statistics.begin(trainer, pl_module)
-        if self.log_plots and injected is not None:
+        if self.log_plots:
             tell_of_no_logger(trainer)
         if self.verbose:
             show(summary(pl_module))
@@ -303,20 +305,21 @@ class LoRACallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start from data where the options say so; explain Lightning's warning of modules in eval mode."""
         self._logged.remove(pl_module)
-        start_from_data(trainer, pl_module, find_injection(pl_module))
+        start_from_data(trainer, pl_module, find_model(pl_module))
         if self.verbose:
             explain_eval_mode(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget which layers are in eval mode; the first batch lists them anew, when every mode is training's."""
         self._lists.pop(pl_module, None)
-        refuse_replaced_layers(pl_module, "LoRACallback")
+        refuse_replaced_layers(Listing(pl_module), "LoRACallback")
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that the strategy's setup, or a hook, has not replaced adapted layers; let the bar say "merged"."""
         self._statistics.take_back(trainer)
-        refuse_replaced_layers(pl_module, "LoRACallback")
-        describe_as_merged(trainer, when_merged(pl_module) if self.merged_eval else "")
+        listing = Listing(pl_module)
+        refuse_replaced_layers(listing, "LoRACallback")
+        describe_as_merged(trainer, when_merged(listing.layers.values()) if self.merged_eval else "")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """Unmerge what is merged, and let dropout act in layers that Lightning keeps in eval mode."""
@@ -341,7 +344,7 @@ class LoRACallback(Callback):
         lists.override_dropout(None)
         if not lists.trained_a_batch:
             lists.trained_a_batch = True
-            warn_of_untrained(pl_module, optimized=True)
+            warn_of_untrained(Listing(pl_module), optimized=True)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
@@ -365,9 +368,9 @@ class LoRACallback(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Patch the module's own hook where setup did not run: in the main process of a launcher."""
-        injected = find_injection(pl_module)
-        if injected is not None and injected.record.save is None:
-            save_as(pl_module, self.save, self.dequantize)
+        handle = find_model(pl_module)
+        if handle is not None and handle.record.save is None:
+            save_as(handle, self.save, self.dequantize)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take back what was logged at the last step."""
@@ -376,7 +379,7 @@ class LoRACallback(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note that the fit came to its end; draw the adapter."""
         self._fits.end(pl_module)
-        if self.log_plots and find_injection(pl_module) is not None:
+        if self.log_plots and find_model(pl_module) is not None:
             log_plots(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -396,8 +399,8 @@ class LoRACallback(Callback):
         stop_adapting(pl_module)
         if stage == "fit":
             self._statistics.end(pl_module)
-        if stage == "fit" and launches(trainer) and find_injection(pl_module) is not None:
-            export_state(pl_module)
+        if stage == "fit" and launches(trainer) and (handle := find_model(pl_module)) is not None:
+            export_state(handle)
         if stage == "fit" and self._fits.close(pl_module) and self.merge_after_fit:
             merge_for_good(pl_module)
 
@@ -419,7 +422,7 @@ class LoRACallback(Callback):
                 rank_zero_warn(f"LoRACallback: this validation runs unmerged: {sentence(error)}")
                 return
         if self.verify and not self._verified and self._verifying is None and not trainer.sanity_checking:
-            watching = watch(pl_module)
+            watching = watch(Listing(pl_module))
             self._verifying, self._verified = (watching, watching.__enter__()), True
 
     def _report(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -453,7 +456,7 @@ class LoRACallback(Callback):
         self._unmerge(pl_module)
         self._logged.remove(pl_module)
         if is_merged_for_good(pl_module):
-            unpatch(pl_module)
+            unpatch(pl_module.modules())
 
     def _step_lists(self, pl_module: LightningModule) -> StepLists:
         lists = self._lists.get(pl_module)

@@ -16,6 +16,7 @@ START_A, START_B = "lora_start_A", "lora_start_B"  # what A and B began as, wher
 FACTORS = (A, B, START_A, START_B)
 ROWS = "lora_rows"  # of a table of which some rows are trained: these
 ATTRIBUTE = "lora_injection"  # of the injected module: the record of its injection
+KEPT = "lora_kept"  # of any module of an injected model: what the record keeps of it
 META, ENTRY = "lora", "lora_learned"  # keys of an adapter's metadata in a checkpoint, of the record in a state dict
 ALL_LINEAR = "all-linear"
 COMPILED, CHECKPOINTED = WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # torch.compile, checkpoint_wrapper

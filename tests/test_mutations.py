@@ -106,7 +106,7 @@ class FiltersInItsHook(LoRACallback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        unpatch(pl_module)
+        unpatch(pl_module.modules())
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         write(pl_module, checkpoint, self.save)

@@ -15,10 +15,9 @@ from torch import nn
 
 from ..distributed.sharding import copy_all_, is_sharded
 from ..errors import LoRAError
-from ..model.adapted_model import AdaptedModel
-from ..model.injection import record_trainable
+from ..model.adapted_model import AdaptedModel, Listing
 from ..model.live_state import LiveState, original_value
-from ..model.merging import merge
+from ..model.merging import merge_listed
 from ..model.pretrained import embeddings, pretrained_models
 from ..model.targets import untie_advice, weights_of
 from ..names import A, B, listed, names_factor, near_misses, rename_keys
@@ -55,7 +54,7 @@ class Names:
         return f"{self.later[path]}.{leaf}".lstrip(".") if path in self.later else name
 
 
-def align_names(model: nn.Module, names: Names, adapter: Adapter) -> Adapter:
+def align_names(listing: Listing, names: Names, adapter: Adapter) -> Adapter:
     """Return the adapter under the one prefix at which its layers are modules of the model."""
     layers = adapter.layers()
     if layers and all(layer in names.modules for layer in layers):
@@ -64,7 +63,9 @@ def align_names(model: nn.Module, names: Names, adapter: Adapter) -> Adapter:
     if layers and not modules.issuperset(layers):  # a later name of a shared module would make a second prefix
         ending = f".{layers[0]}"
         modules -= {n for n in modules if n.endswith(ending) and n.removesuffix(ending) in names.later}
-    return align_to_networks(adapter, modules, type(model).__name__, lambda: pretrained_models(model).values())
+    return align_to_networks(
+        adapter, modules, type(listing.model).__name__, lambda: pretrained_models(listing.modules).values()
+    )
 
 
 def by_first_names(names: Names, adapter: Adapter) -> Adapter:
@@ -136,13 +137,11 @@ def add_frozen_weights(live: LiveState, adapter: Adapter) -> Adapter:
     A base weight that is trained here and was frozen there gets its initial value. Rows of a table are added under the
     names of the tables that are tied to it.
     """
-    record = live.handle.record
-    unfrozen = live.handle.initial_of("unfrozen") if record.unfrozen else {}
+    unfrozen = live.handle.initial_of("unfrozen")
     frozen = {name: value for name, value in unfrozen.items() if name in adapter.fingerprint}
     shared = _names_of_shared(live)
     stored = {other: value for name, value in adapter.tensors.items() for other in shared.get(name, ())}
-    resized = live.handle.initial_of("resized") if record.resized else {}
-    resized = {name: stored.get(name, value) for name, value in resized.items()}
+    resized = {name: stored.get(name, value) for name, value in live.handle.initial_of("resized").items()}
     tied = {name: value for name, value in stored.items() if names_factor(name)}
     added = {**frozen, **resized, **tied}
     return replace(adapter, tensors={**added, **adapter.tensors}) if added.keys() - adapter.tensors.keys() else adapter
@@ -274,7 +273,7 @@ def _check_tensors(live: LiveState, names: Names, adapter: Adapter, specs: Specs
     _check_ties(live, names, adapter.tensors, expected)
     compared = (name for name in adapter.tensors if name not in live.tensors or name in expected)
     _check_names("tensor", map(names.first, compared), map(names.first, expected))
-    networks = pretrained_models(live.handle.model, live.handle.modules).values()
+    networks = pretrained_models(live.handle.modules).values()
     tables = {id(weight) for network in networks for weight in embeddings(network)}
     for name, value in adapter.tensors.items():
         tensor = live.tensors[name]
@@ -359,9 +358,9 @@ def copy_values(live: LiveState, adapter: Adapter, specs: Specs | None = None, *
         record_trained(live, adapter)
         _take_specs_(handle, adapter, specs or {})
         _write_(live, adapter.tensors)
-        record_trainable(handle.root, expected=True)
+        handle.record_trainable(expected=True)
         if merge_after:
-            merge(handle.model)
+            merge_listed(handle)
     except BaseException:
         handle.put_back(kept)
         record.config = config_before

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..distributed.sharding import gather_all, holds_shards
 from ..errors import LoRAError, NonFiniteError
-from ..model.adapted_model import open_model
+from ..model.adapted_model import AdaptedModel, open_model
 from ..model.dequantise import dequantised_dtype, quantised_weights
 from ..model.live_state import LiveState, original_value
 from ..model.state_dict import merge_state_dict
@@ -54,7 +54,7 @@ def convert_checkpoint(module: nn.Module, checkpoint: MutableMapping[str, Any], 
         meta["initial"] = gather_all(handle.initial())
     else:
         frozen = {name for name, tensor in live.tensors.items() if tensor is not None} - trained
-        frozen |= quantisation_entries(state, quantised_weights(module))
+        frozen |= quantisation_entries(state, quantised_weights(handle.places))
         if not sharded:
             _warn_of_moved({name: state[name] for name in state if name in frozen}, adapter, kind)
         meta = _describe(kind, adapter)
@@ -63,7 +63,7 @@ def convert_checkpoint(module: nn.Module, checkpoint: MutableMapping[str, Any], 
         tensors = gather_all(live.values()) if sharded else {name: state[name] for name in live.keys if name in state}
         meta["adapter"] = in_one_storage(tensors)
         dtype = dequantised_dtype(record.dequantize, "checkpoint")
-        checkpoint["state_dict"] = state if sharded else _merge_state(module, state, dtype)
+        checkpoint["state_dict"] = state if sharded else _merge_state(handle, state, dtype)
     elif kind == "adapter":
         tensors = {name: value for name, value in state.items() if name not in frozen}
         checkpoint["state_dict"] = tensors if sharded else in_one_storage(tensors)
@@ -87,9 +87,9 @@ def _warn_of_moved(frozen: Mapping[str, Any], adapter: Adapter, kind: Kind) -> N
         )
 
 
-def _merge_state(module: nn.Module, state: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
+def _merge_state(handle: AdaptedModel, state: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
     try:
-        return merge_state_dict(module, state, dtype)
+        return merge_state_dict(handle, state, dtype)
     except NonFiniteError as error:
         raise NonFiniteError(
             f'{error} Merged weights cannot hold that; with save="adapter" or "full" a diverged run is saved as it is.'
@@ -204,13 +204,13 @@ def prepare_for_load(module: nn.Module, checkpoint: MutableMapping[str, Any], *,
         _prepare_full(live, module_names, checkpoint, adapter, values_follow)
         return
     names = adapter.tensors.keys()
-    adapter = align_names(module, module_names, adapter)  # an imported adapter has the network's names
+    adapter = align_names(live.handle, module_names, adapter)  # an imported adapter has the network's names
     complete = add_frozen_weights(live, adapter)
     check_adapter(live, module_names, complete, values_follow=values_follow)
     check_fingerprint(live, complete.fingerprint, remedy=REMEDY_IN_TRAINER)
     record_trained(live, adapter)
     live.handle.record.origin = dict(adapter.origin)
-    live_values = _live_state(module) | dict(complete.tensors)
+    live_values = _live_state(live.handle) | dict(complete.tensors)
     copies = checkpoint[META].get("copies")
 
     def add_base(mapping: Mapping[Any, Any], path: tuple[Any, ...]) -> dict[Any, Any] | None:
@@ -225,9 +225,9 @@ def prepare_for_load(module: nn.Module, checkpoint: MutableMapping[str, Any], *,
         checkpoint["state_dict"] = {**live_values, **adapter.tensors}
 
 
-def _live_state(module: nn.Module) -> dict[str, Any]:
+def _live_state(handle: AdaptedModel) -> dict[str, Any]:
     """Return the model's state dict; loading it leaves quantised weights untouched."""
-    state, quantised = by_canonical_names(module.state_dict()), quantised_weights(module)
+    state, quantised = by_canonical_names(handle.model.state_dict()), quantised_weights(handle.places)
     for name in quantisation_entries(state, quantised):
         del state[name]
     for name, owner in quantised.items():
@@ -253,7 +253,7 @@ def _prepare_full(
     initial = _read_initial(live, checkpoint[META].get("initial"), adapter)
     record_trained(live, adapter)
     handle, record = live.handle, live.handle.record
-    unfrozen = handle.initial_of("unfrozen") if record.unfrozen else {}
+    unfrozen = handle.initial_of("unfrozen")
     handle.set_initial({name: state.get(name, value) for name, value in unfrozen.items()} | initial)
     record.fingerprint = {}
     record.origin = dict(adapter.origin)

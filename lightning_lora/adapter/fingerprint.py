@@ -13,8 +13,6 @@ import torch
 
 from ..distributed.sharding import samples, samples_of_all
 from ..errors import LoRAError
-from ..files.safetensors import TensorLocation, read_elements
-from ..files.weights import Weights
 from ..names import around
 from .adapter import Adapter
 
@@ -25,8 +23,6 @@ EQUAL = 1e-5  # the same base differs by no more, relatively
 MOST_HEADS = 2  # a new head has at most so many modules
 QUANTISED = torch.finfo(torch.bfloat16).eps  # weights quantised alike differ so, as devices round scales differently
 AVERAGED = 1e-2  # a moving average of a frozen weight drifts by its own rounding
-# Advice in the error about another base, unless the caller gives its own.
-OTHER_FILES = "Give the base that it was trained on as --base, or pass --strict-base=false, which makes this a warning."
 REMEDY = "Load the adapter on the base that it was trained on, or pass strict_base=False, which makes this a warning."
 
 
@@ -45,7 +41,7 @@ def without_rows(entries: Mapping[str, Any], tables: Tables) -> dict[str, Any]:
 
 def fingerprint_entry(weight: torch.Tensor) -> dict[str, Any]:
     """Return shape, dtype and a few values of a tensor."""
-    return _entry(weight.shape, weight.dtype, samples(weight, sample_positions(weight.numel())))
+    return entry_of(weight.shape, weight.dtype, samples(weight, sample_positions(weight.numel())))
 
 
 def fingerprint_entries(weights: Iterable[tuple[str, torch.Tensor]]) -> dict[str, dict[str, Any]]:
@@ -62,15 +58,11 @@ def fingerprint_entries(weights: Iterable[tuple[str, torch.Tensor]]) -> dict[str
             yield weight, sample_positions(weight.numel())
 
     values = samples_of_all(with_positions())
-    return {name: _entry(*found[name], of_name) for name, of_name in zip(found, values, strict=True)}
+    return {name: entry_of(*found[name], of_name) for name, of_name in zip(found, values, strict=True)}
 
 
-def fingerprint_entry_at(location: TensorLocation) -> dict[str, Any]:
-    """Return the entry of a tensor in a file, and read nothing but the sampled values."""
-    return _entry(location.shape, location.dtype, read_elements(location, sample_positions(location.numel)))
-
-
-def _entry(shape: Iterable[int], dtype: torch.dtype, values: list[float]) -> dict[str, Any]:
+def entry_of(shape: Iterable[int], dtype: torch.dtype, values: list[float]) -> dict[str, Any]:
+    """Return an entry of a fingerprint, as plain types."""
     return {"shape": list(shape), "dtype": str(dtype).removeprefix("torch."), "values": values}
 
 
@@ -139,22 +131,6 @@ def without_base(adapter: Adapter, base: Set[str] | None = None) -> Adapter:
         },
         perhaps_base=adapter.perhaps_base - base,
     )
-
-
-def compare_with_files(adapter: Adapter, base: Weights, *, strict: bool = True, remedy: str = OTHER_FILES) -> None:
-    """Raise LoRAError, or warn, where weights on disk are not the adapter's base.
-
-    Names must be the same in both. A name that only one of them has is ignored: a file may hold tied weights once.
-    """
-    packed = {f"{module}.weight" for module in base.quantised()}
-    named = adapter.fingerprint.keys() - packed
-    locations = {name: base.locations[name] for name in adapter.fingerprint if name in named & base.locations.keys()}
-    entries = {name: fingerprint_entry_at(location) for name, location in locations.items() if location.in_order}
-    tables = {**{end: adapter.tables.get(first, ()) for end, first in adapter.tied.items()}, **adapter.tables}
-    entries = without_rows(entries, tables)
-    expected = without_rows({name: adapter.fingerprint[name] for name in entries}, tables)
-    compare_fingerprints(entries, expected, strict=strict, remedy=remedy)
-    warn_of_rounding(entries, adapter.fingerprint)
 
 
 def warn_of_rounding(present: Mapping[str, Any], expected: Mapping[str, Any]) -> None:

@@ -17,15 +17,13 @@ from ..files.atomic import new_folder
 from ..files.model_folder import CONFIG, INDEX_SUFFIX, STEM, index_of, plan_shards
 from ..files.paths import PathLike, write_json
 from ..files.safetensors import NAMES, SUFFIX, as_bytes, build_header
-from ..model.adapted_model import find_model, open_model
+from ..model.adapted_model import Listing, find_in, open_model, refuse_replaced_layers
 from ..model.dequantise import Dequantiser, dequantised_dtype
 from ..model.gradients import warn_of_untrained
-from ..model.injection import refuse_replaced_layers
 from ..model.named_state import state_of
 from ..model.state_dict import refuse_quantised, refuse_unmergeable
 from ..model.wrappers import unwrapped
-from ..names import canonical
-from ..nn.lora_layer import AdaptedModule, NamedModules, adapted_layers, is_factor
+from ..nn.lora_layer import AdaptedModule, NamedModules, is_factor
 from ..nn.quantised import quantised_as, shape_of
 from ..progress import progress_bar
 from .pretrained_folder import (
@@ -73,18 +71,16 @@ def save_merged(
             from_pretrained would load instead, or another rank failed. Nothing is written.
         OSError: on the rank whose writing failed.
     """
-    model = unwrapped(model, "save_merged")
-    places = [(canonical(name), module) for name, module in model.named_modules(remove_duplicate=False)]
-    layers = adapted_layers(model, modules=places)
-    if not layers:
+    listing = Listing(unwrapped(model, "save_merged"))
+    if not listing.layers:
         open_model(model, "save_merged")
-    refuse_replaced_layers(model, "save_merged", layers)
-    warn_of_untrained(model, layers)
+    refuse_replaced_layers(listing, "save_merged")
+    warn_of_untrained(listing)
     dtype = dequantised_dtype(dequantize, "save_merged")
-    refuse_unmergeable(model, dtype)
-    prefix, network = find_network(model, find_model(model)) or ("", None)
+    refuse_unmergeable(listing, dtype)
+    prefix, network = find_network(find_in(listing) or listing) or ("", None)
     dequantiser = None if dtype is None else Dequantiser(dtype)
-    state = _base_tensors(places, prefix)
+    state = _base_tensors(listing.places, prefix)
     tensors = {name: _stored(tensor, dtype) for name, (tensor, _) in state.items()}
     quantised = {name: quantised_as(tensor) for name, (tensor, _) in state.items() if quantised_as(tensor)}
     if quantised and dequantiser is None:
@@ -92,7 +88,7 @@ def save_merged(
     divided = one_part_each(tensors) if network is None else parts_in_files(network, tensors)
     parts = {next(iter(part.stored)): part for part in divided if part.stored}
     files = plan_shards({key: _size(part.stored) for key, part in parts.items()}, max_shard_bytes)
-    writes = writes_files(module for _, module in places)
+    writes = writes_files(module for _, module in listing.modules)
     sync = RankSync(tensors.values())
 
     def step(what: object, action: Callable[[], object]) -> None:

@@ -19,9 +19,8 @@ from torch import nn
 
 from ..errors import LoRAError
 from ..files.paths import PathLike, given_path, kind_of
-from ..model.adapted_model import AdaptedModel
+from ..model.adapted_model import AdaptedModel, Listing
 from ..model.live_state import LiveState
-from ..model.named_state import named_state
 from ..model.pretrained import (
     CONVERSIONS,
     QUANTISATION_CONFIG,
@@ -50,26 +49,26 @@ class Part(NamedTuple):
     convert: Convert
 
 
-def find_network(model: nn.Module, handle: AdaptedModel | None) -> tuple[str, Any] | None:
-    """Return the prefix and the transformers model: `model` itself, or the one inside a LightningModule.
+def find_network(listing: Listing) -> tuple[str, Any] | None:
+    """Return the prefix and the transformers model: the model itself, or the one inside a LightningModule.
 
     It holds all that training changes. Where something outside of it was trained, a warning says so.
 
     Args:
-        model: any module.
-        handle: of the module, or None for a part of an injected model.
+        listing: of any module; its handle, where it holds all of an injected model.
 
     Returns:
         The prefix and the model, or None where there is none, or something outside of it was trained.
     """
+    model = listing.model
     if is_pretrained_model(model):
         return "", model
     if not is_lightning_module(model):
         return None
-    parameters = {name: tensor for name, tensor, _ in named_state(model) if isinstance(tensor, nn.Parameter)}
-    names = set() if handle is None else set(LiveState(handle).keys)
+    parameters = {name: tensor for name, tensor, _ in listing.state() if isinstance(tensor, nn.Parameter)}
+    names = set(LiveState(listing).keys) if isinstance(listing, AdaptedModel) else set()
     trained = {id(tensor) for name, tensor in parameters.items() if name in names or tensor.requires_grad}
-    networks = pretrained_models(model)
+    networks = pretrained_models(listing.modules)
     inside = {name: {id(parameter) for parameter in network.parameters()} for name, network in networks.items()}
     name = max(inside, key=lambda name: len(trained & inside[name]), default="")
     if not name or not trained & inside[name]:

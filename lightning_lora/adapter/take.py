@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 from ..distributed.sharding import gather_all
-from ..model.adapted_model import AdaptedModel, open_model
+from ..model.adapted_model import AdaptedModel, open_model, refuse_replaced_layers
 from ..model.gradients import warn_of_untrained
-from ..model.injection import refuse_replaced_layers
 from ..model.live_state import LiveState, original_value
 from ..model.pretrained import base_name, tied_to_input
 from ..model.wrappers import prefix_inside
@@ -47,7 +46,7 @@ def adapter_of_model(live: LiveState, verb: str) -> Adapter:
         LoRAError: a layer was replaced, or the factors are not finite.
     """
     description = describe(live, verb)
-    warn_of_untrained(live.handle.model, live.handle.layers)
+    warn_of_untrained(live.handle)
     adapter = replace(description, tensors=gather_all(live.values()))
     check_factors(adapter, verb)
     return adapter
@@ -74,7 +73,7 @@ def describe(live: LiveState, verb: str) -> Adapter:
         LoRAError: a layer was replaced since injection.
     """
     handle, record = live.handle, live.handle.record
-    refuse_replaced_layers(handle.model, verb, handle.layers)
+    refuse_replaced_layers(handle, verb)
     trained = live.keys
     at_fit_start = record.fingerprint and record.fingerprint.keys() <= live.tensors.keys()
     first, layers = handle.layers, handle.layers_by_every_name  # as state dicts hold them
@@ -84,10 +83,10 @@ def describe(live: LiveState, verb: str) -> Adapter:
     first_names = {layer: name for name, layer in first.items()}
     aliases = {name: first_names[layer] for name, layer in layers.items() if layer in kinds and name not in first}
     network = _network_prefix(live, trained)
-    by_peft = tied_to_input(handle.model, network, handle.modules)
+    by_peft = tied_to_input(handle.modules, network)
     first_ends = {layer: by_peft.get(name, name) for name, layer in reversed(tables.items())}
     tied = {name: first_ends[layer] for name, layer in tables.items() if name != first_ends[layer]}
-    base = base_name(handle.model, handle.modules)
+    base = base_name(handle.modules)
     return Adapter(
         tensors={},
         config=with_aliases(record.config, aliases) if aliases else record.config,
@@ -176,7 +175,7 @@ def check_fingerprint(
     if not expected:
         return {}
     known, tables = live.handle.record.fingerprint, replaced_rows(live.handle)
-    unfrozen = fingerprint_entries(live.handle.initial_of("unfrozen").items()) if live.handle.record.unfrozen else {}
+    unfrozen = fingerprint_entries(live.handle.initial_of("unfrozen").items())
     same_names = expected.keys() <= known.keys()  # fewer where weights were unfrozen since fit start
     trained_here = same_names and all(entries_match(known[name], expected[name], 0) for name in expected)
     present = without_rows(unfrozen, tables) | fingerprint_of(live)

@@ -35,11 +35,6 @@ def is_fully_sharded(module: nn.Module) -> TypeGuard[FSDPModule]:
     return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
-def has_sharded(model: nn.Module) -> bool:
-    """Return whether any parameter of the model is spread over ranks, gathered at the moment or not."""
-    return any(map(holds_shards, model.modules()))
-
-
 def holds_shards(module: nn.Module) -> bool:
     """Return whether a parameter of a module's own is spread over ranks, gathered at the moment or not."""
     return is_fully_sharded(module) or any(map(is_sharded, module._parameters.values()))
@@ -135,33 +130,36 @@ def reshard_(modules: Iterable[nn.Module]) -> None:
             module.reshard()
 
 
-def reset_(model: nn.Module) -> None:
+def reset_(modules: Iterable[tuple[str, nn.Module]]) -> None:
     """Put the shards back after an exception inside a forward, where FSDP2's reshard() does nothing. In place.
+
+    Args:
+        modules: all of a model's, with their names.
 
     Raises:
         LoRAError: this torch or this model offers no way.
     """
     outermost: list[str] = []
-    for name, module in model.named_modules():
+    for name, module in modules:
         if is_fully_sharded(module) and not any(name.startswith(f"{outer}." if outer else "") for outer in outermost):
             outermost.append(name)
             try:
                 cast(Any, module).reset_iter_state()
             except (AttributeError, RuntimeError) as error:
                 raise LoRAError(
-                    f"{name or type(model).__name__!r}: an exception left FSDP2 inside its forward, with gathered "
+                    f"{name or type(module).__name__!r}: an exception left FSDP2 inside its forward, with gathered "
                     "weights in place of its shards. Pass the module that fully_shard was called on last, or build "
                     "the model again."
                 ) from error
 
 
-def refuse_fully_sharded(model: nn.Module, verb: str) -> None:
-    """Refuse a model in which FSDP2 manages parameters that the verb would take away.
+def refuse_fully_sharded(model: nn.Module, modules: Iterable[nn.Module], verb: str) -> None:
+    """Refuse a model with these modules in which FSDP2 manages parameters that the verb would take away.
 
     Raises:
         LoRAError: it does; the message begins with the verb and names the alternative.
     """
-    if any(map(is_fully_sharded, model.modules())):
+    if any(map(is_fully_sharded, modules)):
         raise LoRAError(
             f"{verb}: {type(model).__name__} was sharded by fully_shard, which goes on to manage the adapter's "
             "parameters and cannot give them up. merge(model) runs at the base's speed; for plain weights, save a "

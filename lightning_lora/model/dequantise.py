@@ -11,7 +11,7 @@ from torch import nn
 
 from ..errors import LoRAError
 from ..nn.exact_merge import Observer, merged_weight
-from ..nn.lora_layer import AdaptedWeights, LoRALayer
+from ..nn.lora_layer import AdaptedWeights, LoRALayer, NamedModules
 from ..nn.low_rank import HALF, MERGEABLE_DTYPES, acting_factors
 from ..nn.quantised import BITSANDBYTES, dequantised, quantised_modules, quantised_parameters
 from ..notices import tell
@@ -50,11 +50,15 @@ def report_factored(layers: Iterable[AdaptedWeights]) -> None:
         )
 
 
-def quantised_weights(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the names of the quantised weights in a state dict of the model, each with the module that owns it."""
+def quantised_weights(places: NamedModules) -> dict[str, nn.Module]:
+    """Return the names of the quantised weights in a state dict of a model, each with the module that owns it.
+
+    Args:
+        places: every module of the model, under every name.
+    """
     return {
         f"{path}.{name}" if path else name: module
-        for path, module in quantised_modules(model).items()
+        for path, module in quantised_modules(places).items()
         for name in quantised_parameters(module)
     }
 
@@ -85,24 +89,24 @@ def plain_weight(
     return merged_weight(values, blocks, module.lora.spec.scaling, dtype=dtype, observe=observe)
 
 
-def plain_weights(model: nn.Module, dtype: torch.dtype) -> dict[nn.Module, torch.Tensor]:
-    """Return what takes the place of each quantised weight, merged, by the module that owns it.
+def plain_weights(places: NamedModules, dtype: torch.dtype) -> dict[nn.Module, torch.Tensor]:
+    """Return what takes the place of each quantised weight of a model, merged, by the module that owns it.
 
     Raises:
         NonFiniteError: W' is not finite, or beyond the dtype.
     """
     dequantiser, plain = Dequantiser(dtype), {}
-    for name, module in quantised_weights(model).items():
+    for name, module in quantised_weights(places).items():
         if module not in plain:
             plain[module] = dequantiser.weight(name, module)
     dequantiser.report()
     return plain
 
 
-def replace_quantised_(model: nn.Module, plain: Mapping[nn.Module, torch.Tensor]) -> None:
+def replace_quantised_(modules: Iterable[nn.Module], plain: Mapping[nn.Module, torch.Tensor]) -> None:
     """Put plain weights in the place of quantised ones; a layer of bitsandbytes becomes an nn.Linear. In place."""
     layers = {module: _plain_layer(module, weight) for module, weight in plain.items()}
-    for parent in list(model.modules()):
+    for parent in modules:
         for name, child in parent._modules.items():
             if child in layers:
                 parent._modules[name] = layers[child]

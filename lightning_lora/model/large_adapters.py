@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from ..names import listed
-from ..nn.lora_layer import AdaptedWeights, adapted_layers
+from ..nn.lora_layer import AdaptedWeights
 from ..nn.low_rank import SINGLE
 
 
@@ -46,9 +45,9 @@ def describe_large_adapters(layers: Mapping[str, AdaptedWeights]) -> str:
     return f"{len(large)} {are}: {listed(list(map(str, large)))}. Take a smaller r there, with rank_pattern{whole}."
 
 
-def warn_of_large_adapters(model: nn.Module) -> None:
+def warn_of_large_adapters(layers: Mapping[str, AdaptedWeights]) -> None:
     """Warn, once for all of them, of adapters that are too large for their layers."""
-    described = describe_large_adapters(adapted_layers(model))
+    described = describe_large_adapters(layers)
     if described:
         warnings.warn(f"lightning_lora: {described}", stacklevel=2)
 

@@ -18,11 +18,10 @@ from torch import nn
 from ..distributed.rank_sync import RankSync
 from ..distributed.sharding import is_sharded, local, reshard_
 from ..names import factor_role, group_names
-from ..nn.lora_layer import AdaptedWeights, adapted_layers
+from ..nn.lora_layer import AdaptedWeights
 from ..nn.low_rank import inner_product, singular_values_of_grams, stack_blocks
 from ..nn.weight_mark import WeightMark, mark_of
-from .injection import require_injection
-from .wrappers import unwrapped
+from .adapted_model import open_model
 
 
 @dataclass(frozen=True)
@@ -114,10 +113,9 @@ def adapter_stats(model: nn.Module, previous: AdapterStats | None = None) -> Ada
     Raises:
         LoRAError: the model was not injected.
     """
-    model = unwrapped(model, "adapter_stats")
-    require_injection(model, "adapter_stats")
-    reshard_(model.modules())
-    layers = adapted_layers(model)
+    handle = open_model(model, "adapter_stats")
+    reshard_(module for _, module in handle.modules)
+    layers = handle.layers
     return layer_stats(layers, previous.snapshots if previous else {}, group_names(layers))
 
 

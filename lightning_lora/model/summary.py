@@ -13,12 +13,11 @@ from torch import nn
 
 from ..distributed.sharding import local
 from ..names import group_names, listed
-from ..nn.lora_layer import AdaptedWeights, Swapped, adapted_layers
-from ..nn.quantised import quantised_as, quantised_modules, quantised_parameters, shape_of
+from ..nn.lora_layer import AdaptedWeights, Swapped
+from ..nn.quantised import quantised_as, quantised_parameters, shape_of
 from ..units import size_text
-from .injection import require_injection
-from .named_state import base_parameters
-from .wrappers import unwrapped
+from .adapted_model import AdaptedModel, open_model
+from .named_state import base_parameters_of
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -188,16 +187,15 @@ def summary(model: nn.Module) -> Summary:
     Raises:
         LoRAError: the model was not injected.
     """
-    model = unwrapped(model, "summary")
-    injected = require_injection(model, "summary")
-    record, layers = injected.record, adapted_layers(model)
+    handle = open_model(model, "summary")
+    record, layers = handle.record, handle.layers
     factors = _each_once(layer.factors() for layer in layers.values())
     stored = _each_once(layer.stored() for layer in layers.values())
-    base = base_parameters(model)
+    base = {each.name: each.parameter for each in base_parameters_of(handle.modules)}
     trainable = [parameter for parameter in (*factors, *base.values()) if parameter.requires_grad]
     total = sum(shape_of(parameter).numel() for parameter in (*factors, *base.values()))
     also_trained = {name: parameter.numel() for name, parameter in base.items() if parameter.requires_grad}
-    saved = {name: value.numel() for name, value in injected.seen(record.initial).items()}
+    saved = {name: value.numel() for name, value in handle.initial().items()}
     return Summary(
         variant=_variant(record.config.variant()) + (" with use_rslora" if record.config.use_rslora else ""),
         start=_start(record.config.init_lora_weights),
@@ -210,14 +208,14 @@ def summary(model: nn.Module) -> Summary:
         adapter_dtypes=tuple(dict.fromkeys(str(factor.dtype).removeprefix("torch.") for factor in factors)),
         also_trained=also_trained,
         also_saved={name: size for name, size in saved.items() if name not in also_trained},
-        left_out=_left_out(injected.seen(record.left_out), base, total - sum(factor.numel() for factor in factors)),
+        left_out=_left_out(handle.left_out(), base, total - sum(factor.numel() for factor in factors)),
         passed_over=record.passed_over,
-        quantised=_quantised(model),
+        quantised=_quantised(handle),
         unmerged=_unmerged(layers),
         merged_eval=record.merged_eval,
         save=record.save,
         memory=Memory(
-            weights=_local_bytes((*base.values(), *model.buffers())),
+            weights=_local_bytes((*base.values(), *_buffers(handle))),
             adapter=_local_bytes(stored),
             gradients=_local_bytes(trainable),
             optimizer=2 * _local_bytes(trainable),
@@ -238,8 +236,13 @@ def _start(init: bool | str) -> str:
     return {True: "", False: "random"}[init] if isinstance(init, bool) else init
 
 
-def _quantised(model: nn.Module) -> dict[str, int]:
-    weights = _each_once(quantised_parameters(module).values() for module in quantised_modules(model).values())
+def _buffers(handle: AdaptedModel) -> list[torch.Tensor]:
+    own = (buffer for _, module in handle.modules for buffer in module._buffers.values() if buffer is not None)
+    return list({id(buffer): buffer for buffer in own}.values())
+
+
+def _quantised(handle: AdaptedModel) -> dict[str, int]:
+    weights = _each_once(quantised_parameters(module).values() for _, module in handle.modules)
     return dict(Counter(map(quantised_as, weights)))
 
 

@@ -17,7 +17,6 @@ from ..names import (
     ALL_LINEAR,
     A,
     around,
-    canonical,
     is_typo,
     layer_number,
     listed,
@@ -29,7 +28,7 @@ from ..names import (
     suffixes,
 )
 from ..nn.layer_kinds import ADAPTABLE, is_conv1d, layer_class
-from ..nn.lora_layer import AdaptedModule, Swapped, is_factor
+from ..nn.lora_layer import AdaptedModule, NamedModules, Swapped, is_factor
 from ..nn.low_rank import ATTENTION_WEIGHTS, FUSABLE, MERGEABLE_DTYPES, matrix_shape
 from ..nn.parameter import LoRAParameterHolder
 from ..nn.quantised import quantised_as, quantised_modules, quantised_parameters, shape_of
@@ -56,18 +55,24 @@ class Targets:
             of layers may be for many models, of which each has some.
     """
 
-    def __init__(self, model: nn.Module, config: LoRAConfig, scope: str = "") -> None:
-        """Look for them; modules that are saved whole are looked for where names begin with `scope`."""
-        modules = {canonical(name): module for name, module in model.named_modules() if canonical(name)}
+    def __init__(self, listed_modules: NamedModules, config: LoRAConfig, scope: str = "") -> None:
+        """Look for them; modules that are saved whole are looked for where names begin with `scope`.
+
+        Args:
+            listed_modules: every module of the model under its first name, the model first.
+            config: the options.
+            scope: "" or ending in a dot.
+        """
+        model, modules = listed_modules[0][1], {name: module for name, module in listed_modules if name}
         saved, targeted, excluded = map(
             matcher, (config.all_modules_to_save(), config.target_modules, config.exclude_modules)
         )
         self.saved = {name: module for name, module in modules.items() if saved(name) and name.startswith(scope)}
-        tables = TokenTables(model, modules, config.trainable_token_indices)
+        tables = TokenTables(listed_modules, config.trainable_token_indices)
         self.tables = tables.rows
         self.left_out: dict[str, str] = {}
         if config.target_modules == ALL_LINEAR:
-            chosen = self._all_linear(model, modules, config.variant())
+            chosen = self._all_linear(listed_modules, config.variant())
         else:
             chosen = {name: module for name, module in modules.items() if targeted(name)}
         self.saved_instead = [] if config.target_modules == ALL_LINEAR else [n for n in chosen if n in self.saved]
@@ -102,13 +107,14 @@ class Targets:
                 parameters[name] = (module, leaf)
         return parameters
 
-    def _all_linear(self, model: nn.Module, modules: Mapping[str, nn.Module], variant: str) -> dict[str, nn.Module]:
-        heads, tied, chosen = output_heads(model), tied_weights(model), {}
-        in_mamba = _mamba_prefixes(model)
+    def _all_linear(self, listed_modules: NamedModules, variant: str) -> dict[str, nn.Module]:
+        heads, tied, chosen = output_heads(listed_modules), tied_weights(listed_modules), {}
+        in_mamba, modules = _mamba_prefixes(listed_modules), dict(listed_modules)
         for name, module in modules.items():
-            if not isinstance(module, nn.Linear) and not is_conv1d(module):
+            if not name or (not isinstance(module, nn.Linear) and not is_conv1d(module)):
                 continue
-            around_it = modules.get(name.rpartition(".")[0])
+            parent = name.rpartition(".")[0]
+            around_it = modules.get(parent) if parent else None
             attention = around_it if isinstance(around_it, nn.MultiheadAttention) else None
             if name in self.tables:
                 self.left_out[name] = f"{OPTION} trains rows of it"
@@ -237,26 +243,27 @@ def _before_numbers(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(segment for segment, following in pairs if following.isdigit()))
 
 
-def _mamba_prefixes(model: nn.Module) -> tuple[str, ...]:
+def _mamba_prefixes(modules: NamedModules) -> tuple[str, ...]:
     """Return what the names in each transformers model with Mamba's layers begin with."""
-    configs = {name: getattr(module, "config", None) for name, module in pretrained_models(model).items()}
+    configs = {name: getattr(module, "config", None) for name, module in pretrained_models(modules).items()}
     return tuple(f"{name}.".lstrip(".") for name in configs if getattr(configs[name], "model_type", None) in MAMBA)
 
 
-def output_heads(model: nn.Module) -> list[nn.Module]:
-    """Return the output heads that get_output_embeddings (transformers) names anywhere in the model."""
-    getters = [getattr(module, "get_output_embeddings", None) for module in model.modules()]
+def output_heads(modules: NamedModules) -> list[nn.Module]:
+    """Return the output heads that get_output_embeddings (transformers) of any of these modules names."""
+    getters = [getattr(module, "get_output_embeddings", None) for _, module in modules]
     heads = [getter() for getter in getters if callable(getter)]
     return [head for head in heads if isinstance(head, nn.Module)]
 
 
-def check_unadapted(model: nn.Module) -> None:
+def check_unadapted(modules: NamedModules) -> None:
     """Refuse a model that already has adapters, of this package or another, which injection would freeze or hide.
 
     Raises:
         LoRAError: it has; the message names the first one.
     """
-    for name, module in model.named_modules():
+    model = modules[0][1]
+    for name, module in modules:
         library = type(module).__module__.partition(".")[0]
         if isinstance(module, AdaptedModule):
             raise LoRAError(
@@ -270,13 +277,13 @@ def check_unadapted(model: nn.Module) -> None:
             )
 
 
-def check_shapes(model: nn.Module) -> None:
+def check_shapes(modules: NamedModules) -> None:
     """Refuse a model in which a lazy layer has no shape yet, which can neither be frozen nor saved.
 
     Raises:
         LoRAError: one has not; the message names the first one.
     """
-    for name, module in model.named_modules():
+    for name, module in modules:
         if any(is_lazy(tensor) for tensor in (*module._parameters.values(), *module._buffers.values())):
             raise LoRAError(
                 f"inject: {name!r}: the {type(module).__name__} has no shape yet; run one batch through the model "
@@ -284,13 +291,13 @@ def check_shapes(model: nn.Module) -> None:
             )
 
 
-def check_untied(model: nn.Module, saved: Mapping[str, nn.Module]) -> None:
+def check_untied(modules: NamedModules, saved: Mapping[str, nn.Module]) -> None:
     """Refuse to train modules whole of which one shares its weight with a module outside of it.
 
     Raises:
         LoRAError: one does; the message names both, and says how to untie them.
     """
-    tied = tied_weights(model)
+    tied = tied_weights(modules)
     for name, module in saved.items():
         owners = [tied[part] for part in module.modules() if part in tied]
         outside = [owner for owner in owners if not owner.startswith(f"{name}.")]
@@ -309,7 +316,7 @@ def check_trainable(saved: Mapping[str, nn.Module]) -> None:
         LoRAError: one does; the message names it.
     """
     for name, module in saved.items():
-        for inside, layer in quantised_modules(module).items():
+        for inside, layer in quantised_modules(module.named_modules(remove_duplicate=False)).items():
             quantised = next(iter(map(quantised_as, layer.parameters(recurse=False))))
             raise LoRAError(
                 f"inject: modules_to_save names {name!r}, but the weight of {f'{name}.{inside}'.rstrip('.')!r} is "

@@ -8,7 +8,7 @@ Elsewhere adapted layers tell that they run in one that gives them no gradient.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from types import FrameType
 from typing import Any
 
@@ -39,19 +39,23 @@ class CheckpointWithInputGrads:
         return self.function(segment, *_requiring_grad(args), **kwargs)
 
 
-def enable_input_require_grads(model: nn.Module) -> None:
-    """Make the inputs of reentrant segments need gradients, where something is trained and it is not done yet."""
-    for module in model.modules():
+def enable_input_require_grads(modules: Collection[nn.Module]) -> None:
+    """Make the inputs of reentrant segments need gradients, where something is trained and it is not done yet.
+
+    Args:
+        modules: all of a model's. In place.
+    """
+    for module in modules:
         if _is_reentrant_wrapper(module) and _is_trained(module) and not _hooks(module):
             module.register_forward_pre_hook(_require_grad_before)
-    for segment, owner in _segments(model).items():
+    for segment, owner in _segments(modules).items():
         if _is_trained(owner):
             setattr(segment, CHECKPOINT, CheckpointWithInputGrads(vars(segment)[CHECKPOINT]))
 
 
-def disable_input_require_grads(model: nn.Module) -> None:
-    """Undo enable_input_require_grads."""
-    for module in model.modules():
+def disable_input_require_grads(modules: Iterable[nn.Module]) -> None:
+    """Undo enable_input_require_grads in these modules. In place."""
+    for module in modules:
         for key in _hooks(module):
             del module._forward_pre_hooks[key]
         function = vars(module).get(CHECKPOINT)
@@ -107,10 +111,10 @@ def _is_reentrant_wrapper(module: nn.Module) -> bool:
     return getattr(vars(module).get("checkpoint_impl"), "name", "") == "REENTRANT"
 
 
-def _segments(model: nn.Module) -> dict[nn.Module, nn.Module]:
+def _segments(modules: Collection[nn.Module]) -> dict[nn.Module, nn.Module]:
     """Return modules with transformers' reentrant checkpointing, each with the innermost transformers model around."""
-    segments = {module: module for module in model.modules() if _is_segment(module)}
-    for owner in model.modules() if segments else ():
+    segments = {module: module for module in modules if _is_segment(module)}
+    for owner in modules if segments else ():
         if hasattr(owner, "_set_gradient_checkpointing"):
             segments.update((module, owner) for module in owner.modules() if module in segments)
     return segments

@@ -12,8 +12,7 @@ from .conv import LoRAConv
 from .dora import DoRALayer
 from .embedding import LoRAEmbedding
 from .linear import LoRAConv1D, LoRALinear, LoRAQuantisedLinear
-from .lora_layer import LayerSpec, LayerState, LoRALayer, adapted_layers, swapped_class
-from .low_rank import ATTENTION_OUTPUT
+from .lora_layer import LayerSpec, LayerState, LoRALayer, swapped_class
 from .quantised import quantised_parameters
 
 CLASSES: dict[type[nn.Module] | tuple[type[nn.Module], ...], type[LoRALayer]] = {
@@ -82,13 +81,3 @@ def adapt_(module: nn.Module, name: str, spec: LayerSpec, injection: object) -> 
     layer.lora = LayerState(spec, name, injection, custom_forward)
     layer.lora_active = True
     return layer
-
-
-def layer_kinds(model: nn.Module) -> dict[str, str]:
-    """Return the kind of each adapted layer of a model that has A and B, as files name it: one of low_rank.KINDS."""
-    outputs = {id(module.out_proj) for module in model.modules() if isinstance(module, nn.MultiheadAttention)}
-    return {
-        name: ATTENTION_OUTPUT if id(layer) in outputs else layer.kind()
-        for name, layer in adapted_layers(model).items()
-        if layer.kind()
-    }

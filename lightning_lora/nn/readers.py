@@ -9,7 +9,7 @@ does not, costs next to nothing.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any, cast
 
@@ -64,9 +64,13 @@ class LoRAReader(Swapped):
             setattr(cls, name, _with_views(cls.lora_base, name))
 
 
-def patch_readers(model: nn.Module) -> None:
-    """Let every module that reads the weight of an adapted layer read W + delta, and no other. In place."""
-    for module in model.modules():
+def patch_readers(modules: Iterable[nn.Module]) -> None:
+    """Let every module that reads the weight of an adapted layer read W + delta, and no other. In place.
+
+    Args:
+        modules: all of a model's.
+    """
+    for module in modules:
         if isinstance(module, LoRAReader):
             paths = _paths_to_layers(module, module.lora_base)
             if paths:

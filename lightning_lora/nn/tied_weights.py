@@ -16,10 +16,10 @@ from .lora_layer import AdaptedModule, NamedModules, layer_adapter
 Owned = tuple[torch.Tensor, nn.Module, str, str, bool]  # tensor, module, its name, that in it, and if it is a parameter
 
 
-def tied_weights(model: nn.Module) -> dict[nn.Module, str]:
+def tied_weights(modules: NamedModules) -> dict[nn.Module, str]:
     """Return the modules that own one of tied_parameters, each with the name of the other parameter or buffer."""
     tied: dict[nn.Module, str] = {}
-    for (module, _), other in tied_parameters(list(model.named_modules())).items():
+    for (module, _), other in tied_parameters(modules).items():
         tied.setdefault(module, other)
     return tied
 
@@ -43,12 +43,12 @@ def tied_parameters(modules: NamedModules) -> dict[tuple[nn.Module, str], str]:
     return tied
 
 
-def record_ties(model: nn.Module, modules: NamedModules | None = None) -> None:
-    """Record on each adapted layer and parameter what keeps it from being merged, if anything.
+def record_ties(modules: NamedModules) -> None:
+    """Record on each adapted layer and parameter of a model what keeps it from being merged, if anything.
 
-    `modules` are those of the model, where the caller has listed them.
+    Args:
+        modules: every module of the model, under its first name.
     """
-    modules = list(model.named_modules()) if modules is None else modules
     ties: dict[nn.Module, dict[str, str]] = defaultdict(dict)
     for (module, name), other in tied_parameters(modules).items():
         ties[module][name] = other

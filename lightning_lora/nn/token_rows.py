@@ -9,7 +9,7 @@ Where tables are tied, they share the adapter and its parameter as they share th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, cast
 
 import torch
@@ -269,6 +269,6 @@ def share_table_(module: nn.Module, adapter: TokenRows) -> None:
         table.register_parameter(ROWS, adapter.rows)
 
 
-def table_adapters(model: nn.Module) -> dict[int, TokenRows]:
-    """Return the adapters of a model's tables by the identity of the weight."""
-    return {id(module.weight): module.lora_table for module in model.modules() if isinstance(module, LoRATable)}
+def table_adapters(modules: Iterable[nn.Module]) -> dict[int, TokenRows]:
+    """Return the adapters of tables among these modules by the identity of the weight."""
+    return {id(module.weight): module.lora_table for module in modules if isinstance(module, LoRATable)}

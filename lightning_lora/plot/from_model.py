@@ -39,7 +39,7 @@ def updates_of_model(model: nn.Module) -> Updates:
 
 def _adapters_own(live: LiveState) -> dict[str, torch.Tensor]:
     """Return what belongs to the adapter alone: no tensor that the base has too."""
-    warn_of_untrained(live.handle.model, live.handle.layers)
+    warn_of_untrained(live.handle)
     return {name: value for name, value in live.values().items() if names_factor(name)}
 
 

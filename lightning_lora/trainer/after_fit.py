@@ -12,9 +12,9 @@ from torch import nn
 from ..adapter.lightning_checkpoint import adapter_of
 from ..distributed.sharding import refuse_fully_sharded
 from ..errors import LoRAError
+from ..model.adapted_model import AdaptedModel, find_model, open_model
 from ..model.dequantise import dequantised_dtype
 from ..model.inject import merge_and_unload
-from ..model.injection import find_injection, require_injection
 from ..model.patches import call_previous, patch
 from ..model.state_dict import refuse_unmergeable
 from ..names import META
@@ -54,26 +54,27 @@ class Fits:
         self.ended.discard(module)
 
 
-def refuse_merge_after_fit(trainer: Any, module: nn.Module) -> None:
+def refuse_merge_after_fit(trainer: Any, handle: AdaptedModel) -> None:
     """Raise LoRAError, with the remedy, where the fit's end could not leave plain layers."""
     if launches(trainer):
         raise LoRAError(
             f"LoRACallback: merge_after_fit cannot be used with {type(trainer.strategy).__name__}, which fits in other "
             "processes and brings back weights only. Call merge_and_unload(model) after fit, or use strategy='ddp'."
         )
-    refuse_fully_sharded(module, "LoRACallback(merge_after_fit=True)")
-    refuse_unmergeable(module, _dtype(module))
+    modules = (module for _, module in handle.modules)
+    refuse_fully_sharded(handle.model, modules, "LoRACallback(merge_after_fit=True)")
+    refuse_unmergeable(handle, _dtype(handle))
 
 
 def merge_for_good(module: nn.Module) -> None:
     """Leave plain layers with merged weights, and a mark that evaluation takes the model as it is. In place."""
-    merge_and_unload(module, dequantize=_dtype(module))
+    merge_and_unload(module, dequantize=_dtype(open_model(module, "LoRACallback")))
     setattr(module, MERGED_FOR_GOOD, True)
 
 
-def _dtype(module: nn.Module) -> torch.dtype | None:
+def _dtype(handle: AdaptedModel) -> torch.dtype | None:
     """Return the dtype of plain weights in place of quantised ones."""
-    return dequantised_dtype(require_injection(module, "LoRACallback").record.dequantize, "LoRACallback")
+    return dequantised_dtype(handle.record.dequantize, "LoRACallback")
 
 
 def is_merged_for_good(module: nn.Module) -> bool:
@@ -94,7 +95,7 @@ def load_plain_weights_only(module: nn.Module) -> None:
 def _on_load_checkpoint(
     module: nn.Module, previous: Callable[..., Any] | None, checkpoint: MutableMapping[str, Any]
 ) -> None:
-    if META in checkpoint and find_injection(module) is None:
+    if META in checkpoint and find_model(module) is None:
         kind = adapter_of(checkpoint)[1]
         if kind != "merged":
             raise LoRAError(

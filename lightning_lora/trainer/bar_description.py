@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
-
-from ..nn.lora_layer import adapted_layers
+from ..nn.lora_layer import AdaptedWeights
 
 DESCRIPTIONS = tuple(f"{stage}_description" for stage in ("sanity_check", "validation", "test", "predict"))
 
 
-def when_merged(module: nn.Module) -> str:
+def when_merged(layers: Iterable[AdaptedWeights]) -> str:
     """Return what a module is when merge was called: "merged", "partly merged", or "" where all stays factored."""
-    stays = [bool(layer.unmergeable_reason()) for layer in adapted_layers(module).values()]
+    stays = [bool(layer.unmergeable_reason()) for layer in layers]
     return "" if all(stays) else "partly merged" if any(stays) else "merged"
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..errors import LoRAError
-from ..model.injection import require_injection
+from ..model.adapted_model import AdaptedModel, open_model
 from ..model.param_groups import EMBEDDING, FACTOR_A, FACTOR_B, LR_EMBEDDING, NO_DECAY, OTHER, grouped_parameters
 from ..model.patches import is_patched, patch
 
@@ -25,17 +25,18 @@ RATES_OF_GROUPS = ("base_lrs", "max_lrs", "_last_lr")  # in a scheduler: one for
 OF_GROUPS = ("lr_lambdas", "min_lrs", "base_momentums", "max_momentums")
 
 
-def adapt_cli_optimizer(module: nn.Module, lr_ratio: float | None = None, *, is_fit: bool = True) -> None:
+def adapt_cli_optimizer(handle: AdaptedModel, lr_ratio: float | None = None, *, is_fit: bool = True) -> None:
     """Patch a LightningModule so that the optimizer which LightningCLI made for it, if any, holds all parameters.
 
     Args:
-        module: an injected LightningModule.
+        handle: of an injected LightningModule.
         lr_ratio: of B's learning rate to A's, for LoRA+, or None to leave the optimizer's groups as they are.
         is_fit: whether there is an optimizer to expect.
 
     Raises:
         LoRAError: lr_ratio is given, and the optimizer is the module's own.
     """
+    module = handle.model
     method = vars(module).get("configure_optimizers")
     if _attached(method, "optimizer") is not None:
         patch(module, "configure_optimizers", _configure_optimizers)
@@ -45,7 +46,7 @@ def adapt_cli_optimizer(module: nn.Module, lr_ratio: float | None = None, *, is_
             f"{type(module).__name__} makes its own: leave lr_ratio out, and in configure_optimizers give it "
             f"lora_param_groups(self, lr=..., lr_ratio={lr_ratio:g})."
         )
-    require_injection(module, "LoRACallback").record.lr_ratio = lr_ratio
+    handle.record.lr_ratio = lr_ratio
 
 
 def _attached(method: Any, name: str) -> Any:
@@ -57,10 +58,10 @@ def _attached(method: Any, name: str) -> Any:
 def _configure_optimizers(module: nn.Module, previous: Callable[[], Any]) -> Any:
     optimizer, scheduler = _attached(previous, "optimizer"), _attached(previous, "lr_scheduler")
     if isinstance(optimizer, torch.optim.Optimizer):
-        lr_ratio = require_injection(module, "LoRACallback").record.lr_ratio
+        handle = open_model(module, "LoRACallback")
         _take_up_parameters_(optimizer, module)
-        if lr_ratio is not None:
-            _split_groups_(optimizer, scheduler, module, lr_ratio)
+        if handle.record.lr_ratio is not None:
+            _split_groups_(optimizer, scheduler, handle, handle.record.lr_ratio)
         _complete_state_(optimizer)
     return previous()
 
@@ -75,14 +76,14 @@ def _take_up_parameters_(optimizer: torch.optim.Optimizer, module: nn.Module) ->
     first["params"][:] = [parameter for parameter in module.parameters() if parameter not in elsewhere]
 
 
-def _split_groups_(optimizer: torch.optim.Optimizer, scheduler: Any, module: nn.Module, lr_ratio: float) -> None:
+def _split_groups_(optimizer: torch.optim.Optimizer, scheduler: Any, handle: AdaptedModel, lr_ratio: float) -> None:
     """Give B, embeddings, and what has no weight decay groups of their own; the first one keeps the rest. In place."""
     if isinstance(optimizer, torch.optim.LBFGS):
         raise LoRAError(f"LoRACallback: lr_ratio={lr_ratio:g}: LBFGS has one learning rate for all parameters.")
     first, *others = optimizer.param_groups
     lr = optimizer.defaults.get("lr", first["lr"])
     factors = {FACTOR_B: lr_ratio, EMBEDDING: LR_EMBEDDING / lr if lr else 1.0, NO_DECAY: 1.0}
-    groups = {name: group for name, group in grouped_parameters(module).items() if name not in (FACTOR_A, OTHER)}
+    groups = {name: group for name, group in grouped_parameters(handle).items() if name not in (FACTOR_A, OTHER)}
     earlier = {group["name"]: group for group in others if group.get("name") in groups}  # of a fit before this one
     moved = {parameter for group in groups.values() for parameter in group}
     first["params"][:] = [parameter for parameter in first["params"] if parameter not in moved]

@@ -15,10 +15,10 @@ from torch import nn
 
 from ..config import LoRAConfig
 from ..errors import LoRAError
+from ..model.adapted_model import Listing
 from ..model.injection import Injection
-from ..model.named_state import base_parameters
+from ..model.named_state import base_parameters_of
 from ..names import listed
-from ..nn.lora_layer import adapted_layers
 
 AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
 
@@ -86,9 +86,9 @@ def warn_of_part(trainer: Any, name: str) -> None:
         )
 
 
-def warn_of_frozen(module: nn.Module) -> None:
+def warn_of_frozen(listing: Listing) -> None:
     """Warn of adapter parameters that another callback has frozen."""
-    frozen = [name for name, factor in _factors(module).items() if not factor.requires_grad]
+    frozen = [name for name, factor in _factors(listing).items() if not factor.requires_grad]
     if frozen:
         warnings.warn(
             f"lightning_lora: {len(frozen)} adapter parameters are frozen ({', '.join(frozen[:3])}"
@@ -98,16 +98,17 @@ def warn_of_frozen(module: nn.Module) -> None:
         )
 
 
-def warn_of_idle_optimizers(optimizers: Sequence[torch.optim.Optimizer], module: nn.Module) -> None:
+def warn_of_idle_optimizers(optimizers: Sequence[torch.optim.Optimizer], listing: Listing) -> None:
     """Warn of an optimizer that holds nothing but weights that injection froze, as that of a GAN's other network.
 
     A backward for it alone fails, with torch's message, which names neither.
     """
-    names = {id(parameter): name for name, parameter in base_parameters(module).items() if not parameter.requires_grad}
+    base = base_parameters_of(listing.modules)
+    names = {id(each.parameter): each.name for each in base if not each.parameter.requires_grad}
     for number, optimizer in enumerate(optimizers):
         held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         frozen = [names[id(parameter)] for parameter in held if id(parameter) in names]
-        modules = _modules_of(frozen, adapted_layers(module))
+        modules = _modules_of(frozen, listing.layers)
         if modules and len(frozen) == len(held):
             warnings.warn(
                 f"lightning_lora: optimizer {number} ({type(optimizer).__name__}) holds frozen parameters alone, first "
@@ -128,7 +129,7 @@ def _modules_of(parameters: Sequence[str], adapted: Collection[str]) -> list[str
     return list(dict.fromkeys(".".join(path) for path in paths if path))
 
 
-def refuse_unoptimized(optimizers: Sequence[torch.optim.Optimizer], module: nn.Module) -> None:
+def refuse_unoptimized(optimizers: Sequence[torch.optim.Optimizer], listing: Listing) -> None:
     """Raise LoRAError for the first trainable adapter parameter that no optimizer holds.
 
     A fit without any optimizer is let pass: Lightning itself warns of a configure_optimizers that returns None.
@@ -137,7 +138,7 @@ def refuse_unoptimized(optimizers: Sequence[torch.optim.Optimizer], module: nn.M
         return
     groups = (group for optimizer in optimizers for group in optimizer.param_groups)
     optimized = {id(parameter) for group in groups for parameter in group["params"]}
-    factors = _factors(module)
+    factors = _factors(listing)
     missing = [name for name, factor in factors.items() if factor.requires_grad and id(factor) not in optimized]
     if missing:
         shown = listed([repr(layer) for layer in dict.fromkeys(name.rpartition(".")[0] for name in missing)])
@@ -150,10 +151,10 @@ def refuse_unoptimized(optimizers: Sequence[torch.optim.Optimizer], module: nn.M
         )
 
 
-def _factors(module: nn.Module) -> dict[str, nn.Parameter]:
+def _factors(listing: Listing) -> dict[str, nn.Parameter]:
     return {
         f"{name}.{leaf}": factor
-        for name, layer in adapted_layers(module).items()
+        for name, layer in listing.layers.items()
         for leaf, factor in zip(layer.factor_names(), layer.factors(), strict=True)
     }
 

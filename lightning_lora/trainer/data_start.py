@@ -15,10 +15,9 @@ from torch import nn
 from torchmetrics import Metric
 
 from ..errors import LoRAError
+from ..model.adapted_model import AdaptedModel
 from ..model.data_start import FROM_DATA, start_from_batches
-from ..model.injection import Injected
 from ..model.over_batches import Caller
-from ..nn.lora_layer import adapted_layers
 from .lightning_packages import package_of
 
 GRADIENT_BATCHES = 8  # of which the mean gradient is taken
@@ -26,7 +25,7 @@ INSTEAD = "call inject(module, config) and initialize_from_data(module, batches,
 SLOW = "More training data, or a smaller r, would do"
 
 
-def start_from_data(trainer: Any, module: Any, injected: Injected | None) -> None:
+def start_from_data(trainer: Any, module: Any, handle: AdaptedModel | None) -> None:
     """Initialise the adapter from training data where its options say so, and nothing was trained or loaded yet.
 
     The batches come from iterators of their own over the Trainer's loaders and go through training_step, in eval mode
@@ -35,11 +34,11 @@ def start_from_data(trainer: Any, module: Any, injected: Injected | None) -> Non
     Raises:
         LoRAError: the data can be read once only, or training_step cannot be called without training.
     """
-    if injected is None or injected.record.config.init_lora_weights not in FROM_DATA or trainer.global_step:
+    if handle is None or handle.record.config.init_lora_weights not in FROM_DATA or trainer.global_step:
         return
-    if injected.record.started or not all(layer.is_initial() for layer in adapted_layers(module).values()):
+    if handle.record.started or not all(layer.is_initial() for layer in handle.layers.values()):
         return
-    option = f"LoRACallback: init_lora_weights={injected.record.config.init_lora_weights!r}"
+    option = f"LoRACallback: init_lora_weights={handle.record.config.init_lora_weights!r}"
     if not module.automatic_optimization:
         raise LoRAError(f"{option}: training_step trains by itself, with manual optimization; {INSTEAD}.")
     if type(trainer.fit_loop._data_fetcher).__name__ == "_DataLoaderIterDataFetcher":
@@ -49,10 +48,10 @@ def start_from_data(trainer: Any, module: Any, injected: Injected | None) -> Non
     with _random_state(loader, package), _metrics_state(module), _without_logging(module):
         batches = _on_device(trainer, loader)
         caller = Caller(option, "training_step", SLOW)
-        if injected.record.config.has_start:
-            start_from_batches(module, islice(batches, GRADIENT_BATCHES), partial(_loss, trainer), caller=caller)
+        if handle.record.config.has_start:
+            start_from_batches(handle, islice(batches, GRADIENT_BATCHES), partial(_loss, trainer), caller=caller)
         else:
-            start_from_batches(module, batches, partial(_forward, trainer), caller=caller)
+            start_from_batches(handle, batches, partial(_forward, trainer), caller=caller)
 
 
 def _own_loader(trainer: Any, package: str, option: str) -> Any:

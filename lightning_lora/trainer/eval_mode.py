@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..model.injection import find_injection
+from ..model.adapted_model import find_model
 from ..model.pretrained import pretrained_models
 from ..names import listed
 from ..nn.gradient_checkpointing import segments_in_eval_mode
@@ -28,13 +28,13 @@ def explain_eval_mode(trainer: Any, module: nn.Module) -> None:
 
 def warn_of_checkpointing_off(module: nn.Module) -> None:
     """Warn, once a model, of gradient checkpointing that transformers models in eval mode pass over."""
-    injected = find_injection(module)
-    if injected is None or injected.record.checkpointing_off_reported:
+    handle = find_model(module)
+    if handle is None or handle.record.checkpointing_off_reported:
         return
-    networks = pretrained_models(module)
+    networks = pretrained_models(handle.modules)
     off = [name for name, network in networks.items() if _is_trained(network) and segments_in_eval_mode(network)]
     if off:
-        injected.record.checkpointing_off_reported = True
+        handle.record.checkpointing_off_reported = True
         names = [f"{type(networks[name]).__name__} {name!r}" if name else type(networks[name]).__name__ for name in off]
         warnings.warn(
             f"LoRACallback: gradient checkpointing is enabled in {listed(names)}, but does nothing: transformers uses "

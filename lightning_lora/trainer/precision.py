@@ -11,8 +11,9 @@ from typing import Any
 from torch import nn
 
 from ..errors import LoRAError
-from ..names import LIGHTNING, canonical, derives_from
-from ..nn.lora_layer import LoRALayer, adapted_layers
+from ..model.adapted_model import Listing
+from ..names import LIGHTNING, derives_from
+from ..nn.lora_layer import LoRALayer
 from ..nn.quantised import TORCHAO, quantised_as, quantised_modules, quantised_parameters
 from ..nn.quantised_state import is_of_lightning
 from .compatibility import AVERAGING
@@ -20,11 +21,11 @@ from .compatibility import AVERAGING
 LEFT_OUT_OF_DDP = "_ddp_params_and_buffers_to_ignore"  # torch's attribute of a module that DDP wraps
 
 
-def refuse_late_conversion(module: nn.Module) -> None:
+def refuse_late_conversion(listing: Listing) -> None:
     """Raise LoRAError where BitsandbytesPrecision is about to replace layers that are adapted already."""
-    if _bitsandbytes_precision(module) is None or quantised_modules(module):
+    if _bitsandbytes_precision(listing.model) is None or quantised_modules(listing.places):
         return
-    for name, layer in adapted_layers(module).items():
+    for name, layer in listing.layers.items():
         if isinstance(layer, nn.Linear):
             raise LoRAError(
                 f"LoRACallback: {name!r} was adapted by inject, and BitsandbytesPrecision replaces it by a quantised "
@@ -33,23 +34,22 @@ def refuse_late_conversion(module: nn.Module) -> None:
             )
 
 
-def convert_linear_layers_(module: nn.Module) -> None:
+def convert_linear_layers_(listing: Listing) -> None:
     """Let the precision of a LightningModule's Trainer convert the linear layers that are not adapted yet. In place.
 
     Lightning itself converts all layers or, where one is quantised already, none.
     """
-    plugin = _bitsandbytes_precision(module)
+    plugin = _bitsandbytes_precision(listing.model)
     if plugin is None:
         return
-    quantised = quantised_modules(module).values()
-    if not quantised and any(isinstance(layer, nn.Linear) for layer in module.modules()):
-        plugin.convert_module(module)
+    modules, quantised = listing.modules, quantised_modules(listing.places).values()
+    listing.look_again()
+    if not quantised and any(isinstance(layer, nn.Linear) for _, layer in modules):
+        plugin.convert_module(listing.model)
     elif any(map(is_of_lightning, quantised)):  # converted earlier; layers were built since
-        for path, parent in module.named_modules():
+        for path, parent in modules:
             for name, child in list(parent._modules.items()):
-                if _is_plain(child) and not f"{canonical(path)}.{name}".lstrip(".").startswith(
-                    tuple(plugin.ignore_modules)
-                ):
+                if _is_plain(child) and not f"{path}.{name}".lstrip(".").startswith(tuple(plugin.ignore_modules)):
                     box = nn.Module()
                     box.lora_converted = child
                     parent._modules[name] = plugin.convert_module(box).lora_converted
@@ -61,15 +61,16 @@ def _bitsandbytes_precision(module: nn.Module) -> Any:
     return plugin if derives_from(plugin, "BitsandbytesPrecision", LIGHTNING) else None
 
 
-def leave_out_of_ddp_(module: nn.Module) -> None:
+def leave_out_of_ddp_(listing: Listing) -> None:
     """Let DDP not send a module's torchao tensors, which it cannot: each process has quantised the same base."""
-    names = [name for name, parameter in module.named_parameters() if _is_of_torchao(parameter)]
-    if names:
+    module = listing.model
+    if any(_is_of_torchao(each) for _, owner in listing.modules for each in owner._parameters.values()):
+        names = [name for name, parameter in module.named_parameters() if _is_of_torchao(parameter)]
         earlier = vars(module).get(LEFT_OUT_OF_DDP, ())
         vars(module)[LEFT_OUT_OF_DDP] = list(dict.fromkeys([*earlier, *names]))
 
 
-def _is_of_torchao(parameter: nn.Parameter) -> bool:
+def _is_of_torchao(parameter: object) -> bool:
     return derives_from(parameter, "TorchAOBaseTensor", (TORCHAO,))
 
 
@@ -84,9 +85,9 @@ def refuse_unloadable(module: nn.Module) -> None:
             )
 
 
-def refuse_for_quantised(module: nn.Module, trainer: Any) -> None:
+def refuse_for_quantised(listing: Listing, trainer: Any) -> None:
     """Raise LoRAError where a Trainer would change or cut the bytes of quantised weights as if they were values."""
-    name, layer = next(iter(quantised_modules(module).items()), ("", module))
+    name, layer = next(iter(quantised_modules(listing.places).items()), ("", listing.model))
     if not name:
         return
     weight = f"the weight of {name!r} is quantised ({quantised_as(next(iter(quantised_parameters(layer).values())))})"
@@ -104,4 +105,4 @@ def refuse_for_quantised(module: nn.Module, trainer: Any) -> None:
 
 
 def _is_plain(layer: nn.Module | None) -> bool:
-    return isinstance(layer, nn.Linear) and not isinstance(layer, LoRALayer) and not quantised_modules(layer)
+    return isinstance(layer, nn.Linear) and not isinstance(layer, LoRALayer) and not quantised_parameters(layer)

@@ -18,7 +18,7 @@ from torch import nn
 
 from ..distributed.sharding import reshard_
 from ..metrics import StepStatistic
-from ..model.injection import find_injection
+from ..model.adapted_model import find_model
 from ..model.statistics import Snapshot, layer_stats
 from ..names import group_names
 from ..nn.lora_layer import AdaptedWeights, adapted_layers
@@ -103,7 +103,7 @@ class StatisticsLog:
     @contextmanager
     def watch_merge(self, module: nn.Module) -> Iterator[None]:
         """Note how long the merge inside takes, and what rounding to 16 bits costs in it."""
-        injected = find_injection(module)
+        injected = find_model(module)
         if injected is None or module not in self.runs:
             yield
             return

@@ -7,10 +7,10 @@ from typing import Any
 from torch import nn
 
 from ..distributed.sharding import reshard_
-from ..model.injection import Injection, find_injection, record_trainable
-from ..model.named_state import base_parameters
+from ..model.adapted_model import AdaptedModel, Listing, find_model, open_model
+from ..model.injection import Injection
 from ..names import ATTRIBUTE
-from ..nn.lora_layer import AdaptedWeights, adapted_layers
+from ..nn.lora_layer import AdaptedWeights
 
 
 class StepLists:
@@ -25,15 +25,15 @@ class StepLists:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        injected = find_injection(model)
+        handle = find_model(model)
         self.model = model
-        self.root = injected.root if injected else model
-        self.record: Injection | None = injected.record if injected else None
-        self.layers = list(adapted_layers(model).values())
+        self.root = handle.root if handle else model
+        self.record: Injection | None = handle.record if handle else None
+        self.layers = list((handle or Listing(model)).layers.values())
         self.states = [layer.lora for layer in self.layers]
         self.kept_in_eval: list[AdaptedWeights] | None = None
         self.trained_a_batch = False
-        self._list_frozen()
+        self._list_frozen(handle)
 
     def is_current(self) -> bool:
         """Tell whether the model is still injected as it was when it was listed."""
@@ -62,8 +62,9 @@ class StepLists:
         if listed is None or listed[0] != sizes:
             listed = self.frozen_in[id(optimizer)] = sizes, self._frozen_in(optimizer)
         if any(parameter.requires_grad for parameter in listed[1]):
-            record_trainable(self.model)
-            self._list_frozen()
+            handle = open_model(self.model, "LoRACallback")
+            handle.record_trainable()
+            self._list_frozen(handle)
 
     def _frozen_in(self, optimizer: Any) -> list[nn.Parameter]:
         """Return the frozen parameters that an optimizer holds, or all where it holds copies in their place."""
@@ -71,9 +72,10 @@ class StepLists:
         holds_others = held - {id(parameter) for parameter in self.model.parameters()}
         return [parameter for parameter in self.frozen if holds_others or id(parameter) in held]
 
-    def _list_frozen(self) -> None:
-        reshard_(self.model.modules())
-        trained = self.record.trained if self.record else set()
-        parameters = base_parameters(self.root) if self.record else {}
-        self.frozen = [parameter for name, parameter in parameters.items() if name not in trained]
+    def _list_frozen(self, handle: AdaptedModel | None) -> None:
+        self.frozen: list[nn.Parameter] = []
+        if handle is not None:
+            reshard_(module for _, module in handle.root_modules)
+            trained = handle.marked("trained")
+            self.frozen = [each.parameter for each in handle.base() if id(each.parameter) not in trained]
         self.frozen_in: dict[int, tuple[list[int], list[nn.Parameter]]] = {}

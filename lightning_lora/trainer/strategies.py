@@ -20,12 +20,12 @@ from ..adapter.lightning_checkpoint import adapter_of, read_without_values
 from ..adapter.save_load import apply_adapter
 from ..distributed.sharding import local
 from ..errors import LoRAError
-from ..model.adapted_model import find_model
-from ..model.injection import find_injection, snapshot_materialised
+from ..model.adapted_model import AdaptedModel, find_model
+from ..model.initial_values import snapshot_materialised
 from ..model.patches import call_previous, patch
 from ..model.state_dict import adapter_keys, base_keys, merge_state_dict
 from ..names import META, canonical
-from ..nn.lora_layer import AdaptedWeights, adapted_layers
+from ..nn.lora_layer import AdaptedWeights
 from .checkpoint_hooks import refuse_foreign_resume
 
 REFUSED = {
@@ -52,13 +52,13 @@ def prepare_strategy(strategy: Any) -> None:
 def _state_dict(strategy: Any, previous: Callable[[], Any] | None) -> Any:
     """Gather what a checkpoint of the module's kind holds, and no more: the patched lightning_module_state_dict."""
     module = strategy.lightning_module
-    injected = find_injection(module)
-    kind = injected.record.save if injected else None
+    handle = find_model(module)
+    kind = handle.record.save if handle is not None else None
 
     def of_kind(state: Mapping[str, Any]) -> Mapping[str, Any]:
-        if kind == "adapter":
-            return {name: state[name] for name in adapter_keys(module)}
-        return merge_state_dict(module, state) if kind == "merged" else state
+        if handle is not None and kind == "adapter":
+            return {name: state[name] for name in adapter_keys(handle)}
+        return merge_state_dict(handle, state) if handle is not None and kind == "merged" else state
 
     with _state_dict_shown_as(module, of_kind):
         gathered = call_previous(strategy, previous, "lightning_module_state_dict")
@@ -72,21 +72,22 @@ def _load_checkpoint(
     """Check a checkpoint, then load what it holds and leave all else alone: the patched load_checkpoint."""
     module = strategy.lightning_module
     path = Path(strategy.broadcast(checkpoint_path))
-    if find_injection(module) is None:
+    handle = find_model(module)
+    if handle is None:
         return call_previous(strategy, previous, "load_checkpoint", path, *args, **kwargs)
-    snapshot_materialised(module)
+    snapshot_materialised(handle)
     checkpoint = read_without_values(path)
     loaded = set(map(canonical, checkpoint["state_dict"]))
     adapter, kind = adapter_of(checkpoint) if META in checkpoint else (None, None)
     if adapter is None:
         refuse_foreign_resume(module, checkpoint, loaded)
-        _check_complete(module, loaded, path)
+        _check_complete(handle, loaded, path)
     prepare_for_load(module, checkpoint, values_follow=True)  # raises where it does not fit
     copies = []
     if kind == "merged":
         if path.is_dir():  # one tensor, because torch takes no empty state dict
             loaded = {min(loaded, key=lambda name: checkpoint["state_dict"][name].numel())}
-        copies = _copy_weights(module, loaded)  # Lightning loads W' into them
+        copies = _copy_weights(handle, loaded)  # Lightning loads W' into them
     strict, module.strict_loading = module._strict_loading, False  # it would miss what is left out by design
     try:
         with _state_dict_shown_as(module, lambda state: {name: state[name] for name in state if name in loaded}):
@@ -96,14 +97,14 @@ def _load_checkpoint(
         for layer, leaf, values in copies:  # their memory may be another by now
             local(layer.adapted_weights()[leaf]).copy_(values)
     if kind == "merged" and adapter is not None:
-        apply_adapter(module, find_model(module), adapter)
+        apply_adapter(module, handle, adapter)
     content.pop(META, None)  # done; the module's on_load_checkpoint has nothing to complete
     return content
 
 
-def _check_complete(module: nn.Module, names: set[str], path: Path) -> None:
+def _check_complete(handle: AdaptedModel, names: set[str], path: Path) -> None:
     """Raise unless a checkpoint of another program holds the complete base, the complete adapter or both."""
-    base, adapter = set(base_keys(module)), set(adapter_keys(module))
+    base, adapter = set(base_keys(handle)), set(adapter_keys(handle))
     if names in (base | adapter, base, adapter):
         return
     expected = adapter if names & (adapter - base) else base
@@ -116,11 +117,11 @@ def _check_complete(module: nn.Module, names: set[str], path: Path) -> None:
     )
 
 
-def _copy_weights(module: nn.Module, names: set[str]) -> list[tuple[AdaptedWeights, str, torch.Tensor]]:
+def _copy_weights(handle: AdaptedModel, names: set[str]) -> list[tuple[AdaptedWeights, str, torch.Tensor]]:
     """Copy this rank's shards of the adapted weights of these names."""
     return [
         (layer, leaf, local(weight).clone())
-        for name, layer in adapted_layers(module).items()
+        for name, layer in handle.layers.items()
         for leaf, weight in layer.adapted_weights().items()
         if layer.weight_name(name, leaf) in names
     ]

@@ -25,7 +25,7 @@ from lightning_lora import (
 from lightning_lora.adapter import metadata
 from lightning_lora.command.convert import to_lightning, to_peft
 from lightning_lora.command.merge import merge_on_disk
-from lightning_lora.model.injection import require_injection
+from lightning_lora.model.adapted_model import open_model
 from support.lightning_versions import PLAIN_TYPES_ONLY
 from support.models import checkpoint
 from support.peers import fill_, seeded
@@ -147,7 +147,7 @@ def test_every_door_loads_what_has_options_by_its_first_name(tmp_path, kind: str
 def test_a_model_that_loads_a_checkpoint_has_the_options_that_were_given(case: str):
     net = adapted("network", case)
     load_adapter(fresh := seeded(Twice), checkpoint(net, "adapter"))
-    found = require_injection(fresh, "test").record.config
+    found = open_model(fresh, "test").record.config
     assert found == config(case)
     assert inject(fresh, found)
 

@@ -33,7 +33,7 @@ from lightning_lora.adapter.save_load import read_adapter
 from lightning_lora.command.convert import to_lightning, to_peft
 from lightning_lora.command.merge import merge_on_disk
 from lightning_lora.files.safetensors import read_safetensors
-from lightning_lora.model.injection import require_injection
+from lightning_lora.model.adapted_model import open_model
 from support.lightning_versions import PLAIN_TYPES_ONLY
 from support.notices import quiet_peers
 from support.peers import TENSORS
@@ -289,7 +289,7 @@ def rewrite(file: Path, tensors: dict[str, torch.Tensor], description: dict[str,
 
 def as_written_earlier(model: Net, path: Path) -> None:
     """Earlier versions named a weight in the fingerprint too where it was unfrozen later, and no frozen tensors."""
-    record = require_injection(model, "test").record
+    record = open_model(model, "test").record
     adapter = adapter_of_model(model)
     adapter = replace(adapter, fingerprint={**record.fingerprint})
     entries = {f"net.pre_head.{leaf}": model.get_parameter(f"net.pre_head.{leaf}") for leaf in ("weight", "bias")}

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.models import base_zoo, trained_zoo, zoo_config
 from torch import nn
 
 from lightning_lora import LoRAError, inject
 from lightning_lora.model.adapted_model import find_model, open_model
 from lightning_lora.model.named_state import named_state
-from lightning_lora.nn.layer_kinds import layer_kinds
 from lightning_lora.nn.lora_layer import adapted_layers
+from lightning_lora.nn.low_rank import LINEAR
+from support.models import base_zoo, trained_zoo, zoo_config
 
 
 class Shared(nn.Module):
@@ -31,7 +31,8 @@ def test_a_handle_lists_what_the_model_holds_by_first_and_by_every_name():
     assert handle.places == list(model.named_modules(remove_duplicate=False))
     assert handle.layers == adapted_layers(model)
     assert handle.layers_by_every_name == adapted_layers(model, remove_duplicate=False)
-    assert handle.kinds == layer_kinds(model)
+    assert handle.kinds["first.body.0"] == LINEAR
+    assert handle.kinds.keys() == handle.layers.keys()
     assert [(n, id(t), m) for n, t, m in handle.state()] == [(n, id(t), m) for n, t, m in named_state(model)]
     assert all(name.startswith("first.") for name in handle.initial() if name.endswith("bias"))
 

@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from lightning_lora import LoRAConfig, LoRAError, adapter_state_dict, inject, merge, merged, merged_state_dict
 from lightning_lora.adapter.take import fingerprint
+from lightning_lora.model.adapted_model import Listing
 from lightning_lora.model.state_dict import merge_state_dict
 from support.fingerprints import check_fingerprint
 from support.models import (
@@ -274,4 +275,4 @@ def test_a_state_dict_without_what_an_adapter_is_merged_into_is_refused(left_out
     model = trained_zoo()
     state = {name: value for name, value in model.state_dict().items() if not name.startswith(left_out)}
     with pytest.raises(LoRAError, match=r"merged weights: the state dict of Zoo leaves out 'body\.0\."):
-        merge_state_dict(model, state)
+        merge_state_dict(Listing(model), state)

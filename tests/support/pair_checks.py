@@ -32,7 +32,7 @@ from lightning_lora import (
     unmerge,
 )
 from lightning_lora.adapter.checkpoint_of_model import convert_checkpoint, prepare_for_load
-from lightning_lora.model.injection import require_injection
+from lightning_lora.model.adapted_model import open_model
 from support.pairs import (
     FROM_DATA,
     Naive,
@@ -307,7 +307,7 @@ def training(variant: Variant, unfrozen: tuple[str, ...] = (), after: int = 0) -
 @contextmanager
 def noting(unfrozen: tuple[str, ...], model: nn.Module) -> Iterator[None]:
     """Expect the warning of what was unfrozen, unless the options train it already."""
-    if set(unfrozen) <= require_injection(model, "").record.trained:
+    if set(unfrozen) <= open_model(model, "").initial_of("trained").keys():
         yield
     else:
         with pytest.warns(UserWarning, match="base parameters were unfrozen"):
