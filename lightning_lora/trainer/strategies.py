@@ -97,7 +97,7 @@ def _load_checkpoint(
         for layer, leaf, values in copies:  # their memory may be another by now
             local(layer.adapted_weights()[leaf]).copy_(values)
     if kind == "merged" and adapter is not None:
-        apply_adapter(module, handle, adapter)
+        apply_adapter(handle, adapter)
     content.pop(META, None)  # done; the module's on_load_checkpoint has nothing to complete
     return content
 
