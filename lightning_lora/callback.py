@@ -14,8 +14,8 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 
-from .adapter.fingerprint import fingerprint_of
 from .adapter.lightning_checkpoint import Kind, check_kind
+from .adapter.take import fingerprint_of
 from .arguments import names_near_misses
 from .config import LEAVE_OUT, PLAIN, Bias, Init, LoRAConfig, PeftConfig, Task, as_config, is_config
 from .errors import LoRAError, NonFiniteError, sentence

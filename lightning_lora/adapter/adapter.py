@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from statistics import mode
 from typing import Any, TypeGuard
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -39,10 +40,12 @@ from ..nn.low_rank import (
 from ..nn.variant import Acting, Place, Variant, known_variants, rows_leaf, variant_of, variant_with
 
 SAMPLES = 8  # values by which tensors are told apart before they are compared whole
-CHECKED = "_checked"  # attribute of an adapter whose factors were checked: how often each tensor was written to then
 
 NewName = Callable[[str], str | None]
 Pair = tuple[torch.Tensor, torch.Tensor]
+Versions = dict[str, tuple[torch.Tensor, int]]
+
+_CHECKED: WeakKeyDictionary[Adapter, Versions] = WeakKeyDictionary()  # adapters that check_factors has let pass
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -530,16 +533,27 @@ def _fault(adapter: Adapter, layer: str) -> str:
 
 def check_once(adapter: Adapter, where: str) -> None:
     """Do check_factors, unless that was done for this very adapter and nothing was written into its tensors since."""
-    versions = _versions(adapter)
-    if versions is None or vars(adapter).get(CHECKED) != versions:
+    now = _versions(adapter)
+    if now is None or not _are_same(now, _CHECKED.get(adapter)):
         check_factors(adapter, where)
-        vars(adapter)[CHECKED] = versions
+        if now is not None:
+            _CHECKED[adapter] = now
 
 
-def _versions(adapter: Adapter) -> list[int] | None:
-    """Return how often each tensor was written to; None where one does not count that, as in inference mode."""
-    tensors = [value for value in adapter.tensors.values() if isinstance(value, torch.Tensor)]
-    return None if any(map(torch.Tensor.is_inference, tensors)) else [tensor._version for tensor in tensors]
+def _versions(adapter: Adapter) -> Versions | None:
+    """Return the tensors, and how often each was written to; None where one does not count that (inference mode)."""
+    tensors = {name: value for name, value in adapter.tensors.items() if isinstance(value, torch.Tensor)}
+    if any(map(torch.Tensor.is_inference, tensors.values())):
+        return None
+    return {name: (tensor, tensor._version) for name, tensor in tensors.items()}
+
+
+def _are_same(now: Versions, before: Versions | None) -> bool:
+    return (
+        before is not None
+        and now.keys() == before.keys()
+        and all(tensor is before[name][0] and version == before[name][1] for name, (tensor, version) in now.items())
+    )
 
 
 def refuse_nested(tensors: Mapping[str, Any], where: object) -> None:

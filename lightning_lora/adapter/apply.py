@@ -6,7 +6,7 @@ import copy
 import logging
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, cast
 
@@ -25,17 +25,17 @@ from ..nn.adapted_module import is_factor
 from ..nn.adapted_weights import AdaptedWeights, LayerSpec, adapted_places
 from ..nn.conv import LoRAConv
 from .adapter import Adapter, check_finite, describe_value, options_hold, with_exact_ranks, without_aliases
-from .fingerprint import EQUAL, REMEDY, check_fingerprint, fingerprint_entry
+from .fingerprint import EQUAL, without_base
 from .peft_rows import NO_BIAS
 from .pretrained_names import align_to_networks
 
-Specs = Mapping[AdaptedWeights, LayerSpec]  # of layers that get another rank or scaling
+Specs = Mapping[AdaptedWeights, LayerSpec]  # the new options of layers that change
 
 log = logging.getLogger(__name__)
 
 
 class Names:
-    """The names of a model's modules: all of them, and the first of each, by which it is adapted."""
+    """The names of a model's modules: all of them, and the first name of each module, under which it is adapted."""
 
     def __init__(self, places: Iterable[tuple[str, nn.Module]]) -> None:
         """Take every module under every name."""
@@ -61,7 +61,7 @@ def align_names(listing: Listing, names: Names, adapter: Adapter) -> Adapter:
     if layers and all(layer in names.modules for layer in layers):
         return adapter
     modules = {*names.modules, *(weights_of(names.modules) if adapter.parameters else ())}
-    if layers and not modules.issuperset(layers):  # a shared module's other names must not make a prefix ambiguous
+    if layers and not modules.issuperset(layers):  # a later name of a shared module would make a second prefix
         ending = f".{layers[0]}"
         modules -= {n for n in modules if n.endswith(ending) and n.removesuffix(ending) in names.later}
     return align_to_networks(
@@ -70,7 +70,7 @@ def align_names(listing: Listing, names: Names, adapter: Adapter) -> Adapter:
 
 
 def by_first_names(names: Names, adapter: Adapter) -> Adapter:
-    """Return the adapter by the names that modules are adapted by, where a module comes under several."""
+    """Rename layers to the first name of their module, under which it is adapted; a shared module has several names."""
     if not names.later:
         return adapter
     aliases = [name for name in adapter.layers() if names.first(name) != name]
@@ -80,28 +80,14 @@ def by_first_names(names: Names, adapter: Adapter) -> Adapter:
     return replace(renamed, config=without_aliases(adapter.config, aliases))
 
 
-def without_base(adapter: Adapter, base: Set[str] | None = None) -> Adapter:
-    """Return the adapter without these tensors, all that may be its base's by default, but with their fingerprint."""
-    base = adapter.perhaps_base if base is None else base
-    return replace(
-        adapter,
-        tensors={name: value for name, value in adapter.tensors.items() if name not in base},
-        fingerprint={
-            **adapter.fingerprint,
-            **{name: fingerprint_entry(adapter.tensors[name]) for name in sorted(base)},
-        },
-        perhaps_base=adapter.perhaps_base - base,
-    )
-
-
 def split_off_base(live: LiveState, adapter: Adapter) -> Adapter:
-    """Take base weights out of a source without a fingerprint, and make their fingerprint: they tell its base.
+    """Replace base weights by a fingerprint, in a source that has weights of its base and no fingerprint.
 
-    Such are a whole state dict and the embeddings that PEFT writes. Single base weights in a bare adapter state dict
-    stay: they were trained without the options' asking. So do embeddings with rows of their own, which were resized.
+    A whole state dict is such a source, and so is a PEFT folder with embeddings. Single base weights in an adapter's
+    state dict stay: the user trained them. Embeddings with new rows stay too: they were resized.
 
     Raises:
-        LoRAError: embeddings have other numbers of rows here.
+        LoRAError: the embeddings of the model have another number of rows.
     """
     if adapter.fingerprint or adapter.complete or (adapter.config is not None and not adapter.perhaps_base):
         return adapter
@@ -123,15 +109,15 @@ def split_off_base(live: LiveState, adapter: Adapter) -> Adapter:
 
 
 def has_new_rows(name: str, stored: torch.Tensor, live: torch.Tensor) -> bool:
-    """Tell whether a table of the adapter is the model's but for its last rows, less than half of them.
+    """Tell whether a stored table equals the model's except for its last rows, and those are less than half.
 
     Raises:
-        LoRAError: they have other numbers of rows: one of the two was resized.
+        LoRAError: the two have different numbers of rows: one of them was resized.
     """
     if not is_sharded(live):
         _refuse_other_rows(name, stored, live)
     if stored.shape != live.shape or not stored.dim() or is_sharded(live) or live.is_meta:
-        return False  # the fingerprint decides
+        return False  # the fingerprint is compared instead
     relative = max(EQUAL, *(torch.finfo(tensor.dtype).eps for tensor in (stored, live)))
     rows = torch.isclose(stored.float(), live.float().cpu(), rtol=relative).reshape(len(stored), -1).all(1)
     same = int(rows.long().cumprod(0).sum())
@@ -147,10 +133,10 @@ def _refuse_other_rows(name: str, stored: torch.Tensor, live: torch.Tensor) -> N
 
 
 def add_frozen_weights(live: LiveState, adapter: Adapter) -> Adapter:
-    """Add what a run that saved had not of its own, and this model saves with adapters.
+    """Add tensors that this model saves with its adapter and the model that wrote the source did not.
 
-    That is initial values of base weights which were frozen there, and the rows of a table under the names of those
-    that it is tied to.
+    A base weight that is trained here and was frozen there gets its initial value. Rows of a table are added under the
+    names of the tables that are tied to it.
     """
     unfrozen = live.handle.initial_of("unfrozen")
     frozen = {name: value for name, value in unfrozen.items() if name in adapter.fingerprint}
@@ -163,7 +149,7 @@ def add_frozen_weights(live: LiveState, adapter: Adapter) -> Adapter:
 
 
 def _names_of_shared(live: LiveState) -> dict[str, list[str]]:
-    """Return all names of each tensor that has several, by each of them."""
+    """Return, for each name of a tensor with several names, all of these names."""
     names: dict[int, list[str]] = {}
     for name, tensor in live.tensors.items():
         if tensor is not None:
@@ -172,14 +158,14 @@ def _names_of_shared(live: LiveState) -> dict[str, list[str]]:
 
 
 def specs_for(handle: AdaptedModel, adapter: Adapter) -> Specs:
-    """Return the options of the layers that have another rank or scaling in an adapter than in the model.
+    """Return new options for each layer whose rank or scaling is another in the adapter than in the model.
 
     Args:
         handle: an injected model.
-        adapter: under its first names. Without options of its own it has those of the model.
+        adapter: under first names. Where it has no options, the model's hold.
 
     Raises:
-        LoRAError: a sharded layer has another rank.
+        LoRAError: a sharded layer would get another rank.
     """
     if adapter.config is None:
         return {}
@@ -203,24 +189,19 @@ def check_adapter(
     names: Names,
     adapter: Adapter,
     *,
-    strict_base: bool = True,
-    remedy: str = REMEDY,
     specs: Specs | None = None,
     values_follow: bool = False,
-) -> dict[str, Any]:
-    """Raise LoRAError for the first layer, scaling, name, shape, value or base weight that does not fit the model.
+) -> None:
+    """Raise LoRAError for the first layer, scaling, name, shape or value that does not fit the model.
+
+    The base is compared by check_fingerprint.
 
     Args:
         live: an injected model.
         names: of its modules.
         adapter: under these names.
-        strict_base: whether another base than the adapter's is an error or a warning.
-        remedy: what the error about another base says that its reader can do.
-        specs: the options that layers will have when the values are copied, where these are others than now.
-        values_follow: its tensors may be on the meta device, because their values are read later.
-
-    Returns:
-        The fingerprint of the model's base.
+        specs: the new options of layers, from specs_for.
+        values_follow: tensors may be on the meta device, because their values are read later.
     """
     specs = specs or {}
     try:
@@ -232,7 +213,6 @@ def check_adapter(
         differences = (adapter.config or config).differences(config)  # may explain the error
         advice = f" The options differ: {'; '.join(differences)}." if differences else ""
         raise LoRAError(f"{error}{advice}") from None
-    return check_fingerprint(live, adapter.fingerprint, strict=strict_base, remedy=remedy)
 
 
 def _check_layers(handle: AdaptedModel, adapter: Adapter, specs: Specs) -> None:
@@ -273,7 +253,7 @@ def _check_tables(handle: AdaptedModel, adapter: Adapter) -> None:
 
 
 def _refuse_loralib_convolution(name: str, layer: LoRAConv, tensors: Mapping[str, Any]) -> None:
-    """Raise where B @ A is a weight seen as (out * k, in * k): as (out, in * k * k) its rank is higher than ours."""
+    """Refuse loralib's factors of a convolution: their product (out * k, in * k) has a higher rank in our layout."""
     a, b = tensors.get(f"{name}.{A}"), tensors.get(f"{name}.{B}")
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.dim() == b.dim() == 2:
         shape_a, shape_b = layer.place().factor_shapes()
@@ -299,7 +279,7 @@ def _check_tensors(live: LiveState, names: Names, adapter: Adapter, specs: Specs
     for name, value in adapter.tensors.items():
         tensor = live.tensors[name]
         if tensor is None:
-            continue  # extra state, which its owner judges
+            continue  # extra state: its owner checks it
         lacks_values = isinstance(value, torch.Tensor) and value.is_meta > (tensor.is_meta or values_follow)
         if lacks_values or (isinstance(value, torch.Tensor) and value.layout != tensor.layout):
             raise LoRAError(f"adapter: {name!r} must be a tensor as the model's, found {describe_value(value)}.")
@@ -316,9 +296,9 @@ def _check_tensors(live: LiveState, names: Names, adapter: Adapter, specs: Specs
 
 
 def _check_ties(live: LiveState, names: Names, tensors: Mapping[str, Any], expected: Iterable[str]) -> None:
-    """Raise where the adapter has two values for what is one tensor here, or one value and nothing for the other name.
+    """Raise where tied tensors of the model have different values in the adapter, or only one of them has a value.
 
-    So it is where PEFT trained a copy of one end of a tied base, or of each.
+    PEFT trains a copy of one end of a tie, or one copy of each.
     """
     by_tensor: dict[int, dict[str, None]] = {}
     for name in expected:
@@ -339,7 +319,7 @@ def _check_ties(live: LiveState, names: Names, tensors: Mapping[str, Any], expec
 
 def _equal(one: Any, other: Any) -> bool:
     if not (isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)) or one.is_meta:
-        return True  # of a distributed checkpoint, which is checked before its values are read
+        return True  # a distributed checkpoint is checked before its values are read
     return torch.equal(one, other)
 
 
@@ -360,13 +340,14 @@ def _check_names(what: str, names: Iterable[str], expected: Iterable[str]) -> No
 def copy_values(live: LiveState, adapter: Adapter, specs: Specs | None = None, *, merge_after: bool = False) -> None:
     """Write an adapter's values into the live tensors, all of them or none. In place.
 
-    It can fail on the way: W' may be beyond its dtype where the model is merged, an owner of extra state may refuse it.
+    Copying can fail: merging may find that W' is beyond its dtype, and a module may refuse its extra state.
 
     Args:
         live: an injected model, unmerged; after an error it is unmerged too.
-        adapter: which check_adapter has let pass.
-        specs: from specs_for. A factor of another rank gets other memory, and has no gradient; the parameter stays.
-        merge_after: merge the model, and count a failure of that as one to copy.
+        adapter: checked by check_adapter.
+        specs: from specs_for. A factor of another rank gets new memory and loses its gradient; the parameter object
+            stays.
+        merge_after: whether the model is merged then. If that fails, the old values are put back.
     """
     handle = live.handle
     record, kept, config_before = handle.record, handle.kept(), handle.record.config
@@ -394,7 +375,7 @@ def copy_values(live: LiveState, adapter: Adapter, specs: Specs | None = None, *
 
 
 def record_trained(live: LiveState, adapter: Adapter) -> None:
-    """Record as trained, with their present values, base parameters that were unfrozen in the run that saved."""
+    """Record base parameters that the adapter holds as trained, with their present values as initial ones."""
     whole = [name for name in adapter.tensors if not names_factor(name) and name in live.tensors]
     if any(isinstance(live.tensors[name], nn.Parameter) for name in whole):
         live.handle.record_unfrozen(whole)
@@ -408,7 +389,7 @@ def _value_now(live: LiveState, name: str) -> Any:
 
 
 def _take_specs_(handle: AdaptedModel, adapter: Adapter, specs: Specs) -> None:
-    """Let layers, and the options, have an adapter's ranks and scalings; the values are still to come. In place."""
+    """Give layers and options the ranks and scalings of an adapter, before its values are copied. In place."""
     if not specs or adapter.config is None:
         return
     record = handle.record

@@ -41,7 +41,7 @@ from .fingerprint import compare_fingerprints
 from .lightning_checkpoint import checkpoint_metadata
 from .peft_attention import after_conv1d_in_all
 from .peft_folder import write_folder
-from .save_load import adapter_with_options
+from .sources import adapter_with_options
 
 Method = Literal["linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
 PRUNING = ("ties", "dare_linear", "dare_ties", "magnitude_prune")

@@ -50,9 +50,9 @@ def save_merged(
 ) -> None:
     """Write merged weights under the base's names, as a folder in the layout of Hugging Face models.
 
-    Of a transformers model, or a LightningModule around one, from_pretrained loads the folder: it holds the network's
-    configuration, and tensors under the names that save_pretrained gives them. What of a LightningModule is outside of
-    the network is left out; where it was trained, the folder is one of plain weights under the LightningModule's names.
+    The folder of a transformers model, or of a LightningModule that holds one, is for from_pretrained: it has the
+    network's configuration, and the tensor names of save_pretrained. Weights of the LightningModule outside of the
+    network are left out. If any of these were trained, the folder holds all weights under the LightningModule's names.
 
     The live weights stay as they are, merged or not. Where the model is sharded every rank calls this: each tensor is
     merged on its shards, gathered, written by the first rank and dropped. Any other model is written by each process
@@ -60,8 +60,8 @@ def save_merged(
 
     Args:
         model: an injected model, or a part of one.
-        path: the folder, which appears when it is complete. In one that is there already the weights are replaced
-            and all else stays.
+        path: the folder. It appears when it is complete. In an existing folder the weights are replaced, and other
+            files stay.
         max_shard_bytes: what does not fit into one `model.safetensors` of this size goes into several and an index.
         dequantize: the dtype of plain weights in place of quantised ones, adapted or not; one is dequantised at a
             time. What rounding W' to it costs is logged.
@@ -114,7 +114,7 @@ def save_merged(
             index[file] = {name: tensor for part in in_file for name, tensor in part.stored.items()}
             header = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in index[file].items()]
             step(file, partial(_append, here / file, build_header(header, PT)))
-            for part in in_file:  # nothing here holds a tensor while the next one is gathered
+            for part in in_file:  # no reference keeps a tensor alive while the next one is gathered
                 append = partial(_append_part, here / file, part)
                 step(
                     repr(part.names[0]),
@@ -152,7 +152,7 @@ def _base_tensors(places: NamedModules, prefix: str) -> dict[str, tuple[torch.Te
 
 
 def _stored(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-    """Return a tensor of the shape and dtype that it has in the folder."""
+    """Return a tensor with the shape and dtype that will be written."""
     if dtype is None or not quantised_as(tensor):
         return tensor
     return torch.empty(shape_of(tensor), dtype=dtype, device="meta")
@@ -161,7 +161,7 @@ def _stored(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
 def _merged(
     name: str, tensor: torch.Tensor, module: nn.Module, sync: RankSync, dequantiser: Dequantiser | None
 ) -> torch.Tensor:
-    """A whole tensor on the CPU, the adapter merged into it. Collective where it is sharded."""
+    """Return a whole tensor on the CPU with the adapter merged. Collective where it is sharded."""
     if dequantiser is not None and quantised_as(tensor):
         return dequantiser.weight(name, module).cpu()
     leaf = name.rpartition(".")[2]

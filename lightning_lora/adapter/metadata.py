@@ -1,8 +1,8 @@
-"""What travels beside an adapter's tensors, as plain types: in checkpoint["lora"] and in a tensor file's header.
+"""The description of an adapter as plain types, in checkpoint["lora"] and in the header of a tensor file.
 
 layers       [[kind or None, scaling, [names]], ...]
-fingerprint  [[dtype, shape, leaf, [modules], values], ...], the bytes of all modules' values in base 85; of quantised
-             weights one thing more: how
+fingerprint  [[dtype, shape, leaf, [modules], values], ...], with the values of all modules as bytes in base 85; a
+             quantised weight has a sixth item, the kind of quantisation
 """
 
 from __future__ import annotations
@@ -15,25 +15,17 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..config import LoRAConfig
-from ..distributed.sharding import gather_all
 from ..errors import LoRAError, shown
 from ..files.safetensors import as_bytes
-from ..model.adapted_model import refuse_replaced_layers
-from ..model.gradients import warn_of_untrained
-from ..model.live_state import LiveState, original_value
-from ..model.pretrained import base_name, tied_to_input
-from ..model.wrappers import prefix_inside
-from ..names import KNOWN_VARIANTS, is_lightning_module, near_misses
-from ..nn.low_rank import CONV1D, KINDS
-from .adapter import Adapter, check_factors, equal_layers, with_aliases
+from ..names import KNOWN_VARIANTS, near_misses
+from ..nn.low_rank import KINDS
+from .adapter import Adapter, equal_layers, with_aliases
 from .file_options import check_options
-from .fingerprint import fingerprint_of, sample_positions
-from .peft_attention import after_conv1d
+from .fingerprint import sample_positions
 
-STORED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # values of other dtypes are stored as float64
+STORED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # other dtypes are stored as float64
 
 
 def to_metadata(adapter: Adapter) -> dict[str, Any]:
@@ -54,15 +46,15 @@ def to_metadata(adapter: Adapter) -> dict[str, Any]:
 
 
 def from_metadata(tensors: Mapping[str, Any], metadata: Any, where: str) -> Adapter:
-    """Return the adapter of these tensors that metadata describes, its factors unchecked: the inverse of to_metadata.
+    """Build an adapter from its tensors and their description. Factors are not checked. The inverse of to_metadata.
 
     Args:
-        tensors: the adapter's.
-        metadata: plain types, from a file.
+        tensors: by name.
+        metadata: the description, from a file.
         where: for messages.
 
     Raises:
-        LoRAError: the description is not of that form, or it and the tensors disagree.
+        LoRAError: the description has another form, or does not fit the tensors.
     """
     try:
         scalings, kinds = decode_layers(metadata["layers"])
@@ -88,81 +80,12 @@ def from_metadata(tensors: Mapping[str, Any], metadata: Any, where: str) -> Adap
     except (LookupError, TypeError, AttributeError, ValueError, OverflowError, RecursionError, re.error) as error:
         raise LoRAError(f"{where}: the adapter's description is damaged: {error!r}.") from error
     aliases = equal_layers(adapter)
-    if aliases and adapter.config is not None:  # of an earlier version, whose options were for first names alone
+    if aliases and adapter.config is not None:  # an earlier version wrote options for first names alone
         adapter = replace(adapter, config=with_aliases(adapter.config, aliases))
     unpaired = sorted((set(adapter.scalings) ^ set(adapter.layers())) | (set(adapter.tables) ^ set(adapter.rows())))
     if unpaired:
         raise LoRAError(f"{where}: {unpaired[0]!r} is missing in the tensors or in their description; it was cut.")
     return adapter
-
-
-def adapter_of_model(live: LiveState, verb: str) -> Adapter:
-    """Return the adapter of an injected model, sharing memory with it, gathered where it is sharded. Collective then.
-
-    Args:
-        live: the model.
-        verb: what messages begin with.
-
-    Raises:
-        LoRAError: a layer was replaced, or the factors are not finite.
-    """
-    description = describe(live, verb)
-    warn_of_untrained(live.handle)
-    adapter = replace(description, tensors=gather_all(live.values()))
-    check_factors(adapter, verb)
-    return adapter
-
-
-def frozen_values(live: LiveState, names: Collection[str]) -> dict[str, Any]:
-    """Return frozen tensors of a model by name, gathered where it is sharded. Collective then."""
-    wanted = set(names)
-    entries = [(n, t, owner) for n, t, owner in live.entries if n in wanted and t is not None] if wanted else []
-    return gather_all({name: original_value(name, tensor, owner) for name, tensor, owner in entries})
-
-
-def describe(live: LiveState, verb: str) -> Adapter:
-    """Return the adapter of an injected model without its tensors. Collective where the model is sharded.
-
-    The fingerprint is that of fit start, where this model was fitted: weight averaging moves frozen weights. What was
-    unfrozen later is a tensor of the adapter, and left out of the fingerprint.
-
-    Args:
-        live: the model.
-        verb: what messages begin with.
-
-    Raises:
-        LoRAError: a layer was replaced since injection.
-    """
-    handle, record = live.handle, live.handle.record
-    refuse_replaced_layers(handle, verb)
-    trained = live.keys
-    at_fit_start = record.fingerprint and record.fingerprint.keys() <= live.tensors.keys()
-    first, layers = handle.layers, handle.layers_by_every_name  # as state dicts hold them
-    kinds = {first[name]: kind for name, kind in handle.kinds.items()}
-    reached = {first[name] for name in after_conv1d(handle.kinds, CONV1D in handle.kinds.values())}
-    tables = {name: layer for name, layer in layers.items() if layer.replaced_rows()}
-    first_names = {layer: name for name, layer in first.items()}
-    aliases = {name: first_names[layer] for name, layer in layers.items() if layer in kinds and name not in first}
-    network = _network_prefix(live, trained)
-    by_peft = tied_to_input(handle.modules, network)
-    first_ends = {layer: by_peft.get(name, name) for name, layer in reversed(tables.items())}
-    tied = {name: first_ends[layer] for name, layer in tables.items() if name != first_ends[layer]}
-    base = base_name(handle.modules)
-    return Adapter(
-        tensors={},
-        config=with_aliases(record.config, aliases) if aliases else record.config,
-        scalings={name: layer.lora.spec.scaling for name, layer in layers.items() if layer in kinds},
-        fingerprint=_without(record.fingerprint, trained) if at_fit_start else fingerprint_of(live),
-        complete=True,
-        kinds={name: kinds[layer] for name, layer in layers.items() if layer in kinds},
-        after_conv1d=frozenset(name for name, layer in layers.items() if layer in reached),
-        network=network,
-        origin={**({"base_model_name_or_path": base} if base else {}), **record.origin},
-        scope=handle.scope(),
-        tables={name: layer.replaced_rows() for name, layer in tables.items()},
-        tied=tied,
-        tied_by_peft=tied.items() <= by_peft.items(),
-    )
 
 
 def _config(options: Any, where: str) -> LoRAConfig:
@@ -187,34 +110,20 @@ def _after_conv1d_from_metadata(names: Any) -> frozenset[str] | None:
 
 
 def of_trained(adapter: Adapter, frozen: Collection[str] = ()) -> Adapter:
-    """Return an adapter whose tensors and fingerprint have no name in common, as earlier versions did not always write.
+    """Return an adapter in which no name is both a tensor and an entry of the fingerprint. Earlier versions wrote such.
 
     Args:
         adapter: as it was read.
-        frozen: names of tensors that were not trained; every other tensor was, and the fingerprint loses its name.
+        frozen: names of tensors that were not trained: these lose the tensor, all others the entry.
     """
-    tensors = _without(adapter.tensors, frozen)
-    return replace(adapter, tensors=tensors, fingerprint=_without(adapter.fingerprint, tensors))
+    tensors = without(adapter.tensors, frozen)
+    return replace(adapter, tensors=tensors, fingerprint=without(adapter.fingerprint, tensors))
 
 
-def _without(values: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+def without(values: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """Return values by name without some of the names."""
     left_out = set(names)
     return {name: value for name, value in values.items() if name not in left_out}
-
-
-def _network_prefix(live: LiveState, trained: Collection[str]) -> str:
-    """Return 'name.' of the one attribute of a LightningModule that holds all that the adapter trains, else ''.
-
-    Adapters travel under the names of the network, not of the LightningModule around it.
-    """
-    model = live.handle.model
-    if not is_lightning_module(model):
-        return ""
-    children = {name.partition(".")[0] for name in trained if isinstance(live.tensors[name], nn.Parameter)}
-    if len(children) != 1 or children & live.handle.layers.keys():
-        return ""
-    name = children.pop()
-    return f"{name}.{prefix_inside(model.get_submodule(name))}"
 
 
 def encode_layers(scalings: Mapping[str, float], kinds: Mapping[str, str]) -> list[Any]:

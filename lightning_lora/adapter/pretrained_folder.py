@@ -1,7 +1,7 @@
 """What a folder of a transformers model holds beside weights: its configuration, and the names that files have.
 
-A file's tensors may have other names than the model's, or be parts of one: transformers converts them when it loads and
-back when it saves. Here they are converted one by one, or in the smallest groups that give what all together give.
+A tensor in a file may have another name than in the model, or be a part of one. transformers converts tensors when it
+loads, and back when it saves. Here they are converted one by one, or in the smallest groups that can be converted.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def write_configuration(network: Any, folder: Path, dtype: torch.dtype | None = 
 
 
 def parts_in_files(network: Any, state: Mapping[str, torch.Tensor]) -> list[Part]:
-    """Divide a transformers model's tensors into the smallest parts that can be stored one after the other.
+    """Divide the tensors of a transformers model into the smallest groups that can be converted by themselves.
 
     Args:
         network: the model.
@@ -150,7 +150,7 @@ def _as_they_are(tensors: Tensors) -> Tensors:
 
 
 def _conversion(network: Any) -> Convert:
-    """Return what turns a model's tensors into those of its files, which had the model's before transformers 5."""
+    """Return the conversion from a model's tensors to a file's. Before transformers 5 they are the same."""
     try:
         loading = importlib.import_module("transformers.core_model_loading")
     except ImportError:
@@ -162,7 +162,7 @@ def _conversion(network: Any) -> Convert:
 
 
 def _smallest_parts(state: Tensors, convert: Convert) -> list[Part]:
-    """Divide tensors so that the parts give, converted one by one, what all give together."""
+    """Divide tensors into groups; converting each by itself must give the same as converting all at once."""
     together = convert(dict(state))
     parts, joint = [], {}
     for name, tensor in state.items():

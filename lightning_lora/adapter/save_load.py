@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -16,7 +14,7 @@ from torch import nn
 from ..config import LoRAConfig
 from ..distributed.rank_sync import RankSync, writes_files
 from ..errors import LoRAError
-from ..files.paths import PathLike, given_path, kind_of
+from ..files.paths import PathLike
 from ..files.torch_archive import read_torch_file
 from ..model.adapted_model import AdaptedModel, Listing, find_in, find_model, open_model
 from ..model.inject import inject, inject_to_load, unload
@@ -24,18 +22,11 @@ from ..model.live_state import LiveState
 from ..model.merging import holds_merged, merge_listed, unmerge_listed
 from ..model.targets import Targets
 from ..model.wrappers import unwrapped, warn_of_late_adapters
-from ..names import META, listed, names_factor
 from ..nn.writer import Turn
 from .adapter import (
     Adapter,
-    check_factors,
-    check_once,
-    describe_value,
     exact_options,
-    is_plain,
-    nothing_adapted,
     options_hold,
-    require_values,
 )
 from .apply import (
     Names,
@@ -46,19 +37,17 @@ from .apply import (
     copy_values,
     specs_for,
     split_off_base,
-    without_base,
 )
 from .build_module import build_module
+from .checkpoint_of_model import prepare_for_load
 from .fingerprint import REMEDY, warn_of_rounding
-from .hyper_parameters import HYPER_PARAMETERS
-from .lightning_checkpoint import adapter_of, prepare_for_load
-from .metadata import adapter_of_model, frozen_values
-from .peft_attention import turn_as_in_model, turn_without_model
-from .peft_folder import read_folder, read_tensor_file, write_folder
-from .peft_names import are_peft_names
-from .peft_parameters import Order, check_order, order_in, usual_order
+from .lightning_checkpoint import adapter_of
+from .peft_attention import turn_as_in_model
+from .peft_folder import write_folder
+from .peft_parameters import order_in
 from .peft_saved_modules import frozen_in_saved
-from .peft_state_dict import read_state
+from .sources import adapter_with_options, read_source, saved_modules
+from .take import adapter_of_model, check_fingerprint, frozen_values
 
 log = logging.getLogger(__name__)
 
@@ -261,7 +250,8 @@ def apply_adapter(
             live = LiveState(handle)
             adapter = add_frozen_weights(live, split_off_base(live, adapter))
             specs = {} if fresh or not swap else specs_for(handle, by_first_names(names, adapter))
-            present = check_adapter(live, names, adapter, strict_base=strict_base, remedy=remedy, specs=specs)
+            check_adapter(live, names, adapter, specs=specs)
+            present = check_fingerprint(live, adapter.fingerprint, strict=strict_base, remedy=remedy)
             copy_values(live, adapter, specs, merge_after=was_merged)
             handle.record.origin = dict(adapter.origin)
         except BaseException:
@@ -283,11 +273,11 @@ def _tell_of_options(handle: AdaptedModel, adapter: Adapter) -> None:
 
 
 def _config_for(listing: Listing, adapter: Adapter) -> LoRAConfig:
-    """Return the adapter's options, with the layers spelled out where they would choose others under this prefix."""
+    """Return the adapter's options. Where they would choose other layers in this model, name the layers instead."""
     config, ranks = adapter.config, adapter.ranks()
     if config is None:
         stored = sorted(set(ranks.values()))
-        saved = _leaves(_saved_modules(adapter))
+        saved = _leaves(saved_modules(adapter))
         raise LoRAError(
             "adapter: the source stores tensors and no options, as loralib's files do. Its factors have rank "
             f"{' and '.join(map(str, stored))}; lora_alpha is nowhere in it and must come from whoever trained it. "
@@ -302,143 +292,5 @@ def _config_for(listing: Listing, adapter: Adapter) -> LoRAConfig:
     return config if same_rows else replace(config, trainable_token_indices=dict(adapter.tables))
 
 
-def _saved_modules(adapter: Adapter) -> list[str]:
-    """Return the modules that an adapter without options holds whole."""
-    whole = adapter.beside_factors().keys() - adapter.perhaps_base
-    modules = dict.fromkeys(name.rpartition(".")[0] for name in sorted(whole) if name.endswith(".weight"))
-    return [module for module in modules if module not in adapter.layers()]
-
-
 def _leaves(modules: Iterable[str]) -> str:
     return ", ".join(map(repr, dict.fromkeys(module.rpartition(".")[2] for module in modules)))
-
-
-def read_source(
-    source: PathLike | Mapping[str, Any] | Adapter, order: Order = usual_order, verb: str = "load_adapter"
-) -> Adapter:
-    """Read an adapter in any of the forms that load_adapter takes.
-
-    Args:
-        source: the adapter.
-        order: in which modules register parameters, which only the model that it is for tells.
-        verb: what messages begin with.
-
-    Raises:
-        LoRAError: the source is damaged or of no such form.
-    """
-    if isinstance(source, Adapter):
-        check_once(source, verb)
-        if source.assumed_order and order is not usual_order:
-            check_order(source.assumed_order, order)
-        return source
-    if isinstance(source, (str, os.PathLike)):
-        if kind_of(given_path(source)) == "folder":
-            return read_folder(source, order)
-        if Path(source).suffix == ".safetensors":
-            return read_tensor_file(source)
-        adapter = _read_state(read_torch_file(source), verb)
-        require_values(adapter, str(source))
-        return adapter
-    if not isinstance(source, Mapping):
-        raise LoRAError(f"{verb}: expected a path or a state dict, found {type(source).__name__}.")
-    return _read_state(source, verb)
-
-
-def _read_state(source: Mapping[str, Any], verb: str) -> Adapter:
-    """Return the adapter in a checkpoint or a state dict."""
-    if META in source:
-        return adapter_of(source)[0]
-    tensors = _tensors_in(source.get("state_dict", source), verb)
-    if are_peft_names(tensors):
-        return read_state(tensors, "adapter", source.get(HYPER_PARAMETERS))
-    adapter = Adapter(tensors)
-    check_factors(adapter, "adapter")
-    return adapter
-
-
-def _tensors_in(state: Any, verb: str) -> dict[str, torch.Tensor]:
-    """Return the tensors of a state dict, or of the only entry with an adapter of a dictionary of them, as Fabric's.
-
-    Raises:
-        LoRAError: several entries have one, or there are no tensors.
-    """
-    if not isinstance(state, Mapping):
-        raise LoRAError(f"{verb}: expected a state dict, found {type(state).__name__}.")
-    tensors = _named_tensors(state)
-    if _name_adapter(tensors):
-        return tensors
-    below = {key: _named_tensors(value) for key, value in state.items() if isinstance(value, Mapping)}
-    found = {key: inside for key, inside in below.items() if _name_adapter(inside)}
-    if len(found) > 1:
-        first, second, *_ = found
-        raise LoRAError(
-            f"{verb}: {first!r} and {second!r} hold an adapter each; pass the one that you want, as "
-            f"load_adapter(model, checkpoint[{first!r}])."
-        )
-    if not found and not tensors and state:
-        raise LoRAError(
-            f"{verb}: the source holds no lora_A, neither by itself nor in an entry; it holds "
-            f"{listed(list(map(repr, state)))}."
-        )
-    return next(iter(found.values()), tensors)
-
-
-def _named_tensors(state: Mapping[Any, Any]) -> dict[str, torch.Tensor]:
-    return {name: value for name, value in state.items() if isinstance(name, str) and isinstance(value, torch.Tensor)}
-
-
-def _name_adapter(tensors: Mapping[str, torch.Tensor]) -> bool:
-    return any(map(names_factor, tensors)) or are_peft_names(tensors)
-
-
-def adapter_with_options(
-    source: PathLike | Mapping[str, Any] | Adapter, lora_alpha: float | None = None, where: str = ""
-) -> Adapter:
-    """Read an adapter that is to be applied without a model at hand.
-
-    Args:
-        source: any form of adapter.
-        lora_alpha: for one that does not store it, as loralib's do not.
-        where: what messages call it; a path by default.
-
-    Raises:
-        LoRAError: lora_alpha is missing, or is stored and given.
-    """
-    path = where or source
-    adapter = turn_without_model(without_base(read_source(source)), path)
-    require_values(adapter, str(path))
-    ranks = adapter.ranks()
-    if not ranks:
-        raise LoRAError(f"{path}: holds {nothing_adapted(adapter)}.")
-    for name, value in adapter.beside_factors().items():
-        if isinstance(value, torch.Tensor) and not is_plain(value):
-            raise LoRAError(f"{path}: {name!r} must be a dense tensor, found {describe_value(value)}.")
-    if adapter.rows() and not adapter.tables:
-        raise LoRAError(f"{path}: stores rows of {next(iter(adapter.rows()))!r}, and not which rows these are.")
-    if adapter.config is not None:
-        if lora_alpha is not None:
-            raise LoRAError(f"{path}: stores its lora_alpha; it cannot be given another.")
-        return adapter
-    if lora_alpha is None:
-        raise LoRAError(
-            f"{path}: stores tensors and no options, as loralib's files do: lora_alpha is nowhere in it. Ask whoever "
-            "trained it, and pass --lora-alpha to merge, export or import; what export writes holds it, for others."
-        )
-    for name in ranks:
-        if adapter.is_placed(name) and adapter.acting(name).a.shape[0] != adapter.acting(name).b.shape[1]:
-            raise LoRAError(
-                f"{path}: {name!r} adapts parts of a fused projection, and which is not stored; load it in Python onto "
-                "a model injected with enable_lora."
-            )
-    scalings = {name: lora_alpha / rank for name, rank in ranks.items()}
-    saved = _saved_modules(adapter)
-    config = LoRAConfig(
-        r=next(iter(ranks.values())),
-        lora_alpha=lora_alpha,
-        target_modules=list(ranks),
-        modules_to_save=saved,
-        **adapter.variant.options(),
-    )
-    if not options_hold(config, ranks, scalings):
-        config = exact_options(config, ranks, scalings)
-    return replace(adapter, config=config, scalings=scalings)

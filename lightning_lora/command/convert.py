@@ -9,7 +9,7 @@ from typing import Any
 from ..adapter.adapter import Adapter
 from ..adapter.lightning_checkpoint import checkpoint_metadata, in_one_storage
 from ..adapter.peft_folder import write_folder
-from ..adapter.save_load import adapter_with_options
+from ..adapter.sources import adapter_with_options
 from ..errors import LoRAError
 from ..files.atomic import new_file
 from ..files.paths import PathLike

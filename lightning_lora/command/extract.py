@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..adapter.adapter import Adapter
-from ..adapter.fingerprint import fingerprint_entry_at
+from ..adapter.base_files import fingerprint_entry_at
 from ..adapter.peft_attention import after_conv1d
 from ..config import LoRAConfig
 from ..errors import LoRAError

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from ..adapter.adapter import Adapter, delta_norm, difference_norm
-from ..adapter.apply import without_base
+from ..adapter.fingerprint import without_base
 from ..adapter.peft_folder import CONFIG_FILE
 from ..adapter.peft_names import are_peft_names
-from ..adapter.save_load import read_source
+from ..adapter.sources import read_source
 from ..errors import LoRAError, shown
 from ..files.paths import PathLike, given_path, kind_of
 from ..files.safetensors import SUFFIX, TensorLocation, read_rows

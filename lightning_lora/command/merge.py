@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from ..adapter.adapter import Adapter, check_finite, equal_tables
-from ..adapter.fingerprint import OTHER_FILES, compare_with_files
+from ..adapter.base_files import OTHER_FILES, compare_with_files
 from ..adapter.peft_rows import NO_BIAS
 from ..adapter.pretrained_names import align_to_networks
-from ..adapter.save_load import adapter_with_options
+from ..adapter.sources import adapter_with_options
 from ..config import LoRAConfig
 from ..errors import LoRAError
 from ..files.atomic import new_file, new_folder

@@ -173,7 +173,7 @@ def reduce_(values: torch.Tensor, mesh: DeviceMesh, dims: Iterable[int], op: Any
         dist.all_reduce(values, op, group=mesh.get_group(dim))
 
 
-def samples_of_all(wanted: Sequence[tuple[torch.Tensor, Sequence[int]]]) -> list[list[float]]:
+def samples_of_all(wanted: Iterable[tuple[torch.Tensor, Sequence[int]]]) -> list[list[float]]:
     """Return `samples` of many tensors; those in one memory and dtype are read together. Collective.
 
     Args:
@@ -195,7 +195,7 @@ def samples_of_all(wanted: Sequence[tuple[torch.Tensor, Sequence[int]]]) -> list
         all_values = torch.cat([*parts.values()]).double().tolist()
         starts = itertools.accumulate((part.numel() for part in parts.values()), initial=0)
         found |= {i: all_values[start : start + parts[i].numel()] for i, start in zip(parts, starts, strict=False)}
-    return [found[i] for i in range(len(wanted))]
+    return [found[i] for i in sorted(found)]
 
 
 def _can_be_indexed(tensor: torch.Tensor) -> bool:

@@ -152,7 +152,7 @@ class AdaptedModel(Listing):
 
     def initial_of(self, mark: Mark) -> dict[str, torch.Tensor]:
         """Return the values from before training of the base parameters with a mark, under each of their names."""
-        wanted, values = self.marked(mark), {}
+        wanted, values = self.marked(mark), dict[int, torch.Tensor]()
         for _, module in self.root_modules if wanted else ():
             own = own_state(module)
             for leaf, value in self.record.initial(module).items():
@@ -195,11 +195,11 @@ class AdaptedModel(Listing):
 
         Those that are recorded already, and names of anything else, are passed over.
         """
-        trained, names_here = self.marked("trained"), {}
+        trained, names_here = self.marked("trained"), dict[int, str]()
         for name, tensor, _ in self.state():
             names_here.setdefault(id(tensor), name)
         for each in self.base():
-            if names_here.get(id(each.parameter)) in names and id(each.parameter) not in trained:
+            if names_here.get(id(each.parameter), "") in names and id(each.parameter) not in trained:
                 self.record.add_trained(each.module, each.leaf, each.parameter, "unfrozen")
 
     def take_over(
@@ -447,13 +447,16 @@ def _injected_modules(listing: Listing) -> list[Listing]:
 
 def _gone_layers(root: Listing) -> tuple[int, list[str]]:
     """Return how many layers were adapted in an injected module, and the names of those that are not there now."""
-    record = vars(root.model).get(ATTRIBUTE) or next((each.lora.injection for each in root.layers.values()), None)
+    records = [
+        *filter(None, [vars(root.model).get(ATTRIBUTE)]),
+        *(each.lora.injection for each in root.layers.values()),
+    ]
     adapted = {name for name, _, _ in adapted_places(root.model, modules=root.modules)}
     live = {layer.lora.name for layer in root.layers.values()}  # under another name, where it was moved
     expected: dict[str, str] = {}
     outermost: str | None = None
-    for name, module in root.modules if record is not None else ():
-        kept = record.kept(module)
+    for name, module in root.modules if records else ():
+        kept = records[0].kept(module)
         layers = kept["layers"] if kept is not None else {}
         if layers and (outermost is None or not _is_in(name, outermost)):
             outermost = name

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..adapter.adapter import Adapter, align_to_modules
-from ..adapter.apply import without_base
-from ..adapter.fingerprint import compare_with_files
-from ..adapter.save_load import read_source
+from ..adapter.base_files import compare_with_files
+from ..adapter.fingerprint import without_base
+from ..adapter.sources import read_source
 from ..errors import LoRAError
 from ..files.paths import PathLike
 from ..files.safetensors import TensorLocation, read_rows

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from ..adapter.metadata import describe
+from ..adapter.take import describe
 from ..distributed.rank_sync import RankSync
 from ..distributed.sharding import gather_all, local, reshard_
 from ..model.adapted_model import AdaptedModel, open_model

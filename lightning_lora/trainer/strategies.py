@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapter.lightning_checkpoint import adapter_of, prepare_for_load, read_without_values
+from ..adapter.checkpoint_of_model import prepare_for_load
+from ..adapter.lightning_checkpoint import adapter_of, read_without_values
 from ..adapter.save_load import apply_adapter
 from ..distributed.sharding import local
 from ..errors import LoRAError

@@ -128,6 +128,9 @@ def test_what_was_written_into_an_adapter_after_it_was_checked_is_noticed():
     assert state_bits(model) == before
     adapter.tensors["2.lora_B"][1, 1] = 0
     load_adapter(model, adapter)
+    adapter.tensors["2.lora_B"] = torch.full((3, 2), torch.inf)
+    with pytest.raises(LoRAError, match=r"load_adapter: '2.lora_B' holds NaN or Inf"):
+        load_adapter(model, adapter)
 
 
 def test_an_adapter_is_checked_once(monkeypatch: pytest.MonkeyPatch):

@@ -18,8 +18,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from lightning_lora import LoRAConfig, LoRAError, adapter_state_dict, combine, inject, load_adapter, save_adapter
-from lightning_lora.adapter.lightning_checkpoint import convert_checkpoint
-from lightning_lora.adapter.save_load import adapter_with_options
+from lightning_lora.adapter.checkpoint_of_model import convert_checkpoint
+from lightning_lora.adapter.sources import adapter_with_options
 from lightning_lora.command.info import diff, info
 from lightning_lora.nn.adapted_weights import adapted_layers
 from support.models import ZOO_LAYERS, base_zoo, checkpoint, state_bits, trace, trained_zoo

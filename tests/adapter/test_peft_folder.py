@@ -24,7 +24,7 @@ from lightning_lora import (
     merge_and_unload,
     save_adapter,
 )
-from lightning_lora.adapter.apply import without_base
+from lightning_lora.adapter.fingerprint import without_base
 from lightning_lora.adapter.peft_folder import read_folder, write_folder
 from lightning_lora.command.convert import to_lightning, to_peft
 from lightning_lora.model.adapted_model import open_model

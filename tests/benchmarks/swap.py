@@ -5,6 +5,8 @@
 A network of linear layers, all adapted; the adapters are PEFT folders, read from disk at each call. `anew` takes the
 adapter out and loads the other one onto the plain model: ours by unload and load_adapter, peft's by unload and
 PeftModel.from_pretrained. Merged, peft's hotswap refuses, so there it is unmerged before and merged after, by addition.
+From memory, ours loads what read_adapter returned once, and peft's hotswap_adapter_from_state_dict takes a state dict
+that was read once, with set_adapter after it.
 """
 
 from __future__ import annotations
@@ -20,10 +22,11 @@ from typing import Any
 import torch
 from measure import interleaved, milliseconds, ratio
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.utils.hotswap import hotswap_adapter
+from peft.utils.hotswap import hotswap_adapter, hotswap_adapter_from_state_dict
+from peft.utils.save_and_load import _insert_adapter_name_into_state_dict, load_peft_weights
 from torch import nn
 
-from lightning_lora import load_adapter, merge, unload
+from lightning_lora import load_adapter, merge, read_adapter, unload
 
 
 class Layers(nn.Module):
@@ -42,9 +45,16 @@ def adapters(folder: Path, base: nn.Module, *ranks: int) -> list[str]:
     return paths
 
 
-def in_turn(paths: list[str]) -> Callable[[], str]:
-    turns = itertools.cycle(paths[::-1])
+def in_turn(sources: list[Any]) -> Callable[[], Any]:
+    turns = itertools.cycle(sources[::-1])
     return lambda: next(turns)
+
+
+def in_memory(path: str) -> tuple[dict[str, torch.Tensor], Any]:
+    """What peft swaps in without reading a file: a state dict by a model's names, and the options."""
+    state = load_peft_weights(path, device="cpu")
+    named = _insert_adapter_name_into_state_dict(state, adapter_name="default", parameter_prefix="lora_")
+    return named, LoraConfig.from_pretrained(path)
 
 
 def measured(base: nn.Module, paths: list[str], is_merged: bool, seconds: float) -> list[str]:
@@ -53,11 +63,14 @@ def measured(base: nn.Module, paths: list[str], is_merged: bool, seconds: float)
     their_base = copy.deepcopy(base)
     theirs: Any = PeftModel.from_pretrained(copy.deepcopy(base), paths[0])  # type: ignore[arg-type]
     their_anew: list[Any] = [PeftModel.from_pretrained(their_base, paths[0])]  # type: ignore[arg-type]
-    for model in (swapped, anew):
+    from_memory = copy.deepcopy(base)
+    their_memory: Any = PeftModel.from_pretrained(copy.deepcopy(base), paths[0])  # type: ignore[arg-type]
+    for model in (swapped, anew, from_memory):
         load_adapter(model, paths[0])
         if is_merged:
             merge(model)
     turns = {name: in_turn(paths) for name in ("ours", "anew", "peft", "peft anew")}
+    turns |= {"memory": in_turn([*map(read_adapter, paths)]), "peft memory": in_turn([*map(in_memory, paths)])}
 
     def load_anew() -> None:
         unload(anew)
@@ -72,6 +85,15 @@ def measured(base: nn.Module, paths: list[str], is_merged: bool, seconds: float)
         if is_merged:
             theirs.merge_adapter()
 
+    def hotswap_from_memory() -> None:
+        if is_merged:
+            their_memory.unmerge_adapter()
+        state, config = turns["peft memory"]()
+        hotswap_adapter_from_state_dict(their_memory, state, "default", config)
+        their_memory.set_adapter("default")
+        if is_merged:
+            their_memory.merge_adapter()
+
     def peft_anew() -> None:
         plain = their_anew[0].unload()
         their_anew[0] = PeftModel.from_pretrained(plain, turns["peft anew"]())
@@ -80,18 +102,25 @@ def measured(base: nn.Module, paths: list[str], is_merged: bool, seconds: float)
 
     if is_merged:
         theirs.merge_adapter()
+        their_memory.merge_adapter()
     functions = {
         "ours": lambda: load_adapter(swapped, turns["ours"]()),
         "anew": load_anew,
         "peft": hotswap,
         "peft anew": peft_anew,
+        "memory": lambda: load_adapter(from_memory, turns["memory"]()),
+        "peft memory": hotswap_from_memory,
     }
     times = interleaved(functions, seconds, "cpu")
     ratios = [f"{ratio(times, ['ours'], [name]):.2f}" for name in ("peft", "anew", "peft anew")]
-    return [f"{milliseconds(times, 'ours'):.0f} ms", *ratios]
+    memory = [f"{milliseconds(times, 'memory'):.1f} ms", f"{ratio(times, ['memory'], ['peft memory']):.2f}"]
+    return [f"{milliseconds(times, 'ours'):.1f} ms", *ratios, *memory]
 
 
-HEADER = "| ranks | the model is | a swap | of peft's hotswap | of our loading anew | of peft's loading anew |"
+HEADER = (
+    "| ranks | the model is | a swap | of peft's hotswap | of our loading anew | of peft's loading anew "
+    "| from memory | of peft's from memory |"
+)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from lightning_lora import LoRAConfig, inject, load_adapter, merged_state_dict
 from lightning_lora.adapter.peft_folder import read_folder
-from lightning_lora.adapter.save_load import adapter_with_options
+from lightning_lora.adapter.sources import adapter_with_options
 from lightning_lora.command import write_merged
 from support.models import checkpoint
 from support.notices import quiet_peers

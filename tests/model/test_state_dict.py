@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 from typing import Any
 
@@ -10,9 +11,10 @@ import pytest
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
+from torch.profiler import ProfilerActivity, profile
 
 from lightning_lora import LoRAConfig, LoRAError, adapter_state_dict, inject, merge, merged, merged_state_dict
-from lightning_lora.adapter.fingerprint import fingerprint
+from lightning_lora.adapter.take import fingerprint
 from lightning_lora.model.adapted_model import Listing
 from lightning_lora.model.state_dict import merge_state_dict
 from support.fingerprints import check_fingerprint
@@ -213,6 +215,18 @@ def test_fingerprint_covers_the_frozen_parameters_and_is_plain_data():
     with merged(model):
         assert fingerprint(model) == found
     assert len(json.dumps(found)) < 300 * len(found)
+
+
+def test_a_fingerprint_of_a_merged_model_restores_one_weight_after_the_other():
+    model = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(16)))
+    inject(model, LoRAConfig(r=2, init_lora_weights=False))
+    merge(model)
+    expected, one = fingerprint(model), model[0].weight.nbytes
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        assert fingerprint(model) == expected
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    assert one <= max(itertools.accumulate(changes)) < 6 * one
 
 
 @pytest.mark.parametrize("found", ["unmerged", "merged"])

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from lightning_lora.adapter import fingerprint
+from lightning_lora.adapter import take
 from lightning_lora.model.adapted_model import open_model
 from lightning_lora.model.live_state import LiveState
 
 
 def check_fingerprint(model: nn.Module, expected: Mapping[str, Any]) -> dict[str, Any]:
-    return fingerprint.check_fingerprint(LiveState(open_model(model, "test")), expected)
+    return take.check_fingerprint(LiveState(open_model(model, "test")), expected)
