@@ -56,7 +56,7 @@ def test_unmerging_by_subtraction_fails_where_the_package_passes(tmp_path, monke
     monkeypatch.setattr(importlib.import_module("lightning_lora.model.merging"), "COPY_BUDGET", budget)
     base_weights_stay(LoRACallback, tmp_path)
     refuted(base_weights_stay, NaiveCallback, tmp_path)
-    monkeypatch.setattr("lightning_lora.nn.lora_layer.unmerge_weight_", subtract)
+    monkeypatch.setattr("lightning_lora.nn.adapted_weights.unmerge_weight_", subtract)
     refuted(base_weights_stay, LoRACallback, tmp_path)
 
 

@@ -21,9 +21,9 @@ from ..model.pretrained import embeddings, pretrained_models
 from ..model.state_dict import adapter_keys, base_keys, original_value
 from ..model.targets import untie_advice, weights_of
 from ..names import A, B, canonical, listed, names_factor, near_misses, rename_keys
+from ..nn.adapted_weights import AdaptedWeights, LayerSpec, adapted_layers, adapted_places
 from ..nn.conv import LoRAConv
 from ..nn.layer_kinds import layer_kinds
-from ..nn.lora_layer import AdaptedWeights, LayerSpec, adapted_layers, adapted_places
 from .adapter import Adapter, check_finite, describe_value, options_hold, with_exact_ranks, without_aliases
 from .fingerprint import EQUAL, REMEDY, check_fingerprint, fingerprint_entry
 from .peft_rows import NO_BIAS
@@ -259,7 +259,7 @@ def _refuse_loralib_convolution(name: str, layer: LoRAConv, tensors: Mapping[str
     """Raise where B @ A is a weight seen as (out * k, in * k): as (out, in * k * k) its rank is higher than ours."""
     a, b = tensors.get(f"{name}.{A}"), tensors.get(f"{name}.{B}")
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.dim() == b.dim() == 2:
-        shape_a, shape_b = layer.factor_shapes()
+        shape_a, shape_b = layer.place().factor_shapes()
         raise LoRAError(
             f"adapter: {name!r} is a convolution factorised as in loralib, A (r * k, in * k) {tuple(a.shape)} and B "
             f"(out * k, r * k) {tuple(b.shape)}, whose product A {shape_a} and B {shape_b} cannot express. Merge it "

@@ -18,7 +18,8 @@ from ..model.injection import require_injection
 from ..model.named_state import base_parameters, named_state
 from ..model.state_dict import adapter_keys, original_value
 from ..names import around
-from ..nn.lora_layer import LoRALayer, adapted_places
+from ..nn.adapted_weights import adapted_places
+from ..nn.lora_layer import LoRALayer
 from ..nn.quantised import dequantised, quantised_as
 from .adapter import Adapter
 

@@ -29,7 +29,7 @@ from ..model.injection import refuse_replaced_layers, require_injection
 from ..model.named_state import named_state
 from ..model.state_dict import adapter_keys, adapter_state_dict, merge_state_dict, original_value
 from ..names import META, canonical, split_factor_name
-from ..nn.lora_layer import is_factor
+from ..nn.adapted_module import is_factor
 from ..nn.quantised_state import quantisation_entries, unchanged_weight
 from .adapter import Adapter, check_factors
 from .apply import add_frozen_weights, align_names, check_adapter, record_trained

@@ -23,7 +23,8 @@ from ..model.injection import refuse_replaced_layers, require_injection
 from ..model.named_state import named_state
 from ..model.state_dict import refuse_quantised, refuse_unmergeable
 from ..model.wrappers import unwrapped
-from ..nn.lora_layer import AdaptedModule, adapted_layers, is_factor
+from ..nn.adapted_module import is_factor
+from ..nn.adapted_weights import adapted_layers, adapter_of
 from ..nn.quantised import quantised_as, shape_of
 from ..progress import progress_bar
 from .pretrained_folder import (
@@ -165,10 +166,10 @@ def _merged(
         return dequantiser.weight(name, module).cpu()
     leaf = name.rpartition(".")[2]
     values = [tensor.detach()]
-    adapter = module.lora_adapter_of(leaf) if isinstance(module, AdaptedModule) else None
+    adapter = adapter_of(module, leaf)
     if adapter is not None and leaf not in adapter.lora.records:
         weights = adapter.adapted_weights()
-        blocks = adapter.local_blocks(weights, *adapter.stored())
+        blocks = adapter.blocks(weights)
 
         def merge() -> None:
             values[0] = adapter.merged_copies(weights, {leaf: blocks[leaf]})[leaf]

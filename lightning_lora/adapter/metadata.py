@@ -27,8 +27,8 @@ from ..model.pretrained import base_name, tied_to_input
 from ..model.state_dict import adapter_keys, adapter_state_dict, original_value
 from ..model.wrappers import prefix_inside
 from ..names import KNOWN_VARIANTS, is_lightning_module, near_misses
+from ..nn.adapted_weights import adapted_layers
 from ..nn.layer_kinds import layer_kinds
-from ..nn.lora_layer import adapted_layers
 from ..nn.low_rank import CONV1D, KINDS
 from .adapter import Adapter, check_factors, equal_layers, with_aliases
 from .file_options import check_options

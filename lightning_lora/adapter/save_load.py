@@ -23,8 +23,8 @@ from ..model.merging import is_merged, merge, unmerge
 from ..model.targets import Targets
 from ..model.wrappers import unwrapped, warn_of_late_adapters
 from ..names import META, listed, names_factor
+from ..nn.adapted_weights import adapted_layers
 from ..nn.layer_kinds import layer_kinds
-from ..nn.lora_layer import adapted_layers
 from ..nn.writer import Turn
 from .adapter import (
     Adapter,

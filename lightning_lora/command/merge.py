@@ -22,7 +22,7 @@ from ..files.paths import PathLike
 from ..files.safetensors import SUFFIX, TensorLocation, read_rows
 from ..files.weights import Weights, open_weights
 from ..names import around, factor_role, matcher
-from ..nn.exact_merge import CPU_CHUNK
+from ..nn.exact_merge import CPU_CHUNK, parts_of
 from ..nn.low_rank import (
     ATTENTION,
     ATTENTION_WEIGHTS,
@@ -34,7 +34,6 @@ from ..nn.low_rank import (
     SINGLE,
     STACKS,
 )
-from ..nn.output_norms import parts_of
 from ..nn.variant import Parts, Place
 from ..progress import progress_bar
 from .expected_weights import ExpectedWeights

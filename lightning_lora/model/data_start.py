@@ -18,7 +18,7 @@ from ..config import LoRAConfig
 from ..distributed.sharding import copy_
 from ..errors import LoRAError
 from ..names import listed
-from ..nn.lora_layer import AdaptedWeights, adapted_layers
+from ..nn.adapted_weights import AdaptedWeights, adapted_layers
 from ..nn.low_rank import CONV1D, LINEAR
 from ..nn.random_stream import svd_lowrank
 from ..nn.writer import Turn

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
 
 from ..errors import LoRAError
+from ..nn.adapted_weights import AdaptedWeights, adapter_of, layer_adapter
 from ..nn.exact_merge import Observer, merged_weight
-from ..nn.lora_layer import AdaptedWeights, LoRALayer
-from ..nn.low_rank import HALF, MERGEABLE_DTYPES, acting_factors
+from ..nn.low_rank import HALF, MERGEABLE_DTYPES
 from ..nn.quantised import BITSANDBYTES, dequantised, quantised_modules, quantised_parameters
+from ..nn.variant import Stored
 from ..notices import tell
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def plain_weight(
     name: str,
     dtype: torch.dtype,
     observe: Observer | None = None,
-    factors: tuple[torch.Tensor, ...] | None = None,
+    stored: Stored | None = None,
 ) -> torch.Tensor:
     """Return a quantised parameter as a new plain tensor, an adapter of the layer merged into it; rounded once.
 
@@ -73,16 +74,17 @@ def plain_weight(
         name: of the parameter.
         dtype: of the result.
         observe: as merge_weight_'s.
-        factors: values of the layer's stored_names, where they are not its own.
+        stored: values of the layer's stored tensors by leaf name, where they are not its own.
 
     Raises:
         NonFiniteError: W' is not finite, or beyond the dtype.
     """
     values = dequantised(module, name)
-    if not isinstance(module, LoRALayer) or name not in module.adapted_weights():
+    adapter = adapter_of(module, name)
+    if adapter is None:
         return values.to(dtype)
-    blocks = module.low_rank_blocks(*acting_factors(*(factors or module.stored())))[name]
-    return merged_weight(values, blocks, module.lora.spec.scaling, dtype=dtype, observe=observe)
+    blocks = adapter.update_blocks(stored)[name]
+    return merged_weight(values, blocks, adapter.lora.spec.scaling, dtype=dtype, observe=observe)
 
 
 def plain_weights(model: nn.Module, dtype: torch.dtype) -> dict[nn.Module, torch.Tensor]:
@@ -128,12 +130,12 @@ class Dequantiser:
         with torch.inference_mode(False):
             self.fidelity: MergeFidelity = MergeFidelity(sync_on_compute=False)
 
-    def weight(self, name: str, module: nn.Module, **factors: Any) -> torch.Tensor:
+    def weight(self, name: str, module: nn.Module, stored: Stored | None = None) -> torch.Tensor:
         """Return the plain weight of a state dict's name, merged where the module is adapted; see plain_weight."""
-        observe = None
-        if isinstance(module, LoRALayer) and not module.lora.rounding_reported:
-            observe, module.lora.rounding_reported = self.fidelity.update, True
-        return plain_weight(module, name.rpartition(".")[2], self.dtype, observe, **factors)
+        observe, adapter = None, layer_adapter(module)
+        if adapter is not None and not adapter.lora.rounding_reported:
+            observe, adapter.lora.rounding_reported = self.fidelity.update, True
+        return plain_weight(module, name.rpartition(".")[2], self.dtype, observe, stored)
 
     def report(self) -> None:
         """Tell the share of the adapter that rounding loses, of the layers that were not reported before."""

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from ..nn.adapted_weights import AdaptedWeights, adapted_layers
 from ..nn.gradient_checkpointing import REENTRANT, REENTRANT_REMEDY
-from ..nn.lora_layer import AdaptedWeights, adapted_layers
 
 SHOWN = 5  # names in a warning
 

@@ -17,10 +17,11 @@ from ..config import LoRAConfig, PeftConfig, as_config, is_config
 from ..distributed.sharding import is_sharded, refuse_fully_sharded
 from ..errors import LoRAError, sentence
 from ..names import ALL_LINEAR, ATTRIBUTE, canonical, listed
+from ..nn.adapted_weights import AdaptedWeights, LayerSpec, adapted_layers, adapted_places, share_tensors_
 from ..nn.fast_paths import update_fast_paths
 from ..nn.gradient_checkpointing import disable_input_require_grads, enable_input_require_grads
 from ..nn.layer_kinds import adapt_
-from ..nn.lora_layer import AdaptedWeights, LayerSpec, LoRALayer, adapted_layers, adapted_places
+from ..nn.lora_layer import LoRALayer
 from ..nn.low_rank import HALF
 from ..nn.parameter import adapt_parameter_
 from ..nn.quantised import allow_packing_, keep_gradients_
@@ -339,6 +340,8 @@ def _adapt_new_layers(root: nn.Module, record: Injection) -> None:
             advance(1)
         for name, rows in tables.items():
             _adapt_table(root, name, modules[name], rows, record)
+    if variant_of(record.config).shared:
+        share_tensors_(adapted_layers(root).values(), _number(f"{seed}shared"))
     record.layers = [name for name, _, _ in adapted_places(root)]
     record_ties(root)
     record_trainable(root, expected=True)
@@ -447,7 +450,6 @@ def _freeze(root: nn.Module, record: Injection, new: Mapping[str, nn.Module], sa
 
 def _spec(name: str, record: Injection, seed: str) -> LayerSpec:
     config = record.config
-    digest = hashlib.sha256(f"{seed}{name}".encode()).digest()
     return LayerSpec(
         r=config.rank(name),
         alpha=config.alpha(name),
@@ -457,9 +459,14 @@ def _spec(name: str, record: Injection, seed: str) -> LayerSpec:
         keep_float32=config.autocast_adapter_dtype,
         init=config.init_lora_weights,
         variant=variant_of(config),
-        start=config.has_start,
-        seed=int.from_bytes(digest[:8], "big") >> 1,
+        options=config.all_variant_options(),
+        seed=_number(seed + name),
     )
+
+
+def _number(text: str) -> int:
+    """Return a seed for a generator out of a text."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 def _adapt_table(root: nn.Module, name: str, module: nn.Module, rows: tuple[int, ...], record: Injection) -> None:
@@ -477,7 +484,7 @@ def _adapt_table(root: nn.Module, name: str, module: nn.Module, rows: tuple[int,
 
 def _with_factors(layer: AdaptedWeights) -> AdaptedWeights:
     dtype = layer.weight_dtype()
-    layer.create_factors(torch.float32 if dtype in HALF and layer.lora.spec.keep_float32 else dtype)
+    layer.create_(torch.float32 if dtype in HALF and layer.lora.spec.keep_float32 else dtype)
     return layer
 
 

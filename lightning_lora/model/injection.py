@@ -18,7 +18,8 @@ from torch import nn
 from ..config import LoRAConfig
 from ..errors import LoRAError
 from ..names import ATTRIBUTE, canonical, listed, rename_keys
-from ..nn.lora_layer import AdaptedWeights, adapted_layers, adapted_places, is_factor
+from ..nn.adapted_module import is_factor
+from ..nn.adapted_weights import AdaptedWeights, adapted_layers, adapted_places
 from ..nn.writer import Writer
 from .named_state import base_parameters, named_state
 

@@ -15,9 +15,10 @@ from torch import nn
 from ..distributed.rank_sync import RankSync
 from ..distributed.sharding import is_sharded, local, reset_, reshard_
 from ..errors import LoRAError, NonFiniteError
+from ..nn.adapted_module import take_turn
+from ..nn.adapted_weights import AdaptedWeights, Blocks, NamedModules, adapted_layers
 from ..nn.exact_merge import Observer, Scratch
 from ..nn.fast_paths import update_fast_paths
-from ..nn.lora_layer import AdaptedWeights, Blocks, NamedModules, adapted_layers, take_turn
 from ..nn.low_rank import HALF
 from ..nn.tied_weights import record_ties
 from ..notices import tell
@@ -93,7 +94,7 @@ def _merge_pending(
                 if layer.unmergeable_reason():
                     layer.lora.merged = True
                 else:
-                    blocks = layer.local_blocks(weights[layer], *layer.stored())
+                    blocks = layer.blocks(weights[layer])
                     how = layer in copies, fidelity.observer(layer), scratch
                     sync.run(f"merge: layer {name!r}", _merge_layer, layer, weights[layer], blocks, *how)
                 advance(1)

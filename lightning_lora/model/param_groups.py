@@ -8,8 +8,8 @@ from torch import nn
 
 from ..config import is_number, plain_number
 from ..errors import LoRAError
-from ..names import A, B, split_factor_name
-from ..nn.lora_layer import adapted_layers
+from ..names import A, B
+from ..nn.adapted_weights import adapted_layers
 from .injection import require_injection
 from .wrappers import unwrapped
 
@@ -87,8 +87,9 @@ def _groups_of_factors(model: nn.Module) -> dict[nn.Parameter, str]:
     """Return the group of each parameter of an adapter: what is neither A nor B is no factor, and must not shrink."""
     groups = {}
     for adapter in adapted_layers(model).values():
-        for name, parameter in zip(adapter.factor_names(), adapter.factors(), strict=True):
-            _, factor = split_factor_name(name) or ("", "")
+        stored = adapter.stored()
+        for factor in adapter.lora.spec.variant.trained:
+            parameter = stored[factor]
             group = {A: FACTOR_A, B: FACTOR_B}.get(factor, NO_DECAY)
             groups[parameter] = EMBEDDING if factor in (A, B) and adapter.LOOKUP else group
     return groups

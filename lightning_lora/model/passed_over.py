@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from ..names import around, canonical, matcher
+from ..nn.adapted_module import Swapped, is_factor
+from ..nn.adapted_weights import adapters_in
 from ..nn.layer_kinds import layer_class
-from ..nn.lora_layer import AdaptedModule, LoRALayer, Swapped, is_factor
+from ..nn.lora_layer import LoRALayer
 from ..nn.quantised import shape_of
 from ..nn.variant import variant_of
 from .injection import Injection
@@ -73,7 +75,7 @@ def _gather(root: nn.Module, record: Injection, saved: Collection[str]) -> _Foun
         if not set(saved).isdisjoint((name, *around(name))):
             continue
         kinds = set()
-        adapted = module.lora_adapters() if isinstance(module, AdaptedModule) else ()
+        adapted = adapters_in(module)
         for leaf, parameter in module._parameters.items():
             if leaf in adapted or is_factor(leaf, module):
                 continue

@@ -14,8 +14,8 @@ from torch import nn
 
 from ..config import TASK_HEADS
 from ..names import around, canonical, derives_from, names_factor
+from ..nn.adapted_module import AdaptedModule
 from ..nn.gradient_checkpointing import enable_input_require_grads
-from ..nn.lora_layer import AdaptedModule
 from .patches import call_previous, patch
 
 SET_CHECKPOINTING = "_set_gradient_checkpointing"  # what both of transformers' public methods call

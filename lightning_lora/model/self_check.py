@@ -17,7 +17,8 @@ from torch import nn
 
 from ..distributed.sharding import full_tensor, has_sharded, meeting_device
 from ..metrics import LayerUse, MergeError
-from ..nn.lora_layer import AdaptedWeights, LoRALayer, active_as, adapted_layers, adapted_places
+from ..nn.adapted_weights import AdaptedWeights, active_as, adapted_layers, adapted_places
+from ..nn.lora_layer import LoRALayer
 from ..nn.readers import LoRAReader, read_layers
 from .merging import restore_shards_
 
@@ -164,7 +165,7 @@ def _weights(watched: _Watched) -> tuple[Parameters, Parameters]:
             del base[layer.lora_holder], merged[layer.lora_holder]
             continue
         originals = {name: layer.original(name) for name in layer.adapted_weights()}
-        copies = layer.merged_copies(originals, layer.local_blocks(originals, *layer.stored()))
+        copies = layer.merged_copies(originals, layer.blocks(originals))
         for holder in layer.lora_holders():
             base[holder].update(originals)
             merged[holder].update(copies)

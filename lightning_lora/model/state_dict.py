@@ -14,8 +14,9 @@ from torch import nn
 
 from ..distributed.rank_sync import RankSync
 from ..errors import LoRAError
-from ..names import ATTRIBUTE, CHECKPOINTED, A, canonical
-from ..nn.lora_layer import AdaptedModule, AdaptedWeights, Blocks, LoRALayer, adapted_layers, is_factor
+from ..names import ATTRIBUTE, CHECKPOINTED, canonical
+from ..nn.adapted_module import AdaptedModule, is_factor
+from ..nn.adapted_weights import AdaptedWeights, Blocks, adapted_layers, adapter_of, adapters_in, layer_adapter
 from ..nn.quantised_state import load_quantisation_, quantisation_entries, unchanged_weight
 from ..nn.tied_weights import record_ties
 from ..progress import progress_bar
@@ -72,7 +73,7 @@ def original_value(name: str, tensor: torch.Tensor, module: nn.Module) -> torch.
     """Return a tensor of named_state as it is without the adapter, detached: live, or a restored copy while merged."""
     if isinstance(module, AdaptedModule) and isinstance(tensor, nn.Parameter):
         leaf = name.rpartition(".")[2]
-        adapter = module.lora_adapter_of(leaf)
+        adapter = adapter_of(module, leaf)
         if adapter is not None:
             return adapter.original(leaf)
     return tensor.detach()
@@ -125,7 +126,7 @@ def merge_state_dict(model: nn.Module, state: Mapping[str, Any], dtype: torch.dt
     with progress_bar("merging", len(layers)) as advance:
         for path, layer in layers:
             weights = {leaf: state[path + leaf] for leaf in layer.adapted_weights()}
-            blocks = layer.local_blocks(weights, *(state[path + factor] for factor in layer.stored_names()))
+            blocks = layer.blocks(weights, layer.stored_in(state, path))
             sync.run(f"merged weights: layer {path[:-1]!r}", merge_layer, path, layer, weights, blocks)
             advance(1)
     sync.raise_on_any_rank()
@@ -138,10 +139,10 @@ def _dequantised_state(
     """Return plain weights in place of quantised ones, merged with the factors in a state dict."""
     dequantiser, plain = Dequantiser(dtype), {}
     for name, module in quantised.items():
-        path = name.removesuffix("weight")
-        names = module.stored_names() if isinstance(module, LoRALayer) and path + A in state else ()
-        factors = tuple(state[path + leaf] for leaf in names) or None
-        plain[name] = dequantiser.weight(name, module, factors=factors)
+        path, adapter = name.removesuffix("weight"), layer_adapter(module)
+        in_state = adapter is not None and path + adapter.stored_names()[0] in state
+        stored = adapter.stored_in(state, path) if adapter is not None and in_state else None
+        plain[name] = dequantiser.weight(name, module, stored=stored)
     dequantiser.report()
     return plain
 
@@ -156,8 +157,7 @@ def _layers_to_merge(model: nn.Module, state: Mapping[str, Any]) -> list[tuple[s
     layers = [
         (f"{name}." if name else "", adapter)
         for name, module in modules
-        if isinstance(module, AdaptedModule)
-        for adapter in module.lora_adapters().values()
+        for adapter in adapters_in(module).values()
         if not adapter.quantised()
     ]
     names = [[path + leaf for leaf in (*layer.adapted_weights(), *layer.stored_names())] for path, layer in layers]

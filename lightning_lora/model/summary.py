@@ -13,7 +13,8 @@ from torch import nn
 
 from ..distributed.sharding import local
 from ..names import group_names, listed
-from ..nn.lora_layer import AdaptedWeights, Swapped, adapted_layers
+from ..nn.adapted_module import Swapped
+from ..nn.adapted_weights import AdaptedWeights, adapted_layers
 from ..nn.quantised import quantised_as, quantised_modules, quantised_parameters, shape_of
 from ..nn.variant import variant_of
 from ..units import size_text
@@ -192,7 +193,7 @@ def summary(model: nn.Module) -> Summary:
     injected = require_injection(model, "summary")
     record, layers = injected.record, adapted_layers(model)
     factors = _each_once(layer.factors() for layer in layers.values())
-    stored = _each_once(layer.stored() for layer in layers.values())
+    stored = _each_once(layer.stored().values() for layer in layers.values())
     base = base_parameters(model)
     trainable = [parameter for parameter in (*factors, *base.values()) if parameter.requires_grad]
     total = sum(shape_of(parameter).numel() for parameter in (*factors, *base.values()))

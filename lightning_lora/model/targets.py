@@ -28,8 +28,9 @@ from ..names import (
     pattern_matches,
     suffixes,
 )
-from ..nn.layer_kinds import ADAPTABLE, is_conv1d, layer_class
-from ..nn.lora_layer import AdaptedModule, Swapped, is_factor
+from ..nn.adapted_module import AdaptedModule, Swapped, is_factor
+from ..nn.layer_kinds import ADAPTABLE, layer_class
+from ..nn.linear import is_conv1d
 from ..nn.low_rank import ATTENTION_WEIGHTS, FUSABLE, MERGEABLE_DTYPES, matrix_shape
 from ..nn.parameter import LoRAParameterHolder
 from ..nn.quantised import quantised_as, quantised_modules, quantised_parameters, shape_of

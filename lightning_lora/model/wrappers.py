@@ -14,7 +14,7 @@ from torch import nn
 from ..arguments import require_module
 from ..errors import LoRAError
 from ..names import ATTRIBUTE, CHECKPOINTED, COMPILED, LIGHTNING, WRAPPERS, derives_from, is_lightning_module
-from ..nn.lora_layer import adapted_places
+from ..nn.adapted_weights import adapted_places
 
 TORCH = ("torch",)
 INSIDE = {  # the class of a wrapper, the packages that it comes from, and the attribute with the module inside

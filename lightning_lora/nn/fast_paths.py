@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from .lora_layer import NamedModules, adapted_layers
+from .adapted_weights import NamedModules, adapted_layers
 
 # Attributes that each module asks before it takes its fast path, and for nothing else. torch.compile guards on them;
 # on a forward hook, the other way to keep a layer off its fast path, it does not.

@@ -1,4 +1,4 @@
-"""Which class adapts which module; a new kind of layer is a class and a line here."""
+"""Which class adapts which module, and how a module becomes an adapted layer."""
 
 from __future__ import annotations
 
@@ -6,23 +6,13 @@ from typing import cast
 
 from torch import nn
 
-from .attention import LoRAMultiheadAttention
-from .conv import LoRAConv
-from .embedding import LoRAEmbedding
-from .linear import LoRAConv1D, LoRALinear, LoRAQuantisedLinear
+from .adapted_module import swapped_class
+from .adapted_weights import LayerSpec, LayerState, adapted_layers
 from .lora import LoRA
-from .lora_layer import LayerSpec, LayerState, LoRALayer, adapted_layers, swapped_class
+from .lora_layer import KINDS, LoRALayer
 from .low_rank import ATTENTION_OUTPUT
 from .quantised import quantised_parameters
 from .variant import Variant
-
-CLASSES: dict[type[nn.Module] | tuple[type[nn.Module], ...], type[LoRALayer]] = {
-    nn.Linear: LoRALinear,
-    nn.Embedding: LoRAEmbedding,
-    (nn.Conv1d, nn.Conv2d, nn.Conv3d): LoRAConv,
-    nn.MultiheadAttention: LoRAMultiheadAttention,
-}
-
 
 LORA = LoRA()
 
@@ -33,16 +23,10 @@ LIBRARIES = ("torch.nn.modules.", "transformers.pytorch_utils")  # whose forward
 
 def layer_class(module: nn.Module, variant: Variant = LORA) -> type[LoRALayer] | None:
     """Return the class that adapts a module with a variant, or None where there is none."""
-    if isinstance(module, nn.Linear) and quantised_parameters(module):
-        return variant.layer_class(LoRAQuantisedLinear)
-    matching = (adapting for classes, adapting in CLASSES.items() if isinstance(module, classes))
-    plain = next(matching, LoRAConv1D if is_conv1d(module) else None)
-    return plain and variant.layer_class(plain)
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Return whether a module is transformers' Conv1D, without importing transformers."""
-    return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__)
+    plain = next((kind for kind in KINDS if kind.adapts(module)), None)
+    if plain is None or (variant.reads_weight and quantised_parameters(module)):
+        return None
+    return variant.layer_class(plain)
 
 
 def adapt_(module: nn.Module, name: str, spec: LayerSpec, injection: object) -> LoRALayer:

@@ -10,7 +10,7 @@ import torch
 from ..names import A, B
 from .init import WITHOUT_ZERO, initial_factors
 from .low_rank import EMBEDDING, GROUPED_CONV
-from .variant import Acting, Config, Expected, Fault, Place, Stored, Variant, Weights
+from .variant import Acting, Expected, Fault, Place, Stored, Variant, Weights
 
 EMBEDDING_A, EMBEDDING_B = "lora_embedding_A", "lora_embedding_B"  # PEFT's names
 PEFT_LEAVES = {"lora_A.weight": A, "lora_B.weight": B, EMBEDDING_A: A, EMBEDDING_B: B}
@@ -23,6 +23,7 @@ class LoRA(Variant):
     trained: ClassVar[tuple[str, ...]] = (A, B)
     peft_type = "LORA"
     peft_leaves: ClassVar[Mapping[str, str]] = PEFT_LEAVES
+    placed_as: ClassVar[Mapping[str, str]] = {A: A, B: B}
 
     def shapes(self, place: Place) -> dict[str, tuple[int, ...]]:
         return dict(zip((A, B), place.factor_shapes(), strict=True))
@@ -73,6 +74,3 @@ class LoRA(Variant):
     @property
     def option(self) -> str:
         return "LoRA"
-
-    def conflict(self, config: Config) -> tuple[str, str] | None:
-        return None

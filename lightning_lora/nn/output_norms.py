@@ -8,13 +8,13 @@ computes it, a layer or the command line part by part, finds the same norm where
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
 
 from ..distributed.sharding import is_sharded, local, reduce_, window
-from .exact_merge import CPU_CHUNK, GPU_CHUNK
+from .exact_merge import parts_of
 
 CANCELLED = 0.01  # of norm(W)^2: below it float32 has lost too many digits of the sum, which is taken directly
 
@@ -80,14 +80,6 @@ def output_scale(magnitude: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
     norms = norms.to(magnitude.dtype)
     zero = norms == 0
     return (magnitude / norms.masked_fill(zero, 1.0)).masked_fill(zero, 1.0)
-
-
-def parts_of(weight: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yield parts of a weight that fit into the caches."""
-    matrix = weight.flatten(1)
-    size = max(1, (CPU_CHUNK if weight.device.type == "cpu" else GPU_CHUNK) // max(1, matrix.shape[1]))
-    for first in range(0, max(1, len(matrix)), size):
-        yield first, matrix[first : first + size]
 
 
 def _squares(

@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from ..errors import LoRAError
-from .lora_layer import AdaptedWeights, Swapped, layer_adapter, swapped_class
+from .adapted_module import Swapped, swapped_class
+from .adapted_weights import AdaptedWeights, layer_adapter
 from .parameter import LoRAParameterHolder
 from .weight_reads import WEIGHTS, Path, weight_reads
 
@@ -42,7 +43,7 @@ class LayerView:
         if adapter is None or name not in weights:
             return getattr(self.layer, name)
         if self.sums is None:
-            object.__setattr__(self, "sums", adapter.compute_dense_weights(weights))
+            object.__setattr__(self, "sums", adapter.dense_weights(weights))
         return self.sums[name]
 
     def __setattr__(self, name: str, value: Any) -> None:

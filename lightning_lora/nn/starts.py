@@ -8,14 +8,14 @@ olora          B0 @ A0 is Q[:, :r] @ R[:r] of W = Q @ R, not divided by s (arXiv
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from ..config import is_start
-from ..distributed.sharding import full_tensor
+from ..distributed.sharding import full_tensor, is_sharded
 from ..errors import LoRAError
 from ..names import A, B
 from . import low_rank
@@ -37,7 +37,8 @@ class Started(LoRA):
     """LoRA whose A and B start from the weight or from data, and whose start is subtracted: B @ A - B0 @ A0."""
 
     frozen = (START_A, START_B)
-    started = True
+    placed_as: ClassVar[Mapping[str, str]] = {A: A, B: B, START_A: A, START_B: B}
+    started = follows_weight = True
     peft_type = "LORA"
 
     def shapes(self, place: Place) -> dict[str, tuple[int, ...]]:
@@ -60,9 +61,24 @@ class Started(LoRA):
         shapes = place.factor_shapes()
         return {leaf: each.reshape(shape) for leaf, each, shape in zip((A, B), joined, shapes, strict=True)}
 
+    def needs_values(self, place: Place) -> bool:
+        return is_start(place.init)
+
+    def followers(self, kept: Collection[str], stored: Stored, place: Place, weights: Weights) -> Collection[str]:
+        """Return all leaf names or none. A sharded weight is not gathered: the adapter goes on from where it started.
+
+        W' is W all the same.
+        """
+        if not is_start(place.init) or len(kept) < len(self.leaves) or any(map(is_sharded, stored.values())):
+            return ()
+        return self.leaves if self.is_initial(stored, place) else ()
+
     def is_initial(self, stored: Stored, place: Place) -> bool | None:
         pairs = ((stored[A], stored[START_A]), (stored[B], stored[START_B]))
         return all(not now.is_meta and torch.equal(now, start) for now, start in pairs)
+
+    def acting_rank(self, rank: int) -> int:
+        return 2 * rank
 
     def acting(self, stored: Stored, weight: torch.Tensor | None, scaling: float) -> Acting:
         return Acting(*low_rank.acting_factors(*(stored[leaf] for leaf in (A, B, START_A, START_B))))

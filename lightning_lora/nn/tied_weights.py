@@ -11,7 +11,7 @@ from torch import nn
 
 from ..distributed.sharding import PLAIN
 from ..names import ATTRIBUTE
-from .lora_layer import AdaptedModule, NamedModules, layer_adapter
+from .adapted_weights import NamedModules, adapters_in, layer_adapter
 
 Owned = tuple[torch.Tensor, nn.Module, str, str, bool]  # tensor, module, its name, that in it, and if it is a parameter
 
@@ -54,7 +54,7 @@ def record_ties(model: nn.Module, modules: NamedModules | None = None) -> None:
         ties[module][name] = other
     whole = any(ATTRIBUTE in vars(module) for _, module in modules)
     for _, module in modules:
-        for parameter, adapter in module.lora_adapters().items() if isinstance(module, AdaptedModule) else ():
+        for parameter, adapter in adapters_in(module).items():
             own = ties.get(module, {})
             owner = own.get(parameter) if parameter else next(iter(own.values()), None)
             reason = f"its weight is also {owner}" if owner else ""
@@ -67,17 +67,25 @@ def record_ties(model: nn.Module, modules: NamedModules | None = None) -> None:
 
 
 def _own_parameters(module: nn.Module) -> Mapping[str, nn.Parameter | None]:
-    """Return the parameters of a module, and not what stands in for one in another thread's forward."""
-    if not isinstance(module, AdaptedModule):
+    """Return the parameters of a module, and not what stands in for one in another thread's forward.
+
+    What all adapted layers share is left out: it is no tie.
+    """
+    adapters = list(adapters_in(module).values())
+    if not adapters:
         return module._parameters
-    locks = [adapter.lora.lock for adapter in module.lora_adapters().values()]
-    if len(locks) == 1:  # a stack of them takes longer
-        with locks[0]:
-            return dict(module._parameters)
-    with ExitStack() as stack:
-        for lock in locks:
-            stack.enter_context(lock)
-        return dict(module._parameters)
+    if len(adapters) == 1:  # a stack of locks takes longer
+        with adapters[0].lora.lock:
+            parameters = dict(module._parameters)
+    else:
+        with ExitStack() as stack:
+            for adapter in adapters:
+                stack.enter_context(adapter.lora.lock)
+            parameters = dict(module._parameters)
+    for adapter in adapters:
+        for leaf in adapter.lora.spec.variant.shared:
+            parameters.pop(adapter.stored_name(leaf), None)
+    return parameters
 
 
 def _add_overlaps(sharing: Sequence[Owned], tied: dict[tuple[nn.Module, str], str]) -> None:

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 import torch
 from torch import nn
 
+from ..distributed.sharding import full_tensor
 from ..names import KNOWN_VARIANTS, PREFIX, register_leaf
 from . import low_rank
 from .low_rank import LowRankBlock
@@ -76,6 +77,14 @@ class Place:
         """Return (out, in) of its weight, of a convolution with its kernel counted to in."""
         return low_rank.matrix_shape(self.kind, next(iter(self.shapes.values())))
 
+    def shaped(self, acting: Acting) -> Acting:
+        """Return what a layer acts as, with the factors of a convolution as low_rank.py states where they are matrices."""
+        a, b, scale = acting
+        if self.kind not in low_rank.CONVOLUTIONS or a.dim() > 2:
+            return acting
+        kernel = next(iter(self.shapes.values()))[1:]
+        return Acting(a.reshape(-1, *kernel), b.reshape(*b.shape, *[1] * (len(kernel) - 1)), scale)
+
     def low_rank_blocks(self, a: torch.Tensor, b: torch.Tensor) -> dict[str, list[LowRankBlock]]:
         """Return what B @ A adds to each weight, without the scaling; A and B as low_rank.py has them for the kind."""
         return low_rank.low_rank_blocks(self.kind, self.shapes, a, b, self.enabled)
@@ -125,6 +134,9 @@ class Variant:
             the first step on.
         frozen: leaf names of what is stored beside them.
         shared: leaf names of frozen tensors that all layers of a model share: one nn.Parameter, registered in each.
+        placed_as: by leaf name, the factor of plain LoRA, "lora_A" or "lora_B", that a tensor parallel plan splits a
+            tensor like. A layer with another tensor refuses such a plan.
+        follows_weight: some tensors start from W's values, see `followers`.
         started: A and B start from values that are subtracted again: asked for by init_lora_weights beside the name.
         scaled: s is lora_alpha / r; without it, s is 1 and lora_alpha means nothing.
         own_options: the options that it alone has (LoRAConfig's variant_options), each with its default.
@@ -157,8 +169,11 @@ class Variant:
     trained: ClassVar[tuple[str, ...]] = ()
     frozen: ClassVar[tuple[str, ...]] = ()
     shared: ClassVar[tuple[str, ...]] = ()
+    leaves: ClassVar[tuple[str, ...]] = ()  # of all that a layer stores
+    placed_as: ClassVar[Mapping[str, str]] = {}
     started: ClassVar[bool] = False
     replaces_rows: ClassVar[bool] = False
+    follows_weight: ClassVar[bool] = False
     reads_weight: ClassVar[bool] = False
     scaled: ClassVar[bool] = True
     own_options: ClassVar[Mapping[str, Any]] = {}
@@ -169,14 +184,13 @@ class Variant:
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
+        cls.leaves = (*cls.trained, *cls.frozen, *cls.shared)
         own = vars(cls)
-        if "name" in own and "title" not in own:
-            cls.title = cls.name
         if "peft_type" not in own:  # one that stores the same as its parent may mean another thing by it
             cls.peft_type = ""
         if "acting" in own and "expected" not in own:
             cls.expected = Variant.expected  # type: ignore[method-assign]
-        for leaf in (*cls.trained, *cls.frozen, *cls.shared):
+        for leaf in cls.leaves:
             register_leaf(leaf, cls.role(leaf))
         variant = cls()
         _ALL[f"{cls.__module__}.{cls.__qualname__}"] = variant
@@ -195,11 +209,6 @@ class Variant:
         return hash(type(self))
 
     # --- what is stored ---
-
-    @property
-    def leaves(self) -> tuple[str, ...]:
-        """The leaf names of all that a layer stores: trained, frozen, shared."""
-        return (*self.trained, *self.frozen, *self.shared)
 
     @classmethod
     def role(cls, leaf: str) -> str:
@@ -223,15 +232,34 @@ class Variant:
         """Return the values of the shared tensors of a model, large enough for each of its layers."""
         return {}
 
+    def needs_values(self, place: Place) -> bool:
+        """Return whether `start` refuses a weight without values, as one on the meta device."""
+        return False
+
+    def followers(self, kept: Collection[str], stored: Stored, place: Place, weights: Weights) -> Collection[str]:
+        """Return the leaf names of tensors that W made what they are: they follow a new W. Collective as `start`.
+
+        Args:
+            kept: leaf names of what is not replaced together with W.
+            stored: by leaf name, perhaps sharded.
+            place: the layer.
+            weights: returns W as it was so far.
+        """
+        return ()
+
     def is_initial(self, stored: Stored, place: Place) -> bool | None:
         """Return whether nothing was trained yet, as far as this rank's shards show; None where values do not tell."""
-        raise NotImplementedError
+        return None
 
     # --- what it adds ---
 
     def of_layer(self, stored: Stored, place: Place) -> Stored:
-        """Return what one layer sees of its stored tensors: of the shared ones, which serve wider layers too, its part."""
+        """Return what one layer sees of its stored tensors: of shared ones, which serve larger layers too, its part."""
         return stored
+
+    def acting_rank(self, rank: int) -> int:
+        """Return the rank of the factors that `acting` gives, for the r of the options."""
+        return rank
 
     def acting(self, stored: Stored, weight: torch.Tensor | None, scaling: float) -> Acting:
         """Return the factors and the scale that stored tensors act as, differentiable in what is trained.
@@ -252,6 +280,8 @@ class Variant:
             place: the layer.
             read: gives a weight part by part, as stored; called where reads_weight is true.
         """
+        # In 16 bits `acting` would round what it computes, and W' is to be rounded once.
+        stored = {leaf: tensor.float() if tensor.dtype in low_rank.HALF else tensor for leaf, tensor in stored.items()}
         name = next(iter(place.shapes))
         weight = None
         if self.reads_weight and len(place.shapes) == 1:
@@ -272,10 +302,15 @@ class Variant:
         """Return an option that does not go with the variant, and what it must be instead; None where all go."""
         if config.has_start and self.name not in _STARTED:
             return "init_lora_weights", f"one that does not start from the weight, with {self.option}"
+        for option in ("enable_lora", "target_parameters") if self.reads_weight else ():
+            if getattr(config, option):
+                return option, f"left out with {self.option}, which adapts whole layers"
         return None
 
     def problem(self, module: nn.Module, kind: str, config: Config) -> str:
         """Return why the variant cannot adapt a module of this kind with these options, or ""."""
+        if self.reads_weight and kind == low_rank.ATTENTION and getattr(module, low_rank.IN_PROJ, None) is None:
+            return f"{self.option} is not for attention whose q, k and v are apart"
         return ""
 
     def layer_class(self, plain: LayerClass) -> LayerClass | None:
@@ -383,6 +418,15 @@ def rows_leaf() -> str:
 def known_variants() -> list[Variant]:
     """Return all variants that a layer's adapter can be of, also those that have no name."""
     return list(_ALL.values())
+
+
+def equals_start(live: torch.Tensor, start: torch.Tensor) -> bool:
+    """Return whether a tensor is what it started as, bit for bit. Collective where it is sharded."""
+    if live.is_meta or start.is_meta:
+        return False
+    live = full_tensor(live)
+    start = start.to(live.device, live.dtype)
+    return bool(((live == start) | (live.isnan() & start.isnan())).all())
 
 
 def scaled_blocks(blocks: Iterable[LowRankBlock], scale: torch.Tensor, *, transposed: bool) -> list[LowRankBlock]:

@@ -1,7 +1,8 @@
-"""The list of variants: each file here defines one, which is known once it is imported."""
+"""The lists of layer kinds and of variants: each file here defines some, which are known once it is imported."""
 
 from __future__ import annotations
 
-from . import dora, loha, lora, starts, token_rows, vera
+from . import attention, conv, dora, embedding, linear, loha, lora, starts, token_rows, vera
 
-FILES = (lora, starts, dora, token_rows, vera, loha)
+LAYER_KINDS = (linear, embedding, conv, attention)
+VARIANTS = (lora, starts, dora, token_rows, vera, loha)

@@ -14,7 +14,7 @@ from ..distributed.sharding import gather_all, local, reshard_
 from ..model.state_dict import adapter_state_dict
 from ..model.wrappers import unwrapped
 from ..names import names_factor
-from ..nn.lora_layer import AdaptedWeights, adapted_layers
+from ..nn.adapted_weights import AdaptedWeights, adapted_layers
 from ..nn.quantised import dequantised
 from .updates import Updates, measure, sum_of_squares
 

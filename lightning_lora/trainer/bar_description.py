@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ..nn.lora_layer import adapted_layers
+from ..nn.adapted_weights import adapted_layers
 
 DESCRIPTIONS = tuple(f"{stage}_description" for stage in ("sanity_check", "validation", "test", "predict"))
 

@@ -18,7 +18,7 @@ from ..errors import LoRAError
 from ..model.injection import Injection
 from ..model.named_state import base_parameters
 from ..names import listed
-from ..nn.lora_layer import adapted_layers
+from ..nn.adapted_weights import adapted_layers
 
 AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
 
@@ -152,9 +152,9 @@ def refuse_unoptimized(optimizers: Sequence[torch.optim.Optimizer], module: nn.M
 
 def _factors(module: nn.Module) -> dict[str, nn.Parameter]:
     return {
-        f"{name}.{leaf}": factor
+        f"{name}.{layer.stored_name(leaf)}": factor
         for name, layer in adapted_layers(module).items()
-        for leaf, factor in zip(layer.factor_names(), layer.factors(), strict=True)
+        for leaf, factor in zip(layer.lora.spec.variant.trained, layer.factors(), strict=True)
     }
 
 

@@ -18,7 +18,7 @@ from ..errors import LoRAError
 from ..model.data_start import FROM_DATA, start_from_batches
 from ..model.injection import Injected
 from ..model.over_batches import Caller
-from ..nn.lora_layer import adapted_layers
+from ..nn.adapted_weights import adapted_layers
 from .lightning_packages import package_of
 
 GRADIENT_BATCHES = 8  # of which the mean gradient is taken

@@ -21,7 +21,7 @@ from ..model.injection import (
 )
 from ..model.patches import call_previous, is_patched, patch, unpatch_method
 from ..names import canonical
-from ..nn.lora_layer import adapted_layers
+from ..nn.adapted_weights import adapted_layers
 from .checkpoint_hooks import save_as
 from .compatibility import refuse_other_options
 from .precision import convert_linear_layers_, leave_out_of_ddp_

@@ -12,7 +12,8 @@ from torch import nn
 
 from ..errors import LoRAError
 from ..names import LIGHTNING, canonical, derives_from
-from ..nn.lora_layer import LoRALayer, adapted_layers
+from ..nn.adapted_weights import adapted_layers
+from ..nn.lora_layer import LoRALayer
 from ..nn.quantised import TORCHAO, quantised_as, quantised_modules, quantised_parameters
 from ..nn.quantised_state import is_of_lightning
 from .compatibility import AVERAGING

@@ -21,7 +21,7 @@ from ..metrics import StepStatistic
 from ..model.injection import find_injection
 from ..model.statistics import Snapshot, layer_stats
 from ..names import group_names
-from ..nn.lora_layer import AdaptedWeights, adapted_layers
+from ..nn.adapted_weights import AdaptedWeights, adapted_layers
 
 MERGE_SECONDS, FIDELITY = "lora/merge_seconds", "lora/fidelity"
 

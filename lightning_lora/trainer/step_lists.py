@@ -10,7 +10,7 @@ from ..distributed.sharding import reshard_
 from ..model.injection import Injection, find_injection, record_trainable
 from ..model.named_state import base_parameters
 from ..names import ATTRIBUTE
-from ..nn.lora_layer import AdaptedWeights, adapted_layers
+from ..nn.adapted_weights import AdaptedWeights, adapted_layers
 
 
 class StepLists:

@@ -23,7 +23,7 @@ from ..model.injection import find_injection, snapshot_materialised
 from ..model.patches import call_previous, patch
 from ..model.state_dict import adapter_keys, base_keys, merge_state_dict
 from ..names import META, canonical
-from ..nn.lora_layer import AdaptedWeights, adapted_layers
+from ..nn.adapted_weights import AdaptedWeights, adapted_layers
 from .checkpoint_hooks import refuse_foreign_resume
 
 REFUSED = {

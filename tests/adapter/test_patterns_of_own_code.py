@@ -25,7 +25,7 @@ from lightning_lora.adapter.adapter import Adapter
 from lightning_lora.adapter.file_options import check_options, count_repeats, readable_options
 from lightning_lora.adapter.metadata import describe_model
 from lightning_lora.command.main import main
-from lightning_lora.nn.lora_layer import adapted_layers
+from lightning_lora.nn.adapted_weights import adapted_layers
 from support.models import randomise_
 from support.peers import call
 

@@ -17,7 +17,7 @@ from torch import nn
 from lightning_lora import LoRAConfig, LoRAError, adapter_state_dict, inject, load_adapter, merged, save_adapter
 from lightning_lora.adapter.peft_names import read_names
 from lightning_lora.command.main import main
-from lightning_lora.nn.lora_layer import adapted_layers
+from lightning_lora.nn.adapted_weights import adapted_layers
 from support.notices import quiet_peers
 from support.parameters import CASES, Experts, Model, Projected, fill_factors_
 from support.peers import CONFIG, TENSORS, close, edit

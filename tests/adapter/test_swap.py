@@ -25,7 +25,7 @@ from lightning_lora import (
     unmerge,
 )
 from lightning_lora.adapter import apply
-from lightning_lora.nn.lora_layer import adapted_layers
+from lightning_lora.nn.adapted_weights import adapted_layers
 from support.models import (
     ZOO_LAYERS,
     base_zoo,

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lightning_lora import LoRAConfig, inject, save_adapter
-from lightning_lora.nn.lora_layer import adapted_layers
+from lightning_lora.nn.adapted_weights import adapted_layers
 from support.notices import quiet_peers
 from support.peers import TENSORS, Fused, close, config_of, fill_, ours, seeded
 

@@ -13,7 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import ALL_LAYERNORM_LAYERS
 
 from lightning_lora import LoRAConfig, LoRAError, inject, lora_param_groups
-from lightning_lora.nn.lora_layer import adapted_layers
+from lightning_lora.nn.adapted_weights import adapted_layers
 from support.models import Zoo, randomise_, tokens, zoo_config
 from support.notices import PEER_NOTICES, TORCH_NOTICES
 from support.peers import PEERS, model

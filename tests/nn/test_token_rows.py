@@ -33,7 +33,7 @@ from lightning_lora.adapter.save_load import apply_adapter
 from lightning_lora.command.merge import merge_on_disk
 from lightning_lora.model import merging
 from lightning_lora.model.token_tables import TokenTables
-from lightning_lora.nn.lora_layer import adapted_layers
+from lightning_lora.nn.adapted_weights import adapted_layers
 from support.layers import same_bits
 from support.models import checkpoint
 from support.tables import (

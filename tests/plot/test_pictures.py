@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lightning_lora import LoRAConfig, LoRAError, inject, plot_adapter, save_adapter
-from lightning_lora.nn.lora_layer import adapted_layers
+from lightning_lora.nn.adapted_weights import adapted_layers
 from lightning_lora.plot import pictures
 from lightning_lora.plot.canvas import labels, ticks
 from lightning_lora.plot.from_model import updates_of_model

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_lora import LoRACallback, LoRACLI, LoRAError, inject, lora_param_groups, unload
 from lightning_lora.model.param_groups import LR_EMBEDDING
-from lightning_lora.nn.lora_layer import adapted_layers
+from lightning_lora.nn.adapted_weights import adapted_layers
 from lightning_lora.trainer.cli_optimizer import _split_groups_
 from support.models import Zoo, zoo_config
 from support.notices import tiny_layers
