@@ -384,7 +384,7 @@ class Variant:
         """Return the fields of adapter_config.json, but for peft_type, from those that a peft.LoraConfig would have.
 
         Raises:
-            LoRAError: PEFT's config of the variant cannot express an option.
+            ValueError: PEFT's config of the variant cannot express an option; a part of a sentence says which.
         """
         return dict(options)
 
@@ -392,7 +392,7 @@ class Variant:
         """Return the fields that a peft.LoraConfig would have, from those of adapter_config.json; undo options_to_peft.
 
         Raises:
-            LoRAError: a field asks for what the variant does not do.
+            ValueError: a field asks for what the variant does not do; a part of a sentence says which.
         """
         return dict(options)
 
