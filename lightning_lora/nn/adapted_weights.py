@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -138,8 +138,7 @@ class StoredTensors:
 
     def factors(self) -> tuple[nn.Parameter, ...]:
         """Return the trained parameters; the last one gets a gradient from the first step on."""
-        stored = self.stored()
-        return tuple(stored[leaf] for leaf in self.lora.spec.variant.trained)
+        return tuple(self.stored().values())[: len(self.lora.spec.variant.trained)]
 
     def adapted_weights(self) -> dict[str, nn.Parameter]:
         """Return the parameters that the adapter changes, by name."""
@@ -208,7 +207,7 @@ class StoredTensors:
 
     def is_initial(self) -> bool:
         """Return whether nothing was trained yet, as far as this rank sees."""
-        stored = {leaf: local(tensor).detach() for leaf, tensor in self.stored().items()}
+        stored = {leaf: local(tensor) for leaf, tensor in self.stored().items()}
         known = self.lora.spec.variant.is_initial(stored, self.place())
         if known is None:
             return not self.lora.gradient_arrived and self.factors()[-1].grad is None
@@ -573,8 +572,9 @@ def adapted_places(
 ) -> Iterator[tuple[str, nn.Module, AdaptedWeights]]:
     """Yield what is adapted in a model: name, module and adapter. One that acts in several modules comes for each."""
     for path, module in model.named_modules(remove_duplicate=remove_duplicate) if modules is None else modules:
-        for parameter, adapter in adapters_in(module).items():
-            yield ".".join(part for part in (canonical(path), parameter) if part), module, adapter
+        if isinstance(module, AdaptedModule):
+            for parameter, adapter in module.lora_adapters().items():
+                yield ".".join(part for part in (canonical(path), parameter) if part), module, adapter  # type: ignore[misc]
 
 
 def adapted_layers(
@@ -591,7 +591,7 @@ def adapted_layers(
 
 def adapters_in(module: object) -> Mapping[str, AdaptedWeights]:
     """Return what is adapted in a module itself, by the parameter's name, or under "" where the whole layer is."""
-    return cast(Mapping[str, AdaptedWeights], module.lora_adapters()) if isinstance(module, AdaptedModule) else {}
+    return module.lora_adapters() if isinstance(module, AdaptedModule) else {}  # type: ignore[return-value]
 
 
 def layer_adapter(module: object) -> AdaptedWeights | None:

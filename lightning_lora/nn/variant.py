@@ -220,14 +220,16 @@ class Variant:
             place: the layer.
             read: gives a weight part by part, as stored; called where reads_weight is true.
         """
-        name = next(iter(place.shapes))
         weight = None
         if self.reads_weight and len(place.shapes) == 1:
+            (name,) = place.shapes
             matrix = torch.cat([part for _, part in read(name)])
             weight = matrix.T if place.is_transposed else matrix
         a, b, scale = self.acting(stored, weight, place.scaling)
         blocks = place.low_rank_blocks(a, b)
-        return blocks if scale is None else {name: scaled_blocks(blocks[name], scale, transposed=place.is_transposed)}
+        if scale is None:
+            return blocks
+        return {name: scaled_blocks(blocks[name], scale, transposed=place.is_transposed) for name in blocks}
 
     # --- what it goes with ---
 
