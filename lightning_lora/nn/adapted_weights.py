@@ -226,14 +226,6 @@ class StoredTensors:
         kept = [leaf for leaf, live in stored.items() if state_dict.get(names[leaf], live) is live]
         return variant.followers(kept, stored, self.place(), self.weight_values)
 
-    def refuse_new_values(self) -> None:
-        """Raise LoRAError where the adapter was computed from the weight, which has no values after to_empty."""
-        if self.lora.spec.variant.needs_values(self.place()):
-            raise LoRAError(
-                f"{self.lora.name!r}: its adapter starts from the weight, which has no values after to_empty; inject "
-                "after the weights are loaded."
-            )
-
     def shapes_by(self, spec: LayerSpec) -> list[tuple[nn.Parameter, tuple[int, ...]]]:
         """Return the stored tensors of this layer alone, each with the shape that it has by other options."""
         stored, shapes = self.stored(), self.lora.spec.variant.shapes(self.place(spec))
@@ -301,14 +293,7 @@ class AdaptedWeights(StoredTensors):
     def acting(self) -> Acting:
         """Return what the stored tensors act as now, differentiable."""
         spec = self.lora.spec
-        return spec.variant.acting(self.stored(), self.matrix() if spec.variant.reads_weight else None, spec.scaling)
-
-    def matrix(self) -> torch.Tensor | None:
-        """Return W as (out, in), or None where there are several."""
-        weights = list(self.adapted_weights().values())
-        if len(weights) > 1:
-            return None
-        return weights[0].T if self.KIND in low_rank.TRANSPOSED else weights[0].flatten(1)
+        return spec.variant.acting(self.stored(), _matrix(self) if spec.variant.reads_weight else None, spec.scaling)
 
     def stand_ins(self, weights: Mapping[str, nn.Parameter]) -> dict[str, Any]:
         """Return what stands in for each of adapted_weights in a forward that reads them, here their sums."""
@@ -534,6 +519,14 @@ class AdaptedWeights(StoredTensors):
             values = merged_weight(self.as_matrix(shard), blocks[name], self.lora.spec.scaling).view(shard.shape)
             merged[name] = from_local_like(values, weights[name])
         return merged
+
+
+def _matrix(layer: AdaptedWeights) -> torch.Tensor | None:
+    """Return W as (out, in), or None where there are several."""
+    weights = list(layer.adapted_weights().values())
+    if len(weights) > 1:
+        return None
+    return weights[0].T if layer.KIND in low_rank.TRANSPOSED else weights[0].flatten(1)
 
 
 def _portable_state(layer: AdaptedWeights) -> LayerState:
