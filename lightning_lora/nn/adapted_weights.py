@@ -206,7 +206,7 @@ class StoredTensors:
             if leaves is None or leaf in leaves:
                 copy_(stored[leaf], values.to(stored[leaf].dtype))
         if leaves is None and self.lora.shared is not None:
-            self.lora.shared.draw_()
+            self.lora.shared.draw_(self.lora.spec.r)
 
     def is_initial(self) -> bool:
         """Return whether nothing was trained yet, as far as this rank sees."""
@@ -238,8 +238,10 @@ class StoredTensors:
             )
 
     def shapes_by(self, spec: LayerSpec) -> list[tuple[nn.Parameter, tuple[int, ...]]]:
-        """Return the stored tensors of this layer alone, each with the shape that it has by other options."""
-        stored, shapes = self.stored(), self.lora.spec.variant.shapes(self.place(spec))
+        """Return the stored tensors, each with the shape that it has by other options, which all layers take."""
+        stored, shapes = self.stored(), dict(self.lora.spec.variant.shapes(self.place(spec)))
+        if self.lora.shared is not None:
+            shapes |= self.lora.shared.shapes(spec.r)
         return [(stored[leaf], shape) for leaf, shape in shapes.items()]
 
     def take_spec_(self, spec: LayerSpec) -> None:
@@ -566,9 +568,10 @@ def share_tensors_(layers: Collection[AdaptedWeights], seed: int) -> None:
     sharing = [layer for layer in layers if layer.lora.spec.variant.shared]
     if not sharing:
         return
-    shared = next((layer.lora.shared for layer in sharing if layer.lora.shared is not None), SharedTensors())
-    places = [layer.place() for layer in sharing]
-    shared.fit_(sharing[0].lora.spec.variant.start_shared, places, seed, sharing[0].factors()[0])
+    shared = next((layer.lora.shared for layer in sharing if layer.lora.shared is not None), None)
+    if shared is None:
+        shared = SharedTensors(sharing[0].lora.spec.variant.start_shared, seed)
+    shared.fit_([layer.place() for layer in sharing], sharing[0].factors()[0])
     for layer in sharing:
         if layer.lora.shared is None:
             layer.lora.shared = shared

@@ -78,7 +78,7 @@ class Place:
         return low_rank.matrix_shape(self.kind, next(iter(self.shapes.values())))
 
     def shaped(self, acting: Acting) -> Acting:
-        """Return what a layer acts as, with the factors of a convolution as low_rank.py states where they are matrices."""
+        """Return what a layer acts as; a convolution's factors, where they are matrices, as low_rank.py states."""
         a, b, scale = acting
         if self.kind not in low_rank.CONVOLUTIONS or a.dim() > 2:
             return acting
