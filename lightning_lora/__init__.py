@@ -13,6 +13,7 @@ from .model.state_dict import adapter_state_dict, merged_state_dict
 from .model.statistics import adapter_stats
 from .model.summary import summary
 from .nn import variants as variants  # which are known from here on
+from .nn.variant import Variant
 
 if TYPE_CHECKING:
     from .adapter.combine import combine
@@ -27,6 +28,7 @@ __all__ = [  # without LoRACLI, which needs the extra `cli`
     "LoRACallback",
     "LoRAConfig",
     "LoRAError",
+    "Variant",
     "adapter_state_dict",
     "adapter_stats",
     "combine",

@@ -150,7 +150,9 @@ class LoRACallback(Callback):
         bias: which biases are trained: "none", "all", or those of adapted layers ("lora_only").
         use_rslora: s = lora_alpha / sqrt(r).
         use_dora: DoRA, which scales each output's weights W + s * B @ A to a trained magnitude.
-        variant: what an adapter stores and adds: "lora", "dora" (as use_dora), or a variant whose file was imported.
+        variant: what an adapter stores and adds: "lora", "dora" (as use_dora), "vera", "loha", or a variant whose file
+            was imported.
+        variant_options: options that this variant alone has, by name, as {"d_initial": 0.1} of "vera".
         init_lora_weights: true, false, "gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora", "eva" or
             "lora_ga"; see LoRAConfig.
         enable_lora: for a fused projection, which of its equal parts are adapted.
@@ -194,6 +196,7 @@ class LoRACallback(Callback):
         use_rslora: bool = False,
         use_dora: bool = False,
         variant: str = PLAIN,
+        variant_options: Mapping[str, Any] | None = None,
         init_lora_weights: bool | Init | str = True,
         enable_lora: Mapping[str, Sequence[bool]] | None = None,
         autocast_adapter_dtype: bool = True,

@@ -60,6 +60,7 @@ LATER = {  # the defaults of options that 0.1.0 had not
     "ensure_weight_tying": True,
     "use_dora": False,
     "variant": PLAIN,
+    "variant_options": None,
 }
 
 
@@ -110,7 +111,9 @@ class LoRAConfig:
         use_rslora: s = lora_alpha / sqrt(r) (arXiv:2312.03732).
         use_dora: DoRA (arXiv:2402.09353): each output's weights W + s * B @ A are scaled to a trained magnitude. For
             linear layers, transformers' Conv1D, convolutions and nn.Embedding. The same as variant="dora".
-        variant: what an adapter stores and adds: "lora", "dora", or the name of a variant whose file was imported.
+        variant: what an adapter stores and adds: "lora", "dora", "vera" (arXiv:2310.11454), "loha" (arXiv:2108.06098),
+            or the name of a variant whose file was imported.
+        variant_options: options that this variant alone has, by name, as {"d_initial": 0.1} of "vera".
         init_lora_weights: True (A Kaiming-uniform, B zero; an Embedding's A zero, B normal), "gaussian" (A normal
             with deviation 1/r, B zero), "orthogonal" (B @ A zero, both non-zero; r must be even), or False (A and B
             both random: the adapter changes the output before the first step). Or A0, B0 from the weight, the base
@@ -145,6 +148,7 @@ class LoRAConfig:
     use_rslora: bool = False
     use_dora: bool = False
     variant: str = PLAIN
+    variant_options: Mapping[str, Any] | None = None
     init_lora_weights: bool | Init | str = True
     enable_lora: Mapping[str, Sequence[bool]] | None = None
     autocast_adapter_dtype: bool = True
@@ -195,7 +199,9 @@ class LoRAConfig:
         return next((alpha for key, alpha in alphas if pattern_matches(key, name)), self.lora_alpha)
 
     def scaling(self, name: str) -> float:
-        """Return s of the layer `name`."""
+        """Return s of the layer `name`: 1 for a variant that has no lora_alpha."""
+        if not KNOWN_VARIANTS[self.variant].scaled:
+            return 1.0
         rank = self.rank(name)
         return self.alpha(name) / (math.sqrt(rank) if self.use_rslora else rank)
 
@@ -243,22 +249,29 @@ class LoRAConfig:
 
     @classmethod
     def from_peft(cls, config: Any) -> LoRAConfig:
-        """Build the config that means what a peft.LoraConfig means.
+        """Build the config that means what a peft.LoraConfig, or PEFT's config of another known variant, means.
 
         Args:
-            config: the peft.LoraConfig, of any version. Its options that say nothing of the adapter are passed over.
+            config: PEFT's, of any version. Its options that say nothing of the adapter are passed over.
 
         Raises:
             LoRAError: it is none, or it has an option that LoRAConfig has not and that is not at its default; the
                 message names it.
         """
-        if getattr(config, "peft_type", None) != "LORA" or not is_dataclass(config):
+        peft_type = getattr(config, "peft_type", None)
+        variant = next((each for each in KNOWN_VARIANTS.values() if peft_type and each.peft_type == peft_type), None)
+        if variant is None or not is_dataclass(config):
             raise LoRAError(f"LoRAConfig.from_peft: expected a peft.LoraConfig, found a {type(config).__name__}.")
-        options = {field.name: getattr(config, field.name) for field in fields(config)}
+        try:
+            options = variant.options_from_peft({field.name: getattr(config, field.name) for field in fields(config)})
+        except LoRAError as error:
+            raise LoRAError(f"LoRAConfig.from_peft: {error}") from None
+        own = {name: options[name] for name in variant.own_options}
         shared = [field.name for field in fields(cls) if field.name in options]
         for field in fields(config):
             default = field.default if field.default_factory is MISSING else field.default_factory()
-            if field.name not in {*shared, *SAYING_NOTHING} and options[field.name] != default:
+            understood = {*shared, *own, *SAYING_NOTHING}
+            if field.name in options and field.name not in understood and options[field.name] != default:
                 raise LoRAError(
                     f"LoRAConfig.from_peft: {field.name}={options[field.name]!r} cannot be expressed; the options are "
                     f"{', '.join(shared)}."
@@ -268,7 +281,8 @@ class LoRAConfig:
                 "LoRAConfig.from_peft: target_modules=None lets peft choose by the model's type; name the layers, or "
                 "say 'all-linear'."
             )
-        return cls(**{name: options[name] for name in shared})
+        asked = {"variant": variant.name, "variant_options": own} if variant.name != PLAIN else {}
+        return cls(**{name: options[name] for name in shared}, **asked)
 
     def differing(self, config: LoRAConfig) -> list[str]:
         """Return the names of the options in which the configs differ; the order of a list of names does not count."""
@@ -306,7 +320,7 @@ class LoRAConfig:
             object.__setattr__(self, "use_dora", True)
         if isinstance(self.task_type, Enum):  # peft.TaskType
             object.__setattr__(self, "task_type", self.task_type.value)
-        for option in ("rank_pattern", "alpha_pattern", "enable_lora"):
+        for option in ("rank_pattern", "alpha_pattern", "enable_lora", "variant_options"):
             value = getattr(self, option)
             if value is None:
                 continue
@@ -352,10 +366,26 @@ class LoRAConfig:
             _refuse("variant", expected, self.variant)
         if self.use_dora and self.variant != BY_OPTION:
             _refuse("use_dora", f"left out with variant={self.variant!r}", self.use_dora)
+        self._check_variant_options(KNOWN_VARIANTS[self.variant].own_options)
         conflict = KNOWN_VARIANTS[self.variant].conflict(self)
         if conflict is not None:
             option, expected = conflict
             _refuse(option, expected, getattr(self, option))
+
+    def _check_variant_options(self, defaults: Mapping[str, Any]) -> None:
+        """Refuse what the variant has not, and values of another type than its defaults. In place: defaults go."""
+        given = self.variant_options or {}
+        refuse_unknown("LoRAConfig: variant_options", map(str, given), list(defaults))
+        for name, value in given.items():
+            if not _is_like(value, defaults[name]):
+                kind = "a finite number" if isinstance(defaults[name], float) else type(defaults[name]).__name__
+                _refuse(f"variant_options[{name!r}]", kind, value)
+        changed = {name: value for name, value in given.items() if value != defaults[name]}
+        object.__setattr__(self, "variant_options", changed or None)
+
+    def all_variant_options(self) -> dict[str, Any]:
+        """Return the options that the variant alone has, those at their defaults too."""
+        return {**KNOWN_VARIANTS[self.variant].own_options, **(self.variant_options or {})}
 
     def _check_init(self) -> None:
         init = self.init_lora_weights
@@ -419,6 +449,11 @@ def is_number(value: object) -> bool:
     """Return whether a value is a finite int or float."""
     # Unlike math.isfinite, the comparison also takes a whole number beyond the range of floats.
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def _is_like(value: object, default: object) -> bool:
+    """Return whether a value has the type of a default; for a float any finite number will do."""
+    return is_number(value) if isinstance(default, float) else type(value) is type(default)
 
 
 def _is_index(value: object) -> bool:

@@ -99,8 +99,11 @@ REFUSED = [
     ("enable_lora", {"qkv": "yes"}),
     ("enable_lora", {"": [True]}),
     ("enable_lora", {3: [True]}),
+    ("variant_options", ["d_initial"]),
+    ("variant_options", {"d_initial": 0.1}),  # an option of "vera"
+    ("variant_options", {3: 1}),
 ]
-OWN = ("enable_lora", "autocast_adapter_dtype", "variant")  # loralib's, an argument of get_peft_model, peft_type
+OWN = ("enable_lora", "autocast_adapter_dtype", "variant", "variant_options")
 
 
 @pytest.mark.parametrize(("option", "value"), REFUSED, ids=[f"{option}={value!r:.20}" for option, value in REFUSED])
@@ -217,8 +220,8 @@ def test_what_a_config_from_peft_cannot_express_is_refused_by_name(option):
 
 
 def test_a_config_from_peft_needs_a_config_that_says_what_to_adapt():
-    with pytest.raises(LoRAError, match=r"expected a peft\.LoraConfig, found a VeraConfig"):
-        LoRAConfig.from_peft(peft.VeraConfig())
+    with pytest.raises(LoRAError, match=r"expected a peft\.LoraConfig, found a LoKrConfig"):
+        LoRAConfig.from_peft(peft.LoKrConfig())
     with pytest.raises(LoRAError, match="target_modules=None lets peft choose"):
         LoRAConfig.from_peft(peft.LoraConfig())
     with pytest.raises(LoRAError, match=r"init_lora_weights must be .*'mica'"):
@@ -282,7 +285,7 @@ def test_round_trip_through_plain_types(config):
 
 def test_options_that_earlier_versions_had_not_are_left_out_at_their_defaults():
     later = {"target_parameters", "layers_to_transform", "layers_pattern", "task_type", "ensure_weight_tying"}
-    later |= {"trainable_token_indices", "use_dora", "variant"}
+    later |= {"trainable_token_indices", "use_dora", "variant", "variant_options"}
     names = {field.name for field in dataclasses.fields(LoRAConfig)}
     assert names - LoRAConfig().to_dict().keys() == later
     options = {"target_modules": ["q"], "layers_to_transform": 0, "layers_pattern": "h"}

@@ -65,6 +65,7 @@ PUBLIC = {
     "lora_param_groups",
     "combine",
     "LoRAError",
+    "Variant",
 }
 
 

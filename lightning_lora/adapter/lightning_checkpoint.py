@@ -28,7 +28,7 @@ from ..model.dequantise import dequantised_dtype, quantised_weights
 from ..model.injection import refuse_replaced_layers, require_injection
 from ..model.named_state import named_state
 from ..model.state_dict import adapter_keys, adapter_state_dict, merge_state_dict, original_value
-from ..names import META, ROWS, canonical, split_factor_name
+from ..names import META, canonical, split_factor_name
 from ..nn.adapted_module import is_factor
 from ..nn.quantised_state import quantisation_entries, unchanged_weight
 from .adapter import Adapter, check_factors
@@ -160,21 +160,22 @@ def _without_left_out(
     expected = {name for name, _, _ in named_state(module)} if kind == "full" else trained
     if expected <= state.keys():
         return adapter
-    _refuse_lost(module, state, trained)
+    _refuse_lost(module, adapter, state, trained)
     saved = {parts[0] for parts in map(split_factor_name, state) if parts}
     layers = {name: scaling for name, scaling in adapter.scalings.items() if name in saved}
     kinds = {name: layer_kind for name, layer_kind in adapter.kinds.items() if name in layers}
-    tables = {name: rows for name, rows in adapter.tables.items() if f"{name}.{ROWS}" in state}
+    tables = {name: rows for name, rows in adapter.tables.items() if name in saved}
     return replace(adapter, scalings=layers, kinds=kinds, tables=tables, complete=False)
 
 
-def _refuse_lost(module: nn.Module, state: Mapping[str, Any], trained: Set[str]) -> None:
+def _refuse_lost(module: nn.Module, adapter: Adapter, state: Mapping[str, Any], trained: Set[str]) -> None:
     parameters = {name: p for name, p, _ in named_state(module) if name in trained and isinstance(p, nn.Parameter)}
     saved = {id(parameter) for name, parameter in parameters.items() if name in state}
     lost = [name for name, parameter in parameters.items() if id(parameter) not in saved]
     if not lost:
         return
-    layers = list(dict.fromkeys(parts[0] for parts in map(split_factor_name, lost) if parts and parts[1] != ROWS))
+    places = dict.fromkeys(parts[0] for parts in map(split_factor_name, lost) if parts)
+    layers = [name for name in places if name in adapter.scalings]
     excluding = f"leave those layers out of the adapter (exclude_modules={layers}), " if layers else ""
     raise LoRAError(
         f"checkpoint: the state_dict or on_save_checkpoint of {type(module).__name__} leaves out {lost[0]!r} "

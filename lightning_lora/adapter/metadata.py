@@ -26,7 +26,7 @@ from ..model.named_state import named_state
 from ..model.pretrained import base_name, tied_to_input
 from ..model.state_dict import adapter_keys, adapter_state_dict, original_value
 from ..model.wrappers import prefix_inside
-from ..names import is_lightning_module
+from ..names import KNOWN_VARIANTS, is_lightning_module, near_misses
 from ..nn.adapted_weights import adapted_layers
 from ..nn.layer_kinds import layer_kinds
 from ..nn.low_rank import CONV1D, KINDS
@@ -71,7 +71,7 @@ def from_metadata(tensors: Mapping[str, Any], metadata: Any, where: str) -> Adap
         check_options(metadata["config"], scalings, where)
         adapter = Adapter(
             tensors=tensors,
-            config=LoRAConfig.from_dict(metadata["config"]),
+            config=_config(metadata["config"], where),
             scalings=scalings,
             fingerprint=decode_fingerprint(metadata["fingerprint"]),
             complete=metadata.get("complete", True) is True,
@@ -153,6 +153,17 @@ def describe_model(model: nn.Module) -> Adapter:
         tied=tied,
         tied_by_peft=tied.items() <= by_peft.items(),
     )
+
+
+def _config(options: Any, where: str) -> LoRAConfig:
+    """Return the options in metadata. Raises LoRAError where they ask for a variant that this program does not know."""
+    variant = options.get("variant") if isinstance(options, Mapping) else None
+    if isinstance(variant, str) and variant not in KNOWN_VARIANTS:
+        raise LoRAError(
+            f"{where}: the adapter is of the variant {shown(variant)}, which is not known here"
+            f"{near_misses(variant, KNOWN_VARIANTS)}. Import the file that defines it before loading."
+        )
+    return LoRAConfig.from_dict(options)
 
 
 def _after_conv1d_to_metadata(adapter: Adapter) -> dict[str, Any]:

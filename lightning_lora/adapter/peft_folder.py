@@ -25,18 +25,19 @@ from ..files.paths import PathLike, kind_of, parse_json, read_json, write_json
 from ..files.safetensors import read_safetensors, write_tensors
 from ..files.torch_archive import read_torch_file
 from ..names import A, B, around
-from ..nn.low_rank import ATTENTION, ATTENTION_OUTPUT, GROUPED_CONV, SEPARATE
+from ..nn.low_rank import ATTENTION, ATTENTION_OUTPUT, SEPARATE
+from ..nn.variant import Variant
 from .adapter import Adapter, check_factors, exact_options, ties_of
 from .file_options import check_options, readable_options
 from .fingerprint import AVERAGED, entries_match, fingerprint_entry, without_rows
 from .metadata import from_metadata, of_trained, to_metadata
 from .peft_attention import refuse_conv1d_before_parameters
 from .peft_edited import honour_options
-from .peft_magnitudes import magnitudes_from_peft, magnitudes_to_peft
+from .peft_forms import config_in_peft, from_peft_form, spread, to_peft_form
 from .peft_mapping import (
     add_idle_attention,
     as_plain,
-    drop_layers,
+    from_peft_options,
     from_plain,
     idle_attention,
     options_from_peft,
@@ -57,7 +58,6 @@ from .peft_parameters import (
 )
 from .peft_rows import as_peft_stores, peft_table_name, rows_from_peft
 from .peft_saved_modules import entries_in, frozen_in_saved
-from .peft_starts import doubled, with_starts, without_starts
 from .peft_state_dict import kinds_of, read_state
 
 CONFIG_FILE = "adapter_config.json"
@@ -96,17 +96,16 @@ def write_folder(adapter: Adapter, path: PathLike, frozen: Mapping[str, torch.Te
     own = as_peft_stores(own)
     own, idle = add_idle_attention(own)
     own = replace(own, config=readable_options(own))
-    plain = as_plain(without_starts(own))
+    plain = as_plain(to_peft_form(own))
     layers = set(own.layers())
     nesting = nesting_of(own.parameters)
     values = stacks_to_peft({**plain.tensors, **(frozen or {})}, _factor_names(own).values())
-    values = magnitudes_to_peft(values)
     tables = {*own.tables, *own.tied}
-    in_tables = {name: peft_table_name(name, tables) for name in values}
-    tensors = {
-        f"{PREFIX}{in_tables[name]}" if in_tables[name] != name else peft_name(name, layers, own.kinds, nesting): tensor
-        for name, tensor in values.items()
-    }
+    tensors = {}
+    for name, tensor in values.items():
+        in_table = peft_table_name(name, tables)
+        of_layer = peft_name(name, plain.variant, layers, own.kinds, nesting)
+        tensors[f"{PREFIX}{in_table}" if in_table != name else of_layer] = tensor
     description = to_metadata(own)
     if frozen:
         description[FROZEN] = sorted(frozen)
@@ -145,20 +144,22 @@ def _refuse_missing_frozen(adapter: Adapter, frozen: Mapping[str, torch.Tensor])
 
 
 def _refuse_without_equal(adapter: Adapter, name: str) -> None:
-    kind, attention = adapter.kinds.get(name), name.rpartition(".")[0]
-    problem = ""
-    if kind == GROUPED_CONV:
-        problem = "is a convolution with groups; PEFT's adapter for those mixes the groups and means another thing"
-    elif kind == ATTENTION_OUTPUT and adapter.magnitude(name) is not None:
-        problem = f"belongs to attention, which PEFT does not adapt with {adapter.variant()}"
-    elif kind == ATTENTION_OUTPUT and adapter.kinds.get(attention) != ATTENTION:
-        problem = _output_problem(adapter, attention)
-    elif kind == ATTENTION:
-        problem = _attention_problem(adapter, name)
-    elif adapter.is_parameter(name) and not attention:
-        problem = "belongs to the model itself, to which PEFT gives no adapter; put it into a module"
+    kind = adapter.kinds.get(name, "")
+    problem = adapter.variant.peft_problem(kind) or _place_problem(adapter, name, kind)
     if problem:
         raise LoRAError(f"save_adapter: {name!r} {problem}; save a Lightning checkpoint instead.")
+
+
+def _place_problem(adapter: Adapter, name: str, kind: str) -> str:
+    """Say what PEFT has no equal of in where a layer or parameter is, or return ""."""
+    module = name.rpartition(".")[0]
+    if kind == ATTENTION_OUTPUT and adapter.kinds.get(module) != ATTENTION:
+        return _output_problem(adapter, module)
+    if kind == ATTENTION:
+        return _attention_problem(adapter, name)
+    if adapter.is_parameter(name) and not module:
+        return "belongs to the model itself, to which PEFT gives no adapter; put it into a module"
+    return ""
 
 
 def _output_problem(adapter: Adapter, attention: str) -> str:
@@ -193,15 +194,16 @@ def read_folder(path: PathLike, order: Order = usual_order) -> Adapter:
         LoRAError: a file is missing or damaged, or it holds what this package cannot apply.
     """
     folder = Path(path)
-    options = read_json(folder / CONFIG_FILE)
-    refuse_options(options, folder / CONFIG_FILE)
+    variant, options = from_peft_options(read_json(folder / CONFIG_FILE), folder / CONFIG_FILE)
+    refuse_options(options, variant, folder / CONFIG_FILE)
     peft_tensors, header = _read_tensors(folder)
     if HEADER_KEY in header:
         adapter, outside = _read_described(peft_tensors, header[HEADER_KEY], folder / TENSOR_FILE, options)
         return _add_outside(adapter, outside, folder) if outside else adapter
     names = read_names(peft_tensors, folder, lambda wrapped: nesting_in_peft(options, wrapped, order, folder))
-    tensors = magnitudes_from_peft({name: peft_tensors[peft_name] for peft_name, name in names.ours.items()})
-    return _read_foreign(tensors, names.bare, options, folder)
+    tensors = {name: peft_tensors[peft_name] for peft_name, name in names.ours.items()}
+    tensors = spread(names.shared, peft_tensors, tensors)
+    return _read_foreign(tensors, names.bare, variant, options, folder)
 
 
 def read_tensor_file(path: PathLike) -> Adapter:
@@ -255,9 +257,9 @@ def _read_described(
     if not isinstance(description, dict):
         raise LoRAError(f"{where}: the adapter's description is damaged: it is {shown(description, 80)}.")
     nesting = nesting_of_metadata(description, where)
-    names = read_names(peft_tensors, where, lambda wrapped: nesting).ours
-    tensors = magnitudes_from_peft({name: peft_tensors[peft_name] for peft_name, name in names.items()})
-    adapter = from_metadata(tensors, description, str(where))
+    names = read_names(peft_tensors, where, lambda wrapped: nesting)
+    tensors = {name: peft_tensors[peft_name] for peft_name, name in names.ours.items()}
+    adapter = from_metadata(spread(names.shared, peft_tensors, tensors), description, str(where))
     adapter = _with_our_stacks(adapter, where)
     plain = adapter
     idle = description.get(IDLE, [])
@@ -267,7 +269,7 @@ def _read_described(
     if changed:
         raise LoRAError(f"{where}: the factors of {changed[0]!r} must be zero; something changed them after saving.")
     adapter = of_trained(adapter, _frozen_tensors(adapter, description, where))
-    adapter = with_starts(from_plain(drop_layers(adapter, idle)), adapter.config)
+    adapter = from_peft_form(from_plain(adapter.without_layers(idle)))
     check_factors(adapter, str(where))
     if options is not None:
         adapter = honour_options(adapter, plain, options, where.with_name(CONFIG_FILE))
@@ -324,7 +326,11 @@ def _add_outside(adapter: Adapter, outside: Any, folder: Path) -> Adapter:
 
 
 def _read_foreign(
-    tensors: Mapping[str, torch.Tensor], peft_names: Mapping[str, str], options: Mapping[str, Any], folder: Path
+    tensors: Mapping[str, torch.Tensor],
+    peft_names: Mapping[str, str],
+    variant: Variant,
+    options: Mapping[str, Any],
+    folder: Path,
 ) -> Adapter:
     """Return an adapter that another program wrote."""
     bare = rows_from_peft(Adapter(tensors), options, folder)
@@ -333,7 +339,8 @@ def _read_foreign(
     kinds = kinds_of(tensors, peft_names, options.get("peft_version"), folder)
     whole = bare.beside_factors()
     check_options(options, layers, folder / CONFIG_FILE)
-    config = options_from_peft(options, [name for name in layers if name not in parameters], whole, bare.tables)
+    targets = [name for name in layers if name not in parameters]
+    config = options_from_peft(options, targets, whole, bare.tables, variant.name)
     ends = tuple(entries_in(options))
     saved = {name for name in whole if ends and any(module.endswith(ends) for module in around(peft_names[name]))}
     base_leaves = ("weight", "bias") if config.bias == "none" else ("weight",)
@@ -350,13 +357,13 @@ def _read_foreign(
         fan_in_fan_out=options.get("fan_in_fan_out") is True,
         peft_outputs=True,
     )
-    adapter = _with_our_stacks(adapter, folder)
+    adapter = from_peft_form(_with_our_stacks(adapter, folder))
     check_factors(adapter, str(folder))
     return _without_idle_attention(from_plain(adapter))
 
 
 def _with_our_stacks(adapter: Adapter, where: object) -> Adapter:
-    config = doubled(adapter.config or LoRAConfig())
+    config = config_in_peft(adapter) or LoRAConfig()
     return replace(adapter, tensors=stacks_from_peft(adapter.tensors, _factor_names(adapter), config, where))
 
 
@@ -364,7 +371,7 @@ def _without_idle_attention(adapter: Adapter) -> Adapter:
     idle = [name for name in idle_attention(adapter) if f"{name}.out_proj" in adapter.kinds]
     if not idle or adapter.config is None:
         return adapter
-    adapter = drop_layers(adapter, idle)
+    adapter = adapter.without_layers(idle)
     return replace(
         adapter,
         config=exact_options(cast(LoRAConfig, adapter.config), adapter.ranks(), adapter.scalings, adapter.parameters),

@@ -22,7 +22,7 @@ from ..model.injection import find_injection, require_injection
 from ..model.merging import is_merged, merge, unmerge
 from ..model.targets import Targets
 from ..model.wrappers import unwrapped, warn_of_late_adapters
-from ..names import META, A, listed, names_factor
+from ..names import META, listed, names_factor
 from ..nn.adapted_weights import adapted_layers
 from ..nn.layer_kinds import layer_kinds
 from ..nn.writer import Turn
@@ -32,6 +32,7 @@ from .adapter import (
     describe_value,
     exact_options,
     is_plain,
+    nothing_adapted,
     options_hold,
     require_values,
 )
@@ -308,7 +309,7 @@ def adapter_with_options(
     require_values(adapter, str(path))
     ranks = adapter.ranks()
     if not ranks:
-        raise LoRAError(f"{path}: holds no lora_A; it is not an adapter of a known format.")
+        raise LoRAError(f"{path}: holds {nothing_adapted(adapter)}.")
     for name, value in adapter.beside_factors().items():
         if isinstance(value, torch.Tensor) and not is_plain(value):
             raise LoRAError(f"{path}: {name!r} must be a dense tensor, found {describe_value(value)}.")
@@ -323,21 +324,20 @@ def adapter_with_options(
             f"{path}: stores tensors and no options, as loralib's files do: lora_alpha is nowhere in it. Ask whoever "
             "trained it, and pass --lora-alpha to merge, export or import; what export writes holds it, for others."
         )
-    for name, rank in ranks.items():
-        if adapter.factor(name, A).shape[0] != rank:
+    for name in ranks:
+        if adapter.is_placed(name) and adapter.acting(name).a.shape[0] != adapter.acting(name).b.shape[1]:
             raise LoRAError(
                 f"{path}: {name!r} adapts parts of a fused projection, and which is not stored; load it in Python onto "
                 "a model injected with enable_lora."
             )
     scalings = {name: lora_alpha / rank for name, rank in ranks.items()}
     saved = _saved_modules(adapter)
-    variant: dict[str, Any] = {adapter.variant(): True} if adapter.variant() else {}
     config = LoRAConfig(
         r=next(iter(ranks.values())),
         lora_alpha=lora_alpha,
         target_modules=list(ranks),
         modules_to_save=saved,
-        **variant,
+        **adapter.variant.options(),
     )
     if not options_hold(config, ranks, scalings):
         config = exact_options(config, ranks, scalings)

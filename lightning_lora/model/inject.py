@@ -459,6 +459,7 @@ def _spec(name: str, record: Injection, seed: str) -> LayerSpec:
         keep_float32=config.autocast_adapter_dtype,
         init=config.init_lora_weights,
         variant=variant_of(config),
+        options=config.all_variant_options(),
         seed=_number(seed + name),
     )
 

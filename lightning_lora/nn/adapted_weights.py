@@ -57,6 +57,7 @@ class LayerSpec:
     init: bool | str = True  # how the factors are drawn, as LoRAConfig's init_lora_weights
     seed: int = 0  # what they are drawn from
     rows: tuple[int, ...] = ()  # of a table of which rows are trained: their numbers, ascending
+    options: Mapping[str, Any] = field(default_factory=dict)  # those that the variant alone has, by name
 
 
 @dataclass
@@ -113,7 +114,8 @@ class StoredTensors:
 
     def options_text(self) -> str:
         """Return what repr says of the adapter."""
-        return f"r={self.lora.spec.r}, alpha={self.lora.spec.alpha:g}"
+        spec = self.lora.spec
+        return f"r={spec.r}, alpha={spec.alpha:g}" if spec.variant.scaled else f"r={spec.r}"
 
     def stored(self) -> dict[str, nn.Parameter]:
         """Return all that says what the adapter adds, by leaf name: what is trained, then what stays frozen."""
@@ -173,7 +175,7 @@ class StoredTensors:
         spec, known = spec or self.lora.spec, self.lora.placed
         if known is not None and known[0] is spec and known[1].name == self.lora.name:
             return known[1]
-        options = spec.r, spec.scaling, spec.enabled, spec.init, spec.seed, spec.rows
+        options = spec.r, spec.scaling, spec.enabled, spec.init, spec.seed, spec.rows, spec.options
         place = Place(self.lora.name, self.KIND, self.weight_shapes(), *options)
         if spec is self.lora.spec:
             self.lora.placed = spec, place
@@ -203,7 +205,7 @@ class StoredTensors:
             if leaves is None or leaf in leaves:
                 copy_(stored[leaf], values.to(stored[leaf].dtype))
         if leaves is None and self.lora.shared is not None:
-            self.lora.shared.draw_()
+            self.lora.shared.draw_(self.lora.spec.r)
 
     def is_initial(self) -> bool:
         """Return whether nothing was trained yet, as far as this rank sees."""
@@ -227,8 +229,10 @@ class StoredTensors:
         return variant.followers(kept, stored, self.place(), self.weight_values)
 
     def shapes_by(self, spec: LayerSpec) -> list[tuple[nn.Parameter, tuple[int, ...]]]:
-        """Return the stored tensors of this layer alone, each with the shape that it has by other options."""
-        stored, shapes = self.stored(), self.lora.spec.variant.shapes(self.place(spec))
+        """Return the stored tensors, each with the shape that it has by other options, which all layers take."""
+        stored, shapes = self.stored(), dict(self.lora.spec.variant.shapes(self.place(spec)))
+        if self.lora.shared is not None:
+            shapes |= self.lora.shared.shapes(spec.r)
         return [(stored[leaf], shape) for leaf, shape in shapes.items()]
 
     def take_spec_(self, spec: LayerSpec) -> None:
@@ -293,7 +297,9 @@ class AdaptedWeights(StoredTensors):
     def acting(self) -> Acting:
         """Return what the stored tensors act as now, differentiable."""
         spec = self.lora.spec
-        return spec.variant.acting(self.stored(), _matrix(self) if spec.variant.reads_weight else None, spec.scaling)
+        weight = _matrix(self) if spec.variant.reads_weight else None
+        acting = spec.variant.acting(_seen_part(self, self.stored()), weight, spec.scaling)
+        return acting if type(acting) is Acting else Acting(*acting)
 
     def stand_ins(self, weights: Mapping[str, nn.Parameter]) -> dict[str, Any]:
         """Return what stands in for each of adapted_weights in a forward that reads them, here their sums."""
@@ -378,7 +384,7 @@ class AdaptedWeights(StoredTensors):
     def update_blocks(self, stored: Stored | None = None) -> Blocks:
         """Return what is added to the whole weights, without s and without a scale. Collective as `blocks`."""
         whole = {leaf: full_tensor(tensor) for leaf, tensor in (stored or self.stored()).items()}
-        a, b, _ = self.lora.spec.variant.acting(whole, None, self.lora.spec.scaling)
+        a, b, _ = self.lora.spec.variant.acting(_seen_part(self, whole), None, self.lora.spec.scaling)
         return self.place().low_rank_blocks(a, b)
 
     def crop_to_shard(self, blocks: list[LowRankBlock], weight: torch.Tensor) -> list[LowRankBlock]:
@@ -521,6 +527,12 @@ class AdaptedWeights(StoredTensors):
         return merged
 
 
+def _seen_part(layer: AdaptedWeights, stored: Stored) -> Stored:
+    """Return what a layer sees of its stored tensors, of which other layers may share some."""
+    variant = layer.lora.spec.variant
+    return variant.of_layer(stored, layer.place()) if variant.shared else stored
+
+
 def _matrix(layer: AdaptedWeights) -> torch.Tensor | None:
     """Return W as (out, in), or None where there are several."""
     weights = list(layer.adapted_weights().values())
@@ -550,9 +562,10 @@ def share_tensors_(layers: Collection[AdaptedWeights], seed: int) -> None:
     sharing = [layer for layer in layers if layer.lora.spec.variant.shared]
     if not sharing:
         return
-    shared = next((layer.lora.shared for layer in sharing if layer.lora.shared is not None), SharedTensors())
-    places = [layer.place() for layer in sharing]
-    shared.fit_(sharing[0].lora.spec.variant.start_shared, places, seed, sharing[0].factors()[0])
+    shared = next((layer.lora.shared for layer in sharing if layer.lora.shared is not None), None)
+    if shared is None:
+        shared = SharedTensors(sharing[0].lora.spec.variant.start_shared, seed)
+    shared.fit_([layer.place() for layer in sharing], sharing[0].factors()[0])
     for layer in sharing:
         if layer.lora.shared is None:
             layer.lora.shared = shared

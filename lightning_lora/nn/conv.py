@@ -10,6 +10,7 @@ from torch import nn
 
 from . import low_rank
 from .lora_layer import LoRALayer
+from .variant import Acting
 
 
 class LoRAConv(LoRALayer):
@@ -30,6 +31,9 @@ class LoRAConv(LoRALayer):
         layer = cast(nn.Conv2d, self)
         rank = self.lora.spec.variant.acting_rank(self.lora.spec.r)
         return rank * layer.groups >= layer.out_channels and not self.drops()
+
+    def acting(self) -> Acting:
+        return self.place().shaped(super().acting())
 
     def sum_forward(self, input: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         base = self.base_forward(input)

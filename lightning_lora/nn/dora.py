@@ -24,11 +24,23 @@ from .adapted_weights import Blocks, over_weight
 from .conv import LoRAConv
 from .embedding import LoRAEmbedding
 from .linear import LoRAConv1D, LoRALinear
-from .lora import LoRA
+from .lora import PEFT_LEAVES, LoRA
 from .lora_layer import LoRALayer
 from .low_rank import LowRankBlock
 from .output_norms import base_squares, output_norms, output_norms_of_parts, output_scale
-from .variant import Acting, Config, LayerClass, Place, Reader, Stored, Weights, equals_start, scaled_blocks
+from .variant import (
+    Acting,
+    Config,
+    Expected,
+    Fault,
+    LayerClass,
+    Place,
+    Reader,
+    Stored,
+    Weights,
+    equals_start,
+    scaled_blocks,
+)
 from .weight_mark import WeightMark, mark_of
 
 MAGNITUDE = "lora_magnitude"  # leaf name: (out,)
@@ -42,6 +54,13 @@ class DoRA(LoRA):
 
     name, title = "dora", "DoRA"
     trained: ClassVar[tuple[str, ...]] = (A, B, MAGNITUDE)
+    reads_weight, scale_title = True, "magnitudes"
+    peft_type = "LORA"
+    peft_leaves: ClassVar[Mapping[str, str]] = {
+        **PEFT_LEAVES,
+        "lora_magnitude_vector": MAGNITUDE,
+        "lora_magnitude_vector.weight": MAGNITUDE,  # of a live model
+    }
     placed_as: ClassVar[Mapping[str, str]] = {}
     reads_weight = follows_weight = True
 
@@ -73,6 +92,34 @@ class DoRA(LoRA):
         scale = output_scale(stored[MAGNITUDE], norms)
         blocks = place.low_rank_blocks(stored[A], stored[B])[WEIGHT]
         return {WEIGHT: scaled_blocks(blocks, scale, transposed=place.is_transposed)}
+
+    def options(self) -> dict[str, Any]:
+        return {"use_dora": True}
+
+    def fault(self, stored: Stored) -> Fault | None:
+        outputs = len(stored[B]) if stored[B].dim() else 0
+        if tuple(stored[MAGNITUDE].shape) != (outputs,):
+            return super().fault(stored) or Fault(f"{outputs} floating point values", MAGNITUDE)
+        return super().fault(stored)
+
+    def expected(self, stored: Stored) -> Expected:
+        return super().expected(stored)._replace(lengths=stored[MAGNITUDE].detach())
+
+    def peft_problem(self, kind: str) -> str:
+        if kind == low_rank.ATTENTION_OUTPUT:
+            return f"belongs to attention, which PEFT does not adapt with {self.option}"
+        return super().peft_problem(kind)
+
+    def to_peft(self, stored: Stored, place: Place) -> dict[str, torch.Tensor]:
+        """Return magnitudes as PEFT has them: of a convolution (1, out, 1...)."""
+        kernel, magnitude = stored[A].dim() - 2, stored[MAGNITUDE]
+        return {**stored, MAGNITUDE: magnitude.view(1, -1, *[1] * kernel) if kernel else magnitude}
+
+    def from_peft(self, found: Stored, place: Place) -> dict[str, torch.Tensor]:
+        magnitude = found.get(MAGNITUDE)
+        if magnitude is None or magnitude.dim() < 3 or magnitude.numel() != magnitude.shape[1]:
+            return dict(found)  # as it is: what it should be is told where tensors are checked
+        return {**found, MAGNITUDE: magnitude.flatten()}
 
     @property
     def option(self) -> str:

@@ -7,8 +7,10 @@ olora          B0 @ A0 is Q[:, :r] @ R[:r] of W = Q @ R, not divided by s (arXiv
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
-from typing import ClassVar
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import torch
 
@@ -19,7 +21,7 @@ from ..names import A, B
 from . import low_rank
 from .lora import LoRA
 from .random_stream import leading_basis, stream
-from .variant import Acting, Place, Stored, Weights
+from .variant import Acting, Config, Expected, Fault, Place, Stored, Weights
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -37,6 +39,7 @@ class Started(LoRA):
     frozen = (START_A, START_B)
     placed_as: ClassVar[Mapping[str, str]] = {A: A, B: B, START_A: A, START_B: B}
     started = follows_weight = True
+    peft_type = "LORA"
 
     def shapes(self, place: Place) -> dict[str, tuple[int, ...]]:
         return dict(zip((A, B, START_A, START_B), 2 * place.factor_shapes(), strict=True))
@@ -79,6 +82,50 @@ class Started(LoRA):
 
     def acting(self, stored: Stored, weight: torch.Tensor | None, scaling: float) -> Acting:
         return Acting(*low_rank.acting_factors(*(stored[leaf] for leaf in (A, B, START_A, START_B))))
+
+    def options(self) -> dict[str, Any]:
+        return {"init_lora_weights": PISSA}  # which of the starts it was does not matter any more
+
+    def fault(self, stored: Stored) -> Fault | None:
+        for leaf, start in ((A, START_A), (B, START_B)):
+            if stored[leaf].shape != stored[start].shape:
+                shapes = tuple(stored[leaf].shape), tuple(stored[start].shape)
+                return super().fault(stored) or Fault(f"{start} {shapes[1]} must have the shape of {leaf}, {shapes[0]}")
+        return super().fault(stored)
+
+    def expected(self, stored: Stored) -> Expected:
+        a, b, start_a, start_b = (stored[leaf].detach().double() for leaf in (A, B, START_A, START_B))
+        return Expected([(a, b), (start_a, -start_b)], rounded=True)
+
+    def to_peft(self, stored: Stored, place: Place) -> dict[str, torch.Tensor]:
+        """Return the equal plain LoRA of twice the rank, which fits the base as it was: [B, -B0] @ [A; A0].
+
+        In each part of a fused projection and each expert of a stack: as peft itself converts such adapters.
+        """
+        a, b = low_rank.stack_ranks(stored[A], stored[B], stored[START_A], -stored[START_B])
+        return {A: a, B: b}
+
+    def from_peft(self, found: Stored, place: Place) -> dict[str, torch.Tensor]:
+        a, b = found[A], found[B]
+        if b.shape[1] % 2 or a.shape[0] % b.shape[1]:
+            raise LoRAError(
+                f"adapter: {place.name!r}: A {tuple(a.shape)} and B {tuple(b.shape)} should have twice the rank of "
+                f"init_lora_weights={place.init!r}; something changed them after they were saved."
+            )
+        (a, b), (start_a, negative_b) = low_rank.halve_ranks(a, b)
+        return {A: a, B: b, START_A: start_a, START_B: -negative_b}
+
+    def config_in_peft(self, config: Config) -> Config:
+        """Return the options with twice the rank; so that the scalings stay, lora_alpha grows with it."""
+        growth = math.sqrt(2) if config.use_rslora else 2
+        return replace(
+            config,
+            r=2 * config.r,
+            lora_alpha=growth * config.lora_alpha,
+            rank_pattern={key: 2 * rank for key, rank in (config.rank_pattern or {}).items()},
+            alpha_pattern={key: growth * alpha for key, alpha in (config.alpha_pattern or {}).items()},
+            init_lora_weights=True,
+        )
 
 
 @torch.no_grad()

@@ -32,6 +32,7 @@ class TrainedRows(Variant):
 
     title = "trained rows"
     trained = (ROWS,)
+    replaces_rows = True
     follows_weight = True
 
     def shapes(self, place: Place) -> dict[str, tuple[int, ...]]:

@@ -9,7 +9,7 @@ To define a variant, subclass Variant in a file of its own and import that file.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
@@ -45,6 +45,7 @@ class Place:
         init: LoRAConfig's init_lora_weights.
         seed: what random values are drawn from.
         rows: of a table of which rows are trained: their numbers, ascending.
+        options: those that the variant alone has, by name.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Place:
     init: bool | str = True
     seed: int = 0
     rows: tuple[int, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def is_lookup(self) -> bool:
@@ -71,6 +73,18 @@ class Place:
         """Return the shapes of A and B of plain LoRA."""
         return low_rank.factor_shapes(self.kind, self.shapes, self.rank, self.enabled)
 
+    def matrix_shape(self) -> tuple[int, int]:
+        """Return (out, in) of its weight, of a convolution with its kernel counted to in."""
+        return low_rank.matrix_shape(self.kind, next(iter(self.shapes.values())))
+
+    def shaped(self, acting: Acting) -> Acting:
+        """Return what a layer acts as; a convolution's factors, where they are matrices, as low_rank.py states."""
+        a, b, scale = acting
+        if self.kind not in low_rank.CONVOLUTIONS or a.dim() > 2:
+            return acting
+        kernel = next(iter(self.shapes.values()))[1:]
+        return Acting(a.reshape(-1, *kernel), b.reshape(*b.shape, *[1] * (len(kernel) - 1)), scale)
+
     def low_rank_blocks(self, a: torch.Tensor, b: torch.Tensor) -> dict[str, list[LowRankBlock]]:
         """Return what B @ A adds to each weight, without the scaling; A and B as low_rank.py has them for the kind."""
         return low_rank.low_rank_blocks(self.kind, self.shapes, a, b, self.enabled)
@@ -79,7 +93,8 @@ class Place:
 class Acting(NamedTuple):
     """What stored tensors act as: W' = scale * (W + s * b @ a), the scale (out,) by outputs; None for no scale.
 
-    `a` and `b` have the shapes that low_rank.py states for the kind of layer, with a rank of the variant's choice.
+    `a` and `b` have the shapes that low_rank.py states for the kind of layer, with a rank of the variant's choice. A
+    convolution's may also be matrices, (rank, in * kernel) and (out, rank).
     """
 
     a: torch.Tensor
@@ -87,12 +102,34 @@ class Acting(NamedTuple):
     scale: torch.Tensor | None = None
 
 
+class Fault(NamedTuple):
+    """Why the tensors of a layer do not go together.
+
+    `text` follows the layer's name and a colon, as "A and B do not share a rank". With a leaf name it follows the name
+    of that tensor and "must be", as "32 floating point values".
+    """
+
+    text: str
+    leaf: str = ""
+
+
+class Expected(NamedTuple):
+    """What a layer's tensors mean, for a check that shares no arithmetic with merging.
+
+    W' = W + s * (the sum of b @ a over the pairs). Where lengths are given, each output's weights then get that length.
+    """
+
+    pairs: list[tuple[torch.Tensor, torch.Tensor]]  # a and b of each, float64, in the shapes that low_rank.py states
+    lengths: torch.Tensor | None = None  # (out,)
+    rounded: bool = False  # merging computes the pairs from what is stored, in float32 or better
+
+
 class Variant:
     """What one layer's adapter stores and what it adds. A variant has no state: one object serves all layers.
 
     Attributes:
         name: what LoRAConfig(variant=...) says; unique. "" for a variant that other options ask for.
-        title: how people call it, as "DoRA".
+        title: how people call it, as "DoRA"; by default its name.
         trained: leaf names of the tensors that are trained; each begins with "lora_". The last one gets a gradient from
             the first step on.
         frozen: leaf names of what is stored beside them.
@@ -101,7 +138,14 @@ class Variant:
             tensor like. A layer with another tensor refuses such a plan.
         follows_weight: some tensors start from W's values, see `followers`.
         started: A and B start from values that are subtracted again: asked for by init_lora_weights beside the name.
-        reads_weight: `acting` gives a scale, and needs W for it.
+        scaled: s is lora_alpha / r; without it, s is 1 and lora_alpha means nothing.
+        own_options: the options that it alone has (LoRAConfig's variant_options), each with its default.
+        replaces_rows: it is of a table, of which it stores some rows as they are now.
+        reads_weight: `acting` gives a scale, and needs W for it. Such adapters cannot be combined.
+        scale_title: how people call what the scale comes from, as "magnitudes"; for sentences about B @ A alone.
+        peft_type: of PEFT's adapter_config.json; "" for a variant that PEFT does not have. Not inherited.
+        peft_leaves: our leaf names by how PEFT's names of them end, after the layer's name: "lora_A.weight".
+        peft_shared: our leaf names of shared tensors by PEFT's, after "base_model.".
 
     Example::
 
@@ -128,12 +172,24 @@ class Variant:
     leaves: ClassVar[tuple[str, ...]] = ()  # of all that a layer stores
     placed_as: ClassVar[Mapping[str, str]] = {}
     started: ClassVar[bool] = False
+    replaces_rows: ClassVar[bool] = False
     follows_weight: ClassVar[bool] = False
     reads_weight: ClassVar[bool] = False
+    scaled: ClassVar[bool] = True
+    own_options: ClassVar[Mapping[str, Any]] = {}
+    scale_title: ClassVar[str] = ""
+    peft_type: ClassVar[str] = ""
+    peft_leaves: ClassVar[Mapping[str, str]] = {}
+    peft_shared: ClassVar[Mapping[str, str]] = {}
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         cls.leaves = (*cls.trained, *cls.frozen, *cls.shared)
+        own = vars(cls)
+        if "peft_type" not in own:  # one that stores the same as its parent may mean another thing by it
+            cls.peft_type = ""
+        if "acting" in own and "expected" not in own:
+            cls.expected = Variant.expected  # type: ignore[method-assign]
         for leaf in cls.leaves:
             register_leaf(leaf, cls.role(leaf))
         variant = cls()
@@ -193,9 +249,13 @@ class Variant:
 
     def is_initial(self, stored: Stored, place: Place) -> bool | None:
         """Return whether nothing was trained yet, as far as this rank's shards show; None where values do not tell."""
-        raise NotImplementedError
+        return None
 
     # --- what it adds ---
+
+    def of_layer(self, stored: Stored, place: Place) -> Stored:
+        """Return what one layer sees of its stored tensors: of shared ones, which serve larger layers too, its part."""
+        return stored
 
     def acting_rank(self, rank: int) -> int:
         """Return the rank of the factors that `acting` gives, for the r of the options."""
@@ -220,12 +280,15 @@ class Variant:
             place: the layer.
             read: gives a weight part by part, as stored; called where reads_weight is true.
         """
+        if stored[self.trained[0]].dtype in low_rank.HALF:
+            # In 16 bits `acting` would round what it computes, and W' is to be rounded once.
+            stored = {leaf: tensor.float() for leaf, tensor in stored.items()}
         weight = None
         if self.reads_weight and len(place.shapes) == 1:
             (name,) = place.shapes
             matrix = torch.cat([part for _, part in read(name)])
             weight = matrix.T if place.is_transposed else matrix
-        a, b, scale = self.acting(stored, weight, place.scaling)
+        a, b, scale = self.acting(self.of_layer(stored, place), weight, place.scaling)
         blocks = place.low_rank_blocks(a, b)
         if scale is None:
             return blocks
@@ -257,11 +320,102 @@ class Variant:
         """Return the class of a kind of layer with a faster forward for this variant; None for a kind without one."""
         return plain
 
+    # --- apart from a model ---
+
+    def options(self) -> dict[str, Any]:
+        """Return the options of LoRAConfig that ask for it."""
+        return {"variant": self.name}
+
+    def rank(self, stored: Stored) -> int:
+        """Return r of a layer; of shared tensors `stored` has the whole.
+
+        This default is the rank of `acting`: override it where that is another.
+        """
+        _, b, _ = self.acting(stored, None, 1.0)
+        return b.shape[1]
+
+    def fault(self, stored: Stored) -> Fault | None:
+        """Return why a layer's tensors do not go together, or None; all are there and hold numbers."""
+        return None
+
+    def expected(self, stored: Stored) -> Expected:
+        """Return what a layer's tensors mean, for `merge --verify`: apart from `acting`, so that mistakes are found.
+
+        Of shared tensors `stored` has what of_layer returns. This default goes by `acting`, and tells nothing of a
+        mistake there.
+        """
+        a, b, _ = self.acting({leaf: value.detach().double() for leaf, value in stored.items()}, None, 1.0)
+        return Expected([(a, b)], rounded=True)
+
+    # --- in PEFT ---
+
+    def peft_problem(self, kind: str) -> str:
+        """Return why PEFT has no adapter like that of a layer of this kind, or "". It follows the layer's name."""
+        named = {*self.peft_leaves.values(), *self.peft_shared.values(), *self.frozen}
+        if self.peft_type and named.issuperset(self.leaves):
+            return ""
+        return f"has an adapter of the variant {self.title}, which PEFT does not have"
+
+    def peft_leaf(self, leaf: str, kind: str) -> str:
+        """Return how PEFT's name of a tensor ends, of a layer of this kind; the first in peft_leaves by default."""
+        return next(theirs for theirs, ours in self.peft_leaves.items() if ours == leaf)
+
+    def to_peft(self, stored: Stored, place: Place) -> dict[str, torch.Tensor]:
+        """Return a layer's tensors with values and shapes as PEFT has them, by our leaf names.
+
+        What PEFT does not store is left out. Shared tensors are among them, the same for each layer.
+
+        Args:
+            stored: by leaf name, detached.
+            place: the layer; its kind is "" and its shapes are empty where they are not known.
+        """
+        return dict(stored)
+
+    def from_peft(self, found: Stored, place: Place) -> dict[str, torch.Tensor]:
+        """Undo to_peft.
+
+        Raises:
+            LoRAError: the tensors are not of that form.
+        """
+        return dict(found)
+
+    def config_in_peft(self, config: Config) -> Config:
+        """Return the options that go with what to_peft returns: another rank, say; scalings stay."""
+        return config
+
+    def options_to_peft(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the fields of adapter_config.json, but for peft_type, from those that a peft.LoraConfig would have.
+
+        Raises:
+            LoRAError: PEFT's config of the variant cannot express an option.
+        """
+        return dict(options)
+
+    def options_from_peft(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the fields that a peft.LoraConfig would have, from those of adapter_config.json; undo options_to_peft.
+
+        Raises:
+            LoRAError: a field asks for what the variant does not do.
+        """
+        return dict(options)
+
 
 def variant_of(config: Config) -> Variant:
     """Return the variant that options ask for."""
     known = _STARTED if config.has_start else KNOWN_VARIANTS
     return known[config.variant]
+
+
+def variant_with(leaves: Collection[str]) -> Variant:
+    """Return the variant that stores all these, or most of them, and the fewest others; plain LoRA where none does."""
+    wanted = set(leaves)
+    named = [variant for variant in known_variants() if variant.name]
+    return min(named, key=lambda variant: (len(wanted.difference(variant.leaves)), len(variant.leaves)))
+
+
+def rows_leaf() -> str:
+    """Return the leaf name of the trained rows of a table."""
+    return next(variant.trained[0] for variant in known_variants() if variant.replaces_rows)
 
 
 def known_variants() -> list[Variant]:

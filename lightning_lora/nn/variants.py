@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import attention, conv, dora, embedding, linear, lora, starts, token_rows
+from . import attention, conv, dora, embedding, linear, loha, lora, starts, token_rows, vera
 
 LAYER_KINDS = (linear, embedding, conv, attention)
-VARIANTS = (lora, starts, dora, token_rows)
+VARIANTS = (lora, starts, dora, token_rows, vera, loha)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ..adapter.adapter import Adapter, cosine, scaled_pairs
+from ..adapter.adapter import Adapter, cosine, nothing_adapted, scaled_pairs
 from ..errors import LoRAError
 from ..files.safetensors import CHUNK
 from ..nn.low_rank import singular_values
@@ -122,7 +122,7 @@ def _spectrum(left: torch.Tensor, right: torch.Tensor, rank: int) -> tuple[float
 def refuse_empty(source: str, adapter: Adapter) -> None:
     """Raise LoRAError where an adapter has no layer with A and B."""
     if not adapter.layers():
-        found = "rows of tables alone, which are no low-rank updates" if adapter.rows() else "no lora_A"
+        found = "rows of tables alone, which are no low-rank updates" if adapter.rows() else nothing_adapted(adapter)
         raise LoRAError(f"plot: {source} holds {found}; there is nothing to draw.")
 
 
