@@ -10,10 +10,10 @@ from .model.inject import disable_adapter, inject, merge_and_unload, unload
 from .model.merging import is_merged, merge, merged, unmerge
 from .model.param_groups import lora_param_groups
 from .model.state_dict import adapter_state_dict, merged_state_dict
-from .model.statistics import adapter_stats
-from .model.summary import summary
-from .nn import variants as variants  # which are known from here on
+from .nn import variants as variants
 from .nn.variant import Variant
+from .report.statistics import adapter_stats
+from .report.summary import summary
 
 if TYPE_CHECKING:
     from .adapter.combine import combine
@@ -21,13 +21,15 @@ if TYPE_CHECKING:
     from .adapter.save_load import load_adapter, load_from_checkpoint, read_adapter, save_adapter, take_adapter
     from .callback import LoRACallback
     from .cli import LoRACLI as LoRACLI
-    from .plot.figures import plot_adapter
+    from .monitor import LoRAMonitor
+    from .report.figures import plot_adapter
 
 __version__ = "0.1.0"
 __all__ = [  # without LoRACLI, which needs the extra `cli`
     "LoRACallback",
     "LoRAConfig",
     "LoRAError",
+    "LoRAMonitor",
     "Variant",
     "adapter_state_dict",
     "adapter_stats",
@@ -56,10 +58,11 @@ __all__ = [  # without LoRACLI, which needs the extra `cli`
 LAZY = {  # what imports lightning, files alone, and (LoRACLI) what the extra `cli` brings
     "LoRACallback": ".callback",
     "LoRACLI": ".cli",
+    "LoRAMonitor": ".monitor",
     "combine": ".adapter.combine",
     "load_adapter": ".adapter.save_load",
     "load_from_checkpoint": ".adapter.save_load",
-    "plot_adapter": ".plot.figures",
+    "plot_adapter": ".report.figures",
     "read_adapter": ".adapter.save_load",
     "save_adapter": ".adapter.save_load",
     "save_merged": ".adapter.merged_folder",

@@ -39,6 +39,7 @@ def names_near_misses(subject: str, elsewhere: Mapping[str, str] | None = None) 
         parameters = inspect.signature(function).parameters.values()
         keywords = [each.name for each in parameters if each.kind in (each.KEYWORD_ONLY, each.POSITIONAL_OR_KEYWORD)]
         options = [each.name for each in parameters if each.kind is each.KEYWORD_ONLY]
+        options = options or [name for name in keywords if name != "self"]
         by_position = [each.name for each in parameters if each.kind is not each.KEYWORD_ONLY]
 
         @functools.wraps(function)

@@ -5,76 +5,33 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import fields
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch import nn
 
-from .adapter.lightning_checkpoint import Kind, check_kind
-from .adapter.take import fingerprint_of
+from .adapter.lightning_checkpoint import Kind
 from .arguments import names_near_misses
 from .config import LEAVE_OUT, PLAIN, Bias, Init, LoRAConfig, PeftConfig, Task, as_config, is_config
-from .errors import LoRAError, NonFiniteError, sentence
-from .model.adapted_model import Listing, adopt_layers, find_model, open_model, refuse_replaced_layers
-from .model.dequantise import dequantised_dtype
-from .model.gradients import explain_merged_training, warn_of_untrained
-from .model.initial_values import snapshot_materialised
-from .model.inject import begin_injection, fixed_seed, random_seed
-from .model.large_adapters import warn_of_large_adapters
-from .model.live_state import LiveState
-from .model.merging import is_merged, merge, unmerge
-from .model.param_groups import check_ratio
-from .model.passed_over import warn_of_passed_over
-from .model.patches import unpatch
-from .model.pretrained import warn_of_new_heads
-from .model.self_check import Verification, watch
-from .model.state_dict import refuse_unmergeable
-from .model.summary import summary
+from .errors import LoRAError
+from .model.adapted_model import Listing, refuse_replaced_layers
 from .names import ALL_LINEAR
-from .nn.gradient_checkpointing import enable_input_require_grads
-from .notices import show, tell
-from .plot.pictures import require_matplotlib
-from .trainer.after_fit import (
-    Fits,
-    forget_merging,
-    is_merged_for_good,
-    load_plain_weights_only,
-    merge_for_good,
-    refuse_merge_after_fit,
-)
-from .trainer.bar_description import describe_as_merged, when_merged
-from .trainer.checkpoint_hooks import export_state, save_as
-from .trainer.cli_optimizer import adapt_cli_optimizer
-from .trainer.compatibility import (
-    launches,
-    refuse_composition,
-    refuse_other_options,
-    refuse_unoptimized,
-    warn_of_frozen,
-    warn_of_idle_optimizers,
-    warn_of_part,
-)
-from .trainer.data_start import start_from_data
-from .trainer.eval_mode import explain_eval_mode, warn_of_checkpointing_off
-from .trainer.hyperparameters import LoggedOptions, as_hyperparameters
-from .trainer.late_layers import BUILDERS, adapt_after, stop_adapting
-from .trainer.lightning_packages import first_package, for_each_package, is_overridden
-from .trainer.log_plots import log_plots, tell_of_no_logger
-from .trainer.precision import (
-    convert_linear_layers_,
-    leave_out_of_ddp_,
-    refuse_for_quantised,
-    refuse_late_conversion,
-    refuse_unloadable,
-)
-from .trainer.statistics import StatisticsLog
-from .trainer.step_lists import StepLists
+from .trainer.after_fit import merge_for_good
+from .trainer.by_module import ByModule
+from .trainer.checkpoint_hooks import export_where_launched, save_as_where_unpatched
+from .trainer.fit_start import check_fit, open_for_fit, record_fit, start_training
+from .trainer.fit_state import FitState
+from .trainer.late_layers import stop_adapting
+from .trainer.lightning_packages import become_callback, first_package
+from .trainer.options import check_own_options
+from .trainer.setup import set_up
 from .trainer.strategies import prepare_strategy
 
+ELSEWHERE = {
+    **LEAVE_OUT,
+    **dict.fromkeys(["log_stats", "log_plots"], "use LoRAMonitor(every_n_steps=..., plots=...)"),
+    "config": "give it by position: LoRACallback(LoRAConfig(...))",
+}
 KEYWORD = inspect.Parameter.KEYWORD_ONLY
 Method = TypeVar("Method", bound=Callable[..., None])
 
@@ -85,22 +42,22 @@ else:
 
 
 def _noting_options(init: Method) -> Method:
-    """Let __init__ note which options were given: a default says nothing, and the same value given says something.
+    """Let __init__ note which options were given, even those that were given at their defaults.
 
-    A command line (LightningCLI) gives every option, those at their defaults too; then the others count as given.
+    A command line (LightningCLI) gives every option. There, those that differ from their defaults count as given.
     """
     defaults = {name: each.default for name, each in inspect.signature(init).parameters.items() if each.kind is KEYWORD}
 
     @functools.wraps(init)
     def noting(self: LoRACallback, *config: LoRAConfig | PeftConfig, **options: Any) -> None:
         filled_in = options.keys() >= defaults.keys()
-        self._given = frozenset(o for o in options if not filled_in or options[o] != defaults.get(o))
+        self.given = frozenset(o for o in options if not filled_in or options[o] != defaults.get(o))
         init(self, *config, **options)
 
     return cast(Method, noting)
 
 
-@names_near_misses("LoRACallback", {**LEAVE_OUT, "config": "give it by position: LoRACallback(LoRAConfig(...))"})
+@names_near_misses("LoRACallback", ELSEWHERE)
 class LoRACallback(Callback):
     """Adapt any LightningModule with LoRA: inject on setup, merge while evaluating, save small checkpoints.
 
@@ -121,10 +78,6 @@ class LoRACallback(Callback):
             as save_pretrained or a library does. It is then evaluated as it is; of checkpoints it loads merged ones.
         dequantize: the dtype ("bfloat16", "float16", "float32") of plain weights in place of quantised ones, for
             save="merged" and merge_after_fit.
-        log_plots: when fit ends, add pictures of the adapter to TensorBoard: norms of its updates and their singular
-            values, see plot_adapter. Needs the extra `plot`.
-        log_stats: at every so many optimizer steps, log statistics of the adapter by groups of layers: norm, effective
-            rank, gradients, cosine to the last ones, and what merging takes; 0 logs none. See adapter_stats.
         lr_ratio: LoRA+ (arXiv:2402.12354), of the learning rate of B to that of A, as 16, for an optimizer that
             LightningCLI makes (--optimizer). In configure_optimizers of your own, call lora_param_groups.
         verbose: at fit start, show the summary, and explain Lightning's warning of modules in eval mode. Warnings of
@@ -164,7 +117,7 @@ class LoRACallback(Callback):
         LoRAError: a value is not allowed; the message holds it.
     """
 
-    _given: frozenset[str]  # the options that were given
+    given: frozenset[str]  # the options that were given
 
     @_noting_options
     def __init__(
@@ -176,8 +129,6 @@ class LoRACallback(Callback):
         seed: int | None = None,
         merge_after_fit: bool = False,
         dequantize: str | torch.dtype | None = None,
-        log_plots: bool = False,
-        log_stats: int = 0,
         lr_ratio: float | None = None,
         verbose: bool = True,
         r: int = 8,
@@ -203,41 +154,20 @@ class LoRACallback(Callback):
         enable_lora: Mapping[str, Sequence[bool]] | None = None,
         autocast_adapter_dtype: bool = True,
     ) -> None:
-        options = dict(locals())
-        check_kind(save)
-        dequantised_dtype(dequantize, "LoRACallback")
-        for name in ("merged_eval", "verify", "merge_after_fit", "log_plots", "verbose"):
-            if not isinstance(options[name], bool):
-                raise LoRAError(f"LoRACallback: {name} must be true or false, but it is {options[name]!r}.")
-        if not isinstance(log_stats, int) or isinstance(log_stats, bool) or log_stats < 0:
-            raise LoRAError(f"LoRACallback: log_stats must be a whole number from 0, but it is {log_stats!r}.")
-        if lr_ratio is not None:
-            check_ratio(lr_ratio, "LoRACallback")
+        options = locals()
         adapter_options = {field.name: options[field.name] for field in fields(LoRAConfig)}
-        self.config = _one_config(config, adapter_options, self._given)
-        self._given |= adapter_options.keys() if config else set()
+        self.config = _one_config(config, adapter_options, self.given)
+        self.given |= adapter_options.keys() if config else set()
         self.merged_eval = merged_eval
         self.save = save
         self.verify = verify
         self.seed = seed
         self.merge_after_fit = merge_after_fit
         self.dequantize = dequantize
-        self.log_plots = log_plots
-        self.log_stats = log_stats
         self.lr_ratio = lr_ratio
         self.verbose = verbose
-        if log_plots:
-            require_matplotlib("LoRACallback(log_plots=True)")
-        self._seed = "" if seed is None else fixed_seed(seed, "LoRACallback")
-        # By module, because a hook may run a second Trainer with this callback.
-        self._merged: set[nn.Module] = set()
-        self._unmergeable: set[nn.Module] = set()  # in this evaluation
-        self._lists: dict[nn.Module, StepLists] = {}
-        self._verifying: tuple[AbstractContextManager[Verification], Verification] | None = None
-        self._verified = False
-        self._fits = Fits()
-        self._logged = LoggedOptions()
-        self._statistics = StatisticsLog(log_stats)
+        check_own_options(self)
+        self._states: ByModule[FitState] = ByModule()
 
     def __repr__(self) -> str:
         parameters = inspect.signature(LoRACallback).parameters
@@ -249,122 +179,59 @@ class LoRACallback(Callback):
     # --- in the order in which Lightning calls them ---
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Adapt what exists before the optimizer is built and the strategy wraps; the rest after configure_model."""
+        """Adapt layers before the optimizer is built and the strategy wraps; patch the methods that build others."""
         prepare_strategy(trainer.strategy)
-        handle = find_model(pl_module)
-        refuse_composition(trainer, self, injected=handle is not None)
-        if is_merged_for_good(pl_module):
-            if handle is None and stage != "fit":
-                load_plain_weights_only(pl_module)
-                return
-            forget_merging(pl_module)
-        if handle is None:
-            convert_linear_layers_(listing := Listing(pl_module))
-            seed = self._seed or trainer.strategy.broadcast(random_seed())
-            handle = begin_injection(listing, self.config, seed=seed, given=self._given)
-        else:
-            adopt_layers(handle)
-            refuse_late_conversion(handle)
-            refuse_other_options(handle.record, self.config, self._given, self._seed)
-            warn_of_part(trainer, handle.prefix.removesuffix("."))
-        adapt_after(handle, *(name for name in BUILDERS if is_overridden(name, pl_module)))
-        adapt_cli_optimizer(handle, self.lr_ratio, is_fit=stage == "fit")
-        refuse_for_quantised(handle, trainer)
-        leave_out_of_ddp_(handle)
-        save_as(handle, self.save, self.dequantize)
-        self._verified = False
+        set_up(trainer, pl_module, self, stage)
+        self._state(pl_module).evaluation.verified = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that the adapter can be trained, record the base's fingerprint, show what is trained, log options."""
-        handle = open_model(pl_module, "LoRACallback")
-        adopt_layers(handle)
-        refuse_replaced_layers(handle, "LoRACallback")
-        snapshot_materialised(handle)
-        refuse_unoptimized(trainer.optimizers, handle)
-        warn_of_frozen(handle)
-        warn_of_idle_optimizers(trainer.optimizers, handle)
-        warn_of_new_heads(handle.modules)
-        warn_of_large_adapters(handle.layers)
-        warn_of_passed_over(handle.record)
-        self._fits.begin(pl_module)
-        enable_input_require_grads([module for _, module in handle.modules])
-        refuse_for_quantised(handle, trainer)
-        if self.save == "full":
-            refuse_unloadable(pl_module)
-        if self.save == "merged":
-            refuse_unmergeable(handle, dequantised_dtype(self.dequantize, "LoRACallback"))
-        if self.merge_after_fit:
-            refuse_merge_after_fit(trainer, handle)
-        if not handle.record.fingerprint:
-            handle.record.fingerprint = fingerprint_of(LiveState(handle))
-        handle.record.merged_eval = self.merged_eval
-        if trainer.loggers:
-            options = as_hyperparameters(handle.record.config, save=self.save, merged_eval=self.merged_eval)
-            self._logged.add(pl_module, options)
-        self._statistics.begin(trainer, pl_module)
-        if self.log_plots:
-            tell_of_no_logger(trainer)
-        if self.verbose:
-            show(summary(pl_module))
+        state = self._state(pl_module)
+        state.begin_fit()
+        handle = open_for_fit(pl_module)
+        check_fit(trainer, handle, self)
+        record_fit(trainer, handle, self, state.logged)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start from data where the options say so; explain Lightning's warning of modules in eval mode."""
-        self._logged.remove(pl_module)
-        start_from_data(trainer, pl_module, find_model(pl_module))
-        if self.verbose:
-            explain_eval_mode(trainer, pl_module)
+        self._state(pl_module).logged.remove(pl_module)
+        start_training(trainer, pl_module, self)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget which layers are in eval mode; the first batch lists them anew, when every mode is training's."""
-        self._lists.pop(pl_module, None)
+        self._state(pl_module).forget_lists()
         refuse_replaced_layers(Listing(pl_module), "LoRACallback")
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that the strategy's setup, or a hook, has not replaced adapted layers; let the bar say "merged"."""
-        self._statistics.take_back(trainer)
-        listing = Listing(pl_module)
-        refuse_replaced_layers(listing, "LoRACallback")
-        describe_as_merged(trainer, when_merged(listing.layers.values()) if self.merged_eval else "")
+        self._state(pl_module).evaluation.start(trainer, pl_module, self.merged_eval)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """Unmerge what is merged, and let dropout act in layers that Lightning keeps in eval mode."""
-        self._statistics.take_back(trainer)
-        lists = self._step_lists(pl_module)
-        if lists.is_merged():
-            unmerge(pl_module)
-            self._merged.discard(pl_module)
-        lists.override_dropout(True)
-        if not lists.trained_a_batch:
-            warn_of_checkpointing_off(pl_module)
+        self._state(pl_module).start_batch(pl_module)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        """Record the initial value of every base parameter that became trainable since the last step; log_stats."""
-        self._step_lists(pl_module).record_trainable(optimizer)
-        if self.log_stats:
-            self._statistics.log(trainer, pl_module, optimizer)
+        """Record the initial value of every base parameter that became trainable since the last step."""
+        self._state(pl_module).lists(pl_module).record_trainable(optimizer)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """Let dropout follow each layer's own mode again; after the first batch, warn of what it did not train."""
-        lists = self._step_lists(pl_module)
-        lists.override_dropout(None)
-        if not lists.trained_a_batch:
-            lists.trained_a_batch = True
-            warn_of_untrained(Listing(pl_module), optimized=True)
+        self._state(pl_module).end_batch(pl_module)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
     ) -> None:
         """Merge at the first batch, because weight averaging swaps weights after the start hooks; begin verify."""
-        self._merge(trainer, pl_module)
+        options = {"merged_eval": self.merged_eval, "verify": self.verify}
+        self._state(pl_module).start_evaluation_batch(trainer, pl_module, **options)
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """Log and warn of what verify saw in the first batch."""
-        self._report(trainer, pl_module)
+        self._state(pl_module).evaluation.end_batch(trainer, pl_module)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Unmerge, before weight averaging swaps weights back."""
-        self._unmerge(pl_module)
-        describe_as_merged(trainer, "")
+        self._state(pl_module).evaluation.end_epoch(trainer, pl_module)
 
     on_test_start = on_predict_start = on_validation_start
     on_test_batch_start = on_predict_batch_start = on_validation_batch_start
@@ -373,107 +240,46 @@ class LoRACallback(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Patch the module's own hook where setup did not run: in the main process of a launcher."""
-        handle = find_model(pl_module)
-        if handle is not None and handle.record.save is None:
-            save_as(handle, self.save, self.dequantize)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take back what was logged at the last step."""
-        self._statistics.take_back(trainer)
+        save_as_where_unpatched(pl_module, self.save, self.dequantize)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note that the fit came to its end; draw the adapter."""
-        self._fits.end(pl_module)
-        if self.log_plots and find_model(pl_module) is not None:
-            log_plots(trainer, pl_module)
+        """Note that the fit came to its end."""
+        self._state(pl_module).end_fit()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Unmerge after an exception or Ctrl-C, which skips the epoch's end and teardown."""
-        explain_merged_training(exception, pl_module)
-        self._leave(pl_module)
-        describe_as_merged(trainer, "")
-        self._statistics.end(pl_module)
-        self._fits.forget(pl_module)
+        self._state(pl_module).break_off(trainer, pl_module, exception)
+        self._states.pop(pl_module, None)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Unmerge what is merged still; in a process that ends with the fit, hand the record to the main process.
 
         A merge for good comes last, when every checkpoint of the fit is written and averaged weights are in place.
         """
-        self._leave(pl_module)
+        state = self._state(pl_module)
+        state.leave(pl_module)
         stop_adapting(pl_module)
+        has_ended = False
         if stage == "fit":
-            self._statistics.end(pl_module)
-        if stage == "fit" and launches(trainer) and (handle := find_model(pl_module)) is not None:
-            export_state(handle)
-        if stage == "fit" and self._fits.close(pl_module) and self.merge_after_fit:
+            export_where_launched(trainer, pl_module)
+            has_ended = state.close_fit()
+        if not state.running:  # else a fit goes on, of which a hook ran this Trainer
+            self._states.pop(pl_module, None)
+        if has_ended and self.merge_after_fit:
             merge_for_good(pl_module)
 
-    # --- helpers ---
-
-    def _merge(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if pl_module in self._unmergeable or is_merged_for_good(pl_module):
-            return
-        if self.merged_eval and not self._step_lists(pl_module).is_merged():
-            self._merged.add(pl_module)  # first, because Ctrl-C is raised when merging is complete
-            try:
-                with self._statistics.watch_merge(pl_module):
-                    merge(pl_module)
-            except NonFiniteError as error:
-                if trainer.state.fn != "fit":
-                    raise
-                self._unmergeable.add(pl_module)  # EarlyStopping and others judge the loss
-                describe_as_merged(trainer, "")
-                rank_zero_warn(f"LoRACallback: this validation runs unmerged: {sentence(error)}")
-                return
-        if self.verify and not self._verified and self._verifying is None and not trainer.sanity_checking:
-            watching = watch(Listing(pl_module))
-            self._verifying, self._verified = (watching, watching.__enter__()), True
-
-    def _report(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._verifying is None:
-            return
-        (watching, verification), self._verifying = self._verifying, None
-        watching.__exit__(None, None, None)
-        errors = {f"lora_merge_error_{name}": value for name, value in verification.error.compute().items()}
-        if not trainer.predicting:  # Lightning logs nothing there
-            values = {name: value.float() for name, value in errors.items()}  # reduced, so that sync_dist keeps them
-            pl_module.log_dict(values, on_step=False, on_epoch=True, sync_dist=True)
-        tell(f"LoRACallback: verified, {', '.join(f'{name} {value:.3g}' for name, value in errors.items())}")
-        problems = verification.problems()
-        if problems:
-            rank_zero_warn(f"LoRACallback: {problems}. Is the forward another than the one you adapted?")
-
-    def _unmerge(self, pl_module: LightningModule) -> None:
-        if self._verifying is not None:  # the batch was broken off, perhaps on this rank alone: nothing is gathered
-            (watching, _), self._verifying = self._verifying, None
-            watching.__exit__(GeneratorExit, GeneratorExit(), None)
-        self._unmergeable.discard(pl_module)
-        if pl_module in self._merged:
-            self._merged.discard(pl_module)
-            if is_merged(pl_module):
-                unmerge(pl_module)
-
-    def _leave(self, pl_module: LightningModule) -> None:
-        if pl_module in self._lists:
-            self._step_lists(pl_module).override_dropout(None)
-            del self._lists[pl_module]
-        self._unmerge(pl_module)
-        self._logged.remove(pl_module)
-        if is_merged_for_good(pl_module):
-            unpatch(pl_module.modules())
-
-    def _step_lists(self, pl_module: LightningModule) -> StepLists:
-        lists = self._lists.get(pl_module)
-        if lists is None or not lists.is_current():
-            lists = self._lists[pl_module] = StepLists(pl_module)
-        return lists
+    def _state(self, pl_module: LightningModule) -> FitState:
+        """Return the state of a module; a new one if setup did not run, or an exception ended the run."""
+        state = self._states.get(pl_module)
+        if state is None:
+            state = self._states[pl_module] = FitState()
+        return state
 
 
 def _one_config(
     configs: Sequence[LoRAConfig | PeftConfig], options: Mapping[str, Any], given: Collection[str]
 ) -> LoRAConfig:
-    """Return the config that was given whole or option by option, never both; `given` names what was given by name."""
+    """Return the config that was given, whole or option by option, never both. `given` names the single options."""
     from_options = LoRAConfig(**options)
     if not configs:
         return from_options
@@ -486,10 +292,4 @@ def _one_config(
     return as_config(configs[0])
 
 
-def _become_callback_of(package: ModuleType) -> None:
-    """Make every LoRACallback an instance of a package's Callback, as its Trainer and its command line ask."""
-    if not issubclass(LoRACallback, package.Callback):
-        LoRACallback.__bases__ += (package.Callback,)
-
-
-for_each_package(_become_callback_of)
+become_callback(LoRACallback)

@@ -24,7 +24,7 @@ MESSAGES = list(package_source().messages())
 SUBJECTS = {  # a message begins with one of these and a colon: what was called
     *(*lightning_lora.__all__, "LoRACLI", *VERBS, "merge --verify", "merge --rename {pair}", "lightning-lora"),
     *("LoRAConfig.from_peft", "load_state_dict", "torch.jit.script"),
-    *("LoRACallback(log_plots=True)", "LoRACallback(merge_after_fit=True)", "lightning-lora {verb}"),
+    *("LoRACallback(merge_after_fit=True)", "lightning-lora {verb}"),
     *("adapter", "checkpoint", 'checkpoint["lora"]', "merged weights"),  # or what it was given, or was to make
 }
 PLACES = {  # or with where it is
@@ -80,7 +80,7 @@ def test_message_names_its_subject_first_and_ends_with_a_full_stop(message: Mess
         assert not endings(message.text, message)[0].endswith("."), "what is inside another message does not end it"
     elif message.kind in LOGGED:
         assert message.text.startswith(
-            ("lightning_lora: ", "LoRACallback: ", "lightning-lora", "{the summary}", "{what ")
+            ("lightning_lora: ", "LoRACallback: ", "LoRAMonitor: ", "lightning-lora", "{the summary}", "{what ")
         )
     else:
         assert message.kind in (*OWN_KINDS, *PYTHONS_PROTOCOLS)

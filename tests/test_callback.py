@@ -56,8 +56,6 @@ def test_options_are_those_of_the_config_and_eight_of_its_own():
         "seed": None,
         "merge_after_fit": False,
         "dequantize": None,
-        "log_plots": False,
-        "log_stats": 0,
         "lr_ratio": None,
         "verbose": True,
     }
@@ -127,8 +125,6 @@ def test_callback_with_a_wrong_config_value_is_refused_at_once(options: dict[str
         ({"save": "adapters"}, r"save must be one of adapter, merged, full, but it is 'adapters'"),
         ({"merged_eval": "no"}, r"merged_eval must be true or false, but it is 'no'"),
         ({"verbose": 1}, r"verbose must be true or false, but it is 1"),
-        ({"log_stats": -1}, r"log_stats must be a whole number from 0, but it is -1"),
-        ({"log_stats": True}, r"log_stats must be a whole number from 0, but it is True"),
     ],
 )
 def test_callback_with_a_wrong_own_option_is_refused_at_once(options: dict[str, Any], message: str):
@@ -167,6 +163,8 @@ def test_callback_takes_a_config_of_peft(tmp_path):
         ({"merge_eval": False}, "'merged_eval'"),
         ({"lr": 1e-3}, "'lr' (did you mean 'lr_ratio'?)"),
         ({"inference_mode": False}, "'inference_mode' (leave it out, it says nothing of the adapter)"),
+        ({"log_stats": 50}, "'log_stats' (use LoRAMonitor(every_n_steps=..., plots=...))"),
+        ({"log_plot": True}, "'log_plot' (use LoRAMonitor(every_n_steps=..., plots=...))"),
         ({"config": LoRAConfig()}, "'config' (give it by position: LoRACallback(LoRAConfig(...)))"),
         ({"colour": 1}, "'colour' (there are merged_eval, save, verify, "),
     ],

@@ -33,9 +33,9 @@ MAY_IMPORT = {  # beside itself and the ground; files at the top may import ever
     "nn": {"distributed"},
     "model": {"nn", "distributed"},
     "adapter": {"model", "nn", "distributed", "files"},
-    "plot": {"adapter", "model", "nn", "distributed", "files"},
-    "trainer": {"plot", "adapter", "model", "nn", "distributed"},
-    "command": {"plot", "adapter", "nn", "files"},
+    "report": {"adapter", "model", "nn", "distributed", "files"},
+    "trainer": {"report", "adapter", "model", "nn", "distributed"},
+    "command": {"report", "adapter", "nn", "files"},
 }
 MOST_FLOORS = 14
 
@@ -43,6 +43,7 @@ PUBLIC = {
     "LoRAConfig",
     "LoRACallback",
     "LoRACLI",
+    "LoRAMonitor",
     "inject",
     "initialize_from_data",
     "redistribute_ranks",
@@ -118,6 +119,11 @@ def test_rooms_import_only_the_rooms_below_them():
     assert not wrong + above_ground
 
 
+def test_no_two_files_share_a_name():
+    names = [name.rpartition("/")[2] for name in FILES if not name.endswith("__init__")]
+    assert [name for name in set(names) if names.count(name) > 1] == []
+
+
 def test_a_folders_own_file_is_a_docstring_and_nothing_else():
     for name in MAY_IMPORT:
         (only,) = TREES[f"{name}/__init__"].body
@@ -133,9 +139,9 @@ def test_the_house_has_few_floors():
     assert max(floors.values()) <= MOST_FLOORS, sorted(floors.items(), key=lambda item: -item[1])[:5]
 
 
-def test_only_the_callback_and_the_command_line_import_lightning():
+def test_only_the_callbacks_and_the_command_line_import_lightning():
     users = {name for name, found in IMPORTS.items() if any(i.split(".")[0] == "lightning" for i in found)}
-    assert users == {"callback", "cli"}
+    assert users == {"callback", "monitor", "cli"}
 
 
 def test_public_names_are_those_of_the_contract():
@@ -208,8 +214,8 @@ def test_the_package_is_imported_without_its_extras(imports):
     assert imports["without extras"] == DONE
     users = {name for name, found in IMPORTS.items() if {i.split(".")[0] for i in found} & set(EXTRAS)}
     # inside their functions, with a message where they are missing, or without them
-    drawing = {f"plot/{name}" for name in ("canvas", "heat_map", "spectra", "comparison", "run", "figures")}
-    assert users == {"command/main", "model/summary", "notices", "plot/statistics", "progress"} | drawing
+    drawing = {f"report/{name}" for name in ("canvas", "heat_map", "spectra", "comparison", "run", "figures")}
+    assert users == {"command/main", "report/summary", "notices", "report/run_log", "progress"} | drawing
 
 
 def test_lightning_is_imported_for_the_callback_alone(imports):

@@ -33,10 +33,9 @@ from ..nn.low_rank import (
     ATTENTION_WEIGHTS,
     MERGEABLE_DTYPES,
     SEPARATE,
-    inner_of_products,
     low_rank_blocks,
-    product_norm,
 )
+from ..nn.products import inner_of_products, product_norm
 from ..nn.variant import Acting, Place, Variant, known_variants, rows_leaf, variant_of, variant_with
 
 SAMPLES = 8  # values by which tensors are told apart before they are compared whole

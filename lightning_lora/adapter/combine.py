@@ -32,7 +32,8 @@ from ..config import PLAIN, LoRAConfig, is_number, plain_number
 from ..errors import LoRAError
 from ..files.paths import PathLike
 from ..names import META, PREFIX, A, B, listed, names_factor, parameter_factor_name
-from ..nn.low_rank import ATTENTION_OUTPUT, CONVOLUTIONS, product_svd, to_block_diagonal, truncated_svd
+from ..nn.low_rank import ATTENTION_OUTPUT, CONVOLUTIONS, to_block_diagonal
+from ..nn.products import product_svd, truncated_svd
 from ..nn.random_stream import stream
 from ..nn.variant import rows_leaf
 from ..progress import progress_bar

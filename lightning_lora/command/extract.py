@@ -27,8 +27,8 @@ from ..nn.low_rank import (
     MERGEABLE_DTYPES,
     TRANSPOSED,
     factor_shapes,
-    truncated_svd,
 )
+from ..nn.products import truncated_svd
 from ..progress import progress_bar
 from .output import refuse_quantised
 

@@ -24,7 +24,7 @@ from ..files.atomic import identity
 from ..files.paths import reason_of
 from ..files.weights import open_weights
 from ..names import listed
-from ..plot.figures import plot_adapter
+from ..report.figures import plot_adapter
 from ..units import size_text
 from .convert import to_lightning, to_peft
 from .extract import Extracted, extract

@@ -52,6 +52,13 @@ class Owner(NamedTuple):
     leaf: str
 
 
+class MergeCost(NamedTuple):
+    """What a merge took: seconds on this rank, and the share of the adapter that rounding to 16 bits lost, if any."""
+
+    seconds: float
+    rounding: float | None
+
+
 @dataclass
 class Injection:
     """The record of one injection."""
@@ -74,6 +81,7 @@ class Injection:
     quantised_reported: bool = False  # that layers with quantised weights stay factored was said
     measures_rounding: bool = False  # each merge measures what rounding to 16 bits costs, not the first alone
     rounding: float | None = None  # what it cost when it was measured last, as MergeFidelity
+    last_merge: MergeCost | None = None  # of an evaluation of this fit, as LoRACallback measured it
     started: bool = False  # initialize_from_data was called, so that a fit does not start from its own data
     values_follow: bool = False  # an adapter is loaded next, so that nothing is computed from weights for it
     passed_over: str = ""  # what "all-linear" left alone beside these: its share, and kinds of weights with theirs
@@ -85,8 +93,8 @@ class Injection:
     owners: dict[int, Owner] = field(default_factory=dict)  # of tensors, by identity; a copy has none yet
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("writer", "owners")
-        return {name: value for name, value in vars(self).items() if name not in own} | {"root": None}
+        kept = {name: value for name, value in vars(self).items() if name not in ("writer", "owners")}
+        return kept | {"root": None, "measures_rounding": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, writer=Writer(), owners={})

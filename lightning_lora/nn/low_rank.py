@@ -1,4 +1,4 @@
-"""How B @ A lies in a weight: the one place for live layers, shards, files on disk, norms and PEFT's forms.
+"""How B @ A lies in a weight: the one place for live layers, shards, files on disk and PEFT's forms.
 
     kind                       weight, as stored       A                     B
     Linear, AttentionOutput    (out, in)               (r, in)               (out, r)
@@ -25,7 +25,6 @@ from typing import NamedTuple
 import torch
 
 from ..names import A, B
-from .random_stream import svd_lowrank
 
 HALF = (torch.float16, torch.bfloat16)
 MERGEABLE_DTYPES = (*HALF, torch.float32, torch.float64)
@@ -43,8 +42,6 @@ IN_PROJ, SEPARATE = "in_proj_weight", ("q_proj_weight", "k_proj_weight", "v_proj
 ATTENTION_WEIGHTS = (IN_PROJ, *SEPARATE)
 
 EVERYTHING = slice(0, sys.maxsize)
-EXACT_SVD = 512  # up to this many rows or columns the whole decomposition is cheap
-OVERSAMPLED, ITERATIONS = 16, 6
 MOST_ROWS = 32  # in a block of row_blocks, whose left is so many squared
 
 Shape = Sequence[int]
@@ -290,124 +287,6 @@ def to_block_diagonal(b: torch.Tensor, enabled: tuple[bool, ...]) -> torch.Tenso
 def from_block_diagonal(b: torch.Tensor, enabled: tuple[bool, ...]) -> torch.Tensor:
     """Undo to_block_diagonal; what is outside the blocks is left out."""
     return torch.cat(_diagonal_blocks(b, enabled))
-
-
-def truncated_svd(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return U (m, k), S (k) and Vh (k, n) of a matrix for its k = `rank` largest singular values, or all there are.
-
-    Of a large matrix by random projection (arXiv:0909.4061), the same each time; the user's stream is not advanced.
-    """
-    rank = min(rank, *matrix.shape)
-    if min(matrix.shape) <= EXACT_SVD:
-        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    else:
-        left, values, v = svd_lowrank(matrix, min(rank + OVERSAMPLED, *matrix.shape), ITERATIONS, seed=0)
-        right = v.T
-    return left[:, :rank], values[:rank], right[:rank]
-
-
-def product_svd(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return U (m, k), S (k) and Vh (k, n) of left @ right, which is never built, from two QR decompositions."""
-    (left_q, left_r), (right_q, right_r) = torch.linalg.qr(left), torch.linalg.qr(right.T)
-    u, values, vh = torch.linalg.svd(left_r @ right_r.T, full_matrices=False)
-    return left_q @ u, values, vh @ right_q.T
-
-
-def product_norm(left: torch.Tensor, right: torch.Tensor) -> float:
-    """Return the Frobenius norm of left @ right from the R factors of two QR decompositions.
-
-    Exact to the dtype also where the product nearly cancels; the product is never built.
-    """
-    core, largest = _core(left, right)
-    return float(torch.linalg.matrix_norm(core)) * float(largest) if largest else 0.0
-
-
-def singular_values(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Return the singular values of left (m, k) @ right (k, n), largest first, from two QR decompositions.
-
-    The product is never built.
-
-    Returns:
-        k values in the dtype of the two; zeros where the product has fewer, NaN where it is not finite.
-    """
-    core, largest = _core(left, right)
-    values = left.new_zeros(left.shape[1])
-    if largest == 0:
-        return values
-    if not torch.isfinite(core).all():
-        return values.fill_(math.nan)
-    found = torch.linalg.svdvals(core) * largest
-    values[: len(found)] = found
-    return values
-
-
-def _core(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the small matrix that has the singular values of left @ right, and the factor that is taken out of it.
-
-    Squares of large values would overflow without that; where it is zero, so is the product.
-    """
-    left_r, right_r = torch.linalg.qr(left, mode="r")[1], torch.linalg.qr(right.T, mode="r")[1]
-    largest = left_r.abs().max() if left_r.numel() else left_r.new_zeros(())  # of a layer without inputs or outputs
-    return left_r / largest @ right_r.T, largest
-
-
-def inner_of_products(
-    left: torch.Tensor, right: torch.Tensor, other_left: torch.Tensor, other_right: torch.Tensor
-) -> torch.Tensor:
-    """Return the sum of products of the elements of left @ right and other_left @ other_right, building neither."""
-    return ((left.mT @ other_left) * (right @ other_right.mT)).sum()
-
-
-class Stack(NamedTuple):
-    """Blocks of one shape, one behind the other: left (n, m, k) and right (n, k, c), float64 (on mps float32)."""
-
-    left: torch.Tensor
-    right: torch.Tensor
-
-    def grams(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return left.T @ left and right @ right.T of each block, (n, k, k)."""
-        return self.left.mT @ self.left, self.right @ self.right.mT
-
-
-def stack_blocks(blocks: Sequence[LowRankBlock]) -> list[Stack]:
-    """Return blocks of any shapes as stacks, one for each shape, in order of the first block of each."""
-    shapes: dict[tuple[torch.Size, torch.Size], list[LowRankBlock]] = {}
-    for block in blocks:
-        shapes.setdefault((block.left.shape, block.right.shape), []).append(block)
-    return [Stack(_stacked([b.left for b in each]), _stacked([b.right for b in each])) for each in shapes.values()]
-
-
-def inner_product(first: Sequence[Stack], second: Sequence[Stack]) -> torch.Tensor:
-    """Return the sum of products of the elements of two matrices, scalar: sum((L1.T @ L2) * (R1 @ R2.T)).
-
-    The matrices are never built. The blocks of one lie where those of the other do.
-    """
-    products = [inner_of_products(*a, *b) for a, b in zip(first, second, strict=True)]
-    return torch.stack(products).sum()
-
-
-def singular_values_of_grams(left_gram: torch.Tensor, right_gram: torch.Tensor) -> torch.Tensor:
-    """Return the singular values of left @ right, (n, k), from the factors' Gram matrices; they ascend.
-
-    These are the roots of the eigenvalues of left_gram @ right_gram, off by 1e-8 of the largest value that they could
-    have. QR decompositions of the factors would be exact to 1e-16, and take several times as long. NaN where a Gram
-    matrix is not finite.
-
-    Args:
-        left_gram: left.T @ left of each product, (n, k, k), float64.
-        right_gram: right @ right.T of each product, the same.
-    """
-    finite = (left_gram.isfinite() & right_gram.isfinite()).all(-1).all(-1)
-    left_gram, right_gram = (torch.where(finite[:, None, None], gram, 0.0) for gram in (left_gram, right_gram))
-    values, vectors = torch.linalg.eigh(right_gram)
-    root = vectors * values.clamp(min=0).sqrt().unsqueeze(-2)
-    squares = torch.linalg.eigvalsh(root.mT @ left_gram @ root)
-    return torch.where(finite[:, None], squares.clamp(min=0).sqrt(), math.nan)
-
-
-def _stacked(matrices: Sequence[torch.Tensor]) -> torch.Tensor:
-    stack = matrices[0].detach().unsqueeze(0) if len(matrices) == 1 else torch.stack([m.detach() for m in matrices])
-    return stack.to(torch.float32 if stack.device.type == "mps" else torch.float64)  # mps has no float64
 
 
 def _separate(enabled: Enabled) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, MutableMapping
 from typing import Any
 
@@ -21,37 +20,6 @@ from ..names import META
 from .compatibility import launches
 
 MERGED_FOR_GOOD = "merged_after_fit"  # attribute of such a LightningModule, until it is fitted again
-
-
-class Fits:
-    """The fits of each module that are under way: a hook of one may run another, and a finder may break one off."""
-
-    def __init__(self) -> None:
-        self.running: Counter[nn.Module] = Counter()
-        self.ended: set[nn.Module] = set()
-
-    def begin(self, module: nn.Module) -> None:
-        """Count a fit that starts."""
-        self.running[module] += 1
-
-    def end(self, module: nn.Module) -> None:
-        """Note that the innermost fit came to its end."""
-        self.ended.add(module)
-
-    def close(self, module: nn.Module) -> bool:
-        """Leave the innermost fit, and tell whether it came to its end and was the outermost too."""
-        ended = module in self.ended
-        self.ended.discard(module)
-        self.running[module] -= 1
-        outermost = self.running[module] <= 0
-        if outermost:
-            self.forget(module)
-        return ended and outermost
-
-    def forget(self, module: nn.Module) -> None:
-        """Forget a module's fits, which an exception has ended."""
-        del self.running[module]
-        self.ended.discard(module)
 
 
 def refuse_merge_after_fit(trainer: Any, handle: AdaptedModel) -> None:

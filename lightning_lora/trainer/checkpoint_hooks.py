@@ -19,6 +19,7 @@ from ..model.adapted_model import AdaptedModel, find_model, open_model
 from ..model.patches import call_previous, patch
 from ..model.state_dict import EXTRA_ENTRIES
 from ..names import ENTRY, META, names_factor
+from .compatibility import launches
 
 # Where WeightAveraging keeps the weights beside the averaged ones. Having an average, it goes back to them, even for a
 # test of the best checkpoint, whose metric is that of the averaged weights.
@@ -36,6 +37,19 @@ def save_as(handle: AdaptedModel, kind: Kind, dequantize: Any = None) -> None:
     _patch_saving(handle, kind)
     handle.record.dequantize = dequantize
     patch(handle.model, "on_load_checkpoint", _on_load_checkpoint)
+
+
+def save_as_where_unpatched(module: nn.Module, kind: Kind, dequantize: Any = None) -> None:
+    """Patch an injected LightningModule as save_as does, where that was not done: in the main process of a launcher."""
+    handle = find_model(module)
+    if handle is not None and handle.record.save is None:
+        save_as(handle, kind, dequantize)
+
+
+def export_where_launched(trainer: Any, module: nn.Module) -> None:
+    """Export the state of an injected LightningModule where a main process started this one."""
+    if launches(trainer) and (handle := find_model(module)) is not None:
+        export_state(handle)
 
 
 def export_state(handle: AdaptedModel) -> None:

@@ -26,16 +26,16 @@ def as_hyperparameters(config: LoRAConfig, **own: Plain) -> dict[str, Plain]:
 
 
 class LoggedOptions:
-    """Options that LightningModules have among the hyper-parameters that are logged, until Lightning logged them."""
+    """Options that a LightningModule has among its hyper-parameters, until Lightning has logged them."""
 
     def __init__(self) -> None:
-        self.before: dict[nn.Module, dict[str, Any]] = {}
+        self._before: dict[str, Any] | None = None  # the module's own, while it has others
 
     def add(self, module: Any, options: Mapping[str, Plain]) -> None:
         """Let the module's hyper-parameters have these too when they are logged next. In place, until `remove`."""
-        if module in self.before:
+        if self._before is not None:
             return
-        self.before[module] = {name: vars(module)[name] for name in (INITIAL, LOGS) if name in vars(module)}
+        self._before = {name: vars(module)[name] for name in (INITIAL, LOGS) if name in vars(module)}
         initial = module.hparams_initial if getattr(module, LOGS) else {}
         if isinstance(initial, dict):  # as Lightning's own; else one of omegaconf's, which may refuse new keys
             initial.update(options)
@@ -44,8 +44,8 @@ class LoggedOptions:
         vars(module).update({INITIAL: initial, LOGS: True})
 
     def remove(self, module: nn.Module) -> None:
-        """Give the module its own hyper-parameters back."""
-        before = self.before.pop(module, None)
+        """Give the module its own hyper-parameters back. In place."""
+        before, self._before = self._before, None
         if before is not None:
             for name in (INITIAL, LOGS):
                 vars(module).pop(name, None)

@@ -17,18 +17,16 @@ from ..model.patches import call_previous, is_patched, patch, unpatch_method
 from ..nn.adapted_weights import adapted_layers
 from .checkpoint_hooks import save_as
 from .compatibility import refuse_other_options
+from .lightning_packages import is_overridden
 from .precision import convert_linear_layers_, leave_out_of_ddp_
 
 
-def adapt_after(handle: AdaptedModel, *names: str) -> None:
-    """Patch methods of an injected LightningModule so that what they build is adapted; without any, judge options now.
+def adapt_late_layers(handle: AdaptedModel) -> None:
+    """Patch the methods of an injected LightningModule that may build layers; without any, judge its options now.
 
-    The patch stays for the whole setup, because WeightAveraging calls configure_model before Lightning does.
-
-    Args:
-        handle: of the LightningModule.
-        names: those of BUILDERS that it overrides.
+    The patches stay for the whole setup, because WeightAveraging calls configure_model before Lightning does.
     """
+    names = [name for name in BUILDERS if is_overridden(name, handle.model)]
     for name in names:
         patch(handle.model, name, BUILDERS[name])
     if not names:
@@ -36,7 +34,7 @@ def adapt_after(handle: AdaptedModel, *names: str) -> None:
 
 
 def stop_adapting(module: nn.Module) -> None:
-    """Take the patches of adapt_after out."""
+    """Take the patches of adapt_late_layers out."""
     for name, function in BUILDERS.items():
         unpatch_method(module, name, function)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
@@ -51,6 +52,16 @@ def for_each_package(action: Action) -> None:
     for package in imported_packages():
         action(package)
     sys.meta_path.insert(0, _ImportWatcher(action))
+
+
+def become_callback(cls: type) -> None:
+    """Make every instance of a class one of each package's Callback, as its Trainer and its command line ask."""
+    for_each_package(partial(_derive_from_callback, cls))
+
+
+def _derive_from_callback(cls: type, package: ModuleType) -> None:
+    if not issubclass(cls, package.Callback):
+        cls.__bases__ += (package.Callback,)
 
 
 class _ImportWatcher:

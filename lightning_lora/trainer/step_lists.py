@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import weakref
+from typing import Any, cast
 
 from torch import nn
 
@@ -26,8 +27,9 @@ class StepLists:
 
     def __init__(self, model: nn.Module) -> None:
         handle = find_model(model)
-        self.model = model
-        self.root = handle.root if handle else model
+        # Whoever keeps the lists does not keep the model alive with them.
+        self._model = weakref.ref(model)
+        self._root = weakref.ref(handle.root if handle else model)
         self.record: Injection | None = handle.record if handle else None
         self.layers = list((handle or Listing(model)).layers.values())
         self.states = [layer.lora for layer in self.layers]
@@ -35,9 +37,15 @@ class StepLists:
         self.trained_a_batch = False
         self._list_frozen(handle)
 
+    @property
+    def model(self) -> nn.Module:
+        """The model, which lives as long as its hooks are called."""
+        return cast(nn.Module, self._model())
+
     def is_current(self) -> bool:
         """Tell whether the model is still injected as it was when it was listed."""
-        return vars(self.root).get(ATTRIBUTE) is self.record
+        root = self._root()
+        return root is not None and vars(root).get(ATTRIBUTE) is self.record
 
     def is_merged(self) -> bool:
         """Tell whether merge was called and not undone."""

@@ -88,6 +88,6 @@ def test_what_cannot_be_drawn_or_written_is_refused_in_one_line(
 
 
 def test_plot_without_matplotlib_names_the_extra(inputs: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("lightning_lora.plot.pictures.find_spec", lambda name: None)
+    monkeypatch.setattr("lightning_lora.report.pictures.find_spec", lambda name: None)
     shown = refused(capsys, "plot", inputs / "a", "--output", inputs / "out.png")
     assert "needs matplotlib; pip install matplotlib." in shown

@@ -1,4 +1,4 @@
-"""adapter_stats and log_stats on several ranks: the numbers of one process on the same global batch, on every rank."""
+"""adapter_stats and LoRAMonitor on several ranks: on each one the numbers of one process on the same global batch."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from torch.distributed.tensor.parallel import parallelize_module
 
 import support.parameters as single
 import support.tables as tables
-from lightning_lora import LoRAConfig, adapter_stats, inject
-from lightning_lora.model.statistics import AdapterStats
+from lightning_lora import LoRAConfig, LoRAMonitor, adapter_stats, inject
+from lightning_lora.report.statistics import AdapterStats
 from support.models import randomise_
 from support.processes import BACKEND, world
 from support.sharded import DEVICE, WAYS, Plain, Sharded, X, data, loader, make_trainer, shard_
@@ -152,17 +152,19 @@ def test_gradient_that_ranks_have_partial_sums_of_is_summed_first():
 # --- through a Trainer ---
 
 
+STRATEGIES: dict[str, Any] = {
+    "DDP": lambda size: DDPStrategy(process_group_backend=BACKEND),
+    "FSDP2": lambda size: ModelParallelStrategy(size, 1),
+    "alone": lambda size: "auto",
+}
+
+
 def fit(path: Path, kind: str) -> list[dict[str, float]]:
     """The columns of each logged step, as rank 0 writes them."""
     torch.manual_seed(0)
     size = dist.get_world_size() if dist.is_initialized() else 1
-    strategies: dict[str, Any] = {
-        "DDP": lambda: DDPStrategy(process_group_backend=BACKEND),
-        "FSDP2": lambda: ModelParallelStrategy(size, 1),
-        "alone": lambda: "auto",
-    }
-    options = {"strategy": strategies[kind](), "devices": size, "max_epochs": 2, "log_every_n_steps": 2}
-    trainer = make_trainer(path, lora(log_stats=2, init_lora_weights=False, seed=1), **options)
+    options = {"strategy": STRATEGIES[kind](size), "devices": size, "max_epochs": 2, "log_every_n_steps": 2}
+    trainer = make_trainer(path, lora(init_lora_weights=False, seed=1), LoRAMonitor(2, plots=False), **options)
     trainer.logger = CSVLogger(path, name=None, version=kind.lower())
     trainer.fit((Sharded if kind == "FSDP2" else Plain)(), *(data() if size > 1 else (loader(), loader(seed=6))))
     if size > 1:
@@ -180,3 +182,37 @@ def test_a_run_on_two_ranks_logs_what_one_process_logs(tmp_path: Path, kind: str
         assert len(rows) == 3
         for row, other in zip(rows, expected, strict=True):
             assert row == pytest.approx(other, rel=1e-3)
+
+
+class Figures(CSVLogger):
+    """A logger that takes figures on every rank, though the first alone has any."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, name=None, version="figures")
+        self.drawn: list[str] = []
+
+    @property
+    def experiment(self) -> Any:
+        return self
+
+    def add_figure(self, tag: str, *args: Any, **kwargs: Any) -> None:
+        self.drawn.append(tag)
+
+    def log_metrics(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    log_hparams = save = log_metrics
+
+
+def pictures(path: Path, kind: str) -> list[str]:
+    size = dist.get_world_size()
+    options = {"strategy": STRATEGIES[kind](size), "devices": size, "max_epochs": 1}
+    trainer = make_trainer(path, LoRAMonitor(0), lora(init_lora_weights=False, seed=1), **options)
+    trainer.logger = Figures(path)
+    trainer.fit((Sharded if kind == "FSDP2" else Plain)(), *data())
+    return trainer.logger.drawn
+
+
+@pytest.mark.parametrize("kind", ["DDP", "FSDP2"])
+def test_pictures_of_a_run_on_two_ranks_are_drawn_on_the_first(tmp_path: Path, kind: str):
+    assert world().run(pictures, tmp_path, kind) == [["lora/norms", "lora/spectra"], []]

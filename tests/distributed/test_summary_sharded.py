@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch.distributed as dist
 
 from lightning_lora import LoRAConfig, inject, summary
-from lightning_lora.model.summary import Memory, Summary
+from lightning_lora.report.summary import Memory, Summary
 from support.processes import world
 from support.sharded import network, shard_
 

@@ -10,7 +10,7 @@ from lightning_utilities.core import rank_zero
 
 # A warning of this package is an error in every test. One of another package is an error in .ci/run alone: a newer
 # release must not turn a user's run red.
-OUR_WARNINGS = "(lightning_lora|LoRACallback)"
+OUR_WARNINGS = "(lightning_lora|LoRACallback|LoRAMonitor)"
 ALL_ARE_ERRORS = os.environ.get("ALL_WARNINGS_ARE_ERRORS") == "1"
 
 # Lightning's advice about the machine or the run, which says nothing about this package: how it begins.

@@ -1,4 +1,4 @@
-"""Lightning's two names: LoRACallback and LoRACLI belong to both, and none is imported for the other's sake."""
+"""Lightning's two names: the callbacks and LoRACLI belong to both, and none is imported for the other's sake."""
 
 from __future__ import annotations
 
@@ -14,26 +14,27 @@ from support.forks import DONE, run_in_forks
 THERE_FIRST = """
 import sys
 import {one}
-from lightning_lora import LoRACallback, LoRACLI
+from lightning_lora import LoRACallback, LoRACLI, LoRAMonitor
 callback = LoRACallback()
-assert isinstance(callback, {one}.Callback)
+assert isinstance(callback, {one}.Callback) and issubclass(LoRAMonitor, {one}.Callback)
 assert {one}.Trainer(callbacks=callback, logger=False, accelerator="cpu").callbacks[0] is callback
 assert issubclass(LoRACLI, {one}.cli.LightningCLI)
 assert "{other}" not in sys.modules
 import {other}
-assert isinstance(callback, {other}.Callback)
+assert isinstance(callback, {other}.Callback) and issubclass(LoRAMonitor, {other}.Callback)
 """
 THERE_LATER = """
 import pickle, sys
-from lightning_lora import LoRACallback
+from lightning_lora import LoRACallback, LoRAMonitor
 class Mine(LoRACallback):
     pass
-callbacks = [LoRACallback(r=2), Mine(r=3)]
+callbacks = [LoRACallback(r=2), Mine(r=3), LoRAMonitor(5)]
 assert "pytorch_lightning" not in sys.modules
 import pytorch_lightning
 for callback in callbacks:
     assert pytorch_lightning.Trainer(callbacks=callback, logger=False, accelerator="cpu").callbacks[0] is callback
-    assert pickle.loads(pickle.dumps(callback)).config == callback.config
+    assert repr(pickle.loads(pickle.dumps(callback))) == repr(callback)
+    assert callback is callbacks[2] or pickle.loads(pickle.dumps(callback)).config == callback.config
     assert issubclass(type(callback), pytorch_lightning.Callback)
     assert isinstance(callback, __import__("lightning").pytorch.Callback)
 """

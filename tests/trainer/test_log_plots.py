@@ -1,4 +1,4 @@
-"""LoRACallback(log_plots=True): pictures in loggers that take figures, when fit ends."""
+"""LoRAMonitor(plots=True): pictures in loggers that take figures, when fit ends."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, Logger
 
-from lightning_lora import LoRACallback, LoRAConfig, LoRAError, inject
-from lightning_lora.plot import pictures
+from lightning_lora import LoRAConfig, LoRAError, LoRAMonitor, inject
+from lightning_lora.report import pictures
 from lightning_lora.trainer.log_plots import log_plots, tell_of_no_logger
 from support.notices import lightning_logger
 from support.runs import lora
@@ -45,15 +46,19 @@ class Figures(Logger):
         pass
 
 
-def fit(path: Path, callback: LoRACallback, *loggers: Logger, net: Net | None = None) -> Net:
+def pictures_alone() -> LoRAMonitor:
+    return LoRAMonitor(every_n_steps=0)
+
+
+def fit(path: Path, callbacks: list[L.Callback], *loggers: Logger, net: Net | None = None) -> Net:
     net = net or Net()
-    make_trainer(path, callback, logger=list(loggers), max_epochs=1).fit(net, Data())
+    make_trainer(path, *callbacks, logger=list(loggers), max_epochs=1).fit(net, Data())
     return net
 
 
 def test_heat_map_and_spectra_of_the_trained_adapter_are_added_at_the_last_step(tmp_path: Path):
     logger = Figures()
-    net = fit(tmp_path, lora(log_plots=True), logger, CSVLogger(tmp_path))
+    net = fit(tmp_path, [lora(), pictures_alone()], logger, CSVLogger(tmp_path))
     (norms, figure, step), (spectra, _, _) = logger.experiment.figures
     assert (norms, spectra, step) == ("lora/norms", "lora/spectra", net.trainer.global_step)
     layer = net.get_submodule("body.3").requires_grad_(False)
@@ -65,7 +70,7 @@ def test_heat_map_and_spectra_of_the_trained_adapter_are_added_at_the_last_step(
 
 def test_nothing_is_drawn_by_default(tmp_path: Path):
     logger = Figures()
-    fit(tmp_path, lora(), logger)
+    fit(tmp_path, [lora()], logger)
     assert logger.experiment.figures == []
 
 
@@ -76,26 +81,25 @@ class Trains(Net):
         logging.getLogger(lightning_logger()).info("training")
 
 
-@pytest.mark.parametrize("loggers", [[CSVLogger], []])
 def test_a_hint_is_given_before_training_where_no_logger_takes_figures(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, loggers: list[Any]
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     with caplog.at_level(logging.INFO, lightning_logger()):
-        fit(tmp_path, lora(log_plots=True), *(logger(tmp_path) for logger in loggers), net=Trains())
-    order = [message for message in caplog.messages if "log_plots" in message or message == "training"]
-    assert "log_plots" in order[0]
-    (hint,) = [message for message in caplog.messages if "log_plots" in message]
+        fit(tmp_path, [lora(), pictures_alone()], CSVLogger(tmp_path), net=Trains())
+    order = [message for message in caplog.messages if "LoRAMonitor: plots" in message or message == "training"]
+    assert "LoRAMonitor: plots" in order[0]
+    (hint,) = [message for message in caplog.messages if "LoRAMonitor: plots" in message]
     assert hint == (
-        "LoRACallback: log_plots: no logger of this Trainer takes figures, as TensorBoardLogger does; "
+        "LoRAMonitor: plots: no logger of this Trainer takes figures, as TensorBoardLogger does; "
         "plot_adapter(model, output='adapter.png') draws them."
     )
 
 
 def test_no_hint_is_given_where_a_logger_takes_figures(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     with caplog.at_level(logging.INFO, lightning_logger()):
-        fit(tmp_path, lora(log_plots=True), CSVLogger(tmp_path), Figures())
-        fit(tmp_path, lora(), CSVLogger(tmp_path))
-    assert not [message for message in caplog.messages if "log_plots" in message]
+        fit(tmp_path, [lora(), pictures_alone()], CSVLogger(tmp_path), Figures())
+        fit(tmp_path, [lora()], CSVLogger(tmp_path))
+    assert not [message for message in caplog.messages if "LoRAMonitor: plots" in message]
 
 
 def test_the_first_rank_alone_draws_and_gives_hints(caplog: pytest.LogCaptureFixture):
@@ -109,7 +113,7 @@ def test_the_first_rank_alone_draws_and_gives_hints(caplog: pytest.LogCaptureFix
                 log_plots(trainer, net)
                 tell_of_no_logger(trainer)
         assert len(board.experiment.figures) == 2 * is_first
-        assert sum("log_plots" in message for message in caplog.messages) == is_first
+        assert sum("LoRAMonitor: plots" in message for message in caplog.messages) == is_first
 
 
 class Diverges(Net):
@@ -122,7 +126,7 @@ class Diverges(Net):
 
 def test_a_diverged_run_ends_with_a_picture_that_names_the_layer(tmp_path: Path):
     logger = Figures()
-    fit(tmp_path, lora(log_plots=True, save="adapter"), logger, net=Diverges())
+    fit(tmp_path, [lora(save="adapter"), pictures_alone()], logger, net=Diverges())
     assert logger.experiment.figures[0][1].get_suptitle() == "1 update of 3 not finite, first body of layer 3"
 
 
@@ -131,19 +135,33 @@ def test_what_cannot_be_measured_is_a_warning_and_the_fit_ends(tmp_path: Path, m
         raise LoRAError("nothing to draw")
 
     monkeypatch.setattr("lightning_lora.trainer.log_plots.updates_of_model", fails)
-    with pytest.warns(UserWarning, match="LoRACallback: log_plots: nothing to draw"):
-        fit(tmp_path, lora(log_plots=True), Figures())
+    with pytest.warns(UserWarning, match="LoRAMonitor: plots: nothing to draw"):
+        fit(tmp_path, [lora(), pictures_alone()], Figures())
 
 
-def test_a_missing_matplotlib_is_refused_before_training(monkeypatch: pytest.MonkeyPatch):
+def test_a_missing_matplotlib_is_told_before_training_and_costs_the_pictures_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
     monkeypatch.setattr(pictures, "find_spec", lambda name: None)
-    with pytest.raises(LoRAError, match=r"LoRACallback\(log_plots=True\): needs matplotlib; pip install matplotlib\."):
-        LoRACallback(log_plots=True)
+    monkeypatch.setattr("lightning_lora.monitor.log_plots", None)  # nothing is measured for them
+    logger = Figures()
+    with caplog.at_level(logging.INFO, lightning_logger()):
+        fit(tmp_path, [lora(), LoRAMonitor()], logger, net=Trains())
+    told = [message for message in caplog.messages if "plots" in message or message == "training"]
+    needs = "LoRAMonitor: plots: needs matplotlib; pip install matplotlib. This fit ends without pictures."
+    assert told == [needs, *["training"] * 3]
+    assert logger.experiment.figures == []
 
 
-def test_log_plots_is_true_or_false():
-    with pytest.raises(LoRAError, match="LoRACallback: log_plots must be true or false, but it is 3"):
-        LoRACallback(log_plots=3)  # type: ignore[arg-type]
+def test_updates_are_not_measured_where_no_logger_takes_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("lightning_lora.monitor.log_plots", None)
+    fit(tmp_path, [lora(), LoRAMonitor()], CSVLogger(tmp_path))
+    fit(tmp_path, [lora(), LoRAMonitor(plots=False)], Figures())
+
+
+def test_plots_is_true_or_false():
+    with pytest.raises(LoRAError, match="LoRAMonitor: plots must be true or false, but it is 3"):
+        LoRAMonitor(plots=3)  # type: ignore[arg-type]
 
 
 def test_tensorboard_holds_both_pictures(tmp_path: Path):
@@ -152,7 +170,7 @@ def test_tensorboard_holds_both_pictures(tmp_path: Path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     logger = TensorBoardLogger(tmp_path)
-    fit(tmp_path, lora(log_plots=True), logger)
+    fit(tmp_path, [lora(), pictures_alone()], logger)
     events = EventAccumulator(logger.log_dir)
     events.Reload()
     assert events.Tags()["images"] == ["lora/norms", "lora/spectra"]

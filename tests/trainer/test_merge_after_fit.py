@@ -17,7 +17,8 @@ from torch import nn
 
 from lightning_lora import LoRACallback, LoRAError, is_merged, load_from_checkpoint, merge_and_unload
 from lightning_lora.nn.lora_layer import LoRALayer
-from lightning_lora.trainer.after_fit import MERGED_FOR_GOOD, Fits, refuse_merge_after_fit
+from lightning_lora.trainer.after_fit import MERGED_FOR_GOOD, refuse_merge_after_fit
+from lightning_lora.trainer.fit_state import FitState
 from support.lightning_versions import PLAIN_TYPES_ONLY, WeightAveraging, weight_averaging
 from support.pretrained import Lit, answer, save_body, token_loader
 from support.runs import At, BrokenError, lora_with_effect
@@ -208,15 +209,15 @@ def test_a_fit_inside_a_hook_of_another_does_not_merge_what_that_trains(tmp_path
 
 
 def test_a_fit_that_is_broken_off_has_not_ended_because_one_inside_it_has():
-    fits, module = Fits(), nn.Module()
-    fits.begin(module)
-    fits.begin(module)
-    fits.end(module)
-    assert not fits.close(module)  # the inner one, which is not the last
-    assert not fits.close(module)  # a finder ends the outer one without its end
-    fits.begin(module)
-    fits.end(module)
-    assert fits.close(module)
+    state = FitState()
+    state.begin_fit()
+    state.begin_fit()
+    state.end_fit()
+    assert not state.close_fit()  # the inner one, which is not the last
+    assert not state.close_fit()  # a finder ends the outer one without its end
+    state.begin_fit()
+    state.end_fit()
+    assert state.close_fit()
 
 
 # --- what cannot leave plain layers ---

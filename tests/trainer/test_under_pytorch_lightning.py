@@ -25,6 +25,10 @@ LIVES = {
         "test_cli_fits_from_yaml",
         "test_callback_without_a_list_and_options_is_taken_from_the_command_line",
     ],
+    "test_monitor": [
+        "test_order_in_the_list_changes_nothing",
+        "test_yaml_has_it_beside_the_lora_block_or_the_callback",
+    ],
     "adapter/test_lightning_checkpoint": [
         "test_every_kind_is_read_into_a_fresh_model",
         "test_best_is_tested_to_the_number_that_was_logged",
@@ -60,7 +64,7 @@ LIVES = {
         "test_run_resumed_with_another_kind_equals_the_uninterrupted_one",
     ],
     "trainer/test_saving": ["test_checkpoint_saved_on_an_exception_equals_that_of_the_unmerged_run"],
-    "trainer/test_statistics_log": [
+    "trainer/test_log_statistics": [
         "test_csv_columns_have_the_numbers_of_every_nth_step",
         "test_training_is_the_same_and_nothing_else_sees_the_statistics",
         "test_each_of_several_optimizers_logs_the_layers_that_it_holds_once_a_batch",

@@ -76,7 +76,7 @@ def test_verify_in_prediction_says_the_errors_in_one_line(tmp_path, caplog):
 
 def test_verify_watches_one_batch_of_each_run(tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr("lightning_lora.callback.watch", lambda module: calls.append(1) or watch(module))
+    monkeypatch.setattr("lightning_lora.trainer.evaluation.watch", lambda module: calls.append(1) or watch(module))
     trainer = make_trainer(tmp_path, lora_with_effect(verify=True), max_epochs=3, num_sanity_val_steps=2)
     model = Net()
     trainer.fit(model, Data())

@@ -34,10 +34,11 @@ class Synced(Net):
 class Notes(LoRACallback):
     """Logs the largest error over the ranks, gathered by hand, and whether they differ."""
 
-    def _report(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._verifying is not None:
-            self.own = self._verifying[1].error.largest.clone()
-        super()._report(trainer, pl_module)
+    def on_validation_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kw: Any) -> None:
+        watched = self._state(pl_module).evaluation._watched
+        if watched is not None:
+            self.own = watched[1].error.largest.clone()
+        super().on_validation_batch_end(trainer, pl_module, *args, **kw)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_validation_epoch_end(trainer, pl_module)

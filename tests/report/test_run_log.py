@@ -11,8 +11,8 @@ import pytest
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_lora import LoRAError, plot_adapter
-from lightning_lora.plot import statistics
-from lightning_lora.plot.statistics import ALL, read_statistics
+from lightning_lora.report import run_log
+from lightning_lora.report.run_log import ALL, read_statistics
 
 GROUPS, STATISTICS = ("q_proj", "up.proj"), ("norm", "rank", "grad_A", "grad_B", "cosine")
 STEPS = (49, 99, 149)
@@ -125,7 +125,7 @@ def test_a_log_that_is_not_there_is_refused(tmp_path: Path):
 
 def test_events_without_tensorboard_name_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "events.out.tfevents.1").write_bytes(b"")
-    monkeypatch.setattr(statistics, "find_spec", lambda name: None)
+    monkeypatch.setattr(run_log, "find_spec", lambda name: None)
     with pytest.raises(LoRAError, match=r"TensorBoard's events need tensorboard; pip install tensorboard\."):
         plot_adapter(tmp_path)
 

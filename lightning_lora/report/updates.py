@@ -13,7 +13,7 @@ import torch
 from ..adapter.adapter import Adapter, cosine, nothing_adapted, scaled_pairs
 from ..errors import LoRAError
 from ..files.safetensors import CHUNK
-from ..nn.low_rank import singular_values
+from ..nn.products import singular_values
 from ..progress import progress_bar
 from .layout import Cell, cells
 

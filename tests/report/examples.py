@@ -1,6 +1,6 @@
 """The pictures in lightning_lora/README.md, of small adapters that are trained here; takes about a minute.
 
-python tests/plot/examples.py
+python tests/report/examples.py
 """
 
 from __future__ import annotations

@@ -12,14 +12,14 @@ import torch
 from torch import nn
 
 from ..distributed.sharding import local
+from ..model.adapted_model import AdaptedModel, open_model
+from ..model.named_state import base_parameters_of
 from ..names import group_names, listed
 from ..nn.adapted_module import Swapped
 from ..nn.adapted_weights import AdaptedWeights
 from ..nn.quantised import quantised_as, quantised_parameters, shape_of
 from ..nn.variant import variant_of
 from ..units import size_text
-from .adapted_model import AdaptedModel, open_model
-from .named_state import base_parameters_of
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -15,9 +15,9 @@ from torch import nn
 import support.parameters as single
 import support.tables as tables
 from lightning_lora import LoRAConfig, LoRAError, adapter_stats, inject, merged, summary
-from lightning_lora.model.statistics import GroupStats
 from lightning_lora.nn import linear
 from lightning_lora.nn.adapted_weights import AdaptedWeights
+from lightning_lora.report.statistics import GroupStats
 from support.layers import ALPHA, R, make_subject, matrix
 from support.models import ZOO_LAYERS, Zoo, randomise_, state_bits, zoo_config
 from support.quantised import adapted, values_of

@@ -1,4 +1,4 @@
-"""log_stats: which columns loggers are given at which steps, with which numbers, and what it leaves alone."""
+"""LoRAMonitor's statistics: which columns loggers get at which steps, with which numbers, and what they leave alone."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
-from lightning_lora import LoRACallback, adapter_stats
+from lightning_lora import LoRAMonitor, adapter_stats
 from lightning_lora.metrics import StepStatistic
-from lightning_lora.trainer import statistics
+from lightning_lora.trainer import log_statistics
 from support.lightning_versions import PLAIN_TYPES_ONLY
 from support.runs import lora
 from support.training import Data, Net, make_trainer, weights
@@ -38,6 +38,10 @@ def fit(path: Path, model: L.LightningModule, *callbacks: L.Callback, resume: An
     trainer = make_trainer(path, *callbacks, **{"logger": CSVLogger(path, name=None, version="")} | options)
     trainer.fit(model, Data(), ckpt_path=resume, **(PLAIN_TYPES_ONLY if resume else {}))
     return trainer
+
+
+def monitor(every_n_steps: int) -> LoRAMonitor:
+    return LoRAMonitor(every_n_steps, plots=False)
 
 
 class Probe(L.Callback):
@@ -86,7 +90,7 @@ def _norm(tensors: Any) -> float:
 
 def test_csv_columns_have_the_numbers_of_every_nth_step(tmp_path: Path):
     probe = Probe()
-    fit(tmp_path, Net(), lora(log_stats=2), probe, max_epochs=3)  # 9 steps, three an epoch
+    fit(tmp_path, Net(), lora(), monitor(2), probe, max_epochs=3)  # 9 steps, three an epoch
     rows = read(tmp_path)
     assert list(rows) == [1, 3, 5, 7]  # the rows of the 2nd, 4th, ... step, as Lightning numbers them
     for step, before in ((2, None), (4, 2), (6, 4), (8, 6)):
@@ -106,7 +110,7 @@ class Progress(L.Callback):
 
 def test_training_is_the_same_and_nothing_else_sees_the_statistics(tmp_path: Path):
     progress = Progress()
-    trainer = fit(tmp_path / "with", with_stats := Net(), lora(log_stats=1, seed=1), progress, max_epochs=2)
+    trainer = fit(tmp_path / "with", with_stats := Net(), lora(seed=1), monitor(1), progress, max_epochs=2)
     fit(tmp_path / "without", without := Net(), lora(seed=1), max_epochs=2)
     assert {name: tensor.tolist() for name, tensor in weights(with_stats).items()} == {
         name: tensor.tolist() for name, tensor in weights(without).items()
@@ -117,21 +121,23 @@ def test_training_is_the_same_and_nothing_else_sees_the_statistics(tmp_path: Pat
     assert read(tmp_path / "without") == {}
 
 
-@pytest.mark.parametrize("options", [{"logger": False}, {"log_every_n_steps": 0}], ids=str)
-def test_where_nothing_is_logged_nothing_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: Any):
-    monkeypatch.setattr(statistics, "layer_stats", None)
-    fit(tmp_path, Net(), lora(log_stats=1), **options)
+@pytest.mark.parametrize(("every", "options"), [(0, {}), (1, {"log_every_n_steps": 0})])
+def test_where_nothing_is_logged_nothing_is_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int, options: Any
+):
+    monkeypatch.setattr(log_statistics, "layer_stats", None)
+    fit(tmp_path, Net(), lora(), monitor(every), **options)
 
 
 def test_steps_between_do_not_look_at_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(statistics, "adapted_layers", None)
-    monkeypatch.setattr(statistics, "reshard_", None)
-    fit(tmp_path, Net(), lora(log_stats=4))
+    monkeypatch.setattr(log_statistics, "adapted_layers", None)
+    monkeypatch.setattr(log_statistics, "reshard_", None)
+    fit(tmp_path, Net(), lora(), monitor(4))
 
 
 def test_accumulated_batches_are_one_step(tmp_path: Path):
     probe = Probe()
-    fit(tmp_path, Net(), lora(log_stats=2), probe, max_epochs=4, accumulate_grad_batches=3)
+    fit(tmp_path, Net(), lora(), monitor(2), probe, max_epochs=4, accumulate_grad_batches=3)
     assert list(read(tmp_path)) == [1, 3]
     assert len(probe.steps) == 4
     given = {name: value for name, value in read(tmp_path)[3].items() if name != "lora/merge_seconds"}
@@ -160,7 +166,7 @@ class TwoOptimizers(Net):
 
 
 def test_each_of_several_optimizers_logs_the_layers_that_it_holds_once_a_batch(tmp_path: Path):
-    fit(tmp_path, model := TwoOptimizers(), lora(log_stats=2), max_epochs=2)
+    fit(tmp_path, model := TwoOptimizers(), lora(), monitor(2), max_epochs=2)
     rows = read(tmp_path)
     assert list(rows) == [1, 3, 5]
     for group, gradients in model.gradients.items():
@@ -172,9 +178,9 @@ def test_each_of_several_optimizers_logs_the_layers_that_it_holds_once_a_batch(t
 def test_a_trial_of_a_few_batches_computes_statistics_though_no_step_is_written(tmp_path: Path, monkeypatch):
     """So that what would fail in the run fails in the trial."""
     calls: list[Any] = []
-    compute = statistics.layer_stats
-    monkeypatch.setattr(statistics, "layer_stats", lambda *args: calls.append(args) or compute(*args))
-    fit(tmp_path, Net(), lora(log_stats=1), fast_dev_run=2, log_every_n_steps=50)
+    compute = log_statistics.layer_stats
+    monkeypatch.setattr(log_statistics, "layer_stats", lambda *args: calls.append(args) or compute(*args))
+    fit(tmp_path, Net(), lora(), monitor(1), fast_dev_run=2, log_every_n_steps=50)
     assert len(calls) == 2
 
 
@@ -193,7 +199,7 @@ class OptimizerOfB(TwoOptimizers):
 
 
 def test_layers_are_logged_where_a_and_b_are_in_two_optimizers(tmp_path: Path):
-    fit(tmp_path, OptimizerOfB(), lora(log_stats=1))
+    fit(tmp_path, OptimizerOfB(), lora(), monitor(1))
     rows = read(tmp_path)
     assert list(rows) == [0, 1, 2]
     assert all(row[f"lora/{group}/grad_B"] > 0 for row in rows.values() for group in GROUPS)
@@ -208,26 +214,26 @@ class Lbfgs(Net):
 
 def test_a_step_with_several_closures_is_logged_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     calls: list[Any] = []
-    layer_stats = statistics.layer_stats
-    monkeypatch.setattr(statistics, "layer_stats", lambda *args: calls.append(args) or layer_stats(*args))
-    fit(tmp_path, Lbfgs(), lora(log_stats=1, init_lora_weights=False), probe := Probe())
+    layer_stats = log_statistics.layer_stats
+    monkeypatch.setattr(log_statistics, "layer_stats", lambda *args: calls.append(args) or layer_stats(*args))
+    fit(tmp_path, Lbfgs(), lora(init_lora_weights=False), monitor(1), probe := Probe())
     assert len(probe.steps) > 3
     assert len(calls) == len(read(tmp_path)) == 3
     assert read(tmp_path)[0]["lora/head/grad_A"] == pytest.approx(_norm(probe.steps[0]["head"][2][0]), rel=1e-6)
 
 
 def test_steps_that_the_trainer_does_not_write_are_warned_of_and_left_out(tmp_path: Path):
-    with pytest.warns(UserWarning, match=r"log_stats=2, but the Trainer writes to .* log_every_n_steps=3 divides"):
-        fit(tmp_path, Net(), lora(log_stats=2), max_epochs=4, log_every_n_steps=3)
+    with pytest.warns(UserWarning, match=r"every_n_steps=2, but the Trainer writes to .* log_every_n_steps=3 divides"):
+        fit(tmp_path, Net(), lora(), monitor(2), max_epochs=4, log_every_n_steps=3)
     assert list(read(tmp_path)) == [5, 11]
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        fit(tmp_path / "multiple", Net(), lora(log_stats=4), max_epochs=4, log_every_n_steps=2)
+        fit(tmp_path / "multiple", Net(), lora(), monitor(4), max_epochs=4, log_every_n_steps=2)
     assert list(read(tmp_path / "multiple")) == [3, 7, 11]
 
 
 def test_between_two_logged_steps_nothing_is_repeated(tmp_path: Path):
-    fit(tmp_path, Net(), lora(log_stats=3), max_epochs=1, limit_val_batches=0)
+    fit(tmp_path, Net(), lora(), monitor(3), max_epochs=1, limit_val_batches=0)
     (row,) = read(tmp_path).values()
     assert set(row) == {f"lora/{g}/{name}" for g in GROUPS for name in OF_GROUP[:4]}
     rows = list(csv.DictReader((tmp_path / "metrics.csv").read_text().splitlines()))
@@ -256,7 +262,7 @@ class Cost(L.Callback):
 def test_merges_tell_their_seconds_and_what_16_bits_lose_each_time(tmp_path: Path, caplog):
     cost = Cost()
     with caplog.at_level("INFO", logger="lightning_lora"):
-        fit(tmp_path, Net(), lora(log_stats=3), cost, max_epochs=4, precision="bf16-true")
+        fit(tmp_path, Net(), lora(), monitor(3), cost, max_epochs=4, precision="bf16-true")
     rows = read(tmp_path)
     assert list(rows) == [2, 5, 8, 11]
     assert "lora/fidelity" not in rows[2]
@@ -268,17 +274,16 @@ def test_merges_tell_their_seconds_and_what_16_bits_lose_each_time(tmp_path: Pat
 
 
 def test_float32_models_have_no_fidelity_and_unmerged_evaluations_no_seconds(tmp_path: Path):
-    fit(tmp_path / "merged", Net(), lora(log_stats=3), max_epochs=2)
-    fit(tmp_path / "not", Net(), lora(log_stats=3, merged_eval=False), max_epochs=2)
+    fit(tmp_path / "merged", Net(), lora(), monitor(3), max_epochs=2)
+    fit(tmp_path / "not", Net(), lora(merged_eval=False), monitor(3), max_epochs=2)
     found = [{name for row in read(tmp_path / run).values() for name in row} for run in ("merged", "not")]
     assert found[0] - found[1] == {"lora/merge_seconds"}
 
 
 def test_a_resumed_run_goes_on_with_the_same_numbers_and_begins_cosines_anew(tmp_path: Path):
-    options: dict[str, Any] = {"log_stats": 1, "seed": 1}
-    fit(tmp_path / "whole", Net(), lora(**options), max_epochs=2)
-    fit(tmp_path / "first", Net(), lora(**options)).save_checkpoint(tmp_path / "1.ckpt")
-    fit(tmp_path / "second", Net(), lora(**options), resume=tmp_path / "1.ckpt", max_epochs=2)
+    fit(tmp_path / "whole", Net(), lora(seed=1), monitor(1), max_epochs=2)
+    fit(tmp_path / "first", Net(), lora(seed=1), monitor(1)).save_checkpoint(tmp_path / "1.ckpt")
+    fit(tmp_path / "second", Net(), lora(seed=1), monitor(1), resume=tmp_path / "1.ckpt", max_epochs=2)
     whole, second = read(tmp_path / "whole"), read(tmp_path / "second")
     assert list(second) == [3, 4, 5]
     for step, row in second.items():
@@ -294,7 +299,7 @@ class Diverges(Net):
 
 
 def test_a_run_that_diverges_logs_nan_and_goes_on(tmp_path: Path):
-    fit(tmp_path, Diverges(), lora(log_stats=1, merged_eval=False))
+    fit(tmp_path, Diverges(), lora(merged_eval=False), monitor(1))
     rows = read(tmp_path)
     assert math.isnan(rows[1]["lora/head/grad_B"])
     assert math.isfinite(rows[1]["lora/head/norm"])
@@ -302,25 +307,26 @@ def test_a_run_that_diverges_logs_nan_and_goes_on(tmp_path: Path):
 
 
 class Validates(L.Callback):
-    """Runs a Trainer with the same callback inside the fit."""
+    """Runs a Trainer with the same callbacks inside the fit."""
 
-    def __init__(self, path: Path, callback: LoRACallback) -> None:
-        self.path, self.callback = path, callback
+    def __init__(self, path: Path, *callbacks: L.Callback) -> None:
+        self.path, self.callbacks = path, callbacks
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
-        make_trainer(self.path, self.callback).validate(twin := Net(), Data(1), verbose=False)
+        make_trainer(self.path, *self.callbacks).validate(twin := Net(), Data(1), verbose=False)
         assert twin is not pl_module
 
 
 def test_a_trainer_in_a_hook_leaves_what_the_outer_one_logs(tmp_path: Path):
-    fit(tmp_path, Net(), callback := lora(log_stats=2), Validates(tmp_path / "inner", callback), max_epochs=2)
+    callbacks = lora(), monitor(2)
+    fit(tmp_path, Net(), *callbacks, Validates(tmp_path / "inner", *callbacks), max_epochs=2)
     assert list(read(tmp_path)) == [1, 3, 5]
     assert all("lora/head/norm" in row for row in read(tmp_path).values())
-    assert callback._statistics.runs == {}
+    assert callbacks[1]._statistics.runs == {}
 
 
 def test_numbers_are_those_of_the_function_on_a_plain_model(tmp_path: Path):
-    fit(tmp_path, model := Net(), lora(log_stats=3), Reads(), limit_val_batches=0)
+    fit(tmp_path, model := Net(), lora(), monitor(3), Reads(), limit_val_batches=0)
     assert read(tmp_path)[2] == model.seen[-1]
 
 

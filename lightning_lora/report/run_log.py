@@ -61,8 +61,7 @@ def read_statistics(path: PathLike) -> Statistics:
             series.setdefault(match["statistic"], {}).setdefault(match["group"] or ALL, []).append((step, value))
     if not series:
         raise LoRAError(
-            f"plot: {path}: holds no statistics of an adapter, named as lora/q_proj/norm; LoRACallback(log_stats=50) "
-            "logs them."
+            f"plot: {path}: holds no statistics of an adapter, named as lora/q_proj/norm; LoRAMonitor logs them."
         )
     sorted_series = {
         statistic: {group: tuple(sorted(of_group, key=lambda point: point[0])) for group, of_group in groups.items()}

@@ -15,7 +15,7 @@ from ..files.paths import PathLike
 from .from_files import read_updates
 from .from_model import updates_of_model
 from .pictures import pictures_of, require_matplotlib
-from .statistics import is_log, read_statistics
+from .run_log import is_log, read_statistics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -13,9 +13,9 @@ from torch import nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from lightning_lora import LoRAConfig, LoRAError, adapter_stats, inject, is_merged, merge, summary, unload
-from lightning_lora.model.summary import MOST_GROUPS, WIDTH, Memory, Summary
 from lightning_lora.names import group_names
 from lightning_lora.notices import terminal
+from lightning_lora.report.summary import MOST_GROUPS, WIDTH, Memory, Summary
 from support.models import Zoo, zoo_config
 from support.quantised import NAMES, QUANTISED, quantised
 

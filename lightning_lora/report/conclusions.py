@@ -8,7 +8,7 @@ from itertools import pairwise
 from statistics import median
 
 from .layout import Cell, cell_name, shortened
-from .statistics import Points, Statistics, first_not_finite
+from .run_log import Points, Statistics, first_not_finite
 from .updates import Updates, half_share
 
 LONGEST = 44  # characters of a layer's name

@@ -16,10 +16,10 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from lightning_lora import LoRAConfig, LoRAError, inject, merge, merged_state_dict, save_adapter
-from lightning_lora.nn.low_rank import singular_values
-from lightning_lora.plot.from_files import read_updates
-from lightning_lora.plot.from_model import updates_of_model
-from lightning_lora.plot.updates import Update, cosines, half_share
+from lightning_lora.nn.products import singular_values
+from lightning_lora.report.from_files import read_updates
+from lightning_lora.report.from_model import updates_of_model
+from lightning_lora.report.updates import Update, cosines, half_share
 from support.models import Zoo, checkpoint
 from support.parameters import Experts, Recurrent
 from support.processes import world

@@ -12,9 +12,14 @@ if TYPE_CHECKING:
     from .canvas import Picture
 
 
+def has_matplotlib() -> bool:
+    """Tell whether matplotlib is installed."""
+    return find_spec("matplotlib") is not None
+
+
 def require_matplotlib(subject: str) -> None:
     """Raise LoRAError where matplotlib is not installed."""
-    if find_spec("matplotlib") is None:
+    if not has_matplotlib():
         raise LoRAError(f"{subject}: needs matplotlib; pip install matplotlib.")
 
 

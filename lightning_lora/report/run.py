@@ -9,7 +9,7 @@ from matplotlib.ticker import MaxNLocator
 
 from .canvas import Picture, labels
 from .conclusions import on_statistics
-from .statistics import ALL, Statistics
+from .run_log import ALL, Statistics
 
 ACROSS = 2  # panels in a row
 PANEL, FRAME, LEGEND_ROW = 1.75, 0.5, 0.19  # inches

@@ -1,0 +1,76 @@
+"""What LoRACallback does when a fit starts: check that the adapter can be trained and saved, show what is trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..adapter.take import fingerprint_of
+from ..model.adapted_model import AdaptedModel, adopt_layers, find_model, open_model, refuse_replaced_layers
+from ..model.dequantise import dequantised_dtype
+from ..model.initial_values import snapshot_materialised
+from ..model.large_adapters import warn_of_large_adapters
+from ..model.live_state import LiveState
+from ..model.passed_over import warn_of_passed_over
+from ..model.pretrained import warn_of_new_heads
+from ..model.state_dict import refuse_unmergeable
+from ..nn.gradient_checkpointing import enable_input_require_grads
+from ..notices import show
+from ..report.summary import summary
+from .after_fit import refuse_merge_after_fit
+from .compatibility import refuse_unoptimized, warn_of_frozen, warn_of_idle_optimizers
+from .eval_mode import explain_eval_mode
+from .hyperparameters import LoggedOptions, as_hyperparameters
+from .options import Options
+from .precision import refuse_for_quantised, refuse_unloadable
+from .start_batches import start_from_data
+
+
+def open_for_fit(module: Any) -> AdaptedModel:
+    """Return the handle of a LightningModule that is about to be fitted, whose layers may have changed since setup."""
+    handle = open_model(module, "LoRACallback")
+    adopt_layers(handle)
+    return handle
+
+
+def check_fit(trainer: Any, handle: AdaptedModel, options: Options) -> None:
+    """Check that the adapter of a LightningModule can be trained, and then saved as the options say.
+
+    Raises:
+        LoRAError: it cannot.
+    """
+    refuse_replaced_layers(handle, "LoRACallback")
+    snapshot_materialised(handle)
+    refuse_unoptimized(trainer.optimizers, handle)
+    warn_of_frozen(handle)
+    warn_of_idle_optimizers(trainer.optimizers, handle)
+    warn_of_new_heads(handle.modules)
+    warn_of_large_adapters(handle.layers)
+    warn_of_passed_over(handle.record)
+    enable_input_require_grads([module for _, module in handle.modules])
+    refuse_for_quantised(handle, trainer)
+    if options.save == "full":
+        refuse_unloadable(handle.model)
+    if options.save == "merged":
+        refuse_unmergeable(handle, dequantised_dtype(options.dequantize, "LoRACallback"))
+    if options.merge_after_fit:
+        refuse_merge_after_fit(trainer, handle)
+
+
+def record_fit(trainer: Any, handle: AdaptedModel, options: Options, logged: LoggedOptions) -> None:
+    """Record the base's fingerprint and whether evaluations merge; log the options and show the summary. In place."""
+    record = handle.record
+    if not record.fingerprint:
+        record.fingerprint = fingerprint_of(LiveState(handle))
+    record.merged_eval, record.last_merge = options.merged_eval, None
+    if trainer.loggers:
+        given = as_hyperparameters(record.config, save=options.save, merged_eval=options.merged_eval)
+        logged.add(handle.model, given)
+    if options.verbose:
+        show(summary(handle.model))
+
+
+def start_training(trainer: Any, module: Any, options: Options) -> None:
+    """Start from data where the options say so; explain Lightning's warning of modules in eval mode."""
+    start_from_data(trainer, module, find_model(module))
+    if options.verbose:
+        explain_eval_mode(trainer, module)

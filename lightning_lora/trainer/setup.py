@@ -1,0 +1,63 @@
+"""What LoRACallback does in setup: adapt the LightningModule, and patch those of its methods that no hook reaches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..model.adapted_model import AdaptedModel, Listing, adopt_layers, find_model
+from ..model.inject import begin_injection, random_seed
+from .after_fit import forget_merging, is_merged_for_good, load_plain_weights_only
+from .checkpoint_hooks import save_as
+from .cli_optimizer import adapt_cli_optimizer
+from .compatibility import refuse_composition, refuse_other_options, warn_of_part
+from .late_layers import adapt_late_layers
+from .options import Options, seed_text
+from .precision import convert_linear_layers_, leave_out_of_ddp_, refuse_for_quantised, refuse_late_conversion
+
+
+def set_up(trainer: Any, module: Any, options: Options, stage: str) -> None:
+    """Adapt what exists, before the optimizer is built and the strategy wraps; patch the module's hooks. In place.
+
+    A module that an earlier fit merged for good is evaluated as it is.
+
+    Args:
+        trainer: in its setup.
+        module: the LightningModule, injected or not.
+        options: the LoRACallback.
+        stage: "fit", "validate", "test" or "predict".
+
+    Raises:
+        LoRAError: the Trainer, its callbacks or the model do not go with these options.
+    """
+    handle = find_model(module)
+    refuse_composition(trainer, options, injected=handle is not None)
+    if is_merged_for_good(module):
+        if handle is None and stage != "fit":
+            load_plain_weights_only(module)
+            return
+        forget_merging(module)
+    if handle is None:
+        handle = _inject(trainer, module, options)
+    else:
+        _adopt(trainer, handle, options)
+    adapt_late_layers(handle)
+    adapt_cli_optimizer(handle, options.lr_ratio, is_fit=stage == "fit")
+    refuse_for_quantised(handle, trainer)
+    leave_out_of_ddp_(handle)
+    save_as(handle, options.save, options.dequantize)
+
+
+def _inject(trainer: Any, module: Any, options: Options) -> AdaptedModel:
+    """Inject the module, and return its handle. In place."""
+    listing = Listing(module)
+    convert_linear_layers_(listing)
+    seed = seed_text(options) or trainer.strategy.broadcast(random_seed())
+    return begin_injection(listing, options.config, seed=seed, given=options.given)
+
+
+def _adopt(trainer: Any, handle: AdaptedModel, options: Options) -> None:
+    """Check that the earlier injection of a module agrees with the options, and take it over. In place."""
+    adopt_layers(handle)
+    refuse_late_conversion(handle)
+    refuse_other_options(handle.record, options.config, options.given, seed_text(options))
+    warn_of_part(trainer, handle.prefix.removesuffix("."))
