@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..distributed.sharding import copy_
-from .variant import Place
 
+Place = Any  # of variant.py, which adapted_weights.py brings together with this file
 Start = Callable[[Iterable[Place], int], Mapping[str, torch.Tensor]]  # a variant's start_shared
 
 
