@@ -150,8 +150,8 @@ class LoRACallback(Callback):
         bias: which biases are trained: "none", "all", or those of adapted layers ("lora_only").
         use_rslora: s = lora_alpha / sqrt(r).
         use_dora: DoRA, which scales each output's weights W + s * B @ A to a trained magnitude.
-        variant: what an adapter stores and adds: "lora", "dora" (as use_dora), "vera", "loha", or a variant whose file was
-            imported.
+        variant: what an adapter stores and adds: "lora", "dora" (as use_dora), "vera", "loha", or a variant whose file
+            was imported.
         variant_options: options that this variant alone has, by name, as {"d_initial": 0.1} of "vera".
         init_lora_weights: true, false, "gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora", "eva" or
             "lora_ga"; see LoRAConfig.

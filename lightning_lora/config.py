@@ -371,7 +371,7 @@ class LoRAConfig:
             _refuse(option, expected, getattr(self, option))
 
     def _check_variant_options(self, defaults: Mapping[str, Any]) -> None:
-        """Refuse what the variant has not, and a value of another type than the default's. In place, leave defaults out."""
+        """Refuse what the variant has not, and values of another type than its defaults. In place: defaults go."""
         given = self.variant_options or {}
         refuse_unknown("LoRAConfig: variant_options", map(str, given), list(defaults))
         for name, value in given.items():

@@ -161,7 +161,7 @@ def from_peft_options(options: Mapping[str, Any], path: Path) -> tuple[Variant, 
 
 
 def refuse_options(options: Mapping[str, Any], variant: Variant, path: Path) -> None:
-    """Raise LoRAError for the first field, of a peft.LoraConfig or of the variant, that this package does not apply."""
+    """Raise LoRAError for the first field, of a peft.LoraConfig or the variant's own, that is not applied."""
     known = {*SHARED, *SELECTING, *ORIGIN, *WITHOUT_EFFECT, *variant.own_options}
     for name, value in options.items():
         if name not in known and value:

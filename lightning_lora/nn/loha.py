@@ -48,7 +48,8 @@ class LoHa(Variant):
 
     def start(self, place: Place, weights: Weights) -> dict[str, torch.Tensor]:
         draw = stream(place.seed)
-        start = {leaf: torch.zeros(shape, dtype=torch.float32, device="cpu") for leaf, shape in self.shapes(place).items()}
+        shapes = self.shapes(place)
+        start = {leaf: torch.zeros(shapes[leaf], dtype=torch.float32, device="cpu") for leaf in LEAVES}
         for leaf, value in start.items():
             if leaf != SECOND_B or place.init is False:
                 nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=draw)

@@ -78,7 +78,7 @@ class Place:
         return low_rank.matrix_shape(self.kind, next(iter(self.shapes.values())))
 
     def shaped(self, acting: Acting) -> Acting:
-        """Return what a layer acts as, with the factors of a convolution as low_rank.py states where they are matrices."""
+        """Return what a layer acts as; a convolution's factors, where they are matrices, as low_rank.py states."""
         a, b, scale = acting
         if self.kind not in low_rank.CONVOLUTIONS or a.dim() > 2:
             return acting
@@ -282,16 +282,19 @@ class Variant:
             place: the layer.
             read: gives a weight part by part, as stored; called where reads_weight is true.
         """
-        # In 16 bits `acting` would round what it computes, and W' is to be rounded once.
-        stored = {leaf: tensor.float() if tensor.dtype in low_rank.HALF else tensor for leaf, tensor in stored.items()}
-        name = next(iter(place.shapes))
+        if stored[self.trained[0]].dtype in low_rank.HALF:
+            # In 16 bits `acting` would round what it computes, and W' is to be rounded once.
+            stored = {leaf: tensor.float() for leaf, tensor in stored.items()}
         weight = None
         if self.reads_weight and len(place.shapes) == 1:
+            (name,) = place.shapes
             matrix = torch.cat([part for _, part in read(name)])
             weight = matrix.T if place.is_transposed else matrix
         a, b, scale = self.acting(self.of_layer(stored, place), weight, place.scaling)
         blocks = place.low_rank_blocks(a, b)
-        return blocks if scale is None else {name: scaled_blocks(blocks[name], scale, transposed=place.is_transposed)}
+        if scale is None:
+            return blocks
+        return {name: scaled_blocks(blocks[name], scale, transposed=place.is_transposed) for name in blocks}
 
     # --- what it goes with ---
 
