@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 # Parameters of an adapted layer; those of a single parameter `w` are lora_A_w and lora_B_w, beside it in its module.
 A, B = "lora_A", "lora_B"
-START_A, START_B = "lora_start_A", "lora_start_B"  # what A and B began as, where their product is subtracted again
 ATTRIBUTE = "lora_injection"  # of the injected module: the record of its injection
 KEPT = "lora_kept"  # of any module of an injected model: what the record keeps of it
 META, ENTRY = "lora", "lora_learned"  # keys of an adapter's metadata in a checkpoint, of the record in a state dict
