@@ -6,7 +6,6 @@ What lies in the model is listed once, when it is first asked for. A handle is t
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from functools import cached_property
@@ -14,6 +13,7 @@ from typing import NoReturn
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import LoRAError
 from ..names import ATTRIBUTE, canonical, listed, names_factor
@@ -349,10 +349,14 @@ def adopt_layers(handle: AdaptedModel) -> None:
 
 
 def _note_owners(handle: AdaptedModel) -> None:
-    """Note which module has which tensors now, for _follow_tensors."""
-    kept = ((module, handle.record.kept(module)) for _, module in handle.root_modules)
+    """Note which BatchNorm has which tensors now, for _follow_tensors.
+
+    Others are not rebuilt around the same tensors, and what is noted stays in memory.
+    """
+    modules = (module for _, module in handle.root_modules if isinstance(module, _BatchNorm))
+    kept = ((module, handle.record.kept(module)) for module in modules)
     handle.record.owners = {
-        id(tensor): Owner(weakref.ref(tensor), each, leaf)
+        id(tensor): Owner(tensor, each, leaf)
         for module, each in kept
         if each is not None
         for leaf, tensor in own_state(module).items()
@@ -360,13 +364,13 @@ def _note_owners(handle: AdaptedModel) -> None:
 
 
 def _follow_tensors(handle: AdaptedModel) -> None:
-    """Let a new module around tensors of an earlier one, as a SyncBatchNorm, keep what that one kept of them."""
+    """Let a SyncBatchNorm that was made around a BatchNorm's tensors keep what was kept of them. In place."""
     owners = handle.record.owners
     for _, module in handle.root_modules if owners else ():
-        for leaf, tensor in own_state(module).items() if handle.record.kept(module) is None else ():
-            owner = owners.get(id(tensor))
-            if owner is not None and owner.tensor() is tensor:
-                _copy_kept(owner, handle.record.keep(module), leaf)
+        if isinstance(module, _BatchNorm) and handle.record.kept(module) is None:
+            for leaf, tensor in own_state(module).items():
+                if id(tensor) in owners:
+                    _copy_kept(owners[id(tensor)], handle.record.keep(module), leaf)
 
 
 def _copy_kept(owner: Owner, kept: Kept, leaf: str) -> None:

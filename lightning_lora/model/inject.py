@@ -231,7 +231,7 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
                 unmerge_listed(now)
             _set_active(inside, were_active)
             reached = [] if is_inside else take_back_base_values_(inside)
-            found.bring_back()
+            found.bring_back(now)
             if reached:
                 raise LoRAError(
                     f"disable_adapter: a backward inside reached {reached[0]!r}, which is sharded and had its values "

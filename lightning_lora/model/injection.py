@@ -47,7 +47,7 @@ class Kept(TypedDict):
 class Owner(NamedTuple):
     """The module that a tensor was seen in: what is kept of it, and the tensor's name there."""
 
-    tensor: weakref.ref[torch.Tensor]
+    tensor: torch.Tensor  # no weak reference: torch refuses to swap a tensor that has one
     kept: Kept
     leaf: str
 
@@ -90,7 +90,7 @@ class Injection:
     token: list[Any] = field(default_factory=list)  # tells this record's Kept from another's, also in a copy
     root: weakref.ref[nn.Module] | None = None  # the injected module; a copy of the record does not have it
     writer: Writer = field(default_factory=Writer)  # which thread changes the model; a copy has its own
-    owners: dict[int, Owner] = field(default_factory=dict)  # of tensors, by identity; a copy has none yet
+    owners: dict[int, Owner] = field(default_factory=dict)  # of a BatchNorm's tensors; a copy has none yet
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {name: value for name, value in vars(self).items() if name not in ("writer", "owners")}
