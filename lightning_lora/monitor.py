@@ -64,12 +64,13 @@ class LoRAMonitor(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to measure; say what will not be logged or drawn."""
-        if find_model(pl_module) is None:
+        handle = find_model(pl_module)
+        if handle is None:
             raise LoRAError(
                 f"LoRAMonitor: {type(pl_module).__name__} has no adapter. Put a LoRACallback into the Trainer's "
                 "callbacks too, or call inject(model, LoRAConfig(...)) before fit."
             )
-        self._statistics.begin(trainer, pl_module)
+        self._statistics.begin(trainer, pl_module, handle.record)
         self._draws[pl_module] = self.plots and will_draw(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:

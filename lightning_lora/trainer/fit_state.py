@@ -93,7 +93,7 @@ class FitState:
         self.evaluation.end(module)
         self.logged.remove(module)
         if is_merged_for_good(module):
-            unpatch(module)
+            unpatch(module.modules())
 
     def break_off(self, trainer: Any, module: Any, exception: BaseException) -> None:
         """Leave a run that an exception or Ctrl-C has ended; explain it if merged weights caused it. In place."""
