@@ -323,39 +323,6 @@ def _only_for(name: str) -> str:
     return f"^{re.escape(name)}"
 
 
-def equal_layers(adapter: Adapter) -> dict[str, str]:
-    """Return names of layers that no option says the rank, scaling or parts of, each with one of equal factors.
-
-    Such a layer is one module under two names, in a file whose options are for the first alone.
-    """
-    config = adapter.config
-    if config is None:
-        return {}
-    tensors = ((name, adapter.tensors.get(adapter.factor_name(name, B))) for name in adapter.layers())
-    # What is damaged is named later, by check_factors.
-    ranks = {name: b.shape[1] for name, b in tensors if is_plain(b) and b.dim() > 1}
-    found: dict[str, str] = {}
-    fitting = {
-        name
-        for name, rank in ranks.items()
-        for own in (name, adapter.options_name(name))
-        if config.rank(own) == rank and math.isclose(adapter.scalings.get(name, 0.0), config.scaling(own))
-    }
-    with_parts = {name for name in fitting if config.enabled_parts(name)}
-    for name in ranks:
-        candidates = [] if name in with_parts else sorted(with_parts if name in fitting else fitting)
-        equal = next((other for other in candidates if _have_equal_factors(adapter, name, other)), None)
-        if equal is not None:
-            found[name] = equal
-    return found
-
-
-def _have_equal_factors(adapter: Adapter, name: str, other: str) -> bool:
-    pairs = list(zip(adapter.stored_factors(name), adapter.stored_factors(other), strict=False))
-    tensors = all(is_plain(factor) and not factor.is_meta for pair in pairs for factor in pair)
-    return tensors and all(one.shape == two.shape and torch.equal(one, two) for one, two in pairs)
-
-
 def align_to_modules(adapter: Adapter, modules: Set[str], where: str) -> Adapter:
     """Return the adapter under the one prefix at which its layers are among the modules.
 

@@ -35,7 +35,7 @@ from .adapter import Adapter, check_factors
 from .apply import add_frozen_weights, align_names, check_adapter, record_trained
 from .file_options import readable_options
 from .fingerprint import AVERAGED, entries_match, fingerprint_entry, without_rows
-from .metadata import describe_model, from_metadata, of_trained, to_metadata
+from .metadata import describe_model, from_metadata, to_metadata
 
 FORMAT_VERSION = 1
 HEADER = "meta.pt"  # Lightning's name of what a distributed checkpoint holds beside its shards
@@ -251,12 +251,11 @@ def prepare_for_load(module: nn.Module, checkpoint: MutableMapping[str, Any], *,
     record_trained(module, adapter)
     require_injection(module, "checkpoint").record.origin = dict(adapter.origin)
     live = _live_state(module) | dict(complete.tensors)
-    copies = checkpoint[META].get("copies")
+    copies = checkpoint[META].get("copies", [])  # an imported adapter has none
 
     def add_base(mapping: Mapping[Any, Any], path: tuple[Any, ...]) -> dict[Any, Any] | None:
         named = _by_canonical_names(mapping)
-        # Files of 0.1.0 do not say where copies are.
-        is_copy = names <= named.keys() if copies is None or path == ("state_dict",) else list(path) in copies
+        is_copy = names <= named.keys() if path == ("state_dict",) else list(path) in copies
         return {**live, **named} if is_copy else None
 
     for key in checkpoint.keys() - {META}:
@@ -304,23 +303,20 @@ def _prepare_full(
 
 
 def _read_initial(module: nn.Module, initial: Any, adapter: Adapter) -> dict[str, torch.Tensor]:
-    """Return the values from before training by the module's names: no buffer and no trained parameter is missing.
+    """Return the values from before training, by the module's names.
 
-    Files of 0.1.0 have the names of the part of a LightningModule that was injected: there is one prefix for these.
+    Raises:
+        LoRAError: a buffer or a trained parameter of the injected part is missing, or does not fit the module.
     """
     tensors = {name: tensor for name, tensor, owner in named_state(module) if not is_factor(name, owner)}
     live = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     named = initial.items() if isinstance(initial, Mapping) else [(None, None)]
     if all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in named):
-        first = next(iter(initial), "")
-        prefixes = dict.fromkeys(["", *(name.removesuffix(first) for name in live if name.endswith(f".{first}"))])
-        for prefix in prefixes:
-            prefixed = {prefix + name: value for name, value in initial.items()}
-            part = prefix + _common_module(initial)  # what is trained beside it is not the injection's business
-            changed = {id(live[name]) for name in adapter.tensors if name in live and name.startswith(part)}
-            fits = all(name in live and live[name].shape == value.shape for name, value in prefixed.items())
-            if fits and changed <= {id(live[name]) for name in prefixed}:
-                return prefixed
+        part = _common_module(initial)  # what is trained beside the injected part is not listed
+        changed = {id(live[name]) for name in adapter.tensors if name in live and name.startswith(part)}
+        fits = all(name in live and live[name].shape == value.shape for name, value in initial.items())
+        if fits and changed <= {id(live[name]) for name in initial}:
+            return dict(initial)
     shown = f"names {sorted(map(str, initial))[:3]}" if isinstance(initial, Mapping) else type(initial).__name__
     raise LoRAError(
         'checkpoint["lora"]: expected `initial` to hold, by name, the values from before training of what was trained '
@@ -361,8 +357,6 @@ def adapter_of(checkpoint: Mapping[str, Any]) -> tuple[Adapter, Kind]:
     if kind == "full":
         base = adapter.fingerprint.keys() | quantisation_entries(tensors, adapter.fingerprint)
         adapter = replace(adapter, tensors={n: value for n, value in tensors.items() if n not in base})
-    else:
-        adapter = of_trained(adapter)
     check_factors(adapter, 'checkpoint["lora"]')
     return adapter, kind
 

@@ -30,7 +30,7 @@ from ..names import is_lightning_module
 from ..nn.layer_kinds import layer_kinds
 from ..nn.lora_layer import adapted_layers
 from ..nn.low_rank import CONV1D, KINDS
-from .adapter import Adapter, check_factors, equal_layers, with_aliases
+from .adapter import Adapter, check_factors, with_aliases
 from .file_options import check_options
 from .fingerprint import fingerprint, sample_positions
 from .peft_attention import after_conv1d
@@ -89,9 +89,6 @@ def from_metadata(tensors: Mapping[str, Any], metadata: Any, where: str) -> Adap
         raise
     except (LookupError, TypeError, AttributeError, ValueError, OverflowError, RecursionError, re.error) as error:
         raise LoRAError(f"{where}: the adapter's description is damaged: {error!r}.") from error
-    aliases = equal_layers(adapter)
-    if aliases and adapter.config is not None:  # of an earlier version, whose options were for first names alone
-        adapter = replace(adapter, config=with_aliases(adapter.config, aliases))
     unpaired = sorted((set(adapter.scalings) ^ set(adapter.layers())) | (set(adapter.tables) ^ set(adapter.rows())))
     if unpaired:
         raise LoRAError(f"{where}: {unpaired[0]!r} is missing in the tensors or in their description; it was cut.")
@@ -163,17 +160,6 @@ def _after_conv1d_to_metadata(adapter: Adapter) -> dict[str, Any]:
 
 def _after_conv1d_from_metadata(names: Any) -> frozenset[str] | None:
     return None if names is None else frozenset(map(_text, _list(names)))
-
-
-def of_trained(adapter: Adapter, frozen: Collection[str] = ()) -> Adapter:
-    """Return an adapter whose tensors and fingerprint have no name in common, as earlier versions did not always write.
-
-    Args:
-        adapter: as it was read.
-        frozen: names of tensors that were not trained; every other tensor was, and the fingerprint loses its name.
-    """
-    tensors = _without(adapter.tensors, frozen)
-    return replace(adapter, tensors=tensors, fingerprint=_without(adapter.fingerprint, tensors))
 
 
 def _without(values: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:

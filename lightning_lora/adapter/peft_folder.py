@@ -28,8 +28,7 @@ from ..names import A, B, around
 from ..nn.low_rank import ATTENTION, ATTENTION_OUTPUT, GROUPED_CONV, SEPARATE
 from .adapter import Adapter, check_factors, exact_options, ties_of
 from .file_options import check_options, readable_options
-from .fingerprint import AVERAGED, entries_match, fingerprint_entry, without_rows
-from .metadata import from_metadata, of_trained, to_metadata
+from .metadata import from_metadata, to_metadata
 from .peft_attention import refuse_conv1d_before_parameters
 from .peft_edited import honour_options
 from .peft_magnitudes import magnitudes_from_peft, magnitudes_to_peft
@@ -266,7 +265,7 @@ def _read_described(
     changed = [name for name in idle if name not in idle_attention(adapter)]
     if changed:
         raise LoRAError(f"{where}: the factors of {changed[0]!r} must be zero; something changed them after saving.")
-    adapter = of_trained(adapter, _frozen_tensors(adapter, description, where))
+    adapter = _without_frozen(adapter, description.get(FROZEN, []), where)
     adapter = with_starts(from_plain(drop_layers(adapter, idle)), adapter.config)
     check_factors(adapter, str(where))
     if options is not None:
@@ -274,32 +273,21 @@ def _read_described(
     return adapter, description.get("outside")
 
 
-def _frozen_tensors(adapter: Adapter, description: Mapping[str, Any], where: Path) -> list[str]:
-    """Return the names of tensors that were not trained, and are in the file because PEFT wants them.
+def _without_frozen(adapter: Adapter, frozen: Any, where: Path) -> Adapter:
+    """Drop the tensors that were not trained. They are in the file because PEFT wants them; the base has them too.
 
-    Earlier versions did not write these names. Then they are of modules that PEFT's modules_to_save takes, and still
-    have the values of the fingerprint.
+    Args:
+        adapter: as it was read.
+        frozen: the names of these tensors, as the description lists them.
+        where: for messages.
 
     Raises:
-        LoRAError: the description is damaged.
+        LoRAError: the list is damaged. The fingerprint, which is of frozen tensors, names the same.
     """
-    both = sorted(adapter.tensors.keys() & adapter.fingerprint.keys())
-    names = description.get(FROZEN)
-    if names is not None:
-        if not isinstance(names, list) or not all(name in both for name in names):
-            raise LoRAError(f"{where}: the adapter's description is damaged: {FROZEN} is {names!r:.80}.")
-        return names
-    if not both:
-        return []
-    trained = replace(adapter, tensors={name: value for name, value in adapter.tensors.items() if name not in both})
-    entries = without_rows({name: fingerprint_entry(adapter.tensors[name]) for name in both}, adapter.tables)
-    expected = without_rows({name: adapter.fingerprint[name] for name in both}, adapter.tables)
-    taken = frozen_in_saved(trained)
-    return [
-        name
-        for name in taken
-        if name in both and (expected[name].get("quantised") or entries_match(expected[name], entries[name], AVERAGED))
-    ]
+    in_both = adapter.tensors.keys() & adapter.fingerprint.keys()
+    if not isinstance(frozen, list) or not all(isinstance(name, str) for name in frozen) or set(frozen) != in_both:
+        raise LoRAError(f"{where}: the adapter's description is damaged: {FROZEN} is {shown(frozen, 80)}.")
+    return replace(adapter, tensors={name: value for name, value in adapter.tensors.items() if name not in in_both})
 
 
 def _add_outside(adapter: Adapter, outside: Any, folder: Path) -> Adapter:
