@@ -20,7 +20,7 @@ from .arguments import names_near_misses
 from .config import LEAVE_OUT, Bias, Init, LoRAConfig, PeftConfig, Task, as_config, is_config
 from .errors import LoRAError, NonFiniteError, sentence
 from .model.dequantise import dequantised_dtype
-from .model.gradients import explain_merged_training, warn_of_untrained
+from .model.gradients import explain_missing_gradients, warn_of_untrained
 from .model.inject import begin_injection, fixed_seed, random_seed
 from .model.injection import find_injection, refuse_replaced_layers, snapshot_materialised
 from .model.large_adapters import warn_of_large_adapters
@@ -381,7 +381,7 @@ class LoRACallback(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Unmerge after an exception or Ctrl-C, which skips the epoch's end and teardown."""
-        explain_merged_training(exception, pl_module)
+        explain_missing_gradients(exception, pl_module)
         self._leave(pl_module)
         describe_as_merged(trainer, "")
         self._statistics.end(pl_module)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copyreg
 import threading
-import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -36,7 +35,7 @@ from .exact_merge import (
     restored_weight,
     unmerge_weight_,
 )
-from .gradient_checkpointing import REENTRANT, REENTRANT_REMEDY, cuts_off_gradients, records_gradients
+from .gradient_checkpointing import in_first_pass, records_gradients
 from .init import initial_factors
 from .low_rank import HALF, LowRankBlock, crop, dense_delta
 from .starts import start_factors
@@ -89,7 +88,7 @@ class LayerState:
     rounding_reported: bool = False  # the cost of rounding W' was reported
     sharded: bool = False  # the weight was last seen sharded
     gradient_arrived: bool = False  # at B, since injection
-    cut_off: bool = False  # ran in a reentrant segment that gave it no gradient
+    in_segment: bool = False  # ran in a segment of reentrant checkpointing, in training mode
     # Memory of plain copies that are done with, by weight name, for the next merge; on the CPU alone, where fresh pages
     # take longer than the copy.
     spares: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -174,18 +173,9 @@ class AdaptedWeights:
         raise NotImplementedError
 
     def note_segment(self) -> None:
-        """Note, and warn once a model, that reentrant checkpointing gives the layer no gradient."""
-        if torch.is_grad_enabled() or not self.lora_holder.training or not cuts_off_gradients():
-            return
-        state = self.lora
-        state.cut_off = True
-        if not state.injection.checkpointing_reported:
-            state.injection.checkpointing_reported = True
-            warnings.warn(
-                f"lightning_lora: {state.name!r} runs in {REENTRANT}: training does not reach the adapters in "
-                f"that segment. {REENTRANT_REMEDY}.",
-                stacklevel=2,
-            )
+        """Note that the layer runs in a reentrant segment, to name that where no gradient reaches the layer."""
+        if not torch.is_grad_enabled() and self.lora_holder.training and in_first_pass():
+            self.lora.in_segment = True
 
     def compute_dense_weights(self, weights: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
         """Return W + delta for each of adapted_weights, differentiable in A and B; with dropout as in dense_forward."""
