@@ -15,6 +15,7 @@ import errno
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
@@ -24,9 +25,10 @@ from pathlib import Path
 from ..errors import LoRAError, sentence
 from .leftovers import hold, partial_name, release, remove, remove_leftovers
 from .paths import PathLike, given_path, is_from_system, is_there, kind_of, passing_over_errors, real_path
-from .permissions import keep_permissions
 
 AT_FDCWD, EXCHANGE = -100, 2
+FILE_BITS = 0o777  # a new program is not to run with another user's rights
+FOLDER_BITS = 0o7777
 TRIES = 1000  # to replace a folder that other writers replace too; each failure is another one's success
 
 
@@ -43,7 +45,7 @@ def new_file(path: PathLike) -> Iterator[Path]:
         yield file
         with _names_output(path):
             _to_disk(file)
-            keep_permissions(target, file)
+            _keep_permissions(target, file)
             os.replace(file, target)
             _folder_to_disk(target.parent)
 
@@ -66,14 +68,14 @@ def new_folder(path: PathLike, *, keep_others: bool = False, replaced: Collectio
     with _scratch_beside(target) as scratch:
         folder = scratch / target.name
         folder.mkdir()
-        keep_permissions(target, folder, writable=True)  # new files take on the group of the folder, where it says so
+        _keep_permissions(target, folder, writable=True)  # new files take on the group of the folder, where it says so
         yield folder
         with _names_output(path):
             for file in sorted(folder.rglob("*"), reverse=True):  # what is in a folder comes before it
                 (_folder_to_disk if file.is_dir() else _to_disk)(file)
-                keep_permissions(target / file.relative_to(folder), file)
+                _keep_permissions(target / file.relative_to(folder), file)
             _folder_to_disk(folder)
-            keep_permissions(target, folder)
+            _keep_permissions(target, folder)
             _put_in_place(folder, target, partial(_take_along, folder, replaced) if keep_others else lambda old: True)
             _folder_to_disk(target.parent)
 
@@ -92,8 +94,8 @@ def check_output_path(path: PathLike, *, folder: bool) -> None:
 def identity(path: PathLike) -> tuple[int, int] | None:
     """Return what tells one file or folder from another that comes to its place; None where nothing is."""
     with passing_over_errors(), suppress(ValueError):  # which is of a name that no file can have
-        stat = os.stat(path)
-        return stat.st_dev, stat.st_ino
+        found = os.stat(path)
+        return found.st_dev, found.st_ino
     return None
 
 
@@ -203,7 +205,7 @@ def _copy(source: Path, target: Path) -> None:
     for entry in source.iterdir():
         _copy(entry, target / entry.name)
     shutil.copystat(source, target)
-    keep_permissions(source, target)
+    _keep_permissions(source, target)
     _folder_to_disk(target)
 
 
@@ -215,7 +217,7 @@ def _link(source: Path, target: Path) -> None:
             raise
         shutil.copy2(source, target, follow_symlinks=False)
         if not os.path.islink(target):
-            keep_permissions(source, target)
+            _keep_permissions(source, target)
             _to_disk(target)
 
 
@@ -292,4 +294,43 @@ def _exchange(first: Path, second: Path) -> bool:
         return bool(libc.renameat2(AT_FDCWD, bytes(first), AT_FDCWD, bytes(second), EXCHANGE) == 0)
     if hasattr(libc, "renamex_np"):
         return bool(libc.renamex_np(bytes(first), bytes(second), EXCHANGE) == 0)
+    return False
+
+
+def _keep_permissions(old: Path, new: Path, *, writable: bool = False) -> None:
+    """Give `new` the mode of `old`, where there is one, and its owner and group as far as the system allows.
+
+    Where it does not allow the group, the group gets no more than all others: it is another one now. Where systems have
+    no such modes (Windows), nothing is done.
+
+    Args:
+        old: what is replaced; a link stands for what it points to.
+        new: what takes its place.
+        writable: whether this process goes on writing into it, whatever the mode says.
+    """
+    if os.name != "posix" or new.is_symlink():
+        return
+    before = None
+    with passing_over_errors():
+        before = os.stat(old)
+    if before is None:  # nothing is replaced, or nothing that can be looked at
+        return
+    if stat.S_ISDIR(before.st_mode) != new.is_dir():
+        return
+    mode = before.st_mode & (FOLDER_BITS if new.is_dir() else FILE_BITS)
+    if not _keep_owner(before, new):
+        mode &= ~0o070 | (mode & 0o007) << 3
+    with passing_over_errors():  # file systems without modes
+        os.chmod(new, mode | (stat.S_IRWXU if writable else 0))
+
+
+def _keep_owner(before: os.stat_result, new: Path) -> bool:
+    """Set owner and group, or the group alone; return whether the group is the old one."""
+    now = os.stat(new)
+    for owner in (before.st_uid, -1):
+        if (owner, before.st_gid) in ((now.st_uid, now.st_gid), (-1, now.st_gid)):
+            return True
+        with passing_over_errors():
+            os.chown(new, owner, before.st_gid)
+            return True
     return False
