@@ -45,6 +45,11 @@ def pattern_matches(pattern: str, name: str) -> bool:
     return _compiled_suffix(pattern).match(name) is not None
 
 
+def exact_key(name: str) -> str:
+    """Return the key of rank_pattern or alpha_pattern that means the layer of this name and no other."""
+    return f"^{re.escape(name)}"
+
+
 @lru_cache(maxsize=8192)  # Python's own cache is smaller than some models have patterns
 def _compiled_suffix(pattern: str) -> re.Pattern[str]:
     return re.compile(suffix_pattern(pattern))
@@ -86,8 +91,8 @@ def suffixes(name: str) -> list[str]:
     return [name, *(name[i + 1 :] for i, character in enumerate(name) if character == ".")]
 
 
-def around(name: str) -> list[str]:
-    """Return the names of the modules that a parameter or module is inside of, outermost first."""
+def parent_names(name: str) -> list[str]:
+    """Return the names of the modules that hold a parameter or module, outermost first: a, a.b for a.b.c."""
     return [name[:i] for i, character in enumerate(name) if character == "."]
 
 

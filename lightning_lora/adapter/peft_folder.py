@@ -24,7 +24,7 @@ from ..files.atomic import new_folder
 from ..files.paths import PathLike, kind_of, parse_json, read_json, write_json
 from ..files.safetensors import read_safetensors, write_tensors
 from ..files.torch_archive import read_torch_file
-from ..names import A, B, around
+from ..names import A, B, parent_names
 from ..nn.low_rank import ATTENTION, ATTENTION_OUTPUT, GROUPED_CONV, SEPARATE
 from .adapter import Adapter, check_factors, exact_options, ties_of
 from .file_options import check_options, readable_options
@@ -323,7 +323,7 @@ def _read_foreign(
     check_options(options, layers, folder / CONFIG_FILE)
     config = options_from_peft(options, [name for name in layers if name not in parameters], whole, bare.tables)
     ends = tuple(entries_in(options))
-    saved = {name for name in whole if ends and any(module.endswith(ends) for module in around(peft_names[name]))}
+    saved = {name for name in whole if ends and any(module.endswith(ends) for module in parent_names(peft_names[name]))}
     base_leaves = ("weight", "bias") if config.bias == "none" else ("weight",)
     # PEFT saves embeddings beside the adapter, as they are where they are adapted, or because they were resized. The
     # other end of a tied weight that was trained is not in modules_to_save either.

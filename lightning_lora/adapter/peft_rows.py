@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ..errors import LoRAError
-from ..names import ROWS, around
+from ..names import ROWS, parent_names
 from .adapter import Adapter
 
 OPTION = "trainable_token_indices"
@@ -34,7 +34,7 @@ def as_peft_stores(adapter: Adapter) -> Adapter:
     Raises:
         LoRAError: PEFT cannot apply the rows of a table.
     """
-    modules = {module for name in (*adapter.tensors, *adapter.fingerprint) for module in around(name)}
+    modules = {module for name in (*adapter.tensors, *adapter.fingerprint) for module in parent_names(name)}
     for table in adapter.rows():
         others = [other for other in modules - {table} if other.endswith(table) and adapter.tied.get(other) != table]
         problem = ""

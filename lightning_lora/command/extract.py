@@ -16,7 +16,7 @@ from ..config import LoRAConfig
 from ..errors import LoRAError
 from ..files.safetensors import TensorLocation, read_tensor
 from ..files.weights import Weights
-from ..names import A, B, names_match
+from ..names import A, B, exact_key, names_match
 from ..nn.low_rank import (
     ATTENTION_OUTPUT,
     CONV,
@@ -230,7 +230,7 @@ def _carried(
 def _config(tensors: Mapping[str, Any], layers: Sequence[str], rank: int, options: Mapping[str, Any]) -> LoRAConfig:
     """Choose the options; lora_alpha equals r everywhere, so that the scaling is 1."""
     ranks = {name: tensors[f"{name}.{B}"].shape[1] for name in layers}
-    smaller = {f"^{re.escape(name)}": r for name, r in ranks.items() if r != rank}
+    smaller = {exact_key(name): r for name, r in ranks.items() if r != rank}
     return LoRAConfig(
         r=rank, lora_alpha=rank, target_modules=layers, rank_pattern=smaller, alpha_pattern=smaller, **options
     )

@@ -12,7 +12,7 @@ import torch
 from ..errors import LoRAError
 from ..files.model_folder import CONFIG
 from ..files.weights import Weights
-from ..names import around, canonical
+from ..names import canonical, parent_names
 
 HINT = (
     "If the modules have other names than the file's tensors: transformers 5, where it is installed, gives those of a "
@@ -38,7 +38,7 @@ class ModuleNames(NamedTuple):
 
     def modules(self) -> set[str]:
         """List every module on the way to a tensor."""
-        return {module for name in (*self.files, *self.built) for module in around(name)}
+        return {module for name in (*self.files, *self.built) for module in parent_names(name)}
 
 
 def own_names(base: Weights) -> ModuleNames:

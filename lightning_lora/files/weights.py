@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import LoRAError
-from ..names import around
+from ..names import parent_names
 from .model_folder import ModelFolder, open_folder
 from .paths import PathLike, given_path, kind_of
 from .records import compare_check_sums
@@ -39,7 +39,7 @@ class Weights:
 
     def modules(self) -> set[str]:
         """List every module on the way to a tensor."""
-        return {module for name in self.locations for module in around(name)}
+        return {module for name in self.locations for module in parent_names(name)}
 
     def holds_factors(self) -> bool:
         """Say whether a tensor's name is one of an adapter, ours or PEFT's."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from ..names import around, canonical, matcher
+from ..names import canonical, matcher, parent_names
 from ..nn.layer_kinds import layer_class
 from ..nn.lora_layer import AdaptedModule, LoRALayer, Swapped, is_factor
 from ..nn.quantised import shape_of
@@ -69,7 +69,7 @@ def _gather(root: nn.Module, record: Injection, saved: Collection[str]) -> _Foun
         name = canonical(raw_name)
         if isinstance(module, LoRALayer) or name in record.left_out or excluded(name):
             continue
-        if not set(saved).isdisjoint((name, *around(name))):
+        if not set(saved).isdisjoint((name, *parent_names(name))):
             continue
         kinds = set()
         adapted = module.lora_adapters() if isinstance(module, AdaptedModule) else ()

@@ -13,7 +13,7 @@ from typing import Any, cast
 from torch import nn
 
 from ..config import TASK_HEADS
-from ..names import around, canonical, derives_from, names_factor
+from ..names import canonical, derives_from, names_factor, parent_names
 from ..nn.gradient_checkpointing import enable_input_require_grads
 from ..nn.lora_layer import AdaptedModule
 from .patches import call_previous, patch
@@ -32,7 +32,7 @@ def pretrained_models(model: nn.Module) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
     for wrapped_name, module in model.named_modules():
         name = canonical(wrapped_name)
-        if is_pretrained_model(module) and found.keys().isdisjoint(("", name, *around(name))):
+        if is_pretrained_model(module) and found.keys().isdisjoint(("", name, *parent_names(name))):
             found[name] = module
     return found
 
