@@ -56,7 +56,6 @@ from .trainer.compatibility import (
     warn_of_idle_optimizers,
     warn_of_part,
 )
-from .trainer.data_start import start_from_data
 from .trainer.eval_mode import explain_eval_mode, warn_of_checkpointing_off
 from .trainer.hyperparameters import LoggedOptions, as_hyperparameters
 from .trainer.late_layers import BUILDERS, adapt_after, stop_adapting
@@ -69,6 +68,7 @@ from .trainer.precision import (
     refuse_late_conversion,
     refuse_unloadable,
 )
+from .trainer.start_batches import start_from_data
 from .trainer.statistics import StatisticsLog
 from .trainer.step_lists import StepLists
 from .trainer.strategies import prepare_strategy
