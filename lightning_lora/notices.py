@@ -60,9 +60,7 @@ def _loggers() -> list[Logger]:
     if isinstance(lightnings, Logger) and lightnings.name != RANK_ZERO:
         return [lightnings, own]
     levels = {own.level, getLogger(__package__).level}
-    if (
-        levels == {NOTSET} and not own.hasHandlers()
-    ):  # nobody set up logging: show lines, as Lightning does
+    if levels == {NOTSET} and not own.hasHandlers():  # nobody set up logging: show lines, as Lightning does
         own.setLevel(INFO)
         own.addHandler(StreamHandler())
         own.propagate = False
