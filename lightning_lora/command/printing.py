@@ -36,7 +36,7 @@ def print_lines(verb: str, lines: Sequence[str]) -> int:
         return NOBODY_READS
     except OSError as error:
         discard_output()
-        return print_failure(verb, f"what it says cannot be printed: {reason_of(error)}.")
+        return print_failure(verb, f"its result cannot be printed: {reason_of(error)}.")
     return 0
 
 

@@ -160,7 +160,7 @@ def _names_place(target: PathLike) -> Iterator[None]:
     except (OSError, ValueError) as error:
         if not is_from_system(error) and not isinstance(error, ValueError):
             raise
-        raise LoRAError(f"{target}: cannot be written there: {sentence(error)}") from error
+        raise LoRAError(f"{target}: cannot be written: {sentence(error)}") from error
 
 
 @contextmanager
@@ -171,8 +171,8 @@ def _names_output(path: PathLike) -> Iterator[None]:
         if not is_from_system(error):
             raise
         raise LoRAError(
-            f"{path}: the result was complete and cannot be put there: {error}. See that nothing uses what is there "
-            "and that you may replace it, or choose another place."
+            f"{path}: the result is complete, but cannot be moved there: {error}. Close programs that use the old "
+            "one, see that you may replace it, or choose another place."
         ) from error
 
 

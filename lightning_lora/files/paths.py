@@ -83,7 +83,7 @@ def kind_of(path: PathLike) -> Literal["file", "folder", "other", "nothing"]:
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         if not isinstance(error, ValueError) and not is_from_system(error):
             raise
-        raise LoRAError(f"{path}: cannot be looked at: {sentence(reason_of(error))}") from error
+        raise LoRAError(f"{path}: cannot be accessed: {sentence(reason_of(error))}") from error
     return "file" if stat.S_ISREG(mode) else "folder" if stat.S_ISDIR(mode) else "other"
 
 
