@@ -40,12 +40,12 @@ from .printing import (
 
 Dtype = Literal["float16", "bfloat16", "float32", "float64"]
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-NO_MEMORY = "can't allocate memory"  # what torch says
+NO_MEMORY = "can't allocate memory"  # in torch's RuntimeError
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run one verb of the command; returns the exit status."""
+    """Run one verb of the command. Return the exit status."""
     try:
         from jsonargparse import ArgumentParser
     except ImportError:
@@ -57,7 +57,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _run(verb: str, options: Any) -> int:
-    """Run a verb: what it says is printed, or one line of what went wrong. Defects of this package are not caught."""
+    """Run a verb and print its result, or in one line what went wrong. Defects of this package are not caught."""
     output = options.get("output", "")
     before = identity(output)
     try:
@@ -83,7 +83,7 @@ def _outcome(output: str, before: object) -> str:
 
 @contextmanager
 def _as_a_program() -> Iterator[None]:
-    """Show warnings in one line, and clean up what was begun when terminated."""
+    """Show each warning in one line. Turn SIGTERM into an exception, so that unfinished files are removed."""
     format_before, handler_before = warnings.formatwarning, signal.getsignal(signal.SIGTERM)
     warnings.formatwarning = lambda message, *_, **__: f"{one_line(str(message))}\n"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -281,10 +281,10 @@ VERBS: dict[str, tuple[Callable[[Any], None], Callable[[Any], list[str]]]] = {
 
 
 def bytes_of(size: str) -> int:
-    """Read a number of bytes that is written as 5GB, 500MB or 123.
+    """Parse a number of bytes such as 5GB, 500MB or 123.
 
     Raises:
-        LoRAError: it is not written like that, or is not above zero.
+        LoRAError: the text has another form, or the number is not above zero.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", size.strip())
     if match is None or match[2].upper() not in UNITS or not float(match[1]):

@@ -1,8 +1,9 @@
-"""A Trainer's checkpoints, through the LightningModule's own hooks, which are patched.
+"""Convert a Trainer's checkpoints in the patched hooks of the LightningModule.
 
 Lightning calls the module's on_save_checkpoint last, also with save_weights_only=True, and its on_load_checkpoint
-before the strict load; a callback's hooks come too early, too late or not at all. From the processes of ddp_spawn,
-ddp_fork and ddp_notebook it brings home a state dict alone: what they learned of the injection goes into it.
+before the strict load. A callback's own hooks come too early, too late or not at all. From the processes of ddp_spawn,
+ddp_fork and ddp_notebook the main process gets only a state dict. So what these processes recorded of the injection is
+put into the state dict.
 """
 
 from __future__ import annotations
@@ -19,19 +20,19 @@ from ..model.patches import call_previous, patch
 from ..model.state_dict import EXTRA_ENTRIES
 from ..names import ATTRIBUTE, ENTRY, META, names_factor
 
-# Where WeightAveraging keeps the weights beside the averaged ones. Having an average, it goes back to them, even for a
-# test of the best checkpoint, whose metric is that of the averaged weights.
+# The key under which WeightAveraging keeps the weights that are not averaged. When it finds an average it loads them,
+# even for a test of the best checkpoint, although that checkpoint's metric was measured on the averaged weights.
 CURRENT = "current_model_state"
 EXPORTED = {"trained": set, "unfrozen": set, "initial": dict, "fingerprint": dict}  # fields of Injection
 
 
 def save_as(module: nn.Module, kind: Kind, dequantize: Any = None) -> None:
-    """Patch a LightningModule so that its checkpoints are of this kind, and those of every kind load.
+    """Patch a LightningModule so that it saves checkpoints of one kind and loads those of every kind.
 
     Args:
-        module: an injected one.
-        kind: of its checkpoints.
-        dequantize: the dtype of plain weights in place of quantised ones in merged checkpoints.
+        module: an injected LightningModule.
+        kind: of the checkpoints that it saves.
+        dequantize: in merged checkpoints, the dtype of the plain weights that replace quantised ones.
     """
     _patch_saving(module, kind)
     require_injection(module, "LoRACallback").record.dequantize = dequantize
@@ -39,13 +40,13 @@ def save_as(module: nn.Module, kind: Kind, dequantize: Any = None) -> None:
 
 
 def export_state(module: nn.Module) -> None:
-    """Put what the main process needs of the injection into the module's state dicts; this process is about to end."""
+    """Put into the module's state dicts what the main process needs of the injection: this process is about to end."""
     root = require_injection(module, "LoRACallback").root
     root.register_state_dict_post_hook(_export_to_state_dict)  # type: ignore[no-untyped-call]
 
 
 def import_state(root: nn.Module, exported: dict[str, Any]) -> None:
-    """Take over what another process exported; a LightningModule saves from now on as it did there."""
+    """Take over what another process exported. A LightningModule saves from now on the kind that it saved there."""
     for name, collection in EXPORTED.items():
         setattr(vars(root)[ATTRIBUTE], name, collection(exported[name]))
     if exported["save"] is not None and hasattr(root, "on_save_checkpoint"):
@@ -74,7 +75,7 @@ def _on_load_checkpoint(
     module: nn.Module, previous: Callable[..., Any] | None, checkpoint: MutableMapping[str, Any]
 ) -> None:
     if find_injection(module) is not None:
-        if "state_dict" in checkpoint:  # else the strategy has loaded it, and judged it before
+        if "state_dict" in checkpoint:  # without it, the strategy has loaded and checked it already
             refuse_foreign_resume(module, checkpoint, checkpoint["state_dict"])
         prepare_for_load(module, checkpoint)
         trainer = getattr(module, "_trainer", None)
@@ -85,19 +86,19 @@ def _on_load_checkpoint(
 
 
 def refuse_foreign_resume(module: nn.Module, checkpoint: Mapping[str, Any], names: Iterable[str]) -> None:
-    """Refuse to go on with a fit from a checkpoint without an adapter: its optimizers are of other parameters.
+    """Refuse to resume a fit from a checkpoint without an adapter: its optimizers hold other parameters.
 
     Args:
         module: the injected LightningModule.
         checkpoint: what the Trainer loaded.
-        names: of the tensors that it brings.
+        names: of the tensors in the checkpoint.
 
     Raises:
         LoRAError: a fit is about to restore the optimizers of a training without adapters.
     """
     trainer = getattr(module, "_trainer", None)
     resuming = trainer is not None and trainer.state.fn == "fit" and trainer.state.status == "running"
-    optimizers = checkpoint.get("optimizer_states", True)  # a file without any is of weights alone
+    optimizers = checkpoint.get("optimizer_states", True)  # an empty list leaves no optimizer to restore
     if not resuming or not optimizers or META in checkpoint or any(map(names_factor, names)):
         return
     name = type(module).__name__

@@ -1,4 +1,4 @@
-"""Layers that LightningModule.setup and configure_model build: adapted right after, before the options are judged."""
+"""Adapt the layers that LightningModule.setup and configure_model build. The options are checked after that."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from .precision import convert_linear_layers_, leave_out_of_ddp_
 
 
 def adapt_after(module: nn.Module, *names: str) -> None:
-    """Patch methods of an injected LightningModule so that what they build is adapted; without any, judge options now.
+    """Patch methods of an injected LightningModule so that the layers that they build are adapted.
 
-    The patch stays for the whole setup, because WeightAveraging calls configure_model before Lightning does.
+    The patches stay for the whole setup, because WeightAveraging calls configure_model before Lightning does.
 
     Args:
         module: the LightningModule.
-        names: those of BUILDERS that it overrides.
+        names: the methods in BUILDERS that the module overrides. Without any, the options are checked now.
     """
     for name in names:
         patch(module, name, BUILDERS[name])
@@ -43,13 +43,13 @@ def adapt_after(module: nn.Module, *names: str) -> None:
 
 
 def stop_adapting(module: nn.Module) -> None:
-    """Take the patches of adapt_after out."""
+    """Remove the patches of adapt_after."""
     for name, function in BUILDERS.items():
         unpatch_method(module, name, function)
 
 
 def _setup_and_adapt(module: nn.Module, previous: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> None:
-    """Adapt what setup built; the options are judged after configure_model where there is one."""
+    """Adapt what setup built. Where the module has a configure_model, the options are checked after that."""
     complete = not is_patched(module, "configure_model", _configure_and_adapt)
     _build_and_adapt(module, partial(call_previous, module, previous, "setup", *args, **kwargs), "setup", complete)
 
@@ -63,9 +63,16 @@ BUILDERS: dict[str, Callable[..., None]] = {"setup": _setup_and_adapt, "configur
 
 
 def _build_and_adapt(module: nn.Module, build: Callable[[], Any], name: str, complete: bool) -> None:
-    """Call the method of this name by `build`, and adapt what it built; `complete`: all layers are there now."""
+    """Build layers and adapt them.
+
+    Args:
+        module: the LightningModule.
+        build: calls the user's method.
+        name: of the method, for messages.
+        complete: no other method builds layers after this one.
+    """
     injected = find_injection(module)
-    if injected is None:  # it was taken out meanwhile
+    if injected is None:  # unloaded since the method was patched
         build()
         return
     record, layers, modules = injected.record, injected.record.layers, set(injected.root.modules())
@@ -88,7 +95,7 @@ def _build_and_adapt(module: nn.Module, build: Callable[[], Any], name: str, com
 
 
 def _warn_of_replaced(injected: Injected, layers: Iterable[str], method: str) -> None:
-    """Warn of layers in whose place the user's method put others that have parameters and are not adapted."""
+    """Warn where the user's method replaced adapted layers by others that have parameters and are not adapted."""
     modules = {canonical(name): module for name, module in injected.root.named_modules()}
     gone = [name for name in layers if name not in injected.record.layers and name in modules]
     replaced = [name for name in gone if list(modules[name].parameters()) and not adapted_layers(modules[name])]
@@ -104,9 +111,9 @@ def _warn_of_replaced(injected: Injected, layers: Iterable[str], method: str) ->
 
 @contextmanager
 def _allowing_injection(module: nn.Module) -> Iterator[None]:
-    """Let the user's method call inject() itself, on the module or a part of it; that injection then stands.
+    """Let the user's method call inject() itself, on the module or a part of it. That injection then counts.
 
-    A method that builds and shards has to: adapters come before fully_shard.
+    A method that builds and shards has to call it: adapters come before fully_shard.
     """
     record = require_injection(module, "LoRACallback").record
     still_empty = not record.validated and not adapted_layers(module)

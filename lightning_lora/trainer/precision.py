@@ -1,7 +1,7 @@
-"""What Lightning does to quantised weights: its BitsandbytesPrecision makes them, its checkpoints do not take all.
+"""Quantised weights in a Trainer: BitsandbytesPrecision, DDP, and what Lightning cannot do with them.
 
-BitsandbytesPrecision puts quantised layers in the place of linear ones in the strategy's setup. That comes after
-injection and would drop the adapters, so it is done before. Doing it again changes nothing.
+BitsandbytesPrecision replaces linear layers by quantised ones in the setup of the strategy. That comes after injection
+and would drop the adapters. So the layers are converted before injection; to convert them again changes nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LEFT_OUT_OF_DDP = "_ddp_params_and_buffers_to_ignore"  # torch's attribute of a 
 
 
 def refuse_late_conversion(module: nn.Module) -> None:
-    """Raise LoRAError where BitsandbytesPrecision is about to replace layers that are adapted already."""
+    """Raise LoRAError where BitsandbytesPrecision would replace layers that are adapted already."""
     if _bitsandbytes_precision(module) is None or quantised_modules(module):
         return
     for name, layer in adapted_layers(module).items():
@@ -34,9 +34,9 @@ def refuse_late_conversion(module: nn.Module) -> None:
 
 
 def convert_linear_layers_(module: nn.Module) -> None:
-    """Let the precision of a LightningModule's Trainer convert the linear layers that are not adapted yet. In place.
+    """Let the Trainer's BitsandbytesPrecision convert the linear layers that are not adapted yet. In place.
 
-    Lightning itself converts all layers or, where one is quantised already, none.
+    Lightning itself converts all layers, or none where one is quantised already.
     """
     plugin = _bitsandbytes_precision(module)
     if plugin is None:
@@ -56,13 +56,13 @@ def convert_linear_layers_(module: nn.Module) -> None:
 
 
 def _bitsandbytes_precision(module: nn.Module) -> Any:
-    """Return the plugin of a LightningModule's Trainer, or None where that has another precision."""
+    """Return the BitsandbytesPrecision of a LightningModule's Trainer, or None where it has another precision."""
     plugin: Any = getattr(getattr(module, "_trainer", None), "precision_plugin", None)
     return plugin if derives_from(plugin, "BitsandbytesPrecision", LIGHTNING) else None
 
 
 def leave_out_of_ddp_(module: nn.Module) -> None:
-    """Let DDP not send a module's torchao tensors, which it cannot: each process has quantised the same base."""
+    """Exclude a module's torchao tensors from DDP, which cannot send them. Every process quantised the same base."""
     names = [name for name, parameter in module.named_parameters() if _is_of_torchao(parameter)]
     if names:
         earlier = vars(module).get(LEFT_OUT_OF_DDP, ())
@@ -74,7 +74,7 @@ def _is_of_torchao(parameter: nn.Parameter) -> bool:
 
 
 def refuse_unloadable(module: nn.Module) -> None:
-    """Raise LoRAError where Lightning could save a full checkpoint of a module, and not load it again."""
+    """Raise LoRAError where Lightning could save a full checkpoint of a module but not load it again."""
     for name, parameter in module.named_parameters():
         if _is_of_torchao(parameter):
             raise LoRAError(
@@ -85,7 +85,7 @@ def refuse_unloadable(module: nn.Module) -> None:
 
 
 def refuse_for_quantised(module: nn.Module, trainer: Any) -> None:
-    """Raise LoRAError where a Trainer would change or cut the bytes of quantised weights as if they were values."""
+    """Raise LoRAError where a Trainer would treat the bytes of quantised weights as values: shard or average them."""
     name, layer = next(iter(quantised_modules(module).items()), ("", module))
     if not name:
         return
