@@ -1,4 +1,4 @@
-"""A submodule compiled in __init__: checkpoints have the module's own names, with and without the wrapper's segment."""
+"""A submodule compiled in __init__: checkpoints have the module's own names, with the wrapper's segment."""
 
 from __future__ import annotations
 

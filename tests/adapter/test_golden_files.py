@@ -1,4 +1,4 @@
-"""The files of one adapter, byte for byte: a change of what is written for other programs must be seen and meant."""
+"""The files of one adapter, byte for byte, so that a change of what other programs read is noticed."""
 
 from __future__ import annotations
 

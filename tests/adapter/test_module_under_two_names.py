@@ -1,4 +1,4 @@
-"""A module under two names has the options of its first one, by which it is adapted, in every file."""
+"""A module under two names: in every file it has the options of its first name, by which it was adapted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A base parameter that is unfrozen after a fit began comes out of every file with the values that training gave it."""
+"""A base parameter that is unfrozen during a fit has its trained values in every file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever is wrong with a disk, a pipe, a path or a name, a verb of the command ends in one line and an exit code."""
+"""Trouble with a disk, a pipe, a path or a name ends a verb of the command in one line and an exit code."""
 
 from __future__ import annotations
 

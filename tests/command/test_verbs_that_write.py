@@ -1,4 +1,4 @@
-"""Verbs of the command that write: what they refuse to replace, and places that they refuse to write to."""
+"""Verbs of the command that write: what they refuse to replace, and where they refuse to write."""
 
 from __future__ import annotations
 

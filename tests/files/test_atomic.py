@@ -1,4 +1,4 @@
-"""Replacing a folder or a file: where names cannot be exchanged, where others write it too, where it is refused."""
+"""Replacing a folder or a file: without an exchange of names, beside other writers, and where it is refused."""
 
 from __future__ import annotations
 

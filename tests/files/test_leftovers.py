@@ -1,4 +1,4 @@
-"""Hidden folders of writers that were broken off or killed: gone at once, or removed by the next writer."""
+"""Hidden folders of interrupted writers go at once; those of killed writers are removed by the next writer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owners and groups of what is replaced, links as outputs, and folders that may not be written to."""
+"""Owners and groups of replaced files, links as outputs, and folders that may not be written to."""
 
 from __future__ import annotations
 

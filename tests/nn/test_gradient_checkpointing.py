@@ -1,4 +1,4 @@
-"""Activation checkpointing, reentrant or not, with a frozen input, and gradients of gradients."""
+"""Activation checkpointing, reentrant and not, with frozen inputs; and gradients of gradients."""
 
 from __future__ import annotations
 

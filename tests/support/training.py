@@ -1,4 +1,4 @@
-"""LightningModules, data, Trainers and comparisons of tensors. Like a user's program, nothing here knows the package."""
+"""LightningModules, data, Trainers and comparisons of tensors. As in a user's program, nothing here is the package's."""
 
 from __future__ import annotations
 

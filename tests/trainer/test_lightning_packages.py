@@ -1,4 +1,4 @@
-"""Lightning's two names: LoRACallback and LoRACLI belong to both, and none is imported for the other's sake."""
+"""Lightning's two packages: LoRACallback and LoRACLI work with both, and neither is imported for the other."""
 
 from __future__ import annotations
 
