@@ -1,4 +1,4 @@
-"""LightningModules, data, Trainers and comparisons of tensors. As in a user's program, nothing here is the package's."""
+"""LightningModules, data, Trainers and comparisons of tensors. As in a user's program, nothing uses the package."""
 
 from __future__ import annotations
 
