@@ -179,7 +179,7 @@ def _kind(module: str, base: Weights, embeddings: Sequence[str], fan_in_fan_out:
     if len(base.locations[f"{module}.weight"].shape) > 2:
         return CONV
     parent, _, leaf = module.rpartition(".")
-    if leaf == "out_proj" and f"{parent}.{IN_PROJ}" in base.locations:
+    if leaf == "out_proj" and f"{parent}.{IN_PROJ}" in base.locations:  # of nn.MultiheadAttention
         return ATTENTION_OUTPUT
     if names_match(list(embeddings), module) or EMBEDDING_NAMES.fullmatch(leaf):
         return EMBEDDING
@@ -197,7 +197,7 @@ def _factors(change: torch.Tensor, rank: int, kind: str) -> tuple[torch.Tensor, 
     left, values, right = truncated_svd(matrix, rank)
     square = float(matrix.double().square().sum())
     share = min(1.0, float(values.double().square().sum()) / square)
-    root = values.sqrt() * largest.sqrt()
+    root = values.sqrt() * largest.sqrt()  # half of the scale for A, half for B
     a, b = root[:, None] * right, left * root
     shape_a, shape_b = factor_shapes(kind, {"weight": change.shape}, len(values))
     return (

@@ -69,8 +69,8 @@ class RankSync:
             NonFiniteError: all failures, on all ranks, are of this kind.
             Exception: the first failure on this rank. LoRAError where only other ranks failed.
         """
-        count = len(self.names)
-        first = self._rank_of_failure()
+        count = len(self.names)  # the same on all ranks, so that a number means the same step everywhere
+        first = self._severity()
         for mesh in self.meshes:
             flag = torch.tensor(first, device=mesh.device_type)
             reduce_(flag, mesh, range(mesh.ndim), dist.ReduceOp.MIN)
@@ -86,11 +86,11 @@ class RankSync:
             raise kind(f"{name}: {sentence(error).removeprefix(f'{name}: ')}") from error
         raise error
 
-    def _rank_of_failure(self) -> int:
-        """Return a number that is smaller the more a failure matters, for the minimum over the ranks.
+    def _severity(self) -> int:
+        """Return a number for this rank's failure. The minimum over the ranks is the failure that all ranks raise.
 
-        It is the number of the failed step. Steps that failed for values that are not finite come after all others, and
-        success comes last.
+        0 to count - 1: the number of the failed step. count to 2 * count - 1: the same for a step that failed because
+        values are not finite. 2 * count: nothing failed.
         """
         count = len(self.names)
         if self.failed is None:

@@ -51,9 +51,8 @@ def low_rank_product(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling:
         return None
     out, grad_x, grad_a, grad_b = zip(*(case for case in cases if case is not None), strict=True)
     hidden = F.linear(x.to_local(grad_placements=grad_x), _shard(a, grad_a))
-    product = F.linear(
-        hidden * scaling, _shard(b, grad_b)
-    )  # scaled before: torch 2.6 sums partial values to scale them
+    # Scaled here and not at the end: torch 2.6 would sum partial values over the ranks in order to scale them.
+    product = F.linear(hidden * scaling, _shard(b, grad_b))
     shape = torch.Size((*x.shape[:-1], b.shape[0]))
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(product, x.device_mesh, out, run_check=False, shape=shape, stride=stride)
@@ -71,11 +70,11 @@ def _case(x: Placement, a: Placement, b: Placement, last: int) -> tuple[Placemen
 
     Partial means that values are yet to be summed over the ranks.
     """
-    if (a, b) == (Replicate(), Shard(0)) and x == Replicate():
+    if (a, b) == (Replicate(), Shard(0)) and x == Replicate():  # columnwise
         return Shard(last), Partial(), Partial(), Shard(0)
-    if (a, b) == (Shard(1), Replicate()) and x == Shard(last):
+    if (a, b) == (Shard(1), Replicate()) and x == Shard(last):  # rowwise
         return Partial(), Shard(last), Shard(1), Partial()
-    if (a, b) == (Replicate(), Replicate()) and isinstance(x, Shard) and x.dim != last:
+    if (a, b) == (Replicate(), Replicate()) and isinstance(x, Shard) and x.dim != last:  # each rank has other rows of x
         return x, x, Partial(), Partial()
     return (Replicate(),) * 4 if x == a == b == Replicate() else None
 

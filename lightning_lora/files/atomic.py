@@ -44,7 +44,7 @@ def new_file(path: PathLike) -> Iterator[Path]:
         file = scratch / target.name
         yield file
         with _names_output(path):
-            _to_disk(file)
+            _to_disk(file)  # before the name: after a power cut the name must not lead to an empty file
             _keep_permissions(target, file)
             os.replace(file, target)
             _folder_to_disk(target.parent)
@@ -197,7 +197,7 @@ def _take_along(new: Path, replaced: Collection[str], old: Path) -> bool:
         if not is_from_system(error) or (not isinstance(error, FileNotFoundError) and identity(old) == before):
             raise
         complete = False
-    for copy in [] if complete else copies:
+    for copy in [] if complete else copies:  # the next try copies from another writer's result
         remove(copy) if copy.is_dir() and not copy.is_symlink() else copy.unlink(missing_ok=True)
     return complete
 
@@ -220,7 +220,7 @@ def _link(source: Path, target: Path) -> None:
     except OSError as error:
         if not is_from_system(error):
             raise
-        shutil.copy2(source, target, follow_symlinks=False)
+        shutil.copy2(source, target, follow_symlinks=False)  # this file system has no hard links
         if not os.path.islink(target):
             _keep_permissions(source, target)
             _to_disk(target)
@@ -246,9 +246,9 @@ def _folder_to_disk(folder: PathLike) -> None:
 def _put_in_place(folder: Path, target: Path, take_along: Callable[[Path], bool]) -> None:
     """Move a folder to its place. Tries again while other writers replace what is there."""
     for _ in range(TRIES):
-        if _rename(folder, target):
+        if _rename(folder, target):  # nothing was there, or an empty folder
             return
-        if not take_along(target):
+        if not take_along(target):  # another writer replaced the target while it was copied from
             continue
         if _exchange(folder, target):
             return

@@ -147,6 +147,7 @@ def check_tensors(
             "damaged."
         )
     size = Path(path).stat().st_size
+    # On the meta device each view has a storage of its own, so that stored bytes would count several times.
     own = size if without_values else sum(stored.values())
     if own > size:
         raise LoRAError(f"{path}: has {size} bytes, and its tensors claim {own}; the file is damaged.")
@@ -176,7 +177,7 @@ def _check_end(path: PathLike, file: BinaryIO) -> int:
     file.seek(max(0, size - last))
     tail = file.read().rjust(last, b"\0")
     end, locator, end64 = tail[-END_SIZE:], tail[END64_SIZE:-END_SIZE], tail[:END64_SIZE]
-    if locator.startswith(LOCATOR):
+    if locator.startswith(LOCATOR):  # zip64
         place, begins = size - last, end64.startswith(END64)
         length, start = (int.from_bytes(end64[at : at + 8], "little") for at in (40, 48))
     else:

@@ -216,7 +216,7 @@ def set_check_sums(path: PathLike, locations: list[TensorLocation]) -> None:
             if record.start not in changed:
                 continue
             check = check_sum(file, record).to_bytes(4, "little")
-            for position in (entry + 16, _second_position(file, record)):
+            for position in (entry + 16, _second_position(file, record)):  # in the directory, and beside the data
                 file.seek(position)
                 file.write(check)
 

@@ -143,7 +143,7 @@ def refuse_unoptimized(optimizers: Sequence[torch.optim.Optimizer], module: nn.M
 
     A fit without any optimizer passes: Lightning itself warns of a configure_optimizers that returns None.
     """
-    if optimizers and all(_is_a(optimizer, "_MockOptimizer") for optimizer in optimizers):
+    if optimizers and all(_is_a(optimizer, "_MockOptimizer") for optimizer in optimizers):  # Lightning's stand-in
         return
     groups = (group for optimizer in optimizers for group in optimizer.param_groups)
     optimized = {id(parameter) for group in groups for parameter in group["params"]}

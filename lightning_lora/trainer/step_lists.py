@@ -60,7 +60,7 @@ class StepLists:
         """
         sizes = [len(group["params"]) for group in optimizer.param_groups]
         listed = self.frozen_in.get(id(optimizer))
-        if listed is None or listed[0] != sizes:
+        if listed is None or listed[0] != sizes:  # a callback such as BackboneFinetuning adds groups
             listed = self.frozen_in[id(optimizer)] = sizes, self._frozen_in(optimizer)
         if any(parameter.requires_grad for parameter in listed[1]):
             record_trainable(self.model)
@@ -73,7 +73,7 @@ class StepLists:
         return [parameter for parameter in self.frozen if holds_others or id(parameter) in held]
 
     def _list_frozen(self) -> None:
-        reshard_(self.model.modules())
+        reshard_(self.model.modules())  # a gathered parameter is another object than its shard
         trained = self.record.trained if self.record else set()
         parameters = base_parameters(self.root) if self.record else {}
         self.frozen = [parameter for name, parameter in parameters.items() if name not in trained]

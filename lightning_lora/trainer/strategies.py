@@ -77,7 +77,7 @@ def _load_checkpoint(
     if find_injection(module) is None:
         return call_previous(strategy, previous, "load_checkpoint", path, *args, **kwargs)
     snapshot_materialised(module)
-    checkpoint = read_without_values(path)
+    checkpoint = read_without_values(path)  # enough to check names, shapes and options before anything is loaded
     loaded = set(map(canonical, checkpoint["state_dict"]))
     adapter, kind = adapter_of(checkpoint) if META in checkpoint else (None, None)
     if adapter is None:
