@@ -16,7 +16,7 @@ from .model.summary import summary
 if TYPE_CHECKING:
     from .adapter.combine import combine
     from .adapter.merged_folder import save_merged
-    from .adapter.save_load import load_adapter, load_from_checkpoint, save_adapter
+    from .adapter.save_load import load_adapter, load_from_checkpoint, read_adapter, save_adapter, take_adapter
     from .callback import LoRACallback
     from .cli import LoRACLI as LoRACLI
     from .plot.figures import plot_adapter
@@ -41,10 +41,12 @@ __all__ = [  # without LoRACLI, which needs the extra `cli`
     "merged",
     "merged_state_dict",
     "plot_adapter",
+    "read_adapter",
     "redistribute_ranks",
     "save_adapter",
     "save_merged",
     "summary",
+    "take_adapter",
     "unload",
     "unmerge",
 ]
@@ -55,8 +57,10 @@ LAZY = {  # imported at first use: lightning, the rooms of files, and the extra 
     "load_adapter": ".adapter.save_load",
     "load_from_checkpoint": ".adapter.save_load",
     "plot_adapter": ".plot.figures",
+    "read_adapter": ".adapter.save_load",
     "save_adapter": ".adapter.save_load",
     "save_merged": ".adapter.merged_folder",
+    "take_adapter": ".adapter.save_load",
 }
 
 

@@ -56,6 +56,8 @@ PUBLIC = {
     "adapter_state_dict",
     "adapter_stats",
     "merged_state_dict",
+    "read_adapter",
+    "take_adapter",
     "save_adapter",
     "save_merged",
     "load_adapter",

@@ -41,14 +41,17 @@ from ..nn.low_rank import (
 )
 
 SAMPLES = 8  # values by which tensors are told apart before they are compared whole
+CHECKED = "_checked"  # attribute of an adapter whose factors were checked: how often each tensor was written to then
 
 NewName = Callable[[str], str | None]
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Adapter:
     """Hold tensors by this package's state dict names, and what is known of where they belong.
+
+    read_adapter and take_adapter return it.
 
     Attributes:
         tensors: factors, trained parameters and buffers.
@@ -69,6 +72,7 @@ class Adapter:
         scope: the prefix of the part of a model that it is for, or "" for all; what the options mean outside of it, and
             buffers there, need not be here.
         fan_in_fan_out: weights of unknown kind are stored (in, out), as PEFT says of transformers' Conv1D.
+        assumed_order: of parameters of one module, as far as PEFT's names were read by it and not by the model's own.
         perhaps_base: names of tensors of which only a model tells whether they are its base's or came to be otherwise.
     """
 
@@ -89,6 +93,17 @@ class Adapter:
     peft_rows: bool = False
     peft_outputs: bool = False
     after_conv1d: frozenset[str] | None = frozenset()
+    assumed_order: Sequence[Sequence[str]] = ()
+
+    def __repr__(self) -> str:
+        layers, origin = self.layers(), self.origin.get("base_model_name_or_path")
+        factors = (self.tensors.get(self.factor_name(layer, B)) for layer in layers)
+        ranks = sorted({b.shape[1] for b in factors if isinstance(b, torch.Tensor) and b.dim() > 1})
+        values = sum(value.numel() for value in self.tensors.values() if isinstance(value, torch.Tensor))
+        parts = [f"r={' to '.join(map(str, dict.fromkeys((ranks[0], ranks[-1]))))}"] if ranks else []
+        parts += [f"{len(layers)} layer{'s' * (len(layers) != 1)}", f"{values:,} values"]
+        parts += [f"base {origin!r}"] if origin else []
+        return f"{type(self).__name__}({', '.join(parts)}{'' if self.config else ', without options'})"
 
     @cached_property
     def _factor_names(self) -> dict[str, dict[str, str]]:
@@ -154,7 +169,11 @@ class Adapter:
 
     def beside_factors(self) -> dict[str, Any]:
         """Return what was trained whole, and buffers."""
-        return {name: value for name, value in self.tensors.items() if not names_factor(name)}
+        return {name: self.tensors[name] for name in self._whole_names}
+
+    @cached_property
+    def _whole_names(self) -> list[str]:
+        return [name for name in self.tensors if not names_factor(name)]
 
     def ranks(self) -> dict[str, int]:
         """Return the rank of each adapted layer."""
@@ -389,6 +408,20 @@ def check_factors(adapter: Adapter, where: str) -> None:
     refuse_nested(adapter.beside_factors(), where)
 
 
+def check_once(adapter: Adapter, where: str) -> None:
+    """Do check_factors, unless that was done for this very adapter and nothing was written into its tensors since."""
+    versions = _versions(adapter)
+    if versions is None or vars(adapter).get(CHECKED) != versions:
+        check_factors(adapter, where)
+        vars(adapter)[CHECKED] = versions
+
+
+def _versions(adapter: Adapter) -> list[int] | None:
+    """Return how often each tensor was written to; None where one does not count that, as in inference mode."""
+    tensors = [value for value in adapter.tensors.values() if isinstance(value, torch.Tensor)]
+    return None if any(map(torch.Tensor.is_inference, tensors)) else [tensor._version for tensor in tensors]
+
+
 def refuse_nested(tensors: Mapping[str, Any], where: object) -> None:
     """Raise LoRAError for the first nested tensor, which has no shape that could be compared with anything."""
     for name, value in tensors.items():
@@ -503,9 +536,15 @@ def _check_rank(adapter: Adapter, name: str, where: str) -> None:
 
 def check_finite(name: str, value: torch.Tensor, where: str = "adapter") -> None:
     """Raise LoRAError where a tensor holds NaN or Inf; one without values (meta) counts as finite."""
-    numbers = value if value.dtype in MERGEABLE_DTYPES else value.double()  # isfinite does not know float8
-    if not value.is_meta and not torch.isfinite(numbers).all():
+    if not value.is_meta and not _is_finite(value.detach()):
         raise LoRAError(f"{where}: {name!r} holds NaN or Inf; it comes from a diverged run or a damaged file.")
+
+
+def _is_finite(value: torch.Tensor) -> bool:
+    numbers = value if value.dtype in MERGEABLE_DTYPES else value.double()  # isfinite does not know float8
+    wide = torch.promote_types(numbers.dtype, torch.float32)
+    # One pass: a sum with NaN or Inf in it is not finite. Finite values whose sum is beyond the range are rare.
+    return math.isfinite(numbers.sum(dtype=wide).item()) or bool(torch.isfinite(numbers).all())
 
 
 def equal_tables(tensors: Mapping[str, Any]) -> list[set[str]]:

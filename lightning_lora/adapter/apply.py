@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from ..distributed.sharding import copy_, is_sharded
+from ..distributed.sharding import copy_all_, is_sharded
 from ..errors import LoRAError
-from ..model.injection import record_trainable, require_injection
+from ..model.adapted_model import AdaptedModel
+from ..model.injection import record_trainable
+from ..model.live_state import LiveState, original_value
 from ..model.merging import merge
-from ..model.named_state import base_parameters, named_state
 from ..model.pretrained import embeddings, pretrained_models
-from ..model.state_dict import adapter_keys, base_keys, original_value
 from ..model.targets import untie_advice, weights_of
-from ..names import A, B, canonical, listed, names_factor, near_misses, rename_keys
+from ..names import A, B, listed, names_factor, near_misses, rename_keys
 from ..nn.conv import LoRAConv
-from ..nn.layer_kinds import layer_kinds
-from ..nn.lora_layer import AdaptedWeights, LayerSpec, adapted_layers, adapted_places
+from ..nn.lora_layer import AdaptedWeights, LayerSpec, adapted_places, is_factor
 from .adapter import Adapter, check_finite, describe_value, options_hold, with_exact_ranks, without_aliases
 from .fingerprint import EQUAL, REMEDY, check_fingerprint, fingerprint_entry
 from .peft_rows import NO_BIAS
@@ -34,39 +34,48 @@ Specs = Mapping[AdaptedWeights, LayerSpec]  # of layers that get another rank or
 log = logging.getLogger(__name__)
 
 
-def align_names(model: nn.Module, adapter: Adapter) -> Adapter:
+class Names:
+    """The names of a model's modules: all of them, and the first of each, by which it is adapted."""
+
+    def __init__(self, places: Iterable[tuple[str, nn.Module]]) -> None:
+        """Take every module under every name."""
+        self.modules: dict[str, nn.Module] = {}
+        self.later: dict[str, str] = {}  # a module's later names, each with its first one
+        first: dict[nn.Module, str] = {}
+        for name, module in places:
+            self.modules[name] = module
+            if first.setdefault(module, name) != name:
+                self.later[name] = first[module]
+
+    def first(self, name: str) -> str:
+        """Return the first name of what is called `name`, a module or a tensor."""
+        if name in self.modules:
+            return self.later.get(name, name)
+        path, _, leaf = name.rpartition(".")
+        return f"{self.later[path]}.{leaf}".lstrip(".") if path in self.later else name
+
+
+def align_names(model: nn.Module, names: Names, adapter: Adapter) -> Adapter:
     """Return the adapter under the one prefix at which its layers are modules of the model."""
-    named = {canonical(name): module for name, module in model.named_modules(remove_duplicate=False)}
-    modules = {*named, *(weights_of(named) if adapter.parameters else ())}
     layers = adapter.layers()
+    if layers and all(layer in names.modules for layer in layers):
+        return adapter
+    modules = {*names.modules, *(weights_of(names.modules) if adapter.parameters else ())}
     if layers and not modules.issuperset(layers):  # a shared module's other names must not make a prefix ambiguous
-        first, ending = {canonical(name) for name, _ in model.named_modules()}, f".{layers[0]}"
-        modules -= {n for n in modules if n.endswith(ending) and n.removesuffix(ending) not in first}
+        ending = f".{layers[0]}"
+        modules -= {n for n in modules if n.endswith(ending) and n.removesuffix(ending) in names.later}
     return align_to_networks(adapter, modules, type(model).__name__, lambda: pretrained_models(model).values())
 
 
-def by_first_names(model: nn.Module, adapter: Adapter) -> Adapter:
+def by_first_names(names: Names, adapter: Adapter) -> Adapter:
     """Return the adapter by the names that modules are adapted by, where a module comes under several."""
-    first_name = _first_names(model)
-    aliases = [name for name in adapter.layers() if first_name(name) != name]
-    renamed = adapter.with_names(first_name)
+    if not names.later:
+        return adapter
+    aliases = [name for name in adapter.layers() if names.first(name) != name]
+    renamed = adapter.with_names(names.first)
     if not aliases or adapter.config is None:
         return renamed
     return replace(renamed, config=without_aliases(adapter.config, aliases))
-
-
-def _first_names(model: nn.Module) -> Callable[[str], str]:
-    """Return what translates any name of a layer or tensor into the first one, by which it is adapted."""
-    modules = {canonical(name): module for name, module in model.named_modules(remove_duplicate=False)}
-    first = {module: canonical(name) for name, module in model.named_modules()}
-
-    def first_name(name: str) -> str:
-        if name in modules:
-            return first[modules[name]]
-        path, _, leaf = name.rpartition(".")
-        return f"{first[modules[path]]}.{leaf}".lstrip(".") if path in modules else name
-
-    return first_name
 
 
 def without_base(adapter: Adapter, base: Set[str] | None = None) -> Adapter:
@@ -83,7 +92,7 @@ def without_base(adapter: Adapter, base: Set[str] | None = None) -> Adapter:
     )
 
 
-def split_off_base(model: nn.Module, adapter: Adapter) -> Adapter:
+def split_off_base(live: LiveState, adapter: Adapter) -> Adapter:
     """Take base weights out of a source without a fingerprint, and make their fingerprint: they tell its base.
 
     Such are a whole state dict and the embeddings that PEFT writes. Single base weights in a bare adapter state dict
@@ -92,13 +101,14 @@ def split_off_base(model: nn.Module, adapter: Adapter) -> Adapter:
     Raises:
         LoRAError: embeddings have other numbers of rows here.
     """
-    if adapter.fingerprint or adapter.complete:
+    if adapter.fingerprint or adapter.complete or (adapter.config is not None and not adapter.perhaps_base):
         return adapter
-    keys = set(adapter_keys(model)) - _resized(model).keys()
-    whole = adapter.config is None and adapter.tensors.keys() >= set(base_keys(model))
+    keys = set(live.keys) - live.handle.initial_of("resized").keys()
+    base_keys = {name for name, _, owner in live.entries if not is_factor(name, owner)}
+    whole = adapter.config is None and adapter.tensors.keys() >= base_keys
     candidates = adapter.tensors.keys() if whole else adapter.perhaps_base
     base = set()
-    for name, tensor, owner in named_state(model):
+    for name, tensor, owner in live.entries:
         if name not in candidates or name in keys or tensor is None:
             continue
         if name in adapter.perhaps_base and has_new_rows(
@@ -108,14 +118,6 @@ def split_off_base(model: nn.Module, adapter: Adapter) -> Adapter:
         else:
             base.add(name)
     return without_base(adapter, base)
-
-
-def _resized(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the values of embeddings that were resized before injection, from then, by each of their names."""
-    injected = require_injection(model, "load_adapter")
-    parameters, initial = base_parameters(injected.root), injected.record.initial
-    values = {id(parameters[name]): initial[name] for name in injected.record.resized if name in parameters}
-    return {name: values[id(tensor)] for name, tensor, _ in named_state(model) if id(tensor) in values}
 
 
 def has_new_rows(name: str, stored: torch.Tensor, live: torch.Tensor) -> bool:
@@ -142,36 +144,47 @@ def _refuse_other_rows(name: str, stored: torch.Tensor, live: torch.Tensor) -> N
         )
 
 
-def add_frozen_weights(model: nn.Module, adapter: Adapter) -> Adapter:
+def add_frozen_weights(live: LiveState, adapter: Adapter) -> Adapter:
     """Add what a run that saved had not of its own, and this model saves with adapters.
 
     That is initial values of base weights which were frozen there, and the rows of a table under the names of those
     that it is tied to.
     """
-    injected = require_injection(model, "load_adapter")
-    unfrozen = injected.seen({name: injected.record.initial[name] for name in injected.record.unfrozen})
+    record = live.handle.record
+    unfrozen = live.handle.initial_of("unfrozen") if record.unfrozen else {}
     frozen = {name: value for name, value in unfrozen.items() if name in adapter.fingerprint}
-    live = {name: tensor for name, tensor, _ in named_state(model)}
-    stored = {id(live[name]): value for name, value in adapter.tensors.items() if name in live}  # by one of its names
-    resized = {name: stored.get(id(live[name]), value) for name, value in _resized(model).items()}
-    tied = {name: stored[id(tensor)] for name, tensor in live.items() if names_factor(name) and id(tensor) in stored}
-    return replace(adapter, tensors={**frozen, **resized, **tied, **adapter.tensors})
+    shared = _names_of_shared(live)
+    stored = {other: value for name, value in adapter.tensors.items() for other in shared.get(name, ())}
+    resized = live.handle.initial_of("resized") if record.resized else {}
+    resized = {name: stored.get(name, value) for name, value in resized.items()}
+    tied = {name: value for name, value in stored.items() if names_factor(name)}
+    added = {**frozen, **resized, **tied}
+    return replace(adapter, tensors={**added, **adapter.tensors}) if added.keys() - adapter.tensors.keys() else adapter
 
 
-def specs_for(model: nn.Module, adapter: Adapter) -> Specs:
+def _names_of_shared(live: LiveState) -> dict[str, list[str]]:
+    """Return all names of each tensor that has several, by each of them."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in live.tensors.items():
+        if tensor is not None:
+            names.setdefault(id(tensor), []).append(name)
+    return {name: same for same in names.values() if len(same) > 1 for name in same}
+
+
+def specs_for(handle: AdaptedModel, adapter: Adapter) -> Specs:
     """Return the options of the layers that have another rank or scaling in an adapter than in the model.
 
     Args:
-        model: an injected model.
-        adapter: under its names. Without options of its own it has those of the model.
+        handle: an injected model.
+        adapter: under its first names. Without options of its own it has those of the model.
 
     Raises:
         LoRAError: a sharded layer has another rank.
     """
     if adapter.config is None:
         return {}
-    layers, ranks, specs = adapted_layers(model), adapter.ranks(), {}
-    for name in filter(ranks.__contains__, layer_kinds(model)):
+    layers, ranks, specs = handle.layers, adapter.ranks(), {}
+    for name in filter(ranks.__contains__, handle.kinds):
         layer, rank, spec = layers[name], ranks[name], layers[name].lora.spec
         scaling = adapter.scalings.get(name, spec.scaling)
         if rank != spec.r and is_sharded(layer.factors()[0]):
@@ -186,7 +199,8 @@ def specs_for(model: nn.Module, adapter: Adapter) -> Specs:
 
 
 def check_adapter(
-    model: nn.Module,
+    live: LiveState,
+    names: Names,
     adapter: Adapter,
     *,
     strict_base: bool = True,
@@ -197,8 +211,9 @@ def check_adapter(
     """Raise LoRAError for the first layer, scaling, name, shape, value or base weight that does not fit the model.
 
     Args:
-        model: an injected model.
-        adapter: under its names.
+        live: an injected model.
+        names: of its modules.
+        adapter: under these names.
         strict_base: whether another base than the adapter's is an error or a warning.
         remedy: what the error about another base says that its reader can do.
         specs: the options that layers will have when the values are copied, where these are others than now.
@@ -209,19 +224,19 @@ def check_adapter(
     """
     specs = specs or {}
     try:
-        _check_layers(model, by_first_names(model, adapter), specs)
-        _check_tables(model, adapter)
-        _check_tensors(model, adapter, specs, values_follow)
+        _check_layers(live.handle, by_first_names(names, adapter), specs)
+        _check_tables(live.handle, adapter)
+        _check_tensors(live, names, adapter, specs, values_follow)
     except LoRAError as error:
-        config = require_injection(model, "load_adapter").record.config
+        config = live.handle.record.config
         differences = (adapter.config or config).differences(config)  # may explain the error
         advice = f" The options differ: {'; '.join(differences)}." if differences else ""
         raise LoRAError(f"{error}{advice}") from None
-    return check_fingerprint(model, adapter.fingerprint, strict=strict_base, remedy=remedy)
+    return check_fingerprint(live, adapter.fingerprint, strict=strict_base, remedy=remedy)
 
 
-def _check_layers(model: nn.Module, adapter: Adapter, specs: Specs) -> None:
-    layers, kinds = adapted_layers(model), layer_kinds(model)
+def _check_layers(handle: AdaptedModel, adapter: Adapter, specs: Specs) -> None:
+    layers, kinds = handle.layers, handle.kinds
     _check_names("layer", adapter.layers(), kinds)
     for name in kinds:
         layer = layers[name]
@@ -241,9 +256,11 @@ def _check_layers(model: nn.Module, adapter: Adapter, specs: Specs) -> None:
             )
 
 
-def _check_tables(model: nn.Module, adapter: Adapter) -> None:
+def _check_tables(handle: AdaptedModel, adapter: Adapter) -> None:
+    if not adapter.tables and not adapter.peft_rows:
+        return
     live = {}
-    for name, module, layer in adapted_places(model, remove_duplicate=False):
+    for name, module, layer in adapted_places(handle.model, modules=handle.places):
         live[name] = layer.replaced_rows()
         if adapter.peft_rows and live[name] and getattr(module, "bias", None) is not None:
             raise LoRAError(f"adapter: {name!r} has trained rows and a bias; {NO_BIAS}.")
@@ -267,20 +284,20 @@ def _refuse_loralib_convolution(name: str, layer: LoRAConv, tensors: Mapping[str
         )
 
 
-def _check_tensors(model: nn.Module, adapter: Adapter, specs: Specs, values_follow: bool) -> None:
+def _check_tensors(live: LiveState, names: Names, adapter: Adapter, specs: Specs, values_follow: bool) -> None:
     shapes = {id(factor): torch.Size(shape) for layer, spec in specs.items() for factor, shape in layer.shapes_by(spec)}
-    live, first_name = {name: tensor for name, tensor, _ in named_state(model)}, _first_names(model)
     expected = dict.fromkeys(
         name
-        for name in adapter_keys(model)
-        if isinstance(live[name], nn.Parameter) or (adapter.complete and name.startswith(adapter.scope))
+        for name in live.keys
+        if isinstance(live.tensors[name], nn.Parameter) or (adapter.complete and name.startswith(adapter.scope))
     )
-    _check_ties(rename_keys(adapter.tensors, first_name), {first_name(name): live[name] for name in expected})
-    compared = [name for name in adapter.tensors if name not in live or name in expected]
-    _check_names("tensor", map(first_name, compared), map(first_name, expected))
-    tables = {id(weight) for pretrained in pretrained_models(model).values() for weight in embeddings(pretrained)}
+    _check_ties(live, names, adapter.tensors, expected)
+    compared = (name for name in adapter.tensors if name not in live.tensors or name in expected)
+    _check_names("tensor", map(names.first, compared), map(names.first, expected))
+    networks = pretrained_models(live.handle.model, live.handle.modules).values()
+    tables = {id(weight) for network in networks for weight in embeddings(network)}
     for name, value in adapter.tensors.items():
-        tensor = live[name]
+        tensor = live.tensors[name]
         if tensor is None:
             continue  # extra state, which its owner judges
         lacks_values = isinstance(value, torch.Tensor) and value.is_meta > (tensor.is_meta or values_follow)
@@ -298,16 +315,19 @@ def _check_tensors(model: nn.Module, adapter: Adapter, specs: Specs, values_foll
             check_finite(name, value)  # factors have been checked where they were read
 
 
-def _check_ties(tensors: Mapping[str, Any], live: Mapping[str, torch.Tensor | None]) -> None:
+def _check_ties(live: LiveState, names: Names, tensors: Mapping[str, Any], expected: Iterable[str]) -> None:
     """Raise where the adapter has two values for what is one tensor here, or one value and nothing for the other name.
 
     So it is where PEFT trained a copy of one end of a tied base, or of each.
     """
-    names: dict[int, list[str]] = {}
-    for name, tensor in live.items():
-        names.setdefault(id(tensor), []).append(name)
-    for first, *others in names.values():
-        values = {name: tensors[name] for name in (first, *others) if name in tensors}
+    by_tensor: dict[int, dict[str, None]] = {}
+    for name in expected:
+        if live.tensors[name] is not None:
+            by_tensor.setdefault(id(live.tensors[name]), {})[names.first(name)] = None
+    several = [list(same) for same in by_tensor.values() if len(same) > 1]
+    stored = rename_keys(tensors, names.first) if several else {}
+    for first, *others in several:
+        values = {name: stored[name] for name in (first, *others) if name in stored}
         for other in others if values else ():
             if other not in values or first not in values or not _equal(values[first], values[other]):
                 raise LoRAError(
@@ -337,57 +357,68 @@ def _check_names(what: str, names: Iterable[str], expected: Iterable[str]) -> No
         )
 
 
-def copy_values(model: nn.Module, adapter: Adapter, specs: Specs | None = None, *, merge_after: bool = False) -> None:
+def copy_values(live: LiveState, adapter: Adapter, specs: Specs | None = None, *, merge_after: bool = False) -> None:
     """Write an adapter's values into the live tensors, all of them or none. In place.
 
     It can fail on the way: W' may be beyond its dtype where the model is merged, an owner of extra state may refuse it.
 
     Args:
-        model: an injected model, unmerged; after an error it is unmerged too.
+        live: an injected model, unmerged; after an error it is unmerged too.
         adapter: which check_adapter has let pass.
         specs: from specs_for. A factor of another rank gets other memory, and has no gradient; the parameter stays.
         merge_after: merge the model, and count a failure of that as one to copy.
     """
-    record = require_injection(model, "load_adapter").record
-    record_before = set(record.trained), set(record.unfrozen), dict(record.initial), record.config
+    handle = live.handle
+    record, kept, config_before = handle.record, handle.kept(), handle.record.config
     specs_before = {layer: layer.lora.spec for layer in specs or {}}
     factors = [factor for layer, spec in specs_before.items() for factor, _ in layer.shapes_by(spec)]
     memory = [(factor, factor.data, factor.grad) for factor in factors]
-    values_before = {
-        name: owner.get_extra_state() if tensor is None else tensor.detach().clone()
-        for name, tensor, owner in named_state(model)
-        if name in adapter.tensors
-    }
+    values_before = {name: _value_now(live, name) for name in adapter.tensors}
     try:
-        record_trained(model, adapter)
-        _take_specs_(model, adapter, specs or {})
-        _write_(model, adapter.tensors)
-        record_trainable(model, expected=True)
+        record_trained(live, adapter)
+        _take_specs_(handle, adapter, specs or {})
+        _write_(live, adapter.tensors)
+        record_trainable(handle.root, expected=True)
         if merge_after:
-            merge(model)
+            merge(handle.model)
     except BaseException:
-        record.trained, record.unfrozen, record.initial, record.config = record_before
+        handle.put_back(kept)
+        record.config = config_before
         for layer, spec in specs_before.items():
             layer.lora.spec = spec
         for factor, data, gradient in memory:
             factor.data = data
             factor.grad = gradient
-        _write_(model, values_before)
+        _write_(live, values_before)
         raise
 
 
-def _take_specs_(model: nn.Module, adapter: Adapter, specs: Specs) -> None:
+def record_trained(live: LiveState, adapter: Adapter) -> None:
+    """Record as trained, with their present values, base parameters that were unfrozen in the run that saved."""
+    whole = [name for name in adapter.tensors if not names_factor(name) and name in live.tensors]
+    if any(isinstance(live.tensors[name], nn.Parameter) for name in whole):
+        live.handle.record_unfrozen(whole)
+
+
+def _value_now(live: LiveState, name: str) -> Any:
+    tensor = live.tensors[name]
+    if tensor is None:
+        return cast(Any, live.owners[name]).get_extra_state()
+    return tensor.detach().clone()
+
+
+def _take_specs_(handle: AdaptedModel, adapter: Adapter, specs: Specs) -> None:
     """Let layers, and the options, have an adapter's ranks and scalings; the values are still to come. In place."""
     if not specs or adapter.config is None:
         return
-    record = require_injection(model, "load_adapter").record
+    record = handle.record
     resized = [layer.lora.name for layer, spec in specs.items() if spec.r != layer.lora.spec.r]
     in_training = any(factor.grad is not None for layer in specs for factor in layer.factors())
     for layer, spec in specs.items():
         layer.take_spec_(spec)
     names = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
     config = replace(record.config, **{name: getattr(adapter.config, name) for name in names})
-    layers = [layer.lora for layer in adapted_layers(model).values() if layer.kind()]
+    layers = [layer.lora for layer in handle.layers.values() if layer.kind()]
     ranks, scalings = ({s.name: getattr(s.spec, field) for s in layers} for field in ("r", "scaling"))
     record.config = config if options_hold(config, ranks, scalings) else with_exact_ranks(config, ranks, scalings)
     log.info("lightning_lora: load_adapter: %d layers take the adapter's rank and scaling", len(specs))
@@ -400,22 +431,9 @@ def _take_specs_(model: nn.Module, adapter: Adapter, specs: Specs) -> None:
         )
 
 
-def record_trained(model: nn.Module, adapter: Adapter) -> None:
-    """Record as trained, with their present values, base parameters that were unfrozen in the run that saved."""
-    injected = require_injection(model, "load_adapter")
-    record = injected.record
-    for name, parameter in base_parameters(injected.root).items():
-        if injected.name_seen(name) in adapter.tensors and name not in record.trained:
-            record.trained.add(name)
-            record.unfrozen.add(name)
-            record.initial[name] = parameter.detach().clone()
-
-
-def _write_(model: nn.Module, values: Mapping[str, Any]) -> None:
-    live = {name: (tensor, owner) for name, tensor, owner in named_state(model)}
+def _write_(live: LiveState, values: Mapping[str, Any]) -> None:
     for name, value in values.items():
-        tensor, owner = live[name]
-        if tensor is None:
-            owner.set_extra_state(value)
-        else:
-            copy_(tensor, value)
+        if live.tensors[name] is None:
+            owner = cast(Any, live.owners[name])
+            owner.set_extra_state(copy.deepcopy(value))  # an adapter in memory does not change with the model
+    copy_all_([(tensor, value) for name, value in values.items() if (tensor := live.tensors[name]) is not None])

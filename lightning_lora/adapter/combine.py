@@ -70,7 +70,7 @@ class Combined:
 
 
 def combine(
-    adapters: Sequence[PathLike | Mapping[str, Any]],
+    adapters: Sequence[PathLike | Mapping[str, Any] | Adapter],
     weights: Sequence[float],
     *,
     method: str = "linear",
@@ -109,7 +109,7 @@ def combine(
 
 
 def combine_adapters(
-    sources: Sequence[PathLike | Mapping[str, Any]],
+    sources: Sequence[PathLike | Mapping[str, Any] | Adapter],
     weights: Sequence[float],
     *,
     method: str = "linear",

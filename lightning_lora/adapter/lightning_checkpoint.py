@@ -15,27 +15,27 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Set
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import nn
 
-from ..distributed.sharding import gather_all, has_sharded
+from ..distributed.sharding import gather_all, holds_shards
 from ..errors import LoRAError, NonFiniteError, shown
 from ..files.paths import kind_of
 from ..files.torch_archive import read_sharded_tensors, read_torch_file
+from ..model.adapted_model import open_model
 from ..model.dequantise import dequantised_dtype, quantised_weights
-from ..model.injection import refuse_replaced_layers, require_injection
-from ..model.named_state import named_state
-from ..model.state_dict import adapter_keys, adapter_state_dict, merge_state_dict, original_value
+from ..model.live_state import LiveState, original_value
+from ..model.state_dict import merge_state_dict
 from ..names import META, ROWS, canonical, split_factor_name
 from ..nn.lora_layer import is_factor
 from ..nn.quantised_state import quantisation_entries, unchanged_weight
 from .adapter import Adapter, check_factors
-from .apply import add_frozen_weights, align_names, check_adapter, record_trained
+from .apply import Names, add_frozen_weights, align_names, check_adapter, record_trained
 from .file_options import readable_options
-from .fingerprint import AVERAGED, entries_match, fingerprint_entry, without_rows
-from .metadata import describe_model, from_metadata, to_metadata
+from .fingerprint import AVERAGED, entries_match, fingerprint_entries, without_rows
+from .metadata import describe, from_metadata, to_metadata
 
 FORMAT_VERSION = 1
 HEADER = "meta.pt"  # Lightning's name of what a distributed checkpoint holds beside its shards
@@ -64,33 +64,29 @@ def convert_checkpoint(module: nn.Module, checkpoint: MutableMapping[str, Any], 
 
     Of a sharded model, the strategy has chosen and gathered what the state_dict holds, see trainer/strategies.py.
     """
-    injected = require_injection(module, "checkpoint")
-    refuse_replaced_layers(module, "checkpoint")
+    live = LiveState(open_model(module, "checkpoint"))
+    handle, record = live.handle, live.handle.record
     own_names = {canonical(name): name for name in checkpoint["state_dict"]}
     state = checkpoint["state_dict"] = _by_canonical_names(checkpoint["state_dict"])
-    keys, sharded = adapter_keys(module), has_sharded(module)
-    trained = set(keys)
-    adapter = describe_model(module)
+    adapter = describe(live, "checkpoint")
+    trained, sharded = set(live.keys), any(holds_shards(each) for _, each in handle.modules)
     if not sharded:
-        adapter = _without_left_out(module, adapter, state, trained, kind)
+        adapter = _without_left_out(live, adapter, state, trained, kind)
     if kind == "full":
         base = {name: entry for name, entry in adapter.fingerprint.items() if name not in trained}
         meta = _describe(kind, replace(adapter, fingerprint=base))
-        meta["initial"] = gather_all(injected.seen(injected.record.initial))
+        meta["initial"] = gather_all(handle.initial())
     else:
-        frozen = {name for name, tensor, _ in named_state(module) if tensor is not None} - trained
+        frozen = {name for name, tensor in live.tensors.items() if tensor is not None} - trained
         frozen |= quantisation_entries(state, quantised_weights(module))
         if not sharded:
             _warn_of_moved({name: state[name] for name in state if name in frozen}, adapter, kind)
         meta = _describe(kind, adapter)
-        meta["copies"] = _strip_copies(module, checkpoint, frozen, adapter)
+        meta["copies"] = _strip_copies(live, checkpoint, frozen, adapter)
     if kind == "merged":
-        if sharded:
-            tensors = gather_all(adapter_state_dict(module))
-        else:
-            tensors = {name: state[name] for name in keys if name in state}
+        tensors = gather_all(live.values()) if sharded else {name: state[name] for name in live.keys if name in state}
         meta["adapter"] = in_one_storage(tensors)
-        dtype = dequantised_dtype(injected.record.dequantize, "checkpoint")
+        dtype = dequantised_dtype(record.dequantize, "checkpoint")
         checkpoint["state_dict"] = state if sharded else _merge_state(module, state, dtype)
     elif kind == "adapter":
         tensors = {name: value for name, value in state.items() if name not in frozen}
@@ -104,7 +100,7 @@ def _warn_of_moved(frozen: Mapping[str, Any], adapter: Adapter, kind: Kind) -> N
     """Warn of frozen weights that something other than an optimizer has changed, which loading will not bring back."""
     entries = adapter.fingerprint.items()
     at_fit_start = {name: entry for name, entry in entries if name in frozen and not entry.get("quantised")}
-    now = without_rows({name: fingerprint_entry(frozen[name]) for name in at_fit_start}, adapter.tables)
+    now = without_rows(fingerprint_entries({name: frozen[name] for name in at_fit_start}), adapter.tables)
     moved = [name for name, entry in at_fit_start.items() if not entries_match(entry, now[name], AVERAGED)]
     if moved:
         warnings.warn(
@@ -150,17 +146,17 @@ def _describe(kind: Kind, adapter: Adapter) -> dict[str, Any]:
 
 
 def _without_left_out(
-    module: nn.Module, adapter: Adapter, state: Mapping[str, Any], trained: Set[str], kind: Kind
+    live: LiveState, adapter: Adapter, state: Mapping[str, Any], trained: Set[str], kind: Kind
 ) -> Adapter:
     """Return the adapter's description without what the class's own state_dict or on_save_checkpoint left out.
 
     Raises:
         LoRAError: a trained parameter is left out, under all its names. Anything else may be, as a frozen encoder.
     """
-    expected = {name for name, _, _ in named_state(module)} if kind == "full" else trained
+    expected = live.tensors.keys() if kind == "full" else trained
     if expected <= state.keys():
         return adapter
-    _refuse_lost(module, state, trained)
+    _refuse_lost(live, state, trained)
     saved = {parts[0] for parts in map(split_factor_name, state) if parts}
     layers = {name: scaling for name, scaling in adapter.scalings.items() if name in saved}
     kinds = {name: layer_kind for name, layer_kind in adapter.kinds.items() if name in layers}
@@ -168,23 +164,24 @@ def _without_left_out(
     return replace(adapter, scalings=layers, kinds=kinds, tables=tables, complete=False)
 
 
-def _refuse_lost(module: nn.Module, state: Mapping[str, Any], trained: Set[str]) -> None:
-    parameters = {name: p for name, p, _ in named_state(module) if name in trained and isinstance(p, nn.Parameter)}
+def _refuse_lost(live: LiveState, state: Mapping[str, Any], trained: Set[str]) -> None:
+    parameters = {name: p for name, p in live.tensors.items() if name in trained and isinstance(p, nn.Parameter)}
     saved = {id(parameter) for name, parameter in parameters.items() if name in state}
     lost = [name for name, parameter in parameters.items() if id(parameter) not in saved]
     if not lost:
         return
     layers = list(dict.fromkeys(parts[0] for parts in map(split_factor_name, lost) if parts))
     excluding = f"leave those layers out of the adapter (exclude_modules={layers}), " if layers else ""
+    owner = type(live.handle.model).__name__
     raise LoRAError(
-        f"checkpoint: the state_dict or on_save_checkpoint of {type(module).__name__} leaves out {lost[0]!r} "
+        f"checkpoint: the state_dict or on_save_checkpoint of {owner} leaves out {lost[0]!r} "
         f"({len(lost)} of {len(parameters)} tensors that were trained), which could not be loaded again. Either "
         f"{excluding}do not train what is left out, or keep such names in the filter; those of adapters hold 'lora_'."
     )
 
 
 def _strip_copies(
-    module: nn.Module, checkpoint: MutableMapping[str, Any], frozen: Set[str], adapter: Adapter
+    live: LiveState, checkpoint: MutableMapping[str, Any], frozen: Set[str], adapter: Adapter
 ) -> list[list[Any]]:
     """Take the frozen base out of copies of the module's state that others, as weight averaging, keep in a checkpoint.
 
@@ -193,7 +190,7 @@ def _strip_copies(
         name, or has other values.
     """
     copies: list[list[Any]] = []
-    parameters = {name for name, tensor, _ in named_state(module) if isinstance(tensor, nn.Parameter)}
+    parameters = {name for name, tensor in live.tensors.items() if isinstance(tensor, nn.Parameter)}
     # Of quantised weights the copies hold what is packed.
     known = adapter.fingerprint.items()
     entries = {name: entry for name, entry in known if name in parameters and not entry.get("quantised")}
@@ -202,7 +199,7 @@ def _strip_copies(
         named = _by_canonical_names(mapping)
         if not parameters <= named.keys() or not all(isinstance(named[name], torch.Tensor) for name in entries):
             return None
-        found = without_rows({name: fingerprint_entry(named[name]) for name in entries}, adapter.tables)
+        found = without_rows(fingerprint_entries({name: named[name] for name in entries}), adapter.tables)
         if not all(entries_match(entry, found[name], AVERAGED) for name, entry in entries.items()):
             return None  # neither as it is, nor averaged
         copies.append(list(path))
@@ -241,27 +238,29 @@ def prepare_for_load(module: nn.Module, checkpoint: MutableMapping[str, Any], *,
     if META not in checkpoint:
         return  # a base checkpoint, or a full state dict; torch's strict load judges it
     adapter, kind = adapter_of(checkpoint)
+    live = LiveState(open_model(module, "checkpoint"))
+    module_names = Names(live.handle.places)
     if kind == "full":
-        _prepare_full(module, checkpoint, adapter, values_follow)
+        _prepare_full(live, module_names, checkpoint, adapter, values_follow)
         return
     names = adapter.tensors.keys()
-    adapter = align_names(module, adapter)  # an imported adapter has the network's names
-    complete = add_frozen_weights(module, adapter)
-    check_adapter(module, complete, remedy=REMEDY_IN_TRAINER, values_follow=values_follow)
-    record_trained(module, adapter)
-    require_injection(module, "checkpoint").record.origin = dict(adapter.origin)
-    live = _live_state(module) | dict(complete.tensors)
+    adapter = align_names(module, module_names, adapter)  # an imported adapter has the network's names
+    complete = add_frozen_weights(live, adapter)
+    check_adapter(live, module_names, complete, remedy=REMEDY_IN_TRAINER, values_follow=values_follow)
+    record_trained(live, adapter)
+    live.handle.record.origin = dict(adapter.origin)
+    live_values = _live_state(module) | dict(complete.tensors)
     copies = checkpoint[META].get("copies", [])  # an imported adapter has none
 
     def add_base(mapping: Mapping[Any, Any], path: tuple[Any, ...]) -> dict[Any, Any] | None:
         named = _by_canonical_names(mapping)
         is_copy = names <= named.keys() if path == ("state_dict",) else list(path) in copies
-        return {**live, **named} if is_copy else None
+        return {**live_values, **named} if is_copy else None
 
     for key in checkpoint.keys() - {META}:
         checkpoint[key] = _replace_mappings(checkpoint[key], add_base, (key,))
     if kind == "merged" or names != adapter.tensors.keys():
-        checkpoint["state_dict"] = {**live, **adapter.tensors}
+        checkpoint["state_dict"] = {**live_values, **adapter.tensors}
 
 
 def _live_state(module: nn.Module) -> dict[str, Any]:
@@ -275,47 +274,44 @@ def _live_state(module: nn.Module) -> dict[str, Any]:
 
 
 def _prepare_full(
-    module: nn.Module, checkpoint: MutableMapping[str, Any], adapter: Adapter, values_follow: bool
+    live: LiveState, names: Names, checkpoint: MutableMapping[str, Any], adapter: Adapter, values_follow: bool
 ) -> None:
     """Check and complete a full checkpoint; record initial values, and no fingerprint, for its base comes along."""
     state = checkpoint["state_dict"] = _by_canonical_names(checkpoint["state_dict"])
-    live = {name: (tensor, owner) for name, tensor, owner in named_state(module)}
-    missing = [name for name in live if name not in state]
+    missing = [name for name in live.tensors if name not in state]
     left_out = {name: entry for name, entry in adapter.fingerprint.items() if name in missing}
-    complete = replace(add_frozen_weights(module, adapter), fingerprint=left_out)
-    check_adapter(module, complete, values_follow=values_follow)
+    complete = replace(add_frozen_weights(live, adapter), fingerprint=left_out)
+    check_adapter(live, names, complete, values_follow=values_follow)
     if missing and adapter.complete:
         raise LoRAError(
             f"checkpoint: the full checkpoint lacks {len(missing)} of the model's tensors, first {missing[0]!r}; "
             "it was cut or saved from another model."
         )
-    initial = _read_initial(module, checkpoint[META].get("initial"), adapter)
-    record_trained(module, adapter)
-    injected = require_injection(module, "checkpoint")
-    record = injected.record
-    unfrozen = {name: state.get(injected.name_seen(name), record.initial[name]) for name in record.unfrozen}
-    record.initial = unfrozen | {name.removeprefix(injected.prefix): value for name, value in initial.items()}
+    initial = _read_initial(live, checkpoint[META].get("initial"), adapter)
+    record_trained(live, adapter)
+    handle, record = live.handle, live.handle.record
+    unfrozen = handle.initial_of("unfrozen") if record.unfrozen else {}
+    handle.set_initial({name: state.get(name, value) for name, value in unfrozen.items()} | initial)
     record.fingerprint = {}
     record.origin = dict(adapter.origin)
     for name in missing:  # left out by the class that saved
-        tensor, owner = live[name]
-        state[name] = owner.get_extra_state() if tensor is None else original_value(name, tensor, owner)
+        tensor, owner = live.tensors[name], live.owners[name]
+        state[name] = cast(Any, owner).get_extra_state() if tensor is None else original_value(name, tensor, owner)
 
 
-def _read_initial(module: nn.Module, initial: Any, adapter: Adapter) -> dict[str, torch.Tensor]:
+def _read_initial(live: LiveState, initial: Any, adapter: Adapter) -> dict[str, torch.Tensor]:
     """Return the values from before training, by the module's names.
 
     Raises:
         LoRAError: a buffer or a trained parameter of the injected part is missing, or does not fit the module.
     """
-    tensors = {name: tensor for name, tensor, owner in named_state(module) if not is_factor(name, owner)}
-    live = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    base = {name: tensor for name, tensor, owner in live.entries if not is_factor(name, owner) and tensor is not None}
     named = initial.items() if isinstance(initial, Mapping) else [(None, None)]
     if all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in named):
         part = _common_module(initial)  # what is trained beside the injected part is not listed
-        changed = {id(live[name]) for name in adapter.tensors if name in live and name.startswith(part)}
-        fits = all(name in live and live[name].shape == value.shape for name, value in initial.items())
-        if fits and changed <= {id(live[name]) for name in initial}:
+        changed = {id(base[name]) for name in adapter.tensors if name in base and name.startswith(part)}
+        fits = all(name in base and base[name].shape == value.shape for name, value in initial.items())
+        if fits and changed <= {id(base[name]) for name in initial}:
             return dict(initial)
     shown = f"names {sorted(map(str, initial))[:3]}" if isinstance(initial, Mapping) else type(initial).__name__
     raise LoRAError(

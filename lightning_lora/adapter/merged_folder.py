@@ -17,13 +17,15 @@ from ..files.atomic import new_folder
 from ..files.model_folder import CONFIG, INDEX_SUFFIX, STEM, index_of, plan_shards
 from ..files.paths import PathLike, write_json
 from ..files.safetensors import NAMES, SUFFIX, as_bytes, build_header
+from ..model.adapted_model import find_model, open_model
 from ..model.dequantise import Dequantiser, dequantised_dtype
 from ..model.gradients import warn_of_untrained
-from ..model.injection import refuse_replaced_layers, require_injection
-from ..model.named_state import named_state
+from ..model.injection import refuse_replaced_layers
+from ..model.named_state import state_of
 from ..model.state_dict import refuse_quantised, refuse_unmergeable
 from ..model.wrappers import unwrapped
-from ..nn.lora_layer import AdaptedModule, adapted_layers, is_factor
+from ..names import canonical
+from ..nn.lora_layer import AdaptedModule, NamedModules, adapted_layers, is_factor
 from ..nn.quantised import quantised_as, shape_of
 from ..progress import progress_bar
 from .pretrained_folder import (
@@ -72,15 +74,17 @@ def save_merged(
         OSError: on the rank whose writing failed.
     """
     model = unwrapped(model, "save_merged")
-    if not adapted_layers(model):
-        require_injection(model, "save_merged")
-    refuse_replaced_layers(model, "save_merged")
-    warn_of_untrained(model)
+    places = [(canonical(name), module) for name, module in model.named_modules(remove_duplicate=False)]
+    layers = adapted_layers(model, modules=places)
+    if not layers:
+        open_model(model, "save_merged")
+    refuse_replaced_layers(model, "save_merged", layers)
+    warn_of_untrained(model, layers)
     dtype = dequantised_dtype(dequantize, "save_merged")
     refuse_unmergeable(model, dtype)
-    prefix, network = find_network(model) or ("", None)
+    prefix, network = find_network(model, find_model(model)) or ("", None)
     dequantiser = None if dtype is None else Dequantiser(dtype)
-    state = _base_tensors(model, prefix)
+    state = _base_tensors(places, prefix)
     tensors = {name: _stored(tensor, dtype) for name, (tensor, _) in state.items()}
     quantised = {name: quantised_as(tensor) for name, (tensor, _) in state.items() if quantised_as(tensor)}
     if quantised and dequantiser is None:
@@ -88,7 +92,7 @@ def save_merged(
     divided = one_part_each(tensors) if network is None else parts_in_files(network, tensors)
     parts = {next(iter(part.stored)): part for part in divided if part.stored}
     files = plan_shards({key: _size(part.stored) for key, part in parts.items()}, max_shard_bytes)
-    writes = writes_files(model)
+    writes = writes_files(module for _, module in places)
     sync = RankSync(tensors.values())
 
     def step(what: object, action: Callable[[], object]) -> None:
@@ -137,9 +141,9 @@ def _narrowness(part: Part) -> int:
     return -max(tensor.dtype.itemsize for tensor in part.stored.values())
 
 
-def _base_tensors(model: nn.Module, prefix: str) -> dict[str, tuple[torch.Tensor, nn.Module]]:
+def _base_tensors(places: NamedModules, prefix: str) -> dict[str, tuple[torch.Tensor, nn.Module]]:
     tensors = {}
-    for name, tensor, module in named_state(model):
+    for name, tensor, module in state_of(places):
         if not name.startswith(prefix):
             continue
         if tensor is None or tensor.dtype not in NAMES:

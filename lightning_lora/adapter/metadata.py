@@ -21,18 +21,16 @@ from ..config import LoRAConfig
 from ..distributed.sharding import gather_all
 from ..errors import LoRAError, shown
 from ..files.safetensors import as_bytes
-from ..model.injection import refuse_replaced_layers, require_injection
-from ..model.named_state import named_state
+from ..model.gradients import warn_of_untrained
+from ..model.injection import refuse_replaced_layers
+from ..model.live_state import LiveState, original_value
 from ..model.pretrained import base_name, tied_to_input
-from ..model.state_dict import adapter_keys, adapter_state_dict, original_value
 from ..model.wrappers import prefix_inside
 from ..names import is_lightning_module
-from ..nn.layer_kinds import layer_kinds
-from ..nn.lora_layer import adapted_layers
 from ..nn.low_rank import CONV1D, KINDS
 from .adapter import Adapter, check_factors, with_aliases
 from .file_options import check_options
-from .fingerprint import fingerprint, sample_positions
+from .fingerprint import fingerprint_of, sample_positions
 from .peft_attention import after_conv1d
 
 STORED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # values of other dtypes are stored as float64
@@ -95,57 +93,69 @@ def from_metadata(tensors: Mapping[str, Any], metadata: Any, where: str) -> Adap
     return adapter
 
 
-def adapter_of_model(model: nn.Module) -> Adapter:
+def adapter_of_model(live: LiveState, verb: str) -> Adapter:
     """Return the adapter of an injected model, sharing memory with it, gathered where it is sharded. Collective then.
 
+    Args:
+        live: the model.
+        verb: what messages begin with.
+
     Raises:
-        LoRAError: the model was not injected, or the factors are not finite.
+        LoRAError: a layer was replaced, or the factors are not finite.
     """
-    adapter = replace(describe_model(model), tensors=gather_all(adapter_state_dict(model)))
-    check_factors(adapter, "save_adapter")
+    description = describe(live, verb)
+    warn_of_untrained(live.handle.model, live.handle.layers)
+    adapter = replace(description, tensors=gather_all(live.values()))
+    check_factors(adapter, verb)
     return adapter
 
 
-def frozen_values(model: nn.Module, names: Sequence[str]) -> dict[str, Any]:
+def frozen_values(live: LiveState, names: Collection[str]) -> dict[str, Any]:
     """Return frozen tensors of a model by name, gathered where it is sharded. Collective then."""
     wanted = set(names)
-    return gather_all({n: original_value(n, t, m) for n, t, m in named_state(model) if n in wanted and t is not None})
+    entries = [(n, t, owner) for n, t, owner in live.entries if n in wanted and t is not None] if wanted else []
+    return gather_all({name: original_value(name, tensor, owner) for name, tensor, owner in entries})
 
 
-def describe_model(model: nn.Module) -> Adapter:
+def describe(live: LiveState, verb: str) -> Adapter:
     """Return the adapter of an injected model without its tensors. Collective where the model is sharded.
 
     The fingerprint is that of fit start, where this model was fitted: weight averaging moves frozen weights. What was
     unfrozen later is a tensor of the adapter, and left out of the fingerprint.
+
+    Args:
+        live: the model.
+        verb: what messages begin with.
+
+    Raises:
+        LoRAError: a layer was replaced since injection.
     """
-    injected = require_injection(model, "save_adapter")
-    record = injected.record
-    refuse_replaced_layers(model, "save_adapter")
-    trained = adapter_keys(model)
-    at_fit_start = record.fingerprint and record.fingerprint.keys() <= {name for name, _, _ in named_state(model)}
-    first, layers = adapted_layers(model), adapted_layers(model, remove_duplicate=False)  # as state dicts hold them
-    by_name = layer_kinds(model)
-    kinds = {first[name]: kind for name, kind in by_name.items()}
-    reached = {first[name] for name in after_conv1d(by_name, CONV1D in by_name.values())}
+    handle, record = live.handle, live.handle.record
+    refuse_replaced_layers(handle.model, verb, handle.layers)
+    trained = live.keys
+    at_fit_start = record.fingerprint and record.fingerprint.keys() <= live.tensors.keys()
+    first, layers = handle.layers, handle.layers_by_every_name  # as state dicts hold them
+    kinds = {first[name]: kind for name, kind in handle.kinds.items()}
+    reached = {first[name] for name in after_conv1d(handle.kinds, CONV1D in handle.kinds.values())}
     tables = {name: layer for name, layer in layers.items() if layer.replaced_rows()}
     first_names = {layer: name for name, layer in first.items()}
     aliases = {name: first_names[layer] for name, layer in layers.items() if layer in kinds and name not in first}
-    network = _network_prefix(model, trained)
-    by_peft = tied_to_input(model, network)
+    network = _network_prefix(live, trained)
+    by_peft = tied_to_input(handle.model, network, handle.modules)
     first_ends = {layer: by_peft.get(name, name) for name, layer in reversed(tables.items())}
     tied = {name: first_ends[layer] for name, layer in tables.items() if name != first_ends[layer]}
-    own_origin = {"base_model_name_or_path": base_name(model)} if base_name(model) else {}
+    base = base_name(handle.model, handle.modules)
     return Adapter(
         tensors={},
         config=with_aliases(record.config, aliases) if aliases else record.config,
         scalings={name: layer.lora.spec.scaling for name, layer in layers.items() if layer in kinds},
-        fingerprint=_without(record.fingerprint, trained) if at_fit_start else fingerprint(model),
+        fingerprint=_without(record.fingerprint, trained) if at_fit_start else fingerprint_of(live),
         complete=True,
         kinds={name: kinds[layer] for name, layer in layers.items() if layer in kinds},
         after_conv1d=frozenset(name for name, layer in layers.items() if layer in reached),
         network=network,
-        origin={**own_origin, **record.origin},
-        scope=injected.scope(),
+        origin={**({"base_model_name_or_path": base} if base else {}), **record.origin},
+        scope=handle.scope(),
         tables={name: layer.replaced_rows() for name, layer in tables.items()},
         tied=tied,
         tied_by_peft=tied.items() <= by_peft.items(),
@@ -167,16 +177,16 @@ def _without(values: Mapping[str, Any], names: Collection[str]) -> dict[str, Any
     return {name: value for name, value in values.items() if name not in left_out}
 
 
-def _network_prefix(model: nn.Module, trained: Collection[str]) -> str:
+def _network_prefix(live: LiveState, trained: Collection[str]) -> str:
     """Return 'name.' of the one attribute of a LightningModule that holds all that the adapter trains, else ''.
 
     Adapters travel under the names of the network, not of the LightningModule around it.
     """
+    model = live.handle.model
     if not is_lightning_module(model):
         return ""
-    parameters = {name for name, tensor, _ in named_state(model) if isinstance(tensor, nn.Parameter)}
-    children = {name.partition(".")[0] for name in trained if name in parameters}
-    if len(children) != 1 or children & adapted_layers(model).keys():
+    children = {name.partition(".")[0] for name in trained if isinstance(live.tensors[name], nn.Parameter)}
+    if len(children) != 1 or children & live.handle.layers.keys():
         return ""
     name = children.pop()
     return f"{name}.{prefix_inside(model.get_submodule(name))}"

@@ -200,7 +200,9 @@ def read_folder(path: PathLike, order: Order = usual_order) -> Adapter:
         return _add_outside(adapter, outside, folder) if outside else adapter
     names = read_names(peft_tensors, folder, lambda wrapped: nesting_in_peft(options, wrapped, order, folder))
     tensors = magnitudes_from_peft({name: peft_tensors[peft_name] for peft_name, name in names.ours.items()})
-    return _read_foreign(tensors, names.bare, options, folder)
+    adapter = _read_foreign(tensors, names.bare, options, folder)
+    several = [leaves for leaves in nesting_of(adapter.parameters).values() if len(leaves) > 1]
+    return replace(adapter, assumed_order=several) if order is usual_order and several else adapter
 
 
 def read_tensor_file(path: PathLike) -> Adapter:

@@ -120,12 +120,13 @@ def read_names(
     adapter_name, network = _adapter_name(peft_names, where), _network(peft_names, where)
     bare = {name: _without_segments(name, adapter_name, network) for name in peft_names}
     present = set(bare.values())
-    layers = {layer for name in present for layer in [_layer(name)] if layer is not None}
+    layer_of = {name: layer for name in present if (layer := _layer(name)) is not None}
+    layers = set(layer_of.values())
     nesting = nesting_for(Counter(_unwrapped(layer, layers)[0] for layer in layers))
     ours: dict[str, str] = {}
     first: dict[str, str] = {}
     for peft_name, bare_name in bare.items():
-        name = _our_name(bare_name, present, layers, nesting, where)
+        name = _our_name(bare_name, layer_of.get(bare_name), present, layers, nesting, where)
         if name is None:
             continue
         if name in FACTORS.values():
@@ -160,11 +161,15 @@ def _adapter_name(peft_names: Iterable[str], where: object) -> str:
 
 def _network(peft_names: Iterable[str], where: object) -> str:
     """Return what stands before PEFT's prefix in the names of factors."""
-    found = sorted({name[: _start(name)] for name in peft_names if _start(name) >= 0 and are_peft_names([name])})
+    found: set[str] = set()
+    for name in peft_names:
+        start = _start(name)
+        if start >= 0 and name[:start] not in found and are_peft_names([name]):
+            found.add(name[:start])
     if len(found) > 1:
-        names = ", ".join(repr(prefix.removesuffix(".")) for prefix in found)
+        names = ", ".join(repr(prefix.removesuffix(".")) for prefix in sorted(found))
         raise LoRAError(f"{where}: holds several PeftModels ({names}); save each by itself with save_pretrained.")
-    return found[0] if found else ""
+    return next(iter(found), "")
 
 
 def _start(name: str) -> int:
@@ -192,8 +197,9 @@ def _unwrapped(layer: str, layers: Set[str]) -> tuple[str, int]:
     return layer, depth
 
 
-def _our_name(name: str, present: Set[str], layers: Set[str], nesting: Nesting, where: object) -> str | None:
-    layer = _layer(name)
+def _our_name(
+    name: str, layer: str | None, present: Set[str], layers: Set[str], nesting: Nesting, where: object
+) -> str | None:
     if layer is not None:
         module, depth = _unwrapped(layer, layers)
         factor = FACTORS[name.removeprefix(layer).removeprefix(".")]
@@ -216,6 +222,8 @@ def _our_name(name: str, present: Set[str], layers: Set[str], nesting: Nesting, 
     if layer is not None:
         leaf = name.removeprefix(layer).removeprefix(".")
         name = f"{layer}.{FACTORS[leaf]}" if layer else FACTORS[leaf]
+    if BASE_LAYER not in f".{name}":
+        return name
     segments = name.split(".")
     return ".".join(
         segment

@@ -55,6 +55,18 @@ def order_in(model: nn.Module) -> Order:
     return order
 
 
+def check_order(assumed: Iterable[Sequence[str]], order: Order) -> None:
+    """Raise LoRAError where a model registers parameters of one module in another order than was assumed without it."""
+    for leaves in assumed:
+        ordered = order(leaves)
+        if ordered is not None and list(ordered) != list(leaves):
+            raise LoRAError(
+                f"load_adapter: PEFT's names do not say which parameter each adapter is of. Without a model they were "
+                f"read in the order {list(leaves)}, and this model registers {list(ordered)}. Pass the folder itself: "
+                "load_adapter(model, folder)."
+            )
+
+
 def nesting_of(parameters: Iterable[str]) -> dict[str, list[str]]:
     """Return the parameters of each module, from full names in the order in which they are registered."""
     nesting: dict[str, list[str]] = {}

@@ -19,7 +19,8 @@ from torch import nn
 
 from ..errors import LoRAError
 from ..files.paths import PathLike, given_path, kind_of
-from ..model.injection import find_injection
+from ..model.adapted_model import AdaptedModel
+from ..model.live_state import LiveState
 from ..model.named_state import named_state
 from ..model.pretrained import (
     CONVERSIONS,
@@ -28,7 +29,6 @@ from ..model.pretrained import (
     plain_conversions,
     pretrained_models,
 )
-from ..model.state_dict import adapter_keys
 from ..names import is_lightning_module, parent_names
 from .peft_folder import CONFIG_FILE
 
@@ -50,17 +50,24 @@ class Part(NamedTuple):
     convert: Convert
 
 
-def find_network(model: nn.Module) -> tuple[str, Any] | None:
-    """Return the prefix of a transformers model, and the model: this one, or that which a LightningModule is around.
+def find_network(model: nn.Module, handle: AdaptedModel | None) -> tuple[str, Any] | None:
+    """Return the prefix and the transformers model: `model` itself, or the one inside a LightningModule.
 
-    It holds all that training changes. Where something outside of it was trained there is none, and a warning says so.
+    It holds all that training changes. Where something outside of it was trained, a warning says so.
+
+    Args:
+        model: any module.
+        handle: of the module, or None for a part of an injected model.
+
+    Returns:
+        The prefix and the model, or None where there is none, or something outside of it was trained.
     """
     if is_pretrained_model(model):
         return "", model
     if not is_lightning_module(model):
         return None
     parameters = {name: tensor for name, tensor, _ in named_state(model) if isinstance(tensor, nn.Parameter)}
-    names = set(adapter_keys(model)) if find_injection(model) is not None else set()
+    names = set() if handle is None else set(LiveState(handle).keys)
     trained = {id(tensor) for name, tensor in parameters.items() if name in names or tensor.requires_grad}
     networks = pretrained_models(model)
     inside = {name: {id(parameter) for parameter in network.parameters()} for name, network in networks.items()}

@@ -1,7 +1,8 @@
-"""save_adapter, load_adapter and load_from_checkpoint: adapters out of and into models, in any form."""
+"""read_adapter, take_adapter, save_adapter, load_adapter, load_from_checkpoint: adapters out of and into models."""
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 from collections.abc import Iterable, Mapping
@@ -17,18 +18,18 @@ from ..distributed.rank_sync import RankSync, writes_files
 from ..errors import LoRAError
 from ..files.paths import PathLike, given_path, kind_of
 from ..files.torch_archive import read_torch_file
+from ..model.adapted_model import AdaptedModel, find_model, open_model
 from ..model.inject import inject, inject_to_load, unload
-from ..model.injection import find_injection, require_injection
+from ..model.live_state import LiveState
 from ..model.merging import is_merged, merge, unmerge
 from ..model.targets import Targets
 from ..model.wrappers import unwrapped, warn_of_late_adapters
-from ..names import META, A, listed, names_factor
-from ..nn.layer_kinds import layer_kinds
-from ..nn.lora_layer import adapted_layers
+from ..names import META, A, canonical, listed, names_factor
 from ..nn.writer import Turn
 from .adapter import (
     Adapter,
     check_factors,
+    check_once,
     describe_value,
     exact_options,
     is_plain,
@@ -36,6 +37,7 @@ from .adapter import (
     require_values,
 )
 from .apply import (
+    Names,
     add_frozen_weights,
     align_names,
     by_first_names,
@@ -53,7 +55,7 @@ from .metadata import adapter_of_model, frozen_values
 from .peft_attention import turn_as_in_model, turn_without_model
 from .peft_folder import read_folder, read_tensor_file, write_folder
 from .peft_names import are_peft_names
-from .peft_parameters import Order, order_in, usual_order
+from .peft_parameters import Order, check_order, order_in, usual_order
 from .peft_saved_modules import frozen_in_saved
 from .peft_state_dict import read_state
 
@@ -62,33 +64,101 @@ log = logging.getLogger(__name__)
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def save_adapter(model: nn.Module, path: PathLike) -> None:
-    """Write the adapter as a folder in PEFT's format. Collective where the model is sharded.
+def read_adapter(source: PathLike | Mapping[str, Any] | Adapter) -> Adapter:
+    """Read an adapter into memory, with its options, for load_adapter, save_adapter, combine and plot_adapter.
+
+    Example::
+
+        styles = {name: read_adapter(f"adapters/{name}") for name in ("formal", "casual")}
+        load_adapter(model, styles["casual"])  # on a model that has an adapter: in its place
+
+    Args:
+        source: any form of adapter that load_adapter takes. The adapter shares the memory of tensors in a dictionary.
+
+    Returns:
+        The adapter, by the names in the source. It does not change; loading it copies its values.
+
+    Raises:
+        LoRAError: the source is damaged or of no such form, or only a model tells what its tensors are.
+    """
+    return read_source(source, verb="read_adapter")
+
+
+def take_adapter(model: nn.Module) -> Adapter:
+    """Copy the adapter of a model, merged or not, for load_adapter, save_adapter, combine and plot_adapter.
+
+    Collective where the model is sharded.
+
+    Example::
+
+        before = take_adapter(model)
+        trainer.fit(model, data)
+        load_adapter(model, before)  # the adapter as it was, bit for bit
+
+    Returns:
+        The adapter, with its options and all else that training can change. It does not change with the model.
+
+    Raises:
+        LoRAError: the model was not injected, or its factors are not finite.
+    """
+    shared = adapter_of_model(LiveState(open_model(model, "take_adapter")), "take_adapter")
+    return replace(shared, tensors=_copied(shared.tensors))
+
+
+def _copied(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Copy the tensors of a model, and its extra state; a tied tensor once."""
+    copies: dict[int, Any] = {}
+    with torch.inference_mode(False), torch.no_grad():
+        for value in tensors.values():
+            if id(value) not in copies:
+                copies[id(value)] = value.clone() if isinstance(value, torch.Tensor) else copy.deepcopy(value)
+    return {name: copies[id(value)] for name, value in tensors.items()}
+
+
+def save_adapter(model: nn.Module | Adapter, path: PathLike) -> None:
+    """Write an adapter as a folder in PEFT's format. Collective where the model is sharded.
+
+    Example::
+
+        save_adapter(model, "adapter")  # PeftModel.from_pretrained(base, "adapter") reads it
+
+    Args:
+        model: an injected model, or an adapter of read_adapter or take_adapter.
+        path: the folder; what else is in it stays.
 
     Raises:
         LoRAError: the model was not injected, or PEFT has no equal of one of its layers.
     """
-    model = unwrapped(model, "save_adapter")
-    adapter = adapter_of_model(model)
-    frozen = frozen_values(model, [adapter.network + name for name in frozen_in_saved(adapter.by_network_names())])
+    if isinstance(model, Adapter):
+        write_folder(adapter_with_options(model, where="save_adapter"), path)
+        return
+    live = LiveState(open_model(model, "save_adapter"))
+    adapter = adapter_of_model(live, "save_adapter")
+    frozen = frozen_values(live, [adapter.network + name for name in frozen_in_saved(adapter.by_network_names())])
     network_frozen = {name.removeprefix(adapter.network): value for name, value in frozen.items()}
-    sync = RankSync(layer.main_weight() for layer in adapted_layers(model).values())
-    writes = writes_files(model)
+    sync = RankSync(layer.main_weight() for layer in live.handle.layers.values())
+    writes = writes_files(module for _, module in live.handle.modules)
     sync.run("save_adapter", (lambda: write_folder(adapter, path, network_frozen)) if writes else None)
     sync.raise_on_any_rank()
 
 
-def load_adapter(model: nn.Module, source: PathLike | Mapping[str, Any], *, strict_base: bool = True) -> list[str]:
-    """Put a saved adapter onto a model, injected or not. In place.
+def load_adapter(
+    model: nn.Module, source: PathLike | Mapping[str, Any] | Adapter, *, strict_base: bool = True
+) -> list[str]:
+    """Put an adapter onto a model, injected or not. In place.
 
     An injected model takes the adapter's ranks and scalings, merged or not; its parameters stay the same objects.
 
+    Example::
+
+        load_adapter(model, "adapter")  # PEFT's folder, a checkpoint, an adapter of read_adapter
+
     Args:
         model: a model with the base that the adapter was trained on.
-        source: a PEFT folder, a Lightning checkpoint of any kind, a file with a state dict, or a state dict; also one
-            of a PeftModel, or of a LightningModule that holds one, or a dictionary with such a state dict in an entry,
-            as Fabric saves it. A source without options (a bare state dict) needs
-            an injected model, whose options then hold.
+        source: an adapter of read_adapter or take_adapter, a PEFT folder, a Lightning checkpoint of any kind, a file
+            with a state dict, or a state dict; also one of a PeftModel, or of a LightningModule that holds one, or a
+            dictionary with such a state dict in an entry, as Fabric saves it. A source without options (a bare state
+            dict) needs an injected model, whose options then hold.
         strict_base: whether another base than the adapter's is an error or a warning.
 
     Returns:
@@ -98,10 +168,11 @@ def load_adapter(model: nn.Module, source: PathLike | Mapping[str, Any], *, stri
         LoRAError: the source is damaged or does not fit; the model is as it was.
     """
     network = unwrapped(model, "load_adapter")
-    adapter = read_adapter(source, order_in(network))
-    if find_injection(network) is None:
+    adapter = read_source(source, order_in(network))
+    handle = find_model(network)
+    if handle is None:
         warn_of_late_adapters(model, "load_adapter")
-    return apply_adapter(network, adapter, strict_base=strict_base, swap=True)
+    return apply_adapter(network, handle, adapter, strict_base=strict_base, swap=True)
 
 
 def load_from_checkpoint(
@@ -136,22 +207,30 @@ def load_from_checkpoint(
             f'model := {cls.__name__}.load_from_checkpoint("pretrained.ckpt"), "{path}"). strict_base=False makes this '
             "a warning."
         )
-        apply_adapter(model, adapter, strict_base=strict_base, remedy=remedy)
+        apply_adapter(model, find_model(model), adapter, strict_base=strict_base, remedy=remedy)
         return model
-    config = _config_for(model, by_first_names(model, adapter))
-    (inject if find_injection(model) else inject_to_load)(model, config)
+    handle = find_model(model)
+    config = _config_for(model, by_first_names(Names(places_of(model, handle)), adapter))
+    (inject if handle is not None else inject_to_load)(model, config)
     prepare_for_load(model, checkpoint)
     model.load_state_dict(checkpoint["state_dict"])
     return model
 
 
 def apply_adapter(
-    model: nn.Module, adapter: Adapter, *, strict_base: bool = True, remedy: str = REMEDY, swap: bool = False
+    model: nn.Module,
+    handle: AdaptedModel | None,
+    adapter: Adapter,
+    *,
+    strict_base: bool = True,
+    remedy: str = REMEDY,
+    swap: bool = False,
 ) -> list[str]:
     """Put an adapter onto a model: inject where that is still to do, check everything, then copy the values. In place.
 
     Args:
-        model: injected or not.
+        model: injected or not, without wrappers.
+        handle: of the model where it is injected, else None.
         adapter: under any prefix.
         strict_base: whether another base than the adapter's is an error or a warning.
         remedy: what the error about another base says that its reader can do.
@@ -163,26 +242,28 @@ def apply_adapter(
     Raises:
         LoRAError: something does not fit; the model is as it was.
     """
-    adapter = by_first_names(model, align_names(model, adapter))
-    fresh = find_injection(model) is None
-    if fresh:
+    names = Names(places_of(model, handle))
+    adapter = by_first_names(names, align_names(model, names, adapter))
+    fresh = handle is None
+    if handle is None:
         inject_to_load(model, _config_for(model, adapter), adapter.scope)
+        handle = open_model(model, "load_adapter")
     elif adapter.config is None:
-        options = require_injection(model, "load_adapter").record.config
+        options = handle.record.config
         scale = f"lora_alpha={options.lora_alpha:g}, use_rslora={options.use_rslora}"
         log.info("lightning_lora: the source stores no options; those of the injected model hold: %s", scale)
-    adapter = turn_as_in_model(adapter, layer_kinds(model))
-    record = require_injection(model, "load_adapter").record
-    with Turn("load_adapter", [record.writer]):
+    adapter = turn_as_in_model(adapter, handle.kinds)
+    with Turn("load_adapter", [handle.record.writer]):
         was_merged = is_merged(model)
         try:
             if was_merged:
                 unmerge(model)  # at once, because to read W out of W' takes as long
-            adapter = add_frozen_weights(model, split_off_base(model, adapter))
-            specs = {} if fresh or not swap else specs_for(model, by_first_names(model, adapter))
-            present = check_adapter(model, adapter, strict_base=strict_base, remedy=remedy, specs=specs)
-            copy_values(model, adapter, specs, merge_after=was_merged)
-            record.origin = dict(adapter.origin)
+            live = LiveState(handle)
+            adapter = add_frozen_weights(live, split_off_base(live, adapter))
+            specs = {} if fresh or not swap else specs_for(handle, by_first_names(names, adapter))
+            present = check_adapter(live, names, adapter, strict_base=strict_base, remedy=remedy, specs=specs)
+            copy_values(live, adapter, specs, merge_after=was_merged)
+            handle.record.origin = dict(adapter.origin)
         except BaseException:
             if fresh:
                 unload(model)
@@ -190,7 +271,14 @@ def apply_adapter(
                 merge(model)
             raise
     warn_of_rounding(present, adapter.fingerprint)
-    return list(adapted_layers(model))
+    return list(handle.layers)
+
+
+def places_of(model: nn.Module, handle: AdaptedModel | None) -> list[tuple[str, nn.Module]]:
+    """Return every module of a model under every name, of a handle where there is one."""
+    if handle is not None:
+        return handle.places
+    return [(canonical(name), module) for name, module in model.named_modules(remove_duplicate=False)]
 
 
 def _config_for(model: nn.Module, adapter: Adapter) -> LoRAConfig:
@@ -224,30 +312,42 @@ def _leaves(modules: Iterable[str]) -> str:
     return ", ".join(map(repr, dict.fromkeys(module.rpartition(".")[2] for module in modules)))
 
 
-def read_adapter(source: PathLike | Mapping[str, Any], order: Order = usual_order) -> Adapter:
-    """Read an adapter in any of the forms that load_adapter takes, given the order of modules' parameters.
+def read_source(
+    source: PathLike | Mapping[str, Any] | Adapter, order: Order = usual_order, verb: str = "load_adapter"
+) -> Adapter:
+    """Read an adapter in any of the forms that load_adapter takes.
+
+    Args:
+        source: the adapter.
+        order: in which modules register parameters, which only the model that it is for tells.
+        verb: what messages begin with.
 
     Raises:
         LoRAError: the source is damaged or of no such form.
     """
+    if isinstance(source, Adapter):
+        check_once(source, verb)
+        if source.assumed_order and order is not usual_order:
+            check_order(source.assumed_order, order)
+        return source
     if isinstance(source, (str, os.PathLike)):
         if kind_of(given_path(source)) == "folder":
             return read_folder(source, order)
         if Path(source).suffix == ".safetensors":
             return read_tensor_file(source)
-        adapter = _read_state(read_torch_file(source))
+        adapter = _read_state(read_torch_file(source), verb)
         require_values(adapter, str(source))
         return adapter
     if not isinstance(source, Mapping):
-        raise LoRAError(f"load_adapter: expected a path or a state dict, found {type(source).__name__}.")
-    return _read_state(source)
+        raise LoRAError(f"{verb}: expected a path or a state dict, found {type(source).__name__}.")
+    return _read_state(source, verb)
 
 
-def _read_state(source: Mapping[str, Any]) -> Adapter:
+def _read_state(source: Mapping[str, Any], verb: str) -> Adapter:
     """Return the adapter in a checkpoint or a state dict."""
     if META in source:
         return adapter_of(source)[0]
-    tensors = _tensors_in(source.get("state_dict", source))
+    tensors = _tensors_in(source.get("state_dict", source), verb)
     if are_peft_names(tensors):
         return read_state(tensors, "adapter", source.get(HYPER_PARAMETERS))
     adapter = Adapter(tensors)
@@ -255,14 +355,14 @@ def _read_state(source: Mapping[str, Any]) -> Adapter:
     return adapter
 
 
-def _tensors_in(state: Any) -> dict[str, torch.Tensor]:
+def _tensors_in(state: Any, verb: str) -> dict[str, torch.Tensor]:
     """Return the tensors of a state dict, or of the only entry with an adapter of a dictionary of them, as Fabric's.
 
     Raises:
         LoRAError: several entries have one, or there are no tensors.
     """
     if not isinstance(state, Mapping):
-        raise LoRAError(f"load_adapter: expected a state dict, found {type(state).__name__}.")
+        raise LoRAError(f"{verb}: expected a state dict, found {type(state).__name__}.")
     tensors = _named_tensors(state)
     if _name_adapter(tensors):
         return tensors
@@ -271,12 +371,12 @@ def _tensors_in(state: Any) -> dict[str, torch.Tensor]:
     if len(found) > 1:
         first, second, *_ = found
         raise LoRAError(
-            f"load_adapter: {first!r} and {second!r} hold an adapter each; pass the one that you want, as "
+            f"{verb}: {first!r} and {second!r} hold an adapter each; pass the one that you want, as "
             f"load_adapter(model, checkpoint[{first!r}])."
         )
     if not found and not tensors and state:
         raise LoRAError(
-            f"load_adapter: the source holds no lora_A, neither by itself nor in an entry; it holds "
+            f"{verb}: the source holds no lora_A, neither by itself nor in an entry; it holds "
             f"{listed(list(map(repr, state)))}."
         )
     return next(iter(found.values()), tensors)
@@ -291,7 +391,7 @@ def _name_adapter(tensors: Mapping[str, torch.Tensor]) -> bool:
 
 
 def adapter_with_options(
-    source: PathLike | Mapping[str, Any], lora_alpha: float | None = None, where: str = ""
+    source: PathLike | Mapping[str, Any] | Adapter, lora_alpha: float | None = None, where: str = ""
 ) -> Adapter:
     """Read an adapter that is to be applied without a model at hand.
 
@@ -304,7 +404,7 @@ def adapter_with_options(
         LoRAError: lora_alpha is missing, or is stored and given.
     """
     path = where or source
-    adapter = turn_without_model(without_base(read_adapter(source)), path)
+    adapter = turn_without_model(without_base(read_source(source)), path)
     require_values(adapter, str(path))
     ranks = adapter.ranks()
     if not ranks:

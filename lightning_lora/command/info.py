@@ -14,7 +14,7 @@ from ..adapter.adapter import Adapter, delta_norm, difference_norm
 from ..adapter.apply import without_base
 from ..adapter.peft_folder import CONFIG_FILE
 from ..adapter.peft_names import are_peft_names
-from ..adapter.save_load import read_adapter
+from ..adapter.save_load import read_source
 from ..errors import LoRAError, shown
 from ..files.paths import PathLike, given_path, kind_of
 from ..files.safetensors import SUFFIX, TensorLocation, read_rows
@@ -32,7 +32,7 @@ def info(path: PathLike) -> dict[str, Any]:
         LoRAError: it is none of these, or damaged.
     """
     if holds_adapter(path):
-        return {"path": str(path), "kind": _adapter_kind(Path(path)), **_adapter_info(without_base(read_adapter(path)))}
+        return {"path": str(path), "kind": _adapter_kind(Path(path)), **_adapter_info(without_base(read_source(path)))}
     weights = open_weights(path)
     locations = weights.locations.values()
     return {
@@ -133,7 +133,7 @@ def diff(first_path: PathLike, second_path: PathLike) -> dict[str, Any]:
             refuse_quantised("diff", each)
             each.compare_check_sums()
         return _diff_weights(*both)
-    first, second = (without_base(read_adapter(path)).by_network_names() for path in (first_path, second_path))
+    first, second = (without_base(read_source(path)).by_network_names() for path in (first_path, second_path))
     return _diff_adapters(first, second)
 
 

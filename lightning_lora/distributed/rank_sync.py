@@ -14,12 +14,16 @@ import torch.distributed as dist
 from torch import nn
 
 from ..errors import LoRAError, NonFiniteError, sentence
-from .sharding import has_sharded, is_sharded, reduce_
+from .sharding import holds_shards, is_sharded, reduce_
 
 
-def writes_files(model: nn.Module) -> bool:
-    """Return whether this rank writes files: rank 0 does for a sharded model, and every rank for any other model."""
-    return not has_sharded(model) or dist.get_rank() == 0
+def writes_files(modules: Iterable[nn.Module]) -> bool:
+    """Return whether this rank writes files: rank 0 does for a sharded model, and every rank for any other model.
+
+    Args:
+        modules: all modules of the model.
+    """
+    return not any(map(holds_shards, modules)) or dist.get_rank() == 0
 
 
 class RankSync:

@@ -5,6 +5,7 @@ Functions marked "Collective" communicate: every rank must call them, in the sam
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard, cast
@@ -36,7 +37,12 @@ def is_fully_sharded(module: nn.Module) -> TypeGuard[FSDPModule]:
 
 def has_sharded(model: nn.Module) -> bool:
     """Return whether any parameter of the model is sharded. Parameters that are gathered at the moment count."""
-    return any(map(is_fully_sharded, model.modules())) or any(map(is_sharded, model.parameters()))
+    return any(map(holds_shards, model.modules()))
+
+
+def holds_shards(module: nn.Module) -> bool:
+    """Return whether one of the module's own parameters is sharded. Gathered ones count."""
+    return is_fully_sharded(module) or any(map(is_sharded, module._parameters.values()))
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
@@ -104,13 +110,19 @@ def window(tensor: torch.Tensor) -> tuple[slice, ...]:
 
 def copy_(target: torch.Tensor, source: torch.Tensor) -> None:
     """Copy `source` into `target` of the same shape. Either may be sharded. Collective if only `source` is sharded."""
-    with torch.inference_mode(False), torch.no_grad():
-        if is_sharded(source) == is_sharded(target):
-            target.copy_(source)
-        elif is_sharded(target):
-            local(target).copy_(source[window(target)])
-        else:
-            target.copy_(full_tensor(source))
+    copy_all_([(target, source)])
+
+
+def copy_all_(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Copy many pairs of a target and a source as copy_ does."""
+    with torch.inference_mode(False), torch.no_grad():  # once: to enter the modes takes longer than a small copy
+        for target, source in pairs:
+            if is_sharded(source) == is_sharded(target):
+                target.copy_(source)
+            elif is_sharded(target):
+                local(target).copy_(source[window(target)])
+            else:
+                target.copy_(full_tensor(source))
 
 
 def reshard_(modules: Iterable[nn.Module]) -> None:
@@ -165,7 +177,36 @@ def reduce_(values: torch.Tensor, mesh: DeviceMesh, dims: Iterable[int], op: Any
         dist.all_reduce(values, op, group=mesh.get_group(dim))
 
 
-def samples(tensor: torch.Tensor, positions: list[int]) -> list[float]:
+def samples_of_all(wanted: Sequence[tuple[torch.Tensor, Sequence[int]]]) -> list[list[float]]:
+    """Return `samples` of many tensors; those in one memory and dtype are read together. Collective.
+
+    Args:
+        wanted: each tensor, and the positions in it.
+    """
+    indices: dict[tuple[Sequence[int], torch.device], torch.Tensor] = {}
+    together: dict[tuple[torch.dtype, torch.device], dict[int, torch.Tensor]] = {}
+    found: dict[int, list[float]] = {}
+    for i, (tensor, positions) in enumerate(wanted):
+        if not _can_be_indexed(tensor):
+            found[i] = samples(tensor, positions)
+            continue
+        key = positions, tensor.device
+        if key not in indices:
+            indices[key] = torch.tensor(positions, dtype=torch.long, device=tensor.device)
+        values = tensor.detach().view(-1)[indices[key]]
+        together.setdefault((tensor.dtype, tensor.device), {})[i] = values
+    for parts in together.values():
+        all_values = torch.cat([*parts.values()]).double().tolist()
+        starts = itertools.accumulate((part.numel() for part in parts.values()), initial=0)
+        found |= {i: all_values[start : start + parts[i].numel()] for i, start in zip(parts, starts, strict=False)}
+    return [found[i] for i in range(len(wanted))]
+
+
+def _can_be_indexed(tensor: torch.Tensor) -> bool:
+    return type(tensor) in PLAIN and tensor.layout is torch.strided and tensor.is_contiguous() and tensor.itemsize > 1
+
+
+def samples(tensor: torch.Tensor, positions: Sequence[int]) -> list[float]:
     """Return the values at positions of the flattened whole tensor. Collective."""
     shard, slices = local(tensor), window(tensor)
     indices = torch.unravel_index(torch.tensor(positions, dtype=torch.long), tensor.shape)

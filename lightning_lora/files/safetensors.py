@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -146,7 +146,7 @@ def read_rows(file: BinaryIO, location: TensorLocation, first: int, count: int) 
     return _read(file, location, first * row, count * row).view(shape)
 
 
-def read_elements(location: TensorLocation, positions: list[int]) -> list[float]:
+def read_elements(location: TensorLocation, positions: Sequence[int]) -> list[float]:
     """Read single elements of a tensor, at positions of the flattened tensor."""
     size = location.dtype.itemsize
     with open(location.file, "rb") as file:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 import torch
@@ -12,25 +12,32 @@ from ..distributed.sharding import copy_, reshard_
 from ..names import canonical, names_factor
 from .base_values import base_places
 
+StateEntry = tuple[str, torch.Tensor | None, nn.Module]  # name, live tensor (None for extra state), owner
 
-def named_state(model: nn.Module, *, raw: bool = False) -> Iterator[tuple[str, torch.Tensor | None, nn.Module]]:
+
+def named_state(model: nn.Module, *, raw: bool = False) -> Iterator[StateEntry]:
     """Yield the names of model.state_dict(), each with its live tensor (None for extra state) and owner.
 
     Unlike state_dict() this restores no merged weight, and leaves out the segments of wrappers unless `raw`. A shared
     module or parameter comes under each of its names. Sharded parameters are the shards.
     Inside disable_adapter they are the trained ones, as outside.
     """
-    reshard_(model.modules())
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        prefix = prefix if raw else canonical(prefix)
+    places = model.named_modules(remove_duplicate=False)
+    yield from state_of([(name if raw else canonical(name), module) for name, module in places])
+
+
+def state_of(places: Sequence[tuple[str, nn.Module]]) -> Iterator[StateEntry]:
+    """Yield named_state of a model whose modules are listed, under every name."""
+    reshard_(module for _, module in places)
+    for prefix, module in places:
         path = f"{prefix}." if prefix else ""
-        places = base_places(module)
+        stand_ins = base_places(module)
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                yield path + name, places[name].trained if name in places else parameter, module
+                yield path + name, stand_ins[name].trained if name in stand_ins else parameter, module
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:
-                yield path + name, places[name].trained if name in places else buffer, module
+                yield path + name, stand_ins[name].trained if name in stand_ins else buffer, module
         if getattr(type(module), "get_extra_state", nn.Module.get_extra_state) is not nn.Module.get_extra_state:
             yield path + "_extra_state", None, module
 

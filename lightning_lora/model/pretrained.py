@@ -15,7 +15,7 @@ from torch import nn
 from ..config import TASK_HEADS
 from ..names import canonical, derives_from, names_factor, parent_names
 from ..nn.gradient_checkpointing import enable_input_require_grads
-from ..nn.lora_layer import AdaptedModule
+from ..nn.lora_layer import AdaptedModule, NamedModules
 from .patches import call_previous, patch
 
 SET_CHECKPOINTING = "_set_gradient_checkpointing"  # what both of transformers' public methods call
@@ -27,12 +27,18 @@ QUANTISATION = {  # what transformers notes on a model that it has quantised
 }
 
 
-def pretrained_models(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the outermost transformers models in a module, or itself, by name."""
+def pretrained_models(model: nn.Module, modules: NamedModules | None = None) -> dict[str, nn.Module]:
+    """Return the outermost transformers models in a module, or itself, by name.
+
+    `modules` are those of the module, where the caller has listed them.
+    """
+    modules = list(model.named_modules()) if modules is None else modules
+    classes = {type(module): module for _, module in modules}  # of which a model has few
+    of_transformers = {cls for cls, module in classes.items() if is_pretrained_model(module)}
     found: dict[str, nn.Module] = {}
-    for wrapped_name, module in model.named_modules():
+    for wrapped_name, module in modules if of_transformers else ():
         name = canonical(wrapped_name)
-        if is_pretrained_model(module) and found.keys().isdisjoint(("", name, *parent_names(name))):
+        if type(module) in of_transformers and found.keys().isdisjoint(("", name, *parent_names(name))):
             found[name] = module
     return found
 
@@ -42,9 +48,13 @@ def is_pretrained_model(module: nn.Module) -> bool:
     return derives_from(module, "PreTrainedModel", ("transformers",))
 
 
-def base_name(model: nn.Module) -> str:
-    """Return the path or name of the one transformers model with adapted layers in a module, or ""."""
-    names = {checkpoint_name(pretrained) for pretrained in pretrained_models(model).values() if _is_adapted(pretrained)}
+def base_name(model: nn.Module, modules: NamedModules | None = None) -> str:
+    """Return the path or name of the one transformers model with adapted layers in a module, or "".
+
+    `modules` are those of the module, where the caller has listed them.
+    """
+    found = pretrained_models(model, modules).values()
+    names = {checkpoint_name(pretrained) for pretrained in found if _is_adapted(pretrained)}
     return names.pop() if len(names) == 1 else ""
 
 
@@ -90,19 +100,20 @@ def input_embeddings(pretrained: nn.Module) -> nn.Module | None:
         return None
 
 
-def tied_to_input(model: nn.Module, prefix: str) -> dict[str, str]:
+def tied_to_input(model: nn.Module, prefix: str, modules: NamedModules) -> dict[str, str]:
     """Return the modules that share the weight of a transformers model's input embeddings, each with that one's name.
 
     Args:
         model: any module.
         prefix: what the names in the transformers model have before them here, "" or ending in a dot.
+        modules: those of the module.
     """
-    pretrained = pretrained_models(model).get(prefix.removesuffix("."))
+    pretrained = pretrained_models(model, modules).get(prefix.removesuffix("."))
     table = input_embeddings(pretrained) if pretrained is not None else None
     weight = table._parameters.get("weight") if table is not None else None  # an image model's may be a block
     if weight is None or not getattr(getattr(pretrained, "config", None), "tie_word_embeddings", False):
         return {}
-    names = {canonical(name): module for name, module in model.named_modules() if name}
+    names = {canonical(name): module for name, module in modules if name}
     first = next(name for name, module in names.items() if module is table)
     return {n: first for n, m in names.items() if m is not table and m._parameters.get("weight") is weight}
 

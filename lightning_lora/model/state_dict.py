@@ -19,10 +19,12 @@ from ..nn.lora_layer import AdaptedModule, AdaptedWeights, Blocks, LoRALayer, ad
 from ..nn.quantised_state import load_quantisation_, quantisation_entries, unchanged_weight
 from ..nn.tied_weights import record_ties
 from ..progress import progress_bar
+from .adapted_model import open_model
 from .dequantise import Dequantiser, dequantised_dtype, quantised_weights
 from .gradients import warn_of_untrained
-from .injection import record_loaded, record_trainable, refuse_replaced_layers, require_injection
-from .named_state import base_parameters, named_state
+from .injection import record_loaded, refuse_replaced_layers, require_injection
+from .live_state import LiveState
+from .named_state import named_state
 from .wrappers import unwrapped
 
 # What state dicts of an injected model may carry beside tensors: by key, what takes it up when it is loaded.
@@ -31,19 +33,7 @@ EXTRA_ENTRIES: dict[str, Callable[[nn.Module, Any], None]] = {}
 
 def adapter_keys(model: nn.Module) -> list[str]:
     """Return the names of all that training can change: factors, ever-trainable parameters, persistent buffers."""
-    root, record, *_ = require_injection(model, "adapter_state_dict")
-    record_trainable(root)
-    base = base_parameters(root)
-    trained = {id(base[name]) for name in record.trained if name in base}
-    base_ids = {id(parameter) for parameter in base.values()}
-    return [
-        name
-        for name, tensor, module in named_state(model)
-        if is_factor(name, module)
-        or not isinstance(tensor, nn.Parameter)
-        or id(tensor) in trained
-        or (tensor.requires_grad and id(tensor) not in base_ids)  # around the injected module
-    ]
+    return LiveState(open_model(model, "adapter_state_dict")).keys
 
 
 def base_keys(model: nn.Module) -> list[str]:
@@ -57,25 +47,10 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Any]:
     Raises:
         LoRAError: the model was not injected, or a layer was replaced since.
     """
-    model = unwrapped(model, "adapter_state_dict")
-    refuse_replaced_layers(model, "adapter_state_dict")
-    keys = set(adapter_keys(model))
-    warn_of_untrained(model)
-    return {
-        name: module.get_extra_state() if tensor is None else original_value(name, tensor, module)
-        for name, tensor, module in named_state(model)
-        if name in keys
-    }
-
-
-def original_value(name: str, tensor: torch.Tensor, module: nn.Module) -> torch.Tensor:
-    """Return a tensor of named_state as it is without the adapter, detached: live, or a restored copy while merged."""
-    if isinstance(module, AdaptedModule) and isinstance(tensor, nn.Parameter):
-        leaf = name.rpartition(".")[2]
-        adapter = module.lora_adapter_of(leaf)
-        if adapter is not None:
-            return adapter.original(leaf)
-    return tensor.detach()
+    live = LiveState(open_model(model, "adapter_state_dict"))
+    refuse_replaced_layers(live.handle.model, "adapter_state_dict", live.handle.layers)
+    warn_of_untrained(live.handle.model, live.handle.layers)
+    return live.values()
 
 
 def merged_state_dict(model: nn.Module, *, dequantize: torch.dtype | str | None = None) -> dict[str, Any]:

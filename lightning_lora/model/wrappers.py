@@ -35,10 +35,15 @@ def unwrapped(model: nn.Module, verb: str) -> nn.Module:
         LoRAError: it is no module, or a wrapper is of an unknown class; the message begins with the verb.
     """
     require_module(model, verb)
-    network = list(_layers_of_wrapping(model))[-1]
+    network = inside_known_wrappers(model)
     if ATTRIBUTE not in vars(network):
         _refuse_unknown_wrapper(network, verb)
     return network
+
+
+def inside_known_wrappers(model: nn.Module) -> nn.Module:
+    """Return the module inside all wrappers of known classes around it, or the model itself."""
+    return list(_layers_of_wrapping(model))[-1]
 
 
 def wrapped_attribute(model: nn.Module) -> str:
@@ -84,7 +89,7 @@ def _refuse_unknown_wrapper(model: nn.Module, verb: str) -> None:
     children = {name: child for name, child in model._modules.items() if child is not None}
     if model._parameters or model._buffers or not children or is_lightning_module(model):
         return
-    networks = {id(list(_layers_of_wrapping(child))[-1]) for child in children.values()}
+    networks = {id(inside_known_wrappers(child)) for child in children.values()}
     twice = len(networks) == 1 < len(set(children.values()))  # the same module, as it is and in a wrapper
     if not twice and list(children) != ["module"]:
         return

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ..adapter.adapter import Adapter
 from ..errors import LoRAError
 from ..files.atomic import new_file
 from ..files.paths import PathLike
@@ -26,8 +27,8 @@ SUFFIXES = (".png", ".pdf", ".svg")
 
 
 def plot_adapter(
-    source: PathLike | Mapping[str, Any] | nn.Module,
-    other: PathLike | Mapping[str, Any] | nn.Module | None = None,
+    source: PathLike | Mapping[str, Any] | Adapter | nn.Module,
+    other: PathLike | Mapping[str, Any] | Adapter | nn.Module | None = None,
     *,
     base: PathLike | None = None,
     strict_base: bool = True,

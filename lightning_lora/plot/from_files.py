@@ -10,7 +10,7 @@ from typing import Any
 from ..adapter.adapter import Adapter, align_to_modules
 from ..adapter.apply import without_base
 from ..adapter.fingerprint import compare_with_files
-from ..adapter.save_load import read_adapter
+from ..adapter.save_load import read_source
 from ..errors import LoRAError
 from ..files.paths import PathLike
 from ..files.safetensors import TensorLocation, read_rows
@@ -26,7 +26,7 @@ OTHER_BASE = (
 
 
 def read_updates(
-    source: PathLike | Mapping[str, Any], base: PathLike | None = None, *, strict_base: bool = True
+    source: PathLike | Mapping[str, Any] | Adapter, base: PathLike | None = None, *, strict_base: bool = True
 ) -> Updates:
     """Measure the adapter of a file, a folder or a state dict.
 
@@ -34,7 +34,8 @@ def read_updates(
         LoRAError: there is no adapter, it is damaged, or it does not fit the base.
     """
     where = str(source) if isinstance(source, (str, os.PathLike)) else "a state dict"
-    adapter = without_base(read_adapter(source))
+    where = "an adapter in memory" if isinstance(source, Adapter) else where
+    adapter = without_base(read_source(source, verb="plot_adapter"))
     if base is None:
         return measure(where, adapter.by_network_names())
     refuse_empty(where, adapter)

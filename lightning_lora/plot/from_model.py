@@ -8,13 +8,14 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from ..adapter.metadata import describe_model
+from ..adapter.metadata import describe
 from ..distributed.rank_sync import RankSync
 from ..distributed.sharding import gather_all, local, reshard_
-from ..model.state_dict import adapter_state_dict
-from ..model.wrappers import unwrapped
+from ..model.adapted_model import AdaptedModel, open_model
+from ..model.gradients import warn_of_untrained
+from ..model.live_state import LiveState
 from ..names import names_factor
-from ..nn.lora_layer import AdaptedWeights, adapted_layers
+from ..nn.lora_layer import AdaptedWeights
 from ..nn.quantised import dequantised
 from .updates import Updates, measure, sum_of_squares
 
@@ -27,21 +28,25 @@ def updates_of_model(model: nn.Module) -> Updates:
     Raises:
         LoRAError: the model was not injected, or rows of tables alone are trained.
     """
-    model = unwrapped(model, "plot_adapter")
-    tensors = {name: value for name, value in adapter_state_dict(model).items() if names_factor(name)}
-    tensors = {name: value.cpu() for name, value in gather_all(tensors).items()}
-    adapter = replace(describe_model(model), tensors=tensors)
-    norms = _norms_in_model(model)
-    whole = measure(type(model).__name__, adapter, norms)
+    live = LiveState(open_model(model, "plot_adapter"))
+    tensors = {name: value.cpu() for name, value in gather_all(_adapters_own(live)).items()}
+    adapter = replace(describe(live, "plot_adapter"), tensors=tensors)
+    whole = measure(type(live.handle.model).__name__, adapter, _norms_in_model(live.handle))
     network = adapter.by_network_names()
     names = dict(zip(adapter.layers(), network.layers(), strict=True))
     return replace(whole, adapter=network, layers={names[name]: update for name, update in whole.layers.items()})
 
 
-def _norms_in_model(model: nn.Module) -> dict[str, float]:
+def _adapters_own(live: LiveState) -> dict[str, torch.Tensor]:
+    """Return what belongs to the adapter alone: no tensor that the base has too."""
+    warn_of_untrained(live.handle.model, live.handle.layers)
+    return {name: value for name, value in live.values().items() if names_factor(name)}
+
+
+def _norms_in_model(handle: AdaptedModel) -> dict[str, float]:
     """Return the norm of the weights that each adapter changes, as they are without it, by each of its names."""
-    reshard_(model.modules())
-    layers = adapted_layers(model, remove_duplicate=False)
+    reshard_(module for _, module in handle.modules)
+    layers = handle.layers_by_every_name
     distinct = list(dict.fromkeys(layers.values()))
     sync = RankSync(layer.main_weight() for layer in distinct)
     squares = torch.tensor([_square_here(layer, sync) for layer in distinct], dtype=torch.float64)

@@ -19,6 +19,7 @@ from ..adapter.lightning_checkpoint import adapter_of, prepare_for_load, read_wi
 from ..adapter.save_load import apply_adapter
 from ..distributed.sharding import local
 from ..errors import LoRAError
+from ..model.adapted_model import find_model
 from ..model.injection import find_injection, snapshot_materialised
 from ..model.patches import call_previous, patch
 from ..model.state_dict import adapter_keys, base_keys, merge_state_dict
@@ -98,7 +99,7 @@ def _load_checkpoint(
         for layer, leaf, values in copies:  # looked up again: loading may have replaced the parameters
             local(layer.adapted_weights()[leaf]).copy_(values)
     if kind == "merged" and adapter is not None:
-        apply_adapter(module, adapter)
+        apply_adapter(module, find_model(module), adapter)
     content.pop(META, None)  # so that the module's on_load_checkpoint does not do this again
     return content
 

@@ -21,9 +21,9 @@ from lightning_lora import (
     load_from_checkpoint,
     save_adapter,
 )
+from lightning_lora import take_adapter as describe_model
 from lightning_lora.adapter.adapter import Adapter
 from lightning_lora.adapter.file_options import check_options, count_repeats, readable_options
-from lightning_lora.adapter.metadata import describe_model
 from lightning_lora.command.main import main
 from lightning_lora.nn.lora_layer import adapted_layers
 from support.models import randomise_

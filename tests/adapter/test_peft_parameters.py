@@ -14,7 +14,16 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lightning_lora import LoRAConfig, LoRAError, adapter_state_dict, inject, load_adapter, merged, save_adapter
+from lightning_lora import (
+    LoRAConfig,
+    LoRAError,
+    adapter_state_dict,
+    inject,
+    load_adapter,
+    merged,
+    read_adapter,
+    save_adapter,
+)
 from lightning_lora.adapter.peft_names import read_names
 from lightning_lora.command.main import main
 from lightning_lora.nn.lora_layer import adapted_layers
@@ -171,6 +180,21 @@ def test_the_order_in_which_a_module_registers_its_parameters_decides(tmp_path, 
     close(output(peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "c")), expected)
     assert main(["info", str(tmp_path / "a")]) == 1  # no model at hand, and the order is not the usual one
     assert "'inner' has adapters of 3 parameters" in capsys.readouterr().err
+
+
+def test_an_adapter_that_was_read_without_its_model_is_refused_where_that_has_another_order(tmp_path: Path):
+    torch.manual_seed(0)
+    plain, usual = Model(Reversed()).eval(), Model(Experts()).eval()
+    folder, options = tmp_path / "folder", {"target_modules": [], "target_parameters": ["gate_up_proj", "down_proj"]}
+    expected = peft_folder(copy.deepcopy(plain), folder, **options)
+    adapter = read_adapter(folder)
+    with pytest.raises(LoRAError, match=r"registers \['down_proj', 'gate_up_proj'\]. Pass the folder itself"):
+        load_adapter(plain, adapter)
+    load_adapter(plain, folder)
+    close(output(plain), expected)
+    of_usual = peft_folder(copy.deepcopy(usual), tmp_path / "usual", **options)
+    load_adapter(usual, read_adapter(tmp_path / "usual"))
+    close(output(usual), of_usual)
 
 
 def test_names_come_in_the_order_of_registration_whatever_the_files_order_is():

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_lora import LoRAConfig, LoRAError, is_merged, load_adapter, merge, save_adapter
+from lightning_lora import LoRAConfig, LoRAError, is_merged, load_adapter, merge, save_adapter, take_adapter
 from lightning_lora.distributed.sharding import has_sharded, is_fully_sharded, is_sharded
 from support.processes import world
 from support.sharded import X, shard_, whole_state
@@ -16,6 +16,12 @@ from support.sharded_adapters import assert_same_bits, injected
 
 def swapped(path: Path) -> None:
     net = shard_(injected(seed=1))
+    whole = whole_state(net)
+    taken = take_adapter(net)
+    load_adapter(net, path / "same")
+    assert_same_bits(taken.tensors, {name: whole[name] for name in taken.tensors})
+    load_adapter(net, taken)
+    assert_same_bits(whole_state(net), whole)
     for merged in (False, True):
         merge(net) if merged else None
         load_adapter(net, path / "same")

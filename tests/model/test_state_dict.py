@@ -12,8 +12,9 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_lora import LoRAConfig, LoRAError, adapter_state_dict, inject, merge, merged, merged_state_dict
-from lightning_lora.adapter.fingerprint import check_fingerprint, fingerprint
+from lightning_lora.adapter.fingerprint import fingerprint
 from lightning_lora.model.state_dict import merge_state_dict
+from support.fingerprints import check_fingerprint
 from support.models import (
     ZOO_LAYERS,
     Zoo,

@@ -28,8 +28,8 @@ from lightning_lora import (
     unload,
     unmerge,
 )
-from lightning_lora.adapter.metadata import adapter_of_model
-from lightning_lora.adapter.save_load import apply_adapter
+from lightning_lora import load_adapter as apply_adapter
+from lightning_lora import take_adapter as adapter_of_model
 from lightning_lora.command.merge import merge_on_disk
 from lightning_lora.model import merging
 from lightning_lora.model.token_tables import TokenTables

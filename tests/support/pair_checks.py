@@ -27,6 +27,7 @@ from lightning_lora import (
     merge_and_unload,
     merged_state_dict,
     save_adapter,
+    take_adapter,
     unload,
     unmerge,
 )
@@ -498,6 +499,33 @@ def through_folder(with_patterns: bool = False) -> Callable[[Variant], None]:
         train_(again, optimizer_for(variant, again), STEPS)
         train_(model, optimizer_for(variant, model), STEPS)
         assert_same(again, model)
+
+    return check
+
+
+def taken(merged: bool = False) -> Callable[[Variant], None]:
+    """An adapter that was taken stays as it is while the model trains on, and comes back bit for bit."""
+
+    def check(variant: Variant) -> None:
+        model = filled(variant)
+        before = all_bits(model)
+        if merged:
+            merge(model)
+        adapter = take_adapter(model)
+        unmerge(model)
+        fill_(model, seed=11)
+        assert all_bits(model) != before
+        if merged:
+            merge(model)
+        load_adapter(model, adapter)
+        assert is_merged(model) == merged
+        unmerge(model)
+        assert all_bits(model) == before
+        fill_(model, seed=12)
+        load_adapter(model, adapter)
+        load_adapter(other := fresh(variant), adapter)
+        assert all_bits(other) == before
+        assert_same(model, other)
 
     return check
 

@@ -1,0 +1,16 @@
+"""The check of a model's base, for a module where the package takes what a call has opened."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from lightning_lora.adapter import fingerprint
+from lightning_lora.model.adapted_model import open_model
+from lightning_lora.model.live_state import LiveState
+
+
+def check_fingerprint(model: nn.Module, expected: Mapping[str, Any]) -> dict[str, Any]:
+    return fingerprint.check_fingerprint(LiveState(open_model(model, "test")), expected)
