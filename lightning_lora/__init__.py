@@ -12,6 +12,7 @@ from .model.param_groups import lora_param_groups
 from .model.state_dict import adapter_state_dict, merged_state_dict
 from .model.statistics import adapter_stats
 from .model.summary import summary
+from .nn import variants as variants  # which are known from here on
 
 if TYPE_CHECKING:
     from .adapter.combine import combine

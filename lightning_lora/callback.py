@@ -17,7 +17,7 @@ from torch import nn
 from .adapter.fingerprint import fingerprint
 from .adapter.lightning_checkpoint import Kind, check_kind
 from .arguments import names_near_misses
-from .config import LEAVE_OUT, Bias, Init, LoRAConfig, PeftConfig, Task, as_config, is_config
+from .config import LEAVE_OUT, PLAIN, Bias, Init, LoRAConfig, PeftConfig, Task, as_config, is_config
 from .errors import LoRAError, NonFiniteError, sentence
 from .model.dequantise import dequantised_dtype
 from .model.gradients import explain_missing_gradients, warn_of_untrained
@@ -150,6 +150,7 @@ class LoRACallback(Callback):
         bias: which biases are trained: "none", "all", or those of adapted layers ("lora_only").
         use_rslora: s = lora_alpha / sqrt(r).
         use_dora: DoRA, which scales each output's weights W + s * B @ A to a trained magnitude.
+        variant: what an adapter stores and adds: "lora", "dora" (as use_dora), or a variant whose file was imported.
         init_lora_weights: true, false, "gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora", "eva" or
             "lora_ga"; see LoRAConfig.
         enable_lora: for a fused projection, which of its equal parts are adapted.
@@ -192,6 +193,7 @@ class LoRACallback(Callback):
         bias: Bias = "none",
         use_rslora: bool = False,
         use_dora: bool = False,
+        variant: str = PLAIN,
         init_lora_weights: bool | Init | str = True,
         enable_lora: Mapping[str, Sequence[bool]] | None = None,
         autocast_adapter_dtype: bool = True,

@@ -14,11 +14,21 @@ from typing import Any, Literal, NoReturn, Protocol, cast, get_args
 
 from .arguments import names_near_misses, refuse_unknown
 from .errors import LoRAError, shown
-from .names import ALL_LINEAR, MAGNITUDE, layer_number, layer_pattern, pattern_matches, suffix_pattern
+from .names import (
+    ALL_LINEAR,
+    KNOWN_VARIANTS,
+    MAGNITUDE,
+    layer_number,
+    layer_pattern,
+    listed,
+    near_misses,
+    pattern_matches,
+    suffix_pattern,
+)
 
-# Options that ask for a variant of LoRA, each with the names of a layer's parameters beside A and B; nn/layer_kinds.py
-# has the classes.
+# Options that ask for a variant of LoRA, each with the names of a layer's parameters beside A and B.
 VARIANTS: dict[str, tuple[str, ...]] = {"use_dora": (MAGNITUDE,)}
+PLAIN, BY_OPTION = "lora", "dora"  # values of `variant`: the default, and that which use_dora means too
 Bias = Literal["none", "all", "lora_only"]
 Init = Literal["gaussian", "orthogonal", "pissa", "olora", "eva", "lora_ga"]
 # Values of init_lora_weights that let A and B start from the weight: nn/starts.py computes them.
@@ -49,6 +59,7 @@ LEFT_OUT_AT_DEFAULT = {  # by option, the default with which files leave it out
     "trainable_token_indices": None,
     "ensure_weight_tying": True,
     "use_dora": False,
+    "variant": PLAIN,
 }
 
 
@@ -98,7 +109,8 @@ class LoRAConfig:
         bias: which biases are trained: "none", "all", or those of adapted layers ("lora_only").
         use_rslora: s = lora_alpha / sqrt(r) (arXiv:2312.03732).
         use_dora: DoRA (arXiv:2402.09353): each output's weights W + s * B @ A are scaled to a trained magnitude. For
-            linear layers, transformers' Conv1D, convolutions and nn.Embedding.
+            linear layers, transformers' Conv1D, convolutions and nn.Embedding. The same as variant="dora".
+        variant: what an adapter stores and adds: "lora", "dora", or the name of a variant whose file was imported.
         init_lora_weights: True (A Kaiming-uniform, B zero; an Embedding's A zero, B normal), "gaussian" (A normal
             with deviation 1/r, B zero), "orthogonal" (B @ A zero, both non-zero; r must be even), or False (A and B
             both random: the adapter changes the output before the first step). Or A0, B0 from the weight, the base
@@ -132,6 +144,7 @@ class LoRAConfig:
     bias: Bias = "none"
     use_rslora: bool = False
     use_dora: bool = False
+    variant: str = PLAIN
     init_lora_weights: bool | Init | str = True
     enable_lora: Mapping[str, Sequence[bool]] | None = None
     autocast_adapter_dtype: bool = True
@@ -161,10 +174,8 @@ class LoRAConfig:
         for option in ("ensure_weight_tying", "use_rslora", *VARIANTS, "autocast_adapter_dtype"):
             if not isinstance(getattr(self, option), bool):
                 _refuse(option, "true or false", getattr(self, option))
-        for option in ("enable_lora", "target_parameters") if self.variant() else ():
-            if getattr(self, option):
-                _refuse(option, f"left out with {self.variant()}, which adapts whole layers", getattr(self, option))
         self._check_init()
+        self._check_variant()
         _check_names("enable_lora", tuple(self.enable_lora or ()))
         for name, parts in (self.enable_lora or {}).items():
             if not isinstance(parts, tuple) or not all(isinstance(part, bool) for part in parts) or not any(parts):
@@ -187,10 +198,6 @@ class LoRAConfig:
         """Return s of the layer `name`."""
         rank = self.rank(name)
         return self.alpha(name) / (math.sqrt(rank) if self.use_rslora else rank)
-
-    def variant(self) -> str:
-        """Return the option that asks for a variant of LoRA, or ""."""
-        return next((option for option in VARIANTS if getattr(self, option)), "")
 
     def enabled_parts(self, name: str) -> tuple[bool, ...] | None:
         """Return which parts of the fused projection `name` are adapted, or None for all of it as one."""
@@ -218,6 +225,8 @@ class LoRAConfig:
         Options that few adapters use are left out at their defaults.
         """
         options, left_out = {name: _plain(value) for name, value in asdict(self).items()}, LEFT_OUT_AT_DEFAULT
+        if self.use_dora:
+            del options["variant"]
         return {name: value for name, value in options.items() if name not in left_out or value != left_out[name]}
 
     @classmethod
@@ -264,6 +273,8 @@ class LoRAConfig:
     def differing(self, config: LoRAConfig) -> list[str]:
         """Return the names of the options in which the configs differ; the order of a list of names does not count."""
         names = [field.name for field in fields(self)]
+        if {self.variant, config.variant} <= {PLAIN, BY_OPTION}:
+            names.remove("variant")  # use_dora says it
         return [name for name in names if _unordered(getattr(self, name)) != _unordered(getattr(config, name))]
 
     def differences(self, now: LoRAConfig) -> list[str]:
@@ -290,6 +301,9 @@ class LoRAConfig:
             object.__setattr__(self, "trainable_token_indices", rows or None)
         elif indices is not None:
             object.__setattr__(self, "trainable_token_indices", _ascending(indices) or None)
+        if self.variant == BY_OPTION or (self.use_dora is True and self.variant == PLAIN):
+            object.__setattr__(self, "variant", BY_OPTION)
+            object.__setattr__(self, "use_dora", True)
         if isinstance(self.task_type, Enum):  # peft.TaskType
             object.__setattr__(self, "task_type", self.task_type.value)
         for option in ("rank_pattern", "alpha_pattern", "enable_lora"):
@@ -329,14 +343,26 @@ class LoRAConfig:
         if numbers is not None and isinstance(self.target_modules, str):
             _refuse("target_modules", "a list of names beside layers_to_transform, as in PEFT", self.target_modules)
 
+    def _check_variant(self) -> None:
+        if not isinstance(self.variant, str) or self.variant not in KNOWN_VARIANTS:
+            known = listed(sorted(map(repr, KNOWN_VARIANTS)), len(KNOWN_VARIANTS))
+            hint = near_misses(self.variant, KNOWN_VARIANTS) if isinstance(self.variant, str) else ""
+            hint = hint if "did you mean" in hint else ""
+            expected = f"one of {known} (import the file that defines another one first{hint})"
+            _refuse("variant", expected, self.variant)
+        if self.use_dora and self.variant != BY_OPTION:
+            _refuse("use_dora", f"left out with variant={self.variant!r}", self.use_dora)
+        conflict = KNOWN_VARIANTS[self.variant].conflict(self)
+        if conflict is not None:
+            option, expected = conflict
+            _refuse(option, expected, getattr(self, option))
+
     def _check_init(self) -> None:
         init = self.init_lora_weights
         if not isinstance(init, bool) and init not in get_args(Init) and not is_start(init):
             weight = "'pissa', 'pissa_niter_4' (or another number), 'olora'"
             expected = f"true, false, 'gaussian', 'orthogonal', {weight}, 'eva' or 'lora_ga'"
             _refuse("init_lora_weights", expected, init)
-        if self.variant() and self.has_start:
-            _refuse("init_lora_weights", f"one that does not start from the weight, with {self.variant()}", init)
         for rank in (self.r, *(self.rank_pattern or {}).values()) if init == "orthogonal" else ():
             if rank % 2:
                 _refuse("r", "an even rank for init_lora_weights='orthogonal'", rank)

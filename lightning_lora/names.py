@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 # Parameters of an adapted layer; those of a single parameter `w` are lora_A_w and lora_B_w, beside it in its module.
 A, B = "lora_A", "lora_B"
@@ -26,6 +26,13 @@ USUAL_NAMES = {  # of layers in transformers: a list may name them for many mode
 }
 
 LIGHTNING = ("lightning", "lightning_fabric", "pytorch_lightning")  # packages
+
+PREFIX = "lora_"  # of the leaf names of an adapter's tensors
+_ROLES: dict[str, str] = {}  # by registered leaf name; each variant adds its own when its file is imported
+_LONGEST_FIRST: list[str] = []  # the registered leaf names
+
+# By what LoRAConfig(variant=...) says: objects of nn/variant.py's class. Each adds itself when its file is imported.
+KNOWN_VARIANTS: dict[str, Any] = {}
 
 Value = TypeVar("Value")
 
@@ -96,31 +103,52 @@ def parent_names(name: str) -> list[str]:
     return [name[:i] for i, character in enumerate(name) if character == "."]
 
 
+def register_leaf(leaf: str, role: str) -> None:
+    """Let a leaf name be known as that of an adapter's tensor, of a layer and, with a suffix, of a single parameter.
+
+    Args:
+        leaf: the name beside the weight, as "lora_A".
+        role: what the tensor is in the adapter, as "A": statistics and param groups go by it.
+
+    Raises:
+        ValueError: the name does not begin with "lora_", or is known with another role.
+    """
+    if not leaf.startswith(PREFIX):
+        raise ValueError(f"{leaf!r} must begin with {PREFIX!r}")
+    if _ROLES.setdefault(leaf, role) != role:
+        raise ValueError(f"{leaf!r} is known already, as {_ROLES[leaf]!r}")
+    _LONGEST_FIRST[:] = sorted(_ROLES, key=len, reverse=True)
+
+
 def names_factor(name: str) -> bool:
-    """Return whether the name of a parameter or tensor is that of an adapter's: of FACTORS, magnitudes or rows."""
-    return split_factor_name(name) is not None or name.rpartition(".")[2] in (MAGNITUDE, ROWS)
+    """Return whether the name of a parameter or tensor is that of an adapter's tensor: a registered leaf."""
+    return split_factor_name(name) is not None
 
 
 def split_factor_name(name: str) -> tuple[str, str] | None:
-    """Return what one of FACTORS adapts, a layer or a parameter, and which one a name is; None for any other name."""
-    path, dot, leaf = name.rpartition(".")
-    for factor in FACTORS:
-        if leaf == factor:
-            return path, factor
-        if leaf.startswith(f"{factor}_"):
-            return path + dot + leaf.removeprefix(f"{factor}_"), factor
-    return None
+    """Return what an adapter's tensor adapts (a layer, a table or a single parameter) and the tensor's leaf name.
+
+    None for any other name. "net.lora_A" is ("net", "lora_A"), "net.lora_A_w" is ("net.w", "lora_A").
+    """
+    path, dot, last = name.rpartition(".")
+    if last in _ROLES:
+        return path, last
+    if not last.startswith(PREFIX):
+        return None
+    leaf = next((leaf for leaf in _LONGEST_FIRST if last.startswith(f"{leaf}_")), None)
+    return None if leaf is None else (path + dot + last.removeprefix(f"{leaf}_"), leaf)
 
 
-def parameter_factor_name(parameter: str, factor: str) -> str:
-    """Return the name of one of FACTORS of a single parameter, in the module that holds both."""
-    return f"{factor}_{parameter}"
+def parameter_factor_name(parameter: str, leaf: str) -> str:
+    """Return the name of an adapter's tensor of a single parameter, in the module that holds both."""
+    return f"{leaf}_{parameter}"
 
 
 def factor_role(name: str) -> str:
-    """Return what a parameter of an adapter is in it: "A", "B" or "rows"."""
+    """Return what an adapter's tensor is in the adapter: "A", "B", "rows", or what its variant calls it."""
     split = split_factor_name(name)
-    return (split[1] if split else name).removeprefix("lora_")
+    leaf = split[1] if split else name.rpartition(".")[2]
+    return _ROLES.get(leaf) or leaf.removeprefix(PREFIX)
 
 
 def group_names(names: Iterable[str]) -> dict[str, str]:

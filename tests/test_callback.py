@@ -97,6 +97,7 @@ def test_options_reach_the_config():
         "bias": "all",
         "use_rslora": True,
         "use_dora": False,
+        "variant": "lora",
         "init_lora_weights": "gaussian",
         "enable_lora": {"body.0": (True, False)},
         "autocast_adapter_dtype": False,

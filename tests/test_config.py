@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 
-from lightning_lora import LoRAConfig, LoRAError
+from lightning_lora import LoRACallback, LoRAConfig, LoRAError
 
 REFUSED = [
     ("r", 0),
@@ -100,7 +100,7 @@ REFUSED = [
     ("enable_lora", {"": [True]}),
     ("enable_lora", {3: [True]}),
 ]
-OWN = ("enable_lora", "autocast_adapter_dtype")  # loralib's, and an argument of get_peft_model
+OWN = ("enable_lora", "autocast_adapter_dtype", "variant")  # loralib's, an argument of get_peft_model, peft_type
 
 
 @pytest.mark.parametrize(("option", "value"), REFUSED, ids=[f"{option}={value!r:.20}" for option, value in REFUSED])
@@ -282,7 +282,7 @@ def test_round_trip_through_plain_types(config):
 
 def test_options_that_earlier_versions_had_not_are_left_out_at_their_defaults():
     later = {"target_parameters", "layers_to_transform", "layers_pattern", "task_type", "ensure_weight_tying"}
-    later |= {"trainable_token_indices", "use_dora"}
+    later |= {"trainable_token_indices", "use_dora", "variant"}
     names = {field.name for field in dataclasses.fields(LoRAConfig)}
     assert names - LoRAConfig().to_dict().keys() == later
     options = {"target_modules": ["q"], "layers_to_transform": 0, "layers_pattern": "h"}
@@ -401,3 +401,23 @@ def test_numbers_of_numpy_become_pythons_own_so_that_checkpoints_hold_plain_type
     torch.save(config.to_dict(), content)
     content.seek(0)
     assert torch.load(content, weights_only=True) == plain.to_dict()
+
+
+def test_variant_dora_is_use_dora():
+    by_name, by_option = LoRAConfig(variant="dora"), LoRAConfig(use_dora=True)
+    assert by_name == by_option
+    assert by_name.to_dict() == by_option.to_dict() == LoRAConfig().to_dict() | {"use_dora": True}
+    assert by_name.differences(by_option) == []
+    assert repr(by_name) == repr(by_option) == "LoRAConfig(use_dora=True)"
+    assert LoRACallback(variant="dora").config == by_option
+    assert LoRAConfig(variant="lora") == LoRAConfig()
+
+
+def test_an_unknown_variant_is_named_with_what_is_near():
+    with pytest.raises(
+        LoRAError,
+        match=r"variant must be one of .*import the file that defines .*did you mean 'dora'.*but it is 'dorra'",
+    ):
+        LoRAConfig(variant="dorra")
+    with pytest.raises(LoRAError, match=r"variant must be one of 'dora', .*'lora'.*, but it is 'my own'\.$"):
+        LoRAConfig.from_dict({"variant": "my own"})

@@ -111,7 +111,7 @@ class Adapter:
         names: dict[str, dict[str, str]] = {}
         for name in self.tensors:
             layer, factor = split_factor_name(name) or ("", "")
-            if factor:
+            if factor in FACTORS:
                 names.setdefault(layer, {})[factor] = name
         return names
 
@@ -457,7 +457,7 @@ def require_values(adapter: Adapter, where: str) -> None:
 def _check_magnitudes(adapter: Adapter, where: str) -> None:
     """Raise LoRAError where magnitudes are not one finite value for each output of each layer, or of none."""
     magnitudes, layers = adapter.magnitudes(), adapter.layers()
-    variant = adapter.variant() if adapter.config is None else adapter.config.variant()
+    variant = adapter.variant() if adapter.config is None else ("use_dora" if adapter.config.use_dora else "")
     expected = layers if variant and MAGNITUDE in VARIANTS[variant] else []
     missing, unexpected = (
         sorted(names) for names in (set(expected) - set(magnitudes), set(magnitudes) - set(expected))

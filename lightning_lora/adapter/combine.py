@@ -31,7 +31,7 @@ import torch
 from ..config import LoRAConfig, is_number, plain_number
 from ..errors import LoRAError
 from ..files.paths import PathLike
-from ..names import META, ROWS, A, B, listed, split_factor_name
+from ..names import FACTORS, META, ROWS, A, B, listed, split_factor_name
 from ..nn.low_rank import ATTENTION_OUTPUT, product_svd, to_block_diagonal, truncated_svd
 from ..nn.random_stream import stream
 from ..progress import progress_bar
@@ -218,7 +218,7 @@ def _refuse_other_parameters(where: str, adapter: Adapter) -> None:
     """Refuse what a variant has beside A and B, which does not follow from sums of products."""
     for name in adapter.tensors:
         leaf = name.rpartition(".")[2]
-        if leaf.startswith("lora_") and leaf != ROWS and split_factor_name(name) is None:
+        if leaf.startswith("lora_") and (split_factor_name(name) or ("", ""))[1] not in (*FACTORS, ROWS):
             raise LoRAError(f"combine: {where}: {name!r} cannot be combined, only A, B and what is trained whole.")
 
 

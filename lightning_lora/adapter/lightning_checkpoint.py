@@ -170,7 +170,7 @@ def _refuse_lost(live: LiveState, state: Mapping[str, Any], trained: Set[str]) -
     lost = [name for name, parameter in parameters.items() if id(parameter) not in saved]
     if not lost:
         return
-    layers = list(dict.fromkeys(parts[0] for parts in map(split_factor_name, lost) if parts))
+    layers = list(dict.fromkeys(parts[0] for parts in map(split_factor_name, lost) if parts and parts[1] != ROWS))
     excluding = f"leave those layers out of the adapter (exclude_modules={layers}), " if layers else ""
     owner = type(live.handle.model).__name__
     raise LoRAError(

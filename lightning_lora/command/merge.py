@@ -39,7 +39,8 @@ from ..nn.low_rank import (
     low_rank_blocks,
     matrix_shape,
 )
-from ..nn.output_norms import Parts, output_norms_of_parts, output_scale, parts_of, scaled_blocks
+from ..nn.output_norms import Parts, output_norms_of_parts, output_scale, parts_of
+from ..nn.variant import scaled_blocks
 from ..progress import progress_bar
 from .expected_weights import ExpectedWeights
 from .module_names import ModuleNames, names_in_transformers, own_names, renamed

@@ -26,7 +26,8 @@ from ..nn.parameter import adapt_parameter_
 from ..nn.quantised import allow_packing_, keep_gradients_
 from ..nn.readers import patch_readers
 from ..nn.tied_weights import record_ties
-from ..nn.token_rows import LoRATable, adapt_table_, share_table_, table_adapters
+from ..nn.token_rows import LoRATable, TrainedRows, adapt_table_, share_table_, table_adapters
+from ..nn.variant import variant_of
 from ..nn.writer import Turn
 from ..notices import tell
 from ..progress import progress_bar
@@ -455,7 +456,7 @@ def _spec(name: str, record: Injection, seed: str) -> LayerSpec:
         enabled=config.enabled_parts(name),
         keep_float32=config.autocast_adapter_dtype,
         init=config.init_lora_weights,
-        variant=config.variant(),
+        variant=variant_of(config),
         start=config.has_start,
         seed=int.from_bytes(digest[:8], "big") >> 1,
     )
@@ -468,7 +469,9 @@ def _adapt_table(root: nn.Module, name: str, module: nn.Module, rows: tuple[int,
         share_table_(module, tied)
         return
     keep_float32 = record.config.autocast_adapter_dtype
-    spec = LayerSpec(r=len(rows), alpha=len(rows), scaling=1.0, keep_float32=keep_float32, rows=rows)
+    spec = LayerSpec(
+        r=len(rows), alpha=len(rows), scaling=1.0, variant=TrainedRows(), keep_float32=keep_float32, rows=rows
+    )
     note_gradient(_with_factors(adapt_table_(module, name, spec, record)))
 
 

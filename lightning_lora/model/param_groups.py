@@ -90,7 +90,7 @@ def _groups_of_factors(model: nn.Module) -> dict[nn.Parameter, str]:
         for name, parameter in zip(adapter.factor_names(), adapter.factors(), strict=True):
             _, factor = split_factor_name(name) or ("", "")
             group = {A: FACTOR_A, B: FACTOR_B}.get(factor, NO_DECAY)
-            groups[parameter] = EMBEDDING if factor and adapter.LOOKUP else group
+            groups[parameter] = EMBEDDING if factor in (A, B) and adapter.LOOKUP else group
     return groups
 
 

@@ -13,6 +13,7 @@ from ..names import canonical, matcher, parent_names
 from ..nn.layer_kinds import layer_class
 from ..nn.lora_layer import AdaptedModule, LoRALayer, Swapped, is_factor
 from ..nn.quantised import shape_of
+from ..nn.variant import variant_of
 from .injection import Injection
 from .named_state import base_parameters
 
@@ -82,7 +83,7 @@ def _gather(root: nn.Module, record: Injection, saved: Collection[str]) -> _Foun
                 found.sizes[kind] += shape_of(parameter).numel()
                 if (parameter.dim() == 3 or isinstance(module, nn.RNNBase)) and leaf != "weight":
                     found.single[leaf] = None
-                if layer_class(module, record.config.variant()):
+                if layer_class(module, variant_of(record.config)):
                     found.examples.setdefault(kind, name)
                 kinds.add(kind)
         found.counts.update(kinds)

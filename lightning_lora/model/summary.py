@@ -15,6 +15,7 @@ from ..distributed.sharding import local
 from ..names import group_names, listed
 from ..nn.lora_layer import AdaptedWeights, Swapped, adapted_layers
 from ..nn.quantised import quantised_as, quantised_modules, quantised_parameters, shape_of
+from ..nn.variant import variant_of
 from ..units import size_text
 from .injection import require_injection
 from .named_state import base_parameters
@@ -27,7 +28,6 @@ WIDTH = 80  # columns of the plain text
 NARROWEST = 12  # columns that are left of a long name or class
 MOST_GROUPS = 12  # that are shown
 SAVED = {"adapter": "the adapter", "merged": "merged weights, and the adapter", "full": "base and adapter"}
-VARIANTS = {"": "LoRA", "use_dora": "DoRA"}  # by the option that asks for one
 HEAD = ("layers", "class", "count", "r", "alpha", "parameters")
 
 
@@ -199,7 +199,7 @@ def summary(model: nn.Module) -> Summary:
     also_trained = {name: parameter.numel() for name, parameter in base.items() if parameter.requires_grad}
     saved = {name: value.numel() for name, value in injected.seen(record.initial).items()}
     return Summary(
-        variant=_variant(record.config.variant()) + (" with use_rslora" if record.config.use_rslora else ""),
+        variant=variant_of(record.config).title + (" with use_rslora" if record.config.use_rslora else ""),
         start=_start(record.config.init_lora_weights),
         layers=len(layers),
         groups=_group(layers),
@@ -228,10 +228,6 @@ def summary(model: nn.Module) -> Summary:
 def _each_once(parameters: Iterable[Iterable[nn.Parameter]]) -> list[nn.Parameter]:
     """Return parameters that layers may share, each once."""
     return list({id(parameter): parameter for of_layer in parameters for parameter in of_layer}.values())
-
-
-def _variant(option: str) -> str:
-    return VARIANTS.get(option, option.removeprefix("use_"))
 
 
 def _start(init: bool | str) -> str:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from ..config import TASK_HEADS, LoRAConfig
+from ..config import PLAIN, TASK_HEADS, LoRAConfig
 from ..distributed.sharding import is_sharded
 from ..errors import LoRAError
 from ..names import (
@@ -35,6 +35,7 @@ from ..nn.parameter import LoRAParameterHolder
 from ..nn.quantised import quantised_as, quantised_modules, quantised_parameters, shape_of
 from ..nn.tied_weights import tied_weights
 from ..nn.token_rows import is_table
+from ..nn.variant import variant_of
 from .pretrained import pretrained_models
 from .token_tables import OPTION, TokenTables
 
@@ -67,7 +68,7 @@ class Targets:
         self.tables = tables.rows
         self.left_out: dict[str, str] = {}
         if config.target_modules == ALL_LINEAR:
-            chosen = self._all_linear(model, modules, config.variant())
+            chosen = self._all_linear(model, modules, config)
         else:
             chosen = {name: module for name, module in modules.items() if targeted(name)}
         self.saved_instead = [] if config.target_modules == ALL_LINEAR else [n for n in chosen if n in self.saved]
@@ -102,7 +103,9 @@ class Targets:
                 parameters[name] = (module, leaf)
         return parameters
 
-    def _all_linear(self, model: nn.Module, modules: Mapping[str, nn.Module], variant: str) -> dict[str, nn.Module]:
+    def _all_linear(
+        self, model: nn.Module, modules: Mapping[str, nn.Module], config: LoRAConfig
+    ) -> dict[str, nn.Module]:
         heads, tied, chosen = output_heads(model), tied_weights(model), {}
         in_mamba = _mamba_prefixes(model)
         for name, module in modules.items():
@@ -116,8 +119,8 @@ class Targets:
                 self.left_out[name] = "it is the output head"
             elif attention is not None and not attention._qkv_same_embed_dim:
                 self.left_out[name] = "PEFT cannot adapt the out_proj of attention with q, k and v apart"
-            elif attention is not None and variant:
-                self.left_out[name] = f"PEFT cannot adapt the out_proj of attention with {variant}"
+            elif attention is not None and config.variant != PLAIN:
+                self.left_out[name] = f"PEFT cannot adapt the out_proj of attention with {variant_of(config).option}"
             elif name.startswith(in_mamba) and name.rpartition(".")[2] == "out_proj":
                 self.left_out[name] = "PEFT cannot adapt the out_proj of Mamba"
             elif _is_empty(module._parameters.get("weight")):
@@ -330,7 +333,6 @@ def check_supported(name: str, module: nn.Module, config: LoRAConfig) -> None:
         LoRAError: it cannot; the message says why, and what to do.
     """
     kind, adapting, enabled = type(module).__name__, layer_class(module), config.enabled_parts(name)
-    variant = config.variant()
     if adapting is None:
         inside = [child for child, m in module.named_modules() if child and layer_class(m)]
         problem = f"a {type(module).__module__}.{kind} cannot be adapted, only {ADAPTABLE} and their subclasses can"
@@ -347,8 +349,8 @@ def check_supported(name: str, module: nn.Module, config: LoRAConfig) -> None:
         problem = _weight_problem(module)
         if not problem and enabled is not None:
             problem = _parts_problem(module, adapting.KIND, len(enabled))
-        if not problem and variant:
-            problem = _variant_problem(module, variant)
+        if not problem:
+            problem = _variant_problem(module, config)
     if problem:
         raise LoRAError(f"inject: {name!r}: {problem}, or leave it out with exclude_modules=[{name!r}].")
 
@@ -442,13 +444,14 @@ def _is_empty(weight: nn.Parameter | None) -> bool:
     return weight is not None and not is_lazy(weight) and 0 in weight.shape
 
 
-def _variant_problem(module: nn.Module, variant: str) -> str:
+def _variant_problem(module: nn.Module, config: LoRAConfig) -> str:
+    variant = variant_of(config)
     adapting = layer_class(module, variant)
     if adapting is None:
         quantised = ", ".join(map(quantised_as, quantised_parameters(module).values()))
         what = f"whose weight is quantised ({quantised})" if quantised else f"of class {type(module).__name__}"
-        return f"{variant} is not for a layer {what}"
-    return adapting.problem(module)
+        return f"{variant.option} is not for a layer {what}"
+    return variant.problem(module, adapting.KIND, config)
 
 
 def _parts_problem(module: nn.Module, kind: str, parts: int) -> str:

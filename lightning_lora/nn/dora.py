@@ -11,25 +11,89 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import nn
 
 from ..distributed.sharding import copy_, full_tensor, is_sharded
 from ..errors import LoRAError
-from ..names import MAGNITUDE
+from ..names import A, B
 from . import low_rank
+from .conv import LoRAConv
+from .embedding import LoRAEmbedding
 from .exact_merge import Observer, Scratch
+from .linear import LoRAConv1D, LoRALinear
+from .lora import LoRA
 from .lora_layer import Blocks, LoRALayer, Transform
 from .low_rank import LowRankBlock
-from .output_norms import base_squares, output_norms, output_scale, scaled_blocks
+from .output_norms import base_squares, output_norms, output_norms_of_parts, output_scale
+from .variant import Acting, Config, LayerClass, Place, Reader, Stored, Weights, scaled_blocks
 from .weight_mark import WeightMark, mark_of
 
+MAGNITUDE = "lora_magnitude"  # leaf name: (out,)
 WEIGHT = "weight"
 BASE_SQUARES = "lora_base_squares"  # attribute: BaseSquares of W
 SQUARES_BEFORE = "lora_squares_before"  # attribute of a merged layer: the same, for when it is unmerged
 KEPT = (BASE_SQUARES, SQUARES_BEFORE)
+
+
+class DoRA(LoRA):
+    """LoRA whose outputs have magnitudes (arXiv:2402.09353)."""
+
+    name, title = "dora", "DoRA"
+    trained: ClassVar[tuple[str, ...]] = (A, B, MAGNITUDE)
+    reads_weight = True
+
+    def shapes(self, place: Place) -> dict[str, tuple[int, ...]]:
+        shapes = super().shapes(place)
+        return {**shapes, MAGNITUDE: shapes[B][:1]}
+
+    def start(self, place: Place, weights: Weights) -> dict[str, torch.Tensor]:
+        plain = super().start(place, weights)
+        return {**plain, MAGNITUDE: self._norms(plain, place, weights()[WEIGHT])}
+
+    def acting(self, stored: Stored, weight: torch.Tensor | None, scaling: float) -> Acting:
+        a, b = stored[A], stored[B]
+        if weight is None:
+            return Acting(a, b)
+        plain = a.detach().flatten(1), b.detach().flatten(1)
+        norms = output_norms(weight.detach(), *plain, scaling, transposed=False)
+        return Acting(a, b, output_scale(stored[MAGNITUDE], norms))
+
+    def blocks(self, stored: Stored, place: Place, read: Reader) -> dict[str, list[LowRankBlock]]:
+        a, b = (stored[leaf].detach().double().flatten(1) for leaf in (A, B))
+        norms = output_norms_of_parts(read(WEIGHT), a, b, place.scaling, transposed=place.is_transposed)
+        scale = output_scale(stored[MAGNITUDE], norms)
+        blocks = place.low_rank_blocks(stored[A], stored[B])[WEIGHT]
+        return {WEIGHT: scaled_blocks(blocks, scale, transposed=place.is_transposed)}
+
+    @property
+    def option(self) -> str:
+        return "use_dora"
+
+    def conflict(self, config: Config) -> tuple[str, str] | None:
+        for option in ("enable_lora", "target_parameters"):
+            if getattr(config, option):
+                return option, f"left out with {self.option}, which adapts whole layers"
+        if config.has_start:
+            return "init_lora_weights", f"one that does not start from the weight, with {self.option}"
+        return None
+
+    def problem(self, module: nn.Module, kind: str, config: Config) -> str:
+        if getattr(module, "max_norm", None) is None:
+            return ""
+        return "max_norm renormalises its rows in place, whose norms use_dora goes by; set it to None"
+
+    def layer_class(self, plain: LayerClass) -> LayerClass | None:
+        return cast("LayerClass | None", cast("Mapping[type, type]", LAYERS).get(plain))
+
+    def _norms(self, stored: Stored, place: Place, weight: torch.Tensor) -> torch.Tensor:
+        if weight.is_meta:
+            return torch.empty(len(stored[B]), device="meta")
+        with torch.no_grad(), _without_autocast(weight.device.type):
+            a, b = (stored[leaf].to(weight.device).flatten(1) for leaf in (A, B))
+            return output_norms(weight.detach(), a, b, place.scaling, transposed=place.is_transposed)
 
 
 class BaseSquares(NamedTuple):
@@ -49,18 +113,6 @@ class DoRALayer(LoRALayer):
 
     def factors(self) -> tuple[nn.Parameter, ...]:
         return (*super().factors(), self.lora_magnitude)
-
-    def drawn_factors(self) -> tuple[torch.Tensor, ...]:
-        """Return A, B and norm(V). Collective where W is sharded."""
-        a, b = super().drawn_factors()
-        device = self.weight.device
-        return a, b, self.norms(self.weight, a.to(device), b.to(device))
-
-    @classmethod
-    def problem(cls, module: nn.Module) -> str:
-        if getattr(module, "max_norm", None) is None:
-            return ""
-        return "max_norm renormalises its rows in place, whose norms use_dora goes by; set it to None"
 
     def factored_forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
         """Return base(x) + s * B(A(x)), but for the bias times c; dropout acts on W too, as in PEFT.
@@ -218,6 +270,30 @@ class DoRALayer(LoRALayer):
         if isinstance(state[0], dict):
             state[0] = {name: value for name, value in state[0].items() if name not in KEPT}
         return (make, args, *state)
+
+
+class DoRALinear(DoRALayer, LoRALinear):
+    """nn.Linear."""
+
+
+class DoRAConv1D(DoRALayer, LoRAConv1D):
+    """transformers' Conv1D."""
+
+
+class DoRAConv(DoRALayer, LoRAConv):
+    """nn.Conv1d/2d/3d: one magnitude for each output channel."""
+
+
+class DoRAEmbedding(DoRALayer, LoRAEmbedding):
+    """nn.Embedding: one magnitude for each dimension, of its values over the vocabulary, as in PEFT."""
+
+
+LAYERS: dict[type[LoRALayer], type[LoRALayer]] = {  # the class in place of the plain one
+    LoRALinear: DoRALinear,
+    LoRAConv1D: DoRAConv1D,
+    LoRAConv: DoRAConv,
+    LoRAEmbedding: DoRAEmbedding,
+}
 
 
 def _without_autocast(device: str) -> AbstractContextManager[Any]:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import cast
 
 from torch import nn
 
 from .attention import LoRAMultiheadAttention
 from .conv import LoRAConv
-from .dora import DoRALayer
 from .embedding import LoRAEmbedding
 from .linear import LoRAConv1D, LoRALinear, LoRAQuantisedLinear
+from .lora import LoRA
 from .lora_layer import LayerSpec, LayerState, LoRALayer, adapted_layers, swapped_class
 from .low_rank import ATTENTION_OUTPUT
 from .quantised import quantised_parameters
+from .variant import Variant
 
 CLASSES: dict[type[nn.Module] | tuple[type[nn.Module], ...], type[LoRALayer]] = {
     nn.Linear: LoRALinear,
@@ -24,47 +24,20 @@ CLASSES: dict[type[nn.Module] | tuple[type[nn.Module], ...], type[LoRALayer]] = 
 }
 
 
-class DoRALinear(DoRALayer, LoRALinear):
-    """nn.Linear."""
-
-
-class DoRAConv1D(DoRALayer, LoRAConv1D):
-    """transformers' Conv1D."""
-
-
-class DoRAConv(DoRALayer, LoRAConv):
-    """nn.Conv1d/2d/3d: one magnitude for each output channel."""
-
-
-class DoRAEmbedding(DoRALayer, LoRAEmbedding):
-    """nn.Embedding: one magnitude for each dimension, of its values over the vocabulary, as in PEFT."""
-
-
-VARIANTS: dict[str, Mapping[type[LoRALayer], type[LoRALayer]]] = {  # by option: the class in place of the plain one
-    "use_dora": {
-        LoRALinear: DoRALinear,
-        LoRAConv1D: DoRAConv1D,
-        LoRAConv: DoRAConv,
-        LoRAEmbedding: DoRAEmbedding,
-    },
-}
+LORA = LoRA()
 
 ADAPTABLE = "nn.Linear, transformers' Conv1D, nn.Embedding, nn.Conv1d/2d/3d and nn.MultiheadAttention"  # for people
 
 LIBRARIES = ("torch.nn.modules.", "transformers.pytorch_utils")  # whose forwards the factored ones stand in for
 
 
-def layer_class(module: nn.Module, variant: str = "") -> type[LoRALayer] | None:
-    """Return the class of a variant ("" for plain LoRA) that adapts a module, or None where there is none."""
+def layer_class(module: nn.Module, variant: Variant = LORA) -> type[LoRALayer] | None:
+    """Return the class that adapts a module with a variant, or None where there is none."""
     if isinstance(module, nn.Linear) and quantised_parameters(module):
-        return _of_variant(LoRAQuantisedLinear, variant)
+        return variant.layer_class(LoRAQuantisedLinear)
     matching = (adapting for classes, adapting in CLASSES.items() if isinstance(module, classes))
     plain = next(matching, LoRAConv1D if is_conv1d(module) else None)
-    return plain and _of_variant(plain, variant)
-
-
-def _of_variant(plain: type[LoRALayer], variant: str) -> type[LoRALayer] | None:
-    return VARIANTS[variant].get(plain) if variant else plain
+    return plain and variant.layer_class(plain)
 
 
 def is_conv1d(module: nn.Module) -> bool:

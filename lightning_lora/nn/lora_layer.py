@@ -36,13 +36,12 @@ from .exact_merge import (
     unmerge_weight_,
 )
 from .gradient_checkpointing import in_first_pass, records_gradients
-from .init import initial_factors
+from .init import WITHOUT_ZERO
 from .low_rank import HALF, LowRankBlock, crop, dense_delta
-from .starts import start_factors
+from .variant import Place, Variant
 from .writer import Turn
 
 DROPOUT_STEPS = 2**16
-WITHOUT_ZERO = (False, "orthogonal")  # values of init_lora_weights with which neither factor starts as zero
 
 Transform = Callable[[torch.Tensor], torch.Tensor]
 
@@ -60,13 +59,13 @@ class LayerSpec:
     r: int
     alpha: float
     scaling: float  # s
+    variant: Variant  # what is stored, and what that adds
     dropout: float = 0.0  # probability of dropping an input feature of the adapter
     enabled: tuple[bool, ...] | None = None  # which equal parts of a fused projection are adapted; None: all as one
     keep_float32: bool = True  # the factors stay in float32 when the model is cast to 16 bits
     init: bool | str = True  # how the factors are drawn, as LoRAConfig's init_lora_weights
     start: bool = False  # they start from the weight, and what they start as is subtracted: B @ A - B0 @ A0
     seed: int = 0  # what they are drawn from
-    variant: str = ""  # one of config.VARIANTS, or plain LoRA
     rows: tuple[int, ...] = ()  # of a table of which rows are trained: their numbers, ascending
 
 
@@ -249,8 +248,8 @@ class AdaptedWeights:
         return self.main_weight().dtype
 
     def weight_values(self) -> dict[str, torch.Tensor]:
-        """Return the values of the adapted weights, detached. Collective where they are sharded."""
-        return {name: full_tensor(weight) for name, weight in self.adapted_weights().items()}
+        """Return the values of the adapted weights, detached, sharded where these are."""
+        return {name: weight.detach() for name, weight in self.adapted_weights().items()}
 
     def factor_shapes(self, spec: LayerSpec | None = None) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the shapes of A and B, by other options than the layer's own where these are given."""
@@ -289,25 +288,19 @@ class AdaptedWeights:
                 factor.data, factor.grad = factor.detach().new_empty(shape), None
         self.lora.spec = spec
 
-    def drawn_factors(self) -> tuple[torch.Tensor, ...]:
-        """Return the initial values of the factors, the same each time."""
-        spec = self.lora.spec
-        if is_start(spec.init):
-            return self._factors_from_weight()
-        return initial_factors(*self.factor_shapes(), spec.init, spec.seed, lookup=self.LOOKUP)
+    def place(self, spec: LayerSpec | None = None) -> Place:
+        """Return the layer as its variant sees it, by other options than its own where these are given."""
+        spec = spec or self.lora.spec
+        shapes = self._weight_shapes()
+        return Place(
+            self.lora.name, self.KIND, shapes, spec.r, spec.scaling, spec.enabled, spec.init, spec.seed, spec.rows
+        )
 
-    def _factors_from_weight(self) -> tuple[torch.Tensor, torch.Tensor]:
-        spec, weights = self.lora.spec, self.weight_values()
-        try:
-            pairs = [
-                start_factors(part, spec.r, spec.scaling, str(spec.init), spec.seed)
-                for part in low_rank.adapted_parts(self.KIND, weights, spec.enabled)
-            ]
-        except LoRAError as error:
-            raise LoRAError(f"{self.lora.name!r}: {error}.") from None
-        joined = low_rank.join_parts(self.KIND, weights, pairs)
-        shape_a, shape_b = self.factor_shapes()
-        return joined[0].reshape(shape_a), joined[1].reshape(shape_b)
+    def drawn_factors(self) -> tuple[torch.Tensor, ...]:
+        """Return the initial values of the factors, the same each time. Collective where W is sharded and read."""
+        variant = self.lora.spec.variant
+        start = variant.start(self.place(), self.weight_values)
+        return tuple(start[leaf] for leaf in variant.trained)
 
     def draw_(self) -> None:
         """Let the factors, and what they started as, have their initial values. In place."""
@@ -598,11 +591,6 @@ class LoRALayer(AdaptedWeights, AdaptedModule):
 
     KNOWN_FORWARD: ClassVar[tuple[str, ...]] = ("forward",)
     weight: nn.Parameter
-
-    @classmethod
-    def problem(cls, module: nn.Module) -> str:
-        """Return why the class cannot adapt a module of its kind, or ''."""
-        return ""
 
     @property
     def lora_holder(self) -> nn.Module:

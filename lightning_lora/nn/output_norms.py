@@ -15,7 +15,6 @@ import torch.distributed as dist
 
 from ..distributed.sharding import is_sharded, local, reduce_, window
 from .exact_merge import CPU_CHUNK, GPU_CHUNK
-from .low_rank import LowRankBlock
 
 CANCELLED = 0.01  # of norm(W)^2: below it float32 has lost too many digits of the sum, which is taken directly
 
@@ -81,12 +80,6 @@ def output_scale(magnitude: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
     norms = norms.to(magnitude.dtype)
     zero = norms == 0
     return (magnitude / norms.masked_fill(zero, 1.0)).masked_fill(zero, 1.0)
-
-
-def scaled_blocks(blocks: Sequence[LowRankBlock], scale: torch.Tensor, *, transposed: bool) -> list[LowRankBlock]:
-    """Return blocks that hold every output, with the scale (out,) of each."""
-    scale = scale.view(1, -1) if transposed else scale.view(-1, 1)
-    return [block._replace(scale=scale) for block in blocks]
 
 
 def parts_of(weight: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:

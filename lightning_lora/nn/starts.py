@@ -7,10 +7,18 @@ olora          B0 @ A0 is Q[:, :r] @ R[:r] of W = Q @ R, not divided by s (arXiv
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
+from ..config import is_start
+from ..distributed.sharding import full_tensor
 from ..errors import LoRAError
+from ..names import A, B
+from . import low_rank
+from .lora import LoRA
 from .random_stream import leading_basis, stream
+from .variant import Acting, Place, Stored, Weights
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -18,6 +26,42 @@ LEAST_BLOCKS = 10  # in a Krylov space that is worth a search
 SPARE = 8  # vectors in a block of the Krylov space beside those that are searched
 
 PISSA, STEPS, OLORA = "pissa", "pissa_niter_", "olora"
+
+START_A, START_B = "lora_start_A", "lora_start_B"  # what A and B began as
+
+
+class Started(LoRA):
+    """LoRA whose A and B start from the weight or from data, and whose start is subtracted: B @ A - B0 @ A0."""
+
+    frozen = (START_A, START_B)
+    started = True
+
+    def shapes(self, place: Place) -> dict[str, tuple[int, ...]]:
+        return dict(zip((A, B, START_A, START_B), 2 * place.factor_shapes(), strict=True))
+
+    def start(self, place: Place, weights: Weights) -> dict[str, torch.Tensor]:
+        plain = self._from_weights(place, weights()) if is_start(place.init) else super().start(place, weights)
+        return {**plain, START_A: plain[A], START_B: plain[B]}
+
+    def _from_weights(self, place: Place, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        weights = {name: full_tensor(weight) for name, weight in weights.items()}
+        try:
+            pairs = [
+                start_factors(part, place.rank, place.scaling, str(place.init), place.seed)
+                for part in low_rank.adapted_parts(place.kind, weights, place.enabled)
+            ]
+        except LoRAError as error:
+            raise LoRAError(f"{place.name!r}: {error}.") from None
+        joined = low_rank.join_parts(place.kind, weights, pairs)
+        shapes = place.factor_shapes()
+        return {leaf: each.reshape(shape) for leaf, each, shape in zip((A, B), joined, shapes, strict=True)}
+
+    def is_initial(self, stored: Stored, place: Place) -> bool | None:
+        pairs = ((stored[A], stored[START_A]), (stored[B], stored[START_B]))
+        return all(not now.is_meta and torch.equal(now, start) for now, start in pairs)
+
+    def acting(self, stored: Stored, weight: torch.Tensor | None, scaling: float) -> Acting:
+        return Acting(*low_rank.acting_factors(*(stored[leaf] for leaf in (A, B, START_A, START_B))))
 
 
 @torch.no_grad()

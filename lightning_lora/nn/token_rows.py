@@ -18,7 +18,6 @@ from torch import nn
 
 from ..distributed.sharding import copy_, full_tensor, is_sharded, local, rows_of, window
 from ..errors import LoRAError
-from ..names import ROWS
 from .lora_layer import (
     AdaptedModule,
     AdaptedWeights,
@@ -30,8 +29,30 @@ from .lora_layer import (
     swapped_class,
 )
 from .low_rank import LowRankBlock, row_blocks
+from .variant import Place, Reader, Stored, Variant, Weights
 
+ROWS = "lora_rows"  # leaf name: (n, dim)
 WEIGHT = "weight"
+
+
+class TrainedRows(Variant):
+    """Rows of a table that take the place of its own."""
+
+    title = "trained rows"
+    trained = (ROWS,)
+
+    def shapes(self, place: Place) -> dict[str, tuple[int, ...]]:
+        return {ROWS: (len(place.rows), place.shapes[WEIGHT][1])}
+
+    def start(self, place: Place, weights: Weights) -> dict[str, torch.Tensor]:
+        return {ROWS: rows_of(weights()[WEIGHT], place.rows)}
+
+    def is_initial(self, stored: Stored, place: Place) -> bool | None:
+        return None
+
+    def blocks(self, stored: Stored, place: Place, read: Reader) -> dict[str, list[LowRankBlock]]:
+        rows = stored[ROWS]
+        return {WEIGHT: [b for first, part in read(WEIGHT) for b in row_blocks(part, place.rows, rows, first)]}
 
 
 class TokenRows(AdaptedWeights):
