@@ -84,7 +84,7 @@ def info_text(result: Mapping[str, Any]) -> list[str]:
         return [*head, f"{result['tensors']} tensors ({dtypes}) in {files}, {size}"]
     head.append(
         f"{len(result['layers'])} adapted layers, {result['parameters']:,} parameters, {size_text(result['bytes'])}, "
-        f"norm {result['norm']:.4g}"
+        f"norm {_number(result['norm'])}"
     )
     options = result["config"] or {"options": "none stored; lora_alpha must come from whoever trained it"}
     head += [f"  {name}: {value}" for name, value in options.items() if value is not None]
