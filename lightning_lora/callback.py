@@ -19,7 +19,7 @@ from .adapter.lightning_checkpoint import Kind, check_kind
 from .arguments import names_near_misses
 from .config import LEAVE_OUT, PLAIN, Bias, Init, LoRAConfig, PeftConfig, Task, as_config, is_config
 from .errors import LoRAError, NonFiniteError, sentence
-from .model.dequantise import dequantised_dtype
+from .model.dequantize import dequantize_dtype
 from .model.gradients import explain_missing_gradients, warn_of_untrained
 from .model.inject import begin_injection, fixed_seed, random_seed
 from .model.injection import find_injection, refuse_replaced_layers, snapshot_materialised
@@ -200,7 +200,7 @@ class LoRACallback(Callback):
     ) -> None:
         options = dict(locals())
         check_kind(save)
-        dequantised_dtype(dequantize, "LoRACallback")
+        dequantize_dtype(dequantize, "LoRACallback")
         for name in ("merged_eval", "verify", "merge_after_fit", "log_plots", "verbose"):
             if not isinstance(options[name], bool):
                 raise LoRAError(f"LoRACallback: {name} must be true or false, but it is {options[name]!r}.")
@@ -286,7 +286,7 @@ class LoRACallback(Callback):
         if self.save == "full":
             refuse_unloadable(pl_module)
         if self.save == "merged":
-            refuse_unmergeable(pl_module, dequantised_dtype(self.dequantize, "LoRACallback"))
+            refuse_unmergeable(pl_module, dequantize_dtype(self.dequantize, "LoRACallback"))
         if self.merge_after_fit:
             refuse_merge_after_fit(trainer, pl_module)
         if injected is not None and not injected.record.fingerprint:

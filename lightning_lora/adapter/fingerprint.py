@@ -19,7 +19,7 @@ from ..model.adapted_model import AdaptedModel, open_model
 from ..model.live_state import LiveState, original_value
 from ..names import parent_names
 from ..nn.lora_layer import LoRALayer, adapted_places
-from ..nn.quantised import dequantised, quantised_as
+from ..nn.quantised import dequantize, quantised_as
 from .adapter import Adapter
 
 Tables = Mapping[str, Collection[int]]  # rows of a table that the adapter replaces, by the table's name
@@ -53,7 +53,7 @@ def fingerprint_of(live: LiveState) -> dict[str, Any]:
     entries = fingerprint_entries(plain)
     for name, _, owner in present:
         if how[name]:
-            value = dequantised(owner, name.rpartition(".")[2])
+            value = dequantize(owner, name.rpartition(".")[2])
             entries[name] = {**fingerprint_entry(value), "quantised": how[name]}
     return without_rows({name: entries[name] for name in how}, replaced_rows(live.handle))
 

@@ -25,7 +25,7 @@ from ..errors import LoRAError, NonFiniteError, shown
 from ..files.paths import kind_of
 from ..files.torch_archive import read_sharded_tensors, read_torch_file
 from ..model.adapted_model import open_model
-from ..model.dequantise import dequantised_dtype, quantised_weights
+from ..model.dequantize import dequantize_dtype, quantised_weights
 from ..model.live_state import LiveState, original_value
 from ..model.state_dict import merge_state_dict
 from ..names import META, ROWS, canonical, split_factor_name
@@ -86,7 +86,7 @@ def convert_checkpoint(module: nn.Module, checkpoint: MutableMapping[str, Any], 
     if kind == "merged":
         tensors = gather_all(live.values()) if sharded else {name: state[name] for name in live.keys if name in state}
         meta["adapter"] = in_one_storage(tensors)
-        dtype = dequantised_dtype(record.dequantize, "checkpoint")
+        dtype = dequantize_dtype(record.dequantize, "checkpoint")
         checkpoint["state_dict"] = state if sharded else _merge_state(module, state, dtype)
     elif kind == "adapter":
         tensors = {name: value for name, value in state.items() if name not in frozen}

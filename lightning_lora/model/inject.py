@@ -32,7 +32,7 @@ from ..nn.writer import Turn
 from ..notices import tell
 from ..progress import progress_bar
 from .base_values import put_base_values_, take_back_base_values_
-from .dequantise import dequantised_dtype, plain_weights, replace_quantised_
+from .dequantize import dequantize_dtype, plain_weights, replace_quantised_
 from .gradients import note_gradient
 from .injection import (
     ALL_OPTIONS,
@@ -170,7 +170,7 @@ def merge_and_unload(model: nn.Module, *, dequantize: torch.dtype | str | None =
         LoRAError: the model was not injected, a layer was replaced since, W' is not finite, or a layer cannot be
             merged because its weight has another owner, or is quantised and `dequantize` is not given.
     """
-    dtype = dequantised_dtype(dequantize, "merge_and_unload")
+    dtype = dequantize_dtype(dequantize, "merge_and_unload")
     root, record, *_ = require_injection(unwrapped(model, "merge_and_unload"), "merge_and_unload")
     refuse_replaced_layers(root, "merge_and_unload")
     refuse_fully_sharded(root, "merge_and_unload")

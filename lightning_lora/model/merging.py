@@ -22,7 +22,7 @@ from ..nn.low_rank import HALF
 from ..nn.tied_weights import record_ties
 from ..notices import tell
 from ..progress import progress_bar
-from .dequantise import WORST_FIDELITY, report_factored
+from .dequantize import WORST_FIDELITY, report_factored
 from .gradients import warn_of_untrained
 from .injection import refuse_replaced_layers
 from .undisturbed import Ending, run_undisturbed

@@ -20,7 +20,7 @@ from ..nn.quantised_state import load_quantisation_, quantisation_entries, uncha
 from ..nn.tied_weights import record_ties
 from ..progress import progress_bar
 from .adapted_model import open_model
-from .dequantise import Dequantiser, dequantised_dtype, quantised_weights
+from .dequantize import Dequantizer, dequantize_dtype, quantised_weights
 from .gradients import warn_of_untrained
 from .injection import record_loaded, refuse_replaced_layers, require_injection
 from .live_state import LiveState
@@ -64,7 +64,7 @@ def merged_state_dict(model: nn.Module, *, dequantize: torch.dtype | str | None 
         LoRAError: the model was not injected, a layer was replaced since, or a layer's merged weight cannot stand in
             for its adapter, as a quantised one without `dequantize`.
     """
-    dtype = dequantised_dtype(dequantize, "merged_state_dict")
+    dtype = dequantize_dtype(dequantize, "merged_state_dict")
     model = unwrapped(model, "merged_state_dict")
     require_injection(model, "merged_state_dict")
     refuse_replaced_layers(model, "merged_state_dict")
@@ -86,7 +86,7 @@ def merge_state_dict(model: nn.Module, state: Mapping[str, Any], dtype: torch.dt
     if dtype is None:
         plain |= {name: state[name] for name in quantisation_entries(state, quantised)}
     else:
-        plain |= _dequantised_state(quantised, state, dtype)
+        plain |= _dequantize_state(quantised, state, dtype)
     sync = RankSync(value for value in state.values() if isinstance(value, torch.Tensor))
 
     copies: dict[AdaptedWeights, dict[str, torch.Tensor]] = {}
@@ -107,17 +107,17 @@ def merge_state_dict(model: nn.Module, state: Mapping[str, Any], dtype: torch.dt
     return plain
 
 
-def _dequantised_state(
+def _dequantize_state(
     quantised: Mapping[str, nn.Module], state: Mapping[str, Any], dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
     """Return plain weights in place of quantised ones, merged with the factors in a state dict."""
-    dequantiser, plain = Dequantiser(dtype), {}
+    dequantizer, plain = Dequantizer(dtype), {}
     for name, module in quantised.items():
         path = name.removesuffix("weight")
         names = module.stored_names() if isinstance(module, LoRALayer) and path + A in state else ()
         factors = tuple(state[path + leaf] for leaf in names) or None
-        plain[name] = dequantiser.weight(name, module, factors=factors)
-    dequantiser.report()
+        plain[name] = dequantizer.weight(name, module, factors=factors)
+    dequantizer.report()
     return plain
 
 

@@ -15,7 +15,7 @@ from . import low_rank
 from .exact_merge import merged_weight
 from .lora_layer import Blocks, LoRALayer
 from .low_rank import enabled_parts
-from .quantised import dequantised, dtype_of, quantised_as
+from .quantised import dequantize, dtype_of, quantised_as
 from .start_product import PLAIN_FORWARD, can_start_linear, start_linear
 
 
@@ -112,18 +112,18 @@ class LoRAQuantisedLinear(LoRALinear):
 
     def compute_dense_weights(self, weights: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
         """Return W + delta of dequantised weights, for code that reads the weight instead of calling the layer."""
-        values = {name: cast(nn.Parameter, dequantised(self, name)) for name in weights}
+        values = {name: cast(nn.Parameter, dequantize(self, name)) for name in weights}
         return super().compute_dense_weights(values)
 
     def base_values(self, name: str) -> torch.Tensor:
-        return dequantised(self, name)
+        return dequantize(self, name)
 
     def merged_copies(self, weights: Mapping[str, torch.Tensor], blocks: Blocks) -> dict[str, torch.Tensor]:
         """Return W' in the dtype of the dequantised weights."""
-        return {name: merged_weight(dequantised(self, name), blocks[name], self.lora.spec.scaling) for name in blocks}
+        return {name: merged_weight(dequantize(self, name), blocks[name], self.lora.spec.scaling) for name in blocks}
 
     def weight_values(self) -> dict[str, torch.Tensor]:
-        return {"weight": dequantised(self)}
+        return {"weight": dequantize(self)}
 
     def _weight_shapes(self) -> dict[str, torch.Size]:
         linear = cast(nn.Linear, self)

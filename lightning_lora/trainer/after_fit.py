@@ -12,7 +12,7 @@ from torch import nn
 from ..adapter.lightning_checkpoint import adapter_of
 from ..distributed.sharding import refuse_fully_sharded
 from ..errors import LoRAError
-from ..model.dequantise import dequantised_dtype
+from ..model.dequantize import dequantize_dtype
 from ..model.inject import merge_and_unload
 from ..model.injection import find_injection, require_injection
 from ..model.patches import call_previous, patch
@@ -73,7 +73,7 @@ def merge_for_good(module: nn.Module) -> None:
 
 def _dtype(module: nn.Module) -> torch.dtype | None:
     """Return the dtype of the plain weights that replace quantised ones, or None."""
-    return dequantised_dtype(require_injection(module, "LoRACallback").record.dequantize, "LoRACallback")
+    return dequantize_dtype(require_injection(module, "LoRACallback").record.dequantize, "LoRACallback")
 
 
 def is_merged_for_good(module: nn.Module) -> bool:

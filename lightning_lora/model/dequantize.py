@@ -13,7 +13,7 @@ from ..errors import LoRAError
 from ..nn.exact_merge import Observer, merged_weight
 from ..nn.lora_layer import AdaptedWeights, LoRALayer
 from ..nn.low_rank import HALF, MERGEABLE_DTYPES, acting_factors
-from ..nn.quantised import BITSANDBYTES, dequantised, quantised_modules, quantised_parameters
+from ..nn.quantised import BITSANDBYTES, dequantize, quantised_modules, quantised_parameters
 from ..notices import tell
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ WORST_FIDELITY = 0.05  # above this share of the adapter that rounding loses, a 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in MERGEABLE_DTYPES}
 
 
-def dequantised_dtype(value: object, verb: str) -> torch.dtype | None:
+def dequantize_dtype(value: object, verb: str) -> torch.dtype | None:
     """Return the dtype that the option `dequantize` names, or None for None.
 
     Raises:
@@ -78,7 +78,7 @@ def plain_weight(
     Raises:
         NonFiniteError: W' is not finite, or beyond the dtype.
     """
-    values = dequantised(module, name)
+    values = dequantize(module, name)
     if not isinstance(module, LoRALayer) or name not in module.adapted_weights():
         return values.to(dtype)
     blocks = module.low_rank_blocks(*acting_factors(*(factors or module.stored())))[name]
@@ -91,11 +91,11 @@ def plain_weights(model: nn.Module, dtype: torch.dtype) -> dict[nn.Module, torch
     Raises:
         NonFiniteError: W' is not finite, or beyond the dtype.
     """
-    dequantiser, plain = Dequantiser(dtype), {}
+    dequantizer, plain = Dequantizer(dtype), {}
     for name, module in quantised_weights(model).items():
         if module not in plain:
-            plain[module] = dequantiser.weight(name, module)
-    dequantiser.report()
+            plain[module] = dequantizer.weight(name, module)
+    dequantizer.report()
     return plain
 
 
@@ -118,7 +118,7 @@ def _plain_layer(module: nn.Module, weight: torch.Tensor) -> nn.Module:
     return linear.train(module.training)
 
 
-class Dequantiser:
+class Dequantizer:
     """Makes plain weights one by one, and reports what rounding W' to their dtype costs, once for each layer."""
 
     def __init__(self, dtype: torch.dtype) -> None:
