@@ -1,4 +1,4 @@
-"""Each example runs as its user runs it, and prints what the README shows. The digits: test_digits_example.py."""
+"""Each example runs as its user runs it, and prints what the README shows. For digits see test_digits_example.py."""
 
 from __future__ import annotations
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from contextlib import suppress
@@ -24,6 +23,7 @@ from ..names import (
     factor_role,
     names_factor,
     near_misses,
+    parent_names,
     rename_keys,
     split_factor_name,
     suffixes,
@@ -283,7 +283,7 @@ def _translate_config(old: Adapter, new: Adapter, old_layers: Mapping[str | None
     """
     if old.config is None:
         return None
-    modules = {module for name in new.tensors for module in around(name)}
+    modules = {module for name in new.tensors for module in parent_names(name)}
     named = {suffix for module in modules for suffix in suffixes(module)}
     saved = [  # without what was taken off the names, where an entry needs that to name anything
         entry if entry in named else next((tail for tail in suffixes(entry) if tail in modules), entry)
@@ -330,8 +330,8 @@ def with_exact_ranks(config: LoRAConfig, ranks: Mapping[str, int], scalings: Map
         config,
         r=common_r,
         lora_alpha=common_alpha,
-        rank_pattern={_only_for(n): r for n, r in ranks.items() if r != common_r},
-        alpha_pattern={_only_for(n): alpha for n, alpha in alphas.items() if alpha != common_alpha},
+        rank_pattern={exact_key(n): r for n, r in ranks.items() if r != common_r},
+        alpha_pattern={exact_key(n): alpha for n, alpha in alphas.items() if alpha != common_alpha},
     )
 
 
@@ -346,7 +346,7 @@ def with_aliases(config: LoRAConfig, aliases: Mapping[str, str]) -> LoRAConfig:
     alphas: dict[str, float] = {}
     parts: dict[str, Sequence[bool]] = {}
     for alias, first in aliases.items():
-        key = _only_for(alias)
+        key = exact_key(alias)
         if config.rank(alias) != config.rank(first):
             ranks[key] = config.rank(first)
         if config.alpha(alias) != config.alpha(first):
@@ -363,7 +363,7 @@ def with_aliases(config: LoRAConfig, aliases: Mapping[str, str]) -> LoRAConfig:
 
 def without_aliases(config: LoRAConfig, aliases: Collection[str]) -> LoRAConfig:
     """Undo with_aliases: what the options say of other names than the first means nothing to a model."""
-    keys = {*aliases, *map(_only_for, aliases)}
+    keys = {*aliases, *map(exact_key, aliases)}
 
     def kept(option: Mapping[str, Any] | None) -> dict[str, Any]:
         return {key: value for key, value in (option or {}).items() if key not in keys}

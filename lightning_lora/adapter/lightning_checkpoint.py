@@ -84,8 +84,6 @@ def adapter_of(checkpoint: Mapping[str, Any]) -> tuple[Adapter, Kind]:
     if kind == "full":
         base = adapter.fingerprint.keys() | quantisation_entries(tensors, adapter.fingerprint)
         adapter = replace(adapter, tensors={n: value for n, value in tensors.items() if n not in base})
-    else:
-        adapter = of_trained(adapter)
     check_factors(adapter, 'checkpoint["lora"]')
     return adapter, kind
 

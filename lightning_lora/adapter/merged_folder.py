@@ -84,7 +84,7 @@ def save_merged(
     state = _base_tensors(listing.places, prefix)
     tensors = {name: _stored(tensor, dtype) for name, (tensor, _) in state.items()}
     quantised = {name: quantised_as(tensor) for name, (tensor, _) in state.items() if quantised_as(tensor)}
-    if quantised and dequantiser is None:
+    if quantised and dequantizer is None:
         refuse_quantised(*next(iter(quantised.items())))
     divided = one_part_each(tensors) if network is None else parts_in_files(network, tensors)
     parts = {next(iter(part.stored)): part for part in divided if part.stored}
@@ -118,7 +118,7 @@ def save_merged(
                 append = partial(_append_part, here / file, part)
                 step(
                     repr(part.names[0]),
-                    partial(append, {n: _merged(n, *state[n], sync, dequantiser) for n in part.names}),
+                    partial(append, {n: _merged(n, *state[n], sync, dequantizer) for n in part.names}),
                 )
                 advance(_size(part.stored))
         if len(files) > 1:
@@ -126,8 +126,8 @@ def save_merged(
             names = {file: list(stored) for file, stored in index.items()}
             step(INDEX, partial(write_json, here / INDEX, index_of(names, sizes, {})))
         step(path, moves_on_leaving.close)
-    if dequantiser is not None:
-        dequantiser.report()
+    if dequantizer is not None:
+        dequantizer.report()
 
 
 def _size(tensors: Mapping[str, torch.Tensor]) -> int:
@@ -159,7 +159,7 @@ def _stored(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
 
 
 def _merged(
-    name: str, tensor: torch.Tensor, module: nn.Module, sync: RankSync, dequantiser: Dequantiser | None
+    name: str, tensor: torch.Tensor, module: nn.Module, sync: RankSync, dequantizer: Dequantizer | None
 ) -> torch.Tensor:
     """Return a whole tensor on the CPU with the adapter merged. Collective where it is sharded."""
     if dequantiser is not None and quantised_as(tensor):

@@ -6,7 +6,6 @@ options, but ranks are in the shapes, and lora_alpha may be among the hyper-para
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from statistics import mode
@@ -54,7 +53,7 @@ def read_state(state: Mapping[str, torch.Tensor], where: object, hyper_parameter
     adapter = Adapter(tensors, kinds=kinds, network=names.network, peft_outputs=True)
     whole = adapter.beside_factors()
     if names.live:
-        trained = {name for name in whole if names.saved.intersection(around(name))}
+        trained = {name for name in whole if names.saved.intersection(parent_names(name))}
         base = {name for name in whole if name not in trained and name.rpartition(".")[2] not in STATISTICS}
     else:
         base = {name for name in whole if name in names.of_layers and name.endswith(".weight")}

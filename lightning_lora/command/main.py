@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import errno
-import json
-import math
 import re
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal, get_args
@@ -17,9 +15,9 @@ from typing import Any, Literal, get_args
 import torch
 
 from ..adapter.adapter import Adapter
-from ..adapter.combine import Combined, Method, combine_adapters
+from ..adapter.combine import Method, combine_adapters
 from ..adapter.peft_folder import write_folder
-from ..errors import LoRAError, one_line, printable, shortened
+from ..errors import LoRAError, one_line
 from ..files.atomic import identity
 from ..files.paths import reason_of
 from ..files.weights import open_weights
@@ -27,20 +25,29 @@ from ..names import listed
 from ..report.figures import plot_adapter
 from ..units import size_text
 from .convert import to_lightning, to_peft
-from .extract import Extracted, extract
+from .extract import extract
 from .info import diff, info
 from .merge import merge_on_disk
 from .output import ADAPTER_FOLDER, PICTURE, check_output
-from .printing import INTERRUPTED, print_failure, print_lines
+from .printing import (
+    INTERRUPTED,
+    combine_text,
+    diff_text,
+    extract_text,
+    info_text,
+    print_failure,
+    print_lines,
+    result_lines,
+)
 
 Dtype = Literal["float16", "bfloat16", "float32", "float64"]
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-NO_MEMORY = "can't allocate memory"  # what torch says
+NO_MEMORY = "can't allocate memory"  # in torch's RuntimeError
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run one verb of the command; returns the exit status."""
+    """Run one verb of the command. Return the exit status."""
     try:
         from jsonargparse import ArgumentParser
     except ImportError:
@@ -52,7 +59,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _run(verb: str, options: Any) -> int:
-    """Run a verb: what it says is printed, or one line of what went wrong. Defects of this package are not caught."""
+    """Run a verb and print its result, or in one line what went wrong. Defects of this package are not caught."""
     output = options.get("output", "")
     before = identity(output)
     try:
@@ -78,7 +85,7 @@ def _outcome(output: str, before: object) -> str:
 
 @contextmanager
 def _as_a_program() -> Iterator[None]:
-    """Show warnings in one line, and clean up what was begun when terminated."""
+    """Show each warning in one line. Turn SIGTERM into an exception, so that unfinished files are removed."""
     format_before, handler_before = warnings.formatwarning, signal.getsignal(signal.SIGTERM)
     warnings.formatwarning = lambda message, *_, **__: f"{one_line(str(message))}\n"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -106,7 +113,7 @@ def _info_options(parser: Any) -> None:
 
 def _info(options: Any) -> list[str]:
     """Show what a file or folder holds: options, layers, ranks, norms, the base that it belongs to."""
-    return _shown(info(options.path), info_text, options.json)
+    return result_lines(info(options.path), info_text, options.json)
 
 
 def _merge_options(parser: Any) -> None:
@@ -177,7 +184,7 @@ def _diff_options(parser: Any) -> None:
 
 def _diff(options: Any) -> list[str]:
     """Show what differs between two adapters or two models, layer by layer."""
-    return _shown(diff(options.first, options.second), diff_text, options.json)
+    return result_lines(diff(options.first, options.second), diff_text, options.json)
 
 
 def _extract_options(parser: Any) -> None:
@@ -276,10 +283,10 @@ VERBS: dict[str, tuple[Callable[[Any], None], Callable[[Any], list[str]]]] = {
 
 
 def bytes_of(size: str) -> int:
-    """Read a number of bytes that is written as 5GB, 500MB or 123.
+    """Parse a number of bytes such as 5GB, 500MB or 123.
 
     Raises:
-        LoRAError: it is not written like that, or is not above zero.
+        LoRAError: the text has another form, or the number is not above zero.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", size.strip())
     if match is None or match[2].upper() not in UNITS or not float(match[1]):

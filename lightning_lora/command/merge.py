@@ -282,7 +282,7 @@ def _refuse_missing(adapter: Adapter, base: Weights, scope: str) -> None:
         # A base may hold more than the model that was trained, and masks under the name bias.
         is_bias = leaf == "bias" and module in known and len(location.shape) == 1
         trained = (
-            any(map(is_saved, around(name)))
+            any(map(is_saved, parent_names(name)))
             or (config.bias == "all" and is_bias)
             or (config.bias == "lora_only" and leaf == "bias" and module in layers)
         )

@@ -61,11 +61,11 @@ def _has_gradients(modules: NamedModules) -> bool:
 def _warn_of_unreached(names: list[str], cut_off: list[str], among: int, stacklevel: int) -> None:
     others = [name for name in names if name not in cut_off]
     text = f"lightning_lora: no gradient has reached the adapters of {len(names)} of {among} layers: {_shown(names)}."
-    if cut_off:
-        text += f" {_shown(cut_off) if others else 'They'} ran in {REENTRANT}. {REENTRANT_REMEDY}."
+    if in_segments:
+        text += f" {_shown(in_segments) if others else 'They'} ran in {REENTRANT}. {REENTRANT_REMEDY}."
     if others:
         text += (
-            f" {f'As to {_shown(others)}: either' if cut_off else 'Either'} nothing has used these layers yet "
+            f" {f'As to {_shown(others)}: either' if in_segments else 'Either'} nothing has used these layers yet "
             "(parts that few inputs reach, the network of another optimizer), or they are cut off from the loss "
             "(detach, no_grad), or their weight is read where the adapter cannot follow, instead of the layer being "
             f"called. What is never trained is better left out: exclude_modules={others[:SHOWN]!r}."
@@ -86,10 +86,15 @@ def _warn_of_optimizer(stacklevel: int) -> None:
     )
 
 
-def explain_merged_training(exception: BaseException, model: nn.Module) -> None:
-    """Add to torch's error of a loss without gradients that the adapters are merged, where they are. In place."""
-    if "does not require grad" in str(exception) and any(layer.lora.merged for layer in adapted_layers(model).values()):
+def explain_missing_gradients(exception: BaseException, model: nn.Module) -> None:
+    """Add the reason to torch's error of a loss without gradients, where the adapters know one. In place."""
+    if "does not require grad" not in str(exception):
+        return
+    states = [layer.lora for layer in adapted_layers(model).values()]
+    if any(state.merged for state in states):
         exception.args = (
             f"{exception}. The adapters are merged, and merged they get no gradients: something called merge() before "
             "this training step; call unmerge(model) first, or merge in `with merged(model):` around the evaluation.",
         )
+    elif any(state.in_segment for state in states):
+        exception.args = (f"{exception}. The adapters ran in {REENTRANT}. {REENTRANT_REMEDY}.",)

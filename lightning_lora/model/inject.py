@@ -43,7 +43,7 @@ from .adapted_model import (
     scope_in,
 )
 from .base_values import put_base_values_, take_back_base_values_
-from .dequantise import dequantised_dtype, plain_weights, replace_quantised_
+from .dequantize import dequantize_dtype, plain_weights, replace_quantised_
 from .gradients import note_gradient
 from .initial_values import restore_initial_, snapshot_initial
 from .injection import ALL_OPTIONS, Injection

@@ -157,10 +157,10 @@ def forget_quantisation(modules: Iterable[nn.Module]) -> None:
 def plain_conversions(pretrained: nn.Module) -> list[Any] | None:
     """Return what a transformers 5 model's tensors went through when they were loaded, but for quantisation's part."""
     conversions = vars(pretrained)[CONVERSIONS]
-    return conversions and [each for each in conversions if not _dequantises(each)]
+    return conversions and [each for each in conversions if not _dequantizes(each)]
 
 
-def _dequantises(conversion: Any) -> bool:
+def _dequantizes(conversion: Any) -> bool:
     """Tell whether a conversion reads quantised weights: its operation is of the integration with their package."""
     operations = getattr(conversion, "operations", None) or ()
     return any(type(operation).__module__.startswith("transformers.integrations") for operation in operations)

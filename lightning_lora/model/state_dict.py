@@ -94,7 +94,7 @@ def merge_state_dict(listing: Listing, state: Mapping[str, Any], dtype: torch.dt
     if dtype is None:
         plain |= {name: state[name] for name in quantisation_entries(state, quantised)}
     else:
-        plain |= _dequantised_state(quantised, state, dtype)
+        plain |= _dequantize_state(quantised, state, dtype)
     sync = RankSync(value for value in state.values() if isinstance(value, torch.Tensor))
 
     copies: dict[AdaptedWeights, dict[str, torch.Tensor]] = {}
@@ -115,11 +115,11 @@ def merge_state_dict(listing: Listing, state: Mapping[str, Any], dtype: torch.dt
     return plain
 
 
-def _dequantised_state(
+def _dequantize_state(
     quantised: Mapping[str, nn.Module], state: Mapping[str, Any], dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
     """Return plain weights in place of quantised ones, merged with the factors in a state dict."""
-    dequantiser, plain = Dequantiser(dtype), {}
+    dequantizer, plain = Dequantizer(dtype), {}
     for name, module in quantised.items():
         path, adapter = name.removesuffix("weight"), layer_adapter(module)
         in_state = adapter is not None and path + adapter.stored_names()[0] in state

@@ -118,14 +118,14 @@ class LoRAQuantisedLinear(LoRALinear):
         return super().dense_weights(values)
 
     def base_values(self, name: str) -> torch.Tensor:
-        return dequantised(self, name)
+        return dequantize(self, name)
 
     def merged_copies(self, weights: Mapping[str, torch.Tensor], blocks: Blocks) -> dict[str, torch.Tensor]:
         """Return W' in the dtype of the dequantised weights."""
-        return {name: merged_weight(dequantised(self, name), blocks[name], self.lora.spec.scaling) for name in blocks}
+        return {name: merged_weight(dequantize(self, name), blocks[name], self.lora.spec.scaling) for name in blocks}
 
     def weight_values(self) -> dict[str, torch.Tensor]:
-        return {"weight": dequantised(self)}
+        return {"weight": dequantize(self)}
 
     def weight_shapes(self) -> dict[str, torch.Size]:
         linear = cast(nn.Linear, self)

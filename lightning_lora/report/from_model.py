@@ -58,6 +58,6 @@ def _square_here(layer: AdaptedWeights, sync: RankSync) -> float:
     """Return this rank's part of the squared norm of a layer's weights."""
     return math.fsum(
         sync.share(weight)
-        * sum_of_squares(local(dequantised(layer.lora_holder, name) if layer.quantised() else layer.original(name)))
+        * sum_of_squares(local(dequantize(layer.lora_holder, name) if layer.quantised() else layer.original(name)))
         for name, weight in layer.adapted_weights().items()
     )

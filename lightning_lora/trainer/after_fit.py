@@ -1,4 +1,4 @@
-"""A model that is merged for good when its fit has ended, so that a library's own save is right."""
+"""Merge a model for good when its fit has ended, so that libraries that save the model save merged weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..model.state_dict import refuse_unmergeable
 from ..names import META
 from .compatibility import launches
 
-MERGED_FOR_GOOD = "merged_after_fit"  # attribute of such a LightningModule, until it is fitted again
+MERGED_FOR_GOOD = "merged_after_fit"  # attribute of a LightningModule that was merged, until it is fitted again
 
 
 def refuse_merge_after_fit(trainer: Any, handle: AdaptedModel) -> None:
@@ -46,17 +46,17 @@ def _dtype(handle: AdaptedModel) -> torch.dtype | None:
 
 
 def is_merged_for_good(module: nn.Module) -> bool:
-    """Tell whether a fit has left plain merged layers that nothing has injected since."""
+    """Return whether a fit merged the model for good, and nothing injected it since."""
     return MERGED_FOR_GOOD in vars(module)
 
 
 def forget_merging(module: nn.Module) -> None:
-    """Take the mark of merge_for_good away: the model is about to get adapters anew."""
+    """Remove the mark of merge_for_good: the model is about to get adapters again."""
     vars(module).pop(MERGED_FOR_GOOD, None)
 
 
 def load_plain_weights_only(module: nn.Module) -> None:
-    """Let a model that was merged for good refuse checkpoints that need its base."""
+    """Patch a model that was merged for good so that it refuses checkpoints that need its base."""
     patch(module, "on_load_checkpoint", _on_load_checkpoint)
 
 

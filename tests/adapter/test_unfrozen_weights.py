@@ -1,10 +1,9 @@
-"""A base parameter that is unfrozen after a fit began comes out of every file with the values that training gave it."""
+"""A base parameter that is unfrozen during a fit has its trained values in every file."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from torch import nn
 from lightning_lora import (
     LoRACallback,
     LoRAError,
-    adapter_state_dict,
     combine,
     disable_adapter,
     load_adapter,
@@ -27,8 +25,7 @@ from lightning_lora import (
     save_adapter,
     save_merged,
 )
-from lightning_lora import take_adapter as adapter_of_model
-from lightning_lora.adapter.peft_folder import FROZEN, HEADER_KEY, write_folder
+from lightning_lora.adapter.peft_folder import FROZEN, HEADER_KEY
 from lightning_lora.adapter.save_load import read_adapter
 from lightning_lora.command.convert import to_lightning, to_peft
 from lightning_lora.command.merge import merge_on_disk

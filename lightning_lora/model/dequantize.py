@@ -24,7 +24,7 @@ WORST_FIDELITY = 0.05  # above this share of the adapter that rounding loses, a 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in MERGEABLE_DTYPES}
 
 
-def dequantised_dtype(value: object, verb: str) -> torch.dtype | None:
+def dequantize_dtype(value: object, verb: str) -> torch.dtype | None:
     """Return the dtype that the option `dequantize` names, or None for None.
 
     Raises:
@@ -100,8 +100,8 @@ def plain_weights(places: NamedModules, dtype: torch.dtype) -> dict[nn.Module, t
     dequantiser, plain = Dequantiser(dtype), {}
     for name, module in quantised_weights(places).items():
         if module not in plain:
-            plain[module] = dequantiser.weight(name, module)
-    dequantiser.report()
+            plain[module] = dequantizer.weight(name, module)
+    dequantizer.report()
     return plain
 
 
@@ -124,7 +124,7 @@ def _plain_layer(module: nn.Module, weight: torch.Tensor) -> nn.Module:
     return linear.train(module.training)
 
 
-class Dequantiser:
+class Dequantizer:
     """Makes plain weights one by one, and reports what rounding W' to their dtype costs, once for each layer."""
 
     def __init__(self, dtype: torch.dtype) -> None:
