@@ -268,7 +268,7 @@ class LoRAConfig:
         shared = [field.name for field in fields(cls) if field.name in options]
         for field in fields(config):
             default = field.default if field.default_factory is MISSING else field.default_factory()
-            understood = {*shared, *own, *SAYING_NOTHING}
+            understood = {*shared, *own, *IGNORED_PEFT_FIELDS}
             if field.name in options and field.name not in understood and options[field.name] != default:
                 raise LoRAError(
                     f"LoRAConfig.from_peft: {field.name}={options[field.name]!r} cannot be expressed; the options are "

@@ -6,7 +6,6 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence, Set
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from statistics import mode
@@ -19,7 +18,7 @@ from ..config import LoRAConfig
 from ..errors import LoRAError
 from ..names import (
     PREFIX,
-    around,
+    exact_key,
     factor_role,
     names_factor,
     near_misses,
@@ -374,47 +373,6 @@ def without_aliases(config: LoRAConfig, aliases: Collection[str]) -> LoRAConfig:
         alpha_pattern=kept(config.alpha_pattern),
         enable_lora=kept(config.enable_lora),
     )
-
-
-def _only_for(name: str) -> str:
-    """Return the pattern that means one layer alone."""
-    return f"^{re.escape(name)}"
-
-
-def equal_layers(adapter: Adapter) -> dict[str, str]:
-    """Return names of layers that no option says the rank, scaling or parts of, each with one of equal factors.
-
-    Such a layer is one module under two names, in a file whose options are for the first alone.
-    """
-    config = adapter.config
-    if config is None:
-        return {}
-    ranks = {}
-    for name in adapter.layers():
-        stored = adapter.stored(name)
-        with suppress(LookupError, RuntimeError):  # what is damaged is named later, by check_factors
-            ranks.update({name: adapter.variant.rank(stored)} if all(map(is_plain, stored.values())) else {})
-    found: dict[str, str] = {}
-    fitting = {
-        name
-        for name, rank in ranks.items()
-        for own in (name, adapter.options_name(name))
-        if config.rank(own) == rank and math.isclose(adapter.scalings.get(name, 0.0), config.scaling(own))
-    }
-    with_parts = {name for name in fitting if config.enabled_parts(name)}
-    for name in ranks:
-        candidates = [] if name in with_parts else sorted(with_parts if name in fitting else fitting)
-        equal = next((other for other in candidates if _have_equal_factors(adapter, name, other)), None)
-        if equal is not None:
-            found[name] = equal
-    return found
-
-
-def _have_equal_factors(adapter: Adapter, name: str, other: str) -> bool:
-    first, second = adapter.stored(name), adapter.stored(other)
-    pairs = [(first[leaf], second[leaf]) for leaf in first if leaf in second]
-    tensors = all(is_plain(factor) and not factor.is_meta for pair in pairs for factor in pair)
-    return tensors and all(one.shape == two.shape and torch.equal(one, two) for one, two in pairs)
 
 
 def align_to_modules(adapter: Adapter, modules: Set[str], where: str) -> Adapter:

@@ -13,7 +13,7 @@ import torch
 
 from ..distributed.sharding import samples, samples_of_all
 from ..errors import LoRAError
-from ..names import around
+from ..names import parent_names
 from .adapter import Adapter
 
 Tables = Mapping[str, Collection[int]]  # rows of a table that the adapter replaces, by the table's name

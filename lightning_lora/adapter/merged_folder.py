@@ -18,7 +18,7 @@ from ..files.model_folder import CONFIG, INDEX_SUFFIX, STEM, index_of, plan_shar
 from ..files.paths import PathLike, write_json
 from ..files.safetensors import NAMES, SUFFIX, as_bytes, build_header
 from ..model.adapted_model import Listing, find_in, open_model, refuse_replaced_layers
-from ..model.dequantise import Dequantiser, dequantised_dtype
+from ..model.dequantize import Dequantizer, dequantize_dtype
 from ..model.gradients import warn_of_untrained
 from ..model.named_state import state_of
 from ..model.state_dict import refuse_quantised, refuse_unmergeable
@@ -77,10 +77,10 @@ def save_merged(
         open_model(model, "save_merged")
     refuse_replaced_layers(listing, "save_merged")
     warn_of_untrained(listing)
-    dtype = dequantised_dtype(dequantize, "save_merged")
+    dtype = dequantize_dtype(dequantize, "save_merged")
     refuse_unmergeable(listing, dtype)
     prefix, network = find_network(find_in(listing) or listing) or ("", None)
-    dequantiser = None if dtype is None else Dequantiser(dtype)
+    dequantizer = None if dtype is None else Dequantizer(dtype)
     state = _base_tensors(listing.places, prefix)
     tensors = {name: _stored(tensor, dtype) for name, (tensor, _) in state.items()}
     quantised = {name: quantised_as(tensor) for name, (tensor, _) in state.items() if quantised_as(tensor)}
@@ -162,8 +162,8 @@ def _merged(
     name: str, tensor: torch.Tensor, module: nn.Module, sync: RankSync, dequantizer: Dequantizer | None
 ) -> torch.Tensor:
     """Return a whole tensor on the CPU with the adapter merged. Collective where it is sharded."""
-    if dequantiser is not None and quantised_as(tensor):
-        return dequantiser.weight(name, module).cpu()
+    if dequantizer is not None and quantised_as(tensor):
+        return dequantizer.weight(name, module).cpu()
     leaf = name.rpartition(".")[2]
     values = [tensor.detach()]
     adapter = adapter_of(module, leaf)

@@ -24,7 +24,7 @@ from ..files.atomic import new_folder
 from ..files.paths import PathLike, kind_of, parse_json, read_json, write_json
 from ..files.safetensors import read_safetensors, write_tensors
 from ..files.torch_archive import read_torch_file
-from ..names import A, B, around
+from ..names import A, B, parent_names
 from ..nn.low_rank import ATTENTION, ATTENTION_OUTPUT, SEPARATE
 from ..nn.variant import Variant
 from .adapter import Adapter, check_factors, exact_options, ties_of
@@ -269,7 +269,7 @@ def _read_described(
     changed = [name for name in idle if name not in idle_attention(adapter)]
     if changed:
         raise LoRAError(f"{where}: the factors of {changed[0]!r} must be zero; something changed them after saving.")
-    adapter = of_trained(adapter, _frozen_tensors(adapter, description, where))
+    adapter = _without_frozen(adapter, description.get(FROZEN, []), where)
     adapter = from_peft_form(from_plain(adapter.without_layers(idle)))
     check_factors(adapter, str(where))
     if options is not None:

@@ -20,9 +20,9 @@ from typing import Any, get_args
 
 import torch
 
-from ..config import PLAIN, SAYING_NOTHING, TASK_HEADS, VARIANTS, LoRAConfig, Task
+from ..config import IGNORED_PEFT_FIELDS, PLAIN, TASK_HEADS, VARIANTS, LoRAConfig, Task
 from ..errors import LoRAError, sentence, shown
-from ..names import KNOWN_VARIANTS, A, B, around, listed, matcher, pattern_matches, suffixes
+from ..names import KNOWN_VARIANTS, A, B, listed, matcher, parent_names, pattern_matches, suffixes
 from ..nn.low_rank import (
     ATTENTION,
     ATTENTION_OUTPUT,

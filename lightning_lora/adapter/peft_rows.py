@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ..errors import LoRAError
-from ..names import around
+from ..names import parent_names
 from ..nn.variant import rows_leaf
 from .adapter import Adapter
 

@@ -14,7 +14,7 @@ import torch
 
 from ..config import LoRAConfig
 from ..errors import LoRAError, shown
-from ..names import A, B, around
+from ..names import A, B, exact_key, parent_names
 from ..nn.lora import EMBEDDING_A
 from ..nn.low_rank import ATTENTION, ATTENTION_OUTPUT, CONV, EMBEDDING
 from ..notices import tell
@@ -80,7 +80,7 @@ def _config(adapter: Adapter, saved: list[str], hyper_parameters: object) -> LoR
     ranks = adapter.ranks()
     check_options(options, ranks, "adapter: the checkpoint's hyper-parameters")
     common = mode(ranks.values())
-    patterns = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != common}
+    patterns = {exact_key(name): rank for name, rank in ranks.items() if rank != common}
     options |= adapter.variant.options()
     return LoRAConfig(r=common, rank_pattern=patterns, target_modules=list(ranks), modules_to_save=saved, **options)
 

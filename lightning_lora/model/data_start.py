@@ -16,7 +16,7 @@ from torch import nn
 from ..config import LoRAConfig
 from ..distributed.sharding import copy_
 from ..errors import LoRAError
-from ..names import listed
+from ..names import exact_key, listed
 from ..nn.adapted_weights import AdaptedWeights
 from ..nn.low_rank import CONV1D, LINEAR
 from ..nn.random_stream import svd_lowrank

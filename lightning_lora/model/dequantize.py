@@ -13,7 +13,7 @@ from ..errors import LoRAError
 from ..nn.adapted_weights import AdaptedWeights, NamedModules, adapter_of, layer_adapter
 from ..nn.exact_merge import Observer, merged_weight
 from ..nn.low_rank import HALF, MERGEABLE_DTYPES
-from ..nn.quantised import BITSANDBYTES, dequantised, quantised_modules, quantised_parameters
+from ..nn.quantised import BITSANDBYTES, dequantize, quantised_modules, quantised_parameters
 from ..nn.variant import Stored
 from ..notices import tell
 
@@ -83,7 +83,7 @@ def plain_weight(
     Raises:
         NonFiniteError: W' is not finite, or beyond the dtype.
     """
-    values = dequantised(module, name)
+    values = dequantize(module, name)
     adapter = adapter_of(module, name)
     if adapter is None:
         return values.to(dtype)
@@ -97,7 +97,7 @@ def plain_weights(places: NamedModules, dtype: torch.dtype) -> dict[nn.Module, t
     Raises:
         NonFiniteError: W' is not finite, or beyond the dtype.
     """
-    dequantiser, plain = Dequantiser(dtype), {}
+    dequantizer, plain = Dequantizer(dtype), {}
     for name, module in quantised_weights(places).items():
         if module not in plain:
             plain[module] = dequantizer.weight(name, module)

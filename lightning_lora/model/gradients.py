@@ -47,8 +47,8 @@ def warn_of_untrained(listing: Listing, *, optimized: bool = False, stacklevel: 
     unchanged = {name: layer for name, layer in layers.items() if layer.is_initial()}
     unreached = [name for name, layer in unchanged.items() if layer not in reached]
     if unreached:
-        cut_off = [name for name in unreached if layers[name].lora.cut_off]
-        _warn_of_unreached(unreached, cut_off, len(layers), stacklevel)
+        in_segments = [name for name in unreached if layers[name].lora.in_segment]
+        _warn_of_unreached(unreached, in_segments, len(layers), stacklevel)
     elif not optimized and len(unchanged) == len(layers):
         _warn_of_optimizer(stacklevel)
 
@@ -58,8 +58,8 @@ def _has_gradients(modules: NamedModules) -> bool:
     return any(parameter.requires_grad and parameter.grad is not None for parameter in own)
 
 
-def _warn_of_unreached(names: list[str], cut_off: list[str], among: int, stacklevel: int) -> None:
-    others = [name for name in names if name not in cut_off]
+def _warn_of_unreached(names: list[str], in_segments: list[str], among: int, stacklevel: int) -> None:
+    others = [name for name in names if name not in in_segments]
     text = f"lightning_lora: no gradient has reached the adapters of {len(names)} of {among} layers: {_shown(names)}."
     if in_segments:
         text += f" {_shown(in_segments) if others else 'They'} ran in {REENTRANT}. {REENTRANT_REMEDY}."

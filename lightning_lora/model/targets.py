@@ -16,7 +16,6 @@ from ..errors import LoRAError
 from ..names import (
     ALL_LINEAR,
     A,
-    around,
     is_typo,
     layer_number,
     listed,

@@ -8,9 +8,7 @@ segment, for the warning of layers that no gradient has reached.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Collection, Iterable
-from types import FrameType
 from typing import Any
 
 import torch

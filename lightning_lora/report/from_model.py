@@ -16,7 +16,7 @@ from ..model.gradients import warn_of_untrained
 from ..model.live_state import LiveState
 from ..names import names_factor
 from ..nn.adapted_weights import AdaptedWeights
-from ..nn.quantised import dequantised
+from ..nn.quantised import dequantize
 from .updates import Updates, measure, sum_of_squares
 
 

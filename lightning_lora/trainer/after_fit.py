@@ -12,7 +12,7 @@ from ..adapter.lightning_checkpoint import adapter_of
 from ..distributed.sharding import refuse_fully_sharded
 from ..errors import LoRAError
 from ..model.adapted_model import AdaptedModel, find_model, open_model
-from ..model.dequantise import dequantised_dtype
+from ..model.dequantize import dequantize_dtype
 from ..model.inject import merge_and_unload
 from ..model.patches import call_previous, patch
 from ..model.state_dict import refuse_unmergeable
@@ -23,7 +23,7 @@ MERGED_FOR_GOOD = "merged_after_fit"  # attribute of a LightningModule that was 
 
 
 def refuse_merge_after_fit(trainer: Any, handle: AdaptedModel) -> None:
-    """Raise LoRAError, with the remedy, where the fit's end could not leave plain layers."""
+    """Raise LoRAError, with the remedy, where a model could not be merged for good after its fit."""
     if launches(trainer):
         raise LoRAError(
             f"LoRACallback: merge_after_fit cannot be used with {type(trainer.strategy).__name__}, which fits in other "
@@ -35,14 +35,14 @@ def refuse_merge_after_fit(trainer: Any, handle: AdaptedModel) -> None:
 
 
 def merge_for_good(module: nn.Module) -> None:
-    """Leave plain layers with merged weights, and a mark that evaluation takes the model as it is. In place."""
+    """Replace adapted layers by plain ones with merged weights. Mark the model, so that evaluation leaves it alone."""
     merge_and_unload(module, dequantize=_dtype(open_model(module, "LoRACallback")))
     setattr(module, MERGED_FOR_GOOD, True)
 
 
 def _dtype(handle: AdaptedModel) -> torch.dtype | None:
-    """Return the dtype of plain weights in place of quantised ones."""
-    return dequantised_dtype(handle.record.dequantize, "LoRACallback")
+    """Return the dtype of the plain weights that replace quantised ones, or None."""
+    return dequantize_dtype(handle.record.dequantize, "LoRACallback")
 
 
 def is_merged_for_good(module: nn.Module) -> bool:

@@ -11,7 +11,7 @@ DESCRIPTIONS = tuple(f"{stage}_description" for stage in ("sanity_check", "valid
 
 
 def when_merged(layers: Iterable[AdaptedWeights]) -> str:
-    """Return what a module is when merge was called: "merged", "partly merged", or "" where all stays factored."""
+    """Return what merge does to a module: "merged", "partly merged", or "" where all layers stay factored."""
     stays = [bool(layer.unmergeable_reason()) for layer in layers]
     return "" if all(stays) else "partly merged" if any(stays) else "merged"
 

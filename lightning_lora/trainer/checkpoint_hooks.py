@@ -54,12 +54,12 @@ def export_where_launched(trainer: Any, module: nn.Module) -> None:
 
 
 def export_state(handle: AdaptedModel) -> None:
-    """Put what the main process needs of the injection into the module's state dicts; this process is about to end."""
+    """Put into the module's state dicts what the main process needs of the injection: this process is about to end."""
     handle.root.register_state_dict_post_hook(_export_to_state_dict)  # type: ignore[no-untyped-call]
 
 
 def import_state(root: nn.Module, exported: dict[str, Any]) -> None:
-    """Take over what another process exported; a LightningModule saves from now on as it did there."""
+    """Take over what another process exported. A LightningModule saves from now on the kind that it saved there."""
     handle = open_model(root, "LoRACallback")
     handle.take_over(exported["initial"], exported["trained"], exported["unfrozen"])
     handle.record.fingerprint = dict(exported["fingerprint"])
@@ -89,7 +89,7 @@ def _on_load_checkpoint(
     module: nn.Module, previous: Callable[..., Any] | None, checkpoint: MutableMapping[str, Any]
 ) -> None:
     if find_model(module) is not None:
-        if "state_dict" in checkpoint:  # else the strategy has loaded it, and judged it before
+        if "state_dict" in checkpoint:  # without it, the strategy has loaded and checked it already
             refuse_foreign_resume(module, checkpoint, checkpoint["state_dict"])
         prepare_for_load(module, checkpoint)
         trainer = getattr(module, "_trainer", None)

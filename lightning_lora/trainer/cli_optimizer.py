@@ -83,7 +83,7 @@ def _take_up_parameters_(optimizer: torch.optim.Optimizer, module: nn.Module) ->
 
 
 def _split_groups_(optimizer: torch.optim.Optimizer, scheduler: Any, handle: AdaptedModel, lr_ratio: float) -> None:
-    """Give B, embeddings, and what has no weight decay groups of their own; the first one keeps the rest. In place."""
+    """Move B, embeddings and parameters without weight decay into groups of their own. In place."""
     if isinstance(optimizer, torch.optim.LBFGS):
         raise LoRAError(f"LoRACallback: lr_ratio={lr_ratio:g}: LBFGS has one learning rate for all parameters.")
     first, *others = optimizer.param_groups

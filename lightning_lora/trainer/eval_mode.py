@@ -27,7 +27,7 @@ def explain_eval_mode(trainer: Any, module: nn.Module) -> None:
 
 
 def warn_of_checkpointing_off(module: nn.Module) -> None:
-    """Warn, once a model, of gradient checkpointing that transformers models in eval mode pass over."""
+    """Warn where transformers models are in eval mode and therefore ignore gradient checkpointing. Once a model."""
     handle = find_model(module)
     if handle is None or handle.record.checkpointing_off_reported:
         return

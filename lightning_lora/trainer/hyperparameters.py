@@ -33,7 +33,7 @@ class LoggedOptions:
         self._before: dict[str, Any] | None = None  # the module's own, while it has others
 
     def add(self, module: Any, options: Mapping[str, Plain]) -> None:
-        """Let the module's hyper-parameters have these too when they are logged next. In place, until `remove`."""
+        """Add options to those that the module logs next. In place, until `remove`."""
         if self._before is not None:
             return
         self._before = {name: vars(module)[name] for name in (INITIAL, LOGS) if name in vars(module)}

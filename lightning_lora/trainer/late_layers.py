@@ -77,7 +77,7 @@ def _build_and_adapt(module: nn.Module, build: Callable[[], Any], name: str, com
 
 
 def _warn_of_replaced(handle: AdaptedModel, layers: Iterable[str], method: str) -> None:
-    """Warn of layers in whose place the user's method put others that have parameters and are not adapted."""
+    """Warn where the user's method replaced adapted layers by others that have parameters and are not adapted."""
     modules = dict(handle.root_modules)
     gone = [name for name in layers if name not in handle.record.layers and name in modules]
     replaced = [name for name in gone if list(modules[name].parameters()) and not adapted_layers(modules[name])]

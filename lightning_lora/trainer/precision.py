@@ -22,7 +22,7 @@ LEFT_OUT_OF_DDP = "_ddp_params_and_buffers_to_ignore"  # torch's attribute of a 
 
 
 def refuse_late_conversion(listing: Listing) -> None:
-    """Raise LoRAError where BitsandbytesPrecision is about to replace layers that are adapted already."""
+    """Raise LoRAError where BitsandbytesPrecision would replace layers that are adapted already."""
     if _bitsandbytes_precision(listing.model) is None or quantised_modules(listing.places):
         return
     for name, layer in listing.layers.items():
@@ -62,7 +62,7 @@ def _bitsandbytes_precision(module: nn.Module) -> Any:
 
 
 def leave_out_of_ddp_(listing: Listing) -> None:
-    """Let DDP not send a module's torchao tensors, which it cannot: each process has quantised the same base."""
+    """Exclude a module's torchao tensors from DDP, which cannot send them. Every process quantised the same base."""
     module = listing.model
     if any(_is_of_torchao(each) for _, owner in listing.modules for each in owner._parameters.values()):
         names = [name for name, parameter in module.named_parameters() if _is_of_torchao(parameter)]
@@ -86,7 +86,7 @@ def refuse_unloadable(module: nn.Module) -> None:
 
 
 def refuse_for_quantised(listing: Listing, trainer: Any) -> None:
-    """Raise LoRAError where a Trainer would change or cut the bytes of quantised weights as if they were values."""
+    """Raise LoRAError where a Trainer would treat the bytes of quantised weights as values: shard or average them."""
     name, layer = next(iter(quantised_modules(listing.places).items()), ("", listing.model))
     if not name:
         return

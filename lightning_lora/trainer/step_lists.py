@@ -44,7 +44,7 @@ class StepLists:
         return cast(nn.Module, self._model())
 
     def is_current(self) -> bool:
-        """Tell whether the model is still injected as it was when it was listed."""
+        """Return whether the model is still injected as it was when the lists were made."""
         root = self._root()
         return root is not None and vars(root).get(ATTRIBUTE) is self.record
 

@@ -102,12 +102,12 @@ def _load_checkpoint(
             local(layer.adapted_weights()[leaf]).copy_(values)
     if kind == "merged" and adapter is not None:
         apply_adapter(handle, adapter)
-    content.pop(META, None)  # done; the module's on_load_checkpoint has nothing to complete
+    content.pop(META, None)  # so that the module's on_load_checkpoint does not do this again
     return content
 
 
 def _check_complete(handle: AdaptedModel, names: set[str], path: Path) -> None:
-    """Raise unless a checkpoint of another program holds the complete base, the complete adapter or both."""
+    """Raise LoRAError unless a state dict without metadata holds the complete base, the complete adapter, or both."""
     base, adapter = set(base_keys(handle)), set(adapter_keys(handle))
     if names in (base | adapter, base, adapter):
         return
@@ -122,7 +122,7 @@ def _check_complete(handle: AdaptedModel, names: set[str], path: Path) -> None:
 
 
 def _copy_weights(handle: AdaptedModel, names: set[str]) -> list[tuple[AdaptedWeights, str, torch.Tensor]]:
-    """Copy this rank's shards of the adapted weights of these names."""
+    """Copy this rank's shards of adapted weights, of those with these names."""
     return [
         (layer, leaf, local(weight).clone())
         for name, layer in handle.layers.items()

@@ -30,7 +30,6 @@ from lightning_lora.adapter.save_load import read_adapter
 from lightning_lora.command.convert import to_lightning, to_peft
 from lightning_lora.command.merge import merge_on_disk
 from lightning_lora.files.safetensors import read_safetensors
-from lightning_lora.model.adapted_model import open_model
 from support.lightning_versions import PLAIN_TYPES_ONLY
 from support.notices import quiet_peers
 from support.peers import TENSORS
@@ -282,31 +281,6 @@ def test_the_description_names_a_weight_as_trained_or_as_frozen_and_never_as_bot
 
 def rewrite(file: Path, tensors: dict[str, torch.Tensor], description: dict[str, Any]) -> None:
     save_file(tensors, file, {"format": "pt", HEADER_KEY: json.dumps(description)})
-
-
-def as_written_earlier(model: Net, path: Path) -> None:
-    """Earlier versions named a weight in the fingerprint too where it was unfrozen later, and no frozen tensors."""
-    record = open_model(model, "test").record
-    adapter = adapter_of_model(model)
-    adapter = replace(adapter, fingerprint={**record.fingerprint})
-    entries = {f"net.pre_head.{leaf}": model.get_parameter(f"net.pre_head.{leaf}") for leaf in ("weight", "bias")}
-    frozen = {n.removeprefix("net."): v.detach() for n, v in entries.items() if n not in adapter.tensors}
-    write_folder(adapter, path, frozen)
-    tensors, header = read_safetensors(path / TENSORS)
-    description = json.loads(header[HEADER_KEY])
-    assert description.pop(FROZEN, []) == sorted(frozen)
-    rewrite(path / TENSORS, tensors, description)
-
-
-@pytest.mark.parametrize(
-    "names", [[], ["net.norm.weight"], ["net.pre_head.weight"], ["net.a.bias", "net.pre_head.bias"]]
-)
-def test_a_folder_of_an_earlier_version_tells_trained_weights_by_place_and_value(tmp_path, names: list[str]):
-    model = fit(tmp_path, names, {"modules_to_save": ["head"]})
-    as_written_earlier(model, tmp_path / "earlier")
-    load_adapter(fresh := Net(), tmp_path / "earlier")
-    assert torch.equal(answers(fresh), answers(model))
-    assert adapter_state_dict(fresh).keys() == adapter_state_dict(model).keys()
 
 
 @pytest.mark.parametrize("damage", ["norm.weight", [1], ["no.such.tensor"], ["a.lora_A"]])
