@@ -360,7 +360,7 @@ def equal_layers(adapter: Adapter) -> dict[str, str]:
     fitting = {
         name
         for name, rank in ranks.items()
-        for own in (name, adapter.options_name(name))
+        for own in dict.fromkeys((name, adapter.options_name(name)))
         if config.rank(own) == rank and math.isclose(adapter.scalings.get(name, 0.0), config.scaling(own))
     }
     with_parts = {name for name in fitting if config.enabled_parts(name)}
@@ -571,7 +571,7 @@ def _check_rank(adapter: Adapter, name: str, where: str) -> None:
         raise LoRAError(f"{where}: {name!r}: A {tuple(a.shape)} and B {tuple(b.shape)} do not share a rank.")
     if adapter.config is None:
         return
-    with_options = (name, adapter.options_name(name))
+    with_options = dict.fromkeys((name, adapter.options_name(name)))
     scalings = [adapter.config.scaling(n) for n in with_options if adapter.config.rank(n) == rank]
     if not scalings:
         raise LoRAError(
