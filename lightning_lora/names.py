@@ -33,6 +33,8 @@ Value = TypeVar("Value")
 
 def canonical(name: str) -> str:
     """Return a module or state name without the segments that wrappers put in."""
+    if COMPILED not in name and CHECKPOINTED not in name:
+        return name
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 

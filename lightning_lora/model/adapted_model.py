@@ -6,7 +6,6 @@ What lies in the model is listed once, when it is first asked for. A handle is t
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from functools import cached_property
@@ -14,14 +13,17 @@ from typing import NoReturn
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import LoRAError
-from ..names import ATTRIBUTE, canonical, listed, names_factor
+from ..names import ATTRIBUTE, WRAPPERS, listed, names_factor
 from ..nn.lora_layer import AdaptedWeights, adapted_layers, adapted_places
 from ..nn.low_rank import ATTENTION_OUTPUT
 from .injection import Injection, Kept, Mark, Owner
 from .named_state import BaseParameter, Places, StateEntry, base_parameters_of, own_state, state_of
 from .wrappers import inside_known_wrappers, unwrapped
+
+KeptTensors = list[tuple[nn.Module, dict[str, torch.Tensor], dict[str, set[str]]]]
 
 
 class Listing:
@@ -33,7 +35,7 @@ class Listing:
     @cached_property
     def places(self) -> Places:
         """Every module under every name, without the segments of wrappers."""
-        return [(canonical(name), module) for name, module in self.model.named_modules(remove_duplicate=False)]
+        return list_places(self.model)
 
     @cached_property
     def modules(self) -> Places:
@@ -120,10 +122,9 @@ class AdaptedModel(Listing):
         """Return the identities of the root's base parameters that have a mark."""
         found = set()
         for _, module in self.root_modules:
-            kept = self.record.kept(module)
-            if kept is not None and kept["marks"]:
-                own = own_state(module)
-                found |= {id(own[n]) for n, marks in kept["marks"].items() if mark in marks and n in own}
+            leaves = [leaf for leaf, marks in self.record.marks(module).items() if mark in marks]
+            own = own_state(module) if leaves else {}
+            found |= {id(own[leaf]) for leaf in leaves if leaf in own}
         return found
 
     def scope(self) -> str:
@@ -133,7 +134,7 @@ class AdaptedModel(Listing):
     def left_out(self) -> dict[str, str]:
         """Return the reasons for which "all-linear" leaves layers out, by name."""
         kept = ((name, self.record.kept(module)) for name, module in self.modules)
-        return {name: each["left_out"] for name, each in kept if each is not None and each["left_out"]}
+        return {name: each["left_out"] for name, each in kept if each is not None and "left_out" in each}
 
     def initial(self) -> dict[str, torch.Tensor]:
         """Return the values from before training of all that it changes beside the adapters, by name.
@@ -163,14 +164,12 @@ class AdaptedModel(Listing):
     def set_initial(self, values: Mapping[str, torch.Tensor]) -> None:
         """Let these be the values from before training, by name, and no others."""
         for _, module in self.root_modules:
-            kept = self.record.kept(module)
-            if kept is not None:
-                kept["initial"].clear()
+            self.record.forget_initial(module)
         done = set()
         for name, tensor, module in self.state():
             if name in values and id(tensor) not in done:
                 done.add(id(tensor))
-                self.record.keep(module)["initial"][name.rpartition(".")[2]] = values[name]
+                self.record.keep_initial(module, {name.rpartition(".")[2]: values[name]})
 
     def record_trainable(self, *, expected: bool = False) -> None:
         """Record the present value of every base parameter that has become trainable.
@@ -210,26 +209,24 @@ class AdaptedModel(Listing):
         for name, tensor, module in self.state():
             if isinstance(tensor, nn.Parameter) and not names_factor(name):
                 marks = {mark for mark, names in (("trained", trained), ("unfrozen", unfrozen)) if name in names}
-                leaf = name.rpartition(".")[2]
-                self.record.keep(module)["marks"][leaf] = marks | ({"resized"} & self.record.marks(module, leaf))
+                leaf, earlier = name.rpartition(".")[2], self.record.marks(module)
+                kept = earlier.get(leaf, set()) & {"resized"}
+                self.record.keep_marks(module, {**earlier, leaf: marks | kept} if marks | kept else earlier)
 
-    def kept(self) -> list[tuple[nn.Module, dict[str, torch.Tensor], dict[str, set[str]]]]:
+    def kept(self) -> KeptTensors:
         """Return a copy of what the record keeps of tensors, for put_back."""
-        kept = ((module, self.record.kept(module)) for _, module in self.root_modules)
+        record, modules = self.record, [module for _, module in self.root_modules]
         return [
-            (module, dict(each["initial"]), {leaf: set(marks) for leaf, marks in each["marks"].items()})
-            for module, each in kept
-            if each is not None
+            (module, dict(record.initial(module)), {leaf: set(marks) for leaf, marks in record.marks(module).items()})
+            for module in modules
         ]
 
-    def put_back(self, earlier: list[tuple[nn.Module, dict[str, torch.Tensor], dict[str, set[str]]]]) -> None:
+    def put_back(self, earlier: KeptTensors) -> None:
         """Let the record keep of tensors what it kept when kept() was called. In place."""
         for module, initial, marks in earlier:
-            kept = self.record.keep(module)
-            kept["initial"].clear()
-            kept["initial"].update(initial)
-            kept["marks"].clear()
-            kept["marks"].update(marks)
+            self.record.forget_initial(module)
+            self.record.keep_initial(module, initial)
+            self.record.keep_marks(module, marks)
 
 
 def open_model(model: nn.Module, verb: str) -> AdaptedModel:
@@ -349,10 +346,14 @@ def adopt_layers(handle: AdaptedModel) -> None:
 
 
 def _note_owners(handle: AdaptedModel) -> None:
-    """Note which module has which tensors now, for _follow_tensors."""
-    kept = ((module, handle.record.kept(module)) for _, module in handle.root_modules)
+    """Note which BatchNorm has which tensors now, for _follow_tensors.
+
+    Others are not rebuilt around the same tensors, and what is noted stays in memory.
+    """
+    modules = (module for _, module in handle.root_modules if isinstance(module, _BatchNorm))
+    kept = ((module, handle.record.kept(module)) for module in modules)
     handle.record.owners = {
-        id(tensor): Owner(weakref.ref(tensor), each, leaf)
+        id(tensor): Owner(tensor, each, leaf)
         for module, each in kept
         if each is not None
         for leaf, tensor in own_state(module).items()
@@ -360,29 +361,30 @@ def _note_owners(handle: AdaptedModel) -> None:
 
 
 def _follow_tensors(handle: AdaptedModel) -> None:
-    """Let a new module around tensors of an earlier one, as a SyncBatchNorm, keep what that one kept of them."""
+    """Let a SyncBatchNorm that was made around a BatchNorm's tensors keep what was kept of them. In place."""
     owners = handle.record.owners
     for _, module in handle.root_modules if owners else ():
-        for leaf, tensor in own_state(module).items() if handle.record.kept(module) is None else ():
-            owner = owners.get(id(tensor))
-            if owner is not None and owner.tensor() is tensor:
-                _copy_kept(owner, handle.record.keep(module), leaf)
+        if isinstance(module, _BatchNorm) and handle.record.kept(module) is None:
+            for leaf, tensor in own_state(module).items():
+                if id(tensor) in owners:
+                    _copy_kept(owners[id(tensor)], handle.record.keep(module), leaf)
 
 
 def _copy_kept(owner: Owner, kept: Kept, leaf: str) -> None:
-    if owner.leaf in owner.kept["requires_grad"]:
-        kept["requires_grad"][leaf] = owner.kept["requires_grad"][owner.leaf]
-    if owner.leaf in owner.kept["initial"]:
-        kept["initial"][leaf] = owner.kept["initial"][owner.leaf]
-    if owner.leaf in owner.kept["marks"]:
-        kept["marks"][leaf] = owner.kept["marks"][owner.leaf]
+    earlier, name = owner.kept, owner.leaf
+    if name in earlier.get("requires_grad", ()):
+        kept.setdefault("requires_grad", {})[leaf] = earlier["requires_grad"][name]
+    if name in earlier.get("initial", ()):
+        kept.setdefault("initial", {})[leaf] = earlier["initial"][name]
+    if name in earlier.get("marks", ()):
+        kept.setdefault("marks", {})[leaf] = earlier["marks"][name]
 
 
 def scope_in(places: Places, record: Injection) -> str:
     """Return what names have before those that the options of an injection are about, "" or ending in a dot."""
     for name, module in places:
         kept = record.kept(module)
-        if kept is not None and kept["scope"]:
+        if kept is not None and "scope" in kept:
             return f"{name}." if name else ""
     return ""
 
@@ -394,7 +396,7 @@ def record_layers(handle: AdaptedModel) -> None:
         by_name[name].append(module)
         kept = record.kept(module)
         if kept is not None:
-            kept["layers"].clear()
+            kept.pop("layers", None)
     record.layers = []
     for name, _, _ in adapted_places(handle.root, modules=handle.root_modules):
         record.layers.append(name)
@@ -402,7 +404,7 @@ def record_layers(handle: AdaptedModel) -> None:
         for depth in range(len(segments)):
             inner = ".".join(segments[depth:])
             for module in by_name.get(".".join(segments[:depth]), ()):
-                record.keep(module)["layers"][inner] = name
+                record.keep(module).setdefault("layers", {})[inner] = name
     _note_owners(handle)
 
 
@@ -457,7 +459,7 @@ def _gone_layers(root: Listing) -> tuple[int, list[str]]:
     outermost: str | None = None
     for name, module in root.modules if records else ():
         kept = records[0].kept(module)
-        layers = kept["layers"] if kept is not None else {}
+        layers = kept.get("layers") if kept is not None else None
         if layers and (outermost is None or not _is_in(name, outermost)):
             outermost = name
             expected |= {f"{name}.{inner}" if name else inner: recorded for inner, recorded in layers.items()}
@@ -468,6 +470,24 @@ def _gone_layers(root: Listing) -> tuple[int, list[str]]:
 def describe_class(module: nn.Module) -> str:
     """Return the class of a module with its module path."""
     return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def list_places(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return every module of a model under every name, without the segments of wrappers.
+
+    It is what named_modules(remove_duplicate=False) yields, in less time.
+    """
+    places: list[tuple[str, nn.Module]] = []
+
+    def visit(module: nn.Module, name: str) -> None:
+        places.append((name, module))
+        path = f"{name}." if name else ""
+        for segment, child in module._modules.items():
+            if child is not None:
+                visit(child, name if segment in WRAPPERS else path + segment)
+
+    visit(model, "")
+    return places
 
 
 def _each_once(places: Places) -> Places:

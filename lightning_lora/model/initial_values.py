@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Set
 
 import torch
 from torch import nn
@@ -20,24 +20,30 @@ def snapshot_initial(handle: AdaptedModel) -> None:
     record = handle.record
     reshard_(module for _, module in handle.root_modules)
     for _, module in handle.root_modules:
-        kept = record.kept(module)
-        if kept is not None and not record.validated:
-            kept["initial"].clear()
-        marks, earlier = (kept["marks"], kept["initial"]) if kept is not None else ({}, {})
-        for leaf, tensor in own_state(module).items():
-            is_changed = "trained" in marks.get(leaf, ()) if isinstance(tensor, nn.Parameter) else True
-            if is_changed and leaf not in earlier and not (isinstance(module, AdaptedModule) and names_factor(leaf)):
-                record.keep(module)["initial"][leaf] = tensor.detach().clone()
+        if not record.validated:
+            record.forget_initial(module)
+        earlier, marks = record.initial(module), record.marks(module)
+        new = {leaf: tensor for leaf, tensor in _changed_by_training(module, marks).items() if leaf not in earlier}
+        record.keep_initial(module, {leaf: tensor.detach().clone() for leaf, tensor in new.items()})
+
+
+def _changed_by_training(module: nn.Module, marks: Mapping[str, Set[str]]) -> dict[str, torch.Tensor]:
+    """Return a module's own trained base parameters and persistent buffers."""
+    return {
+        leaf: tensor
+        for leaf, tensor in own_state(module).items()
+        if "trained" in marks.get(leaf, ()) or not isinstance(tensor, nn.Parameter)
+        if not (isinstance(module, AdaptedModule) and names_factor(leaf))
+    }
 
 
 def snapshot_materialised(handle: AdaptedModel) -> None:
     """Record present values in place of those from the meta device; call before training or loading."""
     reshard_(module for _, module in handle.root_modules)
     for _, module in handle.root_modules:
-        kept = handle.record.kept(module)
-        for leaf, value in list(kept["initial"].items()) if kept is not None else ():
-            if value.is_meta:
-                kept["initial"][leaf] = own_state(module)[leaf].detach().clone()  # type: ignore[index]
+        on_meta = [leaf for leaf, value in handle.record.initial(module).items() if value.is_meta]
+        now = own_state(module) if on_meta else {}
+        handle.record.keep_initial(module, {leaf: now[leaf].detach().clone() for leaf in on_meta})
 
 
 def record_loaded(record: Injection, values: Iterable[tuple[nn.Module, str, object]]) -> None:
@@ -49,12 +55,10 @@ def record_loaded(record: Injection, values: Iterable[tuple[nn.Module, str, obje
     """
     record.fingerprint = {}
     for module, leaf, value in values:
-        kept = record.kept(module)
-        before = kept["initial"].get(leaf) if kept is not None else None
-        if kept is None or before is None or not isinstance(value, torch.Tensor) or before.shape != value.shape:
-            continue
-        device = value.device if before.is_meta else before.device
-        kept["initial"][leaf] = value.detach().clone().to(device, before.dtype)
+        before = record.initial(module).get(leaf)
+        if before is not None and isinstance(value, torch.Tensor) and before.shape == value.shape:
+            device = value.device if before.is_meta else before.device
+            record.keep_initial(module, {leaf: value.detach().clone().to(device, before.dtype)})
 
 
 def restore_initial_(handle: AdaptedModel) -> None:

@@ -229,7 +229,7 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
                 unmerge_listed(now)
             _set_active(inside, were_active)
             reached = [] if is_inside else take_back_base_values_(inside)
-            found.bring_back()
+            found.bring_back(now)
             if reached:
                 raise LoRAError(
                     f"disable_adapter: a backward inside reached {reached[0]!r}, which is sharded and had its values "
@@ -385,7 +385,7 @@ def strip_adapters(handle: AdaptedModel) -> None:
     allow_packing_(modules)
     for each in handle.base():
         kept = record.kept(each.module)
-        if kept is not None and each.leaf in kept["requires_grad"]:
+        if kept is not None and each.leaf in kept.get("requires_grad", ()):
             each.parameter.requires_grad_(kept["requires_grad"][each.leaf])
     for layer in adapted_layers(handle.root, modules=handle.root_modules).values():
         with layer.lora.lock:  # not while W + delta stands in for the weight in another thread's forward
@@ -462,9 +462,9 @@ def _freeze(handle: AdaptedModel, scope: str, new: Mapping[str, nn.Module], save
     if record.config.bias == "lora_only":
         trainable |= {id(module.bias) for module in new.values() if getattr(module, "bias", None) is not None}
     for name, parameter, module, leaf in handle.base():
-        known = record.keep(module)["requires_grad"]
+        known = record.keep(module).setdefault("requires_grad", {})
         rebuilt = new or is_sharded(parameter)  # then what was frozen may not be frozen any more
-        if leaf in known and (not rebuilt or "trained" in record.marks(module, leaf)):
+        if leaf in known and (not rebuilt or "trained" in record.marks(module).get(leaf, ())):
             continue
         if leaf not in known:
             known[leaf] = parameter.requires_grad

@@ -29,10 +29,11 @@ ALL_OPTIONS = frozenset(option.name for option in fields(LoRAConfig))
 Mark = Literal["trained", "unfrozen", "resized"]
 
 
-class Kept(TypedDict):
+class Kept(TypedDict, total=False):
     """What the record keeps of one module and of its own tensors, by their names in the module.
 
-    These are plain types, so that a plain module which is pickled by itself needs no class of this package.
+    These are plain types, so that a plain module which is pickled by itself needs no class of this package. There is no
+    entry without content: a large model has thousands of modules.
     """
 
     of: list[Any]  # the record's token; one of a module that was copied by itself is another's, and means nothing
@@ -47,7 +48,7 @@ class Kept(TypedDict):
 class Owner(NamedTuple):
     """The module that a tensor was seen in: what is kept of it, and the tensor's name there."""
 
-    tensor: weakref.ref[torch.Tensor]
+    tensor: torch.Tensor  # no weak reference: torch refuses to swap a tensor that has one
     kept: Kept
     leaf: str
 
@@ -82,7 +83,7 @@ class Injection:
     token: list[Any] = field(default_factory=list)  # tells this record's Kept from another's, also in a copy
     root: weakref.ref[nn.Module] | None = None  # the injected module; a copy of the record does not have it
     writer: Writer = field(default_factory=Writer)  # which thread changes the model; a copy has its own
-    owners: dict[int, Owner] = field(default_factory=dict)  # of tensors, by identity; a copy has none yet
+    owners: dict[int, Owner] = field(default_factory=dict)  # of a BatchNorm's tensors; a copy has none yet
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("writer", "owners")
@@ -127,22 +128,38 @@ class Injection:
         """Return what is kept of a module, to be added to."""
         found = self.kept(module)
         if found is None:
-            found = Kept(of=self.token, requires_grad={}, initial={}, marks={}, layers={}, left_out="", scope=False)
-            vars(module)[KEPT] = found
+            found = vars(module)[KEPT] = Kept(of=self.token)
         return found
 
     def initial(self, module: nn.Module) -> Mapping[str, torch.Tensor]:
         """Return the values from before training of a module's own tensors, by their names in it."""
         kept = self.kept(module)
-        return kept["initial"] if kept is not None else {}
+        return kept.get("initial", {}) if kept is not None else {}
 
-    def marks(self, module: nn.Module, leaf: str) -> Set[str]:
-        """Return the marks of a module's own parameter."""
+    def keep_initial(self, module: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
+        """Keep values from before training of a module's own tensors, beside those that are kept."""
+        if values:
+            self.keep(module).setdefault("initial", {}).update(values)
+
+    def forget_initial(self, module: nn.Module) -> None:
+        """Forget the values from before training of a module's own tensors."""
         kept = self.kept(module)
-        return kept["marks"].get(leaf, frozenset()) if kept is not None else frozenset()
+        if kept is not None and "initial" in kept:
+            kept["initial"].clear()
+
+    def marks(self, module: nn.Module) -> Mapping[str, Set[str]]:
+        """Return the marks of a module's own parameters, by their names in it."""
+        kept = self.kept(module)
+        return kept.get("marks", {}) if kept is not None else {}
+
+    def keep_marks(self, module: nn.Module, marks: Mapping[str, Set[str]]) -> None:
+        """Let a module's own parameters have these marks, and no others."""
+        if marks or self.marks(module):
+            kept = self.keep(module).setdefault("marks", {})
+            kept.clear()
+            kept.update({leaf: set(each) for leaf, each in marks.items()})
 
     def add_trained(self, module: nn.Module, leaf: str, parameter: torch.Tensor, *marks: Mark) -> None:
         """Keep a module's own parameter as one that is trained, with its present value as the one from before."""
-        kept = self.keep(module)
-        kept["marks"].setdefault(leaf, set()).update(("trained", *marks))
-        kept["initial"][leaf] = parameter.detach().clone()
+        self.keep(module).setdefault("marks", {}).setdefault(leaf, set()).update(("trained", *marks))
+        self.keep_initial(module, {leaf: parameter.detach().clone()})

@@ -164,9 +164,13 @@ class FoundState:
         changed = [root.training for root, training in self.modes.items() if root.training != training]
         return not changed[0] if changed else self.merged
 
-    def bring_back(self) -> None:
-        """Merge or unmerge the model. In place."""
-        listing = Listing(self.model)  # anew, for the block may have replaced layers
+    def bring_back(self, listing: Listing | None = None) -> None:
+        """Merge or unmerge the model. In place.
+
+        Args:
+            listing: of the model as it is now, where the caller has one; the block may have replaced layers.
+        """
+        listing = listing or Listing(self.model)
         if holds_merged(listing.layers.values()) != self.is_to_be_merged():
             (merge_listed if self.is_to_be_merged() else unmerge_listed)(listing)
 

@@ -284,7 +284,8 @@ def check_shapes(modules: NamedModules) -> None:
         LoRAError: one has not; the message names the first one.
     """
     for name, module in modules:
-        if any(is_lazy(tensor) for tensor in (*module._parameters.values(), *module._buffers.values())):
+        tensors = (*module._parameters.values(), *module._buffers.values())
+        if any(tensor is not None and is_lazy(tensor) for tensor in tensors):
             raise LoRAError(
                 f"inject: {name!r}: the {type(module).__name__} has no shape yet; run one batch through the model "
                 "first."

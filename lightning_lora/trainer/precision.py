@@ -51,7 +51,7 @@ def convert_linear_layers_(listing: Listing) -> None:
             for name, child in list(parent._modules.items()):
                 if _is_plain(child) and not f"{path}.{name}".lstrip(".").startswith(tuple(plugin.ignore_modules)):
                     box = nn.Module()
-                    box.lora_converted = child
+                    box.register_module("lora_converted", child)
                     parent._modules[name] = plugin.convert_module(box).lora_converted
 
 
