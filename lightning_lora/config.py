@@ -189,11 +189,15 @@ class LoRAConfig:
 
     def rank(self, name: str) -> int:
         """Return r of the layer `name`."""
-        return next((r for key, r in (self.rank_pattern or {}).items() if pattern_matches(key, name)), self.r)
+        if not self.rank_pattern:
+            return self.r
+        return next((r for key, r in self.rank_pattern.items() if pattern_matches(key, name)), self.r)
 
     def alpha(self, name: str) -> float:
         """Return lora_alpha of the layer `name`."""
-        alphas = (self.alpha_pattern or {}).items()
+        if not self.alpha_pattern:
+            return self.lora_alpha
+        alphas = self.alpha_pattern.items()
         return next((alpha for key, alpha in alphas if pattern_matches(key, name)), self.lora_alpha)
 
     def scaling(self, name: str) -> float:

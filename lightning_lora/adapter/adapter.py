@@ -563,7 +563,7 @@ def _check_rank(adapter: Adapter, name: str, where: str) -> None:
         return
     stored = adapter.stored(name)
     rank = adapter.variant.rank(stored)
-    with_options = (name, adapter.options_name(name))
+    with_options = dict.fromkeys((name, adapter.options_name(name)))
     scalings = [adapter.config.scaling(n) for n in with_options if adapter.config.rank(n) == rank]
     if not scalings:
         shapes = ", ".join(f"{factor_role(leaf)} {tuple(stored[leaf].shape)}" for leaf in adapter.variant.trained)

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ..distributed.sharding import copy_all_, is_sharded
+from ..distributed.sharding import copies_of, copy_all_, is_sharded
 from ..errors import LoRAError
 from ..model.adapted_model import AdaptedModel, Listing
 from ..model.live_state import LiveState, original_value
@@ -354,7 +354,7 @@ def copy_values(live: LiveState, adapter: Adapter, specs: Specs | None = None, *
     specs_before = {layer: layer.lora.spec for layer in specs or {}}
     factors = [factor for layer, spec in specs_before.items() for factor, _ in layer.shapes_by(spec)]
     memory = [(factor, factor.data, factor.grad) for factor in factors]
-    values_before = {name: _value_now(live, name) for name in adapter.tensors}
+    values_before = _values_now(live, adapter.tensors)
     try:
         record_trained(live, adapter)
         _take_specs_(handle, adapter, specs or {})
@@ -381,11 +381,10 @@ def record_trained(live: LiveState, adapter: Adapter) -> None:
         live.handle.record_unfrozen(whole)
 
 
-def _value_now(live: LiveState, name: str) -> Any:
-    tensor = live.tensors[name]
-    if tensor is None:
-        return cast(Any, live.owners[name]).get_extra_state()
-    return tensor.detach().clone()
+def _values_now(live: LiveState, names: Iterable[str]) -> dict[str, Any]:
+    tensors = {name: live.tensors[name] for name in names}
+    states = {name: cast(Any, live.owners[name]).get_extra_state() for name, value in tensors.items() if value is None}
+    return states | copies_of({name: value for name, value in tensors.items() if value is not None})
 
 
 def _take_specs_(handle: AdaptedModel, adapter: Adapter, specs: Specs) -> None:

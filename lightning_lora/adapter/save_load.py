@@ -13,6 +13,7 @@ from torch import nn
 
 from ..config import LoRAConfig
 from ..distributed.rank_sync import RankSync, writes_files
+from ..distributed.sharding import copies_of
 from ..errors import LoRAError
 from ..files.paths import PathLike
 from ..files.torch_archive import read_torch_file
@@ -95,14 +96,10 @@ def take_adapter(model: nn.Module) -> Adapter:
     return replace(shared, tensors=_copied(shared.tensors))
 
 
-def _copied(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Copy the tensors of a model, and its extra state; a tied tensor once."""
-    copies: dict[int, Any] = {}
-    with torch.inference_mode(False), torch.no_grad():
-        for value in tensors.values():
-            if id(value) not in copies:
-                copies[id(value)] = value.clone() if isinstance(value, torch.Tensor) else copy.deepcopy(value)
-    return {name: copies[id(value)] for name, value in tensors.items()}
+def _copied(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Copy tensors and extra state."""
+    copies = copies_of({name: value for name, value in values.items() if isinstance(value, torch.Tensor)})
+    return {name: copies[name] if name in copies else copy.deepcopy(value) for name, value in values.items()}
 
 
 def save_adapter(model: nn.Module | Adapter, path: PathLike) -> None:

@@ -120,6 +120,26 @@ def copy_all_(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
                 target.copy_(full_tensor(source))
 
 
+def copies_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return copies of tensors, each where its original is, and sharded as it is.
+
+    Copies of one dtype and device share one piece of memory: many small pieces take longer than the copying.
+    """
+    copies: dict[str, torch.Tensor] = {}
+    together: dict[tuple[torch.dtype, torch.device], list[str]] = {}
+    with torch.inference_mode(False), torch.no_grad():
+        for name, tensor in tensors.items():
+            if type(tensor) in PLAIN and tensor.layout is torch.strided and not tensor.is_meta and tensor.itemsize > 1:
+                together.setdefault((tensor.dtype, tensor.device), []).append(name)
+            else:
+                copies[name] = tensor.detach().clone()
+        for names in together.values():
+            flat = torch.cat([tensors[name].detach().reshape(-1) for name in names])
+            for name, part in zip(names, flat.split([tensors[name].numel() for name in names]), strict=True):
+                copies[name] = part.view(tensors[name].shape)
+    return {name: copies[name] for name in tensors}
+
+
 def reshard_(modules: Iterable[nn.Module]) -> None:
     """Replace weights that FSDP2 gathered in these modules by their shards again. In place.
 

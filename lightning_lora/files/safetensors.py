@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from ..errors import LoRAError, sentence
 from ..progress import progress_bar
@@ -95,16 +94,41 @@ class Header:
 def read_safetensors(path: PathLike) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Read the tensors of a safetensors file onto the CPU, and the metadata of its header.
 
+    The tensors share one piece of memory. They do not change with the file, as a mapping of it would.
+
     Raises:
         LoRAError: there is no such file, or it is no complete safetensors file.
     """
     require_file(path)
-    read_header(Path(path))
+    header = read_header(Path(path))
+    begin, size = len(header.raw), sum(location.nbytes for location in header.locations.values())
     try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        with open(path, "rb", buffering=0) as file:
+            file.seek(begin)
+            content = _filled(file, size)
+    except OSError as error:
         raise LoRAError(f"{path}: cannot be read as safetensors; it may be truncated: {sentence(error)}") from error
+    if len(content) < size:
+        raise LoRAError(f"{path}: ends before the bytes that its header describes; it was cut or is changing.")
+    return {name: _part(content, begin, header.locations[name]) for name in sorted(header.locations)}, header.metadata
+
+
+def _filled(file: BinaryIO, size: int) -> torch.Tensor:
+    """Return the next bytes of a file, fewer where it ends."""
+    content = torch.empty(size, dtype=torch.uint8)
+    memory, done = _memory(content), 0
+    while done < size and (count := file.readinto(memory[done:])):  # type: ignore[attr-defined]
+        done += count
+    return content[:done]
+
+
+def _part(content: torch.Tensor, begin: int, location: TensorLocation) -> torch.Tensor:
+    """Return a tensor out of the bytes of all, which begin at a position of the file."""
+    start = location.start - begin
+    part = content[start : start + location.nbytes]
+    if start % location.dtype.itemsize:
+        part = part.clone()  # torch views no number across the boundaries of its dtype
+    return part.view(location.dtype).view(location.shape)
 
 
 def read_header(path: Path) -> Header:
@@ -128,12 +152,13 @@ def read_header(path: Path) -> Header:
         raise LoRAError(
             f"{path}: cannot be read as safetensors; it may be truncated or damaged: {sentence(error)}"
         ) from error
-    ordered = dict(sorted(locations.items(), key=lambda item: (item[1].start, item[1].nbytes)))
+    sizes = {name: location.nbytes for name, location in locations.items()}
+    ordered = dict(sorted(locations.items(), key=lambda item: (item[1].start, sizes[item[0]])))
     end = len(raw)
     for name, location in ordered.items():
         if location.start != end:
             raise LoRAError(f"{path}: the bytes of {name!r} overlap others or leave a gap; the file is damaged.")
-        end += location.nbytes
+        end += sizes[name]
     if end != size:
         raise LoRAError(f"{path}: has {size} bytes, but its header describes {end}; it may be truncated.")
     return Header(metadata, ordered, raw)
