@@ -55,7 +55,7 @@ __all__ = [  # without LoRACLI, which needs the extra `cli`
     "unload",
     "unmerge",
 ]
-LAZY = {  # what imports lightning, files alone, and (LoRACLI) what the extra `cli` brings
+LAZY = {  # imported at first use: lightning, the rooms of files, and the extra `cli` (LoRACLI) take time
     "LoRACallback": ".callback",
     "LoRACLI": ".cli",
     "LoRAMonitor": ".monitor",

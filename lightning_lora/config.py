@@ -37,9 +37,9 @@ OF_PEFT_ALONE = (
     *("peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision"),
     *("inference_mode", "fan_in_fan_out", "runtime_config"),
 )
-SAYING_NOTHING = (  # of the adapter: options of a peft.LoraConfig
+IGNORED_PEFT_FIELDS = (  # options of a peft.LoraConfig that say nothing of the adapter
     *OF_PEFT_ALONE,
-    # about another option, which is refused where it is in use
+    # These only say how another option works, and that option is refused where it is used.
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_core", "qalora_group_size"),
 )
 Task = Literal["SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"]
@@ -52,7 +52,7 @@ TASK_HEADS: dict[str, tuple[str, ...]] = {
 
 LISTS = {"modules_to_save": "a list of module names", "target_parameters": "a list of parameter names"}
 
-LATER = {  # the defaults of options that 0.1.0 had not
+LEFT_OUT_AT_DEFAULT = {  # by option, the default with which files leave it out
     **dict.fromkeys(("target_parameters", "layers_to_transform", "layers_pattern", "task_type")),
     "trainable_token_indices": None,
     "ensure_weight_tying": True,
@@ -226,12 +226,12 @@ class LoRAConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the options as plain types, for checkpoints and JSON.
 
-        Options that 0.1.0 had not are left out at their defaults, so that it reads the files that it can apply.
+        Options that few adapters use are left out at their defaults.
         """
-        options = {name: _plain(value) for name, value in asdict(self).items()}
+        options, left_out = {name: _plain(value) for name, value in asdict(self).items()}, LEFT_OUT_AT_DEFAULT
         if self.use_dora:
             del options["variant"]
-        return {name: value for name, value in options.items() if name not in LATER or value != LATER[name]}
+        return {name: value for name, value in options.items() if name not in left_out or value != left_out[name]}
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> LoRAConfig:
@@ -268,7 +268,7 @@ class LoRAConfig:
         shared = [field.name for field in fields(cls) if field.name in options]
         for field in fields(config):
             default = field.default if field.default_factory is MISSING else field.default_factory()
-            understood = {*shared, *own, *SAYING_NOTHING}
+            understood = {*shared, *own, *IGNORED_PEFT_FIELDS}
             if field.name in options and field.name not in understood and options[field.name] != default:
                 raise LoRAError(
                     f"LoRAConfig.from_peft: {field.name}={options[field.name]!r} cannot be expressed; the options are "

@@ -1,4 +1,4 @@
-"""Each check below is passed by this package and failed by a mutation of it, and by the callback one writes first."""
+"""Each check is passed by this package, and failed by a mutation of it and by the callback one writes first."""
 
 from __future__ import annotations
 

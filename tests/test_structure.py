@@ -1,4 +1,4 @@
-"""The package's shape: rooms, floors, imports in one direction, the public names of the contract."""
+"""The shape of the package: rooms, floors, imports in one direction, the public names of the contract."""
 
 from __future__ import annotations
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence, Set
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from statistics import mode
@@ -20,10 +18,11 @@ from ..config import LoRAConfig
 from ..errors import LoRAError
 from ..names import (
     PREFIX,
-    around,
+    exact_key,
     factor_role,
     names_factor,
     near_misses,
+    parent_names,
     rename_keys,
     split_factor_name,
     suffixes,
@@ -283,7 +282,7 @@ def _translate_config(old: Adapter, new: Adapter, old_layers: Mapping[str | None
     """
     if old.config is None:
         return None
-    modules = {module for name in new.tensors for module in around(name)}
+    modules = {module for name in new.tensors for module in parent_names(name)}
     named = {suffix for module in modules for suffix in suffixes(module)}
     saved = [  # without what was taken off the names, where an entry needs that to name anything
         entry if entry in named else next((tail for tail in suffixes(entry) if tail in modules), entry)
@@ -330,8 +329,8 @@ def with_exact_ranks(config: LoRAConfig, ranks: Mapping[str, int], scalings: Map
         config,
         r=common_r,
         lora_alpha=common_alpha,
-        rank_pattern={_only_for(n): r for n, r in ranks.items() if r != common_r},
-        alpha_pattern={_only_for(n): alpha for n, alpha in alphas.items() if alpha != common_alpha},
+        rank_pattern={exact_key(n): r for n, r in ranks.items() if r != common_r},
+        alpha_pattern={exact_key(n): alpha for n, alpha in alphas.items() if alpha != common_alpha},
     )
 
 
@@ -346,7 +345,7 @@ def with_aliases(config: LoRAConfig, aliases: Mapping[str, str]) -> LoRAConfig:
     alphas: dict[str, float] = {}
     parts: dict[str, Sequence[bool]] = {}
     for alias, first in aliases.items():
-        key = _only_for(alias)
+        key = exact_key(alias)
         if config.rank(alias) != config.rank(first):
             ranks[key] = config.rank(first)
         if config.alpha(alias) != config.alpha(first):
@@ -363,7 +362,7 @@ def with_aliases(config: LoRAConfig, aliases: Mapping[str, str]) -> LoRAConfig:
 
 def without_aliases(config: LoRAConfig, aliases: Collection[str]) -> LoRAConfig:
     """Undo with_aliases: what the options say of other names than the first means nothing to a model."""
-    keys = {*aliases, *map(_only_for, aliases)}
+    keys = {*aliases, *map(exact_key, aliases)}
 
     def kept(option: Mapping[str, Any] | None) -> dict[str, Any]:
         return {key: value for key, value in (option or {}).items() if key not in keys}
@@ -376,47 +375,6 @@ def without_aliases(config: LoRAConfig, aliases: Collection[str]) -> LoRAConfig:
     )
 
 
-def _only_for(name: str) -> str:
-    """Return the pattern that means one layer alone."""
-    return f"^{re.escape(name)}"
-
-
-def equal_layers(adapter: Adapter) -> dict[str, str]:
-    """Return names of layers that no option says the rank, scaling or parts of, each with one of equal factors.
-
-    Such a layer is one module under two names, in a file whose options are for the first alone.
-    """
-    config = adapter.config
-    if config is None:
-        return {}
-    ranks = {}
-    for name in adapter.layers():
-        stored = adapter.stored(name)
-        with suppress(LookupError, RuntimeError):  # what is damaged is named later, by check_factors
-            ranks.update({name: adapter.variant.rank(stored)} if all(map(is_plain, stored.values())) else {})
-    found: dict[str, str] = {}
-    fitting = {
-        name
-        for name, rank in ranks.items()
-        for own in (name, adapter.options_name(name))
-        if config.rank(own) == rank and math.isclose(adapter.scalings.get(name, 0.0), config.scaling(own))
-    }
-    with_parts = {name for name in fitting if config.enabled_parts(name)}
-    for name in ranks:
-        candidates = [] if name in with_parts else sorted(with_parts if name in fitting else fitting)
-        equal = next((other for other in candidates if _have_equal_factors(adapter, name, other)), None)
-        if equal is not None:
-            found[name] = equal
-    return found
-
-
-def _have_equal_factors(adapter: Adapter, name: str, other: str) -> bool:
-    first, second = adapter.stored(name), adapter.stored(other)
-    pairs = [(first[leaf], second[leaf]) for leaf in first if leaf in second]
-    tensors = all(is_plain(factor) and not factor.is_meta for pair in pairs for factor in pair)
-    return tensors and all(one.shape == two.shape and torch.equal(one, two) for one, two in pairs)
-
-
 def align_to_modules(adapter: Adapter, modules: Set[str], where: str) -> Adapter:
     """Return the adapter under the one prefix at which its layers are among the modules.
 
@@ -425,7 +383,9 @@ def align_to_modules(adapter: Adapter, modules: Set[str], where: str) -> Adapter
     """
     layers = adapter.layers()
     if not layers:
-        raise LoRAError(f"adapter: the source holds {nothing_adapted(adapter)}.")
+        raise LoRAError(
+            f"adapter: the source holds {nothing_adapted(adapter)}; it is not an adapter of a known format."
+        )
     if all(layer in modules for layer in layers):
         return adapter
     prefixes = _fitting_prefixes(layers, modules)
@@ -466,10 +426,10 @@ def nothing_adapted(adapter: Adapter) -> str:
     unknown = [name for name, leaf in leaves.items() if leaf.startswith(PREFIX) and not names_factor(name)]
     if unknown:
         return (
-            f"{unknown[0]!r}, a tensor of no variant that is known here ({', '.join(known_titles())}); import the file "
+            f"{unknown[0]!r}, a tensor of no variant that is known here ({', '.join(known_titles())}): import the file "
             "that defines its variant before loading"
         )
-    return f"no {adapter.variant.trained[0]}; it is not an adapter of a known format"
+    return f"no {adapter.variant.trained[0]}"
 
 
 def known_titles() -> list[str]:

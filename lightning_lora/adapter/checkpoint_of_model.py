@@ -14,7 +14,7 @@ from torch import nn
 from ..distributed.sharding import gather_all, holds_shards
 from ..errors import LoRAError, NonFiniteError
 from ..model.adapted_model import AdaptedModel, open_model
-from ..model.dequantise import dequantised_dtype, quantised_weights
+from ..model.dequantize import dequantize_dtype, quantised_weights
 from ..model.live_state import LiveState, original_value
 from ..model.state_dict import merge_state_dict
 from ..names import META, canonical, split_factor_name
@@ -62,7 +62,7 @@ def convert_checkpoint(module: nn.Module, checkpoint: MutableMapping[str, Any], 
     if kind == "merged":
         tensors = gather_all(live.values()) if sharded else {name: state[name] for name in live.keys if name in state}
         meta["adapter"] = in_one_storage(tensors)
-        dtype = dequantised_dtype(record.dequantize, "checkpoint")
+        dtype = dequantize_dtype(record.dequantize, "checkpoint")
         checkpoint["state_dict"] = state if sharded else _merge_state(handle, state, dtype)
     elif kind == "adapter":
         tensors = {name: value for name, value in state.items() if name not in frozen}
@@ -212,12 +212,11 @@ def prepare_for_load(module: nn.Module, checkpoint: MutableMapping[str, Any], *,
     record_trained(live, adapter)
     live.handle.record.origin = dict(adapter.origin)
     live_values = _live_state(live.handle) | dict(complete.tensors)
-    copies = checkpoint[META].get("copies")
+    copies = checkpoint[META].get("copies", [])  # an imported adapter has none
 
     def add_base(mapping: Mapping[Any, Any], path: tuple[Any, ...]) -> dict[Any, Any] | None:
         named = by_canonical_names(mapping)
-        # Files of 0.1.0 do not say where copies are.
-        is_copy = names <= named.keys() if copies is None or path == ("state_dict",) else list(path) in copies
+        is_copy = names <= named.keys() if path == ("state_dict",) else list(path) in copies
         return {**live_values, **named} if is_copy else None
 
     for key in checkpoint.keys() - {META}:
@@ -264,22 +263,19 @@ def _prepare_full(
 
 
 def _read_initial(live: LiveState, initial: Any, adapter: Adapter) -> dict[str, torch.Tensor]:
-    """Return the values from before training by the model's names: all buffers, and all trained parameters.
+    """Return the values from before training, by the model's names.
 
-    Files of 0.1.0 name them as in the injected part of a LightningModule; the one prefix that fits is added.
+    Raises:
+        LoRAError: a buffer or a trained parameter of the injected part is missing, or does not fit the model.
     """
     base = {name: tensor for name, tensor, owner in live.entries if not is_factor(name, owner) and tensor is not None}
     named = initial.items() if isinstance(initial, Mapping) else [(None, None)]
     if all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in named):
-        first = next(iter(initial), "")
-        prefixes = dict.fromkeys(["", *(name.removesuffix(first) for name in base if name.endswith(f".{first}"))])
-        for prefix in prefixes:
-            prefixed = {prefix + name: value for name, value in initial.items()}
-            part = prefix + _common_module(initial)  # parameters outside the injected part have no initial values
-            changed = {id(base[name]) for name in adapter.tensors if name in base and name.startswith(part)}
-            fits = all(name in base and base[name].shape == value.shape for name, value in prefixed.items())
-            if fits and changed <= {id(base[name]) for name in prefixed}:
-                return prefixed
+        part = _common_module(initial)  # what is trained beside the injected part is not listed
+        changed = {id(base[name]) for name in adapter.tensors if name in base and name.startswith(part)}
+        fits = all(name in base and base[name].shape == value.shape for name, value in initial.items())
+        if fits and changed <= {id(base[name]) for name in initial}:
+            return dict(initial)
     shown = f"names {sorted(map(str, initial))[:3]}" if isinstance(initial, Mapping) else type(initial).__name__
     raise LoRAError(
         'checkpoint["lora"]: expected `initial` to hold, by name, the values from before training of what was trained '

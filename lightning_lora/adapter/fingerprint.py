@@ -13,7 +13,7 @@ import torch
 
 from ..distributed.sharding import samples, samples_of_all
 from ..errors import LoRAError
-from ..names import around
+from ..names import parent_names
 from .adapter import Adapter
 
 Tables = Mapping[str, Collection[int]]  # rows of a table that the adapter replaces, by the table's name
@@ -204,8 +204,8 @@ def _head_hint(differing: Iterable[str], expected: Mapping[str, Any]) -> str:
     if 2 * sum(sizes[name] for name in differing) > sum(sizes.values()):
         return ""
     telling = {name for name, entry in expected.items() if len(set(entry["values"])) > 1}
-    with_equal = {module for name in telling - set(differing) for module in around(name)}
-    modules = [next((module for module in around(name) if module not in with_equal), "") for name in differing]
+    with_equal = {module for name in telling - set(differing) for module in parent_names(name)}
+    modules = [next((module for module in parent_names(name) if module not in with_equal), "") for name in differing]
     heads = list(dict.fromkeys(module.rpartition(".")[2] for module in modules))
     if not with_equal or "" in heads or len(heads) > MOST_HEADS:
         return ""

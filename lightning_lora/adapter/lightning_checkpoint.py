@@ -25,7 +25,7 @@ from ..names import META, canonical
 from ..nn.quantised_state import quantisation_entries
 from .adapter import Adapter, check_factors
 from .file_options import readable_options
-from .metadata import from_metadata, of_trained, to_metadata
+from .metadata import from_metadata, to_metadata
 
 FORMAT_VERSION = 1
 HEADER = "meta.pt"  # Lightning's file with all but the tensors of a distributed checkpoint
@@ -84,8 +84,6 @@ def adapter_of(checkpoint: Mapping[str, Any]) -> tuple[Adapter, Kind]:
     if kind == "full":
         base = adapter.fingerprint.keys() | quantisation_entries(tensors, adapter.fingerprint)
         adapter = replace(adapter, tensors={n: value for n, value in tensors.items() if n not in base})
-    else:
-        adapter = of_trained(adapter)
     check_factors(adapter, 'checkpoint["lora"]')
     return adapter, kind
 

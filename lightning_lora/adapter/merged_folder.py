@@ -18,7 +18,7 @@ from ..files.model_folder import CONFIG, INDEX_SUFFIX, STEM, index_of, plan_shar
 from ..files.paths import PathLike, write_json
 from ..files.safetensors import NAMES, SUFFIX, as_bytes, build_header
 from ..model.adapted_model import Listing, find_in, open_model, refuse_replaced_layers
-from ..model.dequantise import Dequantiser, dequantised_dtype
+from ..model.dequantize import Dequantizer, dequantize_dtype
 from ..model.gradients import warn_of_untrained
 from ..model.named_state import state_of
 from ..model.state_dict import refuse_quantised, refuse_unmergeable
@@ -77,14 +77,14 @@ def save_merged(
         open_model(model, "save_merged")
     refuse_replaced_layers(listing, "save_merged")
     warn_of_untrained(listing)
-    dtype = dequantised_dtype(dequantize, "save_merged")
+    dtype = dequantize_dtype(dequantize, "save_merged")
     refuse_unmergeable(listing, dtype)
     prefix, network = find_network(find_in(listing) or listing) or ("", None)
-    dequantiser = None if dtype is None else Dequantiser(dtype)
+    dequantizer = None if dtype is None else Dequantizer(dtype)
     state = _base_tensors(listing.places, prefix)
     tensors = {name: _stored(tensor, dtype) for name, (tensor, _) in state.items()}
     quantised = {name: quantised_as(tensor) for name, (tensor, _) in state.items() if quantised_as(tensor)}
-    if quantised and dequantiser is None:
+    if quantised and dequantizer is None:
         refuse_quantised(*next(iter(quantised.items())))
     divided = one_part_each(tensors) if network is None else parts_in_files(network, tensors)
     parts = {next(iter(part.stored)): part for part in divided if part.stored}
@@ -118,7 +118,7 @@ def save_merged(
                 append = partial(_append_part, here / file, part)
                 step(
                     repr(part.names[0]),
-                    partial(append, {n: _merged(n, *state[n], sync, dequantiser) for n in part.names}),
+                    partial(append, {n: _merged(n, *state[n], sync, dequantizer) for n in part.names}),
                 )
                 advance(_size(part.stored))
         if len(files) > 1:
@@ -126,8 +126,8 @@ def save_merged(
             names = {file: list(stored) for file, stored in index.items()}
             step(INDEX, partial(write_json, here / INDEX, index_of(names, sizes, {})))
         step(path, moves_on_leaving.close)
-    if dequantiser is not None:
-        dequantiser.report()
+    if dequantizer is not None:
+        dequantizer.report()
 
 
 def _size(tensors: Mapping[str, torch.Tensor]) -> int:
@@ -159,11 +159,11 @@ def _stored(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
 
 
 def _merged(
-    name: str, tensor: torch.Tensor, module: nn.Module, sync: RankSync, dequantiser: Dequantiser | None
+    name: str, tensor: torch.Tensor, module: nn.Module, sync: RankSync, dequantizer: Dequantizer | None
 ) -> torch.Tensor:
     """Return a whole tensor on the CPU with the adapter merged. Collective where it is sharded."""
-    if dequantiser is not None and quantised_as(tensor):
-        return dequantiser.weight(name, module).cpu()
+    if dequantizer is not None and quantised_as(tensor):
+        return dequantizer.weight(name, module).cpu()
     leaf = name.rpartition(".")[2]
     values = [tensor.detach()]
     adapter = adapter_of(module, leaf)

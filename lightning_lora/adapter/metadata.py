@@ -11,7 +11,6 @@ import base64
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from ..errors import LoRAError, shown
 from ..files.safetensors import as_bytes
 from ..names import KNOWN_VARIANTS, near_misses
 from ..nn.low_rank import KINDS
-from .adapter import Adapter, equal_layers, with_aliases
+from .adapter import Adapter
 from .file_options import check_options
 from .fingerprint import sample_positions
 
@@ -79,9 +78,6 @@ def from_metadata(tensors: Mapping[str, Any], metadata: Any, where: str) -> Adap
         raise
     except (LookupError, TypeError, AttributeError, ValueError, OverflowError, RecursionError, re.error) as error:
         raise LoRAError(f"{where}: the adapter's description is damaged: {error!r}.") from error
-    aliases = equal_layers(adapter)
-    if aliases and adapter.config is not None:  # an earlier version wrote options for first names alone
-        adapter = replace(adapter, config=with_aliases(adapter.config, aliases))
     unpaired = sorted((set(adapter.scalings) ^ set(adapter.layers())) | (set(adapter.tables) ^ set(adapter.rows())))
     if unpaired:
         raise LoRAError(f"{where}: {unpaired[0]!r} is missing in the tensors or in their description; it was cut.")
@@ -107,17 +103,6 @@ def _after_conv1d_to_metadata(adapter: Adapter) -> dict[str, Any]:
 
 def _after_conv1d_from_metadata(names: Any) -> frozenset[str] | None:
     return None if names is None else frozenset(map(_text, _list(names)))
-
-
-def of_trained(adapter: Adapter, frozen: Collection[str] = ()) -> Adapter:
-    """Return an adapter in which no name is both a tensor and an entry of the fingerprint. Earlier versions wrote such.
-
-    Args:
-        adapter: as it was read.
-        frozen: names of tensors that were not trained: these lose the tensor, all others the entry.
-    """
-    tensors = without(adapter.tensors, frozen)
-    return replace(adapter, tensors=tensors, fingerprint=without(adapter.fingerprint, tensors))
 
 
 def without(values: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:

@@ -24,13 +24,12 @@ from ..files.atomic import new_folder
 from ..files.paths import PathLike, kind_of, parse_json, read_json, write_json
 from ..files.safetensors import read_safetensors, write_tensors
 from ..files.torch_archive import read_torch_file
-from ..names import A, B, around
+from ..names import A, B, parent_names
 from ..nn.low_rank import ATTENTION, ATTENTION_OUTPUT, SEPARATE
 from ..nn.variant import Variant
 from .adapter import Adapter, check_factors, exact_options, ties_of
 from .file_options import check_options, readable_options
-from .fingerprint import AVERAGED, entries_match, fingerprint_entry, without_rows
-from .metadata import from_metadata, of_trained, to_metadata
+from .metadata import from_metadata, to_metadata
 from .peft_attention import refuse_conv1d_before_parameters
 from .peft_edited import honour_options
 from .peft_forms import config_in_peft, from_peft_form, spread, to_peft_form
@@ -270,7 +269,7 @@ def _read_described(
     changed = [name for name in idle if name not in idle_attention(adapter)]
     if changed:
         raise LoRAError(f"{where}: the factors of {changed[0]!r} must be zero; something changed them after saving.")
-    adapter = of_trained(adapter, _frozen_tensors(adapter, description, where))
+    adapter = _without_frozen(adapter, description.get(FROZEN, []), where)
     adapter = from_peft_form(from_plain(adapter.without_layers(idle)))
     check_factors(adapter, str(where))
     if options is not None:
@@ -278,32 +277,21 @@ def _read_described(
     return adapter, description.get("outside")
 
 
-def _frozen_tensors(adapter: Adapter, description: Mapping[str, Any], where: Path) -> list[str]:
-    """Return the names of tensors that were not trained, and are in the file because PEFT wants them.
+def _without_frozen(adapter: Adapter, frozen: Any, where: Path) -> Adapter:
+    """Drop the tensors that were not trained. They are in the file because PEFT wants them; the base has them too.
 
-    Earlier versions did not write these names. Then they are of modules that PEFT's modules_to_save takes, and still
-    have the values of the fingerprint.
+    Args:
+        adapter: as it was read.
+        frozen: the names of these tensors, as the description lists them.
+        where: for messages.
 
     Raises:
-        LoRAError: the description is damaged.
+        LoRAError: the list is damaged. The fingerprint, which is of frozen tensors, names the same.
     """
-    both = sorted(adapter.tensors.keys() & adapter.fingerprint.keys())
-    names = description.get(FROZEN)
-    if names is not None:
-        if not isinstance(names, list) or not all(name in both for name in names):
-            raise LoRAError(f"{where}: the adapter's description is damaged: {FROZEN} is {names!r:.80}.")
-        return names
-    if not both:
-        return []
-    trained = replace(adapter, tensors={name: value for name, value in adapter.tensors.items() if name not in both})
-    entries = without_rows({name: fingerprint_entry(adapter.tensors[name]) for name in both}, adapter.tables)
-    expected = without_rows({name: adapter.fingerprint[name] for name in both}, adapter.tables)
-    taken = frozen_in_saved(trained)
-    return [
-        name
-        for name in taken
-        if name in both and (expected[name].get("quantised") or entries_match(expected[name], entries[name], AVERAGED))
-    ]
+    in_both = adapter.tensors.keys() & adapter.fingerprint.keys()
+    if not isinstance(frozen, list) or not all(isinstance(name, str) for name in frozen) or set(frozen) != in_both:
+        raise LoRAError(f"{where}: the adapter's description is damaged: {FROZEN} is {shown(frozen, 80)}.")
+    return replace(adapter, tensors={name: value for name, value in adapter.tensors.items() if name not in in_both})
 
 
 def _add_outside(adapter: Adapter, outside: Any, folder: Path) -> Adapter:
@@ -344,7 +332,7 @@ def _read_foreign(
     targets = [name for name in layers if name not in parameters]
     config = options_from_peft(options, targets, whole, bare.tables, variant.name)
     ends = tuple(entries_in(options))
-    saved = {name for name in whole if ends and any(module.endswith(ends) for module in around(peft_names[name]))}
+    saved = {name for name in whole if ends and any(module.endswith(ends) for module in parent_names(peft_names[name]))}
     base_leaves = ("weight", "bias") if config.bias == "none" else ("weight",)
     # PEFT saves embeddings beside the adapter, as they are where they are adapted, or because they were resized. The
     # other end of a tied weight that was trained is not in modules_to_save either.

@@ -20,9 +20,9 @@ from typing import Any, get_args
 
 import torch
 
-from ..config import PLAIN, SAYING_NOTHING, TASK_HEADS, VARIANTS, LoRAConfig, Task
+from ..config import IGNORED_PEFT_FIELDS, PLAIN, TASK_HEADS, VARIANTS, LoRAConfig, Task
 from ..errors import LoRAError, sentence, shown
-from ..names import KNOWN_VARIANTS, A, B, around, listed, matcher, pattern_matches, suffixes
+from ..names import KNOWN_VARIANTS, A, B, listed, matcher, parent_names, pattern_matches, suffixes
 from ..nn.low_rank import (
     ATTENTION,
     ATTENTION_OUTPUT,
@@ -49,7 +49,7 @@ ORTHOGONAL_IN_PEFT = {LINEAR, CONV1D, EMBEDDING}
 # What these start from is not the base any more: their adapter fits only the weights that they left behind.
 INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 WITHOUT_EFFECT = {  # on what the stored tensors mean
-    *SAYING_NOTHING,
+    *IGNORED_PEFT_FIELDS,
     "init_lora_weights",
     "ensure_weight_tying",  # of tied weights the values tell
 }
@@ -201,7 +201,7 @@ def options_from_peft(
         config = {name: value for name, value in config.items() if name not in BY_NUMBER}  # which PEFT passed over
     if isinstance(config.get("modules_to_save"), list):
         config["modules_to_save"] = from_peft_entries(entries_in(options), whole)
-    named = {suffix for name in whole for module in around(name) for suffix in suffixes(module)}
+    named = {suffix for name in whole for module in parent_names(name) for suffix in suffixes(module)}
     task = options.get("task_type")
     if task in get_args(Task) and (task not in TASK_HEADS or not {*TASK_HEADS[task]}.isdisjoint(named)):
         config["task_type"] = task

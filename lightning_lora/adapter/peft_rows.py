@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ..errors import LoRAError
-from ..names import around
+from ..names import parent_names
 from ..nn.variant import rows_leaf
 from .adapter import Adapter
 
@@ -35,7 +35,7 @@ def as_peft_stores(adapter: Adapter) -> Adapter:
     Raises:
         LoRAError: PEFT cannot apply the rows of a table.
     """
-    modules = {module for name in (*adapter.tensors, *adapter.fingerprint) for module in around(name)}
+    modules = {module for name in (*adapter.tensors, *adapter.fingerprint) for module in parent_names(name)}
     for table in adapter.rows():
         others = [other for other in modules - {table} if other.endswith(table) and adapter.tied.get(other) != table]
         problem = ""

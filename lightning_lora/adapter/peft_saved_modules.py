@@ -13,7 +13,7 @@ from typing import Any
 
 from ..config import LoRAConfig
 from ..errors import LoRAError
-from ..names import around, matcher
+from ..names import matcher, parent_names
 from .adapter import Adapter, equal_tables, ties_of
 
 TIED_BY_PEFT = ("embed_tokens", "lm_head")
@@ -33,7 +33,7 @@ def from_peft_entries(entries: Iterable[str], whole: Iterable[str]) -> list[str]
         whole: names of parameters that the file holds whole.
     """
     taken: dict[str, set[str]] = {entry: set() for entry in entries}
-    for module in {module for name in whole for module in around(name)}:
+    for module in {module for name in whole for module in parent_names(name)}:
         for start in range(len(module)):  # a look-up for each ending, as there may be as many entries as modules
             entry = module[start:]
             if entry in taken:
@@ -45,7 +45,7 @@ def from_peft_entries(entries: Iterable[str], whole: Iterable[str]) -> list[str]
 def to_peft_entries(adapter: Adapter) -> list[str] | None:
     """Return PEFT's modules_to_save for an adapter: its own entries, or full names where those would take more."""
     config = adapter.config or LoRAConfig()
-    modules = {module for name in (*adapter.tensors, *adapter.fingerprint) for module in around(name)}
+    modules = {module for name in (*adapter.tensors, *adapter.fingerprint) for module in parent_names(name)}
     entries = config.all_modules_to_save()
     saved = set(filter(matcher(entries), modules))
     if _taken_besides(adapter, entries):
@@ -83,21 +83,21 @@ def is_tied_by_peft(adapter: Adapter) -> bool:
 
 def _names_saved(adapter: Adapter) -> set[str]:
     is_saved = matcher(adapter.config.all_modules_to_save() if adapter.config is not None else None)
-    return {name for name in adapter.beside_factors() if any(map(is_saved, around(name)))}
+    return {name for name in adapter.beside_factors() if any(map(is_saved, parent_names(name)))}
 
 
 def _taken_besides(adapter: Adapter, entries: Iterable[str]) -> list[str]:
     """Return the frozen tensors and adapted layers in modules that PEFT's entries take."""
     frozen = sorted(adapter.fingerprint.keys() - adapter.tensors.keys())
-    inside = {name: around(name) for name in frozen}
-    inside |= {name: [*around(name), name, f"{name}.base_layer"] for name in adapter.layers()}  # as PEFT wraps it
-    inside |= {name: [*around(name), name, f"{name}.token_adapter.base_layer"] for name in adapter.tables}
+    inside = {name: parent_names(name) for name in frozen}
+    inside |= {name: [*parent_names(name), name, f"{name}.base_layer"] for name in adapter.layers()}  # as PEFT wraps it
+    inside |= {name: [*parent_names(name), name, f"{name}.token_adapter.base_layer"] for name in adapter.tables}
     return _inside_taken(entries, inside)
 
 
 def taken_by(entries: Iterable[str], names: Iterable[str]) -> set[str]:
     """Return the names of the tensors in modules that PEFT's entries take."""
-    return set(_inside_taken(entries, {name: around(name) for name in names}))
+    return set(_inside_taken(entries, {name: parent_names(name) for name in names}))
 
 
 def _inside_taken(entries: Iterable[str], inside: Mapping[str, Iterable[str]]) -> list[str]:

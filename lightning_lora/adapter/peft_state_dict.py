@@ -6,7 +6,6 @@ options, but ranks are in the shapes, and lora_alpha may be among the hyper-para
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from statistics import mode
@@ -15,7 +14,7 @@ import torch
 
 from ..config import LoRAConfig
 from ..errors import LoRAError, shown
-from ..names import A, B, around
+from ..names import A, B, exact_key, parent_names
 from ..nn.lora import EMBEDDING_A
 from ..nn.low_rank import ATTENTION, ATTENTION_OUTPUT, CONV, EMBEDDING
 from ..notices import tell
@@ -54,7 +53,7 @@ def read_state(state: Mapping[str, torch.Tensor], where: object, hyper_parameter
     adapter = Adapter(tensors, kinds=kinds, network=names.network, peft_outputs=True)
     whole = adapter.beside_factors()
     if names.live:
-        trained = {name for name in whole if names.saved.intersection(around(name))}
+        trained = {name for name in whole if names.saved.intersection(parent_names(name))}
         base = {name for name in whole if name not in trained and name.rpartition(".")[2] not in STATISTICS}
     else:
         base = {name for name in whole if name in names.of_layers and name.endswith(".weight")}
@@ -81,7 +80,7 @@ def _config(adapter: Adapter, saved: list[str], hyper_parameters: object) -> LoR
     ranks = adapter.ranks()
     check_options(options, ranks, "adapter: the checkpoint's hyper-parameters")
     common = mode(ranks.values())
-    patterns = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != common}
+    patterns = {exact_key(name): rank for name, rank in ranks.items() if rank != common}
     options |= adapter.variant.options()
     return LoRAConfig(r=common, rank_pattern=patterns, target_modules=list(ranks), modules_to_save=saved, **options)
 

@@ -28,7 +28,7 @@ from ..model.pretrained import (
     plain_conversions,
     pretrained_models,
 )
-from ..names import around, is_lightning_module
+from ..names import is_lightning_module, parent_names
 from .peft_folder import CONFIG_FILE
 
 Tensors = dict[str, torch.Tensor]
@@ -198,6 +198,6 @@ def _by_layer(names: Iterable[str]) -> dict[str, list[str]]:
     """Group names by the innermost numbered module that they are in."""
     groups: dict[str, list[str]] = {}
     for name in names:
-        numbered = [module for module in around(name) if module.rpartition(".")[2].isdigit()]
+        numbered = [module for module in parent_names(name) if module.rpartition(".")[2].isdigit()]
         groups.setdefault(numbered[-1] if numbered else "", []).append(name)
     return groups

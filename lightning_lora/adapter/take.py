@@ -19,7 +19,7 @@ from ..names import is_lightning_module
 from ..nn.adapted_weights import adapted_places
 from ..nn.lora_layer import LoRALayer
 from ..nn.low_rank import CONV1D
-from ..nn.quantised import dequantised, quantised_as
+from ..nn.quantised import dequantize, quantised_as
 from .adapter import Adapter, check_factors, with_aliases
 from .fingerprint import (
     AVERAGED,
@@ -142,7 +142,7 @@ def fingerprint_of(live: LiveState) -> dict[str, Any]:
     entries = fingerprint_entries((name, original_value(name, tensor, owner)) for name, tensor, owner in plain)
     for name, _, owner in present:
         if how[name]:
-            value = dequantised(owner, name.rpartition(".")[2])
+            value = dequantize(owner, name.rpartition(".")[2])
             entries[name] = {**fingerprint_entry(value), "quantised": how[name]}
     return without_rows({name: entries[name] for name in how}, replaced_rows(live.handle))
 

@@ -155,7 +155,7 @@ def _diff_adapters(first: Adapter, second: Adapter) -> dict[str, Any]:
         elif name in second_whole:
             rows[name] = _value_row(first_whole[name], second_whole[name])
     options = first.config.differing(second.config) if first.config and second.config else []
-    only = _only({*first.layers(), *first_whole}, {*layers, *second_whole})
+    only = _only_in_one({*first.layers(), *first_whole}, {*layers, *second_whole})
     return {"kind": "adapters", "options": options, **only, "changes": rows}
 
 
@@ -193,7 +193,7 @@ def _diff_weights(first: Weights, second: Weights) -> dict[str, Any]:
     rows = _each(
         "comparing", names, lambda name: _location_row(first.locations[name], second.locations[name]), "tensors"
     )
-    return {"kind": "weights", **_only(set(first.locations), set(second.locations)), "changes": rows}
+    return {"kind": "weights", **_only_in_one(set(first.locations), set(second.locations)), "changes": rows}
 
 
 def _location_row(first: TensorLocation, second: TensorLocation) -> dict[str, Any]:
@@ -224,7 +224,7 @@ def _each(
     return rows
 
 
-def _only(first: set[str], second: set[str]) -> dict[str, Any]:
+def _only_in_one(first: set[str], second: set[str]) -> dict[str, Any]:
     return {"only_in_first": sorted(first - second), "only_in_second": sorted(second - first)}
 
 

@@ -21,7 +21,7 @@ from ..files.atomic import new_file, new_folder
 from ..files.paths import PathLike
 from ..files.safetensors import SUFFIX, TensorLocation, read_rows
 from ..files.weights import Weights, open_weights
-from ..names import around, factor_role, matcher
+from ..names import factor_role, matcher, parent_names
 from ..nn.exact_merge import CPU_CHUNK, parts_of
 from ..nn.low_rank import (
     ATTENTION,
@@ -282,7 +282,7 @@ def _refuse_missing(adapter: Adapter, base: Weights, scope: str) -> None:
         # A base may hold more than the model that was trained, and masks under the name bias.
         is_bias = leaf == "bias" and module in known and len(location.shape) == 1
         trained = (
-            any(map(is_saved, around(name)))
+            any(map(is_saved, parent_names(name)))
             or (config.bias == "all" and is_bias)
             or (config.bias == "lora_only" and leaf == "bias" and module in layers)
         )

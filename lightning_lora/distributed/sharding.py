@@ -1,6 +1,6 @@
-"""Sharded tensors (DTensor, as fully_shard and parallelize_module make them): a rank's shard and what belongs to it.
+"""Shards of tensors (DTensor) that fully_shard and parallelize_module spread over ranks.
 
-Functions marked "collective" communicate, so every rank must call them, in the same order.
+Functions marked "Collective" communicate: every rank must call them, in the same order.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import nn
 
 from ..errors import LoRAError
 
-if TYPE_CHECKING:  # imported where a sharded tensor is at hand: they take as long as the rest of this package's imports
+if TYPE_CHECKING:  # imported where they are used: they take as long as the rest of this package's imports
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
@@ -31,17 +31,17 @@ def is_sharded(tensor: object) -> TypeGuard[DTensor]:
 
 def is_fully_sharded(module: nn.Module) -> TypeGuard[FSDPModule]:
     """Return whether fully_shard (FSDP2) was called on a module."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # a class that nobody imported has no instances
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # without its import there are no instances
     return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
 def holds_shards(module: nn.Module) -> bool:
-    """Return whether a parameter of a module's own is spread over ranks, gathered at the moment or not."""
+    """Return whether one of the module's own parameters is sharded. Gathered ones count."""
     return is_fully_sharded(module) or any(map(is_sharded, module._parameters.values()))
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """Return this rank's shard, detached, in the memory of the tensor; of a plain tensor all of it."""
+    """Return this rank's shard, or all of a plain tensor. It is detached and shares the tensor's memory."""
     if not is_sharded(tensor):
         return tensor.detach()
     with torch.no_grad():
@@ -54,23 +54,23 @@ def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach()
     device = tensor.device
     with torch.inference_mode(False), torch.no_grad():
-        # Offloaded shards travel over the mesh's own device.
+        # Collectives need the device of the mesh. Offloaded shards are on the CPU.
         moved = cast("DTensor", tensor.detach().to(tensor.device_mesh.device_type))
         return moved.full_tensor().to(device)
 
 
 def meeting_device(tensor: torch.Tensor) -> torch.device:
-    """Return the device on which ranks exchange values of a tensor; offloaded shards are on another."""
+    """Return the device on which ranks exchange values of a tensor. Offloaded shards lie on another device."""
     return torch.device(tensor.device_mesh.device_type) if is_sharded(tensor) else tensor.device
 
 
 def gather_all(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a state dict without sharding, the gathered tensors on the CPU. Collective."""
+    """Return values with sharded tensors gathered, on the CPU. Collective."""
     return {name: full_tensor(value).cpu() if is_sharded(value) else value for name, value in values.items()}
 
 
 def rows_of(tensor: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
-    """Return some rows of a matrix, detached, whole on every rank. Collective where it is sharded."""
+    """Return some rows of a matrix, detached. Every rank gets them whole. Collective where the matrix is sharded."""
     shard = local(tensor)
     if not is_sharded(tensor):
         return shard[torch.tensor(rows, device=shard.device)]
@@ -85,7 +85,7 @@ def rows_of(tensor: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
 
 
 def from_local_like(shard: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """Return a sharded tensor like `tensor` with another shard on this rank; of a plain tensor, the shard."""
+    """Return a tensor with this shard that is sharded like `tensor`, or the shard itself where `tensor` is plain."""
     if not is_sharded(tensor):
         return shard
     from torch.distributed.tensor import DTensor
@@ -96,20 +96,20 @@ def from_local_like(shard: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def window(tensor: torch.Tensor) -> tuple[slice, ...]:
-    """Return where this rank's shard lies in the whole tensor, a slice for each dimension."""
+    """Return where this rank's shard lies in the whole tensor: one slice for each dimension."""
     if not is_sharded(tensor):
         return tuple(slice(0, size) for size in tensor.shape)
-    chunk = cast(Any, tensor).__create_chunk_list__()[0]  # as torch.distributed.checkpoint asks for it
+    chunk = cast(Any, tensor).__create_chunk_list__()[0]  # the protocol of torch.distributed.checkpoint
     return tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True))
 
 
 def copy_(target: torch.Tensor, source: torch.Tensor) -> None:
-    """Copy `source` into `target` of the same shape; either may be sharded. Collective if the source alone is."""
+    """Copy `source` into `target` of the same shape. Either may be sharded. Collective if only `source` is sharded."""
     copy_all_([(target, source)])
 
 
 def copy_all_(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """Do copy_ with many pairs of a target and a source."""
+    """Copy many pairs of a target and a source as copy_ does."""
     with torch.inference_mode(False), torch.no_grad():  # once: to enter the modes takes longer than a small copy
         for target, source in pairs:
             if is_sharded(source) == is_sharded(target):
@@ -121,9 +121,9 @@ def copy_all_(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
 
 
 def reshard_(modules: Iterable[nn.Module]) -> None:
-    """Put the shards back in place of weights of these modules that FSDP2 gathered. In place.
+    """Replace weights that FSDP2 gathered in these modules by their shards again. In place.
 
-    What is written into a gathered weight is lost with it, and the shards stay as they were.
+    What was written into a gathered weight is lost: the shards do not get it.
     """
     for module in modules:
         if is_fully_sharded(module):
@@ -137,7 +137,7 @@ def reset_(modules: Iterable[tuple[str, nn.Module]]) -> None:
         modules: all of a model's, with their names.
 
     Raises:
-        LoRAError: this torch or this model offers no way.
+        LoRAError: this torch or this model has no method for that.
     """
     outermost: list[str] = []
     for name, module in modules:
@@ -157,7 +157,7 @@ def refuse_fully_sharded(model: nn.Module, modules: Iterable[nn.Module], verb: s
     """Refuse a model with these modules in which FSDP2 manages parameters that the verb would take away.
 
     Raises:
-        LoRAError: it does; the message begins with the verb and names the alternative.
+        LoRAError: fully_shard was called. The message begins with the verb and names the alternative.
     """
     if any(map(is_fully_sharded, modules)):
         raise LoRAError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from torch import nn
 from ..config import LoRAConfig
 from ..distributed.sharding import copy_
 from ..errors import LoRAError
-from ..names import listed
+from ..names import exact_key, listed
 from ..nn.adapted_weights import AdaptedWeights
 from ..nn.low_rank import CONV1D, LINEAR
 from ..nn.random_stream import svd_lowrank
@@ -411,9 +410,10 @@ def _with_ranks(
     config: LoRAConfig, layers: Mapping[str, AdaptedWeights], ranks: Mapping[str, int], adjust_alpha: bool
 ) -> LoRAConfig:
     rank_pattern, alpha_pattern = dict(config.rank_pattern or {}), dict(config.alpha_pattern or {})
-    new_ranks = {_only(name): r for name, r in ranks.items() if r and r != layers[name].lora.spec.r}
+    new_ranks = {exact_key(name): r for name, r in ranks.items() if r and r != layers[name].lora.spec.r}
     new_alphas = {
-        _only(name): layers[name].lora.spec.alpha * (r / layers[name].lora.spec.r) ** (0.5 if config.use_rslora else 1)
+        exact_key(name): layers[name].lora.spec.alpha
+        * (r / layers[name].lora.spec.r) ** (0.5 if config.use_rslora else 1)
         for name, r in ranks.items()
         if r and r != layers[name].lora.spec.r
     }
@@ -435,8 +435,3 @@ def _with_ranks(
 def _put_before(new: Mapping[str, Number], earlier: Mapping[str, Number]) -> dict[str, Number]:
     """Return both patterns; the first key that fits a layer counts, and a key of both has the new value."""
     return {**new, **{key: value for key, value in earlier.items() if key not in new}}
-
-
-def _only(name: str) -> str:
-    """Return the key of a pattern that means one layer alone."""
-    return f"^{re.escape(name)}"

@@ -47,8 +47,8 @@ def warn_of_untrained(listing: Listing, *, optimized: bool = False, stacklevel: 
     unchanged = {name: layer for name, layer in layers.items() if layer.is_initial()}
     unreached = [name for name, layer in unchanged.items() if layer not in reached]
     if unreached:
-        cut_off = [name for name in unreached if layers[name].lora.cut_off]
-        _warn_of_unreached(unreached, cut_off, len(layers), stacklevel)
+        in_segments = [name for name in unreached if layers[name].lora.in_segment]
+        _warn_of_unreached(unreached, in_segments, len(layers), stacklevel)
     elif not optimized and len(unchanged) == len(layers):
         _warn_of_optimizer(stacklevel)
 
@@ -58,14 +58,14 @@ def _has_gradients(modules: NamedModules) -> bool:
     return any(parameter.requires_grad and parameter.grad is not None for parameter in own)
 
 
-def _warn_of_unreached(names: list[str], cut_off: list[str], among: int, stacklevel: int) -> None:
-    others = [name for name in names if name not in cut_off]
+def _warn_of_unreached(names: list[str], in_segments: list[str], among: int, stacklevel: int) -> None:
+    others = [name for name in names if name not in in_segments]
     text = f"lightning_lora: no gradient has reached the adapters of {len(names)} of {among} layers: {_shown(names)}."
-    if cut_off:
-        text += f" {_shown(cut_off) if others else 'They'} ran in {REENTRANT}. {REENTRANT_REMEDY}."
+    if in_segments:
+        text += f" {_shown(in_segments) if others else 'They'} ran in {REENTRANT}. {REENTRANT_REMEDY}."
     if others:
         text += (
-            f" {f'As to {_shown(others)}: either' if cut_off else 'Either'} nothing has used these layers yet "
+            f" {f'As to {_shown(others)}: either' if in_segments else 'Either'} nothing has used these layers yet "
             "(parts that few inputs reach, the network of another optimizer), or they are cut off from the loss "
             "(detach, no_grad), or their weight is read where the adapter cannot follow, instead of the layer being "
             f"called. What is never trained is better left out: exclude_modules={others[:SHOWN]!r}."
@@ -86,10 +86,15 @@ def _warn_of_optimizer(stacklevel: int) -> None:
     )
 
 
-def explain_merged_training(exception: BaseException, model: nn.Module) -> None:
-    """Add to torch's error of a loss without gradients that the adapters are merged, where they are. In place."""
-    if "does not require grad" in str(exception) and any(layer.lora.merged for layer in adapted_layers(model).values()):
+def explain_missing_gradients(exception: BaseException, model: nn.Module) -> None:
+    """Add the reason to torch's error of a loss without gradients, where the adapters know one. In place."""
+    if "does not require grad" not in str(exception):
+        return
+    states = [layer.lora for layer in adapted_layers(model).values()]
+    if any(state.merged for state in states):
         exception.args = (
             f"{exception}. The adapters are merged, and merged they get no gradients: something called merge() before "
             "this training step; call unmerge(model) first, or merge in `with merged(model):` around the evaluation.",
         )
+    elif any(state.in_segment for state in states):
+        exception.args = (f"{exception}. The adapters ran in {REENTRANT}. {REENTRANT_REMEDY}.",)

@@ -43,7 +43,7 @@ from .adapted_model import (
     scope_in,
 )
 from .base_values import put_base_values_, take_back_base_values_
-from .dequantise import dequantised_dtype, plain_weights, replace_quantised_
+from .dequantize import dequantize_dtype, plain_weights, replace_quantised_
 from .gradients import note_gradient
 from .initial_values import restore_initial_, snapshot_initial
 from .injection import ALL_OPTIONS, Injection
@@ -175,7 +175,7 @@ def merge_and_unload(model: nn.Module, *, dequantize: torch.dtype | str | None =
         LoRAError: the model was not injected, a layer was replaced since, W' is not finite, or a layer cannot be
             merged because its weight has another owner, or is quantised and `dequantize` is not given.
     """
-    dtype = dequantised_dtype(dequantize, "merge_and_unload")
+    dtype = dequantize_dtype(dequantize, "merge_and_unload")
     handle = open_model(model, "merge_and_unload")
     adopt_layers(handle)
     refuse_replaced_layers(handle, "merge_and_unload")

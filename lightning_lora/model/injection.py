@@ -76,7 +76,6 @@ class Injection:
     validated: bool = False  # all layers were there, and each entry of the options names something
     seed: str = ""  # what adapters are drawn from, or "" for the random stream of the moment
     training_checked: bool = False  # training has begun, and what it does not reach was warned of
-    checkpointing_reported: bool = False  # that reentrant segments cut adapters off was said
     checkpointing_off_reported: bool = False  # that gradient checkpointing does nothing in eval mode was said
     quantised_reported: bool = False  # that layers with quantised weights stay factored was said
     measures_rounding: bool = False  # each merge measures what rounding to 16 bits costs, not the first alone

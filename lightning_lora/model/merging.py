@@ -24,7 +24,7 @@ from ..nn.tied_weights import record_ties
 from ..notices import tell
 from ..progress import progress_bar
 from .adapted_model import Listing, refuse_replaced_layers
-from .dequantise import WORST_FIDELITY, report_factored
+from .dequantize import WORST_FIDELITY, report_factored
 from .gradients import warn_of_untrained
 from .undisturbed import Ending, run_undisturbed
 from .wrappers import unwrapped

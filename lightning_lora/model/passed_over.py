@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from ..names import around, matcher
+from ..names import matcher, parent_names
 from ..nn.adapted_module import Swapped, is_factor
 from ..nn.adapted_weights import adapters_in
 from ..nn.layer_kinds import layer_class
@@ -71,7 +71,7 @@ def _gather(handle: AdaptedModel, saved: Collection[str]) -> _Found:
     for name, module in handle.root_modules:
         if isinstance(module, LoRALayer) or name in left_out or excluded(name):
             continue
-        if not set(saved).isdisjoint((name, *around(name))):
+        if not set(saved).isdisjoint((name, *parent_names(name))):
             continue
         kinds = set()
         adapted = adapters_in(module)

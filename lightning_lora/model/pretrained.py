@@ -13,7 +13,7 @@ from typing import Any, cast
 from torch import nn
 
 from ..config import TASK_HEADS
-from ..names import around, derives_from, names_factor
+from ..names import derives_from, names_factor, parent_names
 from ..nn.adapted_module import AdaptedModule
 from ..nn.adapted_weights import NamedModules
 from ..nn.gradient_checkpointing import enable_input_require_grads
@@ -38,7 +38,7 @@ def pretrained_models(modules: NamedModules) -> dict[str, nn.Module]:
     of_transformers = {cls for cls, module in classes.items() if is_pretrained_model(module)}
     found: dict[str, nn.Module] = {}
     for name, module in modules if of_transformers else ():
-        if type(module) in of_transformers and found.keys().isdisjoint(("", name, *around(name))):
+        if type(module) in of_transformers and found.keys().isdisjoint(("", name, *parent_names(name))):
             found[name] = module
     return found
 
@@ -157,10 +157,10 @@ def forget_quantisation(modules: Iterable[nn.Module]) -> None:
 def plain_conversions(pretrained: nn.Module) -> list[Any] | None:
     """Return what a transformers 5 model's tensors went through when they were loaded, but for quantisation's part."""
     conversions = vars(pretrained)[CONVERSIONS]
-    return conversions and [each for each in conversions if not _dequantises(each)]
+    return conversions and [each for each in conversions if not _dequantizes(each)]
 
 
-def _dequantises(conversion: Any) -> bool:
+def _dequantizes(conversion: Any) -> bool:
     """Tell whether a conversion reads quantised weights: its operation is of the integration with their package."""
     operations = getattr(conversion, "operations", None) or ()
     return any(type(operation).__module__.startswith("transformers.integrations") for operation in operations)

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..distributed.rank_sync import RankSync
 from ..errors import LoRAError
-from ..names import ATTRIBUTE, CHECKPOINTED, around, canonical
+from ..names import ATTRIBUTE, CHECKPOINTED, canonical, parent_names
 from ..nn.adapted_module import AdaptedModule, is_factor
 from ..nn.adapted_weights import (
     AdaptedWeights,
@@ -28,7 +28,7 @@ from ..nn.quantised_state import load_quantisation_, quantisation_entries, uncha
 from ..nn.tied_weights import record_ties
 from ..progress import progress_bar
 from .adapted_model import AdaptedModel, Listing, open_model, refuse_replaced_layers
-from .dequantise import Dequantiser, dequantised_dtype, quantised_weights
+from .dequantize import Dequantizer, dequantize_dtype, quantised_weights
 from .gradients import warn_of_untrained
 from .initial_values import record_loaded
 from .live_state import LiveState
@@ -71,7 +71,7 @@ def merged_state_dict(model: nn.Module, *, dequantize: torch.dtype | str | None 
         LoRAError: the model was not injected, a layer was replaced since, or a layer's merged weight cannot stand in
             for its adapter, as a quantised one without `dequantize`.
     """
-    dtype = dequantised_dtype(dequantize, "merged_state_dict")
+    dtype = dequantize_dtype(dequantize, "merged_state_dict")
     handle = open_model(model, "merged_state_dict")
     refuse_replaced_layers(handle, "merged_state_dict")
     warn_of_untrained(handle)
@@ -94,7 +94,7 @@ def merge_state_dict(listing: Listing, state: Mapping[str, Any], dtype: torch.dt
     if dtype is None:
         plain |= {name: state[name] for name in quantisation_entries(state, quantised)}
     else:
-        plain |= _dequantised_state(quantised, state, dtype)
+        plain |= _dequantize_state(quantised, state, dtype)
     sync = RankSync(value for value in state.values() if isinstance(value, torch.Tensor))
 
     copies: dict[AdaptedWeights, dict[str, torch.Tensor]] = {}
@@ -115,17 +115,17 @@ def merge_state_dict(listing: Listing, state: Mapping[str, Any], dtype: torch.dt
     return plain
 
 
-def _dequantised_state(
+def _dequantize_state(
     quantised: Mapping[str, nn.Module], state: Mapping[str, Any], dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
     """Return plain weights in place of quantised ones, merged with the factors in a state dict."""
-    dequantiser, plain = Dequantiser(dtype), {}
+    dequantizer, plain = Dequantizer(dtype), {}
     for name, module in quantised.items():
         path, adapter = name.removesuffix("weight"), layer_adapter(module)
         in_state = adapter is not None and path + adapter.stored_names()[0] in state
         stored = adapter.stored_in(state, path) if adapter is not None and in_state else None
-        plain[name] = dequantiser.weight(name, module, stored=stored)
-    dequantiser.report()
+        plain[name] = dequantizer.weight(name, module, stored=stored)
+    dequantizer.report()
     return plain
 
 
@@ -204,7 +204,7 @@ def accept_partial_states(places: NamedModules) -> None:
         places: every module of the model, under every name.
     """
     names = {name for name, module in places if isinstance(module, AdaptedModule)}
-    names |= {outer for name in names for outer in ("", *around(name))}
+    names |= {outer for name in names for outer in ("", *parent_names(name))}
     for name, module in places:
         if name in names and not _hooks(module):
             module.register_load_state_dict_pre_hook(_fill_in)  # type: ignore[no-untyped-call]

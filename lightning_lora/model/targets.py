@@ -16,7 +16,6 @@ from ..errors import LoRAError
 from ..names import (
     ALL_LINEAR,
     A,
-    around,
     is_typo,
     layer_number,
     listed,
@@ -24,6 +23,7 @@ from ..names import (
     most_frequent_ending,
     near_endings,
     near_misses,
+    parent_names,
     pattern_matches,
     suffixes,
 )
@@ -83,7 +83,7 @@ class Targets:
             name: module
             for name, module in chosen.items()
             if not excluded(name)
-            and self.saved.keys().isdisjoint((name, *around(name)))
+            and self.saved.keys().isdisjoint((name, *parent_names(name)))
             and config.is_in_chosen_layer(name)
         }
         for name, module in list(self.layers.items()):  # attention is adapted whole, as PEFT does
@@ -189,7 +189,7 @@ class Targets:
         said = "".join(f"; {name!r} is left out: {reason}" for name, reason in list(self.left_out.items())[:1])
         kinds: dict[str, list[str]] = {}
         for name, module in modules.items():
-            if layer_class(module) and self.saved.keys().isdisjoint((name, *around(name))):
+            if layer_class(module) and self.saved.keys().isdisjoint((name, *parent_names(name))):
                 kinds.setdefault(type(module).__name__, []).append(name)
         if not kinds:
             return f"{said}; there is no layer of a kind that can be adapted: {ADAPTABLE}"
@@ -375,7 +375,7 @@ def check_table(name: str, module: nn.Module, targets: Targets) -> None:
         problem = f"a {kind} is no table; rows of nn.Embedding and nn.Linear are trained"
     elif name in targets.layers:
         problem = "it is in target_modules too, which adapts it whole; adapt it in one of the two ways"
-    elif not targets.saved.keys().isdisjoint((name, *around(name))):
+    elif not targets.saved.keys().isdisjoint((name, *parent_names(name))):
         problem = "it is in modules_to_save too, which trains it whole; train it in one of the two ways"
     elif f"{name}.weight" in targets.parameters:
         problem = "its weight is in target_parameters too; adapt it in one of the two ways"

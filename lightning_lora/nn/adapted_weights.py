@@ -6,7 +6,6 @@ What the stored tensors mean, its variant says (nn/variant.py).
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -33,7 +32,7 @@ from .exact_merge import (
     restored_weight,
     unmerge_weight_,
 )
-from .gradient_checkpointing import REENTRANT, REENTRANT_REMEDY, cuts_off_gradients, records_gradients
+from .gradient_checkpointing import in_first_pass, records_gradients
 from .low_rank import LowRankBlock, crop, dense_delta
 from .shared_tensors import SharedTensors
 from .variant import Acting, Place, Stored, Variant
@@ -78,7 +77,7 @@ class LayerState:
     rounding_reported: bool = False  # the cost of rounding W' was reported
     sharded: bool = False  # the weight was last seen sharded
     gradient_arrived: bool = False  # at the last of the factors, since injection
-    cut_off: bool = False  # ran in a reentrant segment that gave it no gradient
+    in_segment: bool = False  # ran in a segment of reentrant checkpointing, in training mode
     shared: SharedTensors | None = None  # what all layers of a model share, where the variant has such tensors
     placed: tuple[LayerSpec, Place] | None = None  # what `place` returned last
     # Memory of plain copies that are done with, by weight name, for the next merge; on the CPU alone, where fresh pages
@@ -281,18 +280,9 @@ class AdaptedWeights(StoredTensors):
     # --- in a forward ---
 
     def note_segment(self) -> None:
-        """Note, and warn once a model, that reentrant checkpointing gives the layer no gradient."""
-        if torch.is_grad_enabled() or not self.lora_holder.training or not cuts_off_gradients():
-            return
-        state = self.lora
-        state.cut_off = True
-        if not state.injection.checkpointing_reported:
-            state.injection.checkpointing_reported = True
-            warnings.warn(
-                f"lightning_lora: {state.name!r} runs in {REENTRANT}: training does not reach the adapters in "
-                f"that segment. {REENTRANT_REMEDY}.",
-                stacklevel=2,
-            )
+        """Note that the layer runs in a reentrant segment, to name that where no gradient reaches the layer."""
+        if not torch.is_grad_enabled() and self.lora_holder.training and in_first_pass():
+            self.lora.in_segment = True
 
     def acting(self) -> Acting:
         """Return what the stored tensors act as now, differentiable."""

@@ -1,20 +1,18 @@
-"""Reentrant activation checkpointing, which gives a segment gradients only where one of its inputs needs one.
+"""Let adapters train inside reentrant activation checkpointing.
 
-With all but the adapters frozen none may, and torch only warns that the adapters inside are not trained. Where the
-segments can be found, in transformers' models and torch's checkpoint_wrapper, their input is made to need a gradient.
-Elsewhere adapted layers tell that they run in one that gives them no gradient.
+Reentrant checkpointing gives a segment gradients only where one of the segment's inputs requires one. With a frozen
+base none may, and the adapters inside are not trained. In transformers' models and in torch's checkpoint_wrapper the
+segments can be found, and their input is made to require a gradient. Elsewhere adapted layers note that they ran in a
+segment, for the warning of layers that no gradient has reached.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Collection, Iterable
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import CheckpointFunction
 
 from ..names import derives_from
 
@@ -22,7 +20,7 @@ CHECKPOINT = "_gradient_checkpointing_func"  # where transformers keeps the func
 CHECKPOINTED_LAYER = "GradientCheckpointingLayer"  # its class for what is checkpointed; older versions have none
 
 # For messages about segments that cannot be found.
-REENTRANT = "torch.utils.checkpoint with use_reentrant=True, with no input that requires a gradient"
+REENTRANT = "torch.utils.checkpoint with use_reentrant=True, which trains nothing where no input requires a gradient"
 REENTRANT_REMEDY = (
     "Use use_reentrant=False, which needs none, or call requires_grad_() on a floating-point input of the segment"
 )
@@ -75,28 +73,18 @@ def segments_in_eval_mode(model: nn.Module) -> list[nn.Module]:
 
 def records_gradients() -> bool:
     """Return whether gradients are recorded, or will be in the second pass of the reentrant segment that runs."""
-    return torch.is_grad_enabled() or _first_pass() is not None
+    return torch.is_grad_enabled() or in_first_pass()
 
 
-def cuts_off_gradients() -> bool:
-    """Return whether a reentrant segment runs, in its first pass, none of whose inputs needs a gradient."""
-    frame = _first_pass()
-    return frame is not None and not any(frame.f_locals["ctx"].needs_input_grad)
+def in_first_pass() -> bool:
+    """Return whether a reentrant segment runs its first pass, which records no gradients.
 
-
-def _first_pass() -> FrameType | None:
-    """Return the call of the outermost reentrant segment that runs without recording gradients, if any does.
-
-    Of those inside, the inputs tell nothing before the second pass.
+    The segment runs in the forward of an autograd function. There torch switches forward-mode derivatives off too,
+    which torch.no_grad leaves on.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return None
-    found, frame = None, sys._getframe()
-    while frame.f_back is not None:
-        frame = frame.f_back
-        if frame.f_code is CheckpointFunction.forward.__code__:
-            found = frame
-    return found
+    if torch.is_grad_enabled() or torch.is_inference_mode_enabled() or torch.compiler.is_compiling():
+        return False
+    return not torch._C._is_fwd_grad_enabled()
 
 
 def _hooks(module: nn.Module) -> list[int]:

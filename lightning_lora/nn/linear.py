@@ -16,7 +16,7 @@ from .adapted_weights import Blocks
 from .exact_merge import merged_weight
 from .lora_layer import LoRALayer
 from .low_rank import enabled_parts
-from .quantised import dequantised, dtype_of, quantised_as, quantised_parameters
+from .quantised import dequantize, dtype_of, quantised_as, quantised_parameters
 
 
 class LoRALinear(LoRALayer):
@@ -114,18 +114,18 @@ class LoRAQuantisedLinear(LoRALinear):
 
     def dense_weights(self, weights: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
         """Return W + delta of dequantised weights, for code that reads the weight instead of calling the layer."""
-        values = {name: cast(nn.Parameter, dequantised(self, name)) for name in weights}
+        values = {name: cast(nn.Parameter, dequantize(self, name)) for name in weights}
         return super().dense_weights(values)
 
     def base_values(self, name: str) -> torch.Tensor:
-        return dequantised(self, name)
+        return dequantize(self, name)
 
     def merged_copies(self, weights: Mapping[str, torch.Tensor], blocks: Blocks) -> dict[str, torch.Tensor]:
         """Return W' in the dtype of the dequantised weights."""
-        return {name: merged_weight(dequantised(self, name), blocks[name], self.lora.spec.scaling) for name in blocks}
+        return {name: merged_weight(dequantize(self, name), blocks[name], self.lora.spec.scaling) for name in blocks}
 
     def weight_values(self) -> dict[str, torch.Tensor]:
-        return {"weight": dequantised(self)}
+        return {"weight": dequantize(self)}
 
     def weight_shapes(self) -> dict[str, torch.Size]:
         linear = cast(nn.Linear, self)

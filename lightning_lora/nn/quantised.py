@@ -51,7 +51,7 @@ def quantised_modules(places: Iterable[tuple[str, nn.Module]]) -> dict[str, nn.M
     return {canonical(name): module for name, module in places if quantised_parameters(module)}
 
 
-def dequantised(module: nn.Module, name: str = "weight") -> torch.Tensor:
+def dequantize(module: nn.Module, name: str = "weight") -> torch.Tensor:
     """Return the values of a quantised parameter as a new plain tensor, in the dtype that `dtype_of` says.
 
     One that is not quantised yet is quantised in a copy, so that the values are those that it will have.
@@ -62,7 +62,7 @@ def dequantised(module: nn.Module, name: str = "weight") -> torch.Tensor:
         if weight.is_meta:
             return torch.empty(shape_of(weight), dtype=dtype_of(weight), device="meta")
         if quantised == INT8:
-            return _dequantised_8bit(module, weight)
+            return _dequantize_8bit(module, weight)
         if not derives_from(weight, "Params4bit", (BITSANDBYTES,)):
             return cast(torch.Tensor, weight.detach().dequantize())
         if weight.quant_state is None:
@@ -74,7 +74,7 @@ def dequantised(module: nn.Module, name: str = "weight") -> torch.Tensor:
         return cast(torch.Tensor, values)
 
 
-def _dequantised_8bit(module: nn.Module, weight: Any) -> torch.Tensor:
+def _dequantize_8bit(module: nn.Module, weight: Any) -> torch.Tensor:
     if weight.dtype.is_floating_point and not weight.has_fp16_weights:
         weight = type(weight)(weight.data, requires_grad=False).to(weight.device)
     if weight.dtype.is_floating_point:

@@ -16,7 +16,7 @@ from ..model.gradients import warn_of_untrained
 from ..model.live_state import LiveState
 from ..names import names_factor
 from ..nn.adapted_weights import AdaptedWeights
-from ..nn.quantised import dequantised
+from ..nn.quantised import dequantize
 from .updates import Updates, measure, sum_of_squares
 
 
@@ -58,6 +58,6 @@ def _square_here(layer: AdaptedWeights, sync: RankSync) -> float:
     """Return this rank's part of the squared norm of a layer's weights."""
     return math.fsum(
         sync.share(weight)
-        * sum_of_squares(local(dequantised(layer.lora_holder, name) if layer.quantised() else layer.original(name)))
+        * sum_of_squares(local(dequantize(layer.lora_holder, name) if layer.quantised() else layer.original(name)))
         for name, weight in layer.adapted_weights().items()
     )

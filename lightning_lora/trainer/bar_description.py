@@ -1,4 +1,4 @@
-"""Lightning's progress bar, which says "Validation, merged" while an evaluation runs merged."""
+"""Let Lightning's progress bar say "Validation, merged" while an evaluation runs merged."""
 
 from __future__ import annotations
 
@@ -11,15 +11,19 @@ DESCRIPTIONS = tuple(f"{stage}_description" for stage in ("sanity_check", "valid
 
 
 def when_merged(layers: Iterable[AdaptedWeights]) -> str:
-    """Return what a module is when merge was called: "merged", "partly merged", or "" where all stays factored."""
+    """Return what merge does to a module: "merged", "partly merged", or "" where all layers stay factored."""
     stays = [bool(layer.unmergeable_reason()) for layer in layers]
     return "" if all(stays) else "partly merged" if any(stays) else "merged"
 
 
 def describe_as_merged(trainer: Any, how: str) -> None:
-    """Let the progress bar say how evaluations run, in when_merged's words; with "" its own words alone. In place.
+    """Let the progress bar say how evaluations run. In place.
 
-    The descriptions are properties, which only a class can replace: the bar gets a subclass of its own for as long.
+    The bar's descriptions are properties, which only a class can replace. So the bar gets a subclass until `how` is "".
+
+    Args:
+        trainer: the Trainer.
+        how: the result of when_merged; "" gives the bar its own descriptions back.
     """
     bar = trainer.progress_bar_callback
     if bar is None or getattr(bar, "lora_how", "") == how or not hasattr(bar, DESCRIPTIONS[0]):
@@ -30,7 +34,7 @@ def describe_as_merged(trainer: Any, how: str) -> None:
 
 
 class _Described:
-    """What comes before a progress bar's own class."""
+    """Mixin that comes before a progress bar's own class."""
 
     lora_how: str
 

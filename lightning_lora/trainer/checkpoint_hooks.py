@@ -1,8 +1,9 @@
-"""A Trainer's checkpoints, through the LightningModule's own hooks, which are patched.
+"""Convert a Trainer's checkpoints in the patched hooks of the LightningModule.
 
 Lightning calls the module's on_save_checkpoint last, also with save_weights_only=True, and its on_load_checkpoint
-before the strict load; a callback's hooks come too early, too late or not at all. From the processes of ddp_spawn,
-ddp_fork and ddp_notebook it brings home a state dict alone: what they learned of the injection goes into it.
+before the strict load. A callback's own hooks come too early, too late or not at all. From the processes of ddp_spawn,
+ddp_fork and ddp_notebook the main process gets only a state dict. So what these processes recorded of the injection is
+put into the state dict.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from ..model.state_dict import EXTRA_ENTRIES
 from ..names import ENTRY, META, names_factor
 from .compatibility import launches
 
-# Where WeightAveraging keeps the weights beside the averaged ones. Having an average, it goes back to them, even for a
-# test of the best checkpoint, whose metric is that of the averaged weights.
+# The key under which WeightAveraging keeps the weights that are not averaged. When it finds an average it loads them,
+# even for a test of the best checkpoint, although that checkpoint's metric was measured on the averaged weights.
 CURRENT = "current_model_state"
 
 
@@ -53,12 +54,12 @@ def export_where_launched(trainer: Any, module: nn.Module) -> None:
 
 
 def export_state(handle: AdaptedModel) -> None:
-    """Put what the main process needs of the injection into the module's state dicts; this process is about to end."""
+    """Put into the module's state dicts what the main process needs of the injection: this process is about to end."""
     handle.root.register_state_dict_post_hook(_export_to_state_dict)  # type: ignore[no-untyped-call]
 
 
 def import_state(root: nn.Module, exported: dict[str, Any]) -> None:
-    """Take over what another process exported; a LightningModule saves from now on as it did there."""
+    """Take over what another process exported. A LightningModule saves from now on the kind that it saved there."""
     handle = open_model(root, "LoRACallback")
     handle.take_over(exported["initial"], exported["trained"], exported["unfrozen"])
     handle.record.fingerprint = dict(exported["fingerprint"])
@@ -88,7 +89,7 @@ def _on_load_checkpoint(
     module: nn.Module, previous: Callable[..., Any] | None, checkpoint: MutableMapping[str, Any]
 ) -> None:
     if find_model(module) is not None:
-        if "state_dict" in checkpoint:  # else the strategy has loaded it, and judged it before
+        if "state_dict" in checkpoint:  # without it, the strategy has loaded and checked it already
             refuse_foreign_resume(module, checkpoint, checkpoint["state_dict"])
         prepare_for_load(module, checkpoint)
         trainer = getattr(module, "_trainer", None)
@@ -99,19 +100,19 @@ def _on_load_checkpoint(
 
 
 def refuse_foreign_resume(module: nn.Module, checkpoint: Mapping[str, Any], names: Iterable[str]) -> None:
-    """Refuse to go on with a fit from a checkpoint without an adapter: its optimizers are of other parameters.
+    """Refuse to resume a fit from a checkpoint without an adapter: its optimizers hold other parameters.
 
     Args:
         module: the injected LightningModule.
         checkpoint: what the Trainer loaded.
-        names: of the tensors that it brings.
+        names: of the tensors in the checkpoint.
 
     Raises:
         LoRAError: a fit is about to restore the optimizers of a training without adapters.
     """
     trainer = getattr(module, "_trainer", None)
     resuming = trainer is not None and trainer.state.fn == "fit" and trainer.state.status == "running"
-    optimizers = checkpoint.get("optimizer_states", True)  # a file without any is of weights alone
+    optimizers = checkpoint.get("optimizer_states", True)  # an empty list leaves no optimizer to restore
     if not resuming or not optimizers or META in checkpoint or any(map(names_factor, names)):
         return
     name = type(module).__name__

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..adapter.take import fingerprint_of
 from ..model.adapted_model import AdaptedModel, adopt_layers, find_model, open_model, refuse_replaced_layers
-from ..model.dequantise import dequantised_dtype
+from ..model.dequantize import dequantize_dtype
 from ..model.initial_values import snapshot_materialised
 from ..model.large_adapters import warn_of_large_adapters
 from ..model.live_state import LiveState
@@ -51,7 +51,7 @@ def check_fit(trainer: Any, handle: AdaptedModel, options: Options) -> None:
     if options.save == "full":
         refuse_unloadable(handle.model)
     if options.save == "merged":
-        refuse_unmergeable(handle, dequantised_dtype(options.dequantize, "LoRACallback"))
+        refuse_unmergeable(handle, dequantize_dtype(options.dequantize, "LoRACallback"))
     if options.merge_after_fit:
         refuse_merge_after_fit(trainer, handle)
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from ..model.adapted_model import Listing
-from ..model.gradients import explain_merged_training, warn_of_untrained
+from ..model.gradients import explain_missing_gradients, warn_of_untrained
 from ..model.merging import unmerge
 from ..model.patches import unpatch
 from .after_fit import is_merged_for_good
@@ -97,6 +97,6 @@ class FitState:
 
     def break_off(self, trainer: Any, module: Any, exception: BaseException) -> None:
         """Leave a run that an exception or Ctrl-C has ended; explain it if merged weights caused it. In place."""
-        explain_merged_training(exception, module)
+        explain_missing_gradients(exception, module)
         self.leave(module)
         describe_as_merged(trainer, "")

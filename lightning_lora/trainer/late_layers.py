@@ -1,4 +1,4 @@
-"""Layers that LightningModule.setup and configure_model build: adapted right after, before the options are judged."""
+"""Adapt the layers that LightningModule.setup and configure_model build. The options are checked after that."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def stop_adapting(module: nn.Module) -> None:
 
 
 def _setup_and_adapt(module: nn.Module, previous: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> None:
-    """Adapt what setup built; the options are judged after configure_model where there is one."""
+    """Adapt what setup built. Where the module has a configure_model, the options are checked after that."""
     complete = not is_patched(module, "configure_model", _configure_and_adapt)
     _build_and_adapt(module, partial(call_previous, module, previous, "setup", *args, **kwargs), "setup", complete)
 
@@ -77,7 +77,7 @@ def _build_and_adapt(module: nn.Module, build: Callable[[], Any], name: str, com
 
 
 def _warn_of_replaced(handle: AdaptedModel, layers: Iterable[str], method: str) -> None:
-    """Warn of layers in whose place the user's method put others that have parameters and are not adapted."""
+    """Warn where the user's method replaced adapted layers by others that have parameters and are not adapted."""
     modules = dict(handle.root_modules)
     gone = [name for name in layers if name not in handle.record.layers and name in modules]
     replaced = [name for name in gone if list(modules[name].parameters()) and not adapted_layers(modules[name])]
@@ -95,7 +95,7 @@ def _warn_of_replaced(handle: AdaptedModel, layers: Iterable[str], method: str) 
 def _allowing_injection(earlier: AdaptedModel) -> Iterator[None]:
     """Let the user's method call inject() itself, on the module or a part of it; that injection then stands.
 
-    A method that builds and shards has to: adapters come before fully_shard.
+    A method that builds and shards has to call it: adapters come before fully_shard.
     """
     record = earlier.record
     still_empty = not record.validated and not earlier.layers

@@ -1,7 +1,7 @@
-"""What Lightning does to quantised weights: its BitsandbytesPrecision makes them, its checkpoints do not take all.
+"""Quantised weights in a Trainer: BitsandbytesPrecision, DDP, and what Lightning cannot do with them.
 
-BitsandbytesPrecision puts quantised layers in the place of linear ones in the strategy's setup. That comes after
-injection and would drop the adapters, so it is done before. Doing it again changes nothing.
+BitsandbytesPrecision replaces linear layers by quantised ones in the setup of the strategy. That comes after injection
+and would drop the adapters. So the layers are converted before injection; to convert them again changes nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LEFT_OUT_OF_DDP = "_ddp_params_and_buffers_to_ignore"  # torch's attribute of a 
 
 
 def refuse_late_conversion(listing: Listing) -> None:
-    """Raise LoRAError where BitsandbytesPrecision is about to replace layers that are adapted already."""
+    """Raise LoRAError where BitsandbytesPrecision would replace layers that are adapted already."""
     if _bitsandbytes_precision(listing.model) is None or quantised_modules(listing.places):
         return
     for name, layer in listing.layers.items():
@@ -37,7 +37,7 @@ def refuse_late_conversion(listing: Listing) -> None:
 def convert_linear_layers_(listing: Listing) -> None:
     """Let the precision of a LightningModule's Trainer convert the linear layers that are not adapted yet. In place.
 
-    Lightning itself converts all layers or, where one is quantised already, none.
+    Lightning itself converts all layers, or none where one is quantised already.
     """
     plugin = _bitsandbytes_precision(listing.model)
     if plugin is None:
@@ -56,13 +56,13 @@ def convert_linear_layers_(listing: Listing) -> None:
 
 
 def _bitsandbytes_precision(module: nn.Module) -> Any:
-    """Return the plugin of a LightningModule's Trainer, or None where that has another precision."""
+    """Return the BitsandbytesPrecision of a LightningModule's Trainer, or None where it has another precision."""
     plugin: Any = getattr(getattr(module, "_trainer", None), "precision_plugin", None)
     return plugin if derives_from(plugin, "BitsandbytesPrecision", LIGHTNING) else None
 
 
 def leave_out_of_ddp_(listing: Listing) -> None:
-    """Let DDP not send a module's torchao tensors, which it cannot: each process has quantised the same base."""
+    """Exclude a module's torchao tensors from DDP, which cannot send them. Every process quantised the same base."""
     module = listing.model
     if any(_is_of_torchao(each) for _, owner in listing.modules for each in owner._parameters.values()):
         names = [name for name, parameter in module.named_parameters() if _is_of_torchao(parameter)]
@@ -75,7 +75,7 @@ def _is_of_torchao(parameter: object) -> bool:
 
 
 def refuse_unloadable(module: nn.Module) -> None:
-    """Raise LoRAError where Lightning could save a full checkpoint of a module, and not load it again."""
+    """Raise LoRAError where Lightning could save a full checkpoint of a module but not load it again."""
     for name, parameter in module.named_parameters():
         if _is_of_torchao(parameter):
             raise LoRAError(
@@ -86,7 +86,7 @@ def refuse_unloadable(module: nn.Module) -> None:
 
 
 def refuse_for_quantised(listing: Listing, trainer: Any) -> None:
-    """Raise LoRAError where a Trainer would change or cut the bytes of quantised weights as if they were values."""
+    """Raise LoRAError where a Trainer would treat the bytes of quantised weights as values: shard or average them."""
     name, layer = next(iter(quantised_modules(listing.places).items()), ("", listing.model))
     if not name:
         return

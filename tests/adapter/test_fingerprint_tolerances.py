@@ -1,4 +1,4 @@
-"""Which base an adapter is let onto: each tolerance of its fingerprint from both sides, and a description that lies."""
+"""Which bases an adapter accepts: each tolerance of its fingerprint from both sides, and a false description."""
 
 from __future__ import annotations
 

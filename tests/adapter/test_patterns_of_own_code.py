@@ -1,4 +1,4 @@
-"""Patterns in a user's own code that no file may ask for: what is saved of them loads and resumes all the same."""
+"""Patterns in a user's code that files may not hold: files hold the layers' names instead, and load and resume."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An edited adapter_config.json beside our description: what PEFT honours holds here too, or is refused by name."""
+"""An edited adapter_config.json beside our description: an option that PEFT honours counts, or is refused by name."""
 
 from __future__ import annotations
 

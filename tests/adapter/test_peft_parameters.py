@@ -1,4 +1,4 @@
-"""PEFT's adapters of single parameters, both ways: nn.LSTM, nn.GRU, stacks of experts, also as PEFT chooses them."""
+"""PEFT's adapters of single parameters, both ways: nn.LSTM, nn.GRU, stacks of experts, also those PEFT chooses."""
 
 from __future__ import annotations
 

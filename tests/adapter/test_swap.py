@@ -1,4 +1,4 @@
-"""load_adapter onto an adapted model: another adapter takes the place of its own, of any rank, merged or not."""
+"""load_adapter onto an adapted model replaces its adapter by another of any rank, merged or not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A head that starts from random values: named at fit start and in the error of a load, carried where it is trained."""
+"""A head that starts from random values: named at fit start and in load errors, saved where it is trained."""
 
 from __future__ import annotations
 

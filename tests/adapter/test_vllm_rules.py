@@ -1,4 +1,4 @@
-"""Folders for vLLM: its documented rules for names and options, from its source; vLLM itself is not run."""
+"""Folders for vLLM, checked by its documented rules for names and options. vLLM itself is not run."""
 
 from __future__ import annotations
 

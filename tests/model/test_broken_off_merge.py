@@ -1,4 +1,4 @@
-"""merge, unmerge, merged and disable_adapter that an exception breaks off at any point: the base keeps its bits."""
+"""An exception at any point of merge, unmerge, merged or disable_adapter leaves the base's bits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A that starts from data: principal components and ranks as peft's EVA has them, and the exact ones of all rows."""
+"""A that starts from data: principal components and ranks as in peft's EVA, and the exact ones of all rows."""
 
 from __future__ import annotations
 

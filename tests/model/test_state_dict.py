@@ -1,4 +1,4 @@
-"""State dicts for saving: what training can change, and plain merged weights; neither touches the model."""
+"""State dicts for saving: everything that training changes, and plain merged weights. The model is untouched."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which modules an option names: PEFT's rules on random names and on transformers models; what names nothing."""
+"""Which modules an option means: PEFT's rules on random names and on transformers models; names without a match."""
 
 from __future__ import annotations
 

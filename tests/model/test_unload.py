@@ -1,4 +1,4 @@
-"""Out again: unload, merge_and_unload, disable_adapter, and loralib's habit of merging by mode."""
+"""unload, merge_and_unload, disable_adapter, and loralib's habit of merging by mode."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What torch and Lightning wrap around a network is a handle like the network inside: the same names, values, files."""
+"""Wrappers of torch and Lightning are accepted like the network inside: the same names, values and files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The memory of plain copies is used again from one merge to the next, and no values get mixed up by that."""
+"""The memory of plain copies is reused from one merge to the next, and values never get mixed up."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapters that start from the weight: what they start from, W' = W + s * (B @ A - B0 @ A0), and W as it is."""
+"""Adapters that start from the weight: their initial values, W' = W + s * (B @ A - B0 @ A0), and W unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figures hold what was measured, at the right places; they are whole without pyplot, and files appear whole."""
+"""Figures show the measured values at the right places, need no pyplot, and are written whole."""
 
 from __future__ import annotations
 

@@ -225,8 +225,8 @@ def test_merged_model_has_the_statistics_of_the_unmerged_one_and_neither_is_chan
 def test_quantised_weight_is_dequantised_once(kind: str, monkeypatch: pytest.MonkeyPatch):
     model = adapted(kind)
     calls: list[Any] = []
-    dequantised = linear.dequantised
-    monkeypatch.setattr(linear, "dequantised", lambda *args: calls.append(args) or dequantised(*args))
+    dequantize = linear.dequantize
+    monkeypatch.setattr(linear, "dequantize", lambda *args: calls.append(args) or dequantize(*args))
     first = adapter_stats(model)
     assert len(calls) == 3
     with merged(model):

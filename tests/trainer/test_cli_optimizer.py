@@ -1,4 +1,4 @@
-"""--optimizer and --lr_scheduler: LightningCLI makes both before there is an adapter."""
+"""--optimizer and --lr_scheduler: LightningCLI builds both before there is an adapter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A Trainer's run: first values of what is built late, a backbone put into eval mode later, optimizers, averaging."""
+"""A Trainer's run: layers that are built late, backbones put into eval mode late, optimizers, averaging."""
 
 from __future__ import annotations
 

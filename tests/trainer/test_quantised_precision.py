@@ -1,4 +1,4 @@
-"""Lightning's BitsandbytesPrecision, whose check for CUDA is patched: it converts layers, and the adapters survive."""
+"""Lightning's BitsandbytesPrecision, with its check for CUDA patched: it converts layers, and adapters survive."""
 
 from __future__ import annotations
 

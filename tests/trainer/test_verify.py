@@ -1,4 +1,4 @@
-"""verify=True: the logged errors are those of an own computation, suspicious layers are named, nothing stays behind."""
+"""verify=True: logged errors equal an independent computation, suspicious layers are named, nothing is left."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from ..errors import LoRAError
 from ..nn.adapted_weights import AdaptedWeights, NamedModules, adapter_of, layer_adapter
 from ..nn.exact_merge import Observer, merged_weight
 from ..nn.low_rank import HALF, MERGEABLE_DTYPES
-from ..nn.quantised import BITSANDBYTES, dequantised, quantised_modules, quantised_parameters
+from ..nn.quantised import BITSANDBYTES, dequantize, quantised_modules, quantised_parameters
 from ..nn.variant import Stored
 from ..notices import tell
 
@@ -24,7 +24,7 @@ WORST_FIDELITY = 0.05  # above this share of the adapter that rounding loses, a 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in MERGEABLE_DTYPES}
 
 
-def dequantised_dtype(value: object, verb: str) -> torch.dtype | None:
+def dequantize_dtype(value: object, verb: str) -> torch.dtype | None:
     """Return the dtype that the option `dequantize` names, or None for None.
 
     Raises:
@@ -83,7 +83,7 @@ def plain_weight(
     Raises:
         NonFiniteError: W' is not finite, or beyond the dtype.
     """
-    values = dequantised(module, name)
+    values = dequantize(module, name)
     adapter = adapter_of(module, name)
     if adapter is None:
         return values.to(dtype)
@@ -97,11 +97,11 @@ def plain_weights(places: NamedModules, dtype: torch.dtype) -> dict[nn.Module, t
     Raises:
         NonFiniteError: W' is not finite, or beyond the dtype.
     """
-    dequantiser, plain = Dequantiser(dtype), {}
+    dequantizer, plain = Dequantizer(dtype), {}
     for name, module in quantised_weights(places).items():
         if module not in plain:
-            plain[module] = dequantiser.weight(name, module)
-    dequantiser.report()
+            plain[module] = dequantizer.weight(name, module)
+    dequantizer.report()
     return plain
 
 
@@ -124,7 +124,7 @@ def _plain_layer(module: nn.Module, weight: torch.Tensor) -> nn.Module:
     return linear.train(module.training)
 
 
-class Dequantiser:
+class Dequantizer:
     """Makes plain weights one by one, and reports what rounding W' to their dtype costs, once for each layer."""
 
     def __init__(self, dtype: torch.dtype) -> None:
