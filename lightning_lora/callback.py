@@ -21,7 +21,7 @@ from .trainer.by_module import ByModule
 from .trainer.checkpoint_hooks import export_where_launched, save_as_where_unpatched
 from .trainer.fit_start import check_fit, open_for_fit, record_fit, start_training
 from .trainer.fit_state import FitState
-from .trainer.late_layers import stop_adapting
+from .trainer.late_layers import adapt_late_layers, stop_adapting
 from .trainer.lightning_packages import become_callback, first_package
 from .trainer.options import check_own_options
 from .trainer.setup import set_up
@@ -181,7 +181,9 @@ class LoRACallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Adapt layers before the optimizer is built and the strategy wraps; patch the methods that build others."""
         prepare_strategy(trainer.strategy)
-        set_up(trainer, pl_module, self, stage)
+        handle = set_up(trainer, pl_module, self, stage)
+        if handle is not None:
+            adapt_late_layers(handle)
         self._state(pl_module).evaluation.verified = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -10,21 +10,21 @@ from .after_fit import forget_merging, is_merged_for_good, load_plain_weights_on
 from .checkpoint_hooks import save_as
 from .cli_optimizer import adapt_cli_optimizer
 from .compatibility import refuse_composition, refuse_other_options, warn_of_part
-from .late_layers import adapt_late_layers
 from .options import Options, seed_text
 from .precision import convert_linear_layers_, leave_out_of_ddp_, refuse_for_quantised, refuse_late_conversion
 
 
-def set_up(trainer: Any, module: Any, options: Options, stage: str) -> None:
+def set_up(trainer: Any, module: Any, options: Options, stage: str) -> AdaptedModel | None:
     """Adapt what exists, before the optimizer is built and the strategy wraps; patch the module's hooks. In place.
-
-    A module that an earlier fit merged for good is evaluated as it is.
 
     Args:
         trainer: in its setup.
         module: the LightningModule, injected or not.
         options: the LoRACallback.
         stage: "fit", "validate", "test" or "predict".
+
+    Returns:
+        The handle of the adapted module; None for one that an earlier fit merged for good, evaluated as it is.
 
     Raises:
         LoRAError: the Trainer, its callbacks or the model do not go with these options.
@@ -34,17 +34,17 @@ def set_up(trainer: Any, module: Any, options: Options, stage: str) -> None:
     if is_merged_for_good(module):
         if handle is None and stage != "fit":
             load_plain_weights_only(module)
-            return
+            return None
         forget_merging(module)
     if handle is None:
         handle = _inject(trainer, module, options)
     else:
         _adopt(trainer, handle, options)
-    adapt_late_layers(handle)
     adapt_cli_optimizer(handle, options.lr_ratio, is_fit=stage == "fit")
     refuse_for_quantised(handle, trainer)
     leave_out_of_ddp_(handle)
     save_as(handle, options.save, options.dequantize)
+    return handle
 
 
 def _inject(trainer: Any, module: Any, options: Options) -> AdaptedModel:
