@@ -17,7 +17,6 @@ from .errors import LoRAError, shown
 from .names import (
     ALL_LINEAR,
     KNOWN_VARIANTS,
-    MAGNITUDE,
     layer_number,
     layer_pattern,
     listed,
@@ -26,8 +25,7 @@ from .names import (
     suffix_pattern,
 )
 
-# Options that ask for a variant of LoRA, each with the names of a layer's parameters beside A and B.
-VARIANTS: dict[str, tuple[str, ...]] = {"use_dora": (MAGNITUDE,)}
+VARIANTS = ("use_dora",)  # options that ask for a variant, as `variant` does
 PLAIN, BY_OPTION = "lora", "dora"  # values of `variant`: the default, and that which use_dora means too
 Bias = Literal["none", "all", "lora_only"]
 Init = Literal["gaussian", "orthogonal", "pissa", "olora", "eva", "lora_ga"]

@@ -11,10 +11,6 @@ from typing import Any, TypeVar
 
 # Parameters of an adapted layer; those of a single parameter `w` are lora_A_w and lora_B_w, beside it in its module.
 A, B = "lora_A", "lora_B"
-MAGNITUDE = "lora_magnitude"  # beside A and B of a layer whose outputs have magnitudes: these
-START_A, START_B = "lora_start_A", "lora_start_B"  # what A and B began as, where their product is subtracted again
-FACTORS = (A, B, START_A, START_B)
-ROWS = "lora_rows"  # of a table of which some rows are trained: these
 ATTRIBUTE = "lora_injection"  # of the injected module: the record of its injection
 META, ENTRY = "lora", "lora_learned"  # keys of an adapter's metadata in a checkpoint, of the record in a state dict
 ALL_LINEAR = "all-linear"

@@ -405,7 +405,9 @@ def align_to_modules(adapter: Adapter, modules: Set[str], where: str) -> Adapter
     """
     layers = adapter.layers()
     if not layers:
-        raise LoRAError(f"adapter: the source holds {nothing_adapted(adapter)}.")
+        raise LoRAError(
+            f"adapter: the source holds {nothing_adapted(adapter)}; it is not an adapter of a known format."
+        )
     if all(layer in modules for layer in layers):
         return adapter
     prefixes = _fitting_prefixes(layers, modules)
@@ -446,10 +448,10 @@ def nothing_adapted(adapter: Adapter) -> str:
     unknown = [name for name, leaf in leaves.items() if leaf.startswith(PREFIX) and not names_factor(name)]
     if unknown:
         return (
-            f"{unknown[0]!r}, a tensor of no variant that is known here ({', '.join(known_titles())}); import the file "
+            f"{unknown[0]!r}, a tensor of no variant that is known here ({', '.join(known_titles())}): import the file "
             "that defines its variant before loading"
         )
-    return f"no {adapter.variant.trained[0]}; it is not an adapter of a known format"
+    return f"no {adapter.variant.trained[0]}"
 
 
 def known_titles() -> list[str]:

@@ -21,7 +21,7 @@ from typing import Any, get_args
 import torch
 
 from ..config import PLAIN, SAYING_NOTHING, TASK_HEADS, VARIANTS, LoRAConfig, Task
-from ..errors import LoRAError, shown
+from ..errors import LoRAError, sentence, shown
 from ..names import KNOWN_VARIANTS, A, B, around, listed, matcher, pattern_matches, suffixes
 from ..nn.low_rank import (
     ATTENTION,
@@ -60,7 +60,11 @@ LAST_KNOWN_PEFT = (0, 21)
 
 def options_to_peft(adapter: Adapter) -> dict[str, Any]:
     """Return the fields of adapter_config.json for an adapter in PEFT's form."""
-    return {**adapter.variant.options_to_peft(lora_options(adapter)), "peft_type": adapter.variant.peft_type}
+    try:
+        options = adapter.variant.options_to_peft(lora_options(adapter))
+    except ValueError as error:
+        raise LoRAError(f"save_adapter: {sentence(error)}") from None
+    return {**options, "peft_type": adapter.variant.peft_type}
 
 
 def lora_options(adapter: Adapter) -> dict[str, Any]:
@@ -152,8 +156,8 @@ def from_peft_options(options: Mapping[str, Any], path: Path) -> tuple[Variant, 
         )
     try:
         return by_type[found], {**by_type[found].options_from_peft(options)}
-    except LoRAError as error:
-        raise LoRAError(f"{path}: {error}") from None
+    except ValueError as error:
+        raise LoRAError(f"{path}: {sentence(error)}") from None
 
 
 def refuse_options(options: Mapping[str, Any], variant: Variant, path: Path) -> None:

@@ -309,7 +309,7 @@ def adapter_with_options(
     require_values(adapter, str(path))
     ranks = adapter.ranks()
     if not ranks:
-        raise LoRAError(f"{path}: holds {nothing_adapted(adapter)}.")
+        raise LoRAError(f"{path}: holds {nothing_adapted(adapter)}; it is not an adapter of a known format.")
     for name, value in adapter.beside_factors().items():
         if isinstance(value, torch.Tensor) and not is_plain(value):
             raise LoRAError(f"{path}: {name!r} must be a dense tensor, found {describe_value(value)}.")

@@ -8,13 +8,13 @@ from torch import nn
 
 from ..config import is_number, plain_number
 from ..errors import LoRAError
-from ..names import A, B
 from ..nn.adapted_weights import adapted_layers
 from .injection import require_injection
 from .wrappers import unwrapped
 
 LR_RATIO, LR_EMBEDDING = 16.0, 1e-6  # the ratio is the paper's, the other rate that of its authors' code and PEFT's
 FACTOR_A, FACTOR_B, EMBEDDING, OTHER, NO_DECAY = GROUPS = ("lora_A", "lora_B", "lora_embedding", "other", "no_decay")
+FACTORS = {"A": FACTOR_A, "B": FACTOR_B}  # by role
 
 
 def lora_param_groups(
@@ -31,8 +31,10 @@ def lora_param_groups(
         lora_A           lr              yes            A
         lora_B           lr * lr_ratio   yes            B
         lora_embedding   lr_embedding    yes            A and B of embeddings
-        other            lr              yes            what is trained whole, as modules_to_save
+        other            lr              yes            what is trained whole, as modules_to_save; matrices of variants
         no_decay         lr              no             biases, norms and other vectors; rows of embeddings
+
+    A variant says which of its matrices is its A or B (Variant.role); all others are in `other`.
 
     Args:
         model: an injected model; it may be sharded or compiled.
@@ -84,14 +86,19 @@ def grouped_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 
 def _groups_of_factors(model: nn.Module) -> dict[nn.Parameter, str]:
-    """Return the group of each parameter of an adapter: what is neither A nor B is no factor, and must not shrink."""
+    """Return the group of each parameter of an adapter, by the role that its variant gives it.
+
+    Vectors, which scale something, and rows of a table must not shrink.
+    """
     groups = {}
     for adapter in adapted_layers(model).values():
-        stored = adapter.stored()
-        for factor in adapter.lora.spec.variant.trained:
-            parameter = stored[factor]
-            group = {A: FACTOR_A, B: FACTOR_B}.get(factor, NO_DECAY)
-            groups[parameter] = EMBEDDING if factor in (A, B) and adapter.LOOKUP else group
+        variant, stored = adapter.lora.spec.variant, adapter.stored()
+        for leaf in variant.trained:
+            parameter, role = stored[leaf], variant.role(leaf)
+            if role in FACTORS:
+                groups[parameter] = EMBEDDING if adapter.LOOKUP else FACTORS[role]
+            else:
+                groups[parameter] = NO_DECAY if parameter.dim() < 2 or variant.replaces_rows else OTHER
     return groups
 
 

@@ -80,7 +80,7 @@ class Unmerged:
 class Summary:
     """What is adapted in a model. `str` gives plain text of 80 columns; rich prints it as a table."""
 
-    variant: str  # "LoRA", "DoRA", "LoRA with use_rslora", ...
+    variant: str  # its title, and whether with use_rslora
     start: str  # of A and B as init_lora_weights names it; "" for LoRA's own, A random and B zero
     layers: int  # that are adapted, single parameters included
     groups: tuple[LayerGroup, ...]  # of them, in the model's order

@@ -65,8 +65,8 @@ class Adapter(Protocol):
     def weight_changed(self) -> None:
         """Forget what was computed from the weight."""
 
-    def refuse_new_values(self) -> None:
-        """Refuse memory without values in place of a weight that the adapter started from."""
+    def place(self) -> Any:
+        """Return the layer as its variant sees it."""
 
 
 class Swapped(nn.Module):
@@ -134,7 +134,7 @@ class AdaptedModule(Swapped):
                 adapter.weight_changed()
         for adapter in were_meta:
             if not _is_meta(adapter):  # to_empty
-                adapter.refuse_new_values()
+                _refuse_new_values(adapter)
                 adapter.draw_()
         return self
 
@@ -238,6 +238,15 @@ def class_before_swap(module: Swapped) -> type[nn.Module]:
 
 def _is_meta(adapter: Adapter) -> bool:
     return next(iter(adapter.stored().values())).is_meta
+
+
+def _refuse_new_values(adapter: Adapter) -> None:
+    """Raise LoRAError where the adapter was computed from the weight, which has no values after to_empty."""
+    if adapter.lora.spec.variant.needs_values(adapter.place()):
+        raise LoRAError(
+            f"{adapter.lora.name!r}: its adapter starts from the weight, which has no values after to_empty; inject "
+            "after the weights are loaded."
+        )
 
 
 def _keeping_float32(fn: Transform, adapters: Iterable[Adapter]) -> Transform:

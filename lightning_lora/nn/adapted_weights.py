@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -140,8 +140,7 @@ class StoredTensors:
 
     def factors(self) -> tuple[nn.Parameter, ...]:
         """Return the trained parameters; the last one gets a gradient from the first step on."""
-        holder = self.lora_holder
-        return tuple(getattr(holder, self.stored_name(leaf)) for leaf in self.lora.spec.variant.trained)
+        return tuple(self.stored().values())[: len(self.lora.spec.variant.trained)]
 
     def adapted_weights(self) -> dict[str, nn.Parameter]:
         """Return the parameters that the adapter changes, by name."""
@@ -210,7 +209,7 @@ class StoredTensors:
 
     def is_initial(self) -> bool:
         """Return whether nothing was trained yet, as far as this rank sees."""
-        stored = {leaf: local(tensor).detach() for leaf, tensor in self.stored().items()}
+        stored = {leaf: local(tensor) for leaf, tensor in self.stored().items()}
         known = self.lora.spec.variant.is_initial(stored, self.place())
         if known is None:
             return not self.lora.gradient_arrived and self.factors()[-1].grad is None
@@ -228,14 +227,6 @@ class StoredTensors:
         names = {leaf: prefix + self.stored_name(leaf) for leaf in stored}
         kept = [leaf for leaf, live in stored.items() if state_dict.get(names[leaf], live) is live]
         return variant.followers(kept, stored, self.place(), self.weight_values)
-
-    def refuse_new_values(self) -> None:
-        """Raise LoRAError where the adapter was computed from the weight, which has no values after to_empty."""
-        if self.lora.spec.variant.needs_values(self.place()):
-            raise LoRAError(
-                f"{self.lora.name!r}: its adapter starts from the weight, which has no values after to_empty; inject "
-                "after the weights are loaded."
-            )
 
     def shapes_by(self, spec: LayerSpec) -> list[tuple[nn.Parameter, tuple[int, ...]]]:
         """Return the stored tensors, each with the shape that it has by other options, which all layers take."""
@@ -306,20 +297,9 @@ class AdaptedWeights(StoredTensors):
     def acting(self) -> Acting:
         """Return what the stored tensors act as now, differentiable."""
         spec = self.lora.spec
-        weight = self.matrix() if spec.variant.reads_weight else None
-        return Acting(*spec.variant.acting(self.seen_part(self.stored()), weight, spec.scaling))
-
-    def seen_part(self, stored: Stored) -> Stored:
-        """Return what this layer sees of its stored tensors, of which other layers may share some."""
-        variant = self.lora.spec.variant
-        return variant.of_layer(stored, self.place()) if variant.shared else stored
-
-    def matrix(self) -> torch.Tensor | None:
-        """Return W as (out, in), or None where there are several."""
-        weights = list(self.adapted_weights().values())
-        if len(weights) > 1:
-            return None
-        return weights[0].T if self.KIND in low_rank.TRANSPOSED else weights[0].flatten(1)
+        weight = _matrix(self) if spec.variant.reads_weight else None
+        acting = spec.variant.acting(_seen_part(self, self.stored()), weight, spec.scaling)
+        return acting if type(acting) is Acting else Acting(*acting)
 
     def stand_ins(self, weights: Mapping[str, nn.Parameter]) -> dict[str, Any]:
         """Return what stands in for each of adapted_weights in a forward that reads them, here their sums."""
@@ -404,7 +384,7 @@ class AdaptedWeights(StoredTensors):
     def update_blocks(self, stored: Stored | None = None) -> Blocks:
         """Return what is added to the whole weights, without s and without a scale. Collective as `blocks`."""
         whole = {leaf: full_tensor(tensor) for leaf, tensor in (stored or self.stored()).items()}
-        a, b, _ = self.lora.spec.variant.acting(self.seen_part(whole), None, self.lora.spec.scaling)
+        a, b, _ = self.lora.spec.variant.acting(_seen_part(self, whole), None, self.lora.spec.scaling)
         return self.place().low_rank_blocks(a, b)
 
     def crop_to_shard(self, blocks: list[LowRankBlock], weight: torch.Tensor) -> list[LowRankBlock]:
@@ -547,6 +527,20 @@ class AdaptedWeights(StoredTensors):
         return merged
 
 
+def _seen_part(layer: AdaptedWeights, stored: Stored) -> Stored:
+    """Return what a layer sees of its stored tensors, of which other layers may share some."""
+    variant = layer.lora.spec.variant
+    return variant.of_layer(stored, layer.place()) if variant.shared else stored
+
+
+def _matrix(layer: AdaptedWeights) -> torch.Tensor | None:
+    """Return W as (out, in), or None where there are several."""
+    weights = list(layer.adapted_weights().values())
+    if len(weights) > 1:
+        return None
+    return weights[0].T if layer.KIND in low_rank.TRANSPOSED else weights[0].flatten(1)
+
+
 def _portable_state(layer: AdaptedWeights) -> LayerState:
     """Return the state with plain copies for restoring, because another machine may compute other last bits."""
     copies = {name: layer.as_matrix(layer.original(name)) for name in layer.lora.records}
@@ -584,8 +578,9 @@ def adapted_places(
 ) -> Iterator[tuple[str, nn.Module, AdaptedWeights]]:
     """Yield what is adapted in a model: name, module and adapter. One that acts in several modules comes for each."""
     for path, module in model.named_modules(remove_duplicate=remove_duplicate) if modules is None else modules:
-        for parameter, adapter in adapters_in(module).items():
-            yield ".".join(part for part in (canonical(path), parameter) if part), module, adapter
+        if isinstance(module, AdaptedModule):
+            for parameter, adapter in module.lora_adapters().items():
+                yield ".".join(part for part in (canonical(path), parameter) if part), module, adapter  # type: ignore[misc]
 
 
 def adapted_layers(
@@ -602,7 +597,7 @@ def adapted_layers(
 
 def adapters_in(module: object) -> Mapping[str, AdaptedWeights]:
     """Return what is adapted in a module itself, by the parameter's name, or under "" where the whole layer is."""
-    return cast(Mapping[str, AdaptedWeights], module.lora_adapters()) if isinstance(module, AdaptedModule) else {}
+    return module.lora_adapters() if isinstance(module, AdaptedModule) else {}  # type: ignore[return-value]
 
 
 def layer_adapter(module: object) -> AdaptedWeights | None:

@@ -55,10 +55,8 @@ class LoRALayer(AdaptedWeights, AdaptedModule):
 
     def stored(self) -> dict[str, nn.Parameter]:
         parameters, leaves = self._parameters, self.lora.spec.variant.leaves
-        found = {leaf: parameters.get(leaf) for leaf in leaves}
-        if None in found.values():
-            return super().stored()
-        return cast("dict[str, nn.Parameter]", found)
+        found = {leaf: tensor for leaf in leaves if (tensor := parameters.get(leaf)) is not None}
+        return found if len(found) == len(leaves) else super().stored()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.lora_active:

@@ -72,14 +72,14 @@ def base_squares(weight: torch.Tensor, *, transposed: bool) -> torch.Tensor:
     return _joined([_row_squares(part, transposed) for _, part in parts_of(weight)], transposed)
 
 
-def output_scale(magnitude: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
+def output_scale(lengths: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
     """Return c = m / norm(V), differentiable in m; 1 where all weights of an output are zero.
 
     The norm is rounded to the dtype of m, as m was when it was drawn.
     """
-    norms = norms.to(magnitude.dtype)
+    norms = norms.to(lengths.dtype)
     zero = norms == 0
-    return (magnitude / norms.masked_fill(zero, 1.0)).masked_fill(zero, 1.0)
+    return (lengths / norms.masked_fill(zero, 1.0)).masked_fill(zero, 1.0)
 
 
 def _squares(

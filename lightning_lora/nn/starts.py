@@ -81,7 +81,14 @@ class Started(LoRA):
         return 2 * rank
 
     def acting(self, stored: Stored, weight: torch.Tensor | None, scaling: float) -> Acting:
-        return Acting(*low_rank.acting_factors(*(stored[leaf] for leaf in (A, B, START_A, START_B))))
+        """Return [A; A - A0] and [B - B0, B0], whose product is B @ A - B0 @ A0.
+
+        Where nothing was trained yet the product is zero, bit for bit, and later no large terms cancel, in no dtype.
+        """
+        a, b, start_a, start_b = stored[A], stored[B], stored[START_A].detach(), stored[START_B].detach()
+        if a.dtype in low_rank.HALF:  # in which the differences would be rounded
+            a, b = a.float(), b.float()
+        return Acting(*low_rank.stack_ranks(a, b - start_b, a - start_a, start_b.to(b.dtype)))
 
     def options(self) -> dict[str, Any]:
         return {"init_lora_weights": PISSA}  # which of the starts it was does not matter any more

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..distributed.sharding import PLAIN
 from ..names import ATTRIBUTE
+from .adapted_module import AdaptedModule
 from .adapted_weights import NamedModules, adapters_in, layer_adapter
 
 Owned = tuple[torch.Tensor, nn.Module, str, str, bool]  # tensor, module, its name, that in it, and if it is a parameter
@@ -54,7 +55,7 @@ def record_ties(model: nn.Module, modules: NamedModules | None = None) -> None:
         ties[module][name] = other
     whole = any(ATTRIBUTE in vars(module) for _, module in modules)
     for _, module in modules:
-        for parameter, adapter in adapters_in(module).items():
+        for parameter, adapter in adapters_in(module).items() if isinstance(module, AdaptedModule) else ():
             own = ties.get(module, {})
             owner = own.get(parameter) if parameter else next(iter(own.values()), None)
             reason = f"its weight is also {owner}" if owner else ""
@@ -71,9 +72,9 @@ def _own_parameters(module: nn.Module) -> Mapping[str, nn.Parameter | None]:
 
     What all adapted layers share is left out: it is no tie.
     """
-    adapters = list(adapters_in(module).values())
-    if not adapters:
+    if not isinstance(module, AdaptedModule):
         return module._parameters
+    adapters = list(module.lora_adapters().values())
     if len(adapters) == 1:  # a stack of locks takes longer
         with adapters[0].lora.lock:
             parameters = dict(module._parameters)
@@ -83,7 +84,7 @@ def _own_parameters(module: nn.Module) -> Mapping[str, nn.Parameter | None]:
                 stack.enter_context(adapter.lora.lock)
             parameters = dict(module._parameters)
     for adapter in adapters:
-        for leaf in adapter.lora.spec.variant.shared:
+        for leaf in adapter.lora.spec.variant.shared if adapter.lora.shared is not None else ():
             parameters.pop(adapter.stored_name(leaf), None)
     return parameters
 

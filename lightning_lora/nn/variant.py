@@ -129,7 +129,7 @@ class Variant:
 
     Attributes:
         name: what LoRAConfig(variant=...) says; unique. "" for a variant that other options ask for.
-        title: how people call it, as "DoRA"; by default its name.
+        title: how people call it, as "LoRA"; by default its name.
         trained: leaf names of the tensors that are trained; each begins with "lora_". The last one gets a gradient from
             the first step on.
         frozen: leaf names of what is stored beside them.
@@ -142,7 +142,7 @@ class Variant:
         own_options: the options that it alone has (LoRAConfig's variant_options), each with its default.
         replaces_rows: it is of a table, of which it stores some rows as they are now.
         reads_weight: `acting` gives a scale, and needs W for it. Such adapters cannot be combined.
-        scale_title: how people call what the scale comes from, as "magnitudes"; for sentences about B @ A alone.
+        scale_title: how people call what the scale comes from, in the plural; for sentences about B @ A alone.
         peft_type: of PEFT's adapter_config.json; "" for a variant that PEFT does not have. Not inherited.
         peft_leaves: our leaf names by how PEFT's names of them end, after the layer's name: "lora_A.weight".
         peft_shared: our leaf names of shared tensors by PEFT's, after "base_model.".
@@ -186,6 +186,8 @@ class Variant:
         super().__init_subclass__()
         cls.leaves = (*cls.trained, *cls.frozen, *cls.shared)
         own = vars(cls)
+        if "name" in own and "title" not in own:
+            cls.title = cls.name
         if "peft_type" not in own:  # one that stores the same as its parent may mean another thing by it
             cls.peft_type = ""
         if "acting" in own and "expected" not in own:
@@ -280,16 +282,19 @@ class Variant:
             place: the layer.
             read: gives a weight part by part, as stored; called where reads_weight is true.
         """
-        # In 16 bits `acting` would round what it computes, and W' is to be rounded once.
-        stored = {leaf: tensor.float() if tensor.dtype in low_rank.HALF else tensor for leaf, tensor in stored.items()}
-        name = next(iter(place.shapes))
+        if stored[self.trained[0]].dtype in low_rank.HALF:
+            # In 16 bits `acting` would round what it computes, and W' is to be rounded once.
+            stored = {leaf: tensor.float() for leaf, tensor in stored.items()}
         weight = None
         if self.reads_weight and len(place.shapes) == 1:
+            (name,) = place.shapes
             matrix = torch.cat([part for _, part in read(name)])
             weight = matrix.T if place.is_transposed else matrix
         a, b, scale = self.acting(self.of_layer(stored, place), weight, place.scaling)
         blocks = place.low_rank_blocks(a, b)
-        return blocks if scale is None else {name: scaled_blocks(blocks[name], scale, transposed=place.is_transposed)}
+        if scale is None:
+            return blocks
+        return {name: scaled_blocks(blocks[name], scale, transposed=place.is_transposed) for name in blocks}
 
     # --- what it goes with ---
 
@@ -384,7 +389,7 @@ class Variant:
         """Return the fields of adapter_config.json, but for peft_type, from those that a peft.LoraConfig would have.
 
         Raises:
-            LoRAError: PEFT's config of the variant cannot express an option.
+            ValueError: PEFT's config of the variant cannot express an option; a part of a sentence says which.
         """
         return dict(options)
 
@@ -392,7 +397,7 @@ class Variant:
         """Return the fields that a peft.LoraConfig would have, from those of adapter_config.json; undo options_to_peft.
 
         Raises:
-            LoRAError: a field asks for what the variant does not do.
+            ValueError: a field asks for what the variant does not do; a part of a sentence says which.
         """
         return dict(options)
 

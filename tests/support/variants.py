@@ -34,13 +34,15 @@ def define_gated(**attributes: Any) -> type[Variant]:
         a, b = place.factor_shapes()
         return {"lora_gated_a": a, "lora_gated_b": b, "lora_gated_g": (place.rank,)}
 
+    def start(self: Variant, place: Any, weights: Any) -> dict[str, torch.Tensor]:
+        shapes = self.shapes(place)
+        return {leaf: (torch.zeros if leaf == "lora_gated_b" else torch.ones)(shape) for leaf, shape in shapes.items()}
+
     def acting(self: Variant, stored: Any, weight: torch.Tensor | None, scaling: float) -> Acting:
         return Acting(stored["lora_gated_g"][:, None] * stored["lora_gated_a"], stored["lora_gated_b"])
 
-    trained = ("lora_gated_a", "lora_gated_b", "lora_gated_g")
-    return type(
-        "Gated", (Variant,), {"name": "gated", "trained": trained, "shapes": shapes, "acting": acting} | attributes
-    )
+    own = {"name": "gated", "trained": ("lora_gated_a", "lora_gated_b", "lora_gated_g")}
+    return type("Gated", (Variant,), own | {"shapes": shapes, "start": start, "acting": acting} | attributes)
 
 
 def define_halved(**attributes: Any) -> type[Variant]:
