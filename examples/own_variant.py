@@ -8,6 +8,7 @@ exact merging, checkpoints, resuming and loading follow from that. A network tha
 """
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -17,6 +18,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lora import LoRACallback, Variant, load_adapter, merged
+
+RUNS = Path(__file__).with_name("runs")
+Loader = DataLoader[tuple[Tensor, ...]]
 
 
 class XS(Variant):
@@ -32,12 +36,10 @@ class XS(Variant):
         return {"lora_xs_square": torch.zeros(place.rank, place.rank), "lora_xs_A": a, "lora_xs_B": b}
 
     def acting(self, stored: Any, weight: Any, scaling: float) -> Any:
-        return stored["lora_xs_square"] @ stored["lora_xs_A"], stored["lora_xs_B"], None
+        return stored["lora_xs_square"] @ stored["lora_xs_A"], stored["lora_xs_B"], None  # A', B' and no scale
 
 
 class Digits(L.LightningModule):
-    net = None
-
     def __init__(self) -> None:
         super().__init__()
         self.net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
@@ -52,12 +54,39 @@ class Digits(L.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=0.01)
 
 
-def trainer(epochs: int, *callbacks: L.Callback) -> L.Trainer:
+def fit(model: Digits, data: Loader, epochs: int, *callbacks: L.Callback, resume: Path | None = None) -> L.Trainer:
     quiet: Any = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    return L.Trainer(accelerator="cpu", max_epochs=epochs, callbacks=[*callbacks], default_root_dir="runs", **quiet)
+    trainer = L.Trainer(max_epochs=epochs, accelerator="cpu", callbacks=[*callbacks], default_root_dir=RUNS, **quiet)
+    trainer.fit(model, data, ckpt_path=resume)
+    return trainer
+
+
+def accuracy(trainer: L.Trainer, model: Digits, data: Loader) -> str:
+    return f"{trainer.validate(model, data, verbose=False)[0]['accuracy']:.2f}"
 
 
 if __name__ == "__main__":
     L.seed_everything(0)
-    images, labels = (torch.tensor(each) for each in load_digits(return_X_y=True))
-    upright = DataLoader(TensorDataset(images.float() / 16, labels), batch_size=64)
+    pixels, labels = (torch.tensor(each) for each in load_digits(return_X_y=True))
+    images = pixels.float().view(-1, 8, 8) / 16
+    upright, mirrored = (DataLoader(TensorDataset(x.flatten(1), labels), 64) for x in (images, images.flip(2)))
+    model = Digits()
+    before = accuracy(fit(model, upright, 10), model, mirrored)
+    whole, part, resumed, loaded = (copy.deepcopy(model) for _ in range(4))
+    options: Any = {"variant": "xs", "r": 8, "lora_alpha": 8}
+    trainer = fit(whole, mirrored, 6, LoRACallback(**options))
+    print(f"accuracy on mirrored digits: {before} before, {accuracy(trainer, whole, mirrored)} after")  # merged
+
+    path = RUNS / "own_variant.ckpt"
+    fit(part, mirrored, 3, LoRACallback(**options)).save_checkpoint(path)
+    fit(resumed, mirrored, 6, LoRACallback(**options), resume=path)
+    load_adapter(loaded, path)
+    x = next(iter(mirrored))[0]
+    print(f"half of it, saved and resumed, is as the whole: {torch.equal(resumed.net(x), whole.net(x))}")
+    print(f"loaded into another model, it answers the same: {torch.equal(loaded.net(x), part.net(x))}")
+
+    layer: Any = whole.net[0]
+    weight, change = layer.weight.clone(), layer.lora_xs_B @ layer.lora_xs_square @ layer.lora_xs_A
+    with merged(whole):
+        print(f"merged, the weights are W + B R A: {torch.allclose(layer.weight, weight + change, atol=1e-6)}")
+    print(f"afterwards every bit of W is back: {torch.equal(layer.weight, weight)}")
