@@ -11,7 +11,7 @@ from torch import nn
 
 from ..distributed.sharding import copy_
 
-Place = Any  # of variant.py, which adapted_weights.py brings together with this file
+Place = Any  # that of nn/variant.py, which stands on the same floor
 Start = Callable[[Iterable[Place], int], Mapping[str, torch.Tensor]]  # a variant's start_shared
 
 

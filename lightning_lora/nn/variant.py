@@ -19,6 +19,7 @@ from ..distributed.sharding import full_tensor
 from ..names import KNOWN_VARIANTS, PREFIX, register_leaf
 from . import low_rank
 from .low_rank import LowRankBlock
+from .peft_form import PeftForm
 
 Config = Any  # a LoRAConfig; its file stands above this one
 LayerClass = TypeVar("LayerClass", bound=type[nn.Module])
@@ -124,8 +125,10 @@ class Expected(NamedTuple):
     rounded: bool = False  # merging computes the pairs from what is stored, in float32 or better
 
 
-class Variant:
+class Variant(PeftForm):
     """What one layer's adapter stores and what it adds. A variant has no state: one object serves all layers.
+
+    Its form in PEFT is said by what it inherits from PeftForm.
 
     Attributes:
         name: what LoRAConfig(variant=...) says; unique. "" for a variant that other options ask for.
@@ -143,9 +146,6 @@ class Variant:
         replaces_rows: it is of a table, of which it stores some rows as they are now.
         reads_weight: `acting` gives a scale, and needs W for it. Such adapters cannot be combined.
         scale_title: how people call what the scale comes from, in the plural; for sentences about B @ A alone.
-        peft_type: of PEFT's adapter_config.json; "" for a variant that PEFT does not have. Not inherited.
-        peft_leaves: our leaf names by how PEFT's names of them end, after the layer's name: "lora_A.weight".
-        peft_shared: our leaf names of shared tensors by PEFT's, after "base_model.".
 
     Example::
 
@@ -178,9 +178,6 @@ class Variant:
     scaled: ClassVar[bool] = True
     own_options: ClassVar[Mapping[str, Any]] = {}
     scale_title: ClassVar[str] = ""
-    peft_type: ClassVar[str] = ""
-    peft_leaves: ClassVar[Mapping[str, str]] = {}
-    peft_shared: ClassVar[Mapping[str, str]] = {}
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -357,49 +354,6 @@ class Variant:
         if self.peft_type and named.issuperset(self.leaves):
             return ""
         return f"has an adapter of the variant {self.title}, which PEFT does not have"
-
-    def peft_leaf(self, leaf: str, kind: str) -> str:
-        """Return how PEFT's name of a tensor ends, of a layer of this kind; the first in peft_leaves by default."""
-        return next(theirs for theirs, ours in self.peft_leaves.items() if ours == leaf)
-
-    def to_peft(self, stored: Stored, place: Place) -> dict[str, torch.Tensor]:
-        """Return a layer's tensors with values and shapes as PEFT has them, by our leaf names.
-
-        What PEFT does not store is left out. Shared tensors are among them, the same for each layer.
-
-        Args:
-            stored: by leaf name, detached.
-            place: the layer; its kind is "" and its shapes are empty where they are not known.
-        """
-        return dict(stored)
-
-    def from_peft(self, found: Stored, place: Place) -> dict[str, torch.Tensor]:
-        """Undo to_peft.
-
-        Raises:
-            LoRAError: the tensors are not of that form.
-        """
-        return dict(found)
-
-    def config_in_peft(self, config: Config) -> Config:
-        """Return the options that go with what to_peft returns: another rank, say; scalings stay."""
-        return config
-
-    def options_to_peft(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the fields of adapter_config.json, but for peft_type, from those that a peft.LoraConfig would have.
-
-        Raises:
-            ValueError: PEFT's config of the variant cannot express an option; a part of a sentence says which.
-        """
-        return dict(options)
-
-    def options_from_peft(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the fields that a peft.LoraConfig would have, from those of adapter_config.json; undo options_to_peft.
-
-        Raises:
-            ValueError: a field asks for what the variant does not do; a part of a sentence says which.
-        """
-        return dict(options)
 
 
 def variant_of(config: Config) -> Variant:
