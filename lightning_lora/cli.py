@@ -51,6 +51,13 @@ class LoRACLI(LightningCLI, metaclass=_EitherPackage):
     that the given model, data or Trainer class comes from. Where only the config file names classes, name the package
     by a class of your own: `class CLI(LoRACLI, pytorch_lightning.cli.LightningCLI)`. Needs the extra `cli`
     (jsonargparse).
+
+    Example::
+
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> cli = LoRACLI(BoringModel, run=False, args=["--lora.r=1", "--lora.save=merged"])
+        >>> next(each for each in cli.trainer.callbacks if isinstance(each, LoRACallback))
+        LoRACallback(r=1, save='merged')
     """
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

@@ -32,7 +32,7 @@ Init = Literal["gaussian", "orthogonal", "pissa", "olora", "eva", "lora_ga"]
 # Values of init_lora_weights that let A and B start from the weight: nn/starts.py computes them.
 STARTS = re.compile(r"pissa|pissa_niter_\d+|olora")
 FROM_GRADIENTS = "lora_ga"  # model/gradient_start.py computes them
-# Options of a peft.LoraConfig about where the adapter came from and how peft holds it, which a model says by itself.
+# Options of a peft.LoraConfig about the adapter's origin and how peft holds it. A model tells these facts itself.
 OF_PEFT_ALONE = (
     *("peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision"),
     *("inference_mode", "fan_in_fan_out", "runtime_config"),
@@ -43,7 +43,7 @@ IGNORED_PEFT_FIELDS = (  # options of a peft.LoraConfig that say nothing of the 
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_core", "qalora_group_size"),
 )
 Task = Literal["SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"]
-# What PEFT adds to modules_to_save for a task, whether a model has it or not.
+# The modules that PEFT adds to modules_to_save for a task, even if the model does not have them.
 TASK_HEADS: dict[str, tuple[str, ...]] = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
@@ -66,7 +66,7 @@ LEAVE_OUT = dict.fromkeys(OF_PEFT_ALONE, "leave it out, it says nothing of the a
 
 
 class PeftConfig(Protocol):
-    """A peft.LoraConfig, as far as it is known before LoRAConfig.from_peft looks at it."""
+    """The part of a peft.LoraConfig that is needed to recognise one."""
 
     peft_type: Any
 
@@ -76,56 +76,69 @@ class PeftConfig(Protocol):
 class LoRAConfig:
     """Options of a low-rank adapter, W' = W + s * B @ A with s = lora_alpha / r (arXiv:2106.09685).
 
-    Names and defaults are PEFT's. A list of module names matches a whole name or a dotted suffix of it; a string is a
-    regular expression that must match a whole name.
+    Names and defaults are PEFT's. An entry in a list of module names matches a whole name or a dotted suffix of it. A
+    string is a regular expression that must match a whole name.
 
     Args:
-        r: rank of A (r, in) and B (out, r).
-        lora_alpha: numerator of the scaling s.
-        lora_dropout: probability of dropping an input feature of the adapter while the layer is in training mode;
-            under LoRACallback, a layer kept in eval mode drops too, in training batches where gradients are recorded.
-        target_modules: the layers to adapt: a list, a regular expression, or "all-linear" (every linear layer and
-            transformers' Conv1D, without the output head and without tied weights).
-        target_parameters: parameters to adapt by themselves, a list of names or dotted suffixes: those of nn.LSTM and
-            nn.GRU, stacks of experts (E, m, n), any of two dimensions that its module's forward reads. With it,
-            target_modules may be empty, and lora_dropout must be 0, as in PEFT.
-        exclude_modules: layers to leave alone although target_modules selects them.
-        layers_to_transform: the number or numbers of the layers (blocks) in which target_modules, then a list, selects
-            modules by a dotted suffix; one that it names in full is adapted wherever it is. A number is the first in
-            the module's name that follows two segments or more, as the 1 of "model.layers.1.q_proj".
-        layers_pattern: the segment or segments (regular expressions) that this number follows instead, as "layers".
-        modules_to_save: modules that are trained and saved whole, beside the adapter.
-        trainable_token_indices: rows of tables (nn.Embedding, or an output head nn.Linear) to train, such as those of
-            new tokens; the rest of the table stays frozen. A list is of the input embeddings; else a list for each
-            name or dotted suffix. A tied head follows.
-        task_type: what the model is for, as PEFT's files say: "SEQ_CLS" and "TOKEN_CLS" add "classifier" and "score" to
-            modules_to_save, "QUESTION_ANS" adds "qa_outputs", where the model has them; "SEQ_2_SEQ_LM", "CAUSAL_LM"
-            and "FEATURE_EXTRACTION" add nothing.
-        ensure_weight_tying: a weight that a module of modules_to_save shares with another stays one weight, trained for
-            both. False refuses such a module, which PEFT would untie.
-        rank_pattern: another r for some layers; keys are regular expressions over a dotted suffix of the name.
-        alpha_pattern: another lora_alpha for some layers, keys as in rank_pattern.
-        bias: which biases are trained: "none", "all", or those of adapted layers ("lora_only").
-        use_rslora: s = lora_alpha / sqrt(r) (arXiv:2312.03732).
-        use_dora: DoRA (arXiv:2402.09353): each output's weights W + s * B @ A are scaled to a trained magnitude. For
-            linear layers, transformers' Conv1D, convolutions and nn.Embedding. The same as variant="dora".
-        variant: what an adapter stores and adds: "lora", "dora", "vera" (arXiv:2310.11454), "loha" (arXiv:2108.06098),
-            or the name of a variant whose file was imported.
-        variant_options: options that this variant alone has, by name, as {"d_initial": 0.1} of "vera".
-        init_lora_weights: True (A Kaiming-uniform, B zero; an Embedding's A zero, B normal), "gaussian" (A normal
-            with deviation 1/r, B zero), "orthogonal" (B @ A zero, both non-zero; r must be even), or False (A and B
-            both random: the adapter changes the output before the first step). Or A0, B0 from the weight, the base
-            left as it is: W' = W + s * (B @ A - B0 @ A0), with "pissa" from its largest singular values
-            (arXiv:2404.02948), "pissa_niter_4" the same by so many steps of subspace iteration, much faster for large
-            layers, "olora" from its QR decomposition (arXiv:2406.01775). Or "eva" (arXiv:2410.07170): A from training
-            data, at fit start or by initialize_from_data; B zero. Or "lora_ga" (arXiv:2407.05000): A0, B0 from the
-            gradients of the weights there.
-        enable_lora: for a fused projection, which of its equal parts are adapted, as {"qkv": [True, False, True]}
+        r: rank of A (r, in) and B (out, r). An adapter with more parameters than its layer, as every r above the
+            layer's smaller side gives, is named in one warning at fit start, and in a log line of inject.
+        lora_alpha: numerator of the scaling s = lora_alpha / r.
+        lora_dropout: probability of dropping a feature of the adapter's input in training mode. Under LoRACallback a
+            layer that is kept in eval mode drops too, in training batches where gradients are recorded.
+        target_modules: the layers to adapt. A list holds whole names or dotted suffixes of names. A string is a regular
+            expression that must match a whole name. "all-linear" is every linear layer and transformers' Conv1D,
+            without the output head and without tied weights.
+        target_parameters: single parameters to adapt, by name or dotted suffix: weights of nn.LSTM and nn.GRU, stacks
+            of experts (E, m, n), and any matrix that its module's forward reads. target_modules may then be empty, and
+            lora_dropout must be 0, as in PEFT.
+        exclude_modules: layers to leave alone although target_modules names them.
+        layers_to_transform: the number or numbers of the layers (blocks) in which target_modules, which must then be a
+            list, adapts modules. A module that is listed by its full name is adapted in any layer. A layer's number is
+            the first number in the module's name that has at least two segments before it, such as the 1 of
+            "model.layers.1.q_proj".
+        layers_pattern: the name segment that the layer's number follows, such as "layers". A regular expression, or
+            several.
+        modules_to_save: modules that are trained and saved whole, such as a new head.
+        trainable_token_indices: rows of embeddings or output heads to train, such as those of new tokens. The other
+            rows stay frozen, and a tied head follows. A list is for the input embeddings; a mapping gives a list for
+            each name or dotted suffix.
+        task_type: what the model is for, as in PEFT's files. "SEQ_CLS" and "TOKEN_CLS" add "classifier" and "score" to
+            modules_to_save, "QUESTION_ANS" adds "qa_outputs", where the model has them. "SEQ_2_SEQ_LM", "CAUSAL_LM" and
+            "FEATURE_EXTRACTION" add nothing.
+        ensure_weight_tying: keep a weight tied that a module of modules_to_save shares with another module, and train
+            it for both. False, which is PEFT's default, means two weights. It is refused where they are one weight:
+            untie them first.
+        rank_pattern: another r for some layers, such as {"q_proj": 16}. Keys are regular expressions over a dotted
+            suffix of the name.
+        alpha_pattern: another lora_alpha for some layers, with keys as in rank_pattern.
+        bias: which biases are trained: "none", "all", or "lora_only", which is those of adapted layers.
+        use_rslora: scale by s = lora_alpha / sqrt(r) (rsLoRA, arXiv:2312.03732).
+        use_dora: DoRA (arXiv:2402.09353): scale each output's weights W + s * B @ A to a trained magnitude. For linear
+            layers, transformers' Conv1D, convolutions and nn.Embedding.
+        variant: what an adapter stores and what it adds to the weight: "lora", "dora" (the same as use_dora), "vera"
+            (arXiv:2310.11454), "loha" (arXiv:2108.06098), or the name of a variant of your own whose file was imported.
+        variant_options: options that this variant alone has, by name, such as {"d_initial": 0.1} of "vera".
+        init_lora_weights: how A and B start. True: A is random (Kaiming uniform) and B zero, so training starts from
+            the base; an embedding's A is zero and its B normal. "gaussian": A is normal with deviation 1 / r, and B
+            zero. "orthogonal": neither is zero, but B @ A is; r must be even. False: both are random, which changes the
+            outputs at once. Three values start from the weight, which itself stays as it is: W' = W + s * (B @ A - B0 @
+            A0). "pissa" takes A0 and B0 from its largest singular values (arXiv:2404.02948), "pissa_niter_4" from 4
+            steps of subspace iteration, which is much faster for large layers, and "olora" from its QR decomposition
+            (arXiv:2406.01775). Two values start from training data, at fit start or by initialize_from_data. "eva"
+            takes A from the layer's inputs, and B is zero (arXiv:2410.07170). "lora_ga" takes A0 and B0 from the
+            gradients of the weight (arXiv:2407.05000).
+        enable_lora: which of the equal parts of a fused projection are adapted, such as {"qkv": [True, False, True]}
             (loralib's MergedLinear).
         autocast_adapter_dtype: keep adapters of float16 and bfloat16 layers in float32.
 
     Raises:
         LoRAError: a value is not allowed; the message holds it.
+
+    Example::
+
+        >>> config = LoRAConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 4})
+        >>> config.scaling("layers.0.q_proj"), config.scaling("layers.0.v_proj")
+        (2.0, 4.0)
     """
 
     r: int = 8
@@ -218,7 +231,10 @@ class LoRAConfig:
         return is_start(self.init_lora_weights) or self.init_lora_weights == FROM_GRADIENTS
 
     def is_in_chosen_layer(self, name: str) -> bool:
-        """Return whether layers_to_transform leaves a module that target_modules names: PEFT's rule."""
+        """Return whether layers_to_transform includes a module that target_modules names; PEFT's rule.
+
+        A full module name ignores the layer number.
+        """
         if self.layers_to_transform is None or name in self.target_modules:
             return True
         return layer_number(name, self.layers_pattern) in cast(tuple[int, ...], self.layers_to_transform)
@@ -242,7 +258,7 @@ class LoRAConfig:
         """Build a config from what to_dict returned.
 
         Raises:
-            LoRAError: it is no mapping, an option is unknown, or a value is not allowed; the message names it.
+            LoRAError: `options` is no mapping, an option is unknown, or a value is not allowed; the message names it.
         """
         if not isinstance(options, Mapping):
             _refuse("the options", "a mapping", options)
@@ -251,14 +267,20 @@ class LoRAConfig:
 
     @classmethod
     def from_peft(cls, config: Any) -> LoRAConfig:
-        """Build the config that means what a peft.LoraConfig, or PEFT's config of another known variant, means.
+        """Build the config that means what a peft.LoraConfig means, or PEFT's config of another known variant.
 
         Args:
-            config: PEFT's, of any version. Its options that say nothing of the adapter are passed over.
+            config: PEFT's, of any version. Options that say nothing of the adapter are ignored.
 
         Raises:
-            LoRAError: it is none, or it has an option that LoRAConfig has not and that is not at its default; the
-                message names it.
+            LoRAError: `config` is no peft.LoraConfig, or an option that LoRAConfig does not have differs from its
+                default; the message names it.
+
+        Example::
+
+            >>> import peft
+            >>> LoRAConfig.from_peft(peft.LoraConfig(r=4, target_modules=["q_proj"]))
+            LoRAConfig(r=4, target_modules=('q_proj',), ensure_weight_tying=False)
         """
         peft_type = getattr(config, "peft_type", None)
         variant = next((each for each in KNOWN_VARIANTS.values() if peft_type and each.peft_type == peft_type), None)
@@ -294,11 +316,11 @@ class LoRAConfig:
         return [name for name in names if _unordered(getattr(self, name)) != _unordered(getattr(config, name))]
 
     def differences(self, now: LoRAConfig) -> list[str]:
-        """Say for each option in which another config differs what it was and what it is now."""
+        """Describe each option in which another config differs: what it was and what it is now."""
         return [f"{name} was {getattr(self, name)!r}, now {getattr(now, name)!r}" for name in self.differing(now)]
 
     def _normalise(self) -> None:
-        """Copy what the caller may go on to change into immutable types; an empty collection means None."""
+        """Copy collections that the caller may still change into immutable types; an empty collection becomes None."""
         for option in ("r", "lora_alpha", "lora_dropout", "layers_to_transform"):
             object.__setattr__(self, option, plain_number(getattr(self, option)))
         for option in ("layers_to_transform", "layers_pattern"):
@@ -401,12 +423,12 @@ class LoRAConfig:
 
 
 def is_config(config: object) -> bool:
-    """Return whether something is a LoRAConfig, or a config of peft, of which as_config takes a peft.LoraConfig."""
+    """Return whether an object is a LoRAConfig or any config of peft; as_config then refuses others than LoraConfig."""
     return isinstance(config, LoRAConfig) or hasattr(config, "peft_type")
 
 
 def as_config(config: LoRAConfig | PeftConfig) -> LoRAConfig:
-    """Return a LoRAConfig as it is, and of a peft.LoraConfig the one that means the same.
+    """Return a LoRAConfig unchanged; translate a peft.LoraConfig.
 
     Raises:
         LoRAError: it is another config of peft, or has an option that cannot be expressed.
@@ -441,7 +463,7 @@ def _refuse(option: str, expected: str, value: object) -> NoReturn:
 
 
 def plain_number(value: Any) -> Any:
-    """Return a number of numpy's, say, as Python's own, which every file can hold; other values as they are."""
+    """Return a number (of numpy, say) as Python's own type, which every file can hold; other values unchanged."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return value
     return int(value) if isinstance(value, numbers.Integral) else float(value)
@@ -473,10 +495,10 @@ def _check_alpha(option: str, value: object) -> None:
 
 
 def _check_regex(option: str, pattern: object, whole: Callable[[str], str] = str) -> None:
-    """Refuse what is no regular expression, or none within the `whole` one that it becomes a part of."""
+    """Refuse a pattern that is no regular expression, by itself or inside the `whole` one that it becomes part of."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", DeprecationWarning)  # Python 3.10 warns of what 3.11 takes no more
+            warnings.simplefilter("error", DeprecationWarning)  # 3.10 warns of patterns that 3.11 refuses
             re.compile(pattern)  # type: ignore[call-overload]
             re.compile(whole(pattern))  # type: ignore[arg-type]
     except (re.error, TypeError, OverflowError, RecursionError, DeprecationWarning) as error:

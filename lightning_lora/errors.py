@@ -21,7 +21,16 @@ UNBROKEN = re.compile(rf"""[^\s/'"]{{{MOST + 1},}}""")  # long words: names with
 class LoRAError(ValueError):
     """Any error that this package raises on purpose.
 
-    The message says where the trouble is, what was expected, what was found and what to do.
+    The message says where the trouble is, what was expected, what was found and what to do. Names in it may come from
+    any file: control characters are shown, and no name is quoted at full length.
+
+    Example::
+
+        >>> try:
+        ...     LoRAConfig(r=0)
+        ... except LoRAError as error:
+        ...     print(error)
+        LoRAConfig: r must be a whole number of at least 1, but it is 0.
     """
 
     def __init__(self, *args: object) -> None:

@@ -38,7 +38,13 @@ class LoRAMonitor(Callback):
 
     Example::
 
-        trainer = Trainer(callbacks=[LoRACallback(r=8), LoRAMonitor(every_n_steps=100)])
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> callbacks = [LoRACallback(r=1), LoRAMonitor(every_n_steps=2, plots=False)]
+        >>> options = {"log_every_n_steps": 2, "enable_progress_bar": False, "enable_model_summary": False}
+        >>> trainer = L.Trainer(max_steps=4, logger=L.pytorch.loggers.CSVLogger("."), callbacks=callbacks, **options)
+        >>> trainer.fit(BoringModel())
+        >>> print(*plot_adapter("lightning_logs/version_0"))
+        statistics
     """
 
     def __init__(self, every_n_steps: int = 50, plots: bool = True) -> None:

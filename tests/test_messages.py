@@ -62,7 +62,7 @@ def test_message_says_what_was_found_and_what_to_do(tmp_path: Path, when: str):
 
 
 BEGIN, END = "<!-- messages: written by tests/test_messages.py -->", "<!-- end of messages -->"
-README = Path(__file__).parents[1] / "lightning_lora" / "README.md"
+PAGE = Path(__file__).parents[1] / "lightning_lora" / "errors.md"
 
 
 def test_the_reference_lists_these_messages():
@@ -71,11 +71,11 @@ def test_the_reference_lists_these_messages():
     for when, provoke in MESSAGES.items():
         lines = inspect.cleandoc(provoke.__doc__ or "").splitlines()
         entries.append("\n".join([f"**{when}**", "", *(f"> {line}" for line in lines), ""]))
-    before, _, rest = README.read_text().partition(BEGIN)
+    before, _, rest = PAGE.read_text().partition(BEGIN)
     written = f"{before}{BEGIN}\n\n" + "\n".join(entries) + f"\n{END}{rest.partition(END)[2]}"
     if os.environ.get("WRITE_TABLE"):
-        README.write_text(written)
-    assert README.read_text() == written
+        PAGE.write_text(written)
+    assert PAGE.read_text() == written
 
 
 # --- loading ---

@@ -1,8 +1,9 @@
-"""Every block of every README runs, in order, and prints what the README says.
+"""Every block of every page runs, in order, and prints what the page says.
 
-Each README has a folder and a namespace of its own. A block whose first line is a comment with a file name is written
-to that file. The lightning-lora command is run where the blocks before it left their files. Set-up commands are not run
-again here: .ci/run runs them, letter for letter. Programs in examples/ are run in test_examples.py.
+Each page has a folder and a namespace of its own. A page that says "With the files of [another page](...)" runs in a
+folder with the files that the blocks of that page leave. A block whose first line is a comment with a file name is
+written to that file. The lightning-lora command is run where the blocks before it left their files. Set-up commands
+are not run again here: .ci/run runs them, letter for letter. Programs in examples/ are run in test_examples.py.
 """
 
 from __future__ import annotations
@@ -39,9 +40,15 @@ pytestmark = pytest.mark.filterwarnings(*PEER_NOTICES)
 ROOT = Path(__file__).parent.parent
 CI = (ROOT / ".ci" / "run").read_text()
 FRONT, REFERENCE, CONTRIBUTING = "README.md", "lightning_lora/README.md", ".github/CONTRIBUTING.md"
-ROOMS = ("lightning_lora", "examples", "tests")
-NAMES = [str(path.relative_to(ROOT)) for room in ROOMS for path in sorted((ROOT / room).rglob(FRONT))]
-TEXTS = {name: (ROOT / name).read_text() for name in (FRONT, CONTRIBUTING, *NAMES)}
+COMMAND = "lightning_lora/command/README.md"
+REFERENCE_PAGES = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "lightning_lora").rglob("*.md"))]
+OTHER_PAGES = [str(path.relative_to(ROOT)) for room in ("examples", "tests") for path in (ROOT / room).rglob(FRONT)]
+TEXTS = {name: (ROOT / name).read_text() for name in (FRONT, CONTRIBUTING, *REFERENCE_PAGES, *sorted(OTHER_PAGES))}
+EVERY_PAGE = [  # those without blocks of code too
+    str(path.relative_to(ROOT))
+    for pages in (ROOT.glob("*.md"), *((ROOT / room).rglob("*.md") for room in (".github", "examples", "tests")))
+    for path in sorted(pages)
+] + REFERENCE_PAGES
 
 
 class Block(NamedTuple):
@@ -114,8 +121,15 @@ def run_program(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     runpy.run_path(script, run_name="__main__")
 
 
+def pages_needed(name: str) -> list[str]:
+    """The pages whose files the blocks of this page use: those that a line "With the files of [...](...)" links."""
+    lines = re.findall(r"^With the files .*$", TEXTS[name], re.MULTILINE)
+    paths = [(ROOT / name).parent / link for line in lines for link in re.findall(r"\]\(([^)]*\.md)\)", line)]
+    return list(dict.fromkeys(str(path.resolve().relative_to(ROOT)) for path in paths))
+
+
 class Run(NamedTuple):
-    """What a README's blocks left behind: files in a folder, names, and what each printed, by the block's line."""
+    """What a page's blocks left behind: files in a folder, names, and what each printed, by the block's line."""
 
     folder: Path
     namespace: dict[str, Any]
@@ -124,11 +138,13 @@ class Run(NamedTuple):
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Run]:
-    """Runs the Python and the lightning-lora commands of a README, once for all tests."""
+    """Runs the Python and the lightning-lora commands of a page, once for all tests."""
 
     @functools.cache
     def run(name: str) -> Run:
         result = Run(tmp_path_factory.mktemp("readme"), {"__name__": "readme"}, {})
+        for needed in pages_needed(name):
+            shutil.copytree(run(needed).folder, result.folder, dirs_exist_ok=True)
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(result.folder)
             for block in BLOCKS[name]:
@@ -221,9 +237,9 @@ def test_set_up_commands_are_those_of_ci(name, block):
         assert f"run '{command}'\n" in CI, f"{name}, line {block.line}"
 
 
-@pytest.mark.parametrize("name", TEXTS)
+@pytest.mark.parametrize("name", EVERY_PAGE)
 def test_links_lead_to_files_and_headings_that_exist(name):
-    links = re.findall(r"(?:\]\(|src=\")(?!https?:)([^)#\"]*)#?([^)\"]*)", TEXTS[name])
+    links = re.findall(r"(?:\]\(|src=\")(?!https?:)([^)#\"]*)#?([^)\"]*)", (ROOT / name).read_text())
     for target, heading in links:
         path = (ROOT / name).parent / target if target else ROOT / name
         assert path.exists(), target
@@ -256,10 +272,22 @@ def test_each_program_of_the_front_page_runs_by_itself(tmp_path, monkeypatch):
         run_python(FRONT, block, {"__name__": "readme"})
 
 
-def test_the_front_page_is_short_and_links_every_other_page():
+def links_of(name: str) -> set[str]:
+    """The files of the project that a page links, from the root."""
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)", TEXTS[name])
+    return {str((ROOT / name).parent.joinpath(target).resolve().relative_to(ROOT)) for target in targets}
+
+
+def test_the_front_page_is_short_and_links_every_other_page_but_the_references():
     assert TEXTS[FRONT].count("\n") < 250
-    links = set(re.findall(r"\]\((?!https?:)([^)#]+)", TEXTS[FRONT]))
-    assert set(TEXTS) - {FRONT} <= links
+    assert set(TEXTS) - {FRONT, *REFERENCE_PAGES} <= links_of(FRONT)
+    assert REFERENCE in links_of(FRONT)
+
+
+def test_the_index_of_the_reference_links_each_of_its_pages_which_are_short():
+    assert len(REFERENCE_PAGES) > 10
+    assert set(REFERENCE_PAGES) - {REFERENCE} <= links_of(REFERENCE)
+    assert [name for name in REFERENCE_PAGES if TEXTS[name].count("\n") >= 250] == []
 
 
 @pytest.fixture
@@ -440,7 +468,7 @@ def test_the_tables_of_options_list_every_option_with_its_default():
 def test_the_table_of_the_command_names_every_option(verb):
     rows = {
         spans(name)[0].split()[1]: spans(name)[0] + options
-        for name, _, options in table(REFERENCE, "| command | what it does | options |")
+        for name, _, options in table(COMMAND, "| command | what it does | options |")
     }
     assert set(rows) == set(VERBS)
     with contextlib.redirect_stdout(io.StringIO()) as out, pytest.raises(SystemExit):

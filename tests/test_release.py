@@ -191,7 +191,7 @@ def test_the_security_page_promises_every_door_and_names_the_limits():
     assert "## Safety" in (SECURITY.parent / link).read_text()
 
 
-@pytest.mark.parametrize("page", [".github/CONTRIBUTING.md", "lightning_lora/README.md"])
+@pytest.mark.parametrize("page", [".github/CONTRIBUTING.md", "lightning_lora/files/README.md"])
 def test_the_security_page_is_linked(page: str):
     links = re.findall(r"\]\(([^)#]*SECURITY\.md)\)", (ROOT / page).read_text())
     assert [(ROOT / page).parent.joinpath(link).resolve() for link in links] == [SECURITY] * max(1, len(links))

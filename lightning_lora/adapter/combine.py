@@ -101,6 +101,15 @@ def combine(
 
     Raises:
         LoRAError: an argument is not allowed, an adapter cannot be read, or the adapters do not go together.
+
+    Example::
+
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> names = inject(model, LoRAConfig(r=2, init_lora_weights=False))
+        >>> save_adapter(model, "first")
+        >>> save_adapter(model, "second")
+        >>> load_adapter(model, combine(["first", "second"], [0.7, 0.3]))
+        ['0', '2']
     """
     combined = combine_adapters(
         adapters, weights, method=method, rank=rank, density=density, seed=seed, strict_base=strict_base

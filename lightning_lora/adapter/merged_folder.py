@@ -71,6 +71,15 @@ def save_merged(
             given, the folder holds an adapter that
             from_pretrained would load instead, or another rank failed. Nothing is written.
         OSError: on the rank whose writing failed.
+
+    Example::
+
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> names = inject(model, LoRAConfig(r=2))
+        >>> save_merged(model, "merged")
+        >>> from safetensors.torch import load_file
+        >>> sorted(load_file("merged/model.safetensors"))
+        ['0.bias', '0.weight', '2.bias', '2.weight']
     """
     listing = Listing(unwrapped(model, "save_merged"))
     if not listing.layers:

@@ -58,11 +58,6 @@ Module = TypeVar("Module", bound=nn.Module)
 def read_adapter(source: PathLike | Mapping[str, Any] | Adapter) -> Adapter:
     """Read an adapter into memory, with its options, for load_adapter, save_adapter, combine and plot_adapter.
 
-    Example::
-
-        styles = {name: read_adapter(f"adapters/{name}") for name in ("formal", "casual")}
-        load_adapter(model, styles["casual"])  # on a model that has an adapter: in its place
-
     Args:
         source: any form of adapter that load_adapter takes. The adapter shares the memory of tensors in a dictionary.
 
@@ -71,6 +66,16 @@ def read_adapter(source: PathLike | Mapping[str, Any] | Adapter) -> Adapter:
 
     Raises:
         LoRAError: the source is damaged or of no such form, or only a model tells what its tensors are.
+
+    Example::
+
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> names = inject(model, LoRAConfig(r=2))
+        >>> save_adapter(model, "formal")
+        >>> save_adapter(model, "casual")
+        >>> styles = {name: read_adapter(name) for name in ("formal", "casual")}
+        >>> load_adapter(model, styles["casual"])  # in place of the adapter that the model has
+        ['0', '2']
     """
     return read_source(source, verb="read_adapter")
 
@@ -80,17 +85,22 @@ def take_adapter(model: nn.Module) -> Adapter:
 
     Collective where the model is sharded.
 
-    Example::
-
-        before = take_adapter(model)
-        trainer.fit(model, data)
-        load_adapter(model, before)  # the adapter as it was, bit for bit
-
     Returns:
         The adapter, with its options and all else that training can change. It does not change with the model.
 
     Raises:
         LoRAError: the model was not injected, or its factors are not finite.
+
+    Example::
+
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> names = inject(model, LoRAConfig(r=2))
+        >>> before = take_adapter(model)
+        >>> nn.init.ones_(model[0].lora_B)[0, 0].item()  # stands in for training
+        1.0
+        >>> names = load_adapter(model, before)  # the adapter as it was, bit for bit
+        >>> model[0].lora_B.count_nonzero().item()
+        0
     """
     shared = adapter_of_model(LiveState(open_model(model, "take_adapter")), "take_adapter")
     return replace(shared, tensors=_copied(shared.tensors))
@@ -105,16 +115,21 @@ def _copied(values: Mapping[str, Any]) -> dict[str, Any]:
 def save_adapter(model: nn.Module | Adapter, path: PathLike) -> None:
     """Write an adapter as a folder in PEFT's format. Collective where the model is sharded.
 
-    Example::
-
-        save_adapter(model, "adapter")  # PeftModel.from_pretrained(base, "adapter") reads it
-
     Args:
         model: an injected model, or an adapter of read_adapter or take_adapter.
         path: the folder; what else is in it stays.
 
     Raises:
         LoRAError: the model was not injected, or PEFT has no equal of one of its layers.
+
+    Example::
+
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> names = inject(model, LoRAConfig(r=2))
+        >>> save_adapter(model, "adapter")
+        >>> import os
+        >>> sorted(os.listdir("adapter"))
+        ['adapter_config.json', 'adapter_model.safetensors']
     """
     if isinstance(model, Adapter):
         write_folder(adapter_with_options(model, where="save_adapter"), path)
@@ -136,10 +151,6 @@ def load_adapter(
 
     An injected model takes the adapter's ranks and scalings, merged or not; its parameters stay the same objects.
 
-    Example::
-
-        load_adapter(model, "adapter")  # PEFT's folder, a checkpoint, an adapter of read_adapter
-
     Args:
         model: a model with the base that the adapter was trained on.
         source: an adapter of read_adapter or take_adapter, a PEFT folder, a Lightning checkpoint of any kind, a file
@@ -153,6 +164,15 @@ def load_adapter(
 
     Raises:
         LoRAError: the source is damaged or does not fit; the model is as it was.
+
+    Example::
+
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> names = inject(model, LoRAConfig(r=2))
+        >>> save_adapter(model, "adapter")
+        >>> unload(model)
+        >>> load_adapter(model, "adapter")
+        ['0', '2']
     """
     listing = Listing(unwrapped(model, "load_adapter"))
     adapter = read_source(source, order_in(listing.model))
@@ -181,6 +201,20 @@ def load_from_checkpoint(
     Raises:
         LoRAError: the file is damaged, has no adapter, belongs to another base, or its hyperparameters hold objects or
             name code.
+
+    Example::
+
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> class Net(BoringModel):
+        ...     def __init__(self):
+        ...         torch.manual_seed(0)  # stands in for loading pretrained weights
+        ...         super().__init__()
+        >>> trainer = L.Trainer(max_steps=2, callbacks=[LoRACallback(r=1)], barebones=True)
+        >>> trainer.fit(model := Net())
+        >>> trainer.save_checkpoint("adapter.ckpt")
+        >>> loaded = load_from_checkpoint(Net, "adapter.ckpt")
+        >>> torch.equal(loaded.layer.lora_B, model.layer.lora_B)
+        True
     """
     if not isinstance(cls, type) or not hasattr(cls, "load_from_checkpoint"):
         found = cls.__name__ if isinstance(cls, type) else f"a {type(cls).__name__}"

@@ -82,6 +82,12 @@ def initialize_from_data(
     Raises:
         LoRAError: the model was not injected, is merged or was trained already, there are no batches, a layer never
             ran or what it got is not finite, or a weight has no gradient to start from. Nothing is changed.
+
+    Example::
+
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> names = inject(model, LoRAConfig(r=2, init_lora_weights="eva"))
+        >>> initialize_from_data(model, [torch.randn(64, 8) for _ in range(50)])
     """
     handle = open_model(model, "initialize_from_data")
     start_from_batches(handle, batches, forward, mask, tau)
@@ -152,6 +158,14 @@ def redistribute_ranks(
 
     Raises:
         LoRAError: as initialize_from_data, or rho is less than 1.
+
+    Example::
+
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> names = inject(model, LoRAConfig(r=2, init_lora_weights="eva"))
+        >>> config = redistribute_ranks(model, [torch.randn(64, 8) for _ in range(50)])
+        >>> sum(config.rank(name) for name in names)
+        4
     """
     if not rho >= 1:
         raise LoRAError(f"redistribute_ranks: rho must be a number of at least 1, but it is {rho!r}.")

@@ -100,6 +100,14 @@ def inject(
     Raises:
         LoRAError: an entry names nothing, a layer cannot be adapted, or the model was injected with other options or
             another seed. The model is then as it was.
+
+    Example::
+
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> inject(model, LoRAConfig(r=2, target_modules=["0"]))
+        ['0']
+        >>> [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        ['0.lora_A', '0.lora_B']
     """
     if not is_config(config):
         hint = "; LoRAConfig(**options) takes a dictionary" if isinstance(config, Mapping) else ""
@@ -149,6 +157,14 @@ def unload(model: nn.Module) -> None:
 
     Raises:
         LoRAError: the model was not injected.
+
+    Example::
+
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> names = inject(model, LoRAConfig(r=2))
+        >>> unload(model)
+        >>> print(*model.state_dict())
+        0.weight 0.bias 2.weight 2.bias
     """
     handle = open_model(model, "unload")
     adopt_layers(handle)
@@ -174,6 +190,16 @@ def merge_and_unload(model: nn.Module, *, dequantize: torch.dtype | str | None =
     Raises:
         LoRAError: the model was not injected, a layer was replaced since, W' is not finite, or a layer cannot be
             merged because its weight has another owner, or is quantised and `dequantize` is not given.
+
+    Example::
+
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> names = inject(model, LoRAConfig(r=2, init_lora_weights=False))
+        >>> before = model(x := torch.ones(1, 8))
+        >>> torch.allclose(merge_and_unload(model)(x), before, atol=1e-5)
+        True
+        >>> print(*model.state_dict())
+        0.weight 0.bias 2.weight 2.bias
     """
     dtype = dequantize_dtype(dequantize, "merge_and_unload")
     handle = open_model(model, "merge_and_unload")
@@ -213,6 +239,17 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     Trained biases, modules_to_save and persistent buffers have their initial values inside, which no gradient reaches.
     Nothing is written into the trained ones: a backward of an earlier forward goes on, also inside. State dicts and
     what is saved hold the trained values, and what is loaded inside is there outside; unload takes all of it out.
+
+    Example::
+
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> before = model(x := torch.ones(1, 8))
+        >>> names = inject(model, LoRAConfig(r=2, init_lora_weights=False))
+        >>> with disable_adapter(model):
+        ...     torch.equal(model(x), before)
+        True
+        >>> torch.equal(model(x), before)
+        False
     """
     handle = open_model(model, "disable_adapter")
     adopt_layers(handle)

@@ -38,7 +38,18 @@ COPY_BUDGET = 64 * 2**20  # bytes of plain copies of small weights, which are fa
 
 
 def is_merged(model: nn.Module) -> bool:
-    """Return whether merge was called and not undone, also where a tied layer had to stay factored."""
+    """Return whether merge was called and not undone, also where a tied layer had to stay factored.
+
+    Example::
+
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> names = inject(model, LoRAConfig(r=2))
+        >>> is_merged(model)
+        False
+        >>> with merged(model):
+        ...     is_merged(model)
+        True
+    """
     return holds_merged(Listing(unwrapped(model, "is_merged")).layers.values())
 
 
@@ -58,6 +69,14 @@ def merge(model: nn.Module) -> None:
     Raises:
         LoRAError: the model has no adapted layer, or one was replaced since. Every layer is then unmerged.
         NonFiniteError: a layer's W' is not finite, on any rank. Every layer is then unmerged.
+
+    Example::
+
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> names = inject(model, LoRAConfig(r=2))
+        >>> merge(model)
+        >>> is_merged(model)
+        True
     """
     merge_listed(Listing(unwrapped(model, "merge")))
 
@@ -114,6 +133,16 @@ def unmerge(model: nn.Module) -> None:
     Raises:
         LoRAError: the model has no adapted layer, or a weight cannot be restored because something changed it while
             it was merged. The other layers are restored, and nothing is saved from the damaged one.
+
+    Example::
+
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> names = inject(model, LoRAConfig(r=2, init_lora_weights=False))
+        >>> weight = model[0].weight.clone()
+        >>> merge(model)
+        >>> unmerge(model)
+        >>> torch.equal(model[0].weight, weight)
+        True
     """
     unmerge_listed(Listing(unwrapped(model, "unmerge")))
 
@@ -135,6 +164,17 @@ def merged(model: nn.Module) -> Iterator[nn.Module]:
 
     Raises:
         LoRAError: as merge; or another thread is changing the model, which none but this one may do inside.
+
+    Example::
+
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> names = inject(model, LoRAConfig(r=2, init_lora_weights=False))
+        >>> weight = model[0].weight.clone()
+        >>> with merged(model):
+        ...     torch.equal(model[0].weight, weight)
+        False
+        >>> torch.equal(model[0].weight, weight)
+        True
     """
     listing = Listing(unwrapped(model, "merged"))
     with take_turn(listing.layers.values(), "merged") as turn:

@@ -49,6 +49,14 @@ def lora_param_groups(
 
     Raises:
         LoRAError: the model was not injected, or a number is out of its range.
+
+    Example::
+
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> names = inject(model, LoRAConfig(r=2))
+        >>> optimizer = torch.optim.AdamW(lora_param_groups(model, lr=1e-4, lr_ratio=16))
+        >>> {group["name"]: group["lr"] for group in optimizer.param_groups}
+        {'lora_A': 0.0001, 'lora_B': 0.0016}
     """
     lr, lr_ratio, weight_decay, lr_embedding = map(plain_number, (lr, lr_ratio, weight_decay, lr_embedding))
     for name, value in (("lr", lr), ("weight_decay", weight_decay), ("lr_embedding", lr_embedding)):

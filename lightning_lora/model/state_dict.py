@@ -53,6 +53,13 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Any]:
 
     Raises:
         LoRAError: the model was not injected, or a layer was replaced since.
+
+    Example::
+
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> names = inject(model, LoRAConfig(r=2))
+        >>> {name: tuple(value.shape) for name, value in adapter_state_dict(model).items()}
+        {'0.lora_A': (2, 8), '0.lora_B': (8, 2), '2.lora_A': (2, 8), '2.lora_B': (2, 2)}
     """
     live = LiveState(open_model(model, "adapter_state_dict"))
     refuse_replaced_layers(live.handle, "adapter_state_dict")
@@ -70,6 +77,16 @@ def merged_state_dict(model: nn.Module, *, dequantize: torch.dtype | str | None 
     Raises:
         LoRAError: the model was not injected, a layer was replaced since, or a layer's merged weight cannot stand in
             for its adapter, as a quantised one without `dequantize`.
+
+    Example::
+
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> names = inject(model, LoRAConfig(r=2, init_lora_weights=False))
+        >>> plain = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> plain.load_state_dict(merged_state_dict(model))
+        <All keys matched successfully>
+        >>> torch.allclose(plain(x := torch.ones(1, 8)), model(x), atol=1e-5)
+        True
     """
     dtype = dequantize_dtype(dequantize, "merged_state_dict")
     handle = open_model(model, "merged_state_dict")

@@ -51,6 +51,14 @@ def plot_adapter(
 
     Raises:
         LoRAError: matplotlib is missing, there is nothing to draw, or the output cannot be written.
+
+    Example::
+
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> names = inject(model, LoRAConfig(r=2, init_lora_weights=False))
+        >>> figures = plot_adapter(model, output="adapter.png")
+        >>> print(*figures)
+        norms spectra
     """
     require_matplotlib("plot_adapter")
     if output is not None:

@@ -112,6 +112,14 @@ def adapter_stats(model: nn.Module, previous: AdapterStats | None = None) -> Ada
 
     Raises:
         LoRAError: the model was not injected.
+
+    Example::
+
+        >>> model = nn.TransformerEncoderLayer(8, 2, 16)
+        >>> names = inject(model, LoRAConfig(r=2, target_modules=["linear1", "linear2"]))
+        >>> model(torch.ones(4, 3, 8)).sum().backward()
+        >>> {name: group.norm for name, group in adapter_stats(model).groups.items()}  # B is zero before the first step
+        {'linear1': 0.0, 'linear2': 0.0}
     """
     handle = open_model(model, "adapter_stats")
     reshard_(module for _, module in handle.modules)

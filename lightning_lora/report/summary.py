@@ -187,6 +187,14 @@ def summary(model: nn.Module) -> Summary:
 
     Raises:
         LoRAError: the model was not injected.
+
+    Example::
+
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> names = inject(model, LoRAConfig(r=2))
+        >>> report = summary(model)
+        >>> report.trainable, report.total
+        (52, 142)
     """
     handle = open_model(model, "summary")
     record, layers = handle.record, handle.layers

@@ -199,7 +199,7 @@ def reason(error: LoRAError, option: Option) -> str:
 
 # --- the table ---
 
-README = Path(__file__).parents[2] / "lightning_lora" / "README.md"
+PAGE = Path(__file__).parents[2] / "lightning_lora" / "adapter" / "peft.md"
 BEGIN, END = (
     "<!-- peft's options: written by tests/adapter/test_peft_options_table.py -->\n",
     "<!-- end of peft's options -->",
@@ -208,7 +208,7 @@ HEAD = ["| option of peft.LoraConfig | `load_adapter` | `save_adapter` after it 
 
 
 def known_rows() -> dict[str, str]:
-    lines = README.read_text().split(BEGIN)[1].split(END)[0].strip().splitlines()
+    lines = PAGE.read_text().split(BEGIN)[1].split(END)[0].strip().splitlines()
     return {line.split(" | ")[0].strip("| "): line for line in lines[len(HEAD) :]}
 
 
@@ -235,8 +235,8 @@ def test_every_option_fares_as_the_table_says(tmp_path):
             cells = [option.label, *loaded(option, tmp_path / str(i)), taken(option)]
             rows[option.label] = f"| {' | '.join(cells)} |"
     if os.environ.get("WRITE_TABLE"):
-        before, rest = README.read_text().split(BEGIN)
+        before, rest = PAGE.read_text().split(BEGIN)
         lines = [*HEAD, *((known_rows() | rows)[option.label] for option in OPTIONS)]
-        README.write_text(f"{before}{BEGIN}\n" + "\n".join(lines) + f"\n\n{END}{rest.split(END)[1]}")
+        PAGE.write_text(f"{before}{BEGIN}\n" + "\n".join(lines) + f"\n\n{END}{rest.split(END)[1]}")
     known = known_rows()
     assert rows == {label: known[label] for label in rows}

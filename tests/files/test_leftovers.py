@@ -137,7 +137,7 @@ def test_without_locks_the_longer_age_holds(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_the_rule_that_is_written_down_is_the_one_that_holds():
-    reference = (ROOT / "lightning_lora" / "README.md").read_text()
+    reference = (ROOT / "lightning_lora" / "files" / "README.md").read_text()
     assert (UNLOCKED_AGE, UNKNOWN_AGE) == (60 * 60, 7 * 24 * 60 * 60)
     assert "nothing in it has changed for an hour" in " ".join(reference.split())
     assert "for a week where there are no locks" in " ".join(reference.split())

@@ -387,7 +387,7 @@ def test_what_is_taken_ends_soon_on_the_names_that_are_worst(pattern: str):
 
 def test_every_limit_is_in_the_reference_and_in_use():
     package = Path(limits.__file__).parents[1]
-    page = (package / "README.md").read_text()
+    page = (package / "files" / "README.md").read_text()
     code = "\n".join(path.read_text() for path in package.rglob("*.py") if path.name != "limits.py")
     for name, limit in limits.every_limit():
         row = f"| {limit.what} | {limit.most:,} | {limit.why} | `{name}` |"

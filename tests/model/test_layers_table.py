@@ -1,6 +1,6 @@
 """The table of layers and variants: what training, merging, saving and PEFT make of each, from runs.
 
-WRITE_TABLE=1 in the environment writes it into lightning_lora/README.md. Rows of what is not installed stay.
+WRITE_TABLE=1 in the environment writes it into lightning_lora/nn/README.md. Rows of what is not installed stay.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:lora with eva initialization used with low_cpu_mem_usage"),
     pytest.mark.filterwarnings("ignore:Full backward hook is firing when gradients are computed"),
 ]
-README = Path(__file__).parents[2] / "lightning_lora" / "README.md"
+PAGE = Path(__file__).parents[2] / "lightning_lora" / "nn" / "README.md"
 BEGIN, END = "<!-- layers: written by tests/model/test_layers_table.py -->", "<!-- end of layers -->"
 HEAD = (
     "| layer | variant | train | merge | plain merged weights | adapter | to PEFT | from PEFT |",
@@ -541,7 +541,7 @@ def line(row: Row, folder: Path) -> str:
 
 
 def known() -> dict[str, str]:
-    text = README.read_text().split(BEGIN)[1].split(END)[0]
+    text = PAGE.read_text().split(BEGIN)[1].split(END)[0]
     lines = [entry for entry in text.splitlines() if entry.startswith("| ")][1:]
     return {"|".join(entry.split("|")[:3]) + "|": entry for entry in lines}
 
@@ -554,9 +554,9 @@ def test_every_layer_and_variant_fares_as_the_table_says(tmp_path):
         except pytest.skip.Exception:  # a package that is not installed
             skipped.append(row.label)
     if os.environ.get("WRITE_TABLE"):
-        before, rest = README.read_text().split(BEGIN)
+        before, rest = PAGE.read_text().split(BEGIN)
         lines = [*HEAD, *((known() | found)[row.label] for row in ROWS)]
-        README.write_text(f"{before}{BEGIN}\n\n" + "\n".join(lines) + f"\n\n{END}{rest.split(END)[1]}")
+        PAGE.write_text(f"{before}{BEGIN}\n\n" + "\n".join(lines) + f"\n\n{END}{rest.split(END)[1]}")
     wanted = known()
     assert list(wanted) == [row.label for row in ROWS]
     assert found == {label: wanted[label] for label in found}

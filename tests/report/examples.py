@@ -1,4 +1,4 @@
-"""The pictures in lightning_lora/README.md, of small adapters that are trained here; takes about a minute.
+"""The pictures in lightning_lora/report/README.md, of small adapters that are trained here; takes about a minute.
 
 python tests/report/examples.py
 """
