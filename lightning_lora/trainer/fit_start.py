@@ -8,7 +8,6 @@ from ..adapter.take import fingerprint_of
 from ..model.adapted_model import AdaptedModel, adopt_layers, find_model, open_model, refuse_replaced_layers
 from ..model.dequantize import dequantize_dtype
 from ..model.initial_values import snapshot_materialised
-from ..model.injection import refuse_replaced_layers, snapshot_materialised
 from ..model.large_adapters import warn_of_large_adapters
 from ..model.live_state import LiveState
 from ..model.passed_over import warn_of_passed_over
