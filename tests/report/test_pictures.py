@@ -346,12 +346,13 @@ def test_a_base_beside_a_model_is_refused(tmp_path: Path):
 
 
 def test_neither_the_package_nor_its_figures_import_pyplot(tmp_path: Path):
-    program = """
+    program = f"""
 import sys, torch, lightning_lora
 from lightning_lora.command.main import main
 assert "matplotlib" not in sys.modules
 net = torch.nn.Sequential(torch.nn.Linear(4, 4))
 lightning_lora.inject(net, lightning_lora.LoRAConfig(r=2))
+lightning_lora.plot_adapter(net, output="{tmp_path}/out.png")
 assert "matplotlib" in sys.modules and "matplotlib.pyplot" not in sys.modules
 """
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
