@@ -10,6 +10,8 @@ from .model.inject import disable_adapter, inject, merge_and_unload, unload
 from .model.merging import is_merged, merge, merged, unmerge
 from .model.param_groups import lora_param_groups
 from .model.state_dict import adapter_state_dict, merged_state_dict
+from .nn import variants as variants
+from .nn.variant import Variant
 from .report.statistics import adapter_stats
 from .report.summary import summary
 
@@ -28,6 +30,7 @@ __all__ = [  # without LoRACLI, which needs the extra `cli`
     "LoRAConfig",
     "LoRAError",
     "LoRAMonitor",
+    "Variant",
     "adapter_state_dict",
     "adapter_stats",
     "combine",
@@ -52,7 +55,7 @@ __all__ = [  # without LoRACLI, which needs the extra `cli`
     "unload",
     "unmerge",
 ]
-LAZY = {  # what imports lightning, files alone, and (LoRACLI) what the extra `cli` brings
+LAZY = {  # imported at first use: lightning, the rooms of files, and the extra `cli` (LoRACLI) take time
     "LoRACallback": ".callback",
     "LoRACLI": ".cli",
     "LoRAMonitor": ".monitor",

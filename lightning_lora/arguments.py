@@ -1,6 +1,6 @@
-"""A keyword that a function does not have: an error with near misses, where Python has a bare TypeError.
+"""Refuse unknown keywords of public functions with an error that names near misses.
 
-Signatures stay as they are, for editors, type checkers and command lines, which refuse such a keyword by themselves.
+Python's own TypeError names none. Signatures stay as they are: editors, type checkers and command lines read them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import nn
 
 from .errors import LoRAError, UnknownOptionError
 
-SYNONYMS = {  # what options are called elsewhere, where that looks like none of them
+SYNONYMS = {  # names of options in other libraries; spelling alone does not lead from these to ours
     **dict.fromkeys(["rank", "lora_r", "lora_rank", "lora_dim", "dim"], "r"),
     **dict.fromkeys(["scaling", "scale"], "lora_alpha"),
     **dict.fromkeys(["targets", "layers"], "target_modules"),
@@ -27,11 +27,11 @@ Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 
 def names_near_misses(subject: str, elsewhere: Mapping[str, str] | None = None) -> Callable[[Decorated], Decorated]:
-    """Decorate a function, or a class for its __init__, so that an unknown keyword is a LoRAError with near misses.
+    """Decorate a function or a class so that an unknown keyword raises LoRAError with near misses.
 
     Args:
         subject: what the error begins with.
-        elsewhere: what to do with some keywords that it does not have.
+        elsewhere: advice for keywords that mean something in another place, by keyword.
     """
 
     def decorate(decorated: Decorated) -> Decorated:
@@ -60,7 +60,7 @@ def names_near_misses(subject: str, elsewhere: Mapping[str, str] | None = None) 
 def refuse_unknown(
     subject: str, given: Iterable[str], options: Collection[str], elsewhere: Mapping[str, str] | None = None
 ) -> None:
-    """Raise LoRAError, which is a TypeError too, where something given is none of the options."""
+    """Raise LoRAError, which is a TypeError too, where one of the given names is not an option."""
     unknown = [name for name in given if name not in options]
     if unknown:
         hints = [f"{name!r} ({_hint(name, options, elsewhere or {})})" for name in unknown]
@@ -68,7 +68,7 @@ def refuse_unknown(
 
 
 def require_module(model: object, verb: str) -> None:
-    """Raise LoRAError, which begins with the verb, where something else is given than a model."""
+    """Raise LoRAError, which begins with the verb, where `model` is not a torch.nn.Module."""
     if not isinstance(model, nn.Module):
         found = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
         raise LoRAError(f"{verb}: expected a model (torch.nn.Module), found {found}.")

@@ -12,14 +12,14 @@ import torch
 
 from .adapter.lightning_checkpoint import Kind
 from .arguments import names_near_misses
-from .config import LEAVE_OUT, Bias, Init, LoRAConfig, PeftConfig, Task, as_config, is_config
+from .config import LEAVE_OUT, PLAIN, Bias, Init, LoRAConfig, PeftConfig, Task, as_config, is_config
 from .errors import LoRAError
-from .model.injection import refuse_replaced_layers
+from .model.adapted_model import Listing, refuse_replaced_layers
 from .names import ALL_LINEAR
 from .trainer.after_fit import merge_for_good
 from .trainer.by_module import ByModule
 from .trainer.checkpoint_hooks import export_where_launched, save_as_where_unpatched
-from .trainer.fit_start import check_fit, record_fit, start_training
+from .trainer.fit_start import check_fit, open_for_fit, record_fit, start_training
 from .trainer.fit_state import FitState
 from .trainer.late_layers import adapt_late_layers, stop_adapting
 from .trainer.lightning_packages import become_callback, first_package
@@ -119,6 +119,9 @@ class LoRACallback(Callback):
         use_rslora: scale by s = lora_alpha / sqrt(r) (rsLoRA, arXiv:2312.03732).
         use_dora: DoRA (arXiv:2402.09353): scale each output's weights W + s * B @ A to a trained magnitude. For linear
             layers, transformers' Conv1D, convolutions and nn.Embedding.
+        variant: what an adapter stores and what it adds to the weight: "lora", "dora" (the same as use_dora), "vera"
+            (arXiv:2310.11454), "loha" (arXiv:2108.06098), or the name of a variant of your own whose file was imported.
+        variant_options: options that this variant alone has, by name, such as {"d_initial": 0.1} of "vera".
         init_lora_weights: how A and B start. True: A is random (Kaiming uniform) and B zero, so training starts from
             the base; an embedding's A is zero and its B normal. "gaussian": A is normal with deviation 1 / r, and B
             zero. "orthogonal": neither is zero, but B @ A is; r must be even. False: both are random, which changes the
@@ -176,6 +179,8 @@ class LoRACallback(Callback):
         bias: Bias = "none",
         use_rslora: bool = False,
         use_dora: bool = False,
+        variant: str = PLAIN,
+        variant_options: Mapping[str, Any] | None = None,
         init_lora_weights: bool | Init | str = True,
         enable_lora: Mapping[str, Sequence[bool]] | None = None,
         autocast_adapter_dtype: bool = True,
@@ -207,16 +212,18 @@ class LoRACallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Adapt layers before the optimizer is built and the strategy wraps; patch the methods that build others."""
         prepare_strategy(trainer.strategy)
-        if set_up(trainer, pl_module, self, stage):
-            adapt_late_layers(pl_module)
+        handle = set_up(trainer, pl_module, self, stage)
+        if handle is not None:
+            adapt_late_layers(handle)
         self._state(pl_module).evaluation.verified = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that the adapter can be trained, record the base's fingerprint, show what is trained, log options."""
         state = self._state(pl_module)
         state.begin_fit()
-        check_fit(trainer, pl_module, self)
-        record_fit(trainer, pl_module, self, state.logged)
+        handle = open_for_fit(pl_module)
+        check_fit(trainer, handle, self)
+        record_fit(trainer, handle, self, state.logged)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start from data where the options say so; explain Lightning's warning of modules in eval mode."""
@@ -226,7 +233,7 @@ class LoRACallback(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget which layers are in eval mode; the first batch lists them anew, when every mode is training's."""
         self._state(pl_module).forget_lists()
-        refuse_replaced_layers(pl_module, "LoRACallback")
+        refuse_replaced_layers(Listing(pl_module), "LoRACallback")
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that the strategy's setup, or a hook, has not replaced adapted layers; let the bar say "merged"."""

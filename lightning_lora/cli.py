@@ -24,7 +24,7 @@ else:
 
 
 class _EitherPackage(type):
-    """Builds a LoRACLI upon the LightningCLI of the package from which the classes come that it is called with."""
+    """Choose the LightningCLI under a LoRACLI: that of the package from which the given classes come."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         package = _package_among([*args, *kwargs.values()])
@@ -35,21 +35,22 @@ class _EitherPackage(type):
 
     @property
     def __signature__(cls) -> Signature:
-        """Show the arguments of __init__, which those of __call__ would hide."""
+        """Return the signature of __init__: that of __call__ would hide it."""
         _, *others = signature(cls.__init__).parameters.values()  # type: ignore[misc]
         return Signature(others)
 
     def mro(cls) -> list[type]:
-        """Put the LightningCLI that is named beside LoRACLI before the one that LoRACLI is derived from."""
+        """Put the LightningCLI that a subclass names before the one that LoRACLI itself is derived from."""
         return sorted(super().mro(), key=lambda base: base in (LightningCLI, object))
 
 
 class LoRACLI(LightningCLI, metaclass=_EitherPackage):
     """A LightningCLI with LoRACallback's options under `lora:` in the config file and `--lora.` on the command line.
 
-    It is the LightningCLI of that package, `lightning.pytorch` or `pytorch_lightning`, from which the given model, data
-    or Trainer class comes. Where the config file names them all, say it: `class CLI(LoRACLI, pytorch_lightning.cli.
-    LightningCLI)`. Needs the extra `cli` (jsonargparse).
+    Lightning has two packages, `lightning.pytorch` and `pytorch_lightning`. LoRACLI is the LightningCLI of the package
+    that the given model, data or Trainer class comes from. Where only the config file names classes, name the package
+    by a class of your own: `class CLI(LoRACLI, pytorch_lightning.cli.LightningCLI)`. Needs the extra `cli`
+    (jsonargparse).
 
     Example::
 
@@ -60,11 +61,11 @@ class LoRACLI(LightningCLI, metaclass=_EitherPackage):
     """
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the `lora` block; a subclass that overrides this calls super()."""
+        """Add the `lora` block. A subclass that overrides this method calls super()."""
         parser.add_lightning_class_args(LoRACallback, "lora")
 
     def _parse_ckpt_path(self) -> None:
-        """Refuse code that hyper-parameters of the checkpoint at ckpt_path name; Lightning's own parser calls it."""
+        """Refuse a checkpoint at ckpt_path whose hyper-parameters name code: Lightning's parser would call it."""
         options = self.config[self.config.subcommand] if self.config.get("subcommand") else {}
         path = options.get("ckpt_path")
         if path and Path(path).is_file() and options.get("weights_only") is not False:
@@ -75,7 +76,7 @@ class LoRACLI(LightningCLI, metaclass=_EitherPackage):
 
 
 def _refuse_code(path: str, saved: Mapping[str, Any], config: Any, model_class: Any) -> None:
-    """Raise LoRAError where hyper-parameters name a class or function that the config does not name at that place."""
+    """Raise LoRAError where hyper-parameters name a class or function, and the config does not name the same."""
     saved = {INSTANTIATOR: None, **saved}
     own = config.as_dict() if config is not None else {}
     named, own_class = class_named_by(saved), own.get("class_path")
@@ -97,12 +98,12 @@ def _refuse_code(path: str, saved: Mapping[str, Any], config: Any, model_class: 
 def _equal(value: Any, own: Any) -> bool:
     try:
         return type(value) is type(own) and bool(value == own)
-    except (TypeError, ValueError, RuntimeError):  # of tensors among them
+    except (TypeError, ValueError, RuntimeError):  # tensors and arrays have no single truth value
         return False
 
 
 def _package_among(given: Iterable[Any]) -> str | None:
-    """Name the package of Lightning of the first class of it, or of a function that is said to return one."""
+    """Return the package of the first class that comes from Lightning. A function counts by its return annotation."""
     types = (get_type_hints(value).get("return") if isroutine(value) else value for value in given)
     packages = (package_of(cls) for cls in types if isinstance(cls, type))
     return next((package for package in packages if package), None)

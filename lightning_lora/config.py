@@ -14,11 +14,19 @@ from typing import Any, Literal, NoReturn, Protocol, cast, get_args
 
 from .arguments import names_near_misses, refuse_unknown
 from .errors import LoRAError, shown
-from .names import ALL_LINEAR, MAGNITUDE, layer_number, layer_pattern, pattern_matches, suffix_pattern
+from .names import (
+    ALL_LINEAR,
+    KNOWN_VARIANTS,
+    layer_number,
+    layer_pattern,
+    listed,
+    near_misses,
+    pattern_matches,
+    suffix_pattern,
+)
 
-# Options that ask for a variant of LoRA, each with the names of a layer's parameters beside A and B; nn/layer_kinds.py
-# has the classes.
-VARIANTS: dict[str, tuple[str, ...]] = {"use_dora": (MAGNITUDE,)}
+VARIANTS = ("use_dora",)  # options that ask for a variant, as `variant` does
+PLAIN, BY_OPTION = "lora", "dora"  # values of `variant`: the default, and that which use_dora means too
 Bias = Literal["none", "all", "lora_only"]
 Init = Literal["gaussian", "orthogonal", "pissa", "olora", "eva", "lora_ga"]
 # Values of init_lora_weights that let A and B start from the weight: nn/starts.py computes them.
@@ -29,9 +37,9 @@ OF_PEFT_ALONE = (
     *("peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision"),
     *("inference_mode", "fan_in_fan_out", "runtime_config"),
 )
-SAYING_NOTHING = (  # options of a peft.LoraConfig that say nothing of the adapter
+IGNORED_PEFT_FIELDS = (  # options of a peft.LoraConfig that say nothing of the adapter
     *OF_PEFT_ALONE,
-    # details of other options, which are refused if they are in use
+    # These only say how another option works, and that option is refused where it is used.
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_core", "qalora_group_size"),
 )
 Task = Literal["SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"]
@@ -44,11 +52,13 @@ TASK_HEADS: dict[str, tuple[str, ...]] = {
 
 LISTS = {"modules_to_save": "a list of module names", "target_parameters": "a list of parameter names"}
 
-LATER = {  # options that 0.1.0 did not have, with their defaults
+LEFT_OUT_AT_DEFAULT = {  # by option, the default with which files leave it out
     **dict.fromkeys(("target_parameters", "layers_to_transform", "layers_pattern", "task_type")),
     "trainable_token_indices": None,
     "ensure_weight_tying": True,
     "use_dora": False,
+    "variant": PLAIN,
+    "variant_options": None,
 }
 
 
@@ -105,6 +115,9 @@ class LoRAConfig:
         use_rslora: scale by s = lora_alpha / sqrt(r) (rsLoRA, arXiv:2312.03732).
         use_dora: DoRA (arXiv:2402.09353): scale each output's weights W + s * B @ A to a trained magnitude. For linear
             layers, transformers' Conv1D, convolutions and nn.Embedding.
+        variant: what an adapter stores and what it adds to the weight: "lora", "dora" (the same as use_dora), "vera"
+            (arXiv:2310.11454), "loha" (arXiv:2108.06098), or the name of a variant of your own whose file was imported.
+        variant_options: options that this variant alone has, by name, such as {"d_initial": 0.1} of "vera".
         init_lora_weights: how A and B start. True: A is random (Kaiming uniform) and B zero, so training starts from
             the base; an embedding's A is zero and its B normal. "gaussian": A is normal with deviation 1 / r, and B
             zero. "orthogonal": neither is zero, but B @ A is; r must be even. False: both are random, which changes the
@@ -145,6 +158,8 @@ class LoRAConfig:
     bias: Bias = "none"
     use_rslora: bool = False
     use_dora: bool = False
+    variant: str = PLAIN
+    variant_options: Mapping[str, Any] | None = None
     init_lora_weights: bool | Init | str = True
     enable_lora: Mapping[str, Sequence[bool]] | None = None
     autocast_adapter_dtype: bool = True
@@ -174,10 +189,8 @@ class LoRAConfig:
         for option in ("ensure_weight_tying", "use_rslora", *VARIANTS, "autocast_adapter_dtype"):
             if not isinstance(getattr(self, option), bool):
                 _refuse(option, "true or false", getattr(self, option))
-        for option in ("enable_lora", "target_parameters") if self.variant() else ():
-            if getattr(self, option):
-                _refuse(option, f"left out with {self.variant()}, which adapts whole layers", getattr(self, option))
         self._check_init()
+        self._check_variant()
         _check_names("enable_lora", tuple(self.enable_lora or ()))
         for name, parts in (self.enable_lora or {}).items():
             if not isinstance(parts, tuple) or not all(isinstance(part, bool) for part in parts) or not any(parts):
@@ -189,21 +202,23 @@ class LoRAConfig:
 
     def rank(self, name: str) -> int:
         """Return r of the layer `name`."""
-        return next((r for key, r in (self.rank_pattern or {}).items() if pattern_matches(key, name)), self.r)
+        if not self.rank_pattern:
+            return self.r
+        return next((r for key, r in self.rank_pattern.items() if pattern_matches(key, name)), self.r)
 
     def alpha(self, name: str) -> float:
         """Return lora_alpha of the layer `name`."""
-        alphas = (self.alpha_pattern or {}).items()
+        if not self.alpha_pattern:
+            return self.lora_alpha
+        alphas = self.alpha_pattern.items()
         return next((alpha for key, alpha in alphas if pattern_matches(key, name)), self.lora_alpha)
 
     def scaling(self, name: str) -> float:
-        """Return s of the layer `name`."""
+        """Return s of the layer `name`: 1 for a variant that has no lora_alpha."""
+        if not KNOWN_VARIANTS[self.variant].scaled:
+            return 1.0
         rank = self.rank(name)
         return self.alpha(name) / (math.sqrt(rank) if self.use_rslora else rank)
-
-    def variant(self) -> str:
-        """Return the option that asks for a variant of LoRA, or ""."""
-        return next((option for option in VARIANTS if getattr(self, option)), "")
 
     def enabled_parts(self, name: str) -> tuple[bool, ...] | None:
         """Return which parts of the fused projection `name` are adapted, or None for all of it as one."""
@@ -231,10 +246,12 @@ class LoRAConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the options as plain types, for checkpoints and JSON.
 
-        Options that 0.1.0 did not have are left out at their defaults, so that 0.1.0 reads the files that it can apply.
+        Options that few adapters use are left out at their defaults.
         """
-        options = {name: _plain(value) for name, value in asdict(self).items()}
-        return {name: value for name, value in options.items() if name not in LATER or value != LATER[name]}
+        options, left_out = {name: _plain(value) for name, value in asdict(self).items()}, LEFT_OUT_AT_DEFAULT
+        if self.use_dora:
+            del options["variant"]
+        return {name: value for name, value in options.items() if name not in left_out or value != left_out[name]}
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> LoRAConfig:
@@ -250,10 +267,10 @@ class LoRAConfig:
 
     @classmethod
     def from_peft(cls, config: Any) -> LoRAConfig:
-        """Build the config with the same meaning as a peft.LoraConfig.
+        """Build the config that means what a peft.LoraConfig means, or PEFT's config of another known variant.
 
         Args:
-            config: the peft.LoraConfig, of any version of peft. Options that say nothing of the adapter are ignored.
+            config: PEFT's, of any version. Options that say nothing of the adapter are ignored.
 
         Raises:
             LoRAError: `config` is no peft.LoraConfig, or an option that LoRAConfig does not have differs from its
@@ -265,13 +282,20 @@ class LoRAConfig:
             >>> LoRAConfig.from_peft(peft.LoraConfig(r=4, target_modules=["q_proj"]))
             LoRAConfig(r=4, target_modules=('q_proj',), ensure_weight_tying=False)
         """
-        if getattr(config, "peft_type", None) != "LORA" or not is_dataclass(config):
+        peft_type = getattr(config, "peft_type", None)
+        variant = next((each for each in KNOWN_VARIANTS.values() if peft_type and each.peft_type == peft_type), None)
+        if variant is None or not is_dataclass(config):
             raise LoRAError(f"LoRAConfig.from_peft: expected a peft.LoraConfig, found a {type(config).__name__}.")
-        options = {field.name: getattr(config, field.name) for field in fields(config)}
+        try:
+            options = variant.options_from_peft({field.name: getattr(config, field.name) for field in fields(config)})
+        except LoRAError as error:
+            raise LoRAError(f"LoRAConfig.from_peft: {error}") from None
+        own = {name: options[name] for name in variant.own_options}
         shared = [field.name for field in fields(cls) if field.name in options]
         for field in fields(config):
             default = field.default if field.default_factory is MISSING else field.default_factory()
-            if field.name not in {*shared, *SAYING_NOTHING} and options[field.name] != default:
+            understood = {*shared, *own, *IGNORED_PEFT_FIELDS}
+            if field.name in options and field.name not in understood and options[field.name] != default:
                 raise LoRAError(
                     f"LoRAConfig.from_peft: {field.name}={options[field.name]!r} cannot be expressed; the options are "
                     f"{', '.join(shared)}."
@@ -281,11 +305,14 @@ class LoRAConfig:
                 "LoRAConfig.from_peft: target_modules=None lets peft choose by the model's type; name the layers, or "
                 "say 'all-linear'."
             )
-        return cls(**{name: options[name] for name in shared})
+        asked = {"variant": variant.name, "variant_options": own} if variant.name != PLAIN else {}
+        return cls(**{name: options[name] for name in shared}, **asked)
 
     def differing(self, config: LoRAConfig) -> list[str]:
         """Return the names of the options in which the configs differ; the order of a list of names does not count."""
         names = [field.name for field in fields(self)]
+        if {self.variant, config.variant} <= {PLAIN, BY_OPTION}:
+            names.remove("variant")  # use_dora says it
         return [name for name in names if _unordered(getattr(self, name)) != _unordered(getattr(config, name))]
 
     def differences(self, now: LoRAConfig) -> list[str]:
@@ -312,9 +339,12 @@ class LoRAConfig:
             object.__setattr__(self, "trainable_token_indices", rows or None)
         elif indices is not None:
             object.__setattr__(self, "trainable_token_indices", _ascending(indices) or None)
+        if self.variant == BY_OPTION or (self.use_dora is True and self.variant == PLAIN):
+            object.__setattr__(self, "variant", BY_OPTION)
+            object.__setattr__(self, "use_dora", True)
         if isinstance(self.task_type, Enum):  # peft.TaskType
             object.__setattr__(self, "task_type", self.task_type.value)
-        for option in ("rank_pattern", "alpha_pattern", "enable_lora"):
+        for option in ("rank_pattern", "alpha_pattern", "enable_lora", "variant_options"):
             value = getattr(self, option)
             if value is None:
                 continue
@@ -351,14 +381,42 @@ class LoRAConfig:
         if numbers is not None and isinstance(self.target_modules, str):
             _refuse("target_modules", "a list of names beside layers_to_transform, as in PEFT", self.target_modules)
 
+    def _check_variant(self) -> None:
+        if not isinstance(self.variant, str) or self.variant not in KNOWN_VARIANTS:
+            known = listed(sorted(map(repr, KNOWN_VARIANTS)), len(KNOWN_VARIANTS))
+            hint = near_misses(self.variant, KNOWN_VARIANTS) if isinstance(self.variant, str) else ""
+            hint = hint if "did you mean" in hint else ""
+            expected = f"one of {known} (import the file that defines another one first{hint})"
+            _refuse("variant", expected, self.variant)
+        if self.use_dora and self.variant != BY_OPTION:
+            _refuse("use_dora", f"left out with variant={self.variant!r}", self.use_dora)
+        self._check_variant_options(KNOWN_VARIANTS[self.variant].own_options)
+        conflict = KNOWN_VARIANTS[self.variant].conflict(self)
+        if conflict is not None:
+            option, expected = conflict
+            _refuse(option, expected, getattr(self, option))
+
+    def _check_variant_options(self, defaults: Mapping[str, Any]) -> None:
+        """Refuse what the variant has not, and values of another type than its defaults. In place: defaults go."""
+        given = self.variant_options or {}
+        refuse_unknown("LoRAConfig: variant_options", map(str, given), list(defaults))
+        for name, value in given.items():
+            if not _is_like(value, defaults[name]):
+                kind = "a finite number" if isinstance(defaults[name], float) else type(defaults[name]).__name__
+                _refuse(f"variant_options[{name!r}]", kind, value)
+        changed = {name: value for name, value in given.items() if value != defaults[name]}
+        object.__setattr__(self, "variant_options", changed or None)
+
+    def all_variant_options(self) -> dict[str, Any]:
+        """Return the options that the variant alone has, those at their defaults too."""
+        return {**KNOWN_VARIANTS[self.variant].own_options, **(self.variant_options or {})}
+
     def _check_init(self) -> None:
         init = self.init_lora_weights
         if not isinstance(init, bool) and init not in get_args(Init) and not is_start(init):
             weight = "'pissa', 'pissa_niter_4' (or another number), 'olora'"
             expected = f"true, false, 'gaussian', 'orthogonal', {weight}, 'eva' or 'lora_ga'"
             _refuse("init_lora_weights", expected, init)
-        if self.variant() and self.has_start:
-            _refuse("init_lora_weights", f"one that does not start from the weight, with {self.variant()}", init)
         for rank in (self.r, *(self.rank_pattern or {}).values()) if init == "orthogonal" else ():
             if rank % 2:
                 _refuse("r", "an even rank for init_lora_weights='orthogonal'", rank)
@@ -415,6 +473,11 @@ def is_number(value: object) -> bool:
     """Return whether a value is a finite int or float."""
     # Unlike math.isfinite, the comparison also takes a whole number beyond the range of floats.
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def _is_like(value: object, default: object) -> bool:
+    """Return whether a value has the type of a default; for a float any finite number will do."""
+    return is_number(value) if isinstance(default, float) else type(value) is type(default)
 
 
 def _is_index(value: object) -> bool:

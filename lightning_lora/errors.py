@@ -1,6 +1,7 @@
-"""The one error type of the package, its kinds, and what makes names out of any file fit for a message.
+"""The package's errors, and texts of any origin made fit for a message.
 
-Control characters are shown as escapes, and long names are cut.
+Names come from files that anybody may have written. In messages control characters are shown as escapes, and long names
+are cut in the middle.
 """
 
 from __future__ import annotations
@@ -9,18 +10,19 @@ import re
 import reprlib
 
 MOST = 200  # characters of a name or a value in a message
-TAIL = 60  # of these, how many are its last ones, which tell names of one model apart
+TAIL = 60  # how many of them are the last ones of a long name: names in one model differ at their ends
 PUNCTUATION = ".,;:)]"
 QUOTED = re.compile(
     r"""(?<![\w\\])(?:'[^'\\\n]*(?:\\.[^'\\\n]*)*'|"[^"\\\n]*(?:\\.[^"\\\n]*)*")"""
 )  # as repr writes names
-UNBROKEN = re.compile(rf"""[^\s/'"]{{{MOST + 1},}}""")  # other names, and parts of paths
+UNBROKEN = re.compile(rf"""[^\s/'"]{{{MOST + 1},}}""")  # long words: names without quotes, parts of paths
 
 
 class LoRAError(ValueError):
-    """Says where it went wrong, what was expected, what was found and what to do about it.
+    """Any error that this package raises on purpose.
 
-    Names in it may come from any file: control characters are shown, and no name is quoted at full length.
+    The message says where the trouble is, what was expected, what was found and what to do. Names in it may come from
+    any file: control characters are shown, and no name is quoted at full length.
 
     Example::
 
@@ -36,13 +38,13 @@ class LoRAError(ValueError):
 
 
 def sentence(text: object) -> str:
-    """Return a text, as what another program said, with a full stop where it has no end."""
+    """Return a text, such as another program's message, with a full stop where it has no end."""
     said = str(text)
     return said if said.endswith((".", "?", "!")) else f"{said}."
 
 
 def shown(value: object, most: int = MOST) -> str:
-    """Return a value for a message as repr does, but short and at once, however long or nested it is."""
+    """Return a value for a message: its repr, cut to `most` characters. Takes no time for huge or nested values."""
     if isinstance(value, int):
         return _shown_number(value)
     short = reprlib.Repr()
@@ -60,15 +62,15 @@ class NonFiniteError(LoRAError):
 
 
 class UnknownOptionError(LoRAError, TypeError):
-    """A keyword is given that there is not; a TypeError too, as Python's own is."""
+    """An unknown keyword was given. This is a TypeError too, as Python's own error for that is."""
 
 
 def printable(text: str, kept: str = "") -> str:
-    """Return a text with escapes, as repr writes them, for control characters, lone surrogates and the like.
+    """Replace control characters, lone surrogates and the like by escapes, as repr writes them.
 
     Args:
         text: of any origin.
-        kept: characters that stay as they are all the same.
+        kept: control characters that stay as they are.
     """
     if text.isprintable():
         return text
@@ -76,14 +78,14 @@ def printable(text: str, kept: str = "") -> str:
 
 
 def shortened(name: str, quote: str = "") -> str:
-    """Return a name in quotes: whole, or the begin and the end of a long one and how long it is."""
+    """Return a name in `quote`. Of a long name return its begin, its end and its length."""
     if len(name) <= MOST:
         return f"{quote}{name}{quote}"
     return f"{quote}{name[: MOST - TAIL - 3]}...{name[-TAIL:]}{quote} ({len(name):,} characters)"
 
 
 def readable(message: str) -> str:
-    """Return a message with control characters shown, but line breaks, and no more than MOST characters of any name."""
+    """Return a message with control characters shown and long names cut. Line breaks stay."""
     return UNBROKEN.sub(_shortened_word, QUOTED.sub(_shortened_quoted, printable(message, kept="\n")))
 
 
@@ -94,7 +96,7 @@ def one_line(message: str) -> str:
 
 def _shown_number(value: int) -> str:
     try:
-        return repr(value)  # whole, for it is no name
+        return repr(value)  # uncut: digits in the middle of a number count
     except ValueError:
         return "a number with more digits than Python writes"
 
@@ -107,4 +109,4 @@ def _shortened_quoted(found: re.Match[str]) -> str:
 def _shortened_word(found: re.Match[str]) -> str:
     word = found[0].rstrip(PUNCTUATION) or found[0]
     rest = found[0][len(word) :][:3]
-    return found[0] if word.isdecimal() else shortened(word) + rest  # a number is no name
+    return found[0] if word.isdecimal() else shortened(word) + rest  # numbers stay whole

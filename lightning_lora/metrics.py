@@ -1,4 +1,4 @@
-"""What merging costs, as torchmetrics."""
+"""Metrics of merging and training, as torchmetrics, so that they are right over all ranks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torchmetrics import Metric
 
 
 class _RatioOfNorms(Metric):
-    """The norm of everything added as an error over the norm of everything added as a reference."""
+    """Norm of all errors that were added, divided by the norm of all references that were added."""
 
     is_differentiable = False
     higher_is_better = False
@@ -24,7 +24,7 @@ class _RatioOfNorms(Metric):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def _add(self, error: torch.Tensor, reference: torch.Tensor) -> None:
-        # Not in place: what is added may come from inference mode.
+        # Not in place: tensors of inference mode may not be changed outside of it.
         self.error = self.error + torch.linalg.vector_norm(error.double()).square().to(self.error.device)
         self.reference = self.reference + torch.linalg.vector_norm(reference.double()).square().to(self.error.device)
 
@@ -33,9 +33,9 @@ class _RatioOfNorms(Metric):
 
 
 class MergeFidelity(_RatioOfNorms):
-    """Share of the adapter that rounding W' to the layer's dtype loses: |round(W + d) - (W + d)| / |d|.
+    """Share of the adapter that is lost when W' is rounded to the layer's dtype: |round(W + d) - (W + d)| / |d|.
 
-    0 means that merged and unmerged layers agree; in bfloat16 an adapter of 1 % of W's norm loses about 0.17.
+    0 means that merged and unmerged layers agree. In bfloat16 an adapter of 1 % of W's norm loses about 0.17.
     """
 
     def update(self, rounded: torch.Tensor, exact: torch.Tensor, delta: torch.Tensor) -> None:
@@ -48,7 +48,7 @@ class MergeFidelity(_RatioOfNorms):
 
 
 class MergeError(_RatioOfNorms):
-    """How far merged outputs are from factored ones: the largest difference, and the relative one in norm."""
+    """Difference of merged and factored outputs: the largest one, and the relative one in norm."""
 
     largest: torch.Tensor
 
@@ -57,18 +57,18 @@ class MergeError(_RatioOfNorms):
         self.add_state("largest", torch.zeros((), dtype=torch.float64), dist_reduce_fx="max")
 
     def update(self, merged: torch.Tensor, factored: torch.Tensor) -> None:
-        """Add the outputs of one layer, of one shape."""
+        """Add the outputs of one layer, two tensors of the same shape."""
         difference = merged.double() - factored.double()
         self.largest = torch.maximum(self.largest, difference.abs().max().to(self.largest.device))
         self._add(difference, factored)
 
     def compute(self) -> dict[str, torch.Tensor]:
-        """Return scalars "max", in the outputs' unit, and "relative", the norm of the difference over the outputs'."""
+        """Return two scalars: "max", in the unit of the outputs, and "relative", a ratio of norms."""
         return {"max": self.largest, "relative": self._ratio()}
 
 
 class StepStatistic(Metric):
-    """A number that every rank knows at a step: called with it, returns it; computes the mean of all since a reset."""
+    """A number that every rank has at a step. Its call returns the number, `compute` the mean since the last reset."""
 
     is_differentiable = False
     higher_is_better = None
@@ -86,12 +86,12 @@ class StepStatistic(Metric):
         self.total, self.count = self.total + value, self.count + 1
 
     def compute(self) -> torch.Tensor:
-        """Return a scalar; ranks that added the same do not change it."""
+        """Return the mean, a scalar. Ranks that all added the same numbers do not change it."""
         return self.total / self.count
 
 
 class LayerUse(Metric):
-    """In how many processes each layer ran, and in how many its adapter changed the output."""
+    """For each layer, the number of processes in which it ran, and in which its adapter changed the output."""
 
     is_differentiable = False
     higher_is_better = None
@@ -103,9 +103,14 @@ class LayerUse(Metric):
         self.add_state("counts", torch.zeros(2, layers, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, ran: Sequence[bool], acted: Sequence[bool]) -> None:
-        """Add a process, with one value for each layer of whether it ran and whether its adapter acted."""
+        """Add one process.
+
+        Args:
+            ran: for each layer, whether it ran.
+            acted: for each layer, whether its adapter changed the output.
+        """
         self.counts = self.counts + torch.tensor([ran, acted], dtype=torch.int64, device=self.counts.device)
 
     def compute(self) -> torch.Tensor:
-        """Return int64 (2, layers): in how many processes each layer ran, and in how many it acted."""
+        """Return int64 (2, layers): the numbers of processes in which each layer ran, and in which it acted."""
         return self.counts

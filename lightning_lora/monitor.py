@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from .arguments import names_near_misses
 from .errors import LoRAError
-from .model.injection import find_injection
+from .model.adapted_model import find_model
 from .trainer.by_module import ByModule
 from .trainer.lightning_packages import become_callback, first_package
 from .trainer.log_plots import log_plots, will_draw
@@ -70,12 +70,13 @@ class LoRAMonitor(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to measure; say what will not be logged or drawn."""
-        if find_injection(pl_module) is None:
+        handle = find_model(pl_module)
+        if handle is None:
             raise LoRAError(
                 f"LoRAMonitor: {type(pl_module).__name__} has no adapter. Put a LoRACallback into the Trainer's "
                 "callbacks too, or call inject(model, LoRAConfig(...)) before fit."
             )
-        self._statistics.begin(trainer, pl_module)
+        self._statistics.begin(trainer, pl_module, handle.record)
         self._draws[pl_module] = self.plots and will_draw(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:

@@ -7,19 +7,16 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 # Parameters of an adapted layer; those of a single parameter `w` are lora_A_w and lora_B_w, beside it in its module.
 A, B = "lora_A", "lora_B"
-MAGNITUDE = "lora_magnitude"  # beside A and B of a layer whose outputs have magnitudes: these
-START_A, START_B = "lora_start_A", "lora_start_B"  # what A and B began as, where their product is subtracted again
-FACTORS = (A, B, START_A, START_B)
-ROWS = "lora_rows"  # of a table of which some rows are trained: these
 ATTRIBUTE = "lora_injection"  # of the injected module: the record of its injection
+KEPT = "lora_kept"  # of any module of an injected model: what the record keeps of it
 META, ENTRY = "lora", "lora_learned"  # keys of an adapter's metadata in a checkpoint, of the record in a state dict
 ALL_LINEAR = "all-linear"
 COMPILED, CHECKPOINTED = WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # torch.compile, checkpoint_wrapper
-USUAL_NAMES = {  # of layers in transformers: a list may name them for many models, of which each has some
+USUAL_NAMES = {  # names of layers in transformers: one list may serve many models, each of which has some of them
     *("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "gate_proj", "up_proj", "down_proj", "qkv_proj"),
     *("gate_up_proj", "query", "key", "value", "qkv", "query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
     *("proj", "fc1", "fc2", "fc_in", "fc_out", "c_attn", "c_fc", "c_proj", "w1", "w2", "w3"),
@@ -27,22 +24,36 @@ USUAL_NAMES = {  # of layers in transformers: a list may name them for many mode
 
 LIGHTNING = ("lightning", "lightning_fabric", "pytorch_lightning")  # packages
 
+PREFIX = "lora_"  # of the leaf names of an adapter's tensors
+_ROLES: dict[str, str] = {}  # by registered leaf name; each variant adds its own when its file is imported
+_LONGEST_FIRST: list[str] = []  # the registered leaf names
+
+# By what LoRAConfig(variant=...) says: objects of nn/variant.py's class. Each adds itself when its file is imported.
+KNOWN_VARIANTS: dict[str, Any] = {}
+
 Value = TypeVar("Value")
 
 
 def canonical(name: str) -> str:
-    """Return a module or state name without the segments that wrappers put in."""
+    """Return a module or state name without the segments that wrappers add."""
+    if COMPILED not in name and CHECKPOINTED not in name:
+        return name
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def suffix_pattern(pattern: str) -> str:
-    """Return the expression for whole names that a key of rank_pattern or alpha_pattern is a part of: PEFT's rule."""
+    """Return the expression for whole names that PEFT builds from a key of rank_pattern or alpha_pattern."""
     return rf"(.*\.)?({pattern})$"
 
 
 def pattern_matches(pattern: str, name: str) -> bool:
-    """Return whether a key of rank_pattern or alpha_pattern means a module, by a dotted suffix of its name."""
+    """Return whether a key of rank_pattern or alpha_pattern means a module: it matches a dotted suffix of the name."""
     return _compiled_suffix(pattern).match(name) is not None
+
+
+def exact_key(name: str) -> str:
+    """Return the key of rank_pattern or alpha_pattern that means the layer of this name and no other."""
+    return f"^{re.escape(name)}"
 
 
 @lru_cache(maxsize=8192)  # Python's own cache is smaller than some models have patterns
@@ -51,15 +62,15 @@ def _compiled_suffix(pattern: str) -> re.Pattern[str]:
 
 
 def layer_pattern(pattern: str) -> str:
-    """Return the expression for what names begin with that an entry of layers_pattern is a part of: PEFT's rule."""
+    """Return the expression for the beginning of a name that PEFT builds from an entry of layers_pattern."""
     return rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\."
 
 
 def layer_number(name: str, patterns: Iterable[str] | None) -> int | None:
-    """Return the number of the layer that a module is in, or None: PEFT's rule.
+    """Return the number of the layer (block) that a module is in, by PEFT's rule, or None.
 
-    It is what follows the first of the patterns that fits; without patterns, the first number in the name that two
-    segments or more come before.
+    The number follows the first pattern that fits. Without patterns it is the first number in the name that comes after
+    two segments or more.
     """
     expressions = map(layer_pattern, patterns) if patterns else [r".*?\.[^.]*\.(?P<idx>\d+)\."]
     found = next(filter(None, (re.match(expression, name) for expression in expressions)), None)
@@ -68,12 +79,15 @@ def layer_number(name: str, patterns: Iterable[str] | None) -> int | None:
 
 
 def names_match(names: str | Sequence[str] | None, name: str) -> bool:
-    """Return whether an option means a module: PEFT's rule, a regular expression, or a list of names or suffixes."""
+    """Return whether an option means a module, by PEFT's rule.
+
+    A string is a regular expression for the whole name. A list holds names or dotted suffixes.
+    """
     return matcher(names)(name)
 
 
 def matcher(names: str | Iterable[str] | None) -> Callable[[str], bool]:
-    """Return names_match for many modules, with a look-up instead of a search of the list for each."""
+    """Return names_match as a function of the name, for many modules: it looks names up instead of searching a list."""
     if isinstance(names, str):
         expression = re.compile(names)
         return lambda name: expression.fullmatch(name) is not None
@@ -82,47 +96,68 @@ def matcher(names: str | Iterable[str] | None) -> Callable[[str], bool]:
 
 
 def suffixes(name: str) -> list[str]:
-    """Return a module's name, and what is left of it without its first, first two, ... segments."""
+    """Return a name and all its dotted suffixes, longest first: a.b.c, b.c, c."""
     return [name, *(name[i + 1 :] for i, character in enumerate(name) if character == ".")]
 
 
-def around(name: str) -> list[str]:
-    """Return the names of the modules that a parameter or module is inside of, outermost first."""
+def parent_names(name: str) -> list[str]:
+    """Return the names of the modules that hold a parameter or module, outermost first: a, a.b for a.b.c."""
     return [name[:i] for i, character in enumerate(name) if character == "."]
 
 
+def register_leaf(leaf: str, role: str) -> None:
+    """Let a leaf name be known as that of an adapter's tensor, of a layer and, with a suffix, of a single parameter.
+
+    Args:
+        leaf: the name beside the weight, as "lora_A".
+        role: what the tensor is in the adapter, as "A": statistics and param groups go by it.
+
+    Raises:
+        ValueError: the name does not begin with "lora_", or is known with another role.
+    """
+    if not leaf.startswith(PREFIX):
+        raise ValueError(f"{leaf!r} must begin with {PREFIX!r}")
+    if _ROLES.setdefault(leaf, role) != role:
+        raise ValueError(f"{leaf!r} is known already, as {_ROLES[leaf]!r}")
+    _LONGEST_FIRST[:] = sorted(_ROLES, key=len, reverse=True)
+
+
 def names_factor(name: str) -> bool:
-    """Return whether the name of a parameter or tensor is that of an adapter's: of FACTORS, magnitudes or rows."""
-    return split_factor_name(name) is not None or name.rpartition(".")[2] in (MAGNITUDE, ROWS)
+    """Return whether the name of a parameter or tensor is that of an adapter's tensor: a registered leaf."""
+    return split_factor_name(name) is not None
 
 
 def split_factor_name(name: str) -> tuple[str, str] | None:
-    """Return what one of FACTORS adapts, a layer or a parameter, and which one a name is; None for any other name."""
-    path, dot, leaf = name.rpartition(".")
-    for factor in FACTORS:
-        if leaf == factor:
-            return path, factor
-        if leaf.startswith(f"{factor}_"):
-            return path + dot + leaf.removeprefix(f"{factor}_"), factor
-    return None
+    """Return what an adapter's tensor adapts (a layer, a table or a single parameter) and the tensor's leaf name.
+
+    None for any other name. "net.lora_A" is ("net", "lora_A"), "net.lora_A_w" is ("net.w", "lora_A").
+    """
+    path, dot, last = name.rpartition(".")
+    if last in _ROLES:
+        return path, last
+    if not last.startswith(PREFIX):
+        return None
+    leaf = next((leaf for leaf in _LONGEST_FIRST if last.startswith(f"{leaf}_")), None)
+    return None if leaf is None else (path + dot + last.removeprefix(f"{leaf}_"), leaf)
 
 
-def parameter_factor_name(parameter: str, factor: str) -> str:
-    """Return the name of one of FACTORS of a single parameter, in the module that holds both."""
-    return f"{factor}_{parameter}"
+def parameter_factor_name(parameter: str, leaf: str) -> str:
+    """Return the name of an adapter's tensor of a single parameter, in the module that holds both."""
+    return f"{leaf}_{parameter}"
 
 
 def factor_role(name: str) -> str:
-    """Return what a parameter of an adapter is in it: "A", "B" or "rows"."""
+    """Return what an adapter's tensor is in the adapter: "A", "B", "rows", or what its variant calls it."""
     split = split_factor_name(name)
-    return (split[1] if split else name).removeprefix("lora_")
+    leaf = split[1] if split else name.rpartition(".")[2]
+    return _ROLES.get(leaf) or leaf.removeprefix(PREFIX)
 
 
 def group_names(names: Iterable[str]) -> dict[str, str]:
-    """Return what each adapted layer is grouped by: the last segment of its name, and numbers after it as *.
+    """Return the group of each adapted layer: the last segment of its name, with numbers after it as *.
 
-    Where a numbered block has several layers with one last segment, as BERT's has four called `dense`, as many segments
-    come before it as tell them apart.
+    A numbered block may have several layers with the same last segment, as BERT's has four called `dense`. Then the
+    group has as many segments before it as are needed to tell them apart.
     """
     places = {name: _place_in_block(name) for name in names}
     tails: dict[str, set[str]] = {}  # of all layers with one last segment
@@ -138,7 +173,7 @@ def group_names(names: Iterable[str]) -> dict[str, str]:
 
 
 def _place_in_block(name: str) -> tuple[str, str, str]:
-    """Return the numbered block that a layer is in ("" for none), its name in there, and the last segment of that."""
+    """Return the numbered block of a layer ("" for none), the layer's name in the block, and its last segment."""
     segments, last = name.split("."), len(name.split(".")) - 1
     while last > 0 and segments[last].isdigit():
         last -= 1
@@ -148,24 +183,24 @@ def _place_in_block(name: str) -> tuple[str, str, str]:
 
 
 def _shortest_of_its_own(name: str, names: Collection[str]) -> str:
-    """Return the shortest ending of a name, in whole segments, that no other of the names has; else the name."""
+    """Return the shortest dotted suffix of a name that no other name has, or else the name."""
     others = {suffix for other in names if other != name for suffix in suffixes(other)}
     return next((suffix for suffix in reversed(suffixes(name)) if suffix not in others), name)
 
 
 def derives_from(module: object, name: str, packages: Collection[str]) -> bool:
-    """Return whether an object's class comes from one of this name in these packages, which are not imported."""
+    """Return whether an object's class derives from a class of this name in one of the packages. Imports none."""
     classes = ((cls.__name__, cls.__module__.partition(".")[0]) for cls in type(module).__mro__)
     return any(own == name and package in packages for own, package in classes)
 
 
 def is_lightning_module(model: object) -> bool:
-    """Tell whether a module is a LightningModule, of either of Lightning's packages."""
+    """Return whether a module is a LightningModule, of either of Lightning's packages."""
     return derives_from(model, "LightningModule", LIGHTNING)
 
 
 def rename_keys(values: Mapping[str, Value], new_name: Callable[[str], str | None]) -> dict[str, Value]:
-    """Return values by their new names, without those that have none."""
+    """Return values under their new names. A value whose new name is None is left out."""
     pairs = ((new_name(name), value) for name, value in values.items())
     return {name: value for name, value in pairs if name is not None}
 
@@ -177,7 +212,7 @@ def near_misses(entry: str, names: Iterable[str]) -> str:
 
 
 def near_endings(entry: str, names: Iterable[str]) -> str:
-    """Return near_misses, or else how the names end and how many end so, most frequent first."""
+    """Return near_misses, or else the endings of the names with their numbers, most frequent first."""
     names = list(names)
     counts = Counter(_ending(name) for name in names)
     endings = [f"{ending!r} ({count})" if count > 1 else repr(ending) for ending, count in counts.most_common()]
@@ -185,12 +220,12 @@ def near_endings(entry: str, names: Iterable[str]) -> str:
 
 
 def most_frequent_ending(names: Iterable[str]) -> str:
-    """Return how most of some names end, as an entry of target_modules means them."""
+    """Return the most frequent ending of names, which can be an entry of target_modules."""
     return Counter(map(_ending, names)).most_common(1)[0][0]
 
 
 def is_typo(entry: str, names: Iterable[str]) -> bool:
-    """Return whether a name that is not there must be one of `names` misspelt; the usual names of layers are not."""
+    """Return whether an unknown name is a misspelt one of `names`. Usual names of layers are no misspellings."""
     if entry in USUAL_NAMES:
         return False
     known = {suffix.lower() for name in names for suffix in suffixes(name)}
@@ -209,7 +244,7 @@ def _there_are(shown: Sequence[str], most: int) -> str:
 
 
 def listed(texts: Sequence[str], most: int = 3) -> str:
-    """Return the first texts, joined, and whether there are more, for messages."""
+    """Return the first texts, joined by commas, for messages. "..." at the end shows that there are more."""
     return ", ".join(texts[:most]) + (", ..." if len(texts) > most else "")
 
 

@@ -1,4 +1,4 @@
-"""What the user is told beside warnings, the summary and single lines: on a terminal, or in Lightning's log."""
+"""Show the summary and single lines to the user, on a terminal or in Lightning's log."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import torch.distributed as dist
 if TYPE_CHECKING:
     from rich.console import Console
 
-RANK_ZERO = "lightning_utilities.core.rank_zero"  # where Lightning puts its logger and the rank of this process
+RANK_ZERO = "lightning_utilities.core.rank_zero"  # holds Lightning's logger and the rank of this process
 
 
 def show(shown: object) -> None:
     """Show a summary or a line, on rank zero.
 
-    rich prints it on a terminal or in a notebook, where that is installed. Elsewhere it goes to Lightning's log. Where
-    that is silenced, on other ranks, or where the program has not imported Lightning, it goes to the logger
+    On a terminal or in a notebook rich prints it, if rich is installed. Elsewhere it goes to Lightning's log. Where
+    Lightning's log is silenced, where the program has not imported Lightning, and on other ranks, it goes to the logger
     `lightning_lora`.
     """
     if _rank() > 0:
-        getLogger(__name__).info(str(shown))  # for whoever asks for it
+        getLogger(__name__).info(str(shown))  # a program that wants other ranks' lines enables this logger
         return
     loggers, console = _loggers(), terminal()
     log = next((each for each in loggers if each.isEnabledFor(INFO)), loggers[0])
@@ -33,7 +33,7 @@ def show(shown: object) -> None:
 
 
 def tell(message: str) -> None:
-    """Tell the user one thing, in a line that goes where the summary goes."""
+    """Show a line to the user, in the same place as the summary."""
     show(message)
 
 
@@ -60,7 +60,7 @@ def _loggers() -> list[Logger]:
     if isinstance(lightnings, Logger) and lightnings.name != RANK_ZERO:
         return [lightnings, own]
     levels = {own.level, getLogger(__package__).level}
-    if levels == {NOTSET} and not own.hasHandlers():  # shown where nobody has set up logging, as Lightning's is
+    if levels == {NOTSET} and not own.hasHandlers():  # nobody set up logging: show lines, as Lightning does
         own.setLevel(INFO)
         own.addHandler(StreamHandler())
         own.propagate = False

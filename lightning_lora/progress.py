@@ -20,18 +20,18 @@ Unit = Literal["bytes", "layers", "tensors"]
 
 @contextmanager
 def progress_bar(what: str, total: int, unit: Unit = "layers") -> Iterator[Callable[[int], None]]:
-    """Show how much of some work is done, once it has taken a second; the bar goes when the work ends.
+    """Show a bar for work that takes more than a second. The bar goes when the work ends.
 
-    rich draws it, where that is installed, on the standard error where that is a terminal, and of several processes
-    the first one alone. Everywhere else nothing is shown.
+    rich draws the bar on the standard error, if that is a terminal and rich is installed. Of several processes only the
+    first one shows a bar.
 
     Args:
-        what: the work, as "merging".
+        what: the work, such as "merging".
         total: how much there is to do.
         unit: of the total.
 
     Returns:
-        A context manager whose value is a function to call with the size of each part that is done.
+        A context manager. Its value is a function to call with the size of each part that is done.
     """
     bar: Progress | None = None
     done, begun, drawn = 0, time.monotonic(), _is_watched()

@@ -1,10 +1,10 @@
-"""How sizes are written for people."""
+"""Sizes as text for people."""
 
 from __future__ import annotations
 
 
 def size_text(nbytes: float) -> str:
-    """Write a number of bytes for people."""
+    """Return a number of bytes as text for people, such as 1.5 MB."""
     for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if nbytes >= factor:
             return f"{nbytes / factor:.3g} {unit}"

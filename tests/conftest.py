@@ -1,4 +1,4 @@
-"""What every test needs: one thread for tiny models, a seeded stream, and silence for Lightning's own notices."""
+"""Settings of every test: one thread for tiny models, a seeded stream, and silence for Lightning's notices."""
 
 from __future__ import annotations
 

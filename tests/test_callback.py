@@ -95,6 +95,8 @@ def test_options_reach_the_config():
         "bias": "all",
         "use_rslora": True,
         "use_dora": False,
+        "variant": "lora",
+        "variant_options": None,
         "init_lora_weights": "gaussian",
         "enable_lora": {"body.0": (True, False)},
         "autocast_adapter_dtype": False,
@@ -183,7 +185,7 @@ def test_an_unknown_option_of_the_callback_is_named_with_near_misses(options: di
     [
         ([PEFTS], {"r": 4, "bias": "all"}, r"LoRACallback: r, bias given beside a LoRAConfig"),
         ([PEFTS, PEFTS], {}, r"expected one LoRAConfig .*, found LoraConfig, LoraConfig"),
-        ([peft.VeraConfig(target_modules=["body.0"])], {}, "expected a peft.LoraConfig, found a VeraConfig"),
+        ([peft.LoKrConfig(target_modules=["body.0"])], {}, "expected a peft.LoraConfig, found a LoKrConfig"),
         ([LoRAConfig()], {"r": 4, "bias": "all"}, r"LoRACallback: r, bias given beside a LoRAConfig"),
         ([LoRAConfig(r=4)], {"r": 8}, r"LoRACallback: r given beside a LoRAConfig"),
         ([LoRAConfig(), LoRAConfig()], {}, r"expected one LoRAConfig .*, found LoRAConfig, LoRAConfig"),

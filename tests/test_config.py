@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 
-from lightning_lora import LoRAConfig, LoRAError
+from lightning_lora import LoRACallback, LoRAConfig, LoRAError
 
 REFUSED = [
     ("r", 0),
@@ -99,8 +99,11 @@ REFUSED = [
     ("enable_lora", {"qkv": "yes"}),
     ("enable_lora", {"": [True]}),
     ("enable_lora", {3: [True]}),
+    ("variant_options", ["d_initial"]),
+    ("variant_options", {"d_initial": 0.1}),  # an option of "vera"
+    ("variant_options", {3: 1}),
 ]
-OWN = ("enable_lora", "autocast_adapter_dtype")  # loralib's, and an argument of get_peft_model
+OWN = ("enable_lora", "autocast_adapter_dtype", "variant", "variant_options")
 
 
 @pytest.mark.parametrize(("option", "value"), REFUSED, ids=[f"{option}={value!r:.20}" for option, value in REFUSED])
@@ -217,8 +220,8 @@ def test_what_a_config_from_peft_cannot_express_is_refused_by_name(option):
 
 
 def test_a_config_from_peft_needs_a_config_that_says_what_to_adapt():
-    with pytest.raises(LoRAError, match=r"expected a peft\.LoraConfig, found a VeraConfig"):
-        LoRAConfig.from_peft(peft.VeraConfig())
+    with pytest.raises(LoRAError, match=r"expected a peft\.LoraConfig, found a LoKrConfig"):
+        LoRAConfig.from_peft(peft.LoKrConfig())
     with pytest.raises(LoRAError, match="target_modules=None lets peft choose"):
         LoRAConfig.from_peft(peft.LoraConfig())
     with pytest.raises(LoRAError, match=r"init_lora_weights must be .*'mica'"):
@@ -282,7 +285,7 @@ def test_round_trip_through_plain_types(config):
 
 def test_options_that_earlier_versions_had_not_are_left_out_at_their_defaults():
     later = {"target_parameters", "layers_to_transform", "layers_pattern", "task_type", "ensure_weight_tying"}
-    later |= {"trainable_token_indices", "use_dora"}
+    later |= {"trainable_token_indices", "use_dora", "variant", "variant_options"}
     names = {field.name for field in dataclasses.fields(LoRAConfig)}
     assert names - LoRAConfig().to_dict().keys() == later
     options = {"target_modules": ["q"], "layers_to_transform": 0, "layers_pattern": "h"}
@@ -401,3 +404,23 @@ def test_numbers_of_numpy_become_pythons_own_so_that_checkpoints_hold_plain_type
     torch.save(config.to_dict(), content)
     content.seek(0)
     assert torch.load(content, weights_only=True) == plain.to_dict()
+
+
+def test_variant_dora_is_use_dora():
+    by_name, by_option = LoRAConfig(variant="dora"), LoRAConfig(use_dora=True)
+    assert by_name == by_option
+    assert by_name.to_dict() == by_option.to_dict() == LoRAConfig().to_dict() | {"use_dora": True}
+    assert by_name.differences(by_option) == []
+    assert repr(by_name) == repr(by_option) == "LoRAConfig(use_dora=True)"
+    assert LoRACallback(variant="dora").config == by_option
+    assert LoRAConfig(variant="lora") == LoRAConfig()
+
+
+def test_an_unknown_variant_is_named_with_what_is_near():
+    with pytest.raises(
+        LoRAError,
+        match=r"variant must be one of .*import the file that defines .*did you mean 'dora'.*but it is 'dorra'",
+    ):
+        LoRAConfig(variant="dorra")
+    with pytest.raises(LoRAError, match=r"variant must be one of 'dora', .*'lora'.*, but it is 'my own'\.$"):
+        LoRAConfig.from_dict({"variant": "my own"})

@@ -1,4 +1,4 @@
-"""Texts that files bring along: control characters are shown, and messages quote a part of a long name."""
+"""Texts from files in messages: control characters are shown, and long names are cut."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each example runs as its user runs it, and prints what the README shows. The digits: test_digits_example.py."""
+"""Each example runs as its user runs it, and prints what the README shows. For digits see test_digits_example.py."""
 
 from __future__ import annotations
 
@@ -60,6 +60,13 @@ def check_deploy(printed: str) -> None:
     assert re.findall(r"same outputs: (\w+)", printed) == ["False", "True", "True", "True"]
 
 
+def check_own_variant(printed: str) -> None:
+    before, after = numbers(printed)
+    assert before < 0.6
+    assert after > before + 0.2
+    assert re.findall(r": (True|False)$", printed, re.MULTILINE) == ["True"] * 4
+
+
 def check_sweep(printed: str) -> None:
     rows = [numbers(line) for line in printed.splitlines()[1:]]
     assert [row[0] for row in rows] == [1, 2, 4, 8, 16]
@@ -92,6 +99,11 @@ def test_example_does_what_it_says_and_prints_what_is_shown(folder, name):
 @pytest.mark.parametrize("name", CHECKS)
 def test_what_the_readme_shows_is_what_the_example_says(name):
     CHECKS[name](SHOWN[name])
+
+
+def test_the_example_of_an_own_variant_defines_it_in_at_most_forty_lines():
+    (variant,) = (node for node in ast.parse(FILES["own_variant"]).body if getattr(node, "name", "") == "XS")
+    assert variant.end_lineno - variant.lineno < 40
 
 
 def test_every_example_is_shown_and_run():

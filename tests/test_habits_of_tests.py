@@ -1,4 +1,4 @@
-"""The tests' own rules: the same inputs everywhere, and no warning is passed over but by its text."""
+"""Rules for the tests themselves: the same inputs everywhere, and warnings are ignored only by their text."""
 
 from __future__ import annotations
 

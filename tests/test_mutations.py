@@ -1,4 +1,4 @@
-"""Each check below is passed by this package and failed by a mutation of it, and by the callback one writes first."""
+"""Each check is passed by this package, and failed by a mutation of it and by the callback one writes first."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_unmerging_by_subtraction_fails_where_the_package_passes(tmp_path, monke
     monkeypatch.setattr(importlib.import_module("lightning_lora.model.merging"), "COPY_BUDGET", budget)
     base_weights_stay(LoRACallback, tmp_path)
     refuted(base_weights_stay, NaiveCallback, tmp_path)
-    monkeypatch.setattr("lightning_lora.nn.lora_layer.unmerge_weight_", subtract)
+    monkeypatch.setattr("lightning_lora.nn.adapted_weights.unmerge_weight_", subtract)
     refuted(base_weights_stay, LoRACallback, tmp_path)
 
 
@@ -106,7 +106,7 @@ class FiltersInItsHook(LoRACallback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        unpatch(pl_module)
+        unpatch(pl_module.modules())
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         write(pl_module, checkpoint, self.save)

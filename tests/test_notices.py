@@ -1,4 +1,4 @@
-"""Lines that the reference promises go where the summary goes: on a terminal, or into Lightning's log."""
+"""Lines that the reference promises are shown where the summary is: on a terminal, or in Lightning's log."""
 
 from __future__ import annotations
 

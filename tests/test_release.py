@@ -1,4 +1,4 @@
-"""The check of a release, and the files of the project that only GitHub reads."""
+"""The check of a release, and files of the project that only GitHub reads."""
 
 from __future__ import annotations
 

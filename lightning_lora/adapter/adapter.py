@@ -2,48 +2,48 @@
 
 from __future__ import annotations
 
+import json
 import math
-import re
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from statistics import mode
 from typing import Any, TypeGuard
+from weakref import WeakKeyDictionary
 
 import torch
 
-from ..config import VARIANTS, LoRAConfig
+from ..config import LoRAConfig
 from ..errors import LoRAError
 from ..names import (
-    FACTORS,
-    MAGNITUDE,
-    ROWS,
-    START_A,
-    START_B,
-    A,
-    B,
-    around,
+    PREFIX,
+    exact_key,
+    factor_role,
     names_factor,
     near_misses,
+    parent_names,
     rename_keys,
     split_factor_name,
     suffixes,
 )
 from ..nn.low_rank import (
     ATTENTION,
+    ATTENTION_WEIGHTS,
     MERGEABLE_DTYPES,
     SEPARATE,
-    acting_factors,
     low_rank_blocks,
 )
 from ..nn.products import inner_of_products, product_norm
+from ..nn.variant import Acting, Place, Variant, known_variants, rows_leaf, variant_of, variant_with
 
 SAMPLES = 8  # values by which tensors are told apart before they are compared whole
-CHECKED = "_checked"  # attribute of an adapter whose factors were checked: how often each tensor was written to then
 
 NewName = Callable[[str], str | None]
 Pair = tuple[torch.Tensor, torch.Tensor]
+Versions = dict[str, tuple[torch.Tensor, int]]
+
+_CHECKED: WeakKeyDictionary[Adapter, Versions] = WeakKeyDictionary()  # adapters that check_factors has let pass
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -96,8 +96,7 @@ class Adapter:
 
     def __repr__(self) -> str:
         layers, origin = self.layers(), self.origin.get("base_model_name_or_path")
-        factors = (self.tensors.get(self.factor_name(layer, B)) for layer in layers)
-        ranks = sorted({b.shape[1] for b in factors if isinstance(b, torch.Tensor) and b.dim() > 1})
+        ranks = sorted({self.variant.rank(self.stored(layer)) for layer in layers if not _fault(self, layer)})
         values = sum(value.numel() for value in self.tensors.values() if isinstance(value, torch.Tensor))
         parts = [f"r={' to '.join(map(str, dict.fromkeys((ranks[0], ranks[-1]))))}"] if ranks else []
         parts += [f"{len(layers)} layer{'s' * (len(layers) != 1)}", f"{values:,} values"]
@@ -105,66 +104,95 @@ class Adapter:
         return f"{type(self).__name__}({', '.join(parts)}{'' if self.config else ', without options'})"
 
     @cached_property
-    def _factor_names(self) -> dict[str, dict[str, str]]:
-        """The names of FACTORS of each adapted layer or parameter that has one of them."""
+    def variant(self) -> Variant:
+        """What its layers are, as the options say; without options as the names of the tensors tell."""
+        if self.config is not None:
+            return variant_of(self.config)
+        return variant_with({leaf for names in self._names.values() for leaf in names} - {rows_leaf()})
+
+    @cached_property
+    def _names(self) -> dict[str, dict[str, str]]:
+        """The names of an adapter's own tensors, by what they adapt (a layer, table or parameter) and leaf name."""
         names: dict[str, dict[str, str]] = {}
         for name in self.tensors:
-            layer, factor = split_factor_name(name) or ("", "")
-            if factor:
-                names.setdefault(layer, {})[factor] = name
+            place, leaf = split_factor_name(name) or ("", "")
+            if leaf:
+                names.setdefault(place, {})[leaf] = name
         return names
 
     def layers(self) -> list[str]:
         """Return the names of the adapted layers and parameters."""
-        return [layer for layer, names in self._factor_names.items() if A in names]
+        leaf = self.variant.trained[0]
+        return [layer for layer, names in self._names.items() if leaf in names]
 
-    def factor_name(self, layer: str, factor: str) -> str:
-        """Return the name of the tensor that is one of FACTORS of an adapted layer or parameter."""
-        names = self._factor_names.get(layer, {})
-        if factor in names:
-            return names[factor]
+    def factor_name(self, layer: str, leaf: str) -> str:
+        """Return the name of a tensor of an adapted layer or parameter, whether it is there or not."""
+        names = self._names.get(layer, {})
+        if leaf in names:
+            return names[leaf]
         other = next(iter(names.items()), None)  # what is missing is called as the other one
-        return other[1].replace(other[0], factor) if other else f"{layer}.{factor}".lstrip(".")
+        return other[1].replace(other[0], leaf) if other else f"{layer}.{leaf}".lstrip(".")
 
-    def factor(self, layer: str, factor: str) -> Any:
-        """Return one of FACTORS of an adapted layer or parameter."""
-        return self.tensors[self.factor_name(layer, factor)]
+    def factor(self, layer: str, leaf: str) -> Any:
+        """Return a tensor of an adapted layer or parameter by its leaf name."""
+        return self.tensors[self.factor_name(layer, leaf)]
 
-    def stored_factors(self, layer: str) -> list[Any]:
-        """Return those of FACTORS that an adapted layer or parameter has."""
-        names = self._factor_names[layer]
-        return [self.tensors[names[factor]] for factor in FACTORS if factor in names]
+    def stored(self, layer: str) -> dict[str, Any]:
+        """Return the tensors of an adapted layer or parameter that are there, by leaf name, in its variant's order."""
+        names = self._names.get(layer, {})
+        return {leaf: self.tensors[names[leaf]] for leaf in self.variant.leaves if leaf in names}
 
-    def acting_factors(self, layer: str) -> tuple[Any, Any]:
-        """Return the A and B whose product is what is added, without s: its own, or those of twice the rank."""
-        return acting_factors(*self.stored_factors(layer))
+    def acting(self, layer: str) -> Acting:
+        """Return the factors that a layer's tensors act as, without a scale of the sum with W.
+
+        Raises:
+            LoRAError: layers share tensors, and how large this one is, which tells its part of them, is not stored.
+        """
+        stored = self.stored(layer)
+        if self.variant.shared:
+            if not self.is_placed(layer):
+                raise LoRAError(
+                    f"adapter: {layer!r} uses a part of tensors that {self.variant.title} layers share, and the source "
+                    "does not say how large the layer is. Load it onto its model in Python: load_adapter(model, path)."
+                )
+            stored = dict(self.variant.of_layer(stored, self.place(layer)))
+        return Acting(*self.variant.acting(stored, None, self.scalings.get(layer, 1.0)))
+
+    def is_placed(self, layer: str) -> bool:
+        """Return whether what a layer adds is known: it shares no tensors, or its kind and size are known."""
+        place = self.place(layer)
+        return not self.variant.shared or bool(place.kind and place.shapes)
+
+    def place(self, layer: str) -> Place:
+        """Return what is known of a layer or parameter: of its kind "" and of its shapes none where they are not."""
+        config = self.config or LoRAConfig()
+        leaves = [layer] if self.is_parameter(layer) else [f"{layer}.{leaf}" for leaf in ("weight", *ATTENTION_WEIGHTS)]
+        entries = {name.rpartition(".")[2]: self.fingerprint.get(name) for name in leaves}
+        return Place(
+            name=layer,
+            kind=self.kinds.get(layer, ""),
+            shapes={leaf: torch.Size(entry["shape"]) for leaf, entry in entries.items() if entry is not None},
+            rank=config.rank(self.options_name(layer)),
+            scaling=self.scalings.get(layer, 1.0),
+            enabled=config.enabled_parts(layer),
+            init=config.init_lora_weights,
+            options=config.all_variant_options(),
+        )
 
     @cached_property
     def parameters(self) -> list[str]:
         """The names of the parameters that are adapted by themselves."""
-        return [layer for layer in self.layers() if self.factor_name(layer, A) != f"{layer}.{A}"]
+        return [layer for layer in self.layers() if self.is_parameter(layer)]
 
     def is_parameter(self, layer: str) -> bool:
         """Return whether what is adapted is a parameter by itself."""
-        return f"{layer}.{A}" not in self.tensors
+        leaf = self.variant.trained[0]
+        return self.factor_name(layer, leaf) != f"{layer}.{leaf}".lstrip(".")
 
     def rows(self) -> dict[str, Any]:
         """Return the trained rows of each table, by its name."""
-        return {name.removesuffix(f".{ROWS}"): rows for name, rows in self.tensors.items() if name.endswith(f".{ROWS}")}
-
-    def magnitudes(self) -> dict[str, Any]:
-        """Return the magnitudes (out,) of each layer whose outputs have such, by its name."""
-        ending = f".{MAGNITUDE}"
-        return {name.removesuffix(ending): value for name, value in self.tensors.items() if name.endswith(ending)}
-
-    def magnitude(self, layer: str) -> Any:
-        """Return the magnitudes of a layer's outputs, or None."""
-        return self.tensors.get(f"{layer}.{MAGNITUDE}")
-
-    def variant(self) -> str:
-        """Return the option that asks for what the tensors are a variant of LoRA for, or ""."""
-        found = (MAGNITUDE,) if self.magnitudes() else ()
-        return next((option for option, factors in VARIANTS.items() if found == factors), "")
+        leaf = rows_leaf()
+        return {table: self.tensors[names[leaf]] for table, names in self._names.items() if leaf in names and table}
 
     def beside_factors(self) -> dict[str, Any]:
         """Return what was trained whole, and buffers."""
@@ -176,12 +204,12 @@ class Adapter:
 
     def ranks(self) -> dict[str, int]:
         """Return the rank of each adapted layer."""
-        return {name: self.factor(name, B).shape[1] for name in self.layers()}
+        return {name: self.variant.rank(self.stored(name)) for name in self.layers()}
 
     def options_name(self, name: str) -> str:
         """Return the layer whose options a layer has in PEFT: an adapted attention's out_proj has the attention's."""
         attention, _, leaf = name.rpartition(".")
-        return attention if leaf == "out_proj" and f"{attention}.{A}" in self.tensors else name
+        return attention if leaf == "out_proj" and self.variant.trained[0] in self._names.get(attention, ()) else name
 
     def with_names(self, new_name: NewName) -> Adapter:
         """Return it with a new name for each tensor's, and its layers'; None leaves one out. The options stay."""
@@ -190,8 +218,8 @@ class Adapter:
             return _new_layer(self, layer, new_name)
 
         def new_table(table: str) -> str | None:
-            name = new_name(f"{table}.{ROWS}")
-            return None if name is None else name.removesuffix(f".{ROWS}")
+            name = new_name(f"{table}.{rows_leaf()}")
+            return None if name is None else name.removesuffix(f".{rows_leaf()}")
 
         tied = {table: new_table(first) for table, first in self.tied.items()}
         return replace(
@@ -204,6 +232,17 @@ class Adapter:
             tied=rename_keys({table: first for table, first in tied.items() if first is not None}, new_table),
             perhaps_base=frozenset(rename_keys(dict.fromkeys(self.perhaps_base), new_name)),
             after_conv1d=self.after_conv1d and frozenset(rename_keys(dict.fromkeys(self.after_conv1d), new_layer)),
+        )
+
+    def without_layers(self, layers: Collection[str]) -> Adapter:
+        """Return it without some layers; the options stay."""
+        left_out = set(layers)
+        own = {name for layer in left_out for name in self._names.get(layer, {}).values()}
+        return replace(
+            self,
+            tensors={name: tensor for name, tensor in self.tensors.items() if name not in own},
+            scalings={name: scaling for name, scaling in self.scalings.items() if name not in left_out},
+            kinds={name: kind for name, kind in self.kinds.items() if name not in left_out},
         )
 
     def renamed(self, strip: str, add: str) -> Adapter:
@@ -229,7 +268,7 @@ class Adapter:
 
 
 def _new_layer(adapter: Adapter, layer: str, new_name: NewName) -> str | None:
-    parts = split_factor_name(new_name(adapter.factor_name(layer, A)) or "")
+    parts = split_factor_name(new_name(adapter.factor_name(layer, adapter.variant.trained[0])) or "")
     return parts[0] if parts else None
 
 
@@ -243,7 +282,7 @@ def _translate_config(old: Adapter, new: Adapter, old_layers: Mapping[str | None
     """
     if old.config is None:
         return None
-    modules = {module for name in new.tensors for module in around(name)}
+    modules = {module for name in new.tensors for module in parent_names(name)}
     named = {suffix for module in modules for suffix in suffixes(module)}
     saved = [  # without what was taken off the names, where an entry needs that to name anything
         entry if entry in named else next((tail for tail in suffixes(entry) if tail in modules), entry)
@@ -290,8 +329,8 @@ def with_exact_ranks(config: LoRAConfig, ranks: Mapping[str, int], scalings: Map
         config,
         r=common_r,
         lora_alpha=common_alpha,
-        rank_pattern={_only_for(n): r for n, r in ranks.items() if r != common_r},
-        alpha_pattern={_only_for(n): alpha for n, alpha in alphas.items() if alpha != common_alpha},
+        rank_pattern={exact_key(n): r for n, r in ranks.items() if r != common_r},
+        alpha_pattern={exact_key(n): alpha for n, alpha in alphas.items() if alpha != common_alpha},
     )
 
 
@@ -306,7 +345,7 @@ def with_aliases(config: LoRAConfig, aliases: Mapping[str, str]) -> LoRAConfig:
     alphas: dict[str, float] = {}
     parts: dict[str, Sequence[bool]] = {}
     for alias, first in aliases.items():
-        key = _only_for(alias)
+        key = exact_key(alias)
         if config.rank(alias) != config.rank(first):
             ranks[key] = config.rank(first)
         if config.alpha(alias) != config.alpha(first):
@@ -323,7 +362,7 @@ def with_aliases(config: LoRAConfig, aliases: Mapping[str, str]) -> LoRAConfig:
 
 def without_aliases(config: LoRAConfig, aliases: Collection[str]) -> LoRAConfig:
     """Undo with_aliases: what the options say of other names than the first means nothing to a model."""
-    keys = {*aliases, *map(_only_for, aliases)}
+    keys = {*aliases, *map(exact_key, aliases)}
 
     def kept(option: Mapping[str, Any] | None) -> dict[str, Any]:
         return {key: value for key, value in (option or {}).items() if key not in keys}
@@ -336,44 +375,6 @@ def without_aliases(config: LoRAConfig, aliases: Collection[str]) -> LoRAConfig:
     )
 
 
-def _only_for(name: str) -> str:
-    """Return the pattern that means one layer alone."""
-    return f"^{re.escape(name)}"
-
-
-def equal_layers(adapter: Adapter) -> dict[str, str]:
-    """Return names of layers that no option says the rank, scaling or parts of, each with one of equal factors.
-
-    Such a layer is one module under two names, in a file whose options are for the first alone.
-    """
-    config = adapter.config
-    if config is None:
-        return {}
-    tensors = ((name, adapter.tensors.get(adapter.factor_name(name, B))) for name in adapter.layers())
-    # What is damaged is named later, by check_factors.
-    ranks = {name: b.shape[1] for name, b in tensors if is_plain(b) and b.dim() > 1}
-    found: dict[str, str] = {}
-    fitting = {
-        name
-        for name, rank in ranks.items()
-        for own in (name, adapter.options_name(name))
-        if config.rank(own) == rank and math.isclose(adapter.scalings.get(name, 0.0), config.scaling(own))
-    }
-    with_parts = {name for name in fitting if config.enabled_parts(name)}
-    for name in ranks:
-        candidates = [] if name in with_parts else sorted(with_parts if name in fitting else fitting)
-        equal = next((other for other in candidates if _have_equal_factors(adapter, name, other)), None)
-        if equal is not None:
-            found[name] = equal
-    return found
-
-
-def _have_equal_factors(adapter: Adapter, name: str, other: str) -> bool:
-    pairs = list(zip(adapter.stored_factors(name), adapter.stored_factors(other), strict=False))
-    tensors = all(is_plain(factor) and not factor.is_meta for pair in pairs for factor in pair)
-    return tensors and all(one.shape == two.shape and torch.equal(one, two) for one, two in pairs)
-
-
 def align_to_modules(adapter: Adapter, modules: Set[str], where: str) -> Adapter:
     """Return the adapter under the one prefix at which its layers are among the modules.
 
@@ -382,7 +383,9 @@ def align_to_modules(adapter: Adapter, modules: Set[str], where: str) -> Adapter
     """
     layers = adapter.layers()
     if not layers:
-        raise LoRAError("adapter: the source holds no lora_A; it is not an adapter of a known format.")
+        raise LoRAError(
+            f"adapter: the source holds {nothing_adapted(adapter)}; it is not an adapter of a known format."
+        )
     if all(layer in modules for layer in layers):
         return adapter
     prefixes = _fitting_prefixes(layers, modules)
@@ -417,46 +420,99 @@ def _fitting_prefixes(layers: Sequence[str], modules: Set[str]) -> list[tuple[st
     return [(strip, "") for strip in strips] + [("", add) for add in adds]
 
 
-def check_factors(adapter: Adapter, where: str) -> None:
-    """Raise LoRAError for the first layer whose factors are not two finite ones that go together and with the options.
+def nothing_adapted(adapter: Adapter) -> str:
+    """Say what an adapter without an adapted layer lacks, for messages: it may be of a variant that is unknown here."""
+    leaves = {name: name.rpartition(".")[2] for name in adapter.tensors}
+    unknown = [name for name, leaf in leaves.items() if leaf.startswith(PREFIX) and not names_factor(name)]
+    if unknown:
+        return (
+            f"{unknown[0]!r}, a tensor of no variant that is known here ({', '.join(known_titles())}): import the file "
+            "that defines its variant before loading"
+        )
+    return f"no {adapter.variant.trained[0]}"
 
-    It has one alone, or they have other dimensions or another rank.
-    """
-    for name in adapter._factor_names:
-        if not name:
-            raise LoRAError(f"{where}: a lora_A or lora_B names no layer.")
-        wanted = FACTORS if _has_start(adapter, name) else (A, B)
-        factors = {key: adapter.tensors.get(key) for key in (adapter.factor_name(name, leaf) for leaf in wanted)}
-        for key, factor in factors.items():
-            if factor is None:
-                raise LoRAError(f"{where}: {key!r} is missing; the adapter was cut.")
-        for key, factor in factors.items():
-            if not _holds_numbers(factor) or factor.dim() < 2:
-                raise LoRAError(
-                    f"{where}: {key!r} must be a floating point tensor of two dimensions or more, found "
-                    f"{describe_value(factor)}."
-                )
-            check_finite(key, factor, where)
-        _check_rank(adapter, name, where)
-        _check_start(adapter, name, where)
+
+def known_titles() -> list[str]:
+    """Return how the known variants are called."""
+    return list(dict.fromkeys(variant.title for variant in known_variants() if variant.name))
+
+
+def check_factors(adapter: Adapter, where: str) -> None:
+    """Raise LoRAError for the first layer whose tensors are not finite, or not as its variant and the options say."""
+    for layer in adapter._names:
+        _refuse_fault(adapter, layer, where)
     for table, rows in adapter.rows().items():
         _check_rows(adapter, table, rows, where)
-    _check_magnitudes(adapter, where)
     refuse_nested(adapter.beside_factors(), where)
+
+
+def _refuse_fault(adapter: Adapter, layer: str, where: str) -> None:
+    names, variant = adapter._names[layer], adapter.variant
+    rows = rows_leaf()
+    own = {leaf: name for leaf, name in names.items() if leaf != rows}
+    if not layer:
+        raise LoRAError(f"{where}: {next(iter(names.values()))!r} names no layer.")
+    if not own:
+        return
+    unexpected = next((leaf for leaf in own if leaf not in variant.leaves), None)
+    if unexpected is not None:
+        raise LoRAError(
+            f"{where}: {own[unexpected]!r} is of no adapted layer, or {_asked_by(variant_with({unexpected}))} is "
+            "missing in the options; the file is damaged."
+        )
+    fault = _fault(adapter, layer)
+    if fault:
+        raise LoRAError(f"{where}: {fault}")
+    for leaf, value in adapter.stored(layer).items():
+        check_finite(names[leaf], value, where)
+    _check_rank(adapter, layer, where)
+
+
+def _asked_by(variant: Variant) -> str:
+    return ", ".join(f"{option}={json.dumps(value)}" for option, value in variant.options().items())
+
+
+def _fault(adapter: Adapter, layer: str) -> str:
+    """Say which tensor of a layer is missing or does not go with the others, or return ""."""
+    stored, variant = adapter.stored(layer), adapter.variant
+    for leaf in variant.leaves:
+        name = adapter.factor_name(layer, leaf)
+        if leaf not in stored:
+            return f"{name!r} is missing; the adapter was cut."
+        if not _holds_numbers(stored[leaf]):
+            return f"{name!r} must be a floating point tensor, found {describe_value(stored[leaf])}."
+    problem = variant.fault(stored)
+    if problem is None:
+        return ""
+    if problem.leaf:
+        found = describe_value(stored[problem.leaf])
+        return f"{adapter.factor_name(layer, problem.leaf)!r} must be {problem.text}, found {found}."
+    return f"{layer!r}: {problem.text}."
 
 
 def check_once(adapter: Adapter, where: str) -> None:
     """Do check_factors, unless that was done for this very adapter and nothing was written into its tensors since."""
-    versions = _versions(adapter)
-    if versions is None or vars(adapter).get(CHECKED) != versions:
+    now = _versions(adapter)
+    if now is None or not _are_same(now, _CHECKED.get(adapter)):
         check_factors(adapter, where)
-        vars(adapter)[CHECKED] = versions
+        if now is not None:
+            _CHECKED[adapter] = now
 
 
-def _versions(adapter: Adapter) -> list[int] | None:
-    """Return how often each tensor was written to; None where one does not count that, as in inference mode."""
-    tensors = [value for value in adapter.tensors.values() if isinstance(value, torch.Tensor)]
-    return None if any(map(torch.Tensor.is_inference, tensors)) else [tensor._version for tensor in tensors]
+def _versions(adapter: Adapter) -> Versions | None:
+    """Return the tensors, and how often each was written to; None where one does not count that (inference mode)."""
+    tensors = {name: value for name, value in adapter.tensors.items() if isinstance(value, torch.Tensor)}
+    if any(map(torch.Tensor.is_inference, tensors.values())):
+        return None
+    return {name: (tensor, tensor._version) for name, tensor in tensors.items()}
+
+
+def _are_same(now: Versions, before: Versions | None) -> bool:
+    return (
+        before is not None
+        and now.keys() == before.keys()
+        and all(tensor is before[name][0] and version == before[name][1] for name, (tensor, version) in now.items())
+    )
 
 
 def refuse_nested(tensors: Mapping[str, Any], where: object) -> None:
@@ -491,32 +547,9 @@ def require_values(adapter: Adapter, where: str) -> None:
             raise LoRAError(f"{where}: {name!r} has no values: it was saved from the meta device.")
 
 
-def _check_magnitudes(adapter: Adapter, where: str) -> None:
-    """Raise LoRAError where magnitudes are not one finite value for each output of each layer, or of none."""
-    magnitudes, layers = adapter.magnitudes(), adapter.layers()
-    variant = adapter.variant() if adapter.config is None else adapter.config.variant()
-    expected = layers if variant and MAGNITUDE in VARIANTS[variant] else []
-    missing, unexpected = (
-        sorted(names) for names in (set(expected) - set(magnitudes), set(magnitudes) - set(expected))
-    )
-    if missing:
-        raise LoRAError(f"{where}: '{missing[0]}.{MAGNITUDE}' is missing; the adapter was cut.")
-    if unexpected:
-        raise LoRAError(
-            f"{where}: '{unexpected[0]}.{MAGNITUDE}' is of no adapted layer, or {adapter.variant()}=true is missing in "
-            "the options; the file is damaged."
-        )
-    for layer, magnitude in magnitudes.items():
-        name, outputs = f"{layer}.{MAGNITUDE}", adapter.factor(layer, B).shape[0]
-        if not _holds_numbers(magnitude) or tuple(magnitude.shape) != (outputs,):
-            found = describe_value(magnitude)
-            raise LoRAError(f"{where}: {name!r} must be {outputs} floating point values, found {found}.")
-        check_finite(name, magnitude, where)
-
-
 def _check_rows(adapter: Adapter, table: str, rows: Any, where: str) -> None:
     """Raise LoRAError where a table's trained rows are no finite matrix of as many rows as are named."""
-    name, numbers = f"{table}.{ROWS}", adapter.tables.get(table)
+    name, numbers = f"{table}.{rows_leaf()}", adapter.tables.get(table)
     if not _holds_numbers(rows) or rows.dim() != 2:
         raise LoRAError(f"{where}: {name!r} must be a floating point matrix of rows, found {describe_value(rows)}.")
     if numbers is not None and len(numbers) != len(rows):
@@ -524,44 +557,19 @@ def _check_rows(adapter: Adapter, table: str, rows: Any, where: str) -> None:
     check_finite(name, rows, where)
 
 
-def _has_start(adapter: Adapter, name: str) -> bool:
-    has_some = not {START_A, START_B}.isdisjoint(adapter._factor_names[name])
-    return has_some or (adapter.config is not None and adapter.config.has_start)
-
-
-def _check_start(adapter: Adapter, name: str, where: str) -> None:
-    """Raise LoRAError where start factors are there against the options, or have other shapes than A and B."""
-    if not _has_start(adapter, name):
-        return
-    init = adapter.config.init_lora_weights if adapter.config is not None else None
-    if adapter.config is not None and not adapter.config.has_start:
-        raise LoRAError(
-            f"{where}: {name!r} has a {START_A}, and init_lora_weights={init!r} has none; the file is damaged."
-        )
-    for factor, start in ((A, START_A), (B, START_B)):
-        shapes = tuple(adapter.factor(name, factor).shape), tuple(adapter.factor(name, start).shape)
-        if shapes[0] != shapes[1]:
-            raise LoRAError(f"{where}: {name!r}: {start} {shapes[1]} must have the shape of {factor}, {shapes[0]}.")
-
-
 def _check_rank(adapter: Adapter, name: str, where: str) -> None:
-    a, b = adapter.factor(name, A), adapter.factor(name, B)
-    rank = b.shape[1]
-    if b.dim() != a.dim() or any(size != 1 for size in b.shape[2:]):
-        raise LoRAError(
-            f"{where}: {name!r}: A {tuple(a.shape)} and B {tuple(b.shape)} are no pair: both must be matrices, or B "
-            "must have the dimensions of A, which is a convolution's, and 1 for each of its kernel's."
-        )
-    if not rank or not a.shape[0] or a.shape[0] % rank:
-        raise LoRAError(f"{where}: {name!r}: A {tuple(a.shape)} and B {tuple(b.shape)} do not share a rank.")
+    """Raise LoRAError where the options say another rank or scaling of a layer."""
     if adapter.config is None:
         return
-    with_options = (name, adapter.options_name(name))
+    stored = adapter.stored(name)
+    rank = adapter.variant.rank(stored)
+    with_options = dict.fromkeys((name, adapter.options_name(name)))
     scalings = [adapter.config.scaling(n) for n in with_options if adapter.config.rank(n) == rank]
     if not scalings:
+        shapes = ", ".join(f"{factor_role(leaf)} {tuple(stored[leaf].shape)}" for leaf in adapter.variant.trained)
         raise LoRAError(
             f"{where}: {name!r}: the options say r={adapter.config.rank(name)}, but its factors have rank {rank}: "
-            f"A {tuple(a.shape)}, B {tuple(b.shape)}."
+            f"{shapes}."
         )
     recorded = adapter.scalings.get(name, scalings[0])
     if not any(math.isclose(recorded, scaling) for scaling in scalings):
@@ -606,7 +614,7 @@ def ties_of(names: Set[str], tensors: Mapping[str, Any]) -> set[str]:
 
 
 def delta_norm(adapter: Adapter, name: str) -> float:
-    """Return the Frobenius norm of s * B @ A of one layer; without options, of B @ A. Magnitudes do not count."""
+    """Return the Frobenius norm of s * B @ A of one layer; without options, of B @ A. A scale does not count."""
     return math.hypot(*(product_norm(left, right) for left, right in scaled_pairs(adapter, name)))
 
 
@@ -670,7 +678,8 @@ def scaled_pairs(adapter: Adapter, name: str) -> list[Pair]:
     Raises:
         LoRAError: the factors do not fit each other.
     """
-    a, b = (factor.detach().double().flatten(1) for factor in adapter.acting_factors(name))
+    a, b, _ = adapter.acting(name)
+    a, b = (factor.detach().double().flatten(1) for factor in (a, b))
     scaling, shapes = adapter.scalings.get(name, 1.0), separate_shapes(adapter, name)
     if shapes:
         enabled = adapter.config.enabled_parts(name) if adapter.config else None

@@ -13,29 +13,29 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ..distributed.sharding import copy_all_, is_sharded
+from ..distributed.sharding import copies_of, copy_all_, is_sharded
 from ..errors import LoRAError
-from ..model.adapted_model import AdaptedModel
-from ..model.injection import record_trainable
+from ..model.adapted_model import AdaptedModel, Listing
 from ..model.live_state import LiveState, original_value
-from ..model.merging import merge
+from ..model.merging import merge_listed
 from ..model.pretrained import embeddings, pretrained_models
 from ..model.targets import untie_advice, weights_of
 from ..names import A, B, listed, names_factor, near_misses, rename_keys
+from ..nn.adapted_module import is_factor
+from ..nn.adapted_weights import AdaptedWeights, LayerSpec, adapted_places
 from ..nn.conv import LoRAConv
-from ..nn.lora_layer import AdaptedWeights, LayerSpec, adapted_places, is_factor
 from .adapter import Adapter, check_finite, describe_value, options_hold, with_exact_ranks, without_aliases
 from .fingerprint import EQUAL, without_base
 from .peft_rows import NO_BIAS
 from .pretrained_names import align_to_networks
 
-Specs = Mapping[AdaptedWeights, LayerSpec]  # of layers that get another rank or scaling
+Specs = Mapping[AdaptedWeights, LayerSpec]  # the new options of layers that change
 
 log = logging.getLogger(__name__)
 
 
 class Names:
-    """The names of a model's modules: all of them, and the first of each, by which it is adapted."""
+    """The names of a model's modules: all of them, and the first name of each module, under which it is adapted."""
 
     def __init__(self, places: Iterable[tuple[str, nn.Module]]) -> None:
         """Take every module under every name."""
@@ -55,20 +55,22 @@ class Names:
         return f"{self.later[path]}.{leaf}".lstrip(".") if path in self.later else name
 
 
-def align_names(model: nn.Module, names: Names, adapter: Adapter) -> Adapter:
+def align_names(listing: Listing, names: Names, adapter: Adapter) -> Adapter:
     """Return the adapter under the one prefix at which its layers are modules of the model."""
     layers = adapter.layers()
     if layers and all(layer in names.modules for layer in layers):
         return adapter
     modules = {*names.modules, *(weights_of(names.modules) if adapter.parameters else ())}
-    if layers and not modules.issuperset(layers):  # a shared module's other names must not make a prefix ambiguous
+    if layers and not modules.issuperset(layers):  # a later name of a shared module would make a second prefix
         ending = f".{layers[0]}"
         modules -= {n for n in modules if n.endswith(ending) and n.removesuffix(ending) in names.later}
-    return align_to_networks(adapter, modules, type(model).__name__, lambda: pretrained_models(model).values())
+    return align_to_networks(
+        adapter, modules, type(listing.model).__name__, lambda: pretrained_models(listing.modules).values()
+    )
 
 
 def by_first_names(names: Names, adapter: Adapter) -> Adapter:
-    """Return the adapter by the names that modules are adapted by, where a module comes under several."""
+    """Rename layers to the first name of their module, under which it is adapted; a shared module has several names."""
     if not names.later:
         return adapter
     aliases = [name for name in adapter.layers() if names.first(name) != name]
@@ -79,13 +81,13 @@ def by_first_names(names: Names, adapter: Adapter) -> Adapter:
 
 
 def split_off_base(live: LiveState, adapter: Adapter) -> Adapter:
-    """Take base weights out of a source without a fingerprint, and make their fingerprint: they tell its base.
+    """Replace base weights by a fingerprint, in a source that has weights of its base and no fingerprint.
 
-    Such are a whole state dict and the embeddings that PEFT writes. Single base weights in a bare adapter state dict
-    stay: they were trained without the options' asking. So do embeddings with rows of their own, which were resized.
+    A whole state dict is such a source, and so is a PEFT folder with embeddings. Single base weights in an adapter's
+    state dict stay: the user trained them. Embeddings with new rows stay too: they were resized.
 
     Raises:
-        LoRAError: embeddings have other numbers of rows here.
+        LoRAError: the embeddings of the model have another number of rows.
     """
     if adapter.fingerprint or adapter.complete or (adapter.config is not None and not adapter.perhaps_base):
         return adapter
@@ -107,15 +109,15 @@ def split_off_base(live: LiveState, adapter: Adapter) -> Adapter:
 
 
 def has_new_rows(name: str, stored: torch.Tensor, live: torch.Tensor) -> bool:
-    """Tell whether a table of the adapter is the model's but for its last rows, less than half of them.
+    """Tell whether a stored table equals the model's except for its last rows, and those are less than half.
 
     Raises:
-        LoRAError: they have other numbers of rows: one of the two was resized.
+        LoRAError: the two have different numbers of rows: one of them was resized.
     """
     if not is_sharded(live):
         _refuse_other_rows(name, stored, live)
     if stored.shape != live.shape or not stored.dim() or is_sharded(live) or live.is_meta:
-        return False  # the fingerprint decides
+        return False  # the fingerprint is compared instead
     relative = max(EQUAL, *(torch.finfo(tensor.dtype).eps for tensor in (stored, live)))
     rows = torch.isclose(stored.float(), live.float().cpu(), rtol=relative).reshape(len(stored), -1).all(1)
     same = int(rows.long().cumprod(0).sum())
@@ -131,25 +133,23 @@ def _refuse_other_rows(name: str, stored: torch.Tensor, live: torch.Tensor) -> N
 
 
 def add_frozen_weights(live: LiveState, adapter: Adapter) -> Adapter:
-    """Add what a run that saved had not of its own, and this model saves with adapters.
+    """Add tensors that this model saves with its adapter and the model that wrote the source did not.
 
-    That is initial values of base weights which were frozen there, and the rows of a table under the names of those
-    that it is tied to.
+    A base weight that is trained here and was frozen there gets its initial value. Rows of a table are added under the
+    names of the tables that are tied to it.
     """
-    record = live.handle.record
-    unfrozen = live.handle.initial_of("unfrozen") if record.unfrozen else {}
+    unfrozen = live.handle.initial_of("unfrozen")
     frozen = {name: value for name, value in unfrozen.items() if name in adapter.fingerprint}
     shared = _names_of_shared(live)
     stored = {other: value for name, value in adapter.tensors.items() for other in shared.get(name, ())}
-    resized = live.handle.initial_of("resized") if record.resized else {}
-    resized = {name: stored.get(name, value) for name, value in resized.items()}
+    resized = {name: stored.get(name, value) for name, value in live.handle.initial_of("resized").items()}
     tied = {name: value for name, value in stored.items() if names_factor(name)}
     added = {**frozen, **resized, **tied}
     return replace(adapter, tensors={**added, **adapter.tensors}) if added.keys() - adapter.tensors.keys() else adapter
 
 
 def _names_of_shared(live: LiveState) -> dict[str, list[str]]:
-    """Return all names of each tensor that has several, by each of them."""
+    """Return, for each name of a tensor with several names, all of these names."""
     names: dict[int, list[str]] = {}
     for name, tensor in live.tensors.items():
         if tensor is not None:
@@ -158,14 +158,14 @@ def _names_of_shared(live: LiveState) -> dict[str, list[str]]:
 
 
 def specs_for(handle: AdaptedModel, adapter: Adapter) -> Specs:
-    """Return the options of the layers that have another rank or scaling in an adapter than in the model.
+    """Return new options for each layer whose rank or scaling is another in the adapter than in the model.
 
     Args:
         handle: an injected model.
-        adapter: under its first names. Without options of its own it has those of the model.
+        adapter: under first names. Where it has no options, the model's hold.
 
     Raises:
-        LoRAError: a sharded layer has another rank.
+        LoRAError: a sharded layer would get another rank.
     """
     if adapter.config is None:
         return {}
@@ -194,14 +194,14 @@ def check_adapter(
 ) -> None:
     """Raise LoRAError for the first layer, scaling, name, shape or value that does not fit the model.
 
-    Whether the base fits, check_fingerprint says.
+    The base is compared by check_fingerprint.
 
     Args:
         live: an injected model.
         names: of its modules.
         adapter: under these names.
-        specs: the options that layers will have when the values are copied, where these are others than now.
-        values_follow: its tensors may be on the meta device, because their values are read later.
+        specs: the new options of layers, from specs_for.
+        values_follow: tensors may be on the meta device, because their values are read later.
     """
     specs = specs or {}
     try:
@@ -253,10 +253,10 @@ def _check_tables(handle: AdaptedModel, adapter: Adapter) -> None:
 
 
 def _refuse_loralib_convolution(name: str, layer: LoRAConv, tensors: Mapping[str, Any]) -> None:
-    """Raise where B @ A is a weight seen as (out * k, in * k): as (out, in * k * k) its rank is higher than ours."""
+    """Refuse loralib's factors of a convolution: their product (out * k, in * k) has a higher rank in our layout."""
     a, b = tensors.get(f"{name}.{A}"), tensors.get(f"{name}.{B}")
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.dim() == b.dim() == 2:
-        shape_a, shape_b = layer.factor_shapes()
+        shape_a, shape_b = layer.place().factor_shapes()
         raise LoRAError(
             f"adapter: {name!r} is a convolution factorised as in loralib, A (r * k, in * k) {tuple(a.shape)} and B "
             f"(out * k, r * k) {tuple(b.shape)}, whose product A {shape_a} and B {shape_b} cannot express. Merge it "
@@ -274,12 +274,12 @@ def _check_tensors(live: LiveState, names: Names, adapter: Adapter, specs: Specs
     _check_ties(live, names, adapter.tensors, expected)
     compared = (name for name in adapter.tensors if name not in live.tensors or name in expected)
     _check_names("tensor", map(names.first, compared), map(names.first, expected))
-    networks = pretrained_models(live.handle.model, live.handle.modules).values()
+    networks = pretrained_models(live.handle.modules).values()
     tables = {id(weight) for network in networks for weight in embeddings(network)}
     for name, value in adapter.tensors.items():
         tensor = live.tensors[name]
         if tensor is None:
-            continue  # extra state, which its owner judges
+            continue  # extra state: its owner checks it
         lacks_values = isinstance(value, torch.Tensor) and value.is_meta > (tensor.is_meta or values_follow)
         if lacks_values or (isinstance(value, torch.Tensor) and value.layout != tensor.layout):
             raise LoRAError(f"adapter: {name!r} must be a tensor as the model's, found {describe_value(value)}.")
@@ -296,9 +296,9 @@ def _check_tensors(live: LiveState, names: Names, adapter: Adapter, specs: Specs
 
 
 def _check_ties(live: LiveState, names: Names, tensors: Mapping[str, Any], expected: Iterable[str]) -> None:
-    """Raise where the adapter has two values for what is one tensor here, or one value and nothing for the other name.
+    """Raise where tied tensors of the model have different values in the adapter, or only one of them has a value.
 
-    So it is where PEFT trained a copy of one end of a tied base, or of each.
+    PEFT trains a copy of one end of a tie, or one copy of each.
     """
     by_tensor: dict[int, dict[str, None]] = {}
     for name in expected:
@@ -319,7 +319,7 @@ def _check_ties(live: LiveState, names: Names, tensors: Mapping[str, Any], expec
 
 def _equal(one: Any, other: Any) -> bool:
     if not (isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)) or one.is_meta:
-        return True  # of a distributed checkpoint, which is checked before its values are read
+        return True  # a distributed checkpoint is checked before its values are read
     return torch.equal(one, other)
 
 
@@ -340,27 +340,28 @@ def _check_names(what: str, names: Iterable[str], expected: Iterable[str]) -> No
 def copy_values(live: LiveState, adapter: Adapter, specs: Specs | None = None, *, merge_after: bool = False) -> None:
     """Write an adapter's values into the live tensors, all of them or none. In place.
 
-    It can fail on the way: W' may be beyond its dtype where the model is merged, an owner of extra state may refuse it.
+    Copying can fail: merging may find that W' is beyond its dtype, and a module may refuse its extra state.
 
     Args:
         live: an injected model, unmerged; after an error it is unmerged too.
-        adapter: which check_adapter has let pass.
-        specs: from specs_for. A factor of another rank gets other memory, and has no gradient; the parameter stays.
-        merge_after: merge the model, and count a failure of that as one to copy.
+        adapter: checked by check_adapter.
+        specs: from specs_for. A factor of another rank gets new memory and loses its gradient; the parameter object
+            stays.
+        merge_after: whether the model is merged then. If that fails, the old values are put back.
     """
     handle = live.handle
     record, kept, config_before = handle.record, handle.kept(), handle.record.config
     specs_before = {layer: layer.lora.spec for layer in specs or {}}
     factors = [factor for layer, spec in specs_before.items() for factor, _ in layer.shapes_by(spec)]
     memory = [(factor, factor.data, factor.grad) for factor in factors]
-    values_before = {name: _value_now(live, name) for name in adapter.tensors}
+    values_before = _values_now(live, adapter.tensors)
     try:
         record_trained(live, adapter)
         _take_specs_(handle, adapter, specs or {})
         _write_(live, adapter.tensors)
-        record_trainable(handle.root, expected=True)
+        handle.record_trainable(expected=True)
         if merge_after:
-            merge(handle.model)
+            merge_listed(handle)
     except BaseException:
         handle.put_back(kept)
         record.config = config_before
@@ -374,21 +375,20 @@ def copy_values(live: LiveState, adapter: Adapter, specs: Specs | None = None, *
 
 
 def record_trained(live: LiveState, adapter: Adapter) -> None:
-    """Record as trained, with their present values, base parameters that were unfrozen in the run that saved."""
+    """Record base parameters that the adapter holds as trained, with their present values as initial ones."""
     whole = [name for name in adapter.tensors if not names_factor(name) and name in live.tensors]
     if any(isinstance(live.tensors[name], nn.Parameter) for name in whole):
         live.handle.record_unfrozen(whole)
 
 
-def _value_now(live: LiveState, name: str) -> Any:
-    tensor = live.tensors[name]
-    if tensor is None:
-        return cast(Any, live.owners[name]).get_extra_state()
-    return tensor.detach().clone()
+def _values_now(live: LiveState, names: Iterable[str]) -> dict[str, Any]:
+    tensors = {name: live.tensors[name] for name in names}
+    states = {name: cast(Any, live.owners[name]).get_extra_state() for name, value in tensors.items() if value is None}
+    return states | copies_of({name: value for name, value in tensors.items() if value is not None})
 
 
 def _take_specs_(handle: AdaptedModel, adapter: Adapter, specs: Specs) -> None:
-    """Let layers, and the options, have an adapter's ranks and scalings; the values are still to come. In place."""
+    """Give layers and options the ranks and scalings of an adapter, before its values are copied. In place."""
     if not specs or adapter.config is None:
         return
     record = handle.record

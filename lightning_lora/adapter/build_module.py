@@ -23,7 +23,7 @@ from .hyper_parameters import HYPER_PARAMETERS, INSTANTIATOR, class_named_by, fl
 
 EARLIER_KEYS = ("hparams", "module_arguments")  # of Lightning before 0.8, which it still reads
 KIND = "hparams_type"  # its key of a class that the hyper-parameters are put into
-OF_THE_RUN = ("callbacks", "loops", "lr_schedulers", "optimizer_states")  # its keys of what no module is built from
+TRAINER_STATE_KEYS = ("callbacks", "loops", "lr_schedulers", "optimizer_states")  # no module is built from these
 # Packages that read a checkpoint's hyper-parameters.
 BUILDERS = ("lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities", "jsonargparse", "packaging")
 READ, LOAD = "load_from_checkpoint", "on_load_checkpoint"  # methods in which a class may look at the file's tensors
@@ -52,7 +52,9 @@ def build_module(
         LoRAError: what the module is built from holds objects that were not unpickled, or names code.
     """
     content = {name: value for name, value in checkpoint.items() if name != META}
-    content = {name: value for name, value in content.items() if name not in OF_THE_RUN or not find_placeholder(value)}
+    content = {
+        name: value for name, value in content.items() if name not in TRAINER_STATE_KEYS or not find_placeholder(value)
+    }
     saved = content.get(HYPER_PARAMETERS)
     if isinstance(saved, Mapping):  # an object that is given anew need not be read
         content[HYPER_PARAMETERS] = {k: v for k, v in saved.items() if k not in kwargs or not find_placeholder(v)}

@@ -13,12 +13,12 @@ from torch import nn
 
 from ..distributed.sharding import gather_all, holds_shards
 from ..errors import LoRAError, NonFiniteError
-from ..model.adapted_model import open_model
-from ..model.dequantise import dequantised_dtype, quantised_weights
+from ..model.adapted_model import AdaptedModel, open_model
+from ..model.dequantize import dequantize_dtype, quantised_weights
 from ..model.live_state import LiveState, original_value
 from ..model.state_dict import merge_state_dict
-from ..names import META, ROWS, canonical, split_factor_name
-from ..nn.lora_layer import is_factor
+from ..names import META, canonical, split_factor_name
+from ..nn.adapted_module import is_factor
 from ..nn.quantised_state import quantisation_entries, unchanged_weight
 from .adapter import Adapter
 from .apply import Names, add_frozen_weights, align_names, check_adapter, record_trained
@@ -31,14 +31,14 @@ REMEDY_IN_TRAINER = (
     'Net.load_from_checkpoint("pretrained.ckpt"), ckpt_path=...). To use the adapter on this base all the same, call '
     "load_adapter(model, path, strict_base=False) and leave ckpt_path out."
 )
-# Returns what takes the place of a mapping at these keys in a checkpoint, or None to leave it alone.
+# Takes a mapping in a checkpoint and the keys that lead to it. Returns its replacement, or None to keep it.
 Replacement = Callable[[Mapping[Any, Any], tuple[Any, ...]], dict[Any, Any] | None]
 
 
 def convert_checkpoint(module: nn.Module, checkpoint: MutableMapping[str, Any], kind: Kind) -> None:
     """Turn a checkpoint with a complete state_dict into one of the given kind. In place. Collective.
 
-    Of a sharded model, the strategy has chosen and gathered what the state_dict holds, see trainer/strategies.py.
+    For a sharded model, trainer/strategies.py has already chosen and gathered the tensors of the state_dict.
     """
     live = LiveState(open_model(module, "checkpoint"))
     handle, record = live.handle, live.handle.record
@@ -54,7 +54,7 @@ def convert_checkpoint(module: nn.Module, checkpoint: MutableMapping[str, Any], 
         meta["initial"] = gather_all(handle.initial())
     else:
         frozen = {name for name, tensor in live.tensors.items() if tensor is not None} - trained
-        frozen |= quantisation_entries(state, quantised_weights(module))
+        frozen |= quantisation_entries(state, quantised_weights(handle.places))
         if not sharded:
             _warn_of_moved({name: state[name] for name in state if name in frozen}, adapter, kind)
         meta = _describe(kind, adapter)
@@ -62,8 +62,8 @@ def convert_checkpoint(module: nn.Module, checkpoint: MutableMapping[str, Any], 
     if kind == "merged":
         tensors = gather_all(live.values()) if sharded else {name: state[name] for name in live.keys if name in state}
         meta["adapter"] = in_one_storage(tensors)
-        dtype = dequantised_dtype(record.dequantize, "checkpoint")
-        checkpoint["state_dict"] = state if sharded else _merge_state(module, state, dtype)
+        dtype = dequantize_dtype(record.dequantize, "checkpoint")
+        checkpoint["state_dict"] = state if sharded else _merge_state(handle, state, dtype)
     elif kind == "adapter":
         tensors = {name: value for name, value in state.items() if name not in frozen}
         checkpoint["state_dict"] = tensors if sharded else in_one_storage(tensors)
@@ -73,10 +73,10 @@ def convert_checkpoint(module: nn.Module, checkpoint: MutableMapping[str, Any], 
 
 
 def _warn_of_moved(frozen: Mapping[str, Any], adapter: Adapter, kind: Kind) -> None:
-    """Warn of frozen weights that something other than an optimizer has changed, which loading will not bring back."""
+    """Warn of frozen weights that something has changed since fit start: a checkpoint without them loses the change."""
     entries = adapter.fingerprint.items()
     at_fit_start = {name: entry for name, entry in entries if name in frozen and not entry.get("quantised")}
-    now = without_rows(fingerprint_entries({name: frozen[name] for name in at_fit_start}), adapter.tables)
+    now = without_rows(fingerprint_entries((name, frozen[name]) for name in at_fit_start), adapter.tables)
     moved = [name for name, entry in at_fit_start.items() if not entries_match(entry, now[name], AVERAGED)]
     if moved:
         warnings.warn(
@@ -87,9 +87,9 @@ def _warn_of_moved(frozen: Mapping[str, Any], adapter: Adapter, kind: Kind) -> N
         )
 
 
-def _merge_state(module: nn.Module, state: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
+def _merge_state(handle: AdaptedModel, state: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
     try:
-        return merge_state_dict(module, state, dtype)
+        return merge_state_dict(handle, state, dtype)
     except NonFiniteError as error:
         raise NonFiniteError(
             f'{error} Merged weights cannot hold that; with save="adapter" or "full" a diverged run is saved as it is.'
@@ -107,29 +107,30 @@ def _describe(kind: Kind, adapter: Adapter) -> dict[str, Any]:
 def _without_left_out(
     live: LiveState, adapter: Adapter, state: Mapping[str, Any], trained: Set[str], kind: Kind
 ) -> Adapter:
-    """Return the adapter's description without what the class's own state_dict or on_save_checkpoint left out.
+    """Describe an adapter of which the user's own state_dict or on_save_checkpoint left tensors out.
 
     Raises:
-        LoRAError: a trained parameter is left out, under all its names. Anything else may be, as a frozen encoder.
+        LoRAError: a trained parameter is missing under all its names. A frozen part, as an encoder, may be missing.
     """
     expected = live.tensors.keys() if kind == "full" else trained
     if expected <= state.keys():
         return adapter
-    _refuse_lost(live, state, trained)
+    _refuse_lost(live, adapter, state, trained)
     saved = {parts[0] for parts in map(split_factor_name, state) if parts}
     layers = {name: scaling for name, scaling in adapter.scalings.items() if name in saved}
     kinds = {name: layer_kind for name, layer_kind in adapter.kinds.items() if name in layers}
-    tables = {name: rows for name, rows in adapter.tables.items() if f"{name}.{ROWS}" in state}
+    tables = {name: rows for name, rows in adapter.tables.items() if name in saved}
     return replace(adapter, scalings=layers, kinds=kinds, tables=tables, complete=False)
 
 
-def _refuse_lost(live: LiveState, state: Mapping[str, Any], trained: Set[str]) -> None:
+def _refuse_lost(live: LiveState, adapter: Adapter, state: Mapping[str, Any], trained: Set[str]) -> None:
     parameters = {name: p for name, p in live.tensors.items() if name in trained and isinstance(p, nn.Parameter)}
     saved = {id(parameter) for name, parameter in parameters.items() if name in state}
     lost = [name for name, parameter in parameters.items() if id(parameter) not in saved]
     if not lost:
         return
-    layers = list(dict.fromkeys(parts[0] for parts in map(split_factor_name, lost) if parts))
+    places = dict.fromkeys(parts[0] for parts in map(split_factor_name, lost) if parts)
+    layers = [name for name in places if name in adapter.scalings]
     excluding = f"leave those layers out of the adapter (exclude_modules={layers}), " if layers else ""
     owner = type(live.handle.model).__name__
     raise LoRAError(
@@ -142,15 +143,16 @@ def _refuse_lost(live: LiveState, state: Mapping[str, Any], trained: Set[str]) -
 def _strip_copies(
     live: LiveState, checkpoint: MutableMapping[str, Any], frozen: Set[str], adapter: Adapter
 ) -> list[list[Any]]:
-    """Take the frozen base out of copies of the module's state that others, as weight averaging, keep in a checkpoint.
+    """Take the frozen base out of copies of the model's state in a checkpoint, as weight averaging keeps one.
+
+    A mapping is a copy if it has every parameter's name, and values as in the fingerprint. Others are left alone.
 
     Returns:
-        Where they are: the keys that lead to each. A user's own entry under parameters' names is no copy: it lacks a
-        name, or has other values.
+        The keys that lead to each copy.
     """
     copies: list[list[Any]] = []
     parameters = {name for name, tensor in live.tensors.items() if isinstance(tensor, nn.Parameter)}
-    # Of quantised weights the copies hold what is packed.
+    # A copy holds quantised weights packed, and the fingerprint their values.
     known = adapter.fingerprint.items()
     entries = {name: entry for name, entry in known if name in parameters and not entry.get("quantised")}
 
@@ -158,9 +160,9 @@ def _strip_copies(
         named = by_canonical_names(mapping)
         if not parameters <= named.keys() or not all(isinstance(named[name], torch.Tensor) for name in entries):
             return None
-        found = without_rows(fingerprint_entries({name: named[name] for name in entries}), adapter.tables)
+        found = without_rows(fingerprint_entries((name, named[name]) for name in entries), adapter.tables)
         if not all(entries_match(entry, found[name], AVERAGED) for name, entry in entries.items()):
-            return None  # neither as it is, nor averaged
+            return None  # no copy: its values are neither the base's nor an average of them
         copies.append(list(path))
         return {name: value for name, value in mapping.items() if canonical(str(name)) not in frozen}
 
@@ -170,9 +172,9 @@ def _strip_copies(
 
 
 def _replace_mappings(value: Any, replacement: Replacement, path: tuple[Any, ...]) -> Any:
-    """Replace dictionaries in a nested one, at any depth; what is left alone keeps its identity.
+    """Replace dictionaries inside a dictionary, at any depth. Values in which nothing is replaced keep their identity.
 
-    Other mappings are users' objects, as a configuration in the hyper-parameters, and are not looked into.
+    Other mappings are users' objects, as a configuration in the hyper-parameters, and are not searched.
     """
     if not isinstance(value, dict):
         return value
@@ -195,7 +197,7 @@ def prepare_for_load(module: nn.Module, checkpoint: MutableMapping[str, Any], *,
         LoRAError: the checkpoint does not fit the injected module. Nothing is loaded.
     """
     if META not in checkpoint:
-        return  # a base checkpoint, or a full state dict; torch's strict load judges it
+        return  # a base checkpoint or a full state dict: torch's strict load checks it
     adapter, kind = adapter_of(checkpoint)
     live = LiveState(open_model(module, "checkpoint"))
     module_names = Names(live.handle.places)
@@ -203,19 +205,18 @@ def prepare_for_load(module: nn.Module, checkpoint: MutableMapping[str, Any], *,
         _prepare_full(live, module_names, checkpoint, adapter, values_follow)
         return
     names = adapter.tensors.keys()
-    adapter = align_names(module, module_names, adapter)  # an imported adapter has the network's names
+    adapter = align_names(live.handle, module_names, adapter)  # an imported adapter has the network's names
     complete = add_frozen_weights(live, adapter)
     check_adapter(live, module_names, complete, values_follow=values_follow)
     check_fingerprint(live, complete.fingerprint, remedy=REMEDY_IN_TRAINER)
     record_trained(live, adapter)
     live.handle.record.origin = dict(adapter.origin)
-    live_values = _live_state(module) | dict(complete.tensors)
-    copies = checkpoint[META].get("copies")
+    live_values = _live_state(live.handle) | dict(complete.tensors)
+    copies = checkpoint[META].get("copies", [])  # an imported adapter has none
 
     def add_base(mapping: Mapping[Any, Any], path: tuple[Any, ...]) -> dict[Any, Any] | None:
         named = by_canonical_names(mapping)
-        # Files of 0.1.0 do not say where copies are.
-        is_copy = names <= named.keys() if copies is None or path == ("state_dict",) else list(path) in copies
+        is_copy = names <= named.keys() if path == ("state_dict",) else list(path) in copies
         return {**live_values, **named} if is_copy else None
 
     for key in checkpoint.keys() - {META}:
@@ -224,9 +225,9 @@ def prepare_for_load(module: nn.Module, checkpoint: MutableMapping[str, Any], *,
         checkpoint["state_dict"] = {**live_values, **adapter.tensors}
 
 
-def _live_state(module: nn.Module) -> dict[str, Any]:
-    """Return the module's state dict, of quantised weights what leaves them as they are."""
-    state, quantised = by_canonical_names(module.state_dict()), quantised_weights(module)
+def _live_state(handle: AdaptedModel) -> dict[str, Any]:
+    """Return the model's state dict; loading it leaves quantised weights untouched."""
+    state, quantised = by_canonical_names(handle.model.state_dict()), quantised_weights(handle.places)
     for name in quantisation_entries(state, quantised):
         del state[name]
     for name, owner in quantised.items():
@@ -237,7 +238,7 @@ def _live_state(module: nn.Module) -> dict[str, Any]:
 def _prepare_full(
     live: LiveState, names: Names, checkpoint: MutableMapping[str, Any], adapter: Adapter, values_follow: bool
 ) -> None:
-    """Check and complete a full checkpoint; record initial values, and no fingerprint, for its base comes along."""
+    """Check and complete a full checkpoint, and record its initial values. It brings a base: no fingerprint is kept."""
     state = checkpoint["state_dict"] = by_canonical_names(checkpoint["state_dict"])
     missing = [name for name in live.tensors if name not in state]
     left_out = {name: entry for name, entry in adapter.fingerprint.items() if name in missing}
@@ -252,7 +253,7 @@ def _prepare_full(
     initial = _read_initial(live, checkpoint[META].get("initial"), adapter)
     record_trained(live, adapter)
     handle, record = live.handle, live.handle.record
-    unfrozen = handle.initial_of("unfrozen") if record.unfrozen else {}
+    unfrozen = handle.initial_of("unfrozen")
     handle.set_initial({name: state.get(name, value) for name, value in unfrozen.items()} | initial)
     record.fingerprint = {}
     record.origin = dict(adapter.origin)
@@ -262,22 +263,19 @@ def _prepare_full(
 
 
 def _read_initial(live: LiveState, initial: Any, adapter: Adapter) -> dict[str, torch.Tensor]:
-    """Return the values from before training by the module's names: no buffer and no trained parameter is missing.
+    """Return the values from before training, by the model's names.
 
-    Files of 0.1.0 have the names of the part of a LightningModule that was injected: there is one prefix for these.
+    Raises:
+        LoRAError: a buffer or a trained parameter of the injected part is missing, or does not fit the model.
     """
     base = {name: tensor for name, tensor, owner in live.entries if not is_factor(name, owner) and tensor is not None}
     named = initial.items() if isinstance(initial, Mapping) else [(None, None)]
     if all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in named):
-        first = next(iter(initial), "")
-        prefixes = dict.fromkeys(["", *(name.removesuffix(first) for name in base if name.endswith(f".{first}"))])
-        for prefix in prefixes:
-            prefixed = {prefix + name: value for name, value in initial.items()}
-            part = prefix + _common_module(initial)  # what is trained beside it is not the injection's business
-            changed = {id(base[name]) for name in adapter.tensors if name in base and name.startswith(part)}
-            fits = all(name in base and base[name].shape == value.shape for name, value in prefixed.items())
-            if fits and changed <= {id(base[name]) for name in prefixed}:
-                return prefixed
+        part = _common_module(initial)  # what is trained beside the injected part is not listed
+        changed = {id(base[name]) for name in adapter.tensors if name in base and name.startswith(part)}
+        fits = all(name in base and base[name].shape == value.shape for name, value in initial.items())
+        if fits and changed <= {id(base[name]) for name in initial}:
+            return dict(initial)
     shown = f"names {sorted(map(str, initial))[:3]}" if isinstance(initial, Mapping) else type(initial).__name__
     raise LoRAError(
         'checkpoint["lora"]: expected `initial` to hold, by name, the values from before training of what was trained '

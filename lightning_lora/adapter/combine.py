@@ -28,13 +28,14 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from ..config import LoRAConfig, is_number, plain_number
+from ..config import PLAIN, LoRAConfig, is_number, plain_number
 from ..errors import LoRAError
 from ..files.paths import PathLike
-from ..names import META, ROWS, A, B, listed, split_factor_name
-from ..nn.low_rank import ATTENTION_OUTPUT, to_block_diagonal
+from ..names import META, PREFIX, A, B, listed, names_factor, parameter_factor_name
+from ..nn.low_rank import ATTENTION_OUTPUT, CONVOLUTIONS, to_block_diagonal
 from ..nn.products import product_svd, truncated_svd
 from ..nn.random_stream import stream
+from ..nn.variant import rows_leaf
 from ..progress import progress_bar
 from .adapter import Adapter, exact_options, options_hold, scaled_pairs, separate_shapes
 from .fingerprint import compare_fingerprints
@@ -225,11 +226,19 @@ def _check_one_base(adapters: Sequence[Adapter], names: Sequence[str], strict: b
 
 
 def _refuse_other_parameters(where: str, adapter: Adapter) -> None:
-    """Refuse what a variant has beside A and B, which does not follow from sums of products."""
+    """Refuse what does not follow from sums of products: a scale that depends on the weight, tensors of no variant."""
+    variant = adapter.variant
+    if variant.reads_weight:
+        raise LoRAError(
+            f"combine: {where}: {variant.title} adapters cannot be combined: what they change depends on the base's "
+            "weights, and no sum of products equals it."
+        )
     for name in adapter.tensors:
-        leaf = name.rpartition(".")[2]
-        if leaf.startswith("lora_") and leaf != ROWS and split_factor_name(name) is None:
-            raise LoRAError(f"combine: {where}: {name!r} cannot be combined, only A, B and what is trained whole.")
+        if name.rpartition(".")[2].startswith(PREFIX) and not names_factor(name):
+            raise LoRAError(
+                f"combine: {where}: {name!r} cannot be combined, only tensors of a variant that is known here and what "
+                "is trained whole."
+            )
 
 
 def _same(what: str, values: Sequence[tuple[str, Any]]) -> Any:
@@ -259,7 +268,7 @@ def _combine_layer(
     plain = [(name, _plain_parts(each, layer, holders), weight) for name, each, weight in holders]
     _check_shapes(layer, [(name, each, parts) for (name, parts, _), (_, each, _) in zip(plain, holders, strict=True)])
     largest = max(parts[0][0].shape[1] for _, parts, _ in plain)
-    dtypes = [each.factor(layer, leaf).dtype for _, each, _ in holders for leaf in (A, B)]
+    dtypes = [tensor.dtype for _, each, _ in holders for tensor in each.stored(layer).values()]
     dtype = torch.float64 if torch.float64 in dtypes else torch.float32
     pairs, norms = [], []
     for part in range(len(plain[0][1])):
@@ -270,17 +279,34 @@ def _combine_layer(
     r = max(left.shape[1] for left, _ in pairs)
     lefts, rights = zip(*(_padded(pair, r) for pair in pairs), strict=True)
     separate = bool(separate_shapes(first, layer))
-    stored = first.factor(layer, A)
+    kernel = _inputs(first, layer)
     a, b = torch.cat(rights, 1 if separate else 0), torch.cat(lefts)
     factors = {
-        first.factor_name(layer, A): a.to(dtype).reshape(-1, *stored.shape[1:]).contiguous(),
-        first.factor_name(layer, B): b.to(dtype).reshape(-1, r, *[1] * (stored.dim() - 2)).contiguous(),
+        _plain_name(first, layer, A): a.to(dtype).reshape(-1, *kernel).contiguous(),
+        _plain_name(first, layer, B): b.to(dtype).reshape(-1, r, *[1] * (len(kernel) - 1)).contiguous(),
     }
     for name, factor in factors.items():
         if not factor.isfinite().all():
             raise LoRAError(f"combine: {name!r} is beyond the range of {dtype}; use smaller weights.")
     kept, whole = sum(kept for kept, _ in norms), sum(whole for _, whole in norms)
     return factors, kept / whole if whole else 1.0
+
+
+def _plain_name(adapter: Adapter, layer: str, leaf: str) -> str:
+    """Return the name of A or B of a layer in the result, which is plain LoRA."""
+    if not adapter.is_parameter(layer):
+        return f"{layer}.{leaf}"
+    module, dot, parameter = layer.rpartition(".")
+    return module + dot + parameter_factor_name(parameter, leaf)
+
+
+def _inputs(adapter: Adapter, layer: str) -> list[int]:
+    """Return the shape of a row of plain LoRA's A: of a convolution (in, k...), where that is known."""
+    place, inputs = adapter.place(layer), list(adapter.acting(layer).a.shape[1:])
+    if place.kind in CONVOLUTIONS and len(inputs) == 1 and place.shapes:
+        (shape,) = place.shapes.values()
+        return list(shape[1:])
+    return inputs
 
 
 def _plain_parts(adapter: Adapter, layer: str, holders: Sequence[tuple[str, Adapter, float]]) -> list[Pair]:
@@ -300,7 +326,7 @@ def _plain_parts(adapter: Adapter, layer: str, holders: Sequence[tuple[str, Adap
 
 def _check_shapes(layer: str, holders: Sequence[tuple[str, Adapter, list[Pair]]]) -> None:
     def sizes(adapter: Adapter, parts: list[Pair]) -> list[Any]:
-        return [list(adapter.factor(layer, A).shape[1:]), [(left.shape[0], right.shape[1]) for left, right in parts]]
+        return [_inputs(adapter, layer), [(left.shape[0], right.shape[1]) for left, right in parts]]
 
     _same(f"the shape of {layer!r}", [(name, sizes(each, parts)) for name, each, parts in holders])
 
@@ -391,7 +417,7 @@ def _assemble(tensors: Mapping[str, Any], layers: Sequence[str], adapters: Seque
     kinds = {layer: kind for each in adapters for layer, kind in each.kinds.items()}
     return Adapter(
         tensors=tensors,
-        config=adapters[0].config,
+        config=_plain_config(adapters[0].config),
         scalings=dict.fromkeys(layers, 1.0),
         fingerprint={n: e for each in reversed(adapters) for n, e in each.fingerprint.items() if n not in trained},
         complete=all(each.complete for each in adapters),
@@ -404,6 +430,11 @@ def _assemble(tensors: Mapping[str, Any], layers: Sequence[str], adapters: Seque
         tied_by_peft=first.tied_by_peft,
         peft_rows=any(each.peft_rows for each in adapters),
     )
+
+
+def _plain_config(config: LoRAConfig | None) -> LoRAConfig | None:
+    """Return options of the result, which is plain LoRA whatever the adapters are; its ranks are not there yet."""
+    return None if config is None else replace(config, variant=PLAIN, init_lora_weights=True)
 
 
 def _average(used: Sequence[tuple[str, Adapter, float]]) -> dict[str, Any]:
@@ -427,7 +458,7 @@ def _own_tables(adapter: Adapter) -> dict[str, tuple[int, ...]]:
 
 
 def _rows_of(adapter: Adapter) -> dict[str, Any]:
-    return {f"{table}.{ROWS}": rows for table, rows in adapter.rows().items() if table not in adapter.tied}
+    return {f"{table}.{rows_leaf()}": rows for table, rows in adapter.rows().items() if table not in adapter.tied}
 
 
 def _mean(key: str, values: Sequence[tuple[str, Any, float]]) -> Any:
@@ -477,8 +508,9 @@ def _options(adapter: Adapter, adapters: Sequence[Adapter]) -> LoRAConfig:
     configs = [each.config or LoRAConfig() for each in adapters]
     ranks, first = adapter.ranks(), configs[0]
     parts: dict[str, tuple[bool, ...]] = {}
+    held = {id(each): {layer for layer in each.layers() if not each.is_parameter(layer)} for each in adapters}
     for layer in sorted(ranks, key=lambda name: -len(name)):
-        holders = [config for config, each in zip(configs, adapters, strict=True) if f"{layer}.{A}" in each.tensors]
+        holders = [config for config, each in zip(configs, adapters, strict=True) if layer in held[id(each)]]
         enabled, *others = {config.enabled_parts(layer) for config in holders} or {None}
         if enabled is not None and not others:
             parts[layer] = enabled
@@ -491,6 +523,7 @@ def _options(adapter: Adapter, adapters: Sequence[Adapter]) -> LoRAConfig:
         rank_pattern=None,
         alpha_pattern=None,
         use_rslora=False,
+        variant=PLAIN,
         init_lora_weights=True,
         lora_dropout=0.0 if adapter.parameters else first.lora_dropout,
         modules_to_save=list(saved),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Set
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -13,25 +13,21 @@ import torch
 
 from ..distributed.sharding import samples, samples_of_all
 from ..errors import LoRAError
-from ..files.safetensors import TensorLocation, read_elements
-from ..files.weights import Weights
-from ..names import around
+from ..names import parent_names
 from .adapter import Adapter
 
 Tables = Mapping[str, Collection[int]]  # rows of a table that the adapter replaces, by the table's name
 
 SAMPLES = 8  # values of each frozen parameter that its fingerprint holds
-EQUAL = 1e-5  # relative difference of a base that is the same
-MOST_HEADS = 2  # modules of a head
-QUANTISED = torch.finfo(torch.bfloat16).eps  # of weights quantised alike: where they are evaluated, scales are rounded
-AVERAGED = 1e-2  # of the base that was trained on here: a moving average of a frozen weight drifts by its own rounding
-# What to do about another base, unless the caller knows better.
-OTHER_FILES = "Give the base that it was trained on as --base, or pass --strict-base=false, which makes this a warning."
+EQUAL = 1e-5  # the same base differs by no more, relatively
+MOST_HEADS = 2  # a new head has at most so many modules
+QUANTISED = torch.finfo(torch.bfloat16).eps  # weights quantised alike differ so, as devices round scales differently
+AVERAGED = 1e-2  # a moving average of a frozen weight drifts by its own rounding
 REMEDY = "Load the adapter on the base that it was trained on, or pass strict_base=False, which makes this a warning."
 
 
 def without_rows(entries: Mapping[str, Any], tables: Tables) -> dict[str, Any]:
-    """Return entries in which values in these rows of tables are NaN."""
+    """Return the entries with NaN for each value that lies in these rows of these tables."""
     masked = dict(entries)
     for table, rows in tables.items():
         name = f"{table}.weight"
@@ -45,31 +41,34 @@ def without_rows(entries: Mapping[str, Any], tables: Tables) -> dict[str, Any]:
 
 def fingerprint_entry(weight: torch.Tensor) -> dict[str, Any]:
     """Return shape, dtype and a few values of a tensor."""
-    return _entry(weight.shape, weight.dtype, samples(weight, sample_positions(weight.numel())))
+    return entry_of(weight.shape, weight.dtype, samples(weight, sample_positions(weight.numel())))
 
 
-def fingerprint_entries(weights: Mapping[str, torch.Tensor]) -> dict[str, dict[str, Any]]:
-    """Return fingerprint_entry of many tensors, in less time than one by one. Collective where they are sharded."""
-    at = {name: sample_positions(weight.numel()) for name, weight in weights.items()}
-    values = samples_of_all([(weight, at[name]) for name, weight in weights.items()])
-    return {
-        name: _entry(weight.shape, weight.dtype, found)
-        for (name, weight), found in zip(weights.items(), values, strict=True)
-    }
+def fingerprint_entries(weights: Iterable[tuple[str, torch.Tensor]]) -> dict[str, dict[str, Any]]:
+    """Return fingerprint_entry of many tensors at once, which is faster. Collective where they are sharded.
+
+    Args:
+        weights: each name with its tensor. They may be made one by one, for none is kept.
+    """
+    found: dict[str, tuple[torch.Size, torch.dtype]] = {}
+
+    def with_positions() -> Iterator[tuple[torch.Tensor, tuple[int, ...]]]:
+        for name, weight in weights:
+            found[name] = weight.shape, weight.dtype
+            yield weight, sample_positions(weight.numel())
+
+    values = samples_of_all(with_positions())
+    return {name: entry_of(*found[name], of_name) for name, of_name in zip(found, values, strict=True)}
 
 
-def fingerprint_entry_at(location: TensorLocation) -> dict[str, Any]:
-    """Return the same of a tensor in a file, of which it reads no more."""
-    return _entry(location.shape, location.dtype, read_elements(location, sample_positions(location.numel)))
-
-
-def _entry(shape: Iterable[int], dtype: torch.dtype, values: list[float]) -> dict[str, Any]:
+def entry_of(shape: Iterable[int], dtype: torch.dtype, values: list[float]) -> dict[str, Any]:
+    """Return an entry of a fingerprint, as plain types."""
     return {"shape": list(shape), "dtype": str(dtype).removeprefix("torch."), "values": values}
 
 
 @lru_cache(maxsize=1024)
 def sample_positions(numel: int) -> tuple[int, ...]:
-    """Return which elements of a tensor, counted in order, its entry holds."""
+    """Return the positions of the sampled values in the flattened tensor."""
     return tuple(_positions(numel))
 
 
@@ -85,9 +84,9 @@ def compare_fingerprints(
     strict: bool = True,
     remedy: str = REMEDY,
 ) -> None:
-    """Raise LoRAError for the first difference, in the order of `present`; what only that has is not judged.
+    """Raise LoRAError for the first difference, in the order of `present`. Names that only `present` has are ignored.
 
-    Where all that differs lies in a few modules, as that of a head which each program draws anew, it says so.
+    If all differences lie in a few modules, the message says so: each program draws a new head's values anew.
 
     Args:
         present: entries by name, of the base at hand.
@@ -121,7 +120,7 @@ def compare_fingerprints(
 
 
 def without_base(adapter: Adapter, base: Set[str] | None = None) -> Adapter:
-    """Return the adapter without these tensors, all that may be its base's by default, but with their fingerprint."""
+    """Replace tensors of the base by their entries in the fingerprint; by default, all that may be the base's."""
     base = adapter.perhaps_base if base is None else base
     return replace(
         adapter,
@@ -134,24 +133,8 @@ def without_base(adapter: Adapter, base: Set[str] | None = None) -> Adapter:
     )
 
 
-def compare_with_files(adapter: Adapter, base: Weights, *, strict: bool = True, remedy: str = OTHER_FILES) -> None:
-    """Raise LoRAError, or warn, where weights on disk are another base than the adapter's, which has their names.
-
-    What both name is compared: a file may hold tied weights once, or experts under other names than a model.
-    """
-    packed = {f"{module}.weight" for module in base.quantised()}
-    named = adapter.fingerprint.keys() - packed
-    locations = {name: base.locations[name] for name in adapter.fingerprint if name in named & base.locations.keys()}
-    entries = {name: fingerprint_entry_at(location) for name, location in locations.items() if location.in_order}
-    tables = {**{end: adapter.tables.get(first, ()) for end, first in adapter.tied.items()}, **adapter.tables}
-    entries = without_rows(entries, tables)
-    expected = without_rows({name: adapter.fingerprint[name] for name in entries}, tables)
-    compare_fingerprints(entries, expected, strict=strict, remedy=remedy)
-    warn_of_rounding(entries, adapter.fingerprint)
-
-
 def warn_of_rounding(present: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """Warn where an adapter was trained on rounded weights, and is on the weights that these were rounded from here."""
+    """Warn where an adapter was trained on rounded weights, and the present base has more digits."""
     for name, before in expected.items():
         now = present.get(name)
         if now is None or before["dtype"] == now["dtype"] or before.get("quantised") or now.get("quantised"):
@@ -173,7 +156,7 @@ def warn_of_rounding(present: Mapping[str, Any], expected: Mapping[str, Any]) ->
 
 
 def entries_match(before: Mapping[str, Any], now: Mapping[str, Any], relative: float) -> bool:
-    """Tell whether two entries have one shape and equal values, up to rounding: between dtypes, of the coarser one."""
+    """Tell whether two entries have equal shapes, and values equal up to the rounding of the coarser dtype."""
     if list(before["shape"]) != list(now["shape"]) or len(before["values"]) != len(now["values"]):
         return False
     if before["dtype"] == now["dtype"] and before["values"] == now["values"]:
@@ -184,7 +167,7 @@ def entries_match(before: Mapping[str, Any], now: Mapping[str, Any], relative: f
     dtypes = {getattr(torch, entry["dtype"]) for entry in (before, now)}
     if len(dtypes) > 1:
         relative = max([relative, *(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)])
-        absolute = 1e-7  # subnormal numbers of float16
+        absolute = 1e-7  # float16 holds smaller numbers with fewer digits
     return all(
         a == b or math.isclose(a, b, rel_tol=relative, abs_tol=absolute) or (math.isnan(a) and math.isnan(b))
         for a, b in zip(before["values"], now["values"], strict=True)
@@ -192,7 +175,7 @@ def entries_match(before: Mapping[str, Any], now: Mapping[str, Any], relative: f
 
 
 def _quantised_hint(differing: Iterable[str], present: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
-    """Say that the base was quantised otherwise where the adapter was trained, if that is so."""
+    """Say that the base was quantised differently in training, if it was."""
     for name in differing:
         was, is_now = (entries.get(name, {}).get("quantised", "") for entries in (expected, present))
         if was != is_now:
@@ -212,17 +195,17 @@ def _equal(before: Iterable[float], now: Iterable[float]) -> bool:
 
 
 def _head_hint(differing: Iterable[str], expected: Mapping[str, Any]) -> str:
-    """Say that a new head may be all that differs, where that lies in a few modules in which nothing else is equal.
+    """Say that only a new head may differ, if the differences lie in a few modules in which nothing is equal.
 
-    Biases that all start from zero tell nothing, and what holds most of the model is no head.
+    Biases that start from zero are equal anyway and do not count. A module with most of the weights is no head.
     """
     differing = list(differing)
     sizes = {name: math.prod(entry["shape"]) for name, entry in expected.items()}
     if 2 * sum(sizes[name] for name in differing) > sum(sizes.values()):
         return ""
     telling = {name for name, entry in expected.items() if len(set(entry["values"])) > 1}
-    with_equal = {module for name in telling - set(differing) for module in around(name)}
-    modules = [next((module for module in around(name) if module not in with_equal), "") for name in differing]
+    with_equal = {module for name in telling - set(differing) for module in parent_names(name)}
+    modules = [next((module for module in parent_names(name) if module not in with_equal), "") for name in differing]
     heads = list(dict.fromkeys(module.rpartition(".")[2] for module in modules))
     if not with_equal or "" in heads or len(heads) > MOST_HEADS:
         return ""

@@ -1,11 +1,11 @@
-"""Lightning checkpoints of an injected model, of the kinds adapter, merged and full: converted, read, completed.
+"""What a Lightning checkpoint of each kind holds, and the adapter in it.
 
     adapter  state_dict holds what training changes, and no base tensor
     merged   state_dict holds plain merged weights; checkpoint["lora"]["adapter"] what training changes
     full     state_dict holds base and adapter
 
-checkpoint["lora"] describes the adapter in each kind. Names are those of the module without the segments of wrappers
-as torch.compile's, but in the state_dict of a merged or full checkpoint, which is the module's own.
+checkpoint["lora"] describes the adapter in each kind. Names have no segments of wrappers, as torch.compile's; but the
+state_dict of a merged or full checkpoint has the LightningModule's own names.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from ..names import META, canonical
 from ..nn.quantised_state import quantisation_entries
 from .adapter import Adapter, check_factors
 from .file_options import readable_options
-from .metadata import from_metadata, of_trained, to_metadata
+from .metadata import from_metadata, to_metadata
 
 FORMAT_VERSION = 1
-HEADER = "meta.pt"  # Lightning's name of what a distributed checkpoint holds beside its shards
-SHARDS = ".metadata"  # torch's name of the description of the shards
+HEADER = "meta.pt"  # Lightning's file with all but the tensors of a distributed checkpoint
+SHARDS = ".metadata"  # torch's file that describes the shards
 
 Kind = Literal["adapter", "merged", "full"]
 
 
 def check_kind(kind: object) -> None:
-    """Raise LoRAError where `kind` is no kind of checkpoint."""
+    """Raise LoRAError unless `kind` is a kind of checkpoint."""
     if kind not in get_args(Kind):
         raise LoRAError(f"LoRACallback: save must be one of {', '.join(get_args(Kind))}, but it is {kind!r}.")
 
@@ -84,8 +84,6 @@ def adapter_of(checkpoint: Mapping[str, Any]) -> tuple[Adapter, Kind]:
     if kind == "full":
         base = adapter.fingerprint.keys() | quantisation_entries(tensors, adapter.fingerprint)
         adapter = replace(adapter, tensors={n: value for n, value in tensors.items() if n not in base})
-    else:
-        adapter = of_trained(adapter)
     check_factors(adapter, 'checkpoint["lora"]')
     return adapter, kind
 
@@ -106,7 +104,7 @@ def read_without_values(path: Path) -> dict[str, Any]:
 
 
 def in_one_storage(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Copy plain tensors to the CPU, all of one dtype into one storage, which saves small files; other values stay."""
+    """Copy plain tensors to the CPU, those of one dtype into one storage: many small storages make a file larger."""
     keys = {name: _memory_key(value) for name, value in values.items() if _is_plain(value)}
     copies: dict[Any, torch.Tensor] = {}
     for dtype in {values[name].dtype for name in keys}:
@@ -123,5 +121,5 @@ def _is_plain(value: Any) -> bool:
 
 
 def _memory_key(tensor: torch.Tensor) -> Any:
-    """Return the same for each name of a tied tensor, which is saved once."""
+    """Return a key that all names of a tied tensor share, so that it is saved once."""
     return tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride()

@@ -17,15 +17,14 @@ from ..files.atomic import new_folder
 from ..files.model_folder import CONFIG, INDEX_SUFFIX, STEM, index_of, plan_shards
 from ..files.paths import PathLike, write_json
 from ..files.safetensors import NAMES, SUFFIX, as_bytes, build_header
-from ..model.adapted_model import find_model, open_model
-from ..model.dequantise import Dequantiser, dequantised_dtype
+from ..model.adapted_model import Listing, find_in, open_model, refuse_replaced_layers
+from ..model.dequantize import Dequantizer, dequantize_dtype
 from ..model.gradients import warn_of_untrained
-from ..model.injection import refuse_replaced_layers
 from ..model.named_state import state_of
 from ..model.state_dict import refuse_quantised, refuse_unmergeable
 from ..model.wrappers import unwrapped
-from ..names import canonical
-from ..nn.lora_layer import AdaptedModule, NamedModules, adapted_layers, is_factor
+from ..nn.adapted_module import is_factor
+from ..nn.adapted_weights import NamedModules, adapter_of
 from ..nn.quantised import quantised_as, shape_of
 from ..progress import progress_bar
 from .pretrained_folder import (
@@ -51,9 +50,9 @@ def save_merged(
 ) -> None:
     """Write merged weights under the base's names, as a folder in the layout of Hugging Face models.
 
-    Of a transformers model, or a LightningModule around one, from_pretrained loads the folder: it holds the network's
-    configuration, and tensors under the names that save_pretrained gives them. What of a LightningModule is outside of
-    the network is left out; where it was trained, the folder is one of plain weights under the LightningModule's names.
+    The folder of a transformers model, or of a LightningModule that holds one, is for from_pretrained: it has the
+    network's configuration, and the tensor names of save_pretrained. Weights of the LightningModule outside of the
+    network are left out. If any of these were trained, the folder holds all weights under the LightningModule's names.
 
     The live weights stay as they are, merged or not. Where the model is sharded every rank calls this: each tensor is
     merged on its shards, gathered, written by the first rank and dropped. Any other model is written by each process
@@ -61,8 +60,8 @@ def save_merged(
 
     Args:
         model: an injected model, or a part of one.
-        path: the folder, which appears when it is complete. In one that is there already the weights are replaced
-            and all else stays.
+        path: the folder. It appears when it is complete. In an existing folder the weights are replaced, and other
+            files stay.
         max_shard_bytes: what does not fit into one `model.safetensors` of this size goes into several and an index.
         dequantize: the dtype of plain weights in place of quantised ones, adapted or not; one is dequantised at a
             time. What rounding W' to it costs is logged.
@@ -82,26 +81,24 @@ def save_merged(
         >>> sorted(load_file("merged/model.safetensors"))
         ['0.bias', '0.weight', '2.bias', '2.weight']
     """
-    model = unwrapped(model, "save_merged")
-    places = [(canonical(name), module) for name, module in model.named_modules(remove_duplicate=False)]
-    layers = adapted_layers(model, modules=places)
-    if not layers:
+    listing = Listing(unwrapped(model, "save_merged"))
+    if not listing.layers:
         open_model(model, "save_merged")
-    refuse_replaced_layers(model, "save_merged", layers)
-    warn_of_untrained(model, layers)
-    dtype = dequantised_dtype(dequantize, "save_merged")
-    refuse_unmergeable(model, dtype)
-    prefix, network = find_network(model, find_model(model)) or ("", None)
-    dequantiser = None if dtype is None else Dequantiser(dtype)
-    state = _base_tensors(places, prefix)
+    refuse_replaced_layers(listing, "save_merged")
+    warn_of_untrained(listing)
+    dtype = dequantize_dtype(dequantize, "save_merged")
+    refuse_unmergeable(listing, dtype)
+    prefix, network = find_network(find_in(listing) or listing) or ("", None)
+    dequantizer = None if dtype is None else Dequantizer(dtype)
+    state = _base_tensors(listing.places, prefix)
     tensors = {name: _stored(tensor, dtype) for name, (tensor, _) in state.items()}
     quantised = {name: quantised_as(tensor) for name, (tensor, _) in state.items() if quantised_as(tensor)}
-    if quantised and dequantiser is None:
+    if quantised and dequantizer is None:
         refuse_quantised(*next(iter(quantised.items())))
     divided = one_part_each(tensors) if network is None else parts_in_files(network, tensors)
     parts = {next(iter(part.stored)): part for part in divided if part.stored}
     files = plan_shards({key: _size(part.stored) for key, part in parts.items()}, max_shard_bytes)
-    writes = writes_files(module for _, module in places)
+    writes = writes_files(module for _, module in listing.modules)
     sync = RankSync(tensors.values())
 
     def step(what: object, action: Callable[[], object]) -> None:
@@ -126,11 +123,11 @@ def save_merged(
             index[file] = {name: tensor for part in in_file for name, tensor in part.stored.items()}
             header = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in index[file].items()]
             step(file, partial(_append, here / file, build_header(header, PT)))
-            for part in in_file:  # nothing here holds a tensor while the next one is gathered
+            for part in in_file:  # no reference keeps a tensor alive while the next one is gathered
                 append = partial(_append_part, here / file, part)
                 step(
                     repr(part.names[0]),
-                    partial(append, {n: _merged(n, *state[n], sync, dequantiser) for n in part.names}),
+                    partial(append, {n: _merged(n, *state[n], sync, dequantizer) for n in part.names}),
                 )
                 advance(_size(part.stored))
         if len(files) > 1:
@@ -138,8 +135,8 @@ def save_merged(
             names = {file: list(stored) for file, stored in index.items()}
             step(INDEX, partial(write_json, here / INDEX, index_of(names, sizes, {})))
         step(path, moves_on_leaving.close)
-    if dequantiser is not None:
-        dequantiser.report()
+    if dequantizer is not None:
+        dequantizer.report()
 
 
 def _size(tensors: Mapping[str, torch.Tensor]) -> int:
@@ -164,24 +161,24 @@ def _base_tensors(places: NamedModules, prefix: str) -> dict[str, tuple[torch.Te
 
 
 def _stored(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-    """Return a tensor of the shape and dtype that it has in the folder."""
+    """Return a tensor with the shape and dtype that will be written."""
     if dtype is None or not quantised_as(tensor):
         return tensor
     return torch.empty(shape_of(tensor), dtype=dtype, device="meta")
 
 
 def _merged(
-    name: str, tensor: torch.Tensor, module: nn.Module, sync: RankSync, dequantiser: Dequantiser | None
+    name: str, tensor: torch.Tensor, module: nn.Module, sync: RankSync, dequantizer: Dequantizer | None
 ) -> torch.Tensor:
-    """A whole tensor on the CPU, the adapter merged into it. Collective where it is sharded."""
-    if dequantiser is not None and quantised_as(tensor):
-        return dequantiser.weight(name, module).cpu()
+    """Return a whole tensor on the CPU with the adapter merged. Collective where it is sharded."""
+    if dequantizer is not None and quantised_as(tensor):
+        return dequantizer.weight(name, module).cpu()
     leaf = name.rpartition(".")[2]
     values = [tensor.detach()]
-    adapter = module.lora_adapter_of(leaf) if isinstance(module, AdaptedModule) else None
+    adapter = adapter_of(module, leaf)
     if adapter is not None and leaf not in adapter.lora.records:
         weights = adapter.adapted_weights()
-        blocks = adapter.local_blocks(weights, *adapter.stored())
+        blocks = adapter.blocks(weights)
 
         def merge() -> None:
             values[0] = adapter.merged_copies(weights, {leaf: blocks[leaf]})[leaf]

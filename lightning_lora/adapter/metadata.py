@@ -1,8 +1,8 @@
-"""What travels beside an adapter's tensors, as plain types: in checkpoint["lora"] and in a tensor file's header.
+"""The description of an adapter as plain types, in checkpoint["lora"] and in the header of a tensor file.
 
 layers       [[kind or None, scaling, [names]], ...]
-fingerprint  [[dtype, shape, leaf, [modules], values], ...], the bytes of all modules' values in base 85; of quantised
-             weights one thing more: how
+fingerprint  [[dtype, shape, leaf, [modules], values], ...], with the values of all modules as bytes in base 85; a
+             quantised weight has a sixth item, the kind of quantisation
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import base64
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,12 +18,13 @@ import torch
 from ..config import LoRAConfig
 from ..errors import LoRAError, shown
 from ..files.safetensors import as_bytes
+from ..names import KNOWN_VARIANTS, near_misses
 from ..nn.low_rank import KINDS
-from .adapter import Adapter, equal_layers, with_aliases
+from .adapter import Adapter
 from .file_options import check_options
 from .fingerprint import sample_positions
 
-STORED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # values of other dtypes are stored as float64
+STORED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # other dtypes are stored as float64
 
 
 def to_metadata(adapter: Adapter) -> dict[str, Any]:
@@ -45,22 +45,22 @@ def to_metadata(adapter: Adapter) -> dict[str, Any]:
 
 
 def from_metadata(tensors: Mapping[str, Any], metadata: Any, where: str) -> Adapter:
-    """Return the adapter of these tensors that metadata describes, its factors unchecked: the inverse of to_metadata.
+    """Build an adapter from its tensors and their description. Factors are not checked. The inverse of to_metadata.
 
     Args:
-        tensors: the adapter's.
-        metadata: plain types, from a file.
+        tensors: by name.
+        metadata: the description, from a file.
         where: for messages.
 
     Raises:
-        LoRAError: the description is not of that form, or it and the tensors disagree.
+        LoRAError: the description has another form, or does not fit the tensors.
     """
     try:
         scalings, kinds = decode_layers(metadata["layers"])
         check_options(metadata["config"], scalings, where)
         adapter = Adapter(
             tensors=tensors,
-            config=LoRAConfig.from_dict(metadata["config"]),
+            config=_config(metadata["config"], where),
             scalings=scalings,
             fingerprint=decode_fingerprint(metadata["fingerprint"]),
             complete=metadata.get("complete", True) is True,
@@ -78,13 +78,21 @@ def from_metadata(tensors: Mapping[str, Any], metadata: Any, where: str) -> Adap
         raise
     except (LookupError, TypeError, AttributeError, ValueError, OverflowError, RecursionError, re.error) as error:
         raise LoRAError(f"{where}: the adapter's description is damaged: {error!r}.") from error
-    aliases = equal_layers(adapter)
-    if aliases and adapter.config is not None:  # of an earlier version, whose options were for first names alone
-        adapter = replace(adapter, config=with_aliases(adapter.config, aliases))
     unpaired = sorted((set(adapter.scalings) ^ set(adapter.layers())) | (set(adapter.tables) ^ set(adapter.rows())))
     if unpaired:
         raise LoRAError(f"{where}: {unpaired[0]!r} is missing in the tensors or in their description; it was cut.")
     return adapter
+
+
+def _config(options: Any, where: str) -> LoRAConfig:
+    """Return the options in metadata. Raises LoRAError where they ask for a variant that this program does not know."""
+    variant = options.get("variant") if isinstance(options, Mapping) else None
+    if isinstance(variant, str) and variant not in KNOWN_VARIANTS:
+        raise LoRAError(
+            f"{where}: the adapter is of the variant {shown(variant)}, which is not known here"
+            f"{near_misses(variant, KNOWN_VARIANTS)}. Import the file that defines it before loading."
+        )
+    return LoRAConfig.from_dict(options)
 
 
 def _after_conv1d_to_metadata(adapter: Adapter) -> dict[str, Any]:
@@ -95,17 +103,6 @@ def _after_conv1d_to_metadata(adapter: Adapter) -> dict[str, Any]:
 
 def _after_conv1d_from_metadata(names: Any) -> frozenset[str] | None:
     return None if names is None else frozenset(map(_text, _list(names)))
-
-
-def of_trained(adapter: Adapter, frozen: Collection[str] = ()) -> Adapter:
-    """Return an adapter whose tensors and fingerprint have no name in common, as earlier versions did not always write.
-
-    Args:
-        adapter: as it was read.
-        frozen: names of tensors that were not trained; every other tensor was, and the fingerprint loses its name.
-    """
-    tensors = without(adapter.tensors, frozen)
-    return replace(adapter, tensors=tensors, fingerprint=without(adapter.fingerprint, tensors))
 
 
 def without(values: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:

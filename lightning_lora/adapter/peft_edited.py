@@ -20,10 +20,10 @@ from ..names import matcher
 from ..nn.low_rank import ATTENTION_OUTPUT
 from .adapter import Adapter, with_exact_ranks
 from .file_options import check_options
-from .peft_mapping import options_from_peft, options_to_peft, origin_of
+from .peft_forms import config_in_peft
+from .peft_mapping import from_peft_options, options_from_peft, options_to_peft, origin_of
 from .peft_rows import OPTION
 from .peft_saved_modules import entries_in, taken_by
-from .peft_starts import doubled
 
 RANKS = ("r", "rank_pattern")
 LAYERS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
@@ -59,17 +59,19 @@ def honour_options(adapter: Adapter, plain: Adapter, options: Mapping[str, Any],
     Args:
         adapter: as the header describes it.
         plain: the same with the tensors that PEFT reads.
-        options: the JSON's fields.
+        options: the JSON's fields, as a peft.LoraConfig has them.
         path: of the JSON.
 
     Raises:
         LoRAError: somebody changed a field so that it does not go with the tensors.
     """
     config = adapter.config or LoRAConfig()
-    fields = _Fields(path, options, options_to_peft(replace(plain, config=doubled(config))))
+    in_peft = replace(plain, config=config_in_peft(replace(plain, config=config)))
+    _, written = from_peft_options(options_to_peft(in_peft), path)
+    fields = _Fields(path, options, written)
     layers = [name for name in plain.layers() if not plain.is_parameter(name)]
     check_options(options, layers, path)
-    stated = options_from_peft(options, layers, plain.beside_factors(), plain.tables)
+    stated = options_from_peft(options, layers, plain.beside_factors(), plain.tables, config.variant)
     fields.require(RANKS, lambda: _has_ranks(plain, stated))
     fields.require((*VARIANTS, "bias", OPTION))
     fields.require(LAYERS, lambda: options.get("target_modules") and _selects_layers(plain, stated))

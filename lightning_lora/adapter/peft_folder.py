@@ -24,19 +24,19 @@ from ..files.atomic import new_folder
 from ..files.paths import PathLike, kind_of, parse_json, read_json, write_json
 from ..files.safetensors import read_safetensors, write_tensors
 from ..files.torch_archive import read_torch_file
-from ..names import A, B, around
-from ..nn.low_rank import ATTENTION, ATTENTION_OUTPUT, GROUPED_CONV, SEPARATE
+from ..names import A, B, parent_names
+from ..nn.low_rank import ATTENTION, ATTENTION_OUTPUT, SEPARATE
+from ..nn.variant import Variant
 from .adapter import Adapter, check_factors, exact_options, ties_of
 from .file_options import check_options, readable_options
-from .fingerprint import AVERAGED, entries_match, fingerprint_entry, without_rows
-from .metadata import from_metadata, of_trained, to_metadata
+from .metadata import from_metadata, to_metadata
 from .peft_attention import refuse_conv1d_before_parameters
 from .peft_edited import honour_options
-from .peft_magnitudes import magnitudes_from_peft, magnitudes_to_peft
+from .peft_forms import config_in_peft, from_peft_form, spread, to_peft_form
 from .peft_mapping import (
     add_idle_attention,
     as_plain,
-    drop_layers,
+    from_peft_options,
     from_plain,
     idle_attention,
     options_from_peft,
@@ -57,7 +57,6 @@ from .peft_parameters import (
 )
 from .peft_rows import as_peft_stores, peft_table_name, rows_from_peft
 from .peft_saved_modules import entries_in, frozen_in_saved
-from .peft_starts import doubled, with_starts, without_starts
 from .peft_state_dict import kinds_of, read_state
 
 CONFIG_FILE = "adapter_config.json"
@@ -96,17 +95,16 @@ def write_folder(adapter: Adapter, path: PathLike, frozen: Mapping[str, torch.Te
     own = as_peft_stores(own)
     own, idle = add_idle_attention(own)
     own = replace(own, config=readable_options(own))
-    plain = as_plain(without_starts(own))
+    plain = as_plain(to_peft_form(own))
     layers = set(own.layers())
     nesting = nesting_of(own.parameters)
     values = stacks_to_peft({**plain.tensors, **(frozen or {})}, _factor_names(own).values())
-    values = magnitudes_to_peft(values)
     tables = {*own.tables, *own.tied}
-    in_tables = {name: peft_table_name(name, tables) for name in values}
-    tensors = {
-        f"{PREFIX}{in_tables[name]}" if in_tables[name] != name else peft_name(name, layers, own.kinds, nesting): tensor
-        for name, tensor in values.items()
-    }
+    tensors = {}
+    for name, tensor in values.items():
+        in_table = peft_table_name(name, tables)
+        of_layer = peft_name(name, plain.variant, layers, own.kinds, nesting)
+        tensors[f"{PREFIX}{in_table}" if in_table != name else of_layer] = tensor
     description = to_metadata(own)
     if frozen:
         description[FROZEN] = sorted(frozen)
@@ -145,20 +143,22 @@ def _refuse_missing_frozen(adapter: Adapter, frozen: Mapping[str, torch.Tensor])
 
 
 def _refuse_without_equal(adapter: Adapter, name: str) -> None:
-    kind, attention = adapter.kinds.get(name), name.rpartition(".")[0]
-    problem = ""
-    if kind == GROUPED_CONV:
-        problem = "is a convolution with groups; PEFT's adapter for those mixes the groups and means another thing"
-    elif kind == ATTENTION_OUTPUT and adapter.magnitude(name) is not None:
-        problem = f"belongs to attention, which PEFT does not adapt with {adapter.variant()}"
-    elif kind == ATTENTION_OUTPUT and adapter.kinds.get(attention) != ATTENTION:
-        problem = _output_problem(adapter, attention)
-    elif kind == ATTENTION:
-        problem = _attention_problem(adapter, name)
-    elif adapter.is_parameter(name) and not attention:
-        problem = "belongs to the model itself, to which PEFT gives no adapter; put it into a module"
+    kind = adapter.kinds.get(name, "")
+    problem = adapter.variant.peft_problem(kind) or _place_problem(adapter, name, kind)
     if problem:
         raise LoRAError(f"save_adapter: {name!r} {problem}; save a Lightning checkpoint instead.")
+
+
+def _place_problem(adapter: Adapter, name: str, kind: str) -> str:
+    """Say what PEFT has no equal of in where a layer or parameter is, or return ""."""
+    module = name.rpartition(".")[0]
+    if kind == ATTENTION_OUTPUT and adapter.kinds.get(module) != ATTENTION:
+        return _output_problem(adapter, module)
+    if kind == ATTENTION:
+        return _attention_problem(adapter, name)
+    if adapter.is_parameter(name) and not module:
+        return "belongs to the model itself, to which PEFT gives no adapter; put it into a module"
+    return ""
 
 
 def _output_problem(adapter: Adapter, attention: str) -> str:
@@ -193,15 +193,16 @@ def read_folder(path: PathLike, order: Order = usual_order) -> Adapter:
         LoRAError: a file is missing or damaged, or it holds what this package cannot apply.
     """
     folder = Path(path)
-    options = read_json(folder / CONFIG_FILE)
-    refuse_options(options, folder / CONFIG_FILE)
+    variant, options = from_peft_options(read_json(folder / CONFIG_FILE), folder / CONFIG_FILE)
+    refuse_options(options, variant, folder / CONFIG_FILE)
     peft_tensors, header = _read_tensors(folder)
     if HEADER_KEY in header:
         adapter, outside = _read_described(peft_tensors, header[HEADER_KEY], folder / TENSOR_FILE, options)
         return _add_outside(adapter, outside, folder) if outside else adapter
     names = read_names(peft_tensors, folder, lambda wrapped: nesting_in_peft(options, wrapped, order, folder))
-    tensors = magnitudes_from_peft({name: peft_tensors[peft_name] for peft_name, name in names.ours.items()})
-    adapter = _read_foreign(tensors, names.bare, options, folder)
+    tensors = {name: peft_tensors[peft_name] for peft_name, name in names.ours.items()}
+    tensors = spread(names.shared, peft_tensors, tensors)
+    adapter = _read_foreign(tensors, names.bare, variant, options, folder)
     several = [leaves for leaves in nesting_of(adapter.parameters).values() if len(leaves) > 1]
     return replace(adapter, assumed_order=several) if order is usual_order and several else adapter
 
@@ -257,9 +258,9 @@ def _read_described(
     if not isinstance(description, dict):
         raise LoRAError(f"{where}: the adapter's description is damaged: it is {shown(description, 80)}.")
     nesting = nesting_of_metadata(description, where)
-    names = read_names(peft_tensors, where, lambda wrapped: nesting).ours
-    tensors = magnitudes_from_peft({name: peft_tensors[peft_name] for peft_name, name in names.items()})
-    adapter = from_metadata(tensors, description, str(where))
+    names = read_names(peft_tensors, where, lambda wrapped: nesting)
+    tensors = {name: peft_tensors[peft_name] for peft_name, name in names.ours.items()}
+    adapter = from_metadata(spread(names.shared, peft_tensors, tensors), description, str(where))
     adapter = _with_our_stacks(adapter, where)
     plain = adapter
     idle = description.get(IDLE, [])
@@ -268,40 +269,29 @@ def _read_described(
     changed = [name for name in idle if name not in idle_attention(adapter)]
     if changed:
         raise LoRAError(f"{where}: the factors of {changed[0]!r} must be zero; something changed them after saving.")
-    adapter = of_trained(adapter, _frozen_tensors(adapter, description, where))
-    adapter = with_starts(from_plain(drop_layers(adapter, idle)), adapter.config)
+    adapter = _without_frozen(adapter, description.get(FROZEN, []), where)
+    adapter = from_peft_form(from_plain(adapter.without_layers(idle)))
     check_factors(adapter, str(where))
     if options is not None:
         adapter = honour_options(adapter, plain, options, where.with_name(CONFIG_FILE))
     return adapter, description.get("outside")
 
 
-def _frozen_tensors(adapter: Adapter, description: Mapping[str, Any], where: Path) -> list[str]:
-    """Return the names of tensors that were not trained, and are in the file because PEFT wants them.
+def _without_frozen(adapter: Adapter, frozen: Any, where: Path) -> Adapter:
+    """Drop the tensors that were not trained. They are in the file because PEFT wants them; the base has them too.
 
-    Earlier versions did not write these names. Then they are of modules that PEFT's modules_to_save takes, and still
-    have the values of the fingerprint.
+    Args:
+        adapter: as it was read.
+        frozen: the names of these tensors, as the description lists them.
+        where: for messages.
 
     Raises:
-        LoRAError: the description is damaged.
+        LoRAError: the list is damaged. The fingerprint, which is of frozen tensors, names the same.
     """
-    both = sorted(adapter.tensors.keys() & adapter.fingerprint.keys())
-    names = description.get(FROZEN)
-    if names is not None:
-        if not isinstance(names, list) or not all(name in both for name in names):
-            raise LoRAError(f"{where}: the adapter's description is damaged: {FROZEN} is {names!r:.80}.")
-        return names
-    if not both:
-        return []
-    trained = replace(adapter, tensors={name: value for name, value in adapter.tensors.items() if name not in both})
-    entries = without_rows({name: fingerprint_entry(adapter.tensors[name]) for name in both}, adapter.tables)
-    expected = without_rows({name: adapter.fingerprint[name] for name in both}, adapter.tables)
-    taken = frozen_in_saved(trained)
-    return [
-        name
-        for name in taken
-        if name in both and (expected[name].get("quantised") or entries_match(expected[name], entries[name], AVERAGED))
-    ]
+    in_both = adapter.tensors.keys() & adapter.fingerprint.keys()
+    if not isinstance(frozen, list) or not all(isinstance(name, str) for name in frozen) or set(frozen) != in_both:
+        raise LoRAError(f"{where}: the adapter's description is damaged: {FROZEN} is {shown(frozen, 80)}.")
+    return replace(adapter, tensors={name: value for name, value in adapter.tensors.items() if name not in in_both})
 
 
 def _add_outside(adapter: Adapter, outside: Any, folder: Path) -> Adapter:
@@ -326,7 +316,11 @@ def _add_outside(adapter: Adapter, outside: Any, folder: Path) -> Adapter:
 
 
 def _read_foreign(
-    tensors: Mapping[str, torch.Tensor], peft_names: Mapping[str, str], options: Mapping[str, Any], folder: Path
+    tensors: Mapping[str, torch.Tensor],
+    peft_names: Mapping[str, str],
+    variant: Variant,
+    options: Mapping[str, Any],
+    folder: Path,
 ) -> Adapter:
     """Return an adapter that another program wrote."""
     bare = rows_from_peft(Adapter(tensors), options, folder)
@@ -335,9 +329,10 @@ def _read_foreign(
     kinds = kinds_of(tensors, peft_names, options.get("peft_version"), folder)
     whole = bare.beside_factors()
     check_options(options, layers, folder / CONFIG_FILE)
-    config = options_from_peft(options, [name for name in layers if name not in parameters], whole, bare.tables)
+    targets = [name for name in layers if name not in parameters]
+    config = options_from_peft(options, targets, whole, bare.tables, variant.name)
     ends = tuple(entries_in(options))
-    saved = {name for name in whole if ends and any(module.endswith(ends) for module in around(peft_names[name]))}
+    saved = {name for name in whole if ends and any(module.endswith(ends) for module in parent_names(peft_names[name]))}
     base_leaves = ("weight", "bias") if config.bias == "none" else ("weight",)
     # PEFT saves embeddings beside the adapter, as they are where they are adapted, or because they were resized. The
     # other end of a tied weight that was trained is not in modules_to_save either.
@@ -352,13 +347,13 @@ def _read_foreign(
         fan_in_fan_out=options.get("fan_in_fan_out") is True,
         peft_outputs=True,
     )
-    adapter = _with_our_stacks(adapter, folder)
+    adapter = from_peft_form(_with_our_stacks(adapter, folder))
     check_factors(adapter, str(folder))
     return _without_idle_attention(from_plain(adapter))
 
 
 def _with_our_stacks(adapter: Adapter, where: object) -> Adapter:
-    config = doubled(adapter.config or LoRAConfig())
+    config = config_in_peft(adapter) or LoRAConfig()
     return replace(adapter, tensors=stacks_from_peft(adapter.tensors, _factor_names(adapter), config, where))
 
 
@@ -366,7 +361,7 @@ def _without_idle_attention(adapter: Adapter) -> Adapter:
     idle = [name for name in idle_attention(adapter) if f"{name}.out_proj" in adapter.kinds]
     if not idle or adapter.config is None:
         return adapter
-    adapter = drop_layers(adapter, idle)
+    adapter = adapter.without_layers(idle)
     return replace(
         adapter,
         config=exact_options(cast(LoRAConfig, adapter.config), adapter.ranks(), adapter.scalings, adapter.parameters),

@@ -20,19 +20,21 @@ from typing import Any, get_args
 
 import torch
 
-from ..config import SAYING_NOTHING, TASK_HEADS, VARIANTS, LoRAConfig, Task
-from ..errors import LoRAError, shown
-from ..names import FACTORS, START_B, A, B, around, matcher, pattern_matches, suffixes
+from ..config import IGNORED_PEFT_FIELDS, PLAIN, TASK_HEADS, VARIANTS, LoRAConfig, Task
+from ..errors import LoRAError, sentence, shown
+from ..names import KNOWN_VARIANTS, A, B, listed, matcher, parent_names, pattern_matches, suffixes
 from ..nn.low_rank import (
     ATTENTION,
     ATTENTION_OUTPUT,
     CONV1D,
     EMBEDDING,
+    IN_PROJ,
     LINEAR,
     PARAMETER,
     from_block_diagonal,
     to_block_diagonal,
 )
+from ..nn.variant import Variant, known_variants
 from .adapter import Adapter, exact_options, options_hold
 from .peft_attention import turn
 from .peft_rows import OPTION
@@ -47,7 +49,7 @@ ORTHOGONAL_IN_PEFT = {LINEAR, CONV1D, EMBEDDING}
 # What these start from is not the base any more: their adapter fits only the weights that they left behind.
 INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 WITHOUT_EFFECT = {  # on what the stored tensors mean
-    *SAYING_NOTHING,
+    *IGNORED_PEFT_FIELDS,
     "init_lora_weights",
     "ensure_weight_tying",  # of tied weights the values tell
 }
@@ -57,7 +59,16 @@ LAST_KNOWN_PEFT = (0, 21)
 
 
 def options_to_peft(adapter: Adapter) -> dict[str, Any]:
-    """Return the fields of adapter_config.json for an adapter without enable_lora.
+    """Return the fields of adapter_config.json for an adapter in PEFT's form."""
+    try:
+        options = adapter.variant.options_to_peft(lora_options(adapter))
+    except ValueError as error:
+        raise LoRAError(f"save_adapter: {sentence(error)}") from None
+    return {**options, "peft_type": adapter.variant.peft_type}
+
+
+def lora_options(adapter: Adapter) -> dict[str, Any]:
+    """Return the fields of a peft.LoraConfig for an adapter in PEFT's form; its variant may have others.
 
     Where all layers agree there is one r and one lora_alpha, as vLLM needs it, and patterns name those that do not.
     """
@@ -81,6 +92,7 @@ def options_to_peft(adapter: Adapter) -> dict[str, Any]:
         "inference_mode": True,
         **{name: adapter.origin.get(name) for name in ORIGIN},
         **({"task_type": config.task_type} if config.task_type else {}),
+        **config.all_variant_options(),
     }
 
 
@@ -129,14 +141,33 @@ def _target_parameters(adapter: Adapter) -> list[str]:
     return list(configured or ()) if set(filter(matcher(configured), known)) == set(parameters) else parameters
 
 
-def refuse_options(options: Mapping[str, Any], path: Path) -> None:
-    """Raise LoRAError for the first option in adapter_config.json that this package does not apply."""
-    if options.get("peft_type") != "LORA":
-        raise LoRAError(f"{path}: peft_type is {shown(options.get('peft_type'))}, only 'LORA' is read.")
-    known = {*SHARED, *SELECTING, *ORIGIN, *WITHOUT_EFFECT}
+def from_peft_options(options: Mapping[str, Any], path: Path) -> tuple[Variant, dict[str, Any]]:
+    """Return the variant that adapter_config.json is of, and its fields as a peft.LoraConfig has them.
+
+    Raises:
+        LoRAError: no variant that is known here has this peft_type, or the variant cannot apply a field.
+    """
+    found = options.get("peft_type")
+    by_type = {each.peft_type: each for each in reversed(known_variants()) if each.peft_type}
+    if not isinstance(found, str) or found not in by_type:
+        raise LoRAError(
+            f"{path}: peft_type is {shown(found)}, only {listed(sorted(map(repr, by_type)), len(by_type))} is read; "
+            "import the file that defines another variant before loading."
+        )
+    try:
+        return by_type[found], {**by_type[found].options_from_peft(options)}
+    except ValueError as error:
+        raise LoRAError(f"{path}: {sentence(error)}") from None
+
+
+def refuse_options(options: Mapping[str, Any], variant: Variant, path: Path) -> None:
+    """Raise LoRAError for the first field, of a peft.LoraConfig or the variant's own, that is not applied."""
+    known = {*SHARED, *SELECTING, *ORIGIN, *WITHOUT_EFFECT, *variant.own_options}
     for name, value in options.items():
         if name not in known and value:
-            raise LoRAError(f"{path}: {name}={shown(value)} cannot be applied; only plain LoRA adapters are read.")
+            raise LoRAError(
+                f"{path}: {name}={shown(value)} cannot be applied; only plain {variant.title} adapters are read."
+            )
     init = options.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(INITS_THAT_CHANGE_THE_BASE):
         raise LoRAError(
@@ -146,16 +177,21 @@ def refuse_options(options: Mapping[str, Any], path: Path) -> None:
 
 
 def options_from_peft(
-    options: Mapping[str, Any], layers: Sequence[str], whole: Iterable[str], tables: Mapping[str, Sequence[int]]
+    options: Mapping[str, Any],
+    layers: Sequence[str],
+    whole: Iterable[str],
+    tables: Mapping[str, Sequence[int]],
+    variant: str = PLAIN,
 ) -> LoRAConfig:
     """Return LoRAConfig's options out of those of adapter_config.json.
 
     Args:
-        options: what the file holds.
+        options: the fields of a peft.LoraConfig.
         layers: the adapted layers that the tensors name.
         whole: names of parameters that the tensors hold whole. Of a task_type whose head has none nothing is taken:
             that of an adapter that transformers made stands for no head.
         tables: which rows are trained of each table that has such.
+        variant: the name of the variant, where the fields do not say it.
 
     Raises:
         LoRAError: an option has a value that is not allowed.
@@ -165,13 +201,16 @@ def options_from_peft(
         config = {name: value for name, value in config.items() if name not in BY_NUMBER}  # which PEFT passed over
     if isinstance(config.get("modules_to_save"), list):
         config["modules_to_save"] = from_peft_entries(entries_in(options), whole)
-    named = {suffix for name in whole for module in around(name) for suffix in suffixes(module)}
+    named = {suffix for name in whole for module in parent_names(name) for suffix in suffixes(module)}
     task = options.get("task_type")
     if task in get_args(Task) and (task not in TASK_HEADS or not {*TASK_HEADS[task]}.isdisjoint(named)):
         config["task_type"] = task
     config[OPTION] = dict(tables)
     init = options.get("init_lora_weights", True)
     config["init_lora_weights"] = init if isinstance(init, (bool, str)) and init in OUR_INITS else True
+    if variant != PLAIN:
+        own = {name: options[name] for name in KNOWN_VARIANTS[variant].own_options if name in options}
+        config |= {"variant": variant, "variant_options": own}
     return LoRAConfig(**{"target_modules": layers, **config})
 
 
@@ -207,10 +246,12 @@ def add_idle_attention(adapter: Adapter) -> tuple[Adapter, list[str]]:
     added = [name for name in outputs if name not in adapter.kinds]
     tensors = dict(adapter.tensors)
     for name in added:
-        a, b, *start = adapter.stored_factors(outputs[name])
-        zeros = torch.zeros_like(a), b.new_zeros(3 * b.shape[0], b.shape[1])
-        leaves = FACTORS if start else (A, B)
-        tensors |= {f"{name}.{leaf}": zeros[leaf in (B, START_B)] for leaf in leaves}
+        stored, (a, b, _) = adapter.stored(outputs[name]), adapter.acting(outputs[name])
+        shapes = {IN_PROJ: torch.Size((3 * b.shape[0], a.shape[1]))}
+        place = replace(adapter.place(outputs[name]), name=name, kind=ATTENTION, shapes=shapes)
+        place = replace(place, rank=adapter.variant.rank(stored))
+        zeros = {leaf: stored[leaf].new_zeros(shape) for leaf, shape in adapter.variant.shapes(place).items()}
+        tensors |= {f"{name}.{leaf}": zero for leaf, zero in zeros.items()}
     scalings = {name: adapter.scalings[outputs[name]] for name in added}
     kinds = dict.fromkeys(added, ATTENTION)
     new = replace(adapter, tensors=tensors, scalings={**adapter.scalings, **scalings}, kinds={**adapter.kinds, **kinds})
@@ -219,23 +260,12 @@ def add_idle_attention(adapter: Adapter) -> tuple[Adapter, list[str]]:
 
 def idle_attention(adapter: Adapter) -> list[str]:
     """Return the attention whose factors are all zero, as add_idle_attention adds them."""
-    attention = [name for name, kind in adapter.kinds.items() if kind == ATTENTION]
-    return [n for n in attention if all(_is_zero(adapter.tensors.get(f"{n}.{leaf}")) for leaf in (A, B))]
+    attention = {name: adapter.stored(name) for name, kind in adapter.kinds.items() if kind == ATTENTION}
+    return [name for name, stored in attention.items() if stored and all(map(_is_zero, stored.values()))]
 
 
 def _is_zero(tensor: Any) -> bool:
     return isinstance(tensor, torch.Tensor) and not tensor.any()
-
-
-def drop_layers(adapter: Adapter, names: Sequence[str]) -> Adapter:
-    """Return the adapter without some layers; the options stay."""
-    factors = {f"{name}.{leaf}" for name in names for leaf in (A, B)}
-    return replace(
-        adapter,
-        tensors={name: tensor for name, tensor in adapter.tensors.items() if name not in factors},
-        scalings={name: scaling for name, scaling in adapter.scalings.items() if name not in names},
-        kinds={name: kind for name, kind in adapter.kinds.items() if name not in names},
-    )
 
 
 def _with_factors_b(adapter: Adapter, for_parts: Callable[..., torch.Tensor], for_output: float) -> Adapter:

@@ -11,6 +11,9 @@ PEFT wraps what it trains, so that names grow segments that the model itself doe
 In files the second half of these is plain `<module>.<leaf>`, and in the state dict of a live PeftModel each `lora_A`,
 `lora_B` and `modules_to_save` is followed by the adapter's name. A segment is PEFT's only where its neighbours say so:
 a model may have modules of the same names.
+
+What an adapter's own tensors are called, as `lora_A.weight`, each variant says. Tensors that all layers share come
+once, beside the model: `base_model.<leaf>`.
 """
 
 from __future__ import annotations
@@ -18,32 +21,23 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 
 from ..errors import LoRAError
-from ..names import MAGNITUDE, A, B, split_factor_name
-from ..nn.low_rank import ATTENTION_OUTPUT, EMBEDDING
+from ..names import split_factor_name, suffixes
+from ..nn.low_rank import ATTENTION_OUTPUT, PARAMETER
+from ..nn.variant import Variant, known_variants
 from .peft_parameters import Nesting, our_factor
 from .peft_rows import our_table_name
 
-PREFIX = "base_model.model."
+OUTER, PREFIX = "base_model.", "base_model.model."
 BASE_LAYER, SAVED, ORIGINAL = ".base_layer", ".modules_to_save", ".original_module"
-PEFT_MAGNITUDE = "lora_magnitude_vector"
-FACTORS = {
-    "lora_A.weight": A,
-    "lora_B.weight": B,
-    "lora_embedding_A": A,
-    "lora_embedding_B": B,
-    PEFT_MAGNITUDE: MAGNITUDE,
-    f"{PEFT_MAGNITUDE}.weight": MAGNITUDE,  # of a live model
-}
 OTHER_METHODS = {
     "lora_B.bias": "lora_bias",
     "lora_A.bias": "lora_bias",
     "trainable_tokens_delta": "trainable_token_indices",
 }
-ADAPTER_NAME = re.compile(r"(?:^|\.)(?:lora_[AB]\.([^.]+)\.weight|lora_embedding_[AB]\.([^.]+))$")
-NAMED = r"(^|\.)(lora_\w+|modules_to_save|trainable_tokens_delta)\."  # what an adapter's name follows
 
 
 @dataclass(frozen=True)
@@ -57,6 +51,7 @@ class PeftNames:
         network: what stands before PEFT's prefix, as in the state dict of a LightningModule: "" or ending in a dot.
         saved: the modules that were copied and trained whole, as far as names tell.
         live: they are those of a live PeftModel's state dict, which holds the base too.
+        shared: our leaf name of each tensor that all layers share.
     """
 
     ours: Mapping[str, str]
@@ -65,41 +60,81 @@ class PeftNames:
     network: str
     saved: frozenset[str]
     live: bool
+    shared: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Leaves:
+    """How the names of an adapter's own tensors end in PEFT, over all variants."""
+
+    ours: Mapping[str, str]  # our leaf name of each ending
+    shared: Mapping[str, str]  # the same of tensors that all layers share
+    adapter_name: re.Pattern[str]  # finds the adapter's name inside of an ending
+    named: str  # an expression for what an adapter's name follows
+
+    def split(self, name: str) -> tuple[str, str] | None:
+        """Return the layer, as PEFT writes it, and the ending of a tensor's name; None for any other name."""
+        ending = next((ending for ending in suffixes(name) if ending in self.ours), None)
+        return None if ending is None else (name.removesuffix(ending).removesuffix("."), ending)
+
+
+def _leaves() -> _Leaves:
+    return _leaves_of(tuple(known_variants()))
+
+
+@lru_cache(maxsize=1)
+def _leaves_of(variants: tuple[Variant, ...]) -> _Leaves:
+    ours = {ending: leaf for variant in reversed(variants) for ending, leaf in variant.peft_leaves.items()}
+    shared = {ending: leaf for variant in reversed(variants) for ending, leaf in variant.peft_shared.items()}
+    inside = []
+    for ending in {**ours, **shared}:
+        head, dot, rest = ending.partition(".")
+        if f"{ending}.weight" not in ours:  # else PEFT has the adapter's name before that
+            inside.append(rf"{re.escape(head)}\.([^.]+){re.escape(dot + rest)}")
+    heads = sorted({re.escape(ending.partition(".")[0]) for ending in (*ours, *shared)})
+    return _Leaves(
+        ours,
+        shared,
+        re.compile(rf"(?:^|\.)(?:{'|'.join(inside)})$"),
+        rf"(^|\.)({'|'.join(heads)}|lora_\w+|modules_to_save|trainable_tokens_delta)\.",
+    )
 
 
 def are_peft_names(names: Iterable[str]) -> bool:
     """Tell whether names are PEFT's, in a file or of a live model, rather than ours."""
-    return any(ADAPTER_NAME.search(name) or any(_ends_in(name, leaf) for leaf in FACTORS) for name in names)
+    leaves = _leaves()
+    return any(leaves.adapter_name.search(name) or leaves.split(name) for name in names)
 
 
-def peft_name(name: str, layers: Set[str], kinds: Mapping[str, str], nesting: Nesting) -> str:
+def peft_name(name: str, variant: Variant, layers: Set[str], kinds: Mapping[str, str], nesting: Nesting) -> str:
     """Return PEFT's name of one of our tensors, as files have it.
 
     Args:
         name: ours.
+        variant: of the adapter.
         layers: names of the adapted layers and parameters.
         kinds: of these, as far as known.
         nesting: of the parameters.
     """
     layer, _, leaf = name.rpartition(".")
     if layer in nesting:
-        parameter, factor = split_factor_name(name) or ("", "")
+        parameter, own_leaf = split_factor_name(name) or ("", "")
         order = nesting[layer]
         if parameter not in layers:  # it lies in the innermost
             return f"{PREFIX}{layer}{BASE_LAYER * len(order)}.{leaf}"
         depth = len(order) - 1 - order.index(parameter.rpartition(".")[2])
-        return f"{PREFIX}{layer}{BASE_LAYER * depth}.{factor}.weight"
+        return f"{PREFIX}{layer}{BASE_LAYER * depth}.{variant.peft_leaf(own_leaf, PARAMETER)}"
     if layer not in layers:
         return PREFIX + name
+    if leaf in variant.shared:
+        return OUTER + next(theirs for theirs, ours in variant.peft_shared.items() if ours == leaf)
     kind, wrapped = kinds.get(layer), PREFIX + layer
     if kind == ATTENTION_OUTPUT:  # its attention is wrapped too
         attention, dot, _ = layer.rpartition(".")
         wrapped = f"{PREFIX}{attention}{dot}base_layer.out_proj"
-    if leaf == MAGNITUDE:
-        return f"{wrapped}.{PEFT_MAGNITUDE}"
-    if leaf not in (A, B):
+    if leaf not in variant.trained:
         return f"{wrapped}{BASE_LAYER}.{leaf}"
-    return f"{wrapped}.lora_embedding_{leaf[-1]}" if kind == EMBEDDING else f"{wrapped}.{leaf}.weight"
+    return f"{wrapped}.{variant.peft_leaf(leaf, kind or '')}"
 
 
 def read_names(
@@ -116,20 +151,23 @@ def read_names(
         LoRAError: a name says that the adapter is more than plain LoRA, there are several adapters or models, or two
             names mean the same tensor.
     """
-    peft_names = list(peft_names)
+    peft_names, leaves = list(peft_names), _leaves()
     adapter_name, network = _adapter_name(peft_names, where), _network(peft_names, where)
-    bare = {name: _without_segments(name, adapter_name, network) for name in peft_names}
+    bare = {name: _without_adapter_name(name, adapter_name) for name in peft_names}
+    shared = {name: leaves.shared.get(bare[name].removeprefix(network + OUTER), "") for name in peft_names}
+    shared = {name: leaf for name, leaf in shared.items() if leaf and bare[name].startswith(network + OUTER)}
+    bare = {name: _without_prefix(each, network) for name, each in bare.items() if name not in shared}
     present = set(bare.values())
-    layer_of = {name: layer for name in present if (layer := _layer(name)) is not None}
-    layers = set(layer_of.values())
+    split_of = {name: split for name in present if (split := leaves.split(name)) is not None}
+    layers = {layer for layer, _ in split_of.values()}
     nesting = nesting_for(Counter(_unwrapped(layer, layers)[0] for layer in layers))
     ours: dict[str, str] = {}
     first: dict[str, str] = {}
     for peft_name, bare_name in bare.items():
-        name = _our_name(bare_name, layer_of.get(bare_name), present, layers, nesting, where)
+        name = _our_name(bare_name, split_of.get(bare_name), leaves, present, layers, nesting, where)
         if name is None:
             continue
-        if name in FACTORS.values():
+        if name in leaves.ours.values():
             raise LoRAError(f"{where}: {peft_name!r} names no layer.")
         if first.setdefault(name, peft_name) != peft_name:
             raise LoRAError(f"{where}: {first[name]!r} and {peft_name!r} both mean {name!r}; the file is damaged.")
@@ -144,12 +182,13 @@ def read_names(
         network=network,
         saved=saved,
         live=adapter_name != "",
+        shared=shared,
     )
 
 
 def _adapter_name(peft_names: Iterable[str], where: object) -> str:
     """Return the name that PEFT gave the adapter, or "" where the names do not hold it, as those in files."""
-    matches = (ADAPTER_NAME.search(name) for name in peft_names)
+    matches = map(_leaves().adapter_name.search, peft_names)
     found = sorted({group for match in matches if match for group in match.groups() if group})
     if len(found) > 1:
         raise LoRAError(
@@ -176,21 +215,19 @@ def _start(name: str) -> int:
     return 0 if name.startswith(PREFIX) else name.find(f".{PREFIX}") + 1 or -1
 
 
-def _without_segments(name: str, adapter_name: str, network: str) -> str:
-    """Leave out PEFT's prefix and the adapter's name."""
+def _without_adapter_name(name: str, adapter_name: str) -> str:
+    return re.sub(rf"{_leaves().named}{re.escape(adapter_name)}(?=\.|$)", r"\1\2", name) if adapter_name else name
+
+
+def _without_prefix(name: str, network: str) -> str:
+    """Leave out PEFT's prefix, which follows the network's."""
     if name.startswith(network + PREFIX):
-        name = network + name.removeprefix(network + PREFIX)
-    return re.sub(rf"{NAMED}{re.escape(adapter_name)}(?=\.|$)", r"\1\2", name) if adapter_name else name
-
-
-def _layer(name: str) -> str | None:
-    """Return the layer, as PEFT writes it, that a factor is of."""
-    leaf = next((leaf for leaf in FACTORS if _ends_in(name, leaf)), None)
-    return None if leaf is None else name.removesuffix(leaf).removesuffix(".")
+        return network + name.removeprefix(network + PREFIX)
+    return name
 
 
 def _unwrapped(layer: str, layers: Set[str]) -> tuple[str, int]:
-    """Return the module that an adapter as PEFT writes it is of, and how many others are around it."""
+    """Split PEFT's layer name into the module and its wrapper depth."""
     depth = 0
     while layer.endswith(BASE_LAYER) and layer.removesuffix(BASE_LAYER) in layers:
         layer, depth = layer.removesuffix(BASE_LAYER), depth + 1
@@ -198,12 +235,18 @@ def _unwrapped(layer: str, layers: Set[str]) -> tuple[str, int]:
 
 
 def _our_name(
-    name: str, layer: str | None, present: Set[str], layers: Set[str], nesting: Nesting, where: object
+    name: str,
+    split: tuple[str, str] | None,
+    leaves: _Leaves,
+    present: Set[str],
+    layers: Set[str],
+    nesting: Nesting,
+    where: object,
 ) -> str | None:
+    layer, ending = split or (None, "")
     if layer is not None:
         module, depth = _unwrapped(layer, layers)
-        factor = FACTORS[name.removeprefix(layer).removeprefix(".")]
-        parameter = our_factor(module, depth, factor, nesting)
+        parameter = our_factor(module, depth, leaves.ours[ending], nesting)
         if parameter is not None:
             return parameter
     in_table = our_table_name(name, present)
@@ -220,8 +263,7 @@ def _our_name(
     if plain:
         return None if plain in present else plain  # bias="all" puts a bias into the file a second time
     if layer is not None:
-        leaf = name.removeprefix(layer).removeprefix(".")
-        name = f"{layer}.{FACTORS[leaf]}" if layer else FACTORS[leaf]
+        name = f"{layer}.{leaves.ours[ending]}" if layer else leaves.ours[ending]
     if BASE_LAYER not in f".{name}":
         return name
     segments = name.split(".")

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from ..errors import LoRAError
-from ..names import ROWS, around
+from ..names import parent_names
+from ..nn.variant import rows_leaf
 from .adapter import Adapter
 
 OPTION = "trainable_token_indices"
@@ -34,7 +35,7 @@ def as_peft_stores(adapter: Adapter) -> Adapter:
     Raises:
         LoRAError: PEFT cannot apply the rows of a table.
     """
-    modules = {module for name in (*adapter.tensors, *adapter.fingerprint) for module in around(name)}
+    modules = {module for name in (*adapter.tensors, *adapter.fingerprint) for module in parent_names(name)}
     for table in adapter.rows():
         others = [other for other in modules - {table} if other.endswith(table) and adapter.tied.get(other) != table]
         problem = ""
@@ -46,7 +47,7 @@ def as_peft_stores(adapter: Adapter) -> Adapter:
             problem = f"has trained rows, and PEFT would train those of {others[0]!r} too, whose name ends so"
         if problem:
             raise LoRAError(f"save_adapter: {table!r} {problem}; save a Lightning checkpoint instead.")
-    dropped = {f"{table}.{ROWS}" for table in adapter.tied}
+    dropped = {f"{table}.{rows_leaf()}" for table in adapter.tied}
     return replace(
         adapter,
         tensors={name: value for name, value in adapter.tensors.items() if name not in dropped},
@@ -57,7 +58,7 @@ def as_peft_stores(adapter: Adapter) -> Adapter:
 def peft_table_name(name: str, tables: Collection[str]) -> str:
     """Return PEFT's name of a table's rows or weight, and any other name as it is."""
     table, _, leaf = name.rpartition(".")
-    if leaf == ROWS:
+    if leaf == rows_leaf():
         return table + DELTA
     return f"{table}{TABLE}.{leaf}" if table in tables else name
 
@@ -65,7 +66,7 @@ def peft_table_name(name: str, tables: Collection[str]) -> str:
 def our_table_name(name: str, present: Collection[str]) -> str:
     """Return our name of what PEFT calls so, where it is of a table of which rows are trained."""
     if name.endswith(DELTA):
-        return f"{name.removesuffix(DELTA)}.{ROWS}"
+        return f"{name.removesuffix(DELTA)}.{rows_leaf()}"
     wrapped = f"{TABLE}." in name and any(other.endswith(DELTA) for other in present)
     return name.replace(TABLE, "") if wrapped else name
 
@@ -98,7 +99,7 @@ def rows_from_peft(adapter: Adapter, options: Mapping[str, Any], where: object) 
             shape = tuple(rows[table].shape)
             raise LoRAError(f"{where}: {OPTION} names {len(order)} rows of {table!r}, and the file has {shape}.")
         tables[table] = tuple(sorted(order))
-        tensors[f"{table}.{ROWS}"] = rows[table][sorted(range(len(order)), key=order.__getitem__)]
+        tensors[f"{table}.{rows_leaf()}"] = rows[table][sorted(range(len(order)), key=order.__getitem__)]
     return replace(adapter, tensors=tensors, tables=tables, peft_rows=True)
 
 

@@ -8,12 +8,12 @@ set; which PEFT knows of modules that are called embed_tokens and lm_head.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from ..config import LoRAConfig
 from ..errors import LoRAError
-from ..names import around, matcher
+from ..names import matcher, parent_names
 from .adapter import Adapter, equal_tables, ties_of
 
 TIED_BY_PEFT = ("embed_tokens", "lm_head")
@@ -33,7 +33,7 @@ def from_peft_entries(entries: Iterable[str], whole: Iterable[str]) -> list[str]
         whole: names of parameters that the file holds whole.
     """
     taken: dict[str, set[str]] = {entry: set() for entry in entries}
-    for module in {module for name in whole for module in around(name)}:
+    for module in {module for name in whole for module in parent_names(name)}:
         for start in range(len(module)):  # a look-up for each ending, as there may be as many entries as modules
             entry = module[start:]
             if entry in taken:
@@ -44,9 +44,10 @@ def from_peft_entries(entries: Iterable[str], whole: Iterable[str]) -> list[str]
 
 def to_peft_entries(adapter: Adapter) -> list[str] | None:
     """Return PEFT's modules_to_save for an adapter: its own entries, or full names where those would take more."""
-    config = adapter.config or LoRAConfig()
-    modules = {module for name in (*adapter.tensors, *adapter.fingerprint) for module in around(name)}
-    entries = config.all_modules_to_save()
+    entries = (adapter.config or LoRAConfig()).all_modules_to_save()
+    if not entries:
+        return None
+    modules = {module for name in (*adapter.tensors, *adapter.fingerprint) for module in parent_names(name)}
     saved = set(filter(matcher(entries), modules))
     if _taken_besides(adapter, entries):
         entries = min(entries, sorted(saved), key=lambda names: len(_taken_besides(adapter, names)))
@@ -76,28 +77,31 @@ def frozen_in_saved(adapter: Adapter) -> list[str]:
 def is_tied_by_peft(adapter: Adapter) -> bool:
     """Tell whether both ends of a tie were trained as one, in a way that PEFT's ensure_weight_tying can say."""
     entries = (adapter.config.modules_to_save if adapter.config is not None else None) or ()
-    named = any(entry.rpartition(".")[2] in TIED_BY_PEFT for entry in entries)
-    whole, saved = adapter.beside_factors(), _names_saved(adapter)
-    return named and any(group & saved for group in equal_tables(whole))
+    if not any(entry.rpartition(".")[2] in TIED_BY_PEFT for entry in entries):
+        return False
+    saved = _names_saved(adapter)
+    return any(group & saved for group in equal_tables(adapter.beside_factors()))
 
 
 def _names_saved(adapter: Adapter) -> set[str]:
     is_saved = matcher(adapter.config.all_modules_to_save() if adapter.config is not None else None)
-    return {name for name in adapter.beside_factors() if any(map(is_saved, around(name)))}
+    return {name for name in adapter.beside_factors() if any(map(is_saved, parent_names(name)))}
 
 
-def _taken_besides(adapter: Adapter, entries: Iterable[str]) -> list[str]:
+def _taken_besides(adapter: Adapter, entries: Collection[str]) -> list[str]:
     """Return the frozen tensors and adapted layers in modules that PEFT's entries take."""
+    if not entries:
+        return []
     frozen = sorted(adapter.fingerprint.keys() - adapter.tensors.keys())
-    inside = {name: around(name) for name in frozen}
-    inside |= {name: [*around(name), name, f"{name}.base_layer"] for name in adapter.layers()}  # as PEFT wraps it
-    inside |= {name: [*around(name), name, f"{name}.token_adapter.base_layer"] for name in adapter.tables}
+    inside = {name: parent_names(name) for name in frozen}
+    inside |= {name: [*parent_names(name), name, f"{name}.base_layer"] for name in adapter.layers()}  # as PEFT wraps it
+    inside |= {name: [*parent_names(name), name, f"{name}.token_adapter.base_layer"] for name in adapter.tables}
     return _inside_taken(entries, inside)
 
 
 def taken_by(entries: Iterable[str], names: Iterable[str]) -> set[str]:
     """Return the names of the tensors in modules that PEFT's entries take."""
-    return set(_inside_taken(entries, {name: around(name) for name in names}))
+    return set(_inside_taken(entries, {name: parent_names(name) for name in names}))
 
 
 def _inside_taken(entries: Iterable[str], inside: Mapping[str, Iterable[str]]) -> list[str]:

@@ -6,7 +6,6 @@ options, but ranks are in the shapes, and lora_alpha may be among the hyper-para
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from statistics import mode
@@ -15,12 +14,13 @@ import torch
 
 from ..config import LoRAConfig
 from ..errors import LoRAError, shown
-from ..names import A, B, around
+from ..names import A, B, exact_key, parent_names
+from ..nn.lora import EMBEDDING_A
 from ..nn.low_rank import ATTENTION, ATTENTION_OUTPUT, CONV, EMBEDDING
 from ..notices import tell
 from .adapter import Adapter, check_factors, refuse_nested
 from .file_options import check_options
-from .peft_magnitudes import magnitudes_from_peft
+from .peft_forms import from_peft_form, spread
 from .peft_mapping import check_peft_version, from_plain
 from .peft_names import read_names
 
@@ -42,7 +42,7 @@ def read_state(state: Mapping[str, torch.Tensor], where: object, hyper_parameter
         LoRAError: it is more than plain LoRA, or damaged.
     """
     names = read_names(state, where)
-    tensors = magnitudes_from_peft({ours: state[name] for name, ours in names.ours.items()})
+    tensors = spread(names.shared, state, {ours: state[name] for name, ours in names.ours.items()})
     rows = Adapter(tensors).rows()
     if rows:
         raise LoRAError(
@@ -53,7 +53,7 @@ def read_state(state: Mapping[str, torch.Tensor], where: object, hyper_parameter
     adapter = Adapter(tensors, kinds=kinds, network=names.network, peft_outputs=True)
     whole = adapter.beside_factors()
     if names.live:
-        trained = {name for name in whole if names.saved.intersection(around(name))}
+        trained = {name for name in whole if names.saved.intersection(parent_names(name))}
         base = {name for name in whole if name not in trained and name.rpartition(".")[2] not in STATISTICS}
     else:
         base = {name for name in whole if name in names.of_layers and name.endswith(".weight")}
@@ -62,6 +62,7 @@ def read_state(state: Mapping[str, torch.Tensor], where: object, hyper_parameter
     if config is not None:
         scalings = {name: config.scaling(adapter.options_name(name)) for name in adapter.layers()}
         adapter = replace(adapter, config=config, scalings=scalings)
+    adapter = from_peft_form(adapter)
     check_factors(adapter, str(where))
     return from_plain(adapter)
 
@@ -79,9 +80,8 @@ def _config(adapter: Adapter, saved: list[str], hyper_parameters: object) -> LoR
     ranks = adapter.ranks()
     check_options(options, ranks, "adapter: the checkpoint's hyper-parameters")
     common = mode(ranks.values())
-    patterns = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != common}
-    if adapter.variant():
-        options[adapter.variant()] = True
+    patterns = {exact_key(name): rank for name, rank in ranks.items() if rank != common}
+    options |= adapter.variant.options()
     return LoRAConfig(r=common, rank_pattern=patterns, target_modules=list(ranks), modules_to_save=saved, **options)
 
 
@@ -105,7 +105,9 @@ def kinds_of(
     for name in adapter.layers():
         if adapter.is_parameter(name):
             continue  # which of them is a stack, and whether that is transposed, its model tells
-        if peft_names[f"{name}.{A}"].endswith("lora_embedding_A"):
+        if f"{name}.{A}" not in tensors:
+            continue
+        if peft_names[f"{name}.{A}"].endswith(EMBEDDING_A):
             kinds[name] = EMBEDDING
         elif peft_names[f"{name}.{A}"].endswith("base_layer.out_proj.lora_A.weight"):
             kinds |= {name: ATTENTION_OUTPUT, name.rpartition(".")[0]: ATTENTION}

@@ -1,7 +1,7 @@
 """What a folder of a transformers model holds beside weights: its configuration, and the names that files have.
 
-A file's tensors may have other names than the model's, or be parts of one: transformers converts them when it loads and
-back when it saves. Here they are converted one by one, or in the smallest groups that give what all together give.
+A tensor in a file may have another name than in the model, or be a part of one. transformers converts tensors when it
+loads, and back when it saves. Here they are converted one by one, or in the smallest groups that can be converted.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ from torch import nn
 
 from ..errors import LoRAError
 from ..files.paths import PathLike, given_path, kind_of
-from ..model.adapted_model import AdaptedModel
+from ..model.adapted_model import AdaptedModel, Listing
 from ..model.live_state import LiveState
-from ..model.named_state import named_state
 from ..model.pretrained import (
     CONVERSIONS,
     QUANTISATION_CONFIG,
@@ -29,7 +28,7 @@ from ..model.pretrained import (
     plain_conversions,
     pretrained_models,
 )
-from ..names import around, is_lightning_module
+from ..names import is_lightning_module, parent_names
 from .peft_folder import CONFIG_FILE
 
 Tensors = dict[str, torch.Tensor]
@@ -50,26 +49,26 @@ class Part(NamedTuple):
     convert: Convert
 
 
-def find_network(model: nn.Module, handle: AdaptedModel | None) -> tuple[str, Any] | None:
-    """Return the prefix and the transformers model: `model` itself, or the one inside a LightningModule.
+def find_network(listing: Listing) -> tuple[str, Any] | None:
+    """Return the prefix and the transformers model: the model itself, or the one inside a LightningModule.
 
     It holds all that training changes. Where something outside of it was trained, a warning says so.
 
     Args:
-        model: any module.
-        handle: of the module, or None for a part of an injected model.
+        listing: of any module; its handle, where it holds all of an injected model.
 
     Returns:
         The prefix and the model, or None where there is none, or something outside of it was trained.
     """
+    model = listing.model
     if is_pretrained_model(model):
         return "", model
     if not is_lightning_module(model):
         return None
-    parameters = {name: tensor for name, tensor, _ in named_state(model) if isinstance(tensor, nn.Parameter)}
-    names = set() if handle is None else set(LiveState(handle).keys)
+    parameters = {name: tensor for name, tensor, _ in listing.state() if isinstance(tensor, nn.Parameter)}
+    names = set(LiveState(listing).keys) if isinstance(listing, AdaptedModel) else set()
     trained = {id(tensor) for name, tensor in parameters.items() if name in names or tensor.requires_grad}
-    networks = pretrained_models(model)
+    networks = pretrained_models(listing.modules)
     inside = {name: {id(parameter) for parameter in network.parameters()} for name, network in networks.items()}
     name = max(inside, key=lambda name: len(trained & inside[name]), default="")
     if not name or not trained & inside[name]:
@@ -125,7 +124,7 @@ def write_configuration(network: Any, folder: Path, dtype: torch.dtype | None = 
 
 
 def parts_in_files(network: Any, state: Mapping[str, torch.Tensor]) -> list[Part]:
-    """Divide a transformers model's tensors into the smallest parts that can be stored one after the other.
+    """Divide the tensors of a transformers model into the smallest groups that can be converted by themselves.
 
     Args:
         network: the model.
@@ -151,7 +150,7 @@ def _as_they_are(tensors: Tensors) -> Tensors:
 
 
 def _conversion(network: Any) -> Convert:
-    """Return what turns a model's tensors into those of its files, which had the model's before transformers 5."""
+    """Return the conversion from a model's tensors to a file's. Before transformers 5 they are the same."""
     try:
         loading = importlib.import_module("transformers.core_model_loading")
     except ImportError:
@@ -163,7 +162,7 @@ def _conversion(network: Any) -> Convert:
 
 
 def _smallest_parts(state: Tensors, convert: Convert) -> list[Part]:
-    """Divide tensors so that the parts give, converted one by one, what all give together."""
+    """Divide tensors into groups; converting each by itself must give the same as converting all at once."""
     together = convert(dict(state))
     parts, joint = [], {}
     for name, tensor in state.items():
@@ -199,6 +198,6 @@ def _by_layer(names: Iterable[str]) -> dict[str, list[str]]:
     """Group names by the innermost numbered module that they are in."""
     groups: dict[str, list[str]] = {}
     for name in names:
-        numbered = [module for module in around(name) if module.rpartition(".")[2].isdigit()]
+        numbered = [module for module in parent_names(name) if module.rpartition(".")[2].isdigit()]
         groups.setdefault(numbered[-1] if numbered else "", []).append(name)
     return groups

@@ -13,16 +13,16 @@ from torch import nn
 
 from ..config import LoRAConfig
 from ..distributed.rank_sync import RankSync, writes_files
+from ..distributed.sharding import copies_of
 from ..errors import LoRAError
 from ..files.paths import PathLike
 from ..files.torch_archive import read_torch_file
-from ..model.adapted_model import AdaptedModel, find_model, open_model
+from ..model.adapted_model import AdaptedModel, Listing, find_in, find_model, open_model
 from ..model.inject import inject, inject_to_load, unload
 from ..model.live_state import LiveState
-from ..model.merging import is_merged, merge, unmerge
+from ..model.merging import holds_merged, merge_listed, unmerge_listed
 from ..model.targets import Targets
 from ..model.wrappers import unwrapped, warn_of_late_adapters
-from ..names import canonical
 from ..nn.writer import Turn
 from .adapter import (
     Adapter,
@@ -106,14 +106,10 @@ def take_adapter(model: nn.Module) -> Adapter:
     return replace(shared, tensors=_copied(shared.tensors))
 
 
-def _copied(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Copy the tensors of a model, and its extra state; a tied tensor once."""
-    copies: dict[int, Any] = {}
-    with torch.inference_mode(False), torch.no_grad():
-        for value in tensors.values():
-            if id(value) not in copies:
-                copies[id(value)] = value.clone() if isinstance(value, torch.Tensor) else copy.deepcopy(value)
-    return {name: copies[id(value)] for name, value in tensors.items()}
+def _copied(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Copy tensors and extra state."""
+    copies = copies_of({name: value for name, value in values.items() if isinstance(value, torch.Tensor)})
+    return {name: copies[name] if name in copies else copy.deepcopy(value) for name, value in values.items()}
 
 
 def save_adapter(model: nn.Module | Adapter, path: PathLike) -> None:
@@ -178,12 +174,12 @@ def load_adapter(
         >>> load_adapter(model, "adapter")
         ['0', '2']
     """
-    network = unwrapped(model, "load_adapter")
-    adapter = read_source(source, order_in(network))
-    handle = find_model(network)
+    listing = Listing(unwrapped(model, "load_adapter"))
+    adapter = read_source(source, order_in(listing.model))
+    handle = find_in(listing)
     if handle is None:
         warn_of_late_adapters(model, "load_adapter")
-    return apply_adapter(network, handle, adapter, strict_base=strict_base, swap=True)
+    return apply_adapter(handle or listing, adapter, strict_base=strict_base, swap=True)
 
 
 def load_from_checkpoint(
@@ -232,19 +228,21 @@ def load_from_checkpoint(
             f'model := {cls.__name__}.load_from_checkpoint("pretrained.ckpt"), "{path}"). strict_base=False makes this '
             "a warning."
         )
-        apply_adapter(model, find_model(model), adapter, strict_base=strict_base, remedy=remedy)
+        apply_adapter(find_model(model) or Listing(model), adapter, strict_base=strict_base, remedy=remedy)
         return model
-    handle = find_model(model)
-    config = _config_for(model, by_first_names(Names(places_of(model, handle)), adapter))
-    (inject if handle is not None else inject_to_load)(model, config)
+    listing = find_model(model) or Listing(model)
+    config = _config_for(listing, by_first_names(Names(listing.places), adapter))
+    if isinstance(listing, AdaptedModel):
+        inject(model, config)
+    else:
+        inject_to_load(listing, config)
     prepare_for_load(model, checkpoint)
     model.load_state_dict(checkpoint["state_dict"])
     return model
 
 
 def apply_adapter(
-    model: nn.Module,
-    handle: AdaptedModel | None,
+    listing: Listing,
     adapter: Adapter,
     *,
     strict_base: bool = True,
@@ -254,8 +252,7 @@ def apply_adapter(
     """Put an adapter onto a model: inject where that is still to do, check everything, then copy the values. In place.
 
     Args:
-        model: injected or not, without wrappers.
-        handle: of the model where it is injected, else None.
+        listing: of the model without wrappers; its handle where it is injected.
         adapter: under any prefix.
         strict_base: whether another base than the adapter's is an error or a warning.
         remedy: what the error about another base says that its reader can do.
@@ -267,22 +264,20 @@ def apply_adapter(
     Raises:
         LoRAError: something does not fit; the model is as it was.
     """
-    names = Names(places_of(model, handle))
-    adapter = by_first_names(names, align_names(model, names, adapter))
-    fresh = handle is None
-    if handle is None:
-        inject_to_load(model, _config_for(model, adapter), adapter.scope)
-        handle = open_model(model, "load_adapter")
-    elif adapter.config is None:
-        options = handle.record.config
-        scale = f"lora_alpha={options.lora_alpha:g}, use_rslora={options.use_rslora}"
-        log.info("lightning_lora: the source stores no options; those of the injected model hold: %s", scale)
+    names = Names(listing.places)
+    adapter = by_first_names(names, align_names(listing, names, adapter))
+    fresh = not isinstance(listing, AdaptedModel)
+    if isinstance(listing, AdaptedModel):
+        handle = listing
+        _tell_of_options(handle, adapter)
+    else:
+        handle = inject_to_load(listing, _config_for(listing, adapter), adapter.scope)
     adapter = turn_as_in_model(adapter, handle.kinds)
     with Turn("load_adapter", [handle.record.writer]):
-        was_merged = is_merged(model)
+        was_merged = holds_merged(handle.layers.values())
         try:
             if was_merged:
-                unmerge(model)  # at once, because to read W out of W' takes as long
+                unmerge_listed(handle)  # at once, because to read W out of W' takes as long
             live = LiveState(handle)
             adapter = add_frozen_weights(live, split_off_base(live, adapter))
             specs = {} if fresh or not swap else specs_for(handle, by_first_names(names, adapter))
@@ -292,23 +287,24 @@ def apply_adapter(
             handle.record.origin = dict(adapter.origin)
         except BaseException:
             if fresh:
-                unload(model)
+                unload(handle.model)
             elif was_merged:
-                merge(model)
+                merge_listed(handle)
             raise
     warn_of_rounding(present, adapter.fingerprint)
     return list(handle.layers)
 
 
-def places_of(model: nn.Module, handle: AdaptedModel | None) -> list[tuple[str, nn.Module]]:
-    """Return every module of a model under every name, of a handle where there is one."""
-    if handle is not None:
-        return handle.places
-    return [(canonical(name), module) for name, module in model.named_modules(remove_duplicate=False)]
+def _tell_of_options(handle: AdaptedModel, adapter: Adapter) -> None:
+    """Tell which options hold where a source has none."""
+    if adapter.config is None:
+        options = handle.record.config
+        scale = f"lora_alpha={options.lora_alpha:g}, use_rslora={options.use_rslora}"
+        log.info("lightning_lora: the source stores no options; those of the injected model hold: %s", scale)
 
 
-def _config_for(model: nn.Module, adapter: Adapter) -> LoRAConfig:
-    """Return the adapter's options, with the layers spelled out where they would choose others under this prefix."""
+def _config_for(listing: Listing, adapter: Adapter) -> LoRAConfig:
+    """Return the adapter's options. Where they would choose other layers in this model, name the layers instead."""
     config, ranks = adapter.config, adapter.ranks()
     if config is None:
         stored = sorted(set(ranks.values()))
@@ -319,7 +315,7 @@ def _config_for(model: nn.Module, adapter: Adapter) -> LoRAConfig:
             f"Call inject(model, LoRAConfig(r={stored[0]}, lora_alpha=..., target_modules=[{_leaves(ranks)}]"
             f"{f', modules_to_save=[{saved}]' if saved else ''})) first, then load_adapter again."
         )
-    targets = Targets(model, config, adapter.scope)
+    targets = Targets(listing.modules, config, adapter.scope)
     same_layers = not targets.unmatched and targets.names() == set(ranks)
     same = same_layers and options_hold(config, ranks, adapter.scalings)
     config = config if same else exact_options(config, ranks, adapter.scalings, adapter.parameters)

@@ -14,7 +14,7 @@ from ..config import LoRAConfig
 from ..errors import LoRAError
 from ..files.paths import PathLike, given_path, kind_of
 from ..files.torch_archive import read_torch_file
-from ..names import META, A, listed, names_factor
+from ..names import META, listed, names_factor
 from .adapter import (
     Adapter,
     check_factors,
@@ -22,6 +22,7 @@ from .adapter import (
     describe_value,
     exact_options,
     is_plain,
+    nothing_adapted,
     options_hold,
     require_values,
 )
@@ -49,7 +50,7 @@ def read_source(
 
     Args:
         source: the adapter.
-        order: in which modules register parameters, which only the model that it is for tells.
+        order: the order in which the model registers the parameters of a module; PEFT's names depend on it.
         verb: what messages begin with.
 
     Raises:
@@ -86,10 +87,10 @@ def _read_state(source: Mapping[str, Any], verb: str) -> Adapter:
 
 
 def _tensors_in(state: Any, verb: str) -> dict[str, torch.Tensor]:
-    """Return the tensors of a state dict, or of the only entry with an adapter of a dictionary of them, as Fabric's.
+    """Return the tensors of a state dict; of several in a dictionary, as Fabric saves, of the one with an adapter.
 
     Raises:
-        LoRAError: several entries have one, or there are no tensors.
+        LoRAError: several entries hold an adapter, or none does.
     """
     if not isinstance(state, Mapping):
         raise LoRAError(f"{verb}: expected a state dict, found {type(state).__name__}.")
@@ -123,22 +124,22 @@ def _name_adapter(tensors: Mapping[str, torch.Tensor]) -> bool:
 def adapter_with_options(
     source: PathLike | Mapping[str, Any] | Adapter, lora_alpha: float | None = None, where: str = ""
 ) -> Adapter:
-    """Read an adapter that is to be applied without a model at hand.
+    """Read an adapter that is applied to files, or combined, without a model.
 
     Args:
         source: any form of adapter.
-        lora_alpha: for one that does not store it, as loralib's do not.
-        where: what messages call it; a path by default.
+        lora_alpha: for an adapter that does not store it, as loralib's files do not.
+        where: what messages call the source; its path by default.
 
     Raises:
-        LoRAError: lora_alpha is missing, or is stored and given.
+        LoRAError: lora_alpha is missing, or both stored and given.
     """
     path = where or source
     adapter = turn_without_model(without_base(read_source(source)), path)
     require_values(adapter, str(path))
     ranks = adapter.ranks()
     if not ranks:
-        raise LoRAError(f"{path}: holds no lora_A; it is not an adapter of a known format.")
+        raise LoRAError(f"{path}: holds {nothing_adapted(adapter)}; it is not an adapter of a known format.")
     for name, value in adapter.beside_factors().items():
         if isinstance(value, torch.Tensor) and not is_plain(value):
             raise LoRAError(f"{path}: {name!r} must be a dense tensor, found {describe_value(value)}.")
@@ -153,21 +154,20 @@ def adapter_with_options(
             f"{path}: stores tensors and no options, as loralib's files do: lora_alpha is nowhere in it. Ask whoever "
             "trained it, and pass --lora-alpha to merge, export or import; what export writes holds it, for others."
         )
-    for name, rank in ranks.items():
-        if adapter.factor(name, A).shape[0] != rank:
+    for name in ranks:
+        if adapter.is_placed(name) and adapter.acting(name).a.shape[0] != adapter.acting(name).b.shape[1]:
             raise LoRAError(
                 f"{path}: {name!r} adapts parts of a fused projection, and which is not stored; load it in Python onto "
                 "a model injected with enable_lora."
             )
     scalings = {name: lora_alpha / rank for name, rank in ranks.items()}
     saved = saved_modules(adapter)
-    variant: dict[str, Any] = {adapter.variant(): True} if adapter.variant() else {}
     config = LoRAConfig(
         r=next(iter(ranks.values())),
         lora_alpha=lora_alpha,
         target_modules=list(ranks),
         modules_to_save=saved,
-        **variant,
+        **adapter.variant.options(),
     )
     if not options_hold(config, ranks, scalings):
         config = exact_options(config, ranks, scalings)

@@ -10,16 +10,16 @@ import torch
 from torch import nn
 
 from ..distributed.sharding import gather_all
-from ..model.adapted_model import AdaptedModel, open_model
+from ..model.adapted_model import AdaptedModel, open_model, refuse_replaced_layers
 from ..model.gradients import warn_of_untrained
-from ..model.injection import refuse_replaced_layers
 from ..model.live_state import LiveState, original_value
 from ..model.pretrained import base_name, tied_to_input
 from ..model.wrappers import prefix_inside
 from ..names import is_lightning_module
-from ..nn.lora_layer import LoRALayer, adapted_places
+from ..nn.adapted_weights import adapted_places
+from ..nn.lora_layer import LoRALayer
 from ..nn.low_rank import CONV1D
-from ..nn.quantised import dequantised, quantised_as
+from ..nn.quantised import dequantize, quantised_as
 from .adapter import Adapter, check_factors, with_aliases
 from .fingerprint import (
     AVERAGED,
@@ -37,7 +37,7 @@ from .peft_attention import after_conv1d
 
 
 def adapter_of_model(live: LiveState, verb: str) -> Adapter:
-    """Return the adapter of an injected model, sharing memory with it, gathered where it is sharded. Collective then.
+    """Return the adapter of an injected model; its tensors share the model's memory. Collective where it is sharded.
 
     Args:
         live: the model.
@@ -47,14 +47,14 @@ def adapter_of_model(live: LiveState, verb: str) -> Adapter:
         LoRAError: a layer was replaced, or the factors are not finite.
     """
     description = describe(live, verb)
-    warn_of_untrained(live.handle.model, live.handle.layers)
+    warn_of_untrained(live.handle)
     adapter = replace(description, tensors=gather_all(live.values()))
     check_factors(adapter, verb)
     return adapter
 
 
 def frozen_values(live: LiveState, names: Collection[str]) -> dict[str, Any]:
-    """Return frozen tensors of a model by name, gathered where it is sharded. Collective then."""
+    """Return frozen tensors of a model by name, whole on every rank. Collective where the model is sharded."""
     wanted = set(names)
     entries = [(n, t, owner) for n, t, owner in live.entries if n in wanted and t is not None] if wanted else []
     return gather_all({name: original_value(name, tensor, owner) for name, tensor, owner in entries})
@@ -63,8 +63,8 @@ def frozen_values(live: LiveState, names: Collection[str]) -> dict[str, Any]:
 def describe(live: LiveState, verb: str) -> Adapter:
     """Return the adapter of an injected model without its tensors. Collective where the model is sharded.
 
-    The fingerprint is that of fit start, where this model was fitted: weight averaging moves frozen weights. What was
-    unfrozen later is a tensor of the adapter, and left out of the fingerprint.
+    The fingerprint of a fitted model was taken at fit start, because weight averaging moves frozen weights. A weight
+    that was unfrozen later is a tensor of the adapter and has no entry in the fingerprint.
 
     Args:
         live: the model.
@@ -74,7 +74,7 @@ def describe(live: LiveState, verb: str) -> Adapter:
         LoRAError: a layer was replaced since injection.
     """
     handle, record = live.handle, live.handle.record
-    refuse_replaced_layers(handle.model, verb, handle.layers)
+    refuse_replaced_layers(handle, verb)
     trained = live.keys
     at_fit_start = record.fingerprint and record.fingerprint.keys() <= live.tensors.keys()
     first, layers = handle.layers, handle.layers_by_every_name  # as state dicts hold them
@@ -84,10 +84,10 @@ def describe(live: LiveState, verb: str) -> Adapter:
     first_names = {layer: name for name, layer in first.items()}
     aliases = {name: first_names[layer] for name, layer in layers.items() if layer in kinds and name not in first}
     network = _network_prefix(live, trained)
-    by_peft = tied_to_input(handle.model, network, handle.modules)
+    by_peft = tied_to_input(handle.modules, network)
     first_ends = {layer: by_peft.get(name, name) for name, layer in reversed(tables.items())}
     tied = {name: first_ends[layer] for name, layer in tables.items() if name != first_ends[layer]}
-    base = base_name(handle.model, handle.modules)
+    base = base_name(handle.modules)
     return Adapter(
         tensors={},
         config=with_aliases(record.config, aliases) if aliases else record.config,
@@ -106,9 +106,9 @@ def describe(live: LiveState, verb: str) -> Adapter:
 
 
 def _network_prefix(live: LiveState, trained: Collection[str]) -> str:
-    """Return 'name.' of the one attribute of a LightningModule that holds all that the adapter trains, else ''.
+    """Return the prefix 'name.' of the attribute of a LightningModule that holds all trained parameters.
 
-    Adapters travel under the names of the network, not of the LightningModule around it.
+    It is '' where there is none, and for any other module. Files hold an adapter under the network's own names.
     """
     model = live.handle.model
     if not is_lightning_module(model):
@@ -128,24 +128,27 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
 def fingerprint_of(live: LiveState) -> dict[str, Any]:
     """Return the entry of each frozen base parameter, as plain types. Collective where the model is sharded.
 
-    A quantised one's is of its dequantised values, and says how it is quantised. Values in rows that the adapter
-    replaces are NaN: they need not be the same anywhere else.
+    The entry of a quantised parameter holds dequantised values, and says how it is quantised. Values in rows that the
+    adapter replaces are NaN: another base may have other values there.
     """
     trained = set(live.keys)
-    frozen = [entry for entry in live.entries if entry[0] not in trained and entry[1] is not None]
-    present = [(name, tensor, owner) for name, tensor, owner in frozen if tensor.device.type != "meta"]
+    present = [
+        (name, tensor, owner)
+        for name, tensor, owner in live.entries
+        if name not in trained and tensor is not None and tensor.device.type != "meta"
+    ]
     how = {name: _how_quantised(tensor, owner) for name, tensor, owner in present}
-    plain = {n: original_value(n, tensor, owner) for n, tensor, owner in present if not how[n]}
-    entries = fingerprint_entries(plain)
+    plain = (entry for entry in present if not how[entry[0]])
+    entries = fingerprint_entries((name, original_value(name, tensor, owner)) for name, tensor, owner in plain)
     for name, _, owner in present:
         if how[name]:
-            value = dequantised(owner, name.rpartition(".")[2])
+            value = dequantize(owner, name.rpartition(".")[2])
             entries[name] = {**fingerprint_entry(value), "quantised": how[name]}
     return without_rows({name: entries[name] for name in how}, replaced_rows(live.handle))
 
 
 def replaced_rows(handle: AdaptedModel) -> Tables:
-    """Return which rows of which tables of a model its adapter replaces, under each name of a table."""
+    """Return the rows that the adapter replaces, by table; a table with several names comes under each."""
     places = adapted_places(handle.model, modules=handle.places)
     return {name: rows for name, _, each in places if (rows := each.replaced_rows())}
 
@@ -159,7 +162,7 @@ def _how_quantised(tensor: torch.Tensor, module: nn.Module) -> str:
 def check_fingerprint(
     live: LiveState, expected: Mapping[str, Any], *, strict: bool = True, remedy: str = REMEDY
 ) -> dict[str, Any]:
-    """Raise LoRAError, or warn, where a frozen parameter differs from a fingerprint by more than another dtype's.
+    """Raise LoRAError, or warn, where a frozen parameter differs from a fingerprint by more than rounding.
 
     Args:
         live: an injected model.
@@ -173,11 +176,11 @@ def check_fingerprint(
     if not expected:
         return {}
     known, tables = live.handle.record.fingerprint, replaced_rows(live.handle)
-    unfrozen = fingerprint_entries(live.handle.initial_of("unfrozen")) if live.handle.record.unfrozen else {}
+    unfrozen = fingerprint_entries(live.handle.initial_of("unfrozen").items())
     same_names = expected.keys() <= known.keys()  # fewer where weights were unfrozen since fit start
     trained_here = same_names and all(entries_match(known[name], expected[name], 0) for name in expected)
     present = without_rows(unfrozen, tables) | fingerprint_of(live)
-    # One that was made of files holds buffers too, which do not tell a base: training changes them.
+    # A fingerprint made of a file has entries of buffers. Training changes buffers, so they do not tell a base.
     buffers = {name for name, tensor in live.tensors.items() if not isinstance(tensor, nn.Parameter)}
     expected = without_rows({n: entry for n, entry in expected.items() if n not in buffers}, tables)
     compare_fingerprints(present, expected, AVERAGED if trained_here else EQUAL, strict=strict, remedy=remedy)

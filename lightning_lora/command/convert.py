@@ -1,4 +1,4 @@
-"""`lightning-lora export` and `import`: any adapter as a PEFT folder, and as a Lightning checkpoint."""
+"""`lightning-lora export` and `import`: write any adapter as a PEFT folder, or as a Lightning checkpoint."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from .output import ADAPTER_CHECKPOINT, ADAPTER_FOLDER, check_output
 
 
 def to_peft(source: PathLike, target: PathLike, lora_alpha: float | None = None, *, overwrite: bool = False) -> Adapter:
-    """Write any adapter as a PEFT folder; returns it. What else is in a folder that is replaced stays.
+    """Write any adapter as a PEFT folder and return the adapter. Other files in a replaced folder stay.
 
     Raises:
-        LoRAError: the adapter cannot be read, PEFT has no equal of it, or the target is refused.
+        LoRAError: the adapter cannot be read, PEFT cannot express it, or the target is refused.
     """
     check_output("export", ADAPTER_FOLDER, target, [source], overwrite)
     adapter = adapter_with_options(source, lora_alpha)
@@ -33,9 +33,10 @@ def to_peft(source: PathLike, target: PathLike, lora_alpha: float | None = None,
 def to_lightning(
     source: PathLike, target: PathLike, lora_alpha: float | None = None, *, overwrite: bool = False
 ) -> Adapter:
-    """Write any adapter as a Lightning checkpoint of the kind "adapter"; returns it.
+    """Write any adapter as a Lightning checkpoint of the kind "adapter", and return the adapter.
 
-    Its names are the network's; loading finds the attribute of the LightningModule that they belong to.
+    The checkpoint has the names of the network. Loading finds the attribute of a LightningModule that holds the
+    network.
 
     Raises:
         LoRAError: the adapter cannot be read, or the target is refused.

@@ -3,14 +3,15 @@
     expected = m / norm(W + s * B @ A) * (W + s * B @ A), in float64
 
 W is the base's, or the adapter's own where it holds the weight whole, and trained rows take their place in it. The
-scale in front is there with magnitudes m alone. Neither the plan that wrote the result nor the arithmetic of
-nn/exact_merge.py is used, so that a mistake in these is found.
+scale in front is there where the adapter's variant gives outputs a length m. What the stored tensors mean, a variant
+says for this alone (Variant.expected). Neither the plan that wrote the result nor the arithmetic of nn/exact_merge.py
+is used, so that a mistake in these is found.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -18,8 +19,7 @@ from ..adapter.adapter import Adapter
 from ..errors import LoRAError
 from ..files.safetensors import TensorLocation, read_rows
 from ..files.weights import Weights
-from ..names import START_A, START_B, A, B
-from ..nn.low_rank import ATTENTION_WEIGHTS, SEPARATE, TRANSPOSED, TRANSPOSED_EXPERTS
+from ..nn.low_rank import ATTENTION_WEIGHTS, LINEAR, SEPARATE, TRANSPOSED, TRANSPOSED_EXPERTS
 
 Factors = tuple[torch.Tensor, torch.Tensor]  # left (m, k) and right (k, n); of a stack (E, m, k) and (E, k, n)
 
@@ -35,10 +35,12 @@ class ExpectedWeight:
         rows: the numbers of trained rows.
         row_values: (len(rows), columns).
         factors: what is added, s included, in float64.
-        magnitudes: the length of each output's weights, or None.
+        lengths: the length of each output's weights, or None.
+        scale_of: returns the scale of each output for a W (out, in), where a variant has one and gives no lengths.
         transposed: W is stored (in, out).
-        arithmetic: the dtype in which differences of the factors from those of a start, or sums, were rounded.
+        arithmetic: the dtype in which the factors that were added, or sums, were rounded.
         norms: of the columns, once they are known.
+        scale: what scale_of returned, once it was called.
     """
 
     location: TensorLocation
@@ -47,10 +49,12 @@ class ExpectedWeight:
     rows: Sequence[int] = ()
     row_values: torch.Tensor | None = None
     factors: list[Factors] = field(default_factory=list)
-    magnitudes: torch.Tensor | None = None
+    lengths: torch.Tensor | None = None
+    scale_of: Callable[[torch.Tensor], torch.Tensor | None] | None = None
     transposed: bool = False
     arithmetic: torch.dtype = torch.float64
     norms: torch.Tensor | None = None
+    scale: torch.Tensor | None = None
 
     def exact_part(self, old: torch.Tensor, first: int) -> torch.Tensor:
         """Return some rows of W as the adapter has them; `old` are the base's, the first of which is that row."""
@@ -61,19 +65,21 @@ class ExpectedWeight:
     def part(self, old: torch.Tensor, first: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return rows of the result in float64, and for each element the sum of all that took part in it, unsigned."""
         exact, total = self._unscaled(old, first)
-        if self.magnitudes is None:
-            return exact, total
-        norms = self._column_norms() if self.transposed else exact.flatten(1).square().sum(1).sqrt()
         outputs = slice(None) if self.transposed else slice(first, first + len(old))
-        scale = self._scale(norms, outputs).view([1, -1] if self.transposed else [-1] + [1] * (old.dim() - 1))
+        if self.lengths is None:
+            scale = self._scale_of_weight()
+            return (exact, total) if scale is None else self._scaled(exact, total, scale[outputs])
+        norms = self._column_norms() if self.transposed else exact.flatten(1).square().sum(1).sqrt()
+        return self._scaled(exact, total, self._scale(norms, outputs))
+
+    def _scaled(
+        self, exact: torch.Tensor, total: torch.Tensor, scale: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        scale = scale.view([1, -1] if self.transposed else [-1] + [1] * (exact.dim() - 1))
         return exact * scale, total * scale.abs()
 
     def _unscaled(self, old: torch.Tensor, first: int) -> tuple[torch.Tensor, torch.Tensor]:
-        wide = torch.promote_types(old.dtype, self.dtype)
-        exact = self.exact_part(old.to(wide), first).double().clone()
-        for place, row in enumerate(self.rows):
-            if first <= row < first + len(old) and self.row_values is not None:
-                exact[row - first] = self.row_values[place].double()
+        exact = self._base_part(old, first)
         total = exact.abs()
         for left, right in self.factors:
             rows = left[first : first + len(old)]
@@ -82,11 +88,28 @@ class ExpectedWeight:
             total += (rows.abs() @ own.abs()).view(exact.shape)
         return exact, total
 
+    def _base_part(self, old: torch.Tensor, first: int) -> torch.Tensor:
+        """Return some rows of W in float64, trained rows in their place."""
+        exact = self.exact_part(old.to(torch.promote_types(old.dtype, self.dtype)), first).double().clone()
+        for place, row in enumerate(self.rows):
+            if first <= row < first + len(old) and self.row_values is not None:
+                exact[row - first] = self.row_values[place].double()
+        return exact
+
     def _scale(self, norms: torch.Tensor, outputs: slice) -> torch.Tensor:
-        """Return m / norm, 1 for an output without weights. Magnitudes' dtype is that of both, as in a live layer."""
-        assert self.magnitudes is not None
-        norms = norms.to(self.magnitudes.dtype)
-        return torch.where(norms == 0, 1.0, self.magnitudes.detach()[outputs] / norms).double()
+        """Return m / norm, 1 for an output without weights. The dtype of m is that of both, as in a live layer."""
+        assert self.lengths is not None
+        norms = norms.to(self.lengths.dtype)
+        return torch.where(norms == 0, 1.0, self.lengths[outputs] / norms).double()
+
+    def _scale_of_weight(self) -> torch.Tensor | None:
+        if self.scale_of is not None and self.scale is None:
+            with open(self.location.file, "rb") as file:
+                parts = ((first, read_rows(file, self.location, first, n)) for first, n in self.location.chunks())
+                weight = torch.cat([self._base_part(old, first) for first, old in parts]).flatten(1)
+            scale = self.scale_of(weight.T if self.transposed else weight)
+            self.scale = None if scale is None else scale.double()
+        return self.scale
 
     def _column_norms(self) -> torch.Tensor:
         if self.norms is None:
@@ -155,14 +178,26 @@ class ExpectedWeights:
         return None
 
     def _add_factors(self, expected: ExpectedWeight, layer: str, leaf: str) -> None:
-        names = ((A, B, 1.0), (START_A, START_B, -1.0))
-        for name_a, name_b, sign in names:
-            if self.adapter.factor_name(layer, name_a) in self.adapter.tensors:
-                a, b = (self.adapter.factor(layer, name).detach().double() for name in (name_a, name_b))
-                left, right, expected.transposed = self._placed(layer, leaf, expected.location.shape, a, b)
-                expected.factors.append((left * (sign * self.adapter.scalings[layer]), right))
-                expected.arithmetic = torch.float64 if sign > 0 else torch.float32
-        expected.magnitudes = self.adapter.magnitude(layer)
+        variant, stored, scaling = self.adapter.variant, self._stored(layer, leaf), self.adapter.scalings[layer]
+        meant = variant.expected(stored)
+        for a, b in meant.pairs:
+            left, right, expected.transposed = self._placed(layer, leaf, expected.location.shape, a, b)
+            expected.factors.append((left * scaling, right))
+        expected.arithmetic = torch.float32 if meant.rounded else torch.float64
+        expected.lengths = meant.lengths
+        if variant.reads_weight and meant.lengths is None:
+            double = {name: value.detach().double() for name, value in stored.items()}
+            expected.scale_of = lambda weight: variant.acting(double, weight, scaling)[2]
+
+    def _stored(self, layer: str, leaf: str) -> dict[str, torch.Tensor]:
+        """Return the tensors of a layer; of those that layers share its part, which the weight's shape tells."""
+        variant, stored = self.adapter.variant, self.adapter.stored(layer)
+        if not variant.shared:
+            return stored
+        name = layer if self.adapter.is_parameter(layer) else f"{layer}.{leaf}"
+        place = self.adapter.place(layer)
+        shape = torch.Size(self.base.locations[name].shape)
+        return dict(variant.of_layer(stored, replace(place, kind=place.kind or LINEAR, shapes={leaf: shape})))
 
     def _placed(
         self, layer: str, leaf: str, shape: Sequence[int], a: torch.Tensor, b: torch.Tensor

@@ -1,4 +1,4 @@
-"""An adapter out of a full fine-tune: each weight's change, cut to the R largest singular values."""
+"""Extract an adapter from a full fine-tune: the change of each weight, cut to its R largest singular values."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from ..adapter.adapter import Adapter
-from ..adapter.fingerprint import fingerprint_entry_at
+from ..adapter.base_files import fingerprint_entry_at
 from ..adapter.peft_attention import after_conv1d
 from ..config import LoRAConfig
 from ..errors import LoRAError
 from ..files.safetensors import TensorLocation, read_tensor
 from ..files.weights import Weights
-from ..names import A, B, names_match
+from ..names import A, B, exact_key, names_match
 from ..nn.low_rank import (
     ATTENTION_OUTPUT,
     CONV,
@@ -37,12 +37,12 @@ EMBEDDING_NAMES = re.compile(r"(?!embed_out$)(.*emb.*|wte|wpe|shared)", re.IGNOR
 
 @dataclass
 class Extracted:
-    """An adapter made out of a full fine-tune, and how much of the change it expresses.
+    """An adapter from a full fine-tune, and how much of the change it keeps.
 
     Attributes:
-        adapter: fits the base.
-        kept: by layer, the share of the change's squared norm that the adapter keeps, between 0 and 1.
-        dropped: changed tensors that the adapter does not carry.
+        adapter: of the base.
+        kept: by layer, the share of the squared norm of the change that the adapter keeps, between 0 and 1.
+        dropped: changed tensors that the adapter does not hold.
         squares: by layer, the squared norm of the change.
     """
 
@@ -52,7 +52,7 @@ class Extracted:
     squares: dict[str, float] = field(default_factory=dict)
 
     def total(self) -> float:
-        """Return the share of the adapted layers' whole change that is kept."""
+        """Return the kept share of the squared norm of all adapted layers' changes."""
         whole = sum(self.squares.values())
         return sum(self.kept[name] * self.squares[name] for name in self.kept) / whole if whole else 1.0
 
@@ -67,21 +67,21 @@ def extract(
     fan_in_fan_out: bool = False,
     drop_rest: bool = False,
 ) -> Extracted:
-    """Make the adapter of a rank that comes closest to the change from base to tuned.
+    """Make the adapter of the given rank that is closest to the change from `base` to `tuned`.
 
-    Weights of two dimensions and more are adapted; what else changed is carried whole.
+    Weights of two and more dimensions are adapted. Other tensors that changed are carried whole.
 
     Args:
         base: the weights before.
         tuned: the weights after, under the same names.
-        rank: R; less where a weight is smaller.
-        exclude: modules to carry whole; names or dotted suffixes.
-        embeddings: modules that are nn.Embedding beside those whose name says so.
-        fan_in_fan_out: linear weights are stored (in, out), as transformers' Conv1D has them.
-        drop_rest: leave out what else changed instead.
+        rank: R. A weight whose smaller dimension is less gets that rank.
+        exclude: modules to carry whole, by names or dotted suffixes.
+        embeddings: modules that are nn.Embedding, in addition to those whose name says so.
+        fan_in_fan_out: linear weights are stored (in, out), as in transformers' Conv1D.
+        drop_rest: leave other tensors that changed out instead of carrying them whole.
 
     Raises:
-        LoRAError: names or shapes differ, or a change cannot be carried.
+        LoRAError: names or shapes differ, or a change can be neither adapted nor carried.
     """
     for weights in (base, tuned):
         refuse_quantised("extract", weights)
@@ -135,7 +135,10 @@ def _same_names(base: Weights, tuned: Weights) -> None:
         )
     for name, location in base.locations.items():
         if tuned.locations[name].shape != location.shape:
-            raise LoRAError(f"extract: {name!r} has shape {location.shape}, tuned {tuned.locations[name].shape}.")
+            raise LoRAError(
+                f"extract: {name!r} has shape {location.shape} in the base and {tuned.locations[name].shape} in the "
+                "tuned weights; give two versions of one model."
+            )
 
 
 def _differs(base: TensorLocation, tuned: TensorLocation) -> bool:
@@ -148,10 +151,10 @@ def _differs(base: TensorLocation, tuned: TensorLocation) -> bool:
 
 
 def _change(name: str, base: TensorLocation, tuned: TensorLocation) -> torch.Tensor:
-    """Return tuned - base, in float32 or a wider dtype of the two.
+    """Return tuned - base, in float32 or in the wider dtype of the two.
 
     Raises:
-        LoRAError: a value of it is not finite.
+        LoRAError: a value of the difference is not finite.
     """
     before, after = read_tensor(base), read_tensor(tuned)
     dtype = torch.promote_types(torch.promote_types(before.dtype, after.dtype), torch.float32)
@@ -176,7 +179,7 @@ def _kind(module: str, base: Weights, embeddings: Sequence[str], fan_in_fan_out:
     if len(base.locations[f"{module}.weight"].shape) > 2:
         return CONV
     parent, _, leaf = module.rpartition(".")
-    if leaf == "out_proj" and f"{parent}.{IN_PROJ}" in base.locations:
+    if leaf == "out_proj" and f"{parent}.{IN_PROJ}" in base.locations:  # of nn.MultiheadAttention
         return ATTENTION_OUTPUT
     if names_match(list(embeddings), module) or EMBEDDING_NAMES.fullmatch(leaf):
         return EMBEDDING
@@ -186,7 +189,7 @@ def _kind(module: str, base: Weights, embeddings: Sequence[str], fan_in_fan_out:
 def _factors(change: torch.Tensor, rank: int, kind: str) -> tuple[torch.Tensor, torch.Tensor, float, float]:
     """Return A, B, the share of the change's squared norm that B @ A keeps, and that squared norm.
 
-    The largest value is divided by first, so that the square of a small change is not zero.
+    The change is divided by its largest value first. Otherwise the square of a small change would be zero.
     """
     matrix = change.T if kind in TRANSPOSED else change.flatten(1)
     largest = matrix.abs().max()
@@ -194,7 +197,7 @@ def _factors(change: torch.Tensor, rank: int, kind: str) -> tuple[torch.Tensor, 
     left, values, right = truncated_svd(matrix, rank)
     square = float(matrix.double().square().sum())
     share = min(1.0, float(values.double().square().sum()) / square)
-    root = values.sqrt() * largest.sqrt()
+    root = values.sqrt() * largest.sqrt()  # half of the scale for A, half for B
     a, b = root[:, None] * right, left * root
     shape_a, shape_b = factor_shapes(kind, {"weight": change.shape}, len(values))
     return (
@@ -208,7 +211,7 @@ def _factors(change: torch.Tensor, rank: int, kind: str) -> tuple[torch.Tensor, 
 def _carried(
     base: Weights, tuned: Weights, changed: Sequence[str], adapted: set[str]
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Return what else changed, whole, and the options that say so: biases of adapted layers, modules to save."""
+    """Return the other tensors that changed, whole, and the options for them: `bias` and `modules_to_save`."""
     not_adapted = [name for name in changed if not (name.endswith(".weight") and name.rpartition(".")[0] in adapted)]
     containers = {module.rpartition(".")[0] for module in base.modules()}
     owners = dict.fromkeys(name.rpartition(".")[0] for name in not_adapted)
@@ -228,9 +231,9 @@ def _carried(
 
 
 def _config(tensors: Mapping[str, Any], layers: Sequence[str], rank: int, options: Mapping[str, Any]) -> LoRAConfig:
-    """Choose the options; lora_alpha equals r everywhere, so that the scaling is 1."""
+    """Return the options. lora_alpha equals r in every layer, so that the scaling is 1."""
     ranks = {name: tensors[f"{name}.{B}"].shape[1] for name in layers}
-    smaller = {f"^{re.escape(name)}": r for name, r in ranks.items() if r != rank}
+    smaller = {exact_key(name): r for name, r in ranks.items() if r != rank}
     return LoRAConfig(
         r=rank, lora_alpha=rank, target_modules=layers, rank_pattern=smaller, alpha_pattern=smaller, **options
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from ..files.paths import PathLike, given_path, kind_of
 from ..files.safetensors import SUFFIX, TensorLocation, read_rows
 from ..files.torch_archive import read_torch_file
 from ..files.weights import Weights, open_weights
-from ..names import MAGNITUDE, META, A, B
+from ..names import META
 from ..progress import Unit, progress_bar
 from .output import refuse_quantised
 
@@ -73,8 +73,7 @@ def _adapter_kind(path: Path) -> str:
 
 def _adapter_info(adapter: Adapter) -> dict[str, Any]:
     layers = adapter.layers()
-    factors = [*(factor for name in layers for factor in adapter.stored_factors(name)), *adapter.rows().values()]
-    factors += adapter.magnitudes().values()
+    factors = [*(tensor for name in layers for tensor in adapter.stored(name).values()), *adapter.rows().values()]
     whole = {name: value for name, value in adapter.beside_factors().items() if isinstance(value, torch.Tensor)}
     layers_info = _each("measuring", layers, lambda name: _layer_info(adapter, name))
     return {
@@ -82,7 +81,7 @@ def _adapter_info(adapter: Adapter) -> dict[str, Any]:
         "layers": layers_info,
         "parameters": sum(factor.numel() for factor in factors),
         "bytes": sum(factor.nbytes for factor in factors),
-        "norm": math.hypot(*(layer["norm_delta"] for layer in layers_info.values())),
+        "norm": _norm([layer["norm_delta"] for layer in layers_info.values()]),
         **({"tables": {table: _table_info(adapter, table) for table in adapter.rows()}} if adapter.rows() else {}),
         "also_trained": {name: list(tensor.shape) for name, tensor in whole.items()},
         "base": {
@@ -94,19 +93,25 @@ def _adapter_info(adapter: Adapter) -> dict[str, Any]:
 
 
 def _layer_info(adapter: Adapter, name: str) -> dict[str, Any]:
-    a, b, magnitude = adapter.factor(name, A), adapter.factor(name, B), adapter.magnitude(name)
+    stored, variant = adapter.stored(name), adapter.variant
+    trained = {variant.role(leaf): stored[leaf] for leaf in variant.trained}
+    matrices = {role: tensor for role, tensor in trained.items() if tensor.dim() > 1}
+    norms = {f"norm_{role}": float(tensor.double().norm()) for role, tensor in trained.items()}
     return {
         "kind": adapter.kinds.get(name),
-        "rank": b.shape[1],
+        "rank": variant.rank(stored),
         "scaling": adapter.scalings.get(name),
-        "shape_A": list(a.shape),
-        "shape_B": list(b.shape),
-        "dtype": _dtype_name(a.dtype),
-        "norm_A": float(a.double().norm()),
-        "norm_B": float(b.double().norm()),
-        "norm_delta": delta_norm(adapter, name),
-        **({} if magnitude is None else {"norm_magnitude": float(magnitude.double().norm())}),
+        **{f"shape_{role}": list(tensor.shape) for role, tensor in matrices.items()},
+        "dtype": _dtype_name(next(iter(trained.values())).dtype),
+        **{name: norm for name, norm in norms.items() if name.removeprefix("norm_") in matrices},
+        "norm_delta": delta_norm(adapter, name) if adapter.is_placed(name) else None,
+        **norms,
     }
+
+
+def _norm(norms: Sequence[float | None]) -> float | None:
+    known = [norm for norm in norms if norm is not None]
+    return math.hypot(*known) if len(known) == len(norms) else None
 
 
 def _table_info(adapter: Adapter, table: str) -> dict[str, Any]:
@@ -142,7 +147,7 @@ def _diff_adapters(first: Adapter, second: Adapter) -> dict[str, Any]:
     in_both = [name for name in first.layers() if name in layers]
     rows = _each("comparing", in_both, lambda name: _layer_row(first, second, name))
     first_whole, second_whole = (
-        {**each.beside_factors(), **each.rows(), **_magnitudes_by_tensor(each)} for each in (first, second)
+        {**each.beside_factors(), **each.rows(), **_scales_by_tensor(each)} for each in (first, second)
     )
     for name in first_whole:
         if name in second_whole and first.tables.get(name) != second.tables.get(name):
@@ -150,12 +155,20 @@ def _diff_adapters(first: Adapter, second: Adapter) -> dict[str, Any]:
         elif name in second_whole:
             rows[name] = _value_row(first_whole[name], second_whole[name])
     options = first.config.differing(second.config) if first.config and second.config else []
-    only = _only({*first.layers(), *first_whole}, {*layers, *second_whole})
+    only = _only_in_one({*first.layers(), *first_whole}, {*layers, *second_whole})
     return {"kind": "adapters", "options": options, **only, "changes": rows}
 
 
-def _magnitudes_by_tensor(adapter: Adapter) -> dict[str, Any]:
-    return {f"{name}.{MAGNITUDE}": magnitude for name, magnitude in adapter.magnitudes().items()}
+def _scales_by_tensor(adapter: Adapter) -> dict[str, Any]:
+    """Return the vectors of layers whose change is more than a product, by their names: the norms leave them out."""
+    if not adapter.variant.reads_weight:
+        return {}
+    return {
+        adapter.factor_name(layer, leaf): value
+        for layer in adapter.layers()
+        for leaf, value in adapter.stored(layer).items()
+        if isinstance(value, torch.Tensor) and value.dim() == 1
+    }
 
 
 def _layer_row(first: Adapter, second: Adapter, name: str) -> dict[str, Any]:
@@ -180,7 +193,7 @@ def _diff_weights(first: Weights, second: Weights) -> dict[str, Any]:
     rows = _each(
         "comparing", names, lambda name: _location_row(first.locations[name], second.locations[name]), "tensors"
     )
-    return {"kind": "weights", **_only(set(first.locations), set(second.locations)), "changes": rows}
+    return {"kind": "weights", **_only_in_one(set(first.locations), set(second.locations)), "changes": rows}
 
 
 def _location_row(first: TensorLocation, second: TensorLocation) -> dict[str, Any]:
@@ -211,7 +224,7 @@ def _each(
     return rows
 
 
-def _only(first: set[str], second: set[str]) -> dict[str, Any]:
+def _only_in_one(first: set[str], second: set[str]) -> dict[str, Any]:
     return {"only_in_first": sorted(first - second), "only_in_second": sorted(second - first)}
 
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import errno
-import json
-import math
 import re
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal, get_args
@@ -17,30 +15,37 @@ from typing import Any, Literal, get_args
 import torch
 
 from ..adapter.adapter import Adapter
-from ..adapter.combine import Combined, Method, combine_adapters
+from ..adapter.combine import Method, combine_adapters
 from ..adapter.peft_folder import write_folder
-from ..errors import LoRAError, one_line, printable, shortened
+from ..errors import LoRAError, one_line
 from ..files.atomic import identity
 from ..files.paths import reason_of
 from ..files.weights import open_weights
-from ..names import listed
 from ..report.figures import plot_adapter
-from ..units import size_text
 from .convert import to_lightning, to_peft
-from .extract import Extracted, extract
+from .extract import extract
 from .info import diff, info
 from .merge import merge_on_disk
 from .output import ADAPTER_FOLDER, PICTURE, check_output
-from .printing import INTERRUPTED, print_failure, print_lines
+from .printing import (
+    INTERRUPTED,
+    combine_text,
+    diff_text,
+    extract_text,
+    info_text,
+    print_failure,
+    print_lines,
+    result_lines,
+)
 
 Dtype = Literal["float16", "bfloat16", "float32", "float64"]
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-NO_MEMORY = "can't allocate memory"  # what torch says
+NO_MEMORY = "can't allocate memory"  # in torch's RuntimeError
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run one verb of the command; returns the exit status."""
+    """Run one verb of the command. Return the exit status."""
     try:
         from jsonargparse import ArgumentParser
     except ImportError:
@@ -52,7 +57,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _run(verb: str, options: Any) -> int:
-    """Run a verb: what it says is printed, or one line of what went wrong. Defects of this package are not caught."""
+    """Run a verb and print its result, or in one line what went wrong. Defects of this package are not caught."""
     output = options.get("output", "")
     before = identity(output)
     try:
@@ -78,7 +83,7 @@ def _outcome(output: str, before: object) -> str:
 
 @contextmanager
 def _as_a_program() -> Iterator[None]:
-    """Show warnings in one line, and clean up what was begun when terminated."""
+    """Show each warning in one line. Turn SIGTERM into an exception, so that unfinished files are removed."""
     format_before, handler_before = warnings.formatwarning, signal.getsignal(signal.SIGTERM)
     warnings.formatwarning = lambda message, *_, **__: f"{one_line(str(message))}\n"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -106,7 +111,7 @@ def _info_options(parser: Any) -> None:
 
 def _info(options: Any) -> list[str]:
     """Show what a file or folder holds: options, layers, ranks, norms, the base that it belongs to."""
-    return _shown(info(options.path), info_text, options.json)
+    return result_lines(info(options.path), info_text, options.json)
 
 
 def _merge_options(parser: Any) -> None:
@@ -177,7 +182,7 @@ def _diff_options(parser: Any) -> None:
 
 def _diff(options: Any) -> list[str]:
     """Show what differs between two adapters or two models, layer by layer."""
-    return _shown(diff(options.first, options.second), diff_text, options.json)
+    return result_lines(diff(options.first, options.second), diff_text, options.json)
 
 
 def _extract_options(parser: Any) -> None:
@@ -276,104 +281,12 @@ VERBS: dict[str, tuple[Callable[[Any], None], Callable[[Any], list[str]]]] = {
 
 
 def bytes_of(size: str) -> int:
-    """Read a number of bytes that is written as 5GB, 500MB or 123.
+    """Parse a number of bytes such as 5GB, 500MB or 123.
 
     Raises:
-        LoRAError: it is not written like that, or is not above zero.
+        LoRAError: the text has another form, or the number is not above zero.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", size.strip())
     if match is None or match[2].upper() not in UNITS or not float(match[1]):
         raise LoRAError(f"merge: {size!r} is no size such as 5GB or 500MB.")
     return int(float(match[1]) * UNITS[match[2].upper()])
-
-
-def _shown(result: Mapping[str, Any], text: Callable[[Mapping[str, Any]], list[str]], as_json: bool) -> list[str]:
-    if not as_json:
-        return text(result)
-    written = json.dumps(_without_nan(result), indent=2, allow_nan=False)  # in ASCII, of which it leaves DEL as it is
-    return written.replace("\x7f", "\\u007f").split("\n")
-
-
-def _without_nan(value: Any) -> Any:
-    """Put None for NaN and infinity, for which JSON has no words."""
-    if isinstance(value, Mapping):
-        return {name: _without_nan(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def info_text(result: Mapping[str, Any]) -> list[str]:
-    """Write the result of info for people."""
-    head = [f"{result['path']}: {result['kind']}"]
-    if result["kind"] == "weights":
-        dtypes = ", ".join(f"{count} {dtype}" for dtype, count in result["dtypes"].items())
-        files = f"{result['files']} file" + ("s" if result["files"] != 1 else "")
-        size = f"{result['parameters']:,} parameters, {size_text(result['bytes'])}"
-        return [*head, f"{result['tensors']} tensors ({dtypes}) in {files}, {size}"]
-    head.append(
-        f"{len(result['layers'])} adapted layers, {result['parameters']:,} parameters, {size_text(result['bytes'])}, "
-        f"norm {result['norm']:.4g}"
-    )
-    options = result["config"] or {"options": "none stored; lora_alpha must come from whoever trained it"}
-    head += [f"  {name}: {value}" for name, value in options.items() if value is not None]
-    base = result["base"]
-    dtypes = ", ".join(f"{count} {dtype}" for dtype, count in base["dtypes"].items()) or "not recorded"
-    head.append(f"base: {base.get('base_model_name_or_path', 'no name')}; frozen tensors known: {dtypes}")
-    for table, trained in result.get("tables", {}).items():
-        head.append(f"trained rows of {table}: {listed(list(map(str, trained['rows'])), 10)}")
-    if result["also_trained"]:
-        head.append(f"also in it, whole: {', '.join(result['also_trained'])}")
-    rows = [
-        (name, layer["kind"] or "", str(layer["rank"]), _number(layer["scaling"]), _number(layer["norm_delta"]))
-        for name, layer in result["layers"].items()
-    ]
-    return [*head, *_table(("layer", "kind", "rank", "scaling", "norm of s*B@A"), rows)]
-
-
-def diff_text(result: Mapping[str, Any]) -> list[str]:
-    """Write the result of diff for people."""
-    lines = [f"options that differ: {', '.join(result['options'])}"] if result.get("options") else []
-    for key in ("only_in_first", "only_in_second"):
-        lines += [f"{key.replace('_', ' ')}: {name}" for name in result[key]]
-    changes = result["changes"]
-    moved = {name: row for name, row in changes.items() if row.get("problem") or row["change"] or row.get("dtypes")}
-    lines.append(f"{len(moved)} of {len(changes)} differ")
-    rows = [
-        (name, row.get("problem") or _number(row["change"]), "" if row.get("problem") else _number(row["relative"]))
-        for name, row in moved.items()
-    ]
-    return [*lines, *_table(("name", "change", "relative"), rows)]
-
-
-def extract_text(extracted: Extracted, output: str) -> list[str]:
-    """Write the result of extract for people."""
-    rows = [(name, f"{share:.2%}") for name, share in extracted.kept.items()]
-    lines = _table(("layer", "kept"), rows)
-    lines.append(f"kept {extracted.total():.2%} of the squared norm of the change of {len(rows)} layers")
-    whole = extracted.adapter.beside_factors()
-    lines += [f"carried whole: {', '.join(whole)}"] if whole else []
-    lines += [f"left out: {', '.join(extracted.dropped)}"] if extracted.dropped else []
-    return [*lines, f"wrote {output}"]
-
-
-def combine_text(combined: Combined, output: str) -> list[str]:
-    """Write the result of combine for people."""
-    ranks, kept = combined.adapter.ranks(), combined.kept
-    rows = [(name, str(ranks[name]), f"{kept[name]:.2%}") for name in kept]
-    lines = _table(("layer", "rank", "kept"), rows)
-    lines += [f"weighted mean: {name}" for name in combined.averaged]
-    return [*lines, f"wrote {output}"]
-
-
-def _number(value: float | None) -> str:
-    return "?" if value is None else f"{value:.4g}"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    if not rows:
-        return []
-    rows = [[shortened(printable(cell)) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in (head, *rows)]
-    return ["  ".join(row).rstrip() for row in padded]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..adapter.adapter import Adapter, check_finite, equal_tables
-from ..adapter.fingerprint import OTHER_FILES, compare_with_files
+from ..adapter.base_files import OTHER_FILES, compare_with_files
 from ..adapter.peft_rows import NO_BIAS
 from ..adapter.pretrained_names import align_to_networks
 from ..adapter.sources import adapter_with_options
@@ -21,25 +21,20 @@ from ..files.atomic import new_file, new_folder
 from ..files.paths import PathLike
 from ..files.safetensors import SUFFIX, TensorLocation, read_rows
 from ..files.weights import Weights, open_weights
-from ..names import A, B, around, matcher
-from ..nn.exact_merge import CPU_CHUNK
+from ..names import factor_role, matcher, parent_names
+from ..nn.exact_merge import CPU_CHUNK, parts_of
 from ..nn.low_rank import (
     ATTENTION,
     ATTENTION_WEIGHTS,
+    CONV,
     CONV1D,
     LINEAR,
     MERGEABLE_DTYPES,
     PARAMETER,
     SINGLE,
     STACKS,
-    TRANSPOSED,
-    Enabled,
-    LowRankBlock,
-    factor_shapes,
-    low_rank_blocks,
-    matrix_shape,
 )
-from ..nn.output_norms import Parts, output_norms_of_parts, output_scale, parts_of, scaled_blocks
+from ..nn.variant import Parts, Place
 from ..progress import progress_bar
 from .expected_weights import ExpectedWeights
 from .module_names import ModuleNames, names_in_transformers, own_names, renamed
@@ -287,7 +282,7 @@ def _refuse_missing(adapter: Adapter, base: Weights, scope: str) -> None:
         # A base may hold more than the model that was trained, and masks under the name bias.
         is_bias = leaf == "bias" and module in known and len(location.shape) == 1
         trained = (
-            any(map(is_saved, around(name)))
+            any(map(is_saved, parent_names(name)))
             or (config.bias == "all" and is_bias)
             or (config.bias == "lora_only" and leaf == "bias" and module in layers)
         )
@@ -298,7 +293,6 @@ def _refuse_missing(adapter: Adapter, base: Weights, scope: str) -> None:
 def _layer_updates(
     adapter: Adapter, name: str, base: Weights, seen: Mapping[str, str], result_dtype: torch.dtype | None
 ) -> dict[str, WeightUpdate]:
-    a, b = adapter.acting_factors(name)
     if adapter.is_parameter(name):
         leaves = {name.rpartition(".")[2]: name}
     else:
@@ -312,30 +306,23 @@ def _layer_updates(
         if dtype not in MERGEABLE_DTYPES:
             raise LoRAError(f"{base.path}: {weight!r} is {dtype}; only floating point weights are merged.")
     kind = adapter.kinds.get(name) or _kind(adapter, name, shapes, base, seen)
-    enabled = (adapter.config or LoRAConfig()).enabled_parts(name)
-    if _factor_shapes(kind, shapes, b.shape[1], enabled) != (tuple(a.shape), tuple(b.shape)):
+    place, stored = _placed(adapter, name, kind, shapes), adapter.stored(name)
+    if not _fits(adapter, place):
+        found = [f"{factor_role(leaf)} {tuple(stored[leaf].shape)}" for leaf in adapter.variant.trained]
         raise LoRAError(
-            f"{base.path}: {name!r}: A {tuple(a.shape)} and B {tuple(b.shape)} do not fit a {kind} layer whose weights "
-            f"have shape {', '.join(map(str, shapes.values()))}; the adapter belongs to another base."
+            f"{base.path}: {name!r}: {' and '.join(found)} do not fit a {kind} layer whose weights have shape "
+            f"{', '.join(map(str, shapes.values()))}; the adapter belongs to another base."
         )
-    blocks = low_rank_blocks(kind, shapes, a, b, enabled)
-    magnitude, stacked = adapter.magnitude(name), kind in STACKS
-    if magnitude is not None:
-        for leaf in blocks:
-            location, whole = base.locations[leaves[leaf]], adapter.tensors.get(leaves[leaf])
-            if whole is not None:  # W is the adapter's own, as it is written
-                whole = whole.detach().to(torch.promote_types(location.dtype, result_dtype or location.dtype))
-            parts = _parts_of_file(location) if whole is None else parts_of(whole)
-            blocks[leaf] = _scaled(blocks[leaf], adapter, name, kind, parts)
+
+    def read(leaf: str) -> Parts:
+        location, whole = base.locations[leaves[leaf]], adapter.tensors.get(leaves[leaf])
+        if whole is None:
+            return _parts_of_file(location)
+        # W is the adapter's own, as it is written.
+        return parts_of(whole.detach().to(torch.promote_types(location.dtype, result_dtype or location.dtype)))
+
+    blocks, stacked = adapter.variant.blocks(stored, place, read), kind in STACKS
     return {leaves[leaf]: WeightUpdate(blocks[leaf], adapter.scalings[name], stacked=stacked) for leaf in blocks}
-
-
-def _scaled(blocks: list[LowRankBlock], adapter: Adapter, name: str, kind: str, parts: Parts) -> list[LowRankBlock]:
-    """Return a layer's blocks with the scale that gives its outputs their magnitudes, from parts of its weight."""
-    a, b = (adapter.factor(name, leaf).double().flatten(1) for leaf in (A, B))
-    transposed = kind in TRANSPOSED
-    norms = output_norms_of_parts(parts, a, b, adapter.scalings[name], transposed=transposed)
-    return scaled_blocks(blocks, output_scale(adapter.magnitude(name), norms), transposed=transposed)
 
 
 def _parts_of_file(location: TensorLocation) -> Iterator[tuple[int, torch.Tensor]]:
@@ -344,12 +331,21 @@ def _parts_of_file(location: TensorLocation) -> Iterator[tuple[int, torch.Tensor
             yield first, read_rows(file, location, first, count).flatten(1)
 
 
-def _factor_shapes(kind: str, shapes: Mapping[str, Sequence[int]], rank: int, enabled: Enabled) -> object:
-    """Return the shapes of A and B, or None for weights of other dimensions or names than the kind has."""
+def _placed(adapter: Adapter, name: str, kind: str, shapes: Mapping[str, Sequence[int]]) -> Place:
+    """Return a layer or parameter with its weights in the base."""
+    sizes = {leaf: torch.Size(shape) for leaf, shape in shapes.items()}
+    rank = adapter.variant.rank(adapter.stored(name))
+    return replace(adapter.place(name), kind=kind, shapes=sizes, rank=rank)
+
+
+def _fits(adapter: Adapter, place: Place) -> bool:
+    """Return whether what is stored of a layer has the shapes that it has for such weights."""
+    stored = adapter.stored(place.name)
     try:
-        return factor_shapes(kind, shapes, rank, enabled)
-    except (ValueError, LookupError):
-        return None
+        shapes = adapter.variant.shapes(place)
+    except (ValueError, LookupError):  # the weights have other dimensions or names than the kind has
+        return False
+    return all(tuple(stored[leaf].shape) == tuple(shape) for leaf, shape in shapes.items())
 
 
 def _kind(
@@ -360,6 +356,8 @@ def _kind(
         return _parameter_kind(adapter, name, shapes, base)
     if "weight" not in shapes:
         return ATTENTION
+    if len(shapes["weight"]) > 2:
+        return CONV
     fitting = _orientations(adapter, name, shapes["weight"])
     if len(fitting) < 2:
         return next(iter(fitting), LINEAR)
@@ -375,8 +373,7 @@ def _kind(
 
 def _parameter_kind(adapter: Adapter, name: str, shapes: Mapping[str, Sequence[int]], base: Weights) -> str:
     """Tell what a parameter is by shapes, for an adapter that does not say it."""
-    factors = tuple(tuple(adapter.factor(name, leaf).shape) for leaf in (A, B))
-    fitting = [kind for kind in SINGLE if _factor_shapes(kind, shapes, adapter.ranks()[name], None) == factors]
+    fitting = [kind for kind in SINGLE if _fits(adapter, _placed(adapter, name, kind, shapes))]
     if len(fitting) > 1:
         raise LoRAError(
             f"{base.path}: {name!r} is a stack of square matrices, so that its shape does not tell whether they are "
@@ -397,8 +394,8 @@ def _seen_orientations(adapter: Adapter, base: Weights) -> dict[str, str]:
 
 
 def _orientations(adapter: Adapter, name: str, shape: Sequence[int]) -> set[str]:
-    factors = adapter.factor(name, B).shape[0], adapter.factor(name, A).shape[1]
-    return {kind for kind in (LINEAR, CONV1D) if len(shape) == 2 and matrix_shape(kind, shape) == factors}
+    kinds = (LINEAR, CONV1D) if len(shape) == 2 else ()
+    return {kind for kind in kinds if _fits(adapter, _placed(adapter, name, kind, {"weight": shape}))}
 
 
 def _replacement(name: str, value: Any, base: Weights) -> WeightUpdate:

@@ -1,4 +1,7 @@
-"""The names of a model's modules for the tensors of its files, where transformers stores them under others."""
+"""Translate the names of tensors in a model's files to the names in the model.
+
+transformers stores some models under other names than those of their modules.
+"""
 
 from __future__ import annotations
 
@@ -12,23 +15,24 @@ import torch
 from ..errors import LoRAError
 from ..files.model_folder import CONFIG
 from ..files.weights import Weights
-from ..names import around, canonical
+from ..names import canonical, parent_names
 
 HINT = (
-    "If the modules have other names than the file's tensors: transformers 5, where it is installed, gives those of a "
+    "If the modules have other names than the file's tensors: transformers 5, if it is installed, gives the names of a "
     f"folder whose {CONFIG} names one of its classes; --rename OLD=NEW gives those of any base."
 )
-RUNS_CODE = re.compile("auto_map|.*_implementation")  # options with which transformers loads code
+RUNS_CODE = re.compile("auto_map|.*_implementation")  # options that make transformers load code
 
 
 class ModuleNames(NamedTuple):
-    """What a model calls the tensors of its files.
+    """Names of tensors in a model and in its files.
 
     Attributes:
         files: the name in the file, by the name in the model.
-        built: tensors of the model that are made out of others in the file, or are a part or a turned copy of one.
-        hint: what an error about names that do not fit says.
-        network: the transformers model, without weights, where the names are its.
+        built: tensors of the model that transformers makes when it loads the file: out of several tensors, out of a
+            part of one, or by transposing one.
+        hint: advice for errors about names that do not fit.
+        network: the transformers model that gave the names, without weights; None where the names are of other origin.
     """
 
     files: dict[str, str]
@@ -37,28 +41,28 @@ class ModuleNames(NamedTuple):
     network: Any = None
 
     def modules(self) -> set[str]:
-        """List every module on the way to a tensor."""
-        return {module for name in (*self.files, *self.built) for module in around(name)}
+        """Return the names of all modules that hold a tensor, at any depth."""
+        return {module for name in (*self.files, *self.built) for module in parent_names(name)}
 
 
 def own_names(base: Weights) -> ModuleNames:
-    """Return the file's own names, without the segments of wrappers as torch.compile's."""
+    """Return the file's own names, without the segments of wrappers such as torch.compile's."""
     return ModuleNames({canonical(name): name for name in base.locations})
 
 
 def renamed(base: Weights, pairs: Sequence[str]) -> ModuleNames:
-    """Return the names that regular expressions, replaced one after the other wherever they match, make of the file's.
+    """Rename the tensors of a file by regular expressions, applied one after the other, wherever they match.
 
     Args:
         base: the weights.
-        pairs: each as "OLD=NEW"; groups of OLD are \\1, \\2, ... in NEW.
+        pairs: each "OLD=NEW". Groups of OLD are \\1, \\2, ... in NEW.
 
     Raises:
-        LoRAError: a pair is not of that form or matches nothing, or two tensors get one name.
+        LoRAError: a pair has another form or matches nothing, or two tensors get the same name.
     """
     names = {name: canonical(name) for name in base.locations}
     for pair in pairs:
-        old, separator, new = pair.rpartition("=")  # an expression may hold "=", a name does not
+        old, separator, new = pair.rpartition("=")  # the last "=": OLD may hold one, and a name does not
         try:
             after = {name: re.sub(old, new, module_name) for name, module_name in names.items()}
         except (re.error, IndexError) as error:
@@ -75,9 +79,10 @@ def renamed(base: Weights, pairs: Sequence[str]) -> ModuleNames:
 
 
 def names_in_transformers(base: Weights) -> ModuleNames:
-    """Return the names that from_pretrained gives to a folder's tensors; the file's own for no model of transformers 5.
+    """Return the names that from_pretrained gives to the tensors of a folder.
 
-    The class that config.json names is built without weights. Code that a folder brings along is not run.
+    Builds the class that config.json names, without weights, and runs no code from the folder. Without transformers 5,
+    or for a class that it does not have, return the file's own names.
     """
     config = base.folder.config if base.folder else {}
     kinds = config.get("architectures")
@@ -97,7 +102,7 @@ def names_in_transformers(base: Weights) -> ModuleNames:
         with torch.device("meta"):
             model = kind(kind.config_class.from_dict(_without_code(config)))
         transforms = mapping.get_model_conversion_mapping(model)
-    except Exception as error:  # whatever a class raises for a configuration that is not its own
+    except Exception as error:  # for a wrong configuration a class may raise anything
         hint = (
             f"transformers, which knows the modules' names, cannot build {kinds[0]}: {error!r}; see --rename OLD=NEW."
         )
@@ -114,7 +119,7 @@ def _without_code(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _converted(base: Weights, model: Any, transforms: Sequence[Any], loading: Any) -> ModuleNames:
-    """Name each tensor as transformers' convert_and_load_state_dict_in_model does."""
+    """Name each tensor by the rules of transformers' convert_and_load_state_dict_in_model."""
     state, prefix = model.state_dict(), model.base_model_prefix
     renamings = [transform for transform in transforms if isinstance(transform, loading.WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, loading.WeightConverter)]
@@ -133,7 +138,11 @@ def _converted(base: Weights, model: Any, transforms: Sequence[Any], loading: An
 
 
 def _by_module(base: Weights, names: Iterable[tuple[str, str]]) -> ModuleNames:
-    """Return names of the file by those of the model. Raises LoRAError where two become one."""
+    """Return names of the file by those of the model.
+
+    Raises:
+        LoRAError: two tensors of the file have one name in the model.
+    """
     files: dict[str, str] = {}
     for name, module_name in names:
         if module_name in files:

@@ -1,4 +1,4 @@
-"""What all verbs that write have in common: the outputs that they may take, and what they refuse to read."""
+"""Checks of all verbs that write: which outputs may be replaced, and which weights cannot be read as values."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from ..names import META
 
 
 def refuse_quantised(verb: str, weights: Weights, modules: Collection[str] | None = None) -> None:
-    """Refuse weights of which some are quantised, so that their bytes are no values.
+    """Refuse quantised weights: their bytes are no values.
 
     Args:
         verb: what the message begins with.
         weights: on disk.
-        modules: whose weights are needed, or None for all.
+        modules: the modules whose weights are needed, or None for all.
 
     Raises:
-        LoRAError: one of them is quantised; the message names it and the way that works.
+        LoRAError: a needed weight is quantised. The message names it and a way that works.
     """
     for module, name in weights.quantised().items():
         if modules is None or module in modules:
@@ -37,7 +37,7 @@ def refuse_quantised(verb: str, weights: Weights, modules: Collection[str] | Non
 
 
 class OutputKind(NamedTuple):
-    """What a verb writes: a folder or a file, and the content that tells an earlier result from other things."""
+    """A kind of output: a folder or a file, and the content by which an earlier result is recognised."""
 
     is_folder: bool
     content: str
@@ -45,10 +45,10 @@ class OutputKind(NamedTuple):
 
 
 def check_output(verb: str, kind: OutputKind, output: PathLike, inputs: Sequence[PathLike], overwrite: bool) -> None:
-    """Refuse an output that must not be replaced, or cannot be, before any work is done for it.
+    """Refuse an output that must not or cannot be replaced, before any work is done.
 
     Raises:
-        LoRAError: the output overlaps an input, is no place to write to, or exists and may not be replaced.
+        LoRAError: the output overlaps an input, cannot be written, or exists and may not be replaced.
     """
     output, target = given_path(output), real_path(output)
     for path in map(real_path, map(given_path, inputs)):

@@ -1,21 +1,32 @@
-"""What the command prints: any text of a file with control characters shown, and nothing where nobody reads."""
+"""Print results and failures of the command.
+
+Control characters that a file brings are shown as escapes. Where nobody reads the output any more, nothing is printed.
+"""
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from typing import Any
 
-from ..errors import one_line, printable
+from ..adapter.combine import Combined
+from ..errors import one_line, printable, shortened
 from ..files.paths import reason_of
+from ..names import listed
+from ..units import size_text
+from .extract import Extracted
 
-INTERRUPTED = 130  # exit codes as a shell reports them: 128 and the signal's number, of SIGINT and SIGPIPE
-NOBODY_READS = 141
+# Exit codes as a shell reports them: 128 plus the number of the signal.
+INTERRUPTED = 130  # SIGINT
+NOBODY_READS = 141  # SIGPIPE
 
 
 def print_lines(verb: str, lines: Sequence[str]) -> int:
-    """Print what a verb says, a line each; returns the exit code."""
+    """Print the result of a verb, one line for each text. Returns the exit code."""
     text = "\n".join(map(printable, lines))
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     try:
@@ -25,12 +36,12 @@ def print_lines(verb: str, lines: Sequence[str]) -> int:
         return NOBODY_READS
     except OSError as error:
         discard_output()
-        return print_failure(verb, f"what it says cannot be printed: {reason_of(error)}.")
+        return print_failure(verb, f"its result cannot be printed: {reason_of(error)}.")
     return 0
 
 
 def print_failure(verb: str, reason: str, status: int = 1) -> int:
-    """Print in one line why a verb failed; returns the exit code."""
+    """Print in one line why a verb failed. Returns the exit code."""
     reason = one_line(reason.removeprefix(f"{verb}: "))
     with suppress(OSError):
         print(f"lightning-lora {verb}: {reason}", file=sys.stderr, flush=True)
@@ -38,8 +49,102 @@ def print_failure(verb: str, reason: str, status: int = 1) -> int:
 
 
 def discard_output() -> None:
-    """Send the rest of the output nowhere. Python would complain of a closed pipe at exit."""
+    """Send the rest of the output nowhere. Otherwise Python complains of a closed pipe at exit."""
     with suppress(OSError, ValueError, AttributeError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
         os.close(nowhere)
+
+
+def result_lines(result: Mapping[str, Any], text: Callable[[Mapping[str, Any]], list[str]], as_json: bool) -> list[str]:
+    """Write a result for people by `text`, or as JSON."""
+    if not as_json:
+        return text(result)
+    written = json.dumps(_without_nan(result), indent=2, allow_nan=False)
+    # dumps escapes all but printable ASCII, and leaves DEL, a control character, as it is.
+    return written.replace("\x7f", "\\u007f").split("\n")
+
+
+def _without_nan(value: Any) -> Any:
+    """Replace NaN and infinity by None: JSON cannot write them."""
+    if isinstance(value, Mapping):
+        return {name: _without_nan(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def info_text(result: Mapping[str, Any]) -> list[str]:
+    """Write the result of info for people."""
+    head = [f"{result['path']}: {result['kind']}"]
+    if result["kind"] == "weights":
+        dtypes = ", ".join(f"{count} {dtype}" for dtype, count in result["dtypes"].items())
+        files = f"{result['files']} file" + ("s" if result["files"] != 1 else "")
+        size = f"{result['parameters']:,} parameters, {size_text(result['bytes'])}"
+        return [*head, f"{result['tensors']} tensors ({dtypes}) in {files}, {size}"]
+    head.append(
+        f"{len(result['layers'])} adapted layers, {result['parameters']:,} parameters, {size_text(result['bytes'])}, "
+        f"norm {_number(result['norm'])}"
+    )
+    options = result["config"] or {"options": "none stored; lora_alpha must come from whoever trained it"}
+    head += [f"  {name}: {value}" for name, value in options.items() if value is not None]
+    base = result["base"]
+    dtypes = ", ".join(f"{count} {dtype}" for dtype, count in base["dtypes"].items()) or "not recorded"
+    head.append(f"base: {base.get('base_model_name_or_path', 'no name')}; frozen tensors known: {dtypes}")
+    for table, trained in result.get("tables", {}).items():
+        head.append(f"trained rows of {table}: {listed(list(map(str, trained['rows'])), 10)}")
+    if result["also_trained"]:
+        head.append(f"also in it, whole: {', '.join(result['also_trained'])}")
+    rows = [
+        (name, layer["kind"] or "", str(layer["rank"]), _number(layer["scaling"]), _number(layer["norm_delta"]))
+        for name, layer in result["layers"].items()
+    ]
+    return [*head, *_table(("layer", "kind", "rank", "scaling", "norm of s*B@A"), rows)]
+
+
+def diff_text(result: Mapping[str, Any]) -> list[str]:
+    """Write the result of diff for people."""
+    lines = [f"options that differ: {', '.join(result['options'])}"] if result.get("options") else []
+    for key in ("only_in_first", "only_in_second"):
+        lines += [f"{key.replace('_', ' ')}: {name}" for name in result[key]]
+    changes = result["changes"]
+    moved = {name: row for name, row in changes.items() if row.get("problem") or row["change"] or row.get("dtypes")}
+    lines.append(f"{len(moved)} of {len(changes)} differ")
+    rows = [
+        (name, row.get("problem") or _number(row["change"]), "" if row.get("problem") else _number(row["relative"]))
+        for name, row in moved.items()
+    ]
+    return [*lines, *_table(("name", "change", "relative"), rows)]
+
+
+def extract_text(extracted: Extracted, output: str) -> list[str]:
+    """Write the result of extract for people."""
+    rows = [(name, f"{share:.2%}") for name, share in extracted.kept.items()]
+    lines = _table(("layer", "kept"), rows)
+    lines.append(f"kept {extracted.total():.2%} of the squared norm of the change of {len(rows)} layers")
+    whole = extracted.adapter.beside_factors()
+    lines += [f"carried whole: {', '.join(whole)}"] if whole else []
+    lines += [f"left out: {', '.join(extracted.dropped)}"] if extracted.dropped else []
+    return [*lines, f"wrote {output}"]
+
+
+def combine_text(combined: Combined, output: str) -> list[str]:
+    """Write the result of combine for people."""
+    ranks, kept = combined.adapter.ranks(), combined.kept
+    rows = [(name, str(ranks[name]), f"{kept[name]:.2%}") for name in kept]
+    lines = _table(("layer", "rank", "kept"), rows)
+    lines += [f"weighted mean: {name}" for name in combined.averaged]
+    return [*lines, f"wrote {output}"]
+
+
+def _number(value: float | None) -> str:
+    return "?" if value is None else f"{value:.4g}"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    if not rows:
+        return []
+    rows = [[shortened(printable(cell)) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in (head, *rows)]
+    return ["  ".join(row).rstrip() for row in padded]

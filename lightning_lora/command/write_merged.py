@@ -1,4 +1,4 @@
-"""Merged weights written to disk part by part, and read again to compare them with base and adapter."""
+"""Write merged weights part by part, and verify them: read the result and compare it with base and adapter."""
 
 from __future__ import annotations
 
@@ -26,14 +26,15 @@ from .expected_weights import ExpectedWeight, ExpectedWeights
 
 @dataclass(frozen=True)
 class WeightUpdate:
-    """New values of one tensor, one change after the other.
+    """The update of one tensor: first a replacement, then an addition, or the replacement of some rows.
 
     Attributes:
-        value: takes the tensor's place.
-        blocks: scaling * these are added, and their scales applied. A stack (E, m, n) is one matrix below the other.
+        value: replaces the tensor, or None.
+        blocks: products that are multiplied by `scaling` and added. In a stack (E, m, n) they lie as if its matrices
+            were below each other.
         scaling: s.
-        stacked: whether the tensor is a stack.
-        rows: the numbers of rows that `row_values` take the place of; a tensor with such has no blocks.
+        stacked: the tensor is a stack.
+        rows: numbers of the rows that `row_values` replace. A tensor with such rows has no blocks.
         row_values: (len(rows), columns).
     """
 
@@ -45,14 +46,14 @@ class WeightUpdate:
     row_values: torch.Tensor | None = None
 
     def applied(self, rows: torch.Tensor, first: int) -> torch.Tensor:
-        """Return the new values of some rows, the first of which is that row of the tensor, in the dtype of the old."""
+        """Return the new values of some rows, in the dtype of the old ones. `first` is the number of the first row."""
         if self.value is not None:
             rows = (self.value[first : first + len(rows)] if rows.dim() else self.value).detach().to(rows.dtype)
         matrix, blocks = self._matrix_and_blocks(rows, first)
         return merged_weight(matrix, blocks, self.scaling).view(rows.shape) if blocks else rows
 
     def is_equal(self, other: WeightUpdate) -> bool:
-        """Tell whether another update makes the same of a tensor."""
+        """Return whether another update changes a tensor in the same way."""
         shared = ("scaling", "stacked", "rows")
         return (
             all(getattr(self, name) == getattr(other, name) for name in shared)
@@ -62,7 +63,7 @@ class WeightUpdate:
         )
 
     def _matrix_and_blocks(self, rows: torch.Tensor, first: int) -> tuple[torch.Tensor, list[LowRankBlock]]:
-        """Return some rows of the tensor as the blocks see them, and the blocks that fall on them."""
+        """Return some rows of the tensor as a matrix, and the blocks that lie in them."""
         if self.row_values is not None:
             return rows, row_blocks(rows, self.rows, self.row_values, first)
         each = rows.shape[1] if self.stacked else 1
@@ -83,10 +84,10 @@ class Job:
 
     Attributes:
         base: the weights.
-        updates: what happens to which of them.
-        dtype: of the result, or None for the base's own.
-        expected: what verify_result compares the result with, or None where it is not called.
-        progress: is told the number of bytes of each part that is done.
+        updates: by the name of a tensor.
+        dtype: of the result, or None for that of the base.
+        expected: what verify_result compares the result with, or None without verification.
+        progress: called with the number of bytes of each part that is done.
     """
 
     base: Weights
@@ -96,25 +97,25 @@ class Job:
     progress: Callable[[int], None] = lambda size: None
 
     def result_dtype(self, name: str) -> torch.dtype:
-        """Return the dtype of one tensor of the result; what is not floating point keeps its own."""
+        """Return the dtype of one tensor of the result. Tensors that are not floating point keep theirs."""
         dtype = self.base.locations[name].dtype
         return self.dtype if self.dtype is not None and dtype in MERGEABLE_DTYPES else dtype
 
     def result_nbytes(self, name: str) -> int:
-        """Return the size of one tensor of the result."""
+        """Return the size of one tensor of the result, in bytes."""
         return self.base.locations[name].numel * self.result_dtype(name).itemsize
 
 
 def write_folder_of(job: Job, target: Path, max_shard_bytes: int | None) -> list[Path]:
-    """Write a model folder: shards, index, config and all side files.
+    """Write a model folder: shards, index, config and all files beside them.
 
     Args:
-        job: the merge; its base is a folder.
+        job: the merge. Its base is a folder.
         target: an empty folder.
-        max_shard_bytes: how large a file may be, or None for the base's own sharding.
+        max_shard_bytes: the largest size of a shard, or None to divide the tensors as the base does.
 
     Returns:
-        What was left out because it holds unmerged weights.
+        The files that were left out because they hold unmerged weights.
     """
     folder = job.base.folder
     assert folder is not None
@@ -154,10 +155,10 @@ def write_file_of(job: Job, target: Path) -> None:
 
 
 def new_rows(job: Job, name: str, rows: torch.Tensor, first: int) -> torch.Tensor:
-    """Return some rows of a tensor as they are in the result.
+    """Return the new values of some rows of a tensor.
 
     Raises:
-        LoRAError: a value is not finite that was finite before.
+        LoRAError: a finite value became NaN or infinite.
     """
     dtype, update = job.result_dtype(name), job.updates.get(name)
     if update is None and dtype == rows.dtype:
@@ -173,10 +174,12 @@ def new_rows(job: Job, name: str, rows: torch.Tensor, first: int) -> torch.Tenso
 
 
 def verify_result(job: Job, result: Weights) -> None:
-    """Compare every tensor of a result with what base and adapter give, which is computed apart from the plan.
+    """Compare every tensor of a result with base and adapter.
+
+    The expected values are computed apart from the updates that wrote the result, so that a wrong update is found.
 
     Raises:
-        LoRAError: names the first difference.
+        LoRAError: a tensor differs. The message names the first one.
     """
     in_only_one = sorted(set(result.locations) ^ set(job.base.locations))
     if in_only_one:
@@ -198,7 +201,7 @@ def verify_result(job: Job, result: Weights) -> None:
 def _write_safetensors(
     job: Job, names: Sequence[str], metadata: Mapping[str, str], before: Header | None, target: Path
 ) -> None:
-    """Write some tensors into a file; its header is that of the base's file of that name where that fits."""
+    """Write some tensors into a file. Reuse the header of the base's file when its tensors are the same."""
     locations = job.base.locations
     if before is not None and job.dtype is None and list(before.locations) == list(names):
         header = before.raw
@@ -219,7 +222,7 @@ def _write_safetensors(
 def _write_tensor(job: Job, name: str, source: BinaryIO, out: BinaryIO) -> None:
     location = job.base.locations[name]
     block = chunk_elements(torch.device("cpu"))
-    for first, count in location.chunks(block):  # whole blocks, so that merging part by part gives the same bits
+    for first, count in location.chunks(block):  # merge rounds by block: whole blocks give the bits of merge in memory
         rows = read_rows(source, location, first, count)
         out.write(as_bytes(new_rows(job, name, rows, first)))
         job.progress(rows.nbytes)
@@ -227,7 +230,7 @@ def _write_tensor(job: Job, name: str, source: BinaryIO, out: BinaryIO) -> None:
 
 def _write_torch_file(job: Job, target: Path) -> None:
     """Copy a file that torch.save wrote and put the merged weights into the copy."""
-    job.base.compare_check_sums()  # before a right one is written over what is wrong
+    job.base.compare_check_sums()  # now: a new check sum would hide damage
     shutil.copyfile(job.base.path, target)
     locations = [job.base.locations[name] for name in job.updates]
     with open(job.base.path, "rb") as source, open(target, "r+b") as out:
@@ -241,7 +244,7 @@ def _write_torch_file(job: Job, target: Path) -> None:
 
 
 def _refuse_objects(path: Path, content: dict[str, Any]) -> None:
-    """Raise LoRAError where a file holds objects, which are not unpickled and so cannot be written anew."""
+    """Raise LoRAError where a file holds objects: they are not unpickled, and so cannot be written again."""
     found = find_placeholder(content)
     if found is not None:
         raise LoRAError(
@@ -252,7 +255,7 @@ def _refuse_objects(path: Path, content: dict[str, Any]) -> None:
 
 
 def _recast(job: Job, content: dict[str, Any]) -> dict[str, Any]:
-    """Merge in memory into another dtype, which changes the pickled part; tensors that are one stay one."""
+    """Merge in memory into another dtype. Tensors that share memory share it in the result too."""
     state: Mapping[str, Any] = content.get("state_dict", content)
     new: dict[Any, torch.Tensor] = {}
     cast = dict(state)
@@ -267,7 +270,7 @@ def _recast(job: Job, content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_dtype(config: Mapping[str, object], dtype: torch.dtype) -> dict[str, object]:
-    """Put the new dtype where the config names one, also inside, for models of several parts."""
+    """Replace the dtypes that a config names, also in the configs of a model's parts."""
     known = {str(dtype).removeprefix("torch.") for dtype in MERGEABLE_DTYPES}
     changed = dict(config)
     for key, value in config.items():
@@ -304,7 +307,14 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 def _close(
     new: torch.Tensor, exact: torch.Tensor, total: torch.Tensor, arithmetic: torch.dtype = torch.float64
 ) -> bool:
-    """Allow half a unit of the dtype's last place, and the rounding of arithmetic in float32 or better."""
+    """Return whether values agree to half a unit in the dtype's last place, plus the rounding of the arithmetic.
+
+    Args:
+        new: the values.
+        exact: what they should be, in float64.
+        total: the sum of the absolute values of all terms, which bounds the rounding.
+        arithmetic: what a float64 result was computed in. Others were computed in float32 or better.
+    """
     info = torch.finfo(new.dtype)
     rounding = torch.finfo(arithmetic if new.dtype == torch.float64 else torch.float32).eps * 8
     allowed = exact.abs() * (info.eps / 2 * 1.001) + total * rounding + info.tiny * info.eps

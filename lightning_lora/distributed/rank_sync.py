@@ -1,4 +1,7 @@
-"""Steps that all ranks take alike: where one fails on one rank, all raise, and none waits for ever in a collective."""
+"""Run steps on all ranks so that a failure on one rank raises on all of them.
+
+A rank that raised alone would leave the others waiting for ever in their next collective.
+"""
 
 from __future__ import annotations
 
@@ -15,27 +18,31 @@ from .sharding import holds_shards, is_sharded, reduce_
 
 
 def writes_files(modules: Iterable[nn.Module]) -> bool:
-    """Return whether this rank is the one that writes files: rank 0 of a sharded model, every rank of another.
+    """Return whether this rank writes files: rank 0 does for a sharded model, and every rank for any other model.
 
-    `modules` are all of the model's.
+    Args:
+        modules: all modules of the model.
     """
     return not any(map(holds_shards, modules)) or dist.get_rank() == 0
 
 
 class RankSync:
-    """Runs steps on every rank; where one fails on one rank, raise_on_any_rank raises on all of them.
-
-    A rank that raised alone would leave the others waiting in their next collective.
-    """
+    """Runs steps on every rank and keeps the first failure, which raise_on_any_rank raises on all ranks."""
 
     def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Take the ranks over which the tensors are sharded."""
+        """Prepare for the ranks over which these tensors are sharded."""
         self.meshes = list(dict.fromkeys(tensor.device_mesh for tensor in tensors if is_sharded(tensor)))
         self.names: list[str] = []
         self.failed: tuple[int, Exception] | None = None  # the first step that failed on this rank, and how
 
     def run(self, name: str, step: Callable[..., object] | None, *args: Any) -> None:
-        """Call a step without collectives, unless an earlier one failed; None where it is for other ranks."""
+        """Run a step, unless an earlier one failed on this rank. The step must not communicate.
+
+        Args:
+            name: of the step, the same on all ranks.
+            step: the function, or None on ranks that have nothing to do.
+            args: of the function.
+        """
         self.names.append(name)
         if step is not None and self.failed is None:
             try:
@@ -44,7 +51,7 @@ class RankSync:
                 self.failed = (len(self.names) - 1, error)
 
     def share(self, tensor: torch.Tensor) -> float:
-        """Return the weight of this rank's shard in `total`, 1 / (the number of ranks that hold the same)."""
+        """Return 1 / (number of ranks that hold the same shard): the weight of this rank's shard in `total`."""
         holders = 1
         for mesh in self.meshes:
             on_mesh = is_sharded(tensor) and tensor.device_mesh == mesh
@@ -53,21 +60,21 @@ class RankSync:
         return 1 / holders
 
     def total(self, values: torch.Tensor) -> torch.Tensor:
-        """Return sums over the ranks; weigh what several of them hold by `share`. Collective."""
+        """Return sums over the ranks. What several ranks hold must be weighted by `share`. Collective."""
         for mesh in self.meshes:
             values = values.to(mesh.device_type)
             reduce_(values, mesh, range(mesh.ndim), dist.ReduceOp.SUM)
         return values
 
     def raise_on_any_rank(self) -> None:
-        """Raise if a step failed on any rank, the same kind of error on all. Collective: one integer.
+        """Raise the same kind of error on all ranks, if a step failed on any. Collective: exchanges one integer.
 
         Raises:
-            NonFiniteError: that is all that failed, on any rank.
-            Exception: the first failure on this rank; LoRAError where only others failed.
+            NonFiniteError: all failures, on all ranks, are of this kind.
+            Exception: the first failure on this rank. LoRAError where only other ranks failed.
         """
-        count = len(self.names)
-        first = self._rank_of_failure()
+        count = len(self.names)  # the same on all ranks, so that a number means the same step everywhere
+        first = self._severity()
         for mesh in self.meshes:
             flag = torch.tensor(first, device=mesh.device_type)
             reduce_(flag, mesh, range(mesh.ndim), dist.ReduceOp.MIN)
@@ -83,8 +90,12 @@ class RankSync:
             raise kind(f"{name}: {sentence(error).removeprefix(f'{name}: ')}") from error
         raise error
 
-    def _rank_of_failure(self) -> int:
-        """Return the failed step's number; a value that is not finite comes after all other failures, success last."""
+    def _severity(self) -> int:
+        """Return a number for this rank's failure. The minimum over the ranks is the failure that all ranks raise.
+
+        0 to count - 1: the number of the failed step. count to 2 * count - 1: the same for a step that failed because
+        values are not finite. 2 * count: nothing failed.
+        """
         count = len(self.names)
         if self.failed is None:
             return 2 * count

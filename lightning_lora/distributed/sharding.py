@@ -1,6 +1,6 @@
-"""Sharded tensors (DTensor, as fully_shard and parallelize_module make them): a rank's shard and what belongs to it.
+"""Shards of tensors (DTensor) that fully_shard and parallelize_module spread over ranks.
 
-Functions marked "collective" communicate, so every rank must call them, in the same order.
+Functions marked "Collective" communicate: every rank must call them, in the same order.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import nn
 
 from ..errors import LoRAError
 
-if TYPE_CHECKING:  # imported where a sharded tensor is at hand: they take as long as the rest of this package's imports
+if TYPE_CHECKING:  # imported where they are used: they take as long as the rest of this package's imports
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
@@ -31,22 +31,17 @@ def is_sharded(tensor: object) -> TypeGuard[DTensor]:
 
 def is_fully_sharded(module: nn.Module) -> TypeGuard[FSDPModule]:
     """Return whether fully_shard (FSDP2) was called on a module."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # a class that nobody imported has no instances
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # without its import there are no instances
     return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
-def has_sharded(model: nn.Module) -> bool:
-    """Return whether any parameter of the model is spread over ranks, gathered at the moment or not."""
-    return any(map(holds_shards, model.modules()))
-
-
 def holds_shards(module: nn.Module) -> bool:
-    """Return whether a parameter of a module's own is spread over ranks, gathered at the moment or not."""
+    """Return whether one of the module's own parameters is sharded. Gathered ones count."""
     return is_fully_sharded(module) or any(map(is_sharded, module._parameters.values()))
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """Return this rank's shard, detached, in the memory of the tensor; of a plain tensor all of it."""
+    """Return this rank's shard, or all of a plain tensor. It is detached and shares the tensor's memory."""
     if not is_sharded(tensor):
         return tensor.detach()
     with torch.no_grad():
@@ -59,23 +54,23 @@ def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach()
     device = tensor.device
     with torch.inference_mode(False), torch.no_grad():
-        # Offloaded shards travel over the mesh's own device.
+        # Collectives need the device of the mesh. Offloaded shards are on the CPU.
         moved = cast("DTensor", tensor.detach().to(tensor.device_mesh.device_type))
         return moved.full_tensor().to(device)
 
 
 def meeting_device(tensor: torch.Tensor) -> torch.device:
-    """Return the device on which ranks exchange values of a tensor; offloaded shards are on another."""
+    """Return the device on which ranks exchange values of a tensor. Offloaded shards lie on another device."""
     return torch.device(tensor.device_mesh.device_type) if is_sharded(tensor) else tensor.device
 
 
 def gather_all(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a state dict without sharding, the gathered tensors on the CPU. Collective."""
+    """Return values with sharded tensors gathered, on the CPU. Collective."""
     return {name: full_tensor(value).cpu() if is_sharded(value) else value for name, value in values.items()}
 
 
 def rows_of(tensor: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
-    """Return some rows of a matrix, detached, whole on every rank. Collective where it is sharded."""
+    """Return some rows of a matrix, detached. Every rank gets them whole. Collective where the matrix is sharded."""
     shard = local(tensor)
     if not is_sharded(tensor):
         return shard[torch.tensor(rows, device=shard.device)]
@@ -90,7 +85,7 @@ def rows_of(tensor: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
 
 
 def from_local_like(shard: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """Return a sharded tensor like `tensor` with another shard on this rank; of a plain tensor, the shard."""
+    """Return a tensor with this shard that is sharded like `tensor`, or the shard itself where `tensor` is plain."""
     if not is_sharded(tensor):
         return shard
     from torch.distributed.tensor import DTensor
@@ -101,20 +96,20 @@ def from_local_like(shard: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def window(tensor: torch.Tensor) -> tuple[slice, ...]:
-    """Return where this rank's shard lies in the whole tensor, a slice for each dimension."""
+    """Return where this rank's shard lies in the whole tensor: one slice for each dimension."""
     if not is_sharded(tensor):
         return tuple(slice(0, size) for size in tensor.shape)
-    chunk = cast(Any, tensor).__create_chunk_list__()[0]  # as torch.distributed.checkpoint asks for it
+    chunk = cast(Any, tensor).__create_chunk_list__()[0]  # the protocol of torch.distributed.checkpoint
     return tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True))
 
 
 def copy_(target: torch.Tensor, source: torch.Tensor) -> None:
-    """Copy `source` into `target` of the same shape; either may be sharded. Collective if the source alone is."""
+    """Copy `source` into `target` of the same shape. Either may be sharded. Collective if only `source` is sharded."""
     copy_all_([(target, source)])
 
 
 def copy_all_(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """Do copy_ with many pairs of a target and a source."""
+    """Copy many pairs of a target and a source as copy_ does."""
     with torch.inference_mode(False), torch.no_grad():  # once: to enter the modes takes longer than a small copy
         for target, source in pairs:
             if is_sharded(source) == is_sharded(target):
@@ -125,43 +120,66 @@ def copy_all_(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
                 target.copy_(full_tensor(source))
 
 
-def reshard_(modules: Iterable[nn.Module]) -> None:
-    """Put the shards back in place of weights of these modules that FSDP2 gathered. In place.
+def copies_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return copies of tensors, each where its original is, and sharded as it is.
 
-    What is written into a gathered weight is lost with it, and the shards stay as they were.
+    Copies of one dtype and device share one piece of memory: many small pieces take longer than the copying.
+    """
+    copies: dict[str, torch.Tensor] = {}
+    together: dict[tuple[torch.dtype, torch.device], list[str]] = {}
+    with torch.inference_mode(False), torch.no_grad():
+        for name, tensor in tensors.items():
+            if type(tensor) in PLAIN and tensor.layout is torch.strided and not tensor.is_meta and tensor.itemsize > 1:
+                together.setdefault((tensor.dtype, tensor.device), []).append(name)
+            else:
+                copies[name] = tensor.detach().clone()
+        for names in together.values():
+            flat = torch.cat([tensors[name].detach().reshape(-1) for name in names])
+            for name, part in zip(names, flat.split([tensors[name].numel() for name in names]), strict=True):
+                copies[name] = part.view(tensors[name].shape)
+    return {name: copies[name] for name in tensors}
+
+
+def reshard_(modules: Iterable[nn.Module]) -> None:
+    """Replace weights that FSDP2 gathered in these modules by their shards again. In place.
+
+    What was written into a gathered weight is lost: the shards do not get it.
     """
     for module in modules:
         if is_fully_sharded(module):
             module.reshard()
 
 
-def reset_(model: nn.Module) -> None:
+def reset_(modules: Iterable[tuple[str, nn.Module]]) -> None:
     """Put the shards back after an exception inside a forward, where FSDP2's reshard() does nothing. In place.
 
+    Args:
+        modules: all of a model's, with their names.
+
     Raises:
-        LoRAError: this torch or this model offers no way.
+        LoRAError: this torch or this model has no method for that.
     """
     outermost: list[str] = []
-    for name, module in model.named_modules():
+    for name, module in modules:
         if is_fully_sharded(module) and not any(name.startswith(f"{outer}." if outer else "") for outer in outermost):
             outermost.append(name)
             try:
                 cast(Any, module).reset_iter_state()
             except (AttributeError, RuntimeError) as error:
                 raise LoRAError(
-                    f"{name or type(model).__name__!r}: an exception left FSDP2 inside its forward, with gathered "
+                    f"{name or type(module).__name__!r}: an exception left FSDP2 inside its forward, with gathered "
                     "weights in place of its shards. Pass the module that fully_shard was called on last, or build "
                     "the model again."
                 ) from error
 
 
-def refuse_fully_sharded(model: nn.Module, verb: str) -> None:
-    """Refuse a model in which FSDP2 manages parameters that the verb would take away.
+def refuse_fully_sharded(model: nn.Module, modules: Iterable[nn.Module], verb: str) -> None:
+    """Refuse a model with these modules in which FSDP2 manages parameters that the verb would take away.
 
     Raises:
-        LoRAError: it does; the message begins with the verb and names the alternative.
+        LoRAError: fully_shard was called. The message begins with the verb and names the alternative.
     """
-    if any(map(is_fully_sharded, model.modules())):
+    if any(map(is_fully_sharded, modules)):
         raise LoRAError(
             f"{verb}: {type(model).__name__} was sharded by fully_shard, which goes on to manage the adapter's "
             "parameters and cannot give them up. merge(model) runs at the base's speed; for plain weights, save a "
@@ -175,7 +193,7 @@ def reduce_(values: torch.Tensor, mesh: DeviceMesh, dims: Iterable[int], op: Any
         dist.all_reduce(values, op, group=mesh.get_group(dim))
 
 
-def samples_of_all(wanted: Sequence[tuple[torch.Tensor, Sequence[int]]]) -> list[list[float]]:
+def samples_of_all(wanted: Iterable[tuple[torch.Tensor, Sequence[int]]]) -> list[list[float]]:
     """Return `samples` of many tensors; those in one memory and dtype are read together. Collective.
 
     Args:
@@ -197,7 +215,7 @@ def samples_of_all(wanted: Sequence[tuple[torch.Tensor, Sequence[int]]]) -> list
         all_values = torch.cat([*parts.values()]).double().tolist()
         starts = itertools.accumulate((part.numel() for part in parts.values()), initial=0)
         found |= {i: all_values[start : start + parts[i].numel()] for i, start in zip(parts, starts, strict=False)}
-    return [found[i] for i in range(len(wanted))]
+    return [found[i] for i in sorted(found)]
 
 
 def _can_be_indexed(tensor: torch.Tensor) -> bool:

@@ -1,10 +1,10 @@
-"""Tensor parallelism: how the factors are placed, and their product without a collective.
+"""Tensor parallelism: place the factors so that their product needs no collective.
 
     columnwise  W (out, in) split by out:  A whole, B split by out;  x whole, outputs split like the base's
     rowwise     W split by in:             A split by in, B whole;   x split, outputs partial sums like the base's
 
-parallelize_module splits every parameter of a columnwise layer by its first dimension, A along the rank too, and leaves
-those of a rowwise layer whole: either costs a collective for each layer and step. DTensor's own operators would also
+parallelize_module places the factors in other ways. In a columnwise layer it splits A along the rank, too; in a rowwise
+layer it splits neither A nor B. Either costs a collective for each layer and step. DTensor's own operators would also
 gather the partial sums between A and B.
 """
 
@@ -22,13 +22,14 @@ Dims = Mapping[int, tuple[str, int]]
 
 
 def place_like_weight(name: str, factor: nn.Parameter, weight: torch.Tensor, dims: Dims) -> nn.Parameter:
-    """Return a sharded factor placed as its layer's weight is.
+    """Return a factor placed as the weight of its layer is.
 
     Args:
         name: of the factor.
-        factor: the factor; a plain one is returned as it is.
+        factor: the factor. One that is not sharded is returned as it is.
         weight: the layer's weight.
-        dims: for each dimension of the weight, the factor and the dimension of it that it comes from.
+        dims: by dimension of the weight, the name of the factor with the same dimension, and which dimension of the
+            factor that is.
     """
     if not isinstance(factor, DTensor) or not isinstance(weight, DTensor) or factor.device_mesh != weight.device_mesh:
         return factor
@@ -41,7 +42,7 @@ def place_like_weight(name: str, factor: nn.Parameter, weight: torch.Tensor, dim
 
 
 def low_rank_product(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor | None:
-    """Return s * x @ A.T @ B.T, computed on each rank's shards, or None where the placements need communication."""
+    """Return s * x @ A.T @ B.T, computed on the shards of each rank. Return None where that needs communication."""
     if not isinstance(x, DTensor) or not isinstance(a, DTensor) or not isinstance(b, DTensor):
         return None
     last = x.dim() - 1
@@ -50,7 +51,8 @@ def low_rank_product(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling:
         return None
     out, grad_x, grad_a, grad_b = zip(*(case for case in cases if case is not None), strict=True)
     hidden = F.linear(x.to_local(grad_placements=grad_x), _shard(a, grad_a))
-    product = F.linear(hidden * scaling, _shard(b, grad_b))  # torch 2.6 adds partial sums up before it scales them
+    # Scaled here and not at the end: torch 2.6 would sum partial values over the ranks in order to scale them.
+    product = F.linear(hidden * scaling, _shard(b, grad_b))
     shape = torch.Size((*x.shape[:-1], b.shape[0]))
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(product, x.device_mesh, out, run_check=False, shape=shape, stride=stride)
@@ -64,16 +66,19 @@ def sum_partials(x: torch.Tensor) -> torch.Tensor:
 
 
 def _case(x: Placement, a: Placement, b: Placement, last: int) -> tuple[Placement, ...] | None:
-    """Placements of the product and of the gradients of x, A and B; Partial: to be summed over the ranks."""
-    if (a, b) == (Replicate(), Shard(0)) and x == Replicate():
+    """Return the placements of the product and of the gradients of x, A and B; None where they need communication.
+
+    Partial means that values are yet to be summed over the ranks.
+    """
+    if (a, b) == (Replicate(), Shard(0)) and x == Replicate():  # columnwise
         return Shard(last), Partial(), Partial(), Shard(0)
-    if (a, b) == (Shard(1), Replicate()) and x == Shard(last):
+    if (a, b) == (Shard(1), Replicate()) and x == Shard(last):  # rowwise
         return Partial(), Shard(last), Shard(1), Partial()
-    if (a, b) == (Replicate(), Replicate()) and isinstance(x, Shard) and x.dim != last:
+    if (a, b) == (Replicate(), Replicate()) and isinstance(x, Shard) and x.dim != last:  # each rank has other rows of x
         return x, x, Partial(), Partial()
     return (Replicate(),) * 4 if x == a == b == Replicate() else None
 
 
 def _shard(factor: DTensor, grad: tuple[Placement, ...]) -> torch.Tensor:
-    """A rank's shard of a factor; going through redistribute sums its partial gradient once, in backward."""
+    """Return this rank's shard of a factor. The redistribution sums its partial gradient in backward, once."""
     return factor.redistribute(placements=factor.placements).to_local(grad_placements=grad)

@@ -1,1 +1,1 @@
-"""Bytes on disk: safetensors, torch.save's archives, model folders. Nothing here knows of LoRA."""
+"""Bytes on disk: safetensors, torch.save's archives, model folders. Nothing here knows LoRA."""

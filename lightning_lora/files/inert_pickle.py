@@ -1,7 +1,7 @@
-"""A pickle module for torch.load that makes tensors and plain containers, and of everything else a placeholder.
+"""A pickle module for torch.load that builds tensors and plain containers, and placeholders for everything else.
 
-No class or function that a file names is imported or called, but for the few below that build tensors. So a checkpoint
-whose hyper-parameters hold objects can be read for its tensors, whoever wrote it.
+Of all classes and functions that a file names, only the few below, which build tensors, are imported and called. So a
+checkpoint whose hyper-parameters hold objects can be read for its tensors, whoever wrote it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 
 import torch
 
-# All that is called, and with placeholders at worst: what torch.save writes for tensors, their shapes and places.
+# All functions that a file can have called. torch.save writes them for tensors, shapes and devices. Their arguments are
+# plain values or, in a malicious file, placeholders.
 CALLED: dict[str, Callable[..., Any]] = {
     "collections.OrderedDict": OrderedDict,
     "torch.Size": torch.Size,
@@ -29,7 +30,7 @@ CALLED: dict[str, Callable[..., Any]] = {
 
 
 class Placeholder:
-    """Stand for an object of a class, or for the result of a function, that a file names: takes all, does nothing."""
+    """Stand for an object, or for the result of a function, that a file names. Takes any arguments and does nothing."""
 
     stands_for: ClassVar[str] = ""  # the module and name in the file
 
@@ -49,7 +50,7 @@ class Placeholder:
 
 
 class Described(Placeholder):
-    """Stand for an object, and remember the state that the file gives it."""
+    """Stand for an object and keep the state that the file gives it."""
 
     state: Any = None
 
@@ -58,7 +59,7 @@ class Described(Placeholder):
 
 
 class _Called:
-    """Pass a call on to a function, which unpickling then cannot reach to change it."""
+    """Pass calls on to a function. A pickle can then call the function and not change its attributes."""
 
     __slots__ = ("_function",)
 
@@ -73,7 +74,7 @@ class _Called:
 
 
 class _Storage:
-    """Stand for a class of storages, of which torch.load needs the dtype."""
+    """Stand for a class of storages: torch.load needs nothing but the dtype."""
 
     __slots__ = ("dtype",)
 
@@ -89,11 +90,11 @@ class Unpickler(pickle.Unpickler):
     stand_in: ClassVar[type[Placeholder]] = Placeholder
 
     def __init_subclass__(cls) -> None:
-        """Stay with this find_class in torch.load's subclass, whose own takes a storage of any module."""
+        """Keep this find_class in the subclass that torch.load makes: torch's own takes storages from any module."""
         cls.find_class = Unpickler.find_class  # type: ignore[method-assign]
 
     def find_class(self, module_name: str, global_name: str, /) -> Any:
-        """Return what stands for a name in the file. Imports nothing."""
+        """Return what stands for a class or function that the file names. Imports nothing."""
         name = f"{module_name}.{global_name}"
         if name in CALLED:
             return _Called(CALLED[name])
@@ -112,7 +113,11 @@ class DescribingUnpickler(Unpickler):
 
 
 def find_placeholder(value: Any) -> tuple[str, str] | None:
-    """Return where in nested containers a placeholder is, as "['a'][0]", and what it stands for; None without any."""
+    """Find a placeholder in nested containers.
+
+    Returns:
+        Its place, such as "['a'][0]", and the name that it stands for; None where there is no placeholder.
+    """
     waiting, seen = deque([("", value)]), set()
     while waiting:
         place, item = waiting.popleft()

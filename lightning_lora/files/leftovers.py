@@ -1,13 +1,13 @@
-"""Hidden folders of writers that were killed: told from those in use, and removed by the next writer of the same name.
+"""Remove the hidden folders of writers that were killed, and leave those that are in use.
 
-A writer holds a lock on a file in its folder until that is gone, and the system drops the lock when the process ends,
-however it ends. A folder is a leftover where
+A writer holds a lock on a file in its hidden folder. The system drops the lock when the process ends, however it ends.
+The next writer of the same name takes a hidden folder for a leftover where
 
 - its lock is free, and nothing in it has changed for an hour, or
 - it has no lock (Windows, file systems without locks, a writer killed before it took one), and nothing in it has
   changed for a week.
 
-The hour is for file systems whose locks other machines do not see.
+The hour is there because some file systems do not show a lock to other machines.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ UNLOCKED_AGE, UNKNOWN_AGE = 3600, 7 * 24 * 3600  # seconds without a change
 
 
 def partial_name(target: Path, token: str) -> str:
-    """Return the name of the hidden folder in which something is written, given what tells it from others."""
+    """Return the name of the hidden folder in which `target` is written. `token` tells writers apart."""
     return f".{target.name}.{token}{SUFFIX}"
 
 
 def hold(folder: Path) -> int | None:
-    """Show that a folder is in use, until release is called or the process ends; returns what release takes."""
+    """Lock a folder until `release` is called with the result, or until the process ends."""
     if fcntl is None:
         return None
     lock = os.open(_lock_in(folder), os.O_RDWR | os.O_CREAT, 0o600)
@@ -50,15 +50,15 @@ def hold(folder: Path) -> int | None:
 
 
 def release(lock: int | None) -> None:
-    """Let go of what hold returned."""
+    """Release the lock that `hold` returned."""
     if lock is not None:
         os.close(lock)
 
 
 def remove(folder: Path) -> None:
-    """Delete a folder with all that is in it, also in folders that cannot be written to; what cannot be deleted stays.
+    """Delete a folder and its content, also where the mode of a folder forbids writing. What cannot be deleted stays.
 
-    Here nothing is raised but what signals' handlers raise.
+    Raises nothing, apart from exceptions of signals' handlers.
     """
     with passing_over_errors():
         os.rmdir(folder)
@@ -68,7 +68,7 @@ def remove(folder: Path) -> None:
     if not os.path.isdir(folder):
         return
     _make_writable(folder)
-    for path, names, _ in os.walk(folder):  # which lists a folder after those around it
+    for path, names, _ in os.walk(folder):  # outer folders come first, so that inner ones can be reached
         for name in names:
             _make_writable(Path(path, name))
     _remove_what_can_be(folder)
@@ -94,7 +94,7 @@ def _make_writable(folder: Path) -> None:
 
 def remove_leftovers(target: Path) -> None:
     """Remove the hidden folders in which killed writers of this file or folder worked."""
-    token = re.compile(r"[a-z0-9_]{8}")  # of this version, and of earlier ones
+    token = re.compile(r"[0-9a-f]{8}")  # as secrets.token_hex(4) makes it
     start, end = partial_name(target, "\0").split("\0")
     with passing_over_errors():
         for name in os.listdir(target.parent):
@@ -119,7 +119,7 @@ def _last_change(folder: Path) -> float:
 
 
 def _is_free(folder: Path) -> bool | None:
-    """Return whether nobody holds a folder, or None where locks do not tell."""
+    """Return whether a folder's lock is free, or None where there is no lock."""
     if fcntl is None or not is_there(_lock_in(folder)):
         return None
     lock = os.open(_lock_in(folder), os.O_RDWR)
@@ -137,5 +137,5 @@ def _is_free(folder: Path) -> bool | None:
 
 
 def _lock_in(folder: Path) -> Path:
-    """Return the file to lock. The random part of its name keeps it apart from the result in the same folder."""
+    """Return the file to lock. Its name holds the random token: the result, in the same folder, has another name."""
     return folder / f"{folder.name.split('.')[-2]}{LOCK}"

@@ -1,7 +1,7 @@
-"""How much a file may ask for: every limit, each with what it bounds and why it is there.
+"""Limits of what reading a file may cost, each with the reason for it.
 
-A file that is made to hurt has a few hundred bytes and declares billions, or says little in a way that takes hours.
-Honest files stay far below each limit. The reference's page on safety shows this list as a table.
+A malicious file has a few hundred bytes and declares billions, or holds a pattern whose matching takes hours. Honest
+files stay far below each limit. The reference's page on safety shows this list as a table.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ..errors import LoRAError, shown
 
 @dataclass(frozen=True)
 class Limit:
-    """What a file may ask for at most; `what` is counted, `why` says what would happen without it."""
+    """The largest number that a file may ask for: `what` is counted, `why` says what happens without the limit."""
 
     most: int
     what: str
@@ -40,7 +40,7 @@ PATTERN_DEPTH = Limit(50, "groups inside each other in a pattern", "they are rea
 PATTERN_REPEATS = Limit(4, "repetitions after each other in a pattern", "each multiplies the time by a name's length")
 PATTERN_CHOICES = Limit(256, "ways in which parts of a pattern can match at one place", "all are tried")
 PATTERN_STEPS = Limit(500_000_000, "steps to compare the names of layers with patterns", "each takes some nanoseconds")
-FREE_BYTES = 2**26  # views may repeat so much of any file
+FREE_BYTES = 2**26  # tensors of this size in all are read without comparing them with the file's size
 
 
 def check(limit: Limit, found: int, path: object) -> None:
@@ -50,7 +50,7 @@ def check(limit: Limit, found: int, path: object) -> None:
 
 
 def check_names(names: Iterable[str], path: object) -> None:
-    """Raise LoRAError where a name in a file, or all together, are longer or deeper than those of models."""
+    """Raise LoRAError where names in a file are longer or deeper than those of any model, one alone or all together."""
     total = 0
     for name in names:
         if len(name) > NAME_LENGTH.most:

@@ -1,6 +1,6 @@
 """Model folders as transformers writes them: safetensors shards, their index, and the files beside them.
 
-Names in an index are names of files in the folder and nothing else.
+An index may name only files in its folder: a path that leads out of the folder is refused.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .limits import INDEX_BYTES, check_names
 from .paths import PathLike, kind_of, read_json, reason_of
 from .safetensors import SUFFIX, Header, read_header
 
-STEM = "model"  # of the names of shards and index, unless the folder has another
+STEM = "model"  # how the names of shards and index begin, unless the folder has another stem
 INDEX_SUFFIX = f"{SUFFIX}.index.json"
 CONFIG = "config.json"
 # Weights in other files or formats would stay unmerged beside the merged ones.
@@ -33,7 +33,7 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A folder's shards by file name, in order; its index, if it has one; and its config.json."""
+    """A model folder: its shards by file name, in order; its index, if there is one; its config.json."""
 
     path: Path
     shards: dict[str, Header]
@@ -43,11 +43,14 @@ class ModelFolder:
 
     @property
     def stem(self) -> str:
-        """What the names of its shards begin with."""
+        """How the names of the shards begin."""
         return (self.index_name or STEM).removesuffix(INDEX_SUFFIX)
 
     def tied_embeddings(self) -> bool:
-        """Say whether the output head is the input embedding, as in transformers unless the config says otherwise."""
+        """Return whether the output head shares the weight of the input embedding.
+
+        Where the config does not say, language models count as tied: that is transformers' default.
+        """
         tied = self._option("tie_word_embeddings", bool)
         kinds = self.config.get("architectures")
         if tied is None and isinstance(kinds, list):
@@ -55,11 +58,11 @@ class ModelFolder:
         return bool(tied)
 
     def vocabulary(self) -> int | None:
-        """Return the number of rows of the input embedding, as far as the config says."""
+        """Return the number of rows of the input embedding, or None where the config does not say it."""
         return self._option("vocab_size", int)
 
     def _option(self, name: str, kind: type[Value]) -> Value | None:
-        """Return an option of the model, or of its text part where the model has several."""
+        """Return an option of the model, or of its text part."""
         for config in (self.config, self.config.get("text_config")):
             if isinstance(config, Mapping) and isinstance(config.get(name), kind):
                 return cast(Value, config[name])
@@ -67,10 +70,10 @@ class ModelFolder:
 
 
 def open_folder(path: Path) -> ModelFolder:
-    """Read a folder's index and headers, and check them against each other.
+    """Read the index and the headers of a model folder and compare them.
 
     Raises:
-        LoRAError: there are no safetensors, several models, or an index that its shards contradict.
+        LoRAError: the folder holds no safetensors, holds several models, or its shards contradict its index.
     """
     try:
         names = sorted(os.listdir(path))
@@ -94,7 +97,10 @@ def open_folder(path: Path) -> ModelFolder:
 
 
 def side_files(folder: ModelFolder) -> tuple[list[Path], list[Path]]:
-    """List what is beside the weights, as relative paths: to copy, and to leave out because it is weights too.
+    """List the files beside the weights, as relative paths.
+
+    Returns:
+        Files to copy, and files to leave out: weights in other formats, which are not merged.
 
     Raises:
         LoRAError: a link leads out of the folder.
@@ -117,12 +123,12 @@ def side_files(folder: ModelFolder) -> tuple[list[Path], list[Path]]:
 
 
 def plan_shards(sizes: Mapping[str, int], most: int, stem: str = STEM) -> dict[str, list[str]]:
-    """Distribute tensors over as few files as hold them in this order, and name the files.
+    """Distribute tensors over files in the given order, and name the files.
 
     Args:
         sizes: bytes of each tensor.
-        most: bytes of tensors in one file; a larger tensor has a file of its own.
-        stem: what the files' names begin with.
+        most: bytes of all tensors in one file. A larger tensor gets a file of its own.
+        stem: how the names of the files begin.
 
     Returns:
         Names of tensors by file.
@@ -146,7 +152,7 @@ def index_of(files: Mapping[str, Sequence[str]], sizes: Mapping[str, int], befor
     Args:
         files: names of tensors by file.
         sizes: bytes of each tensor.
-        before: an earlier index, of which all else is kept.
+        before: an earlier index. Its other entries are kept.
     """
     metadata = before.get("metadata")
     metadata = {**(metadata if isinstance(metadata, Mapping) else {}), "total_size": sum(sizes.values())}
@@ -155,7 +161,7 @@ def index_of(files: Mapping[str, Sequence[str]], sizes: Mapping[str, int], befor
 
 
 def is_plain_name(name: Any) -> bool:
-    """Say whether a text can only mean a file in the folder at hand."""
+    """Return whether a text is a file name and no path that could lead out of a folder."""
     return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\:\0")
 
 
@@ -190,6 +196,6 @@ def _walk(path: PathLike) -> Iterator[Path]:
 
 
 def _is_inside(link: Path, folder: Path) -> bool:
-    """Say whether a link leads into the folder, or into the store beside it that Hugging Face's cache keeps."""
+    """Return whether a link leads into the folder, or into the `blobs` that Hugging Face's cache keeps beside it."""
     target, root = Path(os.path.realpath(link)), Path(os.path.realpath(folder))
     return target.is_relative_to(root) or target.is_relative_to(root.parent.parent / "blobs")

@@ -1,4 +1,4 @@
-"""Paths, and JSON: of what others wrote every failure to read it is a LoRAError."""
+"""Read paths and JSON files; a path or file that cannot be read raises LoRAError."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def read_json(path: PathLike, most: Limit = JSON_BYTES) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        LoRAError: no such file, larger than `most`, not JSON, or something else than an object.
+        LoRAError: there is no such file, it is larger than `most`, or it holds no JSON object.
     """
     require_file(path)
     check(most, Path(path).stat().st_size, path)
@@ -36,23 +36,23 @@ def read_json(path: PathLike, most: Limit = JSON_BYTES) -> dict[str, Any]:
 
 
 def parse_json(text: bytes, where: object, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
-    """Return what JSON says, where it is not more than a limit.
+    """Parse JSON of limited size.
 
     Args:
         text: encoded in UTF-8.
         where: for messages.
-        pairs: makes an object of its names and values, where that is not a dictionary.
+        pairs: makes the value of a JSON object from its names and values; without it a dictionary.
 
     Raises:
-        LoRAError: it has too many parts.
-        ValueError, RecursionError: it is no JSON.
+        LoRAError: the text has too many parts.
+        ValueError, RecursionError: the text is not JSON.
     """
     check(JSON_PARTS, sum(map(text.count, (b",", b"[", b"{"))), where)
     return json.loads(text.decode("utf-8"), object_pairs_hook=pairs)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON object as transformers does, in lines."""
+    """Write a JSON object in indented lines, as transformers does."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
@@ -60,7 +60,7 @@ def given_path(path: PathLike) -> Path:
     """Return a path that a user gave.
 
     Raises:
-        LoRAError: it is none, or empty, which Python takes for the current folder.
+        LoRAError: it is no path, or it is empty: Python takes an empty path for the current folder.
     """
     text = os.fspath(path) if isinstance(path, (str, os.PathLike)) else None
     if not isinstance(text, str):
@@ -74,24 +74,24 @@ def kind_of(path: PathLike) -> Literal["file", "folder", "other", "nothing"]:
     """Return what is at a path.
 
     Raises:
-        LoRAError: that cannot be told, as in a folder that may not be entered.
+        LoRAError: the system does not say, as for a path in a folder that may not be entered.
     """
     try:
         mode = os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
         return "nothing"
-    except (OSError, ValueError) as error:  # a ValueError is of a name that no file can have
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         if not isinstance(error, ValueError) and not is_from_system(error):
             raise
-        raise LoRAError(f"{path}: cannot be looked at: {sentence(reason_of(error))}") from error
+        raise LoRAError(f"{path}: cannot be accessed: {sentence(reason_of(error))}") from error
     return "file" if stat.S_ISREG(mode) else "folder" if stat.S_ISDIR(mode) else "other"
 
 
 def real_path(path: PathLike) -> Path:
-    """Return where a path leads, behind links.
+    """Return the path without links.
 
     Raises:
-        LoRAError: it is a name that no file can have, or a relative one whose folder was deleted.
+        LoRAError: no file can have this name, or the path is relative and the current folder was deleted.
     """
     try:
         return Path(os.path.realpath(path))
@@ -102,18 +102,18 @@ def real_path(path: PathLike) -> Path:
 
 
 def reason_of(error: Exception) -> str:
-    """Return what an error of the operating system says, without its number and the path."""
+    """Return the operating system's reason, without the number of the error and the path."""
     return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
 def is_from_system(error: BaseException) -> bool:
-    """Return whether an error is the system's answer; a TimeoutError that a signal's handler raises has no number."""
+    """Return whether an error is the system's answer. A TimeoutError that a signal's handler raised has no number."""
     return isinstance(error, OSError) and error.errno is not None
 
 
 @contextmanager
 def passing_over_errors() -> Iterator[None]:
-    """Go on after the block where the system refuses something in it."""
+    """Suppress refusals of the system inside the block. Exceptions of signals' handlers pass."""
     try:
         yield
     except OSError as error:
@@ -122,17 +122,17 @@ def passing_over_errors() -> Iterator[None]:
 
 
 def is_there(path: PathLike) -> bool:
-    """Return whether something is at a path, a broken link too.
+    """Return whether something is at a path. A broken link counts.
 
-    os.path.lexists takes a timeout that a signal's handler raises meanwhile for an answer.
+    os.path.lexists would take a TimeoutError of a signal's handler for an answer.
     """
-    with passing_over_errors(), suppress(ValueError):  # which is of a name that no file can have
+    with passing_over_errors(), suppress(ValueError):  # a name that no file can have
         os.lstat(path)
         return True
     return False
 
 
 def require_file(path: PathLike) -> None:
-    """Raise a LoRAError where there is no file."""
+    """Raise LoRAError where there is no file."""
     if kind_of(given_path(path)) != "file":
         raise LoRAError(f"{path}: there is no such file.")

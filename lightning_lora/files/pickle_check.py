@@ -1,7 +1,8 @@
-"""What a pickle would do, found out without doing it: no object is made.
+"""Find out what unpickling would cost, without unpickling.
 
-Of a stack machine's program only sizes are followed: how much a tuple holds with all that it shares, since unpickling
-hashes keys; where a memo of a given index, or a text of a given length, would be put into memory.
+A pickle is a program for a stack machine. This follows the program and keeps sizes in place of objects. Three things
+can cost more than the size of a pickle: the hash of a tuple that holds another tuple twice, and so on; a memo with a
+huge index; a text of a declared length.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from typing import NamedTuple
 from ..errors import LoRAError
 from .limits import PICKLE_BYTES, PICKLE_DEPTH, PICKLE_HASHED, check
 
-WRITTEN_IN = (b"latin1", b"latin-1")  # the encodings in which bytes are pickled as text
+WRITTEN_IN = (b"latin1", b"latin-1")  # pickles of protocol 2 hold bytes as text in this encoding
 FIXED, LINE, LINES = range(3)
-LENGTHS = {-2: (1, False), -3: (4, True), -4: (4, False), -5: (8, False)}  # of pickletools: bytes of a length, signed
+# By pickletools' number of an argument's form: how many bytes its length takes, and whether the length is signed.
+LENGTHS = {-2: (1, False), -3: (4, True), -4: (4, False), -5: (8, False)}
 PUT, GET = ("BINPUT", "LONG_BINPUT", "PUT"), ("BINGET", "LONG_BINGET", "GET")
 NUMBERS = ("BININT", "BININT1", "BININT2", "INT", "LONG", "LONG1", "LONG4")
 TUPLES = ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3")
@@ -24,7 +26,7 @@ TEXTS = ("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8")
 
 
 class _Value:
-    """Something on the stack: of how many parts, how deep in tuples, and what it is where that matters."""
+    """A value on the stack: the number of its parts, the depth of its tuples, and its kind where that matters."""
 
     __slots__ = ("depth", "grows", "kind", "parts")
 
@@ -73,15 +75,15 @@ OPERATIONS = _table()
 
 
 def check_pickle(content: bytes, where: object, start: int = 0) -> int:
-    """Raise LoRAError where unpickling would take memory or time that a pickle's size does not explain.
+    """Raise LoRAError where unpickling would take more memory or time than the size of the pickle explains.
 
     Args:
-        content: bytes, in which the pickle is.
+        content: bytes that hold the pickle.
         where: for messages.
-        start: of the pickle.
+        start: position of the pickle.
 
     Returns:
-        Where it ends. A damaged one ends where it cannot be followed: unpickling stops there, too.
+        The position of its end. A damaged pickle ends where it cannot be followed: unpickling stops there, too.
     """
     check(PICKLE_BYTES, len(content), where)
     try:
@@ -154,7 +156,7 @@ class _Follower:
             raise pickle.UnpicklingError("no number") from None
 
     def _taken(self, operation: _Operation) -> list[_Value]:
-        """Take what an operation takes from the stack, the deepest first."""
+        """Pop the operands of an operation from the stack. The deepest comes first."""
         stack, above = self.stack, []
         if operation.to_mark:
             while stack[-1] is not MARK:
@@ -179,7 +181,7 @@ class _Follower:
         check(PICKLE_HASHED, self.hashed, self.where)
 
     def _made(self, name: str, argument: bytes, items: list[_Value]) -> _Value:
-        """Return what an operation puts on the stack."""
+        """Return the value that an operation puts on the stack."""
         where = self.where
         if name in TUPLES:
             return self._tuple(items)
@@ -209,7 +211,7 @@ class _Follower:
         return _Value(1 + sum(item.parts for item in items), depth, items[-1].kind if items else "", grows=False)
 
     def _refuse_growing_calls(self, function: _Value, arguments: _Value) -> None:
-        """Refuse functions that torch.load calls, where their result is larger than what is given to them."""
+        """Refuse a call whose result would be larger than its arguments, of the functions that torch.load calls."""
         where = self.where
         if function is BYTEARRAY and arguments.kind == NUMBER.kind:
             raise LoRAError(f"{where}: a pickle makes a bytearray of a size of its own choice.")

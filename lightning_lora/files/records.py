@@ -1,6 +1,7 @@
-"""The records of an archive that torch.save wrote: where they lie, whether they are whole, and what reading them costs.
+"""List and check the records of an archive that torch.save wrote.
 
-The files are zip archives of uncompressed records, one for each storage and one pickle, each with a check sum.
+The files are zip archives of uncompressed records: one pickle, and one record for each storage. Each record has a check
+sum.
 """
 
 from __future__ import annotations
@@ -22,17 +23,17 @@ from .paths import PathLike
 from .pickle_check import check_pickle
 
 LOCAL = 30  # bytes of a record's header before its name
-ARCHIVE = b"PK\x03\x04"  # how a file begins that torch.save writes since torch 1.6
-END, END64, LOCATOR = b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07"  # what an archive ends with
+ARCHIVE = b"PK\x03\x04"  # first bytes of a file that torch.save wrote since torch 1.6
+END, END64, LOCATOR = b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07"  # first bytes of the parts at an archive's end
 END_SIZE, END64_SIZE, LOCATOR_SIZE = 22, 56, 20
-PICKLES = 5  # of a file that torch.save wrote before
+PICKLES = 5  # how many pickles a file begins with that torch.save wrote before torch 1.6
 PART = 2**22  # bytes that are read at once
 DATA = "/data/"  # in the names of the records that are storages
 
 
 @dataclass(frozen=True)
 class Record:
-    """One stored file of the archive."""
+    """One record: its entry in the archive's directory, and where its bytes start in the file."""
 
     info: zipfile.ZipInfo
     start: int
@@ -42,13 +43,13 @@ def read_records(path: PathLike) -> list[Record]:
     """List the records of an archive.
 
     Raises:
-        LoRAError: it is no archive of uncompressed records.
+        LoRAError: the file is no archive of uncompressed records.
     """
     try:
         records = _records(path)
         with zipfile.ZipFile(path) as archive:
             for record in records:
-                archive.open(record.info).close()  # compares its header with the directory
+                archive.open(record.info).close()  # compares the record's header with the directory
     except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
         if isinstance(error, LoRAError):
             raise
@@ -60,19 +61,20 @@ def read_records(path: PathLike) -> list[Record]:
 
 
 def check_archive(path: PathLike, *, whole: bool, trusted: bool = False) -> list[int]:
-    """Raise where reading a file would take more than its size explains, or where it is not what was written.
+    """Check a file of torch.save before it is read: the cost of reading it, and its check sums.
 
     Args:
-        path: of a file of torch.save, of any age.
-        whole: whether all of it is about to be read. Its check sums are compared then, else those of what is no tensor.
-        trusted: its pickle may do what it likes.
+        path: of a file that any version of torch wrote.
+        whole: the whole file is about to be read, so compare all check sums. Otherwise compare only those of records
+            that hold no tensor.
+        trusted: do not check the pickle.
 
     Returns:
-        The bytes of each record of numbers, or none of a file from before torch 1.6, which has no records.
+        The sizes in bytes of the records that hold tensors. A file from before torch 1.6 has no records: an empty list.
 
     Raises:
         LoRAError: a limit is exceeded, or a check sum differs.
-        OSError, ValueError, zipfile.BadZipFile: it is damaged in another way.
+        OSError, ValueError, zipfile.BadZipFile: the file is damaged in another way.
     """
     with open(path, "rb") as file:
         if file.read(len(ARCHIVE)) != ARCHIVE:
@@ -92,7 +94,7 @@ def check_archive(path: PathLike, *, whole: bool, trusted: bool = False) -> list
 
 
 def compare_check_sums(path: PathLike) -> None:
-    """Raise LoRAError where a record of an archive is not what was written."""
+    """Raise LoRAError where the bytes of a record do not match its check sum."""
     with open(path, "rb") as file:
         for record in read_records(path):
             _compare_check_sum(path, file, record)
@@ -114,10 +116,10 @@ def check_tensors(
 
     Args:
         content: what was read.
-        path: from where.
-        held: the bytes of each record of numbers, where all of the file was read. torch 2.6 reads beyond a record's end
-            where the pickle claims more.
-        without_values: all its tensors are on the meta device, where each has a storage of its own.
+        path: of the file.
+        held: the sizes of the records that hold tensors, where the whole file was read. They are compared because
+            torch 2.6 reads beyond the end of a record where the pickle claims more.
+        without_values: the tensors are on the meta device, where each has a storage of its own.
     """
     stored: dict[int, int] = {}
     named: list[str] = []
@@ -145,6 +147,7 @@ def check_tensors(
             "damaged."
         )
     size = Path(path).stat().st_size
+    # On the meta device each view has a storage of its own, so that stored bytes would count several times.
     own = size if without_values else sum(stored.values())
     if own > size:
         raise LoRAError(f"{path}: has {size} bytes, and its tensors claim {own}; the file is damaged.")
@@ -165,13 +168,16 @@ def _records(path: PathLike) -> list[Record]:
 
 
 def _check_end(path: PathLike, file: BinaryIO) -> int:
-    """Check that there is one directory, at the end, which every reader of archives finds. Returns the file's size."""
+    """Check that the archive's one directory is at its end, where every reader looks. Return the file's size.
+
+    Readers that found different directories would see different content.
+    """
     size = file.seek(0, 2)
     last = END_SIZE + LOCATOR_SIZE + END64_SIZE
     file.seek(max(0, size - last))
     tail = file.read().rjust(last, b"\0")
     end, locator, end64 = tail[-END_SIZE:], tail[END64_SIZE:-END_SIZE], tail[:END64_SIZE]
-    if locator.startswith(LOCATOR):
+    if locator.startswith(LOCATOR):  # zip64
         place, begins = size - last, end64.startswith(END64)
         length, start = (int.from_bytes(end64[at : at + 8], "little") for at in (40, 48))
     else:
@@ -190,7 +196,7 @@ def _start(file: BinaryIO, info: zipfile.ZipInfo) -> int:
 
 
 def _compare_check_sum(path: PathLike, file: BinaryIO, record: Record) -> None:
-    """Raise LoRAError where a record has another check sum than it was written with. Zero says that none was."""
+    """Raise LoRAError where the bytes of a record do not match its check sum. A check sum of zero was not computed."""
     if record.info.CRC and check_sum(file, record) != record.info.CRC:
         raise LoRAError(
             f"{path}: {record.info.filename!r} is not what was written: its check sum differs. Copy the file again, or "
@@ -199,7 +205,7 @@ def _compare_check_sum(path: PathLike, file: BinaryIO, record: Record) -> None:
 
 
 def _check_old(content: bytes, path: PathLike) -> None:
-    """Check the pickles that a file begins with that torch.save wrote before torch 1.6."""
+    """Check the pickles at the beginning of a file from before torch 1.6."""
     at = 0
     for _ in range(PICKLES):
         at = check_pickle(content, path, at)

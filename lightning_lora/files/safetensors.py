@@ -1,7 +1,8 @@
-"""Safetensors files: the header, with every claim checked against the file's size, and each tensor's bytes.
+"""Read and write safetensors files.
 
-A file is eight bytes with the header's length, the header (JSON), then the tensors' bytes without gaps. A tensor is
-read whole, by some rows, or by a few elements, so that a file of any size costs little memory.
+A file is eight bytes with the length of the header, the header (JSON), then the bytes of the tensors without gaps. All
+that the header says is checked against the size of the file. A tensor is read whole, by rows, or by single elements, so
+that a file of any size costs little memory.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from ..errors import LoRAError, sentence
 from ..progress import progress_bar
@@ -23,7 +23,7 @@ from .paths import PathLike, parse_json, require_file
 
 SUFFIX = ".safetensors"
 METADATA = "__metadata__"
-CHUNK = 2**21  # elements that are in memory at once; more is not faster
+CHUNK = 2**21  # elements in memory at once: more are not faster
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64, "BOOL": torch.bool,
@@ -41,8 +41,8 @@ class TensorLocation:
         file: its path.
         dtype: of the tensor.
         shape: of the tensor.
-        start: of its bytes in the file.
-        in_order: its elements follow each other there; others can be copied, not read.
+        start: position of its first byte in the file.
+        in_order: its elements follow each other in the file. Tensors that are stored otherwise are copied, not read.
     """
 
     file: Path
@@ -58,19 +58,22 @@ class TensorLocation:
 
     @property
     def nbytes(self) -> int:
-        """Their size in bytes."""
+        """The size in bytes."""
         return self.numel * self.dtype.itemsize
 
     @property
     def rows(self) -> int:
-        """The size of the first dimension; a scalar is one row."""
+        """The size of the first dimension. A scalar has one row."""
         return self.shape[0] if self.shape else 1
 
     def chunks(self, block: int = 1) -> Iterator[tuple[int, int]]:
-        """Divide the tensor into parts of limited size, each of whole blocks of so many elements, or of one row.
+        """Divide the tensor into chunks of rows of limited size.
+
+        Args:
+            block: each chunk but the last holds a multiple of this many elements, or is a single row.
 
         Yields:
-            The first row and the number of rows of each.
+            The first row and the number of rows of each chunk.
         """
         columns = max(1, self.numel // max(1, self.rows))
         rows_of_block = max(1, block // columns)
@@ -81,7 +84,7 @@ class TensorLocation:
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says before its tensors: `raw` as it is there, and read, the tensors in the order of their bytes."""
+    """A file's header: metadata, the tensors in the order of their bytes, and `raw`, the bytes of the header."""
 
     metadata: dict[str, str]
     locations: dict[str, TensorLocation]
@@ -89,25 +92,50 @@ class Header:
 
 
 def read_safetensors(path: PathLike) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Read the tensors of a safetensors file, onto the CPU, and its header's metadata.
+    """Read the tensors of a safetensors file onto the CPU, and the metadata of its header.
+
+    The tensors share one piece of memory. They do not change with the file, as a mapping of it would.
 
     Raises:
-        LoRAError: no such file, or not a whole safetensors file.
+        LoRAError: there is no such file, or it is no complete safetensors file.
     """
     require_file(path)
-    read_header(Path(path))
+    header = read_header(Path(path))
+    begin, size = len(header.raw), sum(location.nbytes for location in header.locations.values())
     try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        with open(path, "rb", buffering=0) as file:
+            file.seek(begin)
+            content = _filled(file, size)
+    except OSError as error:
         raise LoRAError(f"{path}: cannot be read as safetensors; it may be truncated: {sentence(error)}") from error
+    if len(content) < size:
+        raise LoRAError(f"{path}: ends before the bytes that its header describes; it was cut or is changing.")
+    return {name: _part(content, begin, header.locations[name]) for name in sorted(header.locations)}, header.metadata
+
+
+def _filled(file: BinaryIO, size: int) -> torch.Tensor:
+    """Return the next bytes of a file, fewer where it ends."""
+    content = torch.empty(size, dtype=torch.uint8)
+    memory, done = _memory(content), 0
+    while done < size and (count := file.readinto(memory[done:])):  # type: ignore[attr-defined]
+        done += count
+    return content[:done]
+
+
+def _part(content: torch.Tensor, begin: int, location: TensorLocation) -> torch.Tensor:
+    """Return a tensor out of the bytes of all, which begin at a position of the file."""
+    start = location.start - begin
+    part = content[start : start + location.nbytes]
+    if start % location.dtype.itemsize:
+        part = part.clone()  # torch views no number across the boundaries of its dtype
+    return part.view(location.dtype).view(location.shape)
 
 
 def read_header(path: Path) -> Header:
-    """Read the header of a safetensors file, and check it against the file.
+    """Read the header of a safetensors file and check it against the size of the file.
 
     Raises:
-        LoRAError: it is no whole safetensors file, or the header's claims do not add up.
+        LoRAError: the file is not complete, or tensors in the header overlap or leave gaps.
     """
     try:
         size = path.stat().st_size
@@ -124,12 +152,13 @@ def read_header(path: Path) -> Header:
         raise LoRAError(
             f"{path}: cannot be read as safetensors; it may be truncated or damaged: {sentence(error)}"
         ) from error
-    ordered = dict(sorted(locations.items(), key=lambda item: (item[1].start, item[1].nbytes)))
+    sizes = {name: location.nbytes for name, location in locations.items()}
+    ordered = dict(sorted(locations.items(), key=lambda item: (item[1].start, sizes[item[0]])))
     end = len(raw)
     for name, location in ordered.items():
         if location.start != end:
             raise LoRAError(f"{path}: the bytes of {name!r} overlap others or leave a gap; the file is damaged.")
-        end += location.nbytes
+        end += sizes[name]
     if end != size:
         raise LoRAError(f"{path}: has {size} bytes, but its header describes {end}; it may be truncated.")
     return Header(metadata, ordered, raw)
@@ -143,7 +172,7 @@ def read_rows(file: BinaryIO, location: TensorLocation, first: int, count: int) 
 
 
 def read_elements(location: TensorLocation, positions: Sequence[int]) -> list[float]:
-    """Read single elements of a tensor, at positions of the flattened one."""
+    """Read single elements of a tensor, at positions of the flattened tensor."""
     size = location.dtype.itemsize
     with open(location.file, "rb") as file:
         return [float(_read(file, location, position * size, size).double()) for position in positions]
@@ -156,7 +185,7 @@ def read_tensor(location: TensorLocation) -> torch.Tensor:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file: the same bytes for the same tensors, wide dtypes first so that all are aligned."""
+    """Write a safetensors file. Equal tensors give equal bytes. Wide dtypes come first, so that all are aligned."""
     ordered = dict(sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
     nbytes = sum(tensor.nbytes for tensor in ordered.values())
     with open(path, "xb") as file, progress_bar("writing", nbytes, "bytes") as advance:
@@ -167,7 +196,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
 
 
 def build_header(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
-    """Compose everything before the tensors' bytes, for tensors that follow in this order without gaps."""
+    """Return all bytes before those of the tensors. The tensors follow in this order, without gaps."""
     content: dict[str, Any] = {METADATA: dict(metadata)} if metadata else {}
     end = 0
     for name, dtype, shape in tensors:
@@ -181,7 +210,7 @@ def build_header(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], me
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
-    """View or copy a tensor's elements, in order, as something that a file can write."""
+    """Return a tensor's elements in order, as bytes that a file can write. Copies a tensor that is not contiguous."""
     flat = tensor.detach().contiguous().view(-1)
     return _memory(flat.view(torch.uint8)) if flat.numel() else memoryview(b"")
 

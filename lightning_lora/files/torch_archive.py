@@ -1,7 +1,7 @@
-"""Checkpoints and state dicts that torch.save wrote: where each tensor lies, and changing some of them in a copy.
+"""Read files of torch.save, and find where each tensor lies, so that a copy of the file can be changed in place.
 
-Everything else in the file, pickled or not, stays byte for byte. The files are zip archives of uncompressed records,
-one for each storage; what changes a record also sets its check sum.
+The files are zip archives of uncompressed records, one for each storage. A copy keeps every byte but those of the
+changed tensors and of their records' check sums.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .safetensors import TensorLocation
 
 CENTRAL = 46  # bytes of a record's entry in the directory before the name
 PART = 1 << 24  # bytes that are written at once
-PLAIN = ("state_dict", META)  # of a checkpoint, what holds no objects
+PLAIN = ("state_dict", META)  # keys of a checkpoint that must hold no objects
 DESCRIPTOR = b"PK\x07\x08"
 HAS_DESCRIPTOR = 0x08
 SHARDED = ".TensorStorageMetadata"  # torch's class of a tensor in a distributed checkpoint
@@ -42,25 +42,25 @@ def read_torch_file(
     trusted: bool = False,
     has_objects: bool = False,
 ) -> dict[str, Any]:
-    """Read a checkpoint or state dict onto the CPU, or onto "meta" without its values; with mmap it stays in the file.
+    """Read a checkpoint or state dict that torch.save wrote.
 
     Args:
         path: of the file.
-        device: for tensors, or what torch.load takes in its place.
-        mmap: map the file into memory.
-        trusted: unpickle all that it holds, which may run any code. Else objects in a checkpoint, as hyper-parameters
-            may be, are placeholders: nothing that the file names is imported or called.
-        has_objects: it is known to hold objects, so that it is read once.
+        device: "cpu", "meta" to read no values, or any other map_location of torch.load.
+        mmap: map the file into memory instead of reading it.
+        trusted: unpickle all objects, which may run any code. Otherwise objects in a checkpoint, such as
+            hyper-parameters, become placeholders: nothing that the file names is imported or called.
+        has_objects: the file is known to hold objects. This saves a second reading.
 
     Raises:
-        LoRAError: no such file, truncated, not a dictionary, or its tensors are beside or inside of objects.
+        LoRAError: there is no such file, it is truncated, it is no dictionary, or tensors lie inside objects.
     """
     require_file(path)
     whole = device == "cpu" and not mmap
     try:
         held = check_archive(path, whole=whole, trusted=trusted)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Detected pickle protocol")  # the error says enough
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")  # an error follows
             content = _load(path, device, mmap, trusted, has_objects)
     except LoRAError:
         raise
@@ -69,7 +69,7 @@ def read_torch_file(
             f"{path}: holds objects other than plain types and tensors, or is damaged, and was not loaded: "
             f"{sentence(str(error).splitlines()[0])}"
         ) from error
-    except Exception as error:  # torch raises whatever a damaged file leads it to
+    except Exception as error:  # of a damaged file torch raises anything
         raise LoRAError(f"{path}: cannot be read as a checkpoint; it may be truncated: {sentence(error)}") from error
     is_checkpoint = isinstance(content, dict) and "state_dict" in content
     found = find_placeholder({key: content.get(key) for key in PLAIN} if is_checkpoint else content)
@@ -98,16 +98,16 @@ def _load(path: PathLike, device: str | Callable[[Any, str], Any], mmap: bool, t
         with open(path, "rb") as file:
             is_archive = file.read(len(ARCHIVE)) == ARCHIVE
         content = load(weights_only=False, pickle_module=inert_pickle) if is_archive else None
-        if find_placeholder(content) is None:  # it was refused for damage, not for an object
+        if find_placeholder(content) is None:  # torch refused the file for damage and not for an object
             raise
         return content
 
 
 def read_sharded_tensors(path: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """Read shapes and dtypes out of the pickled description that torch.distributed.checkpoint puts beside shards.
+    """Read shapes and dtypes from the description that torch.distributed.checkpoint pickles beside its shards.
 
     Raises:
-        LoRAError: no such file, or it is damaged.
+        LoRAError: there is no such file, or it is damaged.
     """
     require_file(path)
     try:
@@ -118,17 +118,23 @@ def read_sharded_tensors(path: Path) -> dict[str, tuple[torch.Size, torch.dtype]
         for name, (size, dtype) in found.items():
             torch.empty(size, dtype=dtype, device="meta")
             name.encode()
-    except Exception as error:  # unpickling raises whatever a damaged file leads it to
+    except Exception as error:  # of a damaged file unpickling raises anything
         raise LoRAError(f"{path}: cannot be read as the description of shards: {sentence(error)}") from error
     return found
 
 
 def write_torch_file(path: Path, content: Mapping[str, Any], nbytes: int) -> None:
-    """Write a new file as torch.save does, with a progress bar of its tensors' bytes."""
+    """Write a new file as torch.save does, with a progress bar.
+
+    Args:
+        path: of the file, which must not exist.
+        content: what to save.
+        nbytes: bytes of all tensors in it.
+    """
     with open(path, "xb") as file, progress_bar("writing", nbytes, "bytes") as advance:
         try:
             torch.save(content, cast(BinaryIO, _InParts(file, nbytes, advance)))
-        except RuntimeError as error:  # torch closes an archive that lacks what could not be written
+        except RuntimeError as error:  # raised while torch closes the archive, and hides the error of the disk
             cause = error.__context__
             if isinstance(cause, OSError):
                 raise cause from None
@@ -136,30 +142,30 @@ def write_torch_file(path: Path, content: Mapping[str, Any], nbytes: int) -> Non
 
 
 class _InParts:
-    """A file for torch.save, which writes a storage at once: in parts, each of which is told, up to `nbytes` in all."""
+    """A file for torch.save that writes each storage in parts and reports them, at most `nbytes` in all."""
 
     def __init__(self, file: BinaryIO, nbytes: int, advance: Callable[[int], None]) -> None:
         self.file, self.left, self.advance = file, nbytes, advance
 
     def write(self, content: bytes | memoryview) -> int:
-        """Write all of it."""
+        """Write all of `content`."""
         view = memoryview(content).cast("B")
         for start in range(0, len(view), PART):
-            size = min(self.file.write(view[start : start + PART]), self.left)  # without what the archive adds
+            size = min(self.file.write(view[start : start + PART]), self.left)  # the archive's own bytes do not count
             self.left -= size
             self.advance(size)
         return len(view)
 
     def flush(self) -> None:
-        """Write what is buffered."""
+        """Flush the file."""
         self.file.flush()
 
 
 def torch_locations(path: Path) -> dict[str, TensorLocation]:
-    """Find where the tensors of a state dict, or of a checkpoint's, lie in a file.
+    """Find where the tensors of a state dict lie in a file. The file is that state dict, or a checkpoint that holds it.
 
     Raises:
-        LoRAError: the file is damaged, holds no state dict, or is of a form that cannot be changed in place.
+        LoRAError: the file is damaged, holds no state dict, or has a form that cannot be changed in place.
     """
     has_objects = find_placeholder(read_torch_file(path, "meta")) is not None
     records = {
@@ -174,8 +180,9 @@ def torch_locations(path: Path) -> dict[str, TensorLocation]:
             storages[storage.data_ptr()] = storage.nbytes()
         return storage
 
-    content = read_torch_file(path, note, mmap=True, has_objects=has_objects)  # once, as it is noted
-    # Where the file was mapped is not told, but the first record is the first storage: every record is some tensor's.
+    content = read_torch_file(path, note, mmap=True, has_objects=has_objects)  # a second reading would note twice
+    # torch does not say where it mapped the file. But every record is the storage of some tensor, so the first record
+    # begins where the first storage does.
     base = min(storages, default=0) - min(records, default=0)
     state = content.get("state_dict", content)
     if not isinstance(state, Mapping):
@@ -191,7 +198,12 @@ def torch_locations(path: Path) -> dict[str, TensorLocation]:
 
 
 def set_check_sums(path: PathLike, locations: list[TensorLocation]) -> None:
-    """Correct the archive's check sums after these tensors were changed in place."""
+    """Write the check sums of an archive anew, after tensors were changed in place.
+
+    Args:
+        path: of the archive.
+        locations: the changed tensors.
+    """
     records = read_records(path)
     starts = sorted(record.start for record in records)
     changed = {starts[bisect_right(starts, location.start) - 1] for location in locations}
@@ -204,13 +216,13 @@ def set_check_sums(path: PathLike, locations: list[TensorLocation]) -> None:
             if record.start not in changed:
                 continue
             check = check_sum(file, record).to_bytes(4, "little")
-            for position in (entry + 16, _second_position(file, record)):
+            for position in (entry + 16, _second_position(file, record)):  # in the directory, and beside the data
                 file.seek(position)
                 file.write(check)
 
 
 def _location(path: Path, name: str, tensor: torch.Tensor, base: int, records: Mapping[int, int]) -> TensorLocation:
-    """Find a tensor that was mapped into memory, with the file's first byte at the address `base`."""
+    """Return where a tensor lies in the file that was mapped into memory at the address `base`."""
     if tensor.layout != torch.strided:
         raise LoRAError(f"{path}: {name!r} is a sparse tensor, which cannot be read in place.")
     if tensor.device.type != "cpu":
@@ -230,7 +242,7 @@ def _name_lengths(file: BinaryIO, entry: int) -> int:
 
 
 def _second_position(file: BinaryIO, record: Record) -> int:
-    """Find the check sum beside the directory's: in a descriptor after the data, or in the header before it."""
+    """Return where a record's second check sum is: in a descriptor after the data, or in the header before the data."""
     if not record.info.flag_bits & HAS_DESCRIPTOR:
         return record.info.header_offset + 14
     end = record.start + record.info.file_size

@@ -1,4 +1,4 @@
-"""A model's weights on disk, in any of the forms that the command line takes, as names and locations."""
+"""A model's weights on disk, in any form that the command takes: names of tensors and where each lies."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import LoRAError
-from ..names import around
+from ..names import parent_names
 from .model_folder import ModelFolder, open_folder
 from .paths import PathLike, given_path, kind_of
 from .records import compare_check_sums
 from .safetensors import SUFFIX, Header, TensorLocation, read_header
 from .torch_archive import torch_locations
 
-# What bitsandbytes' layers, and transformers for torchao's tensors, save beside or in place of a weight.
+# Entries that show a quantised weight: bitsandbytes' layers save them beside it, transformers in place of torchao's.
 QUANTISED = re.compile(r"(?P<module>.*)\.(SCB|weight\.absmax|_weight_qdata)")
 
 Form = Literal["folder", "safetensors", "torch"]
@@ -24,7 +24,15 @@ Form = Literal["folder", "safetensors", "torch"]
 
 @dataclass(frozen=True)
 class Weights:
-    """A model's tensors by name; `headers` by file name, none for torch.save's files; `folder` only for a folder."""
+    """A model's weights on disk.
+
+    Attributes:
+        path: of the file or folder.
+        form: how they are stored.
+        locations: where each tensor lies, by name.
+        headers: of safetensors files, by file name; files of torch.save have none.
+        folder: the model folder, if it is one.
+    """
 
     path: Path
     form: Form
@@ -39,19 +47,27 @@ class Weights:
 
     def modules(self) -> set[str]:
         """List every module on the way to a tensor."""
-        return {module for name in self.locations for module in around(name)}
+        return {module for name in self.locations for module in parent_names(name)}
 
     def holds_factors(self) -> bool:
-        """Say whether a tensor's name is one of an adapter, ours or PEFT's."""
+        """Return whether a tensor has the name of an adapter's, ours or PEFT's."""
         return any(part.startswith("lora_") for name in self.locations for part in name.split("."))
 
     def quantised(self) -> dict[str, str]:
-        """Find the modules whose weight is quantised, by bitsandbytes or torchao; returns each with what shows it."""
+        """Find the modules whose weight is quantised by bitsandbytes or torchao.
+
+        Returns:
+            By module, the name of the entry that shows it.
+        """
         found = {name: QUANTISED.fullmatch(name) for name in self.locations}
         return {match["module"]: name for name, match in found.items() if match}
 
     def other_owners(self) -> dict[str, str]:
-        """Find the tensors whose values something else uses too; returns each with that."""
+        """Find the tensors whose values something else uses too.
+
+        Returns:
+            By tensor, the other user: a tensor's name, or a text for messages.
+        """
         if self.form == "torch":
             return self._overlapping()
         if self.folder is None or not self.folder.tied_embeddings():
@@ -62,19 +78,19 @@ class Weights:
         return dict.fromkeys((name for name in tables if not self._is_layer_or_norm(name)), tied)
 
     def _is_layer_or_norm(self, name: str) -> bool:
-        """Say whether a tensor is of a numbered layer or a norm, which are no ends, however wide the model is."""
+        """Return whether a tensor belongs to a numbered layer or to a norm, and so is no embedding and no head."""
         weight = self.locations.get(f"{name.rpartition('.')[0]}.weight")
         in_layer = any(module.isdigit() for module in name.split(".")[:-2])
         return in_layer or (weight is not None and len(weight.shape) == 1)
 
     def compare_check_sums(self) -> None:
-        """Raise LoRAError where the file has check sums, and is not what was written. All of it is read."""
+        """Raise LoRAError where bytes do not match the file's check sums, if it has any. Reads the whole file."""
         if self.form == "torch":
             compare_check_sums(self.path)
 
     def _overlapping(self) -> dict[str, str]:
         owners: dict[str, str] = {}
-        reaching, end = "", 0  # of the tensors so far, the one whose bytes reach furthest
+        reaching, end = "", 0  # the tensor so far whose bytes reach furthest, and where these end
         for name, location in sorted(self.locations.items(), key=lambda item: item[1].start):
             if location.start < end and location.nbytes:
                 owners.setdefault(name, repr(reaching))
@@ -85,14 +101,14 @@ class Weights:
 
 
 def open_weights(path: PathLike) -> Weights:
-    """Open a model's weights; of the tensors nothing is read.
+    """Open a model's weights without reading the tensors.
 
     Args:
         path: a folder with safetensors, a safetensors file, a Lightning checkpoint, or a state dict that torch.save
             wrote.
 
     Raises:
-        LoRAError: it is none of these, or damaged.
+        LoRAError: the path leads to none of these, or the file is damaged.
     """
     path = given_path(path)
     kind = kind_of(path)

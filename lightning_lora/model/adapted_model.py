@@ -5,47 +5,42 @@ What lies in the model is listed once, when it is first asked for. A handle is t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import warnings
+from collections import defaultdict
+from collections.abc import Collection, Mapping
 from functools import cached_property
-from typing import Literal, TypeVar
+from typing import NoReturn
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..names import canonical
-from ..nn.layer_kinds import layer_kinds
-from ..nn.lora_layer import AdaptedWeights, adapted_layers
-from .injection import Injected, Injection, find_injection, require_injection
-from .named_state import StateEntry, base_parameters, state_of
+from ..errors import LoRAError
+from ..names import ATTRIBUTE, WRAPPERS, listed, names_factor
+from ..nn.adapted_weights import AdaptedWeights, adapted_layers, adapted_places
+from ..nn.low_rank import ATTENTION_OUTPUT
+from .injection import Injection, Kept, Mark, Owner
+from .named_state import BaseParameter, Places, StateEntry, base_parameters_of, own_state, state_of
 from .wrappers import inside_known_wrappers, unwrapped
 
-Value = TypeVar("Value")
-Mark = Literal["trained", "unfrozen", "resized"]
+KeptTensors = list[tuple[nn.Module, dict[str, torch.Tensor], dict[str, set[str]]]]
 
 
-class AdaptedModel:
-    """An injected model as seen from the module that a caller gave.
+class Listing:
+    """What lies in a module, adapted or not, each list made when it is first asked for."""
 
-    Attributes:
-        model: that module, without wrappers around it. It holds all adapted layers.
-        root: the injected module: `model` itself, or a module around or inside of it.
-        record: what is remembered of the injection.
-    """
-
-    def __init__(self, model: nn.Module, injected: Injected) -> None:
-        self.model, self.root, self.record = model, injected.root, injected.record
-        self._injected = injected
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
 
     @cached_property
-    def places(self) -> list[tuple[str, nn.Module]]:
+    def places(self) -> Places:
         """Every module under every name, without the segments of wrappers."""
-        return [(canonical(name), module) for name, module in self.model.named_modules(remove_duplicate=False)]
+        return list_places(self.model)
 
     @cached_property
-    def modules(self) -> list[tuple[str, nn.Module]]:
+    def modules(self) -> Places:
         """Every module once, under its first name."""
-        seen: set[nn.Module] = set()
-        return [(n, m) for n, m in self.places if not (m in seen or seen.add(m))]  # type: ignore[func-returns-value]
+        return _each_once(self.places)
 
     @cached_property
     def layers(self) -> dict[str, AdaptedWeights]:
@@ -60,64 +55,178 @@ class AdaptedModel:
     @cached_property
     def kinds(self) -> dict[str, str]:
         """The kind of each adapted layer that has factors, by first names: one of low_rank.KINDS."""
-        return layer_kinds(self.model)
+        outputs = {id(module.out_proj) for _, module in self.modules if isinstance(module, nn.MultiheadAttention)}
+        return {
+            name: ATTENTION_OUTPUT if id(layer) in outputs else layer.kind()
+            for name, layer in self.layers.items()
+            if layer.kind()
+        }
 
     def look_again(self) -> None:
         """Forget the lists, after layers were adapted, replaced or taken out."""
-        for name in ("places", "modules", "layers", "layers_by_every_name", "kinds"):
+        for name in ("places", "modules", "root_places", "root_modules"):
+            vars(self).pop(name, None)
+        self.look_for_layers_again()
+
+    def look_for_layers_again(self) -> None:
+        """Forget which modules are adapted, after some were adapted or taken out; the modules are the same."""
+        for name in ("layers", "layers_by_every_name", "kinds"):
             vars(self).pop(name, None)
 
     def state(self) -> list[StateEntry]:
-        """Return the names of model.state_dict(), each with its live tensor and owner; see named_state."""
+        """Return the names of model.state_dict(), each with its live tensor and owner; see state_of."""
         return list(state_of(self.places))
+
+
+class AdaptedModel(Listing):
+    """An injected model as seen from the module that a caller gave.
+
+    Attributes:
+        model: that module, without wrappers around it. It holds all adapted layers.
+        root: the injected module: `model` itself, or a module around or inside of it.
+        record: what is remembered of the injection.
+        prefix: what names in `model` have before those in a root inside of it, "" or ending in a dot.
+        inside: what names in the root have before those in a `model` inside of that, "" or ending in a dot.
+    """
+
+    def __init__(
+        self, model: nn.Module, root: nn.Module, record: Injection, *, prefix: str = "", inside: str = ""
+    ) -> None:
+        super().__init__(model)
+        self.root, self.record, self.prefix, self.inside = root, record, prefix, inside
+
+    @cached_property
+    def root_places(self) -> Places:
+        """Every module of the root under every name in it."""
+        if self.root is self.model:
+            return self.places
+        if self.inside:
+            return Listing(self.root).places
+        name = self.prefix.removesuffix(".")
+        return [(n.removeprefix(self.prefix) if n != name else "", m) for n, m in self.places if _is_in(n, name)]
+
+    @cached_property
+    def root_modules(self) -> Places:
+        """Every module of the root once, under its first name in it."""
+        return self.modules if self.root is self.model else _each_once(self.root_places)
+
+    def base(self) -> list[BaseParameter]:
+        """Return the parameters of the root without those of adapters, by the root's names, each once."""
+        return base_parameters_of(self.root_modules)
 
     def base_parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters of the root without those of adapters, by the root's names, each once."""
-        return base_parameters(self.root)
+        return {each.name: each.parameter for each in self.base()}
+
+    def marked(self, mark: Mark) -> set[int]:
+        """Return the identities of the root's base parameters that have a mark."""
+        found = set()
+        for _, module in self.root_modules:
+            leaves = [leaf for leaf, marks in self.record.marks(module).items() if mark in marks]
+            own = own_state(module) if leaves else {}
+            found |= {id(own[leaf]) for leaf in leaves if leaf in own}
+        return found
 
     def scope(self) -> str:
         """Return what names have before those that the options are about, "" or ending in a dot."""
-        return self._injected.scope()
+        return scope_in(self.places, self.record) or self.prefix
+
+    def left_out(self) -> dict[str, str]:
+        """Return the reasons for which "all-linear" leaves layers out, by name."""
+        kept = ((name, self.record.kept(module)) for name, module in self.modules)
+        return {name: each["left_out"] for name, each in kept if each is not None and "left_out" in each}
 
     def initial(self) -> dict[str, torch.Tensor]:
-        """Return the values from before training of all that it changes beside the adapters, by name."""
-        return self._injected.seen(self.record.initial)
+        """Return the values from before training of all that it changes beside the adapters, by name.
+
+        A parameter comes under its first name, a buffer under each.
+        """
+        found, parameters = {}, set()
+        for name, tensor, module in self.state():
+            value = self.record.initial(module).get(name.rpartition(".")[2])
+            if value is None or id(tensor) in parameters:
+                continue
+            found[name] = value
+            if isinstance(tensor, nn.Parameter):
+                parameters.add(id(tensor))
+        return found
 
     def initial_of(self, mark: Mark) -> dict[str, torch.Tensor]:
         """Return the values from before training of the base parameters with a mark, under each of their names."""
-        parameters, record = self.base_parameters(), self.record
-        values = {id(parameters[n]): record.initial[n] for n in getattr(record, mark) if n in parameters}
+        wanted, values = self.marked(mark), dict[int, torch.Tensor]()
+        for _, module in self.root_modules if wanted else ():
+            own = own_state(module)
+            for leaf, value in self.record.initial(module).items():
+                if leaf in own and id(own[leaf]) in wanted:
+                    values.setdefault(id(own[leaf]), value)
         return {name: values[id(tensor)] for name, tensor, _ in self.state() if id(tensor) in values}
 
     def set_initial(self, values: Mapping[str, torch.Tensor]) -> None:
-        """Let these be the values from before training: of what has a name here, and of no more."""
-        held = self._injected.seen({name: name for name in self.base_parameters()})
-        names = {seen: name for seen, name in held.items()}
-        prefix, inside = self._injected.prefix, self._injected.inside
-        self.record.initial = {
-            names.get(name, inside + name.removeprefix(prefix)): value for name, value in values.items()
-        }
+        """Let these be the values from before training, by name, and no others."""
+        for _, module in self.root_modules:
+            self.record.forget_initial(module)
+        done = set()
+        for name, tensor, module in self.state():
+            if name in values and id(tensor) not in done:
+                done.add(id(tensor))
+                self.record.keep_initial(module, {name.rpartition(".")[2]: values[name]})
 
-    def record_unfrozen(self, names: Iterable[str]) -> None:
+    def record_trainable(self, *, expected: bool = False) -> None:
+        """Record the present value of every base parameter that has become trainable.
+
+        Args:
+            expected: whether the options ask for it; a warning tells of anything else that was unfrozen.
+        """
+        trained = self.marked("trained")
+        new = [each for each in self.base() if each.parameter.requires_grad and id(each.parameter) not in trained]
+        for each in new:
+            self.record.add_trained(each.module, each.leaf, each.parameter, *(() if expected else ("unfrozen",)))
+        if new and not expected:
+            shown = ", ".join(each.name for each in new[:3]) + (f" and {len(new) - 3} more" if len(new) > 3 else "")
+            warnings.warn(
+                f"lightning_lora: base parameters were unfrozen after injection ({shown}); they are saved with the "
+                "adapter.",
+                stacklevel=2,
+            )
+
+    def record_unfrozen(self, names: Collection[str]) -> None:
         """Record base parameters as trained, with their present values, that were unfrozen in another run.
 
-        Those among the names that are recorded already, or are no base parameters, are passed over.
+        Those that are recorded already, and names of anything else, are passed over.
         """
-        wanted, record = set(names), self.record
-        for name, parameter in self.base_parameters().items():
-            if self._injected.name_seen(name) in wanted and name not in record.trained:
-                record.trained.add(name)
-                record.unfrozen.add(name)
-                record.initial[name] = parameter.detach().clone()
+        trained, names_here = self.marked("trained"), dict[int, str]()
+        for name, tensor, _ in self.state():
+            names_here.setdefault(id(tensor), name)
+        for each in self.base():
+            if names_here.get(id(each.parameter), "") in names and id(each.parameter) not in trained:
+                self.record.add_trained(each.module, each.leaf, each.parameter, "unfrozen")
 
-    def kept(self) -> object:
+    def take_over(
+        self, initial: Mapping[str, torch.Tensor], trained: Collection[str], unfrozen: Collection[str]
+    ) -> None:
+        """Let the record keep what the one of another process kept, by the names in its model. In place."""
+        self.set_initial(initial)
+        for name, tensor, module in self.state():
+            if isinstance(tensor, nn.Parameter) and not names_factor(name):
+                marks = {mark for mark, names in (("trained", trained), ("unfrozen", unfrozen)) if name in names}
+                leaf, earlier = name.rpartition(".")[2], self.record.marks(module)
+                kept = earlier.get(leaf, set()) & {"resized"}
+                self.record.keep_marks(module, {**earlier, leaf: marks | kept} if marks | kept else earlier)
+
+    def kept(self) -> KeptTensors:
         """Return a copy of what the record keeps of tensors, for put_back."""
-        record = self.record
-        return set(record.trained), set(record.unfrozen), dict(record.initial)
+        record, modules = self.record, [module for _, module in self.root_modules]
+        return [
+            (module, dict(record.initial(module)), {leaf: set(marks) for leaf, marks in record.marks(module).items()})
+            for module in modules
+        ]
 
-    def put_back(self, kept: object) -> None:
-        """Let the record keep again what it kept when `kept` was called. In place."""
-        self.record.trained, self.record.unfrozen, self.record.initial = kept  # type: ignore[misc]
+    def put_back(self, earlier: KeptTensors) -> None:
+        """Let the record keep of tensors what it kept when kept() was called. In place."""
+        for module, initial, marks in earlier:
+            self.record.forget_initial(module)
+            self.record.keep_initial(module, initial)
+            self.record.keep_marks(module, marks)
 
 
 def open_model(model: nn.Module, verb: str) -> AdaptedModel:
@@ -135,8 +244,16 @@ def open_model(model: nn.Module, verb: str) -> AdaptedModel:
         handle = open_model(model, "save_adapter")
         names = list(handle.layers)
     """
-    inner = unwrapped(model, verb)
-    return AdaptedModel(inner, require_injection(inner, verb))
+    listing = Listing(unwrapped(model, verb))
+    handle = find_in(listing)
+    if handle is None and listing.layers:
+        _refuse_part(listing, verb)
+    if handle is None:
+        raise LoRAError(
+            f"{verb}: {type(listing.model).__name__} was not injected; call inject(model, LoRAConfig(...)) first, or "
+            "pass the module that it was called on."
+        )
+    return handle
 
 
 def find_model(model: nn.Module) -> AdaptedModel | None:
@@ -147,7 +264,239 @@ def find_model(model: nn.Module) -> AdaptedModel | None:
 
     Raises:
         LoRAError: the module holds several injected models.
+
+    Example::
+
+        handle = find_model(model)
+        is_injected = handle is not None
     """
-    inner = inside_known_wrappers(model)
-    injected = find_injection(inner)
-    return None if injected is None else AdaptedModel(inner, injected)
+    return find_in(Listing(inside_known_wrappers(model)))
+
+
+def find_in(listing: Listing) -> AdaptedModel | None:
+    """Return the handle of a listed model, or None where nothing is injected or a part of the layers lies there.
+
+    The injected module itself answers at once; in any other the modules are listed.
+
+    Raises:
+        LoRAError: the module holds several injected models.
+    """
+    model = listing.model
+    if ATTRIBUTE in vars(model):
+        return _with_lists(AdaptedModel(model, model, vars(model)[ATTRIBUTE]), listing)
+    roots = {name: module for name, module in listing.modules if ATTRIBUTE in vars(module)}
+    layers = listing.layers
+    records = [vars(root)[ATTRIBUTE] for root in roots.values()] + [layer.lora.injection for layer in layers.values()]
+    if len({id(record) for record in records}) > 1:
+        names = ", ".join(map(repr, roots or layers))
+        raise LoRAError(f"{type(model).__name__}: holds several injected models ({names}); handle each by itself.")
+    if roots:
+        name, root = next(iter(roots.items()))
+        return _with_lists(AdaptedModel(model, root, records[0], prefix=f"{name}." if name else ""), listing)
+    return _find_by_layers(listing, records[0]) if layers else None
+
+
+def _find_by_layers(listing: Listing, record: Injection) -> AdaptedModel | None:
+    """Return the handle of a module without the injected one: it is inside of that, or around the same network."""
+    model, root = listing.model, record.holder()
+    around = Listing(root) if root is not None else None
+    if around is not None and root is not None:
+        if set(around.layers.values()) - set(listing.layers.values()):
+            return None
+        names = [name for name, module in around.places if module is model]
+        if names:
+            handle = AdaptedModel(model, root, record, inside=f"{names[0]}." if names[0] else "")
+            handle.root_places = around.places
+            return _with_lists(handle, listing)
+    return _with_lists(AdaptedModel(model, model, record), listing)
+
+
+def _with_lists(handle: AdaptedModel, listing: Listing) -> AdaptedModel:
+    """Give a handle the lists that were made to find it."""
+    vars(handle).update({name: value for name, value in vars(listing).items() if name != "model"})
+    return handle
+
+
+def _refuse_part(listing: Listing, verb: str) -> NoReturn:
+    """Refuse a module that holds a part of the layers that were adapted through one around it."""
+    layers = listing.layers
+    root = next(iter(layers.values())).lora.injection.holder()
+    all_layers = adapted_layers(root)
+    other = next(name for name, layer in all_layers.items() if layer not in layers.values())
+    raise LoRAError(
+        f"{verb}: {type(listing.model).__name__} holds {len(layers)} of the {len(all_layers)} layers that were adapted "
+        f"through {type(root).__name__}, and not {other!r}; pass that {type(root).__name__}, or a module that holds "
+        "them all."
+    )
+
+
+def adopt_layers(handle: AdaptedModel) -> None:
+    """Let the root of a handle hold the record, where it has taken the place of another injected module. In place.
+
+    It is called where layers can have changed: a library may build a new module around the same network for each fit,
+    and a strategy may put other modules around the same tensors, as for a BatchNorm that is synchronised.
+    """
+    record, root = handle.record, handle.root
+    holder = record.holder()
+    if holder is not root:
+        if holder is not None:
+            delattr(holder, ATTRIBUTE)
+        record.begin(root)
+    _follow_tensors(handle)
+
+
+def _note_owners(handle: AdaptedModel) -> None:
+    """Note which BatchNorm has which tensors now, for _follow_tensors.
+
+    Others are not rebuilt around the same tensors, and what is noted stays in memory.
+    """
+    modules = (module for _, module in handle.root_modules if isinstance(module, _BatchNorm))
+    kept = ((module, handle.record.kept(module)) for module in modules)
+    handle.record.owners = {
+        id(tensor): Owner(tensor, each, leaf)
+        for module, each in kept
+        if each is not None
+        for leaf, tensor in own_state(module).items()
+    }
+
+
+def _follow_tensors(handle: AdaptedModel) -> None:
+    """Let a SyncBatchNorm that was made around a BatchNorm's tensors keep what was kept of them. In place."""
+    owners = handle.record.owners
+    for _, module in handle.root_modules if owners else ():
+        if isinstance(module, _BatchNorm) and handle.record.kept(module) is None:
+            for leaf, tensor in own_state(module).items():
+                if id(tensor) in owners:
+                    _copy_kept(owners[id(tensor)], handle.record.keep(module), leaf)
+
+
+def _copy_kept(owner: Owner, kept: Kept, leaf: str) -> None:
+    earlier, name = owner.kept, owner.leaf
+    if name in earlier.get("requires_grad", ()):
+        kept.setdefault("requires_grad", {})[leaf] = earlier["requires_grad"][name]
+    if name in earlier.get("initial", ()):
+        kept.setdefault("initial", {})[leaf] = earlier["initial"][name]
+    if name in earlier.get("marks", ()):
+        kept.setdefault("marks", {})[leaf] = earlier["marks"][name]
+
+
+def scope_in(places: Places, record: Injection) -> str:
+    """Return what names have before those that the options of an injection are about, "" or ending in a dot."""
+    for name, module in places:
+        kept = record.kept(module)
+        if kept is not None and "scope" in kept:
+            return f"{name}." if name else ""
+    return ""
+
+
+def record_layers(handle: AdaptedModel) -> None:
+    """Record which layers are adapted now: in the record, and in each module that is around some of them. In place."""
+    record, by_name = handle.record, defaultdict[str, list[nn.Module]](list)
+    for name, module in handle.root_modules:
+        by_name[name].append(module)
+        kept = record.kept(module)
+        if kept is not None:
+            kept.pop("layers", None)
+    record.layers = []
+    for name, _, _ in adapted_places(handle.root, modules=handle.root_modules):
+        record.layers.append(name)
+        segments = name.split(".") if name else []
+        for depth in range(len(segments)):
+            inner = ".".join(segments[depth:])
+            for module in by_name.get(".".join(segments[:depth]), ()):
+                record.keep(module).setdefault("layers", {})[inner] = name
+    _note_owners(handle)
+
+
+def refuse_replaced_layers(listing: Listing, verb: str) -> None:
+    """Raise LoRAError for the first layer that was adapted and is not in an injected model any more.
+
+    Args:
+        listing: of any module; one that holds no injected model is let pass.
+        verb: what the message begins with.
+    """
+    if listing.layers and _are_complete(listing.layers.values()):
+        return
+    for root in _injected_modules(listing):
+        expected, gone = _gone_layers(root)
+        if gone:
+            modules = dict(root.modules)
+            now = f"now a {describe_class(modules[gone[0]])}" if gone[0] in modules else "no longer there,"
+            raise LoRAError(
+                f"{verb}: {gone[0]!r} in {type(root.model).__name__} was adapted, but is {now} without an adapter "
+                f"({len(gone)} of {expected} adapted layers are gone). Replace or convert layers before they are "
+                "adapted, in __init__, setup or configure_model, or leave them out with "
+                f"exclude_modules=[{listed(list(map(repr, gone)))}]."
+            )
+
+
+def _are_complete(layers: Collection[AdaptedWeights]) -> bool:
+    """Tell whether these are all the layers that the injections which they are from have adapted."""
+    live = {(id(layer.lora.injection), layer.lora.name) for layer in layers}
+    records = {id(layer.lora.injection): layer.lora.injection for layer in layers}
+    return all((number, name) in live for number, record in records.items() for name in record.layers)
+
+
+def _injected_modules(listing: Listing) -> list[Listing]:
+    """Return the injected modules in a model, or else those that it is inside of, or else the model itself."""
+    inside = [module for _, module in listing.modules if ATTRIBUTE in vars(module)]
+    records = {id(layer.lora.injection): layer.lora.injection for layer in listing.layers.values()}
+    holders = {id(holder): holder for holder in (record.holder() for record in records.values()) if holder is not None}
+    around = [] if inside else [Listing(holder) for holder in holders.values()]
+    around = [each for each in around if any(module is listing.model for _, module in each.modules)]
+    return around or [listing if module is listing.model else Listing(module) for module in inside or [listing.model]]
+
+
+def _gone_layers(root: Listing) -> tuple[int, list[str]]:
+    """Return how many layers were adapted in an injected module, and the names of those that are not there now."""
+    records = [
+        *filter(None, [vars(root.model).get(ATTRIBUTE)]),
+        *(each.lora.injection for each in root.layers.values()),
+    ]
+    adapted = {name for name, _, _ in adapted_places(root.model, modules=root.modules)}
+    live = {layer.lora.name for layer in root.layers.values()}  # under another name, where it was moved
+    expected: dict[str, str] = {}
+    outermost: str | None = None
+    for name, module in root.modules if records else ():
+        kept = records[0].kept(module)
+        layers = kept.get("layers") if kept is not None else None
+        if layers and (outermost is None or not _is_in(name, outermost)):
+            outermost = name
+            expected |= {f"{name}.{inner}" if name else inner: recorded for inner, recorded in layers.items()}
+    gone = [name for name, recorded in expected.items() if name not in adapted and recorded not in live]
+    return len(expected), gone
+
+
+def describe_class(module: nn.Module) -> str:
+    """Return the class of a module with its module path."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def list_places(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return every module of a model under every name, without the segments of wrappers.
+
+    It is what named_modules(remove_duplicate=False) yields, in less time.
+    """
+    places: list[tuple[str, nn.Module]] = []
+
+    def visit(module: nn.Module, name: str) -> None:
+        places.append((name, module))
+        path = f"{name}." if name else ""
+        for segment, child in module._modules.items():
+            if child is not None:
+                visit(child, name if segment in WRAPPERS else path + segment)
+
+    visit(model, "")
+    return places
+
+
+def _each_once(places: Places) -> Places:
+    first: dict[nn.Module, str] = {}
+    for name, module in places:
+        first.setdefault(module, name)
+    return [(name, module) for module, name in first.items()]
+
+
+def _is_in(name: str, outer: str) -> bool:
+    """Tell whether a name is that of a module or of something inside of it."""
+    return not outer or name == outer or name.startswith(f"{outer}.")

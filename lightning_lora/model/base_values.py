@@ -8,7 +8,7 @@ gather the trained ones again, so their values are exchanged in place.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,8 +27,9 @@ class BasePlace:
 
     tensors: dict[str, Any]  # the module's parameters or buffers
     leaf: str
-    initial: Mapping[str, torch.Tensor]  # the record's, in which the value is found by `name`
-    name: str
+    initial: Mapping[str, torch.Tensor]  # the record's of the first module with the tensor: the value is its `key`
+    key: str
+    name: str  # in the injected module, for messages
     trained: torch.Tensor  # what state dicts hold and what comes back; of a sharded parameter a copy
     stand_in: torch.Tensor  # what the module sees; of a sharded parameter itself
     gradient: tuple[int, int] | None = None  # that a sharded parameter had when its values were exchanged
@@ -42,7 +43,7 @@ class BasePlace:
             self.gradient, self.trained = _gradient_key(self.stand_in), self.stand_in.detach().clone()
         else:
             _follow_(self.stand_in, live)
-        value = self.initial[self.name]
+        value = self.initial[self.key]
         if is_sharded(value) or is_sharded(self.stand_in):
             copy_(self.stand_in, value)
         else:
@@ -87,46 +88,57 @@ def base_places(module: nn.Module) -> Mapping[str, BasePlace]:
 
 
 def put_base_values_(
-    state: Iterable[tuple[str, torch.Tensor | None, nn.Module]], initial: Mapping[str, torch.Tensor]
+    state: Iterable[tuple[str, torch.Tensor | None, nn.Module]],
+    initial: Callable[[nn.Module], Mapping[str, torch.Tensor]],
 ) -> None:
     """Let values from before training stand in for the trained ones, in what does not have them yet. In place.
 
     Args:
-        state: named_state of the injected module.
-        initial: the record's, by name. One on the meta device was recorded before there were values: nothing was
-            trained since.
+        state: of the injected module, see state_of.
+        initial: returns what the record has of a module, by names in it. A value on the meta device was recorded before
+            there were any: nothing was trained since.
     """
     with torch.inference_mode(False), torch.no_grad():
         _put_all_(list(state), initial)
 
 
-def _put_all_(state: list[tuple[str, torch.Tensor | None, nn.Module]], initial: Mapping[str, torch.Tensor]) -> None:
-    names = {id(live): name for name, live, _ in state if name in initial and not initial[name].is_meta}
+def _put_all_(
+    state: list[tuple[str, torch.Tensor | None, nn.Module]],
+    initial: Callable[[nn.Module], Mapping[str, torch.Tensor]],
+) -> None:
+    recorded: dict[int, tuple[Mapping[str, torch.Tensor], str, str]] = {}  # by the identity of the live tensor
+    for path, live, module in state:
+        values, leaf = initial(module), path.rpartition(".")[2]
+        if live is not None and leaf in values and not values[leaf].is_meta:
+            recorded[id(live)] = values, leaf, path
     of_live: dict[int, BasePlace] = {}  # what is tied stays so
     for path, live, module in state:
         leaf = path.rpartition(".")[2]
-        if live is None or id(live) not in names or leaf in base_places(module):
+        if live is None or id(live) not in recorded or leaf in base_places(module):
             continue
         tied = of_live.get(id(live))
         if tied is None or not is_sharded(live):
             tensors: dict[str, Any] = module._parameters if leaf in module._parameters else module._buffers
             stand_in = live if is_sharded(live) else _like(live) if tied is None else tied.stand_in
-            tied = of_live[id(live)] = BasePlace(tensors, leaf, initial, names[id(live)], live, stand_in)
+            tied = of_live[id(live)] = BasePlace(tensors, leaf, *recorded[id(live)], live, stand_in)
         if HOOKS not in vars(module):
             _add_hooks(module)
         vars(module)[PLACES][leaf] = tied  # first, so that an exception finds what is to be taken back
         tied.put_()
 
 
-def take_back_base_values_(model: nn.Module) -> list[str]:
-    """Let every trained parameter and buffer be there again; harmless when repeated. In place.
+def take_back_base_values_(modules: Collection[nn.Module]) -> list[str]:
+    """Let every trained parameter and buffer of a model be there again; harmless when repeated. In place.
+
+    Args:
+        modules: all of the model's.
 
     Returns:
         The sharded parameters that a backward inside has reached: it ran on their values from before training.
     """
-    reshard_(model.modules())
+    reshard_(modules)
     reached = []
-    for module in model.modules():
+    for module in modules:
         for place in base_places(module).values():
             reached += [place.name] if place.had_backward() else []
             place.take_back_()

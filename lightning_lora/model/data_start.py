@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,17 +16,16 @@ from torch import nn
 from ..config import LoRAConfig
 from ..distributed.sharding import copy_
 from ..errors import LoRAError
-from ..names import listed
-from ..nn.lora_layer import AdaptedWeights, adapted_layers
+from ..names import exact_key, listed
+from ..nn.adapted_weights import AdaptedWeights
 from ..nn.low_rank import CONV1D, LINEAR
 from ..nn.random_stream import svd_lowrank
 from ..nn.writer import Turn
 from ..progress import progress_bar
+from .adapted_model import AdaptedModel, open_model, refuse_replaced_layers
 from .gradient_start import start_from_gradients
-from .injection import refuse_replaced_layers, require_injection
-from .merging import is_merged
+from .merging import holds_merged
 from .over_batches import Caller, evaluating, from_first_rank, in_step
-from .wrappers import unwrapped
 
 FROM_DATA = ("eva", "lora_ga")  # values of init_lora_weights that say so
 ITERATIONS, SEED = 4, 42  # of the decomposition, as in PEFT
@@ -91,28 +89,27 @@ def initialize_from_data(
         >>> names = inject(model, LoRAConfig(r=2, init_lora_weights="eva"))
         >>> initialize_from_data(model, [torch.randn(64, 8) for _ in range(50)])
     """
-    model = unwrapped(model, "initialize_from_data")
-    start_from_batches(model, batches, forward, mask, tau)
-    require_injection(model, "initialize_from_data").record.started = True
+    handle = open_model(model, "initialize_from_data")
+    start_from_batches(handle, batches, forward, mask, tau)
+    handle.record.started = True
 
 
 def start_from_batches(
-    model: nn.Module,
+    handle: AdaptedModel,
     batches: Iterable[Any],
     forward: Forward,
     mask: Mask = learned_tokens,
     tau: float = TAU,
     caller: Caller = Caller(),  # noqa: B008
 ) -> None:
-    """Do what initialize_from_data does, for a caller whom messages name and a model without wrappers."""
-    layers = _linear_layers(model, caller.verb)
-    record = require_injection(model, caller.verb).record
-    with Turn("initialize_from_data", [record.writer]):
-        if record.config.has_start:
-            start_from_gradients(model, layers, batches, forward, caller)
+    """Do what initialize_from_data does, for a caller whom messages name."""
+    layers = _linear_layers(handle, caller.verb)
+    with Turn("initialize_from_data", [handle.record.writer]):
+        if handle.record.config.has_start:
+            start_from_gradients(handle.model, layers, batches, forward, caller)
         else:
-            _start_from_inputs(model, layers, batches, forward, mask, tau, caller)
-    others = [name for name in adapted_layers(model) if name not in layers]
+            _start_from_inputs(handle.model, layers, batches, forward, mask, tau, caller)
+    others = [name for name in handle.layers if name not in layers]
     if others:
         log.info("lightning_lora: %s start as without data, which is for linear layers alone", listed(others))
 
@@ -128,7 +125,7 @@ def _start_from_inputs(
 ) -> None:
     """Let A be the principal components of the inputs. In place."""
     sizes = {name: min(layer.lora.spec.r, layer.lora_A.shape[1]) for name, layer in layers.items()}
-    found = _principal_components(model, batches, forward, mask, tau, caller, sizes, lambda components: sizes)
+    found = _principal_components(model, layers, batches, forward, mask, tau, caller, sizes, lambda components: sizes)
     for name, layer in layers.items():
         values = from_first_rank(found[name].components)[: sizes[name]]
         start = values.new_zeros(layer.lora_A.shape)  # a rank beyond the number of features is not used
@@ -172,12 +169,13 @@ def redistribute_ranks(
     """
     if not rho >= 1:
         raise LoRAError(f"redistribute_ranks: rho must be a number of at least 1, but it is {rho!r}.")
-    model = unwrapped(model, "redistribute_ranks")
-    layers = _linear_layers(model, "redistribute_ranks")
+    handle = open_model(model, "redistribute_ranks")
+    layers = _linear_layers(handle, "redistribute_ranks")
     ranks = {name: layer.lora.spec.r for name, layer in layers.items()}
     sizes = {name: min(round(rho * r), layers[name].lora_A.shape[1]) for name, r in ranks.items()}
     found = _principal_components(
-        model,
+        handle.model,
+        layers,
         batches,
         forward,
         mask,
@@ -188,7 +186,7 @@ def redistribute_ranks(
     )
     explained = {name: from_first_rank(each.explained) for name, each in found.items()}
     divided = _divide(sum(ranks.values()), found, explained)
-    return _with_ranks(require_injection(model, "redistribute_ranks").record.config, layers, divided, adjust_alpha)
+    return _with_ranks(handle.record.config, layers, divided, adjust_alpha)
 
 
 @dataclass
@@ -257,16 +255,15 @@ def _decompose(matrix: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Ten
     return values[:size], vectors * largest.sign()
 
 
-def _linear_layers(model: nn.Module, verb: str) -> dict[str, AdaptedWeights]:
+def _linear_layers(handle: AdaptedModel, verb: str) -> dict[str, AdaptedWeights]:
     """Return the adapted layers whose inputs have components.
 
     Raises:
         LoRAError: there are none, or the model is not as injection left it.
     """
-    require_injection(model, verb)
-    refuse_replaced_layers(model, verb)
-    layers = adapted_layers(model)
-    if is_merged(model):
+    refuse_replaced_layers(handle, verb)
+    layers = handle.layers
+    if holds_merged(layers.values()):
         raise LoRAError(f"{verb}: the model is merged; call unmerge(model) first.")
     linear = {
         name: layer
@@ -283,6 +280,7 @@ def _linear_layers(model: nn.Module, verb: str) -> dict[str, AdaptedWeights]:
 
 def _principal_components(
     model: nn.Module,
+    layers: Mapping[str, AdaptedWeights],
     batches: Iterable[Any],
     forward: Forward,
     mask: Mask,
@@ -298,8 +296,7 @@ def _principal_components(
         sizes: how many components, by layer.
         needed: how many of them have to converge, by layer.
     """
-    layers = {name: layer.lora_holder for name, layer in adapted_layers(model).items() if name in sizes}
-    inputs = _Inputs(layers)
+    inputs = _Inputs({name: layer.lora_holder for name, layer in layers.items() if name in sizes})
     found: dict[str, PrincipalComponents] = {}
     with evaluating(model), torch.no_grad(), progress_bar("initialising", len(layers)) as advance:
         shown = 0
@@ -427,9 +424,10 @@ def _with_ranks(
     config: LoRAConfig, layers: Mapping[str, AdaptedWeights], ranks: Mapping[str, int], adjust_alpha: bool
 ) -> LoRAConfig:
     rank_pattern, alpha_pattern = dict(config.rank_pattern or {}), dict(config.alpha_pattern or {})
-    new_ranks = {_only(name): r for name, r in ranks.items() if r and r != layers[name].lora.spec.r}
+    new_ranks = {exact_key(name): r for name, r in ranks.items() if r and r != layers[name].lora.spec.r}
     new_alphas = {
-        _only(name): layers[name].lora.spec.alpha * (r / layers[name].lora.spec.r) ** (0.5 if config.use_rslora else 1)
+        exact_key(name): layers[name].lora.spec.alpha
+        * (r / layers[name].lora.spec.r) ** (0.5 if config.use_rslora else 1)
         for name, r in ranks.items()
         if r and r != layers[name].lora.spec.r
     }
@@ -451,8 +449,3 @@ def _with_ranks(
 def _put_before(new: Mapping[str, Number], earlier: Mapping[str, Number]) -> dict[str, Number]:
     """Return both patterns; the first key that fits a layer counts, and a key of both has the new value."""
     return {**new, **{key: value for key, value in earlier.items() if key not in new}}
-
-
-def _only(name: str) -> str:
-    """Return the key of a pattern that means one layer alone."""
-    return f"^{re.escape(name)}"

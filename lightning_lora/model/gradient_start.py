@@ -17,7 +17,8 @@ from torch import nn
 
 from ..distributed.sharding import copy_, is_sharded
 from ..errors import LoRAError
-from ..nn.lora_layer import AdaptedWeights, active_as
+from ..names import B
+from ..nn.adapted_weights import AdaptedWeights, active_as
 from ..nn.low_rank import TRANSPOSED
 from ..nn.random_stream import svd_lowrank
 from ..progress import progress_bar
@@ -59,8 +60,9 @@ def start_from_gradients(
             starts[name] = tuple(map(from_first_rank, _factors(matrix, layer.lora.spec.r)))
             advance(1)
     for name, layer in layers.items():
-        for factor, values in zip(layer.stored(), (*starts[name], *starts[name]), strict=True):
-            copy_(factor, values.to(factor))
+        a, b = starts[name]
+        for leaf, factor in layer.stored().items():
+            copy_(factor, (b if layer.lora.spec.variant.placed_as[leaf] == B else a).to(factor))
 
 
 def _mean_gradients(

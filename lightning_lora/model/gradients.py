@@ -7,13 +7,13 @@ training batch of a Trainer, in plain loops at the first merge or save after a g
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 
 import torch
 from torch import nn
 
+from ..nn.adapted_weights import AdaptedWeights, NamedModules, adapted_layers
 from ..nn.gradient_checkpointing import REENTRANT, REENTRANT_REMEDY
-from ..nn.lora_layer import AdaptedWeights, adapted_layers
+from .adapted_model import Listing
 
 SHOWN = 5  # names in a warning
 
@@ -29,69 +29,72 @@ def note_gradient(layer: AdaptedWeights) -> None:
     hook = layer.factors()[-1].register_post_accumulate_grad_hook(note)  # type: ignore[no-untyped-call]
 
 
-def warn_of_untrained(
-    model: nn.Module, layers: Mapping[str, AdaptedWeights] | None = None, *, optimized: bool = False
-) -> None:
+def warn_of_untrained(listing: Listing, *, optimized: bool = False, stacklevel: int = 4) -> None:
     """Warn, once a model and not before training has begun, of adapters that training does not reach.
 
     Args:
-        model: any module that holds adapted layers.
-        layers: these, by name, where the caller has listed them.
+        listing: of any module that holds adapted layers.
         optimized: an optimizer is known to hold the adapters.
+        stacklevel: of the warning, so that it names the user's line.
     """
-    found = adapted_layers(model) if layers is None else layers
-    layers = {name: layer for name, layer in found.items() if not layer.lora.injection.training_checked}
+    layers = {name: layer for name, layer in listing.layers.items() if not layer.lora.injection.training_checked}
     layers = {name: layer for name, layer in layers.items() if layer.factors()[-1].requires_grad}
     reached = {each for each in layers.values() if each.lora.gradient_arrived or each.factors()[-1].grad is not None}
-    if not layers or not (reached or (optimized and _has_gradients(model))):
+    if not layers or not (reached or (optimized and _has_gradients(listing.modules))):
         return
     for layer in layers.values():
         layer.lora.injection.training_checked = True
     unchanged = {name: layer for name, layer in layers.items() if layer.is_initial()}
     unreached = [name for name, layer in unchanged.items() if layer not in reached]
     if unreached:
-        cut_off = [name for name in unreached if layers[name].lora.cut_off]
-        _warn_of_unreached(unreached, cut_off, len(layers))
+        in_segments = [name for name in unreached if layers[name].lora.in_segment]
+        _warn_of_unreached(unreached, in_segments, len(layers), stacklevel)
     elif not optimized and len(unchanged) == len(layers):
-        _warn_of_optimizer()
+        _warn_of_optimizer(stacklevel)
 
 
-def _has_gradients(model: nn.Module) -> bool:
-    return any(parameter.requires_grad and parameter.grad is not None for parameter in model.parameters())
+def _has_gradients(modules: NamedModules) -> bool:
+    own = (parameter for _, module in modules for parameter in module._parameters.values() if parameter is not None)
+    return any(parameter.requires_grad and parameter.grad is not None for parameter in own)
 
 
-def _warn_of_unreached(names: list[str], cut_off: list[str], among: int) -> None:
-    others = [name for name in names if name not in cut_off]
+def _warn_of_unreached(names: list[str], in_segments: list[str], among: int, stacklevel: int) -> None:
+    others = [name for name in names if name not in in_segments]
     text = f"lightning_lora: no gradient has reached the adapters of {len(names)} of {among} layers: {_shown(names)}."
-    if cut_off:
-        text += f" {_shown(cut_off) if others else 'They'} ran in {REENTRANT}. {REENTRANT_REMEDY}."
+    if in_segments:
+        text += f" {_shown(in_segments) if others else 'They'} ran in {REENTRANT}. {REENTRANT_REMEDY}."
     if others:
         text += (
-            f" {f'As to {_shown(others)}: either' if cut_off else 'Either'} nothing has used these layers yet "
+            f" {f'As to {_shown(others)}: either' if in_segments else 'Either'} nothing has used these layers yet "
             "(parts that few inputs reach, the network of another optimizer), or they are cut off from the loss "
             "(detach, no_grad), or their weight is read where the adapter cannot follow, instead of the layer being "
             f"called. What is never trained is better left out: exclude_modules={others[:SHOWN]!r}."
         )
-    warnings.warn(text, stacklevel=4)
+    warnings.warn(text, stacklevel=stacklevel)
 
 
 def _shown(names: list[str]) -> str:
     return ", ".join(map(repr, names[:SHOWN])) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
-def _warn_of_optimizer() -> None:
+def _warn_of_optimizer(stacklevel: int) -> None:
     warnings.warn(
         "lightning_lora: gradients reach the adapters, but none of them has changed. An optimizer that was built "
         "before inject does not hold them: build it afterwards, from model.parameters(). Where no step was taken yet, "
         "all is well.",
-        stacklevel=4,
+        stacklevel=stacklevel,
     )
 
 
-def explain_merged_training(exception: BaseException, model: nn.Module) -> None:
-    """Add to torch's error of a loss without gradients that the adapters are merged, where they are. In place."""
-    if "does not require grad" in str(exception) and any(layer.lora.merged for layer in adapted_layers(model).values()):
+def explain_missing_gradients(exception: BaseException, model: nn.Module) -> None:
+    """Add the reason to torch's error of a loss without gradients, where the adapters know one. In place."""
+    if "does not require grad" not in str(exception):
+        return
+    states = [layer.lora for layer in adapted_layers(model).values()]
+    if any(state.merged for state in states):
         exception.args = (
             f"{exception}. The adapters are merged, and merged they get no gradients: something called merge() before "
             "this training step; call unmerge(model) first, or merge in `with merged(model):` around the evaluation.",
         )
+    elif any(state.in_segment for state in states):
+        exception.args = (f"{exception}. The adapters ran in {REENTRANT}. {REENTRANT_REMEDY}.",)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -16,36 +16,40 @@ from ..arguments import names_near_misses
 from ..config import LoRAConfig, PeftConfig, as_config, is_config
 from ..distributed.sharding import is_sharded, refuse_fully_sharded
 from ..errors import LoRAError, sentence
-from ..names import ALL_LINEAR, ATTRIBUTE, canonical, listed
+from ..names import ALL_LINEAR, listed
+from ..nn.adapted_weights import AdaptedWeights, LayerSpec, adapted_layers, share_tensors_
 from ..nn.fast_paths import update_fast_paths
 from ..nn.gradient_checkpointing import disable_input_require_grads, enable_input_require_grads
 from ..nn.layer_kinds import adapt_
-from ..nn.lora_layer import AdaptedWeights, LayerSpec, LoRALayer, adapted_layers, adapted_places
+from ..nn.lora_layer import LoRALayer
 from ..nn.low_rank import HALF
 from ..nn.parameter import adapt_parameter_
 from ..nn.quantised import allow_packing_, keep_gradients_
 from ..nn.readers import patch_readers
 from ..nn.tied_weights import record_ties
-from ..nn.token_rows import LoRATable, adapt_table_, share_table_, table_adapters
+from ..nn.token_rows import LoRATable, TrainedRows, adapt_table_, share_table_, table_adapters
+from ..nn.variant import variant_of
 from ..nn.writer import Turn
 from ..notices import tell
 from ..progress import progress_bar
-from .base_values import put_base_values_, take_back_base_values_
-from .dequantise import dequantised_dtype, plain_weights, replace_quantised_
-from .gradients import note_gradient
-from .injection import (
-    ALL_OPTIONS,
-    Injected,
-    Injection,
-    find_injection,
-    record_trainable,
+from .adapted_model import (
+    AdaptedModel,
+    Listing,
+    adopt_layers,
+    find_in,
+    open_model,
+    record_layers,
     refuse_replaced_layers,
-    require_injection,
-    snapshot_initial,
+    scope_in,
 )
+from .base_values import put_base_values_, take_back_base_values_
+from .dequantize import dequantize_dtype, plain_weights, replace_quantised_
+from .gradients import note_gradient
+from .initial_values import restore_initial_, snapshot_initial
+from .injection import ALL_OPTIONS, Injection
 from .large_adapters import describe_large_adapters
-from .merging import FoundState, is_merged, merge, unmerge
-from .named_state import base_parameters, exchange_values_, named_state
+from .merging import FoundState, holds_merged, merge, merge_listed, unmerge, unmerge_listed
+from .named_state import state_of
 from .passed_over import describe_passed_over, warn_of_passed_over
 from .patches import call_previous, patch, unpatch
 from .pretrained import (
@@ -108,39 +112,41 @@ def inject(
     if not is_config(config):
         hint = "; LoRAConfig(**options) takes a dictionary" if isinstance(config, Mapping) else ""
         raise LoRAError(f"inject: expected a LoRAConfig or a peft.LoraConfig, found {type(config).__name__}{hint}.")
-    wrapped, model, config = model, unwrapped(model, "inject"), as_config(config)
-    earlier = find_injection(model)
-    if earlier is not None and earlier.root is model and not earlier.record.validated:
-        with Turn("inject", [earlier.record.writer]):
-            strip_adapters(model)  # a callback's, made before configure_model, which injects by itself
-        earlier = None
-    if earlier is None:
-        warn_of_late_adapters(wrapped, "inject")
-        record = Injection(config, merge_weights, seed="" if seed is None else fixed_seed(seed))
-        _inject(model, record)
-        _tell_of_targets(record)
-    else:
-        _refuse_other(earlier, model, config, merge_weights, seed)
-    layers = adapted_layers(model)
-    large = describe_large_adapters(layers) if earlier is None else ""
+    wrapped, config = model, as_config(config)
+    listing = Listing(unwrapped(model, "inject"))
+    handle = find_in(listing)
+    if handle is not None and handle.root is handle.model and not handle.record.validated:
+        with Turn("inject", [handle.record.writer]):
+            strip_adapters(handle)  # a callback's, made before configure_model, which injects by itself
+        handle = None
+    if handle is not None:
+        _refuse_other(handle, config, merge_weights, seed)
+        adopt_layers(handle)
+        return list(handle.layers)
+    warn_of_late_adapters(wrapped, "inject")
+    record = Injection(config, merge_weights, seed="" if seed is None else fixed_seed(seed))
+    handle = _inject(listing, record)
+    _tell_of_targets(handle)
+    large = describe_large_adapters(handle.layers)
     if large:
         tell(f"lightning_lora: {large}")
-    return list(layers)
+    return list(handle.layers)
 
 
-def inject_to_load(model: nn.Module, config: LoRAConfig, scope: str = "") -> None:
+def inject_to_load(listing: Listing, config: LoRAConfig, scope: str = "") -> AdaptedModel:
     """Adapt a model that was not injected for an adapter whose values are loaded next. In place.
 
     Nothing is computed from the weights for what A and B start from, which can take minutes.
 
     Args:
-        model: the model.
+        listing: of the model.
         config: the adapter's options.
         scope: the prefix of the part of the model that the adapter is for, outside of which nothing is trained.
     """
-    record = Injection(config, scope=scope, values_follow=True)
-    _inject(model, record)
+    record = Injection(config, values_follow=True)
+    handle = _inject(listing, record, scope)
     record.values_follow = record.passes_over_nearly_all = False  # whoever trained the adapter has chosen its layers
+    return handle
 
 
 def unload(model: nn.Module) -> None:
@@ -160,17 +166,17 @@ def unload(model: nn.Module) -> None:
         >>> print(*model.state_dict())
         0.weight 0.bias 2.weight 2.bias
     """
-    model = unwrapped(model, "unload")
-    root, record, *_ = require_injection(model, "unload")
-    refuse_fully_sharded(root, "unload")
-    with Turn("unload", [record.writer]):
-        if is_merged(root):
-            unmerge(root)
-        take_back_base_values_(root)
-        exchange_values_(root, record.initial)
-        strip_adapters(root)
-        unpatch(root)
-        unpatch(model)
+    handle = open_model(model, "unload")
+    adopt_layers(handle)
+    modules = _all_modules(handle)
+    refuse_fully_sharded(handle.root, modules, "unload")
+    with Turn("unload", [handle.record.writer]):
+        if holds_merged(handle.layers.values()):
+            unmerge_listed(handle)
+        take_back_base_values_(modules)
+        restore_initial_(handle)
+        strip_adapters(handle)
+        unpatch(modules)
 
 
 def merge_and_unload(model: nn.Module, *, dequantize: torch.dtype | str | None = None) -> nn.Module:
@@ -195,29 +201,35 @@ def merge_and_unload(model: nn.Module, *, dequantize: torch.dtype | str | None =
         >>> print(*model.state_dict())
         0.weight 0.bias 2.weight 2.bias
     """
-    dtype = dequantised_dtype(dequantize, "merge_and_unload")
-    root, record, *_ = require_injection(unwrapped(model, "merge_and_unload"), "merge_and_unload")
-    refuse_replaced_layers(root, "merge_and_unload")
-    refuse_fully_sharded(root, "merge_and_unload")
-    with Turn("merge_and_unload", [record.writer]):
-        if record.writer.is_at("disable_adapter"):
+    dtype = dequantize_dtype(dequantize, "merge_and_unload")
+    handle = open_model(model, "merge_and_unload")
+    adopt_layers(handle)
+    refuse_replaced_layers(handle, "merge_and_unload")
+    modules = _all_modules(handle)
+    refuse_fully_sharded(handle.root, modules, "merge_and_unload")
+    with Turn("merge_and_unload", [handle.record.writer]):
+        if handle.record.writer.is_at("disable_adapter"):
             raise LoRAError(
                 "merge_and_unload: the adapters are disabled, inside `with disable_adapter(model)`; call it after that "
                 "block, or unload(model) for the base."
             )
-        refuse_unmergeable(root, dtype)
-        unmerge(root)  # what stayed factored, and need not any more, is merged now
-        plain = plain_weights(root, dtype) if dtype is not None else {}
-        merge(root)
-        for layer in adapted_layers(root).values():
+        refuse_unmergeable(handle, dtype)
+        unmerge_listed(handle)  # what stayed factored, and need not any more, is merged now
+        plain = plain_weights(handle.root_places, dtype) if dtype is not None else {}
+        merge_listed(handle)
+        for layer in handle.layers.values():
             layer.lora.records.clear()
-        strip_adapters(root)
+        strip_adapters(handle)
         if plain:
-            replace_quantised_(root, plain)
-            forget_quantisation(root)
-        unpatch(root)
-        unpatch(model)
+            replace_quantised_(modules, plain)
+            forget_quantisation(modules)
+        unpatch(modules)
     return model
+
+
+def _all_modules(handle: AdaptedModel) -> list[nn.Module]:
+    """Return the modules of a model, and of the injected module around it."""
+    return list(dict.fromkeys(module for _, module in (*handle.root_modules, *handle.modules)))
 
 
 @contextmanager
@@ -239,21 +251,24 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
         >>> torch.equal(model(x), before)
         False
     """
-    root, record, *_ = require_injection(unwrapped(model, "disable_adapter"), "disable_adapter")
-    layers = adapted_layers(root).values()
+    handle = open_model(model, "disable_adapter")
+    adopt_layers(handle)
+    record, modules = handle.record, [module for _, module in handle.root_modules]
     with Turn("disable_adapter", [record.writer]) as turn:
-        found = FoundState(root, layers)
-        were_active = {layer: layer.lora_active or layer.lora.merged for layer in layers}
+        found = FoundState(handle)
+        were_active = {layer: layer.lora_active or layer.lora.merged for layer in handle.layers.values()}
         is_inside = record.writer.is_at("disable_adapter", before=turn)
 
         def bring_back() -> None:
-            if vars(root).get(ATTRIBUTE) is not record:
+            if record.ended:
                 return  # it was unloaded inside
-            if is_merged(root):
-                unmerge(root)
-            _set_active(root, were_active)
-            reached = [] if is_inside else take_back_base_values_(root)
-            found.bring_back()
+            now = Listing(handle.root)  # anew, for the block may have replaced layers
+            inside = [module for _, module in now.modules]
+            if holds_merged(now.layers.values()):
+                unmerge_listed(now)
+            _set_active(inside, were_active)
+            reached = [] if is_inside else take_back_base_values_(inside)
+            found.bring_back(now)
             if reached:
                 raise LoRAError(
                     f"disable_adapter: a backward inside reached {reached[0]!r}, which is sharded and had its values "
@@ -264,9 +279,9 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
         try:
             try:
                 if found.merged:
-                    unmerge(root)
-                put_base_values_(named_state(root), record.initial)
-                _set_active(root, dict.fromkeys(were_active, False))
+                    unmerge_listed(handle)
+                put_base_values_(state_of(handle.root_places), record.initial)
+                _set_active(modules, dict.fromkeys(were_active, False))
                 yield model
             finally:
                 end()
@@ -274,16 +289,17 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
             end()
 
 
-def _inject(model: nn.Module, record: Injection) -> None:
+def _inject(listing: Listing, record: Injection, scope: str = "") -> AdaptedModel:
     with Turn("inject", [record.writer]):
-        _begin(model, record)
-        finish_injection(model)
+        handle = _begin(listing, record, scope)
+        finish_injection(handle)
+    return handle
 
 
-def _tell_of_targets(record: Injection) -> None:
+def _tell_of_targets(handle: AdaptedModel) -> None:
     """Tell, after an injection without a Trainer, what its summary would."""
-    reasons: dict[str, list[str]] = {}
-    for name, reason in record.left_out.items():
+    record, reasons = handle.record, dict[str, list[str]]()
+    for name, reason in handle.left_out().items():
         reasons.setdefault(reason, []).append(name)
     for reason, names in reasons.items():
         are = "is" if len(names) == 1 else "are"
@@ -295,8 +311,8 @@ def _tell_of_targets(record: Injection) -> None:
 
 
 def begin_injection(
-    model: nn.Module, config: LoRAConfig, *, seed: str = "", given: frozenset[str] = ALL_OPTIONS
-) -> None:
+    listing: Listing, config: LoRAConfig, *, seed: str = "", given: frozenset[str] = ALL_OPTIONS
+) -> AdaptedModel:
     """Adapt the layers that exist now; adapt_new_layers adds later ones, finish_injection checks the options' names.
 
     Adapters are drawn from `seed`, or from the random stream's state when each layer is adapted. `given` names the
@@ -304,67 +320,74 @@ def begin_injection(
     """
     record = Injection(config, seed=seed, given=given)
     with Turn("inject", [record.writer]):
-        _begin(model, record)
+        return _begin(listing, record)
 
 
-def _begin(model: nn.Module, record: Injection) -> None:
-    check_unadapted(model)
-    record.begin(model)
-    with _leaving_no_trace(model):
-        adapt_new_layers(model)
-        snapshot_initial(model)
+def _begin(listing: Listing, record: Injection, scope: str = "") -> AdaptedModel:
+    check_unadapted(listing.modules)
+    record.begin(listing.model)
+    handle = cast(AdaptedModel, find_in(listing))
+    with _leaving_no_trace(handle):
+        if scope:
+            record.keep(dict(handle.modules)[scope.removesuffix(".")])["scope"] = True
+        adapt_new_layers(handle)
+        snapshot_initial(handle)
         if record.merge_weights:
-            patch(model, "train", _merge_by_mode)
+            patch(handle.root, "train", _merge_by_mode)
+    return handle
 
 
-def finish_injection(model: nn.Module) -> None:
+def finish_injection(handle: AdaptedModel) -> None:
     """Check that each entry of the options names something, now that all layers are there.
 
     Raises:
         LoRAError: an entry names nothing. The adapters are then taken out.
     """
-    root, record, *_ = require_injection(model, "inject")
-    with Turn("inject", [record.writer]), _leaving_no_trace(root):
-        targets = Targets(root, record.config, record.scope)
+    root, record = handle.root, handle.record
+    with Turn("inject", [record.writer]), _leaving_no_trace(handle):
+        targets = Targets(handle.root_modules, record.config, scope_in(handle.root_places, record))
         if any(targets.unmatched.values()):
             sentences = "\n".join(map(sentence, targets.unmatched))
             raise LoRAError(f"inject: {type(root).__name__}: {sentences}")
     if not record.validated:
         for unmatched in targets.unmatched:
             warnings.warn(f"lightning_lora: {unmatched}; it is passed over.", stacklevel=3)
-        record.left_out = targets.left_out
+        modules = dict(handle.root_modules)
+        for name, reason in targets.left_out.items():
+            record.keep(modules[name])["left_out"] = reason
         for name in targets.saved_instead:
             tell(f"lightning_lora: {name} {TRAINED_WHOLE}")
         if record.config.target_modules == ALL_LINEAR:
-            record.passed_over, record.passes_over_nearly_all = describe_passed_over(root, record, targets.saved)
+            record.passed_over, record.passes_over_nearly_all = describe_passed_over(handle, targets.saved)
     record.validated = True
 
 
-def adapt_new_layers(model: nn.Module) -> None:
+def adapt_new_layers(handle: AdaptedModel) -> None:
     """Adapt the layers that the config names and that are not adapted yet, and freeze what is new. In place."""
-    root, record, *_ = require_injection(model, "inject")
-    with Turn("inject", [record.writer]):
-        _adapt_new_layers(root, record)
+    with Turn("inject", [handle.record.writer]):
+        _adapt_new_layers(handle)
 
 
-def _adapt_new_layers(root: nn.Module, record: Injection) -> None:
-    check_shapes(root)
-    targets = Targets(root, record.config, record.scope)
+def _adapt_new_layers(handle: AdaptedModel) -> None:
+    root, record = handle.root, handle.record
+    check_shapes(handle.root_modules)
+    scope = scope_in(handle.root_places, record)
+    targets = Targets(handle.root_modules, record.config, scope)
     new = {name: module for name, module in targets.layers.items() if not isinstance(module, LoRALayer)}
     for name, module in new.items():
         check_supported(name, module, record.config)
-    live = adapted_layers(root)
+    live = adapted_layers(root, modules=handle.root_modules)
     parameters = {name: place for name, place in targets.parameters.items() if name not in live}
     for name, (module, leaf) in parameters.items():
         check_parameter(name, module, leaf, is_layer=module in targets.layers.values())
     check_trainable(targets.saved)
-    modules = {canonical(name): module for name, module in root.named_modules()}
+    modules = dict(handle.root_modules)
     tables = {name: rows for name, rows in targets.tables.items() if not isinstance(modules[name], LoRATable)}
     for name in tables:
         check_table(name, modules[name], targets)
     if not record.config.ensure_weight_tying:
-        check_untied(root, targets.saved)
-    _freeze(root, record, new, targets.saved)
+        check_untied(handle.root_modules, targets.saved)
+    _freeze(handle, scope, new, targets.saved)
     seed = record.seed or random_seed()
     with torch.inference_mode(False), progress_bar("drawing adapters", len(new) + len(parameters)) as advance:
         for name, module in new.items():
@@ -374,35 +397,46 @@ def _adapt_new_layers(root: nn.Module, record: Injection) -> None:
             note_gradient(_with_factors(adapt_parameter_(module, leaf, name, _spec(name, record, seed), record)))
             advance(1)
         for name, rows in tables.items():
-            _adapt_table(root, name, modules[name], rows, record)
-    record.layers = [name for name, _, _ in adapted_places(root)]
-    record_ties(root)
-    record_trainable(root, expected=True)
-    _record_resized(root, record)
-    keep_gradients_(root)
-    patch_readers(root)
-    update_fast_paths(root)
-    enable_input_require_grads(root)
-    follow_gradient_checkpointing(root)
-    accept_partial_states(root)
-    warn_before_save_pretrained(root)
+            _adapt_table(handle, name, modules[name], rows)
+    handle.look_for_layers_again()
+    if variant_of(record.config).shared:
+        share_tensors_(adapted_layers(handle.root, modules=handle.root_modules).values(), _number(f"{seed}shared"))
+    record_layers(handle)
+    record_ties(handle.root_modules)
+    handle.record_trainable(expected=True)
+    _record_resized(handle)
+    _prepare_modules_(handle)
 
 
-def strip_adapters(root: nn.Module) -> None:
+def _prepare_modules_(handle: AdaptedModel) -> None:
+    """Let the modules around adapted layers do right by these: readers, fast paths, checkpointing, loading."""
+    modules = [module for _, module in handle.root_modules]
+    keep_gradients_(modules)
+    patch_readers(modules)
+    update_fast_paths(modules)
+    enable_input_require_grads(modules)
+    follow_gradient_checkpointing(modules)
+    accept_partial_states(handle.root_places)
+    warn_before_save_pretrained(modules)
+
+
+def strip_adapters(handle: AdaptedModel) -> None:
     """Take the adapters out, but leave patched methods. In place."""
-    record: Injection = vars(root)[ATTRIBUTE]
-    allow_packing_(root)
-    for layer in adapted_layers(root).values():
+    record, modules = handle.record, [module for _, module in handle.root_modules]
+    allow_packing_(modules)
+    for each in handle.base():
+        kept = record.kept(each.module)
+        if kept is not None and each.leaf in kept.get("requires_grad", ()):
+            each.parameter.requires_grad_(kept["requires_grad"][each.leaf])
+    for layer in adapted_layers(handle.root, modules=handle.root_modules).values():
         with layer.lora.lock:  # not while W + delta stands in for the weight in another thread's forward
             layer.strip_()
-    patch_readers(root)
-    update_fast_paths(root)
-    for name, parameter in base_parameters(root).items():
-        if name in record.requires_grad:
-            parameter.requires_grad_(record.requires_grad[name])
-    disable_input_require_grads(root)
-    accept_whole_states_only(root)
-    delattr(root, ATTRIBUTE)
+    handle.look_for_layers_again()
+    patch_readers(modules)
+    update_fast_paths(modules)
+    disable_input_require_grads(modules)
+    accept_whole_states_only(modules)
+    record.end(handle.root, modules)
 
 
 def fixed_seed(seed: int, verb: str = "inject") -> str:
@@ -421,10 +455,8 @@ def random_seed() -> str:
     return hashlib.sha256(bytes(torch.get_rng_state().tolist())).hexdigest()
 
 
-def _refuse_other(
-    earlier: Injected, model: nn.Module, config: LoRAConfig, merge_weights: bool, seed: int | None
-) -> None:
-    record, differences = earlier.record, earlier.record.config.differences(config)
+def _refuse_other(earlier: AdaptedModel, config: LoRAConfig, merge_weights: bool, seed: int | None) -> None:
+    model, record, differences = earlier.model, earlier.record, earlier.record.config.differences(config)
     if earlier.root is not model:
         where = earlier.prefix.removesuffix(".") or earlier.inside.removesuffix(".")
         raise LoRAError(f"inject: {where!r} inside {type(model).__name__} was injected already; unload it first.")
@@ -439,51 +471,52 @@ def _refuse_other(
         raise LoRAError(f"inject: {type(model).__name__} was injected with another seed; unload it first.")
 
 
-def _record_resized(root: nn.Module, record: Injection) -> None:
+def _record_resized(handle: AdaptedModel) -> None:
     """Let resized embeddings belong to the adapter, as in PEFT: their new rows are others in each program."""
-    resized = {id(weight) for weight in resized_embeddings(root) if not weight.is_meta}
-    for name, parameter in base_parameters(root).items():
-        if id(parameter) in resized and name not in record.trained:
-            record.trained.add(name)
-            record.unfrozen.add(name)
-            record.initial[name] = parameter.detach().clone()
-            record.resized.add(name)
+    resized = {id(weight) for weight in resized_embeddings(handle.root_modules) if not weight.is_meta}
+    trained = handle.marked("trained")
+    for name, parameter, module, leaf in handle.base() if resized else ():
+        if id(parameter) in resized - trained:
+            handle.record.add_trained(module, leaf, parameter, "unfrozen", "resized")
             tell(f"lightning_lora: {name} was resized to {len(parameter)} rows: saved with the adapter.")
 
 
-def _set_active(root: nn.Module, active: Mapping[AdaptedWeights, bool]) -> None:
+def _set_active(modules: Iterable[nn.Module], active: Mapping[AdaptedWeights, bool]) -> None:
     for layer, is_active in active.items():
         layer.lora_active = is_active
-    update_fast_paths(root)
+    update_fast_paths(modules)
 
 
 @contextmanager
-def _leaving_no_trace(root: nn.Module) -> Iterator[None]:
+def _leaving_no_trace(handle: AdaptedModel) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        strip_adapters(root)
-        unpatch(root)
+        strip_adapters(handle)
+        unpatch(module for _, module in handle.root_modules)
         raise
 
 
-def _freeze(root: nn.Module, record: Injection, new: Mapping[str, nn.Module], saved: Mapping[str, nn.Module]) -> None:
+def _freeze(handle: AdaptedModel, scope: str, new: Mapping[str, nn.Module], saved: Mapping[str, nn.Module]) -> None:
+    record = handle.record
     trainable = {id(parameter) for module in saved.values() for parameter in module.parameters()}
     if record.config.bias == "lora_only":
         trainable |= {id(module.bias) for module in new.values() if getattr(module, "bias", None) is not None}
-    for name, parameter in base_parameters(root).items():
+    for name, parameter, module, leaf in handle.base():
+        known = record.keep(module).setdefault("requires_grad", {})
         rebuilt = new or is_sharded(parameter)  # then what was frozen may not be frozen any more
-        if name in record.requires_grad and (not rebuilt or name in record.trained):
+        if leaf in known and (not rebuilt or "trained" in record.marks(module).get(leaf, ())):
             continue
-        record.requires_grad.setdefault(name, parameter.requires_grad)
-        is_bias = name.rpartition(".")[2] == "bias" and name.startswith(record.scope)  # PEFT's rule: no in_proj_bias
+        if leaf not in known:
+            known[leaf] = parameter.requires_grad
+            record.fingerprint = {}  # of a base without this one
+        is_bias = leaf == "bias" and name.startswith(scope)  # PEFT's rule: no in_proj_bias
         everywhere = record.config.bias == "all" and is_bias
         parameter.requires_grad_(parameter.is_floating_point() and (everywhere or id(parameter) in trainable))
 
 
 def _spec(name: str, record: Injection, seed: str) -> LayerSpec:
     config = record.config
-    digest = hashlib.sha256(f"{seed}{name}".encode()).digest()
     return LayerSpec(
         r=config.rank(name),
         alpha=config.alpha(name),
@@ -492,26 +525,34 @@ def _spec(name: str, record: Injection, seed: str) -> LayerSpec:
         enabled=config.enabled_parts(name),
         keep_float32=config.autocast_adapter_dtype,
         init=config.init_lora_weights,
-        variant=config.variant(),
-        start=config.has_start,
-        seed=int.from_bytes(digest[:8], "big") >> 1,
+        variant=variant_of(config),
+        options=config.all_variant_options(),
+        seed=_number(seed + name),
     )
 
 
-def _adapt_table(root: nn.Module, name: str, module: nn.Module, rows: tuple[int, ...], record: Injection) -> None:
+def _number(text: str) -> int:
+    """Return a seed for a generator out of a text."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def _adapt_table(handle: AdaptedModel, name: str, module: nn.Module, rows: tuple[int, ...]) -> None:
     """Train rows of a table, the same ones as those of the table that it is tied to."""
-    tied = table_adapters(root).get(id(module.weight))
+    record = handle.record
+    tied = table_adapters(module for _, module in handle.root_modules).get(id(module.weight))
     if tied is not None:
         share_table_(module, tied)
         return
     keep_float32 = record.config.autocast_adapter_dtype
-    spec = LayerSpec(r=len(rows), alpha=len(rows), scaling=1.0, keep_float32=keep_float32, rows=rows)
+    spec = LayerSpec(
+        r=len(rows), alpha=len(rows), scaling=1.0, variant=TrainedRows(), keep_float32=keep_float32, rows=rows
+    )
     note_gradient(_with_factors(adapt_table_(module, name, spec, record)))
 
 
 def _with_factors(layer: AdaptedWeights) -> AdaptedWeights:
     dtype = layer.weight_dtype()
-    layer.create_factors(torch.float32 if dtype in HALF and layer.lora.spec.keep_float32 else dtype)
+    layer.create_(torch.float32 if dtype in HALF and layer.lora.spec.keep_float32 else dtype)
     return layer
 
 

@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from ..names import listed
-from ..nn.lora_layer import AdaptedWeights, adapted_layers
+from ..nn.adapted_weights import AdaptedWeights
 from ..nn.low_rank import SINGLE
 
 
@@ -46,21 +45,21 @@ def describe_large_adapters(layers: Mapping[str, AdaptedWeights]) -> str:
     return f"{len(large)} {are}: {listed(list(map(str, large)))}. Take a smaller r there, with rank_pattern{whole}."
 
 
-def warn_of_large_adapters(model: nn.Module) -> None:
+def warn_of_large_adapters(layers: Mapping[str, AdaptedWeights]) -> None:
     """Warn, once for all of them, of adapters that are too large for their layers."""
-    described = describe_large_adapters(adapted_layers(model))
+    described = describe_large_adapters(layers)
     if described:
         warnings.warn(f"lightning_lora: {described}", stacklevel=2)
 
 
 def _measure(name: str, layer: AdaptedWeights) -> LargeAdapter:
     """Take the sizes from the blocks of the layer's weights, made of factors without values."""
-    factors = [torch.empty(shape, device="meta") for shape in layer.factor_shapes()]
-    blocks = [block for of_weight in layer.low_rank_blocks(*factors).values() for block in of_weight]
+    stored = {leaf: torch.empty_like(tensor, device="meta") for leaf, tensor in layer.stored().items()}
+    blocks = [block for of_weight in layer.update_blocks(stored).values() for block in of_weight]
     return LargeAdapter(
         name,
         layer.lora.spec.r,
-        parameters=sum(factor.numel() for factor in factors),
+        parameters=sum(factor.numel() for factor in layer.factors() if factor.dim() > 1),
         weights=sum(len(block.left) * block.right.shape[1] for block in blocks),
         most_rank=max(min(len(block.left), block.right.shape[1]) for block in blocks),
         trains_whole=layer.kind() not in SINGLE and not layer.quantised(),

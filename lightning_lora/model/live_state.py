@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..nn.lora_layer import AdaptedModule, is_factor
+from ..nn.adapted_module import is_factor
+from ..nn.adapted_weights import adapter_of
 from .adapted_model import AdaptedModel
-from .injection import record_trainable
 from .named_state import StateEntry
 
 
@@ -19,7 +19,7 @@ class LiveState:
 
     Attributes:
         handle: the model.
-        entries: each name with its live tensor (None for extra state) and owner, see named_state.
+        entries: each name with its live tensor (None for extra state) and owner, see state_of.
         tensors: the live tensors by name.
 
     Example::
@@ -41,17 +41,15 @@ class LiveState:
     @cached_property
     def keys(self) -> list[str]:
         """The names of all that training can change: factors, ever-trainable parameters, persistent buffers."""
-        record_trainable(self.handle.root)
-        base, record = self.handle.base_parameters(), self.handle.record
-        trained = {id(base[name]) for name in record.trained if name in base}
-        base_ids = {id(parameter) for parameter in base.values()}
+        self.handle.record_trainable()
+        trained, base = self.handle.marked("trained"), {id(each.parameter) for each in self.handle.base()}
         return [
             name
             for name, tensor, owner in self.entries
             if not isinstance(tensor, nn.Parameter)
             or id(tensor) in trained
             or is_factor(name, owner)
-            or (tensor.requires_grad and id(tensor) not in base_ids)  # around the injected module
+            or (tensor.requires_grad and id(tensor) not in base)  # around the injected module
         ]
 
     def values(self) -> dict[str, Any]:
@@ -65,10 +63,10 @@ class LiveState:
 
 
 def original_value(name: str, tensor: torch.Tensor, module: nn.Module) -> torch.Tensor:
-    """Return a tensor of named_state as it is without the adapter, detached: live, or a restored copy while merged."""
-    if isinstance(module, AdaptedModule) and isinstance(tensor, nn.Parameter):
+    """Return a tensor of state_of as it is without the adapter, detached: live, or a restored copy while merged."""
+    if isinstance(tensor, nn.Parameter):
         leaf = name.rpartition(".")[2]
-        adapter = module.lora_adapter_of(leaf)
+        adapter = adapter_of(module, leaf)
         if adapter is not None:
             return adapter.original(leaf)
     return tensor.detach()

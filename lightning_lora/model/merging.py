@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
@@ -15,16 +15,17 @@ from torch import nn
 from ..distributed.rank_sync import RankSync
 from ..distributed.sharding import is_sharded, local, reset_, reshard_
 from ..errors import LoRAError, NonFiniteError
+from ..nn.adapted_module import take_turn
+from ..nn.adapted_weights import AdaptedWeights, Blocks
 from ..nn.exact_merge import Observer, Scratch
 from ..nn.fast_paths import update_fast_paths
-from ..nn.lora_layer import AdaptedWeights, Blocks, NamedModules, adapted_layers, take_turn
 from ..nn.low_rank import HALF
 from ..nn.tied_weights import record_ties
 from ..notices import tell
 from ..progress import progress_bar
-from .dequantise import WORST_FIDELITY, report_factored
+from .adapted_model import Listing, refuse_replaced_layers
+from .dequantize import WORST_FIDELITY, report_factored
 from .gradients import warn_of_untrained
-from .injection import refuse_replaced_layers
 from .undisturbed import Ending, run_undisturbed
 from .wrappers import unwrapped
 
@@ -49,7 +50,11 @@ def is_merged(model: nn.Module) -> bool:
         ...     is_merged(model)
         True
     """
-    layers = adapted_layers(unwrapped(model, "is_merged")).values()
+    return holds_merged(Listing(unwrapped(model, "is_merged")).layers.values())
+
+
+def holds_merged(layers: Iterable[AdaptedWeights]) -> bool:
+    """Return whether merge was called for one of these layers and not undone."""
     return any(layer.lora.merged or layer.lora.unfinished for layer in layers)
 
 
@@ -73,16 +78,18 @@ def merge(model: nn.Module) -> None:
         >>> is_merged(model)
         True
     """
-    model = unwrapped(model, "merge")
-    modules = list(model.named_modules())  # once: a walk takes as long as merging a small layer
-    layers = adapted_layers(model, modules=modules)
-    refuse_replaced_layers(model, "merge", layers)
-    _require_layers(layers, model, "merge")
-    with take_turn(layers.values(), "merge"):
-        pending = {name: each for name, each in layers.items() if _is_pending(each)}
+    merge_listed(Listing(unwrapped(model, "merge")))
+
+
+def merge_listed(listing: Listing) -> None:
+    """Do what merge does, for a listed model. In place."""
+    refuse_replaced_layers(listing, "merge")
+    _require_layers(listing, "merge")
+    with take_turn(listing.layers.values(), "merge"):
+        pending = {name: each for name, each in listing.layers.items() if _is_pending(each)}
         if pending:
-            warn_of_untrained(model, layers)
-            _merge_pending(model, modules, layers, pending)
+            warn_of_untrained(listing, stacklevel=5)
+            _merge_pending(listing, pending)
 
 
 def _is_pending(layer: AdaptedWeights) -> bool:
@@ -90,20 +97,15 @@ def _is_pending(layer: AdaptedWeights) -> bool:
     return (layer.lora_active and not layer.lora.merged) or layer.lora.unfinished
 
 
-def _merge_pending(
-    model: nn.Module,
-    modules: NamedModules,
-    layers: Mapping[str, AdaptedWeights],
-    pending: Mapping[str, AdaptedWeights],
-) -> None:
+def _merge_pending(listing: Listing, pending: Mapping[str, AdaptedWeights]) -> None:
     """Merge the pending ones of a model's layers, all of them or none."""
-    restore_shards_(model, layers, modules)
-    weights = {layer: layer.own_weights() for layer in layers.values()}
+    restore_shards_(listing)
+    weights = {layer: layer.own_weights() for layer in listing.layers.values()}
     main_weights = {layer: next(iter(weights[layer].values())) for layer in pending.values()}
     copies = _affordable_copies({layer: weights[layer] for layer in weights if not layer.unmergeable_reason()})
 
     def write() -> None:
-        record_ties(model, modules)
+        record_ties(listing.modules)
         sync = RankSync(main_weights.values())
         fidelity = _Fidelity(main_weights, sync)
         scratch = Scratch()
@@ -112,17 +114,17 @@ def _merge_pending(
                 if layer.unmergeable_reason():
                     layer.lora.merged = True
                 else:
-                    blocks = layer.local_blocks(weights[layer], *layer.stored())
+                    blocks = layer.blocks(weights[layer])
                     how = layer in copies, fidelity.observer(layer), scratch
                     sync.run(f"merge: layer {name!r}", _merge_layer, layer, weights[layer], blocks, *how)
                 advance(1)
         sync.raise_on_any_rank()
         fidelity.report()
         report_factored(pending.values())
-        update_fast_paths(model, modules)
+        update_fast_paths(module for _, module in listing.modules)
 
     with torch.no_grad():  # once, for it takes longer than a small layer's sum
-        run_undisturbed(write, partial(_restore_all, model, modules, layers), "merge")
+        run_undisturbed(write, partial(_restore_all, listing), "merge")
 
 
 def unmerge(model: nn.Module) -> None:
@@ -142,13 +144,15 @@ def unmerge(model: nn.Module) -> None:
         >>> torch.equal(model[0].weight, weight)
         True
     """
-    model = unwrapped(model, "unmerge")
-    modules = list(model.named_modules())
-    layers = adapted_layers(model, modules=modules)
-    _require_layers(layers, model, "unmerge")
-    with take_turn(layers.values(), "unmerge"), torch.no_grad():
-        restore_shards_(model, layers, modules)
-        restore = partial(_restore_all, model, modules, layers)
+    unmerge_listed(Listing(unwrapped(model, "unmerge")))
+
+
+def unmerge_listed(listing: Listing) -> None:
+    """Do what unmerge does, for a listed model. In place."""
+    _require_layers(listing, "unmerge")
+    with take_turn(listing.layers.values(), "unmerge"), torch.no_grad():
+        restore_shards_(listing)
+        restore = partial(_restore_all, listing)
         run_undisturbed(restore, restore, "unmerge")
 
 
@@ -172,12 +176,12 @@ def merged(model: nn.Module) -> Iterator[nn.Module]:
         >>> torch.equal(model[0].weight, weight)
         True
     """
-    layers = adapted_layers(unwrapped(model, "merged")).values()
-    with take_turn(layers, "merged") as turn:
-        end = Ending(turn, FoundState(model, layers).bring_back)
+    listing = Listing(unwrapped(model, "merged"))
+    with take_turn(listing.layers.values(), "merged") as turn:
+        end = Ending(turn, FoundState(listing).bring_back)
         try:
             try:
-                merge(model)  # a signal's handler runs when it is done
+                merge_listed(listing)  # a signal's handler runs when it is done
                 yield model
             finally:
                 end()
@@ -188,9 +192,10 @@ def merged(model: nn.Module) -> Iterator[nn.Module]:
 class FoundState:
     """Whether a model was merged, to be brought back after a `with` block."""
 
-    def __init__(self, model: nn.Module, layers: Collection[AdaptedWeights]) -> None:
-        """Take a model and its adapted layers."""
-        self.model, self.merged = model, any(each.lora.merged for each in layers)
+    def __init__(self, listing: Listing) -> None:
+        """Take a model as it is listed before the block."""
+        layers = listing.layers.values()
+        self.model, self.merged = listing.model, any(each.lora.merged for each in layers)
         records = {id(each.lora.injection): each.lora.injection for each in layers}
         roots = (record.root() for record in records.values() if record.merge_weights and record.root is not None)
         self.modes = {root: root.training for root in roots if root is not None}  # of what merges by its mode
@@ -200,41 +205,41 @@ class FoundState:
         changed = [root.training for root, training in self.modes.items() if root.training != training]
         return not changed[0] if changed else self.merged
 
-    def bring_back(self) -> None:
-        """Merge or unmerge the model. In place."""
-        if is_merged(self.model) != self.is_to_be_merged():
-            (merge if self.is_to_be_merged() else unmerge)(self.model)
+    def bring_back(self, listing: Listing | None = None) -> None:
+        """Merge or unmerge the model. In place.
+
+        Args:
+            listing: of the model as it is now, where the caller has one; the block may have replaced layers.
+        """
+        listing = listing or Listing(self.model)
+        if holds_merged(listing.layers.values()) != self.is_to_be_merged():
+            (merge_listed if self.is_to_be_merged() else unmerge_listed)(listing)
 
 
-def restore_shards_(
-    model: nn.Module, layers: Mapping[str, AdaptedWeights], modules: NamedModules | None = None
-) -> None:
+def restore_shards_(listing: Listing) -> None:
     """Put the shards of a sharded model back in place of weights that FSDP2 gathered. In place.
-
-    Args:
-        model: any module.
-        layers: what is adapted in it, by name.
-        modules: all of its modules, where the caller has listed them.
 
     Raises:
         LoRAError: FSDP2 still shows a gathered weight.
     """
-    reshard_(model.modules() if modules is None else (module for _, module in modules))
+    layers = listing.layers
+    reshard_(module for _, module in listing.modules)
     if any(layer.lora.sharded and not is_sharded(layer.main_weight()) for layer in layers.values()):
-        reset_(model)
+        reset_(listing.modules)
     for name, layer in layers.items():
         sharded = is_sharded(layer.main_weight())
         if layer.lora.sharded and not sharded:
             raise LoRAError(
-                f"{name!r}: its weight is gathered by an FSDP2 module outside of {type(model).__name__}; pass the "
-                "module that fully_shard was called on last."
+                f"{name!r}: its weight is gathered by an FSDP2 module outside of {type(listing.model).__name__}; pass "
+                "the module that fully_shard was called on last."
             )
         layer.lora.sharded = sharded
 
 
-def _require_layers(layers: Mapping[str, AdaptedWeights], model: nn.Module, verb: str) -> None:
-    if not layers:
-        raise LoRAError(f"{verb}: {type(model).__name__} has no adapted layer; call inject(model, LoRAConfig(...)).")
+def _require_layers(listing: Listing, verb: str) -> None:
+    if not listing.layers:
+        kind = type(listing.model).__name__
+        raise LoRAError(f"{verb}: {kind} has no adapted layer; call inject(model, LoRAConfig(...)).")
 
 
 def _affordable_copies(layers: Mapping[AdaptedWeights, Weights]) -> set[AdaptedWeights]:
@@ -270,12 +275,12 @@ def _merge_layer(
         ) from error
 
 
-def _restore_all(model: nn.Module, modules: NamedModules, layers: Mapping[str, AdaptedWeights]) -> None:
+def _restore_all(listing: Listing) -> None:
     """Unmerge every layer; where an exception breaks this off, another call completes it."""
     try:
-        _unmerge_all(layers)
+        _unmerge_all(listing.layers)
     finally:
-        update_fast_paths(model, modules)
+        update_fast_paths(module for _, module in listing.modules)
 
 
 def _unmerge_all(layers: Mapping[str, AdaptedWeights]) -> None:
@@ -336,5 +341,5 @@ class _Fidelity:
             warnings.warn(
                 f"lightning_lora: {message}. Merged and unmerged outputs differ by that much of the adapter's effect; "
                 "with merged_eval=False the adapter is evaluated unrounded.",
-                stacklevel=7,
+                stacklevel=8,
             )

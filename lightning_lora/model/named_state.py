@@ -3,63 +3,82 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
 
-from ..distributed.sharding import copy_, reshard_
+from ..distributed.sharding import reshard_
 from ..names import canonical, names_factor
 from .base_values import base_places
 
-
+Places = Sequence[tuple[str, nn.Module]]  # modules of a model with their names
 StateEntry = tuple[str, torch.Tensor | None, nn.Module]  # name, live tensor (None for extra state), owner
 
 
-def named_state(model: nn.Module, *, raw: bool = False) -> Iterator[StateEntry]:
-    """Yield the names of model.state_dict(), each with its live tensor (None for extra state) and owner.
+class BaseParameter(NamedTuple):
+    """A parameter that is no adapter's, with the first module that owns it and its name in there."""
 
-    Unlike state_dict() this restores no merged weight, and leaves out the segments of wrappers unless `raw`. A shared
-    module or parameter comes under each of its names. Sharded parameters are the shards.
-    Inside disable_adapter they are the trained ones, as outside.
+    name: str
+    parameter: nn.Parameter
+    module: nn.Module
+    leaf: str
+
+
+def named_state(model: nn.Module, *, raw: bool = False) -> Iterator[StateEntry]:
+    """Yield the names of model.state_dict(), each with its live tensor and its owner.
+
+    Names are without the segments of wrappers unless `raw`.
     """
     places = model.named_modules(remove_duplicate=False)
     yield from state_of([(name if raw else canonical(name), module) for name, module in places])
 
 
-def state_of(places: Sequence[tuple[str, nn.Module]]) -> Iterator[StateEntry]:
-    """Yield named_state of a model whose modules are listed, under every name."""
+def state_of(places: Places) -> Iterator[StateEntry]:
+    """Yield the names of a model's state dict, each with its live tensor and its owner.
+
+    Unlike state_dict() this restores no merged weight. A shared module or parameter comes under each of its names.
+    Sharded parameters are the shards. Inside disable_adapter they are the trained ones, as outside.
+
+    Args:
+        places: every module of the model, under every name.
+    """
     reshard_(module for _, module in places)
     for prefix, module in places:
         path = f"{prefix}." if prefix else ""
-        stand_ins = base_places(module)
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                yield path + name, stand_ins[name].trained if name in stand_ins else parameter, module
-        for name, buffer in module._buffers.items():
-            if buffer is not None and name not in module._non_persistent_buffers_set:
-                yield path + name, stand_ins[name].trained if name in stand_ins else buffer, module
+        for leaf, tensor in own_state(module).items():
+            yield path + leaf, tensor, module
         if getattr(type(module), "get_extra_state", nn.Module.get_extra_state) is not nn.Module.get_extra_state:
             yield path + "_extra_state", None, module
 
 
+def own_state(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the live parameters and persistent buffers of one module, without those of modules inside."""
+    stand_ins, passing = base_places(module), module._non_persistent_buffers_set
+    own: dict[str, torch.Tensor] = {n: p for n, p in module._parameters.items() if p is not None}
+    own |= {name: buffer for name, buffer in module._buffers.items() if buffer is not None and name not in passing}
+    return {n: stand_ins[n].trained if n in stand_ins else t for n, t in own.items()} if stand_ins else own
+
+
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters without those of adapters; a shared one under its first name."""
-    trained = {
-        id(place.stand_in): place.trained for module in model.modules() for place in base_places(module).values()
-    }
-    return {
-        canonical(name): cast(nn.Parameter, trained.get(id(parameter), parameter))
-        for name, parameter in model.named_parameters()
-        if not names_factor(name)
-    }
+    modules = [(canonical(name), module) for name, module in model.named_modules()]
+    return {each.name: each.parameter for each in base_parameters_of(modules)}
 
 
-def exchange_values_(root: nn.Module, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Write values into the named state of a module, and return what was there. In place."""
-    live = {name: tensor for name, tensor, _ in named_state(root) if tensor is not None}
-    before = {name: live[name].detach().clone() for name in values if name in live}
-    for name in before:
-        if not values[name].is_meta:  # one on meta was recorded before there were values: nothing was trained since
-            copy_(live[name], values[name])
-    return before
+def base_parameters_of(modules: Places) -> list[BaseParameter]:
+    """Return the parameters of a model without those of adapters, each once.
+
+    Args:
+        modules: every module of the model, under its first name.
+    """
+    found: dict[int, BaseParameter] = {}
+    for prefix, module in modules:
+        stand_ins = base_places(module)
+        for leaf, live in module._parameters.items():
+            if live is None or names_factor(leaf):
+                continue
+            parameter = cast(nn.Parameter, stand_ins[leaf].trained) if leaf in stand_ins else live
+            name = f"{prefix}.{leaf}" if prefix else leaf
+            found.setdefault(id(live), BaseParameter(name, parameter, module, leaf))
+    return list(found.values())

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
 from ..config import is_number, plain_number
 from ..errors import LoRAError
-from ..names import A, B, split_factor_name
-from ..nn.lora_layer import adapted_layers
-from .injection import require_injection
-from .wrappers import unwrapped
+from ..nn.adapted_weights import AdaptedWeights
+from .adapted_model import AdaptedModel, open_model
 
 LR_RATIO, LR_EMBEDDING = 16.0, 1e-6  # the ratio is the paper's, the other rate that of its authors' code and PEFT's
 FACTOR_A, FACTOR_B, EMBEDDING, OTHER, NO_DECAY = GROUPS = ("lora_A", "lora_B", "lora_embedding", "other", "no_decay")
+FACTORS = {"A": FACTOR_A, "B": FACTOR_B}  # by role
 
 
 def lora_param_groups(
@@ -31,8 +31,10 @@ def lora_param_groups(
         lora_A           lr              yes            A
         lora_B           lr * lr_ratio   yes            B
         lora_embedding   lr_embedding    yes            A and B of embeddings
-        other            lr              yes            what is trained whole, as modules_to_save
+        other            lr              yes            what is trained whole, as modules_to_save; matrices of variants
         no_decay         lr              no             biases, norms and other vectors; rows of embeddings
+
+    A variant says which of its matrices is its A or B (Variant.role); all others are in `other`.
 
     Args:
         model: an injected model; it may be sharded or compiled.
@@ -61,8 +63,7 @@ def lora_param_groups(
         if not is_number(value) or value < 0:
             raise LoRAError(f"lora_param_groups: {name} must be a number from 0, but it is {value!r}.")
     check_ratio(lr_ratio, "lora_param_groups")
-    model = unwrapped(model, "lora_param_groups")
-    require_injection(model, "lora_param_groups")
+    handle = open_model(model, "lora_param_groups")
     rates = {FACTOR_B: lr * lr_ratio, EMBEDDING: lr_embedding}
     return [
         {
@@ -71,7 +72,7 @@ def lora_param_groups(
             "weight_decay": 0.0 if name == NO_DECAY else weight_decay,
             "name": name,
         }
-        for name, parameters in grouped_parameters(model).items()
+        for name, parameters in grouped_parameters(handle).items()
     ]
 
 
@@ -81,26 +82,42 @@ def check_ratio(lr_ratio: float, where: str) -> None:
         raise LoRAError(f"{where}: lr_ratio must be a number above 0, but it is {lr_ratio!r}.")
 
 
-def grouped_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+def grouped_parameters(handle: AdaptedModel) -> dict[str, list[nn.Parameter]]:
     """Return the trainable parameters of an adapted model by the groups of lora_param_groups, without empty ones."""
-    factors = _groups_of_factors(model)
+    factors = _groups_of_factors(handle.layers.values())
     groups: dict[str, list[nn.Parameter]] = {name: [] for name in GROUPS}
-    for name, parameter in model.named_parameters():
+    for parameter, name in _parameters(handle).items():
         if parameter.requires_grad:
             groups[factors.get(parameter) or _group_of_other(name, parameter)].append(parameter)
     return {name: parameters for name, parameters in groups.items() if parameters}
 
 
-def _groups_of_factors(model: nn.Module) -> dict[nn.Parameter, str]:
-    """Return the group of each parameter of an adapter: what is neither A nor B is no factor, and must not shrink."""
+def _parameters(handle: AdaptedModel) -> dict[nn.Parameter, str]:
+    """Return each parameter of a model once, with its name in the first module that holds it."""
+    found: dict[nn.Parameter, str] = {}
+    for _, module in handle.modules:
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                found.setdefault(parameter, name)
+    return found
+
+
+def _groups_of_factors(layers: Iterable[AdaptedWeights]) -> dict[nn.Parameter, str]:
+    """Return the group of each parameter of an adapter, by the role that its variant gives it.
+
+    Vectors, which scale something, and rows of a table must not shrink.
+    """
     groups = {}
-    for adapter in adapted_layers(model).values():
-        for name, parameter in zip(adapter.factor_names(), adapter.factors(), strict=True):
-            _, factor = split_factor_name(name) or ("", "")
-            group = {A: FACTOR_A, B: FACTOR_B}.get(factor, NO_DECAY)
-            groups[parameter] = EMBEDDING if factor and adapter.LOOKUP else group
+    for adapter in layers:
+        variant, stored = adapter.lora.spec.variant, adapter.stored()
+        for leaf in variant.trained:
+            parameter, role = stored[leaf], variant.role(leaf)
+            if role in FACTORS:
+                groups[parameter] = EMBEDDING if adapter.LOOKUP else FACTORS[role]
+            else:
+                groups[parameter] = NO_DECAY if parameter.dim() < 2 or variant.replaces_rows else OTHER
     return groups
 
 
 def _group_of_other(name: str, parameter: nn.Parameter) -> str:
-    return NO_DECAY if parameter.dim() < 2 or "bias" in name.rpartition(".")[2] else OTHER
+    return NO_DECAY if parameter.dim() < 2 or "bias" in name else OTHER

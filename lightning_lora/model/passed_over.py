@@ -9,12 +9,15 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from ..names import around, canonical, matcher
+from ..names import matcher, parent_names
+from ..nn.adapted_module import Swapped, is_factor
+from ..nn.adapted_weights import adapters_in
 from ..nn.layer_kinds import layer_class
-from ..nn.lora_layer import AdaptedModule, LoRALayer, Swapped, is_factor
+from ..nn.lora_layer import LoRALayer
 from ..nn.quantised import shape_of
+from ..nn.variant import variant_of
+from .adapted_model import AdaptedModel
 from .injection import Injection
-from .named_state import base_parameters
 
 MOST_KINDS, LEAST_SHARE = 6, 0.0005  # of which each is told
 NEARLY_ALL = 0.9  # a share above this is hardly meant
@@ -22,7 +25,7 @@ NEARLY_ALL = 0.9  # a share above this is hardly meant
 NAMES_OF_LAYERS = ("Linear", "Conv1D", "Conv1d", "Conv2d", "Conv3d", "Embedding", "MultiheadAttention")
 
 
-def describe_passed_over(root: nn.Module, record: Injection, saved: Collection[str]) -> tuple[str, bool]:
+def describe_passed_over(handle: AdaptedModel, saved: Collection[str]) -> tuple[str, bool]:
     """Return what share of the parameters is passed over, and of which kinds of weights.
 
     It is "" where as good as every weight is adapted, trained, excluded or named. Beside it: whether this is nearly all
@@ -31,12 +34,11 @@ def describe_passed_over(root: nn.Module, record: Injection, saved: Collection[s
     Vectors (biases, norms, scales of layers, a class token) are no weights, however many dimensions they have.
 
     Args:
-        root: the injected module.
-        record: of its injection; layers that left_out names one by one are no part of it.
+        handle: of an injected model. Layers that it has left out one by one are not counted.
         saved: the names of the modules that are trained whole.
     """
-    found = _gather(root, record, saved)
-    total = sum(shape_of(parameter).numel() for parameter in base_parameters(root).values())
+    found = _gather(handle, saved)
+    total = sum(shape_of(each.parameter).numel() for each in handle.base())
     large = [(kind, size) for kind, size in found.sizes.most_common(MOST_KINDS) if size / total > LEAST_SHARE]
     if not large:
         return "", False
@@ -62,17 +64,17 @@ class _Found:
     examples: dict[str, str] = field(default_factory=dict)  # the first layer of each kind that can be adapted by name
 
 
-def _gather(root: nn.Module, record: Injection, saved: Collection[str]) -> _Found:
+def _gather(handle: AdaptedModel, saved: Collection[str]) -> _Found:
+    record, left_out = handle.record, handle.left_out()
     excluded, found = matcher(record.config.exclude_modules), _Found()
     seen: set[int] = set()
-    for raw_name, module in root.named_modules():
-        name = canonical(raw_name)
-        if isinstance(module, LoRALayer) or name in record.left_out or excluded(name):
+    for name, module in handle.root_modules:
+        if isinstance(module, LoRALayer) or name in left_out or excluded(name):
             continue
-        if not set(saved).isdisjoint((name, *around(name))):
+        if not set(saved).isdisjoint((name, *parent_names(name))):
             continue
         kinds = set()
-        adapted = module.lora_adapters() if isinstance(module, AdaptedModule) else ()
+        adapted = adapters_in(module)
         for leaf, parameter in module._parameters.items():
             if leaf in adapted or is_factor(leaf, module):
                 continue
@@ -82,7 +84,7 @@ def _gather(root: nn.Module, record: Injection, saved: Collection[str]) -> _Foun
                 found.sizes[kind] += shape_of(parameter).numel()
                 if (parameter.dim() == 3 or isinstance(module, nn.RNNBase)) and leaf != "weight":
                     found.single[leaf] = None
-                if layer_class(module, record.config.variant()):
+                if layer_class(module, variant_of(record.config)):
                     found.examples.setdefault(kind, name)
                 kinds.add(kind)
         found.counts.update(kinds)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
@@ -31,10 +31,10 @@ def unpatch_method(module: Any, name: str, function: Callable[..., Any]) -> None
         _restore_method(module, name)
 
 
-def unpatch(model: nn.Module) -> None:
-    """Take every patch of this package out of a model."""
+def unpatch(modules: Iterable[nn.Module]) -> None:
+    """Take every patch of this package out of these modules."""
     package = __name__.partition(".")[0] + "."
-    for module in model.modules():
+    for module in modules:
         for name, value in list(vars(module).items()):
             if isinstance(value, functools.partial) and getattr(value.func, "__module__", "").startswith(package):
                 _restore_method(module, name)

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 from torch import nn
 
 from ..config import TASK_HEADS
-from ..names import around, canonical, derives_from, names_factor
+from ..names import derives_from, names_factor, parent_names
+from ..nn.adapted_module import AdaptedModule
+from ..nn.adapted_weights import NamedModules
 from ..nn.gradient_checkpointing import enable_input_require_grads
-from ..nn.lora_layer import AdaptedModule, NamedModules
 from .patches import call_previous, patch
 
 SET_CHECKPOINTING = "_set_gradient_checkpointing"  # what both of transformers' public methods call
@@ -27,18 +28,17 @@ QUANTISATION = {  # what transformers notes on a model that it has quantised
 }
 
 
-def pretrained_models(model: nn.Module, modules: NamedModules | None = None) -> dict[str, nn.Module]:
+def pretrained_models(modules: NamedModules) -> dict[str, nn.Module]:
     """Return the outermost transformers models in a module, or itself, by name.
 
-    `modules` are those of the module, where the caller has listed them.
+    Args:
+        modules: every module in it under its first name, itself first.
     """
-    modules = list(model.named_modules()) if modules is None else modules
     classes = {type(module): module for _, module in modules}  # of which a model has few
     of_transformers = {cls for cls, module in classes.items() if is_pretrained_model(module)}
     found: dict[str, nn.Module] = {}
-    for wrapped_name, module in modules if of_transformers else ():
-        name = canonical(wrapped_name)
-        if type(module) in of_transformers and found.keys().isdisjoint(("", name, *around(name))):
+    for name, module in modules if of_transformers else ():
+        if type(module) in of_transformers and found.keys().isdisjoint(("", name, *parent_names(name))):
             found[name] = module
     return found
 
@@ -48,13 +48,10 @@ def is_pretrained_model(module: nn.Module) -> bool:
     return derives_from(module, "PreTrainedModel", ("transformers",))
 
 
-def base_name(model: nn.Module, modules: NamedModules | None = None) -> str:
-    """Return the path or name of the one transformers model with adapted layers in a module, or "".
-
-    `modules` are those of the module, where the caller has listed them.
-    """
-    found = pretrained_models(model, modules).values()
-    names = {checkpoint_name(pretrained) for pretrained in found if _is_adapted(pretrained)}
+def base_name(modules: NamedModules) -> str:
+    """Return the path or name of the one transformers model with adapted layers among a model's modules, or ""."""
+    pretrained = pretrained_models(modules).values()
+    names = {checkpoint_name(each) for each in pretrained if is_adapted(each)}
     return names.pop() if len(names) == 1 else ""
 
 
@@ -79,13 +76,13 @@ def new_heads(pretrained: nn.Module) -> dict[str, nn.Module]:
     return {name: child for name, child in pretrained.named_children() if child is not body}
 
 
-def resized_embeddings(model: nn.Module) -> list[nn.Parameter]:
+def resized_embeddings(modules: NamedModules) -> list[nn.Parameter]:
     """Return the embeddings, and output heads, with another number of rows than in the checkpoint they came from.
 
     PEFT's rule: config.vocab_size is another than in the checkpoint's own config, which is read from disk alone.
     """
     found: list[nn.Parameter] = []
-    for pretrained in pretrained_models(model).values():
+    for pretrained in pretrained_models(modules).values():
         config: Any = getattr(pretrained, "config", None)
         if checkpoint_name(pretrained) and _vocabulary(config) not in (None, _vocabulary(_config_on_disk(pretrained))):
             found += embeddings(pretrained)
@@ -100,20 +97,20 @@ def input_embeddings(pretrained: nn.Module) -> nn.Module | None:
         return None
 
 
-def tied_to_input(model: nn.Module, prefix: str, modules: NamedModules) -> dict[str, str]:
+def tied_to_input(modules: NamedModules, prefix: str) -> dict[str, str]:
     """Return the modules that share the weight of a transformers model's input embeddings, each with that one's name.
 
     Args:
-        model: any module.
+        modules: every module of a model under its first name, the model first.
         prefix: what the names in the transformers model have before them here, "" or ending in a dot.
         modules: those of the module.
     """
-    pretrained = pretrained_models(model, modules).get(prefix.removesuffix("."))
+    pretrained = pretrained_models(modules).get(prefix.removesuffix("."))
     table = input_embeddings(pretrained) if pretrained is not None else None
     weight = table._parameters.get("weight") if table is not None else None  # an image model's may be a block
     if weight is None or not getattr(getattr(pretrained, "config", None), "tie_word_embeddings", False):
         return {}
-    names = {canonical(name): module for name, module in modules if name}
+    names = {name: module for name, module in modules if name}
     first = next(name for name, module in names.items() if module is table)
     return {n: first for n, m in names.items() if m is not table and m._parameters.get("weight") is weight}
 
@@ -140,15 +137,15 @@ def _vocabulary(config: Any) -> int | None:
     return getattr(config, "vocab_size", None)
 
 
-def warn_before_save_pretrained(model: nn.Module) -> None:
+def warn_before_save_pretrained(modules: Iterable[nn.Module]) -> None:
     """Patch transformers models with adapted layers so that save_pretrained, which writes no adapter, warns."""
-    for module in _adapted_models(model):
+    for module in _adapted_models(modules):
         patch(module, "save_pretrained", _save_pretrained)
 
 
-def forget_quantisation(model: nn.Module) -> None:
+def forget_quantisation(modules: Iterable[nn.Module]) -> None:
     """Let transformers models whose weights are plain now be saved and moved as such. In place."""
-    for module in model.modules():
+    for module in modules:
         if is_pretrained_model(module):
             if CONVERSIONS in vars(module):
                 vars(module)[CONVERSIONS] = plain_conversions(module)
@@ -160,10 +157,10 @@ def forget_quantisation(model: nn.Module) -> None:
 def plain_conversions(pretrained: nn.Module) -> list[Any] | None:
     """Return what a transformers 5 model's tensors went through when they were loaded, but for quantisation's part."""
     conversions = vars(pretrained)[CONVERSIONS]
-    return conversions and [each for each in conversions if not _dequantises(each)]
+    return conversions and [each for each in conversions if not _dequantizes(each)]
 
 
-def _dequantises(conversion: Any) -> bool:
+def _dequantizes(conversion: Any) -> bool:
     """Tell whether a conversion reads quantised weights: its operation is of the integration with their package."""
     operations = getattr(conversion, "operations", None) or ()
     return any(type(operation).__module__.startswith("transformers.integrations") for operation in operations)
@@ -171,7 +168,7 @@ def _dequantises(conversion: Any) -> bool:
 
 def _save_pretrained(module: nn.Module, previous: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
     state = kwargs.get("state_dict", args[2] if len(args) > 2 else None)  # merged_state_dict(model) is right
-    if state is None and _is_adapted(module):
+    if state is None and is_adapted(module):
         warnings.warn(
             f"lightning_lora: save_pretrained of {type(module).__name__} writes the base's weights, merged or not, and "
             "lora_A and lora_B beside them, which from_pretrained leaves out: what it loads is the base. "
@@ -182,9 +179,9 @@ def _save_pretrained(module: nn.Module, previous: Callable[..., Any] | None, *ar
     return call_previous(module, previous, "save_pretrained", *args, **kwargs)
 
 
-def follow_gradient_checkpointing(model: nn.Module) -> None:
+def follow_gradient_checkpointing(modules: Iterable[nn.Module]) -> None:
     """Patch transformers models with adapted layers so that checkpointing enabled from now on trains the adapters."""
-    for module in _adapted_models(model):
+    for module in _adapted_models(modules):
         function = getattr(module, SET_CHECKPOINTING, None)
         if function is not None and "value" not in inspect.signature(function).parameters:  # which the old form has
             patch(module, SET_CHECKPOINTING, _set_gradient_checkpointing)
@@ -194,21 +191,26 @@ def _set_gradient_checkpointing(
     module: nn.Module, previous: Callable[..., Any] | None, *args: Any, **kwargs: Any
 ) -> None:
     call_previous(module, previous, SET_CHECKPOINTING, *args, **kwargs)
-    enable_input_require_grads(module)
+    enable_input_require_grads(list(module.modules()))
 
 
-def _adapted_models(model: nn.Module) -> list[nn.Module]:
-    """Return the transformers models with adapted layers in a module, nested ones too."""
-    return [module for module in model.modules() if is_pretrained_model(module) and _is_adapted(module)]
+def _adapted_models(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """Return the transformers models with adapted layers among a model's modules, nested ones too."""
+    return [module for module in modules if is_pretrained_model(module) and is_adapted(module)]
 
 
-def _is_adapted(module: nn.Module) -> bool:
+def is_adapted(module: nn.Module) -> bool:
+    """Tell whether a module, or one inside of it, is adapted."""
     return any(isinstance(child, AdaptedModule) for child in module.modules())
 
 
-def warn_of_new_heads(model: nn.Module) -> None:
-    """Warn of the heads of transformers models that start from random values and are not trained whole."""
-    for pretrained in pretrained_models(model).values():
+def warn_of_new_heads(modules: NamedModules) -> None:
+    """Warn of the heads of transformers models that start from random values and are not trained whole.
+
+    Args:
+        modules: every module of a model under its first name, the model first.
+    """
+    for pretrained in pretrained_models(modules).values():
         frozen = [
             name
             for name, head in new_heads(pretrained).items()

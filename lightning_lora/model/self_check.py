@@ -15,10 +15,12 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ..distributed.sharding import full_tensor, has_sharded, meeting_device
+from ..distributed.sharding import full_tensor, holds_shards, meeting_device
 from ..metrics import LayerUse, MergeError
-from ..nn.lora_layer import AdaptedWeights, LoRALayer, active_as, adapted_layers, adapted_places
+from ..nn.adapted_weights import AdaptedWeights, active_as, adapted_places
+from ..nn.lora_layer import LoRALayer
 from ..nn.readers import LoRAReader, read_layers
+from .adapted_model import Listing
 from .merging import restore_shards_
 
 Parameters = Mapping[nn.Module, Mapping[str, torch.Tensor]]
@@ -77,13 +79,13 @@ class _Watched:
 
 
 @contextmanager
-def watch(model: nn.Module) -> Iterator[Verification]:
+def watch(listing: Listing) -> Iterator[Verification]:
     """Check each adapted layer on its first input inside; the result is complete at the end.
 
     Compiled modules run eagerly inside, because a compiled graph passes over hooks. Collective: every rank of a sharded
     model enters and leaves, and stores a copy of each layer's input and output meanwhile.
     """
-    watched, sharded = _modules_to_watch(model), has_sharded(model)
+    watched, sharded = _modules_to_watch(listing), any(holds_shards(module) for _, module in listing.modules)
     devices = [meeting_device(each.layers[0].factors()[0]) for each in watched.values()]
     verification = Verification(list(watched), devices[-1] if devices else torch.device("cpu"))
     handles = [
@@ -95,7 +97,7 @@ def watch(model: nn.Module) -> Iterator[Verification]:
         with torch.compiler.set_stance("force_eager"):
             yield verification
             if sharded:
-                restore_shards_(model, adapted_layers(model))
+                restore_shards_(listing)
                 with torch.inference_mode(False):  # in which sharded parameters cannot be detached
                     for each in watched.values():
                         _compare(each, verification.error)
@@ -105,12 +107,13 @@ def watch(model: nn.Module) -> Iterator[Verification]:
             handle.remove()
 
 
-def _modules_to_watch(model: nn.Module) -> dict[str, _Watched]:
+def _modules_to_watch(listing: Listing) -> dict[str, _Watched]:
     """What to watch, by the layer's name: an adapted attention for its out_proj, which it reads."""
-    places = {name: (module, adapter) for name, module, adapter in adapted_places(model)}
+    found = adapted_places(listing.model, modules=listing.modules)
+    places = {name: (module, adapter) for name, module, adapter in found}
     readers: dict[AdaptedWeights, list[nn.Module]] = defaultdict(list)
     attentions: dict[nn.Module, LoRALayer] = {}
-    for module in model.modules():
+    for _, module in listing.modules:
         if isinstance(module, LoRAReader):
             for read in read_layers(module):
                 readers[read].append(module)
@@ -164,7 +167,7 @@ def _weights(watched: _Watched) -> tuple[Parameters, Parameters]:
             del base[layer.lora_holder], merged[layer.lora_holder]
             continue
         originals = {name: layer.original(name) for name in layer.adapted_weights()}
-        copies = layer.merged_copies(originals, layer.local_blocks(originals, *layer.stored()))
+        copies = layer.merged_copies(originals, layer.blocks(originals))
         for holder in layer.lora_holders():
             base[holder].update(originals)
             merged[holder].update(copies)

@@ -6,7 +6,7 @@ design with the live values, so that torch's own strict check stays in force for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -14,31 +14,38 @@ from torch import nn
 
 from ..distributed.rank_sync import RankSync
 from ..errors import LoRAError
-from ..names import ATTRIBUTE, CHECKPOINTED, A, canonical
-from ..nn.lora_layer import AdaptedModule, AdaptedWeights, Blocks, LoRALayer, adapted_layers, is_factor
+from ..names import ATTRIBUTE, CHECKPOINTED, canonical, parent_names
+from ..nn.adapted_module import AdaptedModule, is_factor
+from ..nn.adapted_weights import (
+    AdaptedWeights,
+    Blocks,
+    NamedModules,
+    adapted_layers,
+    adapters_in,
+    layer_adapter,
+)
 from ..nn.quantised_state import load_quantisation_, quantisation_entries, unchanged_weight
 from ..nn.tied_weights import record_ties
 from ..progress import progress_bar
-from .adapted_model import open_model
-from .dequantise import Dequantiser, dequantised_dtype, quantised_weights
+from .adapted_model import AdaptedModel, Listing, open_model, refuse_replaced_layers
+from .dequantize import Dequantizer, dequantize_dtype, quantised_weights
 from .gradients import warn_of_untrained
-from .injection import record_loaded, refuse_replaced_layers, require_injection
+from .initial_values import record_loaded
 from .live_state import LiveState
-from .named_state import named_state
-from .wrappers import unwrapped
+from .named_state import state_of
 
 # What state dicts of an injected model may carry beside tensors: by key, what takes it up when it is loaded.
 EXTRA_ENTRIES: dict[str, Callable[[nn.Module, Any], None]] = {}
 
 
-def adapter_keys(model: nn.Module) -> list[str]:
+def adapter_keys(handle: AdaptedModel) -> list[str]:
     """Return the names of all that training can change: factors, ever-trainable parameters, persistent buffers."""
-    return LiveState(open_model(model, "adapter_state_dict")).keys
+    return LiveState(handle).keys
 
 
-def base_keys(model: nn.Module) -> list[str]:
+def base_keys(listing: Listing) -> list[str]:
     """Return the names of the plain model's state dict."""
-    return [name for name, _, module in named_state(model) if not is_factor(name, module)]
+    return [name for name, _, module in listing.state() if not is_factor(name, module)]
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Any]:
@@ -55,8 +62,8 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Any]:
         {'0.lora_A': (2, 8), '0.lora_B': (8, 2), '2.lora_A': (2, 8), '2.lora_B': (2, 2)}
     """
     live = LiveState(open_model(model, "adapter_state_dict"))
-    refuse_replaced_layers(live.handle.model, "adapter_state_dict", live.handle.layers)
-    warn_of_untrained(live.handle.model, live.handle.layers)
+    refuse_replaced_layers(live.handle, "adapter_state_dict")
+    warn_of_untrained(live.handle)
     return live.values()
 
 
@@ -81,29 +88,30 @@ def merged_state_dict(model: nn.Module, *, dequantize: torch.dtype | str | None 
         >>> torch.allclose(plain(x := torch.ones(1, 8)), model(x), atol=1e-5)
         True
     """
-    dtype = dequantised_dtype(dequantize, "merged_state_dict")
-    model = unwrapped(model, "merged_state_dict")
-    require_injection(model, "merged_state_dict")
-    refuse_replaced_layers(model, "merged_state_dict")
-    warn_of_untrained(model)
-    return merge_state_dict(model, {canonical(name): value for name, value in model.state_dict().items()}, dtype)
+    dtype = dequantize_dtype(dequantize, "merged_state_dict")
+    handle = open_model(model, "merged_state_dict")
+    refuse_replaced_layers(handle, "merged_state_dict")
+    warn_of_untrained(handle)
+    state = {canonical(name): value for name, value in handle.model.state_dict().items()}
+    return merge_state_dict(handle, state, dtype)
 
 
-def merge_state_dict(model: nn.Module, state: Mapping[str, Any], dtype: torch.dtype | None = None) -> dict[str, Any]:
+def merge_state_dict(listing: Listing, state: Mapping[str, Any], dtype: torch.dtype | None = None) -> dict[str, Any]:
     """Return a full state dict of the model with each adapter merged into its weight, as a new tensor, and left out.
 
     Args:
-        model: says which names belong to adapted layers; of its live values only quantised weights are used.
+        listing: of the model, says which names belong to adapted layers; of its live values only quantised weights are
+            used.
         state: names of model.state_dict() without the segments of wrappers, perhaps with other values.
         dtype: of plain weights in place of quantised ones.
     """
-    refuse_unmergeable(model, dtype)
-    quantised = {name: module for name, module in quantised_weights(model).items() if name in state}
-    plain = {name: state[name] for name in base_keys(model) if name in state}
+    refuse_unmergeable(listing, dtype)
+    quantised = {name: module for name, module in quantised_weights(listing.places).items() if name in state}
+    plain = {name: state[name] for name in base_keys(listing) if name in state}
     if dtype is None:
         plain |= {name: state[name] for name in quantisation_entries(state, quantised)}
     else:
-        plain |= _dequantised_state(quantised, state, dtype)
+        plain |= _dequantize_state(quantised, state, dtype)
     sync = RankSync(value for value in state.values() if isinstance(value, torch.Tensor))
 
     copies: dict[AdaptedWeights, dict[str, torch.Tensor]] = {}
@@ -113,43 +121,41 @@ def merge_state_dict(model: nn.Module, state: Mapping[str, Any], dtype: torch.dt
             copies[layer] = layer.merged_copies(weights, blocks)
         plain.update({path + leaf: merged for leaf, merged in copies[layer].items()})
 
-    layers = _layers_to_merge(model, state)
+    layers = _layers_to_merge(listing, state)
     with progress_bar("merging", len(layers)) as advance:
         for path, layer in layers:
             weights = {leaf: state[path + leaf] for leaf in layer.adapted_weights()}
-            blocks = layer.local_blocks(weights, *(state[path + factor] for factor in layer.stored_names()))
+            blocks = layer.blocks(weights, layer.stored_in(state, path))
             sync.run(f"merged weights: layer {path[:-1]!r}", merge_layer, path, layer, weights, blocks)
             advance(1)
     sync.raise_on_any_rank()
     return plain
 
 
-def _dequantised_state(
+def _dequantize_state(
     quantised: Mapping[str, nn.Module], state: Mapping[str, Any], dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
     """Return plain weights in place of quantised ones, merged with the factors in a state dict."""
-    dequantiser, plain = Dequantiser(dtype), {}
+    dequantizer, plain = Dequantizer(dtype), {}
     for name, module in quantised.items():
-        path = name.removesuffix("weight")
-        names = module.stored_names() if isinstance(module, LoRALayer) and path + A in state else ()
-        factors = tuple(state[path + leaf] for leaf in names) or None
-        plain[name] = dequantiser.weight(name, module, factors=factors)
-    dequantiser.report()
+        path, adapter = name.removesuffix("weight"), layer_adapter(module)
+        in_state = adapter is not None and path + adapter.stored_names()[0] in state
+        stored = adapter.stored_in(state, path) if adapter is not None and in_state else None
+        plain[name] = dequantizer.weight(name, module, stored=stored)
+    dequantizer.report()
     return plain
 
 
-def _layers_to_merge(model: nn.Module, state: Mapping[str, Any]) -> list[tuple[str, AdaptedWeights]]:
+def _layers_to_merge(listing: Listing, state: Mapping[str, Any]) -> list[tuple[str, AdaptedWeights]]:
     """Return adapted layers with what their names in a state dict begin with; a shared one under each path in it.
 
     Raises:
         LoRAError: the class's own state_dict left out what is to be merged.
     """
-    modules = [(canonical(name), module) for name, module in model.named_modules(remove_duplicate=False)]
     layers = [
         (f"{name}." if name else "", adapter)
-        for name, module in modules
-        if isinstance(module, AdaptedModule)
-        for adapter in module.lora_adapters().values()
+        for name, module in listing.places
+        for adapter in adapters_in(module).values()
         if not adapter.quantised()
     ]
     names = [[path + leaf for leaf in (*layer.adapted_weights(), *layer.stored_names())] for path, layer in layers]
@@ -163,26 +169,26 @@ def _layers_to_merge(model: nn.Module, state: Mapping[str, Any]) -> list[tuple[s
         missing = [name for name in own if name not in state]
         if missing:
             raise LoRAError(
-                f"merged weights: the state dict of {type(model).__name__} leaves out {missing[0]!r}, which an adapter "
-                "is to be merged into or comes from; a program that loads it would run without that adapter. Keep the "
-                f"name in state_dict or on_save_checkpoint, leave the layer out with exclude_modules=[{path[:-1]!r}], "
-                "or save the adapter instead."
+                f"merged weights: the state dict of {type(listing.model).__name__} leaves out {missing[0]!r}, which an "
+                "adapter is to be merged into or comes from; a program that loads it would run without that adapter. "
+                "Keep the name in state_dict or on_save_checkpoint, leave the layer out with "
+                f"exclude_modules=[{path[:-1]!r}], or save the adapter instead."
             )
     return [(path, layer) for path, layer, _ in there]
 
 
-def refuse_unmergeable(model: nn.Module, dtype: torch.dtype | None = None) -> None:
+def refuse_unmergeable(listing: Listing, dtype: torch.dtype | None = None) -> None:
     """Refuse a model whose adapters merged weights could not express.
 
     Args:
-        model: any module.
+        listing: of any module.
         dtype: of plain weights in place of quantised ones, or None where these stay.
 
     Raises:
         LoRAError: a layer's weight has another owner, renormalises itself, or is quantised and stays so.
     """
-    record_ties(model)
-    for name, layer in adapted_layers(model).items():
+    record_ties(listing.modules)
+    for name, layer in listing.layers.items():
         if layer.quantised() and not layer.lora.unmergeable_reason:
             if dtype is None:
                 refuse_quantised(name, layer.quantised())
@@ -208,17 +214,22 @@ def refuse_quantised(name: str, quantised: str) -> NoReturn:
     )
 
 
-def accept_partial_states(root: nn.Module) -> None:
-    """Let load_state_dict of a model take a complete base or a complete adapter, by a hook where it is missing."""
-    for module in root.modules():
-        inside = any(isinstance(child, AdaptedModule) for child in module.modules())
-        if inside and not _hooks(module):
+def accept_partial_states(places: NamedModules) -> None:
+    """Let load_state_dict of a model take a complete base or a complete adapter, by a hook where it is missing.
+
+    Args:
+        places: every module of the model, under every name.
+    """
+    names = {name for name, module in places if isinstance(module, AdaptedModule)}
+    names |= {outer for name in names for outer in ("", *parent_names(name))}
+    for name, module in places:
+        if name in names and not _hooks(module):
             module.register_load_state_dict_pre_hook(_fill_in)  # type: ignore[no-untyped-call]
 
 
-def accept_whole_states_only(root: nn.Module) -> None:
-    """Take the hooks of accept_partial_states out again."""
-    for module in root.modules():
+def accept_whole_states_only(modules: Iterable[nn.Module]) -> None:
+    """Take the hooks of accept_partial_states out of these modules again."""
+    for module in modules:
         for key in _hooks(module):
             del module._load_state_dict_pre_hooks[key]
 
@@ -235,23 +246,32 @@ def _fill_in(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: 
     for key in EXTRA_ENTRIES.keys() & {name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)}:
         if ATTRIBUTE in vars(module):
             EXTRA_ENTRIES[key](module, state_dict.pop(prefix + key))
-    state = {_as_seen_here(name): (tensor, owner) for name, tensor, owner in named_state(module, raw=True)}
+    places = list(module.named_modules(remove_duplicate=False))
+    state = {_as_seen_here(name): (tensor, owner) for name, tensor, owner in state_of(places)}
     for name in state:  # names saved without the segments of wrappers
         plain = prefix + canonical(name)
         if plain in state_dict and prefix + name not in state_dict:
             state_dict[prefix + name] = state_dict.pop(plain)
-    load_quantisation_(module, state_dict, prefix)
+    load_quantisation_(places, state_dict, prefix)
     loaded = {key[len(prefix) :] for key in state_dict if key.startswith(prefix)}
     factors = {name for name, (_, owner) in state.items() if is_factor(name, owner)}
     base = state.keys() - factors
     changing = _changing(module, state)
     absent = set()
     if loaded >= base and not loaded & factors:
-        record_loaded(module, {canonical(name): state_dict[prefix + name] for name in base & changing})
+        _record_base(module, {name: (state[name][1], state_dict[prefix + name]) for name in base & changing})
         absent = factors
     elif loaded >= changing and not loaded & (base - changing):
         absent = base - changing
     state_dict.update({prefix + name: unchanged_weight(state[name][1], state[name][0]) for name in absent})
+
+
+def _record_base(module: nn.Module, loaded: Mapping[str, tuple[nn.Module, Any]]) -> None:
+    """Record what a new base brings as values from before training, for an injected model or a part of it."""
+    layer = next(iter(adapted_layers(module).values()), None)
+    if layer is not None:
+        values = [(owner, name.rpartition(".")[2], value) for name, (owner, value) in loaded.items()]
+        record_loaded(layer.lora.injection, values)
 
 
 def _as_seen_here(name: str) -> str:
@@ -264,6 +284,6 @@ def _as_seen_here(name: str) -> str:
 def _changing(module: nn.Module, state: Mapping[str, tuple[torch.Tensor | None, nn.Module]]) -> set[str]:
     """The names of what training can change; a part of an injected model goes by what is trainable now."""
     if ATTRIBUTE in vars(module):
-        adapter = set(adapter_keys(module))
+        adapter = set(adapter_keys(open_model(module, "load_state_dict")))
         return {name for name in state if canonical(name) in adapter}
     return {name for name, (tensor, _) in state.items() if not isinstance(tensor, nn.Parameter) or tensor.requires_grad}

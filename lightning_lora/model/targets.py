@@ -10,14 +10,12 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from ..config import TASK_HEADS, LoRAConfig
+from ..config import PLAIN, TASK_HEADS, LoRAConfig
 from ..distributed.sharding import is_sharded
 from ..errors import LoRAError
 from ..names import (
     ALL_LINEAR,
     A,
-    around,
-    canonical,
     is_typo,
     layer_number,
     listed,
@@ -25,16 +23,20 @@ from ..names import (
     most_frequent_ending,
     near_endings,
     near_misses,
+    parent_names,
     pattern_matches,
     suffixes,
 )
-from ..nn.layer_kinds import ADAPTABLE, is_conv1d, layer_class
-from ..nn.lora_layer import AdaptedModule, Swapped, is_factor
+from ..nn.adapted_module import AdaptedModule, Swapped, is_factor
+from ..nn.adapted_weights import NamedModules
+from ..nn.layer_kinds import ADAPTABLE, layer_class
+from ..nn.linear import is_conv1d
 from ..nn.low_rank import ATTENTION_WEIGHTS, FUSABLE, MERGEABLE_DTYPES, matrix_shape
 from ..nn.parameter import LoRAParameterHolder
 from ..nn.quantised import quantised_as, quantised_modules, quantised_parameters, shape_of
 from ..nn.tied_weights import tied_weights
 from ..nn.token_rows import is_table
+from ..nn.variant import variant_of
 from .pretrained import pretrained_models
 from .token_tables import OPTION, TokenTables
 
@@ -56,18 +58,24 @@ class Targets:
             of layers may be for many models, of which each has some.
     """
 
-    def __init__(self, model: nn.Module, config: LoRAConfig, scope: str = "") -> None:
-        """Look for them; modules that are saved whole are looked for where names begin with `scope`."""
-        modules = {canonical(name): module for name, module in model.named_modules() if canonical(name)}
+    def __init__(self, listed_modules: NamedModules, config: LoRAConfig, scope: str = "") -> None:
+        """Look for them; modules that are saved whole are looked for where names begin with `scope`.
+
+        Args:
+            listed_modules: every module of the model under its first name, the model first.
+            config: the options.
+            scope: "" or ending in a dot.
+        """
+        model, modules = listed_modules[0][1], {name: module for name, module in listed_modules if name}
         saved, targeted, excluded = map(
             matcher, (config.all_modules_to_save(), config.target_modules, config.exclude_modules)
         )
         self.saved = {name: module for name, module in modules.items() if saved(name) and name.startswith(scope)}
-        tables = TokenTables(model, modules, config.trainable_token_indices)
+        tables = TokenTables(listed_modules, config.trainable_token_indices)
         self.tables = tables.rows
         self.left_out: dict[str, str] = {}
         if config.target_modules == ALL_LINEAR:
-            chosen = self._all_linear(model, modules, config.variant())
+            chosen = self._all_linear(listed_modules, config)
         else:
             chosen = {name: module for name, module in modules.items() if targeted(name)}
         self.saved_instead = [] if config.target_modules == ALL_LINEAR else [n for n in chosen if n in self.saved]
@@ -75,7 +83,7 @@ class Targets:
             name: module
             for name, module in chosen.items()
             if not excluded(name)
-            and self.saved.keys().isdisjoint((name, *around(name)))
+            and self.saved.keys().isdisjoint((name, *parent_names(name)))
             and config.is_in_chosen_layer(name)
         }
         for name, module in list(self.layers.items()):  # attention is adapted whole, as PEFT does
@@ -102,13 +110,14 @@ class Targets:
                 parameters[name] = (module, leaf)
         return parameters
 
-    def _all_linear(self, model: nn.Module, modules: Mapping[str, nn.Module], variant: str) -> dict[str, nn.Module]:
-        heads, tied, chosen = output_heads(model), tied_weights(model), {}
-        in_mamba = _mamba_prefixes(model)
+    def _all_linear(self, listed_modules: NamedModules, config: LoRAConfig) -> dict[str, nn.Module]:
+        heads, tied, chosen = output_heads(listed_modules), tied_weights(listed_modules), {}
+        in_mamba, modules = _mamba_prefixes(listed_modules), dict(listed_modules)
         for name, module in modules.items():
-            if not isinstance(module, nn.Linear) and not is_conv1d(module):
+            if not name or (not isinstance(module, nn.Linear) and not is_conv1d(module)):
                 continue
-            around_it = modules.get(name.rpartition(".")[0])
+            parent = name.rpartition(".")[0]
+            around_it = modules.get(parent) if parent else None
             attention = around_it if isinstance(around_it, nn.MultiheadAttention) else None
             if name in self.tables:
                 self.left_out[name] = f"{OPTION} trains rows of it"
@@ -116,8 +125,8 @@ class Targets:
                 self.left_out[name] = "it is the output head"
             elif attention is not None and not attention._qkv_same_embed_dim:
                 self.left_out[name] = "PEFT cannot adapt the out_proj of attention with q, k and v apart"
-            elif attention is not None and variant:
-                self.left_out[name] = f"PEFT cannot adapt the out_proj of attention with {variant}"
+            elif attention is not None and config.variant != PLAIN:
+                self.left_out[name] = f"PEFT cannot adapt the out_proj of attention with {variant_of(config).option}"
             elif name.startswith(in_mamba) and name.rpartition(".")[2] == "out_proj":
                 self.left_out[name] = "PEFT cannot adapt the out_proj of Mamba"
             elif _is_empty(module._parameters.get("weight")):
@@ -180,7 +189,7 @@ class Targets:
         said = "".join(f"; {name!r} is left out: {reason}" for name, reason in list(self.left_out.items())[:1])
         kinds: dict[str, list[str]] = {}
         for name, module in modules.items():
-            if layer_class(module) and self.saved.keys().isdisjoint((name, *around(name))):
+            if layer_class(module) and self.saved.keys().isdisjoint((name, *parent_names(name))):
                 kinds.setdefault(type(module).__name__, []).append(name)
         if not kinds:
             return f"{said}; there is no layer of a kind that can be adapted: {ADAPTABLE}"
@@ -237,26 +246,27 @@ def _before_numbers(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(segment for segment, following in pairs if following.isdigit()))
 
 
-def _mamba_prefixes(model: nn.Module) -> tuple[str, ...]:
+def _mamba_prefixes(modules: NamedModules) -> tuple[str, ...]:
     """Return what the names in each transformers model with Mamba's layers begin with."""
-    configs = {name: getattr(module, "config", None) for name, module in pretrained_models(model).items()}
+    configs = {name: getattr(module, "config", None) for name, module in pretrained_models(modules).items()}
     return tuple(f"{name}.".lstrip(".") for name in configs if getattr(configs[name], "model_type", None) in MAMBA)
 
 
-def output_heads(model: nn.Module) -> list[nn.Module]:
-    """Return the output heads that get_output_embeddings (transformers) names anywhere in the model."""
-    getters = [getattr(module, "get_output_embeddings", None) for module in model.modules()]
+def output_heads(modules: NamedModules) -> list[nn.Module]:
+    """Return the output heads that get_output_embeddings (transformers) of any of these modules names."""
+    getters = [getattr(module, "get_output_embeddings", None) for _, module in modules]
     heads = [getter() for getter in getters if callable(getter)]
     return [head for head in heads if isinstance(head, nn.Module)]
 
 
-def check_unadapted(model: nn.Module) -> None:
+def check_unadapted(modules: NamedModules) -> None:
     """Refuse a model that already has adapters, of this package or another, which injection would freeze or hide.
 
     Raises:
         LoRAError: it has; the message names the first one.
     """
-    for name, module in model.named_modules():
+    model = modules[0][1]
+    for name, module in modules:
         library = type(module).__module__.partition(".")[0]
         if isinstance(module, AdaptedModule):
             raise LoRAError(
@@ -270,27 +280,28 @@ def check_unadapted(model: nn.Module) -> None:
             )
 
 
-def check_shapes(model: nn.Module) -> None:
+def check_shapes(modules: NamedModules) -> None:
     """Refuse a model in which a lazy layer has no shape yet, which can neither be frozen nor saved.
 
     Raises:
         LoRAError: one has not; the message names the first one.
     """
-    for name, module in model.named_modules():
-        if any(is_lazy(tensor) for tensor in (*module._parameters.values(), *module._buffers.values())):
+    for name, module in modules:
+        tensors = (*module._parameters.values(), *module._buffers.values())
+        if any(tensor is not None and is_lazy(tensor) for tensor in tensors):
             raise LoRAError(
                 f"inject: {name!r}: the {type(module).__name__} has no shape yet; run one batch through the model "
                 "first."
             )
 
 
-def check_untied(model: nn.Module, saved: Mapping[str, nn.Module]) -> None:
+def check_untied(modules: NamedModules, saved: Mapping[str, nn.Module]) -> None:
     """Refuse to train modules whole of which one shares its weight with a module outside of it.
 
     Raises:
         LoRAError: one does; the message names both, and says how to untie them.
     """
-    tied = tied_weights(model)
+    tied = tied_weights(modules)
     for name, module in saved.items():
         owners = [tied[part] for part in module.modules() if part in tied]
         outside = [owner for owner in owners if not owner.startswith(f"{name}.")]
@@ -309,7 +320,7 @@ def check_trainable(saved: Mapping[str, nn.Module]) -> None:
         LoRAError: one does; the message names it.
     """
     for name, module in saved.items():
-        for inside, layer in quantised_modules(module).items():
+        for inside, layer in quantised_modules(module.named_modules(remove_duplicate=False)).items():
             quantised = next(iter(map(quantised_as, layer.parameters(recurse=False))))
             raise LoRAError(
                 f"inject: modules_to_save names {name!r}, but the weight of {f'{name}.{inside}'.rstrip('.')!r} is "
@@ -330,7 +341,6 @@ def check_supported(name: str, module: nn.Module, config: LoRAConfig) -> None:
         LoRAError: it cannot; the message says why, and what to do.
     """
     kind, adapting, enabled = type(module).__name__, layer_class(module), config.enabled_parts(name)
-    variant = config.variant()
     if adapting is None:
         inside = [child for child, m in module.named_modules() if child and layer_class(m)]
         problem = f"a {type(module).__module__}.{kind} cannot be adapted, only {ADAPTABLE} and their subclasses can"
@@ -347,8 +357,8 @@ def check_supported(name: str, module: nn.Module, config: LoRAConfig) -> None:
         problem = _weight_problem(module)
         if not problem and enabled is not None:
             problem = _parts_problem(module, adapting.KIND, len(enabled))
-        if not problem and variant:
-            problem = _variant_problem(module, variant)
+        if not problem:
+            problem = _variant_problem(module, config)
     if problem:
         raise LoRAError(f"inject: {name!r}: {problem}, or leave it out with exclude_modules=[{name!r}].")
 
@@ -365,7 +375,7 @@ def check_table(name: str, module: nn.Module, targets: Targets) -> None:
         problem = f"a {kind} is no table; rows of nn.Embedding and nn.Linear are trained"
     elif name in targets.layers:
         problem = "it is in target_modules too, which adapts it whole; adapt it in one of the two ways"
-    elif not targets.saved.keys().isdisjoint((name, *around(name))):
+    elif not targets.saved.keys().isdisjoint((name, *parent_names(name))):
         problem = "it is in modules_to_save too, which trains it whole; train it in one of the two ways"
     elif f"{name}.weight" in targets.parameters:
         problem = "its weight is in target_parameters too; adapt it in one of the two ways"
@@ -442,13 +452,14 @@ def _is_empty(weight: nn.Parameter | None) -> bool:
     return weight is not None and not is_lazy(weight) and 0 in weight.shape
 
 
-def _variant_problem(module: nn.Module, variant: str) -> str:
+def _variant_problem(module: nn.Module, config: LoRAConfig) -> str:
+    variant = variant_of(config)
     adapting = layer_class(module, variant)
     if adapting is None:
         quantised = ", ".join(map(quantised_as, quantised_parameters(module).values()))
         what = f"whose weight is quantised ({quantised})" if quantised else f"of class {type(module).__name__}"
-        return f"{variant} is not for a layer {what}"
-    return adapting.problem(module)
+        return f"{variant.option} is not for a layer {what}"
+    return variant.problem(module, adapting.KIND, config)
 
 
 def _parts_problem(module: nn.Module, kind: str, parts: int) -> str:

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from ..errors import LoRAError
-from ..names import canonical, matcher, near_misses
+from ..names import matcher, near_misses
+from ..nn.adapted_weights import NamedModules
 from ..nn.token_rows import is_table
 from .pretrained import input_embeddings, pretrained_models
 
@@ -29,23 +30,26 @@ class TokenTables:
         LoRAError: two entries, or the two ends of a tie, have other rows.
     """
 
-    def __init__(self, model: nn.Module, modules: Mapping[str, nn.Module], indices: Indices) -> None:
+    def __init__(self, listed_modules: NamedModules, indices: Indices) -> None:
+        """Look for them; `listed_modules` is every module of the model under its first name, the model first."""
+        modules = {name: module for name, module in listed_modules if name}
         self.rows: dict[str, Rows] = {}
         self.unmatched: list[str] = []
         self._entries: dict[str, str] = {}  # by which a table is meant
         if indices is not None and not isinstance(indices, Mapping):
-            self._add_input_embeddings(model, modules, tuple(indices))
+            self._add_input_embeddings(listed_modules, modules, tuple(indices))
         for entry, rows in indices.items() if isinstance(indices, Mapping) else ():
             self._add_matching(entry, tuple(rows), modules)
         self._add_tied(modules)
         self.rows = {name: self.rows[name] for name in modules if name in self.rows}  # the first end first
 
-    def _add_input_embeddings(self, model: nn.Module, modules: Mapping[str, nn.Module], rows: Rows) -> None:
-        tables = [input_embeddings(pretrained) for pretrained in pretrained_models(model).values()]
-        names = [canonical(name) for name, module in model.named_modules() if any(module is table for table in tables)]
+    def _add_input_embeddings(self, listed_modules: NamedModules, modules: Mapping[str, nn.Module], rows: Rows) -> None:
+        tables = [input_embeddings(pretrained) for pretrained in pretrained_models(listed_modules).values()]
+        names = [name for name, module in listed_modules if any(module is table for table in tables)]
         if len(names) > 1:
+            kind = type(listed_modules[0][1]).__name__
             raise LoRAError(
-                f"inject: {OPTION} is a list, and {type(model).__name__} holds {len(names)} transformers models; name "
+                f"inject: {OPTION} is a list, and {kind} holds {len(names)} transformers models; name "
                 f"the table that is meant: {{{names[0]!r}: {list(rows)}}}."
             )
         if names:

@@ -13,8 +13,7 @@ from torch import nn
 
 from ..arguments import require_module
 from ..errors import LoRAError
-from ..names import ATTRIBUTE, CHECKPOINTED, COMPILED, LIGHTNING, WRAPPERS, derives_from, is_lightning_module
-from ..nn.lora_layer import adapted_places
+from ..names import ATTRIBUTE, CHECKPOINTED, COMPILED, KEPT, LIGHTNING, WRAPPERS, derives_from, is_lightning_module
 
 TORCH = ("torch",)
 INSIDE = {  # the class of a wrapper, the packages that it comes from, and the attribute with the module inside
@@ -89,12 +88,11 @@ def _refuse_unknown_wrapper(model: nn.Module, verb: str) -> None:
     children = {name: child for name, child in model._modules.items() if child is not None}
     if model._parameters or model._buffers or not children or is_lightning_module(model):
         return
-    networks = {id(inside_known_wrappers(child)) for child in children.values()}
+    networks = {inside_known_wrappers(child) for child in children.values()}
     twice = len(networks) == 1 < len(set(children.values()))  # the same module, as it is and in a wrapper
     if not twice and list(children) != ["module"]:
         return
-    name, _, layer = next(adapted_places(model), ("", None, None))
-    if layer is not None and not f".{layer.lora.name}".endswith(f".{name}"):  # else it was there at injection
+    if KEPT not in vars(model) and any(KEPT in vars(network) for network in networks):  # it came after injection
         raise LoRAError(
             f"{verb}: {kind} is a wrapper of an unknown kind: it holds nothing but {' and '.join(children)}, "
             "and its names of the weights are not those of the network that was injected. Pass the network inside."

@@ -20,6 +20,7 @@ class LoRAMultiheadAttention(LoRALayer):
     """
 
     KIND = low_rank.ATTENTION
+    MODULES = (nn.MultiheadAttention,)
 
     def adapted_weights(self) -> dict[str, nn.Parameter]:
         if cast(nn.MultiheadAttention, self)._qkv_same_embed_dim:

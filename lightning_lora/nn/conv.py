@@ -10,6 +10,7 @@ from torch import nn
 
 from . import low_rank
 from .lora_layer import LoRALayer
+from .variant import Acting
 
 
 class LoRAConv(LoRALayer):
@@ -19,6 +20,7 @@ class LoRAConv(LoRALayer):
     """
 
     KIND = low_rank.CONV
+    MODULES = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
     KNOWN_FORWARD = ("forward", "_conv_forward")
 
     def kind(self) -> str:
@@ -27,22 +29,23 @@ class LoRAConv(LoRALayer):
     def is_cheaper_dense(self) -> bool:
         """Return whether the layer runs on W + delta, which dropout on single input features keeps it from doing."""
         layer = cast(nn.Conv2d, self)
-        rank = self.lora.spec.r * (2 if self.lora.spec.start else 1)
+        rank = self.lora.spec.variant.acting_rank(self.lora.spec.r)
         return rank * layer.groups >= layer.out_channels and not self.drops()
 
-    def factored_forward(self, input: torch.Tensor) -> torch.Tensor:
-        if self.is_cheaper_dense():
-            return cast(torch.Tensor, self.dense_forward(input))
+    def acting(self) -> Acting:
+        return self.place().shaped(super().acting())
+
+    def sum_forward(self, input: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         base = self.base_forward(input)
         x, scaling = self.dropped(input)
-        return cast(torch.Tensor, base.add_(self.low_rank_product(x), alpha=scaling))
+        return cast(torch.Tensor, base.add_(self.low_rank_product(x, a, b), alpha=scaling))
 
     def base_product(self, x: torch.Tensor) -> torch.Tensor:
         return cast(torch.Tensor, cast(nn.Conv2d, self)._conv_forward(x, self.weight, None))
 
-    def low_rank_product(self, x: torch.Tensor) -> torch.Tensor:
+    def low_rank_product(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         layer = cast(nn.Conv2d, self)
-        a, b = (factor.to(x.dtype) for factor in self.acting_factors())
+        a, b = a.to(x.dtype), b.to(x.dtype)
         if layer.groups > 1:  # every group goes through the whole of A, then through its own rows of B
             a = a.repeat(layer.groups, *[1] * (a.dim() - 1))
         hidden = layer._conv_forward(x, a, None)

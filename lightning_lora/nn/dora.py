@@ -9,27 +9,136 @@ weights are all zero has c = 1, where PEFT's outputs are NaN.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import nn
 
-from ..distributed.sharding import copy_, full_tensor, is_sharded
+from ..distributed.sharding import full_tensor, is_sharded
 from ..errors import LoRAError
-from ..names import MAGNITUDE
+from ..names import A, B
 from . import low_rank
-from .exact_merge import Observer, Scratch
-from .lora_layer import Blocks, LoRALayer, Transform
+from .adapted_weights import Blocks, over_weight
+from .conv import LoRAConv
+from .embedding import LoRAEmbedding
+from .linear import LoRAConv1D, LoRALinear
+from .lora import PEFT_LEAVES, LoRA
+from .lora_layer import LoRALayer
 from .low_rank import LowRankBlock
-from .output_norms import base_squares, output_norms, output_scale, scaled_blocks
+from .output_norms import base_squares, output_norms, output_norms_of_parts, output_scale
+from .variant import (
+    Acting,
+    Config,
+    Expected,
+    Fault,
+    LayerClass,
+    Place,
+    Reader,
+    Stored,
+    Weights,
+    equals_start,
+    scaled_blocks,
+)
 from .weight_mark import WeightMark, mark_of
 
+MAGNITUDE = "lora_magnitude"  # leaf name: (out,)
 WEIGHT = "weight"
 BASE_SQUARES = "lora_base_squares"  # attribute: BaseSquares of W
 SQUARES_BEFORE = "lora_squares_before"  # attribute of a merged layer: the same, for when it is unmerged
-KEPT = (BASE_SQUARES, SQUARES_BEFORE)
+
+
+class DoRA(LoRA):
+    """LoRA whose outputs have magnitudes (arXiv:2402.09353)."""
+
+    name, title = "dora", "DoRA"
+    trained: ClassVar[tuple[str, ...]] = (A, B, MAGNITUDE)
+    reads_weight, scale_title = True, "magnitudes"
+    peft_type = "LORA"
+    peft_leaves: ClassVar[Mapping[str, str]] = {
+        **PEFT_LEAVES,
+        "lora_magnitude_vector": MAGNITUDE,
+        "lora_magnitude_vector.weight": MAGNITUDE,  # of a live model
+    }
+    placed_as: ClassVar[Mapping[str, str]] = {}
+    reads_weight = follows_weight = True
+
+    def shapes(self, place: Place) -> dict[str, tuple[int, ...]]:
+        shapes = super().shapes(place)
+        return {**shapes, MAGNITUDE: shapes[B][:1]}
+
+    def start(self, place: Place, weights: Weights) -> dict[str, torch.Tensor]:
+        plain = super().start(place, weights)
+        return {**plain, MAGNITUDE: self._norms(plain, place, weights()[WEIGHT])}
+
+    def followers(self, kept: Collection[str], stored: Stored, place: Place, weights: Weights) -> Collection[str]:
+        if MAGNITUDE not in kept or stored[MAGNITUDE].is_meta:
+            return ()
+        start = self.start(place, weights)[MAGNITUDE]
+        return (MAGNITUDE,) if equals_start(stored[MAGNITUDE], start) else ()
+
+    def acting(self, stored: Stored, weight: torch.Tensor | None, scaling: float) -> Acting:
+        a, b = stored[A], stored[B]
+        if weight is None:
+            return Acting(a, b)
+        plain = a.detach().flatten(1), b.detach().flatten(1)
+        norms = output_norms(weight.detach(), *plain, scaling, transposed=False)
+        return Acting(a, b, output_scale(stored[MAGNITUDE], norms))
+
+    def blocks(self, stored: Stored, place: Place, read: Reader) -> dict[str, list[LowRankBlock]]:
+        a, b = (stored[leaf].detach().double().flatten(1) for leaf in (A, B))
+        norms = output_norms_of_parts(read(WEIGHT), a, b, place.scaling, transposed=place.is_transposed)
+        scale = output_scale(stored[MAGNITUDE], norms)
+        blocks = place.low_rank_blocks(stored[A], stored[B])[WEIGHT]
+        return {WEIGHT: scaled_blocks(blocks, scale, transposed=place.is_transposed)}
+
+    def options(self) -> dict[str, Any]:
+        return {"use_dora": True}
+
+    def fault(self, stored: Stored) -> Fault | None:
+        outputs = len(stored[B]) if stored[B].dim() else 0
+        if tuple(stored[MAGNITUDE].shape) != (outputs,):
+            return super().fault(stored) or Fault(f"{outputs} floating point values", MAGNITUDE)
+        return super().fault(stored)
+
+    def expected(self, stored: Stored) -> Expected:
+        return super().expected(stored)._replace(lengths=stored[MAGNITUDE].detach())
+
+    def peft_problem(self, kind: str) -> str:
+        if kind == low_rank.ATTENTION_OUTPUT:
+            return f"belongs to attention, which PEFT does not adapt with {self.option}"
+        return super().peft_problem(kind)
+
+    def to_peft(self, stored: Stored, place: Place) -> dict[str, torch.Tensor]:
+        """Return magnitudes as PEFT has them: of a convolution (1, out, 1...)."""
+        kernel, magnitude = stored[A].dim() - 2, stored[MAGNITUDE]
+        return {**stored, MAGNITUDE: magnitude.view(1, -1, *[1] * kernel) if kernel else magnitude}
+
+    def from_peft(self, found: Stored, place: Place) -> dict[str, torch.Tensor]:
+        magnitude = found.get(MAGNITUDE)
+        if magnitude is None or magnitude.dim() < 3 or magnitude.numel() != magnitude.shape[1]:
+            return dict(found)  # as it is: what it should be is told where tensors are checked
+        return {**found, MAGNITUDE: magnitude.flatten()}
+
+    @property
+    def option(self) -> str:
+        return "use_dora"
+
+    def problem(self, module: nn.Module, kind: str, config: Config) -> str:
+        if getattr(module, "max_norm", None) is None:
+            return ""
+        return "max_norm renormalises its rows in place, whose norms use_dora goes by; set it to None"
+
+    def layer_class(self, plain: LayerClass) -> LayerClass | None:
+        return cast("LayerClass | None", cast("Mapping[type, type]", LAYERS).get(plain))
+
+    def _norms(self, stored: Stored, place: Place, weight: torch.Tensor) -> torch.Tensor:
+        if weight.is_meta:
+            return torch.empty(len(stored[B]), device="meta")
+        with torch.no_grad(), _without_autocast(weight.device.type):
+            a, b = (stored[leaf].to(weight.device).flatten(1) for leaf in (A, B))
+            return output_norms(weight.detach(), a, b, place.scaling, transposed=place.is_transposed)
 
 
 class BaseSquares(NamedTuple):
@@ -40,27 +149,11 @@ class BaseSquares(NamedTuple):
 
 
 class DoRALayer(LoRALayer):
-    """A layer whose outputs have magnitudes: `lora_magnitude` (out,), beside A and B."""
+    """A layer whose outputs have magnitudes, `lora_magnitude` (out,). norm(W)^2 is kept while W stays."""
 
+    TRANSIENT = (BASE_SQUARES, SQUARES_BEFORE)
+    ATTRIBUTES = (*LoRALayer.ATTRIBUTES, *TRANSIENT)
     lora_magnitude: nn.Parameter
-
-    def factor_names(self) -> tuple[str, ...]:
-        return (*super().factor_names(), MAGNITUDE)
-
-    def factors(self) -> tuple[nn.Parameter, ...]:
-        return (*super().factors(), self.lora_magnitude)
-
-    def drawn_factors(self) -> tuple[torch.Tensor, ...]:
-        """Return A, B and norm(V). Collective where W is sharded."""
-        a, b = super().drawn_factors()
-        device = self.weight.device
-        return a, b, self.norms(self.weight, a.to(device), b.to(device))
-
-    @classmethod
-    def problem(cls, module: nn.Module) -> str:
-        if getattr(module, "max_norm", None) is None:
-            return ""
-        return "max_norm renormalises its rows in place, whose norms use_dora goes by; set it to None"
 
     def factored_forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
         """Return base(x) + s * B(A(x)), but for the bias times c; dropout acts on W too, as in PEFT.
@@ -73,7 +166,7 @@ class DoRALayer(LoRALayer):
         change, bias = self.over_outputs(self.scale() - 1), getattr(self, "bias", None)
         if self.drops() and not self.LOOKUP:
             return self._dropped_forward(input, change)
-        sums = cast(torch.Tensor, super().factored_forward(input))
+        sums = self.sum_forward(input, self.lora_A, self.lora_B)
         change = change.to(sums.dtype)
         if bias is None:
             return torch.addcmul(sums, sums, change)
@@ -82,37 +175,31 @@ class DoRALayer(LoRALayer):
     def _dropped_forward(self, input: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
         base = cast(torch.Tensor, self.base_forward(input))
         x, scaling = self.dropped(input)
-        product = self.low_rank_product(x).to(base.dtype) * scaling
+        product = self.low_rank_product(x, self.lora_A, self.lora_B).to(base.dtype) * scaling
         sums = torch.add(product, self.base_product(x), alpha=scaling / self.lora.spec.scaling)
         return torch.addcmul(base + product, sums, change.to(base.dtype))
 
-    def over_outputs(self, values: torch.Tensor) -> torch.Tensor:
-        """Return values (out,) in the shape in which they broadcast with the layer's outputs."""
-        return values.view(-1, *[1] * (self.weight.dim() - 2))
+    def acting(self) -> Acting:
+        return Acting(self.lora_A, self.lora_B, self.scale())
 
-    def over_weight(self, values: torch.Tensor) -> torch.Tensor:
-        """Return values (out,) in the shape in which they broadcast with the weight."""
-        if self.is_transposed():
-            return values.view(1, -1)
-        return values.view(-1, *[1] * (self.weight.dim() - 1))
-
-    def combine(self, weight: torch.Tensor, delta: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    def combine(
+        self, weight: torch.Tensor, delta: torch.Tensor, scale: torch.Tensor | None, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        assert scale is not None
         sums = seen = weight + delta
         if mask is not None:
             seen = weight * (mask.T if self.is_transposed() else mask) + delta
-        return torch.addcmul(sums, seen, self.over_weight(self.scale() - 1).to(sums.dtype))
+        return torch.addcmul(sums, seen, over_weight(scale - 1, weight, self.KIND).to(sums.dtype))
 
     def scale(self) -> torch.Tensor:
         """Return c (out,), differentiable in the magnitude."""
         return output_scale(self.lora_magnitude, self.norms(self.weight, self.lora_A, self.lora_B))
 
-    def local_blocks(
-        self, weights: Mapping[str, torch.Tensor], *factors: torch.Tensor
-    ) -> dict[str, list[LowRankBlock]]:
-        a, b, magnitude = map(full_tensor, factors)
+    def blocks(self, weights: Mapping[str, torch.Tensor], stored: Stored | None = None) -> Blocks:
+        a, b, magnitude = (full_tensor((stored or self.stored())[leaf]) for leaf in (A, B, MAGNITUDE))
         norms = self.norms(weights[WEIGHT], a, b, exact=True)
         scale = output_scale(magnitude, norms.to(magnitude.device))
-        blocks = scaled_blocks(self.low_rank_blocks(a, b)[WEIGHT], scale, transposed=self.is_transposed())
+        blocks = scaled_blocks(self.place().low_rank_blocks(a, b)[WEIGHT], scale, transposed=self.is_transposed())
         return {WEIGHT: self.crop_to_shard(blocks, weights[WEIGHT])}
 
     def is_transposed(self) -> bool:
@@ -157,27 +244,21 @@ class DoRALayer(LoRALayer):
             vars(self).pop(BASE_SQUARES, None)
         return super().train(mode)
 
-    def merge_(
-        self,
-        *,
-        copy: bool,
-        observe: Observer | None = None,
-        weights: Mapping[str, torch.Tensor] | None = None,
-        blocks: Blocks | None = None,
-        scratch: Scratch | None = None,
-    ) -> None:
-        weights = weights or self.adapted_weights()
-        blocks = blocks or self.local_blocks(weights, *self.stored())
-        known, merged = vars(self).get(BASE_SQUARES), bool(self.lora.records)
-        super().merge_(copy=copy, observe=observe, weights=weights, blocks=blocks, scratch=scratch)
-        if known is not None and not merged:
+    def weight_changed(self) -> None:
+        for name in self.TRANSIENT:
+            vars(self).pop(name, None)
+
+    def before_merge(self) -> None:
+        """Keep norm(W)^2 while the weight holds W'."""
+        known: BaseSquares | None = vars(self).pop(BASE_SQUARES, None)
+        if known is not None:
             vars(self)[SQUARES_BEFORE] = known
 
-    def unmerge_(self) -> None:
-        known = cast(BaseSquares | None, vars(self).pop(SQUARES_BEFORE, None))
+    def after_unmerge(self) -> None:
+        """Take norm(W)^2 back, unless another weight took the place of W."""
+        known: BaseSquares | None = vars(self).pop(SQUARES_BEFORE, None)
         vars(self).pop(BASE_SQUARES, None)
-        super().unmerge_()
-        if known is not None and known.mark.weight() is self.weight:  # which has the bits that it had
+        if known is not None and known.mark.weight() is self.weight:
             vars(self)[BASE_SQUARES] = known._replace(mark=known.mark._replace(version=self.weight._version))
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
@@ -186,38 +267,32 @@ class DoRALayer(LoRALayer):
                 f"{type(self).__name__}: the magnitudes of use_dora do not follow a tensor parallel split; leave the "
                 "layer out of target_modules, or out of the parallelize plan."
             )
-        vars(self).pop(BASE_SQUARES, None)
+        self.weight_changed()
         super().register_parameter(name, param)
 
-    def _apply(self, fn: Transform, recurse: bool = True) -> Any:
-        vars(self).pop(BASE_SQUARES, None)
-        return super()._apply(fn, recurse)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Load; magnitudes that are the initial ones still, and are not loaded themselves, are the new W's then."""
-        magnitude = self._parameters[MAGNITUDE]
-        new_base = prefix + WEIGHT in state_dict and state_dict.get(prefix + MAGNITUDE, magnitude) is magnitude
-        with self._lora_briefly_unmerged():
-            vars(self).pop(BASE_SQUARES, None)
-            follow = new_base and self._is_drawn()
-            super()._load_from_state_dict(state_dict, prefix, *args)
-            vars(self).pop(BASE_SQUARES, None)
-            if follow:
-                copy_(self.lora_magnitude, self.drawn_factors()[-1].to(self.lora_magnitude.dtype))
+class DoRALinear(DoRALayer, LoRALinear):
+    """nn.Linear."""
 
-    def _is_drawn(self) -> bool:
-        """Return whether the magnitudes are the initial ones, bit for bit. Collective where W is sharded."""
-        if self.lora_magnitude.is_meta or self.weight.is_meta:
-            return False
-        live = full_tensor(self.lora_magnitude)
-        drawn = self.drawn_factors()[-1].to(live.device, live.dtype)
-        return bool(((live == drawn) | (live.isnan() & drawn.isnan())).all())
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        make, args, *state = super().__reduce_ex__(protocol)
-        if isinstance(state[0], dict):
-            state[0] = {name: value for name, value in state[0].items() if name not in KEPT}
-        return (make, args, *state)
+class DoRAConv1D(DoRALayer, LoRAConv1D):
+    """transformers' Conv1D."""
+
+
+class DoRAConv(DoRALayer, LoRAConv):
+    """nn.Conv1d/2d/3d: one magnitude for each output channel."""
+
+
+class DoRAEmbedding(DoRALayer, LoRAEmbedding):
+    """nn.Embedding: one magnitude for each dimension, of its values over the vocabulary, as in PEFT."""
+
+
+LAYERS: dict[type[LoRALayer], type[LoRALayer]] = {  # the class in place of the plain one
+    LoRALinear: DoRALinear,
+    LoRAConv1D: DoRAConv1D,
+    LoRAConv: DoRAConv,
+    LoRAEmbedding: DoRAEmbedding,
+}
 
 
 def _without_autocast(device: str) -> AbstractContextManager[Any]:

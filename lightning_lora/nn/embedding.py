@@ -21,6 +21,7 @@ class LoRAEmbedding(LoRALayer):
     """
 
     KIND = low_rank.EMBEDDING
+    MODULES = (nn.Embedding,)
     LOOKUP = True
     max_norm: float | None
 
@@ -51,9 +52,9 @@ class LoRAEmbedding(LoRALayer):
         torch.embedding_renorm_(flat, indices, self.max_norm, cast(nn.Embedding, self).norm_type)
         return rows
 
-    def factored_forward(self, input: torch.Tensor) -> torch.Tensor:
+    def sum_forward(self, input: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         base = self._rows(input)
-        a, b = (factor.to(base.dtype) for factor in self.acting_factors())
+        a, b = a.to(base.dtype), b.to(base.dtype)
         delta = F.linear(_summed(F.embedding(input, a.T)), b) * self.lora.spec.scaling
         delta = self._with_gradients_of_rows(delta, input) if torch.is_grad_enabled() else delta
         return _summed(base).add_(delta)

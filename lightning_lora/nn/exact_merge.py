@@ -70,6 +70,14 @@ class RestoreRecord:
         return sum(tensor.nbytes for tensor in tensors)
 
 
+def parts_of(weight: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yield parts of a weight that fit into the caches: some of its rows as a matrix, and the number of the first."""
+    matrix = weight.flatten(1)
+    size = max(1, (CPU_CHUNK if weight.device.type == "cpu" else GPU_CHUNK) // max(1, matrix.shape[1]))
+    for first in range(0, max(1, len(matrix)), size):
+        yield first, matrix[first : first + size]
+
+
 def merge_weight_(
     weight: torch.Tensor,
     blocks: list[LowRankBlock],

@@ -5,9 +5,11 @@ It is turned off while an adapter inside is unmerged, and on again when merged, 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import nn
 
-from .lora_layer import NamedModules, adapted_layers
+from .adapted_weights import adapted_layers
 
 # Attributes that each module asks before it takes its fast path, and for nothing else. torch.compile guards on them;
 # on a forward hook, the other way to keep a layer off its fast path, it does not.
@@ -17,12 +19,13 @@ SWITCHES: dict[type[nn.Module], str] = {
 }
 
 
-def update_fast_paths(model: nn.Module, modules: NamedModules | None = None) -> None:
+def update_fast_paths(modules: Iterable[nn.Module]) -> None:
     """Allow the fast paths of torch's transformer layers just where no unmerged adapter is inside. In place.
 
-    `modules` are those of the model, where the caller has listed them.
+    Args:
+        modules: all of a model's.
     """
-    for _, module in model.named_modules() if modules is None else modules:
+    for module in modules:
         for kind, switch in SWITCHES.items():
             if isinstance(module, kind):
                 active = any(layer.lora_active for layer in adapted_layers(module).values())

@@ -1,20 +1,18 @@
-"""Reentrant activation checkpointing, which gives a segment gradients only where one of its inputs needs one.
+"""Let adapters train inside reentrant activation checkpointing.
 
-With all but the adapters frozen none may, and torch only warns that the adapters inside are not trained. Where the
-segments can be found, in transformers' models and torch's checkpoint_wrapper, their input is made to need a gradient.
-Elsewhere adapted layers tell that they run in one that gives them no gradient.
+Reentrant checkpointing gives a segment gradients only where one of the segment's inputs requires one. With a frozen
+base none may, and the adapters inside are not trained. In transformers' models and in torch's checkpoint_wrapper the
+segments can be found, and their input is made to require a gradient. Elsewhere adapted layers note that they ran in a
+segment, for the warning of layers that no gradient has reached.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
-from types import FrameType
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import CheckpointFunction
 
 from ..names import derives_from
 
@@ -22,7 +20,7 @@ CHECKPOINT = "_gradient_checkpointing_func"  # where transformers keeps the func
 CHECKPOINTED_LAYER = "GradientCheckpointingLayer"  # its class for what is checkpointed; older versions have none
 
 # For messages about segments that cannot be found.
-REENTRANT = "torch.utils.checkpoint with use_reentrant=True, with no input that requires a gradient"
+REENTRANT = "torch.utils.checkpoint with use_reentrant=True, which trains nothing where no input requires a gradient"
 REENTRANT_REMEDY = (
     "Use use_reentrant=False, which needs none, or call requires_grad_() on a floating-point input of the segment"
 )
@@ -39,19 +37,23 @@ class CheckpointWithInputGrads:
         return self.function(segment, *_requiring_grad(args), **kwargs)
 
 
-def enable_input_require_grads(model: nn.Module) -> None:
-    """Make the inputs of reentrant segments need gradients, where something is trained and it is not done yet."""
-    for module in model.modules():
+def enable_input_require_grads(modules: Collection[nn.Module]) -> None:
+    """Make the inputs of reentrant segments need gradients, where something is trained and it is not done yet.
+
+    Args:
+        modules: all of a model's. In place.
+    """
+    for module in modules:
         if _is_reentrant_wrapper(module) and _is_trained(module) and not _hooks(module):
             module.register_forward_pre_hook(_require_grad_before)
-    for segment, owner in _segments(model).items():
+    for segment, owner in _segments(modules).items():
         if _is_trained(owner):
             setattr(segment, CHECKPOINT, CheckpointWithInputGrads(vars(segment)[CHECKPOINT]))
 
 
-def disable_input_require_grads(model: nn.Module) -> None:
-    """Undo enable_input_require_grads."""
-    for module in model.modules():
+def disable_input_require_grads(modules: Iterable[nn.Module]) -> None:
+    """Undo enable_input_require_grads in these modules. In place."""
+    for module in modules:
         for key in _hooks(module):
             del module._forward_pre_hooks[key]
         function = vars(module).get(CHECKPOINT)
@@ -71,28 +73,18 @@ def segments_in_eval_mode(model: nn.Module) -> list[nn.Module]:
 
 def records_gradients() -> bool:
     """Return whether gradients are recorded, or will be in the second pass of the reentrant segment that runs."""
-    return torch.is_grad_enabled() or _first_pass() is not None
+    return torch.is_grad_enabled() or in_first_pass()
 
 
-def cuts_off_gradients() -> bool:
-    """Return whether a reentrant segment runs, in its first pass, none of whose inputs needs a gradient."""
-    frame = _first_pass()
-    return frame is not None and not any(frame.f_locals["ctx"].needs_input_grad)
+def in_first_pass() -> bool:
+    """Return whether a reentrant segment runs its first pass, which records no gradients.
 
-
-def _first_pass() -> FrameType | None:
-    """Return the call of the outermost reentrant segment that runs without recording gradients, if any does.
-
-    Of those inside, the inputs tell nothing before the second pass.
+    The segment runs in the forward of an autograd function. There torch switches forward-mode derivatives off too,
+    which torch.no_grad leaves on.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return None
-    found, frame = None, sys._getframe()
-    while frame.f_back is not None:
-        frame = frame.f_back
-        if frame.f_code is CheckpointFunction.forward.__code__:
-            found = frame
-    return found
+    if torch.is_grad_enabled() or torch.is_inference_mode_enabled() or torch.compiler.is_compiling():
+        return False
+    return not torch._C._is_fwd_grad_enabled()
 
 
 def _hooks(module: nn.Module) -> list[int]:
@@ -107,10 +99,10 @@ def _is_reentrant_wrapper(module: nn.Module) -> bool:
     return getattr(vars(module).get("checkpoint_impl"), "name", "") == "REENTRANT"
 
 
-def _segments(model: nn.Module) -> dict[nn.Module, nn.Module]:
+def _segments(modules: Collection[nn.Module]) -> dict[nn.Module, nn.Module]:
     """Return modules with transformers' reentrant checkpointing, each with the innermost transformers model around."""
-    segments = {module: module for module in model.modules() if _is_segment(module)}
-    for owner in model.modules() if segments else ():
+    segments = {module: module for module in modules if _is_segment(module)}
+    for owner in modules if segments else ():
         if hasattr(owner, "_set_gradient_checkpointing"):
             segments.update((module, owner) for module in owner.modules() if module in segments)
     return segments

@@ -10,6 +10,8 @@ from torch import nn
 
 from .random_stream import stream
 
+WITHOUT_ZERO = (False, "orthogonal")  # values of init_lora_weights with which neither factor starts as zero
+
 Shape = tuple[int, ...]
 
 

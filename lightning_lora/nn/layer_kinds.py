@@ -1,75 +1,31 @@
-"""Which class adapts which module; a new kind of layer is a class and a line here."""
+"""Which class adapts which module, and how a module becomes an adapted layer."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import cast
 
 from torch import nn
 
-from .attention import LoRAMultiheadAttention
-from .conv import LoRAConv
-from .dora import DoRALayer
-from .embedding import LoRAEmbedding
-from .linear import LoRAConv1D, LoRALinear, LoRAQuantisedLinear
-from .lora_layer import LayerSpec, LayerState, LoRALayer, adapted_layers, swapped_class
-from .low_rank import ATTENTION_OUTPUT
+from .adapted_module import swapped_class
+from .adapted_weights import LayerSpec, LayerState
+from .lora import LoRA
+from .lora_layer import KINDS, LoRALayer
 from .quantised import quantised_parameters
+from .variant import Variant
 
-CLASSES: dict[type[nn.Module] | tuple[type[nn.Module], ...], type[LoRALayer]] = {
-    nn.Linear: LoRALinear,
-    nn.Embedding: LoRAEmbedding,
-    (nn.Conv1d, nn.Conv2d, nn.Conv3d): LoRAConv,
-    nn.MultiheadAttention: LoRAMultiheadAttention,
-}
-
-
-class DoRALinear(DoRALayer, LoRALinear):
-    """nn.Linear."""
-
-
-class DoRAConv1D(DoRALayer, LoRAConv1D):
-    """transformers' Conv1D."""
-
-
-class DoRAConv(DoRALayer, LoRAConv):
-    """nn.Conv1d/2d/3d: one magnitude for each output channel."""
-
-
-class DoRAEmbedding(DoRALayer, LoRAEmbedding):
-    """nn.Embedding: one magnitude for each dimension, of its values over the vocabulary, as in PEFT."""
-
-
-VARIANTS: dict[str, Mapping[type[LoRALayer], type[LoRALayer]]] = {  # by option: the class in place of the plain one
-    "use_dora": {
-        LoRALinear: DoRALinear,
-        LoRAConv1D: DoRAConv1D,
-        LoRAConv: DoRAConv,
-        LoRAEmbedding: DoRAEmbedding,
-    },
-}
+LORA = LoRA()
 
 ADAPTABLE = "nn.Linear, transformers' Conv1D, nn.Embedding, nn.Conv1d/2d/3d and nn.MultiheadAttention"  # for people
 
 LIBRARIES = ("torch.nn.modules.", "transformers.pytorch_utils")  # whose forwards the factored ones stand in for
 
 
-def layer_class(module: nn.Module, variant: str = "") -> type[LoRALayer] | None:
-    """Return the class of a variant ("" for plain LoRA) that adapts a module, or None where there is none."""
-    if isinstance(module, nn.Linear) and quantised_parameters(module):
-        return _of_variant(LoRAQuantisedLinear, variant)
-    matching = (adapting for classes, adapting in CLASSES.items() if isinstance(module, classes))
-    plain = next(matching, LoRAConv1D if is_conv1d(module) else None)
-    return plain and _of_variant(plain, variant)
-
-
-def _of_variant(plain: type[LoRALayer], variant: str) -> type[LoRALayer] | None:
-    return VARIANTS[variant].get(plain) if variant else plain
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Return whether a module is transformers' Conv1D, without importing transformers."""
-    return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__)
+def layer_class(module: nn.Module, variant: Variant = LORA) -> type[LoRALayer] | None:
+    """Return the class that adapts a module with a variant, or None where there is none."""
+    plain = next((kind for kind in KINDS if kind.adapts(module)), None)
+    if plain is None or (variant.reads_weight and quantised_parameters(module)):
+        return None
+    return variant.layer_class(plain)
 
 
 def adapt_(module: nn.Module, name: str, spec: LayerSpec, injection: object) -> LoRALayer:
@@ -82,13 +38,3 @@ def adapt_(module: nn.Module, name: str, spec: LayerSpec, injection: object) -> 
     layer.lora = LayerState(spec, name, injection, custom_forward)
     layer.lora_active = True
     return layer
-
-
-def layer_kinds(model: nn.Module) -> dict[str, str]:
-    """Return the kind of each adapted layer of a model that has A and B, as files name it: one of low_rank.KINDS."""
-    outputs = {id(module.out_proj) for module in model.modules() if isinstance(module, nn.MultiheadAttention)}
-    return {
-        name: ATTENTION_OUTPUT if id(layer) in outputs else layer.kind()
-        for name, layer in adapted_layers(model).items()
-        if layer.kind()
-    }

@@ -12,11 +12,11 @@ from torch import nn
 from ..distributed.sharding import is_sharded
 from ..errors import LoRAError
 from . import low_rank
+from .adapted_weights import Blocks
 from .exact_merge import merged_weight
-from .lora_layer import Blocks, LoRALayer
+from .lora_layer import LoRALayer
 from .low_rank import enabled_parts
-from .quantised import dequantised, dtype_of, quantised_as
-from .start_product import PLAIN_FORWARD, can_start_linear, start_linear
+from .quantised import dequantize, dtype_of, quantised_as, quantised_parameters
 
 
 class LoRALinear(LoRALayer):
@@ -24,27 +24,25 @@ class LoRALinear(LoRALayer):
 
     KIND = low_rank.LINEAR
 
-    def factored_forward(self, input: torch.Tensor) -> torch.Tensor:
+    @classmethod
+    def adapts(cls, module: nn.Module) -> bool:
+        return isinstance(module, nn.Linear) and not quantised_parameters(module)
+
+    def sum_forward(self, input: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         if self.lora.spec.enabled is None and input.dim() > 1 and type(input) is torch.Tensor and input.is_contiguous():
-            return self._accumulated(input)
-        return self._concatenated(input)
+            return self._accumulated(input, a, b)
+        return self._concatenated(input, a, b)
 
     def base_product(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight)
 
-    def low_rank_product(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
+    def low_rank_product(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))
 
-    def _accumulated(self, input: torch.Tensor) -> torch.Tensor:
+    def _accumulated(self, input: torch.Tensor, factor_a: torch.Tensor, factor_b: torch.Tensor) -> torch.Tensor:
         """Sum the adapter's product straight into the base's output: one full-size tensor instead of three."""
-        if self.lora.spec.start and self.lora_base.forward is PLAIN_FORWARD:
-            weight, bias, factors = self.weight, cast(nn.Linear, self).bias, self.stored()
-            if can_start_linear(input, weight, *factors):
-                x, scaling = self.dropped(input)
-                return start_linear(input, None if x is input else x, weight, bias, scaling, *factors)
         rows = input.view(-1, input.shape[-1])
         x, scaling = self.dropped(rows)
-        factor_a, factor_b = self.acting_factors()
         hidden = torch.mm(factor_a.to(x.dtype), x.t())
         # After hidden, so that its gradient of the input is there first: no view, so the other is added in place.
         base = cast(torch.Tensor, self.base_forward(rows))
@@ -54,11 +52,10 @@ class LoRALinear(LoRALayer):
         shape = (*input.shape[:-1], base.shape[-1])
         return base if input.dim() == 2 else cast(torch.Tensor, torch.ops.aten._unsafe_view(base, shape))
 
-    def _concatenated(self, input: torch.Tensor) -> torch.Tensor:
+    def _concatenated(self, input: torch.Tensor, factor_a: torch.Tensor, factor_b: torch.Tensor) -> torch.Tensor:
         """Add the adapter's outputs part by part, for fused projections and inputs that cannot be seen as rows."""
         base = self.base_forward(input)
         x, scaling = self.dropped(input)
-        factor_a, factor_b = self.acting_factors()
         if is_sharded(x) and self.lora.spec.enabled is None:
             from ..distributed.tensor_parallel import low_rank_product  # imports much, and is rarely needed
 
@@ -81,8 +78,9 @@ class LoRAConv1D(LoRALinear):
 
     KIND = low_rank.CONV1D
 
-    def factored_forward(self, x: torch.Tensor) -> torch.Tensor:  # as Conv1D names it
-        return super().factored_forward(x)
+    @classmethod
+    def adapts(cls, module: nn.Module) -> bool:
+        return is_conv1d(module)
 
     def base_product(self, x: torch.Tensor) -> torch.Tensor:
         return torch.matmul(x, self.weight)
@@ -95,6 +93,10 @@ class LoRAQuantisedLinear(LoRALinear):
     """
 
     KNOWN_FORWARD = ()  # W + delta would be a dequantised copy, so each forward is taken as one of a linear layer
+
+    @classmethod
+    def adapts(cls, module: nn.Module) -> bool:
+        return isinstance(module, nn.Linear) and bool(quantised_parameters(module))
 
     def quantised(self) -> str:
         if is_sharded(self.weight):
@@ -110,21 +112,26 @@ class LoRAQuantisedLinear(LoRALinear):
     def unmergeable_reason(self) -> str:
         return super().unmergeable_reason() or f"its weight is quantised ({self.quantised()})"
 
-    def compute_dense_weights(self, weights: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    def dense_weights(self, weights: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
         """Return W + delta of dequantised weights, for code that reads the weight instead of calling the layer."""
-        values = {name: cast(nn.Parameter, dequantised(self, name)) for name in weights}
-        return super().compute_dense_weights(values)
+        values = {name: cast(nn.Parameter, dequantize(self, name)) for name in weights}
+        return super().dense_weights(values)
 
     def base_values(self, name: str) -> torch.Tensor:
-        return dequantised(self, name)
+        return dequantize(self, name)
 
     def merged_copies(self, weights: Mapping[str, torch.Tensor], blocks: Blocks) -> dict[str, torch.Tensor]:
         """Return W' in the dtype of the dequantised weights."""
-        return {name: merged_weight(dequantised(self, name), blocks[name], self.lora.spec.scaling) for name in blocks}
+        return {name: merged_weight(dequantize(self, name), blocks[name], self.lora.spec.scaling) for name in blocks}
 
     def weight_values(self) -> dict[str, torch.Tensor]:
-        return {"weight": dequantised(self)}
+        return {"weight": dequantize(self)}
 
-    def _weight_shapes(self) -> dict[str, torch.Size]:
+    def weight_shapes(self) -> dict[str, torch.Size]:
         linear = cast(nn.Linear, self)
         return {"weight": torch.Size((linear.out_features, linear.in_features))}
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Return whether a module is transformers' Conv1D, without importing transformers."""
+    return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__)

@@ -156,31 +156,6 @@ def enabled_parts(a: torch.Tensor, b: torch.Tensor, enabled: Enabled) -> list[tu
     return list(zip(starts, torch.split(a, b.shape[1]), torch.split(b, size), strict=True))
 
 
-def acting_factors(a: torch.Tensor, b: torch.Tensor, *start: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the A and B of twice the rank whose product is B @ A - B0 @ A0; without start factors A and B themselves.
-
-    They are [A; A - A0] and [B - B0, B0]: where nothing was trained yet the product is zero, bit for bit, and later no
-    large terms cancel, in no dtype. Differentiable in A and B.
-
-    Args:
-        a, b: the factors.
-        start: A0 and B0, or nothing.
-    """
-    if not start:
-        return a, b
-    a, change_a, change_b, start_b = acting_parts(a, b, *(factor.detach() for factor in start))
-    return stack_ranks(a, change_b, change_a, start_b)
-
-
-def acting_parts(
-    a: torch.Tensor, b: torch.Tensor, start_a: torch.Tensor, start_b: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return A, A - A0, B - B0 and B0, of which acting_factors consist."""
-    if a.dtype in HALF:  # in which the differences would be rounded
-        a, b = a.float(), b.float()
-    return a, a - start_a, b - start_b, start_b.to(b.dtype)
-
-
 def stack_ranks(
     a: torch.Tensor, b: torch.Tensor, other_a: torch.Tensor, other_b: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:

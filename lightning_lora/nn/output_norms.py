@@ -8,14 +8,13 @@ computes it, a layer or the command line part by part, finds the same norm where
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
 
 from ..distributed.sharding import is_sharded, local, reduce_, window
-from .exact_merge import CPU_CHUNK, GPU_CHUNK
-from .low_rank import LowRankBlock
+from .exact_merge import parts_of
 
 CANCELLED = 0.01  # of norm(W)^2: below it float32 has lost too many digits of the sum, which is taken directly
 
@@ -73,28 +72,14 @@ def base_squares(weight: torch.Tensor, *, transposed: bool) -> torch.Tensor:
     return _joined([_row_squares(part, transposed) for _, part in parts_of(weight)], transposed)
 
 
-def output_scale(magnitude: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
+def output_scale(lengths: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
     """Return c = m / norm(V), differentiable in m; 1 where all weights of an output are zero.
 
     The norm is rounded to the dtype of m, as m was when it was drawn.
     """
-    norms = norms.to(magnitude.dtype)
+    norms = norms.to(lengths.dtype)
     zero = norms == 0
-    return (magnitude / norms.masked_fill(zero, 1.0)).masked_fill(zero, 1.0)
-
-
-def scaled_blocks(blocks: Sequence[LowRankBlock], scale: torch.Tensor, *, transposed: bool) -> list[LowRankBlock]:
-    """Return blocks that hold every output, with the scale (out,) of each."""
-    scale = scale.view(1, -1) if transposed else scale.view(-1, 1)
-    return [block._replace(scale=scale) for block in blocks]
-
-
-def parts_of(weight: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yield parts of a weight that fit into the caches."""
-    matrix = weight.flatten(1)
-    size = max(1, (CPU_CHUNK if weight.device.type == "cpu" else GPU_CHUNK) // max(1, matrix.shape[1]))
-    for first in range(0, max(1, len(matrix)), size):
-        yield first, matrix[first : first + size]
+    return (lengths / norms.masked_fill(zero, 1.0)).masked_fill(zero, 1.0)
 
 
 def _squares(

@@ -15,10 +15,11 @@ from torch import nn
 
 from ..distributed.sharding import is_sharded, window
 from ..errors import LoRAError
-from ..names import START_A, START_B, A, B, parameter_factor_name, split_factor_name
+from ..names import parameter_factor_name, split_factor_name
 from . import low_rank
+from .adapted_module import AdaptedModule, Adapter, StandIns, swapped_class
+from .adapted_weights import AdaptedWeights, LayerSpec, LayerState
 from .factored_weight import FactoredWeight
-from .lora_layer import AdaptedModule, AdaptedWeights, LayerSpec, LayerState, StandIns, class_before_swap, swapped_class
 from .low_rank import LowRankBlock, crop, stack_factors
 
 FACTORED = ("transformers.", "torch.nn.modules.linear")  # whose forwards use weights in products that can stay apart
@@ -35,20 +36,8 @@ class LoRAParameter(AdaptedWeights):
     def lora_holder(self) -> nn.Module:
         return self.module
 
-    @property
-    def lora_A(self) -> nn.Parameter:  # type: ignore[override]  # noqa: N802
-        return cast(nn.Parameter, self.module._parameters[parameter_factor_name(self.parameter, A)])
-
-    @property
-    def lora_B(self) -> nn.Parameter:  # type: ignore[override]  # noqa: N802
-        return cast(nn.Parameter, self.module._parameters[parameter_factor_name(self.parameter, B)])
-
-    def factor_names(self) -> tuple[str, ...]:
-        return parameter_factor_name(self.parameter, A), parameter_factor_name(self.parameter, B)
-
-    def start_names(self) -> tuple[str, ...]:
-        starts = (START_A, START_B) if self.lora.spec.start else ()
-        return tuple(parameter_factor_name(self.parameter, name) for name in starts)
+    def stored_name(self, leaf: str) -> str:
+        return parameter_factor_name(self.parameter, leaf)
 
     def adapted_weights(self) -> dict[str, nn.Parameter]:
         return {self.parameter: cast(nn.Parameter, self.module._parameters[self.parameter])}
@@ -85,29 +74,26 @@ class LoRAParameter(AdaptedWeights):
         known = forward.__module__.startswith(FACTORED) and not is_sharded(weight)
         if not known or torch.compiler.is_compiling():
             return super().stand_ins(weights)
+        a, b, scale = self.acting()
+        if scale is not None:
+            return super().stand_ins(weights)
         self.note_segment()
-        return {self.parameter: FactoredWeight(weight, *self._left_and_right(*self.acting_factors()))}
-
-    def strip_(self) -> None:
-        for name in self.stored_names():
-            self.module._parameters.pop(name, None)
-        holder = cast(LoRAParameterHolder, self.module)
-        del holder.lora_parameters[self.parameter]
-        if not holder.lora_parameters:
-            holder.__class__ = class_before_swap(holder)  # type: ignore[assignment]
-            del holder.lora_parameters
-
-    def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | ({"lora": self.portable_state()} if self.lora.records else {})
+        return {self.parameter: FactoredWeight(weight, *self._left_and_right(a, b))}
 
 
 class LoRAParameterHolder(AdaptedModule):
     """A module of whose parameters some are adapted."""
 
+    ATTRIBUTES = ("lora_parameters",)
     lora_parameters: dict[str, LoRAParameter]
 
     def lora_adapters(self) -> Mapping[str, AdaptedWeights]:
         return self.lora_parameters
+
+    def lora_take_out(self, adapter: Adapter) -> None:
+        self.lora_parameters.pop(cast(LoRAParameter, adapter).parameter)
+        if not self.lora_parameters:
+            super().lora_take_out(adapter)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         active = [adapter for adapter in self.lora_parameters.values() if adapter.lora_active]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -41,13 +42,16 @@ def quantised_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in parameters if quantised_as(parameter)}
 
 
-def quantised_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules with a quantised weight, a shared one under each of its names."""
-    modules = ((canonical(name), module) for name, module in model.named_modules(remove_duplicate=False))
-    return {name: module for name, module in modules if quantised_parameters(module)}
+def quantised_modules(places: Iterable[tuple[str, nn.Module]]) -> dict[str, nn.Module]:
+    """Return the modules with a quantised weight, by name.
+
+    Args:
+        places: every module of a model, a shared one under each of its names.
+    """
+    return {canonical(name): module for name, module in places if quantised_parameters(module)}
 
 
-def dequantised(module: nn.Module, name: str = "weight") -> torch.Tensor:
+def dequantize(module: nn.Module, name: str = "weight") -> torch.Tensor:
     """Return the values of a quantised parameter as a new plain tensor, in the dtype that `dtype_of` says.
 
     One that is not quantised yet is quantised in a copy, so that the values are those that it will have.
@@ -58,7 +62,7 @@ def dequantised(module: nn.Module, name: str = "weight") -> torch.Tensor:
         if weight.is_meta:
             return torch.empty(shape_of(weight), dtype=dtype_of(weight), device="meta")
         if quantised == INT8:
-            return _dequantised_8bit(module, weight)
+            return _dequantize_8bit(module, weight)
         if not derives_from(weight, "Params4bit", (BITSANDBYTES,)):
             return cast(torch.Tensor, weight.detach().dequantize())
         if weight.quant_state is None:
@@ -70,7 +74,7 @@ def dequantised(module: nn.Module, name: str = "weight") -> torch.Tensor:
         return cast(torch.Tensor, values)
 
 
-def _dequantised_8bit(module: nn.Module, weight: Any) -> torch.Tensor:
+def _dequantize_8bit(module: nn.Module, weight: Any) -> torch.Tensor:
     if weight.dtype.is_floating_point and not weight.has_fp16_weights:
         weight = type(weight)(weight.data, requires_grad=False).to(weight.device)
     if weight.dtype.is_floating_point:
@@ -118,17 +122,17 @@ def unpack_for_gradients_(module: nn.Module, weight: Any) -> None:
         cast(Any, module).quant_state = state
 
 
-def keep_gradients_(model: nn.Module) -> None:
-    """Let no 4-bit layer of a model, adapted or not, be packed for evaluation: training went on without gradients."""
-    for module in model.modules():
+def keep_gradients_(modules: Iterable[nn.Module]) -> None:
+    """Let no 4-bit layer, adapted or not, be packed for evaluation: training went on without gradients. In place."""
+    for module in modules:
         if getattr(module, PACKS_FOR_CPU, False):
             for weight in quantised_parameters(module).values():
                 unpack_for_gradients_(module, weight)
             vars(module).update({PACKED_BEFORE: True, PACKS_FOR_CPU: False})
 
 
-def allow_packing_(model: nn.Module) -> None:
-    """Undo keep_gradients_; what was packed then is packed again by the next evaluation."""
-    for module in model.modules():
+def allow_packing_(modules: Iterable[nn.Module]) -> None:
+    """Undo keep_gradients_; what was packed then is packed again by the next evaluation. In place."""
+    for module in modules:
         if vars(module).pop(PACKED_BEFORE, False):
             vars(module)[PACKS_FOR_CPU] = True

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..errors import LoRAError
 from ..names import LIGHTNING, canonical, derives_from
+from .adapted_weights import NamedModules
 from .quantised import BITSANDBYTES, INT8, quantised_as, quantised_parameters, scales_of, shape_of
 
 SCALES, FORMAT, STATE = "SCB", "weight_format", ".quant_state"
@@ -32,21 +33,24 @@ def quantisation_entries(names: Iterable[str], weights: Collection[str]) -> set[
     return {name for name in names if owner_of(name) in weights}
 
 
-def load_quantisation_(model: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
+def load_quantisation_(places: NamedModules, state_dict: dict[str, Any], prefix: str) -> None:
     """Take out of a state dict what says how weights are quantised, and into the model together with these. In place.
 
     What does not go together is left to torch's strict check.
 
     Args:
-        model: of which state_dict is about to be loaded.
+        places: every module of the model that loads it, under every name, with the segments of wrappers.
         state_dict: changed too.
         prefix: of the model's names in it.
     """
+    quantised = [(path, module, weights) for path, module in places if (weights := quantised_parameters(module))]
+    if not quantised:
+        return
     owners: dict[str, list[str]] = {}
     for name in state_dict:
         owners.setdefault(owner_of(name), []).append(name)
-    for path, module in model.named_modules(remove_duplicate=False):
-        for leaf, weight in quantised_parameters(module).items():
+    for path, module, weights in quantised:
+        for leaf, weight in weights.items():
             name = prefix + (f"{path}.{leaf}" if path else leaf)
             entries = owners.get(name) or owners.get(prefix + canonical(name[len(prefix) :]), [])
             if not entries or not isinstance(state_dict.get(name), torch.Tensor):

@@ -9,7 +9,7 @@ does not, costs next to nothing.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any, cast
 
@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from ..errors import LoRAError
-from .lora_layer import AdaptedWeights, Swapped, layer_adapter, swapped_class
+from .adapted_module import Swapped, swapped_class
+from .adapted_weights import AdaptedWeights, layer_adapter
 from .parameter import LoRAParameterHolder
 from .weight_reads import WEIGHTS, Path, weight_reads
 
@@ -42,7 +43,7 @@ class LayerView:
         if adapter is None or name not in weights:
             return getattr(self.layer, name)
         if self.sums is None:
-            object.__setattr__(self, "sums", adapter.compute_dense_weights(weights))
+            object.__setattr__(self, "sums", adapter.dense_weights(weights))
         return self.sums[name]
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -64,9 +65,13 @@ class LoRAReader(Swapped):
             setattr(cls, name, _with_views(cls.lora_base, name))
 
 
-def patch_readers(model: nn.Module) -> None:
-    """Let every module that reads the weight of an adapted layer read W + delta, and no other. In place."""
-    for module in model.modules():
+def patch_readers(modules: Iterable[nn.Module]) -> None:
+    """Let every module that reads the weight of an adapted layer read W + delta, and no other. In place.
+
+    Args:
+        modules: all of a model's.
+    """
+    for module in modules:
         if isinstance(module, LoRAReader):
             paths = _paths_to_layers(module, module.lora_base)
             if paths:

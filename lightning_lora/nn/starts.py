@@ -7,10 +7,21 @@ olora          B0 @ A0 is Q[:, :r] @ R[:r] of W = Q @ R, not divided by s (arXiv
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import Any, ClassVar
+
 import torch
 
+from ..config import is_start
+from ..distributed.sharding import full_tensor, is_sharded
 from ..errors import LoRAError
+from ..names import A, B
+from . import low_rank
+from .lora import LoRA
 from .random_stream import leading_basis, stream
+from .variant import Acting, Config, Expected, Fault, Place, Stored, Weights
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -18,6 +29,110 @@ LEAST_BLOCKS = 10  # in a Krylov space that is worth a search
 SPARE = 8  # vectors in a block of the Krylov space beside those that are searched
 
 PISSA, STEPS, OLORA = "pissa", "pissa_niter_", "olora"
+
+START_A, START_B = "lora_start_A", "lora_start_B"  # what A and B began as
+
+
+class Started(LoRA):
+    """LoRA whose A and B start from the weight or from data, and whose start is subtracted: B @ A - B0 @ A0."""
+
+    frozen = (START_A, START_B)
+    placed_as: ClassVar[Mapping[str, str]] = {A: A, B: B, START_A: A, START_B: B}
+    started = follows_weight = True
+    peft_type = "LORA"
+
+    def shapes(self, place: Place) -> dict[str, tuple[int, ...]]:
+        return dict(zip((A, B, START_A, START_B), 2 * place.factor_shapes(), strict=True))
+
+    def start(self, place: Place, weights: Weights) -> dict[str, torch.Tensor]:
+        plain = self._from_weights(place, weights()) if is_start(place.init) else super().start(place, weights)
+        return {**plain, START_A: plain[A], START_B: plain[B]}
+
+    def _from_weights(self, place: Place, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        weights = {name: full_tensor(weight) for name, weight in weights.items()}
+        try:
+            pairs = [
+                start_factors(part, place.rank, place.scaling, str(place.init), place.seed)
+                for part in low_rank.adapted_parts(place.kind, weights, place.enabled)
+            ]
+        except LoRAError as error:
+            raise LoRAError(f"{place.name!r}: {error}.") from None
+        joined = low_rank.join_parts(place.kind, weights, pairs)
+        shapes = place.factor_shapes()
+        return {leaf: each.reshape(shape) for leaf, each, shape in zip((A, B), joined, shapes, strict=True)}
+
+    def needs_values(self, place: Place) -> bool:
+        return is_start(place.init)
+
+    def followers(self, kept: Collection[str], stored: Stored, place: Place, weights: Weights) -> Collection[str]:
+        """Return all leaf names or none. A sharded weight is not gathered: the adapter goes on from where it started.
+
+        W' is W all the same.
+        """
+        if not is_start(place.init) or len(kept) < len(self.leaves) or any(map(is_sharded, stored.values())):
+            return ()
+        return self.leaves if self.is_initial(stored, place) else ()
+
+    def is_initial(self, stored: Stored, place: Place) -> bool | None:
+        pairs = ((stored[A], stored[START_A]), (stored[B], stored[START_B]))
+        return all(not now.is_meta and torch.equal(now, start) for now, start in pairs)
+
+    def acting_rank(self, rank: int) -> int:
+        return 2 * rank
+
+    def acting(self, stored: Stored, weight: torch.Tensor | None, scaling: float) -> Acting:
+        """Return [A; A - A0] and [B - B0, B0], whose product is B @ A - B0 @ A0.
+
+        Where nothing was trained yet the product is zero, bit for bit, and later no large terms cancel, in no dtype.
+        """
+        a, b, start_a, start_b = stored[A], stored[B], stored[START_A].detach(), stored[START_B].detach()
+        if a.dtype in low_rank.HALF:  # in which the differences would be rounded
+            a, b = a.float(), b.float()
+        return Acting(*low_rank.stack_ranks(a, b - start_b, a - start_a, start_b.to(b.dtype)))
+
+    def options(self) -> dict[str, Any]:
+        return {"init_lora_weights": PISSA}  # which of the starts it was does not matter any more
+
+    def fault(self, stored: Stored) -> Fault | None:
+        for leaf, start in ((A, START_A), (B, START_B)):
+            if stored[leaf].shape != stored[start].shape:
+                shapes = tuple(stored[leaf].shape), tuple(stored[start].shape)
+                return super().fault(stored) or Fault(f"{start} {shapes[1]} must have the shape of {leaf}, {shapes[0]}")
+        return super().fault(stored)
+
+    def expected(self, stored: Stored) -> Expected:
+        a, b, start_a, start_b = (stored[leaf].detach().double() for leaf in (A, B, START_A, START_B))
+        return Expected([(a, b), (start_a, -start_b)], rounded=True)
+
+    def to_peft(self, stored: Stored, place: Place) -> dict[str, torch.Tensor]:
+        """Return the equal plain LoRA of twice the rank, which fits the base as it was: [B, -B0] @ [A; A0].
+
+        In each part of a fused projection and each expert of a stack: as peft itself converts such adapters.
+        """
+        a, b = low_rank.stack_ranks(stored[A], stored[B], stored[START_A], -stored[START_B])
+        return {A: a, B: b}
+
+    def from_peft(self, found: Stored, place: Place) -> dict[str, torch.Tensor]:
+        a, b = found[A], found[B]
+        if b.shape[1] % 2 or a.shape[0] % b.shape[1]:
+            raise LoRAError(
+                f"adapter: {place.name!r}: A {tuple(a.shape)} and B {tuple(b.shape)} should have twice the rank of "
+                f"init_lora_weights={place.init!r}; something changed them after they were saved."
+            )
+        (a, b), (start_a, negative_b) = low_rank.halve_ranks(a, b)
+        return {A: a, B: b, START_A: start_a, START_B: -negative_b}
+
+    def config_in_peft(self, config: Config) -> Config:
+        """Return the options with twice the rank; so that the scalings stay, lora_alpha grows with it."""
+        growth = math.sqrt(2) if config.use_rslora else 2
+        return replace(
+            config,
+            r=2 * config.r,
+            lora_alpha=growth * config.lora_alpha,
+            rank_pattern={key: 2 * rank for key, rank in (config.rank_pattern or {}).items()},
+            alpha_pattern={key: growth * alpha for key, alpha in (config.alpha_pattern or {}).items()},
+            init_lora_weights=True,
+        )
 
 
 @torch.no_grad()

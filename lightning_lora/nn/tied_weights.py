@@ -11,15 +11,16 @@ from torch import nn
 
 from ..distributed.sharding import PLAIN
 from ..names import ATTRIBUTE
-from .lora_layer import AdaptedModule, NamedModules, layer_adapter
+from .adapted_module import AdaptedModule
+from .adapted_weights import NamedModules, adapters_in, layer_adapter
 
 Owned = tuple[torch.Tensor, nn.Module, str, str, bool]  # tensor, module, its name, that in it, and if it is a parameter
 
 
-def tied_weights(model: nn.Module) -> dict[nn.Module, str]:
+def tied_weights(modules: NamedModules) -> dict[nn.Module, str]:
     """Return the modules that own one of tied_parameters, each with the name of the other parameter or buffer."""
     tied: dict[nn.Module, str] = {}
-    for (module, _), other in tied_parameters(list(model.named_modules())).items():
+    for (module, _), other in tied_parameters(modules).items():
         tied.setdefault(module, other)
     return tied
 
@@ -43,18 +44,18 @@ def tied_parameters(modules: NamedModules) -> dict[tuple[nn.Module, str], str]:
     return tied
 
 
-def record_ties(model: nn.Module, modules: NamedModules | None = None) -> None:
-    """Record on each adapted layer and parameter what keeps it from being merged, if anything.
+def record_ties(modules: NamedModules) -> None:
+    """Record on each adapted layer and parameter of a model what keeps it from being merged, if anything.
 
-    `modules` are those of the model, where the caller has listed them.
+    Args:
+        modules: every module of the model, under its first name.
     """
-    modules = list(model.named_modules()) if modules is None else modules
     ties: dict[nn.Module, dict[str, str]] = defaultdict(dict)
     for (module, name), other in tied_parameters(modules).items():
         ties[module][name] = other
     whole = any(ATTRIBUTE in vars(module) for _, module in modules)
     for _, module in modules:
-        for parameter, adapter in module.lora_adapters().items() if isinstance(module, AdaptedModule) else ():
+        for parameter, adapter in adapters_in(module).items() if isinstance(module, AdaptedModule) else ():
             own = ties.get(module, {})
             owner = own.get(parameter) if parameter else next(iter(own.values()), None)
             reason = f"its weight is also {owner}" if owner else ""
@@ -67,17 +68,25 @@ def record_ties(model: nn.Module, modules: NamedModules | None = None) -> None:
 
 
 def _own_parameters(module: nn.Module) -> Mapping[str, nn.Parameter | None]:
-    """Return the parameters of a module, and not what stands in for one in another thread's forward."""
+    """Return the parameters of a module, and not what stands in for one in another thread's forward.
+
+    What all adapted layers share is left out: it is no tie.
+    """
     if not isinstance(module, AdaptedModule):
         return module._parameters
-    locks = [adapter.lora.lock for adapter in module.lora_adapters().values()]
-    if len(locks) == 1:  # a stack of them takes longer
-        with locks[0]:
-            return dict(module._parameters)
-    with ExitStack() as stack:
-        for lock in locks:
-            stack.enter_context(lock)
-        return dict(module._parameters)
+    adapters = list(module.lora_adapters().values())
+    if len(adapters) == 1:  # a stack of locks takes longer
+        with adapters[0].lora.lock:
+            parameters = dict(module._parameters)
+    else:
+        with ExitStack() as stack:
+            for adapter in adapters:
+                stack.enter_context(adapter.lora.lock)
+            parameters = dict(module._parameters)
+    for adapter in adapters:
+        for leaf in adapter.lora.spec.variant.shared if adapter.lora.shared is not None else ():
+            parameters.pop(adapter.stored_name(leaf), None)
+    return parameters
 
 
 def _add_overlaps(sharing: Sequence[Owned], tied: dict[tuple[nn.Module, str], str]) -> None:

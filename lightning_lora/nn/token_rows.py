@@ -9,29 +9,47 @@ Where tables are tied, they share the adapter and its parameter as they share th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..distributed.sharding import copy_, full_tensor, is_sharded, local, rows_of, window
+from ..distributed.sharding import full_tensor, is_sharded, local, rows_of, window
 from ..errors import LoRAError
-from ..names import ROWS
-from .lora_layer import (
-    AdaptedModule,
-    AdaptedWeights,
-    LayerSpec,
-    LayerState,
-    StandIns,
-    Transform,
-    class_before_swap,
-    swapped_class,
-)
+from .adapted_module import AdaptedModule, StandIns, swapped_class
+from .adapted_weights import AdaptedWeights, Blocks, LayerSpec, LayerState
 from .low_rank import LowRankBlock, row_blocks
+from .variant import Place, Reader, Stored, Variant, Weights, equals_start
 
+ROWS = "lora_rows"  # leaf name: (n, dim)
 WEIGHT = "weight"
+
+
+class TrainedRows(Variant):
+    """Rows of a table that take the place of its own."""
+
+    title = "trained rows"
+    trained = (ROWS,)
+    replaces_rows = True
+    follows_weight = True
+
+    def shapes(self, place: Place) -> dict[str, tuple[int, ...]]:
+        return {ROWS: (len(place.rows), place.shapes[WEIGHT][1])}
+
+    def start(self, place: Place, weights: Weights) -> dict[str, torch.Tensor]:
+        return {ROWS: rows_of(weights()[WEIGHT], place.rows)}
+
+    def is_initial(self, stored: Stored, place: Place) -> bool | None:
+        return None
+
+    def followers(self, kept: Collection[str], stored: Stored, place: Place, weights: Weights) -> Collection[str]:
+        return tuple(kept) if kept and equals_start(stored[ROWS], self.start(place, weights)[ROWS]) else ()
+
+    def blocks(self, stored: Stored, place: Place, read: Reader) -> dict[str, list[LowRankBlock]]:
+        rows = stored[ROWS]
+        return {WEIGHT: [b for first, part in read(WEIGHT) for b in row_blocks(part, place.rows, rows, first)]}
 
 
 class TokenRows(AdaptedWeights):
@@ -58,80 +76,64 @@ class TokenRows(AdaptedWeights):
     def options_text(self) -> str:
         return f"{len(self.lora.spec.rows)} trained rows"
 
-    def factor_names(self) -> tuple[str, ...]:
-        return (ROWS,)
-
-    def factors(self) -> tuple[nn.Parameter, ...]:
-        return (self.rows,)
-
-    def replaced_rows(self) -> tuple[int, ...]:
-        return self.lora.spec.rows
+    def stored(self) -> dict[str, nn.Parameter]:
+        return {ROWS: self.rows}
 
     def adapted_weights(self) -> dict[str, nn.Parameter]:
         return {WEIGHT: self.tables[0].weight}
 
-    def create_factors(self, dtype: torch.dtype) -> None:
-        super().create_factors(dtype)
-        for table in self.tables[1:]:
-            table.register_parameter(ROWS, self.rows)
-
-    def drawn_factors(self) -> tuple[torch.Tensor, ...]:
-        """Return W's own rows. Collective where W is sharded."""
-        return (rows_of(self.main_weight(), self.lora.spec.rows),)
-
-    def draw_(self) -> None:
-        """Let the rows be W's own. In place. Collective where W is sharded."""
-        copy_(self.rows, self.drawn_factors()[0].to(self.rows.dtype))
-
-    def are_drawn(self) -> bool:
-        """Return whether the rows are W's own, bit for bit. Collective where W is sharded."""
-        if self.rows.is_meta or self.main_weight().is_meta:
-            return False
-        rows, drawn = full_tensor(self.rows), self.drawn_factors()[0].to(self.rows.dtype)
-        return bool(((rows == drawn) | (rows.isnan() & drawn.isnan())).all())
-
     def is_initial(self) -> bool:
         if self.lora.records or is_sharded(self.rows):
             return not self.lora.gradient_arrived and self.rows.grad is None
-        return self.are_drawn()
+        return equals_start(self.rows, self.initial_values()[ROWS])
 
     def unmergeable_reason(self) -> str:
         weight = self.tables[0]._parameters.get(WEIGHT)
         untied = any(table._parameters.get(WEIGHT) is not weight for table in self.tables)
         return super().unmergeable_reason() or ("tables that were tied at injection are not any more" if untied else "")
 
-    def local_blocks(
-        self, weights: Mapping[str, torch.Tensor], *factors: torch.Tensor
-    ) -> dict[str, list[LowRankBlock]]:
+    def blocks(self, weights: Mapping[str, torch.Tensor], stored: Stored | None = None) -> Blocks:
         lines, columns = window(weights[WEIGHT])
-        rows = full_tensor(factors[0])[:, columns]
+        rows = full_tensor((stored or self.stored())[ROWS])[:, columns]
         return {WEIGHT: row_blocks(local(weights[WEIGHT]), self.lora.spec.rows, rows, lines.start)}
 
-    def whole_blocks(self, *factors: torch.Tensor) -> list[LowRankBlock]:
+    def update_blocks(self, stored: Stored | None = None) -> Blocks:
         before = rows_of(self.original(WEIGHT), self.lora.spec.rows)
-        return row_blocks(before, range(len(before)), full_tensor(factors[0]))
+        rows = full_tensor((stored or self.stored())[ROWS])
+        return {WEIGHT: row_blocks(before, range(len(before)), rows)}
 
-    def compute_dense_weights(self, weights: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    def tie_again_(self, module: nn.Module, before: Mapping[str, nn.Parameter | None], *, loaded: bool) -> None:
+        """Tie the tables again: the first one's parameters are those of all.
+
+        Of what is loaded, another table keeps a parameter of its own where its values are others: so torch does. A move
+        ties the rows alone.
+        """
+        if not loaded:
+            module._parameters[ROWS] = self.rows
+            return
+        for name in (WEIGHT, ROWS):
+            old, new = before.get(name), module._parameters.get(name)
+            tied = [table for table in self.tables if table is not module and table._parameters.get(name) is old]
+            if new is old or new is None or old is None or not tied:
+                continue
+            if module is self.tables[0]:
+                for table in tied:
+                    table._parameters[name] = new
+            elif _has_same_values(new, old):
+                module._parameters[name] = old
+
+    def dense_weights(self, weights: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
         self.note_segment()
         table, weight = self.tables[0], weights[WEIGHT]
         if WEIGHT not in table._parameters:
             raise LoRAError(f"{type(table).__name__}: weight is computed from others since injection; undo that.")
         return {WEIGHT: weight.index_copy(0, table.row_ids(weight.device), self.rows.to(weight.dtype))}
 
-    def strip_(self) -> None:
-        for table in self.tables:
-            table.__class__ = class_before_swap(table)  # type: ignore[assignment]
-            table._parameters.pop(ROWS, None)
-            for name in [name for name in vars(table) if name.startswith("lora_")]:
-                delattr(table, name)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | ({"lora": self.portable_state()} if self.lora.records else {})
-
 
 class LoRATable(AdaptedModule):
     """A table of which some rows are trained."""
 
+    ATTRIBUTES = ("lora_table", "lora_custom_forward", "lora_row_ids")
     KNOWN_FORWARD: ClassVar[str] = "torch.nn.modules."  # whose forwards forward_with_rows stands in for
     weight: nn.Parameter
     lora_rows: nn.Parameter
@@ -173,40 +175,6 @@ class LoRATable(AdaptedModule):
                 "trainable_token_indices, or out of the parallelize plan."
             )
         super().register_parameter(name, param)
-
-    def _apply(self, fn: Transform, recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)
-        self._parameters[ROWS] = self.lora_table.rows  # to_empty makes one for each table
-        return self
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Load; rows that are W's own still, and are not loaded themselves, are the new W's then."""
-        rows = self._parameters[ROWS]
-        new_base = prefix + WEIGHT in state_dict and state_dict.get(prefix + ROWS, rows) is rows
-        with self._lora_briefly_unmerged():
-            follow = new_base and self.lora_table.are_drawn()
-            before = {name: self._parameters.get(name) for name in (WEIGHT, ROWS)}
-            super()._load_from_state_dict(state_dict, prefix, *args)
-            self._tie_again(before)
-            if follow:
-                self.lora_table.draw_()
-
-    def _tie_again(self, before: Mapping[str, nn.Parameter | None]) -> None:
-        """Tie what load_state_dict(assign=True) has replaced, as torch makes a parameter for each table.
-
-        The first table's is that of all. Another table keeps one of its own where its values are others: so torch does.
-        """
-        tables = self.lora_table.tables
-        for name, old in before.items():
-            new = self._parameters.get(name)
-            tied = [table for table in tables if table is not self and table._parameters.get(name) is old]
-            if new is old or new is None or old is None or not tied:
-                continue
-            if self is tables[0]:
-                for table in tied:
-                    table._parameters[name] = new
-            elif _has_same_values(new, old):
-                self._parameters[name] = old
 
 
 class LoRAEmbeddingTable(LoRATable):
@@ -269,6 +237,6 @@ def share_table_(module: nn.Module, adapter: TokenRows) -> None:
         table.register_parameter(ROWS, adapter.rows)
 
 
-def table_adapters(model: nn.Module) -> dict[int, TokenRows]:
-    """Return the adapters of a model's tables by the identity of the weight."""
-    return {id(module.weight): module.lora_table for module in model.modules() if isinstance(module, LoRATable)}
+def table_adapters(modules: Iterable[nn.Module]) -> dict[int, TokenRows]:
+    """Return the adapters of tables among these modules by the identity of the weight."""
+    return {id(module.weight): module.lora_table for module in modules if isinstance(module, LoRATable)}

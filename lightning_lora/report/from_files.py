@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..adapter.adapter import Adapter, align_to_modules
-from ..adapter.fingerprint import compare_with_files, without_base
+from ..adapter.base_files import compare_with_files
+from ..adapter.fingerprint import without_base
 from ..adapter.sources import read_source
 from ..errors import LoRAError
 from ..files.paths import PathLike

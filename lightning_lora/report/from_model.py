@@ -15,8 +15,8 @@ from ..model.adapted_model import AdaptedModel, open_model
 from ..model.gradients import warn_of_untrained
 from ..model.live_state import LiveState
 from ..names import names_factor
-from ..nn.lora_layer import AdaptedWeights
-from ..nn.quantised import dequantised
+from ..nn.adapted_weights import AdaptedWeights
+from ..nn.quantised import dequantize
 from .updates import Updates, measure, sum_of_squares
 
 
@@ -39,7 +39,7 @@ def updates_of_model(model: nn.Module) -> Updates:
 
 def _adapters_own(live: LiveState) -> dict[str, torch.Tensor]:
     """Return what belongs to the adapter alone: no tensor that the base has too."""
-    warn_of_untrained(live.handle.model, live.handle.layers)
+    warn_of_untrained(live.handle)
     return {name: value for name, value in live.values().items() if names_factor(name)}
 
 
@@ -58,6 +58,6 @@ def _square_here(layer: AdaptedWeights, sync: RankSync) -> float:
     """Return this rank's part of the squared norm of a layer's weights."""
     return math.fsum(
         sync.share(weight)
-        * sum_of_squares(local(dequantised(layer.lora_holder, name) if layer.quantised() else layer.original(name)))
+        * sum_of_squares(local(dequantize(layer.lora_holder, name) if layer.quantised() else layer.original(name)))
         for name, weight in layer.adapted_weights().items()
     )

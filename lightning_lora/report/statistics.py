@@ -17,11 +17,10 @@ from torch import nn
 
 from ..distributed.rank_sync import RankSync
 from ..distributed.sharding import is_sharded, local, reshard_
-from ..model.injection import require_injection
-from ..model.wrappers import unwrapped
+from ..model.adapted_model import open_model
 from ..names import factor_role, group_names
-from ..nn.lora_layer import AdaptedWeights, adapted_layers
-from ..nn.products import effective_rank, inner_product, singular_values_of_grams, stack_blocks
+from ..nn.adapted_weights import AdaptedWeights
+from ..nn.products import Stack, effective_rank, inner_product, singular_values_of_grams, stack_blocks
 from ..nn.weight_mark import WeightMark, mark_of
 
 
@@ -70,7 +69,7 @@ class WeightSquares(NamedTuple):
 class Snapshot:
     """What is kept of an adapted layer, to compare it with itself later."""
 
-    factors: tuple[torch.Tensor, ...]  # copies, sharded as the factors are
+    stored: Mapping[str, torch.Tensor]  # copies by leaf name, sharded as the live ones are
     squares: float  # of D
     weights: Mapping[str, WeightSquares]
 
@@ -122,10 +121,9 @@ def adapter_stats(model: nn.Module, previous: AdapterStats | None = None) -> Ada
         >>> {name: group.norm for name, group in adapter_stats(model).groups.items()}  # B is zero before the first step
         {'linear1': 0.0, 'linear2': 0.0}
     """
-    model = unwrapped(model, "adapter_stats")
-    require_injection(model, "adapter_stats")
-    reshard_(model.modules())
-    layers = adapted_layers(model)
+    handle = open_model(model, "adapter_stats")
+    reshard_(module for _, module in handle.modules)
+    layers = handle.layers
     return layer_stats(layers, previous.snapshots if previous else {}, group_names(layers))
 
 
@@ -137,7 +135,9 @@ def layer_stats(
     `group_of` are the group_names of all that is adapted in the model, so that some layers have the same ones.
     """
     with torch.inference_mode(False), torch.no_grad():
-        sync = RankSync(t for each in layers.values() for t in (*each.stored(), *each.adapted_weights().values()))
+        sync = RankSync(
+            t for each in layers.values() for t in (*each.stored().values(), *each.adapted_weights().values())
+        )
         measured = {name: _measure(layer, previous.get(name), sync) for name, layer in layers.items()}
         _to_cpu(measured.values())
         _sum_over_ranks(measured.values(), sync)
@@ -155,14 +155,14 @@ def layer_stats(
 
 def _measure(layer: AdaptedWeights, before: Snapshot | None, sync: RankSync) -> _Measured:
     stored, square = layer.stored(), layer.lora.spec.scaling**2
-    stacks = stack_blocks(layer.whole_blocks(*stored))
+    stacks = _stacks(layer, stored)
     grams = [stack.grams() for stack in stacks]
     values = {"squares": _sum((left * right).sum() for left, right in grams) * square}
-    if before is not None and _are_alike(before.factors, stored):
-        values["product"] = inner_product(stacks, stack_blocks(layer.whole_blocks(*before.factors))) * square
+    if before is not None and _are_alike(before.stored, stored):
+        values["product"] = inner_product(stacks, _stacks(layer, before.stored)) * square
     weights = _weight_squares(layer, before)
     partial = {"W": _sum(w.squares * sync.share(cast(nn.Parameter, w.weight())) for w in weights.values())}
-    roles = dict(zip(map(factor_role, layer.factor_names()), layer.factors(), strict=True))
+    roles = {factor_role(leaf): stored[leaf] for leaf in layer.lora.spec.variant.trained}
     partial |= {role: _squares_of_gradient(factor, sync) for role, factor in roles.items()}
     return _Measured(
         values,
@@ -211,8 +211,12 @@ def _sum(values: Iterable[torch.Tensor]) -> torch.Tensor:
     return torch.stack([first, *(value.to(first.device) for value in others)]).sum()
 
 
-def _are_alike(first: Iterable[torch.Tensor], second: Iterable[torch.Tensor]) -> bool:
-    pairs = zip(first, second, strict=True)
+def _stacks(layer: AdaptedWeights, stored: Mapping[str, torch.Tensor]) -> list[Stack]:
+    return stack_blocks([block for blocks in layer.update_blocks(stored).values() for block in blocks])
+
+
+def _are_alike(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]) -> bool:
+    pairs = [(first[leaf], second[leaf]) for leaf in first]
     return all(a.shape == b.shape and a.device == b.device and is_sharded(a) == is_sharded(b) for a, b in pairs)
 
 
@@ -278,5 +282,5 @@ def _cosine(measured: Mapping[str, _Measured], previous: Mapping[str, Snapshot])
 
 
 def _snapshot(layer: AdaptedWeights, measured: _Measured) -> Snapshot:
-    copies = tuple(factor.detach().clone() for factor in layer.stored())
+    copies = {leaf: tensor.detach().clone() for leaf, tensor in layer.stored().items()}
     return Snapshot(copies, float(measured.values["squares"]), measured.weights)

@@ -12,12 +12,13 @@ import torch
 from torch import nn
 
 from ..distributed.sharding import local
-from ..model.injection import require_injection
-from ..model.named_state import base_parameters
-from ..model.wrappers import unwrapped
+from ..model.adapted_model import AdaptedModel, open_model
+from ..model.named_state import base_parameters_of
 from ..names import group_names, listed
-from ..nn.lora_layer import AdaptedWeights, Swapped, adapted_layers
-from ..nn.quantised import quantised_as, quantised_modules, quantised_parameters, shape_of
+from ..nn.adapted_module import Swapped
+from ..nn.adapted_weights import AdaptedWeights
+from ..nn.quantised import quantised_as, quantised_parameters, shape_of
+from ..nn.variant import variant_of
 from ..units import size_text
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ WIDTH = 80  # columns of the plain text
 NARROWEST = 12  # columns that are left of a long name or class
 MOST_GROUPS = 12  # that are shown
 SAVED = {"adapter": "the adapter", "merged": "merged weights, and the adapter", "full": "base and adapter"}
-VARIANTS = {"": "LoRA", "use_dora": "DoRA"}  # by the option that asks for one
 HEAD = ("layers", "class", "count", "r", "alpha", "parameters")
 
 
@@ -79,7 +79,7 @@ class Unmerged:
 class Summary:
     """What is adapted in a model. `str` gives plain text of 80 columns; rich prints it as a table."""
 
-    variant: str  # "LoRA", "DoRA", "LoRA with use_rslora", ...
+    variant: str  # its title, and whether with use_rslora
     start: str  # of A and B as init_lora_weights names it; "" for LoRA's own, A random and B zero
     layers: int  # that are adapted, single parameters included
     groups: tuple[LayerGroup, ...]  # of them, in the model's order
@@ -196,18 +196,17 @@ def summary(model: nn.Module) -> Summary:
         >>> report.trainable, report.total
         (52, 142)
     """
-    model = unwrapped(model, "summary")
-    injected = require_injection(model, "summary")
-    record, layers = injected.record, adapted_layers(model)
+    handle = open_model(model, "summary")
+    record, layers = handle.record, handle.layers
     factors = _each_once(layer.factors() for layer in layers.values())
-    stored = _each_once(layer.stored() for layer in layers.values())
-    base = base_parameters(model)
+    stored = _each_once(layer.stored().values() for layer in layers.values())
+    base = {each.name: each.parameter for each in base_parameters_of(handle.modules)}
     trainable = [parameter for parameter in (*factors, *base.values()) if parameter.requires_grad]
     total = sum(shape_of(parameter).numel() for parameter in (*factors, *base.values()))
     also_trained = {name: parameter.numel() for name, parameter in base.items() if parameter.requires_grad}
-    saved = {name: value.numel() for name, value in injected.seen(record.initial).items()}
+    saved = {name: value.numel() for name, value in handle.initial().items()}
     return Summary(
-        variant=_variant(record.config.variant()) + (" with use_rslora" if record.config.use_rslora else ""),
+        variant=variant_of(record.config).title + (" with use_rslora" if record.config.use_rslora else ""),
         start=_start(record.config.init_lora_weights),
         layers=len(layers),
         groups=_group(layers),
@@ -218,14 +217,14 @@ def summary(model: nn.Module) -> Summary:
         adapter_dtypes=tuple(dict.fromkeys(str(factor.dtype).removeprefix("torch.") for factor in factors)),
         also_trained=also_trained,
         also_saved={name: size for name, size in saved.items() if name not in also_trained},
-        left_out=_left_out(injected.seen(record.left_out), base, total - sum(factor.numel() for factor in factors)),
+        left_out=_left_out(handle.left_out(), base, total - sum(factor.numel() for factor in factors)),
         passed_over=record.passed_over,
-        quantised=_quantised(model),
+        quantised=_quantised(handle),
         unmerged=_unmerged(layers),
         merged_eval=record.merged_eval,
         save=record.save,
         memory=Memory(
-            weights=_local_bytes((*base.values(), *model.buffers())),
+            weights=_local_bytes((*base.values(), *_buffers(handle))),
             adapter=_local_bytes(stored),
             gradients=_local_bytes(trainable),
             optimizer=2 * _local_bytes(trainable),
@@ -238,16 +237,17 @@ def _each_once(parameters: Iterable[Iterable[nn.Parameter]]) -> list[nn.Paramete
     return list({id(parameter): parameter for of_layer in parameters for parameter in of_layer}.values())
 
 
-def _variant(option: str) -> str:
-    return VARIANTS.get(option, option.removeprefix("use_"))
-
-
 def _start(init: bool | str) -> str:
     return {True: "", False: "random"}[init] if isinstance(init, bool) else init
 
 
-def _quantised(model: nn.Module) -> dict[str, int]:
-    weights = _each_once(quantised_parameters(module).values() for module in quantised_modules(model).values())
+def _buffers(handle: AdaptedModel) -> list[torch.Tensor]:
+    own = (buffer for _, module in handle.modules for buffer in module._buffers.values() if buffer is not None)
+    return list({id(buffer): buffer for buffer in own}.values())
+
+
+def _quantised(handle: AdaptedModel) -> dict[str, int]:
+    weights = _each_once(quantised_parameters(module).values() for _, module in handle.modules)
     return dict(Counter(map(quantised_as, weights)))
 
 

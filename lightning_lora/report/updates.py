@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ..adapter.adapter import Adapter, cosine, scaled_pairs
+from ..adapter.adapter import Adapter, cosine, nothing_adapted, scaled_pairs
 from ..errors import LoRAError
 from ..files.safetensors import CHUNK
 from ..nn.products import singular_values
@@ -23,8 +23,8 @@ class Update:
     """What is added to the weight of one layer or parameter: s * B @ A, in float64."""
 
     rank: int  # r
-    # Of each part, expert or matrix: singular values, largest first. They are r, or up to 2 r where A and B start from
-    # others, whose product is subtracted.
+    # Of each part, expert or matrix: singular values, largest first. They are r, or more where a variant's tensors act
+    # as factors of a higher rank.
     spectra: tuple[tuple[float, ...], ...]
     shapes: tuple[tuple[int, int], ...]  # rows and columns of each
     weight_norm: float | None = None  # Frobenius norm of the weight, where that is known
@@ -114,7 +114,7 @@ def measure(source: str, adapter: Adapter, weight_norms: Mapping[str, float] | N
 
 
 def _spectrum(left: torch.Tensor, right: torch.Tensor, rank: int) -> tuple[float, ...]:
-    """Return the singular values of left @ right: r of them, or as many of 2 r as such a matrix can have."""
+    """Return the singular values of left @ right: r of them, or as many more as such a matrix can have."""
     values = singular_values(left, right).tolist()
     return tuple(values[: max(rank, min(left.shape[0], right.shape[1]))])
 
@@ -122,7 +122,7 @@ def _spectrum(left: torch.Tensor, right: torch.Tensor, rank: int) -> tuple[float
 def refuse_empty(source: str, adapter: Adapter) -> None:
     """Raise LoRAError where an adapter has no layer with A and B."""
     if not adapter.layers():
-        found = "rows of tables alone, which are no low-rank updates" if adapter.rows() else "no lora_A"
+        found = "rows of tables alone, which are no low-rank updates" if adapter.rows() else nothing_adapted(adapter)
         raise LoRAError(f"plot: {source} holds {found}; there is nothing to draw.")
 
 

@@ -1,1 +1,1 @@
-"""What a Trainer needs beyond the callback's plain hooks: checkpoints, strategies, layers that are built late."""
+"""What a Trainer needs beside the plain hooks of the callback: checkpoints, strategies, layers that are built late."""

@@ -1,4 +1,4 @@
-"""A model that is merged for good when its fit has ended, so that a library's own save is right."""
+"""Merge a model for good when its fit has ended, so that libraries that save the model save merged weights."""
 
 from __future__ import annotations
 
@@ -11,58 +11,59 @@ from torch import nn
 from ..adapter.lightning_checkpoint import adapter_of
 from ..distributed.sharding import refuse_fully_sharded
 from ..errors import LoRAError
-from ..model.dequantise import dequantised_dtype
+from ..model.adapted_model import AdaptedModel, find_model, open_model
+from ..model.dequantize import dequantize_dtype
 from ..model.inject import merge_and_unload
-from ..model.injection import find_injection, require_injection
 from ..model.patches import call_previous, patch
 from ..model.state_dict import refuse_unmergeable
 from ..names import META
 from .compatibility import launches
 
-MERGED_FOR_GOOD = "merged_after_fit"  # attribute of such a LightningModule, until it is fitted again
+MERGED_FOR_GOOD = "merged_after_fit"  # attribute of a LightningModule that was merged, until it is fitted again
 
 
-def refuse_merge_after_fit(trainer: Any, module: nn.Module) -> None:
-    """Raise LoRAError, with the remedy, where the fit's end could not leave plain layers."""
+def refuse_merge_after_fit(trainer: Any, handle: AdaptedModel) -> None:
+    """Raise LoRAError, with the remedy, where a model could not be merged for good after its fit."""
     if launches(trainer):
         raise LoRAError(
             f"LoRACallback: merge_after_fit cannot be used with {type(trainer.strategy).__name__}, which fits in other "
             "processes and brings back weights only. Call merge_and_unload(model) after fit, or use strategy='ddp'."
         )
-    refuse_fully_sharded(module, "LoRACallback(merge_after_fit=True)")
-    refuse_unmergeable(module, _dtype(module))
+    modules = (module for _, module in handle.modules)
+    refuse_fully_sharded(handle.model, modules, "LoRACallback(merge_after_fit=True)")
+    refuse_unmergeable(handle, _dtype(handle))
 
 
 def merge_for_good(module: nn.Module) -> None:
-    """Leave plain layers with merged weights, and a mark that evaluation takes the model as it is. In place."""
-    merge_and_unload(module, dequantize=_dtype(module))
+    """Replace adapted layers by plain ones with merged weights. Mark the model, so that evaluation leaves it alone."""
+    merge_and_unload(module, dequantize=_dtype(open_model(module, "LoRACallback")))
     setattr(module, MERGED_FOR_GOOD, True)
 
 
-def _dtype(module: nn.Module) -> torch.dtype | None:
-    """Return the dtype of plain weights in place of quantised ones."""
-    return dequantised_dtype(require_injection(module, "LoRACallback").record.dequantize, "LoRACallback")
+def _dtype(handle: AdaptedModel) -> torch.dtype | None:
+    """Return the dtype of the plain weights that replace quantised ones, or None."""
+    return dequantize_dtype(handle.record.dequantize, "LoRACallback")
 
 
 def is_merged_for_good(module: nn.Module) -> bool:
-    """Tell whether a fit has left plain merged layers that nothing has injected since."""
+    """Return whether a fit merged the model for good, and nothing injected it since."""
     return MERGED_FOR_GOOD in vars(module)
 
 
 def forget_merging(module: nn.Module) -> None:
-    """Take the mark of merge_for_good away: the model is about to get adapters anew."""
+    """Remove the mark of merge_for_good: the model is about to get adapters again."""
     vars(module).pop(MERGED_FOR_GOOD, None)
 
 
 def load_plain_weights_only(module: nn.Module) -> None:
-    """Let a model that was merged for good refuse checkpoints that need its base."""
+    """Patch a model that was merged for good so that it refuses checkpoints that need its base."""
     patch(module, "on_load_checkpoint", _on_load_checkpoint)
 
 
 def _on_load_checkpoint(
     module: nn.Module, previous: Callable[..., Any] | None, checkpoint: MutableMapping[str, Any]
 ) -> None:
-    if META in checkpoint and find_injection(module) is None:
+    if META in checkpoint and find_model(module) is None:
         kind = adapter_of(checkpoint)[1]
         if kind != "merged":
             raise LoRAError(

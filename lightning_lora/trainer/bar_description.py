@@ -1,26 +1,29 @@
-"""Lightning's progress bar, which says "Validation, merged" while an evaluation runs merged."""
+"""Let Lightning's progress bar say "Validation, merged" while an evaluation runs merged."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
-
-from ..nn.lora_layer import adapted_layers
+from ..nn.adapted_weights import AdaptedWeights
 
 DESCRIPTIONS = tuple(f"{stage}_description" for stage in ("sanity_check", "validation", "test", "predict"))
 
 
-def when_merged(module: nn.Module) -> str:
-    """Return what a module is when merge was called: "merged", "partly merged", or "" where all stays factored."""
-    stays = [bool(layer.unmergeable_reason()) for layer in adapted_layers(module).values()]
+def when_merged(layers: Iterable[AdaptedWeights]) -> str:
+    """Return what merge does to a module: "merged", "partly merged", or "" where all layers stay factored."""
+    stays = [bool(layer.unmergeable_reason()) for layer in layers]
     return "" if all(stays) else "partly merged" if any(stays) else "merged"
 
 
 def describe_as_merged(trainer: Any, how: str) -> None:
-    """Let the progress bar say how evaluations run, in when_merged's words; with "" its own words alone. In place.
+    """Let the progress bar say how evaluations run. In place.
 
-    The descriptions are properties, which only a class can replace: the bar gets a subclass of its own for as long.
+    The bar's descriptions are properties, which only a class can replace. So the bar gets a subclass until `how` is "".
+
+    Args:
+        trainer: the Trainer.
+        how: the result of when_merged; "" gives the bar its own descriptions back.
     """
     bar = trainer.progress_bar_callback
     if bar is None or getattr(bar, "lora_how", "") == how or not hasattr(bar, DESCRIPTIONS[0]):
@@ -31,7 +34,7 @@ def describe_as_merged(trainer: Any, how: str) -> None:
 
 
 class _Described:
-    """What comes before a progress bar's own class."""
+    """Mixin that comes before a progress bar's own class."""
 
     lora_how: str
 

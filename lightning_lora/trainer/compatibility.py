@@ -1,6 +1,6 @@
-"""What a Trainer, its callbacks or its model cannot be combined with: refused or warned of, with the remedy.
+"""Refuse or warn of Trainers, callbacks and models that LoRACallback cannot be combined with, and say the remedy.
 
-Classes are told by name, so that neither Lightning nor DeepSpeed is imported here.
+Classes are recognised by name, so that neither Lightning nor DeepSpeed is imported here.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from torch import nn
 
 from ..config import LoRAConfig
 from ..errors import LoRAError
+from ..model.adapted_model import Listing
 from ..model.injection import Injection
-from ..model.named_state import base_parameters
+from ..model.named_state import base_parameters_of
 from ..names import listed
-from ..nn.lora_layer import adapted_layers
 
 AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
 
 
 def refuse_composition(trainer: Any, callback: Any, *, injected: bool) -> None:
-    """Raise LoRAError, with the remedy, where this callback cannot give right numbers in this Trainer.
+    """Raise LoRAError where this callback would give wrong results in this Trainer. The message has the remedy.
 
     Args:
         trainer: the Trainer, in setup.
@@ -54,12 +54,19 @@ def refuse_composition(trainer: Any, callback: Any, *, injected: bool) -> None:
 
 
 def launches(trainer: Any) -> bool:
-    """Tell whether the fit runs in processes that a main process started, which brings back a state dict alone."""
+    """Return whether the strategy starts processes for the fit, of which the main process gets only a state dict."""
     return _is_a(trainer.strategy.launcher, "_MultiProcessingLauncher")
 
 
 def refuse_other_options(record: Injection, config: LoRAConfig, given: Collection[str], seed: str = "") -> None:
-    """Raise LoRAError where a model that was injected before does not go with the options that a callback was given."""
+    """Raise LoRAError where a model was injected with other options than the callback was given.
+
+    Args:
+        record: of the injection.
+        config: the callback's options.
+        given: the names of the options that the user gave.
+        seed: the callback's seed, or "".
+    """
     if record.merge_weights:
         raise LoRAError(
             "LoRACallback: the model was injected with merge_weights=True, where eval() merges: a backbone kept "
@@ -76,7 +83,10 @@ def refuse_other_options(record: Injection, config: LoRAConfig, given: Collectio
 
 
 def warn_of_part(trainer: Any, name: str) -> None:
-    """Warn where a part of the LightningModule was injected, of which the main process of a launcher knows nothing."""
+    """Warn where a part of a LightningModule was injected and the strategy starts processes.
+
+    The main process does not know such an injection.
+    """
     if trainer.state.fn == "fit" and launches(trainer) and name:
         warnings.warn(
             f"lightning_lora: inject was called on {name!r}, and {type(trainer.strategy).__name__} starts processes: "
@@ -86,9 +96,9 @@ def warn_of_part(trainer: Any, name: str) -> None:
         )
 
 
-def warn_of_frozen(module: nn.Module) -> None:
+def warn_of_frozen(listing: Listing) -> None:
     """Warn of adapter parameters that another callback has frozen."""
-    frozen = [name for name, factor in _factors(module).items() if not factor.requires_grad]
+    frozen = [name for name, factor in _factors(listing).items() if not factor.requires_grad]
     if frozen:
         warnings.warn(
             f"lightning_lora: {len(frozen)} adapter parameters are frozen ({', '.join(frozen[:3])}"
@@ -98,16 +108,17 @@ def warn_of_frozen(module: nn.Module) -> None:
         )
 
 
-def warn_of_idle_optimizers(optimizers: Sequence[torch.optim.Optimizer], module: nn.Module) -> None:
+def warn_of_idle_optimizers(optimizers: Sequence[torch.optim.Optimizer], listing: Listing) -> None:
     """Warn of an optimizer that holds nothing but weights that injection froze, as that of a GAN's other network.
 
-    A backward for it alone fails, with torch's message, which names neither.
+    Its backward would fail with a message of torch that names neither the optimizer nor the weights.
     """
-    names = {id(parameter): name for name, parameter in base_parameters(module).items() if not parameter.requires_grad}
+    base = base_parameters_of(listing.modules)
+    names = {id(each.parameter): each.name for each in base if not each.parameter.requires_grad}
     for number, optimizer in enumerate(optimizers):
         held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         frozen = [names[id(parameter)] for parameter in held if id(parameter) in names]
-        modules = _modules_of(frozen, adapted_layers(module))
+        modules = _modules_of(frozen, listing.layers)
         if modules and len(frozen) == len(held):
             warnings.warn(
                 f"lightning_lora: optimizer {number} ({type(optimizer).__name__}) holds frozen parameters alone, first "
@@ -119,7 +130,7 @@ def warn_of_idle_optimizers(optimizers: Sequence[torch.optim.Optimizer], module:
 
 
 def _modules_of(parameters: Sequence[str], adapted: Collection[str]) -> list[str]:
-    """Return the module that all these parameters are in, where it holds no adapted layer, or else each one's own."""
+    """Return the one module that holds all these parameters; if it holds an adapted layer, the module of each."""
     paths = [name.split(".")[:-1] for name in parameters]
     alike = takewhile(lambda segments: len(set(segments)) == 1, zip(*paths, strict=False))
     together = ".".join(segments[0] for segments in alike)
@@ -128,16 +139,16 @@ def _modules_of(parameters: Sequence[str], adapted: Collection[str]) -> list[str
     return list(dict.fromkeys(".".join(path) for path in paths if path))
 
 
-def refuse_unoptimized(optimizers: Sequence[torch.optim.Optimizer], module: nn.Module) -> None:
+def refuse_unoptimized(optimizers: Sequence[torch.optim.Optimizer], listing: Listing) -> None:
     """Raise LoRAError for the first trainable adapter parameter that no optimizer holds.
 
-    A fit without any optimizer is let pass: Lightning itself warns of a configure_optimizers that returns None.
+    A fit without any optimizer passes: Lightning itself warns of a configure_optimizers that returns None.
     """
-    if optimizers and all(_is_a(optimizer, "_MockOptimizer") for optimizer in optimizers):
+    if optimizers and all(_is_a(optimizer, "_MockOptimizer") for optimizer in optimizers):  # Lightning's stand-in
         return
     groups = (group for optimizer in optimizers for group in optimizer.param_groups)
     optimized = {id(parameter) for group in groups for parameter in group["params"]}
-    factors = _factors(module)
+    factors = _factors(listing)
     missing = [name for name, factor in factors.items() if factor.requires_grad and id(factor) not in optimized]
     if missing:
         shown = listed([repr(layer) for layer in dict.fromkeys(name.rpartition(".")[0] for name in missing)])
@@ -150,11 +161,11 @@ def refuse_unoptimized(optimizers: Sequence[torch.optim.Optimizer], module: nn.M
         )
 
 
-def _factors(module: nn.Module) -> dict[str, nn.Parameter]:
+def _factors(listing: Listing) -> dict[str, nn.Parameter]:
     return {
-        f"{name}.{leaf}": factor
-        for name, layer in adapted_layers(module).items()
-        for leaf, factor in zip(layer.factor_names(), layer.factors(), strict=True)
+        f"{name}.{layer.stored_name(leaf)}": factor
+        for name, layer in listing.layers.items()
+        for leaf, factor in zip(layer.lora.spec.variant.trained, layer.factors(), strict=True)
     }
 
 

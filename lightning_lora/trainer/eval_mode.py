@@ -1,4 +1,4 @@
-"""What eval mode means for adapters, said where Lightning warns of it, and for transformers' gradient checkpointing."""
+"""Explain what eval mode at fit start means for adapters and for transformers' gradient checkpointing."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import Any
 
 from torch import nn
 
-from ..model.injection import find_injection
+from ..model.adapted_model import find_model
 from ..model.pretrained import pretrained_models
 from ..names import listed
 from ..nn.gradient_checkpointing import segments_in_eval_mode
 from ..notices import tell
 
-WARNS = "_warn_if_modules_in_eval_mode"  # of Lightning's fit loop; some versions have none
+WARNS = "_warn_if_modules_in_eval_mode"  # method of Lightning's fit loop; not every version has it
 
 
 def explain_eval_mode(trainer: Any, module: nn.Module) -> None:
-    """Say in one line, after the warning of Lightning that modules are in eval mode, what that means for adapters."""
+    """Show a line that explains Lightning's warning of modules in eval mode: what it means for adapters."""
     if hasattr(trainer.fit_loop, WARNS) and not all(part.training for part in module.modules()):
         tell(
             "LoRACallback: adapters are trained in eval mode too, with their dropout. Eval mode, as from_pretrained "
@@ -27,14 +27,14 @@ def explain_eval_mode(trainer: Any, module: nn.Module) -> None:
 
 
 def warn_of_checkpointing_off(module: nn.Module) -> None:
-    """Warn, once a model, of gradient checkpointing that transformers models in eval mode pass over."""
-    injected = find_injection(module)
-    if injected is None or injected.record.checkpointing_off_reported:
+    """Warn where transformers models are in eval mode and therefore ignore gradient checkpointing. Once a model."""
+    handle = find_model(module)
+    if handle is None or handle.record.checkpointing_off_reported:
         return
-    networks = pretrained_models(module)
+    networks = pretrained_models(handle.modules)
     off = [name for name, network in networks.items() if _is_trained(network) and segments_in_eval_mode(network)]
     if off:
-        injected.record.checkpointing_off_reported = True
+        handle.record.checkpointing_off_reported = True
         names = [f"{type(networks[name]).__name__} {name!r}" if name else type(networks[name]).__name__ for name in off]
         warnings.warn(
             f"LoRACallback: gradient checkpointing is enabled in {listed(names)}, but does nothing: transformers uses "
@@ -50,7 +50,7 @@ def _is_trained(module: nn.Module) -> bool:
 
 
 def _call_of_train(name: str) -> str:
-    """Return the call that brings the module of this name into training mode."""
+    """Return the call, as text, that sets the module of this name to training mode."""
     if all(segment.isidentifier() for segment in name.split(".")):
         return f"self.{name}.train()"
     return f"self.get_submodule({name!r}).train()" if name else "self.train()"

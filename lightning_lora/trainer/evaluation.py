@@ -10,7 +10,8 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 
 from ..errors import NonFiniteError, sentence
-from ..model.injection import Injection, MergeCost, refuse_replaced_layers
+from ..model.adapted_model import Listing, refuse_replaced_layers
+from ..model.injection import Injection, MergeCost
 from ..model.merging import is_merged, merge, unmerge
 from ..model.self_check import Verification, watch
 from ..notices import tell
@@ -35,8 +36,9 @@ class Evaluation:
 
     def start(self, trainer: Any, module: Any, merged_eval: bool) -> None:
         """Check that no adapted layer was replaced; let the progress bar say "merged"."""
-        refuse_replaced_layers(module, "LoRACallback")
-        describe_as_merged(trainer, when_merged(module) if merged_eval else "")
+        listing = Listing(module)
+        refuse_replaced_layers(listing, "LoRACallback")
+        describe_as_merged(trainer, when_merged(listing.layers.values()) if merged_eval else "")
 
     def start_batch(self, trainer: Any, module: Any, lists: StepLists | None, *, verify: bool) -> None:
         """Merge if that has not been done yet; begin to watch the batch if it is the first one to verify. In place.
@@ -52,7 +54,7 @@ class Evaluation:
         if lists is not None and not lists.is_merged() and not self._merge(trainer, module, lists.record):
             return
         if verify and not self.verified and self._watched is None and not trainer.sanity_checking:
-            watching = watch(module)
+            watching = watch(Listing(module))
             self._watched, self.verified = (watching, watching.__enter__()), True
 
     def _merge(self, trainer: Any, module: nn.Module, record: Injection | None) -> bool:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..adapter.take import fingerprint
-from ..model.dequantise import dequantised_dtype
-from ..model.injection import find_injection, refuse_replaced_layers, snapshot_materialised
+from ..adapter.take import fingerprint_of
+from ..model.adapted_model import AdaptedModel, adopt_layers, find_model, open_model, refuse_replaced_layers
+from ..model.dequantize import dequantize_dtype
+from ..model.initial_values import snapshot_materialised
 from ..model.large_adapters import warn_of_large_adapters
+from ..model.live_state import LiveState
 from ..model.passed_over import warn_of_passed_over
 from ..model.pretrained import warn_of_new_heads
 from ..model.state_dict import refuse_unmergeable
@@ -23,49 +25,52 @@ from .precision import refuse_for_quantised, refuse_unloadable
 from .start_batches import start_from_data
 
 
-def check_fit(trainer: Any, module: Any, options: Options) -> None:
+def open_for_fit(module: Any) -> AdaptedModel:
+    """Return the handle of a LightningModule that is about to be fitted, whose layers may have changed since setup."""
+    handle = open_model(module, "LoRACallback")
+    adopt_layers(handle)
+    return handle
+
+
+def check_fit(trainer: Any, handle: AdaptedModel, options: Options) -> None:
     """Check that the adapter of a LightningModule can be trained, and then saved as the options say.
 
     Raises:
         LoRAError: it cannot.
     """
-    refuse_replaced_layers(module, "LoRACallback")
-    snapshot_materialised(module)
-    refuse_unoptimized(trainer.optimizers, module)
-    warn_of_frozen(module)
-    warn_of_idle_optimizers(trainer.optimizers, module)
-    warn_of_new_heads(module)
-    warn_of_large_adapters(module)
-    injected = find_injection(module)
-    if injected is not None:
-        warn_of_passed_over(injected.record)
-    enable_input_require_grads(module)
-    refuse_for_quantised(module, trainer)
+    refuse_replaced_layers(handle, "LoRACallback")
+    snapshot_materialised(handle)
+    refuse_unoptimized(trainer.optimizers, handle)
+    warn_of_frozen(handle)
+    warn_of_idle_optimizers(trainer.optimizers, handle)
+    warn_of_new_heads(handle.modules)
+    warn_of_large_adapters(handle.layers)
+    warn_of_passed_over(handle.record)
+    enable_input_require_grads([module for _, module in handle.modules])
+    refuse_for_quantised(handle, trainer)
     if options.save == "full":
-        refuse_unloadable(module)
+        refuse_unloadable(handle.model)
     if options.save == "merged":
-        refuse_unmergeable(module, dequantised_dtype(options.dequantize, "LoRACallback"))
+        refuse_unmergeable(handle, dequantize_dtype(options.dequantize, "LoRACallback"))
     if options.merge_after_fit:
-        refuse_merge_after_fit(trainer, module)
+        refuse_merge_after_fit(trainer, handle)
 
 
-def record_fit(trainer: Any, module: Any, options: Options, logged: LoggedOptions) -> None:
+def record_fit(trainer: Any, handle: AdaptedModel, options: Options, logged: LoggedOptions) -> None:
     """Record the base's fingerprint and whether evaluations merge; log the options and show the summary. In place."""
-    injected = find_injection(module)
-    if injected is not None:
-        record = injected.record
-        if not record.fingerprint:
-            record.fingerprint = fingerprint(module)
-        record.merged_eval, record.last_merge = options.merged_eval, None
-        if trainer.loggers:
-            given = as_hyperparameters(record.config, save=options.save, merged_eval=options.merged_eval)
-            logged.add(module, given)
+    record = handle.record
+    if not record.fingerprint:
+        record.fingerprint = fingerprint_of(LiveState(handle))
+    record.merged_eval, record.last_merge = options.merged_eval, None
+    if trainer.loggers:
+        given = as_hyperparameters(record.config, save=options.save, merged_eval=options.merged_eval)
+        logged.add(handle.model, given)
     if options.verbose:
-        show(summary(module))
+        show(summary(handle.model))
 
 
 def start_training(trainer: Any, module: Any, options: Options) -> None:
     """Start from data where the options say so; explain Lightning's warning of modules in eval mode."""
-    start_from_data(trainer, module, find_injection(module))
+    start_from_data(trainer, module, find_model(module))
     if options.verbose:
         explain_eval_mode(trainer, module)

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from ..model.gradients import explain_merged_training, warn_of_untrained
+from ..model.adapted_model import Listing
+from ..model.gradients import explain_missing_gradients, warn_of_untrained
 from ..model.merging import unmerge
 from ..model.patches import unpatch
 from .after_fit import is_merged_for_good
@@ -62,7 +63,7 @@ class FitState:
         lists.override_dropout(None)
         if not lists.trained_a_batch:
             lists.trained_a_batch = True
-            warn_of_untrained(module, optimized=True)
+            warn_of_untrained(Listing(module), optimized=True)
 
     def start_evaluation_batch(self, trainer: Any, module: Any, *, merged_eval: bool, verify: bool) -> None:
         """Merge and begin to verify at the first batch, unless a fit has merged the module for good. In place."""
@@ -92,10 +93,10 @@ class FitState:
         self.evaluation.end(module)
         self.logged.remove(module)
         if is_merged_for_good(module):
-            unpatch(module)
+            unpatch(module.modules())
 
     def break_off(self, trainer: Any, module: Any, exception: BaseException) -> None:
         """Leave a run that an exception or Ctrl-C has ended; explain it if merged weights caused it. In place."""
-        explain_merged_training(exception, module)
+        explain_missing_gradients(exception, module)
         self.leave(module)
         describe_as_merged(trainer, "")

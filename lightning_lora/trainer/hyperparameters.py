@@ -1,7 +1,8 @@
-"""The adapter's options among a run's hyper-parameters: loggers have them beside the module's own, checkpoints do not.
+"""Log the adapter's options among the hyper-parameters of a run. Checkpoints do not get them.
 
-Lightning gives `hparams_initial` to the loggers in one call, right after the hooks of fit start; checkpoints hold
-`hparams`. A call of our own would not do: TensorBoard compares runs by the first call alone.
+Lightning gives `hparams_initial` to the loggers in one call, right after the hooks of fit start, and puts `hparams`
+into checkpoints. So the options are added to `hparams_initial` for that call. A call of our own would come too late:
+TensorBoard compares runs by the first call.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ Plain = bool | int | float | str | None
 
 
 def as_hyperparameters(config: LoRAConfig, **own: Plain) -> dict[str, Plain]:
-    """Return options by the names `lora/r` and so on: lists with commas, mappings as JSON."""
+    """Return options under the names `lora/r` and so on. Lists become text with commas, mappings JSON."""
     options = {name: _plain(getattr(config, name)) for name in config.__dataclass_fields__}
     return {f"lora/{name}": value for name, value in (options | own).items()}
 
@@ -32,12 +33,12 @@ class LoggedOptions:
         self._before: dict[str, Any] | None = None  # the module's own, while it has others
 
     def add(self, module: Any, options: Mapping[str, Plain]) -> None:
-        """Let the module's hyper-parameters have these too when they are logged next. In place, until `remove`."""
+        """Add options to those that the module logs next. In place, until `remove`."""
         if self._before is not None:
             return
         self._before = {name: vars(module)[name] for name in (INITIAL, LOGS) if name in vars(module)}
         initial = module.hparams_initial if getattr(module, LOGS) else {}
-        if isinstance(initial, dict):  # as Lightning's own; else one of omegaconf's, which may refuse new keys
+        if isinstance(initial, dict):  # Lightning's own; a config of omegaconf may refuse new keys
             initial.update(options)
         else:
             initial = {**initial, **options}

@@ -1,4 +1,4 @@
-"""Layers that LightningModule.setup and configure_model build: adapted right after, before the options are judged."""
+"""Adapt the layers that LightningModule.setup and configure_model build. The options are checked after that."""
 
 from __future__ import annotations
 
@@ -10,34 +10,27 @@ from typing import Any
 
 from torch import nn
 
+from ..model.adapted_model import AdaptedModel, Listing, describe_class, find_model
+from ..model.initial_values import snapshot_initial
 from ..model.inject import adapt_new_layers, begin_injection, finish_injection, strip_adapters
-from ..model.injection import (
-    Injected,
-    describe_class,
-    find_injection,
-    forget_rebuilt,
-    require_injection,
-    snapshot_initial,
-)
 from ..model.patches import call_previous, is_patched, patch, unpatch_method
-from ..names import canonical
-from ..nn.lora_layer import adapted_layers
+from ..nn.adapted_weights import adapted_layers
 from .checkpoint_hooks import save_as
 from .compatibility import refuse_other_options
 from .lightning_packages import is_overridden
 from .precision import convert_linear_layers_, leave_out_of_ddp_
 
 
-def adapt_late_layers(module: nn.Module) -> None:
+def adapt_late_layers(handle: AdaptedModel) -> None:
     """Patch the methods of an injected LightningModule that may build layers; without any, judge its options now.
 
     The patches stay for the whole setup, because WeightAveraging calls configure_model before Lightning does.
     """
-    names = [name for name in BUILDERS if is_overridden(name, module)]
+    names = [name for name in BUILDERS if is_overridden(name, handle.model)]
     for name in names:
-        patch(module, name, BUILDERS[name])
+        patch(handle.model, name, BUILDERS[name])
     if not names:
-        finish_injection(module)
+        finish_injection(handle)
 
 
 def stop_adapting(module: nn.Module) -> None:
@@ -47,7 +40,7 @@ def stop_adapting(module: nn.Module) -> None:
 
 
 def _setup_and_adapt(module: nn.Module, previous: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> None:
-    """Adapt what setup built; the options are judged after configure_model where there is one."""
+    """Adapt what setup built. Where the module has a configure_model, the options are checked after that."""
     complete = not is_patched(module, "configure_model", _configure_and_adapt)
     _build_and_adapt(module, partial(call_previous, module, previous, "setup", *args, **kwargs), "setup", complete)
 
@@ -62,33 +55,31 @@ BUILDERS: dict[str, Callable[..., None]] = {"setup": _setup_and_adapt, "configur
 
 def _build_and_adapt(module: nn.Module, build: Callable[[], Any], name: str, complete: bool) -> None:
     """Call the method of this name by `build`, and adapt what it built; `complete`: all layers are there now."""
-    injected = find_injection(module)
-    if injected is None:  # it was taken out meanwhile
+    earlier = find_model(module)
+    if earlier is None:  # it was taken out meanwhile
         build()
         return
-    record, layers, modules = injected.record, injected.record.layers, set(injected.root.modules())
-    with _allowing_injection(module):
+    record, layers = earlier.record, earlier.record.layers
+    with _allowing_injection(earlier):
         build()
-    injected = find_injection(module)
-    if injected is None:
+    handle = find_model(module)
+    if handle is None:
         return
-    goes_on = injected.record is record and record.layers is layers  # else what was built is recorded already
+    goes_on = handle.record is record and record.layers is layers  # else what was built is recorded already
+    convert_linear_layers_(handle)
+    adapt_new_layers(handle)
+    leave_out_of_ddp_(handle)
     if goes_on:
-        forget_rebuilt(module, modules)
-    convert_linear_layers_(module)
-    adapt_new_layers(module)
-    leave_out_of_ddp_(module)
-    if goes_on:
-        _warn_of_replaced(injected, layers, name)
+        _warn_of_replaced(handle, layers, name)
     if complete:
-        snapshot_initial(module)
-        finish_injection(module)
+        snapshot_initial(handle)
+        finish_injection(handle)
 
 
-def _warn_of_replaced(injected: Injected, layers: Iterable[str], method: str) -> None:
-    """Warn of layers in whose place the user's method put others that have parameters and are not adapted."""
-    modules = {canonical(name): module for name, module in injected.root.named_modules()}
-    gone = [name for name in layers if name not in injected.record.layers and name in modules]
+def _warn_of_replaced(handle: AdaptedModel, layers: Iterable[str], method: str) -> None:
+    """Warn where the user's method replaced adapted layers by others that have parameters and are not adapted."""
+    modules = dict(handle.root_modules)
+    gone = [name for name in layers if name not in handle.record.layers and name in modules]
     replaced = [name for name in gone if list(modules[name].parameters()) and not adapted_layers(modules[name])]
     if replaced:
         shown = ", ".join(f"{name!r} (now a {describe_class(modules[name])})" for name in replaced[:3])
@@ -101,20 +92,20 @@ def _warn_of_replaced(injected: Injected, layers: Iterable[str], method: str) ->
 
 
 @contextmanager
-def _allowing_injection(module: nn.Module) -> Iterator[None]:
+def _allowing_injection(earlier: AdaptedModel) -> Iterator[None]:
     """Let the user's method call inject() itself, on the module or a part of it; that injection then stands.
 
-    A method that builds and shards has to: adapters come before fully_shard.
+    A method that builds and shards has to call it: adapters come before fully_shard.
     """
-    record = require_injection(module, "LoRACallback").record
-    still_empty = not record.validated and not adapted_layers(module)
+    record = earlier.record
+    still_empty = not record.validated and not earlier.layers
     if still_empty:
-        strip_adapters(module)
+        strip_adapters(earlier)
     yield
-    injected = find_injection(module)
-    if injected is None and still_empty:
-        begin_injection(module, record.config, seed=record.seed, given=record.given)
-    elif injected is not None and injected.record is not record:
-        refuse_other_options(injected.record, record.config, record.given)
-    if find_injection(module) is not None:
-        save_as(module, record.save, record.dequantize)
+    handle = find_model(earlier.model)
+    if handle is None and still_empty:
+        handle = begin_injection(Listing(earlier.model), record.config, seed=record.seed, given=record.given)
+    elif handle is not None and handle.record is not record:
+        refuse_other_options(handle.record, record.config, record.given)
+    if handle is not None:
+        save_as(handle, record.save, record.dequantize)

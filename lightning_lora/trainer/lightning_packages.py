@@ -1,7 +1,7 @@
-"""Lightning under its two names, `lightning.pytorch` and `pytorch_lightning`: the same code with separate classes.
+"""Support both packages of Lightning, `lightning.pytorch` and `pytorch_lightning`: the same code, separate classes.
 
-A program imports one of them, sometimes both. None is imported here before the program does, since that takes time and
-sends Lightning's messages through the logger of the one that came last.
+A program imports one of them, sometimes both. This file imports neither before the program does. An import takes time,
+and Lightning's messages go through the logger of the package that was imported last.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ def imported_packages() -> list[ModuleType]:
 
 
 def first_package() -> ModuleType:
-    """Return the package of Lightning that the program has imported, `lightning.pytorch` if both or none."""
+    """Return the package of Lightning that the program has imported; `lightning.pytorch` for both or none."""
     return next(iter(imported_packages()), None) or import_module(PACKAGES[0])
 
 
 def package_of(cls: type) -> str | None:
-    """Name the package of Lightning from which a class is derived."""
+    """Return the name of the package of Lightning that a class is derived from, or None."""
     modules = (base.__module__ for base in cls.__mro__)
     return next((name for module in modules for name in PACKAGES if f"{module}.".startswith(f"{name}.")), None)
 
 
 def is_overridden(name: str, module: nn.Module) -> bool:
-    """Tell whether a LightningModule of either package has a method of its own in the place of Lightning's."""
+    """Return whether a LightningModule, of either package, overrides a method of Lightning."""
     if name in vars(module):
         return True
     owner = next((cls for cls in type(module).__mro__ if name in vars(cls)), None)
@@ -48,7 +48,7 @@ def is_overridden(name: str, module: nn.Module) -> bool:
 
 
 def for_each_package(action: Action) -> None:
-    """Call `action` with each package of Lightning: now if it is imported, else as soon as the program imports it."""
+    """Call `action` with each package of Lightning: now if it is imported, otherwise when the program imports it."""
     for package in imported_packages():
         action(package)
     sys.meta_path.insert(0, _ImportWatcher(action))
@@ -65,7 +65,7 @@ def _derive_from_callback(cls: type, package: ModuleType) -> None:
 
 
 class _ImportWatcher:
-    """Calls `action` when a package of Lightning was executed; what finds and loads it is left as it is."""
+    """Import hook that calls `action` after a package of Lightning was executed. It finds and loads nothing itself."""
 
     def __init__(self, action: Action) -> None:
         self.action = action
@@ -74,7 +74,7 @@ class _ImportWatcher:
     def find_spec(self, name: str, path: Sequence[str] | None = None, target: Any = None) -> ModuleSpec | None:
         if name not in PACKAGES or self.searching:
             return None
-        self.searching = True  # the other finders' answer is wanted
+        self.searching = True  # find_spec below asks this finder too, which must not answer
         try:
             spec = find_spec(name)
         finally:

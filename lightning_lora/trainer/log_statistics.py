@@ -17,9 +17,10 @@ from torch import nn
 
 from ..distributed.sharding import reshard_
 from ..metrics import StepStatistic
-from ..model.injection import find_injection
+from ..model.adapted_model import find_model
+from ..model.injection import Injection
 from ..names import group_names
-from ..nn.lora_layer import AdaptedWeights, adapted_layers
+from ..nn.adapted_weights import AdaptedWeights
 from ..report.statistics import Snapshot, layer_stats
 from .by_module import ByModule
 
@@ -30,6 +31,7 @@ MERGE_SECONDS, FIDELITY = "lora/merge_seconds", "lora/fidelity"
 class _Run:
     """What is known of one LightningModule in its fit."""
 
+    record: Injection
     snapshots: dict[str, Snapshot] = field(default_factory=dict)
     last: tuple[int, list[int]] = (0, [])  # the last step that was logged, and for which optimizers
     metrics: dict[str, StepStatistic] = field(default_factory=dict)  # by name in the loggers
@@ -43,11 +45,11 @@ class StatisticsLog:
         self.every = every
         self.runs: ByModule[_Run] = ByModule()
 
-    def begin(self, trainer: Any, module: nn.Module) -> None:
+    def begin(self, trainer: Any, module: nn.Module, record: Injection) -> None:
         """Forget what an earlier fit saw, and warn where the Trainer writes to its loggers at other steps."""
         if not self.every:
             return
-        self._begin_run(module)
+        self._begin_run(module, record)
         between = trainer.log_every_n_steps
         if trainer.loggers and between and self.every % between and not trainer.fast_dev_run:
             warnings.warn(
@@ -57,9 +59,9 @@ class StatisticsLog:
                 stacklevel=2,
             )
 
-    def _begin_run(self, module: nn.Module) -> _Run:
-        _measure_rounding(module, True)
-        run = self.runs[module] = _Run()
+    def _begin_run(self, module: nn.Module, record: Injection) -> _Run:
+        record.measures_rounding = True  # in each merge; else the first one alone measures it
+        run = self.runs[module] = _Run(record)
         return run
 
     def log(self, trainer: Any, module: Any, optimizer: torch.optim.Optimizer) -> None:
@@ -70,24 +72,28 @@ class StatisticsLog:
         step = trainer.fit_loop.epoch_loop._batches_that_stepped + 1  # as loggers count
         if step % self.every or not _writes(trainer, step):
             return
-        run = self.runs.get(module) or self._begin_run(module)  # a fit inside this one has ended the run
+        handle = find_model(module)
+        if handle is None:
+            return
+        run = self.runs.get(module) or self._begin_run(module, handle.record)  # a fit inside this one has ended the run
         done = run.last[1] if run.last[0] == step else []
-        adapted = adapted_layers(module)
-        layers = _held_by(optimizer, adapted) if len(trainer.optimizers) > 1 else adapted
-        if id(optimizer) in done or not layers:
+        if id(optimizer) in done:
+            return
+        layers = _held_by(optimizer, handle.layers) if len(trainer.optimizers) > 1 else handle.layers
+        if not layers:
             return
         run.last = (step, [*done, id(optimizer)])
-        reshard_(module.modules())
-        stats = layer_stats(layers, run.snapshots, group_names(adapted))
+        reshard_(each for _, each in handle.modules)
+        stats = layer_stats(layers, run.snapshots, group_names(handle.layers))
         run.snapshots.update(stats.snapshots)
-        values = _of_last_merge(module)
+        values = _of_last_merge(handle.record)
         for group, found in stats.groups.items():
             values |= {f"lora/{_for_loggers(group)}/{name}": value for name, value in found.to_dict().items()}
         for name, value in values.items():
             metric = run.metrics.setdefault(name, StepStatistic())
             metric(value)
             run.shown_by = trainer
-            # Lightning wants the name of an attribute, and never reads it. As an attribute the metric were a submodule.
+            # Lightning wants an attribute's name, and never reads it. As an attribute the metric would be a submodule.
             module.log(name, metric, on_step=True, on_epoch=False, batch_size=1, metric_attribute="lora")
 
     def take_back(self, trainer: Any, module: nn.Module) -> None:
@@ -104,21 +110,14 @@ class StatisticsLog:
 
     def end(self, module: nn.Module) -> None:
         """Forget a module whose fit has ended."""
-        if self.runs.pop(module, None) is not None:
-            _measure_rounding(module, False)
+        run = self.runs.pop(module, None)
+        if run is not None:
+            run.record.measures_rounding = False
 
 
-def _measure_rounding(module: nn.Module, on: bool) -> None:
-    """Let each merge of 16-bit weights measure what rounding costs, or (off) the first merge only."""
-    injected = find_injection(module)
-    if injected is not None:
-        injected.record.measures_rounding = on
-
-
-def _of_last_merge(module: nn.Module) -> dict[str, float]:
+def _of_last_merge(record: Injection) -> dict[str, float]:
     """Return what the last evaluation's merge took, by names in the loggers."""
-    injected = find_injection(module)
-    cost = injected.record.last_merge if injected is not None else None
+    cost = record.last_merge
     if cost is None:
         return {}
     fidelity = {} if cost.rounding is None else {FIDELITY: cost.rounding}

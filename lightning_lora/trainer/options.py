@@ -9,7 +9,7 @@ import torch
 from ..adapter.lightning_checkpoint import Kind, check_kind
 from ..config import LoRAConfig
 from ..errors import LoRAError
-from ..model.dequantise import dequantised_dtype
+from ..model.dequantize import dequantize_dtype
 from ..model.inject import fixed_seed
 from ..model.param_groups import check_ratio
 
@@ -34,7 +34,7 @@ class Options(Protocol):
 def check_own_options(options: Options) -> None:
     """Raise LoRAError if an option of the callback has a value that is not allowed. LoRAConfig checks its own."""
     check_kind(options.save)
-    dequantised_dtype(options.dequantize, "LoRACallback")
+    dequantize_dtype(options.dequantize, "LoRACallback")
     for name in BOOLEANS:
         value = getattr(options, name)
         if not isinstance(value, bool):

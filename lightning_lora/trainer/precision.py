@@ -1,7 +1,7 @@
-"""What Lightning does to quantised weights: its BitsandbytesPrecision makes them, its checkpoints do not take all.
+"""Quantised weights in a Trainer: BitsandbytesPrecision, DDP, and what Lightning cannot do with them.
 
-BitsandbytesPrecision puts quantised layers in the place of linear ones in the strategy's setup. That comes after
-injection and would drop the adapters, so it is done before. Doing it again changes nothing.
+BitsandbytesPrecision replaces linear layers by quantised ones in the setup of the strategy. That comes after injection
+and would drop the adapters. So the layers are converted before injection; to convert them again changes nothing.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from typing import Any
 from torch import nn
 
 from ..errors import LoRAError
-from ..names import LIGHTNING, canonical, derives_from
-from ..nn.lora_layer import LoRALayer, adapted_layers
+from ..model.adapted_model import Listing
+from ..names import LIGHTNING, derives_from
+from ..nn.lora_layer import LoRALayer
 from ..nn.quantised import TORCHAO, quantised_as, quantised_modules, quantised_parameters
 from ..nn.quantised_state import is_of_lightning
 from .compatibility import AVERAGING
@@ -20,11 +21,11 @@ from .compatibility import AVERAGING
 LEFT_OUT_OF_DDP = "_ddp_params_and_buffers_to_ignore"  # torch's attribute of a module that DDP wraps
 
 
-def refuse_late_conversion(module: nn.Module) -> None:
-    """Raise LoRAError where BitsandbytesPrecision is about to replace layers that are adapted already."""
-    if _bitsandbytes_precision(module) is None or quantised_modules(module):
+def refuse_late_conversion(listing: Listing) -> None:
+    """Raise LoRAError where BitsandbytesPrecision would replace layers that are adapted already."""
+    if _bitsandbytes_precision(listing.model) is None or quantised_modules(listing.places):
         return
-    for name, layer in adapted_layers(module).items():
+    for name, layer in listing.layers.items():
         if isinstance(layer, nn.Linear):
             raise LoRAError(
                 f"LoRACallback: {name!r} was adapted by inject, and BitsandbytesPrecision replaces it by a quantised "
@@ -33,48 +34,48 @@ def refuse_late_conversion(module: nn.Module) -> None:
             )
 
 
-def convert_linear_layers_(module: nn.Module) -> None:
+def convert_linear_layers_(listing: Listing) -> None:
     """Let the precision of a LightningModule's Trainer convert the linear layers that are not adapted yet. In place.
 
-    Lightning itself converts all layers or, where one is quantised already, none.
+    Lightning itself converts all layers, or none where one is quantised already.
     """
-    plugin = _bitsandbytes_precision(module)
+    plugin = _bitsandbytes_precision(listing.model)
     if plugin is None:
         return
-    quantised = quantised_modules(module).values()
-    if not quantised and any(isinstance(layer, nn.Linear) for layer in module.modules()):
-        plugin.convert_module(module)
+    modules, quantised = listing.modules, quantised_modules(listing.places).values()
+    listing.look_again()
+    if not quantised and any(isinstance(layer, nn.Linear) for _, layer in modules):
+        plugin.convert_module(listing.model)
     elif any(map(is_of_lightning, quantised)):  # converted earlier; layers were built since
-        for path, parent in module.named_modules():
+        for path, parent in modules:
             for name, child in list(parent._modules.items()):
-                if _is_plain(child) and not f"{canonical(path)}.{name}".lstrip(".").startswith(
-                    tuple(plugin.ignore_modules)
-                ):
+                if _is_plain(child) and not f"{path}.{name}".lstrip(".").startswith(tuple(plugin.ignore_modules)):
                     box = nn.Module()
-                    box.lora_converted = child
+                    box.register_module("lora_converted", child)
                     parent._modules[name] = plugin.convert_module(box).lora_converted
 
 
 def _bitsandbytes_precision(module: nn.Module) -> Any:
-    """Return the plugin of a LightningModule's Trainer, or None where that has another precision."""
+    """Return the BitsandbytesPrecision of a LightningModule's Trainer, or None where it has another precision."""
     plugin: Any = getattr(getattr(module, "_trainer", None), "precision_plugin", None)
     return plugin if derives_from(plugin, "BitsandbytesPrecision", LIGHTNING) else None
 
 
-def leave_out_of_ddp_(module: nn.Module) -> None:
-    """Let DDP not send a module's torchao tensors, which it cannot: each process has quantised the same base."""
-    names = [name for name, parameter in module.named_parameters() if _is_of_torchao(parameter)]
-    if names:
+def leave_out_of_ddp_(listing: Listing) -> None:
+    """Exclude a module's torchao tensors from DDP, which cannot send them. Every process quantised the same base."""
+    module = listing.model
+    if any(_is_of_torchao(each) for _, owner in listing.modules for each in owner._parameters.values()):
+        names = [name for name, parameter in module.named_parameters() if _is_of_torchao(parameter)]
         earlier = vars(module).get(LEFT_OUT_OF_DDP, ())
         vars(module)[LEFT_OUT_OF_DDP] = list(dict.fromkeys([*earlier, *names]))
 
 
-def _is_of_torchao(parameter: nn.Parameter) -> bool:
+def _is_of_torchao(parameter: object) -> bool:
     return derives_from(parameter, "TorchAOBaseTensor", (TORCHAO,))
 
 
 def refuse_unloadable(module: nn.Module) -> None:
-    """Raise LoRAError where Lightning could save a full checkpoint of a module, and not load it again."""
+    """Raise LoRAError where Lightning could save a full checkpoint of a module but not load it again."""
     for name, parameter in module.named_parameters():
         if _is_of_torchao(parameter):
             raise LoRAError(
@@ -84,9 +85,9 @@ def refuse_unloadable(module: nn.Module) -> None:
             )
 
 
-def refuse_for_quantised(module: nn.Module, trainer: Any) -> None:
-    """Raise LoRAError where a Trainer would change or cut the bytes of quantised weights as if they were values."""
-    name, layer = next(iter(quantised_modules(module).items()), ("", module))
+def refuse_for_quantised(listing: Listing, trainer: Any) -> None:
+    """Raise LoRAError where a Trainer would treat the bytes of quantised weights as values: shard or average them."""
+    name, layer = next(iter(quantised_modules(listing.places).items()), ("", listing.model))
     if not name:
         return
     weight = f"the weight of {name!r} is quantised ({quantised_as(next(iter(quantised_parameters(layer).values())))})"
@@ -104,4 +105,4 @@ def refuse_for_quantised(module: nn.Module, trainer: Any) -> None:
 
 
 def _is_plain(layer: nn.Module | None) -> bool:
-    return isinstance(layer, nn.Linear) and not isinstance(layer, LoRALayer) and not quantised_modules(layer)
+    return isinstance(layer, nn.Linear) and not isinstance(layer, LoRALayer) and not quantised_parameters(layer)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..model.adapted_model import AdaptedModel, Listing, adopt_layers, find_model
 from ..model.inject import begin_injection, random_seed
-from ..model.injection import Injected, find_injection
 from .after_fit import forget_merging, is_merged_for_good, load_plain_weights_only
 from .checkpoint_hooks import save_as
 from .cli_optimizer import adapt_cli_optimizer
@@ -14,7 +14,7 @@ from .options import Options, seed_text
 from .precision import convert_linear_layers_, leave_out_of_ddp_, refuse_for_quantised, refuse_late_conversion
 
 
-def set_up(trainer: Any, module: Any, options: Options, stage: str) -> bool:
+def set_up(trainer: Any, module: Any, options: Options, stage: str) -> AdaptedModel | None:
     """Adapt what exists, before the optimizer is built and the strategy wraps; patch the module's hooks. In place.
 
     Args:
@@ -24,33 +24,40 @@ def set_up(trainer: Any, module: Any, options: Options, stage: str) -> bool:
         stage: "fit", "validate", "test" or "predict".
 
     Returns:
-        Whether the module is adapted; one that an earlier fit merged for good is evaluated as it is.
+        The handle of the adapted module; None for one that an earlier fit merged for good, evaluated as it is.
 
     Raises:
         LoRAError: the Trainer, its callbacks or the model do not go with these options.
     """
-    injected = find_injection(module)
-    refuse_composition(trainer, options, injected=injected is not None)
+    handle = find_model(module)
+    refuse_composition(trainer, options, injected=handle is not None)
     if is_merged_for_good(module):
-        if injected is None and stage != "fit":
+        if handle is None and stage != "fit":
             load_plain_weights_only(module)
-            return False
+            return None
         forget_merging(module)
-    _inject_or_adopt(trainer, module, options, injected)
-    adapt_cli_optimizer(module, options.lr_ratio, is_fit=stage == "fit")
-    refuse_for_quantised(module, trainer)
-    leave_out_of_ddp_(module)
-    save_as(module, options.save, options.dequantize)
-    return True
-
-
-def _inject_or_adopt(trainer: Any, module: Any, options: Options, injected: Injected | None) -> None:
-    """Inject the module, or check that its earlier injection agrees with the options. In place."""
-    if injected is None:
-        convert_linear_layers_(module)
-        seed = seed_text(options) or trainer.strategy.broadcast(random_seed())
-        begin_injection(module, options.config, seed=seed, given=options.given)
+    if handle is None:
+        handle = _inject(trainer, module, options)
     else:
-        refuse_late_conversion(module)
-        refuse_other_options(injected.record, options.config, options.given, seed_text(options))
-        warn_of_part(trainer, injected.prefix.removesuffix("."))
+        _adopt(trainer, handle, options)
+    adapt_cli_optimizer(handle, options.lr_ratio, is_fit=stage == "fit")
+    refuse_for_quantised(handle, trainer)
+    leave_out_of_ddp_(handle)
+    save_as(handle, options.save, options.dequantize)
+    return handle
+
+
+def _inject(trainer: Any, module: Any, options: Options) -> AdaptedModel:
+    """Inject the module, and return its handle. In place."""
+    listing = Listing(module)
+    convert_linear_layers_(listing)
+    seed = seed_text(options) or trainer.strategy.broadcast(random_seed())
+    return begin_injection(listing, options.config, seed=seed, given=options.given)
+
+
+def _adopt(trainer: Any, handle: AdaptedModel, options: Options) -> None:
+    """Check that the earlier injection of a module agrees with the options, and take it over. In place."""
+    adopt_layers(handle)
+    refuse_late_conversion(handle)
+    refuse_other_options(handle.record, options.config, options.given, seed_text(options))
+    warn_of_part(trainer, handle.prefix.removesuffix("."))

@@ -1,4 +1,4 @@
-"""An adapter that starts from data: from the Trainer's own training batches, without using one up."""
+"""Start an adapter from the Trainer's training batches, without using one of them up."""
 
 from __future__ import annotations
 
@@ -15,31 +15,30 @@ from torch import nn
 from torchmetrics import Metric
 
 from ..errors import LoRAError
+from ..model.adapted_model import AdaptedModel
 from ..model.data_start import FROM_DATA, start_from_batches
-from ..model.injection import Injected
 from ..model.over_batches import Caller
-from ..nn.lora_layer import adapted_layers
 from .lightning_packages import package_of
 
-GRADIENT_BATCHES = 8  # of which the mean gradient is taken
+GRADIENT_BATCHES = 8  # the mean gradient over so many batches
 INSTEAD = "call inject(module, config) and initialize_from_data(module, batches, forward) before fit"
 SLOW = "More training data, or a smaller r, would do"
 
 
-def start_from_data(trainer: Any, module: Any, injected: Injected | None) -> None:
+def start_from_data(trainer: Any, module: Any, handle: AdaptedModel | None) -> None:
     """Initialise the adapter from training data where its options say so, and nothing was trained or loaded yet.
 
-    The batches come from iterators of their own over the Trainer's loaders and go through training_step, in eval mode
-    and without logging. Random streams, generators and metrics are as before. Collective.
+    The batches come from new iterators over the Trainer's loaders. They go through training_step in eval mode, without
+    logging. Random streams, generators and metrics are restored. Collective.
 
     Raises:
-        LoRAError: the data can be read once only, or training_step cannot be called without training.
+        LoRAError: the data can be read only once, or training_step cannot be called without training.
     """
-    if injected is None or injected.record.config.init_lora_weights not in FROM_DATA or trainer.global_step:
+    if handle is None or handle.record.config.init_lora_weights not in FROM_DATA or trainer.global_step:
         return
-    if injected.record.started or not all(layer.is_initial() for layer in adapted_layers(module).values()):
+    if handle.record.started or not all(layer.is_initial() for layer in handle.layers.values()):
         return
-    option = f"LoRACallback: init_lora_weights={injected.record.config.init_lora_weights!r}"
+    option = f"LoRACallback: init_lora_weights={handle.record.config.init_lora_weights!r}"
     if not module.automatic_optimization:
         raise LoRAError(f"{option}: training_step trains by itself, with manual optimization; {INSTEAD}.")
     if type(trainer.fit_loop._data_fetcher).__name__ == "_DataLoaderIterDataFetcher":
@@ -49,14 +48,14 @@ def start_from_data(trainer: Any, module: Any, injected: Injected | None) -> Non
     with _random_state(loader, package), _metrics_state(module), _without_logging(module):
         batches = _on_device(trainer, loader)
         caller = Caller(option, "training_step", SLOW)
-        if injected.record.config.has_start:
-            start_from_batches(module, islice(batches, GRADIENT_BATCHES), partial(_loss, trainer), caller=caller)
+        if handle.record.config.has_start:
+            start_from_batches(handle, islice(batches, GRADIENT_BATCHES), partial(_loss, trainer), caller=caller)
         else:
-            start_from_batches(module, batches, partial(_forward, trainer), caller=caller)
+            start_from_batches(handle, batches, partial(_forward, trainer), caller=caller)
 
 
 def _own_loader(trainer: Any, package: str, option: str) -> Any:
-    """Return what yields the training batches by iterators of its own."""
+    """Return a loader of the training batches with iterators of its own."""
     loaders = trainer.fit_loop._combined_loader
     own = import_module(f"{package}.utilities.combined_loader").CombinedLoader(loaders.iterables, loaders._mode)
     for loader in own.flattened:
@@ -69,7 +68,7 @@ def _own_loader(trainer: Any, package: str, option: str) -> Any:
 
 
 def _with_own_workers(loader: Any) -> Any:
-    """Return a loader whose iterator is not the one that another iteration with persistent workers goes on with."""
+    """Return a loader without the iterator that persistent workers keep: the Trainer goes on with that one."""
     if getattr(loader, "_iterator", None) is None:
         return loader
     own = copy.copy(loader)
@@ -78,7 +77,7 @@ def _with_own_workers(loader: Any) -> Any:
 
 
 def _on_device(trainer: Any, loader: Any) -> Iterator[Any]:
-    """Yield training batches as training_step gets them, at most an epoch's."""
+    """Yield the batches of at most one epoch, as training_step gets them."""
     for number, (batch, _, _) in enumerate(loader):
         if number >= trainer.num_training_batches:
             return
@@ -92,19 +91,19 @@ def _forward(trainer: Any, module: nn.Module, batch: Any) -> object:
 
 
 def _loss(trainer: Any, module: nn.Module, batch: Any) -> object:
-    """Run training_step past the strategy's wrapper, which would wait for gradients of the adapter."""
+    """Run training_step without the strategy's wrapper: DDP would wait for gradients of the adapter."""
     with trainer.precision_plugin.train_step_context():
         return trainer.lightning_module.training_step(*_arguments(trainer, batch))
 
 
 def _arguments(trainer: Any, batch: Any) -> list[Any]:
-    """Return what training_step is called with for a batch."""
+    """Return the arguments of training_step for a batch."""
     return list(trainer.fit_loop.epoch_loop._build_kwargs({}, batch, 0).values())
 
 
 @contextmanager
 def _random_state(loader: Any, package: str) -> Iterator[None]:
-    """Give back the random streams, and the generators of loaders and samplers, as they were."""
+    """Restore the random streams, and the generators of loaders and samplers, after the block."""
     holders = [part for each in loader.flattened for part in (each, *_samplers(each))]
     generators = [part.generator for part in holders if isinstance(getattr(part, "generator", None), torch.Generator)]
     states = [generator.get_state() for generator in generators]
@@ -124,7 +123,7 @@ def _samplers(loader: Any) -> list[Any]:
 
 @contextmanager
 def _metrics_state(module: nn.Module) -> Iterator[None]:
-    """Give every metric of a module the state that it had."""
+    """Restore the state of every metric of a module after the block."""
     states = {metric: copy.deepcopy(vars(metric)) for metric in module.modules() if isinstance(metric, Metric)}
     try:
         yield
@@ -135,7 +134,7 @@ def _metrics_state(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _without_logging(module: nn.Module) -> Iterator[None]:
-    """Let self.log do nothing, in every LightningModule inside."""
+    """Let self.log do nothing during the block, in every LightningModule inside `module`."""
     with ExitStack() as stack:
         for part in module.modules():
             for name in ("log", "log_dict"):

@@ -1,8 +1,8 @@
 """Strategies of Lightning that need more than hooks: two that are refused, and ModelParallelStrategy's checkpoints.
 
-ModelParallelStrategy assembles and loads state dicts by itself. Saving an adapter, it would gather the whole base, only
-to leave it out afterwards; loading one, it misses the base before any hook could complete it. So its two methods are
-patched, and while they run the module's state dict shows what the checkpoint is about.
+ModelParallelStrategy saves and loads state dicts without the module's hooks. To save an adapter it would gather the
+whole base first. To load an adapter it would ask for the base before any hook could add it. So its two methods are
+patched. While they run, the module's state dict holds only the tensors of the checkpoint.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from ..adapter.lightning_checkpoint import adapter_of, read_without_values
 from ..adapter.save_load import apply_adapter
 from ..distributed.sharding import local
 from ..errors import LoRAError
-from ..model.adapted_model import find_model
-from ..model.injection import find_injection, snapshot_materialised
+from ..model.adapted_model import AdaptedModel, find_model
+from ..model.initial_values import snapshot_materialised
 from ..model.patches import call_previous, patch
 from ..model.state_dict import adapter_keys, base_keys, merge_state_dict
 from ..names import META, canonical
-from ..nn.lora_layer import AdaptedWeights, adapted_layers
+from ..nn.adapted_weights import AdaptedWeights
 from .checkpoint_hooks import refuse_foreign_resume
 
 REFUSED = {
@@ -36,7 +36,11 @@ REFUSED = {
 
 
 def prepare_strategy(strategy: Any) -> None:
-    """Patch how a strategy saves and loads, or raise LoRAError, with the alternative, where it cannot be right."""
+    """Patch how a strategy saves and loads checkpoints.
+
+    Raises:
+        LoRAError: the strategy cannot be used. The message names the alternative.
+    """
     names = [cls.__name__ for cls in type(strategy).__mro__]
     for name in names:
         if name in REFUSED:
@@ -50,60 +54,61 @@ def prepare_strategy(strategy: Any) -> None:
 
 
 def _state_dict(strategy: Any, previous: Callable[[], Any] | None) -> Any:
-    """Gather what a checkpoint of the module's kind holds, and no more: the patched lightning_module_state_dict."""
+    """Gather only the tensors that the module's kind of checkpoint holds: the patched lightning_module_state_dict."""
     module = strategy.lightning_module
-    injected = find_injection(module)
-    kind = injected.record.save if injected else None
+    handle = find_model(module)
+    kind = handle.record.save if handle is not None else None
 
     def of_kind(state: Mapping[str, Any]) -> Mapping[str, Any]:
-        if kind == "adapter":
-            return {name: state[name] for name in adapter_keys(module)}
-        return merge_state_dict(module, state) if kind == "merged" else state
+        if handle is not None and kind == "adapter":
+            return {name: state[name] for name in adapter_keys(handle)}
+        return merge_state_dict(handle, state) if handle is not None and kind == "merged" else state
 
     with _state_dict_shown_as(module, of_kind):
         gathered = call_previous(strategy, previous, "lightning_module_state_dict")
-    # One gathered from uneven shards has gaps between its rows, which torch 2.6 sends to the other ranks when it loads.
+    # A tensor gathered from uneven shards has gaps between its rows. torch 2.6 would send the gaps when it loads.
     return {name: value.contiguous() if isinstance(value, torch.Tensor) else value for name, value in gathered.items()}
 
 
 def _load_checkpoint(
     strategy: Any, previous: Callable[..., Any] | None, checkpoint_path: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """Check a checkpoint, then load what it holds and leave all else alone: the patched load_checkpoint."""
+    """Check a checkpoint, then load only the tensors that it holds: the patched load_checkpoint."""
     module = strategy.lightning_module
     path = Path(strategy.broadcast(checkpoint_path))
-    if find_injection(module) is None:
+    handle = find_model(module)
+    if handle is None:
         return call_previous(strategy, previous, "load_checkpoint", path, *args, **kwargs)
-    snapshot_materialised(module)
+    snapshot_materialised(handle)
     checkpoint = read_without_values(path)
     loaded = set(map(canonical, checkpoint["state_dict"]))
     adapter, kind = adapter_of(checkpoint) if META in checkpoint else (None, None)
     if adapter is None:
         refuse_foreign_resume(module, checkpoint, loaded)
-        _check_complete(module, loaded, path)
+        _check_complete(handle, loaded, path)
     prepare_for_load(module, checkpoint, values_follow=True)  # raises where it does not fit
     copies = []
     if kind == "merged":
-        if path.is_dir():  # one tensor, because torch takes no empty state dict
+        if path.is_dir():  # the smallest tensor, because torch takes no empty state dict
             loaded = {min(loaded, key=lambda name: checkpoint["state_dict"][name].numel())}
-        copies = _copy_weights(module, loaded)  # Lightning loads W' into them
+        copies = _copy_weights(handle, loaded)  # Lightning loads W' into them
     strict, module.strict_loading = module._strict_loading, False  # it would miss what is left out by design
     try:
         with _state_dict_shown_as(module, lambda state: {name: state[name] for name in state if name in loaded}):
             content = call_previous(strategy, previous, "load_checkpoint", path, *args, **kwargs)
     finally:
-        module._strict_loading = strict  # the property would turn an unset one into True
-        for layer, leaf, values in copies:  # their memory may be another by now
+        module._strict_loading = strict  # the property would turn None into True
+        for layer, leaf, values in copies:  # looked up again: loading may have replaced the parameters
             local(layer.adapted_weights()[leaf]).copy_(values)
     if kind == "merged" and adapter is not None:
-        apply_adapter(module, find_model(module), adapter)
-    content.pop(META, None)  # done; the module's on_load_checkpoint has nothing to complete
+        apply_adapter(handle, adapter)
+    content.pop(META, None)  # so that the module's on_load_checkpoint does not do this again
     return content
 
 
-def _check_complete(module: nn.Module, names: set[str], path: Path) -> None:
-    """Raise unless a checkpoint of another program holds the complete base, the complete adapter or both."""
-    base, adapter = set(base_keys(module)), set(adapter_keys(module))
+def _check_complete(handle: AdaptedModel, names: set[str], path: Path) -> None:
+    """Raise LoRAError unless a state dict without metadata holds the complete base, the complete adapter, or both."""
+    base, adapter = set(base_keys(handle)), set(adapter_keys(handle))
     if names in (base | adapter, base, adapter):
         return
     expected = adapter if names & (adapter - base) else base
@@ -116,11 +121,11 @@ def _check_complete(module: nn.Module, names: set[str], path: Path) -> None:
     )
 
 
-def _copy_weights(module: nn.Module, names: set[str]) -> list[tuple[AdaptedWeights, str, torch.Tensor]]:
-    """Copy this rank's shards of the adapted weights of these names."""
+def _copy_weights(handle: AdaptedModel, names: set[str]) -> list[tuple[AdaptedWeights, str, torch.Tensor]]:
+    """Copy this rank's shards of adapted weights, of those with these names."""
     return [
         (layer, leaf, local(weight).clone())
-        for name, layer in adapted_layers(module).items()
+        for name, layer in handle.layers.items()
         for leaf, weight in layer.adapted_weights().items()
         if layer.weight_name(name, leaf) in names
     ]
@@ -128,7 +133,7 @@ def _copy_weights(module: nn.Module, names: set[str]) -> list[tuple[AdaptedWeigh
 
 @contextmanager
 def _state_dict_shown_as(module: nn.Module, change: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> Iterator[None]:
-    """Let module.state_dict() give what `change` makes of it, whose argument has names without wrappers' segments."""
+    """Change what module.state_dict() returns, by a function whose argument has names without wrappers' segments."""
 
     def hook(owner: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
         names = {canonical(name.removeprefix(prefix)): name for name in state}

@@ -25,6 +25,7 @@ from lightning_lora import (
 )
 from lightning_lora.adapter import adapter as adapters
 from lightning_lora.adapter.adapter import Adapter
+from lightning_lora.files.safetensors import build_header, read_safetensors
 from support.models import base_zoo, bits, checkpoint, state_bits, train, trained_zoo
 from support.notices import TORCH_NOTICES
 
@@ -115,6 +116,32 @@ def test_an_adapter_is_copied_and_pickled():
         assert state_bits(model) == state_bits(net())
 
 
+def test_an_adapter_in_memory_does_not_change_with_its_file(tmp_path: Path):
+    save_adapter(net(), tmp_path)
+    adapter, file = read_adapter(tmp_path), tmp_path / "adapter_model.safetensors"
+    held, size = held_bits(adapter), file.stat().st_size
+    with open(file, "r+b") as written:  # as some programs save: in place
+        written.seek(size - 100)
+        written.write(b"\0" * 100)
+    assert held_bits(adapter) == held
+
+
+def test_tensors_are_read_wherever_their_bytes_begin(tmp_path: Path):
+    values = {
+        "a": torch.tensor([3], dtype=torch.int8),
+        "b": torch.randn(3),
+        "c": torch.randn(2, 0),
+        "d": torch.ones(()),
+    }
+    values |= {"e": torch.tensor([True, False, True]), "f": torch.randn(2, 3, dtype=torch.float64).to(torch.bfloat16)}
+    header = build_header([(name, value.dtype, tuple(value.shape)) for name, value in values.items()], {})
+    (tmp_path / "odd.safetensors").write_bytes(header + b"".join(map(bits, values.values())))
+    found, _ = read_safetensors(tmp_path / "odd.safetensors")
+    assert {name: (value.dtype, value.tolist()) for name, value in found.items()} == {
+        name: (value.dtype, value.tolist()) for name, value in values.items()
+    }
+
+
 # --- checks ---
 
 
@@ -128,6 +155,9 @@ def test_what_was_written_into_an_adapter_after_it_was_checked_is_noticed():
     assert state_bits(model) == before
     adapter.tensors["2.lora_B"][1, 1] = 0
     load_adapter(model, adapter)
+    adapter.tensors["2.lora_B"] = torch.full((3, 2), torch.inf)
+    with pytest.raises(LoRAError, match=r"load_adapter: '2.lora_B' holds NaN or Inf"):
+        load_adapter(model, adapter)
 
 
 def test_an_adapter_is_checked_once(monkeypatch: pytest.MonkeyPatch):

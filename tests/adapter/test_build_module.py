@@ -1,4 +1,4 @@
-"""load_from_checkpoint of classes that look at the file by themselves while they are built, as chemprop's MPNN does."""
+"""load_from_checkpoint of classes that read the file by themselves while they are built, as chemprop's MPNN does."""
 
 from __future__ import annotations
 

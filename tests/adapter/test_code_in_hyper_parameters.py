@@ -1,4 +1,4 @@
-"""Checkpoints of plain text whose hyper-parameters name code: nothing is imported or called, whoever wrote them."""
+"""Checkpoints whose hyper-parameters name code in plain text: nothing is imported or called, whoever wrote them."""
 
 from __future__ import annotations
 

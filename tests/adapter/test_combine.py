@@ -1,4 +1,4 @@
-"""combine: float64 sums of changes where these are exact, peft's add_weighted_adapter where that is right."""
+"""combine against float64 sums of exact changes, and against peft's add_weighted_adapter where peft is right."""
 
 from __future__ import annotations
 

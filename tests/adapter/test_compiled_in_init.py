@@ -1,4 +1,4 @@
-"""A submodule compiled in __init__: checkpoints have the module's own names, with and without the wrapper's segment."""
+"""A submodule compiled in __init__: checkpoints have the module's own names, with the wrapper's segment."""
 
 from __future__ import annotations
 
@@ -41,15 +41,6 @@ def saved(path: Path, kind: str, cls: type[Net] = Compiled) -> tuple[Net, Path]:
     return model, path / "saved.ckpt"
 
 
-def without_segments(file: Path) -> Path:
-    """The file as versions before wrote it."""
-    checkpoint = torch.load(file, weights_only=True)
-    state = checkpoint["state_dict"]
-    checkpoint["state_dict"] = {name.replace("_orig_mod.", ""): value for name, value in state.items()}
-    torch.save(checkpoint, file)
-    return file
-
-
 def test_merged_checkpoint_is_read_by_the_plain_class(tmp_path):
     model, file = saved(tmp_path, "merged")
     state = torch.load(file, weights_only=True)["state_dict"]
@@ -70,12 +61,9 @@ def test_full_checkpoint_has_the_modules_own_names(tmp_path):
     assert_same_tensors(dict(plain.state_dict()), {name: state[name] for name in plain.state_dict()})
 
 
-@pytest.mark.parametrize("earlier", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_checkpoint_of_a_submodule_compiled_in_init_loads_and_resumes(tmp_path, kind: str, earlier: bool):
+def test_checkpoint_of_a_submodule_compiled_in_init_loads_and_resumes(tmp_path, kind: str):
     model, file = saved(tmp_path, kind)
-    if earlier:
-        without_segments(file)
     for cls in (Compiled, Net):
         load_adapter(loaded := cls(width=7, seed=4), file)
         assert torch.equal(outputs(loaded), outputs(model))

@@ -21,7 +21,7 @@ from lightning_lora import LoRAConfig, LoRAError, adapter_state_dict, combine, i
 from lightning_lora.adapter.checkpoint_of_model import convert_checkpoint
 from lightning_lora.adapter.sources import adapter_with_options
 from lightning_lora.command.info import diff, info
-from lightning_lora.nn.lora_layer import adapted_layers
+from lightning_lora.nn.adapted_weights import adapted_layers
 from support.models import ZOO_LAYERS, base_zoo, checkpoint, state_bits, trace, trained_zoo
 
 

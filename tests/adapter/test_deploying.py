@@ -1,4 +1,4 @@
-"""From a LightningModule to a folder that from_pretrained loads: save_merged, and what save_pretrained says."""
+"""From a LightningModule to a folder that from_pretrained loads: save_merged, and the warning of save_pretrained."""
 
 from __future__ import annotations
 

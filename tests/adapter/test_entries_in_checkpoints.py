@@ -1,4 +1,4 @@
-"""Entries of the user's own in a checkpoint, with names and shapes of parameters: they come back as they were."""
+"""A user's own entries in a checkpoint, under names and shapes of parameters: they come back as they were."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which base an adapter is let onto: each tolerance of its fingerprint from both sides, and a description that lies."""
+"""Which bases an adapter accepts: each tolerance of its fingerprint from both sides, and a false description."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 from lightning_lora import LoRAError, inject, load_adapter, load_from_checkpoint
 from lightning_lora.adapter.fingerprint import entries_match
 from lightning_lora.adapter.take import fingerprint
-from lightning_lora.model.injection import require_injection
+from lightning_lora.model.adapted_model import open_model
 from support.models import checkpoint, source
 from support.runs import lora, trained
 from support.training import Data, Net, assert_same_tensors, make_trainer, weights
@@ -156,7 +156,7 @@ def test_a_base_that_lacks_a_parameter_of_the_one_that_was_trained_on_here_is_na
     saved.other = nn.Parameter(torch.ones(3), requires_grad=False)
     for model in (here, saved):
         inject(model, lora(target_modules=["layer"]).config)
-    require_injection(here, "the test").record.fingerprint = fingerprint(here)
+    open_model(here, "the test").record.fingerprint = fingerprint(here)
     with pytest.raises(LoRAError, match="belongs to another base: its frozen parameter 'other' is not here"):
         load_adapter(here, checkpoint(saved, "adapter"))
 

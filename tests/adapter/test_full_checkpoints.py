@@ -1,4 +1,4 @@
-"""Full checkpoints: of a model that was injected on a part, and with first values that are missing or spoiled."""
+"""Full checkpoints: of a model of which a part was injected, and with initial values that are missing or damaged."""
 
 from __future__ import annotations
 

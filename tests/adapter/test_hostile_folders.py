@@ -1,4 +1,4 @@
-"""Files that are damaged, or made to hurt: a clear error, nothing half loaded, nothing written elsewhere."""
+"""Damaged and malicious files: a clear error, nothing half loaded, nothing written elsewhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hyper-parameters as arguments: plain values take the form that annotations say, and what names code is told."""
+"""Hyper-parameters as arguments: plain values get the annotated types, and values that name code are reported."""
 
 from __future__ import annotations
 

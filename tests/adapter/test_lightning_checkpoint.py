@@ -1,4 +1,4 @@
-"""What each kind of checkpoint holds, however it is written, and who can read it."""
+"""What each kind of checkpoint holds, with each way to write it and to read it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""load_adapter: every source, another base; what does not fit leaves the model as it was."""
+"""load_adapter from every source and onto other bases. A source that does not fit leaves the model as it was."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""loralib's files through the command and through load_adapter: they store no lora_alpha."""
+"""loralib's files, which store no lora_alpha, through the command and through load_adapter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The short form of what grows with the number of layers: it loses nothing, and files stay near their tensors' size."""
+"""The compact description of many layers: it loses nothing, and files stay near the size of their tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A module under two names has the options of its first one, by which it is adapted, in every file."""
+"""A module under two names: in every file it has the options of its first name, by which it was adapted."""
 
 from __future__ import annotations
 
@@ -15,17 +15,15 @@ from torch import nn
 from lightning_lora import (
     LoRACallback,
     LoRAConfig,
-    adapter_state_dict,
     combine,
     inject,
     load_adapter,
     load_from_checkpoint,
     save_adapter,
 )
-from lightning_lora.adapter import metadata
 from lightning_lora.command.convert import to_lightning, to_peft
 from lightning_lora.command.merge import merge_on_disk
-from lightning_lora.model.injection import require_injection
+from lightning_lora.model.adapted_model import open_model
 from support.lightning_versions import PLAIN_TYPES_ONLY
 from support.models import checkpoint
 from support.peers import fill_, seeded
@@ -147,24 +145,9 @@ def test_every_door_loads_what_has_options_by_its_first_name(tmp_path, kind: str
 def test_a_model_that_loads_a_checkpoint_has_the_options_that_were_given(case: str):
     net = adapted("network", case)
     load_adapter(fresh := seeded(Twice), checkpoint(net, "adapter"))
-    found = require_injection(fresh, "test").record.config
+    found = open_model(fresh, "test").record.config
     assert found == config(case)
     assert inject(fresh, found)
-
-
-@pytest.mark.parametrize("case", OPTIONS)
-@pytest.mark.parametrize("kind", ["adapter", "merged", "full"])
-def test_a_file_of_an_earlier_version_whose_options_are_for_the_first_name_alone_loads(
-    tmp_path, monkeypatch: pytest.MonkeyPatch, kind: str, case: str
-):
-    net = adapted("network", case)
-    with monkeypatch.context() as patch:
-        patch.setattr(metadata, "with_aliases", lambda options, aliases: options)
-        torch.save(checkpoint(net, kind), tmp_path / "a.ckpt")
-    load_adapter(fresh := seeded(Twice), tmp_path / "a.ckpt")
-    assert torch.equal(answers(fresh), answers(net))
-    load_adapter(injected := adapted("network", case), tmp_path / "a.ckpt")
-    assert adapter_state_dict(injected).keys() == adapter_state_dict(net).keys()
 
 
 @pytest.mark.parametrize("case", ["rank", "alpha", "parts"])

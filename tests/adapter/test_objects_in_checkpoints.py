@@ -1,4 +1,4 @@
-"""Checkpoints whose hyper-parameters hold objects: read without unpickling them, rebuilt where the user trusts them."""
+"""Checkpoints whose hyper-parameters hold objects: read without unpickling, and unpickled where the user says so."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Buffers of a LightningModule outside the adapted network: in a file beside PEFT's, and back onto their class."""
+"""Buffers of a LightningModule outside the adapted network: saved in a file beside PEFT's, and loaded again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Patterns in a user's own code that no file may ask for: what is saved of them loads and resumes all the same."""
+"""Patterns in a user's code that files may not hold: files hold the layers' names instead, and load and resume."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lightning_lora import take_adapter as describe_model
 from lightning_lora.adapter.adapter import Adapter
 from lightning_lora.adapter.file_options import check_options, count_repeats, readable_options
 from lightning_lora.command.main import main
-from lightning_lora.nn.lora_layer import adapted_layers
+from lightning_lora.nn.adapted_weights import adapted_layers
 from support.models import randomise_
 from support.peers import call
 

@@ -1,4 +1,4 @@
-"""Attention and single parameters beside transformers' Conv1D, for which PEFT has one flag that goes by the order."""
+"""Attention and single parameters beside transformers' Conv1D. PEFT has one flag for all, which the order decides."""
 
 from __future__ import annotations
 

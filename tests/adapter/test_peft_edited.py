@@ -1,4 +1,4 @@
-"""An edited adapter_config.json beside our description: what PEFT honours holds here too, or is refused by name."""
+"""An edited adapter_config.json beside our description: an option that PEFT honours counts, or is refused by name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_lora import LoRAConfig, LoRAError, inject, load_adapter, merged_s
 from lightning_lora.adapter.save_load import read_adapter
 from lightning_lora.command.main import main
 from lightning_lora.files.torch_archive import read_torch_file
-from lightning_lora.model.injection import require_injection
+from lightning_lora.model.adapted_model import open_model
 from support.models import Zoo
 from support.notices import quiet_peers
 from support.peers import Fused, call, close, edit, fill_, logits, model, ours, read_by_peft, refused, seeded
@@ -62,7 +62,7 @@ def test_an_edited_alpha_changes_the_output_at_all(tmp_path):
     other = model("llama")
     load_adapter(other, tmp_path)
     assert (logits(other) - logits(net)).abs().max() > 0.01
-    assert require_injection(other, "test").record.config.lora_alpha == 80
+    assert open_model(other, "test").record.config.lora_alpha == 80
 
 
 @pytest.mark.parametrize("init", [True, "pissa"])
@@ -186,7 +186,7 @@ def test_an_edited_dropout_is_that_of_the_model(tmp_path):
     edit(tmp_path, lora_dropout=0.5)
     net = model("llama")
     load_adapter(net, tmp_path)
-    assert require_injection(net, "test").record.config.lora_dropout == 0.5
+    assert open_model(net, "test").record.config.lora_dropout == 0.5
 
 
 @pytest.mark.parametrize("flag", [True, False])
@@ -195,7 +195,7 @@ def test_an_edited_use_rslora_is_that_of_the_model(tmp_path, flag: bool):
     edit(tmp_path, use_rslora=flag)
     net = model("llama")
     load_adapter(net, tmp_path)
-    assert require_injection(net, "test").record.config.use_rslora is flag
+    assert open_model(net, "test").record.config.use_rslora is flag
 
 
 def test_a_rank_that_does_not_go_with_a_start_is_refused_with_the_rank_of_the_json(tmp_path):

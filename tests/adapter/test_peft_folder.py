@@ -27,7 +27,7 @@ from lightning_lora import (
 from lightning_lora.adapter.fingerprint import without_base
 from lightning_lora.adapter.peft_folder import read_folder, write_folder
 from lightning_lora.command.convert import to_lightning, to_peft
-from lightning_lora.model.injection import require_injection
+from lightning_lora.model.adapted_model import open_model
 from support.notices import quiet_peers
 from support.peers import (
     TENSORS,
@@ -71,7 +71,7 @@ def test_load_adapter_reads_our_folder_bit_for_bit(tmp_path, name: str):
     fresh = model(name)
     load_adapter(fresh, tmp_path / "a")
     assert torch.equal(logits(fresh), logits(net))
-    assert require_injection(fresh, "test").record.config == our_config(name)
+    assert open_model(fresh, "test").record.config == our_config(name)
     for key, tensor in adapter_state_dict(net).items():
         assert torch.equal(adapter_state_dict(fresh)[key], tensor), key
 
@@ -180,7 +180,7 @@ def test_modules_to_save_that_name_nothing_are_no_typo_in_a_peft_folder(tmp_path
     assert set(config_of(tmp_path)["modules_to_save"]) == {"classifier", "score"}
     fresh = model("bert")
     load_adapter(fresh, tmp_path)
-    assert require_injection(fresh, "test").record.config.modules_to_save == ("classifier",)
+    assert open_model(fresh, "test").record.config.modules_to_save == ("classifier",)
     close(logits(fresh), logits(other))
 
 
@@ -264,7 +264,7 @@ def test_layers_by_number_are_spelled_out_for_peft_and_read_back(tmp_path, optio
     close(logits(read), logits(net))
     fresh = model("llama")
     assert load_adapter(fresh, tmp_path) == layers
-    assert require_injection(fresh, "test").record.config == our_config("llama", **options)
+    assert open_model(fresh, "test").record.config == our_config("llama", **options)
     assert torch.equal(logits(fresh), logits(net))
 
 
@@ -274,7 +274,7 @@ def test_layers_by_number_in_a_peft_folder_are_options_here_too(tmp_path, option
     for fresh in (model("llama"), Lit()):
         layers = load_adapter(fresh, tmp_path)
         assert sorted(name.removeprefix("model." * isinstance(fresh, Lit)) for name in layers) == adapted_by_peft(other)
-        config = require_injection(fresh, "test").record.config
+        config = open_model(fresh, "test").record.config
         assert (config.layers_to_transform, config.layers_pattern) == (
             our_config("llama", **options).layers_to_transform,
             our_config("llama", **options).layers_pattern,
@@ -295,7 +295,7 @@ def test_layers_by_number_that_say_something_else_than_the_tensors_are_passed_ov
     edit(tmp_path, **edited)
     fresh = model("llama")
     assert sorted(load_adapter(fresh, tmp_path)) == adapted_by_peft(other)
-    assert require_injection(fresh, "test").record.config.layers_to_transform is None
+    assert open_model(fresh, "test").record.config.layers_to_transform is None
     close(logits(fresh), logits(other))
 
 
@@ -377,7 +377,7 @@ def test_peft_loads_adapters_of_every_start_on_every_layer(tmp_path, kind: str, 
     assert not torch.allclose(by_us, plain, atol=1e-4)
     again = build()
     load_adapter(again, tmp_path)
-    assert require_injection(again, "test").record.config.init_lora_weights == init
+    assert open_model(again, "test").record.config.init_lora_weights == init
 
 
 @pytest.mark.parametrize("door", ["export", "combine", "extract", "import"])

@@ -1,4 +1,4 @@
-"""Layers that PEFT has not, or has in its own way: written as what it has, or refused with the reason."""
+"""Layers that PEFT lacks or treats in another way: written as something that PEFT has, or refused with the reason."""
 
 from __future__ import annotations
 

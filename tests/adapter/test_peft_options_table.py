@@ -22,7 +22,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lightning_lora import LoRAConfig, LoRAError, load_adapter, save_adapter
-from lightning_lora.model.injection import require_injection
+from lightning_lora.model.adapted_model import open_model
 from support.notices import quiet_peers
 from support.peers import close, config_of, edit, fill_, seeded
 
@@ -164,7 +164,7 @@ def loaded(option: Option, folder: Path) -> tuple[str, str]:
         return reason(error, option), "-"
     x = torch.randn(3, 8)
     close(model(x), wanted(x))
-    record = require_injection(model, "load_adapter").record
+    record = open_model(model, "load_adapter").record
     has = {**record.config.to_dict(), **record.origin}.get(option.name, getattr(record.config, option.name, None))
     save_adapter(model, folder / "ours")
     again = config_of(folder / "ours").get(option.name)

@@ -1,4 +1,4 @@
-"""PEFT's adapters of single parameters, both ways: nn.LSTM, nn.GRU, stacks of experts, also as PEFT chooses them."""
+"""PEFT's adapters of single parameters, both ways: nn.LSTM, nn.GRU, stacks of experts, also those PEFT chooses."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from lightning_lora import (
 )
 from lightning_lora.adapter.peft_names import read_names
 from lightning_lora.command.main import main
-from lightning_lora.nn.lora_layer import adapted_layers
+from lightning_lora.nn.adapted_weights import adapted_layers
 from support.notices import quiet_peers
 from support.parameters import CASES, Experts, Model, Projected, fill_factors_
 from support.peers import CONFIG, TENSORS, close, edit

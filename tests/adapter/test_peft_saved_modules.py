@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lightning_lora import LoRAConfig, LoRAError, adapter_state_dict, inject, load_adapter, save_adapter
-from lightning_lora.model.injection import require_injection
+from lightning_lora.model.adapted_model import open_model
 from support.notices import quiet_peers
 from support.peers import SMALL, TENSORS, call, close, config_of, logits, refused, seeded, spread_
 
@@ -118,7 +118,7 @@ def test_load_adapter_reads_our_folder_bit_for_bit(tmp_path, case: str):
     load_adapter(fresh, tmp_path)
     assert torch.equal(logits(fresh), logits(net))
     assert adapter_state_dict(fresh).keys() == adapter_state_dict(net).keys()
-    assert require_injection(fresh, "test").record.config == require_injection(net, "test").record.config
+    assert open_model(fresh, "test").record.config == open_model(net, "test").record.config
 
 
 @every_case
@@ -132,11 +132,11 @@ def test_a_peft_folder_that_was_read_is_written_for_peft_again(tmp_path, case: s
 def test_modules_that_an_entry_of_peft_takes_in_the_middle_of_a_name_are_trained_too(tmp_path):
     by_peft("classifier", tmp_path / "a")
     load_adapter(net := distilbert(), tmp_path / "a")
-    assert require_injection(net, "test").record.config.modules_to_save == ("classifier", "pre_classifier")
+    assert open_model(net, "test").record.config.modules_to_save == ("classifier", "pre_classifier")
     assert net.pre_classifier.weight.requires_grad
     by_peft("lm_head", tmp_path / "b", modules_to_save=["head"])
     load_adapter(net := llama(), tmp_path / "b")
-    assert require_injection(net, "test").record.config.modules_to_save == ("lm_head",)
+    assert open_model(net, "test").record.config.modules_to_save == ("lm_head",)
 
 
 def test_a_frozen_module_that_peft_takes_is_stored_and_stays_frozen_here(tmp_path):

@@ -27,8 +27,8 @@ from lightning_lora import (
     save_adapter,
 )
 from lightning_lora.adapter.save_load import read_adapter
-from lightning_lora.model.injection import require_injection
-from lightning_lora.nn import lora_layer
+from lightning_lora.model.adapted_model import open_model
+from lightning_lora.nn import starts
 from support.notices import quiet_peers
 from support.parameters import Experts
 from support.peers import call
@@ -207,7 +207,7 @@ def assert_same_adapter(model: nn.Module, other: nn.Module) -> None:
     state, expected = adapter_state_dict(model), adapter_state_dict(other)
     assert state.keys() == expected.keys()
     assert all(torch.equal(state[name], value) for name, value in expected.items())
-    assert require_injection(model, "").record.config == require_injection(other, "").record.config
+    assert open_model(model, "").record.config == open_model(other, "").record.config
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -281,14 +281,14 @@ def test_loading_computes_nothing_from_the_weights(tmp_path, monkeypatch, kind):
     path = tmp_path / "saved.ckpt"
     save_adapter(net, tmp_path / "folder")
     trainer.save_checkpoint(path)
-    monkeypatch.setattr(lora_layer, "start_factors", refuse)
+    monkeypatch.setattr(starts, "start_factors", refuse)
     again = Net()
     if kind == "folder":
         load_adapter(again, tmp_path / "folder")
     else:
         again = load_from_checkpoint(Net, path)
     assert_same_adapter(again, net)
-    assert require_injection(again, "").record.values_follow is False
+    assert open_model(again, "").record.values_follow is False
     with pytest.raises(AssertionError, match="computed what is loaded"):
         inject(Net(), lora(init_lora_weights="pissa").config)
 

@@ -1,4 +1,4 @@
-"""PEFT's tensors without its folder: in memory, in a lone file, and in a checkpoint of a LightningModule with PEFT."""
+"""PEFT's tensors without a folder: in memory, in a file alone, in a checkpoint of a LightningModule with PEFT."""
 
 from __future__ import annotations
 

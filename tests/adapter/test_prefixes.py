@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lightning_lora import LoRAConfig, LoRAError, inject, load_adapter, load_from_checkpoint, save_adapter, unload
-from lightning_lora.model.injection import require_injection
+from lightning_lora.model.adapted_model import open_model
 from support.models import (
     ZOO_LAYERS,
     base_zoo,
@@ -80,7 +80,7 @@ def test_layers_that_are_spelled_out_keep_the_common_options(use_rslora: bool):
     model = trained_around(r=2, lora_alpha=5, target_modules=r"model\.(embed|body\.[03]|conv)", **options)
     other = base_zoo()
     names = load_adapter(other, checkpoint(model, "adapter"))
-    config = require_injection(other, "test").record.config
+    config = open_model(other, "test").record.config
     assert (config.r, config.lora_alpha) == (2, 5)
     assert config.target_modules == tuple(names)
     assert (config.rank_pattern, config.alpha_pattern) == ({r"^body\.0": 4}, {"^embed": 3})

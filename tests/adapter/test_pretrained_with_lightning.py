@@ -1,4 +1,4 @@
-"""A base that was trained with Lightning before: what is said where the class's fresh base meets its adapter."""
+"""A base that was trained with Lightning: messages where a newly built base of the class meets its adapter."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from lightning_lora import (
     save_adapter,
     save_merged,
 )
-from lightning_lora.model.dequantise import Dequantiser
+from lightning_lora.model.dequantize import Dequantizer
 from support.models import randomise_, same
 from support.notices import quiet_peers
 from support.quantised import adapted, inputs, packed_bits, quantise_, reference, run_reference, values_of
@@ -186,7 +186,7 @@ def test_save_merged_holds_one_dequantised_weight_at_a_time(tmp_path, monkeypatc
     model = quantise_(nn.Sequential(*(nn.Linear(64, 64) for _ in range(5))), "nf4")
     inject(model, LoRAConfig(r=2, init_lora_weights=False))
     made: list[Any] = []
-    make = Dequantiser.weight
+    make = Dequantizer.weight
 
     def weight(self, *args, **kwargs):
         assert not any(reference() is not None for reference in made)
@@ -194,7 +194,7 @@ def test_save_merged_holds_one_dequantised_weight_at_a_time(tmp_path, monkeypatc
         made.append(weakref.ref(found))
         return found
 
-    monkeypatch.setattr(Dequantiser, "weight", weight)
+    monkeypatch.setattr(Dequantizer, "weight", weight)
     save_merged(model, tmp_path / "merged", dequantize="float32")
     assert len(made) == 5
 

@@ -1,4 +1,4 @@
-"""A load that was rolled back: the next adapter loads as on a model that never saw the first."""
+"""A load that failed and was undone: the next adapter loads as onto a model that never saw the first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""load_adapter onto an adapted model: another adapter takes the place of its own, of any rank, merged or not."""
+"""load_adapter onto an adapted model replaces its adapter by another of any rank, merged or not."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from lightning_lora import (
     unload,
     unmerge,
 )
-from lightning_lora.adapter import apply
-from lightning_lora.nn.lora_layer import adapted_layers
+from lightning_lora.model.adapted_model import AdaptedModel
+from lightning_lora.nn.adapted_weights import adapted_layers
 from support.models import (
     ZOO_LAYERS,
     base_zoo,
@@ -143,7 +143,7 @@ def test_a_swap_that_fails_gives_a_start_of_another_rank_back(monkeypatch: pytes
 
     net, other = build(2), build(4)
     before = state_bits(net)
-    monkeypatch.setattr(apply, "record_trainable", fail)
+    monkeypatch.setattr(AdaptedModel, "record_trainable", fail)
     with pytest.raises(LoRAError, match="on the way"):
         load_adapter(net, checkpoint(other, "adapter"))
     assert state_bits(net) == before

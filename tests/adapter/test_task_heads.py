@@ -1,4 +1,4 @@
-"""A head that starts from random values: named at fit start and in the error of a load, carried where it is trained."""
+"""A head that starts from random values: named at fit start and in load errors, saved where it is trained."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_the_base_of_two_models_is_that_of_the_one_with_adapters():
     for name, model in models.items():
         model.config.name_or_path = model.name_or_path = f"somebody/{name}"
     inject(models, LoRAConfig(r=2, target_modules=r"student\..*query"))
-    assert base_name(models) == "somebody/student"
+    assert base_name(list(models.named_modules())) == "somebody/student"
 
 
 HEADS = {
@@ -79,7 +79,7 @@ def test_the_head_of_each_task_class_is_named(tmp_path, body, kind: str, head: s
     model = getattr(transformers, kind).from_pretrained(body)
     inject(model, LoRAConfig(target_modules=TARGETS))
     with pytest.warns(UserWarning, match=rf"head of {kind} \({head}\)"):
-        warn_of_new_heads(model)
+        warn_of_new_heads(list(model.named_modules()))
 
 
 def _loaded_with_its_head(body: Path, tmp_path: Path) -> Any:

@@ -1,4 +1,4 @@
-"""modules_to_save on a base with tied embeddings: PEFT trains copies, apart or as one; here a weight is one."""
+"""modules_to_save on tied embeddings: PEFT trains copies, together or apart; here one weight is trained."""
 
 from __future__ import annotations
 

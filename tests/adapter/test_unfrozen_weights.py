@@ -1,10 +1,9 @@
-"""A base parameter that is unfrozen after a fit began comes out of every file with the values that training gave it."""
+"""A base parameter that is unfrozen during a fit has its trained values in every file."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from torch import nn
 from lightning_lora import (
     LoRACallback,
     LoRAError,
-    adapter_state_dict,
     combine,
     disable_adapter,
     load_adapter,
@@ -27,13 +25,11 @@ from lightning_lora import (
     save_adapter,
     save_merged,
 )
-from lightning_lora import take_adapter as adapter_of_model
-from lightning_lora.adapter.peft_folder import FROZEN, HEADER_KEY, write_folder
+from lightning_lora.adapter.peft_folder import FROZEN, HEADER_KEY
 from lightning_lora.adapter.save_load import read_adapter
 from lightning_lora.command.convert import to_lightning, to_peft
 from lightning_lora.command.merge import merge_on_disk
 from lightning_lora.files.safetensors import read_safetensors
-from lightning_lora.model.injection import require_injection
 from support.lightning_versions import PLAIN_TYPES_ONLY
 from support.notices import quiet_peers
 from support.peers import TENSORS
@@ -285,31 +281,6 @@ def test_the_description_names_a_weight_as_trained_or_as_frozen_and_never_as_bot
 
 def rewrite(file: Path, tensors: dict[str, torch.Tensor], description: dict[str, Any]) -> None:
     save_file(tensors, file, {"format": "pt", HEADER_KEY: json.dumps(description)})
-
-
-def as_written_earlier(model: Net, path: Path) -> None:
-    """Earlier versions named a weight in the fingerprint too where it was unfrozen later, and no frozen tensors."""
-    record = require_injection(model, "test").record
-    adapter = adapter_of_model(model)
-    adapter = replace(adapter, fingerprint={**record.fingerprint})
-    entries = {f"net.pre_head.{leaf}": model.get_parameter(f"net.pre_head.{leaf}") for leaf in ("weight", "bias")}
-    frozen = {n.removeprefix("net."): v.detach() for n, v in entries.items() if n not in adapter.tensors}
-    write_folder(adapter, path, frozen)
-    tensors, header = read_safetensors(path / TENSORS)
-    description = json.loads(header[HEADER_KEY])
-    assert description.pop(FROZEN, []) == sorted(frozen)
-    rewrite(path / TENSORS, tensors, description)
-
-
-@pytest.mark.parametrize(
-    "names", [[], ["net.norm.weight"], ["net.pre_head.weight"], ["net.a.bias", "net.pre_head.bias"]]
-)
-def test_a_folder_of_an_earlier_version_tells_trained_weights_by_place_and_value(tmp_path, names: list[str]):
-    model = fit(tmp_path, names, {"modules_to_save": ["head"]})
-    as_written_earlier(model, tmp_path / "earlier")
-    load_adapter(fresh := Net(), tmp_path / "earlier")
-    assert torch.equal(answers(fresh), answers(model))
-    assert adapter_state_dict(fresh).keys() == adapter_state_dict(model).keys()
 
 
 @pytest.mark.parametrize("damage", ["norm.weight", [1], ["no.such.tensor"], ["a.lora_A"]])

@@ -1,4 +1,4 @@
-"""Folders for vLLM: its documented rules for names and options, from its source; vLLM itself is not run."""
+"""Folders for vLLM, checked by its documented rules for names and options. vLLM itself is not run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lightning_lora import LoRAConfig, inject, save_adapter
-from lightning_lora.nn.lora_layer import adapted_layers
+from lightning_lora.nn.adapted_weights import adapted_layers
 from support.notices import quiet_peers
 from support.peers import TENSORS, Fused, close, config_of, fill_, ours, seeded
 

@@ -28,7 +28,7 @@ from stack import CANDIDATES, fill, lora_lib, narrow_peft, ours, peft_model, sta
 from torch import nn
 
 from lightning_lora import LoRAConfig, adapter_state_dict, inject, load_adapter, merge, merged, save_adapter, unmerge
-from lightning_lora.nn.lora_layer import adapted_layers
+from lightning_lora.nn.adapted_weights import adapted_layers
 
 
 @dataclass

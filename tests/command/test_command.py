@@ -28,7 +28,7 @@ from lightning_lora import (
     save_adapter,
 )
 from lightning_lora.command.main import VERBS, main
-from lightning_lora.nn.lora_layer import adapted_layers
+from lightning_lora.nn.adapted_weights import adapted_layers
 from support.lightning_versions import PLAIN_TYPES_ONLY
 from support.notices import quiet_peers
 from support.peers import call, logits, model, our_config, ours, read_by_peft, refused, tensors_of, theirs

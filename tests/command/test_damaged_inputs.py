@@ -1,4 +1,4 @@
-"""Adapters and bases that were cut or damaged, or hold more than they should: the command refuses them by name."""
+"""Adapters and bases that were cut or damaged, or hold too much: the command refuses them by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An adapter out of a full fine-tune: exact where the change has the rank, the best of its rank where it has not."""
+"""An adapter from a full fine-tune: exact if the change has the rank, otherwise the best of its rank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the command prints with --json is JSON for every reader, also where a number is none."""
+"""--json prints JSON for every reader, also where a value is not finite."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ def test_info_and_diff_show_magnitudes(tmp_path, capsys):
     name = "model.layers.0.self_attn.q_proj"
     described = json.loads(call(capsys, "info", tmp_path / "a", "--json"))
     adapter = read_folder(tmp_path / "a")
-    magnitude = adapter.magnitude(name)
+    magnitude = adapter.stored(name)["lora_magnitude"]
     assert described["layers"][name]["norm_magnitude"] == pytest.approx(float(magnitude.norm()), rel=1e-5)
     assert described["parameters"] == sum(tensor.numel() for tensor in adapter.tensors.values())
     tensors = load_file(tmp_path / "a" / TENSORS)

@@ -1,4 +1,4 @@
-"""Merges into bases whose files use other names than the model's modules: as transformers renames them, or as told."""
+"""Merging into bases whose files use other names than the model: renamed as transformers does, or by --rename."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Merging weights that an adapter holds whole beside their factors, and --verify, which knows nothing of the plan."""
+"""Merging weights that an adapter holds whole beside their factors, and --verify, which computes them apart."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Merges on disk that are refused: tied weights, other bases, weights of unknown direction, places to write to."""
+"""Merges on disk that are refused: tied weights, other bases, weights of unknown direction, outputs."""
 
 from __future__ import annotations
 

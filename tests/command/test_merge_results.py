@@ -1,4 +1,4 @@
-"""What merge writes: aligned tensors, the dtype that was asked for, and its base opened once."""
+"""Results of merge: tensors are aligned, the dtype is the one asked for, and the base is opened once."""
 
 from __future__ import annotations
 

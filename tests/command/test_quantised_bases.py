@@ -1,4 +1,4 @@
-"""Quantised bases as files: the command refuses what it cannot compute on, and says what works instead."""
+"""Quantised bases as files: the command refuses them and says what works instead."""
 
 from __future__ import annotations
 

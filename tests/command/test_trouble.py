@@ -1,4 +1,4 @@
-"""Whatever is wrong with a disk, a pipe, a path or a name, a verb of the command ends in one line and an exit code."""
+"""Trouble with a disk, a pipe, a path or a name ends a verb of the command in one line and an exit code."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ def test_output_onto_a_full_disk_is_an_error(inputs: Path, capsys: Any, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", Output(errno.ENOSPC))
         assert main(args) == 1
-    said = "what it says cannot be printed: No space left on device."
+    said = "its result cannot be printed: No space left on device."
     assert capsys.readouterr().err == f"lightning-lora {args[0]}: {said}\n"
 
 
@@ -203,7 +203,7 @@ def paths_read(case: str) -> list[str]:
 
 UNUSABLE = {
     "empty": ("", "'': is an empty path; give the name of a file or folder, '.' for the current folder."),
-    "of 300 characters": ("a" * 300, "(300 characters): cannot be looked at: File name too long."),
+    "of 300 characters": ("a" * 300, "(300 characters): cannot be accessed: File name too long."),
     "with a lone surrogate": ("a\ud800", "a\\ud800: "),
     "with escape codes": ("\x1b[31mred\nline\x07", "\\x1b[31mred line\\x07: there is no such file"),
 }
@@ -261,7 +261,7 @@ def test_save_adapter_does_not_replace_the_current_folder(tmp_path: Path, monkey
 
 @pytest.mark.parametrize("case", CASES)
 def test_folder_that_may_not_be_entered_is_said(inputs: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, case: str):
-    """What is in it cannot be looked at; its user may be root here, who may do all."""
+    """Its content cannot be read. The user may be root here, who may read all."""
     real_stat = os.stat
 
     def stat(path: Any, *args: Any, **kwargs: Any) -> os.stat_result:
@@ -273,7 +273,7 @@ def test_folder_that_may_not_be_entered_is_said(inputs: Path, capsys: Any, monke
     for read in paths_read(case):
         locked = str(inputs / "locked" / Path(read).name)
         said = failure(capsys, arguments(inputs, case, **{read.replace("/", "_"): locked}))
-        assert said == f"{locked}: cannot be looked at: Permission denied."
+        assert said == f"{locked}: cannot be accessed: Permission denied."
     if case in WRITING:
         locked = str(inputs / "locked" / WRITING[case][0])
         assert "Permission denied" in failure(capsys, arguments(inputs, case, OUT=locked))

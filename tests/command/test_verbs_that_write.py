@@ -1,4 +1,4 @@
-"""Verbs of the command that write: what they refuse to replace, and places that they refuse to write to."""
+"""Verbs of the command that write: what they refuse to replace, and where they refuse to write."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_output_where_nothing_can_be_written_is_refused_before_any_work(
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(os, "mkdir", mkdir)
-    assert f"{output}: cannot be written there" in refused(capsys, *args)
+    assert f"{output}: cannot be written:" in refused(capsys, *args)
 
 
 @every_verb

@@ -27,7 +27,7 @@ from lightning_lora import (
     merged_state_dict,
     unmerge,
 )
-from lightning_lora.nn.lora_layer import adapted_layers
+from lightning_lora.nn.adapted_weights import adapted_layers
 from support.processes import world
 from support.sharded import TARGETS, Plain, Sharded, data, model_parallel, optimizer_state, whole_state
 from support.sharded_adapters import assert_same_bits

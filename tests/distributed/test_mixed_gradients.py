@@ -1,4 +1,4 @@
-"""Trained and frozen parameters side by side: adapters, their layers' biases, a layer trained whole, frozen weights."""
+"""Trained and frozen parameters side by side: adapters, biases of their layers, a layer trained whole."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""lora_param_groups of an FSDP2 model: the sharded run is the one of a single device."""
+"""lora_param_groups of an FSDP2 model: the sharded run equals that of a single device."""
 
 from __future__ import annotations
 

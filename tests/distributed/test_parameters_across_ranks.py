@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_lora import LoRAConfig, inject, merge, merged, merged_state_dict, unmerge
-from lightning_lora.nn.lora_layer import adapted_layers
+from lightning_lora.nn.adapted_weights import adapted_layers
 from support.layers import same_bits
 from support.parameters import CASES, Model
 from support.processes import world

@@ -1,4 +1,4 @@
-"""Strategies that cannot be right are refused at setup, before the model is touched."""
+"""Strategies that would give wrong results are refused at setup, before the model is touched."""
 
 from __future__ import annotations
 

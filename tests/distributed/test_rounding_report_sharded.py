@@ -1,4 +1,4 @@
-"""What rounding merged 16-bit weights costs: a sharded model reports on every rank what one device reports."""
+"""What rounding of merged 16-bit weights costs: every rank of a sharded model reports what one device reports."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ from lightning_lora import (
 )
 from lightning_lora.adapter.take import fingerprint
 from lightning_lora.distributed.sharding import rows_of
-from lightning_lora.nn.lora_layer import adapted_layers
+from lightning_lora.nn.adapted_weights import adapted_layers
 from support.layers import same_bits
 from support.processes import world
 from support.sharded import RootSharded, model_parallel, optimizer_state, whole_state

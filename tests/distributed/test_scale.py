@@ -1,4 +1,4 @@
-"""The formulas of support/scale.py against what small models really hold and send."""
+"""The formulas of support/scale.py against memory and traffic of small models."""
 
 from __future__ import annotations
 

@@ -28,6 +28,7 @@ from lightning_lora import (
     unload,
 )
 from lightning_lora.distributed.tensor_parallel import low_rank_product, place_like_weight
+from lightning_lora.model.adapted_model import open_model
 from lightning_lora.model.inject import adapt_new_layers
 from support.lightning_versions import ANY_OBJECTS
 from support.models import randomise_
@@ -194,7 +195,7 @@ def test_tensor_parallel_model_unloads_and_refuses_what_it_cannot_do():
 def frozen_again() -> None:
     net = parallelize_module(block(), mesh(), SEQUENCE)
     assert net.norm.weight.requires_grad  # SequenceParallel makes a new parameter
-    adapt_new_layers(net)  # as the callback does after configure_model
+    adapt_new_layers(open_model(net, "test"))  # as the callback does after configure_model
     trainable = [name for name, parameter in net.named_parameters() if parameter.requires_grad]
     assert trainable == ["up.lora_A", "up.lora_B", "down.lora_A", "down.lora_B"]
 

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
 
 from lightning_lora import merge, merged, merged_state_dict
+from lightning_lora.model.adapted_model import Listing
 from lightning_lora.model.self_check import Verification, watch
 from support.processes import world
 from support.sharded import WAYS, Sharded, X, base_of, data, model_parallel, network, shard_, whole_state
@@ -55,7 +56,7 @@ def verified(way: str, lora_merged: bool) -> list[float]:
     before = whole_state(net)
     x = X.chunk(dist.get_world_size())[dist.get_rank()].to(next(net.parameters()).dtype)
     with merged(net) if lora_merged else nullcontext(), torch.inference_mode(way == "layers"), torch.no_grad():
-        with watch(net) as found:
+        with watch(Listing(net)) as found:
             answer = net(x)
         assert torch.equal(net(x), answer)
         assert found.problems() == ""
@@ -81,7 +82,7 @@ def wrong() -> list[float]:
     if dist.get_rank() == 1:
         with torch.no_grad():
             net[2].weight.to_local()[0, 0] += 3.0
-    with torch.no_grad(), watch(net) as found:
+    with torch.no_grad(), watch(Listing(net)) as found:
         net(X)
     return figures(found)
 
@@ -101,7 +102,7 @@ def tensor_parallel(plan: str) -> list[list[float]]:
                 if damage:
                     merge(net)
                     net.down.weight.to_local()[0, 0] += damage
-                with merged(net) if lora_merged and not damage else nullcontext(), watch(net) as found:
+                with merged(net) if lora_merged and not damage else nullcontext(), watch(Listing(net)) as found:
                     net(x)
             assert found.problems() == ""
             results.append(figures(found))
@@ -137,7 +138,7 @@ def uses() -> str:
     with torch.no_grad():
         if dist.get_rank() == 0:
             net.ways[0].lora_B.zero_()
-        with watch(net) as found:
+        with watch(Listing(net)) as found:
             net(X)
     return found.problems()
 

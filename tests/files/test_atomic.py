@@ -1,4 +1,4 @@
-"""Replacing a folder or a file: where names cannot be exchanged, where others write it too, where it is refused."""
+"""Replacing a folder or a file: without an exchange of names, beside other writers, and where it is refused."""
 
 from __future__ import annotations
 
@@ -227,7 +227,7 @@ def test_folder_that_another_writer_moves_away_before_it_is_read_is_not_missed(
 
 def test_folder_whose_others_cannot_be_read_stays(target: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(atomic, "_link", fail)
-    with pytest.raises(LoRAError, match=r"out: the result was complete and cannot be put there: .*Permission denied"):
+    with pytest.raises(LoRAError, match=r"out: the result is complete, but cannot be moved there: .*Permission denied"):
         write(target, "new")
     assert contents(target) == OLD
     assert os.listdir(target.parent) == ["out"]
@@ -272,6 +272,6 @@ def test_output_path_that_cannot_be_written_is_refused_without_a_trace(tmp_path:
 
     check_output_path(tmp_path / "a" / "b" / "out", folder=True)
     monkeypatch.setattr(os, "mkdir", mkdir)
-    with pytest.raises(LoRAError, match=r"out: cannot be written there: .*Permission denied"):
+    with pytest.raises(LoRAError, match=r"out: cannot be written: .*Permission denied"):
         check_output_path(tmp_path / "a" / "b" / "out", folder=True)
     assert os.listdir(tmp_path) == []

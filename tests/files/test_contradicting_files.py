@@ -1,4 +1,4 @@
-"""What files say that is not so: records that are too short, spoiled results, and ties inside config.json."""
+"""Files that contradict themselves: short records, damaged results, and ties in config.json."""
 
 from __future__ import annotations
 

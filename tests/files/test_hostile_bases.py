@@ -1,4 +1,4 @@
-"""Bases that are damaged, or made to hurt: headers and indexes that lie, links that lead out."""
+"""Damaged and malicious bases: headers and indexes that lie, links that lead out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kills in a process of their own: the child of a process whose threads once ran may wait for them forever."""
+"""Kills run in processes of their own: a child of a process whose threads once ran may wait for them for ever."""
 
 from __future__ import annotations
 

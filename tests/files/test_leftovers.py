@@ -1,4 +1,4 @@
-"""Hidden folders of writers that were broken off or killed: gone at once, or removed by the next writer."""
+"""Hidden folders of interrupted writers go at once; those of killed writers are removed by the next writer."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def contents(path: Path) -> dict[str, str]:
     return {str(file.relative_to(path)): file.read_text() for file in files}
 
 
-def leave(target: Path, age: float, token: str = "0123abc_", *, locked: bool = True) -> Path:
+def leave(target: Path, age: float, token: str = "0123abcd", *, locked: bool = True) -> Path:
     """Make what a killed writer leaves."""
     folder = target.with_name(f".{target.name}.{token}.partial")
     (folder / "out").mkdir(parents=True)
@@ -63,7 +63,7 @@ def leave(target: Path, age: float, token: str = "0123abc_", *, locked: bool = T
 def test_what_a_killed_writer_left_is_removed_when_it_is_old(
     tmp_path: Path, kind: Callable[[Path], None], age: int, locked: bool
 ):
-    young = leave(tmp_path / "out", age - 100, "younger1", locked=locked)
+    young = leave(tmp_path / "out", age - 100, "456789ab", locked=locked)
     old = leave(tmp_path / "out", age + 100, locked=locked)
     kind(tmp_path / "out")
     assert old.exists() == (not locked and age == UNLOCKED_AGE)
@@ -131,7 +131,7 @@ def test_without_locks_the_longer_age_holds(tmp_path: Path, monkeypatch: pytest.
     """As on Windows."""
     monkeypatch.setattr(leftovers, "fcntl", None)
     left = leave(tmp_path / "out", UNLOCKED_AGE + 100)
-    old = leave(tmp_path / "out", UNKNOWN_AGE + 100, "older_01")
+    old = leave(tmp_path / "out", UNKNOWN_AGE + 100, "cdef0123")
     write(tmp_path / "out")
     assert (left.exists(), old.exists()) == (True, False)
 

@@ -1,4 +1,4 @@
-"""Small files that ask for gigabytes or hours: each is refused at once, by a limit that is written down."""
+"""Small files that ask for gigabytes or hours are refused at once, each by a documented limit."""
 
 from __future__ import annotations
 

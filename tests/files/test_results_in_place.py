@@ -1,4 +1,4 @@
-"""Results that take their place: beside other writers, where that is refused, over others, and Ctrl-C after it."""
+"""Results moved into place: beside other writers, over others, where that is refused, and Ctrl-C afterwards."""
 
 from __future__ import annotations
 

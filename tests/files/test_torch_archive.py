@@ -1,4 +1,4 @@
-"""Archives that torch.save wrote: which check sums are compared, and that each is right after a change in place."""
+"""Archives of torch.save: which check sums are compared, and that each is right after a change in place."""
 
 from __future__ import annotations
 

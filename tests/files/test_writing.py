@@ -1,4 +1,4 @@
-"""How results appear: aligned, on the disk before they are in place, and never a moment without the old or the new."""
+"""How results appear: aligned, on the disk before they are in place, and at no moment neither old nor new."""
 
 from __future__ import annotations
 

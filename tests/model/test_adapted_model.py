@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
-from support.models import base_zoo, trained_zoo, zoo_config
 from torch import nn
 
-from lightning_lora import LoRAError, inject
+from lightning_lora import LoRAConfig, LoRAError, disable_adapter, inject, unload
 from lightning_lora.model.adapted_model import find_model, open_model
 from lightning_lora.model.named_state import named_state
-from lightning_lora.nn.layer_kinds import layer_kinds
-from lightning_lora.nn.lora_layer import adapted_layers
+from lightning_lora.nn.adapted_weights import adapted_layers
+from lightning_lora.nn.low_rank import LINEAR
+from support.models import base_zoo, trained_zoo, zoo_config
 
 
 class Shared(nn.Module):
@@ -31,7 +34,8 @@ def test_a_handle_lists_what_the_model_holds_by_first_and_by_every_name():
     assert handle.places == list(model.named_modules(remove_duplicate=False))
     assert handle.layers == adapted_layers(model)
     assert handle.layers_by_every_name == adapted_layers(model, remove_duplicate=False)
-    assert handle.kinds == layer_kinds(model)
+    assert handle.kinds["first.body.0"] == LINEAR
+    assert handle.kinds.keys() == handle.layers.keys()
     assert [(n, id(t), m) for n, t, m in handle.state()] == [(n, id(t), m) for n, t, m in named_state(model)]
     assert all(name.startswith("first.") for name in handle.initial() if name.endswith("bias"))
 
@@ -57,3 +61,115 @@ def test_a_wrapper_opens_as_the_module_inside(wrap: type[nn.Module]):
     found = find_model(wrap(model))
     assert found is not None
     assert found.layers.keys() == adapted_layers(model).keys()
+
+
+# --- what the record keeps lies in the modules ---
+
+
+class Net(nn.Module):
+    """A layer to adapt, one that is trained whole, and a BatchNorm; `net` names them in a model around."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.head(self.body(x))
+        return result
+
+
+def injected_net() -> Net:
+    torch.manual_seed(0)
+    inject(net := Net(), LoRAConfig(r=1, target_modules=["0"], modules_to_save=["head", "1"]))
+    return net
+
+
+def train(model: nn.Module) -> None:
+    """Change all that training changes."""
+    model.train()(torch.randn(8, 3))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(parameter.requires_grad)
+
+
+def base_values() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    return Net().state_dict()
+
+
+def holds(model: nn.Module, values: dict[str, torch.Tensor]) -> bool:
+    state = model.state_dict()
+    return all(torch.equal(state[name], value) for name, value in values.items())
+
+
+MOVES = {
+    "the same place": lambda net: net,
+    "another name": lambda net: nn.ModuleDict({"moved": net})["moved"],
+    "a deep copy": copy.deepcopy,
+    "a pickled copy": lambda net: pickle.loads(pickle.dumps(net)),
+    "inside a copy of a module around it": lambda net: copy.deepcopy(nn.ModuleDict({"net": net}))["net"],
+}
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_values_from_before_training_go_where_the_modules_go(move: str):
+    net = MOVES[move](injected_net())
+    train(net)
+    assert not holds(net, base_values())
+    with disable_adapter(net):
+        torch.testing.assert_close(net.eval()(torch.ones(1, 3)), _output_of_base())
+    unload(net)
+    assert holds(net, base_values())
+    assert all(parameter.requires_grad for parameter in net.parameters())
+    assert not any(name.startswith("lora") for module in net.modules() for name in vars(module))
+
+
+def _output_of_base() -> torch.Tensor:
+    torch.manual_seed(0)
+    result: torch.Tensor = Net().eval()(torch.ones(1, 3))
+    return result
+
+
+def test_a_synchronised_batch_norm_keeps_what_was_kept_of_the_one_before_it():
+    net = nn.SyncBatchNorm.convert_sync_batchnorm(injected_net())
+    train(net.eval())
+    with torch.no_grad():
+        net.body[1].running_mean.add_(1)
+    unload(net)
+    assert isinstance(net.body[1], nn.SyncBatchNorm)
+    assert holds(net, base_values())
+    assert all(parameter.requires_grad for parameter in net.parameters())
+
+
+def test_a_module_that_is_built_anew_or_copied_by_itself_is_new_to_the_record():
+    net = injected_net()
+    train(net)
+    copied = copy.deepcopy(net.head)
+    net.head = nn.Linear(3, 2)
+    handle = open_model(net, "test")
+    assert handle.initial_of("trained").keys() == {"body.1.weight", "body.1.bias"}
+    net.head = copied
+    handle.look_again()
+    assert handle.initial_of("trained").keys() == {"body.1.weight", "body.1.bias"}
+
+
+def test_opening_a_model_changes_nothing_whoever_holds_its_layers():
+    plan = nn.ModuleDict({"net": (net := injected_net())})
+    around = nn.ModuleDict({"new": nn.ModuleList([net])})
+    before = {module: dict(vars(module)) for module in (*plan.modules(), *around.modules())}
+    for model in (plan, net, around):
+        handle = open_model(model, "test")
+        assert list(handle.layers)
+        assert handle.initial_of("trained")
+    assert all(vars(module) == kept for module, kept in before.items())
+
+
+def test_the_part_that_a_loaded_adapter_is_about_is_told_by_the_module_under_any_name():
+    net = nn.ModuleDict({"net": injected_net()})
+    record = open_model(net, "test").record
+    assert open_model(net, "test").scope() == "net."
+    record.keep(net["net"].body)["scope"] = True
+    assert open_model(net, "test").scope() == "net.body."
+    assert open_model(net["net"], "test").scope() == "body."
+    assert open_model(nn.Sequential(net), "test").scope() == "0.net.body."

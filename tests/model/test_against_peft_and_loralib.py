@@ -1,4 +1,4 @@
-"""The same factors give the same outputs as loralib and peft; loralib's adapters load; what both of them lose."""
+"""Equal factors give the outputs of loralib and peft; loralib's adapters load; what both of them lose."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""merge, unmerge, merged and disable_adapter that an exception breaks off at any point: the base keeps its bits."""
+"""An exception at any point of merge, unmerge, merged or disable_adapter leaves the base's bits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lightning_lora import LoRAConfig, LoRAError, disable_adapter, inject, is_merged, merge, merged, unmerge
-from lightning_lora.nn.lora_layer import adapted_layers
+from lightning_lora.nn.adapted_weights import adapted_layers
 from support.broken_off import break_off
 from support.models import bits, randomise_
 

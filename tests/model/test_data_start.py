@@ -1,4 +1,4 @@
-"""A that starts from data: principal components and ranks as peft's EVA has them, and the exact ones of all rows."""
+"""A that starts from data: principal components and ranks as in peft's EVA, and the exact ones of all rows."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from lightning_lora import (
 )
 from lightning_lora.model import data_start
 from lightning_lora.model.data_start import PrincipalComponents
-from lightning_lora.nn.lora_layer import adapted_layers
+from lightning_lora.nn.adapted_weights import adapted_layers
 from support.notices import PEER_NOTICES
 from support.peers import logits
 from support.peers import model as peer

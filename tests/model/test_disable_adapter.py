@@ -1,4 +1,4 @@
-"""Inside disable_adapter: the base's outputs, no write into what a forward has saved, one truth in what is saved."""
+"""disable_adapter: outputs of the base, no write into tensors that a forward saved, and saves inside it."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from lightning_lora import (
 )
 from lightning_lora.model import gradient_start
 from lightning_lora.model.over_batches import Caller
-from lightning_lora.nn.lora_layer import adapted_layers
+from lightning_lora.nn.adapted_weights import adapted_layers
 from support.notices import PEER_NOTICES
 from support.peers import logits
 from support.peers import model as peer

@@ -35,10 +35,11 @@ from lightning_lora import (
     save_adapter,
     save_merged,
     summary,
+    take_adapter,
     unload,
     unmerge,
 )
-from lightning_lora.model.injection import Injection, find_injection
+from lightning_lora.model.adapted_model import find_model
 from lightning_lora.nn.lora_layer import LoRALayer
 
 OPTIONS: dict[str, Any] = {"r": 2, "target_modules": ["0", "2"], "bias": "lora_only"}
@@ -215,7 +216,7 @@ def test_unload_brings_the_base_back(handle: Callable[[], nn.Module]):
     assert torch.equal(model(x()), network().eval()(x()))
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert not any(isinstance(module, LoRALayer) for module in model.modules())
-    assert find_injection(model) is None
+    assert find_model(model) is None
     with pytest.raises(LoRAError, match="was not injected"):
         unload(model)
 
@@ -227,31 +228,31 @@ def test_merge_and_unload_leaves_plain_merged_layers(handle: Callable[[], nn.Mod
     merge_and_unload(model)
     assert torch.allclose(model(x()), wanted, atol=1e-5)
     assert not any(isinstance(module, LoRALayer) for module in model.modules())
-    assert find_injection(model) is None
+    assert find_model(model) is None
 
 
 @handles
 def test_finding_the_injection_again_gives_the_same_record_and_changes_nothing(handle: Callable[[], nn.Module]):
     model = handle()
-    first = find_injection(model)
+    first = find_model(model)
     names = {name: set(vars(module)) for name, module in model.named_modules()}
-    second = find_injection(model)
+    second = find_model(model)
     assert first is not None
     assert second is not None
     assert first.record is second.record
     assert first.root is second.root
     assert names == {name: set(vars(module)) for name, module in model.named_modules()}
-    assert short(first.seen(first.record.initial)) >= {"0.bias", "2.bias", "1.running_mean"}
+    assert short(first.initial()) >= {"0.bias", "2.bias", "1.running_mean"}
 
 
 def test_the_record_goes_to_the_module_that_was_used_last_and_back():
     plan, net = _injected()
     new = Deeper(net)
     for model in (new, plan, new):
-        found = find_injection(model)
+        found = find_model(model)
         assert found is not None
         assert found.root is model
-        assert all(model.get_parameter(name).requires_grad for name in found.record.trained)
+        assert all(model.get_parameter(name).requires_grad for name in found.initial_of("trained"))
         with disable_adapter(model):
             assert torch.equal(model(x()), network().eval()(x()))
 
@@ -262,9 +263,9 @@ def test_what_the_new_module_does_not_hold_is_forgotten():
     inject(plan, LoRAConfig(r=2, target_modules=["0"], bias="all"))
     del plan
     gc.collect()
-    found = find_injection(new := Deeper(net))
+    found = find_model(new := Deeper(net))
     assert found is not None
-    assert found.record.trained == {"inner.1.0.bias", "inner.1.1.bias", "inner.1.2.bias"}
+    assert found.initial_of("trained").keys() == {"inner.1.0.bias", "inner.1.1.bias", "inner.1.2.bias"}
     unload(new)
     assert torch.equal(new.eval()(x()), network().eval()(x()))
 
@@ -275,7 +276,7 @@ def test_a_part_of_the_adapted_layers_is_no_handle():
     message = r"Sequential holds 1 of the 2 layers that were adapted through Plan, and not 'network\.2'; pass that Plan"
     with pytest.raises(LoRAError, match=message):
         adapter_state_dict(part)
-    assert find_injection(plan) is not None
+    assert find_model(plan) is not None
 
 
 def test_two_injected_models_in_one_are_refused():
@@ -295,22 +296,6 @@ def test_a_copy_of_a_part_does_not_copy_the_whole():
     assert len(pickle.dumps(plan)) > 1_000_000
 
 
-def test_every_name_of_a_record_changes_with_the_module_that_holds_it():
-    names = ["0.bias", "gone.bias"]
-    record = Injection(
-        LoRAConfig(),
-        requires_grad=dict.fromkeys(names, True),
-        initial={name: torch.zeros(1) for name in names},
-        trained=set(names),
-        unfrozen=set(names),
-        resized=set(names),
-        left_out=dict.fromkeys(names, "a reason"),
-    )
-    record.rename(lambda name: None if name.startswith("gone") else f"network.{name}")
-    for field in ("requires_grad", "initial", "trained", "unfrozen", "resized", "left_out"):
-        assert list(getattr(record, field)) == ["network.0.bias"], field
-
-
 DOORS: dict[str, Callable[[Any], Any]] = {  # every public function that takes a model
     "adapter_state_dict": adapter_state_dict,
     "adapter_stats": adapter_stats,
@@ -328,6 +313,7 @@ DOORS: dict[str, Callable[[Any], Any]] = {  # every public function that takes a
     "save_adapter": lambda model: save_adapter(model, "nowhere"),
     "save_merged": lambda model: save_merged(model, "nowhere"),
     "summary": summary,
+    "take_adapter": take_adapter,
     "unload": unload,
     "unmerge": unmerge,
 }

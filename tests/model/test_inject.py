@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lightning_lora import LoRAConfig, LoRAError, disable_adapter, inject, is_merged, merge, unload
-from lightning_lora.nn import lora_layer
+from lightning_lora.nn import lora
 from support.models import ZOO_LAYERS, OwnLinear, Stubborn, Zoo, randomise_, state_bits, tokens, trace, zoo_config
 
 
@@ -119,7 +119,7 @@ def test_ranks_and_scalings_are_those_of_peft(rslora):
 def test_inject_that_fails_half_way_leaves_no_trace(monkeypatch, error, after):
     model = Stubborn(nn.Linear(4, 4))
     before, calls = trace(model), []
-    original = lora_layer.initial_factors
+    original = lora.initial_factors
 
     def failing(*args: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
         calls.append(args)
@@ -127,7 +127,7 @@ def test_inject_that_fails_half_way_leaves_no_trace(monkeypatch, error, after):
             raise error
         return original(*args, **options)
 
-    monkeypatch.setattr(lora_layer, "initial_factors", failing)
+    monkeypatch.setattr(lora, "initial_factors", failing)
     with pytest.raises(type(error)):
         inject(model, LoRAConfig(bias="all", modules_to_save=["head"]), merge_weights=True)
     assert len(calls) == after + 1

@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_lora import LoRACallback, LoRAConfig, inject, load_adapter, save_adapter
 from lightning_lora.model.large_adapters import describe_large_adapters
-from lightning_lora.nn.lora_layer import adapted_layers
+from lightning_lora.nn.adapted_weights import adapted_layers
 from support.notices import lightning_logger
 from support.quantised import layer_of_bitsandbytes
 from support.training import Data, Net, make_trainer, own_random_stream

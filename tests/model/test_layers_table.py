@@ -36,7 +36,7 @@ from lightning_lora import (
     save_adapter,
     unmerge,
 )
-from lightning_lora.nn.lora_layer import adapted_layers
+from lightning_lora.nn.adapted_weights import adapted_layers
 from lightning_lora.nn.quantised import PACKS_FOR_CPU
 from support.notices import quiet_peers
 from support.parameters import Experts, Model, Projected, Recurrent

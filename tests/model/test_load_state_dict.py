@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_lora import adapter_state_dict, disable_adapter, inject, is_merged, merge, unload, unmerge
+from lightning_lora.model.adapted_model import open_model
 from support.models import (
     ZOO_LAYERS,
     Zoo,
@@ -282,8 +283,8 @@ def test_copy_of_an_injected_model_loads_without_changing_the_original():
 
 def test_a_base_of_another_shape_changes_nothing_that_unload_brings_back():
     model = trained_zoo()
-    initial = {name: value.clone() for name, value in model.lora_injection.initial.items()}
+    initial = {name: value.clone() for name, value in open_model(model, "test").initial().items()}
     base = base_zoo().state_dict() | {"head.weight": torch.zeros(4, 8)}
     with pytest.raises(RuntimeError, match=r"size mismatch for head\.weight"):
         model.load_state_dict(base)
-    assert torch.equal(model.lora_injection.initial["head.weight"], initial["head.weight"])
+    assert torch.equal(open_model(model, "test").initial()["head.weight"], initial["head.weight"])

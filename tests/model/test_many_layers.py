@@ -1,4 +1,4 @@
-"""Every cost is linear in the number of layers: calls are counted, which is exact where times are not."""
+"""Every cost is linear in the number of layers. Calls are counted: unlike times, counts are exact."""
 
 from __future__ import annotations
 

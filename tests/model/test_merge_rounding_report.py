@@ -1,4 +1,4 @@
-"""What rounding merged weights to 16 bits costs: reported once, right, and with a warning where it matters."""
+"""What rounding of merged weights to 16 bits costs: reported once, with a warning where it matters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Merging: layers that had to stay factored, changes to a merged weight that are allowed, and two threads at once."""
+"""Merging: layers that must stay factored, allowed changes to a merged weight, and two threads at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A layer that was adapted and is not in the model any more: every function that would pass over it names it."""
+"""An adapted layer that is not in the model any more: every function that would ignore that names it."""
 
 from __future__ import annotations
 

@@ -13,10 +13,11 @@ from torch import nn
 from transformers.pytorch_utils import ALL_LAYERNORM_LAYERS
 
 from lightning_lora import LoRAConfig, LoRAError, inject, lora_param_groups
-from lightning_lora.nn.lora_layer import adapted_layers
+from lightning_lora.nn.adapted_weights import adapted_layers
 from support.models import Zoo, randomise_, tokens, zoo_config
 from support.notices import PEER_NOTICES, TORCH_NOTICES
 from support.peers import PEERS, model
+from support.variants import define_gated, variants_forgotten
 
 pytestmark = TORCH_NOTICES
 
@@ -180,3 +181,25 @@ def test_a_number_out_of_its_range_is_refused_by_name(options: dict[str, Any], c
 def test_a_model_that_was_not_injected_is_refused():
     with pytest.raises(LoRAError, match=r"lora_param_groups: Zoo was not injected; call inject"):
         lora_param_groups(Zoo(), lr=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("roles", "groups"),
+    [
+        ({}, {"other": {"a", "b"}, "no_decay": {"g"}}),
+        ({"lora_gated_a": "A", "lora_gated_b": "B"}, {"lora_A": {"a"}, "lora_B": {"b"}, "no_decay": {"g"}}),
+    ],
+    ids=str,
+)
+def test_tensors_of_a_users_variant_are_grouped_by_the_role_that_it_gives_them(
+    roles: dict[str, str], groups: dict[str, set[str]]
+):
+    with variants_forgotten():
+        define_gated(role=classmethod(lambda cls, leaf: roles.get(leaf, leaf)))
+        net = nn.Sequential(nn.Linear(4, 3))
+        inject(net, LoRAConfig(r=2, target_modules=["0"], variant="gated"))
+        leaves = {
+            id(tensor): leaf.removeprefix("lora_gated_") for leaf, tensor in adapted_layers(net)["0"].stored().items()
+        }
+        found = lora_param_groups(net, lr=1.0)
+    assert {group["name"]: {leaves[id(p)] for p in group["params"]} for group in found} == groups

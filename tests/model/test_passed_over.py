@@ -1,4 +1,4 @@
-"""What "all-linear" passes over is told once: kinds of weights, and their shares of the parameters."""
+""" "all-linear" says once what it leaves out: kinds of weights, and their shares of the parameters."""
 
 from __future__ import annotations
 

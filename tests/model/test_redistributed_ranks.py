@@ -1,4 +1,4 @@
-"""The options that redistribute_ranks returns: beside patterns of the user's own, and how far a rank may grow."""
+"""Options that redistribute_ranks returns: beside a user's own patterns, and how far a rank may grow."""
 
 from __future__ import annotations
 

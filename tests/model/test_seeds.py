@@ -1,4 +1,4 @@
-"""Seeds: the numbers that adapters start from, with a seed and from the random stream."""
+"""Seeds: the values that adapters start from, with a seed and from the random stream."""
 
 from __future__ import annotations
 

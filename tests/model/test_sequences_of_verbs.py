@@ -1,4 +1,4 @@
-"""Any order of the verbs: after each, the base is intact and the outputs are those of a plain model built by hand."""
+"""Verbs in any order: after each the base is intact, and outputs are those of a plain model built by hand."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""State dicts for saving: what training can change, and plain merged weights; neither touches the model."""
+"""State dicts for saving: everything that training changes, and plain merged weights. The model is untouched."""
 
 from __future__ import annotations
 
 import io
+import itertools
 import json
 from typing import Any
 
@@ -10,9 +11,11 @@ import pytest
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
+from torch.profiler import ProfilerActivity, profile
 
 from lightning_lora import LoRAConfig, LoRAError, adapter_state_dict, inject, merge, merged, merged_state_dict
 from lightning_lora.adapter.take import fingerprint
+from lightning_lora.model.adapted_model import Listing
 from lightning_lora.model.state_dict import merge_state_dict
 from support.fingerprints import check_fingerprint
 from support.models import (
@@ -214,6 +217,18 @@ def test_fingerprint_covers_the_frozen_parameters_and_is_plain_data():
     assert len(json.dumps(found)) < 300 * len(found)
 
 
+def test_a_fingerprint_of_a_merged_model_restores_one_weight_after_the_other():
+    model = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(16)))
+    inject(model, LoRAConfig(r=2, init_lora_weights=False))
+    merge(model)
+    expected, one = fingerprint(model), model[0].weight.nbytes
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        assert fingerprint(model) == expected
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    assert one <= max(itertools.accumulate(changes)) < 6 * one
+
+
 @pytest.mark.parametrize("found", ["unmerged", "merged"])
 def test_fingerprint_accepts_the_same_base_and_names_a_changed_weight(found):
     model = trained_zoo()
@@ -260,4 +275,4 @@ def test_a_state_dict_without_what_an_adapter_is_merged_into_is_refused(left_out
     model = trained_zoo()
     state = {name: value for name, value in model.state_dict().items() if not name.startswith(left_out)}
     with pytest.raises(LoRAError, match=r"merged weights: the state dict of Zoo leaves out 'body\.0\."):
-        merge_state_dict(model, state)
+        merge_state_dict(Listing(model), state)

@@ -1,4 +1,4 @@
-"""Which modules an option names: PEFT's rules on random names and on transformers models; what names nothing."""
+"""Which modules an option means: PEFT's rules on random names and on transformers models; names without a match."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_targets_and_exclusions_match_as_in_peft(names, targets, excluded, saved
     theirs = peft.LoraConfig(target_modules=targets, exclude_modules=excluded, modules_to_save=saved)
     expected = [n for n, _ in model.named_modules() if n and check_target_module_exists(theirs, n)]
     ours = LoRAConfig(target_modules=targets, exclude_modules=excluded, modules_to_save=saved)
-    assert list(Targets(model, ours).layers) == expected
+    assert list(Targets(list(model.named_modules()), ours).layers) == expected
 
 
 NUMBERED = st.lists(st.sampled_from(["a", "b", "h", "0", "1", "q"]), min_size=1, max_size=5).map(".".join)
@@ -73,7 +73,8 @@ def test_layers_by_number_match_as_in_peft(names, targets, numbers, pattern):
     by_number = {"layers_to_transform": numbers, "layers_pattern": pattern if numbers != [] else None}
     theirs = peft.LoraConfig(target_modules=targets, **by_number)
     expected = [n for n, _ in model.named_modules() if n and check_target_module_exists(theirs, n)]
-    assert list(Targets(model, LoRAConfig(target_modules=targets, **by_number)).layers) == expected
+    ours = LoRAConfig(target_modules=targets, **by_number)
+    assert list(Targets(list(model.named_modules()), ours).layers) == expected
 
 
 def gpt2() -> nn.Module:
@@ -333,17 +334,17 @@ def test_tied_weights_are_found_by_their_memory(case):
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
     model[0].weight, model[2].weight = one, other
     expected = {model[0]: "2.weight", model[2]: "0.weight"} if tied else {}
-    assert tied_weights(model) == expected
+    assert tied_weights(list(model.named_modules())) == expected
     assert inject(model, LoRAConfig(r=1)) == (["1"] if tied else ["0", "1", "2"])
 
 
 def test_tied_weights_of_three_owners_or_on_meta_are_found():
     first, second, third = (nn.Linear(4, 4) for _ in range(3))
     first.weight = second.weight = third.weight
-    assert set(tied_weights(nn.Sequential(first, second, third))) == {first, second, third}
+    assert set(tied_weights(list(nn.Sequential(first, second, third).named_modules()))) == {first, second, third}
     with torch.device("meta"):
         model = Tied()
-    assert set(tied_weights(model)) == {model.embed, model.out}
+    assert set(tied_weights(list(model.named_modules()))) == {model.embed, model.out}
 
 
 def test_a_layer_registered_twice_is_adapted_once():

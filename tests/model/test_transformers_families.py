@@ -146,7 +146,7 @@ def all_linear(models: Models) -> str:
         found = peft_layers(theirs(models.family))
     except ValueError:
         return "PEFT refuses"
-    left_out = Targets(models.family.build(), LoRAConfig()).left_out
+    left_out = Targets(list(models.family.build().named_modules()), LoRAConfig()).left_out
     assert not set(models.layers) - set(found)
     missing = [name for name in sorted(found) if name not in models.layers]
     reasons = {left_out.get(name, "PEFT makes `target_parameters` of them") for name in missing}

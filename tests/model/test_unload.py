@@ -1,4 +1,4 @@
-"""Out again: unload, merge_and_unload, disable_adapter, and loralib's habit of merging by mode."""
+"""unload, merge_and_unload, disable_adapter, and loralib's habit of merging by mode."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from lightning_lora import (
     unload,
     unmerge,
 )
-from lightning_lora.model.injection import snapshot_materialised
+from lightning_lora.model.adapted_model import open_model
+from lightning_lora.model.initial_values import snapshot_materialised
 from support.models import ZOO_LAYERS, Stubborn, Zoo, bits, randomise_, state_bits, tokens, trace, train, zoo_config
 
 TRAINED = ["head.weight", "head.bias", "conv.bias", "body.0.bias", "body.1.running_mean", "body.1.num_batches_tracked"]
@@ -263,8 +264,8 @@ def test_a_model_injected_on_the_meta_device_keeps_the_values_that_it_was_given_
     base = {name: value for name, value in state_bits(model).items() if "lora_" not in name}
     with disable_adapter(model):
         assert base.items() <= state_bits(model).items()
-    snapshot_materialised(model)
-    initial = model.lora_injection.initial
+    snapshot_materialised(open_model(model, "test"))
+    initial = open_model(model, "test").initial()
     assert "head.weight" in initial
     assert {name: bits(value) for name, value in initial.items()}.items() <= base.items()
     unload(model)

@@ -1,4 +1,4 @@
-"""torch's attention and transformer layers read weights instead of calling layers: the adapter counts all the same."""
+"""torch's attention and transformer layers read weights without calling layers: the adapter acts all the same."""
 
 from __future__ import annotations
 

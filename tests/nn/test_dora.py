@@ -32,8 +32,8 @@ from lightning_lora import (
     unmerge,
 )
 from lightning_lora.model import merging
+from lightning_lora.nn import adapted_weights
 from lightning_lora.nn import dora as dora_layers
-from lightning_lora.nn import lora_layer
 from lightning_lora.nn.exact_merge import merge_weight_, merged_weight, unmerge_weight_
 from lightning_lora.nn.low_rank import LowRankBlock
 from lightning_lora.nn.output_norms import output_norms, output_norms_of_parts
@@ -367,7 +367,7 @@ def test_a_norm_that_a_forward_beside_the_merge_took_of_merged_weights_is_not_ke
     spread_(model)
     x, layer = torch.randn(3, 8), model[0]
     wanted = model(x)
-    merge_, restore_ = lora_layer.merge_weight_, lora_layer.unmerge_weight_
+    merge_, restore_ = adapted_weights.merge_weight_, adapted_weights.unmerge_weight_
 
     def then_norms(write: Any) -> Any:
         def beside(*args: Any, **kwargs: Any) -> Any:
@@ -378,8 +378,8 @@ def test_a_norm_that_a_forward_beside_the_merge_took_of_merged_weights_is_not_ke
 
         return beside
 
-    monkeypatch.setattr(lora_layer, "merge_weight_", then_norms(merge_))
-    monkeypatch.setattr(lora_layer, "unmerge_weight_", then_norms(restore_))
+    monkeypatch.setattr(adapted_weights, "merge_weight_", then_norms(merge_))
+    monkeypatch.setattr(adapted_weights, "unmerge_weight_", then_norms(restore_))
     for _ in range(2):
         merge(model)
         unmerge(model)

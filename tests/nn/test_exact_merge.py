@@ -1,4 +1,4 @@
-"""The merge arithmetic: bit-exact in any layout, all or nothing, rounded once, and little is kept beside it."""
+"""The merge arithmetic: bit-exact in any layout, all or nothing, rounded once, with little memory beside it."""
 
 from __future__ import annotations
 

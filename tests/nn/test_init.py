@@ -1,4 +1,4 @@
-"""The first values of A and B: the references' distributions, drawn without advancing the user's random stream."""
+"""Initial values of A and B: the references' distributions, drawn without advancing the user's random stream."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What may happen to an adapted layer between merging and unmerging: copies, state dicts, casts, edits."""
+"""An adapted layer between merging and unmerging: copies, state dicts, casts, edits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a training step of an adapted linear layer costs, in operations and in bytes kept: counts, no times."""
+"""The cost of a training step of an adapted linear layer: counted operations and kept bytes, no times."""
 
 from __future__ import annotations
 

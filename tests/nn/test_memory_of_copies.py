@@ -1,4 +1,4 @@
-"""The memory of plain copies, which is used again: it is given back with the adapters."""
+"""The memory of plain copies is reused, and given back with the adapters."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from lightning_lora import (
     unmerge,
 )
 from lightning_lora.model import merging
-from lightning_lora.nn.lora_layer import adapted_layers
+from lightning_lora.nn.adapted_weights import adapted_layers
 from support.layers import same_bits
 from support.parameters import CASES, Experts, Model, Projected, Recurrent, fill_factors_, make_subject
 
@@ -193,7 +193,7 @@ def test_weights_are_back_after_a_forward_that_fails():
 def test_another_thread_runs_after_one_whose_adapter_failed(monkeypatch):
     subject = make_subject("experts")
     layer = next(iter(adapted_layers(subject.model).values()))
-    monkeypatch.setattr(layer, "acting_factors", lambda: 1 / 0)
+    monkeypatch.setattr(layer, "acting", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         subject.model(subject.x)
     monkeypatch.undo()

@@ -29,7 +29,7 @@ from lightning_lora import (
     unload,
     unmerge,
 )
-from lightning_lora.nn.quantised import dequantised, dtype_of, quantised_as, shape_of
+from lightning_lora.nn.quantised import dequantize, dtype_of, quantised_as, shape_of
 from support.models import randomise_
 from support.quantised import (
     FEATURES,
@@ -57,18 +57,18 @@ FOUR_BITS = [kind for kind in OF_BITSANDBYTES if kind != "int8"]
 def test_a_weight_is_recognised_and_dequantised_as_its_own_package_does(kind):
     layer = quantised(kind)[2]
     assert quantised_as(layer.weight) == NAMES[kind]
-    assert torch.equal(dequantised(layer).double(), values_of(layer))
-    assert dequantised(layer).shape == shape_of(layer.weight) == (WIDTH, WIDTH)
-    assert dequantised(layer).dtype == dtype_of(layer.weight) == torch.float32
-    assert type(dequantised(layer)) is torch.Tensor
+    assert torch.equal(dequantize(layer).double(), values_of(layer))
+    assert dequantize(layer).shape == shape_of(layer.weight) == (WIDTH, WIDTH)
+    assert dequantize(layer).dtype == dtype_of(layer.weight) == torch.float32
+    assert type(dequantize(layer)) is torch.Tensor
 
 
 @every_kind
 def test_a_weight_is_dequantised_in_inference_mode(kind):
     layer = quantised(kind)[2]
-    expected = dequantised(layer)
+    expected = dequantize(layer)
     with torch.inference_mode():
-        found = dequantised(layer)
+        found = dequantize(layer)
     assert torch.equal(found, expected)
     assert not found.is_inference()
 
@@ -77,13 +77,13 @@ def test_a_weight_is_dequantised_in_inference_mode(kind):
 def test_a_weight_is_recognised_before_it_is_quantised_and_has_the_values_it_will_have(kind):
     model = quantised(kind, moved=False)
     assert quantised_as(model[0].weight) == NAMES[kind]
-    before = [dequantised(model[position]) for position in (0, 2)]
+    before = [dequantize(model[position]) for position in (0, 2)]
     assert model[0].weight.dtype == torch.float32  # quantised in a copy alone
     assert inject(model, LoRAConfig(r=2)) == ["0", "2", "4"]
     model.to("cpu")
     assert model[0].weight.dtype in (torch.uint8, torch.int8)
     for values, position in zip(before, (0, 2), strict=True):
-        torch.testing.assert_close(values, dequantised(model[position]), rtol=0, atol=0)
+        torch.testing.assert_close(values, dequantize(model[position]), rtol=0, atol=0)
     model(inputs()).sum().backward()
     assert model[0].lora_B.grad is not None
 
@@ -161,7 +161,7 @@ def test_a_layer_packed_for_evaluation_is_unpacked_and_trains(kind):
     model = packed(kind)
     values = values_of(quantised(kind)[2]).float()
     inject(model, LoRAConfig(r=2, target_modules=["0"]))  # the others are not adapted, and the gradient goes through
-    assert torch.allclose(dequantised(model[2]), values, rtol=2**-8, atol=1e-5)
+    assert torch.allclose(dequantize(model[2]), values, rtol=2**-8, atol=1e-5)
     model.train()
     x = inputs().requires_grad_()
     model(x).sum().backward()
@@ -175,7 +175,7 @@ def test_a_layer_packed_for_evaluation_is_unpacked_and_trains(kind):
 def test_dequantised_values_of_a_packed_layer_are_those_that_it_was_evaluated_with(kind):
     model = packed(kind)
     values = values_of(quantised(kind)[4])
-    found = dequantised(model[4]).double()
+    found = dequantize(model[4]).double()
     assert float((found - values).norm() / values.norm()) < 3e-3  # scales in bfloat16
 
 
@@ -401,16 +401,16 @@ def test_no_dequantised_weight_outlives_the_forward_of_its_layer(kind):
         output = model(x)
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = list(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda event: event.start_ns())))
-    dequantised_layer = width * width * 4
-    assert held[-1] < dequantised_layer / 2  # what is kept for backward
-    assert max(held) < 4 * dequantised_layer  # bitsandbytes' own work on one layer
+    dequantized_layer = width * width * 4
+    assert held[-1] < dequantized_layer / 2  # what is kept for backward
+    assert max(held) < 4 * dequantized_layer  # bitsandbytes' own work on one layer
     assert output.requires_grad
 
 
 @pytest.mark.parametrize("kind", FOUR_BITS)
 def test_values_of_a_weight_that_is_not_quantised_yet_leave_its_layer_alone(kind):
     layer = quantised(kind, moved=False)[2]
-    dequantised(layer)
+    dequantize(layer)
     assert layer.quant_state is None
     assert layer.weight.quant_state is None
     assert layer.weight.module is layer

@@ -1,4 +1,4 @@
-"""Random numbers of the package: torch's, from streams that no device of the user's shares."""
+"""The package draws torch's random numbers from streams that it shares with no device of the user's."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from lightning_lora import LoRAConfig, disable_adapter, inject, merge, merge_and_unload, merged, unload, unmerge
-from lightning_lora.nn.lora_layer import Swapped
+from lightning_lora.nn.adapted_module import Swapped
 from lightning_lora.nn.readers import LayerView, LoRAReader
 from support.models import trace
 from support.notices import TORCH_NOTICES

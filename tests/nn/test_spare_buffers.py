@@ -1,4 +1,4 @@
-"""The memory of plain copies is used again from one merge to the next, and no values get mixed up by that."""
+"""The memory of plain copies is reused from one merge to the next, and values never get mixed up."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_lora import LoRAConfig, LoRAError, inject, merge, unmerge
-from lightning_lora.nn.lora_layer import adapted_layers
+from lightning_lora.nn.adapted_weights import adapted_layers
 
 
 def model(width: int = 64, seed: int = 0) -> nn.Sequential:

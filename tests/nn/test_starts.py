@@ -1,4 +1,4 @@
-"""Adapters that start from the weight: what they start from, W' = W + s * (B @ A - B0 @ A0), and W as it is."""
+"""Adapters that start from the weight: their initial values, W' = W + s * (B @ A - B0 @ A0), and W unchanged."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from lightning_lora import (
 )
 from lightning_lora.model import merging
 from lightning_lora.nn import linear
-from lightning_lora.nn.lora_layer import adapted_layers
+from lightning_lora.nn.adapted_weights import adapted_layers
 from lightning_lora.nn.starts import start_factors
 from support import layers, parameters
 from support.layers import same_bits
@@ -298,7 +298,7 @@ def test_merged_weights_with_factors_in_16_bits_are_rounded_once(dtype):
     layer = model[0]
     with torch.no_grad():
         layer.weight.zero_()
-    a, b, start_a, start_b = (factor.detach().double() for factor in layer.stored())
+    a, b, start_a, start_b = (factor.detach().double() for factor in layer.stored().values())
     with merged(model):
         assert torch.equal(layer.weight, (1.5 * (b @ a - start_b @ start_a)).to(dtype))
 
@@ -332,8 +332,14 @@ def test_a_training_step_has_the_gradients_of_the_operations_one_by_one(frozen, 
         torch.manual_seed(0)
         return torch.autograd.grad(model(x).square().sum(), sources)
 
+    def one_by_one(layer: Any, x: torch.Tensor, *acting: torch.Tensor) -> torch.Tensor:
+        a, b, start_a, start_b = layer.stored().values()
+        seen, scaling = layer.dropped(x.view(-1, x.shape[-1]))
+        ran.append(True)
+        return layer.base_forward(x) + scaling * (seen @ (b @ a - start_b @ start_a).T).view(*x.shape[:-1], -1)
+
     found, ran = gradients(), []
-    monkeypatch.setattr(linear, "can_start_linear", lambda *_: ran.append(True))
+    monkeypatch.setattr(linear.LoRALinear, "sum_forward", one_by_one)
     for gradient, expected in zip(found, gradients(), strict=True):
         torch.testing.assert_close(gradient, expected)
     assert ran
@@ -366,7 +372,7 @@ def test_a_start_trains_under_autocast_in_its_dtype():
         torch.testing.assert_close(gradient, expected, rtol=0.05, atol=0.05 * expected.abs().max().item())
 
 
-def test_a_training_step_keeps_no_copies_of_the_factors_for_backward():
+def test_a_training_step_keeps_thin_factors_for_backward_and_no_full_size_tensor():
     model = inject_start(
         nn.Sequential(nn.Linear(64, 48), nn.Linear(48, 64)), r=4, rank_pattern={}, target_modules=["0"]
     )
@@ -376,7 +382,7 @@ def test_a_training_step_keeps_no_copies_of_the_factors_for_backward():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         model[0](x)
     new = {t.untyped_storage().data_ptr(): t.shape for t in kept if t.untyped_storage().data_ptr() not in parameters}
-    assert sorted(map(tuple, new.values())) == [(4, 5), (5, 64)]  # A @ x.T and x
+    assert sorted(map(tuple, new.values())) == [(5, 8), (8, 48), (64, 5)]  # of twice the rank: A @ x.T and B; and x
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own, at its first jvp

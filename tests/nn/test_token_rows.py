@@ -33,7 +33,7 @@ from lightning_lora import take_adapter as adapter_of_model
 from lightning_lora.command.merge import merge_on_disk
 from lightning_lora.model import merging
 from lightning_lora.model.token_tables import TokenTables
-from lightning_lora.nn.lora_layer import adapted_layers
+from lightning_lora.nn.adapted_weights import adapted_layers
 from support.layers import same_bits
 from support.models import checkpoint
 from support.tables import (
@@ -238,9 +238,9 @@ def test_a_module_of_another_kind_that_shares_the_weight_is_left_alone():
 
 def test_tied_tables_are_listed_in_the_order_of_the_model_whichever_end_is_named():
     model = Net(tied=True)
-    modules = dict(model.named_modules())
+    modules = list(model.named_modules())
     for end in ("emb", "head"):
-        assert list(TokenTables(model, modules, {end: ROWS}).rows) == ["emb", "head"]
+        assert list(TokenTables(modules, {end: ROWS}).rows) == ["emb", "head"]
 
 
 @pytest.mark.parametrize("name", ["embedding", "tied"])

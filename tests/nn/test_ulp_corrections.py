@@ -1,4 +1,4 @@
-"""What turns a computed tensor back into the bits that it is to have: exact for any difference, and small."""
+"""Corrections that turn a computed tensor into the wanted bits: exact for any difference, and small."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lora import LoRACallback, disable_adapter, is_merged, load_adapter, load_from_checkpoint, save_adapter
-from lightning_lora.nn.lora_layer import adapted_layers
+from lightning_lora.nn.adapted_weights import adapted_layers
 from support.notices import tiny_layers
 from support.training import assert_same_tensors, own_random_stream, weights
 

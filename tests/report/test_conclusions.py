@@ -1,4 +1,4 @@
-"""Titles: what each says on both sides of the threshold of its rule."""
+"""Titles of pictures: what each says on both sides of the threshold of its rule."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figures hold what was measured, at the right places; they are whole without pyplot, and files appear whole."""
+"""Figures show the measured values at the right places, need no pyplot, and are written whole."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lightning_lora import LoRAConfig, LoRAError, inject, plot_adapter, save_adapter
-from lightning_lora.nn.lora_layer import adapted_layers
+from lightning_lora.nn.adapted_weights import adapted_layers
 from lightning_lora.report import pictures
 from lightning_lora.report.canvas import labels, ticks
 from lightning_lora.report.from_model import updates_of_model

@@ -16,7 +16,7 @@ import support.parameters as single
 import support.tables as tables
 from lightning_lora import LoRAConfig, LoRAError, adapter_stats, inject, merged, summary
 from lightning_lora.nn import linear
-from lightning_lora.nn.lora_layer import AdaptedWeights
+from lightning_lora.nn.adapted_weights import AdaptedWeights
 from lightning_lora.report.statistics import GroupStats
 from support.layers import ALPHA, R, make_subject, matrix
 from support.models import ZOO_LAYERS, Zoo, randomise_, state_bits, zoo_config
@@ -225,8 +225,8 @@ def test_merged_model_has_the_statistics_of_the_unmerged_one_and_neither_is_chan
 def test_quantised_weight_is_dequantised_once(kind: str, monkeypatch: pytest.MonkeyPatch):
     model = adapted(kind)
     calls: list[Any] = []
-    dequantised = linear.dequantised
-    monkeypatch.setattr(linear, "dequantised", lambda *args: calls.append(args) or dequantised(*args))
+    dequantize = linear.dequantize
+    monkeypatch.setattr(linear, "dequantize", lambda *args: calls.append(args) or dequantize(*args))
     first = adapter_stats(model)
     assert len(calls) == 3
     with merged(model):

@@ -1,7 +1,7 @@
-"""What tests of several rooms share: models and layers with their references, runs of a Trainer, peft's side,
+"""Helpers that tests of several rooms share: models and layers with their references, runs of a Trainer, peft's side,
 processes and sharded models, negative controls, and the programs that tests start (programs/).
 
-No test lives here, and nothing that a single test file uses alone.
+There are no tests here. A helper that only one test file uses is in that file.
 """
 
 from __future__ import annotations

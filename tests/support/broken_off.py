@@ -1,4 +1,4 @@
-"""Exceptions at any point of a call, as the handlers of signals, debuggers and other threads raise them."""
+"""Raise exceptions at any point of a call, as handlers of signals, debuggers and other threads do."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ PACKAGE = str(Path(lightning_lora.__file__).parent)
 
 
 class BrokenOff(BaseException):
-    """What is raised."""
+    """The exception that is raised."""
 
 
 def _apart(call: Callable[[], object]) -> Iterator[None]:
-    """Call within a generator, which has a state of exceptions of its own.
+    """Call within a generator, which has a state of handled exceptions of its own.
 
-    Where an exception comes at the end of an `except`, Python goes on as if the handled one was handled for ever.
+    When an exception comes at the end of an `except`, Python goes on as if the first exception was still being handled.
     """
     call()
     yield
 
 
 def break_off(call: Callable[[], object], *lines: int) -> bool:
-    """Call, and raise BrokenOff before the given lines of the package; the first line that runs has number 0.
+    """Call, and raise BrokenOff before the given lines of the package. The first line that runs has number 0.
 
-    Such a line is also the end of a `with torch.no_grad()`, before it is left, where no signal's handler runs: so
-    torch's modes are put back here.
+    One of the lines may be the end of a `with torch.no_grad()`, before it is left. No signal's handler runs there, but
+    here an exception does, so torch's modes are restored.
 
     Returns:
-        Whether it came to the last of them.
+        Whether the call came to the last of the lines.
     """
     pending, seen = sorted(lines), 0
     tracer, profiler, grad = sys.gettrace(), sys.getprofile(), torch.is_grad_enabled()
@@ -52,7 +52,7 @@ def break_off(call: Callable[[], object], *lines: int) -> bool:
         return trace
 
     def trace_on(*args: Any) -> None:
-        """Trace anew what is called after an exception, which ends the tracing."""
+        """Start tracing again: an exception ends it."""
         if pending and sys.gettrace() is None:
             sys.settrace(trace)
 

@@ -1,4 +1,4 @@
-"""The programs in examples/: run as their users run them, and compared with what examples/README.md shows."""
+"""Run the programs in examples/ as users run them, and compare their output with examples/README.md."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SHOWN = {name: output for _, name, output in BLOCK.findall(README.read_text())}
 
 
 def checkout(folder: Path) -> Path:
-    """Copy the examples without what earlier runs have left beside them."""
+    """Copy the examples, without files of earlier runs."""
     left = shutil.ignore_patterns("*.pt", "manual_*", "runs", "__pycache__")
     shutil.copytree(ROOT / "examples", folder / "examples", ignore=left)
     return folder
@@ -44,16 +44,16 @@ def numbers(text: str) -> list[float]:
 
 
 def words(text: str) -> str:
-    """A text without its numbers, without what a model writes, in lower case, and with single spaces."""
+    """A text in lower case and with single spaces, without numbers and without texts that a model generated."""
     return re.sub(r" +", " ", NUMBER.sub("0", unquoted(text))).lower()
 
 
 def unquoted(text: str) -> str:
-    """A text without what stands in quotes at the end of a line, which is what a model writes."""
+    """A text without quoted parts at the ends of lines: a model generated these."""
     return re.sub(r"(: )['\"].*['\"]$", r"\1", text, flags=re.MULTILINE)
 
 
 def assert_alike(printed: str, shown: str, rel: float, tolerance: float) -> None:
-    """Compare outputs of two machines: the same words, and numbers that are close in one way or the other."""
+    """Compare outputs of two machines: the words are the same, and numbers are close, relatively or absolutely."""
     assert words(printed) == words(shown)
     assert numbers(unquoted(printed)) == pytest.approx(numbers(unquoted(shown)), rel=rel, abs=tolerance)

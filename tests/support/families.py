@@ -1,4 +1,4 @@
-"""Families of transformers' models, each as a tiny random one with an input: text, image, audio, several of them."""
+"""Families of transformers' models, each as a tiny random model with an input of text, images, audio, or several."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Family:
     """A class of transformers with a small configuration.
 
     Attributes:
-        model: name of the class; the configuration's class is that of its `config_class`.
+        model: name of the class. Its `config_class` is the class of the configuration.
         options: of the configuration.
-        inputs: what forward is called with.
+        inputs: arguments of forward.
         generates: whether generate() is tried.
-        attention: of parts that take no other.
+        attention: the implementation of attention, for parts of the model that support only one.
     """
 
     model: str
@@ -35,7 +35,7 @@ class Family:
     attention: dict[str, str] = field(default_factory=dict)
 
     def configuration(self) -> Any:
-        """Build the configuration anew; transformers writes into it."""
+        """Build a new configuration, because transformers writes into it."""
         return getattr(transformers, self.model).config_class(**copy.deepcopy(self.options))
 
     def build(self, attention: str | None = None) -> Any:

@@ -1,4 +1,4 @@
-"""Programs for an interpreter of their own that cost no import of torch each: forks of one that has imported it."""
+"""Run programs in interpreters of their own, as forks of one that has imported torch: each import takes seconds."""
 
 from __future__ import annotations
 
@@ -39,9 +39,13 @@ print(json.dumps(outcomes))
 
 
 def run_in_forks(programs: Mapping[str, tuple[list[str], str]]) -> dict[str, str]:
-    """Run programs one after the other, each with modules that are imported before it, for it and those after it.
+    """Run programs one after the other.
 
-    Returns by the program's name DONE, or else the traceback, or nothing where it ended at once.
+    Args:
+        programs: by name, modules to import before the program and its source. Later programs have the modules too.
+
+    Returns:
+        By name, DONE, or the traceback, or "" where the program ended at once.
     """
     command = [sys.executable, "-c", PARENT, json.dumps(programs)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=240)

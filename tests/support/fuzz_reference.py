@@ -1,7 +1,7 @@
-"""What must come of a damaged file that was accepted, read by other libraries and computed another way.
+"""The right result of a damaged file that was accepted: read by other libraries, and computed in another way.
 
-Of the package there are only results here. Where the damage is in a value (a weight, lora_alpha), the file says
-something else, and that must come out; for everything else the undamaged files are the reference.
+Nothing of the package is used here but its results. If the damage changed a value (a weight, lora_alpha), the result
+must be that of the new value. Everything else must be as in the undamaged files.
 """
 
 from __future__ import annotations
@@ -39,11 +39,13 @@ def peft_name(name: str) -> str:
 
 
 class Source:
-    """An adapter for Zoo on disk, as it says of itself.
+    """An adapter for Zoo on disk, as its files describe it.
 
     Attributes:
-        tensors: by state dict name. One that is there under another name, and was accepted, is the undamaged one.
-        options: PEFT's, or those of our description beside the tensors, but for what may be edited in PEFT's.
+        tensors: by state dict name. A tensor that is stored under a damaged name, and was accepted, is the undamaged
+            one.
+        options: those of PEFT's adapter_config.json, or of our description beside the tensors. Options that a user may
+            edit in adapter_config.json come from there.
     """
 
     def __init__(self, path: Path, undamaged: Tensors) -> None:
@@ -64,19 +66,19 @@ class Source:
         self.tensors = {name: named.get(name, undamaged[name]) for name in undamaged if name not in left_out}
 
     def scaling(self, layer: str) -> float:
-        """As PEFT computes it; null counts as not given, and so as PEFT's default."""
+        """The scaling, computed as PEFT does. null is PEFT's default."""
         rank, alpha = self.option("r", "rank_pattern", layer), self.option("lora_alpha", "alpha_pattern", layer)
         return alpha / (math.sqrt(rank) if self.options.get("use_rslora") else rank)
 
     def option(self, name: str, pattern: str, layer: str) -> float:
-        """The first pattern that ends a dotted suffix of the layer's name, else what holds for all."""
+        """The value of the first pattern that fits a dotted suffix of the layer's name, or else that for all layers."""
         for key, value in (self.options.get(pattern) or {}).items():
             if re.match(rf"(.*\.)?({key})$", layer):
                 return float(value)
         return 8.0 if self.options.get(name) is None else float(self.options[name])
 
     def delta(self, layer: str, size: bool = False) -> torch.Tensor:
-        """s * B @ A in the weight's shape, in float64, or the same of the factors' absolute values."""
+        """s * B @ A in the shape of the weight, in float64, or the same with the absolute values of the factors."""
         a, b = (self.tensors[f"{layer}.{factor}"].double() for factor in ("lora_A", "lora_B"))
         a, b = (a.abs(), b.abs()) if size else (a, b)
         product: torch.Tensor = self.scaling(layer) * b.flatten(1) @ a.flatten(1)
@@ -86,7 +88,7 @@ class Source:
 
 
 def assert_loaded(net: nn.Module, base: Tensors, source: Source) -> None:
-    """A model onto which an adapter was loaded: every tensor bit for bit, every scaling, every dropout."""
+    """Check a model onto which an adapter was loaded: every tensor bit for bit, every scaling, every dropout."""
     state, expected = net.state_dict(), {**base, **source.tensors}
     assert state.keys() == expected.keys()
     for name, tensor in state.items():
@@ -99,7 +101,7 @@ def assert_loaded(net: nn.Module, base: Tensors, source: Source) -> None:
 
 
 def checkpoint_in(path: Path) -> dict[str, Any]:
-    """Read where the records say that they are; without mmap, torch may take one for a folder and read nothing."""
+    """Read a checkpoint with mmap, as its records say: without mmap torch may take a record for a folder."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Detected pickle protocol")
         content = torch.load(path, weights_only=True, mmap=True)
@@ -108,7 +110,7 @@ def checkpoint_in(path: Path) -> dict[str, Any]:
 
 
 def copied(value: Any) -> Any:
-    """Apart from the file, which is about to change."""
+    """Copy tensors out of memory that is mapped from a file: the file is about to change."""
     if isinstance(value, torch.Tensor):
         return value.clone()
     return {key: copied(item) for key, item in value.items()} if isinstance(value, dict) else value
@@ -123,7 +125,7 @@ def weights_in(path: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_merged(before: Tensors, source: Source, after: Tensors) -> None:
-    """Merged weights: W + s * B @ A within rounding, what was trained whole, and all else as it is in the base."""
+    """Check merged weights: W + s * B @ A within rounding, tensors trained whole, and the rest of the base."""
     assert before.keys() == after.keys()
     for name, old in before.items():
         new, (layer, _, leaf) = after[name], name.rpartition(".")
@@ -143,7 +145,7 @@ def same_bits(found: torch.Tensor, expected: torch.Tensor) -> bool:
 
 
 def assert_others_kept(base: Path, out: Path) -> None:
-    """What is beside the weights: other files byte for byte, or other entries of a checkpoint."""
+    """Check that all but the weights is kept: other files byte for byte, or other entries of a checkpoint."""
     files: list[dict[str, Any]]
     if base.is_dir():
         files = [
@@ -156,7 +158,7 @@ def assert_others_kept(base: Path, out: Path) -> None:
 
 
 def assert_changes(found: Mapping[str, Any], first: Source, second: Source) -> None:
-    """What diff says of two adapters, layer by layer and tensor by tensor."""
+    """Check the result of diff for two adapters, layer by layer and tensor by tensor."""
     changes = found["changes"]
     whole = {name for name in first.tensors.keys() & second.tensors.keys() if "lora_" not in name}
     lost = {*found["only_in_first"], *found["only_in_second"]}

@@ -32,7 +32,7 @@ class UserLinear(nn.Linear):
 
 
 class ActivatedLinear(nn.Linear):
-    """The adapter cannot be added to what this returns."""
+    """A layer whose output is no linear function, so that the adapter cannot be added to it."""
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         result: torch.Tensor = F.softplus(super().forward(features))
@@ -147,7 +147,8 @@ class Subject:
     def reference(self, a: torch.Tensor, b: torch.Tensor, *, magnitudes: bool = False) -> torch.Tensor:
         """The plain model in float64 on W + s * B @ A, differentiable in A and B.
 
-        With magnitudes, of the absolute values of everything: a bound on the sum of all terms, which scales rounding.
+        With `magnitudes` compute it from absolute values: a bound on the sum of all terms, to which rounding errors are
+        proportional.
         """
         size = torch.Tensor.abs if magnitudes else torch.clone
         wide = copy.deepcopy(self.plain).double()
@@ -188,7 +189,7 @@ def matrix(layer: nn.Module, a: torch.Tensor, b: torch.Tensor, parts: tuple[bool
 
 
 def make_subject(name: str, dtype: torch.dtype = torch.float32, *, fill: bool = True, **options: Any) -> Subject:
-    """A model in evaluation mode whose adapter is about as large as W, or as injection left it."""
+    """A model in evaluation mode. Its adapter is about as large as W, or as injection made it."""
     case = CASES[name]
     plain = Holder(case.build()).to(dtype).eval()
     model = copy.deepcopy(plain)
@@ -203,12 +204,12 @@ def make_subject(name: str, dtype: torch.dtype = torch.float32, *, fill: bool = 
 
 
 def rounding(dtype: torch.dtype, bound: torch.Tensor) -> torch.Tensor:
-    """What eight roundings to a dtype may amount to (W, A, B, their products, sums and scaling), given the terms."""
+    """A bound on the error of eight roundings to a dtype: of W, A, B, their products, their sums and the scaling."""
     return 8 * torch.finfo(dtype).eps / 2 * bound.detach()
 
 
 def fill_factors_(subject: Subject, share: float = 1.0) -> None:
-    """Random factors of an adapter of that share of W's norm."""
+    """Fill factors at random, so that the norm of s * B @ A is `share` times that of W."""
     layer: Any = subject.layer
     plain: Any = subject.plain.layer
     with torch.no_grad():
@@ -235,7 +236,7 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def make_weight(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Usual values, and where the arithmetic is delicate: -0.0, subnormals, the smallest normal, 0."""
+    """A weight of usual values and of delicate ones: -0.0, subnormals, the smallest normal number, 0."""
     weight = (0.02 * torch.randn(shape)).to(dtype)
     info = torch.finfo(dtype)
     delicate = [-0.0, 0.0, info.smallest_normal / 4, -info.smallest_normal / 2, info.smallest_normal, 1.0]
@@ -263,7 +264,7 @@ def scaling_for(weight: torch.Tensor, pieces: list[LowRankBlock], share: float) 
 
 
 def nearest(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """Where no neighbour of `found` in its dtype is nearer to the float64 value `wanted`."""
+    """A mask: True where no neighbour of `found` in its dtype is nearer to the float64 value `wanted`."""
     error = (found.double() - wanted).abs()
     neighbours = [(as_bits(found) + step).view(found.dtype).double() for step in (1, -1)]
     others = [torch.where(n.isnan(), math.inf, (n - wanted).abs()) for n in neighbours]
@@ -271,7 +272,7 @@ def nearest(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
 
 
 def assert_rounded_sum(found: torch.Tensor, weight: torch.Tensor, pieces: list[LowRankBlock], scaling: float) -> None:
-    """W + s * B @ A, off by half the spacing of its dtype, and by float64's own rounding of the terms."""
+    """Check W + s * B @ A to half the spacing of its dtype, plus the rounding of the terms in float64."""
     info = torch.finfo(found.dtype)
     wanted = weight.double() + exact_delta(pieces, scaling, weight.shape)
     magnitudes = [p._replace(left=p.left.abs(), right=p.right.abs()) for p in pieces]

@@ -1,7 +1,8 @@
-"""What the oldest supported Lightning does not have yet, told in this one place.
+"""Features that the oldest supported Lightning does not have yet, in one place.
 
-Weight averaging and `weights_only=` of fit, validate, test and predict came with Lightning 2.6. What needs the
-averaging is marked with `weight_averaging`, and is not collected where Lightning lacks it (tests/conftest.py).
+Weight averaging, and `weights_only=` of fit, validate, test and predict, came with Lightning 2.6. Tests that need
+weight averaging are marked with `weight_averaging`. Where Lightning lacks it they are not collected
+(tests/conftest.py).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ weight_averaging = pytest.mark.weight_averaging
 
 
 def averaging(values: Iterable[Any]) -> list[Any]:
-    """Values of a test's parameters, a tuple where it has several, each marked as one that needs weight averaging."""
+    """Mark values for parametrize as needing weight averaging. A tuple is the values of several parameters."""
     return [pytest.param(*v if isinstance(v, tuple) else (v,), marks=weight_averaging) for v in values]
 
 

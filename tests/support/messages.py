@@ -1,4 +1,4 @@
-"""Every message in the package's source: what is raised, warned, logged or printed, as text with {placeholders}."""
+"""Collect every message in the package's source, raised, warned, logged or printed, as text with {placeholders}."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ Scope = ast.FunctionDef | ast.Module
 
 
 class CannotRenderError(AssertionError):
-    """A message of a form that the reader of source does not know."""
+    """A message is written in a form that this file cannot read."""
 
 
 @dataclass
 class Message:
-    """What is said somewhere in the source.
+    """A message in the source.
 
     Attributes:
-        kind: an error's class, or "warning", "log", "printed".
+        kind: the class of an error, or "warning", "log", "printed".
         place: file and function.
         text: the template.
-        holes: the texts that a placeholder may stand for, where these are in the source.
+        holes: by placeholder, the texts that it may stand for, where the source has them.
     """
 
     kind: str
@@ -57,7 +57,7 @@ class Message:
 
 @dataclass
 class File:
-    """A file's tree, with the node that each is inside of, and the module that it becomes."""
+    """A file: its syntax tree, the parent of each node, and the imported module."""
 
     name: str
     tree: ast.Module
@@ -89,7 +89,7 @@ def read_file(path: Path) -> File:
 
 
 def _held(file: File, node: ast.AST) -> Iterator[tuple[str, ast.expr, ast.expr]]:
-    """What a node puts into an attribute: its name, and keys and values, which are the same for a plain field."""
+    """What a node assigns to an attribute: the attribute's name, key and value. Of a plain field both are the same."""
     if isinstance(node, ast.AnnAssign) and node.value and isinstance(file.scope(node), ast.Module):
         yield dotted(node.target), node.value, node.value
     elif isinstance(node, ast.keyword) and node.arg and dotted(file.called(node)) == "_replace":
@@ -105,7 +105,7 @@ def dotted(node: ast.AST) -> str:
 
 
 class Source:
-    """The files of a package, and what they say."""
+    """The files of a package and their messages."""
 
     def __init__(self, files: list[File]) -> None:
         self.files = files
@@ -186,7 +186,7 @@ def _is_exception(file: File, name: str) -> bool:
 
 @dataclass
 class Reader:
-    """Turns expressions of one function into templates; `holes` gathers what placeholders stand for."""
+    """Turns expressions in one function into templates. `holes` collects the texts that placeholders stand for."""
 
     source: Source
     file: File
@@ -314,7 +314,7 @@ class Reader:
 
 
 def _choice(texts: list[str]) -> str:
-    """Several texts as one: a part that may be there, or one of these."""
+    """Several texts as one template: an optional part, or a choice."""
     first, *others = dict.fromkeys(texts)
     if not others:
         return f"[{first}]" if first else ""
@@ -324,7 +324,7 @@ def _choice(texts: list[str]) -> str:
 
 
 def name_of(node: ast.expr) -> str:
-    """A short name for what an expression puts into a message."""
+    """A short name for an expression in a message."""
     if isinstance(node, ast.Attribute):
         if node.attr == "__name__" and isinstance(node.value, ast.Call) and dotted(node.value.func) == "type":
             return f"type of {name_of(node.value.args[0])}"

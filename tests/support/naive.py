@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from lightning_lora import LoRAConfig, inject
-from lightning_lora.nn.lora_layer import LoRALayer, adapted_layers
+from lightning_lora.nn.adapted_weights import adapted_layers
+from lightning_lora.nn.lora_layer import LoRALayer
 from support.runs import TARGETS
 from support.training import Data, Net, make_trainer
 

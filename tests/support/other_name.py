@@ -1,4 +1,4 @@
-"""Test files and their helpers once more, with `pytorch_lightning` in the place of `lightning`."""
+"""Run test files and their helpers a second time, with `pytorch_lightning` in place of `lightning`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NAMES = {
 
 
 def under_pytorch_lightning(path: Path, name: str) -> ModuleType:
-    """Run a file, and the helpers that it imports, as a module of this name that uses `pytorch_lightning` alone."""
+    """Import a test file and its helpers as a module of this name that uses only `pytorch_lightning`."""
     source = path.read_text()
     for lightning, other in NAMES.items():
         source = source.replace(lightning, other)

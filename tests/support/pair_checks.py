@@ -32,8 +32,9 @@ from lightning_lora import (
     unmerge,
 )
 from lightning_lora.adapter.checkpoint_of_model import convert_checkpoint, prepare_for_load
-from lightning_lora.model.injection import require_injection
+from lightning_lora.model.adapted_model import open_model
 from support.pairs import (
+    DELTAS,
     FROM_DATA,
     Naive,
     Tensors,
@@ -57,6 +58,7 @@ from support.pairs import (
 )
 
 HALF = (torch.float16, torch.bfloat16)
+RANKED = {"loha": "lora_hada_w1_a"}  # the tensor whose second dimension is the rank
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 6e-3, torch.bfloat16: 5e-2}
 STEPS = range(4)
 
@@ -186,6 +188,9 @@ def start(variant: Variant) -> None:
 def assert_starts(name: str, naive: Naive, values: Tensors, init: Any) -> None:
     is_parameter = name in naive.base
     weight = naive.base[name if is_parameter else f"{name}.weight"]
+    if naive.options.get("variant") in DELTAS:
+        assert not DELTAS[naive.options["variant"]](name, weight.shape, values).any()
+        return
     leaf = f"_{name.rpartition('.')[2]}" if is_parameter else ""
     module = name.rpartition(".")[0] if is_parameter else name
     a, b, *start = (
@@ -269,7 +274,8 @@ def patterns(variant: Variant) -> None:
     first, last = variant.adapted[0], variant.adapted[-1]
     options: Any = {"rank_pattern": {last: 4}, "alpha_pattern": {first: 5, last: 7}}
     model, naive = filled(variant, options=options), Naive(variant, **options)
-    ranks = {p.shape[1] for name, p in model.named_parameters() if name.startswith(last.split(".")[0] + ".lora_B")}
+    leaf = RANKED.get(variant.options.get("variant", ""), "lora_B")
+    ranks = {p.shape[1] for name, p in model.named_parameters() if name.startswith(f"{last.split('.')[0]}.{leaf}")}
     assert ranks == {4} if first != last else ranks
     assert_as_defined(model, naive, loose(variant, 1e-5))
     assert_merges(model, naive, loose(variant, 1e-5))
@@ -307,7 +313,7 @@ def training(variant: Variant, unfrozen: tuple[str, ...] = (), after: int = 0) -
 @contextmanager
 def noting(unfrozen: tuple[str, ...], model: nn.Module) -> Iterator[None]:
     """Expect the warning of what was unfrozen, unless the options train it already."""
-    if set(unfrozen) <= require_injection(model, "").record.trained:
+    if set(unfrozen) <= open_model(model, "").initial_of("trained").keys():
         yield
     else:
         with pytest.warns(UserWarning, match="base parameters were unfrozen"):
@@ -535,7 +541,7 @@ def swap(merged: bool = False, unfrozen: bool = False) -> Callable[[Variant], No
 
     def check(variant: Variant) -> None:
         model = filled(variant)
-        options: Any = {"r": 4, "lora_alpha": 9}
+        options: Any = variant.swapped
         other = adapted(variant, draw=9, options=options)
         if unfrozen:
             unfreeze_(variant, other)

@@ -57,6 +57,7 @@ class Variant:
         adapted: what has a product of factors, by the names in the model; a parameter under its own name.
         lr_ratio: of LoRA+.
         quantised: how the linear layers are quantised.
+        swapped: options of the adapter that takes its place.
     """
 
     label: str
@@ -64,6 +65,7 @@ class Variant:
     adapted: tuple[str, ...] = ("inner", "head")
     lr_ratio: float = 1
     quantised: str = ""
+    swapped: dict[str, Any] = field(default_factory=lambda: {"r": 4, "lora_alpha": 9})
 
     def all_options(self, **others: Any) -> dict[str, Any]:
         return {"r": 2, "lora_alpha": 3, "target_modules": ["inner", "head"]} | self.options | others
@@ -140,7 +142,9 @@ class Naive:
         self.shell = Small(self.base["embed.weight"].shape[1]).double()
 
     def scaling(self, name: str) -> float:
-        """Return s: alpha / r, or alpha / sqrt(r) of rsLoRA, by the patterns' values."""
+        """Return s: alpha / r, or alpha / sqrt(r) of rsLoRA, by the patterns' values; VeRA has none."""
+        if self.options.get("variant") == "vera":
+            return 1.0
         r = (self.options.get("rank_pattern") or {}).get(name, self.options["r"])
         alpha = (self.options.get("alpha_pattern") or {}).get(name, self.options["lora_alpha"])
         return float(alpha / (math.sqrt(r) if self.options.get("use_rslora") else r))
@@ -163,6 +167,8 @@ class Naive:
 
     def adapted_weight(self, name: str, weight: torch.Tensor, values: Tensors) -> torch.Tensor:
         module, _, leaf = name.rpartition(".") if name in self.base else (name, "", "")
+        if self.options.get("variant") in DELTAS:
+            return weight + self.scaling(name) * DELTAS[self.options["variant"]](name, weight.shape, values)
         pattern = f"{module}.lora_{{}}_{leaf}".lstrip(".") if leaf else f"{module}.lora_{{}}"
         parts = (self.options.get("enable_lora") or {}).get(name)
         change = product(values[pattern.format("A")], values[pattern.format("B")], weight.shape, parts)
@@ -197,6 +203,24 @@ def product(a: torch.Tensor, b: torch.Tensor, shape: torch.Size, parts: Iterable
     zeros = a.new_zeros(shape[0] // len(enabled), shape[1])
     products = [next(pairs) if on else None for on in enabled]
     return torch.cat([zeros if pair is None else pair[1] @ pair[0] for pair in products])
+
+
+def vera_delta(name: str, shape: torch.Size, values: Tensors) -> torch.Tensor:
+    """Return diag(b) B diag(d) A; the first of the layers that share A and B holds them."""
+    a, b = (next(v for key, v in values.items() if key.endswith(f".lora_vera_{leaf}")) for leaf in "AB")
+    rows, columns = (values[f"{name}.lora_vera_{leaf}"] for leaf in "bd")
+    return rows[:, None] * (b[: shape[0]] @ (columns[:, None] * a[:, : shape[1]]))
+
+
+def loha_delta(name: str, shape: torch.Size, values: Tensors) -> torch.Tensor:
+    """Return the elementwise product of two products of factors."""
+    first_a, first_b, second_a, second_b = (
+        values[f"{name}.lora_hada_{leaf}"] for leaf in ("w1_a", "w1_b", "w2_a", "w2_b")
+    )
+    return (first_a @ first_b) * (second_a @ second_b)
+
+
+DELTAS = {"vera": vera_delta, "loha": loha_delta}  # without s
 
 
 def wide(model: nn.Module) -> Tensors:

@@ -104,7 +104,7 @@ every_peer = pytest.mark.parametrize("name", PEERS)
 
 
 def model(name: str) -> nn.Module:
-    """Always with the same weights."""
+    """Build the model, always with the same weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         return PEERS[name].build().eval()
@@ -121,7 +121,7 @@ def logits(net: nn.Module) -> torch.Tensor:
 
 
 def spread_(net: nn.Module) -> None:
-    """Random values in all that is trained."""
+    """Fill all trained parameters with random values."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in net.parameters():
@@ -135,7 +135,7 @@ def our_config(name: str, **options: Any) -> LoRAConfig:
 
 
 def ours(name: str, path: Path | None = None, **options: Any) -> nn.Module:
-    """The model with our adapter, saved at `path`."""
+    """Adapt the model with this package and save the adapter at `path`."""
     net = model(name)
     inject(net, our_config(name, **options))
     spread_(net)
@@ -145,7 +145,7 @@ def ours(name: str, path: Path | None = None, **options: Any) -> nn.Module:
 
 
 def theirs(name: str, path: Path | None = None, **options: Any) -> peft.PeftModel:
-    """The model with peft's adapter, saved at `path`."""
+    """Adapt the model with peft and save the adapter at `path`."""
     peer = PEERS[name]
     config = {"r": 4, "lora_alpha": 8, "target_modules": peer.targets, **copy.deepcopy(peer.options), **peer.peft_only}
     config |= options
@@ -211,7 +211,7 @@ def fill_(net: nn.Module) -> nn.Module:
 
 
 def base_folder(name: str, path: Path, dtype: torch.dtype = torch.float32) -> Path:
-    """A sharded folder with files beside the weights."""
+    """Save the model as a sharded folder with other files beside the weights."""
     model(name).to(dtype).save_pretrained(path, max_shard_size="12KB")  # type: ignore[operator]
     (path / "tokenizer.json").write_text("{}")
     (path / "sub").mkdir()
@@ -230,7 +230,7 @@ def tensors_of(path: Path) -> dict[str, torch.Tensor]:
 
 
 def call(capsys: pytest.CaptureFixture[str], *args: object) -> str:
-    """What the command prints when it succeeds."""
+    """Run the command, check that it succeeds, and return what it prints."""
     assert main([str(arg) for arg in args]) == 0
     return capsys.readouterr().out
 

@@ -23,35 +23,35 @@ LAYERS = {"layers": 1, "attention_heads": 4, "ffn_dim": 32}
 
 
 def save_body(path: Path) -> Path:
-    """Write a BERT without a head, as pretrained models are."""
+    """Save a BERT without a head, as pretrained models are."""
     with own_random_stream(1):
         transformers.BertModel(transformers.BertConfig(**SMALL)).save_pretrained(path)
     return path
 
 
 def classifier(path: Path, kind: str = "BertForSequenceClassification") -> Any:
-    """Build a task's model around the body in a folder; its head is drawn from torch's random stream, as for users."""
+    """Build a model for a task around the body in a folder. Its head is drawn from torch's random stream, as usual."""
     return getattr(transformers, kind).from_pretrained(path, num_labels=LABELS)
 
 
 def bert() -> Any:
-    """Its files are its modules, tensor for tensor."""
+    """A model whose files have the names of its modules."""
     return transformers.BertForSequenceClassification(transformers.BertConfig(**SMALL))
 
 
 def tied_llama() -> Any:
-    """Its files leave out the output head."""
+    """A model whose files leave out the output head, which is tied."""
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL, tie_word_embeddings=True, pad_token_id=0))
 
 
 def llava() -> Any:
-    """Its files have other names than its modules."""
+    """A model whose files have other names than its modules."""
     text, vision = transformers.LlamaConfig(**SMALL, pad_token_id=0), transformers.CLIPVisionConfig(**VISION)
     return transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(text_config=text, vision_config=vision))
 
 
 def dinov2() -> Any:
-    """Its files hold two projections as one."""
+    """A model whose files hold two projections in one tensor."""
     return transformers.Dinov2ForImageClassification(transformers.Dinov2Config(**VISION, use_swiglu_ffn=True))
 
 
@@ -64,7 +64,7 @@ def deit() -> Any:
 
 
 def detr() -> Any:
-    """Some of its files' names are its modules'."""
+    """A model of which some tensors have the names of its modules in its files, and others have not."""
     backbone: dict[str, Any] = {"embedding_size": 8, "hidden_sizes": [8, 8], "depths": [1, 1], "layer_type": "basic"}
     resnet = transformers.ResNetConfig(**backbone | {"out_features": ["stage2"]})
     options: dict[str, Any] = {"backbone_config": resnet, "d_model": 32, "num_queries": 4, "use_timm_backbone": False}
@@ -81,7 +81,7 @@ def qwen2_vl() -> Any:
 
 
 def gemma3() -> Any:
-    """Its output head is its embedding."""
+    """A model whose output head is its embedding."""
     text = transformers.Gemma3TextConfig(**SMALL, num_key_value_heads=2, head_dim=8)
     vision = transformers.SiglipVisionConfig(**VISION)
     config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
@@ -129,7 +129,7 @@ def answer(model: Any) -> torch.Tensor:
 
 
 def base_and_adapter(path: Path, build: Callable[[], Any], **options: Any) -> Any:
-    """Save a model, adapt it and save the adapter; returns the adapted model."""
+    """Save a model, adapt it, save the adapter, and return the adapted model."""
     network = seeded(build)
     network.save_pretrained(path / "base")
     inject(network, LoRAConfig(r=2, **{"target_modules": "all-linear"} | options))
@@ -139,7 +139,7 @@ def base_and_adapter(path: Path, build: Callable[[], Any], **options: Any) -> An
 
 
 def assert_loads_as(folder: Path, network: Any) -> None:
-    """from_pretrained gives the merged model, and finds every tensor that it looks for."""
+    """Check that from_pretrained gives the merged model and misses no tensor."""
     loaded, report = type(network).from_pretrained(folder, output_loading_info=True)
     assert not any(report.values()), report
     found, expected = loaded.state_dict(), merged_state_dict(network)

@@ -1,4 +1,4 @@
-"""Worlds of processes that stay up between tests: starting one costs seconds, a tiny test in it milliseconds."""
+"""Groups of processes that stay up between tests: to start a group takes seconds, a test in it milliseconds."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ for method in ("record_event", "wait_event"):  # FSDP2 calls them on the CPU too
 
 
 class World:
-    """`size` ranks of one process group; run() calls a module-level function on each."""
+    """A process group of `size` ranks. run() calls a module-level function on each."""
 
     def __init__(self, size: int, collective_timeout: float = COLLECTIVE_TIMEOUT) -> None:
         self.size, self.collective_timeout = size, collective_timeout
@@ -52,14 +52,14 @@ class World:
             process.start()
 
     def run(self, function: Callable[..., Any], *args: Any, timeout: float = 60) -> list[Any]:
-        """function(*args) on every rank; results in the order of ranks. A failure or a hang ends this world."""
+        """Call function(*args) on every rank and return the results by rank. A failure or a hang ends this world."""
         self._send(function, args)
         return self._collect(time.monotonic() + timeout)
 
     def run_broken(self, function: Callable[..., Any], *args: Any, timeout: float) -> dict[int, str]:
-        """function(*args) where ranks die or raise: each survivor's traceback. This world ends with it.
+        """Call a function that kills ranks or raises, return the traceback of each survivor, and end this world.
 
-        A rank that raised ends, as a program does: those that wait for it learn of it that way.
+        The process of a rank that raised ends, as a program would: so ranks that wait for it learn of the failure.
         """
         self._send(function, args, stays=False)
         deadline = time.monotonic() + timeout
@@ -108,7 +108,7 @@ _WORLDS: dict[int, World] = {}
 
 
 def world(size: int = 2) -> World:
-    """The one world of that size; its processes end with this one."""
+    """Return the one world of this size. Its processes end when this process ends."""
     return _WORLDS.setdefault(size, World(size))
 
 
@@ -119,7 +119,7 @@ def free_port() -> int:
 
 
 def environment(rank: int, size: int, port: int) -> dict[str, str]:
-    """What Lightning and torch read when processes are started from outside."""
+    """The environment variables that Lightning and torch read in processes of a launcher."""
     return {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
@@ -155,7 +155,7 @@ def _serve(rank: int, size: int, port: int, collective_timeout: float, inbox: An
 
 
 def quiet() -> None:
-    """As in the main process: our warnings are errors, and Lightning's notices are none."""
+    """Treat warnings as the main process does: our own are errors, and Lightning's notices are ignored."""
     import logging
 
     import lightning.pytorch  # noqa: F401  (resets its own logger on import)

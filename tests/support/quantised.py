@@ -36,7 +36,7 @@ def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:
 
 
 def quantise_(model: nn.Module, kind: str, *, moved: bool = True) -> Any:
-    """Put quantised layers, or weights, in the place of all linear ones; in bitsandbytes, moving them quantises."""
+    """Replace all linear layers, or their weights, by quantised ones. bitsandbytes quantises when a layer is moved."""
     if kind in OF_TORCHAO:
         torchao = pytest.importorskip("torchao.quantization")
         torchao.quantize_(model, getattr(torchao, kind)())
@@ -65,14 +65,14 @@ def quantised(kind: str, dtype: torch.dtype = torch.float32, **options: Any) -> 
 
 
 def adapted(kind: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-    """With factors that both have an effect."""
+    """Adapt a model with factors A and B that are both random, so that the adapter has an effect."""
     model = quantised(kind, dtype)
     inject(model, LoRAConfig(**{"r": 4, "lora_alpha": 8, "init_lora_weights": False} | options))
     return model
 
 
 def values_of(layer: Any) -> Any:
-    """The dequantised weight as the package that made it computes it, in float64."""
+    """The dequantised weight in float64, computed by the package that quantised it."""
     weight = layer.weight
     if not hasattr(weight, "quant_type") and not hasattr(weight, "SCB"):
         assert type(weight) is not nn.Parameter
@@ -85,7 +85,7 @@ def values_of(layer: Any) -> Any:
 
 
 def reference(model: Any, dtype: torch.dtype = torch.float64) -> nn.Sequential:
-    """A plain network of W' = W + s * B @ A, all computed in float64, A and B as parameters of it."""
+    """A plain network in float64 with W' = W + s * B @ A, of which A and B are parameters."""
     found = network(dtype)
     for position in (0, 2, 4):
         layer = model[position]
@@ -108,7 +108,7 @@ def run_reference(found: nn.Sequential, x: torch.Tensor, scaling: float = 2.0) -
 
 
 def packed_bits(model: nn.Module) -> list[bytes]:
-    """Every byte that tells the values of the quantised weights."""
+    """All bytes that determine the values of the quantised weights."""
     found = []
     layers: list[Any] = list(model.modules())
     for layer in layers:
@@ -131,7 +131,7 @@ def inputs(rows: int = 6, seed: int = 5, dtype: torch.dtype = torch.float32) -> 
 
 
 class QuantisedNet(L.LightningModule):
-    """A classifier around the quantised network, whose weights depend on its arguments alone."""
+    """A classifier around a quantised network. Its weights depend only on its arguments."""
 
     def __init__(self, kind: str = "nf4", lr: float = 0.05) -> None:
         super().__init__()
@@ -165,7 +165,7 @@ class QuantisedNet(L.LightningModule):
 
 
 class PlainNet(QuantisedNet):
-    """The same without quantisation."""
+    """The same classifier without quantisation."""
 
     def build(self, kind: str) -> Any:
         return network()

@@ -1,4 +1,4 @@
-"""What is run: operators of a call, graphs that torch.compile makes, and what a rank sends to the others."""
+"""Record what runs: operators of a call, graphs that torch.compile makes, and bytes that a rank sends to others."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class Operators(TorchDispatchMode):
-    """Which operators run."""
+    """Records which operators run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ def operators(model: nn.Module, x: torch.Tensor) -> list[str]:
 
 
 class Recorder:
-    """A backend that keeps each graph and runs it as it is: outputs are those of eager execution bit for bit."""
+    """A backend that keeps each graph and runs it eagerly, so that outputs are those without torch.compile."""
 
     def __init__(self) -> None:
         self.graphs: list[torch.fx.GraphModule] = []
@@ -47,14 +47,14 @@ class Recorder:
 
 
 def start_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No graphs yet, and eager execution drops out as the compiled one does, where it would draw faster bits."""
+    """Forget all graphs, and let eager dropout draw the same bits as compiled dropout."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     monkeypatch.setattr("lightning_lora.nn.lora_layer.drop", lambda x, p: (F.dropout(x, p), 1.0))
 
 
 class Traffic(TorchDispatchMode):
-    """A mode that notes collectives; DTensors are left to dispatch to their shards first."""
+    """A mode that records collectives. DTensors dispatch to their shards first."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,5 +70,5 @@ class Traffic(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
     def bytes(self, *names: str) -> int:
-        """Bytes put into collectives whose name contains one of these, or into all."""
+        """Bytes put into collectives whose name contains one of `names`, or into all without names."""
         return sum(size for name, size in self.sent if not names or any(part in name for part in names))

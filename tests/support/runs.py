@@ -1,4 +1,4 @@
-"""Runs with LoRACallback, what must hold after each, and the same run evaluated unmerged to compare with."""
+"""Runs with LoRACallback, checks of what must hold after a run, and the same run evaluated unmerged for comparison."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def lora(**options: Any) -> LoRACallback:
 
 
 class Steps(Net):
-    """Notes in which step it was merged; `fault` is raised once, at the second batch of a step of the name `faulty`."""
+    """Notes in which steps it was merged. Raises `fault` once, at the second batch of the step named `faulty`."""
 
     fault: BaseException | None = None
     faulty = ""
@@ -49,7 +49,7 @@ def run(trainer: L.Trainer, stage: str, model: L.LightningModule) -> None:
 
 
 def trained(path: Path, model: Net, *callbacks: L.Callback, **options: Any) -> Net:
-    """Fit; where the model is not injected yet, its adapters start from the same numbers each time."""
+    """Fit a model. If the callback injects it, its adapters start from the same numbers each time."""
     torch.manual_seed(0)
     make_trainer(path, *callbacks, **options).fit(model.train(), Data(BATCHES))
     return model
@@ -101,15 +101,15 @@ def compare(
     tolerance: float = 1e-5,
     **options: Any,
 ) -> Net:
-    """Run evaluated merged and unmerged: the same numbers, the same training bit for bit, the base untouched.
+    """Run twice, evaluated merged and unmerged, and check: equal metrics, training bit for bit, the base untouched.
 
     Args:
-        path: where the runs may write.
-        run: what to do with a path, a model and a LoRACallback.
-        make: the model.
-        always: every evaluation batch is merged; not so under a finder, which takes the Trainer's callbacks out.
+        path: a folder that the runs may write to.
+        run: called with a path, a model and a LoRACallback.
+        make: builds the model.
+        always: every evaluation batch is merged. False under a tuner, which removes the Trainer's callbacks.
         base_stays: the base is not built late, cast, averaged or trained by others.
-        tolerance: relative difference of the numbers.
+        tolerance: relative difference of the metrics.
         options: of LoRACallback.
     """
     models, results = {}, {}
@@ -140,7 +140,7 @@ def assert_same_numbers(found: list[Any], expected: list[Any], tolerance: float 
 
 
 def assert_adapter_matters(model: nn.Module) -> None:
-    """A thousand times the tolerance of compare, so that its numbers tell the adapter from its absence."""
+    """Check that the adapter changes metrics by a thousand times the tolerance of `compare`."""
     with disable_adapter(model):
         base = outputs(model)
     assert (outputs(model) - base).abs().max() > 1e-2
@@ -154,7 +154,7 @@ def base_weights(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def assert_as_found(model: nn.Module, before: dict[str, torch.Tensor] | None) -> None:
-    """Unmerged, the live base bit for bit as before (unless None), nothing left on."""
+    """Check that a model is unmerged, that its base has the bits of before (unless None), and that no hook is left."""
     assert not is_merged(model)
     layers = [module for module in model.modules() if isinstance(module, LoRALayer)]
     assert layers, "nothing was injected"
@@ -165,7 +165,7 @@ def assert_as_found(model: nn.Module, before: dict[str, torch.Tensor] | None) ->
 
 
 class At(L.Callback):
-    """Calls act(trainer, module) in one hook, when(trainer) permitting."""
+    """Calls act(trainer, module) in one hook, if when(trainer) is true."""
 
     def __init__(self, hook: str, act: Callable[[Any, Any], None], when: Callable[[Any], bool] = lambda trainer: True):
         self.hook = hook
@@ -209,7 +209,7 @@ class Logs(Watched):
 
 
 class Backboned(Logs):
-    """As BackboneFinetuning wants it: a backbone, and an optimizer of what is trainable."""
+    """A module as BackboneFinetuning needs it: with a backbone, and with an optimizer of trainable parameters only."""
 
     @property
     def backbone(self) -> torch.nn.Module:
@@ -241,7 +241,7 @@ def swa() -> StochasticWeightAveraging:
 
 
 def reference_loss(state: dict[str, torch.Tensor]) -> float:
-    """Net's loss on the validation data in float64, from W, A and B, with nothing of this package."""
+    """Net's loss on the validation data in float64, from W, A and B, without this package."""
 
     def linear(x: torch.Tensor, name: str) -> torch.Tensor:
         weight = s[f"{name}.weight"]
@@ -260,7 +260,7 @@ def reference_loss(state: dict[str, torch.Tensor]) -> float:
 
 
 class OwnAverage(L.Callback):
-    """Averages all that a state dict holds in float64 when the swapper says so; notes the loss of each validation."""
+    """Averages a whole state dict in float64 whenever the swapper does, and notes the loss of each validation."""
 
     def __init__(self, swapper: WeightAveraging, decay: float | None) -> None:
         self.swapper, self.decay = swapper, decay

@@ -1,4 +1,4 @@
-"""What LoRA under FSDP2 costs each rank, on paper; test_scale.py holds every formula against a small measurement.
+"""Formulas for what LoRA under FSDP2 costs each rank. test_scale.py compares each with a small measurement.
 
 `python tests/support/scale.py` prints the README's tables.
 """
@@ -60,12 +60,12 @@ def size(shapes: list[Shape]) -> int:
 
 
 def shard(shapes: list[Shape], ranks: int) -> int:
-    """Elements that FSDP2 gives each rank: rows, rounded up."""
+    """Elements of each rank under FSDP2, which splits rows and rounds up."""
     return sum(ceil(rows / ranks) * cols for rows, cols in shapes)
 
 
 def by_columns(shapes: list[Shape], ranks: int) -> list[Shape]:
-    """The same with short tensors split by columns (shard_placement_fn), which need no rounding up."""
+    """Elements of each rank with short tensors split by columns (shard_placement_fn), without rounding up."""
     return [(cols, rows) if rows < ranks <= cols and cols % ranks == 0 else (rows, cols) for rows, cols in shapes]
 
 
@@ -149,7 +149,7 @@ class Costs:
 
 
 def amount(count: float) -> str:
-    """Bytes as people say them."""
+    """Bytes as text for people."""
     for unit, scale in (("TB", 1e12), ("GB", 1e9)):
         if count >= scale:
             return f"{count / scale:.3g} {unit}"
@@ -162,7 +162,10 @@ def seconds(count: float) -> str:
 
 
 def table(nanoseconds: float) -> str:
-    """Markdown, for each rank, A by columns: `nanoseconds` are what one core or device takes to merge a weight."""
+    """A table in Markdown of costs of each rank, with A split by columns.
+
+    `nanoseconds` is the time that one core or device takes to merge a weight.
+    """
     heads = ["model", "ranks", "base", "adapter, gradients, moments", "gathered block", "a step receives (A by rows)"]
     heads += ["to merge, receives (A by rows)", "takes", "keeps", "to export, adds", "a step of `ddp` receives"]
     lines = [heads, ["---"] * len(heads)]
@@ -180,7 +183,7 @@ def table(nanoseconds: float) -> str:
 
 
 def table_of_files() -> str:
-    """Markdown: what does not depend on the number of ranks."""
+    """A table in Markdown of sizes that do not depend on the number of ranks."""
     heads = ["model", "parameters", "of the adapter", "adapter file", "with AdamW's moments", "merged file"]
     lines = [heads, ["---"] * len(heads)]
     for model in MODELS:

@@ -1,5 +1,6 @@
-"""LightningModules that shard themselves, their data, Trainers inside a world, and what a sharded model holds
-whole; none of it knows of this package.
+"""LightningModules that shard themselves, their data, Trainers inside a world, and gathered state of sharded models.
+
+Nothing here uses this package.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class Plain(L.LightningModule):
 
 
 class Sharded(Plain):
-    """FSDP2: layer by layer, or the root alone."""
+    """The network under FSDP2: sharded layer by layer, or only at the root."""
 
     root_only = False
     options: dict[str, Any] = {}  # noqa: RUF012
@@ -89,7 +90,7 @@ def dataset(seed: int = 5) -> TensorDataset:
 
 
 def loader(world: int = 1, rank: int = 0, seed: int = 5) -> DataLoader[Any]:
-    """Every rank takes its part of the same global batches."""
+    """A loader that gives each rank its part of the same global batches."""
     data = dataset(seed)
     sampler: DistributedSampler[Any] = DistributedSampler(data, world, rank, shuffle=False)
     return DataLoader(data, batch_size=BATCH // world, sampler=sampler)
@@ -118,19 +119,19 @@ def make_trainer(path: Path, *callbacks: L.Callback, **options: Any) -> L.Traine
 def model_parallel(
     path: Path, *callbacks: L.Callback, whole: bool = False, tensor: int = 1, **options: Any
 ) -> L.Trainer:
-    """A Trainer on all ranks of this world; `whole`: checkpoints are single files."""
+    """A Trainer on all ranks of this world. With `whole` checkpoints are single files."""
     size = torch.distributed.get_world_size()
     strategy = ModelParallelStrategy(size // tensor, tensor, save_distributed_checkpoint=not whole)
     return make_trainer(path, *callbacks, devices=size, strategy=strategy, **options)
 
 
 def whole_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """A state dict gathered with torch alone."""
+    """A state dict, gathered by torch alone."""
     return whole(model.state_dict())
 
 
 def whole(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Copies of tensors by name, gathered with torch alone."""
+    """Copies of tensors by name, gathered by torch alone."""
     return {
         name: (value.full_tensor() if isinstance(value, DTensor) else value).detach().clone()
         for name, value in tensors.items()
@@ -156,7 +157,7 @@ X = torch.linspace(-1, 1, 24).view(4, 6)
 
 
 def shard_(net: nn.Sequential, *, root_only: bool = False, shape: Any = None, **options: Any) -> nn.Sequential:
-    """fully_shard on each layer that has parameters, then on the whole."""
+    """Call fully_shard on each layer that has parameters, then on the model."""
     shape = shape or (dist.get_world_size(),)
     mesh = init_device_mesh(DEVICE, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
     for layer in [] if root_only else net:

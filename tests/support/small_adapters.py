@@ -26,7 +26,7 @@ def small() -> Small:
 
 
 def write_small_adapter(path: Path) -> Path:
-    """Two adapted layers and one that was trained whole, as a folder; its base beside it in both forms."""
+    """Write an adapter of two adapted layers and one that was trained whole, and beside it its base in two forms."""
     net = small()
     torch.save(dict(net.state_dict()), path / "base.pt")
     save_file(dict(net.state_dict()), path / "base.safetensors")
@@ -38,6 +38,6 @@ def write_small_adapter(path: Path) -> Path:
 
 
 def merging(path: Path, source: Path, base: str = "base.pt", *flags: str) -> list[object]:
-    """The command's arguments that merge an adapter into the base in a folder."""
+    """The arguments of the command that merge an adapter into the base, for files in a folder."""
     output = (path / "out").with_suffix(base[4:])
     return ["merge", "--base", path / base, "--adapter", source, "--output", output, *flags]

@@ -1,4 +1,4 @@
-"""Models with tables of which rows are trained, and what they compute, from the definition alone."""
+"""Models with trained rows of tables, and references that follow the definition."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROWS = (3, 4, 5, 17, 39)
 
 
 def assert_same_logits(found: torch.Tensor, expected: torch.Tensor, rows: Iterable[int]) -> None:
-    """Compare logits bit for bit; those of trained rows, which are a product of their own, up to its rounding."""
+    """Compare logits bit for bit. Those of trained rows are a separate product, and compared up to its rounding."""
     trained = torch.zeros(expected.shape[-1], dtype=torch.bool)
     trained[list(rows)] = True
     torch.testing.assert_close(found[..., ~trained], expected[..., ~trained], rtol=0, atol=0)
@@ -50,14 +50,14 @@ class Net(nn.Module):
 
 
 class Scaled(nn.Embedding):
-    """As Gemma's: a forward of its own."""
+    """An embedding with a forward of its own, as Gemma's."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return super().forward(input) * 2.5
 
 
 class Reader(Net):
-    """Reads the weight of the embedding as the head's."""
+    """A model that reads the weight of the embedding as the weight of the head."""
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         return F.linear(self.body(self.emb(tokens)).tanh(), self.emb.weight)
@@ -89,7 +89,7 @@ CASES = {
 
 @dataclass
 class Subject:
-    """A model of which rows are trained beside the plain one, with tokens."""
+    """A model with trained rows, the plain model, and tokens."""
 
     model: Any
     plain: Any
@@ -130,7 +130,7 @@ def fill_rows_(model: nn.Module, size: float = 1.0) -> None:
 
 
 def make_subject(name: str, dtype: torch.dtype = torch.float32, *, fill: bool = True, **options: Any) -> Subject:
-    """A model in evaluation mode, its rows filled or as injection left them."""
+    """A model in evaluation mode. Its rows are filled at random, or as injection made them."""
     torch.manual_seed(0)
     case = CASES[name]
     plain = case.build().to(dtype).eval().requires_grad_(False)

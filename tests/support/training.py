@@ -1,6 +1,4 @@
-"""LightningModules, data and Trainers, and comparisons of tensors; like a user's program, none of it knows of this
-package.
-"""
+"""LightningModules, data, Trainers and comparisons of tensors. As in a user's program, nothing uses the package."""
 
 from __future__ import annotations
 
@@ -20,7 +18,7 @@ FEATURES, CLASSES, BATCH = 6, 3, 8
 
 
 class Net(L.LightningModule):
-    """A small MLP with BatchNorm whose weights depend on `seed` alone; `body` and `head` are the parts to adapt."""
+    """A small MLP with BatchNorm. Its weights depend only on `seed`. Its parts to adapt are `body` and `head`."""
 
     def __init__(self, width: int = 8, seed: int = 1, lr: float = 0.05) -> None:
         super().__init__()
@@ -76,7 +74,7 @@ class BuiltInSetup(Net):
 
 
 class RebuiltInSetup(Net):
-    """Builds everything anew in each stage's setup, as many programs that load a pretrained model do."""
+    """Builds everything again in setup of each stage, as many programs that load a pretrained model do."""
 
     def prepare(self) -> None:
         pass
@@ -97,7 +95,7 @@ class BuiltInConfigureModel(Net):
 
 
 class Data(L.LightningDataModule):
-    """A fixed classification task; the order of training data comes from the global random stream if `shuffle`."""
+    """A fixed classification task. With `shuffle` the order of training data comes from the global random stream."""
 
     def __init__(self, batches: int = 3, shuffle: bool = False) -> None:
         super().__init__()
@@ -132,7 +130,7 @@ class TwoLoaders(Data):
 
 
 class SizedData(Data):
-    """With the attribute that a batch-size finder writes to."""
+    """Data with the attribute that a batch-size finder writes to."""
 
     batch_size = 2
 
@@ -142,7 +140,7 @@ class SizedData(Data):
 
 @contextmanager
 def own_random_stream(seed: int) -> Iterator[None]:
-    """Numbers that neither depend on the test's random stream nor advance it."""
+    """Run the block with a random stream of its own. The stream of the test stays where it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
@@ -168,7 +166,7 @@ def inputs() -> torch.Tensor:
 
 
 def outputs(model: nn.Module) -> torch.Tensor:
-    """What a model answers in evaluation mode, which is left as it was."""
+    """The outputs of a model in evaluation mode. Its mode is restored."""
     training = model.training
     with torch.no_grad():
         result: torch.Tensor = model.eval()(inputs())
@@ -177,17 +175,17 @@ def outputs(model: nn.Module) -> torch.Tensor:
 
 
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Own copies of a state dict's tensors."""
+    """Copies of the tensors in a state dict."""
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 def seen(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The tensors that forwards see, by state dict name: inside disable_adapter those from before training."""
+    """The tensors that a forward reads, by state dict name. Inside disable_adapter they are those before training."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 def tensors(value: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor in a nested structure, with where it is."""
+    """Every tensor in a nested structure, with its place."""
     if isinstance(value, torch.Tensor):
         yield path, value
     for key, item in value.items() if isinstance(value, Mapping) else enumerate(value if is_list(value) else ()):
@@ -199,7 +197,7 @@ def is_list(value: Any) -> bool:
 
 
 def assert_same_tensors(found: Any, expected: Any, path: str = "") -> None:
-    """Every tensor of two nested structures is the same bit for bit, every other value is equal."""
+    """Check that tensors in two nested structures are the same bit for bit, and all other values equal."""
     if isinstance(expected, torch.Tensor):
         assert found.dtype == expected.dtype, path
         assert torch.equal(found, expected), path

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from torch import nn
 
+from lightning_lora.model import adapted_model
+
 METHODS = ("named_modules", "modules", "named_parameters", "parameters", "named_buffers", "buffers", "state_dict")
 
 
@@ -24,17 +26,16 @@ def counted_walks(*models: nn.Module) -> Iterator[Counter[str]]:
     whole = {id(model) for model in models}
     with pytest.MonkeyPatch.context() as patch:
         for name in METHODS:
-            patch.setattr(nn.Module, name, _counting(name, whole, walks))
+            patch.setattr(nn.Module, name, _counting(getattr(nn.Module, name), whole, walks))
+        patch.setattr(adapted_model, "list_places", _counting(adapted_model.list_places, whole, walks))
         yield walks
 
 
-def _counting(name: str, whole: set[int], walks: Counter[str]) -> Callable[..., Any]:
-    original = getattr(nn.Module, name)
-
+def _counting(original: Callable[..., Any], whole: set[int], walks: Counter[str]) -> Callable[..., Any]:
     def counting(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         caller = sys._getframe(1)
         if id(self) in whole and caller.f_code.co_filename != sys.modules[nn.Module.__module__].__file__:
-            walks[f"{name} in {caller.f_code.co_filename}:{caller.f_lineno}"] += 1
+            walks[f"{original.__name__} in {caller.f_code.co_filename}:{caller.f_lineno}"] += 1
         return original(self, *args, **kwargs)
 
     return counting

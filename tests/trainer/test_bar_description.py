@@ -1,4 +1,4 @@
-"""Lightning's progress bar says when an evaluation runs merged, and is left as it was."""
+"""Lightning's progress bar says when an evaluation runs merged, and is restored."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the callback's hooks cost a batch: the modules that they visit, counted. From the second batch on, none."""
+"""The cost of the callback's hooks at each batch: modules that they visit are counted, none from the second on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""--optimizer and --lr_scheduler: LightningCLI makes both before there is an adapter."""
+"""--optimizer and --lr_scheduler: LightningCLI builds both before there is an adapter."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from lightning.pytorch.cli import LightningCLI
 from torch.optim import Optimizer
 
 from lightning_lora import LoRACallback, LoRACLI, LoRAError, inject, lora_param_groups, unload
+from lightning_lora.model.adapted_model import open_model
 from lightning_lora.model.param_groups import LR_EMBEDDING
-from lightning_lora.nn.lora_layer import adapted_layers
+from lightning_lora.nn.adapted_weights import adapted_layers
 from lightning_lora.trainer.cli_optimizer import _split_groups_
 from support.models import Zoo, zoo_config
 from support.notices import tiny_layers
@@ -339,7 +340,7 @@ def test_groups_of_lr_ratio_have_names_for_the_monitor_of_learning_rates(tmp_pat
 def test_groups_of_lr_ratio_are_those_of_lora_param_groups_with_embeddings_at_their_own_rate(lr: float):
     inject(model := Zoo(), zoo_config())
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=DECAY)
-    _split_groups_(optimizer, None, model, RATIO)
+    _split_groups_(optimizer, None, open_model(model, "test"), RATIO)
 
     def rules(groups: Any) -> dict[Any, tuple[float, float]]:
         return {p: (group["lr"], group["weight_decay"]) for group in groups for p in group["params"] if p.requires_grad}

@@ -1,4 +1,4 @@
-"""torch.compile in a Trainer: the eager fit's numbers, no graph beyond the two, checkpoints that load either way."""
+"""torch.compile in a Trainer: metrics of the eager fit, only two graphs, checkpoints that load with and without."""
 
 from __future__ import annotations
 

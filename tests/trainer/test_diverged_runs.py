@@ -1,4 +1,4 @@
-"""A run that diverges: validation goes on unmerged, callbacks decide, and the run ends as it does without LoRA."""
+"""A run that diverges: validation goes on unmerged, callbacks decide, and the run ends as without LoRA."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Backbones in eval mode, as from_pretrained leaves and Lightning keeps them: adapters train, with their dropout."""
+"""Backbones in eval mode, as from_pretrained leaves them: adapters train, with their dropout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""init_lora_weights="eva" in a Trainer: A from its own training batches, and a run that is otherwise the same."""
+"""init_lora_weights="eva" in a Trainer: A from the training batches, and a run that is otherwise the same."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An exception in any hook of an evaluation, the callback's or the module's: unmerged after, and the next fit right."""
+"""An exception in any hook of an evaluation, the callback's or the module's: unmerged after, next fit right."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The options among the hyper-parameters of loggers: beside the module's own, in one call, and in no checkpoint."""
+"""The options among the logged hyper-parameters: beside the module's own, in one call, and in no checkpoint."""
 
 from __future__ import annotations
 

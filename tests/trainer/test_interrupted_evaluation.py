@@ -1,4 +1,4 @@
-"""What an interrupted evaluation, or a user who merges by hand, leaves behind."""
+"""What remains after an interrupted evaluation, and after a user who merges by hand."""
 
 from __future__ import annotations
 

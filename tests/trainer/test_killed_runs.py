@@ -1,4 +1,4 @@
-"""A process killed at random moments and resumed ends where the uninterrupted one does, and leaves no broken file."""
+"""A process killed at a random moment and resumed ends as the uninterrupted one, and leaves no broken file."""
 
 from __future__ import annotations
 

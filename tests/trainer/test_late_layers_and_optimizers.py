@@ -1,4 +1,4 @@
-"""A Trainer's run: first values of what is built late, a backbone put into eval mode later, optimizers, averaging."""
+"""A Trainer's run: layers that are built late, backbones put into eval mode late, optimizers, averaging."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging
 
 from lightning_lora import LoRAConfig, LoRAError, disable_adapter, inject, unload
 from lightning_lora.adapter.take import fingerprint
-from lightning_lora.trainer import step_lists
-from lightning_lora.trainer.step_lists import StepLists, record_trainable
+from lightning_lora.model.adapted_model import AdaptedModel, open_model
+from lightning_lora.trainer.step_lists import StepLists
 from support.lightning_versions import WeightAveraging, averaging
 from support.runs import BATCHES, lora, trained
 from support.training import (
@@ -404,14 +404,15 @@ def test_what_a_user_unfreezes_is_recorded_once_and_then_not_looked_for(monkeypa
     inject(model := Net(), LoRAConfig(r=2, target_modules=["head"]))
     lists, calls = StepLists(model), []
     optimizer = torch.optim.SGD(model.parameters())
-    monkeypatch.setattr(step_lists, "record_trainable", lambda root: calls.append(root) or record_trainable(root))
+    record = AdaptedModel.record_trainable
+    monkeypatch.setattr(AdaptedModel, "record_trainable", lambda self: calls.append(self.root) or record(self))
     lists.record_trainable(optimizer)
     assert calls == []
     model.body[0].bias.requires_grad_()
     for _ in range(3):
         lists.record_trainable(optimizer)
     assert calls == [model]
-    assert "body.0.bias" in model.lora_injection.trained
+    assert "body.0.bias" in open_model(model, "test").initial_of("trained")
     model.body[3].bias.requires_grad_()
     lists.record_trainable(optimizer)
     assert calls == [model, model]

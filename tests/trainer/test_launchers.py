@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_lora import LoRACallback, LoRAConfig, adapter_state_dict, inject, load_adapter, save_adapter
+from lightning_lora.model.adapted_model import open_model
 from lightning_lora.trainer.checkpoint_hooks import export_state
 from lightning_lora.trainer.compatibility import warn_of_part
 from support.programs.launched_fits import Unfreezes
@@ -51,7 +52,7 @@ def launched_fit(path: Path, part: str = "", *callbacks: Any) -> tuple[Net, Net]
     for model in (started, here):
         inject(model.get_submodule(part), LoRAConfig(r=2, init_lora_weights=False))
     make_trainer(path, LoRACallback(save="adapter"), *callbacks, max_epochs=2).fit(started, Data())
-    export_state(started)
+    export_state(open_model(started, "test"))
     here.load_state_dict(started.state_dict(), strict=False)
     return started, here
 

@@ -130,7 +130,7 @@ def test_where_nothing_is_logged_nothing_is_computed(
 
 
 def test_steps_between_do_not_look_at_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(log_statistics, "adapted_layers", None)
+    monkeypatch.setattr(log_statistics, "find_model", None)
     monkeypatch.setattr(log_statistics, "reshard_", None)
     fit(tmp_path, Net(), lora(), monitor(4))
 

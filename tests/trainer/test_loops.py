@@ -1,4 +1,4 @@
-"""Every loop of the Trainer gives the numbers of the same run evaluated unmerged, and leaves the base as it was."""
+"""Every loop of the Trainer gives the metrics of the run evaluated unmerged, and leaves the base as it was."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""merge_after_fit: plain layers with merged weights when fit has ended, and what comes after."""
+"""merge_after_fit: plain layers with merged weights at the end of the fit, and what follows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A Trainer's life with LoRACallback: merged exactly while evaluating, unmerged everywhere else, whatever happens."""
+"""A Trainer with LoRACallback: merged exactly while evaluating, unmerged everywhere else, whatever happens."""
 
 from __future__ import annotations
 

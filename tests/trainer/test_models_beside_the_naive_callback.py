@@ -1,4 +1,4 @@
-"""Layers, weights and tensors with which the callback one writes first is wrong, and ours right."""
+"""Layers, weights and tensors for which the callback one writes first is wrong, and ours is right."""
 
 from __future__ import annotations
 

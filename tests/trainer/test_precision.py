@@ -1,4 +1,4 @@
-"""Every precision of the Trainer: factors kept wide, numbers of the unmerged run up to rounding, resumable."""
+"""Every precision of the Trainer: wide factors, metrics of the unmerged run up to rounding, resuming."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lightning's BitsandbytesPrecision, whose check for CUDA is patched: it converts layers, and the adapters survive."""
+"""Lightning's BitsandbytesPrecision, with its check for CUDA patched: it converts layers, and adapters survive."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import nn
 
 from lightning_lora import LoRACallback, LoRAError, inject
 from lightning_lora.config import LoRAConfig
+from lightning_lora.model.adapted_model import Listing
 from lightning_lora.trainer.precision import LEFT_OUT_OF_DDP, leave_out_of_ddp_
 from support.quantised import PlainNet, batches, factors, inputs, network, packed_bits, quantise_
 from support.training import make_trainer
@@ -132,5 +133,5 @@ def test_what_a_user_left_out_of_ddp_stays_left_out():
     model = quantise_(network(), "Int8WeightOnlyConfig")
     setattr(model, LEFT_OUT_OF_DDP, ["mine", "0.weight"])
     for _ in range(2):
-        leave_out_of_ddp_(model)
+        leave_out_of_ddp_(Listing(model))
     assert getattr(model, LEFT_OUT_OF_DDP) == ["mine", "0.weight", "2.weight", "4.weight"]

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveragi
 
 from lightning_lora import LoRACallback, LoRAError, inject, load_adapter, load_from_checkpoint
 from lightning_lora.config import LoRAConfig
+from lightning_lora.model.adapted_model import Listing
 from lightning_lora.model.state_dict import merge_state_dict
 from support.lightning_versions import EMAWeightAveraging
 from support.models import same
@@ -277,6 +278,6 @@ def test_merged_weights_come_from_the_factors_in_the_state_dict_that_is_saved():
     inject(model, LoRAConfig(r=2, lora_alpha=4, init_lora_weights=False))
     state = model.state_dict()
     state |= {name: value * 2 for name, value in state.items() if name.endswith("lora_B")}
-    found = merge_state_dict(model, state, torch.float64)
+    found = merge_state_dict(Listing(model), state, torch.float64)
     layer = reference(model.network)[2]
     torch.testing.assert_close(found["network.2.weight"], (layer.weight + 4 * layer.B @ layer.A).detach())

@@ -1,4 +1,4 @@
-"""Adapted layers that a precision plugin or a hook replaces after injection: an error that names them."""
+"""Adapted layers that a precision plugin or a hook replaces after injection: an error names them."""
 
 from __future__ import annotations
 

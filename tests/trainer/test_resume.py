@@ -72,6 +72,9 @@ CASES: dict[str, tuple[type[Net], dict[str, Any]]] = {
     "more is trained": (Net, {"modules_to_save": ["body.1"], "bias": "all", "use_rslora": True}),
     "magnitudes": (Net, {"use_dora": True}),
     "from the weight": (Net, {"init_lora_weights": "pissa", "use_rslora": True}),
+    "VeRA": (Net, {"variant": "vera"}),
+    "LoHa": (Net, {"variant": "loha", "r": 1}),
+    "VeRA, built in configure_model": (BuiltInConfigureModel, {"variant": "vera"}),
     "built in setup": (BuiltInSetup, {}),
     "built in configure_model": (BuiltInConfigureModel, {}),
 }

@@ -1,4 +1,4 @@
-"""The course of a run, its faults and its checkpoints: the callback one writes first is wrong, ours right."""
+"""Courses, faults and checkpoints of runs for which the callback one writes first is wrong, and ours is right."""
 
 from __future__ import annotations
 

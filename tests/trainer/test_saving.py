@@ -1,4 +1,4 @@
-"""A checkpoint saved at any moment, or because a run ends early, is that of a run evaluated unmerged."""
+"""A checkpoint saved at any moment, or because a run ends early, equals that of a run evaluated unmerged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A load through ModelParallelStrategy leaves the user's own strict_loading as it was."""
+"""A load through ModelParallelStrategy leaves the user's strict_loading as it was."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A Trainer's life under Lightning's other name: tests from all over, run with `pytorch_lightning` alone."""
+"""A Trainer's life under Lightning's other name: tests of all rooms, run with `pytorch_lightning` alone."""
 
 from __future__ import annotations
 

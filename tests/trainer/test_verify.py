@@ -1,4 +1,4 @@
-"""verify=True: the logged errors are those of an own computation, suspicious layers are named, nothing stays behind."""
+"""verify=True: logged errors equal an independent computation, suspicious layers are named, nothing is left."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import nn
 
 from lightning_lora import LoRACallback, LoRAConfig, inject, merged, unmerge
 from lightning_lora.metrics import MergeError
+from lightning_lora.model.adapted_model import Listing
 from lightning_lora.model.self_check import watch
 from lightning_lora.nn.lora_layer import LoRALayer
 from support.notices import lightning_logger
@@ -246,6 +247,6 @@ def test_hooks_of_the_user_are_no_error_of_merging():
     inject(model := Net().eval(), LoRAConfig(r=2, target_modules=TARGETS, init_lora_weights=False))
     model.head.register_forward_hook(lambda module, args, output: 3 * output)
     for around in (merged, nullcontext):
-        with around(model), watch(model) as verification:
+        with around(model), watch(Listing(model)) as verification:
             model(inputs())
         assert verification.error.compute()["max"] < 1e-5

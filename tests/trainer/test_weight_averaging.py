@@ -1,4 +1,4 @@
-"""Weight averaging beside the callback: right numbers, Lightning's own weights, resumable, small checkpoints."""
+"""Weight averaging beside the callback: right metrics, Lightning's own weights, resuming, small checkpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints of runs with weight averaging: small, resumable, and their metric comes back."""
+"""Checkpoints of runs with weight averaging are small and resume, and their metric comes back."""
 
 from __future__ import annotations
 

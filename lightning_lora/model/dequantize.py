@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
 
 from ..errors import LoRAError
+from ..nn.adapted_weights import AdaptedWeights, NamedModules, adapter_of, layer_adapter
 from ..nn.exact_merge import Observer, merged_weight
-from ..nn.lora_layer import AdaptedWeights, LoRALayer
-from ..nn.low_rank import HALF, MERGEABLE_DTYPES, acting_factors
-from ..nn.quantised import BITSANDBYTES, dequantised, quantised_modules, quantised_parameters
+from ..nn.low_rank import HALF, MERGEABLE_DTYPES
+from ..nn.quantised import BITSANDBYTES, dequantize, quantised_modules, quantised_parameters
+from ..nn.variant import Stored
 from ..notices import tell
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ WORST_FIDELITY = 0.05  # above this share of the adapter that rounding loses, a 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in MERGEABLE_DTYPES}
 
 
-def dequantised_dtype(value: object, verb: str) -> torch.dtype | None:
+def dequantize_dtype(value: object, verb: str) -> torch.dtype | None:
     """Return the dtype that the option `dequantize` names, or None for None.
 
     Raises:
@@ -50,11 +51,15 @@ def report_factored(layers: Iterable[AdaptedWeights]) -> None:
         )
 
 
-def quantised_weights(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the names of the quantised weights in a state dict of the model, each with the module that owns it."""
+def quantised_weights(places: NamedModules) -> dict[str, nn.Module]:
+    """Return the names of the quantised weights in a state dict of a model, each with the module that owns it.
+
+    Args:
+        places: every module of the model, under every name.
+    """
     return {
         f"{path}.{name}" if path else name: module
-        for path, module in quantised_modules(model).items()
+        for path, module in quantised_modules(places).items()
         for name in quantised_parameters(module)
     }
 
@@ -64,7 +69,7 @@ def plain_weight(
     name: str,
     dtype: torch.dtype,
     observe: Observer | None = None,
-    factors: tuple[torch.Tensor, ...] | None = None,
+    stored: Stored | None = None,
 ) -> torch.Tensor:
     """Return a quantised parameter as a new plain tensor, an adapter of the layer merged into it; rounded once.
 
@@ -73,36 +78,37 @@ def plain_weight(
         name: of the parameter.
         dtype: of the result.
         observe: as merge_weight_'s.
-        factors: values of the layer's stored_names, where they are not its own.
+        stored: values of the layer's stored tensors by leaf name, where they are not its own.
 
     Raises:
         NonFiniteError: W' is not finite, or beyond the dtype.
     """
-    values = dequantised(module, name)
-    if not isinstance(module, LoRALayer) or name not in module.adapted_weights():
+    values = dequantize(module, name)
+    adapter = adapter_of(module, name)
+    if adapter is None:
         return values.to(dtype)
-    blocks = module.low_rank_blocks(*acting_factors(*(factors or module.stored())))[name]
-    return merged_weight(values, blocks, module.lora.spec.scaling, dtype=dtype, observe=observe)
+    blocks = adapter.update_blocks(stored)[name]
+    return merged_weight(values, blocks, adapter.lora.spec.scaling, dtype=dtype, observe=observe)
 
 
-def plain_weights(model: nn.Module, dtype: torch.dtype) -> dict[nn.Module, torch.Tensor]:
-    """Return what takes the place of each quantised weight, merged, by the module that owns it.
+def plain_weights(places: NamedModules, dtype: torch.dtype) -> dict[nn.Module, torch.Tensor]:
+    """Return what takes the place of each quantised weight of a model, merged, by the module that owns it.
 
     Raises:
         NonFiniteError: W' is not finite, or beyond the dtype.
     """
-    dequantiser, plain = Dequantiser(dtype), {}
-    for name, module in quantised_weights(model).items():
+    dequantizer, plain = Dequantizer(dtype), {}
+    for name, module in quantised_weights(places).items():
         if module not in plain:
-            plain[module] = dequantiser.weight(name, module)
-    dequantiser.report()
+            plain[module] = dequantizer.weight(name, module)
+    dequantizer.report()
     return plain
 
 
-def replace_quantised_(model: nn.Module, plain: Mapping[nn.Module, torch.Tensor]) -> None:
+def replace_quantised_(modules: Iterable[nn.Module], plain: Mapping[nn.Module, torch.Tensor]) -> None:
     """Put plain weights in the place of quantised ones; a layer of bitsandbytes becomes an nn.Linear. In place."""
     layers = {module: _plain_layer(module, weight) for module, weight in plain.items()}
-    for parent in list(model.modules()):
+    for parent in modules:
         for name, child in parent._modules.items():
             if child in layers:
                 parent._modules[name] = layers[child]
@@ -118,7 +124,7 @@ def _plain_layer(module: nn.Module, weight: torch.Tensor) -> nn.Module:
     return linear.train(module.training)
 
 
-class Dequantiser:
+class Dequantizer:
     """Makes plain weights one by one, and reports what rounding W' to their dtype costs, once for each layer."""
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -128,12 +134,12 @@ class Dequantiser:
         with torch.inference_mode(False):
             self.fidelity: MergeFidelity = MergeFidelity(sync_on_compute=False)
 
-    def weight(self, name: str, module: nn.Module, **factors: Any) -> torch.Tensor:
+    def weight(self, name: str, module: nn.Module, stored: Stored | None = None) -> torch.Tensor:
         """Return the plain weight of a state dict's name, merged where the module is adapted; see plain_weight."""
-        observe = None
-        if isinstance(module, LoRALayer) and not module.lora.rounding_reported:
-            observe, module.lora.rounding_reported = self.fidelity.update, True
-        return plain_weight(module, name.rpartition(".")[2], self.dtype, observe, **factors)
+        observe, adapter = None, layer_adapter(module)
+        if adapter is not None and not adapter.lora.rounding_reported:
+            observe, adapter.lora.rounding_reported = self.fidelity.update, True
+        return plain_weight(module, name.rpartition(".")[2], self.dtype, observe, stored)
 
     def report(self) -> None:
         """Tell the share of the adapter that rounding loses, of the layers that were not reported before."""

@@ -1,0 +1,92 @@
+"""A variant of your own: LoRA-XS (arXiv:2405.17604) trains a square between singular vectors of each weight.
+
+pip install -e ".[examples]"
+python examples/own_variant.py
+
+The class says what a layer stores, how that starts, and which two factors it acts as: W' = W + s * B' @ A'. Training,
+exact merging, checkpoints, resuming and loading follow from that. A network that reads digits learns them mirrored.
+"""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_lora import LoRACallback, Variant, load_adapter, merged
+
+RUNS = Path(__file__).with_name("runs")
+Loader = DataLoader[tuple[Tensor, ...]]
+
+
+class XS(Variant):
+    name, trained, frozen = "xs", ("lora_xs_square",), ("lora_xs_A", "lora_xs_B")
+
+    def shapes(self, place: Any) -> dict[str, tuple[int, ...]]:
+        a, b = place.factor_shapes()
+        return {"lora_xs_square": (place.rank, place.rank), "lora_xs_A": a, "lora_xs_B": b}
+
+    def start(self, place: Any, weights: Any) -> dict[str, Tensor]:
+        left, values, right = torch.linalg.svd(weights()["weight"], full_matrices=False)
+        a, b = right[: place.rank], left[:, : place.rank] * values[: place.rank]
+        return {"lora_xs_square": torch.zeros(place.rank, place.rank), "lora_xs_A": a, "lora_xs_B": b}
+
+    def acting(self, stored: Any, weight: Any, scaling: float) -> Any:
+        return stored["lora_xs_square"] @ stored["lora_xs_A"], stored["lora_xs_B"], None  # A', B' and no scale
+
+
+class Digits(L.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+
+    def training_step(self, batch: list[Tensor]) -> Tensor:
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def validation_step(self, batch: list[Tensor]) -> None:
+        self.log("accuracy", (self.net(batch[0]).argmax(1) == batch[1]).float().mean())
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=0.01)
+
+
+def fit(model: Digits, data: Loader, epochs: int, *callbacks: L.Callback, resume: Path | None = None) -> L.Trainer:
+    quiet: Any = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = L.Trainer(max_epochs=epochs, accelerator="cpu", callbacks=[*callbacks], default_root_dir=RUNS, **quiet)
+    trainer.fit(model, data, ckpt_path=resume)
+    return trainer
+
+
+def accuracy(trainer: L.Trainer, model: Digits, data: Loader) -> str:
+    return f"{trainer.validate(model, data, verbose=False)[0]['accuracy']:.2f}"
+
+
+if __name__ == "__main__":
+    L.seed_everything(0)
+    pixels, labels = (torch.tensor(each) for each in load_digits(return_X_y=True))
+    images = pixels.float().view(-1, 8, 8) / 16
+    upright, mirrored = (DataLoader(TensorDataset(x.flatten(1), labels), 64) for x in (images, images.flip(2)))
+    model = Digits()
+    before = accuracy(fit(model, upright, 10), model, mirrored)
+    whole, part, resumed, loaded = (copy.deepcopy(model) for _ in range(4))
+    options: Any = {"variant": "xs", "r": 8, "lora_alpha": 8}
+    trainer = fit(whole, mirrored, 6, LoRACallback(**options))
+    print(f"accuracy on mirrored digits: {before} before, {accuracy(trainer, whole, mirrored)} after")  # merged
+
+    path = RUNS / "own_variant.ckpt"
+    fit(part, mirrored, 3, LoRACallback(**options)).save_checkpoint(path)
+    fit(resumed, mirrored, 6, LoRACallback(**options), resume=path)
+    load_adapter(loaded, path)
+    x = next(iter(mirrored))[0]
+    print(f"half of it, saved and resumed, is as the whole: {torch.equal(resumed.net(x), whole.net(x))}")
+    print(f"loaded into another model, it answers the same: {torch.equal(loaded.net(x), part.net(x))}")
+
+    layer: Any = whole.net[0]
+    weight, change = layer.weight.clone(), layer.lora_xs_B @ layer.lora_xs_square @ layer.lora_xs_A
+    with merged(whole):
+        print(f"merged, the weights are W + B R A: {torch.allclose(layer.weight, weight + change, atol=1e-6)}")
+    print(f"afterwards every bit of W is back: {torch.equal(layer.weight, weight)}")

@@ -1,0 +1,122 @@
+"""LoHa (arXiv:2108.06098): what is added is the elementwise product of two products of low rank.
+
+    W' = W + s * (w1_a @ w1_b) * (w2_a @ w2_b)
+
+Its rank is up to r * r: it is B' @ A' with rows of w1_b times rows of w2_b as A', and columns of w1_a times columns of
+w2_a as B'. A convolution's weight is seen as a matrix (out, in * kernel). w2_b starts as zero.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import LoRAError
+from .low_rank import ATTENTION_OUTPUT, CONV, GROUPED_CONV, LINEAR
+from .random_stream import stream
+from .variant import Acting, Config, Fault, Place, Stored, Variant, Weights
+
+FIRST_A, FIRST_B = "lora_hada_w1_a", "lora_hada_w1_b"  # (out, r) and (r, in)
+SECOND_A, SECOND_B = "lora_hada_w2_a", "lora_hada_w2_b"  # the same
+LEAVES = (FIRST_A, FIRST_B, SECOND_A, SECOND_B)
+
+WITHOUT = ("use_rslora", "enable_lora", "target_parameters", "trainable_token_indices")
+IN_PEFT = {"lora_alpha": "alpha", "init_lora_weights": "init_weights"}  # what PEFT calls other options
+FIELDS = (  # of PEFT's config that are called as ours
+    *("r", "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules", "modules_to_save", "inference_mode"),
+    *("task_type", "base_model_name_or_path", "revision"),
+)
+NOT_APPLIED = {"rank_dropout": 0.0, "module_dropout": 0.0, "use_effective_conv2d": False}  # what they must be
+
+
+class LoHa(Variant):
+    """Two pairs of factors, whose products are multiplied element by element."""
+
+    name, title = "loha", "LoHa"
+    trained = LEAVES
+    peft_type = "LOHA"
+    peft_leaves: Mapping[str, str] = {leaf.removeprefix("lora_"): leaf for leaf in LEAVES}
+
+    def shapes(self, place: Place) -> dict[str, tuple[int, ...]]:
+        outputs, inputs = place.matrix_shape()
+        pair = (outputs, place.rank), (place.rank, inputs)
+        return dict(zip(LEAVES, pair + pair, strict=True))
+
+    def start(self, place: Place, weights: Weights) -> dict[str, torch.Tensor]:
+        draw = stream(place.seed)
+        shapes = self.shapes(place)
+        start = {leaf: torch.zeros(shapes[leaf], dtype=torch.float32, device="cpu") for leaf in LEAVES}
+        for leaf, value in start.items():
+            if leaf != SECOND_B or place.init is False:
+                nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=draw)
+        return start
+
+    def is_initial(self, stored: Stored, place: Place) -> bool | None:
+        if place.init is False:
+            return None
+        return not stored[SECOND_B].is_meta and not bool(stored[SECOND_B].any())
+
+    def acting(self, stored: Stored, weight: torch.Tensor | None, scaling: float) -> Acting:
+        first_a, first_b, second_a, second_b = (stored[leaf] for leaf in LEAVES)
+        a = (first_b[:, None, :] * second_b[None, :, :]).flatten(0, 1)
+        return Acting(a, (first_a[:, :, None] * second_a[:, None, :]).flatten(1))
+
+    def acting_rank(self, rank: int) -> int:
+        return rank**2
+
+    # --- what it goes with ---
+
+    def conflict(self, config: Config) -> tuple[str, str] | None:
+        for option in WITHOUT:
+            if getattr(config, option):
+                return option, f"left out with {self.option}"
+        if config.lora_dropout:
+            return "lora_dropout", f"0 with {self.option}, which has none in PEFT"
+        if config.bias != "none":
+            return "bias", f"'none' with {self.option}, which has none in PEFT"
+        if not isinstance(config.init_lora_weights, bool):
+            return "init_lora_weights", f"true or false with {self.option}"
+        return None
+
+    def problem(self, module: nn.Module, kind: str, config: Config) -> str:
+        if kind in (LINEAR, CONV, GROUPED_CONV) and not isinstance(module, nn.Conv3d):
+            return ""
+        return f"{self.option} is for linear layers, nn.Conv1d and nn.Conv2d alone, as in PEFT"
+
+    # --- apart from a model ---
+
+    def rank(self, stored: Stored) -> int:
+        return stored[FIRST_A].shape[1]
+
+    def fault(self, stored: Stored) -> Fault | None:
+        for leaf in LEAVES:
+            if stored[leaf].dim() != 2:
+                return Fault("a matrix", leaf)
+        (outputs, rank), inputs = stored[FIRST_A].shape, stored[FIRST_B].shape[1]
+        pair = (outputs, rank), (rank, inputs)
+        for leaf, shape in zip(LEAVES, pair + pair, strict=True):
+            if tuple(stored[leaf].shape) != shape:
+                return Fault(f"of shape {shape}, to go with the other three", leaf)
+        return None
+
+    # --- in PEFT ---
+
+    def peft_problem(self, kind: str) -> str:
+        if kind == ATTENTION_OUTPUT:
+            return f"belongs to attention, which PEFT does not adapt with {self.option}"
+        return super().peft_problem(kind)
+
+    def options_to_peft(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        named = {theirs: options[ours] for ours, theirs in IN_PEFT.items()}
+        return {**{name: options.get(name) for name in FIELDS}, **named, **NOT_APPLIED}
+
+    def options_from_peft(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        found = dict(options)
+        for name in NOT_APPLIED:
+            if found.pop(name, None):
+                raise LoRAError(f"{name}={options[name]!r} cannot be applied to {self.title} adapters.")
+        return found | {ours: found.pop(theirs) for ours, theirs in IN_PEFT.items() if theirs in found}

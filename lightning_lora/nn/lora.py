@@ -1,0 +1,76 @@
+"""LoRA (arXiv:2106.09685): W' = W + s * B @ A."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+
+from ..names import A, B
+from .init import WITHOUT_ZERO, initial_factors
+from .low_rank import EMBEDDING, GROUPED_CONV
+from .variant import Acting, Expected, Fault, Place, Stored, Variant, Weights
+
+EMBEDDING_A, EMBEDDING_B = "lora_embedding_A", "lora_embedding_B"  # PEFT's names
+PEFT_LEAVES = {"lora_A.weight": A, "lora_B.weight": B, EMBEDDING_A: A, EMBEDDING_B: B}
+
+
+class LoRA(Variant):
+    """A and B, whose product is added; one of the two starts as zero."""
+
+    name, title = "lora", "LoRA"
+    trained: ClassVar[tuple[str, ...]] = (A, B)
+    peft_type = "LORA"
+    peft_leaves: ClassVar[Mapping[str, str]] = PEFT_LEAVES
+    placed_as: ClassVar[Mapping[str, str]] = {A: A, B: B}
+
+    def shapes(self, place: Place) -> dict[str, tuple[int, ...]]:
+        return dict(zip((A, B), place.factor_shapes(), strict=True))
+
+    def start(self, place: Place, weights: Weights) -> dict[str, torch.Tensor]:
+        a, b = initial_factors(*place.factor_shapes(), place.init, place.seed, lookup=place.is_lookup)
+        return {A: a, B: b}
+
+    def is_initial(self, stored: Stored, place: Place) -> bool | None:
+        if place.init in WITHOUT_ZERO:
+            return None
+        factor = stored[A if place.is_lookup else B].detach()
+        return factor.numel() > 0 and not factor.is_meta and not bool(factor.any())
+
+    def acting(self, stored: Stored, weight: torch.Tensor | None, scaling: float) -> Acting:
+        return Acting(stored[A], stored[B])
+
+    def rank(self, stored: Stored) -> int:
+        return stored[B].shape[1]
+
+    def fault(self, stored: Stored) -> Fault | None:
+        a, b = stored[A], stored[B]
+        for leaf in (A, B):
+            if stored[leaf].dim() < 2:
+                return Fault("a floating point tensor of two dimensions or more", leaf)
+        shapes = f"A {tuple(a.shape)} and B {tuple(b.shape)}"
+        if b.dim() != a.dim() or any(size != 1 for size in b.shape[2:]):
+            return Fault(
+                f"{shapes} are no pair: both must be matrices, or B must have the dimensions of A, which is a "
+                "convolution's, and 1 for each of its kernel's"
+            )
+        if not b.shape[1] or not a.shape[0] or a.shape[0] % b.shape[1]:
+            return Fault(f"{shapes} do not share a rank")
+        return None
+
+    def expected(self, stored: Stored) -> Expected:
+        return Expected([(stored[A].detach().double(), stored[B].detach().double())])
+
+    def peft_problem(self, kind: str) -> str:
+        if kind == GROUPED_CONV:
+            return "is a convolution with groups; PEFT's adapter for those mixes the groups and means another thing"
+        return super().peft_problem(kind)
+
+    def peft_leaf(self, leaf: str, kind: str) -> str:
+        embedding = {A: EMBEDDING_A, B: EMBEDDING_B} if kind == EMBEDDING else {}
+        return embedding.get(leaf) or super().peft_leaf(leaf, kind)
+
+    @property
+    def option(self) -> str:
+        return "LoRA"

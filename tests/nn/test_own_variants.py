@@ -1,0 +1,247 @@
+"""Variants that users define: they train, merge, are saved and loaded as ours, and a program without one says so."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+
+import lightning_lora
+from lightning_lora import (
+    LoRACallback,
+    LoRAConfig,
+    LoRAError,
+    Variant,
+    adapter_state_dict,
+    disable_adapter,
+    inject,
+    load_adapter,
+    load_from_checkpoint,
+    merge,
+    merge_and_unload,
+    save_adapter,
+    summary,
+    unload,
+    unmerge,
+)
+from support.forks import DONE, run_in_forks
+from support.models import state_bits
+from support.notices import tiny_layers
+from support.training import Data, Net, assert_same_tensors, make_trainer, outputs, weights
+
+pytestmark = tiny_layers
+TARGETS = ["body.0", "body.3", "head"]
+SQUARE, INSIDE_A, INSIDE_B = "lora_own_square", "lora_own_A", "lora_own_B"
+
+
+class Squares(Variant):
+    """W' = W + s * B @ R @ A: R is trained, A and B are frozen singular vectors (LoRA-XS, arXiv:2405.17604)."""
+
+    name, title = "own-squares", "squares"
+    trained, frozen = (SQUARE,), (INSIDE_A, INSIDE_B)
+    own_options = {"size": 0.0}  # noqa: RUF012
+
+    def shapes(self, place: Any) -> dict[str, tuple[int, ...]]:
+        a, b = place.factor_shapes()
+        return {SQUARE: (place.rank, place.rank), INSIDE_A: a, INSIDE_B: b}
+
+    def start(self, place: Any, weights: Any) -> dict[str, torch.Tensor]:
+        left, values, right = torch.linalg.svd(weights()["weight"].float(), full_matrices=False)
+        r = place.rank
+        square = torch.full((r, r), place.options["size"])
+        return {SQUARE: square, INSIDE_A: right[:r], INSIDE_B: left[:, :r] * values[:r]}
+
+    def acting(self, stored: Any, weight: Any, scaling: float) -> Any:
+        return stored[SQUARE] @ stored[INSIDE_A], stored[INSIDE_B], None
+
+
+class Gates(Variant):
+    """W' = g * (W + s * B @ A) by outputs, with a trained g: a scale that does not depend on W."""
+
+    name, title = "own-gates", "gates"
+    trained = ("lora_own_a", "lora_own_b", "lora_own_gate")
+    reads_weight = True
+
+    def shapes(self, place: Any) -> dict[str, tuple[int, ...]]:
+        a, b = place.factor_shapes()
+        return dict(zip(self.trained, (a, b, b[:1]), strict=True))
+
+    def start(self, place: Any, weights: Any) -> dict[str, torch.Tensor]:
+        a, b, gate = self.shapes(place).values()
+        draw = torch.Generator().manual_seed(place.seed)
+        values = torch.randn(a, generator=draw), torch.zeros(b), torch.ones(gate)
+        return dict(zip(self.trained, values, strict=True))
+
+    def acting(self, stored: Any, weight: Any, scaling: float) -> Any:
+        a, b, gate = (stored[leaf] for leaf in self.trained)
+        return a, b, None if weight is None else gate
+
+
+NAMES = ("own-squares", "own-gates")
+each = pytest.mark.parametrize("name", NAMES)
+
+
+def filled(name: str, model: nn.Module | None = None, **options: Any) -> Any:
+    """A model with an adapter that is away from where it starts."""
+    model = Net() if model is None else model
+    inject(model, LoRAConfig(variant=name, r=2, lora_alpha=3, target_modules=TARGETS, **options))
+    draw = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=draw))
+    return model
+
+
+def reference(layer: Any, name: str) -> torch.Tensor:
+    """W' in float64, from the definition."""
+    stored = {leaf: value.detach().double() for leaf, value in layer.named_parameters() if leaf.startswith("lora_")}
+    if name == "own-squares":
+        return layer.weight.detach().double() + 1.5 * stored[INSIDE_B] @ stored[SQUARE] @ stored[INSIDE_A]
+    a, b, gate = stored.values()
+    return gate[:, None] * (layer.weight.detach().double() + 1.5 * b @ a)
+
+
+# --- a model ---
+
+
+@each
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_it_answers_by_its_definition_merges_exactly_and_is_taken_out(name, dtype):
+    model = filled(name, Net().to(dtype)).eval()
+    plain = Net().to(dtype).eval()
+    before, expected = state_bits(model), reference(model.head, name)
+    x = torch.randn(4, 8).to(dtype)
+    close = {"rtol": 0, "atol": 30 * torch.finfo(dtype).eps}
+    torch.testing.assert_close(model.head(x).double(), x.double() @ expected.T + model.head.bias.double(), **close)
+    for _ in range(2):
+        merge(model)
+        torch.testing.assert_close(model.head.weight.double(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+        unmerge(model)
+        assert state_bits(model) == before
+    merged = merge_and_unload(copy.deepcopy(model))
+    torch.testing.assert_close(merged.head.weight.double(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+    with disable_adapter(model):
+        assert torch.equal(model.head(x), plain.head(x))
+    unload(model)
+    assert state_bits(model) == state_bits(plain)
+
+
+@each
+def test_a_new_one_adds_nothing_and_copies_are_alike(name):
+    model = Net()
+    inject(model, LoRAConfig(variant=name, r=2, target_modules=TARGETS))
+    torch.testing.assert_close(outputs(model), outputs(Net()))
+    model = filled(name)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(outputs(other), outputs(model))
+
+
+@each
+def test_gradients_reach_all_that_it_trains_and_nothing_else(name):
+    model = filled(name)
+    model(torch.randn(8, 6)).square().sum().backward()
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trained == {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert trained == {f"{layer}.{leaf}" for layer in TARGETS for leaf in lightning_lora_variant(name).trained}
+
+
+def lightning_lora_variant(name: str) -> Any:
+    return {"own-squares": Squares, "own-gates": Gates}[name]
+
+
+def test_an_option_of_its_own_reaches_its_start():
+    model = Net()
+    inject(model, LoRAConfig(variant="own-squares", variant_options={"size": 0.5}, r=2, target_modules=TARGETS))
+    assert torch.equal(model.head.lora_own_square, torch.full((2, 2), 0.5))
+
+
+@each
+def test_the_summary_names_it(name):
+    assert lightning_lora_variant(name).title in str(summary(filled(name)))
+
+
+# --- a Trainer ---
+
+
+@each
+@pytest.mark.parametrize("save", ["adapter", "merged", "full"])
+def test_a_run_resumed_from_each_kind_of_checkpoint_equals_the_uninterrupted_one(tmp_path, name, save):
+    def fit(path: str | None, epochs: int) -> tuple[Net, Any]:
+        torch.manual_seed(0)
+        model, saves = Net(), ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, enable_version_counter=False)
+        callback = LoRACallback(variant=name, r=2, target_modules=TARGETS, save=save)
+        trainer = make_trainer(tmp_path, callback, saves, max_epochs=epochs)
+        trainer.fit(model, Data(), ckpt_path=path)
+        return model, trainer
+
+    whole, _ = fit(None, 4)
+    resumed, _ = fit(str(tmp_path / "epoch=1.ckpt"), 4)
+    assert_same_tensors(weights(resumed), weights(whole))
+    again = Net()
+    load_adapter(again, tmp_path / "epoch=3.ckpt")
+    assert torch.equal(outputs(again), outputs(whole))
+    built = load_from_checkpoint(Net, tmp_path / "epoch=3.ckpt")
+    assert torch.equal(outputs(built), outputs(whole))
+
+
+# --- files ---
+
+
+@each
+def test_pefts_folder_is_refused_by_name_as_peft_does_not_have_it(tmp_path, name):
+    with pytest.raises(LoRAError, match=f"save_adapter: .*{lightning_lora_variant(name).title}.*PEFT does not have"):
+        save_adapter(filled(name), tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+UNKNOWN = """
+import pytest, torch
+from lightning_lora import LoRAError, load_adapter
+net = torch.nn.Module()
+net.body, net.head = torch.nn.Sequential(*[torch.nn.Linear(6, 8)] * 4), torch.nn.Linear(8, 3)
+with pytest.raises(LoRAError, match=r"{match}"):
+    load_adapter(net, r"{path}")
+assert not any("lora" in name for name, _ in net.named_parameters())
+"""
+
+
+def test_a_program_that_does_not_know_it_refuses_its_files_by_name(tmp_path: Path):
+    model, saved = filled("own-squares"), tmp_path / "adapter.ckpt"
+    trainer = make_trainer(tmp_path, LoRACallback(), max_epochs=0)
+    trainer.fit(model, Data())
+    trainer.save_checkpoint(saved)
+    torch.save(adapter_state_dict(model), tmp_path / "state.pt")
+    found = run_in_forks(
+        {
+            "checkpoint": (["torch", "pytest"], UNKNOWN.format(path=saved, match="variant 'own-squares'.*not known")),
+            "tensors": (["torch", "pytest"], UNKNOWN.format(path=tmp_path / "state.pt", match="lora_own_.*no variant")),
+        }
+    )
+    assert found == {"checkpoint": DONE, "tensors": DONE}
+
+
+# --- what is refused ---
+
+
+def test_an_unknown_name_is_an_error_with_near_misses_and_the_remedy():
+    with pytest.raises(LoRAError, match="import the file that defines.*did you mean 'own-squares'"):
+        LoRAConfig(variant="own_squares")
+
+
+def test_a_name_or_a_leaf_that_is_taken_is_refused():
+    with pytest.raises(ValueError, match="'own-squares' is .*Squares"):
+        type("Other", (Variant,), {"name": "own-squares", "trained": ("lora_other",)})
+    with pytest.raises(ValueError, match="'other_leaf' must begin with 'lora_'"):
+        type("Other", (Variant,), {"name": "own-other", "trained": ("other_leaf",)})
+
+
+def test_the_class_is_public():
+    assert lightning_lora.Variant is Variant
+    assert "Variant" in lightning_lora.__all__

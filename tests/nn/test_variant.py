@@ -1,0 +1,89 @@
+"""What a variant says of itself, and how it becomes known."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_lora import LoRAConfig, LoRAError, names
+from lightning_lora.nn import variant as variant_module
+from lightning_lora.nn.variant import Acting, Place, Variant, known_variants, variant_of
+
+
+@pytest.fixture
+def registry() -> Iterator[None]:
+    """What a test registers is forgotten after it."""
+    kept = [names.KNOWN_VARIANTS, variant_module._STARTED, variant_module._ALL, names._ROLES]
+    before, longest = [dict(each) for each in kept], list(names._LONGEST_FIRST)
+    yield
+    for each, old in zip(kept, before, strict=True):
+        each.clear()
+        each.update(old)  # type: ignore[arg-type]
+    names._LONGEST_FIRST[:] = longest
+
+
+def own_variant(**attributes: Any) -> type[Variant]:
+    return type("Own", (Variant,), {"name": "own", "trained": ("lora_own_a", "lora_own_ab"), **attributes})
+
+
+def place(**given: Any) -> Place:
+    options = {"name": "a.b", "kind": "Linear", "shapes": {"weight": torch.Size((6, 4))}, "rank": 2, "scaling": 0.5}
+    return Place(**{**options, **given})
+
+
+@pytest.mark.usefixtures("registry")
+def test_a_variant_is_known_once_its_class_is_defined():
+    with pytest.raises(LoRAError, match="variant"):
+        LoRAConfig(variant="own")
+    own = own_variant()
+    assert variant_of(LoRAConfig(variant="own")) == own()
+    assert LoRAConfig.from_dict(LoRAConfig(variant="own").to_dict()).variant == "own"
+    assert names.split_factor_name("net.lora_own_a") == ("net", "lora_own_a")
+    assert names.split_factor_name("net.lora_own_ab_w") == ("net.w", "lora_own_ab")
+    assert names.factor_role("net.lora_own_ab") == "own_ab"
+    assert own() in known_variants()
+    with pytest.raises(LoRAError, match="init_lora_weights must be one that does not start from the weight, with var"):
+        LoRAConfig(variant="own", init_lora_weights="pissa")
+
+
+@pytest.mark.usefixtures("registry")
+def test_a_name_means_one_variant():
+    own_variant()
+    own_variant()  # the file again, as a notebook runs it
+    with pytest.raises(ValueError, match="the variant 'own' is "):
+        own_variant(__qualname__="Other")
+    with pytest.raises(ValueError, match="must begin with 'lora_'"):
+        own_variant(name="bad", trained=("own_a",))
+
+
+def test_options_say_the_variant():
+    assert variant_of(LoRAConfig()).title == variant_of(LoRAConfig(init_lora_weights="pissa")).title == "LoRA"
+    assert variant_of(LoRAConfig(use_dora=True)).trained == ("lora_A", "lora_B", "lora_magnitude")
+    started = variant_of(LoRAConfig(init_lora_weights="lora_ga"))
+    assert started.leaves == ("lora_A", "lora_B", "lora_start_A", "lora_start_B")
+    assert not variant_of(LoRAConfig(init_lora_weights="eva")).frozen
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"init_lora_weights": "pissa"}], ids=str)
+@pytest.mark.parametrize("kind", ["Linear", "Conv1D", "Conv"])
+def test_what_a_variant_starts_as_has_its_shapes_and_adds_nothing(options: dict[str, Any], kind: str):
+    variant, shape = variant_of(LoRAConfig(**options)), (6, 4, 3) if kind == "Conv" else (6, 4)
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    where = place(kind=kind, shapes={"weight": weight.shape}, init=options.get("init_lora_weights", True))
+    stored = variant.start(where, lambda: {"weight": weight})
+    assert {leaf: tuple(value.shape) for leaf, value in stored.items()} == variant.shapes(where)
+    assert tuple(stored) == variant.leaves
+    assert variant.is_initial(stored, where)
+    matrix = weight.T if kind == "Conv1D" else weight.flatten(1)
+    acting = variant.acting(stored, matrix if variant.reads_weight else None, where.scaling)
+    (blocks,) = variant.blocks(stored, where, lambda name: [(0, weight.flatten(1))]).values()
+    assert all(not (block.left @ block.right).any() for block in blocks)
+    assert isinstance(acting, Acting)
+    for scale in (acting.scale, blocks[0].scale):
+        assert (scale is not None) == variant.reads_weight
+        assert scale is None or torch.equal(scale, torch.ones_like(scale))
+    stored["lora_B"] = stored["lora_B"] + 1
+    assert not variant.is_initial(stored, where)

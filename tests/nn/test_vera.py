@@ -1,0 +1,469 @@
+"""VeRA (arXiv:2310.11454): PEFT's numbers and folders, one pair of projections for all layers, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import pickle
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from lightning_lora import (
+    LoRAConfig,
+    LoRAError,
+    adapter_state_dict,
+    combine,
+    disable_adapter,
+    inject,
+    load_adapter,
+    merge,
+    merge_and_unload,
+    merged_state_dict,
+    save_adapter,
+    save_merged,
+    unload,
+    unmerge,
+)
+from support.methods import (
+    SAME,
+    TOKENS,
+    Method,
+    base,
+    config_of,
+    copy_to_peft,
+    edit,
+    moved,
+    ours,
+    pairs,
+    steps,
+    tensors_of,
+    theirs,
+    trained_names,
+)
+from support.models import bits, state_bits
+from support.notices import quiet_peers, tiny_layers
+from support.quantised import quantise_, values_of
+
+pytestmark = [
+    *quiet_peers,
+    tiny_layers,
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to"),
+    pytest.mark.filterwarnings("ignore:Specified to not"),  # save the projections
+]
+
+LAYERS = ["one", "two", "third"]  # (9, 6), (7, 9) and (8, 7)
+SHAPES = {"one": (9, 6), "two": (7, 9), "third": (8, 7), "head": (5, 4)}
+LEAVES = {"vera_lambda_b": "lora_vera_b", "vera_lambda_d": "lora_vera_d"}
+VERA = Method(
+    peft.VeraConfig,
+    {"variant": "vera", "r": 3, "target_modules": LAYERS},
+    {"r": 3, "target_modules": LAYERS, "fan_in_fan_out": True},
+    LEAVES,
+)
+
+
+def reference(model: Any, name: str) -> torch.Tensor:
+    """W' of a layer in float64, from the definition."""
+    layer = model.get_submodule(name)
+    out, inputs = SHAPES[name]
+    a, b, d, diagonal = (
+        getattr(layer, leaf).detach().double() for leaf in ("lora_vera_A", "lora_vera_B", "lora_vera_d", "lora_vera_b")
+    )
+    delta = diagonal[:, None] * b[:out] @ (d[:, None] * a[:, :inputs])
+    weight = layer.weight.detach().double()
+    return weight + (delta if weight.shape == (out, inputs) and name != "third" else delta.T)
+
+
+# --- PEFT's numbers ---
+
+
+@pytest.mark.parametrize("key", [0, 5])
+def test_projections_are_pefts_of_the_same_key(key):
+    model = ours(VERA, variant_options={"projection_prng_key": key})
+    other = theirs(VERA, projection_prng_key=key)
+    assert torch.equal(model.one.lora_vera_A, other.base_model.vera_A["default"])
+    assert torch.equal(model.one.lora_vera_B, other.base_model.vera_B["default"])
+    assert model.one.lora_vera_A.shape == (3, 9)
+    assert model.one.lora_vera_B.shape == (9, 3)
+
+
+@pytest.mark.parametrize("d_initial", [0.1, 0.5])
+def test_the_start_is_pefts(d_initial):
+    stream = torch.get_rng_state()
+    model = ours(VERA, variant_options={"d_initial": d_initial})
+    assert torch.equal(torch.get_rng_state(), stream)
+    other = theirs(VERA, d_initial=d_initial)
+    for name, parameter, expected in pairs(VERA, model, other):
+        assert torch.equal(parameter, expected), name
+    assert torch.equal(model(TOKENS), base()(TOKENS))
+    assert {*trained_names(model)} == {f"{name}.{leaf}" for name in LAYERS for leaf in LEAVES.values()}
+
+
+def test_a_random_start_changes_the_output_as_in_peft():
+    model = ours(VERA, init_lora_weights=False)
+    for name, parameter, expected in pairs(VERA, model, theirs(VERA, init_weights=False)):
+        assert torch.equal(parameter, expected) == name.endswith("_b"), name  # ones, and d of a normal distribution
+    assert (model(TOKENS) - base()(TOKENS)).abs().max() > 1e-3
+
+
+def test_outputs_gradients_and_steps_are_pefts():
+    model, other = moved(ours(VERA)), theirs(VERA)
+    copy_to_peft(VERA, model, other)
+    torch.testing.assert_close(model(TOKENS), other(TOKENS), **SAME)
+    model(TOKENS).square().sum().backward()
+    other(TOKENS).square().sum().backward()
+    for name, parameter, theirs_ in pairs(VERA, model, other):
+        assert parameter.grad.any(), name
+        torch.testing.assert_close(parameter.grad, theirs_.grad, rtol=1e-4, atol=1e-5)
+    model.zero_grad()
+    other.zero_grad()
+    assert steps(model, 6) == pytest.approx(steps(other, 6), rel=1e-4)
+    torch.testing.assert_close(model(TOKENS), other(TOKENS), rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_pass_gradcheck():
+    model = moved(ours(VERA, base().double()))
+    parameters = [model.get_parameter(name) for name in trained_names(model)]
+
+    def run(*values: torch.Tensor) -> torch.Tensor:
+        held = dict(zip(trained_names(model), values, strict=True))
+        return torch.func.functional_call(model, held, (TOKENS,))
+
+    assert torch.autograd.gradcheck(run, tuple(p.detach().requires_grad_() for p in parameters))
+
+
+# --- one pair of projections ---
+
+
+def test_all_layers_hold_one_pair_of_projections():
+    model = ours(VERA)
+    for other in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model.to(torch.float64)):
+        for leaf in ("lora_vera_A", "lora_vera_B"):
+            assert len({id(getattr(other.get_submodule(name), leaf)) for name in LAYERS}) == 1
+            assert not getattr(other.one, leaf).requires_grad
+
+
+def test_a_file_holds_the_projections_once(tmp_path):
+    model = moved(ours(VERA))
+    state = adapter_state_dict(model)
+    file = io.BytesIO()
+    torch.save(state, file)
+    with_one = {
+        name: value for name, value in state.items() if not name.startswith(("two.lora_vera_A", "two.lora_vera_B"))
+    }
+    alone = io.BytesIO()
+    torch.save(with_one, alone)
+    projection = state["one.lora_vera_A"].numel() * 4
+    assert len(file.getvalue()) - len(alone.getvalue()) < 1000 + projection
+    save_adapter(model, tmp_path)
+    held = [name for name in tensors_of(tmp_path) if "vera_A" in name or "vera_B" in name]
+    assert sorted(held) == ["base_model.vera_A", "base_model.vera_B"]
+
+
+def test_projections_come_from_the_file_and_not_from_the_key(tmp_path):
+    """Random streams differ between versions of torch."""
+    model = moved(ours(VERA))
+    with torch.no_grad():
+        model.one.lora_vera_A.mul_(-1.5)
+    save_adapter(model, tmp_path)
+    for again in (base(), ours(VERA, r=3), ours(VERA, variant_options={"projection_prng_key": 4})):
+        load_adapter(again, tmp_path)
+        assert torch.equal(again.two.lora_vera_A, model.one.lora_vera_A)
+        assert torch.equal(again(TOKENS), model(TOKENS))
+
+
+def test_layers_that_come_later_and_are_larger_fit(tmp_path):
+    """As a Trainer's configure_model builds them after the others were adapted."""
+    from lightning_lora.model.inject import adapt_new_layers, begin_injection, finish_injection
+
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh())
+    begin_injection(model, LoRAConfig(variant="vera", r=2, target_modules=["0", "2"]))
+    model.append(nn.Linear(3, 20))
+    adapt_new_layers(model)
+    finish_injection(model)
+    whole = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 20))
+    inject(whole, LoRAConfig(variant="vera", r=2, target_modules=["0", "2"]))
+    for name, value in adapter_state_dict(whole).items():
+        assert torch.equal(adapter_state_dict(model)[name], value), name
+    assert model[0].lora_vera_B is model[2].lora_vera_B
+
+
+# --- merging ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_merging_rounds_once_and_restores_every_bit(dtype):
+    model = moved(ours(VERA, base().to(dtype)))
+    before, expected = state_bits(model), {name: reference(model, name) for name in LAYERS}
+    answer = model(TOKENS)
+    for _ in range(3):
+        merge(model)
+        for name in LAYERS:
+            found, wanted = model.get_submodule(name).weight.detach(), expected[name].to(dtype)
+            assert (found - wanted).abs().max() <= 2 * torch.finfo(dtype).eps * wanted.abs().max(), name
+        torch.testing.assert_close(model(TOKENS), answer, rtol=0, atol=40 * torch.finfo(dtype).eps)
+        unmerge(model)
+        assert state_bits(model) == before
+
+
+def test_taken_out_the_model_is_plain(tmp_path):
+    model, plain = moved(ours(VERA)), base()
+    expected = {name: reference(model, name).float() for name in LAYERS}
+    with disable_adapter(model):
+        assert torch.equal(model(TOKENS), plain(TOKENS))
+    answer = model(TOKENS)
+    state = merged_state_dict(model)
+    save_merged(model, tmp_path)
+    assert state.keys() == plain.state_dict().keys()
+    merged = merge_and_unload(copy.deepcopy(model))
+    for name, value in expected.items():
+        torch.testing.assert_close(merged.get_submodule(name).weight, value, **SAME)
+        torch.testing.assert_close(state[f"{name}.weight"], value, **SAME)
+    torch.testing.assert_close(merged(TOKENS), answer, **SAME)
+    unload(model)
+    for each in (merged, model):
+        assert [type(m) for m in each.modules()] == [type(m) for m in plain.modules()]
+        assert not any("lora" in name for name, _ in each.named_parameters())
+    assert state_bits(model) == state_bits(plain)
+
+
+# --- PEFT's folders ---
+
+FOLDERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # peft's options, and what LoRAConfig is then
+    "plain": ({}, {}),
+    "initial d, key": (
+        {"d_initial": 0.01, "projection_prng_key": 7},
+        {"variant_options": {"d_initial": 0.01, "projection_prng_key": 7}},
+    ),
+    "dropout": ({"vera_dropout": 0.25}, {"lora_dropout": 0.25}),
+    "biases of adapted layers": ({"bias": "vera_only"}, {"bias": "lora_only"}),
+    "all biases": ({"bias": "all"}, {"bias": "all"}),
+    "modules_to_save": ({"modules_to_save": ["head"]}, {"modules_to_save": ["head"]}),
+    "random start": ({"init_weights": False}, {"init_lora_weights": False}),
+    "an expression": ({"target_modules": "one|two"}, {"target_modules": "one|two"}),
+}
+
+
+@pytest.mark.parametrize("case", FOLDERS)
+def test_pefts_folder_is_read_and_written_again(tmp_path, case):
+    options, expected = FOLDERS[case]
+    other = moved(theirs(VERA, **options))
+    other.save_pretrained(tmp_path / "theirs")
+    model = base()
+    load_adapter(model, tmp_path / "theirs")
+    torch.testing.assert_close(model(TOKENS), other(TOKENS), **SAME)
+    config = model.lora_injection.config
+    assert config == LoRAConfig(**{**VERA.ours, **expected, "target_modules": config.target_modules})
+    save_adapter(model, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(base(), tmp_path / "ours").eval()
+    torch.testing.assert_close(again(TOKENS), other(TOKENS), **SAME)
+    written, before = config_of(tmp_path / "ours"), config_of(tmp_path / "theirs")
+    same = (
+        "peft_type",
+        "r",
+        "d_initial",
+        "projection_prng_key",
+        "vera_dropout",
+        "bias",
+        "save_projection",
+        "init_weights",
+    )
+    assert {name: written[name] for name in same} == {name: before[name] for name in same}
+
+
+@pytest.mark.parametrize("case", FOLDERS)
+def test_pefts_config_means_the_same(case):
+    options, expected = FOLDERS[case]
+    config = LoRAConfig.from_peft(peft.VeraConfig(**{**VERA.theirs, **options}))
+    assert not config.differing(LoRAConfig(**{**VERA.ours, **expected}))
+
+
+@pytest.mark.parametrize("case", FOLDERS)
+def test_our_folder_is_read_by_peft_and_by_us(tmp_path, case):
+    model = moved(ours(VERA, **FOLDERS[case][1]))
+    save_adapter(model, tmp_path)
+    other = peft.PeftModel.from_pretrained(base(), tmp_path).eval()
+    torch.testing.assert_close(other(TOKENS), model(TOKENS), **SAME)
+    again = base()
+    load_adapter(again, tmp_path)
+    assert again.lora_injection.config == model.lora_injection.config
+    state = adapter_state_dict(model)
+    assert adapter_state_dict(again).keys() == state.keys()
+    assert all(torch.equal(adapter_state_dict(again)[name], value) for name, value in state.items())
+
+
+def test_layers_to_transform_is_pefts(tmp_path):
+    def blocks() -> nn.Sequential:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            return nn.Sequential(nn.ModuleDict({"q": nn.Linear(4, 4)}), nn.ModuleDict({"q": nn.Linear(4, 4)}))
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = blocks()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for layer in self.layers:
+                x = layer["q"](x)
+            return x
+
+    config = peft.VeraConfig(r=2, target_modules=["q"], layers_to_transform=[1], layers_pattern="layers")
+    other = moved(peft.get_peft_model(Net(), config))
+    other.save_pretrained(tmp_path)
+    model = Net()
+    load_adapter(model, tmp_path)
+    assert model.lora_injection.layers == ["layers.1.q"]
+    torch.testing.assert_close(model(torch.ones(2, 4)), other(torch.ones(2, 4)), **SAME)
+
+
+def test_a_folder_without_projections_is_refused_with_the_remedy(tmp_path):
+    """Their values cannot be known: random streams differ between versions."""
+    moved(theirs(VERA, save_projection=False)).save_pretrained(tmp_path)
+    with pytest.raises(LoRAError, match="vera_A.*save_projection"):
+        load_adapter(base(), tmp_path)
+
+
+@pytest.mark.parametrize("lost", ["one.vera_lambda_b", "two.vera_lambda_d", "vera_A"])
+def test_a_folder_that_was_cut_is_refused_by_name(tmp_path, lost):
+    moved(theirs(VERA)).save_pretrained(tmp_path)
+    tensors = tensors_of(tmp_path)
+    save_file({n: t for n, t in tensors.items() if not n.endswith(lost)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(LoRAError, match="missing"):
+        load_adapter(base(), tmp_path)
+
+
+def test_an_option_that_cannot_be_applied_is_refused_by_name(tmp_path):
+    moved(theirs(VERA)).save_pretrained(tmp_path)
+    edit(tmp_path, something_new=3)
+    with pytest.raises(LoRAError, match="something_new=3"):
+        load_adapter(base(), tmp_path)
+
+
+# --- bases, swaps, several adapters ---
+
+
+def test_a_swap_takes_another_rank_and_other_projections(tmp_path):
+    model, other = moved(ours(VERA)), moved(ours(VERA, r=5, variant_options={"projection_prng_key": 3}))
+    objects = dict(model.named_parameters())
+    save_adapter(other, tmp_path)
+    load_adapter(model, tmp_path)
+    assert dict(model.named_parameters()).items() == objects.items()
+    assert torch.equal(model(TOKENS), other(TOKENS))
+    assert model.one.lora_vera_A is model.two.lora_vera_A
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_quantised_base_trains_and_stays_factored(kind):
+    pytest.importorskip("bitsandbytes")
+
+    def build() -> nn.Sequential:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return quantise_(nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64)), kind)
+
+    model = build()
+    inject(model, LoRAConfig(variant="vera", r=4))
+    moved(model)
+    x = torch.randn(3, 64)
+    weights = {name: values_of(model[name]) for name in (0, 2)}
+
+    def dense(layer: Any, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        a, b = layer.lora_vera_d[:, None] * layer.lora_vera_A, layer.lora_vera_b[:, None] * layer.lora_vera_B
+        return x @ (weight.float() + b @ a).T + layer.bias
+
+    expected = dense(model[2], weights[2], dense(model[0], weights[0], x).tanh())
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=3e-2 if kind == "int8" else 1e-4)
+    model(x).sum().backward()
+    assert all(model.get_parameter(name).grad is not None for name in trained_names(model))
+    merge(model)
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=3e-2 if kind == "int8" else 1e-4)
+
+
+def test_a_tied_weight_is_never_changed():
+    model = nn.Module()
+    model.emb, model.head = nn.Embedding(8, 6), nn.Linear(6, 8, bias=False)
+    model.head.weight = model.emb.weight
+    inject(model, LoRAConfig(variant="vera", r=2, target_modules=["head"]))
+    moved(model)
+    before, answer = bits(model.emb.weight), model.head(torch.ones(1, 6))
+    merge(model)
+    assert bits(model.emb.weight) == before
+    assert torch.equal(model.head(torch.ones(1, 6)), answer)
+
+
+def test_combining_adds_what_the_adapters_add(tmp_path):
+    """Into a plain LoRA adapter: sums of products with other vectors are no VeRA."""
+    sources = []
+    for i in range(2):
+        model = ours(VERA, variant_options={"projection_prng_key": i})
+        torch.manual_seed(i)
+        with torch.no_grad():
+            for name in trained_names(model):
+                model.get_parameter(name).normal_()
+        sources.append(model)
+        save_adapter(model, tmp_path / str(i))
+    try:
+        both = combine([tmp_path / "0", tmp_path / "1"], [0.5, -2.0], method="cat")
+    except LoRAError as error:
+        assert "vera" in str(error)
+        return
+    again = base()
+    load_adapter(again, both)
+    merge(again)
+    for name in LAYERS:
+        plain = base().get_submodule(name).weight.double()
+        wanted = plain + sum(w * (reference(m, name) - plain) for w, m in zip((0.5, -2.0), sources, strict=True))
+        torch.testing.assert_close(again.get_submodule(name).weight.double(), wanted, **SAME)
+
+
+# --- what is refused ---
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({"lora_alpha": 16}, "lora_alpha"),
+        ({"use_rslora": True}, "use_rslora"),
+        ({"use_dora": True}, "use_dora"),
+        ({"rank_pattern": {"one": 2}}, "rank_pattern"),
+        ({"alpha_pattern": {"one": 2}}, "alpha_pattern"),
+        ({"enable_lora": {"one": [True, False, True]}}, "enable_lora"),
+        ({"target_parameters": ["one.weight"], "target_modules": []}, "target_parameters"),
+        ({"init_lora_weights": "gaussian"}, "init_lora_weights"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights"),
+        ({"init_lora_weights": "eva"}, "init_lora_weights"),
+        ({"variant_options": {"d_inital": 0.1}}, "d_inital.*d_initial"),
+        ({"variant_options": {"d_initial": math.nan}}, "d_initial"),
+        ({"variant_options": {"projection_prng_key": "a"}}, "projection_prng_key"),
+    ],
+)
+def test_an_option_that_has_no_place_is_refused_by_name(options, names):
+    with pytest.raises(LoRAError, match=names):
+        LoRAConfig(**{**VERA.ours, **options})
+
+
+@pytest.mark.parametrize("name", ["emb", "conv", "grouped", "image", "volume"])
+def test_a_layer_that_peft_does_not_adapt_so_is_refused_by_name(name):
+    with pytest.raises(LoRAError, match=f"{name!r}.*vera"):
+        ours(VERA, target_modules=[name])
+
+
+def test_what_peft_can_say_and_we_cannot_is_refused_by_name():
+    with pytest.raises(LoRAError, match="save_projection"):
+        LoRAConfig.from_peft(peft.VeraConfig(**VERA.theirs, save_projection=False))
+
+
+def test_another_variant_in_the_place_is_refused_by_name(tmp_path):
+    save_adapter(moved(ours(VERA)), Path(tmp_path))
+    plain = base()
+    inject(plain, LoRAConfig(r=3, target_modules=LAYERS))
+    with pytest.raises(LoRAError, match="variant"):
+        load_adapter(plain, tmp_path)
