@@ -149,19 +149,17 @@ class Variant(PeftForm):
 
     Example::
 
-        class Plain(Variant):
-            name, title = "plain", "plain LoRA"
-            trained = ("lora_plain_a", "lora_plain_b")
-
-            def shapes(self, place):
-                return dict(zip(self.trained, place.factor_shapes()))
-
-            def start(self, place, weights):
-                a, b = self.shapes(place).values()
-                return {"lora_plain_a": torch.randn(a), "lora_plain_b": torch.zeros(b)}
-
-            def acting(self, stored, weight, scaling):
-                return Acting(stored["lora_plain_a"], stored["lora_plain_b"])
+        >>> class Plain(Variant):
+        ...     name, trained = "plain", ("lora_plain_a", "lora_plain_b")
+        ...     def shapes(self, place):
+        ...         return dict(zip(self.trained, place.factor_shapes()))
+        ...     def start(self, place, weights):
+        ...         a, b = self.shapes(place).values()
+        ...         return {"lora_plain_a": torch.randn(a), "lora_plain_b": torch.zeros(b)}
+        ...     def acting(self, stored, weight, scaling):
+        ...         return stored["lora_plain_a"], stored["lora_plain_b"], None
+        >>> inject(nn.Sequential(nn.Linear(8, 8)), LoRAConfig(variant="plain", r=2))
+        ['0']
     """
 
     name: ClassVar[str] = ""
