@@ -135,7 +135,7 @@ def copies_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
                 copies[name] = tensor.detach().clone()
         for names in together.values():
             flat = torch.cat([tensors[name].detach().reshape(-1) for name in names])
-            for name, part in zip(names, flat.split([tensors[name].numel() for name in names]), strict=True):
+            for name, part in zip(names, torch.split(flat, [tensors[name].numel() for name in names]), strict=True):
                 copies[name] = part.view(tensors[name].shape)
     return {name: copies[name] for name in tensors}
 

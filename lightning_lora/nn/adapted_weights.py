@@ -570,7 +570,8 @@ def adapted_places(
     for path, module in model.named_modules(remove_duplicate=remove_duplicate) if modules is None else modules:
         if isinstance(module, AdaptedModule):
             for parameter, adapter in module.lora_adapters().items():
-                yield ".".join(part for part in (canonical(path), parameter) if part), module, adapter  # type: ignore[misc]
+                name = canonical(path)
+                yield f"{name}.{parameter}" if name and parameter else name or parameter, module, adapter  # type: ignore[misc]
 
 
 def adapted_layers(
