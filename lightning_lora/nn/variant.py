@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ..distributed.sharding import full_tensor
+from ..errors import LoRAError
 from ..names import KNOWN_VARIANTS, PREFIX, register_leaf
 from . import low_rank
 from .low_rank import LowRankBlock
@@ -187,8 +188,11 @@ class Variant(PeftForm):
             cls.peft_type = ""
         if "acting" in own and "expected" not in own:
             cls.expected = Variant.expected  # type: ignore[method-assign]
-        for leaf in cls.leaves:
-            register_leaf(leaf, cls.role(leaf))
+        try:
+            for leaf in cls.leaves:
+                register_leaf(leaf, cls.role(leaf))
+        except ValueError as error:
+            raise LoRAError(f"{cls.__qualname__}: the leaf name {error}.") from None
         variant = cls()
         _ALL[f"{cls.__module__}.{cls.__qualname__}"] = variant
         if not vars(cls).keys() & {"name", "started"} or not cls.name:
@@ -196,7 +200,10 @@ class Variant(PeftForm):
         known = _STARTED if cls.started else KNOWN_VARIANTS
         other = type(known.get(cls.name, variant))
         if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ValueError(f"{cls.__qualname__}: the variant {cls.name!r} is {other.__module__}.{other.__qualname__}")
+            raise LoRAError(
+                f"{cls.__qualname__}: the variant {cls.name!r} is {other.__module__}.{other.__qualname__} already; "
+                "choose another name."
+            )
         known[cls.name] = variant
 
     def __eq__(self, other: object) -> bool:

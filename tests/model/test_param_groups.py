@@ -189,7 +189,7 @@ def test_a_model_that_was_not_injected_is_refused():
         ({}, {"other": {"a", "b"}, "no_decay": {"g"}}),
         ({"lora_gated_a": "A", "lora_gated_b": "B"}, {"lora_A": {"a"}, "lora_B": {"b"}, "no_decay": {"g"}}),
     ],
-    ids=str,
+    ids=["other roles", "A and B"],
 )
 def test_tensors_of_a_users_variant_are_grouped_by_the_role_that_it_gives_them(
     roles: dict[str, str], groups: dict[str, set[str]]
