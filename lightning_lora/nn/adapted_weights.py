@@ -119,7 +119,10 @@ class StoredTensors:
 
     def stored(self) -> dict[str, nn.Parameter]:
         """Return all that says what the adapter adds, by leaf name: what is trained, then what stays frozen."""
-        holder, leaves = self.lora_holder, self.lora.spec.variant.leaves
+        holder, variant = self.lora_holder, self.lora.spec.variant
+        leaves = variant.leaves
+        if variant.shared and self.lora.shared is None:  # while the first layers of a model are adapted
+            leaves = (*variant.trained, *variant.frozen)
         return {leaf: getattr(holder, self.stored_name(leaf)) for leaf in leaves}
 
     def stored_name(self, leaf: str) -> str:
