@@ -7,11 +7,14 @@ from dataclasses import replace
 from typing import Any
 
 from ..config import LoRAConfig
+from ..nn.peft_form import PeftForm
 from .adapter import Adapter
 
 
 def to_peft_form(adapter: Adapter) -> Adapter:
     """Return the adapter with tensors and options as PEFT has them for its variant, under our names."""
+    if type(adapter.variant).to_peft is PeftForm.to_peft:
+        return replace(adapter, config=config_in_peft(adapter))
     tensors = dict(adapter.tensors)
     for layer in adapter.layers():
         stored = {leaf: value.detach() for leaf, value in adapter.stored(layer).items()}
@@ -28,6 +31,8 @@ def from_peft_form(adapter: Adapter) -> Adapter:
     Raises:
         LoRAError: a layer's tensors are not of that form.
     """
+    if type(adapter.variant).from_peft is PeftForm.from_peft:
+        return adapter
     tensors = dict(adapter.tensors)
     for layer in adapter.layers():
         found = adapter.stored(layer)

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 from ..errors import LoRAError
-from ..names import split_factor_name, suffixes
+from ..names import split_factor_name
 from ..nn.low_rank import ATTENTION_OUTPUT, PARAMETER
 from ..nn.variant import Variant, known_variants
 from .peft_parameters import Nesting, our_factor
@@ -68,14 +68,25 @@ class _Leaves:
     """How the names of an adapter's own tensors end in PEFT, over all variants."""
 
     ours: Mapping[str, str]  # our leaf name of each ending
+    most_segments: int  # of an ending
     shared: Mapping[str, str]  # the same of tensors that all layers share
     adapter_name: re.Pattern[str]  # finds the adapter's name inside of an ending
     named: str  # an expression for what an adapter's name follows
 
     def split(self, name: str) -> tuple[str, str] | None:
         """Return the layer, as PEFT writes it, and the ending of a tensor's name; None for any other name."""
-        ending = next((ending for ending in suffixes(name) if ending in self.ours), None)
-        return None if ending is None else (name.removesuffix(ending).removesuffix("."), ending)
+        at = len(name)
+        for _ in range(self.most_segments):
+            at = name.rfind(".", 0, at)
+            if name[at + 1 :] in self.ours:
+                return name[: max(at, 0)], name[at + 1 :]
+            if at < 0:
+                break
+        return None
+
+    def name_adapter(self, name: str) -> bool:
+        """Return whether a name is that of an adapter's own tensor, in a file or of a live model."""
+        return self.split(name) is not None or self.adapter_name.search(name) is not None
 
 
 def _leaves() -> _Leaves:
@@ -94,6 +105,7 @@ def _leaves_of(variants: tuple[Variant, ...]) -> _Leaves:
     heads = sorted({re.escape(ending.partition(".")[0]) for ending in (*ours, *shared)})
     return _Leaves(
         ours,
+        max(ending.count(".") for ending in ours) + 1,
         shared,
         re.compile(rf"(?:^|\.)(?:{'|'.join(inside)})$"),
         rf"(^|\.)({'|'.join(heads)}|lora_\w+|modules_to_save|trainable_tokens_delta)\.",
@@ -102,8 +114,7 @@ def _leaves_of(variants: tuple[Variant, ...]) -> _Leaves:
 
 def are_peft_names(names: Iterable[str]) -> bool:
     """Tell whether names are PEFT's, in a file or of a live model, rather than ours."""
-    leaves = _leaves()
-    return any(leaves.adapter_name.search(name) or leaves.split(name) for name in names)
+    return any(map(_leaves().name_adapter, names))
 
 
 def peft_name(name: str, variant: Variant, layers: Set[str], kinds: Mapping[str, str], nesting: Nesting) -> str:
@@ -201,9 +212,9 @@ def _adapter_name(peft_names: Iterable[str], where: object) -> str:
 def _network(peft_names: Iterable[str], where: object) -> str:
     """Return what stands before PEFT's prefix in the names of factors."""
     found: set[str] = set()
-    for name in peft_names:
+    for name in filter(_leaves().name_adapter, peft_names):
         start = _start(name)
-        if start >= 0 and name[:start] not in found and are_peft_names([name]):
+        if start >= 0:
             found.add(name[:start])
     if len(found) > 1:
         names = ", ".join(repr(prefix.removesuffix(".")) for prefix in sorted(found))

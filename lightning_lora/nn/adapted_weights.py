@@ -117,9 +117,15 @@ class StoredTensors:
         return f"r={spec.r}, alpha={spec.alpha:g}" if spec.variant.scaled else f"r={spec.r}"
 
     def stored(self, leaves: Sequence[str] = ()) -> dict[str, nn.Parameter]:
-        """Return all that says what the adapter adds, or the tensors of these leaf names, by leaf name."""
-        holder = self.lora_holder
-        return {leaf: getattr(holder, self.stored_name(leaf)) for leaf in leaves or self.lora.spec.variant.leaves}
+        """Return all that says what the adapter adds, or the tensors of these leaf names, by leaf name.
+
+        What is trained comes first, then what stays frozen.
+        """
+        holder, variant = self.lora_holder, self.lora.spec.variant
+        leaves = leaves or variant.leaves
+        if variant.shared and self.lora.shared is None:  # while the first layers of a model are adapted
+            leaves = [leaf for leaf in leaves if leaf not in variant.shared]
+        return {leaf: getattr(holder, self.stored_name(leaf)) for leaf in leaves}
 
     def stored_name(self, leaf: str) -> str:
         """Return the name of a stored tensor in the holder."""

@@ -188,23 +188,22 @@ class Variant(PeftForm):
             cls.peft_type = ""
         if "acting" in own and "expected" not in own:
             cls.expected = Variant.expected  # type: ignore[method-assign]
-        try:
-            for leaf in cls.leaves:
-                register_leaf(leaf, cls.role(leaf))
-        except ValueError as error:
-            raise LoRAError(f"{cls.__qualname__}: the leaf name {error}.") from None
-        variant = cls()
-        _ALL[f"{cls.__module__}.{cls.__qualname__}"] = variant
-        if not vars(cls).keys() & {"name", "started"} or not cls.name:
-            return
-        known = _STARTED if cls.started else KNOWN_VARIANTS
-        other = type(known.get(cls.name, variant))
+        variant, known = cls(), _STARTED if cls.started else KNOWN_VARIANTS
+        has_name = bool(own.keys() & {"name", "started"} and cls.name)
+        other = type(known.get(cls.name, variant)) if has_name else cls
         if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
             raise LoRAError(
                 f"{cls.__qualname__}: the variant {cls.name!r} is {other.__module__}.{other.__qualname__} already; "
                 "choose another name."
             )
-        known[cls.name] = variant
+        try:
+            for leaf in cls.leaves:
+                register_leaf(leaf, cls.role(leaf))
+        except ValueError as error:
+            raise LoRAError(f"{cls.__qualname__}: the leaf name {error}.") from None
+        _ALL[f"{cls.__module__}.{cls.__qualname__}"] = variant
+        if has_name:
+            known[cls.name] = variant
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other)

@@ -79,6 +79,7 @@ class Row:
     Attributes:
         plain: the same model with plain weights, where these are quantised.
         theirs: peft's options where they are others; None where peft has no such adapter.
+        method: peft's config of other adapters than LoRA, of which `theirs` are all options.
     """
 
     layer: str
@@ -88,6 +89,7 @@ class Row:
     variant: str = "LoRA"
     plain: Callable[[], Any] | None = None
     theirs: dict[str, Any] | None = field(default_factory=dict)
+    method: Callable[..., Any] = peft.LoraConfig
 
     @property
     def label(self) -> str:
@@ -168,6 +170,9 @@ RSLORA = {"use_rslora": True, "r": 4, "lora_alpha": 3}
 EVA, GA = STARTS | {"init_lora_weights": "eva"}, STARTS | {"init_lora_weights": "lora_ga"}
 BOTH = STARTS | {"init_lora_weights": FROM_DATA}
 PLUS = "LoRA+"  # an optimizer's groups, no option of the adapter
+VERA = {"target_modules": ["inner"], "variant": "vera", "lora_alpha": 8}  # its default
+LOHA = {"target_modules": ["inner"], "variant": "loha"}
+OF_METHOD = {"r": 2, "target_modules": ["inner"], "init_weights": False}  # peft's options of these two
 DORA = {"target_modules": ["inner"], "use_dora": True}
 PARTS = {"target_modules": ["inner"], "enable_lora": {"inner": [True, False, True]}}
 QUANTISED = {
@@ -299,6 +304,22 @@ ROWS = [
         "DoRA",
         theirs=None,
     ),
+    *(
+        Row(layer, inner(build), x, VERA, "VeRA", theirs=OF_METHOD | others, method=peft.VeraConfig)
+        for layer, build, x, others in (
+            ("nn.Linear", lambda: nn.Linear(8, 6), floats(3, 8), {}),
+            ("transformers' Conv1D", lambda: Conv1D(6, 8), floats(3, 8), {"fan_in_fan_out": True}),
+        )
+    ),
+    *(
+        Row(layer, inner(build), x, LOHA, "LoHa", theirs=OF_METHOD | {"alpha": 3}, method=peft.LoHaConfig)
+        for layer, build, x in (
+            ("nn.Linear", lambda: nn.Linear(8, 6), floats(3, 8)),
+            ("nn.Conv1d", lambda: nn.Conv1d(8, 6, 3), floats(2, 8, 7)),
+            ("nn.Conv2d", lambda: nn.Conv2d(8, 6, 3, padding=1), floats(2, 8, 5, 5)),
+            ("nn.Conv2d, groups", lambda: nn.Conv2d(8, 12, 3, groups=2), floats(2, 8, 5, 5)),
+        )
+    ),
     Row("nn.MultiheadAttention", inner(Attention), floats(2, 4, 8), {"target_modules": ["attention"]}),
     Row(
         "nn.MultiheadAttention, q, k and v apart",
@@ -404,7 +425,8 @@ def trained(row: Row) -> str:
     model = adapted(row)
     before, bits = {n: v.clone() for n, v in adapter_state_dict(model).items()}, base_bits(model)
     losses = train_(model, row)
-    moved = [torch.equal(v, before[n]) == ("lora_start" in n) for n, v in adapter_state_dict(model).items()]
+    now = adapter_state_dict(model)
+    moved = [torch.equal(now[n], value) != model.get_parameter(n).requires_grad for n, value in before.items()]
     return RIGHT if all(moved) and losses[-1] < losses[0] and base_bits(model) == bits else "wrong"
 
 
@@ -465,7 +487,7 @@ def to_peft(row: Row, folder: Path) -> str:
 
 def peft_model(row: Row, config: peft.LoraConfig) -> Any:
     """As peft adapts the model, from data where the row says so."""
-    model, init = fresh(row), config.init_lora_weights
+    model, init = fresh(row), getattr(config, "init_lora_weights", False)
     for module in model.modules():
         if hasattr(module, PACKS_FOR_CPU):  # peft evaluates the model first, and a packed weight gives no gradient
             setattr(module, PACKS_FOR_CPU, False)
@@ -487,7 +509,8 @@ def from_peft(row: Row, folder: Path) -> str:
     options = {name: value for name, value in row.options.items() if name != "enable_lora"}
     if options.get("init_lora_weights") == "eva":
         options["eva_config"] = peft.EvaConfig(rho=1.0)
-    config = peft.LoraConfig(**{"r": 2, "lora_alpha": 3, "init_lora_weights": False} | options | row.theirs)
+    options = {"r": 2, "lora_alpha": 3, "init_lora_weights": False} | options | row.theirs
+    config = row.method(**options if row.method is peft.LoraConfig else row.theirs)
     theirs = peft_model(row, config)
     if "parameters" in str(list(row.options)):  # peft draws no B of a parameter
         with torch.no_grad():
@@ -495,7 +518,10 @@ def from_peft(row: Row, folder: Path) -> str:
                 if "lora_" in name:
                     parameter.copy_(0.3 * torch.randn_like(parameter))
     initial = {}
-    if config.init_lora_weights not in (False, "eva"):  # it changes the base; peft takes that out again when it saves
+    if getattr(config, "init_lora_weights", False) not in (
+        False,
+        "eva",
+    ):  # it changes the base; peft takes that out again when it saves
         own, theirs.peft_config["default"].init_lora_weights = row.options["init_lora_weights"], True
         theirs.save_pretrained(folder / "initial")
         theirs.peft_config["default"].init_lora_weights = own

@@ -298,11 +298,7 @@ def test_combining_adds_what_the_adapters_add(tmp_path):
     sources = [moved(ours(LOHA, **options)), moved(ours(LOHA, init_lora_weights=False, **options))]
     for i, model in enumerate(sources):
         save_adapter(model, tmp_path / str(i))
-    try:
-        both = combine([tmp_path / "0", tmp_path / "1"], [0.5, -2.0], method="cat")
-    except LoRAError as error:
-        assert "loha" in str(error)
-        return
+    both = combine([tmp_path / "0", tmp_path / "1"], [0.5, -2.0], method="cat")
     again = base()
     load_adapter(again, both)
     merge(again)

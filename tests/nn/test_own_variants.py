@@ -231,12 +231,12 @@ def test_a_program_that_does_not_know_it_refuses_its_files_by_name(tmp_path: Pat
 
 
 def test_an_unknown_name_is_an_error_with_near_misses_and_the_remedy():
-    with pytest.raises(LoRAError, match="import the file that defines.*did you mean 'own-squares'"):
+    with pytest.raises(LoRAError, match=r"import the file that defines.*did you mean 'own-squares'"):
         LoRAConfig(variant="own_squares")
 
 
 def test_a_name_or_a_leaf_that_is_taken_is_refused():
-    with pytest.raises(ValueError, match="'own-squares' is .*Squares"):
+    with pytest.raises(ValueError, match=r"'own-squares' is .*Squares"):
         type("Other", (Variant,), {"name": "own-squares", "trained": ("lora_other",)})
     with pytest.raises(ValueError, match="'other_leaf' must begin with 'lora_'"):
         type("Other", (Variant,), {"name": "own-other", "trained": ("other_leaf",)})

@@ -6,6 +6,7 @@ import copy
 import io
 import math
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -155,13 +156,10 @@ def test_a_file_holds_the_projections_once(tmp_path):
     state = adapter_state_dict(model)
     file = io.BytesIO()
     torch.save(state, file)
-    with_one = {
-        name: value for name, value in state.items() if not name.startswith(("two.lora_vera_A", "two.lora_vera_B"))
-    }
-    alone = io.BytesIO()
-    torch.save(with_one, alone)
-    projection = state["one.lora_vera_A"].numel() * 4
-    assert len(file.getvalue()) - len(alone.getvalue()) < 1000 + projection
+    with zipfile.ZipFile(file) as archive:
+        sizes = [entry.file_size for entry in archive.infolist() if "/data/" in entry.filename]
+    assert sum(sizes) == sum(p.numel() * 4 for n, p in model.named_parameters() if "lora_" in n)
+    assert len([name for name in state if name.endswith(("lora_vera_A", "lora_vera_B"))]) == 2 * len(LAYERS)
     save_adapter(model, tmp_path)
     held = [name for name in tensors_of(tmp_path) if "vera_A" in name or "vera_B" in name]
     assert sorted(held) == ["base_model.vera_A", "base_model.vera_B"]
@@ -265,16 +263,8 @@ def test_pefts_folder_is_read_and_written_again(tmp_path, case):
     again = peft.PeftModel.from_pretrained(base(), tmp_path / "ours").eval()
     torch.testing.assert_close(again(TOKENS), other(TOKENS), **SAME)
     written, before = config_of(tmp_path / "ours"), config_of(tmp_path / "theirs")
-    same = (
-        "peft_type",
-        "r",
-        "d_initial",
-        "projection_prng_key",
-        "vera_dropout",
-        "bias",
-        "save_projection",
-        "init_weights",
-    )
+    same = ["peft_type", "r", "d_initial", "projection_prng_key", "vera_dropout", "bias", "save_projection"]
+    same.append("init_weights")
     assert {name: written[name] for name in same} == {name: before[name] for name in same}
 
 
@@ -327,7 +317,7 @@ def test_layers_to_transform_is_pefts(tmp_path):
 def test_a_folder_without_projections_is_refused_with_the_remedy(tmp_path):
     """Their values cannot be known: random streams differ between versions."""
     moved(theirs(VERA, save_projection=False)).save_pretrained(tmp_path)
-    with pytest.raises(LoRAError, match="vera_A.*save_projection"):
+    with pytest.raises(LoRAError, match=r"vera_A.*save_projection"):
         load_adapter(base(), tmp_path)
 
 
@@ -410,11 +400,7 @@ def test_combining_adds_what_the_adapters_add(tmp_path):
                 model.get_parameter(name).normal_()
         sources.append(model)
         save_adapter(model, tmp_path / str(i))
-    try:
-        both = combine([tmp_path / "0", tmp_path / "1"], [0.5, -2.0], method="cat")
-    except LoRAError as error:
-        assert "vera" in str(error)
-        return
+    both = combine([tmp_path / "0", tmp_path / "1"], [0.5, -2.0], method="cat")
     again = base()
     load_adapter(again, both)
     merge(again)

@@ -148,9 +148,7 @@ def assert_adapter_matters(model: nn.Module) -> None:
 
 def base_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """Copies of all parameters but the adapters'."""
-    return {
-        n: p.detach().clone() for n, p in model.named_parameters() if n.rpartition(".")[2] not in ("lora_A", "lora_B")
-    }
+    return {n: p.detach().clone() for n, p in model.named_parameters() if not n.rpartition(".")[2].startswith("lora_")}
 
 
 def assert_as_found(model: nn.Module, before: dict[str, torch.Tensor] | None) -> None:

@@ -67,7 +67,7 @@ def fitted(
     others: Others = lambda path: [], model: type[Net] = Watched, data: Any = Data, first: bool = True, **options: Any
 ) -> Case:
     """A fit with other callbacks, listed after ours unless `first` is false, and a test after it."""
-    of_compare = ("always", "base_stays", "tolerance", "target_modules", "lora_dropout")
+    of_compare = ("always", "base_stays", "tolerance", "r", "target_modules", "lora_dropout", "lora_alpha", "variant")
     choices = {name: options.pop(name) for name in of_compare if name in options}
 
     def run(path: Path, net: Net, callback: LoRACallback) -> None:
@@ -235,6 +235,8 @@ ROWS: dict[str, Case] = {
     "TransformerEncoder, MultiheadAttention": fitted(model=Transformer, target_modules="all-linear"),
     "a head tied to an embedding": fitted(model=TiedHead),
     "a backbone in evaluation mode, with lora_dropout": fitted(model=EvaluationMode, lora_dropout=0.3),
+    'variant="vera"': fitted(variant="vera", lora_alpha=8),
+    'variant="loha"': fitted(variant="loha", r=1),
     "layers built in configure_model": fitted(model=LateBuilt, base_stays=False),
     "torch.compile of a submodule": fitted(model=CompiledPart, base_stays=False),
     "weight_norm": fitted(model=WeightNorm),
