@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lightning_lora import LoRACallback, LoRAConfig, inject, is_merged, merge, unload
+from lightning_lora.model import adapted_model
 from lightning_lora.trainer.step_lists import StepLists
 from support.training import Data, Net, make_trainer
 
@@ -40,6 +41,14 @@ def visits(monkeypatch) -> Counter[tuple[str, int]]:
     def named(self: nn.Module, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
         return counting(self, *args, **kwargs) if running else named_modules(self, *args, **kwargs)
 
+    list_places = adapted_model.list_places
+
+    def listing(model: nn.Module) -> list[tuple[str, nn.Module]]:
+        places = list_places(model)
+        if running:
+            counts[running[-1]] += len(places)
+        return places
+
     def wrapped(name: str) -> Any:
         hook = getattr(LoRACallback, name)
 
@@ -57,6 +66,7 @@ def visits(monkeypatch) -> Counter[tuple[str, int]]:
         calls.clear()
 
     monkeypatch.setattr(nn.Module, "named_modules", named)
+    monkeypatch.setattr(adapted_model, "list_places", listing)
     for name in EVERY_BATCH:
         monkeypatch.setattr(LoRACallback, name, wrapped(name))
     for name in ("on_train_start", "on_validation_start", "on_test_start", "on_predict_start"):
