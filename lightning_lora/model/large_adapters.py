@@ -55,7 +55,7 @@ def warn_of_large_adapters(model: nn.Module) -> None:
 
 def _measure(name: str, layer: AdaptedWeights) -> LargeAdapter:
     """Take the sizes from the blocks of the layer's weights, made of factors without values."""
-    stored = {leaf: torch.empty_like(tensor, device="meta") for leaf, tensor in layer.stored().items()}
+    stored = {leaf: torch.empty(tensor.shape, device="meta") for leaf, tensor in layer.stored().items()}
     blocks = [block for of_weight in layer.update_blocks(stored).values() for block in of_weight]
     return LargeAdapter(
         name,

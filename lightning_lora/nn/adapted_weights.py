@@ -117,13 +117,10 @@ class StoredTensors:
         spec = self.lora.spec
         return f"r={spec.r}, alpha={spec.alpha:g}" if spec.variant.scaled else f"r={spec.r}"
 
-    def stored(self) -> dict[str, nn.Parameter]:
-        """Return all that says what the adapter adds, by leaf name: what is trained, then what stays frozen."""
-        holder, variant = self.lora_holder, self.lora.spec.variant
-        leaves = variant.leaves
-        if variant.shared and self.lora.shared is None:  # while the first layers of a model are adapted
-            leaves = (*variant.trained, *variant.frozen)
-        return {leaf: getattr(holder, self.stored_name(leaf)) for leaf in leaves}
+    def stored(self, leaves: Sequence[str] = ()) -> dict[str, nn.Parameter]:
+        """Return all that says what the adapter adds, or the tensors of these leaf names, by leaf name."""
+        holder = self.lora_holder
+        return {leaf: getattr(holder, self.stored_name(leaf)) for leaf in leaves or self.lora.spec.variant.leaves}
 
     def stored_name(self, leaf: str) -> str:
         """Return the name of a stored tensor in the holder."""
@@ -143,7 +140,7 @@ class StoredTensors:
 
     def factors(self) -> tuple[nn.Parameter, ...]:
         """Return the trained parameters; the last one gets a gradient from the first step on."""
-        return tuple(self.stored().values())[: len(self.lora.spec.variant.trained)]
+        return tuple(self.stored(self.lora.spec.variant.trained).values())
 
     def adapted_weights(self) -> dict[str, nn.Parameter]:
         """Return the parameters that the adapter changes, by name."""

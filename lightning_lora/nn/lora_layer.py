@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -53,10 +53,10 @@ class LoRALayer(AdaptedWeights, AdaptedModule):
         weight = self._parameters.get("weight")  # nn.Module's __getattr__ takes several times as long
         return {"weight": self.weight if weight is None else weight}
 
-    def stored(self) -> dict[str, nn.Parameter]:
-        parameters, leaves = self._parameters, self.lora.spec.variant.leaves
+    def stored(self, leaves: Sequence[str] = ()) -> dict[str, nn.Parameter]:
+        parameters, leaves = self._parameters, leaves or self.lora.spec.variant.leaves
         found = {leaf: tensor for leaf in leaves if (tensor := parameters.get(leaf)) is not None}
-        return found if len(found) == len(leaves) else super().stored()
+        return found if len(found) == len(leaves) else super().stored(leaves)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.lora_active:

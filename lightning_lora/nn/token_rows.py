@@ -9,7 +9,7 @@ Where tables are tied, they share the adapter and its parameter as they share th
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -76,7 +76,7 @@ class TokenRows(AdaptedWeights):
     def options_text(self) -> str:
         return f"{len(self.lora.spec.rows)} trained rows"
 
-    def stored(self) -> dict[str, nn.Parameter]:
+    def stored(self, leaves: Sequence[str] = ()) -> dict[str, nn.Parameter]:
         return {ROWS: self.rows}
 
     def adapted_weights(self) -> dict[str, nn.Parameter]:

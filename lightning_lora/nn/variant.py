@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ..distributed.sharding import full_tensor
+from ..errors import LoRAError
 from ..names import KNOWN_VARIANTS, PREFIX, register_leaf
 from . import low_rank
 from .low_rank import LowRankBlock
@@ -193,9 +194,15 @@ class Variant(PeftForm):
         has_name = bool(own.keys() & {"name", "started"} and cls.name)
         other = type(known.get(cls.name, variant)) if has_name else cls
         if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ValueError(f"{cls.__qualname__}: the variant {cls.name!r} is {other.__module__}.{other.__qualname__}")
-        for leaf in cls.leaves:
-            register_leaf(leaf, cls.role(leaf))
+            raise LoRAError(
+                f"{cls.__qualname__}: the variant {cls.name!r} is {other.__module__}.{other.__qualname__} already; "
+                "choose another name."
+            )
+        try:
+            for leaf in cls.leaves:
+                register_leaf(leaf, cls.role(leaf))
+        except ValueError as error:
+            raise LoRAError(f"{cls.__qualname__}: the leaf name {error}.") from None
         _ALL[f"{cls.__module__}.{cls.__qualname__}"] = variant
         if has_name:
             known[cls.name] = variant

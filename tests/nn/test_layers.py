@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_lora import LoRAConfig, LoRAError, disable_adapter, inject, is_merged, merge, unmerge
+from lightning_lora import LoRAConfig, LoRAError, disable_adapter, inject, is_merged, merge, unload, unmerge
+from lightning_lora.nn import layer_kinds, lora_layer, low_rank
 from lightning_lora.nn.linear import LoRALinear
 from lightning_lora.nn.lora_layer import LoRALayer
 from support.layers import ALPHA, CASES, DTYPES, Conv1D, R, Subject, UserLinear, make_subject, rounding, same_bits
@@ -208,3 +209,46 @@ def test_enable_lora_with_parts_that_do_not_divide_the_outputs_is_refused() -> N
     with pytest.raises(LoRAError, match="5 parts, which do not divide its 12 outputs"):
         inject(model, LoRAConfig(target_modules=["0"], enable_lora={"0": [True, False, True, True, False]}))
     assert type(model[0]) is nn.Linear
+
+
+class Gated(nn.Module):
+    """A linear layer of a class of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid(x.mean(-1, keepdim=True)) * (x @ self.weight.T)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"init_lora_weights": "pissa"}], ids=str)
+def test_a_kind_of_layer_is_one_class(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lora_layer, "KINDS", list(lora_layer.KINDS))
+    monkeypatch.setattr(layer_kinds, "KINDS", lora_layer.KINDS)
+
+    class LoRAGated(LoRALayer):
+        """Gated: A and B as for nn.Linear."""
+
+        KIND = low_rank.LINEAR
+        MODULES = (Gated,)
+
+    model = nn.Sequential(Gated())
+    config = LoRAConfig(r=2, target_modules=["0"], **options)
+    if "use_dora" in options:
+        with pytest.raises(LoRAError, match="use_dora is not for a layer of class Gated"):
+            inject(model, config)
+        return
+    x, weight = torch.randn(3, 4), model[0].weight.detach().clone()
+    assert inject(model, config) == ["0"]
+    assert isinstance(model[0], LoRAGated)
+    with torch.no_grad():
+        model[0].lora_B.add_(0.5)
+    expected = model(x)
+    merge(model)
+    torch.testing.assert_close(model(x), expected)
+    assert not torch.equal(model[0].weight, weight)
+    unmerge(model)
+    assert torch.equal(model[0].weight, weight)
+    unload(model)
+    assert type(model[0]) is Gated
