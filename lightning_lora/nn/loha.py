@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -39,7 +39,7 @@ class LoHa(Variant):
     name, title = "loha", "LoHa"
     trained = LEAVES
     peft_type = "LOHA"
-    peft_leaves: Mapping[str, str] = {leaf.removeprefix("lora_"): leaf for leaf in LEAVES}
+    peft_leaves: ClassVar[Mapping[str, str]] = {leaf.removeprefix("lora_"): leaf for leaf in LEAVES}
 
     def shapes(self, place: Place) -> dict[str, tuple[int, ...]]:
         outputs, inputs = place.matrix_shape()

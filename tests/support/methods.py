@@ -25,7 +25,7 @@ class Small(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.emb, self.one, self.two = nn.Embedding(11, 6), nn.Linear(6, 9), nn.Linear(9, 7, bias=False)
-        self.third = Conv1D(8, 7)
+        self.third = Conv1D(8, 7)  # type: ignore[no-untyped-call]
         self.conv, self.grouped = nn.Conv1d(8, 6, 3, padding=1), nn.Conv1d(6, 4, 3, groups=2, padding=1)
         self.image, self.point, self.volume = nn.Conv2d(1, 3, (3, 2)), nn.Conv2d(3, 4, 1), nn.Conv3d(1, 1, 1)
         self.head = nn.Linear(4, 5)
@@ -77,7 +77,9 @@ def ours(method: Method, model: Any = None, **options: Any) -> Any:
 def theirs(method: Method, model: Any = None, **options: Any) -> peft.PeftModel:
     """The model with peft's adapter, in evaluation mode."""
     model = base() if model is None else model
-    return peft.get_peft_model(model, method.config(**{**method.theirs, **options})).eval()
+    adapted: peft.PeftModel = peft.get_peft_model(model, method.config(**{**method.theirs, **options}))
+    adapted.eval()
+    return adapted
 
 
 def trained_names(model: nn.Module) -> list[str]:
@@ -97,7 +99,7 @@ def moved(model: Any) -> Any:
 def pairs(method: Method, model: nn.Module, other: peft.PeftModel) -> list[tuple[str, nn.Parameter, nn.Parameter]]:
     """What our model trains in adapted layers, beside what peft's trains there."""
     found = []
-    for name, parameter in other.base_model.model.named_parameters():
+    for name, parameter in other.get_submodule("base_model.model").named_parameters():
         for leaf, own in method.leaves.items():
             if f".{leaf}.default" in name:
                 layer = name.partition(f".{leaf}.")[0]
