@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from ..errors import LoRAError
 from .low_rank import ATTENTION_OUTPUT, CONV, GROUPED_CONV, LINEAR
 from .random_stream import stream
 from .variant import Acting, Config, Fault, Place, Stored, Variant, Weights
@@ -39,7 +38,7 @@ class LoHa(Variant):
     name, title = "loha", "LoHa"
     trained = LEAVES
     peft_type = "LOHA"
-    peft_leaves: Mapping[str, str] = {leaf.removeprefix("lora_"): leaf for leaf in LEAVES}
+    peft_leaves: ClassVar[Mapping[str, str]] = {leaf.removeprefix("lora_"): leaf for leaf in LEAVES}
 
     def shapes(self, place: Place) -> dict[str, tuple[int, ...]]:
         outputs, inputs = place.matrix_shape()
@@ -118,5 +117,5 @@ class LoHa(Variant):
         found = dict(options)
         for name in NOT_APPLIED:
             if found.pop(name, None):
-                raise LoRAError(f"{name}={options[name]!r} cannot be applied to {self.title} adapters.")
+                raise ValueError(f"{name}={options[name]!r} cannot be applied to {self.title} adapters")
         return found | {ours: found.pop(theirs) for ours, theirs in IN_PEFT.items() if theirs in found}
