@@ -25,7 +25,7 @@ class Small(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.emb, self.one, self.two = nn.Embedding(11, 6), nn.Linear(6, 9), nn.Linear(9, 7, bias=False)
-        self.third = Conv1D(8, 7)
+        self.third: Any = Conv1D(8, 7)  # type: ignore[no-untyped-call]
         self.conv, self.grouped = nn.Conv1d(8, 6, 3, padding=1), nn.Conv1d(6, 4, 3, groups=2, padding=1)
         self.image, self.point, self.volume = nn.Conv2d(1, 3, (3, 2)), nn.Conv2d(3, 4, 1), nn.Conv3d(1, 1, 1)
         self.head = nn.Linear(4, 5)
@@ -74,7 +74,7 @@ def ours(method: Method, model: Any = None, **options: Any) -> Any:
     return model
 
 
-def theirs(method: Method, model: Any = None, **options: Any) -> peft.PeftModel:
+def theirs(method: Method, model: Any = None, **options: Any) -> Any:
     """The model with peft's adapter, in evaluation mode."""
     model = base() if model is None else model
     return peft.get_peft_model(model, method.config(**{**method.theirs, **options})).eval()
@@ -94,7 +94,7 @@ def moved(model: Any) -> Any:
     return model
 
 
-def pairs(method: Method, model: nn.Module, other: peft.PeftModel) -> list[tuple[str, nn.Parameter, nn.Parameter]]:
+def pairs(method: Method, model: nn.Module, other: Any) -> list[tuple[str, nn.Parameter, nn.Parameter]]:
     """What our model trains in adapted layers, beside what peft's trains there."""
     found = []
     for name, parameter in other.base_model.model.named_parameters():
@@ -105,7 +105,7 @@ def pairs(method: Method, model: nn.Module, other: peft.PeftModel) -> list[tuple
     return found
 
 
-def copy_to_peft(method: Method, model: nn.Module, other: peft.PeftModel) -> None:
+def copy_to_peft(method: Method, model: nn.Module, other: Any) -> None:
     with torch.no_grad():
         for _, parameter, theirs in pairs(method, model, other):
             theirs.copy_(parameter)
