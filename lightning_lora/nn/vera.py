@@ -41,7 +41,12 @@ class VeRA(Variant):
     scaled = False
     own_options: ClassVar[Mapping[str, Any]] = {D_INITIAL: 0.1, KEY: 0}
     peft_type = "VERA"
-    peft_leaves: ClassVar[Mapping[str, str]] = {"vera_lambda_d": DIAGONAL, "vera_lambda_b": ROWS}
+    peft_leaves: ClassVar[Mapping[str, str]] = {
+        "vera_lambda_d": DIAGONAL,
+        "vera_lambda_b": ROWS,
+        "vera_A": SHARED_A,  # of a live model, in which each layer holds it
+        "vera_B": SHARED_B,
+    }
     peft_shared: ClassVar[Mapping[str, str]] = {"vera_A": SHARED_A, "vera_B": SHARED_B}
 
     def shapes(self, place: Place) -> dict[str, tuple[int, ...]]:
