@@ -180,13 +180,15 @@ def test_projections_come_from_the_file_and_not_from_the_key(tmp_path):
 
 def test_layers_that_come_later_and_are_larger_fit(tmp_path):
     """As a Trainer's configure_model builds them after the others were adapted."""
+    from lightning_lora.model.adapted_model import Listing, open_model
     from lightning_lora.model.inject import adapt_new_layers, begin_injection, finish_injection
 
     model = nn.Sequential(nn.Linear(4, 3), nn.Tanh())
-    begin_injection(model, LoRAConfig(variant="vera", r=2, target_modules=["0", "2"]))
+    begin_injection(Listing(model), LoRAConfig(variant="vera", r=2, target_modules=["0", "2"]))
     model.append(nn.Linear(3, 20))
-    adapt_new_layers(model)
-    finish_injection(model)
+    handle = open_model(model, "test")
+    adapt_new_layers(handle)
+    finish_injection(handle)
     whole = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 20))
     inject(whole, LoRAConfig(variant="vera", r=2, target_modules=["0", "2"]))
     for name, value in adapter_state_dict(whole).items():
