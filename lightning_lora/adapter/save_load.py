@@ -208,7 +208,8 @@ def load_from_checkpoint(
         >>> class Net(BoringModel):
         ...     def __init__(self):
         ...         super().__init__()
-        ...         nn.init.eye_(self.layer.weight)  # stands in for loading pretrained weights
+        ...         for parameter in self.parameters():
+        ...             nn.init.ones_(parameter)  # stands in for loading pretrained weights
         >>> trainer = L.Trainer(max_steps=2, callbacks=[LoRACallback(r=1)], barebones=True)
         >>> trainer.fit(model := Net())
         >>> trainer.save_checkpoint("adapter.ckpt")
