@@ -7,7 +7,7 @@ and float32):
     unmerge:  W <- round(W - d); W[stored positions] <- the stored values
 
 Where a block has a scale c, new = round(c * (W + D)) and back = round(new / c - D), in the arithmetic's dtype, and what
-differs is stored as nn/ulp_corrections.py has it, because it is more.
+differs is stored as nn/bits.py has it, because it is more.
 
 Adding and subtracting alone drifts; a full copy doubles the memory. This stores the few per cent of values that
 subtraction would not bring back, and its own copies of A and B, so that d is the same bits both times. Why float64: in
@@ -27,8 +27,8 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from ..errors import LoRAError, NonFiniteError
+from .bits import BITS, Corrections, correct_, find_corrections
 from .low_rank import LowRankBlock
-from .ulp_corrections import BITS, Corrections, correct_, find_corrections
 
 CPU_CHUNK, GPU_CHUNK = 2**17, 2**24  # elements: of a thread, small enough for its cache; enough to fill a card
 MOST_THREADS = 2  # that a chunk on the CPU is measured for

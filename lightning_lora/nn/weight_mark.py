@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from ..distributed.sharding import local
-from .ulp_corrections import BITS
+from .bits import BITS
 
 
 class WeightMark(NamedTuple):
