@@ -1,9 +1,13 @@
-"""What turns a weight that was computed back into the bits that it had: a few small steps, kept in two bytes each.
+"""The bits of weights, read as integers: whether a weight was written to, and how to give computed values its bits.
 
-A scaled weight that is divided and subtracted back is off in a few per cent of its elements, most of them by one unit
-in the last place (ulp). A position and a value of each would take 6 to 8 bytes. Here each takes a byte for the distance
-from the one before it and a byte for how many ulp it is off; where more than 255 elements lie between two, entries
-that change nothing fill the gap. What is off by more than 127 ulp keeps its position and its value.
+Merging adds s * B @ A to a weight, and unmerging must give back every bit. Sums of the bits show whether anything else
+wrote to the weight meanwhile. Corrections repair what arithmetic alone does not bring back.
+
+Corrections take two bytes an element. A weight that was scaled, divided and subtracted back is off in a few per cent of
+its elements, and most of these are off by one unit in the last place (ulp). A position and a value would take 6 to 8
+bytes. Here one byte holds the distance from the entry before, and one byte holds the number of ulp. Where more than 255
+elements lie between two entries, entries that change nothing fill the gap. An element that is off by more than 127 ulp
+keeps its position and its value.
 """
 
 from __future__ import annotations
@@ -12,26 +16,67 @@ from typing import NamedTuple
 
 import torch
 
-BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # the integers of floating point values
-LONGEST_GAP, MOST_ULP = 255, 127
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # integer dtype by bytes of a float
+LONGEST_GAP, MOST_ULP = 255, 127  # what one byte of Corrections can hold
+
+Checksum = tuple[int, torch.dtype]  # sum of a weight's bits, and the integer dtype in which they were read
+
+
+# --- was the weight written to? ---
+
+
+def checksum(weight: torch.Tensor, integers: torch.dtype | None = None) -> Checksum:
+    """Return the sum of a weight's bits and the integer dtype in which the bits were read.
+
+    The sum does not depend on the order of the elements.
+
+    Args:
+        weight: any shape, floating point, plain.
+        integers: the dtype of an earlier checksum, to compare with it. By default 64-bit words where the memory of the
+            weight allows them, because these are many times faster, and else integers of the element's size.
+    """
+    if not weight.numel():  # a rank's shard may be empty; torch cannot view an empty tensor as words
+        return 0, integers or torch.int64
+    fits_words = weight.is_contiguous() and weight.nbytes % 8 == 0 and weight.data_ptr() % 8 == 0
+    integers = integers or (torch.int64 if fits_words else BITS[weight.element_size()])
+    if integers.itemsize != weight.element_size():
+        if not fits_words:  # the weight moved to other memory after the earlier checksum
+            weight = weight.clone(memory_format=torch.contiguous_format)
+        if weight.shape[-1] * weight.element_size() % 8:
+            weight = weight.view(-1)
+    return int(weight.view(integers).sum().item()), integers
+
+
+def bit_sums(part: torch.Tensor, dim: int) -> torch.Tensor:
+    """Return sums of the bits of part.flatten(1) over `dim`, read as 64-bit words where the memory allows them."""
+    matrix = part if part.dim() == 2 else part.flatten(1)
+    size = matrix.element_size()
+    if not matrix.numel():  # a rank's shard may be empty; torch cannot view an empty tensor as words
+        return matrix.new_empty(0, dtype=torch.int64)
+    fits_words = matrix.is_contiguous() and matrix.shape[1] * size % 8 == 0 and matrix.data_ptr() % 8 == 0
+    integers = torch.int64 if fits_words else BITS[size]
+    return matrix.view(integers).sum(dim, dtype=integers)
+
+
+# --- give computed values the bits of the weight ---
 
 
 class Corrections(NamedTuple):
-    """Where and how a tensor differs from what was computed for it."""
+    """The elements in which a computed tensor differs from the wanted one, and how to correct them."""
 
-    gaps: torch.Tensor  # uint8 (n,): elements since the entry before
-    ulps: torch.Tensor  # int8 (n,): added to the bits, seen as ordered integers
-    positions: torch.Tensor  # int32 (m,): of what is further off
-    values: torch.Tensor  # (m,): of these
+    gaps: torch.Tensor  # uint8 (n,): number of elements since the entry before
+    ulps: torch.Tensor  # int8 (n,): added to the bits, read as ordered integers
+    positions: torch.Tensor  # int32 (m,): elements that are off by more than MOST_ULP
+    values: torch.Tensor  # (m,): the wanted values at `positions`
 
 
 def find_corrections(weight: torch.Tensor, computed: torch.Tensor, changed: torch.Tensor) -> Corrections:
-    """Return what correct_ needs to turn `computed` into `weight`.
+    """Return the corrections that turn `computed` into `weight`.
 
     Args:
         weight: any shape, floating point.
         computed: the same shape and dtype.
-        changed: int64, ascending positions in the flattened tensors of elements with other bits.
+        changed: int64, ascending: positions in the flattened tensors at which the bits differ.
     """
     bits = BITS[weight.element_size()]
     values = weight.flatten().index_select(0, changed)
@@ -50,7 +95,7 @@ def find_corrections(weight: torch.Tensor, computed: torch.Tensor, changed: torc
 
 
 def correct_(computed: torch.Tensor, corrections: Corrections) -> None:
-    """Give a contiguous tensor the bits that find_corrections was given. In place."""
+    """Apply corrections to a contiguous tensor. In place."""
     flat = computed.view(-1)
     bits = flat.view(BITS[flat.element_size()])
     positions = corrections.gaps.cumsum(0, dtype=torch.int64)
@@ -60,6 +105,9 @@ def correct_(computed: torch.Tensor, corrections: Corrections) -> None:
 
 
 def _ordered(bits: torch.Tensor) -> torch.Tensor:
-    """Return signed integers whose order is that of the floats; of these again, the bits."""
+    """Map the bits of floats to signed integers in the same order. The mapping is its own inverse.
+
+    Neighbouring floats then differ by 1, so a difference of integers is a number of ulp.
+    """
     sign = bits.element_size() * 8 - 1
     return bits ^ ((bits >> sign) & torch.iinfo(bits.dtype).max)

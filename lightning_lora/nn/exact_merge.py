@@ -27,7 +27,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from ..errors import LoRAError, NonFiniteError
-from .bits import BITS, Corrections, correct_, find_corrections
+from .bits import BITS, Checksum, Corrections, checksum, correct_, find_corrections
 from .low_rank import LowRankBlock
 
 CPU_CHUNK, GPU_CHUNK = 2**17, 2**24  # elements: of a thread, small enough for its cache; enough to fill a card
@@ -37,7 +37,6 @@ STORE_AT_MOST = 0.25  # above this share of a chunk's values, a plain copy of th
 EVERYTHING = slice(None)
 
 Stored = Corrections | tuple[torch.Tensor, torch.Tensor] | torch.Tensor
-Checksum = tuple[int, torch.dtype]  # of a weight's bits, and the integers that they were summed as
 Observer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
@@ -119,7 +118,7 @@ def merge_weight_(
             unmerge_weight_(weight, record)
             raise
         if copy:
-            record.checksum = _checksum(weight)
+            record.checksum = checksum(weight)
     return record
 
 
@@ -214,7 +213,7 @@ def _values_record(weight: torch.Tensor, blocks: list[LowRankBlock], scaling: fl
         )
         for block in blocks
     ]
-    return RestoreRecord(factors, scaling, checksum=_checksum(weight), threads=torch.get_num_threads())
+    return RestoreRecord(factors, scaling, checksum=checksum(weight), threads=torch.get_num_threads())
 
 
 def _copy_record(weight: torch.Tensor, spare: torch.Tensor | None) -> RestoreRecord:
@@ -233,25 +232,8 @@ def _is_like(tensor: torch.Tensor, weight: torch.Tensor) -> bool:
     )
 
 
-def _checksum(weight: torch.Tensor, integers: torch.dtype | None = None) -> Checksum:
-    """An order-independent check value of the weight's bits, and the integers that these were summed as.
-
-    Whole words where the weight's memory allows it, which is many times faster, or else, and where `integers` says so.
-    """
-    if not weight.numel():  # of a rank that has none of the rows; torch cannot view it as words
-        return 0, integers or torch.int64
-    fits_words = weight.is_contiguous() and weight.nbytes % 8 == 0 and weight.data_ptr() % 8 == 0
-    integers = integers or (torch.int64 if fits_words else BITS[weight.element_size()])
-    if integers.itemsize != weight.element_size():
-        if not fits_words:  # it is in other memory than before
-            weight = weight.clone(memory_format=torch.contiguous_format)
-        if weight.shape[-1] * weight.element_size() % 8:
-            weight = weight.view(-1)
-    return int(weight.view(integers).sum().item()), integers
-
-
 def _differs(weight: torch.Tensor, record: RestoreRecord) -> bool:
-    return record.checksum is not None and _checksum(weight, record.checksum[1]) != record.checksum
+    return record.checksum is not None and checksum(weight, record.checksum[1]) != record.checksum
 
 
 def _merge_chunks(

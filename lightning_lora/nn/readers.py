@@ -18,9 +18,16 @@ from torch import nn
 
 from ..errors import LoRAError
 from .adapted_module import Swapped, swapped_class
-from .adapted_weights import AdaptedWeights, layer_adapter
+from .adapted_weights import AdaptedWeights, adapted_layers, layer_adapter
 from .parameter import LoRAParameterHolder
 from .weight_reads import WEIGHTS, Path, weight_reads
+
+# Attributes that each module asks before it takes its fast path, and for nothing else. torch.compile guards on them;
+# on a forward hook, the other way to keep a layer off its fast path, it does not.
+SWITCHES: dict[type[nn.Module], str] = {
+    nn.TransformerEncoderLayer: "activation_relu_or_gelu",
+    nn.TransformerEncoder: "use_nested_tensor",  # the layers' slow path rejects nested tensors
+}
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
@@ -96,6 +103,26 @@ def _refuse_reading_holder(module: LoRAParameterHolder) -> None:
             f"inject: {parameter!r} is adapted by itself, in a {module.lora_base.__name__} that reads the weight of "
             f"the adapted layer {'.'.join(paths[0])!r}; adapt one of the two (target_parameters, exclude_modules)."
         )
+
+
+def update_fast_paths(modules: Iterable[nn.Module]) -> None:
+    """Allow the fast paths of torch's transformer layers just where no unmerged adapter is inside. In place.
+
+    Args:
+        modules: all of a model's.
+    """
+    for module in modules:
+        for kind, switch in SWITCHES.items():
+            if isinstance(module, kind):
+                active = any(layer.lora_active for layer in adapted_layers(module).values())
+                before = f"lora_{switch}"  # what the switch was before it was turned off
+                if active:
+                    if before not in vars(module):
+                        setattr(module, before, getattr(module, switch, False))
+                    setattr(module, switch, False)
+                elif before in vars(module):
+                    setattr(module, switch, vars(module)[before])
+                    delattr(module, before)
 
 
 def read_layers(reader: LoRAReader) -> list[AdaptedWeights]:
