@@ -316,7 +316,7 @@ class Variant(PeftForm):
     def problem(self, module: nn.Module, kind: str, config: Config) -> str:
         """Return why the variant cannot adapt a module of this kind with these options, or ""."""
         if self.reads_weight and kind == low_rank.ATTENTION and getattr(module, low_rank.IN_PROJ, None) is None:
-            return f"{self.option} is not for attention whose q, k and v are apart"
+            return f"{self.option} cannot adapt attention with separate weights for q, k and v"
         return ""
 
     def layer_class(self, plain: LayerClass) -> LayerClass | None:
