@@ -17,13 +17,13 @@ from .variant import Acting, Expected, Fault, Place, Stored, Variant, Weights
 
 EMBEDDING_A, EMBEDDING_B = "lora_embedding_A", "lora_embedding_B"  # PEFT's names
 PEFT_LEAVES = {"lora_A.weight": A, "lora_B.weight": B, EMBEDDING_A: A, EMBEDDING_B: B}
-WITHOUT_ZERO = (False, "orthogonal")  # values of init_lora_weights with which neither factor starts as zero
+WITHOUT_ZERO = (False, "orthogonal")  # values of init_lora_weights for which neither factor starts as zero
 
 Shape = tuple[int, ...]
 
 
 class LoRA(Variant):
-    """A and B, whose product is added; one of the two starts as zero."""
+    """The adapter is two factors A and B, and s * B @ A is added to the weight. One factor starts as zero."""
 
     name, title = "lora", "LoRA"
     trained: ClassVar[tuple[str, ...]] = (A, B)
@@ -85,13 +85,14 @@ class LoRA(Variant):
 def initial_factors(
     shape_a: Shape, shape_b: Shape, init: bool | str, seed: int, *, lookup: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw A and B in float32 on the CPU, by a new generator: every device and rank gets the same numbers.
+    """Draw A and B in float32 on the CPU from a new generator, so that every device and rank gets the same numbers.
 
     Args:
-        shape_a, shape_b: shapes with the rank as B's dimension 1.
+        shape_a: shape of A.
+        shape_b: shape of B, with the rank as dimension 1.
         init: LoRAConfig's init_lora_weights.
         seed: of the generator.
-        lookup: whether A is a table that rows are taken from (embeddings), so that B is drawn and A is zero.
+        lookup: whether A is a table from which rows are looked up (embeddings). Then B is drawn and A is zero.
     """
     generator = stream(seed)
     a, b = (torch.zeros(shape, dtype=torch.float32, device="cpu") for shape in (shape_a, shape_b))
@@ -109,7 +110,7 @@ def initial_factors(
 
 
 def _orthogonal(shape_a: Shape, shape_b: Shape, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """A and B from the odd and even rows of one orthogonal matrix, so that B @ A is zero (PEFT's "orthogonal")."""
+    """Draw A and B from even and odd rows of one orthogonal matrix, so that B @ A is zero (PEFT's "orthogonal")."""
     r = shape_b[1]
     draw = functools.partial(torch.randn, generator=generator, dtype=torch.float32, device="cpu")
     rows = torch.linalg.qr(draw(r, r))[0]
