@@ -195,9 +195,9 @@ def refuse_fully_sharded(model: nn.Module, modules: Iterable[nn.Module], verb: s
     """
     if any(map(is_fully_sharded, modules)):
         raise LoRAError(
-            f"{verb}: {type(model).__name__} was sharded by fully_shard, which goes on to manage the adapter's "
-            "parameters and cannot give them up. merge(model) runs at the base's speed; for plain weights, save a "
-            "merged checkpoint or call save_merged(model, path)."
+            f"{verb}: {type(model).__name__} was sharded by fully_shard, which keeps managing the adapter's "
+            "parameters, so they cannot be removed. After merge(model) it runs at the base's speed; for plain weights, "
+            "save a merged checkpoint or call save_merged(model, path)."
         )
 
 

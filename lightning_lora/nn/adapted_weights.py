@@ -335,7 +335,8 @@ class AdaptedWeights(StoredTensors):
             weight = weights[name]
             if name not in self.lora_holder._parameters:
                 raise LoRAError(
-                    f"{type(self.lora_holder).__name__}: {name} is computed from others since injection; undo that."
+                    f"{type(self.lora_holder).__name__}: since injection, {name} is computed from other parameters "
+                    "(weight_norm, parametrize); undo that."
                 )
             wide = weight.to(torch.promote_types(weight.dtype, delta.dtype))
             sums[name] = self.combine(wide, delta, scale, mask).to(weight.dtype)
@@ -384,8 +385,8 @@ class AdaptedWeights(StoredTensors):
         with self.lora.lock:
             if self.lora.stands_in:
                 raise LoRAError(
-                    f"merge: {self.lora.name!r}: it is called inside a forward of this layer, in which W + delta "
-                    "stands in for its weight; call it outside of that."
+                    f"merge: {self.lora.name!r}: called inside a forward of this layer, while W + delta stands in for "
+                    "its weight; call it outside of the forward."
                 )
             return self.adapted_weights()
 
@@ -549,8 +550,9 @@ class AdaptedWeights(StoredTensors):
             self.merge_(copy=copy)
         except LoRAError as error:
             raise LoRAError(
-                f"{self.lora.name!r}: was merged when it was cast, moved or loaded into; now {error}. It is unmerged, "
-                "others may be merged still: call unmerge(model), then repeat or undo the change."
+                f"{self.lora.name!r}: this layer was merged, and cannot be merged again after the cast, move or load: "
+                f"{error}. It is unmerged now, and other layers may still be merged. Call unmerge(model), then repeat "
+                "or undo the change."
             ) from error
 
     def original(self, name: str) -> torch.Tensor:

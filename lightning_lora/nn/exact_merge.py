@@ -145,13 +145,13 @@ def unmerge_weight_(weight: torch.Tensor, record: RestoreRecord) -> None:
         _restore(weight, record)
         if not copied and _differs(weight, record):
             raise LoRAError(
-                "the restored weight is not bit for bit what it was before merging; it was changed while it was "
+                "the restored weight differs from the weight before merging: it was changed while it was "
                 "merged, or this machine computes differently. Load the base weights again before you go on"
             )
     if record.edited:
         raise WeightEditedError(
-            "the weight was changed while it was merged; the change is undone, and it is what it was before merging. "
-            "Change weights while the model is unmerged"
+            "the weight was changed while it was merged; the change was undone, and the weight has its values from "
+            "before merging. Change weights while the model is unmerged"
         )
 
 

@@ -235,8 +235,8 @@ def _refuse_writes(func: Any, args: Any, kwargs: Any) -> None:
     for written in (args[0] if in_place else None, kwargs.get("out")):
         if isinstance(written, FactoredWeight):
             raise LoRAError(
-                f"{name}: a forward writes into a weight of shape {tuple(written.weight.shape)} whose adapter is "
-                "active, where it can only be read: write outside of the forward, or leave this weight unadapted."
+                f"{name}: a forward writes into an adapted weight of shape {tuple(written.weight.shape)} while its "
+                "adapter is active; write outside of the forward, or leave this weight unadapted."
             )
 
 

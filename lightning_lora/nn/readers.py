@@ -106,8 +106,8 @@ def _refuse_reading_holder(module: LoRAParameterHolder) -> None:
     if paths:
         parameter = next(iter(module.lora_parameters.values())).lora.name
         raise LoRAError(
-            f"inject: {parameter!r} is adapted by itself, in a {module.lora_base.__name__} that reads the weight of "
-            f"the adapted layer {'.'.join(paths[0])!r}; adapt one of the two (target_parameters, exclude_modules)."
+            f"inject: {parameter!r} is adapted by itself, and its {module.lora_base.__name__} reads the weight of the "
+            f"adapted layer {'.'.join(paths[0])!r}; adapt only one of the two (target_parameters, exclude_modules)."
         )
 
 

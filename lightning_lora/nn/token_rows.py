@@ -126,7 +126,10 @@ class TokenRows(AdaptedWeights):
         self.note_segment()
         table, weight = self.tables[0], weights[WEIGHT]
         if WEIGHT not in table._parameters:
-            raise LoRAError(f"{type(table).__name__}: weight is computed from others since injection; undo that.")
+            raise LoRAError(
+                f"{type(table).__name__}: since injection, weight is computed from other parameters (weight_norm, "
+                "parametrize); undo that."
+            )
         return {WEIGHT: weight.index_copy(0, table.row_ids(weight.device), self.rows.to(weight.dtype))}
 
 

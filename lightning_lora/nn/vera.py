@@ -77,8 +77,8 @@ class VeRA(Variant):
     def of_layer(self, stored: Stored, place: Place) -> Stored:
         if not place.shapes:
             raise LoRAError(
-                f"{place.name!r}: the file does not say how many inputs the layer has, and VeRA's projections are as "
-                "wide as the widest layer; load the adapter onto its model."
+                f"{place.name!r}: the file does not hold the number of the layer's inputs, to which VeRA cuts its "
+                "shared projections; load the adapter onto its model."
             )
         outputs, inputs = place.matrix_shape()
         return {**stored, SHARED_A: stored[SHARED_A][:, :inputs], SHARED_B: stored[SHARED_B][:outputs]}
@@ -135,8 +135,8 @@ class VeRA(Variant):
         found = {**self.own_options, **options}
         if found.pop("save_projection", True) is False:
             raise ValueError(
-                "save_projection=False leaves the projections vera_A and vera_B out, and no other version of torch is "
-                "sure to draw the same ones; save the adapter with save_projection=True"
+                "save_projection=False leaves out the projections vera_A and vera_B, and another version of torch may "
+                "draw different ones; save the adapter with save_projection=True"
             )
         found["bias"] = {"vera_only": "lora_only"}.get(found.get("bias", "none"), found.get("bias", "none"))
         return found | {ours: found.pop(theirs) for ours, theirs in IN_PEFT.items() if theirs in found}

@@ -46,8 +46,8 @@ class Writer:
                 if other is not turn and other.thread is not thread and other.thread.is_alive():
                     raise LoRAError(
                         f"{turn.verb}: {other.verb} is under way on this model in the thread {other.thread.name!r}. "
-                        "One thread at a time changes a model: hold one threading.Lock of your own around each such "
-                        "call, the whole `with` block included, and around the forwards of other threads."
+                        "Only one thread at a time may change a model: hold one threading.Lock around each such call, "
+                        "including its whole `with` block, and around the forwards of other threads."
                     )
             turn.thread = thread
             self.references = [weakref.ref(each) for each in (*turns, *([] if turn in turns else [turn]))]
