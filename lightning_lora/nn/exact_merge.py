@@ -145,7 +145,7 @@ def unmerge_weight_(weight: torch.Tensor, record: RestoreRecord) -> None:
         _restore(weight, record)
         if not copied and _differs(weight, record):
             raise LoRAError(
-                "the restored weight differs from the weight before merging: it was changed while it was "
+                "the restored weight is not bit for bit the weight before merging: it was changed while it was "
                 "merged, or this machine computes differently. Load the base weights again before you go on"
             )
     if record.edited:

@@ -146,7 +146,7 @@ def test_cast_or_load_that_makes_a_merged_layer_unmergeable_names_it_and_the_rem
     expected = copy.deepcopy(model).half() if change == "cast" else copy.deepcopy(model)
     merge(model)
     with pytest.raises(
-        LoRAError, match=r"'4': this layer was merged, and cannot be merged again.*not finite.*call unmerge\(model\)"
+        LoRAError, match=r"'4': this layer was merged, and cannot be merged again.*not finite.*Call unmerge\(model\)"
     ):
         model.half() if change == "cast" else model.load_state_dict({"4.weight": large}, strict=False)
     unmerge(model)
