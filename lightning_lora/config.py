@@ -31,7 +31,7 @@ Bias = Literal["none", "all", "lora_only"]
 Init = Literal["gaussian", "orthogonal", "pissa", "olora", "eva", "lora_ga"]
 # Values of init_lora_weights that let A and B start from the weight: nn/starts.py computes them.
 STARTS = re.compile(r"pissa|pissa_niter_\d+|olora")
-FROM_GRADIENTS = "lora_ga"  # model/gradient_start.py computes them
+FROM_GRADIENTS = "lora_ga"  # start/lora_ga.py computes them
 # Options of a peft.LoraConfig about the adapter's origin and how peft holds it. A model tells these facts itself.
 OF_PEFT_ALONE = (
     *("peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision"),

@@ -16,8 +16,8 @@ from torchmetrics import Metric
 
 from ..errors import LoRAError
 from ..model.adapted_model import AdaptedModel
-from ..model.data_start import FROM_DATA, start_from_batches
-from ..model.over_batches import Caller
+from ..start.batches import Caller
+from ..start.eva import FROM_DATA, start_from_batches
 from .lightning_packages import package_of
 
 GRADIENT_BATCHES = 8  # the mean gradient over so many batches

@@ -16,16 +16,16 @@ from torch import nn
 from ..config import LoRAConfig
 from ..distributed.sharding import copy_
 from ..errors import LoRAError
+from ..model.adapted_model import AdaptedModel, open_model, refuse_replaced_layers
+from ..model.merging import holds_merged
 from ..names import exact_key, listed
 from ..nn.adapted_weights import AdaptedWeights
 from ..nn.low_rank import CONV1D, LINEAR
 from ..nn.random_stream import svd_lowrank
 from ..nn.writer import Turn
 from ..progress import progress_bar
-from .adapted_model import AdaptedModel, open_model, refuse_replaced_layers
-from .gradient_start import start_from_gradients
-from .merging import holds_merged
-from .over_batches import Caller, evaluating, from_first_rank, in_step
+from .batches import Caller, evaluating, from_first_rank, in_step
+from .lora_ga import start_from_gradients
 
 FROM_DATA = ("eva", "lora_ga")  # values of init_lora_weights that say so
 ITERATIONS, SEED = 4, 42  # of the decomposition, as in PEFT

@@ -24,9 +24,9 @@ from lightning_lora import (
     save_adapter,
     unload,
 )
-from lightning_lora.model import data_start
-from lightning_lora.model.data_start import PrincipalComponents
 from lightning_lora.nn.adapted_weights import adapted_layers
+from lightning_lora.start import eva
+from lightning_lora.start.eva import PrincipalComponents
 from support.notices import PEER_NOTICES
 from support.peers import logits
 from support.peers import model as peer
@@ -266,14 +266,14 @@ def test_rho_below_one_is_refused(rho: float):
 
 @pytest.mark.parametrize("excluded", [None, ["conv"]])
 def test_layers_that_get_no_rank_are_excluded(monkeypatch: pytest.MonkeyPatch, excluded: Any):
-    monkeypatch.setattr(data_start, "_divide", lambda budget, *components: {"a": budget, "c": 0})
+    monkeypatch.setattr(eva, "_divide", lambda budget, *components: {"a": budget, "c": 0})
     config = redistribute_ranks(adapted(["a", "c"], exclude_modules=excluded), rows())
     assert list(config.exclude_modules) == [*(excluded or []), "c"]
     assert inject(Net(), config) == ["a"]
 
 
 def test_layers_without_a_rank_cannot_be_added_to_an_expression(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(data_start, "_divide", lambda budget, *components: {"a": budget, "c": 0})
+    monkeypatch.setattr(eva, "_divide", lambda budget, *components: {"a": budget, "c": 0})
     with pytest.raises(LoRAError, match="c get no rank, and exclude_modules='conv"):
         redistribute_ranks(adapted(["a", "c"], exclude_modules="conv.*"), rows())
 

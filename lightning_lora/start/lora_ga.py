@@ -22,7 +22,7 @@ from ..nn.adapted_weights import AdaptedWeights, active_as
 from ..nn.low_rank import TRANSPOSED
 from ..nn.random_stream import svd_lowrank
 from ..progress import progress_bar
-from .over_batches import Caller, evaluating, from_first_rank, in_step
+from .batches import Caller, evaluating, from_first_rank, in_step
 
 GAMMA = 16.0  # the paper's
 ITERATIONS, OVERSAMPLED, SEED = 4, 4, 42  # of the decomposition; the first two as in PEFT
