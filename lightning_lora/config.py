@@ -14,16 +14,8 @@ from typing import Any, Literal, NoReturn, Protocol, cast, get_args
 
 from .arguments import names_near_misses, refuse_unknown
 from .errors import LoRAError, shown
-from .names import (
-    ALL_LINEAR,
-    KNOWN_VARIANTS,
-    layer_number,
-    layer_pattern,
-    listed,
-    near_misses,
-    pattern_matches,
-    suffix_pattern,
-)
+from .matching import ALL_LINEAR, layer_number, layer_pattern, near_misses, pattern_matches, suffix_pattern
+from .names import KNOWN_VARIANTS, listed
 
 VARIANTS = ("use_dora",)  # options that ask for a variant, as `variant` does
 PLAIN, BY_OPTION = "lora", "dora"  # values of `variant`: the default, and that which use_dora means too

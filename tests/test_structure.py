@@ -21,6 +21,7 @@ GROUND = {  # files at the top that every room may import
     "arguments",
     "config",
     "errors",
+    "matching",
     "metrics",
     "names",
     "notices",

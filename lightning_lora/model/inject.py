@@ -16,7 +16,8 @@ from ..arguments import names_near_misses
 from ..config import LoRAConfig, PeftConfig, as_config, is_config
 from ..distributed.sharding import is_sharded, refuse_fully_sharded
 from ..errors import LoRAError, sentence
-from ..names import ALL_LINEAR, listed
+from ..matching import ALL_LINEAR
+from ..names import listed
 from ..nn.adapted_weights import AdaptedWeights, LayerSpec, adapted_layers, share_tensors_
 from ..nn.fast_paths import update_fast_paths
 from ..nn.gradient_checkpointing import disable_input_require_grads, enable_input_require_grads

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from ..names import matcher, parent_names
+from ..matching import matcher
+from ..names import parent_names
 from ..nn.adapted_module import Swapped, is_factor
 from ..nn.adapted_weights import adapters_in
 from ..nn.layer_kinds import layer_class

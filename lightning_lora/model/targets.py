@@ -13,20 +13,17 @@ from torch.nn.utils.parametrize import is_parametrized
 from ..config import PLAIN, TASK_HEADS, LoRAConfig
 from ..distributed.sharding import is_sharded
 from ..errors import LoRAError
-from ..names import (
+from ..matching import (
     ALL_LINEAR,
-    A,
     is_typo,
     layer_number,
-    listed,
     matcher,
     most_frequent_ending,
     near_endings,
     near_misses,
-    parent_names,
     pattern_matches,
-    suffixes,
 )
+from ..names import A, listed, parent_names, suffixes
 from ..nn.adapted_module import AdaptedModule, Swapped, is_factor
 from ..nn.adapted_weights import NamedModules
 from ..nn.layer_kinds import ADAPTABLE, layer_class

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from ..errors import LoRAError
-from ..names import matcher, near_misses
+from ..matching import matcher, near_misses
 from ..nn.adapted_weights import NamedModules
 from ..nn.token_rows import is_table
 from .pretrained import input_embeddings, pretrained_models

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from ..names import layer_number
+from ..matching import layer_number
 
 ANY_SEGMENT = (r"[^.]+",)  # that the number of a layer may follow
 

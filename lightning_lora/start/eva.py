@@ -16,9 +16,10 @@ from torch import nn
 from ..config import LoRAConfig
 from ..distributed.sharding import copy_
 from ..errors import LoRAError
+from ..matching import exact_key
 from ..model.adapted_model import AdaptedModel, open_model, refuse_replaced_layers
 from ..model.merging import holds_merged
-from ..names import exact_key, listed
+from ..names import listed
 from ..nn.adapted_weights import AdaptedWeights
 from ..nn.low_rank import CONV1D, LINEAR
 from ..nn.random_stream import svd_lowrank
