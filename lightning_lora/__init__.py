@@ -13,7 +13,8 @@ from .nn import variants as variants
 from .nn.variant import Variant
 from .report.statistics import adapter_stats
 from .report.summary import summary
-from .start.eva import initialize_from_data, redistribute_ranks
+from .start.from_data import initialize_from_data
+from .start.ranks import redistribute_ranks
 
 if TYPE_CHECKING:
     from .adapter.combine import combine
