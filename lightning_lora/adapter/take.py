@@ -12,7 +12,7 @@ from torch import nn
 from ..distributed.sharding import gather_all
 from ..model.adapted_model import AdaptedModel, open_model, refuse_replaced_layers
 from ..model.gradients import warn_of_untrained
-from ..model.live_state import LiveState, original_value
+from ..model.live_state import LiveState, open_state, original_value
 from ..model.pretrained import base_name, tied_to_input
 from ..model.wrappers import prefix_inside
 from ..names import is_lightning_module
@@ -122,7 +122,7 @@ def _network_prefix(live: LiveState, trained: Collection[str]) -> str:
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
     """Return fingerprint_of an injected model. Collective where the model is sharded."""
-    return fingerprint_of(LiveState(open_model(model, "fingerprint")))
+    return fingerprint_of(open_state(open_model(model, "fingerprint")))
 
 
 def fingerprint_of(live: LiveState) -> dict[str, Any]:

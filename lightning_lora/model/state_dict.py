@@ -31,7 +31,7 @@ from .adapted_model import AdaptedModel, Listing, open_model, refuse_replaced_la
 from .dequantize import Dequantizer, dequantize_dtype, quantised_weights
 from .gradients import warn_of_untrained
 from .initial_values import record_loaded
-from .live_state import LiveState
+from .live_state import open_state
 from .named_state import state_of
 
 # What state dicts of an injected model may carry beside tensors: by key, what takes it up when it is loaded.
@@ -39,8 +39,11 @@ EXTRA_ENTRIES: dict[str, Callable[[nn.Module, Any], None]] = {}
 
 
 def adapter_keys(handle: AdaptedModel) -> list[str]:
-    """Return the names of all that training can change: factors, ever-trainable parameters, persistent buffers."""
-    return LiveState(handle).keys
+    """Record what was unfrozen since injection, and return the names of all that training can change.
+
+    These are factors, parameters that were ever trainable, and persistent buffers.
+    """
+    return open_state(handle).keys
 
 
 def base_keys(listing: Listing) -> list[str]:
@@ -61,7 +64,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Any]:
         >>> {name: tuple(value.shape) for name, value in adapter_state_dict(model).items()}
         {'0.lora_A': (2, 8), '0.lora_B': (8, 2), '2.lora_A': (2, 8), '2.lora_B': (2, 2)}
     """
-    live = LiveState(open_model(model, "adapter_state_dict"))
+    live = open_state(open_model(model, "adapter_state_dict"))
     refuse_replaced_layers(live.handle, "adapter_state_dict")
     warn_of_untrained(live.handle)
     return live.values()

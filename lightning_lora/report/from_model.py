@@ -13,7 +13,7 @@ from ..distributed.rank_sync import RankSync
 from ..distributed.sharding import gather_all, local, reshard_
 from ..model.adapted_model import AdaptedModel, open_model
 from ..model.gradients import warn_of_untrained
-from ..model.live_state import LiveState
+from ..model.live_state import LiveState, open_state
 from ..names import names_factor
 from ..nn.adapted_weights import AdaptedWeights
 from ..nn.quantised import dequantize
@@ -28,7 +28,7 @@ def updates_of_model(model: nn.Module) -> Updates:
     Raises:
         LoRAError: the model was not injected, or rows of tables alone are trained.
     """
-    live = LiveState(open_model(model, "plot_adapter"))
+    live = open_state(open_model(model, "plot_adapter"))
     tensors = {name: value.cpu() for name, value in gather_all(_adapters_own(live)).items()}
     adapter = replace(describe(live, "plot_adapter"), tensors=tensors)
     whole = measure(type(live.handle.model).__name__, adapter, _norms_in_model(live.handle))

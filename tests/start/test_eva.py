@@ -274,9 +274,7 @@ def test_layers_that_get_no_rank_are_excluded(monkeypatch: pytest.MonkeyPatch, e
 
 def test_layers_without_a_rank_cannot_be_added_to_an_expression(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(ranks, "_divide", lambda budget, *components: {"a": budget, "c": 0})
-    with pytest.raises(
-        LoRAError, match="c get no rank and would be added .* exclude_modules='conv"
-    ):
+    with pytest.raises(LoRAError, match=r"c get no rank and would be added .* exclude_modules='conv"):
         redistribute_ranks(adapted(["a", "c"], exclude_modules="conv.*"), rows())
 
 
