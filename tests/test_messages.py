@@ -377,7 +377,7 @@ def test_training_while_merged_names_merged(tmp_path):
         make_trainer(tmp_path, LoRACallback(r=2)).fit(Merges(), Data())
     assert show(caught.value) == (
         "element 0 of tensors does not require grad and does not have a grad_fn. The adapters are merged, and merged "
-        "they get no gradients: something called merge() before this training step; call unmerge(model) first, or "
+        "adapters get no gradients: something called merge() before this training step; call unmerge(model) first, or "
         "merge in `with merged(model):` around the evaluation."
     )
 
