@@ -10,10 +10,9 @@ from functools import lru_cache
 
 from .names import listed, suffixes
 
-ALL_LINEAR = "all-linear"
-
-
-USUAL_NAMES = {  # names of layers in transformers: one list may serve many models, each of which has some of them
+ALL_LINEAR = "all-linear"  # a value of target_modules
+# Usual names of layers in transformers models. One list of them may serve many models, each of which has only some.
+USUAL_NAMES = {
     *("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "gate_proj", "up_proj", "down_proj", "qkv_proj"),
     *("gate_up_proj", "query", "key", "value", "qkv", "query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
     *("proj", "fc1", "fc2", "fc_in", "fc_out", "c_attn", "c_fc", "c_proj", "w1", "w2", "w3"),
@@ -21,35 +20,35 @@ USUAL_NAMES = {  # names of layers in transformers: one list may serve many mode
 
 
 def suffix_pattern(pattern: str) -> str:
-    """Return the expression for whole names that PEFT builds from a key of rank_pattern or alpha_pattern."""
+    """Return the regular expression for whole names that PEFT builds from a key of rank_pattern or alpha_pattern."""
     return rf"(.*\.)?({pattern})$"
 
 
 def pattern_matches(pattern: str, name: str) -> bool:
-    """Return whether a key of rank_pattern or alpha_pattern means a module: it matches a dotted suffix of the name."""
+    """Return whether a key of rank_pattern or alpha_pattern matches a module: the whole name or a dotted suffix."""
     return _compiled_suffix(pattern).match(name) is not None
 
 
 def exact_key(name: str) -> str:
-    """Return the key of rank_pattern or alpha_pattern that means the layer of this name and no other."""
+    """Return a key of rank_pattern or alpha_pattern that matches the layer of this name alone."""
     return f"^{re.escape(name)}"
 
 
-@lru_cache(maxsize=8192)  # Python's own cache is smaller than some models have patterns
+@lru_cache(maxsize=8192)  # some models have more patterns than the cache of Python's `re` holds
 def _compiled_suffix(pattern: str) -> re.Pattern[str]:
     return re.compile(suffix_pattern(pattern))
 
 
 def layer_pattern(pattern: str) -> str:
-    """Return the expression for the beginning of a name that PEFT builds from an entry of layers_pattern."""
+    """Return the regular expression for the beginning of a name that PEFT builds from an entry of layers_pattern."""
     return rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\."
 
 
 def layer_number(name: str, patterns: Iterable[str] | None) -> int | None:
-    """Return the number of the layer (block) that a module is in, by PEFT's rule, or None.
+    """Return the number of the layer (block) that a module lies in, by PEFT's rule, or None without a number.
 
-    The number follows the first pattern that fits. Without patterns it is the first number in the name that comes after
-    two segments or more.
+    The number follows the first pattern that matches. Without patterns it is the first number in the name that has at
+    least two segments before it.
     """
     expressions = map(layer_pattern, patterns) if patterns else [r".*?\.[^.]*\.(?P<idx>\d+)\."]
     found = next(filter(None, (re.match(expression, name) for expression in expressions)), None)
@@ -58,15 +57,17 @@ def layer_number(name: str, patterns: Iterable[str] | None) -> int | None:
 
 
 def names_match(names: str | Sequence[str] | None, name: str) -> bool:
-    """Return whether an option means a module, by PEFT's rule.
+    """Return whether an option selects a module, by PEFT's rule.
 
-    A string is a regular expression for the whole name. A list holds names or dotted suffixes.
+    Args:
+        names: a regular expression for the whole name, or a list of names or dotted suffixes of names.
+        name: of the module.
     """
     return matcher(names)(name)
 
 
 def matcher(names: str | Iterable[str] | None) -> Callable[[str], bool]:
-    """Return names_match as a function of the name, for many modules: it looks names up instead of searching a list."""
+    """Return names_match for one option as a function of the name. It is fast for many modules."""
     if isinstance(names, str):
         expression = re.compile(names)
         return lambda name: expression.fullmatch(name) is not None
@@ -75,13 +76,13 @@ def matcher(names: str | Iterable[str] | None) -> Callable[[str], bool]:
 
 
 def near_misses(entry: str, names: Iterable[str]) -> str:
-    """Return a hint with the names that look most like `entry`, or with the first names there are."""
+    """Return a hint for an entry that selects nothing: the most similar names, or else the first names."""
     names = list(names)
     return _did_you_mean(entry, names) or _there_are(list(map(repr, names)), 3)
 
 
 def near_endings(entry: str, names: Iterable[str]) -> str:
-    """Return near_misses, or else the endings of the names with their numbers, most frequent first."""
+    """Return a hint for an entry that selects nothing: the most similar names, or else the most frequent endings."""
     names = list(names)
     counts = Counter(_ending(name) for name in names)
     endings = [f"{ending!r} ({count})" if count > 1 else repr(ending) for ending, count in counts.most_common()]
@@ -89,12 +90,12 @@ def near_endings(entry: str, names: Iterable[str]) -> str:
 
 
 def most_frequent_ending(names: Iterable[str]) -> str:
-    """Return the most frequent ending of names, which can be an entry of target_modules."""
+    """Return the most frequent ending of names, as an example of an entry of target_modules."""
     return Counter(map(_ending, names)).most_common(1)[0][0]
 
 
 def is_typo(entry: str, names: Iterable[str]) -> bool:
-    """Return whether an unknown name is a misspelt one of `names`. Usual names of layers are no misspellings."""
+    """Return whether an entry is probably a misspelling of one of `names`. Usual names of layers are not."""
     if entry in USUAL_NAMES:
         return False
     known = {suffix.lower() for name in names for suffix in suffixes(name)}
@@ -103,15 +104,17 @@ def is_typo(entry: str, names: Iterable[str]) -> bool:
 
 
 def _did_you_mean(entry: str, names: Iterable[str]) -> str:
+    """Return a hint with up to three similar names, or ""."""
     known = {suffix for name in names for suffix in suffixes(name)}
     close = difflib.get_close_matches(entry, sorted(known), n=3, cutoff=0.6)
     return f"; did you mean {', '.join(map(repr, close))}?" if close else ""
 
 
 def _there_are(shown: Sequence[str], most: int) -> str:
+    """Return a hint with the first of some names."""
     return f"; there are {listed(shown, most)}" if shown else "; there are none"
 
 
 def _ending(name: str) -> str:
-    """Return the last segment of a name, with the one before it where the last is a number."""
+    """Return the last segment of a name; where it is a number, the last two segments."""
     return next(ending for ending in reversed(suffixes(name)) if not ending.isdigit() or ending == name)

@@ -1,24 +1,26 @@
-"""Names of modules and parameters, how options select them, and this package's keys on models and in checkpoints."""
+"""Names of modules and tensors, and this package's keys on models and in checkpoints."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-# Parameters of an adapted layer; those of a single parameter `w` are lora_A_w and lora_B_w, beside it in its module.
+# Parameters of an adapted layer. Those of an adapted single parameter `w` are lora_A_w and lora_B_w in w's module.
 A, B = "lora_A", "lora_B"
-ATTRIBUTE = "lora_injection"  # of the injected module: the record of its injection
-KEPT = "lora_kept"  # of any module of an injected model: what the record keeps of it
-META, ENTRY = "lora", "lora_learned"  # keys of an adapter's metadata in a checkpoint, of the record in a state dict
-COMPILED, CHECKPOINTED = WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # torch.compile, checkpoint_wrapper
+ATTRIBUTE = "lora_injection"  # attribute of the injected module: the record of its injection
+KEPT = "lora_kept"  # attribute of modules of an injected model: what the record keeps of the module
+META = "lora"  # key of an adapter's metadata in a checkpoint
+ENTRY = "lora_learned"  # key of the record's content in a state dict
+# Segments that torch.compile and checkpoint_wrapper add to names.
+COMPILED, CHECKPOINTED = WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
 
 LIGHTNING = ("lightning", "lightning_fabric", "pytorch_lightning")  # packages
 
-PREFIX = "lora_"  # of the leaf names of an adapter's tensors
-_ROLES: dict[str, str] = {}  # by registered leaf name; each variant adds its own when its file is imported
+PREFIX = "lora_"  # the beginning of the leaf name (the last segment) of each tensor of an adapter
+_ROLES: dict[str, str] = {}  # the role of each registered leaf name; each variant's file registers the variant's
 _LONGEST_FIRST: list[str] = []  # the registered leaf names
 
-# By what LoRAConfig(variant=...) says: objects of nn/variant.py's class. Each adds itself when its file is imported.
+# Objects of nn/variant.py's class by the value of LoRAConfig(variant=...). Each variant's file adds its variant.
 KNOWN_VARIANTS: dict[str, Any] = {}
 
 Value = TypeVar("Value")
@@ -42,14 +44,14 @@ def parent_names(name: str) -> list[str]:
 
 
 def register_leaf(leaf: str, role: str) -> None:
-    """Let a leaf name be known as that of an adapter's tensor, of a layer and, with a suffix, of a single parameter.
+    """Register the leaf name of an adapter's tensor. For a single parameter a suffix follows the leaf name.
 
     Args:
-        leaf: the name beside the weight, as "lora_A".
-        role: what the tensor is in the adapter, as "A": statistics and param groups go by it.
+        leaf: the name in the module of the weight, such as "lora_A".
+        role: of the tensor in the adapter, such as "A". Statistics and param groups use it.
 
     Raises:
-        ValueError: the name does not begin with "lora_", or is known with another role.
+        ValueError: the name does not begin with "lora_", or is registered with another role.
     """
     if not leaf.startswith(PREFIX):
         raise ValueError(f"{leaf!r} must begin with {PREFIX!r}")
@@ -59,14 +61,14 @@ def register_leaf(leaf: str, role: str) -> None:
 
 
 def names_factor(name: str) -> bool:
-    """Return whether the name of a parameter or tensor is that of an adapter's tensor: a registered leaf."""
+    """Return whether a name belongs to an adapter's tensor: its last segment is a registered leaf name."""
     return split_factor_name(name) is not None
 
 
 def split_factor_name(name: str) -> tuple[str, str] | None:
-    """Return what an adapter's tensor adapts (a layer, a table or a single parameter) and the tensor's leaf name.
+    """Split the name of an adapter's tensor into the adapted layer or single parameter, and the tensor's leaf name.
 
-    None for any other name. "net.lora_A" is ("net", "lora_A"), "net.lora_A_w" is ("net.w", "lora_A").
+    "net.lora_A" gives ("net", "lora_A"), and "net.lora_A_w" gives ("net.w", "lora_A"). Other names give None.
     """
     path, dot, last = name.rpartition(".")
     if last in _ROLES:
@@ -78,38 +80,38 @@ def split_factor_name(name: str) -> tuple[str, str] | None:
 
 
 def parameter_factor_name(parameter: str, leaf: str) -> str:
-    """Return the name of an adapter's tensor of a single parameter, in the module that holds both."""
+    """Return the name of an adapter's tensor for a single parameter, in the module of the parameter."""
     return f"{leaf}_{parameter}"
 
 
 def factor_role(name: str) -> str:
-    """Return what an adapter's tensor is in the adapter: "A", "B", "rows", or what its variant calls it."""
+    """Return the role of an adapter's tensor in the adapter: "A", "B", "rows", or a role of its variant."""
     split = split_factor_name(name)
     leaf = split[1] if split else name.rpartition(".")[2]
     return _ROLES.get(leaf) or leaf.removeprefix(PREFIX)
 
 
 def group_names(names: Iterable[str]) -> dict[str, str]:
-    """Return the group of each adapted layer: the last segment of its name, with numbers after it as *.
+    """Return the group of each adapted layer: the last segment of its name, with * for numbers after that segment.
 
-    A numbered block may have several layers with the same last segment, as BERT's has four called `dense`. Then the
-    group has as many segments before it as are needed to tell them apart.
+    A numbered block may hold several layers with the same last segment, such as the four called `dense` in BERT. Their
+    groups have as many segments before the last one as tell them apart.
     """
     places = {name: _place_in_block(name) for name in names}
-    tails: dict[str, set[str]] = {}  # of all layers with one last segment
+    tails: dict[str, set[str]] = {}  # by last segment: the names in their blocks of all layers with that segment
     in_block: dict[tuple[str, str], set[str]] = {}
     for block, tail, ending in places.values():
         tails.setdefault(ending, set()).add(tail)
         in_block.setdefault((block, ending), set()).add(tail)
-    apart = {ending for (block, ending), of_block in in_block.items() if block and len(of_block) > 1}
+    ambiguous = {ending for (block, ending), of_block in in_block.items() if block and len(of_block) > 1}
     return {
-        name: _shortest_of_its_own(tail, tails[ending]) if ending in apart else ending
+        name: _shortest_unique_suffix(tail, tails[ending]) if ending in ambiguous else ending
         for name, (_, tail, ending) in places.items()
     }
 
 
 def _place_in_block(name: str) -> tuple[str, str, str]:
-    """Return the numbered block of a layer ("" for none), the layer's name in the block, and its last segment."""
+    """Return the innermost numbered block of a layer ("" for none), the layer's name in it, and its last segment."""
     segments, last = name.split("."), len(name.split(".")) - 1
     while last > 0 and segments[last].isdigit():
         last -= 1
@@ -118,29 +120,29 @@ def _place_in_block(name: str) -> tuple[str, str, str]:
     return ".".join(segments[:begin]), ".".join([*segments[begin:last], *ending]), ".".join(ending)
 
 
-def _shortest_of_its_own(name: str, names: Collection[str]) -> str:
+def _shortest_unique_suffix(name: str, names: Collection[str]) -> str:
     """Return the shortest dotted suffix of a name that no other name has, or else the name."""
     others = {suffix for other in names if other != name for suffix in suffixes(other)}
     return next((suffix for suffix in reversed(suffixes(name)) if suffix not in others), name)
 
 
 def derives_from(module: object, name: str, packages: Collection[str]) -> bool:
-    """Return whether an object's class derives from a class of this name in one of the packages. Imports none."""
+    """Return whether an object's class derives from a class of this name in one of the packages; imports nothing."""
     classes = ((cls.__name__, cls.__module__.partition(".")[0]) for cls in type(module).__mro__)
     return any(own == name and package in packages for own, package in classes)
 
 
 def is_lightning_module(model: object) -> bool:
-    """Return whether a module is a LightningModule, of either of Lightning's packages."""
+    """Return whether a module is a LightningModule of either of Lightning's packages."""
     return derives_from(model, "LightningModule", LIGHTNING)
 
 
 def rename_keys(values: Mapping[str, Value], new_name: Callable[[str], str | None]) -> dict[str, Value]:
-    """Return values under their new names. A value whose new name is None is left out."""
+    """Return values under new names, without those whose new name is None."""
     pairs = ((new_name(name), value) for name, value in values.items())
     return {name: value for name, value in pairs if name is not None}
 
 
 def listed(texts: Sequence[str], most: int = 3) -> str:
-    """Return the first texts, joined by commas, for messages. "..." at the end shows that there are more."""
+    """Return the first `most` texts joined by commas, with "..." at the end where there are more."""
     return ", ".join(texts[:most]) + (", ..." if len(texts) > most else "")

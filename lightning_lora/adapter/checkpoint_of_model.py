@@ -40,7 +40,7 @@ def convert_checkpoint(module: nn.Module, checkpoint: MutableMapping[str, Any], 
 
     For a sharded model, trainer/strategies.py has already chosen and gathered the tensors of the state_dict.
     """
-    live = open_state(open_model(module, "checkpoint"))
+    live = LiveState(open_model(module, "checkpoint"))
     handle, record = live.handle, live.handle.record
     own_names = {canonical(name): name for name in checkpoint["state_dict"]}
     state = checkpoint["state_dict"] = by_canonical_names(checkpoint["state_dict"])

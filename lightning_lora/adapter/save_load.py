@@ -19,7 +19,7 @@ from ..files.paths import PathLike
 from ..files.torch_archive import read_torch_file
 from ..model.adapted_model import AdaptedModel, Listing, find_in, find_model, open_model
 from ..model.inject import inject, inject_to_load, unload
-from ..model.live_state import open_state
+from ..model.live_state import LiveState, open_state
 from ..model.merging import holds_merged, merge_listed, unmerge_listed
 from ..model.targets import Targets
 from ..model.wrappers import unwrapped, warn_of_late_adapters
@@ -102,7 +102,7 @@ def take_adapter(model: nn.Module) -> Adapter:
         >>> model[0].lora_B.count_nonzero().item()
         0
     """
-    shared = adapter_of_model(open_state(open_model(model, "take_adapter")), "take_adapter")
+    shared = adapter_of_model(LiveState(open_model(model, "take_adapter")), "take_adapter")
     return replace(shared, tensors=_copied(shared.tensors))
 
 
@@ -134,7 +134,7 @@ def save_adapter(model: nn.Module | Adapter, path: PathLike) -> None:
     if isinstance(model, Adapter):
         write_folder(adapter_with_options(model, where="save_adapter"), path)
         return
-    live = open_state(open_model(model, "save_adapter"))
+    live = LiveState(open_model(model, "save_adapter"))
     adapter = adapter_of_model(live, "save_adapter")
     frozen = frozen_values(live, [adapter.network + name for name in frozen_in_saved(adapter.by_network_names())])
     network_frozen = {name.removeprefix(adapter.network): value for name, value in frozen.items()}

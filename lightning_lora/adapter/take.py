@@ -61,7 +61,9 @@ def frozen_values(live: LiveState, names: Collection[str]) -> dict[str, Any]:
 
 
 def describe(live: LiveState, verb: str) -> Adapter:
-    """Return the adapter of an injected model without its tensors. Collective where the model is sharded.
+    """Record what was unfrozen since injection, and return the model's adapter without its tensors.
+
+    Collective where the model is sharded.
 
     The fingerprint of a fitted model was taken at fit start, because weight averaging moves frozen weights. A weight
     that was unfrozen later is a tensor of the adapter and has no entry in the fingerprint.
@@ -75,6 +77,7 @@ def describe(live: LiveState, verb: str) -> Adapter:
     """
     handle, record = live.handle, live.handle.record
     refuse_replaced_layers(handle, verb)
+    handle.record_trainable()
     trained = live.keys
     at_fit_start = record.fingerprint and record.fingerprint.keys() <= live.tensors.keys()
     first, layers = handle.layers, handle.layers_by_every_name  # as state dicts hold them

@@ -17,7 +17,7 @@ from .named_state import StateEntry
 class LiveState:
     """The tensors and extra states of an injected model, by the names of its state dict.
 
-    A public function makes it with open_state, which records what was unfrozen first.
+    `keys` and `values` know what was recorded as trained. open_state records parameters that were unfrozen first.
 
     Attributes:
         handle: the model.

@@ -107,9 +107,8 @@ def tied_to_input(modules: NamedModules, prefix: str) -> dict[str, str]:
     """
     pretrained = pretrained_models(modules).get(prefix.removesuffix("."))
     table = input_embeddings(pretrained) if pretrained is not None else None
-    weight = (
-        table._parameters.get("weight") if table is not None else None
-    )  # an image model's input embeddings may be a block without a weight
+    # An image model's input embeddings may be a block without a weight.
+    weight = table._parameters.get("weight") if table is not None else None
     if weight is None or not getattr(getattr(pretrained, "config", None), "tie_word_embeddings", False):
         return {}
     names = {name: module for name, module in modules if name}

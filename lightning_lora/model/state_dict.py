@@ -65,10 +65,10 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Any]:
         >>> {name: tuple(value.shape) for name, value in adapter_state_dict(model).items()}
         {'0.lora_A': (2, 8), '0.lora_B': (8, 2), '2.lora_A': (2, 8), '2.lora_B': (2, 2)}
     """
-    live = open_state(open_model(model, "adapter_state_dict"))
-    refuse_replaced_layers(live.handle, "adapter_state_dict")
-    warn_of_untrained(live.handle)
-    return live.values()
+    handle = open_model(model, "adapter_state_dict")
+    refuse_replaced_layers(handle, "adapter_state_dict")
+    warn_of_untrained(handle)
+    return open_state(handle).values()
 
 
 def merged_state_dict(model: nn.Module, *, dequantize: torch.dtype | str | None = None) -> dict[str, Any]:
