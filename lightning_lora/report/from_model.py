@@ -13,7 +13,7 @@ from ..distributed.rank_sync import RankSync
 from ..distributed.sharding import gather_all, local, reshard_
 from ..model.adapted_model import AdaptedModel, open_model
 from ..model.gradients import warn_of_untrained
-from ..model.live_state import LiveState, open_state
+from ..model.live_state import LiveState
 from ..names import names_factor
 from ..nn.adapted_weights import AdaptedWeights
 from ..nn.quantised import dequantize
@@ -28,9 +28,10 @@ def updates_of_model(model: nn.Module) -> Updates:
     Raises:
         LoRAError: the model was not injected, or rows of tables alone are trained.
     """
-    live = open_state(open_model(model, "plot_adapter"))
+    live = LiveState(open_model(model, "plot_adapter"))
+    description = describe(live, "plot_adapter")
     tensors = {name: value.cpu() for name, value in gather_all(_adapters_own(live)).items()}
-    adapter = replace(describe(live, "plot_adapter"), tensors=tensors)
+    adapter = replace(description, tensors=tensors)
     whole = measure(type(live.handle.model).__name__, adapter, _norms_in_model(live.handle))
     network = adapter.by_network_names()
     names = dict(zip(adapter.layers(), network.layers(), strict=True))

@@ -15,7 +15,7 @@ from ..model.pretrained import warn_of_new_heads
 from ..model.state_dict import refuse_unmergeable
 from ..nn.gradient_checkpointing import enable_input_require_grads
 from ..notices import show
-from ..report.summary import summary
+from ..report.summary import summarise
 from .after_fit import refuse_merge_after_fit
 from .compatibility import refuse_unoptimized, warn_of_frozen, warn_of_idle_optimizers
 from .eval_mode import explain_eval_mode
@@ -66,7 +66,7 @@ def record_fit(trainer: Any, handle: AdaptedModel, options: Options, logged: Log
         given = as_hyperparameters(record.config, save=options.save, merged_eval=options.merged_eval)
         logged.add(handle.model, given)
     if options.verbose:
-        show(summary(handle.model))
+        show(summarise(handle))
 
 
 def start_training(trainer: Any, module: Any, options: Options) -> None:
