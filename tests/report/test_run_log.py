@@ -101,7 +101,7 @@ def test_values_that_are_not_finite_leave_a_gap_and_are_named(tmp_path: Path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("step,train_loss\n0,1.0\n", "holds no statistics of an adapter (names such as lora/q_proj/norm"),
+        ("step,train_loss\n0,1.0\n", "holds no statistics of an adapter .names such as lora/q_proj/norm"),
         ("", "has no column `step`"),
         ("epoch,lora/q/norm\n0,1.0\n", "has no column `step`"),
         ("step,lora/q/norm\n0,high\n", "cannot be read as a CSV file of numbers"),
