@@ -13,7 +13,7 @@ from enum import Enum
 from typing import Any, Literal, NoReturn, Protocol, cast, get_args
 
 from .arguments import names_near_misses, refuse_unknown
-from .errors import LoRAError, shown
+from .errors import LoRAError, sentence, shown
 from .matching import ALL_LINEAR, layer_number, layer_pattern, near_misses, pattern_matches, suffix_pattern
 from .names import KNOWN_VARIANTS, listed
 
@@ -280,8 +280,8 @@ class LoRAConfig:
             raise LoRAError(f"LoRAConfig.from_peft: expected a peft.LoraConfig, found a {type(config).__name__}.")
         try:
             options = variant.options_from_peft({field.name: getattr(config, field.name) for field in fields(config)})
-        except LoRAError as error:
-            raise LoRAError(f"LoRAConfig.from_peft: {error}") from None
+        except ValueError as error:
+            raise LoRAError(f"LoRAConfig.from_peft: {sentence(error)}") from None
         own = {name: options[name] for name in variant.own_options}
         shared = [field.name for field in fields(cls) if field.name in options]
         for field in fields(config):

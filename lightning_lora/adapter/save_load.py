@@ -207,8 +207,9 @@ def load_from_checkpoint(
         >>> from lightning.pytorch.demos.boring_classes import BoringModel
         >>> class Net(BoringModel):
         ...     def __init__(self):
-        ...         torch.manual_seed(0)  # stands in for loading pretrained weights
         ...         super().__init__()
+        ...         for parameter in self.parameters():
+        ...             nn.init.ones_(parameter)  # stands in for loading pretrained weights
         >>> trainer = L.Trainer(max_steps=2, callbacks=[LoRACallback(r=1)], barebones=True)
         >>> trainer.fit(model := Net())
         >>> trainer.save_checkpoint("adapter.ckpt")

@@ -15,7 +15,6 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from ..errors import LoRAError
 from .low_rank import ATTENTION_OUTPUT, CONV, GROUPED_CONV, LINEAR
 from .random_stream import stream
 from .variant import Acting, Config, Fault, Place, Stored, Variant, Weights
@@ -118,5 +117,5 @@ class LoHa(Variant):
         found = dict(options)
         for name in NOT_APPLIED:
             if found.pop(name, None):
-                raise LoRAError(f"{name}={options[name]!r} cannot be applied to {self.title} adapters.")
+                raise ValueError(f"{name}={options[name]!r} cannot be applied to {self.title} adapters")
         return found | {ours: found.pop(theirs) for ours, theirs in IN_PEFT.items() if theirs in found}

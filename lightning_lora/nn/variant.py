@@ -193,14 +193,14 @@ class Variant(PeftForm):
         other = type(known.get(cls.name, variant)) if has_name else cls
         if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
             raise LoRAError(
-                f"{cls.__qualname__}: the variant {cls.name!r} is {other.__module__}.{other.__qualname__} already; "
-                "choose another name."
+                f"Variant: {cls.__qualname__}: the variant {cls.name!r} is {other.__module__}.{other.__qualname__} "
+                "already; choose another name."
             )
         try:
             for leaf in cls.leaves:
                 register_leaf(leaf, cls.role(leaf))
         except ValueError as error:
-            raise LoRAError(f"{cls.__qualname__}: the leaf name {error}.") from None
+            raise LoRAError(f"Variant: {cls.__qualname__}: the leaf name {error}.") from None
         _ALL[f"{cls.__module__}.{cls.__qualname__}"] = variant
         if has_name:
             known[cls.name] = variant

@@ -41,7 +41,12 @@ class VeRA(Variant):
     scaled = False
     own_options: ClassVar[Mapping[str, Any]] = {D_INITIAL: 0.1, KEY: 0}
     peft_type = "VERA"
-    peft_leaves: ClassVar[Mapping[str, str]] = {"vera_lambda_d": DIAGONAL, "vera_lambda_b": ROWS}
+    peft_leaves: ClassVar[Mapping[str, str]] = {
+        "vera_lambda_d": DIAGONAL,
+        "vera_lambda_b": ROWS,
+        "vera_A": SHARED_A,  # of a live model, in which each layer holds it
+        "vera_B": SHARED_B,
+    }
     peft_shared: ClassVar[Mapping[str, str]] = {"vera_A": SHARED_A, "vera_B": SHARED_B}
 
     def shapes(self, place: Place) -> dict[str, tuple[int, ...]]:
@@ -127,9 +132,9 @@ class VeRA(Variant):
     def options_from_peft(self, options: Mapping[str, Any]) -> dict[str, Any]:
         found = {**self.own_options, **options}
         if found.pop("save_projection", True) is False:
-            raise LoRAError(
+            raise ValueError(
                 "save_projection=False leaves the projections vera_A and vera_B out, and no other version of torch is "
-                "sure to draw the same ones; save the adapter with save_projection=True."
+                "sure to draw the same ones; save the adapter with save_projection=True"
             )
         found["bias"] = {"vera_only": "lora_only"}.get(found.get("bias", "none"), found.get("bias", "none"))
         return found | {ours: found.pop(theirs) for ours, theirs in IN_PEFT.items() if theirs in found}
