@@ -304,7 +304,7 @@ class LoRAConfig:
         """Return the names of the options in which two configs differ. The order of names in a list is ignored."""
         names = [field.name for field in fields(self)]
         if {self.variant, config.variant} <= {PLAIN, BY_OPTION}:
-            names.remove("variant")  # use_dora differs too, and one of the two is enough
+            names.remove("variant")  # use_dora then differs too, and one name is enough
         return [name for name in names if _unordered(getattr(self, name)) != _unordered(getattr(config, name))]
 
     def differences(self, now: LoRAConfig) -> list[str]:
@@ -423,7 +423,7 @@ class LoRAConfig:
 
 
 def is_config(config: object) -> bool:
-    """Return whether an object is a LoRAConfig or any config of peft, of which as_config refuses some."""
+    """Return whether an object is a LoRAConfig or any config of peft; as_config refuses some of peft's."""
     return isinstance(config, LoRAConfig) or hasattr(config, "peft_type")
 
 

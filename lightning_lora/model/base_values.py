@@ -103,7 +103,7 @@ def put_base_values_(
     state: Iterable[tuple[str, torch.Tensor | None, nn.Module]],
     initial: Callable[[nn.Module], Mapping[str, torch.Tensor]],
 ) -> None:
-    """Put values from before training in place of trained tensors; those that are in place already stay. In place.
+    """Put values from before training in place of trained tensors, unless they are there already. In place.
 
     Args:
         state: of the injected module, see state_of.

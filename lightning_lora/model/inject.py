@@ -234,11 +234,12 @@ def _all_modules(handle: AdaptedModel) -> list[nn.Module]:
 
 @contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
-    """Let the model compute what it computed before injection inside; afterwards it is as it was found.
+    """Let the model behave as before injection inside the block; after the block it is as it was found.
 
     Trained biases, modules_to_save and persistent buffers have their initial values inside, and get no gradients there.
     Their trained values are not written to, so that the backward of an earlier forward still works inside. State dicts
-    and saved files hold the trained values. Values that are loaded inside stay after the block. unload works inside.
+    and saved files hold the trained values. Values that are loaded inside the block stay after it, and unload can be
+    called inside it.
 
     Example::
 

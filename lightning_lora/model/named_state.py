@@ -17,7 +17,7 @@ StateEntry = tuple[str, torch.Tensor | None, nn.Module]  # name, live tensor (No
 
 
 class BaseParameter(NamedTuple):
-    """A parameter without those of adapters, the first module that owns it, and its name in that module."""
+    """A parameter that belongs to no adapter, with the first module that owns it and the name in that module."""
 
     name: str
     parameter: nn.Parameter
@@ -64,13 +64,13 @@ def own_state(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return a model's parameters without those of adapters, by name; a shared parameter under its first name."""
+    """Return a model's parameters that belong to no adapter, by name; a shared parameter under its first name."""
     modules = [(canonical(name), module) for name, module in model.named_modules()]
     return {each.name: each.parameter for each in base_parameters_of(modules)}
 
 
 def base_parameters_of(modules: Places) -> list[BaseParameter]:
-    """Return a model's parameters without those of adapters, each once.
+    """Return a model's parameters that belong to no adapter, each once.
 
     Args:
         modules: every module of the model, under its first name.

@@ -148,7 +148,7 @@ class Targets:
         for option, names, hints in (
             ("target_modules", chosen, adaptable),
             ("target_parameters", weights, weights),
-            ("exclude_modules", [*adaptable, *chosen, *self._around_weights(config, weights)], adaptable),
+            ("exclude_modules", [*adaptable, *chosen, *self._excludable_weights(config, weights)], adaptable),
             ("modules_to_save", modules, modules),
             ("enable_lora", self.layers, self.layers),
         ):
@@ -213,7 +213,7 @@ class Targets:
                 self.unmatched[f"layers_to_transform: {number} names no layer{hint}"] = True
 
     @staticmethod
-    def _around_weights(config: LoRAConfig, weights: Mapping[str, object]) -> list[str]:
+    def _excludable_weights(config: LoRAConfig, weights: Mapping[str, object]) -> list[str]:
         """Return the names that exclude_modules may hold beside layers: targeted parameters and their modules."""
         targeted = matcher(config.target_parameters)
         named = [name for name in weights if targeted(name)]

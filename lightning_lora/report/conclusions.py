@@ -157,7 +157,7 @@ def relation(cosines: Sequence[float], sizes: Sequence[int]) -> str:
 
 
 def _ratio(first: Updates, second: Updates, cells: Iterable[Cell]) -> float:
-    """Return the norm of the second's updates over that of the first's, for the layers that both have in the cells."""
+    """Return the norm of the second's updates divided by the norm of the first's, over shared layers in the cells."""
     shared = [name for cell in cells for name in first.cells[cell] if name in second.layers]
     totals = [math.hypot(*(each.layers[name].norm for name in shared)) for each in (first, second)]
     return totals[1] / totals[0]

@@ -231,7 +231,7 @@ def _unconverged(
     found: Found,
     needed: Callable[[Found], Mapping[str, int]],
 ) -> list[str]:
-    """Return the layers of which fewer components than needed have converged; all of them before each has some."""
+    """Return the layers with fewer converged components than needed; every layer while one has no components."""
     if any(each.components is None for each in found.values()):
         return list(found)
     ranks = needed(found)

@@ -79,7 +79,7 @@ def _divide(
     Args:
         budget: the sum of all ranks.
         found: the components of each layer.
-        explained: the shares of the variance, where they are not those in `found`, as those of another rank.
+        explained: shares of the variance by layer, such as the first rank's; by default the shares in `found`.
     """
     shares = explained or {name: each.explained for name, each in found.items()}
     order = [(name, share) for name, values in shares.items() for share in values.tolist()]
