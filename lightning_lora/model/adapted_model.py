@@ -274,7 +274,7 @@ def open_model(model: nn.Module, verb: str) -> AdaptedModel:
     if handle is None:
         raise LoRAError(
             f"{verb}: {type(listing.model).__name__} was not injected; call inject(model, LoRAConfig(...)) first, or "
-            "pass the module that it was called on."
+            "pass the module that inject was called on."
         )
     return handle
 

@@ -67,8 +67,8 @@ def _warn_of_unreached(names: list[str], in_segments: list[str], among: int, sta
         text += (
             f" {f'As to {_shown(others)}: either' if in_segments else 'Either'} nothing has used these layers yet "
             "(parts that few inputs reach, the network of another optimizer), or they are cut off from the loss "
-            "(detach, no_grad), or their weight is read where the adapter cannot follow, instead of the layer being "
-            f"called. What is never trained is better left out: exclude_modules={others[:SHOWN]!r}."
+            "(detach, no_grad), or the model reads their weight without calling them, which the adapter cannot follow. "
+            f"Leave out layers that are never trained: exclude_modules={others[:SHOWN]!r}."
         )
     warnings.warn(text, stacklevel=stacklevel)
 
@@ -80,8 +80,8 @@ def _shown(names: list[str]) -> str:
 def _warn_of_optimizer(stacklevel: int) -> None:
     warnings.warn(
         "lightning_lora: gradients reach the adapters, but none of them has changed. An optimizer that was built "
-        "before inject does not hold them: build it afterwards, from model.parameters(). Where no step was taken yet, "
-        "all is well.",
+        "before inject does not hold them: build it afterwards, from model.parameters(). Before the first step of an "
+        "optimizer this is no error.",
         stacklevel=stacklevel,
     )
 

@@ -211,7 +211,7 @@ def merge_and_unload(model: nn.Module, *, dequantize: torch.dtype | str | None =
         if handle.record.writer.is_at("disable_adapter"):
             raise LoRAError(
                 "merge_and_unload: the adapters are disabled, inside `with disable_adapter(model)`; call it after that "
-                "block, or unload(model) for the base."
+                "block, or call unload(model) to get the base."
             )
         refuse_unmergeable(handle, dtype)
         unmerge_listed(handle)  # a layer that could not be merged earlier may be mergeable now

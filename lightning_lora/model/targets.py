@@ -306,8 +306,8 @@ def check_untied(modules: NamedModules, saved: Mapping[str, nn.Module]) -> None:
         outside = [owner for owner in owners if not owner.startswith(f"{name}.")]
         if outside:
             raise LoRAError(
-                f"inject: modules_to_save names {name!r}, whose weight is also {outside[0]!r}, and "
-                f"ensure_weight_tying=False asks to train it apart. {untie_advice(outside[0])}. Or set "
+                f"inject: modules_to_save names {name!r}, which shares its weight with {outside[0]!r}, but "
+                f"ensure_weight_tying=False asks for two weights. {untie_advice(outside[0])}. Or set "
                 "ensure_weight_tying=True, which trains one weight for both."
             )
 

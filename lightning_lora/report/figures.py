@@ -82,7 +82,7 @@ def _pictures(source: Any, other: Any, base: PathLike | None, strict_base: bool)
     logs = [each for each in (source, other) if each is not None and is_log(each)]
     if logs:
         if other is not None or base is not None:
-            raise LoRAError(f"plot: {logs[0]} is a log of a run, which is drawn by itself, without another or a base.")
+            raise LoRAError(f"plot: {logs[0]} is a log of a run, which is drawn by itself; leave out other and base.")
         from .run import run_picture
 
         return {"statistics": run_picture(read_statistics(source))}

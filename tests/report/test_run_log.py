@@ -133,5 +133,5 @@ def test_events_without_tensorboard_name_it(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize("beside", ["other", "base"])
 def test_a_log_is_drawn_by_itself(csv_log: Path, beside: str):
     arguments: dict[str, Any] = {beside: csv_log}
-    with pytest.raises(LoRAError, match="is a log of a run, which is drawn by itself, without another or a base"):
+    with pytest.raises(LoRAError, match="is a log of a run, which is drawn by itself; leave out other and base"):
         plot_adapter(csv_log, **arguments)
