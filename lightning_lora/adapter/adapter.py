@@ -147,7 +147,7 @@ class Adapter:
                     "does not say how large the layer is. Load it onto its model in Python: load_adapter(model, path)."
                 )
             stored = dict(self.variant.of_layer(stored, self.place(layer)))
-        return Acting(*self.variant.acting(stored, None, self.scalings.get(layer, 1.0)))
+        return self.variant.acting_exactly(stored, None, self.scalings.get(layer, 1.0))
 
     def is_placed(self, layer: str) -> bool:
         """Return whether what a layer adds is known: it shares no tensors, or its kind and size are known."""

@@ -187,7 +187,7 @@ class ExpectedWeights:
         expected.lengths = meant.lengths
         if variant.reads_weight and meant.lengths is None:
             double = {name: value.detach().double() for name, value in stored.items()}
-            expected.scale_of = lambda weight: variant.acting(double, weight, scaling)[2]
+            expected.scale_of = lambda weight: variant.acting_exactly(double, weight, scaling)[2]
 
     def _stored(self, layer: str, leaf: str) -> dict[str, torch.Tensor]:
         """Return the tensors of a layer; of those that layers share its part, which the weight's shape tells."""

@@ -21,6 +21,7 @@ from ..errors import LoRAError
 from ..names import canonical
 from . import low_rank
 from .adapted_module import AdaptedModule
+from .autocast import without_autocast
 from .exact_merge import (
     Observer,
     RestoreRecord,
@@ -199,7 +200,8 @@ class StoredTensors:
 
         Collective where W is sharded and the variant reads it.
         """
-        return self.lora.spec.variant.start(self.place(), self.weight_values)
+        with without_autocast("cpu"), without_autocast(self.main_weight().device.type):
+            return self.lora.spec.variant.start(self.place(), self.weight_values)
 
     def create_(self, dtype: torch.dtype) -> None:
         """Register the stored tensors with their initial values; shared tensors are registered elsewhere. In place."""
@@ -417,7 +419,7 @@ class AdaptedWeights(StoredTensors):
         Collective where `blocks` is.
         """
         whole = {leaf: full_tensor(tensor) for leaf, tensor in (stored or self.stored()).items()}
-        a, b, _ = self.lora.spec.variant.acting(_seen_part(self, whole), None, self.lora.spec.scaling)
+        a, b, _ = self.lora.spec.variant.acting_exactly(_seen_part(self, whole), None, self.lora.spec.scaling)
         return self.place().low_rank_blocks(a, b)
 
     def crop_to_shard(self, blocks: list[LowRankBlock], weight: torch.Tensor) -> list[LowRankBlock]:

@@ -10,7 +10,6 @@ output whose weights are all zero has c = 1; in PEFT it gives NaN.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
@@ -21,6 +20,7 @@ from ..errors import LoRAError
 from ..names import A, B
 from . import low_rank
 from .adapted_weights import Blocks, over_weight
+from .autocast import without_autocast
 from .conv import LoRAConv
 from .embedding import LoRAEmbedding
 from .linear import LoRAConv1D, LoRALinear
@@ -136,7 +136,7 @@ class DoRA(LoRA):
     def _norms(self, stored: Stored, place: Place, weight: torch.Tensor) -> torch.Tensor:
         if weight.is_meta:
             return torch.empty(len(stored[B]), device="meta")
-        with torch.no_grad(), _without_autocast(weight.device.type):
+        with torch.no_grad(), without_autocast(weight.device.type):
             a, b = (stored[leaf].to(weight.device).flatten(1) for leaf in (A, B))
             return output_norms(weight.detach(), a, b, place.scaling, transposed=place.is_transposed)
 
@@ -213,7 +213,7 @@ class DoRALayer(LoRALayer):
         """Return norm(V) (out,), detached. Collective where the weight is sharded; `a` and `b` must not be sharded."""
         if weight.is_meta:
             return torch.empty(len(b), device="meta")
-        with torch.no_grad(), _without_autocast(weight.device.type):
+        with torch.no_grad(), without_autocast(weight.device.type):
             base = self._base_squares(weight, certain=exact) if self._stays(weight) else None
             a, b, scaling = a.detach().flatten(1), b.detach().flatten(1), self.lora.spec.scaling
             transposed = self.is_transposed()
@@ -301,9 +301,3 @@ LAYERS: dict[type[LoRALayer], type[LoRALayer]] = {  # class with magnitudes, by 
     LoRAConv: DoRAConv,
     LoRAEmbedding: DoRAEmbedding,
 }
-
-
-def _without_autocast(device: str) -> AbstractContextManager[Any]:
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()  # switching autocast off takes as long as a small operation

@@ -19,6 +19,7 @@ from ..distributed.sharding import full_tensor
 from ..errors import LoRAError
 from ..names import KNOWN_VARIANTS, PREFIX, register_leaf
 from . import low_rank
+from .autocast import without_autocast
 from .low_rank import LowRankBlock
 from .peft_form import PeftForm
 
@@ -235,6 +236,8 @@ class Variant(PeftForm):
     def start(self, place: Place, weights: Weights) -> dict[str, torch.Tensor]:
         """Return the initial values of a layer's trained and frozen tensors, by leaf name, the same each time.
 
+        A layer calls it with the user's autocast off.
+
         Args:
             place: the layer. Draw random values on the CPU, from place.seed only.
             weights: returns the layer's weights by name. Collective where they are sharded: call it on all ranks or on
@@ -288,6 +291,8 @@ class Variant(PeftForm):
     def acting(self, stored: Stored, weight: torch.Tensor | None, scaling: float) -> Acting:
         """Return the factors and the scale that stored tensors act as, differentiable in the trained ones.
 
+        A forward calls it under the user's autocast. All else goes through `acting_exactly`, where autocast is off.
+
         Args:
             stored: by leaf name.
             weight: W as a matrix (out, in); a convolution's kernel is flattened. None if reads_weight is false, if the
@@ -295,6 +300,11 @@ class Variant(PeftForm):
             scaling: s.
         """
         raise NotImplementedError
+
+    def acting_exactly(self, stored: Stored, weight: torch.Tensor | None, scaling: float) -> Acting:
+        """Return `acting`, computed outside the user's autocast, which would round its products to 16 bits."""
+        with without_autocast(next(iter(stored.values())).device.type):
+            return Acting(*self.acting(stored, weight, scaling))
 
     def blocks(self, stored: Stored, place: Place, read: Reader) -> dict[str, list[LowRankBlock]]:
         """Return the blocks that merging adds to each weight, without s, with the scale of each sum.
@@ -312,7 +322,7 @@ class Variant(PeftForm):
             (name,) = place.shapes
             matrix = torch.cat([part for _, part in read(name)])
             weight = matrix.T if place.is_transposed else matrix
-        a, b, scale = self.acting(self.of_layer(stored, place), weight, place.scaling)
+        a, b, scale = self.acting_exactly(self.of_layer(stored, place), weight, place.scaling)
         blocks = place.low_rank_blocks(a, b)
         if scale is None:
             return blocks
@@ -365,7 +375,7 @@ class Variant(PeftForm):
 
         By default return the rank of the factors from `acting`. Override this if that rank is not r.
         """
-        _, b, _ = self.acting(stored, None, 1.0)
+        _, b, _ = self.acting_exactly(stored, None, 1.0)
         return b.shape[1]
 
     def fault(self, stored: Stored) -> Fault | None:
@@ -381,7 +391,8 @@ class Variant(PeftForm):
         Args:
             stored: the result of of_layer.
         """
-        a, b, _ = self.acting({leaf: value.detach().double() for leaf, value in stored.items()}, None, 1.0)
+        wide = {leaf: value.detach().double() for leaf, value in stored.items()}
+        a, b, _ = self.acting_exactly(wide, None, 1.0)
         return Expected([(a, b)], rounded=True)
 
     # --- in PEFT ---

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,10 @@ from lightning_lora import (
     load_from_checkpoint,
     merge,
     merge_and_unload,
+    merged_state_dict,
     save_adapter,
     summary,
+    take_adapter,
     unload,
     unmerge,
 )
@@ -55,7 +58,7 @@ class Squares(Variant):
         left, values, right = torch.linalg.svd(weights()["weight"].float(), full_matrices=False)
         r = place.rank
         square = torch.full((r, r), place.options["size"])
-        return {SQUARE: square, INSIDE_A: right[:r], INSIDE_B: left[:, :r] * values[:r]}
+        return {SQUARE: square, INSIDE_A: right[:r], INSIDE_B: left[:, :r] @ values[:r].diag()}
 
     def acting(self, stored: Any, weight: Any, scaling: float) -> Any:
         return stored[SQUARE] @ stored[INSIDE_A], stored[INSIDE_B], None
@@ -131,6 +134,30 @@ def test_it_answers_by_its_definition_merges_exactly_and_is_taken_out(name, dtyp
         assert torch.equal(model.head(x), plain.head(x))
     unload(model)
     assert state_bits(model) == state_bits(plain)
+
+
+def blocks_of(model: Any) -> list[torch.Tensor]:
+    (block,) = model.head.update_blocks()["weight"]
+    return [block.left, block.right]
+
+
+RESULTS: dict[str, Callable[[Any], Any]] = {
+    "merge": lambda model: [merge_and_unload(model).head.weight],
+    "merged_state_dict": lambda model: list(merged_state_dict(model).values()),
+    "adapter": lambda model: list(take_adapter(model).acting("head")[:2]),
+    "update": blocks_of,
+    "start": lambda model: list(model.head.initial_values().values()),
+}
+
+
+@pytest.mark.parametrize("what", RESULTS)
+def test_autocast_rounds_nothing_outside_a_forward(what):
+    model, other = (filled("own-squares") for _ in range(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = RESULTS[what](model)
+    for each_found, expected in zip(found, RESULTS[what](other), strict=True):
+        assert each_found.dtype == expected.dtype
+        assert torch.equal(each_found, expected)
 
 
 @each
