@@ -26,8 +26,8 @@ from ..nn.low_rank import (
     IN_PROJ,
     LINEAR,
     MERGEABLE_DTYPES,
-    TRANSPOSED,
     factor_shapes,
+    matrix_view,
 )
 from ..nn.products import truncated_svd
 from ..progress import progress_bar
@@ -192,7 +192,7 @@ def _factors(change: torch.Tensor, rank: int, kind: str) -> tuple[torch.Tensor, 
 
     The change is divided by its largest value first. Otherwise the square of a small change would be zero.
     """
-    matrix = change.T if kind in TRANSPOSED else change.flatten(1)
+    matrix = matrix_view(kind, change)
     largest = matrix.abs().max()
     matrix = matrix / largest
     left, values, right = truncated_svd(matrix, rank)

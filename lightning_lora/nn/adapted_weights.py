@@ -362,7 +362,7 @@ class AdaptedWeights(StoredTensors):
             mask: (1, in, 1...), the dropout mask in delta, or None.
         """
         sums = weight + delta
-        return sums if scale is None else sums * over_weight(scale, weight, self.KIND).to(sums.dtype)
+        return sums if scale is None else sums * low_rank.over_weight(self.KIND, scale, weight).to(sums.dtype)
 
     def drops(self) -> bool:
         """Return whether dropout acts now.
@@ -608,7 +608,7 @@ def _matrix(layer: AdaptedWeights) -> torch.Tensor | None:
     weights = list(layer.adapted_weights().values())
     if len(weights) > 1:
         return None
-    return weights[0].T if layer.KIND in low_rank.TRANSPOSED else weights[0].flatten(1)
+    return low_rank.matrix_view(layer.KIND, weights[0])
 
 
 def _portable_state(layer: AdaptedWeights) -> LayerState:
@@ -618,11 +618,6 @@ def _portable_state(layer: AdaptedWeights) -> LayerState:
     """
     copies = {name: layer.as_matrix(layer.original(name)) for name in layer.lora.records}
     return replace(layer.lora, records={name: RestoreRecord([], copy=copy) for name, copy in copies.items()})
-
-
-def over_weight(values: torch.Tensor, weight: torch.Tensor, kind: str) -> torch.Tensor:
-    """Return values (out,) in the shape that broadcasts over the outputs of a weight of this kind."""
-    return values.view(1, -1) if kind in low_rank.TRANSPOSED else values.view(-1, *[1] * (weight.dim() - 1))
 
 
 def share_tensors_(layers: Collection[AdaptedWeights], seed: int) -> None:

@@ -19,7 +19,7 @@ from ..distributed.sharding import full_tensor, is_sharded
 from ..errors import LoRAError
 from ..names import A, B
 from . import low_rank
-from .adapted_weights import Blocks, over_weight
+from .adapted_weights import Blocks
 from .autocast import without_autocast
 from .conv import LoRAConv
 from .embedding import LoRAEmbedding
@@ -163,7 +163,7 @@ class DoRALayer(LoRALayer):
 
         Dropout acts as in PEFT: a dropped feature contributes W instead of c * V to the weight.
         """
-        if self.is_cheaper_dense():
+        if self.is_cheaper_dense() or len(args) + len(kwargs) != 1:
             return cast(torch.Tensor, self.dense_forward(*args, **kwargs))
         (input,) = (*args, *kwargs.values())
         change, bias = self.over_outputs(self.scale() - 1), getattr(self, "bias", None)
@@ -192,7 +192,7 @@ class DoRALayer(LoRALayer):
         sums = seen = weight + delta
         if mask is not None:
             seen = weight * (mask.T if self.is_transposed() else mask) + delta
-        return torch.addcmul(sums, seen, over_weight(scale - 1, weight, self.KIND).to(sums.dtype))
+        return torch.addcmul(sums, seen, low_rank.over_weight(self.KIND, scale - 1, weight).to(sums.dtype))
 
     def scale(self) -> torch.Tensor:
         """Return c (out,), differentiable in the magnitude."""

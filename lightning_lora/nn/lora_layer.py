@@ -71,8 +71,11 @@ class LoRALayer(AdaptedWeights, AdaptedModule):
         return super().forward(*args, **kwargs)
 
     def factored_forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
-        """Return c * (base(x) + s * B(A(dropout(x)))) without building B @ A. The scale c leaves the bias alone."""
-        if self.is_cheaper_dense():
+        """Return c * (base(x) + s * B(A(dropout(x)))) without building B @ A. The scale c leaves the bias alone.
+
+        A call with several arguments runs on W', because sum_forward gets the input alone.
+        """
+        if self.is_cheaper_dense() or len(args) + len(kwargs) != 1:
             return cast(torch.Tensor, self.dense_forward(*args, **kwargs))
         (input,) = (*args, *kwargs.values())
         a, b, scale = self.acting()

@@ -85,6 +85,18 @@ def matrix_shape(kind: str, shape: Shape) -> tuple[int, int]:
     return (columns, rows) if kind in TRANSPOSED else (rows, columns)
 
 
+def matrix_view(kind: str, weight: torch.Tensor) -> torch.Tensor:
+    """Return a weight as a matrix (out, in), a view of it; a convolution's kernel is flattened."""
+    matrix = weight.flatten(1)
+    return matrix.T if kind in TRANSPOSED else matrix
+
+
+def over_weight(kind: str, values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Return values (out,) in the shape that broadcasts over the outputs of a weight of this kind."""
+    shape = (1, *weight.shape[1:]) if kind in TRANSPOSED else (-1, *[1] * (weight.dim() - 1))
+    return values.view(shape)
+
+
 def shard_dims(kind: str) -> dict[int, tuple[str, int]]:
     """Return the factor, and the dimension of it, that each of a weight's first two dimensions comes from."""
     return {0: (A, 1), 1: (B, 0)} if kind in TRANSPOSED else {0: (B, 0), 1: (A, 1)}
@@ -184,7 +196,7 @@ def adapted_parts(kind: str, weights: Mapping[str, torch.Tensor], enabled: Enabl
     weight = next(iter(weights.values()))
     if kind in STACKS:
         return list(weight.mT if kind == TRANSPOSED_EXPERTS else weight)
-    matrix = weight.T if kind in TRANSPOSED else weight.flatten(1)
+    matrix = matrix_view(kind, weight)
     if enabled is None:
         return [matrix]
     return [part for part, on in zip(matrix.chunk(len(enabled)), enabled, strict=True) if on]

@@ -321,7 +321,7 @@ class Variant(PeftForm):
         if self.reads_weight and len(place.shapes) == 1:
             (name,) = place.shapes
             matrix = torch.cat([part for _, part in read(name)])
-            weight = matrix.T if place.is_transposed else matrix
+            weight = low_rank.matrix_view(place.kind, matrix)
         a, b, scale = self.acting_exactly(self.of_layer(stored, place), weight, place.scaling)
         blocks = place.low_rank_blocks(a, b)
         if scale is None:

@@ -19,7 +19,7 @@ from ..distributed.sharding import copy_, is_sharded
 from ..errors import LoRAError
 from ..names import B
 from ..nn.adapted_weights import AdaptedWeights, active_as
-from ..nn.low_rank import TRANSPOSED
+from ..nn.low_rank import matrix_view
 from ..nn.random_stream import svd_lowrank
 from ..progress import progress_bar
 from .batches import Caller, Forward, Run, evaluating, from_first_rank, in_step
@@ -53,8 +53,8 @@ def start_from_gradients(model: nn.Module, layers: Mapping[str, AdaptedWeights],
     with progress_bar("decomposing", len(layers)) as advance:
         for name, layer in layers.items():
             gradient = gradients.pop(name)
-            matrix = gradient.T if layer.kind() in TRANSPOSED else gradient
-            starts[name] = tuple(map(from_first_rank, _factors(matrix, layer.lora.spec.r)))
+            factors = _factors(matrix_view(layer.kind(), gradient), layer.lora.spec.r)
+            starts[name] = tuple(map(from_first_rank, factors))
             advance(1)
     for name, layer in layers.items():
         a, b = starts[name]

@@ -106,6 +106,26 @@ def test_adapted_layer_with_its_own_forward_gets_all_arguments() -> None:
         assert subject.layer(subject.x, side=side).shape[-1] == 4 + side
 
 
+class Shifted(nn.Linear):
+    """Stands for a layer of torch whose forward has several arguments."""
+
+    def forward(self, input: torch.Tensor, shift: float = 0.0) -> torch.Tensor:
+        return super().forward(input) + shift
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora", "loha"])
+def test_a_layer_of_torch_whose_forward_has_several_arguments_gets_them_all(monkeypatch, variant: str) -> None:
+    monkeypatch.setattr(Shifted.forward, "__module__", "torch.nn.modules.linear")
+    model = nn.Sequential(Shifted(6, 4))
+    inject(model, LoRAConfig(r=2, init_lora_weights=False, variant=variant))
+    x, layer = torch.randn(3, 6), model[0]
+    assert not layer.lora.custom_forward
+    for shifted in (layer(x, 2.0), layer(x, shift=2.0), layer(input=x, shift=2.0)):
+        torch.testing.assert_close(shifted, layer(x) + 2)
+    layer(x, 2.0).square().sum().backward()
+    assert all(tensor.grad.any() for tensor in layer.stored().values())
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_a_merged_layer_runs_just_the_operators_of_the_plain_one(name: str) -> None:
     subject = make_subject(name)
