@@ -23,20 +23,21 @@ RUNS = Path(__file__).with_name("runs")
 Loader = DataLoader[tuple[Tensor, ...]]
 
 
-class XS(Variant):
-    name, trained, frozen = "xs", ("lora_xs_square",), ("lora_xs_A", "lora_xs_B")
+class SquareBetween(Variant):
+    name, trained, frozen = "square-between", ("lora_between_square",), ("lora_between_A", "lora_between_B")
 
     def shapes(self, place: Any) -> dict[str, tuple[int, ...]]:
         a, b = place.factor_shapes()
-        return {"lora_xs_square": (place.rank, place.rank), "lora_xs_A": a, "lora_xs_B": b}
+        return {"lora_between_square": (place.rank, place.rank), "lora_between_A": a, "lora_between_B": b}
 
     def start(self, place: Any, weights: Any) -> dict[str, Tensor]:
         left, values, right = torch.linalg.svd(weights()["weight"], full_matrices=False)
         a, b = right[: place.rank], left[:, : place.rank] * values[: place.rank]
-        return {"lora_xs_square": torch.zeros(place.rank, place.rank), "lora_xs_A": a, "lora_xs_B": b}
+        return {"lora_between_square": torch.zeros(place.rank, place.rank), "lora_between_A": a, "lora_between_B": b}
 
     def acting(self, stored: Any, weight: Any, scaling: float) -> Any:
-        return stored["lora_xs_square"] @ stored["lora_xs_A"], stored["lora_xs_B"], None  # A', B' and no scale
+        square, a, b = (stored[leaf] for leaf in self.leaves)
+        return square @ a, b, None  # A', B' and no scale
 
 
 class Digits(L.LightningModule):
@@ -73,7 +74,7 @@ if __name__ == "__main__":
     model = Digits()
     before = accuracy(fit(model, upright, 10), model, mirrored)
     whole, part, resumed, loaded = (copy.deepcopy(model) for _ in range(4))
-    options: Any = {"variant": "xs", "r": 8, "lora_alpha": 8}
+    options: Any = {"variant": "square-between", "r": 8, "lora_alpha": 8}
     trainer = fit(whole, mirrored, 6, LoRACallback(**options))
     print(f"accuracy on mirrored digits: {before} before, {accuracy(trainer, whole, mirrored)} after")  # merged
 
@@ -86,7 +87,7 @@ if __name__ == "__main__":
     print(f"loaded into another model, it answers the same: {torch.equal(loaded.net(x), part.net(x))}")
 
     layer: Any = whole.net[0]
-    weight, change = layer.weight.clone(), layer.lora_xs_B @ layer.lora_xs_square @ layer.lora_xs_A
+    weight, change = layer.weight.clone(), layer.lora_between_B @ layer.lora_between_square @ layer.lora_between_A
     with merged(whole):
         print(f"merged, the weights are W + B R A: {torch.allclose(layer.weight, weight + change, atol=1e-6)}")
     print(f"afterwards every bit of W is back: {torch.equal(layer.weight, weight)}")
