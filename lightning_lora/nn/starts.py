@@ -19,6 +19,7 @@ from ..distributed.sharding import full_tensor, is_sharded
 from ..errors import LoRAError
 from ..names import A, B
 from . import low_rank
+from .autocast import without_autocast
 from .lora import LoRA
 from .random_stream import leading_basis, stream
 from .variant import Acting, Config, Expected, Fault, Place, Stored, Weights
@@ -151,20 +152,8 @@ def start_factors(weight: torch.Tensor, rank: int, scaling: float, init: str, se
     Raises:
         LoRAError: the weight has no values, is not finite, or has fewer rows or columns than the rank.
     """
-    if weight.is_meta:
-        raise LoRAError(
-            f"init_lora_weights={init!r} needs the values of the weight, which is on the meta device; inject after the "
-            "weights are loaded (in configure_model: build the layers, load them, then call inject), or choose "
-            "another init_lora_weights"
-        )
-    if rank > min(weight.shape):
-        raise LoRAError(
-            f"init_lora_weights={init!r} needs r of at most {min(weight.shape)} for a weight of {weight.shape[0]} by "
-            f"{weight.shape[1]}, but r is {rank}; give it another in rank_pattern"
-        )
-    if not torch.isfinite(weight).all():
-        raise LoRAError(f"init_lora_weights={init!r} needs finite weights, and this one holds NaN or Inf")
-    with torch.autocast(weight.device.type, enabled=False):
+    check_decomposable(weight, rank, f"init_lora_weights={init!r}")
+    with without_autocast(weight.device.type):
         if init == OLORA:
             return _from_qr(_at_least_float32(weight), rank)
         if init == PISSA:
@@ -172,6 +161,61 @@ def start_factors(weight: torch.Tensor, rank: int, scaling: float, init: str, se
         else:
             left, projected = _leading_by_iteration(weight, rank, int(init.removeprefix(STEPS)), seed)
         return _share_values(left, projected, scaling, _at_least_float32(weight[:0]).dtype)
+
+
+@torch.no_grad()
+def leading_vectors(weight: torch.Tensor, rank: int, seed: int, option: str) -> tuple[torch.Tensor, ...]:
+    """Return U (out, rank), S (rank,) and V (rank, in) of a weight's largest singular values, in float32 or float64.
+
+    Args:
+        weight: a floating point matrix (out, in).
+        rank: r.
+        seed: of a random start of the search. torch's own random stream is not advanced.
+        option: what asks for it, for messages, for example "variant='square'".
+
+    Raises:
+        LoRAError: as check_decomposable.
+
+    Example::
+
+        >>> left, values, right = leading_vectors(torch.diag(torch.tensor([3.0, 2.0, 1.0])), 2, 0, "variant='square'")
+        >>> left.shape, right.shape, [round(value, 4) for value in values.tolist()]
+        (torch.Size([3, 2]), torch.Size([2, 3]), [3.0, 2.0])
+    """
+    check_decomposable(weight, rank, option)
+    with without_autocast(weight.device.type):
+        left, projected = _leading_exactly(weight, rank, seed)
+        values, dtype = projected.norm(dim=1), _at_least_float32(weight[:0]).dtype
+        return left.to(dtype), values.to(dtype), (projected / _positive(values)[:, None]).to(dtype)
+
+
+def check_decomposable(weight: torch.Tensor, rank: int, option: str) -> None:
+    """Refuse a weight whose `rank` largest singular values cannot be computed.
+
+    The message starts with `option` and has no full stop. The caller puts the layer's name before it.
+
+    Raises:
+        LoRAError: the weight has no values, is not finite, or has fewer rows or columns than the rank.
+
+    Example::
+
+        >>> check_decomposable(torch.ones(4, 4), 8, "variant='square'")
+        Traceback (most recent call last):
+        lightning_lora.errors.LoRAError: variant='square' needs r of at most 4 for a weight of 4 by 4, but r is 8...
+    """
+    if weight.is_meta:
+        raise LoRAError(
+            f"{option} needs the values of the weight, which is on the meta device; inject after the weights are "
+            "loaded (in configure_model: build the layers, load them, then call inject), or choose another "
+            f"{option.partition('=')[0]}"
+        )
+    if rank > min(weight.shape):
+        raise LoRAError(
+            f"{option} needs r of at most {min(weight.shape)} for a weight of {weight.shape[0]} by {weight.shape[1]}, "
+            f"but r is {rank}; give it another in rank_pattern"
+        )
+    if not torch.isfinite(weight).all():
+        raise LoRAError(f"{option} needs finite weights, and this one holds NaN or Inf")
 
 
 def _at_least_float32(weight: torch.Tensor) -> torch.Tensor:
