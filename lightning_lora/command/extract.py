@@ -35,6 +35,8 @@ from .output import refuse_quantised
 
 EMBEDDING_NAMES = re.compile(r"(?!embed_out$)(.*emb.*|wte|wpe|shared)", re.IGNORECASE)
 
+TRANSPOSED_NAMES = re.compile(r"deconv|conv_?transpose|transposed?_?conv", re.IGNORECASE)
+
 
 @dataclass
 class Extracted:
@@ -70,7 +72,8 @@ def extract(
 ) -> Extracted:
     """Make the adapter of the given rank that is closest to the change from `base` to `tuned`.
 
-    Weights of two and more dimensions are adapted. Other tensors that changed are carried whole.
+    Weights of two and more dimensions are adapted. Other tensors that changed are carried whole. So are transposed
+    convolutions, which the size of the bias tells, or else the name; exclude those that neither tells.
 
     Args:
         base: the weights before.
@@ -93,7 +96,7 @@ def extract(
         for name, location in base.locations.items():
             changed += [name] if _differs(location, tuned.locations[name]) else []
             advance(location.nbytes)
-    names = [name for name in changed if _adaptable(name, base.locations[name]) and not _excluded(name, exclude)]
+    names = [name for name in changed if _adaptable(name, base) and not _excluded(name, exclude)]
     tensors: dict[str, Any] = {}
     kinds: dict[str, str] = {}
     kept, squares = {}, {}
@@ -168,8 +171,20 @@ def _change(name: str, base: TensorLocation, tuned: TensorLocation) -> torch.Ten
     return change
 
 
-def _adaptable(name: str, location: TensorLocation) -> bool:
-    return name.endswith(".weight") and len(location.shape) >= 2 and location.dtype in MERGEABLE_DTYPES
+def _adaptable(name: str, base: Weights) -> bool:
+    location = base.locations[name]
+    if not name.endswith(".weight") or len(location.shape) < 2 or location.dtype not in MERGEABLE_DTYPES:
+        return False
+    return len(location.shape) == 2 or not _transposed_convolution(name.removesuffix(".weight"), base)
+
+
+def _transposed_convolution(module: str, base: Weights) -> bool:
+    """Return whether a weight with a kernel is stored (in, out, k...): its bias tells, or else its name."""
+    first, second, *_ = base.locations[f"{module}.weight"].shape
+    bias = base.locations.get(f"{module}.bias")
+    if bias is None or first == second:
+        return bool(TRANSPOSED_NAMES.search(module))
+    return tuple(bias.shape) != (first,)
 
 
 def _excluded(name: str, exclude: Sequence[str]) -> bool:

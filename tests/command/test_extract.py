@@ -243,6 +243,58 @@ def test_extract_leaves_biases_alone_where_none_changed(tmp_path):
     assert found.fingerprint.keys() == {"a.weight", "a.bias"}
 
 
+class Upward(nn.Module):
+    def __init__(self, name: str, layer: nn.Module) -> None:
+        super().__init__()
+        self.down = nn.Conv2d(3, 4, 3)
+        self.add_module(name, layer)
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        ("up", lambda: nn.ConvTranspose2d(4, 6, 3)),
+        ("up", lambda: nn.ConvTranspose1d(6, 4, 2)),
+        ("deconv1", lambda: nn.ConvTranspose2d(4, 4, 3)),
+        ("conv_transpose", lambda: nn.ConvTranspose3d(4, 6, 2, bias=False)),
+    ],
+)
+def test_extract_carries_a_transposed_convolution_whole(tmp_path, name: str, layer: Any):
+    before, after = (seeded(lambda: Upward(name, layer())) for _ in range(2))
+    with torch.no_grad():
+        for parameter in after.parameters():
+            parameter.add_(torch.randn_like(parameter) if parameter.dim() > 1 else 0.0)
+    files = [saved(tmp_path / f"{i}.safetensors", net) for i, net in enumerate((before, after))]
+    assert extract(*map(open_weights, files), 2).adapter.layers() == ["down"]
+    assert (
+        main(
+            [
+                "extract",
+                "--base",
+                str(files[0]),
+                "--tuned",
+                str(files[1]),
+                "--output",
+                str(tmp_path / "o"),
+                "--rank",
+                "2",
+            ]
+        )
+        == 0
+    )
+    load_adapter(before, tmp_path / "o")
+    assert torch.equal(before.get_submodule(name).weight, after.get_submodule(name).weight)
+
+
+@pytest.mark.parametrize("layer", [lambda: nn.Conv2d(4, 6, 3), lambda: nn.Conv2d(4, 4, 3, bias=False)])
+def test_extract_adapts_a_convolution(tmp_path, layer: Any):
+    before, after = (seeded(lambda: Upward("next", layer())) for _ in range(2))
+    with torch.no_grad():
+        after.get_submodule("next").weight.add_(1)
+    files = [saved(tmp_path / f"{i}.safetensors", net) for i, net in enumerate((before, after))]
+    assert extract(*map(open_weights, files), 2).adapter.layers() == ["next"]
+
+
 def test_extract_of_a_model_with_statistics_that_did_not_change_loads_by_itself(tmp_path, capsys):
     net = seeded_statistics()
     after = seeded_statistics()
