@@ -76,6 +76,7 @@ def endings(text: str, message: Message) -> list[str]:
 
 @pytest.mark.parametrize("message", MESSAGES, ids=lambda message: f"{message.place}: {message.text[:30]}")
 def test_message_names_its_subject_first_and_ends_with_a_full_stop(message: Message):
+    or_part = f"; if it is part of another message, add {message.place!r} to PARTS in tests/test_all_messages.py"
     if is_part(message):
         assert not endings(message.text, message)[0].endswith("."), "what is inside another message does not end it"
     elif message.kind in LOGGED:
@@ -88,10 +89,11 @@ def test_message_names_its_subject_first_and_ends_with_a_full_stop(message: Mess
         first = subject(message.text)
         hole = first.strip("{}")
         callers = message.holes.get(hole, []) if hole not in PLACES or hole == "where" else []
-        assert first in SUBJECTS or hole in PLACES or callers, f"{first!r} is no subject"
+        assert first in SUBJECTS or hole in PLACES or callers, f"{first!r} is no subject{or_part}"
         assert {caller.partition(": ")[0] for caller in callers} <= SUBJECTS
     if message.kind in (*OWN_KINDS, "warning") and not is_part(message):
-        assert all(end.endswith((".", "?", "...")) for end in endings(message.text, message))
+        ends = endings(message.text, message)
+        assert all(end.endswith((".", "?", "...")) for end in ends), f"{ends} must end with a full stop{or_part}"
 
 
 def section(message: Message) -> str:

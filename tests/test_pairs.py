@@ -52,6 +52,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be cast"),
 ]
 PAGE = Path(__file__).parent / "pairs.md"
+HOW_TO_WRITE = "write the page with WRITE_TABLE=1 pytest -n 0 tests/test_pairs.py (the whole file, without -k)"
 QKV = {"enable_lora": {"inner": [True, False, True]}}
 ROWS = {"target_modules": ["inner"], "trainable_token_indices": {"embed": [1, 4, 9]}}
 OF_BOTH = {"target_modules": ["inner"], "trainable_token_indices": {"embed": [1, 4, 9], "head": [0, 3]}}
@@ -268,10 +269,12 @@ def test_the_page_has_all_pairs():
                 continue
         PAGE.write_text(render({pair: outcomes[pair] for pair in PAIRS}))
         page_outcomes.cache_clear()
-    assert PAGE.read_text() == render(page_outcomes())
-    assert page_outcomes().keys() == set(PAIRS)
+    assert PAGE.read_text() == render(page_outcomes()), HOW_TO_WRITE
+    assert page_outcomes().keys() == set(PAIRS), HOW_TO_WRITE
 
 
 @pytest.mark.parametrize(("variant", "condition"), PAIRS)
 def test_a_pair_gives_the_outcome_in_the_page(variant: str, condition: str):
-    assert outcome(ROW_OF[variant], COLUMN_OF[condition]) == page_outcomes()[variant, condition]
+    said = page_outcomes().get((variant, condition))
+    assert said, f"{PAGE.name} has no pair of {variant!r} and {condition!r}; {HOW_TO_WRITE}"
+    assert outcome(ROW_OF[variant], COLUMN_OF[condition]) == said

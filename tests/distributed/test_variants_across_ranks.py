@@ -1,4 +1,4 @@
-"""VeRA and LoHa on two ranks: DDP and FSDP2 train, merge, restore and save as one process does."""
+"""Variants on two ranks: DDP and FSDP2 train, merge, restore and save as one process does."""
 
 from __future__ import annotations
 
@@ -14,7 +14,17 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_lora import LoRAConfig, adapter_state_dict, inject, load_adapter, merged, merged_state_dict, save_adapter
+from lightning_lora import (
+    LoRAConfig,
+    Variant,
+    adapter_state_dict,
+    inject,
+    load_adapter,
+    merged,
+    merged_state_dict,
+    save_adapter,
+)
+from lightning_lora.nn.variant import variant_of
 from support.processes import world
 from support.sharded import base_of, whole, whole_state
 from support.sharded_adapters import assert_same_bits
@@ -22,8 +32,29 @@ from support.sharded_adapters import assert_same_bits
 STEPS = 3
 # A later torch tells at the first forward that two groups hold one parameter, and how to put it into one.
 REFUSED_BY_TORCH = hasattr(FSDPState, "_validate_no_duplicate_params")
-OPTIONS: dict[str, dict[str, Any]] = {"vera": {}, "loha": {"lora_alpha": 3}}
+OPTIONS: dict[str, dict[str, Any]] = {"vera": {}, "loha": {"lora_alpha": 3}, "across-own": {"lora_alpha": 3}}
 WAYS = ("DDP", "FSDP2", "FSDP2, layers in one group", "FSDP2, layer by layer")
+
+
+class Own(Variant):
+    """W' = W + s * B @ R @ A with frozen A and B; PEFT does not have it."""
+
+    name, trained, frozen = "across-own", ("lora_across_R",), ("lora_across_A", "lora_across_B")
+
+    def shapes(self, place: Any) -> dict[str, tuple[int, ...]]:
+        return dict(zip(self.leaves, ((place.rank, place.rank), *place.factor_shapes()), strict=True))
+
+    def start(self, place: Any, weights: Any) -> dict[str, torch.Tensor]:
+        draw = torch.Generator().manual_seed(place.seed)
+        return {leaf: torch.randn(shape, generator=draw) for leaf, shape in self.shapes(place).items()}
+
+    def acting(self, stored: Any, weight: Any, scaling: float) -> Any:
+        square, a, b = (stored[leaf] for leaf in self.leaves)
+        return square @ a, b, None
+
+
+def config_of(variant: str) -> LoRAConfig:
+    return LoRAConfig(r=2, variant=variant, **OPTIONS[variant])
 
 
 def plain() -> nn.Sequential:
@@ -33,7 +64,7 @@ def plain() -> nn.Sequential:
 
 def adapted(variant: str) -> nn.Sequential:
     model = plain()
-    inject(model, LoRAConfig(r=2, variant=variant, **OPTIONS[variant]), seed=1)
+    inject(model, config_of(variant), seed=1)
     draw = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -84,10 +115,15 @@ def compare(way: str, variant: str, path: Path) -> None:
     expected, found = merged_state_dict(alone), whole(merged_state_dict(model))
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
-    save_adapter(model, path)
+    again, in_peft = plain(), bool(variant_of(config_of(variant)).peft_type)
+    if in_peft:
+        save_adapter(model, path)
+    else:
+        inject(again, config_of(variant), seed=1)
+        again.load_state_dict(whole(adapter_state_dict(model)), strict=False)
     if rank == 0:
-        again = plain()
-        load_adapter(again, path)
+        if in_peft:
+            load_adapter(again, path)
         torch.testing.assert_close(again(x), unmerged, rtol=1e-4, atol=1e-5)
         held = adapter_state_dict(again)
         assert all(torch.equal(held[name], value) for name, value in state.items() if "lora_" in name)
