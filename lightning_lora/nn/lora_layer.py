@@ -24,7 +24,9 @@ KINDS: list[type[LoRALayer]] = []  # one class for each kind of layer; a class a
 class LoRALayer(AdaptedWeights, AdaptedModule):
     """An adapted layer (arXiv:2106.09685).
 
-    A kind of layer is a subclass. It defines MODULES or `adapts` to say which modules it adapts, and sum_forward.
+    A kind of layer is a subclass. It defines KIND, MODULES or `adapts` to say which modules it adapts, and sum_forward.
+    It may define is_cheaper_dense, KNOWN_FORWARD, kind, acting and over_outputs too. DoRA with dropout needs
+    base_product and low_rank_product.
     """
 
     MODULES: ClassVar[tuple[type[nn.Module], ...]] = ()  # the classes of layers of this kind
