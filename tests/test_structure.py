@@ -32,10 +32,12 @@ MAY_IMPORT = {  # beside itself and the ground; files at the top may import ever
     "files": set(),
     "nn": {"distributed"},
     "model": {"nn", "distributed"},
-    "adapter": {"model", "nn", "distributed", "files"},
-    "report": {"adapter", "model", "nn", "distributed", "files"},
-    "trainer": {"report", "adapter", "model", "nn", "distributed"},
-    "command": {"report", "adapter", "nn", "files"},
+    "adapter": {"nn", "distributed", "files"},
+    "formats": {"adapter", "nn", "files"},
+    "exchange": {"formats", "adapter", "model", "nn", "distributed", "files"},
+    "report": {"exchange", "formats", "adapter", "model", "nn", "distributed", "files"},
+    "trainer": {"report", "exchange", "formats", "adapter", "model", "nn", "distributed"},
+    "command": {"report", "exchange", "formats", "adapter", "nn", "files"},
 }
 MOST_FLOORS = 14
 

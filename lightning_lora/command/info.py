@@ -12,14 +12,14 @@ import torch
 
 from ..adapter.adapter import Adapter, delta_norm, difference_norm
 from ..adapter.fingerprint import without_base
-from ..adapter.peft_folder import CONFIG_FILE
-from ..adapter.peft_names import are_peft_names
-from ..adapter.sources import read_source
 from ..errors import LoRAError, shown
 from ..files.paths import PathLike, given_path, kind_of
 from ..files.safetensors import SUFFIX, TensorLocation, read_rows
 from ..files.torch_archive import read_torch_file
 from ..files.weights import Weights, open_weights
+from ..formats.peft_folder import CONFIG_FILE
+from ..formats.peft_names import are_peft_names
+from ..formats.sources import read_source
 from ..names import META
 from ..progress import Unit, progress_bar
 from .output import refuse_quantised

@@ -12,15 +12,15 @@ import torch
 
 from ..adapter.adapter import Adapter, check_finite, equal_tables
 from ..adapter.base_files import OTHER_FILES, compare_with_files
-from ..adapter.peft_rows import NO_BIAS
-from ..adapter.pretrained_names import align_to_networks
-from ..adapter.sources import adapter_with_options
 from ..config import LoRAConfig
 from ..errors import LoRAError
 from ..files.atomic import new_file, new_folder
 from ..files.paths import PathLike
 from ..files.safetensors import SUFFIX, TensorLocation, read_rows
 from ..files.weights import Weights, open_weights
+from ..formats.peft_rows import NO_BIAS
+from ..formats.pretrained_names import align_to_networks
+from ..formats.sources import adapter_with_options
 from ..names import factor_role, matcher, parent_names
 from ..nn.exact_merge import CPU_CHUNK, parts_of
 from ..nn.low_rank import (

@@ -10,11 +10,11 @@ from typing import Any
 from ..adapter.adapter import Adapter, align_to_modules
 from ..adapter.base_files import compare_with_files
 from ..adapter.fingerprint import without_base
-from ..adapter.sources import read_source
 from ..errors import LoRAError
 from ..files.paths import PathLike
 from ..files.safetensors import TensorLocation, read_rows
 from ..files.weights import Weights, open_weights
+from ..formats.sources import read_source
 from ..nn.low_rank import ATTENTION_WEIGHTS, MERGEABLE_DTYPES
 from ..progress import progress_bar
 from .updates import Updates, measure, refuse_empty, sum_of_squares

@@ -8,9 +8,9 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from ..adapter.take import describe
 from ..distributed.rank_sync import RankSync
 from ..distributed.sharding import gather_all, local, reshard_
+from ..exchange.take import describe
 from ..model.adapted_model import AdaptedModel, open_model
 from ..model.gradients import warn_of_untrained
 from ..model.live_state import LiveState

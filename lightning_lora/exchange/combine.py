@@ -1,0 +1,535 @@
+"""Several adapters of one base in one: their changes added, pruned or voted on, a layer at a time.
+
+    method           the change of a layer, of D = s * B @ A of each adapter           rank
+    linear           sum of weight * D, exactly                                         the lowest that holds it
+    cat              the same, with the factors side by side                            the sum of the adapters'
+    svd              the same, cut to its largest singular values                       the largest, or `rank`
+    ties             of each D the largest values; of these, the mean of those that     the largest, or `rank`
+                     agree with the sign of the sum (arXiv:2306.01708)
+    dare_linear      of each D random values, enlarged; then the sum (arXiv:2311.03099)  the largest, or `rank`
+    dare_ties        of each D random values, enlarged; then as ties                    the largest, or `rank`
+    magnitude_prune  of each D the largest values; then the sum                         the largest, or `rank`
+
+The last four need B @ A itself, of one layer at a time; the others never build it. Of each matrix as much is kept as
+`density` says. All but linear are peft's methods, where these four are called ties_svd, dare_linear_svd and so on; such
+names are taken too. What peft calls linear, ties, dare_linear and dare_ties works on A and B apart, so that products of
+one adapter's B and another's A come in, and is not offered.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+import torch
+
+from ..adapter.adapter import Adapter, exact_options, options_hold, scaled_pairs, separate_shapes
+from ..adapter.fingerprint import compare_fingerprints
+from ..config import PLAIN, LoRAConfig, is_number, plain_number
+from ..errors import LoRAError
+from ..files.paths import PathLike
+from ..formats.lightning_checkpoint import checkpoint_metadata
+from ..formats.peft_attention import after_conv1d_in_all
+from ..formats.peft_folder import write_folder
+from ..formats.sources import adapter_with_options
+from ..names import META, PREFIX, A, B, listed, names_factor, parameter_factor_name
+from ..nn.low_rank import ATTENTION_OUTPUT, CONVOLUTIONS, to_block_diagonal
+from ..nn.products import product_svd, truncated_svd
+from ..nn.random_stream import stream
+from ..nn.variant import rows_leaf
+from ..progress import progress_bar
+
+Method = Literal["linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
+PRUNING = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
+CUT = ("svd", *PRUNING)  # methods whose result has a rank of choice
+ROUNDING = torch.finfo(torch.float32).eps  # a singular value below so much of the largest one is none
+REMEDY = "Combine adapters that were trained on one base, or pass strict_base=False, which makes this a warning."
+COUNTER = "num_batches_tracked"  # BatchNorm's, of which the largest is kept
+
+Pair = tuple[torch.Tensor, torch.Tensor]  # left (m, r), right (r, n); in float64
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Combined:
+    """An adapter made of several.
+
+    Attributes:
+        adapter: the result.
+        kept: by layer, the share of the squared norm of the combined change that its rank keeps.
+        averaged: names of the tensors that are weighted means: modules_to_save, biases, rows of embeddings, buffers.
+    """
+
+    adapter: Adapter
+    kept: Mapping[str, float]
+    averaged: Sequence[str]
+
+
+def combine(
+    adapters: Sequence[PathLike | Mapping[str, Any] | Adapter],
+    weights: Sequence[float],
+    *,
+    method: str = "linear",
+    rank: int | None = None,
+    density: float | None = None,
+    seed: int = 0,
+    output: PathLike | None = None,
+    strict_base: bool = True,
+) -> dict[str, Any]:
+    """Combine several adapters of one base into one.
+
+    Args:
+        adapters: in any form that load_adapter takes and that stores its options; they may differ in rank, scaling,
+            layers and patterns.
+        weights: a number for each, of any sign.
+        method: "linear" (the weighted sum of the changes s * B @ A, exactly), "cat" (the same, factors side by side),
+            "svd" (the same, cut to a rank), "ties", "dare_linear", "dare_ties" or "magnitude_prune".
+        rank: of the result, for all methods but linear and cat; by default the adapters' largest, layer by layer.
+        density: what share of each change is kept, for the methods that prune.
+        seed: what the values that the dare methods keep are drawn from.
+        output: a folder to write the result to, in PEFT's format.
+        strict_base: whether adapters of different bases are an error or a warning.
+
+    Returns:
+        The result, in a form that load_adapter takes. Its scaling is 1, and its tensors are float32 or wider.
+
+    Raises:
+        LoRAError: an argument is not allowed, an adapter cannot be read, or the adapters do not go together.
+
+    Example::
+
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> names = inject(model, LoRAConfig(r=2, init_lora_weights=False))
+        >>> save_adapter(model, "first")
+        >>> save_adapter(model, "second")
+        >>> load_adapter(model, combine(["first", "second"], [0.7, 0.3]))
+        ['0', '2']
+    """
+    combined = combine_adapters(
+        adapters, weights, method=method, rank=rank, density=density, seed=seed, strict_base=strict_base
+    )
+    if output is not None:
+        write_folder(combined.adapter, output)
+    return {"state_dict": dict(combined.adapter.tensors), META: checkpoint_metadata("adapter", combined.adapter)}
+
+
+def combine_adapters(
+    sources: Sequence[PathLike | Mapping[str, Any] | Adapter],
+    weights: Sequence[float],
+    *,
+    method: str = "linear",
+    rank: int | None = None,
+    density: float | None = None,
+    seed: int = 0,
+    strict_base: bool = True,
+) -> Combined:
+    """Combine adapters; arguments and errors as of combine. Says in the log what was averaged and what a rank keeps."""
+    weights = [plain_number(weight) for weight in weights] if isinstance(weights, Iterable) else weights
+    rank, density, seed = map(plain_number, (rank, density, seed))
+    how = _checked_method(method, rank, density)
+    _check_weights(sources, weights)
+    names = [str(s) if isinstance(s, (str, os.PathLike)) else f"adapters[{i}]" for i, s in enumerate(sources)]
+    read = [
+        adapter_with_options(source, where=name).by_network_names() for source, name in zip(sources, names, strict=True)
+    ]
+    _same("the list of trained rows", [(name, _own_tables(each)) for name, each in zip(names, read, strict=True)])
+    _check_one_base(read, names, strict_base)
+    used = [(name, each, float(weight)) for name, each, weight in zip(names, read, weights, strict=True) if weight]
+    for name, each, _ in used:
+        _refuse_other_parameters(name, each)
+    with_layer: dict[str, list[tuple[str, Adapter, float]]] = {}
+    for name, each, weight in used:
+        for layer in each.layers():
+            with_layer.setdefault(layer, []).append((name, each, weight))
+    tensors: dict[str, Any] = {}
+    kept: dict[str, float] = {}
+    with progress_bar("combining", len(with_layer)) as advance:
+        for layer, holders in with_layer.items():
+            draw = stream(_seed_of(seed, layer))
+            factors, kept[layer] = _combine_layer(layer, holders, how, rank, density, draw)
+            tensors |= factors
+            advance(1)
+    adapter = _assemble(tensors, list(with_layer), [each for _, each, _ in used])
+    averaged = _average(used)
+    adapter = _with_equal_attention(replace(adapter, tensors={**tensors, **averaged}))
+    adapter = replace(adapter, config=_options(adapter, [each for _, each, _ in used]))
+    means = [name for name, value in averaged.items() if isinstance(value, torch.Tensor)]
+    if means and len(used) > 1:
+        log.info("lightning_lora: combine: %d tensors are weighted means: %s", len(means), listed(means))
+    if how in CUT:
+        worst = min(kept, key=kept.__getitem__)
+        log.info("lightning_lora: combine: %.1f%% or more is kept of each layer (%s)", 100 * kept[worst], worst)
+    return Combined(adapter, kept, means)
+
+
+def _checked_method(method: str, rank: int | None, density: float | None) -> str:
+    how = method if method == "svd" else method.removesuffix("_svd")  # as peft calls them
+    if how not in get_args(Method):
+        raise LoRAError(f"combine: method must be one of {', '.join(get_args(Method))}, but it is {method!r}.")
+    if rank is not None and how not in CUT:
+        raise LoRAError(f"combine: {how} has no rank to choose; give rank with {', '.join(CUT)}.")
+    if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
+        raise LoRAError(f"combine: rank must be a whole number of at least 1, but it is {rank!r}.")
+    if (density is None) == (how in PRUNING):
+        known = "is needed for" if density is None else "is only for"
+        raise LoRAError(f"combine: density, the share of values to keep, {known} {', '.join(PRUNING)}.")
+    if density is not None and not (is_number(density) and 0 < density <= 1):
+        raise LoRAError(f"combine: density must be above 0 and at most 1, but it is {density!r}.")
+    return how
+
+
+def _check_weights(sources: Sequence[Any], weights: Sequence[float]) -> None:
+    if isinstance(sources, (str, os.PathLike, Mapping)) or not sources:
+        raise LoRAError("combine: expected a list of one adapter or more.")
+    if len(sources) != len(weights):
+        raise LoRAError(f"combine: {len(sources)} adapters need as many weights, found {len(weights)}.")
+    for weight in weights:
+        if not is_number(weight):
+            raise LoRAError(f"combine: a weight must be a finite number, but it is {weight!r}.")
+    if not any(weights):
+        raise LoRAError("combine: all weights are 0, which leaves no adapter.")
+
+
+def _seed_of(seed: int, layer: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}:{layer}".encode()).digest()[:8], "big") >> 1
+
+
+# --- what goes together ---
+
+
+def _check_one_base(adapters: Sequence[Adapter], names: Sequence[str], strict: bool) -> None:
+    """Compare the fingerprints of the adapters' bases; where one has none, what they say of the base's name."""
+    first, *others = adapters
+    for name, other in zip(names[1:], others, strict=True):
+        shared = first.fingerprint.keys() & other.fingerprint.keys()
+        if first.fingerprint and other.fingerprint:
+            if not shared:
+                raise LoRAError(
+                    f"combine: {names[0]} and {name} are of other models: one has a base with "
+                    f"{next(iter(first.fingerprint))!r}, the other with {next(iter(other.fingerprint))!r}."
+                )
+            before, now = ({n: e for n, e in each.fingerprint.items() if n in shared} for each in (first, other))
+            compare_fingerprints(now, before, strict=strict, remedy=f"{names[0]} and {name} differ. {REMEDY}")
+            continue
+        bases_named = [each.origin.get("base_model_name_or_path") for each in (first, other)]
+        if all(bases_named) and bases_named[0] != bases_named[1]:
+            warnings.warn(
+                f"lightning_lora: combine: {names[0]} is of the base {bases_named[0]!r}, {name} of {bases_named[1]!r}.",
+                stacklevel=4,
+            )
+
+
+def _refuse_other_parameters(where: str, adapter: Adapter) -> None:
+    """Refuse what does not follow from sums of products: a scale that depends on the weight, tensors of no variant."""
+    variant = adapter.variant
+    if variant.reads_weight:
+        raise LoRAError(
+            f"combine: {where}: {variant.title} adapters cannot be combined: what they change depends on the base's "
+            "weights, and no sum of products equals it."
+        )
+    for name in adapter.tensors:
+        if name.rpartition(".")[2].startswith(PREFIX) and not names_factor(name):
+            raise LoRAError(
+                f"combine: {where}: {name!r} cannot be combined, only tensors of a variant that is known here and what "
+                "is trained whole."
+            )
+
+
+def _same(what: str, values: Sequence[tuple[str, Any]]) -> Any:
+    """Return the one value that all have, by name of the adapter; another one is an error."""
+    (first_name, first), *others = values
+    for name, value in others:
+        if value != first:
+            raise LoRAError(f"combine: {what} is {first!r} in {first_name} and {value!r} in {name}.")
+    return first
+
+
+# --- one layer ---
+
+
+def _combine_layer(
+    layer: str,
+    holders: Sequence[tuple[str, Adapter, float]],
+    how: str,
+    rank: int | None,
+    density: float | None,
+    draw: torch.Generator,
+) -> tuple[dict[str, torch.Tensor], float]:
+    """Return A and B of a layer, and the share of the squared norm of the combined change that they keep."""
+    _, first, _ = holders[0]
+    known = [(name, each.kinds[layer]) for name, each, _ in holders if layer in each.kinds]
+    _same(f"the kind of {layer!r}", known) if known else None
+    plain = [(name, _plain_parts(each, layer, holders), weight) for name, each, weight in holders]
+    _check_shapes(layer, [(name, each, parts) for (name, parts, _), (_, each, _) in zip(plain, holders, strict=True)])
+    largest = max(parts[0][0].shape[1] for _, parts, _ in plain)
+    dtypes = [tensor.dtype for _, each, _ in holders for tensor in each.stored(layer).values()]
+    dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+    pairs, norms = [], []
+    for part in range(len(plain[0][1])):
+        weighted = [(parts[part], weight) for _, parts, weight in plain]
+        pair, share = _combine_part(weighted, how, rank or largest, density, draw, dtype)
+        pairs.append(pair)
+        norms.append(share)
+    r = max(left.shape[1] for left, _ in pairs)
+    lefts, rights = zip(*(_padded(pair, r) for pair in pairs), strict=True)
+    separate = bool(separate_shapes(first, layer))
+    kernel = _inputs(first, layer)
+    a, b = torch.cat(rights, 1 if separate else 0), torch.cat(lefts)
+    factors = {
+        _plain_name(first, layer, A): a.to(dtype).reshape(-1, *kernel).contiguous(),
+        _plain_name(first, layer, B): b.to(dtype).reshape(-1, r, *[1] * (len(kernel) - 1)).contiguous(),
+    }
+    for name, factor in factors.items():
+        if not factor.isfinite().all():
+            raise LoRAError(f"combine: {name!r} is beyond the range of {dtype}; use smaller weights.")
+    kept, whole = sum(kept for kept, _ in norms), sum(whole for _, whole in norms)
+    return factors, kept / whole if whole else 1.0
+
+
+def _plain_name(adapter: Adapter, layer: str, leaf: str) -> str:
+    """Return the name of A or B of a layer in the result, which is plain LoRA."""
+    if not adapter.is_parameter(layer):
+        return f"{layer}.{leaf}"
+    module, dot, parameter = layer.rpartition(".")
+    return module + dot + parameter_factor_name(parameter, leaf)
+
+
+def _inputs(adapter: Adapter, layer: str) -> list[int]:
+    """Return the shape of a row of plain LoRA's A: of a convolution (in, k...), where that is known."""
+    place, inputs = adapter.place(layer), list(adapter.acting(layer).a.shape[1:])
+    if place.kind in CONVOLUTIONS and len(inputs) == 1 and place.shapes:
+        (shape,) = place.shapes.values()
+        return list(shape[1:])
+    return inputs
+
+
+def _plain_parts(adapter: Adapter, layer: str, holders: Sequence[tuple[str, Adapter, float]]) -> list[Pair]:
+    """Return (s * B, A) of the parts of a layer; where adapters adapt other parts of it, of the whole as one."""
+    parts = [(name, each.config.enabled_parts(layer) if each.config else None) for name, each, _ in holders]
+    enabled = adapter.config.enabled_parts(layer) if adapter.config else None
+    if all(part == parts[0][1] for _, part in parts):
+        return scaled_pairs(adapter, layer)
+    if any(separate_shapes(each, layer) for _, each, _ in holders):
+        _same(f"enable_lora of {layer!r}", parts)
+    if enabled is None:
+        return scaled_pairs(adapter, layer)
+    pairs = scaled_pairs(adapter, layer)
+    stacked = torch.cat([left for left, _ in pairs])
+    return [(to_block_diagonal(stacked, enabled), torch.cat([right for _, right in pairs]))]
+
+
+def _check_shapes(layer: str, holders: Sequence[tuple[str, Adapter, list[Pair]]]) -> None:
+    def sizes(adapter: Adapter, parts: list[Pair]) -> list[Any]:
+        return [_inputs(adapter, layer), [(left.shape[0], right.shape[1]) for left, right in parts]]
+
+    _same(f"the shape of {layer!r}", [(name, sizes(each, parts)) for name, each, parts in holders])
+
+
+def _combine_part(
+    weighted: Sequence[tuple[Pair, float]],
+    how: str,
+    rank: int,
+    density: float | None,
+    draw: torch.Generator,
+    dtype: torch.dtype,
+) -> tuple[Pair, tuple[float, float]]:
+    """Return the combined pair of one matrix, its squared norm, and that of the change before its rank was cut.
+
+    Methods that prune build the changes in the result's dtype.
+    """
+    if how in PRUNING:
+        changes = [(left @ right).to(dtype) for (left, right), _ in weighted]
+        change = combined_change(changes, [weight for _, weight in weighted], how, density or 1.0, draw)
+        u, values, vh = (tensor.double() for tensor in truncated_svd(change, rank))
+        return (u * values, vh), (float(values.square().sum()), float(change.double().square().sum()))
+    left = torch.cat([left for (left, _), _ in weighted], 1)
+    right = torch.cat([right * weight for (_, right), weight in weighted])
+    if how == "cat":
+        return (left, right), (1.0, 1.0)
+    u, values, vh = product_svd(left, right)
+    squares = values.square()
+    if how == "linear":  # no lower than an adapter's, so that the result can be trained on like these
+        rank = max(int((values > ROUNDING * values[0]).sum()), min(rank, len(values)))
+    cut = slice(min(rank, len(values)))
+    return (u[:, cut] * values[cut], vh[cut]), (float(squares[cut].sum()), float(squares.sum()))
+
+
+def combined_change(
+    changes: Sequence[torch.Tensor], weights: Sequence[float], how: str, density: float, draw: torch.Generator
+) -> torch.Tensor:
+    """Return the change that a method that prunes makes of those of several adapters, matrices of one shape.
+
+    Args:
+        changes: s * B @ A of each.
+        weights: a number for each.
+        how: one of PRUNING.
+        density: the share of each change's values that is kept.
+        draw: what the dare methods draw from, change after change.
+    """
+    random = how.startswith("dare")
+    pruned = [_random_part(each, density, draw) if random else _largest_part(each, density) for each in changes]
+    total = torch.zeros_like(pruned[0])
+    if not how.endswith("ties"):
+        for weight, each in zip(weights, pruned, strict=True):
+            total += weight * each
+        return total
+    elected = torch.where(sum(pruned, torch.zeros_like(total)) >= 0, 1, -1)
+    agreeing = torch.zeros_like(total)
+    for weight, each in zip(weights, pruned, strict=True):
+        agrees = each.sign() == elected
+        total += weight * each * agrees
+        agreeing += agrees
+    return total / agreeing.clamp(min=1)
+
+
+def _largest_part(change: torch.Tensor, density: float) -> torch.Tensor:
+    """Return a change with only the largest of its values."""
+    kept = change.abs().flatten().topk(int(density * change.numel())).indices
+    return torch.zeros_like(change).flatten().index_copy(0, kept, change.flatten()[kept]).view_as(change)
+
+
+def _random_part(change: torch.Tensor, density: float, draw: torch.Generator) -> torch.Tensor:
+    """Return a change with a random part of its values, enlarged so that its expectation stays."""
+    return change * torch.bernoulli(torch.full_like(change, density), generator=draw) / density
+
+
+def _padded(pair: Pair, rank: int) -> Pair:
+    left, right = pair
+    more = rank - left.shape[1]
+    return torch.cat([left, left.new_zeros(len(left), more)], 1), torch.cat(
+        [right, right.new_zeros(more, right.shape[1])]
+    )
+
+
+# --- the whole ---
+
+
+def _assemble(tensors: Mapping[str, Any], layers: Sequence[str], adapters: Sequence[Adapter]) -> Adapter:
+    """Return the adapter of combined layers, with what the others say of base and kinds, without options yet."""
+    trained = {name for each in adapters for name in each.tensors}
+    first = next((each for each in adapters if each.tied), adapters[0])
+    kinds = {layer: kind for each in adapters for layer, kind in each.kinds.items()}
+    return Adapter(
+        tensors=tensors,
+        config=_plain_config(adapters[0].config),
+        scalings=dict.fromkeys(layers, 1.0),
+        fingerprint={n: e for each in reversed(adapters) for n, e in each.fingerprint.items() if n not in trained},
+        complete=all(each.complete for each in adapters),
+        kinds=kinds,
+        after_conv1d=after_conv1d_in_all(adapters, kinds),
+        origin={key: value for each in reversed(adapters) for key, value in each.origin.items()},
+        fan_in_fan_out=any(each.fan_in_fan_out for each in adapters),
+        tables=_own_tables(first),
+        tied=first.tied,
+        tied_by_peft=first.tied_by_peft,
+        peft_rows=any(each.peft_rows for each in adapters),
+    )
+
+
+def _plain_config(config: LoRAConfig | None) -> LoRAConfig | None:
+    """Return options of the result, which is plain LoRA whatever the adapters are; its ranks are not there yet."""
+    return None if config is None else replace(config, variant=PLAIN, init_lora_weights=True)
+
+
+def _average(used: Sequence[tuple[str, Adapter, float]]) -> dict[str, Any]:
+    """Return the weighted mean of what the adapters hold beside A and B: values, of which a sum means nothing."""
+    values = [(name, {**each.beside_factors(), **_rows_of(each)}, weight) for name, each, weight in used]
+    names = dict.fromkeys(key for _, held, _ in values for key in held)
+    for key in names:
+        lacking = next((name for name, held, _ in values if key not in held), None)
+        if lacking is not None:
+            holder = next(name for name, held, _ in values if key in held)
+            raise LoRAError(
+                f"combine: {key!r} was trained whole in {holder} and not in {lacking}, which does not say what it was "
+                "there. Combine adapters with the same modules_to_save, bias and trained rows."
+            )
+    return {key: _mean(key, [(name, held[key], weight) for name, held, weight in values]) for key in names}
+
+
+def _own_tables(adapter: Adapter) -> dict[str, tuple[int, ...]]:
+    """Return which rows are trained of each table that does not share them with another."""
+    return {table: rows for table, rows in adapter.tables.items() if table not in adapter.tied}
+
+
+def _rows_of(adapter: Adapter) -> dict[str, Any]:
+    return {f"{table}.{rows_leaf()}": rows for table, rows in adapter.rows().items() if table not in adapter.tied}
+
+
+def _mean(key: str, values: Sequence[tuple[str, Any, float]]) -> Any:
+    (first_name, first, _), *others = values
+    if all(_equal(first, value) for _, value, _ in others):
+        return first
+    for name, value, _ in others:
+        if not isinstance(first, torch.Tensor) or not isinstance(value, torch.Tensor) or first.shape != value.shape:
+            raise LoRAError(f"combine: {key!r} differs between {first_name} and {name}, and has no mean.")
+    if not first.is_floating_point():
+        if key.rpartition(".")[2] == COUNTER:
+            return torch.stack([value for _, value, _ in values]).amax(0)
+        raise LoRAError(f"combine: {key!r} is of whole numbers, which differ between the adapters, and has no mean.")
+    total = sum(weight for _, _, weight in values)
+    if abs(total) <= ROUNDING * max(abs(weight) for _, _, weight in values):
+        raise LoRAError(f"combine: the weights sum up to 0, so {key!r}, which was trained whole, has no weighted mean.")
+    mean = sum((value.double() * (weight / total) for _, value, weight in values), torch.zeros(()).double())
+    if key.endswith("running_var") and (mean < 0).any():
+        raise LoRAError(f"combine: a negative weight makes the variances in {key!r} negative.")
+    return mean.to(first.dtype)
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    return type(one) is type(other) and bool(one == other)
+
+
+def _with_equal_attention(adapter: Adapter) -> Adapter:
+    """Give attention and its out_proj one rank, which PEFT needs, by zeros where one has less."""
+    tensors, ranks = dict(adapter.tensors), adapter.ranks()
+    for name, kind in adapter.kinds.items():
+        attention = name.rpartition(".")[0]
+        if kind != ATTENTION_OUTPUT or attention not in ranks or separate_shapes(adapter, attention):
+            continue
+        lower = min(name, attention, key=ranks.__getitem__)
+        rank = max(ranks[name], ranks[attention])
+        a, b = adapter.factor(lower, A), adapter.factor(lower, B)
+        if a.shape[0] == ranks[lower]:  # no parts
+            b, a = _padded((b, a), rank)
+            tensors |= {adapter.factor_name(lower, A): a, adapter.factor_name(lower, B): b}
+    return replace(adapter, tensors=tensors)
+
+
+def _options(adapter: Adapter, adapters: Sequence[Adapter]) -> LoRAConfig:
+    """Return the options of the result: the first adapter's, where these say the same, else with layers spelled out."""
+    configs = [each.config or LoRAConfig() for each in adapters]
+    ranks, first = adapter.ranks(), configs[0]
+    parts: dict[str, tuple[bool, ...]] = {}
+    held = {id(each): {layer for layer in each.layers() if not each.is_parameter(layer)} for each in adapters}
+    for layer in sorted(ranks, key=lambda name: -len(name)):
+        holders = [config for config, each in zip(configs, adapters, strict=True) if layer in held[id(each)]]
+        enabled, *others = {config.enabled_parts(layer) for config in holders} or {None}
+        if enabled is not None and not others:
+            parts[layer] = enabled
+    saved = dict.fromkeys(name for config in configs for name in config.modules_to_save or ())
+    common = max(set(ranks.values()), key=list(ranks.values()).count)
+    config = replace(
+        first,
+        r=common,
+        lora_alpha=common,
+        rank_pattern=None,
+        alpha_pattern=None,
+        use_rslora=False,
+        variant=PLAIN,
+        init_lora_weights=True,
+        lora_dropout=0.0 if adapter.parameters else first.lora_dropout,
+        modules_to_save=list(saved),
+        enable_lora=parts or None,
+    )
+    same_layers = set(adapters[0].layers()) == set(ranks)
+    if same_layers and options_hold(config, ranks, adapter.scalings):
+        return config
+    return exact_options(config, ranks, adapter.scalings, adapter.parameters)
