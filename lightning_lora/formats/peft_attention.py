@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from ..adapter.adapter import Adapter
+from ..adapter.values import is_plain
 from ..errors import LoRAError
 from ..names import A, B
 from ..nn.low_rank import ATTENTION_OUTPUT, CONV1D, LINEAR, SINGLE
@@ -60,7 +61,8 @@ def turn(adapter: Adapter) -> Adapter:
         if adapter.kinds.get(name) != ATTENTION_OUTPUT:
             continue
         a, b = adapter.factor_name(name, A), adapter.factor_name(name, B)
-        tensors[a], tensors[b] = tensors[b].T.contiguous(), tensors[a].T.contiguous()
+        if all(is_plain(tensors.get(key)) and tensors[key].dim() == 2 for key in (a, b)):
+            tensors[a], tensors[b] = tensors[b].T.contiguous(), tensors[a].T.contiguous()
     return replace(adapter, tensors=tensors)
 
 

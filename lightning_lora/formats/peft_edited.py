@@ -21,7 +21,7 @@ from ..errors import LoRAError, shown
 from ..names import matcher
 from ..nn.low_rank import ATTENTION_OUTPUT
 from .peft_forms import config_in_peft
-from .peft_mapping import from_peft_options, options_from_peft, options_to_peft, origin_of
+from .peft_options import from_peft_options, options_from_peft, options_to_peft, origin_of
 from .peft_rows import OPTION
 from .peft_saved_modules import entries_in, taken_by
 

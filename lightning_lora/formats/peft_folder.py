@@ -14,50 +14,29 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
-from ..adapter.adapter import Adapter, check_factors, exact_options, ties_of
-from ..adapter.file_options import check_options, readable_options
-from ..adapter.metadata import from_metadata, to_metadata
-from ..config import LoRAConfig
+from ..adapter.adapter import Adapter
+from ..adapter.file_options import readable_options
+from ..adapter.metadata import to_metadata
 from ..errors import LoRAError, sentence, shown
 from ..files.atomic import new_folder
 from ..files.paths import PathLike, kind_of, parse_json, read_json, write_json
 from ..files.safetensors import read_safetensors, write_tensors
 from ..files.torch_archive import read_torch_file
-from ..names import A, B, parent_names
+from ..names import A, B
 from ..nn.low_rank import ATTENTION, ATTENTION_OUTPUT, SEPARATE
-from ..nn.variant import Variant
 from .peft_attention import refuse_conv1d_before_parameters
-from .peft_edited import honour_options
-from .peft_forms import config_in_peft, from_peft_form, spread, to_peft_form
-from .peft_mapping import (
-    add_idle_attention,
-    as_plain,
-    from_peft_options,
-    from_plain,
-    idle_attention,
-    options_from_peft,
-    options_to_peft,
-    origin_of,
-    refuse_options,
-)
-from .peft_names import PREFIX, peft_name, read_names
-from .peft_parameters import (
-    PARAMETERS,
-    Order,
-    nesting_in_peft,
-    nesting_of,
-    nesting_of_metadata,
-    stacks_from_peft,
-    stacks_to_peft,
-    usual_order,
-)
-from .peft_rows import as_peft_stores, peft_table_name, rows_from_peft
-from .peft_saved_modules import entries_in, frozen_in_saved
-from .peft_state_dict import kinds_of, read_state
+from .peft_equivalents import add_idle_attention, as_plain
+from .peft_forms import to_peft_form
+from .peft_names import PREFIX, peft_name
+from .peft_options import from_peft_options, options_to_peft, refuse_options
+from .peft_parameters import PARAMETERS, Order, nesting_of, stacks_to_peft, usual_order
+from .peft_reading import FROZEN, IDLE, Source, factor_names, read_peft
+from .peft_rows import as_peft_stores, peft_table_name
+from .peft_saved_modules import frozen_in_saved
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
@@ -65,8 +44,7 @@ OUTSIDE_FILE = "outside_network.safetensors"
 TENSOR_FILES = (TENSOR_FILE, OUTSIDE_FILE)
 OLD_TENSOR_FILE = "adapter_model.bin"
 HEADER_KEY = "lightning_lora"
-FROZEN = "frozen"  # in the description: the tensors that were not trained, and are there because PEFT wants them
-IDLE = "idle"  # in the description: the layers that add_idle_attention added
+OUTSIDE = "outside"  # in the description: the tensors in OUTSIDE_FILE, and the network that they are around
 
 
 def write_folder(adapter: Adapter, path: PathLike, frozen: Mapping[str, torch.Tensor] | None = None) -> None:
@@ -98,7 +76,7 @@ def write_folder(adapter: Adapter, path: PathLike, frozen: Mapping[str, torch.Te
     plain = as_plain(to_peft_form(own))
     layers = set(own.layers())
     nesting = nesting_of(own.parameters)
-    values = stacks_to_peft({**plain.tensors, **(frozen or {})}, _factor_names(own).values())
+    values = stacks_to_peft({**plain.tensors, **(frozen or {})}, factor_names(own).values())
     tables = {*own.tables, *own.tied}
     tensors = {}
     for name, tensor in values.items():
@@ -113,18 +91,13 @@ def write_folder(adapter: Adapter, path: PathLike, frozen: Mapping[str, torch.Te
     if nesting:
         description[PARAMETERS] = nesting
     if outside:
-        description |= {"outside": {"network": adapter.network, "tensors": sorted(outside)}}
+        description[OUTSIDE] = {"network": adapter.network, "tensors": sorted(outside)}
     text = json.dumps(description, separators=(",", ":"))
     with new_folder(path, keep_others=True, replaced=[OUTSIDE_FILE]) as folder:
         write_tensors(folder / TENSOR_FILE, _copies(tensors), {"format": "pt", HEADER_KEY: text})
         if outside:
             write_tensors(folder / OUTSIDE_FILE, _copies(outside), {"format": "pt"})
         write_json(folder / CONFIG_FILE, options_to_peft(plain))
-
-
-def _factor_names(adapter: Adapter) -> dict[str, tuple[str, str]]:
-    """Return the names of A and B of each parameter that is adapted by itself."""
-    return {name: (adapter.factor_name(name, A), adapter.factor_name(name, B)) for name in adapter.parameters}
 
 
 def _copies(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -187,24 +160,22 @@ def read_folder(path: PathLike, order: Order = usual_order) -> Adapter:
 
     Args:
         path: the folder.
-        order: in which modules register parameters, which only the model that it is for tells.
+        order: the order in which modules register parameters. Only the model that the adapter is for tells it.
 
     Raises:
         LoRAError: a file is missing or damaged, or it holds what this package cannot apply.
     """
     folder = Path(path)
-    variant, options = from_peft_options(read_json(folder / CONFIG_FILE), folder / CONFIG_FILE)
-    refuse_options(options, variant, folder / CONFIG_FILE)
-    peft_tensors, header = _read_tensors(folder)
-    if HEADER_KEY in header:
-        adapter, outside = _read_described(peft_tensors, header[HEADER_KEY], folder / TENSOR_FILE, options)
-        return _add_outside(adapter, outside, folder) if outside else adapter
-    names = read_names(peft_tensors, folder, lambda wrapped: nesting_in_peft(options, wrapped, order, folder))
-    tensors = {name: peft_tensors[peft_name] for peft_name, name in names.ours.items()}
-    tensors = spread(names.shared, peft_tensors, tensors)
-    adapter = _read_foreign(tensors, names.bare, variant, options, folder)
-    several = [leaves for leaves in nesting_of(adapter.parameters).values() if len(leaves) > 1]
-    return replace(adapter, assumed_order=several) if order is usual_order and several else adapter
+    options_path, tensor_path = folder / CONFIG_FILE, folder / TENSOR_FILE
+    variant, options = from_peft_options(read_json(options_path), options_path)
+    refuse_options(options, variant, options_path)
+    tensors, header = _read_tensors(folder)
+    description = _description(header, tensor_path)
+    where = folder if description is None else tensor_path
+    source = Source(where, options_path, options, variant, description, order=order)
+    adapter = read_peft(tensors, source)
+    outside = (description or {}).get(OUTSIDE)
+    return _add_outside(adapter, outside, folder) if outside else adapter
 
 
 def read_tensor_file(path: PathLike) -> Adapter:
@@ -213,17 +184,16 @@ def read_tensor_file(path: PathLike) -> Adapter:
     Raises:
         LoRAError: it is damaged, or it holds what this package cannot apply.
     """
-    peft_tensors, header = read_safetensors(path)
-    if HEADER_KEY in header:
-        adapter, outside = _read_described(peft_tensors, header[HEADER_KEY], Path(path))
-        if outside:
-            warnings.warn(
-                f"lightning_lora: {path}: tensors outside the network lie in {OUTSIDE_FILE} beside it, and are read "
-                "only where the folder is given.",
-                stacklevel=3,
-            )
-        return adapter
-    return read_state(peft_tensors, path)
+    tensors, header = read_safetensors(path)
+    description = _description(header, Path(path))
+    adapter = read_peft(tensors, Source(path, description=description))
+    if description and description.get(OUTSIDE):
+        warnings.warn(
+            f"lightning_lora: {path}: tensors outside the network lie in {OUTSIDE_FILE} beside it, and are read "
+            "only where the folder is given.",
+            stacklevel=3,
+        )
+    return adapter
 
 
 def _read_tensors(folder: Path) -> tuple[dict[str, torch.Tensor], Mapping[str, str]]:
@@ -235,20 +205,15 @@ def _read_tensors(folder: Path) -> tuple[dict[str, torch.Tensor], Mapping[str, s
     return content, {}
 
 
-def _read_described(
-    peft_tensors: Mapping[str, torch.Tensor], text: str, where: Path, options: Mapping[str, Any] | None = None
-) -> tuple[Adapter, Any]:
-    """Return an adapter that this package wrote, by its header's description, and what that says of OUTSIDE_FILE.
-
-    Args:
-        peft_tensors: the tensors.
-        text: the description.
-        where: the file that both are in.
-        options: of adapter_config.json, where that is beside it.
+def _description(header: Mapping[str, str], where: Path) -> dict[str, Any] | None:
+    """Return what this package wrote into a file's header, or None in a file of others.
 
     Raises:
-        LoRAError: the description is damaged, or the tensors are not those that it is of.
+        LoRAError: it is not JSON, or of another form.
     """
+    text = header.get(HEADER_KEY)
+    if text is None:
+        return None
     try:
         description = parse_json(text.encode("utf-8", "surrogatepass"), where)
     except LoRAError:
@@ -257,41 +222,7 @@ def _read_described(
         raise LoRAError(f"{where}: its header's description is not JSON: {sentence(error)}") from error
     if not isinstance(description, dict):
         raise LoRAError(f"{where}: the adapter's description is damaged: it is {shown(description, 80)}.")
-    nesting = nesting_of_metadata(description, where)
-    names = read_names(peft_tensors, where, lambda wrapped: nesting)
-    tensors = {name: peft_tensors[peft_name] for peft_name, name in names.ours.items()}
-    adapter = from_metadata(spread(names.shared, peft_tensors, tensors), description, str(where))
-    adapter = _with_our_stacks(adapter, where)
-    plain = adapter
-    idle = description.get(IDLE, [])
-    if not isinstance(idle, list):
-        raise LoRAError(f"{where}: the adapter's description is damaged: {IDLE} is {shown(idle)}.")
-    changed = [name for name in idle if name not in idle_attention(adapter)]
-    if changed:
-        raise LoRAError(f"{where}: the factors of {changed[0]!r} must be zero; something changed them after saving.")
-    adapter = _without_frozen(adapter, description.get(FROZEN, []), where)
-    adapter = from_peft_form(from_plain(adapter.without_layers(idle)))
-    check_factors(adapter, str(where))
-    if options is not None:
-        adapter = honour_options(adapter, plain, options, where.with_name(CONFIG_FILE))
-    return adapter, description.get("outside")
-
-
-def _without_frozen(adapter: Adapter, frozen: Any, where: Path) -> Adapter:
-    """Drop the tensors that were not trained. They are in the file because PEFT wants them; the base has them too.
-
-    Args:
-        adapter: as it was read.
-        frozen: the names of these tensors, as the description lists them.
-        where: for messages.
-
-    Raises:
-        LoRAError: the list is damaged. The fingerprint, which is of frozen tensors, names the same.
-    """
-    in_both = adapter.tensors.keys() & adapter.fingerprint.keys()
-    if not isinstance(frozen, list) or not all(isinstance(name, str) for name in frozen) or set(frozen) != in_both:
-        raise LoRAError(f"{where}: the adapter's description is damaged: {FROZEN} is {shown(frozen, 80)}.")
-    return replace(adapter, tensors={name: value for name, value in adapter.tensors.items() if name not in in_both})
+    return description
 
 
 def _add_outside(adapter: Adapter, outside: Any, folder: Path) -> Adapter:
@@ -313,56 +244,3 @@ def _add_outside(adapter: Adapter, outside: Any, folder: Path) -> Adapter:
         )
     around = adapter.renamed("", network)
     return replace(around, tensors={**around.tensors, **tensors}, network=network)
-
-
-def _read_foreign(
-    tensors: Mapping[str, torch.Tensor],
-    peft_names: Mapping[str, str],
-    variant: Variant,
-    options: Mapping[str, Any],
-    folder: Path,
-) -> Adapter:
-    """Return an adapter that another program wrote."""
-    bare = rows_from_peft(Adapter(tensors), options, folder)
-    layers = bare.layers()
-    parameters = bare.parameters
-    kinds = kinds_of(tensors, peft_names, options.get("peft_version"), folder)
-    whole = bare.beside_factors()
-    check_options(options, layers, folder / CONFIG_FILE)
-    targets = [name for name in layers if name not in parameters]
-    config = options_from_peft(options, targets, whole, bare.tables, variant.name)
-    ends = tuple(entries_in(options))
-    saved = {name for name in whole if ends and any(module.endswith(ends) for module in parent_names(peft_names[name]))}
-    base_leaves = ("weight", "bias") if config.bias == "none" else ("weight",)
-    # PEFT saves embeddings beside the adapter, as they are where they are adapted, or because they were resized. The
-    # other end of a tied weight that was trained is not in modules_to_save either.
-    dumped = {name for name in whole if name.rpartition(".")[2] in base_leaves and name not in saved}
-    adapter = replace(
-        bare,
-        config=config,
-        scalings={name: config.scaling(bare.options_name(name)) for name in layers},
-        kinds=kinds,
-        perhaps_base=frozenset(dumped - ties_of(saved, whole)),
-        origin=origin_of(options),
-        fan_in_fan_out=options.get("fan_in_fan_out") is True,
-        peft_outputs=True,
-    )
-    adapter = from_peft_form(_with_our_stacks(adapter, folder))
-    check_factors(adapter, str(folder))
-    return _without_idle_attention(from_plain(adapter))
-
-
-def _with_our_stacks(adapter: Adapter, where: object) -> Adapter:
-    config = config_in_peft(adapter) or LoRAConfig()
-    return replace(adapter, tensors=stacks_from_peft(adapter.tensors, _factor_names(adapter), config, where))
-
-
-def _without_idle_attention(adapter: Adapter) -> Adapter:
-    idle = [name for name in idle_attention(adapter) if f"{name}.out_proj" in adapter.kinds]
-    if not idle or adapter.config is None:
-        return adapter
-    adapter = adapter.without_layers(idle)
-    return replace(
-        adapter,
-        config=exact_options(cast(LoRAConfig, adapter.config), adapter.ranks(), adapter.scalings, adapter.parameters),
-    )

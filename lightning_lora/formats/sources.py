@@ -33,7 +33,7 @@ from .peft_attention import turn_without_model
 from .peft_folder import read_folder, read_tensor_file
 from .peft_names import are_peft_names
 from .peft_parameters import Order, check_order, usual_order
-from .peft_state_dict import read_state
+from .peft_reading import Source, read_peft
 
 
 def saved_modules(adapter: Adapter) -> list[str]:
@@ -80,7 +80,7 @@ def _read_state(source: Mapping[str, Any], verb: str) -> Adapter:
         return adapter_of(source)[0]
     tensors = _tensors_in(source.get("state_dict", source), verb)
     if are_peft_names(tensors):
-        return read_state(tensors, "adapter", source.get(HYPER_PARAMETERS))
+        return read_peft(tensors, Source("adapter", hyper_parameters=source.get(HYPER_PARAMETERS)))
     adapter = Adapter(tensors)
     check_factors(adapter, "adapter")
     return adapter

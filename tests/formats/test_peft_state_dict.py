@@ -25,7 +25,7 @@ from lightning_lora import (
     merge_and_unload,
 )
 from lightning_lora.command.merge import merge_on_disk
-from lightning_lora.formats.peft_state_dict import read_state
+from lightning_lora.formats.peft_reading import Source, read_peft
 from support.notices import quiet_peers
 from support.peers import call, close, logits, refused, seeded, spread_, tensors_of, tokens
 from support.training import make_trainer
@@ -224,7 +224,7 @@ def test_magnitudes_in_a_state_dict_are_read_live_or_not(live: bool):
     inject(net := network(), LoRAConfig(**options))
     load_adapter(net, state)
     close(logits(net), logits(other))
-    told = read_state(state, "a state dict", {"lora_alpha": 8}).config
+    told = read_peft(state, Source("a state dict", hyper_parameters={"lora_alpha": 8})).config
     assert told is not None
     assert told.use_dora
     inject(plain := network(), LoRAConfig(**options | {"use_dora": False}))

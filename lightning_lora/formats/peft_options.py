@@ -1,42 +1,21 @@
-"""PEFT's options and equivalent factors, from and to ours. What cannot be applied is refused by name.
+"""PEFT's options, from and to ours. What cannot be applied is refused by name.
 
-Options: adapter_config.json's fields are LoRAConfig's but for those that are listed here.
-
-Equivalents: with enable_lora, n parts with factors (r, in) and (out / len, r) equal one adapter of rank n * r with the
-same A and a B that is block diagonal, with zero rows for the parts that are left alone. The scaling stays, so
-lora_alpha grows. PEFT adapts attention whole: where out_proj alone is adapted, in_proj gets factors that are both zero,
-and so stay zero when PEFT trains on. Of attention's out_proj peft adds the change twice, in forward and in merge
-(measured on 0.21.2; a fix is proposed in huggingface/peft#3774). So B is halved on the way out and doubled on the way
-in, which is exact.
+adapter_config.json has LoRAConfig's fields, but for those that are listed here.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
-
-import torch
 
 from ..adapter.adapter import Adapter, exact_options, options_hold
 from ..config import IGNORED_PEFT_FIELDS, PLAIN, TASK_HEADS, VARIANTS, LoRAConfig, Task
 from ..errors import LoRAError, sentence, shown
-from ..names import KNOWN_VARIANTS, A, B, listed, matcher, parent_names, pattern_matches, suffixes
-from ..nn.low_rank import (
-    ATTENTION,
-    ATTENTION_OUTPUT,
-    CONV1D,
-    EMBEDDING,
-    IN_PROJ,
-    LINEAR,
-    PARAMETER,
-    from_block_diagonal,
-    to_block_diagonal,
-)
+from ..names import KNOWN_VARIANTS, listed, matcher, parent_names, pattern_matches, suffixes
+from ..nn.low_rank import ATTENTION_OUTPUT, CONV1D, EMBEDDING, LINEAR, PARAMETER
 from ..nn.variant import Variant, known_variants
-from .peft_attention import turn
 from .peft_rows import OPTION
 from .peft_saved_modules import entries_in, from_peft_entries, is_tied_by_peft, to_peft_entries
 
@@ -53,9 +32,6 @@ WITHOUT_EFFECT = {  # on what the stored tensors mean
     "init_lora_weights",
     "ensure_weight_tying",  # of tied weights the values tell
 }
-
-OUT_PROJ_COUNTS = 2  # times
-LAST_KNOWN_PEFT = (0, 21)
 
 
 def options_to_peft(adapter: Adapter) -> dict[str, Any]:
@@ -217,83 +193,3 @@ def options_from_peft(
 def origin_of(options: Mapping[str, Any]) -> dict[str, str]:
     """Return what PEFT's options say of the base."""
     return {name: options[name] for name in ORIGIN if isinstance(options.get(name), str)}
-
-
-def check_peft_version(version: object, where: object) -> None:
-    """Raise LoRAError for an attention adapter of a later peft than is known, which may add out_proj's change once."""
-    numbers = [int(part) if part.isdigit() else 0 for part in str(version or "0.0").split(".")[:2]]
-    if tuple(numbers) > LAST_KNOWN_PEFT:
-        raise LoRAError(
-            f"{where}: adapts nn.MultiheadAttention and was written by peft {version}. peft up to 0.21 adds the change "
-            "of out_proj twice; whether this one does is not known here. Update lightning_lora, or leave attention out."
-        )
-
-
-def as_plain(adapter: Adapter) -> Adapter:
-    """Return the equal adapter without enable_lora, as PEFT applies it."""
-    plain = _with_factors_b(adapter, lambda name, a, b, enabled: to_block_diagonal(b, enabled), 1 / OUT_PROJ_COUNTS)
-    return turn(plain)
-
-
-def from_plain(adapter: Adapter) -> Adapter:
-    """Undo as_plain. Raises LoRAError where a B is not zero outside its blocks, which enable_lora cannot express."""
-    return _with_factors_b(turn(adapter), _from_block_diagonal, OUT_PROJ_COUNTS)
-
-
-def add_idle_attention(adapter: Adapter) -> tuple[Adapter, list[str]]:
-    """Return the equal adapter in which attention is adapted whole where its out_proj alone was, and what was added."""
-    outputs = {name.rpartition(".")[0]: name for name, kind in adapter.kinds.items() if kind == ATTENTION_OUTPUT}
-    added = [name for name in outputs if name not in adapter.kinds]
-    tensors = dict(adapter.tensors)
-    for name in added:
-        stored, (a, b, _) = adapter.stored(outputs[name]), adapter.acting(outputs[name])
-        shapes = {IN_PROJ: torch.Size((3 * b.shape[0], a.shape[1]))}
-        place = replace(adapter.place(outputs[name]), name=name, kind=ATTENTION, shapes=shapes)
-        place = replace(place, rank=adapter.variant.rank(stored))
-        zeros = {leaf: stored[leaf].new_zeros(shape) for leaf, shape in adapter.variant.shapes(place).items()}
-        tensors |= {f"{name}.{leaf}": zero for leaf, zero in zeros.items()}
-    scalings = {name: adapter.scalings[outputs[name]] for name in added}
-    kinds = dict.fromkeys(added, ATTENTION)
-    new = replace(adapter, tensors=tensors, scalings={**adapter.scalings, **scalings}, kinds={**adapter.kinds, **kinds})
-    return new, added
-
-
-def idle_attention(adapter: Adapter) -> list[str]:
-    """Return the attention whose factors are all zero, as add_idle_attention adds them."""
-    attention = {name: adapter.stored(name) for name, kind in adapter.kinds.items() if kind == ATTENTION}
-    return [name for name, stored in attention.items() if stored and all(map(_is_zero, stored.values()))]
-
-
-def _is_zero(tensor: Any) -> bool:
-    return isinstance(tensor, torch.Tensor) and not tensor.any()
-
-
-def _with_factors_b(adapter: Adapter, for_parts: Callable[..., torch.Tensor], for_output: float) -> Adapter:
-    tensors = dict(adapter.tensors)
-    for name in adapter.layers():
-        enabled = adapter.config.enabled_parts(name) if adapter.config is not None else None
-        key = f"{name}.{B}"
-        if adapter.kinds.get(name) == ATTENTION_OUTPUT:
-            tensors[key] = tensors[key].detach() * for_output
-        elif enabled is not None:
-            tensors[key] = for_parts(name, tensors[f"{name}.{A}"], tensors[key], enabled)
-    return replace(adapter, tensors=tensors)
-
-
-def _from_block_diagonal(name: str, a: torch.Tensor, b: torch.Tensor, enabled: tuple[bool, ...]) -> torch.Tensor:
-    if (
-        not a.dim() == b.dim() == 2
-        or a.shape[0] != b.shape[1]
-        or b.shape[1] % sum(enabled)
-        or b.shape[0] % len(enabled)
-    ):
-        raise LoRAError(
-            f"adapter: {name!r}: A {tuple(a.shape)} and B {tuple(b.shape)} do not fit enable_lora={list(enabled)}."
-        )
-    narrow = from_block_diagonal(b, enabled)
-    if not torch.equal(to_block_diagonal(narrow, enabled), b):
-        raise LoRAError(
-            f"adapter: {name!r}: its B is not zero outside the blocks of enable_lora={list(enabled)}; something else "
-            "changed it after it was saved."
-        )
-    return narrow
