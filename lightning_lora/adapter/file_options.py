@@ -27,7 +27,8 @@ from ..files.limits import (
     check_names,
 )
 from ..names import matcher
-from .adapter import Adapter, exact_options
+from .adapter import Adapter
+from .layer_options import exact_options
 
 TOGETHER = 1000  # names in one pattern
 EXPRESSIONS = ("target_modules", "exclude_modules", "modules_to_save", "target_parameters")  # where they are one text

@@ -10,8 +10,11 @@ from typing import Any
 
 import torch
 
-from ..adapter.adapter import Adapter, check_finite, equal_tables
+from ..adapter.adapter import Adapter
 from ..adapter.base_files import OTHER_FILES, compare_with_files
+from ..adapter.equal_tables import equal_tables
+from ..adapter.renaming import by_network_names
+from ..adapter.values import check_finite
 from ..config import LoRAConfig
 from ..errors import LoRAError
 from ..files.atomic import new_file, new_folder
@@ -211,7 +214,7 @@ def _row_updates(adapter: Adapter, base: Weights, owners: Mapping[str, str]) -> 
 def _module_names(adapter: Adapter, base: Weights) -> ModuleNames:
     """Return the file's own names where they are the adapter's too, else those that transformers gives them."""
     names = own_names(base)
-    adapter = adapter.by_network_names()
+    adapter = by_network_names(adapter)
     modules = {name.rpartition(".")[0] for name in adapter.tensors} - adapter.tied.keys()  # which may be there once
     return names if modules <= names.modules() else names_in_transformers(base)
 

@@ -28,8 +28,11 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from ..adapter.adapter import Adapter, exact_options, options_hold, scaled_pairs, separate_shapes
+from ..adapter.adapter import Adapter
 from ..adapter.fingerprint import compare_fingerprints
+from ..adapter.layer_options import exact_options, options_hold
+from ..adapter.measures import scaled_pairs, separate_shapes
+from ..adapter.renaming import by_network_names
 from ..config import PLAIN, LoRAConfig, is_number, plain_number
 from ..errors import LoRAError
 from ..files.paths import PathLike
@@ -136,7 +139,7 @@ def combine_adapters(
     _check_weights(sources, weights)
     names = [str(s) if isinstance(s, (str, os.PathLike)) else f"adapters[{i}]" for i, s in enumerate(sources)]
     read = [
-        adapter_with_options(source, where=name).by_network_names() for source, name in zip(sources, names, strict=True)
+        by_network_names(adapter_with_options(source, where=name)) for source, name in zip(sources, names, strict=True)
     ]
     _same("the list of trained rows", [(name, _own_tables(each)) for name, each in zip(names, read, strict=True)])
     _check_one_base(read, names, strict_base)

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from ..adapter.adapter import (
-    Adapter,
-    exact_options,
-    options_hold,
-)
-from ..adapter.fingerprint import REMEDY, warn_of_rounding
-from ..config import LoRAConfig
+from ..adapter.adapter import Adapter
+from ..adapter.renaming import by_network_names
 from ..distributed.rank_sync import RankSync, writes_files
 from ..distributed.sharding import copies_of
 from ..errors import LoRAError
@@ -25,32 +20,21 @@ from ..files.paths import PathLike
 from ..files.torch_archive import read_torch_file
 from ..formats.build_module import build_module
 from ..formats.lightning_checkpoint import adapter_of
-from ..formats.peft_attention import turn_as_in_model
 from ..formats.peft_folder import write_folder
 from ..formats.peft_parameters import order_in
 from ..formats.peft_saved_modules import frozen_in_saved
-from ..formats.sources import adapter_with_options, read_source, saved_modules
+from ..formats.sources import adapter_with_options, read_source
 from ..model.adapted_model import AdaptedModel, Listing, find_in, find_model, open_model
-from ..model.inject import inject, inject_to_load, unload
+from ..model.inject import inject, inject_to_load
 from ..model.live_state import LiveState
-from ..model.merging import holds_merged, merge_listed, unmerge_listed
-from ..model.targets import Targets
 from ..model.wrappers import unwrapped, warn_of_late_adapters
-from ..nn.writer import Turn
-from .apply import (
-    Names,
-    add_frozen_weights,
-    align_names,
-    by_first_names,
-    check_adapter,
-    copy_values,
-    specs_for,
-    split_off_base,
-)
+from .align import Names, by_first_names
+from .apply import apply_adapter, config_for
 from .checkpoint_of_model import prepare_for_load
-from .take import adapter_of_model, check_fingerprint, frozen_values
+from .take import adapter_of_model, frozen_values
 
 log = logging.getLogger(__name__)
+
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -136,7 +120,7 @@ def save_adapter(model: nn.Module | Adapter, path: PathLike) -> None:
         return
     live = LiveState(open_model(model, "save_adapter"))
     adapter = adapter_of_model(live, "save_adapter")
-    frozen = frozen_values(live, [adapter.network + name for name in frozen_in_saved(adapter.by_network_names())])
+    frozen = frozen_values(live, [adapter.network + name for name in frozen_in_saved(by_network_names(adapter))])
     network_frozen = {name.removeprefix(adapter.network): value for name, value in frozen.items()}
     sync = RankSync(layer.main_weight() for layer in live.handle.layers.values())
     writes = writes_files(module for _, module in live.handle.modules)
@@ -231,7 +215,7 @@ def load_from_checkpoint(
         apply_adapter(find_model(model) or Listing(model), adapter, strict_base=strict_base, remedy=remedy)
         return model
     listing = find_model(model) or Listing(model)
-    config = _config_for(listing, by_first_names(Names(listing.places), adapter))
+    config = config_for(listing, by_first_names(Names(listing.places), adapter))
     if isinstance(listing, AdaptedModel):
         inject(model, config)
     else:
@@ -239,89 +223,3 @@ def load_from_checkpoint(
     prepare_for_load(model, checkpoint)
     model.load_state_dict(checkpoint["state_dict"])
     return model
-
-
-def apply_adapter(
-    listing: Listing,
-    adapter: Adapter,
-    *,
-    strict_base: bool = True,
-    remedy: str = REMEDY,
-    swap: bool = False,
-) -> list[str]:
-    """Put an adapter onto a model: inject where that is still to do, check everything, then copy the values. In place.
-
-    Args:
-        listing: of the model without wrappers; its handle where it is injected.
-        adapter: under any prefix.
-        strict_base: whether another base than the adapter's is an error or a warning.
-        remedy: what the error about another base says that its reader can do.
-        swap: whether layers of an injected model may get another rank and scaling.
-
-    Returns:
-        The names of the adapted layers.
-
-    Raises:
-        LoRAError: something does not fit; the model is as it was.
-    """
-    names = Names(listing.places)
-    adapter = by_first_names(names, align_names(listing, names, adapter))
-    fresh = not isinstance(listing, AdaptedModel)
-    if isinstance(listing, AdaptedModel):
-        handle = listing
-        _tell_of_options(handle, adapter)
-    else:
-        handle = inject_to_load(listing, _config_for(listing, adapter), adapter.scope)
-    adapter = turn_as_in_model(adapter, handle.kinds)
-    with Turn("load_adapter", [handle.record.writer]):
-        was_merged = holds_merged(handle.layers.values())
-        try:
-            if was_merged:
-                unmerge_listed(handle)  # at once, because to read W out of W' takes as long
-            live = LiveState(handle)
-            adapter = add_frozen_weights(live, split_off_base(live, adapter))
-            specs = {} if fresh or not swap else specs_for(handle, by_first_names(names, adapter))
-            check_adapter(live, names, adapter, specs=specs)
-            present = check_fingerprint(live, adapter.fingerprint, strict=strict_base, remedy=remedy)
-            copy_values(live, adapter, specs, merge_after=was_merged)
-            handle.record.origin = dict(adapter.origin)
-        except BaseException:
-            if fresh:
-                unload(handle.model)
-            elif was_merged:
-                merge_listed(handle)
-            raise
-    warn_of_rounding(present, adapter.fingerprint)
-    return list(handle.layers)
-
-
-def _tell_of_options(handle: AdaptedModel, adapter: Adapter) -> None:
-    """Tell which options hold where a source has none."""
-    if adapter.config is None:
-        options = handle.record.config
-        scale = f"lora_alpha={options.lora_alpha:g}, use_rslora={options.use_rslora}"
-        log.info("lightning_lora: the source stores no options; those of the injected model hold: %s", scale)
-
-
-def _config_for(listing: Listing, adapter: Adapter) -> LoRAConfig:
-    """Return the adapter's options. Where they would choose other layers in this model, name the layers instead."""
-    config, ranks = adapter.config, adapter.ranks()
-    if config is None:
-        stored = sorted(set(ranks.values()))
-        saved = _leaves(saved_modules(adapter))
-        raise LoRAError(
-            "adapter: the source stores tensors and no options, as loralib's files do. Its factors have rank "
-            f"{' and '.join(map(str, stored))}; lora_alpha is nowhere in it and must come from whoever trained it. "
-            f"Call inject(model, LoRAConfig(r={stored[0]}, lora_alpha=..., target_modules=[{_leaves(ranks)}]"
-            f"{f', modules_to_save=[{saved}]' if saved else ''})) first, then load_adapter again."
-        )
-    targets = Targets(listing.modules, config, adapter.scope)
-    same_layers = not targets.unmatched and targets.names() == set(ranks)
-    same = same_layers and options_hold(config, ranks, adapter.scalings)
-    config = config if same else exact_options(config, ranks, adapter.scalings, adapter.parameters)
-    same_rows = targets.tables.items() >= adapter.tables.items()
-    return config if same_rows else replace(config, trainable_token_indices=dict(adapter.tables))
-
-
-def _leaves(modules: Iterable[str]) -> str:
-    return ", ".join(map(repr, dict.fromkeys(module.rpartition(".")[2] for module in modules)))

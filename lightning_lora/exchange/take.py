@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapter.adapter import Adapter, check_factors, with_aliases
+from ..adapter.adapter import Adapter
+from ..adapter.checks import check_factors
 from ..adapter.fingerprint import (
     AVERAGED,
     EQUAL,
@@ -21,6 +22,7 @@ from ..adapter.fingerprint import (
     fingerprint_entry,
     without_rows,
 )
+from ..adapter.layer_options import with_aliases
 from ..adapter.metadata import without
 from ..distributed.sharding import gather_all
 from ..formats.peft_attention import after_conv1d

@@ -18,7 +18,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from ..adapter.adapter import Adapter, check_factors
+from ..adapter.adapter import Adapter
+from ..adapter.checks import check_factors
 from ..adapter.file_options import readable_options
 from ..adapter.metadata import from_metadata, to_metadata
 from ..errors import LoRAError, shown

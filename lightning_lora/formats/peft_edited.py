@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from ..adapter.adapter import Adapter, with_exact_ranks
+from ..adapter.adapter import Adapter
 from ..adapter.file_options import check_options
+from ..adapter.layer_options import with_exact_ranks
 from ..config import TASK_HEADS, VARIANTS, LoRAConfig
 from ..errors import LoRAError, shown
 from ..names import matcher

@@ -21,6 +21,7 @@ import torch
 from ..adapter.adapter import Adapter
 from ..adapter.file_options import readable_options
 from ..adapter.metadata import to_metadata
+from ..adapter.renaming import by_network_names, renamed
 from ..errors import LoRAError, sentence, shown
 from ..files.atomic import new_folder
 from ..files.paths import PathLike, kind_of, parse_json, read_json, write_json
@@ -65,7 +66,7 @@ def write_folder(adapter: Adapter, path: PathLike, frozen: Mapping[str, torch.Te
         kept = {n: t for n, t in adapter.tensors.items() if n not in extra}
         adapter = replace(adapter, tensors=kept, complete=False)
     outside = {name: tensor for name, tensor in adapter.tensors.items() if not name.startswith(adapter.network)}
-    own = adapter.by_network_names()
+    own = by_network_names(adapter)
     _refuse_missing_frozen(own, frozen or {})
     for name in own.layers():
         _refuse_without_equal(own, name)
@@ -242,5 +243,5 @@ def _add_outside(adapter: Adapter, outside: Any, folder: Path) -> Adapter:
         raise LoRAError(
             f"{path}: holds {sorted(tensors)[:3]}, but {TENSOR_FILE} says {names[:3]}; they do not belong together."
         )
-    around = adapter.renamed("", network)
+    around = renamed(adapter, "", network)
     return replace(around, tensors={**around.tensors, **tensors}, network=network)

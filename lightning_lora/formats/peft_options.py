@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from ..adapter.adapter import Adapter, exact_options, options_hold
+from ..adapter.adapter import Adapter
+from ..adapter.layer_options import exact_options, options_hold
 from ..config import IGNORED_PEFT_FIELDS, PLAIN, TASK_HEADS, VARIANTS, LoRAConfig, Task
 from ..errors import LoRAError, sentence, shown
 from ..names import KNOWN_VARIANTS, listed, matcher, parent_names, pattern_matches, suffixes

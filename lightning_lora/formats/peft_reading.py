@@ -21,8 +21,11 @@ from typing import Any, cast
 
 import torch
 
-from ..adapter.adapter import Adapter, check_factors, exact_options, ties_of
+from ..adapter.adapter import Adapter
+from ..adapter.checks import check_factors
+from ..adapter.equal_tables import ties_of
 from ..adapter.file_options import check_options
+from ..adapter.layer_options import exact_options
 from ..adapter.metadata import from_metadata
 from ..config import LoRAConfig
 from ..errors import LoRAError, shown

@@ -11,7 +11,8 @@ import itertools
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from ..adapter.adapter import Adapter, equal_tables, ties_of
+from ..adapter.adapter import Adapter
+from ..adapter.equal_tables import equal_tables, ties_of
 from ..config import LoRAConfig
 from ..errors import LoRAError
 from ..names import matcher, parent_names

@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterable, Set
 from contextlib import suppress
 from typing import Any
 
-from ..adapter.adapter import Adapter, align_to_modules
+from ..adapter.adapter import Adapter
+from ..adapter.renaming import align_to_modules, by_network_names, renamed_by
 from ..errors import LoRAError
 from ..names import names_factor
 
@@ -40,7 +41,7 @@ def align_to_networks(
         return align_to_modules(adapter, modules, where)
     except LoRAError:
         for network in networks():
-            renamed = _by_present_names(network, adapter.by_network_names())
+            renamed = _by_present_names(network, by_network_names(adapter))
             with suppress(LoRAError):
                 return align_to_modules(renamed, modules, where)
         raise
@@ -48,7 +49,7 @@ def align_to_networks(
 
 def _by_present_names(network: Any, adapter: Adapter) -> Adapter:
     rename = _renaming(network)
-    return adapter.renamed_by(lambda name: _renamed(name, rename)) if rename is not None else adapter
+    return renamed_by(adapter, lambda name: _renamed(name, rename)) if rename is not None else adapter
 
 
 def _renamed(name: str, rename: Rename) -> str:

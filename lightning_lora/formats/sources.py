@@ -10,18 +10,11 @@ from typing import Any
 
 import torch
 
-from ..adapter.adapter import (
-    Adapter,
-    check_factors,
-    check_once,
-    describe_value,
-    exact_options,
-    is_plain,
-    nothing_adapted,
-    options_hold,
-    require_values,
-)
+from ..adapter.adapter import Adapter, nothing_adapted
+from ..adapter.checks import check_factors, check_once, require_values
 from ..adapter.fingerprint import without_base
+from ..adapter.layer_options import exact_options, options_hold
+from ..adapter.values import describe_value, is_plain
 from ..config import LoRAConfig
 from ..errors import LoRAError
 from ..files.paths import PathLike, given_path, kind_of
@@ -34,13 +27,6 @@ from .peft_folder import read_folder, read_tensor_file
 from .peft_names import are_peft_names
 from .peft_parameters import Order, check_order, usual_order
 from .peft_reading import Source, read_peft
-
-
-def saved_modules(adapter: Adapter) -> list[str]:
-    """Return the modules that an adapter without options holds whole."""
-    whole = adapter.beside_factors().keys() - adapter.perhaps_base
-    modules = dict.fromkeys(name.rpartition(".")[0] for name in sorted(whole) if name.endswith(".weight"))
-    return [module for module in modules if module not in adapter.layers()]
 
 
 def read_source(
@@ -161,7 +147,7 @@ def adapter_with_options(
                 "a model injected with enable_lora."
             )
     scalings = {name: lora_alpha / rank for name, rank in ranks.items()}
-    saved = saved_modules(adapter)
+    saved = adapter.saved_modules()
     config = LoRAConfig(
         r=next(iter(ranks.values())),
         lora_alpha=lora_alpha,

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from ..adapter.renaming import by_network_names
 from ..distributed.rank_sync import RankSync
 from ..distributed.sharding import gather_all, local, reshard_
 from ..exchange.take import describe
@@ -32,7 +33,7 @@ def updates_of_model(model: nn.Module) -> Updates:
     tensors = {name: value.cpu() for name, value in gather_all(_adapters_own(live)).items()}
     adapter = replace(describe(live, "plot_adapter"), tensors=tensors)
     whole = measure(type(live.handle.model).__name__, adapter, _norms_in_model(live.handle))
-    network = adapter.by_network_names()
+    network = by_network_names(adapter)
     names = dict(zip(adapter.layers(), network.layers(), strict=True))
     return replace(whole, adapter=network, layers={names[name]: update for name, update in whole.layers.items()})
 

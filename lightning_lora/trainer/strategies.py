@@ -17,8 +17,8 @@ from torch import nn
 
 from ..distributed.sharding import local
 from ..errors import LoRAError
+from ..exchange.apply import apply_adapter
 from ..exchange.checkpoint_of_model import prepare_for_load
-from ..exchange.save_load import apply_adapter
 from ..formats.lightning_checkpoint import adapter_of, read_without_values
 from ..model.adapted_model import AdaptedModel, find_model
 from ..model.initial_values import snapshot_materialised

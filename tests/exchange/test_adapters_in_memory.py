@@ -23,7 +23,7 @@ from lightning_lora import (
     save_adapter,
     take_adapter,
 )
-from lightning_lora.adapter import adapter as adapters
+from lightning_lora.adapter import checks
 from lightning_lora.adapter.adapter import Adapter
 from lightning_lora.files.safetensors import build_header, read_safetensors
 from support.models import base_zoo, bits, checkpoint, state_bits, train, trained_zoo
@@ -163,8 +163,8 @@ def test_what_was_written_into_an_adapter_after_it_was_checked_is_noticed():
 def test_an_adapter_is_checked_once(monkeypatch: pytest.MonkeyPatch):
     model, adapter = net(), read_adapter(checkpoint(net(3), "adapter"))
     checked: list[str] = []
-    check = adapters.check_factors
-    monkeypatch.setattr(adapters, "check_factors", lambda each, where: (checked.append(where), check(each, where)))
+    check = checks.check_factors
+    monkeypatch.setattr(checks, "check_factors", lambda each, where: (checked.append(where), check(each, where)))
     for _ in range(3):
         load_adapter(model, adapter)
     assert len(checked) <= 1

@@ -25,11 +25,13 @@ from lightning_lora import (
     save_adapter,
     save_merged,
 )
+from lightning_lora.adapter.renaming import by_network_names
 from lightning_lora.command.convert import to_lightning, to_peft
 from lightning_lora.command.merge import merge_on_disk
 from lightning_lora.exchange.save_load import read_adapter
 from lightning_lora.files.safetensors import read_safetensors
-from lightning_lora.formats.peft_folder import FROZEN, HEADER_KEY
+from lightning_lora.formats.peft_folder import HEADER_KEY
+from lightning_lora.formats.peft_reading import FROZEN
 from support.lightning_versions import PLAIN_TYPES_ONLY
 from support.notices import quiet_peers
 from support.peers import TENSORS
@@ -273,7 +275,7 @@ def test_the_description_names_a_weight_as_trained_or_as_frozen_and_never_as_bot
     _, header = read_safetensors(tmp_path / "folder" / TENSORS)
     assert json.loads(header[HEADER_KEY])[FROZEN] == ["pre_head.bias"]
     for source in ("folder", "adapter.ckpt"):
-        adapter = read_adapter(tmp_path / source).by_network_names()
+        adapter = by_network_names(read_adapter(tmp_path / source))
         assert "pre_head.weight" in adapter.tensors
         assert "pre_head.bias" in adapter.fingerprint
         assert adapter.tensors.keys().isdisjoint(adapter.fingerprint)
