@@ -1,19 +1,14 @@
-"""An adapter as one model needs it: under its names, without its base, with what it saves beside an adapter."""
+"""An adapter as one model needs it: under the model's names, without base weights, with all that it trains."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
 from dataclasses import replace
 
-import torch
 from torch import nn
 
 from ..adapter.adapter import Adapter
-from ..adapter.fingerprint import EQUAL, without_base
-from ..adapter.layer_options import without_aliases
-from ..distributed.sharding import is_sharded
-from ..errors import LoRAError
+from ..adapter.fingerprint import without_base
 from ..formats.pretrained_names import align_to_networks
 from ..model.adapted_model import Listing
 from ..model.live_state import LiveState, original_value
@@ -21,29 +16,10 @@ from ..model.pretrained import pretrained_models
 from ..model.targets import weights_of
 from ..names import names_factor
 from ..nn.adapted_module import is_factor
+from .first_names import Names
+from .resized_tables import has_new_rows
 
 log = logging.getLogger(__name__)
-
-
-class Names:
-    """The names of a model's modules: all of them, and the first name of each module, under which it is adapted."""
-
-    def __init__(self, places: Iterable[tuple[str, nn.Module]]) -> None:
-        """Take every module under every name."""
-        self.modules: dict[str, nn.Module] = {}
-        self.later: dict[str, str] = {}  # a module's later names, each with its first one
-        first: dict[nn.Module, str] = {}
-        for name, module in places:
-            self.modules[name] = module
-            if first.setdefault(module, name) != name:
-                self.later[name] = first[module]
-
-    def first(self, name: str) -> str:
-        """Return the first name of what is called `name`, a module or a tensor."""
-        if name in self.modules:
-            return self.later.get(name, name)
-        path, _, leaf = name.rpartition(".")
-        return f"{self.later[path]}.{leaf}".lstrip(".") if path in self.later else name
 
 
 def align_names(listing: Listing, names: Names, adapter: Adapter) -> Adapter:
@@ -58,17 +34,6 @@ def align_names(listing: Listing, names: Names, adapter: Adapter) -> Adapter:
     return align_to_networks(
         adapter, modules, type(listing.model).__name__, lambda: pretrained_models(listing.modules).values()
     )
-
-
-def by_first_names(names: Names, adapter: Adapter) -> Adapter:
-    """Rename layers to the first name of their module, under which it is adapted; a shared module has several names."""
-    if not names.later:
-        return adapter
-    aliases = [name for name in adapter.layers() if names.first(name) != name]
-    renamed = adapter.with_names(names.first)
-    if not aliases or adapter.config is None:
-        return renamed
-    return replace(renamed, config=without_aliases(adapter.config, aliases))
 
 
 def split_off_base(live: LiveState, adapter: Adapter) -> Adapter:
@@ -97,31 +62,6 @@ def split_off_base(live: LiveState, adapter: Adapter) -> Adapter:
         else:
             base.add(name)
     return without_base(adapter, base)
-
-
-def has_new_rows(name: str, stored: torch.Tensor, live: torch.Tensor) -> bool:
-    """Tell whether a stored table equals the model's except for its last rows, and those are less than half.
-
-    Raises:
-        LoRAError: the two have different numbers of rows: one of them was resized.
-    """
-    if not is_sharded(live):
-        refuse_other_rows(name, stored, live)
-    if stored.shape != live.shape or not stored.dim() or is_sharded(live) or live.is_meta:
-        return False  # the fingerprint is compared instead
-    relative = max(EQUAL, *(torch.finfo(tensor.dtype).eps for tensor in (stored, live)))
-    rows = torch.isclose(stored.float(), live.float().cpu(), rtol=relative).reshape(len(stored), -1).all(1)
-    same = int(rows.long().cumprod(0).sum())
-    return len(rows) / 2 <= same < len(rows)
-
-
-def refuse_other_rows(name: str, stored: torch.Tensor, live: torch.Tensor) -> None:
-    """Raise LoRAError where a stored table and the model's differ in nothing but the number of rows."""
-    if stored.dim() and stored.shape[1:] == live.shape[1:] and len(stored) != len(live):
-        raise LoRAError(
-            f"adapter: {name!r} has {len(stored)} rows, in the model {len(live)}: one of the two was resized. Resize "
-            f"the model first: model.resize_token_embeddings({len(stored)})."
-        )
 
 
 def add_frozen_weights(live: LiveState, adapter: Adapter) -> Adapter:

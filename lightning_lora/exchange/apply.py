@@ -22,7 +22,8 @@ from ..model.live_state import LiveState
 from ..model.merging import holds_merged, merge_listed, unmerge_listed
 from ..model.targets import Targets
 from ..nn.writer import Turn
-from .align import Names, add_frozen_weights, align_names, by_first_names, record_trained, split_off_base
+from .align import add_frozen_weights, align_names, record_trained, split_off_base
+from .first_names import Names, by_first_names
 from .fit_checks import Specs, check_adapter, specs_for
 from .take import check_fingerprint
 

@@ -23,7 +23,8 @@ from ..model.state_dict import merge_state_dict
 from ..names import META, canonical, split_factor_name
 from ..nn.adapted_module import is_factor
 from ..nn.quantised_state import quantisation_entries, unchanged_weight
-from .align import Names, add_frozen_weights, align_names, record_trained
+from .align import add_frozen_weights, align_names, record_trained
+from .first_names import Names
 from .fit_checks import check_adapter
 from .take import check_fingerprint, describe
 

@@ -22,7 +22,8 @@ from ..model.targets import untie_advice
 from ..names import A, B, listed, names_factor, near_misses, rename_keys
 from ..nn.adapted_weights import AdaptedWeights, LayerSpec, adapted_places
 from ..nn.conv import LoRAConv
-from .align import Names, by_first_names, refuse_other_rows
+from .first_names import Names, by_first_names
+from .resized_tables import refuse_other_rows
 
 Specs = Mapping[AdaptedWeights, LayerSpec]  # the new options of layers that change
 

@@ -28,9 +28,9 @@ from ..model.adapted_model import AdaptedModel, Listing, find_in, find_model, op
 from ..model.inject import inject, inject_to_load
 from ..model.live_state import LiveState
 from ..model.wrappers import unwrapped, warn_of_late_adapters
-from .align import Names, by_first_names
 from .apply import apply_adapter, config_for
 from .checkpoint_of_model import prepare_for_load
+from .first_names import Names, by_first_names
 from .take import adapter_of_model, frozen_values
 
 log = logging.getLogger(__name__)
