@@ -15,8 +15,9 @@ from typing import Any, Literal, get_args
 import torch
 
 from ..adapter.adapter import Adapter
+from ..adapter.combined_layer import Method
 from ..errors import LoRAError, one_line
-from ..exchange.combine import Method, combine_adapters
+from ..exchange.combine import combine_adapters
 from ..files.atomic import identity
 from ..files.paths import reason_of
 from ..files.weights import open_weights

@@ -24,15 +24,17 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 
 from ..adapter.adapter import Adapter
+from ..adapter.combined_layer import CUT, PRUNING, Method, combine_layer, padded, same_in_all
 from ..adapter.fingerprint import compare_fingerprints
 from ..adapter.layer_options import exact_options, options_hold
-from ..adapter.measures import scaled_pairs, separate_shapes
+from ..adapter.measures import separate_shapes
 from ..adapter.renaming import by_network_names
+from ..adapter.weighted_means import average_whole
 from ..config import PLAIN, LoRAConfig, is_number, plain_number
 from ..errors import LoRAError
 from ..files.paths import PathLike
@@ -40,21 +42,13 @@ from ..formats.lightning_checkpoint import checkpoint_metadata
 from ..formats.peft_attention import after_conv1d_in_all
 from ..formats.peft_folder import write_folder
 from ..formats.sources import adapter_with_options
-from ..names import META, PREFIX, A, B, listed, names_factor, parameter_factor_name
-from ..nn.low_rank import ATTENTION_OUTPUT, CONVOLUTIONS, to_block_diagonal
-from ..nn.products import product_svd, truncated_svd
+from ..names import META, PREFIX, A, B, listed, names_factor
+from ..nn.low_rank import ATTENTION_OUTPUT
 from ..nn.random_stream import stream
-from ..nn.variant import rows_leaf
 from ..progress import progress_bar
 
-Method = Literal["linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
-PRUNING = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
-CUT = ("svd", *PRUNING)  # methods whose result has a rank of choice
-ROUNDING = torch.finfo(torch.float32).eps  # a singular value below so much of the largest one is none
 REMEDY = "Combine adapters that were trained on one base, or pass strict_base=False, which makes this a warning."
-COUNTER = "num_batches_tracked"  # BatchNorm's, of which the largest is kept
 
-Pair = tuple[torch.Tensor, torch.Tensor]  # left (m, r), right (r, n); in float64
 
 log = logging.getLogger(__name__)
 
@@ -141,7 +135,7 @@ def combine_adapters(
     read = [
         by_network_names(adapter_with_options(source, where=name)) for source, name in zip(sources, names, strict=True)
     ]
-    _same("the list of trained rows", [(name, _own_tables(each)) for name, each in zip(names, read, strict=True)])
+    same_in_all("the list of trained rows", [(name, _own_tables(each)) for name, each in zip(names, read, strict=True)])
     _check_one_base(read, names, strict_base)
     used = [(name, each, float(weight)) for name, each, weight in zip(names, read, weights, strict=True) if weight]
     for name, each, _ in used:
@@ -155,11 +149,11 @@ def combine_adapters(
     with progress_bar("combining", len(with_layer)) as advance:
         for layer, holders in with_layer.items():
             draw = stream(_seed_of(seed, layer))
-            factors, kept[layer] = _combine_layer(layer, holders, how, rank, density, draw)
+            factors, kept[layer] = combine_layer(layer, holders, how, rank, density, draw)
             tensors |= factors
             advance(1)
     adapter = _assemble(tensors, list(with_layer), [each for _, each, _ in used])
-    averaged = _average(used)
+    averaged = average_whole(used)
     adapter = _with_equal_attention(replace(adapter, tensors={**tensors, **averaged}))
     adapter = replace(adapter, config=_options(adapter, [each for _, each, _ in used]))
     means = [name for name, value in averaged.items() if isinstance(value, torch.Tensor)]
@@ -203,9 +197,6 @@ def _seed_of(seed: int, layer: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{layer}".encode()).digest()[:8], "big") >> 1
 
 
-# --- what goes together ---
-
-
 def _check_one_base(adapters: Sequence[Adapter], names: Sequence[str], strict: bool) -> None:
     """Compare the fingerprints of the adapters' bases; where one has none, what they say of the base's name."""
     first, *others = adapters
@@ -244,175 +235,6 @@ def _refuse_other_parameters(where: str, adapter: Adapter) -> None:
             )
 
 
-def _same(what: str, values: Sequence[tuple[str, Any]]) -> Any:
-    """Return the one value that all have, by name of the adapter; another one is an error."""
-    (first_name, first), *others = values
-    for name, value in others:
-        if value != first:
-            raise LoRAError(f"combine: {what} is {first!r} in {first_name} and {value!r} in {name}.")
-    return first
-
-
-# --- one layer ---
-
-
-def _combine_layer(
-    layer: str,
-    holders: Sequence[tuple[str, Adapter, float]],
-    how: str,
-    rank: int | None,
-    density: float | None,
-    draw: torch.Generator,
-) -> tuple[dict[str, torch.Tensor], float]:
-    """Return A and B of a layer, and the share of the squared norm of the combined change that they keep."""
-    _, first, _ = holders[0]
-    known = [(name, each.kinds[layer]) for name, each, _ in holders if layer in each.kinds]
-    _same(f"the kind of {layer!r}", known) if known else None
-    plain = [(name, _plain_parts(each, layer, holders), weight) for name, each, weight in holders]
-    _check_shapes(layer, [(name, each, parts) for (name, parts, _), (_, each, _) in zip(plain, holders, strict=True)])
-    largest = max(parts[0][0].shape[1] for _, parts, _ in plain)
-    dtypes = [tensor.dtype for _, each, _ in holders for tensor in each.stored(layer).values()]
-    dtype = torch.float64 if torch.float64 in dtypes else torch.float32
-    pairs, norms = [], []
-    for part in range(len(plain[0][1])):
-        weighted = [(parts[part], weight) for _, parts, weight in plain]
-        pair, share = _combine_part(weighted, how, rank or largest, density, draw, dtype)
-        pairs.append(pair)
-        norms.append(share)
-    r = max(left.shape[1] for left, _ in pairs)
-    lefts, rights = zip(*(_padded(pair, r) for pair in pairs), strict=True)
-    separate = bool(separate_shapes(first, layer))
-    kernel = _inputs(first, layer)
-    a, b = torch.cat(rights, 1 if separate else 0), torch.cat(lefts)
-    factors = {
-        _plain_name(first, layer, A): a.to(dtype).reshape(-1, *kernel).contiguous(),
-        _plain_name(first, layer, B): b.to(dtype).reshape(-1, r, *[1] * (len(kernel) - 1)).contiguous(),
-    }
-    for name, factor in factors.items():
-        if not factor.isfinite().all():
-            raise LoRAError(f"combine: {name!r} is beyond the range of {dtype}; use smaller weights.")
-    kept, whole = sum(kept for kept, _ in norms), sum(whole for _, whole in norms)
-    return factors, kept / whole if whole else 1.0
-
-
-def _plain_name(adapter: Adapter, layer: str, leaf: str) -> str:
-    """Return the name of A or B of a layer in the result, which is plain LoRA."""
-    if not adapter.is_parameter(layer):
-        return f"{layer}.{leaf}"
-    module, dot, parameter = layer.rpartition(".")
-    return module + dot + parameter_factor_name(parameter, leaf)
-
-
-def _inputs(adapter: Adapter, layer: str) -> list[int]:
-    """Return the shape of a row of plain LoRA's A: of a convolution (in, k...), where that is known."""
-    place, inputs = adapter.place(layer), list(adapter.acting(layer).a.shape[1:])
-    if place.kind in CONVOLUTIONS and len(inputs) == 1 and place.shapes:
-        (shape,) = place.shapes.values()
-        return list(shape[1:])
-    return inputs
-
-
-def _plain_parts(adapter: Adapter, layer: str, holders: Sequence[tuple[str, Adapter, float]]) -> list[Pair]:
-    """Return (s * B, A) of the parts of a layer; where adapters adapt other parts of it, of the whole as one."""
-    parts = [(name, each.config.enabled_parts(layer) if each.config else None) for name, each, _ in holders]
-    enabled = adapter.config.enabled_parts(layer) if adapter.config else None
-    if all(part == parts[0][1] for _, part in parts):
-        return scaled_pairs(adapter, layer)
-    if any(separate_shapes(each, layer) for _, each, _ in holders):
-        _same(f"enable_lora of {layer!r}", parts)
-    if enabled is None:
-        return scaled_pairs(adapter, layer)
-    pairs = scaled_pairs(adapter, layer)
-    stacked = torch.cat([left for left, _ in pairs])
-    return [(to_block_diagonal(stacked, enabled), torch.cat([right for _, right in pairs]))]
-
-
-def _check_shapes(layer: str, holders: Sequence[tuple[str, Adapter, list[Pair]]]) -> None:
-    def sizes(adapter: Adapter, parts: list[Pair]) -> list[Any]:
-        return [_inputs(adapter, layer), [(left.shape[0], right.shape[1]) for left, right in parts]]
-
-    _same(f"the shape of {layer!r}", [(name, sizes(each, parts)) for name, each, parts in holders])
-
-
-def _combine_part(
-    weighted: Sequence[tuple[Pair, float]],
-    how: str,
-    rank: int,
-    density: float | None,
-    draw: torch.Generator,
-    dtype: torch.dtype,
-) -> tuple[Pair, tuple[float, float]]:
-    """Return the combined pair of one matrix, its squared norm, and that of the change before its rank was cut.
-
-    Methods that prune build the changes in the result's dtype.
-    """
-    if how in PRUNING:
-        changes = [(left @ right).to(dtype) for (left, right), _ in weighted]
-        change = combined_change(changes, [weight for _, weight in weighted], how, density or 1.0, draw)
-        u, values, vh = (tensor.double() for tensor in truncated_svd(change, rank))
-        return (u * values, vh), (float(values.square().sum()), float(change.double().square().sum()))
-    left = torch.cat([left for (left, _), _ in weighted], 1)
-    right = torch.cat([right * weight for (_, right), weight in weighted])
-    if how == "cat":
-        return (left, right), (1.0, 1.0)
-    u, values, vh = product_svd(left, right)
-    squares = values.square()
-    if how == "linear":  # no lower than an adapter's, so that the result can be trained on like these
-        rank = max(int((values > ROUNDING * values[0]).sum()), min(rank, len(values)))
-    cut = slice(min(rank, len(values)))
-    return (u[:, cut] * values[cut], vh[cut]), (float(squares[cut].sum()), float(squares.sum()))
-
-
-def combined_change(
-    changes: Sequence[torch.Tensor], weights: Sequence[float], how: str, density: float, draw: torch.Generator
-) -> torch.Tensor:
-    """Return the change that a method that prunes makes of those of several adapters, matrices of one shape.
-
-    Args:
-        changes: s * B @ A of each.
-        weights: a number for each.
-        how: one of PRUNING.
-        density: the share of each change's values that is kept.
-        draw: what the dare methods draw from, change after change.
-    """
-    random = how.startswith("dare")
-    pruned = [_random_part(each, density, draw) if random else _largest_part(each, density) for each in changes]
-    total = torch.zeros_like(pruned[0])
-    if not how.endswith("ties"):
-        for weight, each in zip(weights, pruned, strict=True):
-            total += weight * each
-        return total
-    elected = torch.where(sum(pruned, torch.zeros_like(total)) >= 0, 1, -1)
-    agreeing = torch.zeros_like(total)
-    for weight, each in zip(weights, pruned, strict=True):
-        agrees = each.sign() == elected
-        total += weight * each * agrees
-        agreeing += agrees
-    return total / agreeing.clamp(min=1)
-
-
-def _largest_part(change: torch.Tensor, density: float) -> torch.Tensor:
-    """Return a change with only the largest of its values."""
-    kept = change.abs().flatten().topk(int(density * change.numel())).indices
-    return torch.zeros_like(change).flatten().index_copy(0, kept, change.flatten()[kept]).view_as(change)
-
-
-def _random_part(change: torch.Tensor, density: float, draw: torch.Generator) -> torch.Tensor:
-    """Return a change with a random part of its values, enlarged so that its expectation stays."""
-    return change * torch.bernoulli(torch.full_like(change, density), generator=draw) / density
-
-
-def _padded(pair: Pair, rank: int) -> Pair:
-    left, right = pair
-    more = rank - left.shape[1]
-    return torch.cat([left, left.new_zeros(len(left), more)], 1), torch.cat(
-        [right, right.new_zeros(more, right.shape[1])]
-    )
-
-
-# --- the whole ---
-
-
 def _assemble(tensors: Mapping[str, Any], layers: Sequence[str], adapters: Sequence[Adapter]) -> Adapter:
     """Return the adapter of combined layers, with what the others say of base and kinds, without options yet."""
     trained = {name for each in adapters for name in each.tensors}
@@ -440,54 +262,9 @@ def _plain_config(config: LoRAConfig | None) -> LoRAConfig | None:
     return None if config is None else replace(config, variant=PLAIN, init_lora_weights=True)
 
 
-def _average(used: Sequence[tuple[str, Adapter, float]]) -> dict[str, Any]:
-    """Return the weighted mean of what the adapters hold beside A and B: values, of which a sum means nothing."""
-    values = [(name, {**each.beside_factors(), **_rows_of(each)}, weight) for name, each, weight in used]
-    names = dict.fromkeys(key for _, held, _ in values for key in held)
-    for key in names:
-        lacking = next((name for name, held, _ in values if key not in held), None)
-        if lacking is not None:
-            holder = next(name for name, held, _ in values if key in held)
-            raise LoRAError(
-                f"combine: {key!r} was trained whole in {holder} and not in {lacking}, which does not say what it was "
-                "there. Combine adapters with the same modules_to_save, bias and trained rows."
-            )
-    return {key: _mean(key, [(name, held[key], weight) for name, held, weight in values]) for key in names}
-
-
 def _own_tables(adapter: Adapter) -> dict[str, tuple[int, ...]]:
     """Return which rows are trained of each table that does not share them with another."""
     return {table: rows for table, rows in adapter.tables.items() if table not in adapter.tied}
-
-
-def _rows_of(adapter: Adapter) -> dict[str, Any]:
-    return {f"{table}.{rows_leaf()}": rows for table, rows in adapter.rows().items() if table not in adapter.tied}
-
-
-def _mean(key: str, values: Sequence[tuple[str, Any, float]]) -> Any:
-    (first_name, first, _), *others = values
-    if all(_equal(first, value) for _, value, _ in others):
-        return first
-    for name, value, _ in others:
-        if not isinstance(first, torch.Tensor) or not isinstance(value, torch.Tensor) or first.shape != value.shape:
-            raise LoRAError(f"combine: {key!r} differs between {first_name} and {name}, and has no mean.")
-    if not first.is_floating_point():
-        if key.rpartition(".")[2] == COUNTER:
-            return torch.stack([value for _, value, _ in values]).amax(0)
-        raise LoRAError(f"combine: {key!r} is of whole numbers, which differ between the adapters, and has no mean.")
-    total = sum(weight for _, _, weight in values)
-    if abs(total) <= ROUNDING * max(abs(weight) for _, _, weight in values):
-        raise LoRAError(f"combine: the weights sum up to 0, so {key!r}, which was trained whole, has no weighted mean.")
-    mean = sum((value.double() * (weight / total) for _, value, weight in values), torch.zeros(()).double())
-    if key.endswith("running_var") and (mean < 0).any():
-        raise LoRAError(f"combine: a negative weight makes the variances in {key!r} negative.")
-    return mean.to(first.dtype)
-
-
-def _equal(one: Any, other: Any) -> bool:
-    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        return one.dtype == other.dtype and torch.equal(one, other)
-    return type(one) is type(other) and bool(one == other)
 
 
 def _with_equal_attention(adapter: Adapter) -> Adapter:
@@ -501,7 +278,7 @@ def _with_equal_attention(adapter: Adapter) -> Adapter:
         rank = max(ranks[name], ranks[attention])
         a, b = adapter.factor(lower, A), adapter.factor(lower, B)
         if a.shape[0] == ranks[lower]:  # no parts
-            b, a = _padded((b, a), rank)
+            b, a = padded((b, a), rank)
             tensors |= {adapter.factor_name(lower, A): a, adapter.factor_name(lower, B): b}
     return replace(adapter, tensors=tensors)
 

@@ -29,6 +29,7 @@ from ..nn.quantised import quantised_as, shape_of
 from ..progress import progress_bar
 from .pretrained_folder import (
     Part,
+    Tensors,
     find_network,
     one_part_each,
     parts_in_files,
@@ -39,6 +40,8 @@ from .pretrained_folder import (
 FILE, INDEX = f"{STEM}{SUFFIX}", f"{STEM}{INDEX_SUFFIX}"
 WEIGHTS = (FILE, f"{STEM}-*-of-*{SUFFIX}", INDEX)  # of an earlier export into the same folder
 PT = {"format": "pt"}
+
+Step = Callable[[object, Callable[[], object]], None]  # what messages call it, and what the first rank does
 
 
 def save_merged(
@@ -114,29 +117,51 @@ def save_merged(
         if network is not None:
             step(path, partial(refuse_adapter_beside, path))
             step(CONFIG, partial(write_configuration, network, here, dtype if quantised else None))
-        index = {}
         advance = moves_on_leaving.enter_context(
             progress_bar("saving", sum(_size(part.stored) for part in parts.values()), "bytes")
         )
-        for file, keys in files.items():
-            in_file = sorted(map(parts.__getitem__, keys), key=_narrowness)  # wide ones first, so that all are aligned
-            index[file] = {name: tensor for part in in_file for name, tensor in part.stored.items()}
-            header = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in index[file].items()]
-            step(file, partial(_append, here / file, build_header(header, PT)))
-            for part in in_file:  # no reference keeps a tensor alive while the next one is gathered
-                append = partial(_append_part, here / file, part)
-                step(
-                    repr(part.names[0]),
-                    partial(append, {n: _merged(n, *state[n], sync, dequantizer) for n in part.names}),
-                )
-                advance(_size(part.stored))
+
+        def merged(part: Part) -> Tensors:
+            return {name: _merged(name, *state[name], sync, dequantizer) for name in part.names}
+
+        stored = {
+            file: _write_shard(here / file, [parts[key] for key in keys], merged, step, advance)
+            for file, keys in files.items()
+        }
         if len(files) > 1:
-            sizes = {name: tensor.nbytes for stored in index.values() for name, tensor in stored.items()}
-            names = {file: list(stored) for file, stored in index.items()}
-            step(INDEX, partial(write_json, here / INDEX, index_of(names, sizes, {})))
+            step(INDEX, partial(_write_index, here / INDEX, stored))
         step(path, moves_on_leaving.close)
     if dequantizer is not None:
         dequantizer.report()
+
+
+def _write_shard(
+    path: Path, parts: list[Part], merged: Callable[[Part], Tensors], step: Step, advance: Callable[[int], object]
+) -> Tensors:
+    """Write a file part by part, and return what is stored in it, on the meta device.
+
+    Args:
+        path: of the file.
+        parts: what goes into it.
+        merged: returns the whole merged tensors of a part, on the CPU.
+        step: writes on the rank that writes.
+        advance: counts bytes.
+    """
+    in_file = sorted(parts, key=_narrowness)  # wide ones first, so that all are aligned
+    stored = {name: tensor for part in in_file for name, tensor in part.stored.items()}
+    header = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in stored.items()]
+    step(path.name, partial(_append, path, build_header(header, PT)))
+    for part in in_file:  # no reference keeps a tensor alive while the next one is gathered
+        append = partial(_append_part, path, part)
+        step(repr(part.names[0]), partial(append, merged(part)))
+        advance(_size(part.stored))
+    return stored
+
+
+def _write_index(path: Path, stored: Mapping[str, Tensors]) -> None:
+    """Write which file holds which tensor."""
+    sizes = {name: tensor.nbytes for tensors in stored.values() for name, tensor in tensors.items()}
+    write_json(path, index_of({file: list(tensors) for file, tensors in stored.items()}, sizes, {}))
 
 
 def _size(tensors: Mapping[str, torch.Tensor]) -> int:

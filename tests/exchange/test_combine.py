@@ -22,7 +22,8 @@ from lightning_lora import (
     merged_state_dict,
     save_adapter,
 )
-from lightning_lora.exchange.combine import PRUNING, combine_adapters, combined_change
+from lightning_lora.adapter.combined_layer import PRUNING, combined_change
+from lightning_lora.exchange.combine import combine_adapters
 from support.models import bits, checkpoint
 from support.notices import quiet_peers
 from support.parameters import Experts
