@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import peft
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_lora import LoRAConfig, LoRAError, adapter_state_dict, inject, load_adapter, save_adapter
+from lightning_lora import LoRAConfig, LoRAError, adapter_state_dict, inject, load_adapter, read_adapter, save_adapter
 from support.notices import quiet_peers
 from support.peers import CONFIG, TENSORS, Fused, close, edit, fill_, logits, model, seeded, theirs
 
@@ -54,6 +55,33 @@ def test_a_changed_fused_adapter_is_not_squeezed_into_parts(tmp_path):
     save_file(tensors, tmp_path / TENSORS, metadata)
     with pytest.raises(LoRAError, match="'qkv': its B is not zero outside the blocks"):
         load_adapter(seeded(Fused), tmp_path)
+
+
+DAMAGE: dict[str, tuple[str, Callable[[torch.Tensor], torch.Tensor | None]]] = {
+    "missing": ("is missing; the adapter was cut", lambda tensor: None),
+    "without arithmetic": ("must be a floating point tensor", lambda tensor: tensor.to(torch.float8_e4m3fn)),
+    "whole numbers": ("must be a floating point tensor", lambda tensor: tensor.int()),
+    "another dimension": ("are no pair|do not fit enable_lora", lambda tensor: tensor[None].clone()),
+}
+
+
+@pytest.mark.parametrize("described", [True, False], ids=["ours", "peft's"])
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("layer", ["mha", "qkv"])
+def test_a_damaged_b_that_peft_has_in_another_form_is_refused_by_name(tmp_path, layer: str, damage: str, described):
+    net = nn.ModuleDict({"mha": nn.MultiheadAttention(4, 2), "qkv": nn.Linear(4, 4)})
+    options = {"mha": {"target_modules": ["mha", "mha.out_proj"]}, "qkv": {"enable_lora": {"qkv": [True, False]}}}
+    inject(net, LoRAConfig(r=2, **{"target_modules": ["qkv"], **options[layer]}))
+    save_adapter(net, tmp_path)
+    with safe_open(tmp_path / TENSORS, "pt") as file:
+        header = file.metadata() if described else {"format": "pt"}
+    tensors = load_file(tmp_path / TENSORS)
+    name = next(name for name in tensors if name.endswith(("out_proj.lora_B.weight", "qkv.lora_B.weight")))
+    message, change = DAMAGE[damage]
+    damaged = change(tensors.pop(name))
+    save_file(tensors | ({} if damaged is None else {name: damaged}), tmp_path / TENSORS, header)
+    with pytest.raises(LoRAError, match=message):
+        read_adapter(tmp_path)
 
 
 class Grouped(nn.Module):
