@@ -1,4 +1,4 @@
-"""An adapter apart from any model: its tensors, options and names; renamed, checked and measured."""
+"""An adapter apart from any model: its tensors, its options, and what is known of the layers that they belong to."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ NewName = Callable[[str], str | None]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Adapter:
-    """Hold tensors by this package's state dict names, and what is known of where they belong.
+    """Hold an adapter's tensors by name, with its options and what is known of its layers and its base.
 
-    read_adapter and take_adapter return it.
+    Names are those of this package's state dicts. read_adapter and take_adapter return an Adapter.
 
     Attributes:
         tensors: factors, trained parameters and buffers.
         config: the options, or None where the source holds none.
         scalings: s of each adapted layer, or empty where the source holds none.
-        fingerprint: of the base, or empty where the source holds none.
-        complete: the source holds buffers too, so that each missing name is an error.
-        kinds: of each adapted layer where known, see low_rank.KINDS.
-        tables: which rows of each table are trained, ascending, or empty where the source does not say it.
-        tied: the tables that share the rows of another by a tie, each with that one's name; their rows may be left out.
+        fingerprint: an entry for each frozen parameter of the base, or empty where the source holds none.
+        complete: the source holds buffers too. A name of the model that is missing in it is an error.
+        kinds: the kind of each adapted layer, where it is known; one of low_rank.KINDS.
+        tables: the numbers of the trained rows of each table, ascending, or empty where the source does not tell them.
+        tied: the name of the first table of each tied table, which has the same rows. A tied table may lack its rows.
         tied_by_peft: PEFT makes all these ties by itself, because transformers does.
-        peft_rows: the rows were trained by PEFT, in which a head with rows has no bias.
+        peft_rows: PEFT trained the rows. A head with trained rows has no bias in PEFT.
         peft_outputs: factors of attention's out_proj are as PEFT holds them, perhaps turned; see peft_attention.py.
         after_conv1d: the names of attention's out_proj and of single parameters that PEFT reaches while its
-            fan_in_fan_out is true, as their model tells, or None where that is not known.
+            fan_in_fan_out is true. Only the model tells them. None where they are not known.
         network: the prefix of the network's names inside the LightningModule that was saved.
         origin: what the source says of the base: base_model_name_or_path, revision, task_type.
-        scope: the prefix of the part of a model that it is for, or "" for all; what the options mean outside of it, and
-            buffers there, need not be here.
+        scope: the prefix of the part of a model that was injected, or "" for all of it. Layers and buffers outside of
+            that part are not missing here.
         fan_in_fan_out: weights of unknown kind are stored (in, out), as PEFT says of transformers' Conv1D.
-        assumed_order: of parameters of one module, as far as PEFT's names were read by it and not by the model's own.
-        perhaps_base: names of tensors of which only a model tells whether they are its base's or came to be otherwise.
+        assumed_order: the order of single parameters, by module, by which PEFT's names were read without a model.
+        perhaps_base: names of tensors that may have the base's values. Only a model tells whether they have.
     """
 
     tensors: Mapping[str, Any]
@@ -78,14 +78,14 @@ class Adapter:
 
     @cached_property
     def variant(self) -> Variant:
-        """What its layers are, as the options say; without options as the names of the tensors tell."""
+        """The variant of its layers, by its options; without options, by the names of its tensors."""
         if self.config is not None:
             return variant_of(self.config)
         return variant_with({leaf for names in self.own_names.values() for leaf in names} - {rows_leaf()})
 
     @cached_property
     def own_names(self) -> dict[str, dict[str, str]]:
-        """The names of an adapter's own tensors, by what they adapt (a layer, table or parameter) and leaf name."""
+        """The names of the tensors that adapt something, by layer, table or parameter, and then by leaf name."""
         names: dict[str, dict[str, str]] = {}
         for name in self.tensors:
             place, leaf = split_factor_name(name) or ("", "")
@@ -103,7 +103,7 @@ class Adapter:
         names = self.own_names.get(layer, {})
         if leaf in names:
             return names[leaf]
-        other = next(iter(names.items()), None)  # what is missing is called as the other one
+        other = next(iter(names.items()), None)  # a missing tensor is named like one that is there
         return other[1].replace(other[0], leaf) if other else f"{layer}.{leaf}".lstrip(".")
 
     def factor(self, layer: str, leaf: str) -> Any:
@@ -111,7 +111,7 @@ class Adapter:
         return self.tensors[self.factor_name(layer, leaf)]
 
     def stored(self, layer: str) -> dict[str, Any]:
-        """Return the tensors of an adapted layer or parameter that are there, by leaf name, in its variant's order."""
+        """Return the tensors of a layer or parameter by leaf name, in its variant's order; some may be missing."""
         names = self.own_names.get(layer, {})
         return {leaf: self.tensors[names[leaf]] for leaf in self.variant.leaves if leaf in names}
 
@@ -119,7 +119,7 @@ class Adapter:
         """Return the factors that a layer's tensors act as, without a scale of the sum with W.
 
         Raises:
-            LoRAError: layers share tensors, and how large this one is, which tells its part of them, is not stored.
+            LoRAError: layers share tensors. A layer uses a part of them as large as itself, and its size is not stored.
         """
         stored = self.stored(layer)
         if self.variant.shared:
@@ -137,7 +137,7 @@ class Adapter:
         return not self.variant.shared or bool(place.kind and place.shapes)
 
     def place(self, layer: str) -> Place:
-        """Return what is known of a layer or parameter: of its kind "" and of its shapes none where they are not."""
+        """Return what is known of a layer or parameter. An unknown kind is "", and unknown shapes are missing."""
         config = self.config or LoRAConfig()
         leaves = [layer] if self.is_parameter(layer) else [f"{layer}.{leaf}" for leaf in ("weight", *ATTENTION_WEIGHTS)]
         entries = {name.rpartition(".")[2]: self.fingerprint.get(name) for name in leaves}
@@ -158,7 +158,7 @@ class Adapter:
         return [layer for layer in self.layers() if self.is_parameter(layer)]
 
     def is_parameter(self, layer: str) -> bool:
-        """Return whether what is adapted is a parameter by itself."""
+        """Return whether the name is that of a parameter that is adapted by itself, and not of a layer."""
         leaf = self.variant.trained[0]
         return self.factor_name(layer, leaf) != f"{layer}.{leaf}".lstrip(".")
 
@@ -180,11 +180,10 @@ class Adapter:
         return {name: self.variant.rank(self.stored(name)) for name in self.layers()}
 
     def options_name(self, name: str) -> str:
-        """Return the layer whose options a layer has in PEFT: an adapted attention's out_proj has the attention's."""
+        """Return the layer whose options PEFT uses: for out_proj the attention, if that is adapted; else `name`."""
         attention, _, leaf = name.rpartition(".")
-        return (
-            attention if leaf == "out_proj" and self.variant.trained[0] in self.own_names.get(attention, ()) else name
-        )
+        is_adapted = self.variant.trained[0] in self.own_names.get(attention, ())
+        return attention if leaf == "out_proj" and is_adapted else name
 
     def fault(self, layer: str) -> str:
         """Say which tensor of a layer is missing or does not go with the others, or return ""."""
@@ -204,13 +203,17 @@ class Adapter:
         return f"{layer!r}: {problem.text}."
 
     def saved_modules(self) -> list[str]:
-        """Return the modules that are held whole, as far as names tell, for an adapter without options."""
+        """Return the modules whose weights are here whole, for an adapter without options."""
         whole = self.beside_factors().keys() - self.perhaps_base
         modules = dict.fromkeys(name.rpartition(".")[0] for name in sorted(whole) if name.endswith(".weight"))
         return [module for module in modules if module not in self.layers()]
 
     def with_names(self, new_name: NewName) -> Adapter:
-        """Return it with a new name for each tensor's, and its layers'; None leaves one out. The options stay."""
+        """Return the adapter with new names for its tensors and layers. The options stay.
+
+        Args:
+            new_name: gives the new name of a tensor, or None to leave the tensor out.
+        """
 
         def layer_name(layer: str) -> str | None:
             return new_layer(self, layer, new_name)
@@ -233,7 +236,7 @@ class Adapter:
         )
 
     def without_layers(self, layers: Collection[str]) -> Adapter:
-        """Return it without some layers; the options stay."""
+        """Return the adapter without some layers. The options stay."""
         left_out = set(layers)
         own = {name for layer in left_out for name in self.own_names.get(layer, {}).values()}
         return replace(
@@ -245,13 +248,13 @@ class Adapter:
 
 
 def new_layer(adapter: Adapter, layer: str, new_name: NewName) -> str | None:
-    """Return the name that a layer gets when its tensors get new names; None where they are left out."""
+    """Return the new name of a layer whose tensors get new names; None where its tensors are left out."""
     parts = split_factor_name(new_name(adapter.factor_name(layer, adapter.variant.trained[0])) or "")
     return parts[0] if parts else None
 
 
 def nothing_adapted(adapter: Adapter) -> str:
-    """Say what an adapter without an adapted layer lacks, for messages: it may be of a variant that is unknown here."""
+    """Say, for messages, why an adapter has no adapted layer: nothing is adapted, or its variant is not known here."""
     leaves = {name: name.rpartition(".")[2] for name in adapter.tensors}
     unknown = [name for name, leaf in leaves.items() if leaf.startswith(PREFIX) and not names_factor(name)]
     if unknown:
@@ -263,5 +266,5 @@ def nothing_adapted(adapter: Adapter) -> str:
 
 
 def known_titles() -> list[str]:
-    """Return how the known variants are called."""
+    """Return the titles of the known variants."""
     return list(dict.fromkeys(variant.title for variant in known_variants() if variant.name))

@@ -17,8 +17,7 @@ from .values import check_finite, describe_value, holds_numbers, refuse_nested
 
 Versions = dict[str, tuple[torch.Tensor, int]]
 
-
-_CHECKED: WeakKeyDictionary[Adapter, Versions] = WeakKeyDictionary()  # adapters that check_factors has let pass
+_CHECKED: WeakKeyDictionary[Adapter, Versions] = WeakKeyDictionary()  # adapters that check_factors accepted
 
 
 def check_factors(adapter: Adapter, where: str) -> None:
@@ -31,6 +30,7 @@ def check_factors(adapter: Adapter, where: str) -> None:
 
 
 def _refuse_fault(adapter: Adapter, layer: str, where: str) -> None:
+    """Raise LoRAError for the first fault in the tensors of one layer."""
     names, variant = adapter.own_names[layer], adapter.variant
     rows = rows_leaf()
     own = {leaf: name for leaf, name in names.items() if leaf != rows}
@@ -57,7 +57,7 @@ def _asked_by(variant: Variant) -> str:
 
 
 def check_once(adapter: Adapter, where: str) -> None:
-    """Do check_factors, unless that was done for this very adapter and nothing was written into its tensors since."""
+    """Call check_factors, unless it accepted this adapter and nothing was written into its tensors since."""
     now = _versions(adapter)
     if now is None or not _are_same(now, _CHECKED.get(adapter)):
         check_factors(adapter, where)
@@ -66,7 +66,7 @@ def check_once(adapter: Adapter, where: str) -> None:
 
 
 def _versions(adapter: Adapter) -> Versions | None:
-    """Return the tensors, and how often each was written to; None where one does not count that (inference mode)."""
+    """Return how often each tensor was written to; None where a tensor does not count that (inference mode)."""
     tensors = {name: value for name, value in adapter.tensors.items() if isinstance(value, torch.Tensor)}
     if any(map(torch.Tensor.is_inference, tensors.values())):
         return None
@@ -82,14 +82,14 @@ def _are_same(now: Versions, before: Versions | None) -> bool:
 
 
 def require_values(adapter: Adapter, where: str) -> None:
-    """Raise LoRAError where a tensor of an adapter that is on disk is on the meta device."""
+    """Raise LoRAError where a tensor of a file is on the meta device, so that it has no values."""
     for name, value in adapter.tensors.items():
         if isinstance(value, torch.Tensor) and value.is_meta:
             raise LoRAError(f"{where}: {name!r} has no values: it was saved from the meta device.")
 
 
 def _check_rows(adapter: Adapter, table: str, rows: Any, where: str) -> None:
-    """Raise LoRAError where a table's trained rows are no finite matrix of as many rows as are named."""
+    """Raise LoRAError where a table's trained rows are no finite matrix, or not as many as their numbers."""
     name, numbers = f"{table}.{rows_leaf()}", adapter.tables.get(table)
     if not holds_numbers(rows) or rows.dim() != 2:
         raise LoRAError(f"{where}: {name!r} must be a floating point matrix of rows, found {describe_value(rows)}.")
@@ -99,7 +99,7 @@ def _check_rows(adapter: Adapter, table: str, rows: Any, where: str) -> None:
 
 
 def _check_rank(adapter: Adapter, name: str, where: str) -> None:
-    """Raise LoRAError where the options say another rank or scaling of a layer."""
+    """Raise LoRAError where the options give a layer another rank or scaling than the tensors or the record."""
     if adapter.config is None:
         return
     stored = adapter.stored(name)

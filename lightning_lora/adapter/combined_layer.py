@@ -15,22 +15,15 @@ from .adapter import Adapter
 from .measures import scaled_pairs, separate_shapes
 
 Method = Literal["linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
-
-
 PRUNING = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
-
-
-CUT = ("svd", *PRUNING)  # methods whose result has a rank of choice
-
-
-ROUNDING = torch.finfo(torch.float32).eps  # a singular value below so much of the largest one is none
-
+CUT = ("svd", *PRUNING)  # methods whose result has a rank that the user chooses
+ROUNDING = torch.finfo(torch.float32).eps  # singular values below this share of the largest one count as zero
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # left (m, r), right (r, n); in float64
 
 
 def same_in_all(what: str, values: Sequence[tuple[str, Any]]) -> Any:
-    """Return the one value that all have, by name of the adapter; another one is an error."""
+    """Return the value that all adapters have. LoRAError names two adapters with different values."""
     (first_name, first), *others = values
     for name, value in others:
         if value != first:
@@ -46,7 +39,19 @@ def combine_layer(
     density: float | None,
     draw: torch.Generator,
 ) -> tuple[dict[str, torch.Tensor], float]:
-    """Return A and B of a layer, and the share of the squared norm of the combined change that they keep."""
+    """Combine the changes of one layer.
+
+    Args:
+        layer: its name.
+        holders: the adapters of the layer, each with its name and weight.
+        how: a method without peft's ending "_svd".
+        rank: of the result, or None for the largest of the adapters.
+        density: the share of values that the methods that prune keep.
+        draw: what the dare methods draw from.
+
+    Returns:
+        A and B by name, and the share of the squared norm of the combined change that they keep.
+    """
     _, first, _ = holders[0]
     known = [(name, each.kinds[layer]) for name, each, _ in holders if layer in each.kinds]
     same_in_all(f"the kind of {layer!r}", known) if known else None
@@ -86,7 +91,7 @@ def _plain_name(adapter: Adapter, layer: str, leaf: str) -> str:
 
 
 def _inputs(adapter: Adapter, layer: str) -> list[int]:
-    """Return the shape of a row of plain LoRA's A: of a convolution (in, k...), where that is known."""
+    """Return the shape of a row of plain LoRA's A. For a convolution whose kernel is known it is (in, k...)."""
     place, inputs = adapter.place(layer), list(adapter.acting(layer).a.shape[1:])
     if place.kind in CONVOLUTIONS and len(inputs) == 1 and place.shapes:
         (shape,) = place.shapes.values()
@@ -95,7 +100,7 @@ def _inputs(adapter: Adapter, layer: str) -> list[int]:
 
 
 def _plain_parts(adapter: Adapter, layer: str, holders: Sequence[tuple[str, Adapter, float]]) -> list[Pair]:
-    """Return (s * B, A) of the parts of a layer; where adapters adapt other parts of it, of the whole as one."""
+    """Return (s * B, A) of each part of a layer. If the adapters adapt different parts, the layer is one part."""
     parts = [(name, each.config.enabled_parts(layer) if each.config else None) for name, each, _ in holders]
     enabled = adapter.config.enabled_parts(layer) if adapter.config else None
     if all(part == parts[0][1] for _, part in parts):
@@ -110,6 +115,8 @@ def _plain_parts(adapter: Adapter, layer: str, holders: Sequence[tuple[str, Adap
 
 
 def _check_shapes(layer: str, holders: Sequence[tuple[str, Adapter, list[Pair]]]) -> None:
+    """Raise LoRAError where adapters have different shapes of a layer."""
+
     def sizes(adapter: Adapter, parts: list[Pair]) -> list[Any]:
         return [_inputs(adapter, layer), [(left.shape[0], right.shape[1]) for left, right in parts]]
 
@@ -124,7 +131,7 @@ def _combine_part(
     draw: torch.Generator,
     dtype: torch.dtype,
 ) -> tuple[Pair, tuple[float, float]]:
-    """Return the combined pair of one matrix, its squared norm, and that of the change before its rank was cut.
+    """Return the combined pair of one matrix, and its squared norm with and before the cut to a rank.
 
     Methods that prune build the changes in the result's dtype.
     """
@@ -139,7 +146,7 @@ def _combine_part(
         return (left, right), (1.0, 1.0)
     u, values, vh = product_svd(left, right)
     squares = values.square()
-    if how == "linear":  # no lower than an adapter's, so that the result can be trained on like these
+    if how == "linear":  # no lower than an adapter's, so that training can go on
         rank = max(int((values > ROUNDING * values[0]).sum()), min(rank, len(values)))
     cut = slice(min(rank, len(values)))
     return (u[:, cut] * values[cut], vh[cut]), (float(squares[cut].sum()), float(squares.sum()))
@@ -148,7 +155,7 @@ def _combine_part(
 def combined_change(
     changes: Sequence[torch.Tensor], weights: Sequence[float], how: str, density: float, draw: torch.Generator
 ) -> torch.Tensor:
-    """Return the change that a method that prunes makes of those of several adapters, matrices of one shape.
+    """Prune the changes of several adapters and add them, matrices of one shape.
 
     Args:
         changes: s * B @ A of each.
@@ -185,6 +192,7 @@ def _random_part(change: torch.Tensor, density: float, draw: torch.Generator) ->
 
 
 def padded(pair: Pair, rank: int) -> Pair:
+    """Return a pair of a higher rank with the same product: zeros are added."""
     left, right = pair
     more = rank - left.shape[1]
     return torch.cat([left, left.new_zeros(len(left), more)], 1), torch.cat(

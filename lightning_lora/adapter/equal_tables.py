@@ -1,4 +1,4 @@
-"""Tensors that are there under several names: the ends of ties, in files."""
+"""Tensors that a file holds under several names, bit for bit the same: both ends of tied weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ SAMPLES = 8  # values by which tensors are told apart before they are compared w
 
 
 def equal_tables(tensors: Mapping[str, Any]) -> list[set[str]]:
-    """Return the names of tensors of two dimensions or more that are there under several, bit for bit, by group."""
+    """Group the names of tensors with equal bits, of two dimensions or more. Tensors without an equal are left out."""
     alike: dict[Any, list[str]] = {}
     for name, tensor in tensors.items():
         if isinstance(tensor, torch.Tensor) and tensor.dim() > 1 and tensor.numel() and not tensor.is_meta:
@@ -27,5 +27,5 @@ def equal_tables(tensors: Mapping[str, Any]) -> list[set[str]]:
 
 
 def ties_of(names: Set[str], tensors: Mapping[str, Any]) -> set[str]:
-    """Return the names of the other tables that equal one of these: the other ends of ties."""
+    """Return the names of other tables that equal one of `names`: the other ends of ties."""
     return {name for group in equal_tables(tensors) if group & names for name in group - names}

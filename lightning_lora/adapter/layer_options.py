@@ -1,4 +1,4 @@
-"""Options that give certain layers certain ranks and scalings, whatever they said before."""
+"""Options that give each layer a given rank and scaling."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def options_hold(config: LoRAConfig, ranks: Mapping[str, int], scalings: Mapping
 def exact_options(
     config: LoRAConfig, ranks: Mapping[str, int], scalings: Mapping[str, float], parameters: Collection[str] = ()
 ) -> LoRAConfig:
-    """Return the options changed to give exactly the layers and parameters in `ranks` these ranks and scalings.
+    """Change options so that they adapt the layers and parameters in `ranks` alone, with these ranks and scalings.
 
-    What most layers have is the option, and patterns name the others.
+    r and lora_alpha are those of most layers. Patterns name the other layers.
     """
     return replace(
         with_exact_ranks(config, ranks, scalings),
@@ -35,7 +35,7 @@ def exact_options(
 
 
 def with_exact_ranks(config: LoRAConfig, ranks: Mapping[str, int], scalings: Mapping[str, float]) -> LoRAConfig:
-    """Return the options changed to give the layers in `ranks` these ranks and scalings; they name the same layers."""
+    """Change options so that the layers in `ranks` have these ranks and scalings. They choose the same layers."""
     alphas = {n: scalings[n] * (math.sqrt(r) if config.use_rslora else r) for n, r in ranks.items()}
     alphas = {n: int(alpha) if alpha == int(alpha) else alpha for n, alpha in alphas.items()}
     common_r, common_alpha = mode(ranks.values()), mode(alphas.values())
@@ -49,11 +49,13 @@ def with_exact_ranks(config: LoRAConfig, ranks: Mapping[str, int], scalings: Map
 
 
 def with_aliases(config: LoRAConfig, aliases: Mapping[str, str]) -> LoRAConfig:
-    """Return the options changed to give a layer's other names what they give the first, by which it is adapted.
+    """Change options so that they mean the same for every name of a layer.
+
+    A layer in a model under several names is adapted under its first one.
 
     Args:
         config: the options.
-        aliases: the first name, by each other one.
+        aliases: the first name of a layer, by each of its other names.
     """
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
@@ -75,7 +77,7 @@ def with_aliases(config: LoRAConfig, aliases: Mapping[str, str]) -> LoRAConfig:
 
 
 def without_aliases(config: LoRAConfig, aliases: Collection[str]) -> LoRAConfig:
-    """Undo with_aliases: what the options say of other names than the first means nothing to a model."""
+    """Undo with_aliases: a model takes options under the first name of a layer alone."""
     keys = {*aliases, *map(exact_key, aliases)}
 
     def kept(option: Mapping[str, Any] | None) -> dict[str, Any]:

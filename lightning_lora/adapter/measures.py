@@ -51,7 +51,7 @@ def cosine(adapter: Adapter, other_adapter: Adapter, name: str) -> float:
 
 
 def _matching_pairs(adapter: Adapter, other_adapter: Adapter, name: str) -> list[tuple[Pair, Pair]]:
-    """The scaled_pairs of one layer in two adapters, side by side; ValueError where they do not go together."""
+    """Return the scaled_pairs of one layer in two adapters, part by part; ValueError where parts or shapes differ."""
     both = adapter, other_adapter
     enabled = [each.config.enabled_parts(name) if each.config else None for each in both]
     pairs, other_pairs = (scaled_pairs(each, name) for each in both)
@@ -65,7 +65,7 @@ def _matching_pairs(adapter: Adapter, other_adapter: Adapter, name: str) -> list
 
 
 def separate_shapes(adapter: Adapter, name: str) -> dict[str, Sequence[int]]:
-    """Return the shapes of q, k and v's weights where a layer is attention that has them apart, else none."""
+    """Return the shapes of the weights of q, k and v, if a layer is attention with separate weights; else none."""
     if adapter.kinds.get(name) != ATTENTION:
         return {}
     entries = {leaf: adapter.fingerprint.get(f"{name}.{leaf}") for leaf in SEPARATE}

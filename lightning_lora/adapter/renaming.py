@@ -14,9 +14,9 @@ from .layer_options import exact_options, options_hold
 
 
 def renamed(adapter: Adapter, strip: str, add: str) -> Adapter:
-    """Return an adapter with a dotted prefix off every name and another in front; names without it are left out.
+    """Return an adapter with the prefix `strip` taken off every name and the prefix `add` put in front.
 
-    The options go on to mean the same layers.
+    Tensors whose names lack the prefix are left out. The options mean the same layers as before.
     """
 
     def new_name(name: str) -> str | None:
@@ -26,7 +26,7 @@ def renamed(adapter: Adapter, strip: str, add: str) -> Adapter:
 
 
 def renamed_by(adapter: Adapter, new_name: NewName) -> Adapter:
-    """Return an adapter with new names as with_names does; the options go on to mean the same layers."""
+    """Return an adapter with new names, as with_names does, and options that mean the same layers as before."""
     new = replace(adapter.with_names(new_name), scope=new_name(adapter.scope) or "")
     old_layers = {new_layer(adapter, layer, new_name): layer for layer in adapter.layers()}
     return replace(new, config=_translate_config(adapter, new, old_layers))
@@ -38,7 +38,7 @@ def by_network_names(adapter: Adapter) -> Adapter:
 
 
 def _translate_config(old: Adapter, new: Adapter, old_layers: Mapping[str | None, str]) -> LoRAConfig | None:
-    """Return the options for the new names: as they are where they mean the same, else with the layers spelled out.
+    """Return options for the new names. They stay as they are if they mean the same layers, else they name each layer.
 
     Args:
         old: the adapter before it was renamed.
@@ -49,7 +49,7 @@ def _translate_config(old: Adapter, new: Adapter, old_layers: Mapping[str | None
         return None
     modules = {module for name in new.tensors for module in parent_names(name)}
     named = {suffix for module in modules for suffix in suffixes(module)}
-    saved = [  # without what was taken off the names, where an entry needs that to name anything
+    saved = [  # an entry that names nothing any more loses the prefix that the names lost
         entry if entry in named else next((tail for tail in suffixes(entry) if tail in modules), entry)
         for entry in old.config.modules_to_save or ()
     ]
@@ -88,7 +88,7 @@ def align_to_modules(adapter: Adapter, modules: Set[str], where: str) -> Adapter
         )
     strip, add = prefixes[0]
     outside = [name for name in adapter.tensors if not name.startswith(strip)]
-    if outside and strip != adapter.network:  # a network by itself has no use for what lies around it
+    if outside and strip != adapter.network:  # a network alone needs no tensors of the module around it
         warnings.warn(
             f"lightning_lora: {len(outside)} of the adapter's tensors lie outside {where} and are left out, "
             f"first {outside[0]!r}.",
@@ -98,7 +98,7 @@ def align_to_modules(adapter: Adapter, modules: Set[str], where: str) -> Adapter
 
 
 def _fitting_prefixes(layers: Sequence[str], modules: Set[str]) -> list[tuple[str, str]]:
-    """List each (prefix to strip, prefix to add), of which one is empty, that makes every layer a module."""
+    """List each (prefix to strip, prefix to add) that makes every layer a module. One of the two is empty."""
     first = layers[0].split(".")
     strips = [".".join(first[:i]) + "." for i in range(1, len(first))]
     strips = [strip for strip in strips if all(f"{layer}.".startswith(strip) for layer in layers)]

@@ -1,4 +1,4 @@
-"""Means of what several adapters trained whole: values of which a sum would mean nothing."""
+"""Weighted means of tensors that several adapters trained whole. A sum of such values would mean nothing."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ from ..nn.variant import rows_leaf
 from .adapter import Adapter
 from .combined_layer import ROUNDING
 
-COUNTER = "num_batches_tracked"  # BatchNorm's, of which the largest is kept
+COUNTER = "num_batches_tracked"  # BatchNorm's counter; the largest one is kept
 
 
 def average_whole(used: Sequence[tuple[str, Adapter, float]]) -> dict[str, Any]:
-    """Return the weighted mean of what the adapters hold beside A and B: values, of which a sum means nothing."""
+    """Return the weighted mean of each tensor beside the factors, by name.
+
+    Raises:
+        LoRAError: an adapter lacks a tensor that another has, or the values have no mean.
+    """
     values = [(name, {**each.beside_factors(), **_rows_of(each)}, weight) for name, each, weight in used]
     names = dict.fromkeys(key for _, held, _ in values for key in held)
     for key in names:
@@ -31,10 +35,12 @@ def average_whole(used: Sequence[tuple[str, Adapter, float]]) -> dict[str, Any]:
 
 
 def _rows_of(adapter: Adapter) -> dict[str, Any]:
+    """Return trained rows by the names of their tensors; rows of a tie come once."""
     return {f"{table}.{rows_leaf()}": rows for table, rows in adapter.rows().items() if table not in adapter.tied}
 
 
 def _mean(key: str, values: Sequence[tuple[str, Any, float]]) -> Any:
+    """Return the weighted mean of one tensor, given each adapter's name, value and weight."""
     (first_name, first, _), *others = values
     if all(_equal(first, value) for _, value, _ in others):
         return first

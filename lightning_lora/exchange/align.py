@@ -65,7 +65,7 @@ def split_off_base(live: LiveState, adapter: Adapter) -> Adapter:
 
 
 def add_frozen_weights(live: LiveState, adapter: Adapter) -> Adapter:
-    """Add tensors that this model saves with its adapter and the model that wrote the source did not.
+    """Add tensors that this model saves with its adapter, and that the source does not hold.
 
     A base weight that is trained here and was frozen there gets its initial value. Rows of a table are added under the
     names of the tables that are tied to it.

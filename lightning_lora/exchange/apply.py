@@ -1,4 +1,4 @@
-"""Fitting an adapter onto a model: base, names, shapes and layers are compared first, then the values are copied."""
+"""Put an adapter onto a model: inject, compare base, layers, names and shapes, then copy all values or none."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _values_now(live: LiveState, names: Iterable[str]) -> dict[str, Any]:
 
 
 def _take_specs_(handle: AdaptedModel, adapter: Adapter, specs: Specs) -> None:
-    """Give layers and options the ranks and scalings of an adapter, before its values are copied. In place."""
+    """Give the layers and the model's options the adapter's ranks and scalings. In place."""
     if not specs or adapter.config is None:
         return
     record = handle.record
@@ -113,13 +113,13 @@ def apply_adapter(
     remedy: str = REMEDY,
     swap: bool = False,
 ) -> list[str]:
-    """Put an adapter onto a model: inject where that is still to do, check everything, then copy the values. In place.
+    """Put an adapter onto a model: inject it if needed, check everything, then copy the values. In place.
 
     Args:
         listing: of the model without wrappers; its handle where it is injected.
         adapter: under any prefix.
         strict_base: whether another base than the adapter's is an error or a warning.
-        remedy: what the error about another base says that its reader can do.
+        remedy: the advice at the end of the error about another base.
         swap: whether layers of an injected model may get another rank and scaling.
 
     Returns:
@@ -141,7 +141,7 @@ def apply_adapter(
         was_merged = holds_merged(handle.layers.values())
         try:
             if was_merged:
-                unmerge_listed(handle)  # at once, because to read W out of W' takes as long
+                unmerge_listed(handle)  # at once: reading W out of W' takes as long
             live = LiveState(handle)
             adapter = add_frozen_weights(live, split_off_base(live, adapter))
             specs = {} if fresh or not swap else specs_for(handle, by_first_names(names, adapter))
@@ -160,7 +160,7 @@ def apply_adapter(
 
 
 def _tell_of_options(handle: AdaptedModel, adapter: Adapter) -> None:
-    """Tell which options hold where a source has none."""
+    """Log the model's options, which hold if the source has none."""
     if adapter.config is None:
         options = handle.record.config
         scale = f"lora_alpha={options.lora_alpha:g}, use_rslora={options.use_rslora}"
@@ -168,7 +168,7 @@ def _tell_of_options(handle: AdaptedModel, adapter: Adapter) -> None:
 
 
 def config_for(listing: Listing, adapter: Adapter) -> LoRAConfig:
-    """Return the adapter's options. Where they would choose other layers in this model, name the layers instead."""
+    """Return the adapter's options. If they would choose other layers in this model, name the layers instead."""
     config, ranks = adapter.config, adapter.ranks()
     if config is None:
         stored = sorted(set(ranks.values()))
@@ -188,4 +188,5 @@ def config_for(listing: Listing, adapter: Adapter) -> LoRAConfig:
 
 
 def _leaves(modules: Iterable[str]) -> str:
+    """Return the last segments of module names, quoted, as the text of a list."""
     return ", ".join(map(repr, dict.fromkeys(module.rpartition(".")[2] for module in modules)))

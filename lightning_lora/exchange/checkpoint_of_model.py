@@ -33,7 +33,7 @@ REMEDY_IN_TRAINER = (
     'Net.load_from_checkpoint("pretrained.ckpt"), ckpt_path=...). To use the adapter on this base all the same, call '
     "load_adapter(model, path, strict_base=False) and leave ckpt_path out."
 )
-# Takes a mapping in a checkpoint and the keys that lead to it. Returns its replacement, or None to keep it.
+# Takes a mapping in a checkpoint and the keys that lead to it. Returns a new mapping, or None to keep the old one.
 Replacement = Callable[[Mapping[Any, Any], tuple[Any, ...]], dict[Any, Any] | None]
 
 
@@ -176,7 +176,7 @@ def _strip_copies(
 def _replace_mappings(value: Any, replacement: Replacement, path: tuple[Any, ...]) -> Any:
     """Replace dictionaries inside a dictionary, at any depth. Values in which nothing is replaced keep their identity.
 
-    Other mappings are users' objects, as a configuration in the hyper-parameters, and are not searched.
+    Other kinds of mapping are users' objects, such as a configuration in the hyper-parameters. They are not searched.
     """
     if not isinstance(value, dict):
         return value

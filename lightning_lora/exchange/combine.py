@@ -1,4 +1,4 @@
-"""Several adapters of one base in one: their changes added, pruned or voted on, a layer at a time.
+"""Several adapters of one base in one: their changes are summed, pruned or voted on, layer by layer.
 
     method           the change of a layer, of D = s * B @ A of each adapter           rank
     linear           sum of weight * D, exactly                                         the lowest that holds it
@@ -10,10 +10,10 @@
     dare_ties        of each D random values, enlarged; then as ties                    the largest, or `rank`
     magnitude_prune  of each D the largest values; then the sum                         the largest, or `rank`
 
-The last four need B @ A itself, of one layer at a time; the others never build it. Of each matrix as much is kept as
-`density` says. All but linear are peft's methods, where these four are called ties_svd, dare_linear_svd and so on; such
-names are taken too. What peft calls linear, ties, dare_linear and dare_ties works on A and B apart, so that products of
-one adapter's B and another's A come in, and is not offered.
+The last four build B @ A, for one layer at a time; the others never build it. `density` is the share of each matrix
+that is kept. All methods but linear are peft's. It calls the last four ties_svd, dare_linear_svd and so on, and these
+names are taken too. peft's own linear, ties, dare_linear and dare_ties work on A and B apart. So they add products of
+one adapter's B and another's A, and are not offered.
 """
 
 from __future__ import annotations
@@ -82,14 +82,14 @@ def combine(
     """Combine several adapters of one base into one.
 
     Args:
-        adapters: in any form that load_adapter takes and that stores its options; they may differ in rank, scaling,
+        adapters: in any form that load_adapter takes and that stores its options. They may differ in rank, scaling,
             layers and patterns.
-        weights: a number for each, of any sign.
+        weights: a number for each adapter, of any sign.
         method: "linear" (the weighted sum of the changes s * B @ A, exactly), "cat" (the same, factors side by side),
             "svd" (the same, cut to a rank), "ties", "dare_linear", "dare_ties" or "magnitude_prune".
         rank: of the result, for all methods but linear and cat; by default the adapters' largest, layer by layer.
-        density: what share of each change is kept, for the methods that prune.
-        seed: what the values that the dare methods keep are drawn from.
+        density: the share of each change that is kept, for the methods that prune.
+        seed: of the random choice in the dare methods.
         output: a folder to write the result to, in PEFT's format.
         strict_base: whether adapters of different bases are an error or a warning.
 
@@ -126,7 +126,7 @@ def combine_adapters(
     seed: int = 0,
     strict_base: bool = True,
 ) -> Combined:
-    """Combine adapters; arguments and errors as of combine. Says in the log what was averaged and what a rank keeps."""
+    """Combine adapters, with the arguments and errors of combine. Logs what was averaged and what a rank keeps."""
     weights = [plain_number(weight) for weight in weights] if isinstance(weights, Iterable) else weights
     rank, density, seed = map(plain_number, (rank, density, seed))
     how = _checked_method(method, rank, density)
@@ -198,7 +198,7 @@ def _seed_of(seed: int, layer: str) -> int:
 
 
 def _check_one_base(adapters: Sequence[Adapter], names: Sequence[str], strict: bool) -> None:
-    """Compare the fingerprints of the adapters' bases; where one has none, what they say of the base's name."""
+    """Compare the fingerprints of the adapters' bases; without fingerprints, the names of the bases."""
     first, *others = adapters
     for name, other in zip(names[1:], others, strict=True):
         shared = first.fingerprint.keys() & other.fingerprint.keys()
@@ -220,7 +220,7 @@ def _check_one_base(adapters: Sequence[Adapter], names: Sequence[str], strict: b
 
 
 def _refuse_other_parameters(where: str, adapter: Adapter) -> None:
-    """Refuse what does not follow from sums of products: a scale that depends on the weight, tensors of no variant."""
+    """Refuse an adapter whose change is no product of factors alone, and tensors of an unknown variant."""
     variant = adapter.variant
     if variant.reads_weight:
         raise LoRAError(
@@ -236,7 +236,7 @@ def _refuse_other_parameters(where: str, adapter: Adapter) -> None:
 
 
 def _assemble(tensors: Mapping[str, Any], layers: Sequence[str], adapters: Sequence[Adapter]) -> Adapter:
-    """Return the adapter of combined layers, with what the others say of base and kinds, without options yet."""
+    """Return an adapter of combined layers, with the base and the kinds that the adapters tell. Options come later."""
     trained = {name for each in adapters for name in each.tensors}
     first = next((each for each in adapters if each.tied), adapters[0])
     kinds = {layer: kind for each in adapters for layer, kind in each.kinds.items()}
@@ -258,17 +258,17 @@ def _assemble(tensors: Mapping[str, Any], layers: Sequence[str], adapters: Seque
 
 
 def _plain_config(config: LoRAConfig | None) -> LoRAConfig | None:
-    """Return options of the result, which is plain LoRA whatever the adapters are; its ranks are not there yet."""
+    """Return options for the result. It is plain LoRA, whatever the adapters are. Its ranks come later."""
     return None if config is None else replace(config, variant=PLAIN, init_lora_weights=True)
 
 
 def _own_tables(adapter: Adapter) -> dict[str, tuple[int, ...]]:
-    """Return which rows are trained of each table that does not share them with another."""
+    """Return the numbers of the trained rows of each table that does not share them with another."""
     return {table: rows for table, rows in adapter.tables.items() if table not in adapter.tied}
 
 
 def _with_equal_attention(adapter: Adapter) -> Adapter:
-    """Give attention and its out_proj one rank, which PEFT needs, by zeros where one has less."""
+    """Give attention and its out_proj one rank, as PEFT needs it: zeros are added to the lower one."""
     tensors, ranks = dict(adapter.tensors), adapter.ranks()
     for name, kind in adapter.kinds.items():
         attention = name.rpartition(".")[0]
@@ -284,7 +284,7 @@ def _with_equal_attention(adapter: Adapter) -> Adapter:
 
 
 def _options(adapter: Adapter, adapters: Sequence[Adapter]) -> LoRAConfig:
-    """Return the options of the result: the first adapter's, where these say the same, else with layers spelled out."""
+    """Return the options of the result: the first adapter's if they fit, else options that name each layer."""
     configs = [each.config or LoRAConfig() for each in adapters]
     ranks, first = adapter.ranks(), configs[0]
     parts: dict[str, tuple[bool, ...]] = {}

@@ -12,7 +12,7 @@ from ..adapter.layer_options import without_aliases
 
 
 class Names:
-    """The names of a model's modules: all of them, and the first name of each module, under which it is adapted."""
+    """All names of a model's modules, and which is the first name of each module."""
 
     def __init__(self, places: Iterable[tuple[str, nn.Module]]) -> None:
         """Take every module under every name."""
@@ -25,7 +25,7 @@ class Names:
                 self.later[name] = first[module]
 
     def first(self, name: str) -> str:
-        """Return the first name of what is called `name`, a module or a tensor."""
+        """Return the first name of the module or tensor that is called `name`."""
         if name in self.modules:
             return self.later.get(name, name)
         path, _, leaf = name.rpartition(".")
@@ -33,7 +33,7 @@ class Names:
 
 
 def by_first_names(names: Names, adapter: Adapter) -> Adapter:
-    """Rename layers to the first name of their module, under which it is adapted; a shared module has several names."""
+    """Rename layers to the first name of their module. A shared module is adapted under its first name."""
     if not names.later:
         return adapter
     aliases = [name for name in adapter.layers() if names.first(name) != name]

@@ -25,7 +25,7 @@ from ..nn.conv import LoRAConv
 from .first_names import Names, by_first_names
 from .resized_tables import refuse_other_rows
 
-Specs = Mapping[AdaptedWeights, LayerSpec]  # the new options of layers that change
+Specs = Mapping[AdaptedWeights, LayerSpec]  # the new rank and scaling of each layer that changes
 
 
 def specs_for(handle: AdaptedModel, adapter: Adapter) -> Specs:

@@ -1,7 +1,8 @@
-"""What a folder of a transformers model holds beside weights: its configuration, and the names that files have.
+"""The folder of a transformers model: its configuration, and the names and parts of tensors in its files.
 
-A tensor in a file may have another name than in the model, or be a part of one. transformers converts tensors when it
-loads, and back when it saves. Here they are converted one by one, or in the smallest groups that can be converted.
+A tensor in a file may have another name than in the model, or be a part of a tensor. transformers converts tensors when
+it loads, and converts them back when it saves. Here tensors are converted one by one, or in groups as small as
+possible.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class Part(NamedTuple):
 def find_network(listing: Listing) -> tuple[str, Any] | None:
     """Return the prefix and the transformers model: the model itself, or the one inside a LightningModule.
 
-    It holds all that training changes. Where something outside of it was trained, a warning says so.
+    The transformers model holds all that training changes. If something outside of it was trained, a warning says so.
 
     Args:
         listing: of any module; its handle, where it holds all of an injected model.
@@ -183,7 +184,7 @@ def _smallest_parts(state: Tensors, convert: Convert) -> list[Part]:
 def _converted(tensors: Tensors, convert: Convert) -> Tensors | None:
     try:
         return convert(tensors)
-    except Exception:  # whatever a conversion raises where a part that it needs is missing
+    except Exception:  # a conversion may raise anything if a part that it needs is missing
         return None
 
 

@@ -1,4 +1,4 @@
-"""read_adapter, take_adapter, save_adapter, load_adapter, load_from_checkpoint: adapters out of and into models."""
+"""The public functions that bring adapters out of models and files, and back: read, take, save, load."""
 
 from __future__ import annotations
 
@@ -176,9 +176,9 @@ def load_from_checkpoint(
     Args:
         cls: the LightningModule's class.
         path: a checkpoint of any kind that this package wrote.
-        weights_only: as in Lightning's own load_from_checkpoint; with False, objects in the hyperparameters are
-            unpickled, and what a LightningCLI named there is imported and called, which may run any code. Without that
-            each such hyperparameter must be among `kwargs`.
+        weights_only: as in Lightning's own load_from_checkpoint. With False, objects in the hyperparameters are
+            unpickled, and code that a LightningCLI named there is imported and called. This may run any code. Without
+            it, each such hyperparameter must be among `kwargs`.
         strict_base: whether another base than the adapter's is an error or a warning.
         kwargs: hyperparameters that override the saved ones.
 

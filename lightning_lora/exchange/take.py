@@ -170,7 +170,7 @@ def check_fingerprint(
         live: an injected model.
         expected: the fingerprint.
         strict: whether another base is an error or a warning.
-        remedy: what the error says that its reader can do.
+        remedy: the advice at the end of the error.
 
     Returns:
         The fingerprint of the model, or nothing where nothing is expected.

@@ -34,12 +34,12 @@ def build_module(
 ) -> Any:
     """Let Lightning build a module from a checkpoint's hyperparameters, with the weights that its class builds.
 
-    Nothing that the file names is imported or called, unless weights_only=False was said: LightningCLI's checkpoints
-    are built from their plain values without it.
+    Nothing that the file names is imported or called, unless the caller gave weights_only=False. Without it, a
+    checkpoint of LightningCLI's is built from its plain values.
 
-    A class that looks at tensors in the file by itself, as to build a loss from its buffers, finds those that the
-    checkpoint holds under the plain model's names. They are not loaded: of a merged checkpoint they are W', and the
-    values from before training would be lost.
+    A class may look at tensors in the file by itself, for example to build a loss from its buffers. It finds the
+    tensors that the checkpoint holds under the plain model's names. They are not loaded: a merged checkpoint holds W'
+    there, and the values from before training would be lost.
 
     Args:
         cls: the LightningModule's class.
@@ -49,17 +49,17 @@ def build_module(
         kwargs: hyperparameters that override the saved ones.
 
     Raises:
-        LoRAError: what the module is built from holds objects that were not unpickled, or names code.
+        LoRAError: the hyperparameters hold objects that were not unpickled, or name code.
     """
     content = {name: value for name, value in checkpoint.items() if name != META}
     content = {
         name: value for name, value in content.items() if name not in TRAINER_STATE_KEYS or not find_placeholder(value)
     }
     saved = content.get(HYPER_PARAMETERS)
-    if isinstance(saved, Mapping):  # an object that is given anew need not be read
+    if isinstance(saved, Mapping):  # an object that the caller gives need not be read
         content[HYPER_PARAMETERS] = {k: v for k, v in saved.items() if k not in kwargs or not find_placeholder(v)}
     looks = _overrides(cls, READ) or any(_overrides(each, LOAD) for each in _derived(cls))
-    tensors = checkpoint["state_dict"] if looks else {}  # not copied without need, for they may be large
+    tensors = checkpoint["state_dict"] if looks else {}  # copied only if needed: they may be large
     content["state_dict"] = {name: value for name, value in tensors.items() if not names_factor(name)}
     _refuse_objects(cls, path, content)
     if not isinstance(content.get(HYPER_PARAMETERS, {}), Mapping):
@@ -91,7 +91,7 @@ def build_module(
 
 
 def _call(cls: Any, source: Path | io.BytesIO, options: Mapping[str, Any]) -> Any:
-    """Call the class's load_from_checkpoint, without weights_only where it passes that on by itself, as chemprop's."""
+    """Call the class's load_from_checkpoint. A class such as chemprop's passes weights_only on by itself."""
     try:
         return cls.load_from_checkpoint(source, strict=False, **options)
     except TypeError as error:
@@ -102,7 +102,7 @@ def _call(cls: Any, source: Path | io.BytesIO, options: Mapping[str, Any]) -> An
 
 @contextmanager
 def _naming_checkpoint(cls: Any, path: PathLike) -> Iterator[None]:
-    """Raise LoRAError in the place of what Lightning or jsonargparse raises; what the class raises stays as it is."""
+    """Raise LoRAError in place of an error of Lightning or jsonargparse. An error of the class itself stays."""
     try:
         yield
     except LoRAError:
@@ -131,7 +131,7 @@ def _loading_nothing(cls: Any) -> Iterator[None]:
 
 
 def _emptying(own: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
-    """Return on_load_checkpoint that takes the state dict away after the class's own, which Lightning loads next."""
+    """Return an on_load_checkpoint that calls the class's own and then empties the state dict, so nothing is loaded."""
 
     @functools.wraps(own)
     def on_load_checkpoint(module: Any, checkpoint: dict[str, Any]) -> None:
@@ -143,18 +143,18 @@ def _emptying(own: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
 
 
 def _derived(cls: type) -> list[type]:
-    """List a class and those that inherit from it: LightningCLI's checkpoints may name one that is to be built."""
+    """List a class and its subclasses: a checkpoint of LightningCLI's may be built from a subclass."""
     children: list[type] = cls.__subclasses__()
     return list(dict.fromkeys([cls, *(each for child in children for each in _derived(child))]))
 
 
 def _overrides(cls: type, method: str) -> bool:
-    """Tell whether a class, or one between it and Lightning's, has a method of its own in the place of Lightning's."""
+    """Return whether a class, or a class between it and Lightning's, overrides a method of Lightning's."""
     return len(_definitions(cls, method)) > 1
 
 
 def _definitions(cls: type, method: str) -> list[Any]:
-    """List a method as a class defines it, and as those do that it inherits from."""
+    """List all definitions of a method, in a class and the classes that it inherits from."""
     return [getattr(base, method) for base in cls.__mro__ if method in vars(base)]
 
 
@@ -164,7 +164,7 @@ def _take_plain_arguments(
     """Leave in a checkpoint's hyper-parameters the arguments of the class, and nothing that Lightning calls. In place.
 
     Returns:
-        Those that the class wants in another form than a file has, as members of an Enum.
+        The arguments that the class wants in another form than a file has, such as members of an Enum.
 
     Raises:
         LoRAError: they name another class, or objects or functions as arguments.
@@ -194,7 +194,7 @@ def _take_plain_arguments(
 
 
 def _refuse_objects(cls: Any, path: PathLike, checkpoint: Mapping[str, Any]) -> None:
-    """Raise LoRAError where what a module is built from holds objects that were not unpickled."""
+    """Raise LoRAError where hyper-parameters hold objects that were not unpickled."""
     found = find_placeholder(checkpoint)
     if found is None:
         return
@@ -208,7 +208,7 @@ def _refuse_objects(cls: Any, path: PathLike, checkpoint: Mapping[str, Any]) -> 
 
 
 def _remedies(cls: Any, path: PathLike, objects: Iterable[str]) -> str:
-    """Return what a user can do about hyper-parameters that are not taken from a file."""
+    """Return advice for hyper-parameters that are not taken from a file."""
     arguments = ", ".join(f"{key}=..." for key in objects)
     as_arguments = f"pass what they are as keyword arguments ({arguments}), or " if arguments else ""
     return (

@@ -29,17 +29,17 @@ COLLECTIONS = (list, tuple, set, frozenset, dict)
 def plain_arguments(
     cls: Callable[..., Any], saved: Mapping[str, Any], given: Collection[str] = (), *, parsed: bool = False
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the arguments for a class, or a function, that need neither an import nor a call; and what names code.
+    """Split hyper-parameters into arguments that need neither an import nor a call, and those that name code.
 
     Args:
-        cls: what is to be called.
+        cls: the class or function that takes the arguments.
         saved: hyper-parameters, as a checkpoint holds them.
-        given: the names of those that are not needed.
-        parsed: whether jsonargparse will see the arguments, which imports a text that may be a name.
+        given: the names of arguments that the caller gives.
+        parsed: whether jsonargparse will see the arguments. It imports a text that may be a name.
 
     Returns:
-        The arguments without `given`, which are the saved objects where they fit as they are; and of each that names
-        code, or that does not fit its annotation, what it is.
+        The arguments without `given`; a saved object that fits stays the same object. And a description, by name, of
+        each argument that names code or does not fit its annotation.
     """
     values = {name: value for name, value in flat(saved).items() if name not in (INSTANTIATOR, CLASS, *given)}
     hints = _hints(cls) if INSTANTIATOR in saved else {}
@@ -67,7 +67,7 @@ def class_named_by(saved: Mapping[str, Any]) -> str | None:
 
 
 def flat(saved: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return hyper-parameters by name, also of a LightningCLI that saved them as class_path and init_args."""
+    """Return hyper-parameters by name, also if LightningCLI saved them as class_path and init_args."""
     if INSTANTIATOR not in saved or not {CLASS_PATH} <= saved.keys() <= {INSTANTIATOR, CLASS_PATH, *PARTS}:
         return saved
     parts = [saved[part] for part in PARTS if isinstance(saved.get(part), Mapping)]
@@ -75,7 +75,7 @@ def flat(saved: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def class_path_in(value: Any, *, texts: bool = False) -> str | None:
-    """Return the first class_path in nested containers, or also in a text, which may be YAML; None without any."""
+    """Return the first class_path in nested containers or in a text, which may be YAML; else None."""
     waiting, seen = deque([value]), set()
     while waiting:
         item = waiting.popleft()
@@ -101,13 +101,13 @@ def _hints(cls: Callable[..., Any]) -> dict[str, Any]:
     for function in functions:
         try:
             hints |= get_type_hints(function)
-        except Exception:  # a name that is known to type checkers alone
+        except Exception:  # a name that only type checkers know
             hints |= {name: each.annotation for name, each in inspect.signature(function).parameters.items()}
     return hints
 
 
 def _may_import(hint: Any) -> bool:
-    """Tell whether one of several annotations is of objects or functions, whose name a text may be."""
+    """Return whether one of several annotations is of objects or functions. A text may name these."""
     if get_origin(hint) is Annotated:
         return _may_import(get_args(hint)[0])
     if get_origin(hint) in (Union, UnionType):
@@ -119,7 +119,7 @@ def _may_import(hint: Any) -> bool:
 
 
 def _fitted(value: Any, hint: Any) -> Any:
-    """Return a value of a config as an annotation wants it. Raises TypeError where that takes other code."""
+    """Convert a value of a config to its annotation. Raises TypeError where that would call other code."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
         return _fitted(value, arguments[0])
@@ -150,7 +150,7 @@ def _fitted(value: Any, hint: Any) -> Any:
 
 
 def _first_fit(value: Any, hints: tuple[Any, ...]) -> Any:
-    """Return a value as the first annotation of several wants it, of those that take it as it is where there is one."""
+    """Convert a value to the first of several annotations that fits. Annotations that take it as it is go first."""
     exact = [hint for hint in hints if hint is type(value)]
     for hint in exact or hints:
         if hint is not NoneType:

@@ -4,8 +4,8 @@
     merged   state_dict holds plain merged weights; checkpoint["lora"]["adapter"] what training changes
     full     state_dict holds base and adapter
 
-checkpoint["lora"] describes the adapter in each kind. Names have no segments of wrappers, as torch.compile's; but the
-state_dict of a merged or full checkpoint has the LightningModule's own names.
+checkpoint["lora"] describes the adapter in each kind. Its names have no segments of wrappers such as torch.compile's.
+The state_dict of a merged or full checkpoint has the LightningModule's own names.
 """
 
 from __future__ import annotations
@@ -122,5 +122,5 @@ def _is_plain(value: Any) -> bool:
 
 
 def _memory_key(tensor: torch.Tensor) -> Any:
-    """Return a key that all names of a tied tensor share, so that it is saved once."""
+    """Return a key that is the same for all names of a tied tensor, so that its values are saved once."""
     return tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride()

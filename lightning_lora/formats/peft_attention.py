@@ -1,11 +1,11 @@
-"""Layers beside transformers' Conv1D in PEFT: attention's out_proj, which it may take turned, and single parameters.
+"""What transformers' Conv1D changes in PEFT for other layers: attention's out_proj, and single parameters.
 
-PEFT has one fan_in_fan_out for a folder. It sets it to false at each nn.Linear that it adapts and to true at each
-Conv1D, in the order of the model's modules, but not at nn.MultiheadAttention. There out_proj takes what the layer
-before it left: after a Conv1D PEFT adds the transpose of s * B @ A (measured on 0.21.2). out_proj is square, so that
-factors (B^T, A^T) make that right again. target_parameters come last, and PEFT refuses them where the flag is true.
+PEFT has one flag fan_in_fan_out for a folder. In the order of the model's modules it sets the flag to false at each
+nn.Linear that it adapts and to true at each Conv1D. At nn.MultiheadAttention it leaves the flag as it is. So out_proj
+after a Conv1D gets the transpose of s * B @ A (measured on 0.21.2). out_proj is square, and factors (B^T, A^T) make
+that right again. target_parameters come last, and PEFT refuses them where the flag is true.
 
-The order is the model's: no file has it. What a model told is in Adapter.after_conv1d.
+No file has the order of the modules. Adapter.after_conv1d keeps what a model told.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def after_conv1d(kinds: Mapping[str, str], fan_in_fan_out: bool) -> frozenset[st
 
 
 def after_conv1d_in_all(adapters: Sequence[Adapter], kinds: Mapping[str, str]) -> frozenset[str] | None:
-    """Return what after_conv1d says of an adapter of all these adapters' layers.
+    """Return after_conv1d for an adapter that has the layers of several adapters.
 
     Args:
         adapters: the adapters.
@@ -55,7 +55,7 @@ def after_conv1d_in_all(adapters: Sequence[Adapter], kinds: Mapping[str, str]) -
 
 
 def turn(adapter: Adapter) -> Adapter:
-    """Return the adapter with factors (B^T, A^T) of each out_proj that PEFT takes turned; the inverse of itself."""
+    """Return the adapter with factors (B^T, A^T) of each out_proj that PEFT transposes. Calling it twice undoes it."""
     tensors = dict(adapter.tensors)
     for name in adapter.after_conv1d or ():
         if adapter.kinds.get(name) != ATTENTION_OUTPUT:
@@ -67,7 +67,7 @@ def turn(adapter: Adapter) -> Adapter:
 
 
 def refuse_conv1d_before_parameters(adapter: Adapter) -> None:
-    """Raise LoRAError where PEFT could not make the adapter, or where it is not known how it would."""
+    """Raise LoRAError where PEFT refuses single parameters after a Conv1D, or where the order of modules is unknown."""
     if adapter.after_conv1d is None:
         raise LoRAError(
             "save_adapter: adapters of different layers were combined, nn.Linear and transformers' Conv1D beside "
@@ -84,7 +84,7 @@ def refuse_conv1d_before_parameters(adapter: Adapter) -> None:
 
 
 def turn_as_in_model(adapter: Adapter, kinds: Mapping[str, str]) -> Adapter:
-    """Return an adapter of PEFT's as PEFT applies it to a model, given the kinds of its layers in their order."""
+    """Return an adapter of PEFT's as PEFT applies it, given the kinds of the model's layers in the order of modules."""
     if not adapter.peft_outputs:
         return adapter
     return turn(replace(adapter, after_conv1d=after_conv1d(kinds, adapter.fan_in_fan_out), peft_outputs=False))
@@ -94,7 +94,7 @@ def turn_without_model(adapter: Adapter, where: object) -> Adapter:
     """Return an adapter of PEFT's as PEFT applies it, without a model.
 
     Raises:
-        LoRAError: only the model tells.
+        LoRAError: the result depends on the order of the model's modules.
     """
     if not adapter.peft_outputs:
         return adapter

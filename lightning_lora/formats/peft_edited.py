@@ -1,9 +1,10 @@
-"""adapter_config.json beside this package's own description in the header of the tensors: which of them says what.
+"""adapter_config.json that somebody edited, beside this package's own description in the header of the tensors.
 
-PEFT reads the JSON alone. So what does not depend on the tensors is as the JSON has it, also where somebody edited it:
-scalings (lora_alpha, use_rslora, alpha_pattern), lora_dropout, and the base's name. Ranks, variant, layers, rows and
-what was trained whole are in the tensors too; a JSON that says otherwise is refused, for PEFT would leave tensors out
-or make others. The header alone says what PEFT does not know: kinds of layers, enable_lora, start factors, fingerprint.
+PEFT reads the JSON alone. So the JSON counts where an option does not depend on the tensors: scalings (lora_alpha,
+use_rslora, alpha_pattern), lora_dropout, and the base's name. Ranks, variant, layers, rows and modules that were
+trained whole are in the tensors too. A JSON that contradicts the tensors is refused, because PEFT would leave tensors
+out or make others. The header counts for what PEFT does not know: kinds of layers, enable_lora, start factors,
+fingerprint.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class _Fields:
         return [name for name in names if _comparable(self.found, name) != _comparable(self.written, name)]
 
     def require(self, names: Sequence[str], fits: Any = None) -> None:
-        """Raise LoRAError where fields differ, unless fits() says that both mean the same for the tensors."""
+        """Raise LoRAError where fields differ, unless fits() says that both values fit the tensors."""
         changed = self.differing(names)
         if changed and not (fits and fits()):
             name = changed[0]
@@ -55,12 +56,12 @@ class _Fields:
 
 
 def honour_options(adapter: Adapter, plain: Adapter, options: Mapping[str, Any], path: Path) -> Adapter:
-    """Return an adapter as adapter_config.json has it.
+    """Return the adapter with the options of adapter_config.json.
 
     Args:
-        adapter: as the header describes it.
-        plain: the same with the tensors that PEFT reads.
-        options: the JSON's fields, as a peft.LoraConfig has them.
+        adapter: the adapter that the header describes.
+        plain: the same adapter with the tensors that PEFT reads.
+        options: the fields of the JSON, as a peft.LoraConfig has them.
         path: of the JSON.
 
     Raises:
@@ -88,7 +89,7 @@ def honour_options(adapter: Adapter, plain: Adapter, options: Mapping[str, Any],
 
 
 def _comparable(fields: Mapping[str, Any], name: str) -> Any:
-    """Return what tells values of a field apart that mean another thing. Rows are in the order of their tensor."""
+    """Return a field's value in a form in which values that mean the same are equal. The order of rows counts."""
     value = fields.get(name)
     if isinstance(value, Mapping):
         value = {key: item for key, item in value.items() if item not in NOTHING}
@@ -115,6 +116,6 @@ def _selects_parameters(adapter: Adapter, stated: LoRAConfig) -> bool:
 
 
 def _taken(adapter: Adapter, options: Mapping[str, Any]) -> set[str]:
-    """Return the tensors of the model that PEFT would want whole."""
+    """Return the tensors that PEFT would take from the file whole."""
     entries = [*entries_in(options), *TASK_HEADS.get(cast(str, options.get("task_type")), ())]
     return taken_by(entries, {*adapter.beside_factors(), *adapter.fingerprint})

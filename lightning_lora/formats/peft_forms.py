@@ -1,4 +1,4 @@
-"""An adapter in the form that PEFT has for its variant, and back. What that form is, the variant says."""
+"""An adapter in the form that PEFT has for its variant, and back. The variant itself converts its tensors."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def from_peft_form(adapter: Adapter) -> Adapter:
     """Undo to_peft_form, for an adapter whose options are ours.
 
     Raises:
-        LoRAError: a layer's tensors are not of that form.
+        LoRAError: the tensors of a layer do not have that form.
     """
     if type(adapter.variant).from_peft is PeftForm.from_peft:
         return adapter
@@ -37,7 +37,7 @@ def from_peft_form(adapter: Adapter) -> Adapter:
     for layer in adapter.layers():
         found = adapter.stored(layer)
         if not found.keys() >= set(adapter.variant.trained):
-            continue  # which is refused where tensors are checked
+            continue  # the check of factors refuses it
         changed = adapter.variant.from_peft(found, adapter.place(layer))
         tensors |= {adapter.factor_name(layer, leaf): value for leaf, value in changed.items()}
     return replace(adapter, tensors=tensors)

@@ -42,15 +42,15 @@ OTHER_METHODS = {
 
 @dataclass(frozen=True)
 class PeftNames:
-    """What the names of PEFT's tensors say.
+    """What is known from the names of PEFT's tensors.
 
     Attributes:
-        ours: our name of each tensor, without those that say nothing more.
-        bare: of each of our names, PEFT's in a file, without its prefix.
-        of_layers: our names of what adapted layers own beside the factors.
-        network: what stands before PEFT's prefix, as in the state dict of a LightningModule: "" or ending in a dot.
+        ours: our name of each tensor. Second copies of a tensor are left out.
+        bare: PEFT's name in a file without its prefix, by our name.
+        of_layers: our names of tensors that adapted layers own beside the factors.
+        network: the name before PEFT's prefix, as in the state dict of a LightningModule: "" or ending in a dot.
         saved: the modules that were copied and trained whole, as far as names tell.
-        live: they are those of a live PeftModel's state dict, which holds the base too.
+        live: the names are those of a live PeftModel's state dict, which holds the base too.
         shared: our leaf name of each tensor that all layers share.
     """
 
@@ -65,7 +65,7 @@ class PeftNames:
 
 @dataclass(frozen=True)
 class _Leaves:
-    """How the names of an adapter's own tensors end in PEFT, over all variants."""
+    """The endings of PEFT's names of an adapter's own tensors, over all variants."""
 
     ours: Mapping[str, str]  # our leaf name of each ending
     most_segments: int  # of an ending
@@ -151,12 +151,12 @@ def peft_name(name: str, variant: Variant, layers: Set[str], kinds: Mapping[str,
 def read_names(
     peft_names: Iterable[str], where: object, nesting_for: Callable[[Mapping[str, int]], Nesting] = lambda wrapped: {}
 ) -> PeftNames:
-    """Return what the names of PEFT's tensors say.
+    """Translate the names of PEFT's tensors.
 
     Args:
         peft_names: the names.
         where: for messages.
-        nesting_for: tells which parameters the adapters of modules are of that have so many each.
+        nesting_for: gives the adapted parameters of each module, from the number of adapters that each module has.
 
     Raises:
         LoRAError: a name says that the adapter is more than plain LoRA, there are several adapters or models, or two

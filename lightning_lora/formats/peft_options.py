@@ -1,6 +1,6 @@
-"""PEFT's options, from and to ours. What cannot be applied is refused by name.
+"""PEFT's options, from and to ours. Options that cannot be applied are refused by name.
 
-adapter_config.json has LoRAConfig's fields, but for those that are listed here.
+Most fields of adapter_config.json are LoRAConfig's. The lists here name the others.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ SHARED = ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", *VARIANTS, "r
 BY_NUMBER = ("layers_to_transform", "layers_pattern")
 SELECTING = ("target_modules", "target_parameters", "exclude_modules", *BY_NUMBER, "modules_to_save", OPTION)
 ORIGIN = ("base_model_name_or_path", "revision", "task_type")
-OUR_INITS = (True, False, "gaussian", "orthogonal")  # of plain adapters, which draw the same in PEFT
+OUR_INITS = (True, False, "gaussian", "orthogonal")  # plain adapters draw the same first values in PEFT
 ORTHOGONAL_IN_PEFT = {LINEAR, CONV1D, EMBEDDING}
-# What these start from is not the base any more: their adapter fits only the weights that they left behind.
+# These change the base before training. Their adapter fits the changed weights alone.
 INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 WITHOUT_EFFECT = {  # on what the stored tensors mean
     *IGNORED_PEFT_FIELDS,
@@ -47,7 +47,8 @@ def options_to_peft(adapter: Adapter) -> dict[str, Any]:
 def lora_options(adapter: Adapter) -> dict[str, Any]:
     """Return the fields of a peft.LoraConfig for an adapter in PEFT's form; its variant may have others.
 
-    Where all layers agree there is one r and one lora_alpha, as vLLM needs it, and patterns name those that do not.
+    If all layers have one r and one lora_alpha, there are no patterns, as vLLM needs it. Else patterns name the layers
+    that differ.
     """
     ranks = {name: r for name, r in adapter.ranks().items() if adapter.kinds.get(name) != ATTENTION_OUTPUT}
     config = adapter.config or LoRAConfig()
@@ -74,7 +75,7 @@ def lora_options(adapter: Adapter) -> dict[str, Any]:
 
 
 def _pattern_in_peft(adapter: Adapter, pattern: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return a pattern without keys of nothing but attention's out_proj, which has the attention's options in PEFT."""
+    """Return a pattern without keys that match out_proj alone: in PEFT it has the options of its attention."""
     outputs = [name for name, kind in adapter.kinds.items() if kind == ATTENTION_OUTPUT]
     others = [name for name in adapter.layers() if adapter.kinds.get(name) != ATTENTION_OUTPUT]
 
@@ -90,7 +91,7 @@ def fan_in_fan_out_in_peft(adapter: Adapter) -> bool:
 
 
 def _init_in_peft(adapter: Adapter, init: Any) -> Any:
-    """Return an init with which PEFT makes each of the layers; the values in the file take its place."""
+    """Return an init that PEFT has for each of the layers. PEFT replaces its values by those in the file."""
     kinds = {*adapter.kinds.values()} | ({PARAMETER} if adapter.parameters else set())
     if init == "orthogonal" and not kinds <= ORTHOGONAL_IN_PEFT:
         return True
@@ -98,9 +99,10 @@ def _init_in_peft(adapter: Adapter, init: Any) -> Any:
 
 
 def _target_modules(adapter: Adapter, layers: list[str]) -> str | list[str]:
-    """Choose the user's own list or the layers' names if they match no other module's suffix, else an expression.
+    """Return target_modules for PEFT: the user's list, the layers' names, or an expression; the first that fits.
 
-    Options that take layers out of the user's list are not written: the names of the layers that are left say the same.
+    A list fits if it matches no other module. Options that take layers out of the user's list are not written: then the
+    names of the layers are.
     """
     modules = {name.rpartition(".")[0] for name in (*adapter.tensors, *adapter.fingerprint)} - {""}
     config = adapter.config
@@ -119,7 +121,7 @@ def _target_parameters(adapter: Adapter) -> list[str]:
 
 
 def from_peft_options(options: Mapping[str, Any], path: Path) -> tuple[Variant, dict[str, Any]]:
-    """Return the variant that adapter_config.json is of, and its fields as a peft.LoraConfig has them.
+    """Return the variant of an adapter_config.json, and its fields as a peft.LoraConfig has them.
 
     Raises:
         LoRAError: no variant that is known here has this peft_type, or the variant cannot apply a field.
@@ -160,14 +162,14 @@ def options_from_peft(
     tables: Mapping[str, Sequence[int]],
     variant: str = PLAIN,
 ) -> LoRAConfig:
-    """Return LoRAConfig's options out of those of adapter_config.json.
+    """Translate the options of adapter_config.json into a LoRAConfig.
 
     Args:
         options: the fields of a peft.LoraConfig.
         layers: the adapted layers that the tensors name.
-        whole: names of parameters that the tensors hold whole. Of a task_type whose head has none nothing is taken:
-            that of an adapter that transformers made stands for no head.
-        tables: which rows are trained of each table that has such.
+        whole: names of parameters that the tensors hold whole. A task_type whose head is not among them is left out:
+            transformers writes one for adapters without a head.
+        tables: the numbers of the trained rows of each table that has such rows.
         variant: the name of the variant, where the fields do not say it.
 
     Raises:
@@ -175,7 +177,7 @@ def options_from_peft(
     """
     config = {name: options[name] for name in (*SHARED, *SELECTING) if options.get(name) is not None}
     if isinstance(config.get("target_modules"), str) or config.get("layers_to_transform") in (None, []):
-        config = {name: value for name, value in config.items() if name not in BY_NUMBER}  # which PEFT passed over
+        config = {name: value for name, value in config.items() if name not in BY_NUMBER}  # PEFT ignored them
     if isinstance(config.get("modules_to_save"), list):
         config["modules_to_save"] = from_peft_entries(entries_in(options), whole)
     named = {suffix for name in whole for module in parent_names(name) for suffix in suffixes(module)}
@@ -192,5 +194,5 @@ def options_from_peft(
 
 
 def origin_of(options: Mapping[str, Any]) -> dict[str, str]:
-    """Return what PEFT's options say of the base."""
+    """Return the fields that name the base."""
     return {name: options[name] for name in ORIGIN if isinstance(options.get(name), str)}

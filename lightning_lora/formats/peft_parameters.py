@@ -1,4 +1,4 @@
-"""PEFT's adapters of single parameters (target_parameters): how their names nest, and how they lay a stack out.
+"""PEFT's adapters of single parameters (target_parameters): how names nest, and how a stack of experts is laid out.
 
 PEFT wraps a module once for each of its parameters, in the order in which the module registered them:
 
@@ -6,8 +6,8 @@ PEFT wraps a module once for each of its parameters, in the order in which the m
     <module>.base_layer.lora_A.weight               of the second
     <module>.lora_A.weight                          of the last
 
-No name says which parameter that is. Of a stack of E experts, PEFT's A (E * r, n) is ours, and its B is (m, r * E), in
-which the column of rank k and expert e is k * E + e.
+No name says which parameter an adapter belongs to. For a stack of E experts, PEFT's A (E * r, n) is the same as ours.
+Its B is (m, r * E), and the column of rank k and expert e is k * E + e.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def order_in(model: nn.Module) -> Order:
 
 
 def check_order(assumed: Iterable[Sequence[str]], order: Order) -> None:
-    """Raise LoRAError where a model registers parameters of one module in another order than was assumed without it."""
+    """Raise LoRAError where a model registers parameters of a module in another order than the assumed one."""
     for leaves in assumed:
         ordered = order(leaves)
         if ordered is not None and list(ordered) != list(leaves):
@@ -77,12 +77,12 @@ def nesting_of(parameters: Iterable[str]) -> dict[str, list[str]]:
 
 
 def nesting_in_peft(options: Mapping[str, Any], wrapped: Mapping[str, int], order: Order, where: object) -> Nesting:
-    """Return which parameters the adapters of a PEFT folder are of, by module.
+    """Return the adapted parameters of each module in a PEFT folder.
 
     Args:
-        options: of adapter_config.json.
+        options: the fields of adapter_config.json.
         wrapped: how many adapters each module has.
-        order: of the parameters of one module.
+        order: gives the order in which a module registers parameters.
         where: for messages.
 
     Raises:
@@ -110,7 +110,7 @@ def nesting_in_peft(options: Mapping[str, Any], wrapped: Mapping[str, int], orde
 
 
 def _parameters_of(module: str, entries: Sequence[str], count: int) -> list[str]:
-    """Return the parameters that entries of target_parameters name in a module, those with the module's name first."""
+    """Return the parameters of a module that target_parameters names; entries with the module's name go first."""
     named: dict[str, None] = {}
     anywhere: dict[str, None] = {}
     for entry in entries:
@@ -136,7 +136,7 @@ def nesting_of_metadata(metadata: Mapping[str, Any], where: object) -> dict[str,
 
 
 def our_factor(module: str, depth: int, leaf: str, nesting: Nesting) -> str | None:
-    """Return our name of A or B of a parameter, `depth` wrappers inside its module; None where there is no such."""
+    """Return our name of A or B of the parameter that PEFT wraps `depth` wrappers deep, or None without one."""
     parameters = nesting.get(module, ())
     if depth >= len(parameters):
         return None

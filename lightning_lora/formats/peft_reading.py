@@ -1,14 +1,14 @@
 """PEFT's tensors as an adapter: the same steps in the same order for a folder, a lone file and a state dict.
 
-What differs is how much a source tells beside its tensors, and a Source holds that:
+Sources differ in how much they tell beside their tensors. A Source holds that:
 
     description           in the header of a file that this package wrote: options, kinds, fingerprint
     options               adapter_config.json
     hyper_parameters      of a Lightning checkpoint, perhaps with a lora_alpha
     nothing               ranks are in the shapes; other options have to come from an injected model
 
-A folder that this package wrote has a description and options. The description counts. Where somebody edited the
-options, peft_edited.py decides.
+A folder that this package wrote has a description and options. The description counts. If somebody edited the options,
+peft_edited.py decides.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
 """PEFT's trainable_token_indices, from and to ours.
 
-PEFT wraps a table of which rows are trained:
+PEFT wraps a table whose rows are trained one by one:
 
     <table>.token_adapter.trainable_tokens_delta   the rows themselves, in the order of the option's list
     <table>.token_adapter.base_layer.weight        the whole table, where it was resized
 
-Of tables that transformers ties to its input embeddings it stores the rows once, under the name of these, and under
-each name where they were resized; it knows no other ties. A head with rows computes without its bias there (peft 0.21).
+PEFT knows no ties but those that transformers makes to its input embeddings. It stores the rows of such tables once,
+under the name of the input embeddings, and under each name if they were resized. In PEFT a head with trained rows
+computes without its bias (peft 0.21).
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def as_peft_stores(adapter: Adapter) -> Adapter:
 
 
 def peft_table_name(name: str, tables: Collection[str]) -> str:
-    """Return PEFT's name of a table's rows or weight, and any other name as it is."""
+    """Translate our name of a table's rows or weight into PEFT's; any other name stays."""
     table, _, leaf = name.rpartition(".")
     if leaf == rows_leaf():
         return table + DELTA
@@ -64,7 +65,7 @@ def peft_table_name(name: str, tables: Collection[str]) -> str:
 
 
 def our_table_name(name: str, present: Collection[str]) -> str:
-    """Return our name of what PEFT calls so, where it is of a table of which rows are trained."""
+    """Translate PEFT's tensor name of a table with trained rows; any other name stays."""
     if name.endswith(DELTA):
         return f"{name.removesuffix(DELTA)}.{rows_leaf()}"
     wrapped = f"{TABLE}." in name and any(other.endswith(DELTA) for other in present)
@@ -72,11 +73,11 @@ def our_table_name(name: str, present: Collection[str]) -> str:
 
 
 def rows_from_peft(adapter: Adapter, options: Mapping[str, Any], where: object) -> Adapter:
-    """Return the adapter with rows in ascending order, and which ones these are.
+    """Return the adapter with its trained rows in ascending order, and with their numbers.
 
     Args:
-        adapter: with rows in PEFT's order, without options.
-        options: of adapter_config.json.
+        adapter: has its rows in PEFT's order, and no options.
+        options: the fields of adapter_config.json.
         where: for messages.
 
     Raises:
@@ -104,7 +105,7 @@ def rows_from_peft(adapter: Adapter, options: Mapping[str, Any], where: object) 
 
 
 def _first_end(table: str, rows: Mapping[str, torch.Tensor], indices: Any) -> str:
-    """Return the table by whose name the option means the rows of a table: of a tie perhaps another one."""
+    """Return the table that the option names. Tied tables may be listed under another name."""
     if not isinstance(indices, Mapping):
         return table
     named = [other for other in (table, *rows) if any(other.endswith(entry) for entry in indices)]
@@ -112,7 +113,7 @@ def _first_end(table: str, rows: Mapping[str, torch.Tensor], indices: Any) -> st
 
 
 def _numbers_of(table: str, indices: Any, where: object) -> Sequence[int]:
-    """Return the rows that the option names of a table, by an ending of its name, in its order."""
+    """Return the row numbers of a table in the option's order; an entry of the option is an ending of the name."""
     if isinstance(indices, Mapping):
         entries = [entry for entry in indices if isinstance(entry, str) and table.endswith(entry)]
         indices = indices[max(entries, key=len)] if entries else None

@@ -1,8 +1,8 @@
 """modules_to_save as PEFT means it: every module whose name ends in an entry, in the middle of a segment too.
 
-`head` takes lm_head, `norm` takes input_layernorm. Of each module that it takes PEFT wants all tensors in the file. And
-it makes a copy of each, so that of tied weights one end alone is trained, or both apart, unless ensure_weight_tying is
-set; which PEFT knows of modules that are called embed_tokens and lm_head.
+`head` takes lm_head, and `norm` takes input_layernorm. PEFT wants all tensors of each module that it takes in the file.
+It trains a copy of each module. So one end of tied weights is trained alone, or both ends are trained apart. The option
+ensure_weight_tying changes that for modules that are called embed_tokens and lm_head.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ def entries_in(options: Mapping[str, Any]) -> list[str]:
 
 
 def from_peft_entries(entries: Iterable[str], whole: Iterable[str]) -> list[str]:
-    """Return the dotted suffixes that name the modules that PEFT's entries take.
+    """Translate PEFT's entries into dotted suffixes of module names.
 
     Args:
-        entries: PEFT's modules_to_save. It adds some that may name nothing, which are left out.
+        entries: PEFT's modules_to_save. PEFT adds entries that may name nothing; these are left out.
         whole: names of parameters that the file holds whole.
     """
     taken: dict[str, set[str]] = {entry: set() for entry in entries}
     for module in {module for name in whole for module in parent_names(name)}:
-        for start in range(len(module)):  # a look-up for each ending, as there may be as many entries as modules
+        for start in range(len(module)):  # one look-up for each ending: there may be as many entries as modules
             entry = module[start:]
             if entry in taken:
                 taken[entry].add(".".join(module.split(".")[-1 - entry.count(".") :]))
@@ -59,10 +59,10 @@ def to_peft_entries(adapter: Adapter) -> list[str] | None:
 
 
 def frozen_in_saved(adapter: Adapter) -> list[str]:
-    """Return the names of frozen tensors that PEFT wants in the file, as they are of modules that its entries take.
+    """Return the names of frozen tensors that PEFT wants in the file: they lie in modules that its entries take.
 
     Raises:
-        LoRAError: its entries take an adapted layer too, which PEFT cannot have.
+        LoRAError: PEFT's entries take an adapted layer too, and PEFT cannot do both.
     """
     taken = _taken_besides(adapter, to_peft_entries(adapter) or ())
     layers = [layer for layer in (*adapter.layers(), *adapter.tables) if layer in taken]
@@ -76,7 +76,7 @@ def frozen_in_saved(adapter: Adapter) -> list[str]:
 
 
 def is_tied_by_peft(adapter: Adapter) -> bool:
-    """Tell whether both ends of a tie were trained as one, in a way that PEFT's ensure_weight_tying can say."""
+    """Return whether both ends of a tie were trained as one and PEFT's ensure_weight_tying can express it."""
     entries = (adapter.config.modules_to_save if adapter.config is not None else None) or ()
     if not any(entry.rpartition(".")[2] in TIED_BY_PEFT for entry in entries):
         return False

@@ -3,7 +3,7 @@
 A class may have other modules in a later transformers: what was language_model.model.layers in transformers 4 is
 model.language_model.layers now. transformers renames the tensors of such files when it loads them, and PEFT those of
 adapters by the same rules. Rules that change values, as those that make one tensor out of several, are not followed
-here: what they are about keeps its name, and has no place.
+here: their tensors keep their names, and have no place in the model.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ BEFORE_5 = "_checkpoint_conversion_mapping"  # a class's rules in transformers 4
 def align_to_networks(
     adapter: Adapter, modules: Set[str], where: str, networks: Callable[[], Iterable[Any]]
 ) -> Adapter:
-    """Return what align_to_modules does, also of an adapter whose layers have names of an earlier transformers.
+    """Call align_to_modules; if no prefix fits, try the names of an earlier transformers.
 
     Args:
         adapter: under any prefix.
-        modules: to be found among.
+        modules: names of the model's modules.
         where: for messages.
-        networks: gives the transformers models that they are of, where they are needed.
+        networks: gives the transformers models among the modules, if they are needed.
 
     Raises:
         LoRAError: its layers have no place.
@@ -53,7 +53,7 @@ def _by_present_names(network: Any, adapter: Adapter) -> Adapter:
 
 
 def _renamed(name: str, rename: Rename) -> str:
-    """Rename a tensor of the base, or of the adapter as the weight that it belongs to."""
+    """Rename a tensor of the base. A factor is renamed as the weight that it belongs to."""
     if not names_factor(name):
         return rename(name)
     layer, _, leaf = name.rpartition(".")
@@ -70,7 +70,7 @@ def _renaming(network: Any) -> Rename | None:
         return (lambda name: _by_first_pattern(name, patterns)) if patterns else None
     try:
         transforms = mapping.get_model_conversion_mapping(network)
-    except Exception:  # whatever it raises for a class that is not transformers' own
+    except Exception:  # it may raise anything for a class that is not transformers' own
         return None
     renamings = [transform for transform in transforms if isinstance(transform, loading.WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, loading.WeightConverter)]

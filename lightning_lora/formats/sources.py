@@ -73,7 +73,7 @@ def _read_state(source: Mapping[str, Any], verb: str) -> Adapter:
 
 
 def _tensors_in(state: Any, verb: str) -> dict[str, torch.Tensor]:
-    """Return the tensors of a state dict; of several in a dictionary, as Fabric saves, of the one with an adapter.
+    """Return the tensors of a state dict. Of several, as Fabric saves them, choose the one with an adapter.
 
     Raises:
         LoRAError: several entries hold an adapter, or none does.
@@ -110,12 +110,12 @@ def _name_adapter(tensors: Mapping[str, torch.Tensor]) -> bool:
 def adapter_with_options(
     source: PathLike | Mapping[str, Any] | Adapter, lora_alpha: float | None = None, where: str = ""
 ) -> Adapter:
-    """Read an adapter that is applied to files, or combined, without a model.
+    """Read an adapter with its options, to apply it to files or to combine it without a model.
 
     Args:
         source: any form of adapter.
-        lora_alpha: for an adapter that does not store it, as loralib's files do not.
-        where: what messages call the source; its path by default.
+        lora_alpha: for a source that does not store it, such as a file of loralib's.
+        where: the name of the source in messages; its path by default.
 
     Raises:
         LoRAError: lora_alpha is missing, or both stored and given.
