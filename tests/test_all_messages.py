@@ -40,7 +40,7 @@ PARTS = {  # what is raised here is part of another message
     "nn/exact_merge, unmerge_weight_",
     "nn/exact_merge, _rounded_sum",
     "nn/starts, start_factors",
-    "nn/lora_layer, crop_to_shard",
+    "nn/adapted_weights, crop_to_shard",
     "nn/parameter, crop_to_shard",
 }
 # The last where ranks agree on one of these.

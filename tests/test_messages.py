@@ -239,8 +239,8 @@ def merge_after_a_diverged_run(path: Path) -> None:
 
 @message("`unmerge` of a weight that was changed meanwhile")
 def unmerge_of_a_weight_that_was_changed_meanwhile(path: Path) -> None:
-    """unmerge: layer '0': the weight was changed while it was merged; the change is undone, and it is what it was
-    before merging. Change weights while the model is unmerged.
+    """unmerge: layer '0': the weight was changed while it was merged; the change was undone, and the weight has its
+    values from before merging. Change weights while the model is unmerged.
     """
     merge(net := small(init_lora_weights=False))
     net.get_parameter("0.weight").data.add_(1)
@@ -359,7 +359,7 @@ def test_a_layer_that_cannot_be_adapted_is_named_with_its_module_and_what_can_be
         inject(nn.ModuleDict({"norm": nn.LayerNorm(3)}), LoRAConfig(target_modules=["norm"]))
     assert show(caught.value) == (
         "inject: 'norm': a torch.nn.modules.normalization.LayerNorm cannot be adapted, only nn.Linear, transformers' "
-        "Conv1D, nn.Embedding, nn.Conv1d/2d/3d and nn.MultiheadAttention and their subclasses can, or leave it out "
+        "Conv1D, nn.Embedding, nn.Conv1d/2d/3d and nn.MultiheadAttention and their subclasses can; leave it out "
         "with exclude_modules=['norm']."
     )
     with pytest.raises(LoRAError) as caught:
@@ -377,7 +377,7 @@ def test_training_while_merged_names_merged(tmp_path):
         make_trainer(tmp_path, LoRACallback(r=2)).fit(Merges(), Data())
     assert show(caught.value) == (
         "element 0 of tensors does not require grad and does not have a grad_fn. The adapters are merged, and merged "
-        "they get no gradients: something called merge() before this training step; call unmerge(model) first, or "
+        "adapters get no gradients: something called merge() before this training step; call unmerge(model) first, or "
         "merge in `with merged(model):` around the evaluation."
     )
 
@@ -392,6 +392,6 @@ def test_an_optimizer_built_before_inject_is_named_at_the_first_merge():
         merge(model)
     assert show(caught[0].message) == (
         "lightning_lora: gradients reach the adapters, but none of them has changed. An optimizer that was built "
-        "before inject does not hold them: build it afterwards, from model.parameters(). Where no step was taken yet, "
-        "all is well."
+        "before inject does not hold them: build it afterwards, from model.parameters(). Before the first step of an "
+        "optimizer this is no error."
     )

@@ -27,7 +27,7 @@ from ..files.limits import (
     check,
     check_names,
 )
-from ..names import matcher
+from ..matching import matcher
 from .adapter import Adapter
 from .layer_options import exact_options
 

@@ -9,7 +9,7 @@ from statistics import mode
 from typing import Any
 
 from ..config import LoRAConfig
-from ..names import exact_key
+from ..matching import exact_key
 
 
 def options_hold(config: LoRAConfig, ranks: Mapping[str, int], scalings: Mapping[str, float]) -> bool:

@@ -8,7 +8,8 @@ from dataclasses import replace
 
 from ..config import LoRAConfig
 from ..errors import LoRAError
-from ..names import near_misses, parent_names, suffixes
+from ..matching import near_misses
+from ..names import parent_names, suffixes
 from .adapter import Adapter, NewName, new_layer, nothing_adapted
 from .layer_options import exact_options, options_hold
 

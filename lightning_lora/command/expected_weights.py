@@ -19,7 +19,7 @@ from ..adapter.adapter import Adapter
 from ..errors import LoRAError
 from ..files.safetensors import TensorLocation, read_rows
 from ..files.weights import Weights
-from ..nn.low_rank import ATTENTION_WEIGHTS, LINEAR, SEPARATE, TRANSPOSED, TRANSPOSED_EXPERTS
+from ..nn.low_rank import ATTENTION_WEIGHTS, CONV1D, LINEAR, SEPARATE, TRANSPOSED, TRANSPOSED_EXPERTS
 
 Factors = tuple[torch.Tensor, torch.Tensor]  # left (m, k) and right (k, n); of a stack (E, m, k) and (E, k, n)
 
@@ -197,7 +197,11 @@ class ExpectedWeights:
         name = layer if self.adapter.is_parameter(layer) else f"{layer}.{leaf}"
         place = self.adapter.place(layer)
         shape = torch.Size(self.base.locations[name].shape)
-        return dict(variant.of_layer(stored, replace(place, kind=place.kind or LINEAR, shapes={leaf: shape})))
+        place = replace(place, shapes={leaf: shape}, rank=variant.rank(stored))
+        turned = (CONV1D, LINEAR) if self.adapter.fan_in_fan_out else (LINEAR, CONV1D)
+        places = [replace(place, kind=kind) for kind in ((place.kind,) if place.kind else turned)]
+        fitting = (each for each in places if _has_shapes(stored, variant.shapes(each)))
+        return dict(variant.of_layer(stored, next(fitting, places[0])))
 
     def _placed(
         self, layer: str, leaf: str, shape: Sequence[int], a: torch.Tensor, b: torch.Tensor
@@ -238,3 +242,7 @@ class ExpectedWeights:
         top, left = (sum(shape[i] for shape in shapes[:place]) for i in (0, 1))
         height, width = shapes[place]
         return a[:, left : left + width], b[top : top + height]
+
+
+def _has_shapes(stored: Mapping[str, torch.Tensor], shapes: Mapping[str, Sequence[int]]) -> bool:
+    return all(tuple(stored[leaf].shape) == tuple(shape) for leaf, shape in shapes.items())

@@ -24,7 +24,8 @@ from ..files.weights import Weights, open_weights
 from ..formats.peft_rows import NO_BIAS
 from ..formats.pretrained_names import align_to_networks
 from ..formats.sources import adapter_with_options
-from ..names import factor_role, matcher, parent_names
+from ..matching import matcher
+from ..names import factor_role, parent_names
 from ..nn.exact_merge import CPU_CHUNK, parts_of
 from ..nn.low_rank import (
     ATTENTION,

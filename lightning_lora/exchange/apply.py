@@ -18,7 +18,7 @@ from ..errors import LoRAError
 from ..formats.peft_attention import turn_as_in_model
 from ..model.adapted_model import AdaptedModel, Listing
 from ..model.inject import inject_to_load, unload
-from ..model.live_state import LiveState
+from ..model.live_state import LiveState, open_state
 from ..model.merging import holds_merged, merge_listed, unmerge_listed
 from ..model.targets import Targets
 from ..nn.writer import Turn
@@ -106,12 +106,7 @@ def _write_(live: LiveState, values: Mapping[str, Any]) -> None:
 
 
 def apply_adapter(
-    listing: Listing,
-    adapter: Adapter,
-    *,
-    strict_base: bool = True,
-    remedy: str = REMEDY,
-    swap: bool = False,
+    listing: Listing, adapter: Adapter, *, strict_base: bool = True, remedy: str = REMEDY, swap: bool = False
 ) -> list[str]:
     """Put an adapter onto a model: inject it if needed, check everything, then copy the values. In place.
 
@@ -142,7 +137,7 @@ def apply_adapter(
         try:
             if was_merged:
                 unmerge_listed(handle)  # at once: reading W out of W' takes as long
-            live = LiveState(handle)
+            live = open_state(handle)
             adapter = add_frozen_weights(live, split_off_base(live, adapter))
             specs = {} if fresh or not swap else specs_for(handle, by_first_names(names, adapter))
             check_adapter(live, names, adapter, specs=specs)

@@ -15,11 +15,12 @@ from ..adapter.values import check_finite, describe_value
 from ..distributed.sharding import is_sharded
 from ..errors import LoRAError
 from ..formats.peft_rows import NO_BIAS
+from ..matching import near_misses
 from ..model.adapted_model import AdaptedModel
 from ..model.live_state import LiveState
 from ..model.pretrained import embeddings, pretrained_models
 from ..model.targets import untie_advice
-from ..names import A, B, listed, names_factor, near_misses, rename_keys
+from ..names import A, B, listed, names_factor, rename_keys
 from ..nn.adapted_weights import AdaptedWeights, LayerSpec, adapted_places
 from ..nn.conv import LoRAConv
 from .first_names import Names, by_first_names

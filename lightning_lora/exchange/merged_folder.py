@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -92,34 +93,46 @@ def save_merged(
     dtype = dequantize_dtype(dequantize, "save_merged")
     refuse_unmergeable(listing, dtype)
     prefix, network = find_network(find_in(listing) or listing) or ("", None)
+    _write_merged(listing, prefix, network, dtype, path, max_shard_bytes)
+
+
+def _write_merged(
+    listing: Listing, prefix: str, network: Any, dtype: torch.dtype | None, path: PathLike, max_shard_bytes: int
+) -> None:
+    """Write a folder of merged weights. Collective where the model is sharded.
+
+    Args:
+        listing: of the model.
+        prefix: of the network's names in the model.
+        network: the transformers model that the folder is for, or None.
+        dtype: of plain weights in place of quantised ones, or None.
+        path: the folder.
+        max_shard_bytes: the size of a file.
+    """
     dequantizer = None if dtype is None else Dequantizer(dtype)
     state = _base_tensors(listing.places, prefix)
     tensors = {name: _stored(tensor, dtype) for name, (tensor, _) in state.items()}
-    quantised = {name: quantised_as(tensor) for name, (tensor, _) in state.items() if quantised_as(tensor)}
+    quantised = {name: kind for name, (tensor, _) in state.items() if (kind := quantised_as(tensor))}
     if quantised and dequantizer is None:
         refuse_quantised(*next(iter(quantised.items())))
-    divided = one_part_each(tensors) if network is None else parts_in_files(network, tensors)
-    parts = {next(iter(part.stored)): part for part in divided if part.stored}
-    files = plan_shards({key: _size(part.stored) for key, part in parts.items()}, max_shard_bytes)
+    parts = _parts_by_key(network, tensors)
+    sizes = {key: _size(part.stored) for key, part in parts.items()}
+    files = plan_shards(sizes, max_shard_bytes)
     writes = writes_files(module for _, module in listing.modules)
     sync = RankSync(tensors.values())
 
-    def step(what: object, action: Callable[[], object]) -> None:
-        """The first rank alone acts, and all know at once whether it could."""
+    def step(what: object, action: Callable[[], object]) -> None:  # the first rank acts, and all learn if it failed
         sync.run(f"save_merged: {what}", action if writes else None)
         sync.raise_on_any_rank()
 
     with ExitStack() as moves_on_leaving:
-        opening = new_folder(path, keep_others=True, replaced=WEIGHTS)
-        folder: list[Path] = []
+        folder, opening = list[Path](), new_folder(path, keep_others=True, replaced=WEIGHTS)
         step(path, lambda: folder.append(moves_on_leaving.enter_context(opening)))
         here = folder[0] if writes else Path()
         if network is not None:
             step(path, partial(refuse_adapter_beside, path))
             step(CONFIG, partial(write_configuration, network, here, dtype if quantised else None))
-        advance = moves_on_leaving.enter_context(
-            progress_bar("saving", sum(_size(part.stored) for part in parts.values()), "bytes")
-        )
+        advance = moves_on_leaving.enter_context(progress_bar("saving", sum(sizes.values()), "bytes"))
 
         def merged(part: Part) -> Tensors:
             return {name: _merged(name, *state[name], sync, dequantizer) for name in part.names}
@@ -133,6 +146,12 @@ def save_merged(
         step(path, moves_on_leaving.close)
     if dequantizer is not None:
         dequantizer.report()
+
+
+def _parts_by_key(network: Any, tensors: Tensors) -> dict[str, Part]:
+    """Divide tensors into parts that are stored together, each by the name of its first stored tensor."""
+    divided = one_part_each(tensors) if network is None else parts_in_files(network, tensors)
+    return {next(iter(part.stored)): part for part in divided if part.stored}
 
 
 def _write_shard(

@@ -183,16 +183,16 @@ def load_from_checkpoint(
         kwargs: hyperparameters that override the saved ones.
 
     Raises:
-        LoRAError: the file is damaged, has no adapter, belongs to another base, or its hyperparameters hold objects or
-            name code.
+        LoRAError: the file is damaged, has no adapter or another base, or its hyperparameters hold objects or code.
 
     Example::
 
         >>> from lightning.pytorch.demos.boring_classes import BoringModel
         >>> class Net(BoringModel):
         ...     def __init__(self):
-        ...         torch.manual_seed(0)  # stands in for loading pretrained weights
         ...         super().__init__()
+        ...         for parameter in self.parameters():
+        ...             nn.init.ones_(parameter)  # stands in for loading pretrained weights
         >>> trainer = L.Trainer(max_steps=2, callbacks=[LoRACallback(r=1)], barebones=True)
         >>> trainer.fit(model := Net())
         >>> trainer.save_checkpoint("adapter.ckpt")
@@ -213,7 +213,13 @@ def load_from_checkpoint(
             "a warning."
         )
         apply_adapter(find_model(model) or Listing(model), adapter, strict_base=strict_base, remedy=remedy)
-        return model
+    else:
+        _load_full(model, checkpoint, adapter)
+    return model
+
+
+def _load_full(model: nn.Module, checkpoint: dict[str, Any], adapter: Adapter) -> None:
+    """Inject a newly built model, and load base and adapter of a full checkpoint into it. In place."""
     listing = find_model(model) or Listing(model)
     config = config_for(listing, by_first_names(Names(listing.places), adapter))
     if isinstance(listing, AdaptedModel):
@@ -222,4 +228,3 @@ def load_from_checkpoint(
         inject_to_load(listing, config)
     prepare_for_load(model, checkpoint)
     model.load_state_dict(checkpoint["state_dict"])
-    return model

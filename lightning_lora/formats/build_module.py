@@ -51,13 +51,7 @@ def build_module(
     Raises:
         LoRAError: the hyperparameters hold objects that were not unpickled, or name code.
     """
-    content = {name: value for name, value in checkpoint.items() if name != META}
-    content = {
-        name: value for name, value in content.items() if name not in TRAINER_STATE_KEYS or not find_placeholder(value)
-    }
-    saved = content.get(HYPER_PARAMETERS)
-    if isinstance(saved, Mapping):  # an object that the caller gives need not be read
-        content[HYPER_PARAMETERS] = {k: v for k, v in saved.items() if k not in kwargs or not find_placeholder(v)}
+    content, saved = _content_for_class(checkpoint, kwargs), checkpoint.get(HYPER_PARAMETERS)
     looks = _overrides(cls, READ) or any(_overrides(each, LOAD) for each in _derived(cls))
     tensors = checkpoint["state_dict"] if looks else {}  # copied only if needed: they may be large
     content["state_dict"] = {name: value for name, value in tensors.items() if not names_factor(name)}
@@ -74,18 +68,44 @@ def build_module(
             options[INSTANTIATOR] = None  # goes before what that file says
     if any("weights_only" in inspect.signature(load).parameters for load in _definitions(cls, READ)):
         options["weights_only"] = weights_only  # which older versions of Lightning do not have
+    return _build(cls, path, content, options, twice=looks)
+
+
+def _content_for_class(checkpoint: Mapping[str, Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a class may read of a checkpoint: no description of the adapter, and no object without need."""
+    content = {
+        name: value
+        for name, value in checkpoint.items()
+        if name != META and (name not in TRAINER_STATE_KEYS or not find_placeholder(value))
+    }
+    saved = content.get(HYPER_PARAMETERS)
+    if isinstance(saved, Mapping):  # an object that the caller gives need not be read
+        content[HYPER_PARAMETERS] = {k: v for k, v in saved.items() if k not in kwargs or not find_placeholder(v)}
+    return content
+
+
+def _build(cls: Any, path: PathLike, content: Mapping[str, Any], options: Mapping[str, Any], *, twice: bool) -> Any:
+    """Let Lightning build a module from the content of a checkpoint, and load no tensors.
+
+    Args:
+        cls: the LightningModule's class.
+        path: where the checkpoint was read from, for messages.
+        content: of the checkpoint.
+        options: arguments of load_from_checkpoint.
+        twice: whether the class may read the file by itself too; then it is a file on disk.
+    """
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message="Found keys that are in the model state dict")
         warnings.filterwarnings("ignore", message="The state dict in .* contains no parameters")
         stack.enter_context(_loading_nothing(cls))
         stack.enter_context(_naming_checkpoint(cls, path))
-        if not looks:
+        if not twice:
             buffer = io.BytesIO()
             torch.save(content, buffer)
             buffer.seek(0)
             return _call(cls, buffer, options)
-        file = Path(stack.enter_context(tempfile.TemporaryDirectory()), "checkpoint.ckpt")  # can be read twice
+        file = Path(stack.enter_context(tempfile.TemporaryDirectory()), "checkpoint.ckpt")
         torch.save(content, file)
         return _call(cls, file, options)
 

@@ -20,7 +20,7 @@ from ..adapter.file_options import check_options
 from ..adapter.layer_options import with_exact_ranks
 from ..config import TASK_HEADS, VARIANTS, LoRAConfig
 from ..errors import LoRAError, shown
-from ..names import matcher
+from ..matching import matcher
 from ..nn.low_rank import ATTENTION_OUTPUT
 from .peft_forms import config_in_peft
 from .peft_options import from_peft_options, options_from_peft, options_to_peft, origin_of

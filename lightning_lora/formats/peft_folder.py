@@ -29,12 +29,13 @@ from ..files.safetensors import read_safetensors, write_tensors
 from ..files.torch_archive import read_torch_file
 from ..names import A, B
 from ..nn.low_rank import ATTENTION, ATTENTION_OUTPUT, SEPARATE
+from ..nn.variant import Variant
 from .peft_attention import refuse_conv1d_before_parameters
 from .peft_equivalents import add_idle_attention, as_plain
 from .peft_forms import to_peft_form
 from .peft_names import PREFIX, peft_name
 from .peft_options import from_peft_options, options_to_peft, refuse_options
-from .peft_parameters import PARAMETERS, Order, nesting_of, stacks_to_peft, usual_order
+from .peft_parameters import PARAMETERS, Nesting, Order, nesting_of, stacks_to_peft, usual_order
 from .peft_reading import FROZEN, IDLE, Source, factor_names, read_peft
 from .peft_rows import as_peft_stores, peft_table_name
 from .peft_saved_modules import frozen_in_saved
@@ -75,15 +76,9 @@ def write_folder(adapter: Adapter, path: PathLike, frozen: Mapping[str, torch.Te
     own, idle = add_idle_attention(own)
     own = replace(own, config=readable_options(own))
     plain = as_plain(to_peft_form(own))
-    layers = set(own.layers())
     nesting = nesting_of(own.parameters)
     values = stacks_to_peft({**plain.tensors, **(frozen or {})}, factor_names(own).values())
-    tables = {*own.tables, *own.tied}
-    tensors = {}
-    for name, tensor in values.items():
-        in_table = peft_table_name(name, tables)
-        of_layer = peft_name(name, plain.variant, layers, own.kinds, nesting)
-        tensors[f"{PREFIX}{in_table}" if in_table != name else of_layer] = tensor
+    tensors = _by_peft_names(values, own, plain.variant, nesting)
     description = to_metadata(own)
     if frozen:
         description[FROZEN] = sorted(frozen)
@@ -99,6 +94,26 @@ def write_folder(adapter: Adapter, path: PathLike, frozen: Mapping[str, torch.Te
         if outside:
             write_tensors(folder / OUTSIDE_FILE, _copies(outside), {"format": "pt"})
         write_json(folder / CONFIG_FILE, options_to_peft(plain))
+
+
+def _by_peft_names(
+    tensors: Mapping[str, torch.Tensor], adapter: Adapter, variant: Variant, nesting: Nesting
+) -> dict[str, torch.Tensor]:
+    """Return tensors under PEFT's names.
+
+    Args:
+        tensors: in PEFT's form, by our names.
+        adapter: the adapter that they belong to.
+        variant: of the adapter in PEFT's form.
+        nesting: the adapted parameters of each module.
+    """
+    layers, tables = set(adapter.layers()), {*adapter.tables, *adapter.tied}
+    named = {}
+    for name, tensor in tensors.items():
+        in_table = peft_table_name(name, tables)
+        of_layer = peft_name(name, variant, layers, adapter.kinds, nesting)
+        named[f"{PREFIX}{in_table}" if in_table != name else of_layer] = tensor
+    return named
 
 
 def _copies(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

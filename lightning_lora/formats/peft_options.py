@@ -14,7 +14,8 @@ from ..adapter.adapter import Adapter
 from ..adapter.layer_options import exact_options, options_hold
 from ..config import IGNORED_PEFT_FIELDS, PLAIN, TASK_HEADS, VARIANTS, LoRAConfig, Task
 from ..errors import LoRAError, sentence, shown
-from ..names import KNOWN_VARIANTS, listed, matcher, parent_names, pattern_matches, suffixes
+from ..matching import matcher, pattern_matches
+from ..names import KNOWN_VARIANTS, listed, parent_names, suffixes
 from ..nn.low_rank import ATTENTION_OUTPUT, CONV1D, EMBEDDING, LINEAR, PARAMETER
 from ..nn.variant import Variant, known_variants
 from .peft_rows import OPTION

@@ -29,7 +29,8 @@ from ..adapter.layer_options import exact_options
 from ..adapter.metadata import from_metadata
 from ..config import LoRAConfig
 from ..errors import LoRAError, shown
-from ..names import A, B, exact_key, parent_names
+from ..matching import exact_key
+from ..names import A, B, parent_names
 from ..nn.variant import Variant
 from ..notices import tell
 from .peft_edited import honour_options

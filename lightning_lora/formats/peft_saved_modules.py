@@ -15,7 +15,8 @@ from ..adapter.adapter import Adapter
 from ..adapter.equal_tables import equal_tables, ties_of
 from ..config import LoRAConfig
 from ..errors import LoRAError
-from ..names import matcher, parent_names
+from ..matching import matcher
+from ..names import parent_names
 
 TIED_BY_PEFT = ("embed_tokens", "lm_head")
 

@@ -140,6 +140,16 @@ def adapter_with_options(
             f"{path}: stores tensors and no options, as loralib's files do: lora_alpha is nowhere in it. Ask whoever "
             "trained it, and pass --lora-alpha to merge, export or import; what export writes holds it, for others."
         )
+    return _with_alpha(adapter, lora_alpha, path)
+
+
+def _with_alpha(adapter: Adapter, lora_alpha: float, path: object) -> Adapter:
+    """Return an adapter without options with options that its tensors and a lora_alpha tell.
+
+    Raises:
+        LoRAError: a layer adapts parts of a fused projection, and the tensors do not tell which.
+    """
+    ranks = adapter.ranks()
     for name in ranks:
         if adapter.is_placed(name) and adapter.acting(name).a.shape[0] != adapter.acting(name).b.shape[1]:
             raise LoRAError(

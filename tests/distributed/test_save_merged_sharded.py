@@ -34,6 +34,7 @@ from lightning_lora import (
 from lightning_lora.command.merge import merge_on_disk
 from lightning_lora.exchange import merged_folder
 from lightning_lora.exchange.merged_folder import FILE, INDEX
+from lightning_lora.model.adapted_model import open_model
 from lightning_lora.trainer.after_fit import refuse_merge_after_fit
 from support.models import Zoo, randomise_, zoo_config
 from support.peers import fill_, model
@@ -248,7 +249,7 @@ def write_for_transformers(folder: Path, kind: str) -> None:
     save_merged(module, folder, max_shard_bytes=20_000)
     trainer = SimpleNamespace(strategy=SimpleNamespace(launcher=None))
     with pytest.raises(LoRAError, match=r"merge_after_fit=True\).*was sharded by fully_shard"):
-        refuse_merge_after_fit(trainer, module)
+        refuse_merge_after_fit(trainer, open_model(module, "test"))
 
 
 @pytest.mark.parametrize("kind", BUILDERS)

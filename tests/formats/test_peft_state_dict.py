@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from pathlib import Path
 from typing import Any
@@ -247,3 +248,23 @@ def test_statistics_in_a_live_state_dict_are_merged_as_the_training_left_them(tm
     assert found["1.num_batches_tracked"] == 1
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value)
+
+
+@pytest.mark.parametrize(
+    ("variant", "config"),
+    [
+        ("vera", peft.VeraConfig(r=3, target_modules=["0", "1"])),
+        ("loha", peft.LoHaConfig(r=3, alpha=8, target_modules=["0", "1"])),
+    ],
+    ids=["vera", "loha"],
+)
+def test_the_state_of_a_live_model_of_another_variant_is_read(variant: str, config: Any):
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 9))
+    inject(ours := copy.deepcopy(base), LoRAConfig(r=3, target_modules=["0", "1"], variant=variant))
+    theirs = peft.get_peft_model(base, config)
+    for parameter in filter(lambda each: each.requires_grad, theirs.parameters()):
+        parameter.data.add_(torch.randn(parameter.shape), alpha=0.3)
+    load_adapter(ours, {"state_dict": {f"net.{name}": value for name, value in theirs.state_dict().items()}})
+    x = torch.randn(4, 6)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=1e-5)

@@ -28,6 +28,7 @@ from lightning_lora import (
     unload,
     unmerge,
 )
+from lightning_lora.command.main import main
 from support.methods import (
     SAME,
     TOKENS,
@@ -244,6 +245,21 @@ def test_a_folder_that_was_cut_is_refused_by_name(tmp_path, lost):
     save_file({n: t for n, t in tensors.items() if not n.endswith(lost)}, tmp_path / "adapter_model.safetensors")
     with pytest.raises(LoRAError, match=f"{lost.rpartition('.')[2]}.*missing"):
         load_adapter(base(), tmp_path)
+
+
+def test_the_command_merges_pefts_folder_as_peft_does(tmp_path, capsys):
+    other = moved(theirs(LOHA))
+    other.save_pretrained(tmp_path / "theirs")
+    torch.save(base().state_dict(), tmp_path / "base.pt")
+    paths = (
+        f"--{name}={tmp_path / path}" for name, path in (("base", "base.pt"), ("adapter", "theirs"), ("output", "o.pt"))
+    )
+    assert main(["merge", *paths, "--verify"]) == 0
+    assert "verified" in capsys.readouterr().out
+    merged = torch.load(tmp_path / "o.pt", weights_only=True)
+    for name, value in other.merge_and_unload().state_dict().items():
+        torch.testing.assert_close(merged[name], value, rtol=0, atol=1e-6)
+    assert main(["info", str(tmp_path / "theirs")]) == 0
 
 
 def test_an_option_that_cannot_be_applied_is_refused_by_name(tmp_path):

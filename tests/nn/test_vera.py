@@ -32,6 +32,7 @@ from lightning_lora import (
     unload,
     unmerge,
 )
+from lightning_lora.command.main import main
 from support.methods import (
     SAME,
     TOKENS,
@@ -179,13 +180,15 @@ def test_projections_come_from_the_file_and_not_from_the_key(tmp_path):
 
 def test_layers_that_come_later_and_are_larger_fit(tmp_path):
     """As a Trainer's configure_model builds them after the others were adapted."""
+    from lightning_lora.model.adapted_model import Listing, open_model
     from lightning_lora.model.inject import adapt_new_layers, begin_injection, finish_injection
 
     model = nn.Sequential(nn.Linear(4, 3), nn.Tanh())
-    begin_injection(model, LoRAConfig(variant="vera", r=2, target_modules=["0", "2"]))
+    begin_injection(Listing(model), LoRAConfig(variant="vera", r=2, target_modules=["0", "2"]))
     model.append(nn.Linear(3, 20))
-    adapt_new_layers(model)
-    finish_injection(model)
+    handle = open_model(model, "test")
+    adapt_new_layers(handle)
+    finish_injection(handle)
     whole = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 20))
     inject(whole, LoRAConfig(variant="vera", r=2, target_modules=["0", "2"]))
     for name, value in adapter_state_dict(whole).items():
@@ -328,6 +331,21 @@ def test_a_folder_that_was_cut_is_refused_by_name(tmp_path, lost):
     save_file({n: t for n, t in tensors.items() if not n.endswith(lost)}, tmp_path / "adapter_model.safetensors")
     with pytest.raises(LoRAError, match="missing"):
         load_adapter(base(), tmp_path)
+
+
+def test_the_command_merges_pefts_folder_as_peft_does(tmp_path, capsys):
+    other = moved(theirs(VERA))
+    other.save_pretrained(tmp_path / "theirs")
+    torch.save(base().state_dict(), tmp_path / "base.pt")
+    paths = (
+        f"--{name}={tmp_path / path}" for name, path in (("base", "base.pt"), ("adapter", "theirs"), ("output", "o.pt"))
+    )
+    assert main(["merge", *paths, "--verify"]) == 0
+    assert "verified" in capsys.readouterr().out
+    merged = torch.load(tmp_path / "o.pt", weights_only=True)
+    for name, value in other.merge_and_unload().state_dict().items():
+        torch.testing.assert_close(merged[name], value, rtol=0, atol=1e-6)
+    assert main(["info", str(tmp_path / "theirs")]) == 0
 
 
 def test_an_option_that_cannot_be_applied_is_refused_by_name(tmp_path):
