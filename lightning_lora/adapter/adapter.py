@@ -69,7 +69,7 @@ class Adapter:
 
     def __repr__(self) -> str:
         layers, origin = self.layers(), self.origin.get("base_model_name_or_path")
-        ranks = sorted({self.variant.rank(self.stored(layer)) for layer in layers if not self.fault(layer)})
+        ranks = sorted({self.variant.rank(self.stored(layer)) for layer in layers if not layer_fault(self, layer)})
         values = sum(value.numel() for value in self.tensors.values() if isinstance(value, torch.Tensor))
         parts = [f"r={' to '.join(map(str, dict.fromkeys((ranks[0], ranks[-1]))))}"] if ranks else []
         parts += [f"{len(layers)} layer{'s' * (len(layers) != 1)}", f"{values:,} values"]
@@ -185,23 +185,6 @@ class Adapter:
         is_adapted = self.variant.trained[0] in self.own_names.get(attention, ())
         return attention if leaf == "out_proj" and is_adapted else name
 
-    def fault(self, layer: str) -> str:
-        """Say which tensor of a layer is missing or does not go with the others, or return ""."""
-        stored = self.stored(layer)
-        for leaf in self.variant.leaves:
-            name = self.factor_name(layer, leaf)
-            if leaf not in stored:
-                return f"{name!r} is missing; the adapter was cut."
-            if not holds_numbers(stored[leaf]):
-                return f"{name!r} must be a floating point tensor, found {describe_value(stored[leaf])}."
-        problem = self.variant.fault(stored)
-        if problem is None:
-            return ""
-        if problem.leaf:
-            found = describe_value(stored[problem.leaf])
-            return f"{self.factor_name(layer, problem.leaf)!r} must be {problem.text}, found {found}."
-        return f"{layer!r}: {problem.text}."
-
     def saved_modules(self) -> list[str]:
         """Return the modules whose weights are here whole, for an adapter without options."""
         whole = self.beside_factors().keys() - self.perhaps_base
@@ -251,6 +234,24 @@ def new_layer(adapter: Adapter, layer: str, new_name: NewName) -> str | None:
     """Return the new name of a layer whose tensors get new names; None where its tensors are left out."""
     parts = split_factor_name(new_name(adapter.factor_name(layer, adapter.variant.trained[0])) or "")
     return parts[0] if parts else None
+
+
+def layer_fault(adapter: Adapter, layer: str) -> str:
+    """Say which tensor of a layer is missing or does not go with the others, or return ""."""
+    stored = adapter.stored(layer)
+    for leaf in adapter.variant.leaves:
+        name = adapter.factor_name(layer, leaf)
+        if leaf not in stored:
+            return f"{name!r} is missing; the adapter was cut."
+        if not holds_numbers(stored[leaf]):
+            return f"{name!r} must be a floating point tensor, found {describe_value(stored[leaf])}."
+    problem = adapter.variant.fault(stored)
+    if problem is None:
+        return ""
+    if problem.leaf:
+        found = describe_value(stored[problem.leaf])
+        return f"{adapter.factor_name(layer, problem.leaf)!r} must be {problem.text}, found {found}."
+    return f"{layer!r}: {problem.text}."
 
 
 def nothing_adapted(adapter: Adapter) -> str:

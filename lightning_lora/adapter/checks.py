@@ -12,7 +12,7 @@ import torch
 from ..errors import LoRAError
 from ..names import factor_role
 from ..nn.variant import Variant, rows_leaf, variant_with
-from .adapter import Adapter
+from .adapter import Adapter, layer_fault
 from .values import check_finite, describe_value, holds_numbers, refuse_nested
 
 Versions = dict[str, tuple[torch.Tensor, int]]
@@ -44,7 +44,7 @@ def _refuse_fault(adapter: Adapter, layer: str, where: str) -> None:
             f"{where}: {own[unexpected]!r} is of no adapted layer, or {_asked_by(variant_with({unexpected}))} is "
             "missing in the options; the file is damaged."
         )
-    fault = adapter.fault(layer)
+    fault = layer_fault(adapter, layer)
     if fault:
         raise LoRAError(f"{where}: {fault}")
     for leaf, value in adapter.stored(layer).items():
