@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 
 from .config import LoRAConfig
 from .errors import LoRAError
-from .model.data_start import initialize_from_data, redistribute_ranks
 from .model.inject import disable_adapter, inject, merge_and_unload, unload
 from .model.merging import is_merged, merge, merged, unmerge
 from .model.param_groups import lora_param_groups
@@ -14,6 +13,8 @@ from .nn import variants as variants
 from .nn.variant import Variant
 from .report.statistics import adapter_stats
 from .report.summary import summary
+from .start.from_data import initialize_from_data
+from .start.ranks import redistribute_ranks
 
 if TYPE_CHECKING:
     from .adapter.combine import combine

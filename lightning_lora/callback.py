@@ -14,8 +14,8 @@ from .adapter.lightning_checkpoint import Kind
 from .arguments import names_near_misses
 from .config import LEAVE_OUT, PLAIN, Bias, Init, LoRAConfig, PeftConfig, Task, as_config, is_config
 from .errors import LoRAError
+from .matching import ALL_LINEAR
 from .model.adapted_model import Listing, refuse_replaced_layers
-from .names import ALL_LINEAR
 from .trainer.after_fit import merge_for_good
 from .trainer.by_module import ByModule
 from .trainer.checkpoint_hooks import export_where_launched, save_as_where_unpatched

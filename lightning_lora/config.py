@@ -1,4 +1,4 @@
-"""LoRAConfig: the adapter's options; each is defined and validated here."""
+"""LoRAConfig: define and check the options of an adapter."""
 
 from __future__ import annotations
 
@@ -14,36 +14,28 @@ from typing import Any, Literal, NoReturn, Protocol, cast, get_args
 
 from .arguments import names_near_misses, refuse_unknown
 from .errors import LoRAError, sentence, shown
-from .names import (
-    ALL_LINEAR,
-    KNOWN_VARIANTS,
-    layer_number,
-    layer_pattern,
-    listed,
-    near_misses,
-    pattern_matches,
-    suffix_pattern,
-)
+from .matching import ALL_LINEAR, layer_number, layer_pattern, near_misses, pattern_matches, suffix_pattern
+from .names import KNOWN_VARIANTS, listed
 
 VARIANTS = ("use_dora",)  # options that ask for a variant, as `variant` does
-PLAIN, BY_OPTION = "lora", "dora"  # values of `variant`: the default, and that which use_dora means too
+PLAIN, BY_OPTION = "lora", "dora"  # values of `variant`: the default, and the value that use_dora=True means
 Bias = Literal["none", "all", "lora_only"]
 Init = Literal["gaussian", "orthogonal", "pissa", "olora", "eva", "lora_ga"]
-# Values of init_lora_weights that let A and B start from the weight: nn/starts.py computes them.
+# Values of init_lora_weights that let A and B start from the weight; nn/starts.py computes the starts.
 STARTS = re.compile(r"pissa|pissa_niter_\d+|olora")
-FROM_GRADIENTS = "lora_ga"  # model/gradient_start.py computes them
-# Options of a peft.LoraConfig about the adapter's origin and how peft holds it. A model tells these facts itself.
+FROM_GRADIENTS = "lora_ga"  # lets A and B start from gradients of the weight; start/lora_ga.py computes the starts
+# Options of a peft.LoraConfig that describe the adapter's origin and how peft holds it. The model itself tells these.
 OF_PEFT_ALONE = (
     *("peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision"),
     *("inference_mode", "fan_in_fan_out", "runtime_config"),
 )
-IGNORED_PEFT_FIELDS = (  # options of a peft.LoraConfig that say nothing of the adapter
+IGNORED_PEFT_FIELDS = (  # options of a peft.LoraConfig that do not describe the adapter
     *OF_PEFT_ALONE,
-    # These only say how another option works, and that option is refused where it is used.
+    # These belong to another option, and that option is refused.
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_core", "qalora_group_size"),
 )
 Task = Literal["SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"]
-# The modules that PEFT adds to modules_to_save for a task, even if the model does not have them.
+# Names that PEFT adds to modules_to_save for a task, even if the model has no such module.
 TASK_HEADS: dict[str, tuple[str, ...]] = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
@@ -52,7 +44,7 @@ TASK_HEADS: dict[str, tuple[str, ...]] = {
 
 LISTS = {"modules_to_save": "a list of module names", "target_parameters": "a list of parameter names"}
 
-LEFT_OUT_AT_DEFAULT = {  # by option, the default with which files leave it out
+LEFT_OUT_AT_DEFAULT = {  # options that files leave out at their default, with that default
     **dict.fromkeys(("target_parameters", "layers_to_transform", "layers_pattern", "task_type")),
     "trainable_token_indices": None,
     "ensure_weight_tying": True,
@@ -66,7 +58,7 @@ LEAVE_OUT = dict.fromkeys(OF_PEFT_ALONE, "leave it out, it says nothing of the a
 
 
 class PeftConfig(Protocol):
-    """The part of a peft.LoraConfig that is needed to recognise one."""
+    """The attribute by which a config of peft is recognised."""
 
     peft_type: Any
 
@@ -214,39 +206,39 @@ class LoRAConfig:
         return next((alpha for key, alpha in alphas if pattern_matches(key, name)), self.lora_alpha)
 
     def scaling(self, name: str) -> float:
-        """Return s of the layer `name`: 1 for a variant that has no lora_alpha."""
+        """Return s of the layer `name`; 1 for a variant without lora_alpha."""
         if not KNOWN_VARIANTS[self.variant].scaled:
             return 1.0
         rank = self.rank(name)
         return self.alpha(name) / (math.sqrt(rank) if self.use_rslora else rank)
 
     def enabled_parts(self, name: str) -> tuple[bool, ...] | None:
-        """Return which parts of the fused projection `name` are adapted, or None for all of it as one."""
+        """Return for each part of the fused projection `name` whether it is adapted; None for a layer without parts."""
         enabled = (self.enable_lora or {}).items()
         return next((tuple(parts) for entry, parts in enabled if f".{name}".endswith(f".{entry}")), None)
 
     @property
     def has_start(self) -> bool:
-        """Whether A and B start from values that are subtracted again."""
+        """Whether the product of the initial A and B is subtracted, W' = W + s * (B @ A - B0 @ A0)."""
         return is_start(self.init_lora_weights) or self.init_lora_weights == FROM_GRADIENTS
 
     def is_in_chosen_layer(self, name: str) -> bool:
-        """Return whether layers_to_transform includes a module that target_modules names; PEFT's rule.
+        """Return whether layers_to_transform includes a module that target_modules names, by PEFT's rule.
 
-        A full module name ignores the layer number.
+        A module that target_modules names in full is included in any layer.
         """
         if self.layers_to_transform is None or name in self.target_modules:
             return True
         return layer_number(name, self.layers_pattern) in cast(tuple[int, ...], self.layers_to_transform)
 
     def all_modules_to_save(self) -> list[str]:
-        """Return the entries of modules_to_save and those that task_type adds, which may name nothing."""
+        """Return the entries of modules_to_save and the names that task_type adds; the model may lack the latter."""
         return list(dict.fromkeys((*(self.modules_to_save or ()), *TASK_HEADS.get(self.task_type or "", ()))))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options as plain types, for checkpoints and JSON.
 
-        Options that few adapters use are left out at their defaults.
+        Rarely used options are left out at their defaults, see LEFT_OUT_AT_DEFAULT.
         """
         options, left_out = {name: _plain(value) for name, value in asdict(self).items()}, LEFT_OUT_AT_DEFAULT
         if self.use_dora:
@@ -258,7 +250,7 @@ class LoRAConfig:
         """Build a config from what to_dict returned.
 
         Raises:
-            LoRAError: `options` is no mapping, an option is unknown, or a value is not allowed; the message names it.
+            LoRAError: `options` is no mapping, an option is unknown, or a value is not allowed. The message names it.
         """
         if not isinstance(options, Mapping):
             _refuse("the options", "a mapping", options)
@@ -267,14 +259,14 @@ class LoRAConfig:
 
     @classmethod
     def from_peft(cls, config: Any) -> LoRAConfig:
-        """Build the config that means what a peft.LoraConfig means, or PEFT's config of another known variant.
+        """Translate a peft.LoraConfig, or PEFT's config of another known variant.
 
         Args:
-            config: PEFT's, of any version. Options that say nothing of the adapter are ignored.
+            config: a config of any version of PEFT. Options that do not describe the adapter are ignored.
 
         Raises:
-            LoRAError: `config` is no peft.LoraConfig, or an option that LoRAConfig does not have differs from its
-                default; the message names it.
+            LoRAError: `config` is no such config, or it sets an option that LoRAConfig does not have. The message names
+                the option.
 
         Example::
 
@@ -309,18 +301,18 @@ class LoRAConfig:
         return cls(**{name: options[name] for name in shared}, **asked)
 
     def differing(self, config: LoRAConfig) -> list[str]:
-        """Return the names of the options in which the configs differ; the order of a list of names does not count."""
+        """Return the names of the options in which two configs differ. The order of names in a list is ignored."""
         names = [field.name for field in fields(self)]
         if {self.variant, config.variant} <= {PLAIN, BY_OPTION}:
-            names.remove("variant")  # use_dora says it
+            names.remove("variant")  # use_dora then differs too, and one name is enough
         return [name for name in names if _unordered(getattr(self, name)) != _unordered(getattr(config, name))]
 
     def differences(self, now: LoRAConfig) -> list[str]:
-        """Describe each option in which another config differs: what it was and what it is now."""
+        """Describe each option that differs in another config: its value here, and its value in `now`."""
         return [f"{name} was {getattr(self, name)!r}, now {getattr(now, name)!r}" for name in self.differing(now)]
 
     def _normalise(self) -> None:
-        """Copy collections that the caller may still change into immutable types; an empty collection becomes None."""
+        """Copy collections into immutable types, because the caller may change them; an empty one becomes None."""
         for option in ("r", "lora_alpha", "lora_dropout", "layers_to_transform"):
             object.__setattr__(self, option, plain_number(getattr(self, option)))
         for option in ("layers_to_transform", "layers_pattern"):
@@ -357,6 +349,7 @@ class LoRAConfig:
             object.__setattr__(self, option, dict(value) or None)
 
     def _check_token_indices(self) -> None:
+        """Check trainable_token_indices."""
         indices = self.trainable_token_indices
         if indices is None:
             return
@@ -369,6 +362,7 @@ class LoRAConfig:
                 _refuse("trainable_token_indices", "without a number twice", indices)
 
     def _check_layers(self) -> None:
+        """Check layers_to_transform and layers_pattern, by themselves and together with target_modules."""
         numbers, patterns = self.layers_to_transform, self.layers_pattern
         if numbers is not None and (not isinstance(numbers, tuple) or not all(map(_is_index, numbers))):
             _refuse("layers_to_transform", "a whole number from 0 or a list of them", numbers)
@@ -382,6 +376,7 @@ class LoRAConfig:
             _refuse("target_modules", "a list of names beside layers_to_transform, as in PEFT", self.target_modules)
 
     def _check_variant(self) -> None:
+        """Check variant, variant_options and use_dora, and that the variant goes with the other options."""
         if not isinstance(self.variant, str) or self.variant not in KNOWN_VARIANTS:
             known = listed(sorted(map(repr, KNOWN_VARIANTS)), len(KNOWN_VARIANTS))
             hint = near_misses(self.variant, KNOWN_VARIANTS) if isinstance(self.variant, str) else ""
@@ -397,7 +392,11 @@ class LoRAConfig:
             _refuse(option, expected, getattr(self, option))
 
     def _check_variant_options(self, defaults: Mapping[str, Any]) -> None:
-        """Refuse what the variant has not, and values of another type than its defaults. In place: defaults go."""
+        """Refuse unknown options of the variant and values of a wrong type, and drop values that are the default.
+
+        Args:
+            defaults: the variant's own options, at their defaults.
+        """
         given = self.variant_options or {}
         refuse_unknown("LoRAConfig: variant_options", map(str, given), list(defaults))
         for name, value in given.items():
@@ -408,10 +407,11 @@ class LoRAConfig:
         object.__setattr__(self, "variant_options", changed or None)
 
     def all_variant_options(self) -> dict[str, Any]:
-        """Return the options that the variant alone has, those at their defaults too."""
+        """Return all options that the variant alone has, with their values or defaults."""
         return {**KNOWN_VARIANTS[self.variant].own_options, **(self.variant_options or {})}
 
     def _check_init(self) -> None:
+        """Check init_lora_weights, and that each r goes with it."""
         init = self.init_lora_weights
         if not isinstance(init, bool) and init not in get_args(Init) and not is_start(init):
             weight = "'pissa', 'pissa_niter_4' (or another number), 'olora'"
@@ -423,7 +423,7 @@ class LoRAConfig:
 
 
 def is_config(config: object) -> bool:
-    """Return whether an object is a LoRAConfig or any config of peft; as_config then refuses others than LoraConfig."""
+    """Return whether an object is a LoRAConfig or any config of peft; as_config refuses some of peft's."""
     return isinstance(config, LoRAConfig) or hasattr(config, "peft_type")
 
 
@@ -431,7 +431,7 @@ def as_config(config: LoRAConfig | PeftConfig) -> LoRAConfig:
     """Return a LoRAConfig unchanged; translate a peft.LoraConfig.
 
     Raises:
-        LoRAError: it is another config of peft, or has an option that cannot be expressed.
+        LoRAError: it is a config of another class, or has an option that cannot be expressed.
     """
     return config if isinstance(config, LoRAConfig) else LoRAConfig.from_peft(config)
 
@@ -442,10 +442,12 @@ def is_start(init: object) -> bool:
 
 
 def _unordered(value: Any) -> Any:
+    """Return a tuple as a set, and any other value unchanged."""
     return frozenset(value) if isinstance(value, tuple) else value
 
 
 def _ascending(rows: Any) -> Any:
+    """Return whole numbers of a collection in ascending order, as a tuple; other values unchanged."""
     if not isinstance(rows, (list, tuple, set, frozenset)):
         return rows
     rows = tuple(map(plain_number, rows))
@@ -453,6 +455,7 @@ def _ascending(rows: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
+    """Return tuples as lists, also inside mappings and tuples."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
@@ -463,7 +466,7 @@ def _refuse(option: str, expected: str, value: object) -> NoReturn:
 
 
 def plain_number(value: Any) -> Any:
-    """Return a number (of numpy, say) as Python's own type, which every file can hold; other values unchanged."""
+    """Return a number, such as one of numpy, as an int or float that every file can hold; other values unchanged."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return value
     return int(value) if isinstance(value, numbers.Integral) else float(value)
@@ -471,12 +474,12 @@ def plain_number(value: Any) -> Any:
 
 def is_number(value: object) -> bool:
     """Return whether a value is a finite int or float."""
-    # Unlike math.isfinite, the comparison also takes a whole number beyond the range of floats.
+    # math.isfinite would raise for a whole number beyond the range of floats.
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _is_like(value: object, default: object) -> bool:
-    """Return whether a value has the type of a default; for a float any finite number will do."""
+    """Return whether a value has the type of a default; for a float any finite number is allowed."""
     return is_number(value) if isinstance(default, float) else type(value) is type(default)
 
 
@@ -495,10 +498,10 @@ def _check_alpha(option: str, value: object) -> None:
 
 
 def _check_regex(option: str, pattern: object, whole: Callable[[str], str] = str) -> None:
-    """Refuse a pattern that is no regular expression, by itself or inside the `whole` one that it becomes part of."""
+    """Refuse a pattern that is no regular expression, by itself or as part of the expression that `whole` builds."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", DeprecationWarning)  # 3.10 warns of patterns that 3.11 refuses
+            warnings.simplefilter("error", DeprecationWarning)  # Python 3.10 warns where 3.11 refuses
             re.compile(pattern)  # type: ignore[call-overload]
             re.compile(whole(pattern))  # type: ignore[arg-type]
     except (re.error, TypeError, OverflowError, RecursionError, DeprecationWarning) as error:

@@ -1,34 +1,26 @@
-"""Names of modules and parameters, how options select them, and this package's keys on models and in checkpoints."""
+"""Names of modules and tensors, and this package's keys on models and in checkpoints."""
 
 from __future__ import annotations
 
-import difflib
-import re
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from functools import lru_cache
 from typing import Any, TypeVar
 
-# Parameters of an adapted layer; those of a single parameter `w` are lora_A_w and lora_B_w, beside it in its module.
+# Parameters of an adapted layer. Those of an adapted single parameter `w` are lora_A_w and lora_B_w in w's module.
 A, B = "lora_A", "lora_B"
-ATTRIBUTE = "lora_injection"  # of the injected module: the record of its injection
-KEPT = "lora_kept"  # of any module of an injected model: what the record keeps of it
-META, ENTRY = "lora", "lora_learned"  # keys of an adapter's metadata in a checkpoint, of the record in a state dict
-ALL_LINEAR = "all-linear"
-COMPILED, CHECKPOINTED = WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # torch.compile, checkpoint_wrapper
-USUAL_NAMES = {  # names of layers in transformers: one list may serve many models, each of which has some of them
-    *("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "gate_proj", "up_proj", "down_proj", "qkv_proj"),
-    *("gate_up_proj", "query", "key", "value", "qkv", "query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
-    *("proj", "fc1", "fc2", "fc_in", "fc_out", "c_attn", "c_fc", "c_proj", "w1", "w2", "w3"),
-}
+ATTRIBUTE = "lora_injection"  # attribute of the injected module: the record of its injection
+KEPT = "lora_kept"  # attribute of modules of an injected model: what the record keeps of the module
+META = "lora"  # key of an adapter's metadata in a checkpoint
+ENTRY = "lora_learned"  # key of the record's content in a state dict
+# Segments that torch.compile and checkpoint_wrapper add to names.
+COMPILED, CHECKPOINTED = WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
 
 LIGHTNING = ("lightning", "lightning_fabric", "pytorch_lightning")  # packages
 
-PREFIX = "lora_"  # of the leaf names of an adapter's tensors
-_ROLES: dict[str, str] = {}  # by registered leaf name; each variant adds its own when its file is imported
+PREFIX = "lora_"  # the beginning of the leaf name (the last segment) of each tensor of an adapter
+_ROLES: dict[str, str] = {}  # the role of each registered leaf name; each variant's file registers the variant's
 _LONGEST_FIRST: list[str] = []  # the registered leaf names
 
-# By what LoRAConfig(variant=...) says: objects of nn/variant.py's class. Each adds itself when its file is imported.
+# Objects of nn/variant.py's class by the value of LoRAConfig(variant=...). Each variant's file adds its variant.
 KNOWN_VARIANTS: dict[str, Any] = {}
 
 Value = TypeVar("Value")
@@ -39,60 +31,6 @@ def canonical(name: str) -> str:
     if COMPILED not in name and CHECKPOINTED not in name:
         return name
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
-
-
-def suffix_pattern(pattern: str) -> str:
-    """Return the expression for whole names that PEFT builds from a key of rank_pattern or alpha_pattern."""
-    return rf"(.*\.)?({pattern})$"
-
-
-def pattern_matches(pattern: str, name: str) -> bool:
-    """Return whether a key of rank_pattern or alpha_pattern means a module: it matches a dotted suffix of the name."""
-    return _compiled_suffix(pattern).match(name) is not None
-
-
-def exact_key(name: str) -> str:
-    """Return the key of rank_pattern or alpha_pattern that means the layer of this name and no other."""
-    return f"^{re.escape(name)}"
-
-
-@lru_cache(maxsize=8192)  # Python's own cache is smaller than some models have patterns
-def _compiled_suffix(pattern: str) -> re.Pattern[str]:
-    return re.compile(suffix_pattern(pattern))
-
-
-def layer_pattern(pattern: str) -> str:
-    """Return the expression for the beginning of a name that PEFT builds from an entry of layers_pattern."""
-    return rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\."
-
-
-def layer_number(name: str, patterns: Iterable[str] | None) -> int | None:
-    """Return the number of the layer (block) that a module is in, by PEFT's rule, or None.
-
-    The number follows the first pattern that fits. Without patterns it is the first number in the name that comes after
-    two segments or more.
-    """
-    expressions = map(layer_pattern, patterns) if patterns else [r".*?\.[^.]*\.(?P<idx>\d+)\."]
-    found = next(filter(None, (re.match(expression, name) for expression in expressions)), None)
-    number = found["idx"] if found else None
-    return None if number is None else int(number)
-
-
-def names_match(names: str | Sequence[str] | None, name: str) -> bool:
-    """Return whether an option means a module, by PEFT's rule.
-
-    A string is a regular expression for the whole name. A list holds names or dotted suffixes.
-    """
-    return matcher(names)(name)
-
-
-def matcher(names: str | Iterable[str] | None) -> Callable[[str], bool]:
-    """Return names_match as a function of the name, for many modules: it looks names up instead of searching a list."""
-    if isinstance(names, str):
-        expression = re.compile(names)
-        return lambda name: expression.fullmatch(name) is not None
-    entries = frozenset(names or ())
-    return lambda name: not entries.isdisjoint(suffixes(name))
 
 
 def suffixes(name: str) -> list[str]:
@@ -106,14 +44,14 @@ def parent_names(name: str) -> list[str]:
 
 
 def register_leaf(leaf: str, role: str) -> None:
-    """Let a leaf name be known as that of an adapter's tensor, of a layer and, with a suffix, of a single parameter.
+    """Register the leaf name of an adapter's tensor. For a single parameter a suffix follows the leaf name.
 
     Args:
-        leaf: the name beside the weight, as "lora_A".
-        role: what the tensor is in the adapter, as "A": statistics and param groups go by it.
+        leaf: the name in the module of the weight, such as "lora_A".
+        role: of the tensor in the adapter, such as "A". Statistics and param groups use it.
 
     Raises:
-        ValueError: the name does not begin with "lora_", or is known with another role.
+        ValueError: the name does not begin with "lora_", or is registered with another role.
     """
     if not leaf.startswith(PREFIX):
         raise ValueError(f"{leaf!r} must begin with {PREFIX!r}")
@@ -123,14 +61,14 @@ def register_leaf(leaf: str, role: str) -> None:
 
 
 def names_factor(name: str) -> bool:
-    """Return whether the name of a parameter or tensor is that of an adapter's tensor: a registered leaf."""
+    """Return whether a name belongs to an adapter's tensor: its last segment is a registered leaf name."""
     return split_factor_name(name) is not None
 
 
 def split_factor_name(name: str) -> tuple[str, str] | None:
-    """Return what an adapter's tensor adapts (a layer, a table or a single parameter) and the tensor's leaf name.
+    """Split the name of an adapter's tensor into the adapted layer or single parameter, and the tensor's leaf name.
 
-    None for any other name. "net.lora_A" is ("net", "lora_A"), "net.lora_A_w" is ("net.w", "lora_A").
+    "net.lora_A" gives ("net", "lora_A"), and "net.lora_A_w" gives ("net.w", "lora_A"). Other names give None.
     """
     path, dot, last = name.rpartition(".")
     if last in _ROLES:
@@ -142,38 +80,38 @@ def split_factor_name(name: str) -> tuple[str, str] | None:
 
 
 def parameter_factor_name(parameter: str, leaf: str) -> str:
-    """Return the name of an adapter's tensor of a single parameter, in the module that holds both."""
+    """Return the name of an adapter's tensor for a single parameter, in the module of the parameter."""
     return f"{leaf}_{parameter}"
 
 
 def factor_role(name: str) -> str:
-    """Return what an adapter's tensor is in the adapter: "A", "B", "rows", or what its variant calls it."""
+    """Return the role of an adapter's tensor in the adapter: "A", "B", "rows", or a role of its variant."""
     split = split_factor_name(name)
     leaf = split[1] if split else name.rpartition(".")[2]
     return _ROLES.get(leaf) or leaf.removeprefix(PREFIX)
 
 
 def group_names(names: Iterable[str]) -> dict[str, str]:
-    """Return the group of each adapted layer: the last segment of its name, with numbers after it as *.
+    """Return the group of each adapted layer: the last segment of its name, with * for numbers after that segment.
 
-    A numbered block may have several layers with the same last segment, as BERT's has four called `dense`. Then the
-    group has as many segments before it as are needed to tell them apart.
+    A numbered block may hold several layers with the same last segment, such as the four called `dense` in BERT. Their
+    groups have as many segments before the last one as tell them apart.
     """
     places = {name: _place_in_block(name) for name in names}
-    tails: dict[str, set[str]] = {}  # of all layers with one last segment
+    tails: dict[str, set[str]] = {}  # by last segment: the names in their blocks of all layers with that segment
     in_block: dict[tuple[str, str], set[str]] = {}
     for block, tail, ending in places.values():
         tails.setdefault(ending, set()).add(tail)
         in_block.setdefault((block, ending), set()).add(tail)
-    apart = {ending for (block, ending), of_block in in_block.items() if block and len(of_block) > 1}
+    ambiguous = {ending for (block, ending), of_block in in_block.items() if block and len(of_block) > 1}
     return {
-        name: _shortest_of_its_own(tail, tails[ending]) if ending in apart else ending
+        name: _shortest_unique_suffix(tail, tails[ending]) if ending in ambiguous else ending
         for name, (_, tail, ending) in places.items()
     }
 
 
 def _place_in_block(name: str) -> tuple[str, str, str]:
-    """Return the numbered block of a layer ("" for none), the layer's name in the block, and its last segment."""
+    """Return the innermost numbered block of a layer ("" for none), the layer's name in it, and its last segment."""
     segments, last = name.split("."), len(name.split(".")) - 1
     while last > 0 and segments[last].isdigit():
         last -= 1
@@ -182,72 +120,29 @@ def _place_in_block(name: str) -> tuple[str, str, str]:
     return ".".join(segments[:begin]), ".".join([*segments[begin:last], *ending]), ".".join(ending)
 
 
-def _shortest_of_its_own(name: str, names: Collection[str]) -> str:
+def _shortest_unique_suffix(name: str, names: Collection[str]) -> str:
     """Return the shortest dotted suffix of a name that no other name has, or else the name."""
     others = {suffix for other in names if other != name for suffix in suffixes(other)}
     return next((suffix for suffix in reversed(suffixes(name)) if suffix not in others), name)
 
 
 def derives_from(module: object, name: str, packages: Collection[str]) -> bool:
-    """Return whether an object's class derives from a class of this name in one of the packages. Imports none."""
+    """Return whether an object's class derives from a class of this name in one of the packages; imports nothing."""
     classes = ((cls.__name__, cls.__module__.partition(".")[0]) for cls in type(module).__mro__)
     return any(own == name and package in packages for own, package in classes)
 
 
 def is_lightning_module(model: object) -> bool:
-    """Return whether a module is a LightningModule, of either of Lightning's packages."""
+    """Return whether a module is a LightningModule of either of Lightning's packages."""
     return derives_from(model, "LightningModule", LIGHTNING)
 
 
 def rename_keys(values: Mapping[str, Value], new_name: Callable[[str], str | None]) -> dict[str, Value]:
-    """Return values under their new names. A value whose new name is None is left out."""
+    """Return values under new names, without those whose new name is None."""
     pairs = ((new_name(name), value) for name, value in values.items())
     return {name: value for name, value in pairs if name is not None}
 
 
-def near_misses(entry: str, names: Iterable[str]) -> str:
-    """Return a hint with the names that look most like `entry`, or with the first names there are."""
-    names = list(names)
-    return _did_you_mean(entry, names) or _there_are(list(map(repr, names)), 3)
-
-
-def near_endings(entry: str, names: Iterable[str]) -> str:
-    """Return near_misses, or else the endings of the names with their numbers, most frequent first."""
-    names = list(names)
-    counts = Counter(_ending(name) for name in names)
-    endings = [f"{ending!r} ({count})" if count > 1 else repr(ending) for ending, count in counts.most_common()]
-    return _did_you_mean(entry, names) or _there_are(endings, 10)
-
-
-def most_frequent_ending(names: Iterable[str]) -> str:
-    """Return the most frequent ending of names, which can be an entry of target_modules."""
-    return Counter(map(_ending, names)).most_common(1)[0][0]
-
-
-def is_typo(entry: str, names: Iterable[str]) -> bool:
-    """Return whether an unknown name is a misspelt one of `names`. Usual names of layers are no misspellings."""
-    if entry in USUAL_NAMES:
-        return False
-    known = {suffix.lower() for name in names for suffix in suffixes(name)}
-    same_letters = sorted(entry.lower()) in map(sorted, known)
-    return same_letters or bool(difflib.get_close_matches(entry.lower(), known, n=1, cutoff=0.8))
-
-
-def _did_you_mean(entry: str, names: Iterable[str]) -> str:
-    known = {suffix for name in names for suffix in suffixes(name)}
-    close = difflib.get_close_matches(entry, sorted(known), n=3, cutoff=0.6)
-    return f"; did you mean {', '.join(map(repr, close))}?" if close else ""
-
-
-def _there_are(shown: Sequence[str], most: int) -> str:
-    return f"; there are {listed(shown, most)}" if shown else "; there are none"
-
-
 def listed(texts: Sequence[str], most: int = 3) -> str:
-    """Return the first texts, joined by commas, for messages. "..." at the end shows that there are more."""
+    """Return the first `most` texts joined by commas, with "..." at the end where there are more."""
     return ", ".join(texts[:most]) + (", ..." if len(texts) > most else "")
-
-
-def _ending(name: str) -> str:
-    """Return the last segment of a name, with the one before it where the last is a number."""
-    return next(ending for ending in reversed(suffixes(name)) if not ending.isdigit() or ending == name)

@@ -377,7 +377,7 @@ def test_training_while_merged_names_merged(tmp_path):
         make_trainer(tmp_path, LoRACallback(r=2)).fit(Merges(), Data())
     assert show(caught.value) == (
         "element 0 of tensors does not require grad and does not have a grad_fn. The adapters are merged, and merged "
-        "they get no gradients: something called merge() before this training step; call unmerge(model) first, or "
+        "adapters get no gradients: something called merge() before this training step; call unmerge(model) first, or "
         "merge in `with merged(model):` around the evaluation."
     )
 
@@ -392,6 +392,6 @@ def test_an_optimizer_built_before_inject_is_named_at_the_first_merge():
         merge(model)
     assert show(caught[0].message) == (
         "lightning_lora: gradients reach the adapters, but none of them has changed. An optimizer that was built "
-        "before inject does not hold them: build it afterwards, from model.parameters(). Where no step was taken yet, "
-        "all is well."
+        "before inject does not hold them: build it afterwards, from model.parameters(). Before the first step of an "
+        "optimizer this is no error."
     )

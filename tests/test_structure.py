@@ -22,6 +22,7 @@ GROUND = {  # files at the top that every room may import
     "arguments",
     "config",
     "errors",
+    "matching",
     "metrics",
     "names",
     "notices",
@@ -33,9 +34,10 @@ MAY_IMPORT = {  # beside itself and the ground; files at the top may import ever
     "files": set(),
     "nn": {"distributed"},
     "model": {"nn", "distributed"},
+    "start": {"model", "nn", "distributed"},
     "adapter": {"model", "nn", "distributed", "files"},
     "report": {"adapter", "model", "nn", "distributed", "files"},
-    "trainer": {"report", "adapter", "model", "nn", "distributed"},
+    "trainer": {"report", "adapter", "start", "model", "nn", "distributed"},
     "command": {"report", "adapter", "nn", "files"},
 }
 MOST_FLOORS = 14

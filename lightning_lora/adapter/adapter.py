@@ -16,17 +16,8 @@ import torch
 
 from ..config import LoRAConfig
 from ..errors import LoRAError
-from ..names import (
-    PREFIX,
-    exact_key,
-    factor_role,
-    names_factor,
-    near_misses,
-    parent_names,
-    rename_keys,
-    split_factor_name,
-    suffixes,
-)
+from ..matching import exact_key, near_misses
+from ..names import PREFIX, factor_role, names_factor, parent_names, rename_keys, split_factor_name, suffixes
 from ..nn.low_rank import (
     ATTENTION,
     ATTENTION_WEIGHTS,

@@ -15,12 +15,13 @@ from torch import nn
 
 from ..distributed.sharding import copies_of, copy_all_, is_sharded
 from ..errors import LoRAError
+from ..matching import near_misses
 from ..model.adapted_model import AdaptedModel, Listing
 from ..model.live_state import LiveState, original_value
 from ..model.merging import merge_listed
 from ..model.pretrained import embeddings, pretrained_models
 from ..model.targets import untie_advice, weights_of
-from ..names import A, B, listed, names_factor, near_misses, rename_keys
+from ..names import A, B, listed, names_factor, rename_keys
 from ..nn.adapted_module import is_factor
 from ..nn.adapted_weights import AdaptedWeights, LayerSpec, adapted_places
 from ..nn.conv import LoRAConv

@@ -15,7 +15,7 @@ from ..distributed.sharding import gather_all, holds_shards
 from ..errors import LoRAError, NonFiniteError
 from ..model.adapted_model import AdaptedModel, open_model
 from ..model.dequantize import dequantize_dtype, quantised_weights
-from ..model.live_state import LiveState, original_value
+from ..model.live_state import LiveState, open_state, original_value
 from ..model.state_dict import merge_state_dict
 from ..names import META, canonical, split_factor_name
 from ..nn.adapted_module import is_factor
@@ -199,7 +199,7 @@ def prepare_for_load(module: nn.Module, checkpoint: MutableMapping[str, Any], *,
     if META not in checkpoint:
         return  # a base checkpoint or a full state dict: torch's strict load checks it
     adapter, kind = adapter_of(checkpoint)
-    live = LiveState(open_model(module, "checkpoint"))
+    live = open_state(open_model(module, "checkpoint"))
     module_names = Names(live.handle.places)
     if kind == "full":
         _prepare_full(live, module_names, checkpoint, adapter, values_follow)

@@ -26,7 +26,7 @@ from ..files.limits import (
     check,
     check_names,
 )
-from ..names import matcher
+from ..matching import matcher
 from .adapter import Adapter, exact_options
 
 TOGETHER = 1000  # names in one pattern

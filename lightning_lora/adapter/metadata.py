@@ -18,7 +18,8 @@ import torch
 from ..config import LoRAConfig
 from ..errors import LoRAError, shown
 from ..files.safetensors import as_bytes
-from ..names import KNOWN_VARIANTS, near_misses
+from ..matching import near_misses
+from ..names import KNOWN_VARIANTS
 from ..nn.low_rank import KINDS
 from .adapter import Adapter
 from .file_options import check_options

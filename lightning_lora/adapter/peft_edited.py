@@ -16,7 +16,7 @@ from typing import Any, cast
 
 from ..config import TASK_HEADS, VARIANTS, LoRAConfig
 from ..errors import LoRAError, shown
-from ..names import matcher
+from ..matching import matcher
 from ..nn.low_rank import ATTENTION_OUTPUT
 from .adapter import Adapter, with_exact_ranks
 from .file_options import check_options

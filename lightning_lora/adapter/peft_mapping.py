@@ -22,7 +22,8 @@ import torch
 
 from ..config import IGNORED_PEFT_FIELDS, PLAIN, TASK_HEADS, VARIANTS, LoRAConfig, Task
 from ..errors import LoRAError, sentence, shown
-from ..names import KNOWN_VARIANTS, A, B, listed, matcher, parent_names, pattern_matches, suffixes
+from ..matching import matcher, pattern_matches
+from ..names import KNOWN_VARIANTS, A, B, listed, parent_names, suffixes
 from ..nn.low_rank import (
     ATTENTION,
     ATTENTION_OUTPUT,

@@ -21,7 +21,8 @@ from torch import nn
 
 from ..config import LoRAConfig
 from ..errors import LoRAError
-from ..names import matcher, parameter_factor_name, suffixes
+from ..matching import matcher
+from ..names import parameter_factor_name, suffixes
 
 RECURRENT = re.compile(r"weight_(ih|hh|hr)_l(\d+)(_reverse)?")
 USUAL = ("gate_up_proj", "up_proj", "down_proj")  # of transformers' experts, in the order in which they are registered

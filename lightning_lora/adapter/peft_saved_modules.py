@@ -13,7 +13,8 @@ from typing import Any
 
 from ..config import LoRAConfig
 from ..errors import LoRAError
-from ..names import matcher, parent_names
+from ..matching import matcher
+from ..names import parent_names
 from .adapter import Adapter, equal_tables, ties_of
 
 TIED_BY_PEFT = ("embed_tokens", "lm_head")

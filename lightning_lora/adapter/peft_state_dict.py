@@ -14,7 +14,8 @@ import torch
 
 from ..config import LoRAConfig
 from ..errors import LoRAError, shown
-from ..names import A, B, exact_key, parent_names
+from ..matching import exact_key
+from ..names import A, B, parent_names
 from ..nn.lora import EMBEDDING_A
 from ..nn.low_rank import ATTENTION, ATTENTION_OUTPUT, CONV, EMBEDDING
 from ..notices import tell

@@ -20,7 +20,7 @@ from torch import nn
 from ..errors import LoRAError
 from ..files.paths import PathLike, given_path, kind_of
 from ..model.adapted_model import AdaptedModel, Listing
-from ..model.live_state import LiveState
+from ..model.live_state import open_state
 from ..model.pretrained import (
     CONVERSIONS,
     QUANTISATION_CONFIG,
@@ -66,7 +66,7 @@ def find_network(listing: Listing) -> tuple[str, Any] | None:
     if not is_lightning_module(model):
         return None
     parameters = {name: tensor for name, tensor, _ in listing.state() if isinstance(tensor, nn.Parameter)}
-    names = set(LiveState(listing).keys) if isinstance(listing, AdaptedModel) else set()
+    names = set(open_state(listing).keys) if isinstance(listing, AdaptedModel) else set()
     trained = {id(tensor) for name, tensor in parameters.items() if name in names or tensor.requires_grad}
     networks = pretrained_models(listing.modules)
     inside = {name: {id(parameter) for parameter in network.parameters()} for name, network in networks.items()}

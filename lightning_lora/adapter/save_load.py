@@ -19,7 +19,7 @@ from ..files.paths import PathLike
 from ..files.torch_archive import read_torch_file
 from ..model.adapted_model import AdaptedModel, Listing, find_in, find_model, open_model
 from ..model.inject import inject, inject_to_load, unload
-from ..model.live_state import LiveState
+from ..model.live_state import LiveState, open_state
 from ..model.merging import holds_merged, merge_listed, unmerge_listed
 from ..model.targets import Targets
 from ..model.wrappers import unwrapped, warn_of_late_adapters
@@ -279,7 +279,7 @@ def apply_adapter(
         try:
             if was_merged:
                 unmerge_listed(handle)  # at once, because to read W out of W' takes as long
-            live = LiveState(handle)
+            live = open_state(handle)
             adapter = add_frozen_weights(live, split_off_base(live, adapter))
             specs = {} if fresh or not swap else specs_for(handle, by_first_names(names, adapter))
             check_adapter(live, names, adapter, specs=specs)

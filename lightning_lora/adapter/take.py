@@ -12,7 +12,7 @@ from torch import nn
 from ..distributed.sharding import gather_all
 from ..model.adapted_model import AdaptedModel, open_model, refuse_replaced_layers
 from ..model.gradients import warn_of_untrained
-from ..model.live_state import LiveState, original_value
+from ..model.live_state import LiveState, open_state, original_value
 from ..model.pretrained import base_name, tied_to_input
 from ..model.wrappers import prefix_inside
 from ..names import is_lightning_module
@@ -61,7 +61,9 @@ def frozen_values(live: LiveState, names: Collection[str]) -> dict[str, Any]:
 
 
 def describe(live: LiveState, verb: str) -> Adapter:
-    """Return the adapter of an injected model without its tensors. Collective where the model is sharded.
+    """Record what was unfrozen since injection, and return the model's adapter without its tensors.
+
+    Collective where the model is sharded.
 
     The fingerprint of a fitted model was taken at fit start, because weight averaging moves frozen weights. A weight
     that was unfrozen later is a tensor of the adapter and has no entry in the fingerprint.
@@ -75,6 +77,7 @@ def describe(live: LiveState, verb: str) -> Adapter:
     """
     handle, record = live.handle, live.handle.record
     refuse_replaced_layers(handle, verb)
+    handle.record_trainable()
     trained = live.keys
     at_fit_start = record.fingerprint and record.fingerprint.keys() <= live.tensors.keys()
     first, layers = handle.layers, handle.layers_by_every_name  # as state dicts hold them
@@ -122,7 +125,7 @@ def _network_prefix(live: LiveState, trained: Collection[str]) -> str:
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
     """Return fingerprint_of an injected model. Collective where the model is sharded."""
-    return fingerprint_of(LiveState(open_model(model, "fingerprint")))
+    return fingerprint_of(open_state(open_model(model, "fingerprint")))
 
 
 def fingerprint_of(live: LiveState) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from ..config import LoRAConfig
 from ..errors import LoRAError
 from ..files.safetensors import TensorLocation, read_tensor
 from ..files.weights import Weights
-from ..names import A, B, exact_key, names_match
+from ..matching import exact_key, names_match
+from ..names import A, B
 from ..nn.low_rank import (
     ATTENTION_OUTPUT,
     CONV,

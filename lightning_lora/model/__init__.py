@@ -1,1 +1,1 @@
-"""A whole model: put adapters in, take them out, merge, and view its state. No files, no Trainer."""
+"""A whole model: put adapters in, take them out, merge them, and view the state. No files, no Trainer."""

@@ -1,6 +1,7 @@
-"""The handle of an injected model: opened once by each public function and each hook, and passed inward.
+"""The handle of an injected model: each public function and each hook opens it once and passes it inward.
 
-What lies in the model is listed once, when it is first asked for. A handle is thrown away at the end of the call.
+A handle lists the model's modules and adapters when they are first asked for, and keeps the lists. It is thrown away at
+the end of the call.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ KeptTensors = list[tuple[nn.Module, dict[str, torch.Tensor], dict[str, set[str]]
 
 
 class once(Generic[Value]):  # noqa: N801
-    """An attribute that a method gives when it is first asked for: functools.cached_property without its lock.
+    """An attribute that a method computes at first use: functools.cached_property without a lock.
 
-    Taking that lock three times is a thirtieth of a small layer's merge.
+    Before Python 3.12 it has one, and taking it three times takes a thirtieth of the time of a small layer's merge.
     """
 
     def __init__(self, method: Callable[[Any], Value]) -> None:
@@ -42,14 +43,14 @@ class once(Generic[Value]):  # noqa: N801
 
 
 class Listing:
-    """What lies in a module, adapted or not, each list made when it is first asked for."""
+    """The modules and adapters in a model, adapted or not. Each list is made at first use and kept."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 
     @once
     def places(self) -> Places:
-        """Every module under every name, without the segments of wrappers."""
+        """Every module under each of its names, without the segments of wrappers."""
         return list_places(self.model)
 
     @once
@@ -59,17 +60,17 @@ class Listing:
 
     @once
     def layers(self) -> dict[str, AdaptedWeights]:
-        """The adapters of layers and parameters, by name; a shared one under its first."""
+        """The adapters of layers and parameters, by name; a shared adapter under its first name."""
         return adapted_layers(self.model, modules=self.modules)
 
     @once
     def layers_by_every_name(self) -> dict[str, AdaptedWeights]:
-        """The adapters of layers and parameters, under every name."""
+        """The adapters of layers and parameters, each under all of its names."""
         return adapted_layers(self.model, remove_duplicate=False, modules=self.places)
 
     @once
     def kinds(self) -> dict[str, str]:
-        """The kind of each adapted layer that has factors, by first names: one of low_rank.KINDS."""
+        """The kind (one of low_rank.KINDS) of each adapter with factors, by the adapter's first name."""
         outputs = {id(module.out_proj) for _, module in self.modules if isinstance(module, nn.MultiheadAttention)}
         return {
             name: ATTENTION_OUTPUT if id(layer) in outputs else layer.kind()
@@ -84,24 +85,24 @@ class Listing:
         self.look_for_layers_again()
 
     def look_for_layers_again(self) -> None:
-        """Forget which modules are adapted, after some were adapted or taken out; the modules are the same."""
+        """Forget which modules are adapted, after adapters were put in or taken out of the same modules."""
         for name in ("layers", "layers_by_every_name", "kinds"):
             vars(self).pop(name, None)
 
     def state(self) -> list[StateEntry]:
-        """Return the names of model.state_dict(), each with its live tensor and owner; see state_of."""
+        """Return each name of model.state_dict() with its live tensor and owner; see state_of."""
         return list(state_of(self.places))
 
 
 class AdaptedModel(Listing):
-    """An injected model as seen from the module that a caller gave.
+    """An injected model, seen from the module that a caller gave.
 
     Attributes:
-        model: that module, without wrappers around it. It holds all adapted layers.
-        root: the injected module: `model` itself, or a module around or inside of it.
-        record: what is remembered of the injection.
-        prefix: what names in `model` have before those in a root inside of it, "" or ending in a dot.
-        inside: what names in the root have before those in a `model` inside of that, "" or ending in a dot.
+        model: the caller's module without wrappers around it. It holds all adapted layers.
+        root: the injected module: `model`, a module inside `model`, or a module that holds `model`.
+        record: the record of the injection.
+        prefix: the root's name in `model` with a dot at the end, where the root lies inside `model`; else "".
+        inside: the name of `model` in the root with a dot at the end, where `model` lies inside the root; else "".
     """
 
     def __init__(
@@ -112,7 +113,7 @@ class AdaptedModel(Listing):
 
     @once
     def root_places(self) -> Places:
-        """Every module of the root under every name in it."""
+        """Every module of the root under each of its names in the root."""
         if self.root is self.model:
             return self.places
         if self.inside:
@@ -122,19 +123,19 @@ class AdaptedModel(Listing):
 
     @once
     def root_modules(self) -> Places:
-        """Every module of the root once, under its first name in it."""
+        """Every module of the root once, under its first name in the root."""
         return self.modules if self.root is self.model else _each_once(self.root_places)
 
     def base(self) -> list[BaseParameter]:
-        """Return the parameters of the root without those of adapters, by the root's names, each once."""
+        """Return the root's parameters without adapters, each once, with its first name in the root."""
         return base_parameters_of(self.root_modules)
 
     def base_parameters(self) -> dict[str, nn.Parameter]:
-        """Return the parameters of the root without those of adapters, by the root's names, each once."""
+        """Return the root's parameters without adapters, each once, by its first name in the root."""
         return {each.name: each.parameter for each in self.base()}
 
     def marked(self, mark: Mark) -> set[int]:
-        """Return the identities of the root's base parameters that have a mark."""
+        """Return the id of each of the root's base parameters that has a mark."""
         found = set()
         for _, module in self.root_modules:
             leaves = [leaf for leaf, marks in self.record.marks(module).items() if mark in marks]
@@ -143,18 +144,18 @@ class AdaptedModel(Listing):
         return found
 
     def scope(self) -> str:
-        """Return what names have before those that the options are about, "" or ending in a dot."""
+        """Return the beginning of the names in `model` for which the options count, "" or ending in a dot."""
         return scope_in(self.places, self.record) or self.prefix
 
     def left_out(self) -> dict[str, str]:
-        """Return the reasons for which "all-linear" leaves layers out, by name."""
+        """Return why "all-linear" leaves a layer out, by the layer's name."""
         kept = ((name, self.record.kept(module)) for name, module in self.modules)
         return {name: each["left_out"] for name, each in kept if each is not None and "left_out" in each}
 
     def initial(self) -> dict[str, torch.Tensor]:
-        """Return the values from before training of all that it changes beside the adapters, by name.
+        """Return the recorded values from before training of trained base parameters and persistent buffers, by name.
 
-        A parameter comes under its first name, a buffer under each.
+        A parameter is listed under its first name, a buffer under each of its names.
         """
         found, parameters = {}, set()
         for name, tensor, module in self.state():
@@ -167,7 +168,7 @@ class AdaptedModel(Listing):
         return found
 
     def initial_of(self, mark: Mark) -> dict[str, torch.Tensor]:
-        """Return the values from before training of the base parameters with a mark, under each of their names."""
+        """Return the values from before training of base parameters with a mark, each under all of its names."""
         wanted, values = self.marked(mark), dict[int, torch.Tensor]()
         for _, module in self.root_modules if wanted else ():
             own = own_state(module)
@@ -177,7 +178,7 @@ class AdaptedModel(Listing):
         return {name: values[id(tensor)] for name, tensor, _ in self.state() if id(tensor) in values}
 
     def set_initial(self, values: Mapping[str, torch.Tensor]) -> None:
-        """Let these be the values from before training, by name, and no others."""
+        """Replace all recorded values from before training by these, given by name."""
         for _, module in self.root_modules:
             self.record.forget_initial(module)
         done = set()
@@ -187,10 +188,10 @@ class AdaptedModel(Listing):
                 self.record.keep_initial(module, {name.rpartition(".")[2]: values[name]})
 
     def record_trainable(self, *, expected: bool = False) -> None:
-        """Record the present value of every base parameter that has become trainable.
+        """Record every base parameter that has become trainable, with its present value as the one before training.
 
         Args:
-            expected: whether the options ask for it; a warning tells of anything else that was unfrozen.
+            expected: the options ask for these parameters. Otherwise a warning names them.
         """
         trained = self.marked("trained")
         new = [each for each in self.base() if each.parameter.requires_grad and id(each.parameter) not in trained]
@@ -205,9 +206,9 @@ class AdaptedModel(Listing):
             )
 
     def record_unfrozen(self, names: Collection[str]) -> None:
-        """Record base parameters as trained, with their present values, that were unfrozen in another run.
+        """Record base parameters that another run had unfrozen, with their present values as those before training.
 
-        Those that are recorded already, and names of anything else, are passed over.
+        Parameters that are recorded already are passed over, and so are names that are no base parameter's.
         """
         trained, names_here = self.marked("trained"), dict[int, str]()
         for name, tensor, _ in self.state():
@@ -219,7 +220,13 @@ class AdaptedModel(Listing):
     def take_over(
         self, initial: Mapping[str, torch.Tensor], trained: Collection[str], unfrozen: Collection[str]
     ) -> None:
-        """Let the record keep what the one of another process kept, by the names in its model. In place."""
+        """Let the record keep what another process's record kept. In place.
+
+        Args:
+            initial: values from before training, by name.
+            trained: the names of base parameters that were ever trainable.
+            unfrozen: the names of those that the options did not ask for.
+        """
         self.set_initial(initial)
         for name, tensor, module in self.state():
             if isinstance(tensor, nn.Parameter) and not names_factor(name):
@@ -229,7 +236,7 @@ class AdaptedModel(Listing):
                 self.record.keep_marks(module, {**earlier, leaf: marks | kept} if marks | kept else earlier)
 
     def kept(self) -> KeptTensors:
-        """Return a copy of what the record keeps of tensors, for put_back."""
+        """Return a copy of the recorded values and marks, for put_back."""
         record, modules = self.record, [module for _, module in self.root_modules]
         return [
             (module, dict(record.initial(module)), {leaf: set(marks) for leaf, marks in record.marks(module).items()})
@@ -237,7 +244,7 @@ class AdaptedModel(Listing):
         ]
 
     def put_back(self, earlier: KeptTensors) -> None:
-        """Let the record keep of tensors what it kept when kept() was called. In place."""
+        """Restore the recorded values and marks that kept() returned. In place."""
         for module, initial, marks in earlier:
             self.record.forget_initial(module)
             self.record.keep_initial(module, initial)
@@ -248,11 +255,12 @@ def open_model(model: nn.Module, verb: str) -> AdaptedModel:
     """Return the handle of an injected model.
 
     Args:
-        model: a module that holds all adapted layers, or a wrapper that torch or Lightning put around one.
-        verb: what an error begins with.
+        model: a module that holds all adapted layers, or a wrapper of torch or Lightning around such a module.
+        verb: the beginning of an error's message.
 
     Raises:
-        LoRAError: the module is not injected, holds a part of the adapted layers, or several injected models.
+        LoRAError: the module is not injected, holds only a part of the adapted layers, or holds several injected
+            models.
 
     Example::
 
@@ -266,7 +274,7 @@ def open_model(model: nn.Module, verb: str) -> AdaptedModel:
     if handle is None:
         raise LoRAError(
             f"{verb}: {type(listing.model).__name__} was not injected; call inject(model, LoRAConfig(...)) first, or "
-            "pass the module that it was called on."
+            "pass the module that inject was called on."
         )
     return handle
 
@@ -275,7 +283,7 @@ def find_model(model: nn.Module) -> AdaptedModel | None:
     """Return the handle of an injected model, or None where nothing is injected.
 
     Args:
-        model: any module, or a wrapper that torch or Lightning put around one.
+        model: any module, or a wrapper of torch or Lightning around a module.
 
     Raises:
         LoRAError: the module holds several injected models.
@@ -289,9 +297,9 @@ def find_model(model: nn.Module) -> AdaptedModel | None:
 
 
 def find_in(listing: Listing) -> AdaptedModel | None:
-    """Return the handle of a listed model, or None where nothing is injected or a part of the layers lies there.
+    """Return the handle of a listed model, or None where it holds no adapted layer or only a part of them.
 
-    The injected module itself answers at once; in any other the modules are listed.
+    The modules are not listed where the model is the injected module itself.
 
     Raises:
         LoRAError: the module holds several injected models.
@@ -312,28 +320,31 @@ def find_in(listing: Listing) -> AdaptedModel | None:
 
 
 def _find_by_layers(listing: Listing, record: Injection) -> AdaptedModel | None:
-    """Return the handle of a module without the injected one: it is inside of that, or around the same network."""
+    """Return the handle of a model that does not hold the injected module.
+
+    The model lies inside the injected module, or it is a new module around the same layers.
+    """
     model, root = listing.model, record.holder()
-    around = Listing(root) if root is not None else None
-    if around is not None and root is not None:
-        if set(around.layers.values()) - set(listing.layers.values()):
+    if root is not None:
+        outer = Listing(root)
+        if set(outer.layers.values()) - set(listing.layers.values()):
             return None
-        names = [name for name, module in around.places if module is model]
+        names = [name for name, module in outer.places if module is model]
         if names:
             handle = AdaptedModel(model, root, record, inside=f"{names[0]}." if names[0] else "")
-            handle.root_places = around.places
+            handle.root_places = outer.places
             return _with_lists(handle, listing)
     return _with_lists(AdaptedModel(model, model, record), listing)
 
 
 def _with_lists(handle: AdaptedModel, listing: Listing) -> AdaptedModel:
-    """Give a handle the lists that were made to find it."""
+    """Give a handle the lists that were made to find it, and return it."""
     vars(handle).update({name: value for name, value in vars(listing).items() if name != "model"})
     return handle
 
 
 def _refuse_part(listing: Listing, verb: str) -> NoReturn:
-    """Refuse a module that holds a part of the layers that were adapted through one around it."""
+    """Raise LoRAError for a module that holds only a part of the layers that were adapted together."""
     layers = listing.layers
     root = next(iter(layers.values())).lora.injection.holder()
     all_layers = adapted_layers(root)
@@ -346,10 +357,10 @@ def _refuse_part(listing: Listing, verb: str) -> NoReturn:
 
 
 def adopt_layers(handle: AdaptedModel) -> None:
-    """Let the root of a handle hold the record, where it has taken the place of another injected module. In place.
+    """Let the root of a handle hold the record where it has replaced an earlier injected module. In place.
 
-    It is called where layers can have changed: a library may build a new module around the same network for each fit,
-    and a strategy may put other modules around the same tensors, as for a BatchNorm that is synchronised.
+    Call it where layers can have changed. A library may build a new module around the same network for each fit, and a
+    strategy may build new modules around the same tensors, such as a SyncBatchNorm for a BatchNorm.
     """
     record, root = handle.record, handle.root
     holder = record.holder()
@@ -363,7 +374,7 @@ def adopt_layers(handle: AdaptedModel) -> None:
 def _note_owners(handle: AdaptedModel) -> None:
     """Note which BatchNorm has which tensors now, for _follow_tensors.
 
-    Others are not rebuilt around the same tensors, and what is noted stays in memory.
+    Modules of other classes are not rebuilt around the same tensors. Noting theirs would keep the tensors in memory.
     """
     modules = (module for _, module in handle.root_modules if isinstance(module, _BatchNorm))
     kept = ((module, handle.record.kept(module)) for module in modules)
@@ -376,7 +387,7 @@ def _note_owners(handle: AdaptedModel) -> None:
 
 
 def _follow_tensors(handle: AdaptedModel) -> None:
-    """Let a SyncBatchNorm that was made around a BatchNorm's tensors keep what was kept of them. In place."""
+    """Let a SyncBatchNorm around a BatchNorm's tensors keep what the record kept of the BatchNorm. In place."""
     owners = handle.record.owners
     for _, module in handle.root_modules if owners else ():
         if isinstance(module, _BatchNorm) and handle.record.kept(module) is None:
@@ -386,6 +397,7 @@ def _follow_tensors(handle: AdaptedModel) -> None:
 
 
 def _copy_kept(owner: Owner, kept: Kept, leaf: str) -> None:
+    """Copy what is kept of one tensor of an owner to a tensor of the module that `kept` belongs to. In place."""
     earlier, name = owner.kept, owner.leaf
     if name in earlier.get("requires_grad", ()):
         kept.setdefault("requires_grad", {})[leaf] = earlier["requires_grad"][name]
@@ -396,7 +408,7 @@ def _copy_kept(owner: Owner, kept: Kept, leaf: str) -> None:
 
 
 def scope_in(places: Places, record: Injection) -> str:
-    """Return what names have before those that the options of an injection are about, "" or ending in a dot."""
+    """Return the beginning of the names for which the options of an injection count, "" or ending in a dot."""
     for name, module in places:
         kept = record.kept(module)
         if kept is not None and "scope" in kept:
@@ -405,7 +417,7 @@ def scope_in(places: Places, record: Injection) -> str:
 
 
 def record_layers(handle: AdaptedModel) -> None:
-    """Record which layers are adapted now: in the record, and in each module that is around some of them. In place."""
+    """Record which layers are adapted now, in the record and in each module that holds such layers. In place."""
     record, by_name = handle.record, defaultdict[str, list[nn.Module]](list)
     for name, module in handle.root_modules:
         by_name[name].append(module)
@@ -424,11 +436,11 @@ def record_layers(handle: AdaptedModel) -> None:
 
 
 def refuse_replaced_layers(listing: Listing, verb: str) -> None:
-    """Raise LoRAError for the first layer that was adapted and is not in an injected model any more.
+    """Raise LoRAError where an adapted layer was replaced by a layer without an adapter, or removed.
 
     Args:
-        listing: of any module; one that holds no injected model is let pass.
-        verb: what the message begins with.
+        listing: of any module. A module without an injected model is accepted.
+        verb: the beginning of the message.
     """
     if listing.layers and _are_complete(listing.layers.values()):
         return
@@ -446,30 +458,30 @@ def refuse_replaced_layers(listing: Listing, verb: str) -> None:
 
 
 def _are_complete(layers: Collection[AdaptedWeights]) -> bool:
-    """Tell whether these are all the layers that the injections which they are from have adapted."""
+    """Return whether these are all layers of each injection that one of them belongs to."""
     live = {(id(layer.lora.injection), layer.lora.name) for layer in layers}
     records = {id(layer.lora.injection): layer.lora.injection for layer in layers}
     return all((number, name) in live for number, record in records.items() for name in record.layers)
 
 
 def _injected_modules(listing: Listing) -> list[Listing]:
-    """Return the injected modules in a model, or else those that it is inside of, or else the model itself."""
+    """Return the injected modules inside a model, else the injected modules that hold it, else the model itself."""
     inside = [module for _, module in listing.modules if ATTRIBUTE in vars(module)]
     records = {id(layer.lora.injection): layer.lora.injection for layer in listing.layers.values()}
     holders = {id(holder): holder for holder in (record.holder() for record in records.values()) if holder is not None}
-    around = [] if inside else [Listing(holder) for holder in holders.values()]
-    around = [each for each in around if any(module is listing.model for _, module in each.modules)]
-    return around or [listing if module is listing.model else Listing(module) for module in inside or [listing.model]]
+    outer = [] if inside else [Listing(holder) for holder in holders.values()]
+    outer = [each for each in outer if any(module is listing.model for _, module in each.modules)]
+    return outer or [listing if module is listing.model else Listing(module) for module in inside or [listing.model]]
 
 
 def _gone_layers(root: Listing) -> tuple[int, list[str]]:
-    """Return how many layers were adapted in an injected module, and the names of those that are not there now."""
+    """Return how many layers were adapted in an injected module, and the names of those that are gone."""
     records = [
         *filter(None, [vars(root.model).get(ATTRIBUTE)]),
         *(each.lora.injection for each in root.layers.values()),
     ]
     adapted = {name for name, _, _ in adapted_places(root.model, modules=root.modules)}
-    live = {layer.lora.name for layer in root.layers.values()}  # under another name, where it was moved
+    live = {layer.lora.name for layer in root.layers.values()}  # a moved layer has another name now
     expected: dict[str, str] = {}
     outermost: str | None = None
     for name, module in root.modules if records else ():
@@ -488,9 +500,9 @@ def describe_class(module: nn.Module) -> str:
 
 
 def list_places(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return every module of a model under every name, without the segments of wrappers.
+    """Return every module of a model under each of its names, without the segments of wrappers.
 
-    It is what named_modules(remove_duplicate=False) yields, in less time.
+    The same as named_modules(remove_duplicate=False), in less time.
     """
     places: list[tuple[str, nn.Module]] = []
 
@@ -513,5 +525,5 @@ def _each_once(places: Places) -> Places:
 
 
 def _is_in(name: str, outer: str) -> bool:
-    """Tell whether a name is that of a module or of something inside of it."""
+    """Return whether a name is the module `outer` or lies inside it."""
     return not outer or name == outer or name.startswith(f"{outer}.")

@@ -1,9 +1,9 @@
-"""Values from before training in place of trained ones, while disable_adapter lasts.
+"""Put values from before training in place of trained values, while disable_adapter lasts.
 
-They stand in for the trained parameters and buffers in the modules, so that nothing is written into what a forward has
-saved for its backward, and parameters keep their identity, gradients and optimizers. State dicts show the trained ones
-all the same, and loading changes these: they are what comes back. Sharded parameters are the exception: FSDP2 would
-gather the trained ones again, so their values are exchanged in place.
+Other tensors with these values stand in for the trained parameters and buffers in their modules. So nothing is written
+into tensors that a forward has saved for its backward, and parameters keep their identity, gradients and optimizers.
+State dicts show the trained tensors meanwhile, and load_state_dict writes into the trained tensors. Sharded parameters
+are the exception: FSDP2 would gather the trained parameters again, so their values are exchanged in place.
 """
 
 from __future__ import annotations
@@ -17,29 +17,40 @@ from torch import nn
 
 from ..distributed.sharding import copy_, is_sharded, local, reshard_
 
-PLACES = "lora_base_places"  # attribute of a module in which values stand in: its places, by name
-HOOKS = "lora_base_hooks"  # attribute: handles of the hooks below
+PLACES = "lora_base_places"  # attribute of a module with stand-ins: its BasePlaces by name
+HOOKS = "lora_base_hooks"  # attribute of such a module: the handles of the hooks below
 
 
 @dataclass
 class BasePlace:
-    """One parameter or buffer of a module, which has its value from before training."""
+    """One parameter or buffer of a module, in whose place its value from before training is.
 
-    tensors: dict[str, Any]  # the module's parameters or buffers
+    Attributes:
+        tensors: the module's dictionary of parameters or buffers.
+        leaf: the tensor's name in `tensors`.
+        initial: recorded values of the first module that has the tensor.
+        key: the tensor's name in `initial`.
+        name: the tensor's name in the injected module, for messages.
+        trained: the trained tensor; for a sharded parameter a copy of its values.
+        stand_in: the tensor that the module sees; for a sharded parameter the parameter itself.
+        gradient: identity and version of a sharded parameter's gradient when its values were exchanged.
+    """
+
+    tensors: dict[str, Any]
     leaf: str
-    initial: Mapping[str, torch.Tensor]  # the record's of the first module with the tensor: the value is its `key`
+    initial: Mapping[str, torch.Tensor]
     key: str
-    name: str  # in the injected module, for messages
-    trained: torch.Tensor  # what state dicts hold and what comes back; of a sharded parameter a copy
-    stand_in: torch.Tensor  # what the module sees; of a sharded parameter itself
-    gradient: tuple[int, int] | None = None  # that a sharded parameter had when its values were exchanged
+    name: str
+    trained: torch.Tensor
+    stand_in: torch.Tensor
+    gradient: tuple[int, int] | None = None
 
     def put_(self) -> None:
-        """Let the value from before training be there. In place."""
+        """Put the value from before training in place. In place."""
         live = self.tensors[self.leaf]
         if is_sharded(self.stand_in):
             if self.trained is not self.stand_in:
-                return  # the other of two that are tied
+                return  # its tied twin was put already
             self.gradient, self.trained = _gradient_key(self.stand_in), self.stand_in.detach().clone()
         else:
             _follow_(self.stand_in, live)
@@ -47,12 +58,12 @@ class BasePlace:
         if is_sharded(value) or is_sharded(self.stand_in):
             copy_(self.stand_in, value)
         else:
-            self.stand_in.copy_(value)  # without the modes that it enters each time
+            self.stand_in.copy_(value)  # sharding.copy_ would enter inference_mode and no_grad again, which takes time
         if not is_sharded(self.stand_in):
             self.trained, self.tensors[self.leaf] = live, self.stand_in
 
     def take_back_(self) -> None:
-        """Let the trained one be there again, moved or cast as the other was; harmless when repeated. In place."""
+        """Put the trained tensor back, moved or cast as the stand-in is now. In place; harmless when repeated."""
         if is_sharded(self.stand_in):
             copy_(self.stand_in, self.trained)
             self.trained = self.stand_in
@@ -66,23 +77,24 @@ class BasePlace:
         self.tensors[self.leaf] = self.trained
 
     def had_backward(self) -> bool:
-        """Return whether a gradient has reached a sharded parameter while its values were exchanged."""
+        """Return whether a sharded parameter got a gradient while its values were exchanged."""
         now = _gradient_key(self.stand_in)
         return is_sharded(self.stand_in) and now is not None and now != self.gradient
 
 
 def _gradient_key(parameter: torch.Tensor) -> tuple[int, int] | None:
+    """Return identity and version of a parameter's gradient, or None without a gradient."""
     return None if parameter.grad is None else (id(parameter.grad), local(parameter.grad)._version)
 
 
 def _follow_(tensor: torch.Tensor, other: torch.Tensor) -> None:
-    """Let a tensor have the dtype and the device of another. In place."""
+    """Give a tensor the dtype and the device of another. In place."""
     if (tensor.dtype, tensor.device) != (other.dtype, other.device):
         tensor.data = tensor.data.to(other.device, other.dtype)
 
 
 def base_places(module: nn.Module) -> Mapping[str, BasePlace]:
-    """Return the places of a module in which values from before training are, by name."""
+    """Return the module's tensors that have stand-ins now, by name."""
     places: Mapping[str, BasePlace] = vars(module).get(PLACES, {})
     return places
 
@@ -91,12 +103,12 @@ def put_base_values_(
     state: Iterable[tuple[str, torch.Tensor | None, nn.Module]],
     initial: Callable[[nn.Module], Mapping[str, torch.Tensor]],
 ) -> None:
-    """Let values from before training stand in for the trained ones, in what does not have them yet. In place.
+    """Put values from before training in place of trained tensors, unless they are there already. In place.
 
     Args:
         state: of the injected module, see state_of.
-        initial: returns what the record has of a module, by names in it. A value on the meta device was recorded before
-            there were any: nothing was trained since.
+        initial: returns the recorded values of a module's own tensors by name. Values on the meta device are passed
+            over: they were recorded before the tensors had values, and nothing was trained since.
     """
     with torch.inference_mode(False), torch.no_grad():
         _put_all_(list(state), initial)
@@ -111,7 +123,7 @@ def _put_all_(
         values, leaf = initial(module), path.rpartition(".")[2]
         if live is not None and leaf in values and not values[leaf].is_meta:
             recorded[id(live)] = values, leaf, path
-    of_live: dict[int, BasePlace] = {}  # what is tied stays so
+    of_live: dict[int, BasePlace] = {}  # tied tensors share one stand-in
     for path, live, module in state:
         leaf = path.rpartition(".")[2]
         if live is None or id(live) not in recorded or leaf in base_places(module):
@@ -123,18 +135,18 @@ def _put_all_(
             tied = of_live[id(live)] = BasePlace(tensors, leaf, *recorded[id(live)], live, stand_in)
         if HOOKS not in vars(module):
             _add_hooks(module)
-        vars(module)[PLACES][leaf] = tied  # first, so that an exception finds what is to be taken back
+        vars(module)[PLACES][leaf] = tied  # before put_, so that an exception in it can be undone
         tied.put_()
 
 
 def take_back_base_values_(modules: Collection[nn.Module]) -> list[str]:
-    """Let every trained parameter and buffer of a model be there again; harmless when repeated. In place.
+    """Put every trained parameter and buffer of a model back. In place; harmless when repeated.
 
     Args:
-        modules: all of the model's.
+        modules: all modules of the model.
 
     Returns:
-        The sharded parameters that a backward inside has reached: it ran on their values from before training.
+        The names of sharded parameters that got a gradient meanwhile, which was computed with the wrong values.
     """
     reshard_(modules)
     reached = []
@@ -149,6 +161,7 @@ def take_back_base_values_(modules: Collection[nn.Module]) -> list[str]:
 
 
 def _like(live: torch.Tensor) -> torch.Tensor:
+    """Return an empty tensor, or frozen parameter, of the same shape, dtype and device."""
     empty = torch.empty_like(live, requires_grad=False)
     return nn.Parameter(empty, requires_grad=False) if isinstance(live, nn.Parameter) else empty
 

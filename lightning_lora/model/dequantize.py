@@ -1,4 +1,4 @@
-"""A model's quantised weights as plain ones, with adapters merged into them: for files, and to leave quantisation."""
+"""Turn a model's quantised weights into plain weights with the adapters merged, for files and for merge_and_unload."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from ..notices import tell
 if TYPE_CHECKING:
     from ..metrics import MergeFidelity
 
-WORST_FIDELITY = 0.05  # above this share of the adapter that rounding loses, a warning says so
+WORST_FIDELITY = 0.05  # a warning tells when rounding loses a larger share of the adapter's norm
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in MERGEABLE_DTYPES}
 
 
 def dequantize_dtype(value: object, verb: str) -> torch.dtype | None:
-    """Return the dtype that the option `dequantize` names, or None for None.
+    """Return the dtype that the option `dequantize` gives, as a dtype or by its name; None for None.
 
     Raises:
-        LoRAError: it is none; the message begins with the verb.
+        LoRAError: the value is no such dtype. The message begins with the verb.
     """
     dtype = DTYPES.get(value) if isinstance(value, str) else value
     if value is None or dtype in MERGEABLE_DTYPES:
@@ -37,7 +37,7 @@ def dequantize_dtype(value: object, verb: str) -> torch.dtype | None:
 
 
 def report_factored(layers: Iterable[AdaptedWeights]) -> None:
-    """Tell, once a model, how many layers stay factored because their weights are quantised."""
+    """Log once a model how many layers stay factored because their weights are quantised."""
     quantised = [layer for layer in layers if layer.quantised()]
     reported = {id(layer.lora.injection) for layer in quantised if layer.lora.injection.quantised_reported}
     quantised = [layer for layer in quantised if id(layer.lora.injection) not in reported]
@@ -47,15 +47,15 @@ def report_factored(layers: Iterable[AdaptedWeights]) -> None:
         kinds = ", ".join(sorted({layer.quantised() for layer in quantised}))
         tell(
             f"lightning_lora: merge: {len(quantised)} layers have quantised weights ({kinds}) and stay factored: "
-            "rounding W' to these again would lose much of the adapter."
+            "rounding W' to quantised values again would lose much of the adapter."
         )
 
 
 def quantised_weights(places: NamedModules) -> dict[str, nn.Module]:
-    """Return the names of the quantised weights in a state dict of a model, each with the module that owns it.
+    """Return the module of each quantised weight, by the weight's name in the model's state dict.
 
     Args:
-        places: every module of the model, under every name.
+        places: every module of the model, under each of its names.
     """
     return {
         f"{path}.{name}" if path else name: module
@@ -71,17 +71,17 @@ def plain_weight(
     observe: Observer | None = None,
     stored: Stored | None = None,
 ) -> torch.Tensor:
-    """Return a quantised parameter as a new plain tensor, an adapter of the layer merged into it; rounded once.
+    """Return a quantised parameter as a new plain tensor of its shape, with its adapter merged; rounded once.
 
     Args:
-        module: whose own parameter it is.
-        name: of the parameter.
+        module: the owner of the parameter.
+        name: the parameter's name in the module.
         dtype: of the result.
-        observe: as merge_weight_'s.
-        stored: values of the layer's stored tensors by leaf name, where they are not its own.
+        observe: called with each merged chunk, see merge_weight_.
+        stored: other values for the layer's stored tensors, by leaf name.
 
     Raises:
-        NonFiniteError: W' is not finite, or beyond the dtype.
+        NonFiniteError: W' is not finite, or beyond the dtype's range.
     """
     values = dequantize(module, name)
     adapter = adapter_of(module, name)
@@ -92,10 +92,10 @@ def plain_weight(
 
 
 def plain_weights(places: NamedModules, dtype: torch.dtype) -> dict[nn.Module, torch.Tensor]:
-    """Return what takes the place of each quantised weight of a model, merged, by the module that owns it.
+    """Return a plain merged weight for each module with a quantised weight.
 
     Raises:
-        NonFiniteError: W' is not finite, or beyond the dtype.
+        NonFiniteError: W' is not finite, or beyond the dtype's range.
     """
     dequantizer, plain = Dequantizer(dtype), {}
     for name, module in quantised_weights(places).items():
@@ -106,7 +106,12 @@ def plain_weights(places: NamedModules, dtype: torch.dtype) -> dict[nn.Module, t
 
 
 def replace_quantised_(modules: Iterable[nn.Module], plain: Mapping[nn.Module, torch.Tensor]) -> None:
-    """Put plain weights in the place of quantised ones; a layer of bitsandbytes becomes an nn.Linear. In place."""
+    """Replace quantised weights by plain weights; a layer of bitsandbytes becomes an nn.Linear. In place.
+
+    Args:
+        modules: all modules of the model.
+        plain: the plain weights, see plain_weights.
+    """
     layers = {module: _plain_layer(module, weight) for module, weight in plain.items()}
     for parent in modules:
         for name, child in parent._modules.items():
@@ -125,24 +130,24 @@ def _plain_layer(module: nn.Module, weight: torch.Tensor) -> nn.Module:
 
 
 class Dequantizer:
-    """Makes plain weights one by one, and reports what rounding W' to their dtype costs, once for each layer."""
+    """Make plain weights one by one, and report the cost of rounding W' to their dtype, once for each layer."""
 
     def __init__(self, dtype: torch.dtype) -> None:
-        from ..metrics import MergeFidelity  # torchmetrics imports much
+        from ..metrics import MergeFidelity  # imported late, because torchmetrics takes long to import
 
         self.dtype = dtype
         with torch.inference_mode(False):
             self.fidelity: MergeFidelity = MergeFidelity(sync_on_compute=False)
 
     def weight(self, name: str, module: nn.Module, stored: Stored | None = None) -> torch.Tensor:
-        """Return the plain weight of a state dict's name, merged where the module is adapted; see plain_weight."""
+        """Return the plain weight for a name of the state dict, with the module's adapter merged; see plain_weight."""
         observe, adapter = None, layer_adapter(module)
         if adapter is not None and not adapter.lora.rounding_reported:
             observe, adapter.lora.rounding_reported = self.fidelity.update, True
         return plain_weight(module, name.rpartition(".")[2], self.dtype, observe, stored)
 
     def report(self) -> None:
-        """Tell the share of the adapter that rounding loses, of the layers that were not reported before."""
+        """Log the share of the adapter that rounding loses, for layers that were not reported earlier."""
         if not float(self.fidelity.reference) > 0:
             return
         lost = float(self.fidelity.compute())
@@ -152,6 +157,6 @@ class Dequantizer:
         if lost > WORST_FIDELITY and self.dtype in HALF:
             warnings.warn(
                 f"lightning_lora: {message}. Merged and factored outputs differ by that much of the adapter's effect; "
-                'dequantize="float32" costs twice the space and rounds next to nothing.',
+                'dequantize="float32" takes twice the space and loses next to nothing.',
                 stacklevel=3,
             )

@@ -1,7 +1,7 @@
-"""Whether training reaches the adapters: layers without a gradient are named, and so is an optimizer without adapters.
+"""Warn of adapters that training does not reach: layers without a gradient, and an optimizer without the adapters.
 
-Each B notes its first gradient, in a hook that then removes itself. What is known is looked at once: after the first
-training batch of a Trainer, in plain loops at the first merge or save after a gradient.
+A hook on each B notes its first gradient and then removes itself. The notes are looked at once: after the first
+training batch in a Trainer, and at the first merge or save after a gradient in a plain loop.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SHOWN = 5  # names in a warning
 
 
 def note_gradient(layer: AdaptedWeights) -> None:
-    """Let a layer note when the first gradient arrives at its last factor, B."""
+    """Let a layer note when the first gradient arrives at B, its last factor."""
     state = layer.lora
 
     def note(parameter: torch.Tensor) -> None:
@@ -30,12 +30,12 @@ def note_gradient(layer: AdaptedWeights) -> None:
 
 
 def warn_of_untrained(listing: Listing, *, optimized: bool = False, stacklevel: int = 4) -> None:
-    """Warn, once a model and not before training has begun, of adapters that training does not reach.
+    """Warn once a model, after training has begun, of adapters that training does not reach.
 
     Args:
         listing: of any module that holds adapted layers.
         optimized: an optimizer is known to hold the adapters.
-        stacklevel: of the warning, so that it names the user's line.
+        stacklevel: of the warning, so that it shows the user's line.
     """
     layers = {name: layer for name, layer in listing.layers.items() if not layer.lora.injection.training_checked}
     layers = {name: layer for name, layer in layers.items() if layer.factors()[-1].requires_grad}
@@ -67,8 +67,8 @@ def _warn_of_unreached(names: list[str], in_segments: list[str], among: int, sta
         text += (
             f" {f'As to {_shown(others)}: either' if in_segments else 'Either'} nothing has used these layers yet "
             "(parts that few inputs reach, the network of another optimizer), or they are cut off from the loss "
-            "(detach, no_grad), or their weight is read where the adapter cannot follow, instead of the layer being "
-            f"called. What is never trained is better left out: exclude_modules={others[:SHOWN]!r}."
+            "(detach, no_grad), or the model reads their weight without calling them, which the adapter cannot follow. "
+            f"Leave out layers that are never trained: exclude_modules={others[:SHOWN]!r}."
         )
     warnings.warn(text, stacklevel=stacklevel)
 
@@ -80,21 +80,27 @@ def _shown(names: list[str]) -> str:
 def _warn_of_optimizer(stacklevel: int) -> None:
     warnings.warn(
         "lightning_lora: gradients reach the adapters, but none of them has changed. An optimizer that was built "
-        "before inject does not hold them: build it afterwards, from model.parameters(). Where no step was taken yet, "
-        "all is well.",
+        "before inject does not hold them: build it afterwards, from model.parameters(). Before the first step of an "
+        "optimizer this is no error.",
         stacklevel=stacklevel,
     )
 
 
 def explain_missing_gradients(exception: BaseException, model: nn.Module) -> None:
-    """Add the reason to torch's error of a loss without gradients, where the adapters know one. In place."""
+    """Extend torch's error about a loss without gradients where adapters are its reason. In place.
+
+    Args:
+        exception: of a training step.
+        model: that was trained.
+    """
     if "does not require grad" not in str(exception):
         return
     states = [layer.lora for layer in adapted_layers(model).values()]
     if any(state.merged for state in states):
         exception.args = (
-            f"{exception}. The adapters are merged, and merged they get no gradients: something called merge() before "
-            "this training step; call unmerge(model) first, or merge in `with merged(model):` around the evaluation.",
+            f"{exception}. The adapters are merged, and merged adapters get no gradients: something called merge() "
+            "before this training step; call unmerge(model) first, or merge in `with merged(model):` around the "
+            "evaluation.",
         )
     elif any(state.in_segment for state in states):
         exception.args = (f"{exception}. The adapters ran in {REENTRANT}. {REENTRANT_REMEDY}.",)

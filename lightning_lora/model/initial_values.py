@@ -1,4 +1,4 @@
-"""Values from before training, of all that it changes beside the adapters: recorded, kept up to date, brought back."""
+"""Record and restore the values from before training of trained base parameters and persistent buffers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from .named_state import own_state
 
 
 def snapshot_initial(handle: AdaptedModel) -> None:
-    """Record the present values of what training changes; once the injection was validated, only what is new."""
+    """Record the present values of trained base parameters and persistent buffers.
+
+    After finish_injection only tensors without a recorded value are added.
+    """
     record = handle.record
     reshard_(module for _, module in handle.root_modules)
     for _, module in handle.root_modules:
@@ -38,7 +41,7 @@ def _changed_by_training(module: nn.Module, marks: Mapping[str, Set[str]]) -> di
 
 
 def snapshot_materialised(handle: AdaptedModel) -> None:
-    """Record present values in place of those from the meta device; call before training or loading."""
+    """Replace recorded values on the meta device by present values. Call it before training or loading."""
     reshard_(module for _, module in handle.root_modules)
     for _, module in handle.root_modules:
         on_meta = [leaf for leaf, value in handle.record.initial(module).items() if value.is_meta]
@@ -47,11 +50,11 @@ def snapshot_materialised(handle: AdaptedModel) -> None:
 
 
 def record_loaded(record: Injection, values: Iterable[tuple[nn.Module, str, object]]) -> None:
-    """Record values of a new base as those from before training.
+    """Record the values of a loaded base as those from before training.
 
     Args:
-        record: of an injected model, or of one that this base is for a part of.
-        values: what is loaded: the module, the tensor's name in it, and its new value.
+        record: of the injected model that the base is loaded into.
+        values: what is loaded: the module, the tensor's name in the module, and its new value.
     """
     record.fingerprint = {}
     for module, leaf, value in values:
@@ -62,10 +65,10 @@ def record_loaded(record: Injection, values: Iterable[tuple[nn.Module, str, obje
 
 
 def restore_initial_(handle: AdaptedModel) -> None:
-    """Write the values from before training into what has them. In place."""
+    """Write the recorded values from before training into their tensors. In place."""
     reshard_(module for _, module in handle.root_modules)
     for _, module in handle.root_modules:
         values, own = handle.record.initial(module), own_state(module)
         for leaf, value in values.items():
-            if leaf in own and not value.is_meta:  # a value on meta was recorded before there were any
+            if leaf in own and not value.is_meta:  # a value on meta was recorded before the tensor had one
                 copy_(own[leaf], value)

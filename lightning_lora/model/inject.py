@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -16,7 +17,8 @@ from ..arguments import names_near_misses
 from ..config import LoRAConfig, PeftConfig, as_config, is_config
 from ..distributed.sharding import is_sharded, refuse_fully_sharded
 from ..errors import LoRAError, sentence
-from ..names import ALL_LINEAR, listed
+from ..matching import ALL_LINEAR
+from ..names import listed
 from ..nn.adapted_weights import AdaptedWeights, LayerSpec, adapted_layers, share_tensors_
 from ..nn.gradient_checkpointing import disable_input_require_grads, enable_input_require_grads
 from ..nn.layer_kinds import adapt_
@@ -83,15 +85,15 @@ def inject(
 ) -> list[str]:
     """Adapt the layers that the config names, in place, and freeze everything else.
 
-    Module tree, parameter names, objects and storage stay; lora_A and lora_B are added to each adapted layer. The
-    same call again changes nothing. The user's random stream is not advanced.
+    The module tree, parameter names, parameter objects and their storage stay as they are. Each adapted layer gets
+    lora_A and lora_B. The same call again changes nothing. The user's random stream is not advanced.
 
     Args:
         model: any module; layers inside it are adapted.
         config: the options; also a peft.LoraConfig, see LoRAConfig.from_peft.
         merge_weights: whether model.eval() merges and model.train() unmerges, as in loralib.
-        seed: what the adapters are drawn from. Without one they come from the state of torch's random stream, which is
-            not advanced: two injections in a row draw the same adapters, and a resumed run those of the first.
+        seed: draw the adapters from this number. Without it they are drawn from the state of torch's random stream,
+            which is not advanced: two injections in a row draw the same adapters, and so does a resumed run.
 
     Returns:
         The names of the adapted layers.
@@ -116,7 +118,7 @@ def inject(
     handle = find_in(listing)
     if handle is not None and handle.root is handle.model and not handle.record.validated:
         with Turn("inject", [handle.record.writer]):
-            strip_adapters(handle)  # a callback's, made before configure_model, which injects by itself
+            strip_adapters(handle)  # the callback adapted the model before configure_model, which calls inject itself
         handle = None
     if handle is not None:
         _refuse_other(handle, config, merge_weights, seed)
@@ -125,34 +127,32 @@ def inject(
     warn_of_late_adapters(wrapped, "inject")
     record = Injection(config, merge_weights, seed="" if seed is None else fixed_seed(seed))
     handle = _inject(listing, record)
-    _tell_of_targets(handle)
-    large = describe_large_adapters(handle.layers)
-    if large:
-        tell(f"lightning_lora: {large}")
+    _tell_of_layers(handle)
     return list(handle.layers)
 
 
 def inject_to_load(listing: Listing, config: LoRAConfig, scope: str = "") -> AdaptedModel:
     """Adapt a model that was not injected for an adapter whose values are loaded next. In place.
 
-    Nothing is computed from the weights for what A and B start from, which can take minutes.
+    Initial values of A and B are not computed from the weights, which can take minutes.
 
     Args:
         listing: of the model.
         config: the adapter's options.
-        scope: the prefix of the part of the model that the adapter is for, outside of which nothing is trained.
+        scope: the name of the submodule that the adapter belongs to, ending in a dot, or "" for the whole model.
+            Biases and whole modules are trained in that submodule alone.
     """
     record = Injection(config, values_follow=True)
     handle = _inject(listing, record, scope)
-    record.values_follow = record.passes_over_nearly_all = False  # whoever trained the adapter has chosen its layers
+    record.values_follow = record.passes_over_nearly_all = False  # no warning: its trainer chose the layers
     return handle
 
 
 def unload(model: nn.Module) -> None:
     """Take the adapters out without merging. In place.
 
-    Classes, names, values (of trained biases, modules_to_save and buffers too), parameter identity and requires_grad
-    are as before injection.
+    Classes, names, values, parameter objects and requires_grad are as before injection. That includes the values of
+    trained biases, modules_to_save and buffers.
 
     Raises:
         LoRAError: the model was not injected.
@@ -179,16 +179,16 @@ def unload(model: nn.Module) -> None:
 
 
 def merge_and_unload(model: nn.Module, *, dequantize: torch.dtype | str | None = None) -> nn.Module:
-    """Merge the adapters and leave plain modules without a trace of LoRA; return the model. In place.
+    """Merge the adapters, remove every trace of LoRA, and return the model with plain modules. In place.
 
     Args:
         model: an injected model.
-        dequantize: the dtype of plain weights in place of quantised ones, adapted or not: those of bitsandbytes are
-            replaced by nn.Linear, and a transformers model forgets how it was quantised.
+        dequantize: the dtype of the plain weights that replace quantised weights, adapted or not. Layers of
+            bitsandbytes become nn.Linear, and a transformers model forgets how it was quantised.
 
     Raises:
-        LoRAError: the model was not injected, a layer was replaced since, W' is not finite, or a layer cannot be
-            merged because its weight has another owner, or is quantised and `dequantize` is not given.
+        LoRAError: the model was not injected; a layer was replaced since; W' is not finite; a layer shares its weight
+            with another module; or a layer is quantised and `dequantize` is not given.
 
     Example::
 
@@ -210,10 +210,10 @@ def merge_and_unload(model: nn.Module, *, dequantize: torch.dtype | str | None =
         if handle.record.writer.is_at("disable_adapter"):
             raise LoRAError(
                 "merge_and_unload: the adapters are disabled, inside `with disable_adapter(model)`; call it after that "
-                "block, or unload(model) for the base."
+                "block, or call unload(model) to get the base."
             )
         refuse_unmergeable(handle, dtype)
-        unmerge_listed(handle)  # what stayed factored, and need not any more, is merged now
+        unmerge_listed(handle)  # a layer that could not be merged earlier may be mergeable now
         plain = plain_weights(handle.root_places, dtype) if dtype is not None else {}
         merge_listed(handle)
         for layer in handle.layers.values():
@@ -227,17 +227,18 @@ def merge_and_unload(model: nn.Module, *, dequantize: torch.dtype | str | None =
 
 
 def _all_modules(handle: AdaptedModel) -> list[nn.Module]:
-    """Return the modules of a model, and of the injected module around it."""
+    """Return the modules of the model and of the injected module that holds it, each once."""
     return list(dict.fromkeys(module for _, module in (*handle.root_modules, *handle.modules)))
 
 
 @contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
-    """Let the model be as it was before injection inside, and as it was found outside.
+    """Let the model behave as before injection inside the block; after the block it is as it was found.
 
-    Trained biases, modules_to_save and persistent buffers have their initial values inside, which no gradient reaches.
-    Nothing is written into the trained ones: a backward of an earlier forward goes on, also inside. State dicts and
-    what is saved hold the trained values, and what is loaded inside is there outside; unload takes all of it out.
+    Trained biases, modules_to_save and persistent buffers have their initial values inside, and get no gradients there.
+    Their trained values are not written to, so that the backward of an earlier forward still works inside. State dicts
+    and saved files hold the trained values. Values that are loaded inside the block stay after it, and unload can be
+    called inside it.
 
     Example::
 
@@ -257,24 +258,7 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
         found = FoundState(handle)
         were_active = {layer: layer.lora_active or layer.lora.merged for layer in handle.layers.values()}
         is_inside = record.writer.is_at("disable_adapter", before=turn)
-
-        def bring_back() -> None:
-            if record.ended:
-                return  # it was unloaded inside
-            now = Listing(handle.root)  # anew, for the block may have replaced layers
-            inside = [module for _, module in now.modules]
-            if holds_merged(now.layers.values()):
-                unmerge_listed(now)
-            _set_active(inside, were_active)
-            reached = [] if is_inside else take_back_base_values_(inside)
-            found.bring_back(now)
-            if reached:
-                raise LoRAError(
-                    f"disable_adapter: a backward inside reached {reached[0]!r}, which is sharded and had its values "
-                    "from before training: the gradients are wrong. Run the backward after the block."
-                )
-
-        end = Ending(turn, bring_back)
+        end = Ending(turn, partial(_enable_again, handle, found, were_active, is_inside))
         try:
             try:
                 if found.merged:
@@ -288,6 +272,36 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
             end()
 
 
+def _enable_again(
+    handle: AdaptedModel, found: FoundState, were_active: Mapping[AdaptedWeights, bool], is_inside: bool
+) -> None:
+    """Let the adapters act again after disable_adapter. In place; can be called again after any part of itself.
+
+    Args:
+        handle: of the model before the block.
+        found: whether it was merged before the block.
+        were_active: whether each adapter acted before the block.
+        is_inside: another disable_adapter around this one brings the trained values back.
+
+    Raises:
+        LoRAError: a backward inside reached a sharded parameter with its initial value.
+    """
+    if handle.record.ended:
+        return  # it was unloaded inside
+    now = Listing(handle.root)  # anew, because the block may have replaced layers
+    modules = [module for _, module in now.modules]
+    if holds_merged(now.layers.values()):
+        unmerge_listed(now)
+    _set_active(modules, were_active)
+    reached = [] if is_inside else take_back_base_values_(modules)
+    found.bring_back(now)
+    if reached:
+        raise LoRAError(
+            f"disable_adapter: a backward inside reached {reached[0]!r}, which is sharded and had its values from "
+            "before training, so its gradient is wrong. Run the backward after the block."
+        )
+
+
 def _inject(listing: Listing, record: Injection, scope: str = "") -> AdaptedModel:
     with Turn("inject", [record.writer]):
         handle = _begin(listing, record, scope)
@@ -295,8 +309,11 @@ def _inject(listing: Listing, record: Injection, scope: str = "") -> AdaptedMode
     return handle
 
 
-def _tell_of_targets(handle: AdaptedModel) -> None:
-    """Tell, after an injection without a Trainer, what its summary would."""
+def _tell_of_layers(handle: AdaptedModel) -> None:
+    """Log the layers that are left out, the weights that are passed over, and adapters that are too large.
+
+    LoRACallback shows the same in its summary.
+    """
     record, reasons = handle.record, dict[str, list[str]]()
     for name, reason in handle.left_out().items():
         reasons.setdefault(reason, []).append(name)
@@ -307,15 +324,23 @@ def _tell_of_targets(handle: AdaptedModel) -> None:
         warn_of_passed_over(record)
     elif record.passed_over:
         tell(f"lightning_lora: 'all-linear' passes over {record.passed_over}")
+    large = describe_large_adapters(handle.layers)
+    if large:
+        tell(f"lightning_lora: {large}")
 
 
 def begin_injection(
     listing: Listing, config: LoRAConfig, *, seed: str = "", given: frozenset[str] = ALL_OPTIONS
 ) -> AdaptedModel:
-    """Adapt the layers that exist now; adapt_new_layers adds later ones, finish_injection checks the options' names.
+    """Adapt the layers that exist now. In place.
 
-    Adapters are drawn from `seed`, or from the random stream's state when each layer is adapted. `given` names the
-    options that the user gave. In place.
+    adapt_new_layers adapts layers that are built later, and finish_injection checks that each option names something.
+
+    Args:
+        listing: of the model.
+        config: the options.
+        seed: the text that adapters are drawn from, or "" for the state of the random stream at each layer.
+        given: the options that the user gave.
     """
     record = Injection(config, seed=seed, given=given)
     with Turn("inject", [record.writer]):
@@ -337,7 +362,7 @@ def _begin(listing: Listing, record: Injection, scope: str = "") -> AdaptedModel
 
 
 def finish_injection(handle: AdaptedModel) -> None:
-    """Check that each entry of the options names something, now that all layers are there.
+    """Check that each entry of the options names something, when all layers are built.
 
     Raises:
         LoRAError: an entry names nothing. The adapters are then taken out.
@@ -362,7 +387,7 @@ def finish_injection(handle: AdaptedModel) -> None:
 
 
 def adapt_new_layers(handle: AdaptedModel) -> None:
-    """Adapt the layers that the config names and that are not adapted yet, and freeze what is new. In place."""
+    """Adapt the named layers that are not adapted yet, and freeze new parameters. In place."""
     with Turn("inject", [handle.record.writer]):
         _adapt_new_layers(handle)
 
@@ -408,7 +433,7 @@ def _adapt_new_layers(handle: AdaptedModel) -> None:
 
 
 def _prepare_modules_(handle: AdaptedModel) -> None:
-    """Let the modules around adapted layers do right by these: readers, fast paths, checkpointing, loading."""
+    """Patch the modules that use adapted layers: readers of weights, fast paths, checkpointing, loading. In place."""
     modules = [module for _, module in handle.root_modules]
     keep_gradients_(modules)
     patch_readers(modules)
@@ -420,7 +445,7 @@ def _prepare_modules_(handle: AdaptedModel) -> None:
 
 
 def strip_adapters(handle: AdaptedModel) -> None:
-    """Take the adapters out, but leave patched methods. In place."""
+    """Take the adapters out; patched methods stay. In place."""
     record, modules = handle.record, [module for _, module in handle.root_modules]
     allow_packing_(modules)
     for each in handle.base():
@@ -428,7 +453,7 @@ def strip_adapters(handle: AdaptedModel) -> None:
         if kept is not None and each.leaf in kept.get("requires_grad", ()):
             each.parameter.requires_grad_(kept["requires_grad"][each.leaf])
     for layer in adapted_layers(handle.root, modules=handle.root_modules).values():
-        with layer.lora.lock:  # not while W + delta stands in for the weight in another thread's forward
+        with layer.lora.lock:  # another thread's forward may have W' in the weight's place
             layer.strip_()
     handle.look_for_layers_again()
     patch_readers(modules)
@@ -439,10 +464,10 @@ def strip_adapters(handle: AdaptedModel) -> None:
 
 
 def fixed_seed(seed: int, verb: str = "inject") -> str:
-    """Return a user's seed as the text that adapters are drawn from.
+    """Return the text that adapters are drawn from for a seed that the user gave.
 
     Raises:
-        LoRAError: it is not a whole number; the message begins with the verb.
+        LoRAError: the seed is not a whole number. The message begins with the verb.
     """
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise LoRAError(f"{verb}: seed must be a whole number, but it is {seed!r}.")
@@ -450,11 +475,12 @@ def fixed_seed(seed: int, verb: str = "inject") -> str:
 
 
 def random_seed() -> str:
-    """Return a text that tells the state of torch's random stream, without advancing it."""
+    """Return a text made from the state of torch's random stream, which is not advanced."""
     return hashlib.sha256(bytes(torch.get_rng_state().tolist())).hexdigest()
 
 
 def _refuse_other(earlier: AdaptedModel, config: LoRAConfig, merge_weights: bool, seed: int | None) -> None:
+    """Raise LoRAError where an injected model was injected elsewhere or with other arguments."""
     model, record, differences = earlier.model, earlier.record, earlier.record.config.differences(config)
     if earlier.root is not model:
         where = earlier.prefix.removesuffix(".") or earlier.inside.removesuffix(".")
@@ -471,7 +497,7 @@ def _refuse_other(earlier: AdaptedModel, config: LoRAConfig, merge_weights: bool
 
 
 def _record_resized(handle: AdaptedModel) -> None:
-    """Let resized embeddings belong to the adapter, as in PEFT: their new rows are others in each program."""
+    """Record resized embeddings as trained, as PEFT does, because each program fills their new rows differently."""
     resized = {id(weight) for weight in resized_embeddings(handle.root_modules) if not weight.is_meta}
     trained = handle.marked("trained")
     for name, parameter, module, leaf in handle.base() if resized else ():
@@ -481,6 +507,7 @@ def _record_resized(handle: AdaptedModel) -> None:
 
 
 def _set_active(modules: Iterable[nn.Module], active: Mapping[AdaptedWeights, bool]) -> None:
+    """Let each adapter act or not. In place."""
     for layer, is_active in active.items():
         layer.lora_active = is_active
     update_fast_paths(modules)
@@ -488,6 +515,7 @@ def _set_active(modules: Iterable[nn.Module], active: Mapping[AdaptedWeights, bo
 
 @contextmanager
 def _leaving_no_trace(handle: AdaptedModel) -> Iterator[None]:
+    """Take adapters and patches out where the block raises."""
     try:
         yield
     except BaseException:
@@ -497,24 +525,33 @@ def _leaving_no_trace(handle: AdaptedModel) -> Iterator[None]:
 
 
 def _freeze(handle: AdaptedModel, scope: str, new: Mapping[str, nn.Module], saved: Mapping[str, nn.Module]) -> None:
+    """Freeze base parameters, but for chosen biases and the modules that are trained whole. In place.
+
+    Args:
+        handle: of the model; its record notes requires_grad from before.
+        scope: the beginning of the names for which the option `bias` counts.
+        new: the layers that are about to be adapted.
+        saved: the modules that are trained whole.
+    """
     record = handle.record
     trainable = {id(parameter) for module in saved.values() for parameter in module.parameters()}
     if record.config.bias == "lora_only":
         trainable |= {id(module.bias) for module in new.values() if getattr(module, "bias", None) is not None}
     for name, parameter, module, leaf in handle.base():
         known = record.keep(module).setdefault("requires_grad", {})
-        rebuilt = new or is_sharded(parameter)  # then what was frozen may not be frozen any more
+        rebuilt = new or is_sharded(parameter)  # a parameter that was frozen may have been replaced by a trainable one
         if leaf in known and (not rebuilt or "trained" in record.marks(module).get(leaf, ())):
             continue
         if leaf not in known:
             known[leaf] = parameter.requires_grad
-            record.fingerprint = {}  # of a base without this one
+            record.fingerprint = {}  # it was taken of a base without this parameter
         is_bias = leaf == "bias" and name.startswith(scope)  # PEFT's rule: no in_proj_bias
         everywhere = record.config.bias == "all" and is_bias
         parameter.requires_grad_(parameter.is_floating_point() and (everywhere or id(parameter) in trainable))
 
 
 def _spec(name: str, record: Injection, seed: str) -> LayerSpec:
+    """Return what the options say of the adapter of one layer or parameter."""
     config = record.config
     return LayerSpec(
         r=config.rank(name),
@@ -531,12 +568,12 @@ def _spec(name: str, record: Injection, seed: str) -> LayerSpec:
 
 
 def _number(text: str) -> int:
-    """Return a seed for a generator out of a text."""
+    """Return a generator's seed made from a text."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 def _adapt_table(handle: AdaptedModel, name: str, module: nn.Module, rows: tuple[int, ...]) -> None:
-    """Train rows of a table, the same ones as those of the table that it is tied to."""
+    """Train rows of a table. A table whose weight is adapted under another name shares the rows of that one."""
     record = handle.record
     tied = table_adapters(module for _, module in handle.root_modules).get(id(module.weight))
     if tied is not None:
@@ -550,13 +587,14 @@ def _adapt_table(handle: AdaptedModel, name: str, module: nn.Module, rows: tuple
 
 
 def _with_factors(layer: AdaptedWeights) -> AdaptedWeights:
+    """Return the adapter with its tensors, created in the weight's dtype, or in float32 for 16-bit weights."""
     dtype = layer.weight_dtype()
     layer.create_(torch.float32 if dtype in HALF and layer.lora.spec.keep_float32 else dtype)
     return layer
 
 
 def _merge_by_mode(module: nn.Module, previous: Callable[..., Any] | None, mode: bool = True) -> nn.Module:
-    """train() of an injected module with merge_weights: called at the root, so that all layers merge or none."""
+    """Replace train() of a module that was injected with merge_weights: merge or unmerge all layers at once."""
     call_previous(module, previous, "train", mode)
     (unmerge if mode else merge)(module)
     return module

@@ -1,4 +1,4 @@
-"""Adapters that are too large for their layers, which is hardly meant."""
+"""Name adapters that have more parameters than the weights that they adapt."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from ..nn.low_rank import SINGLE
 
 @dataclass(frozen=True)
 class LargeAdapter:
-    """Sizes of an adapter, and of what it adapts: a matrix, or several as in a stack of experts."""
+    """Sizes of an adapter and of the weights that it adapts, which are several in a stack of experts."""
 
     name: str
     rank: int
     parameters: int  # of A and B
-    weights: int  # that they adapt
-    most_rank: int  # that an update can have: the smaller side of its matrix
-    trains_whole: bool  # modules_to_save may name it: it is a layer, with a weight that takes a gradient
+    weights: int  # of the adapted matrices
+    most_rank: int  # the highest rank that an update can have: the smaller side of its matrix
+    trains_whole: bool  # the layer can be trained whole by modules_to_save
 
     def __str__(self) -> str:
         useless = f"; no update has a rank above {self.most_rank}" if self.rank > self.most_rank else ""
@@ -30,10 +30,10 @@ class LargeAdapter:
 
 
 def describe_large_adapters(layers: Mapping[str, AdaptedWeights]) -> str:
-    """Name the adapters that are too large, and what to do; "" without any.
+    """Return a sentence that names the adapters that are too large and says what to do, or "" where none is.
 
-    They have more parameters than the weights that they adapt, as each one has whose r is beyond the smaller side of
-    its matrix. An adapter of rank 1 cannot be smaller.
+    An adapter is too large when it has more parameters than the weights that it adapts. Every adapter is whose r is
+    above the smaller side of its matrix. An adapter of rank 1 is not named, because it cannot be smaller.
     """
     measured = (_measure(name, layer) for name, layer in layers.items() if layer.kind())
     large = [each for each in measured if each.rank > 1 and each.parameters > each.weights]
@@ -46,14 +46,14 @@ def describe_large_adapters(layers: Mapping[str, AdaptedWeights]) -> str:
 
 
 def warn_of_large_adapters(layers: Mapping[str, AdaptedWeights]) -> None:
-    """Warn, once for all of them, of adapters that are too large for their layers."""
+    """Warn of all adapters that are too large for their layers, in one warning."""
     described = describe_large_adapters(layers)
     if described:
         warnings.warn(f"lightning_lora: {described}", stacklevel=2)
 
 
 def _measure(name: str, layer: AdaptedWeights) -> LargeAdapter:
-    """Take the sizes from the blocks of the layer's weights, made of factors without values."""
+    """Return an adapter's sizes. They are taken from low-rank blocks without values, on the meta device."""
     stored = {leaf: torch.empty(tensor.shape, device="meta") for leaf, tensor in layer.stored().items()}
     blocks = [block for of_weight in layer.update_blocks(stored).values() for block in of_weight]
     return LargeAdapter(

@@ -1,4 +1,4 @@
-"""The live tensors of an injected model by name, listed once for a call that compares them or writes into them."""
+"""The live tensors of an injected model by name, listed once for a call that reads, compares or writes them."""
 
 from __future__ import annotations
 
@@ -15,17 +15,14 @@ from .named_state import StateEntry
 
 
 class LiveState:
-    """What an injected model holds, as state dicts name it.
+    """The tensors and extra states of an injected model, by the names of its state dict.
+
+    `keys` and `values` know what was recorded as trained. open_state records parameters that were unfrozen first.
 
     Attributes:
         handle: the model.
         entries: each name with its live tensor (None for extra state) and owner, see state_of.
         tensors: the live tensors by name.
-
-    Example::
-
-        live = LiveState(open_model(model, "save_adapter"))
-        trained = [name for name in live.keys if live.tensors[name] is not None]
     """
 
     def __init__(self, handle: AdaptedModel) -> None:
@@ -40,8 +37,10 @@ class LiveState:
 
     @cached_property
     def keys(self) -> list[str]:
-        """The names of all that training can change: factors, ever-trainable parameters, persistent buffers."""
-        self.handle.record_trainable()
+        """The names of all that training can change: factors, parameters recorded as trained, persistent buffers.
+
+        A trainable parameter outside of the injected module is among them, too.
+        """
         trained, base = self.handle.marked("trained"), {id(each.parameter) for each in self.handle.base()}
         return [
             name
@@ -49,11 +48,11 @@ class LiveState:
             if not isinstance(tensor, nn.Parameter)
             or id(tensor) in trained
             or is_factor(name, owner)
-            or (tensor.requires_grad and id(tensor) not in base)  # around the injected module
+            or (tensor.requires_grad and id(tensor) not in base)  # outside of the injected module
         ]
 
     def values(self) -> dict[str, Any]:
-        """Return what `keys` names, without the adapter in it: detached tensors of the live memory, extra state."""
+        """Return the values of `keys`: detached live tensors, extra states, and W where a weight is merged now."""
         wanted = set(self.keys)
         return {
             name: owner.get_extra_state() if tensor is None else original_value(name, tensor, owner)
@@ -62,8 +61,26 @@ class LiveState:
         }
 
 
+def open_state(handle: AdaptedModel) -> LiveState:
+    """Record base parameters that were unfrozen since injection, and list the model's tensors.
+
+    Example::
+
+        live = open_state(open_model(model, "save_adapter"))
+        trained = [name for name in live.keys if live.tensors[name] is not None]
+    """
+    handle.record_trainable()
+    return LiveState(handle)
+
+
 def original_value(name: str, tensor: torch.Tensor, module: nn.Module) -> torch.Tensor:
-    """Return a tensor of state_of as it is without the adapter, detached: live, or a restored copy while merged."""
+    """Return a tensor of state_of without the adapter, detached: the live one, or a restored copy of a merged weight.
+
+    Args:
+        name: in the state dict; its last segment is the name in the module.
+        tensor: the live tensor.
+        module: its owner.
+    """
     if isinstance(tensor, nn.Parameter):
         leaf = name.rpartition(".")[2]
         adapter = adapter_of(module, leaf)

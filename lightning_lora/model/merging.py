@@ -1,4 +1,4 @@
-"""merge, unmerge and merged: write W' into all adapted layers of a model or into none, and take it out again."""
+"""merge, unmerge and merged: write W' into all adapted layers of a model or into none, and restore W bit for bit."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ if TYPE_CHECKING:
 
 Weights = Mapping[str, torch.Tensor]  # of a layer, by name
 
-COPY_BUDGET = 64 * 2**20  # bytes of plain copies of small weights, which are faster than storing values
+COPY_BUDGET = 64 * 2**20  # bytes for plain copies of small weights, which are restored faster than stored corrections
 
 
 def is_merged(model: nn.Module) -> bool:
-    """Return whether merge was called and not undone, also where a tied layer had to stay factored.
+    """Return whether merge was called and not undone, even if some layers had to stay factored.
 
     Example::
 
@@ -59,16 +59,17 @@ def holds_merged(layers: Iterable[AdaptedWeights]) -> bool:
 
 
 def merge(model: nn.Module) -> None:
-    """Write W' = W + s * B @ A into every adapted layer's weight; unmerge takes it out bit for bit. In place.
+    """Write W' = W + s * B @ A into every adapted layer's weight; unmerge restores W bit for bit. In place.
 
-    Harmless when repeated, and inside disable_adapter. A layer whose weight has another owner, renormalises itself or
-    is quantised stays factored. The first merge of 16-bit layers logs what rounding W' costs.
+    Harmless when repeated, and inside disable_adapter. A layer stays factored where another module shares its weight,
+    where it renormalises its weight, and where its weight is quantised. The first merge of 16-bit layers logs the cost
+    of rounding W'.
 
-    Collective: every rank of a sharded model calls this; the factors are gathered, the weights never.
+    Collective: every rank of a sharded model calls this. The factors are gathered, the weights are not.
 
     Raises:
-        LoRAError: the model has no adapted layer, or one was replaced since. Every layer is then unmerged.
-        NonFiniteError: a layer's W' is not finite, on any rank. Every layer is then unmerged.
+        LoRAError: the model has no adapted layer, or an adapted layer was replaced. Every layer is then unmerged.
+        NonFiniteError: W' of a layer is not finite on some rank. Every layer is then unmerged.
 
     Example::
 
@@ -82,7 +83,7 @@ def merge(model: nn.Module) -> None:
 
 
 def merge_listed(listing: Listing) -> None:
-    """Do what merge does, for a listed model. In place."""
+    """Do what merge does for a listed model. In place."""
     refuse_replaced_layers(listing, "merge")
     _require_layers(listing, "merge")
     with take_turn(listing.layers.values(), "merge"):
@@ -93,12 +94,12 @@ def merge_listed(listing: Listing) -> None:
 
 
 def _is_pending(layer: AdaptedWeights) -> bool:
-    """Return whether a layer is to be merged; merging one that was broken off takes that back first."""
+    """Return whether merge has work to do on a layer. A merge that was broken off is undone and done again."""
     return (layer.lora_active and not layer.lora.merged) or layer.lora.unfinished
 
 
 def _merge_pending(listing: Listing, pending: Mapping[str, AdaptedWeights]) -> None:
-    """Merge the pending ones of a model's layers, all of them or none."""
+    """Merge the pending layers of a model, all of them or none. In place."""
     restore_shards_(listing)
     weights = {layer: layer.own_weights() for layer in listing.layers.values()}
     main_weights = {layer: next(iter(weights[layer].values())) for layer in pending.values()}
@@ -123,7 +124,7 @@ def _merge_pending(listing: Listing, pending: Mapping[str, AdaptedWeights]) -> N
         report_factored(pending.values())
         update_fast_paths(module for _, module in listing.modules)
 
-    with torch.no_grad():  # once, for it takes longer than a small layer's sum
+    with torch.no_grad():  # once for all layers, because entering it takes longer than merging a small layer
         run_undisturbed(write, partial(_restore_all, listing), "merge")
 
 
@@ -132,7 +133,7 @@ def unmerge(model: nn.Module) -> None:
 
     Raises:
         LoRAError: the model has no adapted layer, or a weight cannot be restored because something changed it while
-            it was merged. The other layers are restored, and nothing is saved from the damaged one.
+            it was merged. The other layers are restored; the changed weight is left as it is and cannot be saved.
 
     Example::
 
@@ -148,7 +149,7 @@ def unmerge(model: nn.Module) -> None:
 
 
 def unmerge_listed(listing: Listing) -> None:
-    """Do what unmerge does, for a listed model. In place."""
+    """Do what unmerge does for a listed model. In place."""
     _require_layers(listing, "unmerge")
     with take_turn(listing.layers.values(), "unmerge"), torch.no_grad():
         restore_shards_(listing)
@@ -158,12 +159,12 @@ def unmerge_listed(listing: Listing) -> None:
 
 @contextmanager
 def merged(model: nn.Module) -> Iterator[nn.Module]:
-    """Merge the model inside; outside it is as it was found, merged or not, also after an exception.
+    """Merge the model inside; afterwards it is merged or not as it was found, even after an exception.
 
-    Where a model that merges by its mode (inject's merge_weights) has changed its mode inside, that decides.
+    A model that was injected with merge_weights and changes its mode inside is merged or not as the new mode says.
 
     Raises:
-        LoRAError: as merge; or another thread is changing the model, which none but this one may do inside.
+        LoRAError: as merge; or another thread changes the model before the block ends.
 
     Example::
 
@@ -181,7 +182,7 @@ def merged(model: nn.Module) -> Iterator[nn.Module]:
         end = Ending(turn, FoundState(listing).bring_back)
         try:
             try:
-                merge_listed(listing)  # a signal's handler runs when it is done
+                merge_listed(listing)  # signal handlers wait until it is done
                 yield model
             finally:
                 end()
@@ -190,26 +191,26 @@ def merged(model: nn.Module) -> Iterator[nn.Module]:
 
 
 class FoundState:
-    """Whether a model was merged, to be brought back after a `with` block."""
+    """Remember whether a model was merged, and bring that back after a `with` block."""
 
     def __init__(self, listing: Listing) -> None:
-        """Take a model as it is listed before the block."""
+        """Note the state of a model that was listed before the block."""
         layers = listing.layers.values()
         self.model, self.merged = listing.model, any(each.lora.merged for each in layers)
         records = {id(each.lora.injection): each.lora.injection for each in layers}
         roots = (record.root() for record in records.values() if record.merge_weights and record.root is not None)
-        self.modes = {root: root.training for root in roots if root is not None}  # of what merges by its mode
+        self.modes = {root: root.training for root in roots if root is not None}  # of roots injected with merge_weights
 
     def is_to_be_merged(self) -> bool:
-        """Return what it was; where it merges by its mode and that is another now, what the mode says."""
+        """Return whether the model was merged; after a change of mode with merge_weights, what the mode says."""
         changed = [root.training for root, training in self.modes.items() if root.training != training]
         return not changed[0] if changed else self.merged
 
     def bring_back(self, listing: Listing | None = None) -> None:
-        """Merge or unmerge the model. In place.
+        """Merge or unmerge the model as it was found. In place.
 
         Args:
-            listing: of the model as it is now, where the caller has one; the block may have replaced layers.
+            listing: of the model after the block, which may have replaced layers; made here where it is left out.
         """
         listing = listing or Listing(self.model)
         if holds_merged(listing.layers.values()) != self.is_to_be_merged():
@@ -217,10 +218,10 @@ class FoundState:
 
 
 def restore_shards_(listing: Listing) -> None:
-    """Put the shards of a sharded model back in place of weights that FSDP2 gathered. In place.
+    """Put the shards of a sharded model back in place of weights that FSDP2 has gathered. In place.
 
     Raises:
-        LoRAError: FSDP2 still shows a gathered weight.
+        LoRAError: a weight is still gathered, because fully_shard was called on a module outside of this one.
     """
     layers = listing.layers
     reshard_(module for _, module in listing.modules)
@@ -243,9 +244,9 @@ def _require_layers(listing: Listing, verb: str) -> None:
 
 
 def _affordable_copies(layers: Mapping[AdaptedWeights, Weights]) -> set[AdaptedWeights]:
-    """The unmerged ones of these layers for whose weights a plain copy fits into the budget, smallest first.
+    """Return the unmerged layers whose weights are copied before a merge: the smallest ones that fit the budget.
 
-    Where a rank's shard is no larger than A, a copy takes less memory than values and factors: these are free.
+    A copy of a shard that is no larger than A costs nothing, because stored corrections and factors take more memory.
     """
     copies = [record.copy for layer in layers for record in layer.lora.records.values() if record.copy is not None]
     budget = COPY_BUDGET - sum(copy.nbytes for copy in copies)
@@ -276,7 +277,7 @@ def _merge_layer(
 
 
 def _restore_all(listing: Listing) -> None:
-    """Unmerge every layer; where an exception breaks this off, another call completes it."""
+    """Unmerge every layer. Another call completes the work where an exception broke it off. In place."""
     try:
         _unmerge_all(listing.layers)
     finally:
@@ -298,31 +299,36 @@ def _unmerge_all(layers: Mapping[str, AdaptedWeights]) -> None:
 
 
 class _Fidelity:
-    """Measures what rounding W' to 16 bits costs: of each layer once, or at each merge where the record says so."""
+    """Measure the cost of rounding W' to 16 bits: once for each layer, or at each merge where the record says so."""
 
     def __init__(self, weights: Mapping[AdaptedWeights, torch.Tensor], sync: RankSync) -> None:
-        """Take the layers, each with the first of its weights."""
+        """Choose the layers to measure.
+
+        Args:
+            weights: the pending layers, each with the first of its weights.
+            sync: sums over the ranks.
+        """
         self.weights = weights
         in_16_bits = [layer for layer, weight in weights.items() if weight.dtype in HALF]
         self.unreported = [layer for layer in in_16_bits if not layer.lora.rounding_reported]
         self.layers = {*self.unreported, *(layer for layer in in_16_bits if layer.lora.injection.measures_rounding)}
         self.sync = sync
-        self.metrics: dict[float, MergeFidelity] = {}  # by the share that a rank's shard has in the ranks' sum
+        self.metrics: dict[float, MergeFidelity] = {}  # by the share of this rank's part in the sum over ranks
 
     def observer(self, layer: AdaptedWeights) -> Observer | None:
-        """Return the function to call with each merged chunk of a layer, or None where nothing is to be measured."""
+        """Return a function to call with each merged chunk of a layer, or None for a layer that is not measured."""
         if layer not in self.layers:
             return None
         share = self.sync.share(self.weights[layer])
         if share not in self.metrics:
-            from ..metrics import MergeFidelity  # torchmetrics imports much
+            from ..metrics import MergeFidelity  # imported late, because torchmetrics takes long to import
 
-            with torch.inference_mode(False):  # it is updated outside
+            with torch.inference_mode(False):  # inference tensors could not be updated outside of it
                 self.metrics[share] = MergeFidelity(sync_on_compute=False)
         return self.metrics[share].update
 
     def report(self) -> None:
-        """Note and log the share of the adapter that rounding loses, unless B is still zero everywhere. Collective."""
+        """Record and log the share of the adapter that rounding loses; nothing while every B is zero. Collective."""
         if not self.layers:
             return
         sums = [torch.stack([metric.error, metric.reference]) * share for share, metric in self.metrics.items()]

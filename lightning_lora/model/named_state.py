@@ -1,4 +1,4 @@
-"""A model's live tensors by the names of its state dict, also while it is merged or sharded."""
+"""The live tensors of a model by the names of its state dict, merged and sharded models too."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ StateEntry = tuple[str, torch.Tensor | None, nn.Module]  # name, live tensor (No
 
 
 class BaseParameter(NamedTuple):
-    """A parameter that is no adapter's, with the first module that owns it and its name in there."""
+    """A parameter that belongs to no adapter, with the first module that owns it and the name in that module."""
 
     name: str
     parameter: nn.Parameter
@@ -26,19 +26,22 @@ class BaseParameter(NamedTuple):
 
 
 def named_state(model: nn.Module, *, raw: bool = False) -> Iterator[StateEntry]:
-    """Yield the names of model.state_dict(), each with its live tensor and its owner.
+    """Yield each name of model.state_dict() with its live tensor and its owner, see state_of.
 
-    Names are without the segments of wrappers unless `raw`.
+    Args:
+        model: any module.
+        raw: leave the segments of wrappers in the names.
     """
     places = model.named_modules(remove_duplicate=False)
     yield from state_of([(name if raw else canonical(name), module) for name, module in places])
 
 
 def state_of(places: Places) -> Iterator[StateEntry]:
-    """Yield the names of a model's state dict, each with its live tensor and its owner.
+    """Yield each name of a model's state dict with its live tensor and its owner.
 
-    Unlike state_dict() this restores no merged weight. A shared module or parameter comes under each of its names.
-    Sharded parameters are the shards. Inside disable_adapter they are the trained ones, as outside.
+    A merged weight is yielded as it is, where state_dict() would restore W. A shared module or parameter is yielded
+    under each of its names. Sharded parameters are yielded as shards. Inside disable_adapter the trained tensors are
+    yielded, as outside.
 
     Args:
         places: every module of the model, under every name.
@@ -53,7 +56,7 @@ def state_of(places: Places) -> Iterator[StateEntry]:
 
 
 def own_state(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the live parameters and persistent buffers of one module, without those of modules inside."""
+    """Return one module's own live parameters and persistent buffers by name, without those of its children."""
     stand_ins, passing = base_places(module), module._non_persistent_buffers_set
     own: dict[str, torch.Tensor] = {n: p for n, p in module._parameters.items() if p is not None}
     own |= {name: buffer for name, buffer in module._buffers.items() if buffer is not None and name not in passing}
@@ -61,13 +64,13 @@ def own_state(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters without those of adapters; a shared one under its first name."""
+    """Return a model's parameters that belong to no adapter, by name; a shared parameter under its first name."""
     modules = [(canonical(name), module) for name, module in model.named_modules()]
     return {each.name: each.parameter for each in base_parameters_of(modules)}
 
 
 def base_parameters_of(modules: Places) -> list[BaseParameter]:
-    """Return the parameters of a model without those of adapters, each once.
+    """Return a model's parameters that belong to no adapter, each once.
 
     Args:
         modules: every module of the model, under its first name.

@@ -12,7 +12,8 @@ from ..errors import LoRAError
 from ..nn.adapted_weights import AdaptedWeights
 from .adapted_model import AdaptedModel, open_model
 
-LR_RATIO, LR_EMBEDDING = 16.0, 1e-6  # the ratio is the paper's, the other rate that of its authors' code and PEFT's
+LR_RATIO = 16.0  # the paper's
+LR_EMBEDDING = 1e-6  # as in the code of the paper's authors, and in PEFT
 FACTOR_A, FACTOR_B, EMBEDDING, OTHER, NO_DECAY = GROUPS = ("lora_A", "lora_B", "lora_embedding", "other", "no_decay")
 FACTORS = {"A": FACTOR_A, "B": FACTOR_B}  # by role
 
@@ -25,27 +26,25 @@ def lora_param_groups(
     weight_decay: float = 0.0,
     lr_embedding: float = LR_EMBEDDING,
 ) -> list[dict[str, Any]]:
-    """Return what an optimizer is given to train B at lr_ratio times the learning rate of A (arXiv:2402.12354).
+    """Return an optimizer's parameter groups, in which B learns at lr_ratio times the rate of A (arXiv:2402.12354).
 
         name             learning rate   weight decay   holds
         lora_A           lr              yes            A
         lora_B           lr * lr_ratio   yes            B
         lora_embedding   lr_embedding    yes            A and B of embeddings
-        other            lr              yes            what is trained whole, as modules_to_save; matrices of variants
+        other            lr              yes            matrices of modules_to_save, and other matrices of variants
         no_decay         lr              no             biases, norms and other vectors; rows of embeddings
-
-    A variant says which of its matrices is its A or B (Variant.role); all others are in `other`.
 
     Args:
         model: an injected model; it may be sharded or compiled.
         lr: learning rate of A.
-        lr_ratio: of B's learning rate to A's. With one above 1, lr is best a little lower than without.
-        weight_decay: of the groups that have one.
+        lr_ratio: B's learning rate divided by A's. Above 1, choose lr a little lower than without groups.
+        weight_decay: of all groups but no_decay.
         lr_embedding: learning rate of A and B of embeddings.
 
     Returns:
         The groups that hold a trainable parameter, each a dict with params, lr, weight_decay and name. A parameter
-        that layers share comes once.
+        that layers share is listed once.
 
     Raises:
         LoRAError: the model was not injected, or a number is out of its range.
@@ -59,25 +58,25 @@ def lora_param_groups(
         {'lora_A': 0.0001, 'lora_B': 0.0016}
     """
     lr, lr_ratio, weight_decay, lr_embedding = map(plain_number, (lr, lr_ratio, weight_decay, lr_embedding))
-    for name, value in (("lr", lr), ("weight_decay", weight_decay), ("lr_embedding", lr_embedding)):
-        if not is_number(value) or value < 0:
-            raise LoRAError(f"lora_param_groups: {name} must be a number from 0, but it is {value!r}.")
+    _check_not_negative(lr=lr, weight_decay=weight_decay, lr_embedding=lr_embedding)
     check_ratio(lr_ratio, "lora_param_groups")
-    handle = open_model(model, "lora_param_groups")
-    rates = {FACTOR_B: lr * lr_ratio, EMBEDDING: lr_embedding}
+    groups = grouped_parameters(open_model(model, "lora_param_groups"))
+    rates, decays = {FACTOR_B: lr * lr_ratio, EMBEDDING: lr_embedding}, {NO_DECAY: 0.0}
     return [
-        {
-            "params": parameters,
-            "lr": rates.get(name, lr),
-            "weight_decay": 0.0 if name == NO_DECAY else weight_decay,
-            "name": name,
-        }
-        for name, parameters in grouped_parameters(handle).items()
+        {"params": each, "lr": rates.get(name, lr), "weight_decay": decays.get(name, weight_decay), "name": name}
+        for name, each in groups.items()
     ]
 
 
+def _check_not_negative(**numbers: float) -> None:
+    """Raise LoRAError for the first argument that is no finite number of at least 0."""
+    for name, value in numbers.items():
+        if not is_number(value) or value < 0:
+            raise LoRAError(f"lora_param_groups: {name} must be a number from 0, but it is {value!r}.")
+
+
 def check_ratio(lr_ratio: float, where: str) -> None:
-    """Raise LoRAError where the ratio of two learning rates is no number above 0."""
+    """Raise LoRAError, which begins with `where`, for a ratio of learning rates that is no number above 0."""
     if not is_number(plain_number(lr_ratio)) or lr_ratio <= 0:
         raise LoRAError(f"{where}: lr_ratio must be a number above 0, but it is {lr_ratio!r}.")
 
@@ -103,9 +102,9 @@ def _parameters(handle: AdaptedModel) -> dict[nn.Parameter, str]:
 
 
 def _groups_of_factors(layers: Iterable[AdaptedWeights]) -> dict[nn.Parameter, str]:
-    """Return the group of each parameter of an adapter, by the role that its variant gives it.
+    """Return the group of each trained tensor of the adapters, by its role in the variant (Variant.role).
 
-    Vectors, which scale something, and rows of a table must not shrink.
+    Vectors are scales, and rows replace rows of a table. Weight decay would shrink both toward zero, so they get none.
     """
     groups = {}
     for adapter in layers:
@@ -120,4 +119,5 @@ def _groups_of_factors(layers: Iterable[AdaptedWeights]) -> dict[nn.Parameter, s
 
 
 def _group_of_other(name: str, parameter: nn.Parameter) -> str:
+    """Return the group of a trainable parameter of the base."""
     return NO_DECAY if parameter.dim() < 2 or "bias" in name else OTHER

@@ -1,4 +1,4 @@
-"""What "all-linear" passes over in a model: which kinds of weights, and what share of the parameters each one is."""
+"""Describe what "all-linear" passes over in a model: the kinds of weights, and each kind's share of the parameters."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from ..names import matcher, parent_names
+from ..matching import matcher
+from ..names import parent_names
 from ..nn.adapted_module import Swapped, is_factor
 from ..nn.adapted_weights import adapters_in
 from ..nn.layer_kinds import layer_class
@@ -19,23 +20,25 @@ from ..nn.variant import variant_of
 from .adapted_model import AdaptedModel
 from .injection import Injection
 
-MOST_KINDS, LEAST_SHARE = 6, 0.0005  # of which each is told
-NEARLY_ALL = 0.9  # a share above this is hardly meant
-# Of a foreign class with such a name, the module is told.
+MOST_KINDS, LEAST_SHARE = 6, 0.0005  # kinds that a message names, and the least share of such a kind
+NEARLY_ALL = 0.9  # a larger share is probably a mistake
+# Another library's class with one of these names is shown with its module path.
 NAMES_OF_LAYERS = ("Linear", "Conv1D", "Conv1d", "Conv2d", "Conv3d", "Embedding", "MultiheadAttention")
 
 
 def describe_passed_over(handle: AdaptedModel, saved: Collection[str]) -> tuple[str, bool]:
-    """Return what share of the parameters is passed over, and of which kinds of weights.
+    """Describe the weights that "all-linear" passes over.
 
-    It is "" where as good as every weight is adapted, trained, excluded or named. Beside it: whether this is nearly all
-    of the model, and some of it could be adapted by name, which is then said.
-
-    Vectors (biases, norms, scales of layers, a class token) are no weights, however many dimensions they have.
+    Vectors (biases, norms, scales of layers, a class token) are no weights, however many dimensions they have. Layers
+    that "all-linear" leaves out by name are not counted.
 
     Args:
-        handle: of an injected model. Layers that it has left out one by one are not counted.
+        handle: of an injected model.
         saved: the names of the modules that are trained whole.
+
+    Returns:
+        The share of the parameters that is passed over with its kinds of weights, or "" where it is next to nothing;
+        and whether it is nearly all of the model while some of it could be adapted by name.
     """
     found = _gather(handle, saved)
     total = sum(shape_of(each.parameter).numel() for each in handle.base())
@@ -56,15 +59,16 @@ def describe_passed_over(handle: AdaptedModel, saved: Collection[str]) -> tuple[
 
 @dataclass
 class _Found:
-    """The weights that are passed over."""
+    """The weights that are passed over, by kind: a class, and the parameter's name where it is not "weight"."""
 
-    sizes: Counter[str] = field(default_factory=Counter)  # parameters, by kind
-    counts: Counter[str] = field(default_factory=Counter)  # modules, by kind
-    single: dict[str, None] = field(default_factory=dict)  # names of parameters that can be adapted by themselves
+    sizes: Counter[str] = field(default_factory=Counter)  # parameters of each kind
+    counts: Counter[str] = field(default_factory=Counter)  # modules of each kind
+    single: dict[str, None] = field(default_factory=dict)  # names of parameters that target_parameters can adapt
     examples: dict[str, str] = field(default_factory=dict)  # the first layer of each kind that can be adapted by name
 
 
 def _gather(handle: AdaptedModel, saved: Collection[str]) -> _Found:
+    """Find the weights that are passed over, each once."""
     record, left_out = handle.record, handle.left_out()
     excluded, found = matcher(record.config.exclude_modules), _Found()
     seen: set[int] = set()
@@ -92,18 +96,19 @@ def _gather(handle: AdaptedModel, saved: Collection[str]) -> _Found:
 
 
 def warn_of_passed_over(record: Injection) -> None:
-    """Warn, once a model, where "all-linear" passes over nearly all of it."""
+    """Warn once a model where "all-linear" passes over nearly all of it."""
     if record.passes_over_nearly_all:
         record.passes_over_nearly_all = False
         warnings.warn(f"lightning_lora: 'all-linear' passes over {record.passed_over}.", stacklevel=4)
 
 
 def is_matrix(parameter: nn.Parameter) -> bool:
-    """Return whether a parameter has several rows and several columns, and is no vector with dimensions of one."""
+    """Return whether at least two dimensions of a parameter are larger than 1."""
     return sum(size > 1 for size in shape_of(parameter)) > 1
 
 
 def _kind(module: nn.Module, leaf: str) -> str:
+    """Return the kind of a module's own parameter, for messages."""
     cls = module.lora_base if isinstance(module, Swapped) else type(module)
     if isinstance(module, nn.MultiheadAttention):
         return f"{cls.__name__}.in_proj"

@@ -1,4 +1,4 @@
-"""Methods replaced on one module, in a way that deepcopy and pickle follow."""
+"""Replace methods of single modules in a way that copies and pickles of the modules keep."""
 
 from __future__ import annotations
 
@@ -10,29 +10,35 @@ from torch import nn
 
 
 def patch(module: Any, name: str, function: Callable[..., Any]) -> None:
-    """Shadow a method of one module with function(module, previous, ...).
+    """Replace a method of one module by function(module, previous, ...). In place; harmless when repeated.
 
-    `previous` is what shadowed the class's method before, or None. A closure would not pickle, and a copy of it would
-    act on the original module.
+    The patch is a functools.partial, because a closure cannot be pickled and a copied closure acts on the original
+    module.
+
+    Args:
+        module: the module.
+        name: of the method.
+        function: called with the module, the earlier replacement of the method on this module (or None), and the
+            caller's arguments. It is a function of a module of this package, so that unpatch finds it.
     """
     if not is_patched(module, name, function):
         setattr(module, name, functools.partial(function, module, vars(module).get(name)))
 
 
 def is_patched(module: Any, name: str, function: Callable[..., Any]) -> bool:
-    """Tell whether a method of one module is shadowed by this function."""
+    """Return whether a method of one module is replaced by this function."""
     current = vars(module).get(name)
     return isinstance(current, functools.partial) and current.func is function
 
 
 def unpatch_method(module: Any, name: str, function: Callable[..., Any]) -> None:
-    """Take one patch out again; what shadowed the class's method before comes back."""
+    """Take one patch out; an earlier replacement of the method comes back. In place."""
     if is_patched(module, name, function):
         _restore_method(module, name)
 
 
 def unpatch(modules: Iterable[nn.Module]) -> None:
-    """Take every patch of this package out of these modules."""
+    """Take every patch of this package out of these modules. In place."""
     package = __name__.partition(".")[0] + "."
     for module in modules:
         for name, value in list(vars(module).items()):
@@ -41,7 +47,7 @@ def unpatch(modules: Iterable[nn.Module]) -> None:
 
 
 def call_previous(module: Any, previous: Callable[..., Any] | None, name: str, *args: Any, **kwargs: Any) -> Any:
-    """Call the method that a patch shadows."""
+    """Call the method that a patch replaces, and return its result."""
     return previous(*args, **kwargs) if previous else getattr(type(module), name)(module, *args, **kwargs)
 
 

@@ -1,6 +1,6 @@
-"""What transformers' models say of themselves: where their weights come from, and which head did not.
+"""Read what transformers models say about themselves, and patch the methods that adapted ones need patched.
 
-Their classes are told by name, so that transformers is not imported here.
+Their classes are recognised by name, so that transformers is not imported.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from ..nn.adapted_weights import NamedModules
 from ..nn.gradient_checkpointing import enable_input_require_grads
 from .patches import call_previous, patch
 
-SET_CHECKPOINTING = "_set_gradient_checkpointing"  # what both of transformers' public methods call
-CONVERSIONS = "_weight_conversions"  # what a transformers 5 model's tensors went through when they were loaded
-QUANTISATION_CONFIG = "quantization_config"  # in a configuration
-QUANTISATION = {  # what transformers notes on a model that it has quantised
+SET_CHECKPOINTING = "_set_gradient_checkpointing"  # called by both of transformers' public methods for checkpointing
+CONVERSIONS = "_weight_conversions"  # of a transformers 5 model: the conversions of its tensors at loading
+QUANTISATION_CONFIG = "quantization_config"  # attribute of a model's config
+QUANTISATION = {  # attributes that transformers sets on a model that it has quantised
     *("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit"),
     *("is_4bit_serializable", "is_8bit_serializable"),
 }
 
 
 def pretrained_models(modules: NamedModules) -> dict[str, nn.Module]:
-    """Return the outermost transformers models in a module, or itself, by name.
+    """Return the outermost transformers models in a model, which may be the model itself, by name.
 
     Args:
-        modules: every module in it under its first name, itself first.
+        modules: every module of the model under its first name, the model first.
     """
-    classes = {type(module): module for _, module in modules}  # of which a model has few
+    classes = {type(module): module for _, module in modules}  # few, so that few names are compared
     of_transformers = {cls for cls, module in classes.items() if is_pretrained_model(module)}
     found: dict[str, nn.Module] = {}
     for name, module in modules if of_transformers else ():
@@ -44,28 +44,28 @@ def pretrained_models(modules: NamedModules) -> dict[str, nn.Module]:
 
 
 def is_pretrained_model(module: nn.Module) -> bool:
-    """Tell whether a module is a transformers PreTrainedModel."""
+    """Return whether a module is a transformers PreTrainedModel."""
     return derives_from(module, "PreTrainedModel", ("transformers",))
 
 
 def base_name(modules: NamedModules) -> str:
-    """Return the path or name of the one transformers model with adapted layers among a model's modules, or ""."""
+    """Return the path or name of a model's only transformers model with adapted layers, or "" for none or several."""
     pretrained = pretrained_models(modules).values()
     names = {checkpoint_name(each) for each in pretrained if is_adapted(each)}
     return names.pop() if len(names) == 1 else ""
 
 
 def checkpoint_name(pretrained: nn.Module) -> str:
-    """Return the path or name that a transformers model was loaded from, or "" for one that was built from a config."""
+    """Return the path or name that a transformers model was loaded from, or "" where it was built from a config."""
     name = getattr(pretrained, "name_or_path", None)
     return name if isinstance(name, str) else ""
 
 
 def new_heads(pretrained: nn.Module) -> dict[str, nn.Module]:
-    """Return the children of a transformers model that the checkpoint it came from cannot be known to hold, by name.
+    """Return the children of a transformers model whose weights its checkpoint may not hold, by name.
 
-    They are what lies beside the body in a model for a task, unless the checkpoint is of the same class. Language
-    models have none: checkpoints of other classes hold their output heads too.
+    In a model for a task these are the modules beside the body, unless the checkpoint is of the same class. Language
+    models have none, because checkpoints of other classes hold the output head too.
     """
     config: Any = getattr(pretrained, "config", None)
     body = getattr(pretrained, getattr(pretrained, "base_model_prefix", ""), None)
@@ -77,9 +77,10 @@ def new_heads(pretrained: nn.Module) -> dict[str, nn.Module]:
 
 
 def resized_embeddings(modules: NamedModules) -> list[nn.Parameter]:
-    """Return the embeddings, and output heads, with another number of rows than in the checkpoint they came from.
+    """Return embeddings and output heads that have another number of rows than in their checkpoint.
 
-    PEFT's rule: config.vocab_size is another than in the checkpoint's own config, which is read from disk alone.
+    By PEFT's rule they do where config.vocab_size differs from the checkpoint's own config. That config is read from
+    disk; nothing is downloaded.
     """
     found: list[nn.Parameter] = []
     for pretrained in pretrained_models(modules).values():
@@ -90,7 +91,7 @@ def resized_embeddings(modules: NamedModules) -> list[nn.Parameter]:
 
 
 def input_embeddings(pretrained: nn.Module) -> nn.Module | None:
-    """Return a transformers model's input embeddings, or None where it names none."""
+    """Return a transformers model's input embeddings, or None where get_input_embeddings is not implemented."""
     try:
         return cast("nn.Module | None", cast(Any, pretrained).get_input_embeddings())
     except NotImplementedError:
@@ -98,16 +99,16 @@ def input_embeddings(pretrained: nn.Module) -> nn.Module | None:
 
 
 def tied_to_input(modules: NamedModules, prefix: str) -> dict[str, str]:
-    """Return the modules that share the weight of a transformers model's input embeddings, each with that one's name.
+    """Return the name of the input embeddings for each module that shares their weight, by the module's name.
 
     Args:
         modules: every module of a model under its first name, the model first.
-        prefix: what the names in the transformers model have before them here, "" or ending in a dot.
-        modules: those of the module.
+        prefix: the name of the transformers model in the model, ending in a dot, or "" for the model itself.
     """
     pretrained = pretrained_models(modules).get(prefix.removesuffix("."))
     table = input_embeddings(pretrained) if pretrained is not None else None
-    weight = table._parameters.get("weight") if table is not None else None  # an image model's may be a block
+    # An image model's input embeddings may be a block without a weight.
+    weight = table._parameters.get("weight") if table is not None else None
     if weight is None or not getattr(getattr(pretrained, "config", None), "tie_word_embeddings", False):
         return {}
     names = {name: module for name, module in modules if name}
@@ -129,7 +130,7 @@ def _config_on_disk(pretrained: nn.Module) -> Any:
     revision = getattr(config, "_commit_hash", None)
     try:
         return type(config).from_pretrained(checkpoint_name(pretrained), revision=revision, local_files_only=True)
-    except (OSError, ValueError):  # gone since, or never was on this disk
+    except (OSError, ValueError):  # the checkpoint is not on this disk
         return config
 
 
@@ -138,13 +139,16 @@ def _vocabulary(config: Any) -> int | None:
 
 
 def warn_before_save_pretrained(modules: Iterable[nn.Module]) -> None:
-    """Patch transformers models with adapted layers so that save_pretrained, which writes no adapter, warns."""
+    """Let save_pretrained of transformers models with adapted layers warn that it writes no adapter. In place."""
     for module in _adapted_models(modules):
         patch(module, "save_pretrained", _save_pretrained)
 
 
 def forget_quantisation(modules: Iterable[nn.Module]) -> None:
-    """Let transformers models whose weights are plain now be saved and moved as such. In place."""
+    """Remove the marks of quantisation from transformers models whose weights are plain now. In place.
+
+    transformers refuses to move a model with such marks, and saves it as a quantised one.
+    """
     for module in modules:
         if is_pretrained_model(module):
             if CONVERSIONS in vars(module):
@@ -155,13 +159,13 @@ def forget_quantisation(modules: Iterable[nn.Module]) -> None:
 
 
 def plain_conversions(pretrained: nn.Module) -> list[Any] | None:
-    """Return what a transformers 5 model's tensors went through when they were loaded, but for quantisation's part."""
+    """Return a transformers 5 model's conversions at loading without those for quantisation."""
     conversions = vars(pretrained)[CONVERSIONS]
     return conversions and [each for each in conversions if not _dequantizes(each)]
 
 
 def _dequantizes(conversion: Any) -> bool:
-    """Tell whether a conversion reads quantised weights: its operation is of the integration with their package."""
+    """Return whether a conversion reads quantised weights: its operation is defined in transformers.integrations."""
     operations = getattr(conversion, "operations", None) or ()
     return any(type(operation).__module__.startswith("transformers.integrations") for operation in operations)
 
@@ -171,7 +175,7 @@ def _save_pretrained(module: nn.Module, previous: Callable[..., Any] | None, *ar
     if state is None and is_adapted(module):
         warnings.warn(
             f"lightning_lora: save_pretrained of {type(module).__name__} writes the base's weights, merged or not, and "
-            "lora_A and lora_B beside them, which from_pretrained leaves out: what it loads is the base. "
+            "lora_A and lora_B beside them. from_pretrained ignores lora_A and lora_B, so that it loads the base. "
             "save_merged(model, path) writes merged weights for from_pretrained, save_adapter(model, path) the adapter "
             "for PEFT, and merge_and_unload(model) leaves a model whose save_pretrained is right.",
             stacklevel=2,
@@ -180,10 +184,10 @@ def _save_pretrained(module: nn.Module, previous: Callable[..., Any] | None, *ar
 
 
 def follow_gradient_checkpointing(modules: Iterable[nn.Module]) -> None:
-    """Patch transformers models with adapted layers so that checkpointing enabled from now on trains the adapters."""
+    """Let gradient checkpointing that is enabled later train the adapters of transformers models. In place."""
     for module in _adapted_models(modules):
         function = getattr(module, SET_CHECKPOINTING, None)
-        if function is not None and "value" not in inspect.signature(function).parameters:  # which the old form has
+        if function is not None and "value" not in inspect.signature(function).parameters:  # the old form has it
             patch(module, SET_CHECKPOINTING, _set_gradient_checkpointing)
 
 
@@ -200,12 +204,12 @@ def _adapted_models(modules: Iterable[nn.Module]) -> list[nn.Module]:
 
 
 def is_adapted(module: nn.Module) -> bool:
-    """Tell whether a module, or one inside of it, is adapted."""
+    """Return whether a module or a module inside it is adapted."""
     return any(isinstance(child, AdaptedModule) for child in module.modules())
 
 
 def warn_of_new_heads(modules: NamedModules) -> None:
-    """Warn of the heads of transformers models that start from random values and are not trained whole.
+    """Warn of transformers models' heads that have random values and are not trained whole.
 
     Args:
         modules: every module of a model under its first name, the model first.
@@ -223,7 +227,7 @@ def warn_of_new_heads(modules: NamedModules) -> None:
         tasks = [f"task_type={task!r}" for task, heads in TASK_HEADS.items() if set(frozen) <= set(heads)]
         warnings.warn(
             f"lightning_lora: the head of {kind} ({', '.join(frozen)}) starts from random values, which {checkpoint} "
-            "does not hold, and stays frozen: an adapter trained beside it fits no other program's head. Train it "
+            "does not hold, and stays frozen: an adapter that is trained with it fits no other random head. Train it "
             f"whole, with modules_to_save={frozen}" + (f" or {tasks[0]}." if tasks else "."),
             stacklevel=2,
         )

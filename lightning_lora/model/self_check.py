@@ -1,7 +1,7 @@
-"""A self-check: compare merged and factored outputs of each adapted layer on the inputs that it really gets.
+"""Check merging: compare merged and factored outputs of each adapted layer on the inputs that it gets in a run.
 
-A layer is compared when it is called. Of a sharded model the first call of each layer is stored and compared at the
-end: W and W' are gathered for it, one layer at a time, in the same order on every rank.
+A layer is compared at its first call. In a sharded model the first call of each layer is stored and compared at the
+end, because W and W' are gathered one layer at a time, in the same order on every rank.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ Parameters = Mapping[nn.Module, Mapping[str, torch.Tensor]]
 
 
 class Verification:
-    """The result of watch: one metric over all layers, and one of which layers ran and which adapters acted."""
+    """The result of watch: the error over all layers, which layers ran, and which adapters changed their output."""
 
     def __init__(self, names: list[str], device: torch.device) -> None:
         self.names = names
         self.error, self.use = MergeError().to(device), LayerUse(len(names)).to(device)
 
     def problems(self) -> str:
-        """Say which layers never ran and which had no effect, or "". Collective, as every torchmetrics Metric is."""
+        """Return a sentence on layers that never ran and adapters without effect, or "". Collective (torchmetrics)."""
         ran, acted = self.use.compute().tolist()
         never_ran = [name for name, runs in zip(self.names, ran, strict=True) if not runs]
         no_effect = [name for name, runs, acts in zip(self.names, ran, acted, strict=True) if runs and not acts]
@@ -44,7 +44,14 @@ class Verification:
 
 @dataclass
 class _Call:
-    """A call of a module; `like` is device and dtype of each parameter in it, which FSDP2 may have cast."""
+    """A call of a module.
+
+    Attributes:
+        args: positional arguments.
+        kwargs: keyword arguments.
+        output: what the call returned, of a tuple the first value.
+        like: device and dtype of each parameter during the call, which FSDP2 may have moved or cast.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -60,9 +67,15 @@ class _Call:
 
 @dataclass
 class _Watched:
-    """A module that is called, the adapted layers that act in it, and what was seen of its first call.
+    """A module with adapted layers, and its first call.
 
-    A layer may be read by other modules too; `module` is then the one of them that returns first.
+    Attributes:
+        module: the module to call; where `readers` read the layer too, the first of all these that was called.
+        layers: the adapted layers that act in the module.
+        readers: other modules that read the layer's weight.
+        call: the first call, until it was compared.
+        ran: the module was called.
+        acted: the adapter changed the output.
     """
 
     module: nn.Module
@@ -73,17 +86,17 @@ class _Watched:
     acted: bool = False
 
     def parameters(self) -> dict[nn.Module, dict[str, torch.Tensor]]:
-        """Return the live parameters of the module and of the layers, without those of modules inside."""
+        """Return the own live parameters of the module and of the layers' modules, by module and name."""
         modules = [self.module, *(holder for layer in self.layers for holder in layer.lora_holders())]
         return {m: {name: p for name, p in m._parameters.items() if p is not None} for m in modules}
 
 
 @contextmanager
 def watch(listing: Listing) -> Iterator[Verification]:
-    """Check each adapted layer on its first input inside; the result is complete at the end.
+    """Check each adapted layer on its first input inside the block. The result is complete after the block.
 
-    Compiled modules run eagerly inside, because a compiled graph passes over hooks. Collective: every rank of a sharded
-    model enters and leaves, and stores a copy of each layer's input and output meanwhile.
+    Compiled modules run eagerly inside, because compiled code does not call hooks. Collective: every rank of a sharded
+    model enters and leaves. A sharded model stores a copy of each layer's first input and output meanwhile.
     """
     watched, sharded = _modules_to_watch(listing), any(holds_shards(module) for _, module in listing.modules)
     devices = [meeting_device(each.layers[0].factors()[0]) for each in watched.values()]
@@ -108,7 +121,7 @@ def watch(listing: Listing) -> Iterator[Verification]:
 
 
 def _modules_to_watch(listing: Listing) -> dict[str, _Watched]:
-    """What to watch, by the layer's name: an adapted attention for its out_proj, which it reads."""
+    """Return what to watch, by the layer's name: for an adapted out_proj the attention that reads it."""
     found = adapted_places(listing.model, modules=listing.modules)
     places = {name: (module, adapter) for name, module, adapter in found}
     readers: dict[AdaptedWeights, list[nn.Module]] = defaultdict(list)
@@ -122,8 +135,8 @@ def _modules_to_watch(listing: Listing) -> dict[str, _Watched]:
     watched = {name: _Watched(module, [layer], readers[layer]) for name, (module, layer) in places.items()}
     for name, (module, layer) in places.items():
         if module in attentions:
-            around = attentions[module]
-            watched[name] = _Watched(around, [layer, around])
+            attention = attentions[module]
+            watched[name] = _Watched(attention, [layer, attention])
     return {  # an adapted attention is checked together with its adapted out_proj
         name: each
         for name, each in watched.items()
@@ -132,8 +145,10 @@ def _modules_to_watch(listing: Listing) -> dict[str, _Watched]:
 
 
 def _checker(watched: _Watched, sharded: bool, error: MergeError) -> Callable[..., None]:
+    """Return a forward hook that compares the first call, or stores it where the model is sharded."""
+
     def check(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        if watched.ran or module not in (watched.module, *watched.readers):  # a copy of the model has this hook too
+        if watched.ran or module not in (watched.module, *watched.readers):  # a copied module has this hook, too
             return
         watched.ran, watched.module = True, module
         like = {m: {n: (p.device, p.dtype) for n, p in live.items()} for m, live in watched.parameters().items()}
@@ -148,7 +163,10 @@ def _checker(watched: _Watched, sharded: bool, error: MergeError) -> Callable[..
 
 @torch.no_grad()
 def _compare(watched: _Watched, error: MergeError) -> None:
-    """Collective where the weights are sharded, also for a rank on which the module never ran."""
+    """Compare the call with the other way to compute it: merged with factored, and with the adapter off.
+
+    Collective where the weights are sharded, even for a rank on which the module never ran.
+    """
     call, watched.call = watched.call and watched.call.map(full_tensor), None
     base, merged = _weights(watched)
     if call is None:
@@ -160,10 +178,10 @@ def _compare(watched: _Watched, error: MergeError) -> None:
 
 
 def _weights(watched: _Watched) -> tuple[Parameters, Parameters]:
-    """All parameters with W, and with W' in its place, without sharding. Collective."""
+    """Return all parameters with W, and all parameters with W' in place of W, as whole tensors. Collective."""
     base, merged = watched.parameters(), watched.parameters()
     for layer in watched.layers:
-        if layer.quantised():  # W is what its own forward reads, and stays
+        if layer.quantised():  # its own forward reads the quantised W, which stays in place
             del base[layer.lora_holder], merged[layer.lora_holder]
             continue
         originals = {name: layer.original(name) for name in layer.adapted_weights()}
@@ -179,7 +197,7 @@ def _full(parameters: Parameters) -> Parameters:
 
 
 def _run(watched: _Watched, call: _Call, parameters: Parameters, active: bool) -> torch.Tensor:
-    """The output of the module's forward with other parameters in place of the live ones."""
+    """Return the output of the module's forward with other parameters, and the adapters acting or not."""
     live = watched.parameters()
     try:
         for module, values in parameters.items():

@@ -1,7 +1,8 @@
-"""State dicts of an injected model: views for saving, and what load_state_dict accepts.
+"""State dicts of an injected model: views for saving, and loading of state dicts that hold only base or adapter.
 
-A hook on each adapted layer and on what contains it fills in what a complete base or a complete adapter leaves out by
-design with the live values, so that torch's own strict check stays in force for everything else.
+load_state_dict takes a complete base without an adapter, and a complete adapter without a base. A hook on each adapted
+layer, and on each module that contains such a layer, adds the live values of the other half. torch's own strict check
+still refuses everything else.
 """
 
 from __future__ import annotations
@@ -31,16 +32,19 @@ from .adapted_model import AdaptedModel, Listing, open_model, refuse_replaced_la
 from .dequantize import Dequantizer, dequantize_dtype, quantised_weights
 from .gradients import warn_of_untrained
 from .initial_values import record_loaded
-from .live_state import LiveState
+from .live_state import open_state
 from .named_state import state_of
 
-# What state dicts of an injected model may carry beside tensors: by key, what takes it up when it is loaded.
+# Entries beside tensors that a state dict of an injected model may hold: by key, the function that loads the entry.
 EXTRA_ENTRIES: dict[str, Callable[[nn.Module, Any], None]] = {}
 
 
 def adapter_keys(handle: AdaptedModel) -> list[str]:
-    """Return the names of all that training can change: factors, ever-trainable parameters, persistent buffers."""
-    return LiveState(handle).keys
+    """Record what was unfrozen since injection, and return the names of all that training can change.
+
+    These are factors, parameters that were ever trainable, and persistent buffers.
+    """
+    return open_state(handle).keys
 
 
 def base_keys(listing: Listing) -> list[str]:
@@ -49,7 +53,7 @@ def base_keys(listing: Listing) -> list[str]:
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Any]:
-    """Return all that training can change, by state dict name, detached and sharing memory with the model.
+    """Return all that training can change, by the names of the state dict: detached tensors in the model's memory.
 
     Raises:
         LoRAError: the model was not injected, or a layer was replaced since.
@@ -61,22 +65,22 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Any]:
         >>> {name: tuple(value.shape) for name, value in adapter_state_dict(model).items()}
         {'0.lora_A': (2, 8), '0.lora_B': (8, 2), '2.lora_A': (2, 8), '2.lora_B': (2, 2)}
     """
-    live = LiveState(open_model(model, "adapter_state_dict"))
-    refuse_replaced_layers(live.handle, "adapter_state_dict")
-    warn_of_untrained(live.handle)
-    return live.values()
+    handle = open_model(model, "adapter_state_dict")
+    refuse_replaced_layers(handle, "adapter_state_dict")
+    warn_of_untrained(handle)
+    return open_state(handle).values()
 
 
 def merged_state_dict(model: nn.Module, *, dequantize: torch.dtype | str | None = None) -> dict[str, Any]:
-    """Return the state dict of the plain model with merged weights, under the base's names, merged or not.
+    """Return the state dict of the plain model with merged weights. The model is not changed, and may be merged.
 
     Args:
         model: an injected model.
-        dequantize: the dtype of plain weights in place of quantised ones, adapted or not.
+        dequantize: the dtype of plain weights in place of quantised weights, adapted or not.
 
     Raises:
-        LoRAError: the model was not injected, a layer was replaced since, or a layer's merged weight cannot stand in
-            for its adapter, as a quantised one without `dequantize`.
+        LoRAError: the model was not injected, a layer was replaced since, or an adapter cannot be expressed by a merged
+            weight, such as that of a quantised weight without `dequantize`.
 
     Example::
 
@@ -97,13 +101,18 @@ def merged_state_dict(model: nn.Module, *, dequantize: torch.dtype | str | None 
 
 
 def merge_state_dict(listing: Listing, state: Mapping[str, Any], dtype: torch.dtype | None = None) -> dict[str, Any]:
-    """Return a full state dict of the model with each adapter merged into its weight, as a new tensor, and left out.
+    """Return a state dict of the plain model: each adapter is merged into a copy of its weight and left out.
 
     Args:
-        listing: of the model, says which names belong to adapted layers; of its live values only quantised weights are
-            used.
-        state: names of model.state_dict() without the segments of wrappers, perhaps with other values.
-        dtype: of plain weights in place of quantised ones.
+        listing: of the model. It says which names belong to adapted layers; live values are used of quantised weights
+            alone.
+        state: the full state dict, under names without the segments of wrappers. Its values may differ from the
+            model's.
+        dtype: of plain weights in place of quantised weights, or None where these stay.
+
+    Raises:
+        LoRAError: an adapter cannot be merged, or `state` leaves out one of its tensors or its weight.
+        NonFiniteError: a merged weight is not finite, on any rank.
     """
     refuse_unmergeable(listing, dtype)
     quantised = {name: module for name, module in quantised_weights(listing.places).items() if name in state}
@@ -117,7 +126,7 @@ def merge_state_dict(listing: Listing, state: Mapping[str, Any], dtype: torch.dt
     copies: dict[AdaptedWeights, dict[str, torch.Tensor]] = {}
 
     def merge_layer(path: str, layer: AdaptedWeights, weights: dict[str, torch.Tensor], blocks: Blocks) -> None:
-        if layer not in copies:  # else it is tied, or has another name
+        if layer not in copies:  # a shared layer is merged once
             copies[layer] = layer.merged_copies(weights, blocks)
         plain.update({path + leaf: merged for leaf, merged in copies[layer].items()})
 
@@ -135,7 +144,7 @@ def merge_state_dict(listing: Listing, state: Mapping[str, Any], dtype: torch.dt
 def _dequantize_state(
     quantised: Mapping[str, nn.Module], state: Mapping[str, Any], dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
-    """Return plain weights in place of quantised ones, merged with the factors in a state dict."""
+    """Return plain weights in place of quantised weights, merged with the adapters in a state dict."""
     dequantizer, plain = Dequantizer(dtype), {}
     for name, module in quantised.items():
         path, adapter = name.removesuffix("weight"), layer_adapter(module)
@@ -147,10 +156,10 @@ def _dequantize_state(
 
 
 def _layers_to_merge(listing: Listing, state: Mapping[str, Any]) -> list[tuple[str, AdaptedWeights]]:
-    """Return adapted layers with what their names in a state dict begin with; a shared one under each path in it.
+    """Return each adapted layer with the beginning of its names in a state dict; a shared layer under each path.
 
     Raises:
-        LoRAError: the class's own state_dict left out what is to be merged.
+        LoRAError: the state dict leaves out a weight to merge into, or a tensor of an adapter.
     """
     layers = [
         (f"{name}." if name else "", adapter)
@@ -169,8 +178,8 @@ def _layers_to_merge(listing: Listing, state: Mapping[str, Any]) -> list[tuple[s
         missing = [name for name in own if name not in state]
         if missing:
             raise LoRAError(
-                f"merged weights: the state dict of {type(listing.model).__name__} leaves out {missing[0]!r}, which an "
-                "adapter is to be merged into or comes from; a program that loads it would run without that adapter. "
+                f"merged weights: the state dict of {type(listing.model).__name__} leaves out {missing[0]!r}, which is "
+                "needed to merge an adapter; a program that loads it would run without that adapter. "
                 "Keep the name in state_dict or on_save_checkpoint, leave the layer out with "
                 f"exclude_modules=[{path[:-1]!r}], or save the adapter instead."
             )
@@ -178,14 +187,15 @@ def _layers_to_merge(listing: Listing, state: Mapping[str, Any]) -> list[tuple[s
 
 
 def refuse_unmergeable(listing: Listing, dtype: torch.dtype | None = None) -> None:
-    """Refuse a model whose adapters merged weights could not express.
+    """Raise LoRAError where merged weights cannot express an adapter of the model.
 
     Args:
         listing: of any module.
-        dtype: of plain weights in place of quantised ones, or None where these stay.
+        dtype: of plain weights in place of quantised weights, or None where these stay.
 
     Raises:
-        LoRAError: a layer's weight has another owner, renormalises itself, or is quantised and stays so.
+        LoRAError: another module shares a layer's weight, the layer renormalises its weight, or the weight is quantised
+            and stays quantised.
     """
     record_ties(listing.modules)
     for name, layer in listing.layers.items():
@@ -202,23 +212,23 @@ def refuse_unmergeable(listing: Listing, dtype: torch.dtype | None = None) -> No
 
 
 def refuse_quantised(name: str, quantised: str) -> NoReturn:
-    """Refuse to write merged weights of a model with a quantised one, and say what dequantises it.
+    """Refuse to write merged weights because one weight is quantised, and say how to get plain weights.
 
     Raises:
         LoRAError: always.
     """
     raise LoRAError(
-        f"merged weights: the weight of {name!r} is quantised ({quantised}), and rounding W' to that again would lose "
-        'much of the adapter. Give the dtype of plain weights in its place, as dequantize="bfloat16" (save_merged, '
+        f"merged weights: the weight of {name!r} is quantised ({quantised}), and quantising W' would lose much of the "
+        'adapter. Choose a dtype for plain weights in its place, such as dequantize="bfloat16" (save_merged, '
         "merged_state_dict, merge_and_unload, LoRACallback), or save the adapter instead."
     )
 
 
 def accept_partial_states(places: NamedModules) -> None:
-    """Let load_state_dict of a model take a complete base or a complete adapter, by a hook where it is missing.
+    """Let load_state_dict take a complete base or a complete adapter, by hooks that are added once. In place.
 
     Args:
-        places: every module of the model, under every name.
+        places: every module of the model, under each of its names.
     """
     names = {name for name, module in places if isinstance(module, AdaptedModule)}
     names |= {outer for name in names for outer in ("", *parent_names(name))}
@@ -228,7 +238,7 @@ def accept_partial_states(places: NamedModules) -> None:
 
 
 def accept_whole_states_only(modules: Iterable[nn.Module]) -> None:
-    """Take the hooks of accept_partial_states out of these modules again."""
+    """Take the hooks of accept_partial_states out of these modules. In place."""
     for module in modules:
         for key in _hooks(module):
             del module._load_state_dict_pre_hooks[key]
@@ -240,7 +250,10 @@ def _hooks(module: nn.Module) -> list[int]:
 
 
 def _fill_in(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-    """The hook; it acts on the injected model, or on the part of it on which load_state_dict is called."""
+    """Complete a state dict before it is loaded into the injected model or a part of it (a hook of torch).
+
+    It acts in the module that load_state_dict was called on, and in the injected module.
+    """
     if ATTRIBUTE not in vars(module) and canonical(prefix.rstrip(".")):
         return
     for key in EXTRA_ENTRIES.keys() & {name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)}:
@@ -267,7 +280,7 @@ def _fill_in(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: 
 
 
 def _record_base(module: nn.Module, loaded: Mapping[str, tuple[nn.Module, Any]]) -> None:
-    """Record what a new base brings as values from before training, for an injected model or a part of it."""
+    """Record the values of a loaded base as those from before training, for an injected model or a part of it."""
     layer = next(iter(adapted_layers(module).values()), None)
     if layer is not None:
         values = [(owner, name.rpartition(".")[2], value) for name, (owner, value) in loaded.items()]
@@ -275,14 +288,17 @@ def _record_base(module: nn.Module, loaded: Mapping[str, tuple[nn.Module, Any]])
 
 
 def _as_seen_here(name: str) -> str:
-    """checkpoint_wrapper leaves its segment out of state dicts, and puts it in just before the hooks on itself run."""
+    """Return a name as load_state_dict passes it to the hooks of a module.
+
+    checkpoint_wrapper leaves its segment out of state dicts, and adds it just before the wrapper's own hooks run.
+    """
     segment = f"{CHECKPOINTED}."
     wrapped = segment if name.startswith(segment) else ""
     return wrapped + name.removeprefix(segment).replace(segment, "")
 
 
 def _changing(module: nn.Module, state: Mapping[str, tuple[torch.Tensor | None, nn.Module]]) -> set[str]:
-    """The names of what training can change; a part of an injected model goes by what is trainable now."""
+    """Return the names of what training can change; in a part of an injected model, of what is trainable now."""
     if ATTRIBUTE in vars(module):
         adapter = set(adapter_keys(open_model(module, "load_state_dict")))
         return {name for name in state if canonical(name) in adapter}

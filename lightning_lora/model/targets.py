@@ -1,4 +1,4 @@
-"""Which modules an option names, and whether each can be adapted."""
+"""Find the modules that the options name, and check that each can be adapted."""
 
 from __future__ import annotations
 
@@ -13,20 +13,17 @@ from torch.nn.utils.parametrize import is_parametrized
 from ..config import PLAIN, TASK_HEADS, LoRAConfig
 from ..distributed.sharding import is_sharded
 from ..errors import LoRAError
-from ..names import (
+from ..matching import (
     ALL_LINEAR,
-    A,
     is_typo,
     layer_number,
-    listed,
     matcher,
     most_frequent_ending,
     near_endings,
     near_misses,
-    parent_names,
     pattern_matches,
-    suffixes,
 )
+from ..names import A, listed, parent_names, suffixes
 from ..nn.adapted_module import AdaptedModule, Swapped, is_factor
 from ..nn.adapted_weights import NamedModules
 from ..nn.layer_kinds import ADAPTABLE, layer_class
@@ -49,22 +46,22 @@ class Targets:
 
     Attributes:
         layers: the modules to adapt.
-        parameters: the module and the name in it of each parameter to adapt by itself.
-        tables: the rows to train of each table that trainable_token_indices names, or that is tied to such a one.
+        parameters: each single parameter to adapt, as its module and its name in the module.
+        tables: the rows to train of each table that trainable_token_indices names, or that is tied to such a table.
         saved: the modules that modules_to_save and task_type name.
-        left_out: the reasons for which "all-linear" passes over layers.
-        saved_instead: the modules that target_modules names by itself and modules_to_save too: it wins.
-        unmatched: a sentence for each entry of an option that names nothing, and whether it must be a mistake. A list
-            of layers may be for many models, of which each has some.
+        left_out: why "all-linear" leaves a layer out.
+        saved_instead: modules that both target_modules and modules_to_save name. They are trained whole.
+        unmatched: a sentence for each entry of an option that names nothing, and whether the entry must be a mistake.
+            It need not be one where other entries of the list match: one list may serve many models.
     """
 
     def __init__(self, listed_modules: NamedModules, config: LoRAConfig, scope: str = "") -> None:
-        """Look for them; modules that are saved whole are looked for where names begin with `scope`.
+        """Find the modules.
 
         Args:
             listed_modules: every module of the model under its first name, the model first.
             config: the options.
-            scope: "" or ending in a dot.
+            scope: the beginning of the names of modules that can be trained whole, "" or ending in a dot.
         """
         model, modules = listed_modules[0][1], {name: module for name, module in listed_modules if name}
         saved, targeted, excluded = map(
@@ -95,13 +92,13 @@ class Targets:
         self._check_entries(config, chosen, modules, weights_of({"": model, **modules}))
 
     def names(self) -> set[str]:
-        """Return the names of all that is adapted, layers and parameters."""
+        """Return the names of all layers and single parameters to adapt."""
         return {*self.layers, *self.parameters}
 
     def _single_parameters(
         self, config: LoRAConfig, modules: Mapping[str, nn.Module]
     ) -> dict[str, tuple[nn.Module, str]]:
-        """Return the module of each parameter that target_parameters names, and the parameter's name in it."""
+        """Return each parameter that target_parameters names, as its module and its name in the module."""
         targeted, excluded = matcher(config.target_parameters), matcher(config.exclude_modules)
         parameters = {}
         for name, (module, leaf) in weights_of(modules).items() if config.target_parameters else ():
@@ -111,14 +108,15 @@ class Targets:
         return parameters
 
     def _all_linear(self, listed_modules: NamedModules, config: LoRAConfig) -> dict[str, nn.Module]:
+        """Return the layers that "all-linear" adapts, and note in `left_out` why it adapts no others."""
         heads, tied, chosen = output_heads(listed_modules), tied_weights(listed_modules), {}
         in_mamba, modules = _mamba_prefixes(listed_modules), dict(listed_modules)
         for name, module in modules.items():
             if not name or (not isinstance(module, nn.Linear) and not is_conv1d(module)):
                 continue
             parent = name.rpartition(".")[0]
-            around_it = modules.get(parent) if parent else None
-            attention = around_it if isinstance(around_it, nn.MultiheadAttention) else None
+            owner = modules.get(parent) if parent else None
+            attention = owner if isinstance(owner, nn.MultiheadAttention) else None
             if name in self.tables:
                 self.left_out[name] = f"{OPTION} trains rows of it"
             elif any(module is head for head in heads):
@@ -144,12 +142,13 @@ class Targets:
         modules: Mapping[str, nn.Module],
         weights: Mapping[str, tuple[nn.Module, str]],
     ) -> None:
+        """Note in `unmatched` each entry of an option that names nothing."""
         adaptable = [name for name, module in modules.items() if layer_class(module)]
         by_task = TASK_HEADS.get(config.task_type or "", ())  # peft writes them into its own modules_to_save
         for option, names, hints in (
             ("target_modules", chosen, adaptable),
             ("target_parameters", weights, weights),
-            ("exclude_modules", [*adaptable, *chosen, *self._around_weights(config, weights)], adaptable),
+            ("exclude_modules", [*adaptable, *chosen, *self._excludable_weights(config, weights)], adaptable),
             ("modules_to_save", modules, modules),
             ("enable_lora", self.layers, self.layers),
         ):
@@ -182,7 +181,7 @@ class Targets:
             self.unmatched[f"target_modules: {targets!r} leaves no layer to adapt{both}"] = True
 
     def _what_there_is(self, chosen: Collection[str], modules: Mapping[str, nn.Module]) -> str:
-        """Say why nothing is left, and what else could be adapted: its kinds, each with how to name it."""
+        """Return why no layer is left to adapt, and the kinds of layers that could be, each with a name for it."""
         if chosen:
             first = next(iter(chosen))
             return f"; another option takes out {first!r} ({len(chosen)} in all): exclude_modules or modules_to_save"
@@ -197,7 +196,7 @@ class Targets:
         return f"{said}; name others in target_modules: {listed(shown, 4)}"
 
     def _check_numbers(self, config: LoRAConfig, chosen: Iterable[str]) -> None:
-        """Say which entries of layers_to_transform and layers_pattern name nothing."""
+        """Note in `unmatched` each entry of layers_to_transform and layers_pattern that names nothing."""
         by_ending = [name for name in chosen if name not in config.target_modules]
         segments = _before_numbers(by_ending)
         for pattern in config.layers_pattern or ():
@@ -207,22 +206,22 @@ class Targets:
         found = {layer_number(name, config.layers_pattern) for name in by_ending}
         numbers = sorted(number for number in found if number is not None)
         hint = f"; there are {listed(list(map(str, numbers)), 10)}" if numbers else "; there are none"
-        if not numbers and not config.layers_pattern and segments:  # as in a network that is a list of layers by itself
+        if not numbers and not config.layers_pattern and segments:  # as in a network that is itself a list of layers
             hint += f" after two segments: say layers_pattern={segments!r}"
         for number in cast(tuple[int, ...], config.layers_to_transform or ()):
             if number not in numbers:
                 self.unmatched[f"layers_to_transform: {number} names no layer{hint}"] = True
 
     @staticmethod
-    def _around_weights(config: LoRAConfig, weights: Mapping[str, object]) -> list[str]:
-        """Return what exclude_modules may name beside layers: what target_parameters names, and the modules of that."""
+    def _excludable_weights(config: LoRAConfig, weights: Mapping[str, object]) -> list[str]:
+        """Return the names that exclude_modules may hold beside layers: targeted parameters and their modules."""
         targeted = matcher(config.target_parameters)
         named = [name for name in weights if targeted(name)]
         return [*named, *(name.rpartition(".")[0] for name in named)]
 
 
 def weights_of(modules: Mapping[str, nn.Module]) -> dict[str, tuple[nn.Module, str]]:
-    """Return the base's parameters of two or three dimensions, by name, with their module and name in it."""
+    """Return the base's parameters of two or three dimensions, each as its module and its name in the module."""
     return {
         f"{path}.{leaf}".lstrip("."): (module, leaf)
         for path, module in modules.items()
@@ -232,7 +231,7 @@ def weights_of(modules: Mapping[str, nn.Module]) -> dict[str, tuple[nn.Module, s
 
 
 def _regex_hint(expression: str, names: Iterable[str]) -> str:
-    """Say that a string must match whole names, and give the list where that would find something."""
+    """Return a hint that a string must match whole names, with a list that would match where one does."""
     names = list(names)
     rule = "; a string is a regular expression for the whole name"
     if any(map(matcher([expression]), names)):
@@ -241,29 +240,29 @@ def _regex_hint(expression: str, names: Iterable[str]) -> str:
 
 
 def _before_numbers(names: Iterable[str]) -> list[str]:
-    """Return the segments of names that are followed by a number."""
+    """Return the segments that a number follows in some name."""
     pairs = (pair for name in names for pair in itertools.pairwise(name.split(".")))
     return list(dict.fromkeys(segment for segment, following in pairs if following.isdigit()))
 
 
 def _mamba_prefixes(modules: NamedModules) -> tuple[str, ...]:
-    """Return what the names in each transformers model with Mamba's layers begin with."""
+    """Return the name of each transformers model with Mamba layers, ending in a dot."""
     configs = {name: getattr(module, "config", None) for name, module in pretrained_models(modules).items()}
     return tuple(f"{name}.".lstrip(".") for name in configs if getattr(configs[name], "model_type", None) in MAMBA)
 
 
 def output_heads(modules: NamedModules) -> list[nn.Module]:
-    """Return the output heads that get_output_embeddings (transformers) of any of these modules names."""
+    """Return the output heads of transformers models among these modules, by get_output_embeddings."""
     getters = [getattr(module, "get_output_embeddings", None) for _, module in modules]
     heads = [getter() for getter in getters if callable(getter)]
     return [head for head in heads if isinstance(head, nn.Module)]
 
 
 def check_unadapted(modules: NamedModules) -> None:
-    """Refuse a model that already has adapters, of this package or another, which injection would freeze or hide.
+    """Refuse a model that has adapters already, because injection would freeze or hide them.
 
     Raises:
-        LoRAError: it has; the message names the first one.
+        LoRAError: a module has an adapter of this package, of peft or of loralib.
     """
     model = modules[0][1]
     for name, module in modules:
@@ -281,10 +280,10 @@ def check_unadapted(modules: NamedModules) -> None:
 
 
 def check_shapes(modules: NamedModules) -> None:
-    """Refuse a model in which a lazy layer has no shape yet, which can neither be frozen nor saved.
+    """Refuse a model with a lazy layer that has no shape yet, because it can neither be frozen nor saved.
 
     Raises:
-        LoRAError: one has not; the message names the first one.
+        LoRAError: a layer has no shape.
     """
     for name, module in modules:
         tensors = (*module._parameters.values(), *module._buffers.values())
@@ -296,10 +295,10 @@ def check_shapes(modules: NamedModules) -> None:
 
 
 def check_untied(modules: NamedModules, saved: Mapping[str, nn.Module]) -> None:
-    """Refuse to train modules whole of which one shares its weight with a module outside of it.
+    """Refuse to train a module whole that shares a weight with a module outside of it.
 
     Raises:
-        LoRAError: one does; the message names both, and says how to untie them.
+        LoRAError: a module shares a weight. The message says how to untie it.
     """
     tied = tied_weights(modules)
     for name, module in saved.items():
@@ -307,17 +306,17 @@ def check_untied(modules: NamedModules, saved: Mapping[str, nn.Module]) -> None:
         outside = [owner for owner in owners if not owner.startswith(f"{name}.")]
         if outside:
             raise LoRAError(
-                f"inject: modules_to_save names {name!r}, whose weight is also {outside[0]!r}, and "
-                f"ensure_weight_tying=False asks to train it apart. {untie_advice(outside[0])}. Or set "
+                f"inject: modules_to_save names {name!r}, which shares its weight with {outside[0]!r}, but "
+                f"ensure_weight_tying=False asks for two weights. {untie_advice(outside[0])}. Or set "
                 "ensure_weight_tying=True, which trains one weight for both."
             )
 
 
 def check_trainable(saved: Mapping[str, nn.Module]) -> None:
-    """Refuse to train modules whole that hold a quantised weight, which takes no gradient.
+    """Refuse to train a module whole that holds a quantised weight, because that takes no gradient.
 
     Raises:
-        LoRAError: one does; the message names it.
+        LoRAError: a module holds a quantised weight.
     """
     for name, module in saved.items():
         for inside, layer in quantised_modules(module.named_modules(remove_duplicate=False)).items():
@@ -330,7 +329,7 @@ def check_trainable(saved: Mapping[str, nn.Module]) -> None:
 
 
 def untie_advice(name: str) -> str:
-    """Return how a parameter gets values of its own, for messages."""
+    """Return the sentence that says how to untie a parameter."""
     return f"Untie it first, which is exact: model.{name} = nn.Parameter(model.{name}.detach().clone())"
 
 
@@ -338,7 +337,7 @@ def check_supported(name: str, module: nn.Module, config: LoRAConfig) -> None:
     """Refuse a module that cannot be adapted with these options.
 
     Raises:
-        LoRAError: it cannot; the message says why, and what to do.
+        LoRAError: it cannot be adapted. The message says why, and what to do.
     """
     kind, adapting, enabled = type(module).__name__, layer_class(module), config.enabled_parts(name)
     if adapting is None:
@@ -364,10 +363,10 @@ def check_supported(name: str, module: nn.Module, config: LoRAConfig) -> None:
 
 
 def check_table(name: str, module: nn.Module, targets: Targets) -> None:
-    """Refuse a table of which rows cannot be trained, or that is adapted or trained whole too.
+    """Refuse a table whose rows cannot be trained, or that is adapted or trained whole too.
 
     Raises:
-        LoRAError: it is; the message says why, and what to do.
+        LoRAError: the rows cannot be trained. The message says why, and what to do.
     """
     kind, rows = type(module).__name__, targets.tables[name]
     problem = ""
@@ -386,9 +385,9 @@ def check_table(name: str, module: nn.Module, targets: Targets) -> None:
     elif isinstance(module, Swapped):
         problem = f"the {kind} reads the weight of an adapted layer; leave that out with exclude_modules"
     elif getattr(module, "max_norm", None) is not None:
-        problem = "max_norm renormalises its rows in place, those that are trained apart too; set it to None"
+        problem = "max_norm renormalises all of its rows in place, also the trained ones; set it to None"
     elif getattr(module, "scale_grad_by_freq", False):
-        problem = "scale_grad_by_freq counts all of its rows, of which those that are trained are apart; turn it off"
+        problem = "scale_grad_by_freq counts rows in the whole table, but trained rows lie apart; turn it off"
     else:
         problem = _weight_problem(module)
         size = len(cast(nn.Parameter, module.weight)) if not problem else 0
@@ -399,10 +398,10 @@ def check_table(name: str, module: nn.Module, targets: Targets) -> None:
 
 
 def check_parameter(name: str, module: nn.Module, leaf: str, *, is_layer: bool) -> None:
-    """Refuse a parameter that cannot be adapted by itself, as in a module that is adapted as a layer.
+    """Refuse a parameter that cannot be adapted by itself, such as one of an adapted layer.
 
     Raises:
-        LoRAError: it cannot; the message says why, and what to do.
+        LoRAError: it cannot be adapted. The message says why, and what to do.
     """
     kind, weight = type(module).__name__, module._parameters[leaf]
     problem = _tensor_problem(weight, kind) if weight is not None else ""
@@ -424,6 +423,7 @@ def _with_remedy(problem: str) -> str:
 
 
 def _weight_problem(module: nn.Module) -> str:
+    """Return why the weight of a layer cannot be adapted, or ""."""
     kind = type(module).__name__
     names = ATTENTION_WEIGHTS if isinstance(module, nn.MultiheadAttention) else ("weight",)
     weights = [module._parameters[name] for name in names if module._parameters.get(name) is not None]
@@ -438,6 +438,7 @@ def _weight_problem(module: nn.Module) -> str:
 
 
 def _tensor_problem(weight: nn.Parameter, kind: str) -> str:
+    """Return why a tensor in a module of this class cannot be adapted, or ""."""
     if is_sharded(weight):
         return (
             f"the weight of the {kind} is sharded already; call inject(model, LoRAConfig(...)) in configure_model, "
@@ -451,11 +452,12 @@ def _tensor_problem(weight: nn.Parameter, kind: str) -> str:
 
 
 def _is_empty(weight: nn.Parameter | None) -> bool:
-    """Return whether a weight has no values, as in nn.Linear(0, 8); one that torch.nn.LazyLinear waits for is not."""
+    """Return whether a weight has no values, as in nn.Linear(0, 8). The weight of a lazy layer is not empty."""
     return weight is not None and not is_lazy(weight) and 0 in weight.shape
 
 
 def _variant_problem(module: nn.Module, config: LoRAConfig) -> str:
+    """Return why the variant cannot adapt a layer, or ""."""
     variant = variant_of(config)
     adapting = layer_class(module, variant)
     if adapting is None:
@@ -466,6 +468,7 @@ def _variant_problem(module: nn.Module, config: LoRAConfig) -> str:
 
 
 def _parts_problem(module: nn.Module, kind: str, parts: int) -> str:
+    """Return why enable_lora cannot have so many parts of a layer, or ""."""
     if kind not in FUSABLE:
         return f"enable_lora needs a linear layer, not a {type(module).__name__}"
     if isinstance(module, nn.MultiheadAttention):

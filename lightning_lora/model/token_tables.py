@@ -1,4 +1,4 @@
-"""Which tables trainable_token_indices names in a model, and which of their rows."""
+"""Find the tables and rows that trainable_token_indices names in a model."""
 
 from __future__ import annotations
 
@@ -7,41 +7,46 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from ..errors import LoRAError
-from ..names import matcher, near_misses
+from ..matching import matcher, near_misses
 from ..nn.adapted_weights import NamedModules
 from ..nn.token_rows import is_table
 from .pretrained import input_embeddings, pretrained_models
 
 OPTION = "trainable_token_indices"
-USUAL_NAME = "embed_tokens"  # of the table that a list means in a model that says nothing of it: PEFT's
+USUAL_NAME = "embed_tokens"  # as in PEFT, a list means this table in a model that does not name its input embeddings
 
 Rows = tuple[int, ...]
 Indices = Sequence[int] | Mapping[str, Sequence[int]] | None
 
 
 class TokenTables:
-    """The tables of a model of which rows are trained.
+    """The tables in a model that have trained rows.
 
     Attributes:
-        rows: the rows of each table, by its name; tables that are tied to a named one come with it.
-        unmatched: a sentence for each entry that names nothing.
+        rows: the trained rows of each table, by the table's name. A table that is tied to a named table has its rows.
+        unmatched: a sentence for each entry that names no table.
 
     Raises:
-        LoRAError: two entries, or the two ends of a tie, have other rows.
+        LoRAError: two entries give different rows to one table or to tied tables.
     """
 
     def __init__(self, listed_modules: NamedModules, indices: Indices) -> None:
-        """Look for them; `listed_modules` is every module of the model under its first name, the model first."""
+        """Find the tables.
+
+        Args:
+            listed_modules: every module of the model under its first name, the model first.
+            indices: the value of the option.
+        """
         modules = {name: module for name, module in listed_modules if name}
         self.rows: dict[str, Rows] = {}
         self.unmatched: list[str] = []
-        self._entries: dict[str, str] = {}  # by which a table is meant
+        self._entries: dict[str, str] = {}  # the entry that names each table
         if indices is not None and not isinstance(indices, Mapping):
             self._add_input_embeddings(listed_modules, modules, tuple(indices))
         for entry, rows in indices.items() if isinstance(indices, Mapping) else ():
             self._add_matching(entry, tuple(rows), modules)
         self._add_tied(modules)
-        self.rows = {name: self.rows[name] for name in modules if name in self.rows}  # the first end first
+        self.rows = {name: self.rows[name] for name in modules if name in self.rows}  # in the model's order
 
     def _add_input_embeddings(self, listed_modules: NamedModules, modules: Mapping[str, nn.Module], rows: Rows) -> None:
         tables = [input_embeddings(pretrained) for pretrained in pretrained_models(listed_modules).values()]
@@ -49,8 +54,8 @@ class TokenTables:
         if len(names) > 1:
             kind = type(listed_modules[0][1]).__name__
             raise LoRAError(
-                f"inject: {OPTION} is a list, and {kind} holds {len(names)} transformers models; name "
-                f"the table that is meant: {{{names[0]!r}: {list(rows)}}}."
+                f"inject: {OPTION} is a list, but {kind} holds {len(names)} transformers models; name "
+                f"the table: {{{names[0]!r}: {list(rows)}}}."
             )
         if names:
             self._add(names[0], rows, "a list")

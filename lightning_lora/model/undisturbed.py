@@ -1,8 +1,8 @@
-"""Steps that write into the weights, and that no exception leaves half done, wherever it comes from.
+"""Run steps that write into the weights so that no exception leaves them half done.
 
-Python runs a signal's handler between any two of its instructions, and what the handler raises comes out there: Ctrl-C,
-a timeout by SIGALRM. Here every such handler waits until the step is done. Exceptions that come in other ways (from a
-debugger, or from another thread by PyThreadState_SetAsyncExc) find a step that can be undone or completed.
+Python runs a signal's handler between any two instructions, so that Ctrl-C or a timeout by SIGALRM can raise anywhere.
+While a step runs, such handlers wait until it is done. Other exceptions can come from a debugger, or from another
+thread by PyThreadState_SetAsyncExc. After one of these the step is undone or completed.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from typing import Any
 from ..errors import LoRAError
 from ..nn.writer import Turn
 
-# Those that programs handle; another one that is handled breaks a step off, which is then undone or completed.
+# Signals that programs commonly handle. The handler of another signal may break a step off, which is then undone.
 NAMES = (
     "SIGINT SIGTERM SIGHUP SIGQUIT SIGALRM SIGVTALRM SIGPROF SIGUSR1 SIGUSR2 SIGCHLD SIGCONT SIGTSTP SIGWINCH SIGURG "
     "SIGIO SIGXCPU SIGBREAK"
 )
 SIGNALS = [number for number in signal.Signals if number.name in NAMES.split()]
-ATTEMPTS = 4  # at bringing the weights back, each of them broken off by another exception
+ATTEMPTS = 4  # at restoring the weights, where an exception breaks off each attempt
 
 
 def run_undisturbed(step: Callable[[], None], restore: Callable[[], None], verb: str) -> None:
-    """Run a step; where it raises, run what restores the weights, and raise that exception. Signals wait meanwhile.
+    """Run a step; where it raises, restore the weights and raise its exception. Signals wait meanwhile.
 
     Args:
-        step: what writes.
-        restore: can be called after any part of the step, or of itself, and completes what is left to do.
-        verb: what messages begin with.
+        step: writes into the weights.
+        restore: restores the weights. It can be called after any part of the step or of itself, and completes the work.
+        verb: the beginning of messages.
 
     Raises:
-        LoRAError: `restore` was broken off again and again.
+        LoRAError: exceptions broke off each attempt to restore.
     """
     signals, work = _Signals(), _Work(step, restore, verb)
     try:
@@ -44,27 +44,29 @@ def run_undisturbed(step: Callable[[], None], restore: Callable[[], None], verb:
         finally:
             work.undo_unless_done()
             signals.release()
-    finally:  # an exception may come before the first of these begins, too
+    finally:  # an exception may come before the inner finally begins
         work.undo_unless_done()
         signals.release()
 
 
 class Ending:
-    """The end of a `with` block that brings a model back, called twice: an exception may come before the first begins.
+    """The end of a `with` block, which restores the model.
+
+    Call it in two nested `finally` clauses, because an exception may come before the inner clause begins.
 
     Args:
         turn: of the block, which may end in another thread than it began in.
-        step: what brings the model back; can be called again after any part of itself.
+        step: restores the model. It can be called again after any part of itself.
     """
 
     def __init__(self, turn: Turn, step: Callable[[], None]) -> None:
         self.turn, self.step, self.is_done = turn, step, False
 
     def __call__(self) -> None:
-        """Bring the model back, unless that is done.
+        """Restore the model, unless that was done.
 
         Raises:
-            LoRAError: another thread is changing the model, or what the step raises. It is not tried again.
+            LoRAError: another thread is changing the model, or the step raised it. Later calls do nothing.
         """
         if self.is_done:
             return
@@ -78,7 +80,7 @@ class Ending:
 
 
 class _Work:
-    """A step and what undoes it; both leave nothing half done, so that each is done once."""
+    """A step and the function that undoes it; at most one of them is completed."""
 
     def __init__(self, step: Callable[[], None], restore: Callable[[], None], verb: str) -> None:
         self.step, self.restore, self.verb, self.is_done = step, restore, verb, False
@@ -88,7 +90,7 @@ class _Work:
             self.step()
             self.is_done = True
         except LoRAError:
-            self.is_done = self.step is self.restore  # which raises it when it has done all it can
+            self.is_done = self.step is self.restore  # restoring raises LoRAError after it has done all it can
             raise
 
     def undo_unless_done(self) -> None:
@@ -101,30 +103,30 @@ class _Work:
             except LoRAError:
                 self.is_done = True
                 raise
-            except BaseException:  # the first exception is raised when the weights are back
+            except BaseException:  # the first exception is raised after the weights are restored
                 continue
         if not self.is_done:
             self.is_done = True
             raise LoRAError(
                 f"{self.verb}: exceptions broke off each of {ATTEMPTS} attempts at bringing the weights back, so that "
-                "some hold neither W nor W'. Call unmerge(model) before anything else; it goes on where they stopped."
+                "some hold neither W nor W'. Call unmerge(model) before anything else; it completes the work."
             )
 
 
 class _Signals:
-    """Holds the Python handlers of signals back, and runs them afterwards for those that came."""
+    """Hold the Python handlers of signals back, and run them afterwards for the signals that came."""
 
     def __init__(self) -> None:
-        self.handlers: dict[int, Any] = {}  # that are to be put back
-        self.frames: dict[int, FrameType | None] = {}  # by signal that came: where it came
-        self.due: list[tuple[int, Any]] = []  # signals that came, with their handlers
+        self.handlers: dict[int, Any] = {}  # the program's handlers, by signal
+        self.frames: dict[int, FrameType | None] = {}  # where the program was when a signal came, by signal
+        self.due: list[tuple[int, Any]] = []  # signals that came, with the program's handlers
 
     def hold(self) -> None:
-        """Note signals from now on; only the main thread ever runs handlers."""
+        """Only note signals from now on. Does nothing outside of the main thread, which alone runs handlers."""
         if threading.current_thread() is not threading.main_thread():
             return
         if getattr(signal.getsignal(signal.SIGINT), "__func__", None) is _Signals._note:
-            return  # a step around this one holds them
+            return  # an outer step holds them already
         for number in SIGNALS:
             handler = signal.getsignal(number)
             if callable(handler) or (number == signal.SIGINT and handler is not None):
@@ -132,7 +134,7 @@ class _Signals:
                 signal.signal(number, self._note)
 
     def release(self) -> None:
-        """Put every handler back, whatever exception comes, and run the handlers of the signals that came."""
+        """Put every handler back, even if exceptions come, and run the handlers of the signals that came."""
         try:
             while self.handlers:
                 number, handler = next(iter(self.handlers.items()))
@@ -154,7 +156,7 @@ class _Signals:
         number, handler = self.due.pop(0)
         try:
             if callable(handler):
-                handler(number, self.frames[number])  # a signal that is raised anew would reach an event loop twice
+                handler(number, self.frames[number])  # raising the signal again would reach an event loop twice
             else:
                 signal.raise_signal(number)
         finally:

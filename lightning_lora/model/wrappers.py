@@ -1,7 +1,7 @@
-"""What torch and Lightning wrap around a network to run it. Every public function acts on the network inside.
+"""Find the network inside the wrappers of torch and Lightning. Every public function acts on that network.
 
-A wrapper runs a module and adds nothing to what is trained, but has names of its own for the weights, as
-`module.0.weight`, or two for each. A LightningModule, or a user's module that calls the network, is none of these.
+A wrapper runs a module and adds nothing that is trained, but its names of the weights differ, as `module.0.weight`. A
+LightningModule is no wrapper, and neither is a user's module that calls the network.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..errors import LoRAError
 from ..names import ATTRIBUTE, CHECKPOINTED, COMPILED, KEPT, LIGHTNING, WRAPPERS, derives_from, is_lightning_module
 
 TORCH = ("torch",)
-INSIDE = {  # the class of a wrapper, the packages that it comes from, and the attribute with the module inside
+INSIDE = {  # by class of wrapper: the packages that define it, and the attribute with the module inside
     "OptimizedModule": (TORCH, COMPILED),
     "CheckpointWrapper": (TORCH, CHECKPOINTED),
     "DistributedDataParallel": (TORCH, "module"),
@@ -28,10 +28,10 @@ FLAT = "FullyShardedDataParallel"
 
 
 def unwrapped(model: nn.Module, verb: str) -> nn.Module:
-    """Return the module inside all wrappers around it, or the model itself.
+    """Return the module inside all wrappers, or the model itself where there is no wrapper.
 
     Raises:
-        LoRAError: it is no module, or a wrapper is of an unknown class; the message begins with the verb.
+        LoRAError: the model is no module, or a wrapper of an unknown class. The message begins with the verb.
     """
     require_module(model, verb)
     network = inside_known_wrappers(model)
@@ -41,12 +41,12 @@ def unwrapped(model: nn.Module, verb: str) -> nn.Module:
 
 
 def inside_known_wrappers(model: nn.Module) -> nn.Module:
-    """Return the module inside all wrappers of known classes around it, or the model itself."""
+    """Return the module inside all wrappers of known classes, or the model itself where there is none."""
     return list(_layers_of_wrapping(model))[-1]
 
 
 def wrapped_attribute(model: nn.Module) -> str:
-    """Return the attribute of a known wrapper that holds the module inside; '' for any other module."""
+    """Return the attribute in which a known wrapper holds the module inside, or "" for any other module."""
     for name, (packages, attribute) in INSIDE.items():
         if attribute in model._modules and derives_from(model, name, packages):
             return attribute
@@ -54,13 +54,13 @@ def wrapped_attribute(model: nn.Module) -> str:
 
 
 def prefix_inside(model: nn.Module) -> str:
-    """Return what names in a module have before those of the module inside all wrappers, "" or ending in a dot."""
+    """Return the name of the module inside all wrappers in the outermost wrapper, ending in a dot; "" without any."""
     attributes = [wrapped_attribute(wrapper) for wrapper in _layers_of_wrapping(model)]
     return "".join(f"{attribute}." for attribute in attributes if attribute and attribute not in WRAPPERS)
 
 
 def warn_of_late_adapters(model: nn.Module, verb: str) -> None:
-    """Warn where a module is about to be adapted inside of one that has registered what it synchronises."""
+    """Warn where a module is about to be adapted inside DistributedDataParallel, which would not synchronise it."""
     if any(derives_from(wrapper, "DistributedDataParallel", TORCH) for wrapper in _layers_of_wrapping(model)):
         warnings.warn(
             f"lightning_lora: {verb}: DistributedDataParallel was put around the model before it was adapted, and does "
@@ -70,7 +70,7 @@ def warn_of_late_adapters(model: nn.Module, verb: str) -> None:
 
 
 def _layers_of_wrapping(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield a module, what it is known to wrap, and so on."""
+    """Yield a module, the module that it wraps, and so on to the innermost."""
     yield model
     while attribute := wrapped_attribute(model):
         model = model._modules[attribute]  # type: ignore[assignment]
@@ -78,7 +78,10 @@ def _layers_of_wrapping(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _refuse_unknown_wrapper(model: nn.Module, verb: str) -> None:
-    """Refuse a module that has nothing but another, under a wrapper's name, and is no part of what was injected."""
+    """Refuse a module that looks like a wrapper of an unknown class around the injected network.
+
+    It has no tensors of its own. Its only child is named `module`, or all its children are one network.
+    """
     kind = type(model).__name__
     if derives_from(model, FLAT, TORCH):
         raise LoRAError(
@@ -89,11 +92,11 @@ def _refuse_unknown_wrapper(model: nn.Module, verb: str) -> None:
     if model._parameters or model._buffers or not children or is_lightning_module(model):
         return
     networks = {inside_known_wrappers(child) for child in children.values()}
-    twice = len(networks) == 1 < len(set(children.values()))  # the same module, as it is and in a wrapper
+    twice = len(networks) == 1 < len(set(children.values()))  # one network, by itself and in a wrapper
     if not twice and list(children) != ["module"]:
         return
-    if KEPT not in vars(model) and any(KEPT in vars(network) for network in networks):  # it came after injection
+    if KEPT not in vars(model) and any(KEPT in vars(network) for network in networks):  # it was made after injection
         raise LoRAError(
             f"{verb}: {kind} is a wrapper of an unknown kind: it holds nothing but {' and '.join(children)}, "
-            "and its names of the weights are not those of the network that was injected. Pass the network inside."
+            "and its names of the weights differ from those of the injected network. Pass the network inside."
         )

@@ -86,7 +86,7 @@ def in_first_pass() -> bool:
     The segment runs in the forward of an autograd function. There torch switches forward-mode derivatives off as well,
     and torch.no_grad does not; this tells the two apart.
     """
-    if torch.is_grad_enabled() or torch.is_inference_mode_enabled() or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_inference_mode_enabled():
         return False
     return not torch._C._is_fwd_grad_enabled()
 

@@ -1,4 +1,4 @@
-"""Looking, which changes nothing: the summary, statistics, and pictures of adapters and of a run's log.
+"""Looking at a model without changing it: the summary, statistics, and pictures of adapters and of a run's log.
 
-A picture is measured, concluded from and drawn in files of their own.
+Measuring, concluding and drawing are in separate files.
 """

@@ -1,4 +1,4 @@
-"""Figures without pyplot: a picture is drawn into a figure of its own, or with others below each other into one."""
+"""Draw pictures without pyplot, each into a figure of its own or several below each other into one figure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from matplotlib.figure import Figure, FigureBase
 
 from .layout import shortened
 
-WIDTH = 8.0  # inches; at DPI these are 960 pixels, which a README shows as about 800
+WIDTH = 8.0  # inches, 960 pixels at DPI; a README shows them in about 800
 DPI = 120
 TITLE_WIDTH = 88  # characters of a title's line
 LONGEST = 28  # characters of a name beside an axis
@@ -22,7 +22,7 @@ STYLE: dict[str, Any] = {"font.size": 9, "axes.titlesize": 9, "axes.spines.top":
 
 @dataclass(frozen=True)
 class Picture:
-    """What is drawn, and how high it is in inches; it is WIDTH wide."""
+    """A title, a height in inches, and a function that draws into a figure. Every picture is WIDTH wide."""
 
     title: str
     height: float
@@ -30,12 +30,12 @@ class Picture:
 
 
 def to_figure(picture: Picture) -> Figure:
-    """Draw a picture by itself."""
+    """Draw one picture into a figure of its own."""
     return to_page([picture])
 
 
 def to_page(pictures: Sequence[Picture]) -> Figure:
-    """Draw pictures below each other into one figure; a single one fills it. The user's own style does not matter."""
+    """Draw pictures below each other into one figure. The user's matplotlib style is not used."""
     with matplotlib.style.context(["default", STYLE]):
         heights = [picture.height for picture in pictures]
         figure = Figure(figsize=(WIDTH, sum(heights)), dpi=DPI, layout="constrained")
@@ -50,12 +50,12 @@ def to_page(pictures: Sequence[Picture]) -> Figure:
 
 
 def labels(names: Sequence[str], longest: int = LONGEST) -> list[str]:
-    """Return shortened names that are told apart still: longer ones where they would be alike."""
+    """Return shortened names; where two would become equal, all stay longer."""
     short = [shortened(name, longest) for name in names]
     return short if len(set(short)) == len(set(names)) else labels(names, longest + 8)
 
 
 def ticks(count: int) -> list[int]:
-    """Return which of so many places on an axis have a label."""
+    """Return the places on an axis with `count` places that get a label, at most MOST_TICKS."""
     step = -(-count // MOST_TICKS)
     return list(range(0, count, step))

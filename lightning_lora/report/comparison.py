@@ -1,4 +1,4 @@
-"""The picture of two adapters: their update norms below each other, and the cosine between their updates."""
+"""Draw two adapters: the norms of each adapter's updates, and the cosine between the updates."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ FRAME = 2.4  # inches around the rows of the three heat maps
 
 
 def comparison_picture(first: Updates, second: Updates) -> Picture:
-    """Return three heat maps: the norms of each adapter's updates on one scale, and the cosines between them.
+    """Return a picture of three heat maps: the update norms of each adapter on one scale, and the cosines.
 
     Raises:
-        LoRAError: the two have no layer in common.
+        LoRAError: the adapters have no layer in common.
     """
     found = cosines(first, second)
     if not found:
         raise LoRAError(
-            f"plot: {first.source} and {second.source} have no layer in common: {next(iter(first.layers))!r} and "
-            f"{next(iter(second.layers))!r}, for example. Give two adapters of one model."
+            f"plot: {first.source} and {second.source} have no layer in common; their first layers are "
+            f"{next(iter(first.layers))!r} and {next(iter(second.layers))!r}. Give two adapters of one model."
         )
     relative = first.relative and second.relative
     places = [*first.cells, *second.cells]

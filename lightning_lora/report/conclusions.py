@@ -1,4 +1,4 @@
-"""What a picture shows, in one sentence: each is chosen by a stated rule from the numbers that are drawn."""
+"""Conclude in one sentence what a picture shows. A stated rule chooses the sentence from the drawn numbers."""
 
 from __future__ import annotations
 
@@ -13,24 +13,25 @@ from .updates import Updates, half_share
 
 LONGEST = 44  # characters of a layer's name
 
-# Of update norms: the largest over the median, below which the layers have moved alike.
+# Update norms: layers have moved alike where the largest norm is less than this many times the median.
 ALIKE = 3.0
-# Of spectra: the share of the squared norm in the larger half of the r directions. Above: without the other half, the
-# update changes by less than a tenth of its norm. Below: the spectrum is near flat, at 1/2.
+# Spectra: the share of the squared norm in the larger half of the r directions. From TOO_LARGE on, r is too large:
+# without the other half the update changes by at most a tenth of its norm. Up to TOO_SMALL, r is too small: a flat
+# spectrum has 1/2.
 TOO_LARGE, TOO_SMALL = 0.99, 0.75
-# Of two adapters: the median cosine. Beyond what chance gives and up to SLIGHT, they agree slightly.
+# Two adapters: the median cosine from which on they point the same way, and up to which they agree only slightly.
 SAME, SLIGHT = 0.9, 0.1
-# By chance, the cosine of two updates of n weights has a deviation of 1 / sqrt(n). Within so many deviations, nothing
-# tells that it is more.
+# The cosine of two random updates of n weights has a standard deviation of 1 / sqrt(n). A cosine within this many
+# deviations may be chance.
 CHANCE = 3.0
-# Of statistics: the last quarter of a run changes norms by less.
+# Statistics: a run has settled where its last quarter changes the norms by at most this share.
 SETTLED = 0.05
 
 
 def on_norms(updates: Updates) -> str:
-    """Say which layer moved most, and how much more than the median one; ALIKE is the rule.
+    """Say which layer moved most, and how much more than the median layer, by the rule ALIKE.
 
-    Without the weights it is about the root mean square of each update, and says so.
+    Where the weights' norms are not known, the sentence is about the root mean square of each update.
     """
     relative = updates.relative
     measured = updates.norms(relative=relative)
@@ -76,7 +77,7 @@ def _times(largest: float, middle: float) -> str:
 
 
 def on_spectra(updates: Updates) -> str:
-    """Say whether r is too small, too large or fits; the median of half_share over all updates is the rule."""
+    """Say whether r is too small, too large or fits, by the median of half_share over all updates."""
     r = f"r = {_range(sorted({update.rank for update in updates.layers.values()}))}"
     spectra = [spectrum for update in updates.layers.values() for spectrum in update.spectra]
     directions = sorted(set(map(len, spectra)))
@@ -97,29 +98,29 @@ def on_spectra(updates: Updates) -> str:
 
 
 def half_text(ranks: Sequence[int]) -> str:
-    """Write which directions half_share counts."""
+    """Return words for the directions that half_share counts."""
     return f"{(ranks[0] + 1) // 2} of {ranks[0]}" if len(ranks) == 1 else "half of the"
 
 
 def verdict(share: float) -> str:
-    """Return "large", "small" or "fits" for a median of half_share."""
+    """Return whether r is too "large", too "small" or "fits", for a median of half_share."""
     return "large" if share >= TOO_LARGE else "small" if share <= TOO_SMALL else "fits"
 
 
 def median_share(spectra: Iterable[tuple[float, ...]]) -> float:
-    """Return the median of half_share over spectra of several directions that have one; else NaN."""
+    """Return the median of half_share over spectra of several directions, or NaN where none has a share."""
     shares = [half_share(spectrum) for spectrum in spectra if len(spectrum) > 1]
     finite = [share for share in shares if math.isfinite(share)]
     return median(finite) if finite else math.nan
 
 
 def held_text(share: float) -> str:
-    """Write a share, and never a rounded 100%."""
+    """Return a share as a percentage, which is never rounded up to 100%."""
     return "over 99.9%" if share > 0.999 else _percent(share)
 
 
 def on_comparison(first: Updates, second: Updates, found: Mapping[Cell, float]) -> str:
-    """Say whether two adapters' updates point the same way, and which are larger; the median cosine is the rule."""
+    """Say whether two adapters' updates point the same way, by the median cosine, and which are larger."""
     finite = {cell: value for cell, value in found.items() if math.isfinite(value)}
     if not finite:
         return "Nothing to compare: updates of one of the two are zero, not finite, or of other shapes"
@@ -133,9 +134,14 @@ def on_comparison(first: Updates, second: Updates, found: Mapping[Cell, float]) 
 
 
 def relation(cosines: Sequence[float], sizes: Sequence[int]) -> str:
-    """Say how updates are related by their cosines, given how many weights each changes.
+    """Say how updates are related.
 
-    Where the median is within what chance gives, they are unrelated, or most of them go beyond it, some in either way.
+    A median cosine within CHANCE deviations means unrelated updates, unless most single cosines lie outside, some of
+    them positive and some negative.
+
+    Args:
+        cosines: between two adapters' updates, one a cell.
+        sizes: the number of weights that the update of each cell changes.
     """
     middle = median(cosines)
     roots = [math.sqrt(size) for size in sizes]
@@ -151,26 +157,27 @@ def relation(cosines: Sequence[float], sizes: Sequence[int]) -> str:
 
 
 def _ratio(first: Updates, second: Updates, cells: Iterable[Cell]) -> float:
-    """Return how many times as large the second's updates are, of the layers that both have in these cells."""
+    """Return the norm of the second's updates divided by the norm of the first's, over shared layers in the cells."""
     shared = [name for cell in cells for name in first.cells[cell] if name in second.layers]
     totals = [math.hypot(*(each.layers[name].norm for name in shared)) for each in (first, second)]
     return totals[1] / totals[0]
 
 
 def _exact_text(value: float) -> str:
-    """Write a cosine, with a digit at least where it is not zero."""
+    """Return a cosine as text, with at least one digit that is not 0 unless it is zero."""
     return cosine_text(value) if not value or abs(value) >= 0.005 else f"{value:.1g}"
 
 
 def cosine_text(value: float) -> str:
-    """Write a cosine, and no -0.00."""
+    """Return a cosine as text with two decimals; never -0.00."""
     return f"{round(value, 2) + 0.0:.2f}"
 
 
 def on_statistics(statistics: Statistics) -> str:
-    """Say whether the updates still change at the end of the run; SETTLED is the rule, by the median over groups.
+    """Say whether the updates still change at the end of the run, by the rule SETTLED for the median over groups.
 
-    What is not finite comes first where it stays so to the end, and else last.
+    The sentence begins with values that are not finite where they stay so to the end, and ends with such values where
+    later values are finite again.
     """
     broken = [(*found[::-1], name) for name, series in statistics.series.items() if (found := first_not_finite(series))]
     if not broken:
@@ -196,9 +203,9 @@ def _on_changes(statistics: Statistics) -> str:
 
 
 def _last_quarter(points: Points) -> float | None:
-    """Return the relative change of a value over the last quarter of its steps; between points it is a straight line.
+    """Return the relative change of a value over the last quarter of its steps, or None for fewer than three points.
 
-    Two points are no line: a value between them can be any.
+    The value at the beginning of that quarter is interpolated between points.
     """
     known = [(step, value) for step, value in points if math.isfinite(value)]
     if len(known) < 3:

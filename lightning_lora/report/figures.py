@@ -1,4 +1,4 @@
-"""plot_adapter: what an adapter, two of them, or a run's log show, as figures of matplotlib and as a file."""
+"""plot_adapter: draw one adapter, two adapters or a run's log, as figures of matplotlib and into a file."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ def plot_adapter(
 ) -> dict[str, Figure]:
     """Draw an adapter, two adapters, or the statistics of a run. Collective where a model is sharded.
 
-    The figures belong to nothing: no state of pyplot is used, and no window opens.
+    The figures do not use pyplot, and no window opens.
 
     Args:
-        source: an injected model; a PEFT folder, a checkpoint or whatever load_adapter takes; or a log: the metrics.csv
-            of a CSVLogger, events of TensorBoard, or the folder with either.
+        source: an injected model; a PEFT folder, a checkpoint or anything else that load_adapter takes; or a log: the
+            metrics.csv of a CSVLogger, events of TensorBoard, or the folder of one of these.
         other: a second adapter, to compare with the first.
-        base: the weights, on disk, that an adapter in a file was trained on, for norms relative to these.
+        base: the weights on disk that an adapter in a file was trained on. Norms are then relative to the weights'.
         strict_base: whether another base than the adapter's is an error or a warning.
         output: a file to write all figures to, below each other: .png, .pdf or .svg.
 
     Returns:
-        By name: "norms" and "spectra" of one adapter, "comparison" of two, "statistics" of a log.
+        Figures by name: "norms" and "spectra" of one adapter, "comparison" of two, "statistics" of a log.
 
     Raises:
         LoRAError: matplotlib is missing, there is nothing to draw, or the output cannot be written.
@@ -73,7 +73,7 @@ def plot_adapter(
 
 
 def check_suffix(output: PathLike) -> None:
-    """Raise LoRAError where a file's name does not say what kind of picture it is."""
+    """Raise LoRAError where a file's name ends in no suffix of SUFFIXES."""
     if Path(output).suffix.lower() not in SUFFIXES:
         raise LoRAError(f"plot: the output {Path(output).name!r} must end in one of {', '.join(SUFFIXES)}.")
 
@@ -82,7 +82,7 @@ def _pictures(source: Any, other: Any, base: PathLike | None, strict_base: bool)
     logs = [each for each in (source, other) if each is not None and is_log(each)]
     if logs:
         if other is not None or base is not None:
-            raise LoRAError(f"plot: {logs[0]} is a log of a run, which is drawn by itself, without another or a base.")
+            raise LoRAError(f"plot: {logs[0]} is a log of a run, which is drawn by itself; leave out other and base.")
         from .run import run_picture
 
         return {"statistics": run_picture(read_statistics(source))}

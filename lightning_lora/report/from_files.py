@@ -1,4 +1,4 @@
-"""The updates of an adapter in a file, with the norms of the weights that they change where these are on disk too."""
+"""Measure the updates of an adapter in a file, and with a base the norms of the weights that they change."""
 
 from __future__ import annotations
 
@@ -28,7 +28,12 @@ OTHER_BASE = (
 def read_updates(
     source: PathLike | Mapping[str, Any] | Adapter, base: PathLike | None = None, *, strict_base: bool = True
 ) -> Updates:
-    """Measure the adapter of a file, a folder or a state dict.
+    """Measure the adapter of a file, a folder or a state dict, or one in memory.
+
+    Args:
+        source: whatever load_adapter takes.
+        base: the weights on disk that it was trained on, for norms relative to the weights'.
+        strict_base: whether another base than the adapter's is an error or a warning.
 
     Raises:
         LoRAError: there is no adapter, it is damaged, or it does not fit the base.
@@ -51,7 +56,7 @@ def read_updates(
 
 
 def _fit(adapter: Adapter, base: Weights) -> Adapter:
-    """Return the adapter by the names of weights on disk."""
+    """Return the adapter with the names that the weights have on disk."""
     names = base.modules() | (set(base.locations) if adapter.parameters else set())
     try:
         return align_to_modules(adapter, names, str(base.path))
@@ -67,14 +72,14 @@ def _norm_in_files(adapter: Adapter, name: str, base: Weights) -> float:
     locations = [base.locations[leaf] for leaf in leaves if leaf in base.locations]
     if not locations:
         raise LoRAError(
-            f"plot: {base.path}: {name!r}, which the adapter updates, has no weight there. Load the model in Python, "
+            f"plot: {base.path}: there is no weight of {name!r}, which the adapter updates. Load the model in Python, "
             "then load_adapter and plot_adapter(model)."
         )
     for location in locations:
         if location.dtype not in MERGEABLE_DTYPES:
             raise LoRAError(
-                f"plot: {base.path}: the weight of {name!r} is {location.dtype}, of which the values are not known. "
-                "Give the one that it was quantised from as base (--base)."
+                f"plot: {base.path}: the weight of {name!r} is {location.dtype}, which cannot be read as numbers. "
+                "Give the base before quantisation as base (--base)."
             )
     return math.sqrt(sum(map(_square_in_file, locations)))
 

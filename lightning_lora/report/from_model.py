@@ -1,4 +1,4 @@
-"""The updates of a model's adapter, live, merged or sharded, with the norms of the weights that they change."""
+"""Measure the updates of a model's adapter, and the norms of the weights that they change."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ from .updates import Updates, measure, sum_of_squares
 def updates_of_model(model: nn.Module) -> Updates:
     """Measure the adapter of an injected model, merged or not. Collective where the model is sharded.
 
-    Factors that are not finite are measured too: their norms are NaN.
+    The norm of factors that are not finite is NaN.
 
     Raises:
         LoRAError: the model was not injected, or rows of tables alone are trained.
     """
     live = LiveState(open_model(model, "plot_adapter"))
+    description = describe(live, "plot_adapter")
     tensors = {name: value.cpu() for name, value in gather_all(_adapters_own(live)).items()}
-    adapter = replace(describe(live, "plot_adapter"), tensors=tensors)
+    adapter = replace(description, tensors=tensors)
     whole = measure(type(live.handle.model).__name__, adapter, _norms_in_model(live.handle))
     network = adapter.by_network_names()
     names = dict(zip(adapter.layers(), network.layers(), strict=True))
@@ -38,13 +39,13 @@ def updates_of_model(model: nn.Module) -> Updates:
 
 
 def _adapters_own(live: LiveState) -> dict[str, torch.Tensor]:
-    """Return what belongs to the adapter alone: no tensor that the base has too."""
+    """Return the adapter's own tensors by name, without trained tensors of the base."""
     warn_of_untrained(live.handle)
     return {name: value for name, value in live.values().items() if names_factor(name)}
 
 
 def _norms_in_model(handle: AdaptedModel) -> dict[str, float]:
-    """Return the norm of the weights that each adapter changes, as they are without it, by each of its names."""
+    """Return the Frobenius norm of W for each adapter, by each of the adapter's names."""
     reshard_(module for _, module in handle.modules)
     layers = handle.layers_by_every_name
     distinct = list(dict.fromkeys(layers.values()))
@@ -55,7 +56,7 @@ def _norms_in_model(handle: AdaptedModel) -> dict[str, float]:
 
 
 def _square_here(layer: AdaptedWeights, sync: RankSync) -> float:
-    """Return this rank's part of the squared norm of a layer's weights."""
+    """Return this rank's share of the squared norm of a layer's weights."""
     return math.fsum(
         sync.share(weight)
         * sum_of_squares(local(dequantize(layer.lora_holder, name) if layer.quantised() else layer.original(name)))

@@ -1,4 +1,4 @@
-"""Heat maps of one value a layer, by depth and projection; and the picture of an adapter's update norms."""
+"""Draw heat maps of one value a layer, by depth and projection, and the picture of an adapter's update norms."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from .conclusions import on_norms
 from .layout import Grid, arrange
 from .updates import Updates
 
-COLOURS = "cividis"  # its lightness rises with the value, so that it can be read in grey
+COLOURS = "cividis"  # larger values are lighter, so that the map can be read in grey
 NO_CELL = "0.88"
-WIDEST_WITH_NUMBERS = 12  # columns in which a number has room
-ROW, FRAME = 0.26, 1.35  # inches of a row, and of all around the rows
-ALL_ZERO = 0.01  # the end of the scale then
+WIDEST_WITH_NUMBERS = 12  # with more columns, numbers do not fit into the cells
+ROW, FRAME = 0.26, 1.35  # inches of a row, and of everything beside the rows
+ALL_ZERO = 0.01  # the end of the scale where all values are zero
 
 
 def norms_picture(updates: Updates) -> Picture:
-    """Return the heat map of update norms: over the weights' where these are known."""
+    """Return the heat map of update norms, relative to the weights' norms where these are known."""
     relative = updates.relative
     grid = arrange(updates.norms(relative=relative))
 
@@ -40,24 +40,24 @@ def norms_picture(updates: Updates) -> Picture:
 
 
 def norm_label(*, relative: bool, scaled: bool) -> str:
-    """Return what the norms of a picture are, for its scale."""
+    """Return the label of a colour bar for norms."""
     change = "s B A" if scaled else "B A"
     return f"|{change}| / |W|, %" if relative else f"rms of {change}"
 
 
 def height_of(grid: Grid) -> float:
-    """Return the inches that a heat map takes."""
+    """Return the height of a heat map in inches."""
     return FRAME + ROW * max(3, len(grid.rows))
 
 
 def largest(*grids: Grid) -> float:
-    """Return the largest finite value of some grids, for their scale."""
+    """Return the largest finite value in some grids, for a common scale."""
     values = [value for grid in grids for row in grid.values for value in row if math.isfinite(value)]
     return max(values, default=0.0) or ALL_ZERO
 
 
 def short(value: float) -> str:
-    """Write a number in few characters, without an exponent where it is of usual size."""
+    """Return a number in few characters, with an exponent only where it is very small or large."""
     return f"{value:.0f}" if 10 <= abs(value) < 1e5 else f"{value:.2g}"
 
 
@@ -71,10 +71,10 @@ def draw_grid(
     xlabel: bool = True,
     text: Callable[[float], str] = short,
 ) -> ScalarMappable:
-    """Draw a heat map: hatched where no layer is, crossed where a value is not finite.
+    """Draw a heat map: grey where no layer is, with a cross where a value is not finite.
 
     Returns:
-        What a colour bar is made from; its array holds the values as drawn.
+        The image, for a colour bar; its array holds the values as drawn.
     """
     factor = 100.0 if percent else 1.0
     values = np.array(grid.values) * factor

@@ -1,4 +1,4 @@
-"""Where a layer's value stands in a picture: by the number in its name, and by how the name ends."""
+"""Arrange layers in a picture: the number in a layer's name is its column, and the end of the name its row."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from ..names import layer_number
+from ..matching import layer_number
 
-ANY_SEGMENT = (r"[^.]+",)  # that the number of a layer may follow
+ANY_SEGMENT = (r"[^.]+",)  # the number of a layer may follow any segment
+NAMELESS = "layers"  # the projection of names that consist of numbers
 
-NAMELESS = "layers"  # the projection of names that are numbers alone
-
-Cell = tuple[str, int | None]  # projection and depth
+Cell = tuple[str, int | None]  # projection (row) and depth (column, None without a number)
 
 
 def depth_of(name: str) -> int | None:
-    """Return the first number among a name's segments, or None."""
+    """Return the first number among a name's segments, or None without a number."""
     return layer_number(f"layer.{name}.", ANY_SEGMENT)
 
 
 def projections(names: Iterable[str]) -> dict[str, str]:
-    """Return what layers that differ in numbers alone have in common: the last segment that is none.
+    """Return the projection of each layer: the last segment of its name that is no number.
 
-    Where other names end alike, as an encoder's and a decoder's do, the segments that tell them apart stand before it.
+    Where names with the same end differ elsewhere, such as an encoder's and a decoder's, the segments that differ are
+    put before it. Layers whose names differ in numbers alone share a projection.
     """
     templates = {name: _without_numbers(name) for name in names}
     same_ending: dict[str, list[tuple[str, ...]]] = {}
@@ -42,7 +42,7 @@ def _without_numbers(name: str) -> tuple[str, ...]:
 
 
 def cells(names: Iterable[str]) -> dict[Cell, list[str]]:
-    """Return which layers share a cell of a picture, as the experts of one block do."""
+    """Return the layers of each cell of a picture. Layers may share a cell, as the experts of one block do."""
     names = list(names)
     shared: dict[Cell, list[str]] = {}
     for name, projection in projections(names).items():
@@ -55,17 +55,17 @@ class Grid:
     """Values by projection (rows) and depth (columns)."""
 
     rows: tuple[str, ...]
-    columns: tuple[int | None, ...]  # ascending; layers without a number last
-    values: tuple[tuple[float, ...], ...]  # NaN and infinity where there is a cell, NaN where there is none
-    empty: frozenset[tuple[int, int]]  # row and column where there is none
+    columns: tuple[int | None, ...]  # ascending; None, for layers without a number, is last
+    values: tuple[tuple[float, ...], ...]  # by row and column; NaN in a place without a cell
+    empty: frozenset[tuple[int, int]]  # row and column of each place without a cell
 
 
 def arrange(values: Mapping[Cell, float], places: Iterable[Cell] = ()) -> Grid:
-    """Return the grid of one value a cell, rows in their order.
+    """Return the grid of values, with rows in the order of the cells.
 
     Args:
-        values: of the cells.
-        places: other cells for which there is to be a row and a column, before these.
+        values: one value for each cell.
+        places: other cells that get a row and a column too, before those of `values`.
     """
     places = [*places, *values]
     rows = tuple(dict.fromkeys(row for row, _ in places))
@@ -82,7 +82,7 @@ def arrange(values: Mapping[Cell, float], places: Iterable[Cell] = ()) -> Grid:
 
 
 def cell_name(cell: Cell) -> str:
-    """Return the words for a cell, for titles."""
+    """Return a cell's name for titles."""
     projection, depth = cell
     if depth is None:
         return projection
@@ -90,7 +90,7 @@ def cell_name(cell: Cell) -> str:
 
 
 def shortened(text: str, longest: int) -> str:
-    """Return a text with its middle left out where it is long: the end of a name tells most."""
+    """Return a text of at most `longest` characters, its middle left out because the end of a name tells most."""
     if len(text) <= longest:
         return text
     head = (longest - 3) // 3

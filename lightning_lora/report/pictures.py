@@ -1,4 +1,4 @@
-"""The pictures of one adapter, and whether they can be drawn here."""
+"""The pictures of one adapter, and a check that matplotlib is there to draw them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def has_matplotlib() -> bool:
-    """Tell whether matplotlib is installed."""
+    """Return whether matplotlib is installed."""
     return find_spec("matplotlib") is not None
 
 
@@ -24,7 +24,7 @@ def require_matplotlib(subject: str) -> None:
 
 
 def pictures_of(updates: Updates) -> dict[str, Picture]:
-    """Return the pictures of one adapter by name; needs matplotlib."""
+    """Return the pictures of one adapter by name: "norms" and "spectra". It needs matplotlib."""
     from .heat_map import norms_picture
     from .spectra import spectra_picture
 

@@ -1,4 +1,4 @@
-"""The picture of an adapter's statistics over a run: a panel for each statistic, a line for each group of layers."""
+"""Draw an adapter's statistics over a run: a panel for each statistic, a line for each group of layers."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from .run_log import ALL, Statistics
 ACROSS = 2  # panels in a row
 PANEL, FRAME, LEGEND_ROW = 1.75, 0.5, 0.19  # inches
 MOST_LINES, IN_LEGEND_ROW = 12, 4
-LEGEND_WIDTH, KEY_WIDTH = 110, 9  # characters of a row, and what the sample of a line takes
-# Okabe and Ito's colours, which colour-blind eyes tell apart, without yellow. In grey, dashes and markers tell.
+LEGEND_WIDTH, KEY_WIDTH = 110, 9  # characters of a row of the legend, and of a line's sample in it
+# Okabe and Ito's colours without yellow, which colour-blind eyes can tell apart. In grey, dashes and markers do.
 COLOURS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 DASHES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "v", "D", "x", "+")
-KNOWN = ("norm", "rank", "grad_A", "grad_B", "cosine")  # in this order, before all others
+KNOWN = ("norm", "rank", "grad_A", "grad_B", "cosine")  # drawn in this order, before other statistics
 
 
 def run_picture(statistics: Statistics) -> Picture:
-    """Return what a run logged of its adapter, by step."""
+    """Return the picture of what a run logged of its adapter, by step."""
     names = sorted(statistics.series, key=lambda name: (KNOWN.index(name) if name in KNOWN else len(KNOWN), name))
     groups = list(dict.fromkeys(group for series in statistics.series.values() for group in series))
     shown = [group for group in groups if group != ALL][:MOST_LINES] + [group for group in groups if group == ALL]

@@ -1,4 +1,4 @@
-"""Statistics of an adapter over a run, read from what a logger wrote: columns `lora/<group>/<statistic>` by step."""
+"""Read an adapter's statistics over a run from a logger's file: columns `lora/<group>/<statistic>` by step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from ..errors import LoRAError
 from ..files.paths import PathLike, given_path, kind_of
 
 COLUMN = re.compile(r"lora/(?:(?P<group>.+)/)?(?P<statistic>[^/]+)")
-CSV, EVENTS = "metrics.csv", "events.out.tfevents."  # what CSVLogger writes; what TensorBoard's files begin with
+CSV = "metrics.csv"  # the file of a CSVLogger
+EVENTS = "events.out.tfevents."  # the beginning of the names of TensorBoard's files
 ALL = "all layers"  # the group of a statistic of the whole adapter
 
 Points = tuple[tuple[float, float], ...]  # step and value, ascending
@@ -24,14 +25,14 @@ Series = Mapping[str, Points]  # by group
 
 @dataclass(frozen=True)
 class Statistics:
-    """Values over a run."""
+    """Values by statistic, group and step, and the name of their log."""
 
     source: str
     series: Mapping[str, Series]  # by statistic
 
 
 def is_log(path: object) -> bool:
-    """Tell whether a path is a logger's file, or the folder of one, by its name and what is in it."""
+    """Return whether a path is a logger's file or a folder with such a file, by the names of files."""
     if not isinstance(path, (str, os.PathLike)):
         return False
     path = given_path(path)
@@ -39,6 +40,7 @@ def is_log(path: object) -> bool:
 
 
 def _log_in(folder: Path) -> Path | None:
+    """Return the CSV file in a folder, else the folder where it holds TensorBoard's events, else None."""
     if kind_of(folder) != "folder":
         return None
     if kind_of(folder / CSV) == "file":
@@ -47,10 +49,10 @@ def _log_in(folder: Path) -> Path | None:
 
 
 def read_statistics(path: PathLike) -> Statistics:
-    """Read the statistics of an adapter from a CSV file, TensorBoard's events, or the folder of either.
+    """Read the statistics of an adapter from a CSV file, from TensorBoard's events, or from a folder with either.
 
     Raises:
-        LoRAError: it holds none, is damaged, or holds events and tensorboard is not installed.
+        LoRAError: the log holds no statistics, is damaged, or needs tensorboard, which is not installed.
     """
     log = _log_in(Path(path)) or Path(path)
     points = _read_csv(log) if log.suffix == ".csv" else _read_events(log)
@@ -61,7 +63,7 @@ def read_statistics(path: PathLike) -> Statistics:
             series.setdefault(match["statistic"], {}).setdefault(match["group"] or ALL, []).append((step, value))
     if not series:
         raise LoRAError(
-            f"plot: {path}: holds no statistics of an adapter, named as lora/q_proj/norm; LoRAMonitor logs them."
+            f"plot: {path}: holds no statistics of an adapter (names such as lora/q_proj/norm); LoRAMonitor logs them."
         )
     sorted_series = {
         statistic: {group: tuple(sorted(of_group, key=lambda point: point[0])) for group, of_group in groups.items()}

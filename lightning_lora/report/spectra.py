@@ -1,4 +1,4 @@
-"""The picture of an adapter's singular values against the rank in use, one panel for each projection."""
+"""Draw the singular values of an adapter's updates, in one panel for each projection."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ MOST_PANELS = 12
 LONGEST = 24  # characters of a panel's name
 MOST_MARKERS = 16  # on a line
 LINE, BAND = "#00429d", "#b9cbe4"
-PANEL, FRAME = 1.5, 0.85  # inches of a row of panels, and of all around them
+PANEL, FRAME = 1.5, 0.85  # inches of a row of panels, and of everything beside the rows
 
 
 def spectra_picture(updates: Updates) -> Picture:
-    """Return singular values over the largest: the median and the range of a projection's layers."""
+    """Return the picture of singular values divided by the largest: median and range over a projection's layers."""
     by_projection: dict[str, list[tuple[float, ...]]] = {}
     for (projection, _), names in updates.cells.items():
         spectra = (spectrum for name in names for spectrum in updates.layers[name].spectra)

@@ -1,7 +1,7 @@
-"""adapter_stats: how far a training has come with its adapters, by groups of layers, from the factors alone.
+"""adapter_stats: measure how far training has changed the adapters, by groups of layers.
 
-D = s * B @ A is never built: its norm, its singular values and its product with an earlier D come from matrices of the
-rank's size, A @ A.T and B.T @ B.
+D = s * B @ A is not built. Its norm, its singular values and its product with an earlier D are computed from the (r, r)
+matrices A @ A.T and B.T @ B.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from ..nn.weight_mark import WeightMark, mark_of
 
 @dataclass(frozen=True)
 class GroupStats:
-    """Statistics of the adapted layers whose names end alike, as summary groups them; D is what they add to W.
+    """Statistics of a group of adapted layers, grouped as in summary. D is the update that a layer adds to W.
 
     Attributes:
-        layers: how many they are.
-        norm: |D| / |W|, in Frobenius norms over all of them.
-        rank: the mean of the effective ranks of their D, each exp(-sum(p log p)) with the singular values over their
-            sum as p (Roy & Vetterli, "The effective rank: a measure of effective dimensionality", EUSIPCO 2007): from 1
-            to r, and 0 where D is zero. Of a stack of experts and of the parts of a fused projection each counts by
-            itself. None for trained rows of a table.
-        gradients: norms of the gradients by what they belong to, "A", "B" or "rows"; without those that have none.
-        cosine: of the angle between D and an earlier one, both over all layers; None without an earlier one, or
-            where either is zero.
+        layers: the number of layers.
+        norm: |D| / |W|, Frobenius norms over all layers of the group.
+        rank: the mean effective rank of D: exp(-sum(p log p)), where p is each singular value over the sum of all (Roy
+            & Vetterli, "The effective rank: a measure of effective dimensionality", EUSIPCO 2007). It is from 1 to r,
+            and 0 where D is zero. Each expert of a stack and each part of a fused projection counts by itself. None for
+            trained rows of a table.
+        gradients: norms of the gradients by role, such as "A", "B" or "rows". Roles without a gradient are left out.
+        cosine: between D and an earlier D, each taken over all layers as one vector. None without an earlier D, or
+            where one of the two is zero.
     """
 
     layers: int
@@ -47,36 +47,36 @@ class GroupStats:
     cosine: float | None
 
     def to_dict(self) -> dict[str, float]:
-        """Return what is known, by the names that loggers are given: norm, rank, grad_A, grad_B, cosine."""
+        """Return the values that are not None, by their names in logs: norm, rank, grad_A, grad_B, cosine."""
         gradients = {f"grad_{role}": norm for role, norm in self.gradients.items()}
         values = {"norm": self.norm, "rank": self.rank, **gradients, "cosine": self.cosine}
         return {name: value for name, value in values.items() if value is not None}
 
 
 class WeightSquares(NamedTuple):
-    """The sum of squares of this rank's part of a weight, scalar, and the mark of the weight that it belongs to."""
+    """The sum of squares (a scalar) of this rank's part of a weight, and marks that tell whether it is still right."""
 
     weight: weakref.ref[nn.Parameter]
     mark: WeightMark | None
     squares: torch.Tensor
 
     def is_of(self, weight: nn.Parameter) -> bool:
-        """Return whether it belongs to this weight still, which is frozen and was not written to."""
+        """Return whether the sum is still that of this weight, which is frozen and was not written to."""
         return self.mark is not None and not weight.requires_grad and self.mark.is_of(weight)
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What is kept of an adapted layer, to compare it with itself later."""
+    """Values of an adapted layer, for a comparison with its later values."""
 
-    stored: Mapping[str, torch.Tensor]  # copies by leaf name, sharded as the live ones are
+    stored: Mapping[str, torch.Tensor]  # copies of its stored tensors by leaf name, sharded as the live tensors
     squares: float  # of D
     weights: Mapping[str, WeightSquares]
 
 
 @dataclass(frozen=True)
 class AdapterStats:
-    """Statistics by group, as plain types, and what a later call needs to compare with."""
+    """Statistics by group, as plain types, and snapshots of the layers for a later call. Pickles have no snapshots."""
 
     groups: Mapping[str, GroupStats]
     snapshots: Mapping[str, Snapshot] = field(default_factory=dict, repr=False, compare=False)
@@ -87,28 +87,28 @@ class AdapterStats:
 
 @dataclass
 class _Measured:
-    """Of one layer: scalars and Gram matrices, first where the factors are, then on the CPU."""
+    """Measured values of one layer, first on the factors' device, then on the CPU."""
 
-    values: dict[str, torch.Tensor]  # squares, and the product with the earlier D
+    values: dict[str, torch.Tensor]  # scalars: "squares" of D, and its "product" with the earlier D
     grams: list[tuple[torch.Tensor, torch.Tensor]]
-    partial: dict[str, torch.Tensor]  # squares of W and of gradients, to be summed over the ranks
-    without_gradient: set[str]  # roles of factors
+    partial: dict[str, torch.Tensor]  # scalars of this rank: squares of W, and of gradients by role
+    without_gradient: set[str]  # roles without a gradient
     weights: dict[str, WeightSquares]
 
 
 def adapter_stats(model: nn.Module, previous: AdapterStats | None = None) -> AdapterStats:
-    """Measure the adapters of a model, and the gradients that are there. The model is not changed.
+    """Measure the adapters of a model and their present gradients. The model is not changed.
 
     Collective: every rank of a sharded model calls this. All ranks get the same numbers.
 
     Args:
         model: any module that holds all adapted layers, merged or not.
-        previous: what an earlier call returned, for `cosine`. The norm of a frozen weight is then taken from it, unless
-            the weight was replaced or written to since, merging included. A write through `.data` to a weight that is
-            not on the CPU is missed. It holds a copy of the factors.
+        previous: the result of an earlier call, for `cosine`. It holds a copy of the factors. The norm of a frozen
+            weight is taken from it unless the weight was replaced, merged or written to since. A write through `.data`
+            to a weight that is not on the CPU goes unnoticed.
 
     Returns:
-        `groups`, by what the layers' names end in: a GroupStats each, NaN where a factor holds one.
+        `groups`: a GroupStats for each group of layers. Its values are NaN where a factor holds NaN.
 
     Raises:
         LoRAError: the model was not injected.
@@ -130,9 +130,12 @@ def adapter_stats(model: nn.Module, previous: AdapterStats | None = None) -> Ada
 def layer_stats(
     layers: Mapping[str, AdaptedWeights], previous: Mapping[str, Snapshot], group_of: Mapping[str, str]
 ) -> AdapterStats:
-    """Measure some adapted layers, by name, of which the shards are in place; see adapter_stats. Collective.
+    """Measure some adapted layers, see adapter_stats. Collective.
 
-    `group_of` are the group_names of all that is adapted in the model, so that some layers have the same ones.
+    Args:
+        layers: by name, with their shards in place.
+        previous: earlier snapshots by name.
+        group_of: the group of each layer, from group_names of all adapted layers in the model.
     """
     with torch.inference_mode(False), torch.no_grad():
         sync = RankSync(
@@ -184,18 +187,19 @@ def _weight_squares(layer: AdaptedWeights, before: Snapshot | None) -> dict[str,
 
 
 def _mark(weight: nn.Parameter) -> WeightMark | None:
+    """Return a mark that tells later whether the weight was written to, or None where it could not tell."""
     mark = mark_of(weight)
-    stepped_unseen = weight.requires_grad and mark is not None and not mark.sees_every_write()  # by a fused optimizer
+    stepped_unseen = weight.requires_grad and mark is not None and not mark.sees_every_write()  # a fused optimizer
     return None if stepped_unseen else mark
 
 
 def _squares_of_gradient(factor: nn.Parameter, sync: RankSync) -> torch.Tensor:
-    """Return this rank's part of the sum of squares of a gradient. Collective where that is a partial sum."""
+    """Return this rank's share of the sum of squares of a gradient. Collective where the gradient is a partial sum."""
     gradient = factor.grad
     if gradient is None:
         return torch.zeros((), device=local(factor).device)
     if is_sharded(gradient):
-        from ..distributed.tensor_parallel import sum_partials  # imports much, and is rarely needed
+        from ..distributed.tensor_parallel import sum_partials  # rarely needed, and takes long to import
 
         gradient = sum_partials(gradient)
     return _squares(local(gradient)) * sync.share(gradient)
@@ -221,7 +225,7 @@ def _are_alike(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Ten
 
 
 def _to_cpu(measured: Iterable[_Measured]) -> None:
-    """Move all tensors to the CPU, those of a device together, because each transfer waits for the device."""
+    """Move all tensors to the CPU, one transfer for each device, because each transfer waits for the device."""
     tensors = [t for m in measured for t in (*m.values.values(), *m.partial.values(), *_flat(m.grams))]
     moved: dict[int, torch.Tensor] = {}
     for device in {tensor.device for tensor in tensors}:
@@ -240,7 +244,7 @@ def _flat(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> list[torch.Tens
 
 
 def _sum_over_ranks(measured: Iterable[_Measured], sync: RankSync) -> None:
-    """Sum what each rank has a part of. Collective: one vector."""
+    """Sum `partial` over the ranks, in one collective call."""
     totals = iter(sync.total(torch.stack([part for m in measured for part in m.partial.values()])).cpu())
     for m in measured:
         m.partial = {name: next(totals) for name in m.partial}
@@ -263,7 +267,7 @@ def _group_stats(measured: Mapping[str, _Measured], previous: Mapping[str, Snaps
 
 
 def _ranks(grams: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-    """Return the effective rank of each product; those of one size are computed together."""
+    """Return the effective rank of each product; products of one size are computed together."""
     sizes: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     for pair in grams:
         sizes.setdefault(pair[0].shape[-1], []).append(pair)

@@ -1,4 +1,4 @@
-"""summary: what is adapted in a model, what is trained and saved, and the memory that training is expected to take."""
+"""summary: describe what is adapted, trained and saved in a model, and the memory that training will take."""
 
 from __future__ import annotations
 
@@ -25,32 +25,32 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 WIDTH = 80  # columns of the plain text
-NARROWEST = 12  # columns that are left of a long name or class
-MOST_GROUPS = 12  # that are shown
+NARROWEST = 12  # columns for a long name or class at least
+MOST_GROUPS = 12  # groups that are shown
 SAVED = {"adapter": "the adapter", "merged": "merged weights, and the adapter", "full": "base and adapter"}
 HEAD = ("layers", "class", "count", "r", "alpha", "parameters")
 
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """Adapted layers of one name, class, r and lora_alpha; of tables of which rows are trained r and alpha are 0."""
+    """Adapted layers with the same ending of the name, class, r and lora_alpha."""
 
-    name: str  # what their names end in, numbers as *
-    kind: str  # class, as before injection
+    name: str  # the ending of their names, with * for numbers
+    kind: str  # their class before injection
     count: int
-    r: int
-    alpha: float
-    parameters: int  # of A and B, of all of them
+    r: int  # 0 for a table with trained rows
+    alpha: float  # 0 for a table with trained rows
+    parameters: int  # of A and B, in all layers of the group
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on this device, where a sharded tensor counts with this rank's shard; activations come on top."""
+    """Bytes on this device without activations. Of a sharded tensor this rank's shard counts."""
 
     weights: int  # of the base, buffers included
     adapter: int
-    gradients: int  # of what is trainable, in its dtype
-    optimizer: int  # AdamW's two states of what is trainable, in its dtype
+    gradients: int  # of trainable parameters, in their dtypes
+    optimizer: int  # AdamW's two states of trainable parameters, in their dtypes
 
     @property
     def total(self) -> int:
@@ -60,7 +60,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """Layers that "all-linear" leaves out, for one reason, and that are not trained whole."""
+    """Layers that "all-linear" leaves out for one reason. Layers that are trained whole are not among them."""
 
     names: tuple[str, ...]
     reason: str
@@ -69,7 +69,7 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Unmerged:
-    """Adapted layers that stay factored when the model is merged, for one reason."""
+    """Adapted layers that stay factored for one reason when the model is merged."""
 
     names: tuple[str, ...]
     reason: str
@@ -77,25 +77,25 @@ class Unmerged:
 
 @dataclass(frozen=True)
 class Summary:
-    """What is adapted in a model. `str` gives plain text of 80 columns; rich prints it as a table."""
+    """A description of an injected model. `str` gives plain text of 80 columns; rich prints a table."""
 
-    variant: str  # its title, and whether with use_rslora
-    start: str  # of A and B as init_lora_weights names it; "" for LoRA's own, A random and B zero
-    layers: int  # that are adapted, single parameters included
-    groups: tuple[LayerGroup, ...]  # of them, in the model's order
-    trainable: int  # parameters, A and B included
-    total: int  # parameters, A and B included; what these start from, where that is subtracted, is not counted
-    adapter_parameters: int  # of A and B
-    adapter_bytes: int  # of A and B and what they start from, of all ranks
+    variant: str  # the variant's title, and "with use_rslora"
+    start: str  # the value of init_lora_weights; "" for True
+    layers: int  # the number of adapted layers and single parameters
+    groups: tuple[LayerGroup, ...]  # of the adapted layers, in the model's order
+    trainable: int  # the number of trainable parameters, A and B included
+    total: int  # the number of parameters, A and B included, but not the A0 and B0 of a start that is subtracted
+    adapter_parameters: int  # the number of parameters of A and B
+    adapter_bytes: int  # of A, B, A0 and B0, on all ranks together
     adapter_dtypes: tuple[str, ...]
-    also_trained: Mapping[str, int]  # parameters beside A and B, with their sizes
-    also_saved: Mapping[str, int]  # buffers and parameters that are saved with the adapter, and not trained now
+    also_trained: Mapping[str, int]  # sizes of trainable parameters beside A and B, by name
+    also_saved: Mapping[str, int]  # sizes of tensors that are saved with the adapter but not trained now, by name
     left_out: tuple[LeftOut, ...]
-    passed_over: str  # what "all-linear" passes over beside these: its share, and kinds of weights with theirs
-    quantised: Mapping[str, int]  # weights of the base by how they are quantised, adapted or not
+    passed_over: str  # the weights that "all-linear" passes over beside `left_out`: their share, and each kind's share
+    quantised: Mapping[str, int]  # the number of the base's quantised weights, by kind of quantisation
     unmerged: tuple[Unmerged, ...]
-    merged_eval: bool | None  # of the callback; None without one
-    save: str | None  # of the callback; None without one
+    merged_eval: bool | None  # LoRACallback's option; None without a callback
+    save: str | None  # LoRACallback's option; None without a callback
     memory: Memory
 
     def __str__(self) -> str:
@@ -177,13 +177,13 @@ class Summary:
 
 
 def summary(model: nn.Module) -> Summary:
-    """Say what is adapted in a model, as an object that prints itself. The model is not changed.
+    """Describe what is adapted in a model, as an object that prints itself. The model is not changed.
 
     Args:
         model: any module that holds all adapted layers.
 
     Returns:
-        Plain types. `merged_eval` and `save` are those of the callback that trained the model last.
+        The description, of plain types. `merged_eval` and `save` are those of the callback that trained the model last.
 
     Raises:
         LoRAError: the model was not injected.
@@ -196,7 +196,11 @@ def summary(model: nn.Module) -> Summary:
         >>> report.trainable, report.total
         (52, 142)
     """
-    handle = open_model(model, "summary")
+    return summarise(open_model(model, "summary"))
+
+
+def summarise(handle: AdaptedModel) -> Summary:
+    """Do what summary does, for an opened model."""
     record, layers = handle.record, handle.layers
     factors = _each_once(layer.factors() for layer in layers.values())
     stored = _each_once(layer.stored().values() for layer in layers.values())
@@ -296,12 +300,12 @@ def _left_out(reasons: Mapping[str, str], base: Mapping[str, nn.Parameter], tota
 
 
 def _local_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Return the bytes that tensors take on this rank."""
+    """Return the bytes that these tensors take on this rank."""
     return sum(tensor.nbytes for whole in tensors for tensor in _parts(local(whole)))
 
 
 def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Yield what a tensor of a class of its own consists of, as a quantised one; else the tensor itself."""
+    """Yield the plain tensors that a tensor subclass consists of, such as a quantised tensor; else the tensor."""
     flatten: Any = getattr(tensor, "__tensor_flatten__", None)
     if flatten is None:
         yield tensor
@@ -316,7 +320,7 @@ def _counted(count: int, noun: str) -> str:
 
 
 def _sizes(sizes: Mapping[str, int]) -> str:
-    """Write how many tensors these are, of how many values, and the first names."""
+    """Return text with the number of tensors, the number of their values and the first names."""
     if not sizes:
         return ""
     return f"{_counted(len(sizes), 'tensor')}, {_counted(sum(sizes.values()), 'value')}: {listed(list(sizes))}"

@@ -1,4 +1,4 @@
-"""What an adapter adds to each weight, measured from the small factors: norms, singular values, cosines."""
+"""Measure what an adapter adds to each weight, from the small factors: norms, singular values, cosines."""
 
 from __future__ import annotations
 
@@ -20,40 +20,46 @@ from .layout import Cell, cells
 
 @dataclass(frozen=True)
 class Update:
-    """What is added to the weight of one layer or parameter: s * B @ A, in float64."""
+    """The update of one layer or parameter, s * B @ A, measured in float64.
 
-    rank: int  # r
-    # Of each part, expert or matrix: singular values, largest first. They are r, or more where a variant's tensors act
-    # as factors of a higher rank.
+    Attributes:
+        rank: r.
+        spectra: the singular values of each part, expert or matrix, largest first. There are r of them, or more where
+            a variant's update has a higher rank.
+        shapes: rows and columns of each part, expert or matrix.
+        weight_norm: Frobenius norm of the weight, or None where it is not known.
+    """
+
+    rank: int
     spectra: tuple[tuple[float, ...], ...]
-    shapes: tuple[tuple[int, int], ...]  # rows and columns of each
-    weight_norm: float | None = None  # Frobenius norm of the weight, where that is known
+    shapes: tuple[tuple[int, int], ...]
+    weight_norm: float | None = None
 
     @property
     def norm(self) -> float:
-        """The Frobenius norm."""
+        """The Frobenius norm of the update."""
         return math.hypot(*(value for spectrum in self.spectra for value in spectrum))
 
     @property
     def size(self) -> int:
-        """The number of weights that are changed."""
+        """The number of weights that the update changes."""
         return sum(rows * columns for rows, columns in self.shapes)
 
     @property
     def has_full_rank(self) -> bool:
-        """Whether r is as large as the matrices are, so that a larger one adds nothing."""
+        """Whether r is as large as the smaller side of each matrix, so that a larger r would add nothing."""
         return all(self.rank >= min(shape) for shape in self.shapes)
 
 
 @dataclass(frozen=True)
 class Updates:
-    """What an adapter adds to each weight.
+    """The updates of an adapter.
 
     Attributes:
-        source: where the adapter is from, in few words.
+        source: a short name of where the adapter comes from.
         adapter: the adapter itself.
-        layers: by name.
-        scaled: s is known; else it counts as 1.
+        layers: the update of each layer or parameter, by name.
+        scaled: whether s is known; otherwise 1 is used.
     """
 
     source: str
@@ -72,14 +78,16 @@ class Updates:
         return cells(self.layers)
 
     def norms(self, *, relative: bool) -> dict[Cell, float]:
-        """Return how much is added in each cell, whatever its size: the norm over the weights' norm, or the rms.
+        """Return the size of the update in each cell of a picture; layers that share a cell are taken together.
 
-        Several layers in a cell are taken together. It is infinite where weights are zero and what is added is not.
+        Args:
+            relative: return the norm of the update over the norm of the weights, which is infinite for zero weights.
+                Otherwise return the root mean square of the update.
         """
         return {cell: self._norm([self.layers[name] for name in names], relative) for cell, names in self.cells.items()}
 
     def size_of(self, cell: Cell) -> int:
-        """Return the number of weights that are changed in a cell."""
+        """Return the number of weights that the updates of a cell change."""
         return sum(self.layers[name].size for name in self.cells[cell])
 
     def _norm(self, updates: Sequence[Update], relative: bool) -> float:
@@ -91,15 +99,15 @@ class Updates:
 
 
 def measure(source: str, adapter: Adapter, weight_norms: Mapping[str, float] | None = None) -> Updates:
-    """Measure what an adapter adds to each weight; B @ A is never built.
+    """Measure the updates of an adapter. B @ A is not built.
 
     Args:
-        source: where it is from: a path, or a few words.
-        adapter: of which the factors are read.
-        weight_norms: of each layer's weight, by the adapter's names.
+        source: a path, or a few words on where the adapter comes from.
+        adapter: the adapter.
+        weight_norms: the Frobenius norm of each layer's weight, by the adapter's names.
 
     Raises:
-        LoRAError: there is no layer with A and B.
+        LoRAError: the adapter has no layer with A and B.
     """
     refuse_empty(source, adapter)
     layers, ranks = {}, adapter.ranks()
@@ -114,7 +122,7 @@ def measure(source: str, adapter: Adapter, weight_norms: Mapping[str, float] | N
 
 
 def _spectrum(left: torch.Tensor, right: torch.Tensor, rank: int) -> tuple[float, ...]:
-    """Return the singular values of left @ right: r of them, or as many more as such a matrix can have."""
+    """Return the singular values of left @ right, largest first; at least r, with zeros where the rank is lower."""
     values = singular_values(left, right).tolist()
     return tuple(values[: max(rank, min(left.shape[0], right.shape[1]))])
 
@@ -127,16 +135,16 @@ def refuse_empty(source: str, adapter: Adapter) -> None:
 
 
 def sum_of_squares(tensor: torch.Tensor) -> float:
-    """Return it in float64, a block at a time."""
+    """Return the sum of a tensor's squares, in float64 and a block at a time."""
     dtype = torch.float32 if tensor.device.type == "mps" else torch.float64
     return math.fsum(float(part.to(dtype).square().sum()) for part in torch.split(tensor.reshape(-1), CHUNK))
 
 
 def cosines(first: Updates, second: Updates) -> dict[Cell, float]:
-    """Return the cosine between two adapters' updates in each cell that both have; NaN where there is none.
+    """Return the cosine between two adapters' updates in each cell that both have.
 
-    Of several layers in a cell it is that of all their values as one vector. There is none where one of the two is
-    zero, or where a layer has other parts or another shape.
+    Layers that share a cell are taken as one vector. The cosine is NaN where one of the two updates is zero, or where
+    the shapes or parts of a layer differ.
     """
     found = {}
     for cell, names in first.cells.items():
@@ -160,9 +168,10 @@ def _joint_cosine(first: Updates, second: Updates, names: list[str]) -> float:
 
 
 def half_share(spectrum: tuple[float, ...]) -> float:
-    """Return the share of the squared norm that the larger half of the directions holds, of r rounded up.
+    """Return the share of the squared norm that the larger half of the directions holds; of an odd r, (r + 1) / 2.
 
-    1 where all others are zero, about 1/2 where all r are alike. NaN of a zero update and of one that is not finite.
+    It is 1 where all other singular values are zero, and about 1/2 where all are equal. It is NaN for an update that is
+    zero or not finite.
     """
     largest = max(spectrum)
     if not largest or not math.isfinite(largest):

@@ -9,13 +9,13 @@ from ..model.adapted_model import AdaptedModel, adopt_layers, find_model, open_m
 from ..model.dequantize import dequantize_dtype
 from ..model.initial_values import snapshot_materialised
 from ..model.large_adapters import warn_of_large_adapters
-from ..model.live_state import LiveState
+from ..model.live_state import open_state
 from ..model.passed_over import warn_of_passed_over
 from ..model.pretrained import warn_of_new_heads
 from ..model.state_dict import refuse_unmergeable
 from ..nn.gradient_checkpointing import enable_input_require_grads
 from ..notices import show
-from ..report.summary import summary
+from ..report.summary import summarise
 from .after_fit import refuse_merge_after_fit
 from .compatibility import refuse_unoptimized, warn_of_frozen, warn_of_idle_optimizers
 from .eval_mode import explain_eval_mode
@@ -60,13 +60,13 @@ def record_fit(trainer: Any, handle: AdaptedModel, options: Options, logged: Log
     """Record the base's fingerprint and whether evaluations merge; log the options and show the summary. In place."""
     record = handle.record
     if not record.fingerprint:
-        record.fingerprint = fingerprint_of(LiveState(handle))
+        record.fingerprint = fingerprint_of(open_state(handle))
     record.merged_eval, record.last_merge = options.merged_eval, None
     if trainer.loggers:
         given = as_hyperparameters(record.config, save=options.save, merged_eval=options.merged_eval)
         logged.add(handle.model, given)
     if options.verbose:
-        show(summary(handle.model))
+        show(summarise(handle))
 
 
 def start_training(trainer: Any, module: Any, options: Options) -> None:

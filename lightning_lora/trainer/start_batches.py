@@ -16,8 +16,8 @@ from torchmetrics import Metric
 
 from ..errors import LoRAError
 from ..model.adapted_model import AdaptedModel
-from ..model.data_start import FROM_DATA, start_from_batches
-from ..model.over_batches import Caller
+from ..start.batches import Caller, Run
+from ..start.from_data import FROM_DATA, start_from_batches
 from .lightning_packages import package_of
 
 GRADIENT_BATCHES = 8  # the mean gradient over so many batches
@@ -49,9 +49,10 @@ def start_from_data(trainer: Any, module: Any, handle: AdaptedModel | None) -> N
         batches = _on_device(trainer, loader)
         caller = Caller(option, "training_step", SLOW)
         if handle.record.config.has_start:
-            start_from_batches(handle, islice(batches, GRADIENT_BATCHES), partial(_loss, trainer), caller=caller)
+            run = Run(islice(batches, GRADIENT_BATCHES), partial(_loss, trainer), caller=caller)
         else:
-            start_from_batches(handle, batches, partial(_forward, trainer), caller=caller)
+            run = Run(batches, partial(_forward, trainer), caller=caller)
+        start_from_batches(handle, run)
 
 
 def _own_loader(trainer: Any, package: str, option: str) -> Any:

@@ -130,7 +130,7 @@ def test_ensure_weight_tying_false_refuses_a_tied_module_and_takes_an_untied_one
     net = llama()
     for saved, owner in ((["lm_head"], "model.embed_tokens.weight"), (["embed_tokens"], "lm_head.weight")):
         with pytest.raises(
-            LoRAError, match=rf"modules_to_save names .*, whose weight is also '{owner}'.*Untie it first"
+            LoRAError, match=rf"modules_to_save names .*, which shares its weight with '{owner}'.*Untie it first"
         ):
             inject(net, LoRAConfig(modules_to_save=saved, **options))
     inject(untied(net), LoRAConfig(modules_to_save=ENDS, **options))

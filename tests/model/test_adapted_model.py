@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_lora import LoRAConfig, LoRAError, disable_adapter, inject, unload
 from lightning_lora.model.adapted_model import find_model, open_model
+from lightning_lora.model.live_state import LiveState, open_state
 from lightning_lora.model.named_state import named_state
 from lightning_lora.nn.adapted_weights import adapted_layers
 from lightning_lora.nn.low_rank import LINEAR
@@ -52,6 +53,19 @@ def test_a_handle_opened_before_layers_were_adapted_looks_again():
     assert "body.0" in handle.layers
     handle.look_again()
     assert "body.0" not in handle.layers
+
+
+def test_names_of_what_training_changes_are_read_without_a_record_of_what_was_unfrozen():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    inject(model, LoRAConfig(r=1, target_modules=["0"]))
+    model[1].requires_grad_(True)
+    handle = open_model(model, "test")
+    factors = {"0.lora_A", "0.lora_B"}
+    assert set(LiveState(handle).keys) == factors
+    assert handle.marked("trained") == set()
+    with pytest.warns(UserWarning, match=r"unfrozen after injection \(1\.weight, 1\.bias\)"):
+        assert set(open_state(handle).keys) == factors | {"1.weight", "1.bias"}
+    assert handle.marked("trained") == {id(model[1].weight), id(model[1].bias)}
 
 
 @pytest.mark.parametrize("wrap", [nn.DataParallel, torch.optim.swa_utils.AveragedModel])

@@ -67,7 +67,7 @@ FROM_DATA = ("eva", "lora_ga")
 REFUSALS = {  # what a start from data says of it, and how the table calls that
     "adapted layers is linear": "not linear",
     "did not run in the forward": "not called",
-    "is quantised, and gradients": "quantised",
+    "is quantised, but this start": "quantised",
 }
 NO_CELL = "-"
 

@@ -324,7 +324,7 @@ def test_adapters_without_a_layer_in_common_are_refused():
     other = nn.ModuleDict({"out": nn.Linear(2, 2)})
     inject(other, LoRAConfig(r=1))
     with pytest.raises(
-        LoRAError, match=r"plot: Blocks and ModuleDict have no layer in common: .* two adapters of one model"
+        LoRAError, match=r"plot: Blocks and ModuleDict have no layer in common; .* two adapters of one model"
     ):
         plot_adapter(blocks(), other)
 

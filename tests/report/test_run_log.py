@@ -101,7 +101,7 @@ def test_values_that_are_not_finite_leave_a_gap_and_are_named(tmp_path: Path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("step,train_loss\n0,1.0\n", "holds no statistics of an adapter, named as lora/q_proj/norm"),
+        ("step,train_loss\n0,1.0\n", "holds no statistics of an adapter .names such as lora/q_proj/norm"),
         ("", "has no column `step`"),
         ("epoch,lora/q/norm\n0,1.0\n", "has no column `step`"),
         ("step,lora/q/norm\n0,high\n", "cannot be read as a CSV file of numbers"),
@@ -133,5 +133,5 @@ def test_events_without_tensorboard_name_it(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize("beside", ["other", "base"])
 def test_a_log_is_drawn_by_itself(csv_log: Path, beside: str):
     arguments: dict[str, Any] = {beside: csv_log}
-    with pytest.raises(LoRAError, match="is a log of a run, which is drawn by itself, without another or a base"):
+    with pytest.raises(LoRAError, match="is a log of a run, which is drawn by itself; leave out other and base"):
         plot_adapter(csv_log, **arguments)

@@ -9,8 +9,8 @@ from torch import nn
 
 from lightning_lora.adapter import take
 from lightning_lora.model.adapted_model import open_model
-from lightning_lora.model.live_state import LiveState
+from lightning_lora.model.live_state import open_state
 
 
 def check_fingerprint(model: nn.Module, expected: Mapping[str, Any]) -> dict[str, Any]:
-    return take.check_fingerprint(LiveState(open_model(model, "test")), expected)
+    return take.check_fingerprint(open_state(open_model(model, "test")), expected)

@@ -280,7 +280,7 @@ def test_advice_at_fit_start_is_of_what_a_trainer_has(tmp_path):
     assert message.endswith("they are used as they are. More training data, or a smaller r, would do.")
     data = DataLoader(TensorDataset(torch.ones(1, FEATURES), torch.zeros(1).long()))
     trainer = make_trainer(tmp_path, lora(init_lora_weights="eva"))
-    with pytest.raises(LoRAError, match=r"^LoRACallback: init_lora_weights='eva': 'body\.0' was to get 2 components"):
+    with pytest.raises(LoRAError, match=r"^LoRACallback: init_lora_weights='eva': 'body\.0' needs at least 2 inputs"):
         trainer.fit(Net(), data, Data().val_dataloader())
 
 

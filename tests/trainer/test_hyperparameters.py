@@ -90,6 +90,8 @@ def test_each_logger_is_given_options_and_own_hyperparameters_in_one_call(tmp_pa
             "bias": "none",
             "use_rslora": False,
             "use_dora": False,
+            "variant": "lora",
+            "variant_options": None,
             "init_lora_weights": True,
             "enable_lora": None,
             "autocast_adapter_dtype": True,

@@ -147,7 +147,7 @@ def test_a_filter_that_keeps_factors_saves_adapters_of_what_it_leaves_out(tmp_pa
 def test_merged_weights_that_the_class_leaves_out_are_refused(tmp_path, cls: type[Partial]):
     """Without them a program would load the base, and never know of the adapter."""
     trainer = fit(tmp_path, model := cls(), epochs=1, save="merged", target_modules="all-linear")
-    message = r"merged weights: .*leaves out 'body\.0\.weight', which an adapter .*exclude_modules"
+    message = r"merged weights: .*leaves out 'body\.0\.weight', which is needed to merge an adapter.*exclude_modules"
     with pytest.raises(LoRAError, match=message):
         trainer.save_checkpoint(tmp_path / "lost.ckpt")
     if cls is InStateDict:

@@ -22,9 +22,9 @@ from lightning_lora import (
     save_adapter,
     unload,
 )
-from lightning_lora.model import gradient_start
-from lightning_lora.model.over_batches import Caller
 from lightning_lora.nn.adapted_weights import adapted_layers
+from lightning_lora.start import lora_ga
+from lightning_lora.start.batches import Caller
 from support.notices import PEER_NOTICES
 from support.peers import logits
 from support.peers import model as peer
@@ -98,7 +98,7 @@ def test_mean_gradient_of_a_bfloat16_weight_is_summed_in_float32():
     """Of eight batches, 256 + 7 * 1 are 256 in bfloat16, where each 1 is rounded away."""
     layer = nn.Linear(2, 2, bias=False, dtype=torch.bfloat16)
     batches = [torch.tensor([[256.0, 1.0], [1.0, 0.0]])] + 7 * [torch.tensor([[1.0, 1.0], [0.0, 0.0]])]
-    found = gradient_start._mean_gradients(
+    found = lora_ga._mean_gradients(
         layer, {"": layer.weight}, batches, lambda model, batch: (model.weight * batch).sum(), Caller()
     )
     assert torch.equal(found[""], torch.stack(batches).mean(0))
@@ -120,7 +120,7 @@ def test_model_trains_as_peft_does():
             base(**batch).loss.backward()
 
     preprocess_loraga(base, config, train_step)
-    torch.manual_seed(gradient_start.SEED)
+    torch.manual_seed(lora_ga.SEED)
     theirs, ours = peft.get_peft_model(base, config), injected("llama")
     initialize_from_data(ours, batches())
     for step in range(4):

@@ -1,13 +1,13 @@
-"""A and B that start from the gradients of the weights, the base left as it is (LoRA-GA, arXiv:2407.05000).
+"""LoRA-GA: A and B start from the gradient of the weight (arXiv:2407.05000).
 
-With G = U @ S @ V.T the gradient of a weight, A0 is V's first r directions and B0 U's next r, each times its singular
-value and the stable scale out^(1/4) / sqrt(GAMMA): then the first step changes W' as full fine-tuning would. Their
-product is subtracted again, W' = W + s * (B @ A - B0 @ A0), where PEFT takes it out of the weight.
+Let G = U @ S @ V.T be the gradient of a weight W. A0 holds the first r columns of V. B0 holds the next r columns of U,
+each times its singular value and the scale out^(1/4) / sqrt(GAMMA). Then the first step changes W' as full fine-tuning
+would. W itself stays as it is, W' = W + s * (B @ A - B0 @ A0), where PEFT subtracts the product from W.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,36 +22,33 @@ from ..nn.adapted_weights import AdaptedWeights, active_as
 from ..nn.low_rank import TRANSPOSED
 from ..nn.random_stream import svd_lowrank
 from ..progress import progress_bar
-from .over_batches import Caller, evaluating, from_first_rank, in_step
+from .batches import Caller, Forward, Run, evaluating, from_first_rank, in_step
 
 GAMMA = 16.0  # the paper's
-ITERATIONS, OVERSAMPLED, SEED = 4, 4, 42  # of the decomposition; the first two as in PEFT
+ITERATIONS, OVERSAMPLED, SEED = 4, 4, 42  # of the decomposition; iterations and oversampling as in PEFT
 
 
-def start_from_gradients(
-    model: nn.Module,
-    layers: Mapping[str, AdaptedWeights],
-    batches: Iterable[Any],
-    forward: Callable[[nn.Module, Any], object],
-    caller: Caller,
-) -> None:
-    """Let A and B, and what is subtracted, start from the mean gradient over all batches. In place.
+def start_from_gradients(model: nn.Module, layers: Mapping[str, AdaptedWeights], run: Run) -> None:
+    """Let A, B, A0 and B0 of each layer start from the mean gradient over all batches. In place.
 
-    It takes a float32 copy of these layers' weights for the sum, and another while a batch is in backward.
+    The sum of gradients takes a float32 copy of the layers' weights, and the backward of a batch another copy.
+    Collective, as initialize_from_data.
 
     Raises:
-        LoRAError: see initialize_from_data.
+        LoRAError: there are no batches, a weight is quantised or sharded or gets no gradient, a gradient is not
+            finite, or the forward returns no loss.
     """
+    caller = run.caller
     for name, layer in layers.items():
         if layer.quantised() or is_sharded(layer.main_weight()):
             what = "is quantised" if layer.quantised() else "is sharded"
             raise LoRAError(
-                f"{caller.verb}: the weight of {name!r} {what}, and gradients of whole weights are needed; choose "
-                "another init_lora_weights, or call initialize_from_data before the model is sharded."
+                f"{caller.verb}: the weight of {name!r} {what}, but this start needs gradients of whole weights; "
+                "choose another init_lora_weights, or call initialize_from_data before the model is sharded."
             )
     weights = {name: layer.main_weight() for name, layer in layers.items()}
     with active_as(layers.values(), False):  # their products are zero so far
-        gradients = _mean_gradients(model, weights, batches, forward, caller)
+        gradients = _mean_gradients(model, weights, run.batches, run.forward, caller)
     starts = {}
     with progress_bar("decomposing", len(layers)) as advance:
         for name, layer in layers.items():
@@ -69,10 +66,10 @@ def _mean_gradients(
     model: nn.Module,
     weights: Mapping[str, nn.Parameter],
     batches: Iterable[Any],
-    forward: Callable[[nn.Module, Any], object],
+    forward: Forward,
     caller: Caller,
 ) -> dict[str, torch.Tensor]:
-    """Return the mean gradient of each weight over the batches of all ranks, in float32."""
+    """Return the mean gradient of each weight over the batches of all ranks, float32 and of the weight's shape."""
     sums = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
     count = 0
     with evaluating(model), _requiring_gradients(model, weights), torch.enable_grad():
@@ -101,7 +98,7 @@ def _mean_gradients(
 
 @contextmanager
 def _requiring_gradients(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """Let these weights alone require gradients inside; outside all is as it was found, gradients included."""
+    """Let these weights alone require gradients inside; afterwards requires_grad and all gradients are restored."""
     before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     wanted = {id(weight) for weight in weights.values()}
     try:
@@ -116,18 +113,25 @@ def _requiring_gradients(model: nn.Module, weights: Mapping[str, nn.Parameter]) 
 
 
 def _loss(result: object, caller: Caller) -> torch.Tensor:
-    """Return the loss in what a forward returned."""
+    """Return the loss that a forward returned, by itself or as `loss` of a mapping or an object.
+
+    Raises:
+        LoRAError: it returned no scalar that requires a gradient.
+    """
     loss = result.get("loss") if isinstance(result, Mapping) else getattr(result, "loss", result)
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
         raise LoRAError(
-            f"{caller.verb}: to start from gradients, {caller.forward} must return the loss, or what holds it as "
-            f"`loss`; found {type(result).__name__}."
+            f"{caller.verb}: to start from gradients, {caller.forward} must return the loss, or an object with the "
+            f"loss as `loss`; found {type(result).__name__}."
         )
     return loss
 
 
 def _factors(gradient: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return A0 (rank, in) and B0 (out, rank) from a gradient (out, in); directions that there are not are zero."""
+    """Return A0 (rank, in) and B0 (out, rank) from a gradient (out, in).
+
+    Rows of A0 and columns of B0 beyond the number of singular values are zero.
+    """
     left, values, right = svd_lowrank(gradient, min(OVERSAMPLED * rank, *gradient.shape), ITERATIONS, SEED)
     a, b = gradient.new_zeros(rank, gradient.shape[1]), gradient.new_zeros(gradient.shape[0], rank)
     first, second = right[:, :rank].T, (left * values)[:, rank : 2 * rank]

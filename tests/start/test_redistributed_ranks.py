@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_lora import LoRAConfig, inject, redistribute_ranks
-from lightning_lora.model import data_start
+from lightning_lora.start import ranks
 
 
 def adapted(**options: Any) -> nn.Sequential:
@@ -25,7 +25,7 @@ def batches() -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("pattern", [r"\d", "^0"], ids=["of all layers", "of the layer alone"])
 def test_new_ranks_come_before_those_that_a_users_pattern_gives(monkeypatch: pytest.MonkeyPatch, pattern: str):
-    monkeypatch.setattr(data_start, "_divide", lambda budget, *components: {"0": 4, "1": 2})
+    monkeypatch.setattr(ranks, "_divide", lambda budget, *components: {"0": 4, "1": 2})
     model = adapted(rank_pattern={pattern: 3}, alpha_pattern={pattern: 6})
     config = redistribute_ranks(model, batches())
     assert [config.rank(name) for name in "01"] == [4, 2]
@@ -43,6 +43,6 @@ def test_a_rank_may_grow_to_the_nearest_multiple_and_no_further_than_the_layer(
         sizes.update(each.size for each in components.values())
         return dict.fromkeys(components, r)
 
-    monkeypatch.setattr(data_start, "_divide", divide)
+    monkeypatch.setattr(ranks, "_divide", divide)
     redistribute_ranks(adapted(r=r), batches(), rho=rho)
     assert sizes == {most}

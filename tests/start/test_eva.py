@@ -24,9 +24,9 @@ from lightning_lora import (
     save_adapter,
     unload,
 )
-from lightning_lora.model import data_start
-from lightning_lora.model.data_start import PrincipalComponents
 from lightning_lora.nn.adapted_weights import adapted_layers
+from lightning_lora.start import ranks
+from lightning_lora.start.eva import PrincipalComponents
 from support.notices import PEER_NOTICES
 from support.peers import logits
 from support.peers import model as peer
@@ -180,7 +180,7 @@ def test_random_stream_modes_and_other_parameters_stay(caplog):
     state = torch.get_rng_state()
     with caplog.at_level("INFO"):
         initialize_from_data(net, rows())
-    assert "conv start as without data" in caplog.text
+    assert "conv start without data" in caplog.text
     assert torch.equal(torch.get_rng_state(), state)
     assert {name: module.training for name, module in net.named_modules()} == modes
     changed = {name for name, value in net.state_dict().items() if not torch.equal(value, before[name])}
@@ -229,7 +229,7 @@ def train_(net: Net) -> None:
     [
         (lambda net: unload(net), rows, "was not injected"),
         (merge, rows, "the model is merged; call unmerge"),
-        (train_, rows, r"B of 'a' is not zero: the adapter was trained or loaded"),
+        (train_, rows, r"B of 'a' is not zero, so the adapter was trained or loaded"),
         (lambda net: None, list, "there are no batches"),
         (lambda net: None, lambda: [torch.full((8, 3, 6), torch.nan)], r"the inputs of '[abc]' hold NaN or Inf"),
         (
@@ -266,15 +266,15 @@ def test_rho_below_one_is_refused(rho: float):
 
 @pytest.mark.parametrize("excluded", [None, ["conv"]])
 def test_layers_that_get_no_rank_are_excluded(monkeypatch: pytest.MonkeyPatch, excluded: Any):
-    monkeypatch.setattr(data_start, "_divide", lambda budget, *components: {"a": budget, "c": 0})
+    monkeypatch.setattr(ranks, "_divide", lambda budget, *components: {"a": budget, "c": 0})
     config = redistribute_ranks(adapted(["a", "c"], exclude_modules=excluded), rows())
     assert list(config.exclude_modules) == [*(excluded or []), "c"]
     assert inject(Net(), config) == ["a"]
 
 
 def test_layers_without_a_rank_cannot_be_added_to_an_expression(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(data_start, "_divide", lambda budget, *components: {"a": budget, "c": 0})
-    with pytest.raises(LoRAError, match="c get no rank, and exclude_modules='conv"):
+    monkeypatch.setattr(ranks, "_divide", lambda budget, *components: {"a": budget, "c": 0})
+    with pytest.raises(LoRAError, match=r"c get no rank and would be added .* exclude_modules='conv"):
         redistribute_ranks(adapted(["a", "c"], exclude_modules="conv.*"), rows())
 
 
