@@ -239,8 +239,8 @@ def merge_after_a_diverged_run(path: Path) -> None:
 
 @message("`unmerge` of a weight that was changed meanwhile")
 def unmerge_of_a_weight_that_was_changed_meanwhile(path: Path) -> None:
-    """unmerge: layer '0': the weight was changed while it was merged; the change is undone, and it is what it was
-    before merging. Change weights while the model is unmerged.
+    """unmerge: layer '0': the weight was changed while it was merged; the change was undone, and the weight has its
+    values from before merging. Change weights while the model is unmerged.
     """
     merge(net := small(init_lora_weights=False))
     net.get_parameter("0.weight").data.add_(1)
@@ -359,7 +359,7 @@ def test_a_layer_that_cannot_be_adapted_is_named_with_its_module_and_what_can_be
         inject(nn.ModuleDict({"norm": nn.LayerNorm(3)}), LoRAConfig(target_modules=["norm"]))
     assert show(caught.value) == (
         "inject: 'norm': a torch.nn.modules.normalization.LayerNorm cannot be adapted, only nn.Linear, transformers' "
-        "Conv1D, nn.Embedding, nn.Conv1d/2d/3d and nn.MultiheadAttention and their subclasses can, or leave it out "
+        "Conv1D, nn.Embedding, nn.Conv1d/2d/3d and nn.MultiheadAttention and their subclasses can; leave it out "
         "with exclude_modules=['norm']."
     )
     with pytest.raises(LoRAError) as caught:

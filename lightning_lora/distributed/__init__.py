@@ -1,1 +1,1 @@
-"""Sharded tensors: which part of a tensor is on this rank, and steps that all ranks take alike."""
+"""Sharded tensors: which part of a tensor is on this rank, and steps that all ranks take together."""

@@ -1,6 +1,6 @@
 """Run steps on all ranks so that a failure on one rank raises on all of them.
 
-A rank that raised alone would leave the others waiting for ever in their next collective.
+If one rank raised alone, the others would wait for ever in their next collective.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .sharding import holds_shards, is_sharded, reduce_
 
 
 def writes_files(modules: Iterable[nn.Module]) -> bool:
-    """Return whether this rank writes files: rank 0 does for a sharded model, and every rank for any other model.
+    """Return whether this rank writes files. For a sharded model only rank 0 does, for other models every rank.
 
     Args:
         modules: all modules of the model.
@@ -27,21 +27,21 @@ def writes_files(modules: Iterable[nn.Module]) -> bool:
 
 
 class RankSync:
-    """Runs steps on every rank and keeps the first failure, which raise_on_any_rank raises on all ranks."""
+    """Runs steps on every rank and keeps the first failure. raise_on_any_rank then raises it on all ranks."""
 
     def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Prepare for the ranks over which these tensors are sharded."""
+        """Find the ranks over which these tensors are sharded."""
         self.meshes = list(dict.fromkeys(tensor.device_mesh for tensor in tensors if is_sharded(tensor)))
         self.names: list[str] = []
-        self.failed: tuple[int, Exception] | None = None  # the first step that failed on this rank, and how
+        self.failed: tuple[int, Exception] | None = None  # number and error of this rank's first failed step
 
     def run(self, name: str, step: Callable[..., object] | None, *args: Any) -> None:
-        """Run a step, unless an earlier one failed on this rank. The step must not communicate.
+        """Run a step, unless an earlier step failed on this rank. The step must not communicate.
 
         Args:
-            name: of the step, the same on all ranks.
+            name: name of the step for messages, the same on all ranks.
             step: the function, or None on ranks that have nothing to do.
-            args: of the function.
+            args: arguments of the function.
         """
         self.names.append(name)
         if step is not None and self.failed is None:
@@ -51,7 +51,7 @@ class RankSync:
                 self.failed = (len(self.names) - 1, error)
 
     def share(self, tensor: torch.Tensor) -> float:
-        """Return 1 / (number of ranks that hold the same shard): the weight of this rank's shard in `total`."""
+        """Return 1 / (number of ranks that hold the same shard). Weight values of the shard with it before `total`."""
         holders = 1
         for mesh in self.meshes:
             on_mesh = is_sharded(tensor) and tensor.device_mesh == mesh
@@ -60,20 +60,24 @@ class RankSync:
         return 1 / holders
 
     def total(self, values: torch.Tensor) -> torch.Tensor:
-        """Return sums over the ranks. What several ranks hold must be weighted by `share`. Collective."""
+        """Return sums of values over the ranks. Values that several ranks hold must be weighted by `share`.
+
+        Collective.
+        """
         for mesh in self.meshes:
             values = values.to(mesh.device_type)
             reduce_(values, mesh, range(mesh.ndim), dist.ReduceOp.SUM)
         return values
 
     def raise_on_any_rank(self) -> None:
-        """Raise the same kind of error on all ranks, if a step failed on any. Collective: exchanges one integer.
+        """Raise an error on all ranks if a step failed on any rank. Collective: exchanges one integer.
 
         Raises:
-            NonFiniteError: all failures, on all ranks, are of this kind.
-            Exception: the first failure on this rank. LoRAError where only other ranks failed.
+            NonFiniteError: all failures on all ranks are of this kind.
+            Exception: the first failure of this rank.
+            LoRAError: only other ranks failed.
         """
-        count = len(self.names)  # the same on all ranks, so that a number means the same step everywhere
+        count = len(self.names)  # the same on all ranks, so a number means the same step everywhere
         first = self._severity()
         for mesh in self.meshes:
             flag = torch.tensor(first, device=mesh.device_type)
@@ -91,10 +95,10 @@ class RankSync:
         raise error
 
     def _severity(self) -> int:
-        """Return a number for this rank's failure. The minimum over the ranks is the failure that all ranks raise.
+        """Return a number for this rank's failure. All ranks raise the failure with the smallest number.
 
-        0 to count - 1: the number of the failed step. count to 2 * count - 1: the same for a step that failed because
-        values are not finite. 2 * count: nothing failed.
+        From 0 to count - 1 it is the number of the failed step. If the step failed because values are not finite, count
+        is added. 2 * count means that nothing failed.
         """
         count = len(self.names)
         if self.failed is None:

@@ -1,4 +1,4 @@
-"""Shards of tensors (DTensor) that fully_shard and parallelize_module spread over ranks.
+"""Sharded tensors (DTensor), which fully_shard and parallelize_module spread over ranks.
 
 Functions marked "Collective" communicate: every rank must call them, in the same order.
 """
@@ -16,7 +16,7 @@ from torch import nn
 
 from ..errors import LoRAError
 
-if TYPE_CHECKING:  # imported where they are used: they take as long as the rest of this package's imports
+if TYPE_CHECKING:  # otherwise imported where they are used: they take as long as all other imports of this package
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
@@ -25,23 +25,23 @@ PLAIN = (torch.Tensor, nn.Parameter)
 
 
 def is_sharded(tensor: object) -> TypeGuard[DTensor]:
-    """Return whether a tensor is a DTensor, spread over ranks."""
+    """Return whether a tensor is a DTensor."""
     return type(tensor) not in PLAIN and any(cls.__name__ == "DTensor" for cls in type(tensor).__mro__)
 
 
 def is_fully_sharded(module: nn.Module) -> TypeGuard[FSDPModule]:
     """Return whether fully_shard (FSDP2) was called on a module."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # without its import there are no instances
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # if it was never imported, no module is sharded
     return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
 def holds_shards(module: nn.Module) -> bool:
-    """Return whether one of the module's own parameters is sharded. Gathered ones count."""
+    """Return whether one of the module's own parameters is sharded. Parameters that are gathered now count too."""
     return is_fully_sharded(module) or any(map(is_sharded, module._parameters.values()))
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """Return this rank's shard, or all of a plain tensor. It is detached and shares the tensor's memory."""
+    """Return this rank's shard of a tensor, or a plain tensor itself. The result is detached and shares memory."""
     if not is_sharded(tensor):
         return tensor.detach()
     with torch.no_grad():
@@ -49,28 +49,31 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the whole tensor, detached, on the device that holds the shard. Collective."""
+    """Return the whole tensor, detached, on the device that holds the shard. Collective where it is sharded."""
     if not is_sharded(tensor):
         return tensor.detach()
     device = tensor.device
     with torch.inference_mode(False), torch.no_grad():
-        # Collectives need the device of the mesh. Offloaded shards are on the CPU.
+        # Collectives need the device of the mesh, and offloaded shards are on the CPU.
         moved = cast("DTensor", tensor.detach().to(tensor.device_mesh.device_type))
         return moved.full_tensor().to(device)
 
 
 def meeting_device(tensor: torch.Tensor) -> torch.device:
-    """Return the device on which ranks exchange values of a tensor. Offloaded shards lie on another device."""
+    """Return the device on which ranks exchange values of a tensor. An offloaded shard lies on another device."""
     return torch.device(tensor.device_mesh.device_type) if is_sharded(tensor) else tensor.device
 
 
 def gather_all(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return values with sharded tensors gathered, on the CPU. Collective."""
+    """Return values with each sharded tensor gathered on the CPU; other values are unchanged. Collective."""
     return {name: full_tensor(value).cpu() if is_sharded(value) else value for name, value in values.items()}
 
 
 def rows_of(tensor: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
-    """Return some rows of a matrix, detached. Every rank gets them whole. Collective where the matrix is sharded."""
+    """Return rows of a matrix by number, (len(rows), columns), detached, whole on every rank.
+
+    Collective where the matrix is sharded.
+    """
     shard = local(tensor)
     if not is_sharded(tensor):
         return shard[torch.tensor(rows, device=shard.device)]
@@ -85,7 +88,7 @@ def rows_of(tensor: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
 
 
 def from_local_like(shard: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor with this shard that is sharded like `tensor`, or the shard itself where `tensor` is plain."""
+    """Return a DTensor made of this rank's shard and sharded like `tensor`. If `tensor` is plain, return the shard."""
     if not is_sharded(tensor):
         return shard
     from torch.distributed.tensor import DTensor
@@ -96,7 +99,7 @@ def from_local_like(shard: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def window(tensor: torch.Tensor) -> tuple[slice, ...]:
-    """Return where this rank's shard lies in the whole tensor: one slice for each dimension."""
+    """Return the position of this rank's shard in the whole tensor: one slice for each dimension."""
     if not is_sharded(tensor):
         return tuple(slice(0, size) for size in tensor.shape)
     chunk = cast(Any, tensor).__create_chunk_list__()[0]  # the protocol of torch.distributed.checkpoint
@@ -104,13 +107,16 @@ def window(tensor: torch.Tensor) -> tuple[slice, ...]:
 
 
 def copy_(target: torch.Tensor, source: torch.Tensor) -> None:
-    """Copy `source` into `target` of the same shape. Either may be sharded. Collective if only `source` is sharded."""
+    """Copy `source` into `target`, which has the same shape. Either may be sharded. In place.
+
+    Collective if only `source` is sharded.
+    """
     copy_all_([(target, source)])
 
 
 def copy_all_(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """Copy many pairs of a target and a source as copy_ does."""
-    with torch.inference_mode(False), torch.no_grad():  # once: to enter the modes takes longer than a small copy
+    """Copy many pairs (target, source) as copy_ does. In place."""
+    with torch.inference_mode(False), torch.no_grad():  # once for all, because it takes longer than a small copy
         for target, source in pairs:
             if is_sharded(source) == is_sharded(target):
                 target.copy_(source)
@@ -121,9 +127,10 @@ def copy_all_(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
 
 
 def copies_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return copies of tensors, each where its original is, and sharded as it is.
+    """Return copies of tensors, on the same devices and with the same sharding.
 
-    Copies of one dtype and device share one piece of memory: many small pieces take longer than the copying.
+    Copies of one dtype and device share one piece of memory, because allocating many small pieces takes longer than
+    copying.
     """
     copies: dict[str, torch.Tensor] = {}
     together: dict[tuple[torch.dtype, torch.device], list[str]] = {}
@@ -141,9 +148,9 @@ def copies_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def reshard_(modules: Iterable[nn.Module]) -> None:
-    """Replace weights that FSDP2 gathered in these modules by their shards again. In place.
+    """Replace weights that FSDP2 has gathered in these modules by their shards again. In place.
 
-    What was written into a gathered weight is lost: the shards do not get it.
+    Changes of a gathered weight are lost, because the shards do not get them.
     """
     for module in modules:
         if is_fully_sharded(module):
@@ -151,13 +158,13 @@ def reshard_(modules: Iterable[nn.Module]) -> None:
 
 
 def reset_(modules: Iterable[tuple[str, nn.Module]]) -> None:
-    """Put the shards back after an exception inside a forward, where FSDP2's reshard() does nothing. In place.
+    """Put the shards back after an exception inside a forward, when FSDP2's reshard() has no effect. In place.
 
     Args:
-        modules: all of a model's, with their names.
+        modules: all modules of a model, with their names.
 
     Raises:
-        LoRAError: this torch or this model has no method for that.
+        LoRAError: this version of torch cannot do it, or fully_shard was not called on the outermost module.
     """
     outermost: list[str] = []
     for name, module in modules:
@@ -174,30 +181,39 @@ def reset_(modules: Iterable[tuple[str, nn.Module]]) -> None:
 
 
 def refuse_fully_sharded(model: nn.Module, modules: Iterable[nn.Module], verb: str) -> None:
-    """Refuse a model with these modules in which FSDP2 manages parameters that the verb would take away.
+    """Refuse to take an adapter out of a model that fully_shard was called on.
+
+    FSDP2 goes on to manage the adapter's parameters, so they cannot be removed.
+
+    Args:
+        model: for the message.
+        modules: all modules of the model.
+        verb: the public function that the user called, for the message.
 
     Raises:
-        LoRAError: fully_shard was called. The message begins with the verb and names the alternative.
+        LoRAError: fully_shard was called on one of the modules.
     """
     if any(map(is_fully_sharded, modules)):
         raise LoRAError(
-            f"{verb}: {type(model).__name__} was sharded by fully_shard, which goes on to manage the adapter's "
-            "parameters and cannot give them up. merge(model) runs at the base's speed; for plain weights, save a "
-            "merged checkpoint or call save_merged(model, path)."
+            f"{verb}: {type(model).__name__} was sharded by fully_shard, which keeps managing the adapter's "
+            "parameters, so they cannot be removed. After merge(model) it runs at the base's speed; for plain weights, "
+            "save a merged checkpoint or call save_merged(model, path)."
         )
 
 
 def reduce_(values: torch.Tensor, mesh: DeviceMesh, dims: Iterable[int], op: Any) -> None:
-    """Reduce values over some dimensions of a mesh. In place. Collective."""
+    """Reduce values with an operation over some dimensions of a mesh. In place. Collective."""
     for dim in dims:
         dist.all_reduce(values, op, group=mesh.get_group(dim))
 
 
 def samples_of_all(wanted: Iterable[tuple[torch.Tensor, Sequence[int]]]) -> list[list[float]]:
-    """Return `samples` of many tensors; those in one memory and dtype are read together. Collective.
+    """Return the result of `samples` for many tensors. Plain tensors of one dtype and device are read together.
+
+    Collective where `samples` is.
 
     Args:
-        wanted: each tensor, and the positions in it.
+        wanted: (tensor, positions) pairs.
     """
     indices: dict[tuple[Sequence[int], torch.device], torch.Tensor] = {}
     together: dict[tuple[torch.dtype, torch.device], dict[int, torch.Tensor]] = {}
@@ -223,7 +239,7 @@ def _can_be_indexed(tensor: torch.Tensor) -> bool:
 
 
 def samples(tensor: torch.Tensor, positions: Sequence[int]) -> list[float]:
-    """Return the values at positions of the flattened whole tensor. Collective."""
+    """Return the values of the whole tensor, flattened, at these positions. Collective where it is sharded."""
     shard, slices = local(tensor), window(tensor)
     indices = torch.unravel_index(torch.tensor(positions, dtype=torch.long), tensor.shape)
     on_shard = torch.ones(len(positions), dtype=torch.bool)

@@ -3,8 +3,8 @@
     columnwise  W (out, in) split by out:  A whole, B split by out;  x whole, outputs split like the base's
     rowwise     W split by in:             A split by in, B whole;   x split, outputs partial sums like the base's
 
-parallelize_module places the factors in other ways. In a columnwise layer it splits A along the rank, too; in a rowwise
-layer it splits neither A nor B. Either costs a collective for each layer and step. DTensor's own operators would also
+parallelize_module places the factors in other ways. In a columnwise layer it also splits A along the rank. In a rowwise
+layer it splits neither A nor B. Both ways cost a collective for each layer and step. DTensor's own operators would also
 gather the partial sums between A and B.
 """
 
@@ -22,14 +22,13 @@ Dims = Mapping[int, tuple[str, int]]
 
 
 def place_like_weight(name: str, factor: nn.Parameter, weight: torch.Tensor, dims: Dims) -> nn.Parameter:
-    """Return a factor placed as the weight of its layer is.
+    """Return a factor, split over the ranks like the weight of its layer.
 
     Args:
-        name: of the factor.
-        factor: the factor. One that is not sharded is returned as it is.
+        name: "lora_A" or "lora_B".
+        factor: the factor. A factor that is not sharded is returned unchanged.
         weight: the layer's weight.
-        dims: by dimension of the weight, the name of the factor with the same dimension, and which dimension of the
-            factor that is.
+        dims: for each dimension of the weight that a factor shares: (name of the factor, dimension of the factor).
     """
     if not isinstance(factor, DTensor) or not isinstance(weight, DTensor) or factor.device_mesh != weight.device_mesh:
         return factor
@@ -42,7 +41,7 @@ def place_like_weight(name: str, factor: nn.Parameter, weight: torch.Tensor, dim
 
 
 def low_rank_product(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor | None:
-    """Return s * x @ A.T @ B.T, computed on the shards of each rank. Return None where that needs communication."""
+    """Return s * x @ A.T @ B.T, computed by each rank on its own shards. Return None if it needs communication."""
     if not isinstance(x, DTensor) or not isinstance(a, DTensor) or not isinstance(b, DTensor):
         return None
     last = x.dim() - 1
@@ -51,7 +50,7 @@ def low_rank_product(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling:
         return None
     out, grad_x, grad_a, grad_b = zip(*(case for case in cases if case is not None), strict=True)
     hidden = F.linear(x.to_local(grad_placements=grad_x), _shard(a, grad_a))
-    # Scaled here and not at the end: torch 2.6 would sum partial values over the ranks in order to scale them.
+    # Scaled here and not at the end, because torch 2.6 sums partial values over the ranks before it scales them.
     product = F.linear(hidden * scaling, _shard(b, grad_b))
     shape = torch.Size((*x.shape[:-1], b.shape[0]))
     stride = torch.empty(shape, device="meta").stride()
@@ -66,19 +65,23 @@ def sum_partials(x: torch.Tensor) -> torch.Tensor:
 
 
 def _case(x: Placement, a: Placement, b: Placement, last: int) -> tuple[Placement, ...] | None:
-    """Return the placements of the product and of the gradients of x, A and B; None where they need communication.
+    """Return the placements of the product and of the gradients of x, A and B, or None if communication is needed.
 
-    Partial means that values are yet to be summed over the ranks.
+    Partial means that the values still have to be summed over the ranks.
+
+    Args:
+        x, a, b: placements of x, A and B on one dimension of the mesh.
+        last: number of the last dimension of x.
     """
     if (a, b) == (Replicate(), Shard(0)) and x == Replicate():  # columnwise
         return Shard(last), Partial(), Partial(), Shard(0)
     if (a, b) == (Shard(1), Replicate()) and x == Shard(last):  # rowwise
         return Partial(), Shard(last), Shard(1), Partial()
-    if (a, b) == (Replicate(), Replicate()) and isinstance(x, Shard) and x.dim != last:  # each rank has other rows of x
+    if (a, b) == (Replicate(), Replicate()) and isinstance(x, Shard) and x.dim != last:  # x is split by rows
         return x, x, Partial(), Partial()
     return (Replicate(),) * 4 if x == a == b == Replicate() else None
 
 
 def _shard(factor: DTensor, grad: tuple[Placement, ...]) -> torch.Tensor:
-    """Return this rank's shard of a factor. The redistribution sums its partial gradient in backward, once."""
+    """Return this rank's shard of a factor. In backward, redistribute sums the partial gradient, once."""
     return factor.redistribute(placements=factor.placements).to_local(grad_placements=grad)

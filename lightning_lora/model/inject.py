@@ -20,14 +20,13 @@ from ..errors import LoRAError, sentence
 from ..matching import ALL_LINEAR
 from ..names import listed
 from ..nn.adapted_weights import AdaptedWeights, LayerSpec, adapted_layers, share_tensors_
-from ..nn.fast_paths import update_fast_paths
 from ..nn.gradient_checkpointing import disable_input_require_grads, enable_input_require_grads
 from ..nn.layer_kinds import adapt_
 from ..nn.lora_layer import LoRALayer
 from ..nn.low_rank import HALF
 from ..nn.parameter import adapt_parameter_
 from ..nn.quantised import allow_packing_, keep_gradients_
-from ..nn.readers import patch_readers
+from ..nn.readers import patch_readers, update_fast_paths
 from ..nn.tied_weights import record_ties
 from ..nn.token_rows import LoRATable, TrainedRows, adapt_table_, share_table_, table_adapters
 from ..nn.variant import variant_of

@@ -18,8 +18,8 @@ from ..errors import LoRAError, NonFiniteError
 from ..nn.adapted_module import take_turn
 from ..nn.adapted_weights import AdaptedWeights, Blocks
 from ..nn.exact_merge import Observer, Scratch
-from ..nn.fast_paths import update_fast_paths
 from ..nn.low_rank import HALF
+from ..nn.readers import update_fast_paths
 from ..nn.tied_weights import record_ties
 from ..notices import tell
 from ..progress import progress_bar

@@ -359,7 +359,7 @@ def check_supported(name: str, module: nn.Module, config: LoRAConfig) -> None:
         if not problem:
             problem = _variant_problem(module, config)
     if problem:
-        raise LoRAError(f"inject: {name!r}: {problem}, or leave it out with exclude_modules=[{name!r}].")
+        raise LoRAError(f"inject: {name!r}: {_with_remedy(problem)} leave it out with exclude_modules=[{name!r}].")
 
 
 def check_table(name: str, module: nn.Module, targets: Targets) -> None:
@@ -371,7 +371,7 @@ def check_table(name: str, module: nn.Module, targets: Targets) -> None:
     kind, rows = type(module).__name__, targets.tables[name]
     problem = ""
     if not is_table(module):
-        problem = f"a {kind} is no table; rows of nn.Embedding and nn.Linear are trained"
+        problem = f"a {kind} is no table: only nn.Embedding and nn.Linear have rows that can be trained"
     elif name in targets.layers:
         problem = "it is in target_modules too, which adapts it whole; adapt it in one of the two ways"
     elif not targets.saved.keys().isdisjoint((name, *parent_names(name))):
@@ -394,7 +394,7 @@ def check_table(name: str, module: nn.Module, targets: Targets) -> None:
         if not problem and rows[-1] >= size:
             problem = f"it has {size} rows and none of number {rows[-1]}; resize it first, or correct the number"
     if problem:
-        raise LoRAError(f"inject: {name!r}: {problem}, or leave it out of {OPTION}.")
+        raise LoRAError(f"inject: {name!r}: {_with_remedy(problem)} leave it out of {OPTION}.")
 
 
 def check_parameter(name: str, module: nn.Module, leaf: str, *, is_layer: bool) -> None:
@@ -410,11 +410,16 @@ def check_parameter(name: str, module: nn.Module, leaf: str, *, is_layer: bool) 
     elif "forward" in vars(module):
         problem = f"the forward is replaced on the instance of {kind}, which would pass over the adapter; undo that"
     elif quantised_as(weight):
-        problem = f"it is quantised ({quantised_as(weight)}), and of such only linear layers are adapted"
+        problem = f"it is quantised ({quantised_as(weight)}), and a quantised weight is adapted in linear layers only"
     elif weight is not None and not problem and not weight.is_contiguous():
         problem = "its values do not follow each other in memory; make it contiguous"
     if problem:
-        raise LoRAError(f"inject: {name!r}: {problem}, or leave it out of target_parameters.")
+        raise LoRAError(f"inject: {name!r}: {_with_remedy(problem)} leave it out of target_parameters.")
+
+
+def _with_remedy(problem: str) -> str:
+    """Return a problem up to the last remedy of its sentence, which the caller adds; "; " begins an earlier remedy."""
+    return f"{problem}{', or' if '; ' in problem else ';'}"
 
 
 def _weight_problem(module: nn.Module) -> str:
@@ -427,9 +432,7 @@ def _weight_problem(module: nn.Module) -> str:
     for weight in weights:
         quantised = quantised_as(weight)
         if quantised and not isinstance(module, nn.Linear):
-            return (
-                f"the weight of the {kind} is quantised ({quantised}), and of such layers only linear ones are adapted"
-            )
+            return f"the weight of the {kind} is quantised ({quantised}), and only linear layers may have such a weight"
     problems = (_tensor_problem(weight, kind) for weight in weights if weight is not None and not quantised_as(weight))
     return next(filter(None, problems), "")
 
@@ -442,7 +445,7 @@ def _tensor_problem(weight: nn.Parameter, kind: str) -> str:
             "after the layers are built and before fully_shard or parallelize_module"
         )
     if weight.dtype not in MERGEABLE_DTYPES:
-        return f"its weight is {weight.dtype}; adapters need float16, bfloat16, float32 or float64"
+        return f"its weight is {weight.dtype}, and adapters need float16, bfloat16, float32 or float64"
     if _is_empty(weight):
         return f"its weight of shape {tuple(weight.shape)} has no values to adapt; give it some"
     return ""
@@ -459,8 +462,8 @@ def _variant_problem(module: nn.Module, config: LoRAConfig) -> str:
     adapting = layer_class(module, variant)
     if adapting is None:
         quantised = ", ".join(map(quantised_as, quantised_parameters(module).values()))
-        what = f"whose weight is quantised ({quantised})" if quantised else f"of class {type(module).__name__}"
-        return f"{variant.option} is not for a layer {what}"
+        what = type(module).__name__ + (f" whose weight is quantised ({quantised})" if quantised else "")
+        return f"{variant.option} cannot adapt a {what}"
     return variant.problem(module, adapting.KIND, config)
 
 

@@ -1,9 +1,9 @@
 """A module that holds adapters: how its class is swapped, what its state dict holds, what stands in for its weights.
 
-Invariants, for every adapted layer, and every parameter that is adapted by itself:
-    - its module's class is a subclass of the class it had; module tree, names, parameter objects and storage stay;
-    - lora_active False means: run the base class's own forward and nothing else;
-    - a weight named in lora.records holds W'; lora.merged without records means that the layer stays factored.
+Invariants for every adapted layer and every parameter that is adapted by itself:
+    - The module's class is a subclass of its former class. Module tree, names, parameter objects and storage stay.
+    - With lora_active False, the base class's own forward runs and nothing else.
+    - A weight named in lora.records holds W'. A layer with lora.merged but without records stays factored.
 """
 
 from __future__ import annotations
@@ -23,61 +23,62 @@ from .writer import Turn
 
 Transform = Callable[[torch.Tensor], torch.Tensor]
 
-_CLASSES: dict[tuple[type, type], type[Swapped]] = {}  # that swapped_class made
+_CLASSES: dict[tuple[type, type], type[Swapped]] = {}  # results of swapped_class, by mixin and base class
 
 
 class Adapter(Protocol):
-    """What a module asks an adapter that it holds; nn/adapted_weights.py has the class."""
+    """The interface between a module and an adapter that it holds; nn/adapted_weights.py has the class."""
 
     lora_active: bool
     lora: Any  # its LayerState
 
     def options_text(self) -> str:
-        """Return what repr says of the adapter."""
+        """Return r and alpha as text, for the module's repr."""
 
     def stored(self) -> dict[str, nn.Parameter]:
         """Return the adapter's tensors by leaf name."""
 
     def stored_name(self, leaf: str) -> str:
-        """Return the name of one of them in the module."""
+        """Return the parameter name in the module of the tensor with this leaf name."""
 
     def adapted_weights(self) -> dict[str, nn.Parameter]:
         """Return the parameters that the adapter changes, by name."""
 
     def stand_ins(self, weights: Mapping[str, nn.Parameter]) -> dict[str, Any]:
-        """Return what stands in for each of adapted_weights in a forward that reads them."""
+        """Return the values that a forward reads in place of adapted_weights, by name."""
 
     def original(self, name: str) -> torch.Tensor:
-        """Return a parameter as it is without the adapter, detached."""
+        """Return the values that a parameter has without the adapter, detached."""
 
     def briefly_unmerged(self) -> AbstractContextManager[None]:
-        """Unmerge inside, so that what changes a weight there changes W."""
+        """Unmerge inside the block, so that code which changes a weight there changes W."""
 
     def followers(self, state_dict: Mapping[str, Any], prefix: str) -> Collection[str]:
-        """Return the leaf names of tensors that follow the new weight that a state dict brings."""
+        """Return the leaf names of tensors that must start again from the new weight of a state dict."""
 
     def draw_(self, leaves: Collection[str] | None = None) -> None:
-        """Let tensors have their initial values."""
+        """Give the tensors with these leaf names, or all, their initial values. In place."""
 
     def tie_again_(self, module: nn.Module, before: Mapping[str, nn.Parameter | None], *, loaded: bool) -> None:
-        """Tie again what other modules shared with this one, where torch made a parameter for each."""
+        """Tie parameters of several modules again after torch replaced them by separate ones. In place."""
 
     def weight_changed(self) -> None:
-        """Forget what was computed from the weight."""
+        """Drop cached values that were computed from the weight."""
 
     def place(self) -> Any:
-        """Return the layer as its variant sees it."""
+        """Return the layer's Place, which its variant is given."""
 
 
 class Swapped(nn.Module):
-    """A module whose class was replaced by a subclass of it.
+    """A module whose class was replaced by a subclass of that class.
 
-    fully_shard in turn subclasses the class that it finds; such a module is rebuilt, or not, as torch decides.
+    fully_shard subclasses the swapped class once more. Pickling such a module is left to torch.
     """
 
-    lora_mixin: ClassVar[type[Swapped]]  # the two classes that the subclass combines
-    lora_base: ClassVar[type[nn.Module]]
-    # torch's compiler looks whether a weight is stood in for while it traces; torch.export of torch 2.6 would not.
+    lora_mixin: ClassVar[type[Swapped]]  # the class of this package that the swapped class combines
+    lora_base: ClassVar[type[nn.Module]]  # with the module's former class
+    # Makes torch's compiler read parameters while it traces, so that it sees when W + delta stands in for a weight.
+    # Without it, torch.export of torch 2.6 would not see that.
     torchdynamo_force_dynamic: ClassVar[bool] = True
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -89,7 +90,10 @@ class Swapped(nn.Module):
 
 
 def swapped_class(mixin: type[Swapped], base: type[nn.Module]) -> type[Swapped]:
-    """Return the one subclass of a pair of mixin and base class, called as the base: programs go by a class's name."""
+    """Return the subclass of a mixin and a base class; each pair has one.
+
+    It has the name of the base class, because programs look layers up by the name of their class.
+    """
     if (mixin, base) not in _CLASSES:
         names = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
         attributes = {**names, "lora_mixin": mixin, "lora_base": base}
@@ -98,27 +102,27 @@ def swapped_class(mixin: type[Swapped], base: type[nn.Module]) -> type[Swapped]:
 
 
 class AdaptedModule(Swapped):
-    """A module that holds adapted weights: an adapted layer, or one of whose parameters some are adapted."""
+    """A module that holds adapted weights: an adapted layer, or a module with some adapted parameters."""
 
-    ATTRIBUTES: ClassVar[tuple[str, ...]] = ()  # what the mixin sets on the module, beside parameters
+    ATTRIBUTES: ClassVar[tuple[str, ...]] = ()  # names of attributes, other than parameters, that the mixin sets
 
     def lora_adapters(self) -> Mapping[str, Adapter]:
-        """Return what is adapted here, by the parameter's name, or under "" where the whole layer is."""
+        """Return the adapters of this module by parameter name; a whole adapted layer has one adapter, named ""."""
         raise NotImplementedError
 
     def lora_place(self, values: Mapping[str, Any]) -> None:
-        """Let values stand in for parameters, or put these back."""
+        """Place values under the names of parameters, or place the parameters again. In place."""
         self._parameters.update(values)
 
     def lora_take_out(self, adapter: Adapter) -> None:
-        """Give the module back the class and the attributes that it had without this adapter. In place."""
+        """Restore the module's class and attributes from before it was adapted. In place."""
         attributes = self.ATTRIBUTES
         self.__class__ = class_before_swap(self)  # type: ignore[assignment]
         for name in attributes:
             vars(self).pop(name, None)
 
     def extra_repr(self) -> str:
-        """Return what the module shows of itself, and r and alpha of what is adapted."""
+        """Return the base class's text, followed by r and alpha of each adapter."""
         adapters = self.lora_adapters().items()
         options = (f"{name}{': ' if name else ''}{adapter.options_text()}" for name, adapter in adapters)
         return ", ".join(filter(None, [super().extra_repr(), *options]))
@@ -133,7 +137,7 @@ class AdaptedModule(Swapped):
                 adapter.tie_again_(self, before, loaded=False)
                 adapter.weight_changed()
         for adapter in were_meta:
-            if not _is_meta(adapter):  # to_empty
+            if not _is_meta(adapter):  # to_empty gave it memory without values
                 _refuse_new_values(adapter)
                 adapter.draw_()
         return self
@@ -142,14 +146,17 @@ class AdaptedModule(Swapped):
         adapters = self.lora_adapters().values()
         with ExitStack() as stack:
             for adapter in adapters:
-                stack.enter_context(adapter.lora.lock)  # W, and not what stands in for it in another thread's forward
+                stack.enter_context(adapter.lora.lock)  # waits while W + delta stands in for W in another thread
             super()._save_to_state_dict(destination, prefix, keep_vars)
             for adapter in adapters:
                 if adapter.lora.records or adapter.lora.restore_failed:
                     destination.update({prefix + name: adapter.original(name) for name in adapter.adapted_weights()})
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Load; tensors that started from the weight, are not trained and not loaded start from the new one."""
+        """Load a state dict, in which a merged weight's entry is W.
+
+        Untrained tensors that started from the old weight start again from the new one, unless the state dict has them.
+        """
         adapters = self.lora_adapters().values()
         with self._lora_briefly_unmerged():
             following = [(adapter, adapter.followers(state_dict, prefix)) for adapter in adapters]
@@ -173,7 +180,7 @@ class AdaptedModule(Swapped):
             yield
 
     def __prepare_scriptable__(self) -> Any:
-        """Refuse TorchScript, which calls this first, and would end in an error of its own about annotations."""
+        """Refuse TorchScript, which calls this method first; it would fail later with an error about annotations."""
         name = next(iter(self.lora_adapters().values())).lora.name
         raise LoRAError(
             f"torch.jit.script: {name!r} is an adapted {self.lora_base.__name__}, which TorchScript cannot "
@@ -183,17 +190,25 @@ class AdaptedModule(Swapped):
 
 
 class StandIns:
-    """Let W + delta stand in for adapted weights inside; a class, as torch 2.6 cannot trace a generator's context."""
+    """Context manager: inside, W + delta stands in for each adapted weight of a module.
+
+    It is a class because torch 2.6 cannot trace a context manager made from a generator.
+
+    Args:
+        module: the module whose weights are replaced.
+        adapters: its adapters that take part.
+    """
 
     def __init__(self, module: AdaptedModule, adapters: Sequence[Adapter]) -> None:
         self.module, self.adapters = module, adapters
-        self.states = [] if torch.compiler.is_compiling() else [each.lora for each in adapters]  # it traces one thread
+        # The compiler traces one thread, so there is nothing to lock.
+        self.states = [] if torch.compiler.is_compiling() else [each.lora for each in adapters]
 
     def __enter__(self) -> None:
         for state in self.states:
             state.lock.acquire()
         try:
-            # Another thread may have merged them meanwhile.
+            # Another thread may have merged them while this one waited for the lock.
             adapters = [each for each in self.adapters if each.lora_active] if self.states else self.adapters
             names = [name for adapter in adapters for name in adapter.adapted_weights()]
             self.weights = {name: getattr(self.module, name) for name in names}
@@ -216,18 +231,21 @@ class StandIns:
 
 
 def take_turn(adapters: Iterable[Adapter], verb: str) -> Turn:
-    """Return the turn, for a `with` block, at changing the models that adapters are in."""
+    """Return a turn, for a `with` block, at changing the models that hold these adapters."""
     records = {id(record): record for record in [each.lora.injection for each in adapters]}
     return Turn(verb, [record.writer for record in records.values()])
 
 
 def is_factor(name: str, module: nn.Module) -> bool:
-    """Return whether a state name of a module is that of a factor."""
+    """Return whether a name in a module's state belongs to a stored tensor of an adapter."""
     return isinstance(module, AdaptedModule) and names_factor(name)
 
 
 def class_before_swap(module: Swapped) -> type[nn.Module]:
-    """Return the class that a module had, or one like its own without the mixin, where fully_shard made that."""
+    """Return the module's class from before the swap.
+
+    fully_shard may have subclassed the swapped class since. Then return a new class like it, without the mixin.
+    """
     swapped, base = swapped_class(module.lora_mixin, module.lora_base), module.lora_base
     if type(module) is swapped:
         return base
@@ -241,7 +259,11 @@ def _is_meta(adapter: Adapter) -> bool:
 
 
 def _refuse_new_values(adapter: Adapter) -> None:
-    """Raise LoRAError where the adapter was computed from the weight, which has no values after to_empty."""
+    """Refuse to draw an adapter that starts from the weight's values, because to_empty leaves none.
+
+    Raises:
+        LoRAError: the adapter starts from the weight.
+    """
     if adapter.lora.spec.variant.needs_values(adapter.place()):
         raise LoRAError(
             f"{adapter.lora.name!r}: its adapter starts from the weight, which has no values after to_empty; inject "
@@ -250,7 +272,10 @@ def _refuse_new_values(adapter: Adapter) -> None:
 
 
 def _keeping_float32(fn: Transform, adapters: Iterable[Adapter]) -> Transform:
-    """fn, but for casting the factors to 16 bits: they train in float32 while they compute in the layer's dtype."""
+    """Return fn, changed so that it keeps the dtype of stored tensors where fn would cast them to 16 bits.
+
+    The tensors train in float32 and are cast to the layer's dtype in each forward.
+    """
     kept = [adapter for adapter in adapters if adapter.lora.spec.keep_float32]
     factors = {id(t) for each in kept for p in each.stored().values() for t in (p, p.grad) if t is not None}
 

@@ -1,6 +1,6 @@
 """The adapter of one layer or one parameter: its options and state, its stored tensors, and how they are merged.
 
-What the stored tensors mean, its variant says (nn/variant.py).
+The adapter's variant (nn/variant.py) defines what the stored tensors mean.
 """
 
 from __future__ import annotations
@@ -49,41 +49,41 @@ class LayerSpec:
     r: int
     alpha: float
     scaling: float  # s
-    variant: Variant  # what is stored, and what that adds
+    variant: Variant  # defines the stored tensors and what they add to the weight
     dropout: float = 0.0  # probability of dropping an input feature of the adapter
     enabled: tuple[bool, ...] | None = None  # which equal parts of a fused projection are adapted; None: all as one
-    keep_float32: bool = True  # the factors stay in float32 when the model is cast to 16 bits
-    init: bool | str = True  # how the factors are drawn, as LoRAConfig's init_lora_weights
-    seed: int = 0  # what they are drawn from
-    rows: tuple[int, ...] = ()  # of a table of which rows are trained: their numbers, ascending
-    options: Mapping[str, Any] = field(default_factory=dict)  # those that the variant alone has, by name
+    keep_float32: bool = True  # stored tensors stay in float32 when the model is cast to 16 bits
+    init: bool | str = True  # LoRAConfig's init_lora_weights
+    seed: int = 0  # of the generator that initial values are drawn from
+    rows: tuple[int, ...] = ()  # ascending numbers of the trained rows of a table
+    options: Mapping[str, Any] = field(default_factory=dict)  # the variant's own options, by name
 
 
 @dataclass
 class LayerState:
-    """What an adapted layer carries beside its parameters, as `layer.lora`."""
+    """The state of an adapted layer beside its parameters: `layer.lora`."""
 
     spec: LayerSpec
     name: str = ""  # in the injected module
-    injection: Any = None  # the record of the injection, which all layers of a model share
-    custom_forward: bool = False  # the layer's class has another forward than torch's, which is run on W + delta
-    dropout_override: bool | None = None  # dropout acts where gradients are recorded; None: as the training flag says
+    injection: Any = None  # the record of the injection; all layers of a model share it
+    custom_forward: bool = False  # the layer's class overrides torch's forward, so that forward runs on W + delta
+    dropout_override: bool | None = None  # True: dropout acts where gradients are recorded; None: by the training flag
     merged: bool = False  # merge was called
     records: dict[str, RestoreRecord] = field(default_factory=dict)  # what unmerging needs, by weight name
-    unfinished: bool = False  # merging or unmerging is under way, or an exception broke it off: unmerge_ completes it
-    stands_in: int = 0  # forwards that run now with W + delta in place of the weight; of one thread, with the lock held
-    unmergeable_reason: str = ""  # what keeps the weight from being merged, as another owner of it
-    restore_failed: bool = False  # unmerging failed, so the weight is not known to be W
+    unfinished: bool = False  # merging or unmerging runs, or an exception broke it off; unmerge_ completes it
+    stands_in: int = 0  # number of forwards with W + delta in place of the weight, all in the thread with the lock
+    unmergeable_reason: str = ""  # why the weight cannot be merged, for example another owner
+    restore_failed: bool = False  # unmerging failed, so the weight may differ from W
     rounding_reported: bool = False  # the cost of rounding W' was reported
     sharded: bool = False  # the weight was last seen sharded
-    gradient_arrived: bool = False  # at the last of the factors, since injection
-    in_segment: bool = False  # ran in a segment of reentrant checkpointing, in training mode
-    shared: SharedTensors | None = None  # what all layers of a model share, where the variant has such tensors
-    placed: tuple[LayerSpec, Place] | None = None  # what `place` returned last
-    # Memory of plain copies that are done with, by weight name, for the next merge; on the CPU alone, where fresh pages
-    # take longer than the copy.
+    gradient_arrived: bool = False  # the last trained tensor has had a gradient since injection
+    in_segment: bool = False  # the layer ran in a segment of reentrant checkpointing, in training mode
+    shared: SharedTensors | None = None  # tensors that all layers of the model share; None for most variants
+    placed: tuple[LayerSpec, Place] | None = None  # the last result of `place`, with its spec
+    # Plain copies that are not needed any more, by weight name: the next merge reuses their memory. On the CPU only,
+    # because there fresh pages of memory take longer than the copy.
     spares: dict[str, torch.Tensor] = field(default_factory=dict)
-    # Held while W + delta stands in for the weight, and while the weight is written; a copy of the layer gets another.
+    # Held while W + delta stands in for the weight and while the weight is written. A copy of the layer has its own.
     lock: Any = field(default_factory=threading.RLock)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -97,9 +97,9 @@ class StoredTensors:
     """The stored tensors of one layer's adapter: where they lie, what shapes they have, how they start."""
 
     KIND: str
-    lora_A: nn.Parameter  # of plain LoRA and variants that go on from it
+    lora_A: nn.Parameter  # of plain LoRA and the variants that extend it
     lora_B: nn.Parameter
-    LOOKUP: ClassVar[bool] = False  # A is a table that rows are taken from
+    LOOKUP: ClassVar[bool] = False  # A is a table from which rows are looked up
     lora: LayerState
 
     @property
@@ -112,18 +112,19 @@ class StoredTensors:
         return [self.lora_holder]
 
     def options_text(self) -> str:
-        """Return what repr says of the adapter."""
+        """Return r and alpha as text, for the module's repr."""
         spec = self.lora.spec
         return f"r={spec.r}, alpha={spec.alpha:g}" if spec.variant.scaled else f"r={spec.r}"
 
     def stored(self, leaves: Sequence[str] = ()) -> dict[str, nn.Parameter]:
-        """Return all that says what the adapter adds, or the tensors of these leaf names, by leaf name.
+        """Return the stored tensors by leaf name: trained ones first, then frozen ones, then shared ones.
 
-        What is trained comes first, then what stays frozen.
+        Args:
+            leaves: leaf names to return; by default all.
         """
         holder, variant = self.lora_holder, self.lora.spec.variant
         leaves = leaves or variant.leaves
-        if variant.shared and self.lora.shared is None:  # while the first layers of a model are adapted
+        if variant.shared and self.lora.shared is None:  # not registered until all layers of the model are adapted
             leaves = [leaf for leaf in leaves if leaf not in variant.shared]
         return {leaf: getattr(holder, self.stored_name(leaf)) for leaf in leaves}
 
@@ -136,15 +137,15 @@ class StoredTensors:
         return [self.stored_name(leaf) for leaf in self.lora.spec.variant.leaves]
 
     def stored_in(self, state: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-        """Return the values that a state dict has for the stored tensors, by leaf name."""
+        """Return the stored tensors' values in a state dict, by leaf name."""
         return {leaf: state[prefix + self.stored_name(leaf)] for leaf in self.lora.spec.variant.leaves}
 
     def replaced_rows(self) -> tuple[int, ...]:
-        """Return the rows of the weight that the adapter replaces: what they were does not matter any more."""
+        """Return the numbers of the weight's rows that the adapter replaces, whatever values they had."""
         return self.lora.spec.rows
 
     def factors(self) -> tuple[nn.Parameter, ...]:
-        """Return the trained parameters; the last one gets a gradient from the first step on."""
+        """Return the trained parameters. The last one gets a gradient from the first step on."""
         return tuple(self.stored(self.lora.spec.variant.trained).values())
 
     def adapted_weights(self) -> dict[str, nn.Parameter]:
@@ -152,19 +153,19 @@ class StoredTensors:
         raise NotImplementedError
 
     def main_weight(self) -> nn.Parameter:
-        """Return the first of the adapted weights, for dtype and device."""
+        """Return the first of the adapted weights, whose dtype and device stand for all."""
         return next(iter(self.adapted_weights().values()))
 
     def weight_name(self, name: str, weight: str) -> str:
-        """Return the name in a model of a weight of the adapter that has this name there."""
+        """Return a weight's name in a model in which the adapter has the name `name`."""
         return f"{name}.{weight}".lstrip(".")
 
     def weight_dtype(self) -> torch.dtype:
-        """Return the dtype of the weight's values, for that of the stored tensors."""
+        """Return the dtype of the weight's values, from which the dtype of the stored tensors follows."""
         return self.main_weight().dtype
 
     def weight_values(self) -> Mapping[str, torch.Tensor]:
-        """Return the values of the adapted weights, detached; sharded ones stay sharded."""
+        """Return the values of the adapted weights, detached. Sharded weights stay sharded."""
         return {name: weight.detach() for name, weight in self.adapted_weights().items()}
 
     def weight_shapes(self) -> dict[str, torch.Size]:
@@ -172,11 +173,18 @@ class StoredTensors:
         return {name: weight.shape for name, weight in self.adapted_weights().items()}
 
     def kind(self) -> str:
-        """Return which of low_rank.KINDS the layer is, as far as it can tell by itself; '' for a table with rows."""
+        """Return the layer's kind, one of low_rank.KINDS, or "" for a table with trained rows.
+
+        A linear layer does not know whether it is the out_proj of attention.
+        """
         return self.KIND
 
     def place(self, spec: LayerSpec | None = None) -> Place:
-        """Return the layer as its variant sees it, by other options than its own where these are given."""
+        """Return the layer's Place, which its variant is given.
+
+        Args:
+            spec: other options to use instead of the layer's own.
+        """
         spec, known = spec or self.lora.spec, self.lora.placed
         if known is not None and known[0] is spec and known[1].name == self.lora.name:
             return known[1]
@@ -187,11 +195,14 @@ class StoredTensors:
         return place
 
     def initial_values(self) -> dict[str, torch.Tensor]:
-        """Return what the stored tensors start as, the same each time. Collective where W is sharded and read."""
+        """Return the initial values of the stored tensors, the same each time.
+
+        Collective where W is sharded and the variant reads it.
+        """
         return self.lora.spec.variant.start(self.place(), self.weight_values)
 
     def create_(self, dtype: torch.dtype) -> None:
-        """Register the stored tensors with their initial values, without those that layers share. In place."""
+        """Register the stored tensors with their initial values; shared tensors are registered elsewhere. In place."""
         variant, device = self.lora.spec.variant, self.main_weight().device
         if variant.started and self.lora.injection.values_follow:
             values = {leaf: torch.zeros(shape) for leaf, shape in variant.shapes(self.place()).items()}
@@ -204,7 +215,10 @@ class StoredTensors:
                 holder.register_parameter(self.stored_name(leaf), parameter)
 
     def draw_(self, leaves: Collection[str] | None = None) -> None:
-        """Let the stored tensors, or these of them, have their initial values. In place. Collective as they are."""
+        """Give the tensors with these leaf names, or all, their initial values. In place.
+
+        Collective where initial_values is.
+        """
         stored = self.stored()
         for leaf, values in self.initial_values().items():
             if leaves is None or leaf in leaves:
@@ -213,7 +227,7 @@ class StoredTensors:
             self.lora.shared.draw_(self.lora.spec.r)
 
     def is_initial(self) -> bool:
-        """Return whether nothing was trained yet, as far as this rank sees."""
+        """Return whether nothing was trained yet, as far as this rank's shards show."""
         stored = {leaf: local(tensor) for leaf, tensor in self.stored().items()}
         known = self.lora.spec.variant.is_initial(stored, self.place())
         if known is None:
@@ -221,9 +235,10 @@ class StoredTensors:
         return known
 
     def followers(self, state_dict: Mapping[str, Any], prefix: str) -> Collection[str]:
-        """Return the leaf names of tensors that follow the new weight that a state dict brings.
+        """Return the leaf names of tensors that must start again from the new weight of a state dict.
 
-        They started from the weight, are as they started, and are not in the state dict. Collective where W is sharded.
+        Such tensors started from the old weight, still have their initial values, and are not in the state dict.
+        Collective where W is sharded.
         """
         variant = self.lora.spec.variant
         if not variant.follows_weight or not any(prefix + name in state_dict for name in self.adapted_weights()):
@@ -234,26 +249,29 @@ class StoredTensors:
         return variant.followers(kept, stored, self.place(), self.weight_values)
 
     def shapes_by(self, spec: LayerSpec) -> list[tuple[nn.Parameter, tuple[int, ...]]]:
-        """Return the stored tensors, each with the shape that it has by other options, which all layers take."""
+        """Return each stored tensor with its shape under other options. All layers of the model take these options."""
         stored, shapes = self.stored(), dict(self.lora.spec.variant.shapes(self.place(spec)))
         if self.lora.shared is not None:
             shapes |= self.lora.shared.shapes(spec.r)
         return [(stored[leaf], shape) for leaf, shape in shapes.items()]
 
     def take_spec_(self, spec: LayerSpec) -> None:
-        """Take another rank and scaling. The parameters stay the same; of another rank, they lose their values."""
+        """Take another rank and scaling. The parameters stay the same objects, and lose their values if shapes change.
+
+        In place.
+        """
         for factor, shape in self.shapes_by(spec):
             if factor.shape != shape:
                 factor.data, factor.grad = factor.detach().new_empty(shape), None
         self.lora.spec = spec
 
     def tie_again_(self, module: nn.Module, before: Mapping[str, nn.Parameter | None], *, loaded: bool) -> None:
-        """Tie again what other modules shared with `module`, where torch made a parameter for each. In place.
+        """Tie parameters of several modules again after torch replaced them by separate ones. In place.
 
         Args:
             module: one of the holders.
             before: its parameters before torch replaced some of them.
-            loaded: by load_state_dict(assign=True), else by a move or to_empty.
+            loaded: whether load_state_dict(assign=True) replaced them; otherwise a move or to_empty did.
         """
         if self.lora.shared is not None:
             self.lora.shared.tie_again_(module, before)
@@ -262,11 +280,11 @@ class StoredTensors:
 class AdaptedWeights(StoredTensors):
     """The adapter of one layer or of one parameter, and the weights that it changes."""
 
-    TRANSIENT: ClassVar[tuple[str, ...]] = ()  # attributes that a copy goes without
+    TRANSIENT: ClassVar[tuple[str, ...]] = ()  # attributes that copies and pickles leave out
     lora_active: bool  # whether the adapter is applied in a forward
 
     def strip_(self) -> None:
-        """Give the holders back what they were, without stored tensors and attributes; the weights stay. In place."""
+        """Remove the stored tensors and restore the holders' classes and attributes; weights stay. In place."""
         for holder in self.lora_holders():
             for leaf in self.lora.spec.variant.leaves:
                 holder._parameters.pop(self.stored_name(leaf), None)
@@ -275,7 +293,7 @@ class AdaptedWeights(StoredTensors):
                 holder.lora_take_out(self)
 
     def __getstate__(self) -> Any:
-        inherited = getattr(super(), "__getstate__", None)  # Python 3.10 has none of object's
+        inherited = getattr(super(), "__getstate__", None)  # object has none in Python 3.10
         state = inherited() if inherited is not None else vars(self)
         if isinstance(state, dict):
             state = {name: value for name, value in state.items() if name not in self.TRANSIENT}
@@ -286,25 +304,25 @@ class AdaptedWeights(StoredTensors):
     # --- in a forward ---
 
     def note_segment(self) -> None:
-        """Note that the layer runs in a reentrant segment, to name that where no gradient reaches the layer."""
+        """Note that the layer runs in a reentrant segment; the warning about missing gradients names this cause."""
         if not torch.is_grad_enabled() and self.lora_holder.training and in_first_pass():
             self.lora.in_segment = True
 
     def acting(self) -> Acting:
-        """Return what the stored tensors act as now, differentiable."""
+        """Return the factors and scale that the stored tensors act as now, differentiable."""
         spec = self.lora.spec
         weight = _matrix(self) if spec.variant.reads_weight else None
         acting = spec.variant.acting(_seen_part(self, self.stored()), weight, spec.scaling)
         return acting if type(acting) is Acting else Acting(*acting)
 
     def stand_ins(self, weights: Mapping[str, nn.Parameter]) -> dict[str, Any]:
-        """Return what stands in for each of adapted_weights in a forward that reads them, here their sums."""
+        """Return the values that a forward reads in place of adapted_weights, by name: here W'."""
         return self.dense_weights(weights)
 
     def dense_weights(self, weights: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
-        """Return W' for each of adapted_weights, differentiable in what is trained.
+        """Return W' for each of adapted_weights, differentiable in the trained tensors.
 
-        Dropout acts on whole input features, the same for the batch, because the input is out of reach here.
+        Dropout drops whole input features, the same ones for the whole batch, because the input is not known here.
         """
         self.note_segment()
         a, b, scale = self.acting()
@@ -317,7 +335,8 @@ class AdaptedWeights(StoredTensors):
             weight = weights[name]
             if name not in self.lora_holder._parameters:
                 raise LoRAError(
-                    f"{type(self.lora_holder).__name__}: {name} is computed from others since injection; undo that."
+                    f"{type(self.lora_holder).__name__}: since injection, {name} is computed from other parameters "
+                    "(weight_norm, parametrize); undo that."
                 )
             wide = weight.to(torch.promote_types(weight.dtype, delta.dtype))
             sums[name] = self.combine(wide, delta, scale, mask).to(weight.dtype)
@@ -332,12 +351,23 @@ class AdaptedWeights(StoredTensors):
     def combine(
         self, weight: torch.Tensor, delta: torch.Tensor, scale: torch.Tensor | None, mask: torch.Tensor | None
     ) -> torch.Tensor:
-        """Return W' of a W and its delta, differentiable; `mask` (1, in, 1...) is the dropout that delta has."""
+        """Return W' for W and its delta, differentiable.
+
+        Args:
+            weight: W.
+            delta: s * B @ A in the shape of W, with dropout applied.
+            scale: c (out,), or None for no scale.
+            mask: (1, in, 1...), the dropout mask in delta, or None.
+        """
         sums = weight + delta
         return sums if scale is None else sums * over_weight(scale, weight, self.KIND).to(sums.dtype)
 
     def drops(self) -> bool:
-        """Return whether dropout acts now; a user's evaluation inside a training batch records no gradients."""
+        """Return whether dropout acts now.
+
+        Under dropout_override it acts only where gradients are recorded: a user may evaluate the model inside a
+        training batch.
+        """
         override = self.lora.dropout_override
         active = self.lora_holder.training if override is None else override and records_gradients()
         return active and self.lora.spec.dropout > 0
@@ -345,7 +375,9 @@ class AdaptedWeights(StoredTensors):
     # --- merging ---
 
     def own_weights(self) -> dict[str, nn.Parameter]:
-        """Return adapted_weights, to be merged, and not W + delta in a forward: wait for that of another thread.
+        """Return adapted_weights for merging, where W + delta does not stand in for any of them.
+
+        Waits for the forward of another thread in which it does.
 
         Raises:
             LoRAError: such a forward runs in this thread.
@@ -353,38 +385,47 @@ class AdaptedWeights(StoredTensors):
         with self.lora.lock:
             if self.lora.stands_in:
                 raise LoRAError(
-                    f"merge: {self.lora.name!r}: it is called inside a forward of this layer, in which W + delta "
-                    "stands in for its weight; call it outside of that."
+                    f"merge: {self.lora.name!r}: called inside a forward of this layer, while W + delta stands in for "
+                    "its weight; call it outside of the forward."
                 )
             return self.adapted_weights()
 
     def quantised(self) -> str:
-        """Return how the weight is quantised, or ''; such a layer stays factored when the model is merged."""
+        """Return how the weight is quantised, or "". A quantised layer stays factored when the model is merged."""
         return ""
 
     def unmergeable_reason(self) -> str:
-        """Return why merging would be wrong for this layer, or ''."""
+        """Return why merging would be wrong for this layer, or ""."""
         return self.lora.unmergeable_reason
 
     def blocks(self, weights: Mapping[str, torch.Tensor], stored: Stored | None = None) -> Blocks:
-        """Return what is added to this rank's shards of these weights. Collective where the values are sharded.
+        """Return the blocks that are added to this rank's shards of weights, by weight name.
+
+        Collective where the stored tensors or the weights are sharded.
 
         Args:
             weights: by name; the live ones, or those of a state dict.
-            stored: by leaf name, in place of the live values.
+            stored: by leaf name, instead of the live values.
         """
         whole = {leaf: full_tensor(tensor) for leaf, tensor in (stored or self.stored()).items()}
         blocks = self.lora.spec.variant.blocks(whole, self.place(), lambda name: parts_of(full_tensor(weights[name])))
         return {name: self.crop_to_shard(blocks[name], weights[name]) for name in blocks}
 
     def update_blocks(self, stored: Stored | None = None) -> Blocks:
-        """Return what is added to the whole weights, without s and without a scale. Collective as `blocks`."""
+        """Return the blocks that are added to the whole weights, without s and without a scale.
+
+        Collective where `blocks` is.
+        """
         whole = {leaf: full_tensor(tensor) for leaf, tensor in (stored or self.stored()).items()}
         a, b, _ = self.lora.spec.variant.acting(_seen_part(self, whole), None, self.lora.spec.scaling)
         return self.place().low_rank_blocks(a, b)
 
     def crop_to_shard(self, blocks: list[LowRankBlock], weight: torch.Tensor) -> list[LowRankBlock]:
-        """Return the parts of a weight's blocks that fall on this rank's shard of it."""
+        """Return the parts of a weight's blocks that overlap with this rank's shard of the weight.
+
+        Raises:
+            LoRAError: the weight is sharded along a dimension of its kernel.
+        """
         if not is_sharded(weight):
             return blocks
         rows, columns, *kernel = window(weight)
@@ -396,17 +437,17 @@ class AdaptedWeights(StoredTensors):
         return crop(blocks, rows, slice(columns.start * width, columns.stop * width))
 
     def as_matrix(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return a view of a weight whose first dimension is that of the blocks' rows."""
+        """Return a view of a weight in which the first dimension counts the rows of its blocks."""
         return weight
 
     def weight_changed(self) -> None:
-        """Forget what was computed from the weight: it was moved, cast or loaded."""
+        """Drop cached values that were computed from the weight; called after a move, a cast or a load."""
 
     def before_merge(self) -> None:
-        """Note that the weight, which is W, is about to be written to."""
+        """Prepare for the first write to the weight, which is still W."""
 
     def after_unmerge(self) -> None:
-        """Note that the weight has the bits again that it had at before_merge."""
+        """Clean up after the weight got its bits from before_merge back."""
 
     def merge_(
         self,
@@ -417,9 +458,17 @@ class AdaptedWeights(StoredTensors):
         blocks: Blocks | None = None,
         scratch: Scratch | None = None,
     ) -> None:
-        """Write W' into this rank's shard of each weight, see merge_weight_.
+        """Write W' into this rank's shard of each weight. In place.
 
-        `weights` are adapted_weights' and `blocks` those of `blocks`, where the caller has them.
+        Args:
+            copy: as in merge_weight_.
+            observe: as in merge_weight_.
+            weights: the result of own_weights, if the caller has it.
+            blocks: the result of `blocks` for these weights, if the caller has it.
+            scratch: as in merge_weight_.
+
+        Raises:
+            NonFiniteError: a value of a sum is not finite. All weights then have their old values.
         """
         state = self.lora
         with state.lock:
@@ -448,11 +497,18 @@ class AdaptedWeights(StoredTensors):
             except BaseException:
                 self.unmerge_()
                 raise
-            vars(self)["lora_active"], state.merged = False, True  # nn.Module's __setattr__ takes many times as long
+            vars(self)["lora_active"], state.merged = False, True  # nn.Module.__setattr__ is many times slower
             state.unfinished = False
 
     def unmerge_(self) -> None:
-        """Write W back into this rank's shard of each weight, see unmerge_weight_; another call completes it."""
+        """Write W back into this rank's shard of each weight, as unmerge_weight_ does. In place.
+
+        If an exception breaks this call off, another call completes it.
+
+        Raises:
+            WeightEditedError: something else changed a merged weight, and W was restored from a copy.
+            LoRAError: something else changed a merged weight, and W is lost.
+        """
         failure, state = None, self.lora
         with state.lock:
             weights, state.unfinished = self.adapted_weights(), True
@@ -476,27 +532,38 @@ class AdaptedWeights(StoredTensors):
 
     @contextmanager
     def briefly_unmerged(self) -> Iterator[None]:
-        """Unmerge inside, so that what changes a weight there (a move, a cast, a load) changes W."""
+        """Unmerge inside the block, so that a move, a cast or a load there changes W; merge again afterwards.
+
+        Raises:
+            LoRAError: the layer cannot be merged again after the change. It then stays unmerged.
+        """
         if not self.lora.records:
             yield
             return
         copy = any(record.copy is not None for record in self.lora.records.values())
         self.unmerge_()
         yield
-        if self.unmergeable_reason():  # tables that are not tied any more
+        if self.unmergeable_reason():  # the change may have untied tables
             self.lora.merged = True
             return
         try:
             self.merge_(copy=copy)
         except LoRAError as error:
             raise LoRAError(
-                f"{self.lora.name!r}: was merged when it was cast, moved or loaded into; now {error}. It is unmerged, "
-                "others may be merged still: call unmerge(model), then repeat or undo the change."
+                f"{self.lora.name!r}: this layer was merged, and cannot be merged again after the cast, move or load: "
+                f"{error}. It is unmerged now, and other layers may still be merged. Call unmerge(model), then repeat "
+                "or undo the change."
             ) from error
 
     def original(self, name: str) -> torch.Tensor:
-        """Return a parameter as it is without the adapter, detached: live, or a restored copy while merged."""
-        with self.lora.lock:  # W, and not what stands in for it in another thread's forward, or is half merged
+        """Return the values that a parameter has without the adapter, detached.
+
+        While the parameter is merged, they are a new tensor; otherwise they share the parameter's memory.
+
+        Raises:
+            LoRAError: unmerging failed earlier, so W is lost.
+        """
+        with self.lora.lock:  # waits while another thread merges or has W + delta in place of W
             weight: torch.Tensor = getattr(self.lora_holder, name).detach()
             if self.lora.restore_failed and name in self.adapted_weights():
                 raise LoRAError(
@@ -510,11 +577,16 @@ class AdaptedWeights(StoredTensors):
             return from_local_like(restored_weight(self.as_matrix(shard), record).view(shard.shape), weight)
 
     def base_values(self, name: str) -> torch.Tensor:
-        """Return this rank's shard of a weight without the adapter, detached; of a quantised one its values."""
+        """Return this rank's shard of W, detached; a quantised weight is dequantised."""
         return local(self.original(name))
 
     def merged_copies(self, weights: Mapping[str, torch.Tensor], blocks: Blocks) -> dict[str, torch.Tensor]:
-        """Return W' of each adapted weight for the given W and local blocks, as new tensors, sharded as W is."""
+        """Return W' of each adapted weight as new tensors, sharded like W.
+
+        Args:
+            weights: W by name.
+            blocks: the result of `blocks` for these weights.
+        """
         merged = {}
         for name in blocks:
             shard = local(weights[name])
@@ -524,13 +596,13 @@ class AdaptedWeights(StoredTensors):
 
 
 def _seen_part(layer: AdaptedWeights, stored: Stored) -> Stored:
-    """Return what a layer sees of its stored tensors, of which other layers may share some."""
+    """Return a layer's stored tensors; of shared tensors, the part that this layer uses."""
     variant = layer.lora.spec.variant
     return variant.of_layer(stored, layer.place()) if variant.shared else stored
 
 
 def _matrix(layer: AdaptedWeights) -> torch.Tensor | None:
-    """Return W as (out, in), or None where there are several."""
+    """Return W as a matrix (out, in), or None if the layer has several weights."""
     weights = list(layer.adapted_weights().values())
     if len(weights) > 1:
         return None
@@ -538,22 +610,26 @@ def _matrix(layer: AdaptedWeights) -> torch.Tensor | None:
 
 
 def _portable_state(layer: AdaptedWeights) -> LayerState:
-    """Return the state with plain copies for restoring, because another machine may compute other last bits."""
+    """Return the layer's state with records that hold plain copies of W.
+
+    Another machine may compute other last bits of d, so stored values alone could not restore W there.
+    """
     copies = {name: layer.as_matrix(layer.original(name)) for name in layer.lora.records}
     return replace(layer.lora, records={name: RestoreRecord([], copy=copy) for name, copy in copies.items()})
 
 
 def over_weight(values: torch.Tensor, weight: torch.Tensor, kind: str) -> torch.Tensor:
-    """Return values (out,) in the shape in which they broadcast with a weight."""
+    """Return values (out,) in the shape that broadcasts over the outputs of a weight of this kind."""
     return values.view(1, -1) if kind in low_rank.TRANSPOSED else values.view(-1, *[1] * (weight.dim() - 1))
 
 
 def share_tensors_(layers: Collection[AdaptedWeights], seed: int) -> None:
-    """Register in each layer what its variant shares in the model, large enough for all of them. In place.
+    """Register the shared tensors of a model in each layer whose variant has such tensors. In place.
 
     Args:
-        layers: all adapted layers of a model, some perhaps adapted earlier.
-        seed: what the tensors are drawn from.
+        layers: all adapted layers of a model, also those adapted by an earlier call. The tensors become large enough
+            for all of them.
+        seed: of the generator that the tensors are drawn from.
     """
     sharing = [layer for layer in layers if layer.lora.spec.variant.shared]
     if not sharing:
@@ -572,7 +648,13 @@ def share_tensors_(layers: Collection[AdaptedWeights], seed: int) -> None:
 def adapted_places(
     model: nn.Module, *, remove_duplicate: bool = True, modules: NamedModules | None = None
 ) -> Iterator[tuple[str, nn.Module, AdaptedWeights]]:
-    """Yield what is adapted in a model: name, module and adapter. One that acts in several modules comes for each."""
+    """Yield (name, module, adapter) for each adapter of a model. An adapter of several modules comes once for each.
+
+    Args:
+        model: the model.
+        remove_duplicate: as in named_modules.
+        modules: the result of the model's named_modules, if the caller has it.
+    """
     for path, module in model.named_modules(remove_duplicate=remove_duplicate) if modules is None else modules:
         if isinstance(module, AdaptedModule):
             for parameter, adapter in module.lora_adapters().items():
@@ -583,9 +665,12 @@ def adapted_places(
 def adapted_layers(
     model: nn.Module, *, remove_duplicate: bool = True, modules: NamedModules | None = None
 ) -> dict[str, AdaptedWeights]:
-    """Return the adapters of layers and parameters of a model, by name; a shared one under its first, or under each.
+    """Return the adapters of a model's layers and parameters, by name.
 
-    `modules` are those of the model, where the caller has listed them.
+    Args:
+        model: the model.
+        remove_duplicate: whether a shared adapter is returned under its first name only, or under each of its names.
+        modules: the result of the model's named_modules, if the caller has it.
     """
     first: dict[AdaptedWeights, str] = {}
     places = adapted_places(model, remove_duplicate=remove_duplicate, modules=modules)
@@ -593,23 +678,23 @@ def adapted_layers(
 
 
 def adapters_in(module: object) -> Mapping[str, AdaptedWeights]:
-    """Return what is adapted in a module itself, by the parameter's name, or under "" where the whole layer is."""
+    """Return a module's own adapters by parameter name; a whole adapted layer has one adapter, named ""."""
     return module.lora_adapters() if isinstance(module, AdaptedModule) else {}  # type: ignore[return-value]
 
 
 def layer_adapter(module: object) -> AdaptedWeights | None:
-    """Return the adapter of a module that is adapted as a whole, else None."""
+    """Return the adapter of a module that is adapted as a whole layer, or None."""
     return adapters_in(module).get("")
 
 
 def adapter_of(module: nn.Module, weight: str) -> AdaptedWeights | None:
-    """Return the adapter that changes a parameter of a module itself, or None."""
+    """Return the adapter that changes one of a module's own parameters, or None."""
     return next((each for each in adapters_in(module).values() if weight in each.adapted_weights()), None)
 
 
 @contextmanager
 def active_as(layers: Collection[AdaptedWeights], active: bool) -> Iterator[None]:
-    """Let forwards apply these adapters inside, or pass over all of them; outside each is as it was found."""
+    """Switch these adapters on or off inside the block; afterwards each is as it was before."""
     before = [layer.lora_active for layer in layers]
     try:
         for layer in layers:

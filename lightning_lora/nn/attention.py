@@ -1,4 +1,4 @@
-"""nn.MultiheadAttention with an adapted input projection; one with out_proj alone is a reader, see readers.py."""
+"""nn.MultiheadAttention with an adapted input projection. With only out_proj adapted it is a reader (readers.py)."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .low_rank import IN_PROJ, SEPARATE
 
 
 class LoRAMultiheadAttention(LoRALayer):
-    """nn.MultiheadAttention's in_proj: W (3E, E), A (r, E), B (3E, r); its out_proj is adapted as another layer.
+    """nn.MultiheadAttention's in_proj: W (3E, E), A (r, E), B (3E, r). Its out_proj is adapted as a separate layer.
 
-    With kdim or vdim there are three weights; A then holds the A of each, side by side: (r, E + kdim + vdim). Enabled
-    parts are q, k and v. It always runs on W + delta.
+    With kdim or vdim there are three weights. A then holds their factors side by side: (r, E + kdim + vdim). The parts
+    of enable_lora are q, k and v. The layer always runs on W + delta.
     """
 
     KIND = low_rank.ATTENTION

@@ -16,7 +16,7 @@ from .variant import Acting
 class LoRAConv(LoRALayer):
     """nn.Conv1d/2d/3d: weight (Cout, Cin/groups, k...), A (r, Cin/groups, k...), B (Cout, r, 1...).
 
-    Where convolving with A costs as much as with W (r * groups >= Cout, as in depthwise layers), it runs on W + delta.
+    If convolving with A costs as much as with W (r * groups >= Cout, as in depthwise layers), it runs on W + delta.
     """
 
     KIND = low_rank.CONV
@@ -27,7 +27,7 @@ class LoRAConv(LoRALayer):
         return low_rank.GROUPED_CONV if cast(nn.Conv2d, self).groups > 1 else low_rank.CONV
 
     def is_cheaper_dense(self) -> bool:
-        """Return whether the layer runs on W + delta, which dropout on single input features keeps it from doing."""
+        """Return whether running on W + delta costs less. It cannot apply dropout to single elements of the input."""
         layer = cast(nn.Conv2d, self)
         rank = self.lora.spec.variant.acting_rank(self.lora.spec.r)
         return rank * layer.groups >= layer.out_channels and not self.drops()
@@ -46,7 +46,7 @@ class LoRAConv(LoRALayer):
     def low_rank_product(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         layer = cast(nn.Conv2d, self)
         a, b = a.to(x.dtype), b.to(x.dtype)
-        if layer.groups > 1:  # every group goes through the whole of A, then through its own rows of B
+        if layer.groups > 1:  # every group of inputs is convolved with all of A, then with its own rows of B
             a = a.repeat(layer.groups, *[1] * (a.dim() - 1))
         hidden = layer._conv_forward(x, a, None)
         convolve = (F.conv1d, F.conv2d, F.conv3d)[b.dim() - 3]

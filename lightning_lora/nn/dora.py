@@ -1,10 +1,10 @@
-"""DoRA (arXiv:2402.09353): the direction of each output's weights is adapted by A and B, their length by a magnitude.
+"""DoRA (arXiv:2402.09353): A and B adapt the direction of each output's weights, and a magnitude m their norm.
 
-    W' = c * V by outputs,  V = W + s * B @ A,  c = m / norm(V)
+    W' = c * V for each output,  V = W + s * B @ A,  c = m / norm(V)
 
-The norm is no part of the gradient, as in the paper's section 4.3 and in PEFT; norm(W)^2 is kept while W stays. m
-begins as norm(V), rounded as the norm is rounded later, so that c is exactly 1 before the first step. An output whose
-weights are all zero has c = 1, where PEFT's outputs are NaN.
+norm(V) is a constant for the gradient, as in section 4.3 of the paper and in PEFT. norm(W)^2 is cached while W does not
+change. m starts as norm(V), rounded like norm(V) in later forwards, so that c is exactly 1 before the first step. An
+output whose weights are all zero has c = 1; in PEFT it gives NaN.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ from .weight_mark import WeightMark, mark_of
 
 MAGNITUDE = "lora_magnitude"  # leaf name: (out,)
 WEIGHT = "weight"
-BASE_SQUARES = "lora_base_squares"  # attribute: BaseSquares of W
-SQUARES_BEFORE = "lora_squares_before"  # attribute of a merged layer: the same, for when it is unmerged
+BASE_SQUARES = "lora_base_squares"  # attribute of a layer: BaseSquares of W
+SQUARES_BEFORE = "lora_squares_before"  # attribute of a merged layer: its BaseSquares from before, kept for unmerging
 
 
 class DoRA(LoRA):
-    """LoRA whose outputs have magnitudes (arXiv:2402.09353)."""
+    """LoRA with a trained magnitude for each output (arXiv:2402.09353)."""
 
     name, title = "dora", "DoRA"
     trained: ClassVar[tuple[str, ...]] = (A, B, MAGNITUDE)
-    reads_weight, scale_title = True, "magnitudes"
+    scale_title = "magnitudes"
     peft_type = "LORA"
     peft_leaves: ClassVar[Mapping[str, str]] = {
         **PEFT_LEAVES,
@@ -111,14 +111,14 @@ class DoRA(LoRA):
         return super().peft_problem(kind)
 
     def to_peft(self, stored: Stored, place: Place) -> dict[str, torch.Tensor]:
-        """Return magnitudes as PEFT has them: of a convolution (1, out, 1...)."""
+        """Return the tensors with PEFT's shapes: a convolution's magnitudes are (1, out, 1...)."""
         kernel, magnitude = stored[A].dim() - 2, stored[MAGNITUDE]
         return {**stored, MAGNITUDE: magnitude.view(1, -1, *[1] * kernel) if kernel else magnitude}
 
     def from_peft(self, found: Stored, place: Place) -> dict[str, torch.Tensor]:
         magnitude = found.get(MAGNITUDE)
         if magnitude is None or magnitude.dim() < 3 or magnitude.numel() != magnitude.shape[1]:
-            return dict(found)  # as it is: what it should be is told where tensors are checked
+            return dict(found)  # unchanged; `fault` reports a wrong shape later
         return {**found, MAGNITUDE: magnitude.flatten()}
 
     @property
@@ -142,23 +142,26 @@ class DoRA(LoRA):
 
 
 class BaseSquares(NamedTuple):
-    """norm(W)^2 of each output, and which W it belongs to; one object, so that no thread sees one without the other."""
+    """norm(W)^2 of each output, with a mark of W.
+
+    The two are one object, so that another thread never sees one without the other.
+    """
 
     mark: WeightMark
     values: torch.Tensor
 
 
 class DoRALayer(LoRALayer):
-    """A layer whose outputs have magnitudes, `lora_magnitude` (out,). norm(W)^2 is kept while W stays."""
+    """A layer with a magnitude for each output: lora_magnitude (out,). norm(W)^2 is cached while W does not change."""
 
     TRANSIENT = (BASE_SQUARES, SQUARES_BEFORE)
     ATTRIBUTES = (*LoRALayer.ATTRIBUTES, *TRANSIENT)
     lora_magnitude: nn.Parameter
 
     def factored_forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
-        """Return base(x) + s * B(A(x)), but for the bias times c; dropout acts on W too, as in PEFT.
+        """Return c * (base(x) + s * B(A(x))). The scale c leaves the bias alone.
 
-        A dropped feature sees W instead of c * W.
+        Dropout acts as in PEFT: a dropped feature contributes W instead of c * V to the weight.
         """
         if self.is_cheaper_dense():
             return cast(torch.Tensor, self.dense_forward(*args, **kwargs))
@@ -207,7 +210,7 @@ class DoRALayer(LoRALayer):
         return self.KIND in low_rank.TRANSPOSED
 
     def norms(self, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
-        """Return norm(V) of each output, detached. Collective where the weight is sharded; the factors are whole."""
+        """Return norm(V) (out,), detached. Collective where the weight is sharded; `a` and `b` must not be sharded."""
         if weight.is_meta:
             return torch.empty(len(b), device="meta")
         with torch.no_grad(), _without_autocast(weight.device.type):
@@ -217,24 +220,29 @@ class DoRALayer(LoRALayer):
             return output_norms(weight.detach(), a, b, scaling, transposed=transposed, base=base, exact=exact)
 
     def _stays(self, weight: torch.Tensor) -> bool:
-        """Return whether norm(W) is worth keeping: W is frozen, and a write to it can be noticed."""
+        """Return whether norm(W)^2 can be cached: W is frozen, and a write to W can be noticed."""
         if weight is not self._parameters.get(WEIGHT) or is_sharded(weight):
             return False
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return False
-        if torch._C._get_tracing_state() is not None:  # of torch.jit.trace, which cannot record how bits are read
+        if torch._C._get_tracing_state() is not None:  # torch.jit.trace cannot record that bits are read as integers
             return False
-        if weight.requires_grad:  # what was kept may be stale when it is frozen again: fused optimizers are not counted
+        if weight.requires_grad:  # torch does not count a fused optimizer's writes, so the cached values may be stale
             vars(self).pop(BASE_SQUARES, None)
         return not (weight.requires_grad or weight.is_inference())
 
     def _base_squares(self, weight: torch.Tensor, *, certain: bool) -> torch.Tensor:
-        """Return norm(W)^2, computed anew where W has changed; `certain`: or where a change could have gone unseen."""
+        """Return norm(W)^2 (out,), from the cache if W has not changed.
+
+        Args:
+            weight: W.
+            certain: compute anew also where a write to W may have stayed unseen.
+        """
         known: BaseSquares | None = vars(self).get(BASE_SQUARES)
         if known is None or (certain and not known.mark.sees_every_write()) or not known.mark.is_of(weight):
             with torch.inference_mode(False):
                 transposed = self.is_transposed()
-                mark = mark_of(weight, dim=0 if transposed else 1)  # first: a write meanwhile shows at the next call
+                mark = mark_of(weight, dim=0 if transposed else 1)  # first, so that the next call sees a write from now
                 known = BaseSquares(cast(WeightMark, mark), base_squares(weight.detach(), transposed=transposed))
             vars(self)[BASE_SQUARES] = known
         return known.values
@@ -249,20 +257,20 @@ class DoRALayer(LoRALayer):
             vars(self).pop(name, None)
 
     def before_merge(self) -> None:
-        """Keep norm(W)^2 while the weight holds W'."""
+        """Set norm(W)^2 aside while the weight holds W'."""
         known: BaseSquares | None = vars(self).pop(BASE_SQUARES, None)
         if known is not None:
             vars(self)[SQUARES_BEFORE] = known
 
     def after_unmerge(self) -> None:
-        """Take norm(W)^2 back, unless another weight took the place of W."""
+        """Put norm(W)^2 back into the cache, unless another parameter has replaced the weight."""
         known: BaseSquares | None = vars(self).pop(SQUARES_BEFORE, None)
         vars(self).pop(BASE_SQUARES, None)
         if known is not None and known.mark.weight() is self.weight:
             vars(self)[BASE_SQUARES] = known._replace(mark=known.mark._replace(version=self.weight._version))
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        if is_sharded(param):  # by parallelize_module; fully_shard does not come here
+        if is_sharded(param):  # only parallelize_module registers such a parameter; fully_shard does not call this
             raise LoRAError(
                 f"{type(self).__name__}: the magnitudes of use_dora do not follow a tensor parallel split; leave the "
                 "layer out of target_modules, or out of the parallelize plan."
@@ -284,10 +292,10 @@ class DoRAConv(DoRALayer, LoRAConv):
 
 
 class DoRAEmbedding(DoRALayer, LoRAEmbedding):
-    """nn.Embedding: one magnitude for each dimension, of its values over the vocabulary, as in PEFT."""
+    """nn.Embedding: one magnitude for each dimension, over its values in the whole vocabulary, as in PEFT."""
 
 
-LAYERS: dict[type[LoRALayer], type[LoRALayer]] = {  # the class in place of the plain one
+LAYERS: dict[type[LoRALayer], type[LoRALayer]] = {  # class with magnitudes, by the class of plain LoRA
     LoRALinear: DoRALinear,
     LoRAConv1D: DoRAConv1D,
     LoRAConv: DoRAConv,
@@ -298,4 +306,4 @@ LAYERS: dict[type[LoRALayer], type[LoRALayer]] = {  # the class in place of the 
 def _without_autocast(device: str) -> AbstractContextManager[Any]:
     if torch.compiler.is_compiling() or torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
-    return nullcontext()  # to leave autocast takes as long as a small operation
+    return nullcontext()  # switching autocast off takes as long as a small operation

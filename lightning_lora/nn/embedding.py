@@ -1,4 +1,4 @@
-"""nn.Embedding."""
+"""Adapted nn.Embedding."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .lora_layer import LoRALayer
 
 
 class LoRAEmbedding(LoRALayer):
-    """nn.Embedding: weight (num, dim), A (r, num), B (dim, r), no dropout (as PEFT and loralib).
+    """nn.Embedding: weight (num, dim), A (r, num), B (dim, r), without dropout, as in PEFT and loralib.
 
-    With max_norm the base class renormalises W in place; here the layer stays factored and W as it is: the rows that
-    are looked up are renormalised instead.
+    With max_norm, nn.Embedding renormalises rows of W in place. An adapted layer leaves W unchanged and renormalises
+    copies of the rows that are looked up. Such a layer cannot be merged.
     """
 
     KIND = low_rank.EMBEDDING
@@ -43,8 +43,8 @@ class LoRAEmbedding(LoRALayer):
                 self._parameters["weight"] = weight
 
     def _rows(self, input: torch.Tensor) -> torch.Tensor:
-        """Look rows of W up; where max_norm changes them, it changes copies."""
-        if self.max_norm is None or self.weight.requires_grad:  # unfrozen by the user: as the base class does it
+        """Look up rows of W. With max_norm, renormalise copies of them."""
+        if self.max_norm is None or self.weight.requires_grad:  # a trained W is renormalised in place, as usual
             return cast(torch.Tensor, self.base_forward(input))
         rows = self.weight.detach()[input]
         flat = rows.view(-1, rows.shape[-1])
@@ -60,7 +60,7 @@ class LoRAEmbedding(LoRALayer):
         return _summed(base).add_(delta)
 
     def _with_gradients_of_rows(self, delta: torch.Tensor, input: torch.Tensor) -> torch.Tensor:
-        """Let padding_idx and scale_grad_by_freq act on delta's gradient: they are about rows of the weight."""
+        """Apply padding_idx and scale_grad_by_freq to delta's gradient, as nn.Embedding does to the rows of W."""
         layer = cast(nn.Embedding, self)
         if layer.padding_idx is not None:
             delta = torch.where((input == layer.padding_idx).unsqueeze(-1), delta.detach(), delta)
@@ -72,9 +72,9 @@ class LoRAEmbedding(LoRALayer):
 
 
 def _summed(rows: torch.Tensor) -> torch.Tensor:
-    """Rows that were looked up; of a table that is split by rows they come as partial sums of the ranks."""
+    """Return looked-up rows. A table that is split by rows over ranks gives partial sums, which are summed here."""
     if not is_sharded(rows):
         return rows
-    from ..distributed.tensor_parallel import sum_partials  # imports much, and is rarely needed
+    from ..distributed.tensor_parallel import sum_partials  # imported here: it is slow to import and rarely needed
 
     return sum_partials(rows)

@@ -1,20 +1,23 @@
-"""The merge arithmetic on one weight: add s * B @ A in place, take it out again bit for bit.
+"""The merge arithmetic on one weight: add s * B @ A in place, and restore every bit afterwards.
 
-Per chunk of rows, with D = s * B @ A in float64, and d its value in the dtype of the subtraction (float32 for bfloat16
-and float32):
+A weight is merged in chunks of rows. D = s * B @ A in float64, and d is D in the dtype of the subtraction (float32 for
+bfloat16 and float32):
 
     merge:    new = round(W + D); back = round(new - d); store W where back's bits differ; W <- new
     unmerge:  W <- round(W - d); W[stored positions] <- the stored values
 
-Where a block has a scale c, new = round(c * (W + D)) and back = round(new / c - D), in the arithmetic's dtype, and what
-differs is stored as nn/ulp_corrections.py has it, because it is more.
+Where a block has a scale c, new = round(c * (W + D)) and back = round(new / c - D) in float64. More values differ then,
+so they are stored as the Corrections of nn/bits.py.
 
-Adding and subtracting alone drifts; a full copy doubles the memory. This stores the few per cent of values that
-subtraction would not bring back, and its own copies of A and B, so that d is the same bits both times. Why float64: in
-float32, B @ A is off by many ulp where W and D are both small, and autocast and the matmul precision settings would
-change its bits; for thin factors it costs the same. Chunks and buffers stay in the cache, because fresh pages cost
-more than the arithmetic. This file is the only place that adds a delta to a weight: live merge, merged save and the
-command line all come here.
+Why values are stored: adding and subtracting alone drifts, and a full copy doubles the memory. Subtraction misses a few
+per cent of the values, and only these are stored. A and B are copied too, so that d has the same bits both times.
+
+Why float64: in float32, B @ A is off by many ulp where W and D are both small, and autocast and the matmul precision
+settings would change its bits. For thin factors float64 costs the same.
+
+Why chunks: a chunk and its buffers stay in the cache. Fresh pages of memory cost more than the arithmetic.
+
+No other file adds a delta to a weight. Live merging, merged saving and the command line all come here.
 """
 
 from __future__ import annotations
@@ -27,40 +30,42 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from ..errors import LoRAError, NonFiniteError
+from .bits import BITS, Checksum, Corrections, checksum, correct_, find_corrections
 from .low_rank import LowRankBlock
-from .ulp_corrections import BITS, Corrections, correct_, find_corrections
 
-CPU_CHUNK, GPU_CHUNK = 2**17, 2**24  # elements: of a thread, small enough for its cache; enough to fill a card
-MOST_THREADS = 2  # that a chunk on the CPU is measured for
-COPY_ABOVE = 0.25  # share of a weight that changes, below which its values take less time than a copy of it all
-STORE_AT_MOST = 0.25  # above this share of a chunk's values, a plain copy of the chunk is stored
+CPU_CHUNK, GPU_CHUNK = 2**17, 2**24  # elements: few enough for the cache of one CPU thread; enough to fill a GPU
+MOST_THREADS = 2  # a chunk on the CPU grows with the number of threads up to this
+COPY_ABOVE = 0.25  # a plain copy is faster than stored values if more than this share of the weight changes
+STORE_AT_MOST = 0.25  # if more than this share of a chunk's values differs, a plain copy of the chunk is stored
 EVERYTHING = slice(None)
 
 Stored = Corrections | tuple[torch.Tensor, torch.Tensor] | torch.Tensor
-Checksum = tuple[int, torch.dtype]  # of a weight's bits, and the integers that they were summed as
 Observer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
 class WeightEditedError(LoRAError):
-    """A weight was changed while it was merged, and was restored all the same."""
+    """Raised where something else changed a weight while it was merged. The weight was restored nevertheless."""
 
 
 @dataclass
 class RestoreRecord:
-    """What unmerge_weight_ needs: the factors and, per chunk, values or a plain copy; or a copy of the whole weight."""
+    """What unmerge_weight_ needs to restore a weight.
+
+    A record holds either a copy of the whole weight, or the factors with one entry for each merged chunk.
+    """
 
     factors: list[LowRankBlock]  # copies
     scaling: float = 1.0  # s
     copy: torch.Tensor | None = None  # of the whole weight
-    # One entry a merged chunk, in order: positions and values, or ulp of a scaled one, or a copy of the chunk.
+    # One entry for each merged chunk, in order: positions and values, Corrections of a scaled chunk, or a plain copy.
     chunks: list[Stored] = field(default_factory=list)
-    checksum: Checksum | None = None  # of the weight: beside a copy of the whole, after the merge; else before it
-    threads: int = 0  # that computed d; another number can change its last bits
-    # What merging and unmerging are about to write, and to the chunk of which entry. An exception may come before or
-    # after the write; to write the same again is right in both cases.
+    checksum: Checksum | None = None  # with a copy: of the merged weight; without one: of the weight before merging
+    threads: int = 0  # number of threads that computed d; with another number its last bits can change
+    # The index of a chunk and the values that merging or unmerging is about to write there. An exception may come
+    # before or after the write; writing the same values again is right in both cases.
     merging: tuple[int, torch.Tensor] | None = None
     restoring: tuple[int, torch.Tensor] | None = None
-    edited: bool | None = None  # another change was found beside a copy of the whole; None: not looked for yet
+    edited: bool | None = None  # whether something else changed the merged weight; None: not checked yet
 
     def nbytes(self) -> int:
         """Return the bytes held, without the copies of the factors."""
@@ -71,7 +76,7 @@ class RestoreRecord:
 
 
 def parts_of(weight: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yield parts of a weight that fit into the caches: some of its rows as a matrix, and the number of the first."""
+    """Yield (first row, part) for parts of a weight that fit into the cache; a part is a matrix of some rows."""
     matrix = weight.flatten(1)
     size = max(1, (CPU_CHUNK if weight.device.type == "cpu" else GPU_CHUNK) // max(1, matrix.shape[1]))
     for first in range(0, max(1, len(matrix)), size):
@@ -95,18 +100,18 @@ def merge_weight_(
         weight: any shape, floating point.
         blocks: the factors, in any floating dtype.
         scaling: s.
-        copy: store a plain copy of the weight instead of the values that subtraction would miss, if most of it changes.
-        spare: memory for the copy, of an earlier one that is done with; used where it fits.
-        observe: called for each chunk with W' rounded, W' and what it adds to W, all in float64.
-        scratch: buffers of an earlier merge, which are used again.
-        hold: called with the record before the first write, so that unmerge_weight_ can undo whatever was written,
-            wherever an exception comes.
+        copy: store a plain copy of the weight instead of single values, if more than COPY_ABOVE of the weight changes.
+        spare: a tensor that is not needed any more; the copy reuses its memory if shape, dtype and device fit.
+        observe: called for each chunk with W' rounded, W' and W' - W, all in float64 (on mps float32).
+        scratch: buffers of an earlier merge, to be used again.
+        hold: called with the record before the first write. Whatever exception follows, unmerge_weight_ can then undo
+            what was written.
 
     Returns:
         What unmerge_weight_ needs.
 
     Raises:
-        NonFiniteError: a value of the sum is not finite. The weight is then as it was.
+        NonFiniteError: a value of the sum is not finite. The weight then has its old values.
     """
     copy = copy and sum(len(each.left) * each.right.shape[1] for each in blocks) >= COPY_ABOVE * weight.numel()
     with exact_arithmetic(weight):
@@ -119,18 +124,19 @@ def merge_weight_(
             unmerge_weight_(weight, record)
             raise
         if copy:
-            record.checksum = _checksum(weight)
+            record.checksum = checksum(weight)
     return record
 
 
 def unmerge_weight_(weight: torch.Tensor, record: RestoreRecord) -> None:
-    """Undo merge_weight_ bit for bit, all or what it came to, and use the record up. In place.
+    """Undo merge_weight_ bit for bit and use the record up. In place.
 
-    Where an exception breaks it off, another call goes on from there.
+    A merge that an exception broke off is undone as far as it went. If an exception breaks this call off, another call
+    continues.
 
     Raises:
-        WeightEditedError: something else wrote to the weight while it was merged; it has its old bits all the same.
-        LoRAError: the same, and its old bits are lost.
+        WeightEditedError: something else wrote to the merged weight, and the old bits were restored from a copy.
+        LoRAError: something else wrote to the merged weight, and the old bits are lost.
     """
     with exact_arithmetic(weight, record.threads):
         copied = record.copy is not None
@@ -139,18 +145,18 @@ def unmerge_weight_(weight: torch.Tensor, record: RestoreRecord) -> None:
         _restore(weight, record)
         if not copied and _differs(weight, record):
             raise LoRAError(
-                "the restored weight is not bit for bit what it was before merging; it was changed while it was "
+                "the restored weight is not bit for bit the weight before merging: it was changed while it was "
                 "merged, or this machine computes differently. Load the base weights again before you go on"
             )
     if record.edited:
         raise WeightEditedError(
-            "the weight was changed while it was merged; the change is undone, and it is what it was before merging. "
-            "Change weights while the model is unmerged"
+            "the weight was changed while it was merged; the change was undone, and the weight has its values from "
+            "before merging. Change weights while the model is unmerged"
         )
 
 
 def restored_weight(weight: torch.Tensor, record: RestoreRecord) -> torch.Tensor:
-    """Return the weight as it was before merge_weight_, as a new tensor; `weight` and `record` are left alone."""
+    """Return a new tensor with the values before merge_weight_. `weight` and `record` stay unchanged."""
     with exact_arithmetic(weight):
         if record.copy is not None:
             return record.copy.clone()
@@ -167,7 +173,18 @@ def merged_weight(
     dtype: torch.dtype | None = None,
     observe: Observer | None = None,
 ) -> torch.Tensor:
-    """Return W' as a new tensor: what merge_weight_ would write, or that sum rounded once to another dtype."""
+    """Return W' as a new tensor.
+
+    Args:
+        weight: W.
+        blocks: the factors.
+        scaling: s.
+        dtype: of the result; W' is rounded to it once. By default W's dtype, and the values of merge_weight_.
+        observe: as in merge_weight_.
+
+    Raises:
+        NonFiniteError: a value of the sum is not finite.
+    """
     with exact_arithmetic(weight):
         merged = weight.detach().to(dtype or weight.dtype, copy=True)
         scratch = Scratch()
@@ -182,15 +199,19 @@ def merged_weight(
 
 
 def exact_arithmetic(weight: torch.Tensor, threads: int = 0) -> AbstractContextManager[None]:
-    """Let a weight be written in place whatever surrounds the call, and compute in that many threads, if given.
+    """Allow writing to a weight in place, whatever modes of torch surround the call.
 
-    Inside no gradients are recorded, and inference mode is on just where the weight was made in it.
+    Inside, no gradients are recorded. Inference mode is on if and only if the weight is an inference tensor.
+
+    Args:
+        weight: the weight to be written.
+        threads: number of threads to compute with; 0 keeps the present number.
     """
     inference, before = weight.is_inference(), torch.get_num_threads()
     threads = threads or before
     if torch.is_grad_enabled() or torch.is_inference_mode_enabled() != inference or threads != before:
         return _changed_arithmetic(inference, threads, before)
-    return nullcontext()  # as in merge(): to enter the modes takes as long as a small operation
+    return nullcontext()  # merge() has entered the modes already; entering takes as long as a small operation
 
 
 @contextmanager
@@ -214,7 +235,7 @@ def _values_record(weight: torch.Tensor, blocks: list[LowRankBlock], scaling: fl
         )
         for block in blocks
     ]
-    return RestoreRecord(factors, scaling, checksum=_checksum(weight), threads=torch.get_num_threads())
+    return RestoreRecord(factors, scaling, checksum=checksum(weight), threads=torch.get_num_threads())
 
 
 def _copy_record(weight: torch.Tensor, spare: torch.Tensor | None) -> RestoreRecord:
@@ -233,25 +254,8 @@ def _is_like(tensor: torch.Tensor, weight: torch.Tensor) -> bool:
     )
 
 
-def _checksum(weight: torch.Tensor, integers: torch.dtype | None = None) -> Checksum:
-    """An order-independent check value of the weight's bits, and the integers that these were summed as.
-
-    Whole words where the weight's memory allows it, which is many times faster, or else, and where `integers` says so.
-    """
-    if not weight.numel():  # of a rank that has none of the rows; torch cannot view it as words
-        return 0, integers or torch.int64
-    fits_words = weight.is_contiguous() and weight.nbytes % 8 == 0 and weight.data_ptr() % 8 == 0
-    integers = integers or (torch.int64 if fits_words else BITS[weight.element_size()])
-    if integers.itemsize != weight.element_size():
-        if not fits_words:  # it is in other memory than before
-            weight = weight.clone(memory_format=torch.contiguous_format)
-        if weight.shape[-1] * weight.element_size() % 8:
-            weight = weight.view(-1)
-    return int(weight.view(integers).sum().item()), integers
-
-
 def _differs(weight: torch.Tensor, record: RestoreRecord) -> bool:
-    return record.checksum is not None and _checksum(weight, record.checksum[1]) != record.checksum
+    return record.checksum is not None and checksum(weight, record.checksum[1]) != record.checksum
 
 
 def _merge_chunks(
@@ -262,8 +266,8 @@ def _merge_chunks(
     observe: Observer | None,
     scratch: Scratch,
 ) -> None:
-    """Merge one chunk after the other, in place, and add to the record what undoing each takes."""
-    copied = record.copy is not None  # then there is nothing to compare
+    """Merge one chunk after the other and append to the record what undoing it needs. In place."""
+    copied = record.copy is not None  # nothing else needs to be stored
     for part in _chunks(weight, blocks):
         chunk, window = _in_arithmetic(part, scaling, scratch), _window(weight, part)
         target = window if copied else scratch.take("new", window, window.dtype)
@@ -280,11 +284,11 @@ def _merge_chunks(
             record.chunks.append(stored)
         if new is not window:
             window.copy_(new)
-        record.merging = None  # before its buffer is used again
+        record.merging = None  # the next chunk reuses the buffer that it refers to
 
 
 def _restore(weight: torch.Tensor, record: RestoreRecord) -> None:
-    """Undo the merged chunks, last first, and drop each from the record, so that another call goes on from there."""
+    """Undo the merged chunks, last first. Each is dropped from the record, so that another call can continue."""
     if record.copy is not None:
         weight.copy_(record.copy)
         return
@@ -315,12 +319,12 @@ def _restore(weight: torch.Tensor, record: RestoreRecord) -> None:
 
 
 def chunk_elements(device: torch.device) -> int:
-    """Return how many elements are merged at a time on a device, with torch's present number of threads."""
+    """Return the number of elements of one chunk on a device, for torch's present number of threads."""
     return CPU_CHUNK * min(torch.get_num_threads(), MOST_THREADS) if device.type == "cpu" else GPU_CHUNK
 
 
 def _chunks(weight: torch.Tensor, blocks: list[LowRankBlock]) -> list[LowRankBlock]:
-    """Cut blocks into blocks of few rows."""
+    """Split blocks into blocks of at most chunk_elements."""
     elements, chunks = chunk_elements(weight.device), []
     for block in blocks:
         rows = max(1, elements // max(1, block.right.shape[1]))
@@ -334,9 +338,10 @@ def _chunks(weight: torch.Tensor, blocks: list[LowRankBlock]) -> list[LowRankBlo
 
 
 def _in_arithmetic(chunk: LowRankBlock, scaling: float, scratch: Scratch) -> LowRankBlock:
-    """A chunk in the dtype of the arithmetic, contiguous, with the scaling folded into left; left and right in buffers.
+    """Return a chunk in the dtype of the arithmetic, contiguous, with the scaling folded into left.
 
-    Few operations: of a small weight, each takes as long as a pass over its values.
+    left and right are buffers. The function uses few operations: for a small weight, each of them takes as long as a
+    pass over the values.
     """
     dtype = torch.float32 if chunk.left.device.type == "mps" else torch.float64  # mps has no float64
     left = scratch.take("left", chunk.left, dtype).copy_(chunk.left).mul_(scaling)
@@ -346,7 +351,7 @@ def _in_arithmetic(chunk: LowRankBlock, scaling: float, scratch: Scratch) -> Low
 
 
 def _window(weight: torch.Tensor, chunk: LowRankBlock) -> torch.Tensor:
-    """A view of a chunk's rows and columns in a weight; the weight itself where that is all of it."""
+    """Return a view of a chunk's rows and columns in a weight, or the weight itself if the chunk covers it."""
     (rows, columns), height = (chunk.left.shape[0], chunk.right.shape[1]), weight.shape[0]
     window = weight if rows == height else weight.narrow(0, chunk.row, rows)
     return window if columns * height == weight.numel() else window.narrow(1, chunk.col, columns)
@@ -355,7 +360,10 @@ def _window(weight: torch.Tensor, chunk: LowRankBlock) -> torch.Tensor:
 def _rounded_sum(
     window: torch.Tensor, chunk: LowRankBlock, scratch: Scratch, target: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """W' in the weight's dtype, in `target` where the arithmetic has another, and W' in the arithmetic's."""
+    """Return W' rounded to the dtype of `target`, and W' in the dtype of the arithmetic.
+
+    `target` holds the first if the two dtypes differ.
+    """
     exact = scratch.take("exact", window, chunk.left.dtype).copy_(window)
     if chunk.replaces:
         exact.masked_fill_(~exact.isfinite(), 0.0)
@@ -366,26 +374,29 @@ def _rounded_sum(
     if chunk.scale is not None:
         _as_matrix(exact, chunk).mul_(chunk.scale)
     new = exact if exact.dtype == target.dtype else target.copy_(exact)
-    # A sum is cheap, and finite where all values are, but for an overflow of its own.
+    # The sum is cheap. A sum that is not finite may be an overflow of the sum itself, so then all values are looked at.
     if not math.isfinite(new.sum().item()) and not torch.isfinite(new).all():
         raise NonFiniteError("W + s * B @ A is not finite (NaN, Inf, or beyond the range of its dtype)")
     return new, exact
 
 
 def _delta(window: torch.Tensor, chunk: LowRankBlock, scratch: Scratch) -> torch.Tensor:
-    """D of a chunk, in the window's shape, in a buffer."""
+    """Return D of a chunk in the window's shape, in a buffer."""
     delta = scratch.take("delta", window, chunk.left.dtype)
     torch.mm(chunk.left, chunk.right, out=_as_matrix(delta, chunk))
     return delta
 
 
 def _change(window: torch.Tensor, exact: torch.Tensor, chunk: LowRankBlock, scratch: Scratch) -> torch.Tensor:
-    """W' - W of a chunk."""
+    """Return W' - W of a chunk."""
     return _delta(window, chunk, scratch) if chunk.scale is None else exact - window.to(exact.dtype)
 
 
 def _taken_out(merged: torch.Tensor, chunk: LowRankBlock, scratch: Scratch, delta: torch.Tensor) -> torch.Tensor:
-    """What unmerging would leave without the stored values, in the weight's dtype, in a buffer; delta is used up."""
+    """Return what unmerging computes before it corrects values, in the weight's dtype, in a buffer.
+
+    `delta` is overwritten.
+    """
     if chunk.scale is not None:
         merged_wide = scratch.take("quotient", merged, delta.dtype).copy_(merged)
         _as_matrix(merged_wide, chunk).div_(chunk.scale)
@@ -400,7 +411,7 @@ def _as_matrix(values: torch.Tensor, chunk: LowRankBlock) -> torch.Tensor:
 
 
 def _differing(window: torch.Tensor, back: torch.Tensor, *, scaled: bool) -> Stored:
-    """What of a window `back` has other bits of; a copy of the window where that is much."""
+    """Return what corrects `back` to the bits of the window; a copy of the window if many elements differ."""
     bits = BITS[window.element_size()]
     changed = (window.view(bits) ^ back.view(bits)).flatten().nonzero().squeeze(1)
     if changed.numel() > STORE_AT_MOST * window.numel():
@@ -411,18 +422,18 @@ def _differing(window: torch.Tensor, back: torch.Tensor, *, scaled: bool) -> Sto
 
 
 class Scratch:
-    """Buffers that every chunk uses again, of one weight after the other.
+    """Buffers that the chunks of all weights share.
 
-    They have a chunk's elements from the first large weight on, so that each chunk's values lie where the last one's
-    were.
+    A buffer grows to the size of a full chunk with the first large weight. From then on every chunk's values lie in the
+    same memory, which stays in the cache.
     """
 
     def __init__(self) -> None:
         self.buffers: dict[tuple[str, torch.dtype, torch.device], torch.Tensor] = {}
-        self.views: dict[tuple[object, ...], torch.Tensor] = {}  # of these, in the shapes that were asked for
+        self.views: dict[tuple[object, ...], torch.Tensor] = {}  # views of the buffers, by buffer and shape
 
     def take(self, name: str, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Return an uninitialised tensor of the shape and on the device of another, valid until it is taken again."""
+        """Return an uninitialised tensor with the shape and device of `like`, valid until `name` is taken again."""
         key = name, dtype, like.device, like.shape
         view = self.views.get(key)
         if view is None:
@@ -431,12 +442,12 @@ class Scratch:
 
     def _view(self, key: tuple[str, torch.dtype, torch.device], shape: torch.Size) -> torch.Tensor:
         buffer = self.buffers.get(key)
-        with torch.inference_mode(False):  # so that it serves inside and outside of that
+        with torch.inference_mode(False):  # a normal tensor can be used inside and outside of inference mode
             if buffer is None or buffer.numel() < shape.numel():
-                self.views = {of: view for of, view in self.views.items() if of[:3] != key}  # so that it goes
+                self.views = {of: view for of, view in self.views.items() if of[:3] != key}  # frees the smaller buffer
                 buffer = self.buffers[key] = torch.empty(shape.numel(), dtype=key[1], device=key[2])
             return buffer[: shape.numel()].view(shape)
 
     def cast(self, name: str, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Return values in another dtype, in a buffer; the same tensor where it has that dtype."""
+        """Return values in another dtype, in a buffer; the tensor itself if it has that dtype."""
         return values if values.dtype == dtype else self.take(name, values, dtype).copy_(values)

@@ -1,11 +1,11 @@
-"""A stand-in for one parameter W whose value is W + left @ right, without ever building that sum.
+"""A stand-in for one parameter W with the value W + left @ right. It avoids building that sum.
 
-transformers' experts hold W as a stack (E, m, n) and read it in a forward of their own: they index it, transpose it and
-multiply with it. Here each of these is done on W and on the two factors instead. What is not known here gets the sum,
-computed once. PyTorch asks before it runs an operator (`__torch_function__`), so no forward has to change.
+transformers' experts hold W as a stack (E, m, n) and use it in their own forward: they index it, transpose it and
+multiply with it. The stand-in does each of these with W and with the two factors. Any other operator gets the sum,
+which is computed once. PyTorch calls `__torch_function__` before it runs an operator, so no forward has to change.
 
-The stand-in is a tensor, and autograd knows how its gradient reaches the factors, because not everything that takes a
-tensor asks: autograd.Function.apply does not, and crashes on an object that only claims to be a tensor.
+The stand-in is a real tensor, and autograd knows how its gradient reaches the factors. This is needed because
+autograd.Function.apply does not call `__torch_function__`, and crashes on an object that is no real tensor.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from torch.utils._pytree import tree_map_only
 
 from ..errors import LoRAError
 
-ALIGNMENT = 16  # bytes: grouped_mm wants storages and rows to begin at multiples of this
+ALIGNMENT = 16  # bytes; grouped_mm needs storages and rows that begin at multiples of this
 
-Rule = Callable[..., Any]  # (operator, args, kwargs) -> its result, or NotImplemented for what takes the sum
+Rule = Callable[..., Any]  # (operator, args, kwargs) -> the result, or NotImplemented if the operator needs the sum
 
 
 class FactoredWeight(torch.Tensor):
-    """A weight whose value is weight + left @ right, over the last two dimensions.
+    """A weight with the value weight + left @ right, over the last two dimensions.
 
     Its shape, strides, dtype and device are the weight's. Gradients reach all three parts. It cannot be written to.
 
     Args:
         weight: (E, m, n) or (m, n).
-        left: (E, m, r) or (m, r), in any floating dtype: it is cast where it is used.
-        right: (E, r, n) or (r, n), likewise. The adapter's scaling is in one of the two.
+        left: (E, m, r) or (m, r), in any floating dtype; it is cast when it is used.
+        right: (E, r, n) or (r, n), likewise. One of the two factors includes the adapter's scaling.
     """
 
     weight: torch.Tensor
@@ -65,7 +65,10 @@ class FactoredWeight(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Run on the sum what came without __torch_function__; autograd, above this, has the graph of _StandIn."""
+        """Run an operator that came here without __torch_function__ on the sum.
+
+        Gradients are recorded above this level, by _StandIn.
+        """
         _refuse_writes(func, args, kwargs or {})
         with torch.no_grad():
             args, kwargs = tree_map_only(FactoredWeight, dense_sum, (args, kwargs or {}))
@@ -73,11 +76,11 @@ class FactoredWeight(torch.Tensor):
 
 
 class _StandIn(torch.autograd.Function):
-    """Make the stand-in, a tensor without a storage; in backward, give the sum's gradient to its three parts."""
+    """Make the stand-in, a tensor without storage. In backward, pass the sum's gradient to its three parts."""
 
     @staticmethod
     def forward(ctx: Any, weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(left, right)  # here, as setup_context takes three times as long
+        ctx.save_for_backward(left, right)  # not in setup_context, which takes three times as long
         made: torch.Tensor = torch.Tensor._make_wrapper_subclass(
             FactoredWeight, weight.shape, strides=weight.stride(), dtype=weight.dtype, device=weight.device
         )
@@ -95,7 +98,7 @@ class _StandIn(torch.autograd.Function):
 
 
 def dense_sum(stand_in: FactoredWeight) -> torch.Tensor:
-    """Return weight + left @ right, rounded to the weight's dtype once, and kept while the stand-in lives."""
+    """Return weight + left @ right, rounded once to the weight's dtype. The stand-in keeps it for later calls."""
     weight, left, right = stand_in.weight, stand_in.left, stand_in.right
     wants_graph = torch.is_grad_enabled() and any(part.requires_grad for part in (weight, left, right))
     if stand_in.dense is None or (wants_graph and not stand_in.dense.requires_grad):
@@ -121,7 +124,7 @@ def _matmul(func: Any, args: Any, kwargs: Any) -> Any:
     if kwargs or len(args) != 2:
         return NotImplemented
     a, b = args
-    if {1, 3} <= {a.dim(), b.dim()}:  # the product with the first factor, (E, r), would be taken for one matrix
+    if {1, 3} <= {a.dim(), b.dim()}:  # a vector times the first factor gives (E, r), which would count as one matrix
         return NotImplemented
     if isinstance(b, FactoredWeight):
         left, right = _cast_factors(b, a)
@@ -131,7 +134,7 @@ def _matmul(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _grouped_mm(func: Any, args: Any, kwargs: Any) -> Any:
-    """Multiply the rows of x that belong to each expert with its matrix."""
+    """Multiply each expert's rows of x with the expert's matrix."""
     options = {name: value for name, value in kwargs.items() if value is not None}
     if len(args) not in (2, 3) or not options.keys() <= {"offs"}:
         return NotImplemented
@@ -139,30 +142,30 @@ def _grouped_mm(func: Any, args: Any, kwargs: Any) -> Any:
     if not isinstance(weight, FactoredWeight) or weight.weight.dim() != 3:
         return NotImplemented
     left, right = _cast_factors(weight, x)
-    left, right = _align(left), _align(right.mT).mT  # zeros for more rank
+    left, right = _align(left), _align(right.mT).mT  # zeros may add to the rank
     base = func(x, weight.weight, *offs, **options)
     delta = func(func(x, left, *offs, **options), right, *offs, **options)
-    if delta.requires_grad:  # its gradient comes in any layout, which matters to a frozen base only if x has one
+    if delta.requires_grad:  # its gradient may have any layout; grouped_mm's backward needs aligned rows
         delta.register_hook(_align_gradient)
     return base.add_(delta)
 
 
 def _index(func: Any, args: Any, kwargs: Any) -> Any:
-    """Take one expert, some of them by a list of their numbers, or a slice of them."""
+    """Select one expert, a slice of the experts, or experts by a tensor of their numbers."""
     stand_in, index = args
     if not isinstance(stand_in, FactoredWeight) or stand_in.weight.dim() != 3:
         return NotImplemented
     if isinstance(index, torch.Tensor):
         if index.dim() > 1 or index.dtype not in (torch.int32, torch.int64):
             return NotImplemented
-        index = index if index.dim() else index.item()  # waits for the device once instead of three times
+        index = index if index.dim() else index.item()  # one wait for the device instead of three
     elif isinstance(index, bool) or not isinstance(index, (int, slice)):
         return NotImplemented
     return FactoredWeight(stand_in.weight[index], stand_in.left[index], stand_in.right[index])
 
 
 def _transpose(func: Any, args: Any, kwargs: Any) -> Any:
-    """Swap the last two dimensions, by any operator that does so."""
+    """Swap the last two dimensions, whichever operator does it."""
     stand_in, *dims = args
     if not isinstance(stand_in, FactoredWeight):
         return NotImplemented
@@ -173,7 +176,7 @@ def _transpose(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _view(func: Any, args: Any, kwargs: Any) -> Any:
-    """See a matrix that holds the rows of all experts as a stack, as DBRX does."""
+    """View a matrix with the rows of all experts as a stack, as DBRX does."""
     stand_in, *shape = args
     if not isinstance(stand_in, FactoredWeight) or stand_in.weight.dim() != 2:
         return NotImplemented
@@ -185,7 +188,7 @@ def _view(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _convert(func: Any, args: Any, kwargs: Any) -> Any:
-    """Change dtype, device or layout of the weight. The factors follow to its device; at use, to a dtype."""
+    """Change dtype, device or layout of the weight. The factors move to its device, and keep their dtype until used."""
     stand_in, *options = args
     if not isinstance(stand_in, FactoredWeight):
         return NotImplemented
@@ -198,7 +201,10 @@ def _convert(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _data_ptr(func: Any, args: Any, kwargs: Any) -> Any:
-    """Return the weight's address on the CPU, where transformers tests its alignment; else the sum's, for kernels."""
+    """Return the address of the weight on the CPU, and of the sum on other devices.
+
+    On the CPU transformers only checks the alignment of the address. Elsewhere a kernel may read from it.
+    """
     (stand_in,) = args
     return (stand_in.weight if stand_in.weight.is_cpu else dense_sum(stand_in)).data_ptr()
 
@@ -208,7 +214,7 @@ def _cast_factors(stand_in: FactoredWeight, x: torch.Tensor) -> tuple[torch.Tens
 
 
 def _align(x: torch.Tensor) -> torch.Tensor:
-    """Return x with zeros behind each row, as many as grouped_mm wants, contiguous and from an aligned address on."""
+    """Return x contiguous, at an aligned address, with each row padded by zeros to an aligned length."""
     missing = -x.shape[-1] % (ALIGNMENT // x.element_size())
     x = (F.pad(x, (0, missing)) if missing else x).contiguous()
     return x if x.data_ptr() % ALIGNMENT == 0 else x.clone()
@@ -219,7 +225,7 @@ def _align_gradient(grad: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def _is_grouped_mm_fallback(func: Any) -> bool:
-    """Return whether an operator is transformers' own grouped_mm, which exists once transformers is imported."""
+    """Return whether an operator is transformers' own grouped_mm. Its name tells, so transformers is not imported."""
     return _name(func) == "grouped_mm_fallback"
 
 
@@ -229,13 +235,13 @@ def _refuse_writes(func: Any, args: Any, kwargs: Any) -> None:
     for written in (args[0] if in_place else None, kwargs.get("out")):
         if isinstance(written, FactoredWeight):
             raise LoRAError(
-                f"{name}: a forward writes into a weight of shape {tuple(written.weight.shape)} whose adapter is "
-                "active, where it can only be read: write outside of the forward, or leave this weight unadapted."
+                f"{name}: a forward writes into an adapted weight of shape {tuple(written.weight.shape)} while its "
+                "adapter is active; write outside of the forward, or leave this weight unadapted."
             )
 
 
 def _name(func: Any) -> str:
-    return getattr(func, "__name__", "").partition(".")[0]  # without an overload's
+    return getattr(func, "__name__", "").partition(".")[0]  # without the name of an overload
 
 
 Tensor = torch.Tensor
@@ -243,7 +249,7 @@ PROPERTIES = (
     "shape dtype device layout ndim requires_grad grad_fn is_leaf is_cuda is_cpu is_meta is_sparse is_quantized"
 )
 METHODS = "size dim numel nelement stride is_contiguous element_size is_floating_point is_complex get_device __len__"
-FACTS = {  # the same for the sum as for the stand-in, which holds no values
+FACTS = {  # these ask for no values, and the stand-in answers them as the sum would
     *(getattr(Tensor, name).__get__ for name in PROPERTIES.split()),
     *(getattr(Tensor, name) for name in METHODS.split()),
     torch.is_floating_point,
@@ -262,5 +268,5 @@ RULES: dict[Any, Rule] = {
     **{getattr(Tensor, name): _convert for name in CONVERSIONS.split()},
     Tensor.data_ptr: _data_ptr,
 }
-if hasattr(torch, "_grouped_mm"):  # which F.grouped_mm calls
+if hasattr(torch, "_grouped_mm"):  # F.grouped_mm calls it
     RULES[torch._grouped_mm] = _grouped_mm

@@ -1,9 +1,10 @@
 """Let adapters train inside reentrant activation checkpointing.
 
-Reentrant checkpointing gives a segment gradients only where one of the segment's inputs requires one. With a frozen
-base none may, and the adapters inside are not trained. In transformers' models and in torch's checkpoint_wrapper the
-segments can be found, and their input is made to require a gradient. Elsewhere adapted layers note that they ran in a
-segment, for the warning of layers that no gradient has reached.
+With reentrant checkpointing a segment gets gradients only if one of the segment's inputs requires a gradient. If the
+base is frozen, possibly no input does, and the adapters inside are not trained.
+
+In transformers' models and in torch's checkpoint_wrapper the segments can be found, and their input is made to require
+a gradient. Elsewhere adapted layers note that they ran in a segment, and the warning about missing gradients says so.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from torch import nn
 
 from ..names import derives_from
 
-CHECKPOINT = "_gradient_checkpointing_func"  # where transformers keeps the function
-CHECKPOINTED_LAYER = "GradientCheckpointingLayer"  # its class for what is checkpointed; older versions have none
+CHECKPOINT = "_gradient_checkpointing_func"  # attribute in which transformers keeps its checkpointing function
+CHECKPOINTED_LAYER = "GradientCheckpointingLayer"  # transformers' class of checkpointed layers; newer versions only
 
 # For messages about segments that cannot be found.
 REENTRANT = "torch.utils.checkpoint with use_reentrant=True, which trains nothing where no input requires a gradient"
@@ -27,7 +28,7 @@ REENTRANT_REMEDY = (
 
 
 class CheckpointWithInputGrads:
-    """A checkpointing function of transformers whose segments get an input that needs a gradient."""
+    """Wraps transformers' checkpointing function so that each segment gets an input that requires a gradient."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
@@ -38,10 +39,12 @@ class CheckpointWithInputGrads:
 
 
 def enable_input_require_grads(modules: Collection[nn.Module]) -> None:
-    """Make the inputs of reentrant segments need gradients, where something is trained and it is not done yet.
+    """Make the inputs of reentrant segments require gradients. In place.
+
+    Segments in which nothing is trained are left alone. Repeated calls change nothing more.
 
     Args:
-        modules: all of a model's. In place.
+        modules: all modules of a model.
     """
     for module in modules:
         if _is_reentrant_wrapper(module) and _is_trained(module) and not _hooks(module):
@@ -62,9 +65,10 @@ def disable_input_require_grads(modules: Iterable[nn.Module]) -> None:
 
 
 def segments_in_eval_mode(model: nn.Module) -> list[nn.Module]:
-    """Return the segments that transformers would checkpoint and does not, as they are in eval mode.
+    """Return the segments that transformers does not checkpoint only because they are in eval mode.
 
-    They are layers of a class for that, or where there are none, whole modules.
+    A segment is a layer of the class CHECKPOINTED_LAYER. In models without such layers it is the module that has
+    checkpointing enabled.
     """
     enabled = [module for module in model.modules() if vars(module).get("gradient_checkpointing") is True]
     layers = [module for module in enabled if derives_from(module, CHECKPOINTED_LAYER, ("transformers",))]
@@ -72,17 +76,17 @@ def segments_in_eval_mode(model: nn.Module) -> list[nn.Module]:
 
 
 def records_gradients() -> bool:
-    """Return whether gradients are recorded, or will be in the second pass of the reentrant segment that runs."""
+    """Return whether gradients are recorded, now or in the second pass of the reentrant segment that runs now."""
     return torch.is_grad_enabled() or in_first_pass()
 
 
 def in_first_pass() -> bool:
-    """Return whether a reentrant segment runs its first pass, which records no gradients.
+    """Return whether a reentrant segment runs its first pass, in which no gradients are recorded.
 
-    The segment runs in the forward of an autograd function. There torch switches forward-mode derivatives off too,
-    which torch.no_grad leaves on.
+    The segment runs in the forward of an autograd function. There torch switches forward-mode derivatives off as well,
+    and torch.no_grad does not; this tells the two apart.
     """
-    if torch.is_grad_enabled() or torch.is_inference_mode_enabled() or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_inference_mode_enabled():
         return False
     return not torch._C._is_fwd_grad_enabled()
 
@@ -100,7 +104,7 @@ def _is_reentrant_wrapper(module: nn.Module) -> bool:
 
 
 def _segments(modules: Collection[nn.Module]) -> dict[nn.Module, nn.Module]:
-    """Return modules with transformers' reentrant checkpointing, each with the innermost transformers model around."""
+    """Return the modules with transformers' reentrant checkpointing, each with the innermost model that contains it."""
     segments = {module: module for module in modules if _is_segment(module)}
     for owner in modules if segments else ():
         if hasattr(owner, "_set_gradient_checkpointing"):
@@ -121,7 +125,10 @@ def _require_grad_before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any,
 
 
 def _requiring_grad(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return the arguments, the first floating-point tensor needing a gradient where none of them does."""
+    """Return the arguments. If none requires a gradient, the first floating-point tensor is replaced by one that does.
+
+    Outside of gradient recording the arguments are returned unchanged.
+    """
     tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
     first = next((tensor for tensor in tensors if tensor.is_floating_point()), None)
     if first is None or not torch.is_grad_enabled() or any(tensor.requires_grad for tensor in tensors):

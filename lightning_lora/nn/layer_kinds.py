@@ -1,4 +1,4 @@
-"""Which class adapts which module, and how a module becomes an adapted layer."""
+"""Find the class that adapts a module, and turn the module into an adapted layer."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ LORA = LoRA()
 
 ADAPTABLE = "nn.Linear, transformers' Conv1D, nn.Embedding, nn.Conv1d/2d/3d and nn.MultiheadAttention"  # for people
 
-LIBRARIES = ("torch.nn.modules.", "transformers.pytorch_utils")  # whose forwards the factored ones stand in for
+LIBRARIES = ("torch.nn.modules.", "transformers.pytorch_utils")  # factored_forward may replace their forwards only
 
 
 def layer_class(module: nn.Module, variant: Variant = LORA) -> type[LoRALayer] | None:
-    """Return the class that adapts a module with a variant, or None where there is none."""
+    """Return the class that adapts a module with a variant, or None if there is no such class."""
     plain = next((kind for kind in KINDS if kind.adapts(module)), None)
     if plain is None or (variant.reads_weight and quantised_parameters(module)):
         return None
@@ -29,7 +29,7 @@ def layer_class(module: nn.Module, variant: Variant = LORA) -> type[LoRALayer] |
 
 
 def adapt_(module: nn.Module, name: str, spec: LayerSpec, injection: object) -> LoRALayer:
-    """Turn a supported module into an adapted layer, without its factors yet. In place."""
+    """Turn a supported module into an adapted layer. Its stored tensors are created later. In place."""
     adapting = cast(type[LoRALayer], layer_class(module, spec.variant))
     forwards = [getattr(type(module), method) for method in adapting.KNOWN_FORWARD]
     custom_forward = not all(forward.__module__.startswith(LIBRARIES) for forward in forwards)

@@ -20,7 +20,10 @@ from .quantised import dequantize, dtype_of, quantised_as, quantised_parameters
 
 
 class LoRALinear(LoRALayer):
-    """nn.Linear: weight (out, in), A (r, in), B (out, r); n of m equal parts: A (n * r, in), B (n * out / m, r)."""
+    """nn.Linear: weight (out, in), A (r, in), B (out, r).
+
+    With n of m equal parts adapted, A is (n * r, in) and B is (n * out / m, r).
+    """
 
     KIND = low_rank.LINEAR
 
@@ -40,24 +43,25 @@ class LoRALinear(LoRALayer):
         return F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))
 
     def _accumulated(self, input: torch.Tensor, factor_a: torch.Tensor, factor_b: torch.Tensor) -> torch.Tensor:
-        """Sum the adapter's product straight into the base's output: one full-size tensor instead of three."""
+        """Add the adapter's product in place to the base's output: one full-size tensor instead of three."""
         rows = input.view(-1, input.shape[-1])
         x, scaling = self.dropped(rows)
         hidden = torch.mm(factor_a.to(x.dtype), x.t())
-        # After hidden, so that its gradient of the input is there first: no view, so the other is added in place.
+        # Computed after hidden, so that backward comes to it first. Its gradient of the input is no view, so autograd
+        # adds the other gradient to it in place.
         base = cast(torch.Tensor, self.base_forward(rows))
-        # Contiguous, so that autograd forms the gradient of B with the thin factor on the left.
+        # Contiguous, so that autograd computes the gradient of B with the thin factor on the left.
         base.addmm_(hidden.t().to(base.dtype), factor_b.to(base.dtype).t().contiguous(), alpha=scaling)
-        # Not a view to autograd: fully_shard's hooks on the output would be lost to an in-place change of one.
+        # autograd must not see a view: fully_shard's hooks on the output would be lost if a view were changed in place.
         shape = (*input.shape[:-1], base.shape[-1])
         return base if input.dim() == 2 else cast(torch.Tensor, torch.ops.aten._unsafe_view(base, shape))
 
     def _concatenated(self, input: torch.Tensor, factor_a: torch.Tensor, factor_b: torch.Tensor) -> torch.Tensor:
-        """Add the adapter's outputs part by part, for fused projections and inputs that cannot be seen as rows."""
+        """Add the adapter's outputs part by part; for fused projections and inputs that cannot be viewed as rows."""
         base = self.base_forward(input)
         x, scaling = self.dropped(input)
         if is_sharded(x) and self.lora.spec.enabled is None:
-            from ..distributed.tensor_parallel import low_rank_product  # imports much, and is rarely needed
+            from ..distributed.tensor_parallel import low_rank_product  # imported here: slow to import, rarely needed
 
             product = low_rank_product(x, factor_a.to(x.dtype), factor_b.to(x.dtype), scaling)
             if product is not None:
@@ -74,7 +78,7 @@ class LoRALinear(LoRALayer):
 
 
 class LoRAConv1D(LoRALinear):
-    """transformers' Conv1D, a linear layer whose weight is stored as (in, out); A and B as for nn.Linear."""
+    """transformers' Conv1D: a linear layer with the weight stored as (in, out). A and B are as for nn.Linear."""
 
     KIND = low_rank.CONV1D
 
@@ -87,12 +91,12 @@ class LoRAConv1D(LoRALinear):
 
 
 class LoRAQuantisedLinear(LoRALinear):
-    """A linear layer whose weight is quantised: it is factored always, beside the forward of its own class.
+    """A linear layer with a quantised weight: the forward of its own class, plus the factors' product.
 
-    The weight is never written to, and never dequantised beyond what that forward does.
+    The weight is never written to, and the forward dequantises no more than that class does.
     """
 
-    KNOWN_FORWARD = ()  # W + delta would be a dequantised copy, so each forward is taken as one of a linear layer
+    KNOWN_FORWARD = ()  # any forward counts as that of a linear layer, because W + delta would be a dequantised copy
 
     @classmethod
     def adapts(cls, module: nn.Module) -> bool:
@@ -113,7 +117,7 @@ class LoRAQuantisedLinear(LoRALinear):
         return super().unmergeable_reason() or f"its weight is quantised ({self.quantised()})"
 
     def dense_weights(self, weights: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
-        """Return W + delta of dequantised weights, for code that reads the weight instead of calling the layer."""
+        """Return W + delta in dequantised form, for code that reads the weight instead of calling the layer."""
         values = {name: cast(nn.Parameter, dequantize(self, name)) for name in weights}
         return super().dense_weights(values)
 

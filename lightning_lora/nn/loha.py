@@ -1,9 +1,10 @@
-"""LoHa (arXiv:2108.06098): what is added is the elementwise product of two products of low rank.
+"""LoHa (arXiv:2108.06098): the elementwise product of two low-rank products is added to the weight.
 
     W' = W + s * (w1_a @ w1_b) * (w2_a @ w2_b)
 
-Its rank is up to r * r: it is B' @ A' with rows of w1_b times rows of w2_b as A', and columns of w1_a times columns of
-w2_a as B'. A convolution's weight is seen as a matrix (out, in * kernel). w2_b starts as zero.
+The rank of the sum is up to r * r. As one product B' @ A', each row of A' is a row of w1_b times a row of w2_b, and
+each column of B' is a column of w1_a times a column of w2_a. A convolution's weight is viewed as a matrix
+(out, in * kernel). w2_b starts as zero.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ from .random_stream import stream
 from .variant import Acting, Config, Fault, Place, Stored, Variant, Weights
 
 FIRST_A, FIRST_B = "lora_hada_w1_a", "lora_hada_w1_b"  # (out, r) and (r, in)
-SECOND_A, SECOND_B = "lora_hada_w2_a", "lora_hada_w2_b"  # the same
+SECOND_A, SECOND_B = "lora_hada_w2_a", "lora_hada_w2_b"  # (out, r) and (r, in)
 LEAVES = (FIRST_A, FIRST_B, SECOND_A, SECOND_B)
 
-WITHOUT = ("use_rslora", "enable_lora", "target_parameters", "trainable_token_indices")
-IN_PEFT = {"lora_alpha": "alpha", "init_lora_weights": "init_weights"}  # what PEFT calls other options
-FIELDS = (  # of PEFT's config that are called as ours
+WITHOUT = ("use_rslora", "enable_lora", "target_parameters", "trainable_token_indices")  # conflicting options
+IN_PEFT = {"lora_alpha": "alpha", "init_lora_weights": "init_weights"}  # PEFT's names of options, by ours
+FIELDS = (  # options with the same name in PEFT
     *("r", "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules", "modules_to_save", "inference_mode"),
     *("task_type", "base_model_name_or_path", "revision"),
 )
-NOT_APPLIED = {"rank_dropout": 0.0, "module_dropout": 0.0, "use_effective_conv2d": False}  # what they must be
+NOT_APPLIED = {"rank_dropout": 0.0, "module_dropout": 0.0, "use_effective_conv2d": False}  # the only accepted values
 
 
 class LoHa(Variant):

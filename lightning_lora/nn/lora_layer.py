@@ -1,4 +1,4 @@
-"""An adapted layer: what its forward computes. A subclass for each kind of layer is mixed in front of its own class."""
+"""An adapted layer and its forward. Each kind of layer has a subclass, which is mixed in front of the layer's class."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from .adapted_weights import AdaptedWeights
 
 DROPOUT_STEPS = 2**16
 
-KINDS: list[type[LoRALayer]] = []  # the classes of the kinds of layers; each adds itself when its file is imported
+KINDS: list[type[LoRALayer]] = []  # one class for each kind of layer; a class adds itself when its file is imported
 
 
 class LoRALayer(AdaptedWeights, AdaptedModule):
     """An adapted layer (arXiv:2106.09685).
 
-    A kind of layer is a subclass that says which modules it adapts (MODULES, or `adapts`) and computes sum_forward.
+    A kind of layer is a subclass. It defines MODULES or `adapts` to say which modules it adapts, and sum_forward.
     """
 
     MODULES: ClassVar[tuple[type[nn.Module], ...]] = ()  # the classes of layers of this kind
-    KNOWN_FORWARD: ClassVar[tuple[str, ...]] = ("forward",)  # methods that factored_forward stands in for
+    KNOWN_FORWARD: ClassVar[tuple[str, ...]] = ("forward",)  # methods of the layer that factored_forward replaces
     ATTRIBUTES: ClassVar[tuple[str, ...]] = ("lora", "lora_active")
     weight: nn.Parameter
 
@@ -50,7 +50,7 @@ class LoRALayer(AdaptedWeights, AdaptedModule):
         return {"": self}
 
     def adapted_weights(self) -> dict[str, nn.Parameter]:
-        weight = self._parameters.get("weight")  # nn.Module's __getattr__ takes several times as long
+        weight = self._parameters.get("weight")  # nn.Module.__getattr__ is several times slower
         return {"weight": self.weight if weight is None else weight}
 
     def stored(self, leaves: Sequence[str] = ()) -> dict[str, nn.Parameter]:
@@ -67,11 +67,11 @@ class LoRALayer(AdaptedWeights, AdaptedModule):
         return self.factored_forward(*args, **kwargs)
 
     def base_forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the forward that the layer had before it was adapted."""
+        """Run the forward that the layer had before it was adapted, without the adapter."""
         return super().forward(*args, **kwargs)
 
     def factored_forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
-        """Return c * (base(x) + s * B(A(dropout(x)))), but for the bias, without ever building B @ A."""
+        """Return c * (base(x) + s * B(A(dropout(x)))) without building B @ A. The scale c leaves the bias alone."""
         if self.is_cheaper_dense():
             return cast(torch.Tensor, self.dense_forward(*args, **kwargs))
         (input,) = (*args, *kwargs.values())
@@ -86,15 +86,15 @@ class LoRALayer(AdaptedWeights, AdaptedModule):
         return torch.addcmul(bias, sums - bias, scale)
 
     def sum_forward(self, input: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """Return base(x) + s * B(A(dropout(x))), without ever building B @ A."""
+        """Return base(x) + s * B(A(dropout(x))) without building B @ A."""
         raise NotImplementedError
 
     def is_cheaper_dense(self) -> bool:
-        """Return whether factored_forward runs on W', because that costs less."""
+        """Return whether running on W' costs less than running on the factors."""
         return False
 
     def over_outputs(self, values: torch.Tensor) -> torch.Tensor:
-        """Return values (out,) in the shape in which they broadcast with the layer's outputs."""
+        """Return values (out,) in the shape that broadcasts with the layer's outputs."""
         return values.view(-1, *[1] * (self.weight.dim() - 2))
 
     def base_product(self, x: torch.Tensor) -> torch.Tensor:
@@ -102,31 +102,35 @@ class LoRALayer(AdaptedWeights, AdaptedModule):
         raise NotImplementedError
 
     def low_rank_product(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """Return B(A(x)), without the scaling."""
+        """Return B(A(x)) without the scaling."""
         raise NotImplementedError
 
     def dense_forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run base_forward on W', differentiable in what is trained.
+        """Run base_forward on W', differentiable in the trained tensors.
 
-        Dropout acts on whole input features, the same for the batch, because the input is out of reach here.
+        Dropout drops whole input features, the same ones for the whole batch, because W' is built without the input.
         """
         with self.dense_weight():
             return super().forward(*args, **kwargs)
 
     def dense_weight(self) -> StandIns:
-        """Let W' stand in for each adapted weight inside, for code that reads it; one thread at a time."""
+        """Return a context manager in which W' stands in for each adapted weight; one thread at a time enters it."""
         return StandIns(self, [self])
 
     def dropped(self, x: torch.Tensor) -> tuple[torch.Tensor, float]:
-        """Return the adapter's input after dropout, and the scaling that goes with it."""
+        """Return the adapter's input after dropout, and the scaling that its product needs then."""
         spec = self.lora.spec
         x, factor = drop(x, spec.dropout) if self.drops() else (x, 1.0)
         return x, spec.scaling * factor
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Register a parameter as nn.Module does; parallelize_module comes here with each sharded one."""
+        """Register a parameter. A stored tensor that parallelize_module has sharded is placed like the weight first.
+
+        Raises:
+            LoRAError: the variant or enable_lora cannot follow a tensor parallel split.
+        """
         if names_factor(name) and is_sharded(param):
-            from ..distributed.tensor_parallel import place_like_weight  # imports much, and is rarely needed
+            from ..distributed.tensor_parallel import place_like_weight  # imported here: slow to import, rarely needed
 
             variant = self.lora.spec.variant
             if self.lora.spec.enabled is not None:
@@ -145,10 +149,11 @@ class LoRALayer(AdaptedWeights, AdaptedModule):
 
 
 def drop(x: torch.Tensor, p: float) -> tuple[torch.Tensor, float]:
-    """Zero each element of x with probability p; return that and the factor that keeps its expectation.
+    """Zero each element of x with probability p. Return the result and the factor that restores its expectation.
 
-    On the CPU, torch's own dropout takes many times as long as the adapter's products. Here 16 random bits decide each
-    element: p is taken to the nearest 1/65536, and the factor belongs to that p, so nothing is biased.
+    On the CPU, torch's own dropout takes many times as long as the adapter's products. Here 16 random bits decide about
+    each element. p is rounded to a multiple of 1/65536, and the factor is computed from the rounded p, so the
+    expectation is exact.
     """
     if x.device.type != "cpu" or is_sharded(x):
         return F.dropout(x, p), 1.0

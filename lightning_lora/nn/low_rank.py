@@ -1,4 +1,4 @@
-"""How B @ A lies in a weight: the one place for live layers, shards, files on disk and PEFT's forms.
+"""How B @ A lies in the weight of each kind of layer, for live layers, shards, files on disk and PEFT's forms.
 
     kind                       weight, as stored       A                     B
     Linear, AttentionOutput    (out, in)               (r, in)               (out, r)
@@ -10,8 +10,8 @@
     Experts                    (E, m, n)               (E * r, n)            (E * m, r)
     TransposedExperts          (E, m, n)               (E * r, m)            (E * n, r)
 
-Of a fused projection in which n of m equal parts are adapted, A is (n * r, in) and B (n * out / m, r). Each matrix of
-a stack of E experts has factors of its own, one below the other; transposed ones are stored (in, out).
+In a fused projection with n of m equal parts adapted, A is (n * r, in) and B is (n * out / m, r). In a stack of E
+experts each matrix has its own factors, stacked one below the other; a transposed expert's matrix is stored (in, out).
 """
 
 from __future__ import annotations
@@ -33,26 +33,27 @@ LINEAR, CONV1D, EMBEDDING, CONV, GROUPED_CONV = "Linear", "Conv1D", "Embedding",
 ATTENTION, ATTENTION_OUTPUT = "MultiheadAttention", "AttentionOutput"
 PARAMETER, EXPERTS, TRANSPOSED_EXPERTS = "Parameter", "Experts", "TransposedExperts"
 STACKS = (EXPERTS, TRANSPOSED_EXPERTS)
-SINGLE = (PARAMETER, *STACKS)  # a parameter by itself, not a layer
+SINGLE = (PARAMETER, *STACKS)  # kinds of single parameters, as opposed to layers
 KINDS = (LINEAR, CONV1D, EMBEDDING, CONV, GROUPED_CONV, ATTENTION, ATTENTION_OUTPUT, *SINGLE)
 TRANSPOSED = (CONV1D, EMBEDDING)
 CONVOLUTIONS = (CONV, GROUPED_CONV)
-FUSABLE = (LINEAR, CONV1D, ATTENTION)  # of which parts can be adapted
+FUSABLE = (LINEAR, CONV1D, ATTENTION)  # kinds in which enable_lora can adapt some of the outputs
 IN_PROJ, SEPARATE = "in_proj_weight", ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 ATTENTION_WEIGHTS = (IN_PROJ, *SEPARATE)
 
 EVERYTHING = slice(0, sys.maxsize)
-MOST_ROWS = 32  # in a block of row_blocks, whose left is so many squared
+MOST_ROWS = 32  # rows of a block in row_blocks; its `left` is a square matrix of that size
 
 Shape = Sequence[int]
 Enabled = tuple[bool, ...] | None
 
 
 class LowRankBlock(NamedTuple):
-    """left (m, k) @ right (k, n) is added to W[row : row + m, col : col + n], and the sum multiplied by scale.
+    """A low-rank change of part of a weight W.
 
-    W is seen as (rows, everything else), a stack of experts as one matrix below the other.
-    The blocks of one weight do not overlap. With `replaces`, a value of W that is not finite counts as 0.
+    left (m, k) @ right (k, n) is added to W[row : row + m, col : col + n], and the sum is multiplied by scale. W is
+    viewed as a matrix (rows, everything else); the experts of a stack lie one below the other. Blocks of one weight do
+    not overlap. With `replaces`, a value of W that is not finite counts as 0.
     """
 
     row: int
@@ -60,10 +61,10 @@ class LowRankBlock(NamedTuple):
     left: torch.Tensor
     right: torch.Tensor
     scale: torch.Tensor | None = None  # (m, 1) or (1, n)
-    replaces: bool = False  # the sum is what takes W's place, whatever W held
+    replaces: bool = False  # the sum is the wanted value, whatever W held
 
     def part(self, rows: slice, columns: slice) -> LowRankBlock:
-        """Return the block of some of its rows and columns, at its own place."""
+        """Return the block cut to some of its rows and columns; `row` and `col` stay those of the whole block."""
         scale = self.scale
         if scale is not None:
             scale = scale[rows] if scale.shape[0] > 1 else scale
@@ -72,10 +73,10 @@ class LowRankBlock(NamedTuple):
 
 
 def matrix_shape(kind: str, shape: Shape) -> tuple[int, int]:
-    """Return (out, in) of a weight that is stored in this shape; a convolution's kernel size counts to in.
+    """Return (out, in) of a weight stored in this shape; a convolution's kernel size counts to in.
 
     Raises:
-        ValueError: the shape has another number of dimensions than the kind's.
+        ValueError: the shape has the wrong number of dimensions for the kind.
     """
     if kind in CONVOLUTIONS:
         out, *inputs = shape
@@ -96,12 +97,12 @@ def factor_shapes(
 
     Args:
         kind: one of KINDS.
-        shapes: of the layer's weights as stored, by their own names.
+        shapes: of the layer's weights as stored, by weight name.
         rank: r.
-        enabled: which parts of a fused projection are adapted; None for the whole as one.
+        enabled: which equal parts of a fused projection are adapted; None for the whole projection.
 
     Raises:
-        ValueError: a weight has another number of dimensions than the kind's.
+        ValueError: a weight has the wrong number of dimensions for the kind.
     """
     first = next(iter(shapes.values()))
     if kind in STACKS:
@@ -122,7 +123,7 @@ def factor_shapes(
 def low_rank_blocks(
     kind: str, shapes: Mapping[str, Shape], a: torch.Tensor, b: torch.Tensor, enabled: Enabled = None
 ) -> dict[str, list[LowRankBlock]]:
-    """Return what B @ A adds to each weight, without the scaling; arguments as in factor_shapes."""
+    """Return the blocks that B @ A adds to each weight, without the scaling. Arguments are those of factor_shapes."""
     if kind == ATTENTION and IN_PROJ not in shapes:
         names = _separate(enabled)
         parts_a = torch.split(a, [shapes[name][1] for name in names], dim=1)
@@ -141,14 +142,14 @@ def low_rank_blocks(
 
 
 def stack_factors(kind: str, shape: Shape, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return left (E, m, r) and right (E, r, n), whose product is what B @ A adds to a stack (E, m, n)."""
+    """Return left (E, m, r) and right (E, r, n), whose product B @ A adds to a stack (E, m, n)."""
     experts, rank = shape[0], b.shape[1]
     stacked_a, stacked_b = a.view(experts, rank, a.shape[1]), b.view(experts, -1, rank)
     return (stacked_a.mT, stacked_b.mT) if kind == TRANSPOSED_EXPERTS else (stacked_b, stacked_a)
 
 
 def enabled_parts(a: torch.Tensor, b: torch.Tensor, enabled: Enabled) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
-    """Split factors into (first output, A, B) of each adapted part; a plain layer is one part."""
+    """Split factors into (first output, A, B) for each adapted part. A layer without parts counts as one part."""
     if enabled is None:
         return [(0, a, b)]
     size = b.shape[0] // sum(enabled)
@@ -159,7 +160,10 @@ def enabled_parts(a: torch.Tensor, b: torch.Tensor, enabled: Enabled) -> list[tu
 def stack_ranks(
     a: torch.Tensor, b: torch.Tensor, other_a: torch.Tensor, other_b: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the A and B whose product is the sum of two pairs' of one kind, of which A may hold several parts."""
+    """Return A and B whose product is the sum of two pairs' products.
+
+    Both pairs belong to the same kind of layer. A may hold the factors of several parts, one below the other.
+    """
     rank, other_rank = b.shape[1], other_b.shape[1]
     if a.shape[0] == rank:
         return torch.cat([a, other_a]), torch.cat([b, other_b], 1)
@@ -168,13 +172,13 @@ def stack_ranks(
 
 
 def halve_ranks(a: torch.Tensor, b: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Undo stack_ranks of two pairs of the same rank."""
+    """Return the two pairs that stack_ranks has joined, if they have the same rank."""
     parts = a.reshape(-1, b.shape[1], *a.shape[1:]).chunk(2, 1)
     return [(part.flatten(0, 1), half) for part, half in zip(parts, b.chunk(2, 1), strict=True)]
 
 
 def adapted_parts(kind: str, weights: Mapping[str, torch.Tensor], enabled: Enabled = None) -> list[torch.Tensor]:
-    """Return the matrices (out, in) that factors of their own are added to, as views of a layer's weights."""
+    """Return each matrix (out, in) that has its own factors, as a view of a layer's weights."""
     if kind == ATTENTION and IN_PROJ not in weights:
         return [weights[name] for name in _separate(enabled)]
     weight = next(iter(weights.values()))
@@ -189,18 +193,18 @@ def adapted_parts(kind: str, weights: Mapping[str, torch.Tensor], enabled: Enabl
 def join_parts(
     kind: str, weights: Mapping[str, object], pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return A and B out of those of each of adapted_parts, as matrices."""
+    """Return the layer's A and B as matrices, from one pair (A, B) for each of adapted_parts."""
     side_by_side = kind == ATTENTION and IN_PROJ not in weights
     return torch.cat([a for a, _ in pairs], int(side_by_side)), torch.cat([b for _, b in pairs])
 
 
 def crop(blocks: Sequence[LowRankBlock], rows: slice, columns: slice = EVERYTHING) -> list[LowRankBlock]:
-    """Return the parts of a weight's blocks that fall on some rows and columns, counted from the first of these.
+    """Return the parts of a weight's blocks that overlap with a window; positions count from the window's corner.
 
     Args:
         blocks: of the whole weight.
-        rows: start and stop, with a step of 1.
-        columns: the same, of the weight seen as (rows, everything else).
+        rows: start and stop of the window's rows.
+        columns: start and stop of the window's columns, in the weight viewed as (rows, everything else).
     """
     cropped = []
     for block in blocks:
@@ -214,15 +218,16 @@ def crop(blocks: Sequence[LowRankBlock], rows: slice, columns: slice = EVERYTHIN
 
 
 def row_blocks(weight: torch.Tensor, ids: Sequence[int], rows: torch.Tensor, first: int = 0) -> list[LowRankBlock]:
-    """Return what is added to a table so that other rows take the place of some of its own: rows - W[ids].
+    """Return blocks that replace rows of a table by adding rows - W[ids] to them.
 
-    In float64, whose sum with W gives the rows bit for bit where none is smaller than W's by a factor of 2**28.
+    The differences are float64. Their sums with W are the new rows bit for bit, unless a new value is smaller than the
+    old one by a factor of 2**28 or more.
 
     Args:
-        weight: (m, columns), a table, or m rows of it that follow each other.
-        ids: which rows of the whole table are replaced, ascending.
-        rows: (len(ids), columns), what takes their place.
-        first: the row of the whole table that `weight` begins with.
+        weight: (m, columns): a table, or m consecutive rows of it.
+        ids: ascending numbers of the replaced rows, in the whole table.
+        rows: (len(ids), columns): the new rows.
+        first: number of the first row of `weight` in the whole table.
     """
     dtype = torch.float32 if weight.device.type == "mps" else torch.float64  # mps has no float64
     inside = [(place, row - first) for place, row in enumerate(ids) if first <= row < first + len(weight)]
@@ -240,7 +245,7 @@ def row_blocks(weight: torch.Tensor, ids: Sequence[int], rows: torch.Tensor, fir
 
 
 def dense_delta(blocks: Sequence[LowRankBlock], shape: torch.Size) -> torch.Tensor:
-    """Return what the blocks without a scale add to a weight, in its shape; differentiable."""
+    """Return the sum of blocks without a scale as one tensor in the weight's shape, differentiable."""
     row, col, left, right, *_ = blocks[0]
     if len(blocks) == 1 and left.shape[0] * right.shape[1] == shape.numel():
         return (left @ right).view(shape)
@@ -251,7 +256,7 @@ def dense_delta(blocks: Sequence[LowRankBlock], shape: torch.Size) -> torch.Tens
 
 
 def to_block_diagonal(b: torch.Tensor, enabled: tuple[bool, ...]) -> torch.Tensor:
-    """Return the B (out, n * r) of the plain adapter of rank n * r that equals n enabled parts with the same A."""
+    """Return B (out, n * r) of the plain adapter of rank n * r that equals n enabled parts. Its A is the same."""
     rows, rank = b.shape[0] // sum(enabled), b.shape[1]
     whole = b.new_zeros(len(enabled) * rows, sum(enabled) * rank)
     for block, part in zip(_diagonal_blocks(whole, enabled), torch.split(b, rows), strict=True):
@@ -260,17 +265,17 @@ def to_block_diagonal(b: torch.Tensor, enabled: tuple[bool, ...]) -> torch.Tenso
 
 
 def from_block_diagonal(b: torch.Tensor, enabled: tuple[bool, ...]) -> torch.Tensor:
-    """Undo to_block_diagonal; what is outside the blocks is left out."""
+    """Undo to_block_diagonal. Values outside the blocks are dropped."""
     return torch.cat(_diagonal_blocks(b, enabled))
 
 
 def _separate(enabled: Enabled) -> list[str]:
-    """The names of the weights of q, k and v that are adapted."""
+    """Return the names of the adapted ones among the weights of q, k and v."""
     return [name for name, on in zip(SEPARATE, enabled or (True, True, True), strict=True) if on]
 
 
 def _diagonal_blocks(whole: torch.Tensor, enabled: tuple[bool, ...]) -> list[torch.Tensor]:
-    """Views of what belongs to each enabled part."""
+    """Return a view of the block of each enabled part."""
     rows, rank = whole.shape[0] // len(enabled), whole.shape[1] // sum(enabled)
     adapted = [i for i, on in enumerate(enabled) if on]
     return [whole[i * rows : (i + 1) * rows, k * rank : (k + 1) * rank] for k, i in enumerate(adapted)]

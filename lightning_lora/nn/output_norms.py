@@ -1,9 +1,9 @@
-"""The norm of each output's weights in V = W + s * B @ A, without B @ A, and the scale that gives them another length.
+"""The norm of each output's weights in V = W + s * B @ A, without building B @ A, and the scale for another norm.
 
     norm(V)^2 = norm(W)^2 + 2 s rowsum((W A^T) * B) + s^2 rowsum((B A A^T) * B)
 
-W is stored (out, in...), or (in, out) where it is transposed. norm(W)^2 is always summed in float64, so that whatever
-computes it, a layer or the command line part by part, finds the same norm where B is zero.
+W is stored (out, in...), or (in, out) if it is transposed. norm(W)^2 is always summed in float64. A layer and the
+command line, which reads W part by part, then find the same norm where B is zero.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ import torch.distributed as dist
 from ..distributed.sharding import is_sharded, local, reduce_, window
 from .exact_merge import parts_of
 
-CANCELLED = 0.01  # of norm(W)^2: below it float32 has lost too many digits of the sum, which is taken directly
+# If norm(V)^2 is below this share of norm(W)^2, the terms have cancelled and float32 has lost too many digits. V is
+# then built for that output.
+CANCELLED = 0.01
 
-Parts = Iterable[tuple[int, torch.Tensor]]  # some of W's rows as a matrix, each with the number of the first
+Parts = Iterable[tuple[int, torch.Tensor]]  # (first row, some rows of W as a matrix)
 
 
 def output_norms(
@@ -31,18 +33,18 @@ def output_norms(
     base: torch.Tensor | None = None,
     exact: bool = False,
 ) -> torch.Tensor:
-    """Return norm(V) of each output, (out,) in float64; on mps, which has none, in float32.
+    """Return norm(V) of each output: (out,), float64 (on mps float32).
 
-    Collective where the weight is sharded; the result is whole on every rank.
+    Collective where the weight is sharded. Every rank gets the whole result.
 
     Args:
-        weight: W, which may be sharded.
-        a: A (r, in), whole.
-        b: B (out, r), whole.
+        weight: W; it may be sharded.
+        a: A (r, in), not sharded.
+        b: B (out, r), not sharded.
         scaling: s.
-        transposed: how W is stored.
-        base: norm(W)^2, if known.
-        exact: compute in float64 throughout.
+        transposed: whether W is stored (in, out).
+        base: norm(W)^2 (out,), if known.
+        exact: whether to compute in float64 throughout.
     """
     if is_sharded(weight):
         squares = _sharded_squares(weight, a, b, scaling, transposed)
@@ -63,19 +65,24 @@ def output_norms(
 def output_norms_of_parts(
     parts: Parts, a: torch.Tensor, b: torch.Tensor, scaling: float, *, transposed: bool
 ) -> torch.Tensor:
-    """Return output_norms for a weight that is read part by part, in float64."""
+    """Return norm(V) of each output, (out,) in float64, for a weight that is read part by part."""
     return _squares(parts, a, b, scaling, transposed, None, torch.float64).clamp_(min=0).sqrt_()
 
 
 def base_squares(weight: torch.Tensor, *, transposed: bool) -> torch.Tensor:
-    """Return norm(W)^2 of each output."""
+    """Return norm(W)^2 of each output: (out,), float64 (on mps float32)."""
     return _joined([_row_squares(part, transposed) for _, part in parts_of(weight)], transposed)
 
 
 def output_scale(lengths: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
-    """Return c = m / norm(V), differentiable in m; 1 where all weights of an output are zero.
+    """Return c = m / norm(V), differentiable in m; 1 for an output whose weights are all zero.
 
-    The norm is rounded to the dtype of m, as m was when it was drawn.
+    norm(V) is rounded to the dtype of m first. m was rounded in the same way when it got its initial value, so c starts
+    as exactly 1.
+
+    Args:
+        lengths: m (out,).
+        norms: norm(V) (out,).
     """
     norms = norms.to(lengths.dtype)
     zero = norms == 0
@@ -91,7 +98,7 @@ def _squares(
     base: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """norm(V)^2, its products in a dtype."""
+    """Return norm(V)^2; products are computed in `dtype`."""
     a, b = a.to(dtype), b.to(dtype)
     products, squares = [], []
     for first, part in parts:
@@ -106,7 +113,7 @@ def _squares(
 
 
 def _joined(values: Sequence[torch.Tensor], transposed: bool) -> torch.Tensor:
-    """What parts of the rows have together: sums over them where the weight is transposed."""
+    """Join the results for parts of the rows: sum them if the weight is transposed, else concatenate them."""
     if len(values) == 1:
         return values[0]
     return torch.stack(tuple(values)).sum(0) if transposed else torch.cat(tuple(values))
@@ -123,7 +130,7 @@ def _row_squares(part: torch.Tensor, transposed: bool) -> torch.Tensor:
 def _direct_squares(
     weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float, transposed: bool, outputs: torch.Tensor
 ) -> torch.Tensor:
-    """norm(V)^2 of some outputs, whose V is built."""
+    """Return norm(V)^2 of some outputs, for which V is built in float64."""
     dtype, matrix = _widest(weight), weight.flatten(1)
     rows = (matrix[:, outputs].T if transposed else matrix[outputs]).to(dtype)
     return (rows + scaling * (b[outputs].to(dtype) @ a.to(dtype))).square().sum(1)
@@ -132,7 +139,7 @@ def _direct_squares(
 def _sharded_squares(
     weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float, transposed: bool
 ) -> torch.Tensor:
-    """norm(V)^2 of a sharded weight. Collective."""
+    """Return norm(V)^2 of a sharded weight. Collective."""
     assert is_sharded(weight)
     rows, columns, *_ = window(weight)
     outputs, inputs = (columns, rows) if transposed else (rows, columns)
@@ -148,7 +155,10 @@ def _sharded_squares(
 
 
 def _is_quick_to_check(weight: torch.Tensor) -> bool:
-    """Whether looking if sums have cancelled costs nothing, so that float32 will do: a GPU or a compiler would wait."""
+    """Return whether float32 will do, because a check for cancellation costs nothing.
+
+    On a GPU the check would make the host wait, and in a compiled function it would break the graph.
+    """
     return weight.device.type == "cpu" and weight.dtype != torch.float64 and not torch.compiler.is_compiling()
 
 

@@ -1,8 +1,9 @@
-"""Single parameters that are adapted: stacks of experts, nn.LSTM's and nn.GRU's weights, any that a forward reads.
+"""Adapters of single parameters: stacks of experts, weights of nn.LSTM and nn.GRU, any parameter that a forward reads.
 
-The adapter of a parameter `w` is `lora_A_w` and `lora_B_w` beside it in its module. While the module's forward runs,
-W + delta stands in for W: of a stack of experts the two apart, so that nothing of the stack's size is built; of a
-recurrent layer in the list of weights that it runs on, which does not make it flatten them anew.
+The adapter of a parameter `w` is the parameters `lora_A_w` and `lora_B_w` in the same module. While the module's
+forward runs, W + delta stands in for W. In a stack of experts W and the factors stay apart (FactoredWeight), so that no
+tensor of the stack's size is built. In a recurrent layer the sum is placed into the list of weights that the layer runs
+on, so that the layer does not flatten its weights again.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from .adapted_weights import AdaptedWeights, LayerSpec, LayerState
 from .factored_weight import FactoredWeight
 from .low_rank import LowRankBlock, crop, stack_factors
 
-FACTORED = ("transformers.", "torch.nn.modules.linear")  # whose forwards use weights in products that can stay apart
+FACTORED = ("transformers.", "torch.nn.modules.linear")  # forwards from these modules run with a FactoredWeight
 
 
 class LoRAParameter(AdaptedWeights):
-    """The adapter of one parameter of a module: A and B as nn/low_rank.py has them for the kinds of single ones."""
+    """The adapter of one parameter of a module. nn/low_rank.py states the shapes of A and B, see its kinds SINGLE."""
 
     def __init__(self, holder: AdaptedModule, parameter: str, state: LayerState) -> None:
         self.module, self.parameter, self.lora, self.lora_active = holder, parameter, state, True
@@ -62,14 +63,14 @@ class LoRAParameter(AdaptedWeights):
         return {self.parameter: left @ right}
 
     def _left_and_right(self, factor_a: torch.Tensor, factor_b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return left (m, r) and right (r, n), of a stack (E, m, r) and (E, r, n); the scaling is in left."""
+        """Return left (m, r) and right (r, n), or for a stack (E, m, r) and (E, r, n). The scaling is in left."""
         left, right = factor_b, factor_a
         if self.KIND in low_rank.STACKS:
             left, right = stack_factors(self.KIND, self.main_weight().shape, factor_a, factor_b)
         return left * self.lora.spec.scaling, right
 
     def stand_ins(self, weights: Mapping[str, nn.Parameter]) -> dict[str, Any]:
-        """Return W + delta, or the two apart where the forward is known to keep them so."""
+        """Return W + delta, or a FactoredWeight if the module's forward is known to work with one."""
         weight, forward = weights[self.parameter], self.module.lora_base.forward
         known = forward.__module__.startswith(FACTORED) and not is_sharded(weight)
         if not known or torch.compiler.is_compiling():
@@ -82,7 +83,7 @@ class LoRAParameter(AdaptedWeights):
 
 
 class LoRAParameterHolder(AdaptedModule):
-    """A module of whose parameters some are adapted."""
+    """A module with some parameters that are adapted by themselves."""
 
     ATTRIBUTES = ("lora_parameters",)
     lora_parameters: dict[str, LoRAParameter]
@@ -103,7 +104,8 @@ class LoRAParameterHolder(AdaptedModule):
             return super().forward(*args, **kwargs)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        if split_factor_name(name) and is_sharded(param) and not isinstance(self, nn.RNNBase):  # which FSDP2 sets so
+        # FSDP2 registers the sharded parameters of an nn.RNNBase in this way, so there they say nothing about a plan.
+        if split_factor_name(name) and is_sharded(param) and not isinstance(self, nn.RNNBase):
             raise LoRAError(
                 f"{type(self).__name__}: adapters of single parameters do not follow a tensor parallel split; leave "
                 "the parameter out of target_parameters, or the module out of the parallelize plan."
@@ -112,17 +114,20 @@ class LoRAParameterHolder(AdaptedModule):
 
 
 class LoRARecurrent(LoRAParameterHolder):
-    """nn.LSTM or nn.GRU, which run on a list of their weights, and flatten these where a parameter was replaced."""
+    """nn.LSTM or nn.GRU. They run on a list of their weights, and flatten it again if a parameter was replaced."""
 
     def lora_place(self, values: Mapping[str, Any]) -> None:
-        cast(Any, self)._update_flat_weights()  # its forward comes to that first, and would undo this
+        cast(Any, self)._update_flat_weights()  # the layer's forward calls this first, and would undo the change below
         weights, names = cast("list[Any]", self._flat_weights), cast("list[str]", self._flat_weights_names)
         for name, value in values.items():
             weights[names.index(name)] = value
 
 
 def parameter_kind(module: nn.Module, parameter: str) -> str:
-    """Return which of low_rank.KINDS a parameter of a module is; transposed stacks say so, as transformers' do."""
+    """Return the kind of a parameter, one of low_rank.SINGLE.
+
+    A module with a transposed stack has is_transposed = True, as in transformers.
+    """
     weight = cast(nn.Parameter, module._parameters[parameter])
     if weight.dim() == 2:
         return low_rank.PARAMETER
@@ -130,7 +135,7 @@ def parameter_kind(module: nn.Module, parameter: str) -> str:
 
 
 def adapt_parameter_(module: nn.Module, parameter: str, name: str, spec: LayerSpec, injection: object) -> LoRAParameter:
-    """Let a module hold an adapter of one of its parameters, without its factors yet. In place."""
+    """Add an adapter for one parameter to a module. Its stored tensors are created later. In place."""
     if not isinstance(module, LoRAParameterHolder):
         mixin = LoRARecurrent if isinstance(module, nn.RNNBase) else LoRAParameterHolder
         module.__class__ = swapped_class(mixin, type(module))

@@ -1,4 +1,4 @@
-"""Norms and spectra of a product left @ right of small factors, which is never built, and the SVD of a whole change."""
+"""Norms and spectra of a product left @ right, computed from its small factors only; and the SVD of a whole matrix."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ OVERSAMPLED, ITERATIONS = 16, 6
 
 
 def truncated_svd(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return U (m, k), S (k) and Vh (k, n) of a matrix for its k = `rank` largest singular values, or all there are.
+    """Return U (m, k), S (k) and Vh (k, n) for the k largest singular values of a matrix (m, n).
 
-    Of a large matrix by random projection (arXiv:0909.4061), the same each time; the user's stream is not advanced.
+    k is `rank`, or less if the matrix is smaller. A large matrix is decomposed by random projection (arXiv:0909.4061),
+    with the same result each time. The user's random stream is not advanced.
     """
     rank = min(rank, *matrix.shape)
     if min(matrix.shape) <= EXACT_SVD:
@@ -30,7 +31,10 @@ def truncated_svd(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.
 
 
 def product_svd(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return U (m, k), S (k) and Vh (k, n) of left @ right, which is never built, from two QR decompositions."""
+    """Return U (m, k), S (k) and Vh (k, n) of left (m, k) @ right (k, n), from two QR decompositions.
+
+    The product is never built.
+    """
     (left_q, left_r), (right_q, right_r) = torch.linalg.qr(left), torch.linalg.qr(right.T)
     u, values, vh = torch.linalg.svd(left_r @ right_r.T, full_matrices=False)
     return left_q @ u, values, vh @ right_q.T
@@ -39,7 +43,8 @@ def product_svd(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, 
 def product_norm(left: torch.Tensor, right: torch.Tensor) -> float:
     """Return the Frobenius norm of left @ right from the R factors of two QR decompositions.
 
-    Exact to the dtype also where the product nearly cancels; the product is never built.
+    The norm has the precision of the dtype even where the terms of the product nearly cancel. The product is never
+    built.
     """
     core, largest = _core(left, right)
     return float(torch.linalg.matrix_norm(core)) * float(largest) if largest else 0.0
@@ -51,7 +56,7 @@ def singular_values(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     The product is never built.
 
     Returns:
-        k values in the dtype of the two; zeros where the product has fewer, NaN where it is not finite.
+        k values in the dtype of the factors, padded with zeros; all NaN if the product is not finite.
     """
     core, largest = _core(left, right)
     values = left.new_zeros(left.shape[1])
@@ -65,35 +70,35 @@ def singular_values(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 
 def _core(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the small matrix that has the singular values of left @ right, and the factor that is taken out of it.
+    """Return a small matrix and a factor; the singular values of left @ right are those of the matrix times the factor.
 
-    Squares of large values would overflow without that; where it is zero, so is the product.
+    Taking the factor out keeps squares of large values from overflowing. If the factor is zero, so is the product.
     """
     left_r, right_r = torch.linalg.qr(left, mode="r")[1], torch.linalg.qr(right.T, mode="r")[1]
-    largest = left_r.abs().max() if left_r.numel() else left_r.new_zeros(())  # of a layer without inputs or outputs
+    largest = left_r.abs().max() if left_r.numel() else left_r.new_zeros(())  # a layer may have no inputs or outputs
     return left_r / largest @ right_r.T, largest
 
 
 def inner_of_products(
     left: torch.Tensor, right: torch.Tensor, other_left: torch.Tensor, other_right: torch.Tensor
 ) -> torch.Tensor:
-    """Return the sum of products of the elements of left @ right and other_left @ other_right, building neither."""
+    """Return the sum of products of the elements of left @ right and other_left @ other_right. Neither is built."""
     return ((left.mT @ other_left) * (right @ other_right.mT)).sum()
 
 
 class Stack(NamedTuple):
-    """Blocks of one shape, one behind the other: left (n, m, k) and right (n, k, c), float64 (on mps float32)."""
+    """n blocks of one shape: left (n, m, k) and right (n, k, c), float64 (on mps float32)."""
 
     left: torch.Tensor
     right: torch.Tensor
 
     def grams(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return left.T @ left and right @ right.T of each block, (n, k, k)."""
+        """Return left.T @ left and right @ right.T of each block, both (n, k, k)."""
         return self.left.mT @ self.left, self.right @ self.right.mT
 
 
 def stack_blocks(blocks: Sequence[LowRankBlock]) -> list[Stack]:
-    """Return blocks of any shapes as stacks, one for each shape, in order of the first block of each."""
+    """Return blocks as stacks, one for each shape, ordered by the first block of each shape."""
     shapes: dict[tuple[torch.Size, torch.Size], list[LowRankBlock]] = {}
     for block in blocks:
         shapes.setdefault((block.left.shape, block.right.shape), []).append(block)
@@ -101,9 +106,9 @@ def stack_blocks(blocks: Sequence[LowRankBlock]) -> list[Stack]:
 
 
 def inner_product(first: Sequence[Stack], second: Sequence[Stack]) -> torch.Tensor:
-    """Return the sum of products of the elements of two matrices, scalar: sum((L1.T @ L2) * (R1 @ R2.T)).
+    """Return the sum of products of the elements of two matrices, a scalar: sum((L1.T @ L2) * (R1 @ R2.T)).
 
-    The matrices are never built. The blocks of one lie where those of the other do.
+    The matrices are never built. Both must have their blocks in the same places.
     """
     products = [inner_of_products(*a, *b) for a, b in zip(first, second, strict=True)]
     return torch.stack(products).sum()
@@ -129,7 +134,7 @@ def singular_values_of_grams(left_gram: torch.Tensor, right_gram: torch.Tensor) 
 
 
 def effective_rank(values: torch.Tensor) -> torch.Tensor:
-    """Return exp(-sum(p log p)) with p = values / sum(values), over the last dimension; 0 where all are zero."""
+    """Return exp(-sum(p log p)) over the last dimension, with p = values / sum(values); 0 where all values are zero."""
     total = values.sum(-1, keepdim=True)
     shares = values / torch.where(total == 0, 1.0, total)
     return torch.where(total[..., 0] == 0, 0.0, torch.exp(-torch.special.xlogy(shares, shares).sum(-1)))

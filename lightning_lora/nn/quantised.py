@@ -1,6 +1,6 @@
 """Quantised weights: those of bitsandbytes' Linear4bit and Linear8bitLt, and torchao's weight-only tensors.
 
-Classes are told by name, so that neither package is imported here.
+Classes are recognised by name, so that neither package is imported here.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from ..names import canonical, derives_from
 BITSANDBYTES, TORCHAO = "bitsandbytes", "torchao"
 INT8 = "int8"
 PACKS_FOR_CPU = "support_avx512bf16_for_cpu"  # bitsandbytes' attribute of a 4-bit layer
-PACKED_BEFORE = "lora_packs_for_cpu"  # what it was before injection
+PACKED_BEFORE = "lora_packs_for_cpu"  # our attribute: that attribute was True before injection
 
 
 def quantised_as(weight: object) -> str:
-    """Return how a parameter is quantised, or will be when it is moved first, or "".
+    """Return how a parameter is quantised, or "".
 
-    "nf4", "fp4" and "int8" of bitsandbytes, and the class of a torchao tensor.
+    bitsandbytes' parameters give "nf4", "fp4" or "int8", also before their first move to a device quantises them.
+    torchao's give the name of their class.
     """
     if type(weight) in (torch.Tensor, nn.Parameter):
         return ""
@@ -37,7 +38,7 @@ def quantised_as(weight: object) -> str:
 
 
 def quantised_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the quantised ones of a module's own parameters, by name."""
+    """Return the quantised parameters among a module's own, by name."""
     parameters = ((name, parameter) for name, parameter in module._parameters.items() if parameter is not None)
     return {name: parameter for name, parameter in parameters if quantised_as(parameter)}
 
@@ -52,9 +53,9 @@ def quantised_modules(places: Iterable[tuple[str, nn.Module]]) -> dict[str, nn.M
 
 
 def dequantize(module: nn.Module, name: str = "weight") -> torch.Tensor:
-    """Return the values of a quantised parameter as a new plain tensor, in the dtype that `dtype_of` says.
+    """Return the values of a quantised parameter as a new plain tensor, in the dtype of `dtype_of`.
 
-    One that is not quantised yet is quantised in a copy, so that the values are those that it will have.
+    A parameter that is not quantised yet is quantised in a copy first, so that the result has its later values.
     """
     weight: Any = module._parameters[name]
     quantised = quantised_as(weight)
@@ -67,7 +68,7 @@ def dequantize(module: nn.Module, name: str = "weight") -> torch.Tensor:
             return cast(torch.Tensor, weight.detach().dequantize())
         if weight.quant_state is None:
             weight = copy.copy(weight)
-            weight.module = None  # quantising tells the layer
+            weight.module = None  # otherwise quantising the copy would change the layer
             weight = weight.to(weight.device)
         unpack_for_gradients_(module, weight)
         values = sys.modules[f"{BITSANDBYTES}.functional"].dequantize_4bit(weight.data, weight.quant_state)
@@ -83,7 +84,11 @@ def _dequantize_8bit(module: nn.Module, weight: Any) -> torch.Tensor:
 
 
 def scales_of(module: nn.Module, weight: Any) -> torch.Tensor:
-    """Return the scale of each row of an 8-bit weight, which the first forward moves from the weight to the layer."""
+    """Return the scale of each row of an 8-bit weight. The first forward moves it from the weight to the layer.
+
+    Raises:
+        LoRAError: neither holds it.
+    """
     scales = weight.SCB if weight.SCB is not None else cast(Any, module).state.SCB
     if scales is None:
         raise LoRAError(f"{type(module).__name__}: its 8-bit weight has no scales; quantise it again, by .to(device).")
@@ -91,7 +96,7 @@ def scales_of(module: nn.Module, weight: Any) -> torch.Tensor:
 
 
 def dtype_of(weight: Any) -> torch.dtype:
-    """Return the dtype that a parameter's values have when they are dequantised; 8-bit ones have float32."""
+    """Return the dtype of a parameter's dequantised values; for 8-bit weights it is float32."""
     if weight.dtype.is_floating_point:
         return cast(torch.dtype, weight.dtype)
     state = getattr(weight, "quant_state", None)
@@ -99,16 +104,17 @@ def dtype_of(weight: Any) -> torch.dtype:
 
 
 def shape_of(weight: Any) -> torch.Size:
-    """Return the shape that a parameter's values have when they are dequantised."""
+    """Return the shape of a parameter's dequantised values."""
     state = getattr(weight, "quant_state", None)
     return torch.Size(weight.shape if state is None else state.shape)
 
 
 def unpack_for_gradients_(module: nn.Module, weight: Any) -> None:
-    """Undo what bitsandbytes does to a 4-bit weight in an evaluation on a CPU with AVX512-BF16. In place.
+    """Undo bitsandbytes' packing of a 4-bit weight for evaluation on a CPU with AVX512-BF16. In place.
 
-    Packed so, it gives its input no gradient. Its values stay: scales rounded to bfloat16, not quantised any more.
-    bitsandbytes' own inverse rounds them again, and leaves those that were not quantised in another order.
+    A packed weight gives its input no gradient. The values stay as packing has made them: the scales are rounded to
+    bfloat16 and not quantised any more. bitsandbytes' own inverse rounds the scales a second time, and returns scales
+    that were not quantised in the wrong order; so the scales are restored here.
     """
     state = weight.quant_state
     if not getattr(state, "packing_format_for_cpu", False):
@@ -123,7 +129,10 @@ def unpack_for_gradients_(module: nn.Module, weight: Any) -> None:
 
 
 def keep_gradients_(modules: Iterable[nn.Module]) -> None:
-    """Let no 4-bit layer, adapted or not, be packed for evaluation: training went on without gradients. In place."""
+    """Keep bitsandbytes from packing 4-bit layers, adapted or not, for evaluation. In place.
+
+    Otherwise training would go on without gradients after an evaluation.
+    """
     for module in modules:
         if getattr(module, PACKS_FOR_CPU, False):
             for weight in quantised_parameters(module).values():
@@ -132,7 +141,7 @@ def keep_gradients_(modules: Iterable[nn.Module]) -> None:
 
 
 def allow_packing_(modules: Iterable[nn.Module]) -> None:
-    """Undo keep_gradients_; what was packed then is packed again by the next evaluation. In place."""
+    """Undo keep_gradients_. The next evaluation packs the layers again. In place."""
     for module in modules:
         if vars(module).pop(PACKED_BEFORE, False):
             vars(module)[PACKS_FOR_CPU] = True

@@ -1,7 +1,7 @@
-"""What state dicts hold beside a quantised weight of bitsandbytes, and how that is loaded again.
+"""The entries of a state dict that describe a quantised weight of bitsandbytes, and how to load them.
 
-A 4-bit layer writes `weight.absmax`, `weight.quant_state.bitsandbytes__nf4` and others, which its own load refuses as
-unexpected; an 8-bit layer writes `SCB` and `weight_format`, which it refuses once its forward has run.
+A 4-bit layer writes `weight.absmax`, `weight.quant_state.bitsandbytes__nf4` and others. Its own load_state_dict refuses
+these as unexpected. An 8-bit layer writes `SCB` and `weight_format`, and refuses them after its first forward.
 """
 
 from __future__ import annotations
@@ -19,29 +19,37 @@ from .adapted_weights import NamedModules
 from .quantised import BITSANDBYTES, INT8, quantised_as, quantised_parameters, scales_of, shape_of
 
 SCALES, FORMAT, STATE = "SCB", "weight_format", ".quant_state"
-LAYERS_OF_LIGHTNING = ("_Linear4bit", "_Linear8bitLt")  # of its BitsandbytesPrecision
+LAYERS_OF_LIGHTNING = ("_Linear4bit", "_Linear8bitLt")  # classes that Lightning's BitsandbytesPrecision makes
 
 
 def owner_of(name: str) -> str:
-    """Return the name of the weight that an entry of a state dict would be beside."""
+    """Return the name of the weight that an entry of a state dict would describe."""
     path, _, leaf = name.rpartition(".")
     return f"{path}.weight".lstrip(".") if leaf in (SCALES, FORMAT) else path.removesuffix(STATE)
 
 
 def quantisation_entries(names: Iterable[str], weights: Collection[str]) -> set[str]:
-    """Return which of a state dict's names say how the quantised weights of these names are quantised."""
+    """Return the names of entries that describe quantised weights.
+
+    Args:
+        names: of a state dict.
+        weights: names of the quantised weights.
+    """
     return {name for name in names if owner_of(name) in weights}
 
 
 def load_quantisation_(places: NamedModules, state_dict: dict[str, Any], prefix: str) -> None:
-    """Take out of a state dict what says how weights are quantised, and into the model together with these. In place.
+    """Load quantised weights together with the entries that describe them. In place.
 
-    What does not go together is left to torch's strict check.
+    The entries are removed from the state dict. Entries that do not fit the model stay in it, for torch's strict check.
 
     Args:
-        places: every module of the model that loads it, under every name, with the segments of wrappers.
+        places: every module of the loading model, under every name, including the name segments of wrappers.
         state_dict: changed too.
-        prefix: of the model's names in it.
+        prefix: of the model's names in the state dict.
+
+    Raises:
+        LoRAError: a 4-bit weight has another shape in the model.
     """
     quantised = [(path, module, weights) for path, module in places if (weights := quantised_parameters(module))]
     if not quantised:
@@ -97,14 +105,15 @@ def _load_8bit_(module: Any, weight: Any, name: str, entries: list[str], state_d
 
 
 def is_of_lightning(module: nn.Module) -> bool:
-    """Tell whether a layer is one that Lightning's BitsandbytesPrecision has made."""
+    """Return whether Lightning's BitsandbytesPrecision has made a layer."""
     return any(derives_from(module, name, LIGHTNING) for name in LAYERS_OF_LIGHTNING)
 
 
 def unchanged_weight(module: nn.Module, tensor: torch.Tensor | None) -> torch.Tensor | None:
-    """Return what load_state_dict is given for a tensor of a module that is to stay as it is: itself.
+    """Return the entry for a state dict that leaves a module's tensor as it is: normally the tensor itself.
 
-    Layers of Lightning's BitsandbytesPrecision quantise what is loaded into them anew, unless that is quantised.
+    Layers of Lightning's BitsandbytesPrecision would quantise a loaded tensor again. They do nothing with one that has
+    a quantised dtype, so for them the entry is an empty tensor of that dtype.
     """
     if not quantised_as(tensor) or not is_of_lightning(module):
         return tensor

@@ -1,6 +1,6 @@
-"""Random numbers from streams of their own: no stream of the user's, of any device, is seeded or advanced.
+"""Random numbers from new generators: torch's own random streams are neither seeded nor advanced, on any device.
 
-torch.manual_seed would seed every device, and torch.random.fork_rng gives back only the streams that it is told of.
+torch.manual_seed would seed every device. torch.random.fork_rng restores only the streams of the devices it is given.
 """
 
 from __future__ import annotations
@@ -9,17 +9,17 @@ import torch
 
 
 def stream(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """Return a new generator that gives the numbers that torch.manual_seed(seed) would let a device draw."""
+    """Return a new generator that draws the same numbers as the device does after torch.manual_seed(seed)."""
     return torch.Generator(device).manual_seed(seed)
 
 
 def svd_lowrank(matrix: torch.Tensor, size: int, steps: int, seed: int) -> tuple[torch.Tensor, ...]:
-    """Return what torch.svd_lowrank returns after torch.manual_seed(seed), bit for bit (arXiv:0909.4061).
+    """Compute torch.svd_lowrank as after torch.manual_seed(seed), bit for bit (arXiv:0909.4061).
 
     Args:
         matrix: (m, n).
-        size: how many singular values are searched, at most m and n.
-        steps: of subspace iteration.
+        size: number of singular values, at most m and n.
+        steps: number of steps of subspace iteration.
         seed: of the random start.
 
     Returns:
@@ -36,12 +36,12 @@ def svd_lowrank(matrix: torch.Tensor, size: int, steps: int, seed: int) -> tuple
 
 
 def leading_basis(matrix: torch.Tensor, start: torch.Tensor, steps: int) -> torch.Tensor:
-    """Return an orthonormal basis (m, k) close to the leading left singular vectors of a matrix (m, n), m >= n.
+    """Return an orthonormal basis (m, k) close to the leading left singular vectors of a matrix.
 
     Args:
-        matrix: (m, n).
+        matrix: (m, n) with m >= n.
         start: (n, k), random.
-        steps: of subspace iteration.
+        steps: number of steps of subspace iteration.
     """
     basis: torch.Tensor = torch.linalg.qr(matrix @ start)[0]
     for _ in range(steps):

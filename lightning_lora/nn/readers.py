@@ -1,9 +1,12 @@
-"""Modules that read the weight of an adapted layer instead of calling it: what they read is W + delta.
+"""Readers: modules that read the weight of an adapted layer instead of calling the layer. They read W + delta.
 
-So do nn.MultiheadAttention with its out_proj, torchvision's Swin attention, transformers' Mamba. Which methods read a
-weight, and of which layer, their code tells at injection. While such a method runs, a view stands in for the layer: it
-computes W + delta where the weight is read, and calls the layer where it is called. So a method that could read, and
-does not, costs next to nothing.
+Examples are nn.MultiheadAttention with its out_proj, torchvision's Swin attention and transformers' Mamba. At injection
+the code of a module's methods shows which of them read a weight, and of which layer (nn/weight_reads.py). While such a
+method runs, a view takes the layer's place. The view computes W + delta when the weight is read, and calls the layer
+when it is called. A method that could read the weight but does not costs next to nothing.
+
+nn.TransformerEncoder and its layers read all weights on a fast path in evaluation mode. That path is switched off while
+an adapter inside is not merged.
 """
 
 from __future__ import annotations
@@ -18,15 +21,22 @@ from torch import nn
 
 from ..errors import LoRAError
 from .adapted_module import Swapped, swapped_class
-from .adapted_weights import AdaptedWeights, layer_adapter
+from .adapted_weights import AdaptedWeights, adapted_layers, layer_adapter
 from .parameter import LoRAParameterHolder
 from .weight_reads import WEIGHTS, Path, weight_reads
+
+# Attributes that a module checks before it takes its fast path, and uses for nothing else. A forward hook would keep a
+# layer off its fast path too, but torch.compile has guards on these attributes and none on hooks.
+SWITCHES: dict[type[nn.Module], str] = {
+    nn.TransformerEncoderLayer: "activation_relu_or_gelu",
+    nn.TransformerEncoder: "use_nested_tensor",  # the layers' slow path rejects nested tensors
+}
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
 class LayerView:
-    """What a reading method sees in place of an adapted layer: its weight is W + delta, all else is the layer's."""
+    """Takes an adapted layer's place in a reading method. Its weight is W + delta; all else is the layer's."""
 
     def __init__(self, layer: nn.Module) -> None:
         object.__setattr__(self, "layer", layer)
@@ -36,7 +46,7 @@ class LayerView:
         return self.layer(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("layer", "sums"):  # not set yet, which torch.compile tries
+        if name in ("layer", "sums"):  # not set yet; torch.compile asks for them that early
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
         adapter = layer_adapter(self.layer) if name in WEIGHTS else None
         weights = adapter.adapted_weights() if adapter is not None else {}
@@ -57,7 +67,7 @@ class LayerView:
 class LoRAReader(Swapped):
     """A module with methods that read the weight of an adapted layer inside it."""
 
-    lora_reads: Sequence[Path] = ()  # to the layers; none in one that a program makes by calling the class
+    lora_reads: Sequence[Path] = ()  # paths to the layers; empty in an instance that a program makes from this class
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -66,10 +76,13 @@ class LoRAReader(Swapped):
 
 
 def patch_readers(modules: Iterable[nn.Module]) -> None:
-    """Let every module that reads the weight of an adapted layer read W + delta, and no other. In place.
+    """Turn each module that reads the weight of an adapted layer into a LoRAReader, and other readers back. In place.
 
     Args:
-        modules: all of a model's.
+        modules: all modules of a model.
+
+    Raises:
+        LoRAError: a module reads the weight of an adapted layer and holds a parameter that is adapted by itself.
     """
     for module in modules:
         if isinstance(module, LoRAReader):
@@ -93,26 +106,48 @@ def _refuse_reading_holder(module: LoRAParameterHolder) -> None:
     if paths:
         parameter = next(iter(module.lora_parameters.values())).lora.name
         raise LoRAError(
-            f"inject: {parameter!r} is adapted by itself, in a {module.lora_base.__name__} that reads the weight of "
-            f"the adapted layer {'.'.join(paths[0])!r}; adapt one of the two (target_parameters, exclude_modules)."
+            f"inject: {parameter!r} is adapted by itself, and its {module.lora_base.__name__} reads the weight of the "
+            f"adapted layer {'.'.join(paths[0])!r}; adapt only one of the two (target_parameters, exclude_modules)."
         )
 
 
+def update_fast_paths(modules: Iterable[nn.Module]) -> None:
+    """Switch off the fast path of each transformer encoder and its layers with an active adapter inside. In place.
+
+    Without an active adapter inside, the fast path is allowed again. If adapters are merged, it reads W'.
+
+    Args:
+        modules: all modules of a model.
+    """
+    for module in modules:
+        for kind, switch in SWITCHES.items():
+            if isinstance(module, kind):
+                active = any(layer.lora_active for layer in adapted_layers(module).values())
+                before = f"lora_{switch}"  # attribute that keeps the switch's former value
+                if active:
+                    if before not in vars(module):
+                        setattr(module, before, getattr(module, switch, False))
+                    setattr(module, switch, False)
+                elif before in vars(module):
+                    setattr(module, switch, vars(module)[before])
+                    delattr(module, before)
+
+
 def read_layers(reader: LoRAReader) -> list[AdaptedWeights]:
-    """Return the adapters of the layers whose weights the methods of a module may read."""
+    """Return the adapters of the layers whose weights a reader's methods may read."""
     adapters = (_adapter_at(reader, path) for path in reader.lora_reads)
     return [adapter for adapter in adapters if adapter is not None]
 
 
 def _with_views(base: type[nn.Module], name: str) -> Callable[..., Any]:
-    """Return a method of the base class that sees views of the active adapted layers which it may read."""
+    """Return a method of the base class, wrapped so that views take the place of active adapted layers meanwhile."""
 
     @functools.wraps(getattr(base, name))
     def method(self: LoRAReader, *args: Any, **kwargs: Any) -> Any:
         layers = read_layers(self)
         if not any(layer.lora_active for layer in layers):
             return getattr(base, name)(self, *args, **kwargs)
-        # One thread at a time, and a compiler traces one.
+        # One thread at a time runs with views. A compiler traces one thread, so there is nothing to lock.
         with nullcontext() if torch.compiler.is_compiling() else layers[0].lora.lock:
             viewed = _place_views(self)
             try:
@@ -124,7 +159,10 @@ def _with_views(base: type[nn.Module], name: str) -> Callable[..., Any]:
 
 
 def _place_views(reader: LoRAReader) -> dict[Path, nn.Module]:
-    """Put views in place of the active layers, but for those that a reading method around this one has put there."""
+    """Put a view in place of each active layer. Return the layers by path.
+
+    A layer is skipped if a reading method that calls this one has put a view there already.
+    """
     viewed: dict[Path, nn.Module] = {}
     for path in reader.lora_reads:
         layer, adapter = _inside(reader, path), _adapter_at(reader, path)
@@ -136,7 +174,7 @@ def _place_views(reader: LoRAReader) -> dict[Path, nn.Module]:
 
 def _remove_views(reader: LoRAReader, viewed: dict[Path, nn.Module]) -> None:
     for path, layer in viewed.items():
-        if _is_view(_inside(reader, path)):  # else the method put another layer there
+        if _is_view(_inside(reader, path)):  # otherwise the method itself has put another layer there
             _modules_around(reader, path)[path[-1]] = layer
 
 
@@ -145,7 +183,7 @@ def _is_view(module: object) -> bool:
 
 
 def _adapter_at(module: nn.Module, path: Path) -> AdaptedWeights | None:
-    """Return the adapter of the layer at a path from a module, also behind a view that another thread has put there."""
+    """Return the adapter of the layer at a path from a module; another thread may have put a view there."""
     layer = _inside(module, path)
     return layer_adapter(cast(LayerView, layer).layer if _is_view(layer) else layer)
 
@@ -171,7 +209,7 @@ def _paths_to_layers(module: nn.Module, cls: type) -> list[Path]:
 
 
 def _near_layers(module: nn.Module, path: Path = ()) -> Iterator[Path]:
-    """Yield the paths to the adapted layers right inside a module, or in a list or dictionary of modules there."""
+    """Yield the paths to the adapted layers that are children of a module, or lie in its containers of modules."""
     for name, child in module._modules.items():
         if layer_adapter(child) is not None:
             yield (*path, name)

@@ -1,4 +1,4 @@
-"""Frozen tensors that all adapted layers of a model share: one nn.Parameter each, registered in every layer."""
+"""Frozen tensors that all adapted layers of a model share. Each is one nn.Parameter, registered in every layer."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch import nn
 
 from ..distributed.sharding import copy_
 
-Place = Any  # that of nn/variant.py, which stands on the same floor
+Place = Any  # a Place of nn/variant.py; importing that file here would add a floor to the package
 Start = Callable[[Iterable[Place], int], Mapping[str, torch.Tensor]]  # a variant's start_shared
 
 
 class SharedTensors:
-    """The shared tensors of one model. All its layers hold this one object, also in a copy of the model.
+    """The shared tensors of one model. All layers of the model hold the same object; copies of a model keep that.
 
     Attributes:
-        parameters: by leaf name.
-        start: returns what they start as for the places, the same each time.
-        places: the layers.
-        seed: what they are drawn from.
+        parameters: the shared tensors, by leaf name.
+        start: returns their initial values for some places, the same each time.
+        places: the layers that share them.
+        seed: of the generator that the values are drawn from.
     """
 
     def __init__(self, start: Start, seed: int) -> None:
@@ -32,11 +32,11 @@ class SharedTensors:
         self._shapes: dict[int, dict[str, torch.Size]] = {}  # by rank
 
     def fit_(self, places: Iterable[Place], like: nn.Parameter) -> None:
-        """Make the tensors, or make them larger, so that they serve all these places. In place.
+        """Create the tensors, or enlarge them, so that they are large enough for all these places. In place.
 
         Args:
-            places: all layers that share them.
-            like: has the dtype and device for new ones.
+            places: all layers that share the tensors.
+            like: new tensors get the dtype and device of this one.
         """
         self.places = list(places)
         self._shapes.clear()
@@ -48,30 +48,33 @@ class SharedTensors:
                 known.data = values.to(known.device, known.dtype)
 
     def draw_(self, rank: int) -> None:
-        """Let the tensors have their initial values, of layers of this rank. In place."""
+        """Give the tensors their initial values for layers of this rank. In place."""
         for leaf, values in self.start(self._places_by(rank), self.seed).items():
             copy_(self.parameters[leaf], values)
 
     def shapes(self, rank: int) -> dict[str, torch.Size]:
-        """Return the shapes that the tensors have where all layers have this rank."""
+        """Return the shapes of the tensors for layers of this rank."""
         if rank not in self._shapes:
             values = self.start(self._places_by(rank), self.seed)
             self._shapes[rank] = {leaf: value.shape for leaf, value in values.items()}
         return self._shapes[rank]
 
     def _places_by(self, rank: int) -> list[Place]:
-        """Return the places with another rank; those that differ in rank stay, and swaps of ranks are refused."""
+        """Return the places with another rank.
+
+        Places of several ranks are returned unchanged: another rank is refused for such a model elsewhere.
+        """
         ranks = {place.rank for place in self.places}
         return self.places if len(ranks) > 1 else [replace(place, rank=rank) for place in self.places]
 
     def tie_again_(self, module: nn.Module, before: Mapping[str, nn.Parameter | None]) -> None:
-        """Let a module share the tensors again, where torch has replaced its parameters by others. In place.
+        """Make a module share the tensors again after torch replaced its parameters by separate ones. In place.
 
-        The first module to come has new ones for all; those that come later take them.
+        The new parameters of the first module become the shared ones. Later modules get these.
 
         Args:
             module: an adapted layer.
-            before: its parameters before they were replaced.
+            before: the module's parameters before the replacement.
         """
         for leaf, shared in self.parameters.items():
             mine = module._parameters.get(leaf)

@@ -1,8 +1,8 @@
-"""A0 and B0 that are computed from a weight: what A and B start as, and what is subtracted from their product again.
+"""Starts from the weight: A and B start as A0 and B0, and B0 @ A0 is subtracted again, so that W' starts as W.
 
 pissa          s * B0 @ A0 is the weight's best approximation of rank r (arXiv:2404.02948)
-pissa_niter_n  nearly so, by n steps of subspace iteration from a random start
-olora          B0 @ A0 is Q[:, :r] @ R[:r] of W = Q @ R, not divided by s (arXiv:2406.01775, and PEFT)
+pissa_niter_n  the same approximately, by n steps of subspace iteration from a random start
+olora          B0 @ A0 is Q[:, :r] @ R[:r] for W = Q @ R, without division by s (arXiv:2406.01775, as in PEFT)
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from .variant import Acting, Config, Expected, Fault, Place, Stored, Weights
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
-LEAST_BLOCKS = 10  # in a Krylov space that is worth a search
-SPARE = 8  # vectors in a block of the Krylov space beside those that are searched
+LEAST_BLOCKS = 10  # a Krylov space must have room for so many blocks to be worth a search
+SPARE = 8  # a block of the Krylov space has so many vectors more than are wanted
 
 PISSA, STEPS, OLORA = "pissa", "pissa_niter_", "olora"
 
-START_A, START_B = "lora_start_A", "lora_start_B"  # what A and B began as
+START_A, START_B = "lora_start_A", "lora_start_B"  # leaf names of A0 and B0
 
 
 class Started(LoRA):
-    """LoRA whose A and B start from the weight or from data, and whose start is subtracted: B @ A - B0 @ A0."""
+    """LoRA whose A and B start from the weight or from data. The weight gets s * (B @ A - B0 @ A0) added."""
 
     frozen = (START_A, START_B)
     placed_as: ClassVar[Mapping[str, str]] = {A: A, B: B, START_A: A, START_B: B}
@@ -65,9 +65,10 @@ class Started(LoRA):
         return is_start(place.init)
 
     def followers(self, kept: Collection[str], stored: Stored, place: Place, weights: Weights) -> Collection[str]:
-        """Return all leaf names or none. A sharded weight is not gathered: the adapter goes on from where it started.
+        """Return all leaf names or none.
 
-        W' is W all the same.
+        Nothing follows where tensors are sharded, because W would have to be gathered. The adapter then keeps its old
+        start; W' still equals W.
         """
         if not is_start(place.init) or len(kept) < len(self.leaves) or any(map(is_sharded, stored.values())):
             return ()
@@ -83,15 +84,15 @@ class Started(LoRA):
     def acting(self, stored: Stored, weight: torch.Tensor | None, scaling: float) -> Acting:
         """Return [A; A - A0] and [B - B0, B0], whose product is B @ A - B0 @ A0.
 
-        Where nothing was trained yet the product is zero, bit for bit, and later no large terms cancel, in no dtype.
+        Before training the product is exactly zero. Later no large terms cancel, in any dtype.
         """
         a, b, start_a, start_b = stored[A], stored[B], stored[START_A].detach(), stored[START_B].detach()
-        if a.dtype in low_rank.HALF:  # in which the differences would be rounded
+        if a.dtype in low_rank.HALF:  # 16 bits would round the differences
             a, b = a.float(), b.float()
         return Acting(*low_rank.stack_ranks(a, b - start_b, a - start_a, start_b.to(b.dtype)))
 
     def options(self) -> dict[str, Any]:
-        return {"init_lora_weights": PISSA}  # which of the starts it was does not matter any more
+        return {"init_lora_weights": PISSA}  # A0 and B0 are stored, so any start serves
 
     def fault(self, stored: Stored) -> Fault | None:
         for leaf, start in ((A, START_A), (B, START_B)):
@@ -105,9 +106,10 @@ class Started(LoRA):
         return Expected([(a, b), (start_a, -start_b)], rounded=True)
 
     def to_peft(self, stored: Stored, place: Place) -> dict[str, torch.Tensor]:
-        """Return the equal plain LoRA of twice the rank, which fits the base as it was: [B, -B0] @ [A; A0].
+        """Return plain LoRA of twice the rank that adds the same to the unchanged base: [B, -B0] @ [A; A0].
 
-        In each part of a fused projection and each expert of a stack: as peft itself converts such adapters.
+        PEFT converts such adapters in the same way. Each part of a fused projection and each expert of a stack is
+        converted by itself.
         """
         a, b = low_rank.stack_ranks(stored[A], stored[B], stored[START_A], -stored[START_B])
         return {A: a, B: b}
@@ -123,7 +125,7 @@ class Started(LoRA):
         return {A: a, B: b, START_A: start_a, START_B: -negative_b}
 
     def config_in_peft(self, config: Config) -> Config:
-        """Return the options with twice the rank; so that the scalings stay, lora_alpha grows with it."""
+        """Return the options with twice the rank. lora_alpha grows too, so that the scalings stay."""
         growth = math.sqrt(2) if config.use_rslora else 2
         return replace(
             config,
@@ -143,8 +145,8 @@ def start_factors(weight: torch.Tensor, rank: int, scaling: float, init: str, se
         weight: a floating point matrix.
         rank: r.
         scaling: s.
-        init: LoRAConfig's init_lora_weights, one of those that start from the weight.
-        seed: of the random start of subspace iteration; torch's own random stream is not advanced.
+        init: LoRAConfig's init_lora_weights: "pissa", "pissa_niter_<n>" or "olora".
+        seed: of the random start of subspace iteration. torch's own random stream is not advanced.
 
     Raises:
         LoRAError: the weight has no values, is not finite, or has fewer rows or columns than the rank.
@@ -177,16 +179,20 @@ def _at_least_float32(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _from_qr(weight: torch.Tensor, rank: int) -> Pair:
-    """The first columns of Q depend on as many columns of W alone, so no more are decomposed."""
+    """Return A0 and B0 of the start "olora".
+
+    The first r columns of Q depend on the first r columns of W only, so only these are decomposed.
+    """
     q = torch.linalg.qr(weight[:, :rank])[0]
     return q.T @ weight, q
 
 
 def _leading_exactly(weight: torch.Tensor, rank: int, seed: int) -> Pair:
-    """Return U (out, rank) and U.T @ W for the leading left singular vectors U, as exact as the weight's dtype.
+    """Return U (out, rank) and U.T @ W for the leading left singular vectors U, to the precision of W's dtype.
 
-    They are the leading eigenvectors of the Gram matrix of the smaller side, in float64. Of a large one, a search in a
-    Krylov space finds them in a fraction of the time, but for weights as flat as random ones.
+    U are the leading eigenvectors of the Gram matrix of W's smaller side, in float64. For a large matrix, a search in a
+    Krylov space finds them in a fraction of the time, unless the singular values are as flat as those of a random
+    matrix.
     """
     tolerance = torch.finfo(_at_least_float32(weight[:0]).dtype).eps
     wide = (weight.cpu() if weight.device.type == "mps" else weight).double()  # mps has no float64
@@ -204,11 +210,14 @@ def _leading_of_wide(wide: torch.Tensor, rank: int, tolerance: float, seed: int)
 
 
 def _leading_in_krylov_space(wide: torch.Tensor, rank: int, tolerance: float, seed: int) -> Pair | None:
-    """Search in the space of a random block, G times it, G^2 times it, ... with G = W @ W.T (arXiv:1504.05477).
+    """Search for the leading left singular vectors of W in a Krylov space (arXiv:1504.05477).
+
+    The space is spanned by X, G @ X, G @ G @ X, ... for a random block X and G = W @ W.T.
 
     Returns:
-        None where a space of a quarter of the dimensions is too small. Else the angle to the exact ones is below the
-        tolerance: it is at most the residual over the gap between the eigenvalues that are taken and the others.
+        U and U.T @ W, or None if a space with a quarter of the dimensions of G does not contain them. The angle between
+        U and the exact vectors is below the tolerance: it is at most the residual over the gap between the eigenvalues
+        of U and the others.
     """
     size = rank + SPARE
     if wide.shape[0] < 4 * LEAST_BLOCKS * size:
@@ -224,13 +233,16 @@ def _leading_in_krylov_space(wide: torch.Tensor, rank: int, tolerance: float, se
         if residual <= tolerance * (values[-rank] - values[-rank - 1]):
             return vectors.flip(1), leading.flip(0)
         block = wide @ rows.T
-        for _ in range(2):  # once leaves rounding behind
+        for _ in range(2):  # one pass leaves rounding errors behind
             block = torch.linalg.qr(block - basis @ (basis.T @ block))[0]
     return None
 
 
 def _leading_by_iteration(weight: torch.Tensor, rank: int, steps: int, seed: int) -> Pair:
-    """Return the same nearly: torch.svd_lowrank's method, from numbers that are the same on each device."""
+    """Return an approximation of U and U.T @ W by torch.svd_lowrank's method.
+
+    The random start is drawn on the CPU, so that it is the same for each device.
+    """
     weight = _at_least_float32(weight)
     if weight.shape[0] < weight.shape[1]:
         return _turned(*_leading_by_iteration(weight.T, rank, steps, seed))
@@ -244,7 +256,7 @@ def _draw(rows: int, columns: int, seed: int) -> torch.Tensor:
 
 
 def _turned(left: torch.Tensor, projected: torch.Tensor) -> Pair:
-    """Turn U and U.T @ W of a transposed weight into those of the weight."""
+    """Return U and U.T @ W of a weight, for U and U.T @ W of its transpose."""
     values = projected.norm(dim=1)
     return projected.T / _positive(values), values[:, None] * left.T
 
@@ -254,7 +266,7 @@ def _positive(values: torch.Tensor) -> torch.Tensor:
 
 
 def _share_values(left: torch.Tensor, projected: torch.Tensor, scaling: float, dtype: torch.dtype) -> Pair:
-    """Give A0 and B0 the root of each singular value over s: A0 = sqrt(S / s) V.T, B0 = U sqrt(S / s)."""
+    """Return A0 = sqrt(S / s) @ V.T and B0 = U @ sqrt(S / s), so that s * B0 @ A0 = U @ S @ V.T."""
     values = projected.norm(dim=1)
     a = projected / _positive((values * scaling).sqrt())[:, None]  # S over this root is sqrt(S / s)
     return a.to(dtype), (left * (values / scaling).sqrt()).to(dtype)

@@ -1,4 +1,4 @@
-"""Weights that several modules own: merging one of them would change the others too."""
+"""Weights that several modules own. Merging such a weight for one module would change the others too."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ..names import ATTRIBUTE
 from .adapted_module import AdaptedModule
 from .adapted_weights import NamedModules, adapters_in, layer_adapter
 
-Owned = tuple[torch.Tensor, nn.Module, str, str, bool]  # tensor, module, its name, that in it, and if it is a parameter
+Owned = tuple[torch.Tensor, nn.Module, str, str, bool]  # tensor, module, module's name, leaf name, is a parameter
 
 
 def tied_weights(modules: NamedModules) -> dict[nn.Module, str]:
-    """Return the modules that own one of tied_parameters, each with the name of the other parameter or buffer."""
+    """Return the modules with a tied parameter, each with the name of another parameter or buffer that shares it."""
     tied: dict[nn.Module, str] = {}
     for (module, _), other in tied_parameters(modules).items():
         tied.setdefault(module, other)
@@ -26,10 +26,13 @@ def tied_weights(modules: NamedModules) -> dict[nn.Module, str]:
 
 
 def tied_parameters(modules: NamedModules) -> dict[tuple[nn.Module, str], str]:
-    """Return the weights, by module and name in it, that share memory with another module's tensor, and its name.
+    """Return the parameters that share memory with a tensor of another module.
 
-    Memory counts, not identity: two Parameters may view one storage. A bias may have several owners. Modules that share
-    an adapter count as one.
+    Memory counts and not identity, because two Parameters may view one storage. A bias may have several owners. Modules
+    that share an adapter count as one.
+
+    Returns:
+        Name of the other tensor, by (module, name of the parameter in the module).
     """
     owners: dict[int, list[Owned]] = defaultdict(list)
     for path, module in modules:
@@ -45,7 +48,7 @@ def tied_parameters(modules: NamedModules) -> dict[tuple[nn.Module, str], str]:
 
 
 def record_ties(modules: NamedModules) -> None:
-    """Record on each adapted layer and parameter of a model what keeps it from being merged, if anything.
+    """Record on each adapter of a model why its weight cannot be merged, or that it can. In place.
 
     Args:
         modules: every module of the model, under its first name.
@@ -62,20 +65,20 @@ def record_ties(modules: NamedModules) -> None:
             weights = (parameter,) if parameter else adapter.adapted_weights()
             if not owner and any(name not in module._parameters for name in weights):
                 reason = "its weight is computed from others (weight_norm, parametrize, prune)"
-            # A part of the injected model shows what ties a layer, but not that nothing does.
+            # If `modules` are only a part of the injected model, they can show a tie but not that there is none.
             if reason != adapter.lora.unmergeable_reason and (reason or whole):
                 adapter.lora.unmergeable_reason = reason
 
 
 def _own_parameters(module: nn.Module) -> Mapping[str, nn.Parameter | None]:
-    """Return the parameters of a module, and not what stands in for one in another thread's forward.
+    """Return a module's own parameters, without the shared tensors of a variant, which are no ties.
 
-    What all adapted layers share is left out: it is no tie.
+    Waits while W + delta stands in for a parameter in another thread's forward.
     """
     if not isinstance(module, AdaptedModule):
         return module._parameters
     adapters = list(module.lora_adapters().values())
-    if len(adapters) == 1:  # a stack of locks takes longer
+    if len(adapters) == 1:  # the common case; an ExitStack takes longer
         with adapters[0].lora.lock:
             parameters = dict(module._parameters)
     else:
@@ -90,7 +93,7 @@ def _own_parameters(module: nn.Module) -> Mapping[str, nn.Parameter | None]:
 
 
 def _add_overlaps(sharing: Sequence[Owned], tied: dict[tuple[nn.Module, str], str]) -> None:
-    """Add to `tied` the weights among the owners of one storage that overlap with another module's tensor."""
+    """Add to `tied` each parameter that overlaps with another module's tensor in one storage. In place."""
     spans = sorted(((*_span(owned[0]), *owned[1:]) for owned in sharing), key=lambda span: span[:2])
     for i, (_, end, module, path, name, trains) in enumerate(spans):
         for start, _, later_module, later_path, later_name, later_trains in spans[i + 1 :]:
@@ -105,17 +108,17 @@ def _add_overlaps(sharing: Sequence[Owned], tied: dict[tuple[nn.Module, str], st
 
 
 def _owner(module: nn.Module) -> object:
-    """What a module's tensors belong to: its adapter, which other modules may share, or the module."""
+    """Return the module's adapter, which other modules may share, or the module if it has none."""
     return layer_adapter(module) or module
 
 
 def _storage(tensor: torch.Tensor) -> int:
-    """The memory that a tensor is a view of; one without memory of its own (meta, sharded) counts by identity."""
+    """Return the address of a tensor's storage. For a tensor without readable memory (meta, sharded), return its id."""
     return (tensor.untyped_storage().data_ptr() if _is_dense(tensor) else 0) or id(tensor)
 
 
 def _span(tensor: torch.Tensor) -> tuple[int, int]:
-    """First and last byte in that memory."""
+    """Return the first byte of a tensor's memory and the byte after the last."""
     if not _is_dense(tensor) or tensor.is_meta or not tensor.numel():
         return 0, 1
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
@@ -124,5 +127,5 @@ def _span(tensor: torch.Tensor) -> tuple[int, int]:
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:
-    plain = type(tensor) in PLAIN or type(tensor.data) is torch.Tensor  # the second takes longer
+    plain = type(tensor) in PLAIN or type(tensor.data) is torch.Tensor  # the second check takes longer
     return plain and tensor.layout is torch.strided

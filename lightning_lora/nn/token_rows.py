@@ -1,10 +1,10 @@
-"""Rows of a table that are trained while the rest of it stays frozen: nn.Embedding, an output head, or both tied.
+"""Trained rows of a frozen table. A table is an nn.Embedding or an nn.Linear output head; both may be tied.
 
-The adapter of a table is `lora_rows` (n, dim) beside its weight. It holds the rows themselves and not differences, so
-that what W had there does not matter. A forward takes these rows in place of W's, without a copy of the table. To
-merging, the adapter is what it adds to W, rows - W[ids].
+The adapter of a table is the parameter `lora_rows` (n, dim) beside the weight. It holds the rows themselves and no
+differences, so W's values in these rows do not matter. A forward uses the trained rows in place of W's rows, without a
+copy of the table. Merging adds rows - W[ids] to W.
 
-Where tables are tied, they share the adapter and its parameter as they share the weight: it is merged once for all.
+Tied tables share one adapter and its parameter, as they share the weight. The adapter is merged once for all of them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ WEIGHT = "weight"
 
 
 class TrainedRows(Variant):
-    """Rows of a table that take the place of its own."""
+    """The adapter stores rows of a table, which replace the table's own rows."""
 
     title = "trained rows"
     trained = (ROWS,)
@@ -53,7 +53,7 @@ class TrainedRows(Variant):
 
 
 class TokenRows(AdaptedWeights):
-    """The trained rows of one table, or of several that are tied; spec.rows are their numbers, ascending."""
+    """The trained rows of one table or of several tied tables. spec.rows are the ascending numbers of the rows."""
 
     KIND = ""
 
@@ -70,7 +70,7 @@ class TokenRows(AdaptedWeights):
 
     @property
     def rows(self) -> nn.Parameter:
-        """The trained rows (n, dim), in the order of spec.rows."""
+        """The trained parameter (n, dim), in the order of spec.rows."""
         return self.tables[0].lora_rows
 
     def options_text(self) -> str:
@@ -103,10 +103,10 @@ class TokenRows(AdaptedWeights):
         return {WEIGHT: row_blocks(before, range(len(before)), rows)}
 
     def tie_again_(self, module: nn.Module, before: Mapping[str, nn.Parameter | None], *, loaded: bool) -> None:
-        """Tie the tables again: the first one's parameters are those of all.
+        """Tie the tables again: all of them get the first table's parameters. In place.
 
-        Of what is loaded, another table keeps a parameter of its own where its values are others: so torch does. A move
-        ties the rows alone.
+        After a load, a table whose loaded values differ keeps its own parameter, as torch's own tied modules do. After
+        a move, only the rows are tied again.
         """
         if not loaded:
             module._parameters[ROWS] = self.rows
@@ -126,26 +126,29 @@ class TokenRows(AdaptedWeights):
         self.note_segment()
         table, weight = self.tables[0], weights[WEIGHT]
         if WEIGHT not in table._parameters:
-            raise LoRAError(f"{type(table).__name__}: weight is computed from others since injection; undo that.")
+            raise LoRAError(
+                f"{type(table).__name__}: since injection, weight is computed from other parameters (weight_norm, "
+                "parametrize); undo that."
+            )
         return {WEIGHT: weight.index_copy(0, table.row_ids(weight.device), self.rows.to(weight.dtype))}
 
 
 class LoRATable(AdaptedModule):
-    """A table of which some rows are trained."""
+    """A table with some trained rows."""
 
     ATTRIBUTES = ("lora_table", "lora_custom_forward", "lora_row_ids")
-    KNOWN_FORWARD: ClassVar[str] = "torch.nn.modules."  # whose forwards forward_with_rows stands in for
+    KNOWN_FORWARD: ClassVar[str] = "torch.nn.modules."  # forward_with_rows replaces forwards from these modules only
     weight: nn.Parameter
     lora_rows: nn.Parameter
     lora_table: TokenRows
     lora_custom_forward: bool
-    lora_row_ids: torch.Tensor  # spec.rows; no buffer, because weight averaging takes the mean of those
+    lora_row_ids: torch.Tensor  # spec.rows; not a buffer, because weight averaging would average it
 
     def lora_adapters(self) -> Mapping[str, AdaptedWeights]:
         return {"": self.lora_table}
 
     def row_ids(self, device: torch.device) -> torch.Tensor:
-        """Return the numbers of the rows, int64 (n,), on a device."""
+        """Return the row numbers as an int64 tensor (n,) on a device."""
         if self.lora_row_ids.device != device:
             with torch.inference_mode(False):
                 self.lora_row_ids = torch.tensor(self.lora_table.lora.spec.rows, device=device)
@@ -161,11 +164,14 @@ class LoRATable(AdaptedModule):
         return self.forward_with_rows(*args, **kwargs)
 
     def base_forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the forward that the table had before."""
+        """Run the forward that the table had before it was adapted, without the trained rows."""
         return super().forward(*args, **kwargs)
 
     def forward_with_rows(self, input: torch.Tensor) -> torch.Tensor:
-        """Return what the table's forward gives with the rows in place of W's; they always take part in it."""
+        """Run the table's forward with the trained rows in place of W's rows.
+
+        The trained rows are part of the graph even if the input selects none of them.
+        """
         raise NotImplementedError
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
@@ -188,7 +194,7 @@ class LoRAEmbeddingTable(LoRATable):
         return torch.where((ids[places] == input).unsqueeze(-1), rows, base)
 
     def _padding_place(self) -> int | None:
-        """Return which of the rows is that of padding_idx, which gets no gradient."""
+        """Return the position of padding_idx among the trained rows, or None. That row gets no gradient."""
         padding, ids = cast(nn.Embedding, self).padding_idx, self.lora_table.lora.spec.rows
         return None if padding is None or padding not in ids else ids.index(padding)
 
@@ -213,19 +219,19 @@ def _has_same_values(new: torch.Tensor, old: torch.Tensor) -> bool:
 
 
 def is_table(module: nn.Module) -> bool:
-    """Return whether a module is one of which rows can be trained."""
+    """Return whether single rows of a module can be trained."""
     return isinstance(module, tuple(TABLES))
 
 
 def adapt_table_(module: nn.Module, name: str, spec: LayerSpec, injection: object) -> TokenRows:
-    """Turn a table into one of which spec.rows are trained, without the rows yet. In place."""
+    """Turn a module into a table with trained rows spec.rows. Its parameter is created later. In place."""
     adapter = TokenRows(LayerState(spec, name, injection))
     share_table_(module, adapter)
     return adapter
 
 
 def share_table_(module: nn.Module, adapter: TokenRows) -> None:
-    """Let a table share the adapter of the tables that it is tied to. In place."""
+    """Add a module to the tables of an adapter. All of them are tied. In place."""
     mixin = next(mixin for kind, mixin in TABLES.items() if isinstance(module, kind))
     custom_forward = not type(module).forward.__module__.startswith(LoRATable.KNOWN_FORWARD)
     module.__class__ = swapped_class(mixin, type(module))
@@ -238,5 +244,5 @@ def share_table_(module: nn.Module, adapter: TokenRows) -> None:
 
 
 def table_adapters(modules: Iterable[nn.Module]) -> dict[int, TokenRows]:
-    """Return the adapters of tables among these modules by the identity of the weight."""
+    """Return the adapters of the tables among these modules, by the id of the table's weight."""
     return {id(module.weight): module.lora_table for module in modules if isinstance(module, LoRATable)}

@@ -1,9 +1,9 @@
-"""A variant of LoRA is one class: what an adapter stores, how that starts, and what it adds to the weight.
+"""A variant of LoRA is one class: what an adapter stores, the initial values, and what is added to the weight.
 
-The same mapping `stored` (leaf name -> tensor) is in a live layer, in an adapter apart from any model and in a file.
-Only the variant knows what its leaf names mean. Everybody else asks it, and names none.
+A live layer, an adapter apart from any model and a file all hold the same mapping `stored`: leaf name -> tensor. Only
+the variant knows what its leaf names mean. All other code calls the variant's methods and uses no leaf name itself.
 
-To define a variant, subclass Variant in a file of its own and import that file. LoRAConfig(variant=name) then means it.
+To define a variant, subclass Variant in a new file and import that file. LoRAConfig(variant=name) then finds it.
 """
 
 from __future__ import annotations
@@ -22,32 +22,32 @@ from . import low_rank
 from .low_rank import LowRankBlock
 from .peft_form import PeftForm
 
-Config = Any  # a LoRAConfig; its file stands above this one
+Config = Any  # a LoRAConfig; importing config.py here would add a floor to the package
 LayerClass = TypeVar("LayerClass", bound=type[nn.Module])
 Stored = Mapping[str, torch.Tensor]  # tensors of one layer's adapter, by leaf name
-Weights = Callable[[], Mapping[str, torch.Tensor]]  # gives a layer's weights as stored, by name, when they are needed
-Parts = Iterable[tuple[int, torch.Tensor]]  # some of a weight's rows as a matrix, each with the number of the first
-Reader = Callable[[str], Parts]  # reads the weight of this name part by part
+Weights = Callable[[], Mapping[str, torch.Tensor]]  # returns a layer's weights as stored, by name
+Parts = Iterable[tuple[int, torch.Tensor]]  # (first row, some rows of a weight as a matrix)
+Reader = Callable[[str], Parts]  # reads the weight with this name part by part
 
-_STARTED: dict[str, Variant] = {}  # by name: the variants whose factors start from values that are subtracted again
-_ALL: dict[str, Variant] = {}  # by the class's name
+_STARTED: dict[str, Variant] = {}  # variants with `started`, by name; init_lora_weights asks for them
+_ALL: dict[str, Variant] = {}  # every variant, by the qualified name of its class
 
 
 @dataclass(frozen=True)
 class Place:
-    """One adapted layer or single parameter, as its variant sees it: in a live model and in files.
+    """What a variant knows about one adapted layer or single parameter, in a live model or in a file.
 
     Attributes:
-        name: in the model.
+        name: of the layer in the model.
         kind: one of low_rank.KINDS.
-        shapes: of its weights as stored, by name.
+        shapes: of the layer's weights as stored, by name.
         rank: r.
         scaling: s.
-        enabled: which equal parts of a fused projection are adapted; None for all of it as one.
+        enabled: which equal parts of a fused projection are adapted; None for the whole projection.
         init: LoRAConfig's init_lora_weights.
-        seed: what random values are drawn from.
-        rows: of a table of which rows are trained: their numbers, ascending.
-        options: those that the variant alone has, by name.
+        seed: of the generator for random values.
+        rows: ascending numbers of the trained rows of a table.
+        options: the variant's own options, by name.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Place:
 
     @property
     def is_lookup(self) -> bool:
-        """Whether A is a table that rows are taken from."""
+        """Whether A is a table from which rows are looked up."""
         return self.kind == low_rank.EMBEDDING
 
     @property
@@ -76,11 +76,11 @@ class Place:
         return low_rank.factor_shapes(self.kind, self.shapes, self.rank, self.enabled)
 
     def matrix_shape(self) -> tuple[int, int]:
-        """Return (out, in) of its weight, of a convolution with its kernel counted to in."""
+        """Return (out, in) of the weight; a convolution's kernel size counts to in."""
         return low_rank.matrix_shape(self.kind, next(iter(self.shapes.values())))
 
     def shaped(self, acting: Acting) -> Acting:
-        """Return what a layer acts as; a convolution's factors, where they are matrices, as low_rank.py states."""
+        """Return `acting` with a convolution's factors in the shapes of low_rank.py; they may be matrices before."""
         a, b, scale = acting
         if self.kind not in low_rank.CONVOLUTIONS or a.dim() > 2:
             return acting
@@ -88,15 +88,20 @@ class Place:
         return Acting(a.reshape(-1, *kernel), b.reshape(*b.shape, *[1] * (len(kernel) - 1)), scale)
 
     def low_rank_blocks(self, a: torch.Tensor, b: torch.Tensor) -> dict[str, list[LowRankBlock]]:
-        """Return what B @ A adds to each weight, without the scaling; A and B as low_rank.py has them for the kind."""
+        """Return the blocks that B @ A adds to each weight, without the scaling.
+
+        Args:
+            a: A, in the shape that low_rank.py states for the kind, or flattened to a matrix.
+            b: B, likewise.
+        """
         return low_rank.low_rank_blocks(self.kind, self.shapes, a, b, self.enabled)
 
 
 class Acting(NamedTuple):
-    """What stored tensors act as: W' = scale * (W + s * b @ a), the scale (out,) by outputs; None for no scale.
+    """The factors and the scale that stored tensors act as: W' = scale * (W + s * b @ a).
 
-    `a` and `b` have the shapes that low_rank.py states for the kind of layer, with a rank of the variant's choice. A
-    convolution's may also be matrices, (rank, in * kernel) and (out, rank).
+    `a` and `b` have the shapes that low_rank.py states for the kind of layer; the variant chooses their rank. For a
+    convolution they may also be matrices (rank, in * kernel) and (out, rank). `scale` is (out,), or None for no scale.
     """
 
     a: torch.Tensor
@@ -105,10 +110,10 @@ class Acting(NamedTuple):
 
 
 class Fault(NamedTuple):
-    """Why the tensors of a layer do not go together.
+    """A reason why the stored tensors of a layer are invalid, as part of a message.
 
-    `text` follows the layer's name and a colon, as "A and B do not share a rank". With a leaf name it follows the name
-    of that tensor and "must be", as "32 floating point values".
+    Without `leaf`, the message is "<layer>: <text>", for example with the text "A and B do not share a rank". With
+    `leaf`, it is "<name of that tensor> must be <text>", for example with the text "32 floating point values".
     """
 
     text: str
@@ -116,37 +121,42 @@ class Fault(NamedTuple):
 
 
 class Expected(NamedTuple):
-    """What a layer's tensors mean, for a check that shares no arithmetic with merging.
+    """What a layer's tensors mean, for a check of merged weights that shares no arithmetic with merging.
 
-    W' = W + s * (the sum of b @ a over the pairs). Where lengths are given, each output's weights then get that length.
+    W' = W + s * (sum of b @ a over the pairs). If lengths are given, the weights of each output are then scaled to have
+    that norm.
     """
 
-    pairs: list[tuple[torch.Tensor, torch.Tensor]]  # a and b of each, float64, in the shapes that low_rank.py states
+    pairs: list[tuple[torch.Tensor, torch.Tensor]]  # (a, b), float64, in the shapes that low_rank.py states
     lengths: torch.Tensor | None = None  # (out,)
-    rounded: bool = False  # merging computes the pairs from what is stored, in float32 or better
+    rounded: bool = False  # merging computes the pairs from the stored tensors, and rounds them to float32 or better
 
 
 class Variant(PeftForm):
-    """What one layer's adapter stores and what it adds. A variant has no state: one object serves all layers.
+    """What one layer's adapter stores and what it adds to the weight.
 
-    Its form in PEFT is said by what it inherits from PeftForm.
+    A variant has no state, and one object serves all layers. The methods and attributes inherited from PeftForm define
+    how the variant looks in PEFT's files.
 
     Attributes:
-        name: what LoRAConfig(variant=...) says; unique. "" for a variant that other options ask for.
-        title: how people call it, as "LoRA"; by default its name.
-        trained: leaf names of the tensors that are trained; each begins with "lora_". The last one gets a gradient from
-            the first step on.
-        frozen: leaf names of what is stored beside them.
-        shared: leaf names of frozen tensors that all layers of a model share: one nn.Parameter, registered in each.
-        placed_as: by leaf name, the factor of plain LoRA, "lora_A" or "lora_B", that a tensor parallel plan splits a
-            tensor like. A layer with another tensor refuses such a plan.
-        follows_weight: some tensors start from W's values, see `followers`.
-        started: A and B start from values that are subtracted again: asked for by init_lora_weights beside the name.
-        scaled: s is lora_alpha / r; without it, s is 1 and lora_alpha means nothing.
-        own_options: the options that it alone has (LoRAConfig's variant_options), each with its default.
-        replaces_rows: it is of a table, of which it stores some rows as they are now.
-        reads_weight: `acting` gives a scale, and needs W for it. Such adapters cannot be combined.
-        scale_title: how people call what the scale comes from, in the plural; for sentences about B @ A alone.
+        name: the value of LoRAConfig's `variant`, unique; "" for a variant that another option asks for.
+        title: the variant's name in sentences, for example "LoRA"; `name` by default.
+        trained: leaf names of the trained tensors. Each begins with "lora_". The last of the tensors must get a
+            gradient from the first step on.
+        frozen: leaf names of the tensors that are stored but not trained.
+        shared: leaf names of frozen tensors that all layers of a model share. Each is one nn.Parameter, registered in
+            every layer.
+        placed_as: "lora_A" or "lora_B" by leaf name: under a tensor parallel plan, the tensor is split like that factor
+            of plain LoRA. A layer that stores any other tensor refuses such a plan.
+        follows_weight: whether some tensors start from W's values, see `followers`.
+        started: whether A and B start from values that are subtracted again. Such a variant is asked for by
+            init_lora_weights together with the name.
+        scaled: whether s is lora_alpha / r. Otherwise s is 1 and lora_alpha has no effect.
+        own_options: options that only this variant has (LoRAConfig's variant_options), with their defaults.
+        replaces_rows: whether the adapter belongs to a table and stores the present values of some of its rows.
+        reads_weight: whether `acting` returns a scale that it computes from W. Such adapters cannot be combined.
+        scale_title: the name, in the plural, of the values that the scale comes from; used in sentences about adapters
+            of which only B @ A is looked at.
 
     Example::
 
@@ -168,7 +178,7 @@ class Variant(PeftForm):
     trained: ClassVar[tuple[str, ...]] = ()
     frozen: ClassVar[tuple[str, ...]] = ()
     shared: ClassVar[tuple[str, ...]] = ()
-    leaves: ClassVar[tuple[str, ...]] = ()  # of all that a layer stores
+    leaves: ClassVar[tuple[str, ...]] = ()  # trained, frozen and shared leaf names; set for each subclass
     placed_as: ClassVar[Mapping[str, str]] = {}
     started: ClassVar[bool] = False
     replaces_rows: ClassVar[bool] = False
@@ -184,7 +194,7 @@ class Variant(PeftForm):
         own = vars(cls)
         if "name" in own and "title" not in own:
             cls.title = cls.name
-        if "peft_type" not in own:  # one that stores the same as its parent may mean another thing by it
+        if "peft_type" not in own:  # a subclass may store the same tensors as its parent and give them another meaning
             cls.peft_type = ""
         if "acting" in own and "expected" not in own:
             cls.expected = Variant.expected  # type: ignore[method-assign]
@@ -215,76 +225,87 @@ class Variant(PeftForm):
 
     @classmethod
     def role(cls, leaf: str) -> str:
-        """Return what a stored tensor is in the adapter, as "A": param groups and statistics go by it."""
+        """Return the role of a stored tensor, for example "A". Param groups and statistics are keyed by it."""
         return leaf.removeprefix(PREFIX)
 
     def shapes(self, place: Place) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of the trained and frozen tensors of a layer, by leaf name."""
+        """Return the shapes of a layer's trained and frozen tensors, by leaf name."""
         raise NotImplementedError
 
     def start(self, place: Place, weights: Weights) -> dict[str, torch.Tensor]:
-        """Return the initial values of the trained and frozen tensors, the same each time.
+        """Return the initial values of a layer's trained and frozen tensors, by leaf name, the same each time.
 
         Args:
-            place: the layer; random values are drawn from its seed alone, on the CPU.
-            weights: returns the layer's weights; collective where they are sharded, so call it on all ranks or none.
+            place: the layer. Draw random values on the CPU, from place.seed only.
+            weights: returns the layer's weights by name. Collective where they are sharded: call it on all ranks or on
+                none.
         """
         raise NotImplementedError
 
     def start_shared(self, places: Iterable[Place], seed: int) -> dict[str, torch.Tensor]:
-        """Return the values of the shared tensors of a model, large enough for each of its layers."""
+        """Return the initial values of a model's shared tensors, by leaf name, large enough for each of its layers.
+
+        Args:
+            places: the layers that share them.
+            seed: of the generator for random values.
+        """
         return {}
 
     def needs_values(self, place: Place) -> bool:
-        """Return whether `start` refuses a weight without values, as one on the meta device."""
+        """Return whether `start` needs the values of the weight, and so refuses one on the meta device."""
         return False
 
     def followers(self, kept: Collection[str], stored: Stored, place: Place, weights: Weights) -> Collection[str]:
-        """Return the leaf names of tensors that W made what they are: they follow a new W. Collective as `start`.
+        """Return the leaf names of tensors that must start again because W is about to be replaced.
+
+        These are tensors that started from W and still have their initial values. Collective where `start` is.
 
         Args:
-            kept: leaf names of what is not replaced together with W.
-            stored: by leaf name, perhaps sharded.
+            kept: leaf names of the tensors that are not replaced together with W.
+            stored: by leaf name; tensors may be sharded.
             place: the layer.
-            weights: returns W as it was so far.
+            weights: returns the old W.
         """
         return ()
 
     def is_initial(self, stored: Stored, place: Place) -> bool | None:
-        """Return whether nothing was trained yet, as far as this rank's shards show; None where values do not tell."""
+        """Return whether nothing was trained yet, as far as this rank's shards show.
+
+        Return None if the values cannot tell.
+        """
         return None
 
     # --- what it adds ---
 
     def of_layer(self, stored: Stored, place: Place) -> Stored:
-        """Return what one layer sees of its stored tensors: of shared ones, which serve larger layers too, its part."""
+        """Return the stored tensors with each shared tensor cut to the part that this layer uses."""
         return stored
 
     def acting_rank(self, rank: int) -> int:
-        """Return the rank of the factors that `acting` gives, for the r of the options."""
+        """Return the rank of the factors that `acting` returns for an option r of `rank`."""
         return rank
 
     def acting(self, stored: Stored, weight: torch.Tensor | None, scaling: float) -> Acting:
-        """Return the factors and the scale that stored tensors act as, differentiable in what is trained.
+        """Return the factors and the scale that stored tensors act as, differentiable in the trained ones.
 
         Args:
             stored: by leaf name.
-            weight: W (out, in), of a convolution with its kernel flattened; None where reads_weight is false, where the
-                scale is not wanted, or where a layer has several weights. The scale is left out then.
+            weight: W as a matrix (out, in); a convolution's kernel is flattened. None if reads_weight is false, if the
+                caller wants no scale, or if the layer has several weights. Return no scale then.
             scaling: s.
         """
         raise NotImplementedError
 
     def blocks(self, stored: Stored, place: Place, read: Reader) -> dict[str, list[LowRankBlock]]:
-        """Return what is added to each weight, without s, and the scale of each sum: what merging writes.
+        """Return the blocks that merging adds to each weight, without s, with the scale of each sum.
 
         Args:
-            stored: by leaf name, whole.
+            stored: by leaf name, not sharded.
             place: the layer.
-            read: gives a weight part by part, as stored; called where reads_weight is true.
+            read: reads a weight part by part, as stored; called only if reads_weight is true.
         """
         if stored[self.trained[0]].dtype in low_rank.HALF:
-            # In 16 bits `acting` would round what it computes, and W' is to be rounded once.
+            # `acting` would round its results to 16 bits, but W' must be rounded only once.
             stored = {leaf: tensor.float() for leaf, tensor in stored.items()}
         weight = None
         if self.reads_weight and len(place.shapes) == 1:
@@ -301,11 +322,14 @@ class Variant(PeftForm):
 
     @property
     def option(self) -> str:
-        """How a user asks for it, for messages."""
+        """The option by which a user asks for the variant, for messages."""
         return f"variant={self.name!r}"
 
     def conflict(self, config: Config) -> tuple[str, str] | None:
-        """Return an option that does not go with the variant, and what it must be instead; None where all go."""
+        """Return an option of LoRAConfig that conflicts with the variant and what it must be instead, or None.
+
+        The message is "<option> must be <what it must be>".
+        """
         if config.has_start and self.name not in _STARTED:
             return "init_lora_weights", f"one that does not start from the weight, with {self.option}"
         for option in ("enable_lora", "target_parameters") if self.reads_weight else ():
@@ -314,38 +338,48 @@ class Variant(PeftForm):
         return None
 
     def problem(self, module: nn.Module, kind: str, config: Config) -> str:
-        """Return why the variant cannot adapt a module of this kind with these options, or ""."""
+        """Return why the variant cannot adapt a module of this kind with these options, or "".
+
+        inject puts the text between the name of the module and the advice to leave it out. A remedy in it begins with
+        "; ".
+        """
         if self.reads_weight and kind == low_rank.ATTENTION and getattr(module, low_rank.IN_PROJ, None) is None:
-            return f"{self.option} is not for attention whose q, k and v are apart"
+            return f"{self.option} cannot adapt attention with separate weights for q, k and v"
         return ""
 
     def layer_class(self, plain: LayerClass) -> LayerClass | None:
-        """Return the class of a kind of layer with a faster forward for this variant; None for a kind without one."""
+        """Return the class for a kind of layer; override it to return a subclass with a faster forward.
+
+        Return None if the variant cannot adapt that kind.
+        """
         return plain
 
     # --- apart from a model ---
 
     def options(self) -> dict[str, Any]:
-        """Return the options of LoRAConfig that ask for it."""
+        """Return the options of LoRAConfig that ask for this variant."""
         return {"variant": self.name}
 
     def rank(self, stored: Stored) -> int:
-        """Return r of a layer; of shared tensors `stored` has the whole.
+        """Return r of a layer. Shared tensors in `stored` are not cut to the layer.
 
-        This default is the rank of `acting`: override it where that is another.
+        By default return the rank of the factors from `acting`. Override this if that rank is not r.
         """
         _, b, _ = self.acting(stored, None, 1.0)
         return b.shape[1]
 
     def fault(self, stored: Stored) -> Fault | None:
-        """Return why a layer's tensors do not go together, or None; all are there and hold numbers."""
+        """Return why a layer's stored tensors are invalid, or None. All are there and have a floating point dtype."""
         return None
 
     def expected(self, stored: Stored) -> Expected:
-        """Return what a layer's tensors mean, for `merge --verify`: apart from `acting`, so that mistakes are found.
+        """Return what a layer's tensors mean, for `merge --verify`.
 
-        Of shared tensors `stored` has what of_layer returns. This default goes by `acting`, and tells nothing of a
-        mistake there.
+        Override this without calling `acting`, so that the check finds mistakes in `acting`. The default calls it, and
+        so finds none there.
+
+        Args:
+            stored: the result of of_layer.
         """
         a, b, _ = self.acting({leaf: value.detach().double() for leaf, value in stored.items()}, None, 1.0)
         return Expected([(a, b)], rounded=True)
@@ -353,7 +387,7 @@ class Variant(PeftForm):
     # --- in PEFT ---
 
     def peft_problem(self, kind: str) -> str:
-        """Return why PEFT has no adapter like that of a layer of this kind, or "". It follows the layer's name."""
+        """Return why PEFT cannot express the adapter of a layer of this kind, or "". It follows the layer's name."""
         named = {*self.peft_leaves.values(), *self.peft_shared.values(), *self.frozen}
         if self.peft_type and named.issuperset(self.leaves):
             return ""
@@ -361,30 +395,33 @@ class Variant(PeftForm):
 
 
 def variant_of(config: Config) -> Variant:
-    """Return the variant that options ask for."""
+    """Return the variant that a LoRAConfig asks for."""
     known = _STARTED if config.has_start else KNOWN_VARIANTS
     return known[config.variant]
 
 
 def variant_with(leaves: Collection[str]) -> Variant:
-    """Return the variant that stores all these, or most of them, and the fewest others; plain LoRA where none does."""
+    """Return the named variant that stores the most of these leaf names and, among such, the fewest others.
+
+    Plain LoRA is returned where no variant stores any of them.
+    """
     wanted = set(leaves)
     named = [variant for variant in known_variants() if variant.name]
     return min(named, key=lambda variant: (len(wanted.difference(variant.leaves)), len(variant.leaves)))
 
 
 def rows_leaf() -> str:
-    """Return the leaf name of the trained rows of a table."""
+    """Return the leaf name of a table's trained rows."""
     return next(variant.trained[0] for variant in known_variants() if variant.replaces_rows)
 
 
 def known_variants() -> list[Variant]:
-    """Return all variants that a layer's adapter can be of, also those that have no name."""
+    """Return all variants, also those without a name."""
     return list(_ALL.values())
 
 
 def equals_start(live: torch.Tensor, start: torch.Tensor) -> bool:
-    """Return whether a tensor is what it started as, bit for bit. Collective where it is sharded."""
+    """Return whether a tensor still has its initial values, NaN included. Collective where it is sharded."""
     if live.is_meta or start.is_meta:
         return False
     live = full_tensor(live)
@@ -393,6 +430,6 @@ def equals_start(live: torch.Tensor, start: torch.Tensor) -> bool:
 
 
 def scaled_blocks(blocks: Iterable[LowRankBlock], scale: torch.Tensor, *, transposed: bool) -> list[LowRankBlock]:
-    """Return blocks that hold every output, with the scale (out,) of each."""
+    """Return blocks with a scale (out,). Each block must cover every output."""
     scale = scale.view(1, -1) if transposed else scale.view(-1, 1)
     return [block._replace(scale=scale) for block in blocks]

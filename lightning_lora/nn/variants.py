@@ -1,4 +1,4 @@
-"""The lists of layer kinds and of variants: each file here defines some, which are known once it is imported."""
+"""The lists of layer kinds and variants. Importing a file registers the layer kinds and variants that it defines."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""VeRA (arXiv:2310.11454): one pair of random projections for all layers, and two trained vectors for each.
+"""VeRA (arXiv:2310.11454): all layers share one pair of random projections, and each layer trains two vectors.
 
     W' = W + diag(b) @ B[:out] @ diag(d) @ A[:, :in]
 
-A (r, widest in) and B (widest out, r) are drawn once, by a key, and stay. They travel with the adapter, because random
-streams differ between versions of torch. b starts as zero, d as a small number. There is no lora_alpha.
+A (r, widest in) and B (widest out, r) are drawn once from a seed, the "key", and stay frozen. They are saved with the
+adapter, because versions of torch draw different numbers. b starts as zero and d as a small constant. lora_alpha has no
+effect.
 """
 
 from __future__ import annotations
@@ -22,18 +23,19 @@ from .variant import Acting, Config, Fault, Place, Stored, Variant, Weights
 
 DIAGONAL, ROWS = "lora_vera_d", "lora_vera_b"  # d (r,) and b (out,)
 SHARED_A, SHARED_B = "lora_vera_A", "lora_vera_B"
-D_INITIAL, KEY = "d_initial", "projection_prng_key"  # options, as PEFT calls them
+D_INITIAL, KEY = "d_initial", "projection_prng_key"  # own options, with PEFT's names
 
+# Conflicting options.
 WITHOUT = ("rank_pattern", "alpha_pattern", "use_rslora", "enable_lora", "target_parameters", "trainable_token_indices")
-IN_PEFT = {"lora_dropout": "vera_dropout", "init_lora_weights": "init_weights"}  # what PEFT calls other options
-FIELDS = (  # of PEFT's config that are called as ours
+IN_PEFT = {"lora_dropout": "vera_dropout", "init_lora_weights": "init_weights"}  # PEFT's names of options, by ours
+FIELDS = (  # options with the same name in PEFT
     *("r", "target_modules", "modules_to_save", "fan_in_fan_out", "inference_mode", "task_type", D_INITIAL, KEY),
     *("base_model_name_or_path", "revision"),
 )
 
 
 class VeRA(Variant):
-    """Trained vectors d and b of each layer, beside projections A and B that all layers share."""
+    """Each layer trains vectors d and b. All layers share the frozen projections A and B."""
 
     name, title = "vera", "VeRA"
     trained = (DIAGONAL, ROWS)
@@ -60,7 +62,7 @@ class VeRA(Variant):
         return {DIAGONAL: torch.full(shapes[DIAGONAL], place.options[D_INITIAL]), ROWS: torch.zeros(shapes[ROWS])}
 
     def start_shared(self, places: Iterable[Place], seed: int) -> dict[str, torch.Tensor]:
-        """Return A and B as PEFT draws them by the key: Kaiming's uniform, one after the other from one stream."""
+        """Draw A and B as PEFT does: Kaiming-uniform, first A and then B, from one stream seeded with the key."""
         first, *others = places
         sizes = [place.matrix_shape() for place in (first, *others)]
         outputs, inputs = (max(size) for size in zip(*sizes, strict=True))
@@ -75,8 +77,8 @@ class VeRA(Variant):
     def of_layer(self, stored: Stored, place: Place) -> Stored:
         if not place.shapes:
             raise LoRAError(
-                f"{place.name!r}: the file does not say how many inputs the layer has, and VeRA's projections are as "
-                "wide as the widest layer; load the adapter onto its model."
+                f"{place.name!r}: the file does not hold the number of the layer's inputs, to which VeRA cuts its "
+                "shared projections; load the adapter onto its model."
             )
         outputs, inputs = place.matrix_shape()
         return {**stored, SHARED_A: stored[SHARED_A][:, :inputs], SHARED_B: stored[SHARED_B][:outputs]}
@@ -133,14 +135,14 @@ class VeRA(Variant):
         found = {**self.own_options, **options}
         if found.pop("save_projection", True) is False:
             raise ValueError(
-                "save_projection=False leaves the projections vera_A and vera_B out, and no other version of torch is "
-                "sure to draw the same ones; save the adapter with save_projection=True"
+                "save_projection=False leaves out the projections vera_A and vera_B, and another version of torch may "
+                "draw different ones; save the adapter with save_projection=True"
             )
         found["bias"] = {"vera_only": "lora_only"}.get(found.get("bias", "none"), found.get("bias", "none"))
         return found | {ours: found.pop(theirs) for ours, theirs in IN_PEFT.items() if theirs in found}
 
 
 def _uniform(rows: int, columns: int, draw: torch.Generator) -> torch.Tensor:
-    """Return a matrix (rows, columns) by Kaiming's uniform."""
+    """Draw a Kaiming-uniform matrix (rows, columns)."""
     bound = math.sqrt(6 / columns)
     return torch.empty(rows, columns, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=draw)

@@ -1,4 +1,4 @@
-"""Which methods of a class read the weights of other modules, and of which, as their code tells."""
+"""Find out from the code of a class which of its methods read the weights of other modules, and of which modules."""
 
 from __future__ import annotations
 
@@ -15,24 +15,30 @@ from torch import nn
 
 from .low_rank import ATTENTION_WEIGHTS
 
-ENTRIES = ("forward", "training_step", "validation_step", "test_step", "predict_step")  # from where code is followed
-# Where code is not followed. torch's transformer layers read on their fast paths, which are off with an active adapter.
+ENTRIES = ("forward", "training_step", "validation_step", "test_step", "predict_step")  # the search begins here
+# Code of these is not searched. torch's transformer layers read weights on their fast paths only, which are switched
+# off while an adapter is active.
 LIBRARIES = ("torch.nn.modules.module", "torch.nn.modules.transformer", "lightning", "pytorch_lightning")
-GETTERS = {  # what nn.Module has that gives the modules inside
+GETTERS = {  # attributes of nn.Module that lead to the modules inside
     *("_modules", "__dict__", "__getattr__"),
     *("apply", "children", "get_submodule", "modules", "named_children", "named_modules"),
 }
 WEIGHTS = {"weight", *ATTENTION_WEIGHTS}
-# What is asked of a weight that is the same for W + delta; and `data`, which code writes to, and autograd does not see.
+# Attributes of a weight that are the same for W + delta; and `data`, which code writes to and autograd does not follow.
 FACTS = {"data", "dtype", "device", "shape", "size", "ndim", "dim", "numel", "requires_grad", "is_cuda", "is_meta"}
 LOADS = ("LOAD_ATTR", "LOAD_METHOD")
 
-Path = tuple[str, ...]  # attribute names that lead from a module to one inside it
+Path = tuple[str, ...]  # attribute names that lead from a module to a module inside it
 
 
 @dataclass(frozen=True)
 class Use:
-    """What the code of a method takes from self, by the path, and whether it calls that right away."""
+    """An attribute that the code of a method takes from self.
+
+    Attributes:
+        path: attribute names, beginning at self; () for self itself.
+        is_called: whether the code calls the attribute right away.
+    """
 
     path: Path
     is_called: bool
@@ -40,26 +46,33 @@ class Use:
 
 @dataclass(frozen=True)
 class WeightReads:
-    """What the methods of a class read and take, as far as they are called, by their names, in a forward or a step.
+    """The weights that the methods of a class read, in methods that a forward or a step calls, directly or not.
 
     Attributes:
-        methods: by the name of each method that reads weights, the paths to the modules that it reads them of; () where
-            the code leaves it open, as for an argument. Then also what such an argument may come from, without paths.
-        uses: what the code takes from self, and may so read where it leaves that open; empty where it never does.
+        methods: paths to the modules whose weights a method reads, by the name of the method. The path is () if the
+            code does not show the module, which may be an argument. The result then also has the entry methods, with no
+            paths: the argument may come from there.
+        uses: what the code takes from self. A read with the path () may be of any of these. Empty if there is no such
+            read.
     """
 
     methods: Mapping[str, set[Path]]
     uses: frozenset[Use]
 
     def in_reach(self, module: nn.Module, paths: Iterable[Path]) -> list[Path]:
-        """Return the paths, from a module of the class, at which an open read may be: the code does not say of what."""
+        """Return those of the paths from a module to layers at which a read with the path () may end.
+
+        Args:
+            module: an instance of the class.
+            paths: paths to layers inside it.
+        """
         starts = {start for start in (_start(module, use) for use in self.uses) if start is not None}
         return [path for path in paths if any(path[: len(start)] == start[: len(path)] for start in starts)]
 
 
 @functools.cache
 def weight_reads(cls: type[nn.Module]) -> WeightReads:
-    """Return which methods of a class read weights of other modules."""
+    """Return the reads of other modules' weights by the methods of a class."""
     reads: dict[str, set[Path]] = {}
     by_function: list[list[CodeType]] = []
     pending, followed = set(ENTRIES), set()
@@ -75,7 +88,7 @@ def weight_reads(cls: type[nn.Module]) -> WeightReads:
             reads[name] = found
     if not any(() in found for found in reads.values()):
         return WeightReads(reads, frozenset())
-    for entry in ENTRIES:  # what is read may come from there, as an argument does
+    for entry in ENTRIES:  # a module that is read may be an argument from there
         if any(_codes(vars(parent).get(entry)) for parent in cls.__mro__):
             reads.setdefault(entry, set())
     uses = {use for codes in by_function for code in codes for use in _uses(code)}
@@ -84,7 +97,10 @@ def weight_reads(cls: type[nn.Module]) -> WeightReads:
 
 
 def _codes(function: Any) -> list[CodeType]:
-    """Return the code of a function, what it wraps or defines inside, and functions of its file that it names."""
+    """Return the code of a function, of functions that it wraps or defines, and of functions of its file that it names.
+
+    The function's own code comes first.
+    """
     if not isinstance(function, FunctionType) or inspect.isgeneratorfunction(function) or _is_of_library(function):
         return []
     codes: list[CodeType] = []
@@ -118,7 +134,7 @@ def _is_filled(cell: Any) -> bool:
 
 
 def _reads(code: CodeType) -> Iterator[Path]:
-    """Yield, for each read of `<path>.weight`, the path from self, or () where it begins at anything else."""
+    """Yield the path from self for each read of `<path>.weight`, or () if the path does not begin at self."""
     if WEIGHTS.isdisjoint(code.co_names):
         return
     instructions = list(dis.get_instructions(code))
@@ -138,7 +154,7 @@ def _reads(code: CodeType) -> Iterator[Path]:
 
 
 def _uses(code: CodeType) -> Iterator[Use]:
-    """Yield what code takes from self: a path of attributes, or () where it takes self as it is."""
+    """Yield what code takes from self: a path of attributes, or () for self itself."""
     instructions = list(dis.get_instructions(code))
     for i, instruction in enumerate(instructions):
         loaded = _loaded(instruction)
@@ -155,7 +171,7 @@ def _uses(code: CodeType) -> Iterator[Use]:
 
 
 def _loaded(instruction: dis.Instruction) -> tuple[str, ...]:
-    """Return the names of the variables that an instruction puts on the stack, from Python 3.13 on also two."""
+    """Return the names of the variables that an instruction puts on the stack. From Python 3.13 on it may be two."""
     if not instruction.opname.startswith(("LOAD_FAST", "LOAD_DEREF", "STORE_FAST_LOAD_FAST")):
         return ()
     names = instruction.argval if isinstance(instruction.argval, tuple) else (instruction.argval,)
@@ -163,7 +179,10 @@ def _loaded(instruction: dis.Instruction) -> tuple[str, ...]:
 
 
 def _is_call(instruction: dis.Instruction) -> bool:
-    """Return whether an attribute is loaded to be called right away: by an operation of its own before Python 3.12."""
+    """Return whether an instruction loads an attribute to call it right away.
+
+    Python before 3.12 has an instruction of its own for that; later versions have a flag.
+    """
     by_flag = sys.version_info >= (3, 12) and bool((instruction.arg or 0) & 1)
     return instruction.opname == "LOAD_METHOD" or by_flag
 
@@ -173,9 +192,10 @@ def _takes_self(code: CodeType) -> bool:
 
 
 def _start(module: nn.Module, use: Use) -> Path | None:
-    """Return the path to the module that code may get hold of by a use, () for all of them, None where there is none.
+    """Return the path to the module that code obtains by a use, () if it may be any, or None if it is none.
 
-    What is called is not got hold of: of a module, its own forward reads; of a method, its code is followed too.
+    Calling something does not count as obtaining it. A called module runs its own forward, and the code of a called
+    method is searched anyway.
     """
     current = module
     for depth, name in enumerate(use.path):
@@ -183,20 +203,20 @@ def _start(module: nn.Module, use: Use) -> Path | None:
         if child is not None:
             current = child
             continue
-        if depth and use.is_called and depth == len(use.path) - 1:  # a method of another module, as of a list of them
+        if depth and use.is_called and depth == len(use.path) - 1:  # a method of a module inside, such as a ModuleList
             return use.path[:depth]
         return () if _may_lead_to_modules(current, name) else None
     return None if use.is_called else use.path
 
 
 def _may_lead_to_modules(module: nn.Module, name: str) -> bool:
-    """Return whether an attribute of a module, which is no module, may give one inside it that a view stands in for.
+    """Return whether a plain attribute of a module may lead to a module inside it, for which a view can stand in.
 
-    A list or an object with a layer in it does not: it holds the layer itself.
+    A list or an object that holds a layer does not count: it holds the layer itself, and no view takes its place there.
     """
     value = vars(module).get(name, inspect.getattr_static(type(module), name, None))
     if isinstance(value, property):
         return not _is_of_library(value.fget)
     if isinstance(value, FunctionType):
-        return name in GETTERS or not (_is_of_library(value) or _codes(value))  # the code of methods is followed
+        return name in GETTERS or not (_is_of_library(value) or _codes(value))  # code that can be read is searched
     return name in GETTERS

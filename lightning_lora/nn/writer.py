@@ -1,9 +1,11 @@
-"""One writer at a time: which thread changes an injected model, and by which call.
+"""One writer at a time: only one thread may change an injected model.
 
-A call that changes a model takes a turn. One with a body, as `with merged(model)`, keeps it until the body has ended,
-because its end writes too. Turns of one thread nest. A call of another thread is refused at once: nobody waits here, so
-nothing can lock up. A turn belongs to no lock of the operating system, so that a body may end in another thread than it
-began in, as that of a generator can.
+Each call that changes a model takes a turn. A call with a body, such as `with merged(model)`, keeps its turn until the
+body has ended, because the end of the block writes too. Turns of one thread nest. A call from another thread is refused
+at once. Nobody waits for a turn, so there is no deadlock.
+
+A turn is no lock of the operating system. A body may therefore end in another thread than it began in, which happens
+with generators.
 """
 
 from __future__ import annotations
@@ -16,22 +18,23 @@ from ..errors import LoRAError
 
 
 class Writer:
-    """The turns that are open on one injected model.
+    """The open turns of one injected model.
 
-    A turn that was lost is closed: an exception may come in its `with` block's last instruction.
+    Turns are held weakly. If an exception comes just before a `with` block closes its turn, the turn is garbage
+    collected and so counts as closed.
     """
 
     def __init__(self) -> None:
         self.references: list[weakref.ref[Turn]] = []
-        self.guard = threading.RLock()  # a signal's handler may come here while this thread holds it
+        self.guard = threading.RLock()  # reentrant: a signal handler may take a turn while this thread holds the guard
 
     def turns(self) -> list[Turn]:
-        """Return the open turns, the outermost first."""
+        """Return the open turns, outermost first."""
         with self.guard:
             return [turn for turn in (reference() for reference in self.references) if turn is not None]
 
     def admit(self, turn: Turn) -> None:
-        """Open a turn, or go on with an open one, in this thread.
+        """Open a turn in this thread, or move an open turn to this thread.
 
         Raises:
             LoRAError: another thread has a turn.
@@ -43,19 +46,24 @@ class Writer:
                 if other is not turn and other.thread is not thread and other.thread.is_alive():
                     raise LoRAError(
                         f"{turn.verb}: {other.verb} is under way on this model in the thread {other.thread.name!r}. "
-                        "One thread at a time changes a model: hold one threading.Lock of your own around each such "
-                        "call, the whole `with` block included, and around the forwards of other threads."
+                        "Only one thread at a time may change a model: hold one threading.Lock around each such call, "
+                        "including its whole `with` block, and around the forwards of other threads."
                     )
             turn.thread = thread
             self.references = [weakref.ref(each) for each in (*turns, *([] if turn in turns else [turn]))]
 
     def is_at(self, verb: str, before: Turn | None = None) -> bool:
-        """Return whether a turn of this verb is open; one that was opened before another, where that is given."""
+        """Return whether a turn with this verb is open.
+
+        Args:
+            verb: the call, as messages show it.
+            before: if given, only turns that were opened before this one count.
+        """
         turns = self.turns()
         return any(turn.verb == verb for turn in (turns if before is None else turns[: turns.index(before)]))
 
     def dismiss(self, turn: Turn) -> None:
-        """Close a turn; harmless when repeated."""
+        """Close a turn. Closing it twice is harmless."""
         with self.guard:
             self.references = [weakref.ref(each) for each in self.turns() if each is not turn]
 
@@ -65,7 +73,7 @@ class Turn:
 
     Args:
         verb: the call, as messages show it.
-        writers: of the models.
+        writers: one for each model.
     """
 
     def __init__(self, verb: str, writers: Iterable[Writer]) -> None:
@@ -81,10 +89,10 @@ class Turn:
             writer.dismiss(self)
 
     def go_on(self) -> None:
-        """Let this thread have the turn from now on, whichever had it before.
+        """Give this turn to the present thread.
 
         Raises:
-            LoRAError: another thread has a turn of its own.
+            LoRAError: another thread has a different turn.
         """
         for writer in self.writers:
             writer.admit(self)

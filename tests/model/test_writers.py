@@ -247,7 +247,7 @@ def test_unload_beside_a_forward_on_w_plus_delta_leaves_w():
 def test_merge_inside_a_forward_on_w_plus_delta_is_refused_and_says_so():
     model = network()
     before = values(model)
-    with pytest.raises(LoRAError, match=r"merge: '1': it is called inside a forward of this layer"):
+    with pytest.raises(LoRAError, match=r"merge: '1': called inside a forward of this layer"):
         in_forward(model, lambda: merge(model), same_thread=True)
     assert values(model) == before
     assert not is_merged(model)

@@ -198,6 +198,16 @@ def test_inductor_gives_eager_outputs_unmerged_and_merged():
         close(compiled(x), model(x))
 
 
+def test_a_module_in_training_mode_is_one_graph_without_gradients_too():
+    model = nn.Sequential(nn.Linear(7, 5))
+    inject(model, LoRAConfig(r=2))
+    randomise_(model, 0.5)
+    compiled, x = torch.compile(model, fullgraph=True, backend="eager"), sequence(3, 7)
+    with torch.no_grad():
+        close(compiled(x), model(x))
+    close(compiled(x), model(x))
+
+
 # --- functions on the wrapper ---
 
 

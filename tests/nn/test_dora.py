@@ -588,7 +588,7 @@ def test_a_compiled_layer_is_one_graph_with_the_same_numbers(kind: str) -> None:
 @pytest.mark.parametrize(
     ("layer", "problem"),
     [
-        (nn.MultiheadAttention(8, 2), "use_dora is not for a layer of class MultiheadAttention"),
+        (nn.MultiheadAttention(8, 2), "use_dora cannot adapt a MultiheadAttention"),
         (nn.Embedding(11, 6, max_norm=1.0), "max_norm renormalises its rows in place"),
     ],
 )
@@ -600,10 +600,18 @@ def test_a_layer_that_cannot_have_magnitudes_is_refused_by_name(layer: nn.Module
     assert type(model[0]) is before
 
 
+def test_a_refusal_without_a_remedy_of_its_own_ends_in_one_and_another_has_two() -> None:
+    leave = r"leave it out with exclude_modules=\['0'\]\.$"
+    with pytest.raises(LoRAError, match=rf"^inject: '0': use_dora cannot adapt a MultiheadAttention; {leave}"):
+        inject(nn.Sequential(nn.MultiheadAttention(8, 2)), dora())
+    with pytest.raises(LoRAError, match=rf"goes by; set it to None, or {leave}"):
+        inject(nn.Sequential(nn.Embedding(11, 6, max_norm=1.0)), dora())
+
+
 def test_a_quantised_layer_is_refused_by_name() -> None:
     pytest.importorskip("bitsandbytes")
     model = quantise_(network(), "nf4")
-    with pytest.raises(LoRAError, match=r"'0': use_dora is not for a layer whose weight is quantised \(nf4\)"):
+    with pytest.raises(LoRAError, match=r"'0': use_dora cannot adapt a Linear4bit whose weight is quantised \(nf4\)"):
         inject(model, dora())
 
 

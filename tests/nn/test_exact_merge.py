@@ -72,7 +72,7 @@ def test_a_plain_copy_restores_every_bit_too(dtype: torch.dtype) -> None:
     kept = merge_weight_(weight, pieces, 0.01, copy=True)
     assert same_bits(weight, merged_weight(before, pieces, 0.01))
     weight.zero_()  # a copy needs nothing of what is there, but a change is an error as for kept values
-    with pytest.raises(WeightEditedError, match="was changed while it was merged; the change is undone"):
+    with pytest.raises(WeightEditedError, match="was changed while it was merged; the change was undone"):
         unmerge_weight_(weight, kept)
     assert same_bits(weight, before)
 

@@ -416,7 +416,7 @@ WRITES: dict[str, Callable[[torch.Tensor], Any]] = {
 @pytest.mark.parametrize("name", WRITES)
 def test_a_write_is_refused_by_its_name(name):
     stand_in = FactoredWeight(*(part.detach() for part in parts(M, N)))
-    with pytest.raises(LoRAError, match=r"writes into a weight of shape \(8, 12\)"):
+    with pytest.raises(LoRAError, match=r"writes into an adapted weight of shape \(8, 12\)"):
         WRITES[name](stand_in)
 
 

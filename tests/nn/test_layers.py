@@ -236,7 +236,7 @@ def test_a_kind_of_layer_is_one_class(options: dict[str, Any], monkeypatch: pyte
     model = nn.Sequential(Gated())
     config = LoRAConfig(r=2, target_modules=["0"], **options)
     if "use_dora" in options:
-        with pytest.raises(LoRAError, match="use_dora is not for a layer of class Gated"):
+        with pytest.raises(LoRAError, match="use_dora cannot adapt a Gated"):
             inject(model, config)
         return
     x, weight = torch.randn(3, 4), model[0].weight.detach().clone()

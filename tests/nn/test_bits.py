@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_lora.nn.ulp_corrections import BITS, correct_, find_corrections
+from lightning_lora.nn.bits import BITS, correct_, find_corrections
 from support.layers import DTYPES, make_weight, same_bits
 
 
