@@ -51,12 +51,6 @@ STILL_LONG = {  # to be shortened; nothing may be added
     "adapter/save_load: load_from_checkpoint",
     "adapter/sources: adapter_with_options",
     "command/extract: extract",
-    "model/data_start: _principal_components",
-    "model/data_start: redistribute_ranks",
-    "model/inject: disable_adapter",
-    "model/inject: inject",
-    "model/param_groups: lora_param_groups",
-    "report/summary: summary",
 }
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 
