@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..adapter.adapter import Adapter
+from ..adapter.checks import check_once
 from ..adapter.renaming import by_network_names
 from ..distributed.rank_sync import RankSync, writes_files
 from ..distributed.sharding import copies_of
@@ -23,7 +24,7 @@ from ..formats.lightning_checkpoint import adapter_of
 from ..formats.peft_folder import write_folder
 from ..formats.peft_parameters import order_in
 from ..formats.peft_saved_modules import frozen_in_saved
-from ..formats.sources import adapter_with_options, read_source
+from ..formats.sources import apart_from_models, read_source
 from ..model.adapted_model import AdaptedModel, Listing, find_in, find_model, open_model
 from ..model.inject import inject, inject_to_load
 from ..model.live_state import LiveState
@@ -116,7 +117,8 @@ def save_adapter(model: nn.Module | Adapter, path: PathLike) -> None:
         ['adapter_config.json', 'adapter_model.safetensors']
     """
     if isinstance(model, Adapter):
-        write_folder(adapter_with_options(model, where="save_adapter"), path)
+        check_once(model, "save_adapter")
+        write_folder(apart_from_models(model, "save_adapter"), path)
         return
     live = LiveState(open_model(model, "save_adapter"))
     adapter = adapter_of_model(live, "save_adapter")
