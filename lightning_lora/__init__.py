@@ -17,11 +17,11 @@ from .start.from_data import initialize_from_data
 from .start.ranks import redistribute_ranks
 
 if TYPE_CHECKING:
-    from .adapter.combine import combine
-    from .adapter.merged_folder import save_merged
-    from .adapter.save_load import load_adapter, load_from_checkpoint, read_adapter, save_adapter, take_adapter
     from .callback import LoRACallback
     from .cli import LoRACLI as LoRACLI
+    from .exchange.combine import combine
+    from .exchange.merged_folder import save_merged
+    from .exchange.save_load import load_adapter, load_from_checkpoint, read_adapter, save_adapter, take_adapter
     from .monitor import LoRAMonitor
     from .report.figures import plot_adapter
 
@@ -60,14 +60,14 @@ LAZY = {  # imported at first use: lightning, the rooms of files, and the extra 
     "LoRACallback": ".callback",
     "LoRACLI": ".cli",
     "LoRAMonitor": ".monitor",
-    "combine": ".adapter.combine",
-    "load_adapter": ".adapter.save_load",
-    "load_from_checkpoint": ".adapter.save_load",
+    "combine": ".exchange.combine",
+    "load_adapter": ".exchange.save_load",
+    "load_from_checkpoint": ".exchange.save_load",
     "plot_adapter": ".report.figures",
-    "read_adapter": ".adapter.save_load",
-    "save_adapter": ".adapter.save_load",
-    "save_merged": ".adapter.merged_folder",
-    "take_adapter": ".adapter.save_load",
+    "read_adapter": ".exchange.save_load",
+    "save_adapter": ".exchange.save_load",
+    "save_merged": ".exchange.merged_folder",
+    "take_adapter": ".exchange.save_load",
 }
 
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 
-from .adapter.lightning_checkpoint import Kind
 from .arguments import names_near_misses
 from .config import LEAVE_OUT, PLAIN, Bias, Init, LoRAConfig, PeftConfig, Task, as_config, is_config
 from .errors import LoRAError
+from .formats.lightning_checkpoint import Kind
 from .matching import ALL_LINEAR
 from .model.adapted_model import Listing, refuse_replaced_layers
 from .trainer.after_fit import merge_for_good

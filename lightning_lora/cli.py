@@ -9,10 +9,10 @@ from inspect import Signature, isroutine, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
-from .adapter.hyper_parameters import HYPER_PARAMETERS, INSTANTIATOR, class_named_by, flat, plain_arguments
 from .callback import LoRACallback
 from .errors import LoRAError, shown
 from .files.torch_archive import read_torch_file
+from .formats.hyper_parameters import HYPER_PARAMETERS, INSTANTIATOR, class_named_by, flat, plain_arguments
 from .trainer.lightning_packages import first_package, package_of
 
 if TYPE_CHECKING:

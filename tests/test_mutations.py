@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_lora import LoRACallback, LoRAError, is_merged, merge
-from lightning_lora.adapter.checkpoint_of_model import convert_checkpoint as write
+from lightning_lora.exchange.checkpoint_of_model import convert_checkpoint as write
 from lightning_lora.model.patches import unpatch
 from lightning_lora.nn.exact_merge import RestoreRecord
 from support.lightning_versions import EMAWeightAveraging, weight_averaging

@@ -1,4 +1,4 @@
-"""The fingerprint of a base on disk, and its comparison with the one that an adapter holds."""
+"""The fingerprint of a base on disk, compared with the fingerprint that an adapter holds."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def fingerprint_entry_at(location: TensorLocation) -> dict[str, Any]:
 def compare_with_files(adapter: Adapter, base: Weights, *, strict: bool = True, remedy: str = OTHER_FILES) -> None:
     """Raise LoRAError, or warn, where weights on disk are not the adapter's base.
 
-    Names must be the same in both. A name that only one of them has is ignored: a file may hold tied weights once.
+    A name that only one of the two has is ignored, because a file may hold tied weights once.
     """
     packed = {f"{module}.weight" for module in base.quantised()}
     named = adapter.fingerprint.keys() - packed

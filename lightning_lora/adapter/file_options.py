@@ -1,9 +1,10 @@
 """Limits on the options in a file: patterns are regular expressions, which can be written so that they never end.
 
-The time that Python's `re` needs for a name is at worst a power of the name's length: one for each repetition that can
-end in several places, `.*` or `\\d+`. Inside of another repetition there is no such limit, and those are refused.
+Python's `re` needs time that grows with the length of a name, at worst as a power of it. The power is the number of
+repetitions that can end in several places, such as `.*` or `\\d+`. A repetition inside another repetition has no such
+limit and is refused.
 
-A user's own code may have any pattern. What is saved of it can always be read: see readable_options.
+A user's own code may have any pattern. readable_options makes sure that the saved options can be read again.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from ..files.limits import (
     check_names,
 )
 from ..matching import matcher
-from .adapter import Adapter, exact_options
+from .adapter import Adapter
+from .layer_options import exact_options
 
 TOGETHER = 1000  # names in one pattern
 EXPRESSIONS = ("target_modules", "exclude_modules", "modules_to_save", "target_parameters")  # where they are one text
@@ -39,7 +41,7 @@ AGAIN = "has comments or matches again what it matched, which a file may not ask
 
 @dataclass
 class _Group:
-    """What was read of a group: of its earlier alternatives, of the last one, and of that one's last part."""
+    """Count the repetitions in a group of a regular expression while it is read from left to right."""
 
     widest: int = 0  # repetitions after each other
     total: int = 0  # ways to match at one place
@@ -73,7 +75,7 @@ class _Group:
 
 
 def _longest_chain(texts: Iterable[str]) -> int:
-    """Return how many of some texts can match at one place: each of those begins with the ones before it."""
+    """Return how many of some texts can match at one place: the longest chain in which each begins with the last."""
     chain: list[str] = []
     longest = 0
     for text in sorted(texts):
@@ -107,7 +109,7 @@ def _can_be_read(config: LoRAConfig, names: Collection[str]) -> bool:
 
 
 def _grouped(patterns: Mapping[str, Any]) -> dict[str, Any]:
-    """Return fewer patterns, each of up to a thousand that begin with ^ and have one value."""
+    """Join patterns that have the same value, up to a thousand in one pattern. Each of them begins with ^."""
     by_value: dict[Any, list[str]] = {}
     for pattern, value in patterns.items():
         by_value.setdefault(value, []).append(pattern.removeprefix("^"))
@@ -122,9 +124,9 @@ def check_options(options: Any, names: Collection[str], path: object) -> None:
     """Raise LoRAError where options in a file could take long to apply.
 
     Args:
-        options: as they are there.
-        names: of the layers in the file.
-        path: for messages.
+        options: the options, as the file has them.
+        names: the layers in the file.
+        path: the file, for messages.
     """
     if not isinstance(options, Mapping):
         return
@@ -153,7 +155,7 @@ def _is_text(value: object) -> bool:
 
 
 def _steps(pattern: str, names: Iterable[str], path: str, *, of_suffix: bool = False) -> int:
-    """Return about how many steps it takes to compare names, or also what follows each dot in them, with a pattern."""
+    """Estimate how many steps it takes to compare names with a pattern; with of_suffix, each dotted suffix too."""
     repeats, choices = count_repeats(pattern, path)
     return sum(math.comb(len(name) + repeats, repeats) * choices * (name.count(".") * of_suffix + 1) for name in names)
 
@@ -191,7 +193,7 @@ def count_repeats(pattern: str, path: str) -> tuple[int, int]:
             group.add(part if is_text else None)
             at = end
         check(PATTERN_CHOICES, groups[-1].choices, path)
-    while len(groups) > 1:  # an unclosed group is no regular expression, which LoRAConfig says
+    while len(groups) > 1:  # a group that is not closed; LoRAConfig refuses it
         groups[-2].add(None, *groups.pop().close()[:2])
     repeats, choices, _ = groups[0].close()
     check(PATTERN_REPEATS, repeats, path)

@@ -45,10 +45,10 @@ def fingerprint_entry(weight: torch.Tensor) -> dict[str, Any]:
 
 
 def fingerprint_entries(weights: Iterable[tuple[str, torch.Tensor]]) -> dict[str, dict[str, Any]]:
-    """Return fingerprint_entry of many tensors at once, which is faster. Collective where they are sharded.
+    """Return the fingerprint_entry of many tensors, faster than one by one. Collective where they are sharded.
 
     Args:
-        weights: each name with its tensor. They may be made one by one, for none is kept.
+        weights: each name with its tensor. No tensor is kept, so an iterator may make them one by one.
     """
     found: dict[str, tuple[torch.Size, torch.dtype]] = {}
 
@@ -93,7 +93,7 @@ def compare_fingerprints(
         expected: of the adapter's base.
         relative: difference between values that are equal.
         strict: whether another base is an error or a warning.
-        remedy: what the error says that its reader can do.
+        remedy: the advice at the end of the error.
     """
     order = {name: position for position, name in enumerate(present)}
     differing: list[str] = []
@@ -120,7 +120,7 @@ def compare_fingerprints(
 
 
 def without_base(adapter: Adapter, base: Set[str] | None = None) -> Adapter:
-    """Replace tensors of the base by their entries in the fingerprint; by default, all that may be the base's."""
+    """Replace tensors of the base by entries in the fingerprint; by default all tensors in perhaps_base."""
     base = adapter.perhaps_base if base is None else base
     return replace(
         adapter,

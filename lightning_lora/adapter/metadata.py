@@ -46,7 +46,7 @@ def to_metadata(adapter: Adapter) -> dict[str, Any]:
 
 
 def from_metadata(tensors: Mapping[str, Any], metadata: Any, where: str) -> Adapter:
-    """Build an adapter from its tensors and their description. Factors are not checked. The inverse of to_metadata.
+    """Build an adapter from its tensors and their description, the inverse of to_metadata. Factors are not checked.
 
     Args:
         tensors: by name.

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from ..adapter.adapter import Adapter
-from ..adapter.lightning_checkpoint import checkpoint_metadata, in_one_storage
-from ..adapter.peft_folder import write_folder
-from ..adapter.sources import adapter_with_options
 from ..errors import LoRAError
 from ..files.atomic import new_file
 from ..files.paths import PathLike
 from ..files.torch_archive import write_torch_file
+from ..formats.lightning_checkpoint import checkpoint_metadata, in_one_storage
+from ..formats.peft_folder import write_folder
+from ..formats.sources import adapter_with_options
 from ..names import META
 from .output import ADAPTER_CHECKPOINT, ADAPTER_FOLDER, check_output
 

@@ -11,11 +11,11 @@ import torch
 
 from ..adapter.adapter import Adapter
 from ..adapter.base_files import fingerprint_entry_at
-from ..adapter.peft_attention import after_conv1d
 from ..config import LoRAConfig
 from ..errors import LoRAError
 from ..files.safetensors import TensorLocation, read_tensor
 from ..files.weights import Weights
+from ..formats.peft_attention import after_conv1d
 from ..matching import exact_key, names_match
 from ..names import A, B
 from ..nn.low_rank import (

@@ -10,16 +10,18 @@ from typing import Any
 
 import torch
 
-from ..adapter.adapter import Adapter, delta_norm, difference_norm
+from ..adapter.adapter import Adapter
 from ..adapter.fingerprint import without_base
-from ..adapter.peft_folder import CONFIG_FILE
-from ..adapter.peft_names import are_peft_names
-from ..adapter.sources import read_source
+from ..adapter.measures import delta_norm, difference_norm
+from ..adapter.renaming import by_network_names
 from ..errors import LoRAError, shown
 from ..files.paths import PathLike, given_path, kind_of
 from ..files.safetensors import SUFFIX, TensorLocation, read_rows
 from ..files.torch_archive import read_torch_file
 from ..files.weights import Weights, open_weights
+from ..formats.peft_folder import CONFIG_FILE
+from ..formats.peft_names import are_peft_names
+from ..formats.sources import read_source
 from ..names import META
 from ..progress import Unit, progress_bar
 from .output import refuse_quantised
@@ -138,7 +140,7 @@ def diff(first_path: PathLike, second_path: PathLike) -> dict[str, Any]:
             refuse_quantised("diff", each)
             each.compare_check_sums()
         return _diff_weights(*both)
-    first, second = (without_base(read_source(path)).by_network_names() for path in (first_path, second_path))
+    first, second = (by_network_names(without_base(read_source(path))) for path in (first_path, second_path))
     return _diff_adapters(first, second)
 
 

@@ -15,12 +15,13 @@ from typing import Any, Literal, get_args
 import torch
 
 from ..adapter.adapter import Adapter
-from ..adapter.combine import Method, combine_adapters
-from ..adapter.peft_folder import write_folder
+from ..adapter.combined_layer import Method
 from ..errors import LoRAError, one_line
+from ..exchange.combine import combine_adapters
 from ..files.atomic import identity
 from ..files.paths import reason_of
 from ..files.weights import open_weights
+from ..formats.peft_folder import write_folder
 from ..report.figures import plot_adapter
 from .convert import to_lightning, to_peft
 from .extract import extract

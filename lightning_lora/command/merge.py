@@ -10,17 +10,20 @@ from typing import Any
 
 import torch
 
-from ..adapter.adapter import Adapter, check_finite, equal_tables
+from ..adapter.adapter import Adapter
 from ..adapter.base_files import OTHER_FILES, compare_with_files
-from ..adapter.peft_rows import NO_BIAS
-from ..adapter.pretrained_names import align_to_networks
-from ..adapter.sources import adapter_with_options
+from ..adapter.equal_tables import equal_tables
+from ..adapter.renaming import by_network_names
+from ..adapter.values import check_finite
 from ..config import LoRAConfig
 from ..errors import LoRAError
 from ..files.atomic import new_file, new_folder
 from ..files.paths import PathLike
 from ..files.safetensors import SUFFIX, TensorLocation, read_rows
 from ..files.weights import Weights, open_weights
+from ..formats.peft_rows import NO_BIAS
+from ..formats.pretrained_names import align_to_networks
+from ..formats.sources import adapter_with_options
 from ..matching import matcher
 from ..names import factor_role, parent_names
 from ..nn.exact_merge import CPU_CHUNK, parts_of
@@ -212,7 +215,7 @@ def _row_updates(adapter: Adapter, base: Weights, owners: Mapping[str, str]) -> 
 def _module_names(adapter: Adapter, base: Weights) -> ModuleNames:
     """Return the file's own names where they are the adapter's too, else those that transformers gives them."""
     names = own_names(base)
-    adapter = adapter.by_network_names()
+    adapter = by_network_names(adapter)
     modules = {name.rpartition(".")[0] for name in adapter.tensors} - adapter.tied.keys()  # which may be there once
     return names if modules <= names.modules() else names_in_transformers(base)
 

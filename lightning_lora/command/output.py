@@ -6,13 +6,13 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ..adapter.peft_folder import CONFIG_FILE, TENSOR_FILES
 from ..errors import LoRAError
 from ..files.atomic import check_output_path
 from ..files.paths import PathLike, given_path, kind_of, real_path
 from ..files.safetensors import SUFFIX
 from ..files.torch_archive import read_torch_file
 from ..files.weights import Weights
+from ..formats.peft_folder import CONFIG_FILE, TENSOR_FILES
 from ..names import META
 
 

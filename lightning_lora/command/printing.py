@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from ..adapter.combine import Combined
 from ..errors import one_line, printable, shortened
+from ..exchange.combine import Combined
 from ..files.paths import reason_of
 from ..names import listed
 from ..units import size_text

@@ -186,12 +186,14 @@ class StoredTensors:
         Args:
             spec: other options to use instead of the layer's own.
         """
-        spec, known = spec or self.lora.spec, self.lora.placed
+        # A compiled forward must not depend on which place was asked for last: it would be compiled again.
+        compiling = torch.compiler.is_compiling()
+        spec, known = spec or self.lora.spec, None if compiling else self.lora.placed
         if known is not None and known[0] is spec and known[1].name == self.lora.name:
             return known[1]
         options = spec.r, spec.scaling, spec.enabled, spec.init, spec.seed, spec.rows, spec.options
         place = Place(self.lora.name, self.KIND, self.weight_shapes(), *options)
-        if spec is self.lora.spec:
+        if spec is self.lora.spec and not compiling:
             self.lora.placed = spec, place
         return place
 

@@ -128,7 +128,7 @@ class DoRA(LoRA):
     def problem(self, module: nn.Module, kind: str, config: Config) -> str:
         if getattr(module, "max_norm", None) is None:
             return ""
-        return "max_norm renormalises its rows in place, whose norms use_dora goes by; set it to None"
+        return "max_norm renormalises its rows in place, and use_dora depends on their norms; set it to None"
 
     def layer_class(self, plain: LayerClass) -> LayerClass | None:
         return cast("LayerClass | None", cast("Mapping[type, type]", LAYERS).get(plain))

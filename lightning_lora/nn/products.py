@@ -115,15 +115,17 @@ def inner_product(first: Sequence[Stack], second: Sequence[Stack]) -> torch.Tens
 
 
 def singular_values_of_grams(left_gram: torch.Tensor, right_gram: torch.Tensor) -> torch.Tensor:
-    """Return the singular values of left @ right, (n, k), from the factors' Gram matrices; they ascend.
+    """Return the singular values of n products left @ right from the Gram matrices of their factors.
 
-    These are the roots of the eigenvalues of left_gram @ right_gram, off by 1e-8 of the largest value that they could
-    have. QR decompositions of the factors would be exact to 1e-16, and take several times as long. NaN where a Gram
-    matrix is not finite.
+    They are the square roots of the eigenvalues of left_gram @ right_gram. The error is 1e-8 of the largest possible
+    singular value. QR decompositions of the factors have an error of 1e-16 and take several times as long.
 
     Args:
         left_gram: left.T @ left of each product, (n, k, k), float64.
-        right_gram: right @ right.T of each product, the same.
+        right_gram: right @ right.T of each product, (n, k, k), float64.
+
+    Returns:
+        (n, k), ascending for each product; NaN for a product with a Gram matrix that is not finite.
     """
     finite = (left_gram.isfinite() & right_gram.isfinite()).all(-1).all(-1)
     left_gram, right_gram = (torch.where(finite[:, None, None], gram, 0.0) for gram in (left_gram, right_gram))

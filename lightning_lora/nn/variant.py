@@ -156,8 +156,8 @@ class Variant(PeftForm):
         own_options: options that only this variant has (LoRAConfig's variant_options), with their defaults.
         replaces_rows: whether the adapter belongs to a table and stores the present values of some of its rows.
         reads_weight: whether `acting` returns a scale that it computes from W. Such adapters cannot be combined.
-        scale_title: the name, in the plural, of the values that the scale comes from; used in sentences about adapters
-            of which only B @ A is looked at.
+        scale_title: the name, in the plural, of the values that the scale is computed from, for example "lengths".
+            Reports that look at B @ A only say that these values do not count.
 
     Example::
 

@@ -7,14 +7,15 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from ..adapter.adapter import Adapter, align_to_modules
+from ..adapter.adapter import Adapter
 from ..adapter.base_files import compare_with_files
 from ..adapter.fingerprint import without_base
-from ..adapter.sources import read_source
+from ..adapter.renaming import align_to_modules, by_network_names
 from ..errors import LoRAError
 from ..files.paths import PathLike
 from ..files.safetensors import TensorLocation, read_rows
 from ..files.weights import Weights, open_weights
+from ..formats.sources import read_source
 from ..nn.low_rank import ATTENTION_WEIGHTS, MERGEABLE_DTYPES
 from ..progress import progress_bar
 from .updates import Updates, measure, refuse_empty, sum_of_squares
@@ -42,7 +43,7 @@ def read_updates(
     where = "an adapter in memory" if isinstance(source, Adapter) else where
     adapter = without_base(read_source(source, verb="plot_adapter"))
     if base is None:
-        return measure(where, adapter.by_network_names())
+        return measure(where, by_network_names(adapter))
     refuse_empty(where, adapter)
     weights = open_weights(base)
     adapter = _fit(adapter, weights)

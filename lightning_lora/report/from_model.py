@@ -8,9 +8,10 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from ..adapter.take import describe
+from ..adapter.renaming import by_network_names
 from ..distributed.rank_sync import RankSync
 from ..distributed.sharding import gather_all, local, reshard_
+from ..exchange.take import describe
 from ..model.adapted_model import AdaptedModel, open_model
 from ..model.gradients import warn_of_untrained
 from ..model.live_state import LiveState
@@ -33,7 +34,7 @@ def updates_of_model(model: nn.Module) -> Updates:
     tensors = {name: value.cpu() for name, value in gather_all(_adapters_own(live)).items()}
     adapter = replace(description, tensors=tensors)
     whole = measure(type(live.handle.model).__name__, adapter, _norms_in_model(live.handle))
-    network = adapter.by_network_names()
+    network = by_network_names(adapter)
     names = dict(zip(adapter.layers(), network.layers(), strict=True))
     return replace(whole, adapter=network, layers={names[name]: update for name, update in whole.layers.items()})
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from ..adapter.adapter import Adapter, cosine, nothing_adapted, scaled_pairs
+from ..adapter.adapter import Adapter, nothing_adapted
+from ..adapter.measures import cosine, scaled_pairs
 from ..errors import LoRAError
 from ..files.safetensors import CHUNK
 from ..nn.products import singular_values

@@ -98,6 +98,6 @@ def linear_layers(handle: AdaptedModel, verb: str) -> dict[str, AdaptedWeights]:
     trained = [name for name, layer in linear.items() if not layer.is_initial()]
     if trained:
         raise LoRAError(
-            f"{verb}: B of {trained[0]!r} is not zero, so the adapter was trained or loaded; call {verb} before."
+            f"{verb}: B of {trained[0]!r} is not zero, so the adapter was trained or loaded; start from data first."
         )
     return linear

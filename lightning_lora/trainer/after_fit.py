@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapter.lightning_checkpoint import adapter_of
 from ..distributed.sharding import refuse_fully_sharded
 from ..errors import LoRAError
+from ..formats.lightning_checkpoint import adapter_of
 from ..model.adapted_model import AdaptedModel, find_model, open_model
 from ..model.dequantize import dequantize_dtype
 from ..model.inject import merge_and_unload

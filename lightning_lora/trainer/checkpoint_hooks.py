@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import nn
 
-from ..adapter.checkpoint_of_model import convert_checkpoint, prepare_for_load
-from ..adapter.lightning_checkpoint import Kind, check_kind
 from ..errors import LoRAError
+from ..exchange.checkpoint_of_model import convert_checkpoint, prepare_for_load
+from ..formats.lightning_checkpoint import Kind, check_kind
 from ..model.adapted_model import AdaptedModel, find_model, open_model
 from ..model.patches import call_previous, patch
 from ..model.state_dict import EXTRA_ENTRIES

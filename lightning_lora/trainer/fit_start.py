@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..adapter.take import fingerprint_of
+from ..exchange.take import fingerprint_of
 from ..model.adapted_model import AdaptedModel, adopt_layers, find_model, open_model, refuse_replaced_layers
 from ..model.dequantize import dequantize_dtype
 from ..model.initial_values import snapshot_materialised

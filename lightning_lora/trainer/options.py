@@ -6,9 +6,9 @@ from typing import Protocol
 
 import torch
 
-from ..adapter.lightning_checkpoint import Kind, check_kind
 from ..config import LoRAConfig
 from ..errors import LoRAError
+from ..formats.lightning_checkpoint import Kind, check_kind
 from ..model.dequantize import dequantize_dtype
 from ..model.inject import fixed_seed
 from ..model.param_groups import check_ratio

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapter.checkpoint_of_model import prepare_for_load
-from ..adapter.lightning_checkpoint import adapter_of, read_without_values
-from ..adapter.save_load import apply_adapter
 from ..distributed.sharding import local
 from ..errors import LoRAError
+from ..exchange.apply import apply_adapter
+from ..exchange.checkpoint_of_model import prepare_for_load
+from ..formats.lightning_checkpoint import adapter_of, read_without_values
 from ..model.adapted_model import AdaptedModel, find_model
 from ..model.initial_values import snapshot_materialised
 from ..model.patches import call_previous, patch

@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_lora import LoRAError, inject, load_adapter, load_from_checkpoint
 from lightning_lora.adapter.fingerprint import entries_match
-from lightning_lora.adapter.take import fingerprint
+from lightning_lora.exchange.take import fingerprint
 from lightning_lora.model.adapted_model import open_model
 from support.models import checkpoint, source
 from support.runs import lora, trained

@@ -14,12 +14,12 @@ from torch import nn
 
 from lightning_lora import LoRAConfig, LoRAError, adapter_state_dict, inject, load_adapter, save_adapter
 from lightning_lora.adapter.fingerprint import fingerprint_entry
-from lightning_lora.adapter.lightning_checkpoint import in_one_storage
 from lightning_lora.adapter.metadata import decode_fingerprint as read_prints
 from lightning_lora.adapter.metadata import decode_layers as read_layers
 from lightning_lora.adapter.metadata import encode_fingerprint as shorten_prints
 from lightning_lora.adapter.metadata import encode_layers as shorten_layers
 from lightning_lora.command.convert import to_lightning
+from lightning_lora.formats.lightning_checkpoint import in_one_storage
 from support.models import checkpoint
 
 LAYERS = 1000

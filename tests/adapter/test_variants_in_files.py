@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 
 from lightning_lora import LoRAConfig, LoRAError, combine, load_adapter
 from lightning_lora.adapter.adapter import Adapter
-from lightning_lora.adapter.lightning_checkpoint import checkpoint_metadata
-from lightning_lora.adapter.peft_folder import write_folder
-from lightning_lora.adapter.save_load import read_adapter
 from lightning_lora.command import write_merged
 from lightning_lora.command.info import diff, info
 from lightning_lora.command.merge import merge_on_disk
+from lightning_lora.exchange.save_load import read_adapter
+from lightning_lora.formats.lightning_checkpoint import checkpoint_metadata
+from lightning_lora.formats.peft_folder import write_folder
 from lightning_lora.nn.dora import DoRA
 from lightning_lora.nn.lora import LoRA
 from lightning_lora.nn.starts import Started

@@ -12,9 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lightning_lora import LoRAConfig, inject, load_adapter, merged_state_dict
-from lightning_lora.adapter.peft_folder import read_folder
-from lightning_lora.adapter.sources import adapter_with_options
 from lightning_lora.command import write_merged
+from lightning_lora.formats.peft_folder import read_folder
+from lightning_lora.formats.sources import adapter_with_options
 from support.models import checkpoint
 from support.notices import quiet_peers
 from support.peers import (

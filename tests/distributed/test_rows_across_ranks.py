@@ -27,8 +27,8 @@ from lightning_lora import (
     merged_state_dict,
     unmerge,
 )
-from lightning_lora.adapter.take import fingerprint
 from lightning_lora.distributed.sharding import rows_of
+from lightning_lora.exchange.take import fingerprint
 from lightning_lora.nn.adapted_weights import adapted_layers
 from support.layers import same_bits
 from support.processes import world

@@ -31,9 +31,9 @@ from lightning_lora import (
     save_adapter,
     save_merged,
 )
-from lightning_lora.adapter import merged_folder
-from lightning_lora.adapter.merged_folder import FILE, INDEX
 from lightning_lora.command.merge import merge_on_disk
+from lightning_lora.exchange import merged_folder
+from lightning_lora.exchange.merged_folder import FILE, INDEX
 from lightning_lora.model.adapted_model import open_model
 from lightning_lora.trainer.after_fit import refuse_merge_after_fit
 from support.models import Zoo, randomise_, zoo_config

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lora import LoRACallback, LoRAConfig, inject, merge, merged, save_merged, unmerge
-from lightning_lora.adapter.merged_folder import FILE
+from lightning_lora.exchange.merged_folder import FILE
 from lightning_lora.nn.lora_layer import LoRALayer
 from support.models import randomise_
 from support.processes import world

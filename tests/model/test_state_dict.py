@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.profiler import ProfilerActivity, profile
 
 from lightning_lora import LoRAConfig, LoRAError, adapter_state_dict, inject, merge, merged, merged_state_dict
-from lightning_lora.adapter.take import fingerprint
+from lightning_lora.exchange.take import fingerprint
 from lightning_lora.model.adapted_model import Listing
 from lightning_lora.model.state_dict import merge_state_dict
 from support.fingerprints import check_fingerprint

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_lora.adapter import take
+from lightning_lora.exchange import take
 from lightning_lora.model.adapted_model import open_model
 from lightning_lora.model.live_state import open_state
 

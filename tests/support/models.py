@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lightning_lora import LoRAConfig, adapter_state_dict, inject, save_adapter
-from lightning_lora.adapter.checkpoint_of_model import convert_checkpoint as write
+from lightning_lora.exchange.checkpoint_of_model import convert_checkpoint as write
 
 LENGTH = 5
 

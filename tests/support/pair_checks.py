@@ -31,7 +31,7 @@ from lightning_lora import (
     unload,
     unmerge,
 )
-from lightning_lora.adapter.checkpoint_of_model import convert_checkpoint, prepare_for_load
+from lightning_lora.exchange.checkpoint_of_model import convert_checkpoint, prepare_for_load
 from lightning_lora.model.adapted_model import open_model
 from support.pairs import (
     DELTAS,

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 
 from lightning_lora import LoRAConfig, LoRAError, disable_adapter, inject, unload
-from lightning_lora.adapter.take import fingerprint
+from lightning_lora.exchange.take import fingerprint
 from lightning_lora.model.adapted_model import AdaptedModel, open_model
 from lightning_lora.trainer.step_lists import StepLists
 from support.lightning_versions import WeightAveraging, averaging

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lora import LoRACallback, LoRAConfig, LoRAError, load_adapter, load_from_checkpoint, merged, save_adapter
-from lightning_lora.adapter.lightning_checkpoint import Kind
+from lightning_lora.formats.lightning_checkpoint import Kind
 from lightning_lora.nn.adapted_weights import adapted_layers
 from support.tables import NUMBER, ROWS
 from support.tables import Net as Network

@@ -29,7 +29,7 @@ LIVES = {
         "test_order_in_the_list_changes_nothing",
         "test_yaml_has_it_beside_the_lora_block_or_the_callback",
     ],
-    "adapter/test_lightning_checkpoint": [
+    "formats/test_lightning_checkpoint": [
         "test_every_kind_is_read_into_a_fresh_model",
         "test_best_is_tested_to_the_number_that_was_logged",
         "test_load_from_checkpoint_restores_a_model_built_in_configure_model",

@@ -1,0 +1,120 @@
+"""Checks of an adapter by itself: its tensors are there, finite, and as its variant and its options say."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+from ..errors import LoRAError
+from ..names import factor_role
+from ..nn.variant import Variant, rows_leaf, variant_with
+from .adapter import Adapter, layer_fault
+from .values import check_finite, describe_value, holds_numbers, refuse_nested
+
+Versions = dict[str, tuple[torch.Tensor, int]]
+
+_CHECKED: WeakKeyDictionary[Adapter, Versions] = WeakKeyDictionary()  # adapters that check_factors accepted
+
+
+def check_factors(adapter: Adapter, where: str) -> None:
+    """Raise LoRAError for the first layer whose tensors are not finite, or not as its variant and the options say."""
+    for layer in adapter.own_names:
+        _refuse_fault(adapter, layer, where)
+    for table, rows in adapter.rows().items():
+        _check_rows(adapter, table, rows, where)
+    refuse_nested(adapter.beside_factors(), where)
+
+
+def _refuse_fault(adapter: Adapter, layer: str, where: str) -> None:
+    """Raise LoRAError for the first fault in the tensors of one layer."""
+    names, variant = adapter.own_names[layer], adapter.variant
+    rows = rows_leaf()
+    own = {leaf: name for leaf, name in names.items() if leaf != rows}
+    if not layer:
+        raise LoRAError(f"{where}: {next(iter(names.values()))!r} names no layer.")
+    if not own:
+        return
+    unexpected = next((leaf for leaf in own if leaf not in variant.leaves), None)
+    if unexpected is not None:
+        raise LoRAError(
+            f"{where}: {own[unexpected]!r} is of no adapted layer, or {_asked_by(variant_with({unexpected}))} is "
+            "missing in the options; the file is damaged."
+        )
+    fault = layer_fault(adapter, layer)
+    if fault:
+        raise LoRAError(f"{where}: {fault}")
+    for leaf, value in adapter.stored(layer).items():
+        check_finite(names[leaf], value, where)
+    _check_rank(adapter, layer, where)
+
+
+def _asked_by(variant: Variant) -> str:
+    return ", ".join(f"{option}={json.dumps(value)}" for option, value in variant.options().items())
+
+
+def check_once(adapter: Adapter, where: str) -> None:
+    """Call check_factors, unless it accepted this adapter and nothing was written into its tensors since."""
+    now = _versions(adapter)
+    if now is None or not _are_same(now, _CHECKED.get(adapter)):
+        check_factors(adapter, where)
+        if now is not None:
+            _CHECKED[adapter] = now
+
+
+def _versions(adapter: Adapter) -> Versions | None:
+    """Return how often each tensor was written to; None where a tensor does not count that (inference mode)."""
+    tensors = {name: value for name, value in adapter.tensors.items() if isinstance(value, torch.Tensor)}
+    if any(map(torch.Tensor.is_inference, tensors.values())):
+        return None
+    return {name: (tensor, tensor._version) for name, tensor in tensors.items()}
+
+
+def _are_same(now: Versions, before: Versions | None) -> bool:
+    return (
+        before is not None
+        and now.keys() == before.keys()
+        and all(tensor is before[name][0] and version == before[name][1] for name, (tensor, version) in now.items())
+    )
+
+
+def require_values(adapter: Adapter, where: str) -> None:
+    """Raise LoRAError where a tensor of a file is on the meta device, so that it has no values."""
+    for name, value in adapter.tensors.items():
+        if isinstance(value, torch.Tensor) and value.is_meta:
+            raise LoRAError(f"{where}: {name!r} has no values: it was saved from the meta device.")
+
+
+def _check_rows(adapter: Adapter, table: str, rows: Any, where: str) -> None:
+    """Raise LoRAError where a table's trained rows are no finite matrix, or not as many as their numbers."""
+    name, numbers = f"{table}.{rows_leaf()}", adapter.tables.get(table)
+    if not holds_numbers(rows) or rows.dim() != 2:
+        raise LoRAError(f"{where}: {name!r} must be a floating point matrix of rows, found {describe_value(rows)}.")
+    if numbers is not None and len(numbers) != len(rows):
+        raise LoRAError(f"{where}: {name!r} has {len(rows)} rows, but {len(numbers)} are named: the file is damaged.")
+    check_finite(name, rows, where)
+
+
+def _check_rank(adapter: Adapter, name: str, where: str) -> None:
+    """Raise LoRAError where the options give a layer another rank or scaling than the tensors or the record."""
+    if adapter.config is None:
+        return
+    stored = adapter.stored(name)
+    rank = adapter.variant.rank(stored)
+    with_options = dict.fromkeys((name, adapter.options_name(name)))
+    scalings = [adapter.config.scaling(n) for n in with_options if adapter.config.rank(n) == rank]
+    if not scalings:
+        shapes = ", ".join(f"{factor_role(leaf)} {tuple(stored[leaf].shape)}" for leaf in adapter.variant.trained)
+        raise LoRAError(
+            f"{where}: {name!r}: the options say r={adapter.config.rank(name)}, but its factors have rank {rank}: "
+            f"{shapes}."
+        )
+    recorded = adapter.scalings.get(name, scalings[0])
+    if not any(math.isclose(recorded, scaling) for scaling in scalings):
+        raise LoRAError(
+            f"{where}: {name!r}: the options say a scaling (lora_alpha over r) of {scalings[0]:g}, but {recorded:g} is "
+            "recorded; the file is damaged."
+        )

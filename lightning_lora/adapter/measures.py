@@ -1,0 +1,96 @@
+"""How large an adapter's changes are, and how two adapters differ: norms and angles of s * B @ A, never built."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from ..errors import LoRAError
+from ..nn.low_rank import ATTENTION, SEPARATE, low_rank_blocks
+from ..nn.products import inner_of_products, product_norm
+from .adapter import Adapter
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+def delta_norm(adapter: Adapter, name: str) -> float:
+    """Return the Frobenius norm of s * B @ A of one layer; without options, of B @ A. A scale does not count."""
+    return math.hypot(*(product_norm(left, right) for left, right in scaled_pairs(adapter, name)))
+
+
+def difference_norm(adapter: Adapter, other_adapter: Adapter, name: str) -> float:
+    """Return the Frobenius norm of the difference between two adapters' s * B @ A of one layer.
+
+    Raises:
+        ValueError: the layer has other parts or shapes in the two.
+    """
+    norms = []
+    for (left, right), (other_left, other_right) in _matching_pairs(adapter, other_adapter, name):
+        if left.shape == other_left.shape and torch.equal(left, other_left) and torch.equal(right, other_right):
+            norms.append(0.0)
+        else:
+            norms.append(product_norm(torch.cat([left, -other_left], 1), torch.cat([right, other_right])))
+    return math.hypot(*norms)
+
+
+def cosine(adapter: Adapter, other_adapter: Adapter, name: str) -> float:
+    """Return the cosine between two adapters' s * B @ A of one layer, seen as vectors; NaN where one is zero.
+
+    Raises:
+        ValueError: the layer has other parts or shapes in the two.
+    """
+    inner = sum(
+        float(inner_of_products(*pair, *other_pair))
+        for pair, other_pair in _matching_pairs(adapter, other_adapter, name)
+    )
+    norms = delta_norm(adapter, name) * delta_norm(other_adapter, name)
+    value = inner / norms if norms else math.nan
+    return max(-1.0, min(1.0, value)) if math.isfinite(value) else math.nan
+
+
+def _matching_pairs(adapter: Adapter, other_adapter: Adapter, name: str) -> list[tuple[Pair, Pair]]:
+    """Return the scaled_pairs of one layer in two adapters, part by part; ValueError where parts or shapes differ."""
+    both = adapter, other_adapter
+    enabled = [each.config.enabled_parts(name) if each.config else None for each in both]
+    pairs, other_pairs = (scaled_pairs(each, name) for each in both)
+    if len(pairs) != len(other_pairs) or (None not in enabled and enabled[0] != enabled[1]):
+        raise ValueError(f"{name!r} has other parts in the two")
+    matching = list(zip(pairs, other_pairs, strict=True))
+    for (left, right), (other_left, other_right) in matching:
+        if left.shape[0] != other_left.shape[0] or right.shape[1] != other_right.shape[1]:
+            raise ValueError(f"{name!r} has other shapes in the two")
+    return matching
+
+
+def separate_shapes(adapter: Adapter, name: str) -> dict[str, Sequence[int]]:
+    """Return the shapes of the weights of q, k and v, if a layer is attention with separate weights; else none."""
+    if adapter.kinds.get(name) != ATTENTION:
+        return {}
+    entries = {leaf: adapter.fingerprint.get(f"{name}.{leaf}") for leaf in SEPARATE}
+    return {leaf: entry["shape"] for leaf, entry in entries.items() if entry is not None}
+
+
+def scaled_pairs(adapter: Adapter, name: str) -> list[Pair]:
+    """Return (s * B, A) of each part of a layer (an expert, an adapted part; q, k, v), as matrices in float64.
+
+    s is 1 where the source does not hold it.
+
+    Raises:
+        LoRAError: the factors do not fit each other.
+    """
+    a, b, _ = adapter.acting(name)
+    a, b = (factor.detach().double().flatten(1) for factor in (a, b))
+    scaling, shapes = adapter.scalings.get(name, 1.0), separate_shapes(adapter, name)
+    if shapes:
+        enabled = adapter.config.enabled_parts(name) if adapter.config else None
+        blocks = low_rank_blocks(ATTENTION, shapes, a, b, enabled)
+        return [(block.left * scaling, block.right) for parts in blocks.values() for block in parts]
+    parts = a.shape[0] // b.shape[1]
+    if a.shape[0] % b.shape[1] or not parts or b.shape[0] % parts:
+        raise LoRAError(
+            f"adapter: the factors of {name!r} do not fit each other: lora_A has {a.shape[0]} rows, and lora_B "
+            f"{b.shape[0]} rows of {b.shape[1]} values. The file is damaged."
+        )
+    return [(left * scaling, right) for left, right in zip(b.chunk(parts), a.chunk(parts), strict=True)]

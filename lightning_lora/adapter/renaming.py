@@ -1,0 +1,109 @@
+"""New names for an adapter: those of the model that it is loaded onto, or of a network inside another."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import replace
+
+from ..config import LoRAConfig
+from ..errors import LoRAError
+from ..matching import near_misses
+from ..names import parent_names, suffixes
+from .adapter import Adapter, NewName, new_layer, nothing_adapted
+from .layer_options import exact_options, options_hold
+
+
+def renamed(adapter: Adapter, strip: str, add: str) -> Adapter:
+    """Return an adapter with the prefix `strip` taken off every name and the prefix `add` put in front.
+
+    Tensors whose names lack the prefix are left out. The options mean the same layers as before.
+    """
+
+    def new_name(name: str) -> str | None:
+        return add + name.removeprefix(strip) if name.startswith(strip) else None
+
+    return replace(renamed_by(adapter, new_name), network="")
+
+
+def renamed_by(adapter: Adapter, new_name: NewName) -> Adapter:
+    """Return an adapter with new names, as with_names does, and options that mean the same layers as before."""
+    new = replace(adapter.with_names(new_name), scope=new_name(adapter.scope) or "")
+    old_layers = {new_layer(adapter, layer, new_name): layer for layer in adapter.layers()}
+    return replace(new, config=_translate_config(adapter, new, old_layers))
+
+
+def by_network_names(adapter: Adapter) -> Adapter:
+    """Return an adapter under the network's own names, without tensors outside of the network."""
+    return renamed(adapter, adapter.network, "") if adapter.network else adapter
+
+
+def _translate_config(old: Adapter, new: Adapter, old_layers: Mapping[str | None, str]) -> LoRAConfig | None:
+    """Return options for the new names. They stay as they are if they mean the same layers, else they name each layer.
+
+    Args:
+        old: the adapter before it was renamed.
+        new: the adapter after.
+        old_layers: the old name of each new one.
+    """
+    if old.config is None:
+        return None
+    modules = {module for name in new.tensors for module in parent_names(name)}
+    named = {suffix for module in modules for suffix in suffixes(module)}
+    saved = [  # an entry that names nothing any more loses the prefix that the names lost
+        entry if entry in named else next((tail for tail in suffixes(entry) if tail in modules), entry)
+        for entry in old.config.modules_to_save or ()
+    ]
+    config = replace(old.config, modules_to_save=saved)
+    enabled = {layer: config.enabled_parts(old_layers[layer]) for layer in new.layers()}
+    same_parts = all(config.enabled_parts(layer) == parts for layer, parts in enabled.items())
+    if same_parts and options_hold(config, new.ranks(), new.scalings):
+        return config
+    longest_first = sorted(enabled.items(), key=lambda item: -len(item[0]))
+    exact = exact_options(config, new.ranks(), new.scalings, new.parameters)
+    return replace(exact, enable_lora={layer: parts for layer, parts in longest_first if parts})
+
+
+def align_to_modules(adapter: Adapter, modules: Set[str], where: str) -> Adapter:
+    """Return the adapter under the one prefix at which its layers are among the modules.
+
+    Raises:
+        LoRAError: there is no such prefix, or there are several.
+    """
+    layers = adapter.layers()
+    if not layers:
+        raise LoRAError(
+            f"adapter: the source holds {nothing_adapted(adapter)}; it is not an adapter of a known format."
+        )
+    if all(layer in modules for layer in layers):
+        return adapter
+    prefixes = _fitting_prefixes(layers, modules)
+    if len(prefixes) != 1 and adapter.network:
+        return align_to_modules(by_network_names(adapter), modules, where)
+    if len(prefixes) != 1:
+        fitting = ", ".join(repr(add or f"without {strip}") for strip, add in prefixes) or "none"
+        unplaced = next(layer for layer in layers if layer not in modules)
+        raise LoRAError(
+            f"adapter: its layers ({unplaced!r}, ...) must fit {where} under exactly one prefix; "
+            f"found {fitting}{near_misses(unplaced, modules - {''})}. Pass the submodule that the adapter is for."
+        )
+    strip, add = prefixes[0]
+    outside = [name for name in adapter.tensors if not name.startswith(strip)]
+    if outside and strip != adapter.network:  # a network alone needs no tensors of the module around it
+        warnings.warn(
+            f"lightning_lora: {len(outside)} of the adapter's tensors lie outside {where} and are left out, "
+            f"first {outside[0]!r}.",
+            stacklevel=4,
+        )
+    return renamed(adapter, strip, add)
+
+
+def _fitting_prefixes(layers: Sequence[str], modules: Set[str]) -> list[tuple[str, str]]:
+    """List each (prefix to strip, prefix to add) that makes every layer a module. One of the two is empty."""
+    first = layers[0].split(".")
+    strips = [".".join(first[:i]) + "." for i in range(1, len(first))]
+    strips = [strip for strip in strips if all(f"{layer}.".startswith(strip) for layer in layers)]
+    strips = [s for s in strips if all(f"{layer}."[len(s) :].removesuffix(".") in modules for layer in layers)]
+    adds = sorted({module.removesuffix(layers[0]) for module in modules if module.endswith(f".{layers[0]}")})
+    adds = [add for add in adds if all(add + layer in modules for layer in layers)]
+    return [(strip, "") for strip in strips] + [("", add) for add in adds]

@@ -1,0 +1,96 @@
+"""An adapter as one model needs it: under the model's names, without base weights, with all that it trains."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+from torch import nn
+
+from ..adapter.adapter import Adapter
+from ..adapter.fingerprint import without_base
+from ..formats.pretrained_names import align_to_networks
+from ..model.adapted_model import Listing
+from ..model.live_state import LiveState, original_value
+from ..model.pretrained import pretrained_models
+from ..model.targets import weights_of
+from ..names import names_factor
+from ..nn.adapted_module import is_factor
+from .first_names import Names
+from .resized_tables import has_new_rows
+
+log = logging.getLogger(__name__)
+
+
+def align_names(listing: Listing, names: Names, adapter: Adapter) -> Adapter:
+    """Return the adapter under the one prefix at which its layers are modules of the model."""
+    layers = adapter.layers()
+    if layers and all(layer in names.modules for layer in layers):
+        return adapter
+    modules = {*names.modules, *(weights_of(names.modules) if adapter.parameters else ())}
+    if layers and not modules.issuperset(layers):  # a later name of a shared module would make a second prefix
+        ending = f".{layers[0]}"
+        modules -= {n for n in modules if n.endswith(ending) and n.removesuffix(ending) in names.later}
+    return align_to_networks(
+        adapter, modules, type(listing.model).__name__, lambda: pretrained_models(listing.modules).values()
+    )
+
+
+def split_off_base(live: LiveState, adapter: Adapter) -> Adapter:
+    """Replace base weights by a fingerprint, in a source that has weights of its base and no fingerprint.
+
+    A whole state dict is such a source, and so is a PEFT folder with embeddings. Single base weights in an adapter's
+    state dict stay: the user trained them. Embeddings with new rows stay too: they were resized.
+
+    Raises:
+        LoRAError: the embeddings of the model have another number of rows.
+    """
+    if adapter.fingerprint or adapter.complete or (adapter.config is not None and not adapter.perhaps_base):
+        return adapter
+    keys = set(live.keys) - live.handle.initial_of("resized").keys()
+    base_keys = {name for name, _, owner in live.entries if not is_factor(name, owner)}
+    whole = adapter.config is None and adapter.tensors.keys() >= base_keys
+    candidates = adapter.tensors.keys() if whole else adapter.perhaps_base
+    base = set()
+    for name, tensor, owner in live.entries:
+        if name not in candidates or name in keys or tensor is None:
+            continue
+        if name in adapter.perhaps_base and has_new_rows(
+            name, adapter.tensors[name], original_value(name, tensor, owner)
+        ):
+            log.info("lightning_lora: %s comes with the adapter: its last rows are not the base's", name)
+        else:
+            base.add(name)
+    return without_base(adapter, base)
+
+
+def add_frozen_weights(live: LiveState, adapter: Adapter) -> Adapter:
+    """Add tensors that this model saves with its adapter, and that the source does not hold.
+
+    A base weight that is trained here and was frozen there gets its initial value. Rows of a table are added under the
+    names of the tables that are tied to it.
+    """
+    unfrozen = live.handle.initial_of("unfrozen")
+    frozen = {name: value for name, value in unfrozen.items() if name in adapter.fingerprint}
+    shared = _names_of_shared(live)
+    stored = {other: value for name, value in adapter.tensors.items() for other in shared.get(name, ())}
+    resized = {name: stored.get(name, value) for name, value in live.handle.initial_of("resized").items()}
+    tied = {name: value for name, value in stored.items() if names_factor(name)}
+    added = {**frozen, **resized, **tied}
+    return replace(adapter, tensors={**added, **adapter.tensors}) if added.keys() - adapter.tensors.keys() else adapter
+
+
+def _names_of_shared(live: LiveState) -> dict[str, list[str]]:
+    """Return, for each name of a tensor with several names, all of these names."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in live.tensors.items():
+        if tensor is not None:
+            names.setdefault(id(tensor), []).append(name)
+    return {name: same for same in names.values() if len(same) > 1 for name in same}
+
+
+def record_trained(live: LiveState, adapter: Adapter) -> None:
+    """Record base parameters that the adapter holds as trained, with their present values as initial ones."""
+    whole = [name for name in adapter.tensors if not names_factor(name) and name in live.tensors]
+    if any(isinstance(live.tensors[name], nn.Parameter) for name in whole):
+        live.handle.record_unfrozen(whole)

@@ -1,0 +1,187 @@
+"""Put an adapter onto a model: inject, compare base, layers, names and shapes, then copy all values or none."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any, cast
+
+from ..adapter.adapter import Adapter
+from ..adapter.fingerprint import REMEDY, warn_of_rounding
+from ..adapter.layer_options import exact_options, options_hold, with_exact_ranks
+from ..config import LoRAConfig
+from ..distributed.sharding import copies_of, copy_all_
+from ..errors import LoRAError
+from ..formats.peft_attention import turn_as_in_model
+from ..model.adapted_model import AdaptedModel, Listing
+from ..model.inject import inject_to_load, unload
+from ..model.live_state import LiveState, open_state
+from ..model.merging import holds_merged, merge_listed, unmerge_listed
+from ..model.targets import Targets
+from ..nn.writer import Turn
+from .align import add_frozen_weights, align_names, record_trained, split_off_base
+from .first_names import Names, by_first_names
+from .fit_checks import Specs, check_adapter, specs_for
+from .take import check_fingerprint
+
+log = logging.getLogger(__name__)
+
+
+def copy_values(live: LiveState, adapter: Adapter, specs: Specs | None = None, *, merge_after: bool = False) -> None:
+    """Write an adapter's values into the live tensors, all of them or none. In place.
+
+    Copying can fail: merging may find that W' is beyond its dtype, and a module may refuse its extra state.
+
+    Args:
+        live: an injected model, unmerged; after an error it is unmerged too.
+        adapter: checked by check_adapter.
+        specs: from specs_for. A factor of another rank gets new memory and loses its gradient; the parameter object
+            stays.
+        merge_after: whether the model is merged then. If that fails, the old values are put back.
+    """
+    handle = live.handle
+    record, kept, config_before = handle.record, handle.kept(), handle.record.config
+    specs_before = {layer: layer.lora.spec for layer in specs or {}}
+    factors = [factor for layer, spec in specs_before.items() for factor, _ in layer.shapes_by(spec)]
+    memory = [(factor, factor.data, factor.grad) for factor in factors]
+    values_before = _values_now(live, adapter.tensors)
+    try:
+        record_trained(live, adapter)
+        _take_specs_(handle, adapter, specs or {})
+        _write_(live, adapter.tensors)
+        handle.record_trainable(expected=True)
+        if merge_after:
+            merge_listed(handle)
+    except BaseException:
+        handle.put_back(kept)
+        record.config = config_before
+        for layer, spec in specs_before.items():
+            layer.lora.spec = spec
+        for factor, data, gradient in memory:
+            factor.data = data
+            factor.grad = gradient
+        _write_(live, values_before)
+        raise
+
+
+def _values_now(live: LiveState, names: Iterable[str]) -> dict[str, Any]:
+    tensors = {name: live.tensors[name] for name in names}
+    states = {name: cast(Any, live.owners[name]).get_extra_state() for name, value in tensors.items() if value is None}
+    return states | copies_of({name: value for name, value in tensors.items() if value is not None})
+
+
+def _take_specs_(handle: AdaptedModel, adapter: Adapter, specs: Specs) -> None:
+    """Give the layers and the model's options the adapter's ranks and scalings. In place."""
+    if not specs or adapter.config is None:
+        return
+    record = handle.record
+    resized = [layer.lora.name for layer, spec in specs.items() if spec.r != layer.lora.spec.r]
+    in_training = any(factor.grad is not None for layer in specs for factor in layer.factors())
+    for layer, spec in specs.items():
+        layer.take_spec_(spec)
+    names = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
+    config = replace(record.config, **{name: getattr(adapter.config, name) for name in names})
+    layers = [layer.lora for layer in handle.layers.values() if layer.kind()]
+    ranks, scalings = ({s.name: getattr(s.spec, field) for s in layers} for field in ("r", "scaling"))
+    record.config = config if options_hold(config, ranks, scalings) else with_exact_ranks(config, ranks, scalings)
+    log.info("lightning_lora: load_adapter: %d layers take the adapter's rank and scaling", len(specs))
+    if resized and in_training:
+        warnings.warn(
+            f"lightning_lora: load_adapter: {len(resized)} layers that have gradients get another rank, first "
+            f"{resized[0]!r}. An optimizer goes on with these parameters, but what it has gathered of them does not "
+            "fit: clear that (optimizer.state.clear()), or build it anew.",
+            stacklevel=5,
+        )
+
+
+def _write_(live: LiveState, values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        if live.tensors[name] is None:
+            owner = cast(Any, live.owners[name])
+            owner.set_extra_state(copy.deepcopy(value))  # an adapter in memory does not change with the model
+    copy_all_([(tensor, value) for name, value in values.items() if (tensor := live.tensors[name]) is not None])
+
+
+def apply_adapter(
+    listing: Listing, adapter: Adapter, *, strict_base: bool = True, remedy: str = REMEDY, swap: bool = False
+) -> list[str]:
+    """Put an adapter onto a model: inject it if needed, check everything, then copy the values. In place.
+
+    Args:
+        listing: of the model without wrappers; its handle where it is injected.
+        adapter: under any prefix.
+        strict_base: whether another base than the adapter's is an error or a warning.
+        remedy: the advice at the end of the error about another base.
+        swap: whether layers of an injected model may get another rank and scaling.
+
+    Returns:
+        The names of the adapted layers.
+
+    Raises:
+        LoRAError: something does not fit; the model is as it was.
+    """
+    names = Names(listing.places)
+    adapter = by_first_names(names, align_names(listing, names, adapter))
+    fresh = not isinstance(listing, AdaptedModel)
+    if isinstance(listing, AdaptedModel):
+        handle = listing
+        _tell_of_options(handle, adapter)
+    else:
+        handle = inject_to_load(listing, config_for(listing, adapter), adapter.scope)
+    adapter = turn_as_in_model(adapter, handle.kinds)
+    with Turn("load_adapter", [handle.record.writer]):
+        was_merged = holds_merged(handle.layers.values())
+        try:
+            if was_merged:
+                unmerge_listed(handle)  # at once: reading W out of W' takes as long
+            live = open_state(handle)
+            adapter = add_frozen_weights(live, split_off_base(live, adapter))
+            specs = {} if fresh or not swap else specs_for(handle, by_first_names(names, adapter))
+            check_adapter(live, names, adapter, specs=specs)
+            present = check_fingerprint(live, adapter.fingerprint, strict=strict_base, remedy=remedy)
+            copy_values(live, adapter, specs, merge_after=was_merged)
+            handle.record.origin = dict(adapter.origin)
+        except BaseException:
+            if fresh:
+                unload(handle.model)
+            elif was_merged:
+                merge_listed(handle)
+            raise
+    warn_of_rounding(present, adapter.fingerprint)
+    return list(handle.layers)
+
+
+def _tell_of_options(handle: AdaptedModel, adapter: Adapter) -> None:
+    """Log the model's options, which hold if the source has none."""
+    if adapter.config is None:
+        options = handle.record.config
+        scale = f"lora_alpha={options.lora_alpha:g}, use_rslora={options.use_rslora}"
+        log.info("lightning_lora: the source stores no options; those of the injected model hold: %s", scale)
+
+
+def config_for(listing: Listing, adapter: Adapter) -> LoRAConfig:
+    """Return the adapter's options. If they would choose other layers in this model, name the layers instead."""
+    config, ranks = adapter.config, adapter.ranks()
+    if config is None:
+        stored = sorted(set(ranks.values()))
+        saved = _leaves(adapter.saved_modules())
+        raise LoRAError(
+            "adapter: the source stores tensors and no options, as loralib's files do. Its factors have rank "
+            f"{' and '.join(map(str, stored))}; lora_alpha is nowhere in it and must come from whoever trained it. "
+            f"Call inject(model, LoRAConfig(r={stored[0]}, lora_alpha=..., target_modules=[{_leaves(ranks)}]"
+            f"{f', modules_to_save=[{saved}]' if saved else ''})) first, then load_adapter again."
+        )
+    targets = Targets(listing.modules, config, adapter.scope)
+    same_layers = not targets.unmatched and targets.names() == set(ranks)
+    same = same_layers and options_hold(config, ranks, adapter.scalings)
+    config = config if same else exact_options(config, ranks, adapter.scalings, adapter.parameters)
+    same_rows = targets.tables.items() >= adapter.tables.items()
+    return config if same_rows else replace(config, trainable_token_indices=dict(adapter.tables))
+
+
+def _leaves(modules: Iterable[str]) -> str:
+    """Return the last segments of module names, quoted, as the text of a list."""
+    return ", ".join(map(repr, dict.fromkeys(module.rpartition(".")[2] for module in modules)))

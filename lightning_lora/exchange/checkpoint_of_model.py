@@ -1,0 +1,292 @@
+"""Lightning's checkpoints of an injected model: converted when they are saved, completed when they are loaded."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Set
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from ..adapter.adapter import Adapter
+from ..adapter.fingerprint import AVERAGED, entries_match, fingerprint_entries, without_rows
+from ..distributed.sharding import gather_all, holds_shards
+from ..errors import LoRAError, NonFiniteError
+from ..formats.lightning_checkpoint import Kind, adapter_of, by_canonical_names, checkpoint_metadata, in_one_storage
+from ..model.adapted_model import AdaptedModel, open_model
+from ..model.dequantize import dequantize_dtype, quantised_weights
+from ..model.live_state import LiveState, open_state, original_value
+from ..model.state_dict import merge_state_dict
+from ..names import META, canonical, split_factor_name
+from ..nn.adapted_module import is_factor
+from ..nn.quantised_state import quantisation_entries, unchanged_weight
+from .align import add_frozen_weights, align_names, record_trained
+from .first_names import Names
+from .fit_checks import check_adapter
+from .take import check_fingerprint, describe
+
+REMEDY_IN_TRAINER = (
+    "Give the Trainer the model with the base that the adapter was trained on, as trainer.fit("
+    'Net.load_from_checkpoint("pretrained.ckpt"), ckpt_path=...). To use the adapter on this base all the same, call '
+    "load_adapter(model, path, strict_base=False) and leave ckpt_path out."
+)
+# Takes a mapping in a checkpoint and the keys that lead to it. Returns a new mapping, or None to keep the old one.
+Replacement = Callable[[Mapping[Any, Any], tuple[Any, ...]], dict[Any, Any] | None]
+
+
+def convert_checkpoint(module: nn.Module, checkpoint: MutableMapping[str, Any], kind: Kind) -> None:
+    """Turn a checkpoint with a complete state_dict into one of the given kind. In place. Collective.
+
+    For a sharded model, trainer/strategies.py has already chosen and gathered the tensors of the state_dict.
+    """
+    live = LiveState(open_model(module, "checkpoint"))
+    handle, record = live.handle, live.handle.record
+    own_names = {canonical(name): name for name in checkpoint["state_dict"]}
+    state = checkpoint["state_dict"] = by_canonical_names(checkpoint["state_dict"])
+    adapter = describe(live, "checkpoint")
+    trained, sharded = set(live.keys), any(holds_shards(each) for _, each in handle.modules)
+    if not sharded:
+        adapter = _without_left_out(live, adapter, state, trained, kind)
+    if kind == "full":
+        base = {name: entry for name, entry in adapter.fingerprint.items() if name not in trained}
+        meta = _describe(kind, replace(adapter, fingerprint=base))
+        meta["initial"] = gather_all(handle.initial())
+    else:
+        frozen = {name for name, tensor in live.tensors.items() if tensor is not None} - trained
+        frozen |= quantisation_entries(state, quantised_weights(handle.places))
+        if not sharded:
+            _warn_of_moved({name: state[name] for name in state if name in frozen}, adapter, kind)
+        meta = _describe(kind, adapter)
+        meta["copies"] = _strip_copies(live, checkpoint, frozen, adapter)
+    if kind == "merged":
+        tensors = gather_all(live.values()) if sharded else {name: state[name] for name in live.keys if name in state}
+        meta["adapter"] = in_one_storage(tensors)
+        dtype = dequantize_dtype(record.dequantize, "checkpoint")
+        checkpoint["state_dict"] = state if sharded else _merge_state(handle, state, dtype)
+    elif kind == "adapter":
+        tensors = {name: value for name, value in state.items() if name not in frozen}
+        checkpoint["state_dict"] = tensors if sharded else in_one_storage(tensors)
+    if kind != "adapter":
+        checkpoint["state_dict"] = {own_names[name]: value for name, value in checkpoint["state_dict"].items()}
+    checkpoint[META] = meta
+
+
+def _warn_of_moved(frozen: Mapping[str, Any], adapter: Adapter, kind: Kind) -> None:
+    """Warn of frozen weights that something has changed since fit start: a checkpoint without them loses the change."""
+    entries = adapter.fingerprint.items()
+    at_fit_start = {name: entry for name, entry in entries if name in frozen and not entry.get("quantised")}
+    now = without_rows(fingerprint_entries((name, frozen[name]) for name in at_fit_start), adapter.tables)
+    moved = [name for name, entry in at_fit_start.items() if not entries_match(entry, now[name], AVERAGED)]
+    if moved:
+        warnings.warn(
+            f"lightning_lora: checkpoint: {moved[0]!r} is frozen and has changed since fit start all the same "
+            f"({len(moved)} such weights), as those of a momentum encoder do. Whoever resumes or loads a checkpoint "
+            f'saved with save={kind!r} gets it as it was at fit start; save="full" keeps it.',
+            stacklevel=2,
+        )
+
+
+def _merge_state(handle: AdaptedModel, state: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
+    try:
+        return merge_state_dict(handle, state, dtype)
+    except NonFiniteError as error:
+        raise NonFiniteError(
+            f'{error} Merged weights cannot hold that; with save="adapter" or "full" a diverged run is saved as it is.'
+        ) from error
+
+
+def _describe(kind: Kind, adapter: Adapter) -> dict[str, Any]:
+    meta = checkpoint_metadata(kind, adapter)
+    del meta["fan_in_fan_out"]  # of a live model it is the default
+    if adapter.complete:
+        del meta["complete"]
+    return meta
+
+
+def _without_left_out(
+    live: LiveState, adapter: Adapter, state: Mapping[str, Any], trained: Set[str], kind: Kind
+) -> Adapter:
+    """Describe an adapter of which the user's own state_dict or on_save_checkpoint left tensors out.
+
+    Raises:
+        LoRAError: a trained parameter is missing under all its names. A frozen part, as an encoder, may be missing.
+    """
+    expected = live.tensors.keys() if kind == "full" else trained
+    if expected <= state.keys():
+        return adapter
+    _refuse_lost(live, adapter, state, trained)
+    saved = {parts[0] for parts in map(split_factor_name, state) if parts}
+    layers = {name: scaling for name, scaling in adapter.scalings.items() if name in saved}
+    kinds = {name: layer_kind for name, layer_kind in adapter.kinds.items() if name in layers}
+    tables = {name: rows for name, rows in adapter.tables.items() if name in saved}
+    return replace(adapter, scalings=layers, kinds=kinds, tables=tables, complete=False)
+
+
+def _refuse_lost(live: LiveState, adapter: Adapter, state: Mapping[str, Any], trained: Set[str]) -> None:
+    parameters = {name: p for name, p in live.tensors.items() if name in trained and isinstance(p, nn.Parameter)}
+    saved = {id(parameter) for name, parameter in parameters.items() if name in state}
+    lost = [name for name, parameter in parameters.items() if id(parameter) not in saved]
+    if not lost:
+        return
+    places = dict.fromkeys(parts[0] for parts in map(split_factor_name, lost) if parts)
+    layers = [name for name in places if name in adapter.scalings]
+    excluding = f"leave those layers out of the adapter (exclude_modules={layers}), " if layers else ""
+    owner = type(live.handle.model).__name__
+    raise LoRAError(
+        f"checkpoint: the state_dict or on_save_checkpoint of {owner} leaves out {lost[0]!r} "
+        f"({len(lost)} of {len(parameters)} tensors that were trained), which could not be loaded again. Either "
+        f"{excluding}do not train what is left out, or keep such names in the filter; those of adapters hold 'lora_'."
+    )
+
+
+def _strip_copies(
+    live: LiveState, checkpoint: MutableMapping[str, Any], frozen: Set[str], adapter: Adapter
+) -> list[list[Any]]:
+    """Take the frozen base out of copies of the model's state in a checkpoint, as weight averaging keeps one.
+
+    A mapping is a copy if it has every parameter's name, and values as in the fingerprint. Others are left alone.
+
+    Returns:
+        The keys that lead to each copy.
+    """
+    copies: list[list[Any]] = []
+    parameters = {name for name, tensor in live.tensors.items() if isinstance(tensor, nn.Parameter)}
+    # A copy holds quantised weights packed, and the fingerprint their values.
+    known = adapter.fingerprint.items()
+    entries = {name: entry for name, entry in known if name in parameters and not entry.get("quantised")}
+
+    def strip(mapping: Mapping[Any, Any], path: tuple[Any, ...]) -> dict[Any, Any] | None:
+        named = by_canonical_names(mapping)
+        if not parameters <= named.keys() or not all(isinstance(named[name], torch.Tensor) for name in entries):
+            return None
+        found = without_rows(fingerprint_entries((name, named[name]) for name in entries), adapter.tables)
+        if not all(entries_match(entry, found[name], AVERAGED) for name, entry in entries.items()):
+            return None  # no copy: its values are neither the base's nor an average of them
+        copies.append(list(path))
+        return {name: value for name, value in mapping.items() if canonical(str(name)) not in frozen}
+
+    for key in checkpoint.keys() - {"state_dict"}:
+        checkpoint[key] = _replace_mappings(checkpoint[key], strip, (key,))
+    return copies
+
+
+def _replace_mappings(value: Any, replacement: Replacement, path: tuple[Any, ...]) -> Any:
+    """Replace dictionaries inside a dictionary, at any depth. Values in which nothing is replaced keep their identity.
+
+    Other kinds of mapping are users' objects, such as a configuration in the hyper-parameters. They are not searched.
+    """
+    if not isinstance(value, dict):
+        return value
+    replaced = replacement(value, path)
+    if replaced is not None:
+        return replaced
+    items = {name: _replace_mappings(item, replacement, (*path, name)) for name, item in value.items()}
+    return items if any(items[name] is not value[name] for name in items) else value
+
+
+def prepare_for_load(module: nn.Module, checkpoint: MutableMapping[str, Any], *, values_follow: bool = False) -> None:
+    """Complete the state dicts of a checkpoint of any kind, so that Lightning's strict load takes them. In place.
+
+    Args:
+        module: an injected module.
+        checkpoint: its content.
+        values_follow: its tensors may be on the meta device, because their values are read later.
+
+    Raises:
+        LoRAError: the checkpoint does not fit the injected module. Nothing is loaded.
+    """
+    if META not in checkpoint:
+        return  # a base checkpoint or a full state dict: torch's strict load checks it
+    adapter, kind = adapter_of(checkpoint)
+    live = open_state(open_model(module, "checkpoint"))
+    module_names = Names(live.handle.places)
+    if kind == "full":
+        _prepare_full(live, module_names, checkpoint, adapter, values_follow)
+        return
+    names = adapter.tensors.keys()
+    adapter = align_names(live.handle, module_names, adapter)  # an imported adapter has the network's names
+    complete = add_frozen_weights(live, adapter)
+    check_adapter(live, module_names, complete, values_follow=values_follow)
+    check_fingerprint(live, complete.fingerprint, remedy=REMEDY_IN_TRAINER)
+    record_trained(live, adapter)
+    live.handle.record.origin = dict(adapter.origin)
+    live_values = _live_state(live.handle) | dict(complete.tensors)
+    copies = checkpoint[META].get("copies", [])  # an imported adapter has none
+
+    def add_base(mapping: Mapping[Any, Any], path: tuple[Any, ...]) -> dict[Any, Any] | None:
+        named = by_canonical_names(mapping)
+        is_copy = names <= named.keys() if path == ("state_dict",) else list(path) in copies
+        return {**live_values, **named} if is_copy else None
+
+    for key in checkpoint.keys() - {META}:
+        checkpoint[key] = _replace_mappings(checkpoint[key], add_base, (key,))
+    if kind == "merged" or names != adapter.tensors.keys():
+        checkpoint["state_dict"] = {**live_values, **adapter.tensors}
+
+
+def _live_state(handle: AdaptedModel) -> dict[str, Any]:
+    """Return the model's state dict; loading it leaves quantised weights untouched."""
+    state, quantised = by_canonical_names(handle.model.state_dict()), quantised_weights(handle.places)
+    for name in quantisation_entries(state, quantised):
+        del state[name]
+    for name, owner in quantised.items():
+        state[name] = unchanged_weight(owner, owner._parameters[name.rpartition(".")[2]])
+    return state
+
+
+def _prepare_full(
+    live: LiveState, names: Names, checkpoint: MutableMapping[str, Any], adapter: Adapter, values_follow: bool
+) -> None:
+    """Check and complete a full checkpoint, and record its initial values. It brings a base: no fingerprint is kept."""
+    state = checkpoint["state_dict"] = by_canonical_names(checkpoint["state_dict"])
+    missing = [name for name in live.tensors if name not in state]
+    left_out = {name: entry for name, entry in adapter.fingerprint.items() if name in missing}
+    complete = replace(add_frozen_weights(live, adapter), fingerprint=left_out)
+    check_adapter(live, names, complete, values_follow=values_follow)
+    check_fingerprint(live, complete.fingerprint)
+    if missing and adapter.complete:
+        raise LoRAError(
+            f"checkpoint: the full checkpoint lacks {len(missing)} of the model's tensors, first {missing[0]!r}; "
+            "it was cut or saved from another model."
+        )
+    initial = _read_initial(live, checkpoint[META].get("initial"), adapter)
+    record_trained(live, adapter)
+    handle, record = live.handle, live.handle.record
+    unfrozen = handle.initial_of("unfrozen")
+    handle.set_initial({name: state.get(name, value) for name, value in unfrozen.items()} | initial)
+    record.fingerprint = {}
+    record.origin = dict(adapter.origin)
+    for name in missing:  # left out by the class that saved
+        tensor, owner = live.tensors[name], live.owners[name]
+        state[name] = cast(Any, owner).get_extra_state() if tensor is None else original_value(name, tensor, owner)
+
+
+def _read_initial(live: LiveState, initial: Any, adapter: Adapter) -> dict[str, torch.Tensor]:
+    """Return the values from before training, by the model's names.
+
+    Raises:
+        LoRAError: a buffer or a trained parameter of the injected part is missing, or does not fit the model.
+    """
+    base = {name: tensor for name, tensor, owner in live.entries if not is_factor(name, owner) and tensor is not None}
+    named = initial.items() if isinstance(initial, Mapping) else [(None, None)]
+    if all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in named):
+        part = _common_module(initial)  # what is trained beside the injected part is not listed
+        changed = {id(base[name]) for name in adapter.tensors if name in base and name.startswith(part)}
+        fits = all(name in base and base[name].shape == value.shape for name, value in initial.items())
+        if fits and changed <= {id(base[name]) for name in initial}:
+            return dict(initial)
+    shown = f"names {sorted(map(str, initial))[:3]}" if isinstance(initial, Mapping) else type(initial).__name__
+    raise LoRAError(
+        'checkpoint["lora"]: expected `initial` to hold, by name, the values from before training of what was trained '
+        f"beside the adapter, found {shown}; the file is damaged or belongs to another model."
+    )
+
+
+def _common_module(names: Iterable[str]) -> str:
+    """Return the module that holds all the named tensors, "" or ending in a dot."""
+    levels = zip(*(name.split(".")[:-1] for name in names), strict=False)
+    common = itertools.takewhile(lambda segments: len(set(segments)) == 1, levels)
+    return "".join(f"{segments[0]}." for segments in common)

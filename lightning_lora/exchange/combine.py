@@ -1,0 +1,315 @@
+"""Several adapters of one base in one: their changes are summed, pruned or voted on, layer by layer.
+
+    method           the change of a layer, of D = s * B @ A of each adapter           rank
+    linear           sum of weight * D, exactly                                         the lowest that holds it
+    cat              the same, with the factors side by side                            the sum of the adapters'
+    svd              the same, cut to its largest singular values                       the largest, or `rank`
+    ties             of each D the largest values; of these, the mean of those that     the largest, or `rank`
+                     agree with the sign of the sum (arXiv:2306.01708)
+    dare_linear      of each D random values, enlarged; then the sum (arXiv:2311.03099)  the largest, or `rank`
+    dare_ties        of each D random values, enlarged; then as ties                    the largest, or `rank`
+    magnitude_prune  of each D the largest values; then the sum                         the largest, or `rank`
+
+The last four build B @ A, for one layer at a time; the others never build it. `density` is the share of each matrix
+that is kept. All methods but linear are peft's. It calls the last four ties_svd, dare_linear_svd and so on, and these
+names are taken too. peft's own linear, ties, dare_linear and dare_ties work on A and B apart. So they add products of
+one adapter's B and another's A, and are not offered.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, get_args
+
+import torch
+
+from ..adapter.adapter import Adapter
+from ..adapter.combined_layer import CUT, PRUNING, Method, combine_layer, padded, same_in_all
+from ..adapter.fingerprint import compare_fingerprints
+from ..adapter.layer_options import exact_options, options_hold
+from ..adapter.measures import separate_shapes
+from ..adapter.renaming import by_network_names
+from ..adapter.weighted_means import average_whole
+from ..config import PLAIN, LoRAConfig, is_number, plain_number
+from ..errors import LoRAError
+from ..files.paths import PathLike
+from ..formats.lightning_checkpoint import checkpoint_metadata
+from ..formats.peft_attention import after_conv1d_in_all
+from ..formats.peft_folder import write_folder
+from ..formats.sources import adapter_with_options
+from ..names import META, PREFIX, A, B, listed, names_factor
+from ..nn.low_rank import ATTENTION_OUTPUT
+from ..nn.random_stream import stream
+from ..progress import progress_bar
+
+REMEDY = "Combine adapters that were trained on one base, or pass strict_base=False, which makes this a warning."
+
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Combined:
+    """An adapter made of several.
+
+    Attributes:
+        adapter: the result.
+        kept: by layer, the share of the squared norm of the combined change that its rank keeps.
+        averaged: names of the tensors that are weighted means: modules_to_save, biases, rows of embeddings, buffers.
+    """
+
+    adapter: Adapter
+    kept: Mapping[str, float]
+    averaged: Sequence[str]
+
+
+def combine(
+    adapters: Sequence[PathLike | Mapping[str, Any] | Adapter],
+    weights: Sequence[float],
+    *,
+    method: str = "linear",
+    rank: int | None = None,
+    density: float | None = None,
+    seed: int = 0,
+    output: PathLike | None = None,
+    strict_base: bool = True,
+) -> dict[str, Any]:
+    """Combine several adapters of one base into one.
+
+    Args:
+        adapters: in any form that load_adapter takes and that stores its options. They may differ in rank, scaling,
+            layers and patterns.
+        weights: a number for each adapter, of any sign.
+        method: "linear" (the weighted sum of the changes s * B @ A, exactly), "cat" (the same, factors side by side),
+            "svd" (the same, cut to a rank), "ties", "dare_linear", "dare_ties" or "magnitude_prune".
+        rank: of the result, for all methods but linear and cat; by default the adapters' largest, layer by layer.
+        density: the share of each change that is kept, for the methods that prune.
+        seed: of the random choice in the dare methods.
+        output: a folder to write the result to, in PEFT's format.
+        strict_base: whether adapters of different bases are an error or a warning.
+
+    Returns:
+        The result, in a form that load_adapter takes. Its scaling is 1, and its tensors are float32 or wider.
+
+    Raises:
+        LoRAError: an argument is not allowed, an adapter cannot be read, or the adapters do not go together.
+
+    Example::
+
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> names = inject(model, LoRAConfig(r=2, init_lora_weights=False))
+        >>> save_adapter(model, "first")
+        >>> save_adapter(model, "second")
+        >>> load_adapter(model, combine(["first", "second"], [0.7, 0.3]))
+        ['0', '2']
+    """
+    combined = combine_adapters(
+        adapters, weights, method=method, rank=rank, density=density, seed=seed, strict_base=strict_base
+    )
+    if output is not None:
+        write_folder(combined.adapter, output)
+    return {"state_dict": dict(combined.adapter.tensors), META: checkpoint_metadata("adapter", combined.adapter)}
+
+
+def combine_adapters(
+    sources: Sequence[PathLike | Mapping[str, Any] | Adapter],
+    weights: Sequence[float],
+    *,
+    method: str = "linear",
+    rank: int | None = None,
+    density: float | None = None,
+    seed: int = 0,
+    strict_base: bool = True,
+) -> Combined:
+    """Combine adapters, with the arguments and errors of combine. Logs what was averaged and what a rank keeps."""
+    weights = [plain_number(weight) for weight in weights] if isinstance(weights, Iterable) else weights
+    rank, density, seed = map(plain_number, (rank, density, seed))
+    how = _checked_method(method, rank, density)
+    _check_weights(sources, weights)
+    names = [str(s) if isinstance(s, (str, os.PathLike)) else f"adapters[{i}]" for i, s in enumerate(sources)]
+    read = [
+        by_network_names(adapter_with_options(source, where=name)) for source, name in zip(sources, names, strict=True)
+    ]
+    same_in_all("the list of trained rows", [(name, _own_tables(each)) for name, each in zip(names, read, strict=True)])
+    _check_one_base(read, names, strict_base)
+    used = [(name, each, float(weight)) for name, each, weight in zip(names, read, weights, strict=True) if weight]
+    for name, each, _ in used:
+        _refuse_other_parameters(name, each)
+    with_layer: dict[str, list[tuple[str, Adapter, float]]] = {}
+    for name, each, weight in used:
+        for layer in each.layers():
+            with_layer.setdefault(layer, []).append((name, each, weight))
+    tensors: dict[str, Any] = {}
+    kept: dict[str, float] = {}
+    with progress_bar("combining", len(with_layer)) as advance:
+        for layer, holders in with_layer.items():
+            draw = stream(_seed_of(seed, layer))
+            factors, kept[layer] = combine_layer(layer, holders, how, rank, density, draw)
+            tensors |= factors
+            advance(1)
+    adapter = _assemble(tensors, list(with_layer), [each for _, each, _ in used])
+    averaged = average_whole(used)
+    adapter = _with_equal_attention(replace(adapter, tensors={**tensors, **averaged}))
+    adapter = replace(adapter, config=_options(adapter, [each for _, each, _ in used]))
+    means = [name for name, value in averaged.items() if isinstance(value, torch.Tensor)]
+    if means and len(used) > 1:
+        log.info("lightning_lora: combine: %d tensors are weighted means: %s", len(means), listed(means))
+    if how in CUT:
+        worst = min(kept, key=kept.__getitem__)
+        log.info("lightning_lora: combine: %.1f%% or more is kept of each layer (%s)", 100 * kept[worst], worst)
+    return Combined(adapter, kept, means)
+
+
+def _checked_method(method: str, rank: int | None, density: float | None) -> str:
+    how = method if method == "svd" else method.removesuffix("_svd")  # as peft calls them
+    if how not in get_args(Method):
+        raise LoRAError(f"combine: method must be one of {', '.join(get_args(Method))}, but it is {method!r}.")
+    if rank is not None and how not in CUT:
+        raise LoRAError(f"combine: {how} has no rank to choose; give rank with {', '.join(CUT)}.")
+    if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
+        raise LoRAError(f"combine: rank must be a whole number of at least 1, but it is {rank!r}.")
+    if (density is None) == (how in PRUNING):
+        known = "is needed for" if density is None else "is only for"
+        raise LoRAError(f"combine: density, the share of values to keep, {known} {', '.join(PRUNING)}.")
+    if density is not None and not (is_number(density) and 0 < density <= 1):
+        raise LoRAError(f"combine: density must be above 0 and at most 1, but it is {density!r}.")
+    return how
+
+
+def _check_weights(sources: Sequence[Any], weights: Sequence[float]) -> None:
+    if isinstance(sources, (str, os.PathLike, Mapping)) or not sources:
+        raise LoRAError("combine: expected a list of one adapter or more.")
+    if len(sources) != len(weights):
+        raise LoRAError(f"combine: {len(sources)} adapters need as many weights, found {len(weights)}.")
+    for weight in weights:
+        if not is_number(weight):
+            raise LoRAError(f"combine: a weight must be a finite number, but it is {weight!r}.")
+    if not any(weights):
+        raise LoRAError("combine: all weights are 0, which leaves no adapter.")
+
+
+def _seed_of(seed: int, layer: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}:{layer}".encode()).digest()[:8], "big") >> 1
+
+
+def _check_one_base(adapters: Sequence[Adapter], names: Sequence[str], strict: bool) -> None:
+    """Compare the fingerprints of the adapters' bases; without fingerprints, the names of the bases."""
+    first, *others = adapters
+    for name, other in zip(names[1:], others, strict=True):
+        shared = first.fingerprint.keys() & other.fingerprint.keys()
+        if first.fingerprint and other.fingerprint:
+            if not shared:
+                raise LoRAError(
+                    f"combine: {names[0]} and {name} are of other models: one has a base with "
+                    f"{next(iter(first.fingerprint))!r}, the other with {next(iter(other.fingerprint))!r}."
+                )
+            before, now = ({n: e for n, e in each.fingerprint.items() if n in shared} for each in (first, other))
+            compare_fingerprints(now, before, strict=strict, remedy=f"{names[0]} and {name} differ. {REMEDY}")
+            continue
+        bases_named = [each.origin.get("base_model_name_or_path") for each in (first, other)]
+        if all(bases_named) and bases_named[0] != bases_named[1]:
+            warnings.warn(
+                f"lightning_lora: combine: {names[0]} is of the base {bases_named[0]!r}, {name} of {bases_named[1]!r}.",
+                stacklevel=4,
+            )
+
+
+def _refuse_other_parameters(where: str, adapter: Adapter) -> None:
+    """Refuse an adapter whose change is no product of factors alone, and tensors of an unknown variant."""
+    variant = adapter.variant
+    if variant.reads_weight:
+        raise LoRAError(
+            f"combine: {where}: {variant.title} adapters cannot be combined: what they change depends on the base's "
+            "weights, and no sum of products equals it."
+        )
+    for name in adapter.tensors:
+        if name.rpartition(".")[2].startswith(PREFIX) and not names_factor(name):
+            raise LoRAError(
+                f"combine: {where}: {name!r} cannot be combined, only tensors of a variant that is known here and what "
+                "is trained whole."
+            )
+
+
+def _assemble(tensors: Mapping[str, Any], layers: Sequence[str], adapters: Sequence[Adapter]) -> Adapter:
+    """Return an adapter of combined layers, with the base and the kinds that the adapters tell. Options come later."""
+    trained = {name for each in adapters for name in each.tensors}
+    first = next((each for each in adapters if each.tied), adapters[0])
+    kinds = {layer: kind for each in adapters for layer, kind in each.kinds.items()}
+    return Adapter(
+        tensors=tensors,
+        config=_plain_config(adapters[0].config),
+        scalings=dict.fromkeys(layers, 1.0),
+        fingerprint={n: e for each in reversed(adapters) for n, e in each.fingerprint.items() if n not in trained},
+        complete=all(each.complete for each in adapters),
+        kinds=kinds,
+        after_conv1d=after_conv1d_in_all(adapters, kinds),
+        origin={key: value for each in reversed(adapters) for key, value in each.origin.items()},
+        fan_in_fan_out=any(each.fan_in_fan_out for each in adapters),
+        tables=_own_tables(first),
+        tied=first.tied,
+        tied_by_peft=first.tied_by_peft,
+        peft_rows=any(each.peft_rows for each in adapters),
+    )
+
+
+def _plain_config(config: LoRAConfig | None) -> LoRAConfig | None:
+    """Return options for the result. It is plain LoRA, whatever the adapters are. Its ranks come later."""
+    return None if config is None else replace(config, variant=PLAIN, init_lora_weights=True)
+
+
+def _own_tables(adapter: Adapter) -> dict[str, tuple[int, ...]]:
+    """Return the numbers of the trained rows of each table that does not share them with another."""
+    return {table: rows for table, rows in adapter.tables.items() if table not in adapter.tied}
+
+
+def _with_equal_attention(adapter: Adapter) -> Adapter:
+    """Give attention and its out_proj one rank, as PEFT needs it: zeros are added to the lower one."""
+    tensors, ranks = dict(adapter.tensors), adapter.ranks()
+    for name, kind in adapter.kinds.items():
+        attention = name.rpartition(".")[0]
+        if kind != ATTENTION_OUTPUT or attention not in ranks or separate_shapes(adapter, attention):
+            continue
+        lower = min(name, attention, key=ranks.__getitem__)
+        rank = max(ranks[name], ranks[attention])
+        a, b = adapter.factor(lower, A), adapter.factor(lower, B)
+        if a.shape[0] == ranks[lower]:  # no parts
+            b, a = padded((b, a), rank)
+            tensors |= {adapter.factor_name(lower, A): a, adapter.factor_name(lower, B): b}
+    return replace(adapter, tensors=tensors)
+
+
+def _options(adapter: Adapter, adapters: Sequence[Adapter]) -> LoRAConfig:
+    """Return the options of the result: the first adapter's if they fit, else options that name each layer."""
+    configs = [each.config or LoRAConfig() for each in adapters]
+    ranks, first = adapter.ranks(), configs[0]
+    parts: dict[str, tuple[bool, ...]] = {}
+    held = {id(each): {layer for layer in each.layers() if not each.is_parameter(layer)} for each in adapters}
+    for layer in sorted(ranks, key=lambda name: -len(name)):
+        holders = [config for config, each in zip(configs, adapters, strict=True) if layer in held[id(each)]]
+        enabled, *others = {config.enabled_parts(layer) for config in holders} or {None}
+        if enabled is not None and not others:
+            parts[layer] = enabled
+    saved = dict.fromkeys(name for config in configs for name in config.modules_to_save or ())
+    common = max(set(ranks.values()), key=list(ranks.values()).count)
+    config = replace(
+        first,
+        r=common,
+        lora_alpha=common,
+        rank_pattern=None,
+        alpha_pattern=None,
+        use_rslora=False,
+        variant=PLAIN,
+        init_lora_weights=True,
+        lora_dropout=0.0 if adapter.parameters else first.lora_dropout,
+        modules_to_save=list(saved),
+        enable_lora=parts or None,
+    )
+    same_layers = set(adapters[0].layers()) == set(ranks)
+    if same_layers and options_hold(config, ranks, adapter.scalings):
+        return config
+    return exact_options(config, ranks, adapter.scalings, adapter.parameters)

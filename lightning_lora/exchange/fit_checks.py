@@ -1,0 +1,209 @@
+"""Whether an adapter fits a model: layers, kinds, tables, names, shapes and ties. Nothing is written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..adapter.adapter import Adapter
+from ..adapter.values import check_finite, describe_value
+from ..distributed.sharding import is_sharded
+from ..errors import LoRAError
+from ..formats.peft_rows import NO_BIAS
+from ..matching import near_misses
+from ..model.adapted_model import AdaptedModel
+from ..model.live_state import LiveState
+from ..model.pretrained import embeddings, pretrained_models
+from ..model.targets import untie_advice
+from ..names import A, B, listed, names_factor, rename_keys
+from ..nn.adapted_weights import AdaptedWeights, LayerSpec, adapted_places
+from ..nn.conv import LoRAConv
+from .first_names import Names, by_first_names
+from .resized_tables import refuse_other_rows
+
+Specs = Mapping[AdaptedWeights, LayerSpec]  # the new rank and scaling of each layer that changes
+
+
+def specs_for(handle: AdaptedModel, adapter: Adapter) -> Specs:
+    """Return new options for each layer whose rank or scaling is another in the adapter than in the model.
+
+    Args:
+        handle: an injected model.
+        adapter: under first names. Where it has no options, the model's hold.
+
+    Raises:
+        LoRAError: a sharded layer would get another rank.
+    """
+    if adapter.config is None:
+        return {}
+    layers, ranks, specs = handle.layers, adapter.ranks(), {}
+    for name in filter(ranks.__contains__, handle.kinds):
+        layer, rank, spec = layers[name], ranks[name], layers[name].lora.spec
+        scaling = adapter.scalings.get(name, spec.scaling)
+        if rank != spec.r and is_sharded(layer.factors()[0]):
+            raise LoRAError(
+                f"adapter: {name!r} is sharded, and has rank {spec.r}, the adapter {rank}: load it before the model is "
+                "sharded."
+            )
+        if rank != spec.r or not math.isclose(scaling, spec.scaling):
+            alpha = scaling * (math.sqrt(rank) if adapter.config.use_rslora else rank)
+            specs[layer] = replace(spec, r=rank, scaling=scaling, alpha=alpha)
+    return specs
+
+
+def check_adapter(
+    live: LiveState,
+    names: Names,
+    adapter: Adapter,
+    *,
+    specs: Specs | None = None,
+    values_follow: bool = False,
+) -> None:
+    """Raise LoRAError for the first layer, scaling, name, shape or value that does not fit the model.
+
+    The base is compared by check_fingerprint.
+
+    Args:
+        live: an injected model.
+        names: of its modules.
+        adapter: under these names.
+        specs: the new options of layers, from specs_for.
+        values_follow: tensors may be on the meta device, because their values are read later.
+    """
+    specs = specs or {}
+    try:
+        _check_layers(live.handle, by_first_names(names, adapter), specs)
+        _check_tables(live.handle, adapter)
+        _check_tensors(live, names, adapter, specs, values_follow)
+    except LoRAError as error:
+        config = live.handle.record.config
+        differences = (adapter.config or config).differences(config)  # may explain the error
+        advice = f" The options differ: {'; '.join(differences)}." if differences else ""
+        raise LoRAError(f"{error}{advice}") from None
+
+
+def _check_layers(handle: AdaptedModel, adapter: Adapter, specs: Specs) -> None:
+    layers, kinds = handle.layers, handle.kinds
+    _check_names("layer", adapter.layers(), kinds)
+    for name in kinds:
+        layer = layers[name]
+        scaling, spec = adapter.scalings.get(name), specs.get(layer, layer.lora.spec)
+        if scaling is not None and not math.isclose(scaling, spec.scaling):
+            raise LoRAError(
+                f"adapter: layer {name!r} was trained with a scaling (lora_alpha over r) of {scaling:g}, but the model "
+                f"was injected with {spec.scaling:g}; use the adapter's own options."
+            )
+        if isinstance(layer, LoRAConv):
+            _refuse_loralib_convolution(name, layer, adapter.tensors)
+    for name, kind in adapter.kinds.items():  # a square weight fits a layer that stores its transpose too
+        if kinds[name] != kind:
+            raise LoRAError(
+                f"adapter: layer {name!r} was a {kind} layer where the adapter was trained, here it is {kinds[name]}; "
+                "the adapter belongs to another model."
+            )
+
+
+def _check_tables(handle: AdaptedModel, adapter: Adapter) -> None:
+    if not adapter.tables and not adapter.peft_rows:
+        return
+    live = {}
+    for name, module, layer in adapted_places(handle.model, modules=handle.places):
+        live[name] = layer.replaced_rows()
+        if adapter.peft_rows and live[name] and getattr(module, "bias", None) is not None:
+            raise LoRAError(f"adapter: {name!r} has trained rows and a bias; {NO_BIAS}.")
+    for name, rows in adapter.tables.items():
+        if live.get(name, rows) != rows:
+            raise LoRAError(
+                f"adapter: of {name!r} the rows {listed(list(map(str, rows)), 8)} were trained, and here the options "
+                f"name {listed(list(map(str, live[name])), 8)}; use the adapter's own options."
+            )
+
+
+def _refuse_loralib_convolution(name: str, layer: LoRAConv, tensors: Mapping[str, Any]) -> None:
+    """Refuse loralib's factors of a convolution: their product (out * k, in * k) has a higher rank in our layout."""
+    a, b = tensors.get(f"{name}.{A}"), tensors.get(f"{name}.{B}")
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.dim() == b.dim() == 2:
+        shape_a, shape_b = layer.place().factor_shapes()
+        raise LoRAError(
+            f"adapter: {name!r} is a convolution factorised as in loralib, A (r * k, in * k) {tuple(a.shape)} and B "
+            f"(out * k, r * k) {tuple(b.shape)}, whose product A {shape_a} and B {shape_b} cannot express. Merge it "
+            "where it was trained (loralib: model.eval()) and load those weights as the base."
+        )
+
+
+def _check_tensors(live: LiveState, names: Names, adapter: Adapter, specs: Specs, values_follow: bool) -> None:
+    shapes = {id(factor): torch.Size(shape) for layer, spec in specs.items() for factor, shape in layer.shapes_by(spec)}
+    expected = dict.fromkeys(
+        name
+        for name in live.keys
+        if isinstance(live.tensors[name], nn.Parameter) or (adapter.complete and name.startswith(adapter.scope))
+    )
+    _check_ties(live, names, adapter.tensors, expected)
+    compared = (name for name in adapter.tensors if name not in live.tensors or name in expected)
+    _check_names("tensor", map(names.first, compared), map(names.first, expected))
+    networks = pretrained_models(live.handle.modules).values()
+    tables = {id(weight) for network in networks for weight in embeddings(network)}
+    for name, value in adapter.tensors.items():
+        tensor = live.tensors[name]
+        if tensor is None:
+            continue  # extra state: its owner checks it
+        lacks_values = isinstance(value, torch.Tensor) and value.is_meta > (tensor.is_meta or values_follow)
+        if lacks_values or (isinstance(value, torch.Tensor) and value.layout != tensor.layout):
+            raise LoRAError(f"adapter: {name!r} must be a tensor as the model's, found {describe_value(value)}.")
+        if id(tensor) in tables and isinstance(value, torch.Tensor):
+            refuse_other_rows(name, value, tensor)
+        shape = shapes.get(id(tensor), tensor.shape)
+        if not isinstance(value, torch.Tensor) or value.shape != shape:
+            shown = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+            raise LoRAError(f"adapter: {name!r} must have shape {tuple(shape)}, but has {shown}.")
+        if value.is_floating_point() != tensor.is_floating_point():
+            raise LoRAError(f"adapter: {name!r} must be {tensor.dtype}, but is {value.dtype}.")
+        if value.is_floating_point() and isinstance(tensor, nn.Parameter) and not names_factor(name):
+            check_finite(name, value)  # factors have been checked where they were read
+
+
+def _check_ties(live: LiveState, names: Names, tensors: Mapping[str, Any], expected: Iterable[str]) -> None:
+    """Raise where tied tensors of the model have different values in the adapter, or only one of them has a value.
+
+    PEFT trains a copy of one end of a tie, or one copy of each.
+    """
+    by_tensor: dict[int, dict[str, None]] = {}
+    for name in expected:
+        if live.tensors[name] is not None:
+            by_tensor.setdefault(id(live.tensors[name]), {})[names.first(name)] = None
+    several = [list(same) for same in by_tensor.values() if len(same) > 1]
+    stored = rename_keys(tensors, names.first) if several else {}
+    for first, *others in several:
+        values = {name: stored[name] for name in (first, *others) if name in stored}
+        for other in others if values else ():
+            if other not in values or first not in values or not _equal(values[first], values[other]):
+                raise LoRAError(
+                    f"adapter: {first!r} and {other!r} are one tensor in the model, but were trained apart: the "
+                    f"adapter holds {'two values' if len(values) > 1 else 'a value for one of them alone'}. "
+                    f"{untie_advice(other)}."
+                )
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if not (isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)) or one.is_meta:
+        return True  # a distributed checkpoint is checked before its values are read
+    return torch.equal(one, other)
+
+
+def _check_names(what: str, names: Iterable[str], expected: Iterable[str]) -> None:
+    names, expected = list(names), list(expected)
+    missing, unexpected = sorted(set(expected) - set(names)), sorted(set(names) - set(expected))
+    if missing or unexpected:
+        if missing:
+            first, hint = f"{missing[0]!r} is missing", near_misses(missing[0], names)
+        else:
+            first, hint = f"{unexpected[0]!r} has no place in the model", near_misses(unexpected[0], expected)
+        raise LoRAError(
+            f"adapter: {what} {first} (in all {len(missing)} missing, {len(unexpected)} unexpected){hint}. The adapter "
+            "was saved from a model with other layers or options."
+        )

@@ -1,0 +1,242 @@
+"""Merged weights written to disk as safetensors, one tensor at a time: no rank ever holds the whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..distributed.rank_sync import RankSync, writes_files
+from ..distributed.sharding import full_tensor
+from ..errors import LoRAError
+from ..files.atomic import new_folder
+from ..files.model_folder import CONFIG, INDEX_SUFFIX, STEM, index_of, plan_shards
+from ..files.paths import PathLike, write_json
+from ..files.safetensors import NAMES, SUFFIX, as_bytes, build_header
+from ..model.adapted_model import Listing, find_in, open_model, refuse_replaced_layers
+from ..model.dequantize import Dequantizer, dequantize_dtype
+from ..model.gradients import warn_of_untrained
+from ..model.named_state import state_of
+from ..model.state_dict import refuse_quantised, refuse_unmergeable
+from ..model.wrappers import unwrapped
+from ..nn.adapted_module import is_factor
+from ..nn.adapted_weights import NamedModules, adapter_of
+from ..nn.quantised import quantised_as, shape_of
+from ..progress import progress_bar
+from .pretrained_folder import (
+    Part,
+    Tensors,
+    find_network,
+    one_part_each,
+    parts_in_files,
+    refuse_adapter_beside,
+    write_configuration,
+)
+
+FILE, INDEX = f"{STEM}{SUFFIX}", f"{STEM}{INDEX_SUFFIX}"
+WEIGHTS = (FILE, f"{STEM}-*-of-*{SUFFIX}", INDEX)  # of an earlier export into the same folder
+PT = {"format": "pt"}
+
+Step = Callable[[object, Callable[[], object]], None]  # what messages call it, and what the first rank does
+
+
+def save_merged(
+    model: nn.Module,
+    path: PathLike,
+    *,
+    max_shard_bytes: int = 5 * 10**9,
+    dequantize: torch.dtype | str | None = None,
+) -> None:
+    """Write merged weights under the base's names, as a folder in the layout of Hugging Face models.
+
+    The folder of a transformers model, or of a LightningModule that holds one, is for from_pretrained: it has the
+    network's configuration, and the tensor names of save_pretrained. Weights of the LightningModule outside of the
+    network are left out. If any of these were trained, the folder holds all weights under the LightningModule's names.
+
+    The live weights stay as they are, merged or not. Where the model is sharded every rank calls this: each tensor is
+    merged on its shards, gathered, written by the first rank and dropped. Any other model is written by each process
+    that calls this; under DDP one is enough.
+
+    Args:
+        model: an injected model, or a part of one.
+        path: the folder. It appears when it is complete. In an existing folder the weights are replaced, and other
+            files stay.
+        max_shard_bytes: what does not fit into one `model.safetensors` of this size goes into several and an index.
+        dequantize: the dtype of plain weights in place of quantised ones, adapted or not; one is dequantised at a
+            time. What rounding W' to it costs is logged.
+
+    Raises:
+        LoRAError: the model was not injected, a layer cannot be merged, a weight is quantised and `dequantize` is not
+            given, the folder holds an adapter that
+            from_pretrained would load instead, or another rank failed. Nothing is written.
+        OSError: on the rank whose writing failed.
+
+    Example::
+
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> names = inject(model, LoRAConfig(r=2))
+        >>> save_merged(model, "merged")
+        >>> from safetensors.torch import load_file
+        >>> sorted(load_file("merged/model.safetensors"))
+        ['0.bias', '0.weight', '2.bias', '2.weight']
+    """
+    listing = Listing(unwrapped(model, "save_merged"))
+    if not listing.layers:
+        open_model(model, "save_merged")
+    refuse_replaced_layers(listing, "save_merged")
+    warn_of_untrained(listing)
+    dtype = dequantize_dtype(dequantize, "save_merged")
+    refuse_unmergeable(listing, dtype)
+    prefix, network = find_network(find_in(listing) or listing) or ("", None)
+    _write_merged(listing, prefix, network, dtype, path, max_shard_bytes)
+
+
+def _write_merged(
+    listing: Listing, prefix: str, network: Any, dtype: torch.dtype | None, path: PathLike, max_shard_bytes: int
+) -> None:
+    """Write a folder of merged weights. Collective where the model is sharded.
+
+    Args:
+        listing: of the model.
+        prefix: of the network's names in the model.
+        network: the transformers model that the folder is for, or None.
+        dtype: of plain weights in place of quantised ones, or None.
+        path: the folder.
+        max_shard_bytes: the size of a file.
+    """
+    dequantizer = None if dtype is None else Dequantizer(dtype)
+    state = _base_tensors(listing.places, prefix)
+    tensors = {name: _stored(tensor, dtype) for name, (tensor, _) in state.items()}
+    quantised = {name: kind for name, (tensor, _) in state.items() if (kind := quantised_as(tensor))}
+    if quantised and dequantizer is None:
+        refuse_quantised(*next(iter(quantised.items())))
+    parts = _parts_by_key(network, tensors)
+    sizes = {key: _size(part.stored) for key, part in parts.items()}
+    files = plan_shards(sizes, max_shard_bytes)
+    writes = writes_files(module for _, module in listing.modules)
+    sync = RankSync(tensors.values())
+
+    def step(what: object, action: Callable[[], object]) -> None:  # the first rank acts, and all learn if it failed
+        sync.run(f"save_merged: {what}", action if writes else None)
+        sync.raise_on_any_rank()
+
+    with ExitStack() as moves_on_leaving:
+        folder, opening = list[Path](), new_folder(path, keep_others=True, replaced=WEIGHTS)
+        step(path, lambda: folder.append(moves_on_leaving.enter_context(opening)))
+        here = folder[0] if writes else Path()
+        if network is not None:
+            step(path, partial(refuse_adapter_beside, path))
+            step(CONFIG, partial(write_configuration, network, here, dtype if quantised else None))
+        advance = moves_on_leaving.enter_context(progress_bar("saving", sum(sizes.values()), "bytes"))
+
+        def merged(part: Part) -> Tensors:
+            return {name: _merged(name, *state[name], sync, dequantizer) for name in part.names}
+
+        stored = {
+            file: _write_shard(here / file, [parts[key] for key in keys], merged, step, advance)
+            for file, keys in files.items()
+        }
+        if len(files) > 1:
+            step(INDEX, partial(_write_index, here / INDEX, stored))
+        step(path, moves_on_leaving.close)
+    if dequantizer is not None:
+        dequantizer.report()
+
+
+def _parts_by_key(network: Any, tensors: Tensors) -> dict[str, Part]:
+    """Divide tensors into parts that are stored together, each by the name of its first stored tensor."""
+    divided = one_part_each(tensors) if network is None else parts_in_files(network, tensors)
+    return {next(iter(part.stored)): part for part in divided if part.stored}
+
+
+def _write_shard(
+    path: Path, parts: list[Part], merged: Callable[[Part], Tensors], step: Step, advance: Callable[[int], object]
+) -> Tensors:
+    """Write a file part by part, and return what is stored in it, on the meta device.
+
+    Args:
+        path: of the file.
+        parts: what goes into it.
+        merged: returns the whole merged tensors of a part, on the CPU.
+        step: writes on the rank that writes.
+        advance: counts bytes.
+    """
+    in_file = sorted(parts, key=_narrowness)  # wide ones first, so that all are aligned
+    stored = {name: tensor for part in in_file for name, tensor in part.stored.items()}
+    header = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in stored.items()]
+    step(path.name, partial(_append, path, build_header(header, PT)))
+    for part in in_file:  # no reference keeps a tensor alive while the next one is gathered
+        append = partial(_append_part, path, part)
+        step(repr(part.names[0]), partial(append, merged(part)))
+        advance(_size(part.stored))
+    return stored
+
+
+def _write_index(path: Path, stored: Mapping[str, Tensors]) -> None:
+    """Write which file holds which tensor."""
+    sizes = {name: tensor.nbytes for tensors in stored.values() for name, tensor in tensors.items()}
+    write_json(path, index_of({file: list(tensors) for file, tensors in stored.items()}, sizes, {}))
+
+
+def _size(tensors: Mapping[str, torch.Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _narrowness(part: Part) -> int:
+    return -max(tensor.dtype.itemsize for tensor in part.stored.values())
+
+
+def _base_tensors(places: NamedModules, prefix: str) -> dict[str, tuple[torch.Tensor, nn.Module]]:
+    tensors = {}
+    for name, tensor, module in state_of(places):
+        if not name.startswith(prefix):
+            continue
+        if tensor is None or tensor.dtype not in NAMES:
+            found = "no tensor" if tensor is None else f"of {tensor.dtype}"
+            raise LoRAError(f"save_merged: {name!r} is {found}, so safetensors cannot hold it; save a checkpoint.")
+        if not is_factor(name, module):
+            tensors[name.removeprefix(prefix)] = (tensor, module)
+    return tensors
+
+
+def _stored(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """Return a tensor with the shape and dtype that will be written."""
+    if dtype is None or not quantised_as(tensor):
+        return tensor
+    return torch.empty(shape_of(tensor), dtype=dtype, device="meta")
+
+
+def _merged(
+    name: str, tensor: torch.Tensor, module: nn.Module, sync: RankSync, dequantizer: Dequantizer | None
+) -> torch.Tensor:
+    """Return a whole tensor on the CPU with the adapter merged. Collective where it is sharded."""
+    if dequantizer is not None and quantised_as(tensor):
+        return dequantizer.weight(name, module).cpu()
+    leaf = name.rpartition(".")[2]
+    values = [tensor.detach()]
+    adapter = adapter_of(module, leaf)
+    if adapter is not None and leaf not in adapter.lora.records:
+        weights = adapter.adapted_weights()
+        blocks = adapter.blocks(weights)
+
+        def merge() -> None:
+            values[0] = adapter.merged_copies(weights, {leaf: blocks[leaf]})[leaf]
+
+        sync.run(f"save_merged: {name!r}", merge)
+    return full_tensor(values.pop()).cpu()
+
+
+def _append(path: Path, content: bytes | memoryview) -> None:
+    with open(path, "ab") as file:
+        file.write(content)
+
+
+def _append_part(path: Path, part: Part, values: dict[str, torch.Tensor]) -> None:
+    converted = part.convert(values)
+    for name in part.stored:
+        _append(path, as_bytes(converted[name]))

@@ -1,0 +1,34 @@
+"""Tables of embeddings that were resized, on one side or on both."""
+
+from __future__ import annotations
+
+import torch
+
+from ..adapter.fingerprint import EQUAL
+from ..distributed.sharding import is_sharded
+from ..errors import LoRAError
+
+
+def has_new_rows(name: str, stored: torch.Tensor, live: torch.Tensor) -> bool:
+    """Tell whether a stored table equals the model's except for its last rows, and those are less than half.
+
+    Raises:
+        LoRAError: the two have different numbers of rows: one of them was resized.
+    """
+    if not is_sharded(live):
+        refuse_other_rows(name, stored, live)
+    if stored.shape != live.shape or not stored.dim() or is_sharded(live) or live.is_meta:
+        return False  # the fingerprint is compared instead
+    relative = max(EQUAL, *(torch.finfo(tensor.dtype).eps for tensor in (stored, live)))
+    rows = torch.isclose(stored.float(), live.float().cpu(), rtol=relative).reshape(len(stored), -1).all(1)
+    same = int(rows.long().cumprod(0).sum())
+    return len(rows) / 2 <= same < len(rows)
+
+
+def refuse_other_rows(name: str, stored: torch.Tensor, live: torch.Tensor) -> None:
+    """Raise LoRAError where a stored table and the model's differ in nothing but the number of rows."""
+    if stored.dim() and stored.shape[1:] == live.shape[1:] and len(stored) != len(live):
+        raise LoRAError(
+            f"adapter: {name!r} has {len(stored)} rows, in the model {len(live)}: one of the two was resized. Resize "
+            f"the model first: model.resize_token_embeddings({len(stored)})."
+        )

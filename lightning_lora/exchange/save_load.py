@@ -1,0 +1,232 @@
+"""The public functions that bring adapters out of models and files, and back: read, take, save, load."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from ..adapter.adapter import Adapter
+from ..adapter.checks import check_once
+from ..adapter.renaming import by_network_names
+from ..distributed.rank_sync import RankSync, writes_files
+from ..distributed.sharding import copies_of
+from ..errors import LoRAError
+from ..files.paths import PathLike
+from ..files.torch_archive import read_torch_file
+from ..formats.build_module import build_module
+from ..formats.lightning_checkpoint import adapter_of
+from ..formats.peft_folder import write_folder
+from ..formats.peft_parameters import order_in
+from ..formats.peft_saved_modules import frozen_in_saved
+from ..formats.sources import apart_from_models, read_source
+from ..model.adapted_model import AdaptedModel, Listing, find_in, find_model, open_model
+from ..model.inject import inject, inject_to_load
+from ..model.live_state import LiveState
+from ..model.wrappers import unwrapped, warn_of_late_adapters
+from .apply import apply_adapter, config_for
+from .checkpoint_of_model import prepare_for_load
+from .first_names import Names, by_first_names
+from .take import adapter_of_model, frozen_values
+
+log = logging.getLogger(__name__)
+
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def read_adapter(source: PathLike | Mapping[str, Any] | Adapter) -> Adapter:
+    """Read an adapter into memory, with its options, for load_adapter, save_adapter, combine and plot_adapter.
+
+    Args:
+        source: any form of adapter that load_adapter takes. The adapter shares the memory of tensors in a dictionary.
+
+    Returns:
+        The adapter, by the names in the source. It does not change; loading it copies its values.
+
+    Raises:
+        LoRAError: the source is damaged or of no such form, or only a model tells what its tensors are.
+
+    Example::
+
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> names = inject(model, LoRAConfig(r=2))
+        >>> save_adapter(model, "formal")
+        >>> save_adapter(model, "casual")
+        >>> styles = {name: read_adapter(name) for name in ("formal", "casual")}
+        >>> load_adapter(model, styles["casual"])  # in place of the adapter that the model has
+        ['0', '2']
+    """
+    return read_source(source, verb="read_adapter")
+
+
+def take_adapter(model: nn.Module) -> Adapter:
+    """Copy the adapter of a model, merged or not, for load_adapter, save_adapter, combine and plot_adapter.
+
+    Collective where the model is sharded.
+
+    Returns:
+        The adapter, with its options and all else that training can change. It does not change with the model.
+
+    Raises:
+        LoRAError: the model was not injected, or its factors are not finite.
+
+    Example::
+
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> names = inject(model, LoRAConfig(r=2))
+        >>> before = take_adapter(model)
+        >>> nn.init.ones_(model[0].lora_B)[0, 0].item()  # stands in for training
+        1.0
+        >>> names = load_adapter(model, before)  # the adapter as it was, bit for bit
+        >>> model[0].lora_B.count_nonzero().item()
+        0
+    """
+    shared = adapter_of_model(LiveState(open_model(model, "take_adapter")), "take_adapter")
+    return replace(shared, tensors=_copied(shared.tensors))
+
+
+def _copied(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Copy tensors and extra state."""
+    copies = copies_of({name: value for name, value in values.items() if isinstance(value, torch.Tensor)})
+    return {name: copies[name] if name in copies else copy.deepcopy(value) for name, value in values.items()}
+
+
+def save_adapter(model: nn.Module | Adapter, path: PathLike) -> None:
+    """Write an adapter as a folder in PEFT's format. Collective where the model is sharded.
+
+    Args:
+        model: an injected model, or an adapter of read_adapter or take_adapter.
+        path: the folder; what else is in it stays.
+
+    Raises:
+        LoRAError: the model was not injected, or PEFT has no equal of one of its layers.
+
+    Example::
+
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> names = inject(model, LoRAConfig(r=2))
+        >>> save_adapter(model, "adapter")
+        >>> import os
+        >>> sorted(os.listdir("adapter"))
+        ['adapter_config.json', 'adapter_model.safetensors']
+    """
+    if isinstance(model, Adapter):
+        check_once(model, "save_adapter")
+        write_folder(apart_from_models(model, "save_adapter"), path)
+        return
+    live = LiveState(open_model(model, "save_adapter"))
+    adapter = adapter_of_model(live, "save_adapter")
+    frozen = frozen_values(live, [adapter.network + name for name in frozen_in_saved(by_network_names(adapter))])
+    network_frozen = {name.removeprefix(adapter.network): value for name, value in frozen.items()}
+    sync = RankSync(layer.main_weight() for layer in live.handle.layers.values())
+    writes = writes_files(module for _, module in live.handle.modules)
+    sync.run("save_adapter", (lambda: write_folder(adapter, path, network_frozen)) if writes else None)
+    sync.raise_on_any_rank()
+
+
+def load_adapter(
+    model: nn.Module, source: PathLike | Mapping[str, Any] | Adapter, *, strict_base: bool = True
+) -> list[str]:
+    """Put an adapter onto a model, injected or not. In place.
+
+    An injected model takes the adapter's ranks and scalings, merged or not; its parameters stay the same objects.
+
+    Args:
+        model: a model with the base that the adapter was trained on.
+        source: an adapter of read_adapter or take_adapter, a PEFT folder, a Lightning checkpoint of any kind, a file
+            with a state dict, or a state dict; also one of a PeftModel, or of a LightningModule that holds one, or a
+            dictionary with such a state dict in an entry, as Fabric saves it. A source without options (a bare state
+            dict) needs an injected model, whose options then hold.
+        strict_base: whether another base than the adapter's is an error or a warning.
+
+    Returns:
+        The names of the adapted layers.
+
+    Raises:
+        LoRAError: the source is damaged or does not fit; the model is as it was.
+
+    Example::
+
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> names = inject(model, LoRAConfig(r=2))
+        >>> save_adapter(model, "adapter")
+        >>> unload(model)
+        >>> load_adapter(model, "adapter")
+        ['0', '2']
+    """
+    listing = Listing(unwrapped(model, "load_adapter"))
+    adapter = read_source(source, order_in(listing.model))
+    handle = find_in(listing)
+    if handle is None:
+        warn_of_late_adapters(model, "load_adapter")
+    return apply_adapter(handle or listing, adapter, strict_base=strict_base, swap=True)
+
+
+def load_from_checkpoint(
+    cls: type[Module], path: PathLike, *, weights_only: bool | None = None, strict_base: bool = True, **kwargs: Any
+) -> Module:
+    """Build a LightningModule from a checkpoint's hyperparameters, as Lightning does, and load its adapter.
+
+    The base weights are those that the class builds; for a full checkpoint, those in the file.
+
+    Args:
+        cls: the LightningModule's class.
+        path: a checkpoint of any kind that this package wrote.
+        weights_only: as in Lightning's own load_from_checkpoint. With False, objects in the hyperparameters are
+            unpickled, and code that a LightningCLI named there is imported and called. This may run any code. Without
+            it, each such hyperparameter must be among `kwargs`.
+        strict_base: whether another base than the adapter's is an error or a warning.
+        kwargs: hyperparameters that override the saved ones.
+
+    Raises:
+        LoRAError: the file is damaged, has no adapter or another base, or its hyperparameters hold objects or code.
+
+    Example::
+
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> class Net(BoringModel):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         for parameter in self.parameters():
+        ...             nn.init.ones_(parameter)  # stands in for loading pretrained weights
+        >>> trainer = L.Trainer(max_steps=2, callbacks=[LoRACallback(r=1)], barebones=True)
+        >>> trainer.fit(model := Net())
+        >>> trainer.save_checkpoint("adapter.ckpt")
+        >>> loaded = load_from_checkpoint(Net, "adapter.ckpt")
+        >>> torch.equal(loaded.layer.lora_B, model.layer.lora_B)
+        True
+    """
+    if not isinstance(cls, type) or not hasattr(cls, "load_from_checkpoint"):
+        found = cls.__name__ if isinstance(cls, type) else f"a {type(cls).__name__}"
+        raise LoRAError(f"load_from_checkpoint: expected the class of a LightningModule, found {found}.")
+    checkpoint = read_torch_file(path, trusted=weights_only is False)
+    adapter, kind = adapter_of(checkpoint)
+    model: Module = build_module(cls, path, checkpoint, weights_only, kwargs)
+    if kind != "full":
+        remedy = (
+            f"{cls.__name__} built a base of its own. Where the base is a checkpoint, load that first: load_adapter("
+            f'model := {cls.__name__}.load_from_checkpoint("pretrained.ckpt"), "{path}"). strict_base=False makes this '
+            "a warning."
+        )
+        apply_adapter(find_model(model) or Listing(model), adapter, strict_base=strict_base, remedy=remedy)
+    else:
+        _load_full(model, checkpoint, adapter)
+    return model
+
+
+def _load_full(model: nn.Module, checkpoint: dict[str, Any], adapter: Adapter) -> None:
+    """Inject a newly built model, and load base and adapter of a full checkpoint into it. In place."""
+    listing = find_model(model) or Listing(model)
+    config = config_for(listing, by_first_names(Names(listing.places), adapter))
+    if isinstance(listing, AdaptedModel):
+        inject(model, config)
+    else:
+        inject_to_load(listing, config)
+    prepare_for_load(model, checkpoint)
+    model.load_state_dict(checkpoint["state_dict"])

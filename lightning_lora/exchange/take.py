@@ -1,0 +1,192 @@
+"""An injected model as an adapter: its tensors, its description, and the fingerprint of its base."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..adapter.adapter import Adapter
+from ..adapter.checks import check_factors
+from ..adapter.fingerprint import (
+    AVERAGED,
+    EQUAL,
+    REMEDY,
+    Tables,
+    compare_fingerprints,
+    entries_match,
+    fingerprint_entries,
+    fingerprint_entry,
+    without_rows,
+)
+from ..adapter.layer_options import with_aliases
+from ..adapter.metadata import without
+from ..distributed.sharding import gather_all
+from ..formats.peft_attention import after_conv1d
+from ..model.adapted_model import AdaptedModel, open_model, refuse_replaced_layers
+from ..model.gradients import warn_of_untrained
+from ..model.live_state import LiveState, open_state, original_value
+from ..model.pretrained import base_name, tied_to_input
+from ..model.wrappers import prefix_inside
+from ..names import is_lightning_module
+from ..nn.adapted_weights import adapted_places
+from ..nn.lora_layer import LoRALayer
+from ..nn.low_rank import CONV1D
+from ..nn.quantised import dequantize, quantised_as
+
+
+def adapter_of_model(live: LiveState, verb: str) -> Adapter:
+    """Return the adapter of an injected model; its tensors share the model's memory. Collective where it is sharded.
+
+    Args:
+        live: the model.
+        verb: what messages begin with.
+
+    Raises:
+        LoRAError: a layer was replaced, or the factors are not finite.
+    """
+    description = describe(live, verb)
+    warn_of_untrained(live.handle)
+    adapter = replace(description, tensors=gather_all(live.values()))
+    check_factors(adapter, verb)
+    return adapter
+
+
+def frozen_values(live: LiveState, names: Collection[str]) -> dict[str, Any]:
+    """Return frozen tensors of a model by name, whole on every rank. Collective where the model is sharded."""
+    wanted = set(names)
+    entries = [(n, t, owner) for n, t, owner in live.entries if n in wanted and t is not None] if wanted else []
+    return gather_all({name: original_value(name, tensor, owner) for name, tensor, owner in entries})
+
+
+def describe(live: LiveState, verb: str) -> Adapter:
+    """Record what was unfrozen since injection, and return the model's adapter without its tensors.
+
+    Collective where the model is sharded.
+
+    The fingerprint of a fitted model was taken at fit start, because weight averaging moves frozen weights. A weight
+    that was unfrozen later is a tensor of the adapter and has no entry in the fingerprint.
+
+    Args:
+        live: the model.
+        verb: what messages begin with.
+
+    Raises:
+        LoRAError: a layer was replaced since injection.
+    """
+    handle, record = live.handle, live.handle.record
+    refuse_replaced_layers(handle, verb)
+    handle.record_trainable()
+    trained = live.keys
+    at_fit_start = record.fingerprint and record.fingerprint.keys() <= live.tensors.keys()
+    first, layers = handle.layers, handle.layers_by_every_name  # as state dicts hold them
+    kinds = {first[name]: kind for name, kind in handle.kinds.items()}
+    reached = {first[name] for name in after_conv1d(handle.kinds, CONV1D in handle.kinds.values())}
+    tables = {name: layer for name, layer in layers.items() if layer.replaced_rows()}
+    first_names = {layer: name for name, layer in first.items()}
+    aliases = {name: first_names[layer] for name, layer in layers.items() if layer in kinds and name not in first}
+    network = _network_prefix(live, trained)
+    by_peft = tied_to_input(handle.modules, network)
+    first_ends = {layer: by_peft.get(name, name) for name, layer in reversed(tables.items())}
+    tied = {name: first_ends[layer] for name, layer in tables.items() if name != first_ends[layer]}
+    base = base_name(handle.modules)
+    return Adapter(
+        tensors={},
+        config=with_aliases(record.config, aliases) if aliases else record.config,
+        scalings={name: layer.lora.spec.scaling for name, layer in layers.items() if layer in kinds},
+        fingerprint=without(record.fingerprint, trained) if at_fit_start else fingerprint_of(live),
+        complete=True,
+        kinds={name: kinds[layer] for name, layer in layers.items() if layer in kinds},
+        after_conv1d=frozenset(name for name, layer in layers.items() if layer in reached),
+        network=network,
+        origin={**({"base_model_name_or_path": base} if base else {}), **record.origin},
+        scope=handle.scope(),
+        tables={name: layer.replaced_rows() for name, layer in tables.items()},
+        tied=tied,
+        tied_by_peft=tied.items() <= by_peft.items(),
+    )
+
+
+def _network_prefix(live: LiveState, trained: Collection[str]) -> str:
+    """Return the prefix 'name.' of the attribute of a LightningModule that holds all trained parameters.
+
+    It is '' where there is none, and for any other module. Files hold an adapter under the network's own names.
+    """
+    model = live.handle.model
+    if not is_lightning_module(model):
+        return ""
+    children = {name.partition(".")[0] for name in trained if isinstance(live.tensors[name], nn.Parameter)}
+    if len(children) != 1 or children & live.handle.layers.keys():
+        return ""
+    name = children.pop()
+    return f"{name}.{prefix_inside(model.get_submodule(name))}"
+
+
+def fingerprint(model: nn.Module) -> dict[str, Any]:
+    """Return fingerprint_of an injected model. Collective where the model is sharded."""
+    return fingerprint_of(open_state(open_model(model, "fingerprint")))
+
+
+def fingerprint_of(live: LiveState) -> dict[str, Any]:
+    """Return the entry of each frozen base parameter, as plain types. Collective where the model is sharded.
+
+    The entry of a quantised parameter holds dequantised values, and says how it is quantised. Values in rows that the
+    adapter replaces are NaN: another base may have other values there.
+    """
+    trained = set(live.keys)
+    present = [
+        (name, tensor, owner)
+        for name, tensor, owner in live.entries
+        if name not in trained and tensor is not None and tensor.device.type != "meta"
+    ]
+    how = {name: _how_quantised(tensor, owner) for name, tensor, owner in present}
+    plain = (entry for entry in present if not how[entry[0]])
+    entries = fingerprint_entries((name, original_value(name, tensor, owner)) for name, tensor, owner in plain)
+    for name, _, owner in present:
+        if how[name]:
+            value = dequantize(owner, name.rpartition(".")[2])
+            entries[name] = {**fingerprint_entry(value), "quantised": how[name]}
+    return without_rows({name: entries[name] for name in how}, replaced_rows(live.handle))
+
+
+def replaced_rows(handle: AdaptedModel) -> Tables:
+    """Return the rows that the adapter replaces, by table; a table with several names comes under each."""
+    places = adapted_places(handle.model, modules=handle.places)
+    return {name: rows for name, _, each in places if (rows := each.replaced_rows())}
+
+
+def _how_quantised(tensor: torch.Tensor, module: nn.Module) -> str:
+    if isinstance(module, LoRALayer) and tensor is module.main_weight():
+        return module.quantised()
+    return quantised_as(tensor)
+
+
+def check_fingerprint(
+    live: LiveState, expected: Mapping[str, Any], *, strict: bool = True, remedy: str = REMEDY
+) -> dict[str, Any]:
+    """Raise LoRAError, or warn, where a frozen parameter differs from a fingerprint by more than rounding.
+
+    Args:
+        live: an injected model.
+        expected: the fingerprint.
+        strict: whether another base is an error or a warning.
+        remedy: the advice at the end of the error.
+
+    Returns:
+        The fingerprint of the model, or nothing where nothing is expected.
+    """
+    if not expected:
+        return {}
+    known, tables = live.handle.record.fingerprint, replaced_rows(live.handle)
+    unfrozen = fingerprint_entries(live.handle.initial_of("unfrozen").items())
+    same_names = expected.keys() <= known.keys()  # fewer where weights were unfrozen since fit start
+    trained_here = same_names and all(entries_match(known[name], expected[name], 0) for name in expected)
+    present = without_rows(unfrozen, tables) | fingerprint_of(live)
+    # A fingerprint made of a file has entries of buffers. Training changes buffers, so they do not tell a base.
+    buffers = {name for name, tensor in live.tensors.items() if not isinstance(tensor, nn.Parameter)}
+    expected = without_rows({n: entry for n, entry in expected.items() if n not in buffers}, tables)
+    compare_fingerprints(present, expected, AVERAGED if trained_here else EQUAL, strict=strict, remedy=remedy)
+    return present

@@ -1,0 +1,126 @@
+"""What a Lightning checkpoint of each kind holds, and the adapter in it.
+
+    adapter  state_dict holds what training changes, and no base tensor
+    merged   state_dict holds plain merged weights; checkpoint["lora"]["adapter"] what training changes
+    full     state_dict holds base and adapter
+
+checkpoint["lora"] describes the adapter in each kind. Its names have no segments of wrappers such as torch.compile's.
+The state_dict of a merged or full checkpoint has the LightningModule's own names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+
+from ..adapter.adapter import Adapter
+from ..adapter.checks import check_factors
+from ..adapter.file_options import readable_options
+from ..adapter.metadata import from_metadata, to_metadata
+from ..errors import LoRAError, shown
+from ..files.paths import kind_of
+from ..files.torch_archive import read_sharded_tensors, read_torch_file
+from ..names import META, canonical
+from ..nn.quantised_state import quantisation_entries
+
+FORMAT_VERSION = 1
+HEADER = "meta.pt"  # Lightning's file with all but the tensors of a distributed checkpoint
+SHARDS = ".metadata"  # torch's file that describes the shards
+
+Kind = Literal["adapter", "merged", "full"]
+
+
+def check_kind(kind: object) -> None:
+    """Raise LoRAError unless `kind` is a kind of checkpoint."""
+    if kind not in get_args(Kind):
+        raise LoRAError(f"LoRACallback: save must be one of {', '.join(get_args(Kind))}, but it is {kind!r}.")
+
+
+def by_canonical_names(state: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Return a state dict by names without the segments of wrappers."""
+    return {canonical(str(name)): value for name, value in state.items()}
+
+
+def _is_kind(value: object) -> bool:
+    return isinstance(value, str) and value in get_args(Kind)
+
+
+def checkpoint_metadata(kind: Kind, adapter: Adapter) -> dict[str, Any]:
+    """Return what checkpoint["lora"] holds in each kind: the format's version, the kind, the adapter's metadata."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "kind": kind,
+        **to_metadata(replace(adapter, config=readable_options(adapter))),
+    }
+
+
+def adapter_of(checkpoint: Mapping[str, Any]) -> tuple[Adapter, Kind]:
+    """Return the adapter in a checkpoint that this package wrote, and the checkpoint's kind.
+
+    Raises:
+        LoRAError: checkpoint["lora"] is missing or not of a known form.
+    """
+    meta = checkpoint.get(META)
+    if not isinstance(meta, Mapping) or not _is_kind(meta.get("kind")):
+        raise LoRAError(
+            'checkpoint["lora"]: is missing or damaged; this is not a checkpoint of lightning_lora. One of plain '
+            "Lightning, without an adapter, is loaded by its class's own load_from_checkpoint."
+        )
+    if meta.get("format_version") != FORMAT_VERSION:
+        raise LoRAError(
+            f'checkpoint["lora"]: has format {shown(meta.get("format_version"))}, this lightning_lora reads '
+            f"{FORMAT_VERSION}; install the version that wrote it."
+        )
+    kind: Kind = meta["kind"]
+    tensors = meta.get("adapter") if kind == "merged" else checkpoint.get("state_dict")
+    if not isinstance(tensors, Mapping):
+        raise LoRAError('checkpoint["lora"]: the tensors are missing; the file is damaged.')
+    tensors = by_canonical_names(tensors)
+    adapter = from_metadata(tensors, meta, 'checkpoint["lora"]')
+    if kind == "full":
+        base = adapter.fingerprint.keys() | quantisation_entries(tensors, adapter.fingerprint)
+        adapter = replace(adapter, tensors={n: value for n, value in tensors.items() if n not in base})
+    check_factors(adapter, 'checkpoint["lora"]')
+    return adapter, kind
+
+
+def read_without_values(path: Path) -> dict[str, Any]:
+    """Read a checkpoint file, or a distributed checkpoint with tensors on the meta device."""
+    if kind_of(path) == "file":
+        return read_torch_file(path, mmap=True)
+    if kind_of(path / HEADER) != "file":
+        raise LoRAError(f"{path}: neither a checkpoint file nor a folder with a distributed checkpoint.")
+    checkpoint = read_torch_file(path / HEADER)
+    checkpoint["state_dict"] = {
+        name.removeprefix("state_dict."): torch.empty(size, dtype=dtype, device="meta")
+        for name, (size, dtype) in read_sharded_tensors(path / SHARDS).items()
+        if name.startswith("state_dict.")
+    }
+    return checkpoint
+
+
+def in_one_storage(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Copy plain tensors to the CPU, those of one dtype into one storage: many small storages make a file larger."""
+    keys = {name: _memory_key(value) for name, value in values.items() if _is_plain(value)}
+    copies: dict[Any, torch.Tensor] = {}
+    for dtype in {values[name].dtype for name in keys}:
+        tensors = {key: values[name].detach() for name, key in keys.items() if values[name].dtype == dtype}
+        sizes = [tensor.numel() for tensor in tensors.values()]
+        parts = torch.split(torch.empty(sum(sizes), dtype=dtype), sizes)
+        for (key, tensor), part in zip(tensors.items(), parts, strict=True):
+            copies[key] = part.view(tensor.shape).copy_(tensor)
+    return {name: copies[keys[name]] if name in keys else value for name, value in values.items()}
+
+
+def _is_plain(value: Any) -> bool:
+    return type(value) in (torch.Tensor, nn.Parameter) and value.layout == torch.strided and not value.is_meta
+
+
+def _memory_key(tensor: torch.Tensor) -> Any:
+    """Return a key that is the same for all names of a tied tensor, so that its values are saved once."""
+    return tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride()

@@ -1,0 +1,262 @@
+"""Adapter folders in PEFT's format: adapter_config.json and adapter_model.safetensors.
+
+Options and tensors go under PEFT's names. The header of the tensor file also carries this package's own description,
+which other readers pass over; buffers such as BatchNorm's statistics go in by their plain names, as PEFT loads them.
+
+Buffers of a LightningModule outside the network that was adapted, as a loss function's weights, belong to no file of
+PEFT's. They lie beside it in outside_network.safetensors, which the description names.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..adapter.adapter import Adapter
+from ..adapter.file_options import readable_options
+from ..adapter.metadata import to_metadata
+from ..adapter.renaming import by_network_names, renamed
+from ..errors import LoRAError, sentence, shown
+from ..files.atomic import new_folder
+from ..files.paths import PathLike, kind_of, parse_json, read_json, write_json
+from ..files.safetensors import read_safetensors, write_tensors
+from ..files.torch_archive import read_torch_file
+from ..names import A, B
+from ..nn.low_rank import ATTENTION, ATTENTION_OUTPUT, SEPARATE
+from ..nn.variant import Variant
+from .peft_attention import refuse_conv1d_before_parameters
+from .peft_equivalents import add_idle_attention, as_plain
+from .peft_forms import to_peft_form
+from .peft_names import PREFIX, peft_name
+from .peft_options import from_peft_options, options_to_peft, refuse_options
+from .peft_parameters import PARAMETERS, Nesting, Order, nesting_of, stacks_to_peft, usual_order
+from .peft_reading import FROZEN, IDLE, Source, factor_names, read_peft
+from .peft_rows import as_peft_stores, peft_table_name
+from .peft_saved_modules import frozen_in_saved
+
+CONFIG_FILE = "adapter_config.json"
+TENSOR_FILE = "adapter_model.safetensors"
+OUTSIDE_FILE = "outside_network.safetensors"
+TENSOR_FILES = (TENSOR_FILE, OUTSIDE_FILE)
+OLD_TENSOR_FILE = "adapter_model.bin"
+HEADER_KEY = "lightning_lora"
+OUTSIDE = "outside"  # in the description: the tensors in OUTSIDE_FILE, and the network that they are around
+
+
+def write_folder(adapter: Adapter, path: PathLike, frozen: Mapping[str, torch.Tensor] | None = None) -> None:
+    """Write an adapter as a PEFT folder under the network's names; what else is in the folder stays.
+
+    Args:
+        adapter: what is written.
+        path: the folder.
+        frozen: the tensors of frozen_in_saved, by the network's names.
+
+    Raises:
+        LoRAError: PEFT has no equal of one of its layers, or wants frozen tensors that were not given. Nothing is
+            written.
+    """
+    extra = [name for name, value in adapter.tensors.items() if not isinstance(value, torch.Tensor)]
+    if extra:
+        warnings.warn(f"lightning_lora: the extra state {extra} is no tensor and is left out.", stacklevel=3)
+        kept = {n: t for n, t in adapter.tensors.items() if n not in extra}
+        adapter = replace(adapter, tensors=kept, complete=False)
+    outside = {name: tensor for name, tensor in adapter.tensors.items() if not name.startswith(adapter.network)}
+    own = by_network_names(adapter)
+    _refuse_missing_frozen(own, frozen or {})
+    for name in own.layers():
+        _refuse_without_equal(own, name)
+    refuse_conv1d_before_parameters(own)
+    own = as_peft_stores(own)
+    own, idle = add_idle_attention(own)
+    own = replace(own, config=readable_options(own))
+    plain = as_plain(to_peft_form(own))
+    nesting = nesting_of(own.parameters)
+    values = stacks_to_peft({**plain.tensors, **(frozen or {})}, factor_names(own).values())
+    tensors = _by_peft_names(values, own, plain.variant, nesting)
+    description = to_metadata(own)
+    if frozen:
+        description[FROZEN] = sorted(frozen)
+    if idle:
+        description[IDLE] = idle
+    if nesting:
+        description[PARAMETERS] = nesting
+    if outside:
+        description[OUTSIDE] = {"network": adapter.network, "tensors": sorted(outside)}
+    text = json.dumps(description, separators=(",", ":"))
+    with new_folder(path, keep_others=True, replaced=[OUTSIDE_FILE]) as folder:
+        write_tensors(folder / TENSOR_FILE, _copies(tensors), {"format": "pt", HEADER_KEY: text})
+        if outside:
+            write_tensors(folder / OUTSIDE_FILE, _copies(outside), {"format": "pt"})
+        write_json(folder / CONFIG_FILE, options_to_peft(plain))
+
+
+def _by_peft_names(
+    tensors: Mapping[str, torch.Tensor], adapter: Adapter, variant: Variant, nesting: Nesting
+) -> dict[str, torch.Tensor]:
+    """Return tensors under PEFT's names.
+
+    Args:
+        tensors: in PEFT's form, by our names.
+        adapter: the adapter that they belong to.
+        variant: of the adapter in PEFT's form.
+        nesting: the adapted parameters of each module.
+    """
+    layers, tables = set(adapter.layers()), {*adapter.tables, *adapter.tied}
+    named = {}
+    for name, tensor in tensors.items():
+        in_table = peft_table_name(name, tables)
+        of_layer = peft_name(name, variant, layers, adapter.kinds, nesting)
+        named[f"{PREFIX}{in_table}" if in_table != name else of_layer] = tensor
+    return named
+
+
+def _copies(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return own copies on the CPU, whose elements follow each other."""
+    return {n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}
+
+
+def _refuse_missing_frozen(adapter: Adapter, frozen: Mapping[str, torch.Tensor]) -> None:
+    missing = [name for name in frozen_in_saved(adapter) if name not in frozen]
+    if missing:
+        raise LoRAError(
+            f"save_adapter: PEFT's modules_to_save takes every module whose name ends in an entry, and so wants "
+            f"{missing[0]!r} in the file, which the adapter does not hold. Load the adapter onto its model and call "
+            "save_adapter."
+        )
+
+
+def _refuse_without_equal(adapter: Adapter, name: str) -> None:
+    kind = adapter.kinds.get(name, "")
+    problem = adapter.variant.peft_problem(kind) or _place_problem(adapter, name, kind)
+    if problem:
+        raise LoRAError(f"save_adapter: {name!r} {problem}; save a Lightning checkpoint instead.")
+
+
+def _place_problem(adapter: Adapter, name: str, kind: str) -> str:
+    """Say what PEFT has no equal of in where a layer or parameter is, or return ""."""
+    module = name.rpartition(".")[0]
+    if kind == ATTENTION_OUTPUT and adapter.kinds.get(module) != ATTENTION:
+        return _output_problem(adapter, module)
+    if kind == ATTENTION:
+        return _attention_problem(adapter, name)
+    if adapter.is_parameter(name) and not module:
+        return "belongs to the model itself, to which PEFT gives no adapter; put it into a module"
+    return ""
+
+
+def _output_problem(adapter: Adapter, attention: str) -> str:
+    if not attention:
+        return "belongs to attention without a name, to which PEFT gives no adapter; put it into a module"
+    if any(f"{attention}.{leaf}" in adapter.fingerprint for leaf in SEPARATE):
+        return f"belongs to {attention!r}, which has q, k and v apart, and PEFT cannot adapt that"
+    return ""
+
+
+def _attention_problem(adapter: Adapter, name: str) -> str:
+    a, b = adapter.factor(name, A), adapter.factor(name, B)
+    output = f"{name}.out_proj"
+    if f"{output}.{A}" not in adapter.tensors:
+        return "is adapted without its out_proj; PEFT adapts attention whole"
+    if b.shape[0] != 3 * a.shape[1] or a.shape[0] != b.shape[1]:
+        return "has separate or partly adapted q, k and v, which PEFT has not"
+    ranks = adapter.tensors[f"{output}.{A}"].shape[0], adapter.tensors[f"{output}.{B}"].shape[1]
+    if ranks != (b.shape[1], b.shape[1]) or adapter.scalings[output] != adapter.scalings[name]:
+        return "has another rank or lora_alpha than its out_proj; PEFT has one for both"
+    return ""
+
+
+def read_folder(path: PathLike, order: Order = usual_order) -> Adapter:
+    """Read a PEFT folder, whoever wrote it.
+
+    Args:
+        path: the folder.
+        order: the order in which modules register parameters. Only the model that the adapter is for tells it.
+
+    Raises:
+        LoRAError: a file is missing or damaged, or it holds what this package cannot apply.
+    """
+    folder = Path(path)
+    options_path, tensor_path = folder / CONFIG_FILE, folder / TENSOR_FILE
+    variant, options = from_peft_options(read_json(options_path), options_path)
+    refuse_options(options, variant, options_path)
+    tensors, header = _read_tensors(folder)
+    description = _description(header, tensor_path)
+    where = folder if description is None else tensor_path
+    source = Source(where, options_path, options, variant, description, order=order)
+    adapter = read_peft(tensors, source)
+    outside = (description or {}).get(OUTSIDE)
+    return _add_outside(adapter, outside, folder) if outside else adapter
+
+
+def read_tensor_file(path: PathLike) -> Adapter:
+    """Read a safetensors file with an adapter, by itself. Only this package's own stores the options with the tensors.
+
+    Raises:
+        LoRAError: it is damaged, or it holds what this package cannot apply.
+    """
+    tensors, header = read_safetensors(path)
+    description = _description(header, Path(path))
+    adapter = read_peft(tensors, Source(path, description=description))
+    if description and description.get(OUTSIDE):
+        warnings.warn(
+            f"lightning_lora: {path}: tensors outside the network lie in {OUTSIDE_FILE} beside it, and are read "
+            "only where the folder is given.",
+            stacklevel=3,
+        )
+    return adapter
+
+
+def _read_tensors(folder: Path) -> tuple[dict[str, torch.Tensor], Mapping[str, str]]:
+    if kind_of(folder / TENSOR_FILE) != "nothing" or kind_of(folder / OLD_TENSOR_FILE) == "nothing":
+        return read_safetensors(folder / TENSOR_FILE)
+    content = read_torch_file(folder / OLD_TENSOR_FILE)
+    if not all(isinstance(n, str) and isinstance(t, torch.Tensor) for n, t in content.items()):
+        raise LoRAError(f"{folder / OLD_TENSOR_FILE}: expected names and tensors.")
+    return content, {}
+
+
+def _description(header: Mapping[str, str], where: Path) -> dict[str, Any] | None:
+    """Return what this package wrote into a file's header, or None in a file of others.
+
+    Raises:
+        LoRAError: it is not JSON, or of another form.
+    """
+    text = header.get(HEADER_KEY)
+    if text is None:
+        return None
+    try:
+        description = parse_json(text.encode("utf-8", "surrogatepass"), where)
+    except LoRAError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise LoRAError(f"{where}: its header's description is not JSON: {sentence(error)}") from error
+    if not isinstance(description, dict):
+        raise LoRAError(f"{where}: the adapter's description is damaged: it is {shown(description, 80)}.")
+    return description
+
+
+def _add_outside(adapter: Adapter, outside: Any, folder: Path) -> Adapter:
+    """Return the adapter under the names of the LightningModule that was saved, with its tensors outside the network.
+
+    Raises:
+        LoRAError: the file is missing, damaged or of another adapter.
+    """
+    path = folder / OUTSIDE_FILE
+    names, network = (outside.get(key) if isinstance(outside, dict) else None for key in ("tensors", "network"))
+    if not isinstance(network, str) or not network.endswith(".") or not isinstance(names, list):
+        raise LoRAError(f"{folder / TENSOR_FILE}: what it says of {OUTSIDE_FILE} is damaged: {shown(outside, 80)}.")
+    if kind_of(path) == "nothing":
+        raise LoRAError(f"{path}: is missing, and {TENSOR_FILE} says that it holds {names[:3]}; the folder was cut.")
+    tensors, _ = read_safetensors(path)
+    if sorted(tensors) != names or any(name.startswith(network) for name in tensors):
+        raise LoRAError(
+            f"{path}: holds {sorted(tensors)[:3]}, but {TENSOR_FILE} says {names[:3]}; they do not belong together."
+        )
+    around = renamed(adapter, "", network)
+    return replace(around, tensors={**around.tensors, **tensors}, network=network)

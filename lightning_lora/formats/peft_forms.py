@@ -1,0 +1,60 @@
+"""An adapter in the form that PEFT has for its variant, and back. The variant itself converts its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from ..adapter.adapter import Adapter
+from ..config import LoRAConfig
+from ..nn.peft_form import PeftForm
+
+
+def to_peft_form(adapter: Adapter) -> Adapter:
+    """Return the adapter with tensors and options as PEFT has them for its variant, under our names."""
+    if type(adapter.variant).to_peft is PeftForm.to_peft:
+        return replace(adapter, config=config_in_peft(adapter))
+    tensors = dict(adapter.tensors)
+    for layer in adapter.layers():
+        stored = {leaf: value.detach() for leaf, value in adapter.stored(layer).items()}
+        changed = adapter.variant.to_peft(stored, adapter.place(layer))
+        for leaf in stored.keys() - changed.keys():
+            del tensors[adapter.factor_name(layer, leaf)]
+        tensors |= {adapter.factor_name(layer, leaf): value for leaf, value in changed.items()}
+    return replace(adapter, tensors=tensors, config=config_in_peft(adapter))
+
+
+def from_peft_form(adapter: Adapter) -> Adapter:
+    """Undo to_peft_form, for an adapter whose options are ours.
+
+    Raises:
+        LoRAError: the tensors of a layer do not have that form.
+    """
+    if type(adapter.variant).from_peft is PeftForm.from_peft:
+        return adapter
+    tensors = dict(adapter.tensors)
+    for layer in adapter.layers():
+        found = adapter.stored(layer)
+        if not found.keys() >= set(adapter.variant.trained):
+            continue  # the check of factors refuses it
+        changed = adapter.variant.from_peft(found, adapter.place(layer))
+        tensors |= {adapter.factor_name(layer, leaf): value for leaf, value in changed.items()}
+    return replace(adapter, tensors=tensors)
+
+
+def config_in_peft(adapter: Adapter) -> LoRAConfig | None:
+    """Return the options that an adapter has in PEFT's form."""
+    return None if adapter.config is None else adapter.variant.config_in_peft(adapter.config)
+
+
+def spread(shared: Mapping[str, str], source: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Return tensors with those that all layers share under the name of each layer.
+
+    Args:
+        shared: the leaf name of each, by its name in PEFT.
+        source: tensors by PEFT's names.
+        tensors: the others, by our names.
+    """
+    layers = Adapter(tensors).layers() if shared else []
+    return {**tensors, **{f"{layer}.{leaf}": source[name] for name, leaf in shared.items() for layer in layers}}

@@ -1,0 +1,199 @@
+"""PEFT's options, from and to ours. Options that cannot be applied are refused by name.
+
+Most fields of adapter_config.json are LoRAConfig's. The lists here name the others.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from ..adapter.adapter import Adapter
+from ..adapter.layer_options import exact_options, options_hold
+from ..config import IGNORED_PEFT_FIELDS, PLAIN, TASK_HEADS, VARIANTS, LoRAConfig, Task
+from ..errors import LoRAError, sentence, shown
+from ..matching import matcher, pattern_matches
+from ..names import KNOWN_VARIANTS, listed, parent_names, suffixes
+from ..nn.low_rank import ATTENTION_OUTPUT, CONV1D, EMBEDDING, LINEAR, PARAMETER
+from ..nn.variant import Variant, known_variants
+from .peft_rows import OPTION
+from .peft_saved_modules import entries_in, from_peft_entries, is_tied_by_peft, to_peft_entries
+
+SHARED = ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", *VARIANTS, "rank_pattern", "alpha_pattern")
+BY_NUMBER = ("layers_to_transform", "layers_pattern")
+SELECTING = ("target_modules", "target_parameters", "exclude_modules", *BY_NUMBER, "modules_to_save", OPTION)
+ORIGIN = ("base_model_name_or_path", "revision", "task_type")
+OUR_INITS = (True, False, "gaussian", "orthogonal")  # plain adapters draw the same first values in PEFT
+ORTHOGONAL_IN_PEFT = {LINEAR, CONV1D, EMBEDDING}
+# These change the base before training. Their adapter fits the changed weights alone.
+INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+WITHOUT_EFFECT = {  # on what the stored tensors mean
+    *IGNORED_PEFT_FIELDS,
+    "init_lora_weights",
+    "ensure_weight_tying",  # of tied weights the values tell
+}
+
+
+def options_to_peft(adapter: Adapter) -> dict[str, Any]:
+    """Return the fields of adapter_config.json for an adapter in PEFT's form."""
+    try:
+        options = adapter.variant.options_to_peft(lora_options(adapter))
+    except ValueError as error:
+        raise LoRAError(f"save_adapter: {sentence(error)}") from None
+    return {**options, "peft_type": adapter.variant.peft_type}
+
+
+def lora_options(adapter: Adapter) -> dict[str, Any]:
+    """Return the fields of a peft.LoraConfig for an adapter in PEFT's form; its variant may have others.
+
+    If all layers have one r and one lora_alpha, there are no patterns, as vLLM needs it. Else patterns name the layers
+    that differ.
+    """
+    ranks = {name: r for name, r in adapter.ranks().items() if adapter.kinds.get(name) != ATTENTION_OUTPUT}
+    config = adapter.config or LoRAConfig()
+    if not options_hold(config, ranks, adapter.scalings):
+        config = exact_options(config, ranks, adapter.scalings, adapter.parameters)
+    options = config.to_dict()
+    return {
+        **{name: options[name] for name in SHARED if name in options},
+        **{name: _pattern_in_peft(adapter, options[name]) for name in ("rank_pattern", "alpha_pattern")},
+        "peft_type": "LORA",
+        "target_modules": _target_modules(adapter, [name for name in ranks if not adapter.is_parameter(name)]),
+        **({"target_parameters": _target_parameters(adapter)} if adapter.parameters else {}),
+        **({OPTION: {table: list(rows) for table, rows in adapter.tables.items()}} if adapter.tables else {}),
+        "exclude_modules": None,
+        "modules_to_save": to_peft_entries(adapter),
+        **({"ensure_weight_tying": True} if is_tied_by_peft(adapter) else {}),
+        "init_lora_weights": _init_in_peft(adapter, options["init_lora_weights"]),
+        "fan_in_fan_out": fan_in_fan_out_in_peft(adapter),
+        "inference_mode": True,
+        **{name: adapter.origin.get(name) for name in ORIGIN},
+        **({"task_type": config.task_type} if config.task_type else {}),
+        **config.all_variant_options(),
+    }
+
+
+def _pattern_in_peft(adapter: Adapter, pattern: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return a pattern without keys that match out_proj alone: in PEFT it has the options of its attention."""
+    outputs = [name for name, kind in adapter.kinds.items() if kind == ATTENTION_OUTPUT]
+    others = [name for name in adapter.layers() if adapter.kinds.get(name) != ATTENTION_OUTPUT]
+
+    def is_of_output(key: str) -> bool:
+        return any(pattern_matches(key, name) for name in outputs) and not any(pattern_matches(key, n) for n in others)
+
+    return {key: value for key, value in (pattern or {}).items() if not is_of_output(key)}
+
+
+def fan_in_fan_out_in_peft(adapter: Adapter) -> bool:
+    """Return adapter_config.json's fan_in_fan_out."""
+    return adapter.fan_in_fan_out or CONV1D in adapter.kinds.values()
+
+
+def _init_in_peft(adapter: Adapter, init: Any) -> Any:
+    """Return an init that PEFT has for each of the layers. PEFT replaces its values by those in the file."""
+    kinds = {*adapter.kinds.values()} | ({PARAMETER} if adapter.parameters else set())
+    if init == "orthogonal" and not kinds <= ORTHOGONAL_IN_PEFT:
+        return True
+    return init if init in OUR_INITS else True
+
+
+def _target_modules(adapter: Adapter, layers: list[str]) -> str | list[str]:
+    """Return target_modules for PEFT: the user's list, the layers' names, or an expression; the first that fits.
+
+    A list fits if it matches no other module. Options that take layers out of the user's list are not written: then the
+    names of the layers are.
+    """
+    modules = {name.rpartition(".")[0] for name in (*adapter.tensors, *adapter.fingerprint)} - {""}
+    config = adapter.config
+    configured = () if config is None or config.exclude_modules or config.layers_to_transform else config.target_modules
+    for names in (configured, layers):
+        if not isinstance(names, str) and layers and set(filter(matcher(names), modules)) == set(layers):
+            return list(names)
+    return "|".join(map(re.escape, layers)) if layers else []
+
+
+def _target_parameters(adapter: Adapter) -> list[str]:
+    """Choose the user's own list if it matches no other parameter's suffix, else the full names."""
+    parameters, configured = adapter.parameters, (adapter.config or LoRAConfig()).target_parameters
+    known = {*parameters, *adapter.fingerprint}
+    return list(configured or ()) if set(filter(matcher(configured), known)) == set(parameters) else parameters
+
+
+def from_peft_options(options: Mapping[str, Any], path: Path) -> tuple[Variant, dict[str, Any]]:
+    """Return the variant of an adapter_config.json, and its fields as a peft.LoraConfig has them.
+
+    Raises:
+        LoRAError: no variant that is known here has this peft_type, or the variant cannot apply a field.
+    """
+    found = options.get("peft_type")
+    by_type = {each.peft_type: each for each in reversed(known_variants()) if each.peft_type}
+    if not isinstance(found, str) or found not in by_type:
+        raise LoRAError(
+            f"{path}: peft_type is {shown(found)}, only {listed(sorted(map(repr, by_type)), len(by_type))} is read; "
+            "import the file that defines another variant before loading."
+        )
+    try:
+        return by_type[found], {**by_type[found].options_from_peft(options)}
+    except ValueError as error:
+        raise LoRAError(f"{path}: {sentence(error)}") from None
+
+
+def refuse_options(options: Mapping[str, Any], variant: Variant, path: Path) -> None:
+    """Raise LoRAError for the first field, of a peft.LoraConfig or the variant's own, that is not applied."""
+    known = {*SHARED, *SELECTING, *ORIGIN, *WITHOUT_EFFECT, *variant.own_options}
+    for name, value in options.items():
+        if name not in known and value:
+            raise LoRAError(
+                f"{path}: {name}={shown(value)} cannot be applied; only plain {variant.title} adapters are read."
+            )
+    init = options.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(INITS_THAT_CHANGE_THE_BASE):
+        raise LoRAError(
+            f"{path}: init_lora_weights={init!r} changed the base weights before training, so the adapter does not fit "
+            "the original base; convert it with PEFT's path_initial_model_for_weight_conversion."
+        )
+
+
+def options_from_peft(
+    options: Mapping[str, Any],
+    layers: Sequence[str],
+    whole: Iterable[str],
+    tables: Mapping[str, Sequence[int]],
+    variant: str = PLAIN,
+) -> LoRAConfig:
+    """Translate the options of adapter_config.json into a LoRAConfig.
+
+    Args:
+        options: the fields of a peft.LoraConfig.
+        layers: the adapted layers that the tensors name.
+        whole: names of parameters that the tensors hold whole. A task_type whose head is not among them is left out:
+            transformers writes one for adapters without a head.
+        tables: the numbers of the trained rows of each table that has such rows.
+        variant: the name of the variant, where the fields do not say it.
+
+    Raises:
+        LoRAError: an option has a value that is not allowed.
+    """
+    config = {name: options[name] for name in (*SHARED, *SELECTING) if options.get(name) is not None}
+    if isinstance(config.get("target_modules"), str) or config.get("layers_to_transform") in (None, []):
+        config = {name: value for name, value in config.items() if name not in BY_NUMBER}  # PEFT ignored them
+    if isinstance(config.get("modules_to_save"), list):
+        config["modules_to_save"] = from_peft_entries(entries_in(options), whole)
+    named = {suffix for name in whole for module in parent_names(name) for suffix in suffixes(module)}
+    task = options.get("task_type")
+    if task in get_args(Task) and (task not in TASK_HEADS or not {*TASK_HEADS[task]}.isdisjoint(named)):
+        config["task_type"] = task
+    config[OPTION] = dict(tables)
+    init = options.get("init_lora_weights", True)
+    config["init_lora_weights"] = init if isinstance(init, (bool, str)) and init in OUR_INITS else True
+    if variant != PLAIN:
+        own = {name: options[name] for name in KNOWN_VARIANTS[variant].own_options if name in options}
+        config |= {"variant": variant, "variant_options": own}
+    return LoRAConfig(**{"target_modules": layers, **config})
+
+
+def origin_of(options: Mapping[str, Any]) -> dict[str, str]:
+    """Return the fields that name the base."""
+    return {name: options[name] for name in ORIGIN if isinstance(options.get(name), str)}

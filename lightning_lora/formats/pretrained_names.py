@@ -1,0 +1,88 @@
+"""The names that transformers gives the tensors of older files, for adapters that were trained on such names.
+
+A class may have other modules in a later transformers: what was language_model.model.layers in transformers 4 is
+model.language_model.layers now. transformers renames the tensors of such files when it loads them, and PEFT those of
+adapters by the same rules. Rules that change values, as those that make one tensor out of several, are not followed
+here: their tensors keep their names, and have no place in the model.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable, Iterable, Set
+from contextlib import suppress
+from typing import Any
+
+from ..adapter.adapter import Adapter
+from ..adapter.renaming import align_to_modules, by_network_names, renamed_by
+from ..errors import LoRAError
+from ..names import names_factor
+
+Rename = Callable[[str], str]
+BEFORE_5 = "_checkpoint_conversion_mapping"  # a class's rules in transformers 4.52 and later: only the first that fits
+
+
+def align_to_networks(
+    adapter: Adapter, modules: Set[str], where: str, networks: Callable[[], Iterable[Any]]
+) -> Adapter:
+    """Call align_to_modules; if no prefix fits, try the names of an earlier transformers.
+
+    Args:
+        adapter: under any prefix.
+        modules: names of the model's modules.
+        where: for messages.
+        networks: gives the transformers models among the modules, if they are needed.
+
+    Raises:
+        LoRAError: its layers have no place.
+    """
+    try:
+        return align_to_modules(adapter, modules, where)
+    except LoRAError:
+        for network in networks():
+            renamed = _by_present_names(network, by_network_names(adapter))
+            with suppress(LoRAError):
+                return align_to_modules(renamed, modules, where)
+        raise
+
+
+def _by_present_names(network: Any, adapter: Adapter) -> Adapter:
+    rename = _renaming(network)
+    return renamed_by(adapter, lambda name: _renamed(name, rename)) if rename is not None else adapter
+
+
+def _renamed(name: str, rename: Rename) -> str:
+    """Rename a tensor of the base. A factor is renamed as the weight that it belongs to."""
+    if not names_factor(name):
+        return rename(name)
+    layer, _, leaf = name.rpartition(".")
+    weight = rename(f"{layer}.weight")
+    return f"{weight.removesuffix('weight')}{leaf}" if weight.endswith(".weight") else name
+
+
+def _renaming(network: Any) -> Rename | None:
+    try:
+        mapping = importlib.import_module("transformers.conversion_mapping")
+        loading = importlib.import_module("transformers.core_model_loading")
+    except ImportError:
+        patterns = getattr(network, BEFORE_5, None) or {}
+        return (lambda name: _by_first_pattern(name, patterns)) if patterns else None
+    try:
+        transforms = mapping.get_model_conversion_mapping(network)
+    except Exception:  # it may raise anything for a class that is not transformers' own
+        return None
+    renamings = [transform for transform in transforms if isinstance(transform, loading.WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, loading.WeightConverter)]
+
+    def rename(name: str) -> str:
+        new: str
+        new, converter = loading.rename_source_key(name, renamings, converters)
+        return new if converter is None else name
+
+    return rename
+
+
+def _by_first_pattern(name: str, patterns: dict[str, str]) -> str:
+    changed = (re.subn(pattern, new, name) for pattern, new in patterns.items())
+    return next((new_name for new_name, count in changed if count), name)

@@ -1,0 +1,183 @@
+"""Adapters out of files and dictionaries, in any form that load_adapter takes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..adapter.adapter import Adapter, nothing_adapted
+from ..adapter.checks import check_factors, check_once, require_values
+from ..adapter.fingerprint import without_base
+from ..adapter.layer_options import exact_options, options_hold
+from ..adapter.values import describe_value, is_plain
+from ..config import LoRAConfig
+from ..errors import LoRAError
+from ..files.paths import PathLike, given_path, kind_of
+from ..files.torch_archive import read_torch_file
+from ..names import META, listed, names_factor
+from .hyper_parameters import HYPER_PARAMETERS
+from .lightning_checkpoint import adapter_of
+from .peft_attention import turn_without_model
+from .peft_folder import read_folder, read_tensor_file
+from .peft_names import are_peft_names
+from .peft_parameters import Order, check_order, usual_order
+from .peft_reading import Source, read_peft
+
+
+def read_source(
+    source: PathLike | Mapping[str, Any] | Adapter, order: Order = usual_order, verb: str = "load_adapter"
+) -> Adapter:
+    """Read an adapter in any of the forms that load_adapter takes.
+
+    Args:
+        source: the adapter.
+        order: the order in which the model registers the parameters of a module; PEFT's names depend on it.
+        verb: what messages begin with.
+
+    Raises:
+        LoRAError: the source is damaged or of no such form.
+    """
+    if isinstance(source, Adapter):
+        check_once(source, verb)
+        if source.assumed_order and order is not usual_order:
+            check_order(source.assumed_order, order)
+        return source
+    if isinstance(source, (str, os.PathLike)):
+        if kind_of(given_path(source)) == "folder":
+            return read_folder(source, order)
+        if Path(source).suffix == ".safetensors":
+            return read_tensor_file(source)
+        adapter = _read_state(read_torch_file(source), verb)
+        require_values(adapter, str(source))
+        return adapter
+    if not isinstance(source, Mapping):
+        raise LoRAError(f"{verb}: expected a path or a state dict, found {type(source).__name__}.")
+    return _read_state(source, verb)
+
+
+def _read_state(source: Mapping[str, Any], verb: str) -> Adapter:
+    """Return the adapter in a checkpoint or a state dict."""
+    if META in source:
+        return adapter_of(source)[0]
+    tensors = _tensors_in(source.get("state_dict", source), verb)
+    if are_peft_names(tensors):
+        return read_peft(tensors, Source("adapter", hyper_parameters=source.get(HYPER_PARAMETERS)))
+    adapter = Adapter(tensors)
+    check_factors(adapter, "adapter")
+    return adapter
+
+
+def _tensors_in(state: Any, verb: str) -> dict[str, torch.Tensor]:
+    """Return the tensors of a state dict. Of several, as Fabric saves them, choose the one with an adapter.
+
+    Raises:
+        LoRAError: several entries hold an adapter, or none does.
+    """
+    if not isinstance(state, Mapping):
+        raise LoRAError(f"{verb}: expected a state dict, found {type(state).__name__}.")
+    tensors = _named_tensors(state)
+    if _name_adapter(tensors):
+        return tensors
+    below = {key: _named_tensors(value) for key, value in state.items() if isinstance(value, Mapping)}
+    found = {key: inside for key, inside in below.items() if _name_adapter(inside)}
+    if len(found) > 1:
+        first, second, *_ = found
+        raise LoRAError(
+            f"{verb}: {first!r} and {second!r} hold an adapter each; pass the one that you want, as "
+            f"load_adapter(model, checkpoint[{first!r}])."
+        )
+    if not found and not tensors and state:
+        raise LoRAError(
+            f"{verb}: the source holds no lora_A, neither by itself nor in an entry; it holds "
+            f"{listed(list(map(repr, state)))}."
+        )
+    return next(iter(found.values()), tensors)
+
+
+def _named_tensors(state: Mapping[Any, Any]) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in state.items() if isinstance(name, str) and isinstance(value, torch.Tensor)}
+
+
+def _name_adapter(tensors: Mapping[str, torch.Tensor]) -> bool:
+    return any(map(names_factor, tensors)) or are_peft_names(tensors)
+
+
+def adapter_with_options(
+    source: PathLike | Mapping[str, Any] | Adapter, lora_alpha: float | None = None, where: str = ""
+) -> Adapter:
+    """Read an adapter with its options, to apply it to files or to combine it without a model.
+
+    Args:
+        source: any form of adapter.
+        lora_alpha: for a source that does not store it, such as a file of loralib's.
+        where: the name of the source in messages; its path by default.
+
+    Raises:
+        LoRAError: lora_alpha is missing, or both stored and given.
+    """
+    return apart_from_models(read_source(source), where or source, lora_alpha)
+
+
+def apart_from_models(adapter: Adapter, path: object, lora_alpha: float | None = None) -> Adapter:
+    """Return an adapter that was read with its options, to apply it to files, to combine it or to write it.
+
+    Args:
+        adapter: as it was read.
+        path: where it is from, for messages.
+        lora_alpha: for an adapter that does not store it, such as a file of loralib's.
+
+    Raises:
+        LoRAError: lora_alpha is missing, or both stored and given; or the adapter needs a model to be understood.
+    """
+    adapter = turn_without_model(without_base(adapter), path)
+    require_values(adapter, str(path))
+    ranks = adapter.ranks()
+    if not ranks:
+        raise LoRAError(f"{path}: holds {nothing_adapted(adapter)}; it is not an adapter of a known format.")
+    for name, value in adapter.beside_factors().items():
+        if isinstance(value, torch.Tensor) and not is_plain(value):
+            raise LoRAError(f"{path}: {name!r} must be a dense tensor, found {describe_value(value)}.")
+    if adapter.rows() and not adapter.tables:
+        raise LoRAError(f"{path}: stores rows of {next(iter(adapter.rows()))!r}, and not which rows these are.")
+    if adapter.config is not None:
+        if lora_alpha is not None:
+            raise LoRAError(f"{path}: stores its lora_alpha; it cannot be given another.")
+        return adapter
+    if lora_alpha is None:
+        raise LoRAError(
+            f"{path}: stores tensors and no options, as loralib's files do: lora_alpha is nowhere in it. Ask whoever "
+            "trained it, and pass --lora-alpha to merge, export or import; what export writes holds it, for others."
+        )
+    return _with_alpha(adapter, lora_alpha, path)
+
+
+def _with_alpha(adapter: Adapter, lora_alpha: float, path: object) -> Adapter:
+    """Return an adapter without options with options that its tensors and a lora_alpha tell.
+
+    Raises:
+        LoRAError: a layer adapts parts of a fused projection, and the tensors do not tell which.
+    """
+    ranks = adapter.ranks()
+    for name in ranks:
+        if adapter.is_placed(name) and adapter.acting(name).a.shape[0] != adapter.acting(name).b.shape[1]:
+            raise LoRAError(
+                f"{path}: {name!r} adapts parts of a fused projection, and which is not stored; load it in Python onto "
+                "a model injected with enable_lora."
+            )
+    scalings = {name: lora_alpha / rank for name, rank in ranks.items()}
+    saved = adapter.saved_modules()
+    config = LoRAConfig(
+        r=next(iter(ranks.values())),
+        lora_alpha=lora_alpha,
+        target_modules=list(ranks),
+        modules_to_save=saved,
+        **adapter.variant.options(),
+    )
+    if not options_hold(config, ranks, scalings):
+        config = exact_options(config, ranks, scalings)
+    return replace(adapter, config=config, scalings=scalings)

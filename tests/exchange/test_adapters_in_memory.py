@@ -1,0 +1,216 @@
+"""read_adapter and take_adapter: adapters as values, which every function takes that takes a path."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_lora import (
+    LoRAConfig,
+    LoRAError,
+    combine,
+    inject,
+    load_adapter,
+    merge,
+    plot_adapter,
+    read_adapter,
+    save_adapter,
+    take_adapter,
+)
+from lightning_lora.adapter import checks
+from lightning_lora.adapter.adapter import Adapter
+from lightning_lora.files.safetensors import build_header, read_safetensors
+from support.models import base_zoo, bits, checkpoint, state_bits, train, trained_zoo
+from support.notices import TORCH_NOTICES
+
+pytestmark = TORCH_NOTICES
+
+
+def net(seed: int = 2, **options: Any) -> nn.Sequential:
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+    inject(model, LoRAConfig(**{"r": 2, "init_lora_weights": False} | options), seed=seed)
+    return model
+
+
+def held_bits(adapter: Adapter) -> dict[str, bytes]:
+    return {name: bits(tensor) for name, tensor in adapter.tensors.items()}
+
+
+def test_a_dictionary_of_adapters_is_several_named_ones_and_each_is_swapped_in(tmp_path: Path):
+    models = {"folder": net(2), "checkpoint": net(3, r=4), "taken": net(4), "state": net(5)}
+    save_adapter(models["folder"], tmp_path / "folder")
+    named = {
+        "folder": read_adapter(tmp_path / "folder"),
+        "checkpoint": read_adapter(checkpoint(models["checkpoint"], "adapter")),
+        "taken": take_adapter(models["taken"]),
+        "state": read_adapter(checkpoint(models["state"], "bare")),
+    }
+    model = net(9)
+    factor = model[0].lora_A
+    for name in ("taken", "folder", "state", "checkpoint", "folder", "taken"):
+        assert load_adapter(model, named[name]) == ["0", "2"]
+        assert state_bits(model) == state_bits(models[name])
+        assert model[0].lora_A is factor
+
+
+def test_a_plain_model_takes_an_adapter_in_memory_and_trains_apart_from_it():
+    trained = trained_zoo()
+    adapter = take_adapter(trained)
+    held, model = held_bits(adapter), base_zoo()
+    load_adapter(model, adapter)
+    assert state_bits(model) == state_bits(trained)
+    train(model)
+    train(trained)
+    assert held_bits(adapter) == held
+    assert held.keys() >= {"head.weight", "body.1.running_var", "embed.lora_A"}
+    load_adapter(trained, adapter)
+    load_adapter(again := base_zoo(), adapter)
+    assert state_bits(trained) == state_bits(again)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_taken_adapter_is_written_as_the_model_s_own(tmp_path: Path, merged: bool):
+    model = trained_zoo()
+    merge(model) if merged else None
+    save_adapter(model, tmp_path / "model")
+    save_adapter(take_adapter(model), tmp_path / "taken")
+    for file in sorted(path.name for path in (tmp_path / "model").iterdir()):
+        assert (tmp_path / "taken" / file).read_bytes() == (tmp_path / "model" / file).read_bytes()
+
+
+def test_an_adapter_in_memory_is_combined_as_its_file(tmp_path: Path):
+    for name, model in (("a", net(2)), ("b", net(3, r=4))):
+        save_adapter(model, tmp_path / name)
+    paths = [tmp_path / "a", tmp_path / "b"]
+    expected, found = (combine(each, [0.5, 2])["state_dict"] for each in (paths, [*map(read_adapter, paths)]))
+    assert {name: bits(tensor) for name, tensor in found.items()} == {n: bits(t) for n, t in expected.items()}
+
+
+def test_an_adapter_in_memory_is_drawn():
+    pytest.importorskip("matplotlib")
+    figures = plot_adapter(take_adapter(net()))
+    assert set(figures) == {"norms", "spectra"}
+    assert set(plot_adapter(take_adapter(net()), net(3))) == {"comparison"}
+
+
+def test_repr_says_what_an_adapter_is():
+    assert repr(take_adapter(net())) == "Adapter(r=2, 2 layers, 38 values)"
+    shown = repr(take_adapter(net(rank_pattern={"0": 3})))
+    assert shown == "Adapter(r=2 to 3, 2 layers, 49 values)"
+    bare = read_adapter({name: value for name, value in net().state_dict().items() if "lora_" in name})
+    assert repr(bare) == "Adapter(r=2, 2 layers, 38 values, without options)"
+    assert repr(Adapter({"0.lora_A": torch.ones(2, 2)})) == "Adapter(1 layer, 4 values, without options)"
+
+
+def test_an_adapter_is_copied_and_pickled():
+    model, adapter = net(3), take_adapter(net())
+    for again in (copy.deepcopy(adapter), pickle.loads(pickle.dumps(adapter))):
+        load_adapter(model, again)
+        assert state_bits(model) == state_bits(net())
+
+
+def test_an_adapter_in_memory_does_not_change_with_its_file(tmp_path: Path):
+    save_adapter(net(), tmp_path)
+    adapter, file = read_adapter(tmp_path), tmp_path / "adapter_model.safetensors"
+    held, size = held_bits(adapter), file.stat().st_size
+    with open(file, "r+b") as written:  # as some programs save: in place
+        written.seek(size - 100)
+        written.write(b"\0" * 100)
+    assert held_bits(adapter) == held
+
+
+def test_tensors_are_read_wherever_their_bytes_begin(tmp_path: Path):
+    values = {
+        "a": torch.tensor([3], dtype=torch.int8),
+        "b": torch.randn(3),
+        "c": torch.randn(2, 0),
+        "d": torch.ones(()),
+    }
+    values |= {"e": torch.tensor([True, False, True]), "f": torch.randn(2, 3, dtype=torch.float64).to(torch.bfloat16)}
+    header = build_header([(name, value.dtype, tuple(value.shape)) for name, value in values.items()], {})
+    (tmp_path / "odd.safetensors").write_bytes(header + b"".join(map(bits, values.values())))
+    found, _ = read_safetensors(tmp_path / "odd.safetensors")
+    assert {name: (value.dtype, value.tolist()) for name, value in found.items()} == {
+        name: (value.dtype, value.tolist()) for name, value in values.items()
+    }
+
+
+# --- checks ---
+
+
+def test_what_was_written_into_an_adapter_after_it_was_checked_is_noticed():
+    model, adapter = net(), take_adapter(net(3))
+    load_adapter(model, adapter)
+    before = state_bits(model)
+    adapter.tensors["2.lora_B"][1, 1] = torch.nan
+    with pytest.raises(LoRAError, match=r"load_adapter: '2.lora_B' holds NaN or Inf"):
+        load_adapter(model, adapter)
+    assert state_bits(model) == before
+    adapter.tensors["2.lora_B"][1, 1] = 0
+    load_adapter(model, adapter)
+    adapter.tensors["2.lora_B"] = torch.full((3, 2), torch.inf)
+    with pytest.raises(LoRAError, match=r"load_adapter: '2.lora_B' holds NaN or Inf"):
+        load_adapter(model, adapter)
+
+
+def test_an_adapter_is_checked_once(monkeypatch: pytest.MonkeyPatch):
+    model, adapter = net(), read_adapter(checkpoint(net(3), "adapter"))
+    checked: list[str] = []
+    check = checks.check_factors
+    monkeypatch.setattr(checks, "check_factors", lambda each, where: (checked.append(where), check(each, where)))
+    for _ in range(3):
+        load_adapter(model, adapter)
+    assert len(checked) <= 1
+    with torch.inference_mode():
+        unversioned = {name: value.clone() for name, value in adapter.tensors.items()}
+    for expected in (1, 2):  # such tensors do not count what is written into them
+        checked.clear()
+        held = Adapter(unversioned, adapter.config, adapter.scalings)
+        for _ in range(expected):
+            load_adapter(model, held)
+        assert len(checked) == expected
+
+
+@pytest.mark.parametrize("source", [3, None, [1]])
+def test_what_is_no_adapter_is_refused_by_the_function_s_name(source: Any):
+    with pytest.raises(LoRAError, match=r"^read_adapter: expected a path or a state dict, found"):
+        read_adapter(source)
+
+
+def test_a_source_without_an_adapter_is_refused_by_the_function_s_name():
+    with pytest.raises(LoRAError, match=r"^read_adapter: the source holds no lora_A"):
+        read_adapter({"epoch": 3})
+    with pytest.raises(LoRAError, match=r"^take_adapter: Linear was not injected"):
+        take_adapter(nn.Linear(2, 2))
+
+
+class Counting(nn.Module):
+    """Has extra state, which a list is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.seen = nn.Linear(3, 3), [0]
+
+    def get_extra_state(self) -> list[int]:
+        return self.seen
+
+    def set_extra_state(self, state: list[int]) -> None:
+        self.seen = state
+
+
+def test_extra_state_is_copied_both_ways():
+    model = Counting()
+    inject(model, LoRAConfig(r=1, target_modules=["layer"]))
+    adapter = take_adapter(model)
+    model.seen.append(1)
+    load_adapter(model, adapter)
+    assert model.seen == [0]
+    model.seen.append(2)
+    assert adapter.tensors["_extra_state"] == [0]

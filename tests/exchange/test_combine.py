@@ -1,0 +1,574 @@
+"""combine against float64 sums of exact changes, and against peft's add_weighted_adapter where peft is right."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft.utils import merge_utils
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lightning_lora import (
+    LoRAConfig,
+    LoRAError,
+    combine,
+    inject,
+    load_adapter,
+    merged_state_dict,
+    save_adapter,
+)
+from lightning_lora.adapter.combined_layer import PRUNING, combined_change
+from lightning_lora.exchange.combine import combine_adapters
+from support.models import bits, checkpoint
+from support.notices import quiet_peers
+from support.parameters import Experts
+from support.peers import close, config_of, edit, logits, ours, read_by_peft, theirs
+
+pytestmark = quiet_peers
+
+Deltas = dict[str, torch.Tensor]
+
+
+class Kinds(nn.Module):
+    """A layer of each kind; its forward does not matter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 5)
+        self.conv1d = Conv1D(5, 6)
+        self.embed = nn.Embedding(9, 6)
+        self.conv = nn.Conv2d(4, 6, 3)
+        self.grouped = nn.Conv1d(4, 6, 3, groups=2)
+        self.qkv = nn.Linear(6, 12)
+        self.attention = nn.MultiheadAttention(6, 2)
+        self.apart = nn.MultiheadAttention(6, 2, kdim=4, vdim=3)
+        self.lstm = nn.LSTM(4, 5)
+        self.mix = Experts()
+        self.norm = nn.BatchNorm1d(6)
+        self.head = nn.Linear(6, 3)
+
+
+LAYERS = ["linear", "conv1d", "embed", "conv", "grouped", "qkv", "attention", "attention.out_proj", "apart"]
+BASE: dict[str, Any] = {
+    "target_modules": LAYERS,
+    "target_parameters": ["weight_ih_l0", *[name for name, p in Experts().named_parameters() if p.dim() == 3]],
+    "enable_lora": {"qkv": [True, False, True], "apart": [True, False, True]},
+}
+FIRST: dict[str, Any] = {"r": 2, "lora_alpha": 3, **BASE}
+SECOND: dict[str, Any] = {
+    **BASE,
+    "r": 3,
+    "lora_alpha": 2,
+    "use_rslora": True,
+    "rank_pattern": {"conv": 1, "weight_ih_l0": 4},
+    "alpha_pattern": {"embed": 5},
+}
+
+
+def kinds() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        return Kinds().double()
+
+
+def adapted(seed: int, build: Any = kinds, **options: Any) -> nn.Module:
+    """The same base, with random values in what is trained."""
+    net: nn.Module = build()
+    inject(net, LoRAConfig(**options))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) * 0.3)
+    return net
+
+
+def deltas_of(net: nn.Module, build: Any = kinds) -> Deltas:
+    """What the adapter changes of each base weight, in float64."""
+    base = build().state_dict()
+    return {name: value.double() - base[name].double() for name, value in merged_state_dict(net).items()}
+
+
+def loaded(state: Any, build: Any = kinds) -> nn.Module:
+    net: nn.Module = build()
+    load_adapter(net, state)
+    return net
+
+
+def total(weighted: list[tuple[float, Deltas]]) -> Deltas:
+    names = weighted[0][1]
+    return {name: sum((w * each[name] for w, each in weighted), torch.zeros(())) for name in names}  # type: ignore[misc]
+
+
+def assert_deltas(found: Deltas, expected: Deltas, atol: float = 1e-12) -> None:
+    assert found.keys() == expected.keys()
+    for name, delta in expected.items():
+        torch.testing.assert_close(found[name], delta, rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
+
+
+# --- exact methods, of every kind of layer, against float64 ---
+
+
+@pytest.mark.parametrize("method", ["linear", "cat"])
+@pytest.mark.parametrize("weights", [(0.7, 0.3), (1.5, -2.0)])
+def test_the_sum_of_other_ranks_and_scalings_is_exact_for_every_kind(method: str, weights: tuple[float, float]):
+    one, other = adapted(2, **FIRST), adapted(3, **SECOND)
+    state = combine([checkpoint(one, "adapter"), checkpoint(other, "adapter")], weights, method=method)
+    result = loaded(state)
+    expected = total(list(zip(weights, map(deltas_of, (one, other)), strict=True)))
+    changed = {name for name, delta in expected.items() if delta.any()}
+    assert len(changed) == 14  # each layer's and parameter's weight; of `apart` two, and its out_proj
+    assert_deltas(deltas_of(result), expected)
+
+
+def test_layers_that_one_adapter_alone_has_count_by_its_weight():
+    one = adapted(2, **FIRST | {"target_modules": ["linear", "conv"], "enable_lora": None})
+    other = adapted(3, r=3, target_modules=["linear", "embed"])
+    state = combine([checkpoint(one, "adapter"), checkpoint(other, "adapter")], [0.5, 2.0])
+    assert_deltas(deltas_of(loaded(state)), total([(0.5, deltas_of(one)), (2.0, deltas_of(other))]))
+
+
+@pytest.mark.parametrize("parts", [[True, True, False], None])
+def test_other_parts_of_a_fused_projection_are_one_plain_adapter(parts: list[bool] | None):
+    one = adapted(2, r=2, target_modules=["qkv"], enable_lora={"qkv": [True, False, True]})
+    other = adapted(3, r=1, target_modules=["qkv"], enable_lora=parts and {"qkv": parts})
+    result = loaded(combine([checkpoint(one, "adapter"), checkpoint(other, "adapter")], [1.0, -0.5]))
+    assert_deltas(deltas_of(result), total([(1.0, deltas_of(one)), (-0.5, deltas_of(other))]))
+
+
+def test_other_parts_of_attention_with_q_k_and_v_apart_are_refused():
+    options = {"r": 2, "target_modules": ["apart"]}
+    one = adapted(2, **options, enable_lora={"apart": [True, False, True]})
+    other = adapted(3, **options)
+    with pytest.raises(LoRAError, match=r"enable_lora of 'apart' is \(True, False, True\) in adapters\[0\] and None"):
+        combine([checkpoint(one, "adapter"), checkpoint(other, "adapter")], [1, 1])
+
+
+# --- weights ---
+
+
+def small(seed: int, **options: Any) -> nn.Module:
+    return adapted(seed, **{"r": 2, "target_modules": ["linear", "conv", "embed"], **options})
+
+
+def test_one_adapter_twice_has_the_rank_of_one():
+    net = small(2, lora_alpha=3)
+    state = checkpoint(net, "adapter")
+    result = loaded(combine([state, state], [0.5, 0.5]))
+    assert_deltas(deltas_of(result), deltas_of(net))
+    assert result.get_parameter("linear.lora_A").shape[0] == 2
+    assert combine([state, state], [0.5, 0.5], method="cat")["lora"]["config"]["r"] == 4
+
+
+@pytest.mark.parametrize("size", [1e-10, 1e10])
+def test_the_rank_of_a_sum_does_not_depend_on_its_size(size: float):
+    states = [checkpoint(small(seed), "adapter") for seed in (2, 3)]
+    result = loaded(combine(states, [size, size]))
+    assert result.get_parameter("linear.lora_A").shape[0] == 4
+
+
+def test_one_adapter_alone_is_scaled():
+    net = small(2, use_rslora=True)
+    for method in ("linear", "cat", "svd"):
+        result = loaded(combine([checkpoint(net, "adapter")], [-2.5], method=method))
+        assert_deltas(deltas_of(result), total([(-2.5, deltas_of(net))]))
+
+
+def test_an_adapter_of_weight_zero_has_no_part_and_no_rank():
+    one, other = small(2), small(3, r=4, modules_to_save=["head"])
+    states = [checkpoint(net, "adapter") for net in (one, other)]
+    result = loaded(combine(states, [1.0, 0.0], method="cat"))
+    assert_deltas(deltas_of(result), deltas_of(one))
+    assert result.get_parameter("linear.lora_A").shape[0] == 2
+
+
+def test_changes_that_cancel_leave_zeros():
+    state = checkpoint(small(2), "adapter")
+    result = loaded(combine([state, state], [1.0, -1.0]))
+    assert all(delta.abs().max() < 1e-14 for delta in deltas_of(result).values())
+
+
+# --- svd and pruning ---
+
+
+@pytest.mark.parametrize("rank", [None, 1, 4])
+def test_svd_is_the_best_of_its_rank(rank: int | None):
+    one, other = small(2), small(3, r=3)
+    combined = combine_adapters([checkpoint(n, "adapter") for n in (one, other)], [0.7, 0.3], method="svd", rank=rank)
+    result = loaded(combine([checkpoint(n, "adapter") for n in (one, other)], [0.7, 0.3], method="svd", rank=rank))
+    exact = total([(0.7, deltas_of(one)), (0.3, deltas_of(other))])
+    found = deltas_of(result)
+    for layer in ("linear", "conv", "embed"):
+        matrix = exact[f"{layer}.weight"].flatten(1)
+        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+        r = rank or 3
+        best = (u[:, :r] * s[:r]) @ vh[:r]
+        torch.testing.assert_close(found[f"{layer}.weight"].flatten(1), best, rtol=0, atol=1e-12)
+        share = float(s[:r].square().sum() / s.square().sum())
+        assert combined.kept[layer] == pytest.approx(share)
+
+
+PEFT_METHODS = {
+    "cat": {},
+    "svd": {},
+    "ties_svd": {"density": 0.4},
+    "magnitude_prune_svd": {"density": 0.4},
+}
+PEERS = {
+    "llama": {"target_modules": ["q_proj", "down_proj", "embed_tokens"], "rank_pattern": {}, "alpha_pattern": {}},
+    "gpt2": {"target_modules": ["c_attn", "c_fc"], "use_rslora": False},
+}
+
+
+@pytest.mark.parametrize("name", PEERS)
+@pytest.mark.parametrize("method", PEFT_METHODS)
+@pytest.mark.parametrize("weights", [(0.7, 0.3), (1.2, -0.4)])
+def test_equal_ranks_give_what_pefts_add_weighted_adapter_gives(
+    tmp_path: Path, name: str, method: str, weights: tuple[float, float]
+):
+    for folder, seed in (("a", 5), ("b", 6)):
+        net = theirs(name, **PEERS[name])
+        with torch.no_grad():
+            generator = torch.Generator().manual_seed(seed)
+            for key, parameter in net.named_parameters():
+                if "lora_" in key:
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+        net.save_pretrained(str(tmp_path / folder))
+    combine([tmp_path / "a", tmp_path / "b"], weights, method=method, output=tmp_path / "c", **PEFT_METHODS[method])
+    peft = read_by_peft(name, tmp_path / "a")
+    peft.load_adapter(str(tmp_path / "b"), "b")
+    base: Any = peft.base_model
+    base.add_weighted_adapter(["default", "b"], list(weights), "both", combination_type=method, **PEFT_METHODS[method])
+    peft.set_adapter("both")
+    ours = read_by_peft(name, tmp_path / "c")
+    close(logits(ours), logits(peft))
+    both = dict(peft.named_modules())
+    compared = 0
+    for key, module in ours.named_modules():
+        if hasattr(module, "get_delta_weight"):
+            close(module.get_delta_weight("default"), both[key].get_delta_weight("both"))  # type: ignore[operator]
+            compared += 1
+    assert compared >= 3
+    assert config_of(tmp_path / "c")["lora_alpha"] == config_of(tmp_path / "c")["r"]
+
+
+@pytest.mark.parametrize("method", PRUNING)
+@pytest.mark.parametrize("density", [0.3, 1.0])
+@pytest.mark.filterwarnings("ignore:The density 1.0 is greater than or equal to 1")
+def test_pruned_changes_are_combined_as_peft_combines_tensors(method: str, density: float):
+    """With one random stream, since peft draws from the global one."""
+    generator = torch.Generator().manual_seed(1)
+    changes = [torch.randn(7, 9, generator=generator) for _ in range(3)]
+    weights = [0.7, -0.2, 1.1]
+    torch.manual_seed(5)
+    expected = getattr(merge_utils, method)(changes, torch.tensor(weights), density)
+    found = combined_change(changes, weights, method, density, torch.Generator().manual_seed(5))
+    torch.testing.assert_close(found, expected)
+
+
+def test_ties_by_hand():
+    """Of the larger half of each: signs elected by the sums, then the mean of those that agree."""
+    changes = [torch.tensor([[4.0, -3.0, 0.1, 0.2]]), torch.tensor([[-1.0, -5.0, 0.3, 2.0]])]
+    found = combined_change(changes, [1.0, 1.0], "ties", 0.5, torch.Generator())
+    assert found.tolist() == [[4.0, -4.0, 0.0, 2.0]]
+
+
+@pytest.mark.filterwarnings("ignore:The density 1.0 is greater than or equal to 1")
+def test_a_sign_without_a_majority_is_plus_as_in_peft():
+    changes, weights = [torch.tensor([[2.0, 3.0]]), torch.tensor([[-2.0, 1.0]])], [1.0, 1.0]
+    found = combined_change(changes, weights, "ties", 1.0, torch.Generator())
+    assert found.tolist() == merge_utils.ties(changes, torch.tensor(weights), 1.0).tolist() == [[2.0, 2.0]]
+
+
+def test_dare_is_drawn_from_the_seed_and_layer_and_not_from_the_users_stream():
+    states = [checkpoint(small(seed), "adapter") for seed in (2, 3)]
+
+    def run(seed: int) -> dict[str, bytes]:
+        before = torch.get_rng_state()
+        state = combine(states, [1, 1], method="dare_linear", density=0.5, seed=seed, rank=5)
+        assert torch.equal(torch.get_rng_state(), before)
+        return {name: bits(tensor) for name, tensor in state["state_dict"].items()}
+
+    assert run(0) == run(0) != run(1)
+
+
+def test_dare_draws_other_values_in_each_layer():
+    net = nn.ModuleDict({name: nn.Linear(6, 6) for name in ("one", "other")}).double()
+    inject(net, LoRAConfig(r=6, target_modules=["one", "other"]))
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.fill_(1.0)
+    state = combine([checkpoint(net, "adapter")], [1], method="dare_linear", density=0.5)["state_dict"]
+    one, other = ((state[f"{name}.lora_B"] @ state[f"{name}.lora_A"]).abs() > 1e-3 for name in ("one", "other"))
+    assert 0 < one.sum() < 36
+    assert not torch.equal(one, other)
+
+
+def test_dare_keeps_the_expectation():
+    change = torch.ones(200, 200)
+    found = combined_change([change], [1.0], "dare_linear", 0.25, torch.Generator().manual_seed(0))
+    assert set(found.unique().tolist()) == {0.0, 4.0}
+    assert found.mean() == pytest.approx(1.0, abs=0.03)
+
+
+# --- what is trained whole ---
+
+
+def test_what_is_trained_whole_is_the_weighted_mean_and_said(caplog):
+    options: dict[str, Any] = {"r": 2, "target_modules": ["linear"], "modules_to_save": ["head"], "bias": "lora_only"}
+    one, other = adapted(2, **options), adapted(3, **options)
+    with torch.no_grad():
+        other.get_buffer("norm.running_mean").fill_(4)
+        other.get_buffer("norm.num_batches_tracked").fill_(7)
+    with caplog.at_level(logging.INFO, "lightning_lora"):
+        state = combine([checkpoint(one, "adapter"), checkpoint(other, "adapter")], [3.0, 1.0])
+    result = loaded(state)
+    for name in ("head.weight", "head.bias", "linear.bias"):
+        expected = 0.75 * one.get_parameter(name) + 0.25 * other.get_parameter(name)
+        torch.testing.assert_close(result.get_parameter(name), expected)
+    assert result.get_buffer("norm.running_mean").tolist() == [1.0] * 6
+    assert result.get_buffer("norm.num_batches_tracked") == 7
+    assert "6 tensors are weighted means: linear.bias, " in caplog.text
+
+
+def test_rows_of_embeddings_are_the_weighted_mean(tmp_path: Path):
+    def tied() -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            net = nn.ModuleDict(
+                {"emb": nn.Embedding(9, 4), "body": nn.Linear(4, 4), "head": nn.Linear(4, 9, bias=False)}
+            )
+        net["head"].weight = net["emb"].weight
+        return net
+
+    options: dict[str, Any] = {"r": 2, "target_modules": ["body"], "trainable_token_indices": {"emb": [2, 5]}}
+    one, other = (adapted(seed, tied, **options) for seed in (2, 3))
+    state = combine([checkpoint(one, "adapter"), checkpoint(other, "adapter")], [0.5, 1.5])
+    result = loaded(state, tied)
+    expected = 0.25 * one.get_parameter("emb.lora_rows") + 0.75 * other.get_parameter("emb.lora_rows")
+    torch.testing.assert_close(result.get_parameter("emb.lora_rows"), expected)
+    assert result.get_submodule("head").lora_rows is result.get_submodule("emb").lora_rows
+    third = adapted(4, tied, **options | {"trainable_token_indices": {"emb": [2, 6]}})
+    with pytest.raises(LoRAError, match=r"list of trained rows is .*\(2, 5\).* in adapters\[0\] and .*\(2, 6\)"):
+        combine([checkpoint(one, "adapter"), checkpoint(third, "adapter")], [1, 1])
+
+
+# --- what does not go together ---
+
+
+def states(*nets: nn.Module) -> list[dict[str, Any]]:
+    return [checkpoint(net, "adapter") for net in nets]
+
+
+def test_adapters_of_other_bases_are_refused_or_warned_of():
+    def moved() -> nn.Module:
+        net = kinds()
+        with torch.no_grad():
+            net.get_parameter("conv.weight").mul_(1.1)
+        return net
+
+    options: dict[str, Any] = {"r": 2, "target_modules": ["linear"]}
+    given = states(adapted(2, **options), adapted(3, moved, **options))
+    with pytest.raises(
+        LoRAError, match=r"another base: values of 'conv.weight' .*adapters\[0\] and adapters\[1\] differ"
+    ):
+        combine(given, [1, 1])
+    with pytest.warns(UserWarning, match="another base: values of 'conv.weight'"):
+        combine(given, [1, 1], strict_base=False)
+
+
+def test_adapters_of_other_models_are_refused():
+    other = nn.Sequential(nn.Linear(6, 5))
+    inject(other, LoRAConfig(r=2, target_modules=["0"]))
+    with pytest.raises(LoRAError, match=r"are of other models: one has a base with .* the other with '0\.weight'"):
+        combine(states(small(2), other), [1, 1])
+
+
+def test_a_tensor_that_one_alone_trained_whole_is_refused():
+    with pytest.raises(LoRAError, match=r"'head.weight' was trained whole in adapters\[1\] and not in adapters\[0\]"):
+        combine(states(small(2), small(3, modules_to_save=["head"])), [1, 1])
+
+
+def test_weights_that_sum_up_to_zero_have_no_mean():
+    with pytest.raises(LoRAError, match=r"weights sum up to 0, so 'head.weight'"):
+        combine(states(small(2, modules_to_save=["head"]), small(3, modules_to_save=["head"])), [1, -1])
+
+
+def test_weights_whose_sum_is_rounding_alone_have_no_mean():
+    """0.1 + 0.2 - 0.3 is 5.6e-17: a division by it would give any number."""
+    given = [small(seed, modules_to_save=["head"]) for seed in (2, 3, 4)]
+    with pytest.raises(LoRAError, match=r"weights sum up to 0, so 'head.weight'"):
+        combine(states(*given), [0.1, 0.2, -0.3])
+
+
+def test_adapters_whose_folders_name_other_bases_are_combined_with_a_warning(tmp_path: Path):
+    """PEFT's folders have no fingerprint; where one names no base, nothing is compared."""
+    names = {"a": "some/base", "b": "other/base", "c": None, "d": "some/base"}
+    for folder, base in names.items():
+        theirs("llama", tmp_path / folder)
+        edit(tmp_path / folder, base_model_name_or_path=base)
+    with pytest.warns(UserWarning, match=r"combine: .*a is of the base 'some/base', .*b of 'other/base'\."):
+        combine([tmp_path / "a", tmp_path / "b"], [1, 1])
+    for other in ("c", "d"):
+        combine([tmp_path / "a", tmp_path / other], [1, 1])
+
+
+def test_a_variance_that_would_be_negative_is_refused():
+    one, other = small(2), small(3)
+    other.get_buffer("norm.running_var").fill_(9)
+    with pytest.raises(LoRAError, match=r"negative weight makes the variances in 'norm.running_var' negative"):
+        combine(states(one, other), [2, -1])
+
+
+def test_what_is_no_a_or_b_of_an_adapter_is_refused_by_name():
+    (state,) = states(small(2))
+    state["state_dict"]["linear.lora_scale"] = torch.ones(5)
+    with pytest.raises(LoRAError, match=r"'linear.lora_scale' cannot be combined"):
+        combine([state], [1])
+
+
+def test_an_adapter_of_another_shape_is_refused_by_its_layer():
+    given = states(small(2), small(3))
+    given[1]["state_dict"]["linear.lora_B"] = torch.ones(4, 2)
+    with pytest.raises(LoRAError, match=r"the shape of 'linear' is .* in adapters\[0\] and .* in adapters\[1\]"):
+        combine(given, [1, 1])
+
+
+@pytest.mark.parametrize(
+    ("weights", "options", "complaint"),
+    [
+        ([1.0], {}, "2 adapters need as many weights, found 1"),
+        ([1.0, float("nan")], {}, "a weight must be a finite number, but it is nan"),
+        ([0, 0.0], {}, "all weights are 0"),
+        ([1, 1], {"method": "slerp"}, "method must be one of linear, cat, svd, .* but it is 'slerp'"),
+        ([1, 1], {"rank": 4}, "linear has no rank to choose"),
+        ([1, 1], {"method": "svd", "rank": 0}, "rank must be a whole number of at least 1"),
+        ([1, 1], {"method": "ties"}, "density, the share of values to keep, is needed for"),
+        ([1, 1], {"method": "svd", "density": 0.5}, "density, the share of values to keep, is only for"),
+        ([1, 1], {"method": "ties", "density": 0}, "density must be above 0 and at most 1"),
+    ],
+)
+def test_an_argument_that_is_not_allowed_is_refused(weights: Any, options: dict[str, Any], complaint: str):
+    with pytest.raises(LoRAError, match=complaint):
+        combine(states(small(2), small(3)), weights, **options)
+
+
+def test_no_adapter_or_one_without_a_list_is_refused(tmp_path: Path):
+    for nothing in ([], "folder", {}):
+        with pytest.raises(LoRAError, match="expected a list of one adapter or more"):
+            combine(nothing, [1])  # type: ignore[arg-type]
+
+
+# --- what comes out ---
+
+
+def test_the_first_adapters_options_stay_where_they_say_the_same():
+    given = states(small(2, lora_dropout=0.1, use_rslora=True), small(3))
+    config = combine(given, [1, 1], method="cat")["lora"]["config"]
+    assert config["target_modules"] == ["linear", "conv", "embed"]
+    assert (config["r"], config["lora_alpha"], config["lora_dropout"], config["use_rslora"]) == (4, 4, 0.1, False)
+
+
+def test_adapters_of_16_bits_are_combined_in_float32():
+    def half() -> nn.Module:
+        return kinds().bfloat16()
+
+    given = states(*(adapted(s, half, r=2, target_modules=["linear"], autocast_adapter_dtype=False) for s in (2, 3)))
+    assert given[0]["state_dict"]["linear.lora_A"].dtype == torch.bfloat16
+    state = combine(given, [0.5, 0.5])["state_dict"]
+    assert state["linear.lora_A"].dtype == torch.float32
+
+
+def test_folders_checkpoints_and_state_dicts_of_one_base_go_together(tmp_path: Path):
+    nets = [small(seed, target_modules=["linear", "conv"]) for seed in (2, 3, 4)]
+    save_adapter(nets[0], tmp_path / "a")
+    torch.save(checkpoint(nets[1], "merged"), tmp_path / "b.ckpt")
+    result = combine(
+        [tmp_path / "a", str(tmp_path / "b.ckpt"), checkpoint(nets[2], "full")], [1, 2, 3], output=tmp_path / "c"
+    )
+    expected = total([(w, deltas_of(net)) for w, net in zip((1, 2, 3), nets, strict=True)])
+    for source in (result, tmp_path / "c"):
+        assert_deltas(deltas_of(loaded(source)), expected, atol=1e-6 if source is not result else 1e-12)
+
+
+def test_attention_keeps_one_rank_for_all_of_it_as_peft_needs(tmp_path: Path):
+    """Where the changes of in_proj add up to a lower rank than those of out_proj."""
+    one, other = (adapted(seed, r=2, target_modules=["attention"]) for seed in (2, 3))
+    for leaf in ("attention.lora_A", "attention.lora_B"):
+        other.get_parameter(leaf).data.copy_(one.get_parameter(leaf))
+    state = combine(states(one, other), [1, 1], output=tmp_path / "c")
+    assert len(state["state_dict"]["attention.lora_A"]) == len(state["state_dict"]["attention.out_proj.lora_A"]) == 4
+    assert_deltas(deltas_of(loaded(state)), total([(1.0, deltas_of(one)), (1.0, deltas_of(other))]))
+
+
+def test_an_adapter_that_was_not_trained_keeps_its_rank():
+    """All values of B @ A are 0, of which the lowest rank would be none."""
+    net = kinds()
+    inject(net, LoRAConfig(r=2, target_modules=["linear"]))
+    state = combine(states(net), [1.0])
+    assert state["state_dict"]["linear.lora_A"].shape == (2, 6)
+    assert_deltas(deltas_of(loaded(state)), total([(0.0, deltas_of(net))]))
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_combination_is_complete_where_all_are(tmp_path: Path, order: tuple[int, int]):
+    ours("llama", tmp_path / "ours")
+    theirs("llama", tmp_path / "theirs")
+    given = [[tmp_path / "ours", tmp_path / "theirs"][i] for i in order]
+    assert not combine_adapters(given, [1, 1]).adapter.complete
+    assert combine_adapters([tmp_path / "ours"] * 2, [1, 1]).adapter.complete
+
+
+def test_dropout_stays_out_where_another_adapter_brings_single_parameters():
+    """They allow none."""
+    given = (
+        small(2, target_modules=["linear"], lora_dropout=0.1),
+        small(3, target_modules=[], target_parameters=["weight_ih_l0"]),
+    )
+    state = combine(states(*given), [1, 1])
+    assert state["lora"]["config"]["lora_dropout"] == 0
+    assert_deltas(deltas_of(loaded(state)), total([(1.0, deltas_of(each)) for each in given]))
+
+
+def test_parts_of_attention_keep_their_rank_beside_an_out_proj_of_a_higher_one():
+    parts = {"attention": [True, False, True]}
+    net = adapted(2, r=1, target_modules=["attention"], enable_lora=parts, rank_pattern={"out_proj": 3})
+    state = combine(states(net), [0.5])
+    assert len(state["state_dict"]["attention.lora_A"]) == 2
+    assert_deltas(deltas_of(loaded(state)), total([(0.5, deltas_of(net))]))
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64, np.int64])
+def test_numbers_of_numpy_are_taken_and_stored_as_pythons_own(tmp_path: Path, kind: Any):
+    both = [checkpoint(small(seed), "adapter") for seed in (2, 3)]
+    found = combine(both, np.array([1, 2], dtype=kind), method="svd", rank=np.int64(2), seed=np.int32(0))  # type: ignore[arg-type]
+    expected = combine(both, [1, 2], method="svd", rank=2)
+    assert found["state_dict"].keys() == expected["state_dict"].keys()
+    assert all(torch.equal(value, expected["state_dict"][name]) for name, value in found["state_dict"].items())
+    torch.save(found, tmp_path / "a.ckpt")
+    assert torch.load(tmp_path / "a.ckpt", weights_only=True)["lora"]["config"] == expected["lora"]["config"]
+    pruned = combine(both, [kind(1), kind(2)], method="ties", density=np.float32(0.5))
+    again = combine(both, [1, 2], method="ties", density=0.5)
+    assert all(torch.equal(value, again["state_dict"][name]) for name, value in pruned["state_dict"].items())
+
+
+@pytest.mark.parametrize("weight", [np.float32("nan"), np.float64("inf"), np.bool_(True)])
+def test_what_is_no_finite_number_of_numpy_is_refused(weight: Any):
+    both = [checkpoint(small(seed), "adapter") for seed in (2, 3)]
+    with pytest.raises(LoRAError, match="a weight must be a finite number"):
+        combine(both, [1.0, weight])
+
+
+def test_pruning_of_float64_adapters_works_in_float64():
+    """A density of 1 prunes nothing, so that the sum is that of the adapters."""
+    nets = [small(seed, autocast_adapter_dtype=False) for seed in (2, 3)]
+    state = combine(
+        [checkpoint(net, "adapter") for net in nets], [0.3, 0.7], method="magnitude_prune", density=1.0, rank=6
+    )
+    assert state["state_dict"]["linear.lora_A"].dtype == torch.float64
+    assert_deltas(deltas_of(loaded(state)), total(list(zip([0.3, 0.7], map(deltas_of, nets), strict=True))))

@@ -1,0 +1,244 @@
+"""From a LightningModule to a folder that from_pretrained loads: save_merged, and the warning of save_pretrained."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import nn
+
+from lightning_lora import (
+    LoRAConfig,
+    LoRAError,
+    inject,
+    merge_and_unload,
+    merged,
+    merged_state_dict,
+    save_adapter,
+    save_merged,
+    unload,
+)
+from lightning_lora.exchange import pretrained_folder
+from lightning_lora.exchange.pretrained_folder import parts_in_files
+from support.notices import TORCH_NOTICES, quiet_peers
+from support.peers import fill_, model
+from support.pretrained import Lit, answer, bert, dinov2, llava, tied_llama
+
+pytestmark = [*quiet_peers, *TORCH_NOTICES]
+FAMILIES: dict[str, Callable[[], Any]] = {
+    "bert": bert,
+    "llama, tied": tied_llama,
+    "mixture of experts": lambda: model("mixtral"),  # one file's tensor for each expert
+    "llava": llava,
+    "dinov2": dinov2,
+}
+
+
+def adapted(network: nn.Module, **options: Any) -> Lit:
+    module = Lit(model=network)
+    inject(module, LoRAConfig(r=2, **{"target_modules": "all-linear"} | options))
+    fill_(module)
+    return module
+
+
+def files(folder: Path) -> dict[str, Any]:
+    """Every file of a model's folder: its tensors, or its JSON without the version of transformers."""
+    return {
+        path.name: load_file(path) if path.suffix == ".safetensors" else json.loads(path.read_text())
+        for path in folder.iterdir()
+    }
+
+
+def assert_same_files(found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    assert found.keys() == wanted.keys()
+    for file, content in wanted.items():
+        assert found[file].keys() == content.keys(), file
+        for name, value in content.items():
+            same = (
+                torch.equal(found[file][name], value) if isinstance(value, torch.Tensor) else found[file][name] == value
+            )
+            assert same, (file, name)
+
+
+# --- save_merged ---
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_folder_of_a_lightning_module_is_what_transformers_saves_of_the_merged_model(tmp_path, family: str):
+    module = adapted(FAMILIES[family]())
+    configuration = module.model.config.to_dict()
+    save_merged(module, tmp_path / "ours")
+    assert module.model.config.to_dict() == configuration
+    plain = merge_and_unload(module).model
+    plain.save_pretrained(tmp_path / "theirs")
+    assert_same_files(files(tmp_path / "ours"), files(tmp_path / "theirs"))
+    again, info = type(plain).from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(info.values())
+    for name, value in plain.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+
+
+def test_the_model_inside_a_lightning_module_is_taken_and_gives_the_same_files(tmp_path):
+    module = adapted(bert())
+    save_merged(module, tmp_path / "whole")
+    save_merged(module.model, tmp_path / "inside")
+    assert_same_files(files(tmp_path / "inside"), files(tmp_path / "whole"))
+    torch.testing.assert_close(
+        answer(transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "whole")),
+        answer(module),
+        rtol=0,
+        atol=1e-5,
+    )
+
+
+def test_a_large_model_is_sharded_as_transformers_reads_it(tmp_path):
+    module = adapted(FAMILIES["mixture of experts"]())
+    save_merged(module, tmp_path, max_shard_bytes=20_000)
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 3
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(answer(again), answer(module), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("family", "sizes"), [("mixture of experts", {1}), ("dinov2", {1, 4})])
+def test_parts_that_are_stored_together_are_as_small_as_can_be(family: str, sizes: set[int]):
+    network = FAMILIES[family]()
+    assert {len(part.names) for part in parts_in_files(network, network.state_dict())} == sizes
+
+
+def test_names_are_the_models_own_before_transformers_5(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrained_folder, "_conversion", lambda network: pretrained_folder._as_they_are)
+    module = adapted(llava())
+    save_merged(module, tmp_path)
+    assert set(load_file(tmp_path / "model.safetensors")) == set(merge_and_unload(module).model.state_dict())
+    again, info = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert torch.equal(again.state_dict()["lm_head.weight"], module.model.state_dict()["lm_head.weight"])
+
+
+class WithMore(Lit):
+    """Another module beside the transformers model."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__(model=network)
+        self.probe = nn.Linear(4, 4)
+
+
+def test_what_is_trained_beside_the_transformers_model_keeps_the_folder_whole_with_a_warning(tmp_path):
+    module = WithMore(bert())
+    inject(module, LoRAConfig(r=2))
+    with pytest.warns(UserWarning, match=r"'probe\.lora_A' was trained outside .*'model'.*save_merged\(module\.model"):
+        save_merged(module, tmp_path / "all")
+    assert set(load_file(tmp_path / "all" / "model.safetensors")) == set(merged_state_dict(module))
+    assert not (tmp_path / "all" / "config.json").exists()
+    save_merged(module.model, tmp_path / "model")  # the remedy
+    loaded = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
+    torch.testing.assert_close(answer(loaded), answer(module), rtol=0, atol=1e-5)
+
+
+def test_what_is_frozen_beside_the_transformers_model_is_left_out_with_a_warning(tmp_path):
+    module = WithMore(bert())
+    inject(module, LoRAConfig(r=2, target_modules=["query"]))
+    with pytest.warns(UserWarning, match=r"'probe\.weight' is outside .* left out \(2 such parameters\)"):
+        save_merged(module, tmp_path)
+    assert (tmp_path / "config.json").exists()
+
+
+def test_of_two_transformers_models_the_adapted_one_is_written(tmp_path):
+    module = Lit(model=bert())
+    module.teacher = bert()
+    inject(module, LoRAConfig(r=2, target_modules=r"model\..*query"))
+    fill_(module)
+    save_merged(module, tmp_path)
+    again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    torch.testing.assert_close(answer(again), answer(module), rtol=0, atol=1e-5)
+
+
+def test_a_second_name_of_the_body_is_no_other_model(tmp_path):
+    module = L.LightningModule()
+    network = bert()
+    module.body = network.bert
+    module.model = network
+    inject(module, LoRAConfig(r=2, target_modules=["query"], modules_to_save=["classifier"]))
+    save_merged(module, tmp_path)
+    assert "classifier.weight" in load_file(tmp_path / "model.safetensors")
+
+
+def test_a_compiled_model_inside_is_written_under_its_own_names(tmp_path):
+    module = adapted(bert())
+    module.model = torch.compile(module.model)
+    save_merged(module, tmp_path)
+    assert set(load_file(tmp_path / "model.safetensors")) == set(bert().state_dict())
+
+
+def test_a_folder_with_an_adapter_is_refused_and_stays(tmp_path):
+    module = adapted(bert())
+    save_adapter(module, tmp_path)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(LoRAError, match=r"holds adapter_config\.json, .* give another folder"):
+        save_merged(module, tmp_path)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+class Plain(L.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(4, 4)
+
+
+def test_a_lightning_module_without_transformers_keeps_its_names(tmp_path):
+    inject(module := Plain(), LoRAConfig(r=2))
+    save_merged(module, tmp_path)
+    assert set(load_file(tmp_path / "model.safetensors")) == {"net.weight", "net.bias"}
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+# --- save_pretrained ---
+
+
+def _as_it_is(module: Lit) -> Lit:
+    return module
+
+
+def _through_pickle(module: Lit) -> Lit:
+    result: Lit = pickle.loads(pickle.dumps(module))
+    return result
+
+
+@pytest.mark.parametrize("way", [_as_it_is, copy.deepcopy, _through_pickle], ids=lambda way: way.__name__)
+def test_save_pretrained_of_an_adapted_model_warns_merged_or_not(tmp_path, way):
+    module = way(adapted(bert()))
+    for network in (module.model, module.model.bert):
+        with pytest.warns(UserWarning, match=r"save_pretrained of .*save_merged.*save_adapter.*merge_and_unload"):
+            network.save_pretrained(tmp_path / "a")
+    with merged(module), pytest.warns(UserWarning, match="so that it loads the base"):
+        module.model.save_pretrained(tmp_path / "b")
+
+
+def test_save_pretrained_of_merged_weights_is_right_without_a_warning(tmp_path):
+    module = adapted(bert())
+    module.model.save_pretrained(tmp_path, state_dict=merged_state_dict(module.model))
+    again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    torch.testing.assert_close(answer(again), answer(module), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("leave", [unload, merge_and_unload])
+@pytest.mark.parametrize(
+    "handle", [lambda m: m, lambda m: m.model, lambda m: m.model.bert], ids=["root", "model", "body"]
+)
+def test_save_pretrained_of_a_plain_model_says_nothing(tmp_path, leave, handle):
+    module = adapted(bert(), target_modules=["query"])
+    leave(handle(module))
+    assert not [name for m in module.modules() for name in vars(m) if name == "save_pretrained"]
+    module.model.save_pretrained(tmp_path)
+    again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert torch.equal(answer(again), answer(module))

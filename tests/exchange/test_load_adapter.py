@@ -1,0 +1,346 @@
+"""load_adapter from every source and onto other bases. A source that does not fit leaves the model as it was."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from lightning.fabric import Fabric
+from torch import nn
+
+from lightning_lora import (
+    LoRAConfig,
+    LoRAError,
+    adapter_state_dict,
+    inject,
+    is_merged,
+    load_adapter,
+    merge,
+    unload,
+    unmerge,
+)
+from lightning_lora.exchange import apply
+from support.models import (
+    ZOO_LAYERS,
+    base_zoo,
+    checkpoint,
+    randomise_,
+    source,
+    state_bits,
+    tokens,
+    trace,
+    train,
+    trained_zoo,
+    zoo_config,
+)
+
+KINDS = ["adapter", "merged", "full", "bare", "state"]
+FORMS = [(kind, form) for kind in KINDS for form in ("dictionary", "file")] + [("", "folder")]
+
+
+@pytest.mark.parametrize(("kind", "form"), FORMS)
+@pytest.mark.parametrize("target", ["fresh", "injected", "merged"])
+def test_load_adapter_from_every_source_onto_every_model(tmp_path, kind, form, target):
+    model, other = trained_zoo(), base_zoo()
+    given_source = source(model, kind, form, tmp_path)
+    if target != "fresh":
+        inject(other, zoo_config())
+        randomise_(other)
+        merge(other) if target == "merged" else None
+    elif kind in ("bare", "state"):
+        before = trace(other)
+        with pytest.raises(LoRAError, match=r"the source stores tensors and no options.* Call inject"):
+            load_adapter(other, given_source)
+        assert trace(other) == before
+        return
+    initial = state_bits(base_zoo())
+    assert load_adapter(other, given_source) == ZOO_LAYERS
+    assert is_merged(other) == (target == "merged")
+    assert state_bits(other) == state_bits(model)
+    unmerge(other)
+    assert torch.equal(other(tokens()), model(tokens()))
+    assert [n for n, p in other.named_parameters() if p.requires_grad] == [
+        n for n, p in model.named_parameters() if p.requires_grad
+    ]
+    assert adapter_state_dict(other).keys() == adapter_state_dict(model).keys()
+    unload(other)
+    assert state_bits(other) == initial
+
+
+@pytest.mark.parametrize("target", ["fresh", "injected"])
+def test_load_adapter_from_a_full_state_dict_compares_its_base(target):
+    model, other = trained_zoo(), base_zoo()
+    inject(other, zoo_config())
+    load_adapter(other, model.state_dict())
+    assert state_bits(other) == state_bits(model)
+    assert adapter_state_dict(other).keys() == adapter_state_dict(model).keys()  # the base did not become a part of it
+    with torch.no_grad():
+        model.norm.weight.mul_(1.05)
+    before = trace(other)
+    with pytest.raises(LoRAError, match=r"another base: values of 'norm\.weight'"):
+        load_adapter(other, model.state_dict())
+    assert trace(other) == before
+
+
+def test_load_adapter_brings_what_the_user_unfroze():
+    model, other = base_zoo(), base_zoo()
+    inject(model, zoo_config())
+    model.norm.weight.requires_grad_(True)
+    with pytest.warns(UserWarning, match="unfrozen"):
+        adapter_state_dict(model)
+    train(model)
+    load_adapter(other, checkpoint(model.eval(), "adapter"))
+    assert state_bits(other) == state_bits(model)
+    unload(other)
+    assert state_bits(other) == state_bits(base_zoo())
+
+
+# --- another base ---
+
+
+@pytest.mark.parametrize("kind", ["adapter", "merged"])
+@pytest.mark.parametrize("layer", ["embed.weight", "conv.weight", "norm.weight", "body.3.weight"])
+def test_load_adapter_onto_another_base_is_refused_by_name(kind, layer):
+    state = checkpoint(trained_zoo(), kind)
+    other = base_zoo()
+    with torch.no_grad():
+        other.get_parameter(layer).mul_(1.05)
+    before = trace(other)
+    with pytest.raises(LoRAError, match=f"belongs to another base: values of '{layer}' were .*strict_base=False"):
+        load_adapter(other, state)
+    assert trace(other) == before
+    with pytest.warns(UserWarning, match=f"another base: values of '{layer}'"):
+        load_adapter(other, state, strict_base=False)
+    assert {n: b for n, b in state_bits(other).items() if n != layer} == {
+        n: b for n, b in state_bits(trained_zoo()).items() if n != layer
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_the_same_base_in_another_dtype_is_accepted(tmp_path, dtype):
+    model, other = trained_zoo(), base_zoo().to(dtype)
+    load_adapter(other, source(model, "", "folder", tmp_path))
+    unload(other)
+    load_adapter(other, checkpoint(model, "adapter"))
+    assert other.conv.weight.dtype == dtype
+    assert torch.equal(other.conv.lora_A.float(), model.conv.lora_A)
+
+
+# --- what does not fit ---
+
+
+def _without(name: str) -> Callable[[dict[str, Any]], None]:
+    return lambda state: state.pop(name)
+
+
+def _with(name: str, value: torch.Tensor) -> Callable[[dict[str, Any]], None]:
+    return lambda state: state.update({name: value})
+
+
+def _filled(name: str, value: float) -> Callable[[dict[str, Any]], None]:
+    return lambda state: state.update({name: state[name].clone().index_fill(0, torch.tensor([1]), value)})
+
+
+MISFITS = {
+    "missing B": (_without("conv.lora_B"), "conv.lora_B' is missing"),
+    "missing A": (_without("embed.lora_A"), "embed(.lora_A)?' is missing|embed.lora_B' has no place"),
+    "missing head": (_without("head.weight"), "head.weight' is missing"),
+    "missing statistics": (_without("body.1.running_var"), "body.1.running_var' is missing"),
+    "unexpected tensor": (_with("conv.extra", torch.zeros(3)), "conv.extra' has no place"),
+    "unexpected layer": (_with("other.lora_A", torch.zeros(2, 3)), "other"),
+    "another rank": (
+        _with("conv.lora_A", torch.zeros(3, 8, 3)),
+        r"'conv': A \(3, 8, 3\) and B \(8, 2, 1\) do not share a rank",
+    ),
+    "transposed": (
+        _with("body.0.lora_B", torch.zeros(2, 8)),
+        r"'body.0': A \(2, 8\) and B \(2, 8\) do not share a rank",
+    ),
+    "a scalar": (_with("body.0.lora_B", torch.tensor(1.0)), r"body.0.lora_B'"),
+    "no tensor": (_with("body.3.lora_A", "text"), r"body.3.lora_A'"),  # type: ignore[arg-type]
+    "head of another shape": (_with("head.weight", torch.zeros(4, 8)), "head.weight' must have shape"),
+    "nan": (_filled("body.0.lora_B", float("nan")), "body.0.lora_B' holds NaN or Inf"),
+    "inf": (_filled("embed.lora_A", float("-inf")), "embed.lora_A' holds NaN or Inf"),
+    "nan in a head": (_filled("head.weight", float("nan")), "head.weight' holds NaN or Inf"),
+    "inf in a bias": (_filled("conv.bias", float("inf")), "conv.bias' holds NaN or Inf"),
+    "a head of whole numbers": (
+        _with("head.weight", torch.ones(3, 8, dtype=torch.int64)),
+        r"head.weight' must be torch\.float32, but is torch\.int64",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MISFITS)
+@pytest.mark.parametrize("target", ["fresh", "injected", "merged", "around"])
+@pytest.mark.parametrize("kind", ["adapter", "merged", "state"])
+def test_load_adapter_of_what_does_not_fit_leaves_the_model_as_it_was(case, target, kind):
+    spoil, complaint = MISFITS[case]
+    state = checkpoint(trained_zoo(), kind)
+    spoil(state["lora"]["adapter"] if kind == "merged" else state["state_dict"])
+    model = base_zoo()
+    if target in ("injected", "merged") or kind == "state":
+        inject(model, zoo_config())
+        randomise_(model)
+        merge(model) if target == "merged" else None
+    if target == "around":
+        model = nn.ModuleDict({"model": model})
+    if kind == "state" and case in ("missing statistics", "no tensor"):
+        return  # a state dict by hand may hold parameters only, and other things are not its adapter
+    before = trace(model)
+    with pytest.raises(LoRAError, match=complaint):
+        load_adapter(model, state)
+    assert trace(model) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"target_modules": ["conv"]}, "'body.0' has no place in the model"),
+        ({"target_modules": [*ZOO_LAYERS, "head"], "modules_to_save": None}, "'head' is missing"),
+        ({"bias": "all"}, "'body.1.bias' is missing .*bias was 'lora_only', now 'all'"),
+    ],
+)
+def test_a_model_injected_for_other_layers_or_whole_modules_is_refused(options, complaint):
+    model = base_zoo()
+    inject(model, zoo_config(**options))
+    before = trace(model)
+    with pytest.raises(LoRAError, match=complaint):
+        load_adapter(model, checkpoint(trained_zoo(), "adapter"))
+    assert trace(model) == before
+
+
+class Picky(nn.Module):
+    """Refuses an extra state that it does not know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.zoo = base_zoo()
+
+    def get_extra_state(self) -> str:
+        return "good"
+
+    def set_extra_state(self, state: str) -> None:
+        if state != "good":
+            raise RuntimeError(f"cannot take {state}")
+
+
+@pytest.mark.parametrize("target", ["fresh", "unmerged", "merged"])
+def test_a_failure_while_values_are_written_leaves_the_model_as_it_was(target):
+    model = Picky()
+    inject(model, zoo_config())
+    randomise_(model)
+    state = checkpoint(model, "adapter")
+    del state["state_dict"]["_extra_state"]
+    state["state_dict"]["_extra_state"] = "bad"  # comes last, when all else is written
+    other = Picky()
+    if target != "fresh":
+        inject(other, zoo_config())
+    merge(other) if target == "merged" else None
+    before = trace(other)
+    with pytest.raises(RuntimeError, match="cannot take bad"):
+        load_adapter(other, state)
+    now = trace(other)
+    assert {**now, "modules": None} == {**before, "modules": None}
+    assert is_merged(other) == (target == "merged")
+    assert target != "fresh" or now == before
+
+
+@pytest.mark.parametrize("target", ["injected", "merged"])
+def test_ctrl_c_while_values_are_written_leaves_the_model_as_it_was(target: str, monkeypatch: pytest.MonkeyPatch):
+    other = base_zoo()
+    inject(other, zoo_config())
+    randomise_(other)
+    merge(other) if target == "merged" else None
+    before, honest, calls = state_bits(other), apply._write_, []
+
+    def stopped_at_first(model: nn.Module, tensors: Any) -> None:
+        honest(model, tensors)
+        calls.append(len(tensors))
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(apply, "_write_", stopped_at_first)
+    with pytest.raises(KeyboardInterrupt):
+        load_adapter(other, checkpoint(trained_zoo(), "adapter"))
+    assert state_bits(other) == before
+    assert is_merged(other) == (target == "merged")
+
+
+def test_an_adapter_beyond_the_range_of_a_merged_model_leaves_it_as_it_was():
+    model, other = base_zoo().half(), base_zoo().half()
+    for one in (model, other):
+        inject(one, zoo_config())
+    with torch.no_grad():
+        model.conv.lora_A.fill_(1e3)
+        model.conv.lora_B.fill_(1e3)
+    merge(other)
+    before = state_bits(other)
+    with pytest.raises(LoRAError, match=r"layer 'conv': .*beyond the range"):
+        load_adapter(other, checkpoint(model, "adapter"))
+    assert is_merged(other)
+    assert state_bits(other) == before
+    load_adapter(base_zoo().half(), checkpoint(model, "adapter"))  # unmerged it can be used
+
+
+# --- a state dict one level down ---
+
+
+def small(**options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 3))
+    inject(net, LoRAConfig(r=2, **options))
+    return net
+
+
+@pytest.mark.parametrize("around", [{}, {"epoch": 3, "optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]}}])
+@pytest.mark.parametrize("key", ["model", "net"])
+@pytest.mark.parametrize("in_file", [True, False])
+def test_a_state_dict_in_an_entry_is_found(tmp_path: Path, around: dict[str, Any], key: str, in_file: bool):
+    trained, target = small(init_lora_weights=False), small()
+    source: Any = {**around, key: trained.state_dict()}
+    if in_file:
+        torch.save(source, tmp_path / "checkpoint.pt")
+        source = tmp_path / "checkpoint.pt"
+    assert load_adapter(target, source) == ["0"]
+    assert torch.equal(target[0].lora_B, trained[0].lora_B)
+
+
+def test_what_fabric_saves_is_found(tmp_path: Path):
+    trained, target = small(init_lora_weights=False), small()
+    fabric = Fabric(accelerator="cpu", devices=1)
+    fabric.save(tmp_path / "checkpoint.ckpt", {"model": trained, "step": 3})
+    assert load_adapter(target, tmp_path / "checkpoint.ckpt") == ["0"]
+    assert torch.equal(target[0].lora_B, trained[0].lora_B)
+
+
+def test_what_a_peft_model_saves_in_an_entry_is_found():
+    theirs = peft.get_peft_model(nn.Sequential(nn.Linear(3, 3)), peft.LoraConfig(r=2, target_modules=["0"]))
+    with torch.no_grad():
+        theirs.base_model.model[0].lora_B["default"].weight.fill_(1.0)
+    target = small()
+    load_adapter(target, {"model": theirs.state_dict()})
+    assert torch.equal(target[0].lora_B, torch.ones(3, 2))
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        (
+            {"model": {"0.weight": torch.ones(3, 3)}, "epoch": 1},
+            "the source holds no lora_A, neither by itself nor in an entry; it holds 'model', 'epoch'.",
+        ),
+        ({"model": None}, "the source holds no lora_A, neither by itself nor in an entry; it holds 'model'."),
+        (
+            {"a": small().state_dict(), "b": small().state_dict()},
+            "'a' and 'b' hold an adapter each; pass the one that you want, as load_adapter(model, checkpoint['a']).",
+        ),
+    ],
+)
+def test_a_dictionary_without_one_adapter_is_refused_with_what_it_holds(source: dict[str, Any], said: str):
+    with pytest.raises(LoRAError, match=f"^load_adapter: {re.escape(said)}$"):
+        load_adapter(small(), source)

@@ -1,0 +1,303 @@
+"""A base parameter that is unfrozen during a fit has its trained values in every file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import peft
+import pytest
+import torch
+from lightning.pytorch.callbacks import BackboneFinetuning
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from lightning_lora import (
+    LoRACallback,
+    LoRAError,
+    combine,
+    disable_adapter,
+    load_adapter,
+    load_from_checkpoint,
+    save_adapter,
+    save_merged,
+)
+from lightning_lora.adapter.renaming import by_network_names
+from lightning_lora.command.convert import to_lightning, to_peft
+from lightning_lora.command.merge import merge_on_disk
+from lightning_lora.exchange.save_load import read_adapter
+from lightning_lora.files.safetensors import read_safetensors
+from lightning_lora.formats.peft_folder import HEADER_KEY
+from lightning_lora.formats.peft_reading import FROZEN
+from support.lightning_versions import PLAIN_TYPES_ONLY
+from support.notices import quiet_peers
+from support.peers import TENSORS
+from support.training import make_trainer, own_random_stream
+
+pytestmark = [
+    *quiet_peers,
+    pytest.mark.filterwarnings("ignore:lightning_lora. base parameters were unfrozen"),
+    pytest.mark.filterwarnings("ignore:The optimizer contains frozen parameters"),
+]
+LAYERS: dict[str, Any] = {"r": 2, "target_modules": ["a", "b"]}
+
+
+class Network(nn.Module):
+    """PEFT's modules_to_save takes pre_head too where it names head."""
+
+    def __init__(self, tied: bool = False) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(10, 8)
+        self.a, self.norm, self.b = nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8)
+        self.pre_head, self.head = nn.Linear(8, 8), nn.Linear(8, 10)
+        if tied:
+            self.head.weight = self.embed.weight
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.b(self.norm(self.a(self.embed(tokens)).relu())).mean(1)
+        result: torch.Tensor = self.head(self.pre_head(x))
+        return result
+
+
+class Net(L.LightningModule):
+    def __init__(self, tied: bool = False) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        with own_random_stream(7):
+            self.net = Network(tied)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.net(tokens)
+        return result
+
+    def training_step(self, batch: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(self(batch), batch.sum(1) % 10)
+
+    def predict_step(self, batch: torch.Tensor) -> torch.Tensor:
+        return self(batch)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=0.05)
+
+
+class OptimizesWhatIsTrainable(Net):
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=0.05)
+
+
+class Unfreezes(L.Callback):
+    """Makes some of the base trainable in the second epoch."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.current_epoch == 1:
+            for name in self.names:
+                pl_module.get_parameter(name).requires_grad_(True)
+
+
+class UnfreezesTheNorm(BackboneFinetuning):
+    """Lightning's own callback looks for `backbone`."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        vars(pl_module)["backbone"] = pl_module.net.norm
+        super().setup(trainer, pl_module, stage)
+
+
+def tokens() -> torch.Tensor:
+    return torch.arange(80).mul(7).remainder(10).view(16, 5)
+
+
+def batches() -> torch.utils.data.DataLoader[Any]:
+    return torch.utils.data.DataLoader(tokens(), batch_size=8)  # type: ignore[arg-type]
+
+
+def answers(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        result: torch.Tensor = model.eval()(tokens())
+    return result
+
+
+def fit(path: Path, names: list[str], options: dict[str, Any], tied: bool = False, epochs: int = 3) -> Net:
+    torch.manual_seed(0)
+    model = Net(tied)
+    callbacks = [LoRACallback(**LAYERS | options), Unfreezes(names)]
+    trainer = make_trainer(path, *callbacks, max_epochs=epochs)
+    trainer.fit(model, batches())
+    trainer.save_checkpoint(path / "adapter.ckpt")
+    save_adapter(model, path / "folder")
+    return model
+
+
+CASES: dict[str, tuple[list[str], dict[str, Any]]] = {
+    "a norm": (["net.norm.weight"], {}),
+    "the weight of an adapted layer": (["net.a.weight"], {}),
+    "biases": (["net.a.bias", "net.norm.bias"], {}),
+    "beside magnitudes": (["net.norm.weight", "net.a.weight"], {"use_dora": True}),
+    "beside a start": (["net.norm.weight"], {"init_lora_weights": "pissa"}),
+    "beside a saved module": (["net.norm.bias"], {"modules_to_save": ["head"]}),
+    "a weight that an entry of PEFT takes": (["net.pre_head.weight"], {"modules_to_save": ["head"]}),
+    "a tied weight": (["net.embed.weight"], {}),
+}
+
+
+def loaded(source: Any, tied: bool) -> torch.Tensor:
+    load_adapter(model := Net(tied), source)
+    return answers(model)
+
+
+def imported(path: Path, tied: bool) -> torch.Tensor:
+    to_lightning(path / "folder", path / "imported.ckpt")
+    return loaded(path / "imported.ckpt", tied)
+
+
+def exported(path: Path, tied: bool) -> torch.Tensor:
+    to_lightning(path / "folder", path / "once.ckpt")
+    to_peft(path / "once.ckpt", path / "exported")
+    return loaded(path / "exported", tied)
+
+
+def saved_again(path: Path, tied: bool) -> torch.Tensor:
+    load_adapter(model := Net(tied), path / "folder")
+    save_adapter(model, path / "again")
+    return loaded(path / "again", tied)
+
+
+def combined(path: Path, tied: bool) -> torch.Tensor:
+    return loaded(combine([path / "folder", path / "adapter.ckpt"], [0.5, 0.5]), tied)
+
+
+def merged_on_disk(path: Path, tied: bool) -> torch.Tensor:
+    plain = Net(tied)
+    torch.save(plain.state_dict(), path / "base.pt")
+    merge_on_disk(path / "base.pt", path / "folder", path / "out.pt", check=True)
+    plain.load_state_dict(torch.load(path / "out.pt"))
+    return answers(plain)
+
+
+def predicted(path: Path, tied: bool) -> torch.Tensor:
+    to_lightning(path / "folder", path / "to_predict.ckpt")
+    options = read_adapter(path / "folder").config
+    trainer = make_trainer(path, LoRACallback(options))
+    return torch.cat(trainer.predict(Net(tied), batches(), ckpt_path=path / "to_predict.ckpt", **PLAIN_TYPES_ONLY))
+
+
+def by_peft(path: Path, tied: bool) -> torch.Tensor:
+    model = Net(tied)
+    model.net = peft.PeftModel.from_pretrained(model.net, path / "folder").base_model.model
+    return answers(model)
+
+
+DOORS: dict[str, Callable[[Path, bool], torch.Tensor]] = {
+    "folder": lambda path, tied: loaded(path / "folder", tied),
+    "checkpoint": lambda path, tied: loaded(path / "adapter.ckpt", tied),
+    "tensor file": lambda path, tied: loaded(path / "folder" / TENSORS, tied),
+    "load_from_checkpoint": lambda path, tied: answers(load_from_checkpoint(Net, path / "adapter.ckpt")),
+    "import": imported,
+    "import and export": exported,
+    "saved again": saved_again,
+    "combine": combined,
+    "merge": merged_on_disk,
+    "predict": predicted,
+    "peft": by_peft,
+}
+IMPOSSIBLE = {  # for reasons that their own tests show
+    ("beside magnitudes", "combine"),
+    ("beside a saved module", "import and export"),
+    ("a weight that an entry of PEFT takes", "import and export"),
+    ("a tied weight", "peft"),  # which unties it
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_door_gives_the_trained_values_of_a_weight_that_was_unfrozen_later(tmp_path, case: str):
+    names, options = CASES[case]
+    tied = case == "a tied weight"
+    model = fit(tmp_path, names, options, tied)
+    assert all((model.get_parameter(n) - Net(tied).get_parameter(n)).abs().max() > 1e-2 for n in names)
+    expected = answers(model)
+    wrong = {}
+    for name, door in DOORS.items():
+        if (case, name) not in IMPOSSIBLE:
+            difference = (door(tmp_path, tied) - expected).abs().max().item()
+            wrong |= {name: difference} if difference > 1e-5 else {}
+    assert wrong == {}
+
+
+def test_what_backbone_finetuning_unfroze_is_read_from_the_folder(tmp_path):
+    torch.manual_seed(0)
+    tune = UnfreezesTheNorm(1, backbone_initial_ratio_lr=1.0, should_align=False)
+    trainer = make_trainer(tmp_path, LoRACallback(**LAYERS), tune, max_epochs=3)
+    trainer.fit(model := OptimizesWhatIsTrainable(), batches())
+    save_adapter(model, tmp_path / "folder")
+    assert not torch.equal(model.net.norm.weight, Net().net.norm.weight)
+    load_adapter(fresh := Net(), tmp_path / "folder")
+    assert torch.equal(answers(fresh), answers(model))
+    with disable_adapter(fresh):
+        assert torch.equal(answers(fresh), answers(Net()))
+
+
+def test_what_a_second_fit_unfroze_is_read_from_folder_and_checkpoint(tmp_path):
+    model = fit(tmp_path, [], {})
+    trainer = make_trainer(tmp_path, LoRACallback(**LAYERS))
+    model.net.norm.requires_grad_(True)
+    trainer.fit(model, batches())
+    trainer.save_checkpoint(tmp_path / "second.ckpt")
+    save_adapter(model, tmp_path / "second")
+    for source in (tmp_path / "second.ckpt", tmp_path / "second"):
+        assert torch.equal(loaded(source, False), answers(model))
+
+
+@pytest.mark.parametrize("kind", ["adapter", "merged", "full"])
+def test_a_run_resumed_after_the_unfreezing_goes_on_as_if_uninterrupted(tmp_path, kind: Any):
+    """From a file that says that the weight was trained; optimizers hold it from the start, frozen at first."""
+    whole = fit(tmp_path / "whole", ["net.norm.weight"], {"save": kind}, epochs=4)
+    fit(tmp_path / "part", ["net.norm.weight"], {"save": kind}, epochs=3)
+    model = Net()
+    model.net.norm.weight.requires_grad_(True)
+    trainer = make_trainer(tmp_path, LoRACallback(save=kind, **LAYERS), Unfreezes([]), max_epochs=4)
+
+    class Again(L.Callback):
+        def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            pl_module.get_parameter("net.norm.weight").requires_grad_(True)
+
+    trainer.callbacks.append(Again())
+    trainer.fit(model, batches(), ckpt_path=tmp_path / "part" / "adapter.ckpt", **PLAIN_TYPES_ONLY)
+    assert torch.equal(answers(model), answers(whole))
+
+
+def test_the_description_names_a_weight_as_trained_or_as_frozen_and_never_as_both(tmp_path):
+    fit(tmp_path, ["net.pre_head.weight"], {"modules_to_save": ["head"]})
+    _, header = read_safetensors(tmp_path / "folder" / TENSORS)
+    assert json.loads(header[HEADER_KEY])[FROZEN] == ["pre_head.bias"]
+    for source in ("folder", "adapter.ckpt"):
+        adapter = by_network_names(read_adapter(tmp_path / source))
+        assert "pre_head.weight" in adapter.tensors
+        assert "pre_head.bias" in adapter.fingerprint
+        assert adapter.tensors.keys().isdisjoint(adapter.fingerprint)
+
+
+def rewrite(file: Path, tensors: dict[str, torch.Tensor], description: dict[str, Any]) -> None:
+    save_file(tensors, file, {"format": "pt", HEADER_KEY: json.dumps(description)})
+
+
+@pytest.mark.parametrize("damage", ["norm.weight", [1], ["no.such.tensor"], ["a.lora_A"]])
+def test_a_damaged_list_of_frozen_tensors_is_refused(tmp_path, damage: Any):
+    fit(tmp_path, [], {"modules_to_save": ["head"]})
+    tensors, header = read_safetensors(tmp_path / "folder" / TENSORS)
+    description = json.loads(header[HEADER_KEY]) | {FROZEN: damage}
+    rewrite(tmp_path / "folder" / TENSORS, tensors, description)
+    with pytest.raises(LoRAError, match="the adapter's description is damaged: frozen is"):
+        read_adapter(tmp_path / "folder")
+
+
+def test_save_merged_holds_the_trained_values(tmp_path):
+    model = fit(tmp_path, ["net.norm.weight", "net.a.weight"], {})
+    save_merged(model, tmp_path / "merged")
+    plain = Net()
+    plain.load_state_dict(load_file(tmp_path / "merged" / "model.safetensors"))
+    torch.testing.assert_close(answers(plain), answers(model), rtol=0, atol=1e-5)

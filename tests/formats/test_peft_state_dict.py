@@ -1,0 +1,270 @@
+"""PEFT's tensors without a folder: in memory, in a file alone, in a checkpoint of a LightningModule with PEFT."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import peft
+import pytest
+import torch
+import transformers
+from peft import get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lightning_lora import (
+    LoRAConfig,
+    LoRAError,
+    adapter_state_dict,
+    inject,
+    load_adapter,
+    merge_and_unload,
+)
+from lightning_lora.command.merge import merge_on_disk
+from lightning_lora.formats.peft_reading import Source, read_peft
+from support.notices import quiet_peers
+from support.peers import call, close, logits, refused, seeded, spread_, tensors_of, tokens
+from support.training import make_trainer
+
+pytestmark = quiet_peers
+
+OPTIONS: dict[str, Any] = {"r": 4, "lora_alpha": 16, "target_modules": ["q_lin", "v_lin"], "rank_pattern": {"v_lin": 2}}
+OURS = {**OPTIONS, "modules_to_save": ["classifier", "pre_classifier"]}
+
+
+def network() -> nn.Module:
+    config = transformers.DistilBertConfig(vocab_size=64, dim=32, hidden_dim=48, n_layers=1, n_heads=4)
+    return seeded(lambda: transformers.DistilBertForSequenceClassification(config))
+
+
+class Lit(L.LightningModule):
+    """What everyone wrote who used PEFT inside Lightning."""
+
+    def __init__(self, **hyper_parameters: Any) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.model = peft.get_peft_model(network(), peft.LoraConfig(**OPTIONS, modules_to_save=["classifier"]))
+
+    def training_step(self, batch: torch.Tensor) -> torch.Tensor:
+        return self.model(batch).logits.square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW((p for p in self.parameters() if p.requires_grad), lr=0.05)
+
+
+@pytest.fixture
+def lit(tmp_path: Path, request: pytest.FixtureRequest) -> Lit:
+    """Trained, with a checkpoint at lit.ckpt."""
+    module = Lit(**getattr(request, "param", {}))
+    trainer = make_trainer(tmp_path / "fit", max_epochs=1, limit_val_batches=0)
+    trainer.fit(module.train(), DataLoader(tokens(), batch_size=1))
+    trainer.save_checkpoint(tmp_path / "lit.ckpt")
+    return module.eval()
+
+
+with_alpha = pytest.mark.parametrize("lit", [{"lora_alpha": 16, "lr": 1}], indirect=True)
+
+
+def source(lit: Lit, form: str, path: Path) -> Any:
+    state = get_peft_model_state_dict(lit.model)
+    if form == "bin":
+        torch.save(state, path / "adapter_model.bin")
+        return path / "adapter_model.bin"
+    if form == "safetensors":
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, path / "adapter_model.safetensors")
+        return path / "adapter_model.safetensors"
+    forms = {"memory": state, "live": lit.model.state_dict(), "lit": lit.state_dict(), "ckpt": path / "lit.ckpt"}
+    return forms[form]
+
+
+@pytest.mark.parametrize("form", ["memory", "bin", "safetensors", "live", "lit", "ckpt"])
+def test_each_form_loads_onto_an_injected_model_and_needs_the_options_for_another(tmp_path, caplog, lit, form: str):
+    net, given = network(), source(lit, form, tmp_path)
+    with pytest.raises(
+        LoRAError, match=r"stores tensors and no options.*target_modules=\['q_lin', 'v_lin'\], modules_"
+    ):
+        load_adapter(net, given)
+    inject(net, LoRAConfig(**OURS))
+    with caplog.at_level(logging.INFO, "lightning_lora"):
+        load_adapter(net, given)
+    assert "the source stores no options; those of the injected model hold: lora_alpha=16" in caplog.text
+    close(logits(net), logits(lit.model))
+    assert {name.rpartition(".")[0] for name in adapter_state_dict(net) if "lora_" not in name} == {
+        "classifier",
+        "pre_classifier",
+    }
+    plain = merge_and_unload(net)
+    close(logits(plain), logits(lit.model))
+
+
+@pytest.mark.parametrize("form", ["live", "lit", "ckpt"])
+def test_the_base_in_a_whole_state_dict_is_compared(tmp_path, lit, form: str):
+    net = network()
+    inject(net, LoRAConfig(**OURS))
+    with torch.no_grad():
+        net.get_parameter("distilbert.transformer.layer.0.attention.q_lin.weight").mul_(1.1)
+    with pytest.raises(LoRAError, match=r"another base: values of 'distilbert\.transformer\..*q_lin\.weight'"):
+        load_adapter(net, source(lit, form, tmp_path))
+
+
+@with_alpha
+def test_lora_alpha_among_hyper_parameters_is_taken_and_said(tmp_path, caplog, lit):
+    net = network()
+    with caplog.at_level(logging.INFO, "lightning_lora"):
+        load_adapter(net, tmp_path / "lit.ckpt")
+    assert "the options lora_alpha=16 are taken from the checkpoint's hyper-parameters" in caplog.text
+    close(logits(net), logits(lit.model))
+    other = network()
+    inject(other, LoRAConfig(**OURS | {"lora_alpha": 8}))
+    load_adapter(other, tmp_path / "lit.ckpt")  # onto an adapted model too
+    close(logits(other), logits(lit.model))
+
+
+@pytest.mark.parametrize("lit", [{"lora": {"lora_alpha": 16, "r": 4}}], indirect=True)
+def test_lora_alpha_in_a_mapping_among_hyper_parameters_is_taken(tmp_path, lit):
+    load_adapter(net := network(), tmp_path / "lit.ckpt")
+    close(logits(net), logits(lit.model))
+
+
+@pytest.mark.parametrize("lit", [{"a": {"lora_alpha": 16}, "b": {"lora_alpha": 8}}], indirect=True)
+def test_two_lora_alphas_among_hyper_parameters_are_none(tmp_path, lit):
+    with pytest.raises(LoRAError, match="stores tensors and no options"):
+        load_adapter(network(), tmp_path / "lit.ckpt")
+
+
+def test_a_lightning_module_around_the_plain_network_is_a_target_too(tmp_path, lit):
+    class Plain(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = network()
+
+    plain = Plain()
+    inject(plain, LoRAConfig(**OURS))
+    load_adapter(plain, lit.model.state_dict())
+    close(logits(plain.net), logits(lit.model))
+
+
+@with_alpha
+def test_the_command_reads_the_checkpoint_as_any_adapter(tmp_path, capsys, lit):
+    shown = call(capsys, "info", tmp_path / "lit.ckpt")
+    assert "Lightning checkpoint that holds a PeftModel\n2 adapted layers, 384 parameters" in shown
+    assert "also in it, whole: model.pre_classifier.weight, model.pre_classifier.bias, model.classifier.w" in shown
+    call(capsys, "export", tmp_path / "lit.ckpt", tmp_path / "folder")
+    close(logits(peft.PeftModel.from_pretrained(network(), tmp_path / "folder").eval()), logits(lit.model))
+    call(capsys, "import", tmp_path / "lit.ckpt", tmp_path / "ours.ckpt")
+    load_adapter(net := network(), tmp_path / "ours.ckpt")
+    close(logits(net), logits(lit.model))
+    network().save_pretrained(tmp_path / "base")
+    paths = ("--base", tmp_path / "base", "--adapter", tmp_path / "lit.ckpt", "--output", tmp_path / "merged")
+    call(capsys, "merge", *paths, "--verify")
+    fresh = network()
+    fresh.load_state_dict(tensors_of(tmp_path / "merged"))
+    close(logits(fresh), logits(lit.model))
+    assert "0 of 6 differ" in call(capsys, "diff", tmp_path / "lit.ckpt", tmp_path / "folder")
+
+
+def test_the_command_asks_for_lora_alpha_where_nothing_stores_it(tmp_path, capsys, lit):
+    lone = source(lit, "bin", tmp_path)
+    folder = tmp_path / "folder"
+    for path, kind in ((tmp_path / "lit.ckpt", "Lightning checkpoint that holds a PeftModel"), (lone, "of PEFT")):
+        shown = call(capsys, "info", path)
+        assert kind in shown
+        assert "options: none stored; lora_alpha must come from whoever trained it" in shown
+        assert "pass --lora-alpha" in refused(capsys, "export", path, folder, "--overwrite")
+        call(capsys, "export", path, folder, "--lora-alpha", 16, "--overwrite")
+        close(logits(peft.PeftModel.from_pretrained(network(), folder).eval()), logits(lit.model))
+
+
+def test_several_adapters_or_models_in_one_state_dict_are_refused_by_name(lit):
+    lit.model.add_adapter("second", peft.LoraConfig(r=2, target_modules=["q_lin"]))
+    with pytest.raises(LoRAError, match=r"holds several adapters \('default', 'second'\).*selected_adapters="):
+        load_adapter(network(), lit.model.state_dict())
+    two = nn.ModuleDict({"one": Lit().model, "two": Lit().model})
+    with pytest.raises(LoRAError, match=r"holds several PeftModels \('one', 'two'\)"):
+        load_adapter(network(), two.state_dict())
+
+
+def test_attention_and_embeddings_keep_their_meaning_in_a_live_state_dict():
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.emb, self.mha = nn.Embedding(64, 8), nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            x = self.emb(tokens)
+            result: torch.Tensor = self.mha(x, x, x, need_weights=False)[0]
+            return result
+
+    options: dict[str, Any] = {"r": 2, "lora_alpha": 8, "target_modules": ["emb", "mha"]}
+    other = peft.get_peft_model(seeded(Attention), peft.LoraConfig(**options)).eval()
+    spread_(other)
+    for state in (other.state_dict(), get_peft_model_state_dict(other, save_embedding_layers=False)):
+        net = seeded(Attention)
+        inject(net, LoRAConfig(**options))
+        load_adapter(net, state)
+        close(logits(net), logits(other))
+
+
+def test_other_methods_in_a_live_state_dict_are_refused_by_name():
+    other = peft.get_peft_model(network(), peft.LoraConfig(target_modules=["q_lin"], lora_bias=True))
+    with pytest.raises(LoRAError, match="belongs to lora_bias, which cannot be applied"):
+        load_adapter(network(), other.state_dict())
+
+
+@pytest.mark.parametrize("live", [True, False])
+def test_magnitudes_in_a_state_dict_are_read_live_or_not(live: bool):
+    options: dict[str, Any] = {"r": 2, "lora_alpha": 8, "target_modules": ["q_lin"], "use_dora": True}
+    other = peft.get_peft_model(network(), peft.LoraConfig(**options)).eval()
+    spread_(other)
+    state = other.state_dict() if live else get_peft_model_state_dict(other)
+    inject(net := network(), LoRAConfig(**options))
+    load_adapter(net, state)
+    close(logits(net), logits(other))
+    told = read_peft(state, Source("a state dict", hyper_parameters={"lora_alpha": 8})).config
+    assert told is not None
+    assert told.use_dora
+    inject(plain := network(), LoRAConfig(**options | {"use_dora": False}))
+    with pytest.raises(LoRAError, match="lora_magnitude' has no place in the model"):
+        load_adapter(plain, state)
+
+
+def test_statistics_in_a_live_state_dict_are_merged_as_the_training_left_them(tmp_path):
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+
+    torch.save(seeded(build).state_dict(), tmp_path / "base.pt")
+    other = peft.get_peft_model(seeded(build), peft.LoraConfig(r=2, lora_alpha=8, target_modules=["0"]))
+    spread_(other)
+    other.train()(torch.randn(9, 4, generator=torch.Generator().manual_seed(1)) + 3)
+    torch.save({"state_dict": other.state_dict(), "hyper_parameters": {"lora_alpha": 8}}, tmp_path / "a.ckpt")
+    merge_on_disk(tmp_path / "base.pt", tmp_path / "a.ckpt", tmp_path / "out.pt", check=True)
+    expected = other.merge_and_unload().state_dict()
+    found = torch.load(tmp_path / "out.pt", weights_only=True)
+    assert found["1.num_batches_tracked"] == 1
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value)
+
+
+@pytest.mark.parametrize(
+    ("variant", "config"),
+    [
+        ("vera", peft.VeraConfig(r=3, target_modules=["0", "1"])),
+        ("loha", peft.LoHaConfig(r=3, alpha=8, target_modules=["0", "1"])),
+    ],
+    ids=["vera", "loha"],
+)
+def test_the_state_of_a_live_model_of_another_variant_is_read(variant: str, config: Any):
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 9))
+    inject(ours := copy.deepcopy(base), LoRAConfig(r=3, target_modules=["0", "1"], variant=variant))
+    theirs = peft.get_peft_model(base, config)
+    for parameter in filter(lambda each: each.requires_grad, theirs.parameters()):
+        parameter.data.add_(torch.randn(parameter.shape), alpha=0.3)
+    load_adapter(ours, {"state_dict": {f"net.{name}": value for name, value in theirs.state_dict().items()}})
+    x = torch.randn(4, 6)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=1e-5)

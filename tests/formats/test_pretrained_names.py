@@ -1,0 +1,184 @@
+"""Adapters of models whose modules had other names in an earlier transformers, as PEFT loads them."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from lightning_lora import LoRAConfig, LoRAError, inject, load_adapter, save_adapter
+from lightning_lora.command.merge import merge_on_disk
+from lightning_lora.formats.pretrained_names import _renaming
+from support.notices import TORCH_NOTICES, quiet_peers
+from support.peers import TENSORS, close, fill_, seeded
+from support.peers import model as peer_model
+from support.pretrained import gemma3, llava, qwen2_vl
+
+pytestmark = [*quiet_peers, *TORCH_NOTICES, pytest.mark.transformers_5]  # older ones have the earlier names
+
+PREFIX = "base_model.model."
+TEXT = ("model.language_model.", "language_model.model.")
+TOWER = ("model.vision_tower.", "vision_tower.vision_model.")
+EARLIER: dict[str, tuple[Callable[[], Any], list[tuple[str, str]]]] = {  # what names begin with now, and did then
+    "llava": (llava, [TEXT, TOWER, ("lm_head.", "language_model.lm_head.")]),
+    "gemma3": (gemma3, [TEXT, TOWER]),
+    "qwen2-vl": (qwen2_vl, [("model.language_model.", "model."), ("model.visual.", "visual.")]),
+}
+OPTIONS: list[dict[str, Any]] = [
+    {"target_modules": ["q_proj", "v_proj", "qkv"]},
+    {"target_modules": ["q_proj"], "use_dora": True, "rank_pattern": {"layers.1.self_attn.q_proj": 2}},
+    {"target_modules": ["q_proj", "embed_tokens"]},
+]
+every_family = pytest.mark.parametrize("family", EARLIER)
+
+
+def build(family: str) -> Any:
+    return seeded(EARLIER[family][0])
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        out: torch.Tensor = model(input_ids=torch.arange(3, 9)[None]).logits
+    return out
+
+
+def to_earlier_names(family: str, folder: Path) -> None:
+    """Rename the tensors of an adapter's folder."""
+    with safe_open(folder / TENSORS, "pt") as file:
+        metadata = file.metadata()
+    earlier = {}
+    for name, tensor in load_file(folder / TENSORS).items():
+        bare = name.removeprefix(PREFIX)
+        now, then = next((pair for pair in EARLIER[family][1] if bare.startswith(pair[0])), ("", ""))
+        earlier[PREFIX + then + bare.removeprefix(now)] = tensor
+    assert earlier.keys() != load_file(folder / TENSORS).keys()
+    save_file(earlier, folder / TENSORS, metadata)
+
+
+def theirs(family: str, folder: Path, **options: Any) -> torch.Tensor:
+    """Write an adapter of peft under the earlier names, and return what its model gives."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")
+        model = fill_(peft.get_peft_model(build(family), peft.LoraConfig(r=4, **options))).eval()
+    model.save_pretrained(str(folder))  # type: ignore[operator]
+    to_earlier_names(family, folder)
+    return logits(model)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@every_family
+def test_an_adapter_under_the_earlier_names_loads_onto_plain_and_injected_models(tmp_path, family, options):
+    expected = theirs(family, tmp_path, **options)
+    assert (expected - logits(build(family))).abs().max() > 1e-3
+    plain = build(family)
+    load_adapter(plain, tmp_path)
+    close(logits(plain), expected)
+    injected = build(family)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "lightning_lora: target_modules: ")
+        inject(injected, LoRAConfig(r=4, **options))
+    fill_(injected)
+    load_adapter(injected, tmp_path)
+    close(logits(injected), expected)
+    module = nn.ModuleDict({"network": build(family)})
+    load_adapter(module, tmp_path)
+    close(logits(module["network"]), expected)
+
+
+@pytest.mark.parametrize("family", ["llava", "gemma3"])  # of qwen2-vl's peft 0.21 leaves all tensors out
+def test_peft_loads_it_with_the_same_outputs(tmp_path, family):
+    expected = theirs(family, tmp_path, target_modules=["q_proj", "v_proj"])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Found missing adapter keys")
+        close(logits(peft.PeftModel.from_pretrained(build(family), tmp_path).eval()), expected)
+
+
+@every_family
+def test_merge_into_a_folder_takes_the_earlier_and_the_present_names(tmp_path, family):
+    expected = theirs(family, tmp_path / "then", target_modules=["q_proj", "v_proj", "qkv"])
+    model = build(family)
+    model.save_pretrained(tmp_path / "base")
+    load_adapter(model, tmp_path / "then")
+    save_adapter(model, tmp_path / "now")
+    for name in ("then", "now"):
+        merge_on_disk(tmp_path / "base", tmp_path / name, tmp_path / f"merged-{name}", check=True)
+        close(logits(type(model).from_pretrained(tmp_path / f"merged-{name}").eval()), expected)
+
+
+def test_our_own_folder_under_the_earlier_names_loads_with_all_that_it_holds(tmp_path):
+    net = build("llava")
+    inject(net, LoRAConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], init_lora_weights="pissa"))
+    fill_(net)
+    with torch.no_grad():
+        net.lm_head.weight.add_(0.1)
+    save_adapter(net, tmp_path / "now")
+    for name in ("adapter_config.json", TENSORS):
+        (tmp_path / "then").mkdir(exist_ok=True)
+        (tmp_path / "then" / name).write_bytes((tmp_path / "now" / name).read_bytes())
+    with safe_open(tmp_path / "now" / TENSORS, "pt") as file:
+        text = file.metadata()["lightning_lora"]
+    for now, then in EARLIER["llava"][1]:
+        text = text.replace(f'"{now}', f'"{then}')
+    tensors = load_file(tmp_path / "now" / TENSORS)
+    text = text.replace('"lm_head"', '"language_model.lm_head"', 1)
+    save_file(tensors, tmp_path / "then" / TENSORS, {"format": "pt", "lightning_lora": text})
+    to_earlier_names("llava", tmp_path / "then")
+    loaded = build("llava")
+    load_adapter(loaded, tmp_path / "then")
+    close(logits(loaded), logits(net))
+
+
+def test_rules_of_transformers_4_are_those_of_the_class(tmp_path, monkeypatch):
+    expected = theirs("llava", tmp_path, target_modules=["q_proj", "v_proj"])
+    model = build("llava")
+    rules = {
+        "^language_model.model": "model.language_model",
+        "^vision_tower.vision_model": "model.vision_tower",
+        "^vision": "never.reached",
+    }
+    present = importlib.import_module
+
+    def absent(name: str) -> Any:
+        if name in ("transformers.conversion_mapping", "transformers.core_model_loading"):
+            raise ImportError(name)
+        return present(name)
+
+    monkeypatch.setattr(importlib, "import_module", absent)
+    with pytest.raises(LoRAError, match="under exactly one prefix; found none"):
+        load_adapter(model, tmp_path)
+    monkeypatch.setattr(type(model), "_checkpoint_conversion_mapping", rules, raising=False)
+    load_adapter(model, tmp_path)
+    close(logits(model), expected)
+
+
+def test_an_adapter_under_the_earlier_names_finds_its_network_among_several(tmp_path):
+    expected = theirs("llava", tmp_path, target_modules=["q_proj", "v_proj"])
+    module = nn.ModuleDict({"first": peer_model("bert"), "network": build("llava")})
+    load_adapter(module, tmp_path)
+    close(logits(module["network"]), expected)
+
+
+def test_names_whose_tensors_are_put_together_in_a_later_transformers_stay():
+    """Weights of experts became one stack, so that no name by itself stands for one of them."""
+    rename = _renaming(peer_model("mixtral"))
+    assert rename is not None
+    for name in ("w1", "w2", "w3"):
+        earlier = f"model.layers.0.block_sparse_moe.experts.0.{name}.weight"
+        assert rename(earlier) == earlier
+
+
+def test_names_that_no_rule_knows_are_refused_as_before(tmp_path):
+    theirs("llava", tmp_path, target_modules=["q_proj"])
+    tensors = {name.replace("self_attn", "attention"): t for name, t in load_file(tmp_path / TENSORS).items()}
+    save_file(tensors, tmp_path / TENSORS, {"format": "pt"})
+    with pytest.raises(LoRAError, match=r"its layers \('language_model\.model\.layers.* found none"):
+        load_adapter(build("llava"), tmp_path)
