@@ -87,29 +87,12 @@ def extract(
     Raises:
         LoRAError: names or shapes differ, or a change can be neither adapted nor carried.
     """
-    for weights in (base, tuned):
-        refuse_quantised("extract", weights)
-        weights.compare_check_sums()
-    _same_names(base, tuned)
-    changed = []
-    with progress_bar("comparing", base.nbytes, "bytes") as advance:
-        for name, location in base.locations.items():
-            changed += [name] if _differs(location, tuned.locations[name]) else []
-            advance(location.nbytes)
+    changed = _changed_names(base, tuned)
     names = [name for name in changed if _adaptable(name, base) and not _excluded(name, exclude)]
-    tensors: dict[str, Any] = {}
-    kinds: dict[str, str] = {}
-    kept, squares = {}, {}
-    with progress_bar("extracting", len(names)) as advance:
-        for name in names:
-            module = name.rpartition(".")[0]
-            kinds[module] = _kind(module, base, embeddings, fan_in_fan_out)
-            change = _change(name, base.locations[name], tuned.locations[name])
-            a, b, kept[module], squares[module] = _factors(change, rank, kinds[module])
-            tensors |= {f"{module}.{A}": a, f"{module}.{B}": b}
-            advance(1)
     if not names:
         raise LoRAError(f"extract: no weight of two dimensions or more differs between {base.path} and {tuned.path}.")
+    kinds = {module: _kind(module, base, embeddings, fan_in_fan_out) for module in _modules_of(names)}
+    tensors, kept, squares = _all_factors(base, tuned, names, kinds, rank)
     whole, options = ({}, {}) if drop_rest else _carried(base, tuned, changed, set(kinds))
     fingerprint = {
         name: fingerprint_entry_at(location)
@@ -127,6 +110,43 @@ def extract(
     )
     dropped = [name for name in changed if name not in names and name not in whole]
     return Extracted(adapter, kept, dropped, squares)
+
+
+def _changed_names(base: Weights, tuned: Weights) -> list[str]:
+    """Return the names of the tensors that differ.
+
+    Raises:
+        LoRAError: a file is damaged, weights are quantised, or names or shapes differ.
+    """
+    for weights in (base, tuned):
+        refuse_quantised("extract", weights)
+        weights.compare_check_sums()
+    _same_names(base, tuned)
+    changed = []
+    with progress_bar("comparing", base.nbytes, "bytes") as advance:
+        for name, location in base.locations.items():
+            changed += [name] if _differs(location, tuned.locations[name]) else []
+            advance(location.nbytes)
+    return changed
+
+
+def _modules_of(names: Sequence[str]) -> list[str]:
+    return [name.rpartition(".")[0] for name in names]
+
+
+def _all_factors(
+    base: Weights, tuned: Weights, names: Sequence[str], kinds: Mapping[str, str], rank: int
+) -> tuple[dict[str, Any], dict[str, float], dict[str, float]]:
+    """Return A and B of each changed weight by name, and what share and how much of its change each module keeps."""
+    tensors: dict[str, Any] = {}
+    kept, squares = {}, {}
+    with progress_bar("extracting", len(names)) as advance:
+        for name, module in zip(names, _modules_of(names), strict=True):
+            change = _change(name, base.locations[name], tuned.locations[name])
+            a, b, kept[module], squares[module] = _factors(change, rank, kinds[module])
+            tensors |= {f"{module}.{A}": a, f"{module}.{B}": b}
+            advance(1)
+    return tensors, kept, squares
 
 
 def _same_names(base: Weights, tuned: Weights) -> None:
