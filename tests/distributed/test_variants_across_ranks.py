@@ -32,14 +32,14 @@ from support.sharded_adapters import assert_same_bits
 STEPS = 3
 # A later torch tells at the first forward that two groups hold one parameter, and how to put it into one.
 REFUSED_BY_TORCH = hasattr(FSDPState, "_validate_no_duplicate_params")
-OPTIONS: dict[str, dict[str, Any]] = {"vera": {}, "loha": {"lora_alpha": 3}, "across-own": {"lora_alpha": 3}}
+OPTIONS: dict[str, dict[str, Any]] = {"vera": {}, "loha": {"lora_alpha": 3}, "own-across": {"lora_alpha": 3}}
 WAYS = ("DDP", "FSDP2", "FSDP2, layers in one group", "FSDP2, layer by layer")
 
 
 class Own(Variant):
     """W' = W + s * B @ R @ A with frozen A and B; PEFT does not have it."""
 
-    name, trained, frozen = "across-own", ("lora_across_R",), ("lora_across_A", "lora_across_B")
+    name, trained, frozen = "own-across", ("lora_across_R",), ("lora_across_A", "lora_across_B")
 
     def shapes(self, place: Any) -> dict[str, tuple[int, ...]]:
         return dict(zip(self.leaves, ((place.rank, place.rank), *place.factor_shapes()), strict=True))
