@@ -11,7 +11,7 @@ from functools import lru_cache
 from .names import listed, suffixes
 
 ALL_LINEAR = "all-linear"  # a value of target_modules
-# Usual names of layers in transformers models. One list of them may serve many models, each of which has only some.
+# Usual names of layers in transformers models. A list in target_modules may name layers that a model does not have.
 USUAL_NAMES = {
     *("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "gate_proj", "up_proj", "down_proj", "qkv_proj"),
     *("gate_up_proj", "query", "key", "value", "qkv", "query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),

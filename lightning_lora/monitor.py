@@ -84,7 +84,7 @@ class LoRAMonitor(Callback):
         self._statistics.take_back(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let Lightning forget what it has written, so that it is not taken for a metric of the validation."""
+        """Let Lightning forget the statistics that it has written, or the validation would show them as its metrics."""
         self._statistics.take_back(trainer, pl_module)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:

@@ -1,4 +1,4 @@
-"""New names for an adapter: those of the model that it is loaded onto, or of a network inside another."""
+"""Rename the tensors and layers of an adapter, as a model that loads it names them."""
 
 from __future__ import annotations
 

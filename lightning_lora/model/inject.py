@@ -573,7 +573,7 @@ def _number(text: str) -> int:
 
 
 def _adapt_table(handle: AdaptedModel, name: str, module: nn.Module, rows: tuple[int, ...]) -> None:
-    """Train rows of a table. A table whose weight is adapted under another name shares the rows of that one."""
+    """Train rows of a table. Tied tables share one adapter."""
     record = handle.record
     tied = table_adapters(module for _, module in handle.root_modules).get(id(module.weight))
     if tied is not None:

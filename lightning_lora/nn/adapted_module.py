@@ -70,7 +70,7 @@ class Adapter(Protocol):
 
 
 class Swapped(nn.Module):
-    """A module whose class was replaced by a subclass of that class.
+    """A module whose class a subclass has replaced, so that isinstance and names stay.
 
     fully_shard subclasses the swapped class once more. Pickling such a module is left to torch.
     """

@@ -56,6 +56,7 @@ class DoRA(LoRA):
     trained: ClassVar[tuple[str, ...]] = (A, B, MAGNITUDE)
     scale_title = "magnitudes"
     peft_type = "LORA"
+    peft_attention = False
     peft_leaves: ClassVar[Mapping[str, str]] = {
         **PEFT_LEAVES,
         "lora_magnitude_vector": MAGNITUDE,
@@ -104,11 +105,6 @@ class DoRA(LoRA):
 
     def expected(self, stored: Stored) -> Expected:
         return super().expected(stored)._replace(lengths=stored[MAGNITUDE].detach())
-
-    def peft_problem(self, kind: str) -> str:
-        if kind == low_rank.ATTENTION_OUTPUT:
-            return f"belongs to attention, which PEFT does not adapt with {self.option}"
-        return super().peft_problem(kind)
 
     def to_peft(self, stored: Stored, place: Place) -> dict[str, torch.Tensor]:
         """Return the tensors with PEFT's shapes: a convolution's magnitudes are (1, out, 1...)."""

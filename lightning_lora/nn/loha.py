@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from .low_rank import ATTENTION_OUTPUT, CONV, GROUPED_CONV, LINEAR
+from .low_rank import CONV, GROUPED_CONV, LINEAR
 from .random_stream import stream
 from .variant import Acting, Config, Fault, Place, Stored, Variant, Weights
 
@@ -39,6 +39,8 @@ class LoHa(Variant):
     name, title = "loha", "LoHa"
     trained = LEAVES
     peft_type = "LOHA"
+    peft_attention = False
+    peft_fields, peft_names = FIELDS, IN_PEFT
     peft_leaves: ClassVar[Mapping[str, str]] = {leaf.removeprefix("lora_"): leaf for leaf in LEAVES}
 
     def shapes(self, place: Place) -> dict[str, tuple[int, ...]]:
@@ -105,18 +107,12 @@ class LoHa(Variant):
 
     # --- in PEFT ---
 
-    def peft_problem(self, kind: str) -> str:
-        if kind == ATTENTION_OUTPUT:
-            return f"belongs to attention, which PEFT does not adapt with {self.option}"
-        return super().peft_problem(kind)
-
     def options_to_peft(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        named = {theirs: options[ours] for ours, theirs in IN_PEFT.items()}
-        return {**{name: options.get(name) for name in FIELDS}, **named, **NOT_APPLIED}
+        return {**super().options_to_peft(options), **NOT_APPLIED}
 
     def options_from_peft(self, options: Mapping[str, Any]) -> dict[str, Any]:
         found = dict(options)
         for name in NOT_APPLIED:
             if found.pop(name, None):
                 raise ValueError(f"{name}={options[name]!r} cannot be applied to {self.title} adapters")
-        return found | {ours: found.pop(theirs) for ours, theirs in IN_PEFT.items() if theirs in found}
+        return super().options_from_peft(found)

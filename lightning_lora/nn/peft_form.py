@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -20,11 +20,17 @@ class PeftForm:
             not inherit it.
         peft_leaves: our leaf names by the end of PEFT's tensor name after the layer's name, such as "lora_A.weight".
         peft_shared: our leaf names of shared tensors by PEFT's name after "base_model.".
+        peft_attention: PEFT adapts attention with the variant.
+        peft_fields: options that PEFT's config of the variant has under the same name; empty for a peft.LoraConfig.
+        peft_names: the names of other options in PEFT's config of the variant, by ours.
     """
 
     peft_type: ClassVar[str] = ""
     peft_leaves: ClassVar[Mapping[str, str]] = {}
     peft_shared: ClassVar[Mapping[str, str]] = {}
+    peft_attention: ClassVar[bool] = True
+    peft_fields: ClassVar[Sequence[str]] = ()
+    peft_names: ClassVar[Mapping[str, str]] = {}
 
     def peft_leaf(self, leaf: str, kind: str) -> str:
         """Return the end of PEFT's name for a tensor of a layer of this kind; by default the first in peft_leaves."""
@@ -59,7 +65,10 @@ class PeftForm:
         Raises:
             ValueError: PEFT's config of the variant cannot express an option. The text names it, as part of a sentence.
         """
-        return dict(options)
+        if not self.peft_fields:
+            return dict(options)
+        same = {name: options.get(name) for name in self.peft_fields}
+        return same | {theirs: options[ours] for ours, theirs in self.peft_names.items()}
 
     def options_from_peft(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Undo options_to_peft: return the fields of an equivalent peft.LoraConfig.
@@ -67,4 +76,5 @@ class PeftForm:
         Raises:
             ValueError: the variant cannot do what a field asks for. The text names it, as part of a sentence.
         """
-        return dict(options)
+        ours = {theirs: ours for ours, theirs in self.peft_names.items()}
+        return {ours.get(name, name): value for name, value in options.items()}

@@ -400,9 +400,11 @@ class Variant(PeftForm):
     def peft_problem(self, kind: str) -> str:
         """Return why PEFT cannot express the adapter of a layer of this kind, or "". It follows the layer's name."""
         named = {*self.peft_leaves.values(), *self.peft_shared.values(), *self.frozen}
-        if self.peft_type and named.issuperset(self.leaves):
-            return ""
-        return f"has an adapter of the variant {self.title}, which PEFT does not have"
+        if not self.peft_type or not named.issuperset(self.leaves):
+            return f"has an adapter of the variant {self.title}, which PEFT does not have"
+        if kind == low_rank.ATTENTION_OUTPUT and not self.peft_attention:
+            return f"belongs to attention, which PEFT does not adapt with {self.option}"
+        return ""
 
 
 def variant_of(config: Config) -> Variant:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ..errors import LoRAError
-from .low_rank import ATTENTION_OUTPUT, CONV1D, LINEAR
+from .low_rank import CONV1D, LINEAR
 from .random_stream import stream
 from .variant import Acting, Config, Fault, Place, Stored, Variant, Weights
 
@@ -43,6 +43,8 @@ class VeRA(Variant):
     scaled = False
     own_options: ClassVar[Mapping[str, Any]] = {D_INITIAL: 0.1, KEY: 0}
     peft_type = "VERA"
+    peft_attention = False
+    peft_fields, peft_names = FIELDS, IN_PEFT
     peft_leaves: ClassVar[Mapping[str, str]] = {
         "vera_lambda_d": DIAGONAL,
         "vera_lambda_b": ROWS,
@@ -121,15 +123,9 @@ class VeRA(Variant):
 
     # --- in PEFT ---
 
-    def peft_problem(self, kind: str) -> str:
-        if kind == ATTENTION_OUTPUT:
-            return f"belongs to attention, which PEFT does not adapt with {self.option}"
-        return super().peft_problem(kind)
-
     def options_to_peft(self, options: Mapping[str, Any]) -> dict[str, Any]:
         bias = {"lora_only": "vera_only"}.get(options["bias"], options["bias"])
-        named = {theirs: options[ours] for ours, theirs in IN_PEFT.items()}
-        return {**{name: options.get(name) for name in FIELDS}, **named, "bias": bias, "save_projection": True}
+        return {**super().options_to_peft(options), "bias": bias, "save_projection": True}
 
     def options_from_peft(self, options: Mapping[str, Any]) -> dict[str, Any]:
         found = {**self.own_options, **options}
@@ -139,7 +135,7 @@ class VeRA(Variant):
                 "draw different ones; save the adapter with save_projection=True"
             )
         found["bias"] = {"vera_only": "lora_only"}.get(found.get("bias", "none"), found.get("bias", "none"))
-        return found | {ours: found.pop(theirs) for ours, theirs in IN_PEFT.items() if theirs in found}
+        return super().options_from_peft(found)
 
 
 def _uniform(rows: int, columns: int, draw: torch.Generator) -> torch.Tensor:
