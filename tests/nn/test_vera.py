@@ -21,26 +21,17 @@ from lightning_lora import (
     LoRAError,
     adapter_state_dict,
     combine,
-    disable_adapter,
     inject,
     load_adapter,
     merge,
-    merge_and_unload,
-    merged_state_dict,
     save_adapter,
-    save_merged,
-    unload,
-    unmerge,
 )
-from lightning_lora.command.main import main
 from support.methods import (
     SAME,
     TOKENS,
-    Method,
+    VERA,
     base,
-    config_of,
     copy_to_peft,
-    edit,
     moved,
     ours,
     pairs,
@@ -49,7 +40,6 @@ from support.methods import (
     theirs,
     trained_names,
 )
-from support.models import bits, state_bits
 from support.notices import quiet_peers, tiny_layers
 from support.quantised import quantise_, values_of
 
@@ -59,29 +49,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to"),
     pytest.mark.filterwarnings("ignore:Specified to not"),  # save the projections
 ]
-
-LAYERS = ["one", "two", "third"]  # (9, 6), (7, 9) and (8, 7)
-SHAPES = {"one": (9, 6), "two": (7, 9), "third": (8, 7), "head": (5, 4)}
-LEAVES = {"vera_lambda_b": "lora_vera_b", "vera_lambda_d": "lora_vera_d"}
-VERA = Method(
-    peft.VeraConfig,
-    {"variant": "vera", "r": 3, "target_modules": LAYERS},
-    {"r": 3, "target_modules": LAYERS, "fan_in_fan_out": True},
-    LEAVES,
-)
-
-
-def reference(model: Any, name: str) -> torch.Tensor:
-    """W' of a layer in float64, from the definition."""
-    layer = model.get_submodule(name)
-    out, inputs = SHAPES[name]
-    a, b, d, diagonal = (
-        getattr(layer, leaf).detach().double() for leaf in ("lora_vera_A", "lora_vera_B", "lora_vera_d", "lora_vera_b")
-    )
-    delta = diagonal[:, None] * b[:out] @ (d[:, None] * a[:, :inputs])
-    weight = layer.weight.detach().double()
-    return weight + (delta if weight.shape == (out, inputs) and name != "third" else delta.T)
-
 
 # --- PEFT's numbers ---
 
@@ -105,7 +72,7 @@ def test_the_start_is_pefts(d_initial):
     for name, parameter, expected in pairs(VERA, model, other):
         assert torch.equal(parameter, expected), name
     assert torch.equal(model(TOKENS), base()(TOKENS))
-    assert {*trained_names(model)} == {f"{name}.{leaf}" for name in LAYERS for leaf in LEAVES.values()}
+    assert {*trained_names(model)} == {f"{name}.{leaf}" for name in VERA.layers for leaf in VERA.leaves.values()}
 
 
 def test_a_random_start_changes_the_output_as_in_peft():
@@ -148,7 +115,7 @@ def test_all_layers_hold_one_pair_of_projections():
     model = ours(VERA)
     for other in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model.to(torch.float64)):
         for leaf in ("lora_vera_A", "lora_vera_B"):
-            assert len({id(getattr(other.get_submodule(name), leaf)) for name in LAYERS}) == 1
+            assert len({id(getattr(other.get_submodule(name), leaf)) for name in VERA.layers}) == 1
             assert not getattr(other.one, leaf).requires_grad
 
 
@@ -160,7 +127,7 @@ def test_a_file_holds_the_projections_once(tmp_path):
     with zipfile.ZipFile(file) as archive:
         sizes = [entry.file_size for entry in archive.infolist() if "/data/" in entry.filename]
     assert sum(sizes) == sum(p.numel() * 4 for n, p in model.named_parameters() if "lora_" in n)
-    assert len([name for name in state if name.endswith(("lora_vera_A", "lora_vera_B"))]) == 2 * len(LAYERS)
+    assert len([name for name in state if name.endswith(("lora_vera_A", "lora_vera_B"))]) == 2 * len(VERA.layers)
     save_adapter(model, tmp_path)
     held = [name for name in tensors_of(tmp_path) if "vera_A" in name or "vera_B" in name]
     assert sorted(held) == ["base_model.vera_A", "base_model.vera_B"]
@@ -196,100 +163,7 @@ def test_layers_that_come_later_and_are_larger_fit(tmp_path):
     assert model[0].lora_vera_B is model[2].lora_vera_B
 
 
-# --- merging ---
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_merging_rounds_once_and_restores_every_bit(dtype):
-    model = moved(ours(VERA, base().to(dtype)))
-    before, expected = state_bits(model), {name: reference(model, name) for name in LAYERS}
-    answer = model(TOKENS)
-    for _ in range(3):
-        merge(model)
-        for name in LAYERS:
-            found, wanted = model.get_submodule(name).weight.detach(), expected[name].to(dtype)
-            assert (found - wanted).abs().max() <= 2 * torch.finfo(dtype).eps * wanted.abs().max(), name
-        torch.testing.assert_close(model(TOKENS), answer, rtol=0, atol=40 * torch.finfo(dtype).eps)
-        unmerge(model)
-        assert state_bits(model) == before
-
-
-def test_taken_out_the_model_is_plain(tmp_path):
-    model, plain = moved(ours(VERA)), base()
-    expected = {name: reference(model, name).float() for name in LAYERS}
-    with disable_adapter(model):
-        assert torch.equal(model(TOKENS), plain(TOKENS))
-    answer = model(TOKENS)
-    state = merged_state_dict(model)
-    save_merged(model, tmp_path)
-    assert state.keys() == plain.state_dict().keys()
-    merged = merge_and_unload(copy.deepcopy(model))
-    for name, value in expected.items():
-        torch.testing.assert_close(merged.get_submodule(name).weight, value, **SAME)
-        torch.testing.assert_close(state[f"{name}.weight"], value, **SAME)
-    torch.testing.assert_close(merged(TOKENS), answer, **SAME)
-    unload(model)
-    for each in (merged, model):
-        assert [type(m) for m in each.modules()] == [type(m) for m in plain.modules()]
-        assert not any("lora" in name for name, _ in each.named_parameters())
-    assert state_bits(model) == state_bits(plain)
-
-
 # --- PEFT's folders ---
-
-FOLDERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # peft's options, and what LoRAConfig is then
-    "plain": ({}, {}),
-    "initial d, key": (
-        {"d_initial": 0.01, "projection_prng_key": 7},
-        {"variant_options": {"d_initial": 0.01, "projection_prng_key": 7}},
-    ),
-    "dropout": ({"vera_dropout": 0.25}, {"lora_dropout": 0.25}),
-    "biases of adapted layers": ({"bias": "vera_only"}, {"bias": "lora_only"}),
-    "all biases": ({"bias": "all"}, {"bias": "all"}),
-    "modules_to_save": ({"modules_to_save": ["head"]}, {"modules_to_save": ["head"]}),
-    "random start": ({"init_weights": False}, {"init_lora_weights": False}),
-    "an expression": ({"target_modules": "one|two"}, {"target_modules": "one|two"}),
-}
-
-
-@pytest.mark.parametrize("case", FOLDERS)
-def test_pefts_folder_is_read_and_written_again(tmp_path, case):
-    options, expected = FOLDERS[case]
-    other = moved(theirs(VERA, **options))
-    other.save_pretrained(tmp_path / "theirs")
-    model = base()
-    load_adapter(model, tmp_path / "theirs")
-    torch.testing.assert_close(model(TOKENS), other(TOKENS), **SAME)
-    config = model.lora_injection.config
-    assert config == LoRAConfig(**{**VERA.ours, **expected, "target_modules": config.target_modules})
-    save_adapter(model, tmp_path / "ours")
-    again = peft.PeftModel.from_pretrained(base(), tmp_path / "ours").eval()
-    torch.testing.assert_close(again(TOKENS), other(TOKENS), **SAME)
-    written, before = config_of(tmp_path / "ours"), config_of(tmp_path / "theirs")
-    same = ["peft_type", "r", "d_initial", "projection_prng_key", "vera_dropout", "bias", "save_projection"]
-    same.append("init_weights")
-    assert {name: written[name] for name in same} == {name: before[name] for name in same}
-
-
-@pytest.mark.parametrize("case", FOLDERS)
-def test_pefts_config_means_the_same(case):
-    options, expected = FOLDERS[case]
-    config = LoRAConfig.from_peft(peft.VeraConfig(**{**VERA.theirs, **options}))
-    assert not config.differing(LoRAConfig(**{**VERA.ours, **expected}))
-
-
-@pytest.mark.parametrize("case", FOLDERS)
-def test_our_folder_is_read_by_peft_and_by_us(tmp_path, case):
-    model = moved(ours(VERA, **FOLDERS[case][1]))
-    save_adapter(model, tmp_path)
-    other = peft.PeftModel.from_pretrained(base(), tmp_path).eval()
-    torch.testing.assert_close(other(TOKENS), model(TOKENS), **SAME)
-    again = base()
-    load_adapter(again, tmp_path)
-    assert again.lora_injection.config == model.lora_injection.config
-    state = adapter_state_dict(model)
-    assert adapter_state_dict(again).keys() == state.keys()
-    assert all(torch.equal(adapter_state_dict(again)[name], value) for name, value in state.items())
 
 
 def test_layers_to_transform_is_pefts(tmp_path):
@@ -333,28 +207,6 @@ def test_a_folder_that_was_cut_is_refused_by_name(tmp_path, lost):
         load_adapter(base(), tmp_path)
 
 
-def test_the_command_merges_pefts_folder_as_peft_does(tmp_path, capsys):
-    other = moved(theirs(VERA))
-    other.save_pretrained(tmp_path / "theirs")
-    torch.save(base().state_dict(), tmp_path / "base.pt")
-    paths = (
-        f"--{name}={tmp_path / path}" for name, path in (("base", "base.pt"), ("adapter", "theirs"), ("output", "o.pt"))
-    )
-    assert main(["merge", *paths, "--verify"]) == 0
-    assert "verified" in capsys.readouterr().out
-    merged = torch.load(tmp_path / "o.pt", weights_only=True)
-    for name, value in other.merge_and_unload().state_dict().items():
-        torch.testing.assert_close(merged[name], value, rtol=0, atol=1e-6)
-    assert main(["info", str(tmp_path / "theirs")]) == 0
-
-
-def test_an_option_that_cannot_be_applied_is_refused_by_name(tmp_path):
-    moved(theirs(VERA)).save_pretrained(tmp_path)
-    edit(tmp_path, something_new=3)
-    with pytest.raises(LoRAError, match="something_new=3"):
-        load_adapter(base(), tmp_path)
-
-
 # --- bases, swaps, several adapters ---
 
 
@@ -395,18 +247,6 @@ def test_a_quantised_base_trains_and_stays_factored(kind):
     torch.testing.assert_close(model(x), expected, rtol=0, atol=3e-2 if kind == "int8" else 1e-4)
 
 
-def test_a_tied_weight_is_never_changed():
-    model = nn.Module()
-    model.emb, model.head = nn.Embedding(8, 6), nn.Linear(6, 8, bias=False)
-    model.head.weight = model.emb.weight
-    inject(model, LoRAConfig(variant="vera", r=2, target_modules=["head"]))
-    moved(model)
-    before, answer = bits(model.emb.weight), model.head(torch.ones(1, 6))
-    merge(model)
-    assert bits(model.emb.weight) == before
-    assert torch.equal(model.head(torch.ones(1, 6)), answer)
-
-
 def test_combining_adds_what_the_adapters_add(tmp_path):
     """Into a plain LoRA adapter: sums of products with other vectors are no VeRA."""
     sources = []
@@ -422,9 +262,9 @@ def test_combining_adds_what_the_adapters_add(tmp_path):
     again = base()
     load_adapter(again, both)
     merge(again)
-    for name in LAYERS:
+    for name in VERA.layers:
         plain = base().get_submodule(name).weight.double()
-        wanted = plain + sum(w * (reference(m, name) - plain) for w, m in zip((0.5, -2.0), sources, strict=True))
+        wanted = plain + sum(w * (VERA.reference(m, name) - plain) for w, m in zip((0.5, -2.0), sources, strict=True))
         torch.testing.assert_close(again.get_submodule(name).weight.double(), wanted, **SAME)
 
 
@@ -468,6 +308,6 @@ def test_what_peft_can_say_and_we_cannot_is_refused_by_name():
 def test_another_variant_in_the_place_is_refused_by_name(tmp_path):
     save_adapter(moved(ours(VERA)), Path(tmp_path))
     plain = base()
-    inject(plain, LoRAConfig(r=3, target_modules=LAYERS))
+    inject(plain, LoRAConfig(r=3, target_modules=VERA.layers))
     with pytest.raises(LoRAError, match="variant"):
         load_adapter(plain, tmp_path)

@@ -1,0 +1,158 @@
+"""What holds for each of PEFT's other methods: W' and every bit back, PEFT's folders both ways, refusals by name."""
+
+from __future__ import annotations
+
+import copy
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+from lightning_lora import (
+    LoRAConfig,
+    LoRAError,
+    adapter_state_dict,
+    disable_adapter,
+    inject,
+    load_adapter,
+    merge,
+    merge_and_unload,
+    merged_state_dict,
+    save_adapter,
+    save_merged,
+    unload,
+    unmerge,
+)
+from lightning_lora.command.main import main
+from support.methods import METHODS, SAME, TOKENS, base, config_of, edit, moved, ours, theirs
+from support.models import bits, state_bits
+from support.notices import quiet_peers, tiny_layers
+
+pytestmark = [*quiet_peers, tiny_layers]
+
+MARKS = {  # of what peft says of its own
+    "vera": [
+        pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to"),
+        pytest.mark.filterwarnings("ignore:Specified to not"),  # save the projections
+    ]
+}
+EACH = [pytest.param(method, id=name, marks=MARKS.get(name, ())) for name, method in METHODS.items()]
+CASES = [
+    pytest.param(method, case, id=f"{name}, {case}", marks=MARKS.get(name, ()))
+    for name, method in METHODS.items()
+    for case in method.folders
+]
+
+
+@pytest.mark.parametrize("method", EACH)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_merging_rounds_once_and_restores_every_bit(method, dtype):
+    model = moved(ours(method, base().to(dtype)))
+    before, expected = state_bits(model), {name: method.reference(model, name) for name in method.layers}
+    answer = model(TOKENS)
+    for _ in range(3):
+        merge(model)
+        for name in method.layers:
+            found, wanted = model.get_submodule(name).weight.detach(), expected[name].to(dtype)
+            assert (found - wanted).abs().max() <= 2 * torch.finfo(dtype).eps * wanted.abs().max(), name
+        torch.testing.assert_close(model(TOKENS), answer, rtol=0, atol=40 * torch.finfo(dtype).eps)
+        unmerge(model)
+        assert state_bits(model) == before
+
+
+@pytest.mark.parametrize("method", EACH)
+def test_taken_out_the_model_is_plain(method, tmp_path):
+    model, plain = moved(ours(method)), base()
+    expected = {name: method.reference(model, name).float() for name in method.layers}
+    with disable_adapter(model):
+        assert torch.equal(model(TOKENS), plain(TOKENS))
+    answer = model(TOKENS)
+    state = merged_state_dict(model)
+    save_merged(model, tmp_path)
+    assert state.keys() == plain.state_dict().keys()
+    merged = merge_and_unload(copy.deepcopy(model))
+    for name, value in expected.items():
+        torch.testing.assert_close(merged.get_submodule(name).weight, value, **SAME)
+        torch.testing.assert_close(state[f"{name}.weight"], value, **SAME)
+    torch.testing.assert_close(merged(TOKENS), answer, **SAME)
+    unload(model)
+    for each in (merged, model):
+        assert [type(m) for m in each.modules()] == [type(m) for m in plain.modules()]
+        assert not any("lora" in name for name, _ in each.named_parameters())
+    assert state_bits(model) == state_bits(plain)
+
+
+@pytest.mark.parametrize(("method", "case"), CASES)
+def test_pefts_folder_is_read_and_written_again(method, tmp_path, case):
+    options, expected = method.folders[case]
+    other = moved(theirs(method, **options))
+    other.save_pretrained(tmp_path / "theirs")
+    model = base()
+    load_adapter(model, tmp_path / "theirs")
+    torch.testing.assert_close(model(TOKENS), other(TOKENS), **SAME)
+    config = model.lora_injection.config
+    assert config == LoRAConfig(**{**method.ours, **expected, "target_modules": config.target_modules})
+    save_adapter(model, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(base(), tmp_path / "ours").eval()
+    torch.testing.assert_close(again(TOKENS), other(TOKENS), **SAME)
+    written, before = config_of(tmp_path / "ours"), config_of(tmp_path / "theirs")
+    assert {name: written[name] for name in method.written} == {name: before[name] for name in method.written}
+
+
+@pytest.mark.parametrize(("method", "case"), CASES)
+def test_pefts_config_means_the_same(method, case):
+    options, expected = method.folders[case]
+    config = LoRAConfig.from_peft(method.config(**{**method.theirs, **options}))
+    assert not config.differing(LoRAConfig(**{**method.ours, **expected}))
+
+
+@pytest.mark.parametrize(("method", "case"), CASES)
+def test_our_folder_is_read_by_peft_and_by_us(method, tmp_path, case):
+    model = moved(ours(method, **method.folders[case][1]))
+    save_adapter(model, tmp_path)
+    other = peft.PeftModel.from_pretrained(base(), tmp_path).eval()
+    torch.testing.assert_close(other(TOKENS), model(TOKENS), **SAME)
+    again = base()
+    load_adapter(again, tmp_path)
+    assert again.lora_injection.config == model.lora_injection.config
+    state = adapter_state_dict(model)
+    assert adapter_state_dict(again).keys() == state.keys()
+    assert all(torch.equal(adapter_state_dict(again)[name], value) for name, value in state.items())
+
+
+@pytest.mark.parametrize("method", EACH)
+def test_the_command_merges_pefts_folder_as_peft_does(method, tmp_path, capsys):
+    other = moved(theirs(method))
+    other.save_pretrained(tmp_path / "theirs")
+    torch.save(base().state_dict(), tmp_path / "base.pt")
+    paths = (
+        f"--{name}={tmp_path / path}" for name, path in (("base", "base.pt"), ("adapter", "theirs"), ("output", "o.pt"))
+    )
+    assert main(["merge", *paths, "--verify"]) == 0
+    assert "verified" in capsys.readouterr().out
+    merged = torch.load(tmp_path / "o.pt", weights_only=True)
+    for name, value in other.merge_and_unload().state_dict().items():
+        torch.testing.assert_close(merged[name], value, rtol=0, atol=1e-6)
+    assert main(["info", str(tmp_path / "theirs")]) == 0
+
+
+@pytest.mark.parametrize("method", EACH)
+def test_an_option_that_cannot_be_applied_is_refused_by_name(method, tmp_path):
+    moved(theirs(method)).save_pretrained(tmp_path)
+    edit(tmp_path, something_new=3)
+    with pytest.raises(LoRAError, match="something_new=3"):
+        load_adapter(base(), tmp_path)
+
+
+@pytest.mark.parametrize("method", EACH)
+def test_a_tied_weight_is_never_changed(method):
+    model = nn.Module()
+    model.emb, model.head = nn.Embedding(8, 6), nn.Linear(6, 8, bias=False)
+    model.head.weight = model.emb.weight
+    inject(model, LoRAConfig(variant=method.ours["variant"], r=2, target_modules=["head"]))
+    moved(model)
+    before, answer = bits(model.emb.weight), model.head(torch.ones(1, 6))
+    merge(model)
+    assert bits(model.emb.weight) == before
+    assert torch.equal(model.head(torch.ones(1, 6)), answer)
