@@ -57,6 +57,9 @@ def chain(layer: Build) -> Callable[[int], nn.Module]:
     return lambda layers: nn.Sequential(*(layer() for _ in range(layers)))
 
 
+LINEAR = chain(lambda: nn.Linear(WIDTH, WIDTH))
+
+
 def features() -> torch.Tensor:
     return torch.randn(ROWS, WIDTH)
 
@@ -74,7 +77,7 @@ class Row:
 
     options: dict[str, Any] = field(default_factory=dict)
     peft: Callable[..., Any] | None = LoraConfig
-    network: Callable[[int], nn.Module] = chain(lambda: nn.Linear(WIDTH, WIDTH))
+    network: Callable[[int], nn.Module] = LINEAR
     x: Callable[[], torch.Tensor] = features
 
 
