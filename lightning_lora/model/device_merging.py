@@ -16,7 +16,7 @@ from ..distributed.sharding import local
 from ..errors import NonFiniteError
 from ..nn.adapted_weights import AdaptedWeights, Blocks, complete_layer_
 from ..nn.device_merge import Observer, Prepared
-from ..nn.merge_batches import Batch, Item, ask_for_sums, batches
+from ..nn.merge_batches import Batch, Item, batches
 from ..nn.merge_checks import Checks
 
 Weights = Mapping[str, torch.Tensor]  # of a layer, by name
@@ -100,20 +100,7 @@ def call_with_remedy(step: Callable[..., None], *args: Any, **kwargs: Any) -> No
 
 def begin_unmerging_(layers: Iterable[AdaptedWeights]) -> None:
     """Write W back in layers that are on a device. AdaptedWeights.unmerge_ then looks for edits. In place."""
-    checks, merged = Checks(), []
+    checks = Checks()
     for layer in layers:
         if layer.lora.records and layer.main_weight().device.type != "cpu":
-            merged.append(layer)
-    if not merged:
-        return
-    live = {layer: layer.adapted_weights() for layer in merged}
-    ask_for_sums(
-        (
-            (layer.as_matrix(local(live[layer][name])), record)
-            for layer in merged
-            for name, record in layer.lora.records.items()
-        ),
-        checks,
-    )
-    for layer in merged:
-        layer.unmerge_(checks)
+            layer.unmerge_(checks)

@@ -86,6 +86,7 @@ class RestoreRecord:
     merging: tuple[int, torch.Tensor] | None = None
     restoring: tuple[int, torch.Tensor] | None = None
     pending: Pending | None = None  # the second half of a merge on a device; None: all is done
+    checksum_later: tuple[Reading, torch.dtype] | None = None  # the checksum from the second half on
     found: int | Reading | None = None  # the sum of bits to compare with the checksum; None: not computed yet
     restored: bool = False  # the weight has its old values again, and only the comparison is left
 
@@ -170,8 +171,8 @@ def merge_prepared_(weight: torch.Tensor, prepared: Prepared, hold: Callable[[Re
     with exact_arithmetic(weight):
         try:
             hold(record)
-            weight.copy_(prepared.merged)
-            record.checksum, record.pending = prepared.checksum, prepared.pending
+            prepared.write_(weight)
+            record.pending, record.checksum_later = prepared.pending, prepared.checksum
         except BaseException:
             unmerge_weight_(weight, record)
             raise
@@ -186,7 +187,7 @@ def complete_merge_(weight: torch.Tensor, record: RestoreRecord) -> None:
     if record.pending is not None:
         with exact_arithmetic(weight):
             _complete(record, record.pending)
-        record.pending = None
+        record.checksum, record.pending = record.checksum_later or record.checksum, None
 
 
 def unmerge_weight_(weight: torch.Tensor, record: RestoreRecord, checks: Checks | None = None) -> None:
