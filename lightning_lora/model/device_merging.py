@@ -87,10 +87,10 @@ def _items(each: _Planned) -> Iterator[tuple[tuple[AdaptedWeights, str], Item]]:
             yield (each.layer, name), Item(weight, blocks, scaling, each.observe)
 
 
-def call_with_remedy(step: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+def call_with_remedy(step: Callable[..., None], *args: Any) -> None:
     """Call a step of a merge. A NonFiniteError then also says what was done and what to do."""
     try:
-        step(*args, **kwargs)
+        step(*args)
     except NonFiniteError as error:
         raise NonFiniteError(
             f"{error}. Every layer is unmerged; look for a diverged training run (a lower learning rate, gradient "
@@ -102,5 +102,5 @@ def begin_unmerging_(layers: Iterable[AdaptedWeights]) -> None:
     """Write W back in layers that are on a device. AdaptedWeights.unmerge_ then looks for edits. In place."""
     checks = Checks()
     for layer in layers:
-        if layer.lora.records and layer.main_weight().device.type != "cpu":
+        if any(record.is_on_device() for record in layer.lora.records.values()):
             layer.unmerge_(checks)

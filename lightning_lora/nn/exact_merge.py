@@ -99,11 +99,16 @@ class RestoreRecord:
 
     def is_edited(self) -> bool:
         """Return whether something else changed the merged weight, after it was restored. May wait for a device."""
-        return self.checksum is not None and _number(self.found) != _number(self.checksum[0])
+        if self.checksum is None:
+            return False
+        known, found = self.checksum[0], self.found
+        known = known.get() if isinstance(known, Reading) else known
+        return known != (found.get() if isinstance(found, Reading) else found)
 
-
-def _number(number: int | Reading | None) -> float | None:
-    return number.get() if isinstance(number, Reading) else number
+    def is_on_device(self) -> bool:
+        """Return whether the weight is on a device other than the CPU."""
+        held = self.copy if self.copy is not None else self.factors[0].left if self.factors else None
+        return held is not None and not held.is_cpu
 
 
 def parts_of(weight: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
@@ -152,12 +157,12 @@ def merge_weight_(
         try:
             if hold:
                 hold(record)
-            if weight.device.type != "cpu":
+            if not weight.is_cpu:
                 _begin_on_device(weight, blocks, scaling, record, checks or Checks(), observe)
             else:
                 _merge_chunks(weight, blocks, scaling, record, observe, scratch or Scratch())
                 record.checksum = record.checksum or checksum(weight)
-            if checks is None:
+            if checks is None and record.pending is not None:
                 complete_merge_(weight, record)
         except BaseException:
             unmerge_weight_(weight, record)
@@ -293,7 +298,7 @@ def exact_arithmetic(weight: torch.Tensor, threads: int = 0) -> AbstractContextM
     """
     inference, before = weight.is_inference(), torch.get_num_threads()
     threads = threads or before
-    if weight.device.type != "cpu":
+    if not weight.is_cpu:
         return _device_arithmetic(inference, weight.device.type)
     if torch.is_grad_enabled() or torch.is_inference_mode_enabled() != inference or threads != before:
         return _changed_arithmetic(inference, threads, before)
