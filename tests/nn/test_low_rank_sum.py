@@ -6,7 +6,7 @@ The operation itself runs on any tensors. Layers use it on a device that is not 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,16 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
-from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
-from transformers.pytorch_utils import Conv1D
 
-from lightning_lora import LoRAConfig, disable_adapter, inject, merge, unmerge
 from lightning_lora.nn.low_rank_sum import compute_dtype, low_rank_sum, runs_as_one
-from support.launches import count
 from support.layers import rounding
-from support.models import randomise_
-from support.pretend_device import CAN_PRETEND, DEVICE, pretend_device
 
 IN, OUT, R, S = 5, 6, 2, 1.5
 DOUBLE = torch.float64
@@ -116,16 +110,22 @@ TRAINED = {
 }
 
 
-def gradients(function: Callable[..., torch.Tensor], case: Case) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
-    """The output, and each tensor's gradient."""
+def gradients(
+    function: Callable[..., torch.Tensor], case: Case, size: Callable[[torch.Tensor], torch.Tensor] = torch.clone
+) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
+    """The output, and each tensor's gradient; `size` is applied to the output's."""
     tensors = {name: None if t is None else t.detach().clone() for name, t in case.tensors.items()}
     for name, tensor in case.tensors.items():
         if tensor is not None:
             tensors[name].requires_grad_(tensor.requires_grad)
     output = function(*(tensor for tensor in tensors.values() if tensor is not None))
-    torch.manual_seed(1)
-    output.backward(torch.randn(output.shape).to(output.dtype))
+    output.backward(size(upstream(output)))
     return output, {name: None if tensor is None else tensor.grad for name, tensor in tensors.items()}
+
+
+def upstream(output: torch.Tensor) -> torch.Tensor:
+    torch.manual_seed(1)
+    return torch.randn(output.shape).to(output.dtype)
 
 
 def trains(name: str, trained: str) -> bool:
@@ -234,7 +234,7 @@ def test_vmap_inside_a_recorded_forward_passes_gradients_on() -> None:
     torch.testing.assert_close(*grads)
 
 
-# What the operation keeps and gives --------------------------------------------------------------------------------------
+# What the operation keeps and gives -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -307,7 +307,7 @@ def test_checkpointing_and_hooks_on_what_is_kept_change_no_gradient(name: str, h
         assert gradient is None or torch.equal(found[each], gradient)
 
 
-# Dtypes ------------------------------------------------------------------------------------------------------------------
+# Dtypes ---------------------------------------------------------------------------------------------------------------
 
 
 def wide(case: Case, size: Callable[[torch.Tensor], torch.Tensor]) -> Case:
@@ -338,14 +338,12 @@ def assert_rounded(case: Case, output: torch.Tensor, found: dict[str, Any], dtyp
     """The output and the gradients are those of float64 up to some roundings."""
     exact, sizes = wide(case, torch.clone), wide(case, torch.abs)
     wanted, expected = gradients(exact.by_operators, exact)
-    bound, bounds = gradients(sizes.by_operators, sizes)
+    bound, bounds = gradients(sizes.by_operators, sizes, torch.abs)
     assert ((output.double() - wanted).abs() <= rounding(dtype, bound)).all()
-    upstream = 4  # more than the size of any value of it
     for each, gradient in expected.items():
         if gradient is not None:
             assert found[each].dtype == case.tensors[each].dtype
-            size = torch.autograd.grad(sizes.by_operators(*sizes.given()).sum(), sizes.tensors[each])[0]
-            assert ((found[each].double() - gradient).abs() <= rounding(dtype, upstream * size)).all()
+            assert ((found[each].double() - gradient).abs() <= rounding(dtype, bounds[each])).all()
 
 
 @pytest.mark.parametrize("name", ["three axes", "dropped", "outer parts"])
@@ -358,8 +356,7 @@ def test_autocast_casts_each_tensor_once_and_gradients_arrive_in_the_dtypes_of_t
         output = case.as_one(*case.given())
         assert output.dtype == dtype == compute_dtype(case.tensors["x"])
         assert case.by_operators(*case.given()).dtype == dtype
-    torch.manual_seed(1)
-    output.backward(torch.randn(output.shape).to(dtype))
+    output.backward(upstream(output))
     assert_rounded(case, output, {name: t.grad for name, t in case.tensors.items() if t is not None}, dtype)
 
 
@@ -400,3 +397,26 @@ def test_scaled_losses_in_float16_train_as_float32_does() -> None:
     moved = (results[1] - start).norm()
     assert moved > 0
     assert (results[0] - results[1]).norm() < 16 * torch.finfo(torch.float16).eps * moved
+
+
+# Where plain operators stay -------------------------------------------------------------------------------------------
+
+
+class DTensor(torch.Tensor):
+    """Stands for torch's class of sharded tensors, which is known by its name."""
+
+
+class Other(torch.Tensor):
+    """A user's class of tensors."""
+
+
+def test_which_inputs_run_as_one_operation() -> None:
+    there, here = torch.ones(2, 2, device="meta"), torch.ones(2, 2)
+    assert runs_as_one(there, there)
+    assert runs_as_one(there, nn.Parameter(there))
+    assert not runs_as_one(here, here)
+    for kind in (DTensor, Other):
+        assert not runs_as_one(there.as_subclass(kind), there)
+        assert not runs_as_one(there, there.as_subclass(kind))
+    assert not runs_as_one(there.as_subclass(DTensor), there.as_subclass(DTensor))
+    assert not runs_as_one(there, there.to(torch.int8))
