@@ -21,6 +21,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch.utils import _pytree as pytree
@@ -41,6 +42,7 @@ SHALLOW = "aten::_has_compatible_shallow_copy_type"
 
 _state = {"registered": False, "active": False}
 _libraries: list[Any] = []  # an override lasts as long as its library
+_generators: WeakValueDictionary[int, Any] = WeakValueDictionary()  # those of the device, by what torch holds of each
 _CpuGenerator = torch.Generator
 _set_data = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 
@@ -53,14 +55,15 @@ class Pretend(torch.Tensor):
 
     @staticmethod
     def __new__(cls, raw: torch.Tensor) -> Pretend:
-        made: Any = torch.Tensor._make_wrapper_subclass(
-            cls,
-            raw.shape,
-            strides=raw.stride(),
-            storage_offset=raw.storage_offset(),
-            dtype=raw.dtype,
-            device=torch.device(DEVICE, 0),
-        )
+        with torch.inference_mode(raw.is_inference()):  # a view of another tensor is none of inference mode
+            made: Any = torch.Tensor._make_wrapper_subclass(
+                cls,
+                raw.shape,
+                strides=raw.stride(),
+                storage_offset=raw.storage_offset(),
+                dtype=raw.dtype,
+                device=torch.device(DEVICE, 0),
+            )
         made.raw = raw
         return made  # type: ignore[no-any-return]
 
@@ -124,8 +127,12 @@ class _Generator(_CpuGenerator, metaclass=_AnyGenerator):
     """A generator of the device. It draws what one of the CPU draws."""
 
     def __new__(cls, device: Any = "cpu") -> Any:
+        if not _is_there(device):
+            return _CpuGenerator(device)
         make: Any = _CpuGenerator.__new__
-        return make(cls, "cpu") if _is_there(device) else _CpuGenerator(device)
+        made = make(cls, "cpu")
+        _generators[made._cdata] = made
+        return made
 
 
 class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -144,6 +151,8 @@ def _is_there(device: Any) -> bool:
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Run an operator on the values, and say that what it makes is on the device."""
     name = func.name().split(".")[0]
+    if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+        return func.decompose(*args, **kwargs)  # in inference mode; elsewhere autograd comes first, and does so
     tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     pretended = [tensor for tensor in tensors if isinstance(tensor, Pretend)]
     if name == SHALLOW:
@@ -183,7 +192,7 @@ def _refuse_two_devices(name: str, args: Any, tensors: list[torch.Tensor]) -> No
 
 
 def _refuse_generator(name: str, generator: torch.Generator | None, there: bool) -> None:
-    if generator is not None and (type(generator) is _Generator) != there:
+    if generator is not None and (generator._cdata in _generators) != there:  # type: ignore[attr-defined]
         raise RuntimeError(f"{name}: expected a {DEVICE if there else 'cpu'!r} device type for generator")
 
 
