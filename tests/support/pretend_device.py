@@ -29,6 +29,7 @@ from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from support.pretend_autocast import register_casts
+from support.pretend_cells import CELLS
 
 DEVICE = "pretend"
 CAN_PRETEND = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")  # not in old versions of torch
@@ -38,6 +39,7 @@ OBSERVERS: list[Observer] = []  # each is called with an operator, what it was g
 
 COPIES = {"aten::_to_copy", "aten::copy_", "aten::_copy_from"}  # from any device to any other
 LOOKUPS = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}  # by indices on the CPU too
+WITH_LENGTHS = {"aten::_pack_padded_sequence", "aten::_pack_padded_sequence_backward"}  # on the CPU, always
 SHALLOW = "aten::_has_compatible_shallow_copy_type"
 
 _state = {"registered": False, "active": False}
@@ -168,9 +170,10 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     def back(raw: torch.Tensor) -> torch.Tensor:
         if id(raw) in known:
             return known[id(raw)]
-        return Pretend(raw) if there else raw
+        lengths = name in WITH_LENGTHS and not raw.is_floating_point()
+        return Pretend(raw) if there and not lengths else raw
 
-    made = pytree.tree_map_only(torch.Tensor, back, func(*raw_args, **raw_kwargs))
+    made = pytree.tree_map_only(torch.Tensor, back, CELLS.get(name, func)(*raw_args, **raw_kwargs))
     if func._schema.is_mutable:
         for tensor in pretended:
             if (tensor.shape, tensor.stride()) != (tensor.raw.shape, tensor.raw.stride()):  # as resize_ does
@@ -185,7 +188,12 @@ def _refuse_two_devices(name: str, args: Any, tensors: list[torch.Tensor]) -> No
     """Raise as a GPU does, which takes numbers without a dimension from the CPU, and indices."""
     pretended = [tensor for tensor in tensors if isinstance(tensor, Pretend)]
     others = [tensor for tensor in tensors if not isinstance(tensor, Pretend) and tensor.dim() > 0]
-    if not pretended or not others or name in COPIES or (name in LOOKUPS and isinstance(args[0], Pretend)):
+    if (
+        not pretended
+        or not others
+        or name in COPIES | WITH_LENGTHS
+        or (name in LOOKUPS and isinstance(args[0], Pretend))
+    ):
         return
     shapes = [tuple(tensor.shape) for tensor in others]
     raise RuntimeError(f"{name}: expected all tensors to be on the same device, found {DEVICE} and cpu, {shapes}")
