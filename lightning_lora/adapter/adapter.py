@@ -123,29 +123,35 @@ class Adapter:
         """
         stored = self.stored(layer)
         if self.variant.shared:
-            if not self.is_placed(layer):
+            place = self._known_place(layer)
+            if place is None:
                 raise LoRAError(
                     f"adapter: {layer!r} uses a part of tensors that {self.variant.title} layers share, and the source "
                     "does not say how large the layer is. Load it onto its model in Python: load_adapter(model, path)."
                 )
-            stored = dict(self.variant.of_layer(stored, self.place(layer)))
+            stored = dict(self.variant.of_layer(stored, place))
         return self.variant.acting_exactly(stored, None, self.scalings.get(layer, 1.0))
 
     def is_placed(self, layer: str) -> bool:
         """Return whether what a layer adds is known: it shares no tensors, or its kind and size are known."""
+        return not self.variant.shared or self._known_place(layer) is not None
+
+    def _known_place(self, layer: str) -> Place | None:
+        """Return place(layer), or None where the layer's kind or size is not known."""
         place = self.place(layer)
-        return not self.variant.shared or bool(place.kind and place.shapes)
+        return place if place.kind and place.shapes else None
 
     def place(self, layer: str) -> Place:
         """Return what is known of a layer or parameter. An unknown kind is "", and unknown shapes are missing."""
         config = self.config or LoRAConfig()
         leaves = [layer] if self.is_parameter(layer) else [f"{layer}.{leaf}" for leaf in ("weight", *ATTENTION_WEIGHTS)]
         entries = {name.rpartition(".")[2]: self.fingerprint.get(name) for name in leaves}
+        in_options = self.options_name(layer)
         return Place(
             name=layer,
             kind=self.kinds.get(layer, ""),
             shapes={leaf: torch.Size(entry["shape"]) for leaf, entry in entries.items() if entry is not None},
-            rank=config.rank(self.options_name(layer)),
+            rank=config.rank(in_options),
             scaling=self.scalings.get(layer, 1.0),
             enabled=config.enabled_parts(layer),
             init=config.init_lora_weights,

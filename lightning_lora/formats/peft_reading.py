@@ -23,7 +23,6 @@ import torch
 
 from ..adapter.adapter import Adapter
 from ..adapter.checks import check_factors
-from ..adapter.equal_tables import ties_of
 from ..adapter.file_options import check_options
 from ..adapter.layer_options import exact_options
 from ..adapter.metadata import from_metadata
@@ -33,6 +32,7 @@ from ..matching import exact_key
 from ..names import A, B, parent_names
 from ..nn.variant import Variant
 from ..notices import tell
+from .equal_tables import ties_of
 from .peft_edited import honour_options
 from .peft_equivalents import from_plain, idle_attention
 from .peft_forms import config_in_peft, from_peft_form, spread
