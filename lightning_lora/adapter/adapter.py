@@ -11,7 +11,7 @@ import torch
 
 from ..config import LoRAConfig
 from ..errors import LoRAError
-from ..names import PREFIX, names_factor, rename_keys, split_factor_name
+from ..names import PREFIX, names_factor, parent_names, rename_keys, split_factor_name
 from ..nn.low_rank import ATTENTION_WEIGHTS
 from ..nn.variant import Acting, Place, Variant, known_variants, rows_leaf, variant_of, variant_with
 from .values import describe_value, holds_numbers
@@ -163,6 +163,17 @@ class Adapter:
         """The names of the parameters that are adapted by themselves."""
         return [layer for layer in self.layers() if self.is_parameter(layer)]
 
+    @cached_property
+    def modules(self) -> set[str]:
+        """The names of the modules around its tensors and around the frozen parameters of its base, as far as known."""
+        return {module for name in (*self.tensors, *self.fingerprint) for module in parent_names(name)}
+
+    @cached_property
+    def module_layers(self) -> list[str]:
+        """The names of the adapted layers that are modules."""
+        parameters = set(self.parameters)
+        return [layer for layer in self.layers() if layer not in parameters]
+
     def is_parameter(self, layer: str) -> bool:
         """Return whether the name is that of a parameter that is adapted by itself, and not of a layer."""
         leaf = self.variant.trained[0]
@@ -238,7 +249,8 @@ class Adapter:
 
 def new_layer(adapter: Adapter, layer: str, new_name: NewName) -> str | None:
     """Return the new name of a layer whose tensors get new names; None where its tensors are left out."""
-    parts = split_factor_name(new_name(adapter.factor_name(layer, adapter.variant.trained[0])) or "")
+    factor = adapter.factor_name(layer, adapter.variant.trained[0])
+    parts = split_factor_name(new_name(factor) or "")
     return parts[0] if parts else None
 
 

@@ -98,7 +98,7 @@ def turn_without_model(adapter: Adapter, where: object) -> Adapter:
     """
     if not adapter.peft_outputs:
         return adapter
-    unknown = [name for name in adapter.layers() if name not in adapter.kinds and not adapter.is_parameter(name)]
+    unknown = [name for name in adapter.module_layers if name not in adapter.kinds]
     outputs = [name for name, kind in adapter.kinds.items() if kind == ATTENTION_OUTPUT]
     if unknown and outputs and adapter.fan_in_fan_out:
         raise LoRAError(

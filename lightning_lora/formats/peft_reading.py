@@ -129,8 +129,7 @@ def _described_by_options(tensors: Tensors, names: PeftNames, source: Source) ->
     whole = bare.beside_factors()
     kinds = kinds_of(tensors, names.bare, options.get("peft_version"), source.where)
     check_options(options, layers, source.options_path)
-    targets = [name for name in layers if name not in bare.parameters]
-    config = options_from_peft(options, targets, whole, bare.tables, variant.name)
+    config = options_from_peft(options, bare.module_layers, whole, bare.tables, variant.name)
     several = [leaves for leaves in nesting_of(bare.parameters).values() if len(leaves) > 1]
     return replace(
         bare,
