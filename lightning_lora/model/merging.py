@@ -23,9 +23,10 @@ from ..nn.readers import update_fast_paths
 from ..nn.tied_weights import record_ties
 from ..notices import tell
 from ..progress import progress_bar
-from .adapted_model import Listing, refuse_replaced_layers
+from .adapted_model import Listing
 from .dequantize import WORST_FIDELITY, report_factored
 from .gradients import warn_of_untrained
+from .recorded_layers import refuse_replaced_layers
 from .undisturbed import Ending, run_undisturbed
 from .wrappers import unwrapped
 
