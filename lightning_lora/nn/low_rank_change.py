@@ -34,7 +34,7 @@ def can_change(x: Tensor, weight: Tensor, a: Tensor) -> bool:
     if x.is_cpu and not (kind is Tensor and torch.is_grad_enabled()):
         return False
     kinds = kind, nn.Parameter
-    return type(weight) in kinds and type(a) in kinds and x.is_contiguous()
+    return type(weight) in kinds and type(a) in kinds and x.dim() > 1 and x.is_contiguous()
 
 
 def low_rank_change(
@@ -79,19 +79,18 @@ class LowRankChange(torch.autograd.Function):
         x, dropped, weight, bias, *factors, scaling = inputs
         stacked = _stack(x, *factors)
         h = torch.mm(stacked[0], _rows(x if dropped is None else dropped).t())
-        output = F.linear(x, weight, bias)
-        rows = output if output.dim() == 2 else output.view(-1, output.shape[-1])
+        output, rows = _base(x, weight, bias)
         rows.addmm_(h.t(), stacked[1].t(), alpha=scaling)
         return output, h, *_kept(x, stacked)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         x, dropped, weight, _, *factors, ctx.scaling = inputs
-        ctx.has_dropped, weight_needs = dropped is not None, ctx.needs_input_grad[2]
-        seen = dropped if ctx.has_dropped else x
+        x_needs, _, weight_needs, *_ = ctx.needs_input_grad
+        ctx.has_dropped, seen = dropped is not None, x if dropped is None else dropped
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x if weight_needs else None, seen, weight, *factors, *output[1:])
+        ctx.save_for_backward(x if weight_needs else None, seen, weight if x_needs else None, *factors, *output[1:])
         ctx.save_for_forward(x, seen, weight, *factors)
 
     @staticmethod
@@ -164,6 +163,20 @@ def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         db = _gradient_of_b(g, h[:rank], ctx.scaling)
     d_weight = None if x is None else torch.mm(g.t(), _rows(x))
     return dx, d_dropped, d_weight, g.sum(0) if bias_needs else None, da, db, None, None, None
+
+
+def _base(x: Tensor, weight: Tensor, bias: Tensor | None) -> Pair:
+    """Return x W^T + bias, and a view of it as rows. It is no view itself: hooks on it survive changes in place."""
+    if x.dim() == 2:
+        output = F.linear(x, weight, bias)
+        return output, output
+    output = x.new_empty(*x.shape[:-1], len(weight))
+    rows = output.view(-1, len(weight))
+    if bias is None:
+        torch.mm(_rows(x), weight.t(), out=rows)
+    else:
+        torch.addmm(bias, _rows(x), weight.t(), out=rows)
+    return output, rows
 
 
 def _gradient_of_b(g: Tensor, h: Tensor, scaling: float) -> Tensor:
