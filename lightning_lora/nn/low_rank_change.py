@@ -28,7 +28,9 @@ def can_change(x: Tensor, weight: Tensor, a: Tensor) -> bool:
 
     Compilers see plain operators. Where gradients are not recorded, plain operators are as fast on the CPU.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_sharded(x):
+    if torch.jit.is_tracing():  # type: ignore[no-untyped-call, attr-defined]
+        return False
+    if torch.compiler.is_compiling() or is_sharded(x):
         return False
     kind = type(x)
     if x.is_cpu and not (kind is Tensor and torch.is_grad_enabled()):
@@ -59,13 +61,14 @@ def low_rank_change(
     """
     if dropped is x:
         dropped = None
+    base: tuple[Tensor | None, ...] = (x, dropped, weight, bias)
     if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
-        dtype = compute_dtype(x)
-        x, weight, bias, dropped = (each if each is None else each.to(dtype) for each in (x, weight, bias, dropped))
+        base = tuple(each if each is None else each.to(compute_dtype(each)) for each in base)
     start_a, start_b = start
     if start_a.requires_grad or start_b.requires_grad:
         start_a, start_b = start_a.detach(), start_b.detach()
-    return cast(Tensor, LowRankChange.apply(x, dropped, weight, bias, *now, start_a, start_b, scaling)[0])
+    inputs = (*base, *now, start_a, start_b, scaling)
+    return cast(Tensor, LowRankChange.apply(*inputs)[0])  # type: ignore[no-untyped-call]
 
 
 class LowRankChange(torch.autograd.Function):

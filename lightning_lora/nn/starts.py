@@ -149,8 +149,8 @@ class StartedLayer(LoRALinear):
     """A linear layer whose forward and backward form the differences and the stacked factors once."""
 
     def factored_forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
-        parameters = self._parameters
-        weight = parameters.get("weight")
+        parameters = cast("dict[str, torch.Tensor]", self._parameters)
+        weight = parameters.get("weight")  # None where it is computed from other parameters
         if len(args) == 1 and weight is not None and not kwargs and self.lora.spec.enabled is None:
             x, bias, now = args[0], cast("torch.Tensor | None", self.bias), (parameters[A], parameters[B])
             if can_change(x, weight, now[0]):
