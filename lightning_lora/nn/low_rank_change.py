@@ -28,12 +28,10 @@ def can_change(x: Tensor, weight: Tensor, a: Tensor) -> bool:
 
     Compilers see plain operators. Where gradients are not recorded, plain operators are as fast on the CPU.
     """
-    if torch.jit.is_tracing():  # type: ignore[no-untyped-call, attr-defined]
-        return False
-    if torch.compiler.is_compiling() or is_sharded(x):
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[no-untyped-call, attr-defined]
         return False
     kind = type(x)
-    if x.is_cpu and not (kind is Tensor and torch.is_grad_enabled()):
+    if not (kind is Tensor and torch.is_grad_enabled()) if x.is_cpu else is_sharded(x):
         return False
     kinds = kind, nn.Parameter
     return type(weight) in kinds and type(a) in kinds and x.dim() > 1 and x.is_contiguous()
