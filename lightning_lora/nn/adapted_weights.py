@@ -216,7 +216,8 @@ class StoredTensors:
         else:
             values = self.initial_values()
         for leaf in (*variant.trained, *variant.frozen):
-            tensor, trained = values[leaf].to(device, dtype), leaf in variant.trained
+            # In the order in which a loaded tensor lies: in another one products differ in their last bits.
+            tensor, trained = values[leaf].to(device, dtype).contiguous(), leaf in variant.trained
             parameter = nn.Parameter(tensor if trained else tensor.clone(), requires_grad=trained)
             for holder in self.lora_holders():
                 holder.register_parameter(self.stored_name(leaf), parameter)
@@ -352,8 +353,8 @@ class AdaptedWeights(StoredTensors):
     def deltas(self, a: torch.Tensor, b: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return s * B @ A in each weight's shape and the factors' dtype, differentiable."""
         place = self.place()
-        blocks = place.low_rank_blocks(a, b)
-        return {name: dense_delta(blocks[name], place.shapes[name]) * self.lora.spec.scaling for name in blocks}
+        blocks = place.low_rank_blocks(a, b * self.lora.spec.scaling)  # B is smaller than the product
+        return {name: dense_delta(blocks[name], place.shapes[name]) for name in blocks}
 
     def combine(
         self, weight: torch.Tensor, delta: torch.Tensor, scale: torch.Tensor | None, mask: torch.Tensor | None

@@ -17,6 +17,7 @@ available, and nothing else changes.
 from __future__ import annotations
 
 import copy
+import functools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -107,15 +108,40 @@ class Pretend(torch.Tensor):
         return made
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Save the values and the device's name, as torch does for devices without storages."""
+        """Save as a tensor of a device with storages, whose file says where they were."""
+        storage: Any = self.raw.untyped_storage()
+        storage.pretended = True
+        typed = torch.storage.TypedStorage(wrap_storage=storage, dtype=self.dtype, _internal=True)
+        where = self.storage_offset(), tuple(self.shape), self.stride()
         if isinstance(self, torch.nn.Parameter):
             return torch._utils._rebuild_parameter, (Pretend(self.raw), self.requires_grad, OrderedDict())
-        made = (self.raw, self.dtype, DEVICE, self.requires_grad)
-        return torch._utils._rebuild_device_tensor_from_cpu_tensor, made
+        return torch._utils._rebuild_tensor_v2, (typed, *where, self.requires_grad, OrderedDict())
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         return _run(func, args, kwargs or {})
+
+
+class _Storage(torch.UntypedStorage):
+    """What torch.load makes a tensor of the device from."""
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return torch.device(DEVICE, 0)
+
+
+def _tag(storage: Any) -> str | None:
+    """Return what torch.save writes for a storage."""
+    return f"{DEVICE}:0" if getattr(storage, "pretended", False) else None
+
+
+def _restore(storage: torch.UntypedStorage, location: Any) -> torch.UntypedStorage | None:
+    """Put a storage where torch.load was asked to, or where the file says that it was."""
+    if not str(location).startswith(DEVICE):
+        return None
+    made = _Storage(storage.nbytes())
+    made.copy_(storage)
+    return made
 
 
 class _AnyGenerator(type(_CpuGenerator)):  # type: ignore[misc]
@@ -142,58 +168,66 @@ class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        pretended = any(isinstance(leaf, Pretend) for leaf in pytree.tree_leaves((args, kwargs)))
-        return _run(func, args, kwargs) if pretended or _is_there(kwargs.get("device")) else func(*args, **kwargs)
+        if Pretend in types or _is_there(kwargs.get("device")):
+            return _run(func, args, kwargs)
+        _refuse_generator(func.name(), kwargs.get("generator"), there=False)
+        return func(*args, **kwargs)
 
 
 def _is_there(device: Any) -> bool:
     return device is not None and torch.device(device).type == DEVICE
 
 
+@functools.cache
+def _kind(func: Any) -> tuple[str, bool, bool]:
+    """Return an operator's name, and whether it is made of others, and whether it changes what it is given."""
+    made_of_others = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+    return func.name().split(".")[0], made_of_others, func._schema.is_mutable
+
+
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Run an operator on the values, and say that what it makes is on the device."""
-    name = func.name().split(".")[0]
-    if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+    name, made_of_others, is_mutable = _kind(func)
+    if made_of_others:
         return func.decompose(*args, **kwargs)  # in inference mode; elsewhere autograd comes first, and does so
-    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-    pretended = [tensor for tensor in tensors if isinstance(tensor, Pretend)]
+    leaves, form = pytree.tree_flatten((args, kwargs))
+    pretended = [leaf for leaf in leaves if isinstance(leaf, Pretend)]
+    others = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and not isinstance(leaf, Pretend)]
     if name == SHALLOW:
-        return len(pretended) == len(tensors)
-    _refuse_two_devices(name, args, tensors)
+        return not others
+    _refuse_two_devices(name, args, pretended, others)
     device = kwargs.get("device")
     there = bool(pretended) if device is None else _is_there(device)
     _refuse_generator(name, kwargs.get("generator"), there)
-    kwargs_there = kwargs if device is None else kwargs | {"device": torch.device("cpu")}
-    raw_args, raw_kwargs = pytree.tree_map_only(Pretend, lambda tensor: tensor.raw, (args, kwargs_there))
+    values = [leaf.raw if isinstance(leaf, Pretend) else leaf for leaf in leaves]
+    raw_args, raw_kwargs = pytree.tree_unflatten(values, form)
+    if device is not None:
+        raw_kwargs["device"] = torch.device("cpu")
     known = {id(tensor.raw): tensor for tensor in pretended}
 
-    def back(raw: torch.Tensor) -> torch.Tensor:
-        if id(raw) in known:
-            return known[id(raw)]
+    def back(raw: Any) -> Any:
+        if not isinstance(raw, torch.Tensor) or id(raw) in known:
+            return known.get(id(raw), raw)
         lengths = name in WITH_LENGTHS and not raw.is_floating_point()
         return Pretend(raw) if there and not lengths else raw
 
-    made = pytree.tree_map_only(torch.Tensor, back, CELLS.get(name, func)(*raw_args, **raw_kwargs))
-    if func._schema.is_mutable:
+    found = CELLS.get(name, func)(*raw_args, **raw_kwargs)
+    made = back(found) if isinstance(found, torch.Tensor) else pytree.tree_map(back, found)
+    if is_mutable:
         for tensor in pretended:
             if (tensor.shape, tensor.stride()) != (tensor.raw.shape, tensor.raw.stride()):  # as resize_ does
                 _set_data(tensor, Pretend(tensor.raw))
     made = args[0] if name == "aten::copy_" else made
     for observe in OBSERVERS:
-        observe(func, (args, kwargs), made)
+        observe(func, leaves, made)
     return made
 
 
-def _refuse_two_devices(name: str, args: Any, tensors: list[torch.Tensor]) -> None:
+def _refuse_two_devices(name: str, args: Any, pretended: list[Pretend], others: list[torch.Tensor]) -> None:
     """Raise as a GPU does, which takes numbers without a dimension from the CPU, and indices."""
-    pretended = [tensor for tensor in tensors if isinstance(tensor, Pretend)]
-    others = [tensor for tensor in tensors if not isinstance(tensor, Pretend) and tensor.dim() > 0]
-    if (
-        not pretended
-        or not others
-        or name in COPIES | WITH_LENGTHS
-        or (name in LOOKUPS and isinstance(args[0], Pretend))
-    ):
+    others = [tensor for tensor in others if tensor.dim() > 0] if pretended else []
+    takes_both = name in COPIES | WITH_LENGTHS or (name in LOOKUPS and isinstance(args[0], Pretend))
+    if not others or takes_both:
         return
     shapes = [tuple(tensor.shape) for tensor in others]
     raise RuntimeError(f"{name}: expected all tensors to be on the same device, found {DEVICE} and cpu, {shapes}")
@@ -265,6 +299,7 @@ def _register() -> None:
     for name, run in {"empty.memory_format": _empty, "empty_strided": _empty_strided, "copy_": _copy_}.items():
         library.impl(name, run, "PrivateUse1")  # what C++ calls past the modes, as for torch.tensor([1], device=...)
     _libraries.extend((library, *register_casts(library, DEVICE)))
+    torch.serialization.register_package(5, _tag, _restore)  # before torch's own, which sees a storage of the CPU
     _state["registered"] = True
 
 
