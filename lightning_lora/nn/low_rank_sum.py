@@ -1,12 +1,11 @@
-"""x W^T + bias + s * x A^T B^T as one operation for autograd, with the fewest kernels and the fewest bytes on a GPU.
+"""x W^T + bias + s * x A^T B^T as one operation for autograd: what a GPU is asked to do for a factored linear layer.
 
-Forward: the base's product, h = x A^T, and one product that is added to the output in place. Backward: u = s * g B,
-the gradients of B and A from h and u, and one product that is added in place to the gradient of x. So an adapted layer
-launches two kernels more than its base in the forward, and four more in the backward. What autograd would do with the
-same products takes a tensor of the output's size for each of them, and launches more.
+    forward    y = x W^T + bias;  h = x A^T;  y += s * h B^T               two kernels more than the base
+    backward   u = s * g B;  dA = u^T x;  dB = s * g^T h;  dx = g W;  dx += u A    four more; u is the gradient of h
 
-On the CPU other orders of the products are faster, and compilers and tensors of other classes see plain operators:
-`runs_as_one` says where this operation runs.
+Autograd would launch more kernels for the same products, and write a tensor of the output's size for most of them.
+On the CPU other orders of the products are faster, and compilers and other classes of tensors need plain operators:
+`runs_as_one` says where this operation is used.
 """
 
 from __future__ import annotations
@@ -20,14 +19,17 @@ from torch import nn
 
 from ..distributed.sharding import is_sharded
 
-Part = tuple[int, int]  # (first output, number of outputs) of an adapted part of a fused projection
 Tensor = torch.Tensor
+Part = tuple[int, int]  # (first output, number of outputs) of an adapted part of a fused projection
 
 
 def runs_as_one(x: Tensor, weight: Tensor) -> bool:
-    """Return whether a layer with this input and this weight should run as one operation."""
-    if x.device.type == "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    """Return whether a layer with this input and this weight runs as one operation."""
+    if x.device.type == "cpu" or torch.compiler.is_compiling():
         return False
+    if torch.jit.is_tracing():  # type: ignore[no-untyped-call, attr-defined]
+        return False
+    # A device that is written in Python has a class of tensors of its own, for weights too.
     return _class_of(x) is _class_of(weight) and not is_sharded(x)
 
 
@@ -47,36 +49,39 @@ def low_rank_sum(
         x: (..., in).
         weight: W (out, in); may be a transposed view.
         bias: (out,) or None.
-        a: A (r, in); of n parts (n * r, in).
-        b: B (out, r); of n parts the rows of all parts, one part below the other.
+        a: A (r, in); of n parts (n * r, in), one part below the other. In any dtype.
+        b: B (out, r); of n parts their outputs only, one part below the other. In any dtype.
         scaling: s.
-        dropped: x after dropout, which the adapter gets instead of x. In the dtype of `compute_dtype(x)`.
-        parts: which outputs A and B adapt; all by default. Parts have the same number of outputs.
+        dropped: x after dropout, if A gets that instead of x.
+        parts: the outputs that A and B adapt, by default all. Each part has the same number of outputs.
     """
-    dtype, shape = compute_dtype(x), (*x.shape[:-1], weight.shape[0])
-    tensors = [
-        each if each is None else each.to(dtype) for each in (_as_rows(x), _as_rows(dropped), weight, bias, a, b)
-    ]
-    output, _ = LowRankSum.apply(*tensors, scaling, tuple(parts or [(0, weight.shape[0])]), shape)
+    x, weight, *others = (_as_autocast(each) for each in (x, weight, bias, dropped))
+    bias, dropped = others
+    shape = (*x.shape[:-1], weight.shape[0])
+    rows, dropped_rows = _as_rows(x), None if dropped is None else _as_rows(dropped)
+    parts = ((0, weight.shape[0]),) if parts is None else tuple(parts)
+    output, _ = LowRankSum.apply(  # type: ignore[no-untyped-call]
+        rows, dropped_rows, weight, bias, a.to(x.dtype), b.to(x.dtype), scaling, parts, shape
+    )
     return cast(Tensor, output)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype that a product with x is computed in: that of x, or autocast's."""
-    kind = x.device.type
-    if kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(kind)
-    return x.dtype
+    """Return the dtype that x has in a product: autocast's where autocast is on, otherwise its own."""
+    device = x.device.type
+    if not x.is_floating_point() or x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 class LowRankSum(torch.autograd.Function):
-    """The operation. x and `dropped` are (rows, in); the output has the given shape; all tensors have one dtype.
+    """The operation on x (rows, in), for an output of any shape. All tensors have one dtype.
 
-    h is a second output, so that the gradient of a gradient goes through it.
+    h is an output too, so that a gradient of a gradient goes through it.
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         x: Tensor,
         dropped: Tensor | None,
         weight: Tensor,
@@ -87,25 +92,24 @@ class LowRankSum(torch.autograd.Function):
         parts: Sequence[Part],
         shape: Sequence[int],
     ) -> tuple[Tensor, Tensor]:
-        output = x.new_empty(shape)  # no view, so that hooks on it survive if it is changed in place
-        rows = output.view(len(x), len(weight))
+        output = x.new_empty(shape)  # no view of the products, so that hooks on it survive a change in place
+        rows = output.view(x.shape[0], weight.shape[0])
         if bias is None:
             torch.mm(x, weight.t(), out=rows)
         else:
             torch.addmm(bias, x, weight.t(), out=rows)
         h = torch.mm(x if dropped is None else dropped, a.t())
-        count = len(parts)
-        for outputs, part_h, part_b in zip(_columns(rows, parts), h.chunk(count, 1), b.chunk(count), strict=True):
+        factors = h.chunk(len(parts), 1), b.chunk(len(parts))
+        for outputs, part_h, part_b in zip(_columns(rows, parts), *factors, strict=True):
             outputs.addmm_(part_h, part_b.t(), alpha=scaling)
         return output, h
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         x, dropped, weight, _, a, b, ctx.scaling, ctx.parts, ctx.shape = inputs
-        ctx.has_dropped = dropped is not None
+        ctx.drops = dropped is not None
         x_needs, dropped_needs, weight_needs, _, a_needs, b_needs, *_ = ctx.needs_input_grad
-        seen, seen_needs = (dropped, dropped_needs) if ctx.has_dropped else (x, x_needs)
-        ctx.set_materialize_grads(False)
+        seen, seen_needs = (dropped, dropped_needs) if ctx.drops else (x, x_needs)
         ctx.save_for_backward(
             x if weight_needs else None,
             seen if a_needs else None,
@@ -115,13 +119,14 @@ class LowRankSum(torch.autograd.Function):
             output[1] if b_needs else None,
         )
         ctx.save_for_forward(x, seen, weight, a, b)
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, g_h: Tensor | None) -> tuple[Tensor | None, ...]:
         x, seen, weight, a, b, h = ctx.saved_tensors
         x_needs, dropped_needs, weight_needs, bias_needs, a_needs, b_needs, *_ = ctx.needs_input_grad
         dx = d_dropped = d_weight = d_bias = da = db = None
-        u = g_h  # the gradient of h
+        u = g_h
         if g is not None:
             g = g.reshape(-1, g.shape[-1])
             outputs, count = _columns(g, ctx.parts), len(ctx.parts)
@@ -137,33 +142,34 @@ class LowRankSum(torch.autograd.Function):
             da = torch.mm(u.t(), seen) if a_needs else None
             if dropped_needs:
                 d_dropped = torch.mm(u, a)
-            elif x_needs and not ctx.has_dropped:
+            elif x_needs and not ctx.drops:
                 dx = torch.mm(u, a) if dx is None else add_product(dx, u, a)
         return dx, d_dropped, d_weight, d_bias, da, db, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor]:
-        x, seen, weight, a, b = saved = ctx.saved_tensors
+        """Return the output's and h's change, from the inputs' changes."""
+        saved = x, seen, weight, a, b = ctx.saved_tensors
         dx, d_dropped, d_weight, d_bias, da, db, *_ = tangents
-        changes = (dx, d_dropped if ctx.has_dropped else dx, d_weight, da, db)
+        changes = zip((dx, d_dropped if ctx.drops else dx, d_weight, da, db), saved, strict=True)
         dx, d_seen, d_weight, da, db = (
-            torch.zeros_like(value) if change is None else change for value, change in zip(saved, changes, strict=True)
+            torch.zeros_like(value) if change is None else change for change, value in changes
         )
-        d_base = F.linear(dx, weight, d_bias) + F.linear(x, d_weight)
         h, d_h = F.linear(seen, a), F.linear(d_seen, a) + F.linear(seen, da)
+        d_base = F.linear(dx, weight, d_bias) + F.linear(x, d_weight)
         d_output = plus_parts(plus_parts(d_base, d_h, b, ctx.scaling, ctx.parts), h, db, ctx.scaling, ctx.parts)
         return d_output.reshape(ctx.shape), d_h
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-        """Map plain operators: a product cannot be added in place to a base's output that is the same for all."""
-        tensors, (scaling, parts, shape) = inputs[:6], inputs[6:]
+        """Map plain operators: no product of many adapters can be added in place to the output of one base."""
+        scaling, parts, shape = inputs[6:]
 
-        def work(x: Tensor, dropped: Any, weight: Tensor, bias: Any, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        def one(x: Tensor, dropped: Any, weight: Tensor, bias: Any, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
             h = F.linear(x if dropped is None else dropped, a)
             return plus_parts(F.linear(x, weight, bias), h, b, scaling, parts).reshape(shape), h
 
-        return torch.vmap(work, in_dims[:6])(*tensors), (0, 0)
+        return torch.vmap(one, in_dims[:6])(*inputs[:6]), (0, 0)
 
 
 def joined_products(lefts: Sequence[Tensor], rights: Sequence[Tensor], scaling: float, dim: int) -> Tensor:
@@ -181,27 +187,28 @@ def joined_products(lefts: Sequence[Tensor], rights: Sequence[Tensor], scaling: 
 
 
 def add_product(to: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Return to + left @ right, in place unless autograd records it."""
+    """Return to + left @ right: in place, unless autograd records the backward."""
     return torch.addmm(to, left, right) if torch.is_grad_enabled() else to.addmm_(left, right)
 
 
 def plus_parts(base: Tensor, h: Tensor, b: Tensor, scaling: float, parts: Sequence[Part]) -> Tensor:
-    """Return base (rows, out) + s * h B^T by operators that torch maps and differentiates itself."""
-    pieces = list(base.split(parts[0][1], 1))
+    """Return base + s * h B^T, part by part, by operators that torch maps and differentiates itself."""
+    pieces = list(torch.split(base, parts[0][1], 1))
     for (start, size), part_h, part_b in zip(parts, h.chunk(len(parts), 1), b.chunk(len(parts)), strict=True):
         pieces[start // size] = torch.add(pieces[start // size], F.linear(part_h, part_b), alpha=scaling)
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
 
 
 def _columns(rows: Tensor, parts: Sequence[Part]) -> list[Tensor]:
-    """Return the outputs of each adapted part."""
     return [rows.narrow(1, start, size) for start, size in parts]
 
 
-def _as_rows(x: Any) -> Any:
-    if x is None:
-        return None
+def _as_rows(x: Tensor) -> Tensor:
     return x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
+
+
+def _as_autocast(tensor: Tensor | None) -> Any:
+    return None if tensor is None else tensor.to(compute_dtype(tensor))
 
 
 def _class_of(tensor: Tensor) -> type:
