@@ -2,8 +2,9 @@
 
     W' = c * V for each output,  V = W + s * B @ A,  c = m / norm(V)
 
-norm(V) is a constant for the gradient, as in section 4.3 of the paper and in PEFT. norm(W)^2 is cached while W does not
-change. m starts as norm(V), rounded like norm(V) in later forwards, so that c is exactly 1 before the first step. An
+norm(V) is a constant for the gradient, as in section 4.3 of the paper and in PEFT. On the CPU norm(W)^2 is cached while
+W does not change. m starts as norm(V), rounded like norm(V) in later forwards, so that c is exactly 1 before the first
+step. On a device that the model moves to later, and in a compiled function, c is then within an ulp or two of 1. An
 output whose weights are all zero has c = 1; in PEFT it gives NaN.
 """
 
@@ -46,6 +47,7 @@ from .weight_mark import WeightMark, is_wrapped, mark_of
 MAGNITUDE = "lora_magnitude"  # leaf name: (out,)
 WEIGHT = "weight"
 BASE_SQUARES = "lora_base_squares"  # attribute of a layer: BaseSquares of W
+OTHER_DEVICE = 1e-6  # relative difference of norms that two devices compute of the same float32 values
 SQUARES_BEFORE = "lora_squares_before"  # attribute of a merged layer: its BaseSquares from before, kept for unmerging
 
 
@@ -77,7 +79,7 @@ class DoRA(LoRA):
         if MAGNITUDE not in kept or stored[MAGNITUDE].is_meta:
             return ()
         start = self.start(place, weights)[MAGNITUDE]
-        return (MAGNITUDE,) if equals_start(stored[MAGNITUDE], start) else ()
+        return (MAGNITUDE,) if equals_start(stored[MAGNITUDE], start, OTHER_DEVICE) else ()
 
     def acting(self, stored: Stored, weight: torch.Tensor | None, scaling: float) -> Acting:
         a, b = stored[A], stored[B]
@@ -163,7 +165,7 @@ class DoRALayer(LoRALayer):
             return cast(torch.Tensor, self.dense_forward(*args, **kwargs))
         (input,) = (*args, *kwargs.values())
         a, b = self._factors_of_forward()
-        scale = output_scale(self.lora_magnitude, self.norms(self.weight, a, b))
+        scale = self._scale(a, b)
         if self.drops() and not self.LOOKUP:
             return self._dropped_forward(input, Acting(a, b, scale))
         return self.scaled(self.sum_forward(input, a, b), scale)
@@ -198,7 +200,10 @@ class DoRALayer(LoRALayer):
 
     def scale(self) -> torch.Tensor:
         """Return c (out,), differentiable in the magnitude."""
-        return output_scale(self.lora_magnitude, self.norms(self.weight, self.lora_A, self.lora_B))
+        return self._scale(self.lora_A, self.lora_B)
+
+    def _scale(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return output_scale(self.lora_magnitude, self.norms(self.weight, a, b))
 
     def blocks(self, weights: Mapping[str, torch.Tensor], stored: Stored | None = None) -> Blocks:
         a, b, magnitude = (full_tensor((stored or self.stored())[leaf]) for leaf in (A, B, MAGNITUDE))

@@ -4,8 +4,8 @@ On the CPU B @ A is not built:
 
     norm(V)^2 = norm(W)^2 + 2 s rowsum((W A^T) * B) + s^2 rowsum((B A A^T) * B)
 
-Where V is small beside W these terms cancel; such outputs are noticed and computed anew. norm(W)^2 is summed in float64.
-So a layer and the command line, which reads W part by part, find the same norm where B is zero.
+Where V is small beside W these terms cancel; such outputs are noticed and computed anew. norm(W)^2 is summed in
+float64. So a layer and the command line, which reads W part by part, find the same norm where B is zero.
 
 On a GPU noticing them would make the host wait, and float64 is slow. There V itself is formed, piece by piece, by one
 product that adds to W: the sum is rounded once, and no terms cancel. Compiled and traced functions, whose graph cannot

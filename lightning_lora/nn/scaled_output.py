@@ -1,8 +1,9 @@
 """bias + c * (sums - bias) with a scale c for each output, as one operation for autograd on a GPU.
 
-It is computed as sums + (c - 1) * (sums - bias). Where c is 1 the sums keep their bits, and in 16 bits c - 1 is rounded
-instead of c. Forward: three kernels, without a bias two. Backward: one for the gradient of the sums, and two for that of
-c, which is summed in the dtype of c. By plain operators autograd launches more and reads the gradient once more.
+It is computed as sums + (c - 1) * (sums - bias). Where c is 1 the sums keep their bits, and in 16 bits c - 1 is
+rounded instead of c. Forward: three kernels, without a bias two. Backward: one for the gradient of the sums, and two
+for that of c, which is summed in the dtype of c. By plain operators autograd launches more kernels and reads the
+gradient once more.
 """
 
 from __future__ import annotations
