@@ -27,6 +27,9 @@ WAITS = {  # the host reads a value, or a shape that depends on values
 }
 
 
+NUMBERS = ("launches", "bytes", "float64", "waits")
+
+
 @dataclass(frozen=True)
 class Count:
     """What a device was asked to do.
@@ -49,15 +52,15 @@ class Count:
         operators = Counter(self.operators)
         operators.subtract(other.operators)
         left = {name: number for name, number in operators.items() if number}
-        numbers = (getattr(self, name) - getattr(other, name) for name in ("launches", "bytes", "float64", "waits"))
-        return Count(*numbers, Counter(left))
+        numbers = {name: getattr(self, name) - getattr(other, name) for name in NUMBERS}
+        return Count(**numbers, operators=Counter(left))
 
 
 def count(work: Callable[[], object]) -> Count:
     """Run `work` inside `pretend_device` and count what the device was asked to do."""
-    numbers, operators = Counter[str](), Counter[str]()
+    numbers, operators = dict.fromkeys(NUMBERS, 0), Counter[str]()
 
-    def observe(func: torch._ops.OpOverload, given: Any, made: Any) -> None:
+    def observe(func: Any, given: Any, made: Any) -> None:
         name = func.name().partition("::")[2].partition(".")[0]
         if func.is_view or name in NO_KERNEL:
             return
@@ -73,7 +76,7 @@ def count(work: Callable[[], object]) -> Count:
         work()
     finally:
         pretend_device.OBSERVERS.remove(observe)
-    return Count(numbers["launches"], numbers["bytes"], numbers["float64"], numbers["waits"], operators)
+    return Count(**numbers, operators=operators)
 
 
 def _comes_back(name: str, given: Any, made: Any) -> bool:

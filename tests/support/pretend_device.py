@@ -1,21 +1,23 @@
 """A device that is not the CPU, pretended on it.
 
 Tensors say that they are on the device "pretend", keep their values in the CPU's memory, and run every operator there.
-They refuse what a GPU refuses: an operator over two devices. So a tensor made on the wrong device, or a wrong branch for
-devices that are not the CPU, is seen without a GPU. Neither speed nor kernels are pretended, and torch.compile does not
-know such tensors.
+They refuse what a GPU refuses: an operator over two devices, a generator of another device, a view as numpy. So a
+tensor made on the wrong device is seen without a GPU, and so is a wrong branch for devices that are not the CPU.
 
     with pretend_device():
         model.to(DEVICE)
         model(batch.to(DEVICE)).sum().backward()
         model.weight.grad.cpu()
 
-torch takes one such device a process, for good. Outside `pretend_device` it is there, but not available.
+Neither speed nor kernels are pretended. torch.compile does not know these tensors, and threads that are started inside
+have no backward. torch takes one such device a process, for good: outside of `pretend_device` it is there, but not
+available, and nothing else changes.
 """
 
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,24 +27,22 @@ from torch.utils import _pytree as pytree
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from support.pretend_autocast import register_casts
+
 DEVICE = "pretend"
 CAN_PRETEND = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")  # not in old versions of torch
 
-Observer = Callable[[torch._ops.OpOverload, Any, Any], None]
-OBSERVERS: list[Observer] = []  # each is called with an operator, what it was given and what it returned
+Observer = Callable[[Any, Any, Any], None]
+OBSERVERS: list[Observer] = []  # each is called with an operator, what it was given, and what it returned
 
-MAY_MIX = {"aten::_to_copy", "aten::copy_", "aten::_copy_from", "aten::index_put_", "aten::index_put", "aten::index"}
-LOWER = (  # what autocast runs in the lower precision on a GPU
-    *("linear", "matmul", "mm", "mv", "addmm", "addmv", "addbmm", "baddbmm", "bmm", "einsum"),
-    *("conv1d", "conv2d", "conv3d", "convolution", "scaled_dot_product_attention"),
-)
-FLOAT32 = (  # and in float32
-    *("softmax", "log_softmax", "layer_norm", "native_layer_norm", "group_norm", "norm", "exp", "log", "pow", "cumsum"),
-    *("nll_loss", "nll_loss_nd", "mse_loss", "l1_loss", "cross_entropy_loss", "binary_cross_entropy_with_logits"),
-)
+COPIES = {"aten::_to_copy", "aten::copy_", "aten::_copy_from"}  # from any device to any other
+LOOKUPS = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}  # by indices on the CPU too
+SHALLOW = "aten::_has_compatible_shallow_copy_type"
 
 _state = {"registered": False, "active": False}
-_libraries: list[torch.library.Library] = []  # an override lasts as long as its library
+_libraries: list[Any] = []  # an override lasts as long as its library
+_CpuGenerator = torch.Generator
+_set_data = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 
 
 class Pretend(torch.Tensor):
@@ -53,7 +53,7 @@ class Pretend(torch.Tensor):
 
     @staticmethod
     def __new__(cls, raw: torch.Tensor) -> Pretend:
-        made = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: Any = torch.Tensor._make_wrapper_subclass(
             cls,
             raw.shape,
             strides=raw.stride(),
@@ -64,17 +64,25 @@ class Pretend(torch.Tensor):
         made.raw = raw
         return made  # type: ignore[no-any-return]
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Pretend({self.raw})"
 
-    @property  # type: ignore[override]
-    def data(self) -> torch.Tensor:  # type: ignore[override]
+    @property
+    def data(self) -> torch.Tensor:
         return torch.Tensor.data.__get__(self)  # type: ignore[attr-defined, no-any-return]
 
     @data.setter
-    def data(self, value: torch.Tensor) -> None:
-        torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
-        self.raw = value.raw  # type: ignore[attr-defined]
+    def data(self, value: Any) -> None:
+        _set_data(self, value)
+        self.raw = value.raw
+
+    def tolist(self) -> Any:
+        return self.cpu().tolist()
+
+    def numpy(self, *, force: bool = False) -> Any:
+        if not force:
+            raise TypeError(f"can't convert {DEVICE}:0 device type tensor to numpy.")
+        return self.detach().cpu().numpy()
 
     def data_ptr(self) -> int:
         return self.raw.data_ptr()
@@ -86,70 +94,97 @@ class Pretend(torch.Tensor):
         if id(self) in memo:
             return memo[id(self)]
         if not self.is_leaf:
-            raise RuntimeError(
-                "Only Tensors created explicitly by the user support the deepcopy protocol at the moment."
-            )
-        with torch.no_grad():
-            made: Any = self.clone()
-        made.requires_grad_(self.requires_grad)
-        own = {name: value for name, value in vars(self).items() if name != "raw"}
+            raise RuntimeError("Only tensors that no operator made can be copied.")
+        made: Any = self.detach().clone().requires_grad_(self.requires_grad)
         memo[id(self)] = made
-        vars(made).update(copy.deepcopy(own, memo))
+        vars(made).update({name: copy.deepcopy(value, memo) for name, value in vars(self).items() if name != "raw"})
         made.grad = None if self.grad is None else copy.deepcopy(self.grad, memo)
         return made
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Save the values, as torch does for devices without storages."""
+        """Save the values and the device's name, as torch does for devices without storages."""
+        if isinstance(self, torch.nn.Parameter):
+            return torch._utils._rebuild_parameter, (Pretend(self.raw), self.requires_grad, OrderedDict())
         made = (self.raw, self.dtype, DEVICE, self.requires_grad)
         return torch._utils._rebuild_device_tensor_from_cpu_tensor, made
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         return _run(func, args, kwargs or {})
 
 
-def _run(func: torch._ops.OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
+class _AnyGenerator(type(_CpuGenerator)):  # type: ignore[misc]
+    """So that one of the CPU is a torch.Generator still."""
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return issubclass(type(instance), _CpuGenerator)
+
+
+class _Generator(_CpuGenerator, metaclass=_AnyGenerator):
+    """A generator of the device. It draws what one of the CPU draws."""
+
+    def __new__(cls, device: Any = "cpu") -> Any:
+        make: Any = _CpuGenerator.__new__
+        return make(cls, "cpu") if _is_there(device) else _CpuGenerator(device)
+
+
+class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """What is given no tensor of the device may make one, as torch.eye(3, device="pretend") does."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        pretended = any(isinstance(leaf, Pretend) for leaf in pytree.tree_leaves((args, kwargs)))
+        return _run(func, args, kwargs) if pretended or _is_there(kwargs.get("device")) else func(*args, **kwargs)
+
+
+def _is_there(device: Any) -> bool:
+    return device is not None and torch.device(device).type == DEVICE
+
+
+def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Run an operator on the values, and say that what it makes is on the device."""
     name = func.name().split(".")[0]
     tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     pretended = [tensor for tensor in tensors if isinstance(tensor, Pretend)]
-    others = [tensor for tensor in tensors if not isinstance(tensor, Pretend) and tensor.dim() > 0]
-    if name == "aten::_has_compatible_shallow_copy_type":
-        return not others
-    if pretended and others and name not in MAY_MIX:
-        shapes = [tuple(tensor.shape) for tensor in others]
-        raise RuntimeError(f"{name}: expected all tensors to be on the same device, found {DEVICE} and cpu, {shapes}")
+    if name == SHALLOW:
+        return len(pretended) == len(tensors)
+    _refuse_two_devices(name, args, tensors)
     device = kwargs.get("device")
-    there = bool(pretended) if device is None else torch.device(device).type == DEVICE
-    on_cpu = kwargs if device is None else kwargs | {"device": torch.device("cpu")}
-    raw_args, raw_kwargs = pytree.tree_map_only(Pretend, lambda tensor: tensor.raw, (args, on_cpu))
-    found = func(*raw_args, **raw_kwargs)
-    if name == "aten::copy_":
-        made = args[0]
-    else:
-        known = {id(tensor.raw): tensor for tensor in pretended}
+    there = bool(pretended) if device is None else _is_there(device)
+    _refuse_generator(name, kwargs.get("generator"), there)
+    kwargs_there = kwargs if device is None else kwargs | {"device": torch.device("cpu")}
+    raw_args, raw_kwargs = pytree.tree_map_only(Pretend, lambda tensor: tensor.raw, (args, kwargs_there))
+    known = {id(tensor.raw): tensor for tensor in pretended}
 
-        def back(raw: torch.Tensor) -> torch.Tensor:
-            if id(raw) in known:
-                return known[id(raw)]
-            return Pretend(raw) if there else raw
+    def back(raw: torch.Tensor) -> torch.Tensor:
+        if id(raw) in known:
+            return known[id(raw)]
+        return Pretend(raw) if there else raw
 
-        made = pytree.tree_map_only(torch.Tensor, back, found)
+    made = pytree.tree_map_only(torch.Tensor, back, func(*raw_args, **raw_kwargs))
+    if func._schema.is_mutable:
+        for tensor in pretended:
+            if (tensor.shape, tensor.stride()) != (tensor.raw.shape, tensor.raw.stride()):  # as resize_ does
+                _set_data(tensor, Pretend(tensor.raw))
+    made = args[0] if name == "aten::copy_" else made
     for observe in OBSERVERS:
         observe(func, (args, kwargs), made)
     return made
 
 
-class _Mode(TorchDispatchMode):
-    """What is given no tensor of the device yet makes one, as torch.eye(3, device="pretend") does."""
+def _refuse_two_devices(name: str, args: Any, tensors: list[torch.Tensor]) -> None:
+    """Raise as a GPU does, which takes numbers without a dimension from the CPU, and indices."""
+    pretended = [tensor for tensor in tensors if isinstance(tensor, Pretend)]
+    others = [tensor for tensor in tensors if not isinstance(tensor, Pretend) and tensor.dim() > 0]
+    if not pretended or not others or name in COPIES or (name in LOOKUPS and isinstance(args[0], Pretend)):
+        return
+    shapes = [tuple(tensor.shape) for tensor in others]
+    raise RuntimeError(f"{name}: expected all tensors to be on the same device, found {DEVICE} and cpu, {shapes}")
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        device = kwargs.get("device")
-        there = device is not None and torch.device(device).type == DEVICE
-        if there or any(isinstance(leaf, Pretend) for leaf in pytree.tree_leaves((args, kwargs))):
-            return _run(func, args, kwargs)
-        return func(*args, **kwargs)
+
+def _refuse_generator(name: str, generator: torch.Generator | None, there: bool) -> None:
+    if generator is not None and (type(generator) is _Generator) != there:
+        raise RuntimeError(f"{name}: expected a {DEVICE if there else 'cpu'!r} device type for generator")
 
 
 class _Module:
@@ -187,9 +222,8 @@ class _Module:
 
 
 def _empty(size: Any, dtype: Any = None, layout: Any = None, device: Any = None, **options: Any) -> torch.Tensor:
-    return Pretend(
-        torch.empty(size, dtype=dtype, memory_format=options.get("memory_format") or torch.contiguous_format)
-    )
+    memory_format = options.get("memory_format") or torch.contiguous_format
+    return Pretend(torch.empty(size, dtype=dtype, memory_format=memory_format))
 
 
 def _empty_strided(size: Any, stride: Any, dtype: Any = None, layout: Any = None, **_: Any) -> torch.Tensor:
@@ -197,54 +231,23 @@ def _empty_strided(size: Any, stride: Any, dtype: Any = None, layout: Any = None
 
 
 def _copy_(self: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
-    values = (tensor.raw if isinstance(tensor, Pretend) else tensor for tensor in (self, source))
-    next(values).copy_(next(values))
+    to, values = (tensor.raw if isinstance(tensor, Pretend) else tensor for tensor in (self, source))
+    to.copy_(values)
     return self
-
-
-def _override_autocast(name: str, lower: bool) -> None:
-    """Register an operator's cast: no device but the CPU and those of torch's own has one."""
-    operators = getattr(torch.ops.aten, name)
-    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
-
-    def register(operator: torch._ops.OpOverload) -> None:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            dtype = torch.get_autocast_dtype(DEVICE) if lower else torch.float32
-
-            def cast(tensor: torch.Tensor) -> torch.Tensor:
-                casts = tensor.is_floating_point() and tensor.device.type == DEVICE and tensor.dtype != torch.float64
-                return tensor.to(dtype) if casts else tensor
-
-            with torch._C._ExcludeDispatchKeyGuard(keys):
-                return operator(*pytree.tree_map_only(torch.Tensor, cast, args), **kwargs)
-
-        _libraries[0].impl(operator, run, "AutocastPrivateUse1")
-
-    for overload in operators.overloads():
-        if "out" not in overload and "dimname" not in overload:
-            register(getattr(operators, overload))
 
 
 def _register() -> None:
     """Tell torch of the device, once."""
     if _state["registered"]:
         return
-    # A backward before the device is known: else autograd starts a thread for it, and no fork of this process could
-    # run a backward any more.
+    # A backward before the device is known: else autograd starts a thread for the device, and no fork of this process
+    # could run a backward any more.
     torch.zeros((), requires_grad=True).backward()  # type: ignore[no-untyped-call]
     backend_registration._setup_privateuseone_for_python_backend(DEVICE, backend_module=_Module())
-    others = torch.library.Library("_", "IMPL")
-    others.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
-    library = torch.library.Library("aten", "IMPL")
-    _libraries.extend((library, others))
-    # What C++ calls past the modes, as torch.tensor(..., device="pretend") does.
-    library.impl("empty.memory_format", _empty, "PrivateUse1")
-    library.impl("empty_strided", _empty_strided, "PrivateUse1")
-    library.impl("copy_", _copy_, "PrivateUse1")
-    for name in LOWER:
-        _override_autocast(name, lower=True)
-    for name in FLOAT32:
-        _override_autocast(name, lower=False)
+    library: Any = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
+    for name, run in {"empty.memory_format": _empty, "empty_strided": _empty_strided, "copy_": _copy_}.items():
+        library.impl(name, run, "PrivateUse1")  # what C++ calls past the modes, as for torch.tensor([1], device=...)
+    _libraries.extend((library, *register_casts(library, DEVICE)))
     _state["registered"] = True
 
 
@@ -253,10 +256,12 @@ def pretend_device() -> Iterator[str]:
     """Make the device available, and give its name."""
     _register()
     before = _state["active"]
-    _state["active"] = True
+    _state["active"], torch.Generator = True, _Generator  # type: ignore[misc]
     try:
         # Backward runs in this thread: autograd has none for this device.
-        with torch.autograd.set_multithreading_enabled(False), _Mode():
+        with torch.autograd.set_multithreading_enabled(False), _Mode():  # type: ignore[no-untyped-call]
             yield DEVICE
     finally:
         _state["active"] = before
+        if not before:
+            torch.Generator = _CpuGenerator  # type: ignore[misc]
