@@ -29,8 +29,8 @@ def runs_as_one(x: Tensor, weight: Tensor) -> bool:
         return False
     if torch.jit.is_tracing():  # type: ignore[no-untyped-call, attr-defined]
         return False
-    # A device that is written in Python has a class of tensors of its own, for weights too.
-    return _class_of(x) is _class_of(weight) and not is_sharded(x)
+    # A device that is written in Python has its own class of tensors. The bytes of a quantised weight are no values.
+    return _class_of(x) is _class_of(weight) and not is_sharded(x) and weight.is_floating_point()
 
 
 def low_rank_sum(
