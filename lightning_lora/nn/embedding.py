@@ -10,7 +10,9 @@ from torch import nn
 
 from ..distributed.sharding import is_sharded
 from . import low_rank
+from .added_product import add_product
 from .lora_layer import LoRALayer
+from .low_rank_sum import runs_as_one
 
 
 class LoRAEmbedding(LoRALayer):
@@ -53,17 +55,23 @@ class LoRAEmbedding(LoRALayer):
         return rows
 
     def sum_forward(self, input: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        base = self._rows(input)
-        a, b = a.to(base.dtype), b.to(base.dtype)
-        delta = F.linear(_summed(F.embedding(input, a.T)), b) * self.lora.spec.scaling
-        delta = self._with_gradients_of_rows(delta, input) if torch.is_grad_enabled() else delta
-        return _summed(base).add_(delta)
+        base, layer, scaling = _summed(self._rows(input)), cast(nn.Embedding, self), self.lora.spec.scaling
+        hidden = _summed(F.embedding(input, a.T)).to(base.dtype)  # cast here: the table A may be much larger
+        has_padding = layer.padding_idx is not None and torch.is_grad_enabled()
+        padding = (input == layer.padding_idx).unsqueeze(-1) if has_padding else None
+        if runs_as_one(hidden, base) and not layer.scale_grad_by_freq:
+            return add_product(base, hidden, b, scaling, ignored=padding)
+        delta = F.linear(hidden, b.to(base.dtype) * scaling)
+        delta = self._with_gradients_of_rows(delta, input, padding) if torch.is_grad_enabled() else delta
+        return base.add_(delta)
 
-    def _with_gradients_of_rows(self, delta: torch.Tensor, input: torch.Tensor) -> torch.Tensor:
+    def _with_gradients_of_rows(
+        self, delta: torch.Tensor, input: torch.Tensor, padding: torch.Tensor | None
+    ) -> torch.Tensor:
         """Apply padding_idx and scale_grad_by_freq to delta's gradient, as nn.Embedding does to the rows of W."""
         layer = cast(nn.Embedding, self)
-        if layer.padding_idx is not None:
-            delta = torch.where((input == layer.padding_idx).unsqueeze(-1), delta.detach(), delta)
+        if padding is not None:
+            delta = torch.where(padding, delta.detach(), delta)
         if layer.scale_grad_by_freq:
             rows = input.flatten()  # not torch.bincount, which torch 2.6 cannot compile
             counts = rows.new_zeros(layer.num_embeddings).index_add_(0, rows, torch.ones_like(rows))
