@@ -22,7 +22,6 @@ from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
 from ..distributed.sharding import is_sharded, local, reduce_, window
 from .exact_merge import parts_of
@@ -105,7 +104,7 @@ def output_scale(lengths: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
     """
     norms = norms.to(lengths.dtype)
     # m / inf is 0, and so is its gradient. A value that is not finite stays so.
-    return lengths / F.threshold(norms, 0.0, math.inf) + (norms == 0)
+    return lengths / torch.threshold(norms, 0.0, math.inf) + (norms == 0)
 
 
 def forms_sums(weight: torch.Tensor) -> bool:
@@ -128,16 +127,22 @@ def _norms_of_sums(
     wide = matrix.dtype
     if exact:
         wide = torch.float32 if matrix.dtype in HALF else _widest(matrix)
-    a, b = a.to(wide), b.to(wide)
-    rows, norms = max(1, PIECE // max(1, matrix.shape[1])), []
-    for first in range(0, max(1, len(matrix)), rows):
-        piece = slice(first, first + rows)
-        sums = torch.addmm(matrix[piece].to(wide), b[piece], a, alpha=scaling)
+    a, b, norms = a.to(wide), b.to(wide), []
+    for piece, piece_b in _pieces(matrix, b):
+        sums = torch.addmm(piece.to(wide), piece_b, a, alpha=scaling)
         if sums.dtype not in HALF:
             sums = sums.to(narrow)
         norms.append(torch.linalg.vector_norm(sums, dim=1, dtype=narrow))
         del sums  # before the next piece is formed
     return norms[0] if len(norms) == 1 else torch.cat(norms)
+
+
+def _pieces(matrix: torch.Tensor, b: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Split the rows of W and of B so that V has at most PIECE elements at a time."""
+    if torch.jit.is_tracing():  # it warns of each size that is read
+        return [(matrix, b)]
+    rows = max(1, PIECE // max(1, matrix.shape[1]))
+    return list(zip(matrix.split(rows), b.split(rows), strict=True))
 
 
 def _squares_of_sums(

@@ -38,6 +38,7 @@ from lightning_lora.nn import output_norms as output_norms_file
 from lightning_lora.nn.exact_merge import merge_weight_, merged_weight, unmerge_weight_
 from lightning_lora.nn.low_rank import LowRankBlock
 from lightning_lora.nn.output_norms import output_norms, output_norms_of_parts
+from support.launches import count
 from support.layers import (
     CASES,
     DTYPES,
@@ -757,6 +758,71 @@ def test_on_a_device_the_norm_is_right_where_the_adapter_nearly_removes_an_outpu
         factors = [each.detach() for each in layer.factors()[:2]]
         norms = layer.norms(layer.weight, *factors, exact=True).cpu().double()
         torch.testing.assert_close(1 / norms, wanted, rtol=EXACTLY[dtype], atol=0)
+
+
+LAUNCHES = {torch.float32: 20, torch.bfloat16: 26}  # at most so many over the frozen layer
+
+
+@on_device
+@pytest.mark.parametrize("dropout", [0.0, P])
+@pytest.mark.parametrize("dtype", LAUNCHES)
+@pytest.mark.parametrize("kind", WIDE)
+def test_on_a_device_a_step_has_few_launches_no_float64_and_no_wait(
+    kind: str, dtype: torch.dtype, dropout: float
+) -> None:
+    x = KINDS[kind][1]()
+    x = x.to(dtype).requires_grad_() if x.is_floating_point() else x
+    with pretend_device():
+        model, x = moved(build(kind).to(dtype).requires_grad_(False)), x.to(DEVICE)
+
+        def step() -> None:
+            model.zero_grad()
+            output = model(x)
+            if output.requires_grad:
+                torch.autograd.backward(output, torch.ones_like(output), inputs=wanted)
+
+        wanted = [x] if x.is_floating_point() else []
+        floor = count(step) if wanted else count(lambda: model(x))
+        inject(model, dora(lora_dropout=dropout))
+        wanted += model[0].factors()
+        step()
+        more = count(step) - floor
+        assert (more.float64, more.waits) == (0, 0), more
+        if "Linear" in kind or kind == "Conv1D":
+            assert more.launches <= LAUNCHES[dtype] + (12 if dropout else 0), more
+        if dtype == torch.bfloat16:
+            layer = model[0]
+            assert count(lambda: layer.norms(layer.weight, *layer.factors()[:2], exact=True)).float64 == 0
+
+
+@pytest.mark.parametrize("kind", ["Linear", "Embedding"])
+def test_a_trace_is_right_where_the_base_later_nearly_cancels(kind: str) -> None:
+    model, _ = nearly_cancelled(torch.float32, 1e-3, kind)
+    x = torch.randint(256, (5,)) if kind == "Embedding" else torch.randn(5, 256)
+    later = model[0].weight.detach().clone()
+    with torch.no_grad():
+        model[0].weight.normal_()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is deprecated|.*is not supported", DeprecationWarning)
+        traced = torch.jit.trace(model, (x,))
+    torch.testing.assert_close(traced(x), model(x), rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        model[0].weight.copy_(later)
+    torch.testing.assert_close(traced(x), model(x), rtol=1e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("kind", ["Linear", "Embedding"])
+@pytest.mark.parametrize(("dtype", "left", "tolerance"), [(torch.float32, 1e-3, 1e-3), (torch.bfloat16, 1.0, 1e-2)])
+def test_an_exported_graph_has_no_float64_and_is_right_where_the_adapter_nearly_removes_an_output(
+    kind: str, dtype: torch.dtype, left: float, tolerance: float
+) -> None:
+    model, _ = nearly_cancelled(dtype, left, kind)
+    x = torch.randint(256, (5,)) if kind == "Embedding" else torch.randn(5, 256).to(dtype)
+    graph = torch.export.export(model, (x,))
+    values = [node.meta.get("val") for node in graph.graph.nodes]
+    assert not [value for value in values if isinstance(value, torch.Tensor) and value.dtype == torch.float64]
+    found, eager = graph.module()(x), model(x)
+    assert (found - eager).double().norm() < tolerance * eager.double().norm()
 
 
 # --- what is refused ---
