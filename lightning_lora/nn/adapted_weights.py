@@ -349,8 +349,8 @@ class AdaptedWeights(StoredTensors):
     def deltas(self, a: torch.Tensor, b: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return s * B @ A in each weight's shape and the factors' dtype, differentiable."""
         place = self.place()
-        blocks = place.low_rank_blocks(a, b)
-        return {name: dense_delta(blocks[name], place.shapes[name]) * self.lora.spec.scaling for name in blocks}
+        blocks = place.low_rank_blocks(a, b * self.lora.spec.scaling)  # B is smaller than the product
+        return {name: dense_delta(blocks[name], place.shapes[name]) for name in blocks}
 
     def combine(
         self, weight: torch.Tensor, delta: torch.Tensor, scale: torch.Tensor | None, mask: torch.Tensor | None

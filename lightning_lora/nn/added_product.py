@@ -7,57 +7,58 @@ of h and B. autograd's own way takes tensors of the outputs' size for the produc
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 
 Tensor = torch.Tensor
 
 
 def add_product(
-    base: Tensor,
-    hidden: Tensor,
-    b: Tensor,
-    scaling: float,
-    dim: int = -1,
-    groups: int = 1,
-    ignored: Tensor | None = None,
+    base: Tensor, hidden: Tensor, b: Tensor, scaling: float, dim: int = -1, ignored: Tensor | None = None
 ) -> Tensor:
     """Return base + s * B h in the memory of `base`, which nothing else may use any more.
 
     Args:
         base: the outputs of the base; `dim` counts the features of an output.
-        hidden: h, with groups * r features along `dim`, and otherwise in the shape of `base`.
-        b: B (out, r) or (out, r, 1...). Each group of outputs sees its own r features of h.
+        hidden: h, with r features along `dim`, and otherwise in the shape of `base`.
+        b: B (out, r) or (out, r, 1...).
         scaling: s.
         dim: of the features.
-        groups: how many equal groups of features there are.
         ignored: at which places the product gives h and B no gradient, in a shape that broadcasts with `base`.
     """
     if not (base.is_contiguous() or _lies_in_rows(base, dim)):
         base = base.contiguous()
-    factors = hidden.to(base.dtype), b.to(base.dtype)
-    output = AddedProduct.apply(base, *factors, scaling, dim, groups, ignored)  # type: ignore[no-untyped-call]
+    factors = hidden.to(base.dtype), b.to(base.dtype).flatten(1)
+    output = AddedProduct.apply(base, *factors, scaling, dim, ignored)  # type: ignore[no-untyped-call]
     return cast(Tensor, output)
 
 
 class AddedProduct(torch.autograd.Function):
-    """The operation. All tensors but `ignored` have one dtype, and `base` lies in rows or is contiguous."""
+    """The operation. All tensors but `ignored` have one dtype, B is a matrix, and `base` lies in rows or is contiguous.
+
+    With features in rows a product is one of matrices: (positions, r) @ (r, out). Otherwise it is one for each sample:
+    (out, r) @ (r, positions).
+    """
 
     @staticmethod
     def forward(  # type: ignore[override]
-        base: Tensor, hidden: Tensor, b: Tensor, scaling: float, dim: int, groups: int, ignored: Tensor | None
+        base: Tensor, hidden: Tensor, b: Tensor, scaling: float, dim: int, ignored: Tensor | None
     ) -> Tensor:
         output = base.detach()  # not `base` marked as changed, which torch.func's forward mode refuses
-        rows = _lies_in_rows(output, dim)
-        h = _matrices(hidden, dim, groups, rows)
-        _add_products(_matrices(output, dim, groups, rows), _factors(b, groups, len(h)), h, scaling)
+        if _lies_in_rows(output, dim):
+            _rows(output, dim).addmm_(_rows(hidden, dim), b.t(), alpha=scaling)
+        else:
+            h = _samples(hidden, dim)
+            _samples(output, dim).baddbmm_(b.expand(len(h), *b.shape), h, alpha=scaling)
         return output
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, hidden, b, ctx.scaling, ctx.dim, ctx.groups, ignored = inputs
-        ctx.rows = _lies_in_rows(output, ctx.dim)
+        _, hidden, b, ctx.scaling, ctx.dim, ignored = inputs
+        ctx.in_rows = _lies_in_rows(output, ctx.dim)
         ctx.save_for_backward(hidden, b, ignored)
         ctx.save_for_forward(hidden, b, ignored)
 
@@ -65,21 +66,24 @@ class AddedProduct(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         hidden, b, ignored = ctx.saved_tensors
         _, hidden_needs, b_needs, *_ = ctx.needs_input_grad
-        seen = g if ignored is None else g.masked_fill(ignored, 0)  # even where g is not finite
-        grads = _matrices(seen, ctx.dim, ctx.groups, ctx.rows)
+        seen = g if ignored is None else g.masked_fill(ignored, 0)  # zero even where g is not finite
         dh = db = None
-        if hidden_needs:
-            factors = _factors(b, ctx.groups, len(grads))
-            if ctx.rows:  # then the gradient of h must lie in rows too
-                products = _scaled(grads.mT, factors, ctx.scaling).mT
-            else:
-                products = _scaled(factors.mT, grads, ctx.scaling)
-            dh = _from_matrices(products, hidden, ctx.dim, ctx.rows)
-        if b_needs:
-            products = _scaled(grads, _matrices(hidden, ctx.dim, ctx.groups, ctx.rows).mT, ctx.scaling)
-            samples = len(products) // ctx.groups
-            db = (products if samples == 1 else products.reshape(samples, *b.shape).sum(0)).reshape(b.shape)
-        return g, dh, db, None, None, None, None
+        if ctx.in_rows:
+            seen, h = _rows(seen, ctx.dim), _rows(hidden, ctx.dim)
+            if hidden_needs:
+                dh = _scaled(torch.addmm, h, seen, b, ctx.scaling)
+                dh = dh.reshape(hidden.movedim(ctx.dim, -1).shape).movedim(-1, ctx.dim)
+            if b_needs:
+                db = _scaled(torch.addmm, b, seen.t(), h, ctx.scaling)
+        else:
+            seen, h = _samples(seen, ctx.dim), _samples(hidden, ctx.dim)
+            each_b = b.expand(len(h), *b.shape)
+            if hidden_needs:
+                dh = _scaled(torch.baddbmm, h, each_b.mT, seen, ctx.scaling).reshape(hidden.shape)
+            if b_needs:
+                db = _scaled(torch.baddbmm, each_b, seen, h.mT, ctx.scaling)
+                db = db[0] if len(db) == 1 else db.sum(0)
+        return g, dh, db, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
@@ -88,7 +92,7 @@ class AddedProduct(torch.autograd.Function):
         change: Any = 0.0
         for left, right in ((dh, b), (hidden, db)):
             if left is not None and right is not None:
-                change = change + ctx.scaling * _product(left, right, ctx.dim, ctx.groups)
+                change = change + ctx.scaling * _product(left, right, ctx.dim)
         if ignored is not None and isinstance(change, Tensor):
             change = change.masked_fill(ignored, 0)
         return cast(Tensor, change if d_base is None else d_base + change)
@@ -99,19 +103,21 @@ class AddedProduct(torch.autograd.Function):
         return torch.vmap(_sum, in_dims, randomness=info.randomness)(*inputs), 0
 
 
-def _sum(
-    base: Tensor, hidden: Tensor, b: Tensor, scaling: float, dim: int, groups: int, ignored: Tensor | None
-) -> Tensor:
+def _scaled(operator: Callable[..., Tensor], like: Tensor, left: Tensor, right: Tensor, scaling: float) -> Tensor:
+    """Return s * left @ right, which has the shape of `like`, by one kernel."""
+    # Not an empty tensor in place of `like`: a kernel ignores it, but vmap multiplies it by beta.
+    return operator(like.detach(), left, right, beta=0, alpha=scaling)
+
+
+def _sum(base: Tensor, hidden: Tensor, b: Tensor, scaling: float, dim: int, ignored: Tensor | None) -> Tensor:
     """Return base + s * B h by operators that torch maps and differentiates itself."""
-    product = _product(hidden, b, dim, groups)
+    product = _product(hidden, b, dim)
     product = product if ignored is None else torch.where(ignored, product.detach(), product)
     return torch.add(base, product, alpha=scaling)
 
 
-def _product(hidden: Tensor, b: Tensor, dim: int, groups: int) -> Tensor:
-    h = hidden.movedim(dim, -1).unflatten(-1, (groups, b.shape[1]))
-    product = torch.einsum("...gr,gor->...go", h, b.reshape(groups, b.shape[0] // groups, b.shape[1]))
-    return product.flatten(-2).movedim(-1, dim)
+def _product(hidden: Tensor, b: Tensor, dim: int) -> Tensor:
+    return F.linear(hidden.movedim(dim, -1), b).movedim(-1, dim)
 
 
 def _lies_in_rows(x: Tensor, dim: int) -> bool:
@@ -119,40 +125,13 @@ def _lies_in_rows(x: Tensor, dim: int) -> bool:
     return x.movedim(dim, -1).is_contiguous()
 
 
-def _matrices(x: Tensor, dim: int, groups: int, rows: bool) -> Tensor:
-    """Return x as matrices (features / groups, positions), without a copy if it lies in memory as `rows` says.
+def _rows(x: Tensor, dim: int) -> Tensor:
+    """Return x as (positions, features), without a copy if it lies in rows."""
+    moved = x.movedim(dim, -1)
+    return moved.reshape(math.prod(moved.shape[:-1]), moved.shape[-1])
 
-    There is one for each group, and one for each sample and group unless x lies in rows.
-    """
-    features = x.shape[dim] // groups
-    if rows:
-        moved = x.movedim(dim, -1)
-        return moved.reshape(math.prod(moved.shape[:-1]), groups, features).permute(1, 2, 0)
+
+def _samples(x: Tensor, dim: int) -> Tensor:
+    """Return x as (samples, features, positions), without a copy if it is contiguous."""
     dim = dim % x.dim()
-    return x.reshape(math.prod(x.shape[:dim]) * groups, features, math.prod(x.shape[dim + 1 :]))
-
-
-def _from_matrices(matrices: Tensor, like: Tensor, dim: int, rows: bool) -> Tensor:
-    """Undo _matrices."""
-    if not rows:
-        return matrices.reshape(like.shape)
-    return matrices.permute(2, 0, 1).reshape(like.movedim(dim, -1).shape).movedim(-1, dim)
-
-
-def _factors(b: Tensor, groups: int, count: int) -> Tensor:
-    """Return the part of B (out / groups, r) for each of `count` matrices."""
-    parts = b.reshape(groups, b.shape[0] // groups, b.shape[1])
-    return parts if count == groups else parts.expand(count // groups, *parts.shape).flatten(0, 1)
-
-
-def _add_products(to: Tensor, left: Tensor, right: Tensor, scaling: float) -> None:
-    if len(to) == 1:  # one product has faster kernels
-        to[0].addmm_(left[0], right[0], alpha=scaling)
-    else:
-        to.baddbmm_(left, right, alpha=scaling)
-
-
-def _scaled(left: Tensor, right: Tensor, scaling: float) -> Tensor:
-    if len(left) == 1:
-        return torch.addmm(left.new_empty(1), left[0], right[0], beta=0, alpha=scaling).unsqueeze(0)
-    return torch.baddbmm(left.new_empty(1), left, right, beta=0, alpha=scaling)
+    return x.reshape(math.prod(x.shape[:dim]), x.shape[dim], math.prod(x.shape[dim + 1 :]))

@@ -40,10 +40,9 @@ class LoRAConv(LoRALayer):
     def sum_forward(self, input: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         base = self.base_forward(input)
         x, scaling = self.dropped(input)
-        if not runs_as_one(x, base):
+        if cast(nn.Conv2d, self).groups > 1 or not runs_as_one(x, base):
             return cast(torch.Tensor, base.add_(self.low_rank_product(x, a, b), alpha=scaling))
-        kernel = self.weight.dim() - 2
-        return add_product(base, self._hidden(x, a), b, scaling, -1 - kernel, cast(nn.Conv2d, self).groups)
+        return add_product(base, self._hidden(x, a), b, scaling, 1 - self.weight.dim())
 
     def base_product(self, x: torch.Tensor) -> torch.Tensor:
         return cast(torch.Tensor, cast(nn.Conv2d, self)._conv_forward(x, self.weight, None))
