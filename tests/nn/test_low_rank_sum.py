@@ -102,6 +102,7 @@ TRAINED = {
     "factors": ("a", "b"),
     "factors and input": ("x", "dropped", "a", "b"),
     "A": ("a",),
+    "A and input": ("x", "a"),
     "B": ("b",),
     "input": ("x",),
     "dropped": ("dropped",),
@@ -206,6 +207,9 @@ TRANSFORMS: dict[str, Callable[[Any, Case], Any]] = {
     )(*stacked(case, "x", "dropped")),
     "gradients of each adapter": lambda f, case: torch.vmap(
         torch.func.grad(loss_of(f), everything(case)), over(case, "a", "b")
+    )(*stacked(case, "a", "b")),
+    "jacobian of each adapter": lambda f, case: torch.vmap(
+        torch.func.jacrev(f, everything(case)), over(case, "a", "b")
     )(*stacked(case, "a", "b")),
     "gradient of a vmap": lambda f, case: torch.func.grad(
         lambda *tensors: torch.vmap(f, over(case, "a", "b"))(*tensors).square().sum(), everything(case)

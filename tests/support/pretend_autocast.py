@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 LOWER = (  # runs in the lower precision
     *("linear", "matmul", "mm", "mv", "addmm", "addmv", "addbmm", "baddbmm", "bmm", "einsum", "prelu"),
     *("conv1d", "conv2d", "conv3d", "convolution", "scaled_dot_product_attention"),
+    *("_thnn_fused_lstm_cell", "_thnn_fused_gru_cell", "lstm_cell", "gru_cell"),
 )
 FLOAT32 = (
     *("softmax", "log_softmax", "layer_norm", "native_layer_norm", "group_norm", "norm", "exp", "log", "pow", "cumsum"),

@@ -21,6 +21,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch.utils import _pytree as pytree
@@ -28,6 +29,7 @@ from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from support.pretend_autocast import register_casts
+from support.pretend_cells import CELLS
 
 DEVICE = "pretend"
 CAN_PRETEND = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")  # not in old versions of torch
@@ -37,10 +39,12 @@ OBSERVERS: list[Observer] = []  # each is called with an operator, what it was g
 
 COPIES = {"aten::_to_copy", "aten::copy_", "aten::_copy_from"}  # from any device to any other
 LOOKUPS = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}  # by indices on the CPU too
+WITH_LENGTHS = {"aten::_pack_padded_sequence", "aten::_pack_padded_sequence_backward"}  # on the CPU, always
 SHALLOW = "aten::_has_compatible_shallow_copy_type"
 
 _state = {"registered": False, "active": False}
 _libraries: list[Any] = []  # an override lasts as long as its library
+_generators: WeakValueDictionary[int, Any] = WeakValueDictionary()  # those of the device, by what torch holds of each
 _CpuGenerator = torch.Generator
 _set_data = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 
@@ -53,14 +57,15 @@ class Pretend(torch.Tensor):
 
     @staticmethod
     def __new__(cls, raw: torch.Tensor) -> Pretend:
-        made: Any = torch.Tensor._make_wrapper_subclass(
-            cls,
-            raw.shape,
-            strides=raw.stride(),
-            storage_offset=raw.storage_offset(),
-            dtype=raw.dtype,
-            device=torch.device(DEVICE, 0),
-        )
+        with torch.inference_mode(raw.is_inference()):  # a view of another tensor is none of inference mode
+            made: Any = torch.Tensor._make_wrapper_subclass(
+                cls,
+                raw.shape,
+                strides=raw.stride(),
+                storage_offset=raw.storage_offset(),
+                dtype=raw.dtype,
+                device=torch.device(DEVICE, 0),
+            )
         made.raw = raw
         return made  # type: ignore[no-any-return]
 
@@ -124,8 +129,12 @@ class _Generator(_CpuGenerator, metaclass=_AnyGenerator):
     """A generator of the device. It draws what one of the CPU draws."""
 
     def __new__(cls, device: Any = "cpu") -> Any:
+        if not _is_there(device):
+            return _CpuGenerator(device)
         make: Any = _CpuGenerator.__new__
-        return make(cls, "cpu") if _is_there(device) else _CpuGenerator(device)
+        made = make(cls, "cpu")
+        _generators[made._cdata] = made
+        return made
 
 
 class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -144,6 +153,8 @@ def _is_there(device: Any) -> bool:
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Run an operator on the values, and say that what it makes is on the device."""
     name = func.name().split(".")[0]
+    if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+        return func.decompose(*args, **kwargs)  # in inference mode; elsewhere autograd comes first, and does so
     tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     pretended = [tensor for tensor in tensors if isinstance(tensor, Pretend)]
     if name == SHALLOW:
@@ -159,9 +170,10 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     def back(raw: torch.Tensor) -> torch.Tensor:
         if id(raw) in known:
             return known[id(raw)]
-        return Pretend(raw) if there else raw
+        lengths = name in WITH_LENGTHS and not raw.is_floating_point()
+        return Pretend(raw) if there and not lengths else raw
 
-    made = pytree.tree_map_only(torch.Tensor, back, func(*raw_args, **raw_kwargs))
+    made = pytree.tree_map_only(torch.Tensor, back, CELLS.get(name, func)(*raw_args, **raw_kwargs))
     if func._schema.is_mutable:
         for tensor in pretended:
             if (tensor.shape, tensor.stride()) != (tensor.raw.shape, tensor.raw.stride()):  # as resize_ does
@@ -176,14 +188,19 @@ def _refuse_two_devices(name: str, args: Any, tensors: list[torch.Tensor]) -> No
     """Raise as a GPU does, which takes numbers without a dimension from the CPU, and indices."""
     pretended = [tensor for tensor in tensors if isinstance(tensor, Pretend)]
     others = [tensor for tensor in tensors if not isinstance(tensor, Pretend) and tensor.dim() > 0]
-    if not pretended or not others or name in COPIES or (name in LOOKUPS and isinstance(args[0], Pretend)):
+    if (
+        not pretended
+        or not others
+        or name in COPIES | WITH_LENGTHS
+        or (name in LOOKUPS and isinstance(args[0], Pretend))
+    ):
         return
     shapes = [tuple(tensor.shape) for tensor in others]
     raise RuntimeError(f"{name}: expected all tensors to be on the same device, found {DEVICE} and cpu, {shapes}")
 
 
 def _refuse_generator(name: str, generator: torch.Generator | None, there: bool) -> None:
-    if generator is not None and (type(generator) is _Generator) != there:
+    if generator is not None and (generator._cdata in _generators) != there:  # type: ignore[attr-defined]
         raise RuntimeError(f"{name}: expected a {DEVICE if there else 'cpu'!r} device type for generator")
 
 
