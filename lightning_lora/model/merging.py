@@ -24,10 +24,11 @@ from ..nn.scratch import Scratch
 from ..nn.tied_weights import record_ties
 from ..notices import tell
 from ..progress import progress_bar
-from .adapted_model import Listing, refuse_replaced_layers
+from .adapted_model import Listing
 from .dequantize import WORST_FIDELITY, report_factored
 from .device_merging import DeviceMerge, begin_unmerging_, call_with_remedy
 from .gradients import warn_of_untrained
+from .recorded_layers import refuse_replaced_layers
 from .undisturbed import Ending, run_undisturbed
 from .wrappers import unwrapped
 
