@@ -207,10 +207,19 @@ class DoRALayer(LoRALayer):
 
     def blocks(self, weights: Mapping[str, torch.Tensor], stored: Stored | None = None) -> Blocks:
         a, b, magnitude = (full_tensor((stored or self.stored())[leaf]) for leaf in (A, B, MAGNITUDE))
-        norms = self.norms(weights[WEIGHT], a, b, exact=True)
-        scale = output_scale(magnitude, norms.to(magnitude.device))
+        scale = self._scale_for_merging(weights[WEIGHT], a, b, magnitude)
         blocks = scaled_blocks(self.place().low_rank_blocks(a, b)[WEIGHT], scale, transposed=self.is_transposed())
         return {WEIGHT: self.crop_to_shard(blocks, weights[WEIGHT])}
+
+    def _scale_for_merging(
+        self, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, magnitude: torch.Tensor
+    ) -> torch.Tensor:
+        """Return c (out,) from the exact norm; 1 where it is 1 in a forward, which rounds the norm differently."""
+        device = magnitude.device
+        scale = output_scale(magnitude, self.norms(weight, a, b, exact=True).to(device))
+        if weight.dtype != torch.float32 or not forms_sums(weight):  # 16-bit weights are the same for an ulp of float32
+            return scale
+        return scale.masked_fill(output_scale(magnitude, self.norms(weight, a, b).to(device)) == 1, 1.0)
 
     def is_transposed(self) -> bool:
         """Return whether the weight is stored (in, out)."""

@@ -45,7 +45,7 @@ def output_norms(
     base: torch.Tensor | None = None,
     exact: bool = False,
 ) -> torch.Tensor:
-    """Return norm(V) of each output: (out,), float64 or float32.
+    """Return norm(V) of each output: (out,), float32 or float64.
 
     Collective where the weight is sharded. Every rank gets the whole result.
 
@@ -115,24 +115,21 @@ def forms_sums(weight: torch.Tensor) -> bool:
 def _norms_of_sums(
     matrix: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float, *, exact: bool
 ) -> torch.Tensor:
-    """Return norm(V) of each row, (out,): float32, or float64 for a weight in float64.
+    """Return norm(V) of each row, (out,): float32 or wider.
 
     V is computed and rounded like the layer's products, so in the dtype of W. `exact` computes it in the next wider
-    dtype. If B is zero, both give norm(W) with the same bits for float32.
+    dtype.
 
     Args:
         matrix: W (out, in), may be a transposed view.
     """
-    narrow = torch.float64 if matrix.dtype == torch.float64 else torch.float32
-    wide = matrix.dtype
+    dtype = matrix.dtype
     if exact:
-        wide = torch.float32 if matrix.dtype in HALF else _widest(matrix)
-    a, b, norms = a.to(wide), b.to(wide), []
+        dtype = torch.float32 if dtype in HALF or matrix.device.type == "mps" else torch.float64  # mps has no float64
+    a, b, norms = a.to(dtype), b.to(dtype), []
     for piece, piece_b in _pieces(matrix, b):
-        sums = torch.addmm(piece.to(wide), piece_b, a, alpha=scaling)
-        if sums.dtype not in HALF:
-            sums = sums.to(narrow)
-        norms.append(torch.linalg.vector_norm(sums, dim=1, dtype=narrow))
+        sums = torch.addmm(piece.to(dtype), piece_b, a, alpha=scaling)
+        norms.append(torch.linalg.vector_norm(sums, dim=1, dtype=torch.float32 if dtype in HALF else dtype))
         del sums  # before the next piece is formed
     return norms[0] if len(norms) == 1 else torch.cat(norms)
 
@@ -223,7 +220,3 @@ def _sharded_squares(
     split = [dim for dim, placement in enumerate(weight.placements) if not placement.is_replicate()]
     reduce_(total, weight.device_mesh, split, dist.ReduceOp.SUM)
     return total.to(shard.device)
-
-
-def _widest(weight: torch.Tensor) -> torch.dtype:
-    return torch.float32 if weight.device.type == "mps" else torch.float64
