@@ -44,9 +44,7 @@ class AddedProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        base: Tensor, hidden: Tensor, b: Tensor, scaling: float, dim: int, ignored: Tensor | None
-    ) -> Tensor:
+    def forward(base: Tensor, hidden: Tensor, b: Tensor, scaling: float, dim: int, ignored: Tensor | None) -> Tensor:
         output = base.detach()  # not `base` marked as changed, which torch.func's forward mode refuses
         if _lies_in_rows(output, dim):
             _rows(output, dim).addmm_(_rows(hidden, dim), b.t(), alpha=scaling)
