@@ -1,9 +1,11 @@
 """bias + c * (sums - bias) with a scale c for each output, as one operation for autograd on a GPU.
 
 It is computed as sums + (c - 1) * (sums - bias). Where c is 1 the sums keep their bits, and in 16 bits c - 1 is
-rounded instead of c. Forward: three kernels, without a bias two. Backward: one for the gradient of the sums, and two
-for that of c, which is summed in the dtype of c. By plain operators autograd launches more kernels and reads the
-gradient once more.
+rounded instead of c. Backward: one kernel for the gradient of the sums, and two for that of c, which is summed in the
+dtype of c. By plain operators autograd launches more kernels and reads the gradient once more.
+
+A scale that one device computed of values from another may miss 1 by an ulp or two. So `near_one` counts as 1, but for
+the gradient.
 """
 
 from __future__ import annotations
@@ -12,10 +14,16 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 
 from .low_rank_sum import runs_as_one
 
 Tensor = torch.Tensor
+
+
+def near_one(dtype: torch.dtype) -> float:
+    """Return the largest distance of a scale from 1 that counts as none on a GPU: 4 ulp of float32, or of float64."""
+    return 4 * min(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
 
 
 def scaled_output(sums: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -26,7 +34,7 @@ def scaled_output(sums: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         scale: c, in a shape that broadcasts with `sums`; its dtype may be wider.
         bias: in a shape that broadcasts with `sums`, or None.
     """
-    if torch.is_grad_enabled() and runs_as_one(sums, scale):
+    if runs_as_one(sums, scale):
         return cast(Tensor, ScaledOutput.apply(sums, scale, bias)[0])
     change = (scale - 1).to(sums.dtype)
     if bias is None:
@@ -39,7 +47,7 @@ class ScaledOutput(torch.autograd.Function):
 
     @staticmethod
     def forward(sums: Tensor, scale: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:  # type: ignore[override]
-        change = (scale - 1).to(sums.dtype)
+        change = F.hardshrink(scale - 1, near_one(scale.dtype)).to(sums.dtype)
         if bias is None:
             return torch.addcmul(sums, sums, change), change
         seen = sums - bias.to(sums.dtype)

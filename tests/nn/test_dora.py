@@ -676,6 +676,25 @@ def test_on_a_device_nothing_is_changed_before_the_first_step_and_nothing_by_a_m
         inject(on_cpu := copy.deepcopy(plain), dora())
         scale = on_cpu.to(DEVICE)[0].scale().cpu()
         assert (scale - 1).abs().max() <= 2 * EPS[torch.float32]
+        assert same_bits(on_cpu(x).cpu(), there(x).cpu())
+        with torch.no_grad():
+            assert same_bits(on_cpu(x).cpu(), there(x).cpu())
+        with merged(on_cpu):
+            assert same_bits(on_cpu[0].weight.cpu(), plain[0].weight)
+
+
+@on_device
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_on_a_device_sixteen_bits_are_merged_without_float64_and_rounded_once(dtype: torch.dtype) -> None:
+    inject(model := nn.Sequential(nn.Linear(512, 256)).to(dtype), dora())
+    with torch.no_grad():
+        model[0].lora_B.normal_(std=0.02)
+        model[0].lora_magnitude.mul_(1 + 0.1 * torch.randn(256))
+    wanted = naive_weight(model[0]).to(dtype)
+    with pretend_device():
+        model.to(DEVICE)
+        assert count(lambda: merge(model)).float64 == 0
+        assert (as_bits(model[0].weight.cpu()) == as_bits(wanted)).double().mean() > 0.9998
 
 
 @on_device

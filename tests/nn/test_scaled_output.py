@@ -91,6 +91,18 @@ def test_in_sixteen_bits_the_scale_of_another_dtype_is_applied_and_summed_as_exa
     assert ((scale.grad - wide[1].grad).abs() < 4 * half_ulp * terms).all()  # the roundings of the terms do not add up
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_scale_that_misses_one_by_an_ulp_changes_no_bit_and_gets_its_gradient(dtype: torch.dtype) -> None:
+    sums, scale, bias = given(SHAPES[0], dtype)
+    eps = torch.finfo(dtype).eps
+    scale = torch.tensor([1 - eps, 1 + 2 * eps, 1 + 200 * eps, 2.0], dtype=dtype, requires_grad=True)
+    found = as_one(sums, scale, bias)
+    assert torch.equal(found[..., :2], sums[..., :2])
+    assert not torch.equal(found[..., 2], sums[..., 2])
+    found.sum().backward()
+    torch.testing.assert_close(scale.grad, (sums - bias).sum((0, 1)))
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointed_it_has_the_same_gradients(reentrant: bool) -> None:
     tensors = given(SHAPES[0])
