@@ -168,7 +168,10 @@ class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         pretended = any(isinstance(leaf, Pretend) for leaf in pytree.tree_leaves((args, kwargs)))
-        return _run(func, args, kwargs) if pretended or _is_there(kwargs.get("device")) else func(*args, **kwargs)
+        if pretended or _is_there(kwargs.get("device")):
+            return _run(func, args, kwargs)
+        _refuse_generator(func.name(), kwargs.get("generator"), there=False)
+        return func(*args, **kwargs)
 
 
 def _is_there(device: Any) -> bool:
