@@ -215,7 +215,7 @@ class DoRALayer(LoRALayer):
     def _scale_for_merging(
         self, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, magnitude: torch.Tensor
     ) -> torch.Tensor:
-        """Return c (out,) from the exact norm; on a GPU 1 where it is 1 in a forward, which rounds the norm otherwise."""
+        """Return c (out,) from the exact norm; on a GPU 1 where a forward, which rounds the norm otherwise, has 1."""
         scale = output_scale(magnitude, self.norms(weight, a, b, exact=True).to(magnitude.device))
         return scale.masked_fill((scale - 1).abs() <= near_one(scale.dtype), 1.0) if forms_sums(weight) else scale
 

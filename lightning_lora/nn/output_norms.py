@@ -109,7 +109,7 @@ def output_scale(lengths: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
 
 def forms_sums(weight: torch.Tensor) -> bool:
     """Return whether the norm is taken of V itself, because no decision may depend on values."""
-    return weight.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return weight.device.type != "cpu" or torch.compiler.is_compiling() or _is_tracing()
 
 
 def _norms_of_sums(
@@ -136,10 +136,14 @@ def _norms_of_sums(
 
 def _pieces(matrix: torch.Tensor, b: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Split the rows of W and of B so that V has at most PIECE elements at a time."""
-    if torch.jit.is_tracing():  # it warns of each size that is read
+    if _is_tracing():  # it warns of each size that is read
         return [(matrix, b)]
     rows = max(1, PIECE // max(1, matrix.shape[1]))
-    return list(zip(matrix.split(rows), b.split(rows), strict=True))
+    return list(zip(torch.split(matrix, rows), torch.split(b, rows), strict=True))
+
+
+def _is_tracing() -> bool:
+    return bool(torch.jit.is_tracing())  # type: ignore[no-untyped-call, attr-defined]
 
 
 def _squares_of_sums(

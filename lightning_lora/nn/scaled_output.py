@@ -35,7 +35,7 @@ def scaled_output(sums: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         bias: in a shape that broadcasts with `sums`, or None.
     """
     if runs_as_one(sums, scale):
-        return cast(Tensor, ScaledOutput.apply(sums, scale, bias)[0])
+        return cast(Tensor, ScaledOutput.apply(sums, scale, bias)[0])  # type: ignore[no-untyped-call]
     change = (scale - 1).to(sums.dtype)
     if bias is None:
         return torch.addcmul(sums, sums, change)
@@ -46,7 +46,7 @@ class ScaledOutput(torch.autograd.Function):
     """The operation. c - 1 and sums - bias are outputs too, so that the gradient of a gradient goes through them."""
 
     @staticmethod
-    def forward(sums: Tensor, scale: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def forward(sums: Tensor, scale: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
         change = F.hardshrink(scale - 1, near_one(scale.dtype)).to(sums.dtype)
         if bias is None:
             return torch.addcmul(sums, sums, change), change
