@@ -128,9 +128,11 @@ def _norms_of_sums(
         dtype = torch.float32 if dtype in HALF or matrix.device.type == "mps" else torch.float64  # mps has no float64
     a, b, norms = a.to(dtype), b.to(dtype), []
     for piece, piece_b in _pieces(matrix, b):
-        sums = torch.addmm(piece.to(dtype), piece_b, a, alpha=scaling)
+        wide = piece.to(dtype)
+        add = torch.addmm if wide is piece else torch.Tensor.addmm_  # in place in a copy
+        sums = add(wide, piece_b, a, alpha=scaling)
         norms.append(torch.linalg.vector_norm(sums, dim=1, dtype=torch.float32 if dtype in HALF else dtype))
-        del sums  # before the next piece is formed
+        del wide, sums  # before the next piece is formed
     return norms[0] if len(norms) == 1 else torch.cat(norms)
 
 

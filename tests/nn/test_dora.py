@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -413,10 +412,7 @@ def test_a_traced_layer_has_the_same_numbers_with_a_norm_that_was_kept() -> None
     spread_(model)
     x = torch.randn(3, 8)
     wanted = model(x)
-    with warnings.catch_warnings():
-        for message in ("Converting a tensor", "Using len"):
-            warnings.filterwarnings("ignore", message)
-        traced = torch.jit.trace(model, x)
+    traced = torch.jit.trace(model, x)
     torch.testing.assert_close(traced(x), wanted)
 
 
@@ -821,6 +817,9 @@ def test_on_a_device_a_step_has_few_launches_no_float64_and_no_wait(
             assert count(lambda: layer.norms(layer.weight, *layer.factors()[:2], exact=True)).float64 == 0
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is not supported in Python 3.14")
+@pytest.mark.filterwarnings("error:.*might cause the trace to be incorrect")
 @pytest.mark.parametrize("kind", ["Linear", "Embedding"])
 def test_a_trace_is_right_where_the_base_later_nearly_cancels(kind: str) -> None:
     model, _ = nearly_cancelled(torch.float32, 1e-3, kind)
@@ -828,9 +827,7 @@ def test_a_trace_is_right_where_the_base_later_nearly_cancels(kind: str) -> None
     later = model[0].weight.detach().clone()
     with torch.no_grad():
         model[0].weight.normal_()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*is deprecated|.*is not supported", DeprecationWarning)
-        traced = torch.jit.trace(model, (x,))
+    traced = torch.jit.trace(model, (x,))
     torch.testing.assert_close(traced(x), model(x), rtol=1e-4, atol=1e-5)
     with torch.no_grad():
         model[0].weight.copy_(later)
