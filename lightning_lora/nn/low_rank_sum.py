@@ -115,7 +115,7 @@ class LowRankSum(torch.autograd.Function):
             seen if a_needs else None,
             weight if x_needs else None,
             a if seen_needs else None,
-            b if seen_needs or a_needs else None,
+            b if seen_needs or a_needs or b_needs else None,
             output[1] if b_needs else None,
         )
         ctx.save_for_forward(x, seen, weight, a, b)
@@ -125,25 +125,24 @@ class LowRankSum(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor | None, g_h: Tensor | None) -> tuple[Tensor | None, ...]:
         x, seen, weight, a, b, h = ctx.saved_tensors
         x_needs, dropped_needs, weight_needs, bias_needs, a_needs, b_needs, *_ = ctx.needs_input_grad
-        dx = d_dropped = d_weight = d_bias = da = db = None
-        u = g_h
+        seen_needs, count = dropped_needs if ctx.drops else x_needs, len(ctx.parts)
+        u, db = g_h, None
         if g is not None:
             g = g.reshape(-1, g.shape[-1])
-            outputs, count = _columns(g, ctx.parts), len(ctx.parts)
-            if b is not None:
-                u = joined_products(outputs, b.chunk(count), ctx.scaling, 1)
+            outputs = _columns(g, ctx.parts)
+            if seen_needs or a_needs:
+                u = _products(outputs, b.chunk(count), ctx.scaling, b, 1)
                 u = u if g_h is None else u + g_h
             if b_needs:
-                db = joined_products([each.t() for each in outputs], h.chunk(count, 1), ctx.scaling, 0)
-            dx = torch.mm(g, weight) if x_needs else None
-            d_weight = torch.mm(g.t(), x) if weight_needs else None
-            d_bias = g.sum(0) if bias_needs else None
-        if u is not None:
-            da = torch.mm(u.t(), seen) if a_needs else None
-            if dropped_needs:
-                d_dropped = torch.mm(u, a)
-            elif x_needs and not ctx.drops:
-                dx = torch.mm(u, a) if dx is None else add_product(dx, u, a)
+                db = _products([each.t() for each in outputs], h.chunk(count, 1), ctx.scaling, b, 0)
+        da = torch.mm(u.t(), seen) if a_needs and u is not None else None
+        d_seen = torch.mm(u, a) if seen_needs and u is not None else None
+        if ctx.drops:
+            dx, d_dropped = torch.mm(g, weight) if x_needs and g is not None else None, d_seen
+        else:
+            dx, d_dropped = d_seen if d_seen is None or g is None else add_product(d_seen, g, weight), None
+        d_weight = torch.mm(g.t(), x) if weight_needs and g is not None else None
+        d_bias = g.sum(0) if bias_needs and g is not None else None
         return dx, d_dropped, d_weight, d_bias, da, db, None, None, None
 
     @staticmethod
@@ -172,20 +171,6 @@ class LowRankSum(torch.autograd.Function):
         return torch.vmap(one, in_dims[:6])(*inputs[:6]), (0, 0)
 
 
-def joined_products(lefts: Sequence[Tensor], rights: Sequence[Tensor], scaling: float, dim: int) -> Tensor:
-    """Return s * left @ right of each pair, joined along a dimension, by one kernel for each pair."""
-    pairs = list(zip(lefts, rights, strict=True))
-    if len(pairs) == 1 or torch.is_grad_enabled():
-        products = [torch.addmm(left.new_empty(1), left, right, beta=0, alpha=scaling) for left, right in pairs]
-        return products[0] if len(pairs) == 1 else torch.cat(products, dim)
-    size = [lefts[0].shape[0], rights[0].shape[1]]
-    size[dim] *= len(pairs)
-    joined = lefts[0].new_empty(size)
-    for place, (left, right) in zip(joined.chunk(len(pairs), dim), pairs, strict=True):
-        place.addmm_(left, right, beta=0, alpha=scaling)
-    return joined
-
-
 def add_product(to: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """Return to + left @ right: in place, unless autograd records the backward."""
     return torch.addmm(to, left, right) if torch.is_grad_enabled() else to.addmm_(left, right)
@@ -201,6 +186,16 @@ def plus_parts(base: Tensor, h: Tensor, b: Tensor, scaling: float, parts: Sequen
 
 def _columns(rows: Tensor, parts: Sequence[Part]) -> list[Tensor]:
     return [rows.narrow(1, start, size) for start, size in parts]
+
+
+def _products(lefts: Sequence[Tensor], rights: Sequence[Tensor], scaling: float, b: Tensor, dim: int) -> Tensor:
+    """Return s * left @ right of each pair, with the columns of B, joined along a dimension."""
+    # No empty tensor in its place: kernels ignore what beta = 0 multiplies, but vmap multiplies it.
+    ignored = b.detach()[:1]
+    products = [
+        torch.addmm(ignored, left, right, beta=0, alpha=scaling) for left, right in zip(lefts, rights, strict=True)
+    ]
+    return products[0] if len(products) == 1 else torch.cat(products, dim)
 
 
 def _as_rows(x: Tensor) -> Tensor:
