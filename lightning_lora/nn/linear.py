@@ -13,6 +13,7 @@ from ..distributed.sharding import is_sharded
 from ..errors import LoRAError
 from . import low_rank
 from .adapted_weights import Blocks
+from .added_product import add_product
 from .exact_merge import merged_weight
 from .lora_layer import LoRALayer
 from .low_rank import enabled_parts
@@ -127,6 +128,13 @@ class LoRAQuantisedLinear(LoRALinear):
 
     def unmergeable_reason(self) -> str:
         return super().unmergeable_reason() or f"its weight is quantised ({self.quantised()})"
+
+    def sum_forward(self, input: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        if self.lora.spec.enabled is not None or not runs_as_one(input, input):
+            return super().sum_forward(input, a, b)
+        x, scaling = self.dropped(input)
+        hidden = F.linear(x, a.to(x.dtype))  # before the base's forward, as in _accumulated
+        return add_product(self.base_forward(input), hidden, b, scaling)
 
     def dense_weights(self, weights: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
         """Return W + delta in dequantised form, for code that reads the weight instead of calling the layer."""

@@ -20,6 +20,7 @@ from support.pretend_device import DEVICE
 NO_KERNEL = {  # beside views: they allocate, or say something of a tensor
     *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"),
     *("_unsafe_view", "_reshape_alias", "lift_fresh", "detach", "alias", "set_"),
+    *("t_", "transpose_", "squeeze_", "unsqueeze_", "detach_"),
 }
 WAITS = {  # the host reads a value, or a shape that depends on values
     *("_local_scalar_dense", "item", "equal", "is_nonzero", "nonzero", "masked_select", "_unique", "_unique2"),

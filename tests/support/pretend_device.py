@@ -107,15 +107,40 @@ class Pretend(torch.Tensor):
         return made
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Save the values and the device's name, as torch does for devices without storages."""
+        """Save as a tensor of a device with storages, whose file says where they were."""
+        storage: Any = self.raw.untyped_storage()
+        storage.pretended = True
+        typed = torch.storage.TypedStorage(wrap_storage=storage, dtype=self.dtype, _internal=True)
+        where = self.storage_offset(), tuple(self.shape), self.stride()
         if isinstance(self, torch.nn.Parameter):
             return torch._utils._rebuild_parameter, (Pretend(self.raw), self.requires_grad, OrderedDict())
-        made = (self.raw, self.dtype, DEVICE, self.requires_grad)
-        return torch._utils._rebuild_device_tensor_from_cpu_tensor, made
+        return torch._utils._rebuild_tensor_v2, (typed, *where, self.requires_grad, OrderedDict())
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         return _run(func, args, kwargs or {})
+
+
+class _Storage(torch.UntypedStorage):
+    """What torch.load makes a tensor of the device from."""
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return torch.device(DEVICE, 0)
+
+
+def _tag(storage: Any) -> str | None:
+    """Return what torch.save writes for a storage."""
+    return f"{DEVICE}:0" if getattr(storage, "pretended", False) else None
+
+
+def _restore(storage: torch.UntypedStorage, location: Any) -> torch.UntypedStorage | None:
+    """Put a storage where torch.load was asked to, or where the file says that it was."""
+    if not str(location).startswith(DEVICE):
+        return None
+    made = _Storage(storage.nbytes())
+    made.copy_(storage)
+    return made
 
 
 class _AnyGenerator(type(_CpuGenerator)):  # type: ignore[misc]
@@ -143,7 +168,10 @@ class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         pretended = any(isinstance(leaf, Pretend) for leaf in pytree.tree_leaves((args, kwargs)))
-        return _run(func, args, kwargs) if pretended or _is_there(kwargs.get("device")) else func(*args, **kwargs)
+        if pretended or _is_there(kwargs.get("device")):
+            return _run(func, args, kwargs)
+        _refuse_generator(func.name(), kwargs.get("generator"), there=False)
+        return func(*args, **kwargs)
 
 
 def _is_there(device: Any) -> bool:
@@ -265,6 +293,7 @@ def _register() -> None:
     for name, run in {"empty.memory_format": _empty, "empty_strided": _empty_strided, "copy_": _copy_}.items():
         library.impl(name, run, "PrivateUse1")  # what C++ calls past the modes, as for torch.tensor([1], device=...)
     _libraries.extend((library, *register_casts(library, DEVICE)))
+    torch.serialization.register_package(5, _tag, _restore)  # before torch's own, which sees a storage of the CPU
     _state["registered"] = True
 
 
