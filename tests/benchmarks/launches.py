@@ -46,11 +46,15 @@ class Tables(nn.Module):
         return torch.stack([table(tokens) for table in self.tables]).sum(0)
 
 
-class Fused(nn.Linear):
+class Fused(nn.Module):
     """A projection to queries, keys and values, of which the next layer takes the queries."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x)[:, :WIDTH]
+        return self.qkv(x)[:, :WIDTH]  # type: ignore[no-any-return]
 
 
 def chain(layer: Build) -> Callable[[int], nn.Module]:
@@ -93,7 +97,7 @@ TABLE = {
     "LoRA, Conv1D": Row(network=chain(lambda: Conv1D(WIDTH, WIDTH)), peft=partial(LoraConfig, fan_in_fan_out=True)),
     "LoRA, Conv2d": Row(network=chain(lambda: nn.Conv2d(32, 32, 3, padding=1)), x=lambda: torch.randn(4, 32, 8, 8)),
     "LoRA, Embedding": Row(network=Tables, x=lambda: torch.arange(ROWS)),
-    "LoRA, fused projection": Row(network=chain(lambda: Fused(WIDTH, 3 * WIDTH)), peft=None),
+    "LoRA, fused projection": Row(network=chain(Fused), peft=None),
 }
 
 
@@ -113,7 +117,7 @@ def adapted(row: Row, base: Build, ours: bool) -> nn.Module:
     model: Any = base()
     names = targets(model)
     if ours:
-        fused = {name: [True, False, True] for name in names if isinstance(model.get_submodule(name), Fused)}
+        fused = {name: [True, False, True] for name in names if name.endswith("qkv")}
         inject(model, LoRAConfig(r=RANK, target_modules=names, enable_lora=fused or None, **row.options))
     elif row.peft is not None:
         model = get_peft_model(model, row.peft(r=RANK, target_modules=names))

@@ -39,6 +39,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "LoRA, dropout": {"lora_dropout": 0.2},
 }
 
+RUNS = [  # each variant with one kind every day, LoRA with all
+    pytest.param(variant, kind, marks=() if variant == "LoRA" or kind == KINDS[number % 3] else pytest.mark.slow)
+    for number, variant in enumerate(VARIANTS)
+    for kind in KINDS
+]
+
 
 def fitted(path: Path, model: Net, callback: LoRACallback, place: dict[str, Any], **options: Any) -> L.Trainer:
     torch.manual_seed(0)
@@ -49,8 +55,7 @@ def fitted(path: Path, model: Net, callback: LoRACallback, place: dict[str, Any]
     return trainer
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("variant", "kind"), RUNS)
 def test_a_run_on_a_device_is_that_on_the_cpu_resumes_and_tests_its_best(variant: str, kind: str, tmp_path: Path):
     options = VARIANTS[variant]
     on_cpu, path = Watched(), tmp_path / "device"

@@ -17,6 +17,7 @@ available, and nothing else changes.
 from __future__ import annotations
 
 import copy
+import functools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -167,8 +168,7 @@ class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        pretended = any(isinstance(leaf, Pretend) for leaf in pytree.tree_leaves((args, kwargs)))
-        if pretended or _is_there(kwargs.get("device")):
+        if Pretend in types or _is_there(kwargs.get("device")):
             return _run(func, args, kwargs)
         _refuse_generator(func.name(), kwargs.get("generator"), there=False)
         return func(*args, **kwargs)
@@ -178,50 +178,56 @@ def _is_there(device: Any) -> bool:
     return device is not None and torch.device(device).type == DEVICE
 
 
+@functools.cache
+def _kind(func: Any) -> tuple[str, bool, bool]:
+    """Return an operator's name, and whether it is made of others, and whether it changes what it is given."""
+    made_of_others = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+    return func.name().split(".")[0], made_of_others, func._schema.is_mutable
+
+
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Run an operator on the values, and say that what it makes is on the device."""
-    name = func.name().split(".")[0]
-    if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+    name, made_of_others, is_mutable = _kind(func)
+    if made_of_others:
         return func.decompose(*args, **kwargs)  # in inference mode; elsewhere autograd comes first, and does so
-    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-    pretended = [tensor for tensor in tensors if isinstance(tensor, Pretend)]
+    leaves, form = pytree.tree_flatten((args, kwargs))
+    pretended = [leaf for leaf in leaves if isinstance(leaf, Pretend)]
+    others = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and not isinstance(leaf, Pretend)]
     if name == SHALLOW:
-        return len(pretended) == len(tensors)
-    _refuse_two_devices(name, args, tensors)
+        return not others
+    _refuse_two_devices(name, args, pretended, others)
     device = kwargs.get("device")
     there = bool(pretended) if device is None else _is_there(device)
     _refuse_generator(name, kwargs.get("generator"), there)
-    kwargs_there = kwargs if device is None else kwargs | {"device": torch.device("cpu")}
-    raw_args, raw_kwargs = pytree.tree_map_only(Pretend, lambda tensor: tensor.raw, (args, kwargs_there))
+    values = [leaf.raw if isinstance(leaf, Pretend) else leaf for leaf in leaves]
+    raw_args, raw_kwargs = pytree.tree_unflatten(values, form)
+    if device is not None:
+        raw_kwargs["device"] = torch.device("cpu")
     known = {id(tensor.raw): tensor for tensor in pretended}
 
-    def back(raw: torch.Tensor) -> torch.Tensor:
-        if id(raw) in known:
-            return known[id(raw)]
+    def back(raw: Any) -> Any:
+        if not isinstance(raw, torch.Tensor) or id(raw) in known:
+            return known.get(id(raw), raw)
         lengths = name in WITH_LENGTHS and not raw.is_floating_point()
         return Pretend(raw) if there and not lengths else raw
 
-    made = pytree.tree_map_only(torch.Tensor, back, CELLS.get(name, func)(*raw_args, **raw_kwargs))
-    if func._schema.is_mutable:
+    found = CELLS.get(name, func)(*raw_args, **raw_kwargs)
+    made = back(found) if isinstance(found, torch.Tensor) else pytree.tree_map(back, found)
+    if is_mutable:
         for tensor in pretended:
             if (tensor.shape, tensor.stride()) != (tensor.raw.shape, tensor.raw.stride()):  # as resize_ does
                 _set_data(tensor, Pretend(tensor.raw))
     made = args[0] if name == "aten::copy_" else made
     for observe in OBSERVERS:
-        observe(func, (args, kwargs), made)
+        observe(func, leaves, made)
     return made
 
 
-def _refuse_two_devices(name: str, args: Any, tensors: list[torch.Tensor]) -> None:
+def _refuse_two_devices(name: str, args: Any, pretended: list[Pretend], others: list[torch.Tensor]) -> None:
     """Raise as a GPU does, which takes numbers without a dimension from the CPU, and indices."""
-    pretended = [tensor for tensor in tensors if isinstance(tensor, Pretend)]
-    others = [tensor for tensor in tensors if not isinstance(tensor, Pretend) and tensor.dim() > 0]
-    if (
-        not pretended
-        or not others
-        or name in COPIES | WITH_LENGTHS
-        or (name in LOOKUPS and isinstance(args[0], Pretend))
-    ):
+    others = [tensor for tensor in others if tensor.dim() > 0] if pretended else []
+    takes_both = name in COPIES | WITH_LENGTHS or (name in LOOKUPS and isinstance(args[0], Pretend))
+    if not others or takes_both:
         return
     shapes = [tuple(tensor.shape) for tensor in others]
     raise RuntimeError(f"{name}: expected all tensors to be on the same device, found {DEVICE} and cpu, {shapes}")
