@@ -38,19 +38,23 @@ Build = Callable[[], nn.Module]
 class Tables(nn.Module):
     """Embeddings of the same tokens, summed."""
 
-    def __init__(self, layers: int) -> None:
+    def __init__(self, layers: int, padding_idx: int | None = None) -> None:
         super().__init__()
-        self.tables = nn.ModuleList(nn.Embedding(WIDTH, WIDTH) for _ in range(layers))
+        self.tables = nn.ModuleList(nn.Embedding(WIDTH, WIDTH, padding_idx) for _ in range(layers))
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         return torch.stack([table(tokens) for table in self.tables]).sum(0)
 
 
-class Fused(nn.Linear):
+class Fused(nn.Module):
     """A projection to queries, keys and values, of which the next layer takes the queries."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x)[:, :WIDTH]
+        return self.qkv(x)[:, :WIDTH]  # type: ignore[no-any-return]
 
 
 def chain(layer: Build) -> Callable[[int], nn.Module]:
@@ -60,8 +64,21 @@ def chain(layer: Build) -> Callable[[int], nn.Module]:
 LINEAR = chain(lambda: nn.Linear(WIDTH, WIDTH))
 
 
+def convolutions(channels_last: bool = False, **options: Any) -> Callable[[int], nn.Module]:
+    order: Any = torch.channels_last if channels_last else torch.preserve_format
+    return chain(lambda: nn.Conv2d(32, 32, 3, padding=1, **options).to(memory_format=order))
+
+
 def features() -> torch.Tensor:
     return torch.randn(ROWS, WIDTH)
+
+
+def images() -> torch.Tensor:
+    return torch.randn(4, 32, 8, 8)
+
+
+def images_with_channels_last() -> torch.Tensor:
+    return images().to(memory_format=torch.channels_last)
 
 
 @dataclass(frozen=True)
@@ -91,9 +108,12 @@ TABLE = {
     "LoHa": Row({"variant": "loha"}, LoHaConfig),
     "a variant of your own": Row({"variant": "gated"}, None),
     "LoRA, Conv1D": Row(network=chain(lambda: Conv1D(WIDTH, WIDTH)), peft=partial(LoraConfig, fan_in_fan_out=True)),
-    "LoRA, Conv2d": Row(network=chain(lambda: nn.Conv2d(32, 32, 3, padding=1)), x=lambda: torch.randn(4, 32, 8, 8)),
+    "LoRA, Conv2d": Row(network=convolutions(), x=images),
+    "LoRA, Conv2d, channels last": Row(network=convolutions(channels_last=True), x=images_with_channels_last),
+    "LoRA, Conv2d, groups": Row(network=convolutions(groups=4), x=images, peft=None),  # peft cannot merge it
     "LoRA, Embedding": Row(network=Tables, x=lambda: torch.arange(ROWS)),
-    "LoRA, fused projection": Row(network=chain(lambda: Fused(WIDTH, 3 * WIDTH)), peft=None),
+    "LoRA, Embedding, padding": Row(network=partial(Tables, padding_idx=0), x=lambda: torch.arange(ROWS)),
+    "LoRA, fused projection": Row(network=chain(Fused), peft=None),
 }
 
 
@@ -113,7 +133,7 @@ def adapted(row: Row, base: Build, ours: bool) -> nn.Module:
     model: Any = base()
     names = targets(model)
     if ours:
-        fused = {name: [True, False, True] for name in names if isinstance(model.get_submodule(name), Fused)}
+        fused = {name: [True, False, True] for name in names if name.endswith("qkv")}
         inject(model, LoRAConfig(r=RANK, target_modules=names, enable_lora=fused or None, **row.options))
     elif row.peft is not None:
         model = get_peft_model(model, row.peft(r=RANK, target_modules=names))

@@ -17,12 +17,14 @@ available, and nothing else changes.
 from __future__ import annotations
 
 import copy
+import functools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakValueDictionary
 
+import pytest
 import torch
 from torch.utils import _pytree as pytree
 from torch.utils import backend_registration
@@ -32,7 +34,9 @@ from support.pretend_autocast import register_casts
 from support.pretend_cells import CELLS
 
 DEVICE = "pretend"
-CAN_PRETEND = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")  # not in old versions of torch
+CAN_PRETEND = hasattr(
+    backend_registration, "_setup_privateuseone_for_python_backend"
+)  # not so in old versions of torch
 
 Observer = Callable[[Any, Any, Any], None]
 OBSERVERS: list[Observer] = []  # each is called with an operator, what it was given, and what it returned
@@ -110,7 +114,8 @@ class Pretend(torch.Tensor):
         """Save as a tensor of a device with storages, whose file says where they were."""
         storage: Any = self.raw.untyped_storage()
         storage.pretended = True
-        typed = torch.storage.TypedStorage(wrap_storage=storage, dtype=self.dtype, _internal=True)
+        made: Any = torch.storage.TypedStorage
+        typed = made(wrap_storage=storage, dtype=self.dtype, _internal=True)
         where = self.storage_offset(), tuple(self.shape), self.stride()
         if isinstance(self, torch.nn.Parameter):
             return torch._utils._rebuild_parameter, (Pretend(self.raw), self.requires_grad, OrderedDict())
@@ -134,13 +139,12 @@ def _tag(storage: Any) -> str | None:
     return f"{DEVICE}:0" if getattr(storage, "pretended", False) else None
 
 
-def _restore(storage: torch.UntypedStorage, location: Any) -> torch.UntypedStorage | None:
+def _restore(storage: Any, location: str) -> torch.UntypedStorage | None:
     """Put a storage where torch.load was asked to, or where the file says that it was."""
     if not str(location).startswith(DEVICE):
         return None
-    made = _Storage(storage.nbytes())
-    made.copy_(storage)
-    return made
+    made: Any = _Storage
+    return made(storage.nbytes()).copy_(storage)  # type: ignore[no-any-return]
 
 
 class _AnyGenerator(type(_CpuGenerator)):  # type: ignore[misc]
@@ -167,8 +171,7 @@ class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        pretended = any(isinstance(leaf, Pretend) for leaf in pytree.tree_leaves((args, kwargs)))
-        if pretended or _is_there(kwargs.get("device")):
+        if Pretend in types or _is_there(kwargs.get("device")):
             return _run(func, args, kwargs)
         _refuse_generator(func.name(), kwargs.get("generator"), there=False)
         return func(*args, **kwargs)
@@ -178,50 +181,56 @@ def _is_there(device: Any) -> bool:
     return device is not None and torch.device(device).type == DEVICE
 
 
+@functools.cache
+def _kind(func: Any) -> tuple[str, bool, bool]:
+    """Return an operator's name, and whether it is made of others, and whether it changes what it is given."""
+    made_of_others = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+    return func.name().split(".")[0], made_of_others, func._schema.is_mutable
+
+
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Run an operator on the values, and say that what it makes is on the device."""
-    name = func.name().split(".")[0]
-    if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+    name, made_of_others, is_mutable = _kind(func)
+    if made_of_others:
         return func.decompose(*args, **kwargs)  # in inference mode; elsewhere autograd comes first, and does so
-    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-    pretended = [tensor for tensor in tensors if isinstance(tensor, Pretend)]
+    leaves, form = pytree.tree_flatten((args, kwargs))
+    pretended = [leaf for leaf in leaves if isinstance(leaf, Pretend)]
+    others = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and not isinstance(leaf, Pretend)]
     if name == SHALLOW:
-        return len(pretended) == len(tensors)
-    _refuse_two_devices(name, args, tensors)
+        return not others
+    _refuse_two_devices(name, args, pretended, others)
     device = kwargs.get("device")
     there = bool(pretended) if device is None else _is_there(device)
     _refuse_generator(name, kwargs.get("generator"), there)
-    kwargs_there = kwargs if device is None else kwargs | {"device": torch.device("cpu")}
-    raw_args, raw_kwargs = pytree.tree_map_only(Pretend, lambda tensor: tensor.raw, (args, kwargs_there))
+    values = [leaf.raw if isinstance(leaf, Pretend) else leaf for leaf in leaves]
+    raw_args, raw_kwargs = pytree.tree_unflatten(values, form)
+    if device is not None:
+        raw_kwargs["device"] = torch.device("cpu")
     known = {id(tensor.raw): tensor for tensor in pretended}
 
-    def back(raw: torch.Tensor) -> torch.Tensor:
-        if id(raw) in known:
-            return known[id(raw)]
+    def back(raw: Any) -> Any:
+        if not isinstance(raw, torch.Tensor) or id(raw) in known:
+            return known.get(id(raw), raw)
         lengths = name in WITH_LENGTHS and not raw.is_floating_point()
         return Pretend(raw) if there and not lengths else raw
 
-    made = pytree.tree_map_only(torch.Tensor, back, CELLS.get(name, func)(*raw_args, **raw_kwargs))
-    if func._schema.is_mutable:
+    found = CELLS.get(name, func)(*raw_args, **raw_kwargs)
+    made = back(found) if isinstance(found, torch.Tensor) else pytree.tree_map(back, found)
+    if is_mutable:
         for tensor in pretended:
             if (tensor.shape, tensor.stride()) != (tensor.raw.shape, tensor.raw.stride()):  # as resize_ does
                 _set_data(tensor, Pretend(tensor.raw))
     made = args[0] if name == "aten::copy_" else made
     for observe in OBSERVERS:
-        observe(func, (args, kwargs), made)
+        observe(func, leaves, made)
     return made
 
 
-def _refuse_two_devices(name: str, args: Any, tensors: list[torch.Tensor]) -> None:
+def _refuse_two_devices(name: str, args: Any, pretended: list[Pretend], others: list[torch.Tensor]) -> None:
     """Raise as a GPU does, which takes numbers without a dimension from the CPU, and indices."""
-    pretended = [tensor for tensor in tensors if isinstance(tensor, Pretend)]
-    others = [tensor for tensor in tensors if not isinstance(tensor, Pretend) and tensor.dim() > 0]
-    if (
-        not pretended
-        or not others
-        or name in COPIES | WITH_LENGTHS
-        or (name in LOOKUPS and isinstance(args[0], Pretend))
-    ):
+    others = [tensor for tensor in others if tensor.dim() > 0] if pretended else []
+    takes_both = name in COPIES | WITH_LENGTHS or (name in LOOKUPS and isinstance(args[0], Pretend))
+    if not others or takes_both:
         return
     shapes = [tuple(tensor.shape) for tensor in others]
     raise RuntimeError(f"{name}: expected all tensors to be on the same device, found {DEVICE} and cpu, {shapes}")
@@ -285,6 +294,8 @@ def _register() -> None:
     """Tell torch of the device, once."""
     if _state["registered"]:
         return
+    if not CAN_PRETEND:
+        pytest.skip("this torch takes no device that is written in Python")
     # A backward before the device is known: else autograd starts a thread for the device, and no fork of this process
     # could run a backward any more.
     torch.zeros((), requires_grad=True).backward()  # type: ignore[no-untyped-call]
@@ -299,7 +310,7 @@ def _register() -> None:
 
 @contextmanager
 def pretend_device() -> Iterator[str]:
-    """Make the device available, and give its name."""
+    """Make the device available, and give its name. The test is skipped where torch is too old for it."""
     _register()
     before = _state["active"]
     _state["active"], torch.Generator = True, _Generator  # type: ignore[misc]
