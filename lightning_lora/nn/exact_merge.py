@@ -102,8 +102,8 @@ class RestoreRecord:
         if self.checksum is None:
             return False
         known, found = self.checksum[0], self.found
-        known = known.get() if isinstance(known, Reading) else known
-        return known != (found.get() if isinstance(found, Reading) else found)
+        numbers = [each.get() if isinstance(each, Reading) else each for each in (known, found)]
+        return numbers[0] != numbers[1]
 
     def is_on_device(self) -> bool:
         """Return whether the weight is on a device other than the CPU."""
