@@ -216,7 +216,7 @@ class StoredTensors:
         else:
             values = self.initial_values()
         for leaf in (*variant.trained, *variant.frozen):
-            # Rows after one another, as in loaded factors: in another order a product may round in another way.
+            # In the order in which a loaded tensor lies: in another one products differ in their last bits.
             tensor, trained = values[leaf].to(device, dtype).contiguous(), leaf in variant.trained
             parameter = nn.Parameter(tensor if trained else tensor.clone(), requires_grad=trained)
             for holder in self.lora_holders():
