@@ -46,11 +46,15 @@ class Tables(nn.Module):
         return torch.stack([table(tokens) for table in self.tables]).sum(0)
 
 
-class Fused(nn.Linear):
+class Fused(nn.Module):
     """A projection to queries, keys and values, of which the next layer takes the queries."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x)[:, :WIDTH]
+        return self.qkv(x)[:, :WIDTH]  # type: ignore[no-any-return]
 
 
 def chain(layer: Build) -> Callable[[int], nn.Module]:
@@ -109,7 +113,7 @@ TABLE = {
     "LoRA, Conv2d, groups": Row(network=convolutions(groups=4), x=images, peft=None),  # peft cannot merge it
     "LoRA, Embedding": Row(network=Tables, x=lambda: torch.arange(ROWS)),
     "LoRA, Embedding, padding": Row(network=partial(Tables, padding_idx=0), x=lambda: torch.arange(ROWS)),
-    "LoRA, fused projection": Row(network=chain(lambda: Fused(WIDTH, 3 * WIDTH)), peft=None),
+    "LoRA, fused projection": Row(network=chain(Fused), peft=None),
 }
 
 
@@ -129,7 +133,7 @@ def adapted(row: Row, base: Build, ours: bool) -> nn.Module:
     model: Any = base()
     names = targets(model)
     if ours:
-        fused = {name: [True, False, True] for name in names if isinstance(model.get_submodule(name), Fused)}
+        fused = {name: [True, False, True] for name in names if name.endswith("qkv")}
         inject(model, LoRAConfig(r=RANK, target_modules=names, enable_lora=fused or None, **row.options))
     elif row.peft is not None:
         model = get_peft_model(model, row.peft(r=RANK, target_modules=names))

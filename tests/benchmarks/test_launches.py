@@ -8,9 +8,6 @@ import launches
 import pytest
 from launches import DTYPES, LAYERS, TABLE, Counts
 
-from support.pretend_device import CAN_PRETEND
-
-pytestmark = pytest.mark.skipif(not CAN_PRETEND, reason="this torch takes no device in Python")
 STEP_LIMITS = {  # launches of a layer over the frozen network: in float32, and in bf16
     "LoRA": (6.5, 10),
     "LoRA, dropout": (8.5, 12),

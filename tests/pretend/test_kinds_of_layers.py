@@ -13,11 +13,10 @@ from torch import nn
 from lightning_lora import LoRAConfig, inject, is_merged, merge, unmerge
 from support import parameters as of_parameters
 from support.layers import CASES, Holder, same_bits
-from support.pretend_device import CAN_PRETEND, DEVICE, pretend_device
+from support.pretend_device import DEVICE, pretend_device
 from support.variants import define_gated, variants_forgotten
 
 pytestmark = [
-    pytest.mark.skipif(not CAN_PRETEND, reason="this torch takes no device in Python"),
     pytest.mark.filterwarnings("ignore:lightning_lora. merged 16-bit weights. rounding costs"),
 ]
 KINDS = ("linear", "linear, three axes", "transformers Conv1D", "conv2d", "conv1d, groups", "embedding, padding")

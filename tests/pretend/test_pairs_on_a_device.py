@@ -6,12 +6,11 @@ import pytest
 
 from support.notices import tiny_layers
 from support.pairs import placed
-from support.pretend_device import CAN_PRETEND, pretend_device
+from support.pretend_device import pretend_device
 from test_pairs import COLUMN_OF, NO_PAIR, PAIRS, ROW_OF, outcome, page_outcomes
 
 pytestmark = [
     tiny_layers,
-    pytest.mark.skipif(not CAN_PRETEND, reason="this torch takes no device in Python"),
     pytest.mark.filterwarnings("ignore:lightning_lora. merged 16-bit weights. rounding costs"),
 ]
 ROWS = ("LoRA", "DoRA", "PiSSA", "EVA", "rows", "parameters", "VeRA", "LoHa", "most of it at once")

@@ -36,10 +36,9 @@ from lightning_lora import (
     unmerge,
 )
 from support.models import Zoo, state_bits, tokens, zoo_config
-from support.pretend_device import CAN_PRETEND, DEVICE, pretend_device
+from support.pretend_device import DEVICE, pretend_device
 
 pytestmark = [
-    pytest.mark.skipif(not CAN_PRETEND, reason="this torch takes no device in Python"),
     pytest.mark.filterwarnings("ignore:lightning_lora. merged 16-bit weights. rounding costs"),
     pytest.mark.filterwarnings("ignore:lightning_lora. the components of .* had not converged"),
 ]

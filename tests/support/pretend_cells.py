@@ -20,7 +20,7 @@ def lstm(
     inputs: torch.Tensor, hidden: torch.Tensor, cx: torch.Tensor, b_ih: Optional = None, b_hh: Optional = None
 ) -> Any:
     """Return h, c and the gates."""
-    i, f, g, o = sum(_with_biases(inputs, hidden, b_ih, b_hh)).chunk(4, 1)  # type: ignore[union-attr]
+    i, f, g, o = sum(_with_biases(inputs, hidden, b_ih, b_hh)).chunk(4, 1)
     i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
     cy = f * cx + i * g
     return o * cy.tanh(), cy, torch.cat([i, f, g, o], 1)
