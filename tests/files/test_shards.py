@@ -176,6 +176,18 @@ def test_flipped_bits_in_a_shard_are_told(folder: Path):
         file.write_bytes(content)
 
 
+def test_any_flipped_byte_of_the_description_is_a_lora_error_or_harmless(folder: Path):
+    content = (folder / ".metadata").read_bytes()
+    refused = 0
+    for at in range(0, len(content), 11):
+        (folder / ".metadata").write_bytes(content[:at] + bytes([content[at] ^ (1 << at % 8)]) + content[at + 1 :])
+        try:
+            read(folder)
+        except LoRAError:
+            refused += 1
+    assert refused > len(content) // 33
+
+
 def storing(field: str, value: Any) -> Callable[[Any], None]:
     """Write another value into what is said of each part of "a"."""
 
