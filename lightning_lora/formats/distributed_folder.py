@@ -66,16 +66,17 @@ def _read_folder(
 ) -> dict[str, Any]:
     if not is_distributed(path):
         raise LoRAError(f"{path}: neither a checkpoint file nor a folder with a distributed checkpoint.")
-    has_header = kind_of(path / HEADER) != "nothing"
-    content = read_torch_file(path / HEADER, trusted=trusted, is_header=True) if has_header else {}
+    file = path / HEADER
+    has_header = kind_of(file) != "nothing"
+    content = read_torch_file(file, trusted=trusted, is_header=True) if has_header else {}
     folder = ShardedFolder(path)
     if before_torch:
         folder.refuse_code()
     content |= _read_shards(folder, values=values)
     if STATE in content and not has_header:
         raise LoRAError(
-            f"{path / HEADER}: is missing, which Lightning writes last: the save was broken off, or the folder was not "
-            "copied whole."
+            f"{file}: is missing, which Lightning writes last: the save was broken off, or the folder was not copied "
+            "whole. Take another checkpoint."
         )
     if META in content and STATE not in content:
         content[STATE] = content.pop(FLAT_STATE, {})
