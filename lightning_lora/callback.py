@@ -15,7 +15,8 @@ from .config import LEAVE_OUT, PLAIN, Bias, Init, LoRAConfig, PeftConfig, Task, 
 from .errors import LoRAError
 from .formats.lightning_checkpoint import Kind
 from .matching import ALL_LINEAR
-from .model.adapted_model import Listing, refuse_replaced_layers
+from .model.adapted_model import Listing
+from .model.recorded_layers import refuse_replaced_layers
 from .trainer.after_fit import merge_for_good
 from .trainer.by_module import ByModule
 from .trainer.checkpoint_hooks import export_where_launched, save_as_where_unpatched

@@ -103,6 +103,20 @@ def test_the_reader_of_filters_tells_broad_ones_from_narrow_ones():
     assert [narrow for text in narrow for _, narrow in filters(text)] == [True] * 2
 
 
+# --- where tests are ---
+
+
+def test_each_folder_of_tests_is_in_the_table_of_their_page():
+    rows = re.findall(r"^\| `(\w+)/` \|", (HERE.parent / "README.md").read_text(), re.MULTILINE)
+    assert sorted(rows) == sorted({name.split("/")[0] for name in FILES if "/" in name})
+
+
+def test_no_two_files_of_tests_share_a_name():
+    """pytest imports them all by their last names."""
+    names = [Path(name).name for name in FILES if Path(name).name.startswith("test_")]
+    assert sorted({name for name in names if names.count(name) > 1}) == []
+
+
 # --- what .ci/run tests with the oldest versions ---
 
 OLDEST = [

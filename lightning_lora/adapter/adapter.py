@@ -11,7 +11,7 @@ import torch
 
 from ..config import LoRAConfig
 from ..errors import LoRAError
-from ..names import PREFIX, names_factor, rename_keys, split_factor_name
+from ..names import PREFIX, names_factor, parent_names, rename_keys, split_factor_name
 from ..nn.low_rank import ATTENTION_WEIGHTS
 from ..nn.variant import Acting, Place, Variant, known_variants, rows_leaf, variant_of, variant_with
 from .values import describe_value, holds_numbers
@@ -123,29 +123,35 @@ class Adapter:
         """
         stored = self.stored(layer)
         if self.variant.shared:
-            if not self.is_placed(layer):
+            place = self._known_place(layer)
+            if place is None:
                 raise LoRAError(
                     f"adapter: {layer!r} uses a part of tensors that {self.variant.title} layers share, and the source "
                     "does not say how large the layer is. Load it onto its model in Python: load_adapter(model, path)."
                 )
-            stored = dict(self.variant.of_layer(stored, self.place(layer)))
+            stored = dict(self.variant.of_layer(stored, place))
         return self.variant.acting_exactly(stored, None, self.scalings.get(layer, 1.0))
 
     def is_placed(self, layer: str) -> bool:
         """Return whether what a layer adds is known: it shares no tensors, or its kind and size are known."""
+        return not self.variant.shared or self._known_place(layer) is not None
+
+    def _known_place(self, layer: str) -> Place | None:
+        """Return place(layer), or None where the layer's kind or size is not known."""
         place = self.place(layer)
-        return not self.variant.shared or bool(place.kind and place.shapes)
+        return place if place.kind and place.shapes else None
 
     def place(self, layer: str) -> Place:
         """Return what is known of a layer or parameter. An unknown kind is "", and unknown shapes are missing."""
         config = self.config or LoRAConfig()
         leaves = [layer] if self.is_parameter(layer) else [f"{layer}.{leaf}" for leaf in ("weight", *ATTENTION_WEIGHTS)]
         entries = {name.rpartition(".")[2]: self.fingerprint.get(name) for name in leaves}
+        in_options = self.options_name(layer)
         return Place(
             name=layer,
             kind=self.kinds.get(layer, ""),
             shapes={leaf: torch.Size(entry["shape"]) for leaf, entry in entries.items() if entry is not None},
-            rank=config.rank(self.options_name(layer)),
+            rank=config.rank(in_options),
             scaling=self.scalings.get(layer, 1.0),
             enabled=config.enabled_parts(layer),
             init=config.init_lora_weights,
@@ -156,6 +162,17 @@ class Adapter:
     def parameters(self) -> list[str]:
         """The names of the parameters that are adapted by themselves."""
         return [layer for layer in self.layers() if self.is_parameter(layer)]
+
+    @cached_property
+    def modules(self) -> set[str]:
+        """The names of the modules around its tensors and around the frozen parameters of its base, as far as known."""
+        return {module for name in (*self.tensors, *self.fingerprint) for module in parent_names(name)}
+
+    @cached_property
+    def module_layers(self) -> list[str]:
+        """The names of the adapted layers that are modules."""
+        parameters = set(self.parameters)
+        return [layer for layer in self.layers() if layer not in parameters]
 
     def is_parameter(self, layer: str) -> bool:
         """Return whether the name is that of a parameter that is adapted by itself, and not of a layer."""
@@ -232,7 +249,8 @@ class Adapter:
 
 def new_layer(adapter: Adapter, layer: str, new_name: NewName) -> str | None:
     """Return the new name of a layer whose tensors get new names; None where its tensors are left out."""
-    parts = split_factor_name(new_name(adapter.factor_name(layer, adapter.variant.trained[0])) or "")
+    factor = adapter.factor_name(layer, adapter.variant.trained[0])
+    parts = split_factor_name(new_name(factor) or "")
     return parts[0] if parts else None
 
 

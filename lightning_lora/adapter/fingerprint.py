@@ -41,7 +41,8 @@ def without_rows(entries: Mapping[str, Any], tables: Tables) -> dict[str, Any]:
 
 def fingerprint_entry(weight: torch.Tensor) -> dict[str, Any]:
     """Return shape, dtype and a few values of a tensor."""
-    return entry_of(weight.shape, weight.dtype, samples(weight, sample_positions(weight.numel())))
+    positions = sample_positions(weight.numel())
+    return entry_of(weight.shape, weight.dtype, samples(weight, positions))
 
 
 def fingerprint_entries(weights: Iterable[tuple[str, torch.Tensor]]) -> dict[str, dict[str, Any]]:

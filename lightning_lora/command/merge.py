@@ -12,7 +12,6 @@ import torch
 
 from ..adapter.adapter import Adapter
 from ..adapter.base_files import OTHER_FILES, compare_with_files
-from ..adapter.equal_tables import equal_tables
 from ..adapter.renaming import by_network_names
 from ..adapter.values import check_finite
 from ..config import LoRAConfig
@@ -21,6 +20,7 @@ from ..files.atomic import new_file, new_folder
 from ..files.paths import PathLike
 from ..files.safetensors import SUFFIX, TensorLocation, read_rows
 from ..files.weights import Weights, open_weights
+from ..formats.equal_tables import equal_tables
 from ..formats.peft_rows import NO_BIAS
 from ..formats.pretrained_names import align_to_networks
 from ..formats.sources import adapter_with_options

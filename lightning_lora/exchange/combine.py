@@ -288,7 +288,7 @@ def _options(adapter: Adapter, adapters: Sequence[Adapter]) -> LoRAConfig:
     configs = [each.config or LoRAConfig() for each in adapters]
     ranks, first = adapter.ranks(), configs[0]
     parts: dict[str, tuple[bool, ...]] = {}
-    held = {id(each): {layer for layer in each.layers() if not each.is_parameter(layer)} for each in adapters}
+    held = {id(each): set(each.module_layers) for each in adapters}
     for layer in sorted(ranks, key=lambda name: -len(name)):
         holders = [config for config, each in zip(configs, adapters, strict=True) if layer in held[id(each)]]
         enabled, *others = {config.enabled_parts(layer) for config in holders} or {None}

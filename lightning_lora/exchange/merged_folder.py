@@ -18,10 +18,11 @@ from ..files.atomic import new_folder
 from ..files.model_folder import CONFIG, INDEX_SUFFIX, STEM, index_of, plan_shards
 from ..files.paths import PathLike, write_json
 from ..files.safetensors import NAMES, SUFFIX, as_bytes, build_header
-from ..model.adapted_model import Listing, find_in, open_model, refuse_replaced_layers
+from ..model.adapted_model import Listing, find_in, open_model
 from ..model.dequantize import Dequantizer, dequantize_dtype
 from ..model.gradients import warn_of_untrained
 from ..model.named_state import state_of
+from ..model.recorded_layers import refuse_replaced_layers
 from ..model.state_dict import refuse_quantised, refuse_unmergeable
 from ..model.wrappers import unwrapped
 from ..nn.adapted_module import is_factor

@@ -118,7 +118,8 @@ def save_adapter(model: nn.Module | Adapter, path: PathLike) -> None:
     """
     if isinstance(model, Adapter):
         check_once(model, "save_adapter")
-        write_folder(apart_from_models(model, "save_adapter"), path)
+        adapter = apart_from_models(model, "save_adapter")
+        write_folder(adapter, path)
         return
     live = LiveState(open_model(model, "save_adapter"))
     adapter = adapter_of_model(live, "save_adapter")

@@ -26,10 +26,11 @@ from ..adapter.layer_options import with_aliases
 from ..adapter.metadata import without
 from ..distributed.sharding import gather_all
 from ..formats.peft_attention import after_conv1d
-from ..model.adapted_model import AdaptedModel, open_model, refuse_replaced_layers
+from ..model.adapted_model import AdaptedModel, open_model
 from ..model.gradients import warn_of_untrained
 from ..model.live_state import LiveState, open_state, original_value
 from ..model.pretrained import base_name, tied_to_input
+from ..model.recorded_layers import refuse_replaced_layers
 from ..model.wrappers import prefix_inside
 from ..names import is_lightning_module
 from ..nn.adapted_weights import adapted_places

@@ -60,7 +60,7 @@ def turn(adapter: Adapter) -> Adapter:
     for name in adapter.after_conv1d or ():
         if adapter.kinds.get(name) != ATTENTION_OUTPUT:
             continue
-        a, b = adapter.factor_name(name, A), adapter.factor_name(name, B)
+        a, b = f"{name}.{A}", f"{name}.{B}"
         if all(is_plain(tensors.get(key)) and tensors[key].dim() == 2 for key in (a, b)):
             tensors[a], tensors[b] = tensors[b].T.contiguous(), tensors[a].T.contiguous()
     return replace(adapter, tensors=tensors)
@@ -98,7 +98,7 @@ def turn_without_model(adapter: Adapter, where: object) -> Adapter:
     """
     if not adapter.peft_outputs:
         return adapter
-    unknown = [name for name in adapter.layers() if name not in adapter.kinds and not adapter.is_parameter(name)]
+    unknown = [name for name in adapter.module_layers if name not in adapter.kinds]
     outputs = [name for name, kind in adapter.kinds.items() if kind == ATTENTION_OUTPUT]
     if unknown and outputs and adapter.fan_in_fan_out:
         raise LoRAError(

@@ -71,9 +71,8 @@ def honour_options(adapter: Adapter, plain: Adapter, options: Mapping[str, Any],
     in_peft = replace(plain, config=config_in_peft(replace(plain, config=config)))
     _, written = from_peft_options(options_to_peft(in_peft), path)
     fields = _Fields(path, options, written)
-    layers = [name for name in plain.layers() if not plain.is_parameter(name)]
-    check_options(options, layers, path)
-    stated = options_from_peft(options, layers, plain.beside_factors(), plain.tables, config.variant)
+    check_options(options, plain.module_layers, path)
+    stated = options_from_peft(options, plain.module_layers, plain.beside_factors(), plain.tables, config.variant)
     fields.require(RANKS, lambda: _has_ranks(plain, stated))
     fields.require((*VARIANTS, "bias", OPTION))
     fields.require(LAYERS, lambda: options.get("target_modules") and _selects_layers(plain, stated))
@@ -103,11 +102,11 @@ def _has_ranks(adapter: Adapter, stated: LoRAConfig) -> bool:
 
 
 def _selects_layers(adapter: Adapter, stated: LoRAConfig) -> bool:
-    layers = {name for name in adapter.layers() if adapter.kinds.get(name) != ATTENTION_OUTPUT}
+    layers = {name for name in adapter.module_layers if adapter.kinds.get(name) != ATTENTION_OUTPUT}
     known = {name.rpartition(".")[0] for name in (*adapter.tensors, *adapter.fingerprint)} - {""}
     targeted, excluded = matcher(stated.target_modules), matcher(stated.exclude_modules)
     selected = {name for name in known if targeted(name) and not excluded(name) and stated.is_in_chosen_layer(name)}
-    return selected == layers - set(adapter.parameters)
+    return selected == layers
 
 
 def _selects_parameters(adapter: Adapter, stated: LoRAConfig) -> bool:

@@ -75,10 +75,12 @@ def write_folder(adapter: Adapter, path: PathLike, frozen: Mapping[str, torch.Te
     own = as_peft_stores(own)
     own, idle = add_idle_attention(own)
     own = replace(own, config=readable_options(own))
-    plain = as_plain(to_peft_form(own))
+    in_form = to_peft_form(own)
+    plain = as_plain(in_form)
     nesting = nesting_of(own.parameters)
     values = stacks_to_peft({**plain.tensors, **(frozen or {})}, factor_names(own).values())
-    tensors = _by_peft_names(values, own, plain.variant, nesting)
+    inside, outside = _copies(_by_peft_names(values, own, plain.variant, nesting)), _copies(outside)
+    options = options_to_peft(plain)
     description = to_metadata(own)
     if frozen:
         description[FROZEN] = sorted(frozen)
@@ -90,10 +92,10 @@ def write_folder(adapter: Adapter, path: PathLike, frozen: Mapping[str, torch.Te
         description[OUTSIDE] = {"network": adapter.network, "tensors": sorted(outside)}
     text = json.dumps(description, separators=(",", ":"))
     with new_folder(path, keep_others=True, replaced=[OUTSIDE_FILE]) as folder:
-        write_tensors(folder / TENSOR_FILE, _copies(tensors), {"format": "pt", HEADER_KEY: text})
+        write_tensors(folder / TENSOR_FILE, inside, {"format": "pt", HEADER_KEY: text})
         if outside:
-            write_tensors(folder / OUTSIDE_FILE, _copies(outside), {"format": "pt"})
-        write_json(folder / CONFIG_FILE, options_to_peft(plain))
+            write_tensors(folder / OUTSIDE_FILE, outside, {"format": "pt"})
+        write_json(folder / CONFIG_FILE, options)
 
 
 def _by_peft_names(

@@ -60,7 +60,7 @@ def lora_options(adapter: Adapter) -> dict[str, Any]:
         **{name: options[name] for name in SHARED if name in options},
         **{name: _pattern_in_peft(adapter, options[name]) for name in ("rank_pattern", "alpha_pattern")},
         "peft_type": "LORA",
-        "target_modules": _target_modules(adapter, [name for name in ranks if not adapter.is_parameter(name)]),
+        "target_modules": _target_modules(adapter, [name for name in adapter.module_layers if name in ranks]),
         **({"target_parameters": _target_parameters(adapter)} if adapter.parameters else {}),
         **({OPTION: {table: list(rows) for table, rows in adapter.tables.items()}} if adapter.tables else {}),
         "exclude_modules": None,

@@ -23,7 +23,6 @@ import torch
 
 from ..adapter.adapter import Adapter
 from ..adapter.checks import check_factors
-from ..adapter.equal_tables import ties_of
 from ..adapter.file_options import check_options
 from ..adapter.layer_options import exact_options
 from ..adapter.metadata import from_metadata
@@ -33,6 +32,7 @@ from ..matching import exact_key
 from ..names import A, B, parent_names
 from ..nn.variant import Variant
 from ..notices import tell
+from .equal_tables import ties_of
 from .peft_edited import honour_options
 from .peft_equivalents import from_plain, idle_attention
 from .peft_forms import config_in_peft, from_peft_form, spread
@@ -129,8 +129,7 @@ def _described_by_options(tensors: Tensors, names: PeftNames, source: Source) ->
     whole = bare.beside_factors()
     kinds = kinds_of(tensors, names.bare, options.get("peft_version"), source.where)
     check_options(options, layers, source.options_path)
-    targets = [name for name in layers if name not in bare.parameters]
-    config = options_from_peft(options, targets, whole, bare.tables, variant.name)
+    config = options_from_peft(options, bare.module_layers, whole, bare.tables, variant.name)
     several = [leaves for leaves in nesting_of(bare.parameters).values() if len(leaves) > 1]
     return replace(
         bare,

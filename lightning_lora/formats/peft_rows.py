@@ -20,7 +20,6 @@ import torch
 
 from ..adapter.adapter import Adapter
 from ..errors import LoRAError
-from ..names import parent_names
 from ..nn.variant import rows_leaf
 
 OPTION = "trainable_token_indices"
@@ -36,9 +35,9 @@ def as_peft_stores(adapter: Adapter) -> Adapter:
     Raises:
         LoRAError: PEFT cannot apply the rows of a table.
     """
-    modules = {module for name in (*adapter.tensors, *adapter.fingerprint) for module in parent_names(name)}
     for table in adapter.rows():
-        others = [other for other in modules - {table} if other.endswith(table) and adapter.tied.get(other) != table]
+        ends = {table, *(other for other, first in adapter.tied.items() if first == table)}
+        others = sorted(other for other in adapter.modules - ends if other.endswith(table))
         problem = ""
         if f"{table}.bias" in adapter.fingerprint or f"{table}.bias" in adapter.tensors:
             problem = f"has trained rows and a bias; {NO_BIAS}"

@@ -12,11 +12,11 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from ..adapter.adapter import Adapter
-from ..adapter.equal_tables import equal_tables, ties_of
 from ..config import LoRAConfig
 from ..errors import LoRAError
 from ..matching import matcher
 from ..names import parent_names
+from .equal_tables import equal_tables, ties_of
 
 TIED_BY_PEFT = ("embed_tokens", "lm_head")
 
@@ -49,10 +49,9 @@ def to_peft_entries(adapter: Adapter) -> list[str] | None:
     entries = (adapter.config or LoRAConfig()).all_modules_to_save()
     if not entries:
         return None
-    modules = {module for name in (*adapter.tensors, *adapter.fingerprint) for module in parent_names(name)}
-    saved = set(filter(matcher(entries), modules))
     if _taken_besides(adapter, entries):
-        entries = min(entries, sorted(saved), key=lambda names: len(_taken_besides(adapter, names)))
+        full_names = sorted(filter(matcher(entries), adapter.modules))
+        entries = min(entries, full_names, key=lambda names: len(_taken_besides(adapter, names)))
     if not is_tied_by_peft(adapter):
         ends = ties_of(_names_saved(adapter), adapter.beside_factors())
         entries += sorted(name.rpartition(".")[0] for name in ends)

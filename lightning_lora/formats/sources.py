@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 
-from ..adapter.adapter import Adapter, nothing_adapted
+from ..adapter.adapter import Adapter
 from ..adapter.checks import check_factors, check_once, require_values
 from ..adapter.fingerprint import without_base
-from ..adapter.layer_options import exact_options, options_hold
-from ..adapter.values import describe_value, is_plain
-from ..config import LoRAConfig
+from ..adapter.own_options import with_options
 from ..errors import LoRAError
 from ..files.paths import PathLike
 from ..names import META, listed, names_factor
@@ -142,50 +139,5 @@ def apart_from_models(adapter: Adapter, path: object, lora_alpha: float | None =
     Raises:
         LoRAError: lora_alpha is missing, or both stored and given; or the adapter needs a model to be understood.
     """
-    adapter = turn_without_model(without_base(adapter), path)
-    require_values(adapter, str(path))
-    ranks = adapter.ranks()
-    if not ranks:
-        raise LoRAError(f"{path}: holds {nothing_adapted(adapter)}; it is not an adapter of a known format.")
-    for name, value in adapter.beside_factors().items():
-        if isinstance(value, torch.Tensor) and not is_plain(value):
-            raise LoRAError(f"{path}: {name!r} must be a dense tensor, found {describe_value(value)}.")
-    if adapter.rows() and not adapter.tables:
-        raise LoRAError(f"{path}: stores rows of {next(iter(adapter.rows()))!r}, and not which rows these are.")
-    if adapter.config is not None:
-        if lora_alpha is not None:
-            raise LoRAError(f"{path}: stores its lora_alpha; it cannot be given another.")
-        return adapter
-    if lora_alpha is None:
-        raise LoRAError(
-            f"{path}: stores tensors and no options, as loralib's files do: lora_alpha is nowhere in it. Ask whoever "
-            "trained it, and pass --lora-alpha to merge, export or import; what export writes holds it, for others."
-        )
-    return _with_alpha(adapter, lora_alpha, path)
-
-
-def _with_alpha(adapter: Adapter, lora_alpha: float, path: object) -> Adapter:
-    """Return an adapter without options with options that its tensors and a lora_alpha tell.
-
-    Raises:
-        LoRAError: a layer adapts parts of a fused projection, and the tensors do not tell which.
-    """
-    ranks = adapter.ranks()
-    for name in ranks:
-        if adapter.is_placed(name) and adapter.acting(name).a.shape[0] != adapter.acting(name).b.shape[1]:
-            raise LoRAError(
-                f"{path}: {name!r} adapts parts of a fused projection, and which is not stored; load it in Python onto "
-                "a model injected with enable_lora."
-            )
-    scalings = {name: lora_alpha / rank for name, rank in ranks.items()}
-    saved = adapter.saved_modules()
-    config = LoRAConfig(
-        r=next(iter(ranks.values())),
-        lora_alpha=lora_alpha,
-        target_modules=list(ranks),
-        modules_to_save=saved,
-        **adapter.variant.options(),
-    )
-    if not options_hold(config, ranks, scalings):
-        config = exact_options(config, ranks, scalings)
-    return replace(adapter, config=config, scalings=scalings)
+    own = turn_without_model(without_base(adapter), path)
+    return with_options(own, path, lora_alpha)

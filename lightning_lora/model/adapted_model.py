@@ -7,19 +7,17 @@ the end of the call.
 from __future__ import annotations
 
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Generic, NoReturn, TypeVar
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import LoRAError
-from ..names import ATTRIBUTE, WRAPPERS, listed, names_factor
-from ..nn.adapted_weights import AdaptedWeights, adapted_layers, adapted_places
+from ..names import ATTRIBUTE, WRAPPERS, names_factor
+from ..nn.adapted_weights import AdaptedWeights, adapted_layers
 from ..nn.low_rank import ATTENTION_OUTPUT
-from .injection import Injection, Kept, Mark, Owner
+from .injection import Injection, Mark
 from .named_state import BaseParameter, Places, StateEntry, base_parameters_of, own_state, state_of
 from .wrappers import inside_known_wrappers, unwrapped
 
@@ -119,7 +117,7 @@ class AdaptedModel(Listing):
         if self.inside:
             return Listing(self.root).places
         name = self.prefix.removesuffix(".")
-        return [(n.removeprefix(self.prefix) if n != name else "", m) for n, m in self.places if _is_in(n, name)]
+        return [(n.removeprefix(self.prefix) if n != name else "", m) for n, m in self.places if is_inside(n, name)]
 
     @once
     def root_modules(self) -> Places:
@@ -356,57 +354,6 @@ def _refuse_part(listing: Listing, verb: str) -> NoReturn:
     )
 
 
-def adopt_layers(handle: AdaptedModel) -> None:
-    """Let the root of a handle hold the record where it has replaced an earlier injected module. In place.
-
-    Call it where layers can have changed. A library may build a new module around the same network for each fit, and a
-    strategy may build new modules around the same tensors, such as a SyncBatchNorm for a BatchNorm.
-    """
-    record, root = handle.record, handle.root
-    holder = record.holder()
-    if holder is not root:
-        if holder is not None:
-            delattr(holder, ATTRIBUTE)
-        record.begin(root)
-    _follow_tensors(handle)
-
-
-def _note_owners(handle: AdaptedModel) -> None:
-    """Note which BatchNorm has which tensors now, for _follow_tensors.
-
-    Modules of other classes are not rebuilt around the same tensors. Noting theirs would keep the tensors in memory.
-    """
-    modules = (module for _, module in handle.root_modules if isinstance(module, _BatchNorm))
-    kept = ((module, handle.record.kept(module)) for module in modules)
-    handle.record.owners = {
-        id(tensor): Owner(tensor, each, leaf)
-        for module, each in kept
-        if each is not None
-        for leaf, tensor in own_state(module).items()
-    }
-
-
-def _follow_tensors(handle: AdaptedModel) -> None:
-    """Let a SyncBatchNorm around a BatchNorm's tensors keep what the record kept of the BatchNorm. In place."""
-    owners = handle.record.owners
-    for _, module in handle.root_modules if owners else ():
-        if isinstance(module, _BatchNorm) and handle.record.kept(module) is None:
-            for leaf, tensor in own_state(module).items():
-                if id(tensor) in owners:
-                    _copy_kept(owners[id(tensor)], handle.record.keep(module), leaf)
-
-
-def _copy_kept(owner: Owner, kept: Kept, leaf: str) -> None:
-    """Copy what is kept of one tensor of an owner to a tensor of the module that `kept` belongs to. In place."""
-    earlier, name = owner.kept, owner.leaf
-    if name in earlier.get("requires_grad", ()):
-        kept.setdefault("requires_grad", {})[leaf] = earlier["requires_grad"][name]
-    if name in earlier.get("initial", ()):
-        kept.setdefault("initial", {})[leaf] = earlier["initial"][name]
-    if name in earlier.get("marks", ()):
-        kept.setdefault("marks", {})[leaf] = earlier["marks"][name]
-
-
 def scope_in(places: Places, record: Injection) -> str:
     """Return the beginning of the names for which the options of an injection count, "" or ending in a dot."""
     for name, module in places:
@@ -414,89 +361,6 @@ def scope_in(places: Places, record: Injection) -> str:
         if kept is not None and "scope" in kept:
             return f"{name}." if name else ""
     return ""
-
-
-def record_layers(handle: AdaptedModel) -> None:
-    """Record which layers are adapted now, in the record and in each module that holds such layers. In place."""
-    record, by_name = handle.record, defaultdict[str, list[nn.Module]](list)
-    for name, module in handle.root_modules:
-        by_name[name].append(module)
-        kept = record.kept(module)
-        if kept is not None:
-            kept.pop("layers", None)
-    record.layers = []
-    for name, _, _ in adapted_places(handle.root, modules=handle.root_modules):
-        record.layers.append(name)
-        segments = name.split(".") if name else []
-        for depth in range(len(segments)):
-            inner = ".".join(segments[depth:])
-            for module in by_name.get(".".join(segments[:depth]), ()):
-                record.keep(module).setdefault("layers", {})[inner] = name
-    _note_owners(handle)
-
-
-def refuse_replaced_layers(listing: Listing, verb: str) -> None:
-    """Raise LoRAError where an adapted layer was replaced by a layer without an adapter, or removed.
-
-    Args:
-        listing: of any module. A module without an injected model is accepted.
-        verb: the beginning of the message.
-    """
-    if listing.layers and _are_complete(listing.layers.values()):
-        return
-    for root in _injected_modules(listing):
-        expected, gone = _gone_layers(root)
-        if gone:
-            modules = dict(root.modules)
-            now = f"now a {describe_class(modules[gone[0]])}" if gone[0] in modules else "no longer there,"
-            raise LoRAError(
-                f"{verb}: {gone[0]!r} in {type(root.model).__name__} was adapted, but is {now} without an adapter "
-                f"({len(gone)} of {expected} adapted layers are gone). Replace or convert layers before they are "
-                "adapted, in __init__, setup or configure_model, or leave them out with "
-                f"exclude_modules=[{listed(list(map(repr, gone)))}]."
-            )
-
-
-def _are_complete(layers: Collection[AdaptedWeights]) -> bool:
-    """Return whether these are all layers of each injection that one of them belongs to."""
-    live = {(id(layer.lora.injection), layer.lora.name) for layer in layers}
-    records = {id(layer.lora.injection): layer.lora.injection for layer in layers}
-    return all((number, name) in live for number, record in records.items() for name in record.layers)
-
-
-def _injected_modules(listing: Listing) -> list[Listing]:
-    """Return the injected modules inside a model, else the injected modules that hold it, else the model itself."""
-    inside = [module for _, module in listing.modules if ATTRIBUTE in vars(module)]
-    records = {id(layer.lora.injection): layer.lora.injection for layer in listing.layers.values()}
-    holders = {id(holder): holder for holder in (record.holder() for record in records.values()) if holder is not None}
-    outer = [] if inside else [Listing(holder) for holder in holders.values()]
-    outer = [each for each in outer if any(module is listing.model for _, module in each.modules)]
-    return outer or [listing if module is listing.model else Listing(module) for module in inside or [listing.model]]
-
-
-def _gone_layers(root: Listing) -> tuple[int, list[str]]:
-    """Return how many layers were adapted in an injected module, and the names of those that are gone."""
-    records = [
-        *filter(None, [vars(root.model).get(ATTRIBUTE)]),
-        *(each.lora.injection for each in root.layers.values()),
-    ]
-    adapted = {name for name, _, _ in adapted_places(root.model, modules=root.modules)}
-    live = {layer.lora.name for layer in root.layers.values()}  # a moved layer has another name now
-    expected: dict[str, str] = {}
-    outermost: str | None = None
-    for name, module in root.modules if records else ():
-        kept = records[0].kept(module)
-        layers = kept.get("layers") if kept is not None else None
-        if layers and (outermost is None or not _is_in(name, outermost)):
-            outermost = name
-            expected |= {f"{name}.{inner}" if name else inner: recorded for inner, recorded in layers.items()}
-    gone = [name for name, recorded in expected.items() if name not in adapted and recorded not in live]
-    return len(expected), gone
-
-
-def describe_class(module: nn.Module) -> str:
-    """Return the class of a module with its module path."""
-    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def list_places(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -524,6 +388,6 @@ def _each_once(places: Places) -> Places:
     return [(name, module) for module, name in first.items()]
 
 
-def _is_in(name: str, outer: str) -> bool:
+def is_inside(name: str, outer: str) -> bool:
     """Return whether a name is the module `outer` or lies inside it."""
     return not outer or name == outer or name.startswith(f"{outer}.")

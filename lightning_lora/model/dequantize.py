@@ -11,7 +11,8 @@ from torch import nn
 
 from ..errors import LoRAError
 from ..nn.adapted_weights import AdaptedWeights, NamedModules, adapter_of, layer_adapter
-from ..nn.exact_merge import Observer, merged_weight
+from ..nn.device_merge import Observer
+from ..nn.exact_merge import merged_weight
 from ..nn.low_rank import HALF, MERGEABLE_DTYPES
 from ..nn.quantised import BITSANDBYTES, dequantize, quantised_modules, quantised_parameters
 from ..nn.variant import Stored

@@ -33,16 +33,7 @@ from ..nn.variant import variant_of
 from ..nn.writer import Turn
 from ..notices import tell
 from ..progress import progress_bar
-from .adapted_model import (
-    AdaptedModel,
-    Listing,
-    adopt_layers,
-    find_in,
-    open_model,
-    record_layers,
-    refuse_replaced_layers,
-    scope_in,
-)
+from .adapted_model import AdaptedModel, Listing, find_in, open_model, scope_in
 from .base_values import put_base_values_, take_back_base_values_
 from .dequantize import dequantize_dtype, plain_weights, replace_quantised_
 from .gradients import note_gradient
@@ -59,6 +50,8 @@ from .pretrained import (
     resized_embeddings,
     warn_before_save_pretrained,
 )
+from .rebuilt_modules import adopt_layers
+from .recorded_layers import record_layers, refuse_replaced_layers
 from .state_dict import accept_partial_states, accept_whole_states_only, refuse_unmergeable
 from .targets import (
     TRAINED_WHOLE,

@@ -7,25 +7,28 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from ..distributed.rank_sync import RankSync
 from ..distributed.sharding import is_sharded, local, reset_, reshard_
-from ..errors import LoRAError, NonFiniteError
+from ..errors import LoRAError
 from ..nn.adapted_module import take_turn
-from ..nn.adapted_weights import AdaptedWeights, Blocks
-from ..nn.exact_merge import Observer, Scratch
+from ..nn.adapted_weights import AdaptedWeights
+from ..nn.device_merge import Observer
 from ..nn.low_rank import HALF
 from ..nn.readers import update_fast_paths
+from ..nn.scratch import Scratch
 from ..nn.tied_weights import record_ties
 from ..notices import tell
 from ..progress import progress_bar
-from .adapted_model import Listing, refuse_replaced_layers
+from .adapted_model import Listing
 from .dequantize import WORST_FIDELITY, report_factored
+from .device_merging import DeviceMerge, begin_unmerging_, call_with_remedy
 from .gradients import warn_of_untrained
+from .recorded_layers import refuse_replaced_layers
 from .undisturbed import Ending, run_undisturbed
 from .wrappers import unwrapped
 
@@ -109,16 +112,21 @@ def _merge_pending(listing: Listing, pending: Mapping[str, AdaptedWeights]) -> N
         record_ties(listing.modules)
         sync = RankSync(main_weights.values())
         fidelity = _Fidelity(main_weights, sync)
-        scratch = Scratch()
+        scratch, device = Scratch(), DeviceMerge()
         with progress_bar("merging", len(pending)) as advance:
             for name, layer in pending.items():
                 if layer.unmergeable_reason():
                     layer.lora.merged = True
                 else:
                     blocks = layer.blocks(weights[layer])
-                    how = layer in copies, fidelity.observer(layer), scratch
-                    sync.run(f"merge: layer {name!r}", _merge_layer, layer, weights[layer], blocks, *how)
+                    how: dict[str, Any] = {"copy": layer in copies, "observe": fidelity.observer(layer)}
+                    if main_weights[layer].device.type == "cpu":
+                        step = partial(layer.merge_, weights=weights[layer], blocks=blocks, scratch=scratch, **how)
+                        sync.run(f"merge: layer {name!r}", call_with_remedy, step)
+                    else:
+                        device.add(name, layer, weights[layer], blocks, **how)
                 advance(1)
+        device.merge_(sync)
         sync.raise_on_any_rank()
         fidelity.report()
         report_factored(pending.values())
@@ -252,6 +260,8 @@ def _affordable_copies(layers: Mapping[AdaptedWeights, Weights]) -> set[AdaptedW
     budget = COPY_BUDGET - sum(copy.nbytes for copy in copies)
     affordable = set()
     sizes = {layer: sum(map(_local_nbytes, weights.values())) for layer, weights in layers.items()}
+    if not copies and sum(sizes.values()) <= budget:
+        return {layer for layer in layers if not layer.lora.records}
     for layer in sorted(sizes, key=sizes.__getitem__):
         cost = 0 if sizes[layer] <= layer.factors()[0].nbytes else sizes[layer]
         if not layer.lora.records and cost <= max(budget, 0):
@@ -264,18 +274,6 @@ def _local_nbytes(weight: torch.Tensor) -> int:
     return local(weight).nbytes if is_sharded(weight) else weight.nbytes
 
 
-def _merge_layer(
-    layer: AdaptedWeights, weights: Weights, blocks: Blocks, copy: bool, observe: Observer | None, scratch: Scratch
-) -> None:
-    try:
-        layer.merge_(weights=weights, blocks=blocks, copy=copy, observe=observe, scratch=scratch)
-    except NonFiniteError as error:
-        raise NonFiniteError(
-            f"{error}. Every layer is unmerged; look for a diverged training run (a lower learning rate, gradient "
-            "clipping) or evaluate with merged_eval=False."
-        ) from error
-
-
 def _restore_all(listing: Listing) -> None:
     """Unmerge every layer. Another call completes the work where an exception broke it off. In place."""
     try:
@@ -286,6 +284,7 @@ def _restore_all(listing: Listing) -> None:
 
 def _unmerge_all(layers: Mapping[str, AdaptedWeights]) -> None:
     failures = []
+    begin_unmerging_(layers.values())
     with progress_bar("unmerging", len(layers)) as advance:
         for name, layer in layers.items():
             try:
@@ -313,25 +312,27 @@ class _Fidelity:
         self.unreported = [layer for layer in in_16_bits if not layer.lora.rounding_reported]
         self.layers = {*self.unreported, *(layer for layer in in_16_bits if layer.lora.injection.measures_rounding)}
         self.sync = sync
-        self.metrics: dict[float, MergeFidelity] = {}  # by the share of this rank's part in the sum over ranks
+        # By the share of this rank's part in the sum over ranks, and by the device on which the sums stay so long.
+        self.metrics: dict[tuple[float, torch.device], MergeFidelity] = {}
 
     def observer(self, layer: AdaptedWeights) -> Observer | None:
         """Return a function to call with each merged chunk of a layer, or None for a layer that is not measured."""
         if layer not in self.layers:
             return None
-        share = self.sync.share(self.weights[layer])
-        if share not in self.metrics:
+        share, device = self.sync.share(self.weights[layer]), self.weights[layer].device
+        key = share, torch.device("cpu") if device.type == "mps" else device  # mps has no float64
+        if key not in self.metrics:
             from ..metrics import MergeFidelity  # imported late, because torchmetrics takes long to import
 
             with torch.inference_mode(False):  # inference tensors could not be updated outside of it
-                self.metrics[share] = MergeFidelity(sync_on_compute=False)
-        return self.metrics[share].update
+                self.metrics[key] = MergeFidelity(sync_on_compute=False).to(device)
+        return self.metrics[key].update
 
     def report(self) -> None:
         """Record and log the share of the adapter that rounding loses; nothing while every B is zero. Collective."""
         if not self.layers:
             return
-        sums = [torch.stack([metric.error, metric.reference]) * share for share, metric in self.metrics.items()]
+        sums = [metric.sums() * share for (share, _), metric in self.metrics.items()]
         on_this_rank = torch.stack(sums).sum(0) if sums else torch.zeros(2, dtype=torch.float64)
         error, delta = self.sync.total(on_this_rank).tolist()
         if not delta > 0:

@@ -28,12 +28,13 @@ from ..nn.adapted_weights import (
 from ..nn.quantised_state import load_quantisation_, quantisation_entries, unchanged_weight
 from ..nn.tied_weights import record_ties
 from ..progress import progress_bar
-from .adapted_model import AdaptedModel, Listing, open_model, refuse_replaced_layers
+from .adapted_model import AdaptedModel, Listing, open_model
 from .dequantize import Dequantizer, dequantize_dtype, quantised_weights
 from .gradients import warn_of_untrained
 from .initial_values import record_loaded
 from .live_state import open_state
 from .named_state import state_of
+from .recorded_layers import refuse_replaced_layers
 
 # Entries beside tensors that a state dict of an injected model may hold: by key, the function that loads the entry.
 EXTRA_ENTRIES: dict[str, Callable[[nn.Module, Any], None]] = {}

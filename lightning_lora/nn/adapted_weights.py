@@ -22,11 +22,12 @@ from ..names import canonical
 from . import low_rank
 from .adapted_module import AdaptedModule
 from .autocast import without_autocast
+from .device_merge import Observer, Prepared
 from .exact_merge import (
-    Observer,
     RestoreRecord,
-    Scratch,
     WeightEditedError,
+    complete_merge_,
+    merge_prepared_,
     merge_weight_,
     merged_weight,
     parts_of,
@@ -35,6 +36,8 @@ from .exact_merge import (
 )
 from .gradient_checkpointing import in_first_pass, records_gradients
 from .low_rank import LowRankBlock, crop, dense_delta
+from .merge_checks import Checks
+from .scratch import Scratch
 from .shared_tensors import SharedTensors
 from .variant import Acting, Place, Stored, Variant
 
@@ -213,7 +216,8 @@ class StoredTensors:
         else:
             values = self.initial_values()
         for leaf in (*variant.trained, *variant.frozen):
-            tensor, trained = values[leaf].to(device, dtype), leaf in variant.trained
+            # In the order in which a loaded tensor lies: in another one products differ in their last bits.
+            tensor, trained = values[leaf].to(device, dtype).contiguous(), leaf in variant.trained
             parameter = nn.Parameter(tensor if trained else tensor.clone(), requires_grad=trained)
             for holder in self.lora_holders():
                 holder.register_parameter(self.stored_name(leaf), parameter)
@@ -349,8 +353,8 @@ class AdaptedWeights(StoredTensors):
     def deltas(self, a: torch.Tensor, b: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return s * B @ A in each weight's shape and the factors' dtype, differentiable."""
         place = self.place()
-        blocks = place.low_rank_blocks(a, b)
-        return {name: dense_delta(blocks[name], place.shapes[name]) * self.lora.spec.scaling for name in blocks}
+        blocks = place.low_rank_blocks(a, b * self.lora.spec.scaling)  # B is smaller than the product
+        return {name: dense_delta(blocks[name], place.shapes[name]) for name in blocks}
 
     def combine(
         self, weight: torch.Tensor, delta: torch.Tensor, scale: torch.Tensor | None, mask: torch.Tensor | None
@@ -461,15 +465,16 @@ class AdaptedWeights(StoredTensors):
         weights: Mapping[str, torch.Tensor] | None = None,
         blocks: Blocks | None = None,
         scratch: Scratch | None = None,
+        checks: Checks | None = None,
+        prepared: Mapping[str, Prepared] | None = None,
     ) -> None:
-        """Write W' into this rank's shard of each weight. In place.
+        """Write W' into this rank's shard of each weight. In place. Other arguments are those of merge_weight_.
 
         Args:
-            copy: as in merge_weight_.
-            observe: as in merge_weight_.
             weights: the result of own_weights, if the caller has it.
             blocks: the result of `blocks` for these weights, if the caller has it.
-            scratch: as in merge_weight_.
+            checks: of a verb on many layers. Call complete_layer_ afterwards.
+            prepared: W' of weights that was computed with other layers, by weight name.
 
         Raises:
             NonFiniteError: a value of a sum is not finite. All weights then have their old values.
@@ -480,34 +485,32 @@ class AdaptedWeights(StoredTensors):
                 self.unmerge_()
             weights = weights or self.own_weights()
             blocks = blocks or self.blocks(weights)
+            how: dict[str, Any] = {"copy": copy, "observe": observe, "scratch": scratch, "checks": checks}
             try:
                 state.unfinished = True
                 if not state.records:
                     self.before_merge()
                 for name in blocks:
                     if name not in state.records:
-                        weight = self.as_matrix(local(weights[name]))
-                        scaling, spare = state.spec.scaling, state.spares.pop(name, None)
-                        merge_weight_(
-                            weight,
-                            blocks[name],
-                            scaling,
-                            copy=copy,
-                            spare=spare,
-                            observe=observe,
-                            scratch=scratch,
-                            hold=partial(state.records.__setitem__, name),
-                        )
+                        weight, hold = self.as_matrix(local(weights[name])), partial(state.records.__setitem__, name)
+                        if prepared and name in prepared:
+                            merge_prepared_(weight, prepared[name], hold)
+                        else:
+                            how |= {"spare": state.spares.pop(name, None), "hold": hold}
+                            merge_weight_(weight, blocks[name], state.spec.scaling, **how)
+                if checks is None:
+                    _set_merged_(self)
             except BaseException:
                 self.unmerge_()
                 raise
-            vars(self)["lora_active"], state.merged = False, True  # nn.Module.__setattr__ is many times slower
-            state.unfinished = False
 
-    def unmerge_(self) -> None:
+    def unmerge_(self, checks: Checks | None = None) -> None:
         """Write W back into this rank's shard of each weight, as unmerge_weight_ does. In place.
 
         If an exception breaks this call off, another call completes it.
+
+        Args:
+            checks: as in unmerge_weight_. The layer is unmerged after another call without them.
 
         Raises:
             WeightEditedError: something else changed a merged weight, and W was restored from a copy.
@@ -518,13 +521,17 @@ class AdaptedWeights(StoredTensors):
             weights, state.unfinished = self.adapted_weights(), True
             for name, record in list(state.records.items()):
                 try:
-                    unmerge_weight_(self.as_matrix(local(weights[name])), record)
+                    unmerge_weight_(self.as_matrix(local(weights[name])), record, checks)
                 except LoRAError as error:
                     failure = error
                     state.restore_failed = state.restore_failed or not isinstance(error, WeightEditedError)
+                if checks is not None:
+                    continue
                 del state.records[name]
                 if record.copy is not None and record.copy.device.type == "cpu":
                     state.spares[name] = record.copy
+            if checks is not None:
+                return
             vars(self)["lora_active"], state.merged = True, False
             if failure is None:
                 self.after_unmerge()
@@ -597,6 +604,31 @@ class AdaptedWeights(StoredTensors):
             values = merged_weight(self.as_matrix(shard), blocks[name], self.lora.spec.scaling).view(shard.shape)
             merged[name] = from_local_like(values, weights[name])
         return merged
+
+
+def complete_layer_(layer: AdaptedWeights, weights: Mapping[str, torch.Tensor]) -> None:
+    """Complete merge_ of a layer, after all layers of the verb have begun. In place.
+
+    Args:
+        layer: one whose merge_ was given checks.
+        weights: the result of own_weights from before.
+
+    Raises:
+        NonFiniteError: a value of a sum is not finite. All weights of the layer then have their old values.
+    """
+    with layer.lora.lock:
+        try:
+            for name, record in layer.lora.records.items():
+                complete_merge_(layer.as_matrix(local(weights[name])), record)
+            _set_merged_(layer)
+        except BaseException:
+            layer.unmerge_()
+            raise
+
+
+def _set_merged_(layer: AdaptedWeights) -> None:
+    vars(layer)["lora_active"], layer.lora.merged = False, True  # nn.Module.__setattr__ is many times slower
+    layer.lora.unfinished = False
 
 
 def _seen_part(layer: AdaptedWeights, stored: Stored) -> Stored:

@@ -35,8 +35,14 @@ def checksum(weight: torch.Tensor, integers: torch.dtype | None = None) -> Check
         integers: the dtype of an earlier checksum, to compare with it. By default 64-bit words where the memory of the
             weight allows them, because these are many times faster, and else integers of the element's size.
     """
+    total, integers = bit_sum(weight, integers)
+    return int(total.item()), integers
+
+
+def bit_sum(weight: torch.Tensor, integers: torch.dtype | None = None) -> tuple[torch.Tensor, torch.dtype]:
+    """Return what checksum returns, with the sum as an int64 scalar on the weight's device."""
     if not weight.numel():  # a rank's shard may be empty; torch cannot view an empty tensor as words
-        return 0, integers or torch.int64
+        return weight.new_zeros((), dtype=torch.int64), integers or torch.int64
     fits_words = weight.is_contiguous() and weight.nbytes % 8 == 0 and weight.data_ptr() % 8 == 0
     integers = integers or (torch.int64 if fits_words else BITS[weight.element_size()])
     if integers.itemsize != weight.element_size():
@@ -44,7 +50,7 @@ def checksum(weight: torch.Tensor, integers: torch.dtype | None = None) -> Check
             weight = weight.clone(memory_format=torch.contiguous_format)
         if weight.shape[-1] * weight.element_size() % 8:
             weight = weight.view(-1)
-    return int(weight.view(integers).sum().item()), integers
+    return weight.view(integers).sum(), integers
 
 
 def bit_sums(part: torch.Tensor, dim: int) -> torch.Tensor:
@@ -70,28 +76,78 @@ class Corrections(NamedTuple):
     values: torch.Tensor  # (m,): the wanted values at `positions`
 
 
-def find_corrections(weight: torch.Tensor, computed: torch.Tensor, changed: torch.Tensor) -> Corrections:
+def differing(weight: torch.Tensor, computed: torch.Tensor) -> torch.Tensor:
+    """Return a flat mask of the elements whose bits differ in two tensors of one shape and dtype."""
+    bits = BITS[weight.element_size()]
+    return (weight.view(bits) != computed.view(bits)).flatten()
+
+
+def far_off(weight: torch.Tensor, computed: torch.Tensor) -> torch.Tensor:
+    """Return a mask of the elements that are off by more than MOST_ULP, in two tensors of one shape and dtype."""
+    bits = BITS[weight.element_size()]
+    return _is_far(_ordered(weight.view(bits)) - _ordered(computed.view(bits)))
+
+
+def places(mask: torch.Tensor, count: int | None = None) -> torch.Tensor:
+    """Return the positions, int64 and ascending, at which a flat mask is true.
+
+    Args:
+        mask: (n,), bool, with fewer than 2**31 elements.
+        count: number of these positions, if it is known. The host then does not wait for the mask's device.
+    """
+    if count is None:
+        return mask.nonzero().squeeze(1)
+    numbers = torch.arange(1, count + 1, dtype=torch.int32, device=mask.device)
+    return torch.searchsorted(mask.cumsum(0, dtype=torch.int32), numbers)
+
+
+def find_corrections(
+    weight: torch.Tensor, computed: torch.Tensor, changed: torch.Tensor, far_count: int | None = None
+) -> Corrections:
     """Return the corrections that turn `computed` into `weight`.
 
     Args:
         weight: any shape, floating point.
         computed: the same shape and dtype.
         changed: int64, ascending: positions in the flattened tensors at which the bits differ.
+        far_count: number of elements that are off by more than MOST_ULP, if it is known. The host then does not wait
+            for the weight's device, and there are up to one entry in LONGEST_GAP elements more than needed.
     """
     bits = BITS[weight.element_size()]
     values = weight.flatten().index_select(0, changed)
     ulps = _ordered(values.view(bits)) - _ordered(computed.flatten().index_select(0, changed).view(bits))
-    far = (ulps > MOST_ULP) | (ulps < -MOST_ULP)
-    near = changed[~far]
+    is_far = _is_far(ulps)
+    near_places = places(~is_far, None if far_count is None else len(changed) - far_count)
+    far_places = places(is_far, far_count)
+    near, near_ulps = changed.index_select(0, near_places), ulps.index_select(0, near_places).to(torch.int8)
+    gaps, kept = _entries(near, near_ulps, None if far_count is None else weight.numel())
+    far = changed.index_select(0, far_places).to(torch.int32)
+    return Corrections(gaps, kept, far, values.index_select(0, far_places))
+
+
+def _entries(near: torch.Tensor, ulps: torch.Tensor, elements: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return gaps and ulps of Corrections for elements at ascending positions `near`, with entries that fill long gaps.
+
+    Args:
+        near: positions, int64.
+        ulps: int8, one for each position.
+        elements: number of elements of the weight, if the host must not wait. It limits the number of fillers, and
+            unused entries at the end repeat the last one, which changes nothing.
+    """
     steps = torch.diff(near, prepend=near.new_zeros(1))
     fillers = (steps - 1).clamp(min=0) // LONGEST_GAP
     entries = (fillers + 1).cumsum(0) - 1
-    count = int(entries[-1]) + 1 if len(entries) else 0
-    gaps = torch.full((count,), LONGEST_GAP, dtype=torch.uint8, device=weight.device)
-    kept = torch.zeros(count, dtype=torch.int8, device=weight.device)
+    if elements is None or not len(near):
+        count = int(entries[-1]) + 1 if len(entries) else 0
+        gaps = torch.full((count,), LONGEST_GAP, dtype=torch.uint8, device=near.device)
+        kept = torch.zeros(count, dtype=torch.int8, device=near.device)
+    else:
+        unused = torch.arange(len(near) + elements // LONGEST_GAP, device=near.device) > entries[-1]
+        gaps = unused.logical_not().to(torch.uint8) * LONGEST_GAP
+        kept = unused.to(torch.int8) * ulps[-1]
     gaps[entries] = (steps - fillers * LONGEST_GAP).to(torch.uint8)
-    kept[entries] = ulps[~far].to(torch.int8)
-    return Corrections(gaps, kept, changed[far].to(torch.int32), values[far])
+    kept[entries] = ulps
+    return gaps, kept
 
 
 def correct_(computed: torch.Tensor, corrections: Corrections) -> None:
@@ -102,6 +158,10 @@ def correct_(computed: torch.Tensor, corrections: Corrections) -> None:
     near = _ordered(bits.index_select(0, positions)) + corrections.ulps.to(bits.dtype)
     bits.index_copy_(0, positions, _ordered(near))
     flat.index_copy_(0, corrections.positions.long(), corrections.values)
+
+
+def _is_far(ulps: torch.Tensor) -> torch.Tensor:
+    return (ulps > MOST_ULP) | (ulps < -MOST_ULP)
 
 
 def _ordered(bits: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import low_rank
+from .added_product import add_product
 from .lora_layer import LoRALayer
+from .low_rank_sum import runs_as_one
 from .variant import Acting
 
 
@@ -38,16 +40,20 @@ class LoRAConv(LoRALayer):
     def sum_forward(self, input: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         base = self.base_forward(input)
         x, scaling = self.dropped(input)
-        return cast(torch.Tensor, base.add_(self.low_rank_product(x, a, b), alpha=scaling))
+        if cast(nn.Conv2d, self).groups > 1 or not runs_as_one(x, base):
+            return cast(torch.Tensor, base.add_(self.low_rank_product(x, a, b), alpha=scaling))
+        return add_product(base, self._hidden(x, a), b, scaling, 1 - self.weight.dim())
 
     def base_product(self, x: torch.Tensor) -> torch.Tensor:
         return cast(torch.Tensor, cast(nn.Conv2d, self)._conv_forward(x, self.weight, None))
 
     def low_rank_product(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        layer = cast(nn.Conv2d, self)
-        a, b = a.to(x.dtype), b.to(x.dtype)
-        if layer.groups > 1:  # every group of inputs is convolved with all of A, then with its own rows of B
-            a = a.repeat(layer.groups, *[1] * (a.dim() - 1))
-        hidden = layer._conv_forward(x, a, None)
         convolve = (F.conv1d, F.conv2d, F.conv3d)[b.dim() - 3]
-        return convolve(hidden, b, groups=layer.groups)
+        return convolve(self._hidden(x, a), b.to(x.dtype), groups=cast(nn.Conv2d, self).groups)
+
+    def _hidden(self, x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+        """Return A(x). Every group of inputs is convolved with all of A, and later with its own rows of B."""
+        layer, a = cast(nn.Conv2d, self), a.to(x.dtype)
+        if layer.groups > 1:
+            a = a.repeat(layer.groups, *[1] * (a.dim() - 1))
+        return cast(torch.Tensor, layer._conv_forward(x, a, None))

@@ -2,8 +2,9 @@
 
     W' = c * V for each output,  V = W + s * B @ A,  c = m / norm(V)
 
-norm(V) is a constant for the gradient, as in section 4.3 of the paper and in PEFT. norm(W)^2 is cached while W does not
-change. m starts as norm(V), rounded like norm(V) in later forwards, so that c is exactly 1 before the first step. An
+norm(V) is a constant for the gradient, as in section 4.3 of the paper and in PEFT. On the CPU norm(W)^2 is cached while
+W does not change. m starts as norm(V), rounded like norm(V) in later forwards, so that c is exactly 1 before the first
+step. A device that the model moves to later may round another way, so there c counts as 1 within 4 ulp of float32. An
 output whose weights are all zero has c = 1; in PEFT it gives NaN.
 """
 
@@ -27,7 +28,8 @@ from .linear import LoRAConv1D, LoRALinear
 from .lora import PEFT_LEAVES, LoRA
 from .lora_layer import LoRALayer
 from .low_rank import LowRankBlock
-from .output_norms import base_squares, output_norms, output_norms_of_parts, output_scale
+from .output_norms import base_squares, forms_sums, output_norms, output_norms_of_parts, output_scale
+from .scaled_output import near_one
 from .variant import (
     Acting,
     Config,
@@ -41,11 +43,12 @@ from .variant import (
     equals_start,
     scaled_blocks,
 )
-from .weight_mark import WeightMark, mark_of
+from .weight_mark import WeightMark, is_wrapped, mark_of
 
 MAGNITUDE = "lora_magnitude"  # leaf name: (out,)
 WEIGHT = "weight"
 BASE_SQUARES = "lora_base_squares"  # attribute of a layer: BaseSquares of W
+OTHER_DEVICE = 1e-6  # relative difference of norms that two devices compute of the same float32 values
 SQUARES_BEFORE = "lora_squares_before"  # attribute of a merged layer: its BaseSquares from before, kept for unmerging
 
 
@@ -77,7 +80,7 @@ class DoRA(LoRA):
         if MAGNITUDE not in kept or stored[MAGNITUDE].is_meta:
             return ()
         start = self.start(place, weights)[MAGNITUDE]
-        return (MAGNITUDE,) if equals_start(stored[MAGNITUDE], start) else ()
+        return (MAGNITUDE,) if equals_start(stored[MAGNITUDE], start, OTHER_DEVICE) else ()
 
     def acting(self, stored: Stored, weight: torch.Tensor | None, scaling: float) -> Acting:
         a, b = stored[A], stored[B]
@@ -88,7 +91,7 @@ class DoRA(LoRA):
         return Acting(a, b, output_scale(stored[MAGNITUDE], norms))
 
     def blocks(self, stored: Stored, place: Place, read: Reader) -> dict[str, list[LowRankBlock]]:
-        a, b = (stored[leaf].detach().double().flatten(1) for leaf in (A, B))
+        a, b = (stored[leaf].detach().flatten(1) for leaf in (A, B))
         norms = output_norms_of_parts(read(WEIGHT), a, b, place.scaling, transposed=place.is_transposed)
         scale = output_scale(stored[MAGNITUDE], norms)
         blocks = place.low_rank_blocks(stored[A], stored[B])[WEIGHT]
@@ -162,19 +165,25 @@ class DoRALayer(LoRALayer):
         if self.is_cheaper_dense() or len(args) + len(kwargs) != 1:
             return cast(torch.Tensor, self.dense_forward(*args, **kwargs))
         (input,) = (*args, *kwargs.values())
-        change, bias = self.over_outputs(self.scale() - 1), getattr(self, "bias", None)
+        a, b = self._factors_of_forward()
+        scale = self._scale(a, b)
         if self.drops() and not self.LOOKUP:
-            return self._dropped_forward(input, change)
-        sums = self.sum_forward(input, self.lora_A, self.lora_B)
-        change = change.to(sums.dtype)
-        if bias is None:
-            return torch.addcmul(sums, sums, change)
-        return sums.addcmul_(sums - self.over_outputs(bias).to(sums.dtype), change)
+            return self._dropped_forward(input, Acting(a, b, scale))
+        return self.scaled(self.sum_forward(input, a, b), scale)
 
-    def _dropped_forward(self, input: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+    def _factors_of_forward(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return A and B; on a GPU in the dtype of W, so that the norm and the products cast them once."""
+        a, b, weight = self.lora_A, self.lora_B, self.weight
+        if weight.dtype == a.dtype or not forms_sums(weight) or torch.is_autocast_enabled(weight.device.type):
+            return a, b
+        return a.to(weight.dtype), b.to(weight.dtype)
+
+    def _dropped_forward(self, input: torch.Tensor, acting: Acting) -> torch.Tensor:
+        a, b, scale = acting
+        change = self.over_outputs(cast(torch.Tensor, scale) - 1)
         base = cast(torch.Tensor, self.base_forward(input))
         x, scaling = self.dropped(input)
-        product = self.low_rank_product(x, self.lora_A, self.lora_B).to(base.dtype) * scaling
+        product = self.low_rank_product(x, a, b).to(base.dtype) * scaling
         sums = torch.add(product, self.base_product(x), alpha=scaling / self.lora.spec.scaling)
         return torch.addcmul(base + product, sums, change.to(base.dtype))
 
@@ -192,14 +201,23 @@ class DoRALayer(LoRALayer):
 
     def scale(self) -> torch.Tensor:
         """Return c (out,), differentiable in the magnitude."""
-        return output_scale(self.lora_magnitude, self.norms(self.weight, self.lora_A, self.lora_B))
+        return self._scale(self.lora_A, self.lora_B)
+
+    def _scale(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return output_scale(self.lora_magnitude, self.norms(self.weight, a, b))
 
     def blocks(self, weights: Mapping[str, torch.Tensor], stored: Stored | None = None) -> Blocks:
         a, b, magnitude = (full_tensor((stored or self.stored())[leaf]) for leaf in (A, B, MAGNITUDE))
-        norms = self.norms(weights[WEIGHT], a, b, exact=True)
-        scale = output_scale(magnitude, norms.to(magnitude.device))
+        scale = self._scale_for_merging(weights[WEIGHT], a, b, magnitude)
         blocks = scaled_blocks(self.place().low_rank_blocks(a, b)[WEIGHT], scale, transposed=self.is_transposed())
         return {WEIGHT: self.crop_to_shard(blocks, weights[WEIGHT])}
+
+    def _scale_for_merging(
+        self, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, magnitude: torch.Tensor
+    ) -> torch.Tensor:
+        """Return c (out,) from the exact norm; on a GPU 1 where a forward, which rounds the norm otherwise, has 1."""
+        scale = output_scale(magnitude, self.norms(weight, a, b, exact=True).to(magnitude.device))
+        return scale.masked_fill((scale - 1).abs() <= near_one(scale.dtype), 1.0) if forms_sums(weight) else scale
 
     def is_transposed(self) -> bool:
         """Return whether the weight is stored (in, out)."""
@@ -210,43 +228,27 @@ class DoRALayer(LoRALayer):
         if weight.is_meta:
             return torch.empty(len(b), device="meta")
         with torch.no_grad(), without_autocast(weight.device.type):
-            base = self._base_squares(weight, certain=exact) if self._stays(weight) else None
+            base = self._base_squares(weight) if self._stays(weight) else None
             a, b, scaling = a.detach().flatten(1), b.detach().flatten(1), self.lora.spec.scaling
             transposed = self.is_transposed()
             return output_norms(weight.detach(), a, b, scaling, transposed=transposed, base=base, exact=exact)
 
     def _stays(self, weight: torch.Tensor) -> bool:
-        """Return whether norm(W)^2 can be cached: W is frozen, and a write to W can be noticed."""
-        if weight is not self._parameters.get(WEIGHT) or is_sharded(weight):
+        """Return whether norm(W)^2 is needed and can be cached."""
+        if forms_sums(weight) or weight is not self._parameters.get(WEIGHT) or is_sharded(weight):
             return False
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-            return False
-        if torch._C._get_tracing_state() is not None:  # torch.jit.trace cannot record that bits are read as integers
-            return False
-        if weight.requires_grad:  # torch does not count a fused optimizer's writes, so the cached values may be stale
-            vars(self).pop(BASE_SQUARES, None)
-        return not (weight.requires_grad or weight.is_inference())
+        return not (weight.requires_grad or weight.is_inference() or is_wrapped(weight))
 
-    def _base_squares(self, weight: torch.Tensor, *, certain: bool) -> torch.Tensor:
-        """Return norm(W)^2 (out,), from the cache if W has not changed.
-
-        Args:
-            weight: W.
-            certain: compute anew also where a write to W may have stayed unseen.
-        """
+    def _base_squares(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return norm(W)^2 (out,), from the cache if W has not changed. Each write to W is noticed."""
         known: BaseSquares | None = vars(self).get(BASE_SQUARES)
-        if known is None or (certain and not known.mark.sees_every_write()) or not known.mark.is_of(weight):
+        if known is None or not known.mark.sees_every_write() or not known.mark.is_of(weight):
             with torch.inference_mode(False):
                 transposed = self.is_transposed()
                 mark = mark_of(weight, dim=0 if transposed else 1)  # first, so that the next call sees a write from now
                 known = BaseSquares(cast(WeightMark, mark), base_squares(weight.detach(), transposed=transposed))
             vars(self)[BASE_SQUARES] = known
         return known.values
-
-    def train(self, mode: bool = True) -> Any:
-        if mode != self.training:
-            vars(self).pop(BASE_SQUARES, None)
-        return super().train(mode)
 
     def weight_changed(self) -> None:
         for name in self.TRANSIENT:

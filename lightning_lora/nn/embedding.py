@@ -10,7 +10,9 @@ from torch import nn
 
 from ..distributed.sharding import is_sharded
 from . import low_rank
+from .added_product import add_product
 from .lora_layer import LoRALayer
+from .low_rank_sum import runs_as_one
 
 
 class LoRAEmbedding(LoRALayer):
@@ -53,22 +55,28 @@ class LoRAEmbedding(LoRALayer):
         return rows
 
     def sum_forward(self, input: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        base = self._rows(input)
-        a, b = a.to(base.dtype), b.to(base.dtype)
-        delta = F.linear(_summed(F.embedding(input, a.T)), b) * self.lora.spec.scaling
-        delta = self._with_gradients_of_rows(delta, input) if torch.is_grad_enabled() else delta
-        return _summed(base).add_(delta)
+        base, layer, scaling = _summed(self._rows(input)), cast(nn.Embedding, self), self.lora.spec.scaling
+        hidden = _summed(F.embedding(input, a.T)).to(base.dtype)  # the table A may be much larger
+        padding = self._padding(input) if torch.is_grad_enabled() else None
+        if runs_as_one(hidden, base) and not layer.scale_grad_by_freq:
+            return add_product(base, hidden, b, scaling, ignored=padding)
+        delta = F.linear(hidden, (b * scaling).to(base.dtype))
+        if padding is not None:
+            delta = torch.where(padding, delta.detach(), delta)
+        if layer.scale_grad_by_freq and torch.is_grad_enabled():
+            delta = self._with_gradients_by_frequency(delta, input)
+        return base.add_(delta)
 
-    def _with_gradients_of_rows(self, delta: torch.Tensor, input: torch.Tensor) -> torch.Tensor:
-        """Apply padding_idx and scale_grad_by_freq to delta's gradient, as nn.Embedding does to the rows of W."""
-        layer = cast(nn.Embedding, self)
-        if layer.padding_idx is not None:
-            delta = torch.where((input == layer.padding_idx).unsqueeze(-1), delta.detach(), delta)
-        if layer.scale_grad_by_freq:
-            rows = input.flatten()  # not torch.bincount, which torch 2.6 cannot compile
-            counts = rows.new_zeros(layer.num_embeddings).index_add_(0, rows, torch.ones_like(rows))
-            delta = delta.detach() + (delta - delta.detach()) / counts[input].unsqueeze(-1).to(delta.dtype)
-        return delta
+    def _padding(self, input: torch.Tensor) -> torch.Tensor | None:
+        """Return where the tokens of padding_idx are. As in nn.Embedding they give no gradient."""
+        padding_idx = cast(nn.Embedding, self).padding_idx
+        return None if padding_idx is None else torch.eq(input, padding_idx).unsqueeze(-1)
+
+    def _with_gradients_by_frequency(self, delta: torch.Tensor, input: torch.Tensor) -> torch.Tensor:
+        """Apply scale_grad_by_freq to delta's gradient, as nn.Embedding does to the rows of W."""
+        rows = input.flatten()  # not torch.bincount, which torch 2.6 cannot compile
+        counts = rows.new_zeros(cast(nn.Embedding, self).num_embeddings).index_add_(0, rows, torch.ones_like(rows))
+        return delta.detach() + (delta - delta.detach()) / counts[input].unsqueeze(-1).to(delta.dtype)
 
 
 def _summed(rows: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,9 @@ settings would change its bits. For thin factors float64 costs the same.
 
 Why chunks: a chunk and its buffers stay in the cache. Fresh pages of memory cost more than the arithmetic.
 
+On a device that is not the CPU the arithmetic is that of nn/device_sum.py, and a merge has the two halves of
+nn/device_merge.py.
+
 No other file adds a delta to a weight. Live merging, merged saving and the command line all come here.
 """
 
@@ -30,17 +33,32 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from ..errors import LoRAError, NonFiniteError
-from .bits import BITS, Checksum, Corrections, checksum, correct_, find_corrections
+from .autocast import in_full_float32
+from .bits import BITS, Corrections, bit_sum, checksum, correct_, find_corrections
+from .device_merge import (
+    STORE_AT_MOST,
+    Observer,
+    Pending,
+    Prepared,
+    Stored,
+    count_parts,
+    finite_sums,
+    refuse_unless_finite,
+    stored_values,
+    taken_out,
+    tell_observer,
+    there_and_back,
+    write_parts_,
+)
+from .device_sum import DeviceSum
 from .low_rank import LowRankBlock
+from .merge_checks import Checks, Reading
+from .scratch import Scratch
 
 CPU_CHUNK, GPU_CHUNK = 2**17, 2**24  # elements: few enough for the cache of one CPU thread; enough to fill a GPU
 MOST_THREADS = 2  # a chunk on the CPU grows with the number of threads up to this
 COPY_ABOVE = 0.25  # a plain copy is faster than stored values if more than this share of the weight changes
-STORE_AT_MOST = 0.25  # if more than this share of a chunk's values differs, a plain copy of the chunk is stored
 EVERYTHING = slice(None)
-
-Stored = Corrections | tuple[torch.Tensor, torch.Tensor] | torch.Tensor
-Observer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
 class WeightEditedError(LoRAError):
@@ -59,13 +77,18 @@ class RestoreRecord:
     copy: torch.Tensor | None = None  # of the whole weight
     # One entry for each merged chunk, in order: positions and values, Corrections of a scaled chunk, or a plain copy.
     chunks: list[Stored] = field(default_factory=list)
-    checksum: Checksum | None = None  # with a copy: of the merged weight; without one: of the weight before merging
+    # Sum of bits (see nn/bits.py) and the integer dtype in which they were read. With a copy: of the merged weight;
+    # without one: of the weight before merging.
+    checksum: tuple[int | Reading, torch.dtype] | None = None
     threads: int = 0  # number of threads that computed d; with another number its last bits can change
     # The index of a chunk and the values that merging or unmerging is about to write there. An exception may come
     # before or after the write; writing the same values again is right in both cases.
     merging: tuple[int, torch.Tensor] | None = None
     restoring: tuple[int, torch.Tensor] | None = None
-    edited: bool | None = None  # whether something else changed the merged weight; None: not checked yet
+    pending: Pending | None = None  # the second half of a merge on a device; None: all is done
+    checksum_later: tuple[Reading, torch.dtype] | None = None  # the checksum from the second half on
+    found: int | Reading | None = None  # the sum of bits to compare with the checksum; None: not computed yet
+    restored: bool = False  # the weight has its old values again, and only the comparison is left
 
     def nbytes(self) -> int:
         """Return the bytes held, without the copies of the factors."""
@@ -73,6 +96,19 @@ class RestoreRecord:
         for chunk in self.chunks:
             tensors += chunk if isinstance(chunk, tuple) else [chunk]
         return sum(tensor.nbytes for tensor in tensors)
+
+    def is_edited(self) -> bool:
+        """Return whether something else changed the merged weight, after it was restored. May wait for a device."""
+        if self.checksum is None:
+            return False
+        known, found = self.checksum[0], self.found
+        numbers = [each.get() if isinstance(each, Reading) else each for each in (known, found)]
+        return numbers[0] != numbers[1]
+
+    def is_on_device(self) -> bool:
+        """Return whether the weight is on a device other than the CPU."""
+        held = self.copy if self.copy is not None else self.factors[0].left if self.factors else None
+        return held is not None and not held.is_cpu
 
 
 def parts_of(weight: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
@@ -93,6 +129,7 @@ def merge_weight_(
     observe: Observer | None = None,
     scratch: Scratch | None = None,
     hold: Callable[[RestoreRecord], object] | None = None,
+    checks: Checks | None = None,
 ) -> RestoreRecord:
     """Add scaling * (the blocks) to a weight and apply their scales, each element rounded once. In place.
 
@@ -102,10 +139,11 @@ def merge_weight_(
         scaling: s.
         copy: store a plain copy of the weight instead of single values, if more than COPY_ABOVE of the weight changes.
         spare: a tensor that is not needed any more; the copy reuses its memory if shape, dtype and device fit.
-        observe: called for each chunk with W' rounded, W' and W' - W, all in float64 (on mps float32).
+        observe: called for each chunk with W' rounded, W' and W' - W, all in the dtype of the arithmetic.
         scratch: buffers of an earlier merge, to be used again.
         hold: called with the record before the first write. Whatever exception follows, unmerge_weight_ can then undo
             what was written.
+        checks: of a verb on many weights. On a device complete_merge_ then does the second half, after all have begun.
 
     Returns:
         What unmerge_weight_ needs.
@@ -119,40 +157,87 @@ def merge_weight_(
         try:
             if hold:
                 hold(record)
-            _merge_chunks(weight, blocks, scaling, record, observe, scratch or Scratch())
+            if not weight.is_cpu:
+                _begin_on_device(weight, blocks, scaling, record, checks or Checks(), observe)
+            else:
+                _merge_chunks(weight, blocks, scaling, record, observe, scratch or Scratch())
+                record.checksum = record.checksum or checksum(weight)
+            if checks is None and record.pending is not None:
+                complete_merge_(weight, record)
         except BaseException:
             unmerge_weight_(weight, record)
             raise
-        if copy:
-            record.checksum = checksum(weight)
     return record
 
 
-def unmerge_weight_(weight: torch.Tensor, record: RestoreRecord) -> None:
+def merge_prepared_(weight: torch.Tensor, prepared: Prepared, hold: Callable[[RestoreRecord], object]) -> None:
+    """Do the first half of merge_weight_ with W' that was computed with other weights. In place."""
+    record = RestoreRecord([], copy=prepared.copy)
+    with exact_arithmetic(weight):
+        try:
+            hold(record)
+            prepared.write_(weight)
+            record.pending, record.checksum_later = prepared.pending, prepared.checksum
+        except BaseException:
+            unmerge_weight_(weight, record)
+            raise
+
+
+def complete_merge_(weight: torch.Tensor, record: RestoreRecord) -> None:
+    """Do what merge_weight_ left to do. In place.
+
+    Raises:
+        NonFiniteError: a value of the sum is not finite. unmerge_weight_ brings the old values back.
+    """
+    if record.pending is not None:
+        with exact_arithmetic(weight):
+            _complete(record, record.pending)
+        record.checksum, record.pending = record.checksum_later or record.checksum, None
+
+
+def unmerge_weight_(weight: torch.Tensor, record: RestoreRecord, checks: Checks | None = None) -> None:
     """Undo merge_weight_ bit for bit and use the record up. In place.
 
     A merge that an exception broke off is undone as far as it went. If an exception breaks this call off, another call
     continues.
 
+    Args:
+        weight: W'.
+        record: the result of merge_weight_.
+        checks: of a verb on many weights. Another call without them then finds out whether the weight was edited.
+
     Raises:
         WeightEditedError: something else wrote to the merged weight, and the old bits were restored from a copy.
         LoRAError: something else wrote to the merged weight, and the old bits are lost.
     """
-    with exact_arithmetic(weight, record.threads):
-        copied = record.copy is not None
-        if record.edited is None:
-            record.edited = copied and _differs(weight, record)
-        _restore(weight, record)
-        if not copied and _differs(weight, record):
-            raise LoRAError(
-                "the restored weight is not bit for bit the weight before merging: it was changed while it was "
-                "merged, or this machine computes differently. Load the base weights again before you go on"
-            )
-    if record.edited:
-        raise WeightEditedError(
-            "the weight was changed while it was merged; the change was undone, and the weight has its values from "
-            "before merging. Change weights while the model is unmerged"
+    if not record.restored:
+        with exact_arithmetic(weight, record.threads):
+            if record.copy is not None and record.found is None:
+                record.found = found_sum(weight, record, checks)
+            _restore(weight, record)
+            if record.copy is None:
+                record.found = found_sum(weight, record, checks)
+        record.restored = True
+    if checks is not None or not record.is_edited():
+        return
+    if record.copy is None:
+        raise LoRAError(
+            "the restored weight is not bit for bit the weight before merging: it was changed while it was "
+            "merged, or this machine computes differently. Load the base weights again before you go on"
         )
+    raise WeightEditedError(
+        "the weight was changed while it was merged; the change was undone, and the weight has its values from "
+        "before merging. Change weights while the model is unmerged"
+    )
+
+
+def found_sum(weight: torch.Tensor, record: RestoreRecord, checks: Checks | None) -> int | Reading | None:
+    """Return the sum of a weight's bits, to be compared with the record's checksum; None if that has none."""
+    if record.checksum is None:
+        return None
+    if checks is None:
+        return checksum(weight, record.checksum[1])[0]
+    return checks.ask(bit_sum(weight, record.checksum[1])[0])[0]
 
 
 def restored_weight(weight: torch.Tensor, record: RestoreRecord) -> torch.Tensor:
@@ -187,6 +272,9 @@ def merged_weight(
     """
     with exact_arithmetic(weight):
         merged = weight.detach().to(dtype or weight.dtype, copy=True)
+        if weight.device.type != "cpu":
+            _merge_copy_(merged, weight, blocks, scaling, observe)
+            return merged
         scratch = Scratch()
         for part in _chunks(weight, blocks):
             chunk, target = _in_arithmetic(part, scaling, scratch), _window(merged, part)
@@ -201,7 +289,8 @@ def merged_weight(
 def exact_arithmetic(weight: torch.Tensor, threads: int = 0) -> AbstractContextManager[None]:
     """Allow writing to a weight in place, whatever modes of torch surround the call.
 
-    Inside, no gradients are recorded. Inference mode is on if and only if the weight is an inference tensor.
+    Inside, no gradients are recorded. Inference mode is on if and only if the weight is an inference tensor. On a
+    device products have the full precision of float32.
 
     Args:
         weight: the weight to be written.
@@ -209,6 +298,8 @@ def exact_arithmetic(weight: torch.Tensor, threads: int = 0) -> AbstractContextM
     """
     inference, before = weight.is_inference(), torch.get_num_threads()
     threads = threads or before
+    if not weight.is_cpu:
+        return _device_arithmetic(inference, weight.device.type)
     if torch.is_grad_enabled() or torch.is_inference_mode_enabled() != inference or threads != before:
         return _changed_arithmetic(inference, threads, before)
     return nullcontext()  # merge() has entered the modes already; entering takes as long as a small operation
@@ -226,6 +317,12 @@ def _changed_arithmetic(inference: bool, threads: int, before: int) -> Iterator[
             torch.set_num_threads(before)
 
 
+@contextmanager
+def _device_arithmetic(inference: bool, device: str) -> Iterator[None]:
+    with torch.inference_mode(inference), torch.no_grad(), in_full_float32(device):
+        yield
+
+
 def _values_record(weight: torch.Tensor, blocks: list[LowRankBlock], scaling: float) -> RestoreRecord:
     factors = [
         block._replace(
@@ -235,7 +332,8 @@ def _values_record(weight: torch.Tensor, blocks: list[LowRankBlock], scaling: fl
         )
         for block in blocks
     ]
-    return RestoreRecord(factors, scaling, checksum=checksum(weight), threads=torch.get_num_threads())
+    known = checksum(weight) if weight.device.type == "cpu" else None  # a device is asked later
+    return RestoreRecord(factors, scaling, checksum=known, threads=torch.get_num_threads())
 
 
 def _copy_record(weight: torch.Tensor, spare: torch.Tensor | None) -> RestoreRecord:
@@ -254,8 +352,62 @@ def _is_like(tensor: torch.Tensor, weight: torch.Tensor) -> bool:
     )
 
 
-def _differs(weight: torch.Tensor, record: RestoreRecord) -> bool:
-    return record.checksum is not None and checksum(weight, record.checksum[1]) != record.checksum
+def _begin_on_device(
+    weight: torch.Tensor,
+    blocks: list[LowRankBlock],
+    scaling: float,
+    record: RestoreRecord,
+    checks: Checks,
+    observe: Observer | None,
+) -> None:
+    """Begin a merge that complete_merge_ completes. In place."""
+    if record.copy is None:
+        total, integers = bit_sum(weight)
+        record.checksum = checks.ask(total)[0], integers
+        record.pending = count_parts(_parts(weight, record.factors), scaling, checks, observe)
+        return
+    record.pending = write_parts_(_parts(weight, blocks), scaling, checks, observe)
+    total, integers = bit_sum(weight)
+    record.checksum = checks.ask(total)[0], integers
+
+
+def _complete(record: RestoreRecord, pending: Pending) -> None:
+    """Do the second half of a merge on a device. In place."""
+    if record.copy is not None:
+        for (window, _), finite in zip(pending.parts, pending.finite, strict=True):
+            refuse_unless_finite(window, finite)
+        return
+    for (window, block), finite, counts in zip(pending.parts, pending.finite, pending.counts, strict=True):
+        summed = DeviceSum([block], record.scaling, window.dtype)
+        if pending.observe:
+            tell_observer(pending.observe, summed, window.unsqueeze(0))
+        new, back = there_and_back(window, summed)
+        refuse_unless_finite(new, finite)
+        stored = stored_values(window, back, counts)
+        record.merging = len(record.chunks), new
+        record.chunks.append(stored)
+        window.copy_(new)
+        record.merging = None
+
+
+def _parts(weight: torch.Tensor, blocks: list[LowRankBlock]) -> list[tuple[torch.Tensor, LowRankBlock]]:
+    return [(_window(weight, part), part) for part in _chunks(weight, blocks)]
+
+
+def _merge_copy_(
+    merged: torch.Tensor, weight: torch.Tensor, blocks: list[LowRankBlock], scaling: float, observe: Observer | None
+) -> None:
+    """Write W' into a tensor that holds W in the dtype of the result, on a device. In place."""
+    dtype, checks = torch.promote_types(weight.dtype, merged.dtype), Checks()
+    finite: list[tuple[torch.Tensor, Reading]] = []
+    for window, part in _parts(weight, blocks):
+        summed, target = DeviceSum([part], scaling, dtype), _window(merged, part)
+        summed.rounded(window.unsqueeze(0), target.unsqueeze(0))
+        finite.append((target, checks.ask(finite_sums(target.unsqueeze(0)))[0]))
+        if observe:
+            tell_observer(observe, summed, window.unsqueeze(0), target.dtype)
+    for target, total in finite:
+        refuse_unless_finite(target, total)
 
 
 def _merge_chunks(
@@ -307,8 +459,7 @@ def _restore(weight: torch.Tensor, record: RestoreRecord) -> None:
         if isinstance(stored, torch.Tensor):
             window.copy_(stored)
         else:
-            chunk = _in_arithmetic(part, record.scaling, scratch)
-            back = _taken_out(window, chunk, scratch, _delta(window, chunk, scratch))
+            back = _values_back(window, part, record.scaling, scratch)
             if isinstance(stored, Corrections):
                 correct_(back, stored)
             else:
@@ -343,7 +494,7 @@ def _in_arithmetic(chunk: LowRankBlock, scaling: float, scratch: Scratch) -> Low
     left and right are buffers. The function uses few operations: for a small weight, each of them takes as long as a
     pass over the values.
     """
-    dtype = torch.float32 if chunk.left.device.type == "mps" else torch.float64  # mps has no float64
+    dtype = torch.float64
     left = scratch.take("left", chunk.left, dtype).copy_(chunk.left).mul_(scaling)
     right = scratch.take("right", chunk.right, dtype).copy_(chunk.right)
     scale = None if chunk.scale is None else chunk.scale.to(dtype)
@@ -406,6 +557,14 @@ def _taken_out(merged: torch.Tensor, chunk: LowRankBlock, scratch: Scratch, delt
     return scratch.cast("back", torch.sub(merged, delta, out=delta), merged.dtype)
 
 
+def _values_back(window: torch.Tensor, part: LowRankBlock, scaling: float, scratch: Scratch) -> torch.Tensor:
+    """Return what unmerging a part computes before it corrects values, contiguous."""
+    if window.device.type != "cpu":
+        return taken_out(window, part, scaling)
+    chunk = _in_arithmetic(part, scaling, scratch)
+    return _taken_out(window, chunk, scratch, _delta(window, chunk, scratch))
+
+
 def _as_matrix(values: torch.Tensor, chunk: LowRankBlock) -> torch.Tensor:
     return values if values.dim() == 2 else values.view(chunk.left.shape[0], chunk.right.shape[1])
 
@@ -419,35 +578,3 @@ def _differing(window: torch.Tensor, back: torch.Tensor, *, scaled: bool) -> Sto
     if scaled:
         return find_corrections(window, back, changed)
     return changed.to(torch.int32), window.flatten().index_select(0, changed)
-
-
-class Scratch:
-    """Buffers that the chunks of all weights share.
-
-    A buffer grows to the size of a full chunk with the first large weight. From then on every chunk's values lie in the
-    same memory, which stays in the cache.
-    """
-
-    def __init__(self) -> None:
-        self.buffers: dict[tuple[str, torch.dtype, torch.device], torch.Tensor] = {}
-        self.views: dict[tuple[object, ...], torch.Tensor] = {}  # views of the buffers, by buffer and shape
-
-    def take(self, name: str, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Return an uninitialised tensor with the shape and device of `like`, valid until `name` is taken again."""
-        key = name, dtype, like.device, like.shape
-        view = self.views.get(key)
-        if view is None:
-            view = self.views[key] = self._view(key[:3], like.shape)
-        return view
-
-    def _view(self, key: tuple[str, torch.dtype, torch.device], shape: torch.Size) -> torch.Tensor:
-        buffer = self.buffers.get(key)
-        with torch.inference_mode(False):  # a normal tensor can be used inside and outside of inference mode
-            if buffer is None or buffer.numel() < shape.numel():
-                self.views = {of: view for of, view in self.views.items() if of[:3] != key}  # frees the smaller buffer
-                buffer = self.buffers[key] = torch.empty(shape.numel(), dtype=key[1], device=key[2])
-            return buffer[: shape.numel()].view(shape)
-
-    def cast(self, name: str, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Return values in another dtype, in a buffer; the tensor itself if it has that dtype."""
-        return values if values.dtype == dtype else self.take(name, values, dtype).copy_(values)

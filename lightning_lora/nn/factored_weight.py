@@ -47,6 +47,17 @@ class FactoredWeight(torch.Tensor):
 
     def __init__(self, weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
         self.weight, self.left, self.right, self.dense = weight, left, right, None
+        self.pairs: dict[bool, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+
+    def pair(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return left and right of one expert. All are taken apart at once, so that backward joins them once.
+
+        The gradient of an index is a stack for each expert.
+        """
+        recorded = torch.is_grad_enabled()
+        if recorded not in self.pairs:
+            self.pairs[recorded] = list(zip(self.left.unbind(), self.right.unbind(), strict=True))
+        return self.pairs[recorded][expert]
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -161,7 +172,8 @@ def _index(func: Any, args: Any, kwargs: Any) -> Any:
         index = index if index.dim() else index.item()  # one wait for the device instead of three
     elif isinstance(index, bool) or not isinstance(index, (int, slice)):
         return NotImplemented
-    return FactoredWeight(stand_in.weight[index], stand_in.left[index], stand_in.right[index])
+    factors = stand_in.pair(index) if isinstance(index, int) else (stand_in.left[index], stand_in.right[index])
+    return FactoredWeight(stand_in.weight[index], *factors)
 
 
 def _transpose(func: Any, args: Any, kwargs: Any) -> Any:

@@ -13,9 +13,11 @@ from ..distributed.sharding import is_sharded
 from ..errors import LoRAError
 from . import low_rank
 from .adapted_weights import Blocks
+from .added_product import add_product
 from .exact_merge import merged_weight
 from .lora_layer import LoRALayer
 from .low_rank import enabled_parts
+from .low_rank_sum import compute_dtype, low_rank_sum, runs_as_one
 from .quantised import dequantize, dtype_of, quantised_as, quantised_parameters
 
 
@@ -32,6 +34,8 @@ class LoRALinear(LoRALayer):
         return isinstance(module, nn.Linear) and not quantised_parameters(module)
 
     def sum_forward(self, input: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        if not input.is_cpu and runs_as_one(input, self.weight):  # looking up the weight takes longer than the rest
+            return self._as_one(input, a, b)
         if self.lora.spec.enabled is None and input.dim() > 1 and type(input) is torch.Tensor and input.is_contiguous():
             return self._accumulated(input, a, b)
         return self._concatenated(input, a, b)
@@ -41,6 +45,15 @@ class LoRALinear(LoRALayer):
 
     def low_rank_product(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))
+
+    def _as_one(self, input: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """Run as one operation of autograd, which asks a device for less."""
+        x = input.to(compute_dtype(input))
+        dropped, scaling = self.dropped(x)
+        weight = low_rank.matrix_view(self.KIND, self.weight)
+        parts = low_rank.part_outputs(len(weight), self.lora.spec.enabled)
+        bias = getattr(self, "bias", None)
+        return low_rank_sum(x, weight, bias, a, b, scaling, None if dropped is x else dropped, parts)
 
     def _accumulated(self, input: torch.Tensor, factor_a: torch.Tensor, factor_b: torch.Tensor) -> torch.Tensor:
         """Add the adapter's product in place to the base's output: one full-size tensor instead of three."""
@@ -115,6 +128,13 @@ class LoRAQuantisedLinear(LoRALinear):
 
     def unmergeable_reason(self) -> str:
         return super().unmergeable_reason() or f"its weight is quantised ({self.quantised()})"
+
+    def sum_forward(self, input: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        if self.lora.spec.enabled is not None or not runs_as_one(input, input):
+            return super().sum_forward(input, a, b)
+        x, scaling = self.dropped(input)
+        hidden = F.linear(x, a.to(x.dtype))  # before the base's forward, as in _accumulated
+        return add_product(self.base_forward(input), hidden, b, scaling)
 
     def dense_weights(self, weights: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
         """Return W + delta in dequantised form, for code that reads the weight instead of calling the layer."""

@@ -15,6 +15,7 @@ from ..names import names_factor
 from . import low_rank
 from .adapted_module import AdaptedModule, StandIns
 from .adapted_weights import AdaptedWeights
+from .scaled_output import scaled_output
 
 DROPOUT_STEPS = 2**16
 
@@ -82,16 +83,15 @@ class LoRALayer(AdaptedWeights, AdaptedModule):
         (input,) = (*args, *kwargs.values())
         a, b, scale = self.acting()
         sums = self.sum_forward(input, a, b)
-        if scale is None:
-            return sums
-        bias, scale = getattr(self, "bias", None), self.over_outputs(scale).to(sums.dtype)
-        if bias is None:
-            return sums * scale
-        bias = self.over_outputs(bias).to(sums.dtype)
-        return torch.addcmul(bias, sums - bias, scale)
+        return sums if scale is None else self.scaled(sums, scale)
+
+    def scaled(self, sums: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """Return outputs with the scale c (out,) applied to all but the bias. The memory of `sums` may be reused."""
+        bias = getattr(self, "bias", None)
+        return scaled_output(sums, self.over_outputs(scale), None if bias is None else self.over_outputs(bias))
 
     def sum_forward(self, input: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """Return base(x) + s * B(A(dropout(x))) without building B @ A."""
+        """Return base(x) + s * B(A(dropout(x))) without building B @ A, in memory that may be reused."""
         raise NotImplementedError
 
     def is_cheaper_dense(self) -> bool:

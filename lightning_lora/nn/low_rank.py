@@ -165,8 +165,14 @@ def enabled_parts(a: torch.Tensor, b: torch.Tensor, enabled: Enabled) -> list[tu
     if enabled is None:
         return [(0, a, b)]
     size = b.shape[0] // sum(enabled)
-    starts = [i * size for i, on in enumerate(enabled) if on]
+    starts = [start for start, _ in part_outputs(size * len(enabled), enabled)]
     return list(zip(starts, torch.split(a, b.shape[1]), torch.split(b, size), strict=True))
+
+
+def part_outputs(outputs: int, enabled: Enabled) -> list[tuple[int, int]]:
+    """Return (first output, number of outputs) of each adapted part. A layer without parts counts as one part."""
+    size = outputs // len(enabled or (True,))
+    return [(i * size, size) for i, on in enumerate(enabled or (True,)) if on]
 
 
 def stack_ranks(

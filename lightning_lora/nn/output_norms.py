@@ -1,13 +1,23 @@
-"""The norm of each output's weights in V = W + s * B @ A, without building B @ A, and the scale for another norm.
+"""The norm of each output's weights in V = W + s * B @ A, and the scale for another norm.
+
+On the CPU B @ A is not built:
 
     norm(V)^2 = norm(W)^2 + 2 s rowsum((W A^T) * B) + s^2 rowsum((B A A^T) * B)
 
-W is stored (out, in...), or (in, out) if it is transposed. norm(W)^2 is always summed in float64. A layer and the
-command line, which reads W part by part, then find the same norm where B is zero.
+Where V is small beside W these terms cancel; such outputs are noticed and computed anew. norm(W)^2 is summed in
+float64. So a layer and the command line, which reads W part by part, find the same norm where B is zero.
+
+On a GPU noticing them would make the host wait, and float64 is slow. There V itself is formed, piece by piece, by one
+product that adds to W: the sum is rounded once, and no terms cancel. Compiled and traced functions, whose graph cannot
+depend on values, do the same. Where B is zero, the norms of both ways differ by an ulp or two of float32.
+
+W is stored (out, in...), or (in, out) if it is transposed.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -15,10 +25,12 @@ import torch.distributed as dist
 
 from ..distributed.sharding import is_sharded, local, reduce_, window
 from .exact_merge import parts_of
+from .low_rank import HALF
 
 # If norm(V)^2 is below this share of norm(W)^2, the terms have cancelled and float32 has lost too many digits. V is
 # then built for that output.
 CANCELLED = 0.01
+PIECE = 2**24  # elements of V that are formed at a time
 
 Parts = Iterable[tuple[int, torch.Tensor]]  # (first row, some rows of W as a matrix)
 
@@ -33,7 +45,7 @@ def output_norms(
     base: torch.Tensor | None = None,
     exact: bool = False,
 ) -> torch.Tensor:
-    """Return norm(V) of each output: (out,), float64 (on mps float32).
+    """Return norm(V) of each output: (out,), float32 or float64.
 
     Collective where the weight is sharded. Every rank gets the whole result.
 
@@ -43,34 +55,40 @@ def output_norms(
         b: B (out, r), not sharded.
         scaling: s.
         transposed: whether W is stored (in, out).
-        base: norm(W)^2 (out,), if known.
-        exact: whether to compute in float64 throughout.
+        base: norm(W)^2 (out,), if known; it is only used if `forms_sums` is false.
+        exact: whether V is computed in a wider dtype than W's; on the CPU always in float64.
     """
     if is_sharded(weight):
-        squares = _sharded_squares(weight, a, b, scaling, transposed)
-    elif exact or not _is_quick_to_check(weight):
-        squares = _squares(parts_of(weight), a, b, scaling, transposed, base, _widest(weight))
-    else:
-        base = base_squares(weight, transposed=transposed) if base is None else base
-        parts = [(0, weight.flatten(1))] if weight.dtype == torch.float32 else parts_of(weight)
-        squares = _squares(parts, a, b, scaling, transposed, base, torch.float32)
-        cancelled = squares < CANCELLED * base
-        if cancelled.any():
-            outputs = cancelled.nonzero().squeeze(1)
-            squares[outputs] = _direct_squares(weight, a, b, scaling, transposed, outputs)
-        return squares.sqrt_()
-    return squares.clamp_(min=0).sqrt_()
+        return _sharded_squares(weight, a, b, scaling, transposed, exact=exact).clamp_(min=0).sqrt_()
+    if forms_sums(weight):
+        return _norms_of_sums(_outputs_first(weight.flatten(1), transposed), a, b, scaling, exact=exact)
+    if exact or weight.dtype == torch.float64:
+        return _squares(parts_of(weight), a, b, scaling, transposed, base, torch.float64).clamp_(min=0).sqrt_()
+    base = base_squares(weight, transposed=transposed) if base is None else base
+    parts = [(0, weight.flatten(1))] if weight.dtype == torch.float32 else parts_of(weight)
+    squares = _squares(parts, a, b, scaling, transposed, base, torch.float32)
+    cancelled = squares < CANCELLED * base
+    if cancelled.any():
+        outputs = cancelled.nonzero().squeeze(1)
+        squares[outputs] = _direct_squares(weight, a, b, scaling, transposed, outputs)
+    return squares.sqrt_()
 
 
 def output_norms_of_parts(
     parts: Parts, a: torch.Tensor, b: torch.Tensor, scaling: float, *, transposed: bool
 ) -> torch.Tensor:
-    """Return norm(V) of each output, (out,) in float64, for a weight that is read part by part."""
-    return _squares(parts, a, b, scaling, transposed, None, torch.float64).clamp_(min=0).sqrt_()
+    """Return norm(V) of each output, (out,), as `output_norms` does with exact=True, of a weight read part by part."""
+    parts = iter(parts)
+    first, part = next(parts)
+    parts = itertools.chain([(first, part)], parts)
+    if not forms_sums(part):
+        return _squares(parts, a, b, scaling, transposed, None, torch.float64).clamp_(min=0).sqrt_()
+    squares = [_squares_of_sums(part, first, a, b, scaling, transposed, exact=True) for first, part in parts]
+    return _joined(squares, transposed).sqrt()
 
 
 def base_squares(weight: torch.Tensor, *, transposed: bool) -> torch.Tensor:
-    """Return norm(W)^2 of each output: (out,), float64 (on mps float32)."""
+    """Return norm(W)^2 of each output: (out,), float64."""
     return _joined([_row_squares(part, transposed) for _, part in parts_of(weight)], transposed)
 
 
@@ -85,8 +103,62 @@ def output_scale(lengths: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
         norms: norm(V) (out,).
     """
     norms = norms.to(lengths.dtype)
-    zero = norms == 0
-    return (lengths / norms.masked_fill(zero, 1.0)).masked_fill(zero, 1.0)
+    # m / inf is 0, and so is its gradient. A value that is not finite stays so.
+    return lengths / torch.threshold(norms, 0.0, math.inf) + (norms == 0)
+
+
+def forms_sums(weight: torch.Tensor) -> bool:
+    """Return whether the norm is taken of V itself, because no decision may depend on values."""
+    return weight.device.type != "cpu" or torch.compiler.is_compiling() or _is_tracing()
+
+
+def _norms_of_sums(
+    matrix: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float, *, exact: bool
+) -> torch.Tensor:
+    """Return norm(V) of each row, (out,): float32 or wider.
+
+    V is computed and rounded like the layer's products, so in the dtype of W. `exact` computes it in the next wider
+    dtype.
+
+    Args:
+        matrix: W (out, in), may be a transposed view.
+    """
+    dtype = matrix.dtype
+    if exact:
+        dtype = torch.float32 if dtype in HALF or matrix.device.type == "mps" else torch.float64  # mps has no float64
+    a, b, norms = a.to(dtype), b.to(dtype), []
+    for piece, piece_b in _pieces(matrix, b):
+        wide = piece.to(dtype)
+        add = torch.addmm if wide is piece else torch.Tensor.addmm_  # in place in a copy
+        sums = add(wide, piece_b, a, alpha=scaling)
+        norms.append(torch.linalg.vector_norm(sums, dim=1, dtype=torch.float32 if dtype in HALF else dtype))
+        del wide, sums  # before the next piece is formed
+    return norms[0] if len(norms) == 1 else torch.cat(norms)
+
+
+def _pieces(matrix: torch.Tensor, b: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Split the rows of W and of B so that V has at most PIECE elements at a time."""
+    if _is_tracing():  # it warns of each size that is read
+        return [(matrix, b)]
+    rows = max(1, PIECE // max(1, matrix.shape[1]))
+    return list(zip(torch.split(matrix, rows), torch.split(b, rows), strict=True))
+
+
+def _is_tracing() -> bool:
+    return bool(torch.jit.is_tracing())  # type: ignore[no-untyped-call, attr-defined]
+
+
+def _squares_of_sums(
+    part: torch.Tensor, first: int, a: torch.Tensor, b: torch.Tensor, scaling: float, transposed: bool, *, exact: bool
+) -> torch.Tensor:
+    """Return norm(V)^2 over some rows of W as it is stored, (out,), or (rows,) if they are outputs."""
+    rows = slice(first, first + len(part))
+    a, b = (a[:, rows], b) if transposed else (a, b[rows])
+    return _norms_of_sums(_outputs_first(part, transposed), a, b, scaling, exact=exact).square()
+
+
+def _outputs_first(matrix: torch.Tensor, transposed: bool) -> torch.Tensor:
+    return matrix.T if transposed else matrix
 
 
 def _squares(
@@ -120,10 +192,9 @@ def _joined(values: Sequence[torch.Tensor], transposed: bool) -> torch.Tensor:
 
 
 def _row_squares(part: torch.Tensor, transposed: bool) -> torch.Tensor:
-    wide = _widest(part)
     if transposed:
-        return part.to(wide).square().sum(0)
-    norms: torch.Tensor = torch.linalg.vector_norm(part, dim=1, dtype=wide)  # without a wide copy
+        return part.double().square().sum(0)
+    norms: torch.Tensor = torch.linalg.vector_norm(part, dim=1, dtype=torch.float64)  # without a wide copy
     return norms.square_()
 
 
@@ -131,13 +202,13 @@ def _direct_squares(
     weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float, transposed: bool, outputs: torch.Tensor
 ) -> torch.Tensor:
     """Return norm(V)^2 of some outputs, for which V is built in float64."""
-    dtype, matrix = _widest(weight), weight.flatten(1)
-    rows = (matrix[:, outputs].T if transposed else matrix[outputs]).to(dtype)
-    return (rows + scaling * (b[outputs].to(dtype) @ a.to(dtype))).square().sum(1)
+    matrix = weight.flatten(1)
+    rows = (matrix[:, outputs].T if transposed else matrix[outputs]).double()
+    return (rows + scaling * (b[outputs].double() @ a.double())).square().sum(1)
 
 
 def _sharded_squares(
-    weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float, transposed: bool
+    weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float, transposed: bool, *, exact: bool
 ) -> torch.Tensor:
     """Return norm(V)^2 of a sharded weight. Collective."""
     assert is_sharded(weight)
@@ -145,22 +216,13 @@ def _sharded_squares(
     outputs, inputs = (columns, rows) if transposed else (rows, columns)
     width, shard = weight.shape[2:].numel(), local(weight)
     a = a[:, inputs.start * width : inputs.stop * width]
-    own = _squares(parts_of(shard), a, b[outputs], scaling, transposed, None, _widest(shard))
+    if forms_sums(shard):
+        own = _squares_of_sums(shard.flatten(1), 0, a, b[outputs], scaling, transposed, exact=exact)
+    else:
+        own = _squares(parts_of(shard), a, b[outputs], scaling, transposed, None, torch.float64)
     total = own.new_zeros(len(b))
     total[outputs] = own
     total = total.to(weight.device_mesh.device_type)
     split = [dim for dim, placement in enumerate(weight.placements) if not placement.is_replicate()]
     reduce_(total, weight.device_mesh, split, dist.ReduceOp.SUM)
     return total.to(shard.device)
-
-
-def _is_quick_to_check(weight: torch.Tensor) -> bool:
-    """Return whether float32 will do, because a check for cancellation costs nothing.
-
-    On a GPU the check would make the host wait, and in a compiled function it would break the graph.
-    """
-    return weight.device.type == "cpu" and weight.dtype != torch.float64 and not torch.compiler.is_compiling()
-
-
-def _widest(weight: torch.Tensor) -> torch.dtype:
-    return torch.float32 if weight.device.type == "mps" else torch.float64

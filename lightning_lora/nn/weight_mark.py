@@ -53,3 +53,12 @@ def mark_of(weight: torch.Tensor, dim: int = 1) -> WeightMark | None:
     plain = type(part) is torch.Tensor and part.is_floating_point() and part.dim() > 1
     sums = bit_sums(part, dim) if plain and part.device.type == "cpu" else None
     return WeightMark(weakref.ref(weight), part.data_ptr(), part.stride(), part._version, dim, sums)
+
+
+def is_wrapped(tensor: torch.Tensor) -> bool:
+    """Return whether results computed from a tensor belong to a transform of torch.func and cannot be kept."""
+    try:
+        tensor.detach().data_ptr()
+    except RuntimeError:  # the transform's tensors have no memory of their own
+        return True
+    return False

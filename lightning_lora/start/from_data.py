@@ -9,8 +9,9 @@ from typing import Any
 from torch import nn
 
 from ..errors import LoRAError
-from ..model.adapted_model import AdaptedModel, open_model, refuse_replaced_layers
+from ..model.adapted_model import AdaptedModel, open_model
 from ..model.merging import holds_merged
+from ..model.recorded_layers import refuse_replaced_layers
 from ..names import listed
 from ..nn.adapted_weights import AdaptedWeights
 from ..nn.low_rank import CONV1D, LINEAR

@@ -10,9 +10,10 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 
 from ..errors import NonFiniteError, sentence
-from ..model.adapted_model import Listing, refuse_replaced_layers
+from ..model.adapted_model import Listing
 from ..model.injection import Injection, MergeCost
 from ..model.merging import is_merged, merge, unmerge
+from ..model.recorded_layers import refuse_replaced_layers
 from ..model.self_check import Verification, watch
 from ..notices import tell
 from .bar_description import describe_as_merged, when_merged

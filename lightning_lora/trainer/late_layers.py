@@ -10,10 +10,11 @@ from typing import Any
 
 from torch import nn
 
-from ..model.adapted_model import AdaptedModel, Listing, describe_class, find_model
+from ..model.adapted_model import AdaptedModel, Listing, find_model
 from ..model.initial_values import snapshot_initial
 from ..model.inject import adapt_new_layers, begin_injection, finish_injection, strip_adapters
 from ..model.patches import call_previous, is_patched, patch, unpatch_method
+from ..model.recorded_layers import describe_class
 from ..nn.adapted_weights import adapted_layers
 from .checkpoint_hooks import save_as
 from .compatibility import refuse_other_options

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..model.adapted_model import AdaptedModel, Listing, adopt_layers, find_model
+from ..model.adapted_model import AdaptedModel, Listing, find_model
 from ..model.inject import begin_injection, random_seed
+from ..model.rebuilt_modules import adopt_layers
 from .after_fit import forget_merging, is_merged_for_good, load_plain_weights_only
 from .checkpoint_hooks import save_as
 from .cli_optimizer import adapt_cli_optimizer

@@ -23,8 +23,9 @@ from lightning_lora import (
 )
 from lightning_lora import take_adapter as describe_model
 from lightning_lora.adapter.adapter import Adapter
-from lightning_lora.adapter.file_options import check_options, count_repeats, readable_options
+from lightning_lora.adapter.file_options import check_options, readable_options
 from lightning_lora.command.main import main
+from lightning_lora.files.pattern_cost import count_repeats
 from lightning_lora.nn.adapted_weights import adapted_layers
 from support.models import randomise_
 from support.peers import call

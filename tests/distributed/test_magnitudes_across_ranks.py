@@ -27,6 +27,7 @@ from lightning_lora import (
     merged_state_dict,
     unmerge,
 )
+from lightning_lora.nn import output_norms
 from lightning_lora.nn.adapted_weights import adapted_layers
 from support.processes import world
 from support.sharded import TARGETS, Plain, Sharded, data, model_parallel, optimizer_state, whole_state
@@ -134,6 +135,30 @@ def load_new_base(trained: bool) -> None:
 @pytest.mark.parametrize("trained", [False, True])
 def test_initial_magnitudes_follow_a_new_base_on_shards(trained: bool):
     world().run(load_new_base, trained)
+
+
+def norms_on_a_device(dtype: torch.dtype, dim: int, transposed: bool) -> None:
+    """On CPU shards that count as a device's."""
+    torch.manual_seed(0)
+    a, b = torch.randn(2, 64).to(dtype), torch.randn(7, 2).to(dtype)
+    exact = 0.5 * b.double() @ a.double()
+    weight = (torch.randn(7, 64, dtype=torch.float64) * torch.tensor([1.0] * 6 + [1e-3])[:, None] - exact).to(dtype)
+    wanted = (weight.double() + exact).norm(dim=1)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    shards = distribute_tensor(weight.T.contiguous() if transposed else weight, mesh, [Shard(dim)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(output_norms, "forms_sums", lambda weight: True)
+        for precise, tolerance in ((False, 3e-3 if dtype == torch.bfloat16 else 1e-4), (True, 1e-4)):
+            found = output_norms.output_norms(shards, a, b, 0.5, transposed=transposed, exact=precise)
+            assert found.dtype == (torch.float64 if precise and dtype == torch.float32 else torch.float32)
+            torch.testing.assert_close(found.double(), wanted, rtol=tolerance, atol=0)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_of_shards_on_a_device_are_right_and_seldom_float64(dtype: torch.dtype, dim: int, transposed: bool):
+    world().run(norms_on_a_device, dtype, dim, transposed)
 
 
 def split(name: str) -> None:

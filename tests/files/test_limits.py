@@ -25,10 +25,11 @@ from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint import metadata as dcp
 
 from lightning_lora import LoRAConfig, LoRAError, inject, load_adapter, save_adapter
-from lightning_lora.adapter.file_options import BY_LAYER, EXPRESSIONS, check_options, count_repeats
+from lightning_lora.adapter.file_options import BY_LAYER, EXPRESSIONS, check_options
 from lightning_lora.command.info import info
 from lightning_lora.errors import shown
 from lightning_lora.files import limits
+from lightning_lora.files.pattern_cost import count_repeats
 from lightning_lora.files.pickle_check import check_pickle
 from lightning_lora.files.safetensors import read_header
 from lightning_lora.files.torch_archive import read_torch_file

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,11 +31,13 @@ from lightning_lora import (
     unmerge,
 )
 from lightning_lora.model import merging
-from lightning_lora.nn import adapted_weights
+from lightning_lora.nn import adapted_weights, low_rank
 from lightning_lora.nn import dora as dora_layers
+from lightning_lora.nn import output_norms as output_norms_file
 from lightning_lora.nn.exact_merge import merge_weight_, merged_weight, unmerge_weight_
 from lightning_lora.nn.low_rank import LowRankBlock
 from lightning_lora.nn.output_norms import output_norms, output_norms_of_parts
+from support.launches import count
 from support.layers import (
     CASES,
     DTYPES,
@@ -49,6 +50,7 @@ from support.layers import (
     scaling_for,
 )
 from support.notices import TORCH_NOTICES, quiet_peers
+from support.pretend_device import CAN_PRETEND, DEVICE, pretend_device
 from support.quantised import network, quantise_
 
 pytestmark = [*quiet_peers, *TORCH_NOTICES]
@@ -410,10 +412,7 @@ def test_a_traced_layer_has_the_same_numbers_with_a_norm_that_was_kept() -> None
     spread_(model)
     x = torch.randn(3, 8)
     wanted = model(x)
-    with warnings.catch_warnings():
-        for message in ("Converting a tensor", "Using len"):
-            warnings.filterwarnings("ignore", message)
-        traced = torch.jit.trace(model, x)
+    traced = torch.jit.trace(model, x)
     torch.testing.assert_close(traced(x), wanted)
 
 
@@ -580,6 +579,273 @@ def test_a_compiled_layer_is_one_graph_with_the_same_numbers(kind: str) -> None:
     with torch.no_grad():
         model[0].weight.mul_(1.5)
     torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+# --- on a device that is not the CPU ---
+
+on_device = pytest.mark.skipif(not CAN_PRETEND, reason="this version of torch cannot pretend a device")
+EPS = {dtype: torch.finfo(dtype).eps for dtype in DTYPES}
+WIDE = {name: kind for name, kind in KINDS.items() if name != "Conv3d"}
+
+
+def moved(model: Any) -> Any:
+    return copy.deepcopy(model).to(DEVICE)
+
+
+def reference(model: Any, x: torch.Tensor, mask: torch.Tensor | None, dtype: torch.dtype) -> tuple[Any, ...]:
+    """Outputs and gradients in float64. A and B are rounded to the dtype of the products, as they are for these."""
+    layer = model[0]
+    wide = copy.deepcopy(model).double()
+    with torch.no_grad():
+        for name in ("lora_A", "lora_B"):
+            getattr(wide[0], name).copy_(getattr(layer, name).to(dtype))
+    if mask is not None:
+        wide[0].dropped = lambda x: (x * mask.to(x.dtype), wide[0].lora.spec.scaling / (1 - P))
+    return run(wide, x.double() if x.is_floating_point() else x, x_needs=True)
+
+
+def run(model: Any, x: torch.Tensor, *, x_needs: bool, autocast: torch.dtype | None = None) -> tuple[Any, ...]:
+    """Outputs, and the gradients of the factors and of the input."""
+    x = x.detach().clone().requires_grad_(x_needs and x.is_floating_point())
+    with torch.autocast(x.device.type, autocast, enabled=autocast is not None):
+        output = model(x)
+    weights = torch.linspace(0.5, 1.5, output.numel(), dtype=output.dtype).view(output.shape)
+    (output * weights.to(output.device)).sum().backward()
+    gradients = [p.grad for p in (*model[0].factors(), x) if p.requires_grad]
+    return tuple(each.detach().cpu() for each in (output, *gradients))
+
+
+WAYS = [("plain", dtype) for dtype in DTYPES] + [("dropout", dtype) for dtype in DTYPES] + [("autocast", torch.float32)]
+
+
+@on_device
+@pytest.mark.parametrize(
+    ("kind", "how", "dtype"),
+    [(kind, *way) for kind in WIDE for way in WAYS if "dropout" not in way or "Emb" not in kind],
+)
+def test_on_a_device_outputs_and_gradients_are_those_in_float64_and_on_the_cpu(
+    kind: str, how: str, dtype: torch.dtype
+) -> None:
+    model = build(kind).to(dtype)
+    inject(model, dora(lora_dropout=P if how == "dropout" else 0.0))
+    spread_(model)
+    x = KINDS[kind][1]()
+    x = x.to(dtype) if x.is_floating_point() else x
+    mask = (torch.rand(x.shape) > P).to(dtype) if how == "dropout" else None
+    autocast = torch.bfloat16 if how == "autocast" and kind != "Embedding" else None
+    products = autocast or dtype
+    wanted = reference(model, x, mask, products)
+    with pretend_device():
+        there, masks = moved(model), None if mask is None else mask.to(DEVICE)
+        for each, each_mask in ((model, mask), (there, masks)):
+            if mask is not None:
+                factor = each[0].lora.spec.scaling / (1 - P)
+                each[0].dropped = lambda x, mask=each_mask, factor=factor: (x * mask, factor)
+        on_cpu = run(model, x, x_needs=True, autocast=autocast)
+        found = run(there, x.to(DEVICE), x_needs=True, autocast=autocast)
+    assert len(found) == len(wanted)
+    for one, cpus, exact in zip(found, on_cpu, wanted, strict=True):
+        assert one.dtype == cpus.dtype
+        off = [(each.double() - exact).norm() / exact.norm() for each in (one, cpus)]
+        own = EPS[torch.float64 if dtype == torch.float64 else torch.float32]
+        assert off[0] < 3 * off[1] + 8 * own, off
+
+
+@on_device
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", WIDE)
+def test_on_a_device_nothing_is_changed_before_the_first_step_and_nothing_by_a_merge(
+    kind: str, dtype: torch.dtype
+) -> None:
+    plain = build(kind).to(dtype)
+    with torch.no_grad():
+        low_rank.matrix_view("Conv1D" if kind in ("Conv1D", "Embedding") else "Linear", plain[0].weight)[1] = 0
+    x = KINDS[kind][1]()
+    x = x.to(dtype) if x.is_floating_point() else x
+    with pretend_device():
+        there, x = moved(plain), x.to(DEVICE)
+        inject(ours := moved(plain), dora())
+        assert torch.equal(ours[0].scale(), torch.ones_like(ours[0].scale()))
+        assert same_bits(ours(x).cpu(), there(x).cpu())
+        with merged(ours):
+            assert same_bits(ours[0].weight.cpu(), plain[0].weight)
+        inject(on_cpu := copy.deepcopy(plain), dora())
+        scale = on_cpu.to(DEVICE)[0].scale().cpu()
+        assert (scale - 1).abs().max() <= 2 * EPS[torch.float32]
+        assert same_bits(on_cpu(x).cpu(), there(x).cpu())
+        with torch.no_grad():
+            assert same_bits(on_cpu(x).cpu(), there(x).cpu())
+        with merged(on_cpu):
+            assert same_bits(on_cpu[0].weight.cpu(), plain[0].weight)
+
+
+@on_device
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_on_a_device_sixteen_bits_are_merged_without_float64_and_rounded_once(dtype: torch.dtype) -> None:
+    inject(model := nn.Sequential(nn.Linear(512, 256)).to(dtype), dora())
+    with torch.no_grad():
+        model[0].lora_B.normal_(std=0.02)
+        model[0].lora_magnitude.mul_(1 + 0.1 * torch.randn(256))
+    wanted = naive_weight(model[0]).to(dtype)
+    with pretend_device():
+        model.to(DEVICE)
+        assert count(lambda: merge(model)).float64 == 0
+        assert (as_bits(model[0].weight.cpu()) == as_bits(wanted)).double().mean() > 0.9998
+
+
+@on_device
+@pytest.mark.parametrize("init", [False, "orthogonal"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_device_the_scale_is_one_before_the_first_step_also_where_the_adapter_is_not_zero(
+    dtype: torch.dtype, init: Any
+) -> None:
+    with pretend_device():
+        inject(model := moved(build("Linear").to(dtype)), dora(init_lora_weights=init, r=2))
+        assert torch.equal(model[0].scale(), torch.ones_like(model[0].scale()))
+
+
+@on_device
+def test_initial_magnitudes_follow_a_new_base_on_a_device_that_the_model_has_moved_to() -> None:
+    base = {"0.weight": torch.randn(64, 256), "0.bias": torch.randn(64)}
+    inject(model := nn.Sequential(nn.Linear(256, 64)), dora())
+    with pretend_device():
+        model.to(DEVICE)
+        assert not torch.equal(model[0].scale(), torch.ones_like(model[0].scale()))  # the last bits differ
+        model.load_state_dict({name: value.to(DEVICE) for name, value in base.items()})
+        torch.testing.assert_close(model[0].lora_magnitude.cpu(), base["0.weight"].norm(dim=1))
+        with torch.no_grad():
+            model[0].lora_magnitude[3] *= 1.00001
+        trained = model[0].lora_magnitude.detach().clone()
+        model.load_state_dict({name: 2 * value.to(DEVICE) for name, value in base.items()})
+        assert torch.equal(model[0].lora_magnitude, trained)
+
+
+def nearly_cancelled(dtype: torch.dtype, left: float, kind: str) -> tuple[Any, torch.Tensor]:
+    """A layer whose norm(V) is `left` of norm(W), as far as the dtype of W can say, and its scale in float64."""
+    layers = {
+        "Linear": lambda: nn.Linear(256, 8),
+        "Conv1D": lambda: Conv1D(8, 256),
+        "Conv1d": lambda: nn.Conv1d(64, 8, 4),
+        "Embedding": lambda: nn.Embedding(256, 8),
+    }
+    inject(model := nn.Sequential(layers[kind]().to(dtype)), dora())
+    layer = model[0]
+    with torch.no_grad():
+        for factor in (layer.lora_A, layer.lora_B):
+            factor.copy_(torch.randn(factor.shape).to(dtype))
+        a, b = (each.double().flatten(1) for each in (layer.lora_A, layer.lora_B))
+        delta = layer.lora.spec.scaling * b @ a
+        noise = torch.randn(delta.shape, dtype=torch.float64)
+        weight = left * delta.norm(dim=1, keepdim=True) * noise / noise.norm(dim=1, keepdim=True) - delta
+        weight[0] = 0  # beside outputs that cancel, one of which little is left
+        layer.weight.copy_((weight.T if layer.is_transposed() else weight).reshape(layer.weight.shape))
+        layer.lora_magnitude.fill_(1.0)
+        stored = low_rank.matrix_view(layer.KIND, layer.weight).double()
+        return model, 1 / (stored + delta).norm(dim=1)
+
+
+CANCELLING = {  # allowed relative error of the norm: of V rounded to its dtype
+    (torch.float64, 1e-3): 1e-12,
+    (torch.float64, 1e-6): 1e-9,
+    (torch.float32, 1e-3): 1e-5,
+    (torch.float32, 1e-6): 2e-2,
+    (torch.bfloat16, 1e-3): 1e-3,
+    (torch.bfloat16, 1e-6): 1e-3,
+    (torch.float16, 1e-3): 2e-4,
+    (torch.float16, 1e-6): 2e-4,
+}
+EXACTLY = {torch.float64: 1e-9, torch.float32: 1e-6, torch.bfloat16: 1e-4, torch.float16: 1e-4}  # for merging
+
+
+@on_device
+@pytest.mark.parametrize("kind", ["Linear", "Conv1D", "Conv1d", "Embedding"])
+@pytest.mark.parametrize("piece", [2**24, 600])
+@pytest.mark.parametrize(("dtype", "left"), CANCELLING)
+def test_on_a_device_the_norm_is_right_where_the_adapter_nearly_removes_an_output(
+    dtype: torch.dtype, left: float, piece: int, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(output_norms_file, "PIECE", piece)
+    model, wanted = nearly_cancelled(dtype, left, kind)
+    with pretend_device():
+        layer = moved(model)[0]
+        found = layer.scale().detach().cpu().double()
+        with torch.autocast(DEVICE, torch.bfloat16):
+            assert torch.equal(layer.scale().detach().cpu().double(), found)
+        torch.testing.assert_close(found, wanted, rtol=CANCELLING[dtype, left], atol=0)
+        factors = [each.detach() for each in layer.factors()[:2]]
+        norms = layer.norms(layer.weight, *factors, exact=True).cpu().double()
+        torch.testing.assert_close(1 / norms, wanted, rtol=EXACTLY[dtype], atol=0)
+        stored, transposed = layer.weight.detach().flatten(1), layer.is_transposed()
+        parts = ((i, stored[i : i + 7]) for i in range(0, len(stored), 7))
+        factors = [factor.flatten(1) for factor in factors]
+        norms = output_norms_of_parts(parts, *factors, layer.lora.spec.scaling, transposed=transposed).cpu().double()
+        torch.testing.assert_close(1 / norms, wanted, rtol=EXACTLY[dtype], atol=0)
+
+
+LAUNCHES = {torch.float32: 20, torch.bfloat16: 26}  # at most so many over the frozen layer
+
+
+@on_device
+@pytest.mark.parametrize("dropout", [0.0, P])
+@pytest.mark.parametrize("dtype", LAUNCHES)
+@pytest.mark.parametrize("kind", WIDE)
+def test_on_a_device_a_step_has_few_launches_no_float64_and_no_wait(
+    kind: str, dtype: torch.dtype, dropout: float
+) -> None:
+    x = KINDS[kind][1]()
+    x = x.to(dtype).requires_grad_() if x.is_floating_point() else x
+    with pretend_device():
+        model, x = moved(build(kind).to(dtype).requires_grad_(False)), x.to(DEVICE)
+
+        def step() -> None:
+            model.zero_grad()
+            output = model(x)
+            if output.requires_grad:
+                torch.autograd.backward(output, torch.ones_like(output), inputs=wanted)
+
+        wanted = [x] if x.is_floating_point() else []
+        floor = count(step) if wanted else count(lambda: model(x))
+        inject(model, dora(lora_dropout=dropout))
+        wanted += model[0].factors()
+        step()
+        more = count(step) - floor
+        assert (more.float64, more.waits) == (0, 0), more
+        if "Linear" in kind or kind == "Conv1D":
+            assert more.launches <= LAUNCHES[dtype] + (12 if dropout else 0), more
+        if dtype == torch.bfloat16:
+            layer = model[0]
+            assert count(lambda: layer.norms(layer.weight, *layer.factors()[:2], exact=True)).float64 == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is not supported in Python 3.14")
+@pytest.mark.filterwarnings("error:.*might cause the trace to be incorrect")
+@pytest.mark.parametrize("kind", ["Linear", "Embedding"])
+def test_a_trace_is_right_where_the_base_later_nearly_cancels(kind: str) -> None:
+    model, _ = nearly_cancelled(torch.float32, 1e-3, kind)
+    x = torch.randint(256, (5,)) if kind == "Embedding" else torch.randn(5, 256)
+    later = model[0].weight.detach().clone()
+    with torch.no_grad():
+        model[0].weight.normal_()
+    traced = torch.jit.trace(model, (x,))
+    torch.testing.assert_close(traced(x), model(x), rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        model[0].weight.copy_(later)
+    torch.testing.assert_close(traced(x), model(x), rtol=1e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("kind", ["Linear", "Embedding"])
+@pytest.mark.parametrize(("dtype", "left", "tolerance"), [(torch.float32, 1e-3, 1e-3), (torch.bfloat16, 1.0, 1e-2)])
+def test_an_exported_graph_has_no_float64_and_is_right_where_the_adapter_nearly_removes_an_output(
+    kind: str, dtype: torch.dtype, left: float, tolerance: float
+) -> None:
+    model, _ = nearly_cancelled(dtype, left, kind)
+    x = torch.randint(256, (5,)) if kind == "Embedding" else torch.randn(5, 256).to(dtype)
+    graph = torch.export.export(model, (x,))
+    values = [node.meta.get("val") for node in graph.graph.nodes]
+    assert not [value for value in values if isinstance(value, torch.Tensor) and value.dtype == torch.float64]
+    found, eager = graph.module()(x), model(x)
+    assert (found - eager).double().norm() < tolerance * eager.double().norm()
 
 
 # --- what is refused ---

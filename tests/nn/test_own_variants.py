@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,11 @@ from lightning_lora import (
 from support.forks import DONE, run_in_forks
 from support.models import state_bits
 from support.notices import tiny_layers
+from support.pretend_device import CAN_PRETEND, DEVICE, pretend_device
 from support.training import Data, Net, assert_same_tensors, make_trainer, outputs, weights
 
 pytestmark = tiny_layers
+on_device = pytest.mark.skipif(not CAN_PRETEND, reason="this version of torch cannot pretend a device")
 TARGETS = ["body.0", "body.3", "head"]
 SQUARE, INSIDE_A, INSIDE_B = "lora_own_square", "lora_own_A", "lora_own_B"
 
@@ -112,6 +115,38 @@ def reference(layer: Any, name: str) -> torch.Tensor:
 
 
 # --- a model ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("device", ["cpu", pytest.param(DEVICE, marks=on_device)])
+def test_a_scale_of_one_changes_no_bit_of_the_outputs(device: str, dtype: torch.dtype):
+    with pretend_device() if device == DEVICE else nullcontext():
+        model, x = nn.Sequential(nn.Linear(64, 32)).to(device, dtype), torch.randn(40, 64).to(device, dtype)
+        with torch.no_grad():
+            model[0].bias.mul_(30)
+        plain = model(x).cpu()
+        inject(model, LoRAConfig(variant="own-gates", r=2, target_modules=["0"]))
+        assert torch.equal(model(x).cpu(), plain)
+
+
+@on_device
+@pytest.mark.parametrize("layer", [nn.Linear(6, 4), nn.Linear(6, 4, bias=False), nn.Conv1d(6, 4, 1)], ids=repr)
+def test_on_a_device_a_scale_has_the_outputs_and_gradients_of_the_cpu(layer: nn.Module):
+    torch.manual_seed(0)
+    model = nn.Sequential(copy.deepcopy(layer))
+    inject(model, LoRAConfig(variant="own-gates", r=2, target_modules=["0"]))
+    with torch.no_grad():
+        for stored in model[0].factors():
+            stored.normal_()
+    x = torch.randn(5, 6, 1) if isinstance(layer, nn.Conv1d) else torch.randn(5, 6)
+    (wanted := model(x)).square().sum().backward()
+    with pretend_device():
+        there = copy.deepcopy(model).to(DEVICE)
+        there.zero_grad()
+        (found := there(x.to(DEVICE))).square().sum().backward()
+        torch.testing.assert_close(found.cpu(), wanted, rtol=1e-5, atol=1e-5)
+        for one, other in zip(there[0].factors(), model[0].factors(), strict=True):
+            torch.testing.assert_close(one.grad.cpu(), other.grad, rtol=1e-5, atol=1e-4)
 
 
 @each

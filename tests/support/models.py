@@ -84,7 +84,7 @@ def randomise_(model: nn.Module, scale: float = 0.1) -> None:
 
 
 def bits(tensor: torch.Tensor) -> bytes:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def state_bits(model: nn.Module) -> dict[str, bytes]:

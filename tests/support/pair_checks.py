@@ -51,6 +51,7 @@ from support.pairs import (
     naive_optimizer,
     naive_train_,
     optimizer_for,
+    place,
     product,
     train_,
     trainable,
@@ -91,7 +92,7 @@ def assert_merges(model: nn.Module, naive: Naive, tolerance: float) -> None:
     for name in expected if not naive.variant.quantised else ():
         found, rounded = model.get_parameter(name), expected[name].detach().to(dtype_of(model))
         if found.dtype in HALF and not naive.options.get("use_dora"):  # DoRA's c is rounded before
-            assert (found != rounded).double().mean() < 0.03, name
+            assert (found.cpu() != rounded).double().mean() < 0.03, name
         assert_near(found, rounded, 4 * torch.finfo(found.dtype).eps, name)
     assert_near(model(tokens), answer, tolerance, "merged output")
     unmerge(model)
@@ -153,13 +154,13 @@ def unfrozen_in_half(variant: Variant) -> None:
 def under_autocast(variant: Variant) -> None:
     """Outputs and gradients in bfloat16; what merging writes is what it writes outside."""
     model, other = filled(variant), filled(variant)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(place(), torch.bfloat16):
         assert model(batch(3)[0]).dtype == other(batch(3)[0]).dtype == fresh(variant)(batch(3)[0]).dtype
         assert_as_defined(model, Naive(variant), TOLERANCE[torch.bfloat16])
         merge(model)
     merge(other)
     assert all_bits(model) == all_bits(other)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(place(), torch.bfloat16):
         unmerge(model)
     unmerge(other)
     assert_same(model, other)
@@ -251,7 +252,7 @@ def assert_principal(name: str, a: torch.Tensor, naive: Naive) -> None:
 def assert_from_gradient(name: str, a: torch.Tensor, b: torch.Tensor, naive: Naive) -> None:
     weights = {key: value.clone() for key, value in naive.base.items()}
     weight = weights[f"{name}.weight"].requires_grad_()
-    tokens, wanted = batch(0)
+    tokens, wanted = (values.cpu() for values in batch(0))
     answer = torch.func.functional_call(naive.shell, weights, (tokens,))
     (4 * (answer - wanted.double()).square().mean()).backward()
     left, sizes, right = torch.linalg.svd(weight.grad, full_matrices=False)
@@ -264,7 +265,7 @@ def inputs_of(name: str, naive: Naive) -> torch.Tensor:
     found: list[torch.Tensor] = []
     layer = naive.shell.get_submodule(name)
     handle = layer.register_forward_pre_hook(lambda module, args: found.append(args[0].flatten(0, -2)))
-    torch.func.functional_call(naive.shell, naive.base, (batch(0)[0],))
+    torch.func.functional_call(naive.shell, naive.base, (batch(0)[0].cpu(),))
     handle.remove()
     return found[0]
 
@@ -296,7 +297,7 @@ def training(variant: Variant, unfrozen: tuple[str, ...] = (), after: int = 0) -
         held = any(parameter is each for group in optimizer.param_groups for each in group["params"])
         if not held:
             optimizer.add_param_group({"params": [parameter]})
-            values[name] = parameter.detach().double().requires_grad_()
+            values[name] = parameter.detach().cpu().double().requires_grad_()
             reference.add_param_group({"params": [values[name]]})
     with noting(unfrozen, model):
         adapter_state_dict(model)
@@ -365,7 +366,7 @@ def frozen_again(variant: Variant) -> None:
         weight.requires_grad_(False)
         values[weight_of(variant)].requires_grad_(False)
     assert weight_of(variant) in adapter_state_dict(model)
-    naive.base[weight_of(variant)] = weight.double()
+    naive.base[weight_of(variant)] = weight.cpu().double()
     assert_near(weight, values[weight_of(variant)], 2e-5, "W")
     assert_as_defined(model, naive, 2e-5)
     assert_merges(model, naive, 2e-5)
@@ -379,7 +380,7 @@ def changed_by_hand(variant: Variant) -> None:
         parameter = model.get_parameter(name)
         with torch.no_grad():
             parameter.mul_(1.5)
-        naive.base[name] = parameter.detach().double()
+        naive.base[name] = parameter.detach().cpu().double()
     assert_as_defined(model, naive, 1e-5)
     assert_merges(model, naive, 1e-5)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,12 +72,34 @@ class Variant:
         return {"r": 2, "lora_alpha": 3, "target_modules": ["inner", "head"]} | self.options | others
 
 
-@functools.cache
+_PLACE = ["cpu"]
+
+
+def place() -> str:
+    """Return the device on which models and batches are."""
+    return _PLACE[-1]
+
+
+@contextmanager
+def placed(device: str) -> Iterator[None]:
+    """Put the models and batches that are made inside on another device; what is computed naively stays on the CPU."""
+    _PLACE.append(device)
+    try:
+        yield
+    finally:
+        _PLACE.pop()
+
+
 def batch(number: int = 0, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
     """Return tokens, each of them at least once in several batches, and what the model should answer."""
+    return _batch(number, dtype, place())
+
+
+@functools.cache
+def _batch(number: int, dtype: torch.dtype, device: str) -> tuple[torch.Tensor, torch.Tensor]:
     stream = torch.Generator().manual_seed(number)
     tokens = torch.randperm(TOKENS, generator=stream).repeat(2)[:16].view(4, 4)
-    return tokens, torch.randn(4, 4, OUTPUTS, generator=stream).to(dtype)
+    return tokens.to(device), torch.randn(4, 4, OUTPUTS, generator=stream).to(device, dtype)
 
 
 def loss_of(model: nn.Module, data: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -86,7 +109,7 @@ def loss_of(model: nn.Module, data: tuple[torch.Tensor, torch.Tensor]) -> torch.
 def fresh(variant: Variant, dtype: torch.dtype = torch.float32, seed: int = 1) -> Any:
     """Return the model without an adapter."""
     torch.manual_seed(seed)
-    model = Small(64 if variant.quantised else 12).to(dtype)
+    model = Small(64 if variant.quantised else 12).to(place(), dtype)
     return quantise_(model, variant.quantised) if variant.quantised else model
 
 
@@ -111,7 +134,7 @@ def fill_(model: nn.Module, seed: int = 7) -> Any:
     """Move all that is trained away from where it starts."""
     stream = torch.Generator().manual_seed(seed)
     for parameter in trainable(model).values():
-        parameter.add_(0.2 * torch.randn(parameter.shape, generator=stream).to(parameter.dtype))
+        parameter.add_(0.2 * torch.randn(parameter.shape, generator=stream).to(parameter))
     return model
 
 
@@ -136,7 +159,7 @@ class Naive:
         self.options = variant.all_options(**options)
         self.variant = variant
         model = fresh(variant, dtype, seed)
-        self.base = {name: value.detach().double() for name, value in model.named_parameters()}
+        self.base = {name: value.detach().cpu().double() for name, value in model.named_parameters()}
         if variant.quantised:
             self.base |= {f"{name}.weight": values_of(getattr(model, name)) for name in ("inner", "other", "head")}
         self.shell = Small(self.base["embed.weight"].shape[1]).double()
@@ -181,11 +204,11 @@ class Naive:
         return changed
 
     def run(self, values: Tensors, tokens: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = functional_call(self.shell, self.weights(values), (tokens,))
+        result: torch.Tensor = functional_call(self.shell, self.weights(values), (tokens.cpu(),))
         return result
 
     def loss(self, values: Tensors, data: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        return 4 * (self.run(values, data[0]) - data[1].double()).square().mean()
+        return 4 * (self.run(values, data[0]) - data[1].cpu().double()).square().mean()
 
     def rate(self, name: str) -> float:
         """Return the learning rate of a parameter: that of B is higher in LoRA+."""
@@ -226,7 +249,7 @@ DELTAS = {"vera": vera_delta, "loha": loha_delta}  # without s
 def wide(model: nn.Module) -> Tensors:
     """Return in float64 what training changes or the adapter holds, apart from the model; trained ones are leaves."""
     held = {name: p for name, p in model.named_parameters() if p.requires_grad or "lora_" in name}
-    return {name: p.detach().double().requires_grad_(p.requires_grad) for name, p in held.items()}
+    return {name: p.detach().cpu().double().requires_grad_(p.requires_grad) for name, p in held.items()}
 
 
 # --- training ---
@@ -266,7 +289,7 @@ def naive_train_(naive: Naive, values: Tensors, optimizer: torch.optim.Optimizer
 
 def assert_near(found: torch.Tensor, expected: torch.Tensor, tolerance: float, what: str = "") -> None:
     """Compare the difference's norm with the expected value's norm, which must not be zero."""
-    size, expected = expected.detach().double().norm().item(), expected.detach().double()
-    distance = (found.detach().double() - expected).norm().item()
+    size, expected = expected.detach().cpu().double().norm().item(), expected.detach().cpu().double()
+    distance = (found.detach().cpu().double() - expected).norm().item()
     assert size > 0, what
     assert distance <= tolerance * size, f"{what}: {distance / size:.2e} of the norm, at most {tolerance:.2e}"

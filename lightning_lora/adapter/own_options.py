@@ -1,0 +1,74 @@
+"""An adapter that stands by itself, apart from any model: whole, and with options."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+
+from ..config import LoRAConfig
+from ..errors import LoRAError
+from .adapter import Adapter, nothing_adapted
+from .checks import require_values
+from .layer_options import exact_options, options_hold
+from .values import describe_value, is_plain
+
+
+def with_options(adapter: Adapter, path: object, lora_alpha: float | None = None) -> Adapter:
+    """Return an adapter with its options; where it stores none, its tensors and a lora_alpha tell them.
+
+    Args:
+        adapter: without tensors of the base.
+        path: where it is from, for messages.
+        lora_alpha: for an adapter that does not store it, such as a file of loralib's.
+
+    Raises:
+        LoRAError: lora_alpha is missing, or both stored and given; or the adapter is not whole.
+    """
+    require_values(adapter, str(path))
+    ranks = adapter.ranks()
+    if not ranks:
+        raise LoRAError(f"{path}: holds {nothing_adapted(adapter)}; it is not an adapter of a known format.")
+    for name, value in adapter.beside_factors().items():
+        if isinstance(value, torch.Tensor) and not is_plain(value):
+            raise LoRAError(f"{path}: {name!r} must be a dense tensor, found {describe_value(value)}.")
+    if adapter.rows() and not adapter.tables:
+        raise LoRAError(f"{path}: stores rows of {next(iter(adapter.rows()))!r}, and not which rows these are.")
+    if adapter.config is not None:
+        if lora_alpha is not None:
+            raise LoRAError(f"{path}: stores its lora_alpha; it cannot be given another.")
+        return adapter
+    if lora_alpha is None:
+        raise LoRAError(
+            f"{path}: stores tensors and no options, as loralib's files do: lora_alpha is nowhere in it. Ask whoever "
+            "trained it, and pass --lora-alpha to merge, export or import; what export writes holds it, for others."
+        )
+    return _with_alpha(adapter, ranks, lora_alpha, path)
+
+
+def _with_alpha(adapter: Adapter, ranks: Mapping[str, int], lora_alpha: float, path: object) -> Adapter:
+    """Return an adapter without options with options that its tensors and a lora_alpha tell.
+
+    Raises:
+        LoRAError: a layer adapts parts of a fused projection, and the tensors do not tell which.
+    """
+    for name in filter(adapter.is_placed, ranks):
+        acting = adapter.acting(name)
+        if acting.a.shape[0] != acting.b.shape[1]:
+            raise LoRAError(
+                f"{path}: {name!r} adapts parts of a fused projection, and which is not stored; load it in Python onto "
+                "a model injected with enable_lora."
+            )
+    scalings = {name: lora_alpha / rank for name, rank in ranks.items()}
+    saved = adapter.saved_modules()
+    config = LoRAConfig(
+        r=next(iter(ranks.values())),
+        lora_alpha=lora_alpha,
+        target_modules=list(ranks),
+        modules_to_save=saved,
+        **adapter.variant.options(),
+    )
+    if not options_hold(config, ranks, scalings):
+        config = exact_options(config, ranks, scalings)
+    return replace(adapter, config=config, scalings=scalings)

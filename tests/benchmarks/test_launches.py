@@ -1,0 +1,75 @@
+"""What a device is asked to do: the table in the README is what is counted now, and keeps its limits."""
+
+from __future__ import annotations
+
+import functools
+
+import launches
+import pytest
+from launches import DTYPES, LAYERS, TABLE, Counts
+
+STEP_LIMITS = {  # launches of a layer over the frozen network: in float32, and in bf16
+    "LoRA": (6.5, 10),
+    "LoRA, dropout": (8.5, 12),
+    "DoRA": (20, 26),
+    "PiSSA (peft: plain)": (11, 16),
+}
+BYTES_LIMITS = {"float32": 0.85, "bf16": 0.6}  # of peft's, in a step of LoRA
+MOST_WAITS = 4  # in a merge and an unmerge of any number of layers
+EVERY_LINE = pytest.mark.parametrize(("name", "dtype"), [(name, dtype) for name in TABLE for dtype in DTYPES])
+
+
+@functools.cache
+def counts(name: str, dtype: str, layers: int = LAYERS) -> Counts:
+    return launches.counts(TABLE[name], DTYPES[dtype], layers)
+
+
+def test_the_readme_has_these_lines():
+    header = launches.shown().splitlines()[: len(launches.HEADER)]
+    assert header == list(launches.HEADER)
+    names = [line.strip("| ").split(" | ")[:2] for line in launches.shown().splitlines()[len(header) :]]
+    assert names == [[name, dtype] for name in TABLE for dtype in DTYPES]
+
+
+@EVERY_LINE
+def test_what_is_counted_is_what_the_readme_shows(name: str, dtype: str):
+    """No change adds a launch, a byte or a wait unseen; `python tests/benchmarks/launches.py` writes the table."""
+    (line,) = launches.markdown({(name, dtype): counts(name, dtype)}).splitlines()[len(launches.HEADER) :]
+    assert line in launches.shown().splitlines(), counts(name, dtype).step.operators
+
+
+@EVERY_LINE
+def test_a_step_waits_for_nothing_and_has_no_float64(name: str, dtype: str):
+    step = counts(name, dtype).step
+    assert (step.waits, step.float64) == (0, 0), step.operators
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", STEP_LIMITS)
+def test_a_step_launches_at_most_its_limit(name: str, dtype: str):
+    limit = STEP_LIMITS[name][[*DTYPES].index(dtype)]
+    assert counts(name, dtype).step.launches <= limit * LAYERS, counts(name, dtype).step.operators
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_step_of_lora_touches_at_most_its_share_of_pefts_bytes(dtype: str):
+    found = counts("LoRA", dtype)
+    assert found.peft_step is not None
+    assert found.step.bytes <= BYTES_LIMITS[dtype] * found.peft_step.bytes
+
+
+@EVERY_LINE
+def test_a_merge_cycle_waits_as_often_for_any_number_of_layers(name: str, dtype: str):
+    few, many = counts(name, dtype).cycle, counts(name, dtype, 2 * LAYERS + 1).cycle
+    assert many.waits == few.waits <= MOST_WAITS
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_a_merge_cycle_of_bf16_weights_has_no_float64(name: str):
+    assert counts(name, "bf16").cycle.float64 == 0, counts(name, "bf16").cycle.operators
+
+
+def test_a_merge_cycle_of_bf16_weights_touches_no_more_bytes_than_pefts():
+    found = counts("LoRA", "bf16")
+    assert found.peft_cycle is not None
+    assert found.cycle.bytes <= found.peft_cycle.bytes

@@ -1,0 +1,437 @@
+"""A factored linear layer as one operation for autograd: against plain operators, on the CPU and in layers on a device.
+
+The operation itself runs on any tensors. Layers use it on a device that is not the CPU, here on the pretended one.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.utils.checkpoint import checkpoint
+
+from lightning_lora.nn.low_rank_sum import compute_dtype, low_rank_sum, runs_as_one
+from support.layers import rounding
+
+IN, OUT, R, S = 5, 6, 2, 1.5
+DOUBLE = torch.float64
+PARTS = {"whole": None, "outer parts": ((0, 2), (4, 2)), "inner part": ((2, 2),), "all parts": ((0, 3), (3, 3))}
+NAMES = ("x", "dropped", "weight", "bias", "a", "b")
+
+
+@pytest.fixture(autouse=True)
+def _memory_starts_as_nan() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+class Case:
+    """Tensors for the operation: of which `low_rank_sum` makes the sum, and `by_operators` too."""
+
+    def __init__(
+        self,
+        shape: tuple[int, ...] = (2, 5),
+        *,
+        parts: str = "whole",
+        drops: bool = False,
+        bias: bool = True,
+        transposed: bool = False,
+        dtype: torch.dtype = DOUBLE,
+        trained: tuple[str, ...] = NAMES,
+    ) -> None:
+        torch.manual_seed(0)
+        self.parts = PARTS[parts]
+        each = self.parts or ((0, OUT),)
+        sizes = {
+            "x": (*shape, IN),
+            "dropped": (*shape, IN) if drops else None,
+            "weight": (IN, OUT) if transposed else (OUT, IN),
+            "bias": (OUT,) if bias else None,
+            "a": (R * len(each), IN),
+            "b": (sum(size for _, size in each), R),
+        }
+        self.tensors = {
+            name: None if size is None else torch.randn(size).to(dtype).requires_grad_(name in trained)
+            for name, size in sizes.items()
+        }
+        self.transposed = transposed
+
+    def given(self) -> list[Any]:
+        """The tensors that there are, in the order in which `as_one` and `by_operators` take them."""
+        return [tensor for tensor in self.tensors.values() if tensor is not None]
+
+    def named(self, tensors: tuple[torch.Tensor, ...]) -> list[Any]:
+        rest = iter(tensors)
+        x, dropped, weight, *others = (None if each is None else next(rest) for each in self.tensors.values())
+        return [x, dropped, weight.t() if self.transposed else weight, *others]
+
+    def as_one(self, *tensors: torch.Tensor) -> torch.Tensor:
+        x, dropped, weight, bias, a, b = self.named(tensors)
+        return low_rank_sum(x, weight, bias, a, b, S, dropped, self.parts)
+
+    def by_operators(self, *tensors: torch.Tensor) -> torch.Tensor:
+        x, dropped, weight, bias, a, b = self.named(tensors)
+        seen = x if dropped is None else dropped
+        if self.parts is None:
+            return F.linear(x, weight, bias) + S * (seen @ a.T @ b.T)
+        size = self.parts[0][1]
+        outputs = [
+            S * (seen @ a[i * R : (i + 1) * R].T @ b[i * size : (i + 1) * size].T) for i in range(len(self.parts))
+        ]
+        wide = [
+            F.pad(output, (start, OUT - start - size)) for (start, _), output in zip(self.parts, outputs, strict=True)
+        ]
+        return F.linear(x, weight, bias) + torch.stack(wide).sum(0)
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "rows": {"shape": (4,)},
+    "three axes": {},
+    "one vector": {"shape": ()},
+    "no rows": {"shape": (0,)},
+    "no rows of three axes": {"shape": (2, 0)},
+    "no bias": {"bias": False},
+    "transposed weight": {"transposed": True},
+    "dropped": {"drops": True},
+    "outer parts": {"parts": "outer parts"},
+    "inner part": {"parts": "inner part", "bias": False},
+    "all parts": {"parts": "all parts", "drops": True},
+}
+TRAINED = {
+    "everything": NAMES,
+    "factors": ("a", "b"),
+    "factors and input": ("x", "dropped", "a", "b"),
+    "A": ("a",),
+    "A and input": ("x", "a"),
+    "B": ("b",),
+    "input": ("x",),
+    "dropped": ("dropped",),
+    "weight": ("weight",),
+    "bias": ("bias",),
+}
+
+
+def gradients(
+    function: Callable[..., torch.Tensor], case: Case, size: Callable[[torch.Tensor], torch.Tensor] = torch.clone
+) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
+    """The output, and each tensor's gradient; `size` is applied to the output's."""
+    tensors = {name: None if t is None else t.detach().clone() for name, t in case.tensors.items()}
+    for name, tensor in case.tensors.items():
+        if tensor is not None:
+            tensors[name].requires_grad_(tensor.requires_grad)
+    output = function(*(tensor for tensor in tensors.values() if tensor is not None))
+    output.backward(size(upstream(output)))
+    return output, {name: None if tensor is None else tensor.grad for name, tensor in tensors.items()}
+
+
+def upstream(output: torch.Tensor) -> torch.Tensor:
+    torch.manual_seed(1)
+    return torch.randn(output.shape).to(output.dtype)
+
+
+def trains(name: str, trained: str) -> bool:
+    return any(tensor.requires_grad for tensor in Case(**CASES[name], trained=TRAINED[trained]).given())
+
+
+@pytest.mark.parametrize(("name", "trained"), [(name, t) for name in CASES for t in TRAINED if trains(name, t)])
+def test_output_and_gradients_are_those_of_plain_operators(name: str, trained: str) -> None:
+    case = Case(**CASES[name], trained=TRAINED[trained])
+    (output, found), (wanted, expected) = gradients(case.as_one, case), gradients(case.by_operators, case)
+    torch.testing.assert_close(output, wanted)
+    for each, gradient in expected.items():
+        assert (found[each] is None) == (gradient is None)
+        torch.testing.assert_close(found[each], gradient)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_numerical_gradients_agree_forward_backward_twice_and_in_batches(name: str) -> None:
+    case = Case(**CASES[name])
+    tensors = tuple(case.given())
+    options: Any = {"fast_mode": True, "check_batched_grad": True}
+    assert gradcheck(case.as_one, tensors, check_forward_ad=True, check_batched_forward_grad=True, **options)
+    assert gradgradcheck(case.as_one, tensors, check_fwd_over_rev=True, **options)
+
+
+def test_a_gradient_goes_through_what_forward_ad_returns() -> None:
+    case = Case()
+    found = []
+    for function in (case.as_one, case.by_operators):
+        torch.manual_seed(2)
+        with forward_ad.dual_level():
+            duals = [forward_ad.make_dual(tensor, torch.randn_like(tensor)) for tensor in case.given()]
+            tangent = forward_ad.unpack_dual(function(*duals)).tangent
+            assert tangent is not None
+            found.append(torch.autograd.grad(tangent.square().sum(), case.given(), allow_unused=True))
+    for gradient, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(gradient, wanted)
+
+
+# torch.func -----------------------------------------------------------------------------------------------------------
+
+
+def loss_of(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    return lambda *tensors: function(*tensors).square().sum()
+
+
+def everything(case: Case) -> tuple[int, ...]:
+    return tuple(range(len(case.given())))
+
+
+def over(case: Case, *names: str) -> tuple[int | None, ...]:
+    """in_dims that map these tensors."""
+    return tuple(0 if name in names else None for name, tensor in case.tensors.items() if tensor is not None)
+
+
+def stacked(case: Case, *names: str) -> list[torch.Tensor]:
+    """The case's tensors, with three of each named one."""
+    given = {name: tensor.detach() for name, tensor in case.tensors.items() if tensor is not None}
+    return [torch.stack([t, 2 * t, 1 - t]) if name in names else t for name, t in given.items()]
+
+
+TRANSFORMS: dict[str, Callable[[Any, Case], Any]] = {
+    "grad": lambda f, case: torch.func.grad(loss_of(f), everything(case))(*stacked(case)),
+    "grad of grad": lambda f, case: torch.func.grad(
+        lambda *tensors: sum(g.square().sum() for g in torch.func.grad(loss_of(f), everything(case))(*tensors)),
+        everything(case),
+    )(*stacked(case)),
+    "jvp": lambda f, case: torch.func.jvp(f, tuple(stacked(case)), tuple(t + 1 for t in stacked(case))),
+    "jacrev": lambda f, case: torch.func.jacrev(f, everything(case))(*stacked(case)),
+    "jacfwd": lambda f, case: torch.func.jacfwd(f, everything(case))(*stacked(case)),
+    "hessian": lambda f, case: torch.func.hessian(loss_of(f), everything(case))(*stacked(case)),
+    "vmap over x": lambda f, case: torch.vmap(f, over(case, "x", "dropped"))(*stacked(case, "x", "dropped")),
+    "vmap over adapters": lambda f, case: torch.vmap(f, over(case, "a", "b"))(*stacked(case, "a", "b")),
+    "vmap over A": lambda f, case: torch.vmap(f, over(case, "a"))(*stacked(case, "a")),
+    "vmap over bases": lambda f, case: torch.vmap(f, over(case, "weight", "bias"))(*stacked(case, "weight", "bias")),
+    "gradients of each sample": lambda f, case: torch.vmap(
+        torch.func.grad(loss_of(f), everything(case)), over(case, "x", "dropped")
+    )(*stacked(case, "x", "dropped")),
+    "gradients of each adapter": lambda f, case: torch.vmap(
+        torch.func.grad(loss_of(f), everything(case)), over(case, "a", "b")
+    )(*stacked(case, "a", "b")),
+    "jacobian of each adapter": lambda f, case: torch.vmap(
+        torch.func.jacrev(f, everything(case)), over(case, "a", "b")
+    )(*stacked(case, "a", "b")),
+    "gradient of a vmap": lambda f, case: torch.func.grad(
+        lambda *tensors: torch.vmap(f, over(case, "a", "b"))(*tensors).square().sum(), everything(case)
+    )(*stacked(case, "a", "b")),
+    "jvp of each adapter": lambda f, case: torch.vmap(
+        lambda *tensors: torch.func.jvp(f, tensors, tuple(t + 1 for t in tensors)), over(case, "a", "b")
+    )(*stacked(case, "a", "b")),
+}
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize("name", ["rows", "dropped", "outer parts", "one vector"])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_each_transform_of_torch_func_gives_what_it_gives_of_plain_operators(
+    transform: str, name: str, recorded: bool
+) -> None:
+    case = Case(**CASES[name])
+    with torch.set_grad_enabled(recorded):
+        found, wanted = (TRANSFORMS[transform](f, case) for f in (case.as_one, case.by_operators))
+    torch.testing.assert_close(found, wanted)
+
+
+def test_vmap_inside_a_recorded_forward_passes_gradients_on() -> None:
+    case = Case()
+    grads = []
+    for function in (case.as_one, case.by_operators):
+        stack = [t.requires_grad_() for t in stacked(case, "a", "b")]
+        torch.vmap(function, over(case, "a", "b"))(*stack).square().sum().backward()
+        grads.append([tensor.grad for tensor in stack])
+    torch.testing.assert_close(*grads)
+
+
+# What the operation keeps and gives -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("trained", "kept"),
+    [
+        (("a", "b"), ["seen", "b", "h"]),
+        (("x", "dropped", "a", "b"), ["seen", "weight", "a", "b", "h"]),
+        (("a",), ["seen", "b"]),
+        (("b",), ["b", "h"]),
+        (("x",), ["weight"]),
+        (("bias",), []),
+        (NAMES, ["x", "seen", "weight", "a", "b", "h"]),
+    ],
+)
+def test_no_more_is_kept_for_the_backward_than_it_needs(trained: tuple[str, ...], kept: list[str]) -> None:
+    case = Case((7,), drops=True, trained=trained)
+    shapes = {name: tensor.shape for name, tensor in case.tensors.items()} | {"seen": (7, IN), "h": (7, R)}
+    found: list[tuple[int, ...]] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: found.append(tensor.shape), lambda _: None):
+        case.as_one(*case.given())
+    assert found == [tuple(shapes[name]) for name in kept]
+
+
+def test_without_gradients_nothing_is_kept() -> None:
+    case = Case()
+    for quiet in (torch.no_grad(), torch.inference_mode()):
+        with quiet:
+            output = case.as_one(*case.given())
+        assert output.grad_fn is None
+        torch.testing.assert_close(output, case.by_operators(*case.given()).detach())
+
+
+def test_output_is_no_view_and_may_be_changed_in_place_with_a_hook_on_it() -> None:
+    """fully_shard puts hooks on outputs, and an activation may then overwrite them."""
+    found = []
+    for function in ("as_one", "by_operators"):
+        case, seen = Case(), []
+        output = getattr(case, function)(*case.given())
+        assert not output._is_view()
+        output.register_hook(seen.append)
+        output.mul_(2)
+        output.square().sum().backward()
+        found.append([*seen, *(tensor.grad for tensor in case.given())])
+    torch.testing.assert_close(*found)
+
+
+def test_input_changed_in_place_after_the_forward_is_noticed_as_torch_does() -> None:
+    case = Case(trained=("a", "b"))
+    output = case.as_one(*case.given())
+    case.tensors["x"].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+
+
+@pytest.mark.parametrize("how", ["reentrant", "not reentrant", "hooks"])
+@pytest.mark.parametrize("name", ["three axes", "dropped", "outer parts"])
+def test_checkpointing_and_hooks_on_what_is_kept_change_no_gradient(name: str, how: str) -> None:
+    case = Case(**CASES[name])
+
+    def function(*tensors: torch.Tensor) -> torch.Tensor:
+        if how == "hooks":
+            with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.detach().numpy(), torch.from_numpy):
+                return case.as_one(*tensors)
+        return checkpoint(case.as_one, *tensors, use_reentrant=how == "reentrant")
+
+    (output, found), (wanted, expected) = gradients(function, case), gradients(case.as_one, case)
+    assert torch.equal(output, wanted)
+    for each, gradient in expected.items():
+        assert (found[each] is None) == (gradient is None)
+        assert gradient is None or torch.equal(found[each], gradient)
+
+
+# Dtypes ---------------------------------------------------------------------------------------------------------------
+
+
+def wide(case: Case, size: Callable[[torch.Tensor], torch.Tensor]) -> Case:
+    """The same case in float64, with each value or its size."""
+    other = copy.copy(case)
+    other.tensors = {
+        name: None if t is None else size(t.detach().double()).requires_grad_(t.requires_grad)
+        for name, t in case.tensors.items()
+    }
+    return other
+
+
+@pytest.mark.parametrize("name", ["three axes", "dropped", "outer parts", "no rows"])
+@pytest.mark.parametrize("factors", [None, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_each_dtype_gives_the_outputs_and_gradients_of_float64(
+    dtype: torch.dtype, factors: torch.dtype | None, name: str
+) -> None:
+    case = Case(**CASES[name], dtype=dtype)
+    for each in ("a", "b"):
+        case.tensors[each] = case.tensors[each].detach().to(factors or dtype).requires_grad_()
+    output, found = gradients(case.as_one, case)
+    assert output.dtype == dtype
+    assert_rounded(case, output, found, dtype)
+
+
+def assert_rounded(case: Case, output: torch.Tensor, found: dict[str, Any], dtype: torch.dtype) -> None:
+    """The output and the gradients are those of float64 up to some roundings."""
+    exact, sizes = wide(case, torch.clone), wide(case, torch.abs)
+    wanted, expected = gradients(exact.by_operators, exact)
+    bound, bounds = gradients(sizes.by_operators, sizes, torch.abs)
+    assert ((output.double() - wanted).abs() <= rounding(dtype, bound)).all()
+    for each, gradient in expected.items():
+        if gradient is not None:
+            assert found[each].dtype == case.tensors[each].dtype
+            assert ((found[each].double() - gradient).abs() <= rounding(dtype, bounds[each])).all()
+
+
+@pytest.mark.parametrize("name", ["three axes", "dropped", "outer parts"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_casts_each_tensor_once_and_gradients_arrive_in_the_dtypes_of_the_tensors(
+    dtype: torch.dtype, name: str
+) -> None:
+    case = Case(**CASES[name], dtype=torch.float32)
+    with torch.autocast("cpu", dtype):
+        output = case.as_one(*case.given())
+        assert output.dtype == dtype == compute_dtype(case.tensors["x"])
+        assert case.by_operators(*case.given()).dtype == dtype
+    output.backward(upstream(output))
+    assert_rounded(case, output, {name: t.grad for name, t in case.tensors.items() if t is not None}, dtype)
+
+
+def test_autocast_leaves_float64_and_integers_alone() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        for dtype in (torch.float64, torch.int64):
+            assert compute_dtype(torch.ones(2, dtype=dtype)) == dtype
+        case = Case()
+        assert case.as_one(*case.given()).dtype == torch.float64
+    assert compute_dtype(torch.ones(2, device="meta")) == torch.float32
+
+
+@pytest.mark.parametrize("name", ["x", "weight", "bias"])
+def test_base_with_two_dtypes_is_refused_as_torch_refuses_it(name: str) -> None:
+    case = Case(dtype=torch.float32)
+    case.tensors[name] = case.tensors[name].detach().bfloat16()
+    for function in (case.as_one, case.by_operators):
+        with pytest.raises(RuntimeError, match="dtype"):
+            function(*case.given())
+
+
+def test_scaled_losses_in_float16_train_as_float32_does() -> None:
+    results = []
+    for mixed in (True, False):
+        case = Case(dtype=torch.float32, trained=("a", "b"))
+        factors = [case.tensors["a"], case.tensors["b"]]
+        optimizer, scaler = torch.optim.SGD(factors, lr=5e3), torch.amp.GradScaler("cpu", 2.0**14, enabled=mixed)
+        for _ in range(3):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.float16, enabled=mixed):
+                loss = 1e-6 * case.as_one(*case.given()).float().square().mean()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        assert scaler.get_scale() == (2.0**14 if mixed else 1.0)
+        results.append(torch.cat([factor.detach().flatten() for factor in factors]))
+    start = torch.cat([Case(dtype=torch.float32).tensors[each].detach().flatten() for each in ("a", "b")])
+    moved = (results[1] - start).norm()
+    assert moved > 0
+    assert (results[0] - results[1]).norm() < 16 * torch.finfo(torch.float16).eps * moved
+
+
+# Where plain operators stay -------------------------------------------------------------------------------------------
+
+
+class DTensor(torch.Tensor):
+    """Stands for torch's class of sharded tensors, which is known by its name."""
+
+
+class Other(torch.Tensor):
+    """A user's class of tensors."""
+
+
+def test_which_inputs_run_as_one_operation() -> None:
+    there, here = torch.ones(2, 2, device="meta"), torch.ones(2, 2)
+    assert runs_as_one(there, there)
+    assert runs_as_one(there, nn.Parameter(there))
+    assert not runs_as_one(here, here)
+    for kind in (DTensor, Other):
+        assert not runs_as_one(there.as_subclass(kind), there)
+        assert not runs_as_one(there, there.as_subclass(kind))
+    assert not runs_as_one(there.as_subclass(DTensor), there.as_subclass(DTensor))
+    assert not runs_as_one(there, there.to(torch.int8))

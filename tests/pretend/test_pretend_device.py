@@ -1,0 +1,215 @@
+"""The pretended device itself, and the counter of what it is asked to do."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from support.launches import Count, count
+from support.pretend_device import DEVICE, pretend_device
+
+
+@pytest.fixture(autouse=True)
+def _device() -> Iterator[None]:
+    with pretend_device():
+        yield
+
+
+def there(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape).to(DEVICE, dtype)
+
+
+MADE: dict[str, Callable[[], torch.Tensor]] = {
+    "tensor": lambda: torch.tensor([1.0, 2.0], device=DEVICE),
+    "eye": lambda: torch.eye(3, device=DEVICE),
+    "arange": lambda: torch.arange(4, device=DEVICE),
+    "randn": lambda: torch.randn(3, device=DEVICE),
+    "randperm": lambda: torch.randperm(4, device=DEVICE),
+    "to": lambda: torch.ones(2).to(DEVICE),
+    "type_as": lambda: torch.ones(2).type_as(there(1)),
+    "new_zeros": lambda: there(2).new_zeros(3),
+    "like": lambda: torch.zeros_like(there(2)),
+    "a layer's weight": lambda: nn.Linear(2, 3, device=DEVICE).weight,
+    "a moved layer's weight": lambda: nn.Linear(2, 3).to(DEVICE).weight,
+    "index": lambda: there(3)[torch.tensor([0, 2])],
+    "a generator of the device": lambda: torch.randn(3, device=DEVICE, generator=torch.Generator(DEVICE)),
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_what_is_made_there_is_there(name: str):
+    made = MADE[name]()
+    assert made.device.type == DEVICE
+    assert not made.is_cpu
+    assert made.cpu().device.type == "cpu"
+    assert type(made.cpu()) is torch.Tensor
+
+
+REFUSED: dict[str, Callable[[], Any]] = {
+    "add": lambda: there(3) + torch.ones(3),
+    "cat": lambda: torch.cat([there(2), torch.ones(2)]),
+    "mm": lambda: there(2, 2) @ torch.ones(2, 2),
+    "equal": lambda: torch.equal(there(2), torch.ones(2)),
+    "masked_fill": lambda: there(2).masked_fill(torch.tensor([True, False]), 0.0),
+    "an index of the device": lambda: torch.ones(3)[torch.tensor([0], device=DEVICE)],
+    "a generator of the CPU": lambda: there(3).normal_(generator=torch.Generator()),
+    "a generator of the device on the CPU": lambda: torch.randn(3, generator=torch.Generator(DEVICE)),
+    "numpy": lambda: there(3).numpy(),
+    "a layer there, an input here": lambda: nn.Linear(2, 2, device=DEVICE)(torch.ones(1, 2)),
+    "a loss over both": lambda: nn.functional.mse_loss(there(3), torch.ones(3)),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_a_gpu_refuses_is_refused(name: str):
+    with pytest.raises((RuntimeError, TypeError)):
+        REFUSED[name]()
+
+
+def test_numbers_without_a_dimension_may_come_from_the_cpu():
+    assert torch.equal((there(3) * torch.tensor(0.0)).cpu(), torch.zeros(3))
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Tanh(), nn.Dropout(0.3), nn.Linear(6, 2))
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW, torch.optim.Adagrad])
+@pytest.mark.parametrize("saving", [None, True, False], ids=["plain", "reentrant", "not reentrant"])
+def test_training_there_is_training_here(make: Any, saving: bool | None):
+    found = []
+    for device in ("cpu", DEVICE):
+        model = net().to(device)
+        optimizer = make(model.parameters(), lr=0.1)
+        for seed in range(3):
+            torch.manual_seed(seed)
+            x = torch.randn(5, 4).to(device).requires_grad_()
+            out = model(x) if saving is None else checkpoint(model, x, use_reentrant=saving)
+            optimizer.zero_grad()
+            out.square().sum().backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            assert x.grad is not None
+            assert x.grad.device.type == device
+        found.append([parameter.detach().cpu() for parameter in model.parameters()])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_autocast_casts_there_alone():
+    model, x = net().to(DEVICE), there(3, 4)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert model[0](x).dtype == torch.bfloat16
+        assert model[:2](x).dtype == torch.float32  # a norm is computed in float32, as on a GPU
+        assert nn.functional.linear(torch.ones(1, 4), torch.ones(2, 4)).dtype == torch.float32
+        with torch.autocast(DEVICE, enabled=False):
+            assert model[0](x).dtype == torch.float32
+    assert model[0](x).dtype == torch.float32
+
+
+@pytest.mark.parametrize("location", [None, "cpu", DEVICE, {f"{DEVICE}:0": "cpu"}, lambda storage, place: storage])
+@pytest.mark.parametrize("weights_only", [True, False])
+def test_a_file_says_where_its_tensors_were(location: Any, weights_only: bool):
+    model, file = net().to(DEVICE), io.BytesIO()
+    tensors = dict(model.state_dict()) | {"view": model[0].weight.detach().t(), "here": torch.ones(2)}
+    torch.save(tensors, file)
+    file.seek(0)
+    found = torch.load(file, map_location=location, weights_only=weights_only)
+    assert found["here"].device.type == (DEVICE if location == DEVICE else "cpu")
+    for name, value in tensors.items():
+        assert torch.equal(found[name].cpu(), value.cpu()), name
+        assert found[name].stride() == value.stride()
+    stays = location in (None, DEVICE)
+    assert {found[name].device.type for name in model.state_dict()} == {DEVICE if stays else "cpu"}
+
+
+def test_a_copy_of_a_model_is_apart_from_it_and_casts_and_moves():
+    model = net().to(DEVICE)
+    model[0].weight.grad = there(6, 4)
+    other = copy.deepcopy(model)
+    assert torch.equal(other[0].weight.grad.cpu(), model[0].weight.grad.cpu())
+    with torch.no_grad():
+        other[0].weight.zero_()
+    assert model[0].weight.cpu().all()
+    other.to(torch.bfloat16)
+    assert other(there(2, 4, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    other.cpu()
+    assert {type(parameter) for parameter in other.parameters()} == {nn.Parameter}
+
+
+def test_views_share_values_and_versions_and_sizes_change_in_place():
+    x = there(3, 4)
+    before, view = x._version, x.view(-1)
+    view.zero_()
+    assert x._version == before + 1
+    assert not x.cpu().any()
+    assert (x.t_().shape, x.resize_(2, 6).shape) == ((4, 3), (2, 6))
+
+
+def test_inference_mode_is_that_of_a_device():
+    model, x = net().to(DEVICE).eval(), there(2, 4)
+    with torch.inference_mode():
+        out = model(x)
+        assert out.is_inference()
+        assert out.cpu().device.type == "cpu"
+        assert not model[0].weight.detach().is_inference()
+    assert not x.is_inference()
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_cells_there_are_those_here(kind: Any):
+    torch.manual_seed(1)
+    model, found = kind(3, 4, num_layers=2, bidirectional=True, batch_first=True), []
+    x = torch.randn(2, 5, 3)
+    for device in ("cpu", DEVICE):
+        there = copy.deepcopy(model).to(device)
+        out = there(x.to(device))[0]
+        (out * torch.linspace(-1, 1, out.numel()).view(out.shape).to(device)).sum().backward()
+        found.append([out.detach().cpu(), *(parameter.grad.cpu() for parameter in there.parameters())])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+# --- counting ---
+
+COUNTED: dict[str, tuple[Callable[[torch.Tensor], object], Count]] = {  # of a square of 4 x 4 float32, 64 bytes
+    "a sum of two": (lambda x: x + x, Count(1, 192, 0, 0)),
+    "in place": (lambda x: x.add_(1), Count(1, 128, 0, 0)),
+    "views": (lambda x: x.t_().t().view(2, 8)[0].unsqueeze(0).expand(3, 8).detach(), Count()),
+    "an empty tensor": (lambda x: torch.empty_like(x), Count()),
+    "a product": (lambda x: nn.functional.linear(x, x), Count(1, 192, 0, 0)),
+    "a cast to float64": (lambda x: x.double(), Count(1, 192, 1, 0)),
+    "a number in float64": (lambda x: x.sum(dtype=torch.float64), Count(1, 72, 0, 0)),
+    "item": (lambda x: x[0, 0].item(), Count(1, 4, 0, 1)),
+    "bool": (lambda x: bool(x[0, 0]), Count(1, 4, 0, 1)),
+    "equal": (lambda x: torch.equal(x, x), Count(1, 128, 0, 1)),
+    "nonzero": (lambda x: x.nonzero(), Count(1, 320, 0, 1)),
+    "a copy to the CPU": (lambda x: x.cpu(), Count(1, 128, 0, 1)),
+    "a copy into the CPU": (lambda x: torch.empty(4, 4).copy_(x), Count(1, 192, 0, 1)),
+    "a copy from the CPU": (lambda x: torch.ones(4, 4).to(x.device), Count(1, 128, 0, 0)),
+    "on the CPU": (lambda x: torch.ones(4, 4) + 1, Count()),
+}
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_each_operator_is_counted_and_views_are_not(name: str):
+    work, expected = COUNTED[name]
+    x = torch.ones(4, 4).to(DEVICE)
+    found = count(lambda: work(x))
+    assert found == expected, found
+    assert count(lambda: None) == Count()
+    assert (found - found, sum(found.operators.values())) == (Count(), found.launches)
+
+
+def test_the_backward_is_counted_too():
+    layer, x = nn.Linear(4, 4).to(DEVICE), there(3, 4)
+    forward = count(lambda: layer(x))
+    assert count(lambda: layer(x).sum().backward()).launches > forward.launches + 2

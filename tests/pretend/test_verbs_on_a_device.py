@@ -1,0 +1,307 @@
+"""Every verb on a device that is not the CPU, beside the same on the CPU; and moves from one to the other."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from lightning_lora import (
+    adapter_state_dict,
+    adapter_stats,
+    combine,
+    disable_adapter,
+    initialize_from_data,
+    inject,
+    is_merged,
+    load_adapter,
+    lora_param_groups,
+    merge,
+    merge_and_unload,
+    merged,
+    merged_state_dict,
+    read_adapter,
+    redistribute_ranks,
+    save_adapter,
+    save_merged,
+    summary,
+    take_adapter,
+    unload,
+    unmerge,
+)
+from support.models import Zoo, state_bits, tokens, zoo_config
+from support.pretend_device import DEVICE, pretend_device
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:lightning_lora. merged 16-bit weights. rounding costs"),
+    pytest.mark.filterwarnings("ignore:lightning_lora. the components of .* had not converged"),
+]
+VARIANTS: dict[str, dict[str, Any]] = {
+    "LoRA": {},
+    "DoRA": {"use_dora": True},
+    "PiSSA": {"init_lora_weights": "pissa", "target_modules": ["conv", "body.0", "body.3"]},
+    "VeRA": {"variant": "vera", "target_modules": ["body.0", "body.3"]},
+    "LoHa": {"variant": "loha", "bias": "none", "target_modules": ["conv", "body.0", "body.3"]},
+    "rows": {"target_modules": ["body.0", "body.3"], "trainable_token_indices": {"embed": [1, 4]}},
+}
+Verb = Callable[[nn.Module, Path], Any]
+
+
+@pytest.fixture(autouse=True)
+def _device() -> Iterator[None]:
+    with pretend_device():
+        yield
+
+
+def adapted(device: str, seed: int = 1, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
+    """A model that was moved first and injected then, with an adapter that is away from its start."""
+    torch.manual_seed(1)
+    model = Zoo().eval().to(device, dtype)
+    inject(model, zoo_config(**options), seed=2)
+    stream = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=stream).to(parameter))
+    return model
+
+
+def on(model: nn.Module) -> torch.device:
+    return model.get_parameter("norm.weight").device
+
+
+def answer(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        result: torch.Tensor = model(tokens().to(on(model)))
+    return result
+
+
+def trained_step(model: nn.Module) -> None:
+    """Give the factors gradients."""
+    model(tokens().to(on(model))).square().sum().backward()
+
+
+def batches(model: nn.Module) -> list[torch.Tensor]:
+    return [tokens(seed).to(on(model)) for seed in range(3)]
+
+
+def saved(model: nn.Module, path: Path) -> Any:
+    save_adapter(model, path)
+    return dict(read_adapter(path).tensors), (path / "adapter_config.json").read_text()
+
+
+def swapped(model: nn.Module, path: Path) -> Any:
+    """Another adapter in the model's place, from a folder, and back, from memory."""
+    mine = take_adapter(model)
+    save_adapter(adapted("cpu", seed=5), path / "other")
+    load_adapter(model, path / "other")
+    there = answer(model)
+    load_adapter(model, mine)
+    return there, answer(model)
+
+
+def combined(model: nn.Module, path: Path) -> Any:
+    save_adapter(model, path / "one")
+    save_adapter(adapted("cpu", seed=5), path / "other")
+    sources: list[Any] = [path / "one", path / "other"]
+    answers = []
+    for method, density in (("linear", None), ("svd", None), ("ties", 0.5), ("dare_linear", 0.5)):
+        load_adapter(model, combine(sources, [0.7, 0.3], method=method, density=density))
+        answers.append(answer(model))
+    return answers
+
+
+def of_live_models(model: nn.Module, path: Path) -> Any:
+    """Combined from tensors that are on the device still."""
+    one = take_adapter(model)
+    load_adapter(model, combine([one, one], [0.5, 0.25]))
+    return answer(model)
+
+
+def started_from_data(model: nn.Module, path: Path, init: str) -> Any:
+    unload(model)
+    inject(model, zoo_config(target_modules=["body.0", "body.3"], init_lora_weights=init))
+    initialize_from_data(model, batches(model), lambda net, batch: net(batch).square().mean())
+    trained_step(model)
+    return {name: p.abs() for name, p in model.named_parameters() if "lora_" in name}
+
+
+def divided(model: nn.Module, path: Path) -> Any:
+    unload(model)
+    inject(model, zoo_config(target_modules=["body.0", "body.3"]))
+    return redistribute_ranks(model, batches(model)).rank_pattern
+
+
+def stats(model: nn.Module, path: Path) -> Any:
+    first = adapter_stats(model)
+    trained_step(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.01)
+    second = adapter_stats(model, first)
+    return [{name: group.to_dict() for name, group in each.groups.items()} for each in (first, second)]
+
+
+def around(manager: Any) -> Verb:
+    def run(model: nn.Module, path: Path) -> Any:
+        with manager(model):
+            inside = answer(model), is_merged(model)
+        return inside, answer(model), is_merged(model)
+
+    return run
+
+
+def for_good(verb: Callable[[nn.Module], Any]) -> Verb:
+    def run(model: nn.Module, path: Path) -> Any:
+        verb(model)
+        return model.state_dict(), answer(model), [type(module) for module in model.modules()]
+
+    return run
+
+
+def merged_folder(model: nn.Module, path: Path) -> Any:
+    save_merged(model, path)
+    return [load_file(file) for file in sorted(path.glob("*.safetensors"))]
+
+
+def cycle(model: nn.Module, path: Path) -> Any:
+    before = state_bits(model)
+    merge(model)
+    inside = answer(model), {name: value.detach().clone() for name, value in model.named_parameters()}
+    unmerge(model)
+    assert state_bits(model) == before
+    return inside
+
+
+def groups(model: nn.Module, path: Path) -> Any:
+    found = lora_param_groups(model, lr=0.1)
+    assert all(p.device.type == on(model).type for group in found for p in group["params"])
+    return [{**group, "params": [p.detach() for p in group["params"]]} for group in found]
+
+
+VERBS: dict[str, Verb] = {
+    "adapter_state_dict": lambda model, path: dict(adapter_state_dict(model)),
+    "adapter_stats": stats,
+    "combine": combined,
+    "combine, of live models": of_live_models,
+    "disable_adapter": around(disable_adapter),
+    "eva": lambda model, path: started_from_data(model, path, "eva"),
+    "lora_ga": lambda model, path: started_from_data(model, path, "lora_ga"),
+    "lora_param_groups": groups,
+    "merge, unmerge": cycle,
+    "merge_and_unload": for_good(merge_and_unload),
+    "merged": around(merged),
+    "merged_state_dict": lambda model, path: dict(merged_state_dict(model)),
+    "redistribute_ranks": divided,
+    "save_adapter": saved,
+    "save_merged": merged_folder,
+    "summary": lambda model, path: str(summary(model)),
+    "swap": swapped,
+    "unload": for_good(unload),
+}
+# These take plain LoRA alone, or inject anew.
+OF_LORA = ("combine", "combine, of live models", "swap", "eva", "lora_ga", "redistribute_ranks")
+PAIRS = [(verb, variant) for verb in VERBS for variant in VARIANTS if variant == "LoRA" or verb not in OF_LORA]
+
+
+def assert_alike(found: Any, expected: Any, place: str = "") -> None:
+    """Compare nested results: numbers up to rounding, tensors without their device."""
+    if isinstance(expected, torch.Tensor):
+        torch.testing.assert_close(found.detach().cpu(), expected.detach(), rtol=1e-4, atol=1e-5, msg=place)
+    elif isinstance(expected, dict):
+        assert found.keys() == expected.keys(), place
+        for key, value in expected.items():
+            assert_alike(found[key], value, f"{place}/{key}")
+    elif isinstance(expected, (list, tuple)):
+        assert len(found) == len(expected), place
+        for number, (one, other) in enumerate(zip(found, expected, strict=True)):
+            assert_alike(one, other, f"{place}/{number}")
+    elif isinstance(expected, float):
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-6, nan_ok=True), place
+    else:
+        assert found == expected, place
+
+
+@pytest.mark.parametrize(("verb", "variant"), PAIRS)
+def test_a_verb_does_on_a_device_what_it_does_on_the_cpu(verb: str, variant: str, tmp_path: Path):
+    expected = VERBS[verb](adapted("cpu", **VARIANTS[variant]), tmp_path / "cpu")
+    model = adapted(DEVICE, **VARIANTS[variant])
+    assert {value.device.type for value in model.state_dict().values()} == {DEVICE}
+    found = VERBS[verb](model, tmp_path / "device")
+    assert {value.device.type for value in model.state_dict().values()} == {DEVICE}
+    assert_alike(found, expected)
+
+
+# --- moves ---
+
+PLACES = [("cpu", DEVICE), (DEVICE, "cpu")]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("start", "end"), PLACES)
+def test_a_merged_model_that_moves_is_merged_there_and_every_bit_comes_back(start: str, end: str, variant: str):
+    model = adapted(start, **VARIANTS[variant])
+    before, expected = state_bits(model), answer(model).cpu()
+    merge(model)
+    model.to(end)
+    assert is_merged(model)
+    assert {value.device.type for value in model.parameters()} == {end}
+    torch.testing.assert_close(answer(model).cpu(), expected, rtol=1e-4, atol=1e-5)
+    unmerge(model)
+    assert state_bits(model) == before
+    torch.testing.assert_close(answer(model).cpu(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_model_trains_after_each_move_and_casts_on_a_device(variant: str):
+    model = adapted("cpu", **VARIANTS[variant])
+    for device, dtype in ((DEVICE, torch.float32), (DEVICE, torch.bfloat16), ("cpu", torch.bfloat16)):
+        model.to(device, dtype)
+        model.zero_grad()
+        trained_step(model)
+        grads = {p.grad.device.type for p in model.parameters() if p.grad is not None}
+        assert grads == {device}
+        merge(model)
+        unmerge(model)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_copy_of_a_merged_model_on_a_device_is_apart_from_it(variant: str):
+    model = adapted(DEVICE, **VARIANTS[variant])
+    before = state_bits(model)
+    merge(model)
+    other = copy.deepcopy(model)
+    unmerge(model)
+    assert is_merged(other)
+    unmerge(other)
+    assert state_bits(other) == state_bits(model) == before
+    assert {value.device.type for value in other.state_dict().values()} == {DEVICE}
+
+
+@pytest.mark.parametrize("source", ["cpu", DEVICE])
+@pytest.mark.parametrize("target", ["cpu", DEVICE])
+def test_a_checkpoint_loads_from_any_device_onto_any_other(source: str, target: str, tmp_path: Path):
+    one, other = adapted(source), adapted(target, seed=5)
+    torch.save({"state_dict": adapter_state_dict(one)}, tmp_path / "adapter.pt")
+    found = torch.load(tmp_path / "adapter.pt", weights_only=True)["state_dict"]
+    load_adapter(other, found)
+    assert {value.device.type for value in other.state_dict().values()} == {target}
+    trained = {name: bits for name, bits in state_bits(other).items() if "lora_" in name}
+    assert trained == {name: bits for name, bits in state_bits(one).items() if "lora_" in name}
+
+
+def test_what_rounding_costs_is_said_of_a_device_as_of_the_cpu(caplog: pytest.LogCaptureFixture):
+    said = []
+    for device in ("cpu", DEVICE):
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            merge(adapted(device, dtype=torch.bfloat16))
+        said.append([message for message in caplog.messages if "rounding costs" in message])
+    assert said[0] == said[1] != []
