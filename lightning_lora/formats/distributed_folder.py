@@ -9,19 +9,23 @@ A strategy's number of processes does not matter. The shards of optimizers are n
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import LoRAError
+from ..files.inert_pickle import find_placeholder
 from ..files.paths import PathLike, given_path, kind_of
 from ..files.shards import DESCRIPTION, STATE, Entry, ShardedFolder
 from ..files.torch_archive import read_torch_file, refuse_objects
 from ..names import META, names_factor
+from .hyper_parameters import HYPER_PARAMETERS
 from .peft_names import are_peft_names
 
 HEADER, SHARDS = "meta.pt", "*.distcp"
+OPTIMIZER = "optimizer_"  # Lightning's keys of optimizers begin so, and end in a number
 STATES = (STATE, FLAT_STATE) = (STATE, "model")  # FSDP1 calls it by the second name
 
 
@@ -59,6 +63,35 @@ def read_without_values(path: Path, *, before_torch: bool = False) -> dict[str, 
     if kind_of(path) == "file":
         return read_torch_file(path, mmap=True)
     return {STATE: {}, **_read_folder(path, values=False, before_torch=before_torch)}
+
+
+def holds_shards_at(path: object) -> bool:
+    """Return whether a distributed checkpoint is at a path; False for what is no local path."""
+    return isinstance(path, (str, os.PathLike)) and kind_of(path) == "folder" and is_distributed(Path(path))
+
+
+def read_for_resume(path: Path, *, trusted: bool, optimizers: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Read a distributed checkpoint, and the states of its optimizers, which are by the names of parameters.
+
+    Args:
+        path: of the folder.
+        trusted: unpickle the objects beside the tensors, which may run any code.
+        optimizers: whether to read these; otherwise an empty list is returned.
+
+    Raises:
+        LoRAError: the folder is damaged, or what a Trainer resumes from holds objects.
+    """
+    checkpoint, shards = read_checkpoint(path, trusted=trusted), ShardedFolder(path)
+    names = [name for name, entry in shards.entries.items() if str(entry.keys[0]).startswith(OPTIMIZER)]
+    states = shards.nested(shards.read(names if optimizers else []))
+    resumed = {key: value for key, value in {**checkpoint, **states}.items() if key != HYPER_PARAMETERS}
+    found = find_placeholder(resumed)
+    if found is not None:
+        raise LoRAError(
+            f"{path}: checkpoint{found[0]} is of {found[1]}, and objects are not unpickled, because that may run any "
+            "code. If you trust the folder, give the Trainer weights_only=False beside ckpt_path."
+        )
+    return checkpoint, [states[key] for key in sorted(states, key=lambda key: (len(key), key))]
 
 
 def _read_folder(

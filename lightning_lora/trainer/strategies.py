@@ -28,6 +28,7 @@ from ..model.state_dict import adapter_keys, base_keys, merge_state_dict
 from ..names import META, canonical
 from ..nn.adapted_weights import AdaptedWeights
 from .checkpoint_hooks import refuse_foreign_resume
+from .distributed_resume import accept_folders
 
 REFUSED = {
     "DeepSpeedStrategy": "it saves and loads through an engine that passes over a callback's checkpoint, and its stage "
@@ -52,6 +53,8 @@ def prepare_strategy(strategy: Any) -> None:
     if "ModelParallelStrategy" in names:
         patch(strategy, "lightning_module_state_dict", _state_dict)
         patch(strategy, "load_checkpoint", _load_checkpoint)
+    else:
+        accept_folders(strategy)
 
 
 def _state_dict(strategy: Any, previous: Callable[[], Any] | None) -> Any:
