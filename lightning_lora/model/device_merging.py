@@ -21,6 +21,11 @@ from ..nn.merge_checks import Checks
 
 Weights = Mapping[str, torch.Tensor]  # of a layer, by name
 
+NOT_FINITE_REMEDY = (  # after the name of the layer and what is wrong
+    "Every layer is unmerged; look for a diverged training run (a lower learning rate, gradient clipping) or evaluate "
+    "with merged_eval=False."
+)
+
 
 class _Planned(NamedTuple):
     name: str
@@ -83,7 +88,7 @@ def _complete_(each: _Planned) -> None:
     try:
         complete_layer_(each.layer, each.weights)
     except NonFiniteError as error:
-        raise with_remedy(error) from error
+        raise NonFiniteError(f"{error}. {NOT_FINITE_REMEDY}") from error
 
 
 def _items(each: _Planned) -> Iterator[tuple[tuple[AdaptedWeights, str], Item]]:
@@ -92,14 +97,6 @@ def _items(each: _Planned) -> Iterator[tuple[tuple[AdaptedWeights, str], Item]]:
         if blocks and name not in each.layer.lora.records:
             weight = each.layer.as_matrix(local(each.weights[name]))
             yield (each.layer, name), Item(weight, blocks, scaling, each.observe)
-
-
-def with_remedy(error: NonFiniteError) -> NonFiniteError:
-    """Return the error of a layer, changed to say what was done and what to do."""
-    return NonFiniteError(
-        f"{error}. Every layer is unmerged; look for a diverged training run (a lower learning rate, gradient "
-        "clipping) or evaluate with merged_eval=False."
-    )
 
 
 def begin_unmerging_(layers: Iterable[AdaptedWeights]) -> None:

@@ -26,7 +26,7 @@ from ..notices import tell
 from ..progress import progress_bar
 from .adapted_model import Listing
 from .dequantize import WORST_FIDELITY, report_factored
-from .device_merging import DeviceMerge, begin_unmerging_, with_remedy
+from .device_merging import NOT_FINITE_REMEDY, DeviceMerge, begin_unmerging_
 from .gradients import warn_of_untrained
 from .recorded_layers import refuse_replaced_layers
 from .undisturbed import Ending, run_undisturbed
@@ -279,7 +279,7 @@ def _merge_layer(
     try:
         layer.merge_(weights=weights, blocks=blocks, copy=copy, observe=observe, scratch=scratch)
     except NonFiniteError as error:
-        raise with_remedy(error) from error
+        raise NonFiniteError(f"{error}. {NOT_FINITE_REMEDY}") from error
 
 
 def _restore_all(listing: Listing) -> None:
