@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # otherwise imported where they are used: they take as long a
     from torch.distributed.tensor import DTensor
 
 PLAIN = (torch.Tensor, nn.Parameter)
+FSDP = "torch.distributed.fsdp"  # if it was never imported, no module is fully sharded
 
 
 def is_sharded(tensor: object) -> TypeGuard[DTensor]:
@@ -31,7 +32,7 @@ def is_sharded(tensor: object) -> TypeGuard[DTensor]:
 
 def is_fully_sharded(module: nn.Module) -> TypeGuard[FSDPModule]:
     """Return whether fully_shard (FSDP2) was called on a module."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # if it was never imported, no module is sharded
+    fsdp = sys.modules.get(FSDP)
     return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
@@ -152,6 +153,8 @@ def reshard_(modules: Iterable[nn.Module]) -> None:
 
     Changes of a gathered weight are lost, because the shards do not get them.
     """
+    if FSDP not in sys.modules:
+        return
     for module in modules:
         if is_fully_sharded(module):
             module.reshard()

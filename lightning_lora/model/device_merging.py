@@ -16,7 +16,7 @@ from ..distributed.sharding import local
 from ..errors import NonFiniteError
 from ..nn.adapted_weights import AdaptedWeights, Blocks, complete_layer_
 from ..nn.device_merge import Observer, Prepared
-from ..nn.merge_batches import Batch, Item, ask_for_sums, batches
+from ..nn.merge_batches import Batch, Item, batches
 from ..nn.merge_checks import Checks
 
 Weights = Mapping[str, torch.Tensor]  # of a layer, by name
@@ -87,10 +87,10 @@ def _items(each: _Planned) -> Iterator[tuple[tuple[AdaptedWeights, str], Item]]:
             yield (each.layer, name), Item(weight, blocks, scaling, each.observe)
 
 
-def call_with_remedy(step: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+def call_with_remedy(step: Callable[..., None], *args: Any) -> None:
     """Call a step of a merge. A NonFiniteError then also says what was done and what to do."""
     try:
-        step(*args, **kwargs)
+        step(*args)
     except NonFiniteError as error:
         raise NonFiniteError(
             f"{error}. Every layer is unmerged; look for a diverged training run (a lower learning rate, gradient "
@@ -100,20 +100,7 @@ def call_with_remedy(step: Callable[..., None], *args: Any, **kwargs: Any) -> No
 
 def begin_unmerging_(layers: Iterable[AdaptedWeights]) -> None:
     """Write W back in layers that are on a device. AdaptedWeights.unmerge_ then looks for edits. In place."""
-    checks, merged = Checks(), []
+    checks = Checks()
     for layer in layers:
-        if layer.lora.records and layer.main_weight().device.type != "cpu":
-            merged.append(layer)
-    if not merged:
-        return
-    live = {layer: layer.adapted_weights() for layer in merged}
-    ask_for_sums(
-        (
-            (layer.as_matrix(local(live[layer][name])), record)
-            for layer in merged
-            for name, record in layer.lora.records.items()
-        ),
-        checks,
-    )
-    for layer in merged:
-        layer.unmerge_(checks)
+        if any(record.is_on_device() for record in layer.lora.records.values()):
+            layer.unmerge_(checks)

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -16,7 +16,7 @@ from ..distributed.rank_sync import RankSync
 from ..distributed.sharding import is_sharded, local, reset_, reshard_
 from ..errors import LoRAError
 from ..nn.adapted_module import take_turn
-from ..nn.adapted_weights import AdaptedWeights, Blocks
+from ..nn.adapted_weights import AdaptedWeights
 from ..nn.device_merge import Observer
 from ..nn.low_rank import HALF
 from ..nn.readers import update_fast_paths
@@ -119,11 +119,12 @@ def _merge_pending(listing: Listing, pending: Mapping[str, AdaptedWeights]) -> N
                     layer.lora.merged = True
                 else:
                     blocks = layer.blocks(weights[layer])
-                    how = layer in copies, fidelity.observer(layer)
+                    how: dict[str, Any] = {"copy": layer in copies, "observe": fidelity.observer(layer)}
                     if main_weights[layer].device.type == "cpu":
-                        sync.run(f"merge: layer {name!r}", _merge_layer, layer, weights[layer], blocks, *how, scratch)
+                        step = partial(layer.merge_, weights=weights[layer], blocks=blocks, scratch=scratch, **how)
+                        sync.run(f"merge: layer {name!r}", call_with_remedy, step)
                     else:
-                        device.add(name, layer, weights[layer], blocks, *how)
+                        device.add(name, layer, weights[layer], blocks, **how)
                 advance(1)
         device.merge_(sync)
         sync.raise_on_any_rank()
@@ -259,6 +260,8 @@ def _affordable_copies(layers: Mapping[AdaptedWeights, Weights]) -> set[AdaptedW
     budget = COPY_BUDGET - sum(copy.nbytes for copy in copies)
     affordable = set()
     sizes = {layer: sum(map(_local_nbytes, weights.values())) for layer, weights in layers.items()}
+    if not copies and sum(sizes.values()) <= budget:
+        return {layer for layer in layers if not layer.lora.records}
     for layer in sorted(sizes, key=sizes.__getitem__):
         cost = 0 if sizes[layer] <= layer.factors()[0].nbytes else sizes[layer]
         if not layer.lora.records and cost <= max(budget, 0):
@@ -269,12 +272,6 @@ def _affordable_copies(layers: Mapping[AdaptedWeights, Weights]) -> set[AdaptedW
 
 def _local_nbytes(weight: torch.Tensor) -> int:
     return local(weight).nbytes if is_sharded(weight) else weight.nbytes
-
-
-def _merge_layer(
-    layer: AdaptedWeights, weights: Weights, blocks: Blocks, copy: bool, observe: Observer | None, scratch: Scratch
-) -> None:
-    call_with_remedy(layer.merge_, weights=weights, blocks=blocks, copy=copy, observe=observe, scratch=scratch)
 
 
 def _restore_all(listing: Listing) -> None:

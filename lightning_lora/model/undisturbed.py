@@ -125,10 +125,10 @@ class _Signals:
         """Only note signals from now on. Does nothing outside of the main thread, which alone runs handlers."""
         if threading.current_thread() is not threading.main_thread():
             return
-        if getattr(signal.getsignal(signal.SIGINT), "__func__", None) is _Signals._note:
+        found = {number: signal.getsignal(number) for number in SIGNALS}  # each takes as long as a small operation
+        if getattr(found[signal.SIGINT], "__func__", None) is _Signals._note:
             return  # an outer step holds them already
-        for number in SIGNALS:
-            handler = signal.getsignal(number)
+        for number, handler in found.items():
             if callable(handler) or (number == signal.SIGINT and handler is not None):
                 self.handlers[number] = handler
                 signal.signal(number, self._note)

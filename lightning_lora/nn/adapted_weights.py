@@ -216,7 +216,8 @@ class StoredTensors:
         else:
             values = self.initial_values()
         for leaf in (*variant.trained, *variant.frozen):
-            tensor, trained = values[leaf].to(device, dtype), leaf in variant.trained
+            # In the order in which a loaded tensor lies: in another one products differ in their last bits.
+            tensor, trained = values[leaf].to(device, dtype).contiguous(), leaf in variant.trained
             parameter = nn.Parameter(tensor if trained else tensor.clone(), requires_grad=trained)
             for holder in self.lora_holders():
                 holder.register_parameter(self.stored_name(leaf), parameter)

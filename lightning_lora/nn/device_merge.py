@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 
@@ -47,9 +47,17 @@ class Prepared(NamedTuple):
     """W' of one weight, computed with others (nn/merge_batches.py) and not written yet."""
 
     copy: torch.Tensor  # W
-    merged: torch.Tensor  # W', rounded
+    delta: torch.Tensor | None  # D, if W' is round(W + D)
+    exact: torch.Tensor | None  # else W' before it is rounded
     pending: Pending
-    checksum: tuple[Reading, torch.dtype]  # of W'
+    checksum: tuple[Reading, torch.dtype]  # of W', to be asked for when all weights are written
+
+    def write_(self, weight: torch.Tensor) -> None:
+        """Write W' into the weight. In place."""
+        if self.delta is not None:
+            torch.add(self.copy, self.delta.view(self.copy.shape), out=weight)
+        else:
+            weight.copy_(cast(torch.Tensor, self.exact))
 
 
 def write_parts_(parts: Parts, scaling: float, checks: Checks, observe: Observer | None) -> Pending:

@@ -6,10 +6,10 @@ A sum of two dtypes is computed in the wider one and rounded once, in one pass, 
 Weights of 32 bits or more are summed in float64. Weights of 16 bits are summed in float32, because a GPU for consumers
 runs float64 at 1/64 of the speed.
 
-In float32, B @ A has the errors of k sums. Where W and B @ A are both large, they round too many elements wrongly: one
-in 10,000 of bfloat16 at k = 32 and more, and of float16 always. There the factors are split into a coarse and a fine
-part. The coarse parts hold few bits, so that their product is exact, and so nearly is its sum with W. The errors of the
-fine product are 2**9 times smaller.
+In float32, B @ A has the errors of k sums, so that too many elements of large adapters are rounded wrongly. There the
+factors are split into a coarse and a fine part. The coarse parts hold few bits, so that their product is exact; the
+errors of the fine product are 2**9 times smaller. For bfloat16, D is the sum of both, rounded to float32 once. For
+float16, which has 3 bits more, W is added to the coarse product first.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from typing import Protocol
 import torch
 
 MANTISSA = 24  # bits of a float32
-PLAIN_RANK = 16  # largest k for which one product in float32 is near enough for bfloat16
+# Where one product in float32 is near enough for bfloat16: 7 in 100,000 values are rounded wrongly.
+PLAIN_RANK, PLAIN_ELEMENTS = 16, 100_000
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -53,24 +54,31 @@ class DeviceSum:
         wide = _wide(first, dtype)
         left = _stacked([block.left for block in blocks]).to(wide)
         right = _stacked([block.right for block in blocks]).to(wide)
-        self.product = left * scaling, right  # of which D is computed
-        self.parts = [self.product]  # the sum of their products is more exact than D
-        if wide == torch.float32 and _needs_split(dtype, right.shape[1]):
+        if wide == torch.float32 and _needs_split(dtype, left, right):
             self.parts = _split(left, right, scaling)
+        else:
+            self.parts = [(left * scaling, right)]
         scales = [block.scale for block in blocks if block.scale is not None]
         self.scale = _stacked(scales).to(wide) if scales else None
         self.replaces, self.dtype, self.wide = first.replaces, dtype, wide
 
     def delta(self) -> torch.Tensor:
         """Return D = s * B @ A as (n, rows, columns), in the dtype of the arithmetic; the same bits each time."""
-        return torch.bmm(*self.product)
+        (left, right), *fine = self.parts
+        delta = torch.mm(left[0], right[0]).unsqueeze(0) if len(left) == 1 else torch.bmm(left, right)
+        for pair in fine:
+            delta.baddbmm_(*pair)
+        return delta
 
     def exact(self, weights: torch.Tensor) -> torch.Tensor:
         """Return W' before it is rounded, in the dtype of the arithmetic."""
         exact = self._finite(weights).to(self.wide, copy=True, memory_format=torch.contiguous_format)
         matrices = exact.view(len(exact), self.parts[0][0].shape[1], -1)
-        for left, right in self.parts:
-            matrices.baddbmm_(left, right)
+        if self.wide == weights.dtype:  # no wider dtype to sum in: one rounding needs D first
+            matrices.add_(self.delta())
+        else:
+            for left, right in self.parts:
+                matrices.baddbmm_(left, right)
         if self.scale is not None:
             matrices.mul_(self.scale)
         return exact
@@ -83,10 +91,14 @@ class DeviceSum:
             out: the same shape, in the dtype of the result.
             delta: the result of `delta`, if the caller has it.
         """
-        if self.scale is not None or len(self.parts) > 1 or out.dtype != self.dtype:
+        if not self.is_added() or out.dtype != self.dtype:
             return out.copy_(self.exact(weights))
         delta = self.delta() if delta is None else delta
         return torch.add(self._finite(weights), delta.view(weights.shape), out=out)
+
+    def is_added(self) -> bool:
+        """Return whether W' is round(W + D), for which `exact` is not needed."""
+        return self.scale is None and (self.dtype != torch.float16 or len(self.parts) == 1)
 
     def taken_out(self, merged: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
         """Return what unmerging computes before it corrects values: round(W' / c - D).
@@ -121,8 +133,10 @@ def _wide(block: Block, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype.itemsize == 2 and not block.replaces else torch.float64
 
 
-def _needs_split(dtype: torch.dtype, rank: int) -> bool:
-    return dtype == torch.float16 or (dtype == torch.bfloat16 and rank > PLAIN_RANK)
+def _needs_split(dtype: torch.dtype, left: torch.Tensor, right: torch.Tensor) -> bool:
+    rows, rank, columns = left.shape[1], *right.shape[1:]
+    is_large = rank > PLAIN_RANK or rows * columns >= PLAIN_ELEMENTS
+    return dtype == torch.float16 or (dtype == torch.bfloat16 and is_large)
 
 
 def _split(left: torch.Tensor, right: torch.Tensor, scaling: float) -> list[Pair]:
@@ -131,22 +145,26 @@ def _split(left: torch.Tensor, right: torch.Tensor, scaling: float) -> list[Pair
     Args:
         left: (n, rows, k), float32.
         right: (n, k, columns), float32.
-        scaling: any number; its own rounding to float32 counts too.
+        scaling: any number; what rounding of scaling * left loses is added to the fine part.
     """
+    rows = left.shape[1]
     bits = (MANTISSA - math.ceil(math.log2(max(left.shape[2], 1)))) // 2  # of each factor, so that k products fit
-    coarse_left, coarse_right = _coarse(left * scaling, 2, bits), _coarse(right, 1, bits)
-    # scaling * left, less its coarse part: both factors are cut to 12 bits, so that the large product is exact
+    both = torch.cat([left * scaling, right.mT], 1)
+    large = torch.linalg.vector_norm(both, math.inf, 2, keepdim=True) * 2.0 ** (MANTISSA - bits)
+    coarse = (both + large) - large  # multiples of one step in each row, about 2**-bits of its largest value
+    fine = both - coarse
+    coarse_left, fine_left = coarse[:, :rows], fine[:, :rows]
+    if math.frexp(scaling)[0] not in (0.5, -0.5, 0.0):  # no power of two
+        fine_left = _scaled(left, scaling, coarse_left)
+    fine_right = torch.cat([fine[:, rows:], both[:, rows:]], 2).mT
+    return [(coarse_left, coarse[:, rows:].mT), (torch.cat([coarse_left, fine_left], 2), fine_right)]
+
+
+def _scaled(left: torch.Tensor, scaling: float, coarse: torch.Tensor) -> torch.Tensor:
+    """Return scaling * left - coarse in float32. Both factors are cut to 12 bits, which makes the product exact."""
     mantissa, exponent = math.frexp(scaling)
-    scaling_head = math.ldexp(round(math.ldexp(mantissa, MANTISSA // 2)), exponent - MANTISSA // 2)
-    high = left * (2.0 ** (MANTISSA // 2) + 1)
-    head = high - (high - left)
-    fine_left = (head * scaling_head).sub_(coarse_left).add_(head, alpha=scaling - scaling_head)
-    fine_left.add_(left - head, alpha=scaling)
-    fine = torch.cat([coarse_left, fine_left], 2), torch.cat([right - coarse_right, right], 1)
-    return [(coarse_left, coarse_right), fine]
-
-
-def _coarse(factor: torch.Tensor, dim: int, bits: int) -> torch.Tensor:
-    """Round a factor to multiples of one step for each slice over `dim`, about 2**-bits of its largest value."""
-    large: torch.Tensor = torch.linalg.vector_norm(factor, math.inf, dim, keepdim=True) * 2.0 ** (MANTISSA - bits)
-    return (factor + large) - large
+    head_of_scaling = math.ldexp(round(math.ldexp(mantissa, MANTISSA // 2)), exponent - MANTISSA // 2)
+    large = left * (2.0 ** (MANTISSA // 2) + 1)
+    head = large - (large - left)
+    fine = (head * head_of_scaling).sub_(coarse).add_(head, alpha=scaling - head_of_scaling)
+    return fine.add_(left - head, alpha=scaling)

@@ -86,6 +86,7 @@ class RestoreRecord:
     merging: tuple[int, torch.Tensor] | None = None
     restoring: tuple[int, torch.Tensor] | None = None
     pending: Pending | None = None  # the second half of a merge on a device; None: all is done
+    checksum_later: tuple[Reading, torch.dtype] | None = None  # the checksum from the second half on
     found: int | Reading | None = None  # the sum of bits to compare with the checksum; None: not computed yet
     restored: bool = False  # the weight has its old values again, and only the comparison is left
 
@@ -98,11 +99,16 @@ class RestoreRecord:
 
     def is_edited(self) -> bool:
         """Return whether something else changed the merged weight, after it was restored. May wait for a device."""
-        return self.checksum is not None and _number(self.found) != _number(self.checksum[0])
+        if self.checksum is None:
+            return False
+        known, found = self.checksum[0], self.found
+        known = known.get() if isinstance(known, Reading) else known
+        return known != (found.get() if isinstance(found, Reading) else found)
 
-
-def _number(number: int | Reading | None) -> float | None:
-    return number.get() if isinstance(number, Reading) else number
+    def is_on_device(self) -> bool:
+        """Return whether the weight is on a device other than the CPU."""
+        held = self.copy if self.copy is not None else self.factors[0].left if self.factors else None
+        return held is not None and not held.is_cpu
 
 
 def parts_of(weight: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
@@ -151,12 +157,12 @@ def merge_weight_(
         try:
             if hold:
                 hold(record)
-            if weight.device.type != "cpu":
+            if not weight.is_cpu:
                 _begin_on_device(weight, blocks, scaling, record, checks or Checks(), observe)
             else:
                 _merge_chunks(weight, blocks, scaling, record, observe, scratch or Scratch())
                 record.checksum = record.checksum or checksum(weight)
-            if checks is None:
+            if checks is None and record.pending is not None:
                 complete_merge_(weight, record)
         except BaseException:
             unmerge_weight_(weight, record)
@@ -170,8 +176,8 @@ def merge_prepared_(weight: torch.Tensor, prepared: Prepared, hold: Callable[[Re
     with exact_arithmetic(weight):
         try:
             hold(record)
-            weight.copy_(prepared.merged)
-            record.checksum, record.pending = prepared.checksum, prepared.pending
+            prepared.write_(weight)
+            record.pending, record.checksum_later = prepared.pending, prepared.checksum
         except BaseException:
             unmerge_weight_(weight, record)
             raise
@@ -186,7 +192,7 @@ def complete_merge_(weight: torch.Tensor, record: RestoreRecord) -> None:
     if record.pending is not None:
         with exact_arithmetic(weight):
             _complete(record, record.pending)
-        record.pending = None
+        record.checksum, record.pending = record.checksum_later or record.checksum, None
 
 
 def unmerge_weight_(weight: torch.Tensor, record: RestoreRecord, checks: Checks | None = None) -> None:
@@ -292,7 +298,7 @@ def exact_arithmetic(weight: torch.Tensor, threads: int = 0) -> AbstractContextM
     """
     inference, before = weight.is_inference(), torch.get_num_threads()
     threads = threads or before
-    if weight.device.type != "cpu":
+    if not weight.is_cpu:
         return _device_arithmetic(inference, weight.device.type)
     if torch.is_grad_enabled() or torch.is_inference_mode_enabled() != inference or threads != before:
         return _changed_arithmetic(inference, threads, before)

@@ -28,10 +28,10 @@ def can_change(x: Tensor, weight: Tensor, a: Tensor) -> bool:
 
     Compilers see plain operators. Where gradients are not recorded, plain operators are as fast on the CPU.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_sharded(x):
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[no-untyped-call, attr-defined]
         return False
     kind = type(x)
-    if x.is_cpu and not (kind is Tensor and torch.is_grad_enabled()):
+    if not (kind is Tensor and torch.is_grad_enabled()) if x.is_cpu else is_sharded(x):
         return False
     kinds = kind, nn.Parameter
     return type(weight) in kinds and type(a) in kinds and x.dim() > 1 and x.is_contiguous()
@@ -59,13 +59,14 @@ def low_rank_change(
     """
     if dropped is x:
         dropped = None
+    base: tuple[Tensor | None, ...] = (x, dropped, weight, bias)
     if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
-        dtype = compute_dtype(x)
-        x, weight, bias, dropped = (each if each is None else each.to(dtype) for each in (x, weight, bias, dropped))
+        base = tuple(each if each is None else each.to(compute_dtype(each)) for each in base)
     start_a, start_b = start
     if start_a.requires_grad or start_b.requires_grad:
         start_a, start_b = start_a.detach(), start_b.detach()
-    return cast(Tensor, LowRankChange.apply(x, dropped, weight, bias, *now, start_a, start_b, scaling)[0])
+    inputs = (*base, *now, start_a, start_b, scaling)
+    return cast(Tensor, LowRankChange.apply(*inputs)[0])  # type: ignore[no-untyped-call]
 
 
 class LowRankChange(torch.autograd.Function):

@@ -1,7 +1,7 @@
 """x W^T + bias + s * x A^T B^T as one operation for autograd: what a GPU is asked to do for a factored linear layer.
 
     forward    y = x W^T + bias;  h = x A^T;  y += s * h B^T               two kernels more than the base
-    backward   u = s * g B;  dA = u^T x;  dB = s * g^T h;  dx = g W;  dx += u A    four more; u is the gradient of h
+    backward   u = s * g B;  dB = s * g^T h;  dA = u^T x;  dx = u A;  dx += g W    four more; u is the gradient of h
 
 Autograd would launch more kernels for the same products, and write a tensor of the output's size for most of them.
 On the CPU other orders of the products are faster, and compilers and other classes of tensors need plain operators:
@@ -55,8 +55,10 @@ def low_rank_sum(
         dropped: x after dropout, if A gets that instead of x.
         parts: the outputs that A and B adapt, by default all. Each part has the same number of outputs.
     """
-    x, weight, *others = (_as_autocast(each) for each in (x, weight, bias, dropped))
-    bias, dropped = others
+    if _autocasts(x.device.type):
+        x, weight = x.to(compute_dtype(x)), weight.to(compute_dtype(weight))
+        bias = None if bias is None else bias.to(compute_dtype(bias))
+        dropped = None if dropped is None else dropped.to(compute_dtype(dropped))
     shape = (*x.shape[:-1], weight.shape[0])
     rows, dropped_rows = _as_rows(x), None if dropped is None else _as_rows(dropped)
     parts = ((0, weight.shape[0]),) if parts is None else tuple(parts)
@@ -68,30 +70,24 @@ def low_rank_sum(
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype that x has in a product: autocast's where autocast is on, otherwise its own."""
-    device = x.device.type
-    if not x.is_floating_point() or x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
-        return x.dtype
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    casts = x.is_floating_point() and x.dtype != torch.float64 and _autocasts(x.device.type)
+    return torch.get_autocast_dtype(x.device.type) if casts else x.dtype
+
+
+def _autocasts(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 class LowRankSum(torch.autograd.Function):
     """The operation on x (rows, in), for an output of any shape. All tensors have one dtype.
 
-    h is an output too, so that a gradient of a gradient goes through it.
+    Inputs are x, dropped, weight, bias, a, b, scaling, parts and the output's shape; outputs are the sum and h. h is
+    an output so that a gradient of a gradient goes through it.
     """
 
     @staticmethod
-    def forward(
-        x: Tensor,
-        dropped: Tensor | None,
-        weight: Tensor,
-        bias: Tensor | None,
-        a: Tensor,
-        b: Tensor,
-        scaling: float,
-        parts: Sequence[Part],
-        shape: Sequence[int],
-    ) -> tuple[Tensor, Tensor]:
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:  # torch inspects and binds named ones anew at each call
+        x, dropped, weight, bias, a, b, scaling, parts, shape = inputs
         output = x.new_empty(shape)  # no view of the products, so that hooks on it survive a change in place
         rows = output.view(x.shape[0], weight.shape[0])
         if bias is None:
@@ -99,8 +95,7 @@ class LowRankSum(torch.autograd.Function):
         else:
             torch.addmm(bias, x, weight.t(), out=rows)
         h = torch.mm(x if dropped is None else dropped, a.t())
-        factors = h.chunk(len(parts), 1), b.chunk(len(parts))
-        for outputs, part_h, part_b in zip(_columns(rows, parts), *factors, strict=True):
+        for outputs, part_h, part_b in zip(_columns(rows, parts), _chunks(h, parts, 1), _chunks(b, parts), strict=True):
             outputs.addmm_(part_h, part_b.t(), alpha=scaling)
         return output, h
 
@@ -125,16 +120,16 @@ class LowRankSum(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor | None, g_h: Tensor | None) -> tuple[Tensor | None, ...]:
         x, seen, weight, a, b, h = ctx.saved_tensors
         x_needs, dropped_needs, weight_needs, bias_needs, a_needs, b_needs, *_ = ctx.needs_input_grad
-        seen_needs, count = dropped_needs if ctx.drops else x_needs, len(ctx.parts)
+        seen_needs = dropped_needs if ctx.drops else x_needs
         u, db = g_h, None
         if g is not None:
             g = g.reshape(-1, g.shape[-1])
             outputs = _columns(g, ctx.parts)
             if seen_needs or a_needs:
-                u = _products(outputs, b.chunk(count), ctx.scaling, b, 1)
+                u = _products(outputs, _chunks(b, ctx.parts), ctx.scaling, b, 1)
                 u = u if g_h is None else u + g_h
             if b_needs:
-                db = _products([each.t() for each in outputs], h.chunk(count, 1), ctx.scaling, b, 0)
+                db = _products([each.t() for each in outputs], _chunks(h, ctx.parts, 1), ctx.scaling, b, 0)
         da = torch.mm(u.t(), seen) if a_needs and u is not None else None
         d_seen = torch.mm(u, a) if seen_needs and u is not None else None
         if ctx.drops:
@@ -179,31 +174,33 @@ def add_product(to: Tensor, left: Tensor, right: Tensor) -> Tensor:
 def plus_parts(base: Tensor, h: Tensor, b: Tensor, scaling: float, parts: Sequence[Part]) -> Tensor:
     """Return base + s * h B^T, part by part, by operators that torch maps and differentiates itself."""
     pieces = list(torch.split(base, parts[0][1], 1))
-    for (start, size), part_h, part_b in zip(parts, h.chunk(len(parts), 1), b.chunk(len(parts)), strict=True):
+    for (start, size), part_h, part_b in zip(parts, _chunks(h, parts, 1), _chunks(b, parts), strict=True):
         pieces[start // size] = torch.add(pieces[start // size], F.linear(part_h, part_b), alpha=scaling)
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
 
 
 def _columns(rows: Tensor, parts: Sequence[Part]) -> list[Tensor]:
-    return [rows.narrow(1, start, size) for start, size in parts]
+    """Return the outputs of each adapted part."""
+    whole = len(parts) == 1 and parts[0][1] == rows.shape[1]
+    return [rows] if whole else [rows.narrow(1, start, size) for start, size in parts]
+
+
+def _chunks(joined: Tensor, parts: Sequence[Part], dim: int = 0) -> Sequence[Tensor]:
+    """Return what belongs to each adapted part."""
+    return [joined] if len(parts) == 1 else joined.chunk(len(parts), dim)
 
 
 def _products(lefts: Sequence[Tensor], rights: Sequence[Tensor], scaling: float, b: Tensor, dim: int) -> Tensor:
     """Return s * left @ right of each pair, with the columns of B, joined along a dimension."""
     # No empty tensor in its place: kernels ignore what beta = 0 multiplies, but vmap multiplies it.
     ignored = b.detach()[:1]
-    products = [
-        torch.addmm(ignored, left, right, beta=0, alpha=scaling) for left, right in zip(lefts, rights, strict=True)
-    ]
+    pairs = zip(lefts, rights, strict=True)
+    products = [torch.addmm(ignored, left, right, beta=0, alpha=scaling) for left, right in pairs]
     return products[0] if len(products) == 1 else torch.cat(products, dim)
 
 
 def _as_rows(x: Tensor) -> Tensor:
     return x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
-
-
-def _as_autocast(tensor: Tensor | None) -> Any:
-    return None if tensor is None else tensor.to(compute_dtype(tensor))
 
 
 def _class_of(tensor: Tensor) -> type:

@@ -1,24 +1,24 @@
 """Merge weights of one shape in one batched product, on a device that is not the CPU.
 
 A small weight takes a device less time than the host needs to ask for it. Of n weights of one shape, dtype and device
-that are merged with plain copies, one stack of n is the copies, one batched product is D of all, and one sum over the
-stack is a check of each. Only writing W' back takes an operator for each weight.
+that are merged with plain copies, one stack of n is the copies, one batched product is D of all, and one sum over a
+stack is a check of each. Only writing W' takes an operator for each weight.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Hashable, Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from .bits import BITS
 from .device_merge import Observer, Pending, Prepared, finite_sums, tell_observer
 from .device_sum import DeviceSum
-from .exact_merge import GPU_CHUNK, RestoreRecord, exact_arithmetic
+from .exact_merge import GPU_CHUNK, exact_arithmetic
 from .low_rank import LowRankBlock
-from .merge_checks import Checks
+from .merge_checks import Checks, Reading
 
 LARGEST = 2**22  # elements of a weight; a larger one keeps the device busy for as long as the host needs
 
@@ -68,30 +68,6 @@ def batches(items: Iterable[tuple[Hashable, Item]]) -> dict[Hashable, tuple[Batc
     return found
 
 
-def ask_for_sums(merged: Iterable[tuple[torch.Tensor, RestoreRecord]], checks: Checks) -> None:
-    """Ask for the sums of the bits of weights that are about to be unmerged, where one sum serves many.
-
-    Args:
-        merged: weights with plain copies, and their records.
-        checks: of the verb.
-    """
-    alike: dict[tuple[Any, ...], list[tuple[torch.Tensor, RestoreRecord]]] = defaultdict(list)
-    for weight, record in merged:
-        small = 0 < weight.numel() <= LARGEST and weight.device.type != "cpu"
-        if small and record.copy is not None and record.checksum is not None and record.found is None:
-            alike[weight.shape, weight.dtype, weight.device, record.checksum[1]].append((weight, record))
-    for (*_, integers), group in alike.items():
-        most = max(1, GPU_CHUNK // group[0][0].numel())
-        for first in range(0, len(group), most):
-            some = group[first : first + most]
-            if len(some) > 1:
-                with exact_arithmetic(some[0][0]):
-                    stack = torch.stack([weight.detach() for weight, _ in some])
-                    sums = _bit_sums(stack, integers)
-                for (_, record), reading in zip(some, checks.ask(sums), strict=True):
-                    record.found = reading
-
-
 def _fits(item: Item) -> bool:
     """Return whether a weight is small, on a device, and merged as a whole by one block."""
     weight, block = item.weight, item.blocks[0]
@@ -111,23 +87,34 @@ def _likeness(item: Item) -> Hashable:
 
 
 def _prepare(items: list[Item], checks: Checks) -> list[Prepared]:
-    first = items[0]
+    first, count = items[0], len(items)
     with exact_arithmetic(first.weight):
         weights = torch.stack([item.weight.detach() for item in items])  # these are the copies
         summed = DeviceSum([item.blocks[0] for item in items], first.scaling, weights.dtype)
         if first.observe:
             tell_observer(first.observe, summed, weights)
-        merged = summed.rounded(weights, torch.empty_like(weights))
-        finite = checks.ask(finite_sums(merged))
-        integers = torch.int64 if merged[0].nbytes % 8 == 0 else BITS[merged.element_size()]
-        sums = _bit_sums(merged, integers)
-    parts = zip(items, weights.unbind(), merged.unbind(), finite, checks.ask(sums), strict=True)
-    return [
-        Prepared(copy, new, Pending([(item.weight, item.blocks[0])], [total]), (bits, integers))
-        for item, copy, new, total, bits in parts
-    ]
+        sums = summed.delta() if summed.is_added() else summed.exact(weights)
+    deltas: Iterable[torch.Tensor | None] = sums.unbind() if summed.is_added() else [None] * count
+    exacts: Iterable[torch.Tensor | None] = [None] * count if summed.is_added() else sums.unbind()
+    integers = torch.int64 if weights[0].nbytes % 8 == 0 else BITS[weights.element_size()]
+    finite, bits = _ask_when_written(items, integers, checks)
+    pending = [Pending([(item.weight, item.blocks[0])], [total]) for item, total in zip(items, finite, strict=True)]
+    checksums = [(total, integers) for total in bits]
+    parts = zip(weights.unbind(), deltas, exacts, pending, checksums, strict=True)
+    return [Prepared(*each) for each in parts]
 
 
-def _bit_sums(weights: torch.Tensor, integers: torch.dtype) -> torch.Tensor:
-    """Return the sum (n,) of the bits of each weight of a contiguous stack, read as integers of a dtype."""
-    return weights.flatten(1).view(integers).sum(1)
+def _ask_when_written(items: list[Item], integers: torch.dtype, checks: Checks) -> tuple[list[Reading], list[Reading]]:
+    """Ask for sums of W' of all weights, and for sums of their bits. They are computed when all are written."""
+    written: list[torch.Tensor] = []
+
+    def finite() -> torch.Tensor:
+        with exact_arithmetic(items[0].weight):
+            written[:] = [torch.stack([item.weight.detach() for item in items])]
+            return finite_sums(written[0])
+
+    def bits() -> torch.Tensor:
+        with exact_arithmetic(items[0].weight):
+            return written[0].flatten(1).view(integers).sum(1)
+
+    return checks.ask_later(len(items), finite), checks.ask_later(len(items), bits)

@@ -8,6 +8,7 @@ waits as often for many layers as for one.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -41,6 +42,7 @@ class Checks:
 
     def __init__(self) -> None:
         self.asked: list[tuple[torch.Tensor, list[Reading]]] = []
+        self.later: list[tuple[Callable[[], torch.Tensor], list[Reading]]] = []
 
     def ask(self, numbers: torch.Tensor) -> list[Reading]:
         """Return a Reading for each of some numbers on a device.
@@ -52,8 +54,23 @@ class Checks:
         self.asked.append((numbers.detach().reshape(-1), readings))
         return readings
 
+    def ask_later(self, count: int, compute: Callable[[], torch.Tensor]) -> list[Reading]:
+        """Return a Reading for each of some numbers that are computed when the first number of these Checks is read.
+
+        Args:
+            count: of the numbers.
+            compute: returns them, as `ask` takes them.
+        """
+        readings = [Reading(self) for _ in range(count)]
+        self.later.append((compute, readings))
+        return readings
+
     def read(self) -> None:
         """Read all numbers that were asked for: one wait for each device that computes some."""
+        while self.later:
+            compute, readings = self.later[0]
+            self.asked.append((compute().detach().reshape(-1), readings))
+            del self.later[0]
         asked = list(self.asked)
         for device in dict.fromkeys(numbers.device for numbers, _ in asked):
             of_device = [(numbers, readings) for numbers, readings in asked if numbers.device == device]

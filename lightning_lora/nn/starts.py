@@ -149,14 +149,14 @@ class StartedLayer(LoRALinear):
     """A linear layer whose forward and backward form the differences and the stacked factors once."""
 
     def factored_forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
-        parameters = self._parameters
-        weight = parameters.get("weight")
-        if len(args) == 1 and weight is not None and not kwargs and self.lora.spec.enabled is None:
-            x, bias, now = args[0], cast("torch.Tensor | None", self.bias), (parameters[A], parameters[B])
-            if can_change(x, weight, now[0]):
+        own = cast("dict[str, torch.Tensor]", self._parameters)
+        # Where a weight or bias is computed from other parameters, it is not among them.
+        if len(args) == 1 and "weight" in own and "bias" in own and not kwargs and self.lora.spec.enabled is None:
+            x, weight, a = args[0], own["weight"], own[A]
+            if can_change(x, weight, a):
                 dropped, scaling = self.dropped(x)
-                start = parameters[START_A], parameters[START_B]
-                return low_rank_change(x, self.out_in(weight), bias, now, start, scaling, dropped)
+                now, start = (a, own[B]), (own[START_A], own[START_B])
+                return low_rank_change(x, self.out_in(weight), own["bias"], now, start, scaling, dropped)
         return super().factored_forward(*args, **kwargs)
 
     def out_in(self, weight: torch.Tensor) -> torch.Tensor:

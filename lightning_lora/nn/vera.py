@@ -86,7 +86,8 @@ class VeRA(Variant):
         return {**stored, SHARED_A: stored[SHARED_A][:, :inputs], SHARED_B: stored[SHARED_B][:outputs]}
 
     def acting(self, stored: Stored, weight: torch.Tensor | None, scaling: float) -> Acting:
-        return Acting(stored[DIAGONAL][:, None] * stored[SHARED_A], stored[ROWS][:, None] * stored[SHARED_B])
+        # Both vectors scale B, so that A is used as it lies, and no gradient of A's size is computed.
+        return Acting(stored[SHARED_A], stored[ROWS][:, None] * stored[DIAGONAL] * stored[SHARED_B])
 
     # --- what it goes with ---
 

@@ -38,9 +38,9 @@ Build = Callable[[], nn.Module]
 class Tables(nn.Module):
     """Embeddings of the same tokens, summed."""
 
-    def __init__(self, layers: int) -> None:
+    def __init__(self, layers: int, padding_idx: int | None = None) -> None:
         super().__init__()
-        self.tables = nn.ModuleList(nn.Embedding(WIDTH, WIDTH) for _ in range(layers))
+        self.tables = nn.ModuleList(nn.Embedding(WIDTH, WIDTH, padding_idx) for _ in range(layers))
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         return torch.stack([table(tokens) for table in self.tables]).sum(0)
@@ -64,8 +64,21 @@ def chain(layer: Build) -> Callable[[int], nn.Module]:
 LINEAR = chain(lambda: nn.Linear(WIDTH, WIDTH))
 
 
+def convolutions(channels_last: bool = False, **options: Any) -> Callable[[int], nn.Module]:
+    order: Any = torch.channels_last if channels_last else torch.preserve_format
+    return chain(lambda: nn.Conv2d(32, 32, 3, padding=1, **options).to(memory_format=order))
+
+
 def features() -> torch.Tensor:
     return torch.randn(ROWS, WIDTH)
+
+
+def images() -> torch.Tensor:
+    return torch.randn(4, 32, 8, 8)
+
+
+def images_with_channels_last() -> torch.Tensor:
+    return images().to(memory_format=torch.channels_last)
 
 
 @dataclass(frozen=True)
@@ -95,8 +108,11 @@ TABLE = {
     "LoHa": Row({"variant": "loha"}, LoHaConfig),
     "a variant of your own": Row({"variant": "gated"}, None),
     "LoRA, Conv1D": Row(network=chain(lambda: Conv1D(WIDTH, WIDTH)), peft=partial(LoraConfig, fan_in_fan_out=True)),
-    "LoRA, Conv2d": Row(network=chain(lambda: nn.Conv2d(32, 32, 3, padding=1)), x=lambda: torch.randn(4, 32, 8, 8)),
+    "LoRA, Conv2d": Row(network=convolutions(), x=images),
+    "LoRA, Conv2d, channels last": Row(network=convolutions(channels_last=True), x=images_with_channels_last),
+    "LoRA, Conv2d, groups": Row(network=convolutions(groups=4), x=images, peft=None),  # peft cannot merge it
     "LoRA, Embedding": Row(network=Tables, x=lambda: torch.arange(ROWS)),
+    "LoRA, Embedding, padding": Row(network=partial(Tables, padding_idx=0), x=lambda: torch.arange(ROWS)),
     "LoRA, fused projection": Row(network=chain(Fused), peft=None),
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_lora.nn.bits import BITS, correct_, find_corrections
+from lightning_lora.nn.bits import BITS, correct_, differing, far_off, find_corrections, places
 from support.layers import DTYPES, make_weight, same_bits
 
 
@@ -13,6 +13,19 @@ def corrected(weight: torch.Tensor, computed: torch.Tensor) -> torch.Tensor:
     bits = BITS[weight.element_size()]
     changed = (weight.view(bits) ^ computed.view(bits)).flatten().nonzero().squeeze(1)
     corrections = find_corrections(weight, computed, changed)
+    result = computed.clone()
+    correct_(result, corrections)
+    assert same_bits(corrected_by_counts(weight, computed), result)
+    return result
+
+
+def corrected_by_counts(weight: torch.Tensor, computed: torch.Tensor) -> torch.Tensor:
+    """As where a device tells the numbers of elements before their positions are known."""
+    mask = differing(weight, computed)
+    changed = places(mask, int(mask.sum()))
+    assert torch.equal(changed, places(mask))
+    corrections = find_corrections(weight, computed, changed, int(far_off(weight, computed).sum()))
+    assert len(corrections.gaps) <= len(changed) + weight.numel() // 255
     result = computed.clone()
     correct_(result, corrections)
     return result

@@ -535,3 +535,17 @@ def test_experts_of_transformers_stay_factored_and_give_output_and_gradients_of_
     for one, other in zip(gradients, expected_gradients, strict=True):
         assert other.norm() > 0
         assert (one - other).norm() <= tolerance * other.norm()
+
+
+def test_an_expert_read_without_gradients_first_gets_its_gradient_later():
+    left, right = (torch.randn(shape, requires_grad=True) for shape in ((3, 5, 2), (3, 2, 4)))
+    stand_in = FactoredWeight(torch.randn(3, 5, 4), left, right)
+    x = torch.randn(6, 4)
+    with torch.no_grad():
+        quiet = F.linear(x, stand_in[-1])
+    recorded = F.linear(x, stand_in[-1])
+    assert torch.equal(recorded, quiet)
+    recorded.sum().backward()
+    for factor in (left, right):
+        assert factor.grad[2].any()
+        assert not factor.grad[:2].any()

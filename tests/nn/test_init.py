@@ -144,3 +144,10 @@ def test_factors_injected_in_inference_mode_train():
     randomise_(model)
     model(tokens()).sum().backward()
     assert model.conv.lora_A.grad is not None
+
+
+@pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal", "pissa", "pissa_niter_2", "olora"])
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_initial_factors_lie_in_memory_as_loaded_ones_do(kind, init):
+    """Products of factors in another order of memory differ in their last bits."""
+    assert all(factor.is_contiguous() for factor in ours(kind, init))

@@ -209,6 +209,13 @@ def trained_base(model: nn.Module, x: torch.Tensor) -> list[Any]:
     return step(model.requires_grad_(True), x)
 
 
+def factors_in_16_bits(model: nn.Module, x: torch.Tensor) -> list[Any]:
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.bfloat16()
+    return step(model, x)[:2]
+
+
 def frozen_input(model: nn.Module, x: torch.Tensor) -> list[Any]:
     return step(model, x.detach())
 
@@ -268,7 +275,17 @@ def gradient_of_gradient(model: nn.Module, x: torch.Tensor) -> list[Any]:
 
 
 SITUATIONS: list[Callable[[Any, torch.Tensor], list[Any]]] = [
-    *(step, autocast, trained_base, frozen_input, twice, changed_in_place, checkpointed, checkpointed_reentrant),
+    *(
+        step,
+        autocast,
+        factors_in_16_bits,
+        trained_base,
+        frozen_input,
+        twice,
+        changed_in_place,
+        checkpointed,
+        checkpointed_reentrant,
+    ),
     *(by_keyword, not_contiguous, no_rows, without_gradients, gradient_of_gradient),
 ]
 KINDS = ("linear", "linear, one vector", "linear, three axes", "transformers Conv1D", "fused, outer parts")
