@@ -43,12 +43,12 @@ pytestmark = [
 VARIANTS: dict[str, dict[str, Any]] = {
     "LoRA": {},
     "DoRA": {"use_dora": True},
-    "PiSSA": {"init_lora_weights": "pissa", "target_modules": ["conv", "first", "last"]},
-    "VeRA": {"variant": "vera", "target_modules": ["first", "last"]},
-    "LoHa": {"variant": "loha", "target_modules": ["conv", "first", "last"]},
-    "own": {"variant": "gated", "target_modules": ["first", "last"]},
-    "parameters": {"target_modules": ["first"], "target_parameters": ["last.weight"]},
-    "rows": {"target_modules": ["first", "last"], "trainable_token_indices": {"table": [1, 4]}},
+    "PiSSA": {"init_lora_weights": "pissa", "target_modules": ["conv", "first", "second", "last"]},
+    "VeRA": {"variant": "vera", "target_modules": ["first", "second", "last"]},
+    "LoHa": {"variant": "loha", "target_modules": ["conv", "first", "second", "last"]},
+    "own": {"variant": "gated", "target_modules": ["first", "second", "last"]},
+    "parameters": {"target_modules": ["first", "second"], "target_parameters": ["last.weight"]},
+    "rows": {"target_modules": ["first", "second", "last"], "trainable_token_indices": {"table": [1, 4]}},
 }
 DROPPING = ("LoRA", "DoRA", "PiSSA", "VeRA", "own", "rows")  # the others take no lora_dropout
 COMPILED = [pytest.param(name, marks=() if name in ("LoRA", "DoRA") else pytest.mark.slow) for name in VARIANTS]
@@ -63,16 +63,16 @@ def own_variant() -> Iterator[None]:
 
 
 class Mixed(nn.Module):
-    """A table, a convolution, two linear layers."""
+    """A table, a convolution, three linear layers, two of them alike: these are merged together."""
 
     def __init__(self, width: int = 16) -> None:
         super().__init__()
         self.table, self.conv = nn.Embedding(12, width), nn.Conv1d(width, width, 3, padding=1)
-        self.first, self.last = nn.Linear(width, width), nn.Linear(width, 4)
+        self.first, self.second, self.last = nn.Linear(width, width), nn.Linear(width, width), nn.Linear(width, 4)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         x = self.conv(self.table(tokens).transpose(1, 2)).transpose(1, 2)
-        result: torch.Tensor = self.last(self.first(x).tanh())
+        result: torch.Tensor = self.last(self.second(self.first(x).tanh()).tanh())
         return result
 
 
@@ -80,7 +80,7 @@ def adapted(device: str, dtype: torch.dtype = torch.float32, **options: Any) -> 
     """A model on a device, away from its start."""
     torch.manual_seed(1)
     model = Mixed().to(dtype)
-    inject(model, LoRAConfig(**{"r": 2, "target_modules": ["table", "conv", "first", "last"]} | options))
+    inject(model, LoRAConfig(**{"r": 2, "target_modules": ["table", "conv", "first", "second", "last"]} | options))
     return fill_(model).to(device)
 
 
