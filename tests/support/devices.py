@@ -38,6 +38,7 @@ def cuda() -> Iterator[str]:
 def _exact_products() -> list[tuple[Any, str, Any]]:
     cudnn: Any = torch.backends.cudnn
     products: Any = torch.backends.cuda.matmul
+    exact: list[tuple[Any, str, Any]]
     if hasattr(cudnn, "conv"):  # torch 2.9, where the older settings beside the newer ones are an error
         exact = [(place, "fp32_precision", "ieee") for place in (products, cudnn.conv, cudnn.rnn)]
     else:
@@ -73,7 +74,8 @@ def captured(device: str, work: Callable[[], object]) -> Callable[[], object]:
     """Return what repeats `work` on the same tensors: a CUDA graph of it, or `work` itself on any other device."""
     if device != "cuda":
         return work
-    stream = torch.cuda.Stream()  # what a graph captures has to run before, on another stream
+    # What a graph captures has to run before, on another stream.
+    stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
