@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+from collections.abc import Iterator
 from contextlib import suppress
 from importlib.metadata import version
 
@@ -23,6 +24,7 @@ from support import shortcuts  # noqa: E402
 shortcuts.read_entry_points_once()
 shortcuts.seed_without_stack_traces()
 
+from support.devices import PLACES, Place  # noqa: E402
 from support.lightning_versions import HAS_WEIGHT_AVERAGING  # noqa: E402
 from support.notices import ALL_ARE_ERRORS, HYPOTHESIS_NOTICE, LIGHTNING_NOTICES  # noqa: E402
 
@@ -76,6 +78,25 @@ def _one_thread_and_seed():
     yield
     torch.set_num_threads(1)
     os.environ.pop("PL_GLOBAL_SEED", None)  # seed_everything leaves it, and later process groups would reseed by it
+
+
+@pytest.fixture
+def a_device() -> Place:
+    """What makes a device that is not the CPU available inside, and gives its name: tests/cuda has GPUs instead."""
+    return PLACES["pretend"]
+
+
+@pytest.fixture
+def device(a_device: Place) -> Iterator[str]:
+    """The name of that device, which is there for the whole test."""
+    with a_device() as name:
+        yield name
+
+
+@pytest.fixture
+def compiling_device() -> str:
+    """The CPU where there is no GPU, for what knows no pretended device: compilers, profilers, packed weights."""
+    return "cpu"
 
 
 @pytest.fixture

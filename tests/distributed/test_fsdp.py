@@ -36,7 +36,19 @@ from support.models import Zoo, randomise_, tokens, zoo_config
 from support.processes import world
 from support.recorders import Traffic
 from support.runs import At
-from support.sharded import WAYS, Sharded, X, base_of, data, loader, make_trainer, model_parallel, shard_, whole_state
+from support.sharded import (
+    DEVICE,
+    WAYS,
+    Sharded,
+    X,
+    base_of,
+    data,
+    loader,
+    make_trainer,
+    model_parallel,
+    shard_,
+    whole_state,
+)
 from support.sharded_adapters import adapters, assert_same_bits, injected
 
 # --- every way of sharding, against the same network on one device ---
@@ -50,13 +62,13 @@ WAYS_OF_FOUR: dict[str, dict[str, Any]] = {
 def cycles(way: str) -> None:
     dtype = torch.bfloat16 if way == "bfloat16 base" else torch.float32
     options = (WAYS | WAYS_OF_FOUR)[way]
-    net, alone = shard_(injected(dtype=dtype), **options), injected(dtype=dtype)
+    net, alone = shard_(injected(dtype=dtype), **options), injected(dtype=dtype).to(DEVICE)
     before = base_of(whole_state(net))
     assert_same_bits(before, base_of(whole_state(alone)))
     coarse = way in ("mixed precision", "bfloat16 base")
     close = {"rtol": 0.05, "atol": 0.05} if coarse else {"rtol": 1e-5, "atol": 1e-5}
     optimizers = [torch.optim.SGD(adapters(model), lr=0.05) for model in (net, alone)]
-    x = X.to(dtype)
+    x = X.to(DEVICE, dtype)
     for epoch in range(4):
         for model, optimizer in zip((net, alone), optimizers, strict=True):
             optimizer.zero_grad()

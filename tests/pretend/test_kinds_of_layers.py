@@ -12,12 +12,13 @@ from torch import nn
 
 from lightning_lora import LoRAConfig, inject, is_merged, merge, unmerge
 from support import parameters as of_parameters
+from support.devices import Place
 from support.layers import CASES, Holder, same_bits
-from support.pretend_device import DEVICE, pretend_device
 from support.variants import define_gated, variants_forgotten
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:lightning_lora. merged 16-bit weights. rounding costs"),
+    pytest.mark.filterwarnings("ignore:RNN module weights are not part of single contiguous chunk"),  # of cuDNN
 ]
 KINDS = ("linear", "linear, three axes", "transformers Conv1D", "conv2d", "conv1d, groups", "embedding, padding")
 OPTIONS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {  # and the kinds of layers that take them
@@ -94,7 +95,7 @@ def assert_near(found: torch.Tensor, expected: torch.Tensor, tolerance: float, w
 
 
 @pytest.fixture(autouse=True)
-def _own_variant() -> Any:
+def own_variant() -> Any:
     with variants_forgotten():
         define_gated()
         yield
@@ -102,7 +103,7 @@ def _own_variant() -> Any:
 
 @each(*PRECISIONS)
 @pytest.mark.parametrize("name", SUBJECTS)
-def test_a_step_on_a_device_is_that_on_the_cpu(name: str, precision: str):
+def test_a_step_on_a_device_is_that_on_the_cpu(name: str, precision: str, a_device: Place):
     dtype, cast, tolerance = PRECISIONS[precision]
 
     def autocast(device: str) -> AbstractContextManager[Any]:
@@ -110,8 +111,8 @@ def test_a_step_on_a_device_is_that_on_the_cpu(name: str, precision: str):
 
     model, x = make(name, dtype)
     expected = step(copy.deepcopy(model), x, autocast("cpu"))
-    with pretend_device():
-        found = step(model.to(DEVICE), x.to(DEVICE), autocast(DEVICE))
+    with a_device() as device:
+        found = step(model.to(device), x.to(device), autocast(device))
     assert found.keys() == expected.keys()
     for key, value in expected.items():
         same_lists = not (cast and name.startswith("parameters"))  # autocast has other lists of cells for the CPU
@@ -121,21 +122,23 @@ def test_a_step_on_a_device_is_that_on_the_cpu(name: str, precision: str):
 
 @each(*DTYPES)
 @pytest.mark.parametrize("name", SUBJECTS)
-def test_a_layer_is_merged_on_a_device_as_on_the_cpu_and_every_bit_comes_back(name: str, precision: str):
+def test_a_layer_is_merged_on_a_device_as_on_the_cpu_and_every_bit_comes_back(
+    name: str, precision: str, a_device: Place
+):
     dtype, _, tolerance = PRECISIONS[precision]
     model, x = make(name, dtype)
     merge(there := copy.deepcopy(model.eval()))
     expected = dict(there.named_parameters())
-    with pretend_device():
+    with a_device() as device:
         before = {key: value.clone() for key, value in model.named_parameters()}
-        model.to(DEVICE)
+        model.to(device)
         with torch.no_grad():
-            answer = model(x.to(DEVICE))
+            answer = model(x.to(device))
         merge(model)
         assert is_merged(model)
-        assert {value.device.type for value in model.parameters()} == {DEVICE}
+        assert {value.device.type for value in model.parameters()} == {device}
         with torch.no_grad():
-            merged = model(x.to(DEVICE))
+            merged = model(x.to(device))
         values = {key: value.detach().cpu() for key, value in model.named_parameters()}
         unmerge(model)
         after = {key: value.detach().cpu() for key, value in model.named_parameters()}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from support.devices import Place
 from support.notices import tiny_layers
 from support.pairs import placed
-from support.pretend_device import pretend_device
 from test_pairs import COLUMN_OF, NO_PAIR, PAIRS, ROW_OF, outcome, page_outcomes
 
 pytestmark = [
@@ -33,6 +33,6 @@ ON_A_DEVICE = [
 
 
 @pytest.mark.parametrize(("variant", "condition"), ON_A_DEVICE)
-def test_a_pair_gives_the_outcome_in_the_page(variant: str, condition: str):
-    with pretend_device() as device, placed(device):
+def test_a_pair_gives_the_outcome_in_the_page(variant: str, condition: str, a_device: Place):
+    with a_device() as device, placed(device):
         assert outcome(ROW_OF[variant], COLUMN_OF[condition]) == page_outcomes()[variant, condition] != NO_PAIR

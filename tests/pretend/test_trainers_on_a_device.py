@@ -12,10 +12,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_lora import LoRACallback, LoRAMonitor, is_merged, load_from_checkpoint
+from support.devices import Place
 from support.lightning_versions import PLAIN_TYPES_ONLY
 from support.notices import tiny_layers
 from support.pretend_accelerator import on_the_device
-from support.pretend_device import DEVICE, pretend_device
 from support.runs import Watched, base_weights, lora
 from support.training import Data, Net, assert_same_tensors, make_trainer, weights
 
@@ -53,15 +53,17 @@ def fitted(path: Path, model: Net, callback: LoRACallback, place: dict[str, Any]
 
 
 @pytest.mark.parametrize(("variant", "kind"), RUNS)
-def test_a_run_on_a_device_is_that_on_the_cpu_resumes_and_tests_its_best(variant: str, kind: str, tmp_path: Path):
+def test_a_run_on_a_device_is_that_on_the_cpu_resumes_and_tests_its_best(
+    variant: str, kind: str, tmp_path: Path, a_device: Place
+):
     options = VARIANTS[variant]
     on_cpu, path = Watched(), tmp_path / "device"
     fitted(tmp_path / "cpu", on_cpu, lora(save=kind, **options), {})
-    with pretend_device():
+    with a_device() as device:
         model, again = Watched(), Watched()
         base = base_weights(model)
-        trainer = fitted(path, model, lora(save=kind, **options), on_the_device())
-        assert trainer.strategy.root_device.type == DEVICE
+        trainer = fitted(path, model, lora(save=kind, **options), on_the_device(device))
+        assert trainer.strategy.root_device.type == device
         assert {merged for stage, merged, _ in model.seen if stage == "validation"} == {True}
         assert {merged for stage, merged, _ in model.seen if stage == "train"} == {False}
         found = weights(model)
@@ -70,7 +72,7 @@ def test_a_run_on_a_device_is_that_on_the_cpu_resumes_and_tests_its_best(variant
         (tested,) = trainer.test(model, Data(), ckpt_path="best", verbose=False, **PLAIN_TYPES_ONLY)
         assert tested["test_loss"] == pytest.approx(trainer.checkpoint_callback.best_model_score.item(), rel=1e-5)
         assert not is_merged(model)
-        fitted(path, again, lora(save=kind, **options), on_the_device(), ckpt_path=str(path / "epoch=1.ckpt"))
+        fitted(path, again, lora(save=kind, **options), on_the_device(device), ckpt_path=str(path / "epoch=1.ckpt"))
         if "lora_dropout" not in options:  # whose masks come from the random stream
             assert_same_tensors(weights(again), found)
     if "lora_dropout" not in options:  # a device draws other masks
@@ -79,10 +81,10 @@ def test_a_run_on_a_device_is_that_on_the_cpu_resumes_and_tests_its_best(variant
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_checkpoint_of_a_device_goes_on_on_the_cpu_and_back(kind: str, tmp_path: Path):
-    with pretend_device():
+def test_a_checkpoint_of_a_device_goes_on_on_the_cpu_and_back(kind: str, tmp_path: Path, a_device: Place):
+    with a_device() as device:
         there, on_cpu, back = Net(), Net(), Net()
-        fitted(tmp_path, there, lora(save=kind), on_the_device())
+        fitted(tmp_path, there, lora(save=kind), on_the_device(device))
         source = tmp_path / "epoch=1.ckpt"
         loaded = load_from_checkpoint(Net, source)
         assert {value.device.type for value in loaded.state_dict().values()} == {"cpu"}
@@ -90,15 +92,15 @@ def test_a_checkpoint_of_a_device_goes_on_on_the_cpu_and_back(kind: str, tmp_pat
         for name, value in on_cpu.state_dict().items():
             torch.testing.assert_close(there.state_dict()[name].cpu(), value, rtol=1e-4, atol=1e-5)
         last = str(tmp_path / "epoch=2.ckpt")  # of the CPU
-        fitted(tmp_path, back, lora(save=kind), on_the_device(), ckpt_path=last, max_epochs=4)
+        fitted(tmp_path, back, lora(save=kind), on_the_device(device), ckpt_path=last, max_epochs=4)
         assert all(value.isfinite().all() for value in back.parameters())
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "16-true", "64-true"])
-def test_each_precision_trains_and_validates_merged_on_a_device(precision: str, tmp_path: Path):
-    with pretend_device():
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true"])
+def test_each_precision_trains_and_validates_merged_on_a_device(precision: str, tmp_path: Path, a_device: Place):
+    with a_device() as device:
         model = Watched()
-        options = on_the_device(precision) | {"logger": CSVLogger(tmp_path), "max_epochs": 2}
+        options = on_the_device(device, precision) | {"logger": CSVLogger(tmp_path), "max_epochs": 2}
         trainer = make_trainer(tmp_path, lora(), LoRAMonitor(), **options)
         trainer.fit(model, Data())
         factors = [p for name, p in model.named_parameters() if "lora_" in name]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,6 @@ from lightning_lora import (
     unmerge,
 )
 from support.models import Zoo, state_bits, tokens, zoo_config
-from support.pretend_device import DEVICE, pretend_device
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:lightning_lora. merged 16-bit weights. rounding costs"),
@@ -51,12 +50,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "rows": {"target_modules": ["body.0", "body.3"], "trainable_token_indices": {"embed": [1, 4]}},
 }
 Verb = Callable[[nn.Module, Path], Any]
-
-
-@pytest.fixture(autouse=True)
-def _device() -> Iterator[None]:
-    with pretend_device():
-        yield
 
 
 def adapted(device: str, seed: int = 1, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
@@ -230,23 +223,26 @@ def assert_alike(found: Any, expected: Any, place: str = "") -> None:
 
 
 @pytest.mark.parametrize(("verb", "variant"), PAIRS)
-def test_a_verb_does_on_a_device_what_it_does_on_the_cpu(verb: str, variant: str, tmp_path: Path):
+def test_a_verb_does_on_a_device_what_it_does_on_the_cpu(verb: str, variant: str, tmp_path: Path, device: str):
     expected = VERBS[verb](adapted("cpu", **VARIANTS[variant]), tmp_path / "cpu")
-    model = adapted(DEVICE, **VARIANTS[variant])
-    assert {value.device.type for value in model.state_dict().values()} == {DEVICE}
+    model = adapted(device, **VARIANTS[variant])
+    assert {value.device.type for value in model.state_dict().values()} == {device}
     found = VERBS[verb](model, tmp_path / "device")
-    assert {value.device.type for value in model.state_dict().values()} == {DEVICE}
+    assert {value.device.type for value in model.state_dict().values()} == {device}
     assert_alike(found, expected)
 
 
 # --- moves ---
 
-PLACES = [("cpu", DEVICE), (DEVICE, "cpu")]
+MOVES = [("cpu", "device"), ("device", "cpu")]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize(("start", "end"), PLACES)
-def test_a_merged_model_that_moves_is_merged_there_and_every_bit_comes_back(start: str, end: str, variant: str):
+@pytest.mark.parametrize(("start", "end"), MOVES)
+def test_a_merged_model_that_moves_is_merged_there_and_every_bit_comes_back(
+    start: str, end: str, variant: str, device: str
+):
+    start, end = (device if place == "device" else place for place in (start, end))
     model = adapted(start, **VARIANTS[variant])
     before, expected = state_bits(model), answer(model).cpu()
     merge(model)
@@ -260,21 +256,21 @@ def test_a_merged_model_that_moves_is_merged_there_and_every_bit_comes_back(star
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_model_trains_after_each_move_and_casts_on_a_device(variant: str):
+def test_a_model_trains_after_each_move_and_casts_on_a_device(variant: str, device: str):
     model = adapted("cpu", **VARIANTS[variant])
-    for device, dtype in ((DEVICE, torch.float32), (DEVICE, torch.bfloat16), ("cpu", torch.bfloat16)):
-        model.to(device, dtype)
+    for place, dtype in ((device, torch.float32), (device, torch.bfloat16), ("cpu", torch.bfloat16)):
+        model.to(place, dtype)
         model.zero_grad()
         trained_step(model)
         grads = {p.grad.device.type for p in model.parameters() if p.grad is not None}
-        assert grads == {device}
+        assert grads == {place}
         merge(model)
         unmerge(model)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_copy_of_a_merged_model_on_a_device_is_apart_from_it(variant: str):
-    model = adapted(DEVICE, **VARIANTS[variant])
+def test_a_copy_of_a_merged_model_on_a_device_is_apart_from_it(variant: str, device: str):
+    model = adapted(device, **VARIANTS[variant])
     before = state_bits(model)
     merge(model)
     other = copy.deepcopy(model)
@@ -282,12 +278,13 @@ def test_a_copy_of_a_merged_model_on_a_device_is_apart_from_it(variant: str):
     assert is_merged(other)
     unmerge(other)
     assert state_bits(other) == state_bits(model) == before
-    assert {value.device.type for value in other.state_dict().values()} == {DEVICE}
+    assert {value.device.type for value in other.state_dict().values()} == {device}
 
 
-@pytest.mark.parametrize("source", ["cpu", DEVICE])
-@pytest.mark.parametrize("target", ["cpu", DEVICE])
-def test_a_checkpoint_loads_from_any_device_onto_any_other(source: str, target: str, tmp_path: Path):
+@pytest.mark.parametrize("source", ["cpu", "device"])
+@pytest.mark.parametrize("target", ["cpu", "device"])
+def test_a_checkpoint_loads_from_any_device_onto_any_other(source: str, target: str, tmp_path: Path, device: str):
+    source, target = (device if place == "device" else place for place in (source, target))
     one, other = adapted(source), adapted(target, seed=5)
     torch.save({"state_dict": adapter_state_dict(one)}, tmp_path / "adapter.pt")
     found = torch.load(tmp_path / "adapter.pt", weights_only=True)["state_dict"]
@@ -297,11 +294,11 @@ def test_a_checkpoint_loads_from_any_device_onto_any_other(source: str, target: 
     assert trained == {name: bits for name, bits in state_bits(one).items() if "lora_" in name}
 
 
-def test_what_rounding_costs_is_said_of_a_device_as_of_the_cpu(caplog: pytest.LogCaptureFixture):
+def test_what_rounding_costs_is_said_of_a_device_as_of_the_cpu(caplog: pytest.LogCaptureFixture, device: str):
     said = []
-    for device in ("cpu", DEVICE):
+    for place in ("cpu", device):
         caplog.clear()
         with caplog.at_level("INFO"):
-            merge(adapted(device, dtype=torch.bfloat16))
+            merge(adapted(place, dtype=torch.bfloat16))
         said.append([message for message in caplog.messages if "rounding costs" in message])
     assert said[0] == said[1] != []

@@ -109,8 +109,8 @@ def loss_of(model: nn.Module, data: tuple[torch.Tensor, torch.Tensor]) -> torch.
 def fresh(variant: Variant, dtype: torch.dtype = torch.float32, seed: int = 1) -> Any:
     """Return the model without an adapter."""
     torch.manual_seed(seed)
-    model = Small(64 if variant.quantised else 12).to(place(), dtype)
-    return quantise_(model, variant.quantised) if variant.quantised else model
+    model = Small(64 if variant.quantised else 12).to(dtype)
+    return quantise_(model, variant.quantised, device=place()) if variant.quantised else model.to(place())
 
 
 def adapted(

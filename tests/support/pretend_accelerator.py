@@ -1,4 +1,4 @@
-"""What a Trainer needs to run on the pretended device."""
+"""What a Trainer needs to run on the pretended device, or on another one."""
 
 from __future__ import annotations
 
@@ -46,8 +46,10 @@ class PretendAccelerator(Accelerator):
         return DEVICE
 
 
-def on_the_device(precision: str = "32-true") -> dict[str, Any]:
-    """Options of a Trainer that runs there."""
+def on_the_device(device: str = DEVICE, precision: str = "32-true") -> dict[str, Any]:
+    """Options of a Trainer that runs on a device."""
+    if device != DEVICE:
+        return {"accelerator": device, "devices": 1, "precision": precision}
     options: dict[str, Any] = {
         "accelerator": "auto",
         "strategy": SingleDeviceStrategy(device=torch.device(DEVICE, 0), accelerator=PretendAccelerator()),

@@ -137,9 +137,10 @@ def _serve(rank: int, size: int, port: int, collective_timeout: float, inbox: An
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     torch.set_num_threads(1)
     quiet()
-    dist.init_process_group(BACKEND, timeout=timedelta(seconds=collective_timeout))
     if BACKEND == "nccl":
         torch.cuda.set_device(rank)
+    of_each_device = "cpu:gloo,cuda:nccl" if BACKEND == "nccl" else BACKEND  # shards may be offloaded to the CPU
+    dist.init_process_group(of_each_device, timeout=timedelta(seconds=collective_timeout))
     outbox.put((rank, "", None))
     stays = True
     while stays:

@@ -35,17 +35,17 @@ def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:
     ).to(dtype)
 
 
-def quantise_(model: nn.Module, kind: str, *, moved: bool = True) -> Any:
+def quantise_(model: nn.Module, kind: str, *, moved: bool = True, device: str = "cpu") -> Any:
     """Replace all linear layers, or their weights, by quantised ones. bitsandbytes quantises when a layer is moved."""
     if kind in OF_TORCHAO:
         torchao = pytest.importorskip("torchao.quantization")
         torchao.quantize_(model, getattr(torchao, kind)())
-        return model
+        return model.to(device)
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if type(child) is nn.Linear:
                 setattr(parent, name, layer_of_bitsandbytes(child, kind))
-    return model.to("cpu") if moved else model
+    return model.to(device) if moved else model
 
 
 def layer_of_bitsandbytes(linear: nn.Linear, kind: str) -> Any:
@@ -76,12 +76,12 @@ def values_of(layer: Any) -> Any:
     weight = layer.weight
     if not hasattr(weight, "quant_type") and not hasattr(weight, "SCB"):
         assert type(weight) is not nn.Parameter
-        return weight.detach().dequantize().double()
+        return weight.detach().dequantize().double().cpu()
     bnb = pytest.importorskip("bitsandbytes")
     if hasattr(weight, "SCB"):
         scales = layer.state.SCB if weight.SCB is None else weight.SCB
-        return bnb.functional.int8_vectorwise_dequant(weight.data, scales).double()
-    return bnb.functional.dequantize_4bit(weight.data, weight.quant_state).double()
+        return bnb.functional.int8_vectorwise_dequant(weight.data, scales).double().cpu()
+    return bnb.functional.dequantize_4bit(weight.data, weight.quant_state).double().cpu()
 
 
 def reference(model: Any, dtype: torch.dtype = torch.float64) -> nn.Sequential:
@@ -122,7 +122,7 @@ def packed_bits(model: nn.Module) -> list[bytes]:
             tensors.append(layer.state.SCB if weight.SCB is None else weight.SCB)
         for tensor in tensors:
             if isinstance(tensor, torch.Tensor):
-                found.append(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
+                found.append(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return found
 
 

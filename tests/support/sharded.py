@@ -131,9 +131,9 @@ def whole_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def whole(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Copies of tensors by name, gathered by torch alone."""
+    """Copies of tensors by name on the CPU, gathered by torch alone."""
     return {
-        name: (value.full_tensor() if isinstance(value, DTensor) else value).detach().clone()
+        name: (value.full_tensor() if isinstance(value, DTensor) else value).detach().clone().cpu()
         for name, value in tensors.items()
     }
 

@@ -1,0 +1,96 @@
+"""Quantised bases on the real kernels of bitsandbytes and torchao: steps, merging, files, a Trainer, and the pairs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_lora import LoRAConfig, inject, is_merged, load_adapter, merge, save_adapter, unmerge
+from support.notices import tiny_layers
+from support.pairs import assert_near, placed
+from support.pretend_accelerator import on_the_device
+from support.quantised import (
+    QUANTISED,
+    QuantisedNet,
+    batches,
+    inputs,
+    network,
+    packed_bits,
+    quantise_,
+    reference,
+    run_reference,
+)
+from support.runs import lora_with_effect
+from support.training import make_trainer
+from test_pairs import COLUMN_OF, NO_PAIR, PAIRS, ROW_OF, outcome, page_outcomes
+
+pytestmark = [tiny_layers, pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be cast")]
+TOLERANCE = {"int8": 3e-2, "Float8WeightOnlyConfig": 1e-4}  # int8 rounds the inputs of a layer too
+every_kind = pytest.mark.parametrize("kind", QUANTISED)
+
+
+def adapted(kind: str, device: str, dtype: torch.dtype = torch.float32) -> torch.nn.Sequential:
+    """A quantised model whose factors A and B are both random."""
+    model = quantise_(network(dtype), kind, device=device)
+    inject(model, LoRAConfig(r=4, lora_alpha=8, init_lora_weights=False))
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@every_kind
+def test_a_step_on_a_quantised_base_is_that_in_float64_and_the_base_stays(
+    kind: str, dtype: torch.dtype, compiling_device: str
+):
+    model, x = adapted(kind, compiling_device, dtype), inputs(dtype=dtype)
+    before, tolerance = packed_bits(model), 5e-2 if dtype == torch.bfloat16 else TOLERANCE.get(kind, 1e-4)
+    exact = reference(model)
+    wanted = run_reference(exact, x.double())
+    out = model(x.to(compiling_device))
+    assert_near(out, wanted, tolerance, "output")
+    wanted.square().sum().backward()
+    out.double().square().sum().backward()
+    for position in (0, 2, 4):
+        for factor in "AB":
+            found = model[position].get_parameter(f"lora_{factor}").grad
+            assert found.device.type == compiling_device
+            assert_near(found, getattr(exact[position], factor).grad, 2 * tolerance, f"{position}.{factor}")
+    assert packed_bits(model) == before
+    assert before
+
+
+@every_kind
+def test_a_quantised_model_is_evaluated_factored_saved_and_loaded(kind: str, compiling_device: str, tmp_path: Path):
+    model, x = adapted(kind, compiling_device).eval(), inputs().to(compiling_device)
+    before, answer = packed_bits(model), model(x).detach()
+    merge(model)
+    assert is_merged(model)
+    torch.testing.assert_close(model(x).detach(), answer)
+    unmerge(model)
+    assert packed_bits(model) == before
+    save_adapter(model, tmp_path)
+    other = quantise_(network(), kind, device=compiling_device).eval()
+    load_adapter(other, tmp_path)
+    torch.testing.assert_close(other(x).detach(), answer)
+
+
+@every_kind
+def test_a_trainer_trains_a_quantised_model_as_on_the_cpu(kind: str, compiling_device: str, tmp_path: Path):
+    losses = []
+    for device in ("cpu", compiling_device):
+        torch.manual_seed(0)
+        model = QuantisedNet(kind)
+        callback = lora_with_effect(target_modules="all-linear")
+        make_trainer(tmp_path, callback, **on_the_device(device) | {"max_epochs": 2}).fit(model, batches(), batches(2))
+        assert {merged for stage, merged, _ in model.seen if stage == "validation"} == {True}
+        losses.append([loss for *_, loss in model.seen])
+    assert losses[1] == pytest.approx(losses[0], rel=5e-2)
+
+
+@pytest.mark.parametrize(("variant", "condition"), [(row, column) for row, column in PAIRS if ROW_OF[row].quantised])
+def test_a_pair_with_a_quantised_base_gives_the_outcome_in_the_page(
+    variant: str, condition: str, compiling_device: str
+):
+    with placed(compiling_device):
+        assert outcome(ROW_OF[variant], COLUMN_OF[condition]) == page_outcomes()[variant, condition] != NO_PAIR
