@@ -341,6 +341,8 @@ LAYERS: dict[Callable[[], nn.Module], torch.Tensor] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is not supported in Python 3.14")
 @pytest.mark.parametrize(
     ("layer", "x", "written"),
     [
