@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -81,6 +83,16 @@ def check_fsdp2(printed: str) -> None:
     assert plain == pytest.approx(after, abs=0.011)
 
 
+def check_ray_train(printed: str) -> None:
+    whole, resumed = re.findall(r"^(?:whole|resumed): +(.*)$", printed, re.MULTILINE)
+    assert whole == resumed  # to the last digit of the loss
+    assert "the same adapter in every bit: True" in printed
+    loss, accuracy, steps, size, alone = numbers(whole) + numbers(printed)[-2:]
+    assert (loss < 0.9, accuracy > 0.65, steps) == (True, True, 60)
+    assert size < 100_000
+    assert alone == pytest.approx(accuracy, abs=0.011)
+
+
 def check_fabric(printed: str) -> None:
     before, after, plain = (float(loss) for loss in re.findall(r"\b\d\.\d\d\b", printed))
     assert after < before - 0.4
@@ -93,13 +105,18 @@ CHECKS: dict[str, Callable[[str], None]] = {
     name.removeprefix("check_"): check for name, check in globals().items() if name.startswith("check_")
 }
 
+EXTRAS = {"quantised": ("quantised", "bitsandbytes"), "ray_train": ("ray", "ray")}
+
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)  # Ray starts its workers three times
 @pytest.mark.parametrize("name", CHECKS)
 def test_example_does_what_it_says_and_prints_what_is_shown(folder, name):
-    if name == "quantised":
-        pytest.importorskip("bitsandbytes")
-    printed = run(folder, name)
+    if name in EXTRAS:
+        extra, package = EXTRAS[name]
+        pytest.importorskip(package, reason=f'{package} is not installed; pip install -e ".[{extra}]"')
+    printed = run(folder, name, timeout=580)
+    print(printed)
     CHECKS[name](printed)
     assert_alike(printed, SHOWN[name], rel=0.25, tolerance=0.15)  # with other processors and texts
 
@@ -113,6 +130,24 @@ def test_example_of_fabric_prints_the_same_with_fsdp2(folder):
 @pytest.mark.parametrize("name", CHECKS)
 def test_what_the_readme_shows_is_what_the_example_says(name):
     CHECKS[name](SHOWN[name])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_ray_shards_the_network_and_goes_on_after_a_kill(folder):
+    """Which is the same example with another strategy, and gives the same numbers up to rounding."""
+    pytest.importorskip("ray", reason='ray is not installed; pip install -e ".[ray]"')
+    printed = run(folder, "ray_train", "--fsdp2", timeout=580)
+    print(printed)
+    check_ray_train(printed)
+    assert_alike(printed, SHOWN["ray_train"], rel=0.25, tolerance=0.15)
+
+
+def test_the_example_for_ray_names_its_extra_where_ray_is_missing(folder):
+    program = "import runpy, sys; sys.modules['ray'] = None; runpy.run_path('examples/ray_train.py')"
+    done = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr == 'ray_train.py: Ray Train is not installed; run pip install -e ".[ray]".\n'
 
 
 def test_the_example_of_an_own_variant_defines_it_in_at_most_forty_lines():
