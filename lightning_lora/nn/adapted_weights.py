@@ -496,17 +496,9 @@ class AdaptedWeights(StoredTensors):
                         if prepared and name in prepared:
                             merge_prepared_(weight, prepared[name], hold)
                             continue
-                        merge_weight_(
-                            weight,
-                            blocks[name],
-                            state.spec.scaling,
-                            copy=copy,
-                            spare=state.spares.pop(name, None),
-                            observe=observe,
-                            scratch=scratch,
-                            hold=hold,
-                            checks=checks,
-                        )
+                        how: dict[str, Any] = {"copy": copy, "spare": state.spares.pop(name, None), "hold": hold}
+                        how |= {"observe": observe, "scratch": scratch, "checks": checks}
+                        merge_weight_(weight, blocks[name], state.spec.scaling, **how)
                 if checks is None:
                     _set_merged_(self)
             except BaseException:
