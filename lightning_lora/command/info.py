@@ -15,10 +15,11 @@ from ..adapter.fingerprint import without_base
 from ..adapter.measures import delta_norm, difference_norm
 from ..adapter.renaming import by_network_names
 from ..errors import LoRAError, shown
-from ..files.paths import PathLike, given_path, kind_of
+from ..files.paths import PathLike, kind_of
 from ..files.safetensors import SUFFIX, TensorLocation, read_rows
 from ..files.torch_archive import read_torch_file
 from ..files.weights import Weights, open_weights
+from ..formats.lightning_checkpoint import file_beside_engine
 from ..formats.peft_folder import CONFIG_FILE
 from ..formats.peft_names import are_peft_names
 from ..formats.sources import read_source
@@ -51,7 +52,7 @@ def info(path: PathLike) -> dict[str, Any]:
 
 def holds_adapter(path: PathLike) -> bool:
     """Say whether a path is an adapter, rather than weights by themselves."""
-    path = given_path(path)
+    path = Path(file_beside_engine(path))
     is_folder = kind_of(path) == "folder"
     if is_folder and kind_of(path / CONFIG_FILE) != "nothing":
         return True
@@ -61,6 +62,7 @@ def holds_adapter(path: PathLike) -> bool:
 
 
 def _adapter_kind(path: Path) -> str:
+    path = Path(file_beside_engine(path))
     if kind_of(path) == "folder":
         return "PEFT folder"
     if path.suffix == SUFFIX:

@@ -20,7 +20,7 @@ from ..errors import LoRAError
 from ..files.paths import PathLike
 from ..files.torch_archive import read_torch_file
 from ..formats.build_module import build_module
-from ..formats.lightning_checkpoint import adapter_of
+from ..formats.lightning_checkpoint import adapter_of, file_beside_engine
 from ..formats.peft_folder import write_folder
 from ..formats.peft_parameters import order_in
 from ..formats.peft_saved_modules import frozen_in_saved
@@ -206,7 +206,7 @@ def load_from_checkpoint(
     if not isinstance(cls, type) or not hasattr(cls, "load_from_checkpoint"):
         found = cls.__name__ if isinstance(cls, type) else f"a {type(cls).__name__}"
         raise LoRAError(f"load_from_checkpoint: expected the class of a LightningModule, found {found}.")
-    checkpoint = read_torch_file(path, trusted=weights_only is False)
+    checkpoint = read_torch_file(file_beside_engine(path), trusted=weights_only is False)
     adapter, kind = adapter_of(checkpoint)
     model: Module = build_module(cls, path, checkpoint, weights_only, kwargs)
     if kind != "full":

@@ -23,16 +23,26 @@ from ..adapter.checks import check_factors
 from ..adapter.file_options import readable_options
 from ..adapter.metadata import from_metadata, to_metadata
 from ..errors import LoRAError, shown
-from ..files.paths import kind_of
+from ..files.paths import PathLike, given_path, kind_of
 from ..files.torch_archive import read_sharded_tensors, read_torch_file
 from ..names import META, canonical
 from ..nn.quantised_state import quantisation_entries
 
 FORMAT_VERSION = 1
 HEADER = "meta.pt"  # Lightning's file with all but the tensors of a distributed checkpoint
+BESIDE_ENGINE = "adapter.ckpt"  # the ordinary checkpoint in a folder of DeepSpeed's, whatever its kind
 SHARDS = ".metadata"  # torch's file that describes the shards
 
 Kind = Literal["adapter", "merged", "full"]
+
+
+def file_beside_engine(path: PathLike) -> PathLike:
+    """Return the ordinary checkpoint in a folder that DeepSpeed wrote. Any other path is returned as it is.
+
+    DeepSpeed's own files are pickles of objects, and are not read.
+    """
+    file = given_path(path) / BESIDE_ENGINE
+    return file if kind_of(file) == "file" else path
 
 
 def check_kind(kind: object) -> None:

@@ -18,7 +18,7 @@ from ..files.paths import PathLike, given_path, kind_of
 from ..files.torch_archive import read_torch_file
 from ..names import META, listed, names_factor
 from .hyper_parameters import HYPER_PARAMETERS
-from .lightning_checkpoint import adapter_of
+from .lightning_checkpoint import adapter_of, file_beside_engine
 from .peft_attention import turn_without_model
 from .peft_folder import read_folder, read_tensor_file
 from .peft_names import are_peft_names
@@ -45,6 +45,7 @@ def read_source(
             check_order(source.assumed_order, order)
         return source
     if isinstance(source, (str, os.PathLike)):
+        source = file_beside_engine(source)
         if kind_of(given_path(source)) == "folder":
             return read_folder(source, order)
         if Path(source).suffix == ".safetensors":
