@@ -15,17 +15,18 @@ from ..adapter.fingerprint import without_base
 from ..adapter.measures import delta_norm, difference_norm
 from ..adapter.renaming import by_network_names
 from ..errors import LoRAError, shown
-from ..files.paths import PathLike, kind_of
-from ..files.safetensors import SUFFIX, TensorLocation, read_rows
-from ..files.torch_archive import read_torch_file
+from ..files.paths import PathLike
+from ..files.safetensors import TensorLocation, read_rows
 from ..files.weights import Weights, open_weights
-from ..formats.lightning_checkpoint import file_beside_engine
-from ..formats.peft_folder import CONFIG_FILE
+from ..formats.distributed_folder import SHARDS, read_checkpoint
+from ..formats.forms import form_of
 from ..formats.peft_names import are_peft_names
-from ..formats.sources import read_source
+from ..formats.sources import holds_adapter_state, read_source
 from ..names import META
 from ..progress import Unit, progress_bar
 from .output import refuse_quantised
+
+READ_WHOLE = ("torch file", "DeepSpeed folder", "distributed folder")  # only a reading tells what these hold
 
 
 def info(path: PathLike) -> dict[str, Any]:
@@ -35,41 +36,48 @@ def info(path: PathLike) -> dict[str, Any]:
         LoRAError: it is none of these, or damaged.
     """
     if holds_adapter(path):
-        return {"path": str(path), "kind": _adapter_kind(Path(path)), **_adapter_info(without_base(read_source(path)))}
+        return {"path": str(path), "kind": _adapter_kind(path), **_adapter_info(without_base(read_source(path)))}
+    if form_of(path) == "distributed folder":
+        files, state = list(Path(path).glob(SHARDS)), read_checkpoint(path, values=False)
+        found = [value for value in state.get("state_dict", state).values() if isinstance(value, torch.Tensor)]
+        return _weights_info(path, "distributed", len(files), [(tensor.dtype, tensor.numel()) for tensor in found])
     weights = open_weights(path)
     locations = weights.locations.values()
+    tensors = [(location.dtype, location.numel) for location in locations]
+    return _weights_info(path, weights.form, len({location.file for location in locations}), tensors)
+
+
+def _weights_info(path: PathLike, form: str, files: int, tensors: Sequence[tuple[torch.dtype, int]]) -> dict[str, Any]:
     return {
         "path": str(path),
         "kind": "weights",
-        "form": weights.form,
-        "files": len({location.file for location in locations}),
-        "tensors": len(locations),
-        "parameters": sum(location.numel for location in locations),
-        "bytes": weights.nbytes,
-        "dtypes": dict(Counter(_dtype_name(location.dtype) for location in locations)),
+        "form": form,
+        "files": files,
+        "tensors": len(tensors),
+        "parameters": sum(count for _, count in tensors),
+        "bytes": sum(dtype.itemsize * count for dtype, count in tensors),
+        "dtypes": dict(Counter(_dtype_name(dtype) for dtype, _ in tensors)),
     }
 
 
 def holds_adapter(path: PathLike) -> bool:
-    """Say whether a path is an adapter, rather than weights by themselves."""
-    path = Path(file_beside_engine(path))
-    is_folder = kind_of(path) == "folder"
-    if is_folder and kind_of(path / CONFIG_FILE) != "nothing":
+    """Return whether a path is an adapter, rather than weights by themselves."""
+    form = form_of(path)
+    if form == "PEFT folder":
         return True
-    if not is_folder and path.suffix != SUFFIX and META in read_torch_file(path, "meta"):
+    if form in READ_WHOLE and holds_adapter_state(read_checkpoint(path, values=False)):
         return True
-    return open_weights(path).holds_factors()
+    return form != "distributed folder" and open_weights(path).holds_factors()
 
 
-def _adapter_kind(path: Path) -> str:
-    path = Path(file_beside_engine(path))
-    if kind_of(path) == "folder":
-        return "PEFT folder"
-    if path.suffix == SUFFIX:
-        return "safetensors file with an adapter"
-    content = read_torch_file(path, "meta")
+def _adapter_kind(path: PathLike) -> str:
+    form = form_of(path)
+    if form not in READ_WHOLE:
+        return f"{form} with an adapter" if form == "safetensors file" else form
+    content = read_checkpoint(path, values=False)
     if isinstance(content.get(META), Mapping):
-        return f"Lightning checkpoint of kind {shown(content[META].get('kind'))}"
+        sharded = "distributed " if form == "distributed folder" else ""
+        return f"{sharded}Lightning checkpoint of kind {shown(content[META].get('kind'))}"
     if are_peft_names(content.get("state_dict", content)):
         return "Lightning checkpoint that holds a PeftModel" if "state_dict" in content else "state dict of PEFT"
     return "state dict with an adapter and no options, as loralib writes it"

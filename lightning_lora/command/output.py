@@ -12,7 +12,8 @@ from ..files.paths import PathLike, given_path, kind_of, real_path
 from ..files.safetensors import SUFFIX
 from ..files.torch_archive import read_torch_file
 from ..files.weights import Weights
-from ..formats.peft_folder import CONFIG_FILE, TENSOR_FILES
+from ..formats.forms import CONFIG_FILE
+from ..formats.peft_folder import TENSOR_FILES
 from ..names import META
 
 

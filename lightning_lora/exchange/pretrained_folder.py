@@ -20,7 +20,7 @@ from torch import nn
 
 from ..errors import LoRAError
 from ..files.paths import PathLike, given_path, kind_of
-from ..formats.peft_folder import CONFIG_FILE
+from ..formats.forms import CONFIG_FILE
 from ..model.adapted_model import AdaptedModel, Listing
 from ..model.live_state import open_state
 from ..model.pretrained import (

@@ -18,9 +18,9 @@ from ..distributed.rank_sync import RankSync, writes_files
 from ..distributed.sharding import copies_of
 from ..errors import LoRAError
 from ..files.paths import PathLike
-from ..files.torch_archive import read_torch_file
 from ..formats.build_module import build_module
-from ..formats.lightning_checkpoint import adapter_of, file_beside_engine
+from ..formats.distributed_folder import read_checkpoint
+from ..formats.lightning_checkpoint import adapter_of
 from ..formats.peft_folder import write_folder
 from ..formats.peft_parameters import order_in
 from ..formats.peft_saved_modules import frozen_in_saved
@@ -140,10 +140,10 @@ def load_adapter(
 
     Args:
         model: a model with the base that the adapter was trained on.
-        source: an adapter of read_adapter or take_adapter, a PEFT folder, a Lightning checkpoint of any kind, a file
-            with a state dict, or a state dict; also one of a PeftModel, or of a LightningModule that holds one, or a
-            dictionary with such a state dict in an entry, as Fabric saves it. A source without options (a bare state
-            dict) needs an injected model, whose options then hold.
+        source: an adapter of read_adapter or take_adapter, a PEFT folder, a Lightning checkpoint of any kind (a file,
+            or the folder of a sharding strategy), a file with a state dict, or a state dict; also one of a PeftModel,
+            or of a LightningModule that holds one, or a dictionary with such a state dict in an entry, as Fabric saves
+            it. A source without options (a bare state dict) needs an injected model, whose options then hold.
         strict_base: whether another base than the adapter's is an error or a warning.
 
     Returns:
@@ -178,7 +178,7 @@ def load_from_checkpoint(
 
     Args:
         cls: the LightningModule's class.
-        path: a checkpoint of any kind that this package wrote.
+        path: a checkpoint of any kind that this package wrote: a file, or the folder of a sharding strategy.
         weights_only: as in Lightning's own load_from_checkpoint. With False, objects in the hyperparameters are
             unpickled, and code that a LightningCLI named there is imported and called. This may run any code. Without
             it, each such hyperparameter must be among `kwargs`.
@@ -206,7 +206,7 @@ def load_from_checkpoint(
     if not isinstance(cls, type) or not hasattr(cls, "load_from_checkpoint"):
         found = cls.__name__ if isinstance(cls, type) else f"a {type(cls).__name__}"
         raise LoRAError(f"load_from_checkpoint: expected the class of a LightningModule, found {found}.")
-    checkpoint = read_torch_file(file_beside_engine(path), trusted=weights_only is False)
+    checkpoint = read_checkpoint(path, trusted=weights_only is False)
     adapter, kind = adapter_of(checkpoint)
     model: Module = build_module(cls, path, checkpoint, weights_only, kwargs)
     if kind != "full":

@@ -96,6 +96,7 @@ class Unpickler(pickle.Unpickler):
     def find_class(self, module_name: str, global_name: str, /) -> Any:
         """Return what stands for a class or function that the file names. Imports nothing."""
         name = f"{module_name}.{global_name}"
+        vars(self).setdefault("named", set()).add(name)
         if name in CALLED:
             return _Called(CALLED[name])
         value = vars(torch).get(global_name) if module_name in ("torch", "torch.storage") else None

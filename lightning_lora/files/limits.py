@@ -29,6 +29,7 @@ PICKLE_BYTES = Limit(2**26, "bytes of a pickle", "one byte may become an object 
 PICKLE_DEPTH = Limit(200, "tuples inside each other in a pickle", "to hash a deeper one as a key ends the process")
 PICKLE_HASHED = Limit(10_000_000, "parts of a pickle's keys", "a tuple that holds another twice doubles each time")
 COPIES = Limit(16, "times the bytes that a file stores for its tensors", "views repeat what is stored when copied")
+PICKLE_NAMES = Limit(10_000, "names of classes and functions in a pickle", "each becomes a class of a kilobyte")
 NAME_LENGTH = Limit(1000, "characters of a name", "each module around a tensor is named by a part of it")
 NAME_PARTS = Limit(100, "parts between dots of a name", "each is a module that is looked up by itself")
 NAMES_TEXT = Limit(

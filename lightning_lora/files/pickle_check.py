@@ -1,8 +1,8 @@
 """Find out what unpickling would cost, without unpickling.
 
-A pickle is a program for a stack machine. This follows the program and keeps sizes in place of objects. Three things
+A pickle is a program for a stack machine. This follows the program and keeps sizes in place of objects. Four things
 can cost more than the size of a pickle: the hash of a tuple that holds another tuple twice, and so on; a memo with a
-huge index; a text of a declared length.
+huge index; a text of a declared length; many names of classes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import pickletools
 from typing import NamedTuple
 
 from ..errors import LoRAError
-from .limits import PICKLE_BYTES, PICKLE_DEPTH, PICKLE_HASHED, check
+from .limits import PICKLE_BYTES, PICKLE_DEPTH, PICKLE_HASHED, PICKLE_NAMES, check
 
 WRITTEN_IN = (b"latin1", b"latin-1")  # pickles of protocol 2 hold bytes as text in this encoding
 FIXED, LINE, LINES = range(3)
@@ -22,6 +22,7 @@ PUT, GET = ("BINPUT", "LONG_BINPUT", "PUT"), ("BINGET", "LONG_BINGET", "GET")
 NUMBERS = ("BININT", "BININT1", "BININT2", "INT", "LONG", "LONG1", "LONG4")
 TUPLES = ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3")
 GROWING, CONTAINERS = ("APPEND", "APPENDS", "ADDITEMS"), ("EMPTY_LIST", "LIST", "EMPTY_SET")
+NAMING = ("GLOBAL", "STACK_GLOBAL", "INST")
 TEXTS = ("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8")
 
 
@@ -97,7 +98,7 @@ class _Follower:
         self.content, self.where = content, where
         self.stack: list[_Value] = []
         self.memo: dict[int, _Value] = {}
-        self.hashed = 0
+        self.hashed = self.named = 0
 
     def run(self, at: int) -> int:
         """Follow the operations up to the end."""
@@ -197,7 +198,9 @@ class _Follower:
             return NUMBER
         if name in TEXTS:
             return LATIN if argument.rstrip(b"\n") in WRITTEN_IN else LEAF
-        if name == "GLOBAL":
+        if name in NAMING:
+            self.named += 1
+            check(PICKLE_NAMES, self.named, where)
             return NAMED.get(argument, LEAF)
         if name == "REDUCE":
             self._refuse_growing_calls(*items)

@@ -46,8 +46,8 @@ def read_records(path: PathLike) -> list[Record]:
         LoRAError: the file is no archive of uncompressed records.
     """
     try:
-        records = _records(path)
-        with zipfile.ZipFile(path) as archive:
+        with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
+            records = _records(file, path)
             for record in records:
                 archive.open(record.info).close()  # compares the record's header with the directory
     except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
@@ -77,19 +77,24 @@ def check_archive(path: PathLike, *, whole: bool, trusted: bool = False) -> list
         OSError, ValueError, zipfile.BadZipFile: the file is damaged in another way.
     """
     with open(path, "rb") as file:
-        if file.read(len(ARCHIVE)) != ARCHIVE:
-            if not trusted:
-                file.seek(0)
-                _check_old(file.read(PICKLE_BYTES.most), path)
-            return []
-        records = _records(path)
-        for record in records:
-            if whole or DATA not in record.info.filename:
-                _compare_check_sum(path, file, record)
-            if not trusted and record.info.filename.endswith("data.pkl"):
-                check(PICKLE_BYTES, record.info.file_size, path)
-                file.seek(record.start)
-                check_pickle(file.read(record.info.file_size), path)
+        return check_opened(file, path, whole=whole, trusted=trusted)
+
+
+def check_opened(file: BinaryIO, path: object, *, whole: bool, trusted: bool = False) -> list[int]:
+    """Check an opened archive as check_archive does. The path is for messages."""
+    if file.read(len(ARCHIVE)) != ARCHIVE:
+        if not trusted:
+            file.seek(0)
+            _check_old(file.read(PICKLE_BYTES.most), path)
+        return []
+    records = _records(file, path)
+    for record in records:
+        if whole or DATA not in record.info.filename:
+            _compare_check_sum(path, file, record)
+        if not trusted and record.info.filename.endswith("data.pkl"):
+            check(PICKLE_BYTES, record.info.file_size, path)
+            file.seek(record.start)
+            check_pickle(file.read(record.info.file_size), path)
     return [record.info.file_size for record in records if DATA in record.info.filename]
 
 
@@ -110,7 +115,12 @@ def check_sum(file: BinaryIO, record: Record) -> int:
 
 
 def check_tensors(
-    content: Mapping[Any, Any], path: PathLike, held: Sequence[int] = (), *, without_values: bool = False
+    content: Mapping[Any, Any],
+    path: PathLike,
+    held: Sequence[int] = (),
+    *,
+    size: int | None = None,
+    without_values: bool = False,
 ) -> None:
     """Raise LoRAError where tensors, or their names, are larger than a file of this size can hold.
 
@@ -119,6 +129,7 @@ def check_tensors(
         path: of the file.
         held: the sizes of the records that hold tensors, where the whole file was read. They are compared because
             torch 2.6 reads beyond the end of a record where the pickle claims more.
+        size: how many bytes were read; by default the whole file.
         without_values: the tensors are on the meta device, where each has a storage of its own.
     """
     stored: dict[int, int] = {}
@@ -146,7 +157,7 @@ def check_tensors(
             f"{path}: cannot be read as a checkpoint; its tensors claim more bytes than its records hold, so it is "
             "damaged."
         )
-    size = Path(path).stat().st_size
+    size = Path(path).stat().st_size if size is None else size
     # On the meta device each view has a storage of its own, so that stored bytes would count several times.
     own = size if without_values else sum(stored.values())
     if own > size:
@@ -155,8 +166,8 @@ def check_tensors(
         check(COPIES, total // max(1, own), path)
 
 
-def _records(path: PathLike) -> list[Record]:
-    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+def _records(file: BinaryIO, path: object) -> list[Record]:
+    with zipfile.ZipFile(file) as archive:
         size = _check_end(path, file)
         records = [Record(info, _start(file, info)) for info in archive.infolist()]
     for record in records:
@@ -167,7 +178,7 @@ def _records(path: PathLike) -> list[Record]:
     return records
 
 
-def _check_end(path: PathLike, file: BinaryIO) -> int:
+def _check_end(path: object, file: BinaryIO) -> int:
     """Check that the archive's one directory is at its end, where every reader looks. Return the file's size.
 
     Readers that found different directories would see different content.
@@ -195,7 +206,7 @@ def _start(file: BinaryIO, info: zipfile.ZipInfo) -> int:
     return info.header_offset + LOCAL + names + extra
 
 
-def _compare_check_sum(path: PathLike, file: BinaryIO, record: Record) -> None:
+def _compare_check_sum(path: object, file: BinaryIO, record: Record) -> None:
     """Raise LoRAError where the bytes of a record do not match its check sum. A check sum of zero was not computed."""
     if record.info.CRC and check_sum(file, record) != record.info.CRC:
         raise LoRAError(
@@ -204,7 +215,7 @@ def _compare_check_sum(path: PathLike, file: BinaryIO, record: Record) -> None:
         )
 
 
-def _check_old(content: bytes, path: PathLike) -> None:
+def _check_old(content: bytes, path: object) -> None:
     """Check the pickles at the beginning of a file from before torch 1.6."""
     at = 0
     for _ in range(PICKLES):

@@ -6,6 +6,7 @@ changed tensors and of their records' check sums.
 
 from __future__ import annotations
 
+import io
 import pickle
 import warnings
 import zipfile
@@ -23,7 +24,7 @@ from ..progress import progress_bar
 from . import inert_pickle
 from .inert_pickle import find_placeholder
 from .paths import PathLike, require_file
-from .records import ARCHIVE, DATA, Record, check_archive, check_sum, check_tensors, read_records
+from .records import ARCHIVE, DATA, Record, check_archive, check_opened, check_sum, check_tensors, read_records
 from .safetensors import TensorLocation
 
 CENTRAL = 46  # bytes of a record's entry in the directory before the name
@@ -31,7 +32,6 @@ PART = 1 << 24  # bytes that are written at once
 PLAIN = ("state_dict", META)  # keys of a checkpoint that must hold no objects
 DESCRIPTOR = b"PK\x07\x08"
 HAS_DESCRIPTOR = 0x08
-SHARDED = ".TensorStorageMetadata"  # torch's class of a tensor in a distributed checkpoint
 
 
 def read_torch_file(
@@ -41,6 +41,7 @@ def read_torch_file(
     *,
     trusted: bool = False,
     has_objects: bool = False,
+    is_header: bool = False,
 ) -> dict[str, Any]:
     """Read a checkpoint or state dict that torch.save wrote.
 
@@ -51,6 +52,7 @@ def read_torch_file(
         trusted: unpickle all objects, which may run any code. Otherwise objects in a checkpoint, such as
             hyper-parameters, become placeholders: nothing that the file names is imported or called.
         has_objects: the file is known to hold objects. This saves a second reading.
+        is_header: the file is a checkpoint whose state dict lies elsewhere; objects in it are for the caller to judge.
 
     Raises:
         LoRAError: there is no such file, it is truncated, it is no dictionary, or tensors lie inside objects.
@@ -71,6 +73,17 @@ def read_torch_file(
         ) from error
     except Exception as error:  # of a damaged file torch raises anything
         raise LoRAError(f"{path}: cannot be read as a checkpoint; it may be truncated: {sentence(error)}") from error
+    if not is_header:
+        refuse_objects(content, path)
+    if not isinstance(content, dict):
+        raise LoRAError(f"{path}: expected a dictionary, found {type(content).__name__}.")
+    if not trusted:
+        check_tensors(content, path, held if whole else (), without_values=device == "meta")
+    return content
+
+
+def refuse_objects(content: Any, path: PathLike) -> None:
+    """Raise LoRAError where a placeholder is in a state dict, or in a checkpoint's state dict or adapter."""
     is_checkpoint = isinstance(content, dict) and "state_dict" in content
     found = find_placeholder({key: content.get(key) for key in PLAIN} if is_checkpoint else content)
     if found is not None:
@@ -79,15 +92,38 @@ def read_torch_file(
             f"{path}: holds objects other than plain types and tensors, and was not loaded: {place or 'it'} is of "
             f"{name}. Only what lies beside a checkpoint's state_dict may be an object; save tensors alone."
         )
-    if not isinstance(content, dict):
-        raise LoRAError(f"{path}: expected a dictionary, found {type(content).__name__}.")
-    if not trusted:
-        check_tensors(content, path, held if whole else (), without_values=device == "meta")
-    return content
 
 
-def _load(path: PathLike, device: str | Callable[[Any, str], Any], mmap: bool, trusted: bool, has_objects: bool) -> Any:
-    load = partial(torch.load, path, map_location=device, mmap=mmap)
+def read_part(content: bytes, where: str) -> Any:
+    """Read what torch.save wrote into a part of a file. Objects become placeholders.
+
+    Args:
+        content: the bytes of that part.
+        where: for messages.
+
+    Raises:
+        LoRAError: they are damaged, or claim to be larger than they are.
+    """
+    file = io.BytesIO(content)
+    try:
+        if not content.startswith(ARCHIVE):
+            raise ValueError("it does not begin as torch.save's files do")
+        held = check_opened(file, where, whole=True)
+        value = _load(file, "cpu", False, False, False)
+    except LoRAError:
+        raise
+    except Exception as error:  # of a damaged file torch raises anything
+        raise LoRAError(f"{where}: cannot be read; it may be truncated: {sentence(error)}") from error
+    check_tensors({"": value}, where, held, size=len(content))
+    return value
+
+
+def _load(
+    source: PathLike | io.BytesIO, device: str | Callable[[Any, str], Any], mmap: bool, trusted: bool, has_objects: bool
+) -> Any:
+    if isinstance(source, io.BytesIO):
+        source.seek(0)
+    load = partial(torch.load, source, map_location=device, mmap=mmap)
     if trusted:
         return load(weights_only=False)
     if has_objects:
@@ -95,32 +131,17 @@ def _load(path: PathLike, device: str | Callable[[Any, str], Any], mmap: bool, t
     try:
         return load(weights_only=True)
     except pickle.UnpicklingError:
-        with open(path, "rb") as file:
-            is_archive = file.read(len(ARCHIVE)) == ARCHIVE
-        content = load(weights_only=False, pickle_module=inert_pickle) if is_archive else None
+        content = _load(source, device, mmap, trusted, True) if _is_archive(source) else None
         if find_placeholder(content) is None:  # torch refused the file for damage and not for an object
             raise
         return content
 
 
-def read_sharded_tensors(path: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """Read shapes and dtypes from the description that torch.distributed.checkpoint pickles beside its shards.
-
-    Raises:
-        LoRAError: there is no such file, or it is damaged.
-    """
-    require_file(path)
-    try:
-        with open(path, "rb") as file:
-            entries = inert_pickle.DescribingUnpickler(file).load().state["state_dict_metadata"]
-        tensors = {name: entry.state for name, entry in entries.items() if entry.stands_for.endswith(SHARDED)}
-        found = {name: (state["size"], state["properties"].state[0]) for name, state in tensors.items()}
-        for name, (size, dtype) in found.items():
-            torch.empty(size, dtype=dtype, device="meta")
-            name.encode()
-    except Exception as error:  # of a damaged file unpickling raises anything
-        raise LoRAError(f"{path}: cannot be read as the description of shards: {sentence(error)}") from error
-    return found
+def _is_archive(source: PathLike | io.BytesIO) -> bool:
+    if isinstance(source, io.BytesIO):
+        return source.getvalue().startswith(ARCHIVE)
+    with open(source, "rb") as file:
+        return file.read(len(ARCHIVE)) == ARCHIVE
 
 
 def write_torch_file(path: Path, content: Mapping[str, Any], nbytes: int) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -23,26 +22,12 @@ from ..adapter.checks import check_factors
 from ..adapter.file_options import readable_options
 from ..adapter.metadata import from_metadata, to_metadata
 from ..errors import LoRAError, shown
-from ..files.paths import PathLike, given_path, kind_of
-from ..files.torch_archive import read_sharded_tensors, read_torch_file
 from ..names import META, canonical
 from ..nn.quantised_state import quantisation_entries
 
 FORMAT_VERSION = 1
-HEADER = "meta.pt"  # Lightning's file with all but the tensors of a distributed checkpoint
-BESIDE_ENGINE = "adapter.ckpt"  # the ordinary checkpoint in a folder of DeepSpeed's, whatever its kind
-SHARDS = ".metadata"  # torch's file that describes the shards
 
 Kind = Literal["adapter", "merged", "full"]
-
-
-def file_beside_engine(path: PathLike) -> PathLike:
-    """Return the ordinary checkpoint in a folder that DeepSpeed wrote. Any other path is returned as it is.
-
-    DeepSpeed's own files are pickles of objects, and are not read.
-    """
-    file = given_path(path) / BESIDE_ENGINE
-    return file if kind_of(file) == "file" else path
 
 
 def check_kind(kind: object) -> None:
@@ -97,21 +82,6 @@ def adapter_of(checkpoint: Mapping[str, Any]) -> tuple[Adapter, Kind]:
         adapter = replace(adapter, tensors={n: value for n, value in tensors.items() if n not in base})
     check_factors(adapter, 'checkpoint["lora"]')
     return adapter, kind
-
-
-def read_without_values(path: Path) -> dict[str, Any]:
-    """Read a checkpoint file, or a distributed checkpoint with tensors on the meta device."""
-    if kind_of(path) == "file":
-        return read_torch_file(path, mmap=True)
-    if kind_of(path / HEADER) != "file":
-        raise LoRAError(f"{path}: neither a checkpoint file nor a folder with a distributed checkpoint.")
-    checkpoint = read_torch_file(path / HEADER)
-    checkpoint["state_dict"] = {
-        name.removeprefix("state_dict."): torch.empty(size, dtype=dtype, device="meta")
-        for name, (size, dtype) in read_sharded_tensors(path / SHARDS).items()
-        if name.startswith("state_dict.")
-    }
-    return checkpoint
 
 
 def in_one_storage(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from ..files.torch_archive import read_torch_file
 from ..names import A, B
 from ..nn.low_rank import ATTENTION, ATTENTION_OUTPUT, SEPARATE
 from ..nn.variant import Variant
+from .forms import CONFIG_FILE
 from .peft_attention import refuse_conv1d_before_parameters
 from .peft_equivalents import add_idle_attention, as_plain
 from .peft_forms import to_peft_form
@@ -40,7 +41,6 @@ from .peft_reading import FROZEN, IDLE, Source, factor_names, read_peft
 from .peft_rows import as_peft_stores, peft_table_name
 from .peft_saved_modules import frozen_in_saved
 
-CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 OUTSIDE_FILE = "outside_network.safetensors"
 TENSOR_FILES = (TENSOR_FILE, OUTSIDE_FILE)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,11 +13,12 @@ from ..adapter.checks import check_factors, check_once, require_values
 from ..adapter.fingerprint import without_base
 from ..adapter.own_options import with_options
 from ..errors import LoRAError
-from ..files.paths import PathLike, given_path, kind_of
-from ..files.torch_archive import read_torch_file
+from ..files.paths import PathLike
 from ..names import META, listed, names_factor
+from .distributed_folder import read_checkpoint
+from .forms import form_of
 from .hyper_parameters import HYPER_PARAMETERS
-from .lightning_checkpoint import adapter_of, file_beside_engine
+from .lightning_checkpoint import adapter_of
 from .peft_attention import turn_without_model
 from .peft_folder import read_folder, read_tensor_file
 from .peft_names import are_peft_names
@@ -45,17 +45,24 @@ def read_source(
             check_order(source.assumed_order, order)
         return source
     if isinstance(source, (str, os.PathLike)):
-        source = file_beside_engine(source)
-        if kind_of(given_path(source)) == "folder":
+        form = form_of(source)
+        if form in ("PEFT folder", "folder"):
             return read_folder(source, order)
-        if Path(source).suffix == ".safetensors":
+        if form == "safetensors file":
             return read_tensor_file(source)
-        adapter = _read_state(read_torch_file(source), verb)
+        adapter = _read_state(read_checkpoint(source), verb)
         require_values(adapter, str(source))
         return adapter
     if not isinstance(source, Mapping):
         raise LoRAError(f"{verb}: expected a path or a state dict, found {type(source).__name__}.")
     return _read_state(source, verb)
+
+
+def holds_adapter_state(content: Mapping[str, Any]) -> bool:
+    """Return whether a checkpoint or state dict holds an adapter that read_source reads, by its names alone."""
+    state = content.get("state_dict", content)
+    within = [state, *state.values()] if isinstance(state, Mapping) else []
+    return META in content or any(_name_adapter(_named_tensors(each)) for each in within if isinstance(each, Mapping))
 
 
 def _read_state(source: Mapping[str, Any], verb: str) -> Adapter:

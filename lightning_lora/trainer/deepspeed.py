@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ..errors import LoRAError
-from ..formats.lightning_checkpoint import BESIDE_ENGINE
+from ..formats.deepspeed_folder import BESIDE_ENGINE
 from ..model.adapted_model import AdaptedModel, find_model
 from ..model.patches import call_previous, patch
 from ..names import META, PREFIX, canonical

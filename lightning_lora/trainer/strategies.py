@@ -19,7 +19,8 @@ from ..distributed.sharding import local
 from ..errors import LoRAError
 from ..exchange.apply import apply_adapter
 from ..exchange.checkpoint_of_model import prepare_for_load
-from ..formats.lightning_checkpoint import adapter_of, read_without_values
+from ..formats.distributed_folder import read_without_values
+from ..formats.lightning_checkpoint import adapter_of
 from ..model.adapted_model import AdaptedModel, find_model
 from ..model.initial_values import snapshot_materialised
 from ..model.patches import call_previous, patch
@@ -79,7 +80,7 @@ def _load_checkpoint(
     if handle is None:
         return call_previous(strategy, previous, "load_checkpoint", path, *args, **kwargs)
     snapshot_materialised(handle)
-    checkpoint = read_without_values(path)
+    checkpoint = read_without_values(path, before_torch=True)
     loaded = set(map(canonical, checkpoint["state_dict"]))
     adapter, kind = adapter_of(checkpoint) if META in checkpoint else (None, None)
     if adapter is None:
@@ -89,7 +90,8 @@ def _load_checkpoint(
     copies = []
     if kind == "merged":
         if path.is_dir():  # the smallest tensor, because torch takes no empty state dict
-            loaded = {min(loaded, key=lambda name: checkpoint["state_dict"][name].numel())}
+            state = checkpoint["state_dict"]
+            loaded = {min((n for n in loaded if isinstance(state[n], torch.Tensor)), key=lambda n: state[n].numel())}
         copies = _copy_weights(handle, loaded)  # Lightning loads W' into them
     strict, module.strict_loading = module._strict_loading, False  # it would miss what is left out by design
     try:

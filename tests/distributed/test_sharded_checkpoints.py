@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,14 +10,28 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from lightning_lora import LoRAConfig, LoRAError, inject, load_adapter, merged_state_dict
+from lightning_lora import (
+    LoRAConfig,
+    LoRAError,
+    inject,
+    load_adapter,
+    load_from_checkpoint,
+    merged_state_dict,
+    read_adapter,
+)
+from lightning_lora.command.info import info
+from support.distributed_folders import edit
 from support.naive import NaiveCallback
 from support.processes import world
 from support.recorders import Traffic
 from support.sharded import (
+    DEVICE,
     TARGETS,
     Plain,
     Sharded,
@@ -26,6 +41,7 @@ from support.sharded import (
     make_trainer,
     model_parallel,
     optimizer_state,
+    whole,
     whole_state,
 )
 from support.sharded_adapters import assert_same_bits, assert_same_run, lora
@@ -115,16 +131,112 @@ def test_sharded_checkpoint_holds_its_kind_and_evaluates_as_one_device(tmp_path,
         header = torch.load(tmp_path / name / "meta.pt" if not whole else tmp_path / name, weights_only=True)
         assert header["lora"]["kind"] == save
         assert not any(isinstance(value, DTensor) for value in flat(header))
-    fresh = Plain()  # any kind of file, in a process without sharding
-    if whole and save != "full":
-        load_adapter(fresh, tmp_path / "2.ckpt")
-        assert_same_bits(whole_state(fresh), state)
+    load_adapter(fresh := Plain(), tmp_path / "2.ckpt")  # any kind and form, in a process without sharding
+    assert_same_bits(whole_state(fresh), state)
+    assert_same_bits(whole_state(load_from_checkpoint(Plain, tmp_path / "2.ckpt")), state)
+    assert_same_bits(dict(read_adapter(tmp_path / "2.ckpt").tensors), {name: state[name] for name in FACTORS})
+    assert repr(save) in info(tmp_path / "2.ckpt")["kind"]
 
 
 def flat(value: Any) -> list[Any]:
     if isinstance(value, dict):
         return [leaf for item in value.values() for leaf in flat(item)]
     return [leaf for item in value for leaf in flat(item)] if isinstance(value, (list, tuple)) else [value]
+
+
+# --- other layouts of ranks, read in one process ---
+
+
+class Replicated(Sharded):
+    """HSDP: two groups of ranks hold the same shards."""
+
+    def configure_model(self) -> None:
+        if not any(isinstance(parameter, DTensor) for parameter in self.parameters()):
+            shape = (2, torch.distributed.get_world_size() // 2)
+            fully_shard(self, mesh=init_device_mesh(DEVICE, shape, mesh_dim_names=("replicate", "shard")))
+
+
+class Counter(nn.Module):
+    """Counts its calls in extra state, as a nested dictionary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return x
+
+    def get_extra_state(self) -> Any:
+        return {"calls": torch.tensor(self.calls), "of": ["each", 2]}
+
+    def set_extra_state(self, state: Any) -> None:
+        assert state["of"] == ["each", 2]
+        self.calls = int(state["calls"])
+
+
+class PlainCounting(Plain):
+    def __init__(self, lr: float = 0.05) -> None:
+        super().__init__(lr)
+        self.net.append(Counter())
+
+
+class Counting(Sharded):
+    def __init__(self, lr: float = 0.05) -> None:
+        super().__init__(lr)
+        self.net.append(Counter())
+
+
+def run_as(kind: type[Sharded], path: Path, save: str, epochs: int = 1, source: Path | None = None) -> Any:
+    """Train a model and save a folder: the state of the model, and how often its counter was called."""
+    model = kind()
+    trainer = model_parallel(path, lora(save=save), max_epochs=epochs)
+    trainer.fit(model, *data(), ckpt_path=source)
+    trainer.save_checkpoint(path / f"{epochs}.ckpt")
+    state = {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
+    return whole(state), getattr(model.net[-1], "calls", 0)
+
+
+@pytest.mark.parametrize("save", KINDS)
+@pytest.mark.parametrize("kind", [Replicated, pytest.param(Sharded, marks=pytest.mark.slow)])
+def test_folder_of_four_processes_is_read_in_one(tmp_path, kind, save):
+    state = world(4).run(run_as, kind, tmp_path, save)[0][0]
+    assert len(list((tmp_path / "1.ckpt").glob("*.distcp"))) > 1
+    load_adapter(fresh := Plain(), tmp_path / "1.ckpt")
+    assert_same_bits(whole_state(fresh), state)
+    assert_same_bits(whole_state(load_from_checkpoint(Plain, tmp_path / "1.ckpt")), state)
+
+
+@pytest.mark.parametrize("save", KINDS)
+def test_extra_state_is_in_a_folder_and_comes_back(tmp_path, save):
+    """torch saves the parts of a nested extra state one by one."""
+    (_, calls), *_ = world().run(run_as, Counting, tmp_path, save)
+    assert load_from_checkpoint(PlainCounting, tmp_path / "1.ckpt").net[-1].calls == calls > 0
+    resumed = world().run(run_as, Counting, tmp_path, save, 2, tmp_path / "1.ckpt")
+    assert [count for _, count in resumed] == [2 * calls] * 2
+
+
+def hostile_resume(path: Path) -> str:
+    with pytest.raises(LoRAError) as refused:
+        model_parallel(path, lora(), max_epochs=2).fit(Sharded(), *data(), ckpt_path=path / "1.ckpt")
+    return str(refused.value)
+
+
+class Trap:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+def test_description_that_names_code_is_not_given_to_torch(tmp_path):
+    """torch unpickles it on each rank when a Trainer resumes; our reading alone would not be enough."""
+    world().run(run_as, Sharded, tmp_path, "adapter")
+    edit(tmp_path / "1.ckpt", lambda description: setattr(description, "version", Trap(tmp_path / "ran")))
+    for message in world().run(hostile_resume, tmp_path):
+        assert ".metadata: names 'posix.mkdir', which torch would import and call" in message
+    assert not (tmp_path / "ran").exists()
 
 
 STRANGER = """

@@ -252,10 +252,8 @@ def test_tensor_parallel_fit_equals_that_on_one_device(tmp_path, size, whole):
         for name, value in expected.items():
             torch.testing.assert_close(state[name], value, rtol=1e-3, atol=1e-5)
         assert_same_bits(base_of(state), base_of(expected))
-    if whole:  # and on to one device
-        again = Plain()
-        load_adapter(again, tmp_path / "3.ckpt")
-        assert_same_bits(whole_state(again), state)
+    load_adapter(again := Plain(), tmp_path / "3.ckpt")  # and on to one device
+    assert_same_bits(whole_state(again), state)
 
 
 class Scaled(Parallel):

@@ -21,7 +21,7 @@ from lightning_lora import LoRACallback, LoRACLI, LoRAError, load_adapter, load_
 from lightning_lora.command.convert import to_peft
 from lightning_lora.command.info import info
 from lightning_lora.command.merge import merge_on_disk
-from lightning_lora.formats.lightning_checkpoint import read_without_values
+from lightning_lora.formats.distributed_folder import read_without_values
 from support.lightning_versions import ANY_OBJECTS
 from support.training import CLASSES, FEATURES, Data, make_trainer, own_random_stream
 

@@ -1,0 +1,108 @@
+"""Checkpoints of any form, in one process: files, and the folders that Lightning's sharding strategies write.
+
+    meta.pt     all but the tensors, written by Lightning
+    .metadata   which shards there are, written by torch.distributed.checkpoint
+    *.distcp    the shards of the state dict and of the optimizers
+
+DeepSpeed's folders hold an ordinary checkpoint beside its own files, and only that is read.
+
+A strategy's number of processes does not matter. The shards of optimizers are not read.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import LoRAError
+from ..files.paths import PathLike, kind_of
+from ..files.shards import DESCRIPTION, STATE, Entry, ShardedFolder
+from ..files.torch_archive import read_torch_file, refuse_objects
+from ..names import META, names_factor
+from .deepspeed_folder import file_beside_engine
+from .peft_names import are_peft_names
+
+HEADER, SHARDS = "meta.pt", "*.distcp"
+STATES = (STATE, FLAT_STATE) = (STATE, "model")  # FSDP1 calls it by the second name
+
+
+def is_distributed(folder: Path) -> bool:
+    """Return whether a folder is a distributed checkpoint, be it incomplete."""
+    return any(kind_of(folder / name) != "nothing" for name in (HEADER, DESCRIPTION))
+
+
+def read_checkpoint(path: PathLike, *, trusted: bool = False, values: bool = True) -> dict[str, Any]:
+    """Read a checkpoint or state dict, from a file or from a folder of shards.
+
+    Args:
+        path: of the file or folder.
+        trusted: unpickle the objects beside the tensors, which may run any code; see read_torch_file.
+        values: whether to read the tensors, or only their shapes and dtypes. Extra state is read in any case.
+
+    Raises:
+        LoRAError: there is no such file or folder, or it is damaged.
+    """
+    path = file_beside_engine(path)
+    if kind_of(path) != "folder":
+        return read_torch_file(path, "cpu" if values else "meta", trusted=trusted)
+    return _read_folder(Path(path), trusted=trusted, values=values)
+
+
+def read_without_values(path: Path, *, before_torch: bool = False) -> dict[str, Any]:
+    """Read a checkpoint file, or a distributed checkpoint with tensors on the meta device.
+
+    Args:
+        path: of the file or folder.
+        before_torch: torch will read the folder next, and would run code that its description names: refuse such one.
+
+    Raises:
+        LoRAError: it is none of these, or damaged.
+    """
+    if kind_of(path) == "file":
+        return read_torch_file(path, mmap=True)
+    return {STATE: {}, **_read_folder(path, values=False, before_torch=before_torch)}
+
+
+def _read_folder(
+    path: Path, *, trusted: bool = False, values: bool = True, before_torch: bool = False
+) -> dict[str, Any]:
+    if not is_distributed(path):
+        raise LoRAError(f"{path}: neither a checkpoint file nor a folder with a distributed checkpoint.")
+    has_header = kind_of(path / HEADER) != "nothing"
+    content = read_torch_file(path / HEADER, trusted=trusted, is_header=True) if has_header else {}
+    folder = ShardedFolder(path)
+    if before_torch:
+        folder.refuse_code()
+    content |= _read_shards(folder, values=values)
+    if STATE in content and not has_header:
+        raise LoRAError(
+            f"{path / HEADER}: is missing, which Lightning writes last: the save was broken off, or the folder was not "
+            "copied whole."
+        )
+    if META in content and STATE not in content:
+        content[STATE] = content.pop(FLAT_STATE, {})
+    refuse_objects(content, path)
+    return content
+
+
+def _read_shards(folder: ShardedFolder, *, values: bool) -> dict[Any, Any]:
+    """Read the model's state, state dicts that hold an adapter, and single values; of the rest what is known of it."""
+    entries = folder.entries
+    wanted = {entry.keys[0] for entry in entries.values() if _is_read(entry)} if values else STATES
+    read = [name for name, entry in entries.items() if entry.keys[0] in wanted and (values or entry.dtype is None)]
+    described = {
+        name: torch.empty(entry.shape, dtype=entry.dtype, device="meta")
+        for name, entry in entries.items()
+        if entry.dtype is not None and len(entry.keys) <= 2  # of optimizers nothing is needed
+    }
+    return folder.nested(described | folder.read(read))
+
+
+def _is_read(entry: Entry) -> bool:
+    first, *below = entry.keys
+    if not below or first in STATES:
+        return True
+    name = below[0] if len(below) == 1 else None
+    return isinstance(name, str) and (names_factor(name) or are_peft_names([name]))
