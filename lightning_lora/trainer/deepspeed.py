@@ -30,13 +30,14 @@ from ..model.adapted_model import AdaptedModel, find_model
 from ..model.patches import call_previous, patch
 from ..names import META, PREFIX, canonical
 from ..nn.adapted_module import AdaptedModule
+from ..nn.low_rank import HALF
 from ..notices import tell
 
 REMEDY = (
     "Use DeepSpeedStrategy(stage=2), ModelParallelStrategy with fully_shard (FSDP2) in configure_model, or "
     "strategy='ddp' where the base fits on one device."
 )
-ORDER = "lora_optimizer_order"  # attribute of a strategy: the groups of the optimizer that it was given
+PARTS = "lora_optimizer_parts"  # attribute of a strategy: the _Flat of the last fit
 LOSS_SCALE = "loss_scale"  # entry of the optimizer's state dict, under fp16
 SCALES = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # what DeepSpeed's scaler changes
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16}  # by DeepSpeed's options
@@ -149,7 +150,8 @@ def _set_up_optimizer(
             )
         order.append(Group(_plain_options(group), parameters))
     found = call_previous(strategy, previous, "_setup_model_and_optimizer", model, optimizer, *args, **kwargs)
-    setattr(strategy, ORDER, order)
+    if find_model(strategy.lightning_module) is not None:
+        setattr(strategy, PARTS, _Flat(found[1], order))
     return found
 
 
@@ -165,7 +167,8 @@ def copy_to_optimizer_(optimizers: Iterable[Any]) -> None:
     """Give DeepSpeed's float32 copies the values of the parameters, which something has written since. In place."""
     for optimizer in optimizers:
         if hasattr(optimizer, "bit16_groups"):
-            _Flat(optimizer).write_values_({id(each): each.detach() for each in held_parameters(optimizer)})
+            flat = _Flat(optimizer)
+            flat.write_values_({id(each): each.detach() for each in held_parameters(optimizer)})
 
 
 def is_stepping(optimizer: Any) -> bool:
@@ -193,14 +196,13 @@ def with_whole_gradients(optimizer: Any) -> Iterator[None]:
 
 def _optimizer_state(strategy: Any, previous: Callable[..., Any] | None, optimizer: Any) -> Any:
     """Return the state dict that the optimizer would have on one device: the patched optimizer_state. Collective."""
-    optimizer = getattr(optimizer, "_optimizer", optimizer)  # Lightning's wrapper
-    if find_model(strategy.lightning_module) is None:
+    flat = getattr(strategy, PARTS, None)
+    if flat is None or find_model(strategy.lightning_module) is None:
         return call_previous(strategy, previous, "optimizer_state", optimizer)
-    flat = _Flat(optimizer)
     states, groups, first = flat.states(), iter(flat.options()), 0
     state: dict[int, dict[str, Any]] = {}
     packed = []
-    for group in _order(strategy, flat):
+    for group in flat.order:
         numbers = list(range(first, first + len(group.parameters)))
         first += len(numbers)
         state |= {n: states[id(p)] for n, p in zip(numbers, group.parameters, strict=True) if states.get(id(p))}
@@ -219,8 +221,8 @@ def _save_checkpoint(
         return
     folder = Path(strategy.broadcast(filepath))
     content = dict(checkpoint)
-    if strategy.optimizers:
-        _take_float32_values(handle, content, _Flat(strategy.optimizers[0]).values())
+    if hasattr(strategy, PARTS):
+        _take_float32_values(handle, content, getattr(strategy, PARTS))
     engine, own = strategy.deepspeed_engine, strategy.deepspeed_engine.save_checkpoint
 
     def save(*args: Any, **options: Any) -> Any:
@@ -236,18 +238,21 @@ def _save_checkpoint(
         strategy.checkpoint_io.save_checkpoint(content, folder / BESIDE_ENGINE)
 
 
-def _take_float32_values(
-    handle: AdaptedModel, content: MutableMapping[str, Any], values: Mapping[int, torch.Tensor]
-) -> None:
-    """Put the float32 copies of trained parameters into a checkpoint, where they hold more than the parameters do."""
-    if META not in content:
+def _take_float32_values(handle: AdaptedModel, content: MutableMapping[str, Any], flat: _Flat) -> None:
+    """Put float32 copies of trained parameters into a checkpoint that holds them rounded to 16 bits. Collective."""
+    if META not in content or not any(parameter.dtype in HALF for group in flat.groups for parameter in group):
         return
+    values = flat.values()
     merged = handle.record.save == "merged"
     holder = content[META] if merged else content
     key = "adapter" if merged else "state_dict"
     parameters = handle.model.named_parameters(remove_duplicate=False)
-    names = {canonical(name): values[id(p)] for name, p in parameters if id(p) in values and p.dtype != torch.float32}
-    tensors = {name: names.get(canonical(name), value) for name, value in holder[key].items()}
+    copies = {canonical(name): values[id(p)] for name, p in parameters if id(p) in values}
+    tensors = dict(holder[key])
+    for name, value in holder[key].items():
+        copy = copies.get(canonical(name))
+        if copy is not None and value.dtype in HALF and torch.equal(copy.to(value.dtype), value.cpu()):
+            tensors[name] = copy  # other values, such as an average of the weights, stay
     if merged:
         content[META] = {**holder, key: tensors}
     else:
@@ -285,9 +290,9 @@ def _load_model_state_dict(
         return
     state = checkpoint["state_dict"]
     module.load_state_dict(state, strict=strict)
-    if not strategy.optimizers:
+    if module.trainer.state.fn != "fit":
         return
-    flat = _Flat(strategy.optimizers[0])
+    flat: _Flat = getattr(strategy, PARTS)
     parameters = {canonical(name): p for name, p in module.named_parameters(remove_duplicate=False)}
     loaded = {id(p): p.detach() for p in held_parameters(flat.optimizer)}  # what a lenient load has left out stays
     loaded |= {id(parameters[n]): v for n, v in state.items() if n in parameters and id(parameters[n]) in loaded}
@@ -298,12 +303,12 @@ def _load_model_state_dict(
             "LoRACallback: the checkpoint at ckpt_path holds weights only, without the optimizer's state that a fit "
             "goes on with. To start a new fit from them, call load_adapter(model, path) and leave ckpt_path out."
         )
-    _load_optimizer_state_(strategy, flat, states[0])
+    _load_optimizer_state_(flat, states[0])
 
 
-def _load_optimizer_state_(strategy: Any, flat: _Flat, saved: Mapping[str, Any]) -> None:
+def _load_optimizer_state_(flat: _Flat, saved: Mapping[str, Any]) -> None:
     """Load a state dict as it would be on one device into this rank's part. In place."""
-    order = _order(strategy, flat)
+    order = flat.order
     sizes, expected = ([len(g["params"]) for g in saved["param_groups"]], [len(g.parameters) for g in order])
     if sizes != expected:
         raise LoRAError(
@@ -321,12 +326,6 @@ def _load_optimizer_state_(strategy: Any, flat: _Flat, saved: Mapping[str, Any])
     flat.write_loss_scale_(saved.get(LOSS_SCALE, {}))
 
 
-def _order(strategy: Any, flat: _Flat) -> Sequence[Group]:
-    """Return the optimizer's groups as they were built; of an optimizer in DeepSpeed's config, as that made them."""
-    order: list[Group] = getattr(strategy, ORDER, [])
-    return order or [Group(o, list(p)) for o, p in zip(flat.options(), flat.groups, strict=True)]
-
-
 def _plain_options(group: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in group.items() if name != "params"}
 
@@ -335,12 +334,15 @@ class _Flat:
     """This rank's part of the flat tensors of DeepSpeed's optimizer: float32 copies of parameters, and their states.
 
     A parameter of the model is a view of its group's flat tensor, which tells where the copy and the states of it lie.
+    After a fit Lightning moves the parameters to the CPU, so the positions are noted.
+
+    Attributes:
+        order: the optimizer's groups as they were built; of an optimizer in DeepSpeed's config, as that made them.
     """
 
     NEEDED = ("bit16_groups", "bit16_groups_flat", "single_partition_of_fp32_groups", "real_dp_process_group")
 
-    def __init__(self, optimizer: Any) -> None:
-        optimizer = getattr(optimizer, "_optimizer", optimizer)  # Lightning's wrapper
+    def __init__(self, optimizer: Any, order: Sequence[Group] = ()) -> None:
         missing = [name for name in self.NEEDED if not hasattr(optimizer, name)]
         if missing:
             raise LoRAError(
@@ -350,6 +352,11 @@ class _Flat:
         self.optimizer, self.inner = optimizer, optimizer.optimizer
         self.groups: Sequence[Sequence[nn.Parameter]] = optimizer.bit16_groups
         self.parts: Sequence[torch.Tensor] = optimizer.single_partition_of_fp32_groups
+        self.order = order or [Group(o, list(p)) for o, p in zip(self.options(), self.groups, strict=True)]
+        self.places = [
+            [(p, (p.data_ptr() - flat.data_ptr()) // flat.element_size()) for p in group]
+            for group, flat in zip(self.groups, optimizer.bit16_groups_flat, strict=True)
+        ]
 
     def options(self) -> list[dict[str, Any]]:
         """Return the options of each group, such as its learning rate."""
@@ -427,20 +434,14 @@ class _Flat:
         parts = [torch.empty_like(sent) for _ in range(dist.get_world_size(group))]
         dist.all_gather(parts, sent, group=group)
         whole = torch.cat(parts).cpu()
-        return {id(p): whole[at : at + p.numel()].view(p.shape).clone() for p, at in self._places(number)}
+        return {id(p): whole[at : at + p.numel()].view(p.shape).clone() for p, at in self.places[number]}
 
     def _part(self, number: int, values: Mapping[int, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
         """Return this rank's part of values of a group's parameters, on the CPU; of others zeros."""
         flat = torch.zeros(self.optimizer.bit16_groups_flat[number].numel(), dtype=dtype)
-        for parameter, at in self._places(number):
+        for parameter, at in self.places[number]:
             if id(parameter) in values:
                 flat[at : at + parameter.numel()] = values[id(parameter)].detach().reshape(-1).to("cpu", dtype)
         size = self.parts[number].numel()
         start = dist.get_rank(self.optimizer.real_dp_process_group[number]) * size
         return flat[start : start + size]
-
-    def _places(self, number: int) -> Iterator[tuple[nn.Parameter, int]]:
-        """Yield the parameters of a group, each with its position in the flat tensor."""
-        flat = self.optimizer.bit16_groups_flat[number]
-        for parameter in self.groups[number]:
-            yield parameter, (parameter.data_ptr() - flat.data_ptr()) // flat.element_size()

@@ -41,6 +41,17 @@ pytestmark = [
     pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs the extra `deepspeed`"),
 ]
 
+
+def start_deepspeed() -> None:
+    import deepspeed  # noqa: F401
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _started() -> None:
+    """Its import takes a while, which is no part of a test's time."""
+    world().run(start_deepspeed, timeout=240)
+
+
 State = dict[str, torch.Tensor]
 FILE = "adapter.ckpt"
 
@@ -72,6 +83,13 @@ class FrozenGroup(Plain):
         return torch.optim.AdamW([{"params": list(self.net.parameters())[2:4]}, {"params": biases}])
 
 
+class TrainedAlone(Plain):
+    """The parameters that DeepSpeed gives to an optimizer of its own."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=0.05)
+
+
 class Normalised(Plain):
     def __init__(self) -> None:
         super().__init__()
@@ -81,7 +99,8 @@ class Normalised(Plain):
         return super().forward(self.norm(x))
 
 
-MODELS = {cls.__name__: cls for cls in (Plain, Plus, Scheduled, GroupWithoutParameters, FrozenGroup, Normalised)}
+CLASSES = (Plain, Plus, Scheduled, GroupWithoutParameters, FrozenGroup, TrainedAlone, Normalised)
+MODELS = {cls.__name__: cls for cls in CLASSES}
 UNTESTED = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
 
 
@@ -116,6 +135,8 @@ class Run:
 def finish(trainer: L.Trainer, model: Any, path: Path) -> Run:
     """Save after the fit, and look at the model."""
     assert not is_merged(model)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()  # as after a fit on a GPU, when Lightning moves them to the CPU
     trainer.save_checkpoint(path / "all.ckpt")
     trainer.save_checkpoint(path / "weights.ckpt", weights_only=True)
     state = {name: value.detach().clone() for name, value in model.state_dict().items()}
@@ -154,6 +175,15 @@ CASES = {
     "LoRA+": Case(model="Plus"),
     "SGD, a scheduler": Case(stage=1, model="Scheduled"),
     "a group without parameters": Case(model="GroupWithoutParameters"),
+    "an optimizer of DeepSpeed's config": Case(
+        model="TrainedAlone",
+        strategy={
+            "config": {
+                "zero_optimization": {"stage": 2},
+                "optimizer": {"type": "AdamW", "params": {"lr": 0.05, "weight_decay": 0.01, "torch_adam": True}},
+            }
+        },
+    ),
     "modules_to_save": Case(lora={"target_modules": ["0", "2"], "modules_to_save": ["4"]}),
     "bias": Case(stage=1, lora={"bias": "all"}),
     "DoRA": Case(lora={"use_dora": True}),
@@ -293,13 +323,15 @@ def saved_in_a_run(path: Path, stage: int, save: str) -> tuple[list[float], str,
     trainer = zero(path, callback, Saving(path), best, stage=stage, max_epochs=2, enable_checkpointing=True)
     trainer.fit(model, *data())
     trainer.validate(model, data()[1], ckpt_path="best", verbose=False)
+    trainer.save_checkpoint(path / "weights.ckpt", weights_only=True)
+    trainer.validate(model, data()[1], ckpt_path=path / "weights.ckpt", verbose=False)
     return model.losses, best.best_model_path, {n: value.clone() for n, value in model.state_dict().items()}
 
 
 @pytest.mark.parametrize(("stage", "save"), [(1, "adapter"), (2, "adapter"), (2, "full")])
 def test_what_is_saved_within_a_run_holds_the_base_and_the_adapter(tmp_path, stage, save):
     losses, best, state = world().run(saved_in_a_run, tmp_path, stage, save)[0]
-    assert losses[-1] == losses[-2]  # of the best, which is the last
+    assert losses[-1] == losses[-2] == losses[-3]  # the best is the last
     assert_same_bits(base_of(state), dict(Plain().state_dict()))
     assert Path(best).parent == tmp_path / "best"
     assert os.listdir(tmp_path / "best") == [Path(best).name]
@@ -367,6 +399,13 @@ def test_adapter_that_is_not_finite_is_evaluated_unmerged_and_leaves_the_base(tm
         assert_same_bits(state, dict(Plain().state_dict()))
 
 
+BFLOAT16_OPTIMIZER = Case(
+    stage=1,
+    trainer={"precision": "bf16-true"},
+    strategy={"config": {**UNTESTED, "zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}}},
+)
+
+
 def error_of(case: Case, path: Path, source: Path | None = None) -> str:
     try:
         on_ranks(case, path, 2, source)
@@ -386,6 +425,7 @@ def test_what_cannot_be_resumed_is_an_error_with_the_remedy(tmp_path):
     run = world().run(on_ranks, Case(), tmp_path, 1)[0]
     for case, source, said in (
         (Case(model="FrozenGroup"), None, "group 1 of the optimizer holds frozen parameters alone (3)"),
+        (BFLOAT16_OPTIMIZER, None, "DeepSpeed made a BF16_Optimizer, whose states cannot be put together"),
         (Case(), tmp_path / "plain.ckpt", "was not saved with LoRACallback under DeepSpeed"),
         (Case(), tmp_path / "weights.ckpt", "holds weights only, without the optimizer's state"),
         (
