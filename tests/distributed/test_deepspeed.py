@@ -18,6 +18,7 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from lightning_lora import (
     LoRACallback,
@@ -33,6 +34,7 @@ from lightning_lora import (
 from lightning_lora.command.info import info
 from support.deepspeed import zero
 from support.processes import world
+from support.quantised import OF_BITSANDBYTES, OUTPUTS, QUANTISED, QuantisedNet, factors, inputs, packed_bits
 from support.sharded import TARGETS, Plain, base_of, data, loader, make_trainer
 from support.sharded_adapters import assert_same_bits
 
@@ -439,7 +441,63 @@ def test_what_cannot_be_resumed_is_an_error_with_the_remedy(tmp_path):
             assert error.startswith(("LoRACallback:", str(tmp_path)))
 
 
-# --- 16 bits, buffers, logs ---
+# --- quantised bases, 16 bits, buffers, logs ---
+
+
+def batches(size: int, rank: int) -> DataLoader[Any]:
+    labels = torch.randint(OUTPUTS, (12,), generator=torch.Generator().manual_seed(1))
+    rows = TensorDataset(inputs(12, 1), labels)
+    sampler: DistributedSampler[Any] = DistributedSampler(rows, size, rank, shuffle=False)
+    return DataLoader(rows, batch_size=4 // size, sampler=sampler)
+
+
+def quantised(path: Path, kind: str) -> str:
+    """The error, if any; where there is none, the run is right."""
+    size, rank = dist.get_world_size(), dist.get_rank()
+    models = [QuantisedNet(kind) for _ in range(3)]
+    for model, source in zip(models[:2], (None, path / "last.ckpt"), strict=True):
+        trainer = zero(path, LoRACallback(r=2, lora_alpha=4, seed=1), stage=2, max_epochs=2)
+        try:
+            trainer.fit(model, batches(size, rank), batches(size, rank), ckpt_path=source)
+        except LoRAError as error:
+            return str(error)
+        trainer.save_checkpoint(path / "last.ckpt")
+        assert packed_bits(model) == packed_bits(models[2])
+    torch.manual_seed(rank)
+    assert_same_bits(factors(models[1]), factors(models[0]))
+    return ""
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_base_of_bitsandbytes_is_right_and_one_of_torchao_is_refused(tmp_path, kind):
+    QuantisedNet(kind)  # skips where its package is missing
+    for error in world().run(quantised, tmp_path, kind):
+        if kind in OF_BITSANDBYTES:
+            assert error == ""
+        else:
+            assert "which DeepSpeed cannot move to its device. Use strategy='ddp', or quantise" in error
+
+
+class Halved(Plain):
+    """Saves another value of a factor than it trains."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"]["net.0.lora_A"] = checkpoint["state_dict"]["net.0.lora_A"] / 2
+
+
+def halved(path: Path) -> torch.Tensor:
+    torch.manual_seed(0)
+    trainer = zero(path, LoRACallback(r=2, target_modules=TARGETS), stage=2, max_epochs=1, precision="bf16-true")
+    trainer.fit(model := Halved(), *data())
+    trainer.save_checkpoint(path / "halved.ckpt")
+    return model.net[0].lora_A.detach().clone()
+
+
+def test_value_that_something_else_wrote_into_a_checkpoint_stays(tmp_path):
+    trained = world().run(halved, tmp_path)[0]
+    saved = torch.load(tmp_path / "halved.ckpt" / FILE, weights_only=True)["state_dict"]
+    assert torch.equal(saved["net.0.lora_A"], trained / 2)
+    assert saved["net.2.lora_A"].dtype == torch.float32
 
 
 def in_16_bits(path: Path, precision: str, lora: dict[str, Any], epochs: int, source: Path | None = None) -> Run:
