@@ -20,6 +20,7 @@ from .model.recorded_layers import refuse_replaced_layers
 from .trainer.after_fit import merge_for_good
 from .trainer.by_module import ByModule
 from .trainer.checkpoint_hooks import export_where_launched, save_as_where_unpatched
+from .trainer.fabric import refuse_callback
 from .trainer.fit_start import check_fit, open_for_fit, record_fit, start_training
 from .trainer.fit_state import FitState
 from .trainer.late_layers import adapt_late_layers, stop_adapting
@@ -301,6 +302,12 @@ class LoRACallback(Callback):
             self._states.pop(pl_module, None)
         if has_ended and self.merge_after_fit:
             merge_for_good(pl_module)
+
+    def on_after_setup(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse to be in Fabric's list: Fabric calls this hook, and none of a Trainer's."""
+        refuse_callback(self.config)
+
+    on_after_optimizer_step = on_after_setup  # which Fabric calls where the model came from setup_module
 
     def _state(self, pl_module: LightningModule) -> FitState:
         """Return the state of a module; a new one if setup did not run, or an exception ended the run."""

@@ -8,6 +8,7 @@ from .arguments import names_near_misses
 from .errors import LoRAError
 from .model.adapted_model import find_model
 from .trainer.by_module import ByModule
+from .trainer.fabric import refuse_monitor
 from .trainer.lightning_packages import become_callback, first_package
 from .trainer.log_plots import log_plots, will_draw
 from .trainer.log_statistics import StatisticsLog
@@ -109,6 +110,12 @@ class LoRAMonitor(Callback):
         """Forget the fit."""
         if stage == "fit":
             self._end(pl_module)
+
+    def on_after_setup(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse to be in Fabric's list: Fabric calls this hook, and none of a Trainer's."""
+        refuse_monitor()
+
+    on_after_optimizer_step = on_after_setup  # which Fabric calls where the model came from setup_module
 
     def _end(self, module: LightningModule) -> None:
         self._statistics.end(module)

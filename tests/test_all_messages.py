@@ -39,6 +39,7 @@ INSIDE = "Inside another message, as its {error}"
 PARTS = {  # what is raised here is part of another message
     "nn/exact_merge, unmerge_weight_",
     "nn/exact_merge, _rounded_sum",
+    "nn/device_merge, refuse_unless_finite",
     "nn/starts, check_decomposable",
     "nn/adapted_weights, crop_to_shard",
     "nn/parameter, crop_to_shard",

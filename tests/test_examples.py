@@ -81,6 +81,14 @@ def check_fsdp2(printed: str) -> None:
     assert plain == pytest.approx(after, abs=0.011)
 
 
+def check_fabric(printed: str) -> None:
+    before, after, plain = (float(loss) for loss in re.findall(r"\b\d\.\d\d\b", printed))
+    assert after < before - 0.4
+    assert plain == pytest.approx(after, abs=0.011)
+    assert "the same adapter to the last bit: True" in printed
+    assert "28 tensors of the model are saved" in printed
+
+
 CHECKS: dict[str, Callable[[str], None]] = {
     name.removeprefix("check_"): check for name, check in globals().items() if name.startswith("check_")
 }
@@ -94,6 +102,12 @@ def test_example_does_what_it_says_and_prints_what_is_shown(folder, name):
     printed = run(folder, name)
     CHECKS[name](printed)
     assert_alike(printed, SHOWN[name], rel=0.25, tolerance=0.15)  # with other processors and texts
+
+
+@pytest.mark.slow
+def test_example_of_fabric_prints_the_same_with_fsdp2(folder):
+    check_fabric(printed := run(folder, "fabric", "--strategy", "fsdp2"))
+    assert_alike(printed, SHOWN["fabric"], rel=0.25, tolerance=0.15)
 
 
 @pytest.mark.parametrize("name", CHECKS)

@@ -217,7 +217,11 @@ class ShardedFolder:
     def _part(self, name: str, shard: _Shard) -> torch.Tensor:
         part, expected = shard.read(), (shard.sizes, self.entries[name].dtype)
         if type(part) is not torch.Tensor or part.is_meta or (part.shape, part.dtype) != expected:
-            raise LoRAError(f"{shard}: is not the part of {name!r} that {DESCRIPTION} says; the folder is damaged.")
+            file, start, end = shard.file, shard.start, shard.end
+            raise LoRAError(
+                f"{file}: what lies at bytes {start} to {end} is not the part of {name!r} that {DESCRIPTION} says; the "
+                "folder is damaged."
+            )
         return part
 
 

@@ -11,20 +11,24 @@ A strategy's number of processes does not matter. The shards of optimizers are n
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import LoRAError
+from ..files.inert_pickle import find_placeholder
 from ..files.paths import PathLike, kind_of
 from ..files.shards import DESCRIPTION, STATE, Entry, ShardedFolder
 from ..files.torch_archive import read_torch_file, refuse_objects
 from ..names import META, names_factor
 from .deepspeed_folder import file_beside_engine
+from .hyper_parameters import HYPER_PARAMETERS
 from .peft_names import are_peft_names
 
 HEADER, SHARDS = "meta.pt", "*.distcp"
+OPTIMIZER = "optimizer_"  # Lightning's keys of optimizers begin so, and end in a number
 STATES = (STATE, FLAT_STATE) = (STATE, "model")  # FSDP1 calls it by the second name
 
 
@@ -65,21 +69,51 @@ def read_without_values(path: Path, *, before_torch: bool = False) -> dict[str, 
     return {STATE: {}, **_read_folder(path, values=False, before_torch=before_torch)}
 
 
+def holds_shards_at(path: object) -> bool:
+    """Return whether a distributed checkpoint is at a path; False for what is no local path."""
+    return isinstance(path, (str, os.PathLike)) and kind_of(path) == "folder" and is_distributed(Path(path))
+
+
+def read_for_resume(path: Path, *, trusted: bool, optimizers: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Read a distributed checkpoint, and the states of its optimizers, which are by the names of parameters.
+
+    Args:
+        path: of the folder.
+        trusted: unpickle the objects beside the tensors, which may run any code.
+        optimizers: whether to read these; otherwise an empty list is returned.
+
+    Raises:
+        LoRAError: the folder is damaged, or what a Trainer resumes from holds objects.
+    """
+    checkpoint, shards = read_checkpoint(path, trusted=trusted), ShardedFolder(path)
+    names = [name for name, entry in shards.entries.items() if str(entry.keys[0]).startswith(OPTIMIZER)]
+    states = shards.nested(shards.read(names if optimizers else []))
+    resumed = {key: value for key, value in {**checkpoint, **states}.items() if key != HYPER_PARAMETERS}
+    found = find_placeholder(resumed)
+    if found is not None:
+        raise LoRAError(
+            f"{path}: checkpoint{found[0]} is of {found[1]}, and objects are not unpickled, because that may run any "
+            "code. If you trust the folder, give the Trainer weights_only=False beside ckpt_path."
+        )
+    return checkpoint, [states[key] for key in sorted(states, key=lambda key: (len(key), key))]
+
+
 def _read_folder(
     path: Path, *, trusted: bool = False, values: bool = True, before_torch: bool = False
 ) -> dict[str, Any]:
     if not is_distributed(path):
         raise LoRAError(f"{path}: neither a checkpoint file nor a folder with a distributed checkpoint.")
-    has_header = kind_of(path / HEADER) != "nothing"
-    content = read_torch_file(path / HEADER, trusted=trusted, is_header=True) if has_header else {}
+    file = path / HEADER
+    has_header = kind_of(file) != "nothing"
+    content = read_torch_file(file, trusted=trusted, is_header=True) if has_header else {}
     folder = ShardedFolder(path)
     if before_torch:
         folder.refuse_code()
     content |= _read_shards(folder, values=values)
     if STATE in content and not has_header:
         raise LoRAError(
-            f"{path / HEADER}: is missing, which Lightning writes last: the save was broken off, or the folder was not "
-            "copied whole."
+            f"{file}: is missing, which Lightning writes last: the save was broken off, or the folder was not copied "
+            "whole. Take another checkpoint."
         )
     if META in content and STATE not in content:
         content[STATE] = content.pop(FLAT_STATE, {})

@@ -6,15 +6,15 @@ checks of all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 
 from ..distributed.rank_sync import RankSync
 from ..distributed.sharding import local
 from ..errors import NonFiniteError
-from ..nn.adapted_weights import AdaptedWeights, Blocks, complete_layer_
+from ..nn.adapted_weights import AdaptedWeights, Blocks, complete_layer_, restore_layer_
 from ..nn.device_merge import Observer, Prepared
 from ..nn.merge_batches import Batch, Item, batches
 from ..nn.merge_checks import Checks
@@ -61,7 +61,7 @@ class DeviceMerge:
         for each in self.planned:
             sync.run(f"merge: layer {each.name!r}", self._begin_, each)
         for each in self.planned:
-            sync.run(f"merge: layer {each.name!r}", call_with_remedy, complete_layer_, each.layer, each.weights)
+            sync.run(f"merge: layer {each.name!r}", _complete_, each)
 
     def _begin_(self, each: _Planned) -> None:
         prepared = {name: self._take(each, name) for name in each.blocks if (each.layer, name) in self.batches}
@@ -79,6 +79,13 @@ class DeviceMerge:
         return batch.take(place, self.checks)
 
 
+def _complete_(each: _Planned) -> None:
+    try:
+        complete_layer_(each.layer, each.weights)
+    except NonFiniteError as error:
+        raise with_remedy(error) from error
+
+
 def _items(each: _Planned) -> Iterator[tuple[tuple[AdaptedWeights, str], Item]]:
     scaling = each.layer.lora.spec.scaling
     for name, blocks in each.blocks.items():
@@ -87,15 +94,12 @@ def _items(each: _Planned) -> Iterator[tuple[tuple[AdaptedWeights, str], Item]]:
             yield (each.layer, name), Item(weight, blocks, scaling, each.observe)
 
 
-def call_with_remedy(step: Callable[..., None], *args: Any) -> None:
-    """Call a step of a merge. A NonFiniteError then also says what was done and what to do."""
-    try:
-        step(*args)
-    except NonFiniteError as error:
-        raise NonFiniteError(
-            f"{error}. Every layer is unmerged; look for a diverged training run (a lower learning rate, gradient "
-            "clipping) or evaluate with merged_eval=False."
-        ) from error
+def with_remedy(error: NonFiniteError) -> NonFiniteError:
+    """Return the error of a layer, changed to say what was done and what to do."""
+    return NonFiniteError(
+        f"{error}. Every layer is unmerged; look for a diverged training run (a lower learning rate, gradient "
+        "clipping) or evaluate with merged_eval=False."
+    )
 
 
 def begin_unmerging_(layers: Iterable[AdaptedWeights]) -> None:
@@ -103,4 +107,4 @@ def begin_unmerging_(layers: Iterable[AdaptedWeights]) -> None:
     checks = Checks()
     for layer in layers:
         if any(record.is_on_device() for record in layer.lora.records.values()):
-            layer.unmerge_(checks)
+            restore_layer_(layer, checks)

@@ -7,16 +7,16 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from ..distributed.rank_sync import RankSync
 from ..distributed.sharding import is_sharded, local, reset_, reshard_
-from ..errors import LoRAError
+from ..errors import LoRAError, NonFiniteError
 from ..nn.adapted_module import take_turn
-from ..nn.adapted_weights import AdaptedWeights
+from ..nn.adapted_weights import AdaptedWeights, Blocks
 from ..nn.device_merge import Observer
 from ..nn.low_rank import HALF
 from ..nn.readers import update_fast_paths
@@ -26,7 +26,7 @@ from ..notices import tell
 from ..progress import progress_bar
 from .adapted_model import Listing
 from .dequantize import WORST_FIDELITY, report_factored
-from .device_merging import DeviceMerge, begin_unmerging_, call_with_remedy
+from .device_merging import DeviceMerge, begin_unmerging_, with_remedy
 from .gradients import warn_of_untrained
 from .recorded_layers import refuse_replaced_layers
 from .undisturbed import Ending, run_undisturbed
@@ -119,12 +119,11 @@ def _merge_pending(listing: Listing, pending: Mapping[str, AdaptedWeights]) -> N
                     layer.lora.merged = True
                 else:
                     blocks = layer.blocks(weights[layer])
-                    how: dict[str, Any] = {"copy": layer in copies, "observe": fidelity.observer(layer)}
-                    if main_weights[layer].device.type == "cpu":
-                        step = partial(layer.merge_, weights=weights[layer], blocks=blocks, scratch=scratch, **how)
-                        sync.run(f"merge: layer {name!r}", call_with_remedy, step)
+                    how = layer in copies, fidelity.observer(layer)
+                    if main_weights[layer].is_cpu:
+                        sync.run(f"merge: layer {name!r}", _merge_layer, layer, weights[layer], blocks, *how, scratch)
                     else:
-                        device.add(name, layer, weights[layer], blocks, **how)
+                        device.add(name, layer, weights[layer], blocks, *how)
                 advance(1)
         device.merge_(sync)
         sync.raise_on_any_rank()
@@ -272,6 +271,15 @@ def _affordable_copies(layers: Mapping[AdaptedWeights, Weights]) -> set[AdaptedW
 
 def _local_nbytes(weight: torch.Tensor) -> int:
     return local(weight).nbytes if is_sharded(weight) else weight.nbytes
+
+
+def _merge_layer(
+    layer: AdaptedWeights, weights: Weights, blocks: Blocks, copy: bool, observe: Observer | None, scratch: Scratch
+) -> None:
+    try:
+        layer.merge_(weights=weights, blocks=blocks, copy=copy, observe=observe, scratch=scratch)
+    except NonFiniteError as error:
+        raise with_remedy(error) from error
 
 
 def _restore_all(listing: Listing) -> None:

@@ -24,6 +24,7 @@ INSIDE = {  # by class of wrapper: the packages that define it, and the attribut
     "AveragedModel": (TORCH, "module"),
     "_FabricModule": (LIGHTNING, "_original_module"),
 }
+FORWARD = "_forward_module"  # the attribute of Fabric's wrapper with what it runs
 FLAT = "FullyShardedDataParallel"
 
 
@@ -61,7 +62,10 @@ def prefix_inside(model: nn.Module) -> str:
 
 def warn_of_late_adapters(model: nn.Module, verb: str) -> None:
     """Warn where a module is about to be adapted inside DistributedDataParallel, which would not synchronise it."""
-    if any(derives_from(wrapper, "DistributedDataParallel", TORCH) for wrapper in _layers_of_wrapping(model)):
+    wrappers = list(_layers_of_wrapping(model))
+    for run in [wrapper._modules.get(FORWARD) for wrapper in wrappers]:  # the place where Fabric has DDP
+        wrappers.extend(_layers_of_wrapping(run) if run is not None else ())
+    if any(derives_from(wrapper, "DistributedDataParallel", TORCH) for wrapper in wrappers):
         warnings.warn(
             f"lightning_lora: {verb}: DistributedDataParallel was put around the model before it was adapted, and does "
             "not synchronise the adapters in training; adapt the model first, then wrap it.",

@@ -31,6 +31,7 @@ from .exact_merge import (
     merge_weight_,
     merged_weight,
     parts_of,
+    restore_weight_,
     restored_weight,
     unmerge_weight_,
 )
@@ -485,7 +486,6 @@ class AdaptedWeights(StoredTensors):
                 self.unmerge_()
             weights = weights or self.own_weights()
             blocks = blocks or self.blocks(weights)
-            how: dict[str, Any] = {"copy": copy, "observe": observe, "scratch": scratch, "checks": checks}
             try:
                 state.unfinished = True
                 if not state.records:
@@ -495,22 +495,28 @@ class AdaptedWeights(StoredTensors):
                         weight, hold = self.as_matrix(local(weights[name])), partial(state.records.__setitem__, name)
                         if prepared and name in prepared:
                             merge_prepared_(weight, prepared[name], hold)
-                        else:
-                            how |= {"spare": state.spares.pop(name, None), "hold": hold}
-                            merge_weight_(weight, blocks[name], state.spec.scaling, **how)
+                            continue
+                        merge_weight_(
+                            weight,
+                            blocks[name],
+                            state.spec.scaling,
+                            copy=copy,
+                            spare=state.spares.pop(name, None),
+                            observe=observe,
+                            scratch=scratch,
+                            hold=hold,
+                            checks=checks,
+                        )
                 if checks is None:
                     _set_merged_(self)
             except BaseException:
                 self.unmerge_()
                 raise
 
-    def unmerge_(self, checks: Checks | None = None) -> None:
+    def unmerge_(self) -> None:
         """Write W back into this rank's shard of each weight, as unmerge_weight_ does. In place.
 
         If an exception breaks this call off, another call completes it.
-
-        Args:
-            checks: as in unmerge_weight_. The layer is unmerged after another call without them.
 
         Raises:
             WeightEditedError: something else changed a merged weight, and W was restored from a copy.
@@ -521,17 +527,13 @@ class AdaptedWeights(StoredTensors):
             weights, state.unfinished = self.adapted_weights(), True
             for name, record in list(state.records.items()):
                 try:
-                    unmerge_weight_(self.as_matrix(local(weights[name])), record, checks)
+                    unmerge_weight_(self.as_matrix(local(weights[name])), record)
                 except LoRAError as error:
                     failure = error
                     state.restore_failed = state.restore_failed or not isinstance(error, WeightEditedError)
-                if checks is not None:
-                    continue
                 del state.records[name]
                 if record.copy is not None and record.copy.device.type == "cpu":
                     state.spares[name] = record.copy
-            if checks is not None:
-                return
             vars(self)["lora_active"], state.merged = True, False
             if failure is None:
                 self.after_unmerge()
@@ -624,6 +626,19 @@ def complete_layer_(layer: AdaptedWeights, weights: Mapping[str, torch.Tensor]) 
         except BaseException:
             layer.unmerge_()
             raise
+
+
+def restore_layer_(layer: AdaptedWeights, checks: Checks) -> None:
+    """Write W back into this rank's shard of each weight of a merged layer. In place; unmerge_ then looks for edits.
+
+    Args:
+        layer: a merged layer.
+        checks: of the verb, which reads the sums of all layers at once.
+    """
+    with layer.lora.lock:
+        weights, layer.lora.unfinished = layer.adapted_weights(), True
+        for name, record in layer.lora.records.items():
+            restore_weight_(layer.as_matrix(local(weights[name])), record, checks)
 
 
 def _set_merged_(layer: AdaptedWeights) -> None:

@@ -102,8 +102,8 @@ class RestoreRecord:
         if self.checksum is None:
             return False
         known, found = self.checksum[0], self.found
-        known = known.get() if isinstance(known, Reading) else known
-        return known != (found.get() if isinstance(found, Reading) else found)
+        numbers = [each.get() if isinstance(each, Reading) else each for each in (known, found)]
+        return numbers[0] != numbers[1]
 
     def is_on_device(self) -> bool:
         """Return whether the weight is on a device other than the CPU."""
@@ -195,30 +195,18 @@ def complete_merge_(weight: torch.Tensor, record: RestoreRecord) -> None:
         record.checksum, record.pending = record.checksum_later or record.checksum, None
 
 
-def unmerge_weight_(weight: torch.Tensor, record: RestoreRecord, checks: Checks | None = None) -> None:
+def unmerge_weight_(weight: torch.Tensor, record: RestoreRecord) -> None:
     """Undo merge_weight_ bit for bit and use the record up. In place.
 
     A merge that an exception broke off is undone as far as it went. If an exception breaks this call off, another call
     continues.
 
-    Args:
-        weight: W'.
-        record: the result of merge_weight_.
-        checks: of a verb on many weights. Another call without them then finds out whether the weight was edited.
-
     Raises:
         WeightEditedError: something else wrote to the merged weight, and the old bits were restored from a copy.
         LoRAError: something else wrote to the merged weight, and the old bits are lost.
     """
-    if not record.restored:
-        with exact_arithmetic(weight, record.threads):
-            if record.copy is not None and record.found is None:
-                record.found = found_sum(weight, record, checks)
-            _restore(weight, record)
-            if record.copy is None:
-                record.found = found_sum(weight, record, checks)
-        record.restored = True
-    if checks is not None or not record.is_edited():
+    restore_weight_(weight, record)
+    if not record.is_edited():
         return
     if record.copy is None:
         raise LoRAError(
@@ -229,6 +217,25 @@ def unmerge_weight_(weight: torch.Tensor, record: RestoreRecord, checks: Checks 
         "the weight was changed while it was merged; the change was undone, and the weight has its values from "
         "before merging. Change weights while the model is unmerged"
     )
+
+
+def restore_weight_(weight: torch.Tensor, record: RestoreRecord, checks: Checks | None = None) -> None:
+    """Write the old values back. In place; unmerge_weight_ then finds out whether the weight was edited.
+
+    Args:
+        weight: W'.
+        record: the result of merge_weight_.
+        checks: of a verb on many weights, which reads their sums at once. By default the sum is read now.
+    """
+    if record.restored:
+        return
+    with exact_arithmetic(weight, record.threads):
+        if record.copy is not None and record.found is None:
+            record.found = found_sum(weight, record, checks)
+        _restore(weight, record)
+        if record.copy is None:
+            record.found = found_sum(weight, record, checks)
+    record.restored = True
 
 
 def found_sum(weight: torch.Tensor, record: RestoreRecord, checks: Checks | None) -> int | Reading | None:

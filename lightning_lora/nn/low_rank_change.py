@@ -151,7 +151,7 @@ def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         stacked = _stack_recorded(g, a, b, start_a, start_b)
         h = torch.mm(stacked[0], seen.t())
     stacked_a, stacked_b = stacked or _stack(g, a, b, start_a, start_b)
-    u = _scaled_product(stacked_b.t(), g.t(), ctx.scaling)
+    u = _scaled_product(stacked_b.t(), g.t(), ctx.scaling, stacked_b[:1].t())
     dx = d_dropped = da = db = None
     if x_needs:
         dx = torch.mm(g, weight)
@@ -161,7 +161,7 @@ def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     if a_needs:  # A is in A and in A - A0
         da = torch.mm(u[:rank] + u[rank:], seen)
     if b_needs:  # B is in B - B0 alone, which meets A x^T
-        db = _gradient_of_b(g, h[:rank], ctx.scaling)
+        db = _gradient_of_b(g, h[:rank], ctx.scaling, stacked_b[:1, :rank])
     d_weight = None if x is None else torch.mm(g.t(), _rows(x))
     return dx, d_dropped, d_weight, g.sum(0) if bias_needs else None, da, db, None, None, None
 
@@ -180,17 +180,21 @@ def _base(x: Tensor, weight: Tensor, bias: Tensor | None) -> Pair:
     return output, rows
 
 
-def _gradient_of_b(g: Tensor, h: Tensor, scaling: float) -> Tensor:
+def _gradient_of_b(g: Tensor, h: Tensor, scaling: float, row: Tensor) -> Tensor:
     """Return s * g^T h^T. On the CPU the product with the thin factor on the left is several times faster."""
     if g.device.type == "cpu":
-        return _scaled_product(h, g, scaling).t()
-    return _scaled_product(g.t(), h.t(), scaling)
+        return _scaled_product(h, g, scaling, row.t()).t()
+    return _scaled_product(g.t(), h.t(), scaling, row)
 
 
-def _scaled_product(left: Tensor, right: Tensor, scaling: float) -> Tensor:
-    """Return s * left @ right, by the way that is faster on the device."""
+def _scaled_product(left: Tensor, right: Tensor, scaling: float, ignored: Tensor) -> Tensor:
+    """Return s * left @ right, by the way that is faster on the device.
+
+    `ignored` is any tensor of finite numbers that broadcasts with the product.
+    """
     if left.device.type != "cpu":
-        return torch.addmm(left.new_empty(1), left, right, beta=0, alpha=scaling)
+        # No empty tensor in its place: kernels ignore what beta = 0 multiplies, but vmap multiplies it.
+        return torch.addmm(ignored.detach(), left, right, beta=0, alpha=scaling)
     product = torch.mm(left, right)
     return product if scaling == 1 else product * scaling
 

@@ -119,8 +119,9 @@ def update_fast_paths(modules: Iterable[nn.Module]) -> None:
     Args:
         modules: all modules of a model.
     """
+    kinds = tuple(SWITCHES)
     for module in modules:
-        for kind, switch in SWITCHES.items():
+        for kind, switch in SWITCHES.items() if isinstance(module, kinds) else ():
             if isinstance(module, kind):
                 active = any(layer.lora_active for layer in adapted_layers(module).values())
                 before = f"lora_{switch}"  # attribute that keeps the switch's former value

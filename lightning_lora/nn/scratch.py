@@ -25,12 +25,14 @@ class Scratch:
         return view
 
     def _view(self, key: tuple[str, torch.dtype, torch.device], shape: torch.Size) -> torch.Tensor:
+        if torch.is_inference_mode_enabled():  # a normal tensor can be used inside and outside of inference mode
+            with torch.inference_mode(False):
+                return self._view(key, shape)
         buffer = self.buffers.get(key)
-        with torch.inference_mode(False):  # a normal tensor can be used inside and outside of inference mode
-            if buffer is None or buffer.numel() < shape.numel():
-                self.views = {of: view for of, view in self.views.items() if of[:3] != key}  # frees the smaller buffer
-                buffer = self.buffers[key] = torch.empty(shape.numel(), dtype=key[1], device=key[2])
-            return buffer[: shape.numel()].view(shape)
+        if buffer is None or buffer.numel() < shape.numel():
+            self.views = {of: view for of, view in self.views.items() if of[:3] != key}  # frees the smaller buffer
+            buffer = self.buffers[key] = torch.empty(shape.numel(), dtype=key[1], device=key[2])
+        return buffer[: shape.numel()].view(shape)
 
     def cast(self, name: str, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Return values in another dtype, in a buffer; the tensor itself if it has that dtype."""

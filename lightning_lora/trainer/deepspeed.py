@@ -12,10 +12,8 @@ DeepSpeed's classes are recognised by name and by attributes, so that it is not 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -27,9 +25,8 @@ from torch import nn
 from ..errors import LoRAError
 from ..formats.deepspeed_folder import BESIDE_ENGINE
 from ..model.adapted_model import AdaptedModel, find_model
-from ..model.patches import call_previous, patch
-from ..names import META, PREFIX, canonical
-from ..nn.adapted_module import AdaptedModule
+from ..model.patches import call_previous, is_patched, patch
+from ..names import META, canonical
 from ..nn.low_rank import HALF
 from ..notices import tell
 
@@ -67,6 +64,8 @@ def prepare_deepspeed(strategy: Any) -> None:
             "LoRACallback: DeepSpeedStrategy needs DeepSpeed, which is not installed. Run pip install "
             "'lightning-lora[deepspeed]'."
         )
+    if is_patched(strategy, "save_checkpoint", _save_checkpoint):
+        return  # in an earlier stage
     patch(strategy, "init_deepspeed", _init_deepspeed)
     patch(strategy, "_setup_model_and_optimizer", _set_up_optimizer)
     patch(strategy, "optimizer_state", _optimizer_state)
@@ -102,37 +101,17 @@ def _refused(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _init_deepspeed(strategy: Any, previous: Callable[..., Any] | None) -> None:
-    """Cast the adapted layers as the engine will, then set it up: the patched init_deepspeed."""
+    """Set the engine up, which casts each parameter by itself, and say so: the patched init_deepspeed."""
     handle = find_model(strategy.lightning_module)
     names = [name for name in DTYPES if (strategy.config.get(name) or {}).get("enabled")]
-    if handle is not None and names:
-        _cast_(handle, DTYPES[names[0]])
-    call_previous(strategy, previous, "init_deepspeed")
-
-
-def _cast_(handle: AdaptedModel, dtype: torch.dtype) -> None:
-    """Cast adapted layers with their factors. In place.
-
-    DeepSpeed casts each parameter by itself, behind the back of what a layer computed from its weight.
-    """
-    layers = handle.layers.values()
-    kept = [layer for layer in layers if layer.lora.spec.keep_float32]
-    if any(factor.dtype != dtype for layer in kept for factor in layer.factors()):
+    factors = [factor for layer in handle.layers.values() for factor in layer.factors()] if handle is not None else []
+    if names and any(factor.dtype != DTYPES[names[0]] for factor in factors):
+        dtype = str(DTYPES[names[0]]).removeprefix("torch.")
         tell(
-            f"LoRACallback: DeepSpeed casts the adapter to {str(dtype).removeprefix('torch.')} with the model, and "
-            "trains float32 copies, which checkpoints hold. autocast_adapter_dtype=True does not change that."
+            f"LoRACallback: DeepSpeed casts the adapter to {dtype} with the model, "
+            "and trains float32 copies, which checkpoints hold. autocast_adapter_dtype=True does not change that."
         )
-    for layer in kept:
-        layer.lora.spec = replace(layer.lora.spec, keep_float32=False)
-    for _, module in handle.modules:
-        if isinstance(module, AdaptedModule):
-            buffers = {name: buffer for name, buffer in module._buffers.items() if name.startswith(PREFIX)}
-            own = {id(tensor) for tensor in (*module._parameters.values(), *buffers.values())}
-            module._apply(partial(_cast_if_own, own, dtype), recurse=False)
-
-
-def _cast_if_own(own: Collection[int], dtype: torch.dtype, tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to(dtype) if id(tensor) in own and tensor.is_floating_point() else tensor
+    call_previous(strategy, previous, "init_deepspeed")
 
 
 def _set_up_optimizer(

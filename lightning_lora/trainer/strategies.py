@@ -29,6 +29,7 @@ from ..names import META, canonical
 from ..nn.adapted_weights import AdaptedWeights
 from .checkpoint_hooks import refuse_foreign_resume
 from .deepspeed import prepare_deepspeed
+from .distributed_resume import accept_folders
 
 FSDP1 = (
     "FSDPStrategy cannot be used: FSDP1 keeps weights as pieces of flat buffers, which cannot be merged into and "
@@ -51,6 +52,8 @@ def prepare_strategy(strategy: Any) -> None:
     if "ModelParallelStrategy" in names:
         patch(strategy, "lightning_module_state_dict", _state_dict)
         patch(strategy, "load_checkpoint", _load_checkpoint)
+    else:
+        accept_folders(strategy)
 
 
 def _state_dict(strategy: Any, previous: Callable[[], Any] | None) -> Any:

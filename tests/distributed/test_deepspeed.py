@@ -35,7 +35,7 @@ from lightning_lora.command.info import info
 from support.deepspeed import zero
 from support.processes import world
 from support.quantised import OF_BITSANDBYTES, OUTPUTS, QUANTISED, QuantisedNet, factors, inputs, packed_bits
-from support.sharded import TARGETS, Plain, base_of, data, loader, make_trainer
+from support.sharded import TARGETS, Plain, Sharded, base_of, data, loader, make_trainer, model_parallel
 from support.sharded_adapters import assert_same_bits
 
 pytestmark = [
@@ -209,7 +209,7 @@ def test_run_equals_one_device_and_is_resumed_exactly_by_ranks_and_by_one_device
     for found in world().run(on_ranks, case, tmp_path / "second", 3, first, 5):
         assert_same_bits(found.state, whole[0].state)
         assert found.losses == whole[0].losses[2:]
-    assert_close(alone(case, tmp_path / "one", 3, first / FILE, 5), expected, 1)
+    assert_close(alone(case, tmp_path / "one", 3, first, 5), expected, 1)
 
 
 def test_optimizer_states_in_a_checkpoint_are_those_of_one_device(tmp_path):
@@ -232,6 +232,29 @@ def test_run_is_resumed_on_another_number_of_ranks_and_at_another_stage(tmp_path
     expected = alone(Case(), tmp_path / "alone", 3)
     first = world().run(on_ranks, Case(stage=1), tmp_path / "first", 2)[0].folder
     for found in world(size).run(on_ranks, Case(stage=2), tmp_path / "second", 3, first, 5):
+        assert_close(found, expected, 1)
+
+
+def test_run_is_resumed_by_one_device_from_the_ordinary_checkpoint_alone(tmp_path):
+    expected = alone(Case(), tmp_path / "alone", 3)
+    first = world().run(on_ranks, Case(), tmp_path / "first", 2)[0].folder
+    file = shutil.move(first / FILE, tmp_path / "moved.ckpt")
+    assert_close(alone(Case(), tmp_path / "one", 3, file, 5), expected, 1)
+
+
+def sharded(path: Path, epochs: int) -> Path:
+    """A fit under FSDP2."""
+    torch.manual_seed(0)
+    trainer = model_parallel(path, LoRACallback(r=2, target_modules=TARGETS), max_epochs=epochs)
+    trainer.fit(Sharded(), *data())
+    trainer.save_checkpoint(path / "sharded.ckpt")
+    return path / "sharded.ckpt"
+
+
+def test_run_of_another_strategy_is_resumed_from_its_folder(tmp_path):
+    expected = alone(Case(), tmp_path / "alone", 3)
+    source = world().run(sharded, tmp_path, 2)[0]
+    for found in world().run(on_ranks, Case(), tmp_path / "second", 3, source, 5):
         assert_close(found, expected, 1)
 
 
@@ -534,6 +557,24 @@ def test_bfloat16_run_is_resumed_from_float32_values(tmp_path, precision, lora):
 def test_bfloat16_folder_evaluates_as_the_run_did(tmp_path):
     run = world().run(in_16_bits, tmp_path, "bf16-true", {}, 2)[0]
     assert world().run(evaluate, tmp_path, 1, "adapter", run.folder, "bf16-true") == [run.losses[-1]] * 2
+
+
+def said_of_dtype(path: Path, precision: str) -> list[str]:
+    from lightning_lora.trainer import deepspeed
+
+    said: list[str] = []
+    own, deepspeed.tell = deepspeed.tell, said.append
+    try:
+        in_16_bits(path, precision, {}, 1)
+    finally:
+        deepspeed.tell = own
+    return said
+
+
+def test_float32_adapter_that_deepspeed_casts_is_said_once(tmp_path):
+    (said,) = world().run(said_of_dtype, tmp_path, "bf16-true")[0]
+    assert said.startswith("LoRACallback: DeepSpeed casts the adapter to bfloat16 with the model, and trains float32")
+    assert world().run(said_of_dtype, tmp_path, "32-true") == [[], []]
 
 
 def in_float16(path: Path, epochs: int, source: Path | None = None) -> Run:

@@ -304,6 +304,30 @@ def test_checkpoint_goes_from_one_process_to_two_and_back(tmp_path, save):
     assert_same_bits(whole_state(back), state)
 
 
+def evaluate_in_one(path: Path, save: str, file: Path) -> float:
+    trainer = make_trainer(path, lora(save=save))
+    trainer.validate(model := Plain(), loader(seed=6), ckpt_path=file, verbose=False)
+    return model.losses[-1]
+
+
+@pytest.mark.parametrize("save", KINDS)
+def test_folder_of_two_processes_is_evaluated_and_resumed_in_one(tmp_path, save):
+    """With AdamW's moments: a resume without them would end elsewhere."""
+    uninterrupted, moments = world().run(run, tmp_path, save, False, 4)[0]
+    world().run(run, tmp_path / "first", save, False, 2)
+    folder = tmp_path / "first" / "2.ckpt"
+    assert evaluate_in_one(tmp_path, save, folder) == pytest.approx(
+        world().run(evaluate, tmp_path / "first", save, False, "2.ckpt", "validate")[0], rel=1e-5
+    )
+    torch.manual_seed(5)
+    trainer = make_trainer(tmp_path, lora(save=save), max_epochs=4)
+    trainer.fit(model := Plain(), loader(), loader(seed=6), ckpt_path=folder)
+    for found, expected in ((whole_state(model), uninterrupted), (optimizer_state(trainer), moments)):
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-6)
+
+
 # --- what does not fit ---
 
 

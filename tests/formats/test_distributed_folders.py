@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from lightning_lora.formats.forms import form_of
 from support.distributed_folders import write_as_lightning, write_sharded
 from support.models import base_zoo, checkpoint, state_bits, trained_zoo
 from support.runs import lora, trained
-from support.training import Net, assert_same_tensors
+from support.training import Data, Net, assert_same_tensors, make_trainer
 
 KINDS = ["adapter", "merged", "full"]
 
@@ -215,3 +216,35 @@ def test_objects_in_the_state_are_refused_and_beside_it_passed_over(tmp_path: Pa
     folder = write_as_lightning(tmp_path / "b", {**content, "state_dict": {**content["state_dict"], "x": LoRAConfig}})
     with pytest.raises(LoRAError, match="holds objects other than plain types and tensors"):
         load_adapter(base_zoo(), folder)
+
+
+class Scaled(Net):
+    """Has a hyper-parameter that is no plain type."""
+
+    def __init__(self, width: int = 9, scale: Fraction = Fraction(1, 3)) -> None:
+        super().__init__(width)
+
+
+def test_object_in_hyper_parameters_is_unpickled_only_where_that_is_said(tmp_path: Path):
+    trained(tmp_path, model := Scaled(scale=Fraction(2, 5)), lora())
+    model.trainer.save_checkpoint(file := tmp_path / "file.ckpt")
+    folder = write_as_lightning(tmp_path / "folder", torch.load(file, weights_only=False))
+    load_adapter(found := Net(9), folder)
+    assert_same_tensors(dict(found.state_dict()), dict(model.state_dict()))
+    with pytest.raises(LoRAError, match=r"checkpoint\['hyper_parameters'\]\['scale'\] is of fractions.Fraction"):
+        load_from_checkpoint(Scaled, folder)
+    assert load_from_checkpoint(Scaled, folder, weights_only=False).hparams["scale"] == Fraction(2, 5)
+    assert load_from_checkpoint(Scaled, folder, scale=Fraction(1, 7)).hparams["scale"] == Fraction(1, 7)
+
+
+def test_trainer_on_one_device_takes_a_folder_without_objects_in_its_own_state(tmp_path: Path):
+    trained(tmp_path, model := Scaled(scale=Fraction(2, 5)), lora())
+    model.trainer.save_checkpoint(file := tmp_path / "file.ckpt")
+    content = torch.load(file, weights_only=False)
+    del content["optimizer_states"]  # by positions: a sharding strategy saves them by names
+    folder = write_as_lightning(tmp_path / "folder", content)
+    make_trainer(tmp_path, lora()).validate(found := Net(9), Data(8), ckpt_path=folder, verbose=False)
+    assert_same_tensors(dict(found.state_dict()), dict(model.state_dict()))
+    folder = write_as_lightning(tmp_path / "other", {**content, "callbacks": {"Mine": {"best": Fraction(1, 2)}}})
+    with pytest.raises(LoRAError, match=r"checkpoint\['callbacks'\]\['Mine'\]\['best'\] is of fractions.Fraction"):
+        make_trainer(tmp_path, lora()).validate(Net(9), Data(8), ckpt_path=folder)

@@ -8,6 +8,7 @@ import pickle
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
@@ -18,11 +19,11 @@ from lightning_lora import LoRAConfig, LoRAError, disable_adapter, inject, is_me
 from lightning_lora.nn import exact_merge
 from lightning_lora.nn.adapted_weights import adapted_layers
 from lightning_lora.nn.exact_merge import merge_weight_, merged_weight, restored_weight, unmerge_weight_
-from support.broken_off import break_off
+from support.broken_off import BrokenOff, break_off
 from support.launches import Count, count
 from support.layers import exact_delta, make_pieces, make_weight, nearest, same_bits, scaling_for
 from support.models import randomise_
-from support.pretend_device import CAN_PRETEND, DEVICE, pretend_device
+from support.pretend_device import CAN_PRETEND, DEVICE, OBSERVERS, Observer, pretend_device
 
 pytestmark = [
     pytest.mark.skipif(not CAN_PRETEND, reason="this torch takes no device in Python"),
@@ -68,6 +69,16 @@ def values(model: nn.Module) -> dict[str, Any]:
     """All that merging changes, and nothing that it leaves."""
     layers = {name: (each.lora_active, each.lora.merged) for name, each in adapted_layers(model).items()}
     return {name: p.detach().cpu().view(torch.uint8).tolist() for name, p in model.named_parameters()} | layers
+
+
+@contextmanager
+def observed(observer: Observer) -> Iterator[None]:
+    """Call an observer after each operator on the device."""
+    OBSERVERS.append(observer)
+    try:
+        yield
+    finally:
+        OBSERVERS.remove(observer)
 
 
 def cycle(model: nn.Module) -> None:
@@ -215,6 +226,22 @@ def test_an_adapter_of_one_per_cent_keeps_less_than_a_tenth(
     assert 0 < record.nbytes() < 0.1 * model[0].weight.nbytes
 
 
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_merge_never_keeps_more_than_a_plain_copy(dtype: torch.dtype, scaled: bool) -> None:
+    for share in (0.1, 0.3, 1.0, 30.0):
+        weight = (0.02 * torch.randn(128, 128)).to(dtype)
+        (piece,) = make_pieces(weight, r=8)
+        scaling = scaling_for(weight, [piece], share)
+        scale = (1 + 0.1 * torch.rand(128, 1)).to(DEVICE) if scaled else None
+        piece = piece._replace(left=piece.left.to(DEVICE), right=piece.right.to(DEVICE), scale=scale)
+        there = weight.to(DEVICE)
+        record = merge_weight_(there, [piece], scaling)
+        assert record.nbytes() <= weight.nbytes
+        unmerge_weight_(there, record)
+        assert same_bits(there.cpu(), weight)
+
+
 @pytest.mark.parametrize("dtype", HALF)
 def test_the_cost_of_rounding_is_that_of_the_cpu(dtype: torch.dtype, copies: bool) -> None:
     there = adapted(4, dtype)
@@ -236,10 +263,17 @@ def test_autocast_and_precision_of_products_change_nothing(dtype: torch.dtype, c
     merge(model)
     plain = values(model)
     unmerge(model)
+    precisions = []
+
+    def note(operator: Any, given: Any, made: Any) -> None:
+        if "mm" in operator.name():
+            precisions.append(torch.get_float32_matmul_precision())
+
     torch.set_float32_matmul_precision("medium")
     try:
-        with torch.autocast(DEVICE, torch.bfloat16):
+        with torch.autocast(DEVICE, torch.bfloat16), observed(note):
             merge(model)
+        assert set(precisions) == {"highest"}
         assert torch.get_float32_matmul_precision() == "medium"
         assert values(model) == plain
     finally:
@@ -427,3 +461,29 @@ def test_a_merge_that_fails_and_is_broken_off_while_it_takes_that_back_leaves_al
         assert values(model) == plain, line
         line += step
     assert line > 300
+
+
+@pytest.mark.parametrize(("variant", "dtype"), [("lora", torch.bfloat16), ("dora", torch.float32)])
+@pytest.mark.parametrize("verb", [merge, unmerge])
+def test_an_exception_after_any_write_on_the_device_leaves_all_of_w(
+    variant: str, dtype: torch.dtype, verb: Any, copies: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_lora.nn.exact_merge.GPU_CHUNK", 40)
+    model = adapted(3, dtype, width=8, **VARIANTS[variant])
+    before, left, number = values(model), -1, 0
+
+    def fail_later(operator: Any, given: Any, made: Any) -> None:
+        nonlocal left
+        left -= operator._schema.is_mutable
+        if operator._schema.is_mutable and left == 0:
+            raise BrokenOff
+
+    while left <= 0:
+        if verb is unmerge:
+            merge(model)
+        number, left = number + 1, number + 1
+        with observed(fail_later), suppress(BrokenOff):
+            verb(model)
+        unmerge(model)
+        assert values(model) == before, number
+    assert number > 3

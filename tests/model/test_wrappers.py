@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.fabric import Fabric
+from lightning.fabric.wrappers import _FabricModule
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
@@ -64,6 +65,12 @@ def with_fabric(model: nn.Module) -> nn.Module:
     return wrapped
 
 
+def with_fabric_and_ddp(model: nn.Module) -> nn.Module:
+    """As Fabric(strategy="ddp").setup does."""
+    strategy = with_fabric(nn.Identity())._strategy
+    return _FabricModule(DistributedDataParallel(model), strategy, original_module=model)
+
+
 def compiled(model: nn.Module) -> nn.Module:
     result: nn.Module = torch.compile(model, backend="eager")
     return result
@@ -76,6 +83,7 @@ KNOWN: dict[str, Wrap] = {
     "Fabric": with_fabric,
     "compile": compiled,
     "checkpoint_wrapper": checkpoint_wrapper,
+    "Fabric of DDP": with_fabric_and_ddp,
     "Fabric of compile": lambda model: with_fabric(compiled(model)),
     "AveragedModel of DDP of compile": lambda model: AveragedModel(DistributedDataParallel(compiled(model))),
     "compile of DataParallel": lambda model: compiled(nn.DataParallel(model)),
@@ -335,7 +343,10 @@ def test_a_module_of_the_users_is_no_wrapper(tmp_path: Path, handle: Callable[[]
 
 
 @pytest.mark.parametrize("verb", ["inject", "load_adapter"])
-@pytest.mark.parametrize("wrap", [DistributedDataParallel, lambda model: compiled(DistributedDataParallel(model))])
+@pytest.mark.parametrize(
+    "wrap",
+    [DistributedDataParallel, lambda model: compiled(DistributedDataParallel(model)), with_fabric_and_ddp],
+)
 def test_adapting_inside_what_synchronises_gradients_warns(tmp_path: Path, wrap: Wrap, verb: str):
     save_adapter(network(), tmp_path)
     act = {"inject": lambda m: inject(m, CONFIG), "load_adapter": lambda m: load_adapter(m, tmp_path)}[verb]

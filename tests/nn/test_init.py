@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from lightning_lora import LoRAConfig, inject
 from support.models import Zoo, randomise_, tokens, zoo_config
+from support.variants import define_gated, variants_forgotten
 
 R = 32
 BUILDERS = {
@@ -151,3 +152,14 @@ def test_factors_injected_in_inference_mode_train():
 def test_initial_factors_lie_in_memory_as_loaded_ones_do(kind, init):
     """Products of factors in another order of memory differ in their last bits."""
     assert all(factor.is_contiguous() for factor in ours(kind, init))
+
+
+def test_factors_of_a_users_variant_lie_in_memory_as_loaded_ones_do():
+    def start(self: Any, place: Any, weights: Any) -> dict[str, torch.Tensor]:
+        return {leaf: torch.ones(shape[::-1]).T for leaf, shape in self.shapes(place).items()}
+
+    with variants_forgotten():
+        define_gated(start=start)
+        model = nn.Sequential(nn.Linear(6, 4))
+        inject(model, LoRAConfig(r=2, variant="gated"))
+        assert all(parameter.is_contiguous() for parameter in model.parameters())

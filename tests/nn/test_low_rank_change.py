@@ -416,3 +416,20 @@ def test_graph_of_a_layer_in_training_has_its_outputs_and_gradients(how: str) ->
     torch.manual_seed(1)
     output.backward(torch.randn(output.shape).to(output))
     torch.testing.assert_close([output, x.grad], wanted[:2])
+
+
+def test_jacobian_on_a_device_takes_no_memory_that_was_never_written() -> None:
+    """vmap multiplies by 0 what a kernel would ignore; memory that was never written is NaN in this test."""
+    if not CAN_PRETEND:
+        pytest.skip("this version of torch has no devices in Python")
+    with pretend_device() as device:
+        case = Case((4,), trained=())
+        x, *others = (tensor.to(device) for tensor in case.given())
+        case.start = tuple(tensor.to(device) for tensor in case.start)  # type: ignore[assignment]
+        torch.use_deterministic_algorithms(True)
+        try:
+            found = torch.func.jacrev(lambda b: case.as_one(x, *others[:-1], b))(others[-1])
+        finally:
+            torch.use_deterministic_algorithms(False)
+        wanted = torch.func.jacrev(lambda b: case.by_operators(x, *others[:-1], b))(others[-1])
+        torch.testing.assert_close(found.cpu(), wanted.cpu())
