@@ -206,7 +206,17 @@ def test_what_is_public_has_a_docstring(name):
                 assert function.__doc__, f"{key}.{method}"
 
 
-EXTRAS = ("jsonargparse", "rich", "peft", "transformers", "loralib", "sklearn", "matplotlib", "tensorboard")
+EXTRAS = (
+    "deepspeed",
+    "jsonargparse",
+    "rich",
+    "peft",
+    "transformers",
+    "loralib",
+    "sklearn",
+    "matplotlib",
+    "tensorboard",
+)
 WITHOUT_LIGHTNING = """
 import sys, tempfile, torch, lightning_lora
 from lightning_lora.command.main import main

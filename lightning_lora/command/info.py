@@ -26,7 +26,7 @@ from ..names import META
 from ..progress import Unit, progress_bar
 from .output import refuse_quantised
 
-READ_WHOLE = ("torch file", "distributed folder")  # forms of which only a reading tells what they hold
+READ_WHOLE = ("torch file", "DeepSpeed folder", "distributed folder")  # only a reading tells what these hold
 
 
 def info(path: PathLike) -> dict[str, Any]:

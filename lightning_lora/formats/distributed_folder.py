@@ -4,6 +4,8 @@
     .metadata   which shards there are, written by torch.distributed.checkpoint
     *.distcp    the shards of the state dict and of the optimizers
 
+DeepSpeed's folders hold an ordinary checkpoint beside its own files, and only that is read.
+
 A strategy's number of processes does not matter. The shards of optimizers are not read.
 """
 
@@ -17,10 +19,11 @@ import torch
 
 from ..errors import LoRAError
 from ..files.inert_pickle import find_placeholder
-from ..files.paths import PathLike, given_path, kind_of
+from ..files.paths import PathLike, kind_of
 from ..files.shards import DESCRIPTION, STATE, Entry, ShardedFolder
 from ..files.torch_archive import read_torch_file, refuse_objects
 from ..names import META, names_factor
+from .deepspeed_folder import file_beside_engine
 from .hyper_parameters import HYPER_PARAMETERS
 from .peft_names import are_peft_names
 
@@ -45,7 +48,8 @@ def read_checkpoint(path: PathLike, *, trusted: bool = False, values: bool = Tru
     Raises:
         LoRAError: there is no such file or folder, or it is damaged.
     """
-    if kind_of(given_path(path)) != "folder":
+    path = file_beside_engine(path)
+    if kind_of(path) != "folder":
         return read_torch_file(path, "cpu" if values else "meta", trusted=trusted)
     return _read_folder(Path(path), trusted=trusted, values=values)
 

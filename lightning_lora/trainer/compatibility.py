@@ -19,6 +19,7 @@ from ..model.adapted_model import Listing
 from ..model.injection import Injection
 from ..model.named_state import base_parameters_of
 from ..names import listed
+from .deepspeed import held_parameters
 
 AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
 
@@ -146,8 +147,7 @@ def refuse_unoptimized(optimizers: Sequence[torch.optim.Optimizer], listing: Lis
     """
     if optimizers and all(_is_a(optimizer, "_MockOptimizer") for optimizer in optimizers):  # Lightning's stand-in
         return
-    groups = (group for optimizer in optimizers for group in optimizer.param_groups)
-    optimized = {id(parameter) for group in groups for parameter in group["params"]}
+    optimized = {id(parameter) for optimizer in optimizers for parameter in held_parameters(optimizer)}
     factors = _factors(listing)
     missing = [name for name, factor in factors.items() if factor.requires_grad and id(factor) not in optimized]
     if missing:

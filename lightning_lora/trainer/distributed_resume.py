@@ -1,23 +1,28 @@
-"""Resume and evaluate from a sharding strategy's folder under a strategy that keeps the whole model on each device."""
+"""Resume and evaluate from a folder of another strategy, under a strategy that keeps the whole model on each device."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..formats.deepspeed_folder import file_beside_engine
 from ..formats.distributed_folder import holds_shards_at, read_for_resume
+from ..formats.forms import form_of
 from ..model.patches import call_previous, patch
 
 
 def accept_folders(strategy: Any) -> None:
-    """Let a strategy load distributed folders as the files that Lightning expects. In place."""
+    """Let a strategy load distributed folders and DeepSpeed's as the files that Lightning expects. In place."""
     patch(strategy, "load_checkpoint", _load_checkpoint)
 
 
 def _load_checkpoint(
     strategy: Any, previous: Callable[..., Any] | None, checkpoint_path: Any, *args: Any, **kwargs: Any
 ) -> Any:
+    if isinstance(checkpoint_path, (str, os.PathLike)) and form_of(checkpoint_path) == "DeepSpeed folder":
+        checkpoint_path = file_beside_engine(checkpoint_path)
     if not holds_shards_at(checkpoint_path):
         return call_previous(strategy, previous, "load_checkpoint", checkpoint_path, *args, **kwargs)
     fits, trusted = strategy.lightning_module.trainer.state.fn == "fit", kwargs.get("weights_only") is False

@@ -23,6 +23,7 @@ from ..names import group_names
 from ..nn.adapted_weights import AdaptedWeights
 from ..report.statistics import Snapshot, layer_stats
 from .by_module import ByModule
+from .deepspeed import is_stepping, with_whole_gradients
 
 MERGE_SECONDS, FIDELITY = "lora/merge_seconds", "lora/fidelity"
 
@@ -70,7 +71,7 @@ class StatisticsLog:
         An optimizer that evaluates its closure several times calls this several times a step; the first call counts.
         """
         step = trainer.fit_loop.epoch_loop._batches_that_stepped + 1  # as loggers count
-        if step % self.every or not _writes(trainer, step):
+        if step % self.every or not _writes(trainer, step) or not is_stepping(optimizer):
             return
         handle = find_model(module)
         if handle is None:
@@ -84,7 +85,8 @@ class StatisticsLog:
             return
         run.last = (step, [*done, id(optimizer)])
         reshard_(each for _, each in handle.modules)
-        stats = layer_stats(layers, run.snapshots, group_names(handle.layers))
+        with with_whole_gradients(optimizer):
+            stats = layer_stats(layers, run.snapshots, group_names(handle.layers))
         run.snapshots.update(stats.snapshots)
         values = _of_last_merge(handle.record)
         for group, found in stats.groups.items():

@@ -64,7 +64,7 @@ def _bitsandbytes_precision(module: nn.Module) -> Any:
 def leave_out_of_ddp_(listing: Listing) -> None:
     """Exclude a module's torchao tensors from DDP, which cannot send them. Every process quantised the same base."""
     module = listing.model
-    if any(_is_of_torchao(each) for _, owner in listing.modules for each in owner._parameters.values()):
+    if _holds_torchao(listing):
         names = [name for name, parameter in module.named_parameters() if _is_of_torchao(parameter)]
         earlier = vars(module).get(LEFT_OUT_OF_DDP, ())
         vars(module)[LEFT_OUT_OF_DDP] = list(dict.fromkeys([*earlier, *names]))
@@ -96,12 +96,21 @@ def refuse_for_quantised(listing: Listing, trainer: Any) -> None:
             f"LoRACallback: {weight}, which ModelParallelStrategy cannot shard here. Use strategy='ddp', which holds "
             "the quantised base whole on each device."
         )
+    if derives_from(trainer.strategy, "DeepSpeedStrategy", LIGHTNING) and _holds_torchao(listing):
+        raise LoRAError(
+            f"LoRACallback: {weight}, which DeepSpeed cannot move to its device. Use strategy='ddp', or quantise the "
+            "base with bitsandbytes."
+        )
     for callback in trainer.callbacks:
         if any(derives_from(callback, average, LIGHTNING) for average in AVERAGING):
             raise LoRAError(
                 f"LoRACallback: {weight}, and {type(callback).__name__} averages frozen weights too, which would "
                 "change its bytes. Leave the averaging out, or train on the base that is not quantised."
             )
+
+
+def _holds_torchao(listing: Listing) -> bool:
+    return any(_is_of_torchao(each) for _, owner in listing.modules for each in owner._parameters.values())
 
 
 def _is_plain(layer: nn.Module | None) -> bool:

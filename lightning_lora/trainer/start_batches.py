@@ -18,6 +18,7 @@ from ..errors import LoRAError
 from ..model.adapted_model import AdaptedModel
 from ..start.batches import Caller, Run
 from ..start.from_data import FROM_DATA, start_from_batches
+from .deepspeed import copy_to_optimizer_
 from .lightning_packages import package_of
 
 GRADIENT_BATCHES = 8  # the mean gradient over so many batches
@@ -53,6 +54,7 @@ def start_from_data(trainer: Any, module: Any, handle: AdaptedModel | None) -> N
         else:
             run = Run(batches, partial(_forward, trainer), caller=caller)
         start_from_batches(handle, run)
+    copy_to_optimizer_(trainer.optimizers)
 
 
 def _own_loader(trainer: Any, package: str, option: str) -> Any:

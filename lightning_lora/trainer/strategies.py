@@ -1,4 +1,4 @@
-"""Strategies of Lightning that need more than hooks: two that are refused, and ModelParallelStrategy's checkpoints.
+"""Strategies of Lightning that need more than hooks: one that is refused, and ModelParallelStrategy's checkpoints.
 
 ModelParallelStrategy saves and loads state dicts without the module's hooks. To save an adapter it would gather the
 whole base first. To load an adapter it would ask for the base before any hook could add it. So its two methods are
@@ -28,13 +28,14 @@ from ..model.state_dict import adapter_keys, base_keys, merge_state_dict
 from ..names import META, canonical
 from ..nn.adapted_weights import AdaptedWeights
 from .checkpoint_hooks import refuse_foreign_resume
+from .deepspeed import prepare_deepspeed
 from .distributed_resume import accept_folders
 
-REFUSED = {
-    "DeepSpeedStrategy": "it saves and loads through an engine that passes over a callback's checkpoint, and its stage "
-    "3 leaves no weight to merge into",
-    "FSDPStrategy": "FSDP1 keeps weights as pieces of flat buffers, which cannot be merged into and restored exactly",
-}
+FSDP1 = (
+    "FSDPStrategy cannot be used: FSDP1 keeps weights as pieces of flat buffers, which cannot be merged into and "
+    "restored exactly. Use ModelParallelStrategy with fully_shard (FSDP2) in configure_model, or strategy='ddp' where "
+    "the base fits on one device."
+)
 
 
 def prepare_strategy(strategy: Any) -> None:
@@ -44,12 +45,10 @@ def prepare_strategy(strategy: Any) -> None:
         LoRAError: the strategy cannot be used. The message names the alternative.
     """
     names = [cls.__name__ for cls in type(strategy).__mro__]
-    for name in names:
-        if name in REFUSED:
-            raise LoRAError(
-                f"LoRACallback: {name} cannot be used: {REFUSED[name]}. Use ModelParallelStrategy with fully_shard "
-                "(FSDP2) in configure_model, or strategy='ddp' where the base fits on one device."
-            )
+    if "FSDPStrategy" in names:
+        raise LoRAError(f"LoRACallback: {FSDP1}")
+    if "DeepSpeedStrategy" in names:
+        prepare_deepspeed(strategy)
     if "ModelParallelStrategy" in names:
         patch(strategy, "lightning_module_state_dict", _state_dict)
         patch(strategy, "load_checkpoint", _load_checkpoint)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,14 +20,29 @@ class OwnFSDP(FSDPStrategy):
     """A user's subclass is still FSDP1."""
 
 
-def deepspeed() -> Any:
-    return object.__new__(DeepSpeedStrategy)  # its own __init__ needs the library
+def deepspeed(stage: int = 2, **options: Any) -> Callable[[], Any]:
+    """DeepSpeedStrategy with options of its config; those of ZeRO in a dictionary `zero`."""
+
+    def build() -> Any:
+        strategy: Any = object.__new__(DeepSpeedStrategy)  # its own __init__ needs the library
+        zero = {"stage": stage, **options.pop("zero", {})}
+        strategy.config = {"zero_optimization": zero, **options}
+        return strategy
+
+    return build
 
 
 REFUSED = [
-    (deepspeed, "DeepSpeedStrategy cannot be used: .*checkpoint"),
     (FSDPStrategy, "FSDPStrategy cannot be used: FSDP1"),
     (OwnFSDP, "FSDPStrategy cannot be used: FSDP1"),
+    (deepspeed(3), "DeepSpeedStrategy cannot be used so: its stage 3 cuts weights into flat slices"),
+    (deepspeed(0), "its stage is 0, and 1 and 2 are supported"),
+    (deepspeed(zero={"offload_optimizer": {"device": "nvme"}}), "offload_optimizer to NVMe"),
+    (deepspeed(zero={"offload_param": {"device": "nvme"}}), "offload_param to NVMe"),
+    (deepspeed(zero={"zero_quantized_weights": True}), r"zero_quantized_weights \(ZeRO\+\+\)"),
+    (deepspeed(zero={"zero_quantized_gradients": True}), r"zero_quantized_gradients \(ZeRO\+\+\)"),
+    (deepspeed(zero={"zero_hpz_partition_size": 2}), r"zero_hpz_partition_size \(ZeRO\+\+\)"),
+    (deepspeed(tensor_parallel={"autotp_size": 2}), "autotp_size splits layers"),
 ]
 
 
@@ -36,9 +53,16 @@ def test_strategy_that_cannot_be_right_is_refused_with_the_alternative(strategy,
     trainer = SimpleNamespace(strategy=strategy(), callbacks=[], state=SimpleNamespace(fn="fit"))
     with pytest.raises(LoRAError, match=reason) as caught:
         lora().setup(trainer, model, "fit")
-    assert "Use ModelParallelStrategy with fully_shard (FSDP2)" in str(caught.value)
+    assert "ModelParallelStrategy with fully_shard (FSDP2)" in str(caught.value)
     assert "strategy='ddp'" in str(caught.value)
     assert trace(model) == before
+
+
+def test_deepspeed_without_its_package_is_refused_with_the_extra_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    trainer = SimpleNamespace(strategy=deepspeed()(), callbacks=[], state=SimpleNamespace(fn="fit"))
+    with pytest.raises(LoRAError, match=r"not installed. Run pip install 'lightning-lora\[deepspeed\]'"):
+        lora().setup(trainer, Plain(), "fit")
 
 
 def test_single_device_strategy_is_not_refused():

@@ -106,7 +106,7 @@ def make_trainer(path: Path, *callbacks: L.Callback, **options: Any) -> L.Traine
     options = {"max_epochs": 3, "num_sanity_val_steps": 0, "enable_checkpointing": False, "devices": 1} | options
     return L.Trainer(
         accelerator="cpu" if BACKEND == "gloo" else "cuda",
-        logger=False,
+        logger=options.pop("logger", False),
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=path,

@@ -1,0 +1,426 @@
+"""DeepSpeedStrategy with ZeRO stages 1 and 2: every rank holds the whole model, and a part of the optimizer.
+
+DeepSpeed trains float32 copies of the trained parameters. Group by group they lie one after the other in a flat tensor,
+of which each rank keeps an equal part, and so do the states of the optimizer. DeepSpeed's own files depend on the
+number of ranks. So an ordinary checkpoint is written beside them, with whole tensors, and only that is loaded.
+
+    epoch=1.ckpt/adapter.ckpt   the ordinary checkpoint, which one device, DDP or any number of ranks goes on from
+    epoch=1.ckpt/checkpoint/    DeepSpeed's own files
+
+DeepSpeed's classes are recognised by name and by attributes, so that it is not imported here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ..errors import LoRAError
+from ..formats.deepspeed_folder import BESIDE_ENGINE
+from ..model.adapted_model import AdaptedModel, find_model
+from ..model.patches import call_previous, is_patched, patch
+from ..names import META, canonical
+from ..nn.low_rank import HALF
+from ..notices import tell
+
+REMEDY = (
+    "Use DeepSpeedStrategy(stage=2), ModelParallelStrategy with fully_shard (FSDP2) in configure_model, or "
+    "strategy='ddp' where the base fits on one device."
+)
+PARTS = "lora_optimizer_parts"  # attribute of a strategy: the _Flat of the last fit
+LOSS_SCALE = "loss_scale"  # entry of the optimizer's state dict, under fp16
+SCALES = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # what DeepSpeed's scaler changes
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16}  # by DeepSpeed's options
+
+
+class Group(NamedTuple):
+    """A group of an optimizer, as configure_optimizers built it."""
+
+    options: dict[str, Any]
+    parameters: list[nn.Parameter]
+
+
+# --- what cannot be right is refused in setup ---
+
+
+def prepare_deepspeed(strategy: Any) -> None:
+    """Patch how a DeepSpeedStrategy sets up its engine, and how it saves and loads checkpoints.
+
+    Raises:
+        LoRAError: its options cannot be used, or DeepSpeed is not installed. The message says what to do.
+    """
+    config = getattr(strategy, "config", None)
+    for reason in _refused(config if isinstance(config, Mapping) else {}):
+        raise LoRAError(f"LoRACallback: DeepSpeedStrategy cannot be used so: {reason}. {REMEDY}")
+    if find_spec("deepspeed") is None:
+        raise LoRAError(
+            "LoRACallback: DeepSpeedStrategy needs DeepSpeed, which is not installed. Run pip install "
+            "'lightning-lora[deepspeed]'."
+        )
+    if is_patched(strategy, "save_checkpoint", _save_checkpoint):
+        return  # in an earlier stage
+    patch(strategy, "init_deepspeed", _init_deepspeed)
+    patch(strategy, "_setup_model_and_optimizer", _set_up_optimizer)
+    patch(strategy, "optimizer_state", _optimizer_state)
+    patch(strategy, "save_checkpoint", _save_checkpoint)
+    patch(strategy, "load_checkpoint", _load_checkpoint)
+    patch(strategy, "load_model_state_dict", _load_model_state_dict)
+
+
+def _refused(config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the reason for each of DeepSpeed's options that cannot be used."""
+    zero = config.get("zero_optimization") or {}
+    stage = zero.get("stage", 0)
+    if stage == 3:
+        yield (
+            "its stage 3 cuts weights into flat slices, which are not merged yet, and a checkpoint taken while merged "
+            "would hold merged weights as the base"
+        )
+    elif stage not in (1, 2):
+        yield f"its stage is {stage!r}, and 1 and 2 are supported"
+    for name in ("offload_optimizer", "offload_param"):
+        if (zero.get(name) or {}).get("device") == "nvme":
+            yield f"{name} to NVMe keeps in files what a checkpoint has to hold; device='cpu' is supported"
+    for name in ("zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights"):
+        if zero.get(name):
+            yield f"{name} (ZeRO++) sends rounded values, so what was merged is not restored exactly"
+    if zero.get("zero_hpz_partition_size", 1) > 1:
+        yield "zero_hpz_partition_size (ZeRO++) keeps second copies of weights, which merging does not reach"
+    if (config.get("tensor_parallel") or {}).get("autotp_size", 0) > 1:
+        yield "tensor_parallel.autotp_size splits layers after they were adapted"
+
+
+# --- the engine is set up ---
+
+
+def _init_deepspeed(strategy: Any, previous: Callable[..., Any] | None) -> None:
+    """Set the engine up, which casts each parameter by itself, and say so: the patched init_deepspeed."""
+    handle = find_model(strategy.lightning_module)
+    names = [name for name in DTYPES if (strategy.config.get(name) or {}).get("enabled")]
+    factors = [factor for layer in handle.layers.values() for factor in layer.factors()] if handle is not None else []
+    if names and any(factor.dtype != DTYPES[names[0]] for factor in factors):
+        dtype = str(DTYPES[names[0]]).removeprefix("torch.")
+        tell(
+            f"LoRACallback: DeepSpeed casts the adapter to {dtype} with the model, "
+            "and trains float32 copies, which checkpoints hold. autocast_adapter_dtype=True does not change that."
+        )
+    call_previous(strategy, previous, "init_deepspeed")
+
+
+def _set_up_optimizer(
+    strategy: Any, previous: Callable[..., Any] | None, model: Any, optimizer: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Note the optimizer's groups, which DeepSpeed replaces by flat tensors: the patched _setup_model_and_optimizer."""
+    order = []
+    for number, group in enumerate(optimizer.param_groups if optimizer is not None else ()):
+        parameters = list(group["params"])
+        if parameters and not any(parameter.requires_grad for parameter in parameters):
+            raise LoRAError(
+                f"LoRACallback: group {number} of the optimizer holds frozen parameters alone ({len(parameters)}), and "
+                "DeepSpeed fails at such a group. Build the groups in configure_optimizers from parameters that are "
+                "trained: [p for p in self.parameters() if p.requires_grad]."
+            )
+        order.append(Group(_plain_options(group), parameters))
+    found = call_previous(strategy, previous, "_setup_model_and_optimizer", model, optimizer, *args, **kwargs)
+    if find_model(strategy.lightning_module) is not None:
+        setattr(strategy, PARTS, _Flat(found[1], order))
+    return found
+
+
+def held_parameters(optimizer: Any) -> list[nn.Parameter]:
+    """Return the parameters that an optimizer trains. DeepSpeed's has flat tensors in its groups, and these beside."""
+    groups = getattr(optimizer, "bit16_groups", None)
+    if groups is None:
+        groups = [group["params"] for group in optimizer.param_groups]
+    return [parameter for group in groups for parameter in group]
+
+
+def copy_to_optimizer_(optimizers: Iterable[Any]) -> None:
+    """Give DeepSpeed's float32 copies the values of the parameters, which something has written since. In place."""
+    for optimizer in optimizers:
+        if hasattr(optimizer, "bit16_groups"):
+            flat = _Flat(optimizer)
+            flat.write_values_({id(each): each.detach() for each in held_parameters(optimizer)})
+
+
+def is_stepping(optimizer: Any) -> bool:
+    """Return whether the next call of step changes the parameters. DeepSpeed accumulates gradients by itself."""
+    boundary = getattr(optimizer, "is_gradient_accumulation_boundary", True)  # older DeepSpeed: an attribute
+    return bool(boundary() if callable(boundary) else boundary)
+
+
+@contextmanager
+def with_whole_gradients(optimizer: Any) -> Iterator[None]:
+    """Let parameters have their gradients inside the block. DeepSpeed keeps parts of them elsewhere. Collective."""
+    parameters = held_parameters(optimizer) if hasattr(optimizer, "bit16_groups") else []
+    before = [parameter.grad for parameter in parameters]
+    try:
+        for parameter in parameters:
+            parameter.grad = cast(Any, parameter).get_full_hp_grad().to(parameter.dtype)
+        yield
+    finally:
+        for parameter, gradient in zip(parameters, before, strict=True):
+            parameter.grad = gradient
+
+
+# --- checkpoints ---
+
+
+def _optimizer_state(strategy: Any, previous: Callable[..., Any] | None, optimizer: Any) -> Any:
+    """Return the state dict that the optimizer would have on one device: the patched optimizer_state. Collective."""
+    flat = getattr(strategy, PARTS, None)
+    if flat is None or find_model(strategy.lightning_module) is None:
+        return call_previous(strategy, previous, "optimizer_state", optimizer)
+    states, groups, first = flat.states(), iter(flat.options()), 0
+    state: dict[int, dict[str, Any]] = {}
+    packed = []
+    for group in flat.order:
+        numbers = list(range(first, first + len(group.parameters)))
+        first += len(numbers)
+        state |= {n: states[id(p)] for n, p in zip(numbers, group.parameters, strict=True) if states.get(id(p))}
+        options = next(groups) if group.parameters else group.options  # DeepSpeed leaves out groups without parameters
+        packed.append({**options, "params": numbers})
+    return {"state": state, "param_groups": packed, **flat.loss_scale()}
+
+
+def _save_checkpoint(
+    strategy: Any, previous: Callable[..., Any] | None, checkpoint: Mapping[str, Any], filepath: Any, **kwargs: Any
+) -> None:
+    """Save DeepSpeed's own files, and beside them an ordinary checkpoint: the patched save_checkpoint. Collective."""
+    handle = find_model(strategy.lightning_module)
+    if handle is None:
+        call_previous(strategy, previous, "save_checkpoint", checkpoint, filepath, **kwargs)
+        return
+    folder = Path(strategy.broadcast(filepath))
+    content = dict(checkpoint)
+    if hasattr(strategy, PARTS):
+        _take_float32_values(handle, content, getattr(strategy, PARTS))
+    engine, own = strategy.deepspeed_engine, strategy.deepspeed_engine.save_checkpoint
+
+    def save(*args: Any, **options: Any) -> Any:
+        return own(*args, **options | {"exclude_frozen_parameters": handle.record.save != "full"})
+
+    vars(engine)["save_checkpoint"] = save
+    try:
+        plain = {name: value for name, value in checkpoint.items() if name != META}
+        call_previous(strategy, previous, "save_checkpoint", plain, folder, **kwargs)
+    finally:
+        del vars(engine)["save_checkpoint"]
+    if strategy.is_global_zero:
+        strategy.checkpoint_io.save_checkpoint(content, folder / BESIDE_ENGINE)
+
+
+def _take_float32_values(handle: AdaptedModel, content: MutableMapping[str, Any], flat: _Flat) -> None:
+    """Put float32 copies of trained parameters into a checkpoint that holds them rounded to 16 bits. Collective."""
+    if META not in content or not any(parameter.dtype in HALF for group in flat.groups for parameter in group):
+        return
+    values = flat.values()
+    merged = handle.record.save == "merged"
+    holder = content[META] if merged else content
+    key = "adapter" if merged else "state_dict"
+    parameters = handle.model.named_parameters(remove_duplicate=False)
+    copies = {canonical(name): values[id(p)] for name, p in parameters if id(p) in values}
+    tensors = dict(holder[key])
+    for name, value in holder[key].items():
+        copy = copies.get(canonical(name))
+        if copy is not None and value.dtype in HALF and torch.equal(copy.to(value.dtype), value.cpu()):
+            tensors[name] = copy  # other values, such as an average of the weights, stay
+    if merged:
+        content[META] = {**holder, key: tensors}
+    else:
+        content[key] = tensors
+
+
+def _load_checkpoint(
+    strategy: Any, previous: Callable[..., Any] | None, checkpoint_path: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Read the ordinary checkpoint of a folder, or one that another strategy saved: the patched load_checkpoint."""
+    if find_model(strategy.lightning_module) is None:
+        return call_previous(strategy, previous, "load_checkpoint", checkpoint_path, *args, **kwargs)
+    path = Path(checkpoint_path)
+    if path.is_dir():
+        path = path / BESIDE_ENGINE
+        if not path.is_file():
+            raise LoRAError(
+                f"{path}: there is no such file, so {path.parent} was not saved with LoRACallback under DeepSpeed. To "
+                "train an adapter on the weights in it, load them into the model first, as with deepspeed.utils."
+                "zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint, and leave ckpt_path out."
+            )
+    return strategy.checkpoint_io.load_checkpoint(path, **kwargs)
+
+
+def _load_model_state_dict(
+    strategy: Any, previous: Callable[..., Any] | None, checkpoint: Mapping[str, Any], strict: bool = True
+) -> None:
+    """Load the model, and in a fit DeepSpeed's optimizer too: the patched load_model_state_dict. Collective.
+
+    Lightning calls no other method of the strategy for the optimizer, because DeepSpeed would have loaded it already.
+    """
+    module = strategy.lightning_module
+    if find_model(module) is None:
+        call_previous(strategy, previous, "load_model_state_dict", checkpoint, strict=strict)
+        return
+    state = checkpoint["state_dict"]
+    module.load_state_dict(state, strict=strict)
+    if module.trainer.state.fn != "fit":
+        return
+    flat: _Flat = getattr(strategy, PARTS)
+    parameters = {canonical(name): p for name, p in module.named_parameters(remove_duplicate=False)}
+    loaded = {id(p): p.detach() for p in held_parameters(flat.optimizer)}  # what a lenient load has left out stays
+    loaded |= {id(parameters[n]): v for n, v in state.items() if n in parameters and id(parameters[n]) in loaded}
+    flat.write_values_(loaded)
+    states = checkpoint.get("optimizer_states")
+    if not states:
+        raise LoRAError(
+            "LoRACallback: the checkpoint at ckpt_path holds weights only, without the optimizer's state that a fit "
+            "goes on with. To start a new fit from them, call load_adapter(model, path) and leave ckpt_path out."
+        )
+    _load_optimizer_state_(flat, states[0])
+
+
+def _load_optimizer_state_(flat: _Flat, saved: Mapping[str, Any]) -> None:
+    """Load a state dict as it would be on one device into this rank's part. In place."""
+    order = flat.order
+    sizes, expected = ([len(g["params"]) for g in saved["param_groups"]], [len(g.parameters) for g in order])
+    if sizes != expected:
+        raise LoRAError(
+            f"LoRACallback: the optimizer in the checkpoint has groups of {sizes} parameters, and configure_optimizers "
+            f"built groups of {expected}. Build the same groups, or call load_adapter(model, path) and leave ckpt_path "
+            "out to start a new fit."
+        )
+    pairs = [
+        (n, p)
+        for old, new in zip(saved["param_groups"], order, strict=True)
+        for n, p in zip(old["params"], new.parameters, strict=True)
+    ]
+    states = {id(p): saved["state"][n] for n, p in pairs if n in saved["state"]}
+    flat.write_states_(states, [_plain_options(g) for g in saved["param_groups"] if g["params"]])
+    flat.write_loss_scale_(saved.get(LOSS_SCALE, {}))
+
+
+def _plain_options(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in group.items() if name != "params"}
+
+
+class _Flat:
+    """This rank's part of the flat tensors of DeepSpeed's optimizer: float32 copies of parameters, and their states.
+
+    A parameter of the model is a view of its group's flat tensor, which tells where the copy and the states of it lie.
+    After a fit Lightning moves the parameters to the CPU, so the positions are noted.
+
+    Attributes:
+        order: the optimizer's groups as they were built; of an optimizer in DeepSpeed's config, as that made them.
+    """
+
+    NEEDED = ("bit16_groups", "bit16_groups_flat", "single_partition_of_fp32_groups", "real_dp_process_group")
+
+    def __init__(self, optimizer: Any, order: Sequence[Group] = ()) -> None:
+        missing = [name for name in self.NEEDED if not hasattr(optimizer, name)]
+        if missing:
+            raise LoRAError(
+                f"LoRACallback: DeepSpeed made a {type(optimizer).__name__}, whose states cannot be put together "
+                f"(it has no {missing[0]}). Leave data_types and other optimizers' options out of DeepSpeed's config."
+            )
+        self.optimizer, self.inner = optimizer, optimizer.optimizer
+        self.groups: Sequence[Sequence[nn.Parameter]] = optimizer.bit16_groups
+        self.parts: Sequence[torch.Tensor] = optimizer.single_partition_of_fp32_groups
+        self.order = order or [Group(o, list(p)) for o, p in zip(self.options(), self.groups, strict=True)]
+        self.places = [
+            [(p, (p.data_ptr() - flat.data_ptr()) // flat.element_size()) for p in group]
+            for group, flat in zip(self.groups, optimizer.bit16_groups_flat, strict=True)
+        ]
+
+    def options(self) -> list[dict[str, Any]]:
+        """Return the options of each group, such as its learning rate."""
+        return [_plain_options(group) for group in self.inner.param_groups]
+
+    def loss_scale(self) -> dict[str, dict[str, Any]]:
+        """Return the state of the loss's scale, as an entry of a state dict; none where it does not change."""
+        scaler = self.optimizer.loss_scaler
+        if not scaler.dynamic:
+            return {}
+        return {LOSS_SCALE: {name: getattr(scaler, name) for name in SCALES if hasattr(scaler, name)}}
+
+    def write_loss_scale_(self, state: Mapping[str, Any]) -> None:
+        """Set the state of the loss's scale. In place."""
+        if self.optimizer.loss_scaler.dynamic:
+            vars(self.optimizer.loss_scaler).update({name: state[name] for name in SCALES if name in state})
+
+    def values(self) -> dict[int, torch.Tensor]:
+        """Return the float32 copies of all parameters, on the CPU, by the parameter's id. Collective."""
+        return {
+            key: value for number, part in enumerate(self.parts) for key, value in self._whole(number, part).items()
+        }
+
+    def states(self) -> dict[int, dict[str, Any]]:
+        """Return the optimizer's state of each parameter, on the CPU, by the parameter's id. Collective."""
+        found: dict[int, dict[str, Any]] = {}
+        for number, part in enumerate(self.parts):
+            for name, value in self.inner.state.get(part, {}).items():
+                if isinstance(value, torch.Tensor) and value.dim() > 0:
+                    if value.shape != part.shape:
+                        raise LoRAError(
+                            f"LoRACallback: {type(self.inner).__name__} keeps {name!r} of shape {tuple(value.shape)} "
+                            f"for {part.numel()} values, which belongs to no parameter, so a checkpoint could not be "
+                            "resumed. Use an optimizer that keeps a value for each value, such as AdamW."
+                        )
+                    wholes = self._whole(number, value)
+                else:
+                    plain = value.detach().cpu() if isinstance(value, torch.Tensor) else value
+                    wholes = {
+                        id(p): plain.clone() if isinstance(plain, torch.Tensor) else plain for p in self.groups[number]
+                    }
+                for key, whole in wholes.items():
+                    found.setdefault(key, {})[name] = whole
+        return found
+
+    def write_values_(self, values: Mapping[int, torch.Tensor]) -> None:
+        """Write this rank's part of the float32 copies. In place."""
+        for number, part in enumerate(self.parts):
+            part.data.copy_(self._part(number, values, part.dtype))
+
+    def write_states_(self, states: Mapping[int, Mapping[str, Any]], options: Sequence[Mapping[str, Any]]) -> None:
+        """Write this rank's part of the optimizer's states, and the groups' options. In place."""
+        for number, (part, group) in enumerate(zip(self.parts, self.inner.param_groups, strict=True)):
+            group.update(options[number])
+            mine = {id(p): states[id(p)] for p in self.groups[number] if id(p) in states}
+            if not mine:
+                continue
+            state = self.inner.state[part]
+            shapes = {id(p): p.shape for p in self.groups[number]}
+            for name in dict.fromkeys(name for each in mine.values() for name in each):
+                values = {key: each[name] for key, each in mine.items() if name in each}
+                first = next(iter(values.values()))
+                if all(isinstance(v, torch.Tensor) and v.shape == shapes[key] and v.dim() for key, v in values.items()):
+                    dtype = state[name].dtype if isinstance(state.get(name), torch.Tensor) else part.dtype
+                    state[name] = self._part(number, values, dtype).to(part.device)
+                else:
+                    state[name] = first.clone() if isinstance(first, torch.Tensor) else first
+        self.optimizer._hp_optimizer_states_linked = False  # the next step looks at the new tensors
+
+    def _whole(self, number: int, part: torch.Tensor) -> dict[int, torch.Tensor]:
+        """Gather a flat tensor of a group from all ranks, and cut it into parameters. Collective."""
+        flat = self.optimizer.bit16_groups_flat[number]
+        group = self.optimizer.real_dp_process_group[number]
+        sent = part.detach().to(flat.device).contiguous()
+        parts = [torch.empty_like(sent) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, sent, group=group)
+        whole = torch.cat(parts).cpu()
+        return {id(p): whole[at : at + p.numel()].view(p.shape).clone() for p, at in self.places[number]}
+
+    def _part(self, number: int, values: Mapping[int, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+        """Return this rank's part of values of a group's parameters, on the CPU; of others zeros."""
+        flat = torch.zeros(self.optimizer.bit16_groups_flat[number].numel(), dtype=dtype)
+        for parameter, at in self.places[number]:
+            if id(parameter) in values:
+                flat[at : at + parameter.numel()] = values[id(parameter)].detach().reshape(-1).to("cpu", dtype)
+        size = self.parts[number].numel()
+        start = dist.get_rank(self.optimizer.real_dp_process_group[number]) * size
+        return flat[start : start + size]

@@ -1,0 +1,646 @@
+"""DeepSpeedStrategy with ZeRO stages 1 and 2: as one device, on any number of ranks, in every door."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import warnings
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from torch import nn
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+from lightning_lora import (
+    LoRACallback,
+    LoRAError,
+    LoRAMonitor,
+    is_merged,
+    load_adapter,
+    load_from_checkpoint,
+    lora_param_groups,
+    save_adapter,
+    save_merged,
+)
+from lightning_lora.command.info import info
+from support.deepspeed import zero
+from support.processes import world
+from support.quantised import OF_BITSANDBYTES, OUTPUTS, QUANTISED, QuantisedNet, factors, inputs, packed_bits
+from support.sharded import TARGETS, Plain, Sharded, base_of, data, loader, make_trainer, model_parallel
+from support.sharded_adapters import assert_same_bits
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs the extra `deepspeed`"),
+]
+
+
+def start_deepspeed() -> None:
+    import deepspeed  # noqa: F401
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _started() -> None:
+    """Its import takes a while, which is no part of a test's time."""
+    world().run(start_deepspeed, timeout=240)
+
+
+State = dict[str, torch.Tensor]
+FILE = "adapter.ckpt"
+
+
+class Plus(Plain):
+    """LoRA+, with groups of their own learning rates, and a decay."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(lora_param_groups(self, lr=0.02, lr_ratio=4, weight_decay=0.1))
+
+
+class Scheduled(Plain):
+    """Another optimizer, with one state for each value, and a scheduler."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)]
+
+
+class GroupWithoutParameters(Plain):
+    def configure_optimizers(self) -> Any:
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        return torch.optim.AdamW([{"params": []}, {"params": trained}], lr=0.05)
+
+
+class FrozenGroup(Plain):
+    def configure_optimizers(self) -> Any:
+        biases = [parameter for name, parameter in self.named_parameters() if name.endswith("bias")]
+        return torch.optim.AdamW([{"params": list(self.net.parameters())[2:4]}, {"params": biases}])
+
+
+class TrainedAlone(Plain):
+    """The parameters that DeepSpeed gives to an optimizer of its own."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=0.05)
+
+
+class Normalised(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(self.norm(x))
+
+
+CLASSES = (Plain, Plus, Scheduled, GroupWithoutParameters, FrozenGroup, TrainedAlone, Normalised)
+MODELS = {cls.__name__: cls for cls in CLASSES}
+UNTESTED = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+
+
+def config(stage: int, **zero_options: Any) -> dict[str, Any]:
+    """DeepSpeed's own configuration, with options that DeepSpeedStrategy has no argument for."""
+    return {"config": {**UNTESTED, "zero_optimization": {"stage": stage, **zero_options}}}
+
+
+@dataclass
+class Case:
+    stage: int = 2
+    model: str = "Plain"
+    lora: dict[str, Any] = field(default_factory=dict)
+    trainer: dict[str, Any] = field(default_factory=dict)
+    strategy: dict[str, Any] = field(default_factory=dict)
+
+    def build(self, seed: int) -> tuple[Any, LoRACallback]:
+        torch.manual_seed(seed)
+        return MODELS[self.model](), LoRACallback(**{"r": 2, "target_modules": TARGETS} | self.lora)
+
+
+@dataclass
+class Run:
+    """What a fit gave."""
+
+    state: State
+    losses: list[float]
+    folder: Path
+    frozen: list[str]
+
+
+def finish(trainer: L.Trainer, model: Any, path: Path) -> Run:
+    """Save after the fit, and look at the model."""
+    assert not is_merged(model)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()  # as after a fit on a GPU, when Lightning moves them to the CPU
+    trainer.save_checkpoint(path / "all.ckpt")
+    trainer.save_checkpoint(path / "weights.ckpt", weights_only=True)
+    state = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad and "lora_" not in name]
+    return Run(state, list(model.losses), path / "all.ckpt", frozen)
+
+
+def on_ranks(case: Case, path: Path, epochs: int, source: Path | None = None, seed: int = 0) -> Run:
+    model, callback = case.build(seed)
+    trainer = zero(path, callback, stage=case.stage, options=case.strategy, max_epochs=epochs, **case.trainer)
+    trainer.fit(model, *data(), ckpt_path=source)
+    return finish(trainer, model, path)
+
+
+def alone(case: Case, path: Path, epochs: int, source: Path | None = None, seed: int = 0) -> Run:
+    model, callback = case.build(seed)
+    trainer = make_trainer(path, callback, max_epochs=epochs, **case.trainer)
+    trainer.fit(model, loader(), loader(seed=6), ckpt_path=source)
+    return finish(trainer, model, path)
+
+
+def assert_close(found: Run, expected: Run, epochs: int) -> None:
+    """The last epochs, merged in validation, and all values at the end."""
+    assert found.losses == pytest.approx(expected.losses[-epochs:], abs=1e-6)
+    assert found.state.keys() == expected.state.keys()
+    for name, value in expected.state.items():
+        torch.testing.assert_close(found.state[name], value, atol=2e-6, rtol=0)
+
+
+CASES = {
+    "stage 1": Case(stage=1),
+    "stage 2": Case(),
+    "stage 1, optimizer on the CPU": Case(stage=1, strategy=config(1, offload_optimizer={"device": "cpu"})),
+    "stage 2, optimizer on the CPU": Case(strategy=config(2, offload_optimizer={"device": "cpu"})),
+    "parameters in another order": Case(strategy=config(2, round_robin_gradients=True)),
+    "LoRA+": Case(model="Plus"),
+    "SGD, a scheduler": Case(stage=1, model="Scheduled"),
+    "a group without parameters": Case(model="GroupWithoutParameters"),
+    "an optimizer of DeepSpeed's config": Case(
+        model="TrainedAlone",
+        strategy={
+            "config": {
+                "zero_optimization": {"stage": 2},
+                "optimizer": {"type": "AdamW", "params": {"lr": 0.05, "weight_decay": 0.01, "torch_adam": True}},
+            }
+        },
+    ),
+    "modules_to_save": Case(lora={"target_modules": ["0", "2"], "modules_to_save": ["4"]}),
+    "bias": Case(stage=1, lora={"bias": "all"}),
+    "DoRA": Case(lora={"use_dora": True}),
+    "PiSSA": Case(lora={"init_lora_weights": "pissa"}),
+    "LoRA-GA": Case(lora={"init_lora_weights": "lora_ga"}),
+    "VeRA": Case(lora={"variant": "vera", "lora_alpha": 8}),
+    "gradient clipping": Case(trainer={"gradient_clip_val": 0.1}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_run_equals_one_device_and_is_resumed_exactly_by_ranks_and_by_one_device(tmp_path, name):
+    case = CASES[name]
+    expected, base = alone(case, tmp_path / "alone", 3), case.build(0)[0].state_dict()
+    whole = world().run(on_ranks, case, tmp_path / "whole", 3)
+    for found in whole:
+        assert_close(found, expected, 3)
+        assert len(found.frozen) >= 3
+        assert_same_bits(*({name: state[name] for name in found.frozen} for state in (found.state, base)))
+    first = world().run(on_ranks, case, tmp_path / "first", 2)[0].folder
+    for found in world().run(on_ranks, case, tmp_path / "second", 3, first, 5):
+        assert_same_bits(found.state, whole[0].state)
+        assert found.losses == whole[0].losses[2:]
+    assert_close(alone(case, tmp_path / "one", 3, first, 5), expected, 1)
+
+
+def test_optimizer_states_in_a_checkpoint_are_those_of_one_device(tmp_path):
+    alone(Case(), tmp_path / "alone", 2)
+    world().run(on_ranks, Case(), tmp_path / "ranks", 2)
+    found, expected = (
+        torch.load(tmp_path / path, weights_only=True)["optimizer_states"][0]
+        for path in (f"ranks/all.ckpt/{FILE}", "alone/all.ckpt")
+    )
+    assert found["param_groups"] == expected["param_groups"]
+    assert found["state"].keys() == expected["state"].keys()
+    for number, state in expected["state"].items():
+        assert found["state"][number].keys() == state.keys()
+        for name, value in state.items():
+            torch.testing.assert_close(found["state"][number][name], value, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_run_is_resumed_on_another_number_of_ranks_and_at_another_stage(tmp_path, size):
+    expected = alone(Case(), tmp_path / "alone", 3)
+    first = world().run(on_ranks, Case(stage=1), tmp_path / "first", 2)[0].folder
+    for found in world(size).run(on_ranks, Case(stage=2), tmp_path / "second", 3, first, 5):
+        assert_close(found, expected, 1)
+
+
+def test_run_is_resumed_by_one_device_from_the_ordinary_checkpoint_alone(tmp_path):
+    expected = alone(Case(), tmp_path / "alone", 3)
+    first = world().run(on_ranks, Case(), tmp_path / "first", 2)[0].folder
+    file = shutil.move(first / FILE, tmp_path / "moved.ckpt")
+    assert_close(alone(Case(), tmp_path / "one", 3, file, 5), expected, 1)
+
+
+def sharded(path: Path, epochs: int) -> Path:
+    """A fit under FSDP2."""
+    torch.manual_seed(0)
+    trainer = model_parallel(path, LoRACallback(r=2, target_modules=TARGETS), max_epochs=epochs)
+    trainer.fit(Sharded(), *data())
+    trainer.save_checkpoint(path / "sharded.ckpt")
+    return path / "sharded.ckpt"
+
+
+def test_run_of_another_strategy_is_resumed_from_its_folder(tmp_path):
+    expected = alone(Case(), tmp_path / "alone", 3)
+    source = world().run(sharded, tmp_path, 2)[0]
+    for found in world().run(on_ranks, Case(), tmp_path / "second", 3, source, 5):
+        assert_close(found, expected, 1)
+
+
+def test_run_of_one_device_is_resumed_on_ranks(tmp_path):
+    expected = alone(Case(), tmp_path / "alone", 3)
+    first = alone(Case(), tmp_path / "first", 2).folder
+    for found in world().run(on_ranks, Case(), tmp_path / "second", 3, first, 5):
+        assert_close(found, expected, 1)
+
+
+# --- files ---
+
+
+class Evaluated(Plain):
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        self.on_validation_epoch_end()
+
+
+def evaluate(path: Path, stage: int, save: str, source: Path, precision: str = "32-true") -> float:
+    torch.manual_seed(9)
+    model, callback = Evaluated(), LoRACallback(r=2, target_modules=TARGETS, save=save)
+    base = {
+        name: value.to(torch.bfloat16) if "bf16" in precision else value.clone()
+        for name, value in model.state_dict().items()
+    }
+    trainer = zero(path, callback, stage=stage, precision=precision)
+    trainer.test(model, data()[1], ckpt_path=source, verbose=False)
+    if save != "full":
+        assert_same_bits({name: model.state_dict()[name] for name in base}, base)
+    return model.losses[-1]
+
+
+BASE = sorted(f"net.{i}.{leaf}" for i in (0, 2, 4) for leaf in ("weight", "bias"))
+FACTORS = sorted(f"net.{i}.lora_{leaf}" for i in (0, 2, 4) for leaf in "AB")
+CONTENT = {"adapter": FACTORS, "merged": BASE, "full": sorted(BASE + FACTORS)}
+
+
+@pytest.mark.parametrize("save", CONTENT)
+def test_folder_of_each_kind_is_read_in_every_door(tmp_path, save):
+    case = Case(lora={"save": save})
+    run = world().run(on_ranks, case, tmp_path / "fit", 2)[0]
+    for name in ("all.ckpt", "weights.ckpt"):
+        folder = tmp_path / "fit" / name
+        content = torch.load(folder / FILE, weights_only=True)
+        assert sorted(content["state_dict"]) == CONTENT[save]
+        assert ("optimizer_states" in content) == (name == "all.ckpt")
+        by_engine = torch.load(folder / "checkpoint" / "mp_rank_00_model_states.pt", weights_only=False)["module"]
+        assert sorted(by_engine) == (CONTENT["full"] if save == "full" else FACTORS)
+        shutil.rmtree(folder / "checkpoint")  # nothing of it is read
+        for stage in (1, 2):
+            assert world().run(evaluate, tmp_path, stage, save, folder) == pytest.approx([run.losses[-1]] * 2, abs=1e-6)
+        loaded = load_from_checkpoint(Plain, folder)
+        assert_same_bits(dict(loaded.state_dict()), run.state)
+        assert info(folder)["kind"] == f"Lightning checkpoint of kind '{save}'"
+        if save != "full":
+            load_adapter(fresh := Plain(), str(folder))
+            assert_same_bits(dict(fresh.state_dict()), run.state)
+        if save == "merged":  # by a program without this package
+            plain, trainer = Plain(), make_trainer(tmp_path)
+            plain.load_state_dict(content["state_dict"])
+            trainer.validate(plain, loader(seed=6), verbose=False)
+            assert plain.losses[-1] == pytest.approx(run.losses[-1], abs=1e-6)
+    for found in world().run(on_ranks, case, tmp_path / "second", 3, run.folder, 5):
+        assert_close(found, alone(case, tmp_path / "alone", 3), 1)
+
+
+class Saving(L.Callback):
+    """Saves in every way in the second epoch, inside the merged validation and after it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_validation_batch_end(self, trainer: Any, module: Any, *args: Any, **kwargs: Any) -> None:
+        assert is_merged(module)
+        if trainer.current_epoch == 1:
+            trainer.save_checkpoint(self.path / "inside.ckpt")
+
+    def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+        if trainer.current_epoch == 1:
+            save_adapter(module, self.path / f"adapter{trainer.global_rank}")
+            save_merged(module, self.path / f"merged{trainer.global_rank}")
+
+
+def saved_in_a_run(path: Path, stage: int, save: str) -> tuple[list[float], str, State]:
+    case = Case(lora={"save": save})
+    model, callback = case.build(0)
+    best = ModelCheckpoint(path / "best", monitor="val_loss", filename="{epoch}")
+    trainer = zero(path, callback, Saving(path), best, stage=stage, max_epochs=2, enable_checkpointing=True)
+    trainer.fit(model, *data())
+    trainer.validate(model, data()[1], ckpt_path="best", verbose=False)
+    trainer.save_checkpoint(path / "weights.ckpt", weights_only=True)
+    trainer.validate(model, data()[1], ckpt_path=path / "weights.ckpt", verbose=False)
+    return model.losses, best.best_model_path, {n: value.clone() for n, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize(("stage", "save"), [(1, "adapter"), (2, "adapter"), (2, "full")])
+def test_what_is_saved_within_a_run_holds_the_base_and_the_adapter(tmp_path, stage, save):
+    losses, best, state = world().run(saved_in_a_run, tmp_path, stage, save)[0]
+    assert losses[-1] == losses[-2] == losses[-3]  # the best is the last
+    assert_same_bits(base_of(state), dict(Plain().state_dict()))
+    assert Path(best).parent == tmp_path / "best"
+    assert os.listdir(tmp_path / "best") == [Path(best).name]
+    for name in ("inside.ckpt", "adapter0", "adapter1", best):
+        if save == "full" and not name.startswith("adapter"):
+            assert_same_bits(dict(load_from_checkpoint(Plain, tmp_path / name).state_dict()), state)
+            engine = tmp_path / name / "checkpoint" / "mp_rank_00_model_states.pt"
+            assert_same_bits(torch.load(engine, weights_only=False)["module"], state)
+        else:
+            load_adapter(loaded := Plain(), tmp_path / name)
+            assert_same_bits(dict(loaded.state_dict()), state)
+    for rank in (0, 1):
+        assert (tmp_path / f"merged{rank}" / "model.safetensors").is_file()
+
+
+# --- faults ---
+
+
+class Faulty(Plain):
+    """Breaks in the second epoch: inside a merged forward, or by a value that is not finite."""
+
+    fault = ""
+
+    def on_train_epoch_start(self) -> None:
+        if self.fault == "nan" and self.trainer.current_epoch == 1:
+            with torch.no_grad():
+                self.net[0].lora_B.fill_(math.nan)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        if self.fault == "exception" and self.trainer.current_epoch == 1:
+            assert is_merged(self)
+            self.net[2].register_forward_hook(lambda *args: 1 / 0)
+        super().validation_step(batch, batch_idx)
+
+
+def broken(path: Path, stage: int, fault: str) -> tuple[str, list[str], State]:
+    torch.manual_seed(0)
+    model = Faulty()
+    model.fault = fault
+    trainer, said = zero(path, LoRACallback(r=2, target_modules=TARGETS), stage=stage, max_epochs=2), ""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            trainer.fit(model, *data())
+        except ZeroDivisionError as error:
+            said = str(error)
+    assert not is_merged(model)
+    messages = [str(each.message) for each in caught if str(each.message).startswith("LoRACallback")]
+    return said, messages, {n: value.clone() for n, value in base_of(model.state_dict()).items()}
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_exception_inside_a_merged_forward_leaves_the_base(tmp_path, stage):
+    for said, messages, state in world().run(broken, tmp_path, stage, "exception"):
+        assert said == "division by zero"
+        assert messages == []
+        assert_same_bits(state, dict(Plain().state_dict()))
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_adapter_that_is_not_finite_is_evaluated_unmerged_and_leaves_the_base(tmp_path, stage):
+    found = world().run(broken, tmp_path, stage, "nan")
+    assert "this validation runs unmerged: merge: layer 'net.0': W + s * B @ A is not finite" in found[0][1][0]
+    for _, _, state in found:
+        assert_same_bits(state, dict(Plain().state_dict()))
+
+
+BFLOAT16_OPTIMIZER = Case(
+    stage=1,
+    trainer={"precision": "bf16-true"},
+    strategy={"config": {**UNTESTED, "zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}}},
+)
+
+
+def error_of(case: Case, path: Path, source: Path | None = None) -> str:
+    try:
+        on_ranks(case, path, 2, source)
+    except LoRAError as error:
+        return str(error)
+    return ""
+
+
+def without_adapter(path: Path) -> None:
+    trainer = zero(path, stage=2, max_epochs=1)
+    trainer.fit(Plain(), *data())
+    trainer.save_checkpoint(path / "plain.ckpt")
+
+
+def test_what_cannot_be_resumed_is_an_error_with_the_remedy(tmp_path):
+    world().run(without_adapter, tmp_path)
+    run = world().run(on_ranks, Case(), tmp_path, 1)[0]
+    for case, source, said in (
+        (Case(model="FrozenGroup"), None, "group 1 of the optimizer holds frozen parameters alone (3)"),
+        (BFLOAT16_OPTIMIZER, None, "DeepSpeed made a BF16_Optimizer, whose states cannot be put together"),
+        (Case(), tmp_path / "plain.ckpt", "was not saved with LoRACallback under DeepSpeed"),
+        (Case(), tmp_path / "weights.ckpt", "holds weights only, without the optimizer's state"),
+        (
+            Case(model="Plus"),
+            run.folder,
+            "has groups of [12] parameters, and configure_optimizers built groups of [3, 3]",
+        ),
+    ):
+        for error in world().run(error_of, case, tmp_path / "second", source):
+            assert said in error
+            assert error.startswith(("LoRACallback:", str(tmp_path)))
+
+
+# --- quantised bases, 16 bits, buffers, logs ---
+
+
+def batches(size: int, rank: int) -> DataLoader[Any]:
+    labels = torch.randint(OUTPUTS, (12,), generator=torch.Generator().manual_seed(1))
+    rows = TensorDataset(inputs(12, 1), labels)
+    sampler: DistributedSampler[Any] = DistributedSampler(rows, size, rank, shuffle=False)
+    return DataLoader(rows, batch_size=4 // size, sampler=sampler)
+
+
+def quantised(path: Path, kind: str) -> str:
+    """The error, if any; where there is none, the run is right."""
+    size, rank = dist.get_world_size(), dist.get_rank()
+    models = [QuantisedNet(kind) for _ in range(3)]
+    for model, source in zip(models[:2], (None, path / "last.ckpt"), strict=True):
+        trainer = zero(path, LoRACallback(r=2, lora_alpha=4, seed=1), stage=2, max_epochs=2)
+        try:
+            trainer.fit(model, batches(size, rank), batches(size, rank), ckpt_path=source)
+        except LoRAError as error:
+            return str(error)
+        trainer.save_checkpoint(path / "last.ckpt")
+        assert packed_bits(model) == packed_bits(models[2])
+    torch.manual_seed(rank)
+    assert_same_bits(factors(models[1]), factors(models[0]))
+    return ""
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_base_of_bitsandbytes_is_right_and_one_of_torchao_is_refused(tmp_path, kind):
+    QuantisedNet(kind)  # skips where its package is missing
+    for error in world().run(quantised, tmp_path, kind):
+        if kind in OF_BITSANDBYTES:
+            assert error == ""
+        else:
+            assert "which DeepSpeed cannot move to its device. Use strategy='ddp', or quantise" in error
+
+
+class Halved(Plain):
+    """Saves another value of a factor than it trains."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"]["net.0.lora_A"] = checkpoint["state_dict"]["net.0.lora_A"] / 2
+
+
+def halved(path: Path) -> torch.Tensor:
+    torch.manual_seed(0)
+    trainer = zero(path, LoRACallback(r=2, target_modules=TARGETS), stage=2, max_epochs=1, precision="bf16-true")
+    trainer.fit(model := Halved(), *data())
+    trainer.save_checkpoint(path / "halved.ckpt")
+    return model.net[0].lora_A.detach().clone()
+
+
+def test_value_that_something_else_wrote_into_a_checkpoint_stays(tmp_path):
+    trained = world().run(halved, tmp_path)[0]
+    saved = torch.load(tmp_path / "halved.ckpt" / FILE, weights_only=True)["state_dict"]
+    assert torch.equal(saved["net.0.lora_A"], trained / 2)
+    assert saved["net.2.lora_A"].dtype == torch.float32
+
+
+def in_16_bits(path: Path, precision: str, lora: dict[str, Any], epochs: int, source: Path | None = None) -> Run:
+    case = Case(lora=lora, trainer={"precision": precision})
+    return on_ranks(case, path, epochs, source, seed=5 if source else 0)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {},
+        {"save": "merged"},
+        {"use_dora": True},
+        {"init_lora_weights": "pissa"},
+        {"modules_to_save": ["4"], "target_modules": ["0", "2"]},
+    ],
+    ids=str,
+)
+def test_bfloat16_run_is_resumed_from_float32_values(tmp_path, precision, lora):
+    whole = world().run(in_16_bits, tmp_path / "whole", precision, lora, 3)[0]
+    base = {name: value.to(torch.bfloat16) for name, value in Plain().state_dict().items()}
+    assert_same_bits(*({name: state[name] for name in whole.frozen} for state in (whole.state, base)))
+    first = world().run(in_16_bits, tmp_path / "first", precision, lora, 2)[0].folder
+    content = torch.load(first / FILE, weights_only=True)
+    values = content["lora"]["adapter"] if lora.get("save") == "merged" else content["state_dict"]
+    float32 = {n: v for n, v in values.items() if v.dtype == torch.float32 and not torch.equal(v, v.bfloat16().float())}
+    assert {"net.0.lora_A", "net.2.lora_B"} <= float32.keys()
+    for found in world().run(in_16_bits, tmp_path / "second", precision, lora, 3, first):
+        assert_same_bits(found.state, whole.state)
+        assert found.losses == whole.losses[2:]
+
+
+def test_bfloat16_folder_evaluates_as_the_run_did(tmp_path):
+    run = world().run(in_16_bits, tmp_path, "bf16-true", {}, 2)[0]
+    assert world().run(evaluate, tmp_path, 1, "adapter", run.folder, "bf16-true") == [run.losses[-1]] * 2
+
+
+def said_of_dtype(path: Path, precision: str) -> list[str]:
+    from lightning_lora.trainer import deepspeed
+
+    said: list[str] = []
+    own, deepspeed.tell = deepspeed.tell, said.append
+    try:
+        in_16_bits(path, precision, {}, 1)
+    finally:
+        deepspeed.tell = own
+    return said
+
+
+def test_float32_adapter_that_deepspeed_casts_is_said_once(tmp_path):
+    (said,) = world().run(said_of_dtype, tmp_path, "bf16-true")[0]
+    assert said.startswith("LoRACallback: DeepSpeed casts the adapter to bfloat16 with the model, and trains float32")
+    assert world().run(said_of_dtype, tmp_path, "32-true") == [[], []]
+
+
+def in_float16(path: Path, epochs: int, source: Path | None = None) -> Run:
+    """Float16, which DeepSpeed refuses on a CPU; its scale of the loss changes at every second step."""
+    from deepspeed.accelerator import get_accelerator
+
+    type(get_accelerator()).is_fp16_supported = lambda self: True
+    scale = {"loss_scale": 0, "initial_scale_power": 8, "loss_scale_window": 2}
+    case = Case(trainer={"precision": "16-mixed"}, strategy=scale)
+    return on_ranks(case, path, epochs, source, seed=5 if source else 0)
+
+
+def test_scale_of_the_loss_is_resumed(tmp_path):
+    whole = world().run(in_float16, tmp_path / "whole", 3)[0]
+    first = world().run(in_float16, tmp_path / "first", 2)[0].folder
+    for found in world().run(in_float16, tmp_path / "second", 3, first):
+        assert_same_bits(found.state, whole.state)
+    scales = [
+        torch.load(path / FILE, weights_only=True)["optimizer_states"][0]["loss_scale"]["cur_scale"]
+        for path in (tmp_path / "second" / "all.ckpt", whole.folder)
+    ]
+    assert scales[0] == scales[1] > 2**8
+
+
+def test_statistics_of_normalisation_are_those_of_rank_zero_in_a_checkpoint(tmp_path):
+    """DeepSpeed lets each rank have its own; a checkpoint of its own holds rank 0's too."""
+    case = Case(model="Normalised")
+    first = world().run(on_ranks, case, tmp_path, 1)
+    saved = torch.load(first[0].folder / FILE, weights_only=True)["state_dict"]
+    buffers = {name: value for name, value in first[0].state.items() if "running" in name}
+    assert_same_bits({name: saved[name] for name in buffers}, buffers)
+    assert not torch.equal(first[1].state["norm.running_mean"], buffers["norm.running_mean"])
+    again = world().run(on_ranks, case, tmp_path / "again", 1, first[0].folder)
+    for found in again:  # nothing is left to train
+        assert_same_bits({name: found.state[name] for name in buffers}, buffers)
+
+
+def logged(path: Path, accumulate: int) -> None:
+    model, callback = Case().build(0)
+    logger = CSVLogger(path, name="", version="")
+    options = {"accumulate_grad_batches": accumulate, "log_every_n_steps": 1, "max_epochs": 2}
+    monitor = LoRAMonitor(every_n_steps=1, plots=False)
+    if dist.is_initialized():
+        trainer = zero(path, callback, monitor, stage=2, logger=logger, **options)
+        trainer.fit(model, *data())
+    else:
+        trainer = make_trainer(path, callback, monitor, logger=logger, **options)
+        trainer.fit(model, loader(), loader(seed=6))
+
+
+def rows(path: Path) -> list[dict[str, float]]:
+    import csv
+
+    with open(path / "metrics.csv") as file:
+        found = [row for row in csv.DictReader(file) if row["lora/net.N/norm"]]
+    return [{name: float(row[name]) for name in row if name.startswith("lora/net") and row[name]} for row in found]
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_monitor_logs_the_gradients_of_one_device(tmp_path, accumulate):
+    logged(tmp_path / "alone", accumulate)
+    world().run(logged, tmp_path / "ranks", accumulate)
+    found, expected = rows(tmp_path / "ranks"), rows(tmp_path / "alone")
+    assert len(expected) == 6 / accumulate
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        for name in ("lora/net.N/grad_A", "lora/net.N/grad_B"):
+            other[name] /= accumulate  # Lightning divides by it, and DeepSpeed does so again
+        assert one == pytest.approx(other, rel=1e-4, abs=1e-6)
