@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_linear_on_a_device import SITUATIONS, as_compiled, as_exported, as_traced
+from test_linear_on_a_device import SITUATIONS, as_compiled, as_exported, as_traced, upstream
 from torch import nn
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
@@ -18,7 +18,6 @@ from lightning_lora.nn.adapted_module import swapped_class
 from lightning_lora.nn.linear import LoRAQuantisedLinear
 from support.launches import Count, count
 from support.layers import CASES, DTYPES, make_subject, rounding
-from support.pretend_device import CAN_PRETEND, pretend_device
 from support.recorders import start_anew
 
 CONVOLUTIONS = [name for name in CASES if name.startswith("conv") and "conv that" not in name and "inner" not in name]
@@ -27,19 +26,6 @@ AS_ONE = [name for name in CONVOLUTIONS if name not in GROUPED]
 EMBEDDINGS = ["embedding", "embedding, padding", "embedding, sparse"]
 BY_FREQUENCY = "embedding, by frequency"
 P = 0.5
-
-
-@pytest.fixture
-def device() -> Iterator[str]:
-    if not CAN_PRETEND:
-        pytest.skip("this version of torch has no devices in Python")
-    with pretend_device() as name:
-        yield name
-
-
-def upstream(output: torch.Tensor) -> torch.Tensor:
-    torch.manual_seed(1)
-    return torch.randn(output.shape).to(output.dtype)
 
 
 def runs_as_one(output: torch.Tensor) -> bool:

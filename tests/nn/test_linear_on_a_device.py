@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,20 +16,11 @@ from transformers.pytorch_utils import Conv1D
 from lightning_lora import LoRAConfig, disable_adapter, inject, merge, unmerge
 from support.launches import count
 from support.layers import CASES, DTYPES, make_subject, rounding
-from support.pretend_device import CAN_PRETEND, pretend_device
 from support.recorders import Recorder, start_anew
 
 LINEAR = ("linear", "linear, one vector", "linear, three axes", "user's linear", "transformers Conv1D")
 FUSED = ("fused, outer parts", "fused, inner parts", "fused, all parts", "fused Conv1D")
 P = 0.5
-
-
-@pytest.fixture
-def device() -> Iterator[str]:
-    if not CAN_PRETEND:
-        pytest.skip("this version of torch has no devices in Python")
-    with pretend_device() as name:
-        yield name
 
 
 def upstream(output: torch.Tensor) -> torch.Tensor:
