@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from test_linear_on_a_device import SITUATIONS, as_compiled, as_exported, as_traced, upstream
 from torch import nn
 from transformers import MixtralConfig
-from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+from transformers.models.mixtral import modeling_mixtral
 
 from lightning_lora import LoRAConfig, inject
 from lightning_lora.nn.adapted_module import swapped_class
@@ -296,7 +296,7 @@ class Experts(nn.Module):
         super().__init__()
         config = MixtralConfig(hidden_size=4, intermediate_size=6, num_local_experts=experts, num_experts_per_tok=1)
         config._experts_implementation = "eager"
-        self.experts = MixtralExperts(config)
+        self.experts = modeling_mixtral.MixtralExperts(config)
         for parameter in self.experts.parameters():
             nn.init.normal_(parameter)
         self.register_buffer("chosen", torch.arange(experts)[:, None])
@@ -307,6 +307,7 @@ class Experts(nn.Module):
         return result
 
 
+@pytest.mark.transformers_5
 def test_gradients_of_single_experts_are_joined_once(device):
     """Indexing a stack gives each expert a gradient of the whole stack's size."""
     for experts in (2, 5):

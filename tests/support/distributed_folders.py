@@ -49,8 +49,9 @@ class InParts(torch.Tensor):
 def write_sharded(folder: Path, values: Mapping[str, Any]) -> Path:
     """Let torch write nested values, each tensor in parts, in two files."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
-        save(_in_parts(values), storage_writer=FileSystemWriter(folder, thread_count=2), no_dist=True)
+        warnings.filterwarnings("ignore", "torch.distributed is (disabled, )?unavailable or uninitialized")
+        warnings.filterwarnings("ignore", "TypedStorage is deprecated")  # torch 2.6's own writer
+        save(_in_parts(values), storage_writer=FileSystemWriter(folder, thread_count=2))
     return folder
 
 
