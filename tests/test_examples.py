@@ -83,6 +83,14 @@ def check_fsdp2(printed: str) -> None:
     assert plain == pytest.approx(after, abs=0.011)
 
 
+def check_deepspeed_stage_2(printed: str) -> None:
+    before, after, size, plain = numbers(printed)
+    assert after < before - 0.4
+    assert plain == pytest.approx(after, abs=0.011)
+    assert size < 600_000  # adapter and optimizer, without the base
+    assert "the same weights in every bit: True" in printed
+
+
 def check_ray_train(printed: str) -> None:
     whole, resumed = re.findall(r"^(?:whole|resumed): +(.*)$", printed, re.MULTILINE)
     assert whole == resumed  # to the last digit of the loss
@@ -105,7 +113,11 @@ CHECKS: dict[str, Callable[[str], None]] = {
     name.removeprefix("check_"): check for name, check in globals().items() if name.startswith("check_")
 }
 
-EXTRAS = {"quantised": ("quantised", "bitsandbytes"), "ray_train": ("ray", "ray")}
+EXTRAS = {
+    "quantised": ("quantised", "bitsandbytes"),
+    "ray_train": ("ray", "ray"),
+    "deepspeed_stage_2": ("deepspeed", "deepspeed"),
+}
 
 
 @pytest.mark.slow
@@ -143,11 +155,14 @@ def test_ray_shards_the_network_and_goes_on_after_a_kill(folder):
     assert_alike(printed, SHOWN["ray_train"], rel=0.25, tolerance=0.15)
 
 
-def test_the_example_for_ray_names_its_extra_where_ray_is_missing(folder):
-    program = "import runpy, sys; sys.modules['ray'] = None; runpy.run_path('examples/ray_train.py')"
+@pytest.mark.parametrize(("name", "title"), [("ray_train", "Ray Train"), ("deepspeed_stage_2", "DeepSpeed")])
+def test_example_names_its_extra_where_the_package_is_missing(folder, name, title):
+    extra, package = EXTRAS[name]
+    missing = [package, "torchao"]  # torchao, where it is installed, writes notices of its own
+    program = f"import runpy, sys; sys.modules.update(dict.fromkeys({missing})); runpy.run_path('examples/{name}.py')"
     done = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
-    assert done.stderr == 'ray_train.py: Ray Train is not installed; run pip install -e ".[ray]".\n'
+    assert done.stderr == f'{name}.py: {title} is not installed; run pip install -e ".[{extra}]".\n'
 
 
 def test_the_example_of_an_own_variant_defines_it_in_at_most_forty_lines():

@@ -1,0 +1,134 @@
+"""DeepSpeed: ZeRO stage 2 on two processes, evaluated merged, saved as a folder that one process loads.
+
+pip install -e ".[examples,deepspeed]"
+python examples/deepspeed_stage_2.py
+
+The processes are of this machine's CPU. On GPUs it is `accelerator="gpu", strategy="deepspeed_stage_2"`.
+"""
+
+import argparse
+import inspect
+import os
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import cast
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lightning_lora import LoRACallback, load_from_checkpoint
+
+os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported; leave it out on GPUs
+try:
+    import deepspeed
+except ImportError as error:
+    raise SystemExit('deepspeed_stage_2.py: DeepSpeed is not installed; run pip install -e ".[deepspeed]".') from error
+
+RUNS = Path(__file__).with_name("runs")
+
+
+class OnCPU(DeepSpeedStrategy):
+    """To try this without a GPU, because Lightning's strategy refuses a CPU. On GPUs "deepspeed_stage_2" is enough."""
+
+    def setup_environment(self) -> None:
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it is compiled, which takes minutes
+        assert self.accelerator is not None
+        self.accelerator.setup_device(self.root_device)
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
+        self._init_config_if_needed()
+
+    @property
+    def root_device(self) -> torch.device:
+        return torch.device("cpu", 0)  # DeepSpeed wants an index
+
+
+class LanguageModel(L.LightningModule):
+    def __init__(self, learning_rate: float = 0.01) -> None:
+        super().__init__()
+        self.learning_rate = learning_rate
+        self.model = LlamaForCausalLM.from_pretrained(pretrained())
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        loss: Tensor = self.model(input_ids=tokens, labels=tokens).loss
+        return loss
+
+    def training_step(self, tokens: Tensor) -> Tensor:
+        return cast(Tensor, self(tokens))
+
+    def validation_step(self, tokens: Tensor) -> None:
+        self.log("loss", self(tokens), sync_dist=True)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW((p for p in self.parameters() if p.requires_grad), lr=self.learning_rate)
+
+
+def python_code() -> tuple[DataLoader[Tensor], DataLoader[Tensor]]:
+    """The source of argparse, in pieces of 128 characters, to train on and to validate on."""
+    pieces = encode(inspect.getsource(argparse)).split(128)[:-1]
+    return (
+        DataLoader(pieces[:640], batch_size=8, shuffle=True),
+        DataLoader(pieces[640:704], batch_size=32),
+    )
+
+
+def encode(text: str) -> Tensor:
+    return torch.tensor(list(text.encode("ascii", "replace")))
+
+
+def pretrained() -> Path:
+    """The folder of a small Llama that has read Python's manual, character by character; trained at the first call."""
+    folder = Path(__file__).with_name("manual_llama")
+    if not folder.exists():
+        with torch.random.fork_rng(devices=[]):  # what follows draws the same numbers, whether this trains or not
+            torch.manual_seed(0)
+            config = LlamaConfig(
+                vocab_size=128, hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4
+            )
+            config.initializer_range, config.pad_token_id = 0.07, 0
+            model = LlamaForCausalLM(config)
+            pieces = encode("\n".join(topics.values())).unfold(0, 128, 128)
+            optimizer = torch.optim.AdamW(model.parameters(), lr=0.004)
+            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 400)
+            for _ in range(400):
+                batch = pieces[torch.randint(len(pieces), (16,))]
+                optimizer.zero_grad()
+                model(input_ids=batch, labels=batch).loss.backward()
+                optimizer.step()
+                schedule.step()
+            model.save_pretrained(folder)
+    return folder
+
+
+if __name__ == "__main__":  # each of the two processes runs all of this
+    L.seed_everything(0)
+    model, (train, validate) = LanguageModel(), python_code()
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy=OnCPU(stage=2),
+        max_epochs=2,
+        num_sanity_val_steps=0,
+        callbacks=[LoRACallback(r=16, lora_alpha=32)],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    before = trainer.validate(model, validate, verbose=False)[0]["loss"]
+    trainer.fit(model, train)
+    folder = RUNS / "deepspeed_stage_2.ckpt"
+    trainer.save_checkpoint(folder)  # every process calls it, and writes its part of DeepSpeed's own files
+    after = trainer.validate(model, validate, verbose=False)[0]["loss"]
+    if trainer.is_global_zero:
+        print(f"loss on Python code: {before:.2f} before, {after:.2f} after")
+        print(f"adapter.ckpt in the checkpoint folder: {(folder / 'adapter.ckpt').stat().st_size:,} bytes")
+        plain = load_from_checkpoint(LanguageModel, folder)  # in one process, without DeepSpeed
+        with torch.no_grad():
+            print(f"loss of that folder, loaded in one process: {plain(next(iter(validate))):.2f}")
+        same = all(torch.equal(plain.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+        print(f"the same weights in every bit: {same}")
