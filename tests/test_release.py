@@ -195,3 +195,14 @@ def test_the_security_page_promises_every_door_and_names_the_limits():
 def test_the_security_page_is_linked(page: str):
     links = re.findall(r"\]\(([^)#]*SECURITY\.md)\)", (ROOT / page).read_text())
     assert [(ROOT / page).parent.joinpath(link).resolve() for link in links] == [SECURITY] * max(1, len(links))
+
+
+def test_no_file_holds_a_mark_of_an_unfinished_merge():
+    folders = (ROOT / name for name in ("lightning_lora", "tests", "examples", ".ci", ".github"))
+    files = [*ROOT.glob("*.*"), *(file for folder in folders for file in folder.rglob("*.*"))]
+    texts = {
+        file: file.read_text() for file in files if file.suffix in (".md", ".py", ".toml", ".yaml", ".yml", ".txt")
+    }
+    marked = [file.name for file, text in texts.items() if re.search("^(<{7}|>{7}) ", text, re.MULTILINE)]
+    assert len(texts) > 400
+    assert not marked
