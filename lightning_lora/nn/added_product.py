@@ -7,11 +7,12 @@ of h and B. autograd's own way takes tensors of the outputs' size for the produc
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+
+from .low_rank_sum import scaled_product
 
 Tensor = torch.Tensor
 
@@ -69,17 +70,17 @@ class AddedProduct(torch.autograd.Function):
         if ctx.in_rows:
             seen, h = _rows(seen, ctx.dim), _rows(hidden, ctx.dim)
             if hidden_needs:
-                dh = _scaled(torch.addmm, h, seen, b, ctx.scaling)
+                dh = scaled_product(h, seen, b, ctx.scaling)
                 dh = dh.reshape(hidden.movedim(ctx.dim, -1).shape).movedim(-1, ctx.dim)
             if b_needs:
-                db = _scaled(torch.addmm, b, seen.t(), h, ctx.scaling)
+                db = scaled_product(b, seen.t(), h, ctx.scaling)
         else:
             seen, h = _samples(seen, ctx.dim), _samples(hidden, ctx.dim)
             each_b = b.expand(len(h), *b.shape)
             if hidden_needs:
-                dh = _scaled(torch.baddbmm, h, each_b.mT, seen, ctx.scaling).reshape(hidden.shape)
+                dh = scaled_product(h, each_b.mT, seen, ctx.scaling).reshape(hidden.shape)
             if b_needs:
-                db = _scaled(torch.baddbmm, each_b, seen, h.mT, ctx.scaling)
+                db = scaled_product(each_b, seen, h.mT, ctx.scaling)
                 db = db[0] if len(db) == 1 else db.sum(0)
         return g, dh, db, None, None, None
 
@@ -99,12 +100,6 @@ class AddedProduct(torch.autograd.Function):
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Tensor, int]:
         """Map plain operators: a product cannot be added in place to a base's output that is the same for all."""
         return torch.vmap(_sum, in_dims, randomness=info.randomness)(*inputs), 0
-
-
-def _scaled(operator: Callable[..., Tensor], like: Tensor, left: Tensor, right: Tensor, scaling: float) -> Tensor:
-    """Return s * left @ right, which has the shape of `like`, by one kernel."""
-    # Not an empty tensor in place of `like`: a kernel ignores it, but vmap multiplies it by beta.
-    return operator(like.detach(), left, right, beta=0, alpha=scaling)
 
 
 def _sum(base: Tensor, hidden: Tensor, b: Tensor, scaling: float, dim: int, ignored: Tensor | None) -> Tensor:

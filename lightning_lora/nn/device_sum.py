@@ -140,7 +140,7 @@ def _needs_split(dtype: torch.dtype, left: torch.Tensor, right: torch.Tensor) ->
 
 
 def _split(left: torch.Tensor, right: torch.Tensor, scaling: float) -> list[Pair]:
-    """Return pairs of float32 factors whose products add up to scaling * left @ right, the first of them exact.
+    """Split scaling * left @ right into two products of float32 factors. The first product is exact.
 
     Args:
         left: (n, rows, k), float32.

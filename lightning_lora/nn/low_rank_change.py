@@ -17,7 +17,7 @@ from torch import nn
 
 from ..distributed.sharding import is_sharded
 from .low_rank import HALF
-from .low_rank_sum import add_product, compute_dtype
+from .low_rank_sum import accumulate_product, compute_dtype, scaled_product
 
 Tensor = torch.Tensor
 Pair = tuple[Tensor, Tensor]
@@ -155,7 +155,7 @@ def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     dx = d_dropped = da = db = None
     if x_needs:
         dx = torch.mm(g, weight)
-        dx = _shaped(dx if ctx.has_dropped else add_product(dx, u.t(), stacked_a), shape)
+        dx = _shaped(dx if ctx.has_dropped else accumulate_product(dx, u.t(), stacked_a), shape)
     if dropped_needs:
         d_dropped = _shaped(torch.mm(u.t(), stacked_a), shape)
     if a_needs:  # A is in A and in A - A0
@@ -188,13 +188,9 @@ def _gradient_of_b(g: Tensor, h: Tensor, scaling: float, row: Tensor) -> Tensor:
 
 
 def _scaled_product(left: Tensor, right: Tensor, scaling: float, ignored: Tensor) -> Tensor:
-    """Return s * left @ right, by the way that is faster on the device.
-
-    `ignored` is any tensor of finite numbers that broadcasts with the product.
-    """
+    """Return s * left @ right, by the way that is faster on the device; `ignored` as in scaled_product."""
     if left.device.type != "cpu":
-        # No empty tensor in its place: kernels ignore what beta = 0 multiplies, but vmap multiplies it.
-        return torch.addmm(ignored.detach(), left, right, beta=0, alpha=scaling)
+        return scaled_product(ignored, left, right, scaling)
     product = torch.mm(left, right)
     return product if scaling == 1 else product * scaling
 

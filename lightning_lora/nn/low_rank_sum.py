@@ -135,7 +135,7 @@ class LowRankSum(torch.autograd.Function):
         if ctx.drops:
             dx, d_dropped = torch.mm(g, weight) if x_needs and g is not None else None, d_seen
         else:
-            dx, d_dropped = d_seen if d_seen is None or g is None else add_product(d_seen, g, weight), None
+            dx, d_dropped = d_seen if d_seen is None or g is None else accumulate_product(d_seen, g, weight), None
         d_weight = torch.mm(g.t(), x) if weight_needs and g is not None else None
         d_bias = g.sum(0) if bias_needs and g is not None else None
         return dx, d_dropped, d_weight, d_bias, da, db, None, None, None
@@ -166,7 +166,21 @@ class LowRankSum(torch.autograd.Function):
         return torch.vmap(one, in_dims[:6])(*inputs[:6]), (0, 0)
 
 
-def add_product(to: Tensor, left: Tensor, right: Tensor) -> Tensor:
+def scaled_product(ignored: Tensor, left: Tensor, right: Tensor, scaling: float) -> Tensor:
+    """Return s * left @ right of matrices, or of stacks of matrices, by one kernel.
+
+    Args:
+        ignored: any tensor of finite numbers that broadcasts with the product. No empty tensor: kernels ignore what
+            beta = 0 multiplies, but vmap multiplies it.
+        left: (m, k) or (n, m, k).
+        right: (k, c) or (n, k, c).
+        scaling: s.
+    """
+    multiply = torch.addmm if left.dim() == 2 else torch.baddbmm
+    return multiply(ignored.detach(), left, right, beta=0, alpha=scaling)
+
+
+def accumulate_product(to: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """Return to + left @ right: in place, unless autograd records the backward."""
     return torch.addmm(to, left, right) if torch.is_grad_enabled() else to.addmm_(left, right)
 
@@ -192,10 +206,7 @@ def _chunks(joined: Tensor, parts: Sequence[Part], dim: int = 0) -> Sequence[Ten
 
 def _products(lefts: Sequence[Tensor], rights: Sequence[Tensor], scaling: float, b: Tensor, dim: int) -> Tensor:
     """Return s * left @ right of each pair, with the columns of B, joined along a dimension."""
-    # No empty tensor in its place: kernels ignore what beta = 0 multiplies, but vmap multiplies it.
-    ignored = b.detach()[:1]
-    pairs = zip(lefts, rights, strict=True)
-    products = [torch.addmm(ignored, left, right, beta=0, alpha=scaling) for left, right in pairs]
+    products = [scaled_product(b[:1], left, right, scaling) for left, right in zip(lefts, rights, strict=True)]
     return products[0] if len(products) == 1 else torch.cat(products, dim)
 
 
