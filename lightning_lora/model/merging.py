@@ -233,10 +233,10 @@ def restore_shards_(listing: Listing) -> None:
     """
     layers = listing.layers
     reshard_(module for _, module in listing.modules)
-    if any(layer.lora.sharded and not is_sharded(layer.main_weight()) for layer in layers.values()):
+    if any(layer.lora.sharded and not is_spread(layer.main_weight()) for layer in layers.values()):
         reset_(listing.modules)
     for name, layer in layers.items():
-        sharded = is_sharded(layer.main_weight())
+        sharded = is_spread(layer.main_weight())
         if layer.lora.sharded and not sharded:
             raise LoRAError(
                 f"{name!r}: its weight is gathered by an FSDP2 module outside of {type(listing.model).__name__}; pass "

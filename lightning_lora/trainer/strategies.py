@@ -1,4 +1,4 @@
-"""Strategies of Lightning that need more than hooks: one that is refused, and ModelParallelStrategy's checkpoints.
+"""Strategies of Lightning that need more than hooks, and ModelParallelStrategy's checkpoints.
 
 ModelParallelStrategy saves and loads state dicts without the module's hooks. To save an adapter it would gather the
 whole base first. To load an adapter it would ask for the base before any hook could add it. So its two methods are
@@ -30,13 +30,7 @@ from ..nn.adapted_weights import AdaptedWeights
 from .checkpoint_hooks import refuse_foreign_resume
 from .deepspeed import prepare_deepspeed
 from .distributed_resume import accept_folders
-
-FSDP1 = (
-    "FSDPStrategy cannot be used: FSDP1 keeps weights as pieces of flat buffers, which cannot be merged into and "
-    "restored exactly. Use ModelParallelStrategy with fully_shard (FSDP2) in configure_model, or strategy='ddp' where "
-    "the base fits on one device."
-)
-
+from .fsdp1 import prepare_fsdp1
 
 def prepare_strategy(strategy: Any) -> None:
     """Patch how a strategy saves and loads checkpoints.
@@ -46,7 +40,8 @@ def prepare_strategy(strategy: Any) -> None:
     """
     names = [cls.__name__ for cls in type(strategy).__mro__]
     if "FSDPStrategy" in names:
-        raise LoRAError(f"LoRACallback: {FSDP1}")
+        prepare_fsdp1(strategy)
+        return
     if "DeepSpeedStrategy" in names:
         prepare_deepspeed(strategy)
     if "ModelParallelStrategy" in names:

@@ -1,0 +1,420 @@
+"""FSDPStrategy (FSDP1): each rank keeps a slice of each frozen weight, and all that is trained whole.
+
+FSDP1 lays the weights of a unit one after the other in a flat tensor and cuts that into equal slices. It takes no
+tensors of several dtypes, and would keep gradients of frozen weights beside trained ones. So all that is trained stays
+outside of the flat tensors: whole on each rank, as under DDP, with gradients that are averaged here.
+
+    the model     W in slices: found anew for each use, because FSDP1 replaces the memory of a slice
+    checkpoints   as one device writes them, or a folder of shards with the names of parameters
+    optimizers    whole states, except of weights that were unfrozen later
+
+torch's own optim_state_dict is not used: with offload_to_cpu on a CPU it gives exp_avg for exp_avg_sq.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ..distributed.flat import FlatShard, attach, attach_owner, flat_like, flat_shard, gather, is_flat
+from ..distributed.sharding import copy_all_, full_tensor, local
+from ..errors import LoRAError, NonFiniteError
+from ..formats.lightning_checkpoint import by_canonical_names
+from ..model.adapted_model import AdaptedModel, find_model
+from ..model.live_state import LiveState, open_state, original_value
+from ..model.patches import call_previous, is_patched, patch
+from ..model.state_dict import merge_state_dict
+from ..names import canonical, names_factor
+from .distributed_resume import accept_folders
+
+ROOT = "lora_fsdp_root"  # attribute of a LightningModule: the wrapper that an earlier stage put around it
+OUTSIDE = "lora_outside"  # attribute of a strategy: the parameters outside of the flat tensors
+LATER = "lora_averages_later"  # attribute of a strategy while gradients are accumulated
+BUCKET = 2**25  # bytes of gradients that are averaged at once
+
+
+# --- what cannot be right is refused in setup ---
+
+
+def prepare_fsdp1(strategy: Any) -> None:
+    """Patch how an FSDPStrategy wraps, reduces gradients, and saves and loads checkpoints.
+
+    Raises:
+        LoRAError: its options cannot be used. The message says what to do.
+    """
+    for reason in _refused(getattr(strategy, "kwargs", {})):
+        raise LoRAError(f"LoRACallback: FSDPStrategy cannot be used so: {reason}.")
+    if is_patched(strategy, "_setup_model", _setup_model):
+        return  # in an earlier stage
+    patch(strategy, "_setup_model", _setup_model)
+    patch(strategy, "model_sharded_context", _model_sharded_context)
+    patch(strategy, "block_backward_sync", _block_backward_sync)
+    patch(strategy, "lightning_module_state_dict", _state_dict)
+    patch(strategy, "optimizer_state", _optimizer_state)
+    patch(strategy, "load_checkpoint", _load_checkpoint)
+    accept_folders(strategy)
+    patch(strategy, "load_model_state_dict", _load_model_state_dict)
+
+
+def _refused(options: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the reason for each of FSDP1's options that cannot be used."""
+    if not options.get("use_orig_params", True):
+        yield "use_orig_params=False takes the weights out of their layers. Leave the option out"
+    if options.get("ignored_modules") is not None:
+        yield (
+            "torch takes ignored_modules or ignored_states, and the adapter is passed in the second. Pass "
+            "ignored_states=[*module.parameters()] instead"
+        )
+
+
+# --- the model is wrapped ---
+
+
+class _Outside:
+    """The parameters of a module that stay outside of flat tensors, listed each time: configure_model may add some."""
+
+    def __init__(self, module: nn.Module, given: Sequence[Any]) -> None:
+        self.module, self.given = module, given
+
+    def __iter__(self) -> Iterator[nn.Parameter]:
+        seen = {id(each): each for each in self.given if isinstance(each, nn.Parameter)}
+        for module in (each for each in self.given if isinstance(each, nn.Module)):
+            seen |= {id(each): each for each in module.parameters()}
+        for name, parameter in self.module.named_parameters():
+            if parameter.requires_grad or names_factor(name):
+                seen[id(parameter)] = parameter
+        yield from seen.values()
+
+
+@contextmanager
+def _leaving_out(strategy: Any) -> Iterator[None]:
+    """Let FSDP1 leave out of its flat tensors what is trained, inside the block."""
+    given = strategy.kwargs.get("ignored_states")
+    strategy.kwargs["ignored_states"] = _Outside(strategy.lightning_module, list(given or ()))
+    try:
+        yield
+    finally:
+        if given is None:
+            del strategy.kwargs["ignored_states"]
+        else:
+            strategy.kwargs["ignored_states"] = given
+
+
+@contextmanager
+def _model_sharded_context(strategy: Any, previous: Callable[..., Any] | None) -> Iterator[None]:
+    """Leave out what is trained where configure_model wraps parts itself: the patched model_sharded_context."""
+    with _leaving_out(strategy), call_previous(strategy, previous, "model_sharded_context"):
+        yield
+
+
+def _setup_model(strategy: Any, previous: Callable[..., Any] | None, model: nn.Module) -> Any:
+    """Wrap the model, or take the wrapper of an earlier stage; find the slices: the patched _setup_model.
+
+    Lightning would wrap the model once more in each stage, and take the slices for whole weights.
+    """
+    module = strategy.lightning_module
+    if find_model(module) is None:
+        return call_previous(strategy, previous, "_setup_model", model)
+    root = vars(module).get(ROOT)
+    if root is None:
+        with _leaving_out(strategy):
+            root = call_previous(strategy, previous, "_setup_model", model)
+            vars(module)[ROOT] = root
+    _attach(root)
+    setattr(strategy, OUTSIDE, [p for p in module.parameters() if not is_flat(p)])
+    patch(strategy.precision_plugin, "backward", _backward)
+    patch(strategy.precision_plugin, "clip_grad_by_norm", _clip_grad_by_norm)
+    return root
+
+
+def _attach(root: nn.Module) -> None:
+    """Tell how the slice of each original parameter is found, and how gathered memory is freed. In place."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp._runtime_utils import _lazy_init
+
+    for unit in root.modules():
+        if isinstance(unit, FullyShardedDataParallel):
+            _lazy_init(unit, unit)  # from the outermost unit; a unit that began by itself would become a root
+            handle = unit._handle
+            attach_owner(unit, partial(_free, unit))
+            if handle is None or not handle.uses_sharded_strategy:
+                continue
+            flat = handle.flat_param
+            infos = zip(flat._params, flat._shard_param_infos, flat._shapes, strict=True)
+            for parameter, info, shape in infos:
+                attach(parameter, partial(_find_slice, handle, info, shape))
+            for owner in handle._get_modules():
+                attach_owner(owner, partial(_free, unit))
+
+
+def _find_slice(handle: Any, info: Any, shape: torch.Size) -> FlatShard:
+    """Return this rank's slice of a parameter of FSDP1."""
+    own = handle.flat_param._local_shard.detach()
+    start = info.intra_param_start_idx if info.in_shard else 0
+    values = own.narrow(0, info.offset_in_shard, info.numel_in_shard) if info.in_shard else own[:0]
+    return FlatShard(values, start, shape, handle.process_group, handle.device)
+
+
+def _free(unit: Any, *, broken_off: bool = False) -> None:
+    """Drop what a unit has gathered. FSDP1 itself keeps that in the root, and under SHARD_GRAD_OP everywhere.
+
+    Args:
+        unit: of FSDP1.
+        broken_off: an exception has ended a forward or backward, so the unit is not inside one.
+    """
+    from torch.distributed.fsdp._common_utils import HandleTrainingState, TrainingState
+
+    handle = unit._handle
+    if broken_off:
+        unit.training_state = TrainingState.IDLE
+    if handle is None or not handle.uses_sharded_strategy:
+        return
+    if broken_off:
+        handle._training_state = HandleTrainingState.IDLE
+    if handle._training_state is HandleTrainingState.IDLE and not handle.needs_unshard():
+        handle.reshard(True)
+        handle.post_reshard()
+        handle._prefetched = False
+
+
+# --- gradients ---
+
+
+@contextmanager
+def _block_backward_sync(strategy: Any, previous: Callable[..., Any] | None) -> Iterator[None]:
+    """Average gradients once, after the last accumulated batch: the patched block_backward_sync."""
+    setattr(strategy, LATER, True)
+    try:
+        with call_previous(strategy, previous, "block_backward_sync"):
+            yield
+    finally:
+        delattr(strategy, LATER)
+
+
+def _backward(plugin: Any, previous: Callable[..., Any] | None, tensor: Any, module: Any, *args: Any, **kw: Any) -> None:
+    """Average the gradients after backward: the patched backward of the precision plugin. Collective."""
+    call_previous(plugin, previous, "backward", tensor, module, *args, **kw)
+    strategy = module.trainer.strategy
+    if not hasattr(strategy, LATER) and getattr(strategy.model, "_sync_gradients", True):
+        average_gradients_(getattr(strategy, OUTSIDE))
+
+
+def average_gradients_(parameters: Sequence[nn.Parameter]) -> None:
+    """Replace the gradients of whole parameters by their means over all ranks. In place. Collective.
+
+    A gradient that some ranks lack counts as zero there, and one that all ranks lack stays away.
+    """
+    buckets: dict[tuple[torch.dtype, torch.device], list[list[nn.Parameter]]] = {}
+    for parameter in parameters:
+        if parameter.requires_grad:
+            filled = buckets.setdefault((parameter.dtype, parameter.device), [[]])
+            if sum(each.nbytes for each in filled[-1]) >= BUCKET:
+                filled.append([])
+            filled[-1].append(parameter)
+    with torch.no_grad():
+        for bucket in (each for filled in buckets.values() for each in filled):
+            _average_bucket_(bucket)
+
+
+def _average_bucket_(parameters: Sequence[nn.Parameter]) -> None:
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    there = gradients[0].new_tensor([p.grad is not None for p in parameters])
+    flat = torch.cat([there, *(gradient.reshape(-1) for gradient in gradients)])
+    flat /= dist.get_world_size()
+    dist.all_reduce(flat)
+    found, *means = flat.split([len(parameters), *(p.numel() for p in parameters)])
+    for parameter, gradient, mean, share in zip(parameters, gradients, means, found.tolist(), strict=True):
+        if share:
+            gradient.copy_(mean.view(gradient.shape))
+            parameter.grad = gradient
+
+
+def _clip_grad_by_norm(plugin: Any, previous: Any, optimizer: Any, clip_val: float | int, *args: Any) -> None:
+    """Clip by the norm over whole gradients, which Lightning refuses to do: the patched clip_grad_by_norm.
+
+    Collective where an optimizer trains weights that are in slices.
+    """
+    trained = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None or is_flat(p)]
+    clip_gradients_(trained, float(clip_val))
+
+
+def clip_gradients_(parameters: Sequence[nn.Parameter], limit: float) -> None:
+    """Scale gradients so that their common norm is at most `limit`. In place. Collective where some are in slices."""
+    whole = [p.grad for p in parameters if p.grad is not None and not is_flat(p)]
+    slices = [p for p in parameters if is_flat(p) and p.requires_grad]
+    squares = [gradient.norm().double() ** 2 for gradient in whole]
+    total = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64)
+    for group, device in dict.fromkeys((flat_shard(p).group, flat_shard(p).device) for p in slices):
+        own = [p.grad.norm().double() ** 2 for p in slices if p.grad is not None and flat_shard(p).group is group]
+        part = torch.stack(own).sum().to(device) if own else torch.zeros((), dtype=torch.float64, device=device)
+        dist.all_reduce(part, group=group)
+        total = total + part.to(total.device)
+    scale = (limit / (total.sqrt() + 1e-6)).clamp(max=1.0)
+    for gradient in [*whole, *(p.grad for p in slices if p.grad is not None)]:
+        gradient.mul_(scale.to(gradient.device, gradient.dtype))
+
+
+# --- checkpoints ---
+
+
+def _state_dict(strategy: Any, previous: Callable[..., Any] | None) -> Any:
+    """Gather what the module's kind of checkpoint holds: the patched lightning_module_state_dict. Collective.
+
+    Tensor by tensor, on the first rank: other ranks return nothing, as in Lightning. For a folder each rank returns
+    its rows.
+    """
+    handle = find_model(strategy.lightning_module)
+    if handle is None:
+        return call_previous(strategy, previous, "lightning_module_state_dict")
+    live = open_state(handle)
+    if handle.record.save == "adapter":
+        state = live.values()
+    else:
+        state = {
+            name: cast(Any, owner).get_extra_state() if tensor is None else original_value(name, tensor, owner)
+            for name, tensor, owner in live.entries
+        }
+        if handle.record.save == "merged":
+            state = _merged(handle, state)
+    if strategy._state_dict_type == "sharded":
+        return {name: _rows_of_rank(value) for name, value in state.items()}
+    found = {}
+    for name, value in state.items():
+        whole = full_tensor(value).cpu() if isinstance(value, torch.Tensor) else value
+        if strategy.is_global_zero:
+            found[name] = whole
+    return found
+
+
+def _merged(handle: AdaptedModel, state: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        return merge_state_dict(handle, state)
+    except NonFiniteError as error:
+        raise NonFiniteError(
+            f'{error} Merged weights cannot hold that; with save="adapter" or "full" a diverged run is saved as it is.'
+        ) from error
+
+
+def _rows_of_rank(value: Any) -> Any:
+    """Return a tensor in slices as a DTensor divided by rows, which torch saves as shards. Collective."""
+    if not is_flat(value):
+        return value
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Shard
+
+    shard, whole = flat_shard(value), gather(value)
+    if not whole.dim():
+        return whole
+    parts = whole.chunk(dist.get_world_size(shard.group))
+    rank = dist.get_rank(shard.group)
+    own = parts[rank].clone() if rank < len(parts) else whole[:0]
+    mesh = DeviceMesh.from_group(shard.group, own.device.type)
+    return DTensor.from_local(own, mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride())
+
+
+def _optimizer_state(strategy: Any, previous: Callable[..., Any] | None, optimizer: Any) -> Any:
+    """Return the state dict as one device has it; by names for a folder: the patched optimizer_state. Collective."""
+    module = strategy.lightning_module
+    if find_model(module) is None:
+        return call_previous(strategy, previous, "optimizer_state", optimizer)
+    optimizer = getattr(optimizer, "_optimizer", optimizer)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    packed = optimizer.state_dict()
+    state = dict(packed["state"])
+    for number, parameter in enumerate(parameters):
+        if is_flat(parameter) and parameter.requires_grad:  # unfrozen after it was wrapped
+            whole = _whole_state(parameter, state.pop(number, {}))
+            state |= {number: whole} if whole else {}
+    if strategy._state_dict_type != "sharded":
+        return {**packed, "state": state}
+    known = {id(p): canonical(name) for name, p in module.named_parameters()}
+    names = [known.get(id(p), f"parameter {number}") for number, p in enumerate(parameters)]
+    groups = [{**group, "params": [names[number] for number in group["params"]]} for group in packed["param_groups"]]
+    return {"state": {names[number]: value for number, value in state.items()}, "param_groups": groups}
+
+
+def _whole_state(parameter: nn.Parameter, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Gather an optimizer's state of a parameter in slices, also from ranks whose slice is empty. Collective."""
+    group = flat_shard(parameter).group
+    here = {name: _described(value) for name, value in state.items()}
+    everywhere: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everywhere, here, group=group)
+    whole: dict[str, Any] = {}
+    for name, (dtype, value) in {name: each for found in everywhere for name, each in found.items()}.items():
+        if dtype is None:
+            whole[name] = value
+        else:
+            own = state.get(name, local(parameter).new_empty(0, dtype=dtype))
+            whole[name] = gather(flat_like(own, parameter)).cpu()
+    return whole
+
+
+def _described(value: Any) -> tuple[torch.dtype | None, Any]:
+    """Return the dtype of values for each element, or a value that is the same for all of them."""
+    is_divided = isinstance(value, torch.Tensor) and value.dim() > 0
+    return (value.dtype, None) if is_divided else (None, value)
+
+
+def _load_checkpoint(strategy: Any, previous: Callable[..., Any] | None, path: Any, *args: Any, **kwargs: Any) -> Any:
+    """Read a file as under DDP; load_model_state_dict takes it from there: the patched load_checkpoint."""
+    if find_model(strategy.lightning_module) is None:
+        return call_previous(strategy, previous, "load_checkpoint", path, *args, **kwargs)
+    return strategy.checkpoint_io.load_checkpoint(strategy.broadcast(path), *args, **kwargs)
+
+
+def _load_model_state_dict(
+    strategy: Any, previous: Callable[..., Any] | None, checkpoint: Mapping[str, Any], strict: bool = True
+) -> None:
+    """Load the model, and in a fit the optimizers: the patched load_model_state_dict.
+
+    Lightning calls no other method of the strategy for the optimizers.
+    """
+    module = strategy.lightning_module
+    handle = find_model(module)
+    if handle is None:
+        call_previous(strategy, previous, "load_model_state_dict", checkpoint, strict=strict)
+        return
+    _write_state_(handle, by_canonical_names(checkpoint["state_dict"]))
+    if module.trainer.state.fn != "fit":
+        return
+    states = checkpoint.get("optimizer_states")
+    if states is None and strategy.optimizers:
+        raise LoRAError(
+            "LoRACallback: the checkpoint at ckpt_path holds weights only, without the optimizer's state that a fit "
+            "goes on with. To start a new fit from them, call load_adapter(model, path) and leave ckpt_path out."
+        )
+    for optimizer, state in zip(strategy.optimizers, states or (), strict=True):
+        _load_optimizer_state_(optimizer, state)
+
+
+def _write_state_(handle: AdaptedModel, state: Mapping[str, Any]) -> None:
+    """Copy values into the model: slices of them where weights are in slices. In place."""
+    live = LiveState(handle)
+    for name, value in state.items():
+        if name in live.tensors and live.tensors[name] is None:
+            cast(Any, live.owners[name]).set_extra_state(value)
+    pairs = ((live.tensors.get(name), value) for name, value in state.items())
+    copy_all_([(tensor, value) for tensor, value in pairs if tensor is not None])
+    for layer in handle.layers.values():
+        layer.weight_changed()
+
+
+def _load_optimizer_state_(optimizer: Any, saved: Mapping[str, Any]) -> None:
+    """Load a state dict as one device has it. In place."""
+    own = [p for group in optimizer.param_groups for p in group["params"]]
+    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    state = dict(saved["state"])
+    for number, parameter in zip(numbers, own, strict=False):
+        if is_flat(parameter) and number in state:
+            shard = flat_shard(parameter)
+            part = slice(shard.start, shard.stop)
+            values = state.pop(number).items()
+            if shard.values.numel():
+                state[number] = {k: v.reshape(-1)[part].clone() if _described(v)[0] else v for k, v in values}
+    optimizer.load_state_dict({**saved, "state": state})
